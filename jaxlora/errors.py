@@ -1,0 +1,118 @@
+"""The error tree.  Every error a caller can act on has a class, an HTTP status and a code.
+
+    JaxLoraError                    500 internal_error
+    ├── InvalidRequest              400 invalid_value          a value we can name is wrong
+    │   ├── UnsupportedParameter    400 unsupported_parameter  known to the API, not built here
+    │   └── ContextLengthExceeded   400 context_length_exceeded
+    ├── NotFound                    404 not_found
+    │   └── AdapterNotFound         404 model_not_found
+    ├── AdapterInvalid              400 adapter_invalid        a PEFT folder or an adapter we cannot hold
+    │   ├── BaseMismatch            400 base_mismatch          made for another base model
+    │   └── AdapterNotFinite        400 adapter_not_finite
+    ├── ModelInvalid                400 model_invalid          a checkpoint we cannot read
+    ├── ConfigInvalid               400 config_invalid         a TOML file or an option
+    ├── DataInvalid                 400 invalid_training_file  names line and field
+    ├── AlreadyExists               409 already_exists
+    ├── StateInvalid                409 invalid_state          no slot, wrong phase
+    └── Overloaded                  503 overloaded             retry later
+
+A message says what was got, what was wanted and what to do.  It never holds another tenant's text.
+"""
+
+from __future__ import annotations
+
+
+class JaxLoraError(Exception):
+    """Root of the tree.  `param` names the offending field where one exists."""
+
+    status: int = 500
+    code: str = "internal_error"
+
+    def __init__(self, message: str, *, param: str | None = None):
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class InvalidRequest(JaxLoraError, ValueError):
+    """A value in a request is wrong; `param` names it."""
+
+    status, code = 400, "invalid_value"
+
+
+class UnsupportedParameter(InvalidRequest):
+    """The field is part of the API but this server does not honour it."""
+
+    code = "unsupported_parameter"
+
+
+class ContextLengthExceeded(InvalidRequest):
+    """Prompt plus requested tokens do not fit the model's context."""
+
+    code = "context_length_exceeded"
+
+
+class NotFound(JaxLoraError, LookupError):
+    """No object of that id, or not one of yours."""
+
+    status, code = 404, "not_found"
+
+
+class AdapterNotFound(NotFound):
+    """No model or adapter of that name, or not one of yours."""
+
+    code = "model_not_found"
+
+
+class AdapterInvalid(JaxLoraError, ValueError):
+    """An adapter we cannot hold: unsupported feature, wrong tensors, too large a rank."""
+
+    status, code = 400, "adapter_invalid"
+
+
+class BaseMismatch(AdapterInvalid):
+    """The adapter was made for another base model."""
+
+    code = "base_mismatch"
+
+
+class AdapterNotFinite(AdapterInvalid):
+    """A weight of the adapter is NaN or infinite."""
+
+    code = "adapter_not_finite"
+
+
+class ModelInvalid(JaxLoraError, ValueError):
+    """A base checkpoint we cannot read; names the tensor or the field."""
+
+    status, code = 400, "model_invalid"
+
+
+class ConfigInvalid(JaxLoraError, ValueError):
+    """An unknown, missing or impossible setting; names file and key."""
+
+    status, code = 400, "config_invalid"
+
+
+class DataInvalid(JaxLoraError, ValueError):
+    """A training file with a bad line; names line and field."""
+
+    status, code = 400, "invalid_training_file"
+
+
+class AlreadyExists(JaxLoraError, ValueError):
+    """The name is taken."""
+
+    status, code = 409, "already_exists"
+
+
+class StateInvalid(JaxLoraError, RuntimeError):
+    """The object is not in a state that allows this (no free slot, wrong phase)."""
+
+    status, code = 409, "invalid_state"
+
+
+class Overloaded(JaxLoraError, RuntimeError):
+    """The queue is full; retry later."""
+
+    status, code = 503, "overloaded"
