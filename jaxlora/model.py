@@ -1,97 +1,283 @@
-"""The decoder: Llama, Mistral, Qwen2 and Qwen3 differ in a few booleans, so they are one file.
+"""The decoder.  Llama, Mistral, Qwen2 and Qwen3 differ in a few booleans, so they are one file; Flax NNX lives here only.
 
-Shape letters: T tokens, D model, F MLP, N query heads, K kv heads, H head, L layers, V vocabulary, X Y features in, out.
+`forward` is the one forward pass: training, prefill and decode differ in the attention and the LoRA they hand in.
+
+Shape letters: T tokens, D model, F MLP, N query heads, K kv heads, H head, L layers, V vocabulary, G lanes, J tokens
+of a lane, X Y features in, out.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jax.sharding import Mesh
 
 from jaxlora.errors import ModelInvalid
+from jaxlora.mesh import check_model, sharding
+from jaxlora.model_config import Llama3Rope, ModelConfig, parameters
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Llama3Rope:
-    """Rope scaling of Llama 3.1 and later.  Source: the `llama3` rope type of Hugging Face configurations."""
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class TokenBatch:
+    """Packed tokens of many tenants.  Training and serving both speak it.
 
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_context: int
+    Tokens stand lane by lane: T = G * J, every token of a lane has the lane's slot.  In a decode step J is 1.
+    """
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelConfig:
-    """What a checkpoint decides.  No defaults: a reader that cannot find a number must say so."""
-
-    family: str  # llama, mistral, qwen2, qwen3
-    layers: int
-    d_model: int
-    d_ff: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    context: int  # longest sequence, tokens
-    norm_eps: float
-    rope_theta: float
-    rope_scaling: Llama3Rope | None
-    window: int | None  # sliding attention window, tokens; None is full attention
-    qkv_bias: bool
-    qk_norm: bool
-    tied: bool  # the head is the embedding
-
-    def __post_init__(self) -> None:
-        if self.heads % self.kv_heads:
-            raise ModelInvalid(f"{self.heads} query heads do not divide into {self.kv_heads} kv heads")
-        if self.head_dim % 2:
-            raise ModelInvalid(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
+    token_T: jax.Array  # int32 vocabulary ids
+    position_T: jax.Array  # int32 place in its sequence; -1 is padding when serving
+    segment_T: jax.Array  # int32 sequence within the lane, from 1; 0 is padding
+    slot_T: jax.Array  # int32 which adapter; NO_ADAPTER is the base model
 
 
-@dataclass(frozen=True, slots=True)
-class Parameter:
-    """Shape and logical axes (see mesh.py) of one base array.  A leading "layers" axis means one entry per layer."""
+class Lora(Protocol):
+    """How adapted linears are computed.  `per_layer` is scanned over layers together with the weights."""
 
-    shape: tuple[int, ...]
-    axes: tuple[str | None, ...]
+    @property
+    def per_layer(self) -> object:
+        """A pytree with a leading axis of layers."""
+        ...
 
-
-def parameters(config: ModelConfig) -> dict[str, Parameter]:
-    """Every array of the base, by our name.  Linear weights are [L, in, out]: y = x @ w."""
-    c, L = config, config.layers
-    attn, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
-
-    def linear(x: int, y: int, axes: tuple[str, str]) -> Parameter:
-        return Parameter((L, x, y), ("layers", *axes))
-
-    table = {
-        "embed": Parameter((c.vocab, c.d_model), ("vocab", "embed")),
-        "attn_norm": Parameter((L, c.d_model), ("layers", None)),
-        "q_proj": linear(c.d_model, attn, ("embed", "heads")),
-        "k_proj": linear(c.d_model, kv, ("embed", "kv_heads")),
-        "v_proj": linear(c.d_model, kv, ("embed", "kv_heads")),
-        "o_proj": linear(attn, c.d_model, ("heads", "embed")),
-        "mlp_norm": Parameter((L, c.d_model), ("layers", None)),
-        "gate_proj": linear(c.d_model, c.d_ff, ("embed", "mlp")),
-        "up_proj": linear(c.d_model, c.d_ff, ("embed", "mlp")),
-        "down_proj": linear(c.d_ff, c.d_model, ("mlp", "embed")),
-        "norm": Parameter((c.d_model,), (None,)),
-    }
-    if c.qkv_bias:
-        table["q_bias"] = Parameter((L, attn), ("layers", "heads"))
-        table["k_bias"] = Parameter((L, kv), ("layers", "kv_heads"))
-        table["v_bias"] = Parameter((L, kv), ("layers", "kv_heads"))
-    if c.qk_norm:
-        table["q_norm"] = Parameter((L, c.head_dim), ("layers", None))
-        table["k_norm"] = Parameter((L, c.head_dim), ("layers", None))
-    if not c.tied:
-        table["head"] = Parameter((c.d_model, c.vocab), ("embed", "vocab"))
-    return table
+    def deltas(self, layer: object, targets: tuple[str, ...], x_TX: jax.Array) -> tuple[jax.Array | None, ...]:
+        """What each target's adapter adds, [T, Y]; None where no adapter of this pool has the target."""
+        ...
 
 
-def target_features(config: ModelConfig, target: str) -> tuple[int, int]:
-    """(features in, features out) of an adaptable linear: one of lora.ALL_TARGETS."""
-    if target == "lm_head":
-        return config.d_model, config.vocab
-    _, x, y = parameters(config)[target].shape
-    return x, y
+class NoLora:
+    """The base model alone."""
+
+    per_layer: tuple[()] = ()
+
+    def deltas(self, layer: object, targets: tuple[str, ...], x_TX: jax.Array) -> tuple[None, ...]:
+        """Nothing is added."""
+        return (None,) * len(targets)
+
+
+class Attend[Cache](Protocol):
+    """Attention over the new tokens and whatever the cache holds; returns the cache with the new keys and values."""
+
+    def __call__(
+        self, layer: jax.Array, q_TNH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array, cache: Cache
+    ) -> tuple[jax.Array, Cache]: ...
+
+
+class Block(nnx.Module):
+    """One layer's weights; stacked over layers when it is stored."""
+
+    def __init__(self, arrays: Mapping[str, jax.Array]):
+        for name, value in arrays.items():
+            setattr(self, name, nnx.Param(value))
+
+    def __call__[Cache](
+        self,
+        config: ModelConfig,
+        layer: jax.Array,
+        x_TD: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        lora: Lora,
+        lora_layer: object,
+        attend: Attend[Cache],
+        cache: Cache,
+    ) -> tuple[jax.Array, Cache]:
+        """The residual stream after this layer, and the cache."""
+        c, T = config, x_TD.shape[0]
+
+        def linears(x_TX: jax.Array, *targets: str) -> list[jax.Array]:
+            deltas = lora.deltas(lora_layer, targets, x_TX)
+            out = [frozen_linear(x_TX, getattr(self, target)[...], getattr(self, target + "_back", None)) for target in targets]
+            return [y if d is None else y + d.astype(y.dtype) for y, d in zip(out, deltas, strict=True)]
+
+        h_TD = rms_norm(x_TD, self.attn_norm[...], c.norm_eps)
+        q, k, v = linears(h_TD, "q_proj", "k_proj", "v_proj")
+        if c.qkv_bias:
+            q, k, v = q + self.q_bias[...][None], k + self.k_bias[...][None], v + self.v_bias[...][None]
+        q, k = q.reshape(T, c.heads, c.head_dim), k.reshape(T, c.kv_heads, c.head_dim)
+        if c.qk_norm:
+            q, k = rms_norm(q, self.q_norm[...], c.norm_eps), rms_norm(k, self.k_norm[...], c.norm_eps)
+        q, k = rotate(q, rope), rotate(k, rope)
+        out_TNH, cache = attend(layer, q, k, v.reshape(T, c.kv_heads, c.head_dim), cache)
+        (o_TD,) = linears(out_TNH.reshape(T, -1), "o_proj")
+        x_TD = x_TD + o_TD
+        h_TD = rms_norm(x_TD, self.mlp_norm[...], c.norm_eps)
+        gate_TF, up_TF = linears(h_TD, "gate_proj", "up_proj")
+        act_TF = jax.nn.silu(gate_TF.astype(jnp.float32)) * up_TF.astype(jnp.float32)
+        (down_TD,) = linears(act_TF.astype(x_TD.dtype), "down_proj")
+        return x_TD + down_TD, cache
+
+
+class Decoder(nnx.Module):
+    """Embedding, stacked layers and final norm; the head is applied where it is needed (see `head_weight`)."""
+
+    def __init__(self, config: ModelConfig, arrays: Mapping[str, jax.Array]):
+        self.config = config
+        self.embed = nnx.Param(arrays["embed"])
+        self.norm = nnx.Param(arrays["norm"])
+        self.blocks = Block({name: value for name, value in arrays.items() if name not in ("embed", "norm", "head")})
+
+    def __call__[Cache](
+        self, batch: TokenBatch, lora: Lora, attend: Attend[Cache], cache: Cache
+    ) -> tuple[jax.Array, Cache]:
+        """(hidden [T, D] after the final norm, cache).  Layers run under `lax.scan`, the cache in the carry."""
+        config = self.config
+        x_TD = self.embed[...][batch.token_T]
+        rope = rope_tables(config, jnp.maximum(batch.position_T, 0))
+        graph, weights = nnx.split(self.blocks)
+
+        def one_layer(carry: tuple[jax.Array, Cache], inputs: tuple) -> tuple[tuple[jax.Array, Cache], None]:
+            x_TD, cache = carry
+            layer, weight, lora_layer = inputs
+            block = nnx.merge(graph, weight)
+            return block(config, layer, x_TD, rope, lora, lora_layer, attend, cache), None
+
+        index = jnp.arange(config.layers)
+        (x_TD, cache), _ = lax.scan(one_layer, (x_TD, cache), (index, weights, lora.per_layer))
+        return rms_norm(x_TD, self.norm[...], config.norm_eps), cache
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """The frozen base model: device arrays by the names of `parameters`, and what they mean.
+
+    `NAME_back` beside a linear is its transpose in memory, for the gradient of its input (see `with_backward`).
+    """
+
+    arrays: dict[str, jax.Array]
+    config: ModelConfig = jax.tree.static()
+    precision: str = jax.tree.static()  # of matrix products: default, high or highest
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype of weights, activations and KV."""
+        return self.arrays["embed"].dtype
+
+
+def forward[Cache](
+    base: Base, batch: TokenBatch, lora: Lora, attend: Attend[Cache], cache: Cache
+) -> tuple[jax.Array, Cache]:
+    """(hidden [T, D] after the final norm, cache): the one forward pass of the house."""
+    with jax.default_matmul_precision(base.precision):
+        return Decoder(base.config, base.arrays)(batch, lora, attend, cache)
+
+
+def head_weight(base: Base) -> tuple[jax.Array, jax.Array]:
+    """The head's weight as (head_DV, back_VD), the second its transpose; one of them may be a view of the other."""
+    arrays = base.arrays
+    head = arrays["head"] if "head" in arrays else arrays["embed"].T
+    return head, arrays["embed"] if base.config.tied else head.T
+
+
+def with_backward(base: Base, mesh: Mesh) -> Base:
+    """The base with every linear's transpose stored beside it: twice the memory of the linears.
+
+    XLA's CPU backend multiplies bfloat16 by a row-major right-hand side at twice the speed of a transposed one, so
+    training on CPU keeps both.  Same numbers, other memory.
+    """
+    table = parameters(base.config)
+    names = [n for n, p in table.items() if len(p.shape) == 3]
+    placed = {n: sharding(mesh, ("layers", *table[n].axes[:0:-1])) for n in names}
+    turn = jax.jit(lambda arrays: {n: a.swapaxes(1, 2) for n, a in arrays.items()}, out_shardings=placed)
+    back = turn({n: base.arrays[n] for n in names})
+    return dataclasses.replace(base, arrays=base.arrays | {f"{n}_back": a for n, a in back.items()})
+
+
+@jax.custom_vjp
+def _linear(x_TX: jax.Array, w_XY: jax.Array, back_YX: jax.Array) -> jax.Array:
+    return x_TX @ w_XY
+
+
+_linear.defvjp(
+    lambda x_TX, w_XY, back_YX: (x_TX @ w_XY, (w_XY, back_YX)),
+    lambda saved, dy_TY: (dy_TY @ saved[1], jax.tree.map(jnp.zeros_like, saved[0]), jax.tree.map(jnp.zeros_like, saved[1])),
+)
+
+
+def frozen_linear(x_TX: jax.Array, w_XY: jax.Array, back: nnx.Param | None) -> jax.Array:
+    """x @ w, [T, Y]; the gradient goes to x only, through the stored transpose where there is one."""
+    return x_TX @ lax.stop_gradient(w_XY) if back is None else _linear(x_TX, w_XY, back[...])
+
+
+class WeightSource(Protocol):
+    """A checkpoint on disk, read one array at a time."""
+
+    config: ModelConfig
+
+    def read(self, name: str, layer: int | None) -> np.ndarray:
+        """One base array by its name in `parameters`, without the layer axis, in our layout."""
+        ...
+
+
+def load_base(source: WeightSource, mesh: Mesh, *, dtype: str, precision: str = "default") -> Base:
+    """The base on the devices of `mesh`, each array cast and placed with its own sharding.
+
+    float32 always multiplies at the highest precision.
+    Raises ModelInvalid for a dtype other than float32 or bfloat16 or a wrong tensor, ConfigInvalid when the mesh does not divide.
+    """
+    if dtype not in DTYPES:
+        raise ModelInvalid(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
+    config = source.config
+    check_model(mesh, config)
+    arrays: dict[str, jax.Array] = {}
+    host_embed = np.empty(0)
+    for name, p in parameters(config).items():
+        if p.axes[0] == "layers":
+            host = np.empty(p.shape, DTYPES[dtype])
+            for layer in range(config.layers):
+                host[layer] = _checked(source.read(name, layer), p.shape[1:], f"{name} of layer {layer}")
+        else:
+            host = _checked(source.read(name, None), p.shape, name).astype(DTYPES[dtype])
+            host_embed = host if name == "embed" else host_embed
+        arrays[name] = jax.device_put(host, sharding(mesh, p.axes))
+    if config.tied and mesh.devices.flat[0].platform == "cpu":
+        # As in `with_backward`: the head is a product of its own memory, not of the embedding's transpose.
+        arrays["head"] = jax.device_put(np.ascontiguousarray(host_embed.T), sharding(mesh, ("embed", "vocab")))
+    return Base(arrays=arrays, config=config, precision="highest" if dtype == "float32" else precision)
+
+
+def _checked(value: np.ndarray, shape: tuple[int, ...], what: str) -> np.ndarray:
+    if value.shape != shape:
+        raise ModelInvalid(f"{what} has shape {value.shape}, the configuration wants {shape}")
+    return value
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) * weight over the last axis, in float32, back in x's dtype.  Source: arXiv 1910.07467."""
+    wide = x.astype(jnp.float32)
+    wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    weight = weight.reshape((1,) * (x.ndim - 1) + (-1,))
+    return wide.astype(x.dtype) * weight
+
+
+def rope_tables(config: ModelConfig, position_T: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(cos, sin), float32 [T, H/2], of the rotary embedding.  Source: RoPE (arXiv 2104.09864)."""
+    half = config.head_dim // 2
+    frequency = 1.0 / config.rope_theta ** (np.arange(half, dtype=np.float64) / half)
+    if config.rope_scaling is not None:
+        frequency = _llama3_frequency(frequency, config.rope_scaling)
+    angle = position_T.astype(jnp.float32)[:, None] * jnp.asarray(frequency, jnp.float32)[None, :]
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def _llama3_frequency(frequency: np.ndarray, s: Llama3Rope) -> np.ndarray:
+    """Low frequencies divided by the factor, high ones kept, a smooth ramp between."""
+    turns = s.original_context * frequency / (2 * np.pi)
+    ramp = np.clip((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0.0, 1.0)
+    return (1 - ramp) * frequency / s.factor + ramp * frequency
+
+
+def rotate(x_TNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Half-split rotary embedding in float32, back in x's dtype."""
+    cos, sin = rope[0][:, None, :], rope[1][:, None, :]
+    first, second = jnp.split(x_TNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_TNH.dtype)

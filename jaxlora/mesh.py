@@ -1,0 +1,82 @@
+"""The device mesh, and the ONE table from logical axes to mesh axes.
+
+Everything that lives on devices (base, pool, KV pages, batches, training state) is placed through `sharding`.
+One device is a 1x1x1 mesh.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxlora.errors import ConfigInvalid
+from jaxlora.model_config import ModelConfig
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    "layers": None,
+    "embed": "fsdp",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "slots": None,
+    "rank": None,
+    "pages": None,
+    "lanes": ("data", "fsdp"),  # rows of a batch
+}
+
+
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A data x fsdp x tensor mesh over the first devices.
+
+    Raises ConfigInvalid when there are too few devices or a size is below 1.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = (data, fsdp, tensor)
+    if min(sizes) < 1:
+        raise ConfigInvalid(f"mesh sizes must be at least 1, got data {data}, fsdp {fsdp}, tensor {tensor}")
+    count = data * fsdp * tensor
+    if count > len(devices):
+        raise ConfigInvalid(f"a mesh of {data}x{fsdp}x{tensor} needs {count} devices, there are {len(devices)}")
+    return Mesh(np.array(devices[:count]).reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def sharding(mesh: Mesh, axes: Sequence[str | None]) -> NamedSharding:
+    """Where an array with these logical axes lives; None is an axis that is never split."""
+    return NamedSharding(mesh, PartitionSpec(*(None if a is None else RULES[a] for a in axes)))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of a small array that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def check_model(mesh: Mesh, config: ModelConfig) -> None:
+    """Raises ConfigInvalid, naming every size of the model that the mesh does not divide."""
+    sizes = {
+        ("tensor", "query heads"): config.heads,
+        ("tensor", "kv heads"): config.kv_heads,
+        ("tensor", "mlp features"): config.d_ff,
+        ("tensor", "vocabulary entries"): config.vocab,
+        ("fsdp", "model features"): config.d_model,
+    }
+    wrong = [f"{axis} {mesh.shape[axis]} does not divide {n} {what}" for (axis, what), n in sizes.items() if n % mesh.shape[axis]]
+    if wrong:
+        raise ConfigInvalid(f"mesh {describe(mesh)} does not fit this model: {'; '.join(wrong)}")
+
+
+def check_lanes(mesh: Mesh, lanes: int, what: str) -> None:
+    """Raises ConfigInvalid when the rows of a batch do not divide over data x fsdp."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if lanes % parts:
+        raise ConfigInvalid(f"mesh {describe(mesh)}: {lanes} {what} do not divide over data x fsdp = {parts}")
+
+
+def describe(mesh: Mesh) -> str:
+    """'1x2x3' for data, fsdp, tensor."""
+    return "x".join(str(mesh.shape[a]) for a in MESH_AXES)

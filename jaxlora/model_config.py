@@ -1,0 +1,97 @@
+"""What a checkpoint decides, and the table of base arrays.  Pure: no jax.
+
+Shape letters: T tokens, D model, F MLP, N query heads, K kv heads, H head, L layers, V vocabulary, X Y features in, out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxlora.errors import ModelInvalid
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Llama3Rope:
+    """Rope scaling of Llama 3.1 and later.  Source: the `llama3` rope type of Hugging Face configurations."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_context: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """What a checkpoint decides.  No defaults: a reader that cannot find a number must say so."""
+
+    family: str  # llama, mistral, qwen2, qwen3
+    layers: int
+    d_model: int
+    d_ff: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    context: int  # longest sequence, tokens
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: Llama3Rope | None
+    window: int | None  # sliding attention window, tokens; None is full attention
+    qkv_bias: bool
+    qk_norm: bool
+    tied: bool  # the head is the embedding
+
+    def __post_init__(self) -> None:
+        if self.heads % self.kv_heads:
+            raise ModelInvalid(f"{self.heads} query heads do not divide into {self.kv_heads} kv heads")
+        if self.head_dim % 2:
+            raise ModelInvalid(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """Shape and logical axes (see mesh.py) of one base array.  A leading "layers" axis means one entry per layer."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+
+
+def parameters(config: ModelConfig) -> dict[str, Parameter]:
+    """Every array of the base, by our name.  Linear weights are [L, in, out]: y = x @ w."""
+    c, L = config, config.layers
+    attn, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
+
+    def linear(x: int, y: int, axes: tuple[str, str]) -> Parameter:
+        return Parameter((L, x, y), ("layers", *axes))
+
+    table = {
+        "embed": Parameter((c.vocab, c.d_model), ("vocab", "embed")),
+        "attn_norm": Parameter((L, c.d_model), ("layers", None)),
+        "q_proj": linear(c.d_model, attn, ("embed", "heads")),
+        "k_proj": linear(c.d_model, kv, ("embed", "kv_heads")),
+        "v_proj": linear(c.d_model, kv, ("embed", "kv_heads")),
+        "o_proj": linear(attn, c.d_model, ("heads", "embed")),
+        "mlp_norm": Parameter((L, c.d_model), ("layers", None)),
+        "gate_proj": linear(c.d_model, c.d_ff, ("embed", "mlp")),
+        "up_proj": linear(c.d_model, c.d_ff, ("embed", "mlp")),
+        "down_proj": linear(c.d_ff, c.d_model, ("mlp", "embed")),
+        "norm": Parameter((c.d_model,), (None,)),
+    }
+    if c.qkv_bias:
+        table["q_bias"] = Parameter((L, attn), ("layers", "heads"))
+        table["k_bias"] = Parameter((L, kv), ("layers", "kv_heads"))
+        table["v_bias"] = Parameter((L, kv), ("layers", "kv_heads"))
+    if c.qk_norm:
+        table["q_norm"] = Parameter((L, c.head_dim), ("layers", None))
+        table["k_norm"] = Parameter((L, c.head_dim), ("layers", None))
+    if not c.tied:
+        table["head"] = Parameter((c.d_model, c.vocab), ("embed", "vocab"))
+    return table
+
+
+def target_features(config: ModelConfig, target: str) -> tuple[int, int]:
+    """(features in, features out) of an adaptable linear: one of lora.ALL_TARGETS."""
+    if target == "lm_head":
+        return config.d_model, config.vocab
+    _, x, y = parameters(config)[target].shape
+    return x, y

@@ -1,0 +1,239 @@
+"""Adapters on the device: S slots of rows, and who sits where.
+
+A Pool is a pytree.  For each target it holds a_LSRX, b_LSRY and scale_LS; rank comes before features so that rows are
+contiguous.  A slot is one index of S; an adapter of a smaller rank is padded with zero rows in both halves, which stay
+zero in training.  Scale is float32 and per layer and target.
+
+Shape letters: L layers (1 for lm_head), S slots, R rank of the pool, X Y features in, out, T tokens, G lanes, J tokens of a lane.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh
+
+from jaxlora.errors import AdapterInvalid
+from jaxlora.lora import HEAD_TARGET, LAYER_TARGETS, Adapter, AdapterRef, LoraSpec
+from jaxlora.mesh import sharding
+from jaxlora.model_config import ModelConfig, parameters, target_features
+from pallas_kernels.gathered_lora import gathered_lora
+from pallas_kernels.segmented_lora import segmented_lora, take_rows
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class LoraRows:
+    """One target's rows: of a pool (axes as named), of one slot (no S) or of the lanes of a batch (G in place of S)."""
+
+    a_LSRX: jax.Array
+    b_LSRY: jax.Array
+    scale_LS: jax.Array  # float32
+
+
+Rows = dict[str, LoraRows]  # by target
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PoolSpec:
+    """What a pool can hold.  Fixed when it is made; no request and no tenant changes it."""
+
+    slots: int
+    rank: int  # largest rank of an adapter
+    dtype: str  # float32 where we train, the serving dtype where we serve
+    targets: tuple[str, ...] = LAYER_TARGETS
+
+    def __post_init__(self) -> None:
+        if self.slots < 1 or self.rank < 1:
+            raise AdapterInvalid(f"a pool needs at least one slot and rank 1, got {self.slots} slots of rank {self.rank}")
+
+    def check(self, spec: LoraSpec) -> None:
+        """Raises AdapterInvalid when an adapter of this specification does not fit a slot."""
+        if spec.max_rank > self.rank:
+            raise AdapterInvalid(f"rank {spec.max_rank} exceeds the limit {self.rank} of this server")
+        missing = [t for t in spec.targets if t not in self.targets]
+        if missing:
+            raise AdapterInvalid(f"LoRA on {', '.join(missing)} is not supported by this server")
+
+
+def layer_count(config: ModelConfig, target: str) -> int:
+    """Rows a target has: one per layer, one for the head."""
+    return 1 if target == HEAD_TARGET else config.layers
+
+
+def row_axes(config: ModelConfig, target: str) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
+    """Logical axes of (a_LSRX, b_LSRY): features are split like the base kernel's."""
+    x, y = ("embed", "vocab") if target == HEAD_TARGET else parameters(config)[target].axes[1:]
+    return ("layers", "slots", "rank", x), ("layers", "slots", "rank", y)
+
+
+def empty_pool(config: ModelConfig, spec: PoolSpec, mesh: Mesh) -> Rows:
+    """A pool of zero rows, placed on the mesh."""
+    pool = {}
+    for target in spec.targets:
+        L, (x, y) = layer_count(config, target), target_features(config, target)
+        a_axes, b_axes = row_axes(config, target)
+        pool[target] = LoraRows(
+            a_LSRX=jnp.zeros((L, spec.slots, spec.rank, x), spec.dtype, device=sharding(mesh, a_axes)),
+            b_LSRY=jnp.zeros((L, spec.slots, spec.rank, y), spec.dtype, device=sharding(mesh, b_axes)),
+            scale_LS=jnp.zeros((L, spec.slots), jnp.float32, device=sharding(mesh, ("layers", "slots"))),
+        )
+    return pool
+
+
+def host_rows(config: ModelConfig, spec: PoolSpec, adapter: Adapter) -> Rows:
+    """One slot's rows of this adapter as float32 NumPy arrays: every target of the pool, every row, and scale.
+
+    Raises AdapterInvalid when the adapter does not fit, AdapterNotFinite when a weight is not finite.
+    """
+    spec.check(adapter.spec)
+    adapter.check_finite()
+    rows = {}
+    for target in spec.targets:
+        L, (x, y) = layer_count(config, target), target_features(config, target)
+        a, b = np.zeros((L, spec.rank, x), np.float32), np.zeros((L, spec.rank, y), np.float32)
+        if target in adapter.weights:
+            given_a, given_b = adapter.weights[target]
+            a[:, : given_a.shape[1]], b[:, : given_b.shape[1]] = given_a, given_b
+        rows[target] = LoraRows(a_LSRX=a, b_LSRY=b, scale_LS=scales(config, adapter.spec, target))  # type: ignore[arg-type]
+    return rows
+
+
+def scales(config: ModelConfig, spec: LoraSpec, target: str) -> np.ndarray:
+    """float32 [L]: the scale of each layer's module, 0 where it is not adapted."""
+    return np.array([spec.scale(target, i) for i in range(layer_count(config, target))], np.float32)
+
+
+def adapter_of_rows(rows: Mapping[str, LoraRows], ref: AdapterRef, spec: LoraSpec, base_hash: str) -> Adapter:
+    """The host adapter whose weights are one slot's rows (float32, cut to the adapter's largest rank)."""
+    weights = {
+        t: (np.asarray(rows[t].a_LSRX, np.float32)[:, : spec.max_rank], np.asarray(rows[t].b_LSRY, np.float32)[:, : spec.max_rank])
+        for t in spec.targets
+    }
+    return Adapter(ref=ref, spec=spec, base_hash=base_hash, weights=weights)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def write_slot(pool: Rows, slot: jax.Array, rows: Rows) -> Rows:
+    """The pool with one slot replaced whole (all targets, all rank rows, scale), cast to the pool's dtype.  Donates."""
+    return jax.tree.map(lambda p, r: lax.dynamic_update_index_in_dim(p, r.astype(p.dtype), slot, 1), pool, rows)
+
+
+@jax.jit
+def read_slot(pool: Rows, slot: jax.Array) -> Rows:
+    """A copy of one slot's rows, without the slot axis."""
+    return jax.tree.map(lambda p: lax.dynamic_index_in_dim(p, slot, 1, keepdims=False), pool)
+
+
+class LaneLora:
+    """Adapted linears of tokens in lanes (training, prefill): rows gathered once, batched over lanes."""
+
+    def __init__(self, rows_LG: Rows):
+        self.per_layer = {t: r for t, r in rows_LG.items() if t != HEAD_TARGET}
+        self.head = rows_LG.get(HEAD_TARGET)
+
+    @staticmethod
+    def gather(pool: Rows, slot_G: jax.Array) -> Rows:
+        """The rows of each lane's slot, [L, G, ...]; zeros for NO_ADAPTER."""
+        return jax.tree.map(lambda p: take_rows(p, slot_G), pool)
+
+    def deltas(self, layer: Rows, targets: tuple[str, ...], x_TX: jax.Array) -> tuple[jax.Array | None, ...]:
+        """[T, Y] per target, None where the pool lacks it."""
+        return tuple(self._delta(layer[t], x_TX) if t in layer else None for t in targets)
+
+    def _delta(self, rows: LoraRows, x_TX: jax.Array) -> jax.Array:
+        G = rows.a_LSRX.shape[0]
+        x_GJX = x_TX.reshape(G, -1, x_TX.shape[-1])
+        y_GJY = segmented_lora(x_GJX, rows.a_LSRX, rows.b_LSRY, rows.scale_LS)
+        return y_GJY.reshape(x_TX.shape[0], -1)
+
+    def head_rows(self) -> tuple[jax.Array, jax.Array, jax.Array] | None:
+        """(a_GRD, b_GRV, scale_G) of the head, if this pool adapts it."""
+        h = self.head
+        return None if h is None else (h.a_LSRX[0], h.b_LSRY[0], h.scale_LS[0])
+
+
+class TokenLora:
+    """Adapted linears of tokens with a slot each (decode): rows read from the pool in place."""
+
+    def __init__(self, pool: Rows, slot_T: jax.Array, layers: int):
+        self.pool, self.slot_T = pool, slot_T
+        self.per_layer = jnp.arange(layers)
+
+    def deltas(self, layer: jax.Array, targets: tuple[str, ...], x_TX: jax.Array) -> tuple[jax.Array | None, ...]:
+        """[T, Y] per target, None where the pool lacks it."""
+        have = [t for t in targets if t in self.pool]
+        rows = [(self.pool[t].a_LSRX, self.pool[t].b_LSRY, self.pool[t].scale_LS) for t in have]
+        got = dict(zip(have, gathered_lora(x_TX, rows, layer, self.slot_T), strict=True)) if have else {}
+        return tuple(got.get(t) for t in targets)
+
+
+class SlotTable:
+    """Who sits in which serving slot.  Host only; a pinned slot is never reused, ties go to the lowest index."""
+
+    def __init__(self, slots: int):
+        self._ref_of: list[AdapterRef | None] = [None] * slots
+        self._pins = [0] * slots
+        self._used = [0] * slots  # clock of the last pin or unpin
+        self._slot_of: dict[AdapterRef, int] = {}
+        self._clock = 0
+
+    def find(self, ref: AdapterRef) -> int | None:
+        """The slot that holds this version, if one does."""
+        return self._slot_of.get(ref)
+
+    def pin(self, ref: AdapterRef) -> int | None:
+        """The slot that holds this version, with one more user; None when it is not resident."""
+        slot = self._slot_of.get(ref)
+        if slot is not None:
+            self._pins[slot] += 1
+            self._touch(slot)
+        return slot
+
+    def unpin(self, slot: int) -> None:
+        """One user less."""
+        assert self._pins[slot] > 0, f"slot {slot} is not pinned"
+        self._pins[slot] -= 1
+        self._touch(slot)
+
+    def choose(self) -> int | None:
+        """A slot to load into: an empty one, else the unpinned one used longest ago; None when all are pinned."""
+        free = [s for s, pins in enumerate(self._pins) if pins == 0]
+        return min(free, key=lambda s: (self._ref_of[s] is not None, self._used[s], s), default=None)
+
+    def place(self, slot: int, ref: AdapterRef) -> None:
+        """Record that the slot now holds this version."""
+        assert self._pins[slot] == 0, f"slot {slot} is pinned"
+        old = self._ref_of[slot]
+        if old is not None:
+            del self._slot_of[old]
+        self._ref_of[slot] = ref
+        self._slot_of[ref] = slot
+        self._touch(slot)
+
+    def drop(self, ref: AdapterRef) -> None:
+        """Forget a version that nobody uses; does nothing when it is not resident or still pinned."""
+        slot = self._slot_of.get(ref)
+        if slot is not None and self._pins[slot] == 0:
+            del self._slot_of[ref]
+            self._ref_of[slot] = None
+
+    def resident(self) -> dict[AdapterRef, int]:
+        """Every version on the device and its slot."""
+        return dict(self._slot_of)
+
+    def check(self) -> None:
+        """Asserts that both maps agree and that no pin is lost."""
+        assert {r: s for s, r in enumerate(self._ref_of) if r is not None} == self._slot_of
+        assert all(p >= 0 for p in self._pins)
+        assert all(p == 0 or r is not None for p, r in zip(self._pins, self._ref_of, strict=True))
+
+    def _touch(self, slot: int) -> None:
+        self._clock += 1
+        self._used[slot] = self._clock

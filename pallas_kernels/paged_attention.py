@@ -1,0 +1,99 @@
+"""Attention of new tokens over their sequence's KV pages.  Decode (J = 1) and chunked prefill.
+
+The keys and values of the new tokens are already written.  A lane is a run of tokens of one sequence; several lanes may
+belong to one sequence.  The loop runs over page columns with an online softmax, and its trip count is the pages of the
+longest lane, so one compiled program serves every length.
+
+Shape letters: G lanes, J tokens of a lane, N query heads, K kv heads, M queries per kv head, H head,
+L layers, P pages, Z tokens per page, C pages per sequence.
+Source: online softmax (arXiv 1805.02867); paged KV, vLLM (arXiv 2309.06180).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.attention import MASKED
+from pallas_kernels.shapes import shaped
+
+
+@shaped
+def paged_attention_oracle(
+    q_GJNH: jax.Array,
+    k_LPZKH: jax.Array,
+    v_LPZKH: jax.Array,
+    layer: jax.Array,
+    page_GC: jax.Array,
+    position_GJ: jax.Array,
+    *,
+    window: int | None,
+) -> jax.Array:
+    """The definition: gathers every page, then attends.  float32 [G, J, N, H]."""
+    G, J, N, H = q_GJNH.shape
+    Z, K = k_LPZKH.shape[2:4]
+    k = k_LPZKH[layer][page_GC].reshape(G, -1, K, H).astype(jnp.float32)
+    v = v_LPZKH[layer][page_GC].reshape(G, -1, K, H).astype(jnp.float32)
+    seen = _visible(position_GJ, jnp.arange(page_GC.shape[1] * Z), window)
+    held = (jnp.arange(page_GC.shape[1] * Z)[None, :] <= position_GJ.max(1)[:, None])[:, :, None, None]
+    q = q_GJNH.astype(jnp.float32).reshape(G, J, K, N // K, H)
+    score = jnp.einsum("gjkmh,gskh->gkmjs", q, jnp.where(held, k, 0), precision="highest") * H**-0.5
+    weight = jax.nn.softmax(jnp.where(seen[:, None, None], score, MASKED), axis=-1)
+    out = jnp.einsum("gkmjs,gskh->gjkmh", weight, jnp.where(held, v, 0), precision="highest").reshape(G, J, N, H)
+    return jnp.where((position_GJ >= 0)[:, :, None, None], out, 0)
+
+
+@shaped
+def paged_attention(
+    q_GJNH: jax.Array,
+    k_LPZKH: jax.Array,
+    v_LPZKH: jax.Array,
+    layer: jax.Array,
+    page_GC: jax.Array,
+    position_GJ: jax.Array,
+    *,
+    window: int | None,
+) -> jax.Array:
+    """[G, J, N, H] in q's dtype; zeros where position is -1 (padding).  Softmax in float32.
+
+    page_GC: int32 page of each column of a lane's sequence; entries past its length are read by nobody.
+    position_GJ: int32 place of the token in its sequence, -1 for padding.  Whatever unused pages hold, NaN too,
+    changes nothing: values are selected, not multiplied by a zero weight.
+    """
+    G, J, N, H = q_GJNH.shape
+    Z, K = k_LPZKH.shape[2:4]
+    M = N // K
+    q = (q_GJNH.reshape(G, J, K, M, H) * H**-0.5).astype(q_GJNH.dtype)
+    last_G = position_GJ.max(axis=1)
+
+    def column(c: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        best, total, acc = carry
+        page_G = lax.dynamic_index_in_dim(page_GC, c, 1, keepdims=False)
+        key_Z = c * Z + jnp.arange(Z)
+        held = (key_Z[None, :] <= last_G[:, None])[:, :, None, None]
+        k = jnp.where(held, k_LPZKH[layer, page_G], 0)
+        v = jnp.where(held, v_LPZKH[layer, page_G], 0)
+        score = jnp.einsum("gjkmh,gzkh->gkmjz", q, k, preferred_element_type=jnp.float32)
+        score = jnp.where(_visible(position_GJ, key_Z, window)[:, None, None], score, MASKED)
+        new_best = jnp.maximum(best, score.max(-1))
+        weight = jnp.exp(score - new_best[..., None])
+        shrink = jnp.exp(best - new_best)
+        part = jnp.einsum("gkmjz,gzkh->gkmjh", weight.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        return new_best, total * shrink + weight.sum(-1), acc * shrink[..., None] + part
+
+    start = (
+        jnp.full((G, K, M, J), MASKED, jnp.float32),
+        jnp.zeros((G, K, M, J), jnp.float32),
+        jnp.zeros((G, K, M, J, H), jnp.float32),
+    )
+    columns = jnp.maximum(last_G.max(), 0) // Z + 1
+    _, total, acc = lax.fori_loop(0, columns, column, start)
+    out = (acc / total[..., None]).transpose(0, 3, 1, 2, 4).reshape(G, J, N, H)
+    return jnp.where((position_GJ >= 0)[:, :, None, None], out, 0).astype(q_GJNH.dtype)
+
+
+def _visible(position_GJ: jax.Array, key_Z: jax.Array, window: int | None) -> jax.Array:
+    """bool [G, J, Z]: may the token at this position see the key at that place of its sequence?"""
+    position, key = position_GJ[:, :, None], key_Z[None, None, :]
+    return key <= position if window is None else (key <= position) & (key > position - window)

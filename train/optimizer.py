@@ -1,0 +1,131 @@
+"""AdamW over the slots that are due: Optax, vmapped, every number of it a value per slot.
+
+Changing a learning rate, a beta or a clip never retraces, and nothing is shared between tenants: each has its own norm,
+its own moments, its own step count.
+
+Shape letters: U slots due in this update, L layers, R LoRA rank, X features.
+Source: AdamW (arXiv 1711.05101).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxlora.errors import ConfigInvalid
+
+NO_CLIP = math.inf
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Hyper:
+    """One row per due slot, float32 [U]."""
+
+    lr: jax.Array  # of this very step: the schedule is computed on the host
+    decay: jax.Array  # decoupled weight decay
+    b1: jax.Array
+    b2: jax.Array
+    eps: jax.Array
+    clip: jax.Array  # limit of the tenant's own global gradient norm; infinity is none
+    divisor: jax.Array  # the summed gradient is divided by this: the window's sum of weights
+
+    @staticmethod
+    def stack(rows: list[dict[str, float]]) -> Hyper:
+        """The rows as NumPy arrays, one per field."""
+        return Hyper(**{f.name: np.array([r[f.name] for r in rows], np.float32) for f in fields(Hyper)})
+
+
+IDLE = {"lr": 0.0, "decay": 0.0, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "clip": NO_CLIP, "divisor": 1.0}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Optimizer:
+    """One tenant's optimizer settings, on the host.  Raises ConfigInvalid for an impossible value."""
+
+    lr: float
+    schedule: str = "linear"  # constant, linear (to 0) or cosine (to 0)
+    warmup_steps: int = 0
+    total_steps: int  # where the schedule ends
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    clip: float | None = 1.0  # None: no clipping
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.lr) and self.lr >= 0):
+            raise ConfigInvalid(f"lr must be finite and not negative, got {self.lr}", param="lr")
+        if self.schedule not in ("constant", "linear", "cosine"):
+            raise ConfigInvalid(f"schedule must be constant, linear or cosine, got {self.schedule}", param="schedule")
+        if self.total_steps < 1 or not 0 <= self.warmup_steps <= self.total_steps:
+            raise ConfigInvalid(f"warmup_steps must be in [0, total_steps], got {self.warmup_steps} of {self.total_steps}")
+        if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1 and self.eps > 0 and self.weight_decay >= 0):
+            raise ConfigInvalid(
+                f"betas must be in [0, 1), eps positive, weight_decay not negative; got "
+                f"b1 {self.b1}, b2 {self.b2}, eps {self.eps}, weight_decay {self.weight_decay}"
+            )
+        if self.clip is not None and not self.clip > 0:
+            raise ConfigInvalid(f"clip must be positive or absent, got {self.clip}", param="clip")
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of optimizer step `step`, counted from 0."""
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        rest = max(self.total_steps - self.warmup_steps, 1)
+        done = min((step - self.warmup_steps) / rest, 1.0)
+        if self.schedule == "constant":
+            return self.lr
+        return self.lr * (1 - done) if self.schedule == "linear" else self.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+    def row(self, step: int, divisor: float) -> dict[str, float]:
+        """This tenant's row of Hyper for that step."""
+        return {
+            "lr": self.lr_at(step),
+            "decay": self.weight_decay,
+            "b1": self.b1,
+            "b2": self.b2,
+            "eps": self.eps,
+            "clip": NO_CLIP if self.clip is None else self.clip,
+            "divisor": divisor,
+        }
+
+
+Halves = dict[str, tuple[jax.Array, jax.Array]]  # target → (a, b)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Moments:
+    """AdamW's state of one slot (or of all, with a slot axis): float32 moments and the int32 number of updates."""
+
+    mu: Halves
+    nu: Halves
+    count: jax.Array
+
+
+def adamw(weights: Halves, grads: Halves, moments: Moments, hyper: Hyper) -> tuple[Halves, Moments, jax.Array, jax.Array]:
+    """(new weights, new moments, float32 gradient norm before clipping, bool finite) of ONE tenant.
+
+    Where loss gradient or update is not finite, weights and moments come back as they were.
+    """
+    grads = jax.tree.map(lambda g: g / hyper.divisor, grads)
+    norm = optax.global_norm(grads)
+    chain = optax.chain(
+        optax.clip_by_global_norm(hyper.clip),
+        optax.scale_by_adam(b1=hyper.b1, b2=hyper.b2, eps=hyper.eps),
+        optax.add_decayed_weights(hyper.decay),
+        optax.scale_by_learning_rate(hyper.lr),
+    )
+    empty = optax.EmptyState()
+    state = (empty, optax.ScaleByAdamState(count=moments.count, mu=moments.mu, nu=moments.nu), empty, empty)
+    updates, (_, adam, _, _) = chain.update(grads, state, weights)
+    finite = jnp.isfinite(norm) & jnp.isfinite(optax.global_norm(updates))
+    new = optax.apply_updates(weights, updates), Moments(mu=adam.mu, nu=adam.nu, count=adam.count)
+    kept = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, (weights, moments))
+    return *kept, norm, finite
