@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,7 +96,7 @@ class CompileCounter:
 
 
 @contextlib.contextmanager
-def _listening(counter: CompileCounter) -> Iterator[None]:
+def _listening(counter: CompileCounter) -> Generator[None]:
     def on_duration(event: str, duration_secs: float, **_labels: str | int) -> None:
         counter.traces += event == TRACE_EVENT
         counter.lowerings += event == LOWER_EVENT

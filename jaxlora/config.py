@@ -113,9 +113,7 @@ class TenantSection:
         _need(0 <= self.b2 < 1, "b2", "in [0, 1)", self.b2)
         _need(math.isfinite(self.eps) and self.eps > 0, "eps", "positive and finite", self.eps)
         clip = self.clip
-        _need(
-            clip is None or (math.isfinite(clip) and clip > 0), "clip", "positive and finite, or left out", clip
-        )
+        _need(clip is None or (math.isfinite(clip) and clip > 0), "clip", "positive and finite, or left out", clip)
         _need(0 <= self.seed < 2**32, "seed", "in [0, 2^32)", self.seed)
 
     @property

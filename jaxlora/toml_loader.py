@@ -53,6 +53,8 @@ def _at(path: Path, key: str, message: str) -> ConfigInvalid:
 
 def _table(value: object, cls: type, key: str, path: Path) -> object:
     """The dataclass `cls` out of a TOML table."""
+    if not dataclasses.is_dataclass(cls):
+        raise TypeError(f"{cls} is not a dataclass")
     if not isinstance(value, Mapping):
         raise _at(path, key, f"must be a table, got {_shown(value)}")
     known = {f.name: f for f in dataclasses.fields(cls)}
