@@ -149,7 +149,7 @@ def test_ctrl_c_is_exit_130():
 
 def test_resolve_imports_what_is_named(monkeypatch):
     module = types.ModuleType("train.made_up")
-    module.main = print  # ty: ignore[unresolved-attribute]
+    module.main = print  # ty: ignore[missing-attribute]
     monkeypatch.setitem(sys.modules, "train.made_up", module)
     assert cli.resolve("train.made_up:main") is print
 
