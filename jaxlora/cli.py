@@ -1,0 +1,154 @@
+"""`jaxlora COMMAND`.  Each command is named "module:function" and imported when it runs, so that help is instant.
+
+Exit codes: 0 done; 2 an error the user can act on, one line on stderr; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+from collections.abc import Callable, Generator
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jaxlora.errors import ConfigInvalid, JaxLoraError
+from jaxlora.neighbours import check_neighbours, own_home
+
+ERROR_EXIT, INTERRUPTED_EXIT = 2, 130
+SERVE_EXAMPLES = """Example:  jaxlora serve configs/serve_smollm2.toml
+
+Example:  jaxlora serve --model smollm2 --port 8000"""
+
+app = typer.Typer(
+    name="jaxlora",
+    help="One frozen base model, many tenants: their LoRA adapters train together and are served together.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def resolve(target: str) -> Callable[..., None]:
+    """The function behind "module:function", imported now, from beside us."""
+    check_neighbours(own_home())
+    module, function = target.split(":")
+    return getattr(importlib.import_module(module), function)
+
+
+@contextlib.contextmanager
+def clean_exit() -> Generator[None]:
+    """Turns our errors into one line on stderr and exit code 2, Ctrl-C into exit code 130."""
+    try:
+        yield
+    except JaxLoraError as e:
+        line = " ".join(e.message.split())
+        typer.echo(f"jaxlora: {line}", err=True)
+        raise typer.Exit(ERROR_EXIT) from e
+    except KeyboardInterrupt as e:
+        typer.echo("jaxlora: interrupted", err=True)
+        raise typer.Exit(INTERRUPTED_EXIT) from e
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"jaxlora {importlib.metadata.version('jaxlora')}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """One frozen base model, many tenants: their LoRA adapters train together and are served together."""
+
+
+@app.command(epilog="Example:  jaxlora demo --exit --out runs/demo")
+def demo(
+    exit_after: Annotated[
+        bool, typer.Option("--exit", help="Stop after the demo instead of going on serving.")
+    ] = False,
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1; 0 takes any free one.", min=0, max=65535)] = 8000,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for adapters and metrics (default: a temporary one)", show_default=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of data, first weights and sampling.", min=0)] = 0,
+) -> None:
+    """Train a few tenants' adapters on the demo model in one step, serve them all, and compare."""
+    with clean_exit():
+        resolve("serve.demo:main")(exit_after=exit_after, port=port, out=out, seed=seed)
+
+
+@app.command(epilog=SERVE_EXAMPLES)
+def serve(
+    config: Annotated[Path | None, typer.Argument(metavar="CONFIG.toml", show_default=False)] = None,
+    model: Annotated[
+        str | None, typer.Option(help='"smollm2", a directory, a .gguf file or a hub id.', show_default=False)
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default=False)] = None,
+    port: Annotated[int | None, typer.Option(help="0 takes any free port.", show_default=False)] = None,
+    slots: Annotated[int | None, typer.Option(help="Adapters on the device at once.", show_default=False)] = None,
+    max_rank: Annotated[int | None, typer.Option(help="Largest rank a slot holds.", show_default=False)] = None,
+    rows: Annotated[int | None, typer.Option(help="Sequences decoded in one step.", show_default=False)] = None,
+    adapters: Annotated[
+        Path | None,
+        typer.Option(help="Root of the adapter store (without CONFIG.toml: ./adapters)", show_default=False),
+    ] = None,
+) -> None:
+    """Serve a base and its adapters over HTTP.
+
+    Give CONFIG.toml, or --model for the defaults of jaxlora.config.serve_defaults.  An option beside CONFIG.toml
+    replaces the file's value.
+    """
+    with clean_exit():
+        from jaxlora.config import ServeConfig, load, serve_defaults
+
+        if config is not None:
+            settings = load(config, ServeConfig)
+        elif model is not None:
+            settings = serve_defaults(model, Path("adapters"))
+        else:
+            raise ConfigInvalid("serve needs to know the base; give CONFIG.toml or --model, e.g. --model smollm2")
+        flags = {"host": host, "port": port, "slots": slots, "max_rank": max_rank, "rows": rows, "adapters": adapters}
+        try:
+            if model is not None:
+                settings = replace(settings, model=replace(settings.model, path=model))
+            settings = replace(settings, **{k: v for k, v in flags.items() if v is not None})
+        except ValueError as e:
+            raise ConfigInvalid(f"an option of serve: {e}") from e
+        resolve("serve.app:main")(settings)
+
+
+@app.command(epilog="Example:  jaxlora train configs/train_two_tenants.toml")
+def train(config: Annotated[Path, typer.Argument(metavar="CONFIG.toml", show_default=False)]) -> None:
+    """Train the tenants of a TOML file together; their adapters land in its `out` folder."""
+    with clean_exit():
+        resolve("train.run:main")(config)
+
+
+@app.command(epilog="Example:  jaxlora doctor")
+def doctor() -> None:
+    """Say what is installed, which devices there are, where things are kept, and what is wrong."""
+    with clean_exit():
+        from jaxlora.doctor import report
+
+        healthy = True
+        for line in report(own_home()):
+            typer.echo(line.text)
+            healthy = healthy and line.ok
+        if not healthy:
+            raise typer.Exit(ERROR_EXIT)
+
+
+def main() -> None:
+    """What the `jaxlora` script runs."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""The house keeps its shape: who may import whom, which files are pure, what is nowhere, how long a file may be."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LAYERS = ("pallas_kernels", "jaxlora", "train", "serve")  # each may import those before it
+PURE = (
+    "jaxlora/errors.py",
+    "jaxlora/config.py",
+    "jaxlora/toml_loader.py",
+    "jaxlora/neighbours.py",
+    "jaxlora/lora.py",
+    "jaxlora/cli.py",
+    "train/mixer.py",
+    "train/jobs.py",
+    "serve/request.py",
+    "serve/scheduler.py",
+    "serve/pages.py",
+    "serve/auth.py",
+    "serve/metrics.py",
+    "serve/stops.py",
+)
+JAX_FAMILY = ("jax", "jaxlib", "flax", "optax", "orbax")
+ONLY_IN = {  # package → the only files that import it
+    "flax": ("jaxlora/model.py",),
+    "pydantic": ("serve/openai_api.py", "serve/openai_types.py"),
+}
+UNSAFE_MODULES = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "torch")
+MAX_LINES = 450
+
+
+@dataclass(frozen=True, slots=True)
+class Import:
+    """One import, wherever in the file it stands."""
+
+    file: str  # from the root of the repository
+    line: int
+    module: str  # dotted, absolute
+
+    @property
+    def top(self) -> str:
+        return self.module.split(".")[0]
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line} imports {self.module}"
+
+
+def imports(source: str, file: str) -> Iterator[Import]:
+    """Every import of a file, those inside functions included."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Import(file, node.lineno, alias.name)
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            if node.level:  # packages are flat: a relative import stays in the file's own package
+                module = ".".join(filter(None, [file.split("/")[0], module]))
+            for alias in node.names:
+                yield Import(file, node.lineno, f"{module}.{alias.name}")
+
+
+def upward(found: Import) -> bool:
+    """Whether an import goes from a lower layer to a higher one."""
+    own = found.file.split("/")[0]
+    return found.top in LAYERS and LAYERS.index(found.top) > LAYERS.index(own)
+
+
+def unsafe(source: str, file: str) -> Iterator[str]:
+    """Every way of running code out of a data file."""
+    for found in imports(source, file):
+        if found.top in UNSAFE_MODULES:
+            yield str(found)
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+            refused = isinstance(node.value, ast.Constant) and node.value.value is False
+            if not refused:
+                yield f"{file}:{node.value.lineno} says allow_pickle"
+
+
+def our_files() -> list[str]:
+    return [str(p.relative_to(ROOT)) for layer in LAYERS for p in sorted((ROOT / layer).rglob("*.py"))]
+
+
+def text(file: str) -> str:
+    return (ROOT / file).read_text()
+
+
+def all_imports() -> list[Import]:
+    return [found for file in our_files() for found in imports(text(file), file)]
+
+
+def test_layers_point_down():
+    assert [str(i) for i in all_imports() if upward(i)] == []
+
+
+def test_nothing_imports_the_tests():
+    assert [str(i) for i in all_imports() if i.top in ("tests", "conftest", "small_world")] == []
+
+
+@pytest.mark.parametrize("file", PURE)
+def test_pure_file_imports_no_jax(file):
+    if not (ROOT / file).exists():
+        pytest.skip("not built yet")
+    assert [str(i) for i in imports(text(file), file) if i.top in JAX_FAMILY] == []
+
+
+def test_pure_files_reach_no_jax_through_another_file():
+    """Follows our own imports at module level; one inside a function is a choice made when it runs."""
+    reached: dict[str, list[str]] = {}
+    for start in (f for f in PURE if (ROOT / f).exists()):
+        seen, todo = set(), [start]
+        while todo:
+            file = todo.pop()
+            if file in seen:
+                continue
+            seen.add(file)
+            for found in module_level_imports(file):
+                if found.top in JAX_FAMILY:
+                    reached.setdefault(start, []).append(str(found))
+                todo += our_file(found.module)
+    assert reached == {}
+
+
+def module_level_imports(file: str) -> list[Import]:
+    tree = ast.parse(text(file))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            node.body = [ast.Pass()]
+    return list(imports(ast.unparse(tree), file))
+
+
+def our_file(module: str) -> list[str]:
+    """The files that `import module` runs, out of ours."""
+    parts = module.split(".")
+    candidates = [f"{parts[0]}/__init__.py", *([f"{parts[0]}/{parts[1]}.py"] if len(parts) > 1 else [])]
+    return [c for c in candidates if parts[0] in LAYERS and (ROOT / c).exists()]
+
+
+@pytest.mark.parametrize("package", ONLY_IN)
+def test_package_is_imported_only_in_its_files(package):
+    assert [str(i) for i in all_imports() if i.top == package and i.file not in ONLY_IN[package]] == []
+
+
+def test_nothing_unpickles():
+    assert [line for file in our_files() for line in unsafe(text(file), file)] == []
+
+
+def test_files_are_short():
+    tests = [str(p.relative_to(ROOT)) for p in (ROOT / "tests").rglob("*.py")]
+    lengths = {file: len(text(file).splitlines()) for file in our_files() + tests}
+    assert {file: n for file, n in lengths.items() if n > MAX_LINES} == {}
+
+
+def test_no_module_is_called_utils():
+    stems = {file: Path(file).stem for file in our_files()}
+    assert [
+        f for f, stem in stems.items() if stem.split("_")[-1] in ("utils", "util", "helpers", "misc", "common")
+    ] == []
+
+
+def test_packages_are_flat():
+    assert [file for file in our_files() if file.count("/") != 1] == []
+
+
+def test_tests_are_flat_and_named_after_what_they_test():
+    folder = ROOT / "tests"
+    subfolders = [p.name for p in folder.iterdir() if p.is_dir() and any(p.rglob("*.py"))]
+    assert subfolders == []
+    assert not (folder / "__init__.py").exists()
+    prefixes = tuple(f"test_{layer}_" for layer in (*LAYERS, "house"))
+    assert [p.name for p in folder.glob("test_*.py") if not p.name.startswith(prefixes)] == []
+
+
+class TestTheRulesCanFail:
+    """Each rule, shown what it must refuse."""
+
+    @pytest.mark.parametrize(
+        ("file", "line", "is_upward"),
+        [
+            ("jaxlora/pool.py", "from train import data", True),
+            ("jaxlora/pool.py", "import serve.app", True),
+            ("train/run.py", "def f():\n    from serve.request import Request", True),
+            ("pallas_kernels/shapes.py", "import jaxlora", True),
+            ("serve/app.py", "import train.run, jaxlora.pool", False),
+            ("serve/app.py", "from . import request", False),
+            ("jaxlora/pool.py", "from jaxlora import lora", False),
+            ("train/run.py", "import training", False),
+        ],
+    )
+    def test_upward(self, file, line, is_upward):
+        assert any(upward(i) for i in imports(line, file)) is is_upward
+
+    @pytest.mark.parametrize(
+        ("line", "is_unsafe"),
+        [
+            ("import pickle", True),
+            ("from torch import load", True),
+            ("np.load(p, allow_pickle=True)", True),
+            ("np.load(p, allow_pickle=chosen)", True),
+            ("np.load(p, allow_pickle=False)", False),
+            ("import json", False),
+        ],
+    )
+    def test_unsafe(self, line, is_unsafe):
+        assert bool(list(unsafe(line, "jaxlora/store.py"))) is is_unsafe

@@ -1,0 +1,282 @@
+"""Settings: what the loader accepts and refuses, and what each section checks."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+
+from jaxlora.config import ServeConfig, TrainConfig, load, serve_defaults
+from jaxlora.errors import ConfigInvalid
+from jaxlora.lora import LAYER_TARGETS
+from jaxlora.toml_loader import PathOrName
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Colour(enum.Enum):
+    RED = "red"
+    BLUE = "blue"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inner:
+    size: int
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"size must be at least 1, got {self.size}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outer:
+    count: int
+    ratio: float
+    on: bool
+    text: str
+    place: Path
+    model: Annotated[str, PathOrName]
+    kind: Literal["a", "b"]
+    colour: Colour
+    inner: Inner
+    rows: tuple[Inner, ...]
+    names: tuple[str, ...] = ("x",)
+    limit: int | None = None
+
+
+GOOD = {
+    "count": "3",
+    "ratio": "0.5",
+    "on": "true",
+    "text": '"t"',
+    "place": '"here/f"',
+    "model": '"org/name"',
+    "kind": '"b"',
+    "colour": '"blue"',
+    "inner": "{size = 1}",
+    "rows": "[{size = 2}, {size = 3}]",
+}
+
+
+def written(folder: Path, **changed: str | None) -> Path:
+    """A TOML file of GOOD with some keys changed; None leaves a key out."""
+    path = folder / "c.toml"
+    path.write_text("".join(f"{k} = {v}\n" for k, v in {**GOOD, **changed}.items() if v is not None))
+    return path
+
+
+def refusal(path: Path, cls: type = Outer) -> str:
+    with pytest.raises(ConfigInvalid) as e:
+        load(path, cls)
+    assert str(path) in e.value.message
+    return e.value.message.removeprefix(f"{path}: ")
+
+
+def test_every_kind_of_field(tmp_path):
+    assert load(written(tmp_path), Outer) == Outer(
+        count=3,
+        ratio=0.5,
+        on=True,
+        text="t",
+        place=tmp_path / "here/f",
+        model="org/name",
+        kind="b",
+        colour=Colour.BLUE,
+        inner=Inner(size=1),
+        rows=(Inner(size=2), Inner(size=3)),
+        names=("x",),
+        limit=None,
+    )
+
+
+def test_float_accepts_an_integer_and_becomes_a_float(tmp_path):
+    ratio = load(written(tmp_path, ratio="2"), Outer).ratio
+    assert (ratio, type(ratio)) == (2.0, float)
+
+
+def test_optional_field_takes_its_value(tmp_path):
+    assert load(written(tmp_path, limit="4"), Outer).limit == 4
+
+
+def test_absolute_path_stays(tmp_path):
+    assert load(written(tmp_path, place='"/a/b"'), Outer).place == Path("/a/b")
+
+
+@pytest.mark.parametrize("text", ["./m", "../m", "m.gguf", "sub/m.gguf"])
+def test_path_or_name_that_is_a_path(tmp_path, text):
+    assert load(written(tmp_path, model=f'"{text}"'), Outer).model == str(tmp_path / text)
+
+
+def test_path_or_name_that_is_there(tmp_path):
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    assert load(written(tmp_path), Outer).model == str(tmp_path / "org" / "name")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        pytest.param({"extra": "1"}, "extra: unknown key; known here: count, ratio, ", id="unknown"),
+        pytest.param({"inner": "{size = 1, depth = 2}"}, "inner.depth: unknown key; known here: size", id="unknown-in"),
+        pytest.param({"count": None}, "count: missing; wanted an integer", id="missing"),
+        pytest.param({"inner": "{}"}, "inner.size: missing; wanted an integer", id="missing-in-table"),
+        pytest.param({"rows": "[{size = 2}, {}]"}, "rows[1].size: missing", id="missing-in-array"),
+        pytest.param({"count": "1.0"}, "count: must be an integer, got 1.0 (float)", id="int-float"),
+        pytest.param({"count": "true"}, "count: must be an integer, got True (boolean)", id="int-bool"),
+        pytest.param({"ratio": "true"}, "ratio: must be a number, got True (boolean)", id="float-bool"),
+        pytest.param({"ratio": '"1"'}, "ratio: must be a number, got '1' (string)", id="float-string"),
+        pytest.param({"on": "1"}, "on: must be true or false, got 1 (integer)", id="bool-int"),
+        pytest.param({"text": "1"}, "text: must be a string, got 1 (integer)", id="string-int"),
+        pytest.param({"place": "1"}, "place: must be a path, got 1 (integer)", id="path-int"),
+        pytest.param({"place": '""'}, "place: must be a path, got '' (string)", id="path-empty"),
+        pytest.param({"place": '"~no-such-user-here/f"'}, "place: '~no-such-user-here/f' has no home", id="path-home"),
+        pytest.param({"model": "1"}, "model: must be a string", id="name-int"),
+        pytest.param({"kind": '"c"'}, "kind: must be one of 'a', 'b', got 'c' (string)", id="literal"),
+        pytest.param({"colour": '"green"'}, "colour: must be one of 'red', 'blue', got 'green'", id="enum"),
+        pytest.param({"inner": "1"}, "inner: must be a table, got 1 (integer)", id="table-int"),
+        pytest.param({"rows": "{size = 1}"}, "rows: must be an array, each a table, got {'size': 1}", id="array-table"),
+        pytest.param({"rows": "[1]"}, "rows[0]: must be a table, got 1 (integer)", id="array-of-int"),
+        pytest.param({"names": '["a", 1]'}, "names[1]: must be a string, got 1 (integer)", id="array-item"),
+        pytest.param({"limit": "1.5"}, "limit: must be an integer, got 1.5 (float)", id="optional"),
+        pytest.param({"inner": "{size = 0}"}, "inner: size must be at least 1, got 0", id="own-check"),
+        pytest.param({"rows": "[{size = -1}]"}, "rows[0]: size must be at least 1, got -1", id="own-check-in-array"),
+        pytest.param({"text": "1979-05-27"}, "text: must be a string, got datetime.date", id="date"),
+        pytest.param({"text": "= 3"}, "is not TOML: ", id="syntax"),
+    ],
+)
+def test_refused(tmp_path, changed, message):
+    assert refusal(written(tmp_path, **changed)).startswith(message)
+
+
+def test_refusal_carries_the_key(tmp_path):
+    with pytest.raises(ConfigInvalid) as e:
+        load(written(tmp_path, rows="[{size = 2}, {size = true}]"), Outer)
+    assert e.value.param == "rows[1].size"
+
+
+def test_file_that_is_not_there(tmp_path):
+    assert refusal(tmp_path / "none.toml").startswith("cannot be read (No such file or directory)")
+
+
+def test_file_that_is_a_folder(tmp_path):
+    assert refusal(tmp_path).startswith("cannot be read (Is a directory)")
+
+
+def test_file_that_is_not_text(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_bytes(b"a = \xff")
+    assert refusal(path).startswith("is not UTF-8 text (byte 4)")
+
+
+def test_long_values_are_cut_in_messages(tmp_path):
+    assert len(refusal(written(tmp_path, count='"' + "x" * 10_000 + '"'))) < 200
+
+
+def test_field_type_the_loader_does_not_know_is_our_mistake(tmp_path):
+    @dataclass(frozen=True, kw_only=True)
+    class Strange:
+        a: int | str
+
+    path = tmp_path / "c.toml"
+    path.write_text("a = 1")
+    with pytest.raises(TypeError, match=r"X or X \| None"):
+        load(path, Strange)
+
+
+def test_example_train_config():
+    c = load(ROOT / "configs/train_two_tenants.toml", TrainConfig)
+    roman, plural = c.tenant
+    assert (c.model.path, c.mesh.data * c.mesh.fsdp * c.mesh.tensor) == ("smollm2", 1)
+    assert (roman.targets, roman.clip, roman.steps) == (LAYER_TARGETS, None, None)
+    assert (plural.spec.scale("q_proj", 0), plural.steps) == (4.0, 30)
+    for file in (roman.train, roman.heldout, plural.train, plural.heldout):
+        assert file is not None
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        assert all([m["role"] for m in line["messages"]] == ["system", "user", "assistant"] for line in lines)
+        assert len(lines) == (16 if ".train." in file.name else 8)
+
+
+def test_example_train_and_heldout_lines_differ():
+    for tenant in load(ROOT / "configs/train_two_tenants.toml", TrainConfig).tenant:
+        assert tenant.heldout is not None
+        assert not set(tenant.train.read_text().splitlines()) & set(tenant.heldout.read_text().splitlines())
+
+
+def test_example_serve_config_equals_the_defaults():
+    c = load(ROOT / "configs/serve_smollm2.toml", ServeConfig)
+    assert c == serve_defaults("smollm2", c.adapters)
+    assert c.adapters.resolve() == ROOT / "runs/adapters"
+
+
+def changed_example(tmp_path: Path, name: str, old: str, new: str) -> Path:
+    source = (ROOT / "configs" / name).read_text()
+    assert old in source
+    path = tmp_path / name
+    path.write_text(source.replace(old, new))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("lr = 2e-3", "lr = 0", "tenant[0]: lr must be positive and finite, got 0.0"),
+        ("lr = 2e-3", "lr = inf", "tenant[0]: lr must be positive and finite, got inf"),
+        ("lr = 2e-3", "lr = nan", "tenant[0]: lr must be positive and finite, got nan"),
+        ('schedule = "linear"', 'schedule = "step"', "tenant[0].schedule: must be one of 'constant', 'linear',"),
+        ("warmup_steps = 4", "warmup_steps = -1", "tenant[0]: warmup_steps must be 0 or more"),
+        ("weight_decay = 0.01", "weight_decay = -0.1", "tenant[1]: weight_decay must be 0 or more"),
+        ("clip = 1.0", "clip = 0", "tenant[1]: clip must be positive and finite, or left out"),
+        ("batch = 4\n", "batch = 0\n", "tenant[1]: batch must be at least 1"),
+        ("steps = 30", "steps = 0", "tenant[1]: steps must be at least 1, or left out"),
+        ("seed = 1", "seed = -1", "tenant[1]: seed must be in [0, 2^32)"),
+        ("seed = 1", "b1 = 1\nseed = 1", "tenant[1]: b1 must be in [0, 1), got 1.0"),
+        ("seed = 1", "b2 = -0.1\nseed = 1", "tenant[1]: b2 must be in [0, 1)"),
+        ("seed = 1", "eps = 0\nseed = 1", "tenant[1]: eps must be positive"),
+        ("rank = 8", "rank = 0", "tenant[0]: lora rank must be at least 1, got 0"),
+        ("rank = 8", "rank = 32", "tenant roman has rank 32, more than max_rank = 16"),
+        ('"o_proj"]', '"oo_proj"]', "tenant[1]: lora targets must be distinct names"),
+        ('name = "plural"', 'name = "roman"', "tenant names must be distinct; more than one is called roman"),
+        ('name = "plural"', 'name = "../x"', "tenant[1]: name must be 1 to 64 letters"),
+        ("lanes = 4 ", "lanes = 0", "lanes must be at least 1, got 0"),
+        ("save_every = 20", "save_every = 0", "save_every must be at least 1"),
+        ("[model]", "[mesh]\ndata = 0\nfsdp = 1\ntensor = 1\n[model]", "mesh: data must be at least 1"),
+        ("[model]", "[mesh]\ndata = 2\n[model]", "mesh.fsdp: missing"),
+        ('path = "smollm2"', 'path = " "', "model: path must be"),
+        ('dtype = "auto"', 'dtype = "float16"', "model.dtype: must be one of 'float32', 'bfloat16', 'auto'"),
+    ],
+)
+def test_train_config_refuses(tmp_path, old, new, message):
+    assert refusal(changed_example(tmp_path, "train_two_tenants.toml", old, new), TrainConfig).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("port = 8000", "port = 65536", "port must be in [0, 65535], got 65536"),
+        ('host = "127.0.0.1"', 'host = ""', "host must be an address"),
+        ("max_waiting = 256", "max_waiting = 0", "max_waiting must be at least 1"),
+        ("kv_pages = 512", "kv_pages = 0", "kv_pages must be at least 1"),
+        (
+            "[model]",
+            '[[load]]\nname = "a"\npath = "x"\n[[load]]\nname = "a"\npath = "y"\n[model]',
+            "names under [[load]] must be distinct; more than one is called a",
+        ),
+        ("[model]", '[[load]]\nname = "a/b"\npath = "x"\n[model]', "load[0]: name must be 1 to 64 letters"),
+    ],
+)
+def test_serve_config_refuses(tmp_path, old, new, message):
+    assert refusal(changed_example(tmp_path, "serve_smollm2.toml", old, new), ServeConfig).startswith(message)
+
+
+def test_serve_config_loads_adapters_beside_the_file(tmp_path):
+    path = changed_example(tmp_path, "serve_smollm2.toml", "[model]", '[[load]]\nname = "a"\npath = "x"\n[model]')
+    assert [(a.name, a.path) for a in load(path, ServeConfig).load] == [("a", tmp_path / "x")]
+
+
+def test_configs_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        serve_defaults("smollm2", Path("a")).port = 1  # ty: ignore[invalid-assignment]
