@@ -8,7 +8,6 @@ of a lane, X Y features in, out.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -95,7 +94,7 @@ class Block(nnx.Module):
 
         def linears(x_TX: jax.Array, *targets: str) -> list[jax.Array]:
             deltas = lora.deltas(lora_layer, targets, x_TX)
-            out = [frozen_linear(x_TX, getattr(self, target)[...], getattr(self, target + "_back", None)) for target in targets]
+            out = [x_TX @ getattr(self, target)[...] for target in targets]
             return [y if d is None else y + d.astype(y.dtype) for y, d in zip(out, deltas, strict=True)]
 
         h_TD = rms_norm(x_TD, self.attn_norm[...], c.norm_eps)
@@ -148,10 +147,7 @@ class Decoder(nnx.Module):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """The frozen base model: device arrays by the names of `parameters`, and what they mean.
-
-    `NAME_back` beside a linear is its transpose in memory, for the gradient of its input (see `with_backward`).
-    """
+    """The frozen base model: device arrays by the names of `parameters`, and what they mean."""
 
     arrays: dict[str, jax.Array]
     config: ModelConfig = jax.tree.static()
@@ -176,36 +172,6 @@ def head_weight(base: Base) -> tuple[jax.Array, jax.Array]:
     arrays = base.arrays
     head = arrays["head"] if "head" in arrays else arrays["embed"].T
     return head, arrays["embed"] if base.config.tied else head.T
-
-
-def with_backward(base: Base, mesh: Mesh) -> Base:
-    """The base with every linear's transpose stored beside it: twice the memory of the linears.
-
-    XLA's CPU backend multiplies bfloat16 by a row-major right-hand side at twice the speed of a transposed one, so
-    training on CPU keeps both.  Same numbers, other memory.
-    """
-    table = parameters(base.config)
-    names = [n for n, p in table.items() if len(p.shape) == 3]
-    placed = {n: sharding(mesh, ("layers", *table[n].axes[:0:-1])) for n in names}
-    turn = jax.jit(lambda arrays: {n: a.swapaxes(1, 2) for n, a in arrays.items()}, out_shardings=placed)
-    back = turn({n: base.arrays[n] for n in names})
-    return dataclasses.replace(base, arrays=base.arrays | {f"{n}_back": a for n, a in back.items()})
-
-
-@jax.custom_vjp
-def _linear(x_TX: jax.Array, w_XY: jax.Array, back_YX: jax.Array) -> jax.Array:
-    return x_TX @ w_XY
-
-
-_linear.defvjp(
-    lambda x_TX, w_XY, back_YX: (x_TX @ w_XY, (w_XY, back_YX)),
-    lambda saved, dy_TY: (dy_TY @ saved[1], jax.tree.map(jnp.zeros_like, saved[0]), jax.tree.map(jnp.zeros_like, saved[1])),
-)
-
-
-def frozen_linear(x_TX: jax.Array, w_XY: jax.Array, back: nnx.Param | None) -> jax.Array:
-    """x @ w, [T, Y]; the gradient goes to x only, through the stored transpose where there is one."""
-    return x_TX @ lax.stop_gradient(w_XY) if back is None else _linear(x_TX, w_XY, back[...])
 
 
 class WeightSource(Protocol):
@@ -240,7 +206,7 @@ def load_base(source: WeightSource, mesh: Mesh, *, dtype: str, precision: str = 
             host_embed = host if name == "embed" else host_embed
         arrays[name] = jax.device_put(host, sharding(mesh, p.axes))
     if config.tied and mesh.devices.flat[0].platform == "cpu":
-        # As in `with_backward`: the head is a product of its own memory, not of the embedding's transpose.
+        # XLA's CPU backend multiplies bfloat16 by a row-major right-hand side at twice the speed of a transposed one.
         arrays["head"] = jax.device_put(np.ascontiguousarray(host_embed.T), sharding(mesh, ("embed", "vocab")))
     return Base(arrays=arrays, config=config, precision="highest" if dtype == "float32" else precision)
 

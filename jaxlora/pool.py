@@ -1,4 +1,4 @@
-"""Adapters on the device: S slots of rows, and who sits where.
+"""Adapters on the device: S slots of rows.
 
 A Pool is a pytree.  For each target it holds a_LSRX, b_LSRY and scale_LS; rank comes before features so that rows are
 contiguous.  A slot is one index of S; an adapter of a smaller rank is padded with zero rows in both halves, which stay
@@ -121,8 +121,27 @@ def adapter_of_rows(rows: Mapping[str, LoraRows], ref: AdapterRef, spec: LoraSpe
 
 @functools.partial(jax.jit, donate_argnums=0)
 def write_slot(pool: Rows, slot: jax.Array, rows: Rows) -> Rows:
-    """The pool with one slot replaced whole (all targets, all rank rows, scale), cast to the pool's dtype.  Donates."""
-    return jax.tree.map(lambda p, r: lax.dynamic_update_index_in_dim(p, r.astype(p.dtype), slot, 1), pool, rows)
+    """The pool with one slot replaced whole, cast to the pool's dtype.  Donates the pool.
+
+    Targets that `rows` lacks and rank rows past its own become zero: nothing of the slot's last adapter stays.
+    """
+
+    def put(whole: jax.Array, part: jax.Array | None) -> jax.Array:
+        shape = whole.shape[:1] + whole.shape[2:]
+        full = jnp.zeros(shape, whole.dtype)
+        if part is not None:
+            full = lax.dynamic_update_slice(full, part.astype(whole.dtype), (0,) * full.ndim)
+        return lax.dynamic_update_index_in_dim(whole, full, slot, 1)
+
+    new = {}
+    for target, whole in pool.items():
+        part = rows.get(target)
+        new[target] = LoraRows(
+            a_LSRX=put(whole.a_LSRX, None if part is None else part.a_LSRX),
+            b_LSRY=put(whole.b_LSRY, None if part is None else part.b_LSRY),
+            scale_LS=put(whole.scale_LS, None if part is None else part.scale_LS),
+        )
+    return new
 
 
 @jax.jit
@@ -144,14 +163,14 @@ class LaneLora:
         return jax.tree.map(lambda p: take_rows(p, slot_G), pool)
 
     def deltas(self, layer: Rows, targets: tuple[str, ...], x_TX: jax.Array) -> tuple[jax.Array | None, ...]:
-        """[T, Y] per target, None where the pool lacks it."""
-        return tuple(self._delta(layer[t], x_TX) if t in layer else None for t in targets)
-
-    def _delta(self, rows: LoraRows, x_TX: jax.Array) -> jax.Array:
-        G = rows.a_LSRX.shape[0]
+        """[T, Y] per target, None where the pool lacks it.  Targets share one read of x: their A rows are concatenated."""
+        have = [layer[t] for t in targets if t in layer]
+        if not have:
+            return (None,) * len(targets)
+        G = have[0].a_LSRX.shape[0]
         x_GJX = x_TX.reshape(G, -1, x_TX.shape[-1])
-        y_GJY = segmented_lora(x_GJX, rows.a_LSRX, rows.b_LSRY, rows.scale_LS)
-        return y_GJY.reshape(x_TX.shape[0], -1)
+        got = iter(segmented_lora(x_GJX, [(r.a_LSRX, r.b_LSRY, r.scale_LS) for r in have]))
+        return tuple(next(got).reshape(x_TX.shape[0], -1) if t in layer else None for t in targets)
 
     def head_rows(self) -> tuple[jax.Array, jax.Array, jax.Array] | None:
         """(a_GRD, b_GRV, scale_G) of the head, if this pool adapts it."""
@@ -172,68 +191,3 @@ class TokenLora:
         rows = [(self.pool[t].a_LSRX, self.pool[t].b_LSRY, self.pool[t].scale_LS) for t in have]
         got = dict(zip(have, gathered_lora(x_TX, rows, layer, self.slot_T), strict=True)) if have else {}
         return tuple(got.get(t) for t in targets)
-
-
-class SlotTable:
-    """Who sits in which serving slot.  Host only; a pinned slot is never reused, ties go to the lowest index."""
-
-    def __init__(self, slots: int):
-        self._ref_of: list[AdapterRef | None] = [None] * slots
-        self._pins = [0] * slots
-        self._used = [0] * slots  # clock of the last pin or unpin
-        self._slot_of: dict[AdapterRef, int] = {}
-        self._clock = 0
-
-    def find(self, ref: AdapterRef) -> int | None:
-        """The slot that holds this version, if one does."""
-        return self._slot_of.get(ref)
-
-    def pin(self, ref: AdapterRef) -> int | None:
-        """The slot that holds this version, with one more user; None when it is not resident."""
-        slot = self._slot_of.get(ref)
-        if slot is not None:
-            self._pins[slot] += 1
-            self._touch(slot)
-        return slot
-
-    def unpin(self, slot: int) -> None:
-        """One user less."""
-        assert self._pins[slot] > 0, f"slot {slot} is not pinned"
-        self._pins[slot] -= 1
-        self._touch(slot)
-
-    def choose(self) -> int | None:
-        """A slot to load into: an empty one, else the unpinned one used longest ago; None when all are pinned."""
-        free = [s for s, pins in enumerate(self._pins) if pins == 0]
-        return min(free, key=lambda s: (self._ref_of[s] is not None, self._used[s], s), default=None)
-
-    def place(self, slot: int, ref: AdapterRef) -> None:
-        """Record that the slot now holds this version."""
-        assert self._pins[slot] == 0, f"slot {slot} is pinned"
-        old = self._ref_of[slot]
-        if old is not None:
-            del self._slot_of[old]
-        self._ref_of[slot] = ref
-        self._slot_of[ref] = slot
-        self._touch(slot)
-
-    def drop(self, ref: AdapterRef) -> None:
-        """Forget a version that nobody uses; does nothing when it is not resident or still pinned."""
-        slot = self._slot_of.get(ref)
-        if slot is not None and self._pins[slot] == 0:
-            del self._slot_of[ref]
-            self._ref_of[slot] = None
-
-    def resident(self) -> dict[AdapterRef, int]:
-        """Every version on the device and its slot."""
-        return dict(self._slot_of)
-
-    def check(self) -> None:
-        """Asserts that both maps agree and that no pin is lost."""
-        assert {r: s for s, r in enumerate(self._ref_of) if r is not None} == self._slot_of
-        assert all(p >= 0 for p in self._pins)
-        assert all(p == 0 or r is not None for p, r in zip(self._pins, self._ref_of, strict=True))
-
-    def _touch(self, slot: int) -> None:
-        self._clock += 1
-        self._used[slot] = self._clock

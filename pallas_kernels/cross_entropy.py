@@ -66,7 +66,7 @@ def target_logprob(
 
 def _logits(x_GJD: jax.Array, head_DV: jax.Array, lora: HeadLora | None) -> jax.Array:
     logits = jnp.einsum("gjd,dv->gjv", x_GJD, head_DV, preferred_element_type=jnp.float32)
-    return logits if lora is None else logits + segmented_lora(x_GJD, *lora).astype(jnp.float32)
+    return logits if lora is None else logits + segmented_lora(x_GJD, [lora])[0].astype(jnp.float32)
 
 
 def _slice(x: jax.Array, trip: jax.Array, chunk: int) -> jax.Array:
@@ -105,7 +105,7 @@ def _backward(chunk, saved, cotangent):
         d_logits = d[..., None] * ((vocab == target[..., None]) - share)
         dx = jnp.einsum("gjv,vd->gjd", d_logits.astype(x.dtype), back_VD, preferred_element_type=jnp.float32).astype(x.dtype)
         if lora is not None:
-            _, pull = jax.vjp(lambda x, lora: segmented_lora(x, *lora), x, lora)
+            _, pull = jax.vjp(lambda x, lora: segmented_lora(x, [lora])[0], x, lora)
             dx_lora, dl = pull(d_logits.astype(x.dtype))
             dx, dlora = dx + dx_lora, jax.tree.map(jnp.add, dlora, dl)
         return lax.dynamic_update_slice_in_dim(dx_GJD, dx, trip * chunk, axis=1), dlora

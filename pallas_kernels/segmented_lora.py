@@ -12,8 +12,11 @@ Source: SGMV, Punica (arXiv 2310.18547), in a tenant-major layout.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels import NO_ADAPTER
 from pallas_kernels.shapes import shaped
@@ -27,13 +30,23 @@ def segmented_lora_oracle(x_GJX: jax.Array, a_GRX: jax.Array, b_GRY: jax.Array, 
     return scale_G[:, None, None] * y_GJY
 
 
-@shaped
-def segmented_lora(x_GJX: jax.Array, a_GRX: jax.Array, b_GRY: jax.Array, scale_G: jax.Array) -> jax.Array:
-    """[G, J, Y] in x's dtype; products in x's dtype with float32 sums, scale applied in float32 between them."""
+def segmented_lora(
+    x_GJX: jax.Array, rows: Sequence[tuple[jax.Array, jax.Array, jax.Array]]
+) -> tuple[jax.Array, ...]:
+    """One [G, J, Y] in x's dtype per (a_GRX, b_GRY, scale_G) of `rows`, which share one read of x.
+
+    Products in x's dtype with float32 sums; scale is applied in float32 between them.
+    """
     dtype = x_GJX.dtype
-    h_GJR = jnp.einsum("gjx,grx->gjr", x_GJX, a_GRX.astype(dtype), preferred_element_type=jnp.float32)
-    h_GJR = (h_GJR * scale_G[:, None, None]).astype(dtype)
-    return jnp.einsum("gjr,gry->gjy", h_GJR, b_GRY.astype(dtype), preferred_element_type=jnp.float32).astype(dtype)
+    a_GRX = jnp.concatenate([a for a, _, _ in rows], axis=1).astype(dtype)
+    scale_GR = jnp.concatenate([jnp.repeat(s[:, None], a.shape[1], axis=1) for a, _, s in rows], axis=1)
+    h_GJR = jnp.einsum("gjx,grx->gjr", x_GJX, a_GRX, preferred_element_type=jnp.float32)
+    h_GJR = (h_GJR * scale_GR[:, None, :]).astype(dtype)
+    parts = jnp.split(h_GJR, np.cumsum([a.shape[1] for a, _, _ in rows])[:-1].tolist(), axis=2)
+    return tuple(
+        jnp.einsum("gjr,gry->gjy", h, b.astype(dtype), preferred_element_type=jnp.float32).astype(dtype)
+        for h, (_, b, _) in zip(parts, rows, strict=True)
+    )
 
 
 def take_rows(rows_LSRX: jax.Array, slot_G: jax.Array) -> jax.Array:

@@ -1,0 +1,70 @@
+"""Who sits in which slot.  Pure host code: no jax."""
+
+from __future__ import annotations
+
+from jaxlora.lora import AdapterRef
+
+
+class SlotTable:
+    """Who sits in which serving slot.  A pinned slot is never reused, ties go to the lowest index."""
+
+    def __init__(self, slots: int):
+        self._ref_of: list[AdapterRef | None] = [None] * slots
+        self._pins = [0] * slots
+        self._used = [0] * slots  # clock of the last pin or unpin
+        self._slot_of: dict[AdapterRef, int] = {}
+        self._clock = 0
+
+    def find(self, ref: AdapterRef) -> int | None:
+        """The slot that holds this version, if one does."""
+        return self._slot_of.get(ref)
+
+    def pin(self, ref: AdapterRef) -> int | None:
+        """The slot that holds this version, with one more user; None when it is not resident."""
+        slot = self._slot_of.get(ref)
+        if slot is not None:
+            self._pins[slot] += 1
+            self._touch(slot)
+        return slot
+
+    def unpin(self, slot: int) -> None:
+        """One user less."""
+        assert self._pins[slot] > 0, f"slot {slot} is not pinned"
+        self._pins[slot] -= 1
+        self._touch(slot)
+
+    def choose(self) -> int | None:
+        """A slot to load into: an empty one, else the unpinned one used longest ago; None when all are pinned."""
+        free = [s for s, pins in enumerate(self._pins) if pins == 0]
+        return min(free, key=lambda s: (self._ref_of[s] is not None, self._used[s], s), default=None)
+
+    def place(self, slot: int, ref: AdapterRef) -> None:
+        """Record that the slot now holds this version."""
+        assert self._pins[slot] == 0, f"slot {slot} is pinned"
+        old = self._ref_of[slot]
+        if old is not None:
+            del self._slot_of[old]
+        self._ref_of[slot] = ref
+        self._slot_of[ref] = slot
+        self._touch(slot)
+
+    def drop(self, ref: AdapterRef) -> None:
+        """Forget a version that nobody uses; does nothing when it is not resident or still pinned."""
+        slot = self._slot_of.get(ref)
+        if slot is not None and self._pins[slot] == 0:
+            del self._slot_of[ref]
+            self._ref_of[slot] = None
+
+    def resident(self) -> dict[AdapterRef, int]:
+        """Every version on the device and its slot."""
+        return dict(self._slot_of)
+
+    def check(self) -> None:
+        """Asserts that both maps agree and that no pin is lost."""
+        assert {r: s for s, r in enumerate(self._ref_of) if r is not None} == self._slot_of
+        assert all(p >= 0 for p in self._pins)
+        assert all(p == 0 or r is not None for p, r in zip(self._pins, self._ref_of, strict=True))
+
+    def _touch(self, slot: int) -> None:
+        self._clock += 1
+        self._used[slot] = self._clock
