@@ -62,7 +62,12 @@ def error_body(error: Exception) -> tuple[int, dict[str, object]]:
         status, code, param = error.status_code, HTTP_CODES.get(error.status_code, "invalid_value"), None
         message = str(error.detail)
     else:
-        status, code, param, message = 500, "internal_error", None, "internal error; the log has it under the request id"
+        status, code, param, message = (
+            500,
+            "internal_error",
+            None,
+            "internal error; the log has it under the request id",
+        )
     kind = TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return status, {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
@@ -111,11 +116,13 @@ def invalid_request(findings: Sequence[dict], body: object) -> InvalidRequest:
     if kind == "json_invalid":
         return InvalidRequest(f"the body is not JSON: {finding['ctx']['error']} at character {finding['loc'][1]}")
     if kind == "extra_forbidden":
-        return UnknownParameter(f"unknown parameter {ascii(name)}; leave it out", param=name)
+        return UnknownParameter(f"unknown parameter {name!a}; leave it out", param=name)
     if kind == "missing" and name is None:
         return InvalidRequest("the request has no body; send a JSON object with Content-Type: application/json")
     if kind == "missing":
         return InvalidRequest(f"{name} is required", param=name)
+    if kind == "string_unicode":
+        return InvalidRequest(f"{name or 'a field name'} must be Unicode text, without lone surrogates", param=name)
     if name is None:
         return InvalidRequest("the body must be a JSON object, sent with Content-Type: application/json")
     said = dict.fromkeys(f["msg"] for p, f in placed if p == path)

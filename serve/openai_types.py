@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 from pydantic_core import PydanticCustomError
 
 from jaxlora.errors import UnsupportedParameter
@@ -73,8 +73,18 @@ def one_form(value: JsonValue) -> JsonValue:
     )
 
 
-Prompt = Annotated[str | list[str] | list[int] | list[list[int]], BeforeValidator(one_form)]
-StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+def unicode_text(value: str) -> str:
+    """The text, if UTF-8 can hold it: JSON can name half a surrogate pair, which no answer could repeat."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise PydanticCustomError("text", "must be Unicode text, without lone surrogates") from None
+    return value
+
+
+Text = Annotated[str, AfterValidator(unicode_text)]
+Prompt = Annotated[Text | list[Text] | list[int] | list[list[int]], BeforeValidator(one_form)]
+StopString = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 Unbuilt = Annotated[JsonValue, Only()]
 
 
@@ -86,7 +96,7 @@ class StreamOptions(Strict):
 class SamplingBody(Strict):
     """What chat and plain completions share.  None is absent: the API's default."""
 
-    model: str
+    model: Text
     max_tokens: Annotated[int | None, Field(ge=1, le=INT32_MAX)] = None
     temperature: Annotated[float | None, Field(ge=0, le=2)] = None
     top_p: Annotated[float | None, Field(gt=0, le=1)] = None
@@ -101,7 +111,7 @@ class SamplingBody(Strict):
     return_tokens_as_token_ids: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = None  # says who asks; changes nothing
+    user: Text | None = None  # says who asks; changes nothing
 
     frequency_penalty: Annotated[float | None, Field(ge=-2, le=2), Only((0,))] = None
     presence_penalty: Annotated[float | None, Field(ge=-2, le=2), Only((0,))] = None
@@ -118,7 +128,7 @@ class SamplingBody(Strict):
 
 class ContentPart(Strict):
     type: Annotated[str, Only(("text",))]
-    text: str | None = None
+    text: Text | None = None
     image_url: Unbuilt = None
     input_audio: Unbuilt = None
     file: Unbuilt = None
@@ -129,8 +139,8 @@ class Message(Strict):
     """One turn.  The fields that a client copies from an answer may stand there as null."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[ContentPart]
-    tool_call_id: str | None = None  # links a result to its call; the text is the content
+    content: Text | list[ContentPart]
+    tool_call_id: Text | None = None  # links a result to its call; the text is the content
     name: Unbuilt = None
     tool_calls: Annotated[JsonValue, Only(([],))] = None
     function_call: Unbuilt = None
@@ -150,7 +160,7 @@ class ChatBody(SamplingBody):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     metadata: Annotated[dict[str, str] | None, Field(max_length=16)] = None  # the client's own notes; change nothing
-    safety_identifier: str | None = None  # as `user`
+    safety_identifier: Text | None = None  # as `user`
     store: Annotated[bool | None, Only((False,))] = None
 
     response_format: Annotated[JsonValue, Only(({"type": "text"},))] = None
@@ -187,8 +197,8 @@ class CompletionBody(SamplingBody):
 class TokenizeBody(Strict):
     """Exactly one of `prompt` and `messages`."""
 
-    model: str | None = None
-    prompt: str | None = None
+    model: Text | None = None
+    prompt: Text | None = None
     messages: Messages | None = None
     add_special_tokens: bool | None = None  # of a prompt
     add_generation_prompt: bool | None = None  # of messages
@@ -196,7 +206,7 @@ class TokenizeBody(Strict):
 
 
 class DetokenizeBody(Strict):
-    model: str | None = None
+    model: Text | None = None
     tokens: list[int]
 
 
@@ -205,5 +215,5 @@ class ModelQuery(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     limit: Annotated[int | None, Field(ge=1, le=1000)] = None
-    after: str | None = None
-    prefix: str = ""
+    after: Text | None = None
+    prefix: Text = ""

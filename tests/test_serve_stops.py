@@ -45,7 +45,9 @@ def test_equals_the_oracle_after_every_piece(pieces, stops, include):
 @pytest.mark.parametrize(
     ("stops", "include", "pieces", "want"),
     [
-        pytest.param(("END",), False, ["a E", "N", "D b"], [("a ", False), ("", False), ("", True)], id="across_pieces"),
+        pytest.param(
+            ("END",), False, ["a E", "N", "D b"], [("a ", False), ("", False), ("", True)], id="across_pieces"
+        ),
         pytest.param(("END",), True, ["a E", "N", "D b"], [("a E", False), ("N", False), ("D", True)], id="included"),
         pytest.param(("END",), False, ["EN", "EEND"], [("", False), ("ENE", True)], id="false_start"),
         pytest.param(("abcd", "bc"), False, ["abcd"], [("a", True)], id="first_complete_wins"),

@@ -1,0 +1,681 @@
+"""The OpenAI wire over real HTTP: the official client, and raw bytes where the client is too forgiving."""
+
+import json
+import socket
+import time
+import typing
+
+import httpx2
+import openai
+import pytest
+from fake_house import BASE, EOS, FakeHouse, echo_seed, serving
+from openai.types import completion_create_params as completion_params
+from openai.types.chat import completion_create_params as chat_params
+
+from jaxlora.errors import JaxLoraError, Overloaded, StateInvalid
+from serve.app import create_app
+from serve.openai_types import ChatBody, CompletionBody
+
+HI = [{"role": "user", "content": "hi"}]
+REPLY = "Grüße 🌍 0.0"
+REPLY_TOKENS = len(REPLY.encode()) + 1  # and the end token
+
+
+@pytest.fixture(scope="module")
+def running():
+    house = FakeHouse()
+    with serving(create_app(house, default_max_tokens=64, ping_s=0.15, max_body_bytes=20_000)) as url:
+        yield house, url
+
+
+@pytest.fixture
+def house(running):
+    """The running house with its behaviour as new."""
+    it, fresh = running[0], FakeHouse()
+    for name, value in vars(fresh).items():
+        setattr(it, name, value)
+    return it
+
+
+@pytest.fixture
+def http(running, house):
+    with httpx2.Client(base_url=running[1], timeout=10) as client:
+        yield client
+
+
+@pytest.fixture
+def client(running, house):
+    with openai.OpenAI(base_url=running[1] + "/v1", api_key="none", max_retries=0, timeout=10) as it:
+        yield it
+
+
+def events(response):
+    """The data of each event; every line of the body is data, comment or empty."""
+    lines = response.text.split("\n")
+    assert all(line == "" or line.startswith(("data: ", ": ")) for line in lines)
+    return [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
+
+
+# --- models
+
+
+def test_models_are_listed_base_first_then_newest(client):
+    assert [m.id for m in client.models.list()] == [BASE, "ft:base:acme:x:1", "support"]
+
+
+def test_a_model_with_slash_and_colon_is_read_by_id(client):
+    assert client.models.retrieve(BASE).model_extra["state"] == "base"
+    card = client.models.retrieve("ft:base:acme:x:1")
+    assert (card.owned_by, card.model_extra["parent"], card.model_extra["version"]) == ("acme", BASE, 2)
+    assert client.models.retrieve("support@3").model_extra["version"] == 3
+
+
+def test_an_unknown_model_is_not_found_anywhere(client):
+    for call in (
+        lambda: client.models.retrieve("nobody"),
+        lambda: client.chat.completions.create(model="nobody", messages=HI),
+        lambda: client.completions.create(model="nobody", prompt="x"),
+    ):
+        with pytest.raises(openai.NotFoundError) as caught:
+            call()
+        assert (caught.value.code, caught.value.param, caught.value.type) == (
+            "model_not_found",
+            "model",
+            "invalid_request_error",
+        )
+
+
+def test_the_list_is_paged_by_limit_after_and_prefix(http):
+    def ids(query):
+        answer = http.get("/v1/models" + query).json()
+        return [m["id"] for m in answer["data"]], answer["has_more"]
+
+    assert ids("?limit=1") == ([BASE], True)
+    assert ids(f"?limit=1&after={BASE}") == (["ft:base:acme:x:1"], True)
+    assert ids("?after=ft:base:acme:x:1") == (["support"], False)
+    assert ids("?prefix=supp") == (["support"], False)
+    for query, param in (("?limit=0", "limit"), ("?limit=x", "limit"), ("?after=gone", "after"), ("?page=2", "page")):
+        answer = http.get("/v1/models" + query)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
+# --- chat
+
+
+def test_chat_answers_whole(client, house):
+    house.cached_tokens = 3
+    answer = client.chat.completions.create(model="support", messages=HI)
+    choice = answer.choices[0]
+    assert (choice.index, choice.message.role, choice.message.content) == (0, "assistant", REPLY)
+    assert (choice.finish_reason, choice.logprobs) == ("stop", None)
+    assert answer.model == "support"
+    assert answer.model_extra["adapter_version"] == 7
+    assert answer.id.startswith("chatcmpl-")
+    assert abs(answer.created - time.time()) < 60
+    assert answer.object == "chat.completion"
+    prompt = len(house.requests[0].prompt)
+    assert answer.usage.prompt_tokens == prompt == len("?user:hi??assistant:")
+    assert (answer.usage.completion_tokens, answer.usage.total_tokens) == (REPLY_TOKENS, prompt + REPLY_TOKENS)
+    assert answer.usage.prompt_tokens_details.cached_tokens == 3
+
+
+def test_the_base_model_has_no_adapter(client, house):
+    assert client.chat.completions.create(model=BASE, messages=HI).model_extra["adapter_version"] is None
+    assert house.requests[0].adapter is None
+
+
+def test_all_sampling_fields_reach_the_engine(client, house):
+    client.chat.completions.create(
+        model="support@3",
+        messages=HI,
+        max_completion_tokens=5,
+        temperature=0,
+        top_p=0.5,
+        seed=11,
+        n=2,
+        stop=["Q", "Z"],
+        logprobs=True,
+        top_logprobs=2,
+        extra_body={
+            "top_k": 9,
+            "min_p": 0.25,
+            "include_stop_str_in_output": True,
+            "stop_token_ids": [7],
+            "ignore_eos": True,
+        },
+    )
+    first, second = (r.params for r in house.requests)
+    assert (first.max_tokens, first.temperature, first.top_p, first.top_k, first.min_p) == (5, 0.0, 0.5, 9, 0.25)
+    assert (first.seed, first.stop, first.include_stop, first.stop_token_ids) == (11, ("Q", "Z"), True, (7,))
+    assert (first.ignore_eos, first.logprobs, first.choice, second.choice) == (True, 2, 0, 1)
+    assert (house.requests[0].adapter.version, house.requests[0].tenant) == (3, "local")
+    assert house.requests[0].id != house.requests[1].id
+
+
+def test_absent_fields_have_the_api_defaults(client, house):
+    client.chat.completions.create(model=BASE, messages=HI)
+    client.completions.create(model=BASE, prompt="x")
+    chat, plain = (r.params for r in house.requests)
+    assert (chat.max_tokens, plain.max_tokens) == (64, 16)
+    assert (chat.temperature, chat.top_p, chat.top_k, chat.min_p, chat.seed) == (1.0, 1.0, -1, 0.0, None)
+    assert (chat.stop, chat.stop_token_ids, chat.ignore_eos, chat.logprobs) == ((), (), False, None)
+
+
+def test_n_choices_come_in_order_and_the_prompt_counts_once(client, house):
+    answer = client.chat.completions.create(model=BASE, messages=HI, n=3, seed=5)
+    assert [(c.index, c.message.content) for c in answer.choices] == [(i, f"Grüße 🌍 5.{i}") for i in range(3)]
+    assert answer.usage.prompt_tokens == len(house.requests[0].prompt)
+    assert answer.usage.completion_tokens == 3 * REPLY_TOKENS
+
+
+def test_max_tokens_ends_with_length(client):
+    answer = client.chat.completions.create(model=BASE, messages=HI, max_tokens=2)
+    assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == ("Gr", "length")
+    assert answer.usage.completion_tokens == 2
+
+
+@pytest.mark.parametrize(("include", "want"), [(False, "Grü"), (True, "Grüße")])
+def test_a_stop_string_ends_the_text(client, include, want):
+    extra = {"include_stop_str_in_output": include}
+    kinds = {"model": BASE, "messages": HI, "stop": "ße", "extra_body": extra}
+    answer = client.chat.completions.create(**kinds)
+    assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == (want, "stop")
+    chunks = [c.choices[0].delta.content or "" for c in client.chat.completions.create(**kinds, stream=True)]
+    assert "".join(chunks) == want
+
+
+def test_messages_reach_the_template(client, house):
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    messages = [
+        {"role": "developer", "content": "be brief"},
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": "c", "refusal": None, "tool_calls": None},
+        {"role": "tool", "content": "d", "tool_call_id": "call_1"},
+    ]
+    client.chat.completions.create(model=BASE, messages=messages)
+    text = house.tokenizer.decode(house.requests[0].prompt)
+    assert text == "system:be briefuser:a\nbassistant:ctool:dassistant:"
+
+
+def test_the_last_message_is_continued_or_left_bare(client, house):
+    turns = [*HI, {"role": "assistant", "content": "An"}]
+    for extra in ({"continue_final_message": True}, {"add_generation_prompt": False}):
+        client.chat.completions.create(model=BASE, messages=turns, extra_body=extra)
+    continued, bare = (list(r.prompt) for r in house.requests)
+    assert house.tokenizer.decode(continued) == "user:hiassistant:An"
+    assert bare == [*continued, EOS]
+
+
+def test_chat_logprobs_follow_the_text(client):
+    answer = client.chat.completions.create(model=BASE, messages=HI, logprobs=True, top_logprobs=4, max_tokens=4)
+    content = answer.choices[0].logprobs.content
+    assert [t.token for t in content] == ["G", "r", "\ufffd", "\ufffd"]
+    assert [t.bytes for t in content] == [[b] for b in "Grü".encode()]
+    assert [t.logprob for t in content] == [0.0, -0.25, -0.5, -0.75]
+    assert [(a.token, a.logprob) for a in content[0].top_logprobs] == [("G", 0.0), ("H", -1), ("I", -2), ("J", -9999)]
+
+
+def test_chat_logprobs_leave_out_the_end_token_and_a_cut_stop_string(client):
+    ask = {"model": BASE, "messages": HI, "logprobs": True}
+    whole = client.chat.completions.create(**ask).choices[0].logprobs.content
+    assert len(whole) == REPLY_TOKENS - 1
+    assert all(t.top_logprobs == [] for t in whole)
+    cut = client.chat.completions.create(**ask, stop="ße").choices[0].logprobs.content
+    assert bytes(b for t in cut for b in t.bytes).decode() == "Grü"
+
+
+def test_chat_stream_has_role_text_finish_usage_and_end_mark(http):
+    body = {"model": "support", "messages": HI, "stream": True, "stream_options": {"include_usage": True}}
+    response = http.post("/v1/chat/completions", json=body)
+    assert response.headers["content-type"].startswith("text/event-stream")
+    assert response.headers["x-request-id"].startswith("req_")
+    *raw, done = events(response)
+    assert done == "[DONE]"
+    first, *middle, last, spent = map(json.loads, raw)
+    assert first["choices"] == [
+        {"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+    ]
+    assert "".join(c["choices"][0]["delta"]["content"] for c in middle) == REPLY
+    assert {c["choices"][0]["finish_reason"] for c in middle} == {None}
+    assert last["choices"] == [{"index": 0, "delta": {}, "logprobs": None, "finish_reason": "stop"}]
+    assert spent["choices"] == []
+    assert spent["usage"]["completion_tokens"] == REPLY_TOKENS
+    assert all(c["usage"] is None for c in (first, *middle, last))
+    same = {(c["id"], c["created"], c["model"], c["adapter_version"], c["object"]) for c in (first, last, spent)}
+    assert len(same) == 1
+    assert same.pop()[2:] == ("support", 7, "chat.completion.chunk")
+
+
+def test_without_include_usage_there_is_no_usage(http):
+    body = {"model": BASE, "messages": HI, "stream": True}
+    chunks = [json.loads(e) for e in events(http.post("/v1/chat/completions", json=body))[:-1]]
+    assert all("usage" not in c and len(c["choices"]) == 1 for c in chunks)
+
+
+def test_streamed_choices_equal_whole_ones_with_logprobs(client):
+    ask = {"model": BASE, "messages": HI, "n": 3, "seed": 2, "stop": [".1"], "logprobs": True, "top_logprobs": 2}
+    whole = client.chat.completions.create(**ask)
+    got = {i: ["", [], None] for i in range(3)}
+    for chunk in client.chat.completions.create(**ask, stream=True):
+        choice = chunk.choices[0]
+        state = got[choice.index]
+        assert state[2] is None, "a chunk after the finish"
+        state[0] += choice.delta.content or ""
+        state[1] += choice.logprobs.content if choice.logprobs else []
+        state[2] = choice.finish_reason
+    for choice in whole.choices:
+        content = choice.logprobs.content
+        assert got[choice.index] == [choice.message.content, content, choice.finish_reason]
+    assert [c.message.content for c in whole.choices] == ["Grüße 🌍 2.0", "Grüße 🌍 2", "Grüße 🌍 2.2"]
+
+
+# --- completions
+
+
+@pytest.mark.parametrize(
+    ("prompt", "ids"),
+    [
+        pytest.param("ab", [(257, 97, 98)], id="text"),
+        pytest.param(["a", "b"], [(257, 97), (257, 98)], id="texts"),
+        pytest.param([5, 6], [(5, 6)], id="ids"),
+        pytest.param([[5], [6, 7]], [(5,), (6, 7)], id="lists_of_ids"),
+    ],
+)
+def test_a_prompt_in_each_form(client, house, prompt, ids):
+    answer = client.completions.create(model=BASE, prompt=prompt, n=2, max_tokens=30)
+    assert [r.prompt for r in house.requests] == [p for p in ids for _ in range(2)]
+    assert [c.index for c in answer.choices] == list(range(2 * len(ids)))
+    assert [c.text for c in answer.choices] == ["Grüße 🌍 0.0", "Grüße 🌍 0.1"] * len(ids)
+    assert answer.usage.prompt_tokens == sum(map(len, ids))
+    assert (answer.object, answer.choices[0].finish_reason, answer.choices[0].logprobs) == (
+        "text_completion",
+        "stop",
+        None,
+    )
+
+
+def test_special_tokens_can_be_left_off_a_text_prompt(client, house):
+    client.completions.create(model=BASE, prompt="a", extra_body={"add_special_tokens": False})
+    assert house.requests[0].prompt == (97,)
+
+
+def test_completion_logprobs_are_four_lists_with_offsets(client):
+    answer = client.completions.create(model=BASE, prompt="x", logprobs=2, max_tokens=30, stop="🌍")
+    lists = answer.choices[0].logprobs
+    assert answer.choices[0].text == "Grüße "
+    assert lists.text_offset == [0, 1, 2, 2, 3, 3, 4, 5]
+    assert lists.tokens == ["G", "r", "\ufffd", "\ufffd", "\ufffd", "\ufffd", "e", " "]
+    assert lists.token_logprobs == [-i / 4 for i in range(8)]
+    assert lists.top_logprobs[0] == {"G": 0.0, "H": -1.0}
+    assert len(lists.top_logprobs) == 8
+
+
+def test_logprobs_zero_is_the_chosen_token_alone(client):
+    extra = {"return_tokens_as_token_ids": True}
+    answer = client.completions.create(model=BASE, prompt="x", logprobs=0, max_tokens=1, extra_body=extra)
+    assert answer.choices[0].logprobs.tokens == ["token_id:71"]
+    assert answer.choices[0].logprobs.top_logprobs == [{"token_id:71": 0.0}]
+
+
+def test_a_special_token_inside_the_text_has_no_width(client, house):
+    house.reply = lambda request: "ab"
+    extra = {"ignore_eos": True}
+    answer = client.completions.create(model=BASE, prompt="x", logprobs=0, max_tokens=5, extra_body=extra)
+    assert answer.choices[0].text == "abab"
+    assert answer.choices[0].logprobs.tokens == ["a", "b", "<eos>", "a", "b"]
+    assert answer.choices[0].logprobs.text_offset == [0, 1, 2, 2, 3]
+
+
+def test_completion_stream_equals_the_whole(client, http):
+    ask = {"model": "support", "prompt": ["x", "y"], "logprobs": 2, "stop": ["0."], "max_tokens": 30}
+    whole = client.completions.create(**ask)
+    text, offsets = ["", ""], [[], []]
+    for chunk in client.completions.create(**ask, stream=True):
+        assert chunk.object == "text_completion"
+        choice = chunk.choices[0]
+        text[choice.index] += choice.text
+        offsets[choice.index] += choice.logprobs.text_offset
+    assert text == [c.text for c in whole.choices] == ["Grüße 🌍 "] * 2
+    assert offsets == [c.logprobs.text_offset for c in whole.choices]
+    last = json.loads(events(http.post("/v1/completions", json=ask | {"stream": True}))[-2])
+    assert (last["choices"][0]["finish_reason"], last["adapter_version"]) == ("stop", 7)
+
+
+# --- tokenize
+
+
+def test_tokenize_and_detokenize(http, house):
+    answer = http.post("/tokenize", json={"model": BASE, "prompt": "hé"}).json()
+    assert answer == {"tokens": [257, 104, 195, 169], "count": 4, "max_model_len": 200}
+    bare = http.post("/tokenize", json={"prompt": "h", "add_special_tokens": False}).json()
+    assert bare["tokens"] == [104]
+    chat = http.post("/tokenize", json={"model": BASE, "messages": HI, "add_generation_prompt": False}).json()
+    assert chat["tokens"] == house.tokenizer.chat(HI, add_generation_prompt=False)
+    assert http.post("/detokenize", json={"tokens": answer["tokens"]}).json() == {"prompt": "hé"}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        pytest.param("/tokenize", {}, "prompt", id="neither"),
+        pytest.param("/tokenize", {"prompt": "a", "messages": HI}, "prompt", id="both"),
+        pytest.param("/tokenize", {"messages": HI, "add_special_tokens": True}, "add_special_tokens", id="special"),
+        pytest.param("/tokenize", {"prompt": "a", "continue_final_message": True}, "continue_final_message", id="cont"),
+        pytest.param("/tokenize", {"prompt": "a", "model": "nobody"}, "model", id="model"),
+        pytest.param("/detokenize", {"tokens": [259]}, "tokens", id="out_of_vocabulary"),
+        pytest.param("/detokenize", {"tokens": [-1]}, "tokens", id="negative"),
+        pytest.param("/detokenize", {"tokens": [1.5]}, "tokens[0]", id="float"),
+    ],
+)
+def test_bad_tokenize_bodies(http, path, body, param):
+    answer = http.post(path, json=body)
+    assert answer.status_code == (404 if param == "model" else 400)
+    assert answer.json()["error"]["param"] == param
+
+
+# --- bad bodies
+
+
+def part(**fields):
+    return {"messages": [{"role": "user", "content": [fields]}]}
+
+
+def said(**fields):
+    return {"messages": [{"role": "user", "content": "x"} | fields]}
+
+
+CHAT_TABLE = {
+    "unknown": ({"temprature": 1}, "unknown_parameter", "temprature"),
+    "unknown_nested": (said(mood="x"), "unknown_parameter", "messages[0].mood"),
+    "unknown_in_part": (part(type="text", text="a", colour=1), "unknown_parameter", "messages[0].content[0].colour"),
+    "unknown_surrogate": ({"\ud800": 1}, "invalid_value", None),
+    "no_model": ({"model": None}, "invalid_value", "model"),
+    "no_messages": ({"messages": []}, "invalid_value", "messages"),
+    "role": (said(role="boss"), "invalid_value", "messages[0].role"),
+    "null_content": (said(content=None), "invalid_value", "messages[0].content"),
+    "image": (part(type="image_url", image_url={"url": "x"}), "unsupported_parameter", "messages[0].content[0].type"),
+    "part_without_text": (part(type="text"), "invalid_value", "messages[0].content[0].text"),
+    "name": (said(name="x"), "unsupported_parameter", "messages[0].name"),
+    "surrogate_text": (said(content="\ud800"), "invalid_value", "messages[0].content"),
+    "unknown_not_ascii": ({"é": 1}, "unknown_parameter", "é"),
+    "surrogate_model": ({"model": "\ud800"}, "invalid_value", "model"),
+    "template_refuses": (said(role="assistant"), "invalid_value", "messages"),
+    "temperature_bool": ({"temperature": False}, "invalid_value", "temperature"),
+    "temperature_text": ({"temperature": "1"}, "invalid_value", "temperature"),
+    "temperature_high": ({"temperature": 2.1}, "invalid_value", "temperature"),
+    "top_p_zero": ({"top_p": 0}, "invalid_value", "top_p"),
+    "top_k": ({"top_k": -2}, "invalid_value", "top_k"),
+    "min_p": ({"min_p": 1.5}, "invalid_value", "min_p"),
+    "max_tokens_zero": ({"max_tokens": 0}, "invalid_value", "max_tokens"),
+    "max_tokens_float": ({"max_tokens": 5.0}, "invalid_value", "max_tokens"),
+    "max_tokens_differ": ({"max_tokens": 5, "max_completion_tokens": 6}, "invalid_value", "max_completion_tokens"),
+    "seed": ({"seed": -1}, "invalid_value", "seed"),
+    "n_zero": ({"n": 0}, "invalid_value", "n"),
+    "n_over_cap": ({"n": 17}, "invalid_value", "n"),
+    "n_bool": ({"n": True}, "invalid_value", "n"),
+    "stop_empty": ({"stop": ""}, "invalid_value", "stop"),
+    "stop_five": ({"stop": list("abcde")}, "invalid_value", "stop"),
+    "stop_long": ({"stop": "a" * 257}, "invalid_value", "stop"),
+    "stop_id_outside": ({"stop_token_ids": [259]}, "invalid_value", "stop_token_ids"),
+    "stream_text": ({"stream": "true"}, "invalid_value", "stream"),
+    "stream_options_alone": ({"stream_options": {"include_usage": True}}, "invalid_value", "stream_options"),
+    "obfuscation": (
+        {"stream": True, "stream_options": {"include_obfuscation": True}},
+        "unsupported_parameter",
+        "stream_options.include_obfuscation",
+    ),
+    "logprobs_int": ({"logprobs": 1}, "invalid_value", "logprobs"),
+    "top_logprobs_alone": ({"top_logprobs": 1}, "invalid_value", "top_logprobs"),
+    "top_logprobs_over": ({"logprobs": True, "top_logprobs": 21}, "invalid_value", "top_logprobs"),
+    "continue_user": ({"continue_final_message": True}, "invalid_value", "continue_final_message"),
+    "continue_and_prompt": (
+        {"continue_final_message": True, "add_generation_prompt": True},
+        "invalid_value",
+        "continue_final_message",
+    ),
+    "presence_penalty": ({"presence_penalty": 0.5}, "unsupported_parameter", "presence_penalty"),
+    "penalty_range": ({"presence_penalty": 3}, "invalid_value", "presence_penalty"),
+    "frequency_penalty": ({"frequency_penalty": -0.5}, "unsupported_parameter", "frequency_penalty"),
+    "repetition_penalty": ({"repetition_penalty": 1.1}, "unsupported_parameter", "repetition_penalty"),
+    "logit_bias": ({"logit_bias": {"5": 1}}, "unsupported_parameter", "logit_bias"),
+    "min_tokens": ({"min_tokens": 1}, "unsupported_parameter", "min_tokens"),
+    "tools": ({"tools": [{"type": "function"}]}, "unsupported_parameter", "tools"),
+    "tool_choice": ({"tool_choice": "required"}, "unsupported_parameter", "tool_choice"),
+    "response_format": ({"response_format": {"type": "json_object"}}, "unsupported_parameter", "response_format"),
+    "follow": ({"adapter_update": "follow"}, "unsupported_parameter", "adapter_update"),
+    "store": ({"store": True}, "unsupported_parameter", "store"),
+    "priority_false": ({"priority": False}, "invalid_value", "priority"),
+    "too_long": ({"max_tokens": 181}, "context_length_exceeded", "messages"),
+    "prompt_fills_context": (said(content="x" * 190), "context_length_exceeded", "messages"),
+}
+
+
+@pytest.mark.parametrize("name", CHAT_TABLE)
+def test_bad_chat_bodies(http, house, name):
+    change, code, param = CHAT_TABLE[name]
+    body = {k: v for k, v in ({"model": BASE, "messages": HI} | change).items() if v is not None}
+    answer = http.post("/v1/chat/completions", content=json.dumps(body), headers={"content-type": "application/json"})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (400, code, param), error["message"]
+    assert error["type"] == "invalid_request_error"
+    assert set(error) == {"message", "type", "param", "code"}
+    assert answer.headers["x-request-id"]
+    assert house.requests == []
+
+
+COMPLETION_TABLE = {
+    "empty": ({"prompt": ""}, "invalid_value", "prompt"),
+    "empty_list": ({"prompt": []}, "invalid_value", "prompt"),
+    "empty_text_in_list": ({"prompt": ["a", ""]}, "invalid_value", "prompt"),
+    "empty_ids_in_list": ({"prompt": [[1], []]}, "invalid_value", "prompt"),
+    "mixed": ({"prompt": [1, "a"]}, "invalid_value", "prompt"),
+    "bool_id": ({"prompt": [True]}, "invalid_value", "prompt"),
+    "number": ({"prompt": 5}, "invalid_value", "prompt"),
+    "missing": ({"prompt": None}, "invalid_value", "prompt"),
+    "outside": ({"prompt": [259]}, "invalid_value", "prompt"),
+    "negative": ({"prompt": [[0], [-1]]}, "invalid_value", "prompt"),
+    "many": ({"prompt": ["a"] * 65}, "invalid_value", "prompt"),
+    "many_choices": ({"prompt": ["a"] * 64, "n": 3}, "invalid_value", "n"),
+    "special_for_ids": ({"prompt": [1], "add_special_tokens": True}, "invalid_value", "add_special_tokens"),
+    "logprobs_bool": ({"logprobs": True}, "invalid_value", "logprobs"),
+    "logprobs_over": ({"logprobs": 21}, "invalid_value", "logprobs"),
+    "echo": ({"echo": True}, "unsupported_parameter", "echo"),
+    "score_only": ({"echo": True, "max_tokens": 0}, "unsupported_parameter", "echo"),
+    "zero_without_echo": ({"max_tokens": 0}, "invalid_value", "max_tokens"),
+    "best_of": ({"best_of": 2}, "unsupported_parameter", "best_of"),
+    "best_of_below_n": ({"best_of": 1, "n": 2}, "invalid_value", "best_of"),
+    "suffix": ({"suffix": "x"}, "unsupported_parameter", "suffix"),
+    "messages": ({"messages": HI}, "unknown_parameter", "messages"),
+    "too_long": ({"prompt": [1] * 100, "max_tokens": 101}, "context_length_exceeded", "prompt"),
+}
+
+
+@pytest.mark.parametrize("name", COMPLETION_TABLE)
+def test_bad_completion_bodies(http, house, name):
+    change, code, param = COMPLETION_TABLE[name]
+    body = {k: v for k, v in ({"model": BASE, "prompt": "x"} | change).items() if v is not None}
+    answer = http.post("/v1/completions", json=body)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (400, code, param), error["message"]
+    assert house.requests == []
+
+
+def test_values_that_ask_for_nothing_are_accepted(http):
+    neutral = {
+        "user": "u",
+        "metadata": {"a": "b"},
+        "store": False,
+        "service_tier": "auto",
+        "n": 1,
+        "frequency_penalty": 0,
+        "presence_penalty": 0.0,
+        "logit_bias": {},
+        "repetition_penalty": 1,
+        "min_tokens": 0,
+        "adapter_update": "pin",
+        "response_format": {"type": "text"},
+        "tools": [],
+        "tool_choice": "none",
+        "stop": None,
+        "stream": False,
+        "logprobs": False,
+        "top_logprobs": 0,
+    }
+    answer = http.post("/v1/chat/completions", json={"model": BASE, "messages": HI} | neutral)
+    assert answer.status_code == 200, answer.text
+
+
+def test_every_field_of_the_client_is_known():
+    chat = typing.get_type_hints(chat_params.CompletionCreateParamsNonStreaming)
+    plain = typing.get_type_hints(completion_params.CompletionCreateParamsNonStreaming)
+    assert set(chat) - set(ChatBody.model_fields) == set()
+    assert set(plain) - set(CompletionBody.model_fields) == set()
+
+
+def test_caps_and_numbers_are_named(client, house):
+    with pytest.raises(openai.BadRequestError, match="16"):
+        client.chat.completions.create(model=BASE, messages=HI, n=17)
+    with pytest.raises(openai.BadRequestError, match="at most 4 items"):
+        client.chat.completions.create(model=BASE, messages=HI, stop=list("abcde"))
+    with pytest.raises(openai.BadRequestError, match=r"100 tokens .* 101, together 201.* 200.*at most 100") as caught:
+        client.completions.create(model=BASE, prompt=[1] * 100, max_tokens=101)
+    assert caught.value.code == "context_length_exceeded"
+    client.completions.create(model=BASE, prompt=[1] * 100, max_tokens=100)  # the boundary itself fits
+    client.completions.create(model=BASE, prompt=[1] * 199)
+    assert [r.params.max_tokens for r in house.requests] == [100, 1]
+
+
+def test_errors_never_quote_the_prompt(http):
+    for body in ({"prompt": ["canary", 5]}, {"prompt": "canary", "suffix": "x"}, {"prompt": "canary" * 60}):
+        assert "canary" not in http.post("/v1/completions", json={"model": BASE, "max_tokens": 9} | body).text
+
+
+# --- failures of the engine
+
+
+def test_overload_is_503_with_retry_after(client, house, running):
+    house.submit_error = Overloaded("the queue is full; retry later")
+    with pytest.raises(openai.InternalServerError) as caught:
+        client.chat.completions.create(model=BASE, messages=HI)
+    assert (caught.value.status_code, caught.value.code) == (503, "overloaded")
+    assert caught.value.response.headers["retry-after"] == "1"
+
+
+def test_a_refused_choice_cancels_the_admitted_ones(client, house):
+    house.submit_error, house.admit = Overloaded("the queue is full; retry later"), 2
+    with pytest.raises(openai.InternalServerError):
+        client.chat.completions.create(model=BASE, messages=HI, n=3)
+    assert [s.cancelled.is_set() for s in house.streams] == [True, True]
+
+
+def test_a_conflict_is_not_retried(running, house):
+    house.submit_error = StateInvalid("no free slot")
+    with (
+        openai.OpenAI(base_url=running[1] + "/v1", api_key="none", max_retries=2) as client,
+        pytest.raises(openai.ConflictError) as caught,
+    ):
+        client.completions.create(model=BASE, prompt="x")
+    assert caught.value.response.headers["x-should-retry"] == "false"
+    assert caught.value.response.request.headers["x-stainless-retry-count"] == "0"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_failure_before_the_first_token_is_a_plain_error(client, house, stream):
+    house.fail_after, house.failure = 0, Overloaded("no slot came free; retry later")
+    with pytest.raises(openai.InternalServerError) as caught:
+        client.chat.completions.create(model=BASE, messages=HI, stream=stream)
+    assert caught.value.code == "overloaded"
+
+
+@pytest.mark.parametrize(
+    ("failure", "code", "message"),
+    [
+        pytest.param(Overloaded("draining; retry later"), "overloaded", "draining", id="ours"),
+        pytest.param(ValueError("/secret/path"), "internal_error", "internal error", id="foreign"),
+        pytest.param(JaxLoraError("/secret/path"), "internal_error", "internal error", id="internal"),
+        pytest.param(None, "internal_error", "internal error", id="cut_without_a_finish"),
+    ],
+)
+def test_a_failure_midway_is_an_error_event_then_the_end_mark(http, client, house, failure, code, message):
+    house.fail_after, house.failure = 3, failure
+    ask = {"model": BASE, "messages": HI, "stream": True, "n": 2}
+    response = http.post("/v1/chat/completions", json=ask)
+    *_, error, done = events(response)
+    assert done == "[DONE]"
+    assert json.loads(error)["error"]["code"] == code
+    assert message in json.loads(error)["error"]["message"]
+    assert "secret" not in response.text
+    assert '"finish_reason":"stop"' not in response.text
+    with pytest.raises(openai.APIError) as caught:
+        list(client.chat.completions.create(**ask))
+    assert caught.value.code == code
+    with pytest.raises(openai.InternalServerError) as caught:
+        client.chat.completions.create(**ask | {"stream": False})
+    assert caught.value.code == code
+
+
+def test_silence_is_filled_with_comments_that_clients_skip(running, house):
+    house.hang_after = 2
+    body = {"model": BASE, "messages": HI, "stream": True}
+    with (
+        httpx2.Client(base_url=running[1]) as client,
+        client.stream("POST", "/v1/chat/completions", json=body) as response,
+    ):
+        lines = []
+        for line in response.iter_lines():
+            lines.append(line)
+            if lines.count(": ping") == 2:
+                break
+    assert sum('"content":"r"' in line for line in lines) == 1
+    assert house.streams[0].cancelled.wait(2)
+
+
+def test_a_stream_starts_within_the_ping_time_even_without_a_token(running, house):
+    house.hang_after = 0
+    body = {"model": BASE, "messages": HI, "stream": True}
+    with (
+        httpx2.Client(base_url=running[1]) as client,
+        client.stream("POST", "/v1/chat/completions", json=body) as response,
+    ):
+        lines = [line for line, _ in zip(response.iter_lines(), range(4), strict=False)]
+    assert '"role":"assistant"' in lines[0]
+    assert lines[2] == ": ping"
+
+
+# --- clients that go
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("hang_after", [0, 3])
+def test_a_client_that_hangs_up_cancels_all_its_streams(running, house, stream, hang_after):
+    house.hang_after = hang_after
+    port = int(running[1].rsplit(":", 1)[1])
+    body = json.dumps({"model": BASE, "messages": HI, "n": 3, "stream": stream}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(head.encode() + body)
+        deadline = time.monotonic() + 5
+        while len(house.streams) < 3 and time.monotonic() < deadline:
+            time.sleep(0.005)
+        if stream and hang_after:
+            connection.recv(100)
+        assert not any(s.cancelled.is_set() for s in house.streams)
+    began = time.monotonic()
+    assert [s.cancelled.wait(5) for s in house.streams] == [True] * 3
+    assert time.monotonic() - began < 1
+
+
+def test_a_closed_stream_of_the_official_client_cancels(client, house):
+    house.hang_after = 3
+    stream = client.chat.completions.create(model=BASE, messages=HI, stream=True)
+    next(iter(stream))
+    stream.close()
+    assert house.streams[0].cancelled.wait(5)
+
+
+def test_a_finished_answer_cancels_nothing(client, house):
+    client.chat.completions.create(model=BASE, messages=HI, n=2)
+    list(client.chat.completions.create(model=BASE, messages=HI, n=2, stream=True))
+    assert len(house.streams) == 4
+    assert not any(s.cancelled.is_set() for s in house.streams)
+    assert echo_seed(house.requests[0]) == REPLY
