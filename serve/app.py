@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from jaxlora.errors import ConfigInvalid, JaxLoraError
 from serve.house import House
 from serve.openai_api import OpenAIWire, WireConfig
-from serve.openai_errors import LOG, answer_error, answer_gone, answer_validation, error_response
+from serve.openai_errors import LOG, answer_error, error_response
 
 OPEN_PATHS = frozenset({"/health"})  # answered without a key
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
@@ -106,10 +106,8 @@ def create_app(
         """The server's version."""
         return JSONResponse({"version": version("jaxlora")})
 
-    app.add_exception_handler(JaxLoraError, answer_error)
-    app.add_exception_handler(HTTPException, answer_error)
-    app.add_exception_handler(RequestValidationError, answer_validation)
-    app.add_exception_handler(ClientDisconnect, answer_gone)
+    for kind in (JaxLoraError, HTTPException, RequestValidationError, ClientDisconnect):
+        app.add_exception_handler(kind, answer_error)
     app.add_middleware(Gate, config=gate, tenant_of=tenant_of)
     return app
 

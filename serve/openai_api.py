@@ -25,7 +25,6 @@ from serve.openai_run import EventStream, Run, attend
 from serve.openai_stream import Choice, Fan
 from serve.openai_types import (
     MAX_CHOICES,
-    MAX_PROMPTS,
     ChatBody,
     CompletionBody,
     DetokenizeBody,
@@ -41,9 +40,10 @@ from serve.request import SamplingParams
 MAX_LISTED = 1000  # adapters in an answer without `limit`
 COMPLETION_MAX_TOKENS = 16  # the API's default for plain completions
 
+# "default" also keeps FastAPI from documenting 422, which this server never sends.
 ERRORS: dict[int | str, dict] = {
     status: {"description": text, "content": {"application/json": {"schema": ERROR_SCHEMA}}}
-    for status, text in ERROR_STATUSES.items()
+    for status, text in [*ERROR_STATUSES.items(), ("default", "any other error")]
 }
 
 
@@ -151,15 +151,15 @@ class OpenAIWire:
         refuse_unbuilt(body)
         if body.model is not None:
             self._house.resolve(tenant_of(request), body.model)
-        if (body.prompt is None) == (body.messages is None):
-            raise InvalidRequest("give either prompt or messages", param="prompt")
-        if body.messages is not None:
+        if body.messages is not None and body.prompt is None:
             refuse_given(body, "messages", "add_special_tokens")
             ids = await self._chat_ids(body.messages, body.add_generation_prompt, body.continue_final_message)
-        else:
+        elif body.prompt is not None and body.messages is None:
             refuse_given(body, "prompt", "add_generation_prompt", "continue_final_message")
             special = body.add_special_tokens is not False
             ids = await asyncio.to_thread(self._house.tokenizer.encode, body.prompt, special)
+        else:
+            raise InvalidRequest("give either prompt or messages", param="prompt")
         return JSONResponse({"tokens": list(ids), "count": len(ids), "max_model_len": self._house.context})
 
     async def detokenize(self, request: Request, body: DetokenizeBody) -> Response:
@@ -194,25 +194,21 @@ class OpenAIWire:
 
     async def _prompt_ids(self, body: CompletionBody) -> list[tuple[int, ...]]:
         """Ids of each prompt; those given as ids stay as they are."""
-        prompt = body.prompt
-        whole = isinstance(prompt, str) or (bool(prompt) and isinstance(prompt[0], int))
-        prompts = [prompt] if whole else list(prompt)
+        prompts = prompt_list(body.prompt)
         if not prompts or not all(prompts):
             raise InvalidRequest("prompt must not be empty, and no prompt of a list may be", param="prompt")
-        if len(prompts) > MAX_PROMPTS:
-            raise InvalidRequest(f"prompt may hold at most {MAX_PROMPTS} prompts, got {len(prompts)}", param="prompt")
-        special = body.add_special_tokens is not False
         out = []
-        for p in prompts:
-            if isinstance(p, str):
-                out.append(tuple(await asyncio.to_thread(self._house.tokenizer.encode, p, special)))
+        for prompt in prompts:
+            if isinstance(prompt, str):
+                special = body.add_special_tokens is not False
+                out.append(tuple(await asyncio.to_thread(self._house.tokenizer.encode, prompt, special)))
                 continue
             if body.add_special_tokens is not None:
                 raise InvalidRequest(
                     "add_special_tokens is for text prompts; ids stay as they are", param="add_special_tokens"
                 )
-            self._check_ids(p, "prompt")
-            out.append(tuple(p))
+            self._check_ids(prompt, "prompt")
+            out.append(tuple(prompt))
         return out
 
     def _check_ids(self, ids: Sequence[int], field: str) -> None:
@@ -312,6 +308,14 @@ class OpenAIWire:
 def tenant_of(request: Request) -> str | None:
     """Who asks, as the app found before it read the body."""
     return request.state.tenant
+
+
+def prompt_list(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
+    """The prompts of any of the four forms, each a text or ids."""
+    if isinstance(prompt, str):
+        return [prompt]
+    ids = [p for p in prompt if isinstance(p, int)]
+    return [ids] if ids else [p for p in prompt if not isinstance(p, int)]
 
 
 def chat_max_tokens(body: ChatBody) -> int | None:

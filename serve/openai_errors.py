@@ -88,22 +88,16 @@ def error_response(error: Exception) -> Response:
 
 async def answer_error(request: Request, error: Exception) -> Response:
     """Exception handler of the app for our tree and for the framework's own errors."""
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=499)  # nobody reads it; it is for the access log
+    if isinstance(error, RequestValidationError):
+        return error_response(invalid_request(error.errors(), error.body))
     if isinstance(error, HTTPException) and error.detail in ("Not Found", "Method Not Allowed"):
         shown = ascii(request.url.path)[:200]
         error = HTTPException(error.status_code, f"{error.detail}: {request.method} {shown}", error.headers)
     if isinstance(error, JaxLoraError) and error.status == 500:
         LOG.error("request failed", exc_info=error)
     return error_response(error)
-
-
-async def answer_validation(request: Request, error: RequestValidationError) -> Response:
-    """Exception handler: what pydantic found, as 400."""
-    return error_response(invalid_request(error.errors(), error.body))
-
-
-async def answer_gone(request: Request, error: ClientDisconnect) -> Response:
-    """Exception handler: nobody will read this; 499 is for the access log."""
-    return Response(status_code=499)
 
 
 def invalid_request(findings: Sequence[dict], body: object) -> InvalidRequest:
@@ -123,6 +117,8 @@ def invalid_request(findings: Sequence[dict], body: object) -> InvalidRequest:
         return InvalidRequest(f"{name} is required", param=name)
     if kind == "string_unicode":
         return InvalidRequest(f"{name or 'a field name'} must be Unicode text, without lone surrogates", param=name)
+    if name is None and kind == "fields":
+        return InvalidRequest(f"the body {finding['msg']}")
     if name is None:
         return InvalidRequest("the body must be a JSON object, sent with Content-Type: application/json")
     said = dict.fromkeys(f["msg"] for p, f in placed if p == path)
@@ -145,8 +141,9 @@ def place(loc: Sequence[str | int], body: object) -> tuple[str | int, ...]:
 
 
 def dotted(path: Sequence[str | int]) -> str:
-    """messages[0].content"""
-    return "".join(f"[{s}]" if isinstance(s, int) else f".{s}" for s in path).removeprefix(".")
+    """messages[0].content; long names and deep places are cut, for the client chose them."""
+    steps = (f"[{s}]" if isinstance(s, int) else f".{s[:64]}" for s in path[:8])
+    return "".join(steps).removeprefix(".")
 
 
 def shown_type(value: object) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, FailFast, Field, JsonValue, model_validator
 from pydantic_core import PydanticCustomError
 
 from jaxlora.errors import UnsupportedParameter
@@ -21,6 +21,9 @@ MAX_CHOICES = 128  # prompts times n
 MAX_STOPS = 4
 MAX_STOP_CHARS = 256
 MAX_STOP_IDS = 64
+MAX_FIELDS = 100  # of one object
+MAX_MESSAGES = 2048
+MAX_PARTS = 256  # of one message's content
 INT32_MAX = 2**31 - 1
 
 
@@ -30,9 +33,12 @@ class Only:
 
     values: tuple[JsonValue, ...] = ()
 
-    def allows(self, value: JsonValue) -> bool:
-        """True for a value that asks for nothing.  In JSON false is not 0."""
-        return any(value == v and isinstance(value, bool) == isinstance(v, bool) for v in self.values)
+
+def few_fields(value: object) -> object:
+    """The value, unless it is an object of very many fields: each bad one costs an error, and 4 MiB of them seconds."""
+    if isinstance(value, dict) and len(value) > MAX_FIELDS:
+        raise PydanticCustomError("fields", "must not have over {most} fields", {"most": MAX_FIELDS})
+    return value
 
 
 class Strict(BaseModel):
@@ -40,13 +46,20 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, value: object) -> object:
+        return few_fields(value)
+
 
 def refuse_unbuilt(body: Strict, prefix: str = "") -> None:
     """Raises UnsupportedParameter, naming the field, where the body asks for something that is not built."""
     for name, field in type(body).model_fields.items():
+        if name not in body.model_fields_set:
+            continue
         value = getattr(body, name)
         for rule in field.metadata:
-            if isinstance(rule, Only) and value is not None and not rule.allows(value):
+            if isinstance(rule, Only) and value is not None and value not in rule.values:
                 hint = f"only {', '.join(map(repr, rule.values))} is" if rule.values else "it is not"
                 raise UnsupportedParameter(
                     f"{prefix}{name} is not supported as given ({hint} supported here); leave it out",
@@ -64,6 +77,10 @@ def one_form(value: JsonValue) -> JsonValue:
     items = value if isinstance(value, list) else []
     texts = all(isinstance(x, str) for x in items)
     ids = all(isinstance(x, int) and not isinstance(x, bool) for x in items)
+    if len(items) > MAX_PROMPTS and not ids:
+        raise PydanticCustomError(
+            "prompts", "may hold at most {most} prompts, not {got}", {"most": MAX_PROMPTS, "got": len(items)}
+        )
     lists = all(isinstance(x, list) and all(isinstance(t, int) and not isinstance(t, bool) for t in x) for x in items)
     if isinstance(value, str) or (isinstance(value, list) and (texts or ids or lists)):
         return value
@@ -104,9 +121,9 @@ class SamplingBody(Strict):
     min_p: Annotated[float | None, Field(ge=0, le=1)] = None
     seed: Annotated[int | None, Field(ge=0, lt=2**63)] = None
     n: Annotated[int | None, Field(ge=1, le=MAX_N)] = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS), FailFast()] | None = None
     include_stop_str_in_output: bool | None = None
-    stop_token_ids: Annotated[list[int] | None, Field(max_length=MAX_STOP_IDS)] = None
+    stop_token_ids: Annotated[list[int], Field(max_length=MAX_STOP_IDS), FailFast()] | None = None
     ignore_eos: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     stream: bool | None = None
@@ -116,7 +133,7 @@ class SamplingBody(Strict):
     frequency_penalty: Annotated[float | None, Field(ge=-2, le=2), Only((0,))] = None
     presence_penalty: Annotated[float | None, Field(ge=-2, le=2), Only((0,))] = None
     repetition_penalty: Annotated[float | None, Field(gt=0), Only((1,))] = None
-    logit_bias: Annotated[dict[str, float] | None, Only(({},))] = None
+    logit_bias: Annotated[JsonValue, Only(({},))] = None
     min_tokens: Annotated[int | None, Field(ge=0), Only((0,))] = None
     adapter_update: Annotated[Literal["pin", "follow"] | None, Only(("pin",))] = None
     priority: Annotated[int | None, Only((0,))] = None
@@ -139,7 +156,7 @@ class Message(Strict):
     """One turn.  The fields that a client copies from an answer may stand there as null."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[ContentPart]
+    content: Text | Annotated[list[ContentPart], Field(max_length=MAX_PARTS), FailFast()]
     tool_call_id: Text | None = None  # links a result to its call; the text is the content
     name: Unbuilt = None
     tool_calls: Annotated[JsonValue, Only(([],))] = None
@@ -149,7 +166,7 @@ class Message(Strict):
     annotations: Annotated[JsonValue, Only(([],))] = None
 
 
-Messages = Annotated[list[Message], Field(min_length=1)]
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES), FailFast()]
 
 
 class ChatBody(SamplingBody):
@@ -159,7 +176,9 @@ class ChatBody(SamplingBody):
     top_logprobs: Annotated[int | None, Field(ge=0, le=MAX_TOP_LOGPROBS)] = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    metadata: Annotated[dict[str, str] | None, Field(max_length=16)] = None  # the client's own notes; change nothing
+    metadata: Annotated[dict[str, str] | None, Field(max_length=16), BeforeValidator(few_fields)] = (
+        None  # the client's own notes; change nothing
+    )
     safety_identifier: Text | None = None  # as `user`
     store: Annotated[bool | None, Only((False,))] = None
 
@@ -207,7 +226,7 @@ class TokenizeBody(Strict):
 
 class DetokenizeBody(Strict):
     model: Text | None = None
-    tokens: list[int]
+    tokens: Annotated[list[int], FailFast()]
 
 
 class ModelQuery(BaseModel):

@@ -203,3 +203,13 @@ def test_impossible_limits_are_refused_at_start():
         create_app(FakeHouse(), default_max_tokens=0)
     with pytest.raises(InvalidRequest, match="ping_s"):
         create_app(FakeHouse(), default_max_tokens=5, ping_s=0)
+
+
+def test_the_api_document_names_every_route_and_its_errors():
+    paths = create_app(FakeHouse(), default_max_tokens=5).openapi()["paths"]
+    assert set(paths) >= {"/v1/models", "/v1/models/{model}", "/v1/chat/completions", "/v1/completions", "/tokenize"}
+    for path, methods in paths.items():
+        for operation in methods.values():
+            if path not in ("/health", "/version"):
+                assert {"200", "400", "401", "404", "413", "429", "503"} <= set(operation["responses"])
+                assert "422" not in operation["responses"]

@@ -24,7 +24,7 @@ REPLY_TOKENS = len(REPLY.encode()) + 1  # and the end token
 @pytest.fixture(scope="module")
 def running():
     house = FakeHouse()
-    with serving(create_app(house, default_max_tokens=64, ping_s=0.15, max_body_bytes=20_000)) as url:
+    with serving(create_app(house, default_max_tokens=64, ping_s=0.15, max_body_bytes=200_000)) as url:
         yield house, url
 
 
@@ -317,6 +317,12 @@ def test_logprobs_zero_is_the_chosen_token_alone(client):
     assert answer.choices[0].logprobs.top_logprobs == [{"token_id:71": 0.0}]
 
 
+def test_of_alternatives_with_one_text_the_best_stays(client, house):
+    house.reply = lambda request: "~"
+    answer = client.completions.create(model=BASE, prompt="x", logprobs=4)
+    assert answer.choices[0].logprobs.top_logprobs == [{"~": 0.0, "\x7f": -1.0, "\ufffd": -2.0}]
+
+
 def test_a_special_token_inside_the_text_has_no_width(client, house):
     house.reply = lambda request: "ab"
     extra = {"ignore_eos": True}
@@ -398,6 +404,12 @@ CHAT_TABLE = {
     "name": (said(name="x"), "unsupported_parameter", "messages[0].name"),
     "surrogate_text": (said(content="\ud800"), "invalid_value", "messages[0].content"),
     "unknown_not_ascii": ({"é": 1}, "unknown_parameter", "é"),
+    "unknown_long": ({"k" * 999: 1}, "unknown_parameter", "k" * 64),
+    "many_fields": ({f"k{i}": 1 for i in range(99)}, "invalid_value", None),
+    "many_notes": ({"metadata": {f"k{i}": 1 for i in range(101)}}, "invalid_value", "metadata"),
+    "deep": ({"tools": json.loads("[" * 400 + "]" * 400)}, "invalid_value", "tools" + "[0]" * 7),
+    "many_messages": ({"messages": HI * 2049}, "invalid_value", "messages"),
+    "many_parts": (said(content=[{"type": "text", "text": "a"}] * 257), "invalid_value", "messages[0].content"),
     "surrogate_model": ({"model": "\ud800"}, "invalid_value", "model"),
     "template_refuses": (said(role="assistant"), "invalid_value", "messages"),
     "temperature_bool": ({"temperature": False}, "invalid_value", "temperature"),
