@@ -18,6 +18,7 @@ from serve.stops import StopStrings
 
 EOS, BOS, MARK = 256, 257, 258
 BASE = "org/base"
+HI = [{"role": "user", "content": "hi"}]
 
 
 class ByteTokenizer:
@@ -193,3 +194,10 @@ def serving(app):
         finally:
             server.should_exit = True
             thread.join(10)
+
+
+def events(response):
+    """The data of each event; every line of the body is data, comment or empty."""
+    lines = response.text.split("\n")
+    assert all(line == "" or line.startswith(("data: ", ": ")) for line in lines)
+    return [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
