@@ -1,0 +1,194 @@
+"""create_app(house): the wires joined over one house, behind one gate.
+
+Every request passes the gate before its body is read: it gets an id, its Host and Origin are checked, its tenant is
+found and its body is bounded.  What nothing else answered, the gate answers, in the shape all errors have.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import re
+import uuid
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from importlib.metadata import version
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, HTTPConnection
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from jaxlora.errors import ConfigInvalid, JaxLoraError
+from serve.house import House
+from serve.openai_api import OpenAIWire, WireConfig
+from serve.openai_errors import LOG, answer_error, error_response
+
+OPEN_PATHS = frozenset({"/health"})  # answered without a key
+LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
+AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^:/@\[\]]+)(?::\d+)?")
+
+
+class HostRefused(JaxLoraError):
+    """The Host or Origin header names another machine: a web page is talking to a server on this one."""
+
+    status, code = 403, "host_refused"
+
+
+class Unhealthy(JaxLoraError):
+    """The server cannot serve now."""
+
+    status, code = 503, "unhealthy"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GateConfig:
+    """What every request must meet."""
+
+    hosts: Collection[str] | None  # names allowed in Host and Origin; None: any (see `hosts_for`)
+    max_body_bytes: int = 4 * 2**20
+    body_timeout_s: float = 60.0  # for the whole body to arrive
+
+    def __post_init__(self) -> None:
+        if self.max_body_bytes < 1 or self.body_timeout_s <= 0:
+            raise ConfigInvalid(
+                f"max_body_bytes and body_timeout_s must be positive, got {self.max_body_bytes}, {self.body_timeout_s}"
+            )
+
+
+def hosts_for(bind: str) -> Collection[str] | None:
+    """Host names to allow for a bind address: the loopback names for a loopback address, else None, which is any."""
+    try:
+        loopback = ipaddress.ip_address(bind.strip("[]")).is_loopback
+    except ValueError:
+        loopback = bind == "localhost"
+    return LOOPBACK_HOSTS if loopback else None
+
+
+def no_keys(connection: HTTPConnection) -> str | None:
+    """The tenant of any request where no keys are configured."""
+    return None
+
+
+def create_app(
+    house: House,
+    *,
+    default_max_tokens: int,
+    hosts: Collection[str] | None = LOOPBACK_HOSTS,
+    tenant_of: Callable[[HTTPConnection], str | None] = no_keys,
+    max_body_bytes: int = 4 * 2**20,
+    body_timeout_s: float = 60.0,
+    ping_s: float = 15.0,
+) -> FastAPI:
+    """The server's HTTP application.  It sends no CORS headers, so no other page's script may read it.
+
+    tenant_of: who asks; it sees the request's headers, and raises to refuse it.
+    Raises ConfigInvalid or InvalidRequest for an impossible limit.
+    """
+    gate = GateConfig(hosts=hosts, max_body_bytes=max_body_bytes, body_timeout_s=body_timeout_s)
+    # The pages at /docs load scripts from elsewhere, and the document would be one more route to guard.
+    app = FastAPI(title="jaxlora", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    app.include_router(OpenAIWire(house, WireConfig(default_max_tokens=default_max_tokens, ping_s=ping_s)).router())
+
+    @app.get("/health", response_model=None)
+    async def health() -> Response:
+        """Whether the server can serve; needs no key."""
+        state = house.health()
+        if state != "ok":
+            raise Unhealthy(state)
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/version", response_model=None)
+    async def read_version() -> Response:
+        """The server's version."""
+        return JSONResponse({"version": version("jaxlora")})
+
+    for kind in (JaxLoraError, HTTPException, RequestValidationError, ClientDisconnect):
+        app.add_exception_handler(kind, answer_error)
+    app.add_middleware(Gate, config=gate, tenant_of=tenant_of)
+    return app
+
+
+class Gate:
+    """ASGI middleware around the whole app."""
+
+    def __init__(self, app: ASGIApp, config: GateConfig, tenant_of: Callable[[HTTPConnection], str | None]):
+        self._app = app
+        self._config = config
+        self._tenant_of = tenant_of
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        request_id = "req_" + uuid.uuid4().hex
+        started = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        try:
+            headers = Headers(scope=scope)
+            self._check_hosts(headers)
+            self._check_length(headers)
+            open_path = scope["path"] in OPEN_PATHS
+            scope.setdefault("state", {})["tenant"] = None if open_path else self._tenant_of(HTTPConnection(scope))
+            await self._app(scope, self._bounded(receive), send_with_id)
+        except Exception as error:
+            if not isinstance(error, JaxLoraError | HTTPException):
+                LOG.exception("request %s failed", request_id)
+            if started:
+                raise  # the server cuts the connection, which no client takes for a whole answer
+            await error_response(error)(scope, receive, send_with_id)
+
+    def _check_hosts(self, headers: Headers) -> None:
+        """Raises HostRefused for a name that is not ours: DNS rebinding, or another site's script."""
+        if self._config.hosts is None:
+            return
+        origin = headers.get("origin")
+        named = [("Host", headers.get("host", ""))]
+        if origin is not None:
+            named.append(("Origin", origin.partition("://")[2]))
+        for header, authority in named:
+            match = AUTHORITY.fullmatch(authority)
+            if match is None or match[1].lower() not in self._config.hosts:
+                raise HostRefused(
+                    f"the {header} header must name one of {', '.join(sorted(self._config.hosts))}; "
+                    "to serve others, bind the server to another address"
+                )
+
+    def _too_large(self) -> HTTPException:
+        return HTTPException(413, f"the body may have at most {self._config.max_body_bytes} bytes")
+
+    def _check_length(self, headers: Headers) -> None:
+        """Raises 413 for an announced length over the limit, before a byte is read."""
+        length = headers.get("content-length", "")
+        if length.isdecimal() and (len(length) > 18 or int(length) > self._config.max_body_bytes):
+            raise self._too_large()
+
+    def _bounded(self, receive: Receive) -> Receive:
+        """`receive`, with the limits of size and time on the body, and none after it."""
+        seen_bytes, deadline, whole = 0, asyncio.get_running_loop().time() + self._config.body_timeout_s, False
+
+        async def bounded() -> Message:
+            nonlocal seen_bytes, whole
+            if whole:
+                return await receive()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, f"the body took over {self._config.body_timeout_s} s to arrive") from None
+            seen_bytes += len(message.get("body", b""))
+            whole = not message.get("more_body", False)
+            if seen_bytes > self._config.max_body_bytes:
+                raise self._too_large()
+            return message
+
+        return bounded

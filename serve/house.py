@@ -1,0 +1,100 @@
+"""What the wires need of the server, and no more: the protocol between HTTP and the engine.  Pure: no jax, no HTTP here.
+
+Everything is called on the event loop's thread, except the tokenizer, which may be called from any thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from jaxlora.lora import AdapterRef
+from serve.request import Delta, Request
+
+LOCAL_TENANT = "local"  # who asks where no keys are configured
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelCard:
+    """What a client may know of one model: the base, or one adapter of its own."""
+
+    id: str
+    created: int  # seconds since 1970
+    owned_by: str
+    parent: str | None  # the base of an adapter; None for the base itself
+    root: str
+    version: int | None  # of an adapter: the version that `id` means now
+    rank: int | None
+    state: str  # "base"; of an adapter "device", "host" or "disk": where its weights are
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back.  Thread-safe."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def eos_ids(self) -> Collection[int]: ...
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> list[int]:
+        """Ids of the conversation in the base model's template.  Raises InvalidRequest where the template refuses it."""
+        ...
+
+    def token_text(self, id: int) -> str: ...
+    def token_bytes(self, id: int) -> bytes: ...
+
+
+class TokenStream(Protocol):
+    """An async iterator of Delta; it ends after the one with `finish` or `error`."""
+
+    def __aiter__(self) -> TokenStream: ...
+    async def __anext__(self) -> Delta: ...
+    def cancel(self) -> None:
+        """Frees slot and KV within a step.  Idempotent, and without effect on a stream that has ended."""
+        ...
+
+
+class House(Protocol):
+    """The server behind the wires."""
+
+    @property
+    def base_name(self) -> str: ...
+    @property
+    def context(self) -> int:
+        """Tokens of one sequence: prompt and max_tokens together must fit."""
+        ...
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+    @property
+    def started(self) -> float:
+        """Seconds since 1970."""
+        ...
+
+    def models(self, tenant: str | None) -> list[ModelCard]:
+        """The base and the tenant's adapters, in any order."""
+        ...
+
+    def model(self, tenant: str | None, model: str) -> ModelCard:
+        """The card of any name `resolve` takes, with `id` as it was asked.  Raises AdapterNotFound."""
+        ...
+
+    def resolve(self, tenant: str | None, model: str) -> AdapterRef | None:
+        """The version a name means now; None is the base model.  Raises AdapterNotFound, also for another's adapter."""
+        ...
+
+    def submit(self, request: Request) -> TokenStream:
+        """Admits the request.  Raises Overloaded and the like before any token; what fails later comes as a Delta."""
+        ...
+
+    def health(self) -> str:
+        """ "ok", or what is wrong, in words fit for anyone."""
+        ...

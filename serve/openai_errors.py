@@ -1,0 +1,157 @@
+"""Every error as OpenAI clients read it: {"error": {"message", "type", "param", "code"}}, with a status and headers.
+
+What is not of our error tree, and every 500, is told without details: those are in the log, under the request id.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from jaxlora.errors import InvalidRequest, JaxLoraError
+
+RETRY_AFTER_S = 1  # a client waits this long, then asks again; one that reads 0 would hammer
+LOG = logging.getLogger("serve")
+
+TYPES = {401: "authentication_error", 403: "permission_error", 409: "conflict_error", 429: "rate_limit_error"}
+HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 408: "body_timeout", 413: "body_too_large"}
+ERROR_STATUSES = {
+    400: "a field is wrong, unknown or not supported; `param` names it",
+    401: "no valid key",
+    404: "no such model, or not one of yours",
+    413: "the body is too large",
+    429: "over your limit; see Retry-After",
+    503: "overloaded; see Retry-After",
+}
+ERROR_SCHEMA = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": "string"},
+            },
+        }
+    },
+}
+
+
+class UnknownParameter(InvalidRequest):
+    """The API has no field of that name."""
+
+    code = "unknown_parameter"
+
+
+def error_body(error: Exception) -> tuple[int, dict[str, object]]:
+    """(HTTP status, the JSON object) of an error."""
+    if isinstance(error, JaxLoraError) and error.status != 500:
+        status, code, param, message = error.status, error.code, error.param, error.message
+    elif isinstance(error, HTTPException):
+        status, code, param = error.status_code, HTTP_CODES.get(error.status_code, "invalid_value"), None
+        message = str(error.detail)
+    else:
+        status, code, param, message = (
+            500,
+            "internal_error",
+            None,
+            "internal error; the log has it under the request id",
+        )
+    kind = TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    return status, {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def error_response(error: Exception) -> Response:
+    """The HTTP answer to an error, with the headers that tell a client whether to try again."""
+    status, body = error_body(error)
+    headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
+    if status in (429, 503):
+        headers["Retry-After"] = str(RETRY_AFTER_S)
+    if status in (409, 507):
+        headers["x-should-retry"] = "false"
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    # ASCII only: a message may quote a client's lone surrogate, which UTF-8 cannot hold.
+    return Response(json.dumps(body), status_code=status, headers=headers, media_type="application/json")
+
+
+async def answer_error(request: Request, error: Exception) -> Response:
+    """Exception handler of the app for our tree and for the framework's own errors."""
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=499)  # nobody reads it; it is for the access log
+    if isinstance(error, RequestValidationError):
+        return error_response(invalid_request(error.errors(), error.body))
+    if isinstance(error, HTTPException) and error.detail in ("Not Found", "Method Not Allowed"):
+        shown = ascii(request.url.path)[:200]
+        error = HTTPException(error.status_code, f"{error.detail}: {request.method} {shown}", error.headers)
+    if isinstance(error, JaxLoraError) and error.status == 500:
+        LOG.error("request failed", exc_info=error)
+    return error_response(error)
+
+
+def invalid_request(findings: Sequence[dict], body: object) -> InvalidRequest:
+    """The one error to tell of all that pydantic found: the deepest in the body, for the other arms of a union say less."""
+    placed = [(place(f["loc"][1:], body if f["loc"][0] == "body" else None), f) for f in findings]
+    depth = max(len(path) for path, _ in placed)
+    path, finding = next((path, f) for path, f in placed if len(path) == depth)
+    name = dotted(path) or None
+    kind = finding["type"]
+    if kind == "json_invalid":
+        return InvalidRequest(f"the body is not JSON: {finding['ctx']['error']} at character {finding['loc'][1]}")
+    if kind == "extra_forbidden":
+        return UnknownParameter(f"unknown parameter {name!a}; leave it out", param=name)
+    if kind == "missing" and name is None:
+        return InvalidRequest("the request has no body; send a JSON object with Content-Type: application/json")
+    if kind == "missing":
+        return InvalidRequest(f"{name} is required", param=name)
+    if kind == "string_unicode":
+        return InvalidRequest(f"{name or 'a field name'} must be Unicode text, without lone surrogates", param=name)
+    if name is None and kind == "fields":
+        return InvalidRequest(f"the body {finding['msg']}")
+    if name is None:
+        return InvalidRequest("the body must be a JSON object, sent with Content-Type: application/json")
+    said = dict.fromkeys(f["msg"] for p, f in placed if p == path)
+    return InvalidRequest(f"{name}: {', or '.join(said)}; got {shown_type(finding['input'])}", param=name)
+
+
+def place(loc: Sequence[str | int], body: object) -> tuple[str | int, ...]:
+    """The part of a pydantic location that is a path into the body: arms of unions, which it also names, are left out."""
+    path: list[str | int] = []
+    value = body
+    for i, step in enumerate(loc):
+        if isinstance(value, dict) and (step in value or i == len(loc) - 1):
+            value = value.get(step)
+        elif isinstance(value, list) and isinstance(step, int) and step < len(value):
+            value = value[step]
+        elif i:
+            continue
+        path.append(step)
+    return tuple(path)
+
+
+def dotted(path: Sequence[str | int]) -> str:
+    """messages[0].content; long names and deep places are cut, for the client chose them."""
+    steps = (f"[{s}]" if isinstance(s, int) else f".{s[:64]}" for s in path[:8])
+    return "".join(steps).removeprefix(".")
+
+
+def shown_type(value: object) -> str:
+    """The JSON type of a value, and the value only where it cannot hold a person's text."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return f"the boolean {str(value).lower()}"
+    if isinstance(value, int | float):
+        return f"the number {value}"[:60]
+    return {str: "a string", list: "a list", dict: "an object"}.get(type(value), "something else")

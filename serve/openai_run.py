@@ -1,0 +1,109 @@
+"""One answer in the making: token streams in, an HTTP answer out, whole or as server-sent events; and clients that go."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Sequence
+from dataclasses import dataclass
+
+from fastapi import Request
+from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
+
+from serve.openai_errors import error_body
+from serve.openai_format import DONE, Heading, Json, Shape, sse, usage
+from serve.openai_stream import Choice, Fan, Piece
+from serve.request import Delta
+
+LOG = logging.getLogger("serve")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """One answer in the making."""
+
+    heading: Heading
+    shape: Shape
+    prompt_tokens: Sequence[int]  # of each prompt
+    fan: Fan
+    choices: Sequence[Choice]
+    ping_s: float  # silence after which a stream gets a comment line
+
+    async def whole(self) -> Json:
+        """The answer when all choices have ended.  Raises what ended one early.  Cancels its streams in the end."""
+        pieces: list[list[Piece]] = [[] for _ in self.choices]
+        try:
+            while any(c.finish is None for c in self.choices):
+                item = await self.fan.next()
+                if item is not None:
+                    index, delta = item
+                    pieces[index].append(self.choices[index].take(delta))
+        finally:
+            self.fan.cancel()
+        choices = [self.shape.whole(i, p) for i, p in enumerate(pieces)]
+        return self.heading.wrap(self.shape.whole_object, choices) | {"usage": self._usage()}
+
+    async def events(self, first: tuple[int, Delta] | None, include_usage: bool) -> AsyncGenerator[bytes]:
+        """The stream's bytes.  It ends in one way: the finish of all choices or an error event; then [DONE]."""
+        shape, item = self.shape, first
+        extra = {"usage": None} if include_usage else {}
+        try:
+            for index in range(len(self.choices)):
+                for choice in shape.opening(index):
+                    yield sse(self.heading.wrap(shape.chunk_object, [choice]) | extra)
+            while True:
+                if item is None:
+                    yield KEEPALIVE_COMMENT
+                else:
+                    index, delta = item
+                    for choice in shape.chunks(index, self.choices[index].take(delta)):
+                        yield sse(self.heading.wrap(shape.chunk_object, [choice]) | extra)
+                if all(c.finish is not None for c in self.choices):
+                    break
+                item = await self.fan.next(self.ping_s)
+            if include_usage:
+                yield sse(self.heading.wrap(shape.chunk_object, []) | {"usage": self._usage()})
+        except Exception as error:
+            status, body = error_body(error)
+            if status == 500:
+                LOG.error("stream %s failed", self.heading.id, exc_info=error)
+            self.fan.cancel()
+            yield sse(body)
+        yield DONE
+
+    def _usage(self) -> Json:
+        return usage(self.prompt_tokens, self.choices)
+
+
+class EventStream(EventSourceResponse):
+    """Sends a run's events; cancels its token streams when the client is gone, even before the first byte."""
+
+    def __init__(self, run: Run, events: AsyncGenerator[bytes]):
+        super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self._run = run
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._run.fan.cancel()
+
+
+async def attend[T](request: Request, work: Awaitable[T]) -> T:
+    """The result of the work.  Raises ClientDisconnect, and drops the work, when the client hangs up first."""
+
+    async def hung_up() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    job, gone = asyncio.ensure_future(work), asyncio.ensure_future(hung_up())
+    try:
+        await asyncio.wait({job, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not job.done():
+            raise ClientDisconnect
+        return job.result()
+    finally:
+        job.cancel()
+        gone.cancel()

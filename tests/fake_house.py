@@ -1,0 +1,203 @@
+"""A small house without a model: bytes are tokens, answers come from a function, and everything asked is on record."""
+
+import asyncio
+import codecs
+import contextlib
+import socket
+import threading
+import time
+from dataclasses import dataclass, field, replace
+
+import uvicorn
+
+from jaxlora.errors import AdapterNotFound, InvalidRequest
+from jaxlora.lora import AdapterRef
+from serve.house import ModelCard
+from serve.request import Delta, FinishReason, TokenLogprob
+from serve.stops import StopStrings
+
+EOS, BOS, MARK = 256, 257, 258
+BASE = "org/base"
+HI = [{"role": "user", "content": "hi"}]
+
+
+class ByteTokenizer:
+    """Ids 0 to 255 are bytes; then end, begin, and the mark before each turn.  Special tokens decode to nothing."""
+
+    vocab_size = 259
+    eos_ids = frozenset({EOS})
+    names = ("<eos>", "<bos>", "<turn>")
+
+    def encode(self, text, add_special_tokens=True):
+        return [BOS] * add_special_tokens + list(text.encode())
+
+    def decode(self, ids):
+        return bytes(i for i in ids if i < 256).decode(errors="replace")
+
+    def chat(self, messages, *, add_generation_prompt=True, continue_final_message=False):
+        if messages[0]["role"] == "assistant":
+            raise InvalidRequest("a conversation must not begin with the assistant", param="messages")
+        ids = []
+        for message in messages:
+            ids += [MARK, *f"{message['role']}:{message['content']}".encode(), EOS]
+        if continue_final_message:
+            ids.pop()
+        return ids + ([MARK, *b"assistant:"] if add_generation_prompt else [])
+
+    def token_text(self, id):
+        return bytes([id]).decode(errors="replace") if id < 256 else self.names[id - 256]
+
+    def token_bytes(self, id):
+        return bytes([id]) if id < 256 else self.names[id - 256].encode()
+
+
+def echo_seed(request):
+    """The default answer: differs by choice and seed, and has two-byte and four-byte characters."""
+    return f"Grüße 🌍 {request.params.seed or 0}.{request.params.choice}"
+
+
+@dataclass(kw_only=True)
+class FakeHouse:
+    """Deterministic.  Behaviour is set by assigning fields; `hang_after` and `fail_after` count tokens."""
+
+    base_name: str = BASE
+    context: int = 200
+    tokenizer: ByteTokenizer = field(default_factory=ByteTokenizer)
+    started: float = 1_700_000_000.0
+    reply: object = echo_seed
+    end: bool = True  # say EOS after the reply
+    hang_after: int | None = None
+    fail_after: int | None = None
+    failure: Exception | None = None
+    submit_error: Exception | None = None
+    admit: int | None = None  # submits before submit_error
+    cached_tokens: int = 0
+    state: str = "ok"
+    requests: list = field(default_factory=list)
+    streams: list = field(default_factory=list)
+    adapters: dict = field(default_factory=lambda: {"support": 7, "ft:base:acme:x:1": 2})
+
+    def models(self, tenant):
+        if tenant == "stranger":
+            return [self._base()]
+        return [*(self._card(n, n, v) for n, v in self.adapters.items()), self._base()]
+
+    def model(self, tenant, model):
+        ref = self.resolve(tenant, model)
+        return self._base() if ref is None else self._card(model, model.partition("@")[0], ref.version)
+
+    def _base(self):
+        return ModelCard(
+            id=BASE, created=1, owned_by="org", parent=None, root=BASE, version=None, rank=None, state="base"
+        )
+
+    def _card(self, id, name, version):
+        created = 100 + list(self.adapters).index(name)
+        return ModelCard(
+            id=id, created=created, owned_by="acme", parent=BASE, root=name, version=version, rank=16, state="host"
+        )
+
+    def resolve(self, tenant, model):
+        name, _, version = model.partition("@")
+        if model == BASE:
+            return None
+        if name not in self.adapters or tenant == "stranger":
+            raise AdapterNotFound(f"The model `{model[:80]}` does not exist.", param="model")
+        return AdapterRef("acme", name.replace(":", "-"), int(version or self.adapters[name]))
+
+    def submit(self, request):
+        if self.submit_error is not None and len(self.requests) >= (self.admit or 0):
+            raise self.submit_error
+        self.requests.append(request)
+        self.streams.append(FakeStream(self, request))
+        return self.streams[-1]
+
+    def health(self):
+        return self.state
+
+
+class FakeStream:
+    """One answer, a token at a time."""
+
+    def __init__(self, house, request):
+        self.request = request
+        self.cancelled = threading.Event()
+        self.ended = False
+        self._deltas = self._generate(house, request)
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        await asyncio.sleep(0)
+        return await anext(self._deltas)
+
+    def cancel(self):
+        if not self.ended:
+            self.cancelled.set()
+
+    async def _generate(self, house, request):
+        p = request.params
+        stops, decoder = StopStrings(p.stop, p.include_stop), codecs.getincrementaldecoder("utf-8")("replace")
+        tokens = [*house.reply(request).encode(), *([EOS] if house.end else [])]
+        # With ignore_eos the answer begins anew after the end token, until max_tokens.
+        for i, token in enumerate(tokens * 50):
+            if i == house.hang_after:
+                await asyncio.Event().wait()
+            if i == house.fail_after:
+                if house.failure is not None:
+                    self.ended = True
+                    yield Delta(request_id=request.id, error=house.failure)
+                return
+            eos = token == EOS and not p.ignore_eos
+            stop_id = token in p.stop_token_ids
+            text, hit = stops.push("" if token >= 256 or stop_id else decoder.decode(bytes([token])))
+            finish = FinishReason.STOP if eos or stop_id or hit else None
+            if finish is None and i + 1 == p.max_tokens:
+                finish = FinishReason.LENGTH
+            if finish is not None and not hit:
+                tail, hit = stops.push(decoder.decode(b"", final=True))
+                text += tail + stops.flush()
+            delta = Delta(
+                request_id=request.id, text=text, tokens=(token,), logprobs=fake_logprobs(token, i, p.logprobs)
+            )
+            self.ended = finish is not None
+            yield replace(delta, finish=finish, cached_tokens=house.cached_tokens if i == 0 else 0)
+            if finish is not None:
+                return
+
+
+def fake_logprobs(token, place, top):
+    """The chosen token at -place/4 and, below it, the ids after it; the fourth is impossible."""
+    if top is None:
+        return ()
+    others = [((token + k) % 256, -place / 4 - k if k < 3 else float("-inf")) for k in range(1, top)]
+    pairs = ([(token, -place / 4), *others])[:top]
+    return (TokenLogprob(token=token, logprob=-place / 4, top=tuple(pairs)),)
+
+
+@contextlib.contextmanager
+def serving(app):
+    """The app under uvicorn on an ephemeral loopback port; yields its root URL."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1, lifespan="off"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        deadline = time.monotonic() + 10
+        while not server.started:
+            if time.monotonic() > deadline:
+                raise TimeoutError("uvicorn did not start within 10 s")
+            time.sleep(0.005)
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(10)
+
+
+def events(response):
+    """The data of each event; every line of the body is data, comment or empty."""
+    lines = response.text.split("\n")
+    assert all(line == "" or line.startswith(("data: ", ": ")) for line in lines)
+    return [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]

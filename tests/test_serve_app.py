@@ -1,0 +1,215 @@
+"""The gate and the framework's own errors: shape, headers, limits, hosts, keys."""
+
+import json
+import socket
+import time
+
+import httpx2
+import openai
+import pytest
+from fake_house import BASE, FakeHouse, serving
+
+from jaxlora.errors import ConfigInvalid, InvalidRequest, JaxLoraError
+from serve.app import LOOPBACK_HOSTS, create_app, hosts_for
+
+CHAT = {"model": BASE, "messages": [{"role": "user", "content": "hi"}]}
+
+
+class NoKey(JaxLoraError):
+    status, code = 401, "invalid_api_key"
+
+
+def by_header(connection):
+    """A tenant for each key; refuses a missing one."""
+    key = connection.headers.get("authorization", "").removeprefix("Bearer ")
+    if not key:
+        raise NoKey("give a key: Authorization: Bearer KEY")
+    return key
+
+
+@pytest.fixture(scope="module")
+def running():
+    house = FakeHouse()
+    app = create_app(house, default_max_tokens=64, tenant_of=by_header, max_body_bytes=2000, body_timeout_s=0.3)
+    with serving(app) as url:
+        yield house, url
+
+
+@pytest.fixture
+def http(running):
+    running[0].state, running[0].submit_error = "ok", None
+    with httpx2.Client(base_url=running[1], headers={"authorization": "Bearer acme"}) as client:
+        yield client
+
+
+def error_of(answer):
+    """The error, after checking what every error has."""
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert answer.headers["x-request-id"].startswith("req_")
+    return error
+
+
+def test_health_and_version(http, running):
+    answer = httpx2.get(running[1] + "/health")  # without a key
+    assert (answer.status_code, answer.json()) == (200, {"status": "ok"})
+    assert http.get("/version").json() == {"version": "0.1.0"}
+    running[0].state = "the device thread has stopped"
+    answer = http.get("/health")
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+    assert error_of(answer)["message"] == "the device thread has stopped"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        pytest.param("GET", "/nowhere", 404, "not_found", id="route"),
+        pytest.param("GET", "/v1/models/", 404, "model_not_found", id="empty_id"),
+        pytest.param("DELETE", "/v1/chat/completions", 405, "method_not_allowed", id="method"),
+        pytest.param("GET", "/docs", 404, "not_found", id="no_docs"),
+        pytest.param("GET", "/openapi.json", 404, "not_found", id="no_document"),
+    ],
+)
+def test_the_frameworks_errors_have_our_shape(http, method, path, status, code):
+    answer = http.request(method, path)
+    assert (answer.status_code, error_of(answer)["code"]) == (status, code)
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "words"),
+    [
+        pytest.param(b"{", "application/json", "not JSON", id="broken"),
+        pytest.param(b"", "application/json", "no body", id="empty"),
+        pytest.param(b"[1]", "application/json", "JSON object", id="list"),
+        pytest.param(b"{}", "text/plain", "application/json", id="content_type"),
+        pytest.param(b"\xff\xfe{}", "application/json", "body", id="not_utf8"),
+        pytest.param(b'{"model": ' + b"[" * 1900, "application/json", "", id="deep"),
+        pytest.param(b'{"model": "m", "messages": [], "temperature": NaN}', "application/json", "", id="nan"),
+        pytest.param(b'{"seed": ' + b"9" * 1900 + b"}", "application/json", "", id="huge_number"),
+    ],
+)
+def test_bad_bodies_are_400(http, content, kind, words):
+    answer = http.post("/v1/chat/completions", content=content, headers={"content-type": kind})
+    assert answer.status_code == 400
+    assert words in error_of(answer)["message"]
+    assert len(answer.text) < 600
+
+
+def test_an_unexpected_error_is_500_without_details(http, running, caplog):
+    running[0].submit_error = RuntimeError("/secret/path")
+    answer = http.post("/v1/chat/completions", json=CHAT)
+    assert (answer.status_code, error_of(answer)["code"]) == (500, "internal_error")
+    assert "secret" not in answer.text
+    assert "/secret/path" in caplog.text
+    assert answer.headers["x-request-id"] in caplog.text
+
+
+def test_a_body_over_the_limit_is_413(http, running):
+    at = json.dumps(CHAT | {"user": ""}).encode()
+    at = at.replace(b'"user": ""', b'"user": "' + b"x" * (2000 - len(at)) + b'"')
+    json_type = {"content-type": "application/json"}
+    assert len(at) == 2000
+    assert http.post("/v1/chat/completions", content=at, headers=json_type).status_code == 200
+    over = at + b" "
+    for content in (over, iter([over[:1000], over[1000:]])):  # with its length, and in chunks without
+        answer = http.post("/v1/chat/completions", content=content, headers=json_type)
+        assert answer.status_code == 413
+        error = error_of(answer)
+        assert (error["code"], error["type"]) == ("body_too_large", "invalid_request_error")
+        assert "2000" in error["message"]
+    with openai.OpenAI(base_url=running[1] + "/v1", api_key="k", max_retries=0) as client:
+        with pytest.raises(openai.APIStatusError) as caught:
+            client.completions.create(model=BASE, prompt="x" * 2000)
+        assert caught.value.code == "body_too_large"
+
+
+def test_a_slow_body_times_out(running):
+    port = int(running[1].rsplit(":", 1)[1])
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer k\r\n"
+    head += b"Content-Type: application/json\r\nContent-Length: 50\r\n\r\n{"
+    began = time.monotonic()
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.settimeout(5)
+        connection.sendall(head)
+        first = connection.recv(4000)
+    assert first.startswith(b"HTTP/1.1 408")
+    assert time.monotonic() - began < 2
+
+
+def test_no_key_is_401_before_the_body_is_read(running):
+    for path in ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"):
+        answer = httpx2.post(running[1] + path, content=b"{")
+        assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
+        error = error_of(answer)
+        assert (error["code"], error["type"]) == ("invalid_api_key", "authentication_error")
+    for path in ("/v1/models", "/v1/models/x", "/version", "/nowhere"):
+        assert httpx2.get(running[1] + path).status_code == 401
+
+
+def test_the_tenant_of_the_key_is_the_one_who_asks(running):
+    house, url = running
+    house.requests.clear()
+    with openai.OpenAI(base_url=url + "/v1", api_key="acme", max_retries=0) as client:
+        client.chat.completions.create(**CHAT)
+        assert len(list(client.models.list())) == 3
+    assert house.requests[0].tenant == "acme"
+    with openai.OpenAI(base_url=url + "/v1", api_key="stranger", max_retries=0) as client:
+        assert [m.id for m in client.models.list()] == [BASE]
+        bodies = []
+        for name in ("support", "unknown"):
+            with pytest.raises(openai.NotFoundError) as caught:
+                client.models.retrieve(name)
+            bodies.append(caught.value.response.text.replace(name, "NAME"))
+        assert bodies[0] == bodies[1]
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        pytest.param({"host": "localhost:80"}, 200, id="localhost"),
+        pytest.param({"host": "[::1]:8000"}, 200, id="ipv6"),
+        pytest.param({"host": "evil.example"}, 403, id="rebinding"),
+        pytest.param({"host": "localhost.evil.example"}, 403, id="prefix"),
+        pytest.param({"host": "localhost@evil.example"}, 403, id="userinfo"),
+        pytest.param({"origin": "http://localhost:3000"}, 200, id="own_origin"),
+        pytest.param({"origin": "https://evil.example"}, 403, id="foreign_origin"),
+        pytest.param({"origin": "null"}, 403, id="null_origin"),
+    ],
+)
+def test_only_our_own_names_are_answered(http, headers, status):
+    answer = http.get("/v1/models", headers=headers)
+    assert answer.status_code == status
+    assert "access-control-allow-origin" not in answer.headers
+    if status == 403:
+        assert error_of(answer)["code"] == "host_refused"
+
+
+def test_the_bind_address_decides_the_names():
+    assert [hosts_for(b) for b in ("127.0.0.1", "::1", "localhost")] == [LOOPBACK_HOSTS] * 3
+    assert [hosts_for(b) for b in ("0.0.0.0", "::", "10.0.0.5", "my.host")] == [None] * 4
+
+
+def test_with_any_host_allowed_none_is_refused():
+    with serving(create_app(FakeHouse(), default_max_tokens=5, hosts=None)) as url:
+        headers = {"host": "models.example", "origin": "https://page.example"}
+        assert httpx2.get(url + "/health", headers=headers).status_code == 200
+
+
+def test_impossible_limits_are_refused_at_start():
+    for bad in ({"max_body_bytes": 0}, {"body_timeout_s": 0.0}):
+        with pytest.raises(ConfigInvalid, match="positive"):
+            create_app(FakeHouse(), default_max_tokens=5, **bad)
+    with pytest.raises(InvalidRequest, match="default_max_tokens"):
+        create_app(FakeHouse(), default_max_tokens=0)
+    with pytest.raises(InvalidRequest, match="ping_s"):
+        create_app(FakeHouse(), default_max_tokens=5, ping_s=0)
+
+
+def test_the_api_document_names_every_route_and_its_errors():
+    paths = create_app(FakeHouse(), default_max_tokens=5).openapi()["paths"]
+    assert set(paths) >= {"/v1/models", "/v1/models/{model}", "/v1/chat/completions", "/v1/completions", "/tokenize"}
+    for path, methods in paths.items():
+        for operation in methods.values():
+            if path not in ("/health", "/version"):
+                assert {"200", "400", "401", "404", "413", "429", "503"} <= set(operation["responses"])
+                assert "422" not in operation["responses"]
