@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from jaxlora.errors import AdapterInvalid
+from jaxlora.errors import AdapterInvalid, AdapterNotFinite
 from jaxlora.lora import HEAD_TARGET, LAYER_TARGETS, Adapter, AdapterRef, LoraSpec
 from jaxlora.mesh import sharding
 from jaxlora.model_config import ModelConfig, parameters, target_features
@@ -148,6 +148,17 @@ def write_slot(pool: Rows, slot: jax.Array, rows: Rows) -> Rows:
 def read_slot(pool: Rows, slot: jax.Array) -> Rows:
     """A copy of one slot's rows, without the slot axis."""
     return jax.tree.map(lambda p: lax.dynamic_index_in_dim(p, slot, 1, keepdims=False), pool)
+
+
+@jax.jit
+def _all_finite(rows: Rows) -> jax.Array:
+    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(rows)]).all()
+
+
+def read_finite(rows: Rows) -> None:
+    """Raises AdapterNotFinite when one slot's device rows hold a NaN or an infinity."""
+    if not bool(_all_finite(rows)):
+        raise AdapterNotFinite("the adapter has non-finite weights; it is not published")
 
 
 class LaneLora:

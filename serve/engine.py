@@ -1,0 +1,329 @@
+"""The engine: plans become arrays, one jitted program per shape runs them, tokens become text.
+
+Owned by one thread.  A step is at most one prefill program and one decode program; both are the same function, and
+every shape it will ever see is compiled by `warm_up`.
+
+Shape letters: G lanes, J tokens of a lane, C pages per sequence, D model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxlora.errors import AdapterInvalid, ContextLengthExceeded, JaxLoraError
+from jaxlora.kvcache import KVPages, empty_pages, paged_attend
+from jaxlora.lora import HEAD_TARGET, AdapterRef
+from jaxlora.mesh import check_lanes, replicated
+from jaxlora.model import Base, TokenBatch, forward, head_weight
+from jaxlora.pool import LaneLora, PoolSpec, Rows, TokenLora, empty_pool, host_rows, write_slot
+from jaxlora.slots import SlotTable
+from jaxlora.store import AdapterStore
+from jaxlora.tokenizer import Detokenizer, Tokenizer
+from pallas_kernels import NO_ADAPTER
+from pallas_kernels.gathered_lora import gathered_lora
+from pallas_kernels.segmented_lora import segmented_lora
+from serve.pages import PageAllocator
+from serve.request import Delta, FinishReason, Request, TokenLogprob
+from serve.sampling import SamplingBatch, StepOutput, sample
+from serve.scheduler import Chunk, Scheduler, Sequence
+from serve.stops import StopStrings
+
+SHORT_LANES = 4  # divides a full program into a small one: a few rows should not pay for many
+MIN_ROWS = 2  # XLA:CPU has no fast path for a bfloat16 product with one row
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """The shapes that are compiled.  Nothing a request says changes them."""
+
+    rows: int  # sequences that run at once
+    prefill_lanes: int  # lanes of a prefill program
+    prefill_tokens: int  # prompt tokens of a lane
+    pages: int  # KV pages
+    page_tokens: int
+    max_tokens: int  # longest sequence, prompt included
+    max_waiting: int  # requests in line before new ones are refused
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class StepBatch:
+    """The tokens of one program: lanes of prompt chunks, or one token per running sequence (J = 1)."""
+
+    token_GJ: jax.Array  # int32
+    position_GJ: jax.Array  # int32 place in the sequence; -1 is padding
+    slot_G: jax.Array  # int32 serving slot; NO_ADAPTER is the base model
+    page_GC: jax.Array  # int32 pages of the lane's sequence, in order
+    last_G: jax.Array  # int32 the token of the lane whose successor is sampled
+    sampling: SamplingBatch
+
+
+def _serve_step(base: Base, pool: Rows, kv: KVPages, batch: StepBatch) -> tuple[KVPages, StepOutput]:
+    G, J = batch.token_GJ.shape
+    decode = J == 1
+    lora = TokenLora(pool, batch.slot_G, base.config.layers) if decode else LaneLora(LaneLora.gather(pool, batch.slot_G))
+    tokens = TokenBatch(
+        token_T=batch.token_GJ.reshape(-1),
+        position_T=batch.position_GJ.reshape(-1),
+        segment_T=(batch.position_GJ >= 0).astype(jnp.int32).reshape(-1),
+        slot_T=jnp.repeat(batch.slot_G, J),
+    )
+    attend = paged_attend(batch.page_GC, batch.position_GJ, base.config.window)
+    x_TD, kv = forward(base, tokens, lora, attend, kv)
+    x_GD = jnp.take_along_axis(x_TD.reshape(G, J, -1), batch.last_G[:, None, None], axis=1)[:, 0]
+    with jax.default_matmul_precision(base.precision):
+        logits_GV = jnp.dot(x_GD, head_weight(base)[0], preferred_element_type=jnp.float32)
+        if HEAD_TARGET in pool:
+            head = pool[HEAD_TARGET]
+            if decode:
+                rows = [(head.a_LSRX, head.b_LSRY, head.scale_LS)]
+                (delta,) = gathered_lora(x_GD, rows, jnp.int32(0), batch.slot_G)
+            else:
+                assert isinstance(lora, LaneLora) and lora.head is not None
+                rows = [(lora.head.a_LSRX[0], lora.head.b_LSRY[0], lora.head.scale_LS[0])]
+                delta = segmented_lora(x_GD[:, None], rows)[0][:, 0]
+            logits_GV = logits_GV + delta.astype(jnp.float32)
+    return kv, sample(logits_GV, batch.sampling)
+
+
+@dataclass(slots=True)
+class TextState:
+    """What a running sequence has said so far."""
+
+    detokenizer: Detokenizer
+    stops: StopStrings
+
+
+class Engine:
+    """All running sequences on one base and one pool.  Not thread-safe: one thread owns it."""
+
+    def __init__(
+        self,
+        base: Base,
+        mesh: Mesh,
+        config: EngineConfig,
+        pool_spec: PoolSpec,
+        store: AdapterStore,
+        tokenizer: Tokenizer,
+        base_hash: str,
+    ):
+        for rows, what in ((config.rows, "rows"), (config.prefill_lanes, "prefill lanes")):
+            check_lanes(mesh, rows, what)
+        self.base, self.mesh, self.config, self.pool_spec = base, mesh, config, pool_spec
+        self.store, self.tokenizer, self.base_hash = store, tokenizer, base_hash
+        self.slots = SlotTable(pool_spec.slots)
+        allocator = PageAllocator(config.pages, config.page_tokens)
+        self.scheduler = Scheduler(
+            self.slots,
+            allocator,
+            rows=config.rows,
+            lanes=config.prefill_lanes,
+            lane_tokens=config.prefill_tokens,
+            max_waiting=config.max_waiting,
+        )
+        self._columns = allocator.needed(config.max_tokens)
+        self._pool = empty_pool(base.config, pool_spec, mesh)
+        self._kv = empty_pages(
+            base.config, mesh, pages=config.pages, page_tokens=config.page_tokens, dtype=base.dtype
+        )
+        placed = jax.tree.map(lambda x: x.sharding, self._kv)
+        self._program = jax.jit(_serve_step, donate_argnums=2, out_shardings=(placed, replicated(mesh)))
+        self._sequences: dict[str, Sequence] = {}
+        self._texts: dict[str, TextState] = {}
+        self._seeds: dict[str, int] = {}
+        self.decoded_tokens = 0  # generated since the start
+        self.prefilled_tokens = 0
+
+    def shapes(self) -> list[tuple[int, int]]:
+        """Every (lanes, tokens per lane) this engine runs."""
+        return [(g, self.config.prefill_tokens) for g in self._ladder(self.config.prefill_lanes)] + [
+            (g, 1) for g in self._ladder(self.config.rows)
+        ]
+
+    def _ladder(self, full: int) -> list[int]:
+        parts = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        small = full // SHORT_LANES
+        return [small, full] if small >= MIN_ROWS and small % parts == 0 else [full]
+
+    def warm_up(self) -> None:
+        """Compiles and runs every program once, on padding that is written nowhere, and the loading of an adapter."""
+        for lanes, tokens in self.shapes():
+            self._run(self._idle(lanes, tokens))
+        empty = jax.tree.map(lambda p: np.zeros(p.shape[:1] + p.shape[2:], np.float32), self._pool)
+        self._write(0, empty)
+        jax.block_until_ready(self._pool)
+
+    # ---- requests -------------------------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> None:
+        """Puts the request in line.
+
+        Raises ContextLengthExceeded, Overloaded, or InvalidRequest when it can never fit.
+        """
+        total = len(request.prompt) + request.params.max_tokens
+        if total > self.config.max_tokens:
+            raise ContextLengthExceeded(
+                f"the prompt has {len(request.prompt)} tokens and max_tokens is {request.params.max_tokens}; together "
+                f"they must be at most {self.config.max_tokens}",
+                param="max_tokens",
+            )
+        sequence = self.scheduler.add(request)
+        p = request.params
+        self._sequences[request.id] = sequence
+        self._texts[request.id] = TextState(self.tokenizer.detokenizer(), StopStrings(p.stop, p.include_stop))
+        self._seeds[request.id] = secrets.randbits(63) if p.seed is None else p.seed
+
+    def cancel(self, request_id: str) -> None:
+        """Frees all the request holds; does nothing when it has ended."""
+        sequence = self._sequences.get(request_id)
+        if sequence is not None:
+            self._end(sequence)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self._sequences)
+
+    def step(self) -> list[Delta]:
+        """One step for everyone who can run: loads, prompt chunks, one token for each decoding sequence."""
+        plan = self.scheduler.plan()
+        deltas = []
+        for ref, slot in plan.load:
+            deltas += self._load(ref, slot)
+        prefill = [c for c in plan.prefill if c.sequence.request.id in self._sequences]
+        decode = [s for s in plan.decode if s.request.id in self._sequences]
+        if prefill:
+            deltas += self._prefill(prefill)
+        if decode:
+            deltas += self._decode(decode)
+        return deltas
+
+    # ---- adapters -------------------------------------------------------------------------------------------------
+
+    def install(self, ref: AdapterRef, rows: Rows) -> int | None:
+        """Copies a new version's device rows into a slot: no disk, no host, no compile.
+
+        The slot, or None when every slot has running requests: the version is then loaded when it is first asked for.
+        """
+        slot = self.slots.choose()
+        if slot is not None:
+            self._write(slot, rows)
+            self.slots.place(slot, ref)
+        return slot
+
+    def _load(self, ref: AdapterRef, slot: int) -> list[Delta]:
+        """Copies a stored version into its slot; when that fails, only the requests that asked for it end."""
+        try:
+            adapter = self.store.get(ref)
+            if adapter.base_hash != self.base_hash:
+                raise AdapterInvalid(f"adapter {ref.name} was trained on another base")
+            self._write(slot, host_rows(self.base.config, self.pool_spec, adapter))
+        except JaxLoraError as error:
+            users = [s for s in self._sequences.values() if s.request.adapter == ref]
+            for s in users:
+                self._end(s)
+            self.slots.drop(ref)
+            return [Delta(request_id=s.request.id, error=error) for s in users]
+        return []
+
+    def _write(self, slot: int, rows: Rows) -> None:
+        self._pool = write_slot(self._pool, jax.device_put(np.int32(slot)), jax.device_put(rows))
+
+    # ---- programs -------------------------------------------------------------------------------------------------
+
+    def _idle(self, lanes: int, tokens: int) -> StepBatch:
+        """A NumPy batch of padding."""
+        arrays = {
+            "token_GJ": np.zeros((lanes, tokens), np.int32),
+            "position_GJ": np.full((lanes, tokens), -1, np.int32),
+            "slot_G": np.full(lanes, NO_ADAPTER, np.int32),
+            "page_GC": np.zeros((lanes, self._columns), np.int32),
+            "last_G": np.zeros(lanes, np.int32),
+        }
+        return StepBatch(**arrays, sampling=SamplingBatch.idle(lanes))  # ty: ignore[invalid-argument-type]
+
+    def _run(self, batch: StepBatch) -> StepOutput:
+        """The step's output on the host."""
+        on_device = jax.device_put(batch, replicated(self.mesh))
+        self._kv, out = self._program(self.base, self._pool, self._kv, on_device)
+        return jax.device_get(out)
+
+    def _fill(self, batch: StepBatch, lane: int, sequence: Sequence, start: int, tokens: list[int]) -> None:
+        count = len(tokens)
+        batch.token_GJ[lane, :count] = tokens
+        batch.position_GJ[lane, :count] = np.arange(start, start + count)
+        batch.slot_G[lane] = sequence.slot
+        batch.page_GC[lane, : len(sequence.pages)] = sequence.pages
+        batch.last_G[lane] = count - 1
+        request = sequence.request
+        batch.sampling.fill(lane, request.params, self._seeds[request.id], start + count)
+
+    def _smallest(self, full: int, needed: int) -> int:
+        return next(size for size in self._ladder(full) if size >= needed)
+
+    def _prefill(self, chunks: list[Chunk]) -> list[Delta]:
+        batch = self._idle(self._smallest(self.config.prefill_lanes, len(chunks)), self.config.prefill_tokens)
+        for lane, c in enumerate(chunks):
+            self._fill(batch, lane, c.sequence, c.start, c.sequence.tokens[c.start : c.start + c.count])
+        out = self._run(batch)
+        deltas = []
+        for lane, c in enumerate(chunks):
+            c.sequence.done = c.start + c.count
+            self.prefilled_tokens += c.count
+            if c.sequence.prompt_left == 0:
+                deltas += self._advance(c.sequence, out, lane)
+        return deltas
+
+    def _decode(self, sequences: list[Sequence]) -> list[Delta]:
+        batch = self._idle(self._smallest(self.config.rows, len(sequences)), 1)
+        for row, s in enumerate(sequences):
+            self._fill(batch, row, s, s.done, [s.tokens[s.done]])
+        out = self._run(batch)
+        deltas = []
+        for row, s in enumerate(sequences):
+            s.done += 1
+            deltas += self._advance(s, out, row)
+        return deltas
+
+    # ---- tokens to text -------------------------------------------------------------------------------------------
+
+    def _advance(self, sequence: Sequence, out: StepOutput, row: int) -> list[Delta]:
+        """What the sequence's new token means to its client."""
+        request, params = sequence.request, sequence.request.params
+        if not out.finite_B[row]:
+            self._end(sequence)
+            error = AdapterInvalid("the model gave non-finite numbers for this request; check its adapter")
+            return [Delta(request_id=request.id, error=error)]
+        token = int(out.token_B[row])
+        sequence.tokens.append(token)
+        self.decoded_tokens += 1
+        text_state = self._texts[request.id]
+        ended = (token in self.tokenizer.eos_ids and not params.ignore_eos) or token in params.stop_token_ids
+        text, hit = ("", False) if ended else text_state.stops.push(text_state.detokenizer.push(token))
+        finish = None
+        if ended or hit:
+            finish = FinishReason.STOP
+        elif sequence.generated >= params.max_tokens:
+            finish = FinishReason.LENGTH
+        if finish is not None and not hit:
+            tail, hit = text_state.stops.push(text_state.detokenizer.flush())
+            text += tail + ("" if hit else text_state.stops.flush())
+        if finish is not None:
+            self._end(sequence)
+        logprobs = () if params.logprobs is None else (self._logprob(out, row, params.logprobs),)
+        return [Delta(request_id=request.id, text=text, tokens=(token,), logprobs=logprobs, finish=finish)]
+
+    def _logprob(self, out: StepOutput, row: int, count: int) -> TokenLogprob:
+        top = zip(out.top_token_BM[row, :count].tolist(), out.top_logprob_BM[row, :count].tolist(), strict=True)
+        return TokenLogprob(token=int(out.token_B[row]), logprob=float(out.logprob_B[row]), top=tuple(top))
+
+    def _end(self, sequence: Sequence) -> None:
+        self.scheduler.finish(sequence)
+        for table in (self._sequences, self._texts, self._seeds):
+            table.pop(sequence.request.id, None)

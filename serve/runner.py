@@ -1,0 +1,334 @@
+"""The device thread: it alone touches the engine and the trainer; everyone else sends it messages.
+
+While sequences run and adapters train, it alternates: `serve_steps` engine steps, then one training step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from jaxlora.errors import AdapterNotFound, JaxLoraError, StateInvalid
+from jaxlora.lora import AdapterRef, LoraSpec
+from jaxlora.pool import Rows, adapter_of_rows, read_finite
+from serve.engine import Engine
+from serve.house import ModelCard
+from serve.request import Delta, Request
+
+LOG = logging.getLogger("serve")
+
+
+class Trainer(Protocol):
+    """What the device thread needs of a trainer."""
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would train anything."""
+        ...
+
+    def step(self) -> None:
+        """One optimizer step for whoever is due; it may publish through `Runner.publish`."""
+        ...
+
+
+@dataclass(slots=True)
+class Completion:
+    """All of one answer."""
+
+    request_id: str
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    last: Delta | None = None
+
+
+class DeltaStream:
+    """The async iterator a wire reads: ends after the delta with `finish` or `error`."""
+
+    def __init__(self, runner: Runner, request_id: str):
+        self._runner, self._id = runner, request_id
+        self._queue: asyncio.Queue[Delta] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+        self._ended = False
+
+    def deliver(self, delta: Delta) -> None:
+        """Called on the device thread."""
+        try:
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, delta)
+        except RuntimeError:  # the loop has closed: nobody reads any more
+            self._runner.cancel(self._id)
+
+    def __aiter__(self) -> DeltaStream:
+        return self
+
+    async def __anext__(self) -> Delta:
+        if self._ended:
+            raise StopAsyncIteration
+        delta = await self._queue.get()
+        self._ended = delta.finish is not None or delta.error is not None
+        return delta
+
+    def cancel(self) -> None:
+        """Frees slot and KV within a step; harmless when the stream has ended."""
+        if not self._ended:
+            self._runner.cancel(self._id)
+
+
+class Runner:
+    """The server behind the wires (serve.house.House), and the device thread under it."""
+
+    def __init__(self, engine: Engine, *, base_name: str, serve_steps: int = 8):
+        self.engine, self.base_name, self.serve_steps = engine, base_name, serve_steps
+        self.started = time.time()
+        self.trainer: Trainer | None = None
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._listeners: dict[str, Callable[[Delta], None]] = {}
+        self._stopping = False
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="jaxlora-device", daemon=True)
+
+    # ---- life -----------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Compiles every program, then runs."""
+        ready = threading.Event()
+        self._inbox.put(ready.set)
+        self._thread.start()
+        ready.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    def stop(self) -> None:
+        """Ends the device thread after its present step; open requests get an error."""
+        if self._thread.is_alive():
+            self._inbox.put(self._stop_now)
+            self._thread.join()
+        self.engine.store.flush()
+
+    def call[R](self, work: Callable[[], R]) -> R:
+        """What `work` returns, run on the device thread between two steps.  Raises what it raises."""
+        if threading.current_thread() is self._thread:
+            return work()
+        answer: queue.SimpleQueue[tuple[R | None, BaseException | None]] = queue.SimpleQueue()
+
+        def run() -> None:
+            try:
+                answer.put((work(), None))
+            except BaseException as error:
+                answer.put((None, error))
+
+        self._check_alive()
+        self._inbox.put(run)
+        while True:
+            try:
+                result, error = answer.get(timeout=1.0)
+                break
+            except queue.Empty:
+                self._check_alive()
+        if error is not None:
+            raise error
+        return result  # ty: ignore[invalid-return-type]
+
+    def _check_alive(self) -> None:
+        if not self._thread.is_alive():
+            raise StateInvalid("the device thread has ended; restart the server")
+
+    def _stop_now(self) -> None:
+        self._stopping = True
+
+    def _run(self) -> None:
+        try:
+            self.engine.warm_up()
+            served = 0
+            while not self._stopping:
+                served = self._turn(served)
+        except BaseException as error:  # everyone who waits must learn of it
+            LOG.exception("the device thread has ended")
+            self._failure = error
+        gone = StateInvalid("the server stopped before the answer was complete")
+        for request_id, listener in list(self._listeners.items()):
+            listener(Delta(request_id=request_id, error=gone))
+        self._listeners.clear()
+        while not self._inbox.empty():
+            self._inbox.get()()
+
+    def _turn(self, served: int) -> int:
+        """Messages, then one step of one kind.  Returns engine steps since the last training step."""
+        engine, trainer = self.engine, self.trainer
+        training = trainer is not None and trainer.has_work
+        if not engine.has_work and not training:
+            self._inbox.get()()
+        while not self._inbox.empty():
+            self._inbox.get()()
+        if engine.has_work and not (training and served >= self.serve_steps):
+            for delta in engine.step():
+                self._deliver(delta)
+            return served + 1
+        if trainer is not None and trainer.has_work:
+            trainer.step()
+        return 0
+
+    def _deliver(self, delta: Delta) -> None:
+        ended = delta.finish is not None or delta.error is not None
+        listener = self._listeners.pop(delta.request_id, None) if ended else self._listeners.get(delta.request_id)
+        if listener is not None:
+            listener(delta)
+
+    # ---- requests -------------------------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> DeltaStream:
+        """The request's stream.  What cannot be admitted comes as its first and only delta, with `error`."""
+        self._check_alive()
+        stream = DeltaStream(self, request.id)
+        self._inbox.put(lambda: self._admit(request, stream.deliver))
+        return stream
+
+    def _admit(self, request: Request, listener: Callable[[Delta], None]) -> None:
+        try:
+            self.engine.submit(request)
+        except JaxLoraError as error:
+            listener(Delta(request_id=request.id, error=error))
+        else:
+            self._listeners[request.id] = listener
+
+    def cancel(self, request_id: str) -> None:
+        """Frees all a request holds, between this step and the next."""
+
+        def work() -> None:
+            self._listeners.pop(request_id, None)
+            self.engine.cancel(request_id)
+
+        self._inbox.put(work)
+
+    def complete(self, requests: Sequence[Request]) -> list[Completion]:
+        """All answers, in order, for callers without an event loop (not on the device thread).
+
+        Raises the first request's error, if one failed.
+        """
+        assert threading.current_thread() is not self._thread
+        news: queue.SimpleQueue[Delta] = queue.SimpleQueue()
+        answers = {r.id: Completion(r.id) for r in requests}
+
+        def admit() -> None:
+            for request in requests:
+                self._admit(request, news.put)
+
+        self._check_alive()
+        self._inbox.put(admit)
+        open_ids = set(answers)
+        while open_ids:
+            try:
+                delta = news.get(timeout=1.0)
+            except queue.Empty:
+                self._check_alive()
+                continue
+            answer = answers[delta.request_id]
+            answer.text += delta.text
+            answer.tokens += delta.tokens
+            if delta.finish is not None or delta.error is not None:
+                answer.last = delta
+                open_ids.discard(delta.request_id)
+        for answer in answers.values():
+            if answer.last is not None and answer.last.error is not None:
+                raise answer.last.error
+        return list(answers.values())
+
+    # ---- adapters -------------------------------------------------------------------------------------------------
+
+    def publish(self, tenant: str, name: str, spec: LoraSpec, rows: Rows) -> AdapterRef:
+        """A new version of the adapter with these device rows, served from the next admission on.  Device thread only.
+
+        Requests in flight keep their version.  The store writes the version to disk behind.
+        Raises AdapterNotFinite, and publishes nothing, when a weight is not finite.
+        """
+        read_finite(rows)
+        store = self.engine.store
+        ref = store.mint(tenant, name)
+        store.put(adapter_of_rows(rows, ref, spec, self.engine.base_hash))
+        self.engine.install(ref, rows)
+        return ref
+
+    def resolve(self, tenant: str | None, model: str) -> AdapterRef | None:
+        """The version a model name means now: NAME, NAME@VERSION or TENANT/NAME; None is the base model.
+
+        Raises AdapterNotFound for an unknown name, and for one that several tenants have.
+        """
+        if model == self.base_name:
+            return None
+        store = self.engine.store
+        path, _, number = model.partition("@")
+        owner, slash, name = path.rpartition("/")
+        found = [
+            ref
+            for ref in store.list(tenant)
+            if ref.name == name and (not slash or ref.tenant == owner) and (tenant is None or ref.tenant == tenant)
+        ]
+        if len(found) > 1:
+            raise AdapterNotFound(f"several tenants have a model `{name}`; write TENANT/{name}", param="model")
+        if found and number:
+            versions = store.versions(found[0].tenant, found[0].name)
+            found = [ref for ref in versions if str(ref.version) == number]
+        if not found:
+            raise AdapterNotFound(f"The model `{model}` does not exist.", param="model")
+        return found[0]
+
+    def models(self, tenant: str | None) -> list[ModelCard]:
+        """The base and every adapter this tenant may see."""
+        refs = self.engine.store.list(tenant)
+        names = [ref.name for ref in refs]
+        cards = [
+            self._card(ref, ref.name if names.count(ref.name) == 1 else f"{ref.tenant}/{ref.name}") for ref in refs
+        ]
+        return [self._base_card(), *cards]
+
+    def model(self, tenant: str | None, model: str) -> ModelCard:
+        """The card of one model name.  Raises AdapterNotFound."""
+        ref = self.resolve(tenant, model)
+        return self._base_card() if ref is None else self._card(ref, model)
+
+    def _base_card(self) -> ModelCard:
+        return ModelCard(
+            id=self.base_name,
+            created=int(self.started),
+            owned_by="jaxlora",
+            parent=None,
+            root=self.base_name,
+            version=None,
+            rank=None,
+            state="base",
+        )
+
+    def _card(self, ref: AdapterRef, name: str) -> ModelCard:
+        store = self.engine.store
+        on_device = self.engine.slots.find(ref) is not None
+        return ModelCard(
+            id=name,
+            created=int(store.created(ref)),
+            owned_by=ref.tenant,
+            parent=self.base_name,
+            root=ref.name,
+            version=ref.version,
+            rank=store.rank(ref),
+            state="device" if on_device else "host" if store.in_memory(ref) else "disk",
+        )
+
+    # ---- what the wires read ----------------------------------------------------------------------------------------
+
+    @property
+    def context(self) -> int:
+        """Tokens of one sequence, prompt and answer together."""
+        return self.engine.config.max_tokens
+
+    @property
+    def tokenizer(self):
+        """The base model's tokenizer."""
+        return self.engine.tokenizer
+
+    def health(self) -> str:
+        """ "ok", or that the device thread has ended."""
+        return "ok" if self._thread.is_alive() else "the device thread has ended"
