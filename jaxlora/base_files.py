@@ -25,9 +25,8 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
-    "generation_config.json",
 )
-HUB_FILES = ("config.json", *TOKENIZER_FILES, "*.safetensors", "model.safetensors.index.json")
+HUB_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES, "*.safetensors", "model.safetensors.index.json")
 
 
 class ModelSource(Protocol):

@@ -87,6 +87,7 @@ class ChatTemplate:
         sandbox.filters["tojson"] = _to_json  # Jinja's own escapes for HTML
         sandbox.globals["raise_exception"] = _raise_exception
         sandbox.globals["strftime_now"] = _strftime_now
+        del sandbox.globals["lipsum"]  # text of any length
         try:
             self._template = sandbox.from_string(source)
         except (jinja2.exceptions.TemplateError, RecursionError, SyntaxError) as error:

@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
@@ -22,7 +23,7 @@ from jaxlora.hf import MAX_JSON_BYTES, read_json
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5  # tokenizer.ggml.token_type
+CONTROL, USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type
 SPACE_MARK = "▁"  # how SentencePiece vocabularies write a space
 
 
@@ -246,11 +247,9 @@ class _GgufVocabulary:
         for name, value in (("tokens", self.tokens), ("merges", merges)):
             if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
                 raise ModelInvalid(f"metadata tokenizer.ggml.{name} must be a list of strings")
-        self.kinds = (
-            [int(kind) for kind in kinds] if kinds is not None and not isinstance(kinds, (str, int, float)) else []
-        )
-        if len(self.kinds) != len(self.tokens):
-            raise ModelInvalid(f"tokenizer.ggml.token_type must have {len(self.tokens)} items, got {len(self.kinds)}")
+        self.kinds = np.asarray([] if kinds is None else kinds)
+        if self.kinds.dtype.kind not in "iu" or self.kinds.shape != (len(self.tokens),):
+            raise ModelInvalid(f"metadata tokenizer.ggml.token_type must be {len(self.tokens)} whole numbers")
         self.merges = [tuple(merge.split(" ")) for merge in merges]
         if bad := next((merge for merge in self.merges if len(merge) != 2), None):
             raise ModelInvalid(f"tokenizer.ggml.merges has {' '.join(bad)[:60]!r}, expected two parts with one space")
