@@ -213,10 +213,17 @@ class GgufFile:
         return value
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor in float32, dequantised, in numpy's axis order.  KeyError when there is none."""
+        """The tensor in float32, dequantised, in numpy's axis order.
+
+        Raises ModelInvalid when a value is NaN or infinite, KeyError when there is no such tensor.
+        """
         info = self.tensors[name]
         _, dtype = BLOCKS[info.type]
-        return dequantise(self._data[info.start : info.start + info.nbytes].view(dtype), info.type).reshape(info.shape)
+        with np.errstate(invalid="ignore"):  # an infinite block scale: told below
+            values = dequantise(self._data[info.start : info.start + info.nbytes].view(dtype), info.type)
+        if not np.isfinite(values).all():
+            raise ModelInvalid(f"tensor {name} has values that are NaN or infinite")
+        return values.reshape(info.shape)
 
 
 def dequantise(blocks: np.ndarray, kind: str) -> np.ndarray:

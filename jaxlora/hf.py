@@ -134,8 +134,8 @@ class HfSource:
     def read(self, name: str, layer: int | None) -> np.ndarray:
         """One array of the base in float32: linears [X, Y], embed [V, D], norms and biases flat.
 
-        `layer` is None for embed, norm and head.  Raises ModelInvalid for a dtype other than F32, F16 and BF16, and
-        when a tied checkpoint also stores a head that is not its embedding.
+        `layer` is None for embed, norm and head.  Raises ModelInvalid for a dtype other than F32, F16 and BF16, for NaN
+        and infinity, and when a tied checkpoint also stores a head that is not its embedding.
         """
         stored = TENSOR_NAMES[name].format(layer)
         weight = self._home[stored].read(stored)
@@ -143,7 +143,10 @@ class HfSource:
             head = self._home[HEAD].read(HEAD)
             if head.shape != weight.shape or not np.array_equal(head, weight):
                 raise ModelInvalid(f"config.json ties the head to the embedding, but {HEAD} differs from {stored}")
-        weight = weight.astype(np.float32)
+        with np.errstate(invalid="ignore"):  # a signalling NaN: told below
+            weight = weight.astype(np.float32)
+        if not np.isfinite(weight).all():
+            raise ModelInvalid(f"tensor {stored} has values that are NaN or infinite")
         return np.ascontiguousarray(weight.T) if name in LINEARS else weight
 
 

@@ -75,7 +75,7 @@ def smollm2_prompts() -> list[SmolPrompt]:
                 logits_TV=file[f"logits_{i}"],
                 greedy=file[f"greedy_{i}"],
                 margin=file[f"margin_{i}"],
-                last_V=file[f"last_{i}"] if f"last_{i}" in file else None,
+                last_V=file.get(f"last_{i}"),
             )
             for i, row in enumerate(texts)
         ]
