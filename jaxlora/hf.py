@@ -256,7 +256,7 @@ def _rope(data: Mapping[str, object]) -> tuple[float, Llama3Rope | None]:
     theta = rope.get("rope_theta", outer)
     if theta is None:
         raise ModelInvalid("config.json has no rope_theta, neither by itself nor in rope_parameters")
-    if outer is not None and outer != theta:
+    if "rope_theta" in rope and outer is not None and outer != theta:
         raise ModelInvalid("config.json has two values of rope_theta, by itself and in rope_parameters")
     if rope.get("partial_rotary_factor", data.get("partial_rotary_factor")) not in (None, 1, 1.0):
         raise ModelInvalid("config.json: partial_rotary_factor is not supported unless it is 1")
