@@ -100,7 +100,7 @@ class Tokenizer:
         return len(self._bytes)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids.  Special tokens written in the text are recognised.
+        """Token ids.  Special tokens written in the text are recognised; a byte the vocabulary lacks is lost.
 
         add_special_tokens: also what the tokenizer itself adds (a bos for Llama 3, nothing for SmolLM2 and Qwen).
         Raises InvalidRequest for text that is not valid Unicode.
