@@ -85,11 +85,10 @@ class ChatTemplate:
             raise ModelInvalid(f"the chat template has {len(source)} characters, at most {MAX_TEMPLATE_CHARACTERS}")
         sandbox = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols])
         sandbox.filters["tojson"] = _to_json  # Jinja's own escapes for HTML
-        sandbox.globals["raise_exception"] = _raise_exception
-        sandbox.globals["strftime_now"] = _strftime_now
+        helpers = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
         del sandbox.globals["lipsum"]  # text of any length
         try:
-            self._template = sandbox.from_string(source)
+            self._template = sandbox.from_string(source, globals=helpers)
         except (jinja2.exceptions.TemplateError, RecursionError, SyntaxError) as error:
             raise ModelInvalid(f"the chat template cannot be read: {str(error)[:200]}") from error
         self._special = dict(special)

@@ -322,7 +322,7 @@ def _config(file: GgufFile) -> ModelConfig:
 
     def number(key: str, kind: type[int] | type[float]) -> int | float:
         value = file.scalar(f"{family}.{key}")
-        if type(value) is not kind or not math.isfinite(value) or value <= 0:
+        if isinstance(value, (bool, str)) or not isinstance(value, kind) or not 0 < value < math.inf:
             raise ModelInvalid(f"{name}: metadata {family}.{key} must be a positive number, got {repr(value)[:60]}")
         return value
 

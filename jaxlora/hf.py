@@ -285,7 +285,7 @@ def _whole(data: Mapping[str, object], field: str) -> int:
 
 def _real(data: Mapping[str, object], field: str, where: str) -> float:
     value = data.get(field)
-    if type(value) not in (int, float) or not 0 < value < 1e30:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30:
         raise ModelInvalid(f"{where}: {field} must be a positive number, got {repr(value)[:60]}")
     return float(value)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -24,6 +25,7 @@ WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 CONTROL, USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type
+BYTE_PIECE = re.compile("<0x[0-9A-Fa-f]{2}>")
 SPACE_MARK = "▁"  # how SentencePiece vocabularies write a space
 
 
@@ -55,7 +57,8 @@ class Tokenizer:
     def _special_texts(self) -> dict[str, str]:
         """Variables of the chat template, as transformers passes them."""
         ids = {"bos_token": self.bos_id, "eos_token": self.eos_ids[0], "pad_token": self.pad_id}
-        return {name: self._engine.id_to_token(i) for name, i in ids.items() if i is not None}
+        texts = {name: self._engine.id_to_token(i) for name, i in ids.items() if i is not None}
+        return {name: text for name, text in texts.items() if text is not None}
 
     @staticmethod
     def from_gguf(metadata: Mapping[str, object]) -> Tokenizer:
@@ -198,9 +201,9 @@ def _byte_level_alphabet() -> dict[str, int]:
 
 def _byte_table(engine: tokenizers.Tokenizer, added: Mapping[int, str]) -> tuple[list[bytes], bool]:
     """(bytes of each token id, whether the first space of a text is dropped).  Raises ModelInvalid."""
-    spec = json.loads(engine.decoder.__getstate__()) if engine.decoder is not None else {"type": "none"}
+    spec: dict = {"type": "none"} if engine.decoder is None else json.loads(engine.decoder.__getstate__())
     parts = spec["decoders"] if spec["type"] == "Sequence" else [spec]
-    kinds = [part["type"] for part in parts]
+    kinds: list[str] = [part["type"] for part in parts]
     byte_level = kinds == ["ByteLevel"]
     if not byte_level and kinds not in (
         ["Replace", "ByteFallback", "Fuse"],
@@ -227,7 +230,7 @@ def _bytes_of(text: str, alphabet: Mapping[str, int]) -> bytes:
 
 def _bytes_of_piece(text: str) -> bytes:
     """Bytes of a SentencePiece token: <0xNN> is a byte, the mark a space."""
-    if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
+    if BYTE_PIECE.fullmatch(text):
         return bytes.fromhex(text[3:5])
     return text.replace(SPACE_MARK, " ").encode()
 
@@ -242,20 +245,23 @@ class _GgufVocabulary:
             raise ModelInvalid(
                 f"tokenizer.ggml.model {repr(model)[:60]} is not supported; supported: gpt2 (byte-level BPE)"
             )
-        self.tokens = self.get("tokens")
-        merges, kinds = self.get("merges"), self.get("token_type")
-        for name, value in (("tokens", self.tokens), ("merges", merges)):
-            if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
-                raise ModelInvalid(f"metadata tokenizer.ggml.{name} must be a list of strings")
+        self.tokens, merges = self.strings("tokens"), self.strings("merges")
+        kinds = self.get("token_type")
         self.kinds = np.asarray([] if kinds is None else kinds)
         if self.kinds.dtype.kind not in "iu" or self.kinds.shape != (len(self.tokens),):
             raise ModelInvalid(f"metadata tokenizer.ggml.token_type must be {len(self.tokens)} whole numbers")
-        self.merges = [tuple(merge.split(" ")) for merge in merges]
-        if bad := next((merge for merge in self.merges if len(merge) != 2), None):
-            raise ModelInvalid(f"tokenizer.ggml.merges has {' '.join(bad)[:60]!r}, expected two parts with one space")
+        if bad := next((merge for merge in merges if merge.count(" ") != 1), None):
+            raise ModelInvalid(f"tokenizer.ggml.merges has {bad[:60]!r}, expected two parts with one space")
+        self.merges = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
 
     def get(self, name: str) -> object:
         return self.metadata.get(f"tokenizer.ggml.{name}")
+
+    def strings(self, name: str) -> list[str]:
+        value = self.get(name)
+        if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
+            raise ModelInvalid(f"metadata tokenizer.ggml.{name} must be a list of strings")
+        return value
 
     def flag(self, name: str, default: bool) -> bool:
         value = self.get(name)

@@ -1,6 +1,6 @@
 """Writes tests/fixtures/: what transformers (PyTorch, float32, eager attention) says about models our code must agree on.
 
-    uv run python tests/make_model_fixtures.py            # builds its own environment with torch, about 3 minutes
+    uv run python tests/make_model_fixtures.py            # builds its own environment with torch; about 5 minutes
     uv run python tests/make_model_fixtures.py --env DIR  # keeps that environment in DIR and uses it again
 
 It needs the demo model (`uv sync --group demo`) and a network for pip.  Nothing of ours is imported on the torch side.

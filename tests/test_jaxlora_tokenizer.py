@@ -246,7 +246,7 @@ def test_any_tokens_stream_to_what_the_library_decodes(smollm2, ids, skip):
 @pytest.fixture
 def pieces(tmp_path):
     """A tokenizer.json of the SentencePiece kind: a mark for space, bytes as <0xNN>, the first space dropped."""
-    vocabulary = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "▁a"]
+    vocabulary = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "▁a", "<0xZZ>"]
     engine = tokenizers.Tokenizer(
         models.BPE({t: i for i, t in enumerate(vocabulary)}, [("▁", "a")], unk_token="<unk>", byte_fallback=True)
     )
@@ -268,6 +268,8 @@ def test_pieces_with_byte_fallback(pieces):
         assert tokenizer.decode(ids) == tokenizer._engine.decode(ids)
         assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
     assert tokenizer.decode(tokenizer.encode("aé a")) == "aé a"
+    assert tokenizer.token_bytes(259 + 3) == b"<0xZZ>"
+    assert tokenizer.token_bytes(3 + 0xE9) == b"\xe9"
 
 
 # What is refused --------------------------------------------------------------------------------------------------
