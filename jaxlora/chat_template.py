@@ -1,0 +1,158 @@
+"""Chat templates: Jinja in a sandbox, with the settings and helpers Hugging Face templates are written for.
+
+A template comes from whoever chose the base model; what it may do is still limited: no attribute of Python is within
+reach, nothing is changed in place, and the text and the time are bounded.
+Source of the dialect: https://huggingface.co/docs/transformers/chat_templating
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+
+from jaxlora.errors import InvalidRequest, ModelInvalid
+
+MAX_TEMPLATE_CHARACTERS = 1 << 20
+MAX_GROWTH_CHARACTERS = 1 << 20  # what a template may add to the messages
+MAX_RENDER_S = 5.0  # looked at between pieces of output
+MAX_INTERCEPTED = 1 << 20  # largest result of a repetition, bits of a power
+END_MARK = "<<the last message ends here>> "  # with a space, to see whether the template strips messages
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """`{% generation %}…{% endgeneration %}` marks answers for training; here it only keeps its own scope."""
+
+    tags = {"generation"}  # noqa: RUF012 - the base class types it as a plain set
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
+
+    def _body(self, caller: Callable[[], str]) -> str:
+        return caller()
+
+
+class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """The immutable sandbox, which also refuses `"x" * 10**9` and `9 ** 9 ** 9`."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: object, right: object) -> object:
+        too_big = False
+        if operator == "**" and isinstance(left, int) and isinstance(right, int):
+            too_big = left.bit_length() * abs(right) > MAX_INTERCEPTED
+        for one, other in ((left, right), (right, left)):
+            if operator == "*" and isinstance(one, (str, list, tuple)) and isinstance(other, int):
+                too_big = len(one) * other > MAX_INTERCEPTED
+        if too_big:
+            raise jinja2.exceptions.SecurityError(f"the result of {operator} is too large")
+        return super().call_binop(context, operator, left, right)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.exceptions.TemplateError(message)
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.now().strftime(format)
+
+
+def _to_json(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+class ChatTemplate:
+    """A compiled template and the special tokens it may name."""
+
+    def __init__(self, source: str, special: Mapping[str, str]):
+        """Raises ModelInvalid for a template that is not Jinja or too long."""
+        if len(source) > MAX_TEMPLATE_CHARACTERS:
+            raise ModelInvalid(f"the chat template has {len(source)} characters, at most {MAX_TEMPLATE_CHARACTERS}")
+        sandbox = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols])
+        sandbox.filters["tojson"] = _to_json  # Jinja's own escapes for HTML
+        helpers = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+        del sandbox.globals["lipsum"]  # text of any length
+        try:
+            self._template = sandbox.from_string(source, globals=helpers)
+        except (jinja2.exceptions.TemplateError, RecursionError, SyntaxError) as error:
+            raise ModelInvalid(f"the chat template cannot be read: {str(error)[:200]}") from error
+        self._special = dict(special)
+
+    def render(
+        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool, continue_final_message: bool
+    ) -> str:
+        """The text of the conversation.  Raises InvalidRequest for messages the template refuses."""
+        plain = _check(messages)
+        if not continue_final_message:
+            return self._run(plain, add_generation_prompt)
+        if add_generation_prompt:
+            raise InvalidRequest(
+                "continue_final_message and add_generation_prompt exclude each other; set one of them to false",
+                param="continue_final_message",
+            )
+        final = plain[-1]["content"]
+        plain[-1]["content"] = final + END_MARK
+        text = self._run(plain, False)
+        mark = END_MARK.rstrip()
+        if mark not in text or final.strip() not in text:
+            raise InvalidRequest("the chat template does not show the last message, so it cannot be continued")
+        at = text.rindex(mark)
+        return text[:at] if text.startswith(END_MARK, at) else text[:at].rstrip()
+
+    def _run(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        limit = MAX_GROWTH_CHARACTERS + 4 * sum(len(text) for message in messages for text in message.values())
+        deadline_s = time.monotonic() + MAX_RENDER_S
+        pieces: list[str] = []
+        length = 0
+        try:
+            for piece in self._template.generate(
+                messages=messages,
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self._special,
+            ):
+                pieces.append(piece)
+                length += len(piece)
+                if length > limit or time.monotonic() > deadline_s:
+                    raise InvalidRequest(f"the chat template wrote more than {limit} characters or took too long")
+        except InvalidRequest:
+            raise
+        except jinja2.exceptions.TemplateError as error:
+            raise InvalidRequest(
+                f"the chat template refuses these messages: {str(error)[:500]}", param="messages"
+            ) from error
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+            reason = f"{type(error).__name__}: {str(error)[:500]}"
+            raise InvalidRequest(f"the chat template fails on these messages: {reason}", param="messages") from error
+        return "".join(pieces)
+
+
+def _check(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """Plain copies of the messages.  Raises InvalidRequest, naming the place, for one that is not text by text."""
+    if not messages:
+        raise InvalidRequest("messages must hold at least one message", param="messages")
+    for i, message in enumerate(messages):
+        for field in ("role", "content"):
+            if field not in message:
+                raise InvalidRequest(f"messages[{i}] has no {field}", param=f"messages[{i}].{field}")
+        for field, value in message.items():
+            if not isinstance(value, str):
+                got = type(value).__name__
+                raise InvalidRequest(f"messages[{i}].{field} must be text, got {got}", param=f"messages[{i}].{field}")
+    return [dict(message) for message in messages]

@@ -1,0 +1,401 @@
+"""Text to token ids and back: tokenizer, chat template, streaming detokeniser.
+
+Built on the `tokenizers` library.  `transformers` is not imported: that takes over a second, and its GGUF conversion
+drops SmolLM's digit splitting.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+
+from jaxlora.chat_template import ChatTemplate
+from jaxlora.errors import InvalidRequest, ModelInvalid
+from jaxlora.hf import MAX_JSON_BYTES, read_json
+
+# How Llama 3 and Qwen2 cut text into words; they differ in how many digits stay together.
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CONTROL, USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type
+BYTE_PIECE = re.compile("<0x[0-9A-Fa-f]{2}>")
+SPACE_MARK = "▁"  # how SentencePiece vocabularies write a space
+
+
+class Tokenizer:
+    """One base model's tokenizer.  Made by `from_gguf` or `from_hf`."""
+
+    def __init__(
+        self,
+        engine: tokenizers.Tokenizer,
+        *,
+        chat_template: str | None,
+        eos_ids: tuple[int, ...],
+        bos_id: int | None,
+        pad_id: int | None,
+    ):
+        """Raises ModelInvalid for a decoder we do not know, or an id that is not in the vocabulary."""
+        self._engine = engine
+        added = engine.get_added_tokens_decoder()
+        self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self._bytes, self._strip_first = _byte_table(engine, {i: token.content for i, token in added.items()})
+        self.eos_ids, self.bos_id, self.pad_id = eos_ids, bos_id, pad_id
+        for name, i in [("eos", i) for i in eos_ids] + [("bos", bos_id), ("pad", pad_id)]:
+            if i is not None and engine.id_to_token(i) is None:
+                raise ModelInvalid(f"the {name} token id {i} is not in the vocabulary of {self.vocab_size} tokens")
+        if not eos_ids:
+            raise ModelInvalid("the tokenizer names no end-of-sequence token, so no answer would ever end")
+        self._template = ChatTemplate(chat_template, self._special_texts()) if chat_template is not None else None
+
+    def _special_texts(self) -> dict[str, str]:
+        """Variables of the chat template, as transformers passes them."""
+        ids = {"bos_token": self.bos_id, "eos_token": self.eos_ids[0], "pad_token": self.pad_id}
+        texts = {name: self._engine.id_to_token(i) for name, i in ids.items() if i is not None}
+        return {name: text for name, text in texts.items() if text is not None}
+
+    @staticmethod
+    def from_gguf(metadata: Mapping[str, object]) -> Tokenizer:
+        """The tokenizer of a GGUF file's metadata.  Raises ModelInvalid naming the key that is missing or unsupported."""
+        meta = _GgufVocabulary(metadata)
+        engine = meta.engine()
+        template = metadata.get("tokenizer.chat_template")
+        if template is not None and not isinstance(template, str):
+            raise ModelInvalid("metadata tokenizer.chat_template must be text")
+        eos = meta.token_id("eos_token_id")
+        return Tokenizer(
+            engine,
+            chat_template=template,
+            eos_ids=() if eos is None else (eos,),
+            bos_id=meta.token_id("bos_token_id"),
+            pad_id=meta.token_id("padding_token_id"),
+        )
+
+    @staticmethod
+    def from_hf(path: Path) -> Tokenizer:
+        """The tokenizer of a Hugging Face directory: tokenizer.json and its companions.
+
+        Raises ModelInvalid naming the file that is missing or not understood.
+        """
+        path = Path(path)
+        engine = _load_engine(path)
+        settings_path = path / "tokenizer_config.json"
+        settings = read_json(settings_path) if settings_path.exists() else {}
+        bos, eos, pad = (_named_id(engine, settings, f"{kind}_token") for kind in ("bos", "eos", "pad"))
+        _check_add_bos(engine, settings, bos)
+        return Tokenizer(
+            engine,
+            chat_template=_hf_template(path, settings),
+            eos_ids=_hf_eos_ids(path, eos),
+            bos_id=bos,
+            pad_id=pad,
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest token id.  The model's vocabulary may be padded beyond it."""
+        return len(self._bytes)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids.  Special tokens written in the text are recognised; a byte the vocabulary lacks is lost.
+
+        add_special_tokens: also what the tokenizer itself adds (a bos for Llama 3, nothing for SmolLM2 and Qwen).
+        Raises InvalidRequest for text that is not valid Unicode.
+        """
+        try:
+            return self._engine.encode(text, add_special_tokens=add_special_tokens).ids
+        except (UnicodeEncodeError, TypeError) as error:
+            raise InvalidRequest("the text is not valid Unicode (a lone surrogate?)") from error
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """The text of the ids; bytes that are not UTF-8 become U+FFFD, ids without a token nothing."""
+        skip = self.special_ids if skip_special else ()
+        text = b"".join(self.token_bytes(i) for i in ids if i not in skip).decode("utf-8", "replace")
+        return text[1:] if self._strip_first and text.startswith(" ") else text
+
+    def token_bytes(self, id: int) -> bytes:
+        """The bytes a token stands for (a special token: its name); none for an id without a token."""
+        return self._bytes[id] if 0 <= id < len(self._bytes) else b""
+
+    def token_text(self, id: int) -> str:
+        """`token_bytes` as text; a part of a character becomes U+FFFD."""
+        return self.token_bytes(id).decode("utf-8", "replace")
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> str:
+        """The conversation as the base model was trained to read it.
+
+        continue_final_message: leave the last message open, so that the answer goes on with it.
+        Raises InvalidRequest for messages the template refuses, and when the base model has no template.
+        """
+        if self._template is None:
+            raise InvalidRequest("the base model has no chat template; use text completions", param="messages")
+        return self._template.render(
+            messages, add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message
+        )
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> list[int]:
+        """Token ids of `render`.  Special tokens inside a message are recognised too, as transformers does."""
+        text = self.render(
+            messages, add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message
+        )
+        return self.encode(text, add_special_tokens=False)
+
+    def detokenizer(self, *, skip_special: bool = True) -> Detokenizer:
+        """A new stream of text from tokens."""
+        return Detokenizer(self, skip_special=skip_special)
+
+
+class Detokenizer:
+    """Tokens in, text out, one at a time; all texts and the `flush` together are `Tokenizer.decode` of all tokens."""
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool):
+        self._tokenizer = tokenizer
+        self._skip = tokenizer.special_ids if skip_special else frozenset()
+        self._characters = codecs.getincrementaldecoder("utf-8")("replace")
+        self._strip_next = tokenizer._strip_first
+
+    def push(self, token: int) -> str:
+        """The characters this token completes, perhaps none."""
+        if token in self._skip:
+            return ""
+        return self._out(self._characters.decode(self._tokenizer.token_bytes(token)))
+
+    def flush(self) -> str:
+        """What is left of an unfinished character, as U+FFFD.  The stream then starts anew."""
+        text = self._out(self._characters.decode(b"", final=True))
+        self._characters.reset()
+        self._strip_next = self._tokenizer._strip_first
+        return text
+
+    def _out(self, text: str) -> str:
+        if not text or not self._strip_next:
+            return text
+        self._strip_next = False
+        return text[1:] if text.startswith(" ") else text
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """Character → byte of byte-level BPE.  Source: GPT-2; printable bytes stand for themselves, the rest follow 255."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    rest = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(rest)}
+
+
+def _byte_table(engine: tokenizers.Tokenizer, added: Mapping[int, str]) -> tuple[list[bytes], bool]:
+    """(bytes of each token id, whether the first space of a text is dropped).  Raises ModelInvalid."""
+    spec: dict = {"type": "none"} if engine.decoder is None else json.loads(engine.decoder.__getstate__())
+    parts = spec["decoders"] if spec["type"] == "Sequence" else [spec]
+    kinds: list[str] = [part["type"] for part in parts]
+    byte_level = kinds == ["ByteLevel"]
+    if not byte_level and kinds not in (
+        ["Replace", "ByteFallback", "Fuse"],
+        ["Replace", "ByteFallback", "Fuse", "Strip"],
+    ):
+        raise ModelInvalid(f"the tokenizer's decoder {'+'.join(kinds)[:200]} is not supported; byte-level BPE is")
+    vocabulary = engine.get_vocab(with_added_tokens=True)
+    table = [b""] * (max(vocabulary.values(), default=-1) + 1)
+    alphabet = _byte_level_alphabet()
+    for text, i in vocabulary.items():
+        table[i] = _bytes_of(text, alphabet) if byte_level else _bytes_of_piece(text)
+    for i, text in added.items():
+        table[i] = text.encode()
+    return table, kinds[-1] == "Strip"
+
+
+def _bytes_of(text: str, alphabet: Mapping[str, int]) -> bytes:
+    """Bytes of a byte-level token; one written in other characters stands for itself."""
+    try:
+        return bytes([alphabet[character] for character in text])
+    except KeyError:
+        return text.encode()
+
+
+def _bytes_of_piece(text: str) -> bytes:
+    """Bytes of a SentencePiece token: <0xNN> is a byte, the mark a space."""
+    if BYTE_PIECE.fullmatch(text):
+        return bytes.fromhex(text[3:5])
+    return text.replace(SPACE_MARK, " ").encode()
+
+
+class _GgufVocabulary:
+    """The tokenizer.ggml.* keys, checked."""
+
+    def __init__(self, metadata: Mapping[str, object]):
+        self.metadata = metadata
+        model, self.pre = self.get("model"), self.get("pre")
+        if model != "gpt2":
+            raise ModelInvalid(
+                f"tokenizer.ggml.model {repr(model)[:60]} is not supported; supported: gpt2 (byte-level BPE)"
+            )
+        self.tokens, merges = self.strings("tokens"), self.strings("merges")
+        kinds = self.get("token_type")
+        self.kinds = np.asarray([] if kinds is None else kinds)
+        if self.kinds.dtype.kind not in "iu" or self.kinds.shape != (len(self.tokens),):
+            raise ModelInvalid(f"metadata tokenizer.ggml.token_type must be {len(self.tokens)} whole numbers")
+        if bad := next((merge for merge in merges if merge.count(" ") != 1), None):
+            raise ModelInvalid(f"tokenizer.ggml.merges has {bad[:60]!r}, expected two parts with one space")
+        self.merges = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
+
+    def get(self, name: str) -> object:
+        return self.metadata.get(f"tokenizer.ggml.{name}")
+
+    def strings(self, name: str) -> list[str]:
+        value = self.get(name)
+        if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
+            raise ModelInvalid(f"metadata tokenizer.ggml.{name} must be a list of strings")
+        return value
+
+    def flag(self, name: str, default: bool) -> bool:
+        value = self.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise ModelInvalid(f"metadata tokenizer.ggml.{name} must be true or false")
+        return value
+
+    def token_id(self, name: str) -> int | None:
+        value = self.get(name)
+        if value is not None and (type(value) is not int or not 0 <= value < len(self.tokens)):
+            raise ModelInvalid(
+                f"tokenizer.ggml.{name} must be a token id below {len(self.tokens)}, got {repr(value)[:60]}"
+            )
+        return value
+
+    def engine(self) -> tokenizers.Tokenizer:
+        """The tokenizer that the `pre` key names.  Raises ModelInvalid for one we do not know."""
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=self.pre == "smollm")
+        if self.pre == "smollm":
+            split = pre_tokenizers.Digits(individual_digits=True)
+        elif self.pre in ("qwen2", "llama-bpe"):
+            split = pre_tokenizers.Split(Regex(WORDS % ("{1,3}" if self.pre == "llama-bpe" else "")), "isolated")
+        else:
+            raise ModelInvalid(
+                f"tokenizer.ggml.pre {repr(self.pre)[:60]} is not supported; supported: smollm, qwen2, llama-bpe"
+            )
+        vocabulary = {token: i for i, token in enumerate(self.tokens)}
+        if len(vocabulary) != len(self.tokens):
+            raise ModelInvalid("metadata tokenizer.ggml.tokens has a token twice")
+        try:
+            model = models.BPE(vocab=vocabulary, merges=self.merges, ignore_merges=self.pre == "llama-bpe")
+        except Exception as error:  # the library raises bare Exception
+            raise ModelInvalid(f"tokenizer.ggml.merges does not fit the tokens: {str(error)[:200]}") from error
+        engine = tokenizers.Tokenizer(model)
+        if self.pre == "qwen2":
+            engine.normalizer = normalizers.NFC()
+        engine.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+        engine.decoder = decoders.ByteLevel()
+        for kind in (CONTROL, USER_DEFINED):
+            texts = [token for token, k in zip(self.tokens, self.kinds, strict=True) if k == kind]
+            engine.add_tokens([AddedToken(text, special=kind == CONTROL, normalized=False) for text in texts])
+        self._add_ends(engine)
+        return engine
+
+    def _add_ends(self, engine: tokenizers.Tokenizer) -> None:
+        """The post-processor for add_bos_token and add_eos_token.  Absent, llama.cpp adds bos for Llama 3 only."""
+        ends = {}
+        for name, default in (("bos", self.pre == "llama-bpe"), ("eos", False)):
+            i = self.token_id(f"{name}_token_id")
+            if not self.flag(f"add_{name}_token", default):
+                continue
+            if i is None:
+                raise ModelInvalid(f"tokenizer.ggml.add_{name}_token is true but there is no {name}_token_id")
+            ends[name] = (self.tokens[i], i)
+        if ends:
+            single = [ends["bos"][0]] if "bos" in ends else []
+            single += ["$A"] + ([ends["eos"][0]] if "eos" in ends else [])
+            engine.post_processor = processors.TemplateProcessing(single=single, special_tokens=list(ends.values()))
+
+
+def _load_engine(path: Path) -> tokenizers.Tokenizer:
+    file = path / "tokenizer.json"
+    if not file.exists():
+        if any((path / name).exists() for name in ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")):
+            raise ModelInvalid(
+                f"{path} has only a SentencePiece file, which is not supported; convert it to tokenizer.json "
+                "(load and save it with transformers)"
+            )
+        raise ModelInvalid(f"{path} has no tokenizer.json")
+    if file.stat().st_size > MAX_JSON_BYTES:
+        raise ModelInvalid(f"{file} is larger than {MAX_JSON_BYTES} bytes")
+    try:
+        engine = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception
+        raise ModelInvalid(f"{file} is not a tokenizer: {str(error)[:200]}") from error
+    engine.no_truncation()  # a request that is too long gets an error, not a silent cut
+    engine.no_padding()
+    return engine
+
+
+def _named_id(engine: tokenizers.Tokenizer, settings: Mapping[str, object], field: str) -> int | None:
+    """The id of the token a field of tokenizer_config.json names, None when it names none."""
+    value = settings.get(field)
+    text = value.get("content") if isinstance(value, dict) else value
+    if text is None:
+        return None
+    i = engine.token_to_id(text) if isinstance(text, str) else None
+    if i is None:
+        raise ModelInvalid(f"tokenizer_config.json: {field} {repr(text)[:60]} is not in the vocabulary")
+    return i
+
+
+def _check_add_bos(engine: tokenizers.Tokenizer, settings: Mapping[str, object], bos: int | None) -> None:
+    """Raises ModelInvalid when tokenizer_config.json and tokenizer.json disagree on adding a bos token."""
+    wanted = settings.get("add_bos_token")
+    if not isinstance(wanted, bool) or bos is None:
+        return
+    added = engine.encode("a").ids[:1] == [bos]
+    if added != wanted:
+        raise ModelInvalid(
+            f"tokenizer_config.json says add_bos_token = {wanted}, but tokenizer.json "
+            f"{'adds' if added else 'does not add'} one; make them agree"
+        )
+
+
+def _hf_eos_ids(path: Path, eos: int | None) -> tuple[int, ...]:
+    """The tokenizer's eos, then those of generation_config.json, or else of config.json."""
+    ids = [] if eos is None else [eos]
+    for name in ("generation_config.json", "config.json"):
+        value = read_json(path / name).get("eos_token_id") if (path / name).exists() else None
+        if value is None:
+            continue
+        listed = value if isinstance(value, list) else [value]
+        if not all(type(i) is int and i >= 0 for i in listed):
+            raise ModelInvalid(f"{name}: eos_token_id must be a token id or a list of them, got {repr(value)[:60]}")
+        ids += listed
+        break
+    return tuple(dict.fromkeys(ids))
+
+
+def _hf_template(path: Path, settings: Mapping[str, object]) -> str | None:
+    """chat_template.jinja if there is one, else the field of tokenizer_config.json (of a list, the one named default)."""
+    file = path / "chat_template.jinja"
+    if file.exists():
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelInvalid(f"cannot read {file}: {error}") from error
+    value = settings.get("chat_template")
+    if isinstance(value, list):
+        rows = [row for row in value if isinstance(row, dict) and row.get("name") == "default"]
+        value = rows[0].get("template") if rows else None
+    if value is not None and not isinstance(value, str):
+        raise ModelInvalid("tokenizer_config.json: chat_template must be text, or a list of named templates")
+    return value

@@ -1,0 +1,380 @@
+"""tokenizer.py and chat_template.py against transformers' ids and texts, and the stream against the whole."""
+
+import json
+import shutil
+import time
+
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_world import load_json, smollm2_prompts, tiny_path
+from tokenizers import decoders, models, pre_tokenizers
+
+from jaxlora.base_files import smollm2_path
+from jaxlora.chat_template import ChatTemplate
+from jaxlora.errors import InvalidRequest, ModelInvalid
+from jaxlora.gguf import GgufFile
+from jaxlora.tokenizer import Tokenizer
+
+USER = [{"role": "user", "content": "hi"}]
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return Tokenizer.from_gguf(GgufFile(smollm2_path()).metadata)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return Tokenizer.from_hf(tiny_path("tiny-llama-tied"))
+
+
+# Ids --------------------------------------------------------------------------------------------------------------
+
+
+def test_ids_of_the_fixture_prompts(smollm2):
+    prompts = smollm2_prompts()
+    assert len(prompts) == 20
+    for prompt in prompts:
+        assert smollm2.encode(prompt.text) == prompt.ids_T.tolist(), prompt.text
+        assert smollm2.decode(prompt.ids_T.tolist(), skip_special=False) == prompt.text
+
+
+@pytest.mark.parametrize("text", ["12", "1²", "½1", "１２", "٤٥", "x٤5", "²³"])
+def test_every_numeric_character_stands_alone(smollm2, text):
+    """A token never spans two characters when one of them is a digit of any script."""
+    alone = [i for character in text for i in smollm2.encode(character)]
+    assert smollm2.encode(text) == alone
+
+
+def test_smollm2_specials(smollm2):
+    assert (smollm2.eos_ids, smollm2.bos_id, smollm2.pad_id, smollm2.vocab_size) == ((2,), 1, 2, 49152)
+    assert smollm2.encode("<|im_start|>a<|im_end|>") == [1, *smollm2.encode("a"), 2]
+    assert smollm2.encode("") == []
+    assert smollm2.decode([1, *smollm2.encode("a"), 2]) == "a"
+    assert smollm2.token_bytes(2) == b"<|im_end|>"
+    assert smollm2.token_text(smollm2.encode(" hi")[0]) == " hi"
+    assert smollm2.token_bytes(10**9) == smollm2.token_bytes(-1) == b""
+
+
+def test_a_lone_surrogate_is_the_callers_mistake(smollm2):
+    with pytest.raises(InvalidRequest, match="not valid Unicode"):
+        smollm2.encode("a\ud800b")
+
+
+def test_tiny_tokenizer_equals_transformers(tiny):
+    """Added bos, added special and plain tokens, decoding without specials."""
+    rows = load_json("templates.json")["encodings"]
+    assert len(rows) == 30
+    for row in rows:
+        assert tiny.encode(row["text"]) == row["ids"]
+        assert tiny.encode(row["text"], add_special_tokens=False) == row["ids_bare"]
+        assert tiny.decode(row["ids"]) == row["decoded"]
+    assert (tiny.bos_id, tiny.eos_ids, tiny.pad_id) == (1, (2, 3), 0)
+
+
+# Chat -------------------------------------------------------------------------------------------------------------
+
+
+def test_chats_of_smollm2_equal_transformers(smollm2):
+    for chat in load_json("smollm2.json")["chats"]:
+        messages = chat["messages"]
+        assert smollm2.render(messages) == chat["text"]
+        assert smollm2.chat(messages) == chat["ids"]
+        assert smollm2.render(messages, add_generation_prompt=False) == chat["text_without_prompt"]
+        continued = smollm2.render(messages, add_generation_prompt=False, continue_final_message=True)
+        assert continued == chat["text_continued"]
+
+
+def test_template_dialect_equals_transformers():
+    """Blocks and whitespace, namespaces, loop controls, generation tags, tojson, raise_exception."""
+    data = load_json("templates.json")
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    refused = 0
+    for row in data["renders"]:
+        template = ChatTemplate(data["templates"][row["template"]], special)
+
+        def render(template=template, row=row):
+            return template.render(
+                row["messages"], add_generation_prompt=row["add_generation_prompt"], continue_final_message=False
+            )
+
+        if row["text"] is None:
+            refused += 1
+            with pytest.raises(InvalidRequest, match="no system role"):
+                render()
+        else:
+            assert render() == row["text"]
+    assert (len(data["renders"]), refused) == (36, 6)
+
+
+def test_chat_adds_no_second_bos(tiny):
+    assert tiny.chat(USER).count(tiny.bos_id) == 1
+
+
+def test_a_message_that_is_stripped_can_be_continued():
+    template = ChatTemplate("{% for m in messages %}<{{ m.content | trim }}>{% endfor %}", {})
+    messages = [{"role": "assistant", "content": "so far \n"}]
+    assert template.render(messages, add_generation_prompt=False, continue_final_message=True) == "<so far"
+    hidden = ChatTemplate("nothing", {})
+    with pytest.raises(InvalidRequest, match="does not show the last message"):
+        hidden.render(messages, add_generation_prompt=False, continue_final_message=True)
+    assert messages == [{"role": "assistant", "content": "so far \n"}]
+
+
+def test_continue_and_generation_prompt_exclude_each_other(smollm2):
+    with pytest.raises(InvalidRequest, match="exclude each other"):
+        smollm2.render(USER, continue_final_message=True)
+
+
+def test_no_template(tmp_path):
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_path("tiny-llama-tied"), folder)
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(InvalidRequest, match="no chat template"):
+        Tokenizer.from_hf(folder).chat(USER)
+    settings_file = folder / "tokenizer_config.json"
+    settings = json.loads(settings_file.read_text())
+    named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d{{ bos_token }}"}]
+    for value, text in (("x{{ eos_token }}", "x</s>"), (named, "d<s>")):
+        settings_file.write_text(json.dumps(settings | {"chat_template": value}))
+        assert Tokenizer.from_hf(folder).render(USER) == text
+
+
+BAD_MESSAGES = {
+    "none": ([], "at least one"),
+    "no content": ([{"role": "user"}], r"messages\[0\] has no content"),
+    "no role": ([USER[0], {"content": "x"}], r"messages\[1\] has no role"),
+    "a list": ([{"role": "user", "content": [{"type": "text"}]}], r"messages\[0\].content must be text, got list"),
+}
+
+
+@pytest.mark.parametrize(("messages", "words"), BAD_MESSAGES.values(), ids=BAD_MESSAGES)
+def test_bad_messages_are_named(smollm2, messages, words):
+    with pytest.raises(InvalidRequest, match=words):
+        smollm2.chat(messages)
+
+
+HOSTILE_TEMPLATES = {
+    "class": "{{ ''.__class__.__mro__ }}",
+    "globals": "{{ raise_exception.__globals__['json'] }}",
+    "subclasses": "{{ [].__class__.__base__.__subclasses__() }}",
+    "change a message": "{{ messages.append(1) }}",
+    "huge range": "{% for i in range(10**9) %}x{% endfor %}",
+    "long output": "{% for i in range(99999) %}{% for j in range(99999) %}xxxxxxxx{% endfor %}{% endfor %}",
+    "long repetition": "{{ 'x' * 10**9 }}",
+    "huge power": "{{ 9 ** (9 ** 9) }}",
+    "repetition of a list": "{% set x = [1] * 10**9 %}",
+    "division by zero": "{{ 1 // 0 }}",
+    "unknown attribute's attribute": "{{ messages[0].nothing.more }}",
+    "wrong type": "{{ messages + 1 }}",
+    "endless recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+}
+
+
+@pytest.mark.parametrize("source", HOSTILE_TEMPLATES.values(), ids=HOSTILE_TEMPLATES)
+def test_hostile_templates_end_soon_and_with_our_error(source):
+    start_s = time.monotonic()
+    with pytest.raises(InvalidRequest, match="chat template"):
+        print(ChatTemplate(source, {}).render(USER, add_generation_prompt=True, continue_final_message=False)[:100])
+    assert time.monotonic() - start_s < 6
+
+
+@pytest.mark.parametrize("source", ["{% if %}", "{{ x", "{% unknown %}", "{{ x | nofilter }}", "x" * (2 << 20)])
+def test_a_template_that_is_none(source):
+    with pytest.raises(ModelInvalid, match="chat template"):
+        ChatTemplate(source, {})
+
+
+# The stream -------------------------------------------------------------------------------------------------------
+
+
+def streamed(tokenizer, ids, **options):
+    stream = tokenizer.detokenizer(**options)
+    return [*map(stream.push, ids), stream.flush()]
+
+
+def test_a_character_comes_whole_with_its_last_token(smollm2):
+    ids = smollm2.encode("１")
+    assert len(ids) > 1
+    assert streamed(smollm2, ids) == [""] * (len(ids) - 1) + ["１", ""]
+    assert streamed(smollm2, ids[:1]) == ["", "\ufffd"]
+
+
+def test_a_special_token_inside_a_character_is_skipped(smollm2):
+    first, *rest = smollm2.encode("１")
+    ids = [first, 2, *rest]
+    assert "".join(streamed(smollm2, ids)) == smollm2.decode(ids) == "１"
+    shown = "".join(streamed(smollm2, ids, skip_special=False))
+    assert shown == smollm2.decode(ids, skip_special=False)
+    assert "<|im_end|>" in shown
+
+
+# SmolLM2 has no token for these bytes, so text loses them, in transformers too: a few control characters, and the
+# first byte of planes 4 to 11 of Unicode, where nothing is assigned.
+LOST = "\x04\x06\x13\x14\x16\x1d"
+KEPT = st.text(st.characters(max_codepoint=0x3FFFF, exclude_categories=["Cs"], exclude_characters=LOST), max_size=40)
+
+
+def test_the_bytes_smollm2_has_no_token_for(smollm2):
+    kept = {byte for byte in range(256) if bytes([byte]) in smollm2._bytes}
+    lost = set(range(256)) - kept
+    assert {byte for byte in lost if byte < 0x80} == set(LOST.encode())
+    assert {byte for byte in lost if byte >= 0x80} == {0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 0x100)}
+    assert smollm2.encode(LOST) == []
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=KEPT)
+def test_text_survives_encode_stream_and_decode(smollm2, text):
+    ids = smollm2.encode(text)
+    assert smollm2.decode(ids, skip_special=False) == text
+    assert "".join(streamed(smollm2, ids, skip_special=False)) == text
+
+
+@settings(max_examples=200, deadline=None)
+@given(ids=st.lists(st.integers(0, 49151) | st.integers(0, 300), max_size=30), skip=st.booleans())
+def test_any_tokens_stream_to_what_the_library_decodes(smollm2, ids, skip):
+    """Random tokens: broken characters everywhere.  The library's own decoder is the oracle."""
+    text = smollm2._engine.decode(ids, skip_special_tokens=skip)
+    assert smollm2.decode(ids, skip_special=skip) == text
+    assert "".join(streamed(smollm2, ids, skip_special=skip)) == text
+    assert not any("\ufffd" in part for part in streamed(smollm2, ids, skip_special=skip)) or "\ufffd" in text
+
+
+@pytest.fixture
+def pieces(tmp_path):
+    """A tokenizer.json of the SentencePiece kind: a mark for space, bytes as <0xNN>, the first space dropped."""
+    vocabulary = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "▁a", "<0xZZ>"]
+    engine = tokenizers.Tokenizer(
+        models.BPE({t: i for i, t in enumerate(vocabulary)}, [("▁", "a")], unk_token="<unk>", byte_fallback=True)
+    )
+    engine.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    engine.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    engine.add_special_tokens(["<unk>", "<s>", "</s>"])
+    engine.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "</s>"}, "bos_token": "<s>"}))
+    return tmp_path
+
+
+def test_pieces_with_byte_fallback(pieces):
+    tokenizer = Tokenizer.from_hf(pieces)
+    assert tokenizer.eos_ids == (2,)
+    for text in ("a a", "aé１a", " a", "🙂", ""):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == tokenizer._engine.decode(ids)
+        assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
+    assert tokenizer.decode(tokenizer.encode("aé a")) == "aé a"
+    assert tokenizer.token_bytes(259 + 3) == b"<0xZZ>"
+    assert tokenizer.token_bytes(3 + 0xE9) == b"\xe9"
+
+
+# What is refused --------------------------------------------------------------------------------------------------
+
+GGML = "tokenizer.ggml."
+
+
+def small_gguf(**changes):
+    """Metadata of a byte-level tokenizer with the 256 byte tokens, one merge and two specials."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    meta = {
+        "model": "gpt2",
+        "pre": "smollm",
+        "tokens": [*alphabet, "ab", "<s>", "</s>"],
+        "token_type": [1] * 257 + [3, 3],
+        "merges": ["a b"],
+        "bos_token_id": 257,
+        "eos_token_id": 258,
+    } | changes
+    return {GGML + key: value for key, value in meta.items() if value is not None}
+
+
+def test_small_gguf_adds_what_its_flags_say():
+    def ids(**changes):
+        return Tokenizer.from_gguf(small_gguf(**changes)).encode("ab")
+
+    assert ids() == [256]
+    assert ids(add_bos_token=True) == [257, 256]
+    assert ids(add_bos_token=True, add_eos_token=True) == [257, 256, 258]
+    assert ids(pre="qwen2") == [256]
+    assert ids(pre="llama-bpe") == [257, 256]  # Llama 3 adds bos unless told otherwise
+    assert ids(pre="llama-bpe", add_bos_token=False) == [256]
+
+
+WORDS = {
+    "smollm": ["a", "1", "2", "3", "4", " b"],
+    "qwen2": ["a", "1", "2", "3", "4", " b"],
+    "llama-bpe": ["a", "123", "4", " b"],
+}
+
+
+@pytest.mark.parametrize("pre", WORDS)
+def test_how_digits_are_cut(pre):
+    engine = Tokenizer.from_gguf(small_gguf(pre=pre))._engine
+    words = [word.replace("Ġ", " ") for word, _ in engine.pre_tokenizer.pre_tokenize_str("a1234 b")]
+    assert words == WORDS[pre]
+
+
+REFUSED_GGUF = {
+    "spm": ({"model": "llama"}, "model 'llama' is not supported"),
+    "pre": ({"pre": "deepseek-llm"}, "pre 'deepseek-llm' is not supported; supported: smollm"),
+    "no pre": ({"pre": None}, "pre None"),
+    "no tokens": ({"tokens": None}, "tokens must be"),
+    "no merges": ({"merges": None}, "merges must be"),
+    "a token twice": ({"tokens": ["a"] * 259}, "a token twice"),
+    "types too short": ({"token_type": [1]}, "token_type must be 259"),
+    "types are text": ({"token_type": "1" * 259}, "token_type must be 259"),
+    "merge of three": ({"merges": ["a b c"]}, "merges has 'a b c'"),
+    "merge of strangers": ({"merges": ["Ω Ω"]}, "merges does not fit"),
+    "eos outside": ({"eos_token_id": 259}, "eos_token_id must be a token id below 259"),
+    "no eos": ({"eos_token_id": None}, "no end-of-sequence"),
+    "bos asked, not named": ({"add_bos_token": True, "bos_token_id": None}, "no bos_token_id"),
+}
+
+
+@pytest.mark.parametrize(("changes", "words"), REFUSED_GGUF.values(), ids=REFUSED_GGUF)
+def test_gguf_refused_by_name(changes, words):
+    with pytest.raises(ModelInvalid, match=words):
+        Tokenizer.from_gguf(small_gguf(**changes))
+
+
+def test_hf_refused_by_name(tmp_path):
+    with pytest.raises(ModelInvalid, match=r"no tokenizer\.json"):
+        Tokenizer.from_hf(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"\n")
+    with pytest.raises(ModelInvalid, match="only a SentencePiece file"):
+        Tokenizer.from_hf(tmp_path)
+    for content in ("{}", "[" * 100_000, "\0"):
+        (tmp_path / "tokenizer.json").write_text(content)
+        with pytest.raises(ModelInvalid, match="is not a tokenizer"):
+            Tokenizer.from_hf(tmp_path)
+
+
+REFUSED_SETTINGS = {
+    "strange eos": ("tokenizer_config.json", {"eos_token": "<nobody>"}, "eos_token '<nobody>' is not in"),
+    "no bos after all": ("tokenizer_config.json", {"add_bos_token": False}, "add_bos_token = False"),
+    "template is a number": ("tokenizer_config.json", {"chat_template": 3}, "chat_template must be text"),
+    "eos list with text": ("generation_config.json", {"eos_token_id": [2, "x"]}, "eos_token_id must be"),
+    "eos outside": ("generation_config.json", {"eos_token_id": 4000}, "eos token id 4000 is not in"),
+}
+
+
+@pytest.mark.parametrize(("name", "change", "words"), REFUSED_SETTINGS.values(), ids=REFUSED_SETTINGS)
+def test_hf_settings_refused_by_name(tmp_path, name, change, words):
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_path("tiny-llama-tied"), folder)
+    (folder / "chat_template.jinja").unlink()
+    (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | change))
+    with pytest.raises(ModelInvalid, match=words):
+        Tokenizer.from_hf(folder)
+
+
+def test_an_unknown_decoder_is_refused(pieces):
+    engine = tokenizers.Tokenizer.from_file(str(pieces / "tokenizer.json"))
+    engine.decoder = decoders.WordPiece()
+    engine.save(str(pieces / "tokenizer.json"))
+    with pytest.raises(ModelInvalid, match="decoder WordPiece is not supported"):
+        Tokenizer.from_hf(pieces)
