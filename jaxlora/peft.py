@@ -17,7 +17,6 @@ import os
 import re
 import shutil
 import uuid
-from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -27,10 +26,10 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jaxlora.errors import AdapterInvalid, AdapterNotFinite, AlreadyExists, BaseMismatch
-from jaxlora.lora import ALL_TARGETS, HEAD_TARGET, Adapter, AdapterRef, LoraSpec, ModuleException
+from jaxlora.lora import HEAD_TARGET, Adapter, AdapterRef, LoraSpec
 from jaxlora.model import ModelConfig, target_features
 from jaxlora.peft_config import HEAD_LORA, PeftConfig, Reasons, not_linear, read_config, replaces_base
-from jaxlora.peft_match import Module, choose_modules, linear_modules
+from jaxlora.peft_match import Module, choose_modules, linear_modules, make_spec
 from jaxlora.peft_tensors import (
     PICKLE,
     PREFIX,
@@ -46,6 +45,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 OWN_FILE = "jaxlora.json"
 OWN_FORMAT = 1
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl")
 MAX_JSON_BYTES = 1_000_000
 # Bound on |scale| * norm(A) * norm(B), which bounds the norm of the change.  A base matrix has a norm in the hundreds.
 MAX_CHANGE_NORM = 1e6
@@ -136,7 +136,7 @@ def import_peft(
 
 def _find_folder(path: Path) -> Path:
     """The folder that holds the config: `path`, or its only sub-folder that has one."""
-    if path.is_file() and path.suffix in (".bin", ".pt", ".pth"):
+    if path.is_file() and path.suffix in PICKLE_SUFFIXES:
         raise AdapterInvalid(PICKLE)
     if (path / CONFIG_FILE).is_file():
         return path
@@ -158,12 +158,11 @@ def _read_json(path: Path) -> dict[str, object]:
 
 
 def _open_weights(folder: Path, reasons: Reasons) -> BinaryIO:
-    if (folder / WEIGHTS_FILE).is_file():
-        return (folder / WEIGHTS_FILE).open("rb")
-    pickles = any(p.suffix in (".bin", ".pt", ".pth") for p in folder.iterdir())
-    reasons.add(PICKLE if pickles else f"{WEIGHTS_FILE} is missing")
-    reasons.raise_if_any()
-    raise AssertionError  # unreachable: a reason was just added
+    if not (folder / WEIGHTS_FILE).is_file():
+        pickles = any(p.suffix in PICKLE_SUFFIXES for p in folder.iterdir())
+        reasons.add(PICKLE if pickles else f"{WEIGHTS_FILE} is missing")
+        reasons.raise_if_any()
+    return (folder / WEIGHTS_FILE).open("rb")
 
 
 def _header(file: BinaryIO, reasons: Reasons) -> dict[str, TensorEntry] | None:
@@ -240,37 +239,12 @@ def _check_head_copy(
     same = False
     if head_adapted and base_head_VD is not None and entry.shape == base_head_VD.shape:
         copy_VD = read_tensor(file, entry)
-        casts = ((copy_VD, base_head_VD.astype(copy_VD.dtype)), (copy_VD.astype(base_head_VD.dtype), base_head_VD))
-        same = any(x.tobytes() == y.tobytes() for x, y in casts)
+        with np.errstate(all="ignore"):  # a copy with wild values is refused below, not warned about
+            in_file = (copy_VD, base_head_VD.astype(copy_VD.dtype))
+            in_base = (copy_VD.astype(base_head_VD.dtype), base_head_VD)
+        same = any(x.tobytes() == y.tobytes() for x, y in (in_file, in_base))
     if not same:
         reasons.add(replaces_base([HEAD_TARGET]))
-
-
-def make_spec(peft: PeftConfig, modules: dict[str, tuple[int, float]], config: ModelConfig) -> LoraSpec:
-    """The spec of the adapted modules: the file's own rank and alpha where a module uses them, else the commonest."""
-    table = linear_modules(config)
-    by_place = {(table[p].target, table[p].layer): value for p, value in modules.items()}
-    targets = tuple(t for t in ALL_TARGETS if any(target == t for target, _ in by_place))
-    base = (peft.rank, peft.alpha)
-    if base not in by_place.values():
-        counts = Counter(value for value in by_place.values() if value[1] != 0)
-        base = counts.most_common(1)[0][0] if counts else (max(r for r, _ in by_place.values()), peft.alpha)
-    exceptions = []
-    for module in table.values():
-        if module.target in targets:
-            rank, alpha = by_place.get((module.target, module.layer), (0, base[1]))
-            if (rank, alpha) != base:
-                exceptions.append(
-                    ModuleException(target=module.target, layer=module.layer, rank=rank, alpha=float(alpha))
-                )
-    return LoraSpec(
-        rank=base[0],
-        alpha=base[1],
-        targets=targets,
-        rslora=peft.rslora,
-        dropout=peft.dropout,
-        exceptions=tuple(exceptions),
-    )
 
 
 def _read_weights(
@@ -284,12 +258,15 @@ def _read_weights(
         module = table[path]
         a_LRX, b_LRY = weights[module.target]
         norms = []
-        for half, pool, place in (("A", a_LRX, np.s_[:]), ("B", b_LRY, np.s_[:])):
+        for half in "AB":
             entry = plan.keys.pairs[path][half]
             value = read_tensor(file, entry).astype(np.float32)
             if not np.isfinite(value).all():
                 not_finite.add(f"{entry.name} has non-finite values", kind="finite", error=AdapterNotFinite)
-            pool[module.layer, :rank, place] = value if half == "A" else value.T
+            if half == "A":
+                a_LRX[module.layer, :rank] = value
+            else:
+                b_LRY[module.layer, :rank] = value.T
             norms.append(float(np.sqrt(np.square(value, dtype=np.float64).sum())))
         change = abs(spec.scale(module.target, module.layer)) * norms[0] * norms[1]
         if change > MAX_CHANGE_NORM:

@@ -16,13 +16,38 @@ from jaxlora.errors import AdapterInvalid
 SHOWN = 5  # mismatches of one kind that a message lists
 MAX_ALPHA = 1e6
 
-HONOURED = frozenset(
-    "peft_type task_type r lora_alpha use_rslora target_modules exclude_modules layers_to_transform layers_pattern"
-    " rank_pattern alpha_pattern lora_dropout init_lora_weights fan_in_fan_out bias lora_bias use_dora modules_to_save"
-    " trainable_token_indices target_parameters base_model_name_or_path".split()
+HONOURED = (
+    "peft_type",
+    "task_type",
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+    "lora_dropout",
+    "init_lora_weights",
+    "fan_in_fan_out",
+    "bias",
+    "lora_bias",
+    "use_dora",
+    "modules_to_save",
+    "trainable_token_indices",
+    "target_parameters",
+    "base_model_name_or_path",
 )
-WITHOUT_EFFECT = frozenset(
-    "revision inference_mode auto_mapping peft_version runtime_config eva_config loftq_config qalora_group_size".split()
+WITHOUT_EFFECT = (
+    "revision",
+    "inference_mode",
+    "auto_mapping",
+    "peft_version",
+    "runtime_config",
+    "eva_config",
+    "loftq_config",
+    "qalora_group_size",
 )
 REFUSED_WHEN_SET = (
     "layer_replication",

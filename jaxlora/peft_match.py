@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import re
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import regex
 
 from jaxlora.errors import BaseMismatch
-from jaxlora.lora import ATTENTION_TARGETS, HEAD_TARGET, LAYER_TARGETS
+from jaxlora.lora import ALL_TARGETS, ATTENTION_TARGETS, HEAD_TARGET, LAYER_TARGETS, LoraSpec, ModuleException
 from jaxlora.model import ModelConfig, target_features
 from jaxlora.peft_config import EMBEDDING_LORA, PeftConfig, Reasons, not_linear, shown
 
@@ -73,6 +74,33 @@ class Clock:
         if left <= 0:
             raise TimeoutError
         return left
+
+
+def make_spec(peft: PeftConfig, modules: dict[str, tuple[int, float]], config: ModelConfig) -> LoraSpec:
+    """The spec of the adapted modules: the file's own rank and alpha where a module uses them, else the commonest."""
+    table = linear_modules(config)
+    by_place = {(table[p].target, table[p].layer): value for p, value in modules.items()}
+    targets = tuple(t for t in ALL_TARGETS if any(target == t for target, _ in by_place))
+    base = (peft.rank, peft.alpha)
+    if base not in by_place.values():
+        counts = Counter(value for value in by_place.values() if value[1] != 0)
+        base = counts.most_common(1)[0][0] if counts else (max(r for r, _ in by_place.values()), peft.alpha)
+    exceptions = []
+    for module in table.values():
+        if module.target in targets:
+            rank, alpha = by_place.get((module.target, module.layer), (0, base[1]))
+            if (rank, alpha) != base:
+                exceptions.append(
+                    ModuleException(target=module.target, layer=module.layer, rank=rank, alpha=float(alpha))
+                )
+    return LoraSpec(
+        rank=base[0],
+        alpha=base[1],
+        targets=targets,
+        rslora=peft.rslora,
+        dropout=peft.dropout,
+        exceptions=tuple(exceptions),
+    )
 
 
 def choose_modules(
