@@ -119,10 +119,13 @@ class PeftConfig:
 
 
 def read_config(raw: Mapping[str, object], reasons: Reasons) -> PeftConfig | None:
-    """The config, or None where a field of the wrong type leaves unknown which modules are meant.
+    """The config, or None where it is not LoRA or a field of the wrong type leaves unknown which modules are meant.
 
     Adds to `reasons` every feature we do not hold and every impossible value.
     """
+    if raw.get("peft_type") != "LORA":
+        reasons.add(f"peft_type {shown(raw.get('peft_type'))} is not supported; only LORA")
+        return None
     _refuse_features(raw, reasons)
     wrong = Reasons()
     rank = _rank(raw.get("r", 8), "r", wrong)
@@ -164,8 +167,6 @@ def read_config(raw: Mapping[str, object], reasons: Reasons) -> PeftConfig | Non
 
 def _refuse_features(raw: Mapping[str, object], reasons: Reasons) -> None:
     """Adds a reason for each feature that changes more than A and B of linear layers."""
-    if raw.get("peft_type") != "LORA":
-        reasons.add(f"peft_type {shown(raw.get('peft_type'))} is not supported; only LORA")
     if raw.get("task_type") not in (None, "CAUSAL_LM"):
         reasons.add(f"task_type {shown(raw.get('task_type'))} is not supported; only CAUSAL_LM")
     if raw.get("use_dora"):

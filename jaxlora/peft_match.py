@@ -26,7 +26,7 @@ from jaxlora.peft_config import EMBEDDING_LORA, PeftConfig, Reasons, not_linear,
 
 MAX_PATTERN_CHARS = 4096
 MAX_PATTERN_KEYS = 512  # or the number of modules, where that is more: exporters write one key a module
-MATCH_SECONDS = 2.0
+MATCH_SECONDS = 1.0
 EMBEDDING = "model.embed_tokens"
 
 

@@ -83,10 +83,11 @@ def read_header(file: BinaryIO, size: int) -> dict[str, TensorEntry]:
     Raises AdapterInvalid when the file breaks a rule of the format or one of ours.  Reads no values.
     """
     start = file.read(8)
-    if start[:1] == b"\x80" or start[:4] == b"PK\x03\x04":
-        raise AdapterInvalid(PICKLE)
     length = int.from_bytes(start, "little")
     if len(start) < 8 or length > size - 8:
+        # A true length may begin with the byte 0x80 too, so the magic counts only where the length is impossible.
+        if start[:1] == b"\x80" or start[:4] == b"PK\x03\x04":
+            raise AdapterInvalid(PICKLE)
         raise AdapterInvalid("adapter_model.safetensors is truncated or not a safetensors file")
     if length > MAX_HEADER_BYTES:
         raise AdapterInvalid(f"the header of adapter_model.safetensors has {length} bytes; at most {MAX_HEADER_BYTES}")
@@ -180,7 +181,7 @@ def _feature(key: str, bias: str) -> str | None:
         return DORA
     if re.search(r"\.lora_B(\.[^.]+)?\.bias$", key):
         return LORA_BIAS
-    if "lora_embedding_" in key or re.search(r"(^|\.)embed_tokens\.lora_", key):
+    if "lora_embedding_" in key or re.search(r"(^|\.)embed_tokens\.(lora_|base_layer\.)", key):
         return EMBEDDING_LORA
     if "trainable_tokens_" in key:
         return TRAINABLE_TOKENS
