@@ -25,6 +25,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
+from jaxlora.durable import sync, sync_tree
 from jaxlora.errors import AdapterInvalid, AdapterNotFinite, AlreadyExists, BaseMismatch
 from jaxlora.lora import HEAD_TARGET, Adapter, AdapterRef, LoraSpec
 from jaxlora.model import ModelConfig, target_features
@@ -341,22 +342,12 @@ def export_peft(adapter: Adapter, folder: Path, config: ModelConfig, *, base_nam
         }
         (temporary / CONFIG_FILE).write_text(json.dumps(export_config(adapter.spec, config, base_name), indent=2))
         (temporary / OWN_FILE).write_text(json.dumps(own, indent=2))
-        for path in (*temporary.iterdir(), temporary):
-            sync(path)
+        sync_tree(temporary)
         temporary.rename(folder)
         sync(folder.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-
-
-def sync(path: Path) -> None:
-    """Forces a file or a folder to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def export_tensors(adapter: Adapter, config: ModelConfig, dtype: np.dtype) -> dict[str, np.ndarray]:
