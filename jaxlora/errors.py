@@ -14,6 +14,7 @@
     ├── DataInvalid                 400 invalid_training_file  names line and field
     ├── AlreadyExists               409 already_exists
     ├── StateInvalid                409 invalid_state          no slot, wrong phase
+    ├── StorageFailed               500 storage_failed         a stored version is damaged or could not be written
     └── Overloaded                  503 overloaded             retry later
 
 A message says what was got, what was wanted and what to do.  It never holds another tenant's text.
@@ -110,6 +111,12 @@ class StateInvalid(JaxLoraError, RuntimeError):
     """The object is not in a state that allows this (no free slot, wrong phase)."""
 
     status, code = 409, "invalid_state"
+
+
+class StorageFailed(JaxLoraError):
+    """A stored version is damaged, of an unknown format, or could not be written; names it."""
+
+    status, code = 500, "storage_failed"
 
 
 class Overloaded(JaxLoraError, RuntimeError):

@@ -1,0 +1,114 @@
+"""One adapter version on disk: an Orbax checkpoint whose step is the version.
+
+    adapters/TENANT/NAME/VERSION/weights     target → {"a": a_LRX, "b": b_LRY}
+    adapters/TENANT/NAME/VERSION/meta        format, spec, base_hash, created, shapes, sha256
+
+A version folder gets its number by a rename after its last byte, so a number is a complete version; what a killed
+save leaves has another name and is cleared by the next save of that adapter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import orbax.checkpoint as ocp
+
+from jaxlora.durable import sync, sync_tree
+from jaxlora.errors import StorageFailed
+from jaxlora.lora import NAME_PATTERN, Adapter, AdapterRef, LoraSpec
+
+FORMAT = 1
+VERSION_PATTERN = re.compile(r"[1-9][0-9]{0,17}")
+
+
+def scan(adapters: Path) -> dict[tuple[str, str], set[int]]:
+    """(tenant, name) → complete versions.  Reads folders only: ten thousand adapters take a fraction of a second."""
+    found = {}
+    for tenant in _folders(adapters):
+        for name in _folders(adapters / tenant):
+            versions = {int(v) for v in _folders(adapters / tenant / name) if VERSION_PATTERN.fullmatch(v)}
+            if versions:
+                found[tenant, name] = versions
+    return found
+
+
+def _folders(path: Path) -> list[str]:
+    with os.scandir(path) as entries:
+        return [e.name for e in entries if NAME_PATTERN.fullmatch(e.name) and e.is_dir(follow_symlinks=False)]
+
+
+def digest(spec: LoraSpec, base_hash: str, weights: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> str:
+    """sha256 over everything that decides what the adapter computes."""
+    total = hashlib.sha256(json.dumps([spec.to_json(), base_hash], sort_keys=True).encode())
+    for target in sorted(weights):
+        for value in weights[target]:
+            total.update(f"{target} {value.dtype.name} {value.shape}".encode())
+            total.update(np.ascontiguousarray(value).data)
+    return total.hexdigest()
+
+
+def save_version(folder: Path, adapter: Adapter, created: float) -> None:
+    """Writes one version under `folder`, the folder of its tenant and name.  Raises what the file system raises.
+
+    A version that is there is complete and is left alone: an earlier try may have failed after its rename.
+    """
+    meta = {
+        "format": FORMAT,
+        "spec": adapter.spec.to_json(),
+        "base_hash": adapter.base_hash,
+        "created": created,
+        "shapes": {t: [list(a_LRX.shape), list(b_LRY.shape)] for t, (a_LRX, b_LRY) in adapter.weights.items()},
+        "sha256": digest(adapter.spec, adapter.base_hash, adapter.weights),
+    }
+    tree = {target: {"a": a_LRX, "b": b_LRY} for target, (a_LRX, b_LRY) in adapter.weights.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / str(adapter.ref.version)).is_dir():
+        options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, cleanup_tmp_directories=True)
+        with ocp.CheckpointManager(folder, options=options, item_names=("weights", "meta")) as manager:
+            items = ocp.args.Composite(weights=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave(meta))
+            manager.save(adapter.ref.version, args=items, force=True)  # force: versions may come out of order
+    sync_tree(folder / str(adapter.ref.version))
+    sync(folder)
+
+
+def read_meta(folder: Path, ref: AdapterRef) -> dict:
+    """The meta of a version.  Raises StorageFailed when it is damaged or of an unknown format."""
+    path = folder / str(ref.version) / "meta"
+    try:
+        meta = ocp.JsonCheckpointHandler().restore(path, args=ocp.args.JsonRestore())
+        found = meta["format"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise StorageFailed(f"{ref}: its description on disk cannot be read ({type(e).__name__})") from e
+    if found != FORMAT:
+        raise StorageFailed(f"{ref} is stored in format {found!r}; this build reads format {FORMAT}")
+    return meta
+
+
+def load_version(folder: Path, ref: AdapterRef) -> tuple[Adapter, float]:
+    """(the adapter, when it was created in epoch seconds).  Raises StorageFailed when any byte of it is wrong."""
+    meta = read_meta(folder, ref)
+    zero = np.float32(0)
+    try:
+        spec = LoraSpec.from_json(meta["spec"])
+        like = {
+            target: {"a": np.broadcast_to(zero, tuple(a)), "b": np.broadcast_to(zero, tuple(b))}
+            for target, (a, b) in meta["shapes"].items()
+        }
+        options = ocp.CheckpointManagerOptions(create=False)
+        with ocp.CheckpointManager(folder, options=options, item_names=("weights", "meta")) as manager:
+            items = ocp.args.Composite(weights=ocp.args.StandardRestore(like))
+            tree = manager.restore(ref.version, args=items)["weights"]
+        weights = {target: (pair["a"], pair["b"]) for target, pair in tree.items()}
+        right = digest(spec, meta["base_hash"], weights) == meta["sha256"]
+        created = float(meta["created"])
+    except Exception as e:  # whatever a damaged file makes a reader raise
+        raise StorageFailed(f"{ref}: its files on disk cannot be read ({type(e).__name__})") from e
+    if not right:
+        raise StorageFailed(f"{ref}: its bytes on disk do not match their checksum; restore it or use another version")
+    return Adapter(ref=ref, spec=spec, base_hash=meta["base_hash"], weights=weights), created

@@ -1,0 +1,121 @@
+"""Training state on disk: numbered, whole or not there, never overwritten; comes back bit for bit.
+
+    FOLDER/STEP/arrays     the pytree
+    FOLDER/STEP/meta       format, the caller's meta, shape and dtype of each leaf
+
+A step folder gets its number by a rename after its last byte.  What a killed save leaves has another name, is never
+restored and is cleared by the next save.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from jaxlora.durable import sync, sync_tree
+from jaxlora.errors import AlreadyExists, StateInvalid, StorageFailed
+
+FORMAT = 1
+
+type Tree = object  # a pytree of arrays, or of the ShapeDtypeStructs of such
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What `save_state` was given."""
+
+    step: int
+    arrays: Tree
+    meta: dict[str, object]
+
+
+def save_state(folder: Path, step: int, arrays: Tree, meta: Mapping[str, object], *, keep: int = 2) -> None:
+    """Writes step `step` and then removes all but the newest `keep`.  On disk, also through a power loss, on return.
+
+    `meta` is JSON.  Raises AlreadyExists for a step that is there, StateInvalid for one below the newest, for
+    `keep` below 1 and for arrays without elements, StorageFailed when the files cannot be written.
+    """
+    if keep < 1:
+        raise StateInvalid(f"keep must be at least 1, got {keep}")
+    leaves = _describe(arrays)
+    empty = [path for path, (shape, _) in leaves.items() if 0 in shape]
+    if empty or not leaves:
+        raise StateInvalid(f"arrays without elements cannot be saved: {', '.join(empty[:5]) or 'the tree is empty'}")
+    stored = {"format": FORMAT, "meta": json.loads(json.dumps(dict(meta))), "leaves": leaves}
+    folder.mkdir(parents=True, exist_ok=True)
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
+    )
+    with ocp.CheckpointManager(folder, options=options, item_names=("arrays", "meta")) as manager:
+        newest = manager.latest_step()
+        if step in manager.all_steps():
+            raise AlreadyExists(f"step {step} of {folder.name} is saved; a step is never overwritten")
+        if newest is not None and step < newest:
+            raise StateInvalid(f"step {step} is older than step {newest} of {folder.name}; restore that one instead")
+        items = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(stored))
+        try:
+            manager.save(step, args=items, force=True)
+        except OSError as e:
+            raise StorageFailed(f"step {step} of {folder.name} could not be written: {e}") from e
+    sync_tree(folder / str(step))
+    sync(folder)
+
+
+def restore_state(folder: Path, like: Tree) -> Restored | None:
+    """The newest step, with the structure, dtypes and shardings of `like`; None where nothing was saved.
+
+    Leaves of `like` are jax arrays or ShapeDtypeStructs (without a sharding: the default device).  Raises StateInvalid
+    when the saved arrays are not those of `like`, StorageFailed for an unknown format or damaged files.
+    """
+    if not folder.is_dir():
+        return None
+    options = ocp.CheckpointManagerOptions(create=False)
+    with ocp.CheckpointManager(folder, options=options, item_names=("arrays", "meta")) as manager:
+        step = manager.latest_step()
+        if step is None:
+            return None
+        try:
+            stored = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+            found = stored["format"]
+        except Exception as e:  # whatever a damaged file makes a reader raise
+            raise StorageFailed(f"step {step} of {folder.name}: its meta cannot be read ({type(e).__name__})") from e
+        if found != FORMAT:
+            raise StorageFailed(f"step {step} of {folder.name} has format {found!r}; this build reads format {FORMAT}")
+        _compare(stored["leaves"], _describe(like), f"step {step} of {folder.name}")
+        try:
+            items = ocp.args.Composite(arrays=ocp.args.StandardRestore(jax.tree.map(_placed, like)))
+            arrays = manager.restore(step, args=items)["arrays"]
+        except Exception as e:  # as above; names and shapes are known to be right
+            raise StorageFailed(f"step {step} of {folder.name} cannot be read ({type(e).__name__})") from e
+    return Restored(step, arrays, stored["meta"])
+
+
+def _describe(tree: Tree) -> dict[str, list]:
+    """path → [shape, dtype] of each leaf."""
+    return {
+        jax.tree_util.keystr(path): [list(leaf.shape), np.dtype(leaf.dtype).name]
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _compare(saved: dict[str, list], wanted: dict[str, list], what: str) -> None:
+    """Raises StateInvalid, naming up to five leaves that differ."""
+    wrong = [
+        f"{path or 'the array'}: saved {saved.get(path, 'nothing')}, wanted {wanted.get(path, 'nothing')}"
+        for path in sorted(saved.keys() | wanted.keys())
+        if saved.get(path) != wanted.get(path)
+    ]
+    if wrong:
+        more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
+        raise StateInvalid(f"{what} was saved by another configuration: {'; '.join(wrong[:5])}{more}")
+
+
+def _placed(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

@@ -1,0 +1,38 @@
+"""Writes that survive a crash: a file is there whole or not at all, and stays after a power loss."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from pathlib import Path
+
+
+def sync(path: Path) -> None:
+    """Forces one file, or the names in one folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Forces a folder and all that is in it to disk."""
+    for path, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            sync(Path(path) / name)
+        sync(Path(path))
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Writes or replaces a file: whoever reads it sees the old bytes or the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.write_bytes(data)
+        sync(temporary)
+        temporary.rename(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
