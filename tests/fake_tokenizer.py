@@ -43,8 +43,9 @@ class FakeTokenizer:
         self.template = template
         self.bos = bos
         self.eos_ids = (END,)
+        self.vocab_size = VOCAB
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         ids = [START] if self.bos and add_special_tokens else []
         for piece in re.split("(<s>|</s>|\n\n)", text):
             ids += [SPECIALS[piece]] if piece in SPECIALS else [FIRST_BYTE + b for b in piece.encode()]

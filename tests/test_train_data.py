@@ -3,7 +3,7 @@ import re
 
 import numpy as np
 import pytest
-from fake_tokenizer import END, START, VOCAB, FakeTokenizer, endless, forgetful, strict
+from fake_tokenizer import END, START, FakeTokenizer, endless, forgetful, strict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -194,7 +194,7 @@ CHAT_LINE = json.dumps({"messages": [ASK, ANSWER]})
 def load(tmp_path, content, max_tokens=MAX):
     path = tmp_path / "data.jsonl"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return load_jsonl(path, FakeTokenizer(), max_tokens=max_tokens, vocab=VOCAB)
+    return load_jsonl(path, FakeTokenizer(), max_tokens=max_tokens)
 
 
 def test_jsonl_reads_every_kind_in_order(tmp_path):

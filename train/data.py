@@ -27,12 +27,16 @@ class Tokenizer(Protocol):
     def eos_ids(self) -> Collection[int]:
         """Ids that end a turn or a text; the first one ends a completion."""
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest token id."""
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text."""
 
     def chat(
         self,
-        messages: Sequence[dict[str, str]],
+        messages: Sequence[Mapping[str, str]],
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
@@ -241,7 +245,7 @@ def _check_keys(got: Mapping[str, object], needed: tuple[str, ...], optional: tu
 # JSONL files.
 
 
-def load_jsonl(path: Path | str, tokenizer: Tokenizer, *, max_tokens: int, vocab: int) -> list[Example]:
+def load_jsonl(path: Path | str, tokenizer: Tokenizer, *, max_tokens: int) -> list[Example]:
     """The examples of a JSONL file, in its order.  Each line is one object of one of these kinds:
 
         {"messages": [{"role", "content", "weight"?: 0 | 1}, …]}      {"prompt": text, "completion": text}
@@ -257,7 +261,7 @@ def load_jsonl(path: Path | str, tokenizer: Tokenizer, *, max_tokens: int, vocab
                 continue
             try:
                 line = _parse_line(raw, first=number == 1)
-                examples.append(_read_line(line, tokenizer, max_tokens, vocab))
+                examples.append(_read_line(line, tokenizer, max_tokens))
             except DataInvalid as error:
                 field = f", {error.param}" if error.param else ""
                 problems.append(f"line {number}{field}: {error.message}")
@@ -302,7 +306,7 @@ def _no_constant(name: str) -> object:
     raise DataInvalid(f"{name} is not JSON; give a finite number")
 
 
-def _read_line(line: dict[str, object], tokenizer: Tokenizer, max_tokens: int, vocab: int) -> Example:
+def _read_line(line: dict[str, object], tokenizer: Tokenizer, max_tokens: int) -> Example:
     """The example of one line; the kind is told by its keys."""
     if "messages" in line:
         _check_keys(line, ("messages",), (), "")
@@ -312,7 +316,7 @@ def _read_line(line: dict[str, object], tokenizer: Tokenizer, max_tokens: int, v
         return completion_example(tokenizer, line["prompt"], line["completion"], max_tokens=max_tokens)
     if "input_ids" in line or "weights" in line:
         _check_keys(line, ("input_ids", "weights"), (), "")
-        return token_example(line["input_ids"], line["weights"], max_tokens=max_tokens, vocab=vocab)
+        return token_example(line["input_ids"], line["weights"], max_tokens=max_tokens, vocab=tokenizer.vocab_size)
     if "text" in line:
         _check_keys(line, ("text",), (), "")
         return text_example(tokenizer, line["text"], max_tokens=max_tokens)
