@@ -296,12 +296,12 @@ def join(mixer, key, plan):
 @given(st.integers(1, 6), st.integers(0, 2), st.lists(plans, min_size=1, max_size=7), changes)
 def test_nothing_is_lost_and_nobody_waits_too_long(lanes, slack, starters, later):
     mixer = Mixer(lanes, LENGTH, slack)
-    present, reference, begun, waited, allowed = {}, {}, {}, {}, {}
+    present, reference, begun, promise = {}, {}, {}, {}
 
     def enter(key, plan):
         if join(mixer, key, plan):
             present[key], reference[key] = plan, stream_of(plan.predictions, plan.seed)
-            begun[key], waited[key], allowed[key] = [], 0, 0
+            begun[key], promise[key] = [], math.inf
 
     for i, plan in enumerate(starters):
         enter(f"s{i}", plan)
@@ -328,12 +328,11 @@ def test_nothing_is_lost_and_nobody_waits_too_long(lanes, slack, starters, later
                 begun[key] = []
             else:
                 assert present[key].split
-        for key in present:
-            allowed[key] = max(allowed[key], promised)  # the most it was promised while it waited
-            waited[key] += 1
-            assert waited[key] <= allowed[key], key
+        for key in present:  # every promise since it was last in a batch is kept, not only the latest
+            promise[key] = min(promise[key], promised) - 1
+            assert key in counts or promise[key] > 0, key
             if key in counts:
-                waited[key] = allowed[key] = 0
+                promise[key] = promised
 
 
 @settings(max_examples=60, deadline=None)

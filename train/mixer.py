@@ -77,7 +77,7 @@ class Mixer:
 
     @property
     def longest_wait(self) -> int:
-        """Steps within which every tenant of now is in a batch again.
+        """Steps within which every tenant of now is in a batch, whoever joins or leaves meanwhile.
 
         For tenants of one lane: ceil(tenants / lanes) + slack_steps.
         """
@@ -123,7 +123,10 @@ class Mixer:
         """
         if key not in self._tenants:
             raise NotFound(f"tenant {key} is not training", param="key")
-        return self._tenants.pop(key).stream.cursor
+        cursor = self._tenants.pop(key).stream.cursor
+        for tenant in self._tenants.values():  # the wait is shorter now; next-fit in any order still meets it
+            tenant.deadline = min(tenant.deadline, self._step + self.longest_wait)
+        return cursor
 
     def next(self) -> MixedBatch:
         """The next step's lanes.  Raises StateInvalid when there are no tenants."""
