@@ -13,7 +13,7 @@ import numpy as np
 from jaxlora.errors import ModelInvalid
 from jaxlora.gguf import GgufSource
 from jaxlora.hf import HfSource
-from jaxlora.model import ModelConfig
+from jaxlora.model_config import ModelConfig
 from jaxlora.tokenizer import Tokenizer
 
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

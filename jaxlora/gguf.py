@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxlora.errors import ModelInvalid
-from jaxlora.model import Llama3Rope, ModelConfig, parameters
+from jaxlora.model_config import Llama3Rope, ModelConfig, parameters
 
 MAX_KEYS = 4096
 MAX_TENSORS = 65_536

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxlora.errors import ModelInvalid
-from jaxlora.model import Llama3Rope, ModelConfig, parameters
+from jaxlora.model_config import Llama3Rope, ModelConfig, parameters
 from jaxlora.safetensors_map import SafetensorsMap
 
 MAX_JSON_BYTES = 64 << 20  # an index of a large model is a few MB

@@ -65,7 +65,11 @@ def check_model(mesh: Mesh, config: ModelConfig) -> None:
         ("tensor", "vocabulary entries"): config.vocab,
         ("fsdp", "model features"): config.d_model,
     }
-    wrong = [f"{axis} {mesh.shape[axis]} does not divide {n} {what}" for (axis, what), n in sizes.items() if n % mesh.shape[axis]]
+    wrong = [
+        f"{axis} {mesh.shape[axis]} does not divide {n} {what}"
+        for (axis, what), n in sizes.items()
+        if n % mesh.shape[axis]
+    ]
     if wrong:
         raise ConfigInvalid(f"mesh {describe(mesh)} does not fit this model: {'; '.join(wrong)}")
 

@@ -28,7 +28,7 @@ from safetensors.numpy import save_file
 from jaxlora.durable import sync, sync_tree
 from jaxlora.errors import AdapterInvalid, AdapterNotFinite, AlreadyExists, BaseMismatch
 from jaxlora.lora import HEAD_TARGET, Adapter, AdapterRef, LoraSpec
-from jaxlora.model import ModelConfig, target_features
+from jaxlora.model_config import ModelConfig, target_features
 from jaxlora.peft_config import HEAD_LORA, PeftConfig, Reasons, not_linear, read_config, replaces_base
 from jaxlora.peft_match import Module, choose_modules, linear_modules, make_spec
 from jaxlora.peft_tensors import (

@@ -21,7 +21,7 @@ import regex
 
 from jaxlora.errors import BaseMismatch
 from jaxlora.lora import ALL_TARGETS, ATTENTION_TARGETS, HEAD_TARGET, LAYER_TARGETS, LoraSpec, ModuleException
-from jaxlora.model import ModelConfig, target_features
+from jaxlora.model_config import ModelConfig, target_features
 from jaxlora.peft_config import EMBEDDING_LORA, PeftConfig, Reasons, not_linear, shown
 
 MAX_PATTERN_CHARS = 4096

@@ -51,7 +51,9 @@ class PoolSpec:
 
     def __post_init__(self) -> None:
         if self.slots < 1 or self.rank < 1:
-            raise AdapterInvalid(f"a pool needs at least one slot and rank 1, got {self.slots} slots of rank {self.rank}")
+            raise AdapterInvalid(
+                f"a pool needs at least one slot and rank 1, got {self.slots} slots of rank {self.rank}"
+            )
 
     def check(self, spec: LoraSpec) -> None:
         """Raises AdapterInvalid when an adapter of this specification does not fit a slot."""
@@ -113,7 +115,10 @@ def scales(config: ModelConfig, spec: LoraSpec, target: str) -> np.ndarray:
 def adapter_of_rows(rows: Mapping[str, LoraRows], ref: AdapterRef, spec: LoraSpec, base_hash: str) -> Adapter:
     """The host adapter whose weights are one slot's rows (float32, cut to the adapter's largest rank)."""
     weights = {
-        t: (np.asarray(rows[t].a_LSRX, np.float32)[:, : spec.max_rank], np.asarray(rows[t].b_LSRY, np.float32)[:, : spec.max_rank])
+        t: (
+            np.asarray(rows[t].a_LSRX, np.float32)[:, : spec.max_rank],
+            np.asarray(rows[t].b_LSRY, np.float32)[:, : spec.max_rank],
+        )
         for t in spec.targets
     }
     return Adapter(ref=ref, spec=spec, base_hash=base_hash, weights=weights)

@@ -103,7 +103,9 @@ def _backward(chunk, saved, cotangent):
         d, lse = _slice(d_GJ, trip, chunk), _slice(lse_GJ, trip, chunk)
         share = jnp.exp(_logits(x, head_DV, lora) - lse[..., None])
         d_logits = d[..., None] * ((vocab == target[..., None]) - share)
-        dx = jnp.einsum("gjv,vd->gjd", d_logits.astype(x.dtype), back_VD, preferred_element_type=jnp.float32).astype(x.dtype)
+        dx = jnp.einsum("gjv,vd->gjd", d_logits.astype(x.dtype), back_VD, preferred_element_type=jnp.float32).astype(
+            x.dtype
+        )
         if lora is not None:
             _, pull = jax.vjp(lambda x, lora: segmented_lora(x, [lora])[0], x, lora)
             dx_lora, dl = pull(d_logits.astype(x.dtype))

@@ -36,9 +36,7 @@ def shaped[**P, R](op: Callable[P, R]) -> Callable[P, R]:
             for letter, size in zip(suffix, shape, strict=True):
                 known, first = size_of.setdefault(letter, (size, name))
                 if known != size:
-                    raise ValueError(
-                        f"{op.__name__}: axis {letter} is {size} in {name} {shape} but {known} in {first}"
-                    )
+                    raise ValueError(f"{op.__name__}: axis {letter} is {size} in {name} {shape} but {known} in {first}")
         return op(*args, **kwargs)
 
     return checked

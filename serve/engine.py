@@ -67,7 +67,9 @@ class StepBatch:
 def _serve_step(base: Base, pool: Rows, kv: KVPages, batch: StepBatch) -> tuple[KVPages, StepOutput]:
     G, J = batch.token_GJ.shape
     decode = J == 1
-    lora = TokenLora(pool, batch.slot_G, base.config.layers) if decode else LaneLora(LaneLora.gather(pool, batch.slot_G))
+    lora = (
+        TokenLora(pool, batch.slot_G, base.config.layers) if decode else LaneLora(LaneLora.gather(pool, batch.slot_G))
+    )
     tokens = TokenBatch(
         token_T=batch.token_GJ.reshape(-1),
         position_T=batch.position_GJ.reshape(-1),
@@ -129,9 +131,7 @@ class Engine:
         )
         self._columns = allocator.needed(config.max_tokens)
         self._pool = empty_pool(base.config, pool_spec, mesh)
-        self._kv = empty_pages(
-            base.config, mesh, pages=config.pages, page_tokens=config.page_tokens, dtype=base.dtype
-        )
+        self._kv = empty_pages(base.config, mesh, pages=config.pages, page_tokens=config.page_tokens, dtype=base.dtype)
         placed = jax.tree.map(lambda x: x.sharding, self._kv)
         self._program = jax.jit(_serve_step, donate_argnums=2, out_shardings=(placed, replicated(mesh)))
         self._sequences: dict[str, Sequence] = {}

@@ -82,7 +82,8 @@ class Scheduler:
         if self.pages.needed(tokens) > self.pages.pages:
             limit = self.pages.pages * self.pages.page_tokens
             raise InvalidRequest(
-                f"prompt and max_tokens are {tokens} tokens, this server holds {limit}; ask for fewer", param="max_tokens"
+                f"prompt and max_tokens are {tokens} tokens, this server holds {limit}; ask for fewer",
+                param="max_tokens",
             )
         if len(self.waiting) >= self.max_waiting:
             raise Overloaded(f"{self.max_waiting} requests are waiting already; retry later")

@@ -11,7 +11,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from jaxlora.lora import AdapterRef
-from jaxlora.model import ModelConfig
+from jaxlora.model_config import ModelConfig
 from jaxlora.peft import ImportReport, import_peft
 
 FIXTURES = Path(__file__).parent / "fixtures" / "peft"

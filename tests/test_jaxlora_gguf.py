@@ -11,7 +11,7 @@ from small_world import gguf_bytes
 from jaxlora.base_files import base_hash, open_model, smollm2_path
 from jaxlora.errors import ModelInvalid
 from jaxlora.gguf import BLOCKS, GgufFile, GgufSource, dequantise
-from jaxlora.model import Llama3Rope
+from jaxlora.model_config import Llama3Rope
 
 F32, Q4_1, Q8_0, Q4_K, BF16 = 0, 3, 8, 12, 30
 D, F, HEADS, KV, V = 8, 12, 2, 1, 6

@@ -16,7 +16,7 @@ from jaxlora import base_files
 from jaxlora.base_files import base_hash, open_model, resolve_model, smollm2_path
 from jaxlora.errors import ModelInvalid
 from jaxlora.hf import HfSource, parse_config
-from jaxlora.model import Llama3Rope, parameters
+from jaxlora.model_config import Llama3Rope, parameters
 from jaxlora.safetensors_map import SafetensorsMap
 
 LLAMA = {

@@ -64,7 +64,9 @@ class Optimizer:
         if self.schedule not in ("constant", "linear", "cosine"):
             raise ConfigInvalid(f"schedule must be constant, linear or cosine, got {self.schedule}", param="schedule")
         if self.total_steps < 1 or not 0 <= self.warmup_steps <= self.total_steps:
-            raise ConfigInvalid(f"warmup_steps must be in [0, total_steps], got {self.warmup_steps} of {self.total_steps}")
+            raise ConfigInvalid(
+                f"warmup_steps must be in [0, total_steps], got {self.warmup_steps} of {self.total_steps}"
+            )
         if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1 and self.eps > 0 and self.weight_decay >= 0):
             raise ConfigInvalid(
                 f"betas must be in [0, 1), eps positive, weight_decay not negative; got "
@@ -109,7 +111,9 @@ class Moments:
     count: jax.Array
 
 
-def adamw(weights: Halves, grads: Halves, moments: Moments, hyper: Hyper) -> tuple[Halves, Moments, jax.Array, jax.Array]:
+def adamw(
+    weights: Halves, grads: Halves, moments: Moments, hyper: Hyper
+) -> tuple[Halves, Moments, jax.Array, jax.Array]:
     """(new weights, new moments, float32 gradient norm before clipping, bool finite) of ONE tenant.
 
     Where loss gradient or update is not finite, weights and moments come back as they were.

@@ -113,7 +113,12 @@ def lane_losses(base: Base, rows_LG: Rows, batch: TrainBatch) -> tuple[jax.Array
     wanted_GJ = batch.weight_GJ != 0
     with jax.default_matmul_precision(base.precision):
         logprob_GJ, hit_GJ = target_logprob(
-            x_TD.reshape(G, J, -1), *head_weight(base), batch.target_GJ, wanted_GJ, lora.head_rows(), chunk=min(LOSS_CHUNK, J)
+            x_TD.reshape(G, J, -1),
+            *head_weight(base),
+            batch.target_GJ,
+            wanted_GJ,
+            lora.head_rows(),
+            chunk=min(LOSS_CHUNK, J),
         )
     loss_G = cross_entropy(logprob_GJ, batch.weight_GJ).sum(1)
     sums = LaneSums(
@@ -224,5 +229,3 @@ def idle_batch(lanes: int, length: int) -> TrainBatch:
         segment_GJ=np.zeros(shape, np.int32),  # type: ignore[arg-type]
         slot_G=np.full(lanes, NO_ADAPTER, np.int32),  # type: ignore[arg-type]
     )
-
-
