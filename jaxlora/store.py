@@ -56,7 +56,8 @@ class AdapterStore:
         self._loading: dict[AdapterRef, Future[Adapter]] = {}
         self._work: queue.Queue[AdapterRef | Path | None] = queue.Queue()
         self._open_work = 0
-        self._closed = False
+        self._closed = False  # no more puts
+        self._ended = False  # no more work: the thread is gone or going
         for leftover in (root / "trash").iterdir():
             self._enqueue(leftover)
         self._thread = threading.Thread(target=self._run, name="adapter-store", daemon=True)
@@ -196,7 +197,9 @@ class AdapterStore:
     def flush(self) -> None:
         """Waits until all is on disk; tries failed saves once more.  Raises StorageFailed, naming what is not saved."""
         with self._state:
-            again, self._failed = list(self._failed), {}
+            again = [] if self._ended else list(self._failed)
+            for ref in again:
+                del self._failed[ref]
         for ref in again:
             self._enqueue(ref)
         with self._state:
@@ -214,6 +217,7 @@ class AdapterStore:
         try:
             self.flush()
         finally:
+            self._ended = True
             self._work.put(None)
             self._thread.join()
 
