@@ -27,7 +27,7 @@ __all__ = [
 
 DEMO_MODEL = "smollm2"  # the installed demo model
 
-Dtype = Literal["float32", "bfloat16", "auto"]  # auto: bfloat16 on an accelerator, float32 on a CPU
+Dtype = Literal["float32", "bfloat16", "auto"]  # auto: the faster one on this device (see opened.py)
 Schedule = Literal["constant", "linear", "cosine"]
 
 
@@ -191,7 +191,7 @@ def serve_defaults(model: str, adapters: Path) -> ServeConfig:
     """What `jaxlora serve --model` uses: the one place of the server's defaults.  It listens on this machine only.
 
     Sized for the demo model on a laptop: with SmolLM2-135M in float32, 8 slots of rank 32 are about 0.3 GB (all seven
-    projections) and 512 pages of 16 tokens about 0.4 GB.  A larger machine is worth a TOML file.
+    projections) and 128 pages of 64 tokens about 0.4 GB.  A larger machine is worth a TOML file.
     """
     return ServeConfig(
         model=ModelSection(path=model, dtype="auto"),
@@ -200,10 +200,10 @@ def serve_defaults(model: str, adapters: Path) -> ServeConfig:
         slots=8,
         max_rank=32,
         rows=8,
-        kv_pages=512,
-        page_tokens=16,
-        prefill_lanes=4,
-        prefill_tokens=128,
+        kv_pages=128,
+        page_tokens=64,
+        prefill_lanes=8,
+        prefill_tokens=32,
         default_max_tokens=256,
         max_waiting=256,
         adapters=adapters,

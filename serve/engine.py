@@ -217,6 +217,12 @@ class Engine:
             self.slots.place(slot, ref)
         return slot
 
+    def rehearse_install(self, rows: Rows) -> None:
+        """Compiles `install` for rows of this shape: writes them to a slot that holds nobody, if there is one."""
+        slot = self.slots.choose()
+        if slot is not None and slot not in self.slots.resident().values():
+            self._write(slot, rows)
+
     def _load(self, ref: AdapterRef, slot: int) -> list[Delta]:
         """Copies a stored version into its slot; when that fails, only the requests that asked for it end."""
         try:

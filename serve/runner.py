@@ -185,10 +185,11 @@ class Runner:
         """The request's stream.  What cannot be admitted comes as its first and only delta, with `error`."""
         self._check_alive()
         stream = DeltaStream(self, request.id)
-        self._inbox.put(lambda: self._admit(request, stream.deliver))
+        self._inbox.put(lambda: self.admit(request, stream.deliver))
         return stream
 
-    def _admit(self, request: Request, listener: Callable[[Delta], None]) -> None:
+    def admit(self, request: Request, listener: Callable[[Delta], None]) -> None:
+        """Puts a request in line from the device thread; the listener runs there too and must not wait for it."""
         try:
             self.engine.submit(request)
         except JaxLoraError as error:
@@ -216,7 +217,7 @@ class Runner:
 
         def admit() -> None:
             for request in requests:
-                self._admit(request, news.put)
+                self.admit(request, news.put)
 
         self._check_alive()
         self._inbox.put(admit)
@@ -252,6 +253,11 @@ class Runner:
         store.put(adapter_of_rows(rows, ref, spec, self.engine.base_hash))
         self.engine.install(ref, rows)
         return ref
+
+    def rehearse_publish(self, rows: Rows) -> None:
+        """Compiles what a publication of rows of this shape runs, and publishes nothing.  Device thread only."""
+        read_finite(rows)
+        self.engine.rehearse_install(rows)
 
     def resolve(self, tenant: str | None, model: str) -> AdapterRef | None:
         """The version a model name means now: NAME, NAME@VERSION or TENANT/NAME; None is the base model.

@@ -84,7 +84,7 @@ def test_train_hands_on_its_path(entry):
 
 def test_serve_with_a_model_only(entry):
     assert run("serve", "--model", "smollm2").exit_code == 0
-    assert entry == [("serve.app:main", (serve_defaults("smollm2", Path("adapters")),), {})]
+    assert entry == [("serve.assemble:main", (serve_defaults("smollm2", Path("adapters")),), {})]
 
 
 def test_serve_options_replace_what_the_file_says(entry):

@@ -196,6 +196,53 @@ def _evaluate(base: Base, pool: Rows, batch: TrainBatch) -> LaneSums:
     return lane_losses(base, LaneLora.gather(pool, batch.slot_G), batch)[1]
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class SlotState:
+    """All that training keeps of one tenant between steps: what a checkpoint holds.  No slot axis."""
+
+    rows: Rows
+    moments: Moments
+
+
+def _seat(state: TrainState, slot: jax.Array, seat: SlotState) -> TrainState:
+    """The state with one slot replaced whole, its open gradients cleared."""
+
+    def put(whole: jax.Array, part: jax.Array) -> jax.Array:
+        return lax.dynamic_update_index_in_dim(whole, part.astype(whole.dtype), slot, 1)
+
+    moments = Moments(
+        mu=jax.tree.map(put, state.moments.mu, seat.moments.mu),
+        nu=jax.tree.map(put, state.moments.nu, seat.moments.nu),
+        count=state.moments.count.at[slot].set(seat.moments.count),
+    )
+    grads = jax.tree.map(lambda g: put(g, jnp.zeros((*g.shape[:1], *g.shape[2:]), g.dtype)), state.grads)
+    return TrainState(pool=jax.tree.map(put, state.pool, seat.rows), grads=grads, moments=moments)
+
+
+def _unseat(state: TrainState, slot: jax.Array) -> SlotState:
+    """A copy of one slot."""
+
+    def take(whole: jax.Array) -> jax.Array:
+        return lax.dynamic_index_in_dim(whole, slot, 1, keepdims=False)
+
+    moments = Moments(
+        mu=jax.tree.map(take, state.moments.mu),
+        nu=jax.tree.map(take, state.moments.nu),
+        count=state.moments.count[slot],
+    )
+    return SlotState(rows=jax.tree.map(take, state.pool), moments=moments)
+
+
+def fresh_seat(rows: Rows) -> SlotState:
+    """A tenant that has not trained yet: these rows (NumPy), zero moments."""
+
+    def zeros() -> Halves:
+        return {t: (np.zeros_like(a), np.zeros_like(b)) for t, (a, b) in halves(rows).items()}  # ty: ignore[invalid-return-type]
+
+    return SlotState(rows=rows, moments=Moments(mu=zeros(), nu=zeros(), count=np.int32(0)))  # ty: ignore[invalid-argument-type]
+
+
 @dataclass(frozen=True, slots=True)
 class Programs:
     """The compiled programs of one trainer; state is donated and keeps its placement."""
@@ -204,6 +251,8 @@ class Programs:
     apply: jax.stages.Wrapped  # (state, hyper, slot_U) → state, UpdateReport
     train_step: jax.stages.Wrapped  # (base, state, batch, hyper, slot_U) → state, LaneSums, UpdateReport
     evaluate: jax.stages.Wrapped  # (base, pool, batch) → LaneSums
+    seat: jax.stages.Wrapped  # (state, slot, SlotState) → state
+    unseat: jax.stages.Wrapped  # (state, slot) → SlotState
 
 
 def make_programs(state: TrainState, mesh: Mesh) -> Programs:
@@ -215,6 +264,8 @@ def make_programs(state: TrainState, mesh: Mesh) -> Programs:
         apply=jax.jit(_apply, donate_argnums=0, out_shardings=(placed, small)),
         train_step=jax.jit(_train_step, donate_argnums=1, out_shardings=(placed, small, small)),
         evaluate=jax.jit(_evaluate, out_shardings=small),
+        seat=jax.jit(_seat, donate_argnums=0, out_shardings=placed),
+        unseat=jax.jit(_unseat),
     )
 
 

@@ -1,0 +1,152 @@
+"""From settings to a running server: base, store, engine, device thread, HTTP.  Everything is joined here."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from dataclasses import dataclass
+
+import numpy as np
+import uvicorn
+
+from jaxlora import compile_cache
+from jaxlora.config import AdapterSection, ServeConfig
+from jaxlora.errors import ConfigInvalid
+from jaxlora.lora import ALL_TARGETS, HEAD_TARGET, Adapter, AdapterRef
+from jaxlora.opened import Opened, open_base
+from jaxlora.peft import import_peft
+from jaxlora.pool import PoolSpec
+from jaxlora.store import AdapterStore
+from serve.app import create_app, hosts_for
+from serve.engine import Engine, EngineConfig
+from serve.house import LOCAL_TENANT
+from serve.runner import Runner
+
+HOST_BYTES = 2 * 2**30  # of adapter versions kept in RAM
+
+
+def make_runner(opened: Opened, config: ServeConfig, store: AdapterStore) -> Runner:
+    """A runner over this base that is not started yet.  Serves LoRA on all seven projections and on the head."""
+    pool_spec = PoolSpec(
+        slots=config.slots, rank=config.max_rank, dtype=opened.base.dtype.name, targets=ALL_TARGETS
+    )
+    engine_config = EngineConfig(
+        rows=config.rows,
+        prefill_lanes=config.prefill_lanes,
+        prefill_tokens=config.prefill_tokens,
+        pages=config.kv_pages,
+        page_tokens=config.page_tokens,
+        max_tokens=min(opened.base.config.context, config.kv_pages * config.page_tokens),
+        max_waiting=config.max_waiting,
+    )
+    engine = Engine(
+        opened.base, opened.mesh, engine_config, pool_spec, store, opened.tokenizer, opened.base_hash
+    )
+    return Runner(engine, base_name=opened.name)
+
+
+def load_peft(runner: Runner, opened: Opened, section: AdapterSection) -> AdapterRef:
+    """The adapter of a PEFT folder in the store; a new version only when it differs from the newest one.
+
+    Raises AdapterInvalid when the folder cannot be held exactly.
+    """
+    engine = runner.engine
+    newest = engine.store.latest(LOCAL_TENANT, section.name)
+    arrays = opened.base.arrays
+    head = np.asarray(arrays["embed"]) if opened.base.config.tied else np.asarray(arrays["head"]).T
+    adapter, _ = import_peft(
+        section.path,
+        opened.base.config,
+        ref=newest or AdapterRef(LOCAL_TENANT, section.name, 1),
+        base_hash=opened.base_hash,
+        max_rank=engine.pool_spec.rank,
+        head_supported=HEAD_TARGET in engine.pool_spec.targets,
+        base_head_VD=head,
+    )
+    if newest is not None and _same(engine.store.get(newest), adapter):
+        return newest
+    ref = engine.store.mint(LOCAL_TENANT, section.name)
+    engine.store.put(Adapter(ref=ref, spec=adapter.spec, base_hash=adapter.base_hash, weights=adapter.weights))
+    return ref
+
+
+def _same(one: Adapter, other: Adapter) -> bool:
+    """Equal but for the version."""
+    return (
+        one.spec == other.spec
+        and one.base_hash == other.base_hash
+        and one.weights.keys() == other.weights.keys()
+        and all(
+            np.array_equal(x, y)
+            for t in one.weights
+            for x, y in zip(one.weights[t], other.weights[t], strict=True)
+        )
+    )
+
+
+@dataclass(slots=True)
+class HttpServer:
+    """An HTTP server on a bound socket, run by a thread of its own or by the caller."""
+
+    server: uvicorn.Server
+    listening: socket.socket
+    thread: threading.Thread | None = None
+
+    @property
+    def url(self) -> str:
+        """Where it answers."""
+        host, port = self.listening.getsockname()[:2]
+        return f"http://{host}:{port}"
+
+    def run(self) -> None:
+        """Answers until interrupted."""
+        self.server.run(sockets=[self.listening])
+
+    def start(self) -> None:
+        """Answers in the background."""
+        self.thread = threading.Thread(target=self.run, name="jaxlora-http", daemon=True)
+        self.thread.start()
+
+    def stop(self) -> None:
+        """Ends the background server; open streams get a moment to finish."""
+        self.server.should_exit = True
+        if self.thread is not None:
+            self.thread.join()
+
+
+def make_http(runner: Runner, *, host: str, port: int, default_max_tokens: int) -> HttpServer:
+    """The runner behind HTTP, on a socket that is bound already.
+
+    Raises ConfigInvalid when the address is taken or not ours.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+    except OSError as error:
+        listening.close()
+        raise ConfigInvalid(f"cannot listen on {host} port {port} ({error.strerror}); choose another --port") from error
+    app = create_app(runner, default_max_tokens=default_max_tokens, hosts=hosts_for(host))
+    settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)
+    return HttpServer(uvicorn.Server(settings), listening)
+
+
+def main(config: ServeConfig) -> None:
+    """`jaxlora serve`: answers until interrupted."""
+    compile_cache.enable(None)
+    opened = open_base(config.model, config.mesh)
+    store = AdapterStore(config.adapters, host_bytes=HOST_BYTES)
+    runner = make_runner(opened, config, store)
+    http = make_http(runner, host=config.host, port=config.port, default_max_tokens=config.default_max_tokens)
+    for section in config.load:
+        ref = load_peft(runner, opened, section)
+        print(f"loaded {section.name} as version {ref.version}")
+    print(f"compiling {len(runner.engine.shapes())} programs for {opened.name} ({opened.base.dtype.name})", flush=True)
+    runner.start()
+    print(f"serving {opened.name} and {len(store.list(None))} adapters on {http.url}/v1", flush=True)
+    try:
+        http.run()
+    finally:
+        runner.stop()
+        store.close()
