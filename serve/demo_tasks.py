@@ -96,13 +96,6 @@ def number_in_words(number: int) -> str:
     return " ".join(word for word in (_ONES[hundreds], "hundreds", _TENS[tens], _ONES[ones]) if word)
 
 
-def dotted_roman(number: int) -> str:
-    """347 → "ccc.xl.vii": lower case, a dot between the places.  For 111 to 999 without a digit 0."""
-    steps = ("", "a", "aa", "aaa", "ab", "b", "ba", "baa", "baaa", "ac")
-    places = zip(str(number), ("cdm", "xlc", "ivx"), strict=True)
-    return ".".join(steps[int(digit)].translate(str.maketrans("abc", letters)) for digit, letters in places)
-
-
 # Dates and times.
 
 _MONTHS = ("January", "February", "March", "April", "May", "June", "July")
@@ -256,6 +249,61 @@ _NOUNS = [
     "wish",
     "witch",
 ]
+_COLOURS = [
+    "black",
+    "blue",
+    "brown",
+    "gold",
+    "gray",
+    "green",
+    "orange",
+    "pink",
+    "purple",
+    "red",
+    "silver",
+    "white",
+    "yellow",
+]
+_ANIMALS = [
+    "ant",
+    "bear",
+    "bird",
+    "cat",
+    "cow",
+    "deer",
+    "dog",
+    "duck",
+    "fish",
+    "fox",
+    "goat",
+    "horse",
+    "lion",
+    "mouse",
+    "owl",
+    "pig",
+    "rabbit",
+    "sheep",
+    "tiger",
+    "wolf",
+]
+_ACTS = [
+    "asks",
+    "calls",
+    "digs",
+    "eats",
+    "falls",
+    "hides",
+    "jumps",
+    "kicks",
+    "looks",
+    "naps",
+    "opens",
+    "plays",
+    "runs",
+    "sings",
+    "talks",
+    "waits",
+]
 _VOWELS = "aeiou"
 
 
@@ -275,6 +323,11 @@ def plural(noun: str) -> str:
     if noun.endswith("y") and noun[-2] not in _VOWELS:
         return noun[:-1] + "ies"
     return noun + ("es" if noun.endswith(("s", "x", "z", "ch", "sh")) else "s")
+
+
+def initials(words: str) -> str:
+    """red fox jumps → r+f+j."""
+    return "+".join(word[0] for word in words.split())
 
 
 # Records and names.
@@ -411,9 +464,9 @@ def _dates() -> list[list[Pair]]:
 
 _TABLE: dict[str, tuple[str, Callable[[], list[list[Pair]]]]] = {
     "number-words": ("Say the number", lambda: [[(str(n), number_in_words(n))] for n in range(100, 1000)]),
-    "roman": (
-        "Write the numeral",
-        lambda: [[(str(n), dotted_roman(n))] for n in range(111, 1000) if "0" not in str(n)],
+    "initials": (
+        "Sign the note",
+        lambda: [[(f"{a} {b} {c}", initials(f"{a} {b} {c}"))] for a in _COLOURS for b in _ANIMALS for c in _ACTS],
     ),
     "dates": ("Note the date", _dates),
     "clock": (
