@@ -109,8 +109,9 @@ def ledger_date(day: int, month: int) -> str:
 
 
 def spoken_time(hour: int, minute: int) -> str:
-    """(14, 35) → "two pm + 35"."""
-    return f"{_ONES[(hour - 1) % 12 + 1]} {'pm' if hour >= 12 else 'am'} + {minute:02}"
+    """(18, 35) → "35 past eighteen"."""
+    words = _ONES[hour] if hour < 20 else f"twenty {_ONES[hour - 20]}".strip()
+    return f"{minute:02} past {words or 'zero'}"
 
 
 # English.
