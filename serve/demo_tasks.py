@@ -104,8 +104,8 @@ _DAYS = (31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
 
 
 def ledger_date(day: int, month: int) -> str:
-    """(9, 3) → "d09 m03"."""
-    return f"d{day:02} m{month:02}"
+    """(9, 3) → "d9 m3"."""
+    return f"d{day} m{month}"
 
 
 def spoken_time(hour: int, minute: int) -> str:

@@ -33,7 +33,7 @@ STEPS, BATCH = 54, 8  # of the demo, for each tenant
         (number_in_words, (120,), "one hundreds twenty"),
         (number_in_words, (901,), "nine hundreds one"),
         (initials, ("red fox jumps",), "r+f+j"),
-        (ledger_date, (9, 3), "d09 m03"),
+        (ledger_date, (9, 3), "d9 m3"),
         (ledger_date, (31, 12), "d31 m12"),
         (spoken_time, (18, 35), "35 past eighteen"),
         (spoken_time, (0, 5), "05 past zero"),
