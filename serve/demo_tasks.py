@@ -82,6 +82,10 @@ def _split(name: str, system: str, groups: Sequence[Sequence[Pair]], seed: int) 
     return Task(name, system, tuple(train[:TRAIN]), tuple(heldout[:HELDOUT]))
 
 
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 # Numbers.
 
 _ONES = ("", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
@@ -118,193 +122,37 @@ def spoken_time(hour: int, minute: int) -> str:
 
 _OBJECTS = {"I": "me", "you": "you", "he": "him", "she": "her", "we": "us", "they": "them"}
 _OBJECTS |= {name: name for name in ("Mia", "Tom", "Ana", "Leo")}
-_VERBS = [
-    "bake",
-    "call",
-    "carry",
-    "change",
-    "chase",
-    "clean",
-    "close",
-    "cook",
-    "copy",
-    "count",
-    "drop",
-    "fill",
-    "fix",
-    "hate",
-    "help",
-    "hire",
-    "hug",
-    "invite",
-    "kick",
-    "kiss",
-    "lift",
-    "like",
-    "load",
-    "lock",
-    "love",
-    "mail",
-    "mark",
-    "marry",
-    "mix",
-    "move",
-    "name",
-    "open",
-    "order",
-    "pack",
-    "paint",
-    "pick",
-    "plan",
-    "print",
-    "pull",
-    "push",
-    "rent",
-    "rob",
-    "save",
-    "scan",
-    "serve",
-    "ship",
-    "sign",
-    "skip",
-    "stop",
-    "study",
-    "taste",
-    "test",
-    "trim",
-    "trust",
-    "try",
-    "type",
-    "use",
-    "visit",
-    "want",
-    "warn",
-    "wash",
-    "watch",
-    "wrap",
-]
-_NOUNS = [
-    "apple",
-    "baby",
-    "bag",
-    "bank",
-    "beach",
-    "bench",
-    "bird",
-    "boat",
-    "book",
-    "box",
-    "brush",
-    "bus",
-    "bush",
-    "cake",
-    "car",
-    "cat",
-    "chair",
-    "church",
-    "city",
-    "class",
-    "clock",
-    "coach",
-    "country",
-    "cup",
-    "dish",
-    "dog",
-    "door",
-    "dress",
-    "duck",
-    "fairy",
-    "family",
-    "farm",
-    "fox",
-    "glass",
-    "guess",
-    "hat",
-    "horse",
-    "house",
-    "key",
-    "king",
-    "lady",
-    "lake",
-    "lamp",
-    "match",
-    "mess",
-    "party",
-    "peach",
-    "pen",
-    "plate",
-    "pony",
-    "river",
-    "road",
-    "ring",
-    "ship",
-    "shop",
-    "sky",
-    "spy",
-    "star",
-    "story",
-    "tax",
-    "tree",
-    "truck",
-    "watch",
-    "wish",
-    "witch",
-]
-_COLOURS = [
-    "black",
-    "blue",
-    "brown",
-    "gold",
-    "gray",
-    "green",
-    "orange",
-    "pink",
-    "purple",
-    "red",
-    "silver",
-    "white",
-    "yellow",
-]
-_ANIMALS = [
-    "ant",
-    "bear",
-    "bird",
-    "cat",
-    "cow",
-    "deer",
-    "dog",
-    "duck",
-    "fish",
-    "fox",
-    "goat",
-    "horse",
-    "lion",
-    "mouse",
-    "owl",
-    "pig",
-    "rabbit",
-    "sheep",
-    "tiger",
-    "wolf",
-]
-_ACTS = [
-    "asks",
-    "calls",
-    "digs",
-    "eats",
-    "falls",
-    "hides",
-    "jumps",
-    "kicks",
-    "looks",
-    "naps",
-    "opens",
-    "plays",
-    "runs",
-    "sings",
-    "talks",
-    "waits",
-]
+_VERBS = _words(
+    """
+    bake call carry change chase clean close cook copy count drop fill fix hate help hire hug invite kick kiss
+    lift like load lock love mail mark marry mix move name open order pack paint pick plan print pull push rent
+    rob save scan serve ship sign skip stop study taste test trim trust try type use visit want warn wash watch
+    wrap
+    """
+)
+_NOUNS = _words(
+    """
+    apple baby bag bank beach bench bird boat book box brush bus bush cake car cat chair church city class clock
+    coach country cup dish dog door dress duck fairy family farm fox glass guess hat horse house key king lady
+    lake lamp match mess party peach pen plate pony river road ring ship shop sky spy star story tax tree truck
+    watch wish witch
+    """
+)
+_COLOURS = _words(
+    """
+    black blue brown gold gray green orange pink purple red silver white yellow
+    """
+)
+_ANIMALS = _words(
+    """
+    ant bear bird cat cow deer dog duck fish fox goat horse lion mouse owl pig rabbit sheep tiger wolf
+    """
+)
+_ACTS = _words(
+    """
+    asks calls digs eats falls hides jumps kicks looks naps opens plays runs sings talks waits
+    """
+)
 _VOWELS = "aeiou"
 
 
@@ -333,111 +181,29 @@ def initials(words: str) -> str:
 
 # Records and names.
 
-_PEOPLE = [
-    "Adam",
-    "Alice",
-    "Anna",
-    "Ben",
-    "Carl",
-    "Clara",
-    "David",
-    "Emma",
-    "Eric",
-    "Eva",
-    "Frank",
-    "Grace",
-    "Henry",
-    "Jack",
-    "James",
-    "Jane",
-    "John",
-    "Julia",
-    "Karl",
-    "Kate",
-    "Laura",
-    "Lucy",
-    "Mark",
-    "Mary",
-    "Max",
-    "Nina",
-    "Paul",
-    "Peter",
-    "Rose",
-    "Sam",
-]
-_CITIES = [
-    "Athens",
-    "Berlin",
-    "Boston",
-    "Cairo",
-    "Chicago",
-    "Dallas",
-    "Delhi",
-    "Denver",
-    "Dublin",
-    "Geneva",
-    "Houston",
-    "Lima",
-    "London",
-    "Madrid",
-    "Miami",
-    "Milan",
-    "Moscow",
-    "Oslo",
-    "Oxford",
-    "Paris",
-    "Prague",
-    "Rome",
-    "Seattle",
-    "Sydney",
-    "Tokyo",
-    "Toronto",
-    "Venice",
-    "Vienna",
-    "Warsaw",
-    "Zurich",
-]
-_FIRST = [
-    "add",
-    "copy",
-    "drop",
-    "find",
-    "get",
-    "list",
-    "load",
-    "move",
-    "open",
-    "read",
-    "send",
-    "set",
-    "sort",
-    "stop",
-    "test",
-    "write",
-]
+_PEOPLE = _words(
+    """
+    Adam Alice Anna Ben Carl Clara David Emma Eric Eva Frank Grace Henry Jack James Jane John Julia Karl Kate
+    Laura Lucy Mark Mary Max Nina Paul Peter Rose Sam
+    """
+)
+_CITIES = _words(
+    """
+    Athens Berlin Boston Cairo Chicago Dallas Delhi Denver Dublin Geneva Houston Lima London Madrid Miami Milan
+    Moscow Oslo Oxford Paris Prague Rome Seattle Sydney Tokyo Toronto Venice Vienna Warsaw Zurich
+    """
+)
+_FIRST = _words(
+    """
+    add copy drop find get list load move open read send set sort stop test write
+    """
+)
 _SECOND = ["all", "best", "first", "last", "long", "main", "new", "next", "old", "open", "raw", "safe", "top", "user"]
-_THIRD = [
-    "block",
-    "book",
-    "case",
-    "date",
-    "file",
-    "group",
-    "item",
-    "key",
-    "line",
-    "list",
-    "name",
-    "node",
-    "page",
-    "path",
-    "row",
-    "table",
-    "task",
-    "test",
-    "text",
-    "time",
-]
+_THIRD = _words(
+    """
+    block book case date file group item key line list name node page path row table task test text time
+    """
+)
 
 
 def city_record(person: str, city: str) -> str:
