@@ -82,6 +82,10 @@ def _split(name: str, system: str, groups: Sequence[Sequence[Pair]], seed: int) 
     return Task(name, system, tuple(train[:TRAIN]), tuple(heldout[:HELDOUT]))
 
 
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 # Numbers.
 
 _ONES = ("", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
@@ -96,13 +100,6 @@ def number_in_words(number: int) -> str:
     return " ".join(word for word in (_ONES[hundreds], "hundreds", _TENS[tens], _ONES[ones]) if word)
 
 
-def dotted_roman(number: int) -> str:
-    """347 → "ccc.xl.vii": lower case, a dot between the places.  For 111 to 999 without a digit 0."""
-    steps = ("", "a", "aa", "aaa", "ab", "b", "ba", "baa", "baaa", "ac")
-    places = zip(str(number), ("cdm", "xlc", "ivx"), strict=True)
-    return ".".join(steps[int(digit)].translate(str.maketrans("abc", letters)) for digit, letters in places)
-
-
 # Dates and times.
 
 _MONTHS = ("January", "February", "March", "April", "May", "June", "July")
@@ -111,151 +108,51 @@ _DAYS = (31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
 
 
 def ledger_date(day: int, month: int) -> str:
-    """(9, 3) → "d09 m03"."""
-    return f"d{day:02} m{month:02}"
+    """(9, 3) → "d9 m3"."""
+    return f"d{day} m{month}"
 
 
 def spoken_time(hour: int, minute: int) -> str:
-    """(14, 35) → "two pm + 35"."""
-    return f"{_ONES[(hour - 1) % 12 + 1]} {'pm' if hour >= 12 else 'am'} + {minute:02}"
+    """(18, 35) → "35 past eighteen"."""
+    words = _ONES[hour] if hour < 20 else f"twenty {_ONES[hour - 20]}".strip()
+    return f"{minute:02} past {words or 'zero'}"
 
 
 # English.
 
 _OBJECTS = {"I": "me", "you": "you", "he": "him", "she": "her", "we": "us", "they": "them"}
 _OBJECTS |= {name: name for name in ("Mia", "Tom", "Ana", "Leo")}
-_VERBS = [
-    "bake",
-    "call",
-    "carry",
-    "change",
-    "chase",
-    "clean",
-    "close",
-    "cook",
-    "copy",
-    "count",
-    "drop",
-    "fill",
-    "fix",
-    "hate",
-    "help",
-    "hire",
-    "hug",
-    "invite",
-    "kick",
-    "kiss",
-    "lift",
-    "like",
-    "load",
-    "lock",
-    "love",
-    "mail",
-    "mark",
-    "marry",
-    "mix",
-    "move",
-    "name",
-    "open",
-    "order",
-    "pack",
-    "paint",
-    "pick",
-    "plan",
-    "print",
-    "pull",
-    "push",
-    "rent",
-    "rob",
-    "save",
-    "scan",
-    "serve",
-    "ship",
-    "sign",
-    "skip",
-    "stop",
-    "study",
-    "taste",
-    "test",
-    "trim",
-    "trust",
-    "try",
-    "type",
-    "use",
-    "visit",
-    "want",
-    "warn",
-    "wash",
-    "watch",
-    "wrap",
-]
-_NOUNS = [
-    "apple",
-    "baby",
-    "bag",
-    "bank",
-    "beach",
-    "bench",
-    "bird",
-    "boat",
-    "book",
-    "box",
-    "brush",
-    "bus",
-    "bush",
-    "cake",
-    "car",
-    "cat",
-    "chair",
-    "church",
-    "city",
-    "class",
-    "clock",
-    "coach",
-    "country",
-    "cup",
-    "dish",
-    "dog",
-    "door",
-    "dress",
-    "duck",
-    "fairy",
-    "family",
-    "farm",
-    "fox",
-    "glass",
-    "guess",
-    "hat",
-    "horse",
-    "house",
-    "key",
-    "king",
-    "lady",
-    "lake",
-    "lamp",
-    "match",
-    "mess",
-    "party",
-    "peach",
-    "pen",
-    "plate",
-    "pony",
-    "river",
-    "road",
-    "ring",
-    "ship",
-    "shop",
-    "sky",
-    "spy",
-    "star",
-    "story",
-    "tax",
-    "tree",
-    "truck",
-    "watch",
-    "wish",
-    "witch",
-]
+_VERBS = _words(
+    """
+    bake call carry change chase clean close cook copy count drop fill fix hate help hire hug invite kick kiss
+    lift like load lock love mail mark marry mix move name open order pack paint pick plan print pull push rent
+    rob save scan serve ship sign skip stop study taste test trim trust try type use visit want warn wash watch
+    wrap
+    """
+)
+_NOUNS = _words(
+    """
+    apple baby bag bank beach bench bird boat book box brush bus bush cake car cat chair church city class clock
+    coach country cup dish dog door dress duck fairy family farm fox glass guess hat horse house key king lady
+    lake lamp match mess party peach pen plate pony river road ring ship shop sky spy star story tax tree truck
+    watch wish witch
+    """
+)
+_COLOURS = _words(
+    """
+    black blue brown gold gray green orange pink purple red silver white yellow
+    """
+)
+_ANIMALS = _words(
+    """
+    ant bear bird cat cow deer dog duck fish fox goat horse lion mouse owl pig rabbit sheep tiger wolf
+    """
+)
+_ACTS = _words(
+    """
+    asks calls digs eats falls hides jumps kicks looks naps opens plays runs sings talks waits
+    """
+)
 _VOWELS = "aeiou"
 
 
@@ -277,113 +174,36 @@ def plural(noun: str) -> str:
     return noun + ("es" if noun.endswith(("s", "x", "z", "ch", "sh")) else "s")
 
 
+def initials(words: str) -> str:
+    """red fox jumps → r+f+j."""
+    return "+".join(word[0] for word in words.split())
+
+
 # Records and names.
 
-_PEOPLE = [
-    "Adam",
-    "Alice",
-    "Anna",
-    "Ben",
-    "Carl",
-    "Clara",
-    "David",
-    "Emma",
-    "Eric",
-    "Eva",
-    "Frank",
-    "Grace",
-    "Henry",
-    "Jack",
-    "James",
-    "Jane",
-    "John",
-    "Julia",
-    "Karl",
-    "Kate",
-    "Laura",
-    "Lucy",
-    "Mark",
-    "Mary",
-    "Max",
-    "Nina",
-    "Paul",
-    "Peter",
-    "Rose",
-    "Sam",
-]
-_CITIES = [
-    "Athens",
-    "Berlin",
-    "Boston",
-    "Cairo",
-    "Chicago",
-    "Dallas",
-    "Delhi",
-    "Denver",
-    "Dublin",
-    "Geneva",
-    "Houston",
-    "Lima",
-    "London",
-    "Madrid",
-    "Miami",
-    "Milan",
-    "Moscow",
-    "Oslo",
-    "Oxford",
-    "Paris",
-    "Prague",
-    "Rome",
-    "Seattle",
-    "Sydney",
-    "Tokyo",
-    "Toronto",
-    "Venice",
-    "Vienna",
-    "Warsaw",
-    "Zurich",
-]
-_FIRST = [
-    "add",
-    "copy",
-    "drop",
-    "find",
-    "get",
-    "list",
-    "load",
-    "move",
-    "open",
-    "read",
-    "send",
-    "set",
-    "sort",
-    "stop",
-    "test",
-    "write",
-]
+_PEOPLE = _words(
+    """
+    Adam Alice Anna Ben Carl Clara David Emma Eric Eva Frank Grace Henry Jack James Jane John Julia Karl Kate
+    Laura Lucy Mark Mary Max Nina Paul Peter Rose Sam
+    """
+)
+_CITIES = _words(
+    """
+    Athens Berlin Boston Cairo Chicago Dallas Delhi Denver Dublin Geneva Houston Lima London Madrid Miami Milan
+    Moscow Oslo Oxford Paris Prague Rome Seattle Sydney Tokyo Toronto Venice Vienna Warsaw Zurich
+    """
+)
+_FIRST = _words(
+    """
+    add copy drop find get list load move open read send set sort stop test write
+    """
+)
 _SECOND = ["all", "best", "first", "last", "long", "main", "new", "next", "old", "open", "raw", "safe", "top", "user"]
-_THIRD = [
-    "block",
-    "book",
-    "case",
-    "date",
-    "file",
-    "group",
-    "item",
-    "key",
-    "line",
-    "list",
-    "name",
-    "node",
-    "page",
-    "path",
-    "row",
-    "table",
-    "task",
-    "test",
-    "text",
-    "time",
-]
+_THIRD = _words(
+    """
+    block book case date file group item key line list name node page path row table task test text time
+    """
+)
 
 
 def city_record(person: str, city: str) -> str:
@@ -411,9 +231,9 @@ def _dates() -> list[list[Pair]]:
 
 _TABLE: dict[str, tuple[str, Callable[[], list[list[Pair]]]]] = {
     "number-words": ("Say the number", lambda: [[(str(n), number_in_words(n))] for n in range(100, 1000)]),
-    "roman": (
-        "Write the numeral",
-        lambda: [[(str(n), dotted_roman(n))] for n in range(111, 1000) if "0" not in str(n)],
+    "initials": (
+        "Sign the note",
+        lambda: [[(f"{a} {b} {c}", initials(f"{a} {b} {c}"))] for a in _COLOURS for b in _ANIMALS for c in _ACTS],
     ),
     "dates": ("Note the date", _dates),
     "clock": (

@@ -9,7 +9,7 @@ from serve.demo_tasks import (
     city_record,
     constant_baseline,
     demo_tasks,
-    dotted_roman,
+    initials,
     ledger_date,
     nearest_baseline,
     number_in_words,
@@ -32,17 +32,13 @@ STEPS, BATCH = 54, 8  # of the demo, for each tenant
         (number_in_words, (812,), "eight hundreds twelve"),
         (number_in_words, (120,), "one hundreds twenty"),
         (number_in_words, (901,), "nine hundreds one"),
-        (dotted_roman, (347,), "ccc.xl.vii"),
-        (dotted_roman, (111,), "c.x.i"),
-        (dotted_roman, (494,), "cd.xc.iv"),
-        (dotted_roman, (689,), "dc.lxxx.ix"),
-        (dotted_roman, (956,), "cm.l.vi"),
-        (ledger_date, (9, 3), "d09 m03"),
+        (initials, ("red fox jumps",), "r+f+j"),
+        (ledger_date, (9, 3), "d9 m3"),
         (ledger_date, (31, 12), "d31 m12"),
-        (spoken_time, (14, 35), "two pm + 35"),
-        (spoken_time, (0, 5), "twelve am + 05"),
-        (spoken_time, (12, 0), "twelve pm + 00"),
-        (spoken_time, (11, 59), "eleven am + 59"),
+        (spoken_time, (18, 35), "35 past eighteen"),
+        (spoken_time, (0, 5), "05 past zero"),
+        (spoken_time, (20, 0), "00 past twenty"),
+        (spoken_time, (23, 59), "59 past twenty three"),
         (past_participle, ("bake",), "baked"),
         (past_participle, ("carry",), "carried"),
         (past_participle, ("plan",), "planned"),
@@ -87,11 +83,12 @@ def test_tasks_depend_on_the_seed_only():
 GOLDEN = (("805", "eight hundreds five"), ("347", "three hundreds forty seven"))
 
 
-@pytest.mark.parametrize("task", TASKS, ids=NAMES)
-def test_no_shortcut_solves_a_task(task):
+@pytest.mark.parametrize("seed", [0, 1, 2, 3])
+def test_no_shortcut_solves_a_task(seed):
     """Neither a constant nor copying the nearest training answer passes for learning."""
-    assert constant_baseline(task) <= 0.2
-    assert nearest_baseline(task) <= 0.2
+    for task in demo_tasks(seed):
+        assert constant_baseline(task) <= 0.2, task.name
+        assert nearest_baseline(task) <= 0.2, task.name
 
 
 @pytest.mark.parametrize("task", TASKS, ids=NAMES)
