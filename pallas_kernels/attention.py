@@ -104,7 +104,7 @@ def _scores(
     qi, kj = i * block + jnp.arange(block)[:, None], j * block + jnp.arange(block)[None, :]
     seen = kj <= qi if window is None else (kj <= qi) & (kj > qi - window)
     same = _cut(segment_GJ, i, block)[:, :, None] == _cut(segment_GJ, j, block)[:, None, :]
-    return jnp.where((same & seen)[:, None, None], score, MASKED)
+    return jnp.where((same & seen[None])[:, None, None], score, MASKED)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
