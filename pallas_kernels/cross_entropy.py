@@ -95,14 +95,14 @@ def _forward(x_GJD, lora, head_DV, back_VD, target_GJ, trips, chunk):
 def _backward(chunk, saved, cotangent):
     x_GJD, lora, head_DV, back_VD, target_GJ, trips, lse_GJ = saved
     d_GJ, _ = cotangent
-    vocab = jnp.arange(head_DV.shape[1])
+    vocab_11V = jnp.arange(head_DV.shape[1])[None, None]
 
     def body(trip, carry):
         dx_GJD, dlora = carry
         x, target = _slice(x_GJD, trip, chunk), _slice(target_GJ, trip, chunk)
         d, lse = _slice(d_GJ, trip, chunk), _slice(lse_GJ, trip, chunk)
         share = jnp.exp(_logits(x, head_DV, lora) - lse[..., None])
-        d_logits = d[..., None] * ((vocab == target[..., None]) - share)
+        d_logits = d[..., None] * ((vocab_11V == target[..., None]) - share)
         dx = jnp.einsum("gjv,vd->gjd", d_logits.astype(x.dtype), back_VD, preferred_element_type=jnp.float32).astype(
             x.dtype
         )
