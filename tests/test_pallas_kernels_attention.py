@@ -147,7 +147,9 @@ def test_nan_of_a_lane_stays_in_it_forward_and_backward(block, window):
 
 
 @pytest.mark.parametrize("block", [4, 16])
-@pytest.mark.parametrize("case", ["padding at the end", "padding in front and between", "empty lanes", "one token each"])
+@pytest.mark.parametrize(
+    "case", ["padding at the end", "padding in front and between", "empty lanes", "one token each"]
+)
 @pytest.mark.parametrize("garbage", [7.0, np.inf, np.nan])
 def test_what_padding_holds_changes_no_bit(block, case, garbage):
     """A weight of zero times NaN is NaN: padding must be selected away, forward and backward."""

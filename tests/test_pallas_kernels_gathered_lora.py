@@ -193,7 +193,9 @@ def test_bfloat16_sums_in_float32():
 
 @settings(max_examples=30, deadline=None)
 @given(
-    seed=st.integers(0, 2**32 - 1), layer=st.integers(0, L - 1), slots=st.lists(st.integers(-1, S - 1), min_size=T, max_size=T)
+    seed=st.integers(0, 2**32 - 1),
+    layer=st.integers(0, L - 1),
+    slots=st.lists(st.integers(-1, S - 1), min_size=T, max_size=T),
 )
 def test_any_slots_any_layer(seed, layer, slots):
     x, rows = world(seed)

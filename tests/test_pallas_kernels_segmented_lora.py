@@ -112,7 +112,9 @@ def test_mixed_ranks_are_zero_rows_that_stay_zero():
     for g, r in enumerate(ranks):
         a[g, r:], b[g, r:] = 0, 0
     y, (_, da, db, _) = run(x, a, b, scale, w)
-    assert_close(y, by_hand(x, [a[g, :r] for g, r in enumerate(ranks)], [b[g, :r] for g, r in enumerate(ranks)], scale), F32)
+    assert_close(
+        y, by_hand(x, [a[g, :r] for g, r in enumerate(ranks)], [b[g, :r] for g, r in enumerate(ranks)], scale), F32
+    )
     for g, r in enumerate(ranks):
         assert not np.asarray(da)[g, r:].any()
         assert not np.asarray(db)[g, r:].any()

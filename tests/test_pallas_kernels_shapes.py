@@ -46,7 +46,9 @@ def test_names_without_a_capital_suffix_are_no_contract():
         pytest.param(
             (zeros(2, 3), zeros(5, 8, 4)), {}, ["axis R is 8 in b_SRY (5, 8, 4)", "3 in h_TR"], id="sizes differ"
         ),
-        pytest.param((zeros(2, 3), zeros(5, 3, 4), zeros(1)), {}, ["axis T is 1 in slot_T"], id="one does not broadcast"),
+        pytest.param(
+            (zeros(2, 3), zeros(5, 3, 4), zeros(1)), {}, ["axis T is 1 in slot_T"], id="one does not broadcast"
+        ),
         pytest.param((zeros(2, 3), zeros(5, 3, 4)), {"scale_S": zeros(4)}, ["axis S is 4 in scale_S"], id="by keyword"),
         pytest.param((), {"b_SRY": zeros(5, 3, 4), "h_TR": zeros(2, 9)}, ["axis R is 3 in b_SRY"], id="all by keyword"),
     ],
