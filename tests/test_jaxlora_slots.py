@@ -44,6 +44,14 @@ def test_the_slot_used_longest_ago_is_chosen():
     assert table.choose() == 2
 
 
+def test_use_lasts_until_the_unpin():
+    table = filled(A, B)
+    first, second = table.pin(A), table.pin(B)
+    table.unpin(second)
+    table.unpin(first)
+    assert table.choose() == second
+
+
 def test_a_pinned_slot_is_never_chosen():
     table = filled(A, B)
     assert table.pin(A) == 0
@@ -140,6 +148,14 @@ class Slots(RuleBasedStateMachine):
         return got
 
     @rule(r=st.sampled_from(REFS))
+    def pin_anyone(self, r):
+        self.pin(r)
+
+    @precondition(lambda self: self.holder)
+    @rule(data=st.data())
+    def pin_a_resident(self, data):
+        self.pin(data.draw(st.sampled_from(sorted(self.holder.values()))))
+
     def pin(self, r):
         got = self.both(lambda t: t.pin(r))
         assert got == next((s for s, h in self.holder.items() if h == r), None)
