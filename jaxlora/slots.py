@@ -41,6 +41,7 @@ class SlotTable:
     def place(self, slot: int, ref: AdapterRef) -> None:
         """Record that the slot now holds this version."""
         assert self._pins[slot] == 0, f"slot {slot} is pinned"
+        assert self._slot_of.get(ref, slot) == slot, f"{ref} sits in slot {self._slot_of[ref]} already"
         old = self._ref_of[slot]
         if old is not None:
             del self._slot_of[old]

@@ -6,8 +6,8 @@ the backward pass recomputes them from the saved log-sum.
 
 Shape letters: G lanes, J tokens of a lane, N query heads, K kv heads, M queries per kv head (N = K * M), H head,
 I rows of one kv head's query block (M * block), Z keys of a block.
-A masked score is selected away.  A lane holds one tenant's segments, so a NaN stays with its owner; a block that another
-lane needs adds exact zeros to this one.
+A masked score is selected away, and so is whatever padding holds.  A lane holds one tenant's segments, so a NaN stays
+with its owner; a block that another lane needs adds exact zeros to this one.
 Source: FlashAttention (arXiv 2205.14135).
 """
 
@@ -30,6 +30,7 @@ def packed_attention_oracle(
 ) -> jax.Array:
     """The definition with all scores at once, float32 [G, J, N, H]; zeros for padding (segment 0)."""
     J, N, H = q_GJNH.shape[1:]
+    q_GJNH, k_GJKH, v_GJKH = (jnp.where((segment_GJ != 0)[:, :, None, None], x, 0) for x in (q_GJNH, k_GJKH, v_GJKH))
     k, v = (jnp.repeat(x.astype(jnp.float32), N // x.shape[2], axis=2) for x in (k_GJKH, v_GJKH))
     score = jnp.einsum("ginh,gjnh->gnij", q_GJNH.astype(jnp.float32), k, precision="highest") / H**0.5
     i, j = jnp.arange(J)[:, None], jnp.arange(J)[None, :]
@@ -62,7 +63,8 @@ def packed_attention(
     block = min(block, J)
     if J % block:
         raise ValueError(f"packed_attention: block {block} does not divide the {J} tokens of a lane")
-    return _flash(q_GJNH, k_GJKH, v_GJKH, segment_GJ, window, block)
+    q, k, v = (jnp.where((segment_GJ != 0)[:, :, None, None], x, 0) for x in (q_GJNH, k_GJKH, v_GJKH))
+    return _flash(q, k, v, segment_GJ, window, block)
 
 
 def _by_head(x_GJNH: jax.Array, K: int) -> jax.Array:
@@ -104,7 +106,7 @@ def _scores(
     qi, kj = i * block + jnp.arange(block)[:, None], j * block + jnp.arange(block)[None, :]
     seen = kj <= qi if window is None else (kj <= qi) & (kj > qi - window)
     same = _cut(segment_GJ, i, block)[:, :, None] == _cut(segment_GJ, j, block)[:, None, :]
-    return jnp.where((same & seen)[:, None, None], score, MASKED)
+    return jnp.where((same & seen[None])[:, None, None], score, MASKED)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))

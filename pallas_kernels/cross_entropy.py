@@ -27,10 +27,10 @@ HeadLora = tuple[jax.Array, jax.Array, jax.Array]  # a_GRD, b_GRV, scale_G
 def target_logprob_oracle(
     x_GJD: jax.Array, head_DV: jax.Array, target_GJ: jax.Array, wanted_GJ: jax.Array, lora: HeadLora | None
 ) -> tuple[jax.Array, jax.Array]:
-    """The definition: all logits at once.  (float32 log-probability, bool top-1 hit), both [G, J], 0 where not wanted."""
-    logits = _logits(x_GJD, head_DV, lora)
+    """The definition: all logits at once.  Returns what `target_logprob` does."""
+    logits = _logits(jnp.where(wanted_GJ[..., None], x_GJD, 0), head_DV, lora)
     logprob = jnp.take_along_axis(jax.nn.log_softmax(logits), target_GJ[..., None], axis=-1)[..., 0]
-    hit = jnp.argmax(logits, axis=-1) == target_GJ
+    hit = jnp.take_along_axis(logits, target_GJ[..., None], axis=-1)[..., 0] >= logits.max(axis=-1)
     return jnp.where(wanted_GJ, logprob, 0.0), hit & wanted_GJ
 
 
@@ -47,15 +47,17 @@ def target_logprob(
 ) -> tuple[jax.Array, jax.Array]:
     """(float32 log-probability of the target, bool: no token is likelier), both [G, J]; 0 and False where not wanted.
 
-    Differentiable in x and in the head's LoRA; the head itself is frozen and gets no gradient.
+    Differentiable in x and in the head's LoRA; the head itself is frozen and gets no gradient.  What x holds where
+    nothing is wanted, NaN too, is selected away.
     back_VD: the head's transpose, which the gradient is multiplied by.
     `chunk`: tokens per lane and trip; must divide J.
+    Raises ValueError when it does not.
     """
     if x_GJD.shape[1] % chunk:
         raise ValueError(f"target_logprob: chunk {chunk} does not divide the {x_GJD.shape[1]} tokens of a lane")
     order_GJ = jnp.argsort(~wanted_GJ, axis=1, stable=True)
     place_GJ = jnp.argsort(order_GJ, axis=1)
-    x_GJD = jnp.take_along_axis(x_GJD, order_GJ[..., None], axis=1)
+    x_GJD = jnp.take_along_axis(jnp.where(wanted_GJ[..., None], x_GJD, 0), order_GJ[..., None], axis=1)
     target_GJ = jnp.take_along_axis(target_GJ, order_GJ, axis=1)
     trips = -(-wanted_GJ.sum(1).max() // chunk)
     logprob_GJ, hit_GJ = _chunked(x_GJD, lora, head_DV, back_VD, target_GJ, trips, chunk)
@@ -95,14 +97,14 @@ def _forward(x_GJD, lora, head_DV, back_VD, target_GJ, trips, chunk):
 def _backward(chunk, saved, cotangent):
     x_GJD, lora, head_DV, back_VD, target_GJ, trips, lse_GJ = saved
     d_GJ, _ = cotangent
-    vocab = jnp.arange(head_DV.shape[1])
+    vocab_11V = jnp.arange(head_DV.shape[1])[None, None]
 
     def body(trip, carry):
         dx_GJD, dlora = carry
         x, target = _slice(x_GJD, trip, chunk), _slice(target_GJ, trip, chunk)
         d, lse = _slice(d_GJ, trip, chunk), _slice(lse_GJ, trip, chunk)
         share = jnp.exp(_logits(x, head_DV, lora) - lse[..., None])
-        d_logits = d[..., None] * ((vocab == target[..., None]) - share)
+        d_logits = d[..., None] * ((vocab_11V == target[..., None]) - share)
         dx = jnp.einsum("gjv,vd->gjd", d_logits.astype(x.dtype), back_VD, preferred_element_type=jnp.float32).astype(
             x.dtype
         )

@@ -33,6 +33,7 @@ def gathered_lora_oracle(
     return jnp.where((slot_T != NO_ADAPTER)[:, None], y_TY, 0.0)
 
 
+@shaped
 def gathered_lora(
     x_TX: jax.Array,
     rows: Sequence[tuple[jax.Array, jax.Array, jax.Array]],

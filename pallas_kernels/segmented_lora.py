@@ -30,6 +30,7 @@ def segmented_lora_oracle(x_GJX: jax.Array, a_GRX: jax.Array, b_GRY: jax.Array, 
     return scale_G[:, None, None] * y_GJY
 
 
+@shaped
 def segmented_lora(x_GJX: jax.Array, rows: Sequence[tuple[jax.Array, jax.Array, jax.Array]]) -> tuple[jax.Array, ...]:
     """One [G, J, Y] in x's dtype per (a_GRX, b_GRY, scale_G) of `rows`, which share one read of x.
 

@@ -211,6 +211,9 @@ class Engine:
 
         The slot, or None when every slot has running requests: the version is then loaded when it is first asked for.
         """
+        slot = self.slots.find(ref)
+        if slot is not None:
+            return slot  # a request asked for it first and had it loaded
         slot = self.slots.choose()
         if slot is not None:
             self._write(slot, rows)

@@ -1,0 +1,359 @@
+"""The pool: a slot is replaced whole, read back as written, and gathered without touching anyone else's."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_checks import F32, assert_close, assert_same_bits, floats
+
+from jaxlora.compile_cache import CompileCounter
+from jaxlora.errors import AdapterInvalid, AdapterNotFinite
+from jaxlora.lora import Adapter, AdapterRef, LoraSpec, ModuleException
+from jaxlora.mesh import make_mesh
+from jaxlora.model_config import ModelConfig
+from jaxlora.pool import (
+    LaneLora,
+    LoraRows,
+    PoolSpec,
+    TokenLora,
+    adapter_of_rows,
+    empty_pool,
+    host_rows,
+    read_finite,
+    read_slot,
+    write_slot,
+)
+
+L, D, F, V, S, R = 2, 8, 12, 11, 3, 4
+TARGETS = ("q_proj", "v_proj", "down_proj", "lm_head")
+FEATURES = {"q_proj": (D, 8), "v_proj": (D, 4), "down_proj": (F, D), "lm_head": (D, V)}
+LAYERS = {"q_proj": L, "v_proj": L, "down_proj": L, "lm_head": 1}
+
+CONFIG = ModelConfig(
+    family="llama",
+    layers=L,
+    d_model=D,
+    d_ff=F,
+    heads=2,
+    kv_heads=1,
+    head_dim=4,
+    vocab=V,
+    context=32,
+    norm_eps=1e-5,
+    rope_theta=1e4,
+    rope_scaling=None,
+    window=None,
+    qkv_bias=False,
+    qk_norm=False,
+    tied=True,
+)
+SPEC = PoolSpec(slots=S, rank=R, dtype="float32", targets=TARGETS)
+REF = AdapterRef("ada", "poems", 1)
+
+
+def make_adapter(seed=0, *, rank=R, alpha=6.0, targets=TARGETS, rslora=False, exceptions=()):
+    """An adapter whose weights are noise."""
+    rng = np.random.default_rng(seed)
+    spec = LoraSpec(rank=rank, alpha=alpha, targets=targets, rslora=rslora, exceptions=exceptions)
+    r = spec.max_rank
+    weights = {
+        t: (floats(rng, LAYERS[t], r, FEATURES[t][0]), floats(rng, LAYERS[t], r, FEATURES[t][1])) for t in targets
+    }
+    return Adapter(ref=REF, spec=spec, base_hash="base", weights=weights)
+
+
+def noise_pool(seed=0, dtype="float32"):
+    """A pool with noise in every slot, scales too."""
+    rng = np.random.default_rng(seed)
+    return {
+        t: LoraRows(
+            a_LSRX=jnp.asarray(floats(rng, LAYERS[t], S, R, FEATURES[t][0]), dtype),
+            b_LSRY=jnp.asarray(floats(rng, LAYERS[t], S, R, FEATURES[t][1]), dtype),
+            scale_LS=jnp.asarray(floats(rng, LAYERS[t], S)),
+        )
+        for t in TARGETS
+    }
+
+
+def host(tree):
+    return jax.tree.map(np.array, tree)
+
+
+def slot_of(pool, s):
+    """One slot of a host pool."""
+    return jax.tree.map(lambda x: x[:, s], pool)
+
+
+def test_an_empty_pool_is_zeros_of_the_right_shapes():
+    for dtype in ("float32", "bfloat16"):
+        pool = empty_pool(CONFIG, PoolSpec(slots=S, rank=R, dtype=dtype, targets=TARGETS), make_mesh())
+        assert set(pool) == set(TARGETS)
+        for t, rows in pool.items():
+            x, y = FEATURES[t]
+            assert rows.a_LSRX.shape == (LAYERS[t], S, R, x)
+            assert rows.b_LSRY.shape == (LAYERS[t], S, R, y)
+            assert rows.scale_LS.shape == (LAYERS[t], S)
+            assert (rows.a_LSRX.dtype, rows.b_LSRY.dtype, rows.scale_LS.dtype) == (dtype, dtype, "float32")
+            assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(rows))
+
+
+@pytest.mark.parametrize(("slots", "rank"), [(0, 4), (3, 0), (-1, 4)])
+def test_an_impossible_pool_is_refused(slots, rank):
+    with pytest.raises(AdapterInvalid, match="at least one slot and rank 1"):
+        PoolSpec(slots=slots, rank=rank, dtype="float32")
+
+
+# ---- host_rows ----------------------------------------------------------------------------------------------------------
+
+
+def test_host_rows_are_padded_with_zeros_and_carry_every_target():
+    adapter = make_adapter(1, rank=2, targets=("q_proj", "lm_head"))
+    rows = host_rows(CONFIG, SPEC, adapter)
+    assert set(rows) == set(TARGETS)
+    for t in TARGETS:
+        a, b = rows[t].a_LSRX, rows[t].b_LSRY
+        assert (a.shape, b.shape) == ((LAYERS[t], R, FEATURES[t][0]), (LAYERS[t], R, FEATURES[t][1]))
+        if t in adapter.weights:
+            assert_same_bits((a[:, :2], b[:, :2]), adapter.weights[t])
+            assert not a[:, 2:].any()
+            assert not b[:, 2:].any()
+        else:
+            assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(rows[t]))
+
+
+@pytest.mark.parametrize(
+    ("rslora", "want"),
+    [
+        # alpha 6 over rank 4 but for layer 1 of q_proj (5 over 2) and layer 0 of v_proj (not adapted)
+        (False, {"q_proj": [1.5, 2.5], "v_proj": [0, 1.5], "down_proj": [1.5, 1.5], "lm_head": [1.5]}),
+        (True, {"q_proj": [3, 5 / 2**0.5], "v_proj": [0, 3], "down_proj": [3, 3], "lm_head": [3]}),
+    ],
+    ids=["plain", "rslora"],
+)
+def test_scale_is_per_layer_by_the_true_rank(rslora, want):
+    exceptions = (
+        ModuleException(target="q_proj", layer=1, rank=2, alpha=5.0),
+        ModuleException(target="v_proj", layer=0, rank=0, alpha=6.0),
+    )
+    wide = PoolSpec(slots=S, rank=16, dtype="float32", targets=TARGETS)  # padding must not enter the scale
+    for spec in (SPEC, wide):
+        rows = host_rows(CONFIG, spec, make_adapter(2, alpha=6.0, rslora=rslora, exceptions=exceptions))
+        for t in TARGETS:
+            assert_same_bits(rows[t].scale_LS, np.array(want[t], np.float32))
+
+
+def test_an_adapter_that_does_not_fit_is_refused():
+    with pytest.raises(AdapterInvalid, match="rank 5 exceeds the limit 4"):
+        host_rows(CONFIG, SPEC, make_adapter(rank=5))
+    big = (ModuleException(target="q_proj", layer=0, rank=9, alpha=1.0),)
+    with pytest.raises(AdapterInvalid, match="rank 9 exceeds the limit 4"):
+        host_rows(CONFIG, SPEC, make_adapter(exceptions=big))
+    narrow = PoolSpec(slots=S, rank=R, dtype="float32", targets=("q_proj",))
+    with pytest.raises(AdapterInvalid, match="v_proj, down_proj, lm_head is not supported"):
+        host_rows(CONFIG, narrow, make_adapter())
+
+
+@pytest.mark.parametrize("half", [0, 1])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_non_finite_adapter_is_refused_by_name(half, value):
+    adapter = make_adapter()
+    adapter.weights["v_proj"][half][1, 2, 3] = value
+    with pytest.raises(AdapterNotFinite, match=f"lora_{'AB'[half]} of v_proj"):
+        host_rows(CONFIG, SPEC, adapter)
+
+
+# ---- write_slot and read_slot -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("slot", range(S))
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        pytest.param(make_adapter(3), id="all of it"),
+        pytest.param(make_adapter(4, rank=1), id="smaller rank"),
+        pytest.param(make_adapter(5, targets=("v_proj",)), id="fewer targets"),
+        pytest.param(make_adapter(6, rank=2, targets=("lm_head", "q_proj")), id="both"),
+    ],
+)
+def test_a_slot_is_replaced_whole_and_no_other_moves(slot, adapter):
+    """Noise was there before; nothing of it stays, not in rank rows, targets or scales."""
+    before = host(noise_pool(7))
+    rows = host_rows(CONFIG, SPEC, adapter)
+    pool = write_slot(noise_pool(7), jnp.int32(slot), rows)
+    assert_same_bits(host(read_slot(pool, jnp.int32(slot))), rows)
+    after = host(pool)
+    assert_same_bits(slot_of(after, slot), rows)
+    for other in set(range(S)) - {slot}:
+        assert_same_bits(slot_of(after, other), slot_of(before, other))
+
+
+def test_writing_over_nan_leaves_no_nan():
+    pool = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), noise_pool())
+    rows = host_rows(CONFIG, SPEC, make_adapter(8, rank=1, targets=("q_proj",)))
+    pool = write_slot(pool, jnp.int32(1), rows)
+    assert_same_bits(host(read_slot(pool, jnp.int32(1))), rows)
+    read_finite(read_slot(pool, jnp.int32(1)))
+    with pytest.raises(AdapterNotFinite, match="not published"):
+        read_finite(read_slot(pool, jnp.int32(2)))
+
+
+def test_rows_of_a_smaller_pool_are_padded_and_missing_targets_zeroed():
+    """A trainer's pool may be of smaller rank and fewer targets than the server's."""
+    rng = np.random.default_rng(9)
+    small = {"q_proj": LoraRows(a_LSRX=floats(rng, L, 2, D), b_LSRY=floats(rng, L, 2, 8), scale_LS=floats(rng, L))}
+    got = host(read_slot(write_slot(noise_pool(10), jnp.int32(2), small), jnp.int32(2)))
+    assert_same_bits(
+        (got["q_proj"].a_LSRX[:, :2], got["q_proj"].b_LSRY[:, :2]), (small["q_proj"].a_LSRX, small["q_proj"].b_LSRY)
+    )
+    assert_same_bits(got["q_proj"].scale_LS, small["q_proj"].scale_LS)
+    assert not got["q_proj"].a_LSRX[:, 2:].any()
+    assert not got["q_proj"].b_LSRY[:, 2:].any()
+    for t in TARGETS[1:]:
+        assert not any(leaf.any() for leaf in jax.tree.leaves(got[t]))
+
+
+def test_a_bfloat16_pool_rounds_weights_once_and_keeps_scale_in_float32():
+    rows = host_rows(CONFIG, SPEC, make_adapter(11, rank=3, alpha=1.0))
+    got = host(read_slot(write_slot(noise_pool(12, "bfloat16"), jnp.int32(0), rows), jnp.int32(0)))
+    for t in TARGETS:
+        assert_same_bits(got[t].a_LSRX, rows[t].a_LSRX.astype(jnp.bfloat16))
+        assert_same_bits(got[t].b_LSRY, rows[t].b_LSRY.astype(jnp.bfloat16))
+        assert_same_bits(got[t].scale_LS, np.full(LAYERS[t], 1 / 3, np.float32))
+
+
+def test_the_old_pool_is_given_away_and_the_copy_is_not_a_view():
+    pool = noise_pool(13)
+    copy = read_slot(pool, jnp.int32(1))
+    want = host(copy)
+    write_slot(pool, jnp.int32(1), host_rows(CONFIG, SPEC, make_adapter(14)))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(pool))
+    assert_same_bits(host(copy), want)
+
+
+def test_slots_and_adapters_are_data():
+    pool = noise_pool(15)
+    loads = []
+    for seed, (rank, alpha, targets) in enumerate([(4, 1.0, TARGETS), (1, 8.0, TARGETS[:1]), (3, 2.0, TARGETS[2:])]):
+        rows = host_rows(CONFIG, SPEC, make_adapter(seed, rank=rank, alpha=alpha, targets=targets))
+        loads.append(jax.device_put((np.int32(seed), rows)))
+    pool = write_slot(pool, *loads[0])
+    jax.block_until_ready((pool, read_slot(pool, loads[0][0])))
+    with CompileCounter() as counter:
+        for slot, rows in loads:
+            pool = write_slot(pool, slot, rows)
+            jax.block_until_ready(read_slot(pool, slot))
+    assert not counter.retraced
+
+
+@pytest.mark.parametrize("rank", [1, 3, R])
+def test_an_adapter_comes_back_from_its_rows(rank):
+    adapter = make_adapter(16, rank=rank, targets=("q_proj", "lm_head"))
+    pool = write_slot(noise_pool(17), jnp.int32(1), host_rows(CONFIG, SPEC, adapter))
+    back = adapter_of_rows(read_slot(pool, jnp.int32(1)), REF, adapter.spec, "base")
+    assert (back.ref, back.spec, back.base_hash) == (adapter.ref, adapter.spec, adapter.base_hash)
+    assert_same_bits(dict(back.weights), dict(adapter.weights))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    loads=st.lists(
+        st.tuples(
+            st.integers(0, S - 1),
+            st.integers(1, R),
+            st.sets(st.sampled_from(TARGETS), min_size=1).map(lambda t: tuple(sorted(t))),
+        ),
+        max_size=6,
+    )
+)
+def test_after_any_loads_every_slot_holds_its_last_adapter(loads):
+    pool = noise_pool(18)
+    held = {s: slot_of(host(pool), s) for s in range(S)}
+    for seed, (slot, rank, targets) in enumerate(loads):
+        held[slot] = host_rows(CONFIG, SPEC, make_adapter(seed, rank=rank, targets=targets))
+        pool = write_slot(pool, jnp.int32(slot), held[slot])
+    for s in range(S):
+        assert_same_bits(host(read_slot(pool, jnp.int32(s))), held[s])
+
+
+# ---- LaneLora and TokenLora ---------------------------------------------------------------------------------------------------
+
+gather = jax.jit(LaneLora.gather)
+SLOTS = np.array([2, -1, 0, 2], np.int32)
+
+
+def by_hand(pool, target, layer, x, slots):
+    """float64 [T, Y]: each token through its slot's rows."""
+    rows = pool[target]
+    y = np.zeros((len(x), rows.b_LSRY.shape[-1]))
+    for t, s in enumerate(slots):
+        if s >= 0:
+            a, b = rows.a_LSRX[layer, s].astype(np.float64), rows.b_LSRY[layer, s].astype(np.float64)
+            y[t] = float(rows.scale_LS[layer, s]) * (b.T @ (a @ x[t].astype(np.float64)))
+    return y
+
+
+def test_gather_takes_each_lanes_slot():
+    pool = host(noise_pool(19))
+    got = host(gather(pool, SLOTS))
+    for g, s in enumerate(SLOTS):
+        want = jax.tree.map(np.zeros_like, slot_of(pool, 0)) if s < 0 else slot_of(pool, s)
+        assert_same_bits(slot_of(got, g), want)
+
+
+def test_gather_of_no_adapter_is_zeros_whatever_any_slot_holds():
+    pool = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), noise_pool())
+    got = host(gather(pool, np.array([-1, -1, -1, -1], np.int32)))
+    assert_same_bits(got, jax.tree.map(np.zeros_like, got))
+
+
+def test_gather_reads_nothing_of_unused_slots():
+    pool = host(noise_pool(20))
+    clean = gather(pool, SLOTS)
+    for leaf in jax.tree.leaves(pool):
+        leaf[:, 1] = np.nan
+    assert_same_bits(gather(pool, SLOTS), clean)
+
+
+@pytest.mark.parametrize("layer", range(L))
+def test_lanes_and_tokens_compute_what_the_pool_says(layer):
+    """Training and prefill go by lanes, decode by tokens; both must be the same adapter."""
+    pool = host(noise_pool(21))
+    x = floats(np.random.default_rng(22), 8, D)
+    targets = ("q_proj", "k_proj", "v_proj")  # the pool has no k_proj
+    lanes = LaneLora(gather(pool, SLOTS))
+    rows = jax.tree.map(lambda p: p[layer], lanes.per_layer)
+    tokens = TokenLora(jax.device_put(pool), jnp.asarray(np.repeat(SLOTS, 2)), L)
+    assert_same_bits(tokens.per_layer, np.arange(L, dtype=np.int32))
+    by_lane = jax.jit(lambda rows, x: lanes.deltas(rows, targets, x))(rows, x)
+    by_token = jax.jit(lambda layer, x: tokens.deltas(layer, targets, x))(tokens.per_layer[layer], x)
+    for got in (by_lane, by_token):
+        assert got[1] is None
+        for i, t in ((0, "q_proj"), (2, "v_proj")):
+            assert_close(got[i], by_hand(pool, t, layer, x, np.repeat(SLOTS, 2)), F32)
+
+
+def test_targets_that_the_pool_lacks_have_no_delta():
+    pool = noise_pool(23)
+    x = jnp.zeros((4, D))
+    lanes = LaneLora(LaneLora.gather(pool, SLOTS))
+    layer = jax.tree.map(lambda p: p[0], lanes.per_layer)
+    assert lanes.deltas(layer, ("gate_proj", "up_proj"), x) == (None, None)
+    assert TokenLora(pool, jnp.asarray(SLOTS), L).deltas(jnp.int32(0), ("gate_proj", "up_proj"), x) == (None, None)
+
+
+def test_the_head_is_kept_out_of_the_layers():
+    pool = host(noise_pool(24))
+    lanes = LaneLora(gather(pool, SLOTS))
+    assert set(lanes.per_layer) == {"q_proj", "v_proj", "down_proj"}
+    head = lanes.head_rows()
+    assert head is not None
+    for got, whole in zip(
+        head, (pool["lm_head"].a_LSRX, pool["lm_head"].b_LSRY, pool["lm_head"].scale_LS), strict=True
+    ):
+        assert_same_bits(np.asarray(got)[0], whole[0, 2])
+        assert not np.asarray(got)[1].any()
+    assert LaneLora({t: r for t, r in pool.items() if t != "lm_head"}).head_rows() is None
