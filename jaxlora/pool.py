@@ -102,6 +102,12 @@ def host_rows(config: ModelConfig, spec: PoolSpec, adapter: Adapter) -> Rows:
         a, b = np.zeros((L, spec.rank, x), np.float32), np.zeros((L, spec.rank, y), np.float32)
         if target in adapter.weights:
             given_a, given_b = adapter.weights[target]
+            R = adapter.spec.max_rank
+            if (given_a.shape, given_b.shape) != ((L, R, x), (L, R, y)):
+                raise AdapterInvalid(
+                    f"the weights of {target} have shapes {given_a.shape} and {given_b.shape}; this base and rank {R} "
+                    f"want {(L, R, x)} and {(L, R, y)}"
+                )
             a[:, : given_a.shape[1]], b[:, : given_b.shape[1]] = given_a, given_b
         rows[target] = LoraRows(a_LSRX=a, b_LSRY=b, scale_LS=scales(config, adapter.spec, target))  # type: ignore[arg-type]
     return rows

@@ -27,7 +27,7 @@ from pathlib import Path
 from jaxlora.adapter_files import load_version, read_meta, save_version, scan
 from jaxlora.durable import replace_file, sync
 from jaxlora.errors import AdapterNotFound, AlreadyExists, StateInvalid, StorageFailed
-from jaxlora.lora import Adapter, AdapterRef, check_name
+from jaxlora.lora import Adapter, AdapterRef, LoraSpec, check_name
 
 COUNTER_FORMAT = 1
 
@@ -51,6 +51,7 @@ class AdapterStore:
         self._held: OrderedDict[AdapterRef, Adapter] = OrderedDict()  # least recently used first
         self._held_bytes = 0
         self._created: dict[AdapterRef, float] = {}
+        self._rank: dict[AdapterRef, int] = {}  # largest of the version
         self._unsaved: set[AdapterRef] = set()  # pinned in RAM
         self._failed: dict[AdapterRef, BaseException] = {}  # unsaved, and the last try failed
         self._loading: dict[AdapterRef, Future[Adapter]] = {}
@@ -106,6 +107,32 @@ class AdapterStore:
             self._check_visible(ref)
             return self._created.setdefault(ref, created)
 
+    def rank(self, ref: AdapterRef) -> int:
+        """The version's largest rank, without reading its weights.
+
+        Raises AdapterNotFound, or StorageFailed when it is damaged.
+        """
+        with self._state:
+            self._check_visible(ref)
+            if ref in self._rank:
+                return self._rank[ref]
+        try:
+            rank = LoraSpec.from_json(read_meta(self._folder(ref.tenant, ref.name), ref)["spec"]).max_rank
+        except (KeyError, TypeError, ValueError, StorageFailed) as e:
+            with self._state:
+                self._check_visible(ref)  # deleted meanwhile
+            if isinstance(e, StorageFailed):
+                raise
+            raise StorageFailed(f"{ref}: its description on disk is not a LoRA specification") from e
+        with self._state:
+            self._check_visible(ref)
+            return self._rank.setdefault(ref, rank)
+
+    def in_memory(self, ref: AdapterRef) -> bool:
+        """Whether `get` needs no disk.  False for a version that does not exist."""
+        with self._state:
+            return ref in self._held
+
     # Weights
 
     def put(self, adapter: Adapter) -> None:
@@ -131,7 +158,7 @@ class AdapterStore:
                     for value in pair:
                         value.setflags(write=False)
                 self._versions.setdefault((ref.tenant, ref.name), set()).add(ref.version)
-                self._created[ref] = time.time()
+                self._created[ref], self._rank[ref] = time.time(), adapter.spec.max_rank
                 self._unsaved.add(ref)
                 self._hold(adapter)
         self._enqueue(ref)
@@ -177,6 +204,7 @@ class AdapterStore:
                     self._unsaved.discard(ref)
                     self._failed.pop(ref, None)
                     self._created.pop(ref, None)
+                    self._rank.pop(ref, None)
                     self._drop(ref)
             minted, _ = self._read_counter(tenant, name, versions)
             self._write_counter(tenant, name, minted, minted)
@@ -266,7 +294,7 @@ class AdapterStore:
                 value.setflags(write=False)
         with self._state:
             self._check_visible(ref)
-            self._created[ref] = created
+            self._created[ref], self._rank[ref] = created, adapter.spec.max_rank
             self._hold(adapter)
         return adapter
 

@@ -27,9 +27,7 @@ HOST_BYTES = 2 * 2**30  # of adapter versions kept in RAM
 
 def make_runner(opened: Opened, config: ServeConfig, store: AdapterStore) -> Runner:
     """A runner over this base that is not started yet.  Serves LoRA on all seven projections and on the head."""
-    pool_spec = PoolSpec(
-        slots=config.slots, rank=config.max_rank, dtype=opened.base.dtype.name, targets=ALL_TARGETS
-    )
+    pool_spec = PoolSpec(slots=config.slots, rank=config.max_rank, dtype=opened.base.dtype.name, targets=ALL_TARGETS)
     engine_config = EngineConfig(
         rows=config.rows,
         prefill_lanes=config.prefill_lanes,
@@ -39,9 +37,7 @@ def make_runner(opened: Opened, config: ServeConfig, store: AdapterStore) -> Run
         max_tokens=min(opened.base.config.context, config.kv_pages * config.page_tokens),
         max_waiting=config.max_waiting,
     )
-    engine = Engine(
-        opened.base, opened.mesh, engine_config, pool_spec, store, opened.tokenizer, opened.base_hash
-    )
+    engine = Engine(opened.base, opened.mesh, engine_config, pool_spec, store, opened.tokenizer, opened.base_hash)
     return Runner(engine, base_name=opened.name)
 
 
@@ -77,9 +73,7 @@ def _same(one: Adapter, other: Adapter) -> bool:
         and one.base_hash == other.base_hash
         and one.weights.keys() == other.weights.keys()
         and all(
-            np.array_equal(x, y)
-            for t in one.weights
-            for x, y in zip(one.weights[t], other.weights[t], strict=True)
+            np.array_equal(x, y) for t in one.weights for x, y in zip(one.weights[t], other.weights[t], strict=True)
         )
     )
 

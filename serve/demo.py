@@ -1,6 +1,6 @@
 """`jaxlora demo`: eight tenants train together on a real model, answer while they train, and are measured.
 
-    open ─▶ compile everything ─▶ base on held-out ─▶ train, publish, sample ─▶ adapters on held-out ─▶ table, files, HTTP
+open ─▶ compile everything ─▶ base on held-out ─▶ train, publish, sample ─▶ adapters on held-out ─▶ table, files, HTTP
 """
 
 from __future__ import annotations
@@ -95,9 +95,7 @@ class Demo:
     def examples(self, task: Task, heldout: bool) -> list[Example]:
         """The task's conversations as token sequences."""
         pairs = task.heldout[:HELDOUT] if heldout else task.train
-        return [
-            chat_example(self.opened.tokenizer, task.conversation(pair), max_tokens=LANE_TOKENS) for pair in pairs
-        ]
+        return [chat_example(self.opened.tokenizer, task.conversation(pair), max_tokens=LANE_TOKENS) for pair in pairs]
 
     def request(self, task: Task, user: str, adapter: AdapterRef | None) -> Request:
         """A greedy question to one version, with room for the longest right answer."""
@@ -209,7 +207,15 @@ def _plain(text: str) -> str:
 def result_table(tasks: Sequence[Task], base: dict[str, Score], tuned: dict[str, Score]) -> Table:
     """What the demo proves, a line per tenant."""
     table = Table(title=f"held out: {HELDOUT} examples a tenant, greedy answers, right to the letter")
-    for column in ("tenant", "NLL base", "NLL adapter", "exact base", "exact adapter", "constant answer", "nearest example"):
+    for column in (
+        "tenant",
+        "NLL base",
+        "NLL adapter",
+        "exact base",
+        "exact adapter",
+        "constant answer",
+        "nearest example",
+    ):
         table.add_column(column, justify="left" if column == "tenant" else "right")
     for task in tasks:
         b, t = base[task.name], tuned[task.name]
@@ -315,8 +321,8 @@ def wait(console: Console, url: str, task: Task) -> None:
     console.print(
         f"\nserving until Ctrl-C.  Ask any of them, for example:\n"
         f"  curl {url}/v1/chat/completions -H 'content-type: application/json' -d "
-        f"'{{\"model\": \"{task.name}\", \"temperature\": 0, \"messages\": "
-        f"[{{\"role\": \"system\", \"content\": \"{task.system}\"}}, {{\"role\": \"user\", \"content\": \"{user}\"}}]}}'",
+        f'\'{{"model": "{task.name}", "temperature": 0, "messages": '
+        f'[{{"role": "system", "content": "{task.system}"}}, {{"role": "user", "content": "{user}"}}]}}\'',
         highlight=False,
         soft_wrap=True,
         markup=False,

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxlora.errors import AdapterInvalid, ContextLengthExceeded, JaxLoraError
+from jaxlora.errors import AdapterInvalid, AlreadyExists, BaseMismatch, ContextLengthExceeded, JaxLoraError
 from jaxlora.kvcache import KVPages, empty_pages, paged_attend
 from jaxlora.lora import HEAD_TARGET, AdapterRef
 from jaxlora.mesh import check_lanes, replicated
@@ -164,8 +164,10 @@ class Engine:
     def submit(self, request: Request) -> None:
         """Puts the request in line.
 
-        Raises ContextLengthExceeded, Overloaded, or InvalidRequest when it can never fit.
+        Raises ContextLengthExceeded, Overloaded, InvalidRequest when it can never fit, AlreadyExists for an id in use.
         """
+        if request.id in self._sequences:
+            raise AlreadyExists(f"a request of the id {request.id} is under way; give each its own")
         total = len(request.prompt) + request.params.max_tokens
         if total > self.config.max_tokens:
             raise ContextLengthExceeded(
@@ -231,7 +233,7 @@ class Engine:
         try:
             adapter = self.store.get(ref)
             if adapter.base_hash != self.base_hash:
-                raise AdapterInvalid(f"adapter {ref.name} was trained on another base")
+                raise BaseMismatch(f"adapter {ref.name} was made for another base model; serve it on that one")
             self._write(slot, host_rows(self.base.config, self.pool_spec, adapter))
         except JaxLoraError as error:
             users = [s for s in self._sequences.values() if s.request.adapter == ref]

@@ -157,7 +157,7 @@ class OpenAIWire:
         elif body.prompt is not None and body.messages is None:
             refuse_given(body, "prompt", "add_generation_prompt", "continue_final_message")
             special = body.add_special_tokens is not False
-            ids = await asyncio.to_thread(self._house.tokenizer.encode, body.prompt, special)
+            ids = await asyncio.to_thread(self._house.tokenizer.encode, body.prompt, add_special_tokens=special)
         else:
             raise InvalidRequest("give either prompt or messages", param="prompt")
         return JSONResponse({"tokens": list(ids), "count": len(ids), "max_model_len": self._house.context})
@@ -201,7 +201,9 @@ class OpenAIWire:
         for prompt in prompts:
             if isinstance(prompt, str):
                 special = body.add_special_tokens is not False
-                out.append(tuple(await asyncio.to_thread(self._house.tokenizer.encode, prompt, special)))
+                out.append(
+                    tuple(await asyncio.to_thread(self._house.tokenizer.encode, prompt, add_special_tokens=special))
+                )
                 continue
             if body.add_special_tokens is not None:
                 raise InvalidRequest(

@@ -6,6 +6,7 @@ While sequences run and adapters train, it alternates: `serve_steps` engine step
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import queue
 import threading
@@ -88,6 +89,8 @@ class Runner:
         self.trainer: Trainer | None = None
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._listeners: dict[str, Callable[[Delta], None]] = {}
+        self._door = threading.Lock()  # held to put a message, and to say that no more are read
+        self._closed = False
         self._stopping = False
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="jaxlora-device", daemon=True)
@@ -123,7 +126,7 @@ class Runner:
                 answer.put((None, error))
 
         self._check_alive()
-        self._inbox.put(run)
+        self._send(run)
         while True:
             try:
                 result, error = answer.get(timeout=1.0)
@@ -135,8 +138,15 @@ class Runner:
         return result  # ty: ignore[invalid-return-type]
 
     def _check_alive(self) -> None:
-        if not self._thread.is_alive():
+        if self._closed or not self._thread.is_alive():
             raise StateInvalid("the device thread has ended; restart the server")
+
+    def _send(self, message: Callable[[], None]) -> None:
+        """Raises StateInvalid when the device thread reads no more messages."""
+        with self._door:
+            if self._closed:
+                raise StateInvalid("the device thread has ended; restart the server")
+            self._inbox.put(message)
 
     def _stop_now(self) -> None:
         self._stopping = True
@@ -150,12 +160,16 @@ class Runner:
         except BaseException as error:  # everyone who waits must learn of it
             LOG.exception("the device thread has ended")
             self._failure = error
-        gone = StateInvalid("the server stopped before the answer was complete")
-        for request_id, listener in list(self._listeners.items()):
-            listener(Delta(request_id=request_id, error=gone))
-        self._listeners.clear()
-        while not self._inbox.empty():
-            self._inbox.get()()
+        with self._door:
+            self._closed = True
+        try:
+            while not self._inbox.empty():  # those who came meanwhile must not wait for ever
+                self._inbox.get()()
+        finally:
+            gone = StateInvalid("the server stopped before the answer was complete")
+            for request_id, listener in list(self._listeners.items()):
+                listener(Delta(request_id=request_id, error=gone))
+            self._listeners.clear()
 
     def _turn(self, served: int) -> int:
         """Messages, then one step of one kind.  Returns engine steps since the last training step."""
@@ -185,7 +199,7 @@ class Runner:
         """The request's stream.  What cannot be admitted comes as its first and only delta, with `error`."""
         self._check_alive()
         stream = DeltaStream(self, request.id)
-        self._inbox.put(lambda: self.admit(request, stream.deliver))
+        self._send(lambda: self.admit(request, stream.deliver))
         return stream
 
     def admit(self, request: Request, listener: Callable[[Delta], None]) -> None:
@@ -204,7 +218,8 @@ class Runner:
             self._listeners.pop(request_id, None)
             self.engine.cancel(request_id)
 
-        self._inbox.put(work)
+        with contextlib.suppress(StateInvalid):  # ended: it holds nothing
+            self._send(work)
 
     def complete(self, requests: Sequence[Request]) -> list[Completion]:
         """All answers, in order, for callers without an event loop (not on the device thread).
@@ -220,7 +235,7 @@ class Runner:
                 self.admit(request, news.put)
 
         self._check_alive()
-        self._inbox.put(admit)
+        self._send(admit)
         open_ids = set(answers)
         while open_ids:
             try:
@@ -267,7 +282,7 @@ class Runner:
         if model == self.base_name:
             return None
         store = self.engine.store
-        path, _, number = model.partition("@")
+        path, at, number = model.partition("@")
         owner, slash, name = path.rpartition("/")
         found = [
             ref
@@ -276,7 +291,7 @@ class Runner:
         ]
         if len(found) > 1:
             raise AdapterNotFound(f"several tenants have a model `{name}`; write TENANT/{name}", param="model")
-        if found and number:
+        if found and at:
             versions = store.versions(found[0].tenant, found[0].name)
             found = [ref for ref in versions if str(ref.version) == number]
         if not found:
@@ -337,4 +352,4 @@ class Runner:
 
     def health(self) -> str:
         """ "ok", or that the device thread has ended."""
-        return "ok" if self._thread.is_alive() else "the device thread has ended"
+        return "ok" if self._thread.is_alive() and not self._closed else "the device thread has ended"

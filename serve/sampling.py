@@ -17,6 +17,8 @@ from jax import lax
 
 from serve.request import MAX_TOP_LOGPROBS, SamplingParams
 
+INT32_MAX = 2**31 - 1
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +46,7 @@ class SamplingBatch:
         values = {
             "temperature_B": params.temperature,
             "top_p_B": params.top_p,
-            "top_k_B": max(params.top_k, 0),
+            "top_k_B": min(max(params.top_k, 0), INT32_MAX),
             "min_p_B": params.min_p,
             "seed_BE": (seed >> 32, seed & 0xFFFFFFFF),
             "choice_B": params.choice,
@@ -88,7 +90,7 @@ def sample(logits_BV: jax.Array, batch: SamplingBatch) -> StepOutput:
     return StepOutput(
         token_B=token_B,
         logprob_B=chosen_B - total_B,
-        finite_B=jnp.isfinite(total_B),
+        finite_B=jnp.isfinite(logits_BV).all(axis=-1),
         top_token_BM=top_token_BM,
         top_logprob_BM=top_logprob_BM,
     )
@@ -96,7 +98,10 @@ def sample(logits_BV: jax.Array, batch: SamplingBatch) -> StepOutput:
 
 def _draw(logits_BV: jax.Array, greedy_B: jax.Array, batch: SamplingBatch) -> jax.Array:
     hot_B = batch.temperature_B > 0
-    scaled_BV = logits_BV / jnp.where(hot_B, batch.temperature_B, 1.0)[:, None]
+    # The best is 0, so that a tiny temperature cannot make several logits infinite.
+    scaled_BV = (logits_BV - logits_BV.max(axis=-1, keepdims=True)) / jnp.where(hot_B, batch.temperature_B, 1.0)[
+        :, None
+    ]
     filters_B = (batch.top_k_B > 0) | (batch.top_p_B < 1) | (batch.min_p_B > 0)
     floor_B = lax.cond((filters_B & hot_B).any(), _floor, lambda s, b: jnp.full(s.shape[0], -jnp.inf), scaled_BV, batch)
     kept_BV = jnp.where(scaled_BV >= floor_B[:, None], scaled_BV, -jnp.inf)

@@ -28,7 +28,7 @@ class ByteTokenizer:
     eos_ids = frozenset({EOS})
     names = ("<eos>", "<bos>", "<turn>")
 
-    def encode(self, text, add_special_tokens=True):
+    def encode(self, text, *, add_special_tokens=True):
         return [BOS] * add_special_tokens + list(text.encode())
 
     def decode(self, ids):

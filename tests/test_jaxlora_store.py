@@ -97,6 +97,49 @@ def test_created_needs_no_weights(open_store, tmp_path):
     assert open_store().created(ref) == store.created(ref)
 
 
+def test_rank_needs_no_weights(open_store, tmp_path, monkeypatch):
+    store = open_store()
+    ref = put(store).ref
+    assert store.rank(ref) == SPEC.max_rank == 4
+    store.close()
+    for path in (tmp_path / "adapters/acme/bot/1/weights").rglob("*"):
+        if path.is_file():
+            path.unlink()
+    again = open_store()
+    assert again.rank(ref) == 4
+    monkeypatch.setattr(store_module, "read_meta", None)  # read once, then kept
+    assert again.rank(ref) == 4
+
+
+def test_rank_of_what_is_not_there(open_store, tmp_path):
+    store = open_store()
+    ref = put(store).ref
+    with pytest.raises(AdapterNotFound):
+        store.rank(replace(ref, version=2))
+    store.delete("acme", "bot")
+    with pytest.raises(AdapterNotFound):
+        store.rank(ref)
+    ref = put(store).ref
+    store.close()
+    path = tmp_path / f"adapters/acme/bot/{ref.version}/meta/metadata"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"spec": {"rank": 4}}))
+    with pytest.raises(StorageFailed, match="specification"):
+        open_store().rank(ref)
+
+
+def test_in_memory_is_whether_get_needs_no_disk(open_store):
+    store = open_store(host_bytes=1)
+    ref = put(store).ref
+    store.flush()
+    assert not store.in_memory(ref)  # saved, and over the bound
+    assert not store.in_memory(replace(ref, version=9))
+    store.close()
+    again = open_store()
+    assert not again.in_memory(ref)
+    again.get(ref)
+    assert again.in_memory(ref)
+
+
 def test_list_and_versions_by_tenant(open_store):
     store = open_store()
     for tenant, name in (("acme", "b"), ("acme", "a"), ("zoo", "a"), ("acme", "a")):

@@ -1,10 +1,10 @@
 """`jaxlora train CONFIG.toml`: every tenant of a file trains together; states, metrics, adapters and a plot land in `out`.
 
-    out/TENANT/state/    Orbax checkpoints of its training state; a second run goes on from the newest
-    out/TENANT/peft/     the trained adapter as a PEFT folder
-    out/TENANT/metrics.csv
-    out/store/           adapter versions, for `jaxlora serve`
-    out/loss.png
+out/TENANT/state/    Orbax checkpoints of its training state; a second run goes on from the newest
+out/TENANT/peft/     the trained adapter as a PEFT folder
+out/TENANT/metrics.csv
+out/store/           adapter versions, for `jaxlora serve`
+out/loss.png
 """
 
 from __future__ import annotations
@@ -81,9 +81,7 @@ def seat_tenants(trainer: Trainer, config: TrainConfig, opened: Opened) -> dict[
         if section.heldout is not None:
             heldout[section.name] = load_jsonl(section.heldout, opened.tokenizer, max_tokens=limit)
         optimizer = optimizer_of(section, config.steps)
-        trainer.add(
-            section.name, section.spec, optimizer, examples, batch_size=section.batch, seed=section.seed
-        )
+        trainer.add(section.name, section.spec, optimizer, examples, batch_size=section.batch, seed=section.seed)
         _resume(trainer, config, section, optimizer, examples)
     return heldout
 
@@ -167,7 +165,11 @@ def _table(trainer: Trainer, last: dict[str, StepReport]) -> Table:
     table = Table("tenant", "step", "loss", "accuracy", "lr", "grad norm", "status")
     for name, tenant in trainer.tenants.items():
         r = last.get(name)
-        numbers = ("", "", "", "") if r is None else (f"{r.loss:.3f}", f"{r.accuracy:.0%}", f"{r.lr:.1e}", f"{r.grad_norm:.2f}")
+        numbers = (
+            ("", "", "", "")
+            if r is None
+            else (f"{r.loss:.3f}", f"{r.accuracy:.0%}", f"{r.lr:.1e}", f"{r.grad_norm:.2f}")
+        )
         table.add_row(name, f"{tenant.step}/{tenant.optimizer.total_steps}", *numbers, tenant.status)
     return table
 
@@ -207,4 +209,6 @@ def finish(
     store.close()
     plot_losses({name: tenant.losses for name, tenant in trainer.tenants.items()}, config.out / "loss.png")
     console.print(table)
-    console.print(f"adapters: {config.out}/TENANT/peft; serve them with their store: jaxlora serve --adapters {config.out}/store")
+    console.print(
+        f"adapters: {config.out}/TENANT/peft; serve them with their store: jaxlora serve --adapters {config.out}/store"
+    )

@@ -1,0 +1,235 @@
+"""A tiny model behind a real engine, and the slow, plain model it is checked against.
+
+Every engine of a session with the same shapes shares its compiled programs.  The fixtures are in serve_fixtures.py.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import jax
+import numpy as np
+
+from jaxlora.lora import ALL_TARGETS, Adapter, AdapterRef, LoraSpec
+from jaxlora.model_config import ModelConfig, target_features
+from jaxlora.pool import PoolSpec, Rows, empty_pool, host_rows, read_slot, write_slot
+from jaxlora.store import AdapterStore
+from serve.engine import Engine, EngineConfig
+from serve.pages import PageAllocator
+from serve.request import Delta, Request, SamplingParams, TokenLogprob
+
+MODEL = "tiny-llama-tied"
+SLOTS, RANK = 3, 6
+CONFIG = EngineConfig(rows=8, prefill_lanes=8, prefill_tokens=8, pages=64, page_tokens=4, max_tokens=64, max_waiting=64)
+
+
+class PlainModel:
+    """The decoder in NumPy float64, one sequence at a time, no cache, adapters merged into the weights."""
+
+    def __init__(self, source):
+        c = self.config = source.config
+        layer_names = ("attn_norm", "mlp_norm", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj")
+        self.embed = source.read("embed", None).astype("f8")
+        self.norm = source.read("norm", None).astype("f8")
+        self.layers = [
+            {n: source.read(n, i).astype("f8") for n in (*layer_names, "down_proj")} for i in range(c.layers)
+        ]
+
+    def merged(self, adapter: Adapter | None) -> tuple[list[dict[str, np.ndarray]], np.ndarray]:
+        """(weights of each layer, head) with scale * A.T B added."""
+        layers, head = [dict(w) for w in self.layers], self.embed.T.copy()
+        for target, (a, b) in ({} if adapter is None else adapter.weights).items():
+            scale = adapter.spec.alpha / adapter.spec.rank
+            for i in range(len(a)):
+                delta = scale * a[i].astype("f8").T @ b[i].astype("f8")
+                if target == "lm_head":
+                    head = head + delta
+                else:
+                    layers[i][target] = layers[i][target] + delta
+        return layers, head
+
+    def logits(self, tokens: list[int], weights: tuple[list[dict[str, np.ndarray]], np.ndarray]) -> np.ndarray:
+        """[V] after the last token."""
+        c, (layers, head) = self.config, weights
+        T, H, group = len(tokens), c.head_dim, c.heads // c.kv_heads
+        x = self.embed[tokens]
+        angle = np.arange(T)[:, None] / c.rope_theta ** (np.arange(0, H, 2) / H)
+
+        def norm(x, weight):
+            return x / np.sqrt((x * x).mean(-1, keepdims=True) + c.norm_eps) * weight
+
+        def turn(x):
+            one, two = x[..., : H // 2], x[..., H // 2 :]
+            cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
+            return np.concatenate([one * cos - two * sin, two * cos + one * sin], -1)
+
+        for w in layers:
+            h = norm(x, w["attn_norm"])
+            q = turn((h @ w["q_proj"]).reshape(T, c.heads, H))
+            k = turn((h @ w["k_proj"]).reshape(T, c.kv_heads, H))
+            v = (h @ w["v_proj"]).reshape(T, c.kv_heads, H)
+            out = np.zeros((T, c.heads, H))
+            for n in range(c.heads):
+                score = q[:, n] @ k[:, n // group].T / np.sqrt(H)
+                score[np.triu_indices(T, 1)] = -np.inf
+                share = np.exp(score - score.max(-1, keepdims=True))
+                out[:, n] = share / share.sum(-1, keepdims=True) @ v[:, n // group]
+            x = x + out.reshape(T, -1) @ w["o_proj"]
+            h = norm(x, w["mlp_norm"])
+            gate = h @ w["gate_proj"]
+            x = x + (gate / (1 + np.exp(-gate)) * (h @ w["up_proj"])) @ w["down_proj"]
+        return norm(x, self.norm)[-1] @ head
+
+    def greedy(self, prompt: Iterable[int], count: int, adapter: Adapter | None) -> list[int]:
+        """The tokens that follow, end-of-sequence or not.  Refuses a choice that rounding could turn."""
+        weights, tokens, new = self.merged(adapter), list(prompt), []
+        for _ in range(count):
+            logits = self.logits(tokens, weights)
+            second, best = np.sort(logits)[-2:]
+            assert best - second > 1e-4, "too close to call: choose another seed"
+            new.append(int(logits.argmax()))
+            tokens.append(new[-1])
+        return new
+
+
+@dataclass
+class Answer:
+    """All that came back for one request."""
+
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish: object = None
+    error: Exception | None = None
+    deltas: int = 0
+
+    def take(self, delta: Delta) -> None:
+        assert self.finish is None, "news after the end"
+        assert self.error is None, "news after the end"
+        self.tokens += delta.tokens
+        self.text += delta.text
+        self.logprobs += delta.logprobs
+        self.finish, self.error = delta.finish, delta.error
+        self.deltas += 1
+
+
+@dataclass
+class World:
+    """What the tests of engine, runner and wire share."""
+
+    source: object
+    base: object
+    mesh: object
+    tokenizer: object
+    base_hash: str
+    store: AdapterStore
+    plain: PlainModel
+    adapters: list[Adapter]
+    spec: PoolSpec
+
+    def engine(self, config: EngineConfig = CONFIG) -> Engine:
+        """A fresh engine: nothing resident, nobody running."""
+        return Engine(self.base, self.mesh, config, self.spec, self.store, self.tokenizer, self.base_hash)
+
+    def add(self, name: str, seed: int, rank: int = 3, targets: tuple[str, ...] = ALL_TARGETS, **changes) -> Adapter:
+        """A new version in the store.  `changes` replace fields of the Adapter."""
+        ref = self.store.mint("acme", name)
+        fields = {"ref": ref, "spec": LoraSpec(rank=rank, alpha=2.0 * rank, targets=targets)}
+        fields |= {"base_hash": self.base_hash, "weights": random_weights(self.base.config, rank, targets, seed)}
+        adapter = Adapter(**fields | changes)
+        self.store.put(adapter)
+        return adapter
+
+    def device_rows(self, adapter: Adapter) -> Rows:
+        """The adapter as a trainer holds it: one slot of a float32 pool of the same shape."""
+        spec = PoolSpec(slots=2, rank=RANK, dtype="float32", targets=ALL_TARGETS)
+        pool = empty_pool(self.base.config, spec, self.mesh)
+        rows = jax.device_put(host_rows(self.base.config, spec, adapter))
+        return read_slot(write_slot(pool, jax.device_put(np.int32(1)), rows), jax.device_put(np.int32(1)))
+
+    def greedy(self, request: Request) -> list[int]:
+        """What the plain model answers."""
+        adapter = None if request.adapter is None else self.store.get(request.adapter)
+        return self.plain.greedy(request.prompt, request.params.max_tokens, adapter)
+
+
+def with_pages(engine: Engine, pages: int) -> Engine:
+    """The engine with only these of its KV pages: the compiled shapes stay."""
+    engine.scheduler.pages = PageAllocator(pages, CONFIG.page_tokens)
+    return engine
+
+
+def random_weights(config: ModelConfig, rank: int, targets: tuple[str, ...], seed: int) -> dict:
+    """Weights strong enough that every adapter says something else."""
+    rng, weights = np.random.default_rng(seed), {}
+    for target in targets:
+        L, (x, y) = 1 if target == "lm_head" else config.layers, target_features(config, target)
+        a, b = rng.normal(size=(L, rank, x)), rng.normal(size=(L, rank, y))
+        weights[target] = ((a * 0.3).astype(np.float32), (b * 0.15).astype(np.float32))
+    return weights
+
+
+def ask(
+    id: str,
+    adapter: Adapter | AdapterRef | None = None,
+    prompt: Iterable[int] | int = 5,
+    max_tokens: int = 8,
+    tenant: str = "acme",
+    **params,
+) -> Request:
+    """A request; greedy and deaf to end tokens unless told otherwise.  A number of tokens gives a prompt of its own."""
+    if isinstance(prompt, int):
+        prompt = np.random.default_rng(sum(map(ord, id))).integers(4, 320, prompt).tolist()
+    settings = {"temperature": 0.0, "ignore_eos": True} | params
+    return Request(
+        id=id,
+        tenant=tenant,
+        adapter=adapter.ref if isinstance(adapter, Adapter) else adapter,
+        prompt=tuple(prompt),
+        params=SamplingParams(max_tokens=max_tokens, **settings),
+    )
+
+
+def check_engine(engine: Engine) -> None:
+    """Rows, pages, pins and the tables of the engine agree."""
+    scheduler = engine.scheduler
+    scheduler.check()
+    alive = {s.request.id for s in [*scheduler.waiting, *scheduler.running]}
+    assert set(engine._sequences) == set(engine._texts) == set(engine._seeds) == alive
+    pins = [sum(s.slot == slot for s in scheduler.running) for slot in range(SLOTS)]
+    assert engine.slots._pins == pins
+
+
+def check_idle(engine: Engine) -> None:
+    """Nothing is held for anybody."""
+    check_engine(engine)
+    assert not engine.has_work
+    assert engine.scheduler.pages.free == engine.scheduler.pages.pages
+    assert engine.slots._pins == [0] * SLOTS
+
+
+def step(engine: Engine, answers: dict[str, Answer]) -> None:
+    """One step, with all invariants checked after it."""
+    for delta in engine.step():
+        answers[delta.request_id].take(delta)
+    check_engine(engine)
+
+
+def run_all(
+    engine: Engine, requests: Iterable[Request] = (), between: Callable[[int], None] | None = None
+) -> dict[str, Answer]:
+    """Submits, then steps until nobody is left.  `between` is called with the number of each step after it."""
+    answers: dict[str, Answer] = defaultdict(Answer)
+    for request in requests:
+        engine.submit(request)
+    count = 0
+    while engine.has_work:
+        step(engine, answers)
+        if between is not None:
+            between(count)
+        count += 1
+        assert count < 2000, "the engine does not come to an end"
+    check_idle(engine)
+    return answers

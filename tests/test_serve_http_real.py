@@ -1,0 +1,169 @@
+"""The whole server over HTTP: eight clients, eight adapters, one base, and each reads what its adapter says alone."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import httpx2
+import numpy as np
+import openai
+import pytest
+from fake_house import serving
+from serve_world import check_idle
+
+from jaxlora.lora import ALL_TARGETS, ATTENTION_TARGETS
+from serve.app import create_app
+from serve.runner import Runner
+
+pytest_plugins = ["serve_fixtures"]
+BASE = "tiny"
+COUNT = 8
+
+
+@pytest.fixture(scope="module")
+def eight(world):
+    """Eight adapters of every rank and of different targets; the pool has three slots."""
+    targets = [ALL_TARGETS, ATTENTION_TARGETS, ("q_proj", "v_proj"), ("lm_head", "down_proj")]
+    return [world.add(f"tenant{i}", 200 + i, 1 + i % 6, targets[i % 4]) for i in range(COUNT)]
+
+
+@pytest.fixture(scope="module")
+def server(world, eight):
+    runner = Runner(world.engine(), base_name=BASE)
+    runner.start()
+    try:
+        with serving(create_app(runner, default_max_tokens=16)) as url:
+            yield runner, url
+    finally:
+        runner.stop()
+    check_idle(runner.engine)
+
+
+def prompt_of(i: int) -> list[int]:
+    return np.random.default_rng(i).integers(4, 320, 4 + 5 * i).tolist()
+
+
+async def stream(client, i: int, model: str, max_tokens: int) -> tuple[list[int], str]:
+    """(tokens, text) of one streamed completion, a chunk at a time."""
+    tokens, text = [], ""
+    answer = await client.completions.create(
+        model=model,
+        prompt=prompt_of(i),
+        max_tokens=max_tokens,
+        temperature=0,
+        logprobs=0,
+        stream=True,
+        extra_body={"ignore_eos": True, "return_tokens_as_token_ids": True},
+    )
+    async for chunk in answer:
+        for choice in chunk.choices:
+            text += choice.text
+            if choice.logprobs is not None:
+                tokens += [int(t.removeprefix("token_id:")) for t in choice.logprobs.tokens]
+    return tokens, text
+
+
+def test_eight_streams_at_once_say_what_each_adapter_says_alone(world, eight, server):
+    _runner, url = server
+    max_tokens = 20
+
+    async def scenario():
+        async with openai.AsyncOpenAI(base_url=url + "/v1", api_key="none", max_retries=0, timeout=30) as client:
+            models = [a.ref.name for a in eight]
+            together = await asyncio.gather(*(stream(client, i, m, max_tokens) for i, m in enumerate(models)))
+            alone = [await stream(client, i, m, max_tokens) for i, m in enumerate(models)]
+            return together, alone, await stream(client, 0, BASE, max_tokens)
+
+    together, alone, base = asyncio.run(scenario())
+    assert together == alone
+    for i, (tokens, text) in enumerate(together):
+        assert tokens == world.plain.greedy(prompt_of(i), max_tokens, eight[i]), i
+        assert text == world.tokenizer.decode(tokens)
+    assert base[0] == world.plain.greedy(prompt_of(0), max_tokens, None) != together[0][0]
+
+
+def test_chat_goes_through_the_template(world, eight, server):
+    messages = [{"role": "user", "content": "what is a slot?"}]
+    ids = world.tokenizer.chat(messages)
+    with openai.OpenAI(base_url=server[1] + "/v1", api_key="none", max_retries=0, timeout=30) as client:
+        answer = client.chat.completions.create(
+            model="tenant1@1", messages=messages, max_tokens=10, temperature=0, extra_body={"ignore_eos": True}
+        )
+    tokens = world.plain.greedy(ids, 10, eight[1])
+    assert answer.choices[0].message.content == world.tokenizer.decode(tokens)
+    assert answer.choices[0].finish_reason == "length"
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(ids), 10)
+
+
+def test_text_goes_through_the_tokenizer(world, server):
+    with openai.OpenAI(base_url=server[1] + "/v1", api_key="none", max_retries=0, timeout=30) as client:
+        answer = client.completions.create(
+            model=BASE, prompt="hello slot", max_tokens=6, temperature=0, extra_body={"ignore_eos": True}
+        )
+    ids = world.tokenizer.encode("hello slot")
+    assert answer.usage.prompt_tokens == len(ids)
+    assert answer.choices[0].text == world.tokenizer.decode(world.plain.greedy(ids, 6, None))
+    body = {"model": BASE, "prompt": "hello slot"}
+    tokenized = httpx2.post(server[1] + "/tokenize", json=body).json()
+    assert tokenized["tokens"] == ids
+    bare = httpx2.post(server[1] + "/tokenize", json=body | {"add_special_tokens": False}).json()
+    assert bare["tokens"] == world.tokenizer.encode("hello slot", add_special_tokens=False) != ids
+    back = httpx2.post(server[1] + "/detokenize", json={"model": BASE, "tokens": bare["tokens"]}).json()
+    assert back["prompt"] == "hello slot"
+
+
+def test_a_version_published_between_two_requests_answers_the_second(world, server):
+    runner, url = server
+    first = world.add("fresh", seed=300)
+    second = world.add("other", seed=301)
+    with openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0, timeout=30) as client:
+
+        def text():
+            answer = client.completions.create(
+                model="fresh", prompt=prompt_of(1), max_tokens=9, temperature=0, extra_body={"ignore_eos": True}
+            )
+            return answer.choices[0].text
+
+        def expected(adapter):
+            return world.tokenizer.decode(world.plain.greedy(prompt_of(1), 9, adapter))
+
+        assert text() == expected(first)
+        rows = world.device_rows(second)
+        runner.call(lambda: runner.publish("acme", "fresh", second.spec, rows))
+        assert text() == expected(second) != expected(first)
+        card = client.models.retrieve("fresh").model_extra
+        assert (card["version"], card["state"], card["rank"]) == (2, "device", 3)
+
+
+def test_a_failing_adapter_is_an_error_of_its_asker(world, server):
+    world.add("foreign-base", seed=1, base_hash="another")
+    with openai.OpenAI(base_url=server[1] + "/v1", api_key="none", max_retries=0, timeout=30) as client:
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.completions.create(model="foreign-base", prompt="x", max_tokens=4)
+        assert caught.value.code == "base_mismatch"
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.completions.create(model=BASE, prompt="x", max_tokens=100)
+        assert caught.value.code == "context_length_exceeded"
+        assert client.completions.create(model=BASE, prompt="x", max_tokens=4).choices[0].finish_reason
+
+
+def test_a_client_that_hangs_up_frees_what_it_held(server):
+    runner, url = server
+    body = {"model": "tenant0", "prompt": prompt_of(0), "max_tokens": 60, "stream": True, "ignore_eos": True}
+    slow = runner.engine.step
+    runner.engine.step = lambda: time.sleep(0.02) or slow()  # a minute's worth of tokens must not end on its own
+    try:
+        with (
+            httpx2.Client(base_url=url, timeout=10) as client,
+            client.stream("POST", "/v1/completions", json=body) as r,
+        ):
+            assert next(r.iter_lines()).startswith("data: ")
+            assert runner.call(lambda: runner.engine.has_work)
+        began, generated = time.monotonic(), runner.engine.decoded_tokens
+        while runner.call(lambda: runner.engine.has_work):
+            assert time.monotonic() - began < 5
+        assert runner.engine.decoded_tokens - generated < 40
+        runner.call(lambda: check_idle(runner.engine))
+    finally:
+        runner.engine.step = slow

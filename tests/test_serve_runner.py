@@ -1,0 +1,475 @@
+"""The device thread: many threads and loops ask, one answers, and nobody waits for a thread that is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import numpy as np
+import pytest
+from serve_world import Answer, World, ask, check_idle
+
+from jaxlora import store as store_module
+from jaxlora.errors import AdapterNotFinite, AdapterNotFound, ContextLengthExceeded, StateInvalid
+from jaxlora.lora import AdapterRef
+from jaxlora.store import AdapterStore
+from serve.engine import Engine
+from serve.request import FinishReason
+from serve.runner import Runner
+
+pytest_plugins = ["serve_fixtures"]
+BASE = "owner/tiny"
+
+
+@pytest.fixture
+def runner(world):
+    """A running server; at the end nothing may be held for anybody."""
+    it = Runner(world.engine(), base_name=BASE)
+    it.start()
+    yield it
+    settle(it)
+    it.stop()
+    check_idle(it.engine)
+
+
+def settle(runner: Runner) -> None:
+    """Waits until the engine has nothing to do."""
+    deadline = time.monotonic() + 10
+    while runner.call(lambda: runner.engine.has_work):
+        assert time.monotonic() < deadline, "requests are left over"
+
+
+async def read(stream) -> Answer:
+    answer = Answer()
+    async for delta in stream:
+        answer.take(delta)
+    return answer
+
+
+async def submit_all(runner, requests) -> list[Answer]:
+    streams = [runner.submit(r) for r in requests]
+    return await asyncio.wait_for(asyncio.gather(*map(read, streams)), 20)
+
+
+class Failing(Engine):
+    """An engine whose step fails when it is told to, after it has said so and was let go on."""
+
+    def prepare(self) -> None:
+        self.fail, self.entered, self.go_on = False, threading.Event(), threading.Event()
+
+    def step(self):
+        if self.fail:
+            self.entered.set()
+            assert self.go_on.wait(10)
+            raise RuntimeError("the device is gone")
+        return super().step()
+
+
+def failing_runner(world: World) -> Runner:
+    engine = world.engine()
+    engine.__class__ = Failing
+    engine.prepare()
+    runner = Runner(engine, base_name=BASE)
+    runner.start()
+    return runner
+
+
+# --- answers
+
+
+def test_streams_of_one_loop(world, runner):
+    requests = [ask(f"r{i}", [None, *world.adapters][i % 6], 3 + i, 4 + i) for i in range(12)]
+    answers = asyncio.run(submit_all(runner, requests))
+    for r, answer in zip(requests, answers, strict=True):
+        assert answer.tokens == world.greedy(r), r.id
+        assert answer.finish is FinishReason.LENGTH
+
+
+def test_streams_of_many_loops_and_completions_of_many_threads(world, runner):
+    def one_loop(n):
+        requests = [ask(f"loop{n}/{i}", world.adapters[(n + i) % 5], 4 + i, 6) for i in range(4)]
+        if n % 2:
+            return requests, [c.tokens for c in runner.complete(requests)]
+        return requests, [a.tokens for a in asyncio.run(submit_all(runner, requests))]
+
+    with ThreadPoolExecutor(4) as pool:
+        for requests, tokens in pool.map(one_loop, range(4)):
+            assert tokens == [world.greedy(r) for r in requests]
+
+
+def test_complete_answers_in_order(world, runner):
+    requests = [ask(f"c{i}", world.adapters[i % 5], 5, 12 - i) for i in range(6)]
+    completions = runner.complete(requests)
+    assert [c.request_id for c in completions] == [r.id for r in requests]
+    assert [c.tokens for c in completions] == [world.greedy(r) for r in requests]
+    assert [c.text for c in completions] == [world.tokenizer.decode(c.tokens) for c in completions]
+    assert runner.complete([]) == []
+
+
+def test_complete_raises_what_a_request_failed_with(world, runner):
+    with pytest.raises(ContextLengthExceeded):
+        runner.complete([ask("good"), ask("long", None, 60, 60)])
+    with pytest.raises(AdapterNotFound):
+        runner.complete([ask("lost", AdapterRef("acme", "nobody", 1)), ask("good")])
+
+
+def test_what_is_not_admitted_is_the_only_news(runner):
+    (answer,) = asyncio.run(submit_all(runner, [ask("long", None, 60, 60)]))
+    assert (answer.deltas, answer.tokens) == (1, [])
+    assert isinstance(answer.error, ContextLengthExceeded)
+
+
+def test_cancel_frees_a_running_and_a_waiting_request(world, runner):
+    async def scenario():
+        requests = [ask(f"r{i}", world.adapters[i % 2], 4, 60) for i in range(10)]
+        streams = [runner.submit(r) for r in requests]
+        first = await anext(streams[0])
+        assert first.tokens == tuple(world.greedy(requests[0])[:1])
+        for s in streams[:9]:
+            s.cancel()
+            s.cancel()
+        return await read(streams[9]), requests[9]
+
+    answer, request = asyncio.run(asyncio.wait_for(scenario(), 20))
+    assert answer.tokens == world.greedy(request)
+    settle(runner)
+    runner.call(lambda: check_idle(runner.engine))
+    assert runner._listeners == {}
+
+
+def test_a_closed_loop_frees_its_requests(world, runner):
+    async def leave():
+        stream = runner.submit(ask("left", world.adapters[0], 4, 60))
+        await anext(stream)
+
+    asyncio.run(leave())
+    settle(runner)
+    assert runner._listeners == {}
+
+
+# --- the thread
+
+
+def test_call_runs_on_the_device_thread_and_raises_what_it_raises(runner):
+    def fail():
+        raise KeyError("mine")
+
+    assert runner.call(lambda: threading.current_thread().name) == "jaxlora-device"
+    assert runner.call(lambda: runner.call(lambda: 7)) == 7  # from the thread itself
+    with pytest.raises(KeyError, match="mine"):
+        runner.call(fail)
+    assert runner.health() == "ok"
+
+
+def test_call_comes_between_two_steps_of_a_running_request(world, runner):
+    request = ask("long", world.adapters[0], 4, 60)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(runner.complete, [request])
+        while not answer.done():
+            runner.call(lambda: runner.engine.scheduler.check())
+    assert answer.result()[0].tokens == world.greedy(request)
+
+
+def test_before_the_start_and_after_the_end_nobody_waits(world):
+    runner = Runner(world.engine(), base_name=BASE)
+    runner.stop()
+
+    async def submit():
+        return runner.submit(ask("x"))
+
+    def nobody_waits():
+        for use in (lambda: runner.call(int), lambda: runner.complete([ask("x")]), lambda: asyncio.run(submit())):
+            with pytest.raises(StateInvalid, match="device thread"):
+                use()
+        assert runner.health() != "ok"
+        runner.cancel("x")
+
+    nobody_waits()
+    runner.start()
+    assert runner.health() == "ok"
+    runner.stop()
+    nobody_waits()
+    runner.stop()
+
+
+def test_stop_ends_open_requests_with_an_error(world):
+    runner = Runner(world.engine(), base_name=BASE)
+    runner.start()
+
+    async def scenario():
+        streams = [runner.submit(ask(f"r{i}", None, 4, 60)) for i in range(12)]
+        await anext(streams[0])
+        runner.call(runner._stop_now)
+        return await asyncio.wait_for(asyncio.gather(*map(read, streams)), 10)
+
+    answers = asyncio.run(scenario())
+    assert all(isinstance(a.error, StateInvalid) for a in answers)
+    runner.stop()
+
+
+def test_a_failure_at_the_start_is_raised_there(world, caplog):
+    runner = Runner(world.engine(), base_name=BASE)
+    runner.engine.warm_up = lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        runner.start()
+    assert runner.health() != "ok"
+    assert "the device thread has ended" in caplog.text
+
+
+def test_a_dead_thread_gives_errors_to_all_who_wait_and_all_who_come(world, caplog):
+    runner = failing_runner(world)
+
+    async def scenario():
+        early = [runner.submit(ask(f"r{i}", None, 4, 60)) for i in range(10)]
+        await anext(early[0])
+        runner.engine.fail = True
+        await asyncio.to_thread(runner.engine.entered.wait, 10)
+        late = runner.submit(ask("late", None, 4, 4))  # the thread is in its last step
+        with ThreadPoolExecutor(1) as pool:
+            completion = pool.submit(runner.complete, [ask("latest", None, 4, 4)])
+            while runner._inbox.qsize() < 2:
+                await asyncio.sleep(0.001)
+            runner.engine.go_on.set()
+            answers = await asyncio.wait_for(asyncio.gather(*map(read, [*early, late])), 10)
+        assert isinstance(completion.exception(), StateInvalid)
+        return answers
+
+    answers = asyncio.run(scenario())
+    assert all(isinstance(a.error, StateInvalid) for a in answers)
+    assert all("device is gone" not in str(a.error) for a in answers)
+    assert "the device is gone" in caplog.text
+    runner._thread.join(10)
+    assert runner.health() != "ok"
+    with pytest.raises(StateInvalid):
+        runner.call(int)
+    runner.stop()
+
+
+# --- training between the steps
+
+
+class FakeTrainer:
+    """Takes so many steps, and writes down what the device thread did meanwhile."""
+
+    def __init__(self, engine, steps):
+        self.log, self.left = [], steps
+        step = engine.step
+        engine.step = lambda: self.log.append("s") or step()
+
+    @property
+    def has_work(self):
+        return self.left > 0
+
+    def step(self):
+        assert threading.current_thread().name == "jaxlora-device"
+        self.left -= 1
+        self.log.append("t")
+
+
+@pytest.mark.parametrize("serve_steps", [1, 3])
+def test_training_and_serving_take_turns(world, serve_steps):
+    runner = Runner(world.engine(), base_name=BASE, serve_steps=serve_steps)
+    trainer = runner.trainer = FakeTrainer(runner.engine, 8)
+    request = ask("r", world.adapters[0], 4, 40)
+    runner._inbox.put(lambda: runner.admit(request, lambda _delta: None))  # both have work from the first turn
+    runner.start()
+    settle(runner)
+    runner.stop()
+    assert "".join(trainer.log) == ("s" * serve_steps + "t") * 8 + "s" * (40 - 8 * serve_steps)
+
+
+def test_training_goes_on_alone_and_a_request_joins(world, runner):
+    trainer = FakeTrainer(runner.engine, 10**9)
+    runner.call(lambda: setattr(runner, "trainer", trainer))
+    request = ask("r", world.adapters[1], 4, 20)
+    while len(trainer.log) < 5:
+        time.sleep(0.001)
+    assert set(trainer.log) == {"t"}
+    assert runner.complete([request])[0].tokens == world.greedy(request)
+    trainer.left = 0
+    settle(runner)
+    assert trainer.log.count("s") == 20
+
+
+def test_a_trainer_publishes_between_the_steps_of_a_request(world, runner):
+    """The request keeps its version; one that comes later gets the new one; no publish stops anybody."""
+    old = world.add("trained", seed=70)
+    new = [world.add("unused", seed=71 + i) for i in range(3)]
+    rows = [world.device_rows(a) for a in new]
+    published = []
+
+    class Publisher(FakeTrainer):
+        def step(self):
+            super().step()
+            if self.left < 3:
+                published.append(runner.publish("acme", "trained", new[self.left].spec, rows[self.left]))
+
+    trainer = Publisher(runner.engine, 6)
+    request = ask("keeps", runner.resolve(None, "trained"), 4, 60)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(runner.complete, [request])
+        while not trainer.log:
+            time.sleep(0.001)
+        runner.call(lambda: setattr(runner, "trainer", trainer))
+        assert answer.result()[0].tokens == world.greedy(request)
+    while trainer.has_work:
+        time.sleep(0.001)
+    assert [r.version for r in published] == [2, 3, 4]
+    later = ask("later", runner.resolve(None, "trained"), 4, 12)
+    assert later.adapter == published[-1]
+    (got,) = runner.complete([later])
+    assert got.tokens == world.plain.greedy(later.prompt, 12, new[0])
+    assert got.tokens != world.plain.greedy(later.prompt, 12, old)
+    assert runner.engine.slots.find(published[-1]) is not None
+
+
+# --- publish
+
+
+def test_a_published_version_is_on_disk_later(world, runner, tmp_path):
+    adapter = world.add("source", seed=80)
+    ref = runner.call(lambda: runner.publish("acme", "kept", adapter.spec, world.device_rows(adapter)))
+    assert ref == AdapterRef("acme", "kept", 1)
+    world.store.flush()
+    again = AdapterStore(world.store._root, host_bytes=0)
+    try:
+        stored = again.get(ref)
+    finally:
+        again.close()
+    assert stored.base_hash == world.base_hash
+    for target, pair in adapter.weights.items():
+        for x, y in zip(stored.weights[target], pair, strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+def test_publishing_waits_for_no_storage(world, runner, monkeypatch):
+    blocked, save = threading.Event(), store_module.save_version
+    monkeypatch.setattr(store_module, "save_version", lambda *a: blocked.wait(20) and save(*a))
+    adapter = world.adapters[0]
+    rows = world.device_rows(adapter)
+    ref = runner.call(lambda: runner.publish("acme", "unsaved", adapter.spec, rows))
+    request = ask("r", ref, 5, 8)
+    assert runner.complete([request])[0].tokens == world.plain.greedy(request.prompt, 8, adapter)
+    assert not (world.store._root / "adapters/acme/unsaved/1").exists()
+    blocked.set()
+    world.store.flush()
+    assert (world.store._root / "adapters/acme/unsaved/1").exists()
+
+
+def test_weights_that_are_not_finite_are_never_published(world, runner):
+    good = world.add("careful", seed=90)
+    rows = world.device_rows(good)
+    spoilt = dict(rows) | {"q_proj": jax.tree.map(lambda x: x.at[..., 0].set(np.inf), rows["q_proj"])}
+    with pytest.raises(AdapterNotFinite):
+        runner.call(lambda: runner.publish("acme", "careful", good.spec, spoilt))
+    assert runner.resolve(None, "careful") == good.ref
+    assert world.store.versions("acme", "careful") == [good.ref]
+
+
+# --- names
+
+
+@pytest.fixture(scope="module")
+def named(world, tmp_path_factory):
+    """A server of three adapters of two tenants over a store of its own; never started."""
+    store = AdapterStore(tmp_path_factory.mktemp("named"), host_bytes=10**8)
+    mine = World(**(vars(world) | {"store": store}))
+    for tenant, name, count in (("acme", "bot", 3), ("acme", "twin", 1), ("zoo", "twin", 2)):
+        for i in range(count):
+            ref = store.mint(tenant, name)
+            source = world.adapters[i]
+            store.put(type(source)(ref=ref, spec=source.spec, base_hash=world.base_hash, weights=source.weights))
+    yield Runner(mine.engine(), base_name=BASE)
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("tenant", "model", "found"),
+    [
+        (None, BASE, None),
+        ("acme", BASE, None),
+        (None, "bot", AdapterRef("acme", "bot", 3)),
+        (None, "bot@2", AdapterRef("acme", "bot", 2)),
+        (None, "bot@3", AdapterRef("acme", "bot", 3)),
+        (None, "acme/bot", AdapterRef("acme", "bot", 3)),
+        (None, "acme/bot@1", AdapterRef("acme", "bot", 1)),
+        (None, "zoo/twin", AdapterRef("zoo", "twin", 2)),
+        ("acme", "twin", AdapterRef("acme", "twin", 1)),
+        ("zoo", "twin", AdapterRef("zoo", "twin", 2)),
+        ("zoo", "zoo/twin@1", AdapterRef("zoo", "twin", 1)),
+    ],
+)
+def test_a_name_means_a_version(named, tenant, model, found):
+    assert named.resolve(tenant, model) == found
+
+
+@pytest.mark.parametrize(
+    ("tenant", "model"),
+    [
+        (None, "nobody"),
+        (None, "bot@4"),
+        (None, "bot@0"),
+        (None, "bot@02"),
+        (None, "bot@"),
+        (None, "bot@x"),
+        (None, "bot@1@1"),
+        (None, "/bot"),
+        (None, "zoo/bot"),
+        (None, "x/acme/bot"),
+        (None, "../bot"),
+        (None, "BOT"),
+        (None, ""),
+        (None, "\0"),
+        (None, BASE + "@1"),
+        ("zoo", "bot"),
+        ("zoo", "acme/bot"),
+        ("zoo", "acme/twin"),
+        ("stranger", "bot"),
+    ],
+)
+def test_an_unknown_name_and_anothers_are_the_same_error(named, tenant, model):
+    with pytest.raises(AdapterNotFound) as caught:
+        named.resolve(tenant, model)
+    assert str(caught.value) == f"The model `{model}` does not exist."
+    with pytest.raises(AdapterNotFound):
+        named.model(tenant, model)
+
+
+def test_a_name_that_two_tenants_have_asks_for_the_tenant(named):
+    for model in ("twin", "twin@1"):
+        with pytest.raises(AdapterNotFound, match=r"several tenants .* TENANT/twin"):
+            named.resolve(None, model)
+
+
+def test_models_are_the_base_and_what_the_tenant_may_see(named):
+    base, *cards = named.models(None)
+    assert (base.id, base.state, base.rank, base.version, base.parent) == (BASE, "base", None, None, None)
+    assert [c.id for c in cards] == ["bot", "acme/twin", "zoo/twin"]
+    assert [(c.root, c.owned_by, c.version, c.rank, c.parent) for c in cards] == [
+        ("bot", "acme", 3, 6, BASE),
+        ("twin", "acme", 1, 3, BASE),
+        ("twin", "zoo", 2, 1, BASE),
+    ]
+    assert [c.id for c in named.models("zoo")] == [BASE, "twin"]
+    assert [c.id for c in named.models("stranger")] == [BASE]
+    for card in cards:
+        assert named.resolve(None, card.id) == AdapterRef(card.owned_by, card.root, card.version)
+        assert abs(card.created - time.time()) < 100
+    assert named.model("acme", "bot@2").id == "bot@2"
+    assert named.model("acme", "bot@2").rank == 1
+    assert named.model(None, BASE) == base
+
+
+def test_a_card_says_where_the_weights_are(named):
+    store, ref = named.engine.store, named.resolve(None, "bot")
+    assert named.model(None, "bot").state == "host"
+    store.flush()
+    with store._state:
+        store._drop(ref)
+    assert named.model(None, "bot").state == "disk"
+    named.engine.slots.place(0, ref)
+    assert named.model(None, "bot").state == "device"
+    assert named.model(None, "bot@2").state == "host"
