@@ -40,15 +40,15 @@ class TokenBatch:
     slot_T: jax.Array  # int32 which adapter; NO_ADAPTER is the base model
 
 
-class Lora(Protocol):
+class Lora[Layer](Protocol):
     """How adapted linears are computed.  `per_layer` is scanned over layers together with the weights."""
 
     @property
-    def per_layer(self) -> object:
+    def per_layer(self) -> Layer:
         """A pytree with a leading axis of layers."""
         ...
 
-    def deltas(self, layer: object, targets: tuple[str, ...], x_TX: jax.Array) -> tuple[jax.Array | None, ...]:
+    def deltas(self, layer: Layer, targets: tuple[str, ...], x_TX: jax.Array) -> tuple[jax.Array | None, ...]:
         """What each target's adapter adds, [T, Y]; None where no adapter of this pool has the target."""
         ...
 
@@ -74,18 +74,27 @@ class Attend[Cache](Protocol):
 class Block(nnx.Module):
     """One layer's weights; stacked over layers when it is stored."""
 
+    # Set by name from the arrays, as the linears are; a family without a bias or a norm lacks the attribute.
+    attn_norm: nnx.Param
+    mlp_norm: nnx.Param
+    q_bias: nnx.Param
+    k_bias: nnx.Param
+    v_bias: nnx.Param
+    q_norm: nnx.Param
+    k_norm: nnx.Param
+
     def __init__(self, arrays: Mapping[str, jax.Array]):
         for name, value in arrays.items():
             setattr(self, name, nnx.Param(value))
 
-    def __call__[Cache](
+    def __call__[Cache, Layer](
         self,
         config: ModelConfig,
         layer: jax.Array,
         x_TD: jax.Array,
         rope: tuple[jax.Array, jax.Array],
-        lora: Lora,
-        lora_layer: object,
+        lora: Lora[Layer],
+        lora_layer: Layer,
         attend: Attend[Cache],
         cache: Cache,
     ) -> tuple[jax.Array, Cache]:
@@ -124,8 +133,8 @@ class Decoder(nnx.Module):
         self.norm = nnx.Param(arrays["norm"])
         self.blocks = Block({name: value for name, value in arrays.items() if name not in ("embed", "norm", "head")})
 
-    def __call__[Cache](
-        self, batch: TokenBatch, lora: Lora, attend: Attend[Cache], cache: Cache
+    def __call__[Cache, Layer](
+        self, batch: TokenBatch, lora: Lora[Layer], attend: Attend[Cache], cache: Cache
     ) -> tuple[jax.Array, Cache]:
         """(hidden [T, D] after the final norm, cache).  Layers run under `lax.scan`, the cache in the carry."""
         config = self.config
@@ -159,8 +168,8 @@ class Base:
         return self.arrays["embed"].dtype
 
 
-def forward[Cache](
-    base: Base, batch: TokenBatch, lora: Lora, attend: Attend[Cache], cache: Cache
+def forward[Cache, Layer](
+    base: Base, batch: TokenBatch, lora: Lora[Layer], attend: Attend[Cache], cache: Cache
 ) -> tuple[jax.Array, Cache]:
     """(hidden [T, D] after the final norm, cache): the one forward pass of the house."""
     with jax.default_matmul_precision(base.precision):
