@@ -259,7 +259,7 @@ def test_train_config_refuses(tmp_path, old, new, message):
         ("port = 8000", "port = 65536", "port must be in [0, 65535], got 65536"),
         ('host = "127.0.0.1"', 'host = ""', "host must be an address"),
         ("max_waiting = 256", "max_waiting = 0", "max_waiting must be at least 1"),
-        ("kv_pages = 512", "kv_pages = 0", "kv_pages must be at least 1"),
+        ("kv_pages = 128", "kv_pages = 0", "kv_pages must be at least 1"),
         (
             "[model]",
             '[[load]]\nname = "a"\npath = "x"\n[[load]]\nname = "a"\npath = "y"\n[model]',
