@@ -20,6 +20,7 @@ import optax
 from jaxlora.errors import ConfigInvalid
 
 NO_CLIP = math.inf
+FLOAT32 = np.finfo(np.float32)
 
 
 @jax.tree_util.register_dataclass
@@ -59,21 +60,25 @@ class Optimizer:
     clip: float | None = 1.0  # None: no clipping
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.lr) and self.lr >= 0):
-            raise ConfigInvalid(f"lr must be finite and not negative, got {self.lr}", param="lr")
-        if self.schedule not in ("constant", "linear", "cosine"):
-            raise ConfigInvalid(f"schedule must be constant, linear or cosine, got {self.schedule}", param="schedule")
-        if self.total_steps < 1 or not 0 <= self.warmup_steps <= self.total_steps:
-            raise ConfigInvalid(
-                f"warmup_steps must be in [0, total_steps], got {self.warmup_steps} of {self.total_steps}"
-            )
-        if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1 and self.eps > 0 and self.weight_decay >= 0):
-            raise ConfigInvalid(
-                f"betas must be in [0, 1), eps positive, weight_decay not negative; got "
-                f"b1 {self.b1}, b2 {self.b2}, eps {self.eps}, weight_decay {self.weight_decay}"
-            )
-        if self.clip is not None and not self.clip > 0:
-            raise ConfigInvalid(f"clip must be positive or absent, got {self.clip}", param="clip")
+        """Checks what the device will see: these numbers in float32, where a tiny eps is 0 and a beta near 1 is 1."""
+        top, tiny = float(FLOAT32.max), float(FLOAT32.tiny)
+        checks = {
+            "lr": (0 <= self.lr <= top, "finite and not negative"),
+            "schedule": (self.schedule in ("constant", "linear", "cosine"), "constant, linear or cosine"),
+            "total_steps": (self.total_steps >= 1, "at least 1"),
+            "warmup_steps": (
+                0 <= self.warmup_steps <= self.total_steps,
+                f"in [0, {self.total_steps}], the total_steps",
+            ),
+            "weight_decay": (0 <= self.weight_decay <= top, "finite and not negative"),
+            "b1": (0 <= np.float32(self.b1) < 1, "in [0, 1)"),
+            "b2": (0 <= np.float32(self.b2) < 1, "in [0, 1)"),
+            "eps": (tiny <= self.eps <= top, f"finite and at least {tiny:.3g}"),
+            "clip": (self.clip is None or tiny <= self.clip <= top, "positive or absent"),
+        }
+        for name, (fine, wanted) in checks.items():
+            if not fine:
+                raise ConfigInvalid(f"{name} must be {wanted}, got {getattr(self, name)}", param=name)
 
     def lr_at(self, step: int) -> float:
         """Learning rate of optimizer step `step`, counted from 0."""
