@@ -21,7 +21,7 @@ from rich.table import Table
 
 from jaxlora import compile_cache
 from jaxlora.checkpoint import restore_state, save_state
-from jaxlora.config import TenantSection, TrainConfig, load
+from jaxlora.config import Optimizer, TenantSection, TrainConfig, load
 from jaxlora.errors import ConfigInvalid
 from jaxlora.lora import HEAD_TARGET, LAYER_TARGETS
 from jaxlora.opened import Opened, open_base
@@ -29,7 +29,6 @@ from jaxlora.peft import export_peft
 from jaxlora.pool import PoolSpec
 from jaxlora.store import AdapterStore
 from train.data import Example, load_jsonl
-from train.optimizer import Optimizer
 from train.plot import plot_losses
 from train.step import SlotState
 from train.trainer import Evaluation, StepReport, Trainer
@@ -81,25 +80,10 @@ def seat_tenants(trainer: Trainer, config: TrainConfig, opened: Opened) -> dict[
         examples = load_jsonl(section.train, opened.tokenizer, max_tokens=limit)
         if section.heldout is not None:
             heldout[section.name] = load_jsonl(section.heldout, opened.tokenizer, max_tokens=limit)
-        optimizer = optimizer_of(section, config.steps)
+        optimizer = section.optimizer(config.steps)
         trainer.add(section.name, section.spec, optimizer, examples, batch_size=section.batch, seed=section.seed)
         _resume(trainer, config, section, optimizer, examples)
     return heldout
-
-
-def optimizer_of(section: TenantSection, run_steps: int) -> Optimizer:
-    """The tenant's optimizer; its schedule ends at its own last step, or the run's."""
-    return Optimizer(
-        lr=section.lr,
-        schedule=section.schedule,
-        warmup_steps=section.warmup_steps,
-        total_steps=section.steps if section.steps is not None else run_steps,
-        weight_decay=section.weight_decay,
-        b1=section.b1,
-        b2=section.b2,
-        eps=section.eps,
-        clip=section.clip,
-    )
 
 
 def _resume(

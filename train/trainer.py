@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxlora.config import Optimizer
 from jaxlora.errors import AlreadyExists, DataInvalid, NotFound, StateInvalid
 from jaxlora.lora import ALL_TARGETS, Adapter, AdapterRef, LoraSpec
 from jaxlora.mesh import check_lanes, replicated
@@ -26,7 +27,7 @@ from jaxlora.pool import PoolSpec, Rows, adapter_of_rows, host_rows, layer_count
 from pallas_kernels import NO_ADAPTER
 from train.data import Example, ExampleStream, Lane, pack
 from train.mixer import Mixer
-from train.optimizer import IDLE, Hyper, Optimizer
+from train.optimizer import IDLE, Hyper
 from train.step import SlotState, TrainBatch, empty_state, fresh_seat, idle_batch, make_programs
 
 MAX_BAD_STEPS = 5  # skipped updates in a row after which a tenant stops
