@@ -155,7 +155,8 @@ def test_a_run_leaves_states_metrics_adapters_and_a_picture(job):
         np.testing.assert_array_equal(
             weights(job, name)["base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"], a_LRX[1]
         )
-        assert name in shown
+        assert f"{name}: step 2 of {steps}, loss " in shown
+    assert f"jaxlora serve --model {tiny_path('tiny-llama-tied')} --adapters {out}/store\n" in shown
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -15,7 +15,7 @@ import json
 import signal
 import threading
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -94,6 +94,7 @@ def main(config_path: Path) -> None:
     """
     compile_cache.enable(None)
     config = load(config_path, TrainConfig)
+    config = replace(config, out=readable(config.out))
     if len(config.tenant) > config.slots:
         raise ConfigInvalid(f"{len(config.tenant)} tenants need as many slots, the file has slots = {config.slots}")
     console = Console()
@@ -103,14 +104,10 @@ def main(config_path: Path) -> None:
     jobs = seat_tenants(trainer, config, opened)
     for tenant in trainer.tenants.values():
         if tenant.step:
-            console.print(f"{progress(tenant)}, from its checkpoint", highlight=False)
+            say(console, f"{progress(tenant)}, from its checkpoint")
     if not trainer.has_work and all(job.delivered(trainer.tenants[name]) for name, job in jobs.items()):
-        console.print(
-            f"nothing to do: every tenant has trained its last step and its adapter is in {config.out}\n"
-            "to train on, raise `steps`; to train anew, change or remove `out`",
-            highlight=False,
-            soft_wrap=True,
-        )
+        say(console, f"nothing to do: every tenant has trained its last step and its adapter is in {config.out}")
+        say(console, "to train on, raise `steps`; to train anew, name another `out` or remove this one")
         return
     with contextlib.closing(AdapterStore(config.out / "store", host_bytes=HOST_BYTES)) as store:
         with console.status("compiling the step"):
@@ -134,6 +131,17 @@ def make_trainer(config: TrainConfig, opened: Opened) -> Trainer:
         lane_tokens=config.lane_tokens,
         base_hash=opened.base_hash,
     )
+
+
+def readable(path: Path) -> Path:
+    """The same place without `..`, relative to the working folder where it lies in it."""
+    whole = path.resolve()
+    return whole.relative_to(Path.cwd()) if whole.is_relative_to(Path.cwd()) else whole
+
+
+def say(console: Console, line: str) -> None:
+    """Prints a line as it is, however wide the terminal."""
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def progress(tenant: Tenant) -> str:
@@ -223,11 +231,13 @@ def run_steps(
                     deliver(trainer, name, job, opened, store)
                 elif report.step % config.save_every == 0:
                     save_tenant(trainer, name, job)
+                    if not console.is_terminal:  # a log has no table that changes
+                        say(console, f"{progress(trainer.tenants[name])}, loss {report.loss:.3f}")
             live.update(_table(trainer, last))
         for name, job in jobs.items():
             save_tenant(trainer, name, job)
     if asked.is_set() and trainer.has_work:
-        console.print(f"stopped; every state is saved in {config.out}, and the same command goes on", soft_wrap=True)
+        say(console, f"stopped; every state is saved in {config.out}, and the same command goes on from there")
         raise KeyboardInterrupt
 
 
@@ -268,7 +278,8 @@ def deliver(trainer: Trainer, name: str, job: Job, opened: Opened, store: Adapte
 
 
 def _table(trainer: Trainer, last: dict[str, StepReport]) -> Table:
-    table = Table("tenant", "step", "loss", "accuracy", "lr", "grad norm", "status")
+    caption = "Ctrl-C finishes the step, saves every state and stops" if trainer.has_work else None
+    table = Table("tenant", "step", "loss", "accuracy", "lr", "grad norm", "status", caption=caption)
     for name, tenant in trainer.tenants.items():
         r = last.get(name)
         numbers = (
@@ -287,6 +298,7 @@ def finish(
     trainer: Trainer, config: TrainConfig, jobs: dict[str, Job], console: Console, before: dict[str, Evaluation]
 ) -> None:
     """The plot and the table of held-out results.  Raises StateInvalid, naming the tenants that failed."""
+    plot_curves({name: metrics.losses(job.metrics) for name, job in jobs.items()}, config.out / "loss.png")
     with console.status("asking the adapters for the held-out examples"):
         after = evaluate_all(trainer, jobs, tuned=True)
     table = Table("tenant", "status", "held-out NLL base", "adapter", "token accuracy base", "adapter", "version")
@@ -297,11 +309,9 @@ def finish(
             numbers = [f"{b.nll:.3f}", f"{a.nll:.3f}", f"{b.accuracy:.0%}", f"{a.accuracy:.0%}"]
         version = str(jobs[name].version()) if tenant.status == "done" else ""
         table.add_row(name, tenant.status, *numbers, version)
-    plot_curves({name: metrics.losses(job.metrics) for name, job in jobs.items()}, config.out / "loss.png")
     console.print(table)
-    console.print(
-        f"adapters: {config.out}/TENANT/peft; serve them with their store: jaxlora serve --adapters {config.out}/store"
-    )
+    say(console, f"adapters: {config.out}/TENANT/peft; loss curves: {config.out}/loss.png")
+    say(console, f"to serve them: jaxlora serve --model {config.model.path} --adapters {config.out}/store")
     failed = [name for name, tenant in trainer.tenants.items() if tenant.status == "failed"]
     if failed:
         raise StateInvalid(
