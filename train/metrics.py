@@ -19,7 +19,8 @@ def append(path: Path, report: StepReport) -> None:
         writer = csv.writer(file)
         if new:
             writer.writerow(COLUMNS)
-        writer.writerow([getattr(report, column) for column in COLUMNS])
+        values = [getattr(report, column) for column in COLUMNS]
+        writer.writerow([f"{value:.7g}" if isinstance(value, float) else value for value in values])
 
 
 def cut(path: Path, step: int) -> None:
