@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from jaxlora.errors import AlreadyExists, DataInvalid, NotFound, StateInvalid
 from jaxlora.lora import ALL_TARGETS, Adapter, AdapterRef, LoraSpec
-from jaxlora.mesh import check_lanes, replicated
+from jaxlora.mesh import check_lanes, place_rows, replicated
 from jaxlora.model import Base
 from jaxlora.model_config import ModelConfig, target_features
 from jaxlora.pool import PoolSpec, Rows, adapter_of_rows, host_rows, layer_count
@@ -86,7 +86,7 @@ class Trainer:
 
     def warm_up(self) -> None:
         """Compiles and runs every program once, on idle lanes."""
-        batch = self._device(idle_batch(self.lanes, self.lane_tokens))
+        batch = place_rows(self.mesh, idle_batch(self.lanes, self.lane_tokens))
         hyper = self._device(Hyper.stack([IDLE] * self.lanes))
         idle = self._device(np.full(self.lanes, NO_ADAPTER, np.int32))
         self._state, *_ = self._programs.train_step(self.base, self._state, batch, hyper, idle)
@@ -234,7 +234,7 @@ class Trainer:
         for g, (lane, slot) in enumerate(zip(lanes, slots, strict=True)):
             batch.token_GJ[g], batch.target_GJ[g], batch.weight_GJ[g] = lane.token_J, lane.target_J, lane.weight_J
             batch.position_GJ[g], batch.segment_GJ[g], batch.slot_G[g] = lane.position_J, lane.segment_J, slot
-        return self._device(batch)
+        return place_rows(self.mesh, batch)
 
     def _device[T](self, tree: T) -> T:
         return jax.device_put(tree, replicated(self.mesh))
