@@ -178,7 +178,8 @@ def _table(trainer: Trainer, last: dict[str, StepReport]) -> Table:
 
 def evaluate_all(trainer: Trainer, heldout: dict[str, list[Example]], *, tuned: bool) -> dict[str, Evaluation]:
     """Held-out loss and accuracy of every tenant that has held-out examples, with its adapter or of the base alone."""
-    return {name: trainer.evaluate(examples, name if tuned else None) for name, examples in heldout.items()}
+    work = [(examples, name if tuned else None) for name, examples in heldout.items()]
+    return dict(zip(heldout, trainer.evaluate_all(work), strict=True))
 
 
 def finish(
