@@ -202,7 +202,9 @@ def seat(trainer: Trainer, config: TrainConfig, section: TenantSection, examples
 
 def evaluate_all(trainer: Trainer, jobs: dict[str, Job], *, tuned: bool) -> dict[str, Evaluation]:
     """Held-out loss and accuracy of every tenant that has held-out examples, with its adapter or of the base alone."""
-    return {name: trainer.evaluate(job.heldout, name if tuned else None) for name, job in jobs.items() if job.heldout}
+    names = [name for name, job in jobs.items() if job.heldout]
+    work = [(jobs[name].heldout, name if tuned else None) for name in names]
+    return dict(zip(names, trainer.evaluate_all(work), strict=True))
 
 
 # ---- steps ------------------------------------------------------------------------------------------------------
