@@ -40,7 +40,7 @@ class AdapterStore:
 
     def __init__(self, root: Path, *, host_bytes: int) -> None:
         """Raises StorageFailed when the folder cannot be made."""
-        self._root = root
+        self._root = root = root.absolute()  # Orbax takes no other
         self._host_bytes = host_bytes
         try:
             for name in ("adapters", "counters", "trash"):

@@ -160,6 +160,19 @@ def test_a_run_leaves_states_metrics_adapters_and_a_picture(job):
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_run_from_its_own_folder_shows_short_paths(job, monkeypatch):
+    monkeypatch.chdir(job.parent)
+    (job.parent / "configs").mkdir()
+    change(job, 'out = "out"', 'out = "../out"')
+    for file in job.parent.glob("*.*"):
+        file.rename(job.parent / "configs" / file.name)
+    shown = trained(Path("configs/job.toml"))
+    assert "adapters: out/TENANT/peft; loss curves: out/loss.png\n" in shown
+    assert "nothing to do: every tenant has trained its last step and its adapter is in out\n" in trained(
+        Path("configs/job.toml")
+    )
+
+
 def test_a_finished_run_does_nothing_but_say_so(job):
     trained(job)
     before = snapshot(job.parent / "out")
