@@ -13,7 +13,6 @@ from train.data import (
     ExampleStream,
     chat_example,
     completion_example,
-    digest,
     load_jsonl,
     pack,
     real_tokens,
@@ -256,14 +255,6 @@ def test_jsonl_names_the_file(tmp_path):
             load(tmp_path, content)
     with pytest.raises(DataInvalid, match=r"cannot be read \(Is a directory\)"):
         load_jsonl(tmp_path, FakeTokenizer(), max_tokens=MAX)
-
-
-def test_digest_depends_on_tokens_weights_and_order():
-    one, two = (Example(np.arange(n, dtype=np.int32), np.array([0] + [1] * (n - 1), np.float32)) for n in (3, 4))
-    half = Example(one.tokens, one.weights * np.float32(0.5))
-    digests = [digest(e) for e in ([one, two], [two, one], [one], [half], [one, one])]
-    assert len(set(digests)) == len(digests)
-    assert digest([Example(one.tokens.copy(), one.weights.copy())]) == digests[2]
 
 
 def test_jsonl_shows_the_first_five_problems(tmp_path):

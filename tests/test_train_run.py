@@ -281,35 +281,37 @@ def test_the_old_peft_folder_stays_until_the_new_one_is_whole(job, monkeypatch):
     ]
 
 
-@pytest.mark.parametrize(
-    ("file", "old", "new", "says"),
-    [
-        (
-            "job.toml",
-            "seed = 3",
-            "seed = 5",
-            "tenant one: the checkpoint in {out}/one/state was made with another seed;",
-        ),
-        ("job.toml", "alpha = 8.0", "alpha = 4.0", "another rank, alpha, targets or rslora;"),
-        ("job.toml", "max_rank = 4", "max_rank = 8", "another max_rank, or lm_head in some tenant's targets;"),
-        ("one.jsonl", '"say a"', '"tell a"', "another examples (the train file"),
-        ("base/generation_config.json", "{", "{ ", ""),
-        ("base/tokenizer_config.json", "{", "{ ", "another base model ([model] path);"),
-    ],
-)
-def test_a_checkpoint_of_something_else_is_refused_by_name(job, file, old, new, says):
+OTHERS = [  # file, what is changed in it, what the refusal says
+    ("job.toml", "seed = 3", "seed = 5", "made with another seed; change that back"),
+    ("job.toml", "alpha = 8.0", "alpha = 4.0", "another rank, alpha, targets or rslora;"),
+    ("job.toml", "max_rank = 4", "max_rank = 8", "another max_rank, or lm_head in some tenant's targets;"),
+    ("one.jsonl", '"say a"', '"tell a"', "another examples (the train file"),
+    ("base/tokenizer_config.json", "{", "{ ", "another base model ([model] path);"),
+]
+
+
+def test_a_checkpoint_of_something_else_is_refused_by_name(job):
     shutil.copytree(tiny_path("tiny-llama-tied"), job.parent / "base")
     change(job, str(tiny_path("tiny-llama-tied")), "./base")
     trained(job)
-    before = snapshot(job.parent / "out")
-    change(job.parent / file, old, new)
-    if says:
+    out, before = job.parent / "out", snapshot(job.parent / "out")
+    for file, old, new, says in OTHERS:
+        change(job.parent / file, old, new)
         message = refused(job)
-        assert says.format(out=job.parent / "out") in message
-        assert f"name another `out`, or remove {job.parent / 'out/one'} to train anew" in message
-    else:
-        trained(job)
-    assert snapshot(job.parent / "out") == before
+        assert message.startswith(f"jaxlora: tenant one: the checkpoint in {out}/one/state was made with another ")
+        assert says in message
+        assert f"name another `out`, or remove {out}/one to train anew" in message
+        change(job.parent / file, new, old)
+    assert "nothing to do" in trained(job)
+    assert snapshot(out) == before
+
+
+def test_digest_depends_on_tokens_weights_and_order():
+    one, two = (Example(np.arange(n, dtype=np.int32), np.array([0] + [1] * (n - 1), np.float32)) for n in (3, 4))
+    half = Example(one.tokens, one.weights * np.float32(0.5))
+    digests = [run.digest(e) for e in ([one, two], [two, one], [one], [half], [one, one])]
+    assert len(set(digests)) == len(digests)
+    assert run.digest([Example(one.tokens.copy(), one.weights.copy())]) == digests[2]
 
 
 def test_other_numbers_of_the_optimizer_may_change(job):

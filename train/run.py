@@ -11,6 +11,7 @@ out/loss.png
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import signal
 import threading
@@ -34,7 +35,7 @@ from jaxlora.peft import export_peft
 from jaxlora.pool import PoolSpec
 from jaxlora.store import AdapterStore
 from train import metrics
-from train.data import Example, digest, load_jsonl
+from train.data import Example, load_jsonl
 from train.plot import plot_curves
 from train.step import SlotState
 from train.trainer import MAX_BAD_STEPS, Evaluation, StepReport, Tenant, Trainer
@@ -172,6 +173,16 @@ def seat_tenants(trainer: Trainer, config: TrainConfig, opened: Opened) -> dict[
     return jobs
 
 
+def digest(examples: Sequence[Example]) -> str:
+    """Hex sha256 of the examples' tokens and weights, in their order."""
+    total = hashlib.sha256()
+    for e in examples:
+        total.update(
+            len(e).to_bytes(8, "little") + e.tokens.astype("<i4").tobytes() + e.weights.astype("<f4").tobytes()
+        )
+    return total.hexdigest()
+
+
 def check_identity(name: str, job: Job) -> None:
     """Raises ConfigInvalid when the tenant's newest checkpoint was made with something else."""
     saved = read_meta(job.states)
@@ -303,7 +314,8 @@ def finish(
     plot_curves({name: metrics.losses(job.metrics) for name, job in jobs.items()}, config.out / "loss.png")
     with console.status("asking the adapters for the held-out examples"):
         after = evaluate_all(trainer, jobs, tuned=True)
-    table = Table("tenant", "status", "held-out NLL base", "adapter", "token accuracy base", "adapter", "version")
+    columns = ("tenant", "status", "loss: base", "adapter", "accuracy: base", "adapter", "version")
+    table = Table(*columns, title="held-out examples, by token")
     for name, tenant in trainer.tenants.items():
         numbers = ["", "", "", ""]
         if name in after:
