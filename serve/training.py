@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
-from jaxlora.errors import AdapterNotFinite
+from jaxlora.errors import AdapterNotFinite, JaxLoraError
 from jaxlora.lora import AdapterRef
 from serve.runner import Runner
 from train.trainer import StepReport, Trainer
+
+LOG = logging.getLogger("serve")
 
 
 class LiveTraining:
@@ -27,6 +30,7 @@ class LiveTraining:
     ):
         self.trainer, self.runner, self.publish_every = trainer, runner, publish_every
         self.on_step, self.on_publish = on_step, on_publish
+        self._owed: set[str] = set()  # tenants whose publication is due, or failed and is to be tried again
 
     @property
     def has_work(self) -> bool:
@@ -37,13 +41,32 @@ class LiveTraining:
         """One training step, then the publications it makes due: (version, optimizer steps it has learned)."""
         reports = self.trainer.step()
         self.on_step(reports)
+        due = False
         for report in reports:
             tenant = self.trainer.tenants[report.tenant]
-            if report.step % self.publish_every and tenant.status == "running":
-                continue
-            try:
-                ref = self.runner.publish(tenant.name, tenant.name, tenant.spec, self.trainer.rows(tenant.name))
-            except AdapterNotFinite:
-                tenant.status = "failed"  # the last good version stays
-                continue
-            self.on_publish(ref, report.step)
+            if tenant.status == "done" or (tenant.status == "running" and report.step % self.publish_every == 0):
+                self._owed.add(tenant.name)
+                due = True
+        if due:
+            for name in sorted(self._owed):
+                self._publish(name)
+
+    def _publish(self, name: str) -> None:
+        """Publishes one tenant.  Whatever hinders it is this tenant's alone; it is tried again with the next publication."""
+        tenant = self.trainer.tenants.get(name)
+        if tenant is None or tenant.status == "failed":
+            self._owed.discard(name)  # the last good version stays
+            return
+        try:
+            ref = self.runner.publish(name, name, tenant.spec, self.trainer.rows(name))
+        except AdapterNotFinite as error:
+            LOG.error("tenant %s ends: %s", name, error)
+            self.trainer.fail(name, str(error))
+            self._owed.discard(name)
+        except (JaxLoraError, OSError) as error:
+            LOG.error(
+                "tenant %s is not published at step %d, the next publication tries again: %s", name, tenant.step, error
+            )
+        else:
+            self._owed.discard(name)
+            self.on_publish(ref, tenant.step)
