@@ -10,13 +10,14 @@ from jaxlora.lora import AdapterRef
 from serve.runner import Runner
 from train.trainer import StepReport, Trainer
 
+KEEP_VERSIONS = 3  # of a tenant in training: the newest, and time for requests that were resolved just before it
 LOG = logging.getLogger("serve")
 
 
 class LiveTraining:
     """A trainer whose tenants are published every few steps, and when they are done.  Lives on the device thread.
 
-    A tenant's adapter is published under its own name.  Callbacks run on the device thread and must not wait for it.
+    A tenant's adapter is published under its own name; its newest `keep` versions stay.  Callbacks run on the device thread and must not wait for it.
     """
 
     def __init__(
@@ -25,10 +26,11 @@ class LiveTraining:
         runner: Runner,
         *,
         publish_every: int,
+        keep: int = KEEP_VERSIONS,
         on_step: Callable[[list[StepReport]], None],
         on_publish: Callable[[AdapterRef, int], None],
     ):
-        self.trainer, self.runner, self.publish_every = trainer, runner, publish_every
+        self.trainer, self.runner, self.publish_every, self.keep = trainer, runner, publish_every, keep
         self.on_step, self.on_publish = on_step, on_publish
         self._owed: set[str] = set()  # tenants whose publication is due, or failed and is to be tried again
 
@@ -58,7 +60,7 @@ class LiveTraining:
             self._owed.discard(name)  # the last good version stays
             return
         try:
-            ref = self.runner.publish(name, name, tenant.spec, self.trainer.rows(name))
+            ref = self.runner.publish(name, name, tenant.spec, self.trainer.rows(name), keep=self.keep)
         except AdapterNotFinite as error:
             LOG.error("tenant %s ends: %s", name, error)
             self.trainer.fail(name, str(error))
