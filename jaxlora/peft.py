@@ -314,21 +314,31 @@ def _report(plan: _Plan, spec: LoraSpec, config: ModelConfig, *, base_verified: 
     )
 
 
-def export_peft(adapter: Adapter, folder: Path, config: ModelConfig, *, base_name: str, dtype: str = "float32") -> None:
+def export_peft(
+    adapter: Adapter,
+    folder: Path,
+    config: ModelConfig,
+    *,
+    base_name: str,
+    dtype: str = "float32",
+    replace: bool = False,
+) -> None:
     """Writes the adapter as a PEFT folder, which is there whole or not at all.
 
     Tensors have their true ranks.  `base_name` is what PEFT will load as the base; `dtype` is one of EXPORT_DTYPES.
+    `replace`: a folder that is there leaves once the new one is complete.
 
-    Raises AlreadyExists when `folder` does, AdapterInvalid for an unknown dtype or values that do not fit it,
+    Raises AlreadyExists when `folder` does and is not to be replaced, AdapterInvalid for an unknown dtype or values that do not fit it,
     BaseMismatch when the shapes are not those of `config`.
     """
     if dtype not in EXPORT_DTYPES:
         raise AdapterInvalid(f"export dtype must be one of {', '.join(EXPORT_DTYPES)}; got {dtype!r}")
-    if folder.exists():
+    if folder.exists() and not replace:
         raise AlreadyExists(f"{folder.name} exists; export into a new folder")
     tensors = export_tensors(adapter, config, EXPORT_DTYPES[dtype])
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex}.tmp"
+    old = temporary.with_suffix(".old")
     temporary.mkdir()
     try:
         save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -344,11 +354,14 @@ def export_peft(adapter: Adapter, folder: Path, config: ModelConfig, *, base_nam
         (temporary / CONFIG_FILE).write_text(json.dumps(export_config(adapter.spec, config, base_name), indent=2))
         (temporary / OWN_FILE).write_text(json.dumps(own, indent=2))
         sync_tree(temporary)
+        if folder.exists():
+            folder.rename(old)
         temporary.rename(folder)
         sync(folder.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def export_tensors(adapter: Adapter, config: ModelConfig, dtype: np.dtype) -> dict[str, np.ndarray]:
