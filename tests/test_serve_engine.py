@@ -329,6 +329,13 @@ def test_a_first_publication_compiles_nothing_though_every_slot_was_in_use(world
     assert not counter.retraced
 
 
+def test_a_write_keeps_the_place_of_the_pool(world, engine):
+    """Else, on a mesh, the first step after a load would compile anew."""
+    placed = jax.tree.map(lambda x: x.sharding, engine._pool)
+    engine._write(0, host_rows(world.base.config, world.spec, world.adapters[0]))
+    assert jax.tree.map(lambda x: x.sharding, engine._pool) == placed
+
+
 def test_every_shape_is_warmed_up_and_no_other_runs(world, engine, monkeypatch):
     assert engine.shapes() == [(2, 8), (8, 8), (2, 1), (8, 1)]
     seen = set()
