@@ -33,6 +33,7 @@ DEMO_MODEL = "smollm2"  # the installed demo model
 Dtype = Literal["float32", "bfloat16", "auto"]  # auto: the faster one on this device (see opened.py)
 Schedule = Literal["constant", "linear", "cosine"]  # of the learning rate after the warm-up; the last two end at 0
 
+LANE_BLOCK = 32  # tokens that attention and loss of a training lane take at once
 NO_CLIP = math.inf
 FLOAT32 = np.finfo(np.float32)
 
@@ -45,6 +46,18 @@ def _need(ok: bool, name: str, wanted: str, got: object) -> None:
 def _need_counts(section: object, *names: str) -> None:
     for name in names:
         _need(getattr(section, name) >= 1, name, "at least 1", getattr(section, name))
+
+
+def check_lane_tokens(lane_tokens: int) -> None:
+    """Raises ConfigInvalid for a training lane that is not whole blocks; one shorter than a block is a block of its own."""
+    rest = lane_tokens % LANE_BLOCK
+    if lane_tokens < 1 or (lane_tokens > LANE_BLOCK and rest):
+        below = max(lane_tokens - rest, 0)
+        raise ConfigInvalid(
+            f"lane_tokens must be a multiple of {LANE_BLOCK} or smaller than that, such as {max(below, 1)} or "
+            f"{below + LANE_BLOCK}; got {lane_tokens}",
+            param="lane_tokens",
+        )
 
 
 def _need_distinct(names: list[str], what: str) -> None:
@@ -199,7 +212,9 @@ class TrainConfig:
     mesh: MeshSection = ONE_DEVICE
     out: Path  # folder of runs: checkpoints, metrics, adapters
     lanes: int  # packed rows in one batch, each of one tenant
-    lane_tokens: int  # tokens in a lane; the longest example that fits
+    lane_tokens: (
+        int  # predictions in a lane: whole blocks of 32, or less than one; an example has at most one token more
+    )
     slots: int  # adapters on the device at once
     max_rank: int  # largest rank a slot holds
     steps: int  # optimizer steps of each tenant that does not say its own
@@ -208,6 +223,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _need_counts(self, "lanes", "lane_tokens", "slots", "max_rank", "steps", "save_every")
+        check_lane_tokens(self.lane_tokens)
         _need(bool(self.tenant), "tenant", "at least one [[tenant]] table", self.tenant)
         _need_distinct([t.name for t in self.tenant], "tenant names")
         for t in self.tenant:

@@ -8,6 +8,7 @@ of a lane, X Y features in, out.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,11 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from jaxlora.errors import ModelInvalid
 from jaxlora.mesh import check_model, sharding
 from jaxlora.model_config import Llama3Rope, ModelConfig, parameters
+from pallas_kernels import KEPT
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -113,12 +116,12 @@ class Block(nnx.Module):
         q, k = q.reshape(T, c.heads, c.head_dim), k.reshape(T, c.kv_heads, c.head_dim)
         if c.qk_norm:
             q, k = rms_norm(q, self.q_norm[...], c.norm_eps), rms_norm(k, self.k_norm[...], c.norm_eps)
-        q, k = rotate(q, rope), rotate(k, rope)
+        q, k, v = (checkpoint_name(y, KEPT) for y in (rotate(q, rope), rotate(k, rope), v))
         out_TNH, cache = attend(layer, q, k, v.reshape(T, c.kv_heads, c.head_dim), cache)
         (o_TD,) = linears(out_TNH.reshape(T, -1), "o_proj")
-        x_TD = x_TD + o_TD
+        x_TD = checkpoint_name(x_TD + o_TD, KEPT)
         h_TD = rms_norm(x_TD, self.mlp_norm[...], c.norm_eps)
-        gate_TF, up_TF = linears(h_TD, "gate_proj", "up_proj")
+        gate_TF, up_TF = (checkpoint_name(y, KEPT) for y in linears(h_TD, "gate_proj", "up_proj"))
         act_TF = jax.nn.silu(gate_TF.astype(jnp.float32)) * up_TF.astype(jnp.float32)
         (down_TD,) = linears(act_TF.astype(x_TD.dtype), "down_proj")
         return x_TD + down_TD, cache
@@ -142,6 +145,10 @@ class Decoder(nnx.Module):
         rope = rope_tables(config, jnp.maximum(batch.position_T, 0))
         graph, weights = nnx.split(self.blocks)
 
+        # Training keeps of a layer what a GEMM or the attention made; norms, rotations and products are done again.
+        @functools.partial(
+            jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(KEPT), prevent_cse=False
+        )
         def one_layer(carry: tuple[jax.Array, Cache], inputs: tuple) -> tuple[tuple[jax.Array, Cache], None]:
             x_TD, cache = carry
             layer, weight, lora_layer = inputs

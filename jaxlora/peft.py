@@ -26,7 +26,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from jaxlora.durable import sync, sync_tree
+from jaxlora.durable import replace_folder, sync_tree
 from jaxlora.errors import AdapterInvalid, AdapterNotFinite, AlreadyExists, BaseMismatch
 from jaxlora.lora import HEAD_TARGET, Adapter, AdapterRef, LoraSpec
 from jaxlora.model_config import ModelConfig, target_features
@@ -328,8 +328,8 @@ def export_peft(
     Tensors have their true ranks.  `base_name` is what PEFT will load as the base; `dtype` is one of EXPORT_DTYPES.
     `replace`: a folder that is there leaves once the new one is complete.
 
-    Raises AlreadyExists when `folder` does and is not to be replaced, AdapterInvalid for an unknown dtype or values that do not fit it,
-    BaseMismatch when the shapes are not those of `config`.
+    Raises AlreadyExists when `folder` does and `replace` is off, AdapterInvalid for an unknown dtype or values that do not
+    fit it, BaseMismatch when the shapes are not those of `config`.
     """
     if dtype not in EXPORT_DTYPES:
         raise AdapterInvalid(f"export dtype must be one of {', '.join(EXPORT_DTYPES)}; got {dtype!r}")
@@ -338,7 +338,6 @@ def export_peft(
     tensors = export_tensors(adapter, config, EXPORT_DTYPES[dtype])
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex}.tmp"
-    old = temporary.with_suffix(".old")
     temporary.mkdir()
     try:
         save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -354,14 +353,10 @@ def export_peft(
         (temporary / CONFIG_FILE).write_text(json.dumps(export_config(adapter.spec, config, base_name), indent=2))
         (temporary / OWN_FILE).write_text(json.dumps(own, indent=2))
         sync_tree(temporary)
-        if folder.exists():
-            folder.rename(old)
-        temporary.rename(folder)
-        sync(folder.parent)
+        replace_folder(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def export_tensors(adapter: Adapter, config: ModelConfig, dtype: np.dtype) -> dict[str, np.ndarray]:

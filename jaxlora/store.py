@@ -45,12 +45,15 @@ class AdapterStore:
     """
 
     def __init__(self, root: Path, *, host_bytes: int) -> None:
-        """Raises StateInvalid, naming the folder, when another store has it open."""
-        self._root = root
+        """Raises StorageFailed when the folder cannot be made, StateInvalid, naming it, when another store has it open."""
+        self._root = root = root.absolute()  # Orbax takes no other
         self._host_bytes = host_bytes
-        for name in ("adapters", "counters", "trash"):
-            (root / name).mkdir(parents=True, exist_ok=True)
-        self._lock: int | None = lock_folder(root)
+        try:
+            for name in ("adapters", "counters", "trash"):
+                (root / name).mkdir(parents=True, exist_ok=True)
+            self._lock: int | None = lock_folder(root)
+        except OSError as e:
+            raise StorageFailed(f"the adapter store {root} cannot be made ({e.strerror}); choose another folder") from e
         self._counter: dict[tuple[str, str], tuple[int, int]] = {}  # as on disk, for names touched
         self._disk = threading.Lock()
         self._counters = threading.Lock()

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jaxlora.errors import AdapterInvalid, AlreadyExists, BaseMismatch, ContextLengthExceeded, JaxLoraError
 from jaxlora.kvcache import KVPages, empty_pages, paged_attend
 from jaxlora.lora import HEAD_TARGET, AdapterRef
-from jaxlora.mesh import check_lanes, replicated
+from jaxlora.mesh import check_lanes, place_rows, replicated
 from jaxlora.model import Base, TokenBatch, forward, head_weight
 from jaxlora.pool import LaneLora, PoolSpec, Rows, TokenLora, empty_pool, host_rows, write_slot
 from jaxlora.slots import SlotTable
@@ -299,7 +299,7 @@ class Engine:
 
     def _run(self, batch: StepBatch) -> StepOutput:
         """The step's output on the host."""
-        on_device = jax.device_put(batch, replicated(self.mesh))
+        on_device = place_rows(self.mesh, batch)
         self._kv, out = self._program(self.base, self._pool, self._kv, on_device)
         return jax.device_get(out)
 

@@ -252,6 +252,11 @@ def changed_example(tmp_path: Path, name: str, old: str, new: str) -> Path:
         ('name = "plural"', 'name = "roman"', "tenant names must be distinct; more than one is called roman"),
         ('name = "plural"', 'name = "../x"', "tenant[1]: name must be 1 to 64 letters"),
         ("lanes = 4 ", "lanes = 0", "lanes must be at least 1, got 0"),
+        (
+            "lane_tokens = 256",
+            "lane_tokens = 100",
+            "lane_tokens must be a multiple of 32 or smaller than that, such as 96 or",
+        ),
         ("save_every = 20", "save_every = 0", "save_every must be at least 1"),
         ("[model]", "[mesh]\ndata = 0\nfsdp = 1\ntensor = 1\n[model]", "mesh: data must be at least 1"),
         ("[model]", "[mesh]\ndata = 2\n[model]", "mesh.fsdp: missing"),

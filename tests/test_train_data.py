@@ -13,6 +13,7 @@ from train.data import (
     ExampleStream,
     chat_example,
     completion_example,
+    digest,
     load_jsonl,
     pack,
     real_tokens,
@@ -247,6 +248,22 @@ def test_jsonl_problem_names_line_and_field(tmp_path, line, says):
     with pytest.raises(DataInvalid) as caught:
         load(tmp_path, CHAT_LINE.encode() + b"\n\n" + raw + b"\n")
     assert re.search("line 3[,:].*" + re.escape(says), str(caught.value))
+
+
+def test_jsonl_names_the_file(tmp_path):
+    for content, says in ((b"", "data.jsonl has no examples"), (b"[1]", "data.jsonl is not valid:\nline 1: must be")):
+        with pytest.raises(DataInvalid, match=says):
+            load(tmp_path, content)
+    with pytest.raises(DataInvalid, match=r"cannot be read \(Is a directory\)"):
+        load_jsonl(tmp_path, FakeTokenizer(), max_tokens=MAX)
+
+
+def test_digest_depends_on_tokens_weights_and_order():
+    one, two = (Example(np.arange(n, dtype=np.int32), np.array([0] + [1] * (n - 1), np.float32)) for n in (3, 4))
+    half = Example(one.tokens, one.weights * np.float32(0.5))
+    digests = [digest(e) for e in ([one, two], [two, one], [one], [half], [one, one])]
+    assert len(set(digests)) == len(digests)
+    assert digest([Example(one.tokens.copy(), one.weights.copy())]) == digests[2]
 
 
 def test_jsonl_shows_the_first_five_problems(tmp_path):

@@ -32,7 +32,7 @@ class Hyper:
     b2: jax.Array
     eps: jax.Array
     clip: jax.Array  # limit of the tenant's own global gradient norm; infinity is none
-    divisor: jax.Array  # the summed gradient is divided by this: the window's sum of weights
+    divisor: jax.Array  # the summed gradient is divided by this: the window's sum of |weights|
 
     @staticmethod
     def stack(rows: list[dict[str, float]]) -> Hyper:
