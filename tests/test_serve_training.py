@@ -14,7 +14,7 @@ from jaxlora.errors import StorageFailed
 from jaxlora.lora import LoraSpec
 from jaxlora.pool import PoolSpec
 from serve.runner import Runner
-from serve.training import LiveTraining
+from serve.training import KEEP_VERSIONS, LiveTraining
 from train.data import Example
 from train.trainer import Trainer
 
@@ -83,6 +83,7 @@ def test_a_publication_that_storage_refuses_is_tried_again_and_stops_nobody(reco
         record.live.step()
     assert record.steps_of(victim) == [4, 6, 8]
     assert [record.steps_of(n) for n in others] == [[2, 4, 6, 8]] * 2
+    assert [len(store.versions(n, n)) for n in others] == [KEEP_VERSIONS] * 2
 
 
 def test_a_last_version_that_storage_refused_comes_with_the_next_publication(record, monkeypatch):
