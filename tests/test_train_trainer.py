@@ -22,7 +22,7 @@ from train_world import (
 )
 
 from jaxlora.checkpoint import restore_state, save_state
-from jaxlora.errors import AdapterInvalid, AlreadyExists, DataInvalid, InvalidRequest, NotFound, StateInvalid
+from jaxlora.errors import AdapterInvalid, AlreadyExists, ConfigInvalid, DataInvalid, InvalidRequest, NotFound, StateInvalid
 from jaxlora.lora import ALL_TARGETS, LAYER_TARGETS, AdapterRef, LoraSpec, ModuleException
 from jaxlora.mesh import make_mesh
 from jaxlora.model_config import target_features
@@ -132,6 +132,12 @@ def test_a_target_the_pool_lacks_is_refused():
         join(trainer, spec=lora(2))
     with pytest.raises(InvalidRequest):
         Trainer(small_base(), make_mesh(), spec, lanes=0, lane_tokens=8, base_hash=BASE_HASH)
+
+
+@pytest.mark.parametrize("lane_tokens", [33, 48, 100])
+def test_lanes_that_are_not_whole_blocks_are_refused(lane_tokens):
+    with pytest.raises(ConfigInvalid, match=f"at most 32 or a multiple of it, got {lane_tokens}"):
+        Trainer(small_base(), make_mesh(), SPEC, lanes=2, lane_tokens=lane_tokens, base_hash=BASE_HASH)
 
 
 def test_unknown_tenants_are_not_found():
@@ -277,6 +283,21 @@ def test_a_resumed_run_is_the_uninterrupted_run(tmp_path, stop_after):
         got += [r for r in second.step() if r.tenant == "a"]
     assert got == expected
     assert_same_bits(outcome(second), outcome(whole))
+
+
+def test_a_tenant_that_had_its_last_step_is_done_when_it_comes_back():
+    """It trains no step more, and can be read."""
+    trainer = make_trainer()
+    join(trainer, total_steps=2)
+    while trainer.has_work:
+        trainer.step()
+    state = outcome(trainer)
+    again = make_trainer()
+    tenant = join(again, total_steps=2, resume=(state, 2, 4))
+    assert (tenant.status, tenant.step, again.has_work) == ("done", 2, False)
+    assert_same_bits(outcome(again), state)
+    again.remove("a")
+    assert join(again, total_steps=3, resume=(state, 2, 4)).status == "running"
 
 
 # adapters

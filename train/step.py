@@ -27,7 +27,7 @@ from pallas_kernels.cross_entropy import target_logprob
 from train.losses import cross_entropy
 from train.optimizer import Halves, Hyper, Moments, adamw
 
-LOSS_CHUNK = 32  # tokens per lane whose logits exist at once
+BLOCK = 32  # tokens of a lane that attention and the head handle at once; divides every longer lane
 
 
 @jax.tree_util.register_dataclass
@@ -101,7 +101,9 @@ def lane_losses(base: Base, rows_LG: Rows, batch: TrainBatch) -> tuple[jax.Array
 
     def attend(layer, q_TNH, k_TKH, v_TKH, cache):
         lanes = [x.reshape(G, J, *x.shape[1:]) for x in (q_TNH, k_TKH, v_TKH)]
-        return packed_attention(*lanes, batch.segment_GJ, window=base.config.window).reshape(q_TNH.shape), cache
+        return packed_attention(*lanes, batch.segment_GJ, window=base.config.window, block=BLOCK).reshape(
+            q_TNH.shape
+        ), cache
 
     tokens = TokenBatch(
         token_T=batch.token_GJ.reshape(-1),
@@ -118,7 +120,7 @@ def lane_losses(base: Base, rows_LG: Rows, batch: TrainBatch) -> tuple[jax.Array
             batch.target_GJ,
             wanted_GJ,
             lora.head_rows(),
-            chunk=min(LOSS_CHUNK, J),
+            chunk=min(BLOCK, J),
         )
     loss_G = cross_entropy(logprob_GJ, batch.weight_GJ).sum(1)
     sums = LaneSums(

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxlora.errors import AlreadyExists, DataInvalid, NotFound, StateInvalid
+from jaxlora.errors import AlreadyExists, ConfigInvalid, DataInvalid, NotFound, StateInvalid
 from jaxlora.lora import ALL_TARGETS, Adapter, AdapterRef, LoraSpec
 from jaxlora.mesh import check_lanes, replicated
 from jaxlora.model import Base
@@ -27,7 +27,7 @@ from pallas_kernels import NO_ADAPTER
 from train.data import Example, ExampleStream, Lane, pack
 from train.mixer import Mixer
 from train.optimizer import IDLE, Hyper, Optimizer
-from train.step import SlotState, TrainBatch, empty_state, fresh_seat, idle_batch, make_programs
+from train.step import BLOCK, SlotState, TrainBatch, empty_state, fresh_seat, idle_batch, make_programs
 
 MAX_BAD_STEPS = 5  # skipped updates in a row after which a tenant stops
 
@@ -74,8 +74,12 @@ class Trainer:
     """Trains every tenant that has a seat.  Not thread-safe: one thread owns it."""
 
     def __init__(self, base: Base, mesh: Mesh, pool_spec: PoolSpec, *, lanes: int, lane_tokens: int, base_hash: str):
-        """Raises ConfigInvalid when the lanes do not divide over the mesh, InvalidRequest for impossible sizes."""
+        """Raises ConfigInvalid when the lanes do not divide over the mesh or into blocks, InvalidRequest below 1."""
         check_lanes(mesh, lanes, "training lanes")
+        if lane_tokens > BLOCK and lane_tokens % BLOCK:
+            raise ConfigInvalid(
+                f"lane_tokens must be at most {BLOCK} or a multiple of it, got {lane_tokens}", param="lane_tokens"
+            )
         self.base, self.mesh, self.pool_spec, self.base_hash = base, mesh, pool_spec, base_hash
         self.lanes, self.lane_tokens = lanes, lane_tokens
         self.tenants: dict[str, Tenant] = {}
