@@ -22,7 +22,15 @@ from train_world import (
 )
 
 from jaxlora.checkpoint import restore_state, save_state
-from jaxlora.errors import AdapterInvalid, AlreadyExists, ConfigInvalid, DataInvalid, InvalidRequest, NotFound, StateInvalid
+from jaxlora.errors import (
+    AdapterInvalid,
+    AlreadyExists,
+    ConfigInvalid,
+    DataInvalid,
+    InvalidRequest,
+    NotFound,
+    StateInvalid,
+)
 from jaxlora.lora import ALL_TARGETS, LAYER_TARGETS, AdapterRef, LoraSpec, ModuleException
 from jaxlora.mesh import make_mesh
 from jaxlora.model_config import target_features

@@ -117,7 +117,8 @@ class Trainer:
         seed: int,
         resume: tuple[SlotState, int, int] | None = None,
     ) -> Tenant:
-        """A tenant joins from the next step on, with fresh weights drawn from its seed, or with (state, step, cursor).
+        """A tenant joins from the next step on, with fresh weights drawn from its seed, or with (state, step, cursor);
+        one that had its last step is `done` at once.
 
         Raises AlreadyExists, AdapterInvalid (rank or targets), DataInvalid (no trainable token, too long an example),
         InvalidRequest (batch size), StateInvalid when every slot is taken.
@@ -135,8 +136,11 @@ class Trainer:
         stream = ExampleStream(examples, seed, cursor)
         self._mixer.add(name, stream, batch_size=batch_size)
         self._state = self._programs.seat(self._state, self._device(np.int32(slot)), jax.device_put(state))
-        self.tenants[name] = Tenant(name, slot, spec, optimizer, stream, step)
-        return self.tenants[name]
+        tenant = self.tenants[name] = Tenant(name, slot, spec, optimizer, stream, step)
+        if step >= optimizer.total_steps:
+            tenant.status = "done"
+            self._mixer.remove(name)
+        return tenant
 
     def remove(self, name: str) -> None:
         """The tenant leaves and its slot is free.  Raises NotFound."""
