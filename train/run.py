@@ -22,7 +22,7 @@ from rich.table import Table
 from jaxlora import compile_cache
 from jaxlora.checkpoint import restore_state, save_state
 from jaxlora.config import TenantSection, TrainConfig, load
-from jaxlora.errors import ConfigInvalid
+from jaxlora.errors import ConfigInvalid, DataInvalid
 from jaxlora.lora import HEAD_TARGET, LAYER_TARGETS
 from jaxlora.opened import Opened, open_base
 from jaxlora.peft import export_peft
@@ -77,13 +77,23 @@ def seat_tenants(trainer: Trainer, config: TrainConfig, opened: Opened) -> dict[
     heldout = {}
     limit = config.lane_tokens + 1
     for section in config.tenant:
-        examples = load_jsonl(section.train, opened.tokenizer, max_tokens=limit)
+        examples = _read(section, section.train, opened, limit)
         if section.heldout is not None:
-            heldout[section.name] = load_jsonl(section.heldout, opened.tokenizer, max_tokens=limit)
+            heldout[section.name] = _read(section, section.heldout, opened, limit)
         optimizer = optimizer_of(section, config.steps)
         trainer.add(section.name, section.spec, optimizer, examples, batch_size=section.batch, seed=section.seed)
         _resume(trainer, config, section, optimizer, examples)
     return heldout
+
+
+def _read(section: TenantSection, path: Path, opened: Opened, max_tokens: int) -> list[Example]:
+    """The examples of a file; what is wrong with it is said with the tenant's name and the file's."""
+    try:
+        return load_jsonl(path, opened.tokenizer, max_tokens=max_tokens)
+    except DataInvalid as e:
+        raise DataInvalid(f"tenant {section.name}, {path}: {e.message}", param=e.param) from e
+    except OSError as e:
+        raise DataInvalid(f"tenant {section.name}, {path}: cannot be read: {e.strerror}") from e
 
 
 def optimizer_of(section: TenantSection, run_steps: int) -> Optimizer:
