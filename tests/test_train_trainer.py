@@ -200,6 +200,18 @@ def test_a_step_reports_the_mean_loss_and_gradient_of_its_batch():
     assert trainer.tenants["a"].losses[-1] == report.loss
 
 
+def test_a_pool_without_the_head_trains_the_layers():
+    spec = PoolSpec(slots=1, rank=4, dtype="float32", targets=LAYER_TARGETS)
+    trainer = Trainer(small_base(), make_mesh(), spec, lanes=1, lane_tokens=LANE_TOKENS, base_hash=BASE_HASH)
+    data = examples(3, 3, 9, 9)
+    join(trainer, spec=lora(4, LAYER_TARGETS), data=data, batch_size=3)
+    for _ in range(2):
+        loss, gradient = by_hand(trainer.adapter("a", REF), data)
+        norm = math.sqrt(sum(float((g.astype("f8") ** 2).sum()) for g in jax.tree.leaves(gradient)))
+        (report,) = trainer.step()
+        assert (report.loss, report.grad_norm) == (pytest.approx(loss, rel=1e-5), pytest.approx(norm, rel=1e-5))
+
+
 def test_training_learns_its_examples():
     trainer, data = make_trainer(), examples(3, 3)
     join(trainer, spec=lora(8), data=data, batch_size=3, lr=0.02, total_steps=60)
