@@ -1,9 +1,7 @@
 """A mesh changes where arrays live and nothing else: virtual CPU devices against one, and sizes that do not divide.
 
 Tolerances: float32 on both sides, sums over up to 1536 features split over devices.  Losses, gradient norms and
-log-probabilities agree to 1e-5 of the largest of their kind; norms after the first step to 2e-4 of themselves, since a
-step of 0.1 makes the gradient of 30 layers steep in the rounding of the step before (measured 8e-5).  Trained weights agree
-to 2e-5 where a step moves them by 0.02 or
+log-probabilities agree to 1e-5 of the largest of their kind, trained weights to 2e-5 where a step moves them by 0.02 or
 more.  Greedy tokens are equal.
 """
 
@@ -65,8 +63,7 @@ def test_training_and_decoding_on_a_mesh_are_those_of_one_device(tmp_path, world
     for kind in ("train", "evaluate", "logprobs"):
         largest = max(np.abs(one[n]).max() for n in names[kind])
         for n in names[kind]:
-            moved = np.array([0, 2e-4 if n[-1] != "0" else 0, 0]) if kind == "train" else 0  # loss, norm, accuracy
-            assert (np.abs(many[n] - one[n]) <= 1e-5 * largest + moved * np.abs(one[n])).all(), (n, many[n], one[n])
+            np.testing.assert_allclose(many[n], one[n], rtol=0, atol=1e-5 * largest, err_msg=n)
     np.testing.assert_allclose(many["resumed"], one["resumed"], rtol=1e-5)
     for n in names["weights"]:
         np.testing.assert_allclose(many[n], one[n], rtol=0, atol=2e-5, err_msg=n)
