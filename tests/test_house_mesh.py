@@ -1,8 +1,8 @@
 """A mesh changes where arrays live and nothing else: virtual CPU devices against one, and sizes that do not divide.
 
 Tolerances: float32 on both sides, sums over up to 1536 features split over devices.  Losses, gradient norms and
-log-probabilities agree to 1e-5 of the largest of their kind, trained weights to 2e-5 where a step moves them by 0.02 or
-more.  Greedy tokens are equal.
+log-probabilities agree to 1e-5 of the largest of their kind, trained weights to 2e-5 where a step moves them by up to 0.02
+or so.  Greedy tokens are equal.
 """
 
 import os
