@@ -14,13 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxlora.lora import ALL_TARGETS, LoraSpec
+from jaxlora.lora import ALL_TARGETS, Adapter, AdapterRef, LoraSpec
 from jaxlora.mesh import make_mesh
 from jaxlora.model import Base, load_base
-from jaxlora.model_config import ModelConfig, parameters
-from jaxlora.pool import PoolSpec
-from train.data import Example
+from jaxlora.model_config import ModelConfig, parameters, target_features
+from jaxlora.pool import PoolSpec, Rows, host_rows, layer_count
+from train.data import Example, fill_lane
 from train.optimizer import Optimizer
+from train.step import TrainBatch, idle_batch
 from train.trainer import Trainer
 
 CONFIG = ModelConfig(
@@ -99,6 +100,29 @@ def optimizer(**changes) -> Optimizer:
     return Optimizer(**{"lr": 0.01, "schedule": "constant", "total_steps": 100} | changes)
 
 
+def strong_rows(spec: LoraSpec, seed: int, config: ModelConfig = CONFIG, pool: PoolSpec = SPEC) -> Rows:
+    """One slot's rows of an adapter whose halves are both far from zero."""
+    rng, weights = np.random.default_rng(seed), {}
+    for target in spec.targets:
+        L, (x, y) = layer_count(config, target), target_features(config, target)
+        a, b = rng.normal(size=(L, spec.rank, x)), rng.normal(size=(L, spec.rank, y))
+        weights[target] = (0.1 * a).astype(np.float32), (0.1 * b).astype(np.float32)
+    adapter = Adapter(ref=AdapterRef("t", "t", 1), spec=spec, base_hash=BASE_HASH, weights=weights)
+    return host_rows(config, pool, adapter)
+
+
+def batch_of(
+    lanes: Sequence[tuple[int, Sequence[Example]]], count: int = LANES, length: int = LANE_TOKENS
+) -> TrainBatch:
+    """(slot, examples packed in this order) of each lane, in NumPy; the other lanes stay idle."""
+    batch = idle_batch(count, length)
+    for g, (slot, inside) in enumerate(lanes):
+        lane = fill_lane(inside, length)
+        batch.token_GJ[g], batch.target_GJ[g], batch.weight_GJ[g] = lane.token_J, lane.target_J, lane.weight_J
+        batch.position_GJ[g], batch.segment_GJ[g], batch.slot_G[g] = lane.position_J, lane.segment_J, slot
+    return batch
+
+
 def assert_same_bits(got: object, expected: object) -> None:
     """Two pytrees are equal bit for bit, NaN and the sign of zero included."""
     assert jax.tree.structure(got) == jax.tree.structure(expected)
@@ -118,8 +142,14 @@ def host(tree: object) -> object:
 Weights = Mapping[str, tuple[jax.Array, jax.Array]]  # target → (a_LRX, b_LRY)
 
 
-def plain_loss(config: ModelConfig, halves: Weights, scale: Mapping[str, np.ndarray], example: Example) -> jax.Array:
-    """Weighted sum of -log p over the example's tokens; `scale` is [L] by target."""
+def plain_loss(
+    halves: Weights,
+    scale: Mapping[str, jax.Array],
+    tokens: np.ndarray,
+    weights: jax.Array,
+    config: ModelConfig = CONFIG,
+) -> jax.Array:
+    """Weighted sum of -log p over the tokens of one example; `scale` is [L] by target."""
     source = RandomSource(config)
 
     def dense(target: str, layer: int) -> jax.Array:
@@ -127,12 +157,12 @@ def plain_loss(config: ModelConfig, halves: Weights, scale: Mapping[str, np.ndar
         if target not in halves:
             return jnp.asarray(w)
         a, b = halves[target]
-        return w + float(scale[target][layer]) * a[layer].T @ b[layer]
+        return w + scale[target][layer] * a[layer].T @ b[layer]
 
     def norm(x: jax.Array, name: str, layer: int | None) -> jax.Array:
         return x / jnp.sqrt((x**2).mean(-1)[:, None] + config.norm_eps) * source.read(name, layer)[None]
 
-    T, H = len(example.tokens) - 1, config.head_dim
+    T, H = len(tokens) - 1, config.head_dim
     angle = np.arange(T)[:, None] * config.rope_theta ** (-np.arange(0, H, 2) / H)[None]
     turn = np.exp(1j * angle)[:, None].astype(np.complex64)
 
@@ -140,7 +170,7 @@ def plain_loss(config: ModelConfig, halves: Weights, scale: Mapping[str, np.ndar
         z = (x[..., : H // 2] + 1j * x[..., H // 2 :]) * turn
         return jnp.concatenate([z.real, z.imag], -1)
 
-    x = jnp.asarray(source.read("embed", None)[example.tokens[:-1]])
+    x = jnp.asarray(source.read("embed", None))[tokens[:-1]]
     for i in range(config.layers):
         h = norm(x, "attn_norm", i)
         q = rotate((h @ dense("q_proj", i)).reshape(T, config.heads, H))
@@ -155,4 +185,4 @@ def plain_loss(config: ModelConfig, halves: Weights, scale: Mapping[str, np.ndar
         h = norm(x, "mlp_norm", i)
         x = x + (jax.nn.silu(h @ dense("gate_proj", i)) * (h @ dense("up_proj", i))) @ dense("down_proj", i)
     logprob = jax.nn.log_softmax(norm(x, "norm", None) @ dense("lm_head", 0))
-    return -(logprob[np.arange(T), example.tokens[1:]] * example.weights[1:]).sum()
+    return -(logprob[np.arange(T), tokens[1:]] * weights[1:]).sum()
