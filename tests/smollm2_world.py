@@ -1,0 +1,77 @@
+"""The demo model behind a real engine: `pytest_plugins = ["smollm2_world"]`.  One base and one engine for a session.
+
+The engine is float32, as the fixtures of small_world.py are.  Its pool holds eight adapters, on the head too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from jaxlora.config import MeshSection, ModelSection
+from jaxlora.lora import ALL_TARGETS, ATTENTION_TARGETS, LAYER_TARGETS, Adapter, AdapterRef, LoraSpec
+from jaxlora.opened import Opened, open_base
+from jaxlora.pool import PoolSpec
+from jaxlora.store import AdapterStore
+from serve.engine import Engine, EngineConfig
+from train.trainer import fresh_adapter
+
+SLOTS, RANK = 8, 16
+CONFIG = EngineConfig(
+    rows=20, prefill_lanes=20, prefill_tokens=32, pages=48, page_tokens=64, max_tokens=192, max_waiting=64
+)
+# Of the eight adapters: rank and targets.
+SHAPES = [
+    (1, LAYER_TARGETS),
+    (2, ATTENTION_TARGETS),
+    (3, ("q_proj", "v_proj")),
+    (4, ALL_TARGETS),
+    (5, ("lm_head",)),
+    (8, ("gate_proj", "up_proj", "down_proj")),
+    (12, ("lm_head", "o_proj")),
+    (16, LAYER_TARGETS),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Smol:
+    """The demo model, eight adapters in a store, and an engine over both that is warm."""
+
+    opened: Opened
+    store: AdapterStore
+    adapters: list[Adapter]
+    engine: Engine
+
+
+def random_adapter(opened: Opened, name: str, rank: int, targets: tuple[str, ...], seed: int) -> Adapter:
+    """An adapter as training starts it, with a B that changes what the model says but not that it speaks."""
+    spec = LoraSpec(rank=rank, alpha=2.0 * rank, targets=targets)
+    start = fresh_adapter(opened.base.config, AdapterRef("local", name, 1), spec, seed, opened.base_hash)
+    draw = np.random.default_rng(seed)
+    weights = {
+        t: (a, (draw.normal(size=b.shape) * 0.02 / rank**0.5).astype(np.float32)) for t, (a, b) in start.weights.items()
+    }
+    return dataclasses.replace(start, weights=weights)
+
+
+@pytest.fixture(scope="session")
+def smol(tmp_path_factory) -> Iterator[Smol]:
+    """Loaded and compiled once."""
+    opened = open_base(ModelSection(path="smollm2", dtype="float32"), MeshSection(data=1, fsdp=1, tensor=1))
+    store = AdapterStore(tmp_path_factory.mktemp("smollm2"), host_bytes=10**9)
+    adapters = []
+    for i, (rank, targets) in enumerate(SHAPES):
+        adapter = random_adapter(opened, f"tenant{i}", rank, targets, seed=i)
+        assert store.mint("local", f"tenant{i}") == adapter.ref
+        store.put(adapter)
+        adapters.append(adapter)
+    spec = PoolSpec(slots=SLOTS, rank=RANK, dtype="float32", targets=ALL_TARGETS)
+    engine = Engine(opened.base, opened.mesh, CONFIG, spec, store, opened.tokenizer, opened.base_hash)
+    engine.warm_up()
+    yield Smol(opened, store, adapters, engine)
+    assert not engine.has_work
+    engine.scheduler.check()
+    store.close()
