@@ -119,7 +119,7 @@ def adamw(
     Where loss gradient or update is not finite, weights and moments come back as they were.
     """
     grads = jax.tree.map(lambda g: g / hyper.divisor, grads)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     chain = optax.chain(
         optax.clip_by_global_norm(hyper.clip),
         optax.scale_by_adam(b1=hyper.b1, b2=hyper.b2, eps=hyper.eps),
@@ -129,7 +129,7 @@ def adamw(
     empty = optax.EmptyState()
     state = (empty, optax.ScaleByAdamState(count=moments.count, mu=moments.mu, nu=moments.nu), empty, empty)
     updates, (_, adam, _, _) = chain.update(grads, state, weights)
-    finite = jnp.isfinite(norm) & jnp.isfinite(optax.global_norm(updates))
+    finite = jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(updates))
     new = optax.apply_updates(weights, updates), Moments(mu=adam.mu, nu=adam.nu, count=adam.count)
     kept = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, (weights, moments))
     return *kept, norm, finite
