@@ -1,20 +1,16 @@
-"""The demo model behind a real engine: `pytest_plugins = ["smollm2_world"]`.  One base and one engine for a session.
+"""The demo model, eight random adapters and an engine over both.  The fixture is in smollm2_fixtures.py.
 
-The engine is float32, as the fixtures of small_world.py are.  Its pool holds eight adapters, on the head too.
+All float32, as the fixtures of small_world.py are.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 
 import numpy as np
-import pytest
 
-from jaxlora.config import MeshSection, ModelSection
 from jaxlora.lora import ALL_TARGETS, ATTENTION_TARGETS, LAYER_TARGETS, Adapter, AdapterRef, LoraSpec
-from jaxlora.opened import Opened, open_base
-from jaxlora.pool import PoolSpec
+from jaxlora.opened import Opened
 from jaxlora.store import AdapterStore
 from serve.engine import Engine, EngineConfig
 from train.trainer import fresh_adapter
@@ -55,23 +51,3 @@ def random_adapter(opened: Opened, name: str, rank: int, targets: tuple[str, ...
         t: (a, (draw.normal(size=b.shape) * 0.3 / rank**0.5).astype(np.float32)) for t, (a, b) in start.weights.items()
     }
     return dataclasses.replace(start, weights=weights)
-
-
-@pytest.fixture(scope="session")
-def smol(tmp_path_factory) -> Iterator[Smol]:
-    """Loaded and compiled once."""
-    opened = open_base(ModelSection(path="smollm2", dtype="float32"), MeshSection(data=1, fsdp=1, tensor=1))
-    store = AdapterStore(tmp_path_factory.mktemp("smollm2"), host_bytes=10**9)
-    adapters = []
-    for i, (rank, targets) in enumerate(SHAPES):
-        adapter = random_adapter(opened, f"tenant{i}", rank, targets, seed=i)
-        assert store.mint("local", f"tenant{i}") == adapter.ref
-        store.put(adapter)
-        adapters.append(adapter)
-    spec = PoolSpec(slots=SLOTS, rank=RANK, dtype="float32", targets=ALL_TARGETS)
-    engine = Engine(opened.base, opened.mesh, CONFIG, spec, store, opened.tokenizer, opened.base_hash)
-    engine.warm_up()
-    yield Smol(opened, store, adapters, engine)
-    assert not engine.has_work
-    engine.scheduler.check()
-    store.close()

@@ -6,7 +6,7 @@ import numpy as np
 from serve_world import Answer, ask
 from small_world import smollm2_prompts
 
-pytest_plugins = ["smollm2_world"]
+pytest_plugins = ["smollm2_fixtures"]
 # Our logits are within 2e-4 of those of transformers (test_jaxlora_model.py): a smaller margin may fall to either side,
 # and what follows it is another text.
 TIE = 1e-3

@@ -11,7 +11,7 @@ from fake_house import serving
 from serve.app import create_app
 from serve.runner import Runner
 
-pytest_plugins = ["smollm2_world"]
+pytest_plugins = ["smollm2_fixtures"]
 BASE, TOKENS = "smollm2", 12
 PROMPTS = [
     "The capital of France is",
