@@ -77,11 +77,11 @@ def save_version(folder: Path, adapter: Adapter, created: float) -> None:
     sync(folder)
 
 
-def read_meta(folder: Path, ref: AdapterRef) -> dict:
+def read_meta(folder: Path, ref: AdapterRef) -> Mapping:
     """The meta of a version.  Raises StorageFailed when it is damaged or of an unknown format."""
     path = folder / str(ref.version) / "meta"
     try:
-        meta = ocp.JsonCheckpointHandler().restore(path, args=ocp.args.JsonRestore())
+        meta = ocp.JsonCheckpointHandler().restore(path, args=ocp.args.JsonRestore())  # ty: ignore[invalid-argument-type]
         found = meta["format"]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise StorageFailed(f"{ref}: its description on disk cannot be read ({type(e).__name__})") from e

@@ -32,7 +32,7 @@ class Restored:
 
     step: int
     arrays: Tree
-    meta: dict[str, object]
+    meta: dict  # JSON
 
 
 def save_state(folder: Path, step: int, arrays: Tree, meta: Mapping[str, object], *, keep: int = 2) -> None:

@@ -56,6 +56,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def place_rows[T](mesh: Mesh, batch: T) -> T:
+    """The batch on the devices: every array's first axis is rows (lanes or sequences), split over data x fsdp."""
+    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(RULES["lanes"])))
+
+
 def check_model(mesh: Mesh, config: ModelConfig) -> None:
     """Raises ConfigInvalid, naming every size of the model that the mesh does not divide."""
     sizes = {

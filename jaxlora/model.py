@@ -8,6 +8,7 @@ of a lane, X Y features in, out.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,11 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from jaxlora.errors import ModelInvalid
 from jaxlora.mesh import check_model, sharding
 from jaxlora.model_config import Llama3Rope, ModelConfig, parameters
+from pallas_kernels import KEPT
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -40,15 +43,15 @@ class TokenBatch:
     slot_T: jax.Array  # int32 which adapter; NO_ADAPTER is the base model
 
 
-class Lora(Protocol):
+class Lora[Layer](Protocol):
     """How adapted linears are computed.  `per_layer` is scanned over layers together with the weights."""
 
     @property
-    def per_layer(self) -> object:
+    def per_layer(self) -> Layer:
         """A pytree with a leading axis of layers."""
         ...
 
-    def deltas(self, layer: object, targets: tuple[str, ...], x_TX: jax.Array) -> tuple[jax.Array | None, ...]:
+    def deltas(self, layer: Layer, targets: tuple[str, ...], x_TX: jax.Array) -> tuple[jax.Array | None, ...]:
         """What each target's adapter adds, [T, Y]; None where no adapter of this pool has the target."""
         ...
 
@@ -74,18 +77,27 @@ class Attend[Cache](Protocol):
 class Block(nnx.Module):
     """One layer's weights; stacked over layers when it is stored."""
 
+    # Set by name from the arrays, as the linears are; a family without a bias or a norm lacks the attribute.
+    attn_norm: nnx.Param
+    mlp_norm: nnx.Param
+    q_bias: nnx.Param
+    k_bias: nnx.Param
+    v_bias: nnx.Param
+    q_norm: nnx.Param
+    k_norm: nnx.Param
+
     def __init__(self, arrays: Mapping[str, jax.Array]):
         for name, value in arrays.items():
             setattr(self, name, nnx.Param(value))
 
-    def __call__[Cache](
+    def __call__[Cache, Layer](
         self,
         config: ModelConfig,
         layer: jax.Array,
         x_TD: jax.Array,
         rope: tuple[jax.Array, jax.Array],
-        lora: Lora,
-        lora_layer: object,
+        lora: Lora[Layer],
+        lora_layer: Layer,
         attend: Attend[Cache],
         cache: Cache,
     ) -> tuple[jax.Array, Cache]:
@@ -104,12 +116,12 @@ class Block(nnx.Module):
         q, k = q.reshape(T, c.heads, c.head_dim), k.reshape(T, c.kv_heads, c.head_dim)
         if c.qk_norm:
             q, k = rms_norm(q, self.q_norm[...], c.norm_eps), rms_norm(k, self.k_norm[...], c.norm_eps)
-        q, k = rotate(q, rope), rotate(k, rope)
+        q, k, v = (checkpoint_name(y, KEPT) for y in (rotate(q, rope), rotate(k, rope), v))
         out_TNH, cache = attend(layer, q, k, v.reshape(T, c.kv_heads, c.head_dim), cache)
         (o_TD,) = linears(out_TNH.reshape(T, -1), "o_proj")
-        x_TD = x_TD + o_TD
+        x_TD = checkpoint_name(x_TD + o_TD, KEPT)
         h_TD = rms_norm(x_TD, self.mlp_norm[...], c.norm_eps)
-        gate_TF, up_TF = linears(h_TD, "gate_proj", "up_proj")
+        gate_TF, up_TF = (checkpoint_name(y, KEPT) for y in linears(h_TD, "gate_proj", "up_proj"))
         act_TF = jax.nn.silu(gate_TF.astype(jnp.float32)) * up_TF.astype(jnp.float32)
         (down_TD,) = linears(act_TF.astype(x_TD.dtype), "down_proj")
         return x_TD + down_TD, cache
@@ -124,8 +136,8 @@ class Decoder(nnx.Module):
         self.norm = nnx.Param(arrays["norm"])
         self.blocks = Block({name: value for name, value in arrays.items() if name not in ("embed", "norm", "head")})
 
-    def __call__[Cache](
-        self, batch: TokenBatch, lora: Lora, attend: Attend[Cache], cache: Cache
+    def __call__[Cache, Layer](
+        self, batch: TokenBatch, lora: Lora[Layer], attend: Attend[Cache], cache: Cache
     ) -> tuple[jax.Array, Cache]:
         """(hidden [T, D] after the final norm, cache).  Layers run under `lax.scan`, the cache in the carry."""
         config = self.config
@@ -133,6 +145,10 @@ class Decoder(nnx.Module):
         rope = rope_tables(config, jnp.maximum(batch.position_T, 0))
         graph, weights = nnx.split(self.blocks)
 
+        # Training keeps of a layer what a GEMM or the attention made; norms, rotations and products are done again.
+        @functools.partial(
+            jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(KEPT), prevent_cse=False
+        )
         def one_layer(carry: tuple[jax.Array, Cache], inputs: tuple) -> tuple[tuple[jax.Array, Cache], None]:
             x_TD, cache = carry
             layer, weight, lora_layer = inputs
@@ -159,8 +175,8 @@ class Base:
         return self.arrays["embed"].dtype
 
 
-def forward[Cache](
-    base: Base, batch: TokenBatch, lora: Lora, attend: Attend[Cache], cache: Cache
+def forward[Cache, Layer](
+    base: Base, batch: TokenBatch, lora: Lora[Layer], attend: Attend[Cache], cache: Cache
 ) -> tuple[jax.Array, Cache]:
     """(hidden [T, D] after the final norm, cache): the one forward pass of the house."""
     with jax.default_matmul_precision(base.precision):

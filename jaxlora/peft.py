@@ -18,6 +18,7 @@ import re
 import shutil
 import uuid
 from dataclasses import asdict, dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 
@@ -158,7 +159,7 @@ def _read_json(path: Path) -> dict[str, object]:
     return parse_json(text, path.name)
 
 
-def _open_weights(folder: Path, reasons: Reasons) -> BinaryIO:
+def _open_weights(folder: Path, reasons: Reasons) -> BufferedReader:
     if not (folder / WEIGHTS_FILE).is_file():
         pickles = any(p.suffix in PICKLE_SUFFIXES for p in folder.iterdir())
         reasons.add(PICKLE if pickles else f"{WEIGHTS_FILE} is missing")
@@ -181,7 +182,7 @@ def _check_own(own: dict[str, object], base_hash: str, reasons: Reasons) -> None
         reasons.add("adapter was trained on another base", error=BaseMismatch)
 
 
-def _check_own_hash(file: BinaryIO, own: dict[str, object]) -> None:
+def _check_own_hash(file: BufferedReader, own: dict[str, object]) -> None:
     file.seek(0)
     if hashlib.file_digest(file, "sha256").hexdigest() != own.get("sha256"):
         raise AdapterInvalid(
@@ -283,9 +284,9 @@ def empty_weights(spec: LoraSpec, config: ModelConfig) -> dict[str, tuple[np.nda
     """target → (a_LRX, b_LRY) of zeros, the shapes that an Adapter of this spec has."""
     weights = {}
     for target in spec.targets:
-        layers = 1 if target == HEAD_TARGET else config.layers
+        L, R = 1 if target == HEAD_TARGET else config.layers, spec.max_rank
         x, y = target_features(config, target)
-        weights[target] = tuple(np.zeros((layers, spec.max_rank, f), np.float32) for f in (x, y))
+        weights[target] = np.zeros((L, R, x), np.float32), np.zeros((L, R, y), np.float32)
     return weights
 
 

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from jaxlora.errors import AdapterInvalid
 
@@ -233,7 +234,7 @@ def _ignored(raw: Mapping[str, object], reasons: Reasons) -> tuple[str, ...]:
     return tuple(sorted(ignored))
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -271,8 +272,9 @@ def _names(value: object, what: str, reasons: Reasons) -> str | tuple[str, ...] 
 
 def _layers(value: object, reasons: Reasons) -> tuple[int, ...] | None:
     values = value if isinstance(value, list) else [] if value is None else [value]
-    if all(isinstance(v, int) and not isinstance(v, bool) for v in values):
-        return tuple(values) or None
+    numbers = [v for v in values if isinstance(v, int) and not isinstance(v, bool)]
+    if len(numbers) == len(values):
+        return tuple(numbers) or None
     reasons.add(f"layers_to_transform must be a layer number or a list of them, got {shown(value)}")
     return None
 

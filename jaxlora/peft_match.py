@@ -157,6 +157,7 @@ def _targeted(peft: PeftConfig, paths: list[str], clock: Clock, reasons: Reasons
             return [p for p in paths if p != HEAD_TARGET and p.rpartition(".")[2] in LAYER_TARGETS]
         pattern = _compile(peft.targets, peft.targets, "target_modules", reasons)
         return [p for p in paths if pattern and pattern.fullmatch(p, timeout=clock.left())]
+    assert peft.targets is not None  # None chooses all that is present, without asking here
     whole, matched = set(peft.targets), _by_entry(peft.targets, paths)
     endings = {ending for path in paths for ending in _endings(path)}
     for entry in peft.targets:
@@ -174,7 +175,7 @@ def _targeted(peft: PeftConfig, paths: list[str], clock: Clock, reasons: Reasons
     return [p for p in matched if p in whole or _first_number(p, keep, clock) in peft.layers]
 
 
-def _first_number(path: str, patterns: list[regex.Pattern], clock: Clock) -> int | None:
+def _first_number(path: str, patterns: list[regex.Pattern], clock: Clock) -> int | None:  # ty: ignore[invalid-type-form]
     for pattern in patterns:
         if match := pattern.match(path, timeout=clock.left()):
             return int(match["idx"])
@@ -220,7 +221,7 @@ def _by_pattern[T](
     return found
 
 
-def _compile(source: str, whole: str, what: str, reasons: Reasons) -> regex.Pattern | None:
+def _compile(source: str, whole: str, what: str, reasons: Reasons) -> regex.Pattern | None:  # ty: ignore[invalid-type-form]
     """The pattern, or None and a reason.  `re` says what is valid, as in PEFT; `regex` matches, since it can time out."""
     if len(source) > MAX_PATTERN_CHARS:
         reasons.add(f"{what} {shown(source)} is longer than {MAX_PATTERN_CHARS} characters")

@@ -109,7 +109,7 @@ def host_rows(config: ModelConfig, spec: PoolSpec, adapter: Adapter) -> Rows:
                     f"want {(L, R, x)} and {(L, R, y)}"
                 )
             a[:, : given_a.shape[1]], b[:, : given_b.shape[1]] = given_a, given_b
-        rows[target] = LoraRows(a_LSRX=a, b_LSRY=b, scale_LS=scales(config, adapter.spec, target))  # type: ignore[arg-type]
+        rows[target] = LoraRows(a_LSRX=a, b_LSRY=b, scale_LS=scales(config, adapter.spec, target))  # ty: ignore[invalid-argument-type]
     return rows
 
 

@@ -18,7 +18,9 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
+from pallas_kernels import KEPT
 from pallas_kernels.shapes import shaped
 
 MASKED = -1e30  # finite, so that a row with nothing to see gives numbers
@@ -141,7 +143,7 @@ def _flash_forward(q_GJNH, k_GJKH, v_GJKH, segment_GJ, window, block):
     start = jnp.zeros(q.shape), jnp.zeros(q.shape[:-1])
     out, lse = lax.fori_loop(0, J // block, query_block, start)
     out = jnp.where((segment_GJ != 0)[:, None, None, :, None], out, 0.0)
-    out_GJNH = _by_token(out, q_GJNH.dtype)
+    out_GJNH, lse = checkpoint_name(_by_token(out, q_GJNH.dtype), KEPT), checkpoint_name(lse, KEPT)
     return out_GJNH, (q_GJNH, k_GJKH, v_GJKH, segment_GJ, out_GJNH, lse)
 
 

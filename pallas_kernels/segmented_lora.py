@@ -17,8 +17,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels import NO_ADAPTER
+from pallas_kernels import KEPT, NO_ADAPTER
 from pallas_kernels.shapes import shaped
 
 
@@ -40,7 +41,7 @@ def segmented_lora(x_GJX: jax.Array, rows: Sequence[tuple[jax.Array, jax.Array, 
     a_GRX = jnp.concatenate([a for a, _, _ in rows], axis=1).astype(dtype)
     scale_GR = jnp.concatenate([jnp.repeat(s[:, None], a.shape[1], axis=1) for a, _, s in rows], axis=1)
     h_GJR = jnp.einsum("gjx,grx->gjr", x_GJX, a_GRX, preferred_element_type=jnp.float32)
-    h_GJR = (h_GJR * scale_GR[:, None, :]).astype(dtype)
+    h_GJR = checkpoint_name((h_GJR * scale_GR[:, None, :]).astype(dtype), KEPT)
     parts = jnp.split(h_GJR, np.cumsum([a.shape[1] for a, _, _ in rows])[:-1].tolist(), axis=2)
     return tuple(
         jnp.einsum("gjr,gry->gjy", h, b.astype(dtype), preferred_element_type=jnp.float32).astype(dtype)

@@ -16,6 +16,7 @@ from collections.abc import Callable
 def shaped[**P, R](op: Callable[P, R]) -> Callable[P, R]:
     """The op, which raises ValueError naming parameter, axis and both sizes when an argument breaks its suffix."""
     signature = inspect.signature(op)
+    op_name = op.__name__  # ty: ignore[missing-attribute]
     suffix_of = {}
     for name in signature.parameters:
         head, _, suffix = name.rpartition("_")
@@ -32,11 +33,11 @@ def shaped[**P, R](op: Callable[P, R]) -> Callable[P, R]:
                 continue
             shape = value.shape
             if len(shape) != len(suffix):
-                raise ValueError(f"{op.__name__}: {name} must have axes {'·'.join(suffix)}, got shape {shape}")
+                raise ValueError(f"{op_name}: {name} must have axes {'·'.join(suffix)}, got shape {shape}")
             for letter, size in zip(suffix, shape, strict=True):
                 known, first = size_of.setdefault(letter, (size, name))
                 if known != size:
-                    raise ValueError(f"{op.__name__}: axis {letter} is {size} in {name} {shape} but {known} in {first}")
+                    raise ValueError(f"{op_name}: axis {letter} is {size} in {name} {shape} but {known} in {first}")
         return op(*args, **kwargs)
 
     return checked

@@ -130,12 +130,11 @@ class Demo:
             for user, wanted in task.heldout[:HELDOUT]
         ]
         answers = self.runner.complete([request for _, _, request in jobs])
+        work = [(self.examples(task, heldout=True), task.name if tuned else None) for task in self.tasks]
+        evaluations = self.runner.call(lambda: self.trainer.evaluate_all(work))
         scores = {}
-        for task in self.tasks:
+        for task, evaluation in zip(self.tasks, evaluations, strict=True):
             right = [a.text == wanted for (t, wanted, _), a in zip(jobs, answers, strict=True) if t is task]
-            held = self.examples(task, heldout=True)
-            name = task.name if tuned else None
-            evaluation = self.runner.call(lambda held=held, name=name: self.trainer.evaluate(held, name))
             scores[task.name] = Score(evaluation, sum(right) / len(right))
         return scores
 

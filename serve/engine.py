@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jaxlora.errors import AdapterInvalid, AlreadyExists, BaseMismatch, ContextLengthExceeded, JaxLoraError
 from jaxlora.kvcache import KVPages, empty_pages, paged_attend
 from jaxlora.lora import HEAD_TARGET, AdapterRef
-from jaxlora.mesh import check_lanes, replicated
+from jaxlora.mesh import check_lanes, place_rows, replicated
 from jaxlora.model import Base, TokenBatch, forward, head_weight
 from jaxlora.pool import LaneLora, PoolSpec, Rows, TokenLora, empty_pool, host_rows, write_slot
 from jaxlora.slots import SlotTable
@@ -77,7 +77,8 @@ def _serve_step(base: Base, pool: Rows, kv: KVPages, batch: StepBatch) -> tuple[
         slot_T=jnp.repeat(batch.slot_G, J),
     )
     attend = paged_attend(batch.page_GC, batch.position_GJ, base.config.window)
-    x_TD, kv = forward(base, tokens, lora, attend, kv)
+    # Either is a Lora of its own Layer; a union of them is beyond the type variable.
+    x_TD, kv = forward(base, tokens, lora, attend, kv)  # ty: ignore[invalid-argument-type]
     x_GD = jnp.take_along_axis(x_TD.reshape(G, J, -1), batch.last_G[:, None, None], axis=1)[:, 0]
     with jax.default_matmul_precision(base.precision):
         logits_GV = jnp.dot(x_GD, head_weight(base)[0], preferred_element_type=jnp.float32)
@@ -87,7 +88,8 @@ def _serve_step(base: Base, pool: Rows, kv: KVPages, batch: StepBatch) -> tuple[
                 rows = [(head.a_LSRX, head.b_LSRY, head.scale_LS)]
                 (delta,) = gathered_lora(x_GD, rows, jnp.int32(0), batch.slot_G)
             else:
-                assert isinstance(lora, LaneLora) and lora.head is not None
+                assert isinstance(lora, LaneLora)
+                assert lora.head is not None
                 rows = [(lora.head.a_LSRX[0], lora.head.b_LSRY[0], lora.head.scale_LS[0])]
                 delta = segmented_lora(x_GD[:, None], rows)[0][:, 0]
             logits_GV = logits_GV + delta.astype(jnp.float32)
@@ -261,7 +263,7 @@ class Engine:
 
     def _run(self, batch: StepBatch) -> StepOutput:
         """The step's output on the host."""
-        on_device = jax.device_put(batch, replicated(self.mesh))
+        on_device = place_rows(self.mesh, batch)
         self._kv, out = self._program(self.base, self._pool, self._kv, on_device)
         return jax.device_get(out)
 

@@ -135,7 +135,7 @@ class Runner:
                 self._check_alive()
         if error is not None:
             raise error
-        return result  # ty: ignore[invalid-return-type]
+        return result  # ty: ignore[invalid-explicit-return]
 
     def _check_alive(self) -> None:
         if self._closed or not self._thread.is_alive():

@@ -39,7 +39,8 @@ class SamplingBatch:
         """NumPy rows that choose greedily and report nothing, for the host to fill."""
         kinds = {"top_k_B": np.int32, "choice_B": np.uint32, "position_B": np.uint32, "logprobs_B": bool}
         zero = {f.name: np.zeros(rows, kinds.get(f.name, np.float32)) for f in fields(SamplingBatch)}
-        return SamplingBatch(**zero | {"seed_BE": np.zeros((rows, 2), np.uint32), "top_p_B": np.ones(rows, np.float32)})
+        special = {"seed_BE": np.zeros((rows, 2), np.uint32), "top_p_B": np.ones(rows, np.float32)}
+        return SamplingBatch(**zero | special)  # ty: ignore[invalid-argument-type]
 
     def fill(self, row: int, params: SamplingParams, seed: int, position: int) -> None:
         """Set one row of a NumPy batch."""

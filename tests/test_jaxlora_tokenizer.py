@@ -353,6 +353,26 @@ def test_hf_refused_by_name(tmp_path):
             Tokenizer.from_hf(tmp_path)
 
 
+def test_vocab_and_merges_alone_give_the_ids_of_transformers(tmp_path):
+    """Older checkpoints have no tokenizer.json; how their family splits text (Qwen2: digits one by one) is not in the files."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*alphabet, "he", "12", "<|endoftext|>"])}
+    models.BPE(vocabulary, [("h", "e"), ("1", "2")]).save(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    settings = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|endoftext|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    ours = Tokenizer.from_hf(tmp_path)
+    text = "he 12<|endoftext|>"
+    from transformers import AutoTokenizer
+
+    assert ours.encode(text) == AutoTokenizer.from_pretrained(str(tmp_path)).encode(text)
+    assert vocabulary["he"] in ours.encode(text)
+    assert vocabulary["12"] not in ours.encode(text)
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nnobody here\n")
+    with pytest.raises(ModelInvalid, match=r"transformers cannot make one of its vocab\.json"):
+        Tokenizer.from_hf(tmp_path)
+
+
 REFUSED_SETTINGS = {
     "strange eos": ("tokenizer_config.json", {"eos_token": "<nobody>"}, "eos_token '<nobody>' is not in"),
     "no bos after all": ("tokenizer_config.json", {"add_bos_token": False}, "add_bos_token = False"),

@@ -38,7 +38,8 @@ class Hyper:
     @staticmethod
     def stack(rows: list[dict[str, float]]) -> Hyper:
         """The rows as NumPy arrays, one per field."""
-        return Hyper(**{f.name: np.array([r[f.name] for r in rows], np.float32) for f in fields(Hyper)})
+        columns = {f.name: np.array([r[f.name] for r in rows], np.float32) for f in fields(Hyper)}
+        return Hyper(**columns)  # ty: ignore[invalid-argument-type]
 
 
 IDLE = {"lr": 0.0, "decay": 0.0, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "clip": NO_CLIP, "divisor": 1.0}
@@ -128,8 +129,9 @@ def adamw(
     )
     empty = optax.EmptyState()
     state = (empty, optax.ScaleByAdamState(count=moments.count, mu=moments.mu, nu=moments.nu), empty, empty)
-    updates, (_, adam, _, _) = chain.update(grads, state, weights)
+    updates, (_, adam, _, _) = chain.update(grads, state, weights)  # ty: ignore[not-iterable]
     finite = jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(updates))
-    new = optax.apply_updates(weights, updates), Moments(mu=adam.mu, nu=adam.nu, count=adam.count)
+    new_moments = Moments(mu=adam.mu, nu=adam.nu, count=adam.count)  # ty: ignore[missing-union-attribute]
+    new = optax.apply_updates(weights, updates), new_moments
     kept = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, (weights, moments))
     return *kept, norm, finite

@@ -31,6 +31,7 @@ from jaxlora.store import AdapterStore
 from train.data import Example, load_jsonl
 from train.optimizer import Optimizer
 from train.plot import plot_losses
+from train.step import SlotState
 from train.trainer import Evaluation, StepReport, Trainer
 
 HOST_BYTES = 2**30  # of adapter versions kept in RAM
@@ -112,6 +113,7 @@ def _resume(
             f"tenant {section.name}: the checkpoint in {config.out} has another rank, alpha or targets; "
             "use another `out` or the old settings"
         )
+    assert isinstance(found.arrays, SlotState)
     trainer.remove(section.name)
     trainer.add(
         section.name,
@@ -176,7 +178,8 @@ def _table(trainer: Trainer, last: dict[str, StepReport]) -> Table:
 
 def evaluate_all(trainer: Trainer, heldout: dict[str, list[Example]], *, tuned: bool) -> dict[str, Evaluation]:
     """Held-out loss and accuracy of every tenant that has held-out examples, with its adapter or of the base alone."""
-    return {name: trainer.evaluate(examples, name if tuned else None) for name, examples in heldout.items()}
+    work = [(examples, name if tuned else None) for name, examples in heldout.items()]
+    return dict(zip(heldout, trainer.evaluate_all(work), strict=True))
 
 
 def finish(

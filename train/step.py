@@ -159,9 +159,9 @@ def _apply(state: TrainState, hyper: Hyper, slot_U: jax.Array) -> tuple[TrainSta
     grads = jax.tree.map(take, state.grads)
     count_U = state.moments.count[safe_U]
 
-    axes = (1, 1, Moments(mu=1, nu=1, count=0), 0)  # type: ignore[arg-type]
+    axes = (1, 1, Moments(mu=1, nu=1, count=0), 0)  # ty: ignore[invalid-argument-type]
     moments = Moments(mu=old_arrays[1], nu=old_arrays[2], count=count_U)
-    update = jax.vmap(adamw, in_axes=axes, out_axes=(1, Moments(mu=1, nu=1, count=0), 0, 0))  # type: ignore[arg-type]
+    update = jax.vmap(adamw, in_axes=axes, out_axes=(1, Moments(mu=1, nu=1, count=0), 0, 0))  # ty: ignore[invalid-argument-type]
     new_weights, new_moments, norm_U, finite_U = update(old_arrays[0], grads, moments, hyper)
     new_arrays = (new_weights, new_moments.mu, new_moments.nu, jax.tree.map(jnp.zeros_like, grads))
 
@@ -238,7 +238,7 @@ def fresh_seat(rows: Rows) -> SlotState:
     """A tenant that has not trained yet: these rows (NumPy), zero moments."""
 
     def zeros() -> Halves:
-        return {t: (np.zeros_like(a), np.zeros_like(b)) for t, (a, b) in halves(rows).items()}  # ty: ignore[invalid-return-type]
+        return {t: (np.zeros_like(a), np.zeros_like(b)) for t, (a, b) in halves(rows).items()}  # ty: ignore[invalid-explicit-return]
 
     return SlotState(rows=rows, moments=Moments(mu=zeros(), nu=zeros(), count=np.int32(0)))  # ty: ignore[invalid-argument-type]
 
@@ -273,10 +273,10 @@ def idle_batch(lanes: int, length: int) -> TrainBatch:
     """A NumPy batch of empty lanes, for the host to fill."""
     shape = (lanes, length)
     return TrainBatch(
-        token_GJ=np.zeros(shape, np.int32),  # type: ignore[arg-type]
-        target_GJ=np.zeros(shape, np.int32),  # type: ignore[arg-type]
-        weight_GJ=np.zeros(shape, np.float32),  # type: ignore[arg-type]
-        position_GJ=np.zeros(shape, np.int32),  # type: ignore[arg-type]
-        segment_GJ=np.zeros(shape, np.int32),  # type: ignore[arg-type]
-        slot_G=np.full(lanes, NO_ADAPTER, np.int32),  # type: ignore[arg-type]
+        token_GJ=np.zeros(shape, np.int32),  # ty: ignore[invalid-argument-type]
+        target_GJ=np.zeros(shape, np.int32),  # ty: ignore[invalid-argument-type]
+        weight_GJ=np.zeros(shape, np.float32),  # ty: ignore[invalid-argument-type]
+        position_GJ=np.zeros(shape, np.int32),  # ty: ignore[invalid-argument-type]
+        segment_GJ=np.zeros(shape, np.int32),  # ty: ignore[invalid-argument-type]
+        slot_G=np.full(lanes, NO_ADAPTER, np.int32),  # ty: ignore[invalid-argument-type]
     )

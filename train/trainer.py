@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from jaxlora.errors import AlreadyExists, DataInvalid, NotFound, StateInvalid
 from jaxlora.lora import ALL_TARGETS, Adapter, AdapterRef, LoraSpec
-from jaxlora.mesh import check_lanes, replicated
+from jaxlora.mesh import check_lanes, place_rows, replicated
 from jaxlora.model import Base
 from jaxlora.model_config import ModelConfig, target_features
 from jaxlora.pool import PoolSpec, Rows, adapter_of_rows, host_rows, layer_count
@@ -86,7 +86,7 @@ class Trainer:
 
     def warm_up(self) -> None:
         """Compiles and runs every program once, on idle lanes."""
-        batch = self._device(idle_batch(self.lanes, self.lane_tokens))
+        batch = place_rows(self.mesh, idle_batch(self.lanes, self.lane_tokens))
         hyper = self._device(Hyper.stack([IDLE] * self.lanes))
         idle = self._device(np.full(self.lanes, NO_ADAPTER, np.int32))
         self._state, *_ = self._programs.train_step(self.base, self._state, batch, hyper, idle)
@@ -216,25 +216,41 @@ class Trainer:
     def evaluate(self, examples: Sequence[Example], name: str | None) -> Evaluation:
         """Loss and accuracy on these examples under a tenant's present weights, or the base's (None).
 
-        Raises DataInvalid for an example longer than a lane.
+        Raises DataInvalid for an example longer than a lane, NotFound for an unknown tenant.
         """
-        slot = NO_ADAPTER if name is None else self._tenant(name).slot
-        lanes = pack(examples, self.lane_tokens)
-        loss = weight = hit = count = 0.0
+        return self.evaluate_all([(examples, name)])[0]
+
+    def evaluate_all(self, work: Sequence[tuple[Sequence[Example], str | None]]) -> list[Evaluation]:
+        """One Evaluation per (examples, tenant or None); all of them share lanes, so eight small sets cost one large one.
+
+        Raises as `evaluate` does, before anything runs.
+        """
+        lanes: list[Lane] = []
+        slots: list[int] = []
+        owners: list[int] = []
+        for owner, (examples, name) in enumerate(work):
+            packed = pack(examples, self.lane_tokens)
+            lanes += packed
+            slots += [NO_ADAPTER if name is None else self._tenant(name).slot] * len(packed)
+            owners += [owner] * len(packed)
+        totals = np.zeros((len(work), 4))  # loss, weight, hits, targets
         for start in range(0, len(lanes), self.lanes):
-            part = lanes[start : start + self.lanes]
-            batch = self._batch(part, [slot] * len(part))
+            part = slice(start, start + self.lanes)
+            batch = self._batch(lanes[part], slots[part])
             sums = jax.device_get(self._programs.evaluate(self.base, self._state.pool, batch))
-            loss, weight = loss + float(sums.loss_G.sum()), weight + float(sums.weight_G.sum())
-            hit, count = hit + float(sums.hit_G.sum()), count + float(sums.count_G.sum())
-        return Evaluation(nll=loss / _divisor(weight), accuracy=hit / max(count, 1.0), tokens=int(count))
+            columns = np.stack([sums.loss_G, sums.weight_G, sums.hit_G, sums.count_G], axis=1)
+            np.add.at(totals, owners[part], columns[: len(owners[part])])
+        return [
+            Evaluation(nll=float(loss / _divisor(weight)), accuracy=float(hit / max(count, 1.0)), tokens=int(count))
+            for loss, weight, hit, count in totals
+        ]
 
     def _batch(self, lanes: Sequence[Lane], slots: Sequence[int]) -> TrainBatch:
         batch = idle_batch(self.lanes, self.lane_tokens)
         for g, (lane, slot) in enumerate(zip(lanes, slots, strict=True)):
             batch.token_GJ[g], batch.target_GJ[g], batch.weight_GJ[g] = lane.token_J, lane.target_J, lane.weight_J
             batch.position_GJ[g], batch.segment_GJ[g], batch.slot_G[g] = lane.position_J, lane.segment_J, slot
-        return self._device(batch)
+        return place_rows(self.mesh, batch)
 
     def _device[T](self, tree: T) -> T:
         return jax.device_put(tree, replicated(self.mesh))
