@@ -17,7 +17,7 @@ from serve.engine import Engine
 
 @pytest.fixture(scope="session")
 def smol(tmp_path_factory) -> Iterator[Smol]:
-    """The base, an adapter of each shape in a store, and a warm engine that nobody uses."""
+    """The base, and an adapter of each shape in a store."""
     opened = open_base(ModelSection(path="smollm2", dtype="float32"), MeshSection(data=1, fsdp=1, tensor=1))
     store = AdapterStore(tmp_path_factory.mktemp("smollm2"), host_bytes=10**9)
     adapters = []
@@ -26,10 +26,17 @@ def smol(tmp_path_factory) -> Iterator[Smol]:
         assert store.mint("local", f"tenant{i}") == adapter.ref
         store.put(adapter)
         adapters.append(adapter)
+    yield Smol(opened, store, adapters)
+    store.close()
+
+
+@pytest.fixture(scope="session")
+def smol_engine(smol) -> Iterator[Engine]:
+    """An engine over them, warm, for one user at a time."""
     spec = PoolSpec(slots=SLOTS, rank=RANK, dtype="float32", targets=ALL_TARGETS)
-    engine = Engine(opened.base, opened.mesh, CONFIG, spec, store, opened.tokenizer, opened.base_hash)
+    o = smol.opened
+    engine = Engine(o.base, o.mesh, CONFIG, spec, smol.store, o.tokenizer, o.base_hash)
     engine.warm_up()
-    yield Smol(opened, store, adapters, engine)
+    yield engine
     assert not engine.has_work
     engine.scheduler.check()
-    store.close()

@@ -1,4 +1,4 @@
-"""The demo model, eight random adapters and an engine over both.  The fixture is in smollm2_fixtures.py.
+"""The demo model, eight random adapters, and the shapes of an engine over both.  Fixtures are in smollm2_fixtures.py.
 
 All float32, as the fixtures of small_world.py are.
 """
@@ -12,7 +12,7 @@ import numpy as np
 from jaxlora.lora import ALL_TARGETS, ATTENTION_TARGETS, LAYER_TARGETS, Adapter, AdapterRef, LoraSpec
 from jaxlora.opened import Opened
 from jaxlora.store import AdapterStore
-from serve.engine import Engine, EngineConfig
+from serve.engine import EngineConfig
 from train.trainer import fresh_adapter
 
 SLOTS, RANK = 8, 16
@@ -34,12 +34,11 @@ SHAPES = [
 
 @dataclasses.dataclass(frozen=True)
 class Smol:
-    """The demo model, eight adapters in a store, and an engine over both that is warm."""
+    """The demo model, and eight adapters in a store."""
 
     opened: Opened
     store: AdapterStore
     adapters: list[Adapter]
-    engine: Engine
 
 
 def random_adapter(opened: Opened, name: str, rank: int, targets: tuple[str, ...], seed: int) -> Adapter:

@@ -18,8 +18,8 @@ def comparable(margin: np.ndarray) -> int:
     return int(ties[0]) if len(ties) else len(margin)
 
 
-def test_sixty_four_greedy_tokens_are_those_of_transformers(smol):
-    prompts, engine = smollm2_prompts(), smol.engine
+def test_sixty_four_greedy_tokens_are_those_of_transformers(smol_engine):
+    prompts, engine = smollm2_prompts(), smol_engine
     answers = [Answer() for _ in prompts]
     for i, p in enumerate(prompts):
         engine.submit(ask(str(i), prompt=p.ids_T.tolist(), max_tokens=len(p.greedy)))

@@ -26,8 +26,8 @@ PROMPTS = [
 
 
 @pytest.fixture(scope="module")
-def url(smol):
-    runner = Runner(smol.engine, base_name=BASE)
+def url(smol_engine):
+    runner = Runner(smol_engine, base_name=BASE)
     runner.start()
     try:
         with serving(create_app(runner, default_max_tokens=TOKENS)) as root:
@@ -56,21 +56,21 @@ async def say(client: openai.AsyncOpenAI, model: str, prompt: str) -> tuple[list
     return tokens, text
 
 
-def test_eight_adapters_at_once_say_what_each_says_alone(smol, url):
+def test_eight_adapters_at_once_say_what_each_says_alone(smol, smol_engine, url):
     names = [a.ref.name for a in smol.adapters]
     most_running = 0
-    step = smol.engine.step
+    step = smol_engine.step
 
     def counted():
         nonlocal most_running
-        most_running = max(most_running, len(smol.engine.scheduler.running))
+        most_running = max(most_running, len(smol_engine.scheduler.running))
         return step()
 
     async def scenario():
         async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=120) as client:
-            smol.engine.step = counted
+            smol_engine.step = counted
             together = await asyncio.gather(*(say(client, n, p) for n, p in zip(names, PROMPTS, strict=True)))
-            smol.engine.step = step
+            smol_engine.step = step
             alone = [await say(client, n, p) for n, p in zip(names, PROMPTS, strict=True)]
             base = await asyncio.gather(*(say(client, BASE, p) for p in PROMPTS))
             return together, alone, base
