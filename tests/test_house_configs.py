@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import re
-import threading
-import time
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import httpx2
@@ -15,12 +16,15 @@ from typer.testing import CliRunner
 
 from jaxlora import cli
 from jaxlora.config import TrainConfig, load
-from serve import assemble
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
 TRAIN, SERVE = CONFIGS / "train_two_tenants.toml", CONFIGS / "serve_smollm2.toml"
-PROMPT = [{"role": "user", "content": "What is the capital of France?"}]
+ASK = {
+    "messages": [{"role": "user", "content": "What is the capital of France?"}],
+    "max_tokens": 8,
+    "temperature": 0,
+}
 
 
 def run(*arguments: str):
@@ -72,53 +76,33 @@ def test_the_training_config_trains_both_tenants(trained):
     assert (trained / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_second_run_of_it_has_nothing_left_to_do(trained):
-    """The checkpoints say that both are done: they are read, and nothing is trained twice."""
-    metrics = {p: p.read_text() for p in trained.glob("*/metrics.csv")}
-    result = run("train", str(trained.parent / "train.toml"))
-    assert result.exit_code == 0, result.output
-    assert {p: p.read_text() for p in trained.glob("*/metrics.csv")} == metrics
-
-
-class Interrupted(Exception):
-    """Stands for Ctrl-C."""
-
-
-def test_the_serving_config_serves_the_base_and_what_was_trained(trained, tmp_path, monkeypatch):
-    """On a free port, from the store the training config left; one of the two comes as a PEFT folder."""
-    load_it = f'\n[[load]]\nname = "imported"\npath = "{trained}/plural/peft"\n'
+def test_the_serving_config_serves_the_base_and_what_was_trained(trained, tmp_path):
+    """On a free port, from the store the training config left; one adapter more comes as a PEFT folder."""
     path = changed(SERVE, tmp_path / "serve.toml", dtype='"float32"', adapters=f'"{trained}/store"')
-    path.write_text(path.read_text() + load_it)
-    answers, server = {}, []
-    make_http = assemble.make_http
-
-    def remember(*args, **named):
-        server.append(make_http(*args, **named))
-        return server[0]
-
-    def visit():
-        while not server or not server[0].server.started:
-            time.sleep(0.01)
+    path.write_text(path.read_text() + f'\n[[load]]\nname = "imported"\npath = "{trained}/plural/peft"\n')
+    command = [sys.executable, "-m", "jaxlora.cli", "serve", str(path), "--port", "0"]
+    with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
         try:
-            with httpx2.Client(base_url=server[0].url, timeout=60) as client:
-                answers["models"] = [m["id"] for m in client.get("/v1/models").json()["data"]]
-                for model in ("smollm2", "roman", "imported"):
-                    body = {"model": model, "messages": PROMPT, "max_tokens": 8, "temperature": 0}
-                    answers[model] = client.post("/v1/chat/completions", json=body).json()
+            lines = []
+            while not any("serving smollm2 and 3 adapters on http" in line for line in lines):
+                lines.append(process.stdout.readline())
+                assert lines[-1], (lines, process.stderr.read())
+            assert "loaded imported as version 1\n" in lines
+            with httpx2.Client(base_url=lines[-1].split()[-1], timeout=120) as client:
+                names = [m["id"] for m in client.get("models").json()["data"]]
+                answers = [client.post("chat/completions", json=ASK | {"model": m}).json() for m in sorted(names)]
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=60)
         finally:
-            server[0].server.should_exit = True
-
-    monkeypatch.setattr(assemble, "make_http", remember)
-    visitor = threading.Thread(target=visit)
-    visitor.start()
-    result = run("serve", str(path), "--port", "0")
-    visitor.join(60)
-    assert result.exit_code == 0, result.output
-    assert "loaded imported as version 1" in result.output
-    assert sorted(answers["models"]) == ["imported", "plural", "roman", "smollm2"]
-    texts = [answers[m]["choices"][0]["message"]["content"] for m in ("smollm2", "roman", "imported")]
-    assert "Paris" in texts[0]
+            process.kill()
+    assert sorted(names) == ["imported", "plural", "roman", "smollm2"]
+    texts = [a["choices"][0]["message"]["content"] for a in answers]
     assert all(texts)
+    assert "Paris" in texts[-1]
+    assert texts[0] == texts[1]  # the same adapter, from its PEFT folder and from the store
+    assert (process.returncode, errors) == (130, "jaxlora: interrupted\n")
 
 
 BAD = [
@@ -148,7 +132,7 @@ def test_what_a_user_gets_wrong_is_one_line_and_exit_2(arguments, message, tmp_p
         ("lr", '"fast"', "lr: must be a number"),
         ("train", '"gone.jsonl"', "gone.jsonl"),
         ("slots", "1", "2 tenants need as many slots"),
-        ("lane_tokens", "8", "tokens"),
+        ("lane_tokens", "32", "tokens"),
     ],
 )
 def test_a_wrong_value_names_its_key_and_writes_nothing(key, value, message, tmp_path):

@@ -5,6 +5,7 @@ Shape letters: J positions in a lane.  An Example of n tokens has n - 1 predicti
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -251,11 +252,19 @@ def load_jsonl(path: Path | str, tokenizer: Tokenizer, *, max_tokens: int) -> li
         {"messages": [{"role", "content", "weight"?: 0 | 1}, …]}      {"prompt": text, "completion": text}
         {"input_ids": [id, …], "weights": [number, …]}                {"text": text}
 
-    Raises DataInvalid, naming line and field of the first problems, and when the file holds no example.
+    Raises DataInvalid, naming the file, and line and field of the first problems, also when it cannot be read or holds no
+    example.
     """
+    try:
+        return _read_file(Path(path), tokenizer, max_tokens)
+    except OSError as error:
+        raise DataInvalid(f"{path} cannot be read ({error.strerror}); give the path of a JSONL file") from error
+
+
+def _read_file(path: Path, tokenizer: Tokenizer, max_tokens: int) -> list[Example]:
     examples: list[Example] = []
     problems: list[str] = []
-    with Path(path).open("rb") as file:
+    with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
             if not raw.strip():
                 continue
@@ -269,9 +278,9 @@ def load_jsonl(path: Path | str, tokenizer: Tokenizer, *, max_tokens: int) -> li
                     problems.append("reading stopped here")
                     break
     if problems:
-        raise DataInvalid("the training file is not valid\n" + "\n".join(problems))
+        raise DataInvalid(f"{path} is not valid:\n" + ";\n".join(problems))
     if not examples:
-        raise DataInvalid("the training file has no examples; give one JSON object a line")
+        raise DataInvalid(f"{path} has no examples; give one JSON object a line")
     return examples
 
 
@@ -324,6 +333,16 @@ def _read_line(line: dict[str, object], tokenizer: Tokenizer, max_tokens: int) -
         f"keys {', '.join(_shown(k) for k in list(line)[:5]) or '(none)'} are of no known kind; give messages, prompt and completion, "
         "input_ids and weights, or text"
     )
+
+
+def digest(examples: Sequence[Example]) -> str:
+    """Hex sha256 of the examples' tokens and weights, in their order."""
+    total = hashlib.sha256()
+    for e in examples:
+        total.update(
+            len(e).to_bytes(8, "little") + e.tokens.astype("<i4").tobytes() + e.weights.astype("<f4").tobytes()
+        )
+    return total.hexdigest()
 
 
 # Order and packing.
