@@ -53,7 +53,14 @@ def test_every_config_is_tested_and_says_how_to_run_it():
 def trained(tmp_path_factory) -> Path:
     """`out` of the training config after two steps of either tenant."""
     folder = tmp_path_factory.mktemp("configs")
-    short = {"steps": "2", "save_every": "1", "dtype": '"float32"', "warmup_steps": "0"}
+    short = {
+        "steps": "2",
+        "warmup_steps": "0",
+        "save_every": "1",
+        "batch": "2",
+        "lane_tokens": "96",
+        "dtype": '"float32"',
+    }
     path = changed(TRAIN, folder / "train.toml", out=f'"{folder}/out"', **short)
     result = run("train", str(path))
     assert result.exit_code == 0, result.output
