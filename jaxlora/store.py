@@ -39,10 +39,14 @@ class AdapterStore:
     """
 
     def __init__(self, root: Path, *, host_bytes: int) -> None:
-        self._root = root
+        """Raises StorageFailed when the folder cannot be made."""
+        self._root = root = root.absolute()  # Orbax takes no other
         self._host_bytes = host_bytes
-        for name in ("adapters", "counters", "trash"):
-            (root / name).mkdir(parents=True, exist_ok=True)
+        try:
+            for name in ("adapters", "counters", "trash"):
+                (root / name).mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise StorageFailed(f"the adapter store {root} cannot be made ({e.strerror}); choose another folder") from e
         self._counter: dict[tuple[str, str], tuple[int, int]] = {}  # as on disk, for names touched
         self._disk = threading.Lock()
         self._counters = threading.Lock()

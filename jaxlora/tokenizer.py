@@ -351,7 +351,8 @@ def _engine_of_merges(path: Path) -> tokenizers.Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(path), local_files_only=True).backend_tokenizer
+        converted = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        return converted.backend_tokenizer  # ty: ignore[missing-union-attribute]  (their hint admits None)
     except Exception as error:  # of many kinds, for files of many kinds
         raise ModelInvalid(
             f"{path} has no tokenizer.json, and transformers cannot make one of its vocab.json and merges.txt: "

@@ -541,9 +541,14 @@ def test_export_is_whole_or_not_there(tmp_path, monkeypatch):
     assert sorted(p.name for p in folder.parent.iterdir()) == ["out"]
     with pytest.raises(AlreadyExists):
         export_peft(adapter, folder, world.base_config("llama"), base_name="org/base")
+    (folder / "stray").touch()
+    export_peft(adapter, folder, world.base_config("llama"), base_name="org/base", replace=True)
+    assert not (folder / "stray").exists()
     monkeypatch.setattr("jaxlora.peft.export_config", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        export_peft(adapter, tmp_path / "second", world.base_config("llama"), base_name="org/base")
+    for name in ("second", "out"):
+        with pytest.raises(ZeroDivisionError):
+            export_peft(adapter, tmp_path / name, world.base_config("llama"), base_name="org/base", replace=True)
+    assert (folder / "adapter_config.json").is_file()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
 

@@ -5,7 +5,6 @@ Shape letters: J positions in a lane.  An Example of n tokens has n - 1 predicti
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -256,27 +255,23 @@ def load_jsonl(path: Path | str, tokenizer: Tokenizer, *, max_tokens: int) -> li
     example.
     """
     try:
-        return _read_file(Path(path), tokenizer, max_tokens)
+        lines = Path(path).read_bytes().split(b"\n")
     except OSError as error:
         raise DataInvalid(f"{path} cannot be read ({error.strerror}); give the path of a JSONL file") from error
-
-
-def _read_file(path: Path, tokenizer: Tokenizer, max_tokens: int) -> list[Example]:
     examples: list[Example] = []
     problems: list[str] = []
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            if not raw.strip():
-                continue
-            try:
-                line = _parse_line(raw, first=number == 1)
-                examples.append(_read_line(line, tokenizer, max_tokens))
-            except DataInvalid as error:
-                field = f", {error.param}" if error.param else ""
-                problems.append(f"line {number}{field}: {error.message}")
-                if len(problems) == SHOWN_PROBLEMS:
-                    problems.append("reading stopped here")
-                    break
+    for number, raw in enumerate(lines, start=1):
+        if not raw.strip():
+            continue
+        try:
+            line = _parse_line(raw, first=number == 1)
+            examples.append(_read_line(line, tokenizer, max_tokens))
+        except DataInvalid as error:
+            field = f", {error.param}" if error.param else ""
+            problems.append(f"line {number}{field}: {error.message}")
+            if len(problems) == SHOWN_PROBLEMS:
+                problems.append("reading stopped here")
+                break
     if problems:
         raise DataInvalid(f"{path} is not valid:\n" + ";\n".join(problems))
     if not examples:
@@ -333,16 +328,6 @@ def _read_line(line: dict[str, object], tokenizer: Tokenizer, max_tokens: int) -
         f"keys {', '.join(_shown(k) for k in list(line)[:5]) or '(none)'} are of no known kind; give messages, prompt and completion, "
         "input_ids and weights, or text"
     )
-
-
-def digest(examples: Sequence[Example]) -> str:
-    """Hex sha256 of the examples' tokens and weights, in their order."""
-    total = hashlib.sha256()
-    for e in examples:
-        total.update(
-            len(e).to_bytes(8, "little") + e.tokens.astype("<i4").tobytes() + e.weights.astype("<f4").tobytes()
-        )
-    return total.hexdigest()
 
 
 # Order and packing.
