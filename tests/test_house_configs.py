@@ -64,7 +64,7 @@ def trained(tmp_path_factory) -> Path:
     path = changed(TRAIN, folder / "train.toml", out=f'"{folder}/out"', **short)
     result = run("train", str(path))
     assert result.exit_code == 0, result.output
-    assert "serve them with their store: jaxlora serve --adapters" in result.output
+    assert f"jaxlora serve --model smollm2 --adapters {folder}/out/store" in result.output
     return folder / "out"
 
 
