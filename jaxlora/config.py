@@ -279,8 +279,8 @@ class ServeConfig:
 def serve_defaults(model: str, adapters: Path) -> ServeConfig:
     """What `jaxlora serve --model` uses: the one place of the server's defaults.  It listens on this machine only.
 
-    Sized for the demo model on a laptop: with SmolLM2-135M in float32, 8 slots of rank 32 are about 0.3 GB (all seven
-    projections) and 128 pages of 64 tokens about 0.4 GB.  A larger machine is worth a TOML file.
+    Sized for the demo model on a laptop: with SmolLM2-135M in float32, 8 slots of rank 32 are about 0.36 GB (all seven
+    projections and the head) and 128 pages of 64 tokens about 0.4 GB.  A larger machine is worth a TOML file.
     """
     return ServeConfig(
         model=ModelSection(path=model, dtype="auto"),

@@ -326,6 +326,7 @@ def export_peft(
     """Writes the adapter as a PEFT folder, which is there whole or not at all.
 
     Tensors have their true ranks.  `base_name` is what PEFT will load as the base; `dtype` is one of EXPORT_DTYPES.
+    `replace`: a folder that is there leaves once the new one is complete.
 
     Raises AlreadyExists when `folder` does and `replace` is off, AdapterInvalid for an unknown dtype or values that do not
     fit it, BaseMismatch when the shapes are not those of `config`.

@@ -68,6 +68,7 @@ class Tenant:
     step: int = 0
     bad_steps: int = 0  # in a row
     status: str = "running"  # running, done or failed
+    failure: str = ""  # why it failed
     losses: list[float] = field(default_factory=list)
 
 
@@ -136,7 +137,9 @@ class Trainer:
         running = step < optimizer.total_steps
         if running:
             self._mixer.add(name, stream, batch_size=batch_size)
-        self._state = self._programs.seat(self._state, self._device(np.int32(slot)), jax.device_put(state))
+        self._state = self._programs.seat(
+            self._state, self._device(np.int32(slot)), jax.device_put(jax.device_get(state))
+        )
         status = "running" if running else "done"
         self.tenants[name] = Tenant(name, slot, spec, optimizer, stream, step, status=status)
         return self.tenants[name]
@@ -147,6 +150,13 @@ class Trainer:
         if tenant.status == "running":
             self._mixer.remove(name)
         del self.tenants[name]
+
+    def fail(self, name: str, reason: str) -> None:
+        """The tenant trains no more; its slot keeps what it learned until it is removed.  Raises NotFound."""
+        tenant = self._tenant(name)
+        if tenant.status == "running":
+            self._mixer.remove(name)
+        tenant.status, tenant.failure = "failed", reason
 
     def _tenant(self, name: str) -> Tenant:
         if name not in self.tenants:
@@ -214,10 +224,9 @@ class Trainer:
         tenant.losses.append(report.loss)
         tenant.bad_steps = 0 if report.finite else tenant.bad_steps + 1
         if tenant.bad_steps >= MAX_BAD_STEPS:
-            tenant.status = "failed"
+            self.fail(tenant.name, f"{MAX_BAD_STEPS} updates in a row were not finite")
         elif tenant.step >= tenant.optimizer.total_steps:
             tenant.status = "done"
-        if tenant.status != "running":
             self._mixer.remove(tenant.name)
 
     def evaluate(self, examples: Sequence[Example], name: str | None) -> Evaluation:
