@@ -23,7 +23,7 @@ from jaxlora.errors import AdapterInvalid, AdapterNotFinite
 from jaxlora.lora import HEAD_TARGET, LAYER_TARGETS, Adapter, AdapterRef, LoraSpec
 from jaxlora.mesh import sharding
 from jaxlora.model_config import ModelConfig, parameters, target_features
-from pallas_kernels.gathered_lora import gathered_lora
+from pallas_kernels.gathered_lora import gathered_lora, visits_by_slot
 from pallas_kernels.segmented_lora import segmented_lora, take_rows
 
 
@@ -205,11 +205,13 @@ class TokenLora:
 
     def __init__(self, pool: Rows, slot_T: jax.Array, layers: int):
         self.pool, self.slot_T = pool, slot_T
+        self.visits = visits_by_slot(slot_T)
         self.per_layer = jnp.arange(layers)
 
     def deltas(self, layer: jax.Array, targets: tuple[str, ...], x_TX: jax.Array) -> tuple[jax.Array | None, ...]:
         """[T, Y] per target, None where the pool lacks it."""
         have = [t for t in targets if t in self.pool]
         rows = [(self.pool[t].a_LSRX, self.pool[t].b_LSRY, self.pool[t].scale_LS) for t in have]
-        got = dict(zip(have, gathered_lora(x_TX, rows, layer, self.slot_T), strict=True)) if have else {}
+        got = gathered_lora(x_TX, rows, layer, self.slot_T, self.visits) if have else ()
+        got = dict(zip(have, got, strict=True))
         return tuple(got.get(t) for t in targets)

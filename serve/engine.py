@@ -84,11 +84,10 @@ def _serve_step(base: Base, pool: Rows, kv: KVPages, batch: StepBatch) -> tuple[
         logits_GV = jnp.dot(x_GD, head_weight(base)[0], preferred_element_type=jnp.float32)
         if HEAD_TARGET in pool:
             head = pool[HEAD_TARGET]
-            if decode:
+            if isinstance(lora, TokenLora):
                 rows = [(head.a_LSRX, head.b_LSRY, head.scale_LS)]
-                (delta,) = gathered_lora(x_GD, rows, jnp.int32(0), batch.slot_G)
+                (delta,) = gathered_lora(x_GD, rows, jnp.int32(0), batch.slot_G, lora.visits)
             else:
-                assert isinstance(lora, LaneLora)
                 assert lora.head is not None
                 rows = [(lora.head.a_LSRX[0], lora.head.b_LSRY[0], lora.head.scale_LS[0])]
                 delta = segmented_lora(x_GD[:, None], rows)[0][:, 0]
