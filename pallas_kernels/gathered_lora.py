@@ -11,15 +11,18 @@ Source: BGMV, Punica (arXiv 2310.18547).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import NO_ADAPTER, gathered_lora_tpu
 from pallas_kernels.dispatch import by_platform, known_dtypes
+from pallas_kernels.placement import Placement
 from pallas_kernels.shapes import shaped
 
 TargetRows = tuple[jax.Array, jax.Array, jax.Array]  # a_LSRX, b_LSRY, scale_LS
@@ -40,18 +43,29 @@ def gathered_lora_oracle(
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Visits:
-    """The order in which a step's tokens are visited, made once for all its layers and targets."""
+    """The order in which a step's tokens are visited, made once for all its layers and targets.
+
+    Where tokens are split over devices, every device has its own.
+    """
 
     order_T: jax.Array  # int32 tokens by slot, those of the base model last
     slot_T: jax.Array  # int32 their slots
-    count: jax.Array  # int32 how many have an adapter: the rest is not visited
+    count_1: jax.Array  # int32 how many have an adapter: the rest is not visited
 
 
-def visits_by_slot(slot_T: jax.Array) -> Visits:
+def visits_by_slot(slot_T: jax.Array, placement: Placement | None = None) -> Visits:
     """Tokens of one slot follow each other, in arrival order."""
+    if placement is not None and placement.rows:
+        return placement.on_each(visits_by_slot, (P(placement.rows),), _visits_spec(placement))(slot_T)
     key_T = jnp.where(slot_T == NO_ADAPTER, jnp.iinfo(jnp.int32).max, slot_T)
     order_T = jnp.argsort(key_T, stable=True).astype(jnp.int32)
-    return Visits(order_T=order_T, slot_T=slot_T[order_T], count=(slot_T != NO_ADAPTER).sum(dtype=jnp.int32))
+    count_1 = (slot_T != NO_ADAPTER).sum(keepdims=True, dtype=jnp.int32)
+    return Visits(order_T=order_T, slot_T=slot_T[order_T], count_1=count_1)
+
+
+def _visits_spec(placement: Placement) -> Visits:
+    rows = P(placement.rows)
+    return Visits(order_T=rows, slot_T=rows, count_1=rows)  # ty: ignore[invalid-argument-type]
 
 
 @shaped
@@ -61,30 +75,40 @@ def gathered_lora(
     layer: jax.Array,
     slot_T: jax.Array,
     visits: Visits | None = None,
+    placement: Placement | None = None,
 ) -> tuple[jax.Array, ...]:
     """One [T, Y] in x's dtype per (a_LSRX, b_LSRY, scale_LS) of `rows`, which share one read of x.
 
-    visits: `visits_by_slot(slot_T)`, for those who call more than once with the same slots.
+    visits: `visits_by_slot(slot_T, placement)`, for those who call more than once with the same slots.
+    placement: where the arrays lie, on a mesh of several devices.
     Sums in float32.  The gradient, should anyone want it, is the token loop's on every platform.
     """
-    visits = visits_by_slot(slot_T) if visits is None else visits
-    return _gathered(x_TX, tuple(tuple(r) for r in rows), layer, slot_T, visits)
+    visits = visits_by_slot(slot_T, placement) if visits is None else visits
+    return _gathered(placement, x_TX, tuple(tuple(r) for r in rows), layer, slot_T, visits)
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _gathered(
-    x_TX: jax.Array, rows: tuple[TargetRows, ...], layer: jax.Array, slot_T: jax.Array, visits: Visits
+    placement: Placement | None,
+    x_TX: jax.Array,
+    rows: tuple[TargetRows, ...],
+    layer: jax.Array,
+    slot_T: jax.Array,
+    visits: Visits,
 ) -> tuple[jax.Array, ...]:
+    args = (x_TX, rows, layer, slot_T, visits)
+    part = args if placement is None else placement.local(_specs(placement, len(rows)), args)
     halves = [half for a, b, _ in rows for half in (a, b)]
-    fits = known_dtypes(x_TX, *halves) and gathered_lora_tpu.fits(x_TX, rows)
-    return by_platform("gathered_lora", x_TX, rows, layer, slot_T, visits, xla=_token_loop, pallas=_visited, fits=fits)
+    fits = known_dtypes(x_TX, *halves) and gathered_lora_tpu.fits(*part[:2])
+    pallas = functools.partial(_visited, placement)
+    return by_platform("gathered_lora", *args, xla=_token_loop, pallas=pallas, fits=fits)
 
 
-def _forward(x_TX, rows, layer, slot_T, visits):
-    return _gathered(x_TX, rows, layer, slot_T, visits), (x_TX, rows, layer, slot_T, visits)
+def _forward(placement, *args):
+    return _gathered(placement, *args), args
 
 
-def _backward(saved, d_TY):
+def _backward(placement, saved, d_TY):
     x_TX, rows, layer, slot_T, visits = saved
     _, pull = jax.vjp(lambda x, rows: _token_loop(x, rows, layer, slot_T, visits), x_TX, rows)
     return *pull(d_TY), None, None, None
@@ -93,14 +117,37 @@ def _backward(saved, d_TY):
 _gathered.defvjp(_forward, _backward)
 
 
+def _specs(placement: Placement, targets: int) -> tuple:
+    """Of x, rows, layer, slots and visits."""
+    a, b = P(None, None, None, placement.x), P(None, None, None, placement.y)
+    rows = P(placement.rows)
+    return P(placement.rows, placement.x), ((a, b, P()),) * targets, P(), rows, _visits_spec(placement)
+
+
 def _visited(
-    x_TX: jax.Array, rows: tuple[TargetRows, ...], layer: jax.Array, slot_T: jax.Array, visits: Visits, interpret: bool
+    placement: Placement | None,
+    x_TX: jax.Array,
+    rows: tuple[TargetRows, ...],
+    layer: jax.Array,
+    slot_T: jax.Array,
+    visits: Visits,
+    interpret: bool,
 ) -> tuple[jax.Array, ...]:
     """The Pallas body.  Rows of the output that nobody visited hold anything, so they are selected away."""
-    y_TY = gathered_lora_tpu.visit(
-        x_TX, rows, layer, (visits.order_T, visits.slot_T, visits.count), interpret=interpret
-    )
-    return tuple(jnp.where((slot_T != NO_ADAPTER)[:, None], y, 0) for y in y_TY)
+
+    def body(x_TX, rows, layer, slot_T, visits) -> tuple[jax.Array, ...]:
+        order = visits.order_T, visits.slot_T, visits.count_1[0]
+        if placement is None or placement.x is None:
+            y_TY = gathered_lora_tpu.both(x_TX, rows, layer, order, interpret=interpret)
+        else:
+            h_TR = lax.psum(gathered_lora_tpu.shrink(x_TX, rows, layer, order, interpret=interpret), placement.x)
+            y_TY = gathered_lora_tpu.expand(h_TR, rows, layer, order, x_TX.dtype, interpret=interpret)
+        return tuple(jnp.where((slot_T != NO_ADAPTER)[:, None], y, 0) for y in y_TY)
+
+    if placement is None:
+        return body(x_TX, rows, layer, slot_T, visits)
+    out = (P(placement.rows, placement.y),) * len(rows)
+    return placement.on_each(body, _specs(placement, len(rows)), out)(x_TX, rows, layer, slot_T, visits)
 
 
 def _token_loop(
