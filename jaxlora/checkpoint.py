@@ -80,13 +80,7 @@ def restore_state(folder: Path, like: Tree) -> Restored | None:
         step = manager.latest_step()
         if step is None:
             return None
-        try:
-            stored = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-            found = stored["format"]
-        except Exception as e:  # whatever a damaged file makes a reader raise
-            raise StorageFailed(f"step {step} of {folder.name}: its meta cannot be read ({type(e).__name__})") from e
-        if found != FORMAT:
-            raise StorageFailed(f"step {step} of {folder.name} has format {found!r}; this build reads format {FORMAT}")
+        stored = _stored(manager, step, folder)
         _compare(stored["leaves"], _describe(like), f"step {step} of {folder.name}")
         try:
             items = ocp.args.Composite(arrays=ocp.args.StandardRestore(jax.tree.map(_placed, like)))
@@ -94,6 +88,31 @@ def restore_state(folder: Path, like: Tree) -> Restored | None:
         except Exception as e:  # as above; names and shapes are known to be right
             raise StorageFailed(f"step {step} of {folder.name} cannot be read ({type(e).__name__})") from e
     return Restored(step, arrays, stored["meta"])
+
+
+def read_meta(folder: Path) -> dict | None:
+    """The meta of the newest step, without its arrays; None where nothing was saved.
+
+    Raises StorageFailed for an unknown format or a damaged file.
+    """
+    if not folder.is_dir():
+        return None
+    options = ocp.CheckpointManagerOptions(create=False)
+    with ocp.CheckpointManager(folder, options=options, item_names=("arrays", "meta")) as manager:
+        step = manager.latest_step()
+        return None if step is None else _stored(manager, step, folder)["meta"]
+
+
+def _stored(manager: ocp.CheckpointManager, step: int, folder: Path) -> dict:
+    """What is saved beside the arrays of a step."""
+    try:
+        stored = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        found = stored["format"]
+    except Exception as e:  # whatever a damaged file makes a reader raise
+        raise StorageFailed(f"step {step} of {folder.name}: its meta cannot be read ({type(e).__name__})") from e
+    if found != FORMAT:
+        raise StorageFailed(f"step {step} of {folder.name} has format {found!r}; this build reads format {FORMAT}")
+    return stored
 
 
 def _describe(tree: Tree) -> dict[str, list]:

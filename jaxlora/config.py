@@ -1,7 +1,6 @@
 """Settings as frozen dataclasses, each checked once.  Reading them from TOML is `jaxlora.toml_loader.load`.  No jax here.
 
-Nothing that a user or a checkpoint decides has a default; what is off unless asked for (a schedule's end, clipping, a
-held-out file) is None.
+Nothing that a checkpoint decides has a default; what is off unless asked for (a held-out file) is None.
 """
 
 from __future__ import annotations
@@ -11,6 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
+
+from jaxlora.errors import ConfigInvalid
 from jaxlora.lora import LAYER_TARGETS, LoraSpec, check_name
 from jaxlora.toml_loader import PathOrName, load
 
@@ -18,6 +20,7 @@ __all__ = [
     "AdapterSection",
     "MeshSection",
     "ModelSection",
+    "Optimizer",
     "ServeConfig",
     "TenantSection",
     "TrainConfig",
@@ -28,7 +31,11 @@ __all__ = [
 DEMO_MODEL = "smollm2"  # the installed demo model
 
 Dtype = Literal["float32", "bfloat16", "auto"]  # auto: the faster one on this device (see opened.py)
-Schedule = Literal["constant", "linear", "cosine"]
+Schedule = Literal["constant", "linear", "cosine"]  # of the learning rate after the warm-up; the last two end at 0
+
+LANE_BLOCK = 32  # tokens that attention and loss of a training lane take at once
+NO_CLIP = math.inf
+FLOAT32 = np.finfo(np.float32)
 
 
 def _need(ok: bool, name: str, wanted: str, got: object) -> None:
@@ -39,6 +46,18 @@ def _need(ok: bool, name: str, wanted: str, got: object) -> None:
 def _need_counts(section: object, *names: str) -> None:
     for name in names:
         _need(getattr(section, name) >= 1, name, "at least 1", getattr(section, name))
+
+
+def check_lane_tokens(lane_tokens: int) -> None:
+    """Raises ConfigInvalid for a training lane that is not whole blocks; one shorter than a block is a block of its own."""
+    rest = lane_tokens % LANE_BLOCK
+    if lane_tokens < 1 or (lane_tokens > LANE_BLOCK and rest):
+        below = max(lane_tokens - rest, 0)
+        raise ConfigInvalid(
+            f"lane_tokens must be a multiple of {LANE_BLOCK} or smaller than that, such as {max(below, 1)} or "
+            f"{below + LANE_BLOCK}; got {lane_tokens}",
+            param="lane_tokens",
+        )
 
 
 def _need_distinct(names: list[str], what: str) -> None:
@@ -74,6 +93,67 @@ ONE_DEVICE = MeshSection(data=1, fsdp=1, tensor=1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Optimizer:
+    """One tenant's optimizer settings, on the host.  Raises ConfigInvalid for an impossible value."""
+
+    lr: float
+    schedule: str = "linear"  # constant, linear (to 0) or cosine (to 0)
+    warmup_steps: int = 0
+    total_steps: int  # where the schedule ends
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    clip: float | None = 1.0  # None: no clipping
+
+    def __post_init__(self) -> None:
+        """Checks what the device will see: these numbers in float32, where a tiny eps is 0 and a beta near 1 is 1."""
+        top, tiny = float(FLOAT32.max), float(FLOAT32.tiny)
+        checks = {
+            "lr": (0 <= self.lr <= top, "finite and not negative"),
+            "schedule": (self.schedule in ("constant", "linear", "cosine"), "constant, linear or cosine"),
+            "total_steps": (self.total_steps >= 1, "at least 1"),
+            "warmup_steps": (
+                0 <= self.warmup_steps <= self.total_steps,
+                f"in [0, {self.total_steps}], the total_steps",
+            ),
+            "weight_decay": (0 <= self.weight_decay <= top, "finite and not negative"),
+            "b1": (0 <= np.float32(self.b1) < 1, "in [0, 1)"),
+            "b2": (0 <= np.float32(self.b2) < 1, "in [0, 1)"),
+            "eps": (tiny <= self.eps <= top, f"finite and at least {tiny:.3g}"),
+            "clip": (self.clip is None or tiny <= self.clip <= top, "positive or absent"),
+        }
+        for name, (fine, wanted) in checks.items():
+            if not fine:
+                raise ConfigInvalid(f"{name} must be {wanted}, got {getattr(self, name)}", param=name)
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of optimizer step `step`, counted from 0."""
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        rest = max(self.total_steps - self.warmup_steps, 1)
+        done = min((step - self.warmup_steps) / rest, 1.0)
+        if self.schedule == "constant":
+            return self.lr
+        return self.lr * (1 - done) if self.schedule == "linear" else self.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+    def row(self, step: int, divisor: float) -> dict[str, float]:
+        """This tenant's row of Hyper for that step."""
+        return {
+            "lr": self.lr_at(step),
+            "decay": self.weight_decay,
+            "b1": self.b1,
+            "b2": self.b2,
+            "eps": self.eps,
+            "clip": NO_CLIP if self.clip is None else self.clip,
+            "divisor": divisor,
+        }
+
+
+OPTIMIZER = Optimizer(lr=1.0, total_steps=1)  # its defaults are those of the file
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TenantSection:
     """One tenant's training job: whose data, which adapter, how it learns."""
 
@@ -85,15 +165,15 @@ class TenantSection:
     targets: tuple[str, ...] = LAYER_TARGETS
     rslora: bool = False  # scale by alpha / sqrt(rank) instead
     lr: float  # highest learning rate, reached after the warm-up
-    schedule: Schedule  # of the learning rate after the warm-up; linear and cosine end at 0
+    schedule: Schedule
     warmup_steps: int  # steps of this tenant in which lr rises from 0; 0 is none
     weight_decay: float  # AdamW, per step, multiplied by lr
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    clip: float | None = None  # largest global norm of this tenant's gradient; None: no clipping
+    b1: float = OPTIMIZER.b1
+    b2: float = OPTIMIZER.b2
+    eps: float = OPTIMIZER.eps
+    clip: float = OPTIMIZER.clip or NO_CLIP  # largest global norm of this tenant's gradient; inf: no clipping
     batch: int  # examples per step
-    steps: int | None = None  # optimizer steps of this tenant; None: as many as the run has
+    steps: int | None = None  # optimizer steps of this tenant; None: those of the file
     seed: int  # of the adapter's first weights and of the order of its examples
 
     def __post_init__(self) -> None:
@@ -101,25 +181,27 @@ class TenantSection:
         _ = self.spec  # LoraSpec checks rank, alpha and targets
         _need_counts(self, "batch")
         _need(self.steps is None or self.steps >= 1, "steps", "at least 1, or left out", self.steps)
-        _need(self.warmup_steps >= 0, "warmup_steps", "0 or more", self.warmup_steps)
-        _need(math.isfinite(self.lr) and self.lr > 0, "lr", "positive and finite", self.lr)
-        _need(
-            math.isfinite(self.weight_decay) and self.weight_decay >= 0,
-            "weight_decay",
-            "0 or more and finite",
-            self.weight_decay,
-        )
-        _need(0 <= self.b1 < 1, "b1", "in [0, 1)", self.b1)
-        _need(0 <= self.b2 < 1, "b2", "in [0, 1)", self.b2)
-        _need(math.isfinite(self.eps) and self.eps > 0, "eps", "positive and finite", self.eps)
-        clip = self.clip
-        _need(clip is None or (math.isfinite(clip) and clip > 0), "clip", "positive and finite, or left out", clip)
+        self.optimizer(max(self.warmup_steps, 1))  # checks its numbers; without steps TrainConfig checks the warm-up
         _need(0 <= self.seed < 2**32, "seed", "in [0, 2^32)", self.seed)
 
     @property
     def spec(self) -> LoraSpec:
         """The adapter this tenant trains."""
         return LoraSpec(rank=self.rank, alpha=self.alpha, targets=self.targets, rslora=self.rslora)
+
+    def optimizer(self, default_steps: int) -> Optimizer:
+        """How it learns.  Raises ConfigInvalid for an impossible value."""
+        return Optimizer(
+            lr=self.lr,
+            schedule=self.schedule,
+            warmup_steps=self.warmup_steps,
+            total_steps=default_steps if self.steps is None else self.steps,
+            weight_decay=self.weight_decay,
+            b1=self.b1,
+            b2=self.b2,
+            eps=self.eps,
+            clip=None if self.clip == NO_CLIP else self.clip,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,15 +212,18 @@ class TrainConfig:
     mesh: MeshSection = ONE_DEVICE
     out: Path  # folder of runs: checkpoints, metrics, adapters
     lanes: int  # packed rows in one batch, each of one tenant
-    lane_tokens: int  # tokens in a lane; the longest example that fits
+    lane_tokens: (
+        int  # predictions in a lane: whole blocks of 32, or less than one; an example has at most one token more
+    )
     slots: int  # adapters on the device at once
     max_rank: int  # largest rank a slot holds
-    steps: int  # steps of the run
-    save_every: int  # steps between checkpoints
+    steps: int  # optimizer steps of each tenant that does not say its own
+    save_every: int  # optimizer steps of a tenant between its checkpoints
     tenant: tuple[TenantSection, ...]
 
     def __post_init__(self) -> None:
         _need_counts(self, "lanes", "lane_tokens", "slots", "max_rank", "steps", "save_every")
+        check_lane_tokens(self.lane_tokens)
         _need(bool(self.tenant), "tenant", "at least one [[tenant]] table", self.tenant)
         _need_distinct([t.name for t in self.tenant], "tenant names")
         for t in self.tenant:
@@ -146,6 +231,10 @@ class TrainConfig:
                 raise ValueError(
                     f"tenant {t.name} has rank {t.rank}, more than max_rank = {self.max_rank}; raise max_rank or lower it"
                 )
+            try:
+                t.optimizer(self.steps)
+            except ConfigInvalid as e:
+                raise ValueError(f"tenant {t.name}: {e.message}") from e
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -190,8 +279,8 @@ class ServeConfig:
 def serve_defaults(model: str, adapters: Path) -> ServeConfig:
     """What `jaxlora serve --model` uses: the one place of the server's defaults.  It listens on this machine only.
 
-    Sized for the demo model on a laptop: with SmolLM2-135M in float32, 8 slots of rank 32 are about 0.3 GB (all seven
-    projections) and 128 pages of 64 tokens about 0.4 GB.  A larger machine is worth a TOML file.
+    Sized for the demo model on a laptop: with SmolLM2-135M in float32, 8 slots of rank 32 are about 0.36 GB (all seven
+    projections and the head) and 128 pages of 64 tokens about 0.4 GB.  A larger machine is worth a TOML file.
     """
     return ServeConfig(
         model=ModelSection(path=model, dtype="auto"),

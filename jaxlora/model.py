@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from jaxlora.errors import ModelInvalid
 from jaxlora.mesh import check_model, sharding
-from jaxlora.model_config import Llama3Rope, ModelConfig, parameters
+from jaxlora.model_config import ModelConfig, parameters
 from pallas_kernels import KEPT
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -246,16 +246,9 @@ def rope_tables(config: ModelConfig, position_T: jax.Array) -> tuple[jax.Array, 
     half = config.head_dim // 2
     frequency = 1.0 / config.rope_theta ** (np.arange(half, dtype=np.float64) / half)
     if config.rope_scaling is not None:
-        frequency = _llama3_frequency(frequency, config.rope_scaling)
+        frequency = config.rope_scaling.scaled(frequency)
     angle = position_T.astype(jnp.float32)[:, None] * jnp.asarray(frequency, jnp.float32)[None, :]
     return jnp.cos(angle), jnp.sin(angle)
-
-
-def _llama3_frequency(frequency: np.ndarray, s: Llama3Rope) -> np.ndarray:
-    """Low frequencies divided by the factor, high ones kept, a smooth ramp between."""
-    turns = s.original_context * frequency / (2 * np.pi)
-    ramp = np.clip((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0.0, 1.0)
-    return (1 - ramp) * frequency / s.factor + ramp * frequency
 
 
 def rotate(x_TNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from jaxlora.errors import ModelInvalid
 
 
@@ -18,6 +20,12 @@ class Llama3Rope:
     low_freq_factor: float
     high_freq_factor: float
     original_context: int
+
+    def scaled(self, frequency: np.ndarray) -> np.ndarray:
+        """The frequencies (radians a token): low ones divided by the factor, high ones kept, a smooth ramp between."""
+        turns = self.original_context * frequency / (2 * np.pi)
+        ramp = np.clip((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0.0, 1.0)
+        return (1 - ramp) * frequency / self.factor + ramp * frequency
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -26,7 +26,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from jaxlora.durable import sync, sync_tree
+from jaxlora.durable import replace_folder, sync_tree
 from jaxlora.errors import AdapterInvalid, AdapterNotFinite, AlreadyExists, BaseMismatch
 from jaxlora.lora import HEAD_TARGET, Adapter, AdapterRef, LoraSpec
 from jaxlora.model_config import ModelConfig, target_features
@@ -314,17 +314,26 @@ def _report(plan: _Plan, spec: LoraSpec, config: ModelConfig, *, base_verified: 
     )
 
 
-def export_peft(adapter: Adapter, folder: Path, config: ModelConfig, *, base_name: str, dtype: str = "float32") -> None:
+def export_peft(
+    adapter: Adapter,
+    folder: Path,
+    config: ModelConfig,
+    *,
+    base_name: str,
+    dtype: str = "float32",
+    replace: bool = False,
+) -> None:
     """Writes the adapter as a PEFT folder, which is there whole or not at all.
 
     Tensors have their true ranks.  `base_name` is what PEFT will load as the base; `dtype` is one of EXPORT_DTYPES.
+    `replace`: a folder that is there leaves once the new one is complete.
 
-    Raises AlreadyExists when `folder` does, AdapterInvalid for an unknown dtype or values that do not fit it,
-    BaseMismatch when the shapes are not those of `config`.
+    Raises AlreadyExists when `folder` does and `replace` is off, AdapterInvalid for an unknown dtype or values that do not
+    fit it, BaseMismatch when the shapes are not those of `config`.
     """
     if dtype not in EXPORT_DTYPES:
         raise AdapterInvalid(f"export dtype must be one of {', '.join(EXPORT_DTYPES)}; got {dtype!r}")
-    if folder.exists():
+    if folder.exists() and not replace:
         raise AlreadyExists(f"{folder.name} exists; export into a new folder")
     tensors = export_tensors(adapter, config, EXPORT_DTYPES[dtype])
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -344,8 +353,7 @@ def export_peft(adapter: Adapter, folder: Path, config: ModelConfig, *, base_nam
         (temporary / CONFIG_FILE).write_text(json.dumps(export_config(adapter.spec, config, base_name), indent=2))
         (temporary / OWN_FILE).write_text(json.dumps(own, indent=2))
         sync_tree(temporary)
-        temporary.rename(folder)
-        sync(folder.parent)
+        replace_folder(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -156,12 +156,6 @@ def write_slot(pool: Rows, slot: jax.Array, rows: Rows) -> Rows:
 
 
 @jax.jit
-def read_slot(pool: Rows, slot: jax.Array) -> Rows:
-    """A copy of one slot's rows, without the slot axis."""
-    return jax.tree.map(lambda p: lax.dynamic_index_in_dim(p, slot, 1, keepdims=False), pool)
-
-
-@jax.jit
 def _all_finite(rows: Rows) -> jax.Array:
     return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(rows)]).all()
 

@@ -16,7 +16,7 @@ class SlotTable:
         self._clock = 0
 
     def find(self, ref: AdapterRef) -> int | None:
-        """The slot that holds this version, if one does."""
+        """The slot that holds this version, if one does.  Any thread may ask: the map is replaced, never changed."""
         return self._slot_of.get(ref)
 
     def pin(self, ref: AdapterRef) -> int | None:
@@ -42,18 +42,15 @@ class SlotTable:
         """Record that the slot now holds this version."""
         assert self._pins[slot] == 0, f"slot {slot} is pinned"
         assert self._slot_of.get(ref, slot) == slot, f"{ref} sits in slot {self._slot_of[ref]} already"
-        old = self._ref_of[slot]
-        if old is not None:
-            del self._slot_of[old]
+        self._slot_of = {r: s for r, s in self._slot_of.items() if s != slot} | {ref: slot}
         self._ref_of[slot] = ref
-        self._slot_of[ref] = slot
         self._touch(slot)
 
     def drop(self, ref: AdapterRef) -> None:
         """Forget a version that nobody uses; does nothing when it is not resident or still pinned."""
         slot = self._slot_of.get(ref)
         if slot is not None and self._pins[slot] == 0:
-            del self._slot_of[ref]
+            self._slot_of = {r: s for r, s in self._slot_of.items() if r != ref}
             self._ref_of[slot] = None
 
     def resident(self) -> dict[AdapterRef, int]:

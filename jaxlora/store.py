@@ -7,6 +7,7 @@ A version never changes and its number is never used again, also not after delet
     root/adapters/TENANT/NAME/VERSION    see adapter_files.py
     root/counters/TENANT/NAME.json       last number minted, last number deleted
     root/trash/…                         deleted adapters on their way out
+    root/.lock                           held by the process that has the store open
 
 Locks are taken in this order: disk (saves and deletes, slow), counters, state (never held over a disk read or write).
 """
@@ -14,7 +15,10 @@ Locks are taken in this order: disk (saves and deletes, slow), counters, state (
 from __future__ import annotations
 
 import builtins
+import fcntl
 import json
+import logging
+import os
 import queue
 import shutil
 import threading
@@ -30,34 +34,45 @@ from jaxlora.errors import AdapterNotFound, AlreadyExists, StateInvalid, Storage
 from jaxlora.lora import Adapter, AdapterRef, LoraSpec, check_name
 
 COUNTER_FORMAT = 1
+LOG = logging.getLogger("jaxlora")
 
 
 class AdapterStore:
-    """Immutable adapter versions under one folder; safe to call from any thread.  One store per folder.
+    """Immutable adapter versions under one folder; safe to call from any thread.
 
     `host_bytes` bounds the weights held in RAM; versions not yet on disk are held in any case.
+    A folder has one store at a time, of all processes: two would give one number to two versions.
     """
 
     def __init__(self, root: Path, *, host_bytes: int) -> None:
-        self._root = root
+        """Raises StorageFailed when the folder cannot be made, StateInvalid, naming it, when another store has it open."""
+        self._root = root = root.absolute()  # Orbax takes no other
         self._host_bytes = host_bytes
-        for name in ("adapters", "counters", "trash"):
-            (root / name).mkdir(parents=True, exist_ok=True)
+        try:
+            for name in ("adapters", "counters", "trash"):
+                (root / name).mkdir(parents=True, exist_ok=True)
+            self._lock: int | None = lock_folder(root)
+        except OSError as e:
+            raise StorageFailed(f"the adapter store {root} cannot be made ({e.strerror}); choose another folder") from e
         self._counter: dict[tuple[str, str], tuple[int, int]] = {}  # as on disk, for names touched
         self._disk = threading.Lock()
         self._counters = threading.Lock()
         self._state = threading.Condition()
-        self._versions = scan(root / "adapters")  # what is visible
+        self._versions: dict[tuple[str, str], set[int]] = {}  # what is visible
+        self._tenants: dict[str, set[str]] = {}  # of each name
+        for (tenant, name), versions in scan(root / "adapters").items():
+            self._versions[tenant, name] = versions
+            self._tenants.setdefault(name, set()).add(tenant)
         self._held: OrderedDict[AdapterRef, Adapter] = OrderedDict()  # least recently used first
         self._held_bytes = 0
-        self._created: dict[AdapterRef, float] = {}
-        self._rank: dict[AdapterRef, int] = {}  # largest of the version
+        self._about: dict[AdapterRef, tuple[float, int]] = {}  # when it was put, its largest rank
         self._unsaved: set[AdapterRef] = set()  # pinned in RAM
+        self._leaving: set[AdapterRef] = set()  # invisible, but still on disk
         self._failed: dict[AdapterRef, BaseException] = {}  # unsaved, and the last try failed
         self._loading: dict[AdapterRef, Future[Adapter]] = {}
         self._work: queue.Queue[AdapterRef | Path | None] = queue.Queue()
         self._open_work = 0
-        self._closed = False  # no more puts
+        self._closed = False  # no more changes
         self._ended = False  # no more work: the thread is gone or going
         for leftover in (root / "trash").iterdir():
             self._enqueue(leftover)
@@ -67,10 +82,14 @@ class AdapterStore:
     # Versions
 
     def mint(self, tenant: str, name: str) -> AdapterRef:
-        """The next version of this adapter: a number that was never given before.  On disk before it is returned."""
+        """The next version of this adapter: a number that was never given before.  On disk before it is returned.
+
+        Raises StateInvalid when the store is closed, StorageFailed for a damaged counter, OSError as the disk does.
+        """
         check_name(tenant, "tenant")
         check_name(name, "adapter name")
         with self._counters:
+            self._check_open()
             minted, deleted = self._read_counter(tenant, name)
             self._write_counter(tenant, name, minted + 1, deleted)
             return AdapterRef(tenant, name, minted + 1)
@@ -91,42 +110,42 @@ class AdapterStore:
         with self._state:
             return sorted(AdapterRef(t, n, max(v)) for (t, n), v in self._versions.items() if tenant in (None, t))
 
+    def named(self, name: str, tenant: str | None) -> builtins.list[AdapterRef]:
+        """The newest version of the adapters of this name: one for each tenant that has it, or the one of `tenant`."""
+        with self._state:
+            owners = sorted(self._tenants.get(name, ())) if tenant is None else [tenant]
+            newest = [(t, self._versions.get((t, name))) for t in owners]
+            return [AdapterRef(t, name, max(versions)) for t, versions in newest if versions]
+
     def created(self, ref: AdapterRef) -> float:
         """When the version was put, epoch seconds.  Raises AdapterNotFound, or StorageFailed when it is damaged."""
-        with self._state:
-            self._check_visible(ref)
-            if ref in self._created:
-                return self._created[ref]
-        try:
-            created = float(read_meta(self._folder(ref.tenant, ref.name), ref)["created"])
-        except StorageFailed:
-            with self._state:
-                self._check_visible(ref)  # deleted meanwhile
-            raise
-        with self._state:
-            self._check_visible(ref)
-            return self._created.setdefault(ref, created)
+        return self._describe(ref)[0]
 
     def rank(self, ref: AdapterRef) -> int:
         """The version's largest rank, without reading its weights.
 
         Raises AdapterNotFound, or StorageFailed when it is damaged.
         """
+        return self._describe(ref)[1]
+
+    def _describe(self, ref: AdapterRef) -> tuple[float, int]:
+        """(created, rank); from its description on disk the first time."""
         with self._state:
             self._check_visible(ref)
-            if ref in self._rank:
-                return self._rank[ref]
+            if ref in self._about:
+                return self._about[ref]
         try:
-            rank = LoraSpec.from_json(read_meta(self._folder(ref.tenant, ref.name), ref)["spec"]).max_rank
+            meta = read_meta(self._folder(ref.tenant, ref.name), ref)
+            about = float(meta["created"]), LoraSpec.from_json(meta["spec"]).max_rank
         except (KeyError, TypeError, ValueError, StorageFailed) as e:
             with self._state:
                 self._check_visible(ref)  # deleted meanwhile
             if isinstance(e, StorageFailed):
                 raise
-            raise StorageFailed(f"{ref}: its description on disk is not a LoRA specification") from e
+            raise StorageFailed(f"{ref}: its description on disk lacks its specification or date") from e
         with self._state:
             self._check_visible(ref)
-            return self._rank.setdefault(ref, rank)
+            return self._about.setdefault(ref, about)
 
     def in_memory(self, ref: AdapterRef) -> bool:
         """Whether `get` needs no disk.  False for a version that does not exist."""
@@ -139,29 +158,30 @@ class AdapterStore:
         """Makes a minted version available now and saves it in the background: this call waits for no disk.
 
         The store takes the arrays over and marks them read-only.  Raises AlreadyExists for a version that was put
-        before, StateInvalid for one that was never minted or is deleted, AdapterNotFinite for NaN or infinity.
+        before, StateInvalid for one that was never minted or is deleted and when the store is closed, AdapterNotFinite
+        for NaN or infinity.
         """
         adapter.check_finite()
         ref = adapter.ref
         with self._counters:
             minted, deleted = self._read_counter(ref.tenant, ref.name)
             with self._state:
-                if self._closed:
-                    raise StateInvalid("the adapter store is closed")
+                self._check_open()
                 if ref.version > minted:
                     raise StateInvalid(f"{ref} was never minted: call mint() and put the version it returns")
                 if ref.version in self._versions.get((ref.tenant, ref.name), ()):
                     raise AlreadyExists(f"{ref} exists; a version never changes, mint a new one")
-                if ref.version <= deleted:
+                if ref.version <= deleted or ref in self._leaving:
                     raise StateInvalid(f"{ref} was deleted; mint a new version")
                 for pair in adapter.weights.values():
                     for value in pair:
                         value.setflags(write=False)
                 self._versions.setdefault((ref.tenant, ref.name), set()).add(ref.version)
-                self._created[ref], self._rank[ref] = time.time(), adapter.spec.max_rank
+                self._tenants.setdefault(ref.name, set()).add(ref.tenant)
+                self._about[ref] = time.time(), adapter.spec.max_rank
                 self._unsaved.add(ref)
                 self._hold(adapter)
-        self._enqueue(ref)
+                self._enqueue(ref)
 
     def get(self, ref: AdapterRef) -> Adapter:
         """The adapter, from RAM or else from disk with its checksum verified; many askers cause one load.
@@ -190,37 +210,42 @@ class AdapterStore:
     def delete(self, tenant: str, name: str) -> None:
         """Removes every version: gone from memory and listing now, from disk names before this returns.
 
-        Waits for at most one save under way.  Raises AdapterNotFound when there is no such adapter.
+        Waits for at most one save under way.  Raises AdapterNotFound when there is no such adapter, StateInvalid when
+        the store is closed.
         """
         check_name(tenant, "tenant")
         check_name(name, "adapter name")
         trash = self._root / "trash" / uuid.uuid4().hex
         with self._disk, self._counters:
             with self._state:
-                versions = self._versions.pop((tenant, name), None)
-                if versions is None:
+                self._check_open()
+                versions = set(self._versions.get((tenant, name), ()))
+                if not versions:
                     raise AdapterNotFound(f"no adapter named {name!r}", param="name")
-                for ref in [AdapterRef(tenant, name, v) for v in versions]:
-                    self._unsaved.discard(ref)
-                    self._failed.pop(ref, None)
-                    self._created.pop(ref, None)
-                    self._rank.pop(ref, None)
-                    self._drop(ref)
+                for version in versions:
+                    self._hide(AdapterRef(tenant, name, version))
             minted, _ = self._read_counter(tenant, name, versions)
             self._write_counter(tenant, name, minted, minted)
             folder = self._folder(tenant, name)
             if folder.exists():
                 folder.rename(trash)
                 sync(folder.parent)
-        self._enqueue(trash)
+            self._enqueue(trash)
+
+    def delete_version(self, ref: AdapterRef) -> None:
+        """Removes one version: gone from memory and listing now, from disk in the background.  Waits for no disk.
+
+        A process that dies before the disk is done finds the version again at its next start.
+        Raises AdapterNotFound when there is no such version, StateInvalid when the store is closed.
+        """
+        with self._state:
+            self._check_open()
+            self._check_visible(ref)
+            self._hide(ref)
+            self._leaving.add(ref)
+            self._enqueue(ref)
 
     # Persistence
-
-    @property
-    def last_error(self) -> BaseException | None:
-        """The error of the last save that failed and has not succeeded since, or None."""
-        with self._state:
-            return next(reversed(self._failed.values()), None)
 
     def flush(self) -> None:
         """Waits until all is on disk; tries failed saves once more.  Raises StorageFailed, naming what is not saved."""
@@ -228,9 +253,7 @@ class AdapterStore:
             again = [] if self._ended else list(self._failed)
             for ref in again:
                 del self._failed[ref]
-        for ref in again:
-            self._enqueue(ref)
-        with self._state:
+                self._enqueue(ref)
             self._state.wait_for(lambda: self._open_work == 0)
             failed = dict(self._failed)
         if failed:
@@ -239,20 +262,32 @@ class AdapterStore:
             raise StorageFailed(f"{len(failed)} versions are not on disk ({names}): {last}") from last
 
     def close(self) -> None:
-        """Flushes and ends the background thread; later puts are refused.  Raises what flush raises, after ending."""
+        """Flushes, ends the background thread and gives the folder free; what is in RAM can still be read, all changes are
+        refused.  Raises what flush raises, after ending.
+        """
         with self._state:
             self._closed = True
         try:
             self.flush()
         finally:
-            self._ended = True
-            self._work.put(None)
+            with self._disk, self._counters, self._state:  # nobody is in the midst of a change
+                self._ended = True
+                self._work.put(None)
             self._thread.join()
+            with self._state:
+                lock, self._lock = self._lock, None
+            if lock is not None:
+                os.close(lock)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StateInvalid("the adapter store is closed")
 
     def _enqueue(self, item: AdapterRef | Path) -> None:
+        """Work for the background thread: a version to save or, when it is leaving, to remove; trash to empty."""
         with self._state:
             self._open_work += 1
-        self._work.put(item)
+            self._work.put(item)
 
     def _run(self) -> None:
         """The background thread: saves versions and empties the trash, one at a time, in order."""
@@ -260,9 +295,12 @@ class AdapterStore:
             try:
                 if isinstance(item, Path):
                     shutil.rmtree(item, ignore_errors=True)  # what stays is tried again at the next start
+                elif item in self._leaving:
+                    self._remove(item)
                 else:
                     self._save(item)
             except Exception as e:
+                LOG.error("adapter store: %s: %s", item, e)
                 with self._state:
                     if item in self._unsaved:
                         self._failed[item] = e
@@ -276,11 +314,26 @@ class AdapterStore:
             with self._state:
                 if ref not in self._unsaved:
                     return  # deleted meanwhile
-                adapter, created = self._held[ref], self._created[ref]
+                adapter, created = self._held[ref], self._about[ref][0]
             save_version(self._folder(ref.tenant, ref.name), adapter, created)
             with self._state:
                 self._unsaved.discard(ref)
                 self._evict()
+
+    def _remove(self, ref: AdapterRef) -> None:
+        """Takes a leaving version off the disk.  Its number counts as deleted first, so that no put brings it back."""
+        trash = self._root / "trash" / uuid.uuid4().hex
+        folder = self._folder(ref.tenant, ref.name) / str(ref.version)
+        with self._disk:
+            with self._counters:
+                minted, deleted = self._read_counter(ref.tenant, ref.name)
+                self._write_counter(ref.tenant, ref.name, max(minted, ref.version), max(deleted, ref.version))
+            if folder.exists():
+                folder.rename(trash)
+                sync(folder.parent)
+        with self._state:
+            self._leaving.discard(ref)
+        shutil.rmtree(trash, ignore_errors=True)
 
     def _load(self, ref: AdapterRef) -> Adapter:
         try:
@@ -294,7 +347,7 @@ class AdapterStore:
                 value.setflags(write=False)
         with self._state:
             self._check_visible(ref)
-            self._created[ref], self._rank[ref] = created, adapter.spec.max_rank
+            self._about[ref] = created, adapter.spec.max_rank
             self._hold(adapter)
         return adapter
 
@@ -304,6 +357,20 @@ class AdapterStore:
         self._held[adapter.ref] = adapter
         self._held_bytes += adapter.nbytes
         self._evict()
+
+    def _hide(self, ref: AdapterRef) -> None:
+        """The version is listed no more and held no more."""
+        key = ref.tenant, ref.name
+        self._versions[key].discard(ref.version)
+        if not self._versions[key]:
+            del self._versions[key]
+            self._tenants[ref.name].discard(ref.tenant)
+            if not self._tenants[ref.name]:
+                del self._tenants[ref.name]
+        self._unsaved.discard(ref)
+        self._failed.pop(ref, None)
+        self._about.pop(ref, None)
+        self._drop(ref)
 
     def _drop(self, ref: AdapterRef) -> None:
         adapter = self._held.pop(ref, None)
@@ -354,3 +421,14 @@ class AdapterStore:
         data = {"format": COUNTER_FORMAT, "minted": minted, "deleted": deleted}
         replace_file(self._counter_path(tenant, name), json.dumps(data).encode())
         self._counter[tenant, name] = minted, deleted
+
+
+def lock_folder(root: Path) -> int:
+    """A descriptor that holds ROOT/.lock until it is closed, or the process is dead.  Raises StateInvalid when it is held."""
+    descriptor = os.open(root / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise StateInvalid(f"the adapter store {root} is in use; stop who uses it, or name another folder") from error
+    return descriptor

@@ -1,7 +1,7 @@
 """Text to token ids and back: tokenizer, chat template, streaming detokeniser.
 
-Built on the `tokenizers` library.  `transformers` is not imported: that takes over a second, and its GGUF conversion
-drops SmolLM's digit splitting.
+Built on the `tokenizers` library.  `transformers` is imported only for a checkpoint without tokenizer.json: that takes
+over a second, and its GGUF conversion drops SmolLM's digit splitting.
 """
 
 from __future__ import annotations
@@ -332,6 +332,8 @@ def _load_engine(path: Path) -> tokenizers.Tokenizer:
                 f"{path} has only a SentencePiece file, which is not supported; convert it to tokenizer.json "
                 "(load and save it with transformers)"
             )
+        if (path / "vocab.json").exists() and (path / "merges.txt").exists():
+            return _engine_of_merges(path)
         raise ModelInvalid(f"{path} has no tokenizer.json")
     if file.stat().st_size > MAX_JSON_BYTES:
         raise ModelInvalid(f"{file} is larger than {MAX_JSON_BYTES} bytes")
@@ -342,6 +344,20 @@ def _load_engine(path: Path) -> tokenizers.Tokenizer:
     engine.no_truncation()  # a request that is too long gets an error, not a silent cut
     engine.no_padding()
     return engine
+
+
+def _engine_of_merges(path: Path) -> tokenizers.Tokenizer:
+    """What transformers makes of vocab.json and merges.txt.  Its import takes seconds, so only these checkpoints pay."""
+    from transformers import AutoTokenizer
+
+    try:
+        converted = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        return converted.backend_tokenizer  # ty: ignore[missing-union-attribute]  (their hint admits None)
+    except Exception as error:  # of many kinds, for files of many kinds
+        raise ModelInvalid(
+            f"{path} has no tokenizer.json, and transformers cannot make one of its vocab.json and merges.txt: "
+            f"{str(error)[:200]}"
+        ) from error
 
 
 def _named_id(engine: tokenizers.Tokenizer, settings: Mapping[str, object], field: str) -> int | None:

@@ -22,7 +22,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jaxlora.errors import ConfigInvalid, JaxLoraError
+from jaxlora.errors import ConfigInvalid, JaxLoraError, Unavailable
 from serve.house import House
 from serve.openai_api import OpenAIWire, WireConfig
 from serve.openai_errors import LOG, answer_error, error_response
@@ -36,12 +36,6 @@ class HostRefused(JaxLoraError):
     """The Host or Origin header names another machine: a web page is talking to a server on this one."""
 
     status, code = 403, "host_refused"
-
-
-class Unhealthy(JaxLoraError):
-    """The server cannot serve now."""
-
-    status, code = 503, "unhealthy"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,7 +92,7 @@ def create_app(
         """Whether the server can serve; needs no key."""
         state = house.health()
         if state != "ok":
-            raise Unhealthy(state)
+            raise Unavailable(state)
         return JSONResponse({"status": "ok"})
 
     @app.get("/version", response_model=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import threading
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from serve.engine import Engine, EngineConfig
 from serve.house import LOCAL_TENANT
 from serve.runner import Runner
 
+LOG = logging.getLogger("serve")
 HOST_BYTES = 2 * 2**30  # of adapter versions kept in RAM
 
 
@@ -44,13 +46,15 @@ def make_runner(opened: Opened, config: ServeConfig, store: AdapterStore) -> Run
 def load_peft(runner: Runner, opened: Opened, section: AdapterSection) -> AdapterRef:
     """The adapter of a PEFT folder in the store; a new version only when it differs from the newest one.
 
-    Raises AdapterInvalid when the folder cannot be held exactly.
+    Logs what its owner should know.  Raises AdapterInvalid when the folder cannot be held exactly, InvalidRequest for
+    the base's name.
     """
+    runner.check_name(LOCAL_TENANT, section.name)
     engine = runner.engine
     newest = engine.store.latest(LOCAL_TENANT, section.name)
     arrays = opened.base.arrays
     head = np.asarray(arrays["embed"]) if opened.base.config.tied else np.asarray(arrays["head"]).T
-    adapter, _ = import_peft(
+    adapter, report = import_peft(
         section.path,
         opened.base.config,
         ref=newest or AdapterRef(LOCAL_TENANT, section.name, 1),
@@ -59,6 +63,10 @@ def load_peft(runner: Runner, opened: Opened, section: AdapterSection) -> Adapte
         head_supported=HEAD_TARGET in engine.pool_spec.targets,
         base_head_VD=head,
     )
+    for note in report.notes:
+        LOG.warning("adapter %s: %s", section.name, note)
+    if report.ignored:
+        LOG.warning("adapter %s: these settings have no effect here: %s", section.name, ", ".join(report.ignored))
     if newest is not None and _same(engine.store.get(newest), adapter):
         return newest
     ref = engine.store.mint(LOCAL_TENANT, section.name)
@@ -90,7 +98,7 @@ class HttpServer:
     def url(self) -> str:
         """Where it answers."""
         host, port = self.listening.getsockname()[:2]
-        return f"http://{host}:{port}"
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def run(self) -> None:
         """Answers until interrupted."""
@@ -109,10 +117,11 @@ class HttpServer:
 
 
 def make_http(runner: Runner, *, host: str, port: int, default_max_tokens: int) -> HttpServer:
-    """The runner behind HTTP, on a socket that is bound already.
+    """The runner behind HTTP, on a socket that is bound already.  An IPv6 host may stand in brackets.
 
     Raises ConfigInvalid when the address is taken or not ours.
     """
+    host = host.removeprefix("[").removesuffix("]")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -142,5 +151,12 @@ def main(config: ServeConfig) -> None:
     try:
         http.run()
     finally:
+        stop(runner, store)
+
+
+def stop(runner: Runner, store: AdapterStore) -> None:
+    """Ends the device thread and saves what is not on disk yet, whatever the thread ended with."""
+    try:
         runner.stop()
+    finally:
         store.close()

@@ -24,7 +24,7 @@ from jaxlora.opened import Opened, open_base
 from jaxlora.peft import export_peft
 from jaxlora.pool import PoolSpec
 from jaxlora.store import AdapterStore
-from serve.assemble import HOST_BYTES, make_http, make_runner
+from serve.assemble import HOST_BYTES, make_http, make_runner, stop
 from serve.demo_tasks import Task, constant_baseline, demo_tasks, nearest_baseline
 from serve.request import Delta, Request, SamplingParams
 from serve.runner import Runner
@@ -273,9 +273,9 @@ def main(*, exit_after: bool, port: int, out: Path | None, seed: int) -> None:
     with compile_cache.CompileCounter() as compiles:
         base, _ = timed(console, "asking the base model", lambda: demo.score(tuned=False))
         train_s = demo.train(console)
-        decoded = runner.engine.decoded_tokens
+        decoded = runner.call(lambda: runner.engine.decoded_tokens)
         tuned, decode_s = timed(console, "asking the eight adapters together", lambda: demo.score(tuned=True))
-    decoded = runner.engine.decoded_tokens - decoded
+    decoded = runner.call(lambda: runner.engine.decoded_tokens) - decoded
     console.print(result_table(demo.tasks, base, tuned))
     learned = sum(base[t.name].exact <= 0.2 and tuned[t.name].exact >= 0.7 for t in demo.tasks)
     console.print(
@@ -293,8 +293,7 @@ def main(*, exit_after: bool, port: int, out: Path | None, seed: int) -> None:
     if not exit_after:
         wait(console, http.url, demo.tasks[0])
     http.stop()
-    runner.stop()
-    store.close()
+    stop(runner, store)
 
 
 def demo_warm(runner: Runner, trainer: Trainer) -> None:
@@ -308,9 +307,9 @@ def write_files(demo: Demo, folder: Path) -> None:
     store, opened = demo.runner.engine.store, demo.opened
     for task in demo.tasks:
         ref = store.latest(task.name, task.name)
-        target = folder / "peft" / task.name
-        if ref is not None and not target.exists():
-            export_peft(store.get(ref), target, opened.base.config, base_name=opened.name)
+        if ref is not None:
+            target = folder / "peft" / task.name
+            export_peft(store.get(ref), target, opened.base.config, base_name=opened.name, replace=True)
     plot_losses({name: tenant.losses for name, tenant in demo.trainer.tenants.items()}, folder / "loss.png")
 
 

@@ -9,6 +9,7 @@ Shape letters: G lanes, J tokens of a lane, C pages per sequence, D model, V voc
 from __future__ import annotations
 
 import secrets
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import jax
@@ -35,6 +36,8 @@ from serve.scheduler import Chunk, Scheduler, Sequence
 from serve.stops import StopStrings
 
 SHORT_LANES = 4  # divides a full program into a small one: a few rows should not pay for many
+LOADS = 4  # adapters that are read ahead for those who are next in line
+LOAD_WAIT_S = 0.005  # how long a step with nothing else to do waits for one of them; messages wait as long
 MIN_ROWS = 2  # XLA:CPU has no fast path for a bfloat16 product with one row
 
 
@@ -133,8 +136,12 @@ class Engine:
         self._columns = allocator.needed(config.max_tokens)
         self._pool = empty_pool(base.config, pool_spec, mesh)
         self._kv = empty_pages(base.config, mesh, pages=config.pages, page_tokens=config.page_tokens, dtype=base.dtype)
+        in_place = jax.tree.map(lambda x: x.sharding, self._pool)
+        self._write_slot = jax.jit(write_slot, donate_argnums=0, out_shardings=in_place)
         placed = jax.tree.map(lambda x: x.sharding, self._kv)
         self._program = jax.jit(_serve_step, donate_argnums=2, out_shardings=(placed, replicated(mesh)))
+        self._reader = ThreadPoolExecutor(LOADS, thread_name_prefix="adapter-load")
+        self._loads: dict[AdapterRef, Future[Rows]] = {}  # of those next in line, until they have a slot
         self._sequences: dict[str, Sequence] = {}
         self._texts: dict[str, TextState] = {}
         self._seeds: dict[str, int] = {}
@@ -194,11 +201,15 @@ class Engine:
         return bool(self._sequences)
 
     def step(self) -> list[Delta]:
-        """One step for everyone who can run: loads, prompt chunks, one token for each decoding sequence."""
-        plan = self.scheduler.plan()
-        deltas = []
+        """One step for everyone who can run: adapters that have been read get slots, then prompt chunks, then one token for
+        each decoding sequence.  Waits for a disk only when nobody can run, and then for a moment.
+        """
+        deltas = self._read_ahead()
+        plan = self.scheduler.plan(self._is_read)
         for ref, slot in plan.load:
-            deltas += self._load(ref, slot)
+            self._load(ref, slot)
+        if plan.empty and self._loads:
+            wait(self._loads.values(), LOAD_WAIT_S, FIRST_COMPLETED)
         prefill = [c for c in plan.prefill if c.sequence.request.id in self._sequences]
         decode = [s for s in plan.decode if s.request.id in self._sequences]
         if prefill:
@@ -223,29 +234,54 @@ class Engine:
             self.slots.place(slot, ref)
         return slot
 
-    def rehearse_install(self, rows: Rows) -> None:
-        """Compiles `install` for rows of this shape: writes them to a slot that holds nobody, if there is one."""
-        slot = self.slots.choose()
-        if slot is not None and slot not in self.slots.resident().values():
-            self._write(slot, rows)
+    def release(self, ref: AdapterRef) -> bool:
+        """Gives up the slot of a version, unless a request uses it or waits for it; whether nobody does."""
+        if any(s.request.adapter == ref for s in self._sequences.values()):
+            return False
+        self.slots.drop(ref)
+        return True
 
-    def _load(self, ref: AdapterRef, slot: int) -> list[Delta]:
-        """Copies a stored version into its slot; when that fails, only the requests that asked for it end."""
-        try:
-            adapter = self.store.get(ref)
-            if adapter.base_hash != self.base_hash:
-                raise BaseMismatch(f"adapter {ref.name} was made for another base model; serve it on that one")
-            self._write(slot, host_rows(self.base.config, self.pool_spec, adapter))
-        except JaxLoraError as error:
-            users = [s for s in self._sequences.values() if s.request.adapter == ref]
-            for s in users:
-                self._end(s)
-            self.slots.drop(ref)
-            return [Delta(request_id=s.request.id, error=error) for s in users]
-        return []
+    def rehearse_install(self, rows: Rows) -> None:
+        """Compiles `install` for rows of this shape, on a pool that is thrown away: every slot may be in use."""
+        self._write_slot(empty_pool(self.base.config, self.pool_spec, self.mesh), *self._on_device(0, rows))
+
+    def _read_ahead(self) -> list[Delta]:
+        """Has the adapters read that are next in line; ends the requests of those that cannot be."""
+        wanted, deltas = self.scheduler.wanted(LOADS), []
+        self._loads = {ref: load for ref, load in self._loads.items() if ref in wanted}
+        for ref in wanted:
+            if ref not in self._loads:
+                self._loads[ref] = self._reader.submit(self._read, ref)
+            elif self._loads[ref].done() and not self._is_read(ref):
+                error = self._loads.pop(ref).exception()
+                if not isinstance(error, JaxLoraError):
+                    raise RuntimeError(f"reading {ref} failed") from error
+                users = [s for s in self._sequences.values() if s.request.adapter == ref]
+                for s in users:
+                    self._end(s)
+                deltas += [Delta(request_id=s.request.id, error=error) for s in users]
+        return deltas
+
+    def _read(self, ref: AdapterRef) -> Rows:
+        """The stored version as a slot's rows on the host.  Runs on a thread of its own: it may read the disk."""
+        adapter = self.store.get(ref)
+        if adapter.base_hash != self.base_hash:
+            raise BaseMismatch(f"adapter {ref.name} was made for another base model; serve it on that one")
+        return host_rows(self.base.config, self.pool_spec, adapter)
+
+    def _is_read(self, ref: AdapterRef) -> bool:
+        load = self._loads.get(ref)
+        return load is not None and load.done() and load.exception() is None
+
+    def _load(self, ref: AdapterRef, slot: int) -> None:
+        """Copies a version that has been read into its slot."""
+        self._write(slot, self._loads.pop(ref).result())
+
+    def _on_device(self, slot: int, rows: Rows) -> tuple[jax.Array, Rows]:
+        return jax.device_put(np.int32(slot)), jax.device_put(rows)
 
     def _write(self, slot: int, rows: Rows) -> None:
-        self._pool = write_slot(self._pool, jax.device_put(np.int32(slot)), jax.device_put(rows))
+        self._pool = self._write_slot(self._pool, *self._on_device(slot, rows))
 
     # ---- programs -------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """What the wires need of the server, and no more: the protocol between HTTP and the engine.  Pure: no jax, no HTTP here.
 
-Everything is called on the event loop's thread, except the tokenizer, which may be called from any thread.
+Everything is called on the event loop's thread, except `models` and `model`, which may read the disk, and the tokenizer:
+those are called from any thread.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class House(Protocol):
         ...
 
     def models(self, tenant: str | None) -> list[ModelCard]:
-        """The base and the tenant's adapters, in any order."""
+        """The base and the tenant's adapters that can be read, in any order."""
         ...
 
     def model(self, tenant: str | None, model: str) -> ModelCard:
@@ -92,7 +93,7 @@ class House(Protocol):
         ...
 
     def submit(self, request: Request) -> TokenStream:
-        """Admits the request.  Raises Overloaded and the like before any token; what fails later comes as a Delta."""
+        """The request's stream.  Raises Unavailable; all else that refuses or ends it comes as its last Delta, `error`."""
         ...
 
     def health(self) -> str:

@@ -94,7 +94,8 @@ class OpenAIWire:
 
     async def list_models(self, request: Request, query: Annotated[ModelQuery, Query()]) -> Response:
         """The base models, then the caller's adapters, newest first."""
-        cards = sorted(self._house.models(tenant_of(request)), key=lambda c: (c.parent is not None, -c.created, c.id))
+        cards = await asyncio.to_thread(self._house.models, tenant_of(request))
+        cards = sorted(cards, key=lambda c: (c.parent is not None, -c.created, c.id))
         cards = [c for c in cards if c.id.startswith(query.prefix)]
         if query.after is not None:
             places = [i for i, c in enumerate(cards) if c.id == query.after]
@@ -107,7 +108,7 @@ class OpenAIWire:
 
     async def read_model(self, request: Request, model: str) -> Response:
         """One model, by any name that a completion takes."""
-        return JSONResponse(model_object(self._house.model(tenant_of(request), model)))
+        return JSONResponse(model_object(await asyncio.to_thread(self._house.model, tenant_of(request), model)))
 
     async def chat(self, request: Request, body: ChatBody) -> Response:
         """The answer to a conversation."""
@@ -295,7 +296,7 @@ class OpenAIWire:
             raise
 
     def _submit(self, requests: Sequence[TokenRequest]) -> Fan:
-        """All requests admitted, or none."""
+        """The streams of all requests.  When one cannot even be sent, none goes on; what is refused later ends its stream."""
         streams = []
         try:
             for r in requests:

@@ -142,14 +142,13 @@ def last_finish(pieces: Sequence[Piece]) -> str | None:
 
 
 def usage(prompt_tokens: Sequence[int], choices: Sequence[Choice]) -> Json:
-    """Tokens spent.  A prompt counts once, whatever n; of its choices the first says what the prefix cache gave."""
-    n = len(choices) // len(prompt_tokens)
+    """Tokens spent.  A prompt counts once, whatever n.  None are cached: there is no prefix cache."""
     prompt, completion = sum(prompt_tokens), sum(c.tokens for c in choices)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": sum(c.cached_tokens for c in choices[::n])},
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
 
 

@@ -99,13 +99,11 @@ class Choice:
         self._waiting: list[Entry] = []  # tokens whose text has not been sent
         self._chars = 0
         self.tokens = 0
-        self.cached_tokens = 0
         self.finish: FinishReason | None = None
 
     def take(self, delta: Delta) -> Piece:
         """What the delta adds."""
         self.tokens += len(delta.tokens)
-        self.cached_tokens += delta.cached_tokens
         self._chars += len(delta.text)
         self.finish = delta.finish
         self._waiting += [self._entry(logprob) for logprob in delta.logprobs]

@@ -87,4 +87,3 @@ class Delta:
     logprobs: tuple[TokenLogprob, ...] = ()
     finish: FinishReason | None = None
     error: Exception | None = field(default=None)
-    cached_tokens: int = 0  # of the prompt, read from the prefix cache; said once, on the first delta

@@ -11,11 +11,12 @@ import logging
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from jaxlora.errors import AdapterNotFound, JaxLoraError, StateInvalid
+from jaxlora.errors import AdapterNotFound, InvalidRequest, JaxLoraError, StorageFailed, Unavailable
 from jaxlora.lora import AdapterRef, LoraSpec
 from jaxlora.pool import Rows, adapter_of_rows, read_finite
 from serve.engine import Engine
@@ -139,13 +140,13 @@ class Runner:
 
     def _check_alive(self) -> None:
         if self._closed or not self._thread.is_alive():
-            raise StateInvalid("the device thread has ended; restart the server")
+            raise Unavailable("the server has stopped; retry when it is up again")
 
     def _send(self, message: Callable[[], None]) -> None:
-        """Raises StateInvalid when the device thread reads no more messages."""
+        """Raises Unavailable when the device thread reads no more messages."""
         with self._door:
             if self._closed:
-                raise StateInvalid("the device thread has ended; restart the server")
+                raise Unavailable("the server has stopped; retry when it is up again")
             self._inbox.put(message)
 
     def _stop_now(self) -> None:
@@ -166,7 +167,7 @@ class Runner:
             while not self._inbox.empty():  # those who came meanwhile must not wait for ever
                 self._inbox.get()()
         finally:
-            gone = StateInvalid("the server stopped before the answer was complete")
+            gone = Unavailable("the server stopped before the answer was complete; retry when it is up again")
             for request_id, listener in list(self._listeners.items()):
                 listener(Delta(request_id=request_id, error=gone))
             self._listeners.clear()
@@ -218,7 +219,7 @@ class Runner:
             self._listeners.pop(request_id, None)
             self.engine.cancel(request_id)
 
-        with contextlib.suppress(StateInvalid):  # ended: it holds nothing
+        with contextlib.suppress(Unavailable):  # ended: it holds nothing
             self._send(work)
 
     def complete(self, requests: Sequence[Request]) -> list[Completion]:
@@ -256,17 +257,29 @@ class Runner:
 
     # ---- adapters -------------------------------------------------------------------------------------------------
 
-    def publish(self, tenant: str, name: str, spec: LoraSpec, rows: Rows) -> AdapterRef:
+    def check_name(self, tenant: str, name: str) -> None:
+        """Raises InvalidRequest for an adapter that nobody could ask for, because its name means the base model."""
+        if self.base_name in (name, f"{tenant}/{name}"):
+            raise InvalidRequest(f"{self.base_name} is the base model; give the adapter another name", param="name")
+
+    def publish(self, tenant: str, name: str, spec: LoraSpec, rows: Rows, *, keep: int | None = None) -> AdapterRef:
         """A new version of the adapter with these device rows, served from the next admission on.  Device thread only.
 
-        Requests in flight keep their version.  The store writes the version to disk behind.
-        Raises AdapterNotFinite, and publishes nothing, when a weight is not finite.
+        Requests in flight keep their version.  The store writes the version to disk behind.  With `keep`, versions
+        before the newest `keep` are deleted, but for those that a request still uses.
+        Raises InvalidRequest for the base's name; AdapterNotFinite, and publishes nothing, when a weight is not finite;
+        StorageFailed or OSError when the store cannot give a number.
         """
+        self.check_name(tenant, name)
         read_finite(rows)
         store = self.engine.store
         ref = store.mint(tenant, name)
         store.put(adapter_of_rows(rows, ref, spec, self.engine.base_hash))
         self.engine.install(ref, rows)
+        if keep is not None:
+            for old in store.versions(tenant, name)[:-keep]:
+                if self.engine.release(old):
+                    store.delete_version(old)
         return ref
 
     def rehearse_publish(self, rows: Rows) -> None:
@@ -284,11 +297,8 @@ class Runner:
         store = self.engine.store
         path, at, number = model.partition("@")
         owner, slash, name = path.rpartition("/")
-        found = [
-            ref
-            for ref in store.list(tenant)
-            if ref.name == name and (not slash or ref.tenant == owner) and (tenant is None or ref.tenant == tenant)
-        ]
+        asked = owner if slash else tenant
+        found = store.named(name, asked) if tenant in (None, asked) else []
         if len(found) > 1:
             raise AdapterNotFound(f"several tenants have a model `{name}`; write TENANT/{name}", param="model")
         if found and at:
@@ -299,16 +309,21 @@ class Runner:
         return found[0]
 
     def models(self, tenant: str | None) -> list[ModelCard]:
-        """The base and every adapter this tenant may see."""
+        """The base and every adapter this tenant may see, but for those that cannot be read.  Reads the disk."""
         refs = self.engine.store.list(tenant)
-        names = [ref.name for ref in refs]
-        cards = [
-            self._card(ref, ref.name if names.count(ref.name) == 1 else f"{ref.tenant}/{ref.name}") for ref in refs
-        ]
-        return [self._base_card(), *cards]
+        owners = Counter(ref.name for ref in refs)
+        cards = [self._base_card()]
+        for ref in refs:
+            try:
+                cards.append(self._card(ref, ref.name if owners[ref.name] == 1 else f"{ref.tenant}/{ref.name}"))
+            except AdapterNotFound:
+                pass  # deleted meanwhile
+            except StorageFailed as error:
+                LOG.error("not listed: %s", error)
+        return cards
 
     def model(self, tenant: str | None, model: str) -> ModelCard:
-        """The card of one model name.  Raises AdapterNotFound."""
+        """The card of one model name.  Reads the disk.  Raises AdapterNotFound, StorageFailed for a damaged version."""
         ref = self.resolve(tenant, model)
         return self._base_card() if ref is None else self._card(ref, model)
 

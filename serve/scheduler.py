@@ -1,13 +1,16 @@
 """Who runs in the next step.  Pure host code: state in, plan out.
 
 First come, first served: the oldest waiting request is admitted as soon as there is a row, a slot for its adapter and
-pages for its prompt and all the tokens it may generate.  Nobody overtakes it, so nobody starves, and an admitted
-sequence never has to give anything back before it ends.  Its adapter stays pinned until then.
+pages for its prompt and all the tokens it may generate, and its adapter has been read: only then does another adapter
+leave its slot.  Nobody overtakes it, so nobody starves, and an admitted sequence never has to give anything back before
+it ends.  Its adapter stays pinned until then.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from jaxlora.errors import InvalidRequest, Overloaded
@@ -91,9 +94,14 @@ class Scheduler:
         self.waiting.append(sequence)
         return sequence
 
-    def plan(self) -> Plan:
-        """Admits what fits and says what the next step computes."""
-        load = self._admit()
+    def wanted(self, count: int) -> list[AdapterRef]:
+        """Adapters to read now: those of the first in line that no slot holds, at most `count`."""
+        refs = dict.fromkeys(s.request.adapter for s in itertools.islice(self.waiting, self.rows))
+        return [ref for ref in refs if ref is not None and self.slots.find(ref) is None][:count]
+
+    def plan(self, ready: Callable[[AdapterRef], bool]) -> Plan:
+        """Admits what fits and says what the next step computes.  `ready`: an adapter has been read and can be copied."""
+        load = self._admit(ready)
         prefill: list[Chunk] = []
         for s in self.running:
             start, left = s.done, s.prompt_left
@@ -120,7 +128,7 @@ class Scheduler:
         self.pages.check([p for s in self.running for p in s.pages])
         self.slots.check()
 
-    def _admit(self) -> list[tuple[AdapterRef, int]]:
+    def _admit(self, ready: Callable[[AdapterRef], bool]) -> list[tuple[AdapterRef, int]]:
         load: list[tuple[AdapterRef, int]] = []
         while self.waiting and len(self.running) < self.rows:
             s = self.waiting[0]
@@ -131,9 +139,9 @@ class Scheduler:
             if ref is not None:
                 slot = self.slots.pin(ref)
                 if slot is None:
-                    slot = self.slots.choose()
+                    slot = self.slots.choose() if ready(ref) else None
                     if slot is None:
-                        break  # every slot has running requests; one of them will end
+                        break  # every slot has running requests, of which one will end; or it is being read
                     self.slots.place(slot, ref)
                     self.slots.pin(ref)
                     load.append((ref, slot))

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
-from jaxlora.errors import AdapterNotFinite
+from jaxlora.errors import AdapterNotFinite, JaxLoraError
 from jaxlora.lora import AdapterRef
 from serve.runner import Runner
 from train.trainer import StepReport, Trainer
+
+KEEP_VERSIONS = 3  # of a tenant in training: the newest, and time for requests that were resolved just before it
+LOG = logging.getLogger("serve")
 
 
 class LiveTraining:
     """A trainer whose tenants are published every few steps, and when they are done.  Lives on the device thread.
 
-    A tenant's adapter is published under its own name.  Callbacks run on the device thread and must not wait for it.
+    A tenant's adapter is published under its own name; its newest `keep` versions stay.  Callbacks run on the device thread and must not wait for it.
     """
 
     def __init__(
@@ -22,11 +26,13 @@ class LiveTraining:
         runner: Runner,
         *,
         publish_every: int,
+        keep: int = KEEP_VERSIONS,
         on_step: Callable[[list[StepReport]], None],
         on_publish: Callable[[AdapterRef, int], None],
     ):
-        self.trainer, self.runner, self.publish_every = trainer, runner, publish_every
+        self.trainer, self.runner, self.publish_every, self.keep = trainer, runner, publish_every, keep
         self.on_step, self.on_publish = on_step, on_publish
+        self._owed: set[str] = set()  # tenants whose publication is due, or failed and is to be tried again
 
     @property
     def has_work(self) -> bool:
@@ -37,13 +43,32 @@ class LiveTraining:
         """One training step, then the publications it makes due: (version, optimizer steps it has learned)."""
         reports = self.trainer.step()
         self.on_step(reports)
+        due = False
         for report in reports:
             tenant = self.trainer.tenants[report.tenant]
-            if report.step % self.publish_every and tenant.status == "running":
-                continue
-            try:
-                ref = self.runner.publish(tenant.name, tenant.name, tenant.spec, self.trainer.rows(tenant.name))
-            except AdapterNotFinite:
-                tenant.status = "failed"  # the last good version stays
-                continue
-            self.on_publish(ref, report.step)
+            if tenant.status == "done" or (tenant.status == "running" and report.step % self.publish_every == 0):
+                self._owed.add(tenant.name)
+                due = True
+        if due:
+            for name in sorted(self._owed):
+                self._publish(name)
+
+    def _publish(self, name: str) -> None:
+        """Publishes one tenant.  Whatever hinders it is this tenant's alone; it is tried again with the next publication."""
+        tenant = self.trainer.tenants.get(name)
+        if tenant is None or tenant.status == "failed":
+            self._owed.discard(name)  # the last good version stays
+            return
+        try:
+            ref = self.runner.publish(name, name, tenant.spec, self.trainer.rows(name), keep=self.keep)
+        except AdapterNotFinite as error:
+            LOG.error("tenant %s ends: %s", name, error)
+            self.trainer.fail(name, str(error))
+            self._owed.discard(name)
+        except (JaxLoraError, OSError) as error:
+            LOG.error(
+                "tenant %s is not published at step %d, the next publication tries again: %s", name, tenant.step, error
+            )
+        else:
+            self._owed.discard(name)
+            self.on_publish(ref, tenant.step)

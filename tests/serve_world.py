@@ -5,6 +5,7 @@ Every engine of a session with the same shapes shares its compiled programs.  Th
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -14,13 +15,15 @@ import numpy as np
 
 from jaxlora.lora import ALL_TARGETS, Adapter, AdapterRef, LoraSpec
 from jaxlora.model_config import ModelConfig, target_features
-from jaxlora.pool import PoolSpec, Rows, empty_pool, host_rows, read_slot, write_slot
+from jaxlora.pool import PoolSpec, Rows, empty_pool, host_rows, write_slot
 from jaxlora.store import AdapterStore
 from serve.engine import Engine, EngineConfig
 from serve.pages import PageAllocator
 from serve.request import Delta, Request, SamplingParams, TokenLogprob
+from serve.runner import Runner
 
 MODEL = "tiny-llama-tied"
+BASE = "owner/tiny"  # what its server calls it
 SLOTS, RANK = 3, 6
 CONFIG = EngineConfig(rows=8, prefill_lanes=8, prefill_tokens=8, pages=64, page_tokens=4, max_tokens=64, max_waiting=64)
 
@@ -147,7 +150,8 @@ class World:
         spec = PoolSpec(slots=2, rank=RANK, dtype="float32", targets=ALL_TARGETS)
         pool = empty_pool(self.base.config, spec, self.mesh)
         rows = jax.device_put(host_rows(self.base.config, spec, adapter))
-        return read_slot(write_slot(pool, jax.device_put(np.int32(1)), rows), jax.device_put(np.int32(1)))
+        pool = write_slot(pool, jax.device_put(np.int32(1)), rows)
+        return jax.tree.map(lambda p: p[:, 1], pool)
 
     def greedy(self, request: Request) -> list[int]:
         """What the plain model answers."""
@@ -233,3 +237,16 @@ def run_all(
         assert count < 2000, "the engine does not come to an end"
     check_idle(engine)
     return answers
+
+
+def with_resident(engine: Engine, *adapters: Adapter) -> Engine:
+    """The engine with these adapters on the device: which step they are read by is not for a test to know."""
+    run_all(engine, [ask(f"load {a.ref}", a, 1, 1) for a in adapters])
+    return engine
+
+
+def settle(runner: Runner) -> None:
+    """Waits until the engine has nothing to do."""
+    deadline = time.monotonic() + 10
+    while runner.call(lambda: runner.engine.has_work):
+        assert time.monotonic() < deadline, "requests are left over"

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from jaxlora import checkpoint
-from jaxlora.checkpoint import restore_state, save_state
+from jaxlora.checkpoint import read_meta, restore_state, save_state
 from jaxlora.errors import AlreadyExists, StateInvalid, StorageFailed
 
 
@@ -49,6 +49,19 @@ def test_round_trip_is_bit_for_bit(form, tmp_path):
     assert (restored.step, restored.meta) == (7, meta)
     assert same(restored.arrays, state)
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(restored.arrays))
+
+
+def test_the_newest_meta_is_read_without_the_arrays(tmp_path):
+    assert read_meta(tmp_path / "none") is None
+    assert read_meta(tmp_path) is None
+    for step in (1, 2):
+        save_state(tmp_path, step, make_state(), {"cursor": step})
+    for file in (tmp_path / "2" / "arrays" / "d").iterdir():
+        file.unlink()
+    assert read_meta(tmp_path) == {"cursor": 2}
+    (tmp_path / "2" / "meta" / "metadata").write_text("{")
+    with pytest.raises(StorageFailed, match="meta cannot be read"):
+        read_meta(tmp_path)
 
 
 def test_optimizer_state_keeps_its_structure(tmp_path):

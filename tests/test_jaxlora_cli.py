@@ -93,7 +93,7 @@ def test_serve_options_replace_what_the_file_says(entry):
     ((_, (config,), _),) = entry
     got = (config.model.path, config.host, config.port, config.slots, config.max_rank, config.rows, config.adapters)
     assert got == ("m", "0.0.0.0", 0, 3, 4, 5, Path("a"))
-    assert (config.kv_pages, config.model.dtype) == (512, "auto")
+    assert (config.kv_pages, config.model.dtype) == (128, "auto")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import pytest
 
-from jaxlora.config import ServeConfig, TrainConfig, load, serve_defaults
+from jaxlora.config import Optimizer, ServeConfig, TrainConfig, load, serve_defaults
 from jaxlora.errors import ConfigInvalid
 from jaxlora.lora import LAYER_TARGETS
 from jaxlora.toml_loader import PathOrName
@@ -191,13 +191,20 @@ def test_example_train_config():
     c = load(ROOT / "configs/train_two_tenants.toml", TrainConfig)
     roman, plural = c.tenant
     assert (c.model.path, c.mesh.data * c.mesh.fsdp * c.mesh.tensor) == ("smollm2", 1)
-    assert (roman.targets, roman.clip, roman.steps) == (LAYER_TARGETS, None, None)
+    assert (roman.targets, roman.clip, roman.steps) == (LAYER_TARGETS, 1.0, None)
     assert (plural.spec.scale("q_proj", 0), plural.steps) == (4.0, 30)
     for file in (roman.train, roman.heldout, plural.train, plural.heldout):
         assert file is not None
         lines = [json.loads(line) for line in file.read_text().splitlines()]
         assert all([m["role"] for m in line["messages"]] == ["system", "user", "assistant"] for line in lines)
         assert len(lines) == (16 if ".train." in file.name else 8)
+
+
+def test_a_tenant_learns_by_the_optimizers_own_defaults(tmp_path):
+    path = changed_example(tmp_path, "train_two_tenants.toml", "clip = 1.0", "clip = inf")
+    roman, plural = (t.optimizer(40) for t in load(path, TrainConfig).tenant)
+    assert roman == Optimizer(lr=2e-3, schedule="linear", warmup_steps=4, total_steps=40)
+    assert (plural.clip, plural.total_steps) == (None, 30)
 
 
 def test_example_train_and_heldout_lines_differ():
@@ -223,25 +230,33 @@ def changed_example(tmp_path: Path, name: str, old: str, new: str) -> Path:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("lr = 2e-3", "lr = 0", "tenant[0]: lr must be positive and finite, got 0.0"),
-        ("lr = 2e-3", "lr = inf", "tenant[0]: lr must be positive and finite, got inf"),
-        ("lr = 2e-3", "lr = nan", "tenant[0]: lr must be positive and finite, got nan"),
+        ("lr = 2e-3", "lr = -1e-3", "tenant[0]: lr must be finite and not negative, got -0.001"),
+        ("lr = 2e-3", "lr = inf", "tenant[0]: lr must be finite and not negative, got inf"),
+        ("lr = 2e-3", "lr = nan", "tenant[0]: lr must be finite and not negative, got nan"),
         ('schedule = "linear"', 'schedule = "step"', "tenant[0].schedule: must be one of 'constant', 'linear',"),
-        ("warmup_steps = 4", "warmup_steps = -1", "tenant[0]: warmup_steps must be 0 or more"),
-        ("weight_decay = 0.01", "weight_decay = -0.1", "tenant[1]: weight_decay must be 0 or more"),
-        ("clip = 1.0", "clip = 0", "tenant[1]: clip must be positive and finite, or left out"),
+        ("warmup_steps = 4", "warmup_steps = -1", "tenant[0]: warmup_steps must be in [0, "),
+        ("warmup_steps = 4", "warmup_steps = 41", "tenant roman: warmup_steps must be in [0, 40]"),
+        ("warmup_steps = 2", "warmup_steps = 31", "tenant[1]: warmup_steps must be in [0, 30]"),
+        ("weight_decay = 0.01", "weight_decay = -0.1", "tenant[1]: weight_decay must be finite and not negative"),
+        ("clip = 1.0", "clip = 0", "tenant[1]: clip must be positive"),
+        ("clip = 1.0", "clip = -inf", "tenant[1]: clip must be positive"),
         ("batch = 4\n", "batch = 0\n", "tenant[1]: batch must be at least 1"),
         ("steps = 30", "steps = 0", "tenant[1]: steps must be at least 1, or left out"),
         ("seed = 1", "seed = -1", "tenant[1]: seed must be in [0, 2^32)"),
         ("seed = 1", "b1 = 1\nseed = 1", "tenant[1]: b1 must be in [0, 1), got 1.0"),
         ("seed = 1", "b2 = -0.1\nseed = 1", "tenant[1]: b2 must be in [0, 1)"),
-        ("seed = 1", "eps = 0\nseed = 1", "tenant[1]: eps must be positive"),
+        ("seed = 1", "eps = 0\nseed = 1", "tenant[1]: eps must be finite and at least"),
         ("rank = 8", "rank = 0", "tenant[0]: lora rank must be at least 1, got 0"),
         ("rank = 8", "rank = 32", "tenant roman has rank 32, more than max_rank = 16"),
         ('"o_proj"]', '"oo_proj"]', "tenant[1]: lora targets must be distinct names"),
         ('name = "plural"', 'name = "roman"', "tenant names must be distinct; more than one is called roman"),
         ('name = "plural"', 'name = "../x"', "tenant[1]: name must be 1 to 64 letters"),
         ("lanes = 4 ", "lanes = 0", "lanes must be at least 1, got 0"),
+        (
+            "lane_tokens = 256",
+            "lane_tokens = 100",
+            "lane_tokens must be a multiple of 32 or smaller than that, such as 96 or",
+        ),
         ("save_every = 20", "save_every = 0", "save_every must be at least 1"),
         ("[model]", "[mesh]\ndata = 0\nfsdp = 1\ntensor = 1\n[model]", "mesh: data must be at least 1"),
         ("[model]", "[mesh]\ndata = 2\n[model]", "mesh.fsdp: missing"),
@@ -259,7 +274,7 @@ def test_train_config_refuses(tmp_path, old, new, message):
         ("port = 8000", "port = 65536", "port must be in [0, 65535], got 65536"),
         ('host = "127.0.0.1"', 'host = ""', "host must be an address"),
         ("max_waiting = 256", "max_waiting = 0", "max_waiting must be at least 1"),
-        ("kv_pages = 512", "kv_pages = 0", "kv_pages must be at least 1"),
+        ("kv_pages = 128", "kv_pages = 0", "kv_pages must be at least 1"),
         (
             "[model]",
             '[[load]]\nname = "a"\npath = "x"\n[[load]]\nname = "a"\npath = "y"\n[model]',

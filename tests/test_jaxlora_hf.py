@@ -365,6 +365,16 @@ def test_open_model_of_a_directory():
         open_model(tiny_path("tiny-mistral"))
 
 
+def test_open_model_refuses_tokens_without_an_embedding(tmp_path):
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_path("tiny-llama-tied"), folder)
+    described = json.loads((folder / "tokenizer.json").read_text())
+    described["added_tokens"].append(described["added_tokens"][-1] | {"id": 320, "content": "<more>"})
+    (folder / "tokenizer.json").write_text(json.dumps(described))
+    with pytest.raises(ModelInvalid, match="base has 321 tokens but an embedding of 320 rows"):
+        open_model(folder)
+
+
 def test_resolve_takes_what_is_there(tmp_path):
     assert resolve_model(tmp_path) == tmp_path
     assert resolve_model(smollm2_path()) == smollm2_path()

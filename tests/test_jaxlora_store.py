@@ -4,73 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 from dataclasses import replace
-from pathlib import Path
 
-import numpy as np
 import pytest
+from store_world import LARGE, SPEC, make, put, same
 
 from jaxlora import store as store_module
 from jaxlora.errors import AdapterNotFinite, AdapterNotFound, AlreadyExists, InvalidRequest, StateInvalid, StorageFailed
-from jaxlora.lora import Adapter, AdapterRef, LoraSpec, ModuleException
+from jaxlora.lora import AdapterRef
 from jaxlora.store import AdapterStore
 
-SPEC = LoraSpec(
-    rank=4,
-    alpha=8.5,
-    targets=("q_proj", "lm_head"),
-    rslora=True,
-    exceptions=(ModuleException(target="q_proj", layer=1, rank=2, alpha=3.0),),
-)
-LARGE = 10**9
-
-
-def make(ref: AdapterRef, value: float | None = None) -> Adapter:
-    random = np.random.default_rng(ref.version)
-    shapes = {"q_proj": ((2, 4, 16), (2, 4, 24)), "lm_head": ((1, 4, 16), (1, 4, 40))}
-    weights = {
-        target: tuple(
-            random.normal(size=s).astype(np.float32) if value is None else np.full(s, value, np.float32) for s in pair
-        )
-        for target, pair in shapes.items()
-    }
-    return Adapter(ref=ref, spec=SPEC, base_hash="sha256:base", weights=weights)
-
-
-def same(x: Adapter, y: Adapter) -> bool:
-    return (x.ref, x.spec, x.base_hash, sorted(x.weights)) == (y.ref, y.spec, y.base_hash, sorted(y.weights)) and all(
-        p.tobytes() == q.tobytes() and p.shape == q.shape and p.dtype == q.dtype
-        for target in x.weights
-        for p, q in zip(x.weights[target], y.weights[target], strict=True)
-    )
-
-
-@pytest.fixture
-def open_store(tmp_path):
-    """A function that opens the store of this test; all are closed at the end."""
-    opened = []
-
-    def open_(host_bytes: int = LARGE) -> AdapterStore:
-        opened.append(AdapterStore(tmp_path, host_bytes=host_bytes))
-        return opened[-1]
-
-    yield open_
-    for store in opened:
-        try:
-            store.close()
-        except StorageFailed:
-            assert store.last_error is not None
-
-
-def put(store: AdapterStore, tenant="acme", name="bot", value: float | None = None) -> Adapter:
-    adapter = make(store.mint(tenant, name), value)
-    store.put(adapter)
-    return adapter
+pytest_plugins = ["store_fixtures"]
 
 
 def test_put_then_get_before_and_after_restart(open_store):
@@ -147,6 +93,11 @@ def test_list_and_versions_by_tenant(open_store):
     assert [str(r) for r in store.list("acme")] == ["acme/a@2", "acme/b@1"]
     assert [str(r) for r in store.list(None)] == ["acme/a@2", "acme/b@1", "zoo/a@1"]
     assert store.list("nobody") == []
+    assert [str(r) for r in store.named("a", None)] == ["acme/a@2", "zoo/a@1"]
+    assert [str(r) for r in store.named("a", "zoo")] == ["zoo/a@1"]
+    assert store.named("b", "zoo") == store.named("c", None) == []
+    store.delete("zoo", "a")
+    assert [str(r) for r in store.named("a", None)] == ["acme/a@2"]
     assert store.latest("acme", "c") is None
     assert store.versions("acme", "c") == []
 
@@ -207,59 +158,6 @@ def test_delete_before_the_save_leaves_nothing(open_store, tmp_path, monkeypatch
     store.flush()
     assert store.list(None) == [first.ref]
     assert not (tmp_path / "adapters/acme/second").exists()
-
-
-def test_put_serves_while_storage_is_blocked(open_store, monkeypatch):
-    gate = threading.Event()
-    real = store_module.save_version
-    monkeypatch.setattr(store_module, "save_version", lambda *a: (gate.wait(10), real(*a)))
-    store = open_store(host_bytes=0)
-    ref = store.mint("acme", "bot")
-    adapter = make(ref)
-    started = time.monotonic()
-    store.put(adapter)
-    assert same(store.get(ref), adapter)
-    assert store.latest("acme", "bot") == ref
-    assert time.monotonic() - started < 1
-    gate.set()
-    store.flush()
-    assert store._held_bytes == 0
-    assert same(store.get(ref), adapter)
-
-
-def test_failed_saves_stay_in_memory_and_are_reported(open_store, monkeypatch):
-    broken = True
-    real = store_module.save_version
-
-    def save(*args):
-        if broken:
-            raise OSError("disk full")
-        real(*args)
-
-    monkeypatch.setattr(store_module, "save_version", save)
-    store = open_store(host_bytes=0)
-    adapter = put(store)
-    with pytest.raises(StorageFailed, match=r"acme/bot@1.*disk full"):
-        store.flush()
-    assert str(store.last_error) == "disk full"
-    assert same(store.get(adapter.ref), adapter)
-    broken = False
-    store.flush()
-    assert store.last_error is None
-    store.close()
-    assert same(open_store().get(adapter.ref), adapter)
-
-
-def test_close_reports_what_is_lost_and_may_come_twice(open_store, monkeypatch):
-    def fail(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(store_module, "save_version", fail)
-    store = open_store()
-    put(store)
-    for _ in range(2):
-        with pytest.raises(StorageFailed, match="disk full"):
-            store.close()
 
 
 def test_least_recently_used_leaves_first(open_store):
@@ -337,67 +235,6 @@ def test_unknown_version(open_store):
             store.get(ref)
 
 
-def saved_folder(open_store, tmp_path) -> tuple[AdapterRef, Path]:
-    store = open_store()
-    ref = put(store).ref
-    store.close()
-    return ref, tmp_path / "adapters/acme/bot/1"
-
-
-def test_unknown_format_is_refused_by_name(open_store, tmp_path):
-    ref, folder = saved_folder(open_store, tmp_path)
-    path = folder / "meta" / "metadata"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 7}))
-    with pytest.raises(StorageFailed, match=r"acme/bot@1 is stored in format 7; this build reads format 1"):
-        open_store().get(ref)
-
-
-def test_changed_description_is_found(open_store, tmp_path):
-    ref, folder = saved_folder(open_store, tmp_path)
-    path = folder / "meta" / "metadata"
-    meta = json.loads(path.read_text())
-    meta["spec"]["alpha"] = 9.5
-    path.write_text(json.dumps(meta))
-    with pytest.raises(StorageFailed, match="do not match their checksum"):
-        open_store().get(ref)
-    path.write_text("{")
-    with pytest.raises(StorageFailed, match="cannot be read"):
-        open_store().get(ref)
-
-
-# A read that fails leaves sibling reads of tensorstore without an event loop to report to; they say so on stderr.
-@pytest.mark.filterwarnings("ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning")
-def test_flipped_bytes_are_found_and_others_unharmed(open_store, tmp_path):
-    store = open_store()
-    refs = [put(store).ref, put(store).ref]
-    store.close()
-    for path in (tmp_path / "adapters/acme/bot/2/weights").rglob("*"):
-        if path.is_file() and path.stat().st_size > 500:
-            data = bytearray(path.read_bytes())
-            data[len(data) // 2] ^= 0x10
-            path.write_bytes(data)
-    again = open_store()
-    with pytest.raises(StorageFailed):
-        again.get(refs[1])
-    assert same(again.get(refs[0]), make(refs[0]))
-    time.sleep(0.3)  # so that the sibling reads end inside this test
-
-
-def test_damaged_counter_is_refused_and_a_lost_one_is_safe(open_store, tmp_path):
-    store = open_store()
-    put(store), put(store)
-    store.close()
-    path = tmp_path / "counters/acme/bot.json"
-    path.write_text("{")
-    with pytest.raises(StorageFailed, match="version counter of acme/bot is damaged"):
-        open_store().mint("acme", "bot")
-    path.write_text(json.dumps({"format": 2, "minted": 2, "deleted": 0}))
-    with pytest.raises(StorageFailed, match="format 2"):
-        open_store().mint("acme", "bot")
-    path.unlink()
-    assert open_store().mint("acme", "bot").version == 3
-
-
 def test_ten_thousand_adapters_list_from_folders_alone(tmp_path):
     for i in range(10_000):
         os.makedirs(tmp_path / "adapters" / f"t{i % 100}" / f"a{i}" / "1")
@@ -435,58 +272,3 @@ def test_many_threads(open_store):
     store.flush()
     assert store._held_bytes == sum(a.nbytes for a in store._held.values()) <= 5_000
     assert [r.version for r in store.list(None)] == [3] * 4
-
-
-CHILD = """
-import sys
-sys.path[:0] = {paths!r}
-from pathlib import Path
-from test_jaxlora_store import put
-from jaxlora.store import AdapterStore
-store = AdapterStore(Path(sys.argv[1]), host_bytes=0)
-while True:
-    ref = put(store).ref
-    if ref.version % 3 == 0:
-        store.flush()
-        print(*(r.version for r in store.versions("acme", "bot")), flush=True)
-"""
-
-
-@pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.slow)])
-def test_killed_while_saving_leaves_only_complete_versions(kills, tmp_path):
-    """A process that saves without pause is killed; all that is listed loads, and nothing confirmed is lost."""
-    code = CHILD.format(paths=[str(Path(__file__).parents[1]), str(Path(__file__).parent)])
-    confirmed = set()
-    for kill in range(kills):
-        child = subprocess.Popen(
-            [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=os.environ
-        )
-        try:
-            for _ in range(2 + kill):
-                confirmed |= {int(v) for v in child.stdout.readline().split()}
-            time.sleep(0.013 * (kill + 1))
-        finally:
-            child.send_signal(signal.SIGKILL)
-            child.wait()
-            child.stdout.close()
-        store = AdapterStore(tmp_path, host_bytes=0)
-        listed = store.versions("acme", "bot")
-        assert confirmed
-        assert {r.version for r in listed} >= confirmed
-        for ref in listed:
-            assert same(store.get(ref), make(ref))
-        assert store.mint("acme", "bot").version > listed[-1].version
-        store.close()
-
-
-def test_leftovers_of_a_killed_save_are_invisible_and_cleared(open_store, tmp_path):
-    ref, folder = saved_folder(open_store, tmp_path)
-    leftover = folder.with_name("2.orbax-checkpoint-tmp")
-    folder.rename(leftover)
-    store = open_store()
-    assert store.list(None) == []
-    new = put(store)
-    assert new.ref.version == ref.version + 1
-    store.flush()
-    assert not leftover.exists()
-    assert same(store.get(replace(new).ref), new)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from small_world import load_json, smollm2_prompts, tiny_path
 from tokenizers import decoders, models, pre_tokenizers
 
+from jaxlora import chat_template
 from jaxlora.base_files import smollm2_path
 from jaxlora.chat_template import ChatTemplate
 from jaxlora.errors import InvalidRequest, ModelInvalid
@@ -179,6 +180,22 @@ def test_hostile_templates_end_soon_and_with_our_error(source):
     with pytest.raises(InvalidRequest, match="chat template"):
         print(ChatTemplate(source, {}).render(USER, add_generation_prompt=True, continue_final_message=False)[:100])
     assert time.monotonic() - start_s < 6
+
+
+SILENT_TEMPLATES = {
+    "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% set x = 1 %}{% endfor %}{% endfor %}",
+    "calls": "{% macro f(n) %}{% if n %}{{ f(n - 1) ~ f(n - 1) }}{% endif %}{% endmacro %}{{ f(99) }}",
+    "its own clock": "{% set deadline_s = 10**9 %}{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("source", SILENT_TEMPLATES.values(), ids=SILENT_TEMPLATES)
+def test_a_template_that_writes_nothing_ends_soon(monkeypatch, source):
+    monkeypatch.setattr(chat_template, "MAX_RENDER_S", 0.2)
+    start_s = time.monotonic()
+    with pytest.raises(InvalidRequest, match=r"longer than 0\.2 seconds"):
+        ChatTemplate(source, {}).render(USER, add_generation_prompt=True, continue_final_message=False)
+    assert time.monotonic() - start_s < 2
 
 
 @pytest.mark.parametrize("source", ["{% if %}", "{{ x", "{% unknown %}", "{{ x | nofilter }}", "x" * (2 << 20)])
@@ -351,6 +368,26 @@ def test_hf_refused_by_name(tmp_path):
         (tmp_path / "tokenizer.json").write_text(content)
         with pytest.raises(ModelInvalid, match="is not a tokenizer"):
             Tokenizer.from_hf(tmp_path)
+
+
+def test_vocab_and_merges_alone_give_the_ids_of_transformers(tmp_path):
+    """Older checkpoints have no tokenizer.json; how their family splits text (Qwen2: digits one by one) is not in the files."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*alphabet, "he", "12", "<|endoftext|>"])}
+    models.BPE(vocabulary, [("h", "e"), ("1", "2")]).save(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    settings = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|endoftext|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    ours = Tokenizer.from_hf(tmp_path)
+    text = "he 12<|endoftext|>"
+    from transformers import AutoTokenizer
+
+    assert ours.encode(text) == AutoTokenizer.from_pretrained(str(tmp_path)).encode(text)
+    assert vocabulary["he"] in ours.encode(text)
+    assert vocabulary["12"] not in ours.encode(text)
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nnobody here\n")
+    with pytest.raises(ModelInvalid, match=r"transformers cannot make one of its vocab\.json"):
+        Tokenizer.from_hf(tmp_path)
 
 
 REFUSED_SETTINGS = {

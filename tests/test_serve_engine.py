@@ -8,11 +8,11 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from serve_world import CONFIG, SLOTS, Answer, ask, random_weights, run_all, step, with_pages
+from serve_world import CONFIG, SLOTS, Answer, ask, run_all, step, with_pages, with_resident
 
 from jaxlora.compile_cache import CompileCounter
-from jaxlora.errors import AdapterInvalid, AdapterNotFinite, AdapterNotFound, BaseMismatch
-from jaxlora.lora import ALL_TARGETS, AdapterRef
+from jaxlora.errors import AdapterInvalid
+from jaxlora.lora import ATTENTION_TARGETS, AdapterRef
 from jaxlora.pool import PoolSpec, host_rows
 from serve.request import FinishReason
 
@@ -141,7 +141,7 @@ def test_a_request_feels_neither_its_neighbours_nor_its_row(world):
     mine = ask("mine", world.adapters[2], 9, 10, logprobs=5, temperature=0.8, seed=11)
     seen = []
     for case in range(4):
-        engine = world.engine()
+        engine = with_resident(world.engine(), *world.adapters[:3])
         others = [
             ask(f"o{case}{i}", [None, *world.adapters[:2]][(i + case) % 3], 6 + i, 14, temperature=1.0)
             for i in range(3 + case)
@@ -159,8 +159,8 @@ def test_a_nan_adapter_ends_only_its_own_requests(world, when):
         asked = [ask("bad1", bad, 9, 12, logprobs=3), ask("bad2", bad, 3, 12, logprobs=3)]
         return [*others[:2], asked[0], *others[2:], asked[1]]
 
-    clean = run_all(world.engine(), mix(world.adapters[1]))
-    engine = world.engine()
+    clean = run_all(with_resident(world.engine(), *world.adapters[:2]), mix(world.adapters[1]))
+    engine = with_resident(world.engine(), *world.adapters[:2])
     if when == "prefill":
         answers = run_all(engine, mix(poison(world, engine, "nan")))
     else:
@@ -191,8 +191,8 @@ def test_pages_that_a_nan_adapter_used_are_as_good_as_new(world, engine):
 
 def test_free_pages_full_of_nan_change_nothing(world):
     requests = [ask(f"p{i}", [None, *world.adapters[:2]][i % 3], 3 + 4 * i, 9, logprobs=4) for i in range(6)]
-    clean = run_all(world.engine(), requests)
-    engine = world.engine()
+    clean = run_all(with_resident(world.engine(), *world.adapters[:2]), requests)
+    engine = with_resident(world.engine(), *world.adapters[:2])
     engine._kv = jax.device_put(nan_everywhere(engine._kv), jax.tree.map(lambda x: x.sharding, engine._kv))
     answers = run_all(engine, requests)
     for r in requests:
@@ -201,10 +201,11 @@ def test_free_pages_full_of_nan_change_nothing(world):
 
 def test_empty_slots_full_of_nan_change_nothing(world):
     requests = [ask(f"s{i}", [None, world.adapters[0]][i % 2], 3 + 4 * i, 9, logprobs=4) for i in range(6)]
-    clean = run_all(world.engine(), requests)
+    clean = run_all(with_resident(world.engine(), world.adapters[0]), requests)
     engine = world.engine()
     for slot in range(SLOTS):  # the last one too, where an index of -1 would read
         engine._write(slot, nan_everywhere(host_rows(world.base.config, world.spec, world.adapters[0])))
+    with_resident(engine, world.adapters[0])
     answers = run_all(engine, requests)
     for r in requests:
         assert fingerprint(answers[r.id]) == fingerprint(clean[r.id]), r.id
@@ -267,54 +268,6 @@ def test_many_publishes_under_one_request(world, engine):
     assert run_all(engine, [request], publish)["long"].tokens == world.greedy(request)
 
 
-# --- loads that fail
-
-
-def failing(world, kind: str) -> tuple[AdapterRef, type[Exception]]:
-    """A version that cannot be loaded, and the error its askers get."""
-    match kind:
-        case "missing":
-            return AdapterRef("acme", "nobody", 1), AdapterNotFound
-        case "deleted":
-            ref = world.add("gone", seed=1).ref
-            world.store.delete("acme", "gone")
-            return ref, AdapterNotFound
-        case "other_base":
-            return world.add("foreign", seed=1, base_hash="another").ref, BaseMismatch
-        case "rank":
-            return world.add("wide", seed=1, rank=9).ref, AdapterInvalid
-        case "shapes":
-            config = replace(world.base.config, d_ff=40)
-            return world.add("misfit", seed=1, weights=random_weights(config, 3, ALL_TARGETS, 1)).ref, AdapterInvalid
-    raise ValueError(kind)
-
-
-@pytest.mark.parametrize("kind", ["missing", "deleted", "other_base", "rank", "shapes"])
-def test_a_failing_load_ends_only_its_askers(world, engine, kind):
-    ref, wanted = failing(world, kind)
-    others = [ask(f"o{i}", [None, world.adapters[0]][i % 2], 5 + i, 12) for i in range(4)]
-    askers = [ask(f"bad{i}", ref, 5) for i in range(6)]  # more than there are rows: some fail while in line
-    answers = run_all(engine, [*others, *askers])
-    for r in askers:
-        assert isinstance(answers[r.id].error, wanted), answers[r.id]
-        assert answers[r.id].tokens == []
-    for r in others:
-        assert answers[r.id].tokens == world.greedy(r), r.id
-    assert engine.slots.find(ref) is None
-    again = ask("again", world.adapters[1], 4)
-    assert run_all(engine, [again])["again"].tokens == world.greedy(again)
-
-
-def test_an_adapter_that_is_not_finite_on_disk_is_refused_at_load(world, engine, monkeypatch):
-    good = world.add("notfinite", seed=1)
-    bad = replace(good, weights={"q_proj": tuple(np.full_like(x, np.nan) for x in good.weights["q_proj"])})
-    get = engine.store.get
-    monkeypatch.setattr(engine.store, "get", lambda ref: bad if ref == good.ref else get(ref))
-    answers = run_all(engine, [ask("r", good), ask("o", world.adapters[0])])
-    assert isinstance(answers["r"].error, AdapterNotFinite)
-    assert answers["o"].error is None
-
-
 # --- the compiled programs
 
 
@@ -359,6 +312,28 @@ def test_nothing_compiles_after_warm_up(world, engine):
     engine = world.engine(replace(CONFIG, rows=3, prefill_lanes=2, prefill_tokens=6))
     engine.warm_up()
     storm(world, engine)
+
+
+def test_a_first_publication_compiles_nothing_though_every_slot_was_in_use(world):
+    engine = with_resident(world.engine(), *world.adapters[:SLOTS])
+    spec = PoolSpec(slots=1, rank=5, dtype="float32", targets=ATTENTION_TARGETS)  # a shape no other test writes
+    adapter = world.adapters[1]
+    rows = jax.device_put(host_rows(world.base.config, spec, adapter))
+    before = jax.device_get(engine._pool)
+    engine.rehearse_install(rows)
+    assert all(
+        (x == y).all() for x, y in zip(*map(jax.tree.leaves, (before, jax.device_get(engine._pool))), strict=True)
+    )
+    with CompileCounter() as counter:
+        assert engine.install(AdapterRef("acme", "rehearsed", 1), rows) is not None
+    assert not counter.retraced
+
+
+def test_a_write_keeps_the_place_of_the_pool(world, engine):
+    """Else, on a mesh, the first step after a load would compile anew."""
+    placed = jax.tree.map(lambda x: x.sharding, engine._pool)
+    engine._write(0, host_rows(world.base.config, world.spec, world.adapters[0]))
+    assert jax.tree.map(lambda x: x.sharding, engine._pool) == placed
 
 
 def test_every_shape_is_warmed_up_and_no_other_runs(world, engine, monkeypatch):

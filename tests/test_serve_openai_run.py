@@ -9,7 +9,7 @@ import openai
 import pytest
 from fake_house import BASE, HI, events
 
-from jaxlora.errors import JaxLoraError, Overloaded, StateInvalid
+from jaxlora.errors import JaxLoraError, Overloaded, StateInvalid, Unavailable
 
 pytest_plugins = ["wire_fixtures"]
 
@@ -38,6 +38,18 @@ def test_a_conflict_is_not_retried(running, house):
         client.completions.create(model=BASE, prompt="x")
     assert caught.value.response.headers["x-should-retry"] == "false"
     assert caught.value.response.request.headers["x-stainless-retry-count"] == "0"
+
+
+def test_a_server_that_stops_is_asked_again(running, house):
+    house.submit_error = Unavailable("the server has stopped")
+    with (
+        openai.OpenAI(base_url=running[1] + "/v1", api_key="none", max_retries=1) as client,
+        pytest.raises(openai.InternalServerError) as caught,
+    ):
+        client.completions.create(model=BASE, prompt="x")
+    assert (caught.value.status_code, caught.value.code) == (503, "unavailable")
+    assert "x-should-retry" not in caught.value.response.headers
+    assert caught.value.response.request.headers["x-stainless-retry-count"] == "1"
 
 
 @pytest.mark.parametrize("stream", [False, True])

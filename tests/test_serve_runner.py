@@ -7,39 +7,16 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import jax
-import numpy as np
 import pytest
-from serve_world import Answer, World, ask, check_idle
+from serve_world import BASE, Answer, World, ask, check_idle, settle, with_resident
 
-from jaxlora import store as store_module
-from jaxlora.errors import AdapterNotFinite, AdapterNotFound, ContextLengthExceeded, StateInvalid
+from jaxlora.errors import AdapterNotFound, ContextLengthExceeded, Unavailable
 from jaxlora.lora import AdapterRef
-from jaxlora.store import AdapterStore
 from serve.engine import Engine
 from serve.request import FinishReason
 from serve.runner import Runner
 
 pytest_plugins = ["serve_fixtures"]
-BASE = "owner/tiny"
-
-
-@pytest.fixture
-def runner(world):
-    """A running server; at the end nothing may be held for anybody."""
-    it = Runner(world.engine(), base_name=BASE)
-    it.start()
-    yield it
-    settle(it)
-    it.stop()
-    check_idle(it.engine)
-
-
-def settle(runner: Runner) -> None:
-    """Waits until the engine has nothing to do."""
-    deadline = time.monotonic() + 10
-    while runner.call(lambda: runner.engine.has_work):
-        assert time.monotonic() < deadline, "requests are left over"
 
 
 async def read(stream) -> Answer:
@@ -182,7 +159,7 @@ def test_before_the_start_and_after_the_end_nobody_waits(world):
 
     def nobody_waits():
         for use in (lambda: runner.call(int), lambda: runner.complete([ask("x")]), lambda: asyncio.run(submit())):
-            with pytest.raises(StateInvalid, match="device thread"):
+            with pytest.raises(Unavailable, match="has stopped"):
                 use()
         assert runner.health() != "ok"
         runner.cancel("x")
@@ -206,7 +183,7 @@ def test_stop_ends_open_requests_with_an_error(world):
         return await asyncio.wait_for(asyncio.gather(*map(read, streams)), 10)
 
     answers = asyncio.run(scenario())
-    assert all(isinstance(a.error, StateInvalid) for a in answers)
+    assert all(isinstance(a.error, Unavailable) for a in answers)
     runner.stop()
 
 
@@ -234,16 +211,16 @@ def test_a_dead_thread_gives_errors_to_all_who_wait_and_all_who_come(world, capl
                 await asyncio.sleep(0.001)
             runner.engine.go_on.set()
             answers = await asyncio.wait_for(asyncio.gather(*map(read, [*early, late])), 10)
-        assert isinstance(completion.exception(), StateInvalid)
+        assert isinstance(completion.exception(), Unavailable)
         return answers
 
     answers = asyncio.run(scenario())
-    assert all(isinstance(a.error, StateInvalid) for a in answers)
+    assert all(isinstance(a.error, Unavailable) for a in answers)
     assert all("device is gone" not in str(a.error) for a in answers)
     assert "the device is gone" in caplog.text
     runner._thread.join(10)
     assert runner.health() != "ok"
-    with pytest.raises(StateInvalid):
+    with pytest.raises(Unavailable):
         runner.call(int)
     runner.stop()
 
@@ -271,7 +248,7 @@ class FakeTrainer:
 
 @pytest.mark.parametrize("serve_steps", [1, 3])
 def test_training_and_serving_take_turns(world, serve_steps):
-    runner = Runner(world.engine(), base_name=BASE, serve_steps=serve_steps)
+    runner = Runner(with_resident(world.engine(), world.adapters[0]), base_name=BASE, serve_steps=serve_steps)
     trainer = runner.trainer = FakeTrainer(runner.engine, 8)
     request = ask("r", world.adapters[0], 4, 40)
     runner._inbox.put(lambda: runner.admit(request, lambda _delta: None))  # both have work from the first turn
@@ -282,6 +259,7 @@ def test_training_and_serving_take_turns(world, serve_steps):
 
 
 def test_training_goes_on_alone_and_a_request_joins(world, runner):
+    runner.complete([ask("load", world.adapters[1], 1, 1)])
     trainer = FakeTrainer(runner.engine, 10**9)
     runner.call(lambda: setattr(runner, "trainer", trainer))
     request = ask("r", world.adapters[1], 4, 20)
@@ -324,152 +302,3 @@ def test_a_trainer_publishes_between_the_steps_of_a_request(world, runner):
     assert got.tokens == world.plain.greedy(later.prompt, 12, new[0])
     assert got.tokens != world.plain.greedy(later.prompt, 12, old)
     assert runner.engine.slots.find(published[-1]) is not None
-
-
-# --- publish
-
-
-def test_a_published_version_is_on_disk_later(world, runner, tmp_path):
-    adapter = world.add("source", seed=80)
-    ref = runner.call(lambda: runner.publish("acme", "kept", adapter.spec, world.device_rows(adapter)))
-    assert ref == AdapterRef("acme", "kept", 1)
-    world.store.flush()
-    again = AdapterStore(world.store._root, host_bytes=0)
-    try:
-        stored = again.get(ref)
-    finally:
-        again.close()
-    assert stored.base_hash == world.base_hash
-    for target, pair in adapter.weights.items():
-        for x, y in zip(stored.weights[target], pair, strict=True):
-            np.testing.assert_array_equal(x, y)
-
-
-def test_publishing_waits_for_no_storage(world, runner, monkeypatch):
-    blocked, save = threading.Event(), store_module.save_version
-    monkeypatch.setattr(store_module, "save_version", lambda *a: blocked.wait(20) and save(*a))
-    adapter = world.adapters[0]
-    rows = world.device_rows(adapter)
-    ref = runner.call(lambda: runner.publish("acme", "unsaved", adapter.spec, rows))
-    request = ask("r", ref, 5, 8)
-    assert runner.complete([request])[0].tokens == world.plain.greedy(request.prompt, 8, adapter)
-    assert not (world.store._root / "adapters/acme/unsaved/1").exists()
-    blocked.set()
-    world.store.flush()
-    assert (world.store._root / "adapters/acme/unsaved/1").exists()
-
-
-def test_weights_that_are_not_finite_are_never_published(world, runner):
-    good = world.add("careful", seed=90)
-    rows = world.device_rows(good)
-    spoilt = dict(rows) | {"q_proj": jax.tree.map(lambda x: x.at[..., 0].set(np.inf), rows["q_proj"])}
-    with pytest.raises(AdapterNotFinite):
-        runner.call(lambda: runner.publish("acme", "careful", good.spec, spoilt))
-    assert runner.resolve(None, "careful") == good.ref
-    assert world.store.versions("acme", "careful") == [good.ref]
-
-
-# --- names
-
-
-@pytest.fixture(scope="module")
-def named(world, tmp_path_factory):
-    """A server of three adapters of two tenants over a store of its own; never started."""
-    store = AdapterStore(tmp_path_factory.mktemp("named"), host_bytes=10**8)
-    mine = World(**(vars(world) | {"store": store}))
-    for tenant, name, count in (("acme", "bot", 3), ("acme", "twin", 1), ("zoo", "twin", 2)):
-        for i in range(count):
-            ref = store.mint(tenant, name)
-            source = world.adapters[i]
-            store.put(type(source)(ref=ref, spec=source.spec, base_hash=world.base_hash, weights=source.weights))
-    yield Runner(mine.engine(), base_name=BASE)
-    store.close()
-
-
-@pytest.mark.parametrize(
-    ("tenant", "model", "found"),
-    [
-        (None, BASE, None),
-        ("acme", BASE, None),
-        (None, "bot", AdapterRef("acme", "bot", 3)),
-        (None, "bot@2", AdapterRef("acme", "bot", 2)),
-        (None, "bot@3", AdapterRef("acme", "bot", 3)),
-        (None, "acme/bot", AdapterRef("acme", "bot", 3)),
-        (None, "acme/bot@1", AdapterRef("acme", "bot", 1)),
-        (None, "zoo/twin", AdapterRef("zoo", "twin", 2)),
-        ("acme", "twin", AdapterRef("acme", "twin", 1)),
-        ("zoo", "twin", AdapterRef("zoo", "twin", 2)),
-        ("zoo", "zoo/twin@1", AdapterRef("zoo", "twin", 1)),
-    ],
-)
-def test_a_name_means_a_version(named, tenant, model, found):
-    assert named.resolve(tenant, model) == found
-
-
-@pytest.mark.parametrize(
-    ("tenant", "model"),
-    [
-        (None, "nobody"),
-        (None, "bot@4"),
-        (None, "bot@0"),
-        (None, "bot@02"),
-        (None, "bot@"),
-        (None, "bot@x"),
-        (None, "bot@1@1"),
-        (None, "/bot"),
-        (None, "zoo/bot"),
-        (None, "x/acme/bot"),
-        (None, "../bot"),
-        (None, "BOT"),
-        (None, ""),
-        (None, "\0"),
-        (None, BASE + "@1"),
-        ("zoo", "bot"),
-        ("zoo", "acme/bot"),
-        ("zoo", "acme/twin"),
-        ("stranger", "bot"),
-    ],
-)
-def test_an_unknown_name_and_anothers_are_the_same_error(named, tenant, model):
-    with pytest.raises(AdapterNotFound) as caught:
-        named.resolve(tenant, model)
-    assert str(caught.value) == f"The model `{model}` does not exist."
-    with pytest.raises(AdapterNotFound):
-        named.model(tenant, model)
-
-
-def test_a_name_that_two_tenants_have_asks_for_the_tenant(named):
-    for model in ("twin", "twin@1"):
-        with pytest.raises(AdapterNotFound, match=r"several tenants .* TENANT/twin"):
-            named.resolve(None, model)
-
-
-def test_models_are_the_base_and_what_the_tenant_may_see(named):
-    base, *cards = named.models(None)
-    assert (base.id, base.state, base.rank, base.version, base.parent) == (BASE, "base", None, None, None)
-    assert [c.id for c in cards] == ["bot", "acme/twin", "zoo/twin"]
-    assert [(c.root, c.owned_by, c.version, c.rank, c.parent) for c in cards] == [
-        ("bot", "acme", 3, 6, BASE),
-        ("twin", "acme", 1, 3, BASE),
-        ("twin", "zoo", 2, 1, BASE),
-    ]
-    assert [c.id for c in named.models("zoo")] == [BASE, "twin"]
-    assert [c.id for c in named.models("stranger")] == [BASE]
-    for card in cards:
-        assert named.resolve(None, card.id) == AdapterRef(card.owned_by, card.root, card.version)
-        assert abs(card.created - time.time()) < 100
-    assert named.model("acme", "bot@2").id == "bot@2"
-    assert named.model("acme", "bot@2").rank == 1
-    assert named.model(None, BASE) == base
-
-
-def test_a_card_says_where_the_weights_are(named):
-    store, ref = named.engine.store, named.resolve(None, "bot")
-    assert named.model(None, "bot").state == "host"
-    store.flush()
-    with store._state:
-        store._drop(ref)
-    assert named.model(None, "bot").state == "disk"
-    named.engine.slots.place(0, ref)
-    assert named.model(None, "bot").state == "device"
-    assert named.model(None, "bot@2").state == "host"

@@ -56,6 +56,11 @@ def advance(scheduler: Scheduler, plan: Plan) -> list[Sequence]:
     return ended
 
 
+def at_once(_ref: AdapterRef) -> bool:
+    """Every adapter has been read."""
+    return True
+
+
 class SchedulerMachine(RuleBasedStateMachine):
     """Adds, steps and cancels at random.  `line` is the order of arrival of what has not been admitted."""
 
@@ -65,7 +70,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.line: list[Sequence] = []
         self.running: list[Sequence] = []
         self.on_device: dict[int, AdapterRef] = {}  # what the loads put where
+        self.slow: set[AdapterRef] = set()  # adapters that are being read
         self.count = 0
+
+    @rule(ref=st.builds(adapter, st.integers(0, 4), st.integers(1, 2)))
+    def disk(self, ref):
+        """An adapter takes its time, or has been read."""
+        self.slow ^= {ref}
 
     @rule(
         ref=st.none() | st.builds(adapter, st.integers(0, 4), st.integers(1, 2)),
@@ -91,7 +102,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def step_once(self):
         pinned = {s.slot: s.request.adapter for s in self.running if s.slot != NO_ADAPTER}
         before = list(self.running)
-        plan = self.scheduler.plan()
+        plan = self.scheduler.plan(lambda ref: ref not in self.slow)
         # Admitted is a head of the line, in order of arrival, and whoever is left there has a reason to be.
         admitted = [s for s in self.scheduler.running if all(s is not b for b in before)]
         assert all(x is y for x, y in zip(admitted, self.line, strict=False))
@@ -105,14 +116,17 @@ class SchedulerMachine(RuleBasedStateMachine):
                 len(self.running) == ROWS
                 or -(-(len(head.prompt) + head.params.max_tokens) // PAGE_TOKENS) > free_pages
                 or (head.adapter is not None and len(used_slots) == SLOTS and head.adapter not in used_slots.values())
+                or (head.adapter in self.slow and head.adapter not in self.on_device.values())
             ), "the head of the line fits and was not admitted"
-        # Loads: only what is not resident, each once, never over a pinned slot.
+        # Loads: only what has been read and is not resident, each once, never over a pinned slot.  Nothing else evicts.
         assert len({slot for _, slot in plan.load}) == len(plan.load)
         for ref, slot in plan.load:
             assert slot not in pinned
             assert ref not in self.on_device.values()
+            assert ref not in self.slow
             assert ref in [s.request.adapter for s in admitted]
             self.on_device[slot] = ref
+        assert self.scheduler.slots.resident() == {ref: slot for slot, ref in self.on_device.items()}
         for s in self.running:
             ref = s.request.adapter
             assert (s.slot == NO_ADAPTER) == (ref is None)
@@ -152,13 +166,14 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def drain(self):
         """Every request ends within the steps its own and its predecessors' tokens take."""
+        self.slow.clear()
         bound = sum(len(s.request.prompt) + s.request.params.max_tokens for s in self.line + self.running)
         for _ in range(bound):
             self.step_once()
         assert not self.line
         assert not self.running
         assert self.scheduler.pages.free == PAGES
-        assert self.scheduler.plan().empty
+        assert self.scheduler.plan(at_once).empty
 
     @invariant()
     def adds_up(self):
@@ -189,20 +204,20 @@ def test_the_line_is_bounded():
         scheduler.add(ask(str(i)))
     with pytest.raises(Overloaded, match=f"{WAITING} requests"):
         scheduler.add(ask("more"))
-    scheduler.plan()  # admits, so the line moves
+    scheduler.plan(at_once)  # admits, so the line moves
     scheduler.add(ask("more"))
 
 
 def test_nobody_overtakes_a_head_that_waits_for_a_slot():
     scheduler = make()
     first = [scheduler.add(ask(str(i), adapter(i))) for i in range(SLOTS)]
-    scheduler.plan()
+    scheduler.plan(at_once)
     blocked = scheduler.add(ask("blocked", adapter(9)))
     base = scheduler.add(ask("base"))  # would fit at once
-    assert scheduler.plan().load == []
+    assert scheduler.plan(at_once).load == []
     assert list(scheduler.waiting) == [blocked, base]
     scheduler.finish(first[1])
-    assert scheduler.plan().load == [(adapter(9), 1)]  # the slot that came free, not the pinned one
+    assert scheduler.plan(at_once).load == [(adapter(9), 1)]  # the slot that came free, not the pinned one
     assert not scheduler.waiting
 
 
@@ -211,7 +226,7 @@ def test_a_resident_adapter_is_not_loaded_again_and_the_oldest_leaves():
 
     def serve(ref: AdapterRef) -> list[tuple[AdapterRef, int]]:
         s = scheduler.add(ask("x", ref))
-        load = scheduler.plan().load
+        load = scheduler.plan(at_once).load
         scheduler.finish(s)
         return load
 
@@ -223,11 +238,36 @@ def test_a_resident_adapter_is_not_loaded_again_and_the_oldest_leaves():
     assert serve(adapter(0, version=2)) == [(adapter(0, version=2), 1)]  # another version is another adapter
 
 
+def test_an_adapter_that_is_not_read_yet_evicts_nobody_and_keeps_its_place():
+    scheduler = make()
+    resident = [scheduler.add(ask(str(i), adapter(i))) for i in range(SLOTS)]
+    scheduler.plan(at_once)
+    for s in resident:
+        scheduler.finish(s)
+    cold, behind = scheduler.add(ask("cold", adapter(9))), scheduler.add(ask("behind", adapter(0)))
+    assert scheduler.wanted(4) == [adapter(9)]
+    for _ in range(3):
+        assert scheduler.plan(lambda ref: False).load == []
+    assert scheduler.slots.resident() == {adapter(0): 0, adapter(1): 1}
+    assert list(scheduler.waiting) == [cold, behind]
+    scheduler.finish(cold)  # it could not be read
+    assert scheduler.plan(lambda ref: False).load == []
+    assert scheduler.running == [behind]
+
+
+def test_what_is_read_ahead_is_bounded_and_in_order():
+    scheduler = make()
+    for i in (3, 1, 3, 2, 0):
+        scheduler.add(ask(f"{i}", adapter(i)))
+    assert scheduler.wanted(9) == [adapter(3), adapter(1), adapter(2)]  # of as many requests as can run
+    assert scheduler.wanted(2) == [adapter(3), adapter(1)]
+
+
 def test_two_askers_of_one_adapter_cause_one_load():
     scheduler = make()
     for i in range(3):
         scheduler.add(ask(str(i), adapter(7)))
-    assert scheduler.plan().load == [(adapter(7), 0)]
+    assert scheduler.plan(at_once).load == [(adapter(7), 0)]
     assert [s.slot for s in scheduler.running] == [0, 0, 0]
 
 
@@ -235,14 +275,14 @@ def test_a_long_prompt_fills_the_lanes_in_order():
     scheduler = make()
     long = scheduler.add(ask("long", prompt=LANE_TOKENS * 3 + 2, max_tokens=2))
     short = scheduler.add(ask("short", prompt=2))
-    plan = scheduler.plan()
+    plan = scheduler.plan(at_once)
     assert [(c.sequence, c.start, c.count) for c in plan.prefill] == [(long, i * 5, 5) for i in range(3)]
     advance(scheduler, plan)
-    plan = scheduler.plan()
+    plan = scheduler.plan(at_once)
     assert [(c.sequence, c.start, c.count) for c in plan.prefill] == [(long, 15, 2), (short, 0, 2)]
     assert plan.decode == []
     advance(scheduler, plan)
-    assert scheduler.plan().decode == [long, short]
+    assert scheduler.plan(at_once).decode == [long, short]
 
 
 def test_the_same_history_gives_the_same_plans():
@@ -253,7 +293,7 @@ def test_the_same_history_gives_the_same_plans():
                 scheduler.add(
                     ask(str(i), None if i % 3 == 0 else adapter(i % 4), prompt=1 + i % 9, max_tokens=1 + i % 5)
                 )
-            plan = scheduler.plan()
+            plan = scheduler.plan(at_once)
             out.append(repr((plan.load, [(c.start, c.count) for c in plan.prefill], len(plan.decode))))
             advance(scheduler, plan)
         return out

@@ -249,6 +249,14 @@ def test_jsonl_problem_names_line_and_field(tmp_path, line, says):
     assert re.search("line 3[,:].*" + re.escape(says), str(caught.value))
 
 
+def test_jsonl_names_the_file(tmp_path):
+    for content, says in ((b"", "data.jsonl has no examples"), (b"[1]", "data.jsonl is not valid:\nline 1: must be")):
+        with pytest.raises(DataInvalid, match=says):
+            load(tmp_path, content)
+    with pytest.raises(DataInvalid, match=r"cannot be read \(Is a directory\)"):
+        load_jsonl(tmp_path, FakeTokenizer(), max_tokens=MAX)
+
+
 def test_jsonl_shows_the_first_five_problems(tmp_path):
     with pytest.raises(DataInvalid) as caught:
         load(tmp_path, "\n".join(['{"text": 1}', CHAT_LINE, *['{"text": 2}'] * 8]))

@@ -251,27 +251,31 @@ def load_jsonl(path: Path | str, tokenizer: Tokenizer, *, max_tokens: int) -> li
         {"messages": [{"role", "content", "weight"?: 0 | 1}, …]}      {"prompt": text, "completion": text}
         {"input_ids": [id, …], "weights": [number, …]}                {"text": text}
 
-    Raises DataInvalid, naming line and field of the first problems, and when the file holds no example.
+    Raises DataInvalid, naming the file, and line and field of the first problems, also when it cannot be read or holds no
+    example.
     """
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except OSError as error:
+        raise DataInvalid(f"{path} cannot be read ({error.strerror}); give the path of a JSONL file") from error
     examples: list[Example] = []
     problems: list[str] = []
-    with Path(path).open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            if not raw.strip():
-                continue
-            try:
-                line = _parse_line(raw, first=number == 1)
-                examples.append(_read_line(line, tokenizer, max_tokens))
-            except DataInvalid as error:
-                field = f", {error.param}" if error.param else ""
-                problems.append(f"line {number}{field}: {error.message}")
-                if len(problems) == SHOWN_PROBLEMS:
-                    problems.append("reading stopped here")
-                    break
+    for number, raw in enumerate(lines, start=1):
+        if not raw.strip():
+            continue
+        try:
+            line = _parse_line(raw, first=number == 1)
+            examples.append(_read_line(line, tokenizer, max_tokens))
+        except DataInvalid as error:
+            field = f", {error.param}" if error.param else ""
+            problems.append(f"line {number}{field}: {error.message}")
+            if len(problems) == SHOWN_PROBLEMS:
+                problems.append("reading stopped here")
+                break
     if problems:
-        raise DataInvalid("the training file is not valid\n" + "\n".join(problems))
+        raise DataInvalid(f"{path} is not valid:\n" + ";\n".join(problems))
     if not examples:
-        raise DataInvalid("the training file has no examples; give one JSON object a line")
+        raise DataInvalid(f"{path} has no examples; give one JSON object a line")
     return examples
 
 

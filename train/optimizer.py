@@ -9,7 +9,6 @@ Source: AdamW (arXiv 1711.05101).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 
 import jax
@@ -17,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxlora.errors import ConfigInvalid
+from jaxlora.config import NO_CLIP, Optimizer
 
-NO_CLIP = math.inf
+__all__ = ["IDLE", "NO_CLIP", "Halves", "Hyper", "Moments", "Optimizer", "adamw"]
 
 
 @jax.tree_util.register_dataclass
@@ -33,7 +32,7 @@ class Hyper:
     b2: jax.Array
     eps: jax.Array
     clip: jax.Array  # limit of the tenant's own global gradient norm; infinity is none
-    divisor: jax.Array  # the summed gradient is divided by this: the window's sum of weights
+    divisor: jax.Array  # the summed gradient is divided by this: the window's sum of |weights|
 
     @staticmethod
     def stack(rows: list[dict[str, float]]) -> Hyper:
@@ -43,60 +42,6 @@ class Hyper:
 
 
 IDLE = {"lr": 0.0, "decay": 0.0, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "clip": NO_CLIP, "divisor": 1.0}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Optimizer:
-    """One tenant's optimizer settings, on the host.  Raises ConfigInvalid for an impossible value."""
-
-    lr: float
-    schedule: str = "linear"  # constant, linear (to 0) or cosine (to 0)
-    warmup_steps: int = 0
-    total_steps: int  # where the schedule ends
-    weight_decay: float = 0.0
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    clip: float | None = 1.0  # None: no clipping
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.lr) and self.lr >= 0):
-            raise ConfigInvalid(f"lr must be finite and not negative, got {self.lr}", param="lr")
-        if self.schedule not in ("constant", "linear", "cosine"):
-            raise ConfigInvalid(f"schedule must be constant, linear or cosine, got {self.schedule}", param="schedule")
-        if self.total_steps < 1 or not 0 <= self.warmup_steps <= self.total_steps:
-            raise ConfigInvalid(
-                f"warmup_steps must be in [0, total_steps], got {self.warmup_steps} of {self.total_steps}"
-            )
-        if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1 and self.eps > 0 and self.weight_decay >= 0):
-            raise ConfigInvalid(
-                f"betas must be in [0, 1), eps positive, weight_decay not negative; got "
-                f"b1 {self.b1}, b2 {self.b2}, eps {self.eps}, weight_decay {self.weight_decay}"
-            )
-        if self.clip is not None and not self.clip > 0:
-            raise ConfigInvalid(f"clip must be positive or absent, got {self.clip}", param="clip")
-
-    def lr_at(self, step: int) -> float:
-        """Learning rate of optimizer step `step`, counted from 0."""
-        if step < self.warmup_steps:
-            return self.lr * (step + 1) / self.warmup_steps
-        rest = max(self.total_steps - self.warmup_steps, 1)
-        done = min((step - self.warmup_steps) / rest, 1.0)
-        if self.schedule == "constant":
-            return self.lr
-        return self.lr * (1 - done) if self.schedule == "linear" else self.lr * 0.5 * (1 + math.cos(math.pi * done))
-
-    def row(self, step: int, divisor: float) -> dict[str, float]:
-        """This tenant's row of Hyper for that step."""
-        return {
-            "lr": self.lr_at(step),
-            "decay": self.weight_decay,
-            "b1": self.b1,
-            "b2": self.b2,
-            "eps": self.eps,
-            "clip": NO_CLIP if self.clip is None else self.clip,
-            "divisor": divisor,
-        }
 
 
 Halves = dict[str, tuple[jax.Array, jax.Array]]  # target → (a, b)
@@ -120,7 +65,7 @@ def adamw(
     Where loss gradient or update is not finite, weights and moments come back as they were.
     """
     grads = jax.tree.map(lambda g: g / hyper.divisor, grads)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     chain = optax.chain(
         optax.clip_by_global_norm(hyper.clip),
         optax.scale_by_adam(b1=hyper.b1, b2=hyper.b2, eps=hyper.eps),
@@ -130,7 +75,7 @@ def adamw(
     empty = optax.EmptyState()
     state = (empty, optax.ScaleByAdamState(count=moments.count, mu=moments.mu, nu=moments.nu), empty, empty)
     updates, (_, adam, _, _) = chain.update(grads, state, weights)  # ty: ignore[not-iterable]
-    finite = jnp.isfinite(norm) & jnp.isfinite(optax.global_norm(updates))
+    finite = jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(updates))
     new_moments = Moments(mu=adam.mu, nu=adam.nu, count=adam.count)  # ty: ignore[missing-union-attribute]
     new = optax.apply_updates(weights, updates), new_moments
     kept = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, (weights, moments))

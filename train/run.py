@@ -1,17 +1,22 @@
 """`jaxlora train CONFIG.toml`: every tenant of a file trains together; states, metrics, adapters and a plot land in `out`.
 
-out/TENANT/state/    Orbax checkpoints of its training state; a second run goes on from the newest
-out/TENANT/peft/     the trained adapter as a PEFT folder
-out/TENANT/metrics.csv
-out/store/           adapter versions, for `jaxlora serve`
+out/TENANT/state/        Orbax checkpoints of its training state; a second run goes on from the newest
+out/TENANT/metrics.csv   a row a step
+out/TENANT/peft/         the trained adapter as a PEFT folder
+out/TENANT/adapter.json  which step and which version that is
+out/store/               adapter versions, for `jaxlora serve`
 out/loss.png
 """
 
 from __future__ import annotations
 
-import csv
-import shutil
-from collections.abc import Sequence
+import contextlib
+import hashlib
+import json
+import signal
+import threading
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -20,42 +25,98 @@ from rich.live import Live
 from rich.table import Table
 
 from jaxlora import compile_cache
-from jaxlora.checkpoint import restore_state, save_state
+from jaxlora.checkpoint import read_meta, restore_state, save_state
 from jaxlora.config import TenantSection, TrainConfig, load
-from jaxlora.errors import ConfigInvalid
+from jaxlora.durable import replace_file
+from jaxlora.errors import ConfigInvalid, InvalidRequest, StateInvalid
 from jaxlora.lora import HEAD_TARGET, LAYER_TARGETS
 from jaxlora.opened import Opened, open_base
 from jaxlora.peft import export_peft
 from jaxlora.pool import PoolSpec
 from jaxlora.store import AdapterStore
+from train import metrics
 from train.data import Example, load_jsonl
-from train.optimizer import Optimizer
-from train.plot import plot_losses
+from train.plot import plot_curves
 from train.step import SlotState
-from train.trainer import Evaluation, StepReport, Trainer
+from train.trainer import MAX_BAD_STEPS, Evaluation, StepReport, Tenant, Trainer
 
 HOST_BYTES = 2**30  # of adapter versions kept in RAM
-COLUMNS = ("step", "loss", "accuracy", "lr", "grad_norm", "tokens", "finite")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One tenant of the file: its data, its files, and what its checkpoints must agree with."""
+
+    folder: Path  # out/TENANT
+    heldout: list[Example]  # may be empty
+    identity: dict[str, object]  # what its training state was made with
+
+    @property
+    def states(self) -> Path:
+        """Its checkpoints."""
+        return (self.folder / "state").absolute()
+
+    @property
+    def metrics(self) -> Path:
+        """A row a step."""
+        return self.folder / "metrics.csv"
+
+    def delivered(self, tenant: Tenant) -> bool:
+        """Whether the adapter of the tenant's present step lies in the store and in `peft`."""
+        return self._delivery().get("step") == tenant.step and (self.folder / "peft").is_dir()
+
+    def version(self) -> object:
+        """The version that `peft` holds, or None."""
+        return self._delivery().get("version")
+
+    def _delivery(self) -> dict[str, object]:
+        try:
+            return json.loads((self.folder / "adapter.json").read_bytes())
+        except (FileNotFoundError, ValueError):
+            return {}
+
+
+# What differs, in the words of the file, for each key of Job.identity.
+IDENTITY = {
+    "base": "base model ([model] path)",
+    "spec": "rank, alpha, targets or rslora",
+    "seed": "seed",
+    "examples": "examples (the train file, or the base's tokenizer)",
+    "pool": "max_rank, or lm_head in some tenant's targets",
+}
 
 
 def main(config_path: Path) -> None:
-    """Trains all tenants of the file to their last step and writes `out`.
+    """Trains all tenants of the file to their last step and writes `out`.  Ctrl-C saves all states first.
 
-    Raises ConfigInvalid, DataInvalid, ModelInvalid or AdapterInvalid, before anything is written.
+    Raises an error of the tree, nearly always before anything is written: ConfigInvalid, DataInvalid, ModelInvalid,
+    AdapterInvalid and InvalidRequest for what the file asks for, StateInvalid for tenants that failed, StorageFailed for
+    an `out` that cannot be written or read.
     """
     compile_cache.enable(None)
     config = load(config_path, TrainConfig)
+    config = replace(config, out=readable(config.out))
     if len(config.tenant) > config.slots:
         raise ConfigInvalid(f"{len(config.tenant)} tenants need as many slots, the file has slots = {config.slots}")
     console = Console()
-    opened = open_base(config.model, config.mesh)
+    with console.status("opening the base model"):
+        opened = open_base(config.model, config.mesh)
     trainer = make_trainer(config, opened)
-    heldout = seat_tenants(trainer, config, opened)
-    with console.status("compiling the step"):
-        trainer.warm_up()
-    before = evaluate_all(trainer, heldout, tuned=False)
-    run_steps(trainer, config, console)
-    finish(trainer, config, opened, console, heldout, before)
+    jobs = seat_tenants(trainer, config, opened)
+    for tenant in trainer.tenants.values():
+        if tenant.step:
+            say(console, f"{progress(tenant)}, from its checkpoint")
+    if not trainer.has_work and all(job.delivered(trainer.tenants[name]) for name, job in jobs.items()):
+        say(console, f"nothing to do: every tenant has trained its last step and its adapter is in {config.out}")
+        say(console, "to train on, raise `steps`; to train anew, name another `out` or remove this one")
+        return
+    with contextlib.closing(AdapterStore(config.out / "store", host_bytes=HOST_BYTES)) as store:
+        with console.status("compiling the step"):
+            trainer.warm_up()
+        with console.status("asking the base model for the held-out examples"):
+            before = evaluate_all(trainer, jobs, tuned=False)
+        run_steps(trainer, config, opened, jobs, store, console)
+        finish(trainer, config, jobs, console, before)
 
 
 def make_trainer(config: TrainConfig, opened: Opened) -> Trainer:
@@ -73,98 +134,165 @@ def make_trainer(config: TrainConfig, opened: Opened) -> Trainer:
     )
 
 
-def seat_tenants(trainer: Trainer, config: TrainConfig, opened: Opened) -> dict[str, list[Example]]:
-    """Reads every tenant's files, seats it (from its checkpoint if it has one); returns the held-out examples."""
-    heldout = {}
+def readable(path: Path) -> Path:
+    """The same place without `..`, relative to the working folder where it lies in it."""
+    whole = path.resolve()
+    return whole.relative_to(Path.cwd()) if whole.is_relative_to(Path.cwd()) else whole
+
+
+def say(console: Console, line: str) -> None:
+    """Prints a line as it is, however wide the terminal."""
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def progress(tenant: Tenant) -> str:
+    """How far a tenant is, in words."""
+    return f"{tenant.name}: step {tenant.step} of {tenant.optimizer.total_steps}"
+
+
+# ---- before -----------------------------------------------------------------------------------------------------
+
+
+def seat_tenants(trainer: Trainer, config: TrainConfig, opened: Opened) -> dict[str, Job]:
+    """Reads every tenant's files and seats it, from its checkpoint if it has one; the jobs by tenant."""
+    jobs = {}
     limit = config.lane_tokens + 1
     for section in config.tenant:
         examples = load_jsonl(section.train, opened.tokenizer, max_tokens=limit)
-        if section.heldout is not None:
-            heldout[section.name] = load_jsonl(section.heldout, opened.tokenizer, max_tokens=limit)
-        optimizer = optimizer_of(section, config.steps)
-        trainer.add(section.name, section.spec, optimizer, examples, batch_size=section.batch, seed=section.seed)
-        _resume(trainer, config, section, optimizer, examples)
-    return heldout
+        heldout = [] if section.heldout is None else load_jsonl(section.heldout, opened.tokenizer, max_tokens=limit)
+        identity: dict[str, object] = {
+            "base": trainer.base_hash,
+            "spec": section.spec.to_json(),
+            "seed": section.seed,
+            "examples": digest(examples),
+            "pool": [trainer.pool_spec.rank, list(trainer.pool_spec.targets)],
+        }
+        job = jobs[section.name] = Job(config.out / section.name, heldout, identity)
+        check_identity(section.name, job)
+        seat(trainer, config, section, examples, job)
+    return jobs
 
 
-def optimizer_of(section: TenantSection, run_steps: int) -> Optimizer:
-    """The tenant's optimizer; its schedule ends at its own last step, or the run's."""
-    return Optimizer(
-        lr=section.lr,
-        schedule=section.schedule,
-        warmup_steps=section.warmup_steps,
-        total_steps=section.steps if section.steps is not None else run_steps,
-        weight_decay=section.weight_decay,
-        b1=section.b1,
-        b2=section.b2,
-        eps=section.eps,
-        clip=section.clip,
-    )
+def digest(examples: Sequence[Example]) -> str:
+    """Hex sha256 of the examples' tokens and weights, in their order."""
+    total = hashlib.sha256()
+    for e in examples:
+        total.update(
+            len(e).to_bytes(8, "little") + e.tokens.astype("<i4").tobytes() + e.weights.astype("<f4").tobytes()
+        )
+    return total.hexdigest()
 
 
-def _resume(
-    trainer: Trainer, config: TrainConfig, section: TenantSection, optimizer: Optimizer, examples: Sequence[Example]
-) -> None:
-    found = restore_state(_state_folder(config, section.name), trainer.unseat(section.name))
+def check_identity(name: str, job: Job) -> None:
+    """Raises ConfigInvalid when the tenant's newest checkpoint was made with something else."""
+    saved = read_meta(job.states)
+    differs = [] if saved is None else [key for key in IDENTITY if saved.get(key) != job.identity[key]]
+    if differs:
+        raise ConfigInvalid(
+            f"tenant {name}: the checkpoint in {job.states} was made with another "
+            f"{', another '.join(IDENTITY[key] for key in differs)}; change that back, name another `out`, "
+            f"or remove {job.folder} to train anew"
+        )
+
+
+def seat(trainer: Trainer, config: TrainConfig, section: TenantSection, examples: Sequence[Example], job: Job) -> None:
+    """The tenant joins, with its newest checkpoint if it has one."""
+    name, spec, optimizer = section.name, section.spec, section.optimizer(config.steps)
+    try:
+        trainer.add(name, spec, optimizer, examples, batch_size=section.batch, seed=section.seed)
+    except InvalidRequest as e:
+        raise InvalidRequest(f"tenant {name}: {e.message}", param=e.param) from e
+    found = restore_state(job.states, trainer.unseat(name))
     if found is None:
         return
-    if found.meta["spec"] != section.spec.to_json():
-        raise ConfigInvalid(
-            f"tenant {section.name}: the checkpoint in {config.out} has another rank, alpha or targets; "
-            "use another `out` or the old settings"
-        )
     assert isinstance(found.arrays, SlotState)
-    trainer.remove(section.name)
-    trainer.add(
-        section.name,
-        section.spec,
-        optimizer,
-        examples,
-        batch_size=section.batch,
-        seed=section.seed,
-        resume=(found.arrays, found.step, int(found.meta["cursor"])),
-    )
+    resume = (found.arrays, found.step, int(found.meta["cursor"]))
+    trainer.remove(name)
+    trainer.add(name, spec, optimizer, examples, batch_size=section.batch, seed=section.seed, resume=resume)
 
 
-def _state_folder(config: TrainConfig, tenant: str) -> Path:
-    return (config.out / tenant / "state").absolute()
+def evaluate_all(trainer: Trainer, jobs: dict[str, Job], *, tuned: bool) -> dict[str, Evaluation]:
+    """Held-out loss and accuracy of every tenant that has held-out examples, with its adapter or of the base alone."""
+    names = [name for name, job in jobs.items() if job.heldout]
+    work = [(jobs[name].heldout, name if tuned else None) for name in names]
+    return dict(zip(names, trainer.evaluate_all(work), strict=True))
 
 
-def save_tenant(trainer: Trainer, config: TrainConfig, name: str) -> None:
+# ---- steps ------------------------------------------------------------------------------------------------------
+
+
+def run_steps(
+    trainer: Trainer, config: TrainConfig, opened: Opened, jobs: dict[str, Job], store: AdapterStore, console: Console
+) -> None:
+    """Steps until every tenant is done or has failed, with a line per tenant, metrics files, checkpoints and adapters.
+
+    Raises KeyboardInterrupt after a Ctrl-C, when the step is finished and every state is saved.
+    """
+    last: dict[str, StepReport] = {}
+    for name, job in jobs.items():
+        job.folder.mkdir(parents=True, exist_ok=True)
+        metrics.cut(job.metrics, trainer.tenants[name].step)
+        if trainer.tenants[name].status == "done" and not job.delivered(trainer.tenants[name]):
+            deliver(trainer, name, job, opened, store)
+    with ctrl_c_waits() as asked, Live(_table(trainer, last), console=console, refresh_per_second=4) as live:
+        while trainer.has_work and not asked.is_set():
+            for report in trainer.step():
+                name, job = report.tenant, jobs[report.tenant]
+                last[name] = report
+                metrics.append(job.metrics, report)
+                if trainer.tenants[name].status == "done":
+                    deliver(trainer, name, job, opened, store)
+                elif report.step % config.save_every == 0:
+                    save_tenant(trainer, name, job)
+                    if not console.is_terminal:  # a log has no table that changes
+                        say(console, f"{progress(trainer.tenants[name])}, loss {report.loss:.3f}")
+            live.update(_table(trainer, last))
+        for name, job in jobs.items():
+            save_tenant(trainer, name, job)
+    if asked.is_set() and trainer.has_work:
+        say(console, f"stopped; every state is saved in {config.out}, and the same command goes on from there")
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def ctrl_c_waits() -> Generator[threading.Event]:
+    """The event is set by the first Ctrl-C, which interrupts nothing: a step is never torn.  The second one interrupts."""
+    asked = threading.Event()
+
+    def note(signum: int, frame: object) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def save_tenant(trainer: Trainer, name: str, job: Job) -> None:
     """Writes the tenant's training state as one more numbered checkpoint, unless that step is there."""
     tenant = trainer.tenants[name]
-    folder = _state_folder(config, name)
-    if tenant.step and not (folder / str(tenant.step)).exists():
-        meta = {"spec": tenant.spec.to_json(), "cursor": tenant.stream.cursor}
-        save_state(folder, tenant.step, jax.device_get(trainer.unseat(name)), meta)
+    if tenant.step and not (job.states / str(tenant.step)).exists():
+        meta = job.identity | {"cursor": tenant.stream.cursor}
+        save_state(job.states, tenant.step, jax.device_get(trainer.unseat(name)), meta)
 
 
-def run_steps(trainer: Trainer, config: TrainConfig, console: Console) -> None:
-    """Steps until every tenant is done or has failed, with a line per tenant, metrics files and checkpoints."""
-    last: dict[str, StepReport] = {}
-    for name in trainer.tenants:
-        (config.out / name).mkdir(parents=True, exist_ok=True)
-    with Live(_table(trainer, last), console=console, refresh_per_second=4) as live:
-        while trainer.has_work:
-            for report in trainer.step():
-                last[report.tenant] = report
-                _write_metrics(config.out / report.tenant / "metrics.csv", report)
-                if report.step % config.save_every == 0:
-                    save_tenant(trainer, config, report.tenant)
-            live.update(_table(trainer, last))
-
-
-def _write_metrics(path: Path, report: StepReport) -> None:
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow(COLUMNS)
-        writer.writerow([getattr(report, column) for column in COLUMNS])
+def deliver(trainer: Trainer, name: str, job: Job, opened: Opened, store: AdapterStore) -> None:
+    """The tenant's adapter becomes a version of the store and its PEFT folder; then its last state is saved."""
+    adapter = trainer.adapter(name, store.mint(name, name))
+    store.put(adapter)
+    store.flush()
+    export_peft(adapter, job.folder / "peft", opened.base.config, base_name=opened.name, replace=True)
+    save_tenant(trainer, name, job)
+    written = {"step": trainer.tenants[name].step, "version": adapter.ref.version}
+    replace_file(job.folder / "adapter.json", json.dumps(written).encode())
 
 
 def _table(trainer: Trainer, last: dict[str, StepReport]) -> Table:
-    table = Table("tenant", "step", "loss", "accuracy", "lr", "grad norm", "status")
+    caption = "Ctrl-C finishes the step, saves every state and stops" if trainer.has_work else None
+    table = Table("tenant", "step", "loss", "accuracy", "lr", "grad norm", "status", caption=caption)
     for name, tenant in trainer.tenants.items():
         r = last.get(name)
         numbers = (
@@ -176,42 +304,31 @@ def _table(trainer: Trainer, last: dict[str, StepReport]) -> Table:
     return table
 
 
-def evaluate_all(trainer: Trainer, heldout: dict[str, list[Example]], *, tuned: bool) -> dict[str, Evaluation]:
-    """Held-out loss and accuracy of every tenant that has held-out examples, with its adapter or of the base alone."""
-    work = [(examples, name if tuned else None) for name, examples in heldout.items()]
-    return dict(zip(heldout, trainer.evaluate_all(work), strict=True))
+# ---- after ------------------------------------------------------------------------------------------------------
 
 
 def finish(
-    trainer: Trainer,
-    config: TrainConfig,
-    opened: Opened,
-    console: Console,
-    heldout: dict[str, list[Example]],
-    before: dict[str, Evaluation],
+    trainer: Trainer, config: TrainConfig, jobs: dict[str, Job], console: Console, before: dict[str, Evaluation]
 ) -> None:
-    """Last checkpoints, adapter versions, PEFT folders, the plot and the table of held-out results."""
-    store = AdapterStore(config.out / "store", host_bytes=HOST_BYTES)
-    after = evaluate_all(trainer, heldout, tuned=True)
-    table = Table("tenant", "status", "held-out NLL base", "adapter", "token accuracy base", "adapter", "version")
+    """The plot and the table of held-out results.  Raises StateInvalid, naming the tenants that failed."""
+    plot_curves({name: metrics.losses(job.metrics) for name, job in jobs.items()}, config.out / "loss.png")
+    with console.status("asking the adapters for the held-out examples"):
+        after = evaluate_all(trainer, jobs, tuned=True)
+    columns = ("tenant", "status", "loss: base", "adapter", "accuracy: base", "adapter", "version")
+    table = Table(*columns, title="held-out examples, by token")
     for name, tenant in trainer.tenants.items():
-        save_tenant(trainer, config, name)
-        version = ""
-        if tenant.status == "done":
-            adapter = trainer.adapter(name, store.mint(name, name))
-            store.put(adapter)
-            folder = config.out / name / "peft"
-            shutil.rmtree(folder, ignore_errors=True)
-            export_peft(adapter, folder, opened.base.config, base_name=opened.name)
-            version = str(adapter.ref.version)
         numbers = ["", "", "", ""]
-        if name in heldout:
+        if name in after:
             b, a = before[name], after[name]
             numbers = [f"{b.nll:.3f}", f"{a.nll:.3f}", f"{b.accuracy:.0%}", f"{a.accuracy:.0%}"]
+        version = str(jobs[name].version()) if tenant.status == "done" else ""
         table.add_row(name, tenant.status, *numbers, version)
-    store.close()
-    plot_losses({name: tenant.losses for name, tenant in trainer.tenants.items()}, config.out / "loss.png")
     console.print(table)
-    console.print(
-        f"adapters: {config.out}/TENANT/peft; serve them with their store: jaxlora serve --adapters {config.out}/store"
-    )
+    say(console, f"adapters: {config.out}/TENANT/peft; loss curves: {config.out}/loss.png")
+    say(console, f"to serve them: jaxlora serve --model {config.model.path} --adapters {config.out}/store")
+    failed = [name for name, tenant in trainer.tenants.items() if tenant.status == "failed"]
+    if failed:
+        raise StateInvalid(
+            f"{', '.join(failed)} failed: {MAX_BAD_STEPS} updates in a row were not finite and were skipped; "
+            "lower lr or look at the weights in the train file, then run the same command again"
+        )

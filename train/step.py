@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
+from jaxlora.config import LANE_BLOCK
 from jaxlora.mesh import replicated
 from jaxlora.model import Base, TokenBatch, forward, head_weight
 from jaxlora.pool import LaneLora, LoraRows, PoolSpec, Rows, empty_pool
@@ -26,8 +27,6 @@ from pallas_kernels.attention import packed_attention
 from pallas_kernels.cross_entropy import target_logprob
 from train.losses import cross_entropy
 from train.optimizer import Halves, Hyper, Moments, adamw
-
-LOSS_CHUNK = 32  # tokens per lane whose logits exist at once
 
 
 @jax.tree_util.register_dataclass
@@ -101,7 +100,9 @@ def lane_losses(base: Base, rows_LG: Rows, batch: TrainBatch) -> tuple[jax.Array
 
     def attend(layer, q_TNH, k_TKH, v_TKH, cache):
         lanes = [x.reshape(G, J, *x.shape[1:]) for x in (q_TNH, k_TKH, v_TKH)]
-        return packed_attention(*lanes, batch.segment_GJ, window=base.config.window).reshape(q_TNH.shape), cache
+        return packed_attention(*lanes, batch.segment_GJ, window=base.config.window, block=LANE_BLOCK).reshape(
+            q_TNH.shape
+        ), cache
 
     tokens = TokenBatch(
         token_T=batch.token_GJ.reshape(-1),
@@ -118,7 +119,7 @@ def lane_losses(base: Base, rows_LG: Rows, batch: TrainBatch) -> tuple[jax.Array
             batch.target_GJ,
             wanted_GJ,
             lora.head_rows(),
-            chunk=min(LOSS_CHUNK, J),
+            chunk=min(LANE_BLOCK, J),
         )
     loss_G = cross_entropy(logprob_GJ, batch.weight_GJ).sum(1)
     sums = LaneSums(

@@ -17,7 +17,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxlora.errors import AlreadyExists, DataInvalid, NotFound, StateInvalid
+from jaxlora.config import Optimizer, check_lane_tokens
+from jaxlora.errors import AlreadyExists, NotFound, StateInvalid
 from jaxlora.lora import ALL_TARGETS, Adapter, AdapterRef, LoraSpec
 from jaxlora.mesh import check_lanes, place_rows, replicated
 from jaxlora.model import Base
@@ -26,7 +27,7 @@ from jaxlora.pool import PoolSpec, Rows, adapter_of_rows, host_rows, layer_count
 from pallas_kernels import NO_ADAPTER
 from train.data import Example, ExampleStream, Lane, pack
 from train.mixer import Mixer
-from train.optimizer import IDLE, Hyper, Optimizer
+from train.optimizer import IDLE, Hyper
 from train.step import SlotState, TrainBatch, empty_state, fresh_seat, idle_batch, make_programs
 
 MAX_BAD_STEPS = 5  # skipped updates in a row after which a tenant stops
@@ -38,7 +39,7 @@ class StepReport:
 
     tenant: str
     step: int  # optimizer steps it has done
-    loss: float  # weighted mean over its target tokens, nats
+    loss: float  # weighted mean over its target tokens (divided by the weights' sizes), nats
     accuracy: float  # share of target tokens that were the likeliest
     lr: float
     grad_norm: float  # before clipping
@@ -67,6 +68,7 @@ class Tenant:
     step: int = 0
     bad_steps: int = 0  # in a row
     status: str = "running"  # running, done or failed
+    failure: str = ""  # why it failed
     losses: list[float] = field(default_factory=list)
 
 
@@ -74,7 +76,11 @@ class Trainer:
     """Trains every tenant that has a seat.  Not thread-safe: one thread owns it."""
 
     def __init__(self, base: Base, mesh: Mesh, pool_spec: PoolSpec, *, lanes: int, lane_tokens: int, base_hash: str):
-        """Raises ConfigInvalid when the lanes do not divide over the mesh, InvalidRequest for impossible sizes."""
+        """Raises ConfigInvalid for lane_tokens that are not whole blocks and for lanes that do not divide over the mesh.
+
+        Raises InvalidRequest for fewer than one lane.
+        """
+        check_lane_tokens(lane_tokens)
         check_lanes(mesh, lanes, "training lanes")
         self.base, self.mesh, self.pool_spec, self.base_hash = base, mesh, pool_spec, base_hash
         self.lanes, self.lane_tokens = lanes, lane_tokens
@@ -85,7 +91,7 @@ class Trainer:
         self._programs = make_programs(self._state, mesh)
 
     def warm_up(self) -> None:
-        """Compiles and runs every program once, on idle lanes."""
+        """Compiles and runs what `add`, `step`, `evaluate` and `unseat` run, once, on idle lanes."""
         batch = place_rows(self.mesh, idle_batch(self.lanes, self.lane_tokens))
         hyper = self._device(Hyper.stack([IDLE] * self.lanes))
         idle = self._device(np.full(self.lanes, NO_ADAPTER, np.int32))
@@ -115,23 +121,27 @@ class Trainer:
     ) -> Tenant:
         """A tenant joins from the next step on, with fresh weights drawn from its seed, or with (state, step, cursor).
 
-        Raises AlreadyExists, AdapterInvalid (rank or targets), DataInvalid (no trainable token, too long an example),
+        One that comes back after its last step is `done` and trains no more.
+        Raises AlreadyExists, AdapterInvalid (rank or targets), DataInvalid (no examples, too long an example),
         InvalidRequest (batch size), StateInvalid when every slot is taken.
         """
         if name in self.tenants:
             raise AlreadyExists(f"tenant {name} is already training; remove it first", param="name")
         self.pool_spec.check(spec)
-        if not any((e.weights[1:] != 0).any() for e in examples):
-            raise DataInvalid(f"tenant {name}: no example has a token to train on")
         taken = {t.slot for t in self.tenants.values()}
         slot = next((s for s in range(self.pool_spec.slots) if s not in taken), None)
         if slot is None:
             raise StateInvalid(f"all {self.pool_spec.slots} training slots are taken; wait for one to leave")
         state, step, cursor = resume if resume is not None else (self._fresh(spec, seed), 0, 0)
         stream = ExampleStream(examples, seed, cursor)
-        self._mixer.add(name, stream, batch_size=batch_size)
-        self._state = self._programs.seat(self._state, self._device(np.int32(slot)), jax.device_put(state))
-        self.tenants[name] = Tenant(name, slot, spec, optimizer, stream, step)
+        running = step < optimizer.total_steps
+        if running:
+            self._mixer.add(name, stream, batch_size=batch_size)
+        self._state = self._programs.seat(
+            self._state, self._device(np.int32(slot)), jax.device_put(jax.device_get(state))
+        )
+        status = "running" if running else "done"
+        self.tenants[name] = Tenant(name, slot, spec, optimizer, stream, step, status=status)
         return self.tenants[name]
 
     def remove(self, name: str) -> None:
@@ -140,6 +150,13 @@ class Trainer:
         if tenant.status == "running":
             self._mixer.remove(name)
         del self.tenants[name]
+
+    def fail(self, name: str, reason: str) -> None:
+        """The tenant trains no more; its slot keeps what it learned until it is removed.  Raises NotFound."""
+        tenant = self._tenant(name)
+        if tenant.status == "running":
+            self._mixer.remove(name)
+        tenant.status, tenant.failure = "failed", reason
 
     def _tenant(self, name: str) -> Tenant:
         if name not in self.tenants:
@@ -175,9 +192,9 @@ class Trainer:
         for g, (name, _) in enumerate(mixed.lanes):
             lanes_of.setdefault(name, []).append(g)
         due = [self.tenants[name] for name in mixed.due]
-        weight_of = {name: sum(float(mixed.lanes[g][1].weight_J.sum()) for g in gs) for name, gs in lanes_of.items()}
+        divisor_of = {name: _divisor([mixed.lanes[g][1] for g in gs]) for name, gs in lanes_of.items()}
         batch = self._batch([lane for _, lane in mixed.lanes], [self.tenants[n].slot for n, _ in mixed.lanes])
-        hyper_rows = [t.optimizer.row(t.step, _divisor(weight_of[t.name])) for t in due]
+        hyper_rows = [t.optimizer.row(t.step, divisor_of[t.name]) for t in due]
         idle = self.lanes - len(due)
         hyper = self._device(Hyper.stack(hyper_rows + [IDLE] * idle))
         slot_U = self._device(np.array([t.slot for t in due] + [NO_ADAPTER] * idle, np.int32))
@@ -191,7 +208,7 @@ class Trainer:
             report = StepReport(
                 tenant=tenant.name,
                 step=tenant.step + 1,
-                loss=float(sums.loss_G[gs].sum()) / _divisor(weight_of[tenant.name]),
+                loss=float(sums.loss_G[gs].sum()) / divisor_of[tenant.name],
                 accuracy=float(sums.hit_G[gs].sum() / max(sums.count_G[gs].sum(), 1)),
                 lr=hyper_rows[u]["lr"],
                 grad_norm=float(update.norm_U[u]),
@@ -207,10 +224,9 @@ class Trainer:
         tenant.losses.append(report.loss)
         tenant.bad_steps = 0 if report.finite else tenant.bad_steps + 1
         if tenant.bad_steps >= MAX_BAD_STEPS:
-            tenant.status = "failed"
+            self.fail(tenant.name, f"{MAX_BAD_STEPS} updates in a row were not finite")
         elif tenant.step >= tenant.optimizer.total_steps:
             tenant.status = "done"
-        if tenant.status != "running":
             self._mixer.remove(tenant.name)
 
     def evaluate(self, examples: Sequence[Example], name: str | None) -> Evaluation:
@@ -228,21 +244,23 @@ class Trainer:
         lanes: list[Lane] = []
         slots: list[int] = []
         owners: list[int] = []
+        divisors: list[float] = []
         for owner, (examples, name) in enumerate(work):
             packed = pack(examples, self.lane_tokens)
             lanes += packed
             slots += [NO_ADAPTER if name is None else self._tenant(name).slot] * len(packed)
             owners += [owner] * len(packed)
-        totals = np.zeros((len(work), 4))  # loss, weight, hits, targets
+            divisors.append(_divisor(packed))
+        totals = np.zeros((len(work), 3))  # loss, hits, targets
         for start in range(0, len(lanes), self.lanes):
             part = slice(start, start + self.lanes)
             batch = self._batch(lanes[part], slots[part])
             sums = jax.device_get(self._programs.evaluate(self.base, self._state.pool, batch))
-            columns = np.stack([sums.loss_G, sums.weight_G, sums.hit_G, sums.count_G], axis=1)
+            columns = np.stack([sums.loss_G, sums.hit_G, sums.count_G], axis=1)
             np.add.at(totals, owners[part], columns[: len(owners[part])])
         return [
-            Evaluation(nll=float(loss / _divisor(weight)), accuracy=float(hit / max(count, 1.0)), tokens=int(count))
-            for loss, weight, hit, count in totals
+            Evaluation(nll=float(loss / divisor), accuracy=float(hit / max(count, 1.0)), tokens=int(count))
+            for divisor, (loss, hit, count) in zip(divisors, totals, strict=True)
         ]
 
     def _batch(self, lanes: Sequence[Lane], slots: Sequence[int]) -> TrainBatch:
@@ -256,9 +274,14 @@ class Trainer:
         return jax.device_put(tree, replicated(self.mesh))
 
 
-def _divisor(weight: float) -> float:
-    """The sum of weights, or 1 where signed weights cancel or are not finite (the update is then skipped)."""
-    return weight if math.isfinite(weight) and abs(weight) > 1e-6 else 1.0
+def _divisor(lanes: Sequence[Lane]) -> float:
+    """What losses and gradients of these lanes are divided by: the sum of the weights' sizes, within float32.
+
+    Weights may be negative (to unlearn a token); their plain sum could be zero, or turn the gradient around.
+    """
+    total = sum(float(np.abs(lane.weight_J).sum(dtype=np.float64)) for lane in lanes)
+    limits = np.finfo(np.float32)
+    return min(max(total, float(limits.tiny)), float(limits.max))
 
 
 def fresh_adapter(config: ModelConfig, ref: AdapterRef, spec: LoraSpec, seed: int, base_hash: str) -> Adapter:

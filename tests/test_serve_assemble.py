@@ -1,0 +1,124 @@
+"""The server as `jaxlora serve` builds it: PEFT folders under names, addresses, and the end."""
+
+from __future__ import annotations
+
+import json
+import socket
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from serve_world import MODEL, World
+from small_world import tiny_path
+
+from jaxlora.config import AdapterSection, serve_defaults
+from jaxlora.errors import InvalidRequest
+from jaxlora.opened import Opened
+from jaxlora.peft import export_peft
+from jaxlora.store import AdapterStore
+from serve import assemble
+from serve.assemble import HttpServer, load_peft, make_http, make_runner, stop
+
+pytest_plugins = ["serve_fixtures"]
+
+
+@pytest.fixture
+def opened(world) -> Opened:
+    return Opened(
+        name="tiny",
+        path=tiny_path(MODEL),
+        base=world.base,
+        base_hash=world.base_hash,
+        mesh=world.mesh,
+        tokenizer=world.tokenizer,
+    )
+
+
+@pytest.fixture
+def runner(opened, tmp_path):
+    """A server that is not started, over a store of its own."""
+    store = AdapterStore(tmp_path / "store", host_bytes=10**8)
+    yield make_runner(opened, replace(serve_defaults("tiny", tmp_path / "store"), kv_pages=8), store)
+    store.close()
+
+
+def export(world: World, adapter, folder: Path) -> Path:
+    export_peft(adapter, folder, world.base.config, base_name="org/base")
+    return folder
+
+
+# --- [[load]]
+
+
+def test_a_folder_becomes_a_version_and_a_changed_one_the_next(world, opened, runner, tmp_path):
+    first = AdapterSection(name="bot", path=export(world, world.adapters[0], tmp_path / "one"))
+    second = AdapterSection(name="bot", path=export(world, world.adapters[2], tmp_path / "two"))
+    assert [load_peft(runner, opened, s).version for s in (first, first, second, second, first)] == [1, 1, 2, 2, 3]
+    assert runner.resolve(None, "bot").version == 3
+
+
+def test_what_an_import_notes_is_told(world, opened, runner, tmp_path, caplog):
+    folder = export(world, world.adapters[0], tmp_path / "out")
+    load_peft(runner, opened, AdapterSection(name="known", path=folder))
+    assert "base" not in caplog.text
+    (folder / "jaxlora.json").unlink()
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"eva_config": {"rho": 2.0}}))
+    load_peft(runner, opened, AdapterSection(name="strange", path=folder))
+    assert "adapter strange: the file does not record its base" in caplog.text
+    told = next(r.getMessage() for r in caplog.records if "no effect" in r.getMessage() and "strange" in r.getMessage())
+    assert "eva_config" in told
+
+
+def test_the_name_of_the_base_is_refused_before_anything_is_read(opened, runner, tmp_path):
+    with pytest.raises(InvalidRequest, match="tiny is the base model; give the adapter another name"):
+        load_peft(runner, opened, AdapterSection(name="tiny", path=tmp_path / "nowhere"))
+
+
+# --- addresses
+
+
+class FakeSocket:
+    """Remembers where it was bound; not every machine has IPv6."""
+
+    def __init__(self, family):
+        self.family, self.address = family, None
+
+    def setsockopt(self, *_):
+        pass
+
+    def bind(self, address):
+        self.address = address
+
+    def getsockname(self):
+        return (*self.address, 0, 0) if self.family == socket.AF_INET6 else self.address
+
+
+@pytest.mark.parametrize(
+    ("host", "family", "bound", "url"),
+    [
+        ("127.0.0.1", socket.AF_INET, "127.0.0.1", "http://127.0.0.1:8123"),
+        ("::1", socket.AF_INET6, "::1", "http://[::1]:8123"),
+        ("[::1]", socket.AF_INET6, "::1", "http://[::1]:8123"),
+    ],
+)
+def test_an_address_with_colons_stands_in_brackets(runner, monkeypatch, host, family, bound, url):
+    fakes = {k: getattr(socket, k) for k in ("AF_INET", "AF_INET6", "SOL_SOCKET", "SO_REUSEADDR")}
+    monkeypatch.setattr(assemble, "socket", SimpleNamespace(socket=FakeSocket, **fakes))
+    http = make_http(runner, host=host, port=8123, default_max_tokens=4)
+    assert isinstance(http, HttpServer)
+    assert (http.listening.family, http.listening.address) == (family, (bound, 8123))
+    assert http.url == url
+
+
+# --- the end
+
+
+def test_the_store_is_closed_though_the_runner_fails(runner, monkeypatch):
+    store, closed = runner.engine.store, []
+    monkeypatch.setattr(store, "close", lambda: closed.append(True))
+    monkeypatch.setattr(runner, "stop", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        stop(runner, store)
+    assert closed == [True]

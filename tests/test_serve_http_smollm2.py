@@ -1,0 +1,93 @@
+"""The demo model over HTTP: eight adapters of different ranks answer eight clients at once as each answers alone."""
+
+from __future__ import annotations
+
+import asyncio
+
+import openai
+import pytest
+from fake_house import serving
+
+from serve.app import create_app
+from serve.runner import Runner
+
+pytest_plugins = ["smollm2_fixtures"]
+BASE, TOKENS = "smollm2", 12
+PROMPTS = [
+    "The capital of France is",
+    "def add(a, b):",
+    "My favourite place is",
+    "Once upon a time there was a small robot who lived in a house at the edge of a very large forest, and",
+    "Water boils at",
+    "The opposite of hot is",
+    "Dear Sir or Madam,",
+    "SELECT name FROM",
+]
+
+
+@pytest.fixture(scope="module")
+def url(smol_engine):
+    runner = Runner(smol_engine, base_name=BASE)
+    runner.start()
+    try:
+        with serving(create_app(runner, default_max_tokens=TOKENS)) as root:
+            yield root + "/v1"
+    finally:
+        runner.stop()
+
+
+async def say(client: openai.AsyncOpenAI, model: str, prompt: str) -> tuple[list[int], str]:
+    """(tokens, text) of one streamed greedy completion."""
+    tokens, text = [], ""
+    answer = await client.completions.create(
+        model=model,
+        prompt=prompt,
+        max_tokens=TOKENS,
+        temperature=0,
+        logprobs=0,
+        stream=True,
+        extra_body={"ignore_eos": True, "return_tokens_as_token_ids": True},
+    )
+    async for chunk in answer:
+        for choice in chunk.choices:
+            text += choice.text
+            if choice.logprobs is not None:
+                tokens += [int(t.removeprefix("token_id:")) for t in choice.logprobs.tokens]
+    return tokens, text
+
+
+def test_eight_adapters_at_once_say_what_each_says_alone(smol, smol_engine, url):
+    names = [a.ref.name for a in smol.adapters]
+    most_running = 0
+    step = smol_engine.step
+
+    def counted():
+        nonlocal most_running
+        most_running = max(most_running, len(smol_engine.scheduler.running))
+        return step()
+
+    async def scenario():
+        async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=120) as client:
+            smol_engine.step = counted
+            together = await asyncio.gather(*(say(client, n, p) for n, p in zip(names, PROMPTS, strict=True)))
+            smol_engine.step = step
+            alone = [await say(client, n, p) for n, p in zip(names, PROMPTS, strict=True)]
+            base = await asyncio.gather(*(say(client, BASE, p) for p in PROMPTS))
+            return together, alone, base
+
+    together, alone, base = asyncio.run(scenario())
+    assert most_running == 8
+    assert together == alone
+    assert all(len(tokens) == TOKENS and smol.opened.tokenizer.decode(tokens) == text for tokens, text in together)
+    assert all(t[0] != b[0] for t, b in zip(together, base, strict=True))  # every adapter says something else
+
+
+def test_chat_answers_in_the_template_of_the_model(url):
+    with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120) as client:
+        answer = client.chat.completions.create(
+            model=BASE,
+            messages=[{"role": "user", "content": "What is the capital of France?"}],
+            max_tokens=TOKENS,
+            temperature=0,
+        )
+    assert "Paris" in answer.choices[0].message.content
