@@ -40,12 +40,14 @@ HONOURED = (
     "target_parameters",
     "base_model_name_or_path",
 )
+BOOKKEEPING = (
+    "inference_mode",
+    "peft_version",
+    "auto_mapping",
+    "runtime_config",
+)  # in every folder; means nothing here
 WITHOUT_EFFECT = (
     "revision",
-    "inference_mode",
-    "auto_mapping",
-    "peft_version",
-    "runtime_config",
     "eva_config",
     "loftq_config",
     "qalora_group_size",
@@ -225,7 +227,7 @@ def shown(value: object) -> str:
 def _ignored(raw: Mapping[str, object], reasons: Reasons) -> tuple[str, ...]:
     ignored = []
     for name, value in raw.items():
-        if name in HONOURED or name in REFUSED_WHEN_SET or not value:
+        if name in (*HONOURED, *REFUSED_WHEN_SET, *BOOKKEEPING) or not value:
             continue
         if name in WITHOUT_EFFECT or name.startswith("megatron_"):
             ignored.append(name)

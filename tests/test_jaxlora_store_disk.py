@@ -302,7 +302,7 @@ def test_a_version_deleted_before_its_save_leaves_nothing(open_store, tmp_path, 
     assert store.list(None) == []
     gate.set()
     store.flush()
-    assert list((tmp_path / "adapters/acme/bot").iterdir()) == []
+    assert list((tmp_path / "adapters/acme/bot").glob("*")) == []  # where the save had not begun there is no folder
     assert store._held_bytes == 0
     with pytest.raises(AdapterNotFound):
         store.delete("acme", "bot")

@@ -152,7 +152,7 @@ def test_a_client_that_hangs_up_frees_what_it_held(server):
     runner, url = server
     body = {"model": "tenant0", "prompt": prompt_of(0), "max_tokens": 60, "stream": True, "ignore_eos": True}
     slow = runner.engine.step
-    runner.engine.step = lambda: time.sleep(0.02) or slow()  # a minute's worth of tokens must not end on its own
+    runner.engine.step = lambda: time.sleep(0.15) or slow()  # nine seconds of tokens: not over before we look
     try:
         with (
             httpx2.Client(base_url=url, timeout=10) as client,
