@@ -28,11 +28,16 @@ def chips(kind: str) -> Iterator[list]:
     """Four chips of that kind, for whose blocks programs are traced inside."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.fail("libtpu is not installed: run `uv run --isolated --group aot pytest -m aot`")
-    with mock.patch.dict(os.environ, ALONE):
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[kind]).devices
-        described = AbstractDevice(device_kind=devices[0].device_kind, num_cores=1, platform="tpu")
-        with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=described)):
-            yield list(devices)
+    kept = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)  # without a device it can write an entry and not read it
+    try:
+        with mock.patch.dict(os.environ, ALONE):
+            devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[kind]).devices
+            described = AbstractDevice(device_kind=devices[0].device_kind, num_cores=1, platform="tpu")
+            with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=described)):
+                yield list(devices)
+    finally:
+        jax.config.update("jax_enable_compilation_cache", kept)
 
 
 def kernels(compiled: jax.stages.Compiled) -> Counter:
