@@ -168,6 +168,7 @@ class Base:
     arrays: dict[str, jax.Array]
     config: ModelConfig = jax.tree.static()
     precision: str = jax.tree.static()  # of matrix products: default, high or highest
+    mesh: Mesh = jax.tree.static()  # where the arrays lie
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -224,7 +225,8 @@ def load_base(source: WeightSource, mesh: Mesh, *, dtype: str, precision: str = 
     if config.tied and mesh.devices.flat[0].platform == "cpu":
         # XLA's CPU backend multiplies bfloat16 by a row-major right-hand side at twice the speed of a transposed one.
         arrays["head"] = jax.device_put(np.ascontiguousarray(host_embed.T), sharding(mesh, ("embed", "vocab")))
-    return Base(arrays=arrays, config=config, precision="highest" if dtype == "float32" else precision)
+    precision = "highest" if dtype == "float32" else precision
+    return Base(arrays=arrays, config=config, precision=precision, mesh=mesh)
 
 
 def _checked(value: np.ndarray, shape: tuple[int, ...], what: str) -> np.ndarray:

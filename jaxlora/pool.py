@@ -10,7 +10,7 @@ Shape letters: L layers (1 for lm_head), S slots, R rank of the pool, X Y featur
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -21,9 +21,10 @@ from jax.sharding import Mesh
 
 from jaxlora.errors import AdapterInvalid, AdapterNotFinite
 from jaxlora.lora import HEAD_TARGET, LAYER_TARGETS, Adapter, AdapterRef, LoraSpec
-from jaxlora.mesh import sharding
+from jaxlora.mesh import RULES, sharding
 from jaxlora.model_config import ModelConfig, parameters, target_features
-from pallas_kernels.gathered_lora import gathered_lora
+from pallas_kernels.gathered_lora import gathered_lora, visits_by_slot
+from pallas_kernels.placement import Placement
 from pallas_kernels.segmented_lora import segmented_lora, take_rows
 
 
@@ -73,6 +74,49 @@ def row_axes(config: ModelConfig, target: str) -> tuple[tuple[str | None, ...], 
     """Logical axes of (a_LSRX, b_LSRY): features are split like the base kernel's."""
     x, y = ("embed", "vocab") if target == HEAD_TARGET else parameters(config)[target].axes[1:]
     return ("layers", "slots", "rank", x), ("layers", "slots", "rank", y)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraLayout:
+    """How a LoRA product lies on the mesh: what a kernel must be told that XLA cannot split by itself."""
+
+    config: ModelConfig
+    mesh: Mesh
+
+    def lanes(self, target: str) -> Placement | None:
+        """Of lanes, with rows gathered for them; None on one device.
+
+        Lanes are split over data x fsdp, features as the base kernel's when it is used: over tensor alone.
+        """
+        x, y = self._features(target)
+        lanes = self._lanes()
+        return self._placement(lanes, None if x in lanes else x, None if y in lanes else y)
+
+    def tokens(self, target: str) -> Placement | None:
+        """Of tokens that read the pool in place; None on one device.
+
+        The pool's features stay split as they are, so tokens are split over what is left.
+        """
+        x, y = self._features(target)
+        return self._placement(tuple(a for a in self._lanes() if a not in (x, y)), x, y)
+
+    def _lanes(self) -> tuple[str, ...]:
+        axes = RULES["lanes"]
+        assert isinstance(axes, tuple)
+        return axes
+
+    def _features(self, target: str) -> tuple[str | None, str | None]:
+        """Mesh axes of features in and out; an axis of one device splits nothing, and no sum is needed over it."""
+        split = []
+        for axes in row_axes(self.config, target):
+            axis = None if axes[-1] is None else RULES[axes[-1]]
+            assert not isinstance(axis, tuple)
+            split.append(None if axis is None or self.mesh.shape[axis] == 1 else axis)
+        x, y = split
+        return x, y
+
+    def _placement(self, rows: tuple[str, ...], x: str | None, y: str | None) -> Placement | None:
+        return None if self.mesh.size == 1 else Placement(mesh=self.mesh, rows=rows, x=x, y=y)
 
 
 def empty_pool(config: ModelConfig, spec: PoolSpec, mesh: Mesh) -> Rows:
@@ -169,7 +213,8 @@ def read_finite(rows: Rows) -> None:
 class LaneLora:
     """Adapted linears of tokens in lanes (training, prefill): rows gathered once, batched over lanes."""
 
-    def __init__(self, rows_LG: Rows):
+    def __init__(self, rows_LG: Rows, layout: LoraLayout | None = None):
+        self.layout = layout
         self.per_layer = {t: r for t, r in rows_LG.items() if t != HEAD_TARGET}
         self.head = rows_LG.get(HEAD_TARGET)
 
@@ -185,7 +230,8 @@ class LaneLora:
             return (None,) * len(targets)
         G = have[0].a_LSRX.shape[0]
         x_GJX = x_TX.reshape(G, -1, x_TX.shape[-1])
-        got = iter(segmented_lora(x_GJX, [(r.a_LSRX, r.b_LSRY, r.scale_LS) for r in have]))
+        placement = None if self.layout is None else self.layout.lanes(targets[0])
+        got = iter(segmented_lora(x_GJX, [(r.a_LSRX, r.b_LSRY, r.scale_LS) for r in have], placement))
         return tuple(next(got).reshape(x_TX.shape[0], -1) if t in layer else None for t in targets)
 
     def head_rows(self) -> tuple[jax.Array, jax.Array, jax.Array] | None:
@@ -193,17 +239,28 @@ class LaneLora:
         h = self.head
         return None if h is None else (h.a_LSRX[0], h.b_LSRY[0], h.scale_LS[0])
 
+    def head_placement(self) -> Placement | None:
+        """How the head's product lies on the mesh."""
+        return None if self.layout is None else self.layout.lanes(HEAD_TARGET)
+
 
 class TokenLora:
     """Adapted linears of tokens with a slot each (decode): rows read from the pool in place."""
 
-    def __init__(self, pool: Rows, slot_T: jax.Array, layers: int):
-        self.pool, self.slot_T = pool, slot_T
+    def __init__(self, pool: Rows, slot_T: jax.Array, layers: int, layout: LoraLayout | None = None):
+        self.pool, self.slot_T, self.layout = pool, slot_T, layout
+        # Every target splits its features over the same axes, so the tokens of all are split alike.
+        self.visits = visits_by_slot(slot_T, None if layout is None else layout.tokens(next(iter(pool))))
         self.per_layer = jnp.arange(layers)
 
     def deltas(self, layer: jax.Array, targets: tuple[str, ...], x_TX: jax.Array) -> tuple[jax.Array | None, ...]:
         """[T, Y] per target, None where the pool lacks it."""
         have = [t for t in targets if t in self.pool]
-        rows = [(self.pool[t].a_LSRX, self.pool[t].b_LSRY, self.pool[t].scale_LS) for t in have]
-        got = dict(zip(have, gathered_lora(x_TX, rows, layer, self.slot_T), strict=True)) if have else {}
+        got = dict(zip(have, self.product(layer, have, x_TX), strict=True)) if have else {}
         return tuple(got.get(t) for t in targets)
+
+    def product(self, layer: jax.Array, targets: Sequence[str], x_TX: jax.Array) -> tuple[jax.Array, ...]:
+        """[T, Y] per target, all of which the pool has."""
+        rows = [(self.pool[t].a_LSRX, self.pool[t].b_LSRY, self.pool[t].scale_LS) for t in targets]
+        placement = None if self.layout is None else self.layout.tokens(targets[0])
+        return gathered_lora(x_TX, rows, layer, self.slot_T, self.visits, placement)

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.placement import Placement
 from pallas_kernels.segmented_lora import segmented_lora
 from pallas_kernels.shapes import shaped
 
@@ -44,6 +45,7 @@ def target_logprob(
     lora: HeadLora | None,
     *,
     chunk: int,
+    placement: Placement | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """(float32 log-probability of the target, bool: no token is likelier), both [G, J]; 0 and False where not wanted.
 
@@ -51,6 +53,7 @@ def target_logprob(
     nothing is wanted, NaN too, is selected away.
     back_VD: the head's transpose, which the gradient is multiplied by.
     `chunk`: tokens per lane and trip; must divide J.
+    placement: where the arrays of the head's LoRA lie, on a mesh of several devices.
     Raises ValueError when it does not.
     """
     if x_GJD.shape[1] % chunk:
@@ -60,29 +63,31 @@ def target_logprob(
     x_GJD = jnp.take_along_axis(jnp.where(wanted_GJ[..., None], x_GJD, 0), order_GJ[..., None], axis=1)
     target_GJ = jnp.take_along_axis(target_GJ, order_GJ, axis=1)
     trips = -(-wanted_GJ.sum(1).max() // chunk)
-    logprob_GJ, hit_GJ = _chunked(x_GJD, lora, head_DV, back_VD, target_GJ, trips, chunk)
+    logprob_GJ, hit_GJ = _chunked(x_GJD, lora, head_DV, back_VD, target_GJ, trips, chunk, placement)
     logprob_GJ = jnp.take_along_axis(logprob_GJ, place_GJ, axis=1)
     hit_GJ = jnp.take_along_axis(hit_GJ, place_GJ, axis=1)
     return jnp.where(wanted_GJ, logprob_GJ, 0.0), hit_GJ & wanted_GJ
 
 
-def _logits(x_GJD: jax.Array, head_DV: jax.Array, lora: HeadLora | None) -> jax.Array:
+def _logits(
+    x_GJD: jax.Array, head_DV: jax.Array, lora: HeadLora | None, placement: Placement | None = None
+) -> jax.Array:
     logits = jnp.einsum("gjd,dv->gjv", x_GJD, head_DV, preferred_element_type=jnp.float32)
-    return logits if lora is None else logits + segmented_lora(x_GJD, [lora])[0].astype(jnp.float32)
+    return logits if lora is None else logits + segmented_lora(x_GJD, [lora], placement)[0].astype(jnp.float32)
 
 
 def _slice(x: jax.Array, trip: jax.Array, chunk: int) -> jax.Array:
     return lax.dynamic_slice_in_dim(x, trip * chunk, chunk, axis=1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _chunked(x_GJD, lora: HeadLora | None, head_DV, back_VD, target_GJ, trips, chunk: int):
-    return _forward(x_GJD, lora, head_DV, back_VD, target_GJ, trips, chunk)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _chunked(x_GJD, lora: HeadLora | None, head_DV, back_VD, target_GJ, trips, chunk: int, placement):
+    return _forward(x_GJD, lora, head_DV, back_VD, target_GJ, trips, chunk, placement)[0]
 
 
-def _forward(x_GJD, lora, head_DV, back_VD, target_GJ, trips, chunk):
+def _forward(x_GJD, lora, head_DV, back_VD, target_GJ, trips, chunk, placement):
     def body(trip, out):
-        logits = _logits(_slice(x_GJD, trip, chunk), head_DV, lora)
+        logits = _logits(_slice(x_GJD, trip, chunk), head_DV, lora, placement)
         best = logits.max(axis=-1)
         chosen = jnp.take_along_axis(logits, _slice(target_GJ, trip, chunk)[..., None], axis=-1)[..., 0]
         lse = best + jnp.log(jnp.exp(logits - best[..., None]).sum(-1))
@@ -94,7 +99,7 @@ def _forward(x_GJD, lora, head_DV, back_VD, target_GJ, trips, chunk):
     return (logprob_GJ, hit_GJ), (x_GJD, lora, head_DV, back_VD, target_GJ, trips, lse_GJ)
 
 
-def _backward(chunk, saved, cotangent):
+def _backward(chunk, placement, saved, cotangent):
     x_GJD, lora, head_DV, back_VD, target_GJ, trips, lse_GJ = saved
     d_GJ, _ = cotangent
     vocab_11V = jnp.arange(head_DV.shape[1])[None, None]
@@ -103,13 +108,13 @@ def _backward(chunk, saved, cotangent):
         dx_GJD, dlora = carry
         x, target = _slice(x_GJD, trip, chunk), _slice(target_GJ, trip, chunk)
         d, lse = _slice(d_GJ, trip, chunk), _slice(lse_GJ, trip, chunk)
-        share = jnp.exp(_logits(x, head_DV, lora) - lse[..., None])
+        share = jnp.exp(_logits(x, head_DV, lora, placement) - lse[..., None])
         d_logits = d[..., None] * ((vocab_11V == target[..., None]) - share)
         dx = jnp.einsum("gjv,vd->gjd", d_logits.astype(x.dtype), back_VD, preferred_element_type=jnp.float32).astype(
             x.dtype
         )
         if lora is not None:
-            _, pull = jax.vjp(lambda x, lora: segmented_lora(x, [lora])[0], x, lora)
+            _, pull = jax.vjp(lambda x, lora: segmented_lora(x, [lora], placement)[0], x, lora)
             dx_lora, dl = pull(d_logits.astype(x.dtype))
             dx, dlora = dx + dx_lora, jax.tree.map(jnp.add, dlora, dl)
         return lax.dynamic_update_slice_in_dim(dx_GJD, dx, trip * chunk, axis=1), dlora

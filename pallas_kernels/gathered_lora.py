@@ -3,7 +3,7 @@
     y_TY[t] = scale_LS[l, s] * (x_TX[t] @ a_LSRX[l, s].T) @ b_LSRY[l, s]      s = slot_T[t]; zero where s is NO_ADAPTER
 
 Rows are read from the pool in place: nothing of the pool is copied, its number of slots costs nothing, a token of the
-base model reads nothing, and a NaN in one adapter reaches only that adapter's tokens.
+base model reads nothing, and a NaN in one adapter reaches only that adapter's tokens.  `dispatch` says which body runs.
 
 Shape letters: T tokens, L layers, S slots, R LoRA rank, X Y features in, out.
 Source: BGMV, Punica (arXiv 2310.18547).
@@ -11,14 +11,21 @@ Source: BGMV, Punica (arXiv 2310.18547).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import NO_ADAPTER
+from pallas_kernels import NO_ADAPTER, gathered_lora_tpu
+from pallas_kernels.dispatch import by_platform, known_dtypes
+from pallas_kernels.placement import Placement
 from pallas_kernels.shapes import shaped
+
+TargetRows = tuple[jax.Array, jax.Array, jax.Array]  # a_LSRX, b_LSRY, scale_LS
 
 
 @shaped
@@ -33,18 +40,120 @@ def gathered_lora_oracle(
     return jnp.where((slot_T != NO_ADAPTER)[:, None], y_TY, 0.0)
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Visits:
+    """The order in which a step's tokens are visited, made once for all its layers and targets.
+
+    Where tokens are split over devices, every device has its own.
+    """
+
+    order_T: jax.Array  # int32 tokens by slot, those of the base model last
+    slot_T: jax.Array  # int32 their slots
+    count_1: jax.Array  # int32 how many have an adapter: the rest is not visited
+
+
+def visits_by_slot(slot_T: jax.Array, placement: Placement | None = None) -> Visits:
+    """Tokens of one slot follow each other, in arrival order."""
+    if placement is not None and placement.rows:
+        return placement.on_each(visits_by_slot, (P(placement.rows),), _visits_spec(placement))(slot_T)
+    key_T = jnp.where(slot_T == NO_ADAPTER, jnp.iinfo(jnp.int32).max, slot_T)
+    order_T = jnp.argsort(key_T, stable=True).astype(jnp.int32)
+    count_1 = (slot_T != NO_ADAPTER).sum(keepdims=True, dtype=jnp.int32)
+    return Visits(order_T=order_T, slot_T=slot_T[order_T], count_1=count_1)
+
+
+def _visits_spec(placement: Placement) -> Visits:
+    rows = P(placement.rows)
+    return Visits(order_T=rows, slot_T=rows, count_1=rows)  # ty: ignore[invalid-argument-type]
+
+
 @shaped
 def gathered_lora(
     x_TX: jax.Array,
-    rows: Sequence[tuple[jax.Array, jax.Array, jax.Array]],
+    rows: Sequence[TargetRows],
     layer: jax.Array,
     slot_T: jax.Array,
+    visits: Visits | None = None,
+    placement: Placement | None = None,
 ) -> tuple[jax.Array, ...]:
     """One [T, Y] in x's dtype per (a_LSRX, b_LSRY, scale_LS) of `rows`, which share one read of x.
 
-    A loop over tokens with dynamic slices: the fastest form measured on CPU that isolates tenants.
-    Products in float32.
+    visits: `visits_by_slot(slot_T, placement)`, for those who call more than once with the same slots.
+    placement: where the arrays lie, on a mesh of several devices.
+    Sums in float32.  The gradient, should anyone want it, is the token loop's on every platform.
     """
+    visits = visits_by_slot(slot_T, placement) if visits is None else visits
+    return _gathered(placement, x_TX, tuple(tuple(r) for r in rows), layer, slot_T, visits)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gathered(
+    placement: Placement | None,
+    x_TX: jax.Array,
+    rows: tuple[TargetRows, ...],
+    layer: jax.Array,
+    slot_T: jax.Array,
+    visits: Visits,
+) -> tuple[jax.Array, ...]:
+    args = (x_TX, rows, layer, slot_T, visits)
+    part = args if placement is None else placement.local(_specs(placement, len(rows)), args)
+    halves = [half for a, b, _ in rows for half in (a, b)]
+    fits = known_dtypes(x_TX, *halves) and gathered_lora_tpu.fits(*part[:2])
+    pallas = functools.partial(_visited, placement)
+    return by_platform("gathered_lora", *args, xla=_token_loop, pallas=pallas, fits=fits)
+
+
+def _forward(placement, *args):
+    return _gathered(placement, *args), args
+
+
+def _backward(placement, saved, d_TY):
+    x_TX, rows, layer, slot_T, visits = saved
+    _, pull = jax.vjp(lambda x, rows: _token_loop(x, rows, layer, slot_T, visits), x_TX, rows)
+    return *pull(d_TY), None, None, None
+
+
+_gathered.defvjp(_forward, _backward)
+
+
+def _specs(placement: Placement, targets: int) -> tuple:
+    """Of x, rows, layer, slots and visits."""
+    a, b = P(None, None, None, placement.x), P(None, None, None, placement.y)
+    rows = P(placement.rows)
+    return P(placement.rows, placement.x), ((a, b, P()),) * targets, P(), rows, _visits_spec(placement)
+
+
+def _visited(
+    placement: Placement | None,
+    x_TX: jax.Array,
+    rows: tuple[TargetRows, ...],
+    layer: jax.Array,
+    slot_T: jax.Array,
+    visits: Visits,
+    interpret: bool,
+) -> tuple[jax.Array, ...]:
+    """The Pallas body.  Rows of the output that nobody visited hold anything, so they are selected away."""
+
+    def body(x_TX, rows, layer, slot_T, visits) -> tuple[jax.Array, ...]:
+        order = visits.order_T, visits.slot_T, visits.count_1[0]
+        if placement is None or placement.x is None:
+            y_TY = gathered_lora_tpu.both(x_TX, rows, layer, order, interpret=interpret)
+        else:
+            h_TR = lax.psum(gathered_lora_tpu.shrink(x_TX, rows, layer, order, interpret=interpret), placement.x)
+            y_TY = gathered_lora_tpu.expand(h_TR, rows, layer, order, x_TX.dtype, interpret=interpret)
+        return tuple(jnp.where((slot_T != NO_ADAPTER)[:, None], y, 0) for y in y_TY)
+
+    if placement is None:
+        return body(x_TX, rows, layer, slot_T, visits)
+    out = (P(placement.rows, placement.y),) * len(rows)
+    return placement.on_each(body, _specs(placement, len(rows)), out)(x_TX, rows, layer, slot_T, visits)
+
+
+def _token_loop(
+    x_TX: jax.Array, rows: tuple[TargetRows, ...], layer: jax.Array, slot_T: jax.Array, visits: Visits
+) -> tuple[jax.Array, ...]:
+    """The XLA body: a loop over tokens in arrival order, with dynamic slices of the pool.  Products in float32."""
     sizes = [b.shape[-1] for _, b, _ in rows]
 
     def one_token(t: jax.Array, out: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:

@@ -3,8 +3,9 @@
     y_GJY[g] = scale_G[g] * (x_GJX[g] @ a_GRX[g].T) @ b_GRY[g]
 
 The rows of a lane's adapter are gathered once per step (`take_rows`), for all layers, so that the step reads and
-differentiates only the adapters that are present.  Differentiable by JAX: the frozen product stays one GEMM over all
-lanes, only the low-rank parts are batched, and a NaN in one adapter stays in its lanes.
+differentiates only the adapters that are present.  The frozen product stays one GEMM over all lanes, only the low-rank
+parts are batched, and a NaN in one adapter stays in its lanes.  The backward pass starts from h, which is kept, and is
+dispatched as the forward is (`dispatch` says which body runs).
 
 Shape letters: G lanes, J tokens of a lane, S slots, R LoRA rank, X Y features in, out, L layers.
 Source: SGMV, Punica (arXiv 2310.18547), in a tenant-major layout.
@@ -12,15 +13,22 @@ Source: SGMV, Punica (arXiv 2310.18547), in a tenant-major layout.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import KEPT, NO_ADAPTER
+from pallas_kernels import KEPT, NO_ADAPTER, segmented_lora_tpu
+from pallas_kernels.dispatch import by_platform, known_dtypes
+from pallas_kernels.placement import Placement
 from pallas_kernels.shapes import shaped
+
+LaneRows = tuple[jax.Array, jax.Array, jax.Array]  # a_GRX, b_GRY, scale_G
 
 
 @shaped
@@ -32,21 +40,145 @@ def segmented_lora_oracle(x_GJX: jax.Array, a_GRX: jax.Array, b_GRY: jax.Array, 
 
 
 @shaped
-def segmented_lora(x_GJX: jax.Array, rows: Sequence[tuple[jax.Array, jax.Array, jax.Array]]) -> tuple[jax.Array, ...]:
+def segmented_lora(
+    x_GJX: jax.Array, rows: Sequence[LaneRows], placement: Placement | None = None
+) -> tuple[jax.Array, ...]:
     """One [G, J, Y] in x's dtype per (a_GRX, b_GRY, scale_G) of `rows`, which share one read of x.
 
+    placement: where the arrays lie, on a mesh of several devices.
     Products in x's dtype with float32 sums; scale is applied in float32 between them.
     """
-    dtype = x_GJX.dtype
-    a_GRX = jnp.concatenate([a for a, _, _ in rows], axis=1).astype(dtype)
-    scale_GR = jnp.concatenate([jnp.repeat(s[:, None], a.shape[1], axis=1) for a, _, s in rows], axis=1)
-    h_GJR = jnp.einsum("gjx,grx->gjr", x_GJX, a_GRX, preferred_element_type=jnp.float32)
-    h_GJR = checkpoint_name((h_GJR * scale_GR[:, None, :]).astype(dtype), KEPT)
-    parts = jnp.split(h_GJR, np.cumsum([a.shape[1] for a, _, _ in rows])[:-1].tolist(), axis=2)
-    return tuple(
-        jnp.einsum("gjr,gry->gjy", h, b.astype(dtype), preferred_element_type=jnp.float32).astype(dtype)
-        for h, (_, b, _) in zip(parts, rows, strict=True)
+    return _segmented(placement, x_GJX, tuple(tuple(r) for r in rows))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _segmented(placement: Placement | None, x_GJX: jax.Array, rows: tuple[LaneRows, ...]) -> tuple[jax.Array, ...]:
+    return _forward(placement, x_GJX, rows)[0]
+
+
+def _forward(placement, x_GJX, rows):
+    pallas = functools.partial(_forward_pallas, placement)
+    y_GJY, h_GJR = by_platform(
+        "segmented_lora",
+        x_GJX,
+        rows,
+        xla=lambda x, rows: _forward_xla(x, rows, None),
+        pallas=pallas,
+        fits=_fits(placement, x_GJX, rows),
     )
+    return y_GJY, (x_GJX, rows, h_GJR)
+
+
+def _backward(placement, saved, dy_GJY):
+    args = (*saved, dy_GJY)
+    pallas = functools.partial(_backward_pallas, placement)
+    return by_platform("segmented_lora", *args, xla=_backward_xla, pallas=pallas, fits=_fits(placement, *saved[:2]))
+
+
+_segmented.defvjp(_forward, _backward)
+
+
+def _specs(placement: Placement, targets: int) -> tuple:
+    """Of x and rows."""
+    a, b, scale = P(placement.rows, None, placement.x), P(placement.rows, None, placement.y), P(placement.rows)
+    return P(placement.rows, None, placement.x), ((a, b, scale),) * targets
+
+
+def _fits(placement: Placement | None, x_GJX: jax.Array, rows: tuple[LaneRows, ...]) -> bool:
+    halves = [half for a, b, _ in rows for half in (a, b)]
+    part = (x_GJX, rows) if placement is None else placement.local(_specs(placement, len(rows)), (x_GJX, rows))
+    return known_dtypes(x_GJX, *halves) and segmented_lora_tpu.fits(*part)
+
+
+def _split(h_GJR: jax.Array, rows: tuple[LaneRows, ...]) -> list[jax.Array]:
+    """h of each target."""
+    return jnp.split(h_GJR, np.cumsum([a.shape[1] for a, _, _ in rows])[:-1].tolist(), axis=2)
+
+
+# ---- XLA --------------------------------------------------------------------------------------------------------------
+
+
+def _shrink_plain(x_GJX: jax.Array, a_rows: Sequence[jax.Array], axis: str | None = None) -> jax.Array:
+    """float32 x @ a.T of all targets side by side, summed over the mesh axis that splits x."""
+    a_GRX = jnp.concatenate(a_rows, axis=1).astype(x_GJX.dtype)
+    h_GJR = jnp.einsum("gjx,grx->gjr", x_GJX, a_GRX, preferred_element_type=jnp.float32)
+    return h_GJR if axis is None else lax.psum(h_GJR, axis)
+
+
+def _shrink(x_GJX: jax.Array, a_and_scale: list[tuple[jax.Array, jax.Array]], axis: str | None = None) -> jax.Array:
+    """h of all targets side by side, in x's dtype."""
+    scale_GR = jnp.concatenate([jnp.repeat(s[:, None], a.shape[1], axis=1) for a, s in a_and_scale], axis=1)
+    h_GJR = _shrink_plain(x_GJX, [a for a, _ in a_and_scale], axis)
+    return (h_GJR * scale_GR[:, None, :]).astype(x_GJX.dtype)
+
+
+def _expand(h_GJR: list[jax.Array], b_GRY: list[jax.Array]) -> tuple[jax.Array, ...]:
+    """[G, J, Y] per target."""
+    return tuple(
+        jnp.einsum("gjr,gry->gjy", h, b.astype(h.dtype), preferred_element_type=jnp.float32).astype(h.dtype)
+        for h, b in zip(h_GJR, b_GRY, strict=True)
+    )
+
+
+def _forward_xla(
+    x_GJX: jax.Array, rows: tuple[LaneRows, ...], axis: str | None
+) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    h_GJR = checkpoint_name(_shrink(x_GJX, [(a, s) for a, _, s in rows], axis), KEPT)
+    return _expand(_split(h_GJR, rows), [b for _, b, _ in rows]), h_GJR
+
+
+def _backward_xla(x_GJX, rows, h_GJR, dy_GJY):
+    _, pull = jax.vjp(lambda h, b: _expand(_split(h, rows), b), h_GJR, [b for _, b, _ in rows])
+    dh_GJR, db = pull(dy_GJY)
+    _, pull = jax.vjp(_shrink, x_GJX, [(a, s) for a, _, s in rows])
+    dx_GJX, da_and_dscale = pull(dh_GJR)
+    return dx_GJX, tuple((da, db, ds) for (da, ds), db in zip(da_and_dscale, db, strict=True))
+
+
+# ---- Pallas -----------------------------------------------------------------------------------------------------------
+
+
+def _forward_pallas(placement: Placement | None, x_GJX, rows, interpret: bool):
+    def body(x_GJX, rows):
+        if placement is None or placement.x is None:
+            y_GJY, h_GJR = segmented_lora_tpu.forward(x_GJX, rows, interpret=interpret)
+            return y_GJY, checkpoint_name(h_GJR, KEPT)
+        # The sum over devices stands between the halves, so there is nothing to fuse: XLA's products.
+        return _forward_xla(x_GJX, rows, placement.x)
+
+    if placement is None:
+        return body(x_GJX, rows)
+    out = (P(placement.rows, None, placement.y),) * len(rows), P(placement.rows)
+    return placement.on_each(body, _specs(placement, len(rows)), out)(x_GJX, rows)
+
+
+def _backward_pallas(placement: Placement | None, x_GJX, rows, h_GJR, dy_GJY, interpret: bool):
+    def body(x_GJX, rows, h_GJR, dy_GJY):
+        a_rows, b_rows, scale = zip(*rows, strict=True)
+        back = [
+            segmented_lora_tpu.expand_back(dy, h, b, interpret=interpret)
+            for dy, h, b in zip(dy_GJY, _split(h_GJR, rows), b_rows, strict=True)
+        ]
+        dh_GJR = jnp.concatenate([dh for dh, _ in back], axis=2)
+        if placement is not None and placement.y is not None:
+            dh_GJR = lax.psum(dh_GJR, placement.y)
+        dh = _split(dh_GJR, rows)
+        scaled = jnp.concatenate([d * s[:, None, None] for d, s in zip(dh, scale, strict=True)], axis=2)
+        dx_GJX, da = segmented_lora_tpu.shrink_back(scaled.astype(x_GJX.dtype), x_GJX, a_rows, interpret=interpret)
+        # Scale is not trained: unless somebody asks for its gradient, XLA drops this product.
+        plain = _split(_shrink_plain(x_GJX, a_rows, None if placement is None else placement.x), rows)
+        dscale = [(d * h).sum((1, 2)) for d, h in zip(dh, plain, strict=True)]
+        drows = zip(da, (db for _, db in back), dscale, strict=True)
+        return dx_GJX, tuple(
+            tuple(new.astype(old.dtype) for new, old in zip(d, r, strict=True))
+            for d, r in zip(drows, rows, strict=True)
+        )
+
+    if placement is None:
+        return body(x_GJX, rows, h_GJR, dy_GJY)
+    x, r = _specs(placement, len(rows))
+    dy = (P(placement.rows, None, placement.y),) * len(rows)
+    return placement.on_each(body, (x, r, P(placement.rows), dy), (x, r))(x_GJX, rows, h_GJR, dy_GJY)
 
 
 def take_rows(rows_LSRX: jax.Array, slot_G: jax.Array) -> jax.Array:

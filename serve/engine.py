@@ -22,12 +22,11 @@ from jaxlora.kvcache import KVPages, empty_pages, paged_attend
 from jaxlora.lora import HEAD_TARGET, AdapterRef
 from jaxlora.mesh import check_lanes, place_rows, replicated
 from jaxlora.model import Base, TokenBatch, forward, head_weight
-from jaxlora.pool import LaneLora, PoolSpec, Rows, TokenLora, empty_pool, host_rows, write_slot
+from jaxlora.pool import LaneLora, LoraLayout, PoolSpec, Rows, TokenLora, empty_pool, host_rows, write_slot
 from jaxlora.slots import SlotTable
 from jaxlora.store import AdapterStore
 from jaxlora.tokenizer import Detokenizer, Tokenizer
 from pallas_kernels import NO_ADAPTER
-from pallas_kernels.gathered_lora import gathered_lora
 from pallas_kernels.segmented_lora import segmented_lora
 from serve.pages import PageAllocator
 from serve.request import Delta, FinishReason, Request, TokenLogprob
@@ -70,9 +69,11 @@ class StepBatch:
 def _serve_step(base: Base, pool: Rows, kv: KVPages, batch: StepBatch) -> tuple[KVPages, StepOutput]:
     G, J = batch.token_GJ.shape
     decode = J == 1
-    lora = (
-        TokenLora(pool, batch.slot_G, base.config.layers) if decode else LaneLora(LaneLora.gather(pool, batch.slot_G))
-    )
+    layout = LoraLayout(config=base.config, mesh=base.mesh)
+    if decode:
+        lora = TokenLora(pool, batch.slot_G, base.config.layers, layout)
+    else:
+        lora = LaneLora(LaneLora.gather(pool, batch.slot_G), layout)
     tokens = TokenBatch(
         token_T=batch.token_GJ.reshape(-1),
         position_T=batch.position_GJ.reshape(-1),
@@ -86,15 +87,12 @@ def _serve_step(base: Base, pool: Rows, kv: KVPages, batch: StepBatch) -> tuple[
     with jax.default_matmul_precision(base.precision):
         logits_GV = jnp.dot(x_GD, head_weight(base)[0], preferred_element_type=jnp.float32)
         if HEAD_TARGET in pool:
-            head = pool[HEAD_TARGET]
-            if decode:
-                rows = [(head.a_LSRX, head.b_LSRY, head.scale_LS)]
-                (delta,) = gathered_lora(x_GD, rows, jnp.int32(0), batch.slot_G)
+            if isinstance(lora, TokenLora):
+                (delta,) = lora.product(jnp.int32(0), (HEAD_TARGET,), x_GD)
             else:
-                assert isinstance(lora, LaneLora)
-                assert lora.head is not None
-                rows = [(lora.head.a_LSRX[0], lora.head.b_LSRY[0], lora.head.scale_LS[0])]
-                delta = segmented_lora(x_GD[:, None], rows)[0][:, 0]
+                rows = lora.head_rows()
+                assert rows is not None
+                delta = segmented_lora(x_GD[:, None], [rows], lora.head_placement())[0][:, 0]
             logits_GV = logits_GV + delta.astype(jnp.float32)
     return kv, sample(logits_GV, batch.sampling)
 

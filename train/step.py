@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from jaxlora.config import LANE_BLOCK
 from jaxlora.mesh import replicated
 from jaxlora.model import Base, TokenBatch, forward, head_weight
-from jaxlora.pool import LaneLora, LoraRows, PoolSpec, Rows, empty_pool
+from jaxlora.pool import LaneLora, LoraLayout, LoraRows, PoolSpec, Rows, empty_pool
 from pallas_kernels import NO_ADAPTER
 from pallas_kernels.attention import packed_attention
 from pallas_kernels.cross_entropy import target_logprob
@@ -96,7 +96,7 @@ def with_halves(rows: Rows, new: Halves) -> Rows:
 def lane_losses(base: Base, rows_LG: Rows, batch: TrainBatch) -> tuple[jax.Array, LaneSums]:
     """(float32 sum of all lanes' weighted losses, the sums by lane) under each lane's adapter."""
     G, J = batch.token_GJ.shape
-    lora = LaneLora(rows_LG)
+    lora = LaneLora(rows_LG, LoraLayout(config=base.config, mesh=base.mesh))
 
     def attend(layer, q_TNH, k_TKH, v_TKH, cache):
         lanes = [x.reshape(G, J, *x.shape[1:]) for x in (q_TNH, k_TKH, v_TKH)]
@@ -119,6 +119,7 @@ def lane_losses(base: Base, rows_LG: Rows, batch: TrainBatch) -> tuple[jax.Array
             batch.target_GJ,
             wanted_GJ,
             lora.head_rows(),
+            placement=lora.head_placement(),
             chunk=min(LANE_BLOCK, J),
         )
     loss_G = cross_entropy(logprob_GJ, batch.weight_GJ).sum(1)

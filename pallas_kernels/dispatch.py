@@ -1,0 +1,78 @@
+"""Which body of an op runs: ONE table, by the platform a program is lowered for.
+
+An op is one definition (its oracle) with several bodies.  The choice is made when the program is lowered and not when it
+is traced, so lowering for a TPU on a machine without one picks the TPU's body.  A platform that the table lacks is refused
+when the program is lowered for it.
+
+    op               platform   body     why
+    gathered_lora    cpu        xla      a loop over tokens: the fastest form measured there that keeps tenants apart
+                     cuda       xla      no body of its own yet
+                     tpu        pallas   an adapter's rows are fetched once, base tokens cost nothing
+                                xla      where one adapter's rows have no room on the chip, and for other dtypes
+    segmented_lora   cpu        xla      products batched over lanes, measured best
+                     cuda       xla      no body of its own yet
+                     tpu        pallas   targets share one read of x, h stays on the chip
+                                xla      where no block has room on the chip, and for other dtypes
+
+The other ops have one body, XLA, everywhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+TPU_DTYPES = (jnp.bfloat16, jnp.float32)  # of activations and rows in the Pallas bodies
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """The body of an op on a platform, and the one for what the first has no room for."""
+
+    body: str  # xla or pallas
+    otherwise: str
+
+
+XLA, PALLAS = Route("xla", "xla"), Route("pallas", "xla")
+TABLE = {
+    "gathered_lora": {"cpu": XLA, "cuda": XLA, "tpu": PALLAS},
+    "segmented_lora": {"cpu": XLA, "cuda": XLA, "tpu": PALLAS},
+}
+
+_interpreted = jax.make_user_context(False)
+
+
+@contextlib.contextmanager
+def interpreted() -> Generator[None]:
+    """What is traced inside runs its Pallas bodies, interpreted, on any platform.  For tests: it is slow."""
+    with _interpreted(True):
+        yield
+
+
+def by_platform[*Args, Out](
+    op: str, *args: *Args, xla: Callable[[*Args], Out], pallas: Callable[[*Args, bool], Out], fits: bool
+) -> Out:
+    """What the op's body for the platform makes of these arrays.
+
+    pallas: takes `interpret` besides.  `fits`: whether it has room for these shapes and knows their dtypes.
+    Raises NotImplementedError when lowered for a platform that the table lacks.
+    """
+    if _interpreted.value and fits:
+        return pallas(*args, True)
+
+    def compiled(*args: *Args) -> Out:
+        return pallas(*args, False)
+
+    body = {"xla": xla, "pallas": compiled}
+    chosen = {p: body[r.body if fits else r.otherwise] for p, r in TABLE[op].items()}
+    return lax.platform_dependent(*args, **chosen)
+
+
+def known_dtypes(*arrays: jax.Array) -> bool:
+    """Whether the Pallas bodies compute with these."""
+    return all(x.dtype in TPU_DTYPES for x in arrays)

@@ -1,0 +1,41 @@
+"""Where an op's arrays lie on a mesh.
+
+XLA splits its own operations over devices by itself, a Pallas kernel it cannot split: on a mesh the Pallas bodies run under
+`shard_map`, each device on its own part.
+
+    output features split (column-parallel)   no collective forward; backward dh, [tokens, R], is summed
+    input features split (row-parallel)       forward h, [tokens, R], is summed before its second half; backward none
+    rows split                                none
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Placement:
+    """Mesh axes of the parts of a LoRA product.  All targets of a call are split alike."""
+
+    mesh: Mesh | AbstractMesh
+    rows: tuple[str, ...] = ()  # of tokens or lanes
+    x: str | None = None  # of features in
+    y: str | None = None  # of features out
+
+    def local[Tree](self, specs: Tree, arrays: Tree) -> Tree:
+        """The shapes that one device sees."""
+
+        def part(spec: PartitionSpec, x: jax.Array) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(NamedSharding(self.mesh, spec).shard_shape(x.shape), x.dtype)
+
+        return jax.tree.map(part, specs, arrays)
+
+    def on_each[**Args, Out](
+        self, body: Callable[Args, Out], in_specs: tuple, out_specs: object
+    ) -> Callable[Args, Out]:
+        """The body, run by each device on its part."""
+        return jax.shard_map(body, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)

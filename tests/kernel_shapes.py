@@ -1,0 +1,117 @@
+"""Shapes in which the kernels are lowered and compiled: the linears of three models, and one step over all of them.
+
+Nothing here runs: arrays are shapes.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.gathered_lora import gathered_lora, visits_by_slot
+from pallas_kernels.segmented_lora import segmented_lora
+
+SLOTS, ROWS, LANES, TOKENS, CHUNK = 64, 32, 4, 512, 32
+
+
+@dataclass(frozen=True)
+class Model:
+    """Sizes of a decoder's linears."""
+
+    layers: int
+    d: int
+    q: int
+    kv: int
+    ff: int
+    vocab: int
+
+    @property
+    def reads(self) -> list[tuple[int, tuple[int, ...]]]:
+        """(features in, features out of every target that shares the read) of a layer."""
+        return [
+            (self.d, (self.q, self.kv, self.kv)),
+            (self.q, (self.d,)),
+            (self.d, (self.ff,) * 2),
+            (self.ff, (self.d,)),
+        ]
+
+
+MODELS = {
+    "SmolLM2-135M": Model(layers=30, d=576, q=576, kv=192, ff=1536, vocab=49152),
+    "Qwen3-4B": Model(layers=36, d=2560, q=4096, kv=1024, ff=9728, vocab=151936),
+    "Llama-3.1-8B": Model(layers=32, d=4096, q=4096, kv=1024, ff=14336, vocab=128256),
+}
+
+
+def shape(*sizes: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+def pool(model: Model, rank: int) -> list[list[tuple]]:
+    """bfloat16 serving rows of every read of a layer, then of the head."""
+
+    def row(layers: int, x: int, y: int) -> tuple:
+        return shape(layers, SLOTS, rank, x), shape(layers, SLOTS, rank, y), shape(layers, SLOTS, dtype=jnp.float32)
+
+    return [[row(model.layers, x, y) for y in ys] for x, ys in model.reads] + [[row(1, model.d, model.vocab)]]
+
+
+def decode(pool: list, x_TD: jax.Array, slot_T: jax.Array) -> jax.Array:
+    """[T, V]: every adapted linear of a decode step, each fed with what the one before made."""
+    *reads, head = pool
+    visits = visits_by_slot(slot_T)
+
+    def layer(x_TD: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
+        for rows in reads:
+            x_TX = jnp.resize(x_TD, (x_TD.shape[0], rows[0][0].shape[-1]))
+            for y_TY in gathered_lora(x_TX, rows, index, slot_T, visits):
+                x_TD = x_TD + jnp.resize(y_TY, x_TD.shape)
+        return x_TD, None
+
+    x_TD, _ = lax.scan(layer, x_TD, jnp.arange(reads[0][0][0].shape[0]))
+    return gathered_lora(x_TD, head, jnp.int32(0), slot_T, visits)[0]
+
+
+def decode_shapes(model: Model, rank: int) -> tuple:
+    return pool(model, rank), shape(ROWS, model.d), shape(ROWS, dtype=jnp.int32)
+
+
+def loss(rows: list, x: list) -> jax.Array:
+    """The sum of everything that the reads of one layer and the head add to lanes."""
+    return sum(
+        y.astype(jnp.float32).sum() for x_GJX, read in zip(x, rows, strict=True) for y in segmented_lora(x_GJX, read)
+    )
+
+
+train = jax.grad(loss, argnums=(0, 1))
+
+
+def train_shapes(model: Model, rank: int) -> tuple:
+    """float32 rows of lanes, and bfloat16 tokens."""
+
+    def row(x: int, y: int) -> tuple:
+        return tuple(shape(*sizes, dtype=jnp.float32) for sizes in ((LANES, rank, x), (LANES, rank, y), (LANES,)))
+
+    rows = [[row(x, y) for y in ys] for x, ys in model.reads] + [[row(model.d, model.vocab)]]
+    return rows, [shape(LANES, TOKENS, x) for x, _ in model.reads] + [shape(LANES, CHUNK, model.d)]
+
+
+def kernels(stablehlo: str) -> list[str]:
+    """Names of the Mosaic kernels of a lowered program."""
+    return re.findall(r'kernel_name = "([a-z_]+)"', stablehlo)
+
+
+def made_as_large_as(arrays: list, hlo: str) -> list[str]:
+    """Instructions of a compiled program that make an array of one of these shapes; handing it on makes nothing."""
+    sizes = {"[" + ",".join(map(str, a.shape)) + "]" for a in arrays}
+    hands_on = {"parameter", "get-tuple-element", "tuple", "while", "bitcast", "call", "conditional", "opt-barrier"}
+    found = []
+    for line in hlo.splitlines():
+        match = re.match(r"\s*(?:ROOT )?%?\S+ = (.+?) ([a-z][a-z0-9-]*)\(", line)
+        if match and match[2] not in hands_on and any(s in match[1] for s in sizes):
+            found.append(line.strip()[:200])
+    return found

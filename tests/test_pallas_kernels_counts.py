@@ -1,0 +1,107 @@
+"""Work follows adapters and tokens, not slots: counted, in a run where every fetch of rows and every product is seen.
+
+Loops run turn by turn in Python.  The XLA body reads rows with `dynamic_slice`, token by token.  Of the Pallas body the
+index maps are evaluated at every step of the grid: the pipeline fetches a block when, and only when, its index changes.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from kernel_checks import floats
+
+from pallas_kernels import dispatch, gathered_lora, gathered_lora_tpu
+from pallas_kernels.gathered_lora import visits_by_slot
+
+L, R, X, Y, LAYER = 2, 2, 6, 4, 1
+SLOTS = [8, 64, 512]
+
+
+def case(slots: int, tokens: int = 12):
+    """Arguments of the op: adapters out of all slots, several tokens of some, base tokens between."""
+    rng = np.random.default_rng(slots)
+    few = rng.choice(slots, 5, replace=False)
+    slot_T = np.append(few, [-1, slots - 1, -1, *few[:2], -1, few[0]]).astype(np.int32)[:tokens]
+    rows = [(floats(rng, L, slots, R, X), floats(rng, L, slots, R, Y), floats(rng, L, slots))]
+    return floats(rng, tokens, X), rows, jnp.int32(LAYER), rng.permutation(slot_T)
+
+
+def run(args):
+    with jax.disable_jit():
+        return gathered_lora.gathered_lora(*args)
+
+
+def expected(slot_T) -> tuple[set, int]:
+    active = [int(s) for s in slot_T if s >= 0]
+    assert len(set(active)) < len(active) < len(slot_T)
+    return {(LAYER, s) for s in active}, len(active)
+
+
+@pytest.mark.parametrize("slots", SLOTS)
+def test_xla_reads_the_rows_of_active_tokens_only(slots, monkeypatch):
+    """Each active token reads its adapter's rows; nobody else's are touched, base tokens read none."""
+    args = case(slots)
+    real, read = jax.lax.dynamic_slice, []
+
+    def dynamic_slice(operand, start, sizes):
+        assert operand.shape[:2] == (L, slots)
+        assert tuple(sizes[:2]) == (1, 1)
+        read.append((operand.shape[-1], (int(start[0]), int(start[1]))))
+        return real(operand, start, sizes)
+
+    monkeypatch.setattr(gathered_lora.lax, "dynamic_slice", dynamic_slice)
+    run(args)
+    adapters, tokens = expected(args[3])
+    for half in (X, Y):
+        places = [place for features, place in read if features == half]
+        assert set(places) == adapters
+        assert len(places) == tokens
+
+
+@pytest.mark.parametrize("slots", SLOTS)
+def test_pallas_fetches_each_adapter_once_and_visits_active_tokens(slots, monkeypatch):
+    args = case(slots)
+    real, calls = gathered_lora_tpu.pl.pallas_call, []
+
+    def pallas_call(body, *, grid_spec, **rest):
+        def call(*arrays):
+            calls.append((grid_spec, arrays))
+            return real(body, grid_spec=grid_spec, **rest)(*arrays)
+
+        return call
+
+    monkeypatch.setattr(gathered_lora_tpu.pl, "pallas_call", pallas_call)
+    with dispatch.interpreted():
+        run(args)
+    ((spec, arrays),) = calls
+    adapters, tokens = expected(args[3])
+    assert [int(n) for n in spec.grid] == [tokens]
+    scalars, inputs = arrays[: spec.num_scalar_prefetch], arrays[spec.num_scalar_prefetch :]
+    for block, array in zip(spec.in_specs, inputs, strict=True):
+        indices = [tuple(int(n) for n in block.index_map(i, *scalars)) for i in range(tokens)]
+        fetched = [index for index, last in zip(indices, [None, *indices], strict=False) if index != last]
+        if array.shape[:2] == (L, slots):
+            assert len(fetched) == len(adapters)
+            assert {index[:2] for index in fetched} == adapters
+        else:
+            assert sorted(index[0] for index in fetched) == [t for t, s in enumerate(args[3]) if s >= 0]
+
+
+@pytest.mark.parametrize("slots", SLOTS)
+def test_no_result_of_the_decode_program_has_a_slot_axis(slots):
+    """On the CPU: rows are cut out of the pool, which is a parameter and stays one."""
+    args = case(slots)
+    text = jax.jit(gathered_lora.gathered_lora).lower(*args).compile().as_text()
+    hands_on = ("parameter(", "get-tuple-element(", "tuple(", "while(", "conditional(", "call(", "bitcast(")
+    made = [line for line in text.splitlines() if f"[{L},{slots}," in line.partition(" = ")[2].partition("(")[0]]
+    assert [line for line in made if not any(f" {op}" in line for op in hands_on)] == []
+    assert made  # the pool itself is seen
+
+
+def test_visits_are_by_slot_and_skip_the_base():
+    visits = visits_by_slot(jnp.array([3, -1, 0, 3, -1, 1], jnp.int32))
+    assert visits.order_T.tolist() == [2, 5, 0, 3, 1, 4]
+    assert visits.slot_T.tolist() == [0, 1, 3, 3, -1, -1]
+    assert visits.count_1.tolist() == [4]

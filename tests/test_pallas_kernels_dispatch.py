@@ -1,0 +1,148 @@
+"""Which body runs: chosen by the platform a program is lowered for, under every transformation the callers use."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
+from kernel_checks import assert_same_bits, floats
+
+from pallas_kernels import dispatch
+from pallas_kernels.dispatch import TABLE, by_platform
+from pallas_kernels.gathered_lora import gathered_lora
+from pallas_kernels.segmented_lora import segmented_lora
+
+F32, BF16 = jnp.float32, jnp.bfloat16
+
+
+def shape(*sizes, dtype=BF16):
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+def kernels(function, *args, platform="tpu"):
+    """Names of the Mosaic kernels in the program lowered for that platform."""
+    text = jax.jit(function).trace(*args).lower(lowering_platforms=(platform,)).as_text()
+    return [line.split('kernel_name = "')[1].split('"')[0] for line in text.splitlines() if "tpu_custom_call" in line]
+
+
+def decode(dtype=BF16, rank=16, features=256, out=384):
+    rows = [(shape(2, 4, rank, features, dtype=dtype), shape(2, 4, rank, out, dtype=dtype), shape(2, 4, dtype=F32))]
+    return shape(8, features, dtype=dtype), rows, shape(dtype=jnp.int32), shape(8, dtype=jnp.int32)
+
+
+def train(dtype=BF16, rank=16, features=256, out=384):
+    rows = [(shape(2, rank, features, dtype=F32), shape(2, rank, out, dtype=F32), shape(2, dtype=F32))]
+    return shape(2, 32, features, dtype=dtype), rows
+
+
+def loss(x, rows):
+    return sum(y.astype(F32).sum() for y in segmented_lora(x, rows))
+
+
+def test_the_platform_lowered_for_decides():
+    for platform in ("cpu", "cuda"):
+        assert kernels(gathered_lora, *decode(), platform=platform) == []
+        assert kernels(segmented_lora, *train(), platform=platform) == []
+    assert kernels(gathered_lora, *decode()) == ["gathered_lora"]
+    assert kernels(segmented_lora, *train()) == ["segmented_lora"]
+
+
+def test_gradients_have_their_own_bodies():
+    back = ["segmented_lora", "segmented_lora_expand_back", "segmented_lora_shrink_back"]
+    assert kernels(jax.grad(loss, argnums=(0, 1)), *train()) == back
+    assert kernels(jax.grad(loss, argnums=(0, 1)), *train(), platform="cpu") == []
+
+
+def test_under_scan_and_checkpoint():
+    def model(x, rows):
+        @jax.checkpoint
+        def layer(x, _):
+            return x + segmented_lora(x, rows)[0], None
+
+        return jax.lax.scan(layer, x, None, length=3)[0].astype(F32).sum()
+
+    found = kernels(jax.grad(model, argnums=1), *train(out=256))
+    assert sorted(set(found)) == ["segmented_lora", "segmented_lora_expand_back", "segmented_lora_shrink_back"]
+
+
+def test_under_shard_map():
+    x, rows, layer, slots = decode()
+    mesh = AbstractMesh((4,), ("tensor",), axis_types=(AxisType.Auto,))
+    split = P(None, None, None, "tensor")
+    specs = (P(), [(P(), split, P())], P(), P())
+    sharded = jax.shard_map(gathered_lora, mesh=mesh, in_specs=specs, out_specs=(P(None, "tensor"),), check_vma=False)
+    assert kernels(sharded, x, rows, layer, slots) == ["gathered_lora"]
+
+
+@pytest.mark.parametrize(
+    ("function", "args"),
+    [
+        (gathered_lora, decode(dtype=jnp.float16)),
+        (gathered_lora, decode(rank=512, out=2**16)),
+        (segmented_lora, train(dtype=jnp.float16)),
+        (segmented_lora, train(rank=4096, out=2**16 + 1)),
+    ],
+    ids=["decode in float16", "rows beyond the chip", "lanes in float16", "no block has room"],
+)
+def test_the_table_routes_what_the_kernel_cannot_do(function, args):
+    assert kernels(function, *args) == []
+
+
+@pytest.mark.parametrize("platform", ["rocm", "oneapi"])
+def test_a_platform_that_the_table_lacks_is_refused(platform):
+    with pytest.raises(NotImplementedError, match=platform):
+        kernels(gathered_lora, *decode(), platform=platform)
+    with pytest.raises(NotImplementedError, match=platform):
+        kernels(segmented_lora, *train(), platform=platform)
+
+
+def test_the_docstring_shows_the_table():
+    shown, op = {}, ""
+    for line in dispatch.__doc__.split("why\n")[1].split("\n\n")[0].splitlines():
+        words = line.split()
+        if words[0] in TABLE:
+            op, words = words[0], words[1:]
+        if words[0] in ("cpu", "cuda", "tpu"):
+            shown.setdefault(op, {})[words[0]] = [words[1]]
+            last = shown[op][words[0]]
+        else:
+            last.append(words[0])
+    assert shown == {
+        op: {p: [r.body] if r.body == r.otherwise else [r.body, r.otherwise] for p, r in routes.items()}
+        for op, routes in TABLE.items()
+    }
+
+
+def test_interpreted_bodies_are_a_configuration_that_jit_sees():
+    def op(x):
+        return by_platform("gathered_lora", x, xla=lambda x: x, pallas=lambda x, interpret: x + 1, fits=True)
+
+    step = jax.jit(op)
+    assert step(0.0) == 0
+    with dispatch.interpreted():
+        assert step(0.0) == 1
+    assert step(0.0) == 0
+
+
+def test_a_name_inside_a_body_is_kept_under_checkpoint():
+    """What the XLA body of segmented_lora relies on: h is kept and not computed again."""
+    rng = np.random.default_rng(0)
+    x, w = floats(rng, 4, 8), floats(rng, 8, 8)
+
+    def body(x, w):
+        return jnp.sin(checkpoint_name(x @ w, "kept"))
+
+    def gradient(f):
+        policy = jax.checkpoint_policies.save_only_these_names("kept")
+        return jax.grad(lambda x, w: jax.checkpoint(f, policy=policy)(x, w).sum(), argnums=(0, 1))
+
+    def op(x, w):
+        return by_platform("segmented_lora", x, w, xla=body, pallas=lambda x, w, _: body(x, w), fits=True)
+
+    compiled = [jax.jit(gradient(f)).lower(x, w).compile() for f in (op, body)]
+    assert compiled[0].as_text().count(" dot(") == compiled[1].as_text().count(" dot(") == 3
+    assert_same_bits(compiled[0](x, w), compiled[1](x, w))

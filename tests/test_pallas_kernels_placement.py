@@ -1,0 +1,116 @@
+"""On a mesh: each device runs the kernels on its part, and the collectives are those that Placement's table names.
+
+Here programs are lowered on abstract meshes; that the numbers stay the same is checked on virtual devices.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+from kernel_shapes import kernels, shape
+
+from pallas_kernels.gathered_lora import gathered_lora
+from pallas_kernels.placement import Placement
+from pallas_kernels.segmented_lora import segmented_lora
+
+TESTS = Path(__file__).parent
+MESH = AbstractMesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+COLUMN = Placement(mesh=MESH, rows=("data",), y="tensor")
+ROW = Placement(mesh=MESH, rows=("data",), x="tensor")
+T, X, Y, R, G, J = 8, 512, 1024, 16, 4, 64
+TARGETS = 3
+
+
+def lowered(function, *args) -> tuple[Counter, dict[str, list[str]]]:
+    """(Mosaic kernels by name, result types of each kind of collective) of the program for TPU."""
+    text = jax.jit(function).trace(*args).lower(lowering_platforms=("tpu",)).as_text()
+    collectives = {}
+    kinds = "all_reduce|all_gather|all_to_all|collective_permute|reduce_scatter"
+    for match in re.finditer(rf'"?stablehlo\.({kinds})"?.*?-> \(?(tensor<[^>]*>)', text, re.DOTALL):
+        collectives.setdefault(match[1], []).append(match[2])
+    return Counter(kernels(text)), collectives
+
+
+def decode():
+    f32 = jnp.float32
+    row = shape(2, 4, R, X), shape(2, 4, R, Y), shape(2, 4, dtype=f32)
+    return shape(T, X), [row] * TARGETS, shape(dtype=jnp.int32), shape(T, dtype=jnp.int32)
+
+
+def train():
+    f32 = jnp.float32
+    return shape(G, J, X), [(shape(G, R, X, dtype=f32), shape(G, R, Y, dtype=f32), shape(G, dtype=f32))] * TARGETS
+
+
+def gathered(placement):
+    return lambda *args: gathered_lora(*args, placement=placement)
+
+
+def gradient(placement):
+    def loss(x, ab, scales):
+        rows = [(a, b, s) for (a, b), s in zip(ab, scales, strict=True)]
+        return sum(y.astype(jnp.float32).sum() for y in segmented_lora(x, rows, placement))
+
+    def of(x, rows):
+        return jax.grad(loss, argnums=(0, 1))(x, [(a, b) for a, b, _ in rows], [s for _, _, s in rows])
+
+    return of
+
+
+def test_decode_column_parallel_needs_no_collective():
+    assert lowered(gathered(COLUMN), *decode()) == ({"gathered_lora": 1}, {})
+
+
+def test_decode_row_parallel_sums_h():
+    """One [tokens, R] per target, of the tokens of one part of the mesh."""
+    found, collectives = lowered(gathered(ROW), *decode())
+    assert found == {"gathered_lora_shrink": 1, "gathered_lora_expand": 1}
+    assert collectives == {"all_reduce": [f"tensor<{T // 2}x{R}xf32>"] * TARGETS}
+
+
+def test_lanes_column_parallel_sums_dh_of_all_targets_at_once():
+    forward = lowered(lambda *args: segmented_lora(*args, COLUMN), *train())
+    assert forward == ({"segmented_lora": 1}, {})
+    found, collectives = lowered(gradient(COLUMN), *train())
+    assert found == {"segmented_lora": 1, "segmented_lora_expand_back": TARGETS, "segmented_lora_shrink_back": 1}
+    assert collectives == {"all_reduce": [f"tensor<{G // 2}x{J}x{TARGETS * R}xf32>"]}
+
+
+def test_lanes_row_parallel_sum_h_of_all_targets_at_once():
+    """Forward only: the sum that the gradient of scale needs is dropped where nobody asks for it."""
+    h = f"tensor<{G // 2}x{J}x{TARGETS * R}xf32>"
+    assert lowered(lambda *args: segmented_lora(*args, ROW), *train()) == ({}, {"all_reduce": [h]})
+    found, collectives = lowered(gradient(ROW), *train())
+    assert found == {"segmented_lora_expand_back": TARGETS, "segmented_lora_shrink_back": 1}
+    assert collectives == {"all_reduce": [h]}
+
+
+def test_without_a_placement_a_mesh_is_refused():
+    """Nothing is gathered behind anybody's back."""
+    x, rows, layer, slots = decode()
+    split = jax.sharding.NamedSharding(MESH, jax.sharding.PartitionSpec("data"))
+    x, slots = (jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=split) for v in (x, slots))
+    with pytest.raises(NotImplementedError, match="shard_map"):
+        lowered(gathered(None), x, rows, layer, slots)
+
+
+def test_numbers_are_those_of_one_device(tmp_path):
+    """All bodies, interpreted and XLA's, on eight virtual devices, in a process of its own."""
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
+    }
+    command = [sys.executable, "-W", "error", str(TESTS / "placement_world.py")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.split() == ["14"]

@@ -1,0 +1,221 @@
+"""The Pallas bodies, interpreted on the CPU, against the oracles: what they compute, and whose numbers reach whom.
+
+Shapes are tiny: interpretation is slow.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_checks import BF16, F32, assert_close, assert_no_nan, assert_same_bits, floats, positive
+
+from pallas_kernels import dispatch, segmented_lora_tpu, tpu_blocks
+from pallas_kernels.gathered_lora import gathered_lora, gathered_lora_oracle
+from pallas_kernels.segmented_lora import segmented_lora, segmented_lora_oracle
+
+# ---- gathered ---------------------------------------------------------------------------------------------------------
+
+L, S, R, X, Y, Y2, T = 2, 4, 4, 12, 8, 5, 7
+
+SLOTS = {
+    "mixed": [0, 2, -1, 1, 3, 2, 0],
+    "one adapter": [2] * T,
+    "nobody": [-1] * T,
+    "base beside tuned": [-1, 1, -1, -1, 1, -1, 1],
+    "last slot first": [3, 0, 3, 0, 0, 3, 3],
+    "last token tuned": [-1, -1, -1, -1, -1, -1, 3],
+}
+named = pytest.mark.parametrize("slots", SLOTS.values(), ids=SLOTS.keys())
+
+
+@jax.jit
+def run(x, rows, layer, slots):
+    with dispatch.interpreted():
+        return gathered_lora(x, rows, layer, slots)
+
+
+def pool(seed):
+    """x [T, X] and two targets of rows (a, b, scale) that share it."""
+    rng = np.random.default_rng(seed)
+    rows = [(floats(rng, L, S, R, X), floats(rng, L, S, R, y), floats(rng, L, S)) for y in (Y, Y2)]
+    return floats(rng, T, X), rows
+
+
+def ids(slots):
+    return np.array(slots, np.int32)
+
+
+def without(rows, keep, layer):
+    """Rows in which only the slots of `keep`, in one layer, are numbers."""
+    out = []
+    for row in rows:
+        new = tuple(np.full_like(x, np.nan) for x in row)
+        for slot in keep:
+            for to, of in zip(new, row, strict=True):
+                to[layer, slot] = of[layer, slot]
+        out.append(new)
+    return out
+
+
+@named
+def test_gathered_equals_oracle_whatever_the_other_slots_hold(slots):
+    x, rows = pool(0)
+    got = run(x, without(rows, {s for s in slots if s >= 0}, 1), jnp.int32(1), ids(slots))
+    for y, (a, b, scale) in zip(got, rows, strict=True):
+        assert_close(y, gathered_lora_oracle(x, a[1], b[1], scale[1], ids(slots)), F32)
+        assert not np.asarray(y)[ids(slots) == -1].any()
+
+
+@pytest.mark.parametrize("poison", range(S))
+def test_gathered_nan_of_one_tenant_stays_with_its_tokens(poison):
+    x, rows = pool(1)
+    clean = run(x, rows, jnp.int32(0), ids(SLOTS["mixed"]))
+    got = run(x, without(rows, set(range(S)) - {poison}, 0), jnp.int32(0), ids(SLOTS["mixed"]))
+    others = ids(SLOTS["mixed"]) != poison
+    for g, c in zip(got, clean, strict=True):
+        assert_same_bits(g[others], c[others])
+        assert np.isnan(g[~others]).all()
+
+
+def test_gathered_nan_of_a_base_token_stays_away():
+    x, rows = pool(2)
+    clean = run(x, rows, jnp.int32(0), ids(SLOTS["mixed"]))
+    x[2] = np.nan
+    assert_same_bits(run(x, rows, jnp.int32(0), ids(SLOTS["mixed"])), clean)
+
+
+def test_gathered_smallest_shapes():
+    x, [(a, b, scale), _] = pool(3)
+    a, b = a[:, :, :1], b[:, :, :1]
+    (got,) = run(x[:1], [(a, b, scale)], jnp.int32(0), ids([3]))
+    assert_close(got, gathered_lora_oracle(x[:1], a[0], b[0], scale[0], ids([3])), F32)
+
+
+def test_gathered_bfloat16_sums_in_float32():
+    """512 positive terms: a bfloat16 sum stops growing at 256."""
+    rng = np.random.default_rng(4)
+    x, a, b = positive(rng, 2, 512), positive(rng, 1, 1, R, 512), positive(rng, 1, 1, R, Y)
+    (got,) = run(x, [(a, b, np.ones((1, 1), np.float32))], jnp.int32(0), ids([0, 0]))
+    assert got.dtype == jnp.bfloat16
+    assert_close(got, gathered_lora_oracle(x, a[0], b[0], np.ones(1, np.float32), ids([0, 0])), BF16)
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), slots=st.lists(st.integers(-1, S - 1), min_size=T, max_size=T))
+def test_gathered_any_slots(seed, slots):
+    x, rows = pool(seed)
+    got = run(x, rows, jnp.int32(0), ids(slots))
+    for y, (a, b, scale) in zip(got, rows, strict=True):
+        want = gathered_lora_oracle(x, a[0], b[0], scale[0], ids(slots))
+        assert_close(y, want, {"rtol": 1e-4, "atol": 1e-4})  # some draws cancel
+
+
+def test_gathered_gradient_is_that_of_the_oracle():
+    x, [(a, b, scale), _] = pool(5)
+    w, slots = floats(np.random.default_rng(6), T, Y), ids(SLOTS["mixed"])
+    got = jax.jit(jax.grad(lambda x, a, b: (w * run(x, [(a, b, scale)], jnp.int32(1), slots)[0]).sum(), (0, 1, 2)))
+    want = jax.grad(lambda x, a, b: (w * gathered_lora_oracle(x, a[1], b[1], scale[1], slots)).sum(), argnums=(0, 1, 2))
+    assert_close(got(x, a, b), want(x, a, b), F32)
+
+
+# ---- segmented --------------------------------------------------------------------------------------------------------
+
+G, J = 3, 32
+RANKS, WIDTHS = (4, 2), (512, 256)
+
+
+def op(x, rows):
+    with dispatch.interpreted():
+        return segmented_lora(x, rows)
+
+
+def loss(f):
+    def weighted(x, rows, w):
+        return sum((v.astype(jnp.float32) * u).sum() for v, u in zip(f(x, rows), w, strict=True))
+
+    return weighted
+
+
+def values_and_gradients(x, rows, w):
+    return op(x, rows), jax.grad(loss(op), argnums=(0, 1))(x, rows, w)
+
+
+run_lanes = jax.jit(values_and_gradients)
+
+
+@jax.jit
+def oracle_lanes(x, rows, w):
+    def oracle(x, rows):
+        return tuple(segmented_lora_oracle(x, *row) for row in rows)
+
+    return oracle(x, rows), jax.grad(loss(oracle), argnums=(0, 1))(x, rows, w)
+
+
+def lanes(seed, tokens=J, features=X):
+    """x [G, J, X], two targets (a, b, scale), a weight of each output."""
+    rng = np.random.default_rng(seed)
+    rows = [
+        (floats(rng, G, r, features), floats(rng, G, r, y), floats(rng, G)) for r, y in zip(RANKS, WIDTHS, strict=True)
+    ]
+    return floats(rng, G, tokens, features), rows, [floats(rng, G, tokens, y) for y in WIDTHS]
+
+
+# Sums of up to 1000 products of size 10 or less, values up to some 1000: a float32 ends 2**-24 * 1000 * sqrt(1000) off at
+# worst, 2e-3.  A wrong index, mask or scale is off by 1 and more.
+SUMS = {"rtol": 1e-5, "atol": 2e-3}
+
+
+@pytest.mark.parametrize("tokens", [1, 5, J], ids=["one token", "odd", "two tiles"])
+def test_segmented_equals_oracle_forward_and_backward(tokens):
+    args = lanes(0, tokens)
+    assert_close(run_lanes(*args), oracle_lanes(*args), SUMS)
+
+
+def test_segmented_in_many_blocks_equals_oracle(monkeypatch):
+    """Every loop of the kernels turns: three blocks of tokens, several of features."""
+    small = tpu_blocks.Blocks(vmem_bytes=240 * 1024, tokens=16)
+    monkeypatch.setitem(tpu_blocks.TABLE, "any TPU", small)
+    x, rows, w = lanes(1, tokens=48, features=384)
+    assert segmented_lora_tpu.forward_cut(x, rows) == (16, 2)
+    assert segmented_lora_tpu.expand_back_cut(48, x.dtype, rows[0][1]) == (16, 2)
+    assert segmented_lora_tpu.shrink_back_cut(x, [a for a, _, _ in rows]) == (16, 3)
+    fresh = jax.jit(lambda *args: values_and_gradients(*args))
+    assert_close(fresh(x, rows, w), oracle_lanes(x, rows, w), SUMS)
+
+
+@pytest.mark.parametrize("bad", ["adapter", "input", "cotangent"])
+def test_segmented_nan_of_a_lane_stays_in_it(bad):
+    x, rows, w = lanes(2)
+    clean = run_lanes(x, rows, w)
+    for array in {"adapter": [v for row in rows for v in row], "input": [x], "cotangent": w}[bad]:
+        array[1] = np.nan
+    got = run_lanes(x, rows, w)
+    others = np.array([0, 2])
+    assert_same_bits(jax.tree.map(lambda v: v[others], got), jax.tree.map(lambda v: v[others], clean))
+    assert any(np.isnan(np.asarray(leaf)[1]).all() for leaf in jax.tree.leaves(got))
+
+
+def test_segmented_zero_rows_of_smaller_ranks_get_no_gradient():
+    x, rows, w = lanes(3)
+    for a, b, _ in rows:
+        a[1, 1:], b[1, 1:] = 0, 0
+    _, (_, drows) = run_lanes(x, rows, w)
+    for da, db, _ in drows:
+        assert not np.asarray(da)[1, 1:].any()
+        assert not np.asarray(db)[1, 1:].any()
+        assert np.asarray(da)[1, :1].all()
+
+
+def test_segmented_bfloat16_sums_in_float32():
+    """512 positive terms over features and over tokens."""
+    rng = np.random.default_rng(5)
+    x, a, b, w = positive(rng, 1, 512, 512), positive(rng, 1, 2, 512), positive(rng, 1, 2, Y), positive(rng, 1, 512, Y)
+    rows = [(a, b, np.array([0.5], np.float32))]
+    got, want = run_lanes(x, rows, [w]), oracle_lanes(x, rows, [w])
+    assert [v.dtype for v in jax.tree.leaves(got)] == [jnp.bfloat16] * 4 + [jnp.float32]
+    assert_close(got, want, BF16)
+    assert_no_nan(*jax.tree.leaves(got))
