@@ -79,9 +79,9 @@ def attend(
 
     def page_spec(b: int) -> pl.BlockSpec:
         def index(i, layer, run, block, first, last, page) -> tuple:
-            column = jnp.clip(block[i] * size.pages + b, 0, jnp.maximum(last[run[i]], 0) // Z)
+            column = jnp.minimum(block[i] * size.pages + b, lax.div(jnp.maximum(last[run[i]], 0), Z))
             # With nobody to visit the first fetch may still begin: of a page that exists.
-            return layer[0], jnp.clip(page[run[i] // runs * C + column], 0, P - 1), 0, 0
+            return layer[0], jnp.clip(page[lax.div(run[i], runs) * C + column], 0, P - 1), 0, 0
 
         return pl.BlockSpec((pl.squeezed, pl.squeezed, Z, F), index)
 
@@ -161,7 +161,7 @@ def _visit(layer, run, block, first, last, page, q_KIH, position_I1, *refs, wind
         best_KIL[k] = jnp.broadcast_to(best_I1, (I, LANES))
         total_KIL[k] = jnp.broadcast_to(total_I1, (I, LANES))
 
-    @pl.when(block[i] == last[s] // E)
+    @pl.when(block[i] == lax.div(last[s], E))
     def end() -> None:
         for k in range(K):
             out_KIH[k] = (acc_KIH[k] / total_KIL[k][:, :1]).astype(out_KIH.dtype)

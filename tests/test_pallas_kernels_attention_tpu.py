@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_pallas_kernels_attention as packed
 import test_pallas_kernels_paged_attention as paged
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_checks import BF16, F32, assert_close, assert_no_nan, assert_same_bits
+from kernel_checks import BF16, F32, assert_close, assert_no_nan, assert_same_bits, floats, positive
 
 from pallas_kernels import dispatch, paged_attention_tpu, tpu_blocks
+from pallas_kernels.attention import packed_attention
 from pallas_kernels.paged_attention import paged_attention
 
 # ---- pages ------------------------------------------------------------------------------------------------------------
@@ -131,3 +133,78 @@ def test_paged_what_has_no_room_is_refused(monkeypatch):
     assert cut(2**15) is None
     monkeypatch.setitem(tpu_blocks.TABLE, "any TPU", tpu_blocks.Blocks(vmem_bytes=2**20, tokens=16))
     assert cut(128) is None
+
+
+# ---- packed lanes -----------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def program(window):
+    """jit of (out, dq, dk, dv)."""
+
+    def both(q, k, v, segment, d):
+        with dispatch.interpreted():
+            out, pull = jax.vjp(lambda q, k, v: packed_attention(q, k, v, segment, window=window), q, k, v)
+            return out, *pull(d.astype(out.dtype))
+
+    return jax.jit(both)
+
+
+def run_packed(arrays, segments, window=None):
+    q, k, v, d = arrays
+    return program(window)(q, k, v, np.array(segments, np.int32), d)
+
+
+@packed.named
+@pytest.mark.parametrize("window", [None, 5])
+def test_packed_is_the_definition_whatever_padding_holds(segments, window):
+    q, k, v, d = packed.world()
+    want = packed.by_hand(q, k, v, segments, window, d)
+    padding = np.array(segments) == 0
+    for x in (q, k, v, d):
+        x[padding] = np.nan
+    got = run_packed((q, k, v, d), segments, window)
+    assert_close(got, want, F32)
+    assert not any(np.asarray(x)[padding].any() for x in got)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_packed_in_many_blocks_equals_the_xla_body(window, monkeypatch):
+    """300 tokens are three blocks of 128, the last not full; segments and the window end inside blocks."""
+    monkeypatch.setitem(tpu_blocks.TABLE, "any TPU", tpu_blocks.Blocks(vmem_bytes=2**24, tokens=128))
+    rng = np.random.default_rng(1)
+    q, k, v, d = (floats(rng, 2, 300, n, 4) for n in (4, 2, 2, 4))
+    segments = np.array([[1] * 190 + [2] * 110, [1] * 40 + [2] * 250 + [0] * 10], np.int32)
+
+    def values(q, k, v, d):
+        out, pull = jax.vjp(lambda *qkv: packed_attention(*qkv, segments, window=window, block=300), q, k, v)
+        return out, *pull(d)
+
+    want = jax.jit(values)(q, k, v, d)
+    with dispatch.interpreted():
+        got = jax.jit(values)(q, k, v, d)
+    assert_close(got, want, {"rtol": 1e-4, "atol": 1e-5})  # sums of up to 250 terms
+
+
+@pytest.mark.parametrize("bad", range(4), ids=["q", "k", "v", "cotangent"])
+def test_packed_nan_of_a_lane_stays_in_it(bad):
+    segments = packed.CASES["ragged"]
+    clean = run_packed(packed.world(2), segments)
+    arrays = packed.world(2)
+    arrays[bad][1] = np.nan
+    got = run_packed(arrays, segments)
+    others = np.array([0, 2])
+    assert_same_bits(packed.lanes(got, others), packed.lanes(clean, others))
+    assert any(np.isnan(np.asarray(x)[1]).all() for x in got)
+
+
+def test_packed_bfloat16_sums_in_float32():
+    """512 keys of equal weight: a bfloat16 sum stops growing at 256 terms."""
+    rng = np.random.default_rng(8)
+    v = positive(rng, 1, 512, 1, 4)
+    q = np.zeros((1, 512, 1, 4), v.dtype)
+    with dispatch.interpreted():
+        got = packed_attention(q, np.zeros_like(v), v, np.ones((1, 512), np.int32), window=None)
+    assert got.dtype == jnp.bfloat16
+    want = np.cumsum(v.astype("f8"), 1) / np.arange(1, 513)[None, :, None, None]
+    assert_close(got, want, BF16)

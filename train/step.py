@@ -19,7 +19,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from jaxlora.config import LANE_BLOCK
-from jaxlora.mesh import replicated
+from jaxlora.mesh import attention_placement, replicated
 from jaxlora.model import Base, TokenBatch, forward, head_weight
 from jaxlora.pool import LaneLora, LoraLayout, LoraRows, PoolSpec, Rows, empty_pool
 from pallas_kernels import NO_ADAPTER
@@ -100,9 +100,8 @@ def lane_losses(base: Base, rows_LG: Rows, batch: TrainBatch) -> tuple[jax.Array
 
     def attend(layer, q_TNH, k_TKH, v_TKH, cache):
         lanes = [x.reshape(G, J, *x.shape[1:]) for x in (q_TNH, k_TKH, v_TKH)]
-        return packed_attention(*lanes, batch.segment_GJ, window=base.config.window, block=LANE_BLOCK).reshape(
-            q_TNH.shape
-        ), cache
+        options = {"window": base.config.window, "block": LANE_BLOCK, "placement": attention_placement(base.mesh)}
+        return packed_attention(*lanes, batch.segment_GJ, **options).reshape(q_TNH.shape), cache
 
     tokens = TokenBatch(
         token_T=batch.token_GJ.reshape(-1),
