@@ -112,7 +112,7 @@ def test_the_check_runs_when_traced_and_costs_a_compiled_call_nothing():
         ),
         pytest.param(
             cross_entropy.target_logprob,
-            (zeros(2, 4, 8), zeros(8, 9), zeros(8, 9), zeros(2, 4), zeros(2, 4), None),
+            (zeros(2, 4, 8), zeros(8, 9), zeros(8, 9), zeros(2, 4, 1), zeros(2, 4), None),
             "axis V is 8 in back_VD",
             id="target_logprob",
         ),

@@ -112,15 +112,16 @@ def lane_losses(base: Base, rows_LG: Rows, batch: TrainBatch) -> tuple[jax.Array
     x_TD, _ = forward(base, tokens, lora, attend, ())
     wanted_GJ = batch.weight_GJ != 0
     with jax.default_matmul_precision(base.precision):
-        logprob_GJ, hit_GJ = target_logprob(
+        logprob_GJK, hit_GJK = target_logprob(
             x_TD.reshape(G, J, -1),
             *head_weight(base),
-            batch.target_GJ,
+            batch.target_GJ[..., None],
             wanted_GJ,
             lora.head_rows(),
             placement=lora.head_placement(),
             chunk=min(LANE_BLOCK, J),
         )
+    logprob_GJ, hit_GJ = logprob_GJK[..., 0], hit_GJK[..., 0]
     loss_G = cross_entropy(logprob_GJ, batch.weight_GJ).sum(1)
     sums = LaneSums(
         loss_G=loss_G,
