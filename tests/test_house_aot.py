@@ -44,7 +44,7 @@ DECODE_KERNELS = {"gathered_lora": 2, "gathered_lora_shrink": 2, "gathered_lora_
 SPLASH = dict.fromkeys(  # the forward kernel once: what it gave is kept for the backward pass
     [f"splash_mha_{name}residuals" for name in ("fwd_segmented_", "dkv_segmented_no_", "dq_segmented_no_")], 1
 )
-ROWS, LANES, TOKENS, RANK = 32, 4, 512, 16
+ROWS, LANES, TOKENS, RANK = 32, 4, 256, 16
 PAGES = (30, 200, 64, 192)  # a compiler that may choose would put 200 last: it pads to 256 as 192 does, and less
 
 
