@@ -14,6 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxlora.errors import ConfigInvalid
 from jaxlora.model_config import ModelConfig
+from pallas_kernels.placement import Placement
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -54,6 +55,14 @@ def sharding(mesh: Mesh, axes: Sequence[str | None]) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding of a small array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def attention_placement(mesh: Mesh) -> Placement | None:
+    """How attention lies on the mesh, for its kernels: lanes as in a batch, heads over tensor; None on one device."""
+    lanes, heads = RULES["lanes"], RULES["kv_heads"]
+    assert isinstance(lanes, tuple)
+    assert isinstance(heads, str)
+    return None if mesh.size == 1 else Placement(mesh=mesh, rows=lanes, heads=heads)
 
 
 def place_rows[T](mesh: Mesh, batch: T) -> T:

@@ -8,19 +8,24 @@ Shape letters: G lanes, J tokens of a lane, N query heads, K kv heads, M queries
 I rows of one kv head's query block (M * block), Z keys of a block.
 A masked score is selected away, and so is whatever padding holds.  A lane holds one tenant's segments, so a NaN stays
 with its owner; a block that another lane needs adds exact zeros to this one.
+The above is the XLA body; `dispatch` says where another runs.
 Source: FlashAttention (arXiv 2205.14135).
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import KEPT
+from pallas_kernels import KEPT, attention_tpu
+from pallas_kernels.dispatch import by_platform, known_dtypes
+from pallas_kernels.placement import Placement
 from pallas_kernels.shapes import shaped
 
 MASKED = -1e30  # finite, so that a row with nothing to see gives numbers
@@ -53,12 +58,14 @@ def packed_attention(
     *,
     window: int | None,
     block: int = 32,
+    placement: Placement | None = None,
 ) -> jax.Array:
     """[G, J, N, H] in q's dtype, products and softmax in float32; zeros for padding (segment 0).
 
     segment_GJ: int32, non-decreasing runs within a lane apart from padding.
     `window`: a token sees at most this many tokens, itself included; None is no limit.
-    `block`: tokens of a block; a lane shorter than one is one block.  Must divide J.
+    `block`: tokens of a block of the XLA body; a lane shorter than one is one block.  Must divide J.
+    placement: where the arrays lie, on a mesh of several devices.
     Raises ValueError when it does not.
     """
     J = q_GJNH.shape[1]
@@ -66,7 +73,7 @@ def packed_attention(
     if J % block:
         raise ValueError(f"packed_attention: block {block} does not divide the {J} tokens of a lane")
     q, k, v = (jnp.where((segment_GJ != 0)[:, :, None, None], x, 0) for x in (q_GJNH, k_GJKH, v_GJKH))
-    return _flash(q, k, v, segment_GJ, window, block)
+    return _flash(q, k, v, segment_GJ, window, block, placement)
 
 
 def _by_head(x_GJNH: jax.Array, K: int) -> jax.Array:
@@ -111,12 +118,63 @@ def _scores(
     return jnp.where((same & seen[None])[:, None, None], score, MASKED)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _flash(q_GJNH, k_GJKH, v_GJKH, segment_GJ, window: int | None, block: int):
-    return _flash_forward(q_GJNH, k_GJKH, v_GJKH, segment_GJ, window, block)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _flash(q_GJNH, k_GJKH, v_GJKH, segment_GJ, window: int | None, block: int, placement: Placement | None):
+    return _flash_forward(q_GJNH, k_GJKH, v_GJKH, segment_GJ, window, block, placement)[0]
 
 
-def _flash_forward(q_GJNH, k_GJKH, v_GJKH, segment_GJ, window, block):
+def _flash_forward(q_GJNH, k_GJKH, v_GJKH, segment_GJ, window, block, placement):
+    args = q_GJNH, k_GJKH, v_GJKH, segment_GJ
+    xla = functools.partial(_blocks_forward, window, block)
+    pallas = _placed(functools.partial(_splash_forward, window), placement, "hhhr", "hl")
+    out_GJNH, lse = by_platform(
+        "packed_attention", *args, xla=xla, pallas=pallas, fits=known_dtypes(q_GJNH, k_GJKH, v_GJKH)
+    )
+    out_GJNH, lse = checkpoint_name(out_GJNH, KEPT), checkpoint_name(lse, KEPT)
+    return out_GJNH, (*args, out_GJNH, lse)
+
+
+def _flash_backward(window, block, placement, saved, d_GJNH):
+    xla = functools.partial(_blocks_backward, window, block)
+    pallas = _placed(functools.partial(_splash_backward, window), placement, "hhhrhlh", "hhh")
+    fits = known_dtypes(*saved[:3])
+    return *by_platform("packed_attention", *saved, d_GJNH, xla=xla, pallas=pallas, fits=fits), None
+
+
+_flash.defvjp(_flash_forward, _flash_backward)
+
+
+def _placed(body: Callable[..., tuple], placement: Placement | None, ins: str, outs: str) -> Callable[..., tuple]:
+    """The body, run by each device on its lanes and heads.  Letters: h [G, J, heads, H], r [G, J], l [G, heads, M, J]."""
+    if placement is None:
+        return body
+    rows, heads = placement.rows, placement.heads
+    spec = {"h": P(rows, None, heads), "r": P(rows), "l": P(rows, heads)}
+
+    def on_each(*args):
+        *arrays, interpret = args
+        local = placement.on_each(
+            lambda *parts: body(*parts, interpret), tuple(spec[i] for i in ins), tuple(spec[o] for o in outs)
+        )
+        return local(*arrays)
+
+    return on_each
+
+
+def _splash_forward(window, q_GJNH, k_GJKH, v_GJKH, segment_GJ, interpret):
+    """The Pallas body."""
+    out_GJNH, lse = attention_tpu.forward(q_GJNH, k_GJKH, v_GJKH, segment_GJ, window=window, interpret=interpret)
+    return jnp.where((segment_GJ != 0)[:, :, None, None], out_GJNH, 0), lse
+
+
+def _splash_backward(window, q_GJNH, k_GJKH, v_GJKH, segment_GJ, out_GJNH, lse, d_GJNH, interpret):
+    d_GJNH = jnp.where((segment_GJ != 0)[:, :, None, None], d_GJNH, 0)
+    kept = q_GJNH, k_GJKH, v_GJKH, segment_GJ, out_GJNH, lse
+    return attention_tpu.backward(*kept, d_GJNH, window=window, interpret=interpret)
+
+
+def _blocks_forward(window, block, q_GJNH, k_GJKH, v_GJKH, segment_GJ):
+    """The XLA body: ([G, J, N, H], float32 log-sums [G, K, M, J])."""
     G, J, N, H = q_GJNH.shape
     K = k_GJKH.shape[2]
     q, k, v = _by_head(q_GJNH, K) * H**-0.5, _by_head(k_GJKH, K), _by_head(v_GJKH, K)
@@ -143,12 +201,11 @@ def _flash_forward(q_GJNH, k_GJKH, v_GJKH, segment_GJ, window, block):
     start = jnp.zeros(q.shape), jnp.zeros(q.shape[:-1])
     out, lse = lax.fori_loop(0, J // block, query_block, start)
     out = jnp.where((segment_GJ != 0)[:, None, None, :, None], out, 0.0)
-    out_GJNH, lse = checkpoint_name(_by_token(out, q_GJNH.dtype), KEPT), checkpoint_name(lse, KEPT)
-    return out_GJNH, (q_GJNH, k_GJKH, v_GJKH, segment_GJ, out_GJNH, lse)
+    return _by_token(out, q_GJNH.dtype), lse
 
 
-def _flash_backward(window, block, saved, d_GJNH):
-    q_GJNH, k_GJKH, v_GJKH, segment_GJ, out_GJNH, lse = saved
+def _blocks_backward(window, block, q_GJNH, k_GJKH, v_GJKH, segment_GJ, out_GJNH, lse, d_GJNH):
+    """Gradients of q, k and v."""
     J, H = q_GJNH.shape[1], q_GJNH.shape[3]
     K = k_GJKH.shape[2]
     q, k, v = _by_head(q_GJNH, K) * H**-0.5, _by_head(k_GJKH, K), _by_head(v_GJKH, K)
@@ -178,7 +235,4 @@ def _flash_backward(window, block, saved, d_GJNH):
 
     dq, dk, dv = lax.fori_loop(0, J // block, query_block, (jnp.zeros_like(q), jnp.zeros_like(k), jnp.zeros_like(v)))
     dtype = q_GJNH.dtype
-    return _by_token(dq * H**-0.5, dtype), _by_token(dk, dtype), _by_token(dv, dtype), None
-
-
-_flash.defvjp(_flash_forward, _flash_backward)
+    return _by_token(dq * H**-0.5, dtype), _by_token(dk, dtype), _by_token(dv, dtype)

@@ -13,6 +13,14 @@ when the program is lowered for it.
                      cuda       xla      no body of its own yet
                      tpu        pallas   targets share one read of x, h stays on the chip
                                 xla      where no block has room on the chip, and for other dtypes
+    packed_attention cpu        xla      a loop over blocks that skips foreign segments, measured best
+                     cuda       xla      no body of its own yet
+                     tpu        pallas   JAX's splash attention
+                                xla      for other dtypes
+    paged_attention  cpu        xla      a loop over page columns, measured best
+                     cuda       xla      no body of its own yet
+                     tpu        pallas   reads pages in place, each sequence its own
+                                xla      where no run of tokens has room on the chip, and for other dtypes
 
 The other ops have one body, XLA, everywhere.
 """
@@ -42,6 +50,8 @@ XLA, PALLAS = Route("xla", "xla"), Route("pallas", "xla")
 TABLE = {
     "gathered_lora": {"cpu": XLA, "cuda": XLA, "tpu": PALLAS},
     "segmented_lora": {"cpu": XLA, "cuda": XLA, "tpu": PALLAS},
+    "packed_attention": {"cpu": XLA, "cuda": XLA, "tpu": PALLAS},
+    "paged_attention": {"cpu": XLA, "cuda": XLA, "tpu": PALLAS},
 }
 
 _interpreted = jax.make_user_context(False)

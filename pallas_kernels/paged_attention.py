@@ -2,28 +2,34 @@
 
 The keys and values of the new tokens are already written.  A lane is a run of tokens of one sequence; several lanes may
 belong to one sequence.  The loop runs over page columns with an online softmax, and its trip count is the pages of the
-longest lane, so one compiled program serves every length.
+longest lane, so one compiled program serves every length.  `dispatch` says which body runs.
 
 Shape letters: G lanes, J tokens of a lane, N query heads, K kv heads, M queries per kv head, H head,
-L layers, P pages, Z tokens per page, C pages per sequence.
+L layers, P pages, Z tokens per page, C pages per sequence, F = K * H features of a token's keys.
 Source: online softmax (arXiv 1805.02867); paged KV, vLLM (arXiv 2309.06180).
 """
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
+from pallas_kernels import paged_attention_tpu
 from pallas_kernels.attention import MASKED
+from pallas_kernels.dispatch import by_platform, known_dtypes
+from pallas_kernels.placement import Placement
 from pallas_kernels.shapes import shaped
 
 
 @shaped
 def paged_attention_oracle(
     q_GJNH: jax.Array,
-    k_LPZKH: jax.Array,
-    v_LPZKH: jax.Array,
+    k_LPZF: jax.Array,
+    v_LPZF: jax.Array,
     layer: jax.Array,
     page_GC: jax.Array,
     position_GJ: jax.Array,
@@ -32,9 +38,9 @@ def paged_attention_oracle(
 ) -> jax.Array:
     """The definition: gathers every page, then attends.  float32 [G, J, N, H]."""
     G, J, N, H = q_GJNH.shape
-    Z, K = k_LPZKH.shape[2:4]
-    k = k_LPZKH[layer][page_GC].reshape(G, -1, K, H).astype(jnp.float32)
-    v = v_LPZKH[layer][page_GC].reshape(G, -1, K, H).astype(jnp.float32)
+    Z, K = k_LPZF.shape[2], k_LPZF.shape[3] // H
+    k = k_LPZF[layer][page_GC].reshape(G, -1, K, H).astype(jnp.float32)
+    v = v_LPZF[layer][page_GC].reshape(G, -1, K, H).astype(jnp.float32)
     seen = _visible(position_GJ, jnp.arange(page_GC.shape[1] * Z), window)
     held = (jnp.arange(page_GC.shape[1] * Z)[None, :] <= position_GJ.max(1)[:, None])[:, :, None, None]
     q = q_GJNH.astype(jnp.float32).reshape(G, J, K, N // K, H)
@@ -47,22 +53,63 @@ def paged_attention_oracle(
 @shaped
 def paged_attention(
     q_GJNH: jax.Array,
-    k_LPZKH: jax.Array,
-    v_LPZKH: jax.Array,
+    k_LPZF: jax.Array,
+    v_LPZF: jax.Array,
     layer: jax.Array,
     page_GC: jax.Array,
     position_GJ: jax.Array,
     *,
     window: int | None,
+    placement: Placement | None = None,
 ) -> jax.Array:
     """[G, J, N, H] in q's dtype; zeros where position is -1 (padding).  Softmax in float32.
 
     page_GC: int32 page of each column of a lane's sequence; entries past its length are read by nobody.
     position_GJ: int32 place of the token in its sequence, -1 for padding.  Whatever unused pages hold, NaN too,
     changes nothing: values are selected, not multiplied by a zero weight.
+    placement: where the arrays lie, on a mesh of several devices.
     """
+    args = (q_GJNH, k_LPZF, v_LPZF, layer, page_GC, position_GJ)
+    q, k, _, _, page, _ = args if placement is None else placement.local(_specs(placement), args)
+    fits = known_dtypes(q, k) and paged_attention_tpu.cut(q, k, page) is not None
+    xla = functools.partial(_columns, window)
+    pallas = functools.partial(_paged, window, placement)
+    return by_platform("paged_attention", *args, xla=xla, pallas=pallas, fits=fits)
+
+
+def _specs(placement: Placement) -> tuple:
+    rows, pages = P(placement.rows), P(None, None, None, placement.heads)
+    return P(placement.rows, None, placement.heads), pages, pages, P(), rows, rows
+
+
+def _paged(window: int | None, placement: Placement | None, *args) -> jax.Array:
+    """The Pallas body.  Rows of padding hold anything, so they are selected away."""
+    *arrays, interpret = args
+
+    def body(q_GJNH, k_LPZF, v_LPZF, layer, page_GC, position_GJ) -> jax.Array:
+        out_GJNH = paged_attention_tpu.attend(
+            q_GJNH, k_LPZF, v_LPZF, layer, page_GC, position_GJ, window=window, interpret=interpret
+        )
+        return jnp.where((position_GJ >= 0)[:, :, None, None], out_GJNH, 0)
+
+    if placement is None:
+        return body(*arrays)
+    specs = _specs(placement)
+    return placement.on_each(body, specs, specs[0])(*arrays)
+
+
+def _columns(
+    window: int | None,
+    q_GJNH: jax.Array,
+    k_LPZF: jax.Array,
+    v_LPZF: jax.Array,
+    layer: jax.Array,
+    page_GC: jax.Array,
+    position_GJ: jax.Array,
+) -> jax.Array:
+    """The XLA body: a loop over page columns, as many as the longest lane has."""
     G, J, N, H = q_GJNH.shape
-    Z, K = k_LPZKH.shape[2:4]
+    Z, K = k_LPZF.shape[2], k_LPZF.shape[3] // H
     M = N // K
     q = (q_GJNH.reshape(G, J, K, M, H) * H**-0.5).astype(q_GJNH.dtype)
     last_G = position_GJ.max(axis=1)
@@ -72,8 +119,8 @@ def paged_attention(
         page_G = lax.dynamic_index_in_dim(page_GC, c, 1, keepdims=False)
         key_Z = c * Z + jnp.arange(Z)
         held = (key_Z[None, :] <= last_G[:, None])[:, :, None, None]
-        k = jnp.where(held, k_LPZKH[layer, page_G], 0)
-        v = jnp.where(held, v_LPZKH[layer, page_G], 0)
+        k = jnp.where(held, k_LPZF[layer, page_G].reshape(G, Z, K, H), 0)
+        v = jnp.where(held, v_LPZF[layer, page_G].reshape(G, Z, K, H), 0)
         score = jnp.einsum("gjkmh,gzkh->gkmjz", q, k, preferred_element_type=jnp.float32)
         score = jnp.where(_visible(position_GJ, key_Z, window)[:, None, None], score, MASKED)
         new_best = jnp.maximum(best, score.max(-1))

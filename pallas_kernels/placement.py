@@ -6,6 +6,7 @@ XLA splits its own operations over devices by itself, a Pallas kernel it cannot 
     output features split (column-parallel)   no collective forward; backward dh, [tokens, R], is summed
     input features split (row-parallel)       forward h, [tokens, R], is summed before its second half; backward none
     rows split                                none
+    attention heads split                     none: queries lie with the keys they meet
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Placement:
-    """Mesh axes of the parts of a LoRA product.  All targets of a call are split alike."""
+    """Mesh axes of the parts of a LoRA product, or of attention.  All targets of a call are split alike."""
 
     mesh: Mesh | AbstractMesh
     rows: tuple[str, ...] = ()  # of tokens or lanes
     x: str | None = None  # of features in
     y: str | None = None  # of features out
+    heads: str | None = None  # of attention: query heads and kv heads alike
 
     def local[Tree](self, specs: Tree, arrays: Tree) -> Tree:
         """The shapes that one device sees."""

@@ -18,9 +18,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxlora.errors import AdapterInvalid, AlreadyExists, BaseMismatch, ContextLengthExceeded, JaxLoraError
-from jaxlora.kvcache import KVPages, empty_pages, paged_attend
+from jaxlora.kvcache import KVPages, empty_pages, page_format, paged_attend
 from jaxlora.lora import HEAD_TARGET, AdapterRef
-from jaxlora.mesh import check_lanes, place_rows, replicated
+from jaxlora.mesh import attention_placement, check_lanes, place_rows, replicated
 from jaxlora.model import Base, TokenBatch, forward, head_weight
 from jaxlora.pool import LaneLora, LoraLayout, PoolSpec, Rows, TokenLora, empty_pool, host_rows, write_slot
 from jaxlora.slots import SlotTable
@@ -80,7 +80,7 @@ def _serve_step(base: Base, pool: Rows, kv: KVPages, batch: StepBatch) -> tuple[
         segment_T=(batch.position_GJ >= 0).astype(jnp.int32).reshape(-1),
         slot_T=jnp.repeat(batch.slot_G, J),
     )
-    attend = paged_attend(batch.page_GC, batch.position_GJ, base.config.window)
+    attend = paged_attend(batch.page_GC, batch.position_GJ, base.config.window, attention_placement(base.mesh))
     # Either is a Lora of its own Layer; a union of them is beyond the type variable.
     x_TD, kv = forward(base, tokens, lora, attend, kv)  # ty: ignore[invalid-argument-type]
     x_GD = jnp.take_along_axis(x_TD.reshape(G, J, -1), batch.last_G[:, None, None], axis=1)[:, 0]
@@ -95,6 +95,11 @@ def _serve_step(base: Base, pool: Rows, kv: KVPages, batch: StepBatch) -> tuple[
                 delta = segmented_lora(x_GD[:, None], [rows], lora.head_placement())[0][:, 0]
             logits_GV = logits_GV + delta.astype(jnp.float32)
     return kv, sample(logits_GV, batch.sampling)
+
+
+def step_program(mesh: Mesh) -> jax.stages.Wrapped:
+    """The one jitted step: (base, pool, pages, batch) → (pages, output).  The pages are donated."""
+    return jax.jit(_serve_step, donate_argnums=2, out_shardings=(page_format(mesh), replicated(mesh)))
 
 
 @dataclass(slots=True)
@@ -137,8 +142,7 @@ class Engine:
         self._kv = empty_pages(base.config, mesh, pages=config.pages, page_tokens=config.page_tokens, dtype=base.dtype)
         in_place = jax.tree.map(lambda x: x.sharding, self._pool)
         self._write_slot = jax.jit(write_slot, donate_argnums=0, out_shardings=in_place)
-        placed = jax.tree.map(lambda x: x.sharding, self._kv)
-        self._program = jax.jit(_serve_step, donate_argnums=2, out_shardings=(placed, replicated(mesh)))
+        self._program = step_program(mesh)
         self._reader = ThreadPoolExecutor(LOADS, thread_name_prefix="adapter-load")
         self._loads: dict[AdapterRef, Future[Rows]] = {}  # of those next in line, until they have a slot
         self._sequences: dict[str, Sequence] = {}

@@ -1,4 +1,4 @@
-"""Shapes in which the kernels are lowered and compiled: the linears of three models, and one step over all of them.
+"""Shapes in which the kernels are lowered and compiled: linears and attention of three models, and one step over all of them.
 
 Nothing here runs: arrays are shapes.
 """
@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.attention import packed_attention
 from pallas_kernels.gathered_lora import gathered_lora, visits_by_slot
+from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.segmented_lora import segmented_lora
 
 SLOTS, ROWS, LANES, TOKENS, CHUNK = 64, 32, 4, 512, 32
@@ -20,7 +22,7 @@ SLOTS, ROWS, LANES, TOKENS, CHUNK = 64, 32, 4, 512, 32
 
 @dataclass(frozen=True)
 class Model:
-    """Sizes of a decoder's linears."""
+    """Sizes of a decoder's linears and heads."""
 
     layers: int
     d: int
@@ -28,6 +30,7 @@ class Model:
     kv: int
     ff: int
     vocab: int
+    head: int
 
     @property
     def reads(self) -> list[tuple[int, tuple[int, ...]]]:
@@ -41,9 +44,9 @@ class Model:
 
 
 MODELS = {
-    "SmolLM2-135M": Model(layers=30, d=576, q=576, kv=192, ff=1536, vocab=49152),
-    "Qwen3-4B": Model(layers=36, d=2560, q=4096, kv=1024, ff=9728, vocab=151936),
-    "Llama-3.1-8B": Model(layers=32, d=4096, q=4096, kv=1024, ff=14336, vocab=128256),
+    "SmolLM2-135M": Model(layers=30, d=576, q=576, kv=192, ff=1536, vocab=49152, head=64),
+    "Qwen3-4B": Model(layers=36, d=2560, q=4096, kv=1024, ff=9728, vocab=151936, head=128),
+    "Llama-3.1-8B": Model(layers=32, d=4096, q=4096, kv=1024, ff=14336, vocab=128256, head=128),
 }
 
 
@@ -98,6 +101,42 @@ def train_shapes(model: Model, rank: int) -> tuple:
 
     rows = [[row(x, y) for y in ys] for x, ys in model.reads] + [[row(model.d, model.vocab)]]
     return rows, [shape(LANES, TOKENS, x) for x, _ in model.reads] + [shape(LANES, CHUNK, model.d)]
+
+
+PAGES, PAGE, COLUMNS, PROMPT = 200, 64, 16, 64
+
+
+def pages_attend(pages: tuple, new: tuple, layer: jax.Array, ids: tuple, window: int | None = None) -> tuple:
+    """One layer of a step: the new keys and values are written to the pages, the queries attend; (out, pages)."""
+    q_GJNH, k_GJF, v_GJF = new
+    page_GC, position_GJ = ids
+    page_GJ = jnp.take_along_axis(page_GC, position_GJ // PAGE, axis=1)
+    at = page_GJ.reshape(-1), position_GJ.reshape(-1) % PAGE
+    k, v = (
+        x.at[layer, *at].set(y.reshape(-1, y.shape[2]), mode="drop") for x, y in zip(pages, (k_GJF, v_GJF), strict=True)
+    )
+    return paged_attention(q_GJNH, k, v, layer, page_GC, position_GJ, window=window), (k, v)
+
+
+def pages_shapes(model: Model, lanes: int, tokens: int) -> tuple:
+    """Decode is one token a lane, a chunk of a prompt PROMPT."""
+    q, k = (shape(lanes, tokens, *n) for n in ((model.q // model.head, model.head), (model.kv,)))
+    page = shape(model.layers, PAGES, PAGE, model.kv)
+    i32 = jnp.int32
+    ids = shape(lanes, COLUMNS, dtype=i32), shape(lanes, tokens, dtype=i32)
+    return (page, page), (q, k, k), shape(dtype=i32), ids
+
+
+def lanes_loss(q_GJNH: jax.Array, k_GJKH: jax.Array, v_GJKH: jax.Array, segment_GJ: jax.Array) -> jax.Array:
+    return packed_attention(q_GJNH, k_GJKH, v_GJKH, segment_GJ, window=None).astype(jnp.float32).sum()
+
+
+lanes_attend = jax.grad(lanes_loss, argnums=(0, 1, 2))
+
+
+def lanes_shapes(model: Model) -> tuple:
+    q, k = (shape(LANES, TOKENS, n // model.head, model.head) for n in (model.q, model.kv))
+    return q, k, k, shape(LANES, TOKENS, dtype=jnp.int32)
 
 
 def kernels(stablehlo: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""LoRA on a mesh of eight virtual CPU devices against one device, in one process of its own; prints how many cases agree.
+"""LoRA and attention on a mesh of eight virtual CPU devices against one device, in one process of its own; prints how many cases agree.
 
 XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/placement_world.py
 """
@@ -14,7 +14,9 @@ from kernel_checks import F32, assert_close, floats
 
 from jaxlora.mesh import make_mesh
 from pallas_kernels import dispatch
+from pallas_kernels.attention import packed_attention
 from pallas_kernels.gathered_lora import gathered_lora
+from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.placement import Placement
 from pallas_kernels.segmented_lora import segmented_lora
 
@@ -46,8 +48,33 @@ def train(placement: Placement | None, interpreted: bool):
         return step(floats(rng, G, J, X), rows)
 
 
+def lanes_attend(placement: Placement | None, interpreted: bool):
+    """Four packed lanes, and all gradients."""
+    rng = np.random.default_rng(2)
+    q, k, v, w = (floats(rng, G, J, heads, 4) for heads in (4, 2, 2, 4))
+    segments = np.array([[1] * 3 + [2] * 5, [1] * 8, [1] * 2 + [0] * 6, [0] * 8], np.int32)
+
+    def loss(q, k, v):
+        return (packed_attention(q, k, v, segments, window=None, placement=placement) * w).sum()
+
+    with dispatch.interpreted() if interpreted else contextlib.nullcontext():
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(q, k, v)
+
+
+def pages_attend(placement: Placement | None, interpreted: bool):
+    """Four lanes of two tokens, one of them empty, on pages of four tokens."""
+    rng = np.random.default_rng(3)
+    q, k, v = floats(rng, G, 2, 4, 4), floats(rng, L, 9, 4, 2 * 4), floats(rng, L, 9, 4, 2 * 4)
+    pages = np.array([[3, 5], [0, -1], [-1, -1], [8, 1]], np.int32)
+    positions = np.array([[5, 6], [0, -1], [-1, -1], [3, 4]], np.int32)
+    with dispatch.interpreted() if interpreted else contextlib.nullcontext():
+        step = jax.jit(lambda *args: paged_attention(*args, window=None, placement=placement))
+        return step(q, k, v, jnp.int32(1), pages, positions)
+
+
 def main() -> None:
     mesh = make_mesh(2, 2, 2)
+    attention = [{"rows": ("data", "fsdp"), "heads": "tensor"}]
     splits = {
         decode: [
             {"rows": ("data",), "x": "fsdp", "y": "tensor"},
@@ -60,6 +87,8 @@ def main() -> None:
             {"rows": ("data", "fsdp"), "x": "tensor"},
             {"rows": ("data",)},
         ],
+        lanes_attend: attention,
+        pages_attend: attention,
     }
     agreed = 0
     for run, ways in splits.items():

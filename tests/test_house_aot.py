@@ -10,12 +10,12 @@ from aot_world import chips, collectives, kernels
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kernel_shapes import made_as_large_as
 
-from jaxlora.kvcache import KVPages
+from jaxlora.kvcache import KVPages, page_format
 from jaxlora.mesh import RULES, make_mesh, replicated, sharding
 from jaxlora.model import Base
 from jaxlora.model_config import ModelConfig, parameters, target_features
 from jaxlora.pool import LoraRows, PoolSpec, Rows, layer_count, row_axes
-from serve.engine import StepBatch, _serve_step
+from serve.engine import StepBatch, step_program
 from serve.sampling import SamplingBatch
 from train.optimizer import Moments
 from train.step import TrainState, _accumulate, halves, idle_batch
@@ -40,8 +40,12 @@ SMOLLM2 = ModelConfig(
     qk_norm=False,
     tied=True,
 )
-ROWS, LANES, TOKENS, RANK = 32, 4, 512, 16
-PAGES = (30, 64, 64, 3, 64)
+DECODE_KERNELS = {"gathered_lora": 2, "gathered_lora_shrink": 2, "gathered_lora_expand": 2, "paged_attention": 1}
+SPLASH = dict.fromkeys(  # the forward kernel once: what it gave is kept for the backward pass
+    [f"splash_mha_{name}residuals" for name in ("fwd_segmented_", "dkv_segmented_no_", "dq_segmented_no_")], 1
+)
+ROWS, LANES, TOKENS, RANK = 32, 4, 256, 16
+PAGES = (30, 200, 64, 192)  # a compiler that may choose would put 200 last: it pads to 256 as 192 does, and less
 
 
 def placed(mesh: Mesh, axes, shape, dtype) -> jax.ShapeDtypeStruct:
@@ -71,16 +75,26 @@ def lanes(mesh: Mesh, batch):
     return jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=split), batch)
 
 
+def part(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """What one device holds of it."""
+    return jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype)
+
+
 def parts(rows: Rows) -> list[jax.ShapeDtypeStruct]:
     """What one device holds of each half of the pool."""
-    both = [half for r in rows.values() for half in (r.a_LSRX, r.b_LSRY)]
-    return [jax.ShapeDtypeStruct(half.sharding.shard_shape(half.shape), half.dtype) for half in both]
+    return [part(half) for r in rows.values() for half in (r.a_LSRX, r.b_LSRY)]
 
 
-def decode(mesh: Mesh) -> tuple[jax.stages.Compiled, Rows]:
+def makers(kv: KVPages, compiled: jax.stages.Compiled) -> list[str]:
+    """Names of the instructions that make a device's part of the pages anew; a scatter writes where they lie."""
+    made = made_as_large_as([part(kv.k_LPZF)], compiled.as_text())
+    return [line for line in made if "scatter" not in line.split(" = ")[0]]
+
+
+def decode(mesh: Mesh) -> tuple[jax.stages.Compiled, Rows, KVPages]:
     rows = pool(mesh, PoolSpec(slots=64, rank=RANK, dtype="bfloat16"))
-    kv_axes = ("layers", "pages", None, "kv_heads", None)
-    kv = KVPages(**{n: placed(mesh, kv_axes, PAGES, jnp.bfloat16) for n in ("k_LPZKH", "v_LPZKH")})
+    pages = jax.ShapeDtypeStruct(PAGES, jnp.bfloat16, sharding=page_format(mesh))
+    kv = KVPages(k_LPZF=pages, v_LPZF=pages)
     sizes = {
         "token_GJ": (ROWS, 1),
         "position_GJ": (ROWS, 1),
@@ -89,9 +103,7 @@ def decode(mesh: Mesh) -> tuple[jax.stages.Compiled, Rows]:
         "last_G": (ROWS,),
     }
     batch = StepBatch(**{n: np.zeros(shape, np.int32) for n, shape in sizes.items()}, sampling=SamplingBatch.idle(ROWS))
-    out = (jax.tree.map(lambda k: k.sharding, kv), replicated(mesh))
-    step = jax.jit(_serve_step, donate_argnums=2, out_shardings=out)
-    return step.lower(base(mesh), rows, kv, lanes(mesh, batch)).compile(), rows
+    return step_program(mesh).lower(base(mesh), rows, kv, lanes(mesh, batch)).compile(), rows, kv
 
 
 def train(mesh: Mesh) -> jax.stages.Compiled:
@@ -103,28 +115,43 @@ def train(mesh: Mesh) -> jax.stages.Compiled:
     return step.lower(base(mesh), state, lanes(mesh, idle_batch(LANES, TOKENS))).compile()
 
 
+def test_decode_on_one_chip_leaves_pool_and_pages_where_they_lie():
+    """Writing a token's keys and reading a sequence's pages agree with the compiler on one layout."""
+    with chips("v5e") as devices:
+        compiled, rows, kv = decode(make_mesh(devices=devices[:1]))
+    assert kernels(compiled) == {"gathered_lora": 4, "paged_attention": 1}
+    assert made_as_large_as(parts(rows), compiled.as_text()) == []
+    assert makers(kv, compiled) == []
+
+
 def test_decode_with_heads_split_in_three():
     """Of a layer's four sums two are the base's own, two are h of the row-parallel o_proj and down_proj."""
     with chips("v5e") as devices:
-        compiled, rows = decode(make_mesh(tensor=3, devices=devices))
-    assert kernels(compiled) == {"gathered_lora": 2, "gathered_lora_shrink": 2, "gathered_lora_expand": 2}
+        compiled, rows, kv = decode(make_mesh(tensor=3, devices=devices))
+    assert kernels(compiled) == DECODE_KERNELS
     in_layers = collectives(compiled, "jit(_serve_step)/while/body")
     assert in_layers == {f"f32[{ROWS},1,{RANK}]": 2, f"bf16[{ROWS},{SMOLLM2.d_model}]": 2}
     assert made_as_large_as(parts(rows), compiled.as_text()) == []
+    assert makers(kv, compiled) == []
 
 
 def test_decode_with_rows_and_features_split():
     with chips("v6e") as devices:
-        compiled, rows = decode(make_mesh(data=2, fsdp=2, devices=devices))
-    assert kernels(compiled) == {"gathered_lora": 2, "gathered_lora_shrink": 2, "gathered_lora_expand": 2}
+        compiled, rows, kv = decode(make_mesh(data=2, fsdp=2, devices=devices))
+    assert kernels(compiled) == DECODE_KERNELS
     assert made_as_large_as(parts(rows), compiled.as_text()) == []
+    assert makers(kv, compiled) == []
 
 
 def test_training_with_heads_split_in_three():
     """Forward h of o_proj and down_proj, backward dh of gate and up together and of q, k and v together."""
     with chips("v6e") as devices:
         compiled = train(make_mesh(tensor=3, devices=devices))
-    assert kernels(compiled) == {"segmented_lora": 2, "segmented_lora_expand_back": 7, "segmented_lora_shrink_back": 4}
+    assert kernels(compiled) == SPLASH | {
+        "segmented_lora": 2,
+        "segmented_lora_expand_back": 7,
+        "segmented_lora_shrink_back": 4,
+    }
     sums = collectives(compiled, "shard_map/psum")
     assert sums == {f"f32[{LANES},{TOKENS},{n * RANK}]": count for n, count in ((1, 2), (2, 1), (3, 1))}
 
@@ -133,5 +160,9 @@ def test_training_with_lanes_and_features_split():
     """Features are gathered with the base's, so no product is summed over devices."""
     with chips("v5e") as devices:
         compiled = train(make_mesh(data=2, fsdp=2, devices=devices))
-    assert kernels(compiled) == {"segmented_lora": 4, "segmented_lora_expand_back": 7, "segmented_lora_shrink_back": 4}
+    assert kernels(compiled) == SPLASH | {
+        "segmented_lora": 4,
+        "segmented_lora_expand_back": 7,
+        "segmented_lora_shrink_back": 4,
+    }
     assert collectives(compiled, "shard_map/psum") == {}

@@ -9,8 +9,23 @@ from __future__ import annotations
 import jax
 import pytest
 from aot_world import TOPOLOGIES, chips, kernels
+from jax.experimental.layout import Format, Layout
 from jax.sharding import SingleDeviceSharding
-from kernel_shapes import MODELS, Model, decode, decode_shapes, made_as_large_as, train, train_shapes
+from kernel_shapes import (
+    MODELS,
+    PROMPT,
+    ROWS,
+    Model,
+    decode,
+    decode_shapes,
+    lanes_attend,
+    lanes_shapes,
+    made_as_large_as,
+    pages_attend,
+    pages_shapes,
+    train,
+    train_shapes,
+)
 
 from pallas_kernels import tpu_blocks
 
@@ -29,6 +44,8 @@ def compiled_for(kind: str, function, shapes) -> jax.stages.Compiled:
 
 kinds = pytest.mark.parametrize("kind", TOPOLOGIES)
 models = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
+
+heads = pytest.mark.parametrize("model", list(MODELS.values())[:2], ids=["SmolLM2-135M", "Qwen3-4B and Llama-3.1-8B"])
 
 
 @kinds
@@ -51,6 +68,36 @@ def test_train(model: Model, kind):
         "segmented_lora_shrink_back": 5,
         "segmented_lora_expand_back": 8,
     }
+
+
+@kinds
+@heads
+@pytest.mark.parametrize(("lanes", "tokens"), [(ROWS, 1), (4, PROMPT)], ids=["decode", "prompt"])
+def test_pages(model: Model, kind, lanes, tokens):
+    """Pages in the layout that they have on a device are written and read where they lie."""
+    pages, *rest = pages_shapes(model, lanes, tokens)
+    with chips(kind) as devices:
+        here = SingleDeviceSharding(devices[0])
+        kept = Format(Layout(major_to_minor=(0, 1, 2, 3)), here)
+        placed = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=kept) for x in pages]
+        step = jax.jit(
+            pages_attend, in_shardings=(kept, here, here, here), out_shardings=(here, kept), donate_argnums=0
+        )
+        compiled = step.lower(placed, *rest).compile()
+    assert kernels(compiled) == {"paged_attention": 1}
+    made = made_as_large_as(pages, compiled.as_text())
+    assert [line for line in made if "scatter" not in line.split(" = ")[0]] == []
+
+
+@kinds
+@heads
+def test_lanes(model: Model, kind):
+    found = kernels(compiled_for(kind, lanes_attend, lanes_shapes(model)))
+    assert sorted(name.split("_segmented")[0] for name in found) == [
+        "splash_mha_dkv",
+        "splash_mha_dq",
+        "splash_mha_fwd",
+    ]
 
 
 def test_a_second_pool_would_be_seen():

@@ -15,7 +15,7 @@ from kernel_checks import F32, assert_close, assert_no_nan, assert_same_bits, fl
 from jaxlora.compile_cache import CompileCounter
 from pallas_kernels.cross_entropy import target_logprob, target_logprob_oracle
 
-G, J, D, V, R = 3, 8, 10, 17, 3
+G, J, K, D, V, R = 3, 8, 3, 10, 17, 3
 
 CASES = {
     "all wanted": [[1] * J] * G,
@@ -41,10 +41,11 @@ def by_hand(x, head, target, wanted, a, b, scale, d):
         logits = np.array([x[g, j] @ head[:, t] + scale[g] * (h @ b[g][:, t]) for t in range(head.shape[1])])
         logs = logits - logits.max()
         logs -= np.log(np.exp(logs).sum())
-        chance, t = np.exp(logs), target[g, j]
-        logprob[g, j], hit[g, j] = logs[t], all(logits[t] >= other for other in logits)
-        up = -chance * d[g, j]
-        up[t] += d[g, j]
+        up = np.zeros(head.shape[1])
+        for k, t in enumerate(target[g, j]):
+            logprob[g, j, k], hit[g, j, k] = logs[t], all(logits[t] >= other for other in logits)
+            up -= np.exp(logs) * d[g, j, k]
+            up[t] += d[g, j, k]
         back = np.array([row @ up for row in b[g]])
         dx[g, j] = head @ up + scale[g] * (back @ a[g])
         for r in range(a.shape[1]):
@@ -75,9 +76,9 @@ def program(chunk, lora):
 def world(seed=0):
     """(x, head, target, a, b, scale, d)"""
     rng = np.random.default_rng(seed)
-    target = rng.integers(0, V, (G, J), dtype=np.int32)
+    target = rng.integers(0, V, (G, J, K), dtype=np.int32)
     x, head = floats(rng, G, J, D), floats(rng, D, V)
-    return x, head, target, floats(rng, G, R, D), floats(rng, G, R, V), floats(rng, G) / 2, floats(rng, G, J)
+    return x, head, target, floats(rng, G, R, D), floats(rng, G, R, V), floats(rng, G) / 2, floats(rng, G, J, K)
 
 
 def run(arrays, wanted, chunk=4, lora=True):
@@ -107,6 +108,26 @@ def test_op_equals_oracle_and_hand_forward_and_backward(wanted, lora, chunk):
     assert (got[0].dtype, got[1].dtype) == (jnp.float32, bool)
     assert_close(got, want(world(1), wanted, lora), F32)
     assert_close(got, run(world(1), wanted, 0, lora), F32)
+
+
+def test_a_target_of_many_is_that_target_alone():
+    """Forward bit for bit; backward the sum of the gradients of each alone."""
+    x, head, target, a, b, scale, d = world(12)
+    wanted = CASES["mixed"]
+    together = run((x, head, target, a, b, scale, d), wanted)
+    alone = [run((x, head, target[..., [k]], a, b, scale, d[..., [k]]), wanted) for k in range(K)]
+    for i in range(2):
+        assert_same_bits(together[i], np.concatenate([one[i] for one in alone], axis=2))
+    assert_close(together[2:], [sum(parts) for parts in zip(*(one[2:] for one in alone), strict=True)], F32)
+    for one, k in zip(alone, range(K), strict=True):
+        assert_close(one, want((x, head, target[..., [k]], a, b, scale, d[..., [k]]), wanted), F32)
+
+
+def test_the_same_target_twice_counts_twice():
+    x, head, target, a, b, scale, d = world(13)
+    target[..., 1] = target[..., 0]
+    arrays, wanted = (x, head, target, a, b, scale, d), CASES["answers at the end"]
+    assert_close(run(arrays, wanted), want(arrays, wanted), F32)
 
 
 @pytest.mark.parametrize("rank", [1, 2])
@@ -196,7 +217,7 @@ def test_a_tie_for_the_likeliest_token_is_a_hit(chunk):
     x, *rest = world(9)
     logprob, hit, *_ = run((np.zeros_like(x), *rest), CASES["all wanted"], chunk)
     assert np.asarray(hit).all()
-    assert_close(logprob, np.full((G, J), -np.log(V)), F32)
+    assert_close(logprob, np.full((G, J, K), -np.log(V)), F32)
 
 
 @pytest.mark.parametrize("chunk", [0, 4], ids=["oracle", "op"])
@@ -223,17 +244,17 @@ def test_wanted_targets_and_weights_are_data():
 def test_the_logits_of_all_positions_never_exist():
     """Neither forward nor backward, with LoRA on the head; the oracle shows that the check sees such an array."""
     lanes, tokens, vocab, chunk = 3, 64, 401, 4
-    shapes = [(lanes, tokens, D), (D, vocab), (lanes, tokens), (lanes, tokens), (lanes, R, D), (lanes, R, vocab)]
+    shapes = [(lanes, tokens, D), (D, vocab), (lanes, tokens, K), (lanes, tokens), (lanes, R, D), (lanes, R, vocab)]
     kinds = [jnp.float32, jnp.float32, jnp.int32, bool, jnp.float32, jnp.float32]
     args = [jax.ShapeDtypeStruct(s, t) for s, t in zip(shapes, kinds, strict=True)]
-    args += [jax.ShapeDtypeStruct((lanes,), jnp.float32), jax.ShapeDtypeStruct((lanes, tokens), jnp.float32)]
+    args += [jax.ShapeDtypeStruct((lanes,), jnp.float32), jax.ShapeDtypeStruct((lanes, tokens, K), jnp.float32)]
     logits = lanes * tokens * vocab
     sizes = {}
     for name, step in (("op", program(chunk, True)), ("oracle", program(0, True))):
         compiled = step.lower(*args).compile()
         sizes[name] = largest_array(compiled.as_text()), compiled.memory_analysis().temp_size_in_bytes
     (elements, text), temp = sizes["op"]
-    assert elements < logits, text
+    assert elements <= lanes * chunk * vocab, text  # nor those of a chunk, times K
     assert temp < 4 * logits / 2
     assert sizes["oracle"][0][0] >= logits
     assert sizes["oracle"][1] >= 4 * logits
@@ -245,7 +266,7 @@ def test_bfloat16_sums_in_float32():
     x = np.asarray(jnp.full((1, 2, 512), 0.125, jnp.bfloat16))
     head = np.asarray(jnp.asarray(rng.random((512, 600)) / 8, jnp.bfloat16))
     a, b = np.zeros((1, 1, 512), x.dtype), np.zeros((1, 1, 600), x.dtype)
-    target, d, scale = np.array([[3, 599]], np.int32), np.ones((1, 2), np.float32), np.ones(1, np.float32)
+    target, d, scale = np.array([[[3], [599]]], np.int32), np.ones((1, 2, 1), np.float32), np.ones(1, np.float32)
     args = x, head, target, [[1, 1]], a, b, scale, d
     logprob, _, dx, *_ = program(1, True)(*(np.array(v, bool) if v is args[3] else v for v in args))
     hand = by_hand(*args)

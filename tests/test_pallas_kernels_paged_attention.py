@@ -72,7 +72,12 @@ def by_hand(q, k, v, pages, positions, window):
 
 @functools.cache
 def program(f, window):
-    return jax.jit(functools.partial(f, window=window))
+    """The op on pages [L, P, Z, K, H], of which it sees heads and features as one axis."""
+
+    def flat(q, k, v, *ids):
+        return f(q, *(x.reshape(*x.shape[:3], -1) for x in (k, v)), *ids, window=window)
+
+    return jax.jit(flat)
 
 
 def world(seed=0):
@@ -201,7 +206,7 @@ def test_huge_scores_do_not_overflow():
 
 @pytest.mark.parametrize("cases", [PREFILL, DECODE], ids=["prefill", "decode"])
 def test_pages_positions_and_layers_are_data(cases):
-    f = jax.jit(lambda *a: paged_attention(*a, window=6))
+    f = program(paged_attention, 6)
     calls = []
     for i, (pages, positions) in enumerate(cases.values()):
         q, k, v = world(i)

@@ -5,6 +5,7 @@ Here programs are lowered on abstract meshes; that the numbers stay the same is 
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
@@ -18,7 +19,9 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 from kernel_shapes import kernels, shape
 
+from pallas_kernels.attention import packed_attention
 from pallas_kernels.gathered_lora import gathered_lora
+from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.placement import Placement
 from pallas_kernels.segmented_lora import segmented_lora
 
@@ -94,6 +97,25 @@ def test_lanes_row_parallel_sum_h_of_all_targets_at_once():
     assert collectives == {"all_reduce": [h]}
 
 
+def test_attention_needs_no_collective():
+    """Neither of pages, nor of lanes forward and backward."""
+    heads = Placement(mesh=MESH, rows=("data",), heads="tensor")
+    ids = [shape(*sizes, dtype=jnp.int32) for sizes in ((), (T, 2), (T, 1))]
+    pages = shape(2, 9, 64, 4 * 64)
+    found = lowered(
+        functools.partial(paged_attention, window=None, placement=heads), shape(T, 1, 8, 64), pages, pages, *ids
+    )
+    assert found == ({"paged_attention": 1}, {})
+
+    def loss(q, k, v, segment):
+        return packed_attention(q, k, v, segment, window=None, placement=heads).astype(jnp.float32).sum()
+
+    q, k, segment = shape(G, J, 8, 64), shape(G, J, 4, 64), shape(G, J, dtype=jnp.int32)
+    found, collectives = lowered(jax.grad(loss, (0, 1, 2)), q, k, k, segment)
+    assert {n.split("_segmented")[0] for n in found} == {"splash_mha_fwd", "splash_mha_dkv", "splash_mha_dq"}
+    assert collectives == {}
+
+
 def test_without_a_placement_a_mesh_is_refused():
     """Nothing is gathered behind anybody's back."""
     x, rows, layer, slots = decode()
@@ -113,4 +135,4 @@ def test_numbers_are_those_of_one_device(tmp_path):
     command = [sys.executable, "-W", "error", str(TESTS / "placement_world.py")]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.split() == ["14"]
+    assert done.stdout.split() == ["18"]

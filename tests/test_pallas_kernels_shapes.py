@@ -106,13 +106,13 @@ def test_the_check_runs_when_traced_and_costs_a_compiled_call_nothing():
         ),
         pytest.param(
             paged_attention.paged_attention,
-            (zeros(2, 1, 6, 8), zeros(1, 9, 4, 3, 8), zeros(1, 8, 4, 3, 8), 0, zeros(2, 3), zeros(2, 1)),
-            "axis P is 8 in v_LPZKH",
+            (zeros(2, 1, 6, 8), zeros(1, 9, 4, 24), zeros(1, 8, 4, 24), 0, zeros(2, 3), zeros(2, 1)),
+            "axis P is 8 in v_LPZF",
             id="paged_attention",
         ),
         pytest.param(
             cross_entropy.target_logprob,
-            (zeros(2, 4, 8), zeros(8, 9), zeros(8, 9), zeros(2, 4), zeros(2, 4), None),
+            (zeros(2, 4, 8), zeros(8, 9), zeros(8, 9), zeros(2, 4, 1), zeros(2, 4), None),
             "axis V is 8 in back_VD",
             id="target_logprob",
         ),

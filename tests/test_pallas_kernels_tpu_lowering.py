@@ -4,7 +4,21 @@ from __future__ import annotations
 
 import jax
 import pytest
-from kernel_shapes import MODELS, Model, decode, decode_shapes, kernels, train, train_shapes
+from kernel_shapes import (
+    MODELS,
+    PROMPT,
+    ROWS,
+    Model,
+    decode,
+    decode_shapes,
+    kernels,
+    lanes_attend,
+    lanes_shapes,
+    pages_attend,
+    pages_shapes,
+    train,
+    train_shapes,
+)
 
 models = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
 
@@ -28,3 +42,15 @@ def test_train(model: Model, rank):
     found = lowered(train, train_shapes(model, rank))
     count = {name: found.count(name) for name in set(found)}
     assert count == {"segmented_lora": 5, "segmented_lora_shrink_back": 5, "segmented_lora_expand_back": 8}
+
+
+@models
+def test_attention(model: Model):
+    for lanes, tokens in ((ROWS, 1), (4, PROMPT)):
+        assert lowered(pages_attend, pages_shapes(model, lanes, tokens)) == ["paged_attention"]
+    found = lowered(lanes_attend, lanes_shapes(model))
+    assert sorted(name.split("_segmented")[0] for name in found) == [
+        "splash_mha_dkv",
+        "splash_mha_dq",
+        "splash_mha_fwd",
+    ]

@@ -19,7 +19,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from jaxlora.config import LANE_BLOCK
-from jaxlora.mesh import replicated
+from jaxlora.mesh import attention_placement, replicated
 from jaxlora.model import Base, TokenBatch, forward, head_weight
 from jaxlora.pool import LaneLora, LoraLayout, LoraRows, PoolSpec, Rows, empty_pool
 from pallas_kernels import NO_ADAPTER
@@ -100,9 +100,8 @@ def lane_losses(base: Base, rows_LG: Rows, batch: TrainBatch) -> tuple[jax.Array
 
     def attend(layer, q_TNH, k_TKH, v_TKH, cache):
         lanes = [x.reshape(G, J, *x.shape[1:]) for x in (q_TNH, k_TKH, v_TKH)]
-        return packed_attention(*lanes, batch.segment_GJ, window=base.config.window, block=LANE_BLOCK).reshape(
-            q_TNH.shape
-        ), cache
+        options = {"window": base.config.window, "block": LANE_BLOCK, "placement": attention_placement(base.mesh)}
+        return packed_attention(*lanes, batch.segment_GJ, **options).reshape(q_TNH.shape), cache
 
     tokens = TokenBatch(
         token_T=batch.token_GJ.reshape(-1),
@@ -113,15 +112,16 @@ def lane_losses(base: Base, rows_LG: Rows, batch: TrainBatch) -> tuple[jax.Array
     x_TD, _ = forward(base, tokens, lora, attend, ())
     wanted_GJ = batch.weight_GJ != 0
     with jax.default_matmul_precision(base.precision):
-        logprob_GJ, hit_GJ = target_logprob(
+        logprob_GJK, hit_GJK = target_logprob(
             x_TD.reshape(G, J, -1),
             *head_weight(base),
-            batch.target_GJ,
+            batch.target_GJ[..., None],
             wanted_GJ,
             lora.head_rows(),
             placement=lora.head_placement(),
             chunk=min(LANE_BLOCK, J),
         )
+    logprob_GJ, hit_GJ = logprob_GJK[..., 0], hit_GJK[..., 0]
     loss_G = cross_entropy(logprob_GJ, batch.weight_GJ).sum(1)
     sums = LaneSums(
         loss_G=loss_G,

@@ -1,0 +1,210 @@
+"""The Pallas bodies of attention, interpreted on the CPU: the oracle's numbers, and nobody's NaN but one's own.
+
+Shapes are tiny: interpretation is slow.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_pallas_kernels_attention as packed
+import test_pallas_kernels_paged_attention as paged
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_checks import BF16, F32, assert_close, assert_no_nan, assert_same_bits, floats, positive
+
+from pallas_kernels import dispatch, paged_attention_tpu, tpu_blocks
+from pallas_kernels.attention import packed_attention
+from pallas_kernels.paged_attention import paged_attention
+
+# ---- pages ------------------------------------------------------------------------------------------------------------
+
+
+def interpreted_paged(*args, window):
+    with dispatch.interpreted():
+        return paged_attention(*args, window=window)
+
+
+def run(arrays, pages, positions, window=None):
+    return paged.run(arrays, pages, positions, window, f=interpreted_paged)
+
+
+def hand(arrays, pages, positions, window):
+    q, k, v = arrays
+    return paged.by_hand(q[:, : len(positions[0])], k[1], v[1], pages, positions, window)
+
+
+@paged.named
+@pytest.mark.parametrize("window", [None, 6])
+def test_paged_is_the_definition_whatever_else_the_pages_hold(pages, positions, window):
+    world = paged.world(1)
+    got = run(paged.poisoned(world, pages, positions), pages, positions, window)
+    assert_close(got, hand(world, pages, positions, window), F32)
+    assert not np.asarray(got)[np.array(positions) < 0].any()
+
+
+def one_page_a_visit(monkeypatch, tokens_of_a_run):
+    monkeypatch.setattr(paged_attention_tpu, "KEYS", 4)
+    monkeypatch.setattr(paged_attention_tpu, "ROWS", 3 * tokens_of_a_run)
+    return jax.jit(functools.partial(interpreted_paged, window=6))
+
+
+def flat(arrays):
+    q, k, v = arrays
+    return q, *(x.reshape(*x.shape[:3], -1) for x in (k, v))
+
+
+@pytest.mark.parametrize("name", paged.PREFILL)
+def test_paged_in_many_visits_is_the_definition(name, monkeypatch):
+    """A run is one token of its lane, a visit one page, and the window's past is not visited."""
+    pages, positions = paged.PREFILL[name]
+    world, ids = paged.world(2), (np.array(pages, np.int32), np.array(positions, np.int32))
+    f = one_page_a_visit(monkeypatch, 1)
+    assert paged_attention_tpu.cut(world[0], flat(world)[1], ids[0]) == paged_attention_tpu.Cut(tokens=1, pages=1)
+    got = f(*flat(paged.poisoned(world, pages, positions)), np.int32(1), *ids)
+    assert_close(got, hand(world, pages, positions, 6), F32)
+
+
+def test_paged_visits_are_the_pages_that_are_seen():
+    """Blocks of 4 keys, a window of 6: runs at positions 8 to 10, nobody, 0 alone, 4 and 5."""
+    positions = np.array([[8, 9, 10], [-1, -1, -1], [0, -1, -1], [4, 5, -1]], np.int32)
+    first, last, run, block, count = paged_attention_tpu._visits(positions, 4, 3, 6)
+    assert (first.tolist(), last.tolist(), count) == ([0, 0, 0, 0], [10, -1, 0, 5], 6)
+    assert list(zip(run[:6].tolist(), block[:6].tolist(), strict=True)) == [
+        (0, 0),
+        (0, 1),
+        (0, 2),
+        (2, 0),
+        (3, 0),
+        (3, 1),
+    ]
+    first, *_, count = paged_attention_tpu._visits(positions, 4, 3, 4)
+    assert (first.tolist(), count) == ([1, 0, 0, 0], 5)
+    assert paged_attention_tpu._visits(np.full((2, 3), -1, np.int32), 4, 3, 6)[-1] == 0
+
+
+@pytest.mark.parametrize("kind", ["prefill", "decode"])
+def test_paged_nan_of_one_sequence_stays_with_its_lanes(kind):
+    pages, positions = paged.CASES[f"three lanes of one sequence, {kind}"]
+    clean = run(paged.world(4), pages, positions)
+    q, k, v = paged.world(4)
+    q[:3], k[:, [6, 2, 8]], v[:, [6, 2, 8]] = np.nan, np.nan, np.nan
+    got = run((q, k, v), pages, positions)
+    assert_same_bits(got[3], clean[3])
+    assert np.isnan(np.asarray(got)[:3]).all()
+
+
+def test_paged_bfloat16_sums_in_float32():
+    """512 keys of equal weight: a bfloat16 sum stops growing at 256 terms."""
+    rng = np.random.default_rng(8)
+    v = np.asarray(jnp.asarray(rng.random((1, 4, 128, 1, 4)) + 0.5, jnp.bfloat16))
+    q = np.zeros((1, 1, 1, 4), v.dtype)
+    got = paged.run((q, np.zeros_like(v), v), [[2, 0, 3, 1]], [[511]], layer=0, f=interpreted_paged)
+    assert got.dtype == jnp.bfloat16
+    assert_close(got[0, 0, 0], v.astype("f8").mean((0, 1, 2, 3)), BF16)
+
+
+def test_paged_huge_scores_do_not_overflow():
+    q, k, v = paged.world(7)
+    pages, positions = paged.PREFILL["unordered pages"]
+    assert_no_nan(run((q * 1e3, k * 1e3, v), pages, positions))
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), table=paged.tables(), window=st.sampled_from([None, 6]))
+def test_paged_any_table(seed, table, window):
+    world = paged.world(seed)
+    loose = {"rtol": 1e-4, "atol": 1e-4}  # some draws cancel
+    assert_close(run(paged.poisoned(world, *table), *table, window), hand(world, *table, window), loose)
+
+
+def test_paged_what_has_no_room_is_refused(monkeypatch):
+    """A table of pages larger than scalar memory, or one token's heads larger than the chip."""
+
+    def cut(columns, heads=32):
+        shapes = (4, 1, heads, 128), (2, 9, 64, heads * 32), (4, columns)
+        return paged_attention_tpu.cut(*(jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in shapes))
+
+    assert cut(128) == paged_attention_tpu.Cut(tokens=1, pages=8)
+    assert cut(2**15) is None
+    monkeypatch.setitem(tpu_blocks.TABLE, "any TPU", tpu_blocks.Blocks(vmem_bytes=2**20, tokens=16))
+    assert cut(128) is None
+
+
+# ---- packed lanes -----------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def program(window):
+    """jit of (out, dq, dk, dv)."""
+
+    def both(q, k, v, segment, d):
+        with dispatch.interpreted():
+            out, pull = jax.vjp(lambda q, k, v: packed_attention(q, k, v, segment, window=window), q, k, v)
+            return out, *pull(d.astype(out.dtype))
+
+    return jax.jit(both)
+
+
+def run_packed(arrays, segments, window=None):
+    q, k, v, d = arrays
+    return program(window)(q, k, v, np.array(segments, np.int32), d)
+
+
+@packed.named
+@pytest.mark.parametrize("window", [None, 5])
+def test_packed_is_the_definition_whatever_padding_holds(segments, window):
+    q, k, v, d = packed.world()
+    want = packed.by_hand(q, k, v, segments, window, d)
+    padding = np.array(segments) == 0
+    for x in (q, k, v, d):
+        x[padding] = np.nan
+    got = run_packed((q, k, v, d), segments, window)
+    assert_close(got, want, F32)
+    assert not any(np.asarray(x)[padding].any() for x in got)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_packed_in_many_blocks_equals_the_xla_body(window, monkeypatch):
+    """300 tokens are three blocks of 128, the last not full; segments and the window end inside blocks."""
+    monkeypatch.setitem(tpu_blocks.TABLE, "any TPU", tpu_blocks.Blocks(vmem_bytes=2**24, tokens=128))
+    rng = np.random.default_rng(1)
+    q, k, v, d = (floats(rng, 2, 300, n, 4) for n in (4, 2, 2, 4))
+    segments = np.array([[1] * 190 + [2] * 110, [1] * 40 + [2] * 250 + [0] * 10], np.int32)
+
+    def values(q, k, v, d):
+        out, pull = jax.vjp(lambda *qkv: packed_attention(*qkv, segments, window=window, block=300), q, k, v)
+        return out, *pull(d)
+
+    want = jax.jit(values)(q, k, v, d)
+    with dispatch.interpreted():
+        got = jax.jit(values)(q, k, v, d)
+    assert_close(got, want, {"rtol": 1e-4, "atol": 1e-5})  # sums of up to 250 terms
+
+
+@pytest.mark.parametrize("bad", range(4), ids=["q", "k", "v", "cotangent"])
+def test_packed_nan_of_a_lane_stays_in_it(bad):
+    segments = packed.CASES["ragged"]
+    clean = run_packed(packed.world(2), segments)
+    arrays = packed.world(2)
+    arrays[bad][1] = np.nan
+    got = run_packed(arrays, segments)
+    others = np.array([0, 2])
+    assert_same_bits(packed.lanes(got, others), packed.lanes(clean, others))
+    assert any(np.isnan(np.asarray(x)[1]).all() for x in got)
+
+
+def test_packed_bfloat16_sums_in_float32():
+    """512 keys of equal weight: a bfloat16 sum stops growing at 256 terms."""
+    rng = np.random.default_rng(8)
+    v = positive(rng, 1, 512, 1, 4)
+    q = np.zeros((1, 512, 1, 4), v.dtype)
+    with dispatch.interpreted():
+        got = packed_attention(q, np.zeros_like(v), v, np.ones((1, 512), np.int32), window=None)
+    assert got.dtype == jnp.bfloat16
+    want = np.cumsum(v.astype("f8"), 1) / np.arange(1, 513)[None, :, None, None]
+    assert_close(got, want, BF16)
