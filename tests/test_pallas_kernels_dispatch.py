@@ -119,7 +119,7 @@ def test_the_docstring_shows_the_table():
 
 def test_interpreted_bodies_are_a_configuration_that_jit_sees():
     def op(x):
-        return by_platform("gathered_lora", x, xla=lambda x: x, pallas=lambda x, interpret: x + 1, fits=True)
+        return by_platform("gathered_lora", x, xla=lambda x: x, pallas=lambda x, interpret: x + 1, triton=None)
 
     step = jax.jit(op)
     assert step(0.0) == 0
@@ -141,7 +141,7 @@ def test_a_name_inside_a_body_is_kept_under_checkpoint():
         return jax.grad(lambda x, w: jax.checkpoint(f, policy=policy)(x, w).sum(), argnums=(0, 1))
 
     def op(x, w):
-        return by_platform("segmented_lora", x, w, xla=body, pallas=lambda x, w, _: body(x, w), fits=True)
+        return by_platform("segmented_lora", x, w, xla=body, pallas=lambda x, w, _: body(x, w), triton=None)
 
     compiled = [jax.jit(gradient(f)).lower(x, w).compile() for f in (op, body)]
     assert compiled[0].as_text().count(" dot(") == compiled[1].as_text().count(" dot(") == 3

@@ -1,6 +1,6 @@
 """The Pallas bodies, interpreted on the CPU, against the oracles: what they compute, and whose numbers reach whom.
 
-Shapes are tiny: interpretation is slow.
+With the plugin triton_interpreter the same tests run the Triton bodies.  Shapes are tiny: interpretation is slow.
 """
 
 from __future__ import annotations
@@ -93,6 +93,18 @@ def test_gathered_smallest_shapes():
     a, b = a[:, :, :1], b[:, :, :1]
     (got,) = run(x[:1], [(a, b, scale)], jnp.int32(0), ids([3]))
     assert_close(got, gathered_lora_oracle(x[:1], a[0], b[0], scale[0], ids([3])), F32)
+
+
+def test_gathered_busy_adapter_and_wide_features():
+    """More tokens of one adapter, and more features, than fit into one block."""
+    rng = np.random.default_rng(7)
+    slots = rng.permutation(ids([1] * 35 + [3] * 2 + [-1] * 3))
+    x, y_sizes = floats(rng, len(slots), 700), (300, Y)
+    rows = [(floats(rng, 1, S, R, 700), floats(rng, 1, S, R, y), floats(rng, 1, S)) for y in y_sizes]
+    got = run(x, rows, jnp.int32(0), slots)
+    for y, (a, b, scale) in zip(got, rows, strict=True):
+        # Sums of 700 products, then of 4: up to 1e3, each rounded to 2**-24 of it, some 40 times over at worst.
+        assert_close(y, gathered_lora_oracle(x, a[0], b[0], scale[0], slots), {"rtol": 1e-4, "atol": 2e-3})
 
 
 def test_gathered_bfloat16_sums_in_float32():
