@@ -163,6 +163,7 @@ def expand(
     return _expand_parts(jnp.concatenate(h_TR, axis=1)[None], rows, layer, visits, dtype)
 
 
+@jax.named_scope("gathered_lora_shrink")
 def _shrink_parts(x_TX: jax.Array, rows: Rows, layer: jax.Array, visits: Visits) -> jax.Array:
     """float32 [P, T, R] of all targets side by side."""
     T, X = x_TX.shape
@@ -188,6 +189,7 @@ def _shrink_parts(x_TX: jax.Array, rows: Rows, layer: jax.Array, visits: Visits)
     )
 
 
+@jax.named_scope("gathered_lora_expand")
 def _expand_parts(h_PTR: jax.Array, rows: Rows, layer: jax.Array, visits: Visits, dtype: jnp.dtype) -> list[jax.Array]:
     T = h_PTR.shape[1]
     sizes = [b.shape[3] for _, b, _ in rows]

@@ -194,8 +194,7 @@ def _backward_cuda(placement, x_GJX, rows, h_GJR, dy_GJY):
 def _forward_kernels(kernels: Kernels, placement: Placement | None, x_GJX, rows):
     def body(x_GJX, rows):
         if placement is None or placement.x is None:
-            y_GJY, h_GJR = kernels.forward(x_GJX, rows)
-            return y_GJY, checkpoint_name(h_GJR, KEPT)
+            return kernels.forward(x_GJX, rows)
         # The sum over devices stands between the halves, so there is nothing to fuse: XLA's products.
         return _forward_xla(x_GJX, rows, placement.x)
 

@@ -1,6 +1,6 @@
 """The CUDA bodies of `segmented_lora`, forward and backward: Triton kernels over tiles of a lane's tokens.
 
-    shrink        h = scale * (x @ a.T)                       all targets at once: x is read once
+    shrink        h = x @ a.T                                 all targets at once: x is read once
     expand        y = h @ b                                   a call per target
     expand_back   dh = dy @ b.T, db = h.T @ dy                a call per target: dy is read once
     shrink_back   dx = (scale * dh) @ a, da = (scale * dh).T @ x        all targets at once: x is read once
@@ -22,9 +22,12 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import jax_triton  # ty: ignore[import-not-found]
+import numpy as np
 import triton  # ty: ignore[import-not-found]
 import triton.language as tl  # ty: ignore[import-not-found]
+from jax.ad_checkpoint import checkpoint_name
 
+from pallas_kernels import KEPT
 from pallas_kernels.cuda_blocks import TOKENS, feature_block, power_of_two
 
 LaneRows = tuple[jax.Array, jax.Array, jax.Array]  # a_GRX, b_GRY, scale_G
@@ -49,7 +52,6 @@ def _put(matrix, lane, row, column, values, ROWS: tl.constexpr, COLUMNS: tl.cons
 def _shrink(
     x,
     a,
-    scale,
     h,
     J: tl.constexpr,
     X: tl.constexpr,
@@ -65,8 +67,7 @@ def _shrink(
         column = start + tl.arange(0, BLOCK)
         x_JX, a_RX = _tile(x, token, column, J, X), _tile(a, rank, column, R, X)
         total = tl.dot(x_JX, tl.trans(a_RX), total, input_precision="ieee")
-    scale_R = tl.load(scale + tl.program_id(0) * R + rank, mask=rank < R, other=0.0)
-    _put(h, tl.program_id(0), token, rank, total * scale_R[None, :], J, R)
+    _put(h, tl.program_id(0), token, rank, total, J, R)
 
 
 @triton.jit
@@ -146,27 +147,35 @@ def _shrink_back(
 
 def forward(x_GJX: jax.Array, rows: Sequence[LaneRows]) -> tuple[tuple[jax.Array, ...], jax.Array]:
     """([G, J, Y] per target, scaled h_GJR of all targets side by side), in x's dtype."""
-    G, J, X = x_GJX.shape
-    dtype = x_GJX.dtype
-    a_GRX = jnp.concatenate([a.astype(dtype) for a, _, _ in rows], axis=1)
     scale_GR = jnp.concatenate([jnp.repeat(s[:, None], a.shape[1], axis=1) for a, _, s in rows], axis=1)
+    h_GJR = _shrunk(x_GJX, [a for a, _, _ in rows]) * scale_GR[:, None, :]
+    h_GJR = checkpoint_name(h_GJR.astype(x_GJX.dtype), KEPT)
+    parts = _split(h_GJR, [b.shape[1] for _, b, _ in rows], axis=2)
+    return tuple(_expanded(h, b) for h, (_, b, _) in zip(parts, rows, strict=True)), h_GJR
+
+
+@jax.named_scope("segmented_lora_shrink")
+def _shrunk(x_GJX: jax.Array, a_rows: Sequence[jax.Array]) -> jax.Array:
+    """float32 h_GJR of all targets side by side, not scaled.
+
+    XLA computes a kernel's result twice if the kernel's own output is both stacked by a scan and used: this one is not.
+    """
+    G, J, X = x_GJX.shape
+    a_GRX = jnp.concatenate([a.astype(x_GJX.dtype) for a in a_rows], axis=1)
     R = a_GRX.shape[1]
-    h_GJR = jax_triton.triton_call(
+    return jax_triton.triton_call(
         x_GJX,
         a_GRX,
-        scale_GR,
         kernel=_shrink,
         name="segmented_lora_shrink",
-        out_type=jax.ShapeDtypeStruct((G, J, R), dtype),
+        out_type=jax.ShapeDtypeStruct((G, J, R), jnp.float32),
         grid=(G, math.ceil(J / TOKENS)),
         X=X,
         **_common(J, R, X),
     )
-    starts = [sum(a.shape[1] for a, _, _ in rows[:k]) for k in range(len(rows))]
-    parts = [h_GJR[:, :, at : at + b.shape[1]] for at, (_, b, _) in zip(starts, rows, strict=True)]
-    return tuple(_expanded(h, b) for h, (_, b, _) in zip(parts, rows, strict=True)), h_GJR
 
 
+@jax.named_scope("segmented_lora_expand")
 def _expanded(h_GJR: jax.Array, b_GRY: jax.Array) -> jax.Array:
     """[G, J, Y]"""
     G, J, R = h_GJR.shape
@@ -184,6 +193,7 @@ def _expanded(h_GJR: jax.Array, b_GRY: jax.Array) -> jax.Array:
     )
 
 
+@jax.named_scope("segmented_lora_expand_back")
 def expand_back(dy_GJY: jax.Array, h_GJR: jax.Array, b_GRY: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(dh_GJR, db_GRY) of y = h @ b, float32."""
     G, J, Y = dy_GJY.shape
@@ -208,6 +218,7 @@ def expand_back(dy_GJY: jax.Array, h_GJR: jax.Array, b_GRY: jax.Array) -> tuple[
     return parts.sum(0), db
 
 
+@jax.named_scope("segmented_lora_shrink_back")
 def shrink_back(
     dh_GJR: jax.Array, x_GJX: jax.Array, a_rows: Sequence[jax.Array]
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
@@ -230,8 +241,12 @@ def shrink_back(
         X=X,
         **constants,
     )
-    starts = [sum(a.shape[1] for a in a_rows[:k]) for k in range(len(a_rows))]
-    return dx_GJX, tuple(da_GRX[:, at : at + a.shape[1]] for at, a in zip(starts, a_rows, strict=True))
+    return dx_GJX, tuple(_split(da_GRX, [a.shape[1] for a in a_rows], axis=1))
+
+
+def _split(beside: jax.Array, sizes: Sequence[int], axis: int) -> list[jax.Array]:
+    """The part of each target."""
+    return jnp.split(beside, np.cumsum(sizes)[:-1].tolist(), axis=axis)
 
 
 def _common(tokens: int, rank: int, features: int) -> dict[str, int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,6 +51,28 @@ def test_the_platform_lowered_for_decides():
         assert kernels(segmented_lora, *train(), platform=platform) == []
     assert kernels(gathered_lora, *decode()) == ["gathered_lora"]
     assert kernels(segmented_lora, *train()) == ["segmented_lora"]
+
+
+@pytest.mark.parametrize(
+    ("pallas", "triton", "want"),
+    [(True, True, (1, 3, 2)), (True, False, (1, 1, 2)), (False, True, (1, 3, 1)), (False, False, (1, 1, 1))],
+    ids=["both", "no Triton", "no Pallas", "neither"],
+)
+def test_each_platform_takes_its_body_or_what_the_table_says_otherwise(pallas, triton, want):
+    """Each body multiplies by a number of its own."""
+
+    def op(x):
+        bodies = {
+            "pallas": (lambda x, interpret: x * 2) if pallas else None,
+            "triton": (lambda x: x * 3) if triton else None,
+        }
+        return by_platform("gathered_lora", x, xla=lambda x: x * 1, **bodies)
+
+    found = []
+    for platform in ("cpu", "cuda", "tpu"):
+        text = jax.jit(op).trace(shape(4, dtype=F32)).lower(lowering_platforms=(platform,)).as_text()
+        found.append(int(float(re.search(r"dense<([0-9.e+]+)> : tensor<f32>", text)[1])))
+    assert tuple(found) == want
 
 
 def test_gradients_have_their_own_bodies():
