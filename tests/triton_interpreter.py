@@ -17,6 +17,7 @@ import jax_triton
 import numpy as np
 import placement_world
 import pytest
+import test_pallas_kernels_counts as counts
 import triton.language as tl
 from triton.runtime import interpreter
 
@@ -24,6 +25,8 @@ from pallas_kernels import dispatch, gathered_lora, segmented_lora
 
 ONE_AT_A_TIME = threading.Lock()  # the interpreter keeps its place in the grid in a global
 CALLS = []  # names of the kernels that ran
+READ = []  # addresses that masked loads of the kernel that ran last have read
+INPUTS = []  # of every kernel that ran: per input array, how many times each of its numbers was read
 
 
 class Memory:
@@ -60,13 +63,22 @@ class Memory:
         assert other.array is self.array
 
 
+def times_read(array: np.ndarray) -> np.ndarray:
+    """Of every number of the array, in the kernel that ran last."""
+    places = np.concatenate([np.zeros(0, np.uint64), *READ]).astype(np.int64) - array.ctypes.data
+    of_array = places[(places >= 0) & (places < array.nbytes)] // array.itemsize
+    return np.bincount(of_array, minlength=array.size).reshape(array.shape)
+
+
 def triton_call(*args, kernel, name, out_type, grid, **constants):
     def run(*args):
         inputs = jax.tree.map(lambda x: Memory(np.array(x, order="C")), args)
         outputs = jax.tree.map(lambda o: np.full(o.shape, np.nan, o.dtype), out_type)
         with ONE_AT_A_TIME:
             CALLS.append(name)
+            READ.clear()
             kernel[grid](*inputs, *map(Memory, jax.tree.leaves(outputs)), **constants)
+            INPUTS.append([times_read(m.array) for m in jax.tree.leaves(inputs)])
         return outputs
 
     return jax.pure_callback(run, out_type, *args)
@@ -79,7 +91,11 @@ def _widened(tensor: interpreter.TensorHandle) -> interpreter.TensorHandle:
 
 
 class Builder(interpreter.InterpreterBuilder):
-    """The interpreter's own, which multiplies bfloat16 by its bits and rounds to it towards zero."""
+    """The interpreter's own, which multiplies bfloat16 by its bits and rounds to it towards zero.  Remembers what is read."""
+
+    def create_masked_load(self, ptrs, mask, *rest):
+        READ.append(ptrs.data[mask.data])
+        return super().create_masked_load(ptrs, mask, *rest)
 
     def create_dot(self, a, b, *rest):
         return super().create_dot(_widened(a), _widened(b), *rest)
@@ -113,6 +129,22 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.write_line(f"kernels: {' '.join(sorted(set(CALLS)))}")
 
 
+def count_reads() -> int:
+    """How many cases read the rows of each adapter once, those of nobody else, and the tokens with an adapter once."""
+    for case in (counts.case(slots) for slots in counts.SLOTS):
+        INPUTS.clear()
+        with dispatch.interpreted():
+            jax.block_until_ready(jax.jit(gathered_lora.gathered_lora)(*case))
+        adapters, _ = counts.expected(case[3])
+        (x, _, _, _, a), (_, _, _, _, b, _) = INPUTS
+        for half in (a, b):
+            assert {(int(layer), int(slot)) for layer, slot, *_ in np.argwhere(half)} == adapters
+            assert half.sum() == len(adapters) * half[0, 0].size
+        assert (x == (case[3] >= 0)[:, None]).all()
+    return len(counts.SLOTS)
+
+
 if __name__ == "__main__":
     interpret_triton()
     placement_world.main()
+    print(count_reads())
