@@ -140,11 +140,6 @@ G, J = 3, 32
 RANKS, WIDTHS = (4, 2), (512, 256)
 
 
-def op(x, rows):
-    with dispatch.interpreted():
-        return segmented_lora(x, rows)
-
-
 def loss(f):
     def weighted(x, rows, w):
         return sum((v.astype(jnp.float32) * u).sum() for v, u in zip(f(x, rows), w, strict=True))
@@ -153,7 +148,8 @@ def loss(f):
 
 
 def values_and_gradients(x, rows, w):
-    return op(x, rows), jax.grad(loss(op), argnums=(0, 1))(x, rows, w)
+    with dispatch.interpreted():  # the backward pass is traced when the gradient is taken, so inside as well
+        return segmented_lora(x, rows), jax.grad(loss(segmented_lora), argnums=(0, 1))(x, rows, w)
 
 
 run_lanes = jax.jit(values_and_gradients)
