@@ -25,6 +25,7 @@ from serve.runner import Runner
 
 LOG = logging.getLogger("serve")
 HOST_BYTES = 2 * 2**30  # of adapter versions kept in RAM
+BACKLOG = 2048  # connections that may wait to be accepted
 
 
 def make_runner(opened: Opened, config: ServeConfig, store: AdapterStore) -> Runner:
@@ -100,12 +101,17 @@ class HttpServer:
         host, port = self.listening.getsockname()[:2]
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
+    def listen(self) -> None:
+        """From now on a client waits for its answer; before, it is refused."""
+        self.listening.listen(BACKLOG)
+
     def run(self) -> None:
         """Answers until interrupted."""
         self.server.run(sockets=[self.listening])
 
     def start(self) -> None:
-        """Answers in the background."""
+        """Answers in the background, from now on."""
+        self.listen()
         self.thread = threading.Thread(target=self.run, name="jaxlora-http", daemon=True)
         self.thread.start()
 
@@ -147,6 +153,7 @@ def main(config: ServeConfig) -> None:
         print(f"loaded {section.name} as version {ref.version}")
     print(f"compiling {len(runner.engine.shapes())} programs for {opened.name} ({opened.base.dtype.name})", flush=True)
     runner.start()
+    http.listen()  # who reads the next line may ask at once
     print(f"serving {opened.name} and {len(store.list(None))} adapters on {http.url}/v1", flush=True)
     try:
         http.run()

@@ -119,7 +119,7 @@ def test_interpreted_bodies_pass_the_tests_of_the_tpu_bodies():
     """Kernels against oracles, then the whole decode and training step of a small model against the XLA form."""
     files = [str(TESTS / name) for name in ("test_pallas_kernels_tpu_bodies.py", "test_house_tpu_bodies.py")]
     of_pallas = "not test_an_interpreted_engine_leaves_nothing_to_choose"
-    out = interpreter("-m", "pytest", "-p", "triton_interpreter", *files, "-k", of_pallas)
+    out = interpreter("-m", "pytest", "-n", "0", "-p", "triton_interpreter", *files, "-k", of_pallas)
     assert re.search(r"kernels: (.*)", out)[1].split() == [
         "gathered_lora_expand",
         "gathered_lora_shrink",
