@@ -42,6 +42,7 @@ def report(home: Path) -> Iterator[Finding]:
     yield Finding(f"python            {platform.python_version()} on {platform.system()} {platform.machine()}")
     yield from (_version(name) for name in DISTRIBUTIONS)
     yield _devices()
+    yield _kernels()
     yield _cache()
     yield _demo_model()
     yield _neighbours(home)
@@ -62,6 +63,13 @@ def _devices() -> Finding:
     except (ImportError, RuntimeError) as e:
         return Finding(f"devices           NONE: {' '.join(str(e).split())}", ok=False)
     return Finding(f"devices           {len(found)} x {found[0].platform} ({found[0].device_kind})")
+
+
+def _kernels() -> Finding:
+    from pallas_kernels.dispatch import cuda_body  # imports JAX
+
+    cuda = {"triton": "Triton kernels, which no GPU has run yet", "xla": "XLA; kernels come with the extra `triton`"}
+    return Finding(f"LoRA kernels      tpu: Pallas; cuda: {cuda[cuda_body()]}")
 
 
 def _cache() -> Finding:

@@ -128,7 +128,7 @@ def _flash_forward(q_GJNH, k_GJKH, v_GJKH, segment_GJ, window, block, placement)
     xla = functools.partial(_blocks_forward, window, block)
     pallas = _placed(functools.partial(_splash_forward, window), placement, "hhhr", "hl")
     out_GJNH, lse = by_platform(
-        "packed_attention", *args, xla=xla, pallas=pallas, fits=known_dtypes(q_GJNH, k_GJKH, v_GJKH)
+        "packed_attention", *args, xla=xla, pallas=pallas if known_dtypes(*args[:3]) else None, triton=None
     )
     out_GJNH, lse = checkpoint_name(out_GJNH, KEPT), checkpoint_name(lse, KEPT)
     return out_GJNH, (*args, out_GJNH, lse)
@@ -137,8 +137,8 @@ def _flash_forward(q_GJNH, k_GJKH, v_GJKH, segment_GJ, window, block, placement)
 def _flash_backward(window, block, placement, saved, d_GJNH):
     xla = functools.partial(_blocks_backward, window, block)
     pallas = _placed(functools.partial(_splash_backward, window), placement, "hhhrhlh", "hhh")
-    fits = known_dtypes(*saved[:3])
-    return *by_platform("packed_attention", *saved, d_GJNH, xla=xla, pallas=pallas, fits=fits), None
+    pallas = pallas if known_dtypes(*saved[:3]) else None
+    return *by_platform("packed_attention", *saved, d_GJNH, xla=xla, pallas=pallas, triton=None), None
 
 
 _flash.defvjp(_flash_forward, _flash_backward)

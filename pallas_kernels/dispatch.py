@@ -6,11 +6,13 @@ when the program is lowered for it.
 
     op               platform   body     why
     gathered_lora    cpu        xla      a loop over tokens: the fastest form measured there that keeps tenants apart
-                     cuda       xla      no body of its own yet
+                     cuda       triton   an adapter's rows are read once for 16 of its tokens, base tokens cost nothing
+                                xla      without the extra `triton`, for more tokens or rank than it takes, other dtypes
                      tpu        pallas   an adapter's rows are fetched once, base tokens cost nothing
                                 xla      where one adapter's rows have no room on the chip, and for other dtypes
     segmented_lora   cpu        xla      products batched over lanes, measured best
-                     cuda       xla      no body of its own yet
+                     cuda       triton   targets share one read of x, backward dy is read once
+                                xla      without the extra `triton`, for more rank than it takes, other dtypes
                      tpu        pallas   targets share one read of x, h stays on the chip
                                 xla      where no block has room on the chip, and for other dtypes
     packed_attention cpu        xla      a loop over blocks that skips foreign segments, measured best
@@ -22,7 +24,8 @@ when the program is lowered for it.
                      tpu        pallas   reads pages in place, each sequence its own
                                 xla      where no run of tokens has room on the chip, and for other dtypes
 
-The other ops have one body, XLA, everywhere.
+The other ops have one body, XLA, everywhere.  The Triton bodies were compiled and interpreted, never run on a GPU: whoever
+installs the extra asks for them.  `cuda_body` says what it is, and so does `jaxlora doctor`.
 """
 
 from __future__ import annotations
@@ -35,21 +38,23 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-TPU_DTYPES = (jnp.bfloat16, jnp.float32)  # of activations and rows in the Pallas bodies
+from pallas_kernels import cuda_blocks
+
+DTYPES = (jnp.bfloat16, jnp.float32)  # of activations and rows in the kernels
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """The body of an op on a platform, and the one for what the first has no room for."""
+    """The body of an op on a platform, and the one for what the first cannot do."""
 
-    body: str  # xla or pallas
+    body: str  # xla, pallas or triton
     otherwise: str
 
 
-XLA, PALLAS = Route("xla", "xla"), Route("pallas", "xla")
+XLA, PALLAS, TRITON = Route("xla", "xla"), Route("pallas", "xla"), Route("triton", "xla")
 TABLE = {
-    "gathered_lora": {"cpu": XLA, "cuda": XLA, "tpu": PALLAS},
-    "segmented_lora": {"cpu": XLA, "cuda": XLA, "tpu": PALLAS},
+    "gathered_lora": {"cpu": XLA, "cuda": TRITON, "tpu": PALLAS},
+    "segmented_lora": {"cpu": XLA, "cuda": TRITON, "tpu": PALLAS},
     "packed_attention": {"cpu": XLA, "cuda": XLA, "tpu": PALLAS},
     "paged_attention": {"cpu": XLA, "cuda": XLA, "tpu": PALLAS},
 }
@@ -65,24 +70,34 @@ def interpreted() -> Generator[None]:
 
 
 def by_platform[*Args, Out](
-    op: str, *args: *Args, xla: Callable[[*Args], Out], pallas: Callable[[*Args, bool], Out], fits: bool
+    op: str,
+    *args: *Args,
+    xla: Callable[[*Args], Out],
+    pallas: Callable[[*Args, bool], Out] | None,
+    triton: Callable[[*Args], Out] | None,
 ) -> Out:
     """What the op's body for the platform makes of these arrays.
 
-    pallas: takes `interpret` besides.  `fits`: whether it has room for these shapes and knows their dtypes.
-    Raises NotImplementedError when lowered for a platform that the table lacks.
+    pallas: takes `interpret` besides.  A kernel is None where it has no room for these shapes, does not know their dtypes
+    or is not installed.  Raises NotImplementedError when lowered for a platform that the table lacks.
     """
-    if _interpreted.value and fits:
+    if _interpreted.value and pallas is not None:
         return pallas(*args, True)
 
-    def compiled(*args: *Args) -> Out:
-        return pallas(*args, False)
-
-    body = {"xla": xla, "pallas": compiled}
-    chosen = {p: body[r.body if fits else r.otherwise] for p, r in TABLE[op].items()}
+    body: dict[str, Callable[..., Out]] = {"xla": xla}
+    if pallas is not None:
+        body["pallas"] = lambda *args: pallas(*args, False)
+    if triton is not None:
+        body["triton"] = triton
+    chosen = {platform: body.get(route.body, body[route.otherwise]) for platform, route in TABLE[op].items()}
     return lax.platform_dependent(*args, **chosen)
 
 
 def known_dtypes(*arrays: jax.Array) -> bool:
-    """Whether the Pallas bodies compute with these."""
-    return all(x.dtype in TPU_DTYPES for x in arrays)
+    """Whether the kernels compute with these."""
+    return all(x.dtype in DTYPES for x in arrays)
+
+
+def cuda_body() -> str:
+    """What runs LoRA on an NVIDIA GPU with what is installed."""
+    return "triton" if cuda_blocks.installed() else "xla"

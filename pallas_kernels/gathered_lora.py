@@ -12,7 +12,7 @@ Source: BGMV, Punica (arXiv 2310.18547).
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import NO_ADAPTER, gathered_lora_tpu
+from pallas_kernels import NO_ADAPTER, cuda_blocks, gathered_lora_tpu
 from pallas_kernels.dispatch import by_platform, known_dtypes
 from pallas_kernels.placement import Placement
 from pallas_kernels.shapes import shaped
@@ -99,9 +99,10 @@ def _gathered(
     args = (x_TX, rows, layer, slot_T, visits)
     part = args if placement is None else placement.local(_specs(placement, len(rows)), args)
     halves = [half for a, b, _ in rows for half in (a, b)]
-    fits = known_dtypes(x_TX, *halves) and gathered_lora_tpu.fits(*part[:2])
-    pallas = functools.partial(_visited, placement)
-    return by_platform("gathered_lora", *args, xla=_token_loop, pallas=pallas, fits=fits)
+    known = known_dtypes(x_TX, *halves)
+    pallas = functools.partial(_visited_tpu, placement) if known and gathered_lora_tpu.fits(*part[:2]) else None
+    triton = functools.partial(_visited_cuda, placement) if known and _fits_cuda(*part[:2]) else None
+    return by_platform("gathered_lora", *args, xla=_token_loop, pallas=pallas, triton=triton)
 
 
 def _forward(placement, *args):
@@ -124,24 +125,54 @@ def _specs(placement: Placement, targets: int) -> tuple:
     return P(placement.rows, placement.x), ((a, b, P()),) * targets, P(), rows, _visits_spec(placement)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kernels:
+    """The product at one visit of each token, and its halves for those who sum h over devices between them."""
+
+    both: Callable[..., list[jax.Array]]
+    shrink: Callable[..., list[jax.Array]]
+    expand: Callable[..., list[jax.Array]]
+
+
+def _visited_tpu(placement, x_TX, rows, layer, slot_T, visits, interpret: bool) -> tuple[jax.Array, ...]:
+    kernels = Kernels(
+        both=functools.partial(gathered_lora_tpu.both, interpret=interpret),
+        shrink=functools.partial(gathered_lora_tpu.shrink, interpret=interpret),
+        expand=functools.partial(gathered_lora_tpu.expand, interpret=interpret),
+    )
+    return _visited(kernels, placement, x_TX, rows, layer, slot_T, visits)
+
+
+def _visited_cuda(placement, x_TX, rows, layer, slot_T, visits) -> tuple[jax.Array, ...]:
+    from pallas_kernels import gathered_lora_cuda as cuda  # imports Triton
+
+    kernels = Kernels(both=cuda.both, shrink=cuda.shrink, expand=cuda.expand)
+    return _visited(kernels, placement, x_TX, rows, layer, slot_T, visits)
+
+
+def _fits_cuda(x_TX: jax.Array, rows: tuple[TargetRows, ...]) -> bool:
+    rank = max(a.shape[2] for a, _, _ in rows)
+    return cuda_blocks.installed() and rank <= cuda_blocks.RANK and x_TX.shape[0] <= cuda_blocks.VISITS
+
+
 def _visited(
+    kernels: Kernels,
     placement: Placement | None,
     x_TX: jax.Array,
     rows: tuple[TargetRows, ...],
     layer: jax.Array,
     slot_T: jax.Array,
     visits: Visits,
-    interpret: bool,
 ) -> tuple[jax.Array, ...]:
-    """The Pallas body.  Rows of the output that nobody visited hold anything, so they are selected away."""
+    """The bodies that visit.  Rows of the output that nobody visited hold anything, so they are selected away."""
 
     def body(x_TX, rows, layer, slot_T, visits) -> tuple[jax.Array, ...]:
         order = visits.order_T, visits.slot_T, visits.count_1[0]
         if placement is None or placement.x is None:
-            y_TY = gathered_lora_tpu.both(x_TX, rows, layer, order, interpret=interpret)
+            y_TY = kernels.both(x_TX, rows, layer, order)
         else:
-            h_TR = lax.psum(gathered_lora_tpu.shrink(x_TX, rows, layer, order, interpret=interpret), placement.x)
-            y_TY = gathered_lora_tpu.expand(h_TR, rows, layer, order, x_TX.dtype, interpret=interpret)
+            h_TR = lax.psum(kernels.shrink(x_TX, rows, layer, order), placement.x)
+            y_TY = kernels.expand(h_TR, rows, layer, order, x_TX.dtype)
         return tuple(jnp.where((slot_T != NO_ADAPTER)[:, None], y, 0) for y in y_TY)
 
     if placement is None:

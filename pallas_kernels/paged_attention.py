@@ -74,7 +74,7 @@ def paged_attention(
     fits = known_dtypes(q, k) and paged_attention_tpu.cut(q, k, page) is not None
     xla = functools.partial(_columns, window)
     pallas = functools.partial(_paged, window, placement)
-    return by_platform("paged_attention", *args, xla=xla, pallas=pallas, fits=fits)
+    return by_platform("paged_attention", *args, xla=xla, pallas=pallas if fits else None, triton=None)
 
 
 def _specs(placement: Placement) -> tuple:

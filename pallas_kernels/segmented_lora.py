@@ -14,7 +14,8 @@ Source: SGMV, Punica (arXiv 2310.18547), in a tenant-major layout.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import KEPT, NO_ADAPTER, segmented_lora_tpu
+from pallas_kernels import KEPT, NO_ADAPTER, cuda_blocks, segmented_lora_tpu
 from pallas_kernels.dispatch import by_platform, known_dtypes
 from pallas_kernels.placement import Placement
 from pallas_kernels.shapes import shaped
@@ -57,22 +58,27 @@ def _segmented(placement: Placement | None, x_GJX: jax.Array, rows: tuple[LaneRo
 
 
 def _forward(placement, x_GJX, rows):
-    pallas = functools.partial(_forward_pallas, placement)
     y_GJY, h_GJR = by_platform(
         "segmented_lora",
         x_GJX,
         rows,
         xla=lambda x, rows: _forward_xla(x, rows, None),
-        pallas=pallas,
-        fits=_fits(placement, x_GJX, rows),
+        pallas=functools.partial(_forward_tpu, placement) if _fits_tpu(placement, x_GJX, rows) else None,
+        triton=functools.partial(_forward_cuda, placement) if _fits_cuda(x_GJX, rows) else None,
     )
     return y_GJY, (x_GJX, rows, h_GJR)
 
 
 def _backward(placement, saved, dy_GJY):
-    args = (*saved, dy_GJY)
-    pallas = functools.partial(_backward_pallas, placement)
-    return by_platform("segmented_lora", *args, xla=_backward_xla, pallas=pallas, fits=_fits(placement, *saved[:2]))
+    x_GJX, rows, _ = saved
+    return by_platform(
+        "segmented_lora",
+        *saved,
+        dy_GJY,
+        xla=_backward_xla,
+        pallas=functools.partial(_backward_tpu, placement) if _fits_tpu(placement, x_GJX, rows) else None,
+        triton=functools.partial(_backward_cuda, placement) if _fits_cuda(x_GJX, rows) else None,
+    )
 
 
 _segmented.defvjp(_forward, _backward)
@@ -84,10 +90,18 @@ def _specs(placement: Placement, targets: int) -> tuple:
     return P(placement.rows, None, placement.x), ((a, b, scale),) * targets
 
 
-def _fits(placement: Placement | None, x_GJX: jax.Array, rows: tuple[LaneRows, ...]) -> bool:
-    halves = [half for a, b, _ in rows for half in (a, b)]
+def _fits_tpu(placement: Placement | None, x_GJX: jax.Array, rows: tuple[LaneRows, ...]) -> bool:
     part = (x_GJX, rows) if placement is None else placement.local(_specs(placement, len(rows)), (x_GJX, rows))
-    return known_dtypes(x_GJX, *halves) and segmented_lora_tpu.fits(*part)
+    return _known(x_GJX, rows) and segmented_lora_tpu.fits(*part)
+
+
+def _fits_cuda(x_GJX: jax.Array, rows: tuple[LaneRows, ...]) -> bool:
+    rank = sum(a.shape[1] for a, _, _ in rows)
+    return cuda_blocks.installed() and rank <= cuda_blocks.RANK and _known(x_GJX, rows)
+
+
+def _known(x_GJX: jax.Array, rows: tuple[LaneRows, ...]) -> bool:
+    return known_dtypes(x_GJX, *(half for a, b, _ in rows for half in (a, b)))
 
 
 def _split(h_GJR: jax.Array, rows: tuple[LaneRows, ...]) -> list[jax.Array]:
@@ -135,14 +149,52 @@ def _backward_xla(x_GJX, rows, h_GJR, dy_GJY):
     return dx_GJX, tuple((da, db, ds) for (da, ds), db in zip(da_and_dscale, db, strict=True))
 
 
-# ---- Pallas -----------------------------------------------------------------------------------------------------------
+# ---- kernels ----------------------------------------------------------------------------------------------------------
 
 
-def _forward_pallas(placement: Placement | None, x_GJX, rows, interpret: bool):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kernels:
+    """The forward product, and the gradients of its second and first half."""
+
+    forward: Callable[..., tuple[tuple[jax.Array, ...], jax.Array]]
+    expand_back: Callable[..., tuple[jax.Array, jax.Array]]
+    shrink_back: Callable[..., tuple[jax.Array, tuple[jax.Array, ...]]]
+
+
+def _tpu(interpret: bool) -> Kernels:
+    return Kernels(
+        forward=functools.partial(segmented_lora_tpu.forward, interpret=interpret),
+        expand_back=functools.partial(segmented_lora_tpu.expand_back, interpret=interpret),
+        shrink_back=functools.partial(segmented_lora_tpu.shrink_back, interpret=interpret),
+    )
+
+
+def _cuda() -> Kernels:
+    from pallas_kernels import segmented_lora_cuda as cuda  # imports Triton
+
+    return Kernels(forward=cuda.forward, expand_back=cuda.expand_back, shrink_back=cuda.shrink_back)
+
+
+def _forward_tpu(placement, x_GJX, rows, interpret: bool):
+    return _forward_kernels(_tpu(interpret), placement, x_GJX, rows)
+
+
+def _forward_cuda(placement, x_GJX, rows):
+    return _forward_kernels(_cuda(), placement, x_GJX, rows)
+
+
+def _backward_tpu(placement, x_GJX, rows, h_GJR, dy_GJY, interpret: bool):
+    return _backward_kernels(_tpu(interpret), placement, x_GJX, rows, h_GJR, dy_GJY)
+
+
+def _backward_cuda(placement, x_GJX, rows, h_GJR, dy_GJY):
+    return _backward_kernels(_cuda(), placement, x_GJX, rows, h_GJR, dy_GJY)
+
+
+def _forward_kernels(kernels: Kernels, placement: Placement | None, x_GJX, rows):
     def body(x_GJX, rows):
         if placement is None or placement.x is None:
-            y_GJY, h_GJR = segmented_lora_tpu.forward(x_GJX, rows, interpret=interpret)
-            return y_GJY, checkpoint_name(h_GJR, KEPT)
+            return kernels.forward(x_GJX, rows)
         # The sum over devices stands between the halves, so there is nothing to fuse: XLA's products.
         return _forward_xla(x_GJX, rows, placement.x)
 
@@ -152,19 +204,16 @@ def _forward_pallas(placement: Placement | None, x_GJX, rows, interpret: bool):
     return placement.on_each(body, _specs(placement, len(rows)), out)(x_GJX, rows)
 
 
-def _backward_pallas(placement: Placement | None, x_GJX, rows, h_GJR, dy_GJY, interpret: bool):
+def _backward_kernels(kernels: Kernels, placement: Placement | None, x_GJX, rows, h_GJR, dy_GJY):
     def body(x_GJX, rows, h_GJR, dy_GJY):
         a_rows, b_rows, scale = zip(*rows, strict=True)
-        back = [
-            segmented_lora_tpu.expand_back(dy, h, b, interpret=interpret)
-            for dy, h, b in zip(dy_GJY, _split(h_GJR, rows), b_rows, strict=True)
-        ]
+        back = [kernels.expand_back(dy, h, b) for dy, h, b in zip(dy_GJY, _split(h_GJR, rows), b_rows, strict=True)]
         dh_GJR = jnp.concatenate([dh for dh, _ in back], axis=2)
         if placement is not None and placement.y is not None:
             dh_GJR = lax.psum(dh_GJR, placement.y)
         dh = _split(dh_GJR, rows)
         scaled = jnp.concatenate([d * s[:, None, None] for d, s in zip(dh, scale, strict=True)], axis=2)
-        dx_GJX, da = segmented_lora_tpu.shrink_back(scaled.astype(x_GJX.dtype), x_GJX, a_rows, interpret=interpret)
+        dx_GJX, da = kernels.shrink_back(scaled.astype(x_GJX.dtype), x_GJX, a_rows)
         # Scale is not trained: unless somebody asks for its gradient, XLA drops this product.
         plain = _split(_shrink_plain(x_GJX, a_rows, None if placement is None else placement.x), rows)
         dscale = [(d * h).sum((1, 2)) for d, h in zip(dh, plain, strict=True)]

@@ -17,9 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import KEPT
 from pallas_kernels.tpu_blocks import blocks, dot, feature_splits, padded_bytes, token_block
 
 Cut = tuple[int, int]  # tokens of a block, number of blocks of the features
@@ -145,7 +147,7 @@ def forward(
         interpret=interpret,
         name="segmented_lora",
     )(*(s for _, _, s in rows), x_GJX, *(a for a, _, _ in rows), *(b for _, b, _ in rows))
-    return tuple(out[:K]), out[K]
+    return tuple(out[:K]), checkpoint_name(out[K], KEPT)
 
 
 def _beside(values: Sequence[jax.Array], ends: Sequence[int]) -> jax.Array:

@@ -2,117 +2,19 @@
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 from aot_world import chips, collectives, kernels
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kernel_shapes import made_as_large_as
+from step_shapes import LANES, RANK, ROWS, SMOLLM2, TOKENS, decode, makers, parts, train
 
-from jaxlora.kvcache import KVPages, page_format
-from jaxlora.mesh import RULES, make_mesh, replicated, sharding
-from jaxlora.model import Base
-from jaxlora.model_config import ModelConfig, parameters, target_features
-from jaxlora.pool import LoraRows, PoolSpec, Rows, layer_count, row_axes
-from serve.engine import StepBatch, step_program
-from serve.sampling import SamplingBatch
-from train.optimizer import Moments
-from train.step import TrainState, _accumulate, halves, idle_batch
+from jaxlora.mesh import make_mesh
 
 pytestmark = pytest.mark.aot
 
-SMOLLM2 = ModelConfig(
-    family="llama",
-    layers=30,
-    d_model=576,
-    d_ff=1536,
-    heads=9,
-    kv_heads=3,
-    head_dim=64,
-    vocab=49152,
-    context=8192,
-    norm_eps=1e-5,
-    rope_theta=1e5,
-    rope_scaling=None,
-    window=None,
-    qkv_bias=False,
-    qk_norm=False,
-    tied=True,
-)
 DECODE_KERNELS = {"gathered_lora": 2, "gathered_lora_shrink": 2, "gathered_lora_expand": 2, "paged_attention": 1}
 SPLASH = dict.fromkeys(  # the forward kernel once: what it gave is kept for the backward pass
     [f"splash_mha_{name}residuals" for name in ("fwd_segmented_", "dkv_segmented_no_", "dq_segmented_no_")], 1
 )
-ROWS, LANES, TOKENS, RANK = 32, 4, 256, 16
-PAGES = (30, 200, 64, 192)  # a compiler that may choose would put 200 last: it pads to 256 as 192 does, and less
-
-
-def placed(mesh: Mesh, axes, shape, dtype) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding(mesh, axes))
-
-
-def base(mesh: Mesh) -> Base:
-    arrays = {n: placed(mesh, p.axes, p.shape, jnp.bfloat16) for n, p in parameters(SMOLLM2).items()}
-    return Base(arrays=arrays, config=SMOLLM2, precision="default", mesh=mesh)
-
-
-def pool(mesh: Mesh, spec: PoolSpec) -> Rows:
-    rows = {}
-    for target in spec.targets:
-        L, (x, y) = layer_count(SMOLLM2, target), target_features(SMOLLM2, target)
-        a, b = row_axes(SMOLLM2, target)
-        rows[target] = LoraRows(
-            a_LSRX=placed(mesh, a, (L, spec.slots, spec.rank, x), spec.dtype),
-            b_LSRY=placed(mesh, b, (L, spec.slots, spec.rank, y), spec.dtype),
-            scale_LS=placed(mesh, (None, None), (L, spec.slots), jnp.float32),
-        )
-    return rows
-
-
-def lanes(mesh: Mesh, batch):
-    split = NamedSharding(mesh, PartitionSpec(RULES["lanes"]))
-    return jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=split), batch)
-
-
-def part(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """What one device holds of it."""
-    return jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype)
-
-
-def parts(rows: Rows) -> list[jax.ShapeDtypeStruct]:
-    """What one device holds of each half of the pool."""
-    return [part(half) for r in rows.values() for half in (r.a_LSRX, r.b_LSRY)]
-
-
-def makers(kv: KVPages, compiled: jax.stages.Compiled) -> list[str]:
-    """Names of the instructions that make a device's part of the pages anew; a scatter writes where they lie."""
-    made = made_as_large_as([part(kv.k_LPZF)], compiled.as_text())
-    return [line for line in made if "scatter" not in line.split(" = ")[0]]
-
-
-def decode(mesh: Mesh) -> tuple[jax.stages.Compiled, Rows, KVPages]:
-    rows = pool(mesh, PoolSpec(slots=64, rank=RANK, dtype="bfloat16"))
-    pages = jax.ShapeDtypeStruct(PAGES, jnp.bfloat16, sharding=page_format(mesh))
-    kv = KVPages(k_LPZF=pages, v_LPZF=pages)
-    sizes = {
-        "token_GJ": (ROWS, 1),
-        "position_GJ": (ROWS, 1),
-        "slot_G": (ROWS,),
-        "page_GC": (ROWS, 4),
-        "last_G": (ROWS,),
-    }
-    batch = StepBatch(**{n: np.zeros(shape, np.int32) for n, shape in sizes.items()}, sampling=SamplingBatch.idle(ROWS))
-    return step_program(mesh).lower(base(mesh), rows, kv, lanes(mesh, batch)).compile(), rows, kv
-
-
-def train(mesh: Mesh) -> jax.stages.Compiled:
-    rows = pool(mesh, PoolSpec(slots=8, rank=RANK, dtype="float32"))
-    count = placed(mesh, (None,), (8,), jnp.int32)
-    state = TrainState(pool=rows, grads=halves(rows), moments=Moments(mu=halves(rows), nu=halves(rows), count=count))
-    out = (jax.tree.map(lambda v: v.sharding, state), replicated(mesh))
-    step = jax.jit(_accumulate, donate_argnums=1, out_shardings=out)
-    return step.lower(base(mesh), state, lanes(mesh, idle_batch(LANES, TOKENS))).compile()
 
 
 def test_decode_on_one_chip_leaves_pool_and_pages_where_they_lie():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,6 +51,28 @@ def test_the_platform_lowered_for_decides():
         assert kernels(segmented_lora, *train(), platform=platform) == []
     assert kernels(gathered_lora, *decode()) == ["gathered_lora"]
     assert kernels(segmented_lora, *train()) == ["segmented_lora"]
+
+
+@pytest.mark.parametrize(
+    ("pallas", "triton", "want"),
+    [(True, True, (1, 3, 2)), (True, False, (1, 1, 2)), (False, True, (1, 3, 1)), (False, False, (1, 1, 1))],
+    ids=["both", "no Triton", "no Pallas", "neither"],
+)
+def test_each_platform_takes_its_body_or_what_the_table_says_otherwise(pallas, triton, want):
+    """Each body multiplies by a number of its own."""
+
+    def op(x):
+        bodies = {
+            "pallas": (lambda x, interpret: x * 2) if pallas else None,
+            "triton": (lambda x: x * 3) if triton else None,
+        }
+        return by_platform("gathered_lora", x, xla=lambda x: x * 1, **bodies)
+
+    found = []
+    for platform in ("cpu", "cuda", "tpu"):
+        text = jax.jit(op).trace(shape(4, dtype=F32)).lower(lowering_platforms=(platform,)).as_text()
+        found.append(int(float(re.search(r"dense<([0-9.e+]+)> : tensor<f32>", text)[1])))
+    assert tuple(found) == want
 
 
 def test_gradients_have_their_own_bodies():
@@ -119,7 +143,7 @@ def test_the_docstring_shows_the_table():
 
 def test_interpreted_bodies_are_a_configuration_that_jit_sees():
     def op(x):
-        return by_platform("gathered_lora", x, xla=lambda x: x, pallas=lambda x, interpret: x + 1, fits=True)
+        return by_platform("gathered_lora", x, xla=lambda x: x, pallas=lambda x, interpret: x + 1, triton=None)
 
     step = jax.jit(op)
     assert step(0.0) == 0
@@ -141,7 +165,7 @@ def test_a_name_inside_a_body_is_kept_under_checkpoint():
         return jax.grad(lambda x, w: jax.checkpoint(f, policy=policy)(x, w).sum(), argnums=(0, 1))
 
     def op(x, w):
-        return by_platform("segmented_lora", x, w, xla=body, pallas=lambda x, w, _: body(x, w), fits=True)
+        return by_platform("segmented_lora", x, w, xla=body, pallas=lambda x, w, _: body(x, w), triton=None)
 
     compiled = [jax.jit(gradient(f)).lower(x, w).compile() for f in (op, body)]
     assert compiled[0].as_text().count(" dot(") == compiled[1].as_text().count(" dot(") == 3

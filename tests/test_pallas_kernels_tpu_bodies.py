@@ -1,6 +1,6 @@
 """The Pallas bodies, interpreted on the CPU, against the oracles: what they compute, and whose numbers reach whom.
 
-Shapes are tiny: interpretation is slow.
+With the plugin triton_interpreter the same tests run the Triton bodies.  Shapes are tiny: interpretation is slow.
 """
 
 from __future__ import annotations
@@ -95,6 +95,18 @@ def test_gathered_smallest_shapes():
     assert_close(got, gathered_lora_oracle(x[:1], a[0], b[0], scale[0], ids([3])), F32)
 
 
+def test_gathered_busy_adapter_and_wide_features():
+    """More tokens of one adapter, and more features, than fit into one block."""
+    rng = np.random.default_rng(7)
+    slots = rng.permutation(ids([1] * 35 + [3] * 2 + [-1] * 3))
+    x, y_sizes = floats(rng, len(slots), 700), (300, Y)
+    rows = [(floats(rng, 1, S, R, 700), floats(rng, 1, S, R, y), floats(rng, 1, S)) for y in y_sizes]
+    got = run(x, rows, jnp.int32(0), slots)
+    for y, (a, b, scale) in zip(got, rows, strict=True):
+        # Sums of 700 products, then of 4: up to 1e3, each rounded to 2**-24 of it, some 40 times over at worst.
+        assert_close(y, gathered_lora_oracle(x, a[0], b[0], scale[0], slots), {"rtol": 1e-4, "atol": 2e-3})
+
+
 def test_gathered_bfloat16_sums_in_float32():
     """512 positive terms: a bfloat16 sum stops growing at 256."""
     rng = np.random.default_rng(4)
@@ -128,11 +140,6 @@ G, J = 3, 32
 RANKS, WIDTHS = (4, 2), (512, 256)
 
 
-def op(x, rows):
-    with dispatch.interpreted():
-        return segmented_lora(x, rows)
-
-
 def loss(f):
     def weighted(x, rows, w):
         return sum((v.astype(jnp.float32) * u).sum() for v, u in zip(f(x, rows), w, strict=True))
@@ -141,7 +148,8 @@ def loss(f):
 
 
 def values_and_gradients(x, rows, w):
-    return op(x, rows), jax.grad(loss(op), argnums=(0, 1))(x, rows, w)
+    with dispatch.interpreted():  # the backward pass is traced when the gradient is taken, so inside as well
+        return segmented_lora(x, rows), jax.grad(loss(segmented_lora), argnums=(0, 1))(x, rows, w)
 
 
 run_lanes = jax.jit(values_and_gradients)

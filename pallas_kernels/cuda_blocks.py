@@ -1,0 +1,30 @@
+"""Block sizes of the Triton kernels: ONE row, for every NVIDIA GPU from Ampere on.
+
+The sizes come from the limits of registers and shared memory, not from measurements: no GPU was at hand.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+DOT = 16  # the smallest side of a matrix that Triton's dot takes
+TOKENS = 32  # of a lane in one tile
+ACCUMULATOR = 8192  # float32 numbers of a sum that one program holds: 64 registers of each of its 128 threads
+FEATURES = 256  # the widest tile
+RANK = 256  # the largest rank, of all targets of a kernel together
+VISITS = 1024  # decode: the most tokens whose slots one program looks through
+
+
+def installed() -> bool:
+    """Whether the extra `triton` is there.  Nothing is imported."""
+    return all(importlib.util.find_spec(name) is not None for name in ("jax_triton", "triton"))
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n and that Triton's dot takes."""
+    return max(DOT, 1 << (n - 1).bit_length())
+
+
+def feature_block(rank: int, features: int) -> int:
+    """Width of the tiles of [rank, features]."""
+    return min(power_of_two(features), FEATURES, ACCUMULATOR // power_of_two(rank))

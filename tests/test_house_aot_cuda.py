@@ -1,0 +1,49 @@
+"""The whole decode step and the whole training step of SmolLM2-135M compile for four H100s, Triton kernels and all."""
+
+from __future__ import annotations
+
+import pytest
+from aot_world import collectives
+from cuda_world import h100s, kernels
+from kernel_shapes import made_as_large_as
+from step_shapes import LANES, RANK, ROWS, SMOLLM2, TOKENS, decode, parts, train
+
+from jaxlora.mesh import make_mesh
+
+pytestmark = [
+    pytest.mark.aot_cuda,
+    # Triton 3.7 on Python 3.13: its own syntax trees.
+    pytest.mark.filterwarnings("ignore:AnnAssign.__init__ missing:DeprecationWarning"),
+]
+
+
+def started(result: str) -> str:
+    """The type of a collective that runs beside other work: operand and result."""
+    return f"(({result}), {result})"
+
+
+def test_decode_with_heads_split_in_three():
+    """Of a layer's four sums two are the base's own, two are h of the row-parallel o_proj and down_proj."""
+    with h100s() as devices:
+        compiled, rows, _ = decode(make_mesh(tensor=3, devices=devices))
+    assert kernels(compiled) == {"gathered_lora_shrink": 4, "gathered_lora_expand": 4}
+    in_layers = collectives(compiled, "jit(_serve_step)/while/body")
+    assert in_layers == {started(f"f32[{ROWS},{RANK}]"): 2, started(f"bf16[{ROWS},{SMOLLM2.d_model}]"): 2}
+    assert made_as_large_as(parts(rows), compiled.as_text()) == []
+
+
+def test_training_with_heads_split_in_three():
+    """Forward h of o_proj and down_proj, backward dh of gate and up together and of q, k and v together.
+
+    Nothing is computed twice: two reads of x forward, whose h the backward pass finds kept.
+    """
+    with h100s() as devices:
+        compiled = train(make_mesh(tensor=3, devices=devices))
+    assert kernels(compiled) == {
+        "segmented_lora_shrink": 2,
+        "segmented_lora_expand": 5,
+        "segmented_lora_expand_back": 7,
+        "segmented_lora_shrink_back": 4,
+    }
+    sums = collectives(compiled, "shard_map/psum")
+    assert sums == {started(f"f32[{LANES},{TOKENS},{n * RANK}]"): count for n, count in ((1, 2), (2, 1), (3, 1))}

@@ -1,0 +1,136 @@
+"""The Triton kernels: every one compiles for H100, no program makes a second pool, and the interpreter's numbers are right.
+
+Nothing runs on a GPU.  Compiling for H100 goes through Triton, LLVM and NVIDIA's assembler, and through XLA for the rest.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from cuda_world import h100s, kernels
+from jax.sharding import SingleDeviceSharding
+from kernel_shapes import MODELS, Model, decode, decode_shapes, loss, made_as_large_as, shape, train, train_shapes
+
+from pallas_kernels import cuda_blocks, dispatch
+from pallas_kernels.gathered_lora import gathered_lora
+from pallas_kernels.segmented_lora import segmented_lora
+
+pytestmark = [
+    pytest.mark.aot_cuda,
+    # Triton 3.7 on Python 3.13: its own syntax trees.
+    pytest.mark.filterwarnings("ignore:AnnAssign.__init__ missing:DeprecationWarning"),
+]
+
+TESTS = Path(__file__).parent
+
+
+def compiled(function, shapes) -> jax.stages.Compiled:
+    """The program for one H100."""
+    with h100s() as devices:
+        here = SingleDeviceSharding(devices[0])
+        return jax.jit(function, in_shardings=here, out_shardings=here).lower(*shapes).compile()
+
+
+models = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
+
+
+@models
+@pytest.mark.parametrize("rank", [8, 64])
+def test_decode(model: Model, rank):
+    shapes = decode_shapes(model, rank)
+    program = compiled(decode, shapes)
+    assert kernels(program) == {"gathered_lora_shrink": 5, "gathered_lora_expand": 5}
+    text = program.as_text()
+    assert made_as_large_as([half for read in shapes[0] for a, b, _ in read for half in (a, b)], text) == []
+    assert text.count(" sort(") == 1  # once per step, not per layer
+
+
+@models
+def test_train(model: Model):
+    """Of the largest rank that the models are trained with: the most registers and shared memory."""
+    shapes = train_shapes(model, 64)
+    back = {"segmented_lora_shrink": 5, "segmented_lora_expand_back": 8, "segmented_lora_shrink_back": 5}
+    assert kernels(compiled(train, shapes)) == back
+
+
+def test_forward_of_lanes():
+    program = compiled(loss, train_shapes(MODELS["Llama-3.1-8B"], 16))
+    assert kernels(program) == {"segmented_lora_shrink": 5, "segmented_lora_expand": 8}
+
+
+def row(rank: int, dtype=jnp.bfloat16):
+    return shape(2, 4, rank, 256, dtype=dtype), shape(2, 4, rank, 384, dtype=dtype), shape(2, 4, dtype=jnp.float32)
+
+
+def lane_row(rank: int):
+    return tuple(shape(*sizes, dtype=jnp.float32) for sizes in ((2, rank, 256), (2, rank, 384), (2,)))
+
+
+@pytest.mark.parametrize(("tokens", "rank", "taken"), [(1024, 256, True), (1025, 16, False), (8, 257, False)])
+def test_the_table_routes_decode_by_tokens_and_rank(tokens, rank, taken):
+    index, slots = shape(dtype=jnp.int32), shape(tokens, dtype=jnp.int32)
+    program = compiled(gathered_lora, (shape(tokens, 256), [row(rank)], index, slots))
+    assert bool(kernels(program)) is taken
+
+
+@pytest.mark.parametrize(("ranks", "taken"), [([128, 128], True), ([128, 129], False)])
+def test_the_table_routes_lanes_by_the_rank_of_all_targets(ranks, taken):
+    def both(x, rows):
+        return segmented_lora(x, rows), jax.grad(lambda x: segmented_lora(x, rows)[0].astype(jnp.float32).sum())(x)
+
+    program = compiled(both, (shape(2, 100, 256), [lane_row(rank) for rank in ranks]))
+    assert bool(kernels(program)) is taken
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])
+def test_float32_is_taken_and_float16_is_not(dtype):
+    args = (shape(8, 256, dtype=dtype), [row(16, dtype)], shape(dtype=jnp.int32), shape(8, dtype=jnp.int32))
+    assert bool(kernels(compiled(gathered_lora, args))) is (dtype == jnp.float32)
+
+
+def test_the_extra_decides(monkeypatch):
+    args = (shape(8, 256), [row(16)], shape(dtype=jnp.int32), shape(8, dtype=jnp.int32))
+    assert dispatch.cuda_body() == "triton"
+    monkeypatch.setattr(cuda_blocks, "installed", lambda: False)
+    assert dispatch.cuda_body() == "xla"
+    assert not kernels(compiled(lambda *args: gathered_lora(*args), args))
+
+
+def interpreter(*command: str) -> str:
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "TRITON_INTERPRET": "1",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
+    }
+    done = subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def test_interpreted_bodies_pass_the_tests_of_the_tpu_bodies():
+    """Kernels against oracles, then the whole decode and training step of a small model against the XLA form."""
+    files = [str(TESTS / name) for name in ("test_pallas_kernels_tpu_bodies.py", "test_house_tpu_bodies.py")]
+    of_pallas = "not test_an_interpreted_engine_leaves_nothing_to_choose"
+    out = interpreter("-m", "pytest", "-n", "0", "-p", "triton_interpreter", *files, "-k", of_pallas)
+    assert re.search(r"kernels: (.*)", out)[1].split() == [
+        "gathered_lora_expand",
+        "gathered_lora_shrink",
+        "segmented_lora_expand",
+        "segmented_lora_expand_back",
+        "segmented_lora_shrink",
+        "segmented_lora_shrink_back",
+    ]
+    assert "27 passed" in out
+
+
+def test_interpreted_on_a_mesh_and_counted():
+    """On eight virtual devices the numbers are those of one; of 8 to 512 slots only those of the step are read, once."""
+    assert interpreter(str(TESTS / "triton_interpreter.py")).split() == ["14", "3"]

@@ -1,0 +1,150 @@
+"""A pytest plugin: every test that interprets a Pallas body runs the Triton body, in Triton's own interpreter, on the CPU.
+
+TRITON_INTERPRET=1 PYTHONPATH=tests python -m pytest -n 0 -p triton_interpreter tests/test_pallas_kernels_tpu_bodies.py
+
+What stands in for jax-triton hands the kernel the arguments, grid and constants that jax-triton would get, and outputs
+full of NaN.  What a compiler or a GPU does with the kernel is not seen here.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import jax
+import jax.numpy as jnp
+import jax_triton
+import numpy as np
+import placement_world
+import pytest
+import test_pallas_kernels_counts as counts
+import triton.language as tl
+from triton.runtime import interpreter
+
+from pallas_kernels import dispatch, gathered_lora, segmented_lora
+
+ONE_AT_A_TIME = threading.Lock()  # the interpreter keeps its place in the grid in a global
+CALLS = []  # names of the kernels that ran
+READ = []  # addresses that masked loads of the kernel that ran last have read
+INPUTS = []  # of every kernel that ran: per input array, how many times each of its numbers was read
+
+
+class Memory:
+    """A NumPy array, as far as the interpreter asks."""
+
+    def __init__(self, array: np.ndarray):
+        self.array, self.dtype = array, array.dtype.name
+
+    def data_ptr(self) -> int:
+        return self.array.ctypes.data
+
+    def untyped_storage(self) -> Memory:
+        return self
+
+    def cpu(self) -> Memory:
+        return self
+
+    def new_empty(self, size: int, device: str) -> Memory:
+        return Memory(self.array)
+
+    def set_(self, storage: Memory, offset: int, size: tuple, stride: tuple) -> None:
+        assert storage.array is self.array
+
+    def storage_offset(self) -> int:
+        return 0
+
+    def size(self) -> tuple:
+        return self.array.shape
+
+    def stride(self) -> tuple:
+        return self.array.strides
+
+    def copy_(self, other: Memory) -> None:
+        assert other.array is self.array
+
+
+def times_read(array: np.ndarray) -> np.ndarray:
+    """Of every number of the array, in the kernel that ran last."""
+    places = np.concatenate([np.zeros(0, np.uint64), *READ]).astype(np.int64) - array.ctypes.data
+    of_array = places[(places >= 0) & (places < array.nbytes)] // array.itemsize
+    return np.bincount(of_array, minlength=array.size).reshape(array.shape)
+
+
+def triton_call(*args, kernel, name, out_type, grid, **constants):
+    def run(*args):
+        inputs = jax.tree.map(lambda x: Memory(np.array(x, order="C")), args)
+        outputs = jax.tree.map(lambda o: np.full(o.shape, np.nan, o.dtype), out_type)
+        with ONE_AT_A_TIME:
+            CALLS.append(name)
+            READ.clear()
+            kernel[grid](*inputs, *map(Memory, jax.tree.leaves(outputs)), **constants)
+            INPUTS.append([times_read(m.array) for m in jax.tree.leaves(inputs)])
+        return outputs
+
+    return jax.pure_callback(run, out_type, *args)
+
+
+def _widened(tensor: interpreter.TensorHandle) -> interpreter.TensorHandle:
+    if tensor.dtype.scalar != tl.bfloat16:
+        return tensor
+    return interpreter.TensorHandle((tensor.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+
+class Builder(interpreter.InterpreterBuilder):
+    """The interpreter's own, which multiplies bfloat16 by its bits and rounds to it towards zero.  Remembers what is read."""
+
+    def create_masked_load(self, ptrs, mask, *rest):
+        READ.append(ptrs.data[mask.data])
+        return super().create_masked_load(ptrs, mask, *rest)
+
+    def create_dot(self, a, b, *rest):
+        return super().create_dot(_widened(a), _widened(b), *rest)
+
+    def cast_impl(self, src, dst_type):
+        if (src.dtype.scalar, dst_type.scalar) != (tl.float32, tl.bfloat16):
+            return super().cast_impl(src, dst_type)
+        return interpreter.TensorHandle(src.data.astype(jnp.bfloat16).view(np.uint16), tl.bfloat16)
+
+
+def by_platform(op, *args, xla, pallas, triton):
+    """The dispatcher's own, which finds the Triton body where it looks for the Pallas body."""
+    return dispatch.by_platform(op, *args, xla=xla, pallas=triton and (lambda *a: triton(*a[:-1])), triton=None)
+
+
+def interpret_triton() -> None:
+    """From here on `dispatch.interpreted` runs Triton bodies."""
+    assert os.environ["TRITON_INTERPRET"] == "1"
+    patch = pytest.MonkeyPatch()
+    patch.setattr(jax_triton, "triton_call", triton_call)
+    patch.setattr(interpreter.interpreter_builder, "__class__", Builder)
+    for op in (gathered_lora, segmented_lora):
+        patch.setattr(op, "by_platform", by_platform)
+
+
+def pytest_configure() -> None:
+    interpret_triton()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    terminalreporter.write_line(f"kernels: {' '.join(sorted(set(CALLS)))}")
+
+
+def count_reads() -> int:
+    """How many cases read the rows of each adapter once, those of nobody else, and the tokens with an adapter once."""
+    for case in (counts.case(slots) for slots in counts.SLOTS):
+        INPUTS.clear()
+        with dispatch.interpreted():
+            jax.block_until_ready(jax.jit(gathered_lora.gathered_lora)(*case))
+        adapters, _ = counts.expected(case[3])
+        (x, _, _, _, a), (_, _, _, _, b, _) = INPUTS
+        for half in (a, b):
+            assert {(int(layer), int(slot)) for layer, slot, *_ in np.argwhere(half)} == adapters
+            assert half.sum() == len(adapters) * half[0, 0].size
+        assert (x == (case[3] >= 0)[:, None]).all()
+    return len(counts.SLOTS)
+
+
+if __name__ == "__main__":
+    interpret_triton()
+    placement_world.main()
+    print(count_reads())
