@@ -12,6 +12,7 @@ Source: BGMV, Punica (arXiv 2310.18547).
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -24,6 +25,9 @@ from pallas_kernels import NO_ADAPTER, cuda_blocks, gathered_lora_tpu
 from pallas_kernels.dispatch import by_platform, known_dtypes
 from pallas_kernels.placement import Placement
 from pallas_kernels.shapes import shaped
+
+UNROLLED_RANK = 64  # of rows whose second product is written out: the program grows with the rank
+CHAINS = 4  # running sums that a core adds up side by side
 
 TargetRows = tuple[jax.Array, jax.Array, jax.Array]  # a_LSRX, b_LSRY, scale_LS
 
@@ -81,7 +85,7 @@ def gathered_lora(
 
     visits: `visits_by_slot(slot_T, placement)`, for those who call more than once with the same slots.
     placement: where the arrays lie, on a mesh of several devices.
-    Sums in float32.  The gradient, should anyone want it, is the token loop's on every platform.
+    Sums in float32.  The gradient, should anyone want it, is the definition's: it gathers every token's rows.
     """
     visits = visits_by_slot(slot_T, placement) if visits is None else visits
     return _gathered(placement, x_TX, tuple(tuple(r) for r in rows), layer, slot_T, visits)
@@ -102,7 +106,13 @@ def _gathered(
     known = known_dtypes(x_TX, *halves)
     pallas = functools.partial(_visited_tpu, placement) if known and gathered_lora_tpu.fits(*part[:2]) else None
     triton = functools.partial(_visited_cuda, placement) if known and _fits_cuda(*part[:2]) else None
-    return by_platform("gathered_lora", *args, xla=_token_loop, pallas=pallas, triton=triton)
+
+    def xla(x_TX, rows, layer, slot_T, visits) -> tuple[jax.Array, ...]:
+        # XLA splits the loop by itself, so it wants the order of all tokens, not each device's own.
+        of_all = visits_by_slot(slot_T) if placement is not None and placement.rows else visits
+        return _token_loop(x_TX, rows, layer, of_all)
+
+    return by_platform("gathered_lora", *args, xla=xla, pallas=pallas, triton=triton)
 
 
 def _forward(placement, *args):
@@ -110,12 +120,30 @@ def _forward(placement, *args):
 
 
 def _backward(placement, saved, d_TY):
-    x_TX, rows, layer, slot_T, visits = saved
-    _, pull = jax.vjp(lambda x, rows: _token_loop(x, rows, layer, slot_T, visits), x_TX, rows)
+    x_TX, rows, layer, slot_T, _ = saved
+    _, pull = jax.vjp(lambda x, rows: _by_definition(x, rows, layer, slot_T), x_TX, rows)
     return *pull(d_TY), None, None, None
 
 
 _gathered.defvjp(_forward, _backward)
+
+
+def _by_definition(
+    x_TX: jax.Array, rows: tuple[TargetRows, ...], layer: jax.Array, slot_T: jax.Array
+) -> tuple[jax.Array, ...]:
+    """The oracle of each target, with zero rows in place of those that a token of the base model would read."""
+    has_T = slot_T != NO_ADAPTER
+    own_T, tokens = jnp.maximum(slot_T, 0), jnp.arange(len(slot_T))
+
+    def taken(half_LSRX: jax.Array) -> jax.Array:
+        return jnp.where(has_T[:, None, None], half_LSRX[layer, own_T], 0)
+
+    return tuple(
+        gathered_lora_oracle(
+            x_TX, taken(a), taken(b), scale[layer, own_T], jnp.where(has_T, tokens, NO_ADAPTER)
+        ).astype(x_TX.dtype)
+        for a, b, scale in rows
+    )
 
 
 def _specs(placement: Placement, targets: int) -> tuple:
@@ -182,26 +210,21 @@ def _visited(
 
 
 def _token_loop(
-    x_TX: jax.Array, rows: tuple[TargetRows, ...], layer: jax.Array, slot_T: jax.Array, visits: Visits
+    x_TX: jax.Array, rows: tuple[TargetRows, ...], layer: jax.Array, visits: Visits
 ) -> tuple[jax.Array, ...]:
-    """The XLA body: a loop over tokens in arrival order, with dynamic slices of the pool.  Products in float32."""
-    sizes = [b.shape[-1] for _, b, _ in rows]
+    """The XLA body: a loop over the tokens that have an adapter, slot by slot, with dynamic slices of the pool.
 
-    def one_token(t: jax.Array, out: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        slot = slot_T[t]
+    Products in float32.
+    """
 
-        def apply() -> tuple[jax.Array, ...]:
-            x_X = lax.dynamic_index_in_dim(x_TX, t, 0, keepdims=False).astype(jnp.float32)
-            return tuple(_one_row(x_X, a, b, scale, layer, slot).astype(x_TX.dtype) for a, b, scale in rows)
-
-        def nothing() -> tuple[jax.Array, ...]:
-            return tuple(jnp.zeros((size,), x_TX.dtype) for size in sizes)
-
-        new = lax.cond(slot != NO_ADAPTER, apply, nothing)
+    def one_token(i: jax.Array, out: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        t, slot = visits.order_T[i], visits.slot_T[i]
+        x_X = lax.dynamic_index_in_dim(x_TX, t, 0, keepdims=False).astype(jnp.float32)
+        new = [_one_row(x_X, a, b, scale, layer, slot).astype(x_TX.dtype) for a, b, scale in rows]
         return tuple(lax.dynamic_update_index_in_dim(o, n, t, 0) for o, n in zip(out, new, strict=True))
 
-    start = tuple(jnp.zeros((x_TX.shape[0], size), x_TX.dtype) for size in sizes)
-    return lax.fori_loop(0, x_TX.shape[0], one_token, start)
+    start = tuple(jnp.zeros((x_TX.shape[0], b.shape[-1]), x_TX.dtype) for _, b, _ in rows)
+    return lax.fori_loop(0, visits.count_1[0], one_token, start)
 
 
 def _one_row(
@@ -210,5 +233,10 @@ def _one_row(
     """float32 [Y]: one token through one adapter's rows of one layer."""
     a_RX = lax.dynamic_slice(a_LSRX, (layer, slot, 0, 0), (1, 1, *a_LSRX.shape[2:]))[0, 0]
     b_RY = lax.dynamic_slice(b_LSRY, (layer, slot, 0, 0), (1, 1, *b_LSRY.shape[2:]))[0, 0]
-    h_R = (a_RX.astype(jnp.float32) @ x_X) * scale_LS[layer, slot]
-    return h_R @ b_RY.astype(jnp.float32)
+    h_R = lax.optimization_barrier((a_RX.astype(jnp.float32) @ x_X) * scale_LS[layer, slot])
+    if len(b_RY) > UNROLLED_RANK:
+        return h_R @ b_RY.astype(jnp.float32)
+    # Written out, the second product is one kernel that reads B where it lies; a dot would widen B into memory first.
+    terms = [h_R[r] * b_RY[r].astype(jnp.float32) for r in range(len(b_RY))]
+    chains = [functools.reduce(operator.add, terms[i::CHAINS]) for i in range(min(CHAINS, len(terms)))]
+    return functools.reduce(operator.add, chains)

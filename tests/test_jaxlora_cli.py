@@ -206,3 +206,30 @@ def test_doctor_says_what_is_wrong(monkeypatch, tmp_path):
     assert (findings["no-such-thing"].ok, findings["neighbours"].ok, findings["devices"].ok) == (False, False, True)
     monkeypatch.setattr(doctor, "report", lambda home: findings.values())
     assert run("doctor").exit_code == 2
+
+
+def test_bench_kernels_hands_on_its_choice(entry):
+    assert (
+        run(
+            "bench", "kernels", "--op", "a", "--op", "b", "--model", "m", "--rows", "4", "--adapters", "2", "--json"
+        ).exit_code
+        == 0
+    )
+    (sizes, main) = entry
+    assert sizes[0] == "pallas_kernels.bench_cases:Sizes"
+    assert (sizes[2]["rows"], sizes[2]["adapters"]) == (4, 2)
+    assert main[0] == "pallas_kernels.bench:main"
+    assert (main[2]["ops"], main[2]["models"], main[2]["as_json"]) == (["a", "b"], ["m"], True)
+
+
+def test_bench_kernels_refuses_in_one_line():
+    for arguments in (["--dtype", "int8"], ["--adapters", "33"], ["--op", "nothing"]):
+        got = run("bench", "kernels", *arguments)
+        assert got.exit_code == cli.ERROR_EXIT
+        assert got.stderr.count("\n") == 1
+        assert arguments[1] in got.stderr
+
+
+def test_help_of_bench_kernels_shows_an_example():
+    got = run("bench", "kernels", "--help")
+    assert "Example:  jaxlora bench kernels --op gathered_lora" in got.stdout

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from kernel_checks import BF16, F32, assert_close, assert_no_nan, assert_same_bits, floats, positive
 
 from jaxlora.compile_cache import CompileCounter
-from pallas_kernels.gathered_lora import gathered_lora, gathered_lora_oracle
+from pallas_kernels.gathered_lora import UNROLLED_RANK, gathered_lora, gathered_lora_oracle
 
 L, S, R, X, Y, Y2, T = 2, 4, 4, 12, 8, 5, 7
 
@@ -76,6 +76,14 @@ def test_smallest_shapes(tokens, rank):
     (got,) = run(x[:tokens], [(a, b, scale)], jnp.int32(0), ids(slots))
     assert_close(got, by_hand(x[:tokens], a[0], b[0], scale[0], slots), F32)
     assert_close(oracle(x[:tokens], a[0], b[0], scale[0], ids(slots)), got, F32)
+
+
+@pytest.mark.parametrize("rank", [UNROLLED_RANK, UNROLLED_RANK + 1, 7], ids=["last", "first not", "odd"])
+def test_ranks_whose_second_product_is_written_out_and_others(rank):
+    rng = np.random.default_rng(10)
+    x, a, b, scale = floats(rng, T, X), floats(rng, 1, S, rank, X), floats(rng, 1, S, rank, Y), floats(rng, 1, S)
+    (got,) = run(x, [(a, b, scale)], jnp.int32(0), ids(CASES["mixed"]))
+    assert_close(got, by_hand(x, a[0], b[0], scale[0], CASES["mixed"]), {"rtol": 1e-5, "atol": 1e-4})
 
 
 def test_mixed_ranks_are_zero_rows():

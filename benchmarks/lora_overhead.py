@@ -1,0 +1,214 @@
+"""What LoRA adds to whole steps of the demo model: decode against the bytes bound, prefill and training against the base.
+
+    uv run python benchmarks/lora_overhead.py [decode|prefill|training ...] [--dtype bfloat16] [--rounds 9]
+
+decode     32 tokens, one a sequence, over 16 and over 32 distinct adapters: LoRA may add 2.5 times the time in which the
+           device reads their bytes once, at the bandwidth it is measured to have
+prefill    8 lanes x 64 prompt tokens, each its own adapter: 1.2 times the step of the base
+training   8 lanes x 128 tokens, forward and backward without the optimizer: 1.2 times the base, whose backward pass
+           goes down to the first norm
+
+Rank 16 on all seven projections.  The forms are run in turn; the least of all rounds counts, of the process's CPU time
+and of wall time.  Beside each stand the alternatives of `jaxlora bench kernels`.  Exit code 1 when CPU time misses a bound
+(wall time on an accelerator).
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlora import compile_cache
+from jaxlora.config import DEMO_MODEL, ONE_DEVICE, ModelSection
+from jaxlora.kvcache import KVPages, empty_pages, paged_attend
+from jaxlora.model import Base, Lora, NoLora, TokenBatch, forward, head_weight
+from jaxlora.opened import open_base
+from jaxlora.pool import LaneLora, LoraRows, PoolSpec, Rows, TokenLora, empty_pool
+from pallas_kernels import bench
+from pallas_kernels.bench_cases import GATHERED_ALTERNATIVES
+from serve.sampling import SamplingBatch, sample
+from train.step import TrainBatch, halves, idle_batch, lane_losses, with_halves
+
+RANK, SLOTS, ROWS = 16, 40, 32
+PREFILL, TRAIN = (8, 64), (8, 128)  # lanes, tokens
+PAGE, PAGES_EACH, FILLED = 64, 2, 64  # KV tokens a page, pages a sequence, tokens already there in decode
+STEPS = ("decode", "prefill", "training")
+DECODE_LIMIT, LANES_LIMIT = 2.5, 1.2
+
+
+class Alternative:
+    """An adapted linear of decode by another form than ours."""
+
+    def __init__(self, pool: Rows, slot_T: jax.Array, layers: int, form: Callable[..., jax.Array]):
+        self.pool, self.slot_T, self.form = pool, slot_T, form
+        self.per_layer = jnp.arange(layers)
+
+    def deltas(self, layer: jax.Array, targets: tuple[str, ...], x_TX: jax.Array) -> tuple[jax.Array, ...]:
+        """[T, Y] per target."""
+        rows = [self.pool[t] for t in targets]
+        return tuple(
+            self.form(x_TX, r.a_LSRX[layer], r.b_LSRY[layer], r.scale_LS[layer], self.slot_T).astype(x_TX.dtype)
+            for r in rows
+        )
+
+
+def random_pool(base: Base, dtype: str) -> Rows:
+    """Every slot filled with small numbers."""
+    pool = empty_pool(base.config, PoolSpec(slots=SLOTS, rank=RANK, dtype=dtype), base.mesh)
+    rng = np.random.default_rng(0)
+
+    def small(x: jax.Array) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(x.shape, np.float32) * 0.01, x.dtype)
+
+    return {
+        t: LoraRows(a_LSRX=small(r.a_LSRX), b_LSRY=small(r.b_LSRY), scale_LS=jnp.full_like(r.scale_LS, 2.0))
+        for t, r in pool.items()
+    }
+
+
+def serve_step(
+    make_lora: Callable[[Rows, jax.Array, int], Lora],
+    base: Base,
+    pool: Rows,
+    kv: KVPages,
+    slot_G: jax.Array,
+    tokens: int,
+) -> tuple[KVPages, jax.Array]:
+    """(KV, next token [G]): a serving step of G lanes with `tokens` each; one token stands after FILLED others."""
+    G = slot_G.shape[0]
+    place_GJ = jnp.broadcast_to(jnp.arange(tokens) + (FILLED if tokens == 1 else 0), (G, tokens)).astype(jnp.int32)
+    page_GC = jnp.arange(G * PAGES_EACH, dtype=jnp.int32).reshape(G, PAGES_EACH)
+    batch = TokenBatch(
+        token_T=(jnp.arange(G * tokens, dtype=jnp.int32) * 37) % base.config.vocab,
+        position_T=place_GJ.reshape(-1),
+        segment_T=jnp.ones(G * tokens, jnp.int32),
+        slot_T=jnp.repeat(slot_G, tokens),
+    )
+    lora = make_lora(pool, slot_G, base.config.layers)
+    x_TD, kv = forward(base, batch, lora, paged_attend(page_GC, place_GJ, base.config.window), kv)
+    logits_GV = jnp.dot(x_TD.reshape(G, tokens, -1)[:, -1], head_weight(base)[0], preferred_element_type=jnp.float32)
+    return kv, sample(logits_GV, jax.tree.map(jnp.asarray, SamplingBatch.idle(G))).token_B
+
+
+def train_batch(vocab: int) -> TrainBatch:
+    """Full lanes, lane g of slot g."""
+    lanes, tokens = TRAIN
+    ids = (np.arange(lanes * tokens, dtype=np.int32).reshape(TRAIN) * 37) % vocab
+    batch = replace(
+        idle_batch(lanes, tokens),
+        token_GJ=ids,
+        target_GJ=np.roll(ids, -1, 1),
+        weight_GJ=np.ones(TRAIN, np.float32),
+        position_GJ=np.tile(np.arange(tokens, dtype=np.int32), (lanes, 1)),
+        segment_GJ=np.ones(TRAIN, np.int32),
+        slot_G=np.arange(lanes, dtype=np.int32),
+    )
+    return jax.device_put(batch)
+
+
+def base_gradient(base: Base, batch: TrainBatch) -> jax.Array:
+    """Of the first norms: what it takes is the backward pass of the whole base."""
+
+    def loss(norm: jax.Array) -> jax.Array:
+        return lane_losses(replace(base, arrays={**base.arrays, "attn_norm": norm}), {}, batch)[0]
+
+    return jax.grad(loss)(base.arrays["attn_norm"])
+
+
+def lora_gradient(base: Base, pool: Rows, batch: TrainBatch) -> object:
+    """Of each lane's rows."""
+    rows = LaneLora.gather(pool, batch.slot_G)
+    return jax.grad(lambda h: lane_losses(base, with_halves(rows, h), batch)[0])(halves(rows))
+
+
+def none(pool: Rows, slot_G: jax.Array, layers: int) -> NoLora:
+    """The base alone."""
+    return NoLora()
+
+
+def lanes(pool: Rows, slot_G: jax.Array, layers: int) -> LaneLora:
+    """Ours, of prompts."""
+    return LaneLora(LaneLora.gather(pool, slot_G))
+
+
+def serving(base: Base, pool: Rows, form: Callable, slots: np.ndarray, tokens: int) -> Callable[[], jax.Array]:
+    """A call of one step; KV is written in place."""
+    kv = [empty_pages(base.config, base.mesh, pages=len(slots) * PAGES_EACH, page_tokens=PAGE, dtype=base.dtype)]
+    step = jax.jit(functools.partial(serve_step, form, tokens=tokens), donate_argnums=2)
+    slot_G = jax.device_put(slots.astype(np.int32))
+
+    def run() -> jax.Array:
+        kv[0], token_G = step(base, pool, kv[0], slot_G)
+        return token_G
+
+    return run
+
+
+def main() -> int:
+    """0 when every bound holds, else 1."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("steps", nargs="*", default=STEPS, help="of " + ", ".join(STEPS) + "; default: all")
+    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    args = parser.parse_args()
+    compile_cache.enable(None)
+    base = open_base(ModelSection(path=DEMO_MODEL, dtype=args.dtype), ONE_DEVICE).base
+    served, trained = random_pool(base, args.dtype), random_pool(base, "float32")
+    adapter_bytes = sum(h.nbytes for r in served.values() for h in (r.a_LSRX, r.b_LSRY)) / SLOTS
+    clock = "cpu_s" if jax.default_backend() == "cpu" else "wall_s"
+    bandwidth = bench.ceilings(args.dtype, rounds=args.rounds)
+    failed = 0
+
+    def show(name: str, timings: dict[str, bench.Timing], bound_s: float, limit: float, bound: str) -> None:
+        nonlocal failed
+        took = {form: getattr(t, clock) for form, t in timings.items()}
+        added = took["ours"] - took["base"]
+        ratio = added / bound_s if bound == "bytes" else took["ours"] / bound_s
+        failed += ratio > limit
+        if args.json:
+            forms = {form: {"cpu_s": t.cpu_s, "wall_s": t.wall_s} for form, t in timings.items()}
+            print(
+                json.dumps({"step": name, "bound": bound, "bound_s": bound_s, "ratio": ratio, "limit": limit, **forms})
+            )
+            return
+        times = "  ".join(f"{form} {t.cpu_s * 1e3:.0f}/{t.wall_s * 1e3:.0f}" for form, t in timings.items())
+        word = "ok" if ratio <= limit else "TOO SLOW"
+        print(f"{name:28} {times}   LoRA +{added * 1e3:.1f} ms, {ratio:.2f} of {bound} {bound_s * 1e3:.1f} ms  {word}")
+
+    if not args.json:
+        print(f"{bandwidth.read_bytes_s / 1e9:.1f} GB/s read, {bandwidth.flops_s / 1e9:.0f} GFLOP/s; ms: CPU/wall")
+    others = {n: functools.partial(Alternative, form=f) for n, f in GATHERED_ALTERNATIVES.items()}
+    rng = np.random.default_rng(1)
+    for distinct in (16, 32) if "decode" in args.steps else ():
+        slots = rng.permutation(np.repeat(rng.choice(SLOTS, distinct, replace=False), ROWS // distinct))
+        forms = {"base": none, "ours": TokenLora} | others
+        runs = {name: serving(base, served, form, slots, 1) for name, form in forms.items()}
+        bound_s = distinct * adapter_bytes / bandwidth.read_bytes_s
+        show(f"decode, {distinct} adapters", bench.measure(runs, args.rounds), bound_s, DECODE_LIMIT, "bytes")
+    if "prefill" in args.steps:
+        runs = {
+            name: serving(base, served, form, np.arange(PREFILL[0]), PREFILL[1])
+            for name, form in {"base": none, "ours": lanes}.items()
+        }
+        timings = bench.measure(runs, args.rounds)
+        show("prefill 8 x 64", timings, getattr(timings["base"], clock), LANES_LIMIT, "base")
+    if "training" in args.steps:
+        batch = train_batch(base.config.vocab)
+        base_step, lora_step = jax.jit(base_gradient), jax.jit(lora_gradient)
+        runs = {"base": lambda: base_step(base, batch), "ours": lambda: lora_step(base, trained, batch)}
+        timings = bench.measure(runs, args.rounds)
+        show("training 8 x 128", timings, getattr(timings["base"], clock), LANES_LIMIT, "base")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""Times ops beside ceilings that the same device is measured to have, their base product and their alternatives.
+
+Every program is compiled and run before it is timed, then all forms of a case run in turn; the least of all rounds
+counts.  On a CPU the process's own time is what counts (all its threads, no neighbours), elsewhere wall time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.bench_cases import MODELS, OPS, Case, Sizes
+
+SAMPLE_S = 0.002  # an asynchronous device is given calls for this long, then waited for
+MOST_CALLS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """The least time of a call."""
+
+    cpu_s: float
+    wall_s: float
+
+    @property
+    def best_s(self) -> float:
+        """The one that counts on this backend."""
+        return self.cpu_s if jax.default_backend() == "cpu" else self.wall_s
+
+
+@dataclass(frozen=True, slots=True)
+class Ceilings:
+    """What the device does in programs that do nothing else."""
+
+    read_bytes_s: float  # a sum of a large array, or a copy if that is faster
+    flops_s: float  # a square product
+
+
+def measure(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
+    """The least time of each run, all of them in turn."""
+    best, calls = {}, {}
+    for name, run in runs.items():
+        jax.block_until_ready(run())
+        start_s = time.perf_counter()
+        jax.block_until_ready(run())
+        took_s = time.perf_counter() - start_s
+        calls[name] = 1 if jax.default_backend() == "cpu" else min(MOST_CALLS, math.ceil(SAMPLE_S / took_s))
+        best[name] = Timing(math.inf, math.inf)
+    for _ in range(rounds):
+        for name, run in runs.items():
+            cpu_s, wall_s = time.process_time(), time.perf_counter()
+            out = run()
+            for _ in range(calls[name] - 1):
+                out = run()
+            jax.block_until_ready(out)
+            wall_s, cpu_s = time.perf_counter() - wall_s, time.process_time() - cpu_s
+            last = best[name]
+            best[name] = Timing(min(last.cpu_s, cpu_s / calls[name]), min(last.wall_s, wall_s / calls[name]))
+    return best
+
+
+def ceilings(dtype: str, *, rounds: int, megabytes: int | None = None, side: int | None = None) -> Ceilings:
+    """Of the default device.  The array must not fit its caches."""
+    on_cpu = jax.default_backend() == "cpu"
+    megabytes = megabytes or (256 if on_cpu else 1024)
+    side = side or (1024 if on_cpu else 8192)
+    large, square = jnp.ones(megabytes << 18, jnp.float32), jnp.ones((side, side), dtype)
+    total, copy = jax.jit(jnp.sum), jax.jit(lambda x: x + 1)
+    product = jax.jit(lambda x: jnp.dot(x, x, preferred_element_type=jnp.float32).astype(x.dtype))
+    runs = {"read": lambda: total(large), "copy": lambda: copy(large), "gemm": lambda: product(square)}
+    took = {name: t.best_s for name, t in measure(runs, rounds).items()}
+    return Ceilings(max(large.nbytes / took["read"], 2 * large.nbytes / took["copy"]), 2 * side**3 / took["gemm"])
+
+
+def time_case(case: Case, ceiling: Ceilings, rounds: int) -> dict:
+    """The row of one case, as JSON."""
+    runs = {name: _bound(jax.jit(form), args) for name, (form, args) in case.forms.items()}
+    timings = measure(runs, rounds)
+    ours_s = timings["ours"].best_s
+    return {
+        "op": case.op,
+        "model": case.model,
+        "shape": case.shape,
+        "backend": jax.default_backend(),
+        "device": jax.devices()[0].device_kind,
+        "seconds": ours_s,
+        "bytes_s": case.bytes / ours_s,
+        "flops_s": case.flops / ours_s,
+        "bytes_share": case.bytes / ours_s / ceiling.read_bytes_s,
+        "flops_share": case.flops / ours_s / ceiling.flops_s,
+        "ratio": {name: ours_s / t.best_s for name, t in timings.items() if name != "ours"},
+    }
+
+
+def _bound(form: Callable[..., object], args: tuple) -> Callable[[], object]:
+    args = jax.device_put(args)
+    return lambda: form(*args)
+
+
+def as_line(row: Mapping) -> str:
+    """A row for people."""
+    ratios = "  ".join(f"{name} {ratio:.2f}" for name, ratio in row["ratio"].items())
+    return (
+        f"{row['op']:18} {row['shape']:34} {row['seconds'] * 1e3:9.3f} ms"
+        f" {row['bytes_s'] / 1e9:8.1f} GB/s ({row['bytes_share']:4.0%})"
+        f" {row['flops_s'] / 1e9:9.1f} GFLOP/s ({row['flops_share']:4.0%})   {ratios}"
+    )
+
+
+def main(
+    *,
+    ops: list[str],
+    models: list[str],
+    dtype: str,
+    sizes: Sizes,
+    rounds: int,
+    as_json: bool,
+    say: Callable[[str], None],
+) -> None:
+    """Times ops (all, if none is named) in the shapes of models, one layer of each.  Raises ValueError for an unknown name."""
+    for names, known, what in ((ops, OPS, "op"), (models, MODELS, "model")):
+        unknown = [n for n in names if n not in known]
+        if unknown:
+            raise ValueError(f"unknown {what} {', '.join(unknown)}; known: {', '.join(known)}")
+    ceiling = ceilings(dtype, rounds=rounds)
+    device, clock = jax.devices()[0], "CPU" if jax.default_backend() == "cpu" else "wall"
+    if not as_json:
+        say(f"{device.platform}: {device.device_kind}, jax {jax.__version__}, {dtype}, {clock} time, least of {rounds}")
+        say(f"ceilings: {ceiling.read_bytes_s / 1e9:.1f} GB/s, {ceiling.flops_s / 1e9:.1f} GFLOP/s")
+        say("columns: time, achieved bytes and FLOPs a second (share of the ceiling), then our time as a multiple of")
+        say("the base product's and of each alternative's")
+    for model in models or MODELS:
+        if not as_json:
+            say(f"-- {model}, one layer")
+        for op in ops or OPS:
+            for case in OPS[op](model, dtype, sizes):
+                row = time_case(case, ceiling, rounds)
+                say(json.dumps(row) if as_json else as_line(row))
