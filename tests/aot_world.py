@@ -20,6 +20,7 @@ ALONE = {  # the compiler looks for no machine
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # pytest runs two processes, and neither holds a device
 }
 
 
