@@ -234,7 +234,7 @@ def run_all(
         if between is not None:
             between(count)
         count += 1
-        assert count < 2000, "the engine does not come to an end"
+        assert count < 20_000, "the engine does not come to an end"
     check_idle(engine)
     return answers
 
