@@ -31,6 +31,7 @@ __all__ = [
 DEMO_MODEL = "smollm2"  # the installed demo model
 
 Dtype = Literal["float32", "bfloat16", "auto"]  # auto: the faster one on this device (see opened.py)
+Precision = Literal["auto", "default", "high", "highest"]  # of matrix products; auto: highest in float32, else default
 Schedule = Literal["constant", "linear", "cosine"]  # of the learning rate after the warm-up; the last two end at 0
 
 LANE_BLOCK = 32  # tokens that attention and loss of a training lane take at once
@@ -68,10 +69,11 @@ def _need_distinct(names: list[str], what: str) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSection:
-    """Which frozen base, and in which precision it is held."""
+    """Which frozen base, how it is held and how it multiplies."""
 
     path: Annotated[str, PathOrName]  # "smollm2", a directory, a .gguf file or a hub id
     dtype: Dtype
+    precision: Precision = "auto"
 
     def __post_init__(self) -> None:
         _need(bool(self.path.strip()), "path", '"smollm2", a directory, a .gguf file or a hub id', self.path)

@@ -201,10 +201,10 @@ class WeightSource(Protocol):
         ...
 
 
-def load_base(source: WeightSource, mesh: Mesh, *, dtype: str, precision: str = "default") -> Base:
+def load_base(source: WeightSource, mesh: Mesh, *, dtype: str, precision: str = "auto") -> Base:
     """The base on the devices of `mesh`, each array cast and placed with its own sharding.
 
-    float32 always multiplies at the highest precision.
+    precision: of matrix products: default, high, highest, or auto, which is highest for float32 and default for bfloat16.
     Raises ModelInvalid for a dtype other than float32 or bfloat16 or a wrong tensor, ConfigInvalid when the mesh does not divide.
     """
     if dtype not in DTYPES:
@@ -225,7 +225,8 @@ def load_base(source: WeightSource, mesh: Mesh, *, dtype: str, precision: str = 
     if config.tied and mesh.devices.flat[0].platform == "cpu":
         # XLA's CPU backend multiplies bfloat16 by a row-major right-hand side at twice the speed of a transposed one.
         arrays["head"] = jax.device_put(np.ascontiguousarray(host_embed.T), sharding(mesh, ("embed", "vocab")))
-    precision = "highest" if dtype == "float32" else precision
+    if precision == "auto":
+        precision = "highest" if dtype == "float32" else "default"
     return Base(arrays=arrays, config=config, precision=precision, mesh=mesh)
 
 

@@ -42,7 +42,7 @@ def open_base(model: ModelSection, mesh: MeshSection) -> Opened:
     return Opened(
         name=name,
         path=path,
-        base=load_base(source, devices, dtype=dtype),
+        base=load_base(source, devices, dtype=dtype, precision=model.precision),
         base_hash=base_hash(path),
         mesh=devices,
         tokenizer=tokenizer,

@@ -262,6 +262,7 @@ def changed_example(tmp_path: Path, name: str, old: str, new: str) -> Path:
         ("[model]", "[mesh]\ndata = 2\n[model]", "mesh.fsdp: missing"),
         ('path = "smollm2"', 'path = " "', "model: path must be"),
         ('dtype = "auto"', 'dtype = "float16"', "model.dtype: must be one of 'float32', 'bfloat16', 'auto'"),
+        ('dtype = "auto"', 'dtype = "auto"\nprecision = "max"', "model.precision: must be one of 'auto', 'default'"),
     ],
 )
 def test_train_config_refuses(tmp_path, old, new, message):

@@ -1,0 +1,36 @@
+"""Opening a base as a file's [model] says."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+from model_world import NoLora
+from small_world import tiny_path
+
+from jaxlora.config import ONE_DEVICE, ModelSection
+from jaxlora.model import TokenBatch, forward
+from jaxlora.opened import open_base
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision", "used"),
+    [
+        ("float32", "auto", "highest"),
+        ("bfloat16", "auto", "default"),
+        ("float32", "default", "default"),
+        ("bfloat16", "highest", "highest"),
+    ],
+)
+def test_dtype_and_precision_of_products_are_settings(dtype, precision, used):
+    """Read off the traced forward pass: every product of it has the precision."""
+    model = ModelSection(path=str(tiny_path("tiny-llama-tied")), dtype=dtype, precision=precision)
+    base = open_base(model, ONE_DEVICE).base
+    assert base.dtype == dtype
+    four = jnp.arange(4, dtype=jnp.int32)
+    batch = TokenBatch(token_T=four, position_T=four, segment_T=jnp.ones_like(four), slot_T=-jnp.ones_like(four))
+    jaxpr = jax.make_jaxpr(lambda base: forward(base, batch, NoLora(), lambda _, q, k, v, cache: (q, cache), ()))(base)
+    products = str(jaxpr).split("dot_general[")[1:]
+    assert len(products) == 7
+    wanted = {"highest": "Precision.HIGHEST", "default": "Precision.DEFAULT"}[used]
+    assert all(f"precision=({wanted}, {wanted})" in product[:300] for product in products)
