@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxlora.errors import ModelInvalid
-from jaxlora.model_config import Llama3Rope, ModelConfig, parameters
+from jaxlora.model_config import LINEARS, Llama3Rope, ModelConfig, check_tensors
 
 MAX_KEYS = 4096
 MAX_TENSORS = 65_536
@@ -265,7 +265,6 @@ TENSOR_NAMES = {
     "head": "output.weight",
 }
 ROPE_FREQS = "rope_freqs.weight"
-LINEARS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "head"})
 
 
 class GgufSource:
@@ -278,27 +277,8 @@ class GgufSource:
         self.file = GgufFile(path)
         self.metadata: Mapping[str, Value] = self.file.metadata
         self.config = _config(self.file)
-        self._check_tensors()
-
-    def _check_tensors(self) -> None:
-        extra = set(self.file.tensors) - {ROPE_FREQS}
-        for name, parameter in parameters(self.config).items():
-            layered = parameter.axes[0] == "layers"
-            shape = parameter.shape[1:] if layered else parameter.shape
-            want = shape[::-1] if name in LINEARS else shape
-            for layer in range(self.config.layers) if layered else (None,):
-                stored = TENSOR_NAMES[name].format(layer)
-                info = self.file.tensors.get(stored)
-                if info is None:
-                    raise ModelInvalid(
-                        f"{self.file.path.name} has no tensor {stored}, which {self.config.family} needs"
-                    )
-                if info.shape != want:
-                    raise ModelInvalid(f"tensor {stored} has shape {list(info.shape)}, expected {list(want)}")
-                extra.discard(stored)
-        if extra:
-            names = ", ".join(sorted(extra)[:5])
-            raise ModelInvalid(f"{len(extra)} tensors a {self.config.family} does not have: {names}")
+        found = {name: info.shape for name, info in self.file.tensors.items()}
+        check_tensors(self.config, TENSOR_NAMES, found, unread={ROPE_FREQS}, where=self.file.path.name)
 
     def read(self, name: str, layer: int | None) -> np.ndarray:
         """One array of the base in float32: linears [X, Y], embed [V, D], norms and biases flat.

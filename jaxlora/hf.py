@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxlora.errors import ModelInvalid
-from jaxlora.model_config import Llama3Rope, ModelConfig, parameters
+from jaxlora.model_config import LINEARS, Llama3Rope, ModelConfig, check_tensors
 from jaxlora.safetensors_map import SafetensorsMap
 
 MAX_JSON_BYTES = 64 << 20  # an index of a large model is a few MB
@@ -80,7 +80,6 @@ TENSOR_NAMES = {
     "head": "lm_head.weight",
 }
 HEAD = TENSOR_NAMES["head"]
-LINEARS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "head"})
 OLD_BUFFER = ".rotary_emb.inv_freq"  # checkpoints of 2023 store what rope_theta says
 
 
@@ -109,27 +108,11 @@ class HfSource:
         self.path = Path(path)
         self.config = parse_config(read_json(self.path / "config.json"))
         self._home = _tensor_files(self.path)  # the file's tensor name → the file that holds it
-        self._check_tensors()
-
-    def _check_tensors(self) -> None:
-        extra = {name for name in self._home if not name.endswith(OLD_BUFFER)}
+        found = {name: file.tensors[name].shape for name, file in self._home.items()}
+        unread = {name for name in found if name.endswith(OLD_BUFFER)}
         if self.config.tied:
-            extra.discard(HEAD)  # compared with the embedding when that is read
-        for name, parameter in parameters(self.config).items():
-            layered = parameter.axes[0] == "layers"
-            shape = parameter.shape[1:] if layered else parameter.shape
-            want = shape[::-1] if name in LINEARS else shape
-            for layer in range(self.config.layers) if layered else (None,):
-                stored = TENSOR_NAMES[name].format(layer)
-                if stored not in self._home:
-                    raise ModelInvalid(f"{self.path} has no tensor {stored}, which {self.config.family} needs")
-                got = self._home[stored].tensors[stored].shape
-                if got != want:
-                    raise ModelInvalid(f"tensor {stored} has shape {list(got)}, expected {list(want)}")
-                extra.discard(stored)
-        if extra:
-            names = ", ".join(sorted(extra)[:5])
-            raise ModelInvalid(f"{len(extra)} tensors this {self.config.family} does not have: {names[:500]}")
+            unread.add(HEAD)  # compared with the embedding when that is read
+        check_tensors(self.config, TENSOR_NAMES, found, unread=unread, where=self.path)
 
     def read(self, name: str, layer: int | None) -> np.ndarray:
         """One array of the base in float32: linears [X, Y], embed [V, D], norms and biases flat.

@@ -5,6 +5,7 @@ Shape letters: T tokens, D model, F MLP, N query heads, K kv heads, H head, L la
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -95,6 +96,40 @@ def parameters(config: ModelConfig) -> dict[str, Parameter]:
     if not c.tied:
         table["head"] = Parameter((c.d_model, c.vocab), ("embed", "vocab"))
     return table
+
+
+# Checkpoints store these [out, in].
+LINEARS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "head"})
+
+
+def check_tensors(
+    config: ModelConfig,
+    names: Mapping[str, str],
+    found: Mapping[str, tuple[int, ...]],
+    *,
+    unread: Collection[str],
+    where: object,
+) -> None:
+    """Compares what a checkpoint stores, name → shape, with what this model reads; `names` are its names of ours.
+
+    unread: names that may be there and are not read here.
+    Raises ModelInvalid, naming the tensor, for one that is missing, has another shape or belongs to no such model.
+    """
+    extra = set(found) - set(unread)
+    for name, parameter in parameters(config).items():
+        layered = parameter.axes[0] == "layers"
+        shape = parameter.shape[1:] if layered else parameter.shape
+        want = shape[::-1] if name in LINEARS else shape
+        for layer in range(config.layers) if layered else (None,):
+            stored = names[name].format(layer)
+            if stored not in found:
+                raise ModelInvalid(f"{where} has no tensor {stored}, which {config.family} needs")
+            if found[stored] != want:
+                raise ModelInvalid(f"tensor {stored} has shape {list(found[stored])}, expected {list(want)}")
+            extra.discard(stored)
+    if extra:
+        some = ", ".join(sorted(extra)[:5])
+        raise ModelInvalid(f"{len(extra)} tensors this {config.family} does not have: {some[:500]}")
 
 
 def target_features(config: ModelConfig, target: str) -> tuple[int, int]:

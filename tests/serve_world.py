@@ -250,3 +250,23 @@ def settle(runner: Runner) -> None:
     deadline = time.monotonic() + 10
     while runner.call(lambda: runner.engine.has_work):
         assert time.monotonic() < deadline, "requests are left over"
+
+
+async def stream_greedy(client, model: str, prompt: str, max_tokens: int) -> tuple[list[int], str]:
+    """(tokens, text) of one streamed completion of an `openai.AsyncOpenAI`, a chunk at a time."""
+    tokens, text = [], ""
+    answer = await client.completions.create(
+        model=model,
+        prompt=prompt,
+        max_tokens=max_tokens,
+        temperature=0,
+        logprobs=0,
+        stream=True,
+        extra_body={"ignore_eos": True, "return_tokens_as_token_ids": True},
+    )
+    async for chunk in answer:
+        for choice in chunk.choices:
+            text += choice.text
+            if choice.logprobs is not None:
+                tokens += [int(t.removeprefix("token_id:")) for t in choice.logprobs.tokens]
+    return tokens, text

@@ -10,7 +10,7 @@ import numpy as np
 import openai
 import pytest
 from fake_house import serving
-from serve_world import check_idle
+from serve_world import check_idle, stream_greedy
 
 from jaxlora.lora import ALL_TARGETS, ATTENTION_TARGETS
 from serve.app import create_app
@@ -44,26 +44,6 @@ def prompt_of(i: int) -> list[int]:
     return np.random.default_rng(i).integers(4, 320, 4 + 5 * i).tolist()
 
 
-async def stream(client, i: int, model: str, max_tokens: int) -> tuple[list[int], str]:
-    """(tokens, text) of one streamed completion, a chunk at a time."""
-    tokens, text = [], ""
-    answer = await client.completions.create(
-        model=model,
-        prompt=prompt_of(i),
-        max_tokens=max_tokens,
-        temperature=0,
-        logprobs=0,
-        stream=True,
-        extra_body={"ignore_eos": True, "return_tokens_as_token_ids": True},
-    )
-    async for chunk in answer:
-        for choice in chunk.choices:
-            text += choice.text
-            if choice.logprobs is not None:
-                tokens += [int(t.removeprefix("token_id:")) for t in choice.logprobs.tokens]
-    return tokens, text
-
-
 def test_eight_streams_at_once_say_what_each_adapter_says_alone(world, eight, server):
     _runner, url = server
     max_tokens = 20
@@ -71,9 +51,11 @@ def test_eight_streams_at_once_say_what_each_adapter_says_alone(world, eight, se
     async def scenario():
         async with openai.AsyncOpenAI(base_url=url + "/v1", api_key="none", max_retries=0, timeout=30) as client:
             models = [a.ref.name for a in eight]
-            together = await asyncio.gather(*(stream(client, i, m, max_tokens) for i, m in enumerate(models)))
-            alone = [await stream(client, i, m, max_tokens) for i, m in enumerate(models)]
-            return together, alone, await stream(client, 0, BASE, max_tokens)
+            together = await asyncio.gather(
+                *(stream_greedy(client, m, prompt_of(i), max_tokens) for i, m in enumerate(models))
+            )
+            alone = [await stream_greedy(client, m, prompt_of(i), max_tokens) for i, m in enumerate(models)]
+            return together, alone, await stream_greedy(client, BASE, prompt_of(0), max_tokens)
 
     together, alone, base = asyncio.run(scenario())
     assert together == alone

@@ -7,6 +7,7 @@ import asyncio
 import openai
 import pytest
 from fake_house import serving
+from serve_world import stream_greedy
 
 from serve.app import create_app
 from serve.runner import Runner
@@ -36,26 +37,6 @@ def url(smol_engine):
         runner.stop()
 
 
-async def say(client: openai.AsyncOpenAI, model: str, prompt: str) -> tuple[list[int], str]:
-    """(tokens, text) of one streamed greedy completion."""
-    tokens, text = [], ""
-    answer = await client.completions.create(
-        model=model,
-        prompt=prompt,
-        max_tokens=TOKENS,
-        temperature=0,
-        logprobs=0,
-        stream=True,
-        extra_body={"ignore_eos": True, "return_tokens_as_token_ids": True},
-    )
-    async for chunk in answer:
-        for choice in chunk.choices:
-            text += choice.text
-            if choice.logprobs is not None:
-                tokens += [int(t.removeprefix("token_id:")) for t in choice.logprobs.tokens]
-    return tokens, text
-
-
 def test_eight_adapters_at_once_say_what_each_says_alone(smol, smol_engine, url):
     names = [a.ref.name for a in smol.adapters]
     most_running = 0
@@ -69,10 +50,12 @@ def test_eight_adapters_at_once_say_what_each_says_alone(smol, smol_engine, url)
     async def scenario():
         async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=120) as client:
             smol_engine.step = counted
-            together = await asyncio.gather(*(say(client, n, p) for n, p in zip(names, PROMPTS, strict=True)))
+            together = await asyncio.gather(
+                *(stream_greedy(client, n, p, TOKENS) for n, p in zip(names, PROMPTS, strict=True))
+            )
             smol_engine.step = step
-            alone = [await say(client, n, p) for n, p in zip(names, PROMPTS, strict=True)]
-            base = await asyncio.gather(*(say(client, BASE, p) for p in PROMPTS))
+            alone = [await stream_greedy(client, n, p, TOKENS) for n, p in zip(names, PROMPTS, strict=True)]
+            base = await asyncio.gather(*(stream_greedy(client, BASE, p, TOKENS) for p in PROMPTS))
             return together, alone, base
 
     together, alone, base = asyncio.run(scenario())
