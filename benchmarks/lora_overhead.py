@@ -31,7 +31,7 @@ from jaxlora.config import DEMO_MODEL, ONE_DEVICE, ModelSection
 from jaxlora.kvcache import KVPages, empty_pages, paged_attend
 from jaxlora.model import Base, Lora, NoLora, TokenBatch, forward, head_weight
 from jaxlora.opened import open_base
-from jaxlora.pool import LaneLora, LoraRows, PoolSpec, Rows, TokenLora, empty_pool
+from jaxlora.pool import LaneLora, LoraRows, PoolSpec, PromptLora, Rows, TokenLora, empty_pool
 from pallas_kernels import bench
 from pallas_kernels.bench_cases import GATHERED_ALTERNATIVES
 from serve.sampling import SamplingBatch, sample
@@ -134,11 +134,6 @@ def none(pool: Rows, slot_G: jax.Array, layers: int) -> NoLora:
     return NoLora()
 
 
-def lanes(pool: Rows, slot_G: jax.Array, layers: int) -> LaneLora:
-    """Ours, of prompts."""
-    return LaneLora(LaneLora.gather(pool, slot_G))
-
-
 def serving(base: Base, pool: Rows, form: Callable, slots: np.ndarray, tokens: int) -> Callable[[], jax.Array]:
     """A call of one step; KV is written in place."""
     kv = [empty_pages(base.config, base.mesh, pages=len(slots) * PAGES_EACH, page_tokens=PAGE, dtype=base.dtype)]
@@ -197,7 +192,7 @@ def main() -> int:
     if "prefill" in args.steps:
         runs = {
             name: serving(base, served, form, np.arange(PREFILL[0]), PREFILL[1])
-            for name, form in {"base": none, "ours": lanes}.items()
+            for name, form in {"base": none, "ours": PromptLora}.items()
         }
         timings = bench.measure(runs, args.rounds)
         show("prefill 8 x 64", timings, getattr(timings["base"], clock), LANES_LIMIT, "base")

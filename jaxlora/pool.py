@@ -10,6 +10,7 @@ Shape letters: L layers (1 for lm_head), S slots, R rank of the pool, X Y featur
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ from jaxlora.mesh import RULES, sharding
 from jaxlora.model_config import ModelConfig, parameters, target_features
 from pallas_kernels.gathered_lora import gathered_lora, visits_by_slot
 from pallas_kernels.placement import Placement
-from pallas_kernels.segmented_lora import segmented_lora, take_rows
+from pallas_kernels.segmented_lora import segmented_lora, take_layer_rows, take_rows
 
 
 @jax.tree_util.register_dataclass
@@ -211,7 +212,7 @@ def read_finite(rows: Rows) -> None:
 
 
 class LaneLora:
-    """Adapted linears of tokens in lanes (training, prefill): rows gathered once, batched over lanes."""
+    """Adapted linears of tokens in lanes, of rows gathered beforehand (training, which differentiates them)."""
 
     def __init__(self, rows_LG: Rows, layout: LoraLayout | None = None):
         self.layout = layout
@@ -244,13 +245,11 @@ class LaneLora:
         return None if self.layout is None else self.layout.lanes(HEAD_TARGET)
 
 
-class TokenLora:
-    """Adapted linears of tokens with a slot each (decode): rows read from the pool in place."""
+class _PoolLora(ABC):
+    """Adapted linears that read the pool itself, layer by layer."""
 
-    def __init__(self, pool: Rows, slot_T: jax.Array, layers: int, layout: LoraLayout | None = None):
-        self.pool, self.slot_T, self.layout = pool, slot_T, layout
-        # Every target splits its features over the same axes, so the tokens of all are split alike.
-        self.visits = visits_by_slot(slot_T, None if layout is None else layout.tokens(next(iter(pool))))
+    def __init__(self, pool: Rows, layers: int, layout: LoraLayout | None):
+        self.pool, self.layout = pool, layout
         self.per_layer = jnp.arange(layers)
 
     def deltas(self, layer: jax.Array, targets: tuple[str, ...], x_TX: jax.Array) -> tuple[jax.Array | None, ...]:
@@ -259,8 +258,38 @@ class TokenLora:
         got = dict(zip(have, self.product(layer, have, x_TX), strict=True)) if have else {}
         return tuple(got.get(t) for t in targets)
 
+    @abstractmethod
     def product(self, layer: jax.Array, targets: Sequence[str], x_TX: jax.Array) -> tuple[jax.Array, ...]:
-        """[T, Y] per target, all of which the pool has."""
+        """[T, Y] per target, all of which the pool has.  The head's layer is 0."""
+
+
+class PromptLora(_PoolLora):
+    """Of tokens in lanes with a slot each (prefill): a layer's rows are taken when it runs, and batched over lanes."""
+
+    def __init__(self, pool: Rows, slot_G: jax.Array, layers: int, layout: LoraLayout | None = None):
+        super().__init__(pool, layers, layout)
+        self.slot_G = slot_G
+
+    def product(self, layer: jax.Array, targets: Sequence[str], x_TX: jax.Array) -> tuple[jax.Array, ...]:
+        """[T, Y] per target, all of which the pool has.  The head's layer is 0."""
+        taken = [jax.tree.map(lambda p: take_layer_rows(p, layer, self.slot_G), self.pool[t]) for t in targets]
+        placement = None if self.layout is None else self.layout.lanes(targets[0])
+        x_GJX = x_TX.reshape(self.slot_G.shape[0], -1, x_TX.shape[-1])
+        got = segmented_lora(x_GJX, [(r.a_LSRX, r.b_LSRY, r.scale_LS) for r in taken], placement)
+        return tuple(y.reshape(x_TX.shape[0], -1) for y in got)
+
+
+class TokenLora(_PoolLora):
+    """Of tokens with a slot each (decode): rows are read in place."""
+
+    def __init__(self, pool: Rows, slot_T: jax.Array, layers: int, layout: LoraLayout | None = None):
+        super().__init__(pool, layers, layout)
+        self.slot_T = slot_T
+        # Every target splits its features over the same axes, so the tokens of all are split alike.
+        self.visits = visits_by_slot(slot_T, None if layout is None else layout.tokens(next(iter(pool))))
+
+    def product(self, layer: jax.Array, targets: Sequence[str], x_TX: jax.Array) -> tuple[jax.Array, ...]:
+        """[T, Y] per target, all of which the pool has.  The head's layer is 0."""
         rows = [(self.pool[t].a_LSRX, self.pool[t].b_LSRY, self.pool[t].scale_LS) for t in targets]
         placement = None if self.layout is None else self.layout.tokens(targets[0])
         return gathered_lora(x_TX, rows, layer, self.slot_T, self.visits, placement)

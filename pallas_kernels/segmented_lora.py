@@ -2,8 +2,9 @@
 
     y_GJY[g] = scale_G[g] * (x_GJX[g] @ a_GRX[g].T) @ b_GRY[g]
 
-The rows of a lane's adapter are gathered once per step (`take_rows`), for all layers, so that the step reads and
-differentiates only the adapters that are present.  The frozen product stays one GEMM over all lanes, only the low-rank
+The rows of a lane's adapter are gathered beforehand, so that the step reads and differentiates only the adapters that are
+present: in training for all layers at once (`take_rows`), in prefill layer by layer (`take_layer_rows`), which keeps them
+in the cache.  The frozen product stays one GEMM over all lanes, only the low-rank
 parts are batched, and a NaN in one adapter stays in its lanes.  The backward pass starts from h, which is kept, and is
 dispatched as the forward is (`dispatch` says which body runs).
 
@@ -62,7 +63,7 @@ def _forward(placement, x_GJX, rows):
         "segmented_lora",
         x_GJX,
         rows,
-        xla=lambda x, rows: _forward_xla(x, rows, None),
+        xla=functools.partial(_forward_kernels, _xla(), None),
         pallas=functools.partial(_forward_tpu, placement) if _fits_tpu(placement, x_GJX, rows) else None,
         triton=functools.partial(_forward_cuda, placement) if _fits_cuda(x_GJX, rows) else None,
     )
@@ -75,7 +76,7 @@ def _backward(placement, saved, dy_GJY):
         "segmented_lora",
         *saved,
         dy_GJY,
-        xla=_backward_xla,
+        xla=functools.partial(_backward_kernels, _xla(), None),
         pallas=functools.partial(_backward_tpu, placement) if _fits_tpu(placement, x_GJX, rows) else None,
         triton=functools.partial(_backward_cuda, placement) if _fits_cuda(x_GJX, rows) else None,
     )
@@ -127,9 +128,9 @@ def _shrink(x_GJX: jax.Array, a_and_scale: list[tuple[jax.Array, jax.Array]], ax
 
 
 def _expand(h_GJR: list[jax.Array], b_GRY: list[jax.Array]) -> tuple[jax.Array, ...]:
-    """[G, J, Y] per target."""
+    """[G, J, Y] per target, in h's dtype: asked for it, XLA's products sum in float32 and round once."""
     return tuple(
-        jnp.einsum("gjr,gry->gjy", h, b.astype(h.dtype), preferred_element_type=jnp.float32).astype(h.dtype)
+        jnp.einsum("gjr,gry->gjy", h, b.astype(h.dtype), preferred_element_type=h.dtype)
         for h, b in zip(h_GJR, b_GRY, strict=True)
     )
 
@@ -141,12 +142,20 @@ def _forward_xla(
     return _expand(_split(h_GJR, rows), [b for _, b, _ in rows]), h_GJR
 
 
-def _backward_xla(x_GJX, rows, h_GJR, dy_GJY):
-    _, pull = jax.vjp(lambda h, b: _expand(_split(h, rows), b), h_GJR, [b for _, b, _ in rows])
-    dh_GJR, db = pull(dy_GJY)
-    _, pull = jax.vjp(_shrink, x_GJX, [(a, s) for a, _, s in rows])
-    dx_GJX, da_and_dscale = pull(dh_GJR)
-    return dx_GJX, tuple((da, db, ds) for (da, ds), db in zip(da_and_dscale, db, strict=True))
+def _expand_back_xla(dy_GJY: jax.Array, h_GJR: jax.Array, b_GRY: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """float32 (dh, db)."""
+    dh_GJR = jnp.einsum("gjy,gry->gjr", dy_GJY, b_GRY.astype(dy_GJY.dtype), preferred_element_type=jnp.float32)
+    return dh_GJR, jnp.einsum("gjr,gjy->gry", h_GJR, dy_GJY, preferred_element_type=jnp.float32)
+
+
+def _shrink_back_xla(
+    dh_GJR: jax.Array, x_GJX: jax.Array, a_rows: Sequence[jax.Array]
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """(dx in x's dtype, float32 da of each target)."""
+    a_GRX = jnp.concatenate(a_rows, axis=1).astype(x_GJX.dtype)
+    dx_GJX = jnp.einsum("gjr,grx->gjx", dh_GJR, a_GRX, preferred_element_type=x_GJX.dtype)
+    da_GRX = jnp.einsum("gjr,gjx->grx", dh_GJR, x_GJX, preferred_element_type=jnp.float32)
+    return dx_GJX, tuple(jnp.split(da_GRX, np.cumsum([a.shape[1] for a in a_rows])[:-1].tolist(), axis=1))
 
 
 # ---- kernels ----------------------------------------------------------------------------------------------------------
@@ -159,6 +168,12 @@ class Kernels:
     forward: Callable[..., tuple[tuple[jax.Array, ...], jax.Array]]
     expand_back: Callable[..., tuple[jax.Array, jax.Array]]
     shrink_back: Callable[..., tuple[jax.Array, tuple[jax.Array, ...]]]
+
+
+def _xla() -> Kernels:
+    """XLA splits its products over a mesh by itself, so they are told no placement."""
+    forward = functools.partial(_forward_xla, axis=None)
+    return Kernels(forward=forward, expand_back=_expand_back_xla, shrink_back=_shrink_back_xla)
 
 
 def _tpu(interpret: bool) -> Kernels:
@@ -232,6 +247,16 @@ def _backward_kernels(kernels: Kernels, placement: Placement | None, x_GJX, rows
 
 def take_rows(rows_LSRX: jax.Array, slot_G: jax.Array) -> jax.Array:
     """[L, G, R, X]: the rows of each lane's slot; zeros, read from nowhere that matters, where the slot is NO_ADAPTER."""
-    safe_G = jnp.maximum(slot_G, 0)
-    mask_G = (slot_G != NO_ADAPTER).reshape((1, -1) + (1,) * (rows_LSRX.ndim - 2))
-    return jnp.where(mask_G, jnp.take(rows_LSRX, safe_G, axis=1, mode="clip"), jnp.zeros((), rows_LSRX.dtype))
+    taken_LGRX = jnp.take(rows_LSRX, jnp.maximum(slot_G, 0), axis=1, mode="clip")
+    return jnp.where(_has_rows(slot_G, rows_LSRX), taken_LGRX, jnp.zeros((), rows_LSRX.dtype))
+
+
+def take_layer_rows(rows_LSRX: jax.Array, layer: jax.Array, slot_G: jax.Array) -> jax.Array:
+    """[G, R, X]: what `take_rows` takes of one layer.  Nothing else of the pool is read."""
+    taken_GRX = rows_LSRX.at[layer, jnp.maximum(slot_G, 0)].get(mode="clip")
+    return jnp.where(_has_rows(slot_G, rows_LSRX), taken_GRX, jnp.zeros((), rows_LSRX.dtype))
+
+
+def _has_rows(slot_G: jax.Array, rows_LSRX: jax.Array) -> jax.Array:
+    """bool [G, 1, 1], or [G] of rows that are scales."""
+    return (slot_G != NO_ADAPTER).reshape((-1,) + (1,) * (rows_LSRX.ndim - 2))

@@ -22,12 +22,11 @@ from jaxlora.kvcache import KVPages, empty_pages, page_format, paged_attend
 from jaxlora.lora import HEAD_TARGET, AdapterRef
 from jaxlora.mesh import attention_placement, check_lanes, place_rows, replicated
 from jaxlora.model import Base, TokenBatch, forward, head_weight
-from jaxlora.pool import LaneLora, LoraLayout, PoolSpec, Rows, TokenLora, empty_pool, host_rows, write_slot
+from jaxlora.pool import LoraLayout, PoolSpec, PromptLora, Rows, TokenLora, empty_pool, host_rows, write_slot
 from jaxlora.slots import SlotTable
 from jaxlora.store import AdapterStore
 from jaxlora.tokenizer import Detokenizer, Tokenizer
 from pallas_kernels import NO_ADAPTER
-from pallas_kernels.segmented_lora import segmented_lora
 from serve.pages import PageAllocator
 from serve.request import Delta, FinishReason, Request, TokenLogprob
 from serve.sampling import SamplingBatch, StepOutput, sample
@@ -68,12 +67,8 @@ class StepBatch:
 
 def _serve_step(base: Base, pool: Rows, kv: KVPages, batch: StepBatch) -> tuple[KVPages, StepOutput]:
     G, J = batch.token_GJ.shape
-    decode = J == 1
     layout = LoraLayout(config=base.config, mesh=base.mesh)
-    if decode:
-        lora = TokenLora(pool, batch.slot_G, base.config.layers, layout)
-    else:
-        lora = LaneLora(LaneLora.gather(pool, batch.slot_G), layout)
+    lora = (TokenLora if J == 1 else PromptLora)(pool, batch.slot_G, base.config.layers, layout)
     tokens = TokenBatch(
         token_T=batch.token_GJ.reshape(-1),
         position_T=batch.position_GJ.reshape(-1),
@@ -81,19 +76,13 @@ def _serve_step(base: Base, pool: Rows, kv: KVPages, batch: StepBatch) -> tuple[
         slot_T=jnp.repeat(batch.slot_G, J),
     )
     attend = paged_attend(batch.page_GC, batch.position_GJ, base.config.window, attention_placement(base.mesh))
-    # Either is a Lora of its own Layer; a union of them is beyond the type variable.
-    x_TD, kv = forward(base, tokens, lora, attend, kv)  # ty: ignore[invalid-argument-type]
+    x_TD, kv = forward(base, tokens, lora, attend, kv)
     x_GD = jnp.take_along_axis(x_TD.reshape(G, J, -1), batch.last_G[:, None, None], axis=1)[:, 0]
     with jax.default_matmul_precision(base.precision):
         logits_GV = jnp.dot(x_GD, head_weight(base)[0], preferred_element_type=jnp.float32)
         if HEAD_TARGET in pool:
-            if isinstance(lora, TokenLora):
-                (delta,) = lora.product(jnp.int32(0), (HEAD_TARGET,), x_GD)
-            else:
-                rows = lora.head_rows()
-                assert rows is not None
-                delta = segmented_lora(x_GD[:, None], [rows], lora.head_placement())[0][:, 0]
-            logits_GV = logits_GV + delta.astype(jnp.float32)
+            (delta_GV,) = lora.product(jnp.int32(0), (HEAD_TARGET,), x_GD)
+            logits_GV = logits_GV + delta_GV.astype(jnp.float32)
     return kv, sample(logits_GV, batch.sampling)
 
 

@@ -19,6 +19,7 @@ from jaxlora.pool import (
     LaneLora,
     LoraRows,
     PoolSpec,
+    PromptLora,
     TokenLora,
     adapter_of_rows,
     empty_pool,
@@ -274,7 +275,7 @@ def test_after_any_loads_every_slot_holds_its_last_adapter(loads):
         assert_same_bits(slot_of(host(pool), s), held[s])
 
 
-# ---- LaneLora and TokenLora ---------------------------------------------------------------------------------------------------
+# ---- LaneLora, PromptLora and TokenLora ---------------------------------------------------------------------------------------------------
 
 gather = jax.jit(LaneLora.gather)
 SLOTS = np.array([2, -1, 0, 2], np.int32)
@@ -324,11 +325,27 @@ def test_lanes_and_tokens_compute_what_the_pool_says(layer):
     tokens = TokenLora(jax.device_put(pool), jnp.asarray(np.repeat(SLOTS, 2)), L)
     assert_same_bits(tokens.per_layer, np.arange(L, dtype=np.int32))
     by_lane = jax.jit(lambda rows, x: lanes.deltas(rows, targets, x))(rows, x)
+    prompts = PromptLora(jax.device_put(pool), jnp.asarray(SLOTS), L)
     by_token = jax.jit(lambda layer, x: tokens.deltas(layer, targets, x))(tokens.per_layer[layer], x)
+    by_prompt = jax.jit(lambda layer, x: prompts.deltas(layer, targets, x))(prompts.per_layer[layer], x)
+    assert_same_bits(by_prompt, by_lane)
     for got in (by_lane, by_token):
         assert got[1] is None
         for i, t in ((0, "q_proj"), (2, "v_proj")):
             assert_close(got[i], by_hand(pool, t, layer, x, np.repeat(SLOTS, 2)), F32)
+
+
+def test_prompts_read_nothing_of_other_slots_and_layers():
+    pool = host(noise_pool(25))
+    x = floats(np.random.default_rng(26), 8, D)
+
+    def product(pool):
+        return PromptLora(pool, jnp.asarray(SLOTS), L).product(jnp.int32(1), ["q_proj", "v_proj"], x)
+
+    clean = jax.jit(product)(pool)
+    for leaf in jax.tree.leaves(pool):
+        leaf[:, 1], leaf[0] = np.nan, np.nan
+    assert_same_bits(jax.jit(product)(pool), clean)
 
 
 def test_targets_that_the_pool_lacks_have_no_delta():
@@ -337,7 +354,8 @@ def test_targets_that_the_pool_lacks_have_no_delta():
     lanes = LaneLora(LaneLora.gather(pool, SLOTS))
     layer = jax.tree.map(lambda p: p[0], lanes.per_layer)
     assert lanes.deltas(layer, ("gate_proj", "up_proj"), x) == (None, None)
-    assert TokenLora(pool, jnp.asarray(SLOTS), L).deltas(jnp.int32(0), ("gate_proj", "up_proj"), x) == (None, None)
+    for of_pool in (TokenLora, PromptLora):
+        assert of_pool(pool, jnp.asarray(SLOTS), L).deltas(jnp.int32(0), ("gate_proj", "up_proj"), x) == (None, None)
 
 
 def test_the_head_is_kept_out_of_the_layers():
