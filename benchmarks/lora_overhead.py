@@ -35,7 +35,8 @@ from jaxlora.pool import LaneLora, LoraRows, PoolSpec, PromptLora, Rows, TokenLo
 from pallas_kernels import bench
 from pallas_kernels.bench_cases import GATHERED_ALTERNATIVES
 from serve.sampling import SamplingBatch, sample
-from train.step import TrainBatch, halves, idle_batch, lane_losses, with_halves
+from train.state import halves, with_halves
+from train.step import TrainBatch, idle_batch, lane_losses
 
 RANK, SLOTS, ROWS = 16, 40, 32
 PREFILL, TRAIN = (8, 64), (8, 128)  # lanes, tokens

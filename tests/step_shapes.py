@@ -16,7 +16,8 @@ from jaxlora.pool import LoraRows, PoolSpec, Rows, layer_count, row_axes
 from serve.engine import StepBatch, step_program
 from serve.sampling import SamplingBatch
 from train.optimizer import Moments
-from train.step import TrainState, _accumulate, halves, idle_batch
+from train.state import TrainState, halves
+from train.step import _accumulate, idle_batch
 
 SMOLLM2 = ModelConfig(
     family="llama",

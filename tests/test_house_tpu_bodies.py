@@ -12,7 +12,8 @@ from serve_world import ask, run_all
 from jaxlora.lora import ALL_TARGETS
 from jaxlora.pool import PoolSpec
 from pallas_kernels import dispatch
-from train.step import TrainState, empty_state, idle_batch, make_programs
+from train.state import TrainState, empty_state
+from train.step import idle_batch, make_programs
 
 pytest_plugins = ["serve_fixtures"]
 

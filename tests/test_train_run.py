@@ -26,7 +26,8 @@ from jaxlora.pool import LaneLora, empty_pool
 from jaxlora.store import AdapterStore
 from train import metrics, run
 from train.data import Example
-from train.step import halves, idle_batch, lane_losses, with_halves
+from train.state import halves, with_halves
+from train.step import idle_batch, lane_losses
 from train.trainer import Trainer
 
 LINES = [{"messages": [{"role": "user", "content": f"say {w}"}, {"role": "assistant", "content": w}]} for w in "abcdef"]

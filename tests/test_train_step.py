@@ -35,7 +35,8 @@ from jaxlora.pool import PoolSpec
 from pallas_kernels import NO_ADAPTER
 from train.data import Example
 from train.optimizer import IDLE, Hyper
-from train.step import SlotState, empty_state, fresh_seat, halves, make_programs
+from train.state import SlotState, empty_state, fresh_seat, halves
+from train.step import make_programs
 
 LOSS, GRAD = 1e-5, 2e-5
 SPECS = {0: lora(3), 2: lora(8), 5: lora(2, ("q_proj", "lm_head")), 8: lora(1, ("down_proj",))}  # by slot

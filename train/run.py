@@ -37,7 +37,7 @@ from jaxlora.store import AdapterStore
 from train import metrics
 from train.data import Example, load_jsonl
 from train.plot import plot_curves
-from train.step import SlotState
+from train.state import SlotState
 from train.trainer import MAX_BAD_STEPS, Evaluation, StepReport, Tenant, Trainer
 
 HOST_BYTES = 2**30  # of adapter versions kept in RAM

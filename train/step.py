@@ -9,24 +9,23 @@ Shape letters: G lanes, J tokens of a lane, U due slots, S slots, T = G * J toke
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.sharding import Mesh
 
 from jaxlora.config import LANE_BLOCK
 from jaxlora.mesh import attention_placement, replicated
 from jaxlora.model import Base, TokenBatch, forward, head_weight
-from jaxlora.pool import LaneLora, LoraLayout, LoraRows, PoolSpec, Rows, empty_pool
+from jaxlora.pool import LaneLora, LoraLayout, Rows
 from pallas_kernels import NO_ADAPTER
 from pallas_kernels.attention import packed_attention
 from pallas_kernels.cross_entropy import target_logprob
 from train.losses import cross_entropy
-from train.optimizer import Halves, Hyper, Moments, adamw
+from train.optimizer import Hyper
+from train.state import TrainState, UpdateReport, add_gradients, apply, halves, seat, unseat, with_halves
 
 
 @jax.tree_util.register_dataclass
@@ -44,16 +43,6 @@ class TrainBatch:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
-class TrainState:
-    """Everything that changes in training, O(slots), float32.  Donated to every step."""
-
-    pool: Rows
-    grads: Halves  # target → (a_LSRX, b_LSRY) summed gradients of the open window
-    moments: Moments  # the same shapes; count_S int32
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
 class LaneSums:
     """What each lane's tokens summed to, float32 [G]."""
 
@@ -61,36 +50,6 @@ class LaneSums:
     weight_G: jax.Array  # weights
     hit_G: jax.Array  # targets that were the likeliest token
     count_G: jax.Array  # targets
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class UpdateReport:
-    """How each due slot's update went, [U]."""
-
-    norm_U: jax.Array  # float32 gradient norm before clipping
-    finite_U: jax.Array  # bool; False: the update was skipped
-
-
-def empty_state(base: Base, spec: PoolSpec, mesh: Mesh) -> TrainState:
-    """A state whose slots are all zero, placed on the mesh like the pool it trains."""
-
-    def zeros() -> Halves:
-        return halves(empty_pool(base.config, spec, mesh))
-
-    count = jnp.zeros((spec.slots,), jnp.int32, device=replicated(mesh))
-    pool = empty_pool(base.config, spec, mesh)
-    return TrainState(pool=pool, grads=zeros(), moments=Moments(mu=zeros(), nu=zeros(), count=count))
-
-
-def halves(rows: Rows) -> Halves:
-    """The trained part of some rows: (a, b) by target, without scale."""
-    return {t: (r.a_LSRX, r.b_LSRY) for t, r in rows.items()}
-
-
-def with_halves(rows: Rows, new: Halves) -> Rows:
-    """The rows with other weights and the same scale."""
-    return {t: LoraRows(a_LSRX=new[t][0], b_LSRY=new[t][1], scale_LS=r.scale_LS) for t, r in rows.items()}
 
 
 def lane_losses(base: Base, rows_LG: Rows, batch: TrainBatch) -> tuple[jax.Array, LaneSums]:
@@ -137,112 +96,19 @@ def _accumulate(base: Base, state: TrainState, batch: TrainBatch) -> tuple[Train
     grad_of = jax.grad(lambda h: lane_losses(base, with_halves(rows, h), batch), has_aux=True)
     grads_LG, sums = grad_of(halves(rows))
 
-    def add_lane(g: jax.Array, total: Halves) -> Halves:
-        slot = batch.slot_G[g]
-        safe = jnp.maximum(slot, 0)
-
-        def add(total_LSRX: jax.Array, grad_LGRX: jax.Array) -> jax.Array:
-            old = lax.dynamic_index_in_dim(total_LSRX, safe, 1)
-            new = jnp.where(slot != NO_ADAPTER, old + lax.dynamic_index_in_dim(grad_LGRX, g, 1), old)
-            return lax.dynamic_update_slice_in_dim(total_LSRX, new, safe, 1)
-
-        return jax.tree.map(add, total, grads_LG)
-
-    grads = lax.fori_loop(0, batch.slot_G.shape[0], add_lane, state.grads)
-    return TrainState(pool=state.pool, grads=grads, moments=state.moments), sums
-
-
-def _apply(state: TrainState, hyper: Hyper, slot_U: jax.Array) -> tuple[TrainState, UpdateReport]:
-    safe_U = jnp.maximum(slot_U, 0)
-    weights = halves(state.pool)
-    # One tree of everything the update reads and writes, slot axis 1 (counts: 0).
-    take = functools.partial(jnp.take, indices=safe_U, axis=1, mode="clip")
-    old_arrays = jax.tree.map(take, (weights, state.moments.mu, state.moments.nu))
-    grads = jax.tree.map(take, state.grads)
-    count_U = state.moments.count[safe_U]
-
-    axes = (1, 1, Moments(mu=1, nu=1, count=0), 0)  # ty: ignore[invalid-argument-type]
-    moments = Moments(mu=old_arrays[1], nu=old_arrays[2], count=count_U)
-    update = jax.vmap(adamw, in_axes=axes, out_axes=(1, Moments(mu=1, nu=1, count=0), 0, 0))  # ty: ignore[invalid-argument-type]
-    new_weights, new_moments, norm_U, finite_U = update(old_arrays[0], grads, moments, hyper)
-    new_arrays = (new_weights, new_moments.mu, new_moments.nu, jax.tree.map(jnp.zeros_like, grads))
-
-    def put_slot(u: jax.Array, arrays: tuple) -> tuple:
-        slot, safe = slot_U[u], safe_U[u]
-
-        def put(all_LSRX: jax.Array, new_LURX: jax.Array) -> jax.Array:
-            old = lax.dynamic_index_in_dim(all_LSRX, safe, 1)
-            new = jnp.where(slot != NO_ADAPTER, lax.dynamic_index_in_dim(new_LURX, u, 1), old)
-            return lax.dynamic_update_slice_in_dim(all_LSRX, new, safe, 1)
-
-        return jax.tree.map(put, arrays, new_arrays)
-
-    everything = (weights, state.moments.mu, state.moments.nu, state.grads)
-    weights, mu, nu, grads = lax.fori_loop(0, slot_U.shape[0], put_slot, everything)
-    # A slot is due at most once, so a scatter of the counts needs no order; NO_ADAPTER is sent out of range and dropped.
-    target_U = jnp.where(slot_U != NO_ADAPTER, slot_U, state.moments.count.shape[0])
-    count = state.moments.count.at[target_U].set(new_moments.count, mode="drop")
-    state = TrainState(pool=with_halves(state.pool, weights), grads=grads, moments=Moments(mu=mu, nu=nu, count=count))
-    return state, UpdateReport(norm_U=norm_U, finite_U=finite_U)
+    return add_gradients(state, grads_LG, batch.slot_G), sums
 
 
 def _train_step(
     base: Base, state: TrainState, batch: TrainBatch, hyper: Hyper, slot_U: jax.Array
 ) -> tuple[TrainState, LaneSums, UpdateReport]:
     state, sums = _accumulate(base, state, batch)
-    state, report = _apply(state, hyper, slot_U)
+    state, report = apply(state, hyper, slot_U)
     return state, sums, report
 
 
 def _evaluate(base: Base, pool: Rows, batch: TrainBatch) -> LaneSums:
     return lane_losses(base, LaneLora.gather(pool, batch.slot_G), batch)[1]
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class SlotState:
-    """All that training keeps of one tenant between steps: what a checkpoint holds.  No slot axis."""
-
-    rows: Rows
-    moments: Moments
-
-
-def _seat(state: TrainState, slot: jax.Array, seat: SlotState) -> TrainState:
-    """The state with one slot replaced whole, its open gradients cleared."""
-
-    def put(whole: jax.Array, part: jax.Array) -> jax.Array:
-        return lax.dynamic_update_index_in_dim(whole, part.astype(whole.dtype), slot, 1)
-
-    moments = Moments(
-        mu=jax.tree.map(put, state.moments.mu, seat.moments.mu),
-        nu=jax.tree.map(put, state.moments.nu, seat.moments.nu),
-        count=state.moments.count.at[slot].set(seat.moments.count),
-    )
-    grads = jax.tree.map(lambda g: put(g, jnp.zeros((*g.shape[:1], *g.shape[2:]), g.dtype)), state.grads)
-    return TrainState(pool=jax.tree.map(put, state.pool, seat.rows), grads=grads, moments=moments)
-
-
-def _unseat(state: TrainState, slot: jax.Array) -> SlotState:
-    """A copy of one slot."""
-
-    def take(whole: jax.Array) -> jax.Array:
-        return lax.dynamic_index_in_dim(whole, slot, 1, keepdims=False)
-
-    moments = Moments(
-        mu=jax.tree.map(take, state.moments.mu),
-        nu=jax.tree.map(take, state.moments.nu),
-        count=state.moments.count[slot],
-    )
-    return SlotState(rows=jax.tree.map(take, state.pool), moments=moments)
-
-
-def fresh_seat(rows: Rows) -> SlotState:
-    """A tenant that has not trained yet: these rows (NumPy), zero moments."""
-
-    def zeros() -> Halves:
-        return {t: (np.zeros_like(a), np.zeros_like(b)) for t, (a, b) in halves(rows).items()}  # ty: ignore[invalid-explicit-return]
-
-    return SlotState(rows=rows, moments=Moments(mu=zeros(), nu=zeros(), count=np.int32(0)))  # ty: ignore[invalid-argument-type]
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,11 +129,11 @@ def make_programs(state: TrainState, mesh: Mesh) -> Programs:
     small = replicated(mesh)
     return Programs(
         accumulate=jax.jit(_accumulate, donate_argnums=1, out_shardings=(placed, small)),
-        apply=jax.jit(_apply, donate_argnums=0, out_shardings=(placed, small)),
+        apply=jax.jit(apply, donate_argnums=0, out_shardings=(placed, small)),
         train_step=jax.jit(_train_step, donate_argnums=1, out_shardings=(placed, small, small)),
         evaluate=jax.jit(_evaluate, out_shardings=small),
-        seat=jax.jit(_seat, donate_argnums=0, out_shardings=placed),
-        unseat=jax.jit(_unseat),
+        seat=jax.jit(seat, donate_argnums=0, out_shardings=placed),
+        unseat=jax.jit(unseat),
     )
 
 

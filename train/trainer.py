@@ -28,7 +28,8 @@ from pallas_kernels import NO_ADAPTER
 from train.data import Example, ExampleStream, Lane, pack
 from train.mixer import Mixer
 from train.optimizer import IDLE, Hyper
-from train.step import SlotState, TrainBatch, empty_state, fresh_seat, idle_batch, make_programs
+from train.state import SlotState, empty_state, fresh_seat
+from train.step import TrainBatch, idle_batch, make_programs
 
 MAX_BAD_STEPS = 5  # skipped updates in a row after which a tenant stops
 
