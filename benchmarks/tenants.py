@@ -53,7 +53,7 @@ def main() -> int:
     trainer = Trainer(
         opened.base,
         opened.mesh,
-        PoolSpec(slots=len(REFERENCE), rank=8, dtype="float32"),
+        [PoolSpec(slots=len(REFERENCE), rank=8, dtype="float32")],
         lanes=LANES,
         lane_tokens=LANE_TOKENS,
         base_hash=opened.base_hash,

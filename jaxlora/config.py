@@ -107,6 +107,7 @@ class Optimizer:
     b2: float = 0.999
     eps: float = 1e-8
     clip: float | None = 1.0  # None: no clipping
+    loraplus_ratio: float = 1.0  # lr of B over lr of A (LoRA+, arXiv 2402.12354); weight decay follows each
 
     def __post_init__(self) -> None:
         """Checks what the device will see: these numbers in float32, where a tiny eps is 0 and a beta near 1 is 1."""
@@ -123,6 +124,7 @@ class Optimizer:
             "b1": (0 <= np.float32(self.b1) < 1, "in [0, 1)"),
             "b2": (0 <= np.float32(self.b2) < 1, "in [0, 1)"),
             "eps": (tiny <= self.eps <= top, f"finite and at least {tiny:.3g}"),
+            "loraplus_ratio": (tiny <= self.loraplus_ratio <= top, "positive and finite"),
             "clip": (self.clip is None or tiny <= self.clip <= top, "positive or absent"),
         }
         for name, (fine, wanted) in checks.items():
@@ -148,6 +150,7 @@ class Optimizer:
             "b2": self.b2,
             "eps": self.eps,
             "clip": NO_CLIP if self.clip is None else self.clip,
+            "b_ratio": self.loraplus_ratio,
             "divisor": divisor,
         }
 
@@ -174,6 +177,7 @@ class TenantSection:
     b2: float = OPTIMIZER.b2
     eps: float = OPTIMIZER.eps
     clip: float = OPTIMIZER.clip or NO_CLIP  # largest global norm of this tenant's gradient; inf: no clipping
+    loraplus_ratio: float = OPTIMIZER.loraplus_ratio  # lr of B over lr of A; LoRA+ suggests 16
     batch: int  # examples per step
     steps: int | None = None  # optimizer steps of this tenant; None: those of the file
     seed: int  # of the adapter's first weights and of the order of its examples
@@ -203,7 +207,19 @@ class TenantSection:
             b2=self.b2,
             eps=self.eps,
             clip=None if self.clip == NO_CLIP else self.clip,
+            loraplus_ratio=self.loraplus_ratio,
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BucketSection:
+    """Training slots for adapters of a smaller rank, which then keep less on the device."""
+
+    rank: int  # largest rank of such a slot
+    slots: int
+
+    def __post_init__(self) -> None:
+        _need_counts(self, "rank", "slots")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -217,17 +233,30 @@ class TrainConfig:
     lane_tokens: (
         int  # predictions in a lane: whole blocks of 32, or less than one; an example has at most one token more
     )
-    slots: int  # adapters on the device at once
+    slots: int  # adapters of up to max_rank on the device at once
     max_rank: int  # largest rank a slot holds
+    bucket: tuple[
+        BucketSection, ...
+    ] = ()  # more slots, for smaller ranks; a tenant sits in the first that its rank fits
     steps: int  # optimizer steps of each tenant that does not say its own
     save_every: int  # optimizer steps of a tenant between its checkpoints
     tenant: tuple[TenantSection, ...]
+
+    @property
+    def buckets(self) -> list[tuple[int, int]]:
+        """(largest rank, slots) of all slots, from the smallest rank on."""
+        return sorted([(b.rank, b.slots) for b in self.bucket] + [(self.max_rank, self.slots)])
 
     def __post_init__(self) -> None:
         _need_counts(self, "lanes", "lane_tokens", "slots", "max_rank", "steps", "save_every")
         check_lane_tokens(self.lane_tokens)
         _need(bool(self.tenant), "tenant", "at least one [[tenant]] table", self.tenant)
         _need_distinct([t.name for t in self.tenant], "tenant names")
+        ranks = [b.rank for b in self.bucket]
+        if any(rank >= self.max_rank for rank in ranks) or len(set(ranks)) < len(ranks):
+            raise ValueError(
+                f"the rank of each [[bucket]] must be its own and less than max_rank = {self.max_rank}, got {ranks}"
+            )
         for t in self.tenant:
             if t.rank > self.max_rank:
                 raise ValueError(
@@ -237,6 +266,15 @@ class TrainConfig:
                 t.optimizer(self.steps)
             except ConfigInvalid as e:
                 raise ValueError(f"tenant {t.name}: {e.message}") from e
+        below = 0
+        for rank, slots in self.buckets:
+            sitting = [t.name for t in self.tenant if below < t.rank <= rank]
+            if len(sitting) > slots:
+                where = f"of rank {below + 1} to {rank}" if self.bucket else "in the file"
+                raise ValueError(
+                    f"{len(sitting)} tenants {where} need as many slots, but there are {slots}; raise `slots`"
+                )
+            below = rank
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -252,7 +252,7 @@ def main(*, exit_after: bool, port: int, out: Path | None, seed: int) -> None:
     trainer = Trainer(
         opened.base,
         opened.mesh,
-        pool_spec,
+        [pool_spec],
         lanes=LANES,
         lane_tokens=LANE_TOKENS,
         base_hash=opened.base_hash,

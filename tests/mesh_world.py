@@ -69,7 +69,7 @@ TENANTS = {  # eps well above rounding: an update of a near-zero gradient is not
 
 def train(base: Base, mesh: Mesh, found: dict[str, np.ndarray]) -> Trainer:
     """Three tenants, some steps; then one leaves and comes back from its state.  Compiles nothing after warm-up."""
-    trainer = Trainer(base, mesh, SPEC, lanes=LANES, lane_tokens=LANE_TOKENS, base_hash="mesh")
+    trainer = Trainer(base, mesh, [SPEC], lanes=LANES, lane_tokens=LANE_TOKENS, base_hash="mesh")
     trainer.warm_up()
     data = {name: examples(i, 6, vocab=VOCAB) for i, name in enumerate(TENANTS)}
     with CompileCounter() as counter:
@@ -90,7 +90,7 @@ def train(base: Base, mesh: Mesh, found: dict[str, np.ndarray]) -> Trainer:
     for name in TENANTS:
         for target, (a, b) in trainer.adapter(name, AdapterRef("t", name, 1)).weights.items():
             found[f"weights {name} {target} a"], found[f"weights {name} {target} b"] = a, b
-    placed = jax.tree.leaves((base, trainer._state))
+    placed = jax.tree.leaves((base, trainer._states))
     found["parts"] = np.unique([len({s.index for s in x.addressable_shards}) for x in placed])
     return trainer
 

@@ -139,7 +139,7 @@ def test_what_a_user_gets_wrong_is_one_line_and_exit_2(arguments, message, tmp_p
         ("steps", "0", "steps must be at least 1"),
         ("lr", '"fast"', "lr: must be a number"),
         ("train", '"gone.jsonl"', "gone.jsonl"),
-        ("slots", "1", "2 tenants need as many slots"),
+        ("rank", "9", "2 tenants of rank 1 to 9 need as many slots"),
         ("lane_tokens", "32", "tokens"),
     ],
 )

@@ -117,7 +117,7 @@ def test_lanes_that_do_not_divide_are_refused_by_name():
     mesh = mesh_of(2, 3)
     check_lanes(mesh, 12, "rows")
     with pytest.raises(ConfigInvalid, match=r"mesh 2x3x1: 4 training lanes do not divide over data x fsdp = 6"):
-        Trainer(None, mesh, SPEC, lanes=4, lane_tokens=16, base_hash="")
+        Trainer(None, mesh, [SPEC], lanes=4, lane_tokens=16, base_hash="")
     with pytest.raises(ConfigInvalid, match=r"mesh 2x3x1: 4 rows do not divide"):
         Engine(None, mesh, ENGINE, SPEC, None, None, "")
 

@@ -56,7 +56,7 @@ def test_training_with_pallas_bodies(world):
     def step():
         empty = empty_state(world.base, spec, world.mesh)
         state = TrainState(pool=jax.tree.map(jnp.asarray, first), grads=empty.grads, moments=empty.moments)
-        state, sums = make_programs(empty, world.mesh).accumulate(world.base, state, batch)
+        (state,), sums = make_programs((empty,), world.mesh).accumulate(world.base, (state,), batch)
         return sums, state.grads
 
     want = step()

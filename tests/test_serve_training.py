@@ -30,7 +30,7 @@ class Record:
         self.names = [f"{tmp_name}-{t}" for t in TENANTS]
         self.runner = Runner(world.engine(), base_name="owner/tiny")
         spec = PoolSpec(slots=3, rank=RANK, dtype="float32", targets=("q_proj",))
-        self.trainer = Trainer(world.base, world.mesh, spec, lanes=3, lane_tokens=16, base_hash=world.base_hash)
+        self.trainer = Trainer(world.base, world.mesh, [spec], lanes=3, lane_tokens=16, base_hash=world.base_hash)
         self.published: list[tuple[str, int]] = []
         self.on_step = lambda _reports: None
         self.live = LiveTraining(

@@ -95,6 +95,20 @@ def test_adamw_of_every_slot_is_what_a_loop_computes():
         np.testing.assert_allclose([n[u] for n in norms], expected_norms, rtol=1e-6)
 
 
+def test_loraplus_moves_b_by_its_own_lr_decay_included():
+    """A as with lr, B as with ratio times lr: bit for bit, the ratio being a power of two."""
+    rng = np.random.default_rng(8)
+    weights, gradients = draw(rng), draw(rng)
+    row = IDLE | {"lr": 0.25, "decay": 0.5}
+    got, *_ = run([row | {"b_ratio": 4.0}], [weights], [[gradients]])
+    plain, *_ = run([row], [weights], [[gradients]])
+    for target, (a, b) in got.items():
+        w_b = weights[target][1]
+        assert_same_bits(host(a), host(plain[target][0]))
+        moved, step = np.asarray(b)[:, 0] - w_b, np.asarray(plain[target][1])[:, 0] - w_b
+        np.testing.assert_allclose(moved, 4 * step, rtol=1e-5, atol=1e-6)
+
+
 def test_slots_do_not_see_each_other():
     """Another slot's gradient, NaN too, changes no bit of this one."""
     rng = np.random.default_rng(1)
@@ -191,9 +205,29 @@ def test_learning_rates(schedule, warmup, total, expected):
 
 
 def test_a_row_holds_every_field_of_hyper():
-    o = optimizer(lr=4.0, weight_decay=0.25, b1=0.5, b2=0.75, eps=1e-3, clip=2.0, schedule="linear", total_steps=4)
+    o = optimizer(
+        lr=4.0,
+        weight_decay=0.25,
+        b1=0.5,
+        b2=0.75,
+        eps=1e-3,
+        clip=2.0,
+        schedule="linear",
+        total_steps=4,
+        loraplus_ratio=16,
+    )
     row = o.row(1, 7.0)
-    assert row == {"lr": 3.0, "decay": 0.25, "b1": 0.5, "b2": 0.75, "eps": 1e-3, "clip": 2.0, "divisor": 7.0}
+    expected = {
+        "lr": 3.0,
+        "decay": 0.25,
+        "b1": 0.5,
+        "b2": 0.75,
+        "eps": 1e-3,
+        "clip": 2.0,
+        "b_ratio": 16,
+        "divisor": 7.0,
+    }
+    assert row == expected
     assert optimizer(clip=None).row(0, 1.0)["clip"] == NO_CLIP
     rows = Hyper.stack([row, IDLE])
     for field in dataclasses.fields(Hyper):

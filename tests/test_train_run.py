@@ -285,7 +285,7 @@ def test_the_old_peft_folder_stays_until_the_new_one_is_whole(job, monkeypatch):
 OTHERS = [  # file, what is changed in it, what the refusal says
     ("job.toml", "seed = 3", "seed = 5", "made with another seed; change that back"),
     ("job.toml", "alpha = 8.0", "alpha = 4.0", "another rank, alpha, targets or rslora;"),
-    ("job.toml", "max_rank = 4", "max_rank = 8", "another max_rank, or lm_head in some tenant's targets;"),
+    ("job.toml", "max_rank = 4", "max_rank = 8", "another max_rank, other buckets, or lm_head in some tenant's targets;"),
     ("one.jsonl", '"say a"', '"tell a"', "another examples (the train file"),
     ("base/tokenizer_config.json", "{", "{ ", "another base model ([model] path);"),
 ]
@@ -362,7 +362,7 @@ def test_a_batch_that_does_not_fit_names_its_tenant(job):
 
 def test_more_tenants_than_slots(job):
     change(job, "slots = 2", "slots = 1")
-    assert "2 tenants need as many slots" in refused(job)
+    assert "2 tenants in the file need as many slots" in refused(job)
 
 
 @pytest.mark.parametrize("lane_tokens", [1, 31, 32, 64, 96])
@@ -378,7 +378,7 @@ def test_the_kernels_take_every_lane_that_the_settings_accept(lane_tokens):
 )
 def test_a_trainer_refuses_lanes_that_are_not_whole_blocks(lane_tokens, near):
     with pytest.raises(ConfigInvalid, match=f"lane_tokens must be .*such as {near}.*; got {lane_tokens}") as e:
-        Trainer(small_base(), make_mesh(), SPEC, lanes=2, lane_tokens=lane_tokens, base_hash="")
+        Trainer(small_base(), make_mesh(), [SPEC], lanes=2, lane_tokens=lane_tokens, base_hash="")
     assert e.value.param == "lane_tokens"
 
 

@@ -16,6 +16,7 @@ from train_world import (
     CONFIG,
     LANES,
     SPEC,
+    OneBucket,
     RandomSource,
     assert_same_bits,
     batch_of,
@@ -36,7 +37,6 @@ from pallas_kernels import NO_ADAPTER
 from train.data import Example
 from train.optimizer import IDLE, Hyper
 from train.state import SlotState, empty_state, fresh_seat, halves
-from train.step import make_programs
 
 LOSS, GRAD = 1e-5, 2e-5
 SPECS = {0: lora(3), 2: lora(8), 5: lora(2, ("q_proj", "lm_head")), 8: lora(1, ("down_proj",))}  # by slot
@@ -51,7 +51,7 @@ def it():
     """The programs, and a state with a strong adapter in each slot of SPECS."""
     base, mesh = small_base(), make_mesh()
     state = empty_state(base, SPEC, mesh)
-    programs = make_programs(state, mesh)
+    programs = OneBucket(state, mesh)
     for slot, spec in SPECS.items():
         state = seat(programs, state, slot, strong_rows(spec, slot))
     return SimpleNamespace(base=base, programs=programs, state=state)
@@ -172,7 +172,7 @@ def test_every_family_has_the_loss_transformers_gives_and_its_slope(name):
     base = load_base(source, mesh, dtype="float32")
     spec = PoolSpec(slots=2, rank=2, dtype="float32", targets=ALL_TARGETS)
     state = empty_state(base, spec, mesh)
-    programs = make_programs(state, mesh)
+    programs = OneBucket(state, mesh)
     rows = strong_rows(lora(2), 0, base.config, spec)
     pool = jax.device_put(jax.tree.map(lambda x: np.stack([np.zeros_like(x), x], 1), rows))  # in slot 1
     it = SimpleNamespace(base=base, programs=programs, state=dataclasses.replace(state, pool=pool))
@@ -196,7 +196,7 @@ def test_a_bfloat16_base_trains_float32_rows_along_nearly_the_same_gradient(it):
     """bfloat16 keeps 3 digits: the gradients point the same way to 1 %, and an update of 1e-5 is not lost."""
     base, mesh = load_base(RandomSource(), make_mesh(), dtype="bfloat16"), make_mesh()
     state = empty_state(base, SPEC, mesh)
-    programs = make_programs(state, mesh)
+    programs = OneBucket(state, mesh)
     half = SimpleNamespace(base=base, programs=programs, state=seat(programs, state, 0, strong_rows(SPECS[0], 0)))
     batch = batch_of([(0, same_length(1, 3))])
     got, expected = (

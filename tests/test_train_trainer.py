@@ -94,13 +94,13 @@ def test_a_refused_tenant_leaves_no_trace(case):
     trainer = make_trainer()
     join(trainer, "a")
     trainer.step()
-    before = host(trainer._state)
+    before = host(trainer._states)
     if changes.get("resume") == "state":
         changes = changes | {"resume": (outcome(trainer), 1, 0)}
     with pytest.raises(error, match=message):
         join(trainer, **{"name": "b"} | changes)
     assert list(trainer.tenants) == ["a"]
-    assert_same_bits(host(trainer._state), before)
+    assert_same_bits(host(trainer._states), before)
     assert [r.tenant for r in trainer.step()] == ["a"]
     assert join(trainer, "b").slot == 1
 
@@ -121,11 +121,11 @@ def test_a_full_trainer_refuses_and_a_leaving_tenant_makes_room():
 
 def test_a_target_the_pool_lacks_is_refused():
     spec = PoolSpec(slots=1, rank=2, dtype="float32", targets=LAYER_TARGETS)
-    trainer = Trainer(small_base(), make_mesh(), spec, lanes=2, lane_tokens=8, base_hash=BASE_HASH)
+    trainer = Trainer(small_base(), make_mesh(), [spec], lanes=2, lane_tokens=8, base_hash=BASE_HASH)
     with pytest.raises(AdapterInvalid, match="LoRA on lm_head is not supported"):
         join(trainer, spec=lora(2))
     with pytest.raises(InvalidRequest):
-        Trainer(small_base(), make_mesh(), spec, lanes=0, lane_tokens=8, base_hash=BASE_HASH)
+        Trainer(small_base(), make_mesh(), [spec], lanes=0, lane_tokens=8, base_hash=BASE_HASH)
 
 
 def test_unknown_tenants_are_not_found():
@@ -162,7 +162,7 @@ def test_a_name_and_a_slot_are_as_new_after_someone_left(after):
 def test_a_step_reports_the_mean_loss_and_gradient_of_its_batch():
     """The whole data is one batch, so evaluation before the step, and the plain model, know what it must say."""
     trainer, data = make_trainer(), examples(3, 5, 9, 9)
-    join(trainer, data=data, batch_size=5, lr=0.5, schedule="linear", total_steps=4, clip=1e-3)
+    join(trainer, data=data, batch_size=5, lr=0.05, schedule="linear", total_steps=4, clip=1e-3)
     for n in range(1, 4):
         evaluation = trainer.evaluate(data, "a")
         loss, gradient = by_hand(trainer.adapter("a", REF), data)
@@ -171,7 +171,7 @@ def test_a_step_reports_the_mean_loss_and_gradient_of_its_batch():
         assert report.loss == pytest.approx(loss, rel=1e-5)
         assert report.loss == pytest.approx(evaluation.nll, rel=1e-6)
         assert report.accuracy == pytest.approx(evaluation.accuracy, rel=1e-6)
-        assert report.lr == 0.5 * (5 - n) / 4
+        assert report.lr == 0.05 * (5 - n) / 4
         assert report.tokens == sum(e.predictions for e in data) == 40
         norm = math.sqrt(sum(float((g.astype("f8") ** 2).sum()) for g in jax.tree.leaves(gradient)))
         assert report.grad_norm == pytest.approx(norm, rel=1e-5)  # of the mean, before clipping
@@ -182,7 +182,7 @@ def test_a_step_reports_the_mean_loss_and_gradient_of_its_batch():
 
 def test_a_pool_without_the_head_trains_the_layers():
     spec = PoolSpec(slots=1, rank=4, dtype="float32", targets=LAYER_TARGETS)
-    trainer = Trainer(small_base(), make_mesh(), spec, lanes=1, lane_tokens=LANE_TOKENS, base_hash=BASE_HASH)
+    trainer = Trainer(small_base(), make_mesh(), [spec], lanes=1, lane_tokens=LANE_TOKENS, base_hash=BASE_HASH)
     data = examples(3, 3, 9, 9)
     join(trainer, spec=lora(4, LAYER_TARGETS), data=data, batch_size=3)
     for _ in range(2):

@@ -21,7 +21,8 @@ from jaxlora.model_config import ModelConfig, parameters, target_features
 from jaxlora.pool import PoolSpec, Rows, host_rows, layer_count
 from train.data import Example, fill_lane
 from train.optimizer import Optimizer
-from train.step import TrainBatch, idle_batch
+from train.state import Due
+from train.step import TrainBatch, idle_batch, make_programs
 from train.trainer import Trainer
 
 CONFIG = ModelConfig(
@@ -73,11 +74,39 @@ def make_trainer(base: Base | None = None, mesh: Mesh | None = None) -> Trainer:
     return Trainer(
         small_base() if base is None else base,
         make_mesh() if mesh is None else mesh,
-        SPEC,
+        [SPEC],
         lanes=LANES,
         lane_tokens=LANE_TOKENS,
         base_hash=BASE_HASH,
     )
+
+
+class OneBucket:
+    """The programs of a trainer whose slots are all in one bucket."""
+
+    def __init__(self, state, mesh):
+        self.all = make_programs((state,), mesh)
+
+    def accumulate(self, base, state, batch):
+        (state,), sums = self.all.accumulate(base, (state,), batch)
+        return state, sums
+
+    def apply(self, state, hyper, slot_U):
+        (state,), (report,) = self.all.apply((state,), (Due(hyper=hyper, slot_U=slot_U),))
+        return state, report
+
+    def train_step(self, base, state, batch, hyper, slot_U):
+        (state,), sums, (report,) = self.all.train_step(base, (state,), batch, (Due(hyper=hyper, slot_U=slot_U),))
+        return state, sums, report
+
+    def evaluate(self, base, pool, batch):
+        return self.all.evaluate(base, (pool,), batch)
+
+    def seat(self, state, slot, new):
+        return self.all.seat((state,), 0, slot, new)[0]
+
+    def unseat(self, state, slot):
+        return self.all.unseat((state,), 0, slot)
 
 
 def examples(seed: int, count: int, longest: int = 10, shortest: int = 4, vocab: int = CONFIG.vocab) -> list[Example]:

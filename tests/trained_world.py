@@ -42,7 +42,7 @@ def train() -> Trained:
     folder = peft_world.base_folder(BASE)
     base, hash_ = base_of(HfSource(folder)), base_hash(folder)
     spec = PoolSpec(slots=len(SPECS), rank=MAX_RANK, dtype="float32", targets=ALL_TARGETS)
-    trainer = Trainer(base, make_mesh(), spec, lanes=4, lane_tokens=32, base_hash=hash_)
+    trainer = Trainer(base, make_mesh(), [spec], lanes=4, lane_tokens=32, base_hash=hash_)
     optimizer = Optimizer(lr=0.02, warmup_steps=2, total_steps=STEPS, weight_decay=0.01, clip=1.0)
     for seed, (name, lora) in enumerate(SPECS.items()):
         trainer.add(name, lora, optimizer, counting(3 + 2 * seed), batch_size=4, seed=seed)

@@ -4,12 +4,13 @@ Changing a learning rate, a beta or a clip never retraces, and nothing is shared
 its own moments, its own step count.
 
 Shape letters: U slots due in this update, L layers, R LoRA rank, X features.
-Source: AdamW (arXiv 1711.05101).
+Source: AdamW (arXiv 1711.05101), LoRA+ (arXiv 2402.12354).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,7 @@ class Hyper:
     b2: jax.Array
     eps: jax.Array
     clip: jax.Array  # limit of the tenant's own global gradient norm; infinity is none
+    b_ratio: jax.Array  # lr of B over lr of A
     divisor: jax.Array  # the summed gradient is divided by this: the window's sum of |weights|
 
     @staticmethod
@@ -41,7 +43,7 @@ class Hyper:
         return Hyper(**columns)  # ty: ignore[invalid-argument-type]
 
 
-IDLE = {"lr": 0.0, "decay": 0.0, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "clip": NO_CLIP, "divisor": 1.0}
+IDLE = {"lr": 0.0, "decay": 0.0, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "clip": NO_CLIP, "b_ratio": 1.0, "divisor": 1.0}
 
 
 Halves = dict[str, tuple[jax.Array, jax.Array]]  # target → (a, b)
@@ -75,6 +77,7 @@ def adamw(
     empty = optax.EmptyState()
     state = (empty, optax.ScaleByAdamState(count=moments.count, mu=moments.mu, nu=moments.nu), empty, empty)
     updates, (_, adam, _, _) = chain.update(grads, state, weights)  # ty: ignore[not-iterable]
+    updates = {t: (a, b * hyper.b_ratio) for t, (a, b) in cast("Halves", updates).items()}
     finite = jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(updates))
     new_moments = Moments(mu=adam.mu, nu=adam.nu, count=adam.count)  # ty: ignore[missing-union-attribute]
     new = optax.apply_updates(weights, updates), new_moments

@@ -82,7 +82,7 @@ IDENTITY = {
     "spec": "rank, alpha, targets or rslora",
     "seed": "seed",
     "examples": "examples (the train file, or the base's tokenizer)",
-    "pool": "max_rank, or lm_head in some tenant's targets",
+    "pool": "max_rank, other buckets, or lm_head in some tenant's targets",
 }
 
 
@@ -96,8 +96,6 @@ def main(config_path: Path) -> None:
     compile_cache.enable(None)
     config = load(config_path, TrainConfig)
     config = replace(config, out=readable(config.out))
-    if len(config.tenant) > config.slots:
-        raise ConfigInvalid(f"{len(config.tenant)} tenants need as many slots, the file has slots = {config.slots}")
     console = Console()
     with console.status("opening the base model"):
         opened = open_base(config.model, config.mesh)
@@ -123,11 +121,11 @@ def make_trainer(config: TrainConfig, opened: Opened) -> Trainer:
     """A trainer of the file's sizes, with a head target only where a tenant wants one."""
     wanted = {target for tenant in config.tenant for target in tenant.targets}
     targets = LAYER_TARGETS + ((HEAD_TARGET,) if HEAD_TARGET in wanted else ())
-    spec = PoolSpec(slots=config.slots, rank=config.max_rank, dtype="float32", targets=targets)
+    buckets = [PoolSpec(slots=n, rank=rank, dtype="float32", targets=targets) for rank, n in config.buckets]
     return Trainer(
         opened.base,
         opened.mesh,
-        spec,
+        buckets,
         lanes=config.lanes,
         lane_tokens=config.lane_tokens,
         base_hash=opened.base_hash,
@@ -165,7 +163,7 @@ def seat_tenants(trainer: Trainer, config: TrainConfig, opened: Opened) -> dict[
             "spec": section.spec.to_json(),
             "seed": section.seed,
             "examples": digest(examples),
-            "pool": [trainer.pool_spec.rank, list(trainer.pool_spec.targets)],
+            "pool": [[b.rank for b in trainer.buckets], list(trainer.buckets[0].targets)],
         }
         job = jobs[section.name] = Job(config.out / section.name, heldout, identity)
         check_identity(section.name, job)

@@ -1,13 +1,16 @@
 """What training keeps on the device, by slot: weights, open gradients and moments, and how slots change.
 
+Slots come in buckets of one largest rank each, so that a tenant of rank 8 does not keep moments of rank 64.  A step's lanes
+name slots over all buckets, counted on from one bucket to the next; what changes one bucket alone counts its own.
 A slot that is not written comes back bit for bit, unread.
 
-Shape letters: G lanes, U due slots, L layers, S slots, R LoRA rank, X features.
+Shape letters: G lanes, U due slots of a bucket, L layers, S slots of a bucket, R LoRA rank, X features.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -18,7 +21,7 @@ from jax.sharding import Mesh
 
 from jaxlora.mesh import replicated
 from jaxlora.model import Base
-from jaxlora.pool import LoraRows, PoolSpec, Rows, empty_pool
+from jaxlora.pool import LaneLora, LoraRows, PoolSpec, Rows, empty_pool
 from pallas_kernels import NO_ADAPTER
 from train.optimizer import Halves, Hyper, Moments, adamw
 
@@ -26,11 +29,23 @@ from train.optimizer import Halves, Hyper, Moments, adamw
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """Everything that changes in training, O(slots), float32.  Donated to every step."""
+    """Everything that changes in training in one bucket, O(slots), float32.  Donated to every step."""
 
     pool: Rows
     grads: Halves  # target → (a_LSRX, b_LSRY) summed gradients of the open window
     moments: Moments  # the same shapes; count_S int32
+
+
+States = tuple[TrainState, ...]  # by bucket
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Due:
+    """The slots of one bucket that are updated."""
+
+    hyper: Hyper  # a row for each
+    slot_U: jax.Array  # int32; NO_ADAPTER: none
 
 
 @jax.tree_util.register_dataclass
@@ -63,17 +78,60 @@ def with_halves(rows: Rows, new: Halves) -> Rows:
     return {t: LoraRows(a_LSRX=new[t][0], b_LSRY=new[t][1], scale_LS=r.scale_LS) for t, r in rows.items()}
 
 
-def add_gradients(state: TrainState, grads_LG: Halves, slot_G: jax.Array) -> TrainState:
-    """The state with each lane's gradient added to its own slot's."""
+def slots_of(pool: Rows) -> int:
+    """How many slots a bucket has."""
+    return next(iter(pool.values())).scale_LS.shape[1]
 
+
+def _own_slots(pools: Sequence[Rows], slot_G: jax.Array) -> list[jax.Array]:
+    """The slots of each bucket, counted from its start; NO_ADAPTER where a slot is another's."""
+    own, start = [], 0
+    for pool in pools:
+        end = start + slots_of(pool)
+        own.append(jnp.where((slot_G >= start) & (slot_G < end), slot_G - start, NO_ADAPTER))
+        start = end
+    return own
+
+
+def lane_rows(pools: Sequence[Rows], slot_G: jax.Array) -> Rows:
+    """Each lane's rows, [L, G, R, X] with the largest rank of all buckets; past a slot's own rank they are zero."""
+    own = _own_slots(pools, slot_G)
+    taken = [LaneLora.gather(pool, slot_G) for pool, slot_G in zip(pools, own, strict=True)]
+    rank = max(rows.a_LSRX.shape[2] for pool in pools for rows in pool.values())
+
+    def choose(*of_buckets: jax.Array) -> jax.Array:
+        """Of the arrays [L, G, ...] of all buckets, each lane's own."""
+        chosen = _padded(of_buckets[0], rank)
+        for slot_G, x in zip(own[1:], of_buckets[1:], strict=True):
+            has = (slot_G != NO_ADAPTER).reshape((1, -1) + (1,) * (x.ndim - 2))
+            chosen = jnp.where(has, _padded(x, rank), chosen)
+        return chosen
+
+    return jax.tree.map(choose, *taken)
+
+
+def _padded(x_LGRX: jax.Array, rank: int) -> jax.Array:
+    """With zero rows up to this rank; scales [L, G] as they are."""
+    if x_LGRX.ndim == 2:
+        return x_LGRX
+    return jnp.pad(x_LGRX, ((0, 0), (0, 0), (0, rank - x_LGRX.shape[2]), (0, 0)))
+
+
+def add_gradients(states: States, grads_LG: Halves, slot_G: jax.Array) -> States:
+    """The states with each lane's gradient added to its own slot's."""
+    own = _own_slots([s.pool for s in states], slot_G)
+    return tuple(_add_own(state, grads_LG, slot_G) for state, slot_G in zip(states, own, strict=True))
+
+
+def _add_own(state: TrainState, grads_LG: Halves, slot_G: jax.Array) -> TrainState:
     def add_lane(g: jax.Array, total: Halves) -> Halves:
         slot = slot_G[g]
         safe = jnp.maximum(slot, 0)
 
         def add(total_LSRX: jax.Array, grad_LGRX: jax.Array) -> jax.Array:
             old = lax.dynamic_index_in_dim(total_LSRX, safe, 1)
-            new = jnp.where(slot != NO_ADAPTER, old + lax.dynamic_index_in_dim(grad_LGRX, g, 1), old)
-            return lax.dynamic_update_slice_in_dim(total_LSRX, new, safe, 1)
+            new = lax.dynamic_index_in_dim(grad_LGRX[:, :, : total_LSRX.shape[2]], g, 1)
+            return lax.dynamic_update_slice_in_dim(total_LSRX, jnp.where(slot != NO_ADAPTER, old + new, old), safe, 1)
 
         return jax.tree.map(add, total, grads_LG)
 
@@ -81,7 +139,13 @@ def add_gradients(state: TrainState, grads_LG: Halves, slot_G: jax.Array) -> Tra
     return TrainState(pool=state.pool, grads=grads, moments=state.moments)
 
 
-def apply(state: TrainState, hyper: Hyper, slot_U: jax.Array) -> tuple[TrainState, UpdateReport]:
+def apply(states: States, due: tuple[Due, ...]) -> tuple[States, tuple[UpdateReport, ...]]:
+    """AdamW on the due slots of each bucket."""
+    done = [_apply_own(state, d.hyper, d.slot_U) for state, d in zip(states, due, strict=True)]
+    return tuple(state for state, _ in done), tuple(report for _, report in done)
+
+
+def _apply_own(state: TrainState, hyper: Hyper, slot_U: jax.Array) -> tuple[TrainState, UpdateReport]:
     safe_U = jnp.maximum(slot_U, 0)
     weights = halves(state.pool)
     # One tree of everything the update reads and writes, slot axis 1 (counts: 0).
@@ -124,8 +188,12 @@ class SlotState:
     moments: Moments
 
 
-def seat(state: TrainState, slot: jax.Array, new: SlotState) -> TrainState:
-    """The state with one slot replaced whole, its open gradients cleared."""
+def seat(states: States, bucket: int, slot: jax.Array, new: SlotState) -> States:
+    """The states with one slot of a bucket replaced whole, its open gradients cleared."""
+    return (*states[:bucket], _seat_own(states[bucket], slot, new), *states[bucket + 1 :])
+
+
+def _seat_own(state: TrainState, slot: jax.Array, new: SlotState) -> TrainState:
 
     def put(whole: jax.Array, part: jax.Array) -> jax.Array:
         return lax.dynamic_update_index_in_dim(whole, part.astype(whole.dtype), slot, 1)
@@ -139,8 +207,9 @@ def seat(state: TrainState, slot: jax.Array, new: SlotState) -> TrainState:
     return TrainState(pool=jax.tree.map(put, state.pool, new.rows), grads=grads, moments=moments)
 
 
-def unseat(state: TrainState, slot: jax.Array) -> SlotState:
-    """A copy of one slot."""
+def unseat(states: States, bucket: int, slot: jax.Array) -> SlotState:
+    """A copy of one slot of a bucket."""
+    state = states[bucket]
 
     def take(whole: jax.Array) -> jax.Array:
         return lax.dynamic_index_in_dim(whole, slot, 1, keepdims=False)

@@ -24,8 +24,18 @@ from pallas_kernels import NO_ADAPTER
 from pallas_kernels.attention import packed_attention
 from pallas_kernels.cross_entropy import target_logprob
 from train.losses import cross_entropy
-from train.optimizer import Hyper
-from train.state import TrainState, UpdateReport, add_gradients, apply, halves, seat, unseat, with_halves
+from train.state import (
+    Due,
+    States,
+    UpdateReport,
+    add_gradients,
+    apply,
+    halves,
+    lane_rows,
+    seat,
+    unseat,
+    with_halves,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -91,49 +101,48 @@ def lane_losses(base: Base, rows_LG: Rows, batch: TrainBatch) -> tuple[jax.Array
     return loss_G.sum(), sums
 
 
-def _accumulate(base: Base, state: TrainState, batch: TrainBatch) -> tuple[TrainState, LaneSums]:
-    rows = LaneLora.gather(state.pool, batch.slot_G)
+def _accumulate(base: Base, states: States, batch: TrainBatch) -> tuple[States, LaneSums]:
+    rows = lane_rows([s.pool for s in states], batch.slot_G)
     grad_of = jax.grad(lambda h: lane_losses(base, with_halves(rows, h), batch), has_aux=True)
     grads_LG, sums = grad_of(halves(rows))
-
-    return add_gradients(state, grads_LG, batch.slot_G), sums
+    return add_gradients(states, grads_LG, batch.slot_G), sums
 
 
 def _train_step(
-    base: Base, state: TrainState, batch: TrainBatch, hyper: Hyper, slot_U: jax.Array
-) -> tuple[TrainState, LaneSums, UpdateReport]:
-    state, sums = _accumulate(base, state, batch)
-    state, report = apply(state, hyper, slot_U)
-    return state, sums, report
+    base: Base, states: States, batch: TrainBatch, due: tuple[Due, ...]
+) -> tuple[States, LaneSums, tuple[UpdateReport, ...]]:
+    states, sums = _accumulate(base, states, batch)
+    states, reports = apply(states, due)
+    return states, sums, reports
 
 
-def _evaluate(base: Base, pool: Rows, batch: TrainBatch) -> LaneSums:
-    return lane_losses(base, LaneLora.gather(pool, batch.slot_G), batch)[1]
+def _evaluate(base: Base, pools: tuple[Rows, ...], batch: TrainBatch) -> LaneSums:
+    return lane_losses(base, lane_rows(pools, batch.slot_G), batch)[1]
 
 
 @dataclass(frozen=True, slots=True)
 class Programs:
-    """The compiled programs of one trainer; state is donated and keeps its placement."""
+    """The compiled programs of one trainer; states are donated and keep their placement.  A bucket is a Python number."""
 
-    accumulate: jax.stages.Wrapped  # (base, state, batch) → state, LaneSums
-    apply: jax.stages.Wrapped  # (state, hyper, slot_U) → state, UpdateReport
-    train_step: jax.stages.Wrapped  # (base, state, batch, hyper, slot_U) → state, LaneSums, UpdateReport
-    evaluate: jax.stages.Wrapped  # (base, pool, batch) → LaneSums
-    seat: jax.stages.Wrapped  # (state, slot, SlotState) → state
-    unseat: jax.stages.Wrapped  # (state, slot) → SlotState
+    accumulate: jax.stages.Wrapped  # (base, states, batch) → states, LaneSums
+    apply: jax.stages.Wrapped  # (states, due) → states, reports
+    train_step: jax.stages.Wrapped  # (base, states, batch, due) → states, LaneSums, reports
+    evaluate: jax.stages.Wrapped  # (base, pools, batch) → LaneSums
+    seat: jax.stages.Wrapped  # (states, bucket, slot, SlotState) → states
+    unseat: jax.stages.Wrapped  # (states, bucket, slot) → SlotState
 
 
-def make_programs(state: TrainState, mesh: Mesh) -> Programs:
-    """The jitted step for states placed like this one."""
-    placed = jax.tree.map(lambda x: x.sharding, state)
+def make_programs(states: States, mesh: Mesh) -> Programs:
+    """The jitted step for states placed like these."""
+    placed = jax.tree.map(lambda x: x.sharding, states)
     small = replicated(mesh)
     return Programs(
         accumulate=jax.jit(_accumulate, donate_argnums=1, out_shardings=(placed, small)),
         apply=jax.jit(apply, donate_argnums=0, out_shardings=(placed, small)),
         train_step=jax.jit(_train_step, donate_argnums=1, out_shardings=(placed, small, small)),
         evaluate=jax.jit(_evaluate, out_shardings=small),
-        seat=jax.jit(seat, donate_argnums=0, out_shardings=placed),
-        unseat=jax.jit(unseat),
+        seat=jax.jit(seat, static_argnums=1, donate_argnums=0, out_shardings=placed),
+        unseat=jax.jit(unseat, static_argnums=1),
     )
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxlora.config import Optimizer, check_lane_tokens
-from jaxlora.errors import AlreadyExists, NotFound, StateInvalid
+from jaxlora.errors import AlreadyExists, ConfigInvalid, NotFound, StateInvalid
 from jaxlora.lora import ALL_TARGETS, Adapter, AdapterRef, LoraSpec
 from jaxlora.mesh import check_lanes, place_rows, replicated
 from jaxlora.model import Base
@@ -28,7 +28,7 @@ from pallas_kernels import NO_ADAPTER
 from train.data import Example, ExampleStream, Lane, pack
 from train.mixer import Mixer
 from train.optimizer import IDLE, Hyper
-from train.state import SlotState, empty_state, fresh_seat
+from train.state import Due, SlotState, empty_state, fresh_seat
 from train.step import TrainBatch, idle_batch, make_programs
 
 MAX_BAD_STEPS = 5  # skipped updates in a row after which a tenant stops
@@ -76,31 +76,34 @@ class Tenant:
 class Trainer:
     """Trains every tenant that has a seat.  Not thread-safe: one thread owns it."""
 
-    def __init__(self, base: Base, mesh: Mesh, pool_spec: PoolSpec, *, lanes: int, lane_tokens: int, base_hash: str):
-        """Raises ConfigInvalid for lane_tokens that are not whole blocks and for lanes that do not divide over the mesh.
+    def __init__(
+        self, base: Base, mesh: Mesh, buckets: Sequence[PoolSpec], *, lanes: int, lane_tokens: int, base_hash: str
+    ):
+        """`buckets`: slots by largest rank, from the smallest on.  A tenant sits in the first bucket that its rank fits.
 
-        Raises InvalidRequest for fewer than one lane.
+        Raises ConfigInvalid for lane_tokens that are not whole blocks, for lanes that do not divide over the mesh and for
+        buckets that do not grow in rank or differ in more; InvalidRequest for fewer than one lane.
         """
         check_lane_tokens(lane_tokens)
         check_lanes(mesh, lanes, "training lanes")
-        self.base, self.mesh, self.pool_spec, self.base_hash = base, mesh, pool_spec, base_hash
+        check_buckets(buckets)
+        self.base, self.mesh, self.buckets, self.base_hash = base, mesh, tuple(buckets), base_hash
         self.lanes, self.lane_tokens = lanes, lane_tokens
         self.tenants: dict[str, Tenant] = {}
         self.trained_tokens = 0
         self._mixer = Mixer(lanes, lane_tokens)
-        self._state = empty_state(base, pool_spec, mesh)
-        self._programs = make_programs(self._state, mesh)
+        self._states = tuple(empty_state(base, spec, mesh) for spec in self.buckets)
+        self._programs = make_programs(self._states, mesh)
 
     def warm_up(self) -> None:
         """Compiles and runs what `add`, `step`, `evaluate` and `unseat` run, once, on idle lanes."""
         batch = place_rows(self.mesh, idle_batch(self.lanes, self.lane_tokens))
-        hyper = self._device(Hyper.stack([IDLE] * self.lanes))
-        idle = self._device(np.full(self.lanes, NO_ADAPTER, np.int32))
-        self._state, *_ = self._programs.train_step(self.base, self._state, batch, hyper, idle)
+        self._states, *_ = self._programs.train_step(self.base, self._states, batch, self._due([], [])[1])
         slot = self._device(np.int32(0))
-        seat = self._programs.unseat(self._state, slot)
-        self._state = self._programs.seat(self._state, slot, jax.device_put(jax.device_get(seat)))
-        jax.block_until_ready(self._programs.evaluate(self.base, self._state.pool, batch))
+        for bucket in range(len(self.buckets)):
+            seat = jax.device_put(jax.device_get(self._programs.unseat(self._states, bucket, slot)))
+            self._states = self._programs.seat(self._states, bucket, slot, seat)
+        jax.block_until_ready(self._programs.evaluate(self.base, self._pools(), batch))
 
     @property
     def has_work(self) -> bool:
@@ -128,19 +131,21 @@ class Trainer:
         """
         if name in self.tenants:
             raise AlreadyExists(f"tenant {name} is already training; remove it first", param="name")
-        self.pool_spec.check(spec)
+        bucket = self._bucket_for(spec)
+        first = sum(b.slots for b in self.buckets[:bucket])
         taken = {t.slot for t in self.tenants.values()}
-        slot = next((s for s in range(self.pool_spec.slots) if s not in taken), None)
+        slot = next((s for s in range(first, first + self.buckets[bucket].slots) if s not in taken), None)
         if slot is None:
-            raise StateInvalid(f"all {self.pool_spec.slots} training slots are taken; wait for one to leave")
-        state, step, cursor = resume if resume is not None else (self._fresh(spec, seed), 0, 0)
+            of_rank = f" of rank {self.buckets[bucket].rank}" if len(self.buckets) > 1 else ""
+            raise StateInvalid(
+                f"all {self.buckets[bucket].slots} training slots{of_rank} are taken; wait for one to leave"
+            )
+        state, step, cursor = resume if resume is not None else (self._fresh(spec, seed, bucket), 0, 0)
         stream = ExampleStream(examples, seed, cursor)
         running = step < optimizer.total_steps
         if running:
             self._mixer.add(name, stream, batch_size=batch_size)
-        self._state = self._programs.seat(
-            self._state, self._device(np.int32(slot)), jax.device_put(jax.device_get(state))
-        )
+        self._states = self._programs.seat(self._states, *self._at(slot), jax.device_put(jax.device_get(state)))
         status = "running" if running else "done"
         self.tenants[name] = Tenant(name, slot, spec, optimizer, stream, step, status=status)
         return self.tenants[name]
@@ -164,13 +169,55 @@ class Trainer:
             raise NotFound(f"no tenant {name} in training", param="name")
         return self.tenants[name]
 
-    def _fresh(self, spec: LoraSpec, seed: int) -> SlotState:
+    def _bucket_for(self, spec: LoraSpec) -> int:
+        """The first bucket that this adapter fits.  Raises AdapterInvalid when it fits none."""
+        fitting = (b for b, bucket in enumerate(self.buckets) if spec.max_rank <= bucket.rank)
+        bucket = next(fitting, len(self.buckets) - 1)
+        self.buckets[bucket].check(spec)
+        return bucket
+
+    def _place(self, slot: int) -> tuple[int, int]:
+        """(bucket, slot counted from the bucket's start) of a slot."""
+        bucket = 0
+        while slot >= self.buckets[bucket].slots:
+            slot -= self.buckets[bucket].slots
+            bucket += 1
+        return bucket, slot
+
+    def _due(
+        self, slots: Sequence[int], rows: Sequence[dict[str, float]]
+    ) -> tuple[list[tuple[int, int]], tuple[Due, ...]]:
+        """Where the report of each of these slots will stand, (bucket, row), and their updates on the device."""
+        own: list[list[int]] = [[] for _ in self.buckets]
+        hyper: list[list[dict[str, float]]] = [[] for _ in self.buckets]
+        places = []
+        for slot, row in zip(slots, rows, strict=True):
+            bucket, slot = self._place(slot)
+            places.append((bucket, len(own[bucket])))
+            own[bucket].append(slot)
+            hyper[bucket].append(row)
+        due = []
+        for spec, slots_U, rows_U in zip(self.buckets, own, hyper, strict=True):
+            idle = min(self.lanes, spec.slots) - len(slots_U)
+            slot_U = np.array(slots_U + [NO_ADAPTER] * idle, np.int32)
+            due.append(Due(hyper=Hyper.stack(rows_U + [IDLE] * idle), slot_U=slot_U))  # ty: ignore[invalid-argument-type]
+        return places, self._device(tuple(due))
+
+    def _at(self, slot: int) -> tuple[int, jax.Array]:
+        """As `_place`, for the programs."""
+        bucket, own = self._place(slot)
+        return bucket, self._device(np.array(own, np.int32))  # ty: ignore[invalid-explicit-return]
+
+    def _pools(self) -> tuple[Rows, ...]:
+        return tuple(state.pool for state in self._states)
+
+    def _fresh(self, spec: LoraSpec, seed: int, bucket: int) -> SlotState:
         adapter = fresh_adapter(self.base.config, AdapterRef("new", "new", 1), spec, seed, self.base_hash)
-        return fresh_seat(host_rows(self.base.config, self.pool_spec, adapter))
+        return fresh_seat(host_rows(self.base.config, self.buckets[bucket], adapter))
 
     def unseat(self, name: str) -> SlotState:
         """A device copy of all the tenant's state, as it is now."""
-        return self._programs.unseat(self._state, self._device(np.int32(self._tenant(name).slot)))
+        return self._programs.unseat(self._states, *self._at(self._tenant(name).slot))
 
     def rows(self, name: str) -> Rows:
         """A device copy of the tenant's weights and scales."""
@@ -196,13 +243,11 @@ class Trainer:
         divisor_of = {name: _divisor([mixed.lanes[g][1] for g in gs]) for name, gs in lanes_of.items()}
         batch = self._batch([lane for _, lane in mixed.lanes], [self.tenants[n].slot for n, _ in mixed.lanes])
         hyper_rows = [t.optimizer.row(t.step, divisor_of[t.name]) for t in due]
-        idle = self.lanes - len(due)
-        hyper = self._device(Hyper.stack(hyper_rows + [IDLE] * idle))
-        slot_U = self._device(np.array([t.slot for t in due] + [NO_ADAPTER] * idle, np.int32))
-        self._state, sums, update = self._programs.train_step(self.base, self._state, batch, hyper, slot_U)
-        sums, update = jax.device_get((sums, update))
+        places, updates_due = self._due([t.slot for t in due], hyper_rows)
+        self._states, sums, updates = self._programs.train_step(self.base, self._states, batch, updates_due)
+        sums, updates = jax.device_get((sums, updates))
         reports = []
-        for u, tenant in enumerate(due):
+        for tenant, hyper, (bucket, u) in zip(due, hyper_rows, places, strict=True):
             gs = lanes_of[tenant.name]
             tokens = sum(int((mixed.lanes[g][1].segment_J != 0).sum()) for g in gs)
             self.trained_tokens += tokens
@@ -211,10 +256,10 @@ class Trainer:
                 step=tenant.step + 1,
                 loss=float(sums.loss_G[gs].sum()) / divisor_of[tenant.name],
                 accuracy=float(sums.hit_G[gs].sum() / max(sums.count_G[gs].sum(), 1)),
-                lr=hyper_rows[u]["lr"],
-                grad_norm=float(update.norm_U[u]),
+                lr=hyper["lr"],
+                grad_norm=float(updates[bucket].norm_U[u]),
                 tokens=tokens,
-                finite=bool(update.finite_U[u]),
+                finite=bool(updates[bucket].finite_U[u]),
             )
             self._record(tenant, report)
             reports.append(report)
@@ -256,7 +301,7 @@ class Trainer:
         for start in range(0, len(lanes), self.lanes):
             part = slice(start, start + self.lanes)
             batch = self._batch(lanes[part], slots[part])
-            sums = jax.device_get(self._programs.evaluate(self.base, self._state.pool, batch))
+            sums = jax.device_get(self._programs.evaluate(self.base, self._pools(), batch))
             columns = np.stack([sums.loss_G, sums.hit_G, sums.count_G], axis=1)
             np.add.at(totals, owners[part], columns[: len(owners[part])])
         return [
@@ -273,6 +318,13 @@ class Trainer:
 
     def _device[T](self, tree: T) -> T:
         return jax.device_put(tree, replicated(self.mesh))
+
+
+def check_buckets(buckets: Sequence[PoolSpec]) -> None:
+    """Raises ConfigInvalid unless these are buckets of growing rank that are alike in all else."""
+    ranks = [b.rank for b in buckets]
+    if not ranks or ranks != sorted(set(ranks)) or len({(b.dtype, b.targets) for b in buckets}) > 1:
+        raise ConfigInvalid(f"training slots come in buckets of growing rank, each rank once; got ranks {ranks}")
 
 
 def _divisor(lanes: Sequence[Lane]) -> float:
