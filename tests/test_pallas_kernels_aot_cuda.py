@@ -16,7 +16,20 @@ import jax.numpy as jnp
 import pytest
 from cuda_world import h100s, kernels
 from jax.sharding import SingleDeviceSharding
-from kernel_shapes import MODELS, Model, decode, decode_shapes, loss, made_as_large_as, shape, train, train_shapes
+from kernel_shapes import (
+    MODELS,
+    Model,
+    decode,
+    decode_shapes,
+    lanes_attend,
+    lanes_loss,
+    lanes_shapes,
+    loss,
+    made_as_large_as,
+    shape,
+    train,
+    train_shapes,
+)
 
 from pallas_kernels import cuda_blocks, dispatch
 from pallas_kernels.gathered_lora import gathered_lora
@@ -63,6 +76,33 @@ def test_train(model: Model):
 def test_forward_of_lanes():
     program = compiled(loss, train_shapes(MODELS["Llama-3.1-8B"], 16))
     assert kernels(program) == {"segmented_lora_shrink": 5, "segmented_lora_expand": 8}
+
+
+@models
+def test_lanes(model: Model):
+    shapes = lanes_shapes(model)
+    forward = {"packed_attention_forward": 1}
+    assert kernels(compiled(lanes_loss, shapes)) == forward
+    back = {"packed_attention_backward_queries": 1, "packed_attention_backward_keys": 1}
+    assert kernels(compiled(lanes_attend, shapes)) == forward | back
+
+
+@pytest.mark.parametrize(
+    ("head", "dtypes", "taken"),
+    [
+        (256, ("bfloat16",) * 3, True),
+        (256, ("float32",) * 3, True),
+        (5, ("bfloat16",) * 3, True),
+        (257, ("bfloat16",) * 3, False),
+        (64, ("float16",) * 3, False),
+        (64, ("float32", "bfloat16", "bfloat16"), False),
+    ],
+)
+def test_the_table_routes_lanes_of_attention_by_head_and_dtype(head, dtypes, taken):
+    q, k, v = (shape(2, 96, n, head, dtype=dtype) for n, dtype in zip((6, 2, 2), dtypes, strict=True))
+    function = lanes_attend if taken else lanes_loss  # the gradient is not defined for mixed dtypes
+    found = kernels(compiled(function, (q, k, v, shape(2, 96, dtype=jnp.int32))))
+    assert sum(found.values()) == (3 if taken else 0)
 
 
 def row(rank: int, dtype=jnp.bfloat16):
@@ -117,20 +157,29 @@ def interpreter(*command: str) -> str:
 
 def test_interpreted_bodies_pass_the_tests_of_the_tpu_bodies():
     """Kernels against oracles, then the whole decode and training step of a small model against the XLA form."""
-    files = [str(TESTS / name) for name in ("test_pallas_kernels_tpu_bodies.py", "test_house_tpu_bodies.py")]
-    of_pallas = "not test_an_interpreted_engine_leaves_nothing_to_choose"
-    out = interpreter("-m", "pytest", "-n", "0", "-p", "triton_interpreter", *files, "-k", of_pallas)
+    files = [
+        f"test_{name}.py" for name in ("pallas_kernels_tpu_bodies", "pallas_kernels_attention_tpu", "house_tpu_bodies")
+    ]
+    of_pallas = "not test_an_interpreted_engine_leaves_nothing_to_choose and not test_paged"
+    paths = [str(TESTS / name) for name in files]
+    out = interpreter("-m", "pytest", "-n", "0", "-p", "triton_interpreter", *paths, "-k", of_pallas)
     assert re.search(r"kernels: (.*)", out)[1].split() == [
         "gathered_lora_expand",
         "gathered_lora_shrink",
+        "packed_attention_backward_keys",
+        "packed_attention_backward_queries",
+        "packed_attention_forward",
         "segmented_lora_expand",
         "segmented_lora_expand_back",
         "segmented_lora_shrink",
         "segmented_lora_shrink_back",
     ]
-    assert "27 passed" in out
+    assert "53 passed" in out
 
 
 def test_interpreted_on_a_mesh_and_counted():
-    """On eight virtual devices the numbers are those of one; of 8 to 512 slots only those of the step are read, once."""
-    assert interpreter(str(TESTS / "triton_interpreter.py")).split() == ["18", "3"]
+    """On eight virtual devices the numbers are those of one; nothing is read that the step does not need.
+
+    LoRA: of 8 to 512 slots those of the step, once.  Packed attention: in each kernel the blocks that meet.
+    """
+    assert interpreter(str(TESTS / "triton_interpreter.py")).split() == ["18", "3", "3"]

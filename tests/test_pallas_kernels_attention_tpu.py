@@ -1,6 +1,7 @@
 """The Pallas bodies of attention, interpreted on the CPU: the oracle's numbers, and nobody's NaN but one's own.
 
-Shapes are tiny: interpretation is slow.
+With the plugin triton_interpreter the same tests run the Triton bodies, those named after the TPU's visits aside.  Shapes
+are tiny: interpretation is slow.
 """
 
 from __future__ import annotations
@@ -159,13 +160,28 @@ def run_packed(arrays, segments, window=None):
 @pytest.mark.parametrize("window", [None, 5])
 def test_packed_is_the_definition_whatever_padding_holds(segments, window):
     q, k, v, d = packed.world()
-    want = packed.by_hand(q, k, v, segments, window, d)
+    want, clean = packed.by_hand(q, k, v, segments, window, d), run_packed((q, k, v, d), segments, window)
     padding = np.array(segments) == 0
     for x in (q, k, v, d):
         x[padding] = np.nan
     got = run_packed((q, k, v, d), segments, window)
     assert_close(got, want, F32)
+    assert_same_bits(got, clean)
     assert not any(np.asarray(x)[padding].any() for x in got)
+
+
+@pytest.mark.parametrize(("heads", "kv", "features"), [(9, 3, 64), (4, 1, 5), (2, 2, 24)])
+def test_packed_of_other_heads_equals_the_oracle(heads, kv, features):
+    """Query heads that are no power of two, and features that fill no tile; of fewer tokens than a tile has."""
+    rng = np.random.default_rng(3)
+    arrays = [floats(rng, 2, 13, n, features) for n in (heads, kv, kv, heads)]
+    segments = np.array([[1] * 4 + [0] * 2 + [2] * 7, [1] * 13], np.int32)
+
+    def definition(q, k, v, d):
+        out, pull = jax.vjp(lambda *qkv: packed.packed_attention_oracle(*qkv, segments, window=6), q, k, v)
+        return out, *pull(d)
+
+    assert_close(run_packed(arrays, segments, 6), jax.jit(definition)(*arrays), F32)
 
 
 @pytest.mark.parametrize("window", [None, 100])
