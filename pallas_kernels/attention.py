@@ -130,7 +130,7 @@ def _flash_forward(q_GJNH, k_GJKH, v_GJKH, segment_GJ, window, block, placement)
         *args,
         xla=functools.partial(_blocks_forward, window, block),
         pallas=functools.partial(_forward_tpu, window, placement) if known_dtypes(*args[:3]) else None,
-        triton=functools.partial(_forward_cuda, window, placement) if _fits_cuda(*args[:3]) else None,
+        triton=functools.partial(_forward_cuda, window, placement) if fits_cuda(*args[:3]) else None,
     )
     out_GJNH, lse = checkpoint_name(out_GJNH, KEPT), checkpoint_name(lse, KEPT)
     return out_GJNH, (*args, out_GJNH, lse)
@@ -143,7 +143,7 @@ def _flash_backward(window, block, placement, saved, d_GJNH):
         d_GJNH,
         xla=functools.partial(_blocks_backward, window, block),
         pallas=functools.partial(_backward_tpu, window, placement) if known_dtypes(*saved[:3]) else None,
-        triton=functools.partial(_backward_cuda, window, placement) if _fits_cuda(*saved[:3]) else None,
+        triton=functools.partial(_backward_cuda, window, placement) if fits_cuda(*saved[:3]) else None,
     )
     return *gradients, None
 
@@ -151,9 +151,10 @@ def _flash_backward(window, block, placement, saved, d_GJNH):
 _flash.defvjp(_flash_forward, _flash_backward)
 
 
-def _fits_cuda(q_GJNH: jax.Array, k_GJKH: jax.Array, v_GJKH: jax.Array) -> bool:
-    alike = known_dtypes(q_GJNH) and q_GJNH.dtype == k_GJKH.dtype == v_GJKH.dtype
-    return cuda_blocks.installed() and q_GJNH.shape[3] <= cuda_blocks.HEAD and alike
+def fits_cuda(q: jax.Array, k: jax.Array, v: jax.Array) -> bool:
+    """Whether the Triton bodies of attention are there and take these: heads that have room, of one known dtype."""
+    alike = known_dtypes(q) and q.dtype == k.dtype == v.dtype
+    return cuda_blocks.installed() and q.shape[3] <= cuda_blocks.HEAD and alike
 
 
 # ---- kernels ----------------------------------------------------------------------------------------------------------

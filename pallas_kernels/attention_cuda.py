@@ -8,8 +8,8 @@ All recompute the scores, of the blocks alone that hold a key which a query of t
 beyond the window, nor such that hold only other segments.  Products in q's dtype, sums and softmax in float32 and in a
 fixed order.  Lanes are separate programs, so what one lane holds reaches no other; q, k and v hold zeros in padding.
 
-cuDNN's kernel (`jax.nn.dot_product_attention`) knows no segments within a lane and wants its GPU at compile time;
-`jax.experimental.pallas.ops.gpu` stands on Pallas' deprecated Triton backend.
+Why no ready one: cuDNN's (`jax.nn.dot_product_attention`) takes one segment a lane and asks the GPU at hand when traced;
+those of `jax.experimental.pallas.ops.gpu` stand on Pallas' deprecated Triton backend or know no segments.
 
 Compiled for H100 and checked with Triton's interpreter; never run on a GPU.
 
@@ -79,9 +79,8 @@ def _of_queries(x, token, head, J: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def _sees(query, key, query_segment, key_segment, WINDOW: tl.constexpr):
-    """Whether the query sees the key; padding sees nothing."""
-    near = (key <= query) & (key > query - WINDOW)
-    return near & (query_segment == key_segment) & (query_segment != 0)
+    """Whether the query sees the key.  Padding may meet padding: all zeros, as is the gradient of its output."""
+    return (key <= query) & (key > query - WINDOW) & (query_segment == key_segment)
 
 
 @triton.jit

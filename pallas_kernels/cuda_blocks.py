@@ -16,6 +16,7 @@ VISITS = 1024  # decode: the most tokens whose slots one program looks through
 HEAD = 256  # attention: the largest head
 TILE_BYTES = 2**14  # attention: of a tile of queries or keys; six have room in the 99 KB of Ampere's smaller cards
 COLUMN_BYTES = 128  # attention: of one feature of such a tile; with twice as much float32 has no room in the registers
+PROGRAMS = 512  # attention: enough to keep the processors busy, which are 132 on an H100
 WARPS, STAGES = 8, 2  # attention: with 4 warps its backward pass has no room in the registers either
 
 

@@ -21,7 +21,8 @@ when the program is lowered for it.
                      tpu        pallas   JAX's splash attention
                                 xla      for other dtypes
     paged_attention  cpu        xla      a loop over page columns, measured best
-                     cuda       xla      no body of its own yet
+                     cuda       triton   reads pages in place, once for all queries of a kv head
+                                xla      without the extra `triton`, for heads above 256, for other or mixed dtypes
                      tpu        pallas   reads pages in place, each sequence its own
                                 xla      where no run of tokens has room on the chip, and for other dtypes
 
@@ -57,7 +58,7 @@ TABLE = {
     "gathered_lora": {"cpu": XLA, "cuda": TRITON, "tpu": PALLAS},
     "segmented_lora": {"cpu": XLA, "cuda": TRITON, "tpu": PALLAS},
     "packed_attention": {"cpu": XLA, "cuda": TRITON, "tpu": PALLAS},
-    "paged_attention": {"cpu": XLA, "cuda": XLA, "tpu": PALLAS},
+    "paged_attention": {"cpu": XLA, "cuda": TRITON, "tpu": PALLAS},
 }
 
 _interpreted = jax.make_user_context(False)

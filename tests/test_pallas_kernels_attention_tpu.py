@@ -45,7 +45,24 @@ def test_paged_is_the_definition_whatever_else_the_pages_hold(pages, positions, 
     world = paged.world(1)
     got = run(paged.poisoned(world, pages, positions), pages, positions, window)
     assert_close(got, hand(world, pages, positions, window), F32)
+    assert_same_bits(got, run(world, pages, positions, window))
     assert not np.asarray(got)[np.array(positions) < 0].any()
+
+
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("tokens", [1, 40], ids=["decode", "prompt"])
+def test_paged_long_sequences_equal_the_oracle_whoever_is_beside(tokens, window):
+    """Ragged lanes, more rows and keys than a kernel takes at once, heads that fill no tile."""
+    rng = np.random.default_rng(10)
+    q, k, v = floats(rng, 3, tokens, 6, 5), floats(rng, 2, 30, 16, 2, 5), floats(rng, 2, 30, 16, 2, 5)
+    pages = rng.permutation(30).reshape(3, 10).astype(np.int32)
+    long, short = np.arange(100, 140)[-tokens:], np.where(np.arange(tokens) < 30, np.arange(tokens), -1)
+    positions = np.stack([long, np.full(tokens, -1), short]).astype(np.int32)
+    got = paged.run((q, k, v), pages, positions, window, f=interpreted_paged)
+    assert_close(got, paged.run((q, k, v), pages, positions, window, f=paged.paged_attention_oracle), F32)
+    for lane in (0, 2):
+        alone = np.where(np.arange(3)[:, None] == lane, positions, -1)
+        assert_same_bits(paged.run((q, k, v), pages, alone, window, f=interpreted_paged)[lane], got[lane])
 
 
 def one_page_a_visit(monkeypatch, tokens_of_a_run):
