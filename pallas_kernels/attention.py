@@ -23,7 +23,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import KEPT, attention_tpu
+from pallas_kernels import KEPT, attention_tpu, cuda_blocks
 from pallas_kernels.dispatch import by_platform, known_dtypes
 from pallas_kernels.placement import Placement
 from pallas_kernels.shapes import shaped
@@ -125,52 +125,86 @@ def _flash(q_GJNH, k_GJKH, v_GJKH, segment_GJ, window: int | None, block: int, p
 
 def _flash_forward(q_GJNH, k_GJKH, v_GJKH, segment_GJ, window, block, placement):
     args = q_GJNH, k_GJKH, v_GJKH, segment_GJ
-    xla = functools.partial(_blocks_forward, window, block)
-    pallas = _placed(functools.partial(_splash_forward, window), placement, "hhhr", "hl")
     out_GJNH, lse = by_platform(
-        "packed_attention", *args, xla=xla, pallas=pallas if known_dtypes(*args[:3]) else None, triton=None
+        "packed_attention",
+        *args,
+        xla=functools.partial(_blocks_forward, window, block),
+        pallas=functools.partial(_forward_tpu, window, placement) if known_dtypes(*args[:3]) else None,
+        triton=functools.partial(_forward_cuda, window, placement) if fits_cuda(*args[:3]) else None,
     )
     out_GJNH, lse = checkpoint_name(out_GJNH, KEPT), checkpoint_name(lse, KEPT)
     return out_GJNH, (*args, out_GJNH, lse)
 
 
 def _flash_backward(window, block, placement, saved, d_GJNH):
-    xla = functools.partial(_blocks_backward, window, block)
-    pallas = _placed(functools.partial(_splash_backward, window), placement, "hhhrhlh", "hhh")
-    pallas = pallas if known_dtypes(*saved[:3]) else None
-    return *by_platform("packed_attention", *saved, d_GJNH, xla=xla, pallas=pallas, triton=None), None
+    gradients = by_platform(
+        "packed_attention",
+        *saved,
+        d_GJNH,
+        xla=functools.partial(_blocks_backward, window, block),
+        pallas=functools.partial(_backward_tpu, window, placement) if known_dtypes(*saved[:3]) else None,
+        triton=functools.partial(_backward_cuda, window, placement) if fits_cuda(*saved[:3]) else None,
+    )
+    return *gradients, None
 
 
 _flash.defvjp(_flash_forward, _flash_backward)
 
 
-def _placed(body: Callable[..., tuple], placement: Placement | None, ins: str, outs: str) -> Callable[..., tuple]:
+def fits_cuda(q: jax.Array, k: jax.Array, v: jax.Array) -> bool:
+    """Whether the Triton bodies of attention are there and take these: heads that have room, of one known dtype."""
+    alike = known_dtypes(q) and q.dtype == k.dtype == v.dtype
+    return cuda_blocks.installed() and q.shape[3] <= cuda_blocks.HEAD and alike
+
+
+# ---- kernels ----------------------------------------------------------------------------------------------------------
+
+
+def _on_each(body: Callable[..., tuple], placement: Placement | None, ins: str, outs: str) -> Callable[..., tuple]:
     """The body, run by each device on its lanes and heads.  Letters: h [G, J, heads, H], r [G, J], l [G, heads, M, J]."""
     if placement is None:
         return body
     rows, heads = placement.rows, placement.heads
     spec = {"h": P(rows, None, heads), "r": P(rows), "l": P(rows, heads)}
-
-    def on_each(*args):
-        *arrays, interpret = args
-        local = placement.on_each(
-            lambda *parts: body(*parts, interpret), tuple(spec[i] for i in ins), tuple(spec[o] for o in outs)
-        )
-        return local(*arrays)
-
-    return on_each
+    return placement.on_each(body, tuple(spec[i] for i in ins), tuple(spec[o] for o in outs))
 
 
-def _splash_forward(window, q_GJNH, k_GJKH, v_GJKH, segment_GJ, interpret):
-    """The Pallas body."""
-    out_GJNH, lse = attention_tpu.forward(q_GJNH, k_GJKH, v_GJKH, segment_GJ, window=window, interpret=interpret)
-    return jnp.where((segment_GJ != 0)[:, :, None, None], out_GJNH, 0), lse
+def _forward_tpu(window: int | None, placement: Placement | None, *args) -> tuple[jax.Array, jax.Array]:
+    *arrays, interpret = args
+
+    def body(q_GJNH, k_GJKH, v_GJKH, segment_GJ):
+        out_GJNH, lse = attention_tpu.forward(q_GJNH, k_GJKH, v_GJKH, segment_GJ, window=window, interpret=interpret)
+        return jnp.where((segment_GJ != 0)[:, :, None, None], out_GJNH, 0), lse
+
+    return _on_each(body, placement, "hhhr", "hl")(*arrays)
 
 
-def _splash_backward(window, q_GJNH, k_GJKH, v_GJKH, segment_GJ, out_GJNH, lse, d_GJNH, interpret):
-    d_GJNH = jnp.where((segment_GJ != 0)[:, :, None, None], d_GJNH, 0)
-    kept = q_GJNH, k_GJKH, v_GJKH, segment_GJ, out_GJNH, lse
-    return attention_tpu.backward(*kept, d_GJNH, window=window, interpret=interpret)
+def _backward_tpu(window: int | None, placement: Placement | None, *args) -> tuple[jax.Array, jax.Array, jax.Array]:
+    *arrays, interpret = args
+
+    def body(q_GJNH, k_GJKH, v_GJKH, segment_GJ, out_GJNH, lse, d_GJNH):
+        d_GJNH = jnp.where((segment_GJ != 0)[:, :, None, None], d_GJNH, 0)
+        kept = q_GJNH, k_GJKH, v_GJKH, segment_GJ, out_GJNH, lse
+        return attention_tpu.backward(*kept, d_GJNH, window=window, interpret=interpret)
+
+    return _on_each(body, placement, "hhhrhlh", "hhh")(*arrays)
+
+
+def _forward_cuda(window: int | None, placement: Placement | None, *arrays) -> tuple[jax.Array, jax.Array]:
+    from pallas_kernels import attention_cuda  # imports Triton
+
+    body = functools.partial(attention_cuda.forward, window=window)
+    return _on_each(body, placement, "hhhr", "hl")(*arrays)
+
+
+def _backward_cuda(window: int | None, placement: Placement | None, *arrays) -> tuple[jax.Array, jax.Array, jax.Array]:
+    from pallas_kernels import attention_cuda  # imports Triton
+
+    body = functools.partial(attention_cuda.backward, window=window)
+    return _on_each(body, placement, "hhhrhlh", "hhh")(*arrays)
+
+
+# ---- XLA --------------------------------------------------------------------------------------------------------------
 
 
 def _blocks_forward(window, block, q_GJNH, k_GJKH, v_GJKH, segment_GJ):

@@ -13,6 +13,11 @@ ACCUMULATOR = 8192  # float32 numbers of a sum that one program holds: 64 regist
 FEATURES = 256  # the widest tile
 RANK = 256  # the largest rank, of all targets of a kernel together
 VISITS = 1024  # decode: the most tokens whose slots one program looks through
+HEAD = 256  # attention: the largest head
+TILE_BYTES = 2**14  # attention: of a tile of queries or keys; six have room in the 99 KB of Ampere's smaller cards
+COLUMN_BYTES = 128  # attention: of one feature of such a tile; with twice as much float32 has no room in the registers
+PROGRAMS = 512  # attention: enough to keep the processors busy, which are 132 on an H100
+WARPS, STAGES = 8, 2  # attention: with 4 warps its backward pass has no room in the registers either
 
 
 def installed() -> bool:
@@ -28,3 +33,8 @@ def power_of_two(n: int) -> int:
 def feature_block(rank: int, features: int) -> int:
     """Width of the tiles of [rank, features]."""
     return min(power_of_two(features), FEATURES, ACCUMULATOR // power_of_two(rank))
+
+
+def row_block(rows: int, head: int, itemsize: int) -> int:
+    """Rows of attention's tiles of [rows, head]."""
+    return min(power_of_two(rows), COLUMN_BYTES // itemsize, TILE_BYTES // (power_of_two(head) * itemsize))

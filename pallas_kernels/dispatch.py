@@ -16,11 +16,13 @@ when the program is lowered for it.
                      tpu        pallas   targets share one read of x, h stays on the chip
                                 xla      where no block has room on the chip, and for other dtypes
     packed_attention cpu        xla      a loop over blocks that skips foreign segments, measured best
-                     cuda       xla      no body of its own yet
+                     cuda       triton   each lane skips its own foreign segments, no scores leave the chip
+                                xla      without the extra `triton`, for heads above 256, for other or mixed dtypes
                      tpu        pallas   JAX's splash attention
                                 xla      for other dtypes
     paged_attention  cpu        xla      a loop over page columns, measured best
-                     cuda       xla      no body of its own yet
+                     cuda       triton   reads pages in place, once for all queries of a kv head
+                                xla      without the extra `triton`, for heads above 256, for other or mixed dtypes
                      tpu        pallas   reads pages in place, each sequence its own
                                 xla      where no run of tokens has room on the chip, and for other dtypes
 
@@ -55,8 +57,8 @@ XLA, PALLAS, TRITON = Route("xla", "xla"), Route("pallas", "xla"), Route("triton
 TABLE = {
     "gathered_lora": {"cpu": XLA, "cuda": TRITON, "tpu": PALLAS},
     "segmented_lora": {"cpu": XLA, "cuda": TRITON, "tpu": PALLAS},
-    "packed_attention": {"cpu": XLA, "cuda": XLA, "tpu": PALLAS},
-    "paged_attention": {"cpu": XLA, "cuda": XLA, "tpu": PALLAS},
+    "packed_attention": {"cpu": XLA, "cuda": TRITON, "tpu": PALLAS},
+    "paged_attention": {"cpu": XLA, "cuda": TRITON, "tpu": PALLAS},
 }
 
 _interpreted = jax.make_user_context(False)
@@ -99,5 +101,5 @@ def known_dtypes(*arrays: jax.Array) -> bool:
 
 
 def cuda_body() -> str:
-    """What runs LoRA on an NVIDIA GPU with what is installed."""
+    """What runs the ops of the table on an NVIDIA GPU with what is installed."""
     return "triton" if cuda_blocks.installed() else "xla"

@@ -12,6 +12,7 @@ Source: online softmax (arXiv 1805.02867); paged KV, vLLM (arXiv 2309.06180).
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import paged_attention_tpu
-from pallas_kernels.attention import MASKED
+from pallas_kernels.attention import MASKED, fits_cuda
 from pallas_kernels.dispatch import by_platform, known_dtypes
 from pallas_kernels.placement import Placement
 from pallas_kernels.shapes import shaped
@@ -70,11 +71,13 @@ def paged_attention(
     placement: where the arrays lie, on a mesh of several devices.
     """
     args = (q_GJNH, k_LPZF, v_LPZF, layer, page_GC, position_GJ)
-    q, k, _, _, page, _ = args if placement is None else placement.local(_specs(placement), args)
-    fits = known_dtypes(q, k) and paged_attention_tpu.cut(q, k, page) is not None
-    xla = functools.partial(_columns, window)
-    pallas = functools.partial(_paged, window, placement)
-    return by_platform("paged_attention", *args, xla=xla, pallas=pallas if fits else None, triton=None)
+    return by_platform(
+        "paged_attention",
+        *args,
+        xla=functools.partial(_columns, window),
+        pallas=functools.partial(_attend_tpu, window, placement) if _fits_tpu(placement, *args) else None,
+        triton=functools.partial(_attend_cuda, window, placement) if fits_cuda(*args[:3]) else None,
+    )
 
 
 def _specs(placement: Placement) -> tuple:
@@ -82,14 +85,28 @@ def _specs(placement: Placement) -> tuple:
     return P(placement.rows, None, placement.heads), pages, pages, P(), rows, rows
 
 
-def _paged(window: int | None, placement: Placement | None, *args) -> jax.Array:
-    """The Pallas body.  Rows of padding hold anything, so they are selected away."""
+def _fits_tpu(placement: Placement | None, *args: jax.Array) -> bool:
+    q, k, _, _, page, _ = args if placement is None else placement.local(_specs(placement), args)
+    return known_dtypes(q, k) and paged_attention_tpu.cut(q, k, page) is not None
+
+
+def _attend_tpu(window: int | None, placement: Placement | None, *args) -> jax.Array:
     *arrays, interpret = args
+    attend = functools.partial(paged_attention_tpu.attend, window=window, interpret=interpret)
+    return _attend_kernel(attend, placement, *arrays)
+
+
+def _attend_cuda(window: int | None, placement: Placement | None, *arrays: jax.Array) -> jax.Array:
+    from pallas_kernels import paged_attention_cuda  # imports Triton
+
+    return _attend_kernel(functools.partial(paged_attention_cuda.attend, window=window), placement, *arrays)
+
+
+def _attend_kernel(attend: Callable[..., jax.Array], placement: Placement | None, *arrays: jax.Array) -> jax.Array:
+    """A kernel's rows of padding hold anything, so they are selected away."""
 
     def body(q_GJNH, k_LPZF, v_LPZF, layer, page_GC, position_GJ) -> jax.Array:
-        out_GJNH = paged_attention_tpu.attend(
-            q_GJNH, k_LPZF, v_LPZF, layer, page_GC, position_GJ, window=window, interpret=interpret
-        )
+        out_GJNH = attend(q_GJNH, k_LPZF, v_LPZF, layer, page_GC, position_GJ)
         return jnp.where((position_GJ >= 0)[:, :, None, None], out_GJNH, 0)
 
     if placement is None:

@@ -6,7 +6,7 @@ import pytest
 from aot_world import collectives
 from cuda_world import h100s, kernels
 from kernel_shapes import made_as_large_as
-from step_shapes import LANES, RANK, ROWS, SMOLLM2, TOKENS, decode, parts, train
+from step_shapes import LANES, RANK, ROWS, SMOLLM2, TOKENS, decode, makers, parts, train
 
 from jaxlora.mesh import make_mesh
 
@@ -25,17 +25,18 @@ def started(result: str) -> str:
 def test_decode_with_heads_split_in_three():
     """Of a layer's four sums two are the base's own, two are h of the row-parallel o_proj and down_proj."""
     with h100s() as devices:
-        compiled, rows, _ = decode(make_mesh(tensor=3, devices=devices))
-    assert kernels(compiled) == {"gathered_lora_shrink": 4, "gathered_lora_expand": 4}
+        compiled, rows, kv = decode(make_mesh(tensor=3, devices=devices))
+    assert kernels(compiled) == {"gathered_lora_shrink": 4, "gathered_lora_expand": 4, "paged_attention": 1}
     in_layers = collectives(compiled, "jit(_serve_step)/while/body")
     assert in_layers == {started(f"f32[{ROWS},{RANK}]"): 2, started(f"bf16[{ROWS},{SMOLLM2.d_model}]"): 2}
     assert made_as_large_as(parts(rows), compiled.as_text()) == []
+    assert makers(kv, compiled) == []
 
 
 def test_training_with_heads_split_in_three():
     """Forward h of o_proj and down_proj, backward dh of gate and up together and of q, k and v together.
 
-    Nothing is computed twice: two reads of x forward, whose h the backward pass finds kept.
+    Nothing is computed twice: two reads of x forward, whose h the backward pass finds kept, and attention once.
     """
     with h100s() as devices:
         compiled = train(make_mesh(tensor=3, devices=devices))
@@ -44,6 +45,9 @@ def test_training_with_heads_split_in_three():
         "segmented_lora_expand": 5,
         "segmented_lora_expand_back": 7,
         "segmented_lora_shrink_back": 4,
+        "packed_attention_forward": 1,
+        "packed_attention_backward_queries": 1,
+        "packed_attention_backward_keys": 1,
     }
     sums = collectives(compiled, "shard_map/psum")
     assert sums == {started(f"f32[{LANES},{TOKENS},{n * RANK}]"): count for n, count in ((1, 2), (2, 1), (3, 1))}

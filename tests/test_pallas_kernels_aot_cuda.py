@@ -5,6 +5,8 @@ Nothing runs on a GPU.  Compiling for H100 goes through Triton, LLVM and NVIDIA'
 
 from __future__ import annotations
 
+import functools
+import math
 import os
 import re
 import subprocess
@@ -15,11 +17,30 @@ import jax
 import jax.numpy as jnp
 import pytest
 from cuda_world import h100s, kernels
+from jax.experimental.layout import Format, Layout
 from jax.sharding import SingleDeviceSharding
-from kernel_shapes import MODELS, Model, decode, decode_shapes, loss, made_as_large_as, shape, train, train_shapes
+from kernel_shapes import (
+    MODELS,
+    PROMPT,
+    ROWS,
+    Model,
+    decode,
+    decode_shapes,
+    lanes_attend,
+    lanes_loss,
+    lanes_shapes,
+    loss,
+    made_as_large_as,
+    pages_attend,
+    pages_shapes,
+    shape,
+    train,
+    train_shapes,
+)
 
 from pallas_kernels import cuda_blocks, dispatch
 from pallas_kernels.gathered_lora import gathered_lora
+from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.segmented_lora import segmented_lora
 
 pytestmark = [
@@ -63,6 +84,65 @@ def test_train(model: Model):
 def test_forward_of_lanes():
     program = compiled(loss, train_shapes(MODELS["Llama-3.1-8B"], 16))
     assert kernels(program) == {"segmented_lora_shrink": 5, "segmented_lora_expand": 8}
+
+
+@models
+def test_lanes(model: Model):
+    shapes = lanes_shapes(model)
+    forward = {"packed_attention_forward": 1}
+    assert kernels(compiled(lanes_loss, shapes)) == forward
+    back = {"packed_attention_backward_queries": 1, "packed_attention_backward_keys": 1}
+    assert kernels(compiled(lanes_attend, shapes)) == forward | back
+
+
+@models
+@pytest.mark.parametrize(("lanes", "tokens"), [(ROWS, 1), (4, PROMPT)], ids=["decode", "prompt"])
+def test_pages(model: Model, lanes, tokens):
+    """Pages in the layout that they have on a device are written and read where they lie."""
+    pages, *rest = pages_shapes(model, lanes, tokens)
+    with h100s() as devices:
+        here = SingleDeviceSharding(devices[0])
+        kept = Format(Layout(major_to_minor=(0, 1, 2, 3)), here)
+        placed = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=kept) for x in pages]
+        step = jax.jit(
+            pages_attend, in_shardings=(kept, here, here, here), out_shardings=(here, kept), donate_argnums=0
+        )
+        program = step.lower(placed, *rest).compile()
+    assert kernels(program) == {"paged_attention": 1}
+    made = made_as_large_as(pages, program.as_text())
+    assert [line for line in made if "scatter" not in line.split(" = ")[0]] == []
+    assert program.memory_analysis().alias_size_in_bytes >= 2 * math.prod(pages[0].shape) * pages[0].dtype.itemsize
+
+
+attention_takes = pytest.mark.parametrize(
+    ("head", "dtypes", "taken"),
+    [
+        (256, ("bfloat16",) * 3, True),
+        (256, ("float32",) * 3, True),
+        (5, ("bfloat16",) * 3, True),
+        (257, ("bfloat16",) * 3, False),
+        (64, ("float16",) * 3, False),
+        (64, ("float32", "bfloat16", "bfloat16"), False),
+    ],
+)
+
+
+@attention_takes
+def test_the_table_routes_lanes_of_attention_by_head_and_dtype(head, dtypes, taken):
+    q, k, v = (shape(2, 96, n, head, dtype=dtype) for n, dtype in zip((6, 2, 2), dtypes, strict=True))
+    function = lanes_attend if taken else lanes_loss  # the gradient is not defined for mixed dtypes
+    found = kernels(compiled(function, (q, k, v, shape(2, 96, dtype=jnp.int32))))
+    assert sum(found.values()) == (3 if taken else 0)
+
+
+@attention_takes
+def test_the_table_routes_pages_by_head_and_dtype(head, dtypes, taken):
+    i32 = jnp.int32
+    sizes = (2, 3, 6, head), (2, 9, 16, 2 * head), (2, 9, 16, 2 * head)
+    arrays = [shape(*size, dtype=dtype) for size, dtype in zip(sizes, dtypes, strict=True)]
+    ids = shape(dtype=i32), shape(2, 4, dtype=i32), shape(2, 3, dtype=i32)
+    found = kernels(compiled(functools.partial(paged_attention, window=20), (*arrays, *ids)))
+    assert sum(found.values()) == taken
 
 
 def row(rank: int, dtype=jnp.bfloat16):
@@ -117,20 +197,31 @@ def interpreter(*command: str) -> str:
 
 def test_interpreted_bodies_pass_the_tests_of_the_tpu_bodies():
     """Kernels against oracles, then the whole decode and training step of a small model against the XLA form."""
-    files = [str(TESTS / name) for name in ("test_pallas_kernels_tpu_bodies.py", "test_house_tpu_bodies.py")]
-    of_pallas = "not test_an_interpreted_engine_leaves_nothing_to_choose"
-    out = interpreter("-m", "pytest", "-n", "0", "-p", "triton_interpreter", *files, "-k", of_pallas)
+    files = [
+        f"test_{name}.py" for name in ("pallas_kernels_tpu_bodies", "pallas_kernels_attention_tpu", "house_tpu_bodies")
+    ]
+    of_pallas = "not leaves_nothing_to_choose and not visits and not no_room"
+    paths = [str(TESTS / name) for name in files]
+    out = interpreter("-m", "pytest", "-n", "0", "-p", "triton_interpreter", *paths, "-k", of_pallas)
     assert re.search(r"kernels: (.*)", out)[1].split() == [
         "gathered_lora_expand",
         "gathered_lora_shrink",
+        "packed_attention_backward_keys",
+        "packed_attention_backward_queries",
+        "packed_attention_forward",
+        "paged_attention",
         "segmented_lora_expand",
         "segmented_lora_expand_back",
         "segmented_lora_shrink",
         "segmented_lora_shrink_back",
     ]
-    assert "27 passed" in out
+    assert "90 passed" in out
 
 
 def test_interpreted_on_a_mesh_and_counted():
-    """On eight virtual devices the numbers are those of one; of 8 to 512 slots only those of the step are read, once."""
-    assert interpreter(str(TESTS / "triton_interpreter.py")).split() == ["18", "3"]
+    """On eight virtual devices the numbers are those of one; nothing is read that the step does not need.
+
+    LoRA: of 8 to 512 slots those of the step, once.  Packed attention: in each kernel the blocks that meet.  Paged
+    attention: of all pages and layers the keys that a lane sees, once.
+    """
+    assert interpreter(str(TESTS / "triton_interpreter.py")).split() == ["18", "3", "3", "3"]

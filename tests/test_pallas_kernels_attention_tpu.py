@@ -1,6 +1,7 @@
 """The Pallas bodies of attention, interpreted on the CPU: the oracle's numbers, and nobody's NaN but one's own.
 
-Shapes are tiny: interpretation is slow.
+With the plugin triton_interpreter the same tests run the Triton bodies, those named after the TPU's visits aside.  Shapes
+are tiny: interpretation is slow.
 """
 
 from __future__ import annotations
@@ -44,7 +45,24 @@ def test_paged_is_the_definition_whatever_else_the_pages_hold(pages, positions, 
     world = paged.world(1)
     got = run(paged.poisoned(world, pages, positions), pages, positions, window)
     assert_close(got, hand(world, pages, positions, window), F32)
+    assert_same_bits(got, run(world, pages, positions, window))
     assert not np.asarray(got)[np.array(positions) < 0].any()
+
+
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("tokens", [1, 40], ids=["decode", "prompt"])
+def test_paged_long_sequences_equal_the_oracle_whoever_is_beside(tokens, window):
+    """Ragged lanes, more rows and keys than a kernel takes at once, heads that fill no tile."""
+    rng = np.random.default_rng(10)
+    q, k, v = floats(rng, 3, tokens, 6, 5), floats(rng, 2, 30, 16, 2, 5), floats(rng, 2, 30, 16, 2, 5)
+    pages = rng.permutation(30).reshape(3, 10).astype(np.int32)
+    long, short = np.arange(100, 140)[-tokens:], np.where(np.arange(tokens) < 30, np.arange(tokens), -1)
+    positions = np.stack([long, np.full(tokens, -1), short]).astype(np.int32)
+    got = paged.run((q, k, v), pages, positions, window, f=interpreted_paged)
+    assert_close(got, paged.run((q, k, v), pages, positions, window, f=paged.paged_attention_oracle), F32)
+    for lane in (0, 2):
+        alone = np.where(np.arange(3)[:, None] == lane, positions, -1)
+        assert_same_bits(paged.run((q, k, v), pages, alone, window, f=interpreted_paged)[lane], got[lane])
 
 
 def one_page_a_visit(monkeypatch, tokens_of_a_run):
@@ -159,13 +177,28 @@ def run_packed(arrays, segments, window=None):
 @pytest.mark.parametrize("window", [None, 5])
 def test_packed_is_the_definition_whatever_padding_holds(segments, window):
     q, k, v, d = packed.world()
-    want = packed.by_hand(q, k, v, segments, window, d)
+    want, clean = packed.by_hand(q, k, v, segments, window, d), run_packed((q, k, v, d), segments, window)
     padding = np.array(segments) == 0
     for x in (q, k, v, d):
         x[padding] = np.nan
     got = run_packed((q, k, v, d), segments, window)
     assert_close(got, want, F32)
+    assert_same_bits(got, clean)
     assert not any(np.asarray(x)[padding].any() for x in got)
+
+
+@pytest.mark.parametrize(("heads", "kv", "features"), [(9, 3, 64), (4, 1, 5), (2, 2, 24)])
+def test_packed_of_other_heads_equals_the_oracle(heads, kv, features):
+    """Query heads that are no power of two, and features that fill no tile; of fewer tokens than a tile has."""
+    rng = np.random.default_rng(3)
+    arrays = [floats(rng, 2, 13, n, features) for n in (heads, kv, kv, heads)]
+    segments = np.array([[1] * 4 + [0] * 2 + [2] * 7, [1] * 13], np.int32)
+
+    def definition(q, k, v, d):
+        out, pull = jax.vjp(lambda *qkv: packed.packed_attention_oracle(*qkv, segments, window=6), q, k, v)
+        return out, *pull(d)
+
+    assert_close(run_packed(arrays, segments, 6), jax.jit(definition)(*arrays), F32)
 
 
 @pytest.mark.parametrize("window", [None, 100])

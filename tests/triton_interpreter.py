@@ -21,7 +21,7 @@ import test_pallas_kernels_counts as counts
 import triton.language as tl
 from triton.runtime import interpreter
 
-from pallas_kernels import dispatch, gathered_lora, segmented_lora
+from pallas_kernels import attention, dispatch, gathered_lora, paged_attention, segmented_lora
 
 ONE_AT_A_TIME = threading.Lock()  # the interpreter keeps its place in the grid in a global
 CALLS = []  # names of the kernels that ran
@@ -117,7 +117,7 @@ def interpret_triton() -> None:
     patch = pytest.MonkeyPatch()
     patch.setattr(jax_triton, "triton_call", triton_call)
     patch.setattr(interpreter.interpreter_builder, "__class__", Builder)
-    for op in (gathered_lora, segmented_lora):
+    for op in (attention, gathered_lora, paged_attention, segmented_lora):
         patch.setattr(op, "by_platform", by_platform)
 
 
@@ -144,7 +144,54 @@ def count_reads() -> int:
     return len(counts.SLOTS)
 
 
+def count_blocks() -> int:
+    """How many kernels of packed attention read the blocks that meet, of their own lane, and no others."""
+    block, J, N, K, H, window = 32, 300, 6, 2, 4, 70
+    rng = np.random.default_rng(0)
+    q, k, v, d = (rng.standard_normal((2, J, n, H), dtype=np.float32) for n in (N, K, K, N))
+    segments = np.array([[1] * 40 + [2] * 130 + [0] * 30 + [3] * 100, [0] * 20 + [1] * 30 + [2] * 250], np.int32)
+    with dispatch.interpreted():
+        CALLS.clear()
+        INPUTS.clear()
+        _, pull = jax.vjp(lambda *qkv: attention.packed_attention(*qkv, segments, window=window, block=J), q, k, v)
+        jax.block_until_ready(pull(d))
+    i, j = np.arange(J)[:, None], np.arange(J)[None, :]
+    seen = (segments[:, :, None] == segments[:, None, :]) & (segments != 0)[:, :, None] & (j <= i) & (j > i - window)
+    blocks = np.arange(0, J, block)
+    meet = np.logical_or.reduceat(np.logical_or.reduceat(seen, blocks, axis=1), blocks, axis=2)
+    times = {"keys": N // K * meet.sum(1), "queries": meet.sum(2)}  # programs that read a block, by lane and block
+    for name, of, what in (("forward", 1, "keys"), ("backward_queries", 1, "keys"), ("backward_keys", 0, "queries")):
+        (reads,) = (
+            inputs[of] for call, inputs in zip(CALLS, INPUTS, strict=True) if call == f"packed_attention_{name}"
+        )
+        assert (reads == times[what].repeat(block, axis=1)[:, :J, None, None]).all()
+    return len(CALLS)
+
+
+def count_pages() -> int:
+    """How many cases read, in one layer, each key and value that a lane's tokens see together once, and nothing else."""
+    rng = np.random.default_rng(0)
+    k, v = rng.standard_normal((2, 2, 40, 8, 2 * 4), dtype=np.float32)
+    page = rng.permutation(40).reshape(2, 20).astype(np.int32)
+    cases = [([[130], [-1]], None), ([[130], [9]], 50), ([[100, 101, 102], [7, 8, -1]], 50)]
+    for positions, window in cases:
+        INPUTS.clear()
+        q = rng.standard_normal((2, len(positions[0]), 6, 4), dtype=np.float32)
+        args = (q, k, v, jnp.int32(1), page, np.array(positions, np.int32))
+        with dispatch.interpreted():
+            jax.block_until_ready(paged_attention.paged_attention(*args, window=window))
+        want = np.zeros(k.shape, int)
+        for lane, row in enumerate(positions):
+            real = [p for p in row if p >= 0]
+            for place in range(max(0, min(real) - (window or 160) + 1), max(real) + 1) if real else ():
+                want[1, page[lane, place // 8], place % 8] = 1
+        ((_, k_reads, v_reads, *_),) = INPUTS
+        assert (k_reads == want).all()
+        assert (v_reads == want).all()
+    return len(cases)
+
+
 if __name__ == "__main__":
     interpret_triton()
     placement_world.main()
-    print(count_reads())
+    print(count_reads(), count_blocks(), count_pages())
