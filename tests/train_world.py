@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxlora.config import CROSS_ENTROPY
 from jaxlora.lora import ALL_TARGETS, Adapter, AdapterRef, LoraSpec
 from jaxlora.mesh import make_mesh
 from jaxlora.model import Base, load_base
@@ -21,7 +22,7 @@ from jaxlora.model_config import ModelConfig, parameters, target_features
 from jaxlora.pool import PoolSpec, Rows, host_rows, layer_count
 from train.data import Example, fill_lane
 from train.optimizer import Optimizer
-from train.step import TrainBatch, idle_batch
+from train.step import TrainBatch, idle_batch, put_lane
 from train.trainer import Trainer
 
 CONFIG = ModelConfig(
@@ -118,8 +119,7 @@ def batch_of(
     batch = idle_batch(count, length)
     for g, (slot, inside) in enumerate(lanes):
         lane = fill_lane(inside, length)
-        batch.token_GJ[g], batch.target_GJ[g], batch.weight_GJ[g] = lane.token_J, lane.target_J, lane.weight_J
-        batch.position_GJ[g], batch.segment_GJ[g], batch.slot_G[g] = lane.position_J, lane.segment_J, slot
+        put_lane(batch, g, lane, slot, CROSS_ENTROPY, lane.reference_J)
     return batch
 
 
