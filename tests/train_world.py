@@ -5,6 +5,7 @@ Trainers of one session with the same shapes share their compiled programs.
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -20,7 +21,7 @@ from jaxlora.mesh import make_mesh
 from jaxlora.model import Base, load_base
 from jaxlora.model_config import ModelConfig, parameters, target_features
 from jaxlora.pool import PoolSpec, Rows, host_rows, layer_count
-from train.data import Example, fill_lane
+from train.data import Example, Pair, Rollout, fill_lane
 from train.optimizer import Optimizer
 from train.step import TrainBatch, idle_batch, put_lane
 from train.trainer import Trainer
@@ -90,6 +91,29 @@ def examples(seed: int, count: int, longest: int = 10, shortest: int = 4, vocab:
         weights[: max(n // 3, 1)] = 0
         made.append(Example(rng.integers(0, vocab, n).astype(np.int32), weights))
     return made
+
+
+def pairs(seed: int, count: int, longest: int = 10) -> list[Pair]:
+    """Two answers each, of random lengths, to prompts of three tokens; every answer token weighs 1."""
+    rng, made = np.random.default_rng(seed), []
+    for _ in range(count):
+        tokens = [rng.integers(0, CONFIG.vocab, int(n)).astype(np.int32) for n in rng.integers(5, longest + 1, 2)]
+        tokens[1][:3] = tokens[0][:3]
+        made.append(Pair(*(Example(t, (np.arange(len(t)) >= 3).astype(np.float32)) for t in tokens)))
+    return made
+
+
+def rollouts(seed: int, count: int, longest: int = 10) -> list[Example]:
+    """`examples` that were sampled, at log-probabilities near what the small model says, with signed advantages."""
+    rng = np.random.default_rng(seed)
+
+    def sampled(example: Example) -> Example:
+        n = len(example)
+        advantages, logprobs = rng.normal(size=n), -5 + 0.5 * rng.normal(size=n)
+        rollout = Rollout(logprobs.astype(np.float32), advantages.astype(np.float32), rng.random(n) < 0.8)
+        return dataclasses.replace(example, rollout=rollout)
+
+    return [sampled(e) for e in examples(seed, count, longest)]
 
 
 def lora(rank: int, targets: Sequence[str] = ALL_TARGETS) -> LoraSpec:
