@@ -20,7 +20,7 @@ from jaxlora.config import DEMO_MODEL, ONE_DEVICE, ModelSection
 from jaxlora.lora import LoraSpec
 from jaxlora.opened import open_base
 from jaxlora.pool import PoolSpec
-from train.data import load_jsonl
+from train.jsonl import load_jsonl
 from train.optimizer import Optimizer
 from train.trainer import Trainer
 

@@ -18,6 +18,7 @@ from jaxlora.toml_loader import PathOrName, load
 
 __all__ = [
     "AdapterSection",
+    "Loss",
     "MeshSection",
     "ModelSection",
     "Optimizer",
@@ -33,6 +34,7 @@ DEMO_MODEL = "smollm2"  # the installed demo model
 Dtype = Literal["float32", "bfloat16", "auto"]  # auto: the faster one on this device (see opened.py)
 Precision = Literal["auto", "default", "high", "highest"]  # of matrix products; auto: highest in float32, else default
 Schedule = Literal["constant", "linear", "cosine"]  # of the learning rate after the warm-up; the last two end at 0
+LossName = Literal["cross_entropy", "dpo", "importance_sampling", "ppo", "cispo", "dro", "gspo"]
 
 LANE_BLOCK = 32  # tokens that attention and loss of a training lane take at once
 NO_CLIP = math.inf
@@ -157,14 +159,64 @@ class Optimizer:
 
 OPTIMIZER = Optimizer(lr=1.0, total_steps=1)  # its defaults are those of the file
 
+# The numbers of each loss and what they are when not given; a loss's place is its number on the device.
+LOSSES: dict[str, dict[str, float]] = {
+    "cross_entropy": {},
+    "dpo": {"beta": 0.1},
+    "importance_sampling": {},
+    "ppo": {"clip_low": 0.8, "clip_high": 1.2},
+    "cispo": {"clip_low": 0.0, "clip_high": 4.0},
+    "dro": {"beta": 0.05},
+    "gspo": {"clip_low": 0.8, "clip_high": 1.2},
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loss:
+    """What one tenant's training makes small, on the host.  Raises ConfigInvalid for a number the loss does not take."""
+
+    name: str = "cross_entropy"  # one of LOSSES
+    beta: float | None = None  # dpo, dro: how strongly the reference holds; None: that of LOSSES, here and below
+    clip_low: float | None = None  # ppo, cispo, gspo: the bounds of the ratio itself, such as 0.8 and 1.2
+    clip_high: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in LOSSES:
+            raise ConfigInvalid(f"loss must be one of {', '.join(LOSSES)}; got {self.name!r}", param="loss")
+        for knob in ("beta", "clip_low", "clip_high"):
+            if getattr(self, knob) is not None and knob not in LOSSES[self.name]:
+                takes = " and ".join(LOSSES[self.name]) or "no numbers"
+                raise ConfigInvalid(f"loss {self.name} has no {knob}; it takes {takes}", param=knob)
+        row = self.row()
+        if "beta" in LOSSES[self.name] and not FLOAT32.tiny <= row["beta"] <= FLOAT32.max:
+            raise ConfigInvalid(f"beta must be positive and finite, got {row['beta']}", param="beta")
+        if not 0 <= row["clip_low"] <= row["clip_high"] <= FLOAT32.max:
+            raise ConfigInvalid(
+                f"clip_low and clip_high must be finite and 0 <= clip_low <= clip_high, got {row['clip_low']} and "
+                f"{row['clip_high']}",
+                param="clip_low",
+            )
+
+    def row(self) -> dict[str, float]:
+        """Its numbers, defaults filled in; 0 for those it does not take."""
+        given = {"beta": self.beta, "clip_low": self.clip_low, "clip_high": self.clip_high}
+        return {k: LOSSES[self.name].get(k, 0.0) if v is None else float(v) for k, v in given.items()}
+
+
+CROSS_ENTROPY = Loss()
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TenantSection:
     """One tenant's training job: whose data, which adapter, how it learns."""
 
     name: str  # 1 to 64 letters, digits, '.', '_', '-'
-    train: Path  # JSONL, one example a line
+    train: Path  # JSONL, one example a line, of the kind that the loss takes
     heldout: Path | None = None  # JSONL; None: no held-out loss is reported
+    loss: LossName = "cross_entropy"  # dpo takes preference lines; those after it, lines with logprobs and advantages
+    beta: float | None = None  # of dpo (0.1 when not given) and dro (0.05)
+    clip_low: float | None = None  # bounds of the ratio in ppo and gspo (0.8 and 1.2) and cispo (0 and 4)
+    clip_high: float | None = None
     rank: int
     alpha: float  # the adapter's output is scaled by alpha / rank
     targets: tuple[str, ...] = LAYER_TARGETS
@@ -185,6 +237,7 @@ class TenantSection:
     def __post_init__(self) -> None:
         check_name(self.name, "name")
         _ = self.spec  # LoraSpec checks rank, alpha and targets
+        _ = self.objective  # Loss checks its numbers
         _need_counts(self, "batch")
         _need(self.steps is None or self.steps >= 1, "steps", "at least 1, or left out", self.steps)
         self.optimizer(max(self.warmup_steps, 1))  # checks its numbers; without steps TrainConfig checks the warm-up
@@ -194,6 +247,11 @@ class TenantSection:
     def spec(self) -> LoraSpec:
         """The adapter this tenant trains."""
         return LoraSpec(rank=self.rank, alpha=self.alpha, targets=self.targets, rslora=self.rslora)
+
+    @property
+    def objective(self) -> Loss:
+        """What its training makes small.  Raises ConfigInvalid for a number that the loss does not take."""
+        return Loss(name=self.loss, beta=self.beta, clip_low=self.clip_low, clip_high=self.clip_high)
 
     def optimizer(self, default_steps: int) -> Optimizer:
         """How it learns.  Raises ConfigInvalid for an impossible value."""

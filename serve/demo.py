@@ -29,7 +29,8 @@ from serve.demo_tasks import Task, constant_baseline, demo_tasks, nearest_baseli
 from serve.request import Delta, Request, SamplingParams
 from serve.runner import Runner
 from serve.training import LiveTraining
-from train.data import Example, chat_example
+from train.data import Example
+from train.jsonl import chat_example
 from train.optimizer import Optimizer
 from train.plot import plot_losses
 from train.trainer import Evaluation, StepReport, Trainer

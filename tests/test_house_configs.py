@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from jaxlora.config import TrainConfig, load
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
 TRAIN, SERVE = CONFIGS / "train_two_tenants.toml", CONFIGS / "serve_smollm2.toml"
+DPO = CONFIGS / "train_dpo.toml"
 ASK = {
     "messages": [{"role": "user", "content": "What is the capital of France?"}],
     "max_tokens": 8,
@@ -42,8 +44,8 @@ def changed(source: Path, target: Path, **values: str) -> Path:
 
 
 def test_every_config_is_tested_and_says_how_to_run_it():
-    assert sorted(CONFIGS.glob("*.toml")) == [SERVE, TRAIN]
-    for path in (SERVE, TRAIN):
+    assert sorted(CONFIGS.glob("*.toml")) == [SERVE, DPO, TRAIN]
+    for path in (SERVE, DPO, TRAIN):
         header = path.read_text().split("\n\n")[0]
         assert f"command    jaxlora {path.name.split('_')[0]} configs/{path.name}" in header
         assert all(f"#   {word} " in header for word in ("hardware", "expected"))
@@ -81,6 +83,19 @@ def test_the_training_config_trains_both_tenants(trained):
         assert (settings["r"], settings["use_rslora"]) == (tenant.rank, tenant.rslora)
         assert settings["target_modules"] == sorted(tenant.targets)
     assert (trained / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_preference_config_comes_to_prefer_the_chosen_answers(tmp_path):
+    short = {"steps": "3", "warmup_steps": "0", "save_every": "3", "dtype": '"float32"', "schedule": '"constant"'}
+    result = run("train", str(changed(DPO, tmp_path / "dpo.toml", out=f'"{tmp_path}/out"', **short)))
+    assert result.exit_code == 0, result.output
+    with (tmp_path / "out/brief/metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    losses = [float(row["loss"]) for row in rows]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-4)
+    assert losses[2] < losses[0] - 0.03
+    assert rows[2]["accuracy"] == "1"
+    assert re.search(r"brief *│ done *│ 0\.693 *│ 0\.[0-6]\d\d *│ 0% *│ (88|100)%", result.output), result.output
 
 
 def test_the_serving_config_serves_the_base_and_what_was_trained(trained, tmp_path):

@@ -25,6 +25,7 @@ PURE = (
     "jaxlora/slots.py",
     "jaxlora/toml_loader.py",
     "train/data.py",
+    "train/jsonl.py",
     "train/mixer.py",
     "serve/demo_tasks.py",
     "serve/house.py",

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import pytest
 
-from jaxlora.config import Optimizer, ServeConfig, TrainConfig, load, serve_defaults
+from jaxlora.config import LOSSES, Loss, Optimizer, ServeConfig, TrainConfig, load, serve_defaults
 from jaxlora.errors import ConfigInvalid
 from jaxlora.lora import LAYER_TARGETS
 from jaxlora.toml_loader import PathOrName
@@ -207,8 +207,51 @@ def test_a_tenant_learns_by_the_optimizers_own_defaults(tmp_path):
     assert (plural.clip, plural.total_steps) == (None, 30)
 
 
-def test_example_train_and_heldout_lines_differ():
-    for tenant in load(ROOT / "configs/train_two_tenants.toml", TrainConfig).tenant:
+def test_example_preference_config():
+    (brief,) = load(ROOT / "configs/train_dpo.toml", TrainConfig).tenant
+    assert brief.objective == Loss(name="dpo", beta=0.1)
+    assert brief.objective.row() == Loss(name="dpo").row() == {"beta": 0.1, "clip_low": 0, "clip_high": 0}
+
+
+def test_a_loss_has_its_own_numbers_and_defaults():
+    """The defaults are those of the protocol that gives these losses their names."""
+    bounds = {name: tuple(Loss(name=name).row().values()) for name in LOSSES}
+    assert bounds == {
+        "cross_entropy": (0, 0, 0),
+        "dpo": (0.1, 0, 0),
+        "importance_sampling": (0, 0, 0),
+        "ppo": (0, 0.8, 1.2),
+        "cispo": (0, 0, 4),
+        "dro": (0.05, 0, 0),
+        "gspo": (0, 0.8, 1.2),
+    }
+    assert Loss(name="ppo", clip_high=2).row() == {"beta": 0, "clip_low": 0.8, "clip_high": 2}
+    with pytest.raises(ConfigInvalid, match=r"loss must be one of cross_entropy, dpo, .* got 'kto'"):
+        Loss(name="kto")
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ('loss = "sft"', "tenant[0].loss: must be one of 'cross_entropy', 'dpo', 'importance_sampling',"),
+        ("beta = 0.1", "tenant[0]: loss cross_entropy has no beta; it takes no numbers"),
+        ('loss = "dpo"\nclip_low = 0.8', "tenant[0]: loss dpo has no clip_low; it takes beta"),
+        ('loss = "ppo"\nbeta = 0.8', "tenant[0]: loss ppo has no beta; it takes clip_low and clip_high"),
+        ('loss = "dpo"\nbeta = 0', "tenant[0]: beta must be positive and finite, got 0.0"),
+        ('loss = "dro"\nbeta = inf', "tenant[0]: beta must be positive and finite, got inf"),
+        ('loss = "ppo"\nclip_low = 1.5', "tenant[0]: clip_low and clip_high must be finite and 0 <= clip_low <="),
+        ('loss = "cispo"\nclip_low = -0.1', "tenant[0]: clip_low and clip_high must be finite"),
+        ('loss = "gspo"\nclip_high = nan', "tenant[0]: clip_low and clip_high must be finite"),
+    ],
+)
+def test_a_loss_refuses(tmp_path, lines, message):
+    path = changed_example(tmp_path, "train_two_tenants.toml", "seed = 0", f"seed = 0\n{lines}")
+    assert refusal(path, TrainConfig).startswith(message)
+
+
+@pytest.mark.parametrize("file", ["train_two_tenants.toml", "train_dpo.toml"])
+def test_example_train_and_heldout_lines_differ(file):
+    for tenant in load(ROOT / "configs" / file, TrainConfig).tenant:
         assert tenant.heldout is not None
         assert not set(tenant.train.read_text().splitlines()) & set(tenant.heldout.read_text().splitlines())
 

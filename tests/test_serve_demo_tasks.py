@@ -133,7 +133,7 @@ def test_tokens_stay_within_the_budget_of_the_demo():
     """With the real tokenizer and template: mean of at most 30 tokens each, under 100,000 for all steps of all tenants."""
     base_files = pytest.importorskip("jaxlora.base_files")
     gguf, tokenizers = pytest.importorskip("jaxlora.gguf"), pytest.importorskip("jaxlora.tokenizer")
-    from train.data import chat_example
+    from train.jsonl import chat_example
 
     tokenizer = tokenizers.Tokenizer.from_gguf(gguf.GgufSource(base_files.smollm2_path()).metadata)
     total = 0

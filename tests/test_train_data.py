@@ -1,172 +1,20 @@
-import json
-import re
+"""Examples and pairs, the order of a stream, and packing."""
+
+import dataclasses
 
 import numpy as np
 import pytest
-from fake_tokenizer import END, START, FakeTokenizer, endless, forgetful, strict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxlora.errors import DataInvalid
-from train.data import (
-    Example,
-    ExampleStream,
-    chat_example,
-    completion_example,
-    load_jsonl,
-    pack,
-    real_tokens,
-    text_example,
-    token_example,
-)
-
-MAX = 500
-
-
-def turn(role, content, **more):
-    return {"role": role, "content": content, **more}
-
-
-ASK, ANSWER = turn("user", "one"), turn("assistant", "two")
+from train.data import Example, ExampleStream, Pair, Rollout, fill_lane, pack, pair_margins, real_tokens
 
 
 def of_length(n, first=0):
     """n distinct tokens; every prediction trained with its own weight."""
     weights = np.arange(n, dtype=np.float32)
     return Example(np.arange(first, first + n, dtype=np.int32), weights)
-
-
-def trained_text(tokenizer, example):
-    """The trained tokens, spelled out; | where a run ends."""
-    spans = [m.span() for m in re.finditer("1+", "".join(str(int(w)) for w in example.weights))]
-    return "|".join(tokenizer.decode(example.tokens[a:b]) for a, b in spans)
-
-
-# chat
-
-
-def test_chat_trains_each_assistant_turn_with_its_end_and_nothing_else():
-    tokenizer = FakeTokenizer()
-    messages = [turn("system", "s"), ASK, ANSWER, turn("user", "three"), turn("assistant", "four")]
-    example = chat_example(tokenizer, messages, max_tokens=MAX)
-    assert trained_text(tokenizer, example) == "two</s>|four</s>"
-    assert example.tokens.dtype == np.int32
-    assert example.weights.dtype == np.float32
-    assert example.tokens[-1] == END  # the newline after the last turn is dropped
-
-
-def test_chat_prompt_is_the_serving_prompt():
-    tokenizer = FakeTokenizer()
-    messages = [ASK, ANSWER, turn("user", "three"), turn("assistant", "four")]
-    example = chat_example(tokenizer, messages, max_tokens=MAX)
-    starts = [i for i in range(1, len(example)) if example.weights[i] == 1 and example.weights[i - 1] == 0]
-    prompts = [tokenizer.chat(messages[:1]), tokenizer.chat(messages[:3])]
-    assert [list(example.tokens[:i]) for i in starts] == prompts
-    assert "help" in tokenizer.decode(example.tokens)  # the template's default system message is part of both
-
-
-def test_chat_weight_zero_skips_a_turn():
-    tokenizer = FakeTokenizer()
-    first = [ASK, dict(ANSWER, weight=0), turn("user", "three"), turn("assistant", "four", weight=1)]
-    assert trained_text(tokenizer, chat_example(tokenizer, first, max_tokens=MAX)) == "four</s>"
-    last = [ASK, ANSWER, turn("user", "three"), turn("assistant", "four", weight=0)]
-    example = chat_example(tokenizer, last, max_tokens=MAX)
-    assert trained_text(tokenizer, example) == "two</s>"
-    assert "three" not in tokenizer.decode(example.tokens)  # nothing after the last trained token is computed
-
-
-def test_chat_answer_that_spells_the_end_token_trains_up_to_the_real_end():
-    tokenizer = FakeTokenizer()
-    example = chat_example(tokenizer, [ASK, turn("assistant", "a</s>b")], max_tokens=MAX)
-    assert trained_text(tokenizer, example) == "a</s>b</s>"
-
-
-LATER = [ASK, ANSWER, turn("user", "three"), turn("assistant", "four")]
-
-
-@pytest.mark.parametrize(
-    ("template", "messages", "field", "says"),
-    [
-        (forgetful, LATER, "messages[1]", "when later turns follow"),
-        (None, [ASK, turn("assistant", "\ntwo")], "messages[1]", "of its own prompt"),
-        (endless, [ASK, ANSWER], "messages[1]", "no end-of-sequence"),
-        (strict, [turn("system", "s"), ASK, ANSWER], "messages", "the chat template refuses it: no system messages"),
-    ],
-    ids=["rewrites-earlier", "answer-merges-with-prompt", "no-end", "template-refuses"],
-)
-def test_chat_template_that_cannot_train(template, messages, field, says):
-    tokenizer = FakeTokenizer(template) if template else FakeTokenizer()
-    with pytest.raises(DataInvalid, match=re.escape(says)) as caught:
-        chat_example(tokenizer, messages, max_tokens=MAX)
-    assert caught.value.param == field
-
-
-def test_chat_forgetful_template_trains_a_last_turn():
-    tokenizer = FakeTokenizer(forgetful)
-    example = chat_example(tokenizer, [ASK, dict(ANSWER, weight=0), *LATER[2:]], max_tokens=MAX)
-    assert trained_text(tokenizer, example) == "four</s>"
-
-
-@pytest.mark.parametrize(
-    ("messages", "field"),
-    [
-        ([], "messages"),
-        ("hi", "messages"),
-        ([ASK], "messages[0].role"),
-        ([ASK, "hi"], "messages[1]"),
-        ([ASK, {"role": "assistant"}], "messages[1].content"),
-        ([ASK, turn("assistant", None)], "messages[1].content"),
-        ([ASK, turn("assistant", [{"type": "text", "text": "x"}])], "messages[1].content"),
-        ([ASK, turn("tool", "x"), ANSWER], "messages[1].role"),
-        ([dict(ASK, name="bob"), ANSWER], "messages[0].name"),
-        ([dict(ASK, weight=1), ANSWER], "messages[0].weight"),
-        ([ASK, dict(ANSWER, weight=0.5)], "messages[1].weight"),
-        ([ASK, dict(ANSWER, weight=True)], "messages[1].weight"),
-        ([ASK, dict(ANSWER, weight=None)], "messages[1].weight"),
-        ([ASK, dict(ANSWER, weight=0)], "messages"),
-        ([ASK, turn("assistant", "\ud800")], "messages[1].content"),
-    ],
-)
-def test_chat_bad_messages_name_the_field(messages, field):
-    with pytest.raises(DataInvalid) as caught:
-        chat_example(FakeTokenizer(), messages, max_tokens=MAX)
-    assert caught.value.param == field
-
-
-def test_chat_length_limit_is_exact():
-    length = len(chat_example(FakeTokenizer(), [ASK, ANSWER], max_tokens=MAX))
-    chat_example(FakeTokenizer(), [ASK, ANSWER], max_tokens=length)
-    with pytest.raises(DataInvalid, match=f"{length} tokens, more than the {length - 1} allowed"):
-        chat_example(FakeTokenizer(), [ASK, ANSWER], max_tokens=length - 1)
-
-
-# the other kinds
-
-
-def test_completion_is_prompt_then_trained_completion_and_end():
-    tokenizer = FakeTokenizer(bos=True)
-    example = completion_example(tokenizer, "ab", "cd", max_tokens=MAX)
-    assert list(example.tokens[:3]) == tokenizer.encode("ab")
-    assert example.tokens[0] == START
-    assert trained_text(tokenizer, example) == "cd</s>"
-
-
-def test_completion_prompt_tokens_do_not_merge_with_the_completion():
-    tokenizer = FakeTokenizer()
-    example = completion_example(tokenizer, "a\n", "\nb", max_tokens=MAX)
-    assert list(example.tokens[:2]) == tokenizer.encode("a\n")
-
-
-def test_text_trains_all_but_the_first_token_and_adds_no_end():
-    example = text_example(FakeTokenizer(), "abc", max_tokens=MAX)
-    assert list(example.weights) == [0, 1, 1]
-    assert FakeTokenizer().decode(example.tokens) == "abc"
-
-
-def test_token_example_keeps_ids_and_signed_weights_and_ignores_the_first():
-    example = token_example([5, 6, 7], [9, -0.5, 2], max_tokens=3, vocab=8)
-    assert list(example.tokens) == [5, 6, 7]
-    assert list(example.weights) == [0, -0.5, 2]
 
 
 @pytest.mark.parametrize(
@@ -186,89 +34,15 @@ def test_example_refuses(tokens, weights, says):
         Example(tokens, weights)
 
 
-# JSONL
-
-CHAT_LINE = json.dumps({"messages": [ASK, ANSWER]})
-
-
-def load(tmp_path, content, max_tokens=MAX):
-    path = tmp_path / "data.jsonl"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return load_jsonl(path, FakeTokenizer(), max_tokens=max_tokens)
-
-
-def test_jsonl_reads_every_kind_in_order(tmp_path):
-    lines = [
-        CHAT_LINE,
-        "",
-        '{"prompt": "añ", "completion": "b"}',
-        "   \r",
-        '{"input_ids": [4, 5], "weights": [0, 1.5]}',
-        '{"text": "xyz"}',
-    ]
-    examples = load(tmp_path, "\n".join(lines))
-    assert [len(e) for e in examples] == [len(chat_example(FakeTokenizer(), [ASK, ANSWER], max_tokens=MAX)), 5, 2, 3]
-    assert examples[2].weights[1] == 1.5
-
-
-@pytest.mark.parametrize(
-    ("line", "says"),
-    [
-        ('{"messages": [], "tools": []}', "tools: unknown key; known are messages"),
-        ('{"prompt": "a"}', "completion: is missing"),
-        ('{"prompt": 1, "completion": "b"}', "prompt: must be a string, got a number"),
-        ('{"prompt": "a", "completion": "b", "text": "c"}', "text: unknown key"),
-        ('{"text": ["a"]}', "text: must be a string, got a list"),
-        ('{"text": ""}', "0 token"),
-        ('{"text": "\\ud800"}', "text: holds half of a surrogate pair"),
-        ('{"\\ud800": 1}', r"keys \ud800 are of no known kind"),
-        ('{"input_ids": [4, 260], "weights": [0, 1]}', "input_ids: must be a list of whole numbers in [0, 260)"),
-        ('{"input_ids": [4, -1], "weights": [0, 1]}', "input_ids: must be a list"),
-        ('{"input_ids": [4, true], "weights": [0, 1]}', "input_ids: must be a list"),
-        ('{"input_ids": [4, 5.0], "weights": [0, 1]}', "input_ids: must be a list"),
-        ('{"input_ids": [4, 5], "weights": [0]}', "weights: 2 input_ids but 1 weights"),
-        ('{"input_ids": [4, 5], "weights": [1, 0]}', "weights: no trainable token"),
-        ('{"input_ids": [4, 5], "weights": [0, NaN]}', "NaN is not JSON"),
-        ('{"input_ids": [4, 5], "weights": [0, 1e999]}', "weights: must be a list of finite numbers"),
-        ('{"input_ids": [4, 5], "weights": [0, 1' + "0" * 400 + "]}", "weights: must be a list of finite numbers"),
-        ('{"input_ids": [4, 1' + "0" * 5000 + '], "weights": [0, 1]}', "not JSON"),
-        ('{"text": "' + "x" * 501 + '"}', "text: 501 tokens, more than the 500 allowed"),
-        ('{"input": {}, "preferred_output": []}', "keys input, preferred_output are of no known kind"),
-        ("{}", "keys (none) are of no known kind"),
-        ('{"text": "a", "text": "b"}', "text: the key is given twice"),
-        ("[1]", "must be an object, got a list"),
-        ("{", "not JSON"),
-        ("[" * 100_000, "nested too deeply"),
-        (b'{"text": "\xff"}', "not UTF-8: byte 11"),
-    ],
-)
-def test_jsonl_problem_names_line_and_field(tmp_path, line, says):
-    raw = line if isinstance(line, bytes) else line.encode()
-    with pytest.raises(DataInvalid) as caught:
-        load(tmp_path, CHAT_LINE.encode() + b"\n\n" + raw + b"\n")
-    assert re.search("line 3[,:].*" + re.escape(says), str(caught.value))
-
-
-def test_jsonl_names_the_file(tmp_path):
-    for content, says in ((b"", "data.jsonl has no examples"), (b"[1]", "data.jsonl is not valid:\nline 1: must be")):
+def test_a_pair_of_equal_answers_and_rollouts_that_disagree_are_refused():
+    with pytest.raises(DataInvalid, match="are the same"):
+        Pair(of_length(3), of_length(3))
+    ones, mask = np.ones(3, np.float32), np.ones(3, np.bool_)
+    for fields, says in (((ones, ones[:2], mask), "differ in length"), ((ones, ones * np.nan, mask), "finite")):
         with pytest.raises(DataInvalid, match=says):
-            load(tmp_path, content)
-    with pytest.raises(DataInvalid, match=r"cannot be read \(Is a directory\)"):
-        load_jsonl(tmp_path, FakeTokenizer(), max_tokens=MAX)
-
-
-def test_jsonl_shows_the_first_five_problems(tmp_path):
-    with pytest.raises(DataInvalid) as caught:
-        load(tmp_path, "\n".join(['{"text": 1}', CHAT_LINE, *['{"text": 2}'] * 8]))
-    assert re.findall(r"line (\d+), text", str(caught.value)) == ["1", "3", "4", "5", "6"]
-    assert str(caught.value).endswith("reading stopped here")
-
-
-def test_jsonl_refuses_byte_order_mark_and_emptiness(tmp_path):
-    with pytest.raises(DataInvalid, match="line 1: the file starts with a byte order mark"):
-        load(tmp_path, b"\xef\xbb\xbf" + CHAT_LINE.encode())
-    with pytest.raises(DataInvalid, match="no examples"):
-        load(tmp_path, "\n \n")
+            Rollout(*fields)
+    with pytest.raises(DataInvalid, match="4 tokens but 3 logprobs"):
+        dataclasses.replace(of_length(4), rollout=Rollout(ones, ones, mask))
 
 
 # the stream
@@ -340,6 +114,43 @@ def test_pack_refuses_an_example_longer_than_a_lane():
     assert len(pack([of_length(9)], 8)) == 1
     with pytest.raises(DataInvalid, match="example 1 has 10 tokens, but a lane of 8 positions holds at most 9"):
         pack([of_length(3), of_length(10)], 8)
+
+
+def test_pack_keeps_a_pair_in_one_lane_with_the_chosen_answer_first():
+    pairs = [Pair(of_length(n, 10 * n), of_length(m, 50 + 10 * m)) for n, m in ((3, 2), (4, 4), (2, 3))]
+    lanes = pack(pairs, 8)
+    assert [
+        [int(lane.token_J[lane.segment_J == s][0]) for s in (1, 2, 3, 4) if s in lane.segment_J] for lane in lanes
+    ] == [
+        [40, 90],
+        [30, 70, 20, 80],
+    ]
+    assert lanes[0].units == (pairs[1],)
+    assert list(lanes[1].pair_J) == [1, 1, -1, 1, -1, -1, 0, 0]
+    assert list(lanes[1].segment_J) == [1, 1, 2, 3, 4, 4, 0, 0]
+    with pytest.raises(DataInvalid, match="pair 0 has 6 and 5 tokens, but a lane of 8 positions holds at most 10"):
+        pack([Pair(of_length(6), of_length(5))], 8)
+
+
+def test_pair_margins_by_hand():
+    """Weights 1, 2, … of each answer; what stands in the padding and where the weight is 0 does not count."""
+    first, second = Pair(of_length(3), of_length(2)), Pair(of_length(2), of_length(4))
+    second.rejected.weights[2] = 0
+    (lane,) = pack([second, first], 8)
+    logprob = np.float32([-1, -4, np.nan, -2, -1, -2, -3, np.inf])
+    reference = np.float32([-2, -3, 0, -2.5, -2, -4, -1, -np.inf])
+    expected = [1 * (-1 + 2) - (1 * (-4 + 3) + 3 * (-2 + 2.5)), 1 * (-1 + 2) + 2 * (-2 + 4) - 1 * (-3 + 1)]
+    np.testing.assert_allclose(pair_margins(lane, logprob, reference), expected)
+
+
+def test_fill_lane_puts_what_was_sampled_beside_its_target():
+    numbers = np.arange(4, dtype=np.float32)
+    rollout = Rollout(-numbers, 10 * numbers, numbers > 2)
+    lane = fill_lane([dataclasses.replace(of_length(4), rollout=rollout), of_length(2)], 6)
+    assert list(lane.reference_J) == [-1, -2, -3, 0, 0, 0]
+    assert list(lane.advantage_J) == [10, 20, 30, 0, 0, 0]
+    assert list(lane.ratio_J) == [False, False, True, False, False, False]
+    assert not lane.pair_J.any()
 
 
 @settings(max_examples=60, deadline=None)

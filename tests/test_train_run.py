@@ -285,7 +285,12 @@ def test_the_old_peft_folder_stays_until_the_new_one_is_whole(job, monkeypatch):
 OTHERS = [  # file, what is changed in it, what the refusal says
     ("job.toml", "seed = 3", "seed = 5", "made with another seed; change that back"),
     ("job.toml", "alpha = 8.0", "alpha = 4.0", "another rank, alpha, targets or rslora;"),
-    ("job.toml", "max_rank = 4", "max_rank = 8", "another max_rank, other buckets, or lm_head in some tenant's targets;"),
+    (
+        "job.toml",
+        "max_rank = 4",
+        "max_rank = 8",
+        "another max_rank, other buckets, or lm_head in some tenant's targets;",
+    ),
     ("one.jsonl", '"say a"', '"tell a"', "another examples (the train file"),
     ("base/tokenizer_config.json", "{", "{ ", "another base model ([model] path);"),
 ]

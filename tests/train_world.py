@@ -5,6 +5,7 @@ Trainers of one session with the same shapes share their compiled programs.
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -14,15 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxlora.config import CROSS_ENTROPY
 from jaxlora.lora import ALL_TARGETS, Adapter, AdapterRef, LoraSpec
 from jaxlora.mesh import make_mesh
 from jaxlora.model import Base, load_base
 from jaxlora.model_config import ModelConfig, parameters, target_features
 from jaxlora.pool import PoolSpec, Rows, host_rows, layer_count
-from train.data import Example, fill_lane
+from train.data import Example, Pair, Rollout, fill_lane
 from train.optimizer import Optimizer
 from train.state import Due
-from train.step import TrainBatch, idle_batch, make_programs
+from train.step import TrainBatch, idle_batch, make_programs, put_lane
 from train.trainer import Trainer
 
 CONFIG = ModelConfig(
@@ -120,6 +122,29 @@ def examples(seed: int, count: int, longest: int = 10, shortest: int = 4, vocab:
     return made
 
 
+def pairs(seed: int, count: int, longest: int = 10) -> list[Pair]:
+    """Two answers each, of random lengths, to prompts of three tokens; every answer token weighs 1."""
+    rng, made = np.random.default_rng(seed), []
+    for _ in range(count):
+        tokens = [rng.integers(0, CONFIG.vocab, int(n)).astype(np.int32) for n in rng.integers(5, longest + 1, 2)]
+        tokens[1][:3] = tokens[0][:3]
+        made.append(Pair(*(Example(t, (np.arange(len(t)) >= 3).astype(np.float32)) for t in tokens)))
+    return made
+
+
+def rollouts(seed: int, count: int, longest: int = 10) -> list[Example]:
+    """`examples` that were sampled, at log-probabilities near what the small model says, with signed advantages."""
+    rng = np.random.default_rng(seed)
+
+    def sampled(example: Example) -> Example:
+        n = len(example)
+        advantages, logprobs = rng.normal(size=n), -5 + 0.5 * rng.normal(size=n)
+        rollout = Rollout(logprobs.astype(np.float32), advantages.astype(np.float32), rng.random(n) < 0.8)
+        return dataclasses.replace(example, rollout=rollout)
+
+    return [sampled(e) for e in examples(seed, count, longest)]
+
+
 def lora(rank: int, targets: Sequence[str] = ALL_TARGETS) -> LoraSpec:
     return LoraSpec(rank=rank, alpha=2.0 * rank, targets=tuple(targets))
 
@@ -147,8 +172,7 @@ def batch_of(
     batch = idle_batch(count, length)
     for g, (slot, inside) in enumerate(lanes):
         lane = fill_lane(inside, length)
-        batch.token_GJ[g], batch.target_GJ[g], batch.weight_GJ[g] = lane.token_J, lane.target_J, lane.weight_J
-        batch.position_GJ[g], batch.segment_GJ[g], batch.slot_G[g] = lane.position_J, lane.segment_J, slot
+        put_lane(batch, g, lane, slot, CROSS_ENTROPY, lane.reference_J)
     return batch
 
 

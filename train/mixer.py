@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from jaxlora.errors import AlreadyExists, InvalidRequest, NotFound, StateInvalid
-from train.data import Example, ExampleStream, Lane, check_length, fill_lane, first_fit_decreasing, real_tokens
+from train.data import ExampleStream, Lane, Unit, check_length, fill_lane, first_fit_decreasing, real_tokens
 
 MAX_BATCH = 4096  # examples of one optimizer step: what the host packs at once
 
@@ -204,7 +204,7 @@ class Mixer:
         return batch
 
 
-def _worst_batch(examples: Sequence[Example], batch_size: int, length: int) -> list[list[int]]:
+def _worst_batch(examples: Sequence[Unit], batch_size: int, length: int) -> list[list[int]]:
     """Lanes, as ranks by length, of a batch at least as long, rank by rank, as any that the stream can give.
 
     A batch may reach into several epochs, and then hold an example once for each.

@@ -11,6 +11,7 @@ out/loss.png
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import signal
@@ -35,7 +36,8 @@ from jaxlora.peft import export_peft
 from jaxlora.pool import PoolSpec
 from jaxlora.store import AdapterStore
 from train import metrics
-from train.data import Example, load_jsonl
+from train.data import Unit
+from train.jsonl import load_jsonl
 from train.plot import plot_curves
 from train.state import SlotState
 from train.trainer import MAX_BAD_STEPS, Evaluation, StepReport, Tenant, Trainer
@@ -48,7 +50,7 @@ class Job:
     """One tenant of the file: its data, its files, and what its checkpoints must agree with."""
 
     folder: Path  # out/TENANT
-    heldout: list[Example]  # may be empty
+    heldout: list[Unit]  # may be empty
     identity: dict[str, object]  # what its training state was made with
 
     @property
@@ -82,6 +84,7 @@ IDENTITY = {
     "spec": "rank, alpha, targets or rslora",
     "seed": "seed",
     "examples": "examples (the train file, or the base's tokenizer)",
+    "loss": "loss, beta, clip_low or clip_high",
     "pool": "max_rank, other buckets, or lm_head in some tenant's targets",
 }
 
@@ -156,13 +159,15 @@ def seat_tenants(trainer: Trainer, config: TrainConfig, opened: Opened) -> dict[
     jobs = {}
     limit = config.lane_tokens + 1
     for section in config.tenant:
-        examples = load_jsonl(section.train, opened.tokenizer, max_tokens=limit)
-        heldout = [] if section.heldout is None else load_jsonl(section.heldout, opened.tokenizer, max_tokens=limit)
+        read = functools.partial(load_jsonl, tokenizer=opened.tokenizer, max_tokens=limit, loss=section.loss)
+        examples = read(section.train)
+        heldout = [] if section.heldout is None else read(section.heldout)
         identity: dict[str, object] = {
             "base": trainer.base_hash,
             "spec": section.spec.to_json(),
             "seed": section.seed,
             "examples": digest(examples),
+            "loss": {"name": section.loss} | section.objective.row(),
             "pool": [[b.rank for b in trainer.buckets], list(trainer.buckets[0].targets)],
         }
         job = jobs[section.name] = Job(config.out / section.name, heldout, identity)
@@ -171,13 +176,15 @@ def seat_tenants(trainer: Trainer, config: TrainConfig, opened: Opened) -> dict[
     return jobs
 
 
-def digest(examples: Sequence[Example]) -> str:
-    """Hex sha256 of the examples' tokens and weights, in their order."""
+def digest(units: Sequence[Unit]) -> str:
+    """Hex sha256 of all that the examples or pairs hold, in their order."""
     total = hashlib.sha256()
-    for e in examples:
-        total.update(
-            len(e).to_bytes(8, "little") + e.tokens.astype("<i4").tobytes() + e.weights.astype("<f4").tobytes()
-        )
+    for e in (e for unit in units for e in unit.segments):
+        total.update(len(e).to_bytes(8, "little"))
+        total.update(e.tokens.astype("<i4").tobytes() + e.weights.astype("<f4").tobytes())
+        if e.rollout is not None:
+            total.update(e.rollout.logprobs.astype("<f4").tobytes() + e.rollout.advantages.astype("<f4").tobytes())
+            total.update(e.rollout.ratio_mask.tobytes())
     return total.hexdigest()
 
 
@@ -193,11 +200,21 @@ def check_identity(name: str, job: Job) -> None:
         )
 
 
-def seat(trainer: Trainer, config: TrainConfig, section: TenantSection, examples: Sequence[Example], job: Job) -> None:
+def seat(trainer: Trainer, config: TrainConfig, section: TenantSection, examples: Sequence[Unit], job: Job) -> None:
     """The tenant joins, with its newest checkpoint if it has one."""
     name, spec, optimizer = section.name, section.spec, section.optimizer(config.steps)
+    join = functools.partial(
+        trainer.add,
+        name,
+        spec,
+        optimizer,
+        examples,
+        batch_size=section.batch,
+        seed=section.seed,
+        loss=section.objective,
+    )
     try:
-        trainer.add(name, spec, optimizer, examples, batch_size=section.batch, seed=section.seed)
+        join()
     except InvalidRequest as e:
         raise InvalidRequest(f"tenant {name}: {e.message}", param=e.param) from e
     found = restore_state(job.states, trainer.unseat(name))
@@ -206,14 +223,14 @@ def seat(trainer: Trainer, config: TrainConfig, section: TenantSection, examples
     assert isinstance(found.arrays, SlotState)
     resume = (found.arrays, found.step, int(found.meta["cursor"]))
     trainer.remove(name)
-    trainer.add(name, spec, optimizer, examples, batch_size=section.batch, seed=section.seed, resume=resume)
+    join(resume=resume)
 
 
 def evaluate_all(trainer: Trainer, jobs: dict[str, Job], *, tuned: bool) -> dict[str, Evaluation]:
     """Held-out loss and accuracy of every tenant that has held-out examples, with its adapter or of the base alone."""
     names = [name for name, job in jobs.items() if job.heldout]
-    work = [(jobs[name].heldout, name if tuned else None) for name in names]
-    return dict(zip(names, trainer.evaluate_all(work), strict=True))
+    work = [(jobs[name].heldout, name) for name in names]
+    return dict(zip(names, trainer.evaluate_all(work, tuned=tuned), strict=True))
 
 
 # ---- steps ------------------------------------------------------------------------------------------------------
@@ -313,7 +330,7 @@ def finish(
     with console.status("asking the adapters for the held-out examples"):
         after = evaluate_all(trainer, jobs, tuned=True)
     columns = ("tenant", "status", "loss: base", "adapter", "accuracy: base", "adapter", "version")
-    table = Table(*columns, title="held-out examples, by token")
+    table = Table(*columns, title="held-out examples, by token (dpo: by pair)")
     for name, tenant in trainer.tenants.items():
         numbers = ["", "", "", ""]
         if name in after:

@@ -16,14 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxlora.config import LANE_BLOCK
+from jaxlora.config import LANE_BLOCK, LOSSES, Loss
 from jaxlora.mesh import attention_placement, replicated
 from jaxlora.model import Base, TokenBatch, forward, head_weight
 from jaxlora.pool import LaneLora, LoraLayout, Rows
 from pallas_kernels import NO_ADAPTER
 from pallas_kernels.attention import packed_attention
 from pallas_kernels.cross_entropy import target_logprob
-from train.losses import cross_entropy
+from train.data import Lane
+from train.losses import LossInputs, token_losses
 from train.state import (
     Due,
     States,
@@ -48,22 +49,31 @@ class TrainBatch:
     weight_GJ: jax.Array  # float32 of that prediction; 0 is not trained
     position_GJ: jax.Array  # int32 place in its segment
     segment_GJ: jax.Array  # int32 example within the lane, from 1; 0 is padding
+    reference_GJ: jax.Array  # float32 log-probability of the target when sampled, or under DPO's reference model
+    advantage_GJ: jax.Array  # float32
+    ratio_GJ: jax.Array  # bool: counts in the ratio of its sequence (gspo)
+    pair_GJ: jax.Array  # int32: 1 in a chosen answer, -1 in the rejected one, which is the next segment; 0: no pair
+    low_GJ: jax.Array  # float32 bounds of the ratio (ppo, cispo, gspo)
+    high_GJ: jax.Array  # float32
+    beta_G: jax.Array  # float32 (dpo, dro)
+    loss_G: jax.Array  # int32 which loss: a place in `config.LOSSES`
     slot_G: jax.Array  # int32 whose lane
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class LaneSums:
-    """What each lane's tokens summed to, float32 [G]."""
+    """What each lane's tokens summed to, float32 [G], and each token's log-probability."""
 
-    loss_G: jax.Array  # weighted loss
+    loss_G: jax.Array  # the lane's own loss, weighted
     weight_G: jax.Array  # weights
     hit_G: jax.Array  # targets that were the likeliest token
     count_G: jax.Array  # targets
+    logprob_GJ: jax.Array  # float32 of each target; 0 where its weight is 0
 
 
 def lane_losses(base: Base, rows_LG: Rows, batch: TrainBatch) -> tuple[jax.Array, LaneSums]:
-    """(float32 sum of all lanes' weighted losses, the sums by lane) under each lane's adapter."""
+    """(float32 sum of all lanes' losses, each its own, the sums by lane) under each lane's adapter."""
     G, J = batch.token_GJ.shape
     lora = LaneLora(rows_LG, LoraLayout(config=base.config, mesh=base.mesh))
 
@@ -91,14 +101,30 @@ def lane_losses(base: Base, rows_LG: Rows, batch: TrainBatch) -> tuple[jax.Array
             chunk=min(LANE_BLOCK, J),
         )
     logprob_GJ, hit_GJ = logprob_GJK[..., 0], hit_GJK[..., 0]
-    loss_G = cross_entropy(logprob_GJ, batch.weight_GJ).sum(1)
+    loss_G = token_losses(logprob_GJ, batch.loss_G, _loss_inputs(batch)).sum(1)
     sums = LaneSums(
         loss_G=loss_G,
         weight_G=batch.weight_GJ.sum(1),
         hit_G=hit_GJ.sum(1).astype(jnp.float32),
         count_G=wanted_GJ.sum(1).astype(jnp.float32),
+        logprob_GJ=logprob_GJ,
     )
     return loss_G.sum(), sums
+
+
+def _loss_inputs(batch: TrainBatch) -> LossInputs:
+    """What the losses take of each lane."""
+    return LossInputs(
+        segment_J=batch.segment_GJ,
+        weight_J=batch.weight_GJ,
+        reference_J=batch.reference_GJ,
+        advantage_J=batch.advantage_GJ,
+        ratio_J=batch.ratio_GJ,
+        pair_J=batch.pair_GJ,
+        low_J=batch.low_GJ,
+        high_J=batch.high_GJ,
+        beta=batch.beta_G,
+    )
 
 
 def _accumulate(base: Base, states: States, batch: TrainBatch) -> tuple[States, LaneSums]:
@@ -147,13 +173,34 @@ def make_programs(states: States, mesh: Mesh) -> Programs:
 
 
 def idle_batch(lanes: int, length: int) -> TrainBatch:
-    """A NumPy batch of empty lanes, for the host to fill."""
-    shape = (lanes, length)
+    """A NumPy batch of empty lanes, for `put_lane` to fill."""
+
+    def zeros(*shape: int, dtype: type = np.float32) -> jax.Array:
+        return np.zeros(shape, dtype)  # ty: ignore[invalid-explicit-return]
+
     return TrainBatch(
-        token_GJ=np.zeros(shape, np.int32),  # ty: ignore[invalid-argument-type]
-        target_GJ=np.zeros(shape, np.int32),  # ty: ignore[invalid-argument-type]
-        weight_GJ=np.zeros(shape, np.float32),  # ty: ignore[invalid-argument-type]
-        position_GJ=np.zeros(shape, np.int32),  # ty: ignore[invalid-argument-type]
-        segment_GJ=np.zeros(shape, np.int32),  # ty: ignore[invalid-argument-type]
-        slot_G=np.full(lanes, NO_ADAPTER, np.int32),  # ty: ignore[invalid-argument-type]
+        token_GJ=zeros(lanes, length, dtype=np.int32),
+        target_GJ=zeros(lanes, length, dtype=np.int32),
+        weight_GJ=zeros(lanes, length),
+        position_GJ=zeros(lanes, length, dtype=np.int32),
+        segment_GJ=zeros(lanes, length, dtype=np.int32),
+        reference_GJ=zeros(lanes, length),
+        advantage_GJ=zeros(lanes, length),
+        ratio_GJ=zeros(lanes, length, dtype=np.bool_),
+        pair_GJ=zeros(lanes, length, dtype=np.int32),
+        low_GJ=zeros(lanes, length),
+        high_GJ=zeros(lanes, length),
+        beta_G=zeros(lanes),
+        loss_G=zeros(lanes, dtype=np.int32),
+        slot_G=zeros(lanes, dtype=np.int32) + NO_ADAPTER,
     )
+
+
+def put_lane(batch: TrainBatch, g: int, lane: Lane, slot: int, loss: Loss, reference_J: np.ndarray) -> None:
+    """Writes lane g of a NumPy batch; `reference_J` are the log-probabilities that its loss compares with."""
+    batch.token_GJ[g], batch.target_GJ[g], batch.weight_GJ[g] = lane.token_J, lane.target_J, lane.weight_J
+    batch.position_GJ[g], batch.segment_GJ[g], batch.slot_G[g] = lane.position_J, lane.segment_J, slot
+    batch.advantage_GJ[g], batch.ratio_GJ[g], batch.pair_GJ[g] = lane.advantage_J, lane.ratio_J, lane.pair_J
+    numbers = loss.row()
+    batch.loss_G[g], batch.beta_G[g] = list(LOSSES).index(loss.name), numbers["beta"]
+    batch.low_GJ[g], batch.high_GJ[g], batch.reference_GJ[g] = numbers["clip_low"], numbers["clip_high"], reference_J

@@ -10,6 +10,7 @@ Shape letters: G lanes, J positions of a lane, U due slots, L layers, R LoRA ran
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -17,7 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxlora.config import Optimizer, check_lane_tokens
+from jaxlora.config import CROSS_ENTROPY, Loss, Optimizer, check_lane_tokens
 from jaxlora.errors import AlreadyExists, ConfigInvalid, NotFound, StateInvalid
 from jaxlora.lora import ALL_TARGETS, Adapter, AdapterRef, LoraSpec
 from jaxlora.mesh import check_lanes, place_rows, replicated
@@ -25,11 +26,11 @@ from jaxlora.model import Base
 from jaxlora.model_config import ModelConfig, target_features
 from jaxlora.pool import PoolSpec, Rows, adapter_of_rows, host_rows, layer_count
 from pallas_kernels import NO_ADAPTER
-from train.data import Example, ExampleStream, Lane, pack
+from train.data import ExampleStream, Lane, Pair, Unit, check_kind, fill_lane, pack, pair_margins, real_tokens
 from train.mixer import Mixer
 from train.optimizer import IDLE, Hyper
 from train.state import Due, SlotState, empty_state, fresh_seat
-from train.step import TrainBatch, idle_batch, make_programs
+from train.step import LaneSums, TrainBatch, idle_batch, make_programs, put_lane
 
 MAX_BAD_STEPS = 5  # skipped updates in a row after which a tenant stops
 
@@ -40,8 +41,8 @@ class StepReport:
 
     tenant: str
     step: int  # optimizer steps it has done
-    loss: float  # weighted mean over its target tokens (divided by the weights' sizes), nats
-    accuracy: float  # share of target tokens that were the likeliest
+    loss: float  # its loss's sum, divided by the sum of its weights' sizes (dpo: by its pairs); nats for cross_entropy
+    accuracy: float  # share of target tokens that were the likeliest (dpo: of pairs whose margin is positive)
     lr: float
     grad_norm: float  # before clipping
     tokens: int  # real tokens computed for it
@@ -50,10 +51,10 @@ class StepReport:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
-    """How well a model predicts some examples."""
+    """How well a model does on some examples, by the loss of the tenant whose they are."""
 
-    nll: float  # mean per target token, nats
-    accuracy: float
+    nll: float  # the loss, divided as in a StepReport; of cross_entropy nats per target token
+    accuracy: float  # as in a StepReport
     tokens: int  # target tokens
 
 
@@ -66,6 +67,7 @@ class Tenant:
     spec: LoraSpec
     optimizer: Optimizer
     stream: ExampleStream
+    loss: Loss
     step: int = 0
     bad_steps: int = 0  # in a row
     status: str = "running"  # running, done or failed
@@ -92,6 +94,7 @@ class Trainer:
         self.tenants: dict[str, Tenant] = {}
         self.trained_tokens = 0
         self._mixer = Mixer(lanes, lane_tokens)
+        self._references: weakref.WeakKeyDictionary[Pair, np.ndarray] = weakref.WeakKeyDictionary()
         self._states = tuple(empty_state(base, spec, mesh) for spec in self.buckets)
         self._programs = make_programs(self._states, mesh)
 
@@ -117,21 +120,24 @@ class Trainer:
         name: str,
         spec: LoraSpec,
         optimizer: Optimizer,
-        examples: Sequence[Example],
+        examples: Sequence[Unit],
         *,
         batch_size: int,
         seed: int,
+        loss: Loss = CROSS_ENTROPY,
         resume: tuple[SlotState, int, int] | None = None,
     ) -> Tenant:
         """A tenant joins from the next step on, with fresh weights drawn from its seed, or with (state, step, cursor).
 
         One that comes back after its last step is `done` and trains no more.
-        Raises AlreadyExists, AdapterInvalid (rank or targets), DataInvalid (no examples, too long an example),
-        InvalidRequest (batch size), StateInvalid when every slot is taken.
+        Raises AlreadyExists, AdapterInvalid (rank or targets), DataInvalid (no examples, too long an example, or data of
+        another kind than the loss trains on), InvalidRequest (batch size), StateInvalid when every slot is taken.
         """
         if name in self.tenants:
             raise AlreadyExists(f"tenant {name} is already training; remove it first", param="name")
         bucket = self._bucket_for(spec)
+        for unit in examples:
+            check_kind(unit, loss.name)
         first = sum(b.slots for b in self.buckets[:bucket])
         taken = {t.slot for t in self.tenants.values()}
         slot = next((s for s in range(first, first + self.buckets[bucket].slots) if s not in taken), None)
@@ -147,7 +153,7 @@ class Trainer:
             self._mixer.add(name, stream, batch_size=batch_size)
         self._states = self._programs.seat(self._states, *self._at(slot), jax.device_put(jax.device_get(state)))
         status = "running" if running else "done"
-        self.tenants[name] = Tenant(name, slot, spec, optimizer, stream, step, status=status)
+        self.tenants[name] = Tenant(name, slot, spec, optimizer, stream, loss, step, status=status)
         return self.tenants[name]
 
     def remove(self, name: str) -> None:
@@ -240,8 +246,10 @@ class Trainer:
         for g, (name, _) in enumerate(mixed.lanes):
             lanes_of.setdefault(name, []).append(g)
         due = [self.tenants[name] for name in mixed.due]
-        divisor_of = {name: _divisor([mixed.lanes[g][1] for g in gs]) for name, gs in lanes_of.items()}
-        batch = self._batch([lane for _, lane in mixed.lanes], [self.tenants[n].slot for n, _ in mixed.lanes])
+        lanes = [lane for _, lane in mixed.lanes]
+        divisor_of = {n: _divisor([lanes[g] for g in gs], self.tenants[n].loss) for n, gs in lanes_of.items()}
+        owners = [self.tenants[name] for name, _ in mixed.lanes]
+        batch = self._batch([(lane, t.slot, t.loss) for lane, t in zip(lanes, owners, strict=True)])
         hyper_rows = [t.optimizer.row(t.step, divisor_of[t.name]) for t in due]
         places, updates_due = self._due([t.slot for t in due], hyper_rows)
         self._states, sums, updates = self._programs.train_step(self.base, self._states, batch, updates_due)
@@ -249,13 +257,14 @@ class Trainer:
         reports = []
         for tenant, hyper, (bucket, u) in zip(due, hyper_rows, places, strict=True):
             gs = lanes_of[tenant.name]
-            tokens = sum(int((mixed.lanes[g][1].segment_J != 0).sum()) for g in gs)
+            tokens = real_tokens([lanes[g] for g in gs])
+            hits, count = np.sum([self._hits(lanes[g], tenant.loss, sums, g) for g in gs], axis=0)
             self.trained_tokens += tokens
             report = StepReport(
                 tenant=tenant.name,
                 step=tenant.step + 1,
                 loss=float(sums.loss_G[gs].sum()) / divisor_of[tenant.name],
-                accuracy=float(sums.hit_G[gs].sum() / max(sums.count_G[gs].sum(), 1)),
+                accuracy=float(hits / max(count, 1)),
                 lr=hyper["lr"],
                 grad_norm=float(updates[bucket].norm_U[u]),
                 tokens=tokens,
@@ -275,46 +284,88 @@ class Trainer:
             tenant.status = "done"
             self._mixer.remove(tenant.name)
 
-    def evaluate(self, examples: Sequence[Example], name: str | None) -> Evaluation:
-        """Loss and accuracy on these examples under a tenant's present weights, or the base's (None).
+    def evaluate(self, examples: Sequence[Unit], name: str | None) -> Evaluation:
+        """Loss and accuracy on these examples under a tenant's present weights, by its loss; or the base's (None).
 
-        Raises DataInvalid for an example longer than a lane, NotFound for an unknown tenant.
+        Raises DataInvalid for an example longer than a lane or of another kind than the loss takes, NotFound for an
+        unknown tenant.
         """
         return self.evaluate_all([(examples, name)])[0]
 
-    def evaluate_all(self, work: Sequence[tuple[Sequence[Example], str | None]]) -> list[Evaluation]:
+    def evaluate_all(
+        self, work: Sequence[tuple[Sequence[Unit], str | None]], *, tuned: bool = True
+    ) -> list[Evaluation]:
         """One Evaluation per (examples, tenant or None); all of them share lanes, so eight small sets cost one large one.
 
+        Not tuned: the base in place of the adapters, by the tenants' losses.
         Raises as `evaluate` does, before anything runs.
         """
-        lanes: list[Lane] = []
-        slots: list[int] = []
-        owners: list[int] = []
+        asked: list[tuple[int, Lane, int, Loss]] = []  # whose work, lane, slot, loss
+        totals = np.zeros((len(work), 4))  # loss, targets, hits and what they are counted among
         divisors: list[float] = []
         for owner, (examples, name) in enumerate(work):
-            packed = pack(examples, self.lane_tokens)
-            lanes += packed
-            slots += [NO_ADAPTER if name is None else self._tenant(name).slot] * len(packed)
-            owners += [owner] * len(packed)
-            divisors.append(_divisor(packed))
-        totals = np.zeros((len(work), 3))  # loss, hits, targets
-        for start in range(0, len(lanes), self.lanes):
-            part = slice(start, start + self.lanes)
-            batch = self._batch(lanes[part], slots[part])
+            tenant = None if name is None else self._tenant(name)
+            slot, loss = (NO_ADAPTER, CROSS_ENTROPY) if tenant is None else (tenant.slot, tenant.loss)
+            for unit in examples:
+                check_kind(unit, loss.name)
+            lanes = pack(examples, self.lane_tokens)
+            divisors.append(_divisor(lanes, loss))
+            if loss.name == "dpo" and not tuned:  # the base is its own reference: every margin is exactly 0
+                targets = sum(np.count_nonzero(lane.weight_J) for lane in lanes)
+                totals[owner] = len(examples) * math.log(2), targets, 0, len(examples)
+            else:
+                asked += [(owner, lane, slot if tuned else NO_ADAPTER, loss) for lane in lanes]
+        for start in range(0, len(asked), self.lanes):
+            part = asked[start : start + self.lanes]
+            batch = self._batch([(lane, slot, loss) for _, lane, slot, loss in part])
             sums = jax.device_get(self._programs.evaluate(self.base, self._pools(), batch))
-            columns = np.stack([sums.loss_G, sums.hit_G, sums.count_G], axis=1)
-            np.add.at(totals, owners[part], columns[: len(owners[part])])
+            for g, (owner, lane, _, loss) in enumerate(part):
+                totals[owner] += sums.loss_G[g], sums.count_G[g], *self._hits(lane, loss, sums, g)
         return [
-            Evaluation(nll=float(loss / divisor), accuracy=float(hit / max(count, 1.0)), tokens=int(count))
-            for divisor, (loss, hit, count) in zip(divisors, totals, strict=True)
+            Evaluation(nll=float(total / divisor), accuracy=float(hits / max(count, 1.0)), tokens=int(targets))
+            for divisor, (total, targets, hits, count) in zip(divisors, totals, strict=True)
         ]
 
-    def _batch(self, lanes: Sequence[Lane], slots: Sequence[int]) -> TrainBatch:
+    def _hits(self, lane: Lane, loss: Loss, sums: LaneSums, g: int) -> tuple[float, float]:
+        """(targets of lane g that were the likeliest, targets); of pairs: (those whose margin is positive, pairs)."""
+        if loss.name != "dpo":
+            return float(sums.hit_G[g]), float(sums.count_G[g])
+        margins = pair_margins(lane, np.asarray(sums.logprob_GJ[g]), self._reference(lane))
+        return float((margins > 0).sum()), float(len(margins))
+
+    def _batch(self, rows: Sequence[tuple[Lane, int, Loss]]) -> TrainBatch:
+        """Lanes with their slots and losses on the device; what the base makes of their pairs is found first."""
+        self._learn_references([u for lane, _, _ in rows for u in lane.units if isinstance(u, Pair)])
         batch = idle_batch(self.lanes, self.lane_tokens)
-        for g, (lane, slot) in enumerate(zip(lanes, slots, strict=True)):
-            batch.token_GJ[g], batch.target_GJ[g], batch.weight_GJ[g] = lane.token_J, lane.target_J, lane.weight_J
-            batch.position_GJ[g], batch.segment_GJ[g], batch.slot_G[g] = lane.position_J, lane.segment_J, slot
+        for g, (lane, slot, loss) in enumerate(rows):
+            put_lane(batch, g, lane, slot, loss, self._reference(lane))
         return place_rows(self.mesh, batch)
+
+    def _reference(self, lane: Lane) -> np.ndarray:
+        """float32 [J]: the log-probabilities that the lane's loss compares with."""
+        reference_J, start = lane.reference_J.copy(), 0
+        for unit in lane.units:
+            if isinstance(unit, Pair):
+                reference_J[start : start + unit.predictions] = self._references[unit]
+            start += unit.predictions
+        return reference_J
+
+    def _learn_references(self, pairs: Sequence[Pair]) -> None:
+        """Asks the base for the log-probabilities of the pairs that are new.
+
+        A pair is asked for alone in its lane, so that its reference depends on nothing else: a resumed run finds the same.
+        """
+        new = list(dict.fromkeys(p for p in pairs if p not in self._references))
+        for start in range(0, len(new), self.lanes):
+            part = new[start : start + self.lanes]
+            batch = idle_batch(self.lanes, self.lane_tokens)
+            for g, pair in enumerate(part):
+                lane = fill_lane([pair], self.lane_tokens)
+                put_lane(batch, g, lane, NO_ADAPTER, CROSS_ENTROPY, lane.reference_J)
+            sums = self._programs.evaluate(self.base, self._pools(), place_rows(self.mesh, batch))
+            logprob_GJ = jax.device_get(sums.logprob_GJ)
+            for g, pair in enumerate(part):
+                self._references[pair] = np.array(logprob_GJ[g, : pair.predictions])
 
     def _device[T](self, tree: T) -> T:
         return jax.device_put(tree, replicated(self.mesh))
@@ -327,11 +378,13 @@ def check_buckets(buckets: Sequence[PoolSpec]) -> None:
         raise ConfigInvalid(f"training slots come in buckets of growing rank, each rank once; got ranks {ranks}")
 
 
-def _divisor(lanes: Sequence[Lane]) -> float:
-    """What losses and gradients of these lanes are divided by: the sum of the weights' sizes, within float32.
+def _divisor(lanes: Sequence[Lane], loss: Loss) -> float:
+    """What losses and gradients of these lanes are divided by: the sum of the weights' sizes, within float32; dpo: pairs.
 
     Weights may be negative (to unlearn a token); their plain sum could be zero, or turn the gradient around.
     """
+    if loss.name == "dpo":
+        return float(max(sum(len(lane.units) for lane in lanes), 1))
     total = sum(float(np.abs(lane.weight_J).sum(dtype=np.float64)) for lane in lanes)
     limits = np.finfo(np.float32)
     return min(max(total, float(limits.tiny)), float(limits.max))
