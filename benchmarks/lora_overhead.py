@@ -119,7 +119,7 @@ def base_gradient(base: Base, batch: TrainBatch) -> jax.Array:
     """Of the first norms: what it takes is the backward pass of the whole base."""
 
     def loss(norm: jax.Array) -> jax.Array:
-        return lane_losses(replace(base, arrays={**base.arrays, "attn_norm": norm}), {}, batch)[0]
+        return lane_losses(replace(base, arrays={**base.arrays, "attn_norm": norm}), {}, batch, dropout=False)[0]
 
     return jax.grad(loss)(base.arrays["attn_norm"])
 
@@ -127,7 +127,7 @@ def base_gradient(base: Base, batch: TrainBatch) -> jax.Array:
 def lora_gradient(base: Base, pool: Rows, batch: TrainBatch) -> object:
     """Of each lane's rows."""
     rows = LaneLora.gather(pool, batch.slot_G)
-    return jax.grad(lambda h: lane_losses(base, with_halves(rows, h), batch)[0])(halves(rows))
+    return jax.grad(lambda h: lane_losses(base, with_halves(rows, h), batch, dropout=True)[0])(halves(rows))
 
 
 def none(pool: Rows, slot_G: jax.Array, layers: int) -> NoLora:

@@ -63,6 +63,12 @@ def check_lane_tokens(lane_tokens: int) -> None:
         )
 
 
+def check_dropout(rate: float) -> None:
+    """Raises ConfigInvalid for a share that cannot be dropped."""
+    if not 0 <= rate < 1:
+        raise ConfigInvalid(f"dropout must be in [0, 1), got {rate}", param="dropout")
+
+
 def _need_distinct(names: list[str], what: str) -> None:
     twice = sorted({n for n in names if names.count(n) > 1})
     if twice:
@@ -230,6 +236,7 @@ class TenantSection:
     eps: float = OPTIMIZER.eps
     clip: float = OPTIMIZER.clip or NO_CLIP  # largest global norm of this tenant's gradient; inf: no clipping
     loraplus_ratio: float = OPTIMIZER.loraplus_ratio  # lr of B over lr of A; LoRA+ suggests 16
+    dropout: float = 0.0  # share of what A reads that is dropped in training
     batch: int  # examples per step
     steps: int | None = None  # optimizer steps of this tenant; None: those of the file
     seed: int  # of the adapter's first weights and of the order of its examples
@@ -238,6 +245,7 @@ class TenantSection:
         check_name(self.name, "name")
         _ = self.spec  # LoraSpec checks rank, alpha and targets
         _ = self.objective  # Loss checks its numbers
+        check_dropout(self.dropout)
         _need_counts(self, "batch")
         _need(self.steps is None or self.steps >= 1, "steps", "at least 1, or left out", self.steps)
         self.optimizer(max(self.warmup_steps, 1))  # checks its numbers; without steps TrainConfig checks the warm-up

@@ -21,7 +21,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from jaxlora.errors import AdapterInvalid, AdapterNotFinite
-from jaxlora.lora import HEAD_TARGET, LAYER_TARGETS, Adapter, AdapterRef, LoraSpec
+from jaxlora.lora import ALL_TARGETS, HEAD_TARGET, LAYER_TARGETS, Adapter, AdapterRef, LoraSpec
 from jaxlora.mesh import RULES, sharding
 from jaxlora.model_config import ModelConfig, parameters, target_features
 from pallas_kernels.gathered_lora import gathered_lora, visits_by_slot
@@ -243,6 +243,41 @@ class LaneLora:
     def head_placement(self) -> Placement | None:
         """How the head's product lies on the mesh."""
         return None if self.layout is None else self.layout.lanes(HEAD_TARGET)
+
+
+class DropoutLora:
+    """Lanes in training: a share of what each lane's A reads is dropped, by its own rate and its own random numbers.
+
+    Targets that share one read of x share what is dropped of it (PEFT draws for each).  Nothing is dropped before the head.
+    A lane of rate 0 keeps its bits, whatever the others drop; when no lane drops, nothing is drawn.
+    """
+
+    def __init__(self, lanes: LaneLora, layers: int, rate_G: jax.Array, draw_GN: jax.Array):
+        """`draw_GN`: int32 numbers that make a lane's random numbers its own: of its tenant, its step, its place there."""
+        self.lanes, self.rate_G, self.draw_GN = lanes, rate_G, draw_GN
+        self.per_layer = (jnp.arange(layers), lanes.per_layer)
+
+    def deltas(
+        self, layer: tuple[jax.Array, Rows], targets: tuple[str, ...], x_TX: jax.Array
+    ) -> tuple[jax.Array | None, ...]:
+        """As LaneLora's, of x with a share dropped and the rest scaled up."""
+        index, rows = layer
+        if not any(t in rows for t in targets):
+            return (None,) * len(targets)
+        drop = functools.partial(self._dropped, index, ALL_TARGETS.index(targets[0]))
+        return self.lanes.deltas(rows, targets, lax.cond((self.rate_G > 0).any(), drop, lambda x: x, x_TX))
+
+    def _dropped(self, layer: jax.Array, target: int, x_TX: jax.Array) -> jax.Array:
+        x_GJX = x_TX.reshape(self.rate_G.shape[0], -1, x_TX.shape[-1])
+
+        def of_lane(x_JX: jax.Array, rate: jax.Array, draw_N: jax.Array) -> jax.Array:
+            key = jax.random.key(0)
+            for number in (*draw_N, layer, target):
+                key = jax.random.fold_in(key, number)
+            keep_JX = jax.random.uniform(key, x_JX.shape) >= rate
+            return jnp.where(keep_JX, x_JX.astype(jnp.float32) / (1 - rate), 0).astype(x_JX.dtype)
+
+        return jax.vmap(of_lane)(x_GJX, self.rate_G, self.draw_GN).reshape(x_TX.shape)
 
 
 class _PoolLora(ABC):

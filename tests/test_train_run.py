@@ -375,7 +375,7 @@ def test_the_kernels_take_every_lane_that_the_settings_accept(lane_tokens):
     check_lane_tokens(lane_tokens)
     base, batch = small_base(), idle_batch(2, lane_tokens)
     rows = LaneLora.gather(empty_pool(base.config, SPEC, make_mesh()), batch.slot_G)
-    jax.eval_shape(jax.grad(lambda h: lane_losses(base, with_halves(rows, h), batch)[0]), halves(rows))
+    jax.eval_shape(jax.grad(lambda h: lane_losses(base, with_halves(rows, h), batch, dropout=True)[0]), halves(rows))
 
 
 @pytest.mark.parametrize(

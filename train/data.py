@@ -182,6 +182,7 @@ class Lane:
     """One packed row of one tenant: whole examples side by side, each its own segment, then padding (all zeros)."""
 
     units: tuple[Unit, ...]  # what lies in it, in order
+    number: int  # its place among the lanes of its batch
     token_J: np.ndarray  # int32 input ids
     target_J: np.ndarray  # int32 ids to predict
     weight_J: np.ndarray  # float32 weight of each prediction
@@ -222,10 +223,11 @@ def check_length(units: Sequence[Unit], length: int) -> None:
             )
 
 
-def fill_lane(units: Sequence[Unit], length: int) -> Lane:
+def fill_lane(units: Sequence[Unit], length: int, number: int = 0) -> Lane:
     """A lane of `length` positions that holds the examples and pairs in this order; they must fit."""
     lane = Lane(
         units=tuple(units),
+        number=number,
         token_J=np.zeros(length, np.int32),
         target_J=np.zeros(length, np.int32),
         weight_J=np.zeros(length, np.float32),

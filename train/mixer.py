@@ -225,4 +225,4 @@ def _pack_batch(tenant: _Tenant, length: int) -> list[Lane]:
     groups = first_fit_decreasing([e.predictions for e in examples], length)
     if len(groups) > len(tenant.worst):
         groups = tenant.worst
-    return [fill_lane([examples[i] for i in group], length) for group in groups]
+    return [fill_lane([examples[i] for i in group], length, n) for n, group in enumerate(groups)]

@@ -212,6 +212,7 @@ def seat(trainer: Trainer, config: TrainConfig, section: TenantSection, examples
         batch_size=section.batch,
         seed=section.seed,
         loss=section.objective,
+        dropout=section.dropout,
     )
     try:
         join()

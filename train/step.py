@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jaxlora.config import LANE_BLOCK, LOSSES, Loss
 from jaxlora.mesh import attention_placement, replicated
 from jaxlora.model import Base, TokenBatch, forward, head_weight
-from jaxlora.pool import LaneLora, LoraLayout, Rows
+from jaxlora.pool import DropoutLora, LaneLora, LoraLayout, Rows
 from pallas_kernels import NO_ADAPTER
 from pallas_kernels.attention import packed_attention
 from pallas_kernels.cross_entropy import target_logprob
@@ -57,6 +57,8 @@ class TrainBatch:
     high_GJ: jax.Array  # float32
     beta_G: jax.Array  # float32 (dpo, dro)
     loss_G: jax.Array  # int32 which loss: a place in `config.LOSSES`
+    dropout_G: jax.Array  # float32 share of what A reads that is dropped in training
+    draw_GN: jax.Array  # int32 [G, 3] what its random numbers come from: the tenant's seed, its step, the lane's number
     slot_G: jax.Array  # int32 whose lane
 
 
@@ -72,15 +74,16 @@ class LaneSums:
     logprob_GJ: jax.Array  # float32 of each target; 0 where its weight is 0
 
 
-def lane_losses(base: Base, rows_LG: Rows, batch: TrainBatch) -> tuple[jax.Array, LaneSums]:
+def lane_losses(base: Base, rows_LG: Rows, batch: TrainBatch, *, dropout: bool) -> tuple[jax.Array, LaneSums]:
     """(float32 sum of all lanes' losses, each its own, the sums by lane) under each lane's adapter."""
     G, J = batch.token_GJ.shape
-    lora = LaneLora(rows_LG, LoraLayout(config=base.config, mesh=base.mesh))
+    lanes = LaneLora(rows_LG, LoraLayout(config=base.config, mesh=base.mesh))
+    lora = DropoutLora(lanes, base.config.layers, batch.dropout_G, batch.draw_GN) if dropout else lanes
 
     def attend(layer, q_TNH, k_TKH, v_TKH, cache):
-        lanes = [x.reshape(G, J, *x.shape[1:]) for x in (q_TNH, k_TKH, v_TKH)]
+        qkv = [x.reshape(G, J, *x.shape[1:]) for x in (q_TNH, k_TKH, v_TKH)]
         options = {"window": base.config.window, "block": LANE_BLOCK, "placement": attention_placement(base.mesh)}
-        return packed_attention(*lanes, batch.segment_GJ, **options).reshape(q_TNH.shape), cache
+        return packed_attention(*qkv, batch.segment_GJ, **options).reshape(q_TNH.shape), cache
 
     tokens = TokenBatch(
         token_T=batch.token_GJ.reshape(-1),
@@ -88,7 +91,8 @@ def lane_losses(base: Base, rows_LG: Rows, batch: TrainBatch) -> tuple[jax.Array
         segment_T=batch.segment_GJ.reshape(-1),
         slot_T=jnp.repeat(batch.slot_G, J),
     )
-    x_TD, _ = forward(base, tokens, lora, attend, ())
+    # Either is a Lora of its own Layer; a union of them is beyond the type variable.
+    x_TD, _ = forward(base, tokens, lora, attend, ())  # ty: ignore[invalid-argument-type]
     wanted_GJ = batch.weight_GJ != 0
     with jax.default_matmul_precision(base.precision):
         logprob_GJK, hit_GJK = target_logprob(
@@ -96,8 +100,8 @@ def lane_losses(base: Base, rows_LG: Rows, batch: TrainBatch) -> tuple[jax.Array
             *head_weight(base),
             batch.target_GJ[..., None],
             wanted_GJ,
-            lora.head_rows(),
-            placement=lora.head_placement(),
+            lanes.head_rows(),
+            placement=lanes.head_placement(),
             chunk=min(LANE_BLOCK, J),
         )
     logprob_GJ, hit_GJ = logprob_GJK[..., 0], hit_GJK[..., 0]
@@ -129,7 +133,7 @@ def _loss_inputs(batch: TrainBatch) -> LossInputs:
 
 def _accumulate(base: Base, states: States, batch: TrainBatch) -> tuple[States, LaneSums]:
     rows = lane_rows([s.pool for s in states], batch.slot_G)
-    grad_of = jax.grad(lambda h: lane_losses(base, with_halves(rows, h), batch), has_aux=True)
+    grad_of = jax.grad(lambda h: lane_losses(base, with_halves(rows, h), batch, dropout=True), has_aux=True)
     grads_LG, sums = grad_of(halves(rows))
     return add_gradients(states, grads_LG, batch.slot_G), sums
 
@@ -143,7 +147,7 @@ def _train_step(
 
 
 def _evaluate(base: Base, pools: tuple[Rows, ...], batch: TrainBatch) -> LaneSums:
-    return lane_losses(base, lane_rows(pools, batch.slot_G), batch)[1]
+    return lane_losses(base, lane_rows(pools, batch.slot_G), batch, dropout=False)[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +196,8 @@ def idle_batch(lanes: int, length: int) -> TrainBatch:
         high_GJ=zeros(lanes, length),
         beta_G=zeros(lanes),
         loss_G=zeros(lanes, dtype=np.int32),
+        dropout_G=zeros(lanes),
+        draw_GN=zeros(lanes, 3, dtype=np.int32),
         slot_G=zeros(lanes, dtype=np.int32) + NO_ADAPTER,
     )
 
@@ -204,3 +210,8 @@ def put_lane(batch: TrainBatch, g: int, lane: Lane, slot: int, loss: Loss, refer
     numbers = loss.row()
     batch.loss_G[g], batch.beta_G[g] = list(LOSSES).index(loss.name), numbers["beta"]
     batch.low_GJ[g], batch.high_GJ[g], batch.reference_GJ[g] = numbers["clip_low"], numbers["clip_high"], reference_J
+
+
+def put_dropout(batch: TrainBatch, g: int, lane: Lane, rate: float, seed: int, step: int) -> None:
+    """Writes what lane g drops: random numbers of this tenant, step and lane, whatever slot and batch they are in."""
+    batch.dropout_G[g], batch.draw_GN[g] = rate, np.array([seed, step, lane.number], np.uint32).view(np.int32)

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxlora.config import CROSS_ENTROPY, Loss, Optimizer, check_lane_tokens
+from jaxlora.config import CROSS_ENTROPY, Loss, Optimizer, check_dropout, check_lane_tokens
 from jaxlora.errors import AlreadyExists, ConfigInvalid, NotFound, StateInvalid
 from jaxlora.lora import ALL_TARGETS, Adapter, AdapterRef, LoraSpec
 from jaxlora.mesh import check_lanes, place_rows, replicated
@@ -30,7 +30,7 @@ from train.data import ExampleStream, Lane, Pair, Unit, check_kind, fill_lane, p
 from train.mixer import Mixer
 from train.optimizer import IDLE, Hyper
 from train.state import Due, SlotState, empty_state, fresh_seat
-from train.step import LaneSums, TrainBatch, idle_batch, make_programs, put_lane
+from train.step import LaneSums, TrainBatch, idle_batch, make_programs, put_dropout, put_lane
 
 MAX_BAD_STEPS = 5  # skipped updates in a row after which a tenant stops
 
@@ -68,6 +68,7 @@ class Tenant:
     optimizer: Optimizer
     stream: ExampleStream
     loss: Loss
+    dropout: float = 0.0
     step: int = 0
     bad_steps: int = 0  # in a row
     status: str = "running"  # running, done or failed
@@ -125,6 +126,7 @@ class Trainer:
         batch_size: int,
         seed: int,
         loss: Loss = CROSS_ENTROPY,
+        dropout: float = 0.0,
         resume: tuple[SlotState, int, int] | None = None,
     ) -> Tenant:
         """A tenant joins from the next step on, with fresh weights drawn from its seed, or with (state, step, cursor).
@@ -135,6 +137,7 @@ class Trainer:
         """
         if name in self.tenants:
             raise AlreadyExists(f"tenant {name} is already training; remove it first", param="name")
+        check_dropout(dropout)
         bucket = self._bucket_for(spec)
         for unit in examples:
             check_kind(unit, loss.name)
@@ -153,7 +156,7 @@ class Trainer:
             self._mixer.add(name, stream, batch_size=batch_size)
         self._states = self._programs.seat(self._states, *self._at(slot), jax.device_put(jax.device_get(state)))
         status = "running" if running else "done"
-        self.tenants[name] = Tenant(name, slot, spec, optimizer, stream, loss, step, status=status)
+        self.tenants[name] = Tenant(name, slot, spec, optimizer, stream, loss, dropout, step, status=status)
         return self.tenants[name]
 
     def remove(self, name: str) -> None:
@@ -250,6 +253,9 @@ class Trainer:
         divisor_of = {n: _divisor([lanes[g] for g in gs], self.tenants[n].loss) for n, gs in lanes_of.items()}
         owners = [self.tenants[name] for name, _ in mixed.lanes]
         batch = self._batch([(lane, t.slot, t.loss) for lane, t in zip(lanes, owners, strict=True)])
+        for g, (lane, tenant) in enumerate(zip(lanes, owners, strict=True)):
+            put_dropout(batch, g, lane, tenant.dropout, tenant.stream.seed, tenant.step)
+        batch = place_rows(self.mesh, batch)
         hyper_rows = [t.optimizer.row(t.step, divisor_of[t.name]) for t in due]
         places, updates_due = self._due([t.slot for t in due], hyper_rows)
         self._states, sums, updates = self._programs.train_step(self.base, self._states, batch, updates_due)
@@ -317,7 +323,7 @@ class Trainer:
                 asked += [(owner, lane, slot if tuned else NO_ADAPTER, loss) for lane in lanes]
         for start in range(0, len(asked), self.lanes):
             part = asked[start : start + self.lanes]
-            batch = self._batch([(lane, slot, loss) for _, lane, slot, loss in part])
+            batch = place_rows(self.mesh, self._batch([(lane, slot, loss) for _, lane, slot, loss in part]))
             sums = jax.device_get(self._programs.evaluate(self.base, self._pools(), batch))
             for g, (owner, lane, _, loss) in enumerate(part):
                 totals[owner] += sums.loss_G[g], sums.count_G[g], *self._hits(lane, loss, sums, g)
@@ -334,12 +340,12 @@ class Trainer:
         return float((margins > 0).sum()), float(len(margins))
 
     def _batch(self, rows: Sequence[tuple[Lane, int, Loss]]) -> TrainBatch:
-        """Lanes with their slots and losses on the device; what the base makes of their pairs is found first."""
+        """Lanes with their slots and losses, in NumPy; what the base makes of their pairs is found first."""
         self._learn_references([u for lane, _, _ in rows for u in lane.units if isinstance(u, Pair)])
         batch = idle_batch(self.lanes, self.lane_tokens)
         for g, (lane, slot, loss) in enumerate(rows):
             put_lane(batch, g, lane, slot, loss, self._reference(lane))
-        return place_rows(self.mesh, batch)
+        return batch
 
     def _reference(self, lane: Lane) -> np.ndarray:
         """float32 [J]: the log-probabilities that the lane's loss compares with."""
