@@ -294,7 +294,7 @@ def loss_cases(model: str, dtype: str, n: Sizes) -> Iterator[Case]:
     chunk = next(c for c in (32, 16, 8, 4, 2, 1) if n.tokens % c == 0)
     forms = {
         "ours": (
-            lambda x, w, t, on: target_logprob(x, w, w.T, t, on, None, chunk=chunk),
+            lambda x, w, t, on: target_logprob(x, w, w.T, t, on, None, chunk=chunk, tied=False),
             (x_GJD, head_DV, target_GJK, wanted_GJ),
         ),
         "base": (_products, (x_GJD.reshape(-1, m.d), [head_DV])),

@@ -23,8 +23,12 @@ when the program is lowered for it.
                      cuda       xla      no body of its own yet
                      tpu        pallas   reads pages in place, each sequence its own
                                 xla      where no run of tokens has room on the chip, and for other dtypes
+    target_logprob   cpu        xla      chunks of tokens, measured best
+                     cuda       xla      no body of its own yet
+                     tpu        pallas   logits stay on the chip, the head is read where it lies
+                                xla      where no tile has room on the chip, where features are split, for other dtypes
 
-The other ops have one body, XLA, everywhere.  The Triton bodies were compiled and interpreted, never run on a GPU: whoever
+The Triton bodies were compiled and interpreted, never run on a GPU: whoever
 installs the extra asks for them.  `cuda_body` says what it is, and so does `jaxlora doctor`.
 """
 
@@ -57,6 +61,7 @@ TABLE = {
     "segmented_lora": {"cpu": XLA, "cuda": TRITON, "tpu": PALLAS},
     "packed_attention": {"cpu": XLA, "cuda": XLA, "tpu": PALLAS},
     "paged_attention": {"cpu": XLA, "cuda": XLA, "tpu": PALLAS},
+    "target_logprob": {"cpu": XLA, "cuda": XLA, "tpu": PALLAS},
 }
 
 _interpreted = jax.make_user_context(False)

@@ -120,6 +120,7 @@ def lane_losses(base: Base, rows_LG: Rows, batch: TrainBatch) -> tuple[jax.Array
             lora.head_rows(),
             placement=lora.head_placement(),
             chunk=min(LANE_BLOCK, J),
+            tied=base.config.tied,
         )
     logprob_GJ, hit_GJ = logprob_GJK[..., 0], hit_GJK[..., 0]
     loss_G = cross_entropy(logprob_GJ, batch.weight_GJ).sum(1)
