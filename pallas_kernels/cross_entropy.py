@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import cross_entropy_tpu
+from pallas_kernels import cross_entropy_tpu, cuda_blocks
 from pallas_kernels.dispatch import by_platform, known_dtypes
 from pallas_kernels.placement import Placement
 from pallas_kernels.segmented_lora import segmented_lora, shrink
@@ -98,7 +98,7 @@ def _forward(form, *args):
         *args,
         xla=functools.partial(_forward_xla, form),
         pallas=functools.partial(_forward_tpu, form) if _fits_tpu(form, *args) else None,
-        triton=None,
+        triton=functools.partial(_forward_cuda, form) if _fits_cuda(form, *args) else None,
     )
     return (logprob_GJK, hit_GJK), (*args, lse_GJ)
 
@@ -111,7 +111,7 @@ def _backward(form, saved, cotangent):
         cotangent[0],
         xla=functools.partial(_backward_xla, form),
         pallas=functools.partial(_backward_tpu, form) if _fits_tpu(form, *args) else None,
-        triton=None,
+        triton=functools.partial(_backward_cuda, form) if _fits_cuda(form, *args) else None,
     )
     _, _, head_DV, back_VD, _, _ = args
     return dx_GJD, dlora, jnp.zeros_like(head_DV), jnp.zeros_like(back_VD), None, None
@@ -200,6 +200,16 @@ def _tpu(by_word: bool, interpret: bool) -> Kernels:
     )
 
 
+def _cuda(by_word: bool) -> Kernels:
+    from pallas_kernels import cross_entropy_cuda as cuda  # imports Triton
+
+    return Kernels(
+        by_word=by_word,
+        forward=functools.partial(cuda.forward, by_word=by_word),
+        backward=functools.partial(cuda.backward, by_word=by_word),
+    )
+
+
 def _forward_tpu(form, x_GJD, *args):
     *arrays, interpret = args
     kernels = _tpu(cross_entropy_tpu.by_word(form.tied, x_GJD.shape[2]), interpret)
@@ -212,15 +222,32 @@ def _backward_tpu(form, x_GJD, *args):
     return _backward_kernels(kernels, form.placement, x_GJD, *arrays)
 
 
+def _forward_cuda(form, *arrays):
+    return _forward_kernels(_cuda(form.tied), form.placement, *arrays)
+
+
+def _backward_cuda(form, *arrays):
+    return _backward_kernels(_cuda(form.tied), form.placement, *arrays)
+
+
 def _fits_tpu(form: _Form, x_GJD, lora, head_DV, back_VD, target_GJK, count_G) -> bool:
     placement, by_word = form.placement, cross_entropy_tpu.by_word(form.tied, x_GJD.shape[2])
-    if placement is not None and placement.x is not None:
-        return False  # logits would have to be summed over devices
+    if not _known(form, x_GJD, lora, head_DV):
+        return False
     args = x_GJD, lora, back_VD if by_word else head_DV, target_GJK, count_G
     x, rows, head, target, _ = args if placement is None else placement.local(_specs(placement, lora, by_word), args)
-    a, b = (None, None) if rows is None else rows[:2]
-    known = known_dtypes(*(v for v in (x, head, a, b) if v is not None))
-    return known and cross_entropy_tpu.fits(x, head, target.shape[2], b, by_word=by_word)
+    return cross_entropy_tpu.fits(x, head, target.shape[2], None if rows is None else rows[1], by_word=by_word)
+
+
+def _fits_cuda(form: _Form, x_GJD, lora, head_DV, back_VD, target_GJK, count_G) -> bool:
+    rank = 0 if lora is None else lora[0].shape[1]
+    return cuda_blocks.installed() and rank <= cuda_blocks.RANK and _known(form, x_GJD, lora, head_DV)
+
+
+def _known(form: _Form, x_GJD: jax.Array, lora: HeadLora | None, head_DV: jax.Array) -> bool:
+    """Whether kernels compute with these; with features split, logits would have to be summed over devices."""
+    whole = form.placement is None or form.placement.x is None
+    return whole and known_dtypes(x_GJD, head_DV, *(() if lora is None else lora[:2]))
 
 
 def _specs(placement: Placement, lora: HeadLora | None, by_word: bool) -> tuple:

@@ -12,6 +12,10 @@ TOKENS = 32  # of a lane in one tile
 ACCUMULATOR = 8192  # float32 numbers of a sum that one program holds: 64 registers of each of its 128 threads
 FEATURES = 256  # the widest tile
 RANK = 256  # the largest rank, of all targets of a kernel together
+WORDS = 128  # of the vocabulary in one tile of logits, which 64 tokens share
+WORD_TOKENS = ACCUMULATOR // WORDS
+WORD_SPLITS = 8  # programs that share the vocabulary of a tile of tokens: few tokens still fill a GPU
+WORD_ROWS = 512  # tokens of all lanes whose gradient of the logits is in memory at once
 VISITS = 1024  # decode: the most tokens whose slots one program looks through
 
 

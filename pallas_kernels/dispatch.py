@@ -24,7 +24,8 @@ when the program is lowered for it.
                      tpu        pallas   reads pages in place, each sequence its own
                                 xla      where no run of tokens has room on the chip, and for other dtypes
     target_logprob   cpu        xla      chunks of tokens, measured best
-                     cuda       xla      no body of its own yet
+                     cuda       triton   logits stay on the chip, their gradient is in memory for some tokens at a time
+                                xla      without the extra `triton`, for more rank than it takes, features split, other dtypes
                      tpu        pallas   logits stay on the chip, the head is read where it lies
                                 xla      where no tile has room on the chip, where features are split, for other dtypes
 
@@ -61,7 +62,7 @@ TABLE = {
     "segmented_lora": {"cpu": XLA, "cuda": TRITON, "tpu": PALLAS},
     "packed_attention": {"cpu": XLA, "cuda": XLA, "tpu": PALLAS},
     "paged_attention": {"cpu": XLA, "cuda": XLA, "tpu": PALLAS},
-    "target_logprob": {"cpu": XLA, "cuda": XLA, "tpu": PALLAS},
+    "target_logprob": {"cpu": XLA, "cuda": TRITON, "tpu": PALLAS},
 }
 
 _interpreted = jax.make_user_context(False)
@@ -104,5 +105,5 @@ def known_dtypes(*arrays: jax.Array) -> bool:
 
 
 def cuda_body() -> str:
-    """What runs LoRA on an NVIDIA GPU with what is installed."""
+    """What runs LoRA and the loss on an NVIDIA GPU with what is installed."""
     return "triton" if cuda_blocks.installed() else "xla"

@@ -44,6 +44,8 @@ def test_training_with_heads_split_in_three():
         "segmented_lora_expand": 5,
         "segmented_lora_expand_back": 7,
         "segmented_lora_shrink_back": 4,
+        "target_logprob": 1,
+        "target_logprob_back": 1,
     }
     sums = collectives(compiled, "shard_map/psum")
     assert sums == {started(f"f32[{LANES},{TOKENS},{n * RANK}]"): count for n, count in ((1, 2), (2, 1), (3, 1))}

@@ -5,6 +5,7 @@ Nothing runs on a GPU.  Compiling for H100 goes through Triton, LLVM and NVIDIA'
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
@@ -16,7 +17,22 @@ import jax.numpy as jnp
 import pytest
 from cuda_world import h100s, kernels
 from jax.sharding import SingleDeviceSharding
-from kernel_shapes import MODELS, Model, decode, decode_shapes, loss, made_as_large_as, shape, train, train_shapes
+from kernel_shapes import (
+    LANES,
+    MODELS,
+    TOKENS,
+    Model,
+    as_large_as_logits,
+    decode,
+    decode_shapes,
+    loss,
+    made_as_large_as,
+    shape,
+    train,
+    train_shapes,
+    words_shapes,
+    words_train,
+)
 
 from pallas_kernels import cuda_blocks, dispatch
 from pallas_kernels.gathered_lora import gathered_lora
@@ -63,6 +79,22 @@ def test_train(model: Model):
 def test_forward_of_lanes():
     program = compiled(loss, train_shapes(MODELS["Llama-3.1-8B"], 16))
     assert kernels(program) == {"segmented_lora_shrink": 5, "segmented_lora_expand": 8}
+
+
+@models
+@pytest.mark.parametrize(
+    ("rank", "targets", "dtype"), [(64, 4, jnp.bfloat16), (0, 1, jnp.float32)], ids=["LoRA and four targets", "float32"]
+)
+def test_words(model: Model, rank, targets, dtype):
+    """The head is read where it lies; of the gradient of the logits a part is in memory, of the logits nothing."""
+    shapes = words_shapes(model, rank, targets, dtype)
+    program = compiled(functools.partial(words_train, model), shapes)
+    rows = {"segmented_lora_expand_back": 1} if rank else {}
+    assert kernels(program) == {"target_logprob": 1, "target_logprob_back": 1} | rows
+    text, stored = program.as_text(), shapes[3]
+    assert made_as_large_as([stored, shape(*stored.shape[::-1])], text) == []
+    head = {f"{model.d},{model.vocab}", f"{model.vocab},{model.d}"}
+    assert as_large_as_logits(LANES * TOKENS, model.vocab, text) <= head
 
 
 def row(rank: int, dtype=jnp.bfloat16):
@@ -117,7 +149,8 @@ def interpreter(*command: str) -> str:
 
 def test_interpreted_bodies_pass_the_tests_of_the_tpu_bodies():
     """Kernels against oracles, then the whole decode and training step of a small model against the XLA form."""
-    files = [str(TESTS / name) for name in ("test_pallas_kernels_tpu_bodies.py", "test_house_tpu_bodies.py")]
+    names = "test_pallas_kernels_tpu_bodies", "test_pallas_kernels_cross_entropy_bodies", "test_house_tpu_bodies"
+    files = [str(TESTS / f"{name}.py") for name in names]
     of_pallas = "not test_an_interpreted_engine_leaves_nothing_to_choose"
     out = interpreter("-m", "pytest", "-n", "0", "-p", "triton_interpreter", *files, "-k", of_pallas)
     assert re.search(r"kernels: (.*)", out)[1].split() == [
@@ -127,10 +160,12 @@ def test_interpreted_bodies_pass_the_tests_of_the_tpu_bodies():
         "segmented_lora_expand_back",
         "segmented_lora_shrink",
         "segmented_lora_shrink_back",
+        "target_logprob",
+        "target_logprob_back",
     ]
-    assert "27 passed" in out
+    assert "91 passed" in out
 
 
 def test_interpreted_on_a_mesh_and_counted():
     """On eight virtual devices the numbers are those of one; of 8 to 512 slots only those of the step are read, once."""
-    assert interpreter(str(TESTS / "triton_interpreter.py")).split() == ["18", "3"]
+    assert interpreter(str(TESTS / "triton_interpreter.py")).split() == ["24", "3"]
