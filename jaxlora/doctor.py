@@ -69,7 +69,7 @@ def _kernels() -> Finding:
     from pallas_kernels.dispatch import cuda_body  # imports JAX
 
     cuda = {"triton": "Triton kernels, which no GPU has run yet", "xla": "XLA; kernels come with the extra `triton`"}
-    return Finding(f"LoRA kernels      tpu: Pallas; cuda: {cuda[cuda_body()]}")
+    return Finding(f"kernels           tpu: Pallas; cuda: {cuda[cuda_body()]}")
 
 
 def _cache() -> Finding:

@@ -4,8 +4,8 @@ Each lane's wanted positions are packed to its front and visited in chunks; the 
 most targets, so prompt and padding tokens cost nothing.  The backward pass recomputes a chunk's logits.  LoRA on the
 head is part of the chunk.  `dispatch` says which body runs.
 
-On a mesh that splits the vocabulary each device keeps its part of the head: the kernels' statistics of a token are combined,
-[G, J] and [G, J, K], and backward dx and dh are summed, as after any column-parallel product.
+On a mesh that splits the vocabulary each device keeps its part of the head: kernels' statistics of tokens are combined,
+[G, J] and [G, J, K], and backward dx and dh are summed, as of any column-parallel product.
 
     logits_GJV[g] = x_GJD[g] @ head_DV + scale_G[g] * (x_GJD[g] @ a_GRD[g].T) @ b_GRV[g]
 
@@ -62,7 +62,7 @@ def target_logprob(
     nothing is wanted, NaN too, is selected away.
     back_VD: the head's transpose, which the gradient is multiplied by.
     `chunk`: tokens per lane and trip of the XLA body; must divide J.
-    `tied`: back_VD, the embedding, is the array that exists and head_DV its view, else the other way round; kernels read one.
+    `tied`: back_VD, the embedding, is the array and head_DV its view, else the other way round; kernels read one of them.
     placement: where the head and its LoRA lie, on a mesh of several devices.
     Raises ValueError when chunk does not divide.
     """

@@ -4,8 +4,8 @@
     gradient     logits again, and from them d_logits of one trip, some tokens of every lane
     then         dx = d_logits @ head.T by XLA's product, dh and db by the kernel of `segmented_lora`
 
-dx needs all words for all features of a token, more than a program can hold; many programs that add to one place would add
-in any order.  So d_logits of a trip, in x's dtype, are in memory: never those of all tokens, and never logits.
+dx needs all words for all features of a token, more than a program can hold; many programs that add to one place would
+add in any order.  So d_logits of a trip, in x's dtype, are in memory: never those of all tokens, and never logits.
 
 Products in x's dtype, sums in float32 and in a fixed order.  Tokens come packed, wanted ones first: tiles of others are
 left out.  A tile belongs to one lane, so what one lane holds reaches no other.

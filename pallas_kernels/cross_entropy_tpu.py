@@ -3,11 +3,12 @@
 Tokens come packed, wanted ones first.  A trip takes some tokens of every lane, several lanes in one block, so that their
 product with a tile of the head is one; each lane's own rows are added to it.  Logits are on the chip only.
 
-    forward    logits = x @ head + h @ b, their running maximum, sum of exponentials and the targets' own      h of all tokens
-    backward   logits again, d_logits, dx = d_logits @ head.T, dh = d_logits @ b.T, db += h.T @ d_logits         from outside
+    forward    logits = x @ head + h @ b, their running maximum, sum of exponentials and the targets' own
+    backward   logits again, d_logits, dx = d_logits @ head.T, dh = d_logits @ b.T, db += h.T @ d_logits
 
-Products in x's dtype, sums in float32.  The head is read as it lies in memory, by feature [D, V] or by word [V, D]: the
-other way would be a copy.  The last tile may stick out of the vocabulary: what it reads there is selected away.
+h = scale * (x @ a.T) comes from outside, dh goes there.  Products in x's dtype, sums in float32.  The head is read as it
+lies in memory, by feature [D, V] or by word [V, D]: the other way would be a copy.  The last tile may stick out of the
+vocabulary: what it reads there is selected away.
 tokamax's linear_softmax_cross_entropy_loss takes one label per token, gives their sum or mean, and knows no LoRA.
 
 Shape letters: G lanes, J tokens of a lane, C those of a trip, T = G * C, K targets of a token, D model, V vocabulary,
@@ -61,7 +62,7 @@ def cut(
     def needed(lanes: int, tokens: int, words: int) -> int:
         T = lanes * tokens
         tile = padded_bytes(*((words, D) if by_word else (D, words)), head.dtype)
-        held = padded_bytes(T, D, x_GJD.dtype) + tile
+        held = tile + padded_bytes(T, D, x_GJD.dtype)
         held += 2 * padded_bytes(T, targets, f32) + 2 * padded_bytes(T, 1, f32)
         if back:
             held += padded_bytes(T, D, f32)
@@ -70,9 +71,8 @@ def cut(
             held += padded_bytes(T, R, x_GJD.dtype) + lanes * padded_bytes(R, words, b_GRV.dtype)
             if back:
                 held += padded_bytes(T, R, f32) + 2 * lanes * padded_bytes(R, words, f32)
-        return 2 * held + tile * (
-            1 if head.dtype == jnp.bfloat16 else 3
-        )  # the products' own: float32 is split in three
+        copies = 1 if head.dtype == jnp.bfloat16 else 3  # of the tile, for the products: float32 is split in three
+        return 2 * held + copies * tile
 
     rows = blocks().tokens
     while rows >= ROW:

@@ -1,4 +1,4 @@
-"""The kernels of target log-probabilities, interpreted on the CPU: the definition's numbers and gradients, nobody's NaN but one's own.
+"""The kernels of target log-probabilities, interpreted on the CPU: the definition's numbers, and nobody's NaN but one's own.
 
 The Pallas bodies, or with the plugin triton_interpreter the Triton bodies.  Shapes are tiny: interpretation is slow.
 """
