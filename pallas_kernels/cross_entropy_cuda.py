@@ -206,10 +206,22 @@ def backward(
     by_word: bool,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """float32 (dx_GJD but for LoRA's part, dh_GJR, db_GRV); zeros where nothing is wanted."""
+    args, G, lanes = (x_GJD, target_GJK, count_G, lora, lse_GJ, d_GJK), len(count_G), WORD_ROWS // WORD_TOKENS
+    if lanes >= G:
+        return _backward_lanes(head, by_word, *args)
+    blocks = jax.tree.map(lambda v: _filled(v, lanes, axis=0).reshape(-1, lanes, *v.shape[1:]), args)
+    found = lax.map(lambda block: _backward_lanes(head, by_word, *block), blocks)
+    return jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:])[:G], found)
+
+
+def _backward_lanes(
+    head: jax.Array, by_word: bool, x_GJD, target_GJK, count_G, lora: Halves | None, lse_GJ, d_GJK
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """Of lanes whose trips have room in WORD_ROWS."""
     G, J = lse_GJ.shape
-    C = min(math.ceil(J / WORD_TOKENS), max(WORD_ROWS // G // WORD_TOKENS, 1)) * WORD_TOKENS
+    C = min(math.ceil(J / WORD_TOKENS), WORD_ROWS // G // WORD_TOKENS) * WORD_TOKENS
     h_GJR, b_GRV = (None, None) if lora is None else lora
-    filled = jax.tree.map(lambda v: _filled(v, C), (x_GJD, target_GJK, lse_GJ, d_GJK, h_GJR))
+    filled = jax.tree.map(lambda v: _filled(v, C, axis=1), (x_GJD, target_GJK, lse_GJ, d_GJK, h_GJR))
 
     def trip(i: jax.Array, out: tuple) -> tuple:
         x_GCD, target_GCK, lse_GC, d_GCK, h_GCR = jax.tree.map(lambda v: _part(v, i, C), filled)
@@ -276,9 +288,9 @@ def _constants(x_GJD: jax.Array, head: jax.Array, targets: int, lora: Halves | N
     }
 
 
-def _filled(x: jax.Array, tokens: int) -> jax.Array:
-    """Lanes filled up with zeros to whole trips."""
-    return jnp.pad(x, [(0, -n % tokens if axis == 1 else 0) for axis, n in enumerate(x.shape)])
+def _filled(x: jax.Array, size: int, axis: int) -> jax.Array:
+    """The axis filled up with zeros to a multiple of the size."""
+    return jnp.pad(x, [(0, -n % size if a == axis else 0) for a, n in enumerate(x.shape)])
 
 
 def _part(x: jax.Array, i: jax.Array, tokens: int) -> jax.Array:

@@ -29,8 +29,8 @@ when the program is lowered for it.
                      tpu        pallas   logits stay on the chip, the head is read where it lies
                                 xla      where no tile has room on the chip, where features are split, for other dtypes
 
-The Triton bodies were compiled and interpreted, never run on a GPU: whoever
-installs the extra asks for them.  `cuda_body` says what it is, and so does `jaxlora doctor`.
+The Triton bodies were compiled and interpreted, never run on a GPU: whoever installs the extra asks for them.  `cuda_body`
+says what it is, and so does `jaxlora doctor`.
 """
 
 from __future__ import annotations

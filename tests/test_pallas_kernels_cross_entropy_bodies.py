@@ -103,6 +103,16 @@ def test_a_head_by_word_in_many_blocks_equals_the_oracle(small_blocks):
 
 
 @loss.with_and_without_lora
+def test_more_lanes_than_one_block_equal_the_oracle(lora):
+    """Ten lanes: of the Triton bodies two blocks, the last not full."""
+    worlds, wanted = [loss.world(seed) for seed in range(20, 24)], [*loss.CASES.values()][:4]
+    _, head, *_ = worlds[0]
+    x, _, *rest = (np.concatenate(parts)[:10] for parts in zip(*worlds, strict=True))
+    arrays, wanted = (x, head, *rest), np.concatenate(wanted)[:10]
+    assert_close(run(arrays, wanted, False, lora), run(arrays, wanted, None, lora), F32)
+
+
+@loss.with_and_without_lora
 def test_bfloat16_is_the_oracle_of_the_same_numbers(lora):
     """Logits: products of bfloat16 numbers in float32, but h of LoRA is rounded first: 2**-8 of five terms of size 1.
 
