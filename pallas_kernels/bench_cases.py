@@ -294,7 +294,7 @@ def loss_cases(model: str, dtype: str, n: Sizes) -> Iterator[Case]:
     chunk = next(c for c in (32, 16, 8, 4, 2, 1) if n.tokens % c == 0)
     forms = {
         "ours": (
-            lambda x, w, t, on: target_logprob(x, w, w.T, t, on, None, chunk=chunk),
+            lambda x, w, t, on: target_logprob(x, w, w.T, t, on, None, chunk=chunk, tied=False),
             (x_GJD, head_DV, target_GJK, wanted_GJ),
         ),
         "base": (_products, (x_GJD.reshape(-1, m.d), [head_DV])),
@@ -313,6 +313,44 @@ def loss_cases(model: str, dtype: str, n: Sizes) -> Iterator[Case]:
     )
 
 
+def loss_grad_cases(model: str, dtype: str, n: Sizes) -> Iterator[Case]:
+    """The same forward and backward, with LoRA on the head.  The base product is the head's, there and back."""
+    m, draw = MODELS[model], _Draw(dtype)
+    x_GJD, head_DV = draw(n.lanes, n.tokens, m.d), draw(m.d, m.vocab)
+    halves = draw(n.lanes, n.rank, m.d, dtype="float32"), draw(n.lanes, n.rank, m.vocab, dtype="float32")
+    scale_G = jnp.ones(n.lanes)
+    target_GJK = jnp.asarray(draw.rng.integers(0, m.vocab, (n.lanes, n.tokens, 1)), jnp.int32)
+    wanted_GJ = jnp.ones((n.lanes, n.tokens), bool)
+    chunk = next(c for c in (32, 16, 8, 4, 2, 1) if n.tokens % c == 0)
+
+    def gradient(op: Callable) -> Callable:
+        def run(x, w, halves) -> tuple:
+            return jax.grad(lambda x, halves: op(x, w, (*halves, scale_G))[0].sum(), argnums=(0, 1))(x, halves)
+
+        return run
+
+    def ours(x, w, lora) -> tuple[jax.Array, jax.Array]:
+        return target_logprob(x, w, w.T, target_GJK, wanted_GJ, lora, chunk=chunk, tied=False)
+
+    def all_logits(x, w, lora) -> tuple[jax.Array, jax.Array]:
+        return target_logprob_oracle(x, w, target_GJK, wanted_GJ, lora)
+
+    tokens, args = n.lanes * n.tokens, (x_GJD, head_DV, halves)
+    forms = {
+        "ours": (gradient(ours), args),
+        "base": (lambda x, w: (x @ w) @ w.T, (x_GJD.reshape(-1, m.d), head_DV)),
+        "all logits": (gradient(all_logits), args),
+    }
+    yield Case(
+        op="target_logprob_grad",
+        model=model,
+        shape=f"{n.lanes} lanes x {n.tokens}, {m.vocab} words, rank {n.rank}",
+        bytes=_nbytes(x_GJD, x_GJD, head_DV, target_GJK, *halves, *halves),
+        flops=4 * tokens * m.d * m.vocab + 6 * tokens * n.rank * (m.d + m.vocab),
+        forms=forms,
+    )
+
+
 OPS: dict[str, Callable[[str, str, Sizes], Iterator[Case]]] = {
     "gathered_lora": gathered_cases,
     "segmented_lora": segmented_cases,
@@ -320,4 +358,5 @@ OPS: dict[str, Callable[[str, str, Sizes], Iterator[Case]]] = {
     "attention": attention_cases,
     "paged_attention": paged_cases,
     "target_logprob": loss_cases,
+    "target_logprob_grad": loss_grad_cases,
 }

@@ -2,7 +2,10 @@
 
 Each lane's wanted positions are packed to its front and visited in chunks; the trip count is that of the lane with the
 most targets, so prompt and padding tokens cost nothing.  The backward pass recomputes a chunk's logits.  LoRA on the
-head is part of the chunk.
+head is part of the chunk.  `dispatch` says which body runs.
+
+On a mesh that splits the vocabulary each device keeps its part of the head: kernels' statistics of tokens are combined,
+[G, J] and [G, J, K], and backward dx and dh are summed, as of any column-parallel product.
 
     logits_GJV[g] = x_GJD[g] @ head_DV + scale_G[g] * (x_GJD[g] @ a_GRD[g].T) @ b_GRV[g]
 
@@ -12,13 +15,18 @@ Shape letters: G lanes, J tokens of a lane, K targets of a token, D model, V voc
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
+from pallas_kernels import cross_entropy_tpu, cuda_blocks
+from pallas_kernels.dispatch import by_platform, known_dtypes
 from pallas_kernels.placement import Placement
-from pallas_kernels.segmented_lora import segmented_lora
+from pallas_kernels.segmented_lora import segmented_lora, shrink
 from pallas_kernels.shapes import shaped
 
 HeadLora = tuple[jax.Array, jax.Array, jax.Array]  # a_GRD, b_GRV, scale_G
@@ -45,6 +53,7 @@ def target_logprob(
     lora: HeadLora | None,
     *,
     chunk: int,
+    tied: bool,
     placement: Placement | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """(float32 log-probability of each target, bool: no token is likelier), both [G, J, K]; 0 and False where not wanted.
@@ -52,9 +61,10 @@ def target_logprob(
     Differentiable in x and in the head's LoRA; the head itself is frozen and gets no gradient.  What x holds where
     nothing is wanted, NaN too, is selected away.
     back_VD: the head's transpose, which the gradient is multiplied by.
-    `chunk`: tokens per lane and trip; must divide J.
-    placement: where the arrays of the head's LoRA lie, on a mesh of several devices.
-    Raises ValueError when it does not.
+    `chunk`: tokens per lane and trip of the XLA body; must divide J.
+    `tied`: back_VD, the embedding, is the array and head_DV its view, else the other way round; kernels read one of them.
+    placement: where the head and its LoRA lie, on a mesh of several devices.
+    Raises ValueError when chunk does not divide.
     """
     if x_GJD.shape[1] % chunk:
         raise ValueError(f"target_logprob: chunk {chunk} does not divide the {x_GJD.shape[1]} tokens of a lane")
@@ -62,10 +72,55 @@ def target_logprob(
     place_GJ = jnp.argsort(order_GJ, axis=1)
     x_GJD = jnp.take_along_axis(jnp.where(wanted_GJ[..., None], x_GJD, 0), order_GJ[..., None], axis=1)
     target_GJK = jnp.take_along_axis(target_GJK, order_GJ[..., None], axis=1)
-    trips = -(-wanted_GJ.sum(1).max() // chunk)
-    found = _chunked(x_GJD, lora, head_DV, back_VD, target_GJK, trips, chunk, placement)
+    form = _Form(chunk=chunk, tied=tied, placement=placement)
+    found = _packed(form, x_GJD, lora, head_DV, back_VD, target_GJK, wanted_GJ.sum(1))
     logprob_GJK, hit_GJK = (jnp.take_along_axis(y, place_GJ[..., None], axis=1) for y in found)
     return jnp.where(wanted_GJ[..., None], logprob_GJK, 0.0), hit_GJK & wanted_GJ[..., None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Form:
+    """What is no array."""
+
+    chunk: int
+    tied: bool
+    placement: Placement | None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _packed(form: _Form, x_GJD, lora: HeadLora | None, head_DV, back_VD, target_GJK, count_G):
+    return _forward(form, x_GJD, lora, head_DV, back_VD, target_GJK, count_G)[0]
+
+
+def _forward(form, *args):
+    logprob_GJK, hit_GJK, lse_GJ = by_platform(
+        "target_logprob",
+        *args,
+        xla=functools.partial(_forward_xla, form),
+        pallas=functools.partial(_forward_tpu, form) if _fits_tpu(form, *args) else None,
+        triton=functools.partial(_forward_cuda, form) if _fits_cuda(form, *args) else None,
+    )
+    return (logprob_GJK, hit_GJK), (*args, lse_GJ)
+
+
+def _backward(form, saved, cotangent):
+    *args, _ = saved
+    dx_GJD, dlora = by_platform(
+        "target_logprob",
+        *saved,
+        cotangent[0],
+        xla=functools.partial(_backward_xla, form),
+        pallas=functools.partial(_backward_tpu, form) if _fits_tpu(form, *args) else None,
+        triton=functools.partial(_backward_cuda, form) if _fits_cuda(form, *args) else None,
+    )
+    _, _, head_DV, back_VD, _, _ = args
+    return dx_GJD, dlora, jnp.zeros_like(head_DV), jnp.zeros_like(back_VD), None, None
+
+
+_packed.defvjp(_forward, _backward)
+
+
+# ---- XLA --------------------------------------------------------------------------------------------------------------
 
 
 def _logits(
@@ -79,12 +134,13 @@ def _slice(x: jax.Array, trip: jax.Array, chunk: int) -> jax.Array:
     return lax.dynamic_slice_in_dim(x, trip * chunk, chunk, axis=1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _chunked(x_GJD, lora: HeadLora | None, head_DV, back_VD, target_GJK, trips, chunk: int, placement):
-    return _forward(x_GJD, lora, head_DV, back_VD, target_GJK, trips, chunk, placement)[0]
+def _trips(count_G: jax.Array, chunk: int) -> jax.Array:
+    return -(-count_G.max() // chunk)
 
 
-def _forward(x_GJD, lora, head_DV, back_VD, target_GJK, trips, chunk, placement):
+def _forward_xla(form, x_GJD, lora, head_DV, back_VD, target_GJK, count_G):
+    chunk, placement = form.chunk, form.placement
+
     def body(trip, out):
         logits = _logits(_slice(x_GJD, trip, chunk), head_DV, lora, placement)
         best = logits.max(axis=-1)
@@ -94,13 +150,11 @@ def _forward(x_GJD, lora, head_DV, back_VD, target_GJK, trips, chunk, placement)
         return tuple(lax.dynamic_update_slice_in_dim(o, n, trip * chunk, axis=1) for o, n in zip(out, new, strict=True))
 
     start = [jnp.zeros(target_GJK.shape[:n], t) for n, t in ((3, jnp.float32), (3, bool), (2, jnp.float32))]
-    logprob_GJK, hit_GJK, lse_GJ = lax.fori_loop(0, trips, body, tuple(start))
-    return (logprob_GJK, hit_GJK), (x_GJD, lora, head_DV, back_VD, target_GJK, trips, lse_GJ)
+    return lax.fori_loop(0, _trips(count_G, chunk), body, tuple(start))
 
 
-def _backward(chunk, placement, saved, cotangent):
-    x_GJD, lora, head_DV, back_VD, target_GJK, trips, lse_GJ = saved
-    d_GJK, _ = cotangent
+def _backward_xla(form, x_GJD, lora, head_DV, back_VD, target_GJK, count_G, lse_GJ, d_GJK):
+    chunk, placement = form.chunk, form.placement
     vocab_11V = jnp.arange(head_DV.shape[1])[None, None]
 
     def body(trip, carry):
@@ -122,8 +176,145 @@ def _backward(chunk, placement, saved, cotangent):
             dx, dlora = dx + dx_lora, jax.tree.map(jnp.add, dlora, dl)
         return lax.dynamic_update_slice_in_dim(dx_GJD, dx, trip * chunk, axis=1), dlora
 
-    dx_GJD, dlora = lax.fori_loop(0, trips, body, (jnp.zeros_like(x_GJD), jax.tree.map(jnp.zeros_like, lora)))
-    return dx_GJD, dlora, jnp.zeros_like(head_DV), jnp.zeros_like(back_VD), None, None
+    start = jnp.zeros_like(x_GJD), jax.tree.map(jnp.zeros_like, lora)
+    return lax.fori_loop(0, _trips(count_G, chunk), body, start)
 
 
-_chunked.defvjp(_forward, _backward)
+# ---- kernels ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kernels:
+    """Statistics of each token's logits, and the gradients of x, h and b."""
+
+    by_word: bool  # they read the head as [V, D]
+    forward: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
+    backward: Callable[..., tuple]  # dx_GJD, dh_GJR, db_GRV
+
+
+def _tpu(by_word: bool, interpret: bool) -> Kernels:
+    return Kernels(
+        by_word=by_word,
+        forward=functools.partial(cross_entropy_tpu.forward, by_word=by_word, interpret=interpret),
+        backward=functools.partial(cross_entropy_tpu.backward, by_word=by_word, interpret=interpret),
+    )
+
+
+def _cuda(by_word: bool) -> Kernels:
+    from pallas_kernels import cross_entropy_cuda as cuda  # imports Triton
+
+    return Kernels(
+        by_word=by_word,
+        forward=functools.partial(cuda.forward, by_word=by_word),
+        backward=functools.partial(cuda.backward, by_word=by_word),
+    )
+
+
+def _forward_tpu(form, x_GJD, *args):
+    *arrays, interpret = args
+    kernels = _tpu(cross_entropy_tpu.by_word(form.tied, x_GJD.shape[2]), interpret)
+    return _forward_kernels(kernels, form.placement, x_GJD, *arrays)
+
+
+def _backward_tpu(form, x_GJD, *args):
+    *arrays, interpret = args
+    kernels = _tpu(cross_entropy_tpu.by_word(form.tied, x_GJD.shape[2]), interpret)
+    return _backward_kernels(kernels, form.placement, x_GJD, *arrays)
+
+
+def _forward_cuda(form, *arrays):
+    return _forward_kernels(_cuda(form.tied), form.placement, *arrays)
+
+
+def _backward_cuda(form, *arrays):
+    return _backward_kernels(_cuda(form.tied), form.placement, *arrays)
+
+
+def _fits_tpu(form: _Form, x_GJD, lora, head_DV, back_VD, target_GJK, count_G) -> bool:
+    placement, by_word = form.placement, cross_entropy_tpu.by_word(form.tied, x_GJD.shape[2])
+    if not _known(form, x_GJD, lora, head_DV):
+        return False
+    args = x_GJD, lora, back_VD if by_word else head_DV, target_GJK, count_G
+    x, rows, head, target, _ = args if placement is None else placement.local(_specs(placement, lora, by_word), args)
+    return cross_entropy_tpu.fits(x, head, target.shape[2], None if rows is None else rows[1], by_word=by_word)
+
+
+def _fits_cuda(form: _Form, x_GJD, lora, head_DV, back_VD, target_GJK, count_G) -> bool:
+    rank = 0 if lora is None else lora[0].shape[1]
+    return cuda_blocks.installed() and rank <= cuda_blocks.RANK and _known(form, x_GJD, lora, head_DV)
+
+
+def _known(form: _Form, x_GJD: jax.Array, lora: HeadLora | None, head_DV: jax.Array) -> bool:
+    """Whether kernels compute with these; with features split, logits would have to be summed over devices."""
+    whole = form.placement is None or form.placement.x is None
+    return whole and known_dtypes(x_GJD, head_DV, *(() if lora is None else lora[:2]))
+
+
+def _specs(placement: Placement, lora: HeadLora | None, by_word: bool) -> tuple:
+    """Of x, the head's LoRA, the head, targets and counts."""
+    rows, y = P(placement.rows), placement.y
+    head = P(y, None) if by_word else P(None, y)
+    return rows, None if lora is None else (rows, P(placement.rows, None, y), rows), head, rows, rows
+
+
+def _shrunk(x_GJD: jax.Array, lora: HeadLora) -> tuple[jax.Array, Callable[[jax.Array], tuple]]:
+    """(scaled h_GJR in x's dtype, dh → (dx, da, dscale))"""
+    a_GRD, _, scale_G = lora
+    return jax.vjp(lambda x, a, scale: shrink(x, [(a, scale)]), x_GJD, a_GRD, scale_G)
+
+
+def _own_targets(target_GJK: jax.Array, words: int, axis: str | None) -> jax.Array:
+    """Targets by their place in this device's part of the head; -1 are those of other devices."""
+    if axis is None:
+        return target_GJK
+    own_GJK = target_GJK - lax.axis_index(axis) * words
+    return jnp.where((own_GJK >= 0) & (own_GJK < words), own_GJK, -1)
+
+
+def _forward_kernels(kernels: Kernels, placement: Placement | None, x_GJD, lora, head_DV, back_VD, target_GJK, count_G):
+    vocab = None if placement is None else placement.y
+
+    def body(x_GJD, lora, head, target_GJK, count_G):
+        halves = None if lora is None else (_shrunk(x_GJD, lora)[0], lora[1])
+        own_GJK = _own_targets(target_GJK, head.shape[0 if kernels.by_word else 1], vocab)
+        chosen_GJK, best_GJ, total_GJ = kernels.forward(x_GJD, head, own_GJK, count_G, halves)
+        if vocab is not None:
+            part_GJ, best_GJ = best_GJ, lax.pmax(best_GJ, vocab)
+            chosen_GJK, total_GJ = lax.psum((chosen_GJK, total_GJ * jnp.exp(part_GJ - best_GJ)), vocab)
+        visited_GJ = jnp.arange(x_GJD.shape[1])[None] < count_G[:, None]
+        lse_GJ = jnp.where(visited_GJ, best_GJ + jnp.log(total_GJ), 0)
+        return chosen_GJK - lse_GJ[..., None], chosen_GJK >= best_GJ[..., None], lse_GJ
+
+    args = x_GJD, lora, back_VD if kernels.by_word else head_DV, target_GJK, count_G
+    if placement is None:
+        return body(*args)
+    rows = P(placement.rows)
+    return placement.on_each(body, _specs(placement, lora, kernels.by_word), (rows,) * 3)(*args)
+
+
+def _backward_kernels(
+    kernels: Kernels, placement: Placement | None, x_GJD, lora, head_DV, back_VD, target_GJK, count_G, lse_GJ, d_GJK
+):
+    vocab = None if placement is None else placement.y
+
+    def body(x_GJD, lora, head, target_GJK, count_G, lse_GJ, d_GJK):
+        own_GJK = _own_targets(target_GJK, head.shape[0 if kernels.by_word else 1], vocab)
+        args = x_GJD, head, own_GJK, count_G
+
+        def summed(*parts: jax.Array) -> tuple[jax.Array, ...]:
+            return parts if vocab is None else lax.psum(parts, vocab)
+
+        if lora is None:
+            dx_GJD, _, _ = kernels.backward(*args, None, lse_GJ, d_GJK)
+            return summed(dx_GJD)[0].astype(x_GJD.dtype), None
+        h_GJR, pull = _shrunk(x_GJD, lora)
+        dx_GJD, dh_GJR, db_GRV = kernels.backward(*args, (h_GJR, lora[1]), lse_GJ, d_GJK)
+        dx_GJD, dh_GJR = summed(dx_GJD, dh_GJR)
+        more_GJD, da_GRD, dscale_G = pull(dh_GJR.astype(h_GJR.dtype))
+        return (dx_GJD + more_GJD).astype(x_GJD.dtype), (da_GRD, db_GRV.astype(lora[1].dtype), dscale_G)
+
+    args = x_GJD, lora, back_VD if kernels.by_word else head_DV, target_GJK, count_G
+    if placement is None:
+        return body(*args, lse_GJ, d_GJK)
+    specs, rows = _specs(placement, lora, kernels.by_word), P(placement.rows)
+    return placement.on_each(body, (*specs, rows, rows), specs[:2])(*args, lse_GJ, d_GJK)

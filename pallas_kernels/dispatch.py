@@ -25,9 +25,14 @@ when the program is lowered for it.
                                 xla      without the extra `triton`, for heads above 256, for other or mixed dtypes
                      tpu        pallas   reads pages in place, each sequence its own
                                 xla      where no run of tokens has room on the chip, and for other dtypes
+    target_logprob   cpu        xla      chunks of tokens, measured best
+                     cuda       triton   logits stay on the chip, their gradient is in memory for some tokens at a time
+                                xla      without the extra `triton`, for more rank than it takes, features split, other dtypes
+                     tpu        pallas   logits stay on the chip, the head is read where it lies
+                                xla      where no tile has room on the chip, where features are split, for other dtypes
 
-The other ops have one body, XLA, everywhere.  The Triton bodies were compiled and interpreted, never run on a GPU: whoever
-installs the extra asks for them.  `cuda_body` says what it is, and so does `jaxlora doctor`.
+The Triton bodies were compiled and interpreted, never run on a GPU: whoever installs the extra asks for them.  `cuda_body`
+says what it is, and so does `jaxlora doctor`.
 """
 
 from __future__ import annotations
@@ -59,6 +64,7 @@ TABLE = {
     "segmented_lora": {"cpu": XLA, "cuda": TRITON, "tpu": PALLAS},
     "packed_attention": {"cpu": XLA, "cuda": TRITON, "tpu": PALLAS},
     "paged_attention": {"cpu": XLA, "cuda": TRITON, "tpu": PALLAS},
+    "target_logprob": {"cpu": XLA, "cuda": TRITON, "tpu": PALLAS},
 }
 
 _interpreted = jax.make_user_context(False)

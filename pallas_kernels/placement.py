@@ -6,6 +6,7 @@ XLA splits its own operations over devices by itself, a Pallas kernel it cannot 
     output features split (column-parallel)   no collective forward; backward dh, [tokens, R], is summed
     input features split (row-parallel)       forward h, [tokens, R], is summed before its second half; backward none
     rows split                                none
+    vocabulary split                          forward each token's largest logit, sum and own; backward dx and dh are summed
     attention heads split                     none: queries lie with the keys they meet
 """
 
@@ -20,7 +21,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Placement:
-    """Mesh axes of the parts of a LoRA product, or of attention.  All targets of a call are split alike."""
+    """Mesh axes of the parts of a LoRA product, of the loss or of attention.  All targets of a call are split alike."""
 
     mesh: Mesh | AbstractMesh
     rows: tuple[str, ...] = ()  # of tokens or lanes

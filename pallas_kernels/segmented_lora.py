@@ -120,7 +120,7 @@ def _shrink_plain(x_GJX: jax.Array, a_rows: Sequence[jax.Array], axis: str | Non
     return h_GJR if axis is None else lax.psum(h_GJR, axis)
 
 
-def _shrink(x_GJX: jax.Array, a_and_scale: list[tuple[jax.Array, jax.Array]], axis: str | None = None) -> jax.Array:
+def shrink(x_GJX: jax.Array, a_and_scale: list[tuple[jax.Array, jax.Array]], axis: str | None = None) -> jax.Array:
     """h of all targets side by side, in x's dtype."""
     scale_GR = jnp.concatenate([jnp.repeat(s[:, None], a.shape[1], axis=1) for a, s in a_and_scale], axis=1)
     h_GJR = _shrink_plain(x_GJX, [a for a, _ in a_and_scale], axis)
@@ -138,7 +138,7 @@ def _expand(h_GJR: list[jax.Array], b_GRY: list[jax.Array]) -> tuple[jax.Array, 
 def _forward_xla(
     x_GJX: jax.Array, rows: tuple[LaneRows, ...], axis: str | None
 ) -> tuple[tuple[jax.Array, ...], jax.Array]:
-    h_GJR = checkpoint_name(_shrink(x_GJX, [(a, s) for a, _, s in rows], axis), KEPT)
+    h_GJR = checkpoint_name(shrink(x_GJX, [(a, s) for a, _, s in rows], axis), KEPT)
     return _expand(_split(h_GJR, rows), [b for _, b, _ in rows]), h_GJR
 
 

@@ -34,7 +34,7 @@ LaneRows = tuple[jax.Array, jax.Array, jax.Array]  # a_GRX, b_GRY, scale_G
 
 
 @triton.jit
-def _tile(matrix, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def lane_tile(matrix, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The [row, column] tile of this lane's [ROWS, COLUMNS] matrix of an array of such; zero beyond its ends."""
     inside = (row < ROWS)[:, None] & (column < COLUMNS)[None, :]
     lane = tl.program_id(0).to(tl.int64) * ROWS * COLUMNS
@@ -65,7 +65,7 @@ def _shrink(
     total = tl.zeros((TOKENS, RANK), tl.float32)
     for start in range(0, X, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        x_JX, a_RX = _tile(x, token, column, J, X), _tile(a, rank, column, R, X)
+        x_JX, a_RX = lane_tile(x, token, column, J, X), lane_tile(a, rank, column, R, X)
         total = tl.dot(x_JX, tl.trans(a_RX), total, input_precision="ieee")
     _put(h, tl.program_id(0), token, rank, total, J, R)
 
@@ -85,7 +85,7 @@ def _expand(
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     column = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     rank = tl.arange(0, RANK)
-    h_JR, b_RY = _tile(h, token, rank, J, R), _tile(b, rank, column, R, Y)
+    h_JR, b_RY = lane_tile(h, token, rank, J, R), lane_tile(b, rank, column, R, Y)
     y_JY = tl.dot(h_JR, b_RY.to(h_JR.dtype), input_precision="ieee")
     _put(y, tl.program_id(0), token, column, y_JY, J, Y)
 
@@ -108,11 +108,11 @@ def _expand_back(
     """dh of this block of features alone; db whole."""
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     rank = tl.arange(0, RANK)
-    b_RY = _tile(b, rank, column, R, Y)
+    b_RY = lane_tile(b, rank, column, R, Y)
     total = tl.zeros((RANK, BLOCK), tl.float32)
     for start in range(0, J, TOKENS):
         token = start + tl.arange(0, TOKENS)
-        dy_JY, h_JR = _tile(dy, token, column, J, Y), _tile(h, token, rank, J, R)
+        dy_JY, h_JR = lane_tile(dy, token, column, J, Y), lane_tile(h, token, rank, J, R)
         dh_JR = tl.dot(dy_JY, tl.trans(b_RY.to(dy_JY.dtype)), input_precision="ieee")
         _put(dh, tl.program_id(1) * G + tl.program_id(0), token, rank, dh_JR, J, R)
         total = tl.dot(tl.trans(h_JR), dy_JY, total, input_precision="ieee")
@@ -135,11 +135,11 @@ def _shrink_back(
 ):
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     rank = tl.arange(0, RANK)
-    a_RX = _tile(a, rank, column, R, X)
+    a_RX = lane_tile(a, rank, column, R, X)
     total = tl.zeros((RANK, BLOCK), tl.float32)
     for start in range(0, J, TOKENS):
         token = start + tl.arange(0, TOKENS)
-        dh_JR, x_JX = _tile(dh, token, rank, J, R), _tile(x, token, column, J, X)
+        dh_JR, x_JX = lane_tile(dh, token, rank, J, R), lane_tile(x, token, column, J, X)
         _put(dx, tl.program_id(0), token, column, tl.dot(dh_JR, a_RX, input_precision="ieee"), J, X)
         total = tl.dot(tl.trans(dh_JR), x_JX, total, input_precision="ieee")
     _put(da, tl.program_id(0), rank, column, total, R, X)

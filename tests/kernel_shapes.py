@@ -1,10 +1,11 @@
-"""Shapes in which the kernels are lowered and compiled: linears and attention of three models, and one step over all of them.
+"""Shapes in which the kernels are lowered and compiled: linears, attention and head of three models, and one step over all of them.
 
 Nothing here runs: arrays are shapes.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.attention import packed_attention
+from pallas_kernels.cross_entropy import target_logprob
 from pallas_kernels.gathered_lora import gathered_lora, visits_by_slot
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.segmented_lora import segmented_lora
@@ -31,6 +33,7 @@ class Model:
     ff: int
     vocab: int
     head: int
+    tied: bool
 
     @property
     def reads(self) -> list[tuple[int, tuple[int, ...]]]:
@@ -44,9 +47,9 @@ class Model:
 
 
 MODELS = {
-    "SmolLM2-135M": Model(layers=30, d=576, q=576, kv=192, ff=1536, vocab=49152, head=64),
-    "Qwen3-4B": Model(layers=36, d=2560, q=4096, kv=1024, ff=9728, vocab=151936, head=128),
-    "Llama-3.1-8B": Model(layers=32, d=4096, q=4096, kv=1024, ff=14336, vocab=128256, head=128),
+    "SmolLM2-135M": Model(layers=30, d=576, q=576, kv=192, ff=1536, vocab=49152, head=64, tied=True),
+    "Qwen3-4B": Model(layers=36, d=2560, q=4096, kv=1024, ff=9728, vocab=151936, head=128, tied=True),
+    "Llama-3.1-8B": Model(layers=32, d=4096, q=4096, kv=1024, ff=14336, vocab=128256, head=128, tied=False),
 }
 
 
@@ -139,6 +142,27 @@ def lanes_shapes(model: Model) -> tuple:
     return q, k, k, shape(LANES, TOKENS, dtype=jnp.int32)
 
 
+def words_train(model: Model, halves: tuple | None, x_GJD, scale_G, stored, target_GJK, wanted_GJ) -> tuple:
+    """(sum of the targets' log-probabilities, its gradient by the halves of the head's LoRA and by x)"""
+    head_DV, back_VD = (stored.T, stored) if model.tied else (stored, stored.T)
+
+    def total(halves: tuple | None, x_GJD: jax.Array) -> jax.Array:
+        lora = None if halves is None else (*halves, scale_G)
+        options = {"chunk": CHUNK, "tied": model.tied}
+        return target_logprob(x_GJD, head_DV, back_VD, target_GJK, wanted_GJ, lora, **options)[0].sum()
+
+    return jax.value_and_grad(total, argnums=(0, 1))(halves, x_GJD)
+
+
+def words_shapes(model: Model, rank: int, targets: int, dtype=jnp.bfloat16) -> tuple:
+    """float32 rows of lanes (rank 0: none); the head as it is stored."""
+    f32 = jnp.float32
+    halves = (shape(LANES, rank, model.d, dtype=f32), shape(LANES, rank, model.vocab, dtype=f32)) if rank else None
+    stored = shape(*((model.vocab, model.d) if model.tied else (model.d, model.vocab)), dtype=dtype)
+    ids = shape(LANES, TOKENS, targets, dtype=jnp.int32), shape(LANES, TOKENS, dtype=bool)
+    return halves, shape(LANES, TOKENS, model.d, dtype=dtype), shape(LANES, dtype=f32), stored, *ids
+
+
 def kernels(stablehlo: str) -> list[str]:
     """Names of the Mosaic kernels of a lowered program."""
     return re.findall(r'kernel_name = "([a-z_]+)"', stablehlo)
@@ -154,3 +178,10 @@ def made_as_large_as(arrays: list, hlo: str) -> list[str]:
         if match and match[2] not in hands_on and any(s in match[1] for s in sizes):
             found.append(line.strip()[:200])
     return found
+
+
+def as_large_as_logits(tokens: int, words: int, hlo: str) -> set[str]:
+    """Arrays of a compiled program that hold a number for every token and word, whichever their axes."""
+    found = set(re.findall(r"\b(?:f32|s32|bf16|pred)\[([0-9,]+)\]", hlo))
+    sizes = {text: [int(n) for n in text.split(",")] for text in found}
+    return {text for text, axes in sizes.items() if words in axes and math.prod(axes) >= tokens * words}

@@ -1,4 +1,4 @@
-"""LoRA and attention on a mesh of eight virtual CPU devices against one device, in one process of its own; prints how many cases agree.
+"""LoRA, attention and loss on a mesh of eight virtual CPU devices against one device, in one process of its own; prints how many cases agree.
 
 XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/placement_world.py
 """
@@ -6,6 +6,7 @@ XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/placement_world.
 from __future__ import annotations
 
 import contextlib
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from kernel_checks import F32, assert_close, floats
 from jaxlora.mesh import make_mesh
 from pallas_kernels import dispatch
 from pallas_kernels.attention import packed_attention
+from pallas_kernels.cross_entropy import target_logprob
 from pallas_kernels.gathered_lora import gathered_lora
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.placement import Placement
@@ -72,6 +74,27 @@ def pages_attend(placement: Placement | None, interpreted: bool):
         return step(q, k, v, jnp.int32(1), pages, positions)
 
 
+def words(tied: bool, lora: bool, placement: Placement | None, interpreted: bool):
+    """Log-probabilities of two targets of some tokens of four lanes over 10 words, and all gradients."""
+    rng = np.random.default_rng(4)
+    x, head, halves, scale = (
+        floats(rng, G, J, X),
+        floats(rng, X, 10),
+        (floats(rng, G, R, X), floats(rng, G, R, 10)),
+        floats(rng, G),
+    )
+    target, wanted = rng.integers(0, 10, (G, J, 2), dtype=np.int32), rng.random((G, J)) < 0.7
+    weights = floats(rng, G, J, 2)
+
+    def loss(x, halves, scale, head):
+        rows, options = (*halves, scale) if lora else None, {"chunk": 4, "tied": tied, "placement": placement}
+        logprob, hit = target_logprob(x, head, head.T, target, wanted, rows, **options)
+        return (logprob * weights).sum(), (logprob, hit)
+
+    with dispatch.interpreted() if interpreted else contextlib.nullcontext():
+        return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(x, halves, scale, head)
+
+
 def main() -> None:
     mesh = make_mesh(2, 2, 2)
     attention = [{"rows": ("data", "fsdp"), "heads": "tensor"}]
@@ -89,6 +112,8 @@ def main() -> None:
         ],
         lanes_attend: attention,
         pages_attend: attention,
+        functools.partial(words, True, True): [{"rows": ("data", "fsdp"), "y": "tensor"}, {"rows": ("data",)}],
+        functools.partial(words, False, False): [{"rows": ("data", "fsdp"), "y": "tensor"}],
     }
     agreed = 0
     for run, ways in splits.items():

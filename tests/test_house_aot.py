@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from aot_world import chips, collectives, kernels
-from kernel_shapes import made_as_large_as
+from kernel_shapes import as_large_as_logits, made_as_large_as
 from step_shapes import LANES, RANK, ROWS, SMOLLM2, TOKENS, decode, makers, parts, train
 
 from jaxlora.mesh import make_mesh
@@ -15,6 +15,7 @@ DECODE_KERNELS = {"gathered_lora": 2, "gathered_lora_shrink": 2, "gathered_lora_
 SPLASH = dict.fromkeys(  # the forward kernel once: what it gave is kept for the backward pass
     [f"splash_mha_{name}residuals" for name in ("fwd_segmented_", "dkv_segmented_no_", "dq_segmented_no_")], 1
 )
+WORDS = {"target_logprob": 1, "target_logprob_back": 1}
 
 
 def test_decode_on_one_chip_leaves_pool_and_pages_where_they_lie():
@@ -46,23 +47,30 @@ def test_decode_with_rows_and_features_split():
 
 
 def test_training_with_heads_split_in_three():
-    """Forward h of o_proj and down_proj, backward dh of gate and up together and of q, k and v together."""
+    """Forward h of o_proj and down_proj, backward dh of gate and up together and of q, k and v together.
+
+    Of the loss each token's largest logit, sum and own logit, and dx, as of any column-parallel product.
+    """
     with chips("v6e") as devices:
         compiled = train(make_mesh(tensor=3, devices=devices))
-    assert kernels(compiled) == SPLASH | {
+    assert kernels(compiled) == SPLASH | WORDS | {
         "segmented_lora": 2,
         "segmented_lora_expand_back": 7,
         "segmented_lora_shrink_back": 4,
     }
     sums = collectives(compiled, "shard_map/psum")
     assert sums == {f"f32[{LANES},{TOKENS},{n * RANK}]": count for n, count in ((1, 2), (2, 1), (3, 1))}
+    of_loss = collectives(compiled, "target_logprob")
+    dx_and_own = f"(bf16[{LANES},{TOKENS},{SMOLLM2.d_model}], f32[{LANES},{TOKENS},1])"
+    assert of_loss == {f"f32[{LANES},{TOKENS}]": 2, dx_and_own: 1}
+    assert as_large_as_logits(LANES * TOKENS, SMOLLM2.vocab // 3, compiled.as_text()) == set()
 
 
 def test_training_with_lanes_and_features_split():
     """Features are gathered with the base's, so no product is summed over devices."""
     with chips("v5e") as devices:
         compiled = train(make_mesh(data=2, fsdp=2, devices=devices))
-    assert kernels(compiled) == SPLASH | {
+    assert kernels(compiled) == SPLASH | WORDS | {
         "segmented_lora": 4,
         "segmented_lora_expand_back": 7,
         "segmented_lora_shrink_back": 4,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from aot_world import collectives
 from cuda_world import h100s, kernels
-from kernel_shapes import made_as_large_as
+from kernel_shapes import as_large_as_logits, made_as_large_as
 from step_shapes import LANES, RANK, ROWS, SMOLLM2, TOKENS, decode, makers, parts, train
 
 from jaxlora.mesh import make_mesh
@@ -36,7 +36,8 @@ def test_decode_with_heads_split_in_three():
 def test_training_with_heads_split_in_three():
     """Forward h of o_proj and down_proj, backward dh of gate and up together and of q, k and v together.
 
-    Nothing is computed twice: two reads of x forward, whose h the backward pass finds kept, and attention once.
+    Nothing is computed twice: two reads of x forward, whose h the backward pass finds kept, and attention once.  Of the loss
+    each token's largest logit, sum and own logit, and dx, as of any column-parallel product.
     """
     with h100s() as devices:
         compiled = train(make_mesh(tensor=3, devices=devices))
@@ -48,6 +49,11 @@ def test_training_with_heads_split_in_three():
         "packed_attention_forward": 1,
         "packed_attention_backward_queries": 1,
         "packed_attention_backward_keys": 1,
+        "target_logprob": 1,
+        "target_logprob_back": 1,
     }
-    sums = collectives(compiled, "shard_map/psum")
-    assert sums == {started(f"f32[{LANES},{TOKENS},{n * RANK}]"): count for n, count in ((1, 2), (2, 1), (3, 1))}
+    of_lora = {started(f"f32[{LANES},{TOKENS},{n * RANK}]"): count for n, count in ((1, 2), (2, 1), (3, 1))}
+    sum_and_own, dx = started(f"f32[{2 * LANES * TOKENS}]"), started(f"f32[{LANES},{TOKENS},{SMOLLM2.d_model}]")
+    assert collectives(compiled, "shard_map/psum") == of_lora | {sum_and_own: 1, dx: 1}
+    assert collectives(compiled, "shard_map/pmax") == {started(f"f32[{LANES},{TOKENS}]"): 1}
+    assert as_large_as_logits(LANES * TOKENS, SMOLLM2.vocab // 3, compiled.as_text()) == set()

@@ -6,16 +6,22 @@ slices that are not aligned, copies made for a layout.  Nothing runs.
 
 from __future__ import annotations
 
+import functools
+
 import jax
+import jax.numpy as jnp
 import pytest
 from aot_world import TOPOLOGIES, chips, kernels
 from jax.experimental.layout import Format, Layout
 from jax.sharding import SingleDeviceSharding
 from kernel_shapes import (
+    LANES,
     MODELS,
     PROMPT,
     ROWS,
+    TOKENS,
     Model,
+    as_large_as_logits,
     decode,
     decode_shapes,
     lanes_attend,
@@ -25,6 +31,8 @@ from kernel_shapes import (
     pages_shapes,
     train,
     train_shapes,
+    words_shapes,
+    words_train,
 )
 
 from pallas_kernels import tpu_blocks
@@ -98,6 +106,28 @@ def test_lanes(model: Model, kind):
         "splash_mha_dq",
         "splash_mha_fwd",
     ]
+
+
+@kinds
+@models
+@pytest.mark.parametrize(
+    ("rank", "targets", "dtype"),
+    [(64, 4, jnp.bfloat16), (RANK, 1, jnp.float32)],
+    ids=["four targets", "float32"],
+)
+def test_words(model: Model, kind, rank, targets, dtype):
+    """The head is read where it lies, and all that is made together is less than a byte for each logit.
+
+    Without LoRA on the head the kernels are those of the whole training step.
+    """
+    shapes = words_shapes(model, rank, targets, dtype)
+    compiled = compiled_for(kind, functools.partial(words_train, model), shapes)
+    assert kernels(compiled) == {"target_logprob": 1, "target_logprob_back": 1}
+    text, stored = compiled.as_text(), shapes[3]
+    assert made_as_large_as([stored, jax.ShapeDtypeStruct(stored.shape[::-1], dtype)], text) == []
+    head = {f"{model.d},{model.vocab}", f"{model.vocab},{model.d}"}
+    assert as_large_as_logits(LANES * TOKENS, model.vocab, text) <= head
+    assert compiled.memory_analysis().temp_size_in_bytes < LANES * TOKENS * model.vocab
 
 
 def test_a_second_pool_would_be_seen():

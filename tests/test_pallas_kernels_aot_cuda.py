@@ -20,10 +20,13 @@ from cuda_world import h100s, kernels
 from jax.experimental.layout import Format, Layout
 from jax.sharding import SingleDeviceSharding
 from kernel_shapes import (
+    LANES,
     MODELS,
     PROMPT,
     ROWS,
+    TOKENS,
     Model,
+    as_large_as_logits,
     decode,
     decode_shapes,
     lanes_attend,
@@ -36,6 +39,8 @@ from kernel_shapes import (
     shape,
     train,
     train_shapes,
+    words_shapes,
+    words_train,
 )
 
 from pallas_kernels import cuda_blocks, dispatch
@@ -145,6 +150,21 @@ def test_the_table_routes_pages_by_head_and_dtype(head, dtypes, taken):
     assert sum(found.values()) == taken
 
 
+@pytest.mark.parametrize(
+    ("rank", "targets", "dtype"), [(64, 4, jnp.bfloat16), (0, 1, jnp.float32)], ids=["LoRA and four targets", "float32"]
+)
+def test_words(model: Model, rank, targets, dtype):
+    """The head is read where it lies; of the gradient of the logits a part is in memory, of the logits nothing."""
+    shapes = words_shapes(model, rank, targets, dtype)
+    program = compiled(functools.partial(words_train, model), shapes)
+    rows = {"segmented_lora_expand_back": 1} if rank else {}
+    assert kernels(program) == {"target_logprob": 1, "target_logprob_back": 1} | rows
+    text, stored = program.as_text(), shapes[3]
+    assert made_as_large_as([stored, shape(*stored.shape[::-1])], text) == []
+    head = {f"{model.d},{model.vocab}", f"{model.vocab},{model.d}"}
+    assert as_large_as_logits(LANES * TOKENS, model.vocab, text) <= head
+
+
 def row(rank: int, dtype=jnp.bfloat16):
     return shape(2, 4, rank, 256, dtype=dtype), shape(2, 4, rank, 384, dtype=dtype), shape(2, 4, dtype=jnp.float32)
 
@@ -197,11 +217,14 @@ def interpreter(*command: str) -> str:
 
 def test_interpreted_bodies_pass_the_tests_of_the_tpu_bodies():
     """Kernels against oracles, then the whole decode and training step of a small model against the XLA form."""
-    files = [
-        f"test_{name}.py" for name in ("pallas_kernels_tpu_bodies", "pallas_kernels_attention_tpu", "house_tpu_bodies")
-    ]
+    names = (
+        "test_pallas_kernels_tpu_bodies",
+        "test_pallas_kernels_attention_tpu",
+        "test_pallas_kernels_cross_entropy_bodies",
+        "test_house_tpu_bodies",
+    )
+    paths = [str(TESTS / f"{name}.py") for name in names]
     of_pallas = "not leaves_nothing_to_choose and not visits and not no_room"
-    paths = [str(TESTS / name) for name in files]
     out = interpreter("-m", "pytest", "-n", "0", "-p", "triton_interpreter", *paths, "-k", of_pallas)
     assert re.search(r"kernels: (.*)", out)[1].split() == [
         "gathered_lora_expand",
@@ -214,6 +237,8 @@ def test_interpreted_bodies_pass_the_tests_of_the_tpu_bodies():
         "segmented_lora_expand_back",
         "segmented_lora_shrink",
         "segmented_lora_shrink_back",
+        "target_logprob",
+        "target_logprob_back",
     ]
     assert "90 passed" in out
 

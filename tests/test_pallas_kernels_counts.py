@@ -1,4 +1,4 @@
-"""Work follows adapters and tokens, not slots: counted, in a run where every fetch of rows and every product is seen.
+"""Work follows adapters and wanted tokens, not slots: counted, in a run where every fetch and every product is seen.
 
 Loops run turn by turn in Python.  The XLA body reads rows with `dynamic_slice`, token by token.  Of the Pallas body the
 index maps are evaluated at every step of the grid: the pipeline fetches a block when, and only when, its index changes.
@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from kernel_checks import floats
 
-from pallas_kernels import dispatch, gathered_lora, gathered_lora_tpu
+from pallas_kernels import cross_entropy_tpu, dispatch, gathered_lora, gathered_lora_tpu, tpu_blocks
+from pallas_kernels.cross_entropy import target_logprob
 from pallas_kernels.gathered_lora import visits_by_slot
 
 L, R, X, Y, LAYER = 2, 2, 6, 4, 1
@@ -105,3 +106,30 @@ def test_visits_are_by_slot_and_skip_the_base():
     assert visits.order_T.tolist() == [2, 5, 0, 3, 1, 4]
     assert visits.slot_T.tolist() == [0, 1, 3, 3, -1, -1]
     assert visits.count_1.tolist() == [4]
+
+
+@pytest.mark.parametrize(("counts", "trips"), [((0, 0), 0), ((1, 0), 1), ((3, 16), 1), ((17, 2), 2), ((40, 40), 3)])
+def test_pallas_multiplies_by_the_head_for_wanted_tokens_only(counts, trips, monkeypatch):
+    """As many trips of 16 tokens of each lane as the lane with the most targets needs, forward and backward."""
+    lanes, tokens, features, words = len(counts), 40, 8, 20
+    rng = np.random.default_rng(0)
+    wanted = np.stack([rng.permutation(tokens) < count for count in counts])
+    seen = []
+
+    def counted(name):
+        real = getattr(cross_entropy_tpu, name)
+        monkeypatch.setattr(cross_entropy_tpu, name, lambda *args: (seen.append((name, args[2].shape)), real(*args))[1])
+
+    monkeypatch.setitem(tpu_blocks.TABLE, "any TPU", tpu_blocks.Blocks(vmem_bytes=16 * 2**20, tokens=32))
+    for name in ("_forward_trip", "_backward_trip"):
+        counted(name)
+    x, head = floats(rng, lanes, tokens, features), floats(rng, features, words)
+    target = rng.integers(0, words, (lanes, tokens, 1), dtype=np.int32)
+
+    def loss(x):
+        return target_logprob(x, head, head.T, target, wanted, None, chunk=8, tied=False)[0].sum()
+
+    with jax.disable_jit(), dispatch.interpreted():
+        jax.grad(loss)(x)
+    rows = (lanes * 16, features)
+    assert seen == [("_forward_trip", rows)] * trips + [("_backward_trip", rows)] * trips

@@ -63,7 +63,7 @@ def program(chunk, lora):
         def forward(x, head, back, rows):
             rows = rows if lora else None
             if chunk:
-                return target_logprob(x, head, back, target, wanted, rows, chunk=chunk)
+                return target_logprob(x, head, back, target, wanted, rows, chunk=chunk, tied=False)
             return target_logprob_oracle(x, head, target, wanted, rows)
 
         (logprob, hit), pull = jax.vjp(forward, x, head, head.T, (a, b, scale))

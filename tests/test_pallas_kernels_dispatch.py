@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from kernel_checks import assert_same_bits, floats
 
 from pallas_kernels import dispatch
+from pallas_kernels.cross_entropy import target_logprob
 from pallas_kernels.dispatch import TABLE, by_platform
 from pallas_kernels.gathered_lora import gathered_lora
 from pallas_kernels.segmented_lora import segmented_lora
@@ -45,10 +46,21 @@ def loss(x, rows):
     return sum(y.astype(F32).sum() for y in segmented_lora(x, rows))
 
 
+def words(dtype=BF16, features=256):
+    x, head = shape(2, 32, features, dtype=dtype), shape(features, 1000, dtype=dtype)
+    return x, head, shape(1000, features, dtype=dtype), shape(2, 32, 1, dtype=jnp.int32), shape(2, 32, dtype=bool)
+
+
+def logprob(x, head, back, target, wanted):
+    return target_logprob(x, head, back, target, wanted, None, chunk=32, tied=False)
+
+
 def test_the_platform_lowered_for_decides():
     for platform in ("cpu", "cuda"):
         assert kernels(gathered_lora, *decode(), platform=platform) == []
         assert kernels(segmented_lora, *train(), platform=platform) == []
+        assert kernels(logprob, *words(), platform=platform) == []
+    assert kernels(logprob, *words()) == ["target_logprob"]
     assert kernels(gathered_lora, *decode()) == ["gathered_lora"]
     assert kernels(segmented_lora, *train()) == ["segmented_lora"]
 
@@ -109,8 +121,17 @@ def test_under_shard_map():
         (gathered_lora, decode(rank=512, out=2**16)),
         (segmented_lora, train(dtype=jnp.float16)),
         (segmented_lora, train(rank=4096, out=2**16 + 1)),
+        (logprob, words(dtype=jnp.float16)),
+        (logprob, words(features=2**16)),
     ],
-    ids=["decode in float16", "rows beyond the chip", "lanes in float16", "no block has room"],
+    ids=[
+        "decode in float16",
+        "rows beyond the chip",
+        "lanes in float16",
+        "no block has room",
+        "words in float16",
+        "no tile has room",
+    ],
 )
 def test_the_table_routes_what_the_kernel_cannot_do(function, args):
     assert kernels(function, *args) == []
@@ -122,6 +143,8 @@ def test_a_platform_that_the_table_lacks_is_refused(platform):
         kernels(gathered_lora, *decode(), platform=platform)
     with pytest.raises(NotImplementedError, match=platform):
         kernels(segmented_lora, *train(), platform=platform)
+    with pytest.raises(NotImplementedError, match=platform):
+        kernels(logprob, *words(), platform=platform)
 
 
 def test_the_docstring_shows_the_table():

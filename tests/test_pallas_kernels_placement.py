@@ -20,6 +20,7 @@ from jax.sharding import AbstractMesh, AxisType
 from kernel_shapes import kernels, shape
 
 from pallas_kernels.attention import packed_attention
+from pallas_kernels.cross_entropy import target_logprob
 from pallas_kernels.gathered_lora import gathered_lora
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.placement import Placement
@@ -116,6 +117,41 @@ def test_attention_needs_no_collective():
     assert collectives == {}
 
 
+def words(placement, lora: bool):
+    """A program of the loss over 2048 words and its gradient, and its arguments."""
+    f32, V, K = jnp.float32, 2048, 2
+
+    def loss(x, halves, scale, head, target, wanted):
+        rows = (*halves, scale) if lora else None
+        return target_logprob(x, head, head.T, target, wanted, rows, chunk=32, tied=False, placement=placement)[0].sum()
+
+    halves = shape(G, R, X, dtype=f32), shape(G, R, V, dtype=f32)
+    ids = shape(G, J, K, dtype=jnp.int32), shape(G, J, dtype=bool)
+    return loss, (shape(G, J, X), halves, shape(G, dtype=f32), shape(X, V), *ids)
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "plain"])
+def test_a_vocabulary_split_over_devices_sums_statistics_of_tokens(lora):
+    """Forward each token's largest logit, sum and own logits; backward dx, and dh where the head has LoRA.  Never logits."""
+    tokens, K = f"{G // 2}x{J}", 2
+    of_tokens = [f"tensor<{tokens}xf32>", f"tensor<{tokens}x{K}xf32>", f"tensor<{tokens}xf32>"]
+    loss, args = words(COLUMN, lora)
+    assert lowered(loss, *args) == ({"target_logprob": 1}, {"all_reduce": of_tokens})
+    found, collectives = lowered(jax.value_and_grad(loss, (0, 1)), *args)
+    assert found == {"target_logprob": 1, "target_logprob_back": 1}
+    back = [f"tensor<{tokens}x{X}xf32>"] + [f"tensor<{tokens}x{R}xf32>"] * lora
+    assert collectives == {"all_reduce": of_tokens + back}
+
+
+def test_features_split_over_devices_take_the_xla_body():
+    """Each device would have a part of every logit."""
+    loss, args = words(ROW, True)
+    assert lowered(jax.grad(loss, (0, 1)), *args)[0].keys() <= {
+        "segmented_lora_expand_back",
+        "segmented_lora_shrink_back",
+    }
+
+
 def test_without_a_placement_a_mesh_is_refused():
     """Nothing is gathered behind anybody's back."""
     x, rows, layer, slots = decode()
@@ -135,4 +171,4 @@ def test_numbers_are_those_of_one_device(tmp_path):
     command = [sys.executable, "-W", "error", str(TESTS / "placement_world.py")]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.split() == ["18"]
+    assert done.stdout.split() == ["24"]

@@ -133,6 +133,6 @@ def test_the_check_runs_when_traced_and_costs_a_compiled_call_nothing():
 def test_public_ops_check_their_suffixes(op, args, words):
     """A slot per token too few would be read as the last one's: a gather past the end clamps."""
     extra = {"window": None} if "window" in inspect.signature(op).parameters else {}
-    extra |= {"chunk": 4} if "chunk" in inspect.signature(op).parameters else {}
+    extra |= {"chunk": 4, "tied": False} if "chunk" in inspect.signature(op).parameters else {}
     with pytest.raises(ValueError, match=words):
         op(*args, **extra)

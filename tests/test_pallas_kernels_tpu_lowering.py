@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
+import jax.numpy as jnp
 import pytest
 from kernel_shapes import (
     MODELS,
@@ -18,6 +21,8 @@ from kernel_shapes import (
     pages_shapes,
     train,
     train_shapes,
+    words_shapes,
+    words_train,
 )
 
 models = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
@@ -54,3 +59,13 @@ def test_attention(model: Model):
         "splash_mha_dq",
         "splash_mha_fwd",
     ]
+
+
+@models
+@pytest.mark.parametrize(
+    ("rank", "targets", "dtype"),
+    [(0, 1, jnp.bfloat16), (8, 1, jnp.bfloat16), (64, 4, jnp.bfloat16), (16, 1, jnp.float32)],
+)
+def test_words(model: Model, rank, targets, dtype):
+    found = lowered(functools.partial(words_train, model), words_shapes(model, rank, targets, dtype))
+    assert found == ["target_logprob", "target_logprob_back"]

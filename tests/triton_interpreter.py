@@ -21,7 +21,7 @@ import test_pallas_kernels_counts as counts
 import triton.language as tl
 from triton.runtime import interpreter
 
-from pallas_kernels import attention, dispatch, gathered_lora, paged_attention, segmented_lora
+from pallas_kernels import attention, cross_entropy, dispatch, gathered_lora, paged_attention, segmented_lora
 
 ONE_AT_A_TIME = threading.Lock()  # the interpreter keeps its place in the grid in a global
 CALLS = []  # names of the kernels that ran
@@ -117,7 +117,7 @@ def interpret_triton() -> None:
     patch = pytest.MonkeyPatch()
     patch.setattr(jax_triton, "triton_call", triton_call)
     patch.setattr(interpreter.interpreter_builder, "__class__", Builder)
-    for op in (attention, gathered_lora, paged_attention, segmented_lora):
+    for op in (attention, cross_entropy, gathered_lora, paged_attention, segmented_lora):
         patch.setattr(op, "by_platform", by_platform)
 
 

@@ -103,6 +103,7 @@ def lane_losses(base: Base, rows_LG: Rows, batch: TrainBatch, *, dropout: bool) 
             lanes.head_rows(),
             placement=lanes.head_placement(),
             chunk=min(LANE_BLOCK, J),
+            tied=base.config.tied,
         )
     logprob_GJ, hit_GJ = logprob_GJK[..., 0], hit_GJK[..., 0]
     loss_G = token_losses(logprob_GJ, batch.loss_G, _loss_inputs(batch)).sum(1)
