@@ -66,7 +66,7 @@ TENANTS = {  # eps well above rounding: an update of a near-zero gradient is not
     "b": (1, ("q_proj", "down_proj"), {"lr": 0.02, "eps": 1e-2, "clip": 0.5}),
     "c": (2, ("k_proj", "o_proj", "lm_head"), {"lr": 0.02, "eps": 1e-1, "clip": None}),
 }
-LOSSES = {"a": Loss(), "b": Loss(name="ppo"), "c": Loss(name="dpo")}
+LOSSES = {"a": Loss(), "b": Loss(name="dro"), "c": Loss(name="dpo")}
 
 
 def train(base: Base, mesh: Mesh, found: dict[str, np.ndarray]) -> Trainer:
