@@ -16,11 +16,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from small_world import tiny_path
-from train_world import CONFIG, RandomSource, examples, host, lora, optimizer
+from train_world import CONFIG, RandomSource, examples, host, lora, optimizer, pairs, rollouts
 
 from jaxlora import compile_cache
 from jaxlora.base_files import open_model, smollm2_path
 from jaxlora.compile_cache import CompileCounter
+from jaxlora.config import Loss
 from jaxlora.lora import ALL_TARGETS, AdapterRef
 from jaxlora.mesh import describe, make_mesh
 from jaxlora.model import Base, load_base
@@ -65,26 +66,30 @@ TENANTS = {  # eps well above rounding: an update of a near-zero gradient is not
     "b": (1, ("q_proj", "down_proj"), {"lr": 0.02, "eps": 1e-2, "clip": 0.5}),
     "c": (2, ("k_proj", "o_proj", "lm_head"), {"lr": 0.02, "eps": 1e-1, "clip": None}),
 }
+LOSSES = {"a": Loss(), "b": Loss(name="dro"), "c": Loss(name="dpo")}
 
 
 def train(base: Base, mesh: Mesh, found: dict[str, np.ndarray]) -> Trainer:
     """Three tenants, some steps; then one leaves and comes back from its state.  Compiles nothing after warm-up."""
     trainer = Trainer(base, mesh, [SPEC], lanes=LANES, lane_tokens=LANE_TOKENS, base_hash="mesh")
     trainer.warm_up()
-    data = {name: examples(i, 6, vocab=VOCAB) for i, name in enumerate(TENANTS)}
+    data = {"a": examples(0, 6, vocab=VOCAB), "b": rollouts(1, 6), "c": pairs(2, 6, longest=6)}
     with CompileCounter() as counter:
         for i, (name, (rank, targets, settings)) in enumerate(TENANTS.items()):
-            trainer.add(name, lora(rank, targets), optimizer(**settings), data[name], batch_size=3, seed=i)
+            trainer.add(
+                name, lora(rank, targets), optimizer(**settings), data[name], batch_size=3, seed=i, loss=LOSSES[name]
+            )
         for n in range(STEPS):
             for r in trainer.step():
-                found[f"train {r.tenant} {n}"] = np.array([r.loss, r.grad_norm, r.accuracy])
+                accuracy = r.accuracy if n else 0.0  # before the first update DPO's margins are rounding
+                found[f"train {r.tenant} {n}"] = np.array([r.loss, r.grad_norm, accuracy])
         rank, targets, settings = TENANTS["a"]
         resume = (host(trainer.unseat("a")), STEPS, 3 * STEPS)
         trainer.remove("a")
         trainer.add("a", lora(rank, targets), optimizer(**settings), data["a"], batch_size=3, seed=0, resume=resume)
         found["resumed"] = np.array([r.loss for r in sorted(trainer.step(), key=lambda r: r.tenant)])
         for name in (*TENANTS, None):
-            e = trainer.evaluate(data["b"], name)
+            e = trainer.evaluate(data[name or "a"], name)
             found[f"evaluate {name}"] = np.array([e.nll, e.accuracy])
     assert not counter.retraced, counter
     for name in TENANTS:

@@ -102,6 +102,7 @@ def segment_sums(x_J: jax.Array, segment_J: jax.Array) -> jax.Array:
 
 _FUNCTIONS = (cross_entropy, dpo, importance_sampling, ppo, cispo, dro, gspo)
 TABLE = {loss.__name__: loss for loss in _FUNCTIONS}
+# A loss's number is its place.  Checkpointed: a switch saves what any of its branches would, and segment_sums is [J, J].
 BRANCHES = tuple(jax.checkpoint(TABLE[name]) for name in LOSSES)
 
 
