@@ -53,7 +53,7 @@ def test_training_with_heads_split_in_three():
         "target_logprob_back": 1,
     }
     of_lora = {started(f"f32[{LANES},{TOKENS},{n * RANK}]"): count for n, count in ((1, 2), (2, 1), (3, 1))}
-    sum_and_own, dx = started(f"f32[{2 * LANES * TOKENS}]"), started(f"f32[{LANES},{TOKENS},{SMOLLM2.d_model}]")
+    sum_and_own, dx = f"f32[{2 * LANES * TOKENS}]", started(f"f32[{LANES},{TOKENS},{SMOLLM2.d_model}]")
     assert collectives(compiled, "shard_map/psum") == of_lora | {sum_and_own: 1, dx: 1}
     assert collectives(compiled, "shard_map/pmax") == {started(f"f32[{LANES},{TOKENS}]"): 1}
     assert as_large_as_logits(LANES * TOKENS, SMOLLM2.vocab // 3, compiled.as_text()) == set()
