@@ -11,7 +11,6 @@ out/loss.png
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import signal
 import threading
@@ -36,6 +35,7 @@ from jaxlora.pool import PoolSpec
 from jaxlora.store import AdapterStore
 from train import metrics
 from train.data import Example, load_jsonl
+from train.job_files import digest
 from train.plot import plot_curves
 from train.state import SlotState
 from train.trainer import MAX_BAD_STEPS, Evaluation, StepReport, Tenant, Trainer
@@ -171,16 +171,6 @@ def seat_tenants(trainer: Trainer, config: TrainConfig, opened: Opened) -> dict[
         check_identity(section.name, job)
         seat(trainer, config, section, examples, job)
     return jobs
-
-
-def digest(examples: Sequence[Example]) -> str:
-    """Hex sha256 of the examples' tokens and weights, in their order."""
-    total = hashlib.sha256()
-    for e in examples:
-        total.update(
-            len(e).to_bytes(8, "little") + e.tokens.astype("<i4").tobytes() + e.weights.astype("<f4").tobytes()
-        )
-    return total.hexdigest()
 
 
 def check_identity(name: str, job: Job) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxlora.config import Optimizer, check_lane_tokens
-from jaxlora.errors import AlreadyExists, NotFound, StateInvalid
+from jaxlora.errors import AlreadyExists, DataInvalid, NotFound, StateInvalid
 from jaxlora.lora import ALL_TARGETS, Adapter, AdapterRef, LoraSpec
 from jaxlora.mesh import check_lanes, place_rows, replicated
 from jaxlora.model import Base
@@ -118,6 +118,7 @@ class Trainer:
         *,
         batch_size: int,
         seed: int,
+        weight: float = 1.0,
         resume: tuple[SlotState, int, int] | None = None,
     ) -> Tenant:
         """A tenant joins from the next step on, with fresh weights drawn from its seed, or with (state, step, cursor).
@@ -129,15 +130,15 @@ class Trainer:
         if name in self.tenants:
             raise AlreadyExists(f"tenant {name} is already training; remove it first", param="name")
         self.pool_spec.check(spec)
-        taken = {t.slot for t in self.tenants.values()}
-        slot = next((s for s in range(self.pool_spec.slots) if s not in taken), None)
-        if slot is None:
+        if not self.free_slots:
             raise StateInvalid(f"all {self.pool_spec.slots} training slots are taken; wait for one to leave")
-        state, step, cursor = resume if resume is not None else (self._fresh(spec, seed), 0, 0)
+        taken = {t.slot for t in self.tenants.values()}
+        slot = next(s for s in range(self.pool_spec.slots) if s not in taken)
+        state, step, cursor = resume if resume is not None else (self.fresh(spec, seed), 0, 0)
         stream = ExampleStream(examples, seed, cursor)
         running = step < optimizer.total_steps
         if running:
-            self._mixer.add(name, stream, batch_size=batch_size)
+            self._mixer.add(name, stream, batch_size=batch_size, weight=weight)
         self._state = self._programs.seat(
             self._state, self._device(np.int32(slot)), jax.device_put(jax.device_get(state))
         )
@@ -164,8 +165,31 @@ class Trainer:
             raise NotFound(f"no tenant {name} in training", param="name")
         return self.tenants[name]
 
-    def _fresh(self, spec: LoraSpec, seed: int) -> SlotState:
-        adapter = fresh_adapter(self.base.config, AdapterRef("new", "new", 1), spec, seed, self.base_hash)
+    @property
+    def free_slots(self) -> int:
+        """How many tenants may join."""
+        return self.pool_spec.slots - len(self.tenants)
+
+    def check(self, spec: LoraSpec, examples: Sequence[Example], batch_size: int) -> None:
+        """Raises as `add` would for these, whoever sits here now.  From any thread."""
+        self.pool_spec.check(spec)
+        if not examples:
+            raise DataInvalid("no examples to train on; give at least one")
+        self._mixer.check(examples, batch_size)
+
+    def set_weight(self, name: str, weight: float) -> None:
+        """A running tenant's share of the tokens, from the next step on.  Raises NotFound, InvalidRequest."""
+        self._mixer.set_weight(name, weight)
+
+    def fresh(self, spec: LoraSpec, seed: int) -> SlotState:
+        """What a new tenant starts with, in NumPy.  From any thread."""
+        return self.seat_of(fresh_adapter(self.base.config, AdapterRef("new", "new", 1), spec, seed, self.base_hash))
+
+    def seat_of(self, adapter: Adapter) -> SlotState:
+        """What a tenant starts with that goes on from an adapter, in NumPy.  From any thread.
+
+        Raises AdapterInvalid when it does not fit, AdapterNotFinite.
+        """
         return fresh_seat(host_rows(self.base.config, self.pool_spec, adapter))
 
     def unseat(self, name: str) -> SlotState:
