@@ -168,7 +168,7 @@ class Jobs:
         self._hear_writer()
 
     def close(self) -> None:
-        """Saves every job that runs, waits for the files and stops.  The jobs stay as they are."""
+        """Saves what every unfinished job has learned, waits for the disk and stops.  The jobs stay as they are."""
         for live in self._live.values():
             self._save(live)
         self._readers.shutdown(cancel_futures=True)
@@ -180,7 +180,7 @@ class Jobs:
     def step(self) -> builtins.list[StepReport]:
         """Who waits for a free slot gets it; then one training step, if a job runs, and what follows from it.
 
-        Waits for no file.
+        Waits for no disk but for states that were spilled when they were parked.
         """
         self._hear_writer()
         self._hear_readers()
@@ -212,7 +212,7 @@ class Jobs:
             if outcome.error is None:
                 job.log.add("checkpoint", f"step {outcome.step} is saved", data={"step": outcome.step})
                 continue
-            reason = f"its checkpoint was not written: {outcome.error}"
+            reason = f"its checkpoint was not written: {_said(outcome.error)}"
             job.log.add("problem", reason, level="error", data={"step": outcome.step})
             if live is not None and live.saved_step == outcome.step:
                 live.saved_step = 0
@@ -289,20 +289,18 @@ class Jobs:
             data["heldout_loss"] = heldout.nll
         job.log.add_step(data, total=request.optimizer.total_steps, finite=report.finite)
         better = heldout is not None and p.judge(heldout.nll)
-        if better and request.keep_best:
-            self._park(live, live.best_key)
         if better:
             assert heldout is not None
+            if request.keep_best:
+                self._park(live, live.best_key, jax.device_get(self.trainer.unseat(job.id)))
             message = f"best held-out loss so far: {heldout.nll:.4f}"
             job.log.add("best", message, data={"step": p.step, "heldout_loss": heldout.nll})
         every = request.checkpoint_every
         if p.bad_steps >= MAX_BAD_STEPS:
             reason = f"{MAX_BAD_STEPS} updates in a row were not finite and were skipped; lower lr or look at the data"
             self._pause(live, "not_finite", reason)
-        elif tenant.status == "done":
-            self._finish(live, f"trained all {p.step} steps")
-        elif request.patience is not None and p.stale >= request.patience:
-            self._finish(live, f"stopped early: {p.stale} held-out losses in a row were no better")
+        elif self._is_over(live):
+            self._finish(live)
         elif (every is not None and p.step % every == 0) or (better and request.keep_best):
             self._save(live)
 
@@ -344,19 +342,25 @@ class Jobs:
         live.heldout = material.heldout
         job.move("running", "started" if job.progress.step == 0 else f"goes on from step {job.progress.step}")
         if material.best is not None:
-            self._parking.put(live.best_key, material.best)
+            self._park(live, live.best_key, material.best)
         elif request.keep_best and job.progress.best_step is not None and live.best_key not in self._parking:
             message = f"the weights of its best step {job.progress.best_step} are on no disk; the best is sought anew"
             job.progress.best_step = job.progress.best_loss = None
             job.log.add("problem", message, level="warn")
-        if self.trainer.tenants[job.id].status == "done":
-            self._finish(live, f"had trained all {job.progress.step} steps")
+        if self._is_over(live):  # it could not be delivered before, or the process died just then
+            self._finish(live)
+
+    def _is_over(self, live: LiveJob) -> bool:
+        """Whether its last step is done, or no better held-out loss is to be expected."""
+        patience = live.job.request.patience
+        early = patience is not None and live.job.progress.stale >= patience
+        return early or self.trainer.tenants[live.job.id].status == "done"
 
     def _vacate(self, live: LiveJob, *, park: bool) -> None:
         """The job leaves its slot, the line, or the reader that it waits for."""
         if live.job.state == "running":
             if park:
-                self._park(live, live.state_key)
+                self._park(live, live.state_key, jax.device_get(self.trainer.unseat(live.job.id)))
             self.trainer.remove(live.job.id)
         if self._queue.has_turn(live.job.id):
             self._queue.end_turn(live.job.id)
@@ -365,8 +369,8 @@ class Jobs:
         self._stop_reading(live)
         live.heldout = ()
 
-    def _park(self, live: LiveJob, key: str) -> None:
-        self._parking.put(key, jax.device_get(self.trainer.unseat(live.job.id)))
+    def _park(self, live: LiveJob, key: str, state: SlotState) -> None:
+        self._parking.put(key, state)
         try:
             self._parking.spill()
         except JaxLoraError as error:
@@ -378,7 +382,7 @@ class Jobs:
         self._vacate(live, park=True)
         live.job.move("paused", reason, level="info" if code == "paused_by_owner" else "warn", code=code)
 
-    def _finish(self, live: LiveJob, message: str) -> None:
+    def _finish(self, live: LiveJob) -> None:
         """Its adapter goes to the shelf."""
         job, request = live.job, live.job.request
         self._save(live)
@@ -390,15 +394,18 @@ class Jobs:
         except AdapterNotFinite as error:
             self._fail(live, error)
         except (JaxLoraError, OSError) as error:
-            self._pause(live, "storage_failed", f"its adapter could not be stored: {error}; resume it to try again")
+            self._pause(live, "storage_failed", f"its adapter was not stored: {_said(error)}; resume it to try again")
         else:
             job.result = ref
-            kept = f"; its weights are those of step {job.progress.best_step}" if best else ""
-            self._end(live, "succeeded", f"{message}{kept}")
+            p, total = job.progress, request.optimizer.total_steps
+            how = f"{p.step} of {total} steps"
+            if p.step < total:
+                how += f", stopped early: {p.stale} held-out losses in a row were no better"
+            self._end(live, "succeeded", f"{how}; its weights are those of step {p.best_step}" if best else how)
 
     def _fail(self, live: LiveJob, error: JaxLoraError | OSError) -> None:
         code = error.code if isinstance(error, JaxLoraError) else JaxLoraError.code
-        self._end(live, "failed", str(error), level="error", code=code)
+        self._end(live, "failed", _said(error), level="error", code=code)
 
     def _end(
         self, live: LiveJob, state: State, message: str, *, level: Level = "info", code: str | None = None
@@ -434,3 +441,10 @@ class Jobs:
         live.saved_step = p.step
         snapshot = self._files.snapshot(live.job, live.facts, state, keep=self.config.keep)
         self._writer.submit(live.job.id, snapshot)
+
+
+def _said(error: Exception) -> str:
+    """What a tenant may read of it: no path of ours."""
+    if isinstance(error, JaxLoraError):
+        return error.message
+    return (error.strerror if isinstance(error, OSError) else None) or type(error).__name__
