@@ -292,6 +292,17 @@ def test_time_slices_share_one_slot_and_change_no_weight(tmp_path):
         assert weights(shelf.adapters[job.result]) == alone(asked[name], trainer_of(1, lanes=2, lane_tokens=32))
 
 
+def test_an_owners_share_of_a_step_does_not_grow_with_its_jobs(tmp_path):
+    jobs, _ = make_jobs(tmp_path)
+    made = [jobs.create(request(i, owner="a", weight=6.0)) for i in range(3)] + [jobs.create(request(3, owner="b"))]
+    jobs.step()
+    in_mixer = jobs.trainer._mixer._tenants
+    assert [in_mixer[job.id].weight for job in made] == [2.0, 2.0, 2.0, 1.0]
+    jobs.pause("a", made[0].id)
+    jobs.step()
+    assert [in_mixer[job.id].weight for job in made[1:]] == [3.0, 3.0, 1.0]
+
+
 def test_no_job_moves_for_its_time_slice_when_nobody_waits(tmp_path):
     jobs, _ = make_jobs(tmp_path, trainer_of(1, lanes=2, lane_tokens=32), quantum_steps=1)
     made = [jobs.create(request(i, steps=4)) for i in range(2)]  # one owner: first come, first served
