@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -175,12 +176,13 @@ def adapters(folder: Path) -> dict[str, dict[str, bytes]]:
 
 
 @cache
-def uninterrupted(folder: Path, steps: int) -> dict[str, dict[str, bytes]]:
+def uninterrupted(steps: int) -> dict[str, dict[str, bytes]]:
     """What the same jobs come to when nothing happens."""
-    jobs = jobs_child.start(folder, steps)
-    jobs.run()
-    assert {job.state for job in jobs.list(None)} == {"succeeded"}
-    return adapters(folder)
+    with tempfile.TemporaryDirectory() as folder:
+        jobs = jobs_child.start(Path(folder), steps)
+        jobs.run()
+        assert {job.state for job in jobs.list(None)} == {"succeeded"}
+        return adapters(Path(folder))
 
 
 def lines(process: subprocess.Popen) -> Iterator[str]:
@@ -214,7 +216,7 @@ def test_kill_9_at_any_moment_changes_no_bit(tmp_path, kills, steps):
         assert process.returncode == -9  # it had not ended by itself
     resumed += ended(child(tmp_path / "killed", steps)).count("goes on from step")
     assert resumed >= kills
-    assert adapters(tmp_path / "killed") == uninterrupted(tmp_path / "whole", steps)
+    assert adapters(tmp_path / "killed") == uninterrupted(steps)
 
 
 def test_a_full_disk_pauses_jobs_keeps_the_last_checkpoint_and_changes_no_bit(tmp_path):
@@ -224,4 +226,4 @@ def test_a_full_disk_pauses_jobs_keeps_the_last_checkpoint_and_changes_no_bit(tm
     assert told
     assert all("could not be written: File too large" in line for line in told), told
     assert "paused: its checkpoint was not written" in output
-    assert adapters(tmp_path / "full") == uninterrupted(tmp_path / "whole", 24)
+    assert adapters(tmp_path / "full") == uninterrupted(24)

@@ -81,10 +81,12 @@ class JobFiles:
     load: Callable[[Path], Sequence[Example]]  # a JSONL file; raises DataInvalid
     states: Path | None  # a folder of checkpoints for each job id
 
-    def needs_disk(self, job_id: str, request: JobRequest) -> bool:
-        """Whether to read what it needs takes a while."""
+    def needs_disk(self, job_id: str, request: JobRequest, *, parked: bool = False) -> bool:
+        """Whether to read what it needs takes a while; `parked`: its state is at hand."""
+        if isinstance(request.data, Path) or isinstance(request.heldout, Path):
+            return True
         found = self.states is not None and (self.states / job_id).is_dir()
-        return found or any(isinstance(source, Path) for source in (request.data, request.heldout, request.start))
+        return not parked and (found or isinstance(request.start, Path))
 
     def examine(self, job_id: str, request: JobRequest) -> Facts:
         """Reads and checks all of it.
@@ -111,7 +113,7 @@ class JobFiles:
         Raises DataInvalid when the examples are not those that were examined; else as `examine`.
         """
         examples = self._read(request.data)
-        if digest(examples) != facts.examples:
+        if isinstance(request.data, Path) and digest(examples) != facts.examples:
             raise DataInvalid(f"the examples of {request.name} changed while it waited; create the job anew")
         heldout = [] if request.heldout is None else self._read(request.heldout)
         state, progress, best = None, Progress(), None

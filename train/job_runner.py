@@ -258,7 +258,7 @@ class Jobs:
             live = self._live[job_id]
             assert live.facts is not None
             request, parked = live.job.request, live.state_key in self._parking
-            if self._files.needs_disk(job_id, request):
+            if self._files.needs_disk(job_id, request, parked=parked):
                 live.opening = self._readers.submit(self._files.open, job_id, request, live.facts, parked=parked)
                 self._reading[job_id] = live
             else:
