@@ -129,17 +129,21 @@ def test_a_job_with_bad_files_fails_with_the_reason_and_holds_nothing(tmp_path, 
     assert jobs.create(request(data=jsonl(tmp_path / "data", good))).state == "validating_files"  # the name is free
 
 
-def test_a_file_that_changes_in_line_fails_its_job(tmp_path):
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [("data", "changed while it waited"), ("heldout", "example 0 has 40 tokens")],
+)
+def test_a_file_that_changes_in_line_fails_its_job(tmp_path, changed, message):
     jobs, _ = make_jobs(tmp_path, trainer_of(1, lanes=2, lane_tokens=32), load=load)
     first = jobs.create(request(0, steps=5))
-    data = jsonl(tmp_path / "data", examples(1, 3))
-    second = jobs.create(request(1, data=data))
+    paths = {name: jsonl(tmp_path / name, examples(1, 3)) for name in ("data", "heldout")}
+    second = jobs.create(request(1, **paths))
     while second.state == "validating_files":
         jobs.step()
-    jsonl(data, examples(2, 3))
+    jsonl(paths[changed], examples(2, 1, 40, 40))
     jobs.run()
     assert (first.state, second.state) == ("succeeded", "failed")
-    assert "changed while it waited" in second.reason
+    assert message in second.reason
 
 
 REFUSED = {

@@ -96,11 +96,7 @@ class JobFiles:
         """
         examples = self._read(request.data)
         self.trainer.check(request.spec, examples, request.batch_size)
-        if request.heldout is not None:
-            heldout = self._read(request.heldout)
-            if not heldout:
-                raise DataInvalid("no held-out examples; give at least one, or leave them out", param="heldout")
-            check_length(heldout, self.trainer.lane_tokens)
+        self._read_heldout(request)
         tokens = sum(e.predictions for e in examples) / len(examples) * request.batch_size
         facts = Facts(examples=digest(examples), step_tokens=tokens)
         if self._checkpoint(job_id, request, facts) is None and request.start is not None:
@@ -115,7 +111,7 @@ class JobFiles:
         examples = self._read(request.data)
         if isinstance(request.data, Path) and digest(examples) != facts.examples:
             raise DataInvalid(f"the examples of {request.name} changed while it waited; create the job anew")
-        heldout = [] if request.heldout is None else self._read(request.heldout)
+        heldout = self._read_heldout(request)
         state, progress, best = None, Progress(), None
         if not parked:
             meta = self._checkpoint(job_id, request, facts)
@@ -156,6 +152,15 @@ class JobFiles:
 
     def _read(self, source: Source) -> Sequence[Example]:
         return self.load(source) if isinstance(source, Path) else source
+
+    def _read_heldout(self, request: JobRequest) -> Sequence[Example]:
+        if request.heldout is None:
+            return ()
+        heldout = self._read(request.heldout)
+        if not heldout:
+            raise DataInvalid("no held-out examples; give at least one, or leave them out", param="heldout")
+        check_length(heldout, self.trainer.lane_tokens)
+        return heldout
 
     def _checkpoint(self, job_id: str, request: JobRequest, facts: Facts) -> dict | None:
         """Meta of the job's own newest checkpoint: it goes on from there."""
