@@ -10,6 +10,9 @@ restored and is cleared by the next save.
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +20,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, CustomSteps, LatestN
 
 from jaxlora.durable import sync, sync_tree
 from jaxlora.errors import AlreadyExists, StateInvalid, StorageFailed
@@ -35,11 +39,14 @@ class Restored:
     meta: dict  # JSON
 
 
-def save_state(folder: Path, step: int, arrays: Tree, meta: Mapping[str, object], *, keep: int = 2) -> None:
-    """Writes step `step` and then removes all but the newest `keep`.  On disk, also through a power loss, on return.
+def save_state(
+    folder: Path, step: int, arrays: Tree, meta: Mapping[str, object], *, keep: int = 2, best: int | None = None
+) -> None:
+    """Writes step `step` and then removes all but the newest `keep` and step `best`.  On disk, also through a power loss, on return.
 
     `meta` is JSON.  Raises AlreadyExists for a step that is there, StateInvalid for one below the newest, for
-    `keep` below 1 and for arrays without elements, StorageFailed when the files cannot be written.
+    `keep` below 1 and for arrays without elements, StorageFailed when the files cannot be written; then the steps before
+    it are as they were.
     """
     if keep < 1:
         raise StateInvalid(f"keep must be at least 1, got {keep}")
@@ -48,37 +55,53 @@ def save_state(folder: Path, step: int, arrays: Tree, meta: Mapping[str, object]
     if empty or not leaves:
         raise StateInvalid(f"arrays without elements cannot be saved: {', '.join(empty[:5]) or 'the tree is empty'}")
     stored = {"format": FORMAT, "meta": json.loads(json.dumps(dict(meta))), "leaves": leaves}
-    folder.mkdir(parents=True, exist_ok=True)
+    policy = AnyPreservationPolicy([LatestN(keep), CustomSteps([] if best is None else [best])])
     options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
+        preservation_policy=policy, enable_async_checkpointing=False, cleanup_tmp_directories=True
     )
-    with ocp.CheckpointManager(folder, options=options, item_names=("arrays", "meta")) as manager:
-        newest = manager.latest_step()
-        if step in manager.all_steps():
-            raise AlreadyExists(f"step {step} of {folder.name} is saved; a step is never overwritten")
-        if newest is not None and step < newest:
-            raise StateInvalid(f"step {step} is older than step {newest} of {folder.name}; restore that one instead")
-        items = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(stored))
-        try:
+    items = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(stored))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with ocp.CheckpointManager(folder, options=options, item_names=("arrays", "meta")) as manager:
+            newest = manager.latest_step()
+            if step in manager.all_steps():
+                raise AlreadyExists(f"step {step} of {folder.name} is saved; a step is never overwritten")
+            if newest is not None and step < newest:
+                raise StateInvalid(
+                    f"step {step} is older than step {newest} of {folder.name}; restore that one instead"
+                )
             manager.save(step, args=items, force=True)
-        except OSError as e:
-            raise StorageFailed(f"step {step} of {folder.name} could not be written: {e}") from e
-    sync_tree(folder / str(step))
-    sync(folder)
+        sync_tree(folder / str(step))
+        sync(folder)
+    except AlreadyExists:
+        raise
+    except (OSError, ValueError) as e:  # tensorstore raises ValueError for a full disk
+        for left in folder.glob(f"{step}.orbax-checkpoint-tmp*"):  # it takes room that the next save needs
+            shutil.rmtree(left, ignore_errors=True)
+        raise StorageFailed(f"step {step} of {folder.name} could not be written: {_why(e)}") from e
 
 
-def restore_state(folder: Path, like: Tree) -> Restored | None:
-    """The newest step, with the structure, dtypes and shardings of `like`; None where nothing was saved.
+def _why(error: OSError | ValueError) -> str:
+    """What the system said, without paths: tensorstore gives its number inside a text."""
+    number = re.search(r"os_error_code='(\d+)'", str(error))
+    code = int(number[1]) if number else getattr(error, "errno", None)
+    return str(error) if code is None else os.strerror(code)
 
-    Leaves of `like` are jax arrays or ShapeDtypeStructs (without a sharding: the default device).  Raises StateInvalid
-    when the saved arrays are not those of `like`, StorageFailed for an unknown format or damaged files.
+
+def restore_state(folder: Path, like: Tree, *, step: int | None = None) -> Restored | None:
+    """Step `step`, or the newest, with the structure, dtypes and shardings of `like`; None where it was not saved.
+
+    Leaves of `like` are jax arrays or ShapeDtypeStructs (without a sharding: the default device), or NumPy arrays, which
+    come back as such.  Raises StateInvalid when the saved arrays are not those of `like`, StorageFailed for an unknown
+    format or damaged files.
     """
     if not folder.is_dir():
         return None
     options = ocp.CheckpointManagerOptions(create=False)
     with ocp.CheckpointManager(folder, options=options, item_names=("arrays", "meta")) as manager:
-        step = manager.latest_step()
         if step is None:
+            step = manager.latest_step()
+        if step is None or step not in manager.all_steps():
             return None
         stored = _stored(manager, step, folder)
         _compare(stored["leaves"], _describe(like), f"step {step} of {folder.name}")
@@ -135,6 +158,8 @@ def _compare(saved: dict[str, list], wanted: dict[str, list], what: str) -> None
         raise StateInvalid(f"{what} was saved by another configuration: {'; '.join(wrong[:5])}{more}")
 
 
-def _placed(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+def _placed(leaf: jax.Array | jax.ShapeDtypeStruct | np.ndarray | np.generic) -> jax.ShapeDtypeStruct | np.ndarray:
+    if isinstance(leaf, np.ndarray | np.generic):
+        return np.asarray(leaf)
     sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

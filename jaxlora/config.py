@@ -63,12 +63,6 @@ def check_lane_tokens(lane_tokens: int) -> None:
         )
 
 
-def check_dropout(rate: float) -> None:
-    """Raises ConfigInvalid for a share that cannot be dropped."""
-    if not 0 <= rate < 1:
-        raise ConfigInvalid(f"dropout must be in [0, 1), got {rate}", param="dropout")
-
-
 def _need_distinct(names: list[str], what: str) -> None:
     twice = sorted({n for n in names if names.count(n) > 1})
     if twice:
@@ -245,7 +239,6 @@ class TenantSection:
         check_name(self.name, "name")
         _ = self.spec  # LoraSpec checks rank, alpha and targets
         _ = self.objective  # Loss checks its numbers
-        check_dropout(self.dropout)
         _need_counts(self, "batch")
         _need(self.steps is None or self.steps >= 1, "steps", "at least 1, or left out", self.steps)
         self.optimizer(max(self.warmup_steps, 1))  # checks its numbers; without steps TrainConfig checks the warm-up
@@ -254,7 +247,9 @@ class TenantSection:
     @property
     def spec(self) -> LoraSpec:
         """The adapter this tenant trains."""
-        return LoraSpec(rank=self.rank, alpha=self.alpha, targets=self.targets, rslora=self.rslora)
+        return LoraSpec(
+            rank=self.rank, alpha=self.alpha, targets=self.targets, rslora=self.rslora, dropout=self.dropout
+        )
 
     @property
     def objective(self) -> Loss:

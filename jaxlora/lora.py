@@ -47,7 +47,7 @@ class LoraSpec:
     alpha: float
     targets: tuple[str, ...] = LAYER_TARGETS
     rslora: bool = False
-    dropout: float = 0.0  # of the input of A, in training; kept for PEFT files, 0 where we train
+    dropout: float = 0.0  # of the input of A, in training
     exceptions: tuple[ModuleException, ...] = ()
 
     def __post_init__(self) -> None:

@@ -25,6 +25,8 @@ PURE = (
     "jaxlora/slots.py",
     "jaxlora/toml_loader.py",
     "train/data.py",
+    "train/job_queue.py",
+    "train/jobs.py",
     "train/jsonl.py",
     "train/mixer.py",
     "serve/demo_tasks.py",

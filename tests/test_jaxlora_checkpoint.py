@@ -114,16 +114,49 @@ def test_leftovers_of_a_killed_save_are_ignored_and_cleared(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]
 
 
-def test_failed_save_leaves_the_last_one(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(28, "No space left on device", "/secret"), "No space left on device"),
+        (ValueError("RESOURCE_EXHAUSTED: writing \"/secret\" [os_error_code='28']"), "No space left on device"),
+        (ValueError("no number"), "no number"),
+    ],
+    ids=["the system's", "tensorstore's", "another"],
+)
+def test_failed_save_leaves_the_last_one_and_no_rest(tmp_path, monkeypatch, error, said):
     save_state(tmp_path, 1, make_state(1), {})
 
     def fail(*_, **__):
-        raise OSError("disk full")
+        (tmp_path / "2.orbax-checkpoint-tmp").mkdir()
+        raise error
 
-    monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "save", fail)
-    with pytest.raises(StorageFailed, match=r"step 2 .*disk full"):
-        save_state(tmp_path, 2, make_state(2), {})
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.ocp.CheckpointManager, "save", fail)
+        with pytest.raises(StorageFailed) as caught:
+            save_state(tmp_path, 2, make_state(2), {})
+    assert caught.value.message == f"step 2 of {tmp_path.name} could not be written: {said}"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1"]
     assert same(restore_state(tmp_path, make_state()).arrays, make_state(1))
+    save_state(tmp_path, 2, make_state(2), {})
+    assert restore_state(tmp_path, make_state()).step == 2
+
+
+def test_a_file_that_is_in_the_way_is_an_error_of_the_tree(tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(StorageFailed, match="step 1 of run could not be written: File exists"):
+        save_state(tmp_path / "run", 1, make_state(), {})
+
+
+def test_the_best_stays_beside_the_newest(tmp_path):
+    for step in range(1, 7):
+        save_state(tmp_path, step, make_state(step), {"step": step}, keep=2, best=3 if step >= 3 else None)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["3", "5", "6"]
+    assert same(restore_state(tmp_path, make_state(), step=3).arrays, make_state(3))
+    assert restore_state(tmp_path, make_state(), step=4) is None
+    like = jax.tree.map(np.asarray, make_state())
+    restored = restore_state(tmp_path, like, step=5).arrays
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(restored))
+    assert same(restored, make_state(5))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """LoRA dropout: what is dropped, that it is each tenant's own, and that nobody else notices."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +18,7 @@ from train_world import (
 )
 
 from jaxlora.compile_cache import CompileCounter
-from jaxlora.errors import ConfigInvalid
+from jaxlora.errors import AdapterInvalid
 from jaxlora.pool import DropoutLora, LaneLora
 
 G, J = 3, 40
@@ -76,8 +78,9 @@ TENANTS = {"calm": 0.0, "light": 0.1, "heavy": 0.6}  # rate by name
 
 def join(trainer, name, **changes):
     seed = sorted(TENANTS).index(name)
-    how = {"batch_size": 3, "seed": seed, "dropout": TENANTS[name]} | changes
-    return trainer.add(name, lora(3), optimizer(), examples(seed, 9), **how)
+    spec = dataclasses.replace(lora(3), dropout=changes.pop("dropout", TENANTS[name]))
+    how = {"batch_size": 3, "seed": seed} | changes
+    return trainer.add(name, spec, optimizer(), examples(seed, 9), **how)
 
 
 def trained(*names, steps=4):
@@ -134,7 +137,7 @@ def test_evaluation_drops_nothing_and_a_change_of_rate_compiles_nothing():
 @pytest.mark.parametrize("rate", [-0.1, 1.0, float("nan")])
 def test_an_impossible_rate_is_refused(rate):
     trainer = make_trainer()
-    with pytest.raises(ConfigInvalid, match=r"dropout must be in \[0, 1\)"):
+    with pytest.raises(AdapterInvalid, match=r"dropout must be in \[0, 1\)"):
         join(trainer, "calm", dropout=rate)
     assert not trainer.tenants
 

@@ -115,6 +115,20 @@ def test_weight_is_met_when_slack_allows():
     assert got["heavy"] == pytest.approx(3 * got["light"], rel=0.03)
 
 
+def test_a_weight_may_change_under_way():
+    mixer = Mixer(1, LENGTH, slack_steps=10)
+    one_lane(mixer, "a")
+    one_lane(mixer, "b")
+    assert shares(mixer, 40) == {"a": 20 * LENGTH, "b": 20 * LENGTH}
+    mixer.set_weight("a", 3.0)
+    assert shares(mixer, 40)["a"] == pytest.approx(30 * LENGTH, abs=2 * LENGTH)
+    for weight in (0.0, math.nan):
+        with pytest.raises(InvalidRequest, match="weight must be positive"):
+            mixer.set_weight("a", weight)
+    with pytest.raises(NotFound, match="tenant c is not training"):
+        mixer.set_weight("c", 1.0)
+
+
 def test_equal_weights_with_unequal_examples_share_tokens_not_turns():
     mixer = Mixer(1, LENGTH, slack_steps=20)
     one_lane(mixer, "long", tokens=12)

@@ -100,21 +100,32 @@ class Mixer:
         """
         if key in self._tenants:
             raise AlreadyExists(f"tenant {key} is already training; remove it first", param="key")
+        _check_weight(weight)
+        worst = self.check(stream.examples, batch_size, split=split)
+        tenant = _Tenant(key, stream, batch_size, weight, split, worst, deadline=0)
+        self._tenants[key] = tenant
+        tenant.deadline = self._step + self.longest_wait
+
+    def check(self, examples: Sequence[Unit], batch_size: int, *, split: bool = False) -> list[list[int]]:
+        """Raises as `add` does for these examples and this batch size, from any thread; else the lanes of the largest batch."""
         if not 1 <= batch_size <= MAX_BATCH:
             raise InvalidRequest(f"batch_size must be in [1, {MAX_BATCH}], got {batch_size}", param="batch_size")
-        if not (weight > 0 and math.isfinite(weight)):
-            raise InvalidRequest(f"weight must be positive and finite, got {weight}", param="weight")
-        check_length(stream.examples, self.length)
-        worst = _worst_batch(stream.examples, batch_size, self.length)
+        check_length(examples, self.length)
+        worst = _worst_batch(examples, batch_size, self.length)
         if len(worst) > self.lanes and not split:
             raise InvalidRequest(
                 f"a batch of {batch_size} of these examples can need {len(worst)} lanes of {self.length} positions, but a "
                 f"step has {self.lanes}; use a smaller batch, or let it be split over steps",
                 param="batch_size",
             )
-        tenant = _Tenant(key, stream, batch_size, weight, split, worst, deadline=0)
-        self._tenants[key] = tenant
-        tenant.deadline = self._step + self.longest_wait
+        return worst
+
+    def set_weight(self, key: str, weight: float) -> None:
+        """The tenant's share from the next step on.  Raises NotFound, InvalidRequest as `add` does."""
+        _check_weight(weight)
+        if key not in self._tenants:
+            raise NotFound(f"tenant {key} is not training", param="key")
+        self._tenants[key].weight = weight
 
     def remove(self, key: str) -> int:
         """A tenant leaves; returns its stream's cursor.  A split batch that was not yet due is not consumed.
@@ -202,6 +213,11 @@ class Mixer:
             owed = tenant.deficit + total * tenant.weight / weights - spent.get(tenant.key, 0)
             tenant.deficit = max(-limit, min(limit, owed))
         return batch
+
+
+def _check_weight(weight: float) -> None:
+    if not (weight > 0 and math.isfinite(weight)):
+        raise InvalidRequest(f"weight must be positive and finite, got {weight}", param="weight")
 
 
 def _worst_batch(examples: Sequence[Unit], batch_size: int, length: int) -> list[list[int]]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import json
 import signal
 import threading
@@ -37,6 +36,7 @@ from jaxlora.pool import PoolSpec
 from jaxlora.store import AdapterStore
 from train import metrics
 from train.data import Unit
+from train.job_files import digest
 from train.jsonl import load_jsonl
 from train.plot import plot_curves
 from train.state import SlotState
@@ -81,7 +81,7 @@ class Job:
 # What differs, in the words of the file, for each key of Job.identity.
 IDENTITY = {
     "base": "base model ([model] path)",
-    "spec": "rank, alpha, targets or rslora",
+    "spec": "rank, alpha, targets, rslora or dropout",
     "seed": "seed",
     "examples": "examples (the train file, or the base's tokenizer)",
     "loss": "loss, beta, clip_low or clip_high",
@@ -168,24 +168,12 @@ def seat_tenants(trainer: Trainer, config: TrainConfig, opened: Opened) -> dict[
             "seed": section.seed,
             "examples": digest(examples),
             "loss": {"name": section.loss} | section.objective.row(),
-            "pool": [[b.rank for b in trainer.buckets], list(trainer.buckets[0].targets)],
+            "pool": [[b.rank for b in trainer.seats.buckets], list(trainer.seats.buckets[0].targets)],
         }
         job = jobs[section.name] = Job(config.out / section.name, heldout, identity)
         check_identity(section.name, job)
         seat(trainer, config, section, examples, job)
     return jobs
-
-
-def digest(units: Sequence[Unit]) -> str:
-    """Hex sha256 of all that the examples or pairs hold, in their order."""
-    total = hashlib.sha256()
-    for e in (e for unit in units for e in unit.segments):
-        total.update(len(e).to_bytes(8, "little"))
-        total.update(e.tokens.astype("<i4").tobytes() + e.weights.astype("<f4").tobytes())
-        if e.rollout is not None:
-            total.update(e.rollout.logprobs.astype("<f4").tobytes() + e.rollout.advantages.astype("<f4").tobytes())
-            total.update(e.rollout.ratio_mask.tobytes())
-    return total.hexdigest()
 
 
 def check_identity(name: str, job: Job) -> None:
@@ -212,7 +200,6 @@ def seat(trainer: Trainer, config: TrainConfig, section: TenantSection, examples
         batch_size=section.batch,
         seed=section.seed,
         loss=section.objective,
-        dropout=section.dropout,
     )
     try:
         join()

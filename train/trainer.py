@@ -10,7 +10,6 @@ Shape letters: G lanes, J positions of a lane, U due slots, L layers, R LoRA ran
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -18,18 +17,19 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxlora.config import CROSS_ENTROPY, Loss, Optimizer, check_dropout, check_lane_tokens
-from jaxlora.errors import AlreadyExists, ConfigInvalid, NotFound, StateInvalid
+from jaxlora.config import CROSS_ENTROPY, Loss, Optimizer, check_lane_tokens
+from jaxlora.errors import AlreadyExists, DataInvalid, NotFound
 from jaxlora.lora import ALL_TARGETS, Adapter, AdapterRef, LoraSpec
 from jaxlora.mesh import check_lanes, place_rows, replicated
 from jaxlora.model import Base
 from jaxlora.model_config import ModelConfig, target_features
 from jaxlora.pool import PoolSpec, Rows, adapter_of_rows, host_rows, layer_count
 from pallas_kernels import NO_ADAPTER
-from train.data import ExampleStream, Lane, Pair, Unit, check_kind, fill_lane, pack, pair_margins, real_tokens
+from train.data import ExampleStream, Lane, Unit, check_kind, pack, pair_margins, real_tokens
 from train.mixer import Mixer
-from train.optimizer import IDLE, Hyper
-from train.state import Due, SlotState, empty_state, fresh_seat
+from train.references import References
+from train.seats import Seats
+from train.state import SlotState, empty_state, fresh_seat
 from train.step import LaneSums, TrainBatch, idle_batch, make_programs, put_dropout, put_lane
 
 MAX_BAD_STEPS = 5  # skipped updates in a row after which a tenant stops
@@ -68,7 +68,6 @@ class Tenant:
     optimizer: Optimizer
     stream: ExampleStream
     loss: Loss
-    dropout: float = 0.0
     step: int = 0
     bad_steps: int = 0  # in a row
     status: str = "running"  # running, done or failed
@@ -89,22 +88,24 @@ class Trainer:
         """
         check_lane_tokens(lane_tokens)
         check_lanes(mesh, lanes, "training lanes")
-        check_buckets(buckets)
-        self.base, self.mesh, self.buckets, self.base_hash = base, mesh, tuple(buckets), base_hash
+        self.seats = Seats(buckets, lanes)
+        self.base, self.mesh, self.base_hash = base, mesh, base_hash
         self.lanes, self.lane_tokens = lanes, lane_tokens
         self.tenants: dict[str, Tenant] = {}
         self.trained_tokens = 0
         self._mixer = Mixer(lanes, lane_tokens)
-        self._references: weakref.WeakKeyDictionary[Pair, np.ndarray] = weakref.WeakKeyDictionary()
-        self._states = tuple(empty_state(base, spec, mesh) for spec in self.buckets)
+        self._references = References(self._base_logprobs, lanes, lane_tokens)
+        self._states = tuple(empty_state(base, spec, mesh) for spec in self.seats.buckets)
         self._programs = make_programs(self._states, mesh)
 
     def warm_up(self) -> None:
         """Compiles and runs what `add`, `step`, `evaluate` and `unseat` run, once, on idle lanes."""
         batch = place_rows(self.mesh, idle_batch(self.lanes, self.lane_tokens))
-        self._states, *_ = self._programs.train_step(self.base, self._states, batch, self._due([], [])[1])
+        self._states, *_ = self._programs.train_step(
+            self.base, self._states, batch, self._device(self.seats.due([], [])[1])
+        )
         slot = self._device(np.int32(0))
-        for bucket in range(len(self.buckets)):
+        for bucket in range(len(self.seats.buckets)):
             seat = jax.device_put(jax.device_get(self._programs.unseat(self._states, bucket, slot)))
             self._states = self._programs.seat(self._states, bucket, slot, seat)
         jax.block_until_ready(self._programs.evaluate(self.base, self._pools(), batch))
@@ -125,8 +126,8 @@ class Trainer:
         *,
         batch_size: int,
         seed: int,
+        weight: float = 1.0,
         loss: Loss = CROSS_ENTROPY,
-        dropout: float = 0.0,
         resume: tuple[SlotState, int, int] | None = None,
     ) -> Tenant:
         """A tenant joins from the next step on, with fresh weights drawn from its seed, or with (state, step, cursor).
@@ -137,26 +138,18 @@ class Trainer:
         """
         if name in self.tenants:
             raise AlreadyExists(f"tenant {name} is already training; remove it first", param="name")
-        check_dropout(dropout)
-        bucket = self._bucket_for(spec)
+        self.seats.check(spec)
         for unit in examples:
             check_kind(unit, loss.name)
-        first = sum(b.slots for b in self.buckets[:bucket])
-        taken = {t.slot for t in self.tenants.values()}
-        slot = next((s for s in range(first, first + self.buckets[bucket].slots) if s not in taken), None)
-        if slot is None:
-            of_rank = f" of rank {self.buckets[bucket].rank}" if len(self.buckets) > 1 else ""
-            raise StateInvalid(
-                f"all {self.buckets[bucket].slots} training slots{of_rank} are taken; wait for one to leave"
-            )
-        state, step, cursor = resume if resume is not None else (self._fresh(spec, seed, bucket), 0, 0)
+        slot = self.seats.first_free(spec, self._taken)
+        state, step, cursor = resume if resume is not None else (self.fresh(spec, seed), 0, 0)
         stream = ExampleStream(examples, seed, cursor)
         running = step < optimizer.total_steps
         if running:
-            self._mixer.add(name, stream, batch_size=batch_size)
+            self._mixer.add(name, stream, batch_size=batch_size, weight=weight)
         self._states = self._programs.seat(self._states, *self._at(slot), jax.device_put(jax.device_get(state)))
         status = "running" if running else "done"
-        self.tenants[name] = Tenant(name, slot, spec, optimizer, stream, loss, dropout, step, status=status)
+        self.tenants[name] = Tenant(name, slot, spec, optimizer, stream, loss, step, status=status)
         return self.tenants[name]
 
     def remove(self, name: str) -> None:
@@ -178,51 +171,45 @@ class Trainer:
             raise NotFound(f"no tenant {name} in training", param="name")
         return self.tenants[name]
 
-    def _bucket_for(self, spec: LoraSpec) -> int:
-        """The first bucket that this adapter fits.  Raises AdapterInvalid when it fits none."""
-        fitting = (b for b, bucket in enumerate(self.buckets) if spec.max_rank <= bucket.rank)
-        bucket = next(fitting, len(self.buckets) - 1)
-        self.buckets[bucket].check(spec)
-        return bucket
+    @property
+    def _taken(self) -> set[int]:
+        return {t.slot for t in self.tenants.values()}
 
-    def _place(self, slot: int) -> tuple[int, int]:
-        """(bucket, slot counted from the bucket's start) of a slot."""
-        bucket = 0
-        while slot >= self.buckets[bucket].slots:
-            slot -= self.buckets[bucket].slots
-            bucket += 1
-        return bucket, slot
+    def free_slots(self, spec: LoraSpec) -> int:
+        """How many tenants with such adapters may join."""
+        return self.seats.count_free(spec, self._taken)
 
-    def _due(
-        self, slots: Sequence[int], rows: Sequence[dict[str, float]]
-    ) -> tuple[list[tuple[int, int]], tuple[Due, ...]]:
-        """Where the report of each of these slots will stand, (bucket, row), and their updates on the device."""
-        own: list[list[int]] = [[] for _ in self.buckets]
-        hyper: list[list[dict[str, float]]] = [[] for _ in self.buckets]
-        places = []
-        for slot, row in zip(slots, rows, strict=True):
-            bucket, slot = self._place(slot)
-            places.append((bucket, len(own[bucket])))
-            own[bucket].append(slot)
-            hyper[bucket].append(row)
-        due = []
-        for spec, slots_U, rows_U in zip(self.buckets, own, hyper, strict=True):
-            idle = min(self.lanes, spec.slots) - len(slots_U)
-            slot_U = np.array(slots_U + [NO_ADAPTER] * idle, np.int32)
-            due.append(Due(hyper=Hyper.stack(rows_U + [IDLE] * idle), slot_U=slot_U))  # ty: ignore[invalid-argument-type]
-        return places, self._device(tuple(due))
+    def check(self, spec: LoraSpec, examples: Sequence[Unit], batch_size: int, loss: Loss) -> None:
+        """Raises as `add` would for these, whoever sits here now.  From any thread."""
+        self.seats.check(spec)
+        if not examples:
+            raise DataInvalid("no examples to train on; give at least one")
+        for unit in examples:
+            check_kind(unit, loss.name)
+        self._mixer.check(examples, batch_size)
+
+    def set_weight(self, name: str, weight: float) -> None:
+        """A running tenant's share of the tokens, from the next step on.  Raises NotFound, InvalidRequest."""
+        self._mixer.set_weight(name, weight)
 
     def _at(self, slot: int) -> tuple[int, jax.Array]:
-        """As `_place`, for the programs."""
-        bucket, own = self._place(slot)
+        """Bucket and slot, for the programs."""
+        bucket, own = self.seats.place(slot)
         return bucket, self._device(np.array(own, np.int32))  # ty: ignore[invalid-explicit-return]
 
     def _pools(self) -> tuple[Rows, ...]:
         return tuple(state.pool for state in self._states)
 
-    def _fresh(self, spec: LoraSpec, seed: int, bucket: int) -> SlotState:
-        adapter = fresh_adapter(self.base.config, AdapterRef("new", "new", 1), spec, seed, self.base_hash)
-        return fresh_seat(host_rows(self.base.config, self.buckets[bucket], adapter))
+    def fresh(self, spec: LoraSpec, seed: int) -> SlotState:
+        """What a new tenant starts with, in NumPy.  From any thread."""
+        return self.seat_of(fresh_adapter(self.base.config, AdapterRef("new", "new", 1), spec, seed, self.base_hash))
+
+    def seat_of(self, adapter: Adapter) -> SlotState:
+        """What a tenant starts with that goes on from an adapter, in NumPy.  From any thread.
+
+        Raises AdapterInvalid when it does not fit, AdapterNotFinite.
+        """
+        return fresh_seat(host_rows(self.base.config, self.seats.spec_for(adapter.spec), adapter))
 
     def unseat(self, name: str) -> SlotState:
         """A device copy of all the tenant's state, as it is now."""
@@ -254,11 +241,13 @@ class Trainer:
         owners = [self.tenants[name] for name, _ in mixed.lanes]
         batch = self._batch([(lane, t.slot, t.loss) for lane, t in zip(lanes, owners, strict=True)])
         for g, (lane, tenant) in enumerate(zip(lanes, owners, strict=True)):
-            put_dropout(batch, g, lane, tenant.dropout, tenant.stream.seed, tenant.step)
+            put_dropout(batch, g, lane, tenant.spec.dropout, tenant.stream.seed, tenant.step)
         batch = place_rows(self.mesh, batch)
         hyper_rows = [t.optimizer.row(t.step, divisor_of[t.name]) for t in due]
-        places, updates_due = self._due([t.slot for t in due], hyper_rows)
-        self._states, sums, updates = self._programs.train_step(self.base, self._states, batch, updates_due)
+        places, updates_due = self.seats.due([t.slot for t in due], hyper_rows)
+        self._states, sums, updates = self._programs.train_step(
+            self.base, self._states, batch, self._device(updates_due)
+        )
         sums, updates = jax.device_get((sums, updates))
         reports = []
         for tenant, hyper, (bucket, u) in zip(due, hyper_rows, places, strict=True):
@@ -336,52 +325,27 @@ class Trainer:
         """(targets of lane g that were the likeliest, targets); of pairs: (those whose margin is positive, pairs)."""
         if loss.name != "dpo":
             return float(sums.hit_G[g]), float(sums.count_G[g])
-        margins = pair_margins(lane, np.asarray(sums.logprob_GJ[g]), self._reference(lane))
+        margins = pair_margins(lane, np.asarray(sums.logprob_GJ[g]), self._references.of(lane))
         return float((margins > 0).sum()), float(len(margins))
 
     def _batch(self, rows: Sequence[tuple[Lane, int, Loss]]) -> TrainBatch:
         """Lanes with their slots and losses, in NumPy; what the base makes of their pairs is found first."""
-        self._learn_references([u for lane, _, _ in rows for u in lane.units if isinstance(u, Pair)])
+        self._references.learn([lane for lane, _, _ in rows])
         batch = idle_batch(self.lanes, self.lane_tokens)
         for g, (lane, slot, loss) in enumerate(rows):
-            put_lane(batch, g, lane, slot, loss, self._reference(lane))
+            put_lane(batch, g, lane, slot, loss, self._references.of(lane))
         return batch
 
-    def _reference(self, lane: Lane) -> np.ndarray:
-        """float32 [J]: the log-probabilities that the lane's loss compares with."""
-        reference_J, start = lane.reference_J.copy(), 0
-        for unit in lane.units:
-            if isinstance(unit, Pair):
-                reference_J[start : start + unit.predictions] = self._references[unit]
-            start += unit.predictions
-        return reference_J
-
-    def _learn_references(self, pairs: Sequence[Pair]) -> None:
-        """Asks the base for the log-probabilities of the pairs that are new.
-
-        A pair is asked for alone in its lane, so that its reference depends on nothing else: a resumed run finds the same.
-        """
-        new = list(dict.fromkeys(p for p in pairs if p not in self._references))
-        for start in range(0, len(new), self.lanes):
-            part = new[start : start + self.lanes]
-            batch = idle_batch(self.lanes, self.lane_tokens)
-            for g, pair in enumerate(part):
-                lane = fill_lane([pair], self.lane_tokens)
-                put_lane(batch, g, lane, NO_ADAPTER, CROSS_ENTROPY, lane.reference_J)
-            sums = self._programs.evaluate(self.base, self._pools(), place_rows(self.mesh, batch))
-            logprob_GJ = jax.device_get(sums.logprob_GJ)
-            for g, pair in enumerate(part):
-                self._references[pair] = np.array(logprob_GJ[g, : pair.predictions])
+    def _base_logprobs(self, lanes: Sequence[Lane]) -> np.ndarray:
+        """float32 [lanes, J]: what the base makes of each target.  At most as many lanes as a step has."""
+        batch = idle_batch(self.lanes, self.lane_tokens)
+        for g, lane in enumerate(lanes):
+            put_lane(batch, g, lane, NO_ADAPTER, CROSS_ENTROPY, lane.reference_J)
+        sums = self._programs.evaluate(self.base, self._pools(), place_rows(self.mesh, batch))
+        return jax.device_get(sums.logprob_GJ)[: len(lanes)]
 
     def _device[T](self, tree: T) -> T:
         return jax.device_put(tree, replicated(self.mesh))
-
-
-def check_buckets(buckets: Sequence[PoolSpec]) -> None:
-    """Raises ConfigInvalid unless these are buckets of growing rank that are alike in all else."""
-    ranks = [b.rank for b in buckets]
-    if not ranks or ranks != sorted(set(ranks)) or len({(b.dtype, b.targets) for b in buckets}) > 1:
-        raise ConfigInvalid(f"training slots come in buckets of growing rank, each rank once; got ranks {ranks}")
 
 
 def _divisor(lanes: Sequence[Lane], loss: Loss) -> float:

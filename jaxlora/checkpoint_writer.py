@@ -1,0 +1,100 @@
+"""Training state to disk in the background: the step loop hands a snapshot over and learns later how it went.
+
+Of one key (a tenant) one save is in flight; a snapshot that comes meanwhile waits, and a newer one takes its place, unless
+what waits is the best so far.  So memory is bounded: three snapshots of a key.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxlora.checkpoint import Tree, save_state
+
+WORKERS = 2  # keys saved side by side
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Snapshot:
+    """One step of one tenant, for `save_state`.  The arrays are NumPy and nobody changes them."""
+
+    folder: Path
+    step: int
+    arrays: Tree
+    meta: Mapping[str, object]
+    keep: int  # newest steps that stay
+    best: int | None  # a step that stays besides
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """How a save went."""
+
+    key: str
+    step: int
+    error: Exception | None
+
+
+class CheckpointWriter:
+    """Saves snapshots.  Called from one thread; `submit` and `outcomes` wait for no disk."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(WORKERS, "checkpoint")
+        self._changed = threading.Condition()
+        self._waiting: dict[str, list[Snapshot]] = {}  # of keys with a save in flight, too
+        self._outcomes: deque[Outcome] = deque()
+
+    def submit(self, key: str, snapshot: Snapshot) -> None:
+        """Saves the snapshot after those of its key that are in flight or stay in line."""
+        with self._changed:
+            idle = key not in self._waiting
+            kept = [s for s in self._waiting.get(key, []) if s.step == snapshot.best]
+            self._waiting[key] = [*kept, snapshot]
+            if idle:
+                self._pool.submit(self._run, key)
+
+    def outcomes(self) -> list[Outcome]:
+        """What ended since the last call, each once."""
+        with self._changed:
+            ended = list(self._outcomes)
+            self._outcomes.clear()
+            return ended
+
+    def flush(self) -> None:
+        """Returns when nothing is in flight and nothing waits."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._waiting)
+
+    def close(self) -> None:
+        """Finishes what was submitted; nothing can be submitted afterwards."""
+        self._pool.shutdown()
+
+    def _run(self, key: str) -> None:
+        """Saves what waits of one key, oldest first, until nothing does."""
+        while (snapshot := self._next(key)) is not None:
+            error: Exception | None = None
+            try:
+                save_state(
+                    snapshot.folder,
+                    snapshot.step,
+                    snapshot.arrays,
+                    snapshot.meta,
+                    keep=snapshot.keep,
+                    best=snapshot.best,
+                )
+            except Exception as e:  # whatever it is, it is the tenant's to know and not this thread's end
+                error = e
+            with self._changed:
+                self._outcomes.append(Outcome(key=key, step=snapshot.step, error=error))
+
+    def _next(self, key: str) -> Snapshot | None:
+        with self._changed:
+            if self._waiting[key]:
+                return self._waiting[key].pop(0)
+            del self._waiting[key]
+            self._changed.notify_all()
+            return None

@@ -1,0 +1,218 @@
+"""What a job needs from the disk, checked when it is created and read again when it gets a slot.  From any thread.
+
+Between the two a waiting job holds nothing but a digest of its examples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from jaxlora.checkpoint import read_meta, restore_state
+from jaxlora.checkpoint_writer import Snapshot
+from jaxlora.errors import AdapterInvalid, BaseMismatch, DataInvalid, StateInvalid
+from jaxlora.lora import HEAD_TARGET, Adapter, AdapterRef, LoraSpec
+from jaxlora.peft import import_peft
+from train.data import Unit, check_kind, check_length
+from train.jobs import Job, JobRequest, Progress, Source
+from train.state import SlotState
+from train.trainer import Trainer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Facts:
+    """What is known of a job whose files are good."""
+
+    examples: str  # digest
+    step_tokens: float  # real tokens of a batch, on average
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Material:
+    """What a job brings to its slot."""
+
+    examples: Sequence[Unit]
+    heldout: Sequence[Unit]
+    state: SlotState | None  # NumPy; None: it has been here before, and its state is parked
+    progress: Progress
+    best: SlotState | None  # of the best held-out loss, if a checkpoint holds it
+
+
+@dataclass(slots=True)
+class LiveJob:
+    """A job that has not ended, and what belongs to it."""
+
+    job: Job
+    facts: Facts | None = None  # None: still validating
+    examining: Future[Facts] | None = None
+    opening: Future[Material] | None = None
+    heldout: Sequence[Unit] = ()  # while it runs
+    saved_step: int = 0  # handed to the writer, or restored
+
+    @property
+    def state_key(self) -> str:
+        """Where it is parked."""
+        return f"{self.job.id}.state"
+
+    @property
+    def best_key(self) -> str:
+        """Where the state of its best held-out loss is parked."""
+        return f"{self.job.id}.best"
+
+
+def digest(units: Sequence[Unit]) -> str:
+    """Hex sha256 of all that the examples or pairs hold, in their order."""
+    total = hashlib.sha256()
+    for e in (e for unit in units for e in unit.segments):
+        total.update(len(e).to_bytes(8, "little"))
+        total.update(e.tokens.astype("<i4").tobytes() + e.weights.astype("<f4").tobytes())
+        if e.rollout is not None:
+            total.update(e.rollout.logprobs.astype("<f4").tobytes() + e.rollout.advantages.astype("<f4").tobytes())
+            total.update(e.rollout.ratio_mask.tobytes())
+    return total.hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobFiles:
+    """The readers of one trainer's jobs."""
+
+    trainer: Trainer  # asked only what any thread may ask
+    load: Callable[[Path], Sequence[Unit]]  # a JSONL file; raises DataInvalid
+    states: Path | None  # a folder of checkpoints for each job id
+
+    def needs_disk(self, job_id: str, request: JobRequest, *, parked: bool = False) -> bool:
+        """Whether to read what it needs takes a while; `parked`: its state is at hand."""
+        if isinstance(request.data, Path) or isinstance(request.heldout, Path):
+            return True
+        found = self.states is not None and (self.states / job_id).is_dir()
+        return not parked and (found or isinstance(request.start, Path))
+
+    def examine(self, job_id: str, request: JobRequest) -> Facts:
+        """Reads and checks all of it.
+
+        Raises DataInvalid, InvalidRequest, AdapterInvalid, BaseMismatch, StateInvalid (a checkpoint of another job),
+        StorageFailed.
+        """
+        examples = self._read(request.data)
+        self.trainer.check(request.spec, examples, request.batch_size, request.loss)
+        self._read_heldout(request)
+        tokens = sum(e.predictions for e in examples) / len(examples) * request.batch_size
+        facts = Facts(examples=digest(examples), step_tokens=tokens)
+        if self._checkpoint(job_id, request, facts) is None and request.start is not None:
+            self._started(request, request.start)
+        return facts
+
+    def open(self, job_id: str, request: JobRequest, facts: Facts, *, parked: bool) -> Material:
+        """Everything the job needs in its slot; with `parked` no state, and no progress either.
+
+        Raises DataInvalid when the examples are not those that were examined; else as `examine`.
+        """
+        examples = self._read(request.data)
+        if isinstance(request.data, Path) and digest(examples) != facts.examples:
+            raise DataInvalid(f"the examples of {request.name} changed while it waited; create the job anew")
+        heldout = self._read_heldout(request)
+        state, progress, best = None, Progress(), None
+        if not parked:
+            meta = self._checkpoint(job_id, request, facts)
+            if meta is not None:
+                progress = Progress.from_json(meta)
+                state = self._restored(self._folder(job_id), request.spec, progress.step)
+                if request.keep_best and progress.best_step is not None:
+                    best = self._restored(self._folder(job_id), request.spec, progress.best_step)
+            elif request.start is not None:
+                state = self._started(request, request.start)
+            else:
+                state = self.trainer.fresh(request.spec, request.seed)
+        return Material(examples=examples, heldout=heldout, state=state, progress=progress, best=best)
+
+    def snapshot(self, job: Job, facts: Facts, state: SlotState, *, keep: int) -> Snapshot:
+        """A checkpoint of the job, to be written."""
+        return Snapshot(
+            folder=self._folder(job.id),
+            step=job.progress.step,
+            arrays=state,
+            meta=self._identity(job.request, facts) | job.progress.to_json(),
+            keep=keep,
+            best=job.progress.best_step if job.request.keep_best else None,
+        )
+
+    def _identity(self, request: JobRequest, facts: Facts) -> dict[str, object]:
+        """What a checkpoint must agree with for this job to go on from it."""
+        return {
+            "base": self.trainer.base_hash,
+            "spec": request.spec.to_json(),
+            "seed": request.seed,
+            "loss": {"name": request.loss.name} | request.loss.row(),
+            "examples": facts.examples,
+        }
+
+    def _folder(self, job_id: str) -> Path:
+        assert self.states is not None
+        return (self.states / job_id).absolute()
+
+    def _read(self, source: Source) -> Sequence[Unit]:
+        return self.load(source) if isinstance(source, Path) else source
+
+    def _read_heldout(self, request: JobRequest) -> Sequence[Unit]:
+        if request.heldout is None:
+            return ()
+        heldout = self._read(request.heldout)
+        if not heldout:
+            raise DataInvalid("no held-out examples; give at least one, or leave them out", param="heldout")
+        check_length(heldout, self.trainer.lane_tokens)
+        for unit in heldout:
+            check_kind(unit, request.loss.name)
+        return heldout
+
+    def _checkpoint(self, job_id: str, request: JobRequest, facts: Facts) -> dict | None:
+        """Meta of the job's own newest checkpoint: it goes on from there."""
+        meta = None if self.states is None else read_meta(self._folder(job_id))
+        differs = [k for k, v in self._identity(request, facts).items() if meta is not None and meta.get(k) != v]
+        if differs:
+            raise StateInvalid(
+                f"the checkpoints of job {job_id} were made with another {', another '.join(differs)}; "
+                "create a new job instead"
+            )
+        return meta
+
+    def _restored(self, folder: Path, spec: LoraSpec, step: int | None) -> SlotState | None:
+        found = restore_state(folder, self.trainer.fresh(spec, 0), step=step)
+        if found is None:
+            return None
+        assert isinstance(found.arrays, SlotState)
+        return found.arrays
+
+    def _started(self, request: JobRequest, start: Path | Adapter) -> SlotState | None:
+        """The state that a new job goes on from: of a checkpoint also its moments; the schedule starts anew."""
+        if isinstance(start, Adapter):
+            _check_start(request, start.spec, start.base_hash, self.trainer.base_hash)
+            return self.trainer.seat_of(start)
+        meta = read_meta(start.absolute())
+        if meta is not None:
+            _check_start(request, LoraSpec.from_json(meta["spec"]), meta["base"], self.trainer.base_hash)
+            return self._restored(start.absolute(), request.spec, None)
+        pool = self.trainer.seats.widest
+        adapter, _ = import_peft(
+            start,
+            self.trainer.base.config,
+            ref=AdapterRef(request.owner, request.name, 1),
+            base_hash=self.trainer.base_hash,
+            max_rank=pool.rank,
+            head_supported=HEAD_TARGET in pool.targets,
+        )
+        return self._started(request, adapter)
+
+
+def _check_start(request: JobRequest, spec: LoraSpec, base: str, wanted_base: str) -> None:
+    if base != wanted_base:
+        raise BaseMismatch("what the job is to start from was made for another base model", param="start")
+    alike = [replace(s, targets=tuple(sorted(s.targets)), dropout=0.0) for s in (spec, request.spec)]
+    if alike[0] != alike[1]:
+        raise AdapterInvalid(
+            f"what the job is to start from has the LoRA settings {spec.to_json()}, the job asks for "
+            f"{request.spec.to_json()}; ask for the same",
+            param="start",
+        )

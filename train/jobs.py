@@ -1,0 +1,227 @@
+"""What a training job is: what was asked for, its states, how far it is, what happened.  Pure: no jax, no clock, no files.
+
+    validating_files ─▶ queued ⇄ running ─▶ succeeded        paused ─▶ queued
+                          └──────┴──▶ paused | failed | cancelled
+
+A running job goes back to queued when its time slice is over; what it learned so far is parked.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Literal, Protocol
+
+from jaxlora.config import CROSS_ENTROPY, Loss, Optimizer
+from jaxlora.errors import InvalidRequest, JaxLoraError, StateInvalid
+from jaxlora.lora import Adapter, AdapterRef, LoraSpec, check_name
+from train.data import Unit
+
+State = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
+
+NEXT: Mapping[State, tuple[State, ...]] = {
+    "validating_files": ("queued", "failed", "cancelled"),
+    "queued": ("running", "paused", "failed", "cancelled"),
+    "running": ("queued", "paused", "succeeded", "failed", "cancelled"),
+    "paused": ("queued", "cancelled"),
+    "succeeded": (),
+    "failed": (),
+    "cancelled": (),
+}
+
+Source = Path | Sequence[Unit]  # a JSONL file, read when it is needed, or examples that stay in memory
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobRequest:
+    """What a job is asked to do.  Raises InvalidRequest, naming the field, for a value that no base could make right."""
+
+    owner: str  # tenant key: shares of the device are per owner, over all its jobs
+    name: str  # of the adapter that comes out
+    data: Source
+    spec: LoraSpec
+    optimizer: Optimizer
+    batch_size: int  # examples of a step
+    loss: Loss = CROSS_ENTROPY
+    seed: int  # of the first weights and of the order of the examples
+    weight: float = 1.0  # of its tokens in its owner's share: one with 2 is charged half
+    start: Path | Adapter | None = None  # a PEFT folder, the checkpoints of a job, or an adapter to continue from
+    heldout: Source | None = None
+    evaluate_every: int | None = None  # steps between held-out losses; None: after the last step only
+    checkpoint_every: int | None = None  # steps; None: when it pauses and ends
+    patience: int | None = None  # held-out losses in a row without a better one, after which it ends early
+    keep_best: bool = False  # deliver the weights of the best held-out loss instead of the last ones
+
+    def __post_init__(self) -> None:
+        check_name(self.owner, "owner")
+        check_name(self.name, "name")
+        if not 0 <= self.seed < 2**32:
+            raise InvalidRequest(f"seed must be in [0, 2^32), got {self.seed}", param="seed")
+        if not (self.weight > 0 and math.isfinite(self.weight)):
+            raise InvalidRequest(f"weight must be positive and finite, got {self.weight}", param="weight")
+        for name in ("batch_size", "evaluate_every", "checkpoint_every", "patience"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InvalidRequest(f"{name} must be at least 1, got {value}", param=name)
+        for name in ("evaluate_every", "patience", "keep_best"):
+            if getattr(self, name) and self.heldout is None:
+                raise InvalidRequest(f"{name} needs held-out examples; give `heldout`", param=name)
+        if self.patience is not None and self.evaluate_every is None:
+            raise InvalidRequest("patience counts held-out losses; give `evaluate_every`", param="patience")
+
+    def without_examples(self) -> JobRequest:
+        """What to keep of the request of a job that has ended: paths, but no examples and no weights."""
+        return replace(
+            self,
+            data=self.data if isinstance(self.data, Path) else (),
+            heldout=self.heldout if isinstance(self.heldout, Path | None) else (),
+            start=None if isinstance(self.start, Adapter) else self.start,
+        )
+
+
+class Shelf(Protocol):
+    """Where finished adapters go: an AdapterStore is one."""
+
+    def mint(self, tenant: str, name: str) -> AdapterRef:
+        """The next version of this adapter."""
+
+    def put(self, adapter: Adapter) -> None:
+        """Keeps a minted version."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobsConfig:
+    """How jobs share a trainer."""
+
+    states: Path | None  # checkpoints, a folder a job; None: none are written
+    keep: int = 2  # newest checkpoints of a job that stay, besides the best
+    quantum_steps: int | None = None  # after these a job gives way to owners who had less; None: it keeps its slot
+    events: int = 1000  # of a job, kept in memory
+
+    def __post_init__(self) -> None:
+        for name in ("keep", "quantum_steps", "events"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InvalidRequest(f"{name} must be at least 1, got {value}", param=name)
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a job is: all that must come back with its weights for it to go on as if nothing had happened."""
+
+    step: int = 0  # optimizer steps done
+    cursor: int = 0  # examples consumed
+    tokens: int = 0  # trained
+    skipped: int = 0  # updates that were not finite
+    bad_steps: int = 0  # of these, the last ones in a row
+    best_step: int | None = None  # with the best held-out loss so far
+    best_loss: float | None = None
+    stale: int = 0  # held-out losses since then
+
+    def to_json(self) -> dict[str, object]:
+        """For a checkpoint's meta."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(meta: Mapping[str, object]) -> Progress:
+        """What `to_json` gave, out of a meta that holds more."""
+        return Progress(**{f.name: meta[f.name] for f in fields(Progress)})  # ty: ignore[invalid-argument-type]
+
+    def judge(self, loss: float) -> bool:
+        """Takes in the held-out loss of this step; whether it is the best so far (a NaN never is)."""
+        if loss < (math.inf if self.best_loss is None else self.best_loss):
+            self.best_step, self.best_loss, self.stale = self.step, loss, 0
+            return True
+        self.stale += 1
+        return False
+
+
+Level = Literal["info", "warn", "error"]
+Kind = Literal["state", "step", "best", "skipped", "checkpoint", "problem"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobEvent:
+    """Something that happened to a job."""
+
+    seq: int  # from 1, without gaps within its job
+    time_s: float  # since 1970
+    level: Level
+    kind: Kind
+    message: str
+    data: Mapping[
+        str, float
+    ]  # finite; of a step: step, loss, accuracy, lr, grad_norm, tokens, tokens_per_s, heldout_loss
+
+
+class EventLog:
+    """The events of one job, within `limit`: its steps and all else are bounded apart, so neither crowds out the other."""
+
+    def __init__(self, limit: int, clock: Callable[[], float]):
+        self._steps: deque[JobEvent] = deque(maxlen=max(limit // 2, 1))
+        self._rest: deque[JobEvent] = deque(maxlen=max(limit // 2, 1))
+        self._clock = clock
+        self._count = 0
+
+    def add(self, kind: Kind, message: str, *, level: Level = "info", data: Mapping[str, float] | None = None) -> None:
+        """One more; the oldest of its sort is dropped when there are too many.  Numbers that no JSON holds are left out."""
+        self._count += 1
+        finite = {k: v for k, v in (data or {}).items() if math.isfinite(v)}
+        event = JobEvent(seq=self._count, time_s=self._clock(), level=level, kind=kind, message=message, data=finite)
+        (self._steps if kind == "step" else self._rest).append(event)
+
+    def add_step(self, data: Mapping[str, float], *, total: int, finite: bool) -> None:
+        """One of `total` steps is done: its numbers, and whether its update was finite."""
+        self.add("step", f"step {data['step']} of {total}: loss {data['loss']:.4f}", data=data)
+        if not finite:
+            message = f"the update of step {data['step']} was not finite and is skipped"
+            self.add("skipped", message, level="warn", data={"step": data["step"]})
+
+    def after(self, seq: int) -> list[JobEvent]:
+        """Those kept whose number is above `seq`, oldest first; a gap in the numbers is what was dropped."""
+        merged = heapq.merge(self._steps, self._rest, key=lambda e: e.seq)
+        return [event for event in merged if event.seq > seq]
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One job.  Changed by `Jobs` alone."""
+
+    id: str
+    request: JobRequest
+    created_s: float
+    log: EventLog
+    state: State = "validating_files"
+    code: str | None = None  # why it is paused or failed, for programs
+    reason: str | None = None  # the same, for people
+    finished_s: float | None = None
+    progress: Progress = field(default_factory=Progress)
+    result: AdapterRef | None = None  # the version that it made
+
+    @property
+    def final(self) -> bool:
+        """Whether it has ended for good."""
+        return not NEXT[self.state]
+
+    def check_move(self, to: State) -> None:
+        """Raises StateInvalid, saying what is possible, when the job cannot go there from where it is."""
+        if to not in NEXT[self.state]:
+            possible = f"it may become {' or '.join(NEXT[self.state])}" if NEXT[self.state] else "that is final"
+            raise StateInvalid(f"job {self.id} is {self.state} and cannot become {to}; {possible}")
+
+    def move(self, to: State, message: str, *, level: Level = "info", code: str | None = None) -> None:
+        """Goes there, with an event; `code` says why it is paused or failed.  Raises StateInvalid."""
+        self.check_move(to)
+        self.state, self.code, self.reason = to, code, None if code is None else message
+        self.log.add("state", f"{to}: {message}", level=level)
+
+
+def said(error: Exception) -> str:
+    """What a tenant may read of it: no path of ours."""
+    if isinstance(error, JaxLoraError):
+        return error.message
+    return (error.strerror if isinstance(error, OSError) else None) or type(error).__name__
