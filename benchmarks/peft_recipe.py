@@ -1,0 +1,60 @@
+"""Our side of peft_alone.py: an untrained adapter and its batches, written out, and what PyTorch and PEFT make of them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxlora.base_files import smollm2_path
+from jaxlora.config import Optimizer
+from jaxlora.lora import Adapter
+from jaxlora.model_config import ModelConfig
+from jaxlora.peft import export_peft
+from train.data import Example, ExampleStream
+
+SCRIPT = Path(__file__).with_name("peft_alone.py")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alone:
+    """What PyTorch and PEFT make of a recipe."""
+
+    losses: list[float]  # of each step, nats per target token, before its update
+    heldout: float | None  # after the last step
+    cpu_s: float  # of the steps
+    tokens: int
+
+
+def _listed(examples: Sequence[Example]) -> list[dict[str, list]]:
+    return [{"tokens": e.tokens.tolist(), "weights": e.weights.tolist()} for e in examples]
+
+
+def train_alone(
+    adapter: Adapter,
+    config: ModelConfig,
+    optimizer: Optimizer,
+    stream: ExampleStream,
+    *,
+    batch: int,
+    heldout: Sequence[Example] = (),
+    python: str | None = None,
+) -> Alone:
+    """Trains this untrained adapter of the demo model on the batches that our mixer takes from the stream.
+
+    `python`: version or path of the Python on the torch side.  Raises CalledProcessError when that side fails.
+    """
+    steps = [{"lr": optimizer.lr_at(n), "examples": _listed(stream.take(batch))} for n in range(optimizer.total_steps)]
+    row = optimizer.row(0, 1.0) | {"clip": optimizer.clip}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, recipe = Path(temporary) / "adapter", Path(temporary) / "recipe.json"
+        export_peft(adapter, folder, config, base_name="SmolLM2")
+        written = {"base": str(smollm2_path()), "adapter": str(folder), "steps": steps, "optimizer": row}
+        recipe.write_text(json.dumps(written | {"heldout": _listed(heldout)}))
+        choice = [] if python is None else ["--python", python]
+        command = ["uv", "run", *choice, "--script", str(SCRIPT), str(recipe)]
+        printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return Alone(**json.loads(printed.splitlines()[-1]))
