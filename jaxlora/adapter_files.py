@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jaxlora.checkpoint import this_process_alone
 from jaxlora.durable import sync, sync_tree
 from jaxlora.errors import StorageFailed
 from jaxlora.lora import NAME_PATTERN, Adapter, AdapterRef, LoraSpec
@@ -69,7 +70,12 @@ def save_version(folder: Path, adapter: Adapter, created: float) -> None:
     tree = {target: {"a": a_LRX, "b": b_LRY} for target, (a_LRX, b_LRY) in adapter.weights.items()}
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / str(adapter.ref.version)).is_dir():
-        options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, cleanup_tmp_directories=True)
+        options = ocp.CheckpointManagerOptions(
+            enable_async_checkpointing=False,
+            cleanup_tmp_directories=True,
+            create=False,
+            multiprocessing_options=this_process_alone(),
+        )
         with ocp.CheckpointManager(folder, options=options, item_names=("weights", "meta")) as manager:
             items = ocp.args.Composite(weights=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave(meta))
             manager.save(adapter.ref.version, args=items, force=True)  # force: versions may come out of order
@@ -100,7 +106,7 @@ def load_version(folder: Path, ref: AdapterRef) -> tuple[Adapter, float]:
             target: {"a": np.broadcast_to(zero, tuple(a)), "b": np.broadcast_to(zero, tuple(b))}
             for target, (a, b) in meta["shapes"].items()
         }
-        options = ocp.CheckpointManagerOptions(create=False)
+        options = ocp.CheckpointManagerOptions(create=False, multiprocessing_options=this_process_alone())
         with ocp.CheckpointManager(folder, options=options, item_names=("weights", "meta")) as manager:
             items = ocp.args.Composite(weights=ocp.args.StandardRestore(like))
             tree = manager.restore(ref.version, args=items)["weights"]

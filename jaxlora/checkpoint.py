@@ -57,7 +57,11 @@ def save_state(
     stored = {"format": FORMAT, "meta": json.loads(json.dumps(dict(meta))), "leaves": leaves}
     policy = AnyPreservationPolicy([LatestN(keep), CustomSteps([] if best is None else [best])])
     options = ocp.CheckpointManagerOptions(
-        preservation_policy=policy, enable_async_checkpointing=False, cleanup_tmp_directories=True
+        preservation_policy=policy,
+        enable_async_checkpointing=False,
+        cleanup_tmp_directories=True,
+        create=False,
+        multiprocessing_options=this_process_alone(),
     )
     items = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(stored))
     try:
@@ -81,6 +85,14 @@ def save_state(
         raise StorageFailed(f"step {step} of {folder.name} could not be written: {_why(e)}") from e
 
 
+def this_process_alone() -> ocp.options.MultiprocessingOptions:
+    """Orbax waits for no other process: who of them writes is decided by those who call."""
+    me = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process{me}"
+    )
+
+
 def _why(error: OSError | ValueError) -> str:
     """What the system said, without paths: tensorstore gives its number inside a text."""
     number = re.search(r"os_error_code='(\d+)'", str(error))
@@ -97,7 +109,7 @@ def restore_state(folder: Path, like: Tree, *, step: int | None = None) -> Resto
     """
     if not folder.is_dir():
         return None
-    options = ocp.CheckpointManagerOptions(create=False)
+    options = ocp.CheckpointManagerOptions(create=False, multiprocessing_options=this_process_alone())
     with ocp.CheckpointManager(folder, options=options, item_names=("arrays", "meta")) as manager:
         if step is None:
             step = manager.latest_step()
@@ -120,7 +132,7 @@ def read_meta(folder: Path) -> dict | None:
     """
     if not folder.is_dir():
         return None
-    options = ocp.CheckpointManagerOptions(create=False)
+    options = ocp.CheckpointManagerOptions(create=False, multiprocessing_options=this_process_alone())
     with ocp.CheckpointManager(folder, options=options, item_names=("arrays", "meta")) as manager:
         step = manager.latest_step()
         return None if step is None else _stored(manager, step, folder)["meta"]

@@ -88,9 +88,10 @@ class MeshSection:
     data: int  # batch rows or lanes are split
     fsdp: int  # weights are split and gathered when used
     tensor: int  # heads and features are split
+    processes: int = 1  # that hold the devices together; each is started with this file (see processes.py)
 
     def __post_init__(self) -> None:
-        _need_counts(self, "data", "fsdp", "tensor")
+        _need_counts(self, "data", "fsdp", "tensor", "processes")
 
 
 ONE_DEVICE = MeshSection(data=1, fsdp=1, tensor=1)
@@ -372,6 +373,7 @@ class ServeConfig:
     def __post_init__(self) -> None:
         _need_counts(self, "slots", "max_rank", "rows", "kv_pages", "page_tokens", "prefill_lanes", "prefill_tokens")
         _need_counts(self, "default_max_tokens", "max_waiting")
+        _need(self.mesh.processes == 1, "mesh.processes", "1, as only training runs in several", self.mesh.processes)
         _need(bool(self.host.strip()), "host", "an address such as 127.0.0.1", self.host)
         _need(0 <= self.port < 2**16, "port", "in [0, 65535]", self.port)
         _need_distinct([a.name for a in self.load], "names under [[load]]")

@@ -33,9 +33,9 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A data x fsdp x tensor mesh over the first devices.
+    """A data x fsdp x tensor mesh over the first devices, those of one process beside each other.
 
-    Raises ConfigInvalid when there are too few devices or a size is below 1.
+    Raises ConfigInvalid when there are too few devices, a size is below 1, or a process would have no part in it.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = (data, fsdp, tensor)
@@ -44,6 +44,12 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[j
     count = data * fsdp * tensor
     if count > len(devices):
         raise ConfigInvalid(f"a mesh of {data}x{fsdp}x{tensor} needs {count} devices, there are {len(devices)}")
+    idle = {d.process_index for d in devices[count:]} - {d.process_index for d in devices[:count]}
+    if idle:
+        raise ConfigInvalid(
+            f"a mesh of {data}x{fsdp}x{tensor} leaves process {min(idle)} without a device in it; there are "
+            f"{len(devices)} devices in all, use them all or start fewer processes"
+        )
     return Mesh(np.array(devices[:count]).reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
@@ -65,9 +71,23 @@ def attention_placement(mesh: Mesh) -> Placement | None:
     return None if mesh.size == 1 else Placement(mesh=mesh, rows=lanes, heads=heads)
 
 
+def place_array(x: np.ndarray, where: NamedSharding) -> jax.Array:
+    """The array on the devices.  Of several processes, which all have the same array, each feeds its own devices."""
+    if where.is_fully_addressable:
+        return jax.device_put(x, where)
+    return jax.make_array_from_callback(x.shape, where, x.__getitem__)
+
+
+def place[T](tree: T, where: NamedSharding) -> T:
+    """The NumPy arrays on the devices, as `place_array`."""
+    if where.is_fully_addressable:
+        return jax.device_put(tree, where)  # all in one call
+    return jax.tree.map(lambda x: place_array(x, where), tree)
+
+
 def place_rows[T](mesh: Mesh, batch: T) -> T:
-    """The batch on the devices: every array's first axis is rows (lanes or sequences), split over data x fsdp."""
-    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(RULES["lanes"])))
+    """The NumPy batch on the devices: every array's first axis is rows (lanes or sequences), split over data x fsdp."""
+    return place(batch, NamedSharding(mesh, PartitionSpec(RULES["lanes"])))
 
 
 def check_model(mesh: Mesh, config: ModelConfig) -> None:

@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from jaxlora.errors import ModelInvalid
-from jaxlora.mesh import check_model, sharding
+from jaxlora.mesh import check_model, place_array, sharding
 from jaxlora.model_config import ModelConfig, parameters
 from pallas_kernels import KEPT
 
@@ -221,10 +221,10 @@ def load_base(source: WeightSource, mesh: Mesh, *, dtype: str, precision: str = 
         else:
             host = _checked(source.read(name, None), p.shape, name).astype(DTYPES[dtype])
             host_embed = host if name == "embed" else host_embed
-        arrays[name] = jax.device_put(host, sharding(mesh, p.axes))
+        arrays[name] = place_array(host, sharding(mesh, p.axes))
     if config.tied and mesh.devices.flat[0].platform == "cpu":
         # XLA's CPU backend multiplies bfloat16 by a row-major right-hand side at twice the speed of a transposed one.
-        arrays["head"] = jax.device_put(np.ascontiguousarray(host_embed.T), sharding(mesh, ("embed", "vocab")))
+        arrays["head"] = place_array(np.ascontiguousarray(host_embed.T), sharding(mesh, ("embed", "vocab")))
     if precision == "auto":
         precision = "highest" if dtype == "float32" else "default"
     return Base(arrays=arrays, config=config, precision=precision, mesh=mesh)

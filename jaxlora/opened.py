@@ -52,10 +52,13 @@ def open_base(model: ModelSection, mesh: MeshSection) -> Opened:
 def fastest_dtype() -> str:
     """ "bfloat16" on an accelerator; on a CPU whichever of bfloat16 and float32 multiplies faster here, by trying.
 
-    CPUs with bfloat16 instructions are about twice as fast in it, those without several times slower.
+    CPUs with bfloat16 instructions are about twice as fast in it, those without several times slower.  Several processes
+    must agree without asking each other: float32.
     """
     if jax.default_backend() != "cpu":
         return "bfloat16"
+    if jax.process_count() > 1:
+        return "float32"
     best_s = {}
     for name in ("float32", "bfloat16"):
         x, w = jnp.ones((256, 576), name), jnp.ones((576, 1536), name)

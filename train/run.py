@@ -6,6 +6,9 @@ out/TENANT/peft/         the trained adapter as a PEFT folder
 out/TENANT/adapter.json  which step and which version that is
 out/store/               adapter versions, for `jaxlora serve`
 out/loss.png
+
+Several processes (`mesh.processes`) take every step together and read the same files; the lead alone writes and prints.
+What they decide from files they decide before the first step, while nobody writes.
 """
 
 from __future__ import annotations
@@ -24,12 +27,12 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from jaxlora import compile_cache
+from jaxlora import compile_cache, processes
 from jaxlora.checkpoint import read_meta, restore_state, save_state
 from jaxlora.config import TenantSection, TrainConfig, load
 from jaxlora.durable import replace_file
 from jaxlora.errors import ConfigInvalid, InvalidRequest, StateInvalid
-from jaxlora.lora import HEAD_TARGET, LAYER_TARGETS
+from jaxlora.lora import HEAD_TARGET, LAYER_TARGETS, AdapterRef
 from jaxlora.opened import Opened, open_base
 from jaxlora.peft import export_peft
 from jaxlora.pool import PoolSpec
@@ -45,13 +48,16 @@ from train.trainer import MAX_BAD_STEPS, Evaluation, StepReport, Tenant, Trainer
 HOST_BYTES = 2**30  # of adapter versions kept in RAM
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Job:
     """One tenant of the file: its data, its files, and what its checkpoints must agree with."""
 
     folder: Path  # out/TENANT
     heldout: list[Unit]  # may be empty
     identity: dict[str, object]  # what its training state was made with
+    saved: int | None = None  # step of its newest checkpoint
+    delivered: int | None = None  # step of the adapter in the store and in `peft`
+    version: int | None = None  # of that adapter; the lead knows it
 
     @property
     def states(self) -> Path:
@@ -63,19 +69,14 @@ class Job:
         """A row a step."""
         return self.folder / "metrics.csv"
 
-    def delivered(self, tenant: Tenant) -> bool:
-        """Whether the adapter of the tenant's present step lies in the store and in `peft`."""
-        return self._delivery().get("step") == tenant.step and (self.folder / "peft").is_dir()
-
-    def version(self) -> object:
-        """The version that `peft` holds, or None."""
-        return self._delivery().get("version")
-
-    def _delivery(self) -> dict[str, object]:
+    def read_delivery(self) -> None:
+        """Finds what an earlier run delivered."""
         try:
-            return json.loads((self.folder / "adapter.json").read_bytes())
-        except (FileNotFoundError, ValueError):
-            return {}
+            written = json.loads((self.folder / "adapter.json").read_bytes())
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            return
+        if (self.folder / "peft").is_dir():
+            self.delivered, self.version = written.get("step"), written.get("version")
 
 
 # What differs, in the words of the file, for each key of Job.identity.
@@ -99,7 +100,8 @@ def main(config_path: Path) -> None:
     compile_cache.enable(None)
     config = load(config_path, TrainConfig)
     config = replace(config, out=readable(config.out))
-    console = Console()
+    processes.join(config.mesh.processes)
+    console = Console(quiet=not processes.is_lead())
     with console.status("opening the base model"):
         opened = open_base(config.model, config.mesh)
     trainer = make_trainer(config, opened)
@@ -107,17 +109,27 @@ def main(config_path: Path) -> None:
     for tenant in trainer.tenants.values():
         if tenant.step:
             say(console, f"{progress(tenant)}, from its checkpoint")
-    if not trainer.has_work and all(job.delivered(trainer.tenants[name]) for name, job in jobs.items()):
+    if not trainer.has_work and all(job.delivered == trainer.tenants[name].step for name, job in jobs.items()):
         say(console, f"nothing to do: every tenant has trained its last step and its adapter is in {config.out}")
         say(console, "to train on, raise `steps`; to train anew, name another `out` or remove this one")
         return
-    with contextlib.closing(AdapterStore(config.out / "store", host_bytes=HOST_BYTES)) as store:
+    with open_store(config) as store:
         with console.status("compiling the step"):
             trainer.warm_up()
         with console.status("asking the base model for the held-out examples"):
             before = evaluate_all(trainer, jobs, tuned=False)
         run_steps(trainer, config, opened, jobs, store, console)
         finish(trainer, config, jobs, console, before)
+
+
+@contextlib.contextmanager
+def open_store(config: TrainConfig) -> Generator[AdapterStore | None]:
+    """Where adapters go; None in a process that does not write."""
+    if not processes.is_lead():
+        yield None
+        return
+    with contextlib.closing(AdapterStore(config.out / "store", host_bytes=HOST_BYTES)) as store:
+        yield store
 
 
 def make_trainer(config: TrainConfig, opened: Opened) -> Trainer:
@@ -172,6 +184,7 @@ def seat_tenants(trainer: Trainer, config: TrainConfig, opened: Opened) -> dict[
         }
         job = jobs[section.name] = Job(config.out / section.name, heldout, identity)
         check_identity(section.name, job)
+        job.read_delivery()
         seat(trainer, config, section, examples, job)
     return jobs
 
@@ -205,10 +218,11 @@ def seat(trainer: Trainer, config: TrainConfig, section: TenantSection, examples
         join()
     except InvalidRequest as e:
         raise InvalidRequest(f"tenant {name}: {e.message}", param=e.param) from e
-    found = restore_state(job.states, trainer.unseat(name))
+    found = restore_state(job.states, jax.device_get(trainer.unseat(name)))
     if found is None:
         return
     assert isinstance(found.arrays, SlotState)
+    job.saved = found.step
     resume = (found.arrays, found.step, int(found.meta["cursor"]))
     trainer.remove(name)
     join(resume=resume)
@@ -225,7 +239,12 @@ def evaluate_all(trainer: Trainer, jobs: dict[str, Job], *, tuned: bool) -> dict
 
 
 def run_steps(
-    trainer: Trainer, config: TrainConfig, opened: Opened, jobs: dict[str, Job], store: AdapterStore, console: Console
+    trainer: Trainer,
+    config: TrainConfig,
+    opened: Opened,
+    jobs: dict[str, Job],
+    store: AdapterStore | None,
+    console: Console,
 ) -> None:
     """Steps until every tenant is done or has failed, with a line per tenant, metrics files, checkpoints and adapters.
 
@@ -233,16 +252,20 @@ def run_steps(
     """
     last: dict[str, StepReport] = {}
     for name, job in jobs.items():
-        job.folder.mkdir(parents=True, exist_ok=True)
-        metrics.cut(job.metrics, trainer.tenants[name].step)
-        if trainer.tenants[name].status == "done" and not job.delivered(trainer.tenants[name]):
+        tenant = trainer.tenants[name]
+        if store is not None:
+            job.folder.mkdir(parents=True, exist_ok=True)
+            metrics.cut(job.metrics, tenant.step)
+        if tenant.status == "done" and job.delivered != tenant.step:
             deliver(trainer, name, job, opened, store)
+    stopped = False
     with ctrl_c_waits() as asked, Live(_table(trainer, last), console=console, refresh_per_second=4) as live:
-        while trainer.has_work and not asked.is_set():
+        while trainer.has_work and not (stopped := processes.any_says(asked.is_set())):
             for report in trainer.step():
                 name, job = report.tenant, jobs[report.tenant]
                 last[name] = report
-                metrics.append(job.metrics, report)
+                if store is not None:
+                    metrics.append(job.metrics, report)
                 if trainer.tenants[name].status == "done":
                     deliver(trainer, name, job, opened, store)
                 elif report.step % config.save_every == 0:
@@ -252,7 +275,7 @@ def run_steps(
             live.update(_table(trainer, last))
         for name, job in jobs.items():
             save_tenant(trainer, name, job)
-    if asked.is_set() and trainer.has_work:
+    if stopped:
         say(console, f"stopped; every state is saved in {config.out}, and the same command goes on from there")
         raise KeyboardInterrupt
 
@@ -277,20 +300,26 @@ def ctrl_c_waits() -> Generator[threading.Event]:
 def save_tenant(trainer: Trainer, name: str, job: Job) -> None:
     """Writes the tenant's training state as one more numbered checkpoint, unless that step is there."""
     tenant = trainer.tenants[name]
-    if tenant.step and not (job.states / str(tenant.step)).exists():
-        meta = job.identity | {"cursor": tenant.stream.cursor}
-        save_state(job.states, tenant.step, jax.device_get(trainer.unseat(name)), meta)
+    if tenant.step and tenant.step != job.saved:
+        state = jax.device_get(trainer.unseat(name))  # in every process: it is a program of the whole mesh
+        if processes.is_lead():
+            save_state(job.states, tenant.step, state, job.identity | {"cursor": tenant.stream.cursor})
+        job.saved = tenant.step
 
 
-def deliver(trainer: Trainer, name: str, job: Job, opened: Opened, store: AdapterStore) -> None:
+def deliver(trainer: Trainer, name: str, job: Job, opened: Opened, store: AdapterStore | None) -> None:
     """The tenant's adapter becomes a version of the store and its PEFT folder; then its last state is saved."""
-    adapter = trainer.adapter(name, store.mint(name, name))
-    store.put(adapter)
-    store.flush()
-    export_peft(adapter, job.folder / "peft", opened.base.config, base_name=opened.name, replace=True)
+    ref = AdapterRef(name, name, 1) if store is None else store.mint(name, name)
+    adapter = trainer.adapter(name, ref)  # in every process, as below
+    if store is not None:
+        store.put(adapter)
+        store.flush()
+        export_peft(adapter, job.folder / "peft", opened.base.config, base_name=opened.name, replace=True)
     save_tenant(trainer, name, job)
-    written = {"step": trainer.tenants[name].step, "version": adapter.ref.version}
-    replace_file(job.folder / "adapter.json", json.dumps(written).encode())
+    job.delivered, job.version = trainer.tenants[name].step, ref.version
+    if store is not None:
+        written = {"step": job.delivered, "version": job.version}
+        replace_file(job.folder / "adapter.json", json.dumps(written).encode())
 
 
 def _table(trainer: Trainer, last: dict[str, StepReport]) -> Table:
@@ -314,7 +343,8 @@ def finish(
     trainer: Trainer, config: TrainConfig, jobs: dict[str, Job], console: Console, before: dict[str, Evaluation]
 ) -> None:
     """The plot and the table of held-out results.  Raises StateInvalid, naming the tenants that failed."""
-    plot_curves({name: metrics.losses(job.metrics) for name, job in jobs.items()}, config.out / "loss.png")
+    if processes.is_lead():
+        plot_curves({name: metrics.losses(job.metrics) for name, job in jobs.items()}, config.out / "loss.png")
     with console.status("asking the adapters for the held-out examples"):
         after = evaluate_all(trainer, jobs, tuned=True)
     columns = ("tenant", "status", "loss: base", "adapter", "accuracy: base", "adapter", "version")
@@ -324,7 +354,7 @@ def finish(
         if name in after:
             b, a = before[name], after[name]
             numbers = [f"{b.nll:.3f}", f"{a.nll:.3f}", f"{b.accuracy:.0%}", f"{a.accuracy:.0%}"]
-        version = str(jobs[name].version()) if tenant.status == "done" else ""
+        version = str(jobs[name].version) if tenant.status == "done" else ""
         table.add_row(name, tenant.status, *numbers, version)
     console.print(table)
     say(console, f"adapters: {config.out}/TENANT/peft; loss curves: {config.out}/loss.png")

@@ -173,7 +173,7 @@ def make_programs(states: States, mesh: Mesh) -> Programs:
         train_step=jax.jit(_train_step, donate_argnums=1, out_shardings=(placed, small, small)),
         evaluate=jax.jit(_evaluate, out_shardings=small),
         seat=jax.jit(seat, static_argnums=1, donate_argnums=0, out_shardings=placed),
-        unseat=jax.jit(unseat, static_argnums=1),
+        unseat=jax.jit(unseat, static_argnums=1, out_shardings=small),  # whole everywhere: any process can read it
     )
 
 

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jaxlora.config import CROSS_ENTROPY, Loss, Optimizer, check_lane_tokens
 from jaxlora.errors import AlreadyExists, DataInvalid, NotFound
 from jaxlora.lora import ALL_TARGETS, Adapter, AdapterRef, LoraSpec
-from jaxlora.mesh import check_lanes, place_rows, replicated
+from jaxlora.mesh import check_lanes, place, place_rows, replicated
 from jaxlora.model import Base
 from jaxlora.model_config import ModelConfig, target_features
 from jaxlora.pool import PoolSpec, Rows, adapter_of_rows, host_rows, layer_count
@@ -106,7 +106,7 @@ class Trainer:
         )
         slot = self._device(np.int32(0))
         for bucket in range(len(self.seats.buckets)):
-            seat = jax.device_put(jax.device_get(self._programs.unseat(self._states, bucket, slot)))
+            seat = self._device(jax.device_get(self._programs.unseat(self._states, bucket, slot)))
             self._states = self._programs.seat(self._states, bucket, slot, seat)
         jax.block_until_ready(self._programs.evaluate(self.base, self._pools(), batch))
 
@@ -147,7 +147,7 @@ class Trainer:
         running = step < optimizer.total_steps
         if running:
             self._mixer.add(name, stream, batch_size=batch_size, weight=weight)
-        self._states = self._programs.seat(self._states, *self._at(slot), jax.device_put(jax.device_get(state)))
+        self._states = self._programs.seat(self._states, *self._at(slot), self._device(jax.device_get(state)))
         status = "running" if running else "done"
         self.tenants[name] = Tenant(name, slot, spec, optimizer, stream, loss, step, status=status)
         return self.tenants[name]
@@ -345,7 +345,8 @@ class Trainer:
         return jax.device_get(sums.logprob_GJ)[: len(lanes)]
 
     def _device[T](self, tree: T) -> T:
-        return jax.device_put(tree, replicated(self.mesh))
+        """NumPy arrays, whole on every device."""
+        return place(tree, replicated(self.mesh))
 
 
 def _divisor(lanes: Sequence[Lane], loss: Loss) -> float:
