@@ -26,7 +26,7 @@ from rich.table import Table
 
 from jaxlora import compile_cache
 from jaxlora.checkpoint import read_meta, restore_state, save_state
-from jaxlora.config import TenantSection, TrainConfig, load
+from jaxlora.config import TenantSection, TrainConfig, default_lr, load
 from jaxlora.durable import replace_file
 from jaxlora.errors import ConfigInvalid, InvalidRequest, StateInvalid
 from jaxlora.lora import HEAD_TARGET, LAYER_TARGETS
@@ -190,7 +190,8 @@ def check_identity(name: str, job: Job) -> None:
 
 def seat(trainer: Trainer, config: TrainConfig, section: TenantSection, examples: Sequence[Unit], job: Job) -> None:
     """The tenant joins, with its newest checkpoint if it has one."""
-    name, spec, optimizer = section.name, section.spec, section.optimizer(config.steps)
+    name, spec = section.name, section.spec
+    optimizer = section.optimizer(default_steps=config.steps, default_lr=default_lr(trainer.base.config))
     join = functools.partial(
         trainer.add,
         name,
