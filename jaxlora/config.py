@@ -211,6 +211,7 @@ CROSS_ENTROPY = Loss()
 
 
 WARMUP = 0.03  # share of a tenant's steps in which lr rises, unless it says otherwise
+PASSES = 3  # over its examples, of a tenant for which nobody says how many steps it takes
 
 
 def default_lr(model: ModelConfig) -> float:
@@ -230,8 +231,8 @@ class Recipe:
     """How one tenant learns.  The one place of the defaults of `jaxlora train` and of `Session`, all published practice.
 
     Source: all linear layers, alpha 32 whatever the rank, small batches, no decay: LoRA Without Regret (see `default_lr`);
-    rank 16: between PEFT's 8 and the 64 of QLoRA (arXiv 2305.14314); warm-up of 3 %: Alpaca and QLoRA; linear decay, betas,
-    eps and clip: the Trainer of transformers.
+    rank 16: between PEFT's 8 and the 64 of QLoRA (arXiv 2305.14314); warm-up of 3 %: Alpaca and QLoRA; linear decay, batch,
+    three passes, betas, eps and clip: the Trainer of transformers.
     """
 
     loss: LossName = "cross_entropy"  # dpo takes preference lines; those after it, lines with logprobs and advantages
@@ -253,7 +254,7 @@ class Recipe:
     loraplus_ratio: float = OPTIMIZER.loraplus_ratio  # lr of B over lr of A; LoRA+ suggests 16
     dropout: float = 0.0  # share of what A reads that is dropped in training
     batch: int = 8  # examples per step
-    steps: int | None = None  # optimizer steps of this tenant; None: those of the file, or three passes over its data
+    steps: int | None = None  # optimizer steps of this tenant; None: those of the file, or PASSES over its data
     seed: int = 0  # of the adapter's first weights and of the order of its examples
 
     def __post_init__(self) -> None:
