@@ -1,6 +1,7 @@
 """Settings as frozen dataclasses, each checked once.  Reading them from TOML is `jaxlora.toml_loader.load`.  No jax here.
 
-Nothing that a checkpoint decides has a default; what is off unless asked for (a held-out file) is None.
+Nothing that a checkpoint decides has a default; how a tenant learns has those of `Recipe`; what is off unless asked for
+(a held-out file) is None.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 
 from jaxlora.errors import ConfigInvalid
 from jaxlora.lora import LAYER_TARGETS, LoraSpec, check_name
+from jaxlora.model_config import ModelConfig
 from jaxlora.toml_loader import PathOrName, load
 
 __all__ = [
@@ -22,9 +24,11 @@ __all__ = [
     "MeshSection",
     "ModelSection",
     "Optimizer",
+    "Recipe",
     "ServeConfig",
     "TenantSection",
     "TrainConfig",
+    "default_lr",
     "load",
     "serve_defaults",
 ]
@@ -207,42 +211,60 @@ class Loss:
 CROSS_ENTROPY = Loss()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TenantSection:
-    """One tenant's training job: whose data, which adapter, how it learns."""
+WARMUP = 0.03  # share of a tenant's steps in which lr rises, unless it says otherwise
+PASSES = 3  # over its examples, of a tenant for which nobody says how many steps it takes
 
-    name: str  # 1 to 64 letters, digits, '.', '_', '-'
-    train: Path  # JSONL, one example a line, of the kind that the loss takes
-    heldout: Path | None = None  # JSONL; None: no held-out loss is reported
+
+def default_lr(model: ModelConfig) -> float:
+    """The lr of a tenant that names none: 5e-5 for all weights, ten times that for LoRA, less the wider the base is.
+
+    5e-4 * (2000 / d_model) ** p with p = 0.781 for Llama (and Mistral, by likeness) and 0.0775 for Qwen; for alpha 32 on
+    all linear layers, of any rank.
+    Source: Schulman et al., LoRA Without Regret (2025); the exponents are the fit to its sweeps that was published as
+    `get_lr` of tinker-cookbook, before a table of single models took its place.
+    """
+    power = 0.0775 if model.family.startswith("qwen") else 0.781
+    return 5e-5 * 10 * (2000 / model.d_model) ** power
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """How one tenant learns.  The one place of the defaults of `jaxlora train` and of `Session`, all published practice.
+
+    Source: all linear layers, alpha 32 whatever the rank, small batches, no decay: LoRA Without Regret (see `default_lr`);
+    rank 16: between PEFT's 8 and the 64 of QLoRA (arXiv 2305.14314); warm-up of 3 %: Alpaca and QLoRA; linear decay, batch,
+    three passes, betas, eps and clip: the Trainer of transformers.
+    """
+
     loss: LossName = "cross_entropy"  # dpo takes preference lines; those after it, lines with logprobs and advantages
     beta: float | None = None  # of dpo (0.1 when not given) and dro (0.05)
     clip_low: float | None = None  # bounds of the ratio in ppo and gspo (0.8 and 1.2) and cispo (0 and 4)
     clip_high: float | None = None
-    rank: int
-    alpha: float  # the adapter's output is scaled by alpha / rank
+    rank: int = 16
+    alpha: float = 32.0  # the adapter's output is scaled by alpha / rank
     targets: tuple[str, ...] = LAYER_TARGETS
     rslora: bool = False  # scale by alpha / sqrt(rank) instead
-    lr: float  # highest learning rate, reached after the warm-up
-    schedule: Schedule
-    warmup_steps: int  # steps of this tenant in which lr rises from 0; 0 is none
-    weight_decay: float  # AdamW, per step, multiplied by lr
+    lr: float | None = None  # highest learning rate, reached after the warm-up; None: `default_lr` of the base
+    schedule: Schedule = "linear"
+    warmup_steps: int | None = None  # steps of this tenant in which lr rises from 0; 0 is none; None: 3 % of its steps
+    weight_decay: float = OPTIMIZER.weight_decay  # AdamW, per step, multiplied by lr
     b1: float = OPTIMIZER.b1
     b2: float = OPTIMIZER.b2
     eps: float = OPTIMIZER.eps
     clip: float = OPTIMIZER.clip or NO_CLIP  # largest global norm of this tenant's gradient; inf: no clipping
     loraplus_ratio: float = OPTIMIZER.loraplus_ratio  # lr of B over lr of A; LoRA+ suggests 16
     dropout: float = 0.0  # share of what A reads that is dropped in training
-    batch: int  # examples per step
-    steps: int | None = None  # optimizer steps of this tenant; None: those of the file
-    seed: int  # of the adapter's first weights and of the order of its examples
+    batch: int = 8  # examples per step
+    steps: int | None = None  # optimizer steps of this tenant; None: those of the file, or PASSES over its data
+    seed: int = 0  # of the adapter's first weights and of the order of its examples
 
     def __post_init__(self) -> None:
-        check_name(self.name, "name")
         _ = self.spec  # LoraSpec checks rank, alpha and targets
         _ = self.objective  # Loss checks its numbers
         _need_counts(self, "batch")
         _need(self.steps is None or self.steps >= 1, "steps", "at least 1, or left out", self.steps)
-        self.optimizer(max(self.warmup_steps, 1))  # checks its numbers; without steps TrainConfig checks the warm-up
+        # checks its numbers; without steps the warm-up is checked where they are known
+        self.optimizer(default_steps=max(self.warmup_steps or 0, 1), default_lr=OPTIMIZER.lr)
         _need(0 <= self.seed < 2**32, "seed", "in [0, 2^32)", self.seed)
 
     @property
@@ -257,13 +279,14 @@ class TenantSection:
         """What its training makes small.  Raises ConfigInvalid for a number that the loss does not take."""
         return Loss(name=self.loss, beta=self.beta, clip_low=self.clip_low, clip_high=self.clip_high)
 
-    def optimizer(self, default_steps: int) -> Optimizer:
-        """How it learns.  Raises ConfigInvalid for an impossible value."""
+    def optimizer(self, *, default_steps: int, default_lr: float) -> Optimizer:
+        """How it learns, with these where it names none.  Raises ConfigInvalid for an impossible value."""
+        steps = default_steps if self.steps is None else self.steps
         return Optimizer(
-            lr=self.lr,
+            lr=default_lr if self.lr is None else self.lr,
             schedule=self.schedule,
-            warmup_steps=self.warmup_steps,
-            total_steps=default_steps if self.steps is None else self.steps,
+            warmup_steps=math.ceil(WARMUP * steps) if self.warmup_steps is None else self.warmup_steps,
+            total_steps=steps,
             weight_decay=self.weight_decay,
             b1=self.b1,
             b2=self.b2,
@@ -271,6 +294,19 @@ class TenantSection:
             clip=None if self.clip == NO_CLIP else self.clip,
             loraplus_ratio=self.loraplus_ratio,
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TenantSection(Recipe):
+    """One tenant's training job: whose data, and how it learns from them."""
+
+    name: str  # 1 to 64 letters, digits, '.', '_', '-'
+    train: Path  # JSONL, one example a line, of the kind that the loss takes
+    heldout: Path | None = None  # JSONL; None: no held-out loss is reported
+
+    def __post_init__(self) -> None:
+        check_name(self.name, "name")
+        Recipe.__post_init__(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -325,7 +361,7 @@ class TrainConfig:
                     f"tenant {t.name} has rank {t.rank}, more than max_rank = {self.max_rank}; raise max_rank or lower it"
                 )
             try:
-                t.optimizer(self.steps)
+                t.optimizer(default_steps=self.steps, default_lr=OPTIMIZER.lr)
             except ConfigInvalid as e:
                 raise ValueError(f"tenant {t.name}: {e.message}") from e
         below = 0

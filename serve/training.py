@@ -53,14 +53,23 @@ class LiveTraining:
             for name in sorted(self._owed):
                 self._publish(name)
 
+    def publish(self, name: str) -> AdapterRef:
+        """A version of the tenant's present weights.  Raises NotFound for an unknown one, and as `Runner.publish` does."""
+        rows = self.trainer.rows(name)
+        tenant = self.trainer.tenants[name]
+        ref = self.runner.publish(name, name, tenant.spec, rows, keep=self.keep)
+        self._owed.discard(name)
+        self.on_publish(ref, tenant.step)
+        return ref
+
     def _publish(self, name: str) -> None:
-        """Publishes one tenant.  Whatever hinders it is this tenant's alone; it is tried again with the next publication."""
+        """Publishes one tenant that is due.  Whatever hinders it is this tenant's alone; it is tried again with the next publication."""
         tenant = self.trainer.tenants.get(name)
         if tenant is None or tenant.status == "failed":
             self._owed.discard(name)  # the last good version stays
             return
         try:
-            ref = self.runner.publish(name, name, tenant.spec, self.trainer.rows(name), keep=self.keep)
+            self.publish(name)
         except AdapterNotFinite as error:
             LOG.error("tenant %s ends: %s", name, error)
             self.trainer.fail(name, str(error))
@@ -69,6 +78,3 @@ class LiveTraining:
             LOG.error(
                 "tenant %s is not published at step %d, the next publication tries again: %s", name, tenant.step, error
             )
-        else:
-            self._owed.discard(name)
-            self.on_publish(ref, tenant.step)

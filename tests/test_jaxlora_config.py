@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
+from small_world import tiny_path
 
-from jaxlora.config import LOSSES, Loss, Optimizer, ServeConfig, TrainConfig, load, serve_defaults
+from jaxlora.config import LOSSES, Loss, Optimizer, Recipe, ServeConfig, TrainConfig, default_lr, load, serve_defaults
 from jaxlora.errors import ConfigInvalid
-from jaxlora.lora import LAYER_TARGETS
+from jaxlora.hf import HfSource
+from jaxlora.lora import LAYER_TARGETS, LoraSpec
 from jaxlora.toml_loader import PathOrName
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -202,9 +204,51 @@ def test_example_train_config():
 
 def test_a_tenant_learns_by_the_optimizers_own_defaults(tmp_path):
     path = changed_example(tmp_path, "train_two_tenants.toml", "clip = 1.0", "clip = inf")
-    roman, plural = (t.optimizer(40) for t in load(path, TrainConfig).tenant)
+    roman, plural = (t.optimizer(default_steps=40, default_lr=1.0) for t in load(path, TrainConfig).tenant)
     assert roman == Optimizer(lr=2e-3, schedule="linear", warmup_steps=4, total_steps=40)
     assert (plural.clip, plural.total_steps) == (None, 30)
+
+
+def test_a_tenant_that_only_names_its_data_learns_as_published(tmp_path):
+    path = tmp_path / "least.toml"
+    path.write_text("""
+out = "out"
+lanes = 4
+lane_tokens = 64
+slots = 1
+max_rank = 16
+steps = 70
+save_every = 10
+model = {path = "smollm2", dtype = "auto"}
+tenant = [{name = "one", train = "one.jsonl"}]
+""")
+    (one,) = load(path, TrainConfig).tenant
+    assert one.spec == LoraSpec(rank=16, alpha=32.0, targets=LAYER_TARGETS)
+    assert len(one.targets) == 7
+    optimizer = one.optimizer(default_steps=70, default_lr=1e-3)
+    assert optimizer == Optimizer(lr=1e-3, schedule="linear", warmup_steps=3, total_steps=70)  # 3 % of 70 is 2.1
+    assert (one.batch, one.seed, one.objective) == (8, 0, Loss())
+
+
+@pytest.mark.parametrize(
+    ("model", "width", "lr"),
+    [
+        ("tiny-llama-tied", 2000, 5e-4),
+        ("tiny-llama-tied", 576, 1.3219e-3),  # SmolLM2-135M
+        ("tiny-mistral", 4096, 2.8563e-4),
+        ("tiny-qwen2", 896, 5.3210e-4),
+        ("tiny-qwen3", 2560, 4.9053e-4),
+    ],
+)
+def test_the_learning_rate_of_a_tenant_that_names_none_follows_the_width(model, width, lr):
+    """The figures are worked out apart from the code: 5e-4 exp(p log(2000 / width)), p = 0.781 or 0.0775."""
+    config = dataclasses.replace(HfSource(tiny_path(model)).config, d_model=width)
+    assert default_lr(config) == pytest.approx(lr, rel=1e-4)
+
+
+def test_what_a_recipe_says_is_never_replaced():
+    given = Recipe(lr=0.5, warmup_steps=0, steps=9).optimizer(default_steps=4, default_lr=1.0)
+    assert (given.lr, given.warmup_steps, given.total_steps) == (0.5, 0, 9)
 
 
 def test_example_preference_config():

@@ -279,6 +279,7 @@ def test_the_old_peft_folder_stays_until_the_new_one_is_whole(job, monkeypatch):
         "metrics.csv",
         "peft",
         "state",
+        "tensorboard",
     ]
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -291,26 +292,55 @@ def load_jsonl(
         lines = Path(path).read_bytes().split(b"\n")
     except OSError as error:
         raise DataInvalid(f"{path} cannot be read ({error.strerror}); give the path of a JSONL file") from error
+
+    def unit(raw: bytes, number: int) -> Unit:
+        return _read_line(_parse_line(raw, first=number == 1), tokenizer, max_tokens)
+
+    numbered = ((n, functools.partial(unit, raw, n)) for n, raw in enumerate(lines, start=1) if raw.strip())
+    examples = _collect(str(path), "line", numbered, loss)
+    if not examples:
+        raise DataInvalid(f"{path} has no examples; give one JSON object a line")
+    return examples
+
+
+def read_examples(
+    data: Iterable[Mapping[str, object] | Unit], tokenizer: Tokenizer, *, max_tokens: int, loss: str
+) -> list[Unit]:
+    """Examples or pairs of objects as the lines of a file hold them, and of ready ones, in their order.
+
+    Raises DataInvalid, naming place (from 0) and field of the first problems, also when there is none.
+    """
+
+    def unit(item: object) -> Unit:
+        if isinstance(item, Example | Pair):
+            return item
+        if not isinstance(item, dict) or not all(isinstance(key, str) for key in item):
+            raise DataInvalid(f"must be an object, such as a line of a JSONL file holds, got {type(item).__name__}")
+        return _read_line(item, tokenizer, max_tokens)
+
+    examples = _collect("data", "example", ((i, functools.partial(unit, item)) for i, item in enumerate(data)), loss)
+    if not examples:
+        raise DataInvalid("data has no examples; give at least one")
+    return examples
+
+
+def _collect(source: str, what: str, units: Iterable[tuple[int, Callable[[], Unit]]], loss: str) -> list[Unit]:
+    """The units that these calls make.  Raises one DataInvalid for the first problems, each with its number and field."""
     examples: list[Unit] = []
     problems: list[str] = []
-    for number, raw in enumerate(lines, start=1):
-        if not raw.strip():
-            continue
+    for number, make in units:
         try:
-            line = _parse_line(raw, first=number == 1)
-            unit = _read_line(line, tokenizer, max_tokens)
+            unit = make()
             check_kind(unit, loss)
             examples.append(unit)
         except DataInvalid as error:
             field = f", {error.param}" if error.param else ""
-            problems.append(f"line {number}{field}: {error.message}")
+            problems.append(f"{what} {number}{field}: {error.message}")
             if len(problems) == SHOWN_PROBLEMS:
                 problems.append("reading stopped here")
                 break
     if problems:
-        raise DataInvalid(f"{path} is not valid:\n" + ";\n".join(problems))
-    if not examples:
-        raise DataInvalid(f"{path} has no examples; give one JSON object a line")
+        raise DataInvalid(f"{source} is not valid:\n" + ";\n".join(problems))
     return examples
 
 

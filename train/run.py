@@ -2,6 +2,7 @@
 
 out/TENANT/state/        Orbax checkpoints of its training state; a second run goes on from the newest
 out/TENANT/metrics.csv   a row a step
+out/TENANT/tensorboard/  the same numbers as an event file: `tensorboard --logdir out`
 out/TENANT/peft/         the trained adapter as a PEFT folder
 out/TENANT/adapter.json  which step and which version that is
 out/store/               adapter versions, for `jaxlora serve`
@@ -29,7 +30,7 @@ from rich.table import Table
 
 from jaxlora import compile_cache, processes
 from jaxlora.checkpoint import read_meta, restore_state, save_state
-from jaxlora.config import TenantSection, TrainConfig, load
+from jaxlora.config import TenantSection, TrainConfig, default_lr, load
 from jaxlora.durable import replace_file
 from jaxlora.errors import ConfigInvalid, InvalidRequest, StateInvalid
 from jaxlora.lora import HEAD_TARGET, LAYER_TARGETS, AdapterRef
@@ -38,12 +39,14 @@ from jaxlora.peft import export_peft
 from jaxlora.pool import PoolSpec
 from jaxlora.store import AdapterStore
 from train import metrics
+from train.board import Board, progress
 from train.data import Unit
 from train.job_files import digest
 from train.jsonl import load_jsonl
 from train.plot import plot_curves
 from train.state import SlotState
-from train.trainer import MAX_BAD_STEPS, Evaluation, StepReport, Tenant, Trainer
+from train.tensorboard import EventFile
+from train.trainer import MAX_BAD_STEPS, Evaluation, Trainer
 
 HOST_BYTES = 2**30  # of adapter versions kept in RAM
 
@@ -117,8 +120,9 @@ def main(config_path: Path) -> None:
         with console.status("compiling the step"):
             trainer.warm_up()
         with console.status("asking the base model for the held-out examples"):
-            before = evaluate_all(trainer, jobs, tuned=False)
-        run_steps(trainer, config, opened, jobs, store, console)
+            before = evaluate_all(trainer, jobs, list(jobs), tuned=False)
+        fresh = {name: e.nll for name, e in before.items() if not trainer.tenants[name].step}  # B is zero: as the base
+        run_steps(trainer, config, opened, jobs, store, console, Board(trainer.tenants, fresh))
         finish(trainer, config, jobs, console, before)
 
 
@@ -156,11 +160,6 @@ def readable(path: Path) -> Path:
 def say(console: Console, line: str) -> None:
     """Prints a line as it is, however wide the terminal."""
     console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-def progress(tenant: Tenant) -> str:
-    """How far a tenant is, in words."""
-    return f"{tenant.name}: step {tenant.step} of {tenant.optimizer.total_steps}"
 
 
 # ---- before -----------------------------------------------------------------------------------------------------
@@ -203,7 +202,8 @@ def check_identity(name: str, job: Job) -> None:
 
 def seat(trainer: Trainer, config: TrainConfig, section: TenantSection, examples: Sequence[Unit], job: Job) -> None:
     """The tenant joins, with its newest checkpoint if it has one."""
-    name, spec, optimizer = section.name, section.spec, section.optimizer(config.steps)
+    name, spec = section.name, section.spec
+    optimizer = section.optimizer(default_steps=config.steps, default_lr=default_lr(trainer.base.config))
     join = functools.partial(
         trainer.add,
         name,
@@ -228,9 +228,9 @@ def seat(trainer: Trainer, config: TrainConfig, section: TenantSection, examples
     join(resume=resume)
 
 
-def evaluate_all(trainer: Trainer, jobs: dict[str, Job], *, tuned: bool) -> dict[str, Evaluation]:
-    """Held-out loss and accuracy of every tenant that has held-out examples, with its adapter or of the base alone."""
-    names = [name for name, job in jobs.items() if job.heldout]
+def evaluate_all(trainer: Trainer, jobs: dict[str, Job], names: Sequence[str], *, tuned: bool) -> dict[str, Evaluation]:
+    """Held-out loss and accuracy of those of the tenants that have held-out examples, with their adapters or of the base alone."""
+    names = [name for name in names if jobs[name].heldout]
     work = [(jobs[name].heldout, name) for name in names]
     return dict(zip(names, trainer.evaluate_all(work, tuned=tuned), strict=True))
 
@@ -245,12 +245,13 @@ def run_steps(
     jobs: dict[str, Job],
     store: AdapterStore | None,
     console: Console,
+    board: Board,
 ) -> None:
     """Steps until every tenant is done or has failed, with a line per tenant, metrics files, checkpoints and adapters.
 
+    With each checkpoint, and when it is done, a tenant's held-out examples are asked.
     Raises KeyboardInterrupt after a Ctrl-C, when the step is finished and every state is saved.
     """
-    last: dict[str, StepReport] = {}
     for name, job in jobs.items():
         tenant = trainer.tenants[name]
         if store is not None:
@@ -259,25 +260,54 @@ def run_steps(
         if tenant.status == "done" and job.delivered != tenant.step:
             deliver(trainer, name, job, opened, store)
     stopped = False
-    with ctrl_c_waits() as asked, Live(_table(trainer, last), console=console, refresh_per_second=4) as live:
+    with (
+        event_files(trainer, jobs) if store is not None else contextlib.nullcontext({}) as events,
+        ctrl_c_waits() as asked,
+        Live(board.table(), console=console, refresh_per_second=4) as live,
+    ):
         while trainer.has_work and not (stopped := processes.any_says(asked.is_set())):
-            for report in trainer.step():
+            reports = trainer.step()
+            marks = [
+                r.tenant
+                for r in reports
+                if r.step % config.save_every == 0 or trainer.tenants[r.tenant].status == "done"
+            ]
+            for name, evaluation in evaluate_all(trainer, jobs, marks, tuned=True).items():
+                board.note_heldout(name, evaluation.nll)
+            for report in reports:
                 name, job = report.tenant, jobs[report.tenant]
-                last[name] = report
+                board.note(report)
                 if store is not None:
                     metrics.append(job.metrics, report)
+                    events[name].add(metrics.row_of(report))
+                if name not in marks:
+                    continue
+                if store is not None:
+                    events[name].flush()
                 if trainer.tenants[name].status == "done":
                     deliver(trainer, name, job, opened, store)
-                elif report.step % config.save_every == 0:
-                    save_tenant(trainer, name, job)
-                    if not console.is_terminal:  # a log has no table that changes
-                        say(console, f"{progress(trainer.tenants[name])}, loss {report.loss:.3f}")
-            live.update(_table(trainer, last))
+                    continue
+                save_tenant(trainer, name, job)
+                if not console.is_terminal:  # a log has no table that changes
+                    say(console, board.line(name))
+            live.update(board.table())
         for name, job in jobs.items():
             save_tenant(trainer, name, job)
     if stopped:
         say(console, f"stopped; every state is saved in {config.out}, and the same command goes on from there")
         raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def event_files(trainer: Trainer, jobs: dict[str, Job]) -> Generator[dict[str, EventFile]]:
+    """The event files of those who train, with what their metrics files hold already; closed at the end."""
+    with contextlib.ExitStack() as files:
+        events = {}
+        for name, job in jobs.items():
+            if trainer.tenants[name].status == "running":
+                events[name] = EventFile(job.folder / "tensorboard", metrics.rows(job.metrics))
+                files.callback(events[name].close)
+        yield events
 
 
 @contextlib.contextmanager
@@ -322,20 +352,6 @@ def deliver(trainer: Trainer, name: str, job: Job, opened: Opened, store: Adapte
         replace_file(job.folder / "adapter.json", json.dumps(written).encode())
 
 
-def _table(trainer: Trainer, last: dict[str, StepReport]) -> Table:
-    caption = "Ctrl-C finishes the step, saves every state and stops" if trainer.has_work else None
-    table = Table("tenant", "step", "loss", "accuracy", "lr", "grad norm", "status", caption=caption)
-    for name, tenant in trainer.tenants.items():
-        r = last.get(name)
-        numbers = (
-            ("", "", "", "")
-            if r is None
-            else (f"{r.loss:.3f}", f"{r.accuracy:.0%}", f"{r.lr:.1e}", f"{r.grad_norm:.2f}")
-        )
-        table.add_row(name, f"{tenant.step}/{tenant.optimizer.total_steps}", *numbers, tenant.status)
-    return table
-
-
 # ---- after ------------------------------------------------------------------------------------------------------
 
 
@@ -346,7 +362,7 @@ def finish(
     if processes.is_lead():
         plot_curves({name: metrics.losses(job.metrics) for name, job in jobs.items()}, config.out / "loss.png")
     with console.status("asking the adapters for the held-out examples"):
-        after = evaluate_all(trainer, jobs, tuned=True)
+        after = evaluate_all(trainer, jobs, list(jobs), tuned=True)
     columns = ("tenant", "status", "loss: base", "adapter", "accuracy: base", "adapter", "version")
     table = Table(*columns, title="held-out examples, by token (dpo: by pair)")
     for name, tenant in trainer.tenants.items():

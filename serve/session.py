@@ -1,0 +1,334 @@
+"""Many tenants in a notebook: `Session` puts a trainer and a server over one base and gives both a few plain calls.
+
+    with Session.open("smollm2") as session:
+        session.add_tenant("dates", examples)
+        session.step(20)
+        print(session.sample("dates", [{"role": "user", "content": "14 May"}]))
+
+Everything runs on the device thread of its `Runner`, so any thread may call, and answers come while others train.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import math
+import tempfile
+import time
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from jaxlora import compile_cache
+from jaxlora.config import (
+    DEMO_MODEL,
+    ONE_DEVICE,
+    PASSES,
+    Dtype,
+    LossName,
+    MeshSection,
+    ModelSection,
+    Recipe,
+    Schedule,
+    default_lr,
+    serve_defaults,
+)
+from jaxlora.errors import InvalidRequest, JaxLoraError, NotFound
+from jaxlora.lora import LAYER_TARGETS, AdapterRef, check_name
+from jaxlora.opened import Opened, open_base
+from jaxlora.peft import export_peft
+from jaxlora.pool import PoolSpec
+from jaxlora.store import AdapterStore
+from serve.assemble import HOST_BYTES, make_runner, stop
+from serve.house import LOCAL_TENANT
+from serve.request import Request, SamplingParams
+from serve.runner import Runner
+from serve.training import LiveTraining
+from train.data import Unit
+from train.jsonl import load_jsonl, read_examples
+from train.trainer import Evaluation, StepReport, Tenant, Trainer
+
+DEFAULTS = Recipe()
+POLL_S = 0.2  # how often `wait` looks
+
+Data = str | Path | Iterable[Mapping[str, object] | Unit]  # a JSONL file, or what its lines hold
+
+
+class Session:
+    """Tenants that train on one base and answer while they do.  `close` it, or use it in a `with`."""
+
+    def __init__(self, opened: Opened, runner: Runner, trainer: Trainer, end: contextlib.ExitStack, publish_every: int):
+        """Over a runner that runs and a trainer that is warm; `end` is what `close` unwinds.  See `open`."""
+        self.base_name, self._opened = opened.name, opened
+        self._runner, self._trainer, self._end = runner, trainer, end
+        self._reports: list[StepReport] = []  # of the newest step
+        self._published: dict[str, int] = {}  # tenant → step of its newest version
+        self._heldout: dict[str, list[Unit]] = {}
+        self._ids = itertools.count()
+        self._live = LiveTraining(
+            trainer,
+            runner,
+            publish_every=publish_every,
+            on_step=lambda reports: setattr(self, "_reports", reports),
+            on_publish=lambda ref, step: self._published.update({ref.name: step}),
+        )
+
+    @classmethod
+    def open(
+        cls,
+        model: str | Path = DEMO_MODEL,
+        *,
+        dtype: Dtype = "auto",
+        mesh: MeshSection = ONE_DEVICE,
+        slots: int = 8,
+        max_rank: int = 32,
+        targets: tuple[str, ...] = LAYER_TARGETS,
+        lanes: int = 8,
+        lane_tokens: int = 256,
+        publish_every: int = 10,
+        store: str | Path | None = None,
+    ) -> Session:
+        """Loads a base and compiles all that training and serving need: "smollm2", a directory, a .gguf file or a hub id.
+
+        slots, max_rank, targets: of the adapters that train at once.  lanes, lane_tokens: rows of a training step and
+        their tokens.  publish_every: steps of a tenant between the versions that it makes by itself.  store: the folder
+        that keeps all versions, for `jaxlora serve`; None: a temporary one.
+        The server's other sizes are those of `serve_defaults`.
+        Raises ModelInvalid, ConfigInvalid, and StorageFailed or StateInvalid for the store.
+        """
+        with named_errors():
+            section = ModelSection(path=str(model), dtype=dtype)
+            pool = PoolSpec(slots=slots, rank=max_rank, dtype="float32", targets=targets)
+        compile_cache.enable(None)
+        with contextlib.ExitStack() as end:
+            folder = end.enter_context(tempfile.TemporaryDirectory(prefix="jaxlora-")) if store is None else store
+            opened = open_base(section, mesh)
+            trainer = Trainer(
+                opened.base,
+                opened.mesh,
+                [pool],
+                lanes=lanes,
+                lane_tokens=lane_tokens,
+                base_hash=opened.base_hash,
+            )
+            shelf = AdapterStore(Path(folder), host_bytes=HOST_BYTES)
+            end.callback(shelf.close)
+            config = replace(serve_defaults(section.path, Path(folder)), slots=slots, max_rank=max_rank)
+            runner = make_runner(opened, config, shelf)
+            end.callback(stop, runner, shelf)
+            runner.start()
+            runner.call(trainer.warm_up)
+            return cls(opened, runner, trainer, end.pop_all(), publish_every)
+
+    def close(self) -> None:
+        """Ends the device thread, saves what is to be kept and removes what is not.  A second time it does nothing."""
+        self._end.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ---- tenants --------------------------------------------------------------------------------------------------
+
+    @property
+    def tenants(self) -> Mapping[str, Tenant]:
+        """Those who have a seat, as they are now: status, step, losses and more."""
+        return self._trainer.tenants
+
+    def add_tenant(
+        self,
+        name: str,
+        data: Data,
+        *,
+        heldout: Data | None = None,
+        loss: LossName = DEFAULTS.loss,
+        beta: float | None = DEFAULTS.beta,
+        clip_low: float | None = DEFAULTS.clip_low,
+        clip_high: float | None = DEFAULTS.clip_high,
+        rank: int = DEFAULTS.rank,
+        alpha: float = DEFAULTS.alpha,
+        targets: tuple[str, ...] = DEFAULTS.targets,
+        rslora: bool = DEFAULTS.rslora,
+        dropout: float = DEFAULTS.dropout,
+        lr: float | None = DEFAULTS.lr,
+        schedule: Schedule = DEFAULTS.schedule,
+        warmup_steps: int | None = DEFAULTS.warmup_steps,
+        weight_decay: float = DEFAULTS.weight_decay,
+        clip: float = DEFAULTS.clip,
+        loraplus_ratio: float = DEFAULTS.loraplus_ratio,
+        batch: int = DEFAULTS.batch,
+        steps: int | None = DEFAULTS.steps,
+        seed: int = DEFAULTS.seed,
+    ) -> Tenant:
+        """A tenant joins from the next step on, whoever trains.  The settings, and what they are if not given, are Recipe's.
+
+        Raises DataInvalid, AdapterInvalid, ConfigInvalid, InvalidRequest, AlreadyExists; StateInvalid when no slot is free.
+        """
+        self._runner.check_name(check_name(name, "name"), name)
+        with named_errors():
+            recipe = Recipe(
+                loss=loss,
+                beta=beta,
+                clip_low=clip_low,
+                clip_high=clip_high,
+                rank=rank,
+                alpha=alpha,
+                targets=targets,
+                rslora=rslora,
+                dropout=dropout,
+                lr=lr,
+                schedule=schedule,
+                warmup_steps=warmup_steps,
+                weight_decay=weight_decay,
+                clip=clip,
+                loraplus_ratio=loraplus_ratio,
+                batch=batch,
+                steps=steps,
+                seed=seed,
+            )
+        held = [] if heldout is None else self._read(heldout, loss)
+        return self._add(name, recipe, self._read(data, loss), held)
+
+    def _add(self, name: str, recipe: Recipe, examples: list[Unit], heldout: list[Unit]) -> Tenant:
+        passes = math.ceil(PASSES * len(examples) / recipe.batch)
+        optimizer = recipe.optimizer(default_steps=passes, default_lr=default_lr(self._opened.base.config))
+        join = functools.partial(self._trainer.add, name, recipe.spec, optimizer, examples, batch_size=recipe.batch)
+        tenant = self._runner.call(lambda: join(seed=recipe.seed, loss=recipe.objective))
+        self._heldout[name] = heldout
+        self._published.pop(name, None)  # an earlier tenant's of that name
+        return tenant
+
+    def _read(self, data: Data, loss: str) -> list[Unit]:
+        limit = self._trainer.lane_tokens + 1
+        if isinstance(data, str | Path):
+            return load_jsonl(data, self._opened.tokenizer, max_tokens=limit, loss=loss)
+        return read_examples(data, self._opened.tokenizer, max_tokens=limit, loss=loss)
+
+    def remove(self, name: str) -> None:
+        """The tenant leaves and its slot is free; the versions it has published stay.  Raises NotFound."""
+        self._runner.call(lambda: self._trainer.remove(name))
+        del self._heldout[name]
+
+    # ---- training -------------------------------------------------------------------------------------------------
+
+    def step(self, n: int = 1) -> list[StepReport]:
+        """At most n steps, each for all whose turn it is; a report for each tenant in each.  Ends early when all are done.
+
+        Raises StateInvalid when nobody trains.
+        """
+        reports: list[StepReport] = []
+        for i in range(n):
+            if i and not self._trainer.has_work:
+                break
+            reports += self._runner.call(self._step)
+        return reports
+
+    def _step(self) -> list[StepReport]:
+        self._live.step()
+        return self._reports
+
+    def start(self) -> None:
+        """From now on all train in the background, also those who join later; every other call may be made meanwhile."""
+        self._runner.call(lambda: setattr(self._runner, "trainer", self._live))
+
+    def wait(self) -> None:
+        """Trains in the background until every tenant is done.  Ctrl-C ends it after the present step."""
+        self.start()
+        try:
+            while self._runner.call(lambda: self._trainer.has_work):
+                time.sleep(POLL_S)
+        finally:
+            self._runner.call(lambda: setattr(self._runner, "trainer", None))
+
+    def evaluate(self, name: str, data: Data | None = None, *, tuned: bool = True) -> Evaluation:
+        """Loss and accuracy of a tenant's present weights, by its loss, on these examples or else its held-out ones.
+
+        Not tuned: of the base in place of its adapter.
+        Raises NotFound, DataInvalid; InvalidRequest when it has no held-out examples and none are given.
+        """
+        if name not in self.tenants:
+            raise NotFound(f"no tenant {name} in training", param="name")
+        examples = self._heldout[name] if data is None else self._read(data, self.tenants[name].loss.name)
+        if not examples:
+            raise InvalidRequest(f"tenant {name} has no held-out examples; give `data`", param="data")
+        return self._runner.call(lambda: self._trainer.evaluate_all([(examples, name)], tuned=tuned)[0])
+
+    # ---- answers --------------------------------------------------------------------------------------------------
+
+    def sample(
+        self,
+        model: str,
+        prompt: str | Sequence[Mapping[str, str]],
+        *,
+        max_tokens: int = 128,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: tuple[str, ...] = (),
+    ) -> str:
+        """What a tenant's present weights answer to a text, as it stands, or to the messages of a conversation.
+
+        model: a tenant; NAME@VERSION for an older version; `base_name` for the base.  Weights that no version holds yet
+        are published first.
+        Raises AdapterNotFound, InvalidRequest, ContextLengthExceeded.
+        """
+        tokenizer = self._opened.tokenizer
+        params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop)
+        request = Request(
+            id=f"session-{next(self._ids)}",
+            tenant=LOCAL_TENANT,
+            adapter=self._newest(model),
+            prompt=tuple(tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.chat(prompt)),
+            params=params,
+        )
+        return self._runner.complete([request])[0].text
+
+    def publish(self, name: str) -> AdapterRef:
+        """A new version of a tenant's present weights: a copy on the device.  Its newest three stay.
+
+        Raises NotFound, and AdapterNotFinite when a weight is not finite.
+        """
+        return self._runner.call(lambda: self._live.publish(name))
+
+    def save(self, model: str, folder: str | Path, *, replace: bool = False) -> None:
+        """Writes what `sample` would ask as a PEFT folder; `replace`: in place of one that is there.
+
+        Raises AdapterNotFound, InvalidRequest for the base, AlreadyExists.
+        """
+        ref = self._newest(model)
+        if ref is None:
+            raise InvalidRequest(f"{model} is the base model; name a tenant", param="model")
+        adapter = self._runner.engine.store.get(ref)
+        config = self._opened.base.config
+        export_peft(adapter, Path(folder), config, base_name=self._opened.name, replace=replace)
+
+    def _newest(self, model: str) -> AdapterRef | None:
+        """The version a name means now, with what its tenant has learned since the last one; None is the base."""
+
+        def find() -> AdapterRef | None:
+            tenant = self.tenants.get(model)
+            if tenant is None:
+                return self._runner.resolve(None, model)
+            if self._published.get(model) != tenant.step:
+                self._live.publish(model)
+            return self._runner.resolve(model, model)
+
+        return self._runner.call(find)
+
+
+@contextlib.contextmanager
+def named_errors() -> Generator[None]:
+    """Settings raise a plain ValueError, which names the value: a caller gets it as InvalidRequest."""
+    try:
+        yield
+    except JaxLoraError:
+        raise
+    except ValueError as e:
+        raise InvalidRequest(str(e)) from e

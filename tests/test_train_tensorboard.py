@@ -1,0 +1,158 @@
+"""What a run shows while it lasts: TensorBoard's event files beside metrics.csv, and the table on the screen."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_world import tiny_path
+from tensorboardX.crc32c import crc32c
+from tensorboardX.proto.event_pb2 import Event  # ty: ignore[missing-module-member]
+from typer.testing import CliRunner
+
+from jaxlora import cli
+from jaxlora.config import default_lr
+from jaxlora.hf import HfSource
+from train import metrics, run
+from train.tensorboard import SCALARS, EventFile
+
+MODEL = "tiny-llama-tied"
+WORDS = "abcdef"
+
+
+@pytest.fixture
+def job(tmp_path) -> Path:
+    """A file of two tenants that say next to nothing; `one` has held-out lines and takes 4 steps, `two` takes 2."""
+    lines = [json.dumps({"prompt": f"say {w}", "completion": w}) for w in WORDS]
+    (tmp_path / "lines.jsonl").write_text("\n".join(lines))
+    path = tmp_path / "job.toml"
+    path.write_text(f"""
+out = "out"
+lanes = 2
+lane_tokens = 96
+slots = 2
+max_rank = 16
+steps = 4
+save_every = 2
+model = {{path = "{tiny_path(MODEL)}", dtype = "float32"}}
+tenant = [
+    {{name = "one", train = "lines.jsonl", heldout = "lines.jsonl"}},
+    {{name = "two", train = "lines.jsonl", steps = 2}},
+]
+""")
+    return path
+
+
+def train(path: Path):
+    return CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"}).invoke(cli.app, ["train", str(path)])
+
+
+def events(folder: Path) -> list[Event]:
+    """The events of the only file in the folder, read as the format of TFRecord files says, checksums and all."""
+    (path,) = folder.glob("*")
+    data, found = path.read_bytes(), []
+    while data:
+        (size,) = struct.unpack("<Q", data[:8])
+        body = data[12 : 12 + size]
+        for part, at in ((data[:8], 8), (body, 12 + size)):
+            crc = crc32c(part)
+            assert struct.unpack("<I", data[at : at + 4])[0] == (((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+        found.append(Event.FromString(body))
+        data = data[16 + size :]
+    assert found[0].file_version == "brain.Event:2"
+    return found[1:]
+
+
+def shown(folder: Path) -> list[dict[str, float]]:
+    """step and scalars of each event."""
+    return [{"step": e.step} | {v.tag: v.simple_value for v in e.summary.value} for e in events(folder)]
+
+
+def csv_of(path: Path) -> list[dict[str, float]]:
+    """step and the numbers of each row, as a scalar holds them."""
+    names = ("step", *SCALARS)
+    return [{n: float(np.float32(float(row[n]))) for n in names} for row in metrics.rows(path)]
+
+
+class Crash(BaseException):
+    """Ends a run where a killed process would."""
+
+
+def test_each_tenant_has_its_numbers_once_also_after_a_crash(job, monkeypatch):
+    out, append = job.parent / "out", metrics.append
+
+    def then_crash(path, report):
+        append(path, report)
+        if (report.tenant, report.step) == ("one", 4):
+            raise Crash
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics, "append", then_crash)
+        with pytest.raises(Crash):
+            train(job)
+    assert [e["step"] for e in shown(out / "one/tensorboard")] == [1, 2, 3]
+    before = (out / "two/tensorboard").stat().st_mtime_ns, shown(out / "two/tensorboard")
+    assert train(job).exit_code == 0
+    for name, steps in (("one", 4), ("two", 2)):
+        assert [e["step"] for e in shown(out / name / "tensorboard")] == list(range(1, steps + 1))
+        assert shown(out / name / "tensorboard") == csv_of(out / name / "metrics.csv")
+    assert ((out / "two/tensorboard").stat().st_mtime_ns, shown(out / "two/tensorboard")) == before
+
+
+def test_rows_are_on_disk_while_a_run_lasts(tmp_path, monkeypatch):
+    row = dict.fromkeys(metrics.COLUMNS, "0.5") | {"step": "7"}
+    file = EventFile(tmp_path, [row])
+    assert [e["step"] for e in shown(tmp_path)] == [7]
+    monkeypatch.setattr("train.tensorboard.FLUSH_S", 0.0)
+    file.add(row | {"step": "8", "loss": "nan"})
+    assert [e["step"] for e in shown(tmp_path)] == [7, 8]
+    assert np.isnan(shown(tmp_path)[1]["loss"])
+    file.close()
+
+
+def test_a_tenant_that_names_no_rate_gets_that_of_the_base(job):
+    assert train(job).exit_code == 0
+    peak = default_lr(HfSource(tiny_path(MODEL)).config)
+    rates = [row["lr"] for row in csv_of(job.parent / "out/one/metrics.csv")]
+    np.testing.assert_allclose(rates, [peak, peak, peak * 2 / 3, peak / 3], rtol=1e-6)  # one step of warm-up in four
+    settings = json.loads((job.parent / "out/one/peft/adapter_config.json").read_text())
+    assert (settings["r"], settings["lora_alpha"], len(settings["target_modules"])) == (16, 32, 7)
+
+
+def test_a_run_shows_speed_and_held_out_losses(job, monkeypatch):
+    tables = []
+    table = run.Board.table
+    monkeypatch.setattr(run.Board, "table", lambda board: tables.append(table(board)) or tables[-1])
+    asked = []
+    evaluate = run.evaluate_all
+
+    def note(trainer, jobs, names, *, tuned):
+        found = evaluate(trainer, jobs, names, tuned=tuned)
+        asked.append((sorted(names), tuned, {name: e.nll for name, e in found.items()}))
+        return found
+
+    monkeypatch.setattr(run, "evaluate_all", note)
+    result = train(job)
+    assert result.exit_code == 0, result.output
+    assert [(names, tuned) for names, tuned, _ in asked] == [
+        (["one", "two"], False),
+        ([], True),
+        (["one", "two"], True),
+        ([], True),
+        (["one"], True),
+        (["one", "two"], True),
+    ]
+    base, half, last = (asked[i][2]["one"] for i in (0, 2, 4))
+    assert last < half < base
+    columns = {str(c.header): list(c.cells) for c in tables[0].columns}
+    assert columns["held-out loss"] == [f"{base:.3f}", ""]
+    columns = {str(c.header): list(c.cells) for c in tables[-1].columns}
+    assert columns["held-out loss"] == [f"{last:.3f}", ""]
+    assert all(int(cell) > 0 for cell in columns["tokens/s"])
+    assert (
+        f"one: step 2 of 4, loss {csv_of(job.parent / 'out/one/metrics.csv')[1]['loss']:.3f}, held-out {half:.3f}, "
+        in result.stdout
+    )

@@ -1,0 +1,73 @@
+"""What the screen shows of a run: a line per tenant."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+from rich.table import Table
+
+from train.trainer import StepReport, Tenant
+
+
+class Board:
+    """The newest numbers of each tenant, and how fast it goes."""
+
+    def __init__(
+        self,
+        tenants: Mapping[str, Tenant],
+        heldout: Mapping[str, float],
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        """`heldout`: held-out losses that are known from the start; `clock` gives seconds."""
+        self._tenants, self._clock = tenants, clock
+        self._heldout = dict(heldout)
+        self._reports: dict[str, StepReport] = {}
+        self._tokens: Counter[str] = Counter()
+        self._took_s: dict[str, float] = {}  # from the start to the tenant's newest step
+        self._start_s = clock()
+
+    def note(self, report: StepReport) -> None:
+        """One more step of a tenant."""
+        self._reports[report.tenant] = report
+        self._tokens[report.tenant] += report.tokens
+        self._took_s[report.tenant] = self._clock() - self._start_s
+
+    def note_heldout(self, name: str, loss: float) -> None:
+        """A held-out loss of the tenant's present weights."""
+        self._heldout[name] = loss
+
+    def _speed(self, name: str) -> str:
+        """Tokens a second since the start, of this tenant."""
+        return f"{self._tokens[name] / max(self._took_s[name], 1e-9):.0f}"
+
+    def _heldout_loss(self, name: str) -> str:
+        return f"{self._heldout[name]:.3f}" if name in self._heldout else ""
+
+    def line(self, name: str) -> str:
+        """The tenant's newest step in words, for a log."""
+        report, heldout = self._reports[name], self._heldout_loss(name)
+        words = [f"{progress(self._tenants[name])}, loss {report.loss:.3f}"]
+        words += [f"held-out {heldout}"] if heldout else []
+        return ", ".join([*words, f"{self._speed(name)} tokens/s"])
+
+    def table(self) -> Table:
+        """All tenants as they are now."""
+        running = any(tenant.status == "running" for tenant in self._tenants.values())
+        caption = "Ctrl-C finishes the step, saves every state and stops" if running else None
+        columns = ("tenant", "step", "loss", "accuracy", "held-out loss", "lr", "grad norm", "tokens/s", "status")
+        table = Table(*columns, caption=caption)
+        for name, tenant in self._tenants.items():
+            cells = ["", "", self._heldout_loss(name), "", "", ""]
+            if name in self._reports:
+                r = self._reports[name]
+                cells[:2] = f"{r.loss:.3f}", f"{r.accuracy:.0%}"
+                cells[3:] = f"{r.lr:.1e}", f"{r.grad_norm:.2f}", self._speed(name)
+            table.add_row(name, f"{tenant.step}/{tenant.optimizer.total_steps}", *cells, tenant.status)
+        return table
+
+
+def progress(tenant: Tenant) -> str:
+    """How far a tenant is, in words."""
+    return f"{tenant.name}: step {tenant.step} of {tenant.optimizer.total_steps}"
