@@ -11,7 +11,6 @@ Everything runs on the device thread of its `Runner`, so any thread may call, an
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import math
 import tempfile
@@ -84,9 +83,9 @@ class Session:
         dtype: Dtype = "auto",
         mesh: MeshSection = ONE_DEVICE,
         slots: int = 8,
-        max_rank: int = 32,
+        max_rank: int = DEFAULTS.rank,
         targets: tuple[str, ...] = LAYER_TARGETS,
-        lanes: int = 8,
+        lanes: int = 4,
         lane_tokens: int = 256,
         publish_every: int = 10,
         store: str | Path | None = None,
@@ -94,11 +93,13 @@ class Session:
         """Loads a base and compiles all that training and serving need: "smollm2", a directory, a .gguf file or a hub id.
 
         slots, max_rank, targets: of the adapters that train at once.  lanes, lane_tokens: rows of a training step and
-        their tokens.  publish_every: steps of a tenant between the versions that it makes by itself.  store: the folder
-        that keeps all versions, for `jaxlora serve`; None: a temporary one.
-        The server's other sizes are those of `serve_defaults`.
-        Raises ModelInvalid, ConfigInvalid, and StorageFailed or StateInvalid for the store.
+        their tokens, whose cost does not depend on how many tenants there are.  publish_every: steps of a tenant between
+        the versions that it makes by itself.  store: the folder that keeps the versions, for `jaxlora serve`; None: a
+        temporary one.  The server's other sizes are those of `serve_defaults`.
+        Raises ModelInvalid, ConfigInvalid, AdapterInvalid, InvalidRequest; StorageFailed or StateInvalid for the store.
         """
+        if publish_every < 1:
+            raise InvalidRequest(f"publish_every must be at least 1, got {publish_every}", param="publish_every")
         with named_errors():
             section = ModelSection(path=str(model), dtype=dtype)
             pool = PoolSpec(slots=slots, rank=max_rank, dtype="float32", targets=targets)
@@ -199,11 +200,22 @@ class Session:
     def _add(self, name: str, recipe: Recipe, examples: list[Unit], heldout: list[Unit]) -> Tenant:
         passes = math.ceil(PASSES * len(examples) / recipe.batch)
         optimizer = recipe.optimizer(default_steps=passes, default_lr=default_lr(self._opened.base.config))
-        join = functools.partial(self._trainer.add, name, recipe.spec, optimizer, examples, batch_size=recipe.batch)
-        tenant = self._runner.call(lambda: join(seed=recipe.seed, loss=recipe.objective))
-        self._heldout[name] = heldout
-        self._published.pop(name, None)  # an earlier tenant's of that name
-        return tenant
+
+        def join() -> Tenant:
+            tenant = self._trainer.add(
+                name,
+                recipe.spec,
+                optimizer,
+                examples,
+                batch_size=recipe.batch,
+                seed=recipe.seed,
+                loss=recipe.objective,
+            )
+            self._heldout[name] = heldout
+            self._published.pop(name, None)  # an earlier tenant's of that name
+            return tenant
+
+        return self._runner.call(join)
 
     def _read(self, data: Data, loss: str) -> list[Unit]:
         limit = self._trainer.lane_tokens + 1
@@ -213,8 +225,12 @@ class Session:
 
     def remove(self, name: str) -> None:
         """The tenant leaves and its slot is free; the versions it has published stay.  Raises NotFound."""
-        self._runner.call(lambda: self._trainer.remove(name))
-        del self._heldout[name]
+
+        def leave() -> None:
+            self._trainer.remove(name)
+            del self._heldout[name]
+
+        self._runner.call(leave)
 
     # ---- training -------------------------------------------------------------------------------------------------
 
@@ -277,15 +293,16 @@ class Session:
 
         model: a tenant; NAME@VERSION for an older version; `base_name` for the base.  Weights that no version holds yet
         are published first.
-        Raises AdapterNotFound, InvalidRequest, ContextLengthExceeded.
+        Raises AdapterNotFound, InvalidRequest, ContextLengthExceeded; AdapterNotFinite as `publish` does.
         """
         tokenizer = self._opened.tokenizer
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop)
+        tokens = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.chat(prompt)
         request = Request(
             id=f"session-{next(self._ids)}",
             tenant=LOCAL_TENANT,
             adapter=self._newest(model),
-            prompt=tuple(tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.chat(prompt)),
+            prompt=tuple(tokens),
             params=params,
         )
         return self._runner.complete([request])[0].text

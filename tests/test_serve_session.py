@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import threading
@@ -283,6 +284,7 @@ def test_calls_about_nobody_say_so(session, tmp_path):
         ({"model": " "}, InvalidRequest),
         ({"slots": 0}, AdapterInvalid),
         ({"lanes": 0}, InvalidRequest),
+        ({"publish_every": 0}, InvalidRequest),
         ({"lane_tokens": 33}, ConfigInvalid),
     ],
 )
@@ -314,3 +316,15 @@ def test_the_example_of_the_notebook_page(tmp_path, monkeypatch, capsys):
     before, after = (float(x) for x in re.findall(r"Evaluation\(nll=([0-9.]+)", shown))
     assert after < before / 2
     assert json.loads((tmp_path / "dates-adapter/adapter_config.json").read_text())["r"] == 16
+
+
+def test_the_example_of_the_readme(session, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.jsonl").write_text("\n".join(json.dumps(line) for line in CHATS))
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (code,) = [block for block in blocks if "Session" in block]
+    opened = code.replace('Session.open("smollm2")', "opened")
+    assert opened != code
+    exec(opened, {"opened": contextlib.nullcontext(session)})
+    assert capsys.readouterr().out
+    assert session.tenants["mine"].status == "done"
