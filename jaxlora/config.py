@@ -36,6 +36,10 @@ Precision = Literal["auto", "default", "high", "highest"]  # of matrix products;
 Schedule = Literal["constant", "linear", "cosine"]  # of the learning rate after the warm-up; the last two end at 0
 LossName = Literal["cross_entropy", "dpo", "importance_sampling", "ppo", "cispo", "dro", "gspo"]
 
+# What a training step keeps of a layer for its gradient and need not compute again: what a GEMM or the attention made, the
+# layer's input alone (the least memory), or all.
+Remat = Literal["products", "nothing", "everything"]
+
 LANE_BLOCK = 32  # tokens that attention and loss of a training lane take at once
 NO_CLIP = math.inf
 FLOAT32 = np.finfo(np.float32)
@@ -300,6 +304,7 @@ class TrainConfig:
         BucketSection, ...
     ] = ()  # more slots, for smaller ranks; a tenant sits in the first that its rank fits
     steps: int  # optimizer steps of each tenant that does not say its own
+    remat: Remat = "products"
     save_every: int  # optimizer steps of a tenant between its checkpoints
     tenant: tuple[TenantSection, ...]
 

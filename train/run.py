@@ -132,6 +132,7 @@ def make_trainer(config: TrainConfig, opened: Opened) -> Trainer:
         lanes=config.lanes,
         lane_tokens=config.lane_tokens,
         base_hash=opened.base_hash,
+        remat=config.remat,
     )
 
 

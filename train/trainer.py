@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxlora.config import CROSS_ENTROPY, Loss, Optimizer, check_lane_tokens
+from jaxlora.config import CROSS_ENTROPY, Loss, Optimizer, Remat, check_lane_tokens
 from jaxlora.errors import AlreadyExists, DataInvalid, NotFound
 from jaxlora.lora import ALL_TARGETS, Adapter, AdapterRef, LoraSpec
 from jaxlora.mesh import check_lanes, place_rows, replicated
@@ -79,10 +79,19 @@ class Trainer:
     """Trains every tenant that has a seat.  Not thread-safe: one thread owns it."""
 
     def __init__(
-        self, base: Base, mesh: Mesh, buckets: Sequence[PoolSpec], *, lanes: int, lane_tokens: int, base_hash: str
+        self,
+        base: Base,
+        mesh: Mesh,
+        buckets: Sequence[PoolSpec],
+        *,
+        lanes: int,
+        lane_tokens: int,
+        base_hash: str,
+        remat: Remat = "products",
     ):
         """`buckets`: slots by largest rank, from the smallest on.  A tenant sits in the first bucket that its rank fits.
 
+        remat: what a step keeps of a layer for its gradient (see `jaxlora.model.REMAT`).
         Raises ConfigInvalid for lane_tokens that are not whole blocks, for lanes that do not divide over the mesh and for
         buckets that do not grow in rank or differ in more; InvalidRequest for fewer than one lane.
         """
@@ -96,7 +105,7 @@ class Trainer:
         self._mixer = Mixer(lanes, lane_tokens)
         self._references = References(self._base_logprobs, lanes, lane_tokens)
         self._states = tuple(empty_state(base, spec, mesh) for spec in self.seats.buckets)
-        self._programs = make_programs(self._states, mesh)
+        self._programs = make_programs(self._states, mesh, remat=remat)
 
     def warm_up(self) -> None:
         """Compiles and runs what `add`, `step`, `evaluate` and `unseat` run, once, on idle lanes."""
