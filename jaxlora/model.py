@@ -27,6 +27,12 @@ from jaxlora.model_config import ModelConfig, parameters
 from pallas_kernels import KEPT
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+# What the forward pass keeps of a layer for the backward pass, which computes the rest again.  From most memory to least.
+REMAT = {
+    "everything": jax.checkpoint_policies.everything_saveable,
+    "products": jax.checkpoint_policies.save_only_these_names(KEPT),  # what a GEMM or the attention made
+    "nothing": jax.checkpoint_policies.nothing_saveable,  # the layer's input alone
+}
 
 
 @jax.tree_util.register_dataclass
@@ -137,7 +143,7 @@ class Decoder(nnx.Module):
         self.blocks = Block({name: value for name, value in arrays.items() if name not in ("embed", "norm", "head")})
 
     def __call__[Cache, Layer](
-        self, batch: TokenBatch, lora: Lora[Layer], attend: Attend[Cache], cache: Cache
+        self, batch: TokenBatch, lora: Lora[Layer], attend: Attend[Cache], cache: Cache, remat: str
     ) -> tuple[jax.Array, Cache]:
         """(hidden [T, D] after the final norm, cache).  Layers run under `lax.scan`, the cache in the carry."""
         config = self.config
@@ -145,10 +151,7 @@ class Decoder(nnx.Module):
         rope = rope_tables(config, jnp.maximum(batch.position_T, 0))
         graph, weights = nnx.split(self.blocks)
 
-        # Training keeps of a layer what a GEMM or the attention made; norms, rotations and products are done again.
-        @functools.partial(
-            jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(KEPT), prevent_cse=False
-        )
+        @functools.partial(jax.checkpoint, policy=REMAT[remat], prevent_cse=False)
         def one_layer(carry: tuple[jax.Array, Cache], inputs: tuple) -> tuple[tuple[jax.Array, Cache], None]:
             x_TD, cache = carry
             layer, weight, lora_layer = inputs
@@ -177,11 +180,20 @@ class Base:
 
 
 def forward[Cache, Layer](
-    base: Base, batch: TokenBatch, lora: Lora[Layer], attend: Attend[Cache], cache: Cache
+    base: Base,
+    batch: TokenBatch,
+    lora: Lora[Layer],
+    attend: Attend[Cache],
+    cache: Cache,
+    *,
+    remat: str = "products",
 ) -> tuple[jax.Array, Cache]:
-    """(hidden [T, D] after the final norm, cache): the one forward pass of the house."""
+    """(hidden [T, D] after the final norm, cache): the one forward pass of the house.
+
+    remat: one of REMAT; it changes what a gradient keeps, and nothing without one.
+    """
     with jax.default_matmul_precision(base.precision):
-        return Decoder(base.config, base.arrays)(batch, lora, attend, cache)
+        return Decoder(base.config, base.arrays)(batch, lora, attend, cache, remat)
 
 
 def head_weight(base: Base) -> tuple[jax.Array, jax.Array]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxlora.config import CROSS_ENTROPY
+from jaxlora.config import CROSS_ENTROPY, MomentsDtype
 from jaxlora.lora import ALL_TARGETS, Adapter, AdapterRef, LoraSpec
 from jaxlora.mesh import make_mesh
 from jaxlora.model import Base, load_base
@@ -71,7 +71,7 @@ def small_base() -> Base:
     return load_base(RandomSource(), make_mesh(), dtype="float32")
 
 
-def make_trainer(base: Base | None = None, mesh: Mesh | None = None) -> Trainer:
+def make_trainer(base: Base | None = None, mesh: Mesh | None = None, moments: MomentsDtype = "float32") -> Trainer:
     """A trainer that nobody sits in."""
     return Trainer(
         small_base() if base is None else base,
@@ -80,6 +80,7 @@ def make_trainer(base: Base | None = None, mesh: Mesh | None = None) -> Trainer:
         lanes=LANES,
         lane_tokens=LANE_TOKENS,
         base_hash=BASE_HASH,
+        moments=moments,
     )
 
 

@@ -145,6 +145,7 @@ class JobFiles:
             "base": self.trainer.base_hash,
             "spec": request.spec.to_json(),
             "seed": request.seed,
+            "moments": self.trainer.moments,
             "loss": {"name": request.loss.name} | request.loss.row(),
             "examples": facts.examples,
         }

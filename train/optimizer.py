@@ -4,7 +4,7 @@ Changing a learning rate, a beta or a clip never retraces, and nothing is shared
 its own moments, its own step count.
 
 Shape letters: U slots due in this update, L layers, R LoRA rank, X features.
-Source: AdamW (arXiv 1711.05101), LoRA+ (arXiv 2402.12354).
+Source: AdamW (arXiv 1711.05101), LoRA+ (arXiv 2402.12354), stochastic rounding (arXiv 1502.02551, 2010.06192).
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 
 from jaxlora.config import NO_CLIP, Optimizer
+from jaxlora.lora import ALL_TARGETS
 
 __all__ = ["IDLE", "NO_CLIP", "Halves", "Hyper", "Moments", "Optimizer", "adamw"]
 
@@ -52,7 +54,7 @@ Halves = dict[str, tuple[jax.Array, jax.Array]]  # target → (a, b)
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Moments:
-    """AdamW's state of one slot (or of all, with a slot axis): float32 moments and the int32 number of updates."""
+    """AdamW's state of one slot (or of all, with a slot axis): moments, float32 or bfloat16, and the int32 number of updates."""
 
     mu: Halves
     nu: Halves
@@ -64,7 +66,8 @@ def adamw(
 ) -> tuple[Halves, Moments, jax.Array, jax.Array]:
     """(new weights, new moments, float32 gradient norm before clipping, bool finite) of ONE tenant.
 
-    Where loss gradient or update is not finite, weights and moments come back as they were.
+    Where loss gradient or update is not finite, weights and moments come back as they were.  Moments that are kept in
+    bfloat16 are used in float32 and rounded stochastically.
     """
     grads = jax.tree.map(lambda g: g / hyper.divisor, grads)
     norm = optax.tree.norm(grads)
@@ -75,11 +78,43 @@ def adamw(
         optax.scale_by_learning_rate(hyper.lr),
     )
     empty = optax.EmptyState()
-    state = (empty, optax.ScaleByAdamState(count=moments.count, mu=moments.mu, nu=moments.nu), empty, empty)
+    mu, nu = jax.tree.map(lambda x: x.astype(jnp.float32), (moments.mu, moments.nu))
+    state = (empty, optax.ScaleByAdamState(count=moments.count, mu=mu, nu=nu), empty, empty)
     updates, (_, adam, _, _) = chain.update(grads, state, weights)  # ty: ignore[not-iterable]
     updates = {t: (a, b * hyper.b_ratio) for t, (a, b) in cast("Halves", updates).items()}
     finite = jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(updates))
     new_moments = Moments(mu=adam.mu, nu=adam.nu, count=adam.count)  # ty: ignore[missing-union-attribute]
+    if any(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(moments)):
+        new_moments = _in_bfloat16(new_moments)
     new = optax.apply_updates(weights, updates), new_moments
     kept = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, (weights, moments))
     return *kept, norm, finite
+
+
+def _in_bfloat16(moments: Moments) -> Moments:
+    """The moments in bfloat16, rounded by random numbers of this update, target and half.
+
+    They are the same for all tenants, in any slot: what a tenant learns depends on nobody, a resumed one goes on as before.
+    """
+    mu, nu = {}, {}
+    for target in moments.mu:
+        rounded = []
+        for half in (0, 1):
+            key = jax.random.key(0)
+            for number in (moments.count, ALL_TARGETS.index(target), half):
+                key = jax.random.fold_in(key, number)
+            draw = jax.random.bits(key, moments.mu[target][half].shape)  # 16 bits for each of the two
+            rounded.append((moments.mu[target][half], draw & 0xFFFF, moments.nu[target][half], draw >> 16))
+        mu[target] = tuple(stochastic_bfloat16(m, bits) for m, bits, _, _ in rounded)
+        nu[target] = tuple(stochastic_bfloat16(n, bits) for _, _, n, bits in rounded)
+    return Moments(mu=mu, nu=nu, count=moments.count)
+
+
+def stochastic_bfloat16(x: jax.Array, bits: jax.Array) -> jax.Array:
+    """bfloat16: of the two neighbours of a finite float32 x the nearer more often, so that the mean is x.
+
+    `bits`: uint32 below 2^16, uniform.  Rounding to the nearest would lose every change below 0.2 %, and at b2 = 0.999 the
+    second moment changes by 0.1 % of what it is behind.
+    """
+    whole = lax.bitcast_convert_type(x, jnp.uint32) + bits
+    return lax.bitcast_convert_type((whole >> 16).astype(jnp.uint16), jnp.bfloat16)

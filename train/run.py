@@ -89,6 +89,7 @@ IDENTITY = {
     "seed": "seed",
     "examples": "examples (the train file, or the base's tokenizer)",
     "loss": "loss, beta, clip_low or clip_high",
+    "moments": "moments",
     "pool": "max_rank, other buckets, or lm_head in some tenant's targets",
 }
 
@@ -148,6 +149,8 @@ def make_trainer(config: TrainConfig, opened: Opened) -> Trainer:
         lanes=config.lanes,
         lane_tokens=config.lane_tokens,
         base_hash=opened.base_hash,
+        moments=config.moments,
+        remat=config.remat,
     )
 
 
@@ -179,6 +182,7 @@ def seat_tenants(trainer: Trainer, config: TrainConfig, opened: Opened) -> dict[
             "seed": section.seed,
             "examples": digest(examples),
             "loss": {"name": section.loss} | section.objective.row(),
+            "moments": trainer.moments,
             "pool": [[b.rank for b in trainer.seats.buckets], list(trainer.seats.buckets[0].targets)],
         }
         job = jobs[section.name] = Job(config.out / section.name, heldout, identity)

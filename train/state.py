@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ from train.optimizer import Halves, Hyper, Moments, adamw
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """Everything that changes in training in one bucket, O(slots), float32.  Donated to every step."""
+    """Everything that changes in training in one bucket, O(slots); moments as asked for, the rest float32.  Donated."""
 
     pool: Rows
     grads: Halves  # target → (a_LSRX, b_LSRY) summed gradients of the open window
@@ -57,15 +57,17 @@ class UpdateReport:
     finite_U: jax.Array  # bool; False: the update was skipped
 
 
-def empty_state(base: Base, spec: PoolSpec, mesh: Mesh) -> TrainState:
-    """A state whose slots are all zero, placed on the mesh like the pool it trains."""
+def empty_state(base: Base, spec: PoolSpec, mesh: Mesh, moments: str = "float32") -> TrainState:
+    """A state whose slots are all zero, placed on the mesh like the pool it trains.  moments: their dtype."""
 
-    def zeros() -> Halves:
-        return halves(empty_pool(base.config, spec, mesh))
+    def zeros(dtype: str) -> Halves:
+        return halves(empty_pool(base.config, replace(spec, dtype=dtype), mesh))
 
     count = jnp.zeros((spec.slots,), jnp.int32, device=replicated(mesh))
     pool = empty_pool(base.config, spec, mesh)
-    return TrainState(pool=pool, grads=zeros(), moments=Moments(mu=zeros(), nu=zeros(), count=count))
+    return TrainState(
+        pool=pool, grads=zeros(spec.dtype), moments=Moments(mu=zeros(moments), nu=zeros(moments), count=count)
+    )
 
 
 def halves(rows: Rows) -> Halves:
@@ -222,10 +224,10 @@ def unseat(states: States, bucket: int, slot: jax.Array) -> SlotState:
     return SlotState(rows=jax.tree.map(take, state.pool), moments=moments)
 
 
-def fresh_seat(rows: Rows) -> SlotState:
-    """A tenant that has not trained yet: these rows (NumPy), zero moments."""
+def fresh_seat(rows: Rows, moments: str = "float32") -> SlotState:
+    """A tenant that has not trained yet: these rows (NumPy), zero moments of this dtype."""
 
     def zeros() -> Halves:
-        return {t: (np.zeros_like(a), np.zeros_like(b)) for t, (a, b) in halves(rows).items()}  # ty: ignore[invalid-explicit-return]
+        return jax.tree.map(lambda x: np.zeros(x.shape, jnp.dtype(moments)), halves(rows))
 
     return SlotState(rows=rows, moments=Moments(mu=zeros(), nu=zeros(), count=np.int32(0)))  # ty: ignore[invalid-argument-type]

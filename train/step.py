@@ -9,6 +9,8 @@ Shape letters: G lanes, J tokens of a lane, U due slots, S slots, T = G * J toke
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -74,8 +76,13 @@ class LaneSums:
     logprob_GJ: jax.Array  # float32 of each target; 0 where its weight is 0
 
 
-def lane_losses(base: Base, rows_LG: Rows, batch: TrainBatch, *, dropout: bool) -> tuple[jax.Array, LaneSums]:
-    """(float32 sum of all lanes' losses, each its own, the sums by lane) under each lane's adapter."""
+def lane_losses(
+    base: Base, rows_LG: Rows, batch: TrainBatch, *, dropout: bool, remat: str = "products"
+) -> tuple[jax.Array, LaneSums]:
+    """(float32 sum of all lanes' losses, each its own, the sums by lane) under each lane's adapter.
+
+    remat: what a gradient keeps of a layer, one of `model.REMAT`.
+    """
     G, J = batch.token_GJ.shape
     lanes = LaneLora(rows_LG, LoraLayout(config=base.config, mesh=base.mesh))
     lora = DropoutLora(lanes, base.config.layers, batch.dropout_G, batch.draw_GN) if dropout else lanes
@@ -92,7 +99,7 @@ def lane_losses(base: Base, rows_LG: Rows, batch: TrainBatch, *, dropout: bool) 
         slot_T=jnp.repeat(batch.slot_G, J),
     )
     # Either is a Lora of its own Layer; a union of them is beyond the type variable.
-    x_TD, _ = forward(base, tokens, lora, attend, ())  # ty: ignore[invalid-argument-type]
+    x_TD, _ = forward(base, tokens, lora, attend, (), remat=remat)  # ty: ignore[invalid-argument-type]
     wanted_GJ = batch.weight_GJ != 0
     with jax.default_matmul_precision(base.precision):
         logprob_GJK, hit_GJK = target_logprob(
@@ -132,17 +139,18 @@ def _loss_inputs(batch: TrainBatch) -> LossInputs:
     )
 
 
-def _accumulate(base: Base, states: States, batch: TrainBatch) -> tuple[States, LaneSums]:
+def _accumulate(base: Base, states: States, batch: TrainBatch, *, remat: str) -> tuple[States, LaneSums]:
     rows = lane_rows([s.pool for s in states], batch.slot_G)
-    grad_of = jax.grad(lambda h: lane_losses(base, with_halves(rows, h), batch, dropout=True), has_aux=True)
+    loss_of = functools.partial(lane_losses, dropout=True, remat=remat)
+    grad_of = jax.grad(lambda h: loss_of(base, with_halves(rows, h), batch), has_aux=True)
     grads_LG, sums = grad_of(halves(rows))
     return add_gradients(states, grads_LG, batch.slot_G), sums
 
 
 def _train_step(
-    base: Base, states: States, batch: TrainBatch, due: tuple[Due, ...]
+    base: Base, states: States, batch: TrainBatch, due: tuple[Due, ...], *, remat: str
 ) -> tuple[States, LaneSums, tuple[UpdateReport, ...]]:
-    states, sums = _accumulate(base, states, batch)
+    states, sums = _accumulate(base, states, batch, remat=remat)
     states, reports = apply(states, due)
     return states, sums, reports
 
@@ -163,14 +171,21 @@ class Programs:
     unseat: jax.stages.Wrapped  # (states, bucket, slot) → SlotState
 
 
-def make_programs(states: States, mesh: Mesh) -> Programs:
-    """The jitted step for states placed like these."""
+@functools.cache
+def _keeping(remat: str) -> tuple[Callable, Callable]:
+    """(accumulate, train_step), the same functions each time: trainers that are alike share what is compiled."""
+    return functools.partial(_accumulate, remat=remat), functools.partial(_train_step, remat=remat)
+
+
+def make_programs(states: States, mesh: Mesh, *, remat: str = "products") -> Programs:
+    """The jitted step for states placed like these.  remat: what it keeps of a layer, one of `model.REMAT`."""
     placed = jax.tree.map(lambda x: x.sharding, states)
     small = replicated(mesh)
+    accumulate, train_step = _keeping(remat)
     return Programs(
-        accumulate=jax.jit(_accumulate, donate_argnums=1, out_shardings=(placed, small)),
+        accumulate=jax.jit(accumulate, donate_argnums=1, out_shardings=(placed, small)),
         apply=jax.jit(apply, donate_argnums=0, out_shardings=(placed, small)),
-        train_step=jax.jit(_train_step, donate_argnums=1, out_shardings=(placed, small, small)),
+        train_step=jax.jit(train_step, donate_argnums=1, out_shardings=(placed, small, small)),
         evaluate=jax.jit(_evaluate, out_shardings=small),
         seat=jax.jit(seat, static_argnums=1, donate_argnums=0, out_shardings=placed),
         unseat=jax.jit(unseat, static_argnums=1, out_shardings=small),  # whole everywhere: any process can read it

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxlora.config import CROSS_ENTROPY, Loss, Optimizer, check_lane_tokens
+from jaxlora.config import CROSS_ENTROPY, Loss, MomentsDtype, Optimizer, Remat, check_lane_tokens
 from jaxlora.errors import AlreadyExists, DataInvalid, NotFound
 from jaxlora.lora import ALL_TARGETS, Adapter, AdapterRef, LoraSpec
 from jaxlora.mesh import check_lanes, place, place_rows, replicated
@@ -79,10 +79,21 @@ class Trainer:
     """Trains every tenant that has a seat.  Not thread-safe: one thread owns it."""
 
     def __init__(
-        self, base: Base, mesh: Mesh, buckets: Sequence[PoolSpec], *, lanes: int, lane_tokens: int, base_hash: str
+        self,
+        base: Base,
+        mesh: Mesh,
+        buckets: Sequence[PoolSpec],
+        *,
+        lanes: int,
+        lane_tokens: int,
+        base_hash: str,
+        moments: MomentsDtype = "float32",
+        remat: Remat = "products",
     ):
         """`buckets`: slots by largest rank, from the smallest on.  A tenant sits in the first bucket that its rank fits.
 
+        moments: the dtype that AdamW's moments are kept in; bfloat16 halves them (see `train.optimizer`).
+        remat: what a step keeps of a layer for its gradient (see `jaxlora.model.REMAT`).
         Raises ConfigInvalid for lane_tokens that are not whole blocks, for lanes that do not divide over the mesh and for
         buckets that do not grow in rank or differ in more; InvalidRequest for fewer than one lane.
         """
@@ -90,13 +101,13 @@ class Trainer:
         check_lanes(mesh, lanes, "training lanes")
         self.seats = Seats(buckets, lanes)
         self.base, self.mesh, self.base_hash = base, mesh, base_hash
-        self.lanes, self.lane_tokens = lanes, lane_tokens
+        self.lanes, self.lane_tokens, self.moments = lanes, lane_tokens, moments
         self.tenants: dict[str, Tenant] = {}
         self.trained_tokens = 0
         self._mixer = Mixer(lanes, lane_tokens)
         self._references = References(self._base_logprobs, lanes, lane_tokens)
-        self._states = tuple(empty_state(base, spec, mesh) for spec in self.seats.buckets)
-        self._programs = make_programs(self._states, mesh)
+        self._states = tuple(empty_state(base, spec, mesh, moments) for spec in self.seats.buckets)
+        self._programs = make_programs(self._states, mesh, remat=remat)
 
     def warm_up(self) -> None:
         """Compiles and runs what `add`, `step`, `evaluate` and `unseat` run, once, on idle lanes."""
@@ -209,7 +220,7 @@ class Trainer:
 
         Raises AdapterInvalid when it does not fit, AdapterNotFinite.
         """
-        return fresh_seat(host_rows(self.base.config, self.seats.spec_for(adapter.spec), adapter))
+        return fresh_seat(host_rows(self.base.config, self.seats.spec_for(adapter.spec), adapter), self.moments)
 
     def unseat(self, name: str) -> SlotState:
         """A device copy of all the tenant's state, as it is now."""
