@@ -61,7 +61,7 @@ class Session:
 
     def __init__(self, opened: Opened, runner: Runner, trainer: Trainer, end: contextlib.ExitStack, publish_every: int):
         """Over a runner that runs and a trainer that is warm; `end` is what `close` unwinds.  See `open`."""
-        self.base_name, self._opened = opened.name, opened
+        self.base_name, self.opened = opened.name, opened
         self._runner, self._trainer, self._end = runner, trainer, end
         self._reports: list[StepReport] = []  # of the newest step
         self._published: dict[str, int] = {}  # tenant → step of its newest version
@@ -199,7 +199,7 @@ class Session:
 
     def _add(self, name: str, recipe: Recipe, examples: list[Unit], heldout: list[Unit]) -> Tenant:
         passes = math.ceil(PASSES * len(examples) / recipe.batch)
-        optimizer = recipe.optimizer(default_steps=passes, default_lr=default_lr(self._opened.base.config))
+        optimizer = recipe.optimizer(default_steps=passes, default_lr=default_lr(self.opened.base.config))
 
         def join() -> Tenant:
             tenant = self._trainer.add(
@@ -220,8 +220,8 @@ class Session:
     def _read(self, data: Data, loss: str) -> list[Unit]:
         limit = self._trainer.lane_tokens + 1
         if isinstance(data, str | Path):
-            return load_jsonl(data, self._opened.tokenizer, max_tokens=limit, loss=loss)
-        return read_examples(data, self._opened.tokenizer, max_tokens=limit, loss=loss)
+            return load_jsonl(data, self.opened.tokenizer, max_tokens=limit, loss=loss)
+        return read_examples(data, self.opened.tokenizer, max_tokens=limit, loss=loss)
 
     def remove(self, name: str) -> None:
         """The tenant leaves and its slot is free; the versions it has published stay.  Raises NotFound."""
@@ -232,6 +232,11 @@ class Session:
 
         self._runner.call(leave)
 
+    @property
+    def has_work(self) -> bool:
+        """Whether a tenant is training."""
+        return self._runner.call(lambda: self._trainer.has_work)
+
     # ---- training -------------------------------------------------------------------------------------------------
 
     def step(self, n: int = 1) -> list[StepReport]:
@@ -241,7 +246,7 @@ class Session:
         """
         reports: list[StepReport] = []
         for i in range(n):
-            if i and not self._trainer.has_work:
+            if i and not self.has_work:
                 break
             reports += self._runner.call(self._step)
         return reports
@@ -258,7 +263,7 @@ class Session:
         """Trains in the background until every tenant is done.  Ctrl-C ends it after the present step."""
         self.start()
         try:
-            while self._runner.call(lambda: self._trainer.has_work):
+            while self.has_work:
                 time.sleep(POLL_S)
         finally:
             self._runner.call(lambda: setattr(self._runner, "trainer", None))
@@ -295,7 +300,7 @@ class Session:
         are published first.
         Raises AdapterNotFound, InvalidRequest, ContextLengthExceeded; AdapterNotFinite as `publish` does.
         """
-        tokenizer = self._opened.tokenizer
+        tokenizer = self.opened.tokenizer
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop)
         tokens = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.chat(prompt)
         request = Request(
@@ -323,8 +328,8 @@ class Session:
         if ref is None:
             raise InvalidRequest(f"{model} is the base model; name a tenant", param="model")
         adapter = self._runner.engine.store.get(ref)
-        config = self._opened.base.config
-        export_peft(adapter, Path(folder), config, base_name=self._opened.name, replace=replace)
+        config = self.opened.base.config
+        export_peft(adapter, Path(folder), config, base_name=self.opened.name, replace=replace)
 
     def _newest(self, model: str) -> AdapterRef | None:
         """The version a name means now, with what its tenant has learned since the last one; None is the base."""
