@@ -20,7 +20,8 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.peft_recipe import train_alone
+from peft_recipe import train_alone
+
 from jaxlora.compile_cache import CompileCounter
 from jaxlora.config import Optimizer
 from jaxlora.lora import AdapterRef, LoraSpec

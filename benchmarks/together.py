@@ -22,8 +22,8 @@ from dataclasses import replace
 
 import jax
 import numpy as np
+from peft_recipe import train_alone
 
-from benchmarks.peft_recipe import train_alone
 from jaxlora import compile_cache
 from jaxlora.config import DEMO_MODEL, ONE_DEVICE, ModelSection, Optimizer
 from jaxlora.lora import AdapterRef, LoraSpec

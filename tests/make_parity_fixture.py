@@ -1,6 +1,6 @@
 """Writes tests/fixtures/parity.json: the losses of PyTorch and PEFT on the recipes of parity_world.py, one tenant at a time.
 
-PYTHONPATH=. uv run python tests/make_parity_fixture.py [--python EXE]     EXE: the Python of the torch side
+PYTHONPATH=benchmarks uv run python tests/make_parity_fixture.py [--python EXE]     EXE: the Python of the torch side
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import argparse
 import json
 
 from parity_world import BATCH, FIXTURE, RECIPES, examples, opened, trainer_of
+from peft_recipe import train_alone
 
-from benchmarks.peft_recipe import train_alone
 from jaxlora.lora import AdapterRef
 from train.data import ExampleStream
 
