@@ -56,8 +56,10 @@ class Board:
         """All tenants as they are now."""
         running = any(tenant.status == "running" for tenant in self._tenants.values())
         caption = "Ctrl-C finishes the step, saves every state and stops" if running else None
-        columns = ("tenant", "step", "loss", "accuracy", "held-out loss", "lr", "grad norm", "tokens/s", "status")
-        table = Table(*columns, caption=caption)
+        table = Table(caption=caption, collapse_padding=True, pad_edge=False)  # fits 80 columns
+        table.add_column("tenant", overflow="fold")
+        for column in ("step", "loss", "accuracy", "held-out", "lr", "grad norm", "tokens/s", "status"):
+            table.add_column(column, no_wrap=column != "grad norm")
         for name, tenant in self._tenants.items():
             cells = ["", "", self._heldout_loss(name), "", "", ""]
             if name in self._reports:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import json
 import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 from small_world import tiny_path
 from tensorboardX.crc32c import crc32c
 from tensorboardX.proto.event_pb2 import Event  # ty: ignore[missing-module-member]
+from train_world import lora, optimizer
 from typer.testing import CliRunner
 
 from jaxlora import cli
-from jaxlora.config import default_lr
+from jaxlora.config import Loss, default_lr
 from jaxlora.hf import HfSource
 from train import metrics, run
+from train.board import Board
 from train.tensorboard import SCALARS, EventFile
+from train.trainer import StepReport, Tenant
 
 MODEL = "tiny-llama-tied"
 WORDS = "abcdef"
@@ -148,11 +153,37 @@ def test_a_run_shows_speed_and_held_out_losses(job, monkeypatch):
     base, half, last = (asked[i][2]["one"] for i in (0, 2, 4))
     assert last < half < base
     columns = {str(c.header): list(c.cells) for c in tables[0].columns}
-    assert columns["held-out loss"] == [f"{base:.3f}", ""]
+    assert columns["held-out"] == [f"{base:.3f}", ""]
     columns = {str(c.header): list(c.cells) for c in tables[-1].columns}
-    assert columns["held-out loss"] == [f"{last:.3f}", ""]
+    assert columns["held-out"] == [f"{last:.3f}", ""]
     assert all(int(cell) > 0 for cell in columns["tokens/s"])
     assert (
         f"one: step 2 of 4, loss {csv_of(job.parent / 'out/one/metrics.csv')[1]['loss']:.3f}, held-out {half:.3f}, "
         in result.stdout
     )
+
+
+def test_the_table_cuts_no_number_in_a_narrow_window():
+    tenant = Tenant("a-tenant-with-a-long-name", 0, lora(4), optimizer(total_steps=1000), None, Loss(), step=999)  # ty: ignore[invalid-argument-type]
+    ticks = iter([0.0, 2.0])
+    board = Board({tenant.name: tenant}, {}, clock=lambda: next(ticks))
+    report = StepReport(
+        tenant=tenant.name,
+        step=999,
+        loss=12.3456,
+        accuracy=1.0,
+        lr=1.5e-4,
+        grad_norm=28.594,
+        tokens=123456,
+        finite=True,
+    )
+    board.note(report)
+    board.note_heldout(tenant.name, 11.25)
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(board.table())
+    text = console.export_text()
+    assert [
+        word in text for word in ("999/1000", "12.346", "100%", "11.250", "1.5e-04", "28.59", "61728", "running")
+    ] == [True] * 8
+    assert "…" not in text
+    assert board.line(tenant.name).endswith(": step 999 of 1000, loss 12.346, held-out 11.250, 61728 tokens/s")
