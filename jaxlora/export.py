@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from jaxlora.adapter_files import load_version, scan
 from jaxlora.base_files import base_hash, find_model, open_source
 from jaxlora.durable import whole_folder
@@ -80,8 +82,9 @@ def main(
     check_fits(adapter, source.config)
     try:
         _write(base, adapter, form, out, chosen, say)
-    except OSError as e:
-        raise StorageFailed(f"{out} cannot be written: {e.strerror}") from e
+    except (OSError, SafetensorError) as e:
+        reason = e.strerror if isinstance(e, OSError) else e
+        raise StorageFailed(f"{out} cannot be written: {reason}") from e
     say(f"wrote {adapter.ref} over {base.name} as {form} ({chosen}) into {out}")
 
 
