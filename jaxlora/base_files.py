@@ -10,6 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
+from jaxlora.config import DEMO_MODEL
 from jaxlora.errors import ModelInvalid
 from jaxlora.gguf import GgufSource
 from jaxlora.hf import HfSource
@@ -43,16 +44,18 @@ class ModelSource(Protocol):
 def open_model(path: Path) -> tuple[ModelSource, Tokenizer]:
     """(checkpoint, tokenizer) of a .gguf file or a Hugging Face directory.  Raises ModelInvalid."""
     path = Path(path)
-    if path.is_dir():
-        source, tokenizer = HfSource(path), Tokenizer.from_hf(path)
-    else:
-        source = GgufSource(path)
-        tokenizer = Tokenizer.from_gguf(source.metadata)
+    source = open_source(path)
+    tokenizer = Tokenizer.from_gguf(source.metadata) if isinstance(source, GgufSource) else Tokenizer.from_hf(path)
     if tokenizer.vocab_size > source.config.vocab:
         raise ModelInvalid(
             f"{path.name} has {tokenizer.vocab_size} tokens but an embedding of {source.config.vocab} rows"
         )
     return source, tokenizer
+
+
+def open_source(path: Path) -> HfSource | GgufSource:
+    """The checkpoint alone.  Raises ModelInvalid."""
+    return HfSource(path) if path.is_dir() else GgufSource(path)
 
 
 def resolve_model(name: str | Path) -> Path:
@@ -77,6 +80,14 @@ def resolve_model(name: str | Path) -> Path:
             f"cannot get {name} from the Hugging Face Hub ({type(error).__name__}: {reason}); "
             "pass a local model directory or a GGUF file instead"
         ) from error
+
+
+def find_model(name: str) -> tuple[str, Path]:
+    """(what clients call it, where it lies) of the demo model, a directory, a .gguf file or a hub id.  Raises ModelInvalid."""
+    if name == DEMO_MODEL:
+        return name, smollm2_path()
+    path = resolve_model(name)
+    return path.stem if path.is_file() else Path(name).name, path
 
 
 def smollm2_path() -> Path:

@@ -23,6 +23,10 @@ SERVE_EXAMPLES = """Example:  jaxlora serve configs/serve_smollm2.toml
 
 Example:  jaxlora serve --model smollm2 --port 8000"""
 
+EXPORT_EXAMPLES = """Example:  jaxlora export runs/x/acme/peft --model DIR --form merged --out merged
+
+Example:  jaxlora export --adapters runs/x/store --name acme@3 --model smollm2 --form gguf-lora --out lora"""
+
 app = typer.Typer(
     name="jaxlora",
     help="One frozen base model, many tenants: their LoRA adapters train together and are served together.",
@@ -129,6 +133,42 @@ def train(config: Annotated[Path, typer.Argument(metavar="CONFIG.toml", show_def
     """Train the tenants of a TOML file together; their adapters land in its `out` folder."""
     with clean_exit():
         resolve("train.run:main")(config)
+
+
+@app.command(epilog=EXPORT_EXAMPLES)
+def export(
+    model: Annotated[str, typer.Option(help='The base: "smollm2", a directory, a .gguf file or a hub id.')],
+    form: Annotated[str, typer.Option(help="peft, merged (a whole model, for transformers) or gguf-lora.")],
+    out: Annotated[Path, typer.Option(help="Folder to write, whole or not at all.")],
+    folder: Annotated[Path | None, typer.Argument(metavar="PEFT_FOLDER", show_default=False)] = None,
+    adapters: Annotated[Path | None, typer.Option(help="Root of an adapter store.", show_default=False)] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(help="TENANT/NAME@VERSION in that store; NAME alone is its newest.", show_default=False),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32 (default), bfloat16 (not gguf-lora) or float16 (not merged).", show_default=False),
+    ] = None,
+    replace_out: Annotated[bool, typer.Option("--replace", help="Replace --out if an export wrote it.")] = False,
+    dequantise: Annotated[
+        bool, typer.Option("--dequantise", help="Merge into a quantised base, which is then larger.")
+    ] = False,
+) -> None:
+    """Write one adapter, out of a PEFT folder or a store, in a form that others load."""
+    with clean_exit():
+        resolve("jaxlora.export:main")(
+            model=model,
+            folder=folder,
+            store=adapters,
+            name=name,
+            form=form,
+            out=out,
+            dtype=dtype,
+            replace=replace_out,
+            dequantise=dequantise,
+            say=typer.echo,
+        )
 
 
 @app.command(epilog="Example:  jaxlora doctor")

@@ -43,9 +43,8 @@ LossName = Literal["cross_entropy", "dpo", "importance_sampling", "ppo", "cispo"
 # What a training step keeps of a layer for its gradient and need not compute again: what a GEMM or the attention made, the
 # layer's input alone (the least memory), or all.
 Remat = Literal["products", "nothing", "everything"]
-MomentsDtype = Literal[
-    "float32", "bfloat16"
-]  # that the optimizer's moments are kept in; the latter takes half the bytes
+# Of the optimizer's moments: bfloat16 takes half the bytes.
+MomentsDtype = Literal["float32", "bfloat16"]
 
 LANE_BLOCK = 32  # tokens that attention and loss of a training lane take at once
 NO_CLIP = math.inf
@@ -344,8 +343,8 @@ class TrainConfig:
         BucketSection, ...
     ] = ()  # more slots, for smaller ranks; a tenant sits in the first that its rank fits
     steps: int  # optimizer steps of each tenant that does not say its own
-    moments: MomentsDtype = "float32"
-    remat: Remat = "products"
+    moments: MomentsDtype = "float32"  # what the optimizer's moments are kept in
+    remat: Remat = "products"  # what is kept of a layer for the gradient
     save_every: int  # optimizer steps of a tenant between its checkpoints
     tenant: tuple[TenantSection, ...]
 

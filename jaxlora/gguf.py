@@ -280,6 +280,11 @@ class GgufSource:
         found = {name: info.shape for name, info in self.file.tensors.items()}
         check_tensors(self.config, TENSOR_NAMES, found, unread={ROPE_FREQS}, where=self.file.path.name)
 
+    @property
+    def quantised(self) -> list[str]:
+        """The types of its tensors that are not plain floating point."""
+        return sorted({info.type for info in self.file.tensors.values()} - {"F32", "F16", "BF16"})
+
     def read(self, name: str, layer: int | None) -> np.ndarray:
         """One array of the base in float32: linears [X, Y], embed [V, D], norms and biases flat.
 
@@ -291,6 +296,14 @@ class GgufSource:
             out, x = weight.shape
             weight = weight.reshape(heads, out // heads // 2, 2, x).swapaxes(1, 2).reshape(out, x)
         return np.ascontiguousarray(weight.T) if name in LINEARS else weight
+
+
+def to_gguf_rows(config: ModelConfig, target: str, rows: np.ndarray) -> np.ndarray:
+    """Rows [Y, ...] of a linear in the order a GGUF file stores them: what `GgufSource.read` undoes."""
+    if config.family not in ("llama", "mistral") or target not in ("q_proj", "k_proj"):
+        return rows
+    heads = config.heads if target == "q_proj" else config.kv_heads
+    return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
 def _config(file: GgufFile) -> ModelConfig:

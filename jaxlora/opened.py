@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxlora.base_files import base_hash, open_model, resolve_model, smollm2_path
-from jaxlora.config import DEMO_MODEL, MeshSection, ModelSection
+from jaxlora.base_files import base_hash, find_model, open_model
+from jaxlora.config import MeshSection, ModelSection
 from jaxlora.mesh import make_mesh
 from jaxlora.model import Base, load_base
 from jaxlora.tokenizer import Tokenizer
@@ -34,11 +34,10 @@ def open_base(model: ModelSection, mesh: MeshSection) -> Opened:
 
     Raises ModelInvalid for a checkpoint we cannot read, ConfigInvalid when the mesh does not fit devices or model.
     """
-    path = smollm2_path() if model.path == DEMO_MODEL else resolve_model(model.path)
+    name, path = find_model(model.path)
     devices = make_mesh(mesh.data, mesh.fsdp, mesh.tensor)
     source, tokenizer = open_model(path)
     dtype = fastest_dtype() if model.dtype == "auto" else model.dtype
-    name = DEMO_MODEL if model.path == DEMO_MODEL else path.stem if path.is_file() else Path(model.path).name
     return Opened(
         name=name,
         path=path,

@@ -15,8 +15,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
-import uuid
 from dataclasses import asdict, dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -26,7 +24,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from jaxlora.durable import replace_folder, sync_tree
+from jaxlora.durable import whole_folder
 from jaxlora.errors import AdapterInvalid, AdapterNotFinite, AlreadyExists, BaseMismatch
 from jaxlora.lora import HEAD_TARGET, Adapter, AdapterRef, LoraSpec
 from jaxlora.model_config import ModelConfig, target_features
@@ -336,10 +334,7 @@ def export_peft(
     if folder.exists() and not replace:
         raise AlreadyExists(f"{folder.name} exists; export into a new folder")
     tensors = export_tensors(adapter, config, EXPORT_DTYPES[dtype])
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex}.tmp"
-    temporary.mkdir()
-    try:
+    with whole_folder(folder) as temporary:
         save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
         with (temporary / WEIGHTS_FILE).open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -352,18 +347,10 @@ def export_peft(
         }
         (temporary / CONFIG_FILE).write_text(json.dumps(export_config(adapter.spec, config, base_name), indent=2))
         (temporary / OWN_FILE).write_text(json.dumps(own, indent=2))
-        sync_tree(temporary)
-        replace_folder(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
-def export_tensors(adapter: Adapter, config: ModelConfig, dtype: np.dtype) -> dict[str, np.ndarray]:
-    """PEFT key → contiguous tensor of its true rank, in torch layout.
-
-    Raises BaseMismatch when an array has not the shape of this base, AdapterInvalid when a value overflows `dtype`.
-    """
+def check_fits(adapter: Adapter, config: ModelConfig) -> None:
+    """Raises BaseMismatch when an array has not the shape of this base."""
     for target, expected in empty_weights(adapter.spec, config).items():
         got = adapter.weights.get(target, ())
         if [w.shape for w in got] != [w.shape for w in expected]:
@@ -371,6 +358,14 @@ def export_tensors(adapter: Adapter, config: ModelConfig, dtype: np.dtype) -> di
                 f"{target} of {adapter.ref} has shapes {[w.shape for w in got]}, "
                 f"this base needs {[w.shape for w in expected]}"
             )
+
+
+def export_tensors(adapter: Adapter, config: ModelConfig, dtype: np.dtype) -> dict[str, np.ndarray]:
+    """PEFT key → contiguous tensor of its true rank, in torch layout.
+
+    Raises BaseMismatch when an array has not the shape of this base, AdapterInvalid when a value overflows `dtype`.
+    """
+    check_fits(adapter, config)
     tensors = {}
     for module in linear_modules(config).values():
         rank, _ = adapter.spec.module(module.target, module.layer)

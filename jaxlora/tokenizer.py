@@ -47,6 +47,7 @@ class Tokenizer:
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self._bytes, self._strip_first = _byte_table(engine, {i: token.content for i, token in added.items()})
         self.eos_ids, self.bos_id, self.pad_id = eos_ids, bos_id, pad_id
+        self._template_text = chat_template
         for name, i in [("eos", i) for i in eos_ids] + [("bos", bos_id), ("pad", pad_id)]:
             if i is not None and engine.id_to_token(i) is None:
                 raise ModelInvalid(f"the {name} token id {i} is not in the vocabulary of {self.vocab_size} tokens")
@@ -96,6 +97,16 @@ class Tokenizer:
             bos_id=bos,
             pad_id=pad,
         )
+
+    def save(self, folder: Path) -> None:
+        """Writes what `from_hf` and transformers read: the same ids, ends and chat template."""
+        self._engine.save(str(folder / "tokenizer.json"))
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings | self._special_texts(), indent=2))
+        ends = {"eos_token_id": list(self.eos_ids), "bos_token_id": self.bos_id, "pad_token_id": self.pad_id}
+        (folder / "generation_config.json").write_text(json.dumps(ends, indent=2))
+        if self._template_text is not None:
+            (folder / "chat_template.jinja").write_text(self._template_text, encoding="utf-8")
 
     @property
     def vocab_size(self) -> int:

@@ -20,7 +20,7 @@ from jaxlora.neighbours import check_neighbours, own_home
 ROOT = Path(__file__).resolve().parent.parent
 # pydantic is not in it: typer itself imports it for the help of a command.
 HEAVY = {"jax", "flax", "optax", "numpy", "fastapi", "transformers", "uvicorn", "serve", "train", "pallas_kernels"}
-COMMANDS = ("demo", "serve", "train", "doctor")
+COMMANDS = ("demo", "serve", "train", "export", "doctor")
 
 
 @pytest.fixture
@@ -80,6 +80,15 @@ def test_demo_hands_on_its_options(entry):
 def test_train_hands_on_its_path(entry):
     assert run("train", "c.toml").exit_code == 0
     assert entry == [("train.run:main", (Path("c.toml"),), {})]
+
+
+def test_export_hands_on_its_options(entry):
+    options = ["--model", "m", "--form", "merged", "--out", "o", "--adapters", "s", "--name", "a@2", "--replace"]
+    assert run("export", *options).exit_code == 0
+    ((target, _, named),) = entry
+    assert target == "jaxlora.export:main"
+    assert (named["model"], named["form"], named["out"], named["folder"]) == ("m", "merged", Path("o"), None)
+    assert (named["store"], named["name"], named["replace"], named["dequantise"]) == (Path("s"), "a@2", True, False)
 
 
 def test_serve_with_a_model_only(entry):

@@ -96,17 +96,17 @@ def _in_bfloat16(moments: Moments) -> Moments:
 
     They are the same for all tenants, in any slot: what a tenant learns depends on nobody, a resumed one goes on as before.
     """
-    mu, nu = {}, {}
-    for target in moments.mu:
-        rounded = []
-        for half in (0, 1):
-            key = jax.random.key(0)
-            for number in (moments.count, ALL_TARGETS.index(target), half):
-                key = jax.random.fold_in(key, number)
-            draw = jax.random.bits(key, moments.mu[target][half].shape)  # 16 bits for each of the two
-            rounded.append((moments.mu[target][half], draw & 0xFFFF, moments.nu[target][half], draw >> 16))
-        mu[target] = tuple(stochastic_bfloat16(m, bits) for m, bits, _, _ in rounded)
-        nu[target] = tuple(stochastic_bfloat16(n, bits) for _, _, n, bits in rounded)
+
+    def draw(target: str, half: int) -> jax.Array:
+        """uint32, 16 bits for each of the two moments."""
+        key = jax.random.key(0)
+        for number in (moments.count, ALL_TARGETS.index(target), half):
+            key = jax.random.fold_in(key, number)
+        return jax.random.bits(key, moments.mu[target][half].shape)
+
+    drawn = {target: (draw(target, 0), draw(target, 1)) for target in moments.mu}
+    mu = jax.tree.map(lambda x, bits: stochastic_bfloat16(x, bits & 0xFFFF), moments.mu, drawn)
+    nu = jax.tree.map(lambda x, bits: stochastic_bfloat16(x, bits >> 16), moments.nu, drawn)
     return Moments(mu=mu, nu=nu, count=moments.count)
 
 
