@@ -9,7 +9,6 @@ Shape letters: G lanes, U due slots of a bucket, L layers, S slots of a bucket, 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -45,7 +44,7 @@ class Due:
     """The slots of one bucket that are updated."""
 
     hyper: Hyper  # a row for each
-    slot_U: jax.Array  # int32; NO_ADAPTER: none
+    slot_U: jax.Array  # int32, each once; those that are NO_ADAPTER, none, come last
 
 
 @jax.tree_util.register_dataclass
@@ -148,36 +147,34 @@ def apply(states: States, due: tuple[Due, ...]) -> tuple[States, tuple[UpdateRep
 
 
 def _apply_own(state: TrainState, hyper: Hyper, slot_U: jax.Array) -> tuple[TrainState, UpdateReport]:
-    safe_U = jnp.maximum(slot_U, 0)
-    weights = halves(state.pool)
-    # One tree of everything the update reads and writes, slot axis 1 (counts: 0).
-    take = functools.partial(jnp.take, indices=safe_U, axis=1, mode="clip")
-    old_arrays = jax.tree.map(take, (weights, state.moments.mu, state.moments.nu))
-    grads = jax.tree.map(take, state.grads)
-    count_U = state.moments.count[safe_U]
+    """Slot after slot, each read and written where it lies: what it takes follows the slots that are due.
 
+    A slot's arrays are taken out before any is written, and all are written when all is computed (the barriers say so):
+    without that order XLA copies the arrays of all slots, for each slot.
+    """
     axes = (1, 1, Moments(mu=1, nu=1, count=0), 0)  # ty: ignore[invalid-argument-type]
-    moments = Moments(mu=old_arrays[1], nu=old_arrays[2], count=count_U)
     update = jax.vmap(adamw, in_axes=axes, out_axes=(1, Moments(mu=1, nu=1, count=0), 0, 0))  # ty: ignore[invalid-argument-type]
-    new_weights, new_moments, norm_U, finite_U = update(old_arrays[0], grads, moments, hyper)
-    new_arrays = (new_weights, new_moments.mu, new_moments.nu, jax.tree.map(jnp.zeros_like, grads))
 
-    def put_slot(u: jax.Array, arrays: tuple) -> tuple:
-        slot, safe = slot_U[u], safe_U[u]
+    def one_slot(u: jax.Array, carry: tuple) -> tuple:
+        arrays, count_S, norm_U, finite_U = carry
+        slot = slot_U[u]
+        weights, grads, mu, nu = lax.optimization_barrier(
+            jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, slot, 1, 1), arrays)
+        )
+        moments = Moments(mu=mu, nu=nu, count=lax.dynamic_slice_in_dim(count_S, slot, 1))
+        row = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, u, 1), hyper)
+        weights, moments, norm_1, finite_1 = update(weights, grads, moments, row)
+        new = lax.optimization_barrier((weights, jax.tree.map(jnp.zeros_like, grads), moments.mu, moments.nu))
+        arrays = jax.tree.map(lambda x, n: lax.dynamic_update_slice_in_dim(x, n, slot, 1), arrays, new)
+        count_S = lax.dynamic_update_slice_in_dim(count_S, moments.count, slot, 0)
+        return arrays, count_S, norm_U.at[u].set(norm_1[0]), finite_U.at[u].set(finite_1[0])
 
-        def put(all_LSRX: jax.Array, new_LURX: jax.Array) -> jax.Array:
-            old = lax.dynamic_index_in_dim(all_LSRX, safe, 1)
-            new = jnp.where(slot != NO_ADAPTER, lax.dynamic_index_in_dim(new_LURX, u, 1), old)
-            return lax.dynamic_update_slice_in_dim(all_LSRX, new, safe, 1)
-
-        return jax.tree.map(put, arrays, new_arrays)
-
-    everything = (weights, state.moments.mu, state.moments.nu, state.grads)
-    weights, mu, nu, grads = lax.fori_loop(0, slot_U.shape[0], put_slot, everything)
-    # A slot is due at most once, so a scatter of the counts needs no order; NO_ADAPTER is sent out of range and dropped.
-    target_U = jnp.where(slot_U != NO_ADAPTER, slot_U, state.moments.count.shape[0])
-    count = state.moments.count.at[target_U].set(new_moments.count, mode="drop")
-    state = TrainState(pool=with_halves(state.pool, weights), grads=grads, moments=Moments(mu=mu, nu=nu, count=count))
+    arrays = (halves(state.pool), state.grads, state.moments.mu, state.moments.nu)
+    start = (arrays, state.moments.count, jnp.zeros(slot_U.shape, jnp.float32), jnp.ones(slot_U.shape, bool))
+    due = (slot_U != NO_ADAPTER).sum()
+    (weights, grads, mu, nu), count_S, norm_U, finite_U = lax.fori_loop(0, due, one_slot, start)
+    moments = Moments(mu=mu, nu=nu, count=count_S)
+    state = TrainState(pool=with_halves(state.pool, weights), grads=grads, moments=moments)
     return state, UpdateReport(norm_U=norm_U, finite_U=finite_U)
 
 
