@@ -153,12 +153,36 @@ def test_two_processes_train_as_one_does_and_the_lead_alone_prints_and_writes(tm
     assert all(name in lead and name not in other for name in TENANTS)
 
 
+def wait_for_steps(job: Path, started: list[subprocess.Popen]) -> None:
+    """Until a tenant has done three steps."""
+    until = time.monotonic() + WAIT_S
+    while len(rows(job, "chat")) < 3 and time.monotonic() < until and all(p.poll() is None for p in started):
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dead", [0, 1])
+def test_a_process_that_is_killed_ends_the_other(tmp_path, dead):
+    job = write_job(tmp_path, 2, 1000)
+    started = start(job, 2)
+    wait_for_steps(job, started)
+    killed_s = time.monotonic()
+    started[dead].kill()
+    try:
+        started[1 - dead].communicate(timeout=WAIT_S)
+    finally:
+        started[1 - dead].kill()
+    started[dead].communicate()
+    assert time.monotonic() - killed_s < 60
+    assert started[1 - dead].returncode != 0
+    assert 3 <= len(rows(job, "chat")) < 1000
+
+
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_both_and_both_go_on_from_their_checkpoint(tmp_path):
     two, one = jobs(tmp_path, 1000)
-    started, until = start(two, 2), time.monotonic() + WAIT_S
-    while len(rows(two, "chat")) < 3 and time.monotonic() < until and all(p.poll() is None for p in started):
-        time.sleep(0.01)
+    started = start(two, 2)
+    wait_for_steps(two, started)
     started[1].send_signal(signal.SIGINT)
     lead, _ = ended(started, 130)
     assert "every state is saved in out" in lead

@@ -108,9 +108,9 @@ def test_a_refused_tenant_leaves_no_trace(case):
 def test_a_full_trainer_refuses_and_a_leaving_tenant_makes_room():
     trainer = make_trainer()
     for i in range(SPEC.slots):
-        assert trainer.free_slots == SPEC.slots - i
+        assert trainer.free_slots(lora(1)) == SPEC.slots - i
         join(trainer, f"t{i}", total_steps=1)
-    assert trainer.free_slots == 0
+    assert trainer.free_slots(lora(1)) == 0
     with pytest.raises(StateInvalid, match="all 9 training slots are taken"):
         join(trainer, "late")
     trainer.step()
