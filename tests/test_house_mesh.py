@@ -5,6 +5,7 @@ log-probabilities agree to 1e-5 of the largest of their kind, trained weights to
 or so.  Greedy tokens are equal.
 """
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -71,6 +72,26 @@ def test_training_and_decoding_on_a_mesh_are_those_of_one_device(tmp_path, world
     answers = [one[f"tokens {n}"].tolist() for n in (*TENANTS, "base")]
     assert [many[f"tokens {n}"].tolist() for n in (*TENANTS, "base")] == answers
     assert {len(a) for a in answers} == {NEW_TOKENS}
+
+    config = {
+        "small": SMALL,
+        "smollm2-cut": SMOLLM2_CUT,
+        "smollm2": dataclasses.replace(SMOLLM2_CUT, layers=30, vocab=49152),
+    }
+    for sizes, of in (("1x1x1", one), (mesh, many)):
+        _, fsdp, tensor = map(int, sizes.split("x"))
+        assert set(of["state bytes"]) == {SPEC.slots * slot_bytes(config[world], fsdp, tensor)}
+
+
+def slot_bytes(config, fsdp, tensor):
+    """What one device keeps of a training slot of rank 4 with all targets, by hand.
+
+    16 bytes a number (weight, open gradient, two moments, each float32), of its part of the features; scales and a count whole.
+    """
+    d, f, v = config.d_model // fsdp, config.d_ff // tensor, config.vocab // tensor
+    q, k = config.heads * config.head_dim // tensor, config.kv_heads * config.head_dim // tensor
+    layer = (d + q) + 2 * (d + k) + (q + d) + 2 * (d + f) + (f + d)
+    return 16 * 4 * (config.layers * layer + d + v) + 4 * (7 * config.layers + 1) + 4
 
 
 # sizes that do not divide

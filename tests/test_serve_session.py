@@ -66,7 +66,7 @@ def greedy(session: Session, model: str, prompt: str = "say c") -> str:
 
 def test_a_tenant_that_says_nothing_learns_by_the_recipe(session):
     tenant = session.add_tenant("plain", LINES)
-    peak = default_lr(session._opened.base.config)
+    peak = default_lr(session.opened.base.config)
     assert tenant.optimizer == Recipe().optimizer(
         default_steps=3, default_lr=peak
     )  # three passes: 24 examples in eights

@@ -268,7 +268,7 @@ def test_the_old_peft_folder_stays_until_the_new_one_is_whole(job, monkeypatch):
     before = weights(job, "one")
     change(job, "steps = 6", "steps = 8")
     with monkeypatch.context() as patch:
-        patch.setattr("jaxlora.peft.sync_tree", lambda folder: (_ for _ in ()).throw(Crash))
+        patch.setattr("jaxlora.durable.sync_tree", lambda folder: (_ for _ in ()).throw(Crash))
         with pytest.raises(Crash):
             train(job)
     assert_same(weights(job, "one"), before)

@@ -297,6 +297,7 @@ def run_steps(
             live.update(board.table())
         for name, job in jobs.items():
             save_tenant(trainer, name, job)
+    processes.meet()
     if stopped:
         say(console, f"stopped; every state is saved in {config.out}, and the same command goes on from there")
         raise KeyboardInterrupt
@@ -379,6 +380,7 @@ def finish(
     console.print(table)
     say(console, f"adapters: {config.out}/TENANT/peft; loss curves: {config.out}/loss.png")
     say(console, f"to serve them: jaxlora serve --model {config.model.path} --adapters {config.out}/store")
+    processes.meet()
     failed = [name for name, tenant in trainer.tenants.items() if tenant.status == "failed"]
     if failed:
         raise StateInvalid(

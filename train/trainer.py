@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxlora.config import CROSS_ENTROPY, Loss, MomentsDtype, Optimizer, Remat, check_lane_tokens
-from jaxlora.errors import AlreadyExists, DataInvalid, NotFound
+from jaxlora.errors import AlreadyExists, DataInvalid, InvalidRequest, NotFound, StateInvalid
 from jaxlora.lora import ALL_TARGETS, Adapter, AdapterRef, LoraSpec
 from jaxlora.mesh import check_lanes, place, place_rows, replicated
 from jaxlora.model import Base
@@ -202,6 +202,22 @@ class Trainer:
     def set_weight(self, name: str, weight: float) -> None:
         """A running tenant's share of the tokens, from the next step on.  Raises NotFound, InvalidRequest."""
         self._mixer.set_weight(name, weight)
+
+    def set_optimizer(self, name: str, optimizer: Optimizer) -> None:
+        """How a running tenant learns from its next step on; its moments and the place in the schedule stay.
+
+        Raises NotFound, StateInvalid when it trains no more, InvalidRequest when it has done so many steps already.
+        """
+        tenant = self._tenant(name)
+        if tenant.status != "running":
+            raise StateInvalid(f"tenant {name} is {tenant.status} and trains no more; only a running one can change")
+        if optimizer.total_steps <= tenant.step:
+            raise InvalidRequest(
+                f"total_steps must be more than the {tenant.step} steps that tenant {name} has done, "
+                f"got {optimizer.total_steps}; remove the tenant to stop it",
+                param="total_steps",
+            )
+        tenant.optimizer = optimizer
 
     def _at(self, slot: int) -> tuple[int, jax.Array]:
         """Bucket and slot, for the programs."""
