@@ -235,7 +235,7 @@ REFUSED = [
     ("loss", {"loss": "sft"}, ConfigInvalid, "loss must be one of cross_entropy"),
     ("beta", {"beta": 0.1}, ConfigInvalid, "loss cross_entropy has no beta"),
     ("batch", {"batch": 0}, InvalidRequest, "batch must be at least 1, got 0"),
-    ("lanes", {"batch": 64}, InvalidRequest, "a batch of 64 of these examples can need"),
+    ("large batch", {"batch": 4097}, InvalidRequest, "batch_size must be in [1, 4096]"),
     ("steps", {"steps": 0}, InvalidRequest, "steps must be at least 1"),
     ("seed", {"seed": -1}, InvalidRequest, "seed must be in"),
     ("warm-up", {"warmup_steps": 5, "batch": 8}, ConfigInvalid, "warmup_steps must be in [0, 3]"),

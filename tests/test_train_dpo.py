@@ -86,7 +86,7 @@ def test_training_prefers_the_chosen_answers():
 
 
 def references(trainer, data):
-    return [trainer._references[p].tobytes() for p in data]
+    return [trainer._references._known[p].tobytes() for p in data]
 
 
 def test_the_reference_of_a_pair_depends_on_nothing_but_the_pair():
@@ -112,10 +112,10 @@ def test_the_base_is_asked_once_for_a_pair():
     for _ in range(2 * len(data)):
         trainer.step()
     assert 0 < len(asked) <= math.ceil(len(data) / 3)
-    assert len(trainer._references) == len(data)
+    assert len(trainer._references._known) == len(data)
     trainer.remove("a")
     del data
-    assert not trainer._references  # nobody has these pairs any more
+    assert not trainer._references._known  # nobody has these pairs any more
 
 
 @pytest.mark.parametrize("stop_after", [1, 3])

@@ -150,7 +150,7 @@ REFUSED = {
     "rank": (AdapterInvalid, "rank 9 exceeds", {"spec": lora(9, LAYER_TARGETS)}),
     "no examples": (DataInvalid, "no examples to train on", {"data": []}),
     "long": (DataInvalid, "a lane of 32", {"data": examples(0, 1, LANE_TOKENS + 2, LANE_TOKENS + 2)}),
-    "batch": (InvalidRequest, "can need 12 lanes", {"batch_size": 12, "data": examples(0, 12, 33, 30)}),
+    "batch": (InvalidRequest, "batch_size must be", {"batch_size": 4097}),
     "no heldout": (DataInvalid, "no held-out examples", {"heldout": []}),
     "name": (AlreadyExists, "trains bot0 and is running; cancel it", {"name": "bot0"}),
 }

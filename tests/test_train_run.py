@@ -361,10 +361,9 @@ def test_an_out_that_cannot_be_written(job):
     assert f"the adapter store {job.parent / 'out/store'} cannot be made" in refused(job)
 
 
-def test_a_batch_that_does_not_fit_names_its_tenant(job):
-    change(job, "lane_tokens = 64", "lane_tokens = 24")
-    change(job, "batch = 2", "batch = 6")
-    assert refused(job).startswith("jaxlora: tenant one: a batch of 6 of these examples can need")
+def test_a_batch_out_of_range_names_its_tenant(job):
+    change(job, "batch = 2", "batch = 5000")
+    assert refused(job).startswith("jaxlora: tenant one: batch_size must be in [1, 4096], got 5000")
 
 
 def test_more_tenants_than_slots(job):

@@ -82,7 +82,7 @@ REFUSALS = {
     "rank too large": (AdapterInvalid, "rank 9 exceeds", {"spec": lora(9)}),
     "example too long": (DataInvalid, "a lane of 32 positions", {"data": examples(0, 1, 34, 34)}),
     "no batch": (InvalidRequest, "batch_size must be", {"batch_size": 0}),
-    "batch too large": (InvalidRequest, "can need 12 lanes", {"batch_size": 12, "data": examples(0, 12, 33, 30)}),
+    "batch too large": (InvalidRequest, "batch_size must be", {"batch_size": 4097}),
     "negative seed": (DataInvalid, "must not be negative", {"seed": -1, "data": examples(0, 1), "resume": "state"}),
 }
 

@@ -59,6 +59,17 @@ class Evaluation:
 
 
 @dataclass(slots=True)
+class Window:
+    """What a tenant's batch has summed to so far: one that has no room in a step takes several."""
+
+    weight: float = 0.0  # what loss and gradient will be divided by
+    loss: float = 0.0
+    hits: float = 0.0
+    count: float = 0.0  # what hits are counted among
+    tokens: int = 0
+
+
+@dataclass(slots=True)
 class Tenant:
     """One tenant in training."""
 
@@ -69,6 +80,7 @@ class Tenant:
     stream: ExampleStream
     loss: Loss
     step: int = 0
+    window: Window = field(default_factory=Window)  # its open batch
     bad_steps: int = 0  # in a row
     status: str = "running"  # running, done or failed
     failure: str = ""  # why it failed
@@ -157,7 +169,8 @@ class Trainer:
         stream = ExampleStream(examples, seed, cursor)
         running = step < optimizer.total_steps
         if running:
-            self._mixer.add(name, stream, batch_size=batch_size, weight=weight)
+            split = len(self._mixer.check(examples, batch_size, split=True)) > self.lanes
+            self._mixer.add(name, stream, batch_size=batch_size, weight=weight, split=split)
         self._states = self._programs.seat(self._states, *self._at(slot), self._device(jax.device_get(state)))
         status = "running" if running else "done"
         self.tenants[name] = Tenant(name, slot, spec, optimizer, stream, loss, step, status=status)
@@ -197,7 +210,7 @@ class Trainer:
             raise DataInvalid("no examples to train on; give at least one")
         for unit in examples:
             check_kind(unit, loss.name)
-        self._mixer.check(examples, batch_size)
+        self._mixer.check(examples, batch_size, split=True)
 
     def set_weight(self, name: str, weight: float) -> None:
         """A running tenant's share of the tokens, from the next step on.  Raises NotFound, InvalidRequest."""
@@ -253,8 +266,9 @@ class Trainer:
     # ---- steps ----------------------------------------------------------------------------------------------------
 
     def step(self) -> list[StepReport]:
-        """One optimizer step for every tenant whose turn it is, in one compiled program.
+        """One optimizer step for every tenant whose batch is complete with it, in one compiled program.
 
+        A batch that has no room in a step is accumulated over several; until the last there is no report of it.
         A tenant whose last step this was becomes `done`, one with too many skipped updates in a row `failed`.
         Raises StateInvalid when nobody trains.
         """
@@ -264,32 +278,41 @@ class Trainer:
             lanes_of.setdefault(name, []).append(g)
         due = [self.tenants[name] for name in mixed.due]
         lanes = [lane for _, lane in mixed.lanes]
-        divisor_of = {n: _divisor([lanes[g] for g in gs], self.tenants[n].loss) for n, gs in lanes_of.items()}
+        for name, gs in lanes_of.items():
+            tenant = self.tenants[name]
+            tenant.window.weight += _weight([lanes[g] for g in gs], tenant.loss)
         owners = [self.tenants[name] for name, _ in mixed.lanes]
         batch = self._batch([(lane, t.slot, t.loss) for lane, t in zip(lanes, owners, strict=True)])
         for g, (lane, tenant) in enumerate(zip(lanes, owners, strict=True)):
             put_dropout(batch, g, lane, tenant.spec.dropout, tenant.stream.seed, tenant.step)
         batch = place_rows(self.mesh, batch)
-        hyper_rows = [t.optimizer.row(t.step, divisor_of[t.name]) for t in due]
+        hyper_rows = [t.optimizer.row(t.step, _divisor(t.window.weight)) for t in due]
         places, updates_due = self.seats.due([t.slot for t in due], hyper_rows)
         self._states, sums, updates = self._programs.train_step(
             self.base, self._states, batch, self._device(updates_due)
         )
         sums, updates = jax.device_get((sums, updates))
+        for name, gs in lanes_of.items():
+            tenant = self.tenants[name]
+            window, tokens = tenant.window, real_tokens([lanes[g] for g in gs])
+            hits, count = np.sum([self._hits(lanes[g], tenant.loss, sums, g) for g in gs], axis=0)
+            window.loss, window.hits, window.count = (
+                window.loss + float(sums.loss_G[gs].sum()),
+                window.hits + hits,
+                window.count + count,
+            )
+            window.tokens, self.trained_tokens = window.tokens + tokens, self.trained_tokens + tokens
         reports = []
         for tenant, hyper, (bucket, u) in zip(due, hyper_rows, places, strict=True):
-            gs = lanes_of[tenant.name]
-            tokens = real_tokens([lanes[g] for g in gs])
-            hits, count = np.sum([self._hits(lanes[g], tenant.loss, sums, g) for g in gs], axis=0)
-            self.trained_tokens += tokens
+            window, tenant.window = tenant.window, Window()
             report = StepReport(
                 tenant=tenant.name,
                 step=tenant.step + 1,
-                loss=float(sums.loss_G[gs].sum()) / divisor_of[tenant.name],
-                accuracy=float(hits / max(count, 1)),
+                loss=window.loss / _divisor(window.weight),
+                accuracy=float(window.hits / max(window.count, 1)),
                 lr=hyper["lr"],
                 grad_norm=float(updates[bucket].norm_U[u]),
-                tokens=tokens,
+                tokens=window.tokens,
                 finite=bool(updates[bucket].finite_U[u]),
             )
             self._record(tenant, report)
@@ -331,7 +354,7 @@ class Trainer:
             for unit in examples:
                 check_kind(unit, loss.name)
             lanes = pack(examples, self.lane_tokens)
-            divisors.append(_divisor(lanes, loss))
+            divisors.append(_divisor(_weight(lanes, loss)))
             if loss.name == "dpo" and not tuned:  # the base is its own reference: every margin is exactly 0
                 targets = sum(np.count_nonzero(lane.weight_J) for lane in lanes)
                 totals[owner] = len(examples) * math.log(2), targets, 0, len(examples)
@@ -376,16 +399,20 @@ class Trainer:
         return place(tree, replicated(self.mesh))
 
 
-def _divisor(lanes: Sequence[Lane], loss: Loss) -> float:
-    """What losses and gradients of these lanes are divided by: the sum of the weights' sizes, within float32; dpo: pairs.
+def _weight(lanes: Sequence[Lane], loss: Loss) -> float:
+    """What losses and gradients of these lanes are divided by: the sum of the weights' sizes; dpo: pairs.
 
     Weights may be negative (to unlearn a token); their plain sum could be zero, or turn the gradient around.
     """
     if loss.name == "dpo":
-        return float(max(sum(len(lane.units) for lane in lanes), 1))
-    total = sum(float(np.abs(lane.weight_J).sum(dtype=np.float64)) for lane in lanes)
+        return float(sum(len(lane.units) for lane in lanes))
+    return sum(float(np.abs(lane.weight_J).sum(dtype=np.float64)) for lane in lanes)
+
+
+def _divisor(weight: float) -> float:
+    """The weight within float32."""
     limits = np.finfo(np.float32)
-    return min(max(total, float(limits.tiny)), float(limits.max))
+    return min(max(weight, float(limits.tiny)), float(limits.max))
 
 
 def fresh_adapter(config: ModelConfig, ref: AdapterRef, spec: LoraSpec, seed: int, base_hash: str) -> Adapter:
