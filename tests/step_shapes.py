@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -105,5 +107,5 @@ def train(mesh: Mesh) -> jax.stages.Compiled:
     state = TrainState(pool=rows, grads=halves(rows), moments=Moments(mu=halves(rows), nu=halves(rows), count=count))
     states = (state,)
     out = (jax.tree.map(lambda v: v.sharding, states), replicated(mesh))
-    step = jax.jit(_accumulate, donate_argnums=1, out_shardings=out)
+    step = jax.jit(functools.partial(_accumulate, remat="products"), donate_argnums=1, out_shardings=out)
     return step.lower(base(mesh), states, lanes(mesh, idle_batch(LANES, TOKENS))).compile()
