@@ -259,7 +259,7 @@ class Recipe:
     eps: float = OPTIMIZER.eps
     clip: float = OPTIMIZER.clip or NO_CLIP  # largest global norm of this tenant's gradient; inf: no clipping
     loraplus_ratio: float = OPTIMIZER.loraplus_ratio  # lr of B over lr of A; LoRA+ suggests 16
-    dropout: float = 0.0  # share of what A reads that is dropped in training
+    dropout: float = 0.0  # share of what A reads that is dropped in training; of what lm_head reads nothing is
     batch: int = 8  # examples per step; one that has no room in a step is accumulated over several
     steps: int | None = None  # optimizer steps of this tenant; None: those of the file, or PASSES over its data
     seed: int = 0  # of the adapter's first weights and of the order of its examples

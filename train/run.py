@@ -208,28 +208,25 @@ def seat(trainer: Trainer, config: TrainConfig, section: TenantSection, examples
     """The tenant joins, with its newest checkpoint if it has one."""
     name, spec = section.name, section.spec
     optimizer = section.optimizer(default_steps=config.steps, default_lr=default_lr(trainer.base.config))
-    join = functools.partial(
-        trainer.add,
-        name,
-        spec,
-        optimizer,
-        examples,
-        batch_size=section.batch,
-        seed=section.seed,
-        loss=section.objective,
-    )
     try:
-        join()
+        state, step, cursor = trainer.fresh(spec, section.seed), 0, 0
+        found = restore_state(job.states, state)
+        if found is not None:
+            assert isinstance(found.arrays, SlotState)
+            state, step, cursor = found.arrays, found.step, int(found.meta["cursor"])
+            job.saved = step
+        trainer.add(
+            name,
+            spec,
+            optimizer,
+            examples,
+            batch_size=section.batch,
+            seed=section.seed,
+            loss=section.objective,
+            resume=(state, step, cursor),
+        )
     except InvalidRequest as e:
         raise InvalidRequest(f"tenant {name}: {e.message}", param=e.param) from e
-    found = restore_state(job.states, jax.device_get(trainer.unseat(name)))
-    if found is None:
-        return
-    assert isinstance(found.arrays, SlotState)
-    job.saved = found.step
-    resume = (found.arrays, found.step, int(found.meta["cursor"]))
-    trainer.remove(name)
-    join(resume=resume)
 
 
 def evaluate_all(trainer: Trainer, jobs: dict[str, Job], names: Sequence[str], *, tuned: bool) -> dict[str, Evaluation]:
