@@ -17,6 +17,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
 from pallas_kernels.tpu_blocks import LANES, blocks
+from pallas_kernels.trips import filled
 
 
 def forward(
@@ -52,7 +53,7 @@ def backward(
     """Gradients of q, k and v in their dtypes."""
     G, J, N, H = q_GJNH.shape
     kernel = _kernel(J, N, window, interpret, keep=False)
-    lse_GNJ = _filled(lse_GKMJ.reshape(G, N, J), 2)
+    lse_GNJ = filled(lse_GKMJ.reshape(G, N, J), LANES, axis=2)
 
     def lane(q_NJH, k_KJH, v_KJH, segment, out_NJH, lse_NJ, d_NJH) -> tuple[jax.Array, ...]:
         kept = (q_NJH, k_KJH, v_KJH, segment, None, out_NJH, lse_NJ, kernel.dq_mask_info, kernel.dkv_mask_info)
@@ -94,19 +95,13 @@ def _precision(q: jax.Array):
     return jax.default_matmul_precision("highest" if q.dtype == jnp.float32 else "default")
 
 
-def _filled(x: jax.Array, axis: int) -> jax.Array:
-    """The token axis filled up with zeros to whole blocks."""
-    more = -x.shape[axis] % LANES
-    return jnp.pad(x, [(0, more if a == axis else 0) for a in range(x.ndim)])
-
-
 def _segments(segment_GJ: jax.Array) -> splash.SegmentIds:
-    filled = _filled(segment_GJ, 1)
-    return splash.SegmentIds(q=filled, kv=filled)
+    whole_GJ = filled(segment_GJ, LANES, axis=1)
+    return splash.SegmentIds(q=whole_GJ, kv=whole_GJ)
 
 
 def _by_head(x_GJNH: jax.Array) -> jax.Array:
-    return _filled(x_GJNH, 1).transpose(0, 2, 1, 3)
+    return filled(x_GJNH, LANES, axis=1).transpose(0, 2, 1, 3)
 
 
 def _scaled(q_GJNH: jax.Array) -> jax.Array:

@@ -28,6 +28,7 @@ from pallas_kernels.dispatch import by_platform, known_dtypes
 from pallas_kernels.placement import Placement
 from pallas_kernels.segmented_lora import segmented_lora, shrink
 from pallas_kernels.shapes import shaped
+from pallas_kernels.trips import run_of, trips, with_run
 
 HeadLora = tuple[jax.Array, jax.Array, jax.Array]  # a_GRD, b_GRV, scale_G
 
@@ -130,27 +131,19 @@ def _logits(
     return logits if lora is None else logits + segmented_lora(x_GJD, [lora], placement)[0].astype(jnp.float32)
 
 
-def _slice(x: jax.Array, trip: jax.Array, chunk: int) -> jax.Array:
-    return lax.dynamic_slice_in_dim(x, trip * chunk, chunk, axis=1)
-
-
-def _trips(count_G: jax.Array, chunk: int) -> jax.Array:
-    return -(-count_G.max() // chunk)
-
-
 def _forward_xla(form, x_GJD, lora, head_DV, back_VD, target_GJK, count_G):
     chunk, placement = form.chunk, form.placement
 
     def body(trip, out):
-        logits = _logits(_slice(x_GJD, trip, chunk), head_DV, lora, placement)
+        logits = _logits(run_of(x_GJD, trip, chunk), head_DV, lora, placement)
         best = logits.max(axis=-1)
-        chosen = jnp.take_along_axis(logits, _slice(target_GJK, trip, chunk), axis=-1)
+        chosen = jnp.take_along_axis(logits, run_of(target_GJK, trip, chunk), axis=-1)
         lse = best + jnp.log(jnp.exp(logits - best[..., None]).sum(-1))
         new = (chosen - lse[..., None], chosen >= best[..., None], lse)
-        return tuple(lax.dynamic_update_slice_in_dim(o, n, trip * chunk, axis=1) for o, n in zip(out, new, strict=True))
+        return tuple(with_run(o, n, trip) for o, n in zip(out, new, strict=True))
 
     start = [jnp.zeros(target_GJK.shape[:n], t) for n, t in ((3, jnp.float32), (3, bool), (2, jnp.float32))]
-    return lax.fori_loop(0, _trips(count_G, chunk), body, tuple(start))
+    return lax.fori_loop(0, trips(count_G, chunk), body, tuple(start))
 
 
 def _backward_xla(form, x_GJD, lora, head_DV, back_VD, target_GJK, count_G, lse_GJ, d_GJK):
@@ -159,8 +152,8 @@ def _backward_xla(form, x_GJD, lora, head_DV, back_VD, target_GJK, count_G, lse_
 
     def body(trip, carry):
         dx_GJD, dlora = carry
-        x, target = _slice(x_GJD, trip, chunk), _slice(target_GJK, trip, chunk)
-        d, lse = _slice(d_GJK, trip, chunk), _slice(lse_GJ, trip, chunk)
+        x, target = run_of(x_GJD, trip, chunk), run_of(target_GJK, trip, chunk)
+        d, lse = run_of(d_GJK, trip, chunk), run_of(lse_GJ, trip, chunk)
         share = jnp.exp(_logits(x, head_DV, lora, placement) - lse[..., None])
         # Target by target, so that one loop over the logits does it all: a sum over K would first write all its terms.
         d_logits = functools.reduce(
@@ -174,10 +167,10 @@ def _backward_xla(form, x_GJD, lora, head_DV, back_VD, target_GJK, count_G, lse_
             _, pull = jax.vjp(lambda x, lora: segmented_lora(x, [lora], placement)[0], x, lora)
             dx_lora, dl = pull(d_logits.astype(x.dtype))
             dx, dlora = dx + dx_lora, jax.tree.map(jnp.add, dlora, dl)
-        return lax.dynamic_update_slice_in_dim(dx_GJD, dx, trip * chunk, axis=1), dlora
+        return with_run(dx_GJD, dx, trip), dlora
 
     start = jnp.zeros_like(x_GJD), jax.tree.map(jnp.zeros_like, lora)
-    return lax.fori_loop(0, _trips(count_G, chunk), body, start)
+    return lax.fori_loop(0, trips(count_G, chunk), body, start)
 
 
 # ---- kernels ----------------------------------------------------------------------------------------------------------

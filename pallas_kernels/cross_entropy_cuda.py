@@ -29,6 +29,7 @@ from jax import lax
 
 from pallas_kernels.cuda_blocks import WORD_ROWS, WORD_SPLITS, WORD_TOKENS, WORDS, power_of_two
 from pallas_kernels.segmented_lora_cuda import expand_back, lane_tile
+from pallas_kernels.trips import filled, run_of, trips, with_run
 
 Halves = tuple[jax.Array, jax.Array]  # h_GJR scaled, b_GRV
 STEP = 64  # features, or ranks, of a product that are fetched at once
@@ -209,7 +210,7 @@ def backward(
     args, G, lanes = (x_GJD, target_GJK, count_G, lora, lse_GJ, d_GJK), len(count_G), WORD_ROWS // WORD_TOKENS
     if lanes >= G:
         return _backward_lanes(head, by_word, *args)
-    blocks = jax.tree.map(lambda v: _filled(v, lanes, axis=0).reshape(-1, lanes, *v.shape[1:]), args)
+    blocks = jax.tree.map(lambda v: filled(v, lanes, axis=0).reshape(-1, lanes, *v.shape[1:]), args)
     found = lax.map(lambda block: _backward_lanes(head, by_word, *block), blocks)
     return jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:])[:G], found)
 
@@ -221,10 +222,10 @@ def _backward_lanes(
     G, J = lse_GJ.shape
     C = min(math.ceil(J / WORD_TOKENS), WORD_ROWS // G // WORD_TOKENS) * WORD_TOKENS
     h_GJR, b_GRV = (None, None) if lora is None else lora
-    filled = jax.tree.map(lambda v: _filled(v, C, axis=1), (x_GJD, target_GJK, lse_GJ, d_GJK, h_GJR))
+    whole = jax.tree.map(lambda v: filled(v, C, axis=1), (x_GJD, target_GJK, lse_GJ, d_GJK, h_GJR))
 
     def trip(i: jax.Array, out: tuple) -> tuple:
-        x_GCD, target_GCK, lse_GC, d_GCK, h_GCR = jax.tree.map(lambda v: _part(v, i, C), filled)
+        x_GCD, target_GCK, lse_GC, d_GCK, h_GCR = jax.tree.map(lambda v: run_of(v, i, C), whole)
         halves = None if b_GRV is None else (h_GCR, b_GRV)
         d_GCV = _d_logits(x_GCD, head, target_GCK, count_G - i * C, halves, lse_GC, d_GCK, by_word)
         dx_GCD = jnp.einsum(
@@ -233,11 +234,11 @@ def _backward_lanes(
         dx_GJD, dh_GJR, db_GRV = out
         if halves is not None:
             dh_GCR, db = expand_back(d_GCV, *halves)
-            dh_GJR, db_GRV = _put(dh_GJR, dh_GCR, i, C), db_GRV + db
-        return _put(dx_GJD, dx_GCD, i, C), dh_GJR, db_GRV
+            dh_GJR, db_GRV = with_run(dh_GJR, dh_GCR, i), db_GRV + db
+        return with_run(dx_GJD, dx_GCD, i), dh_GJR, db_GRV
 
-    start = jax.tree.map(lambda v: jnp.zeros(v.shape, jnp.float32), (filled[0], filled[4], b_GRV))
-    dx_GJD, dh_GJR, db_GRV = lax.fori_loop(0, -(-count_G.max() // C), trip, start)
+    start = jax.tree.map(lambda v: jnp.zeros(v.shape, jnp.float32), (whole[0], whole[4], b_GRV))
+    dx_GJD, dh_GJR, db_GRV = lax.fori_loop(0, trips(count_G, C), trip, start)
     return dx_GJD[:, :J], None if dh_GJR is None else dh_GJR[:, :J], db_GRV
 
 
@@ -286,16 +287,3 @@ def _constants(x_GJD: jax.Array, head: jax.Array, targets: int, lora: Halves | N
         "STEP": STEP,
         "RANK": min(STEP, power_of_two(rank)) if rank else STEP,
     }
-
-
-def _filled(x: jax.Array, size: int, axis: int) -> jax.Array:
-    """The axis filled up with zeros to a multiple of the size."""
-    return jnp.pad(x, [(0, -n % size if a == axis else 0) for a, n in enumerate(x.shape)])
-
-
-def _part(x: jax.Array, i: jax.Array, tokens: int) -> jax.Array:
-    return lax.dynamic_slice_in_dim(x, i * tokens, tokens, axis=1)
-
-
-def _put(x: jax.Array, part: jax.Array, i: jax.Array, tokens: int) -> jax.Array:
-    return lax.dynamic_update_slice_in_dim(x, part, i * tokens, axis=1)

@@ -28,6 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.tpu_blocks import LANES, blocks, dot, padded_bytes
+from pallas_kernels.trips import filled, run_of, trips, with_run
 
 Halves = tuple[jax.Array, jax.Array]  # h_GJR scaled, b_GRV
 ROW = 16  # tokens of a lane in a trip are a multiple: whole tiles in bfloat16 and float32
@@ -109,16 +110,16 @@ def forward(
     assert size is not None
     C = size.tokens
     h_GJR, b_GRV = (None, None) if lora is None else lora
-    filled = jax.tree.map(lambda v: _filled(v, C), (x_GJD, target_GJK, h_GJR))
+    whole = jax.tree.map(lambda v: filled(v, C, axis=1), (x_GJD, target_GJK, h_GJR))
 
     def trip(i: jax.Array, out: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        x_TD, target_TK, h_TR = jax.tree.map(lambda v: _rows(v, i, C), filled)
+        x_TD, target_TK, h_TR = jax.tree.map(lambda v: _rows(v, i, C), whole)
         new = _forward_trip(size, interpret, x_TD, head, target_TK, h_TR, b_GRV)
         return tuple(_put(o, n, i, C) for o, n in zip(out, new, strict=True))
 
-    shape = (G, filled[0].shape[1])
+    shape = (G, whole[0].shape[1])
     start = tuple(jnp.zeros((*shape, n), jnp.float32) for n in (K, 1, 1))
-    chosen, best, total = lax.fori_loop(0, -(-count_G.max() // C), trip, start)
+    chosen, best, total = lax.fori_loop(0, trips(count_G, C), trip, start)
     return chosen[:, :J], best[:, :J, 0], total[:, :J, 0]
 
 
@@ -140,33 +141,28 @@ def backward(
     size = cut(x_GJD, head, target_GJK.shape[2], b_GRV, by_word=by_word, back=True)
     assert size is not None
     C = size.tokens
-    filled = jax.tree.map(lambda v: _filled(v, C), (x_GJD, target_GJK, lse_GJ[..., None], d_GJK, h_GJR))
+    whole = jax.tree.map(lambda v: filled(v, C, axis=1), (x_GJD, target_GJK, lse_GJ[..., None], d_GJK, h_GJR))
 
     def trip(i: jax.Array, out: tuple) -> tuple:
         dx_GJD, dh_GJR, db_GRV = out
-        x_TD, target_TK, lse_T1, d_TK, h_TR = jax.tree.map(lambda v: _rows(v, i, C), filled)
+        x_TD, target_TK, lse_T1, d_TK, h_TR = jax.tree.map(lambda v: _rows(v, i, C), whole)
         rows = x_TD, head, target_TK, lse_T1, d_TK
         dx_TD, dh_TR, db_GRV = _backward_trip(size, interpret, *rows, h_TR, b_GRV, db_GRV)
         return _put(dx_GJD, dx_TD, i, C), None if dh_TR is None else _put(dh_GJR, dh_TR, i, C), db_GRV
 
-    start = [None if v is None else jnp.zeros(v.shape, jnp.float32) for v in (filled[0], filled[4], b_GRV)]
-    dx_GJD, dh_GJR, db_GRV = lax.fori_loop(0, -(-count_G.max() // C), trip, tuple(start))
+    start = [None if v is None else jnp.zeros(v.shape, jnp.float32) for v in (whole[0], whole[4], b_GRV)]
+    dx_GJD, dh_GJR, db_GRV = lax.fori_loop(0, trips(count_G, C), trip, tuple(start))
     return dx_GJD[:, :J], None if dh_GJR is None else dh_GJR[:, :J], db_GRV
-
-
-def _filled(x: jax.Array, tokens: int) -> jax.Array:
-    """Lanes filled up with zeros to whole trips."""
-    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % tokens), (0, 0)])
 
 
 def _rows(x: jax.Array, i: jax.Array, tokens: int) -> jax.Array:
     """[T, ·] of a trip."""
-    part = lax.dynamic_slice_in_dim(x, i * tokens, tokens, axis=1)
+    part = run_of(x, i, tokens)
     return part.reshape(-1, part.shape[2])
 
 
 def _put(x: jax.Array, part: jax.Array, i: jax.Array, tokens: int) -> jax.Array:
-    return lax.dynamic_update_slice_in_dim(x, part.reshape(x.shape[0], tokens, -1), i * tokens, axis=1)
+    return with_run(x, part.reshape(x.shape[0], tokens, -1), i)
 
 
 # ---- kernels ----------------------------------------------------------------------------------------------------------
