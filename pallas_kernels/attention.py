@@ -128,7 +128,7 @@ def _flash_forward(q_GJNH, k_GJKH, v_GJKH, segment_GJ, window, block, placement)
     out_GJNH, lse = by_platform(
         "packed_attention",
         *args,
-        xla=functools.partial(_blocks_forward, window, block),
+        xla=functools.partial(_forward_xla, window, block, placement),
         pallas=functools.partial(_forward_tpu, window, placement) if known_dtypes(*args[:3]) else None,
         triton=functools.partial(_forward_cuda, window, placement) if fits_cuda(*args[:3]) else None,
     )
@@ -141,7 +141,7 @@ def _flash_backward(window, block, placement, saved, d_GJNH):
         "packed_attention",
         *saved,
         d_GJNH,
-        xla=functools.partial(_blocks_backward, window, block),
+        xla=functools.partial(_backward_xla, window, block, placement),
         pallas=functools.partial(_backward_tpu, window, placement) if known_dtypes(*saved[:3]) else None,
         triton=functools.partial(_backward_cuda, window, placement) if fits_cuda(*saved[:3]) else None,
     )
@@ -205,6 +205,14 @@ def _backward_cuda(window: int | None, placement: Placement | None, *arrays) -> 
 
 
 # ---- XLA --------------------------------------------------------------------------------------------------------------
+
+
+def _forward_xla(window, block, placement, *arrays) -> tuple[jax.Array, jax.Array]:
+    return _on_each(functools.partial(_blocks_forward, window, block), placement, "hhhr", "hl")(*arrays)
+
+
+def _backward_xla(window, block, placement, *arrays) -> tuple[jax.Array, jax.Array, jax.Array]:
+    return _on_each(functools.partial(_blocks_backward, window, block), placement, "hhhrhlh", "hhh")(*arrays)
 
 
 def _blocks_forward(window, block, q_GJNH, k_GJKH, v_GJKH, segment_GJ):

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from kernel_checks import F32, assert_close, floats
 
 from jaxlora.mesh import make_mesh
@@ -95,8 +98,29 @@ def words(tied: bool, lora: bool, placement: Placement | None, interpreted: bool
         return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(x, halves, scale, head)
 
 
+def attention_collectives(mesh: Mesh) -> set[str]:
+    """The collectives of attention and its gradients as compiled: XLA must find a device's own bounds on that device.
+
+    A bound over all devices inside a loop can wait for ever: XLA's CPU devices do not keep one order of collectives.
+    """
+    lanes, heads = NamedSharding(mesh, P(("data", "fsdp"))), NamedSharding(mesh, P(("data", "fsdp"), None, "tensor"))
+    placement = Placement(mesh=mesh, rows=("data", "fsdp"), heads="tensor")
+
+    def attend(q, k, v, segments, w):
+        out, back = jax.vjp(lambda *a: packed_attention(*a, segments, window=None, placement=placement), q, k, v)
+        return out, back(w)
+
+    def floats_of(count):
+        return jax.ShapeDtypeStruct((G, J, count, 4), jnp.float32, sharding=heads)
+
+    segments = jax.ShapeDtypeStruct((G, J), jnp.int32, sharding=lanes)
+    args = floats_of(4), floats_of(2), floats_of(2), segments, floats_of(4)
+    return set(re.findall(r"all-reduce|all-gather|all-to-all", jax.jit(attend).lower(*args).compile().as_text()))
+
+
 def main() -> None:
     mesh = make_mesh(2, 2, 2)
+    assert attention_collectives(mesh) == set()
     attention = [{"rows": ("data", "fsdp"), "heads": "tensor"}]
     splits = {
         decode: [
