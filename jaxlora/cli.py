@@ -106,11 +106,12 @@ def serve(
 ) -> None:
     """Serve a base and its adapters over HTTP.
 
-    Give CONFIG.toml, or --model for the defaults of jaxlora.config.serve_defaults.  An option beside CONFIG.toml
+    Give CONFIG.toml, or --model for the defaults of jaxlora.serve_config.serve_defaults.  An option beside CONFIG.toml
     replaces the file's value.
     """
     with clean_exit():
-        from jaxlora.config import ServeConfig, load, serve_defaults
+        from jaxlora.config import load
+        from jaxlora.serve_config import ServeConfig, serve_defaults
 
         if config is not None:
             settings = load(config, ServeConfig)

@@ -7,7 +7,7 @@ Nothing that a checkpoint decides has a default; how a tenant learns has those o
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,18 +19,15 @@ from jaxlora.model_config import ModelConfig
 from jaxlora.toml_loader import PathOrName, load
 
 __all__ = [
-    "AdapterSection",
     "Loss",
     "MeshSection",
     "ModelSection",
     "Optimizer",
     "Recipe",
-    "ServeConfig",
     "TenantSection",
     "TrainConfig",
     "default_lr",
     "load",
-    "serve_defaults",
 ]
 
 DEMO_MODEL = "smollm2"  # the installed demo model
@@ -51,14 +48,14 @@ NO_CLIP = math.inf
 FLOAT32 = np.finfo(np.float32)
 
 
-def _need(ok: bool, name: str, wanted: str, got: object) -> None:
+def need(ok: bool, name: str, wanted: str, got: object) -> None:
     if not ok:
         raise ValueError(f"{name} must be {wanted}, got {got!r}")
 
 
-def _need_counts(section: object, *names: str) -> None:
+def need_counts(section: object, *names: str) -> None:
     for name in names:
-        _need(getattr(section, name) >= 1, name, "at least 1", getattr(section, name))
+        need(getattr(section, name) >= 1, name, "at least 1", getattr(section, name))
 
 
 def check_lane_tokens(lane_tokens: int) -> None:
@@ -73,7 +70,7 @@ def check_lane_tokens(lane_tokens: int) -> None:
         )
 
 
-def _need_distinct(names: list[str], what: str) -> None:
+def need_distinct(names: list[str], what: str) -> None:
     twice = sorted({n for n in names if names.count(n) > 1})
     if twice:
         raise ValueError(f"{what} must be distinct; more than one is called {', '.join(twice)}")
@@ -88,7 +85,7 @@ class ModelSection:
     precision: Precision = "auto"
 
     def __post_init__(self) -> None:
-        _need(bool(self.path.strip()), "path", '"smollm2", a directory, a .gguf file or a hub id', self.path)
+        need(bool(self.path.strip()), "path", '"smollm2", a directory, a .gguf file or a hub id', self.path)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,7 +98,7 @@ class MeshSection:
     processes: int = 1  # that hold the devices together; each is started with this file (see processes.py)
 
     def __post_init__(self) -> None:
-        _need_counts(self, "data", "fsdp", "tensor", "processes")
+        need_counts(self, "data", "fsdp", "tensor", "processes")
 
 
 ONE_DEVICE = MeshSection(data=1, fsdp=1, tensor=1)
@@ -267,11 +264,11 @@ class Recipe:
     def __post_init__(self) -> None:
         _ = self.spec  # LoraSpec checks rank, alpha and targets
         _ = self.objective  # Loss checks its numbers
-        _need_counts(self, "batch")
-        _need(self.steps is None or self.steps >= 1, "steps", "at least 1, or left out", self.steps)
+        need_counts(self, "batch")
+        need(self.steps is None or self.steps >= 1, "steps", "at least 1, or left out", self.steps)
         # checks its numbers; without steps the warm-up is checked where they are known
         self.optimizer(default_steps=max(self.warmup_steps or 0, 1), default_lr=OPTIMIZER.lr)
-        _need(0 <= self.seed < 2**32, "seed", "in [0, 2^32)", self.seed)
+        need(0 <= self.seed < 2**32, "seed", "in [0, 2^32)", self.seed)
 
     @property
     def spec(self) -> LoraSpec:
@@ -323,7 +320,7 @@ class BucketSection:
     slots: int
 
     def __post_init__(self) -> None:
-        _need_counts(self, "rank", "slots")
+        need_counts(self, "rank", "slots")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -354,10 +351,10 @@ class TrainConfig:
         return sorted([(b.rank, b.slots) for b in self.bucket] + [(self.max_rank, self.slots)])
 
     def __post_init__(self) -> None:
-        _need_counts(self, "lanes", "lane_tokens", "slots", "max_rank", "steps", "save_every")
+        need_counts(self, "lanes", "lane_tokens", "slots", "max_rank", "steps", "save_every")
         check_lane_tokens(self.lane_tokens)
-        _need(bool(self.tenant), "tenant", "at least one [[tenant]] table", self.tenant)
-        _need_distinct([t.name for t in self.tenant], "tenant names")
+        need(bool(self.tenant), "tenant", "at least one [[tenant]] table", self.tenant)
+        need_distinct([t.name for t in self.tenant], "tenant names")
         ranks = [b.rank for b in self.bucket]
         if any(rank >= self.max_rank for rank in ranks) or len(set(ranks)) < len(ranks):
             raise ValueError(
@@ -381,66 +378,3 @@ class TrainConfig:
                     f"{len(sitting)} tenants {where} need as many slots, but there are {slots}; raise `slots`"
                 )
             below = rank
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AdapterSection:
-    """A PEFT folder to load when the server starts, and the model name it answers to."""
-
-    name: str
-    path: Path
-
-    def __post_init__(self) -> None:
-        check_name(self.name, "name")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ServeConfig:
-    """One server: one base, many adapters, one compiled decode step."""
-
-    model: ModelSection
-    mesh: MeshSection = ONE_DEVICE
-    host: str  # address to listen on; 127.0.0.1 is this machine only
-    port: int  # 0: any free port
-    slots: int  # adapters on the device at once
-    max_rank: int  # largest rank a slot holds
-    rows: int  # sequences decoded in one step
-    kv_pages: int  # pages of the key/value cache, all sequences together
-    page_tokens: int  # tokens in a page
-    prefill_lanes: int  # prompt chunks in one prefill step
-    prefill_tokens: int  # tokens in a prompt chunk
-    default_max_tokens: int  # of a request that names none
-    max_waiting: int  # requests in the queue before new ones get 503
-    adapters: Path  # root of the adapter store
-    load: tuple[AdapterSection, ...] = field(default=())
-
-    def __post_init__(self) -> None:
-        _need_counts(self, "slots", "max_rank", "rows", "kv_pages", "page_tokens", "prefill_lanes", "prefill_tokens")
-        _need_counts(self, "default_max_tokens", "max_waiting")
-        _need(self.mesh.processes == 1, "mesh.processes", "1, as only training runs in several", self.mesh.processes)
-        _need(bool(self.host.strip()), "host", "an address such as 127.0.0.1", self.host)
-        _need(0 <= self.port < 2**16, "port", "in [0, 65535]", self.port)
-        _need_distinct([a.name for a in self.load], "names under [[load]]")
-
-
-def serve_defaults(model: str, adapters: Path) -> ServeConfig:
-    """What `jaxlora serve --model` uses: the one place of the server's defaults.  It listens on this machine only.
-
-    Sized for the demo model on a laptop: with SmolLM2-135M in float32, 8 slots of rank 32 are about 0.36 GB (all seven
-    projections and the head) and 128 pages of 64 tokens about 0.4 GB.  A larger machine is worth a TOML file.
-    """
-    return ServeConfig(
-        model=ModelSection(path=model, dtype="auto"),
-        host="127.0.0.1",
-        port=8000,
-        slots=8,
-        max_rank=32,
-        rows=8,
-        kv_pages=128,
-        page_tokens=64,
-        prefill_lanes=8,
-        prefill_tokens=32,
-        default_max_tokens=256,
-        max_waiting=256,
-        adapters=adapters,
-    )

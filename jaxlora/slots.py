@@ -57,6 +57,10 @@ class SlotTable:
         """Every version on the device and its slot."""
         return dict(self._slot_of)
 
+    def pinned(self) -> list[AdapterRef]:
+        """The versions whose slots have users."""
+        return [ref for ref, slot in self._slot_of.items() if self._pins[slot] > 0]
+
     def check(self) -> None:
         """Asserts that both maps agree and that no pin is lost."""
         assert {r: s for s, r in enumerate(self._ref_of) if r is not None} == self._slot_of

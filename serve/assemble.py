@@ -11,12 +11,12 @@ import numpy as np
 import uvicorn
 
 from jaxlora import compile_cache
-from jaxlora.config import AdapterSection, ServeConfig
 from jaxlora.errors import ConfigInvalid
 from jaxlora.lora import ALL_TARGETS, HEAD_TARGET, Adapter, AdapterRef
 from jaxlora.opened import Opened, open_base
 from jaxlora.peft import import_peft
 from jaxlora.pool import PoolSpec
+from jaxlora.serve_config import AdapterSection, ServeConfig
 from jaxlora.store import AdapterStore
 from serve.app import create_app, hosts_for
 from serve.engine import Engine, EngineConfig
@@ -39,6 +39,9 @@ def make_runner(opened: Opened, config: ServeConfig, store: AdapterStore) -> Run
         page_tokens=config.page_tokens,
         max_tokens=min(opened.base.config.context, config.kv_pages * config.page_tokens),
         max_waiting=config.max_waiting,
+        max_waiting_tokens=config.max_waiting_tokens,
+        host_bytes=int(config.host_kv_gb * 1e9),
+        quantum_s=config.quantum_ms / 1000,
     )
     engine = Engine(opened.base, opened.mesh, engine_config, pool_spec, store, opened.tokenizer, opened.base_hash)
     return Runner(engine, base_name=opened.name)

@@ -18,11 +18,12 @@ from rich.live import Live
 from rich.table import Table
 
 from jaxlora import compile_cache
-from jaxlora.config import DEMO_MODEL, ONE_DEVICE, ModelSection, ServeConfig
+from jaxlora.config import DEMO_MODEL, ONE_DEVICE, ModelSection
 from jaxlora.lora import AdapterRef, LoraSpec
 from jaxlora.opened import Opened, open_base
 from jaxlora.peft import export_peft
 from jaxlora.pool import PoolSpec
+from jaxlora.serve_config import ServeConfig
 from jaxlora.store import AdapterStore
 from serve.assemble import HOST_BYTES, make_http, make_runner, stop
 from serve.demo_tasks import Task, constant_baseline, demo_tasks, nearest_baseline
@@ -59,6 +60,9 @@ def demo_serve_config(port: int, adapters: Path) -> ServeConfig:
         prefill_tokens=24,  # a question of the demo fits one chunk
         default_max_tokens=64,
         max_waiting=4096,
+        max_waiting_tokens=1_000_000,
+        quantum_ms=200.0,
+        host_kv_gb=0.5,
         adapters=adapters,
     )
 

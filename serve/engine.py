@@ -9,6 +9,7 @@ Shape letters: G lanes, J tokens of a lane, C pages per sequence, D model, V voc
 from __future__ import annotations
 
 import secrets
+import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
@@ -27,10 +28,12 @@ from jaxlora.slots import SlotTable
 from jaxlora.store import AdapterStore
 from jaxlora.tokenizer import Detokenizer, Tokenizer
 from pallas_kernels import NO_ADAPTER
-from serve.pages import PageAllocator
+from serve.offload import PageMover, page_bytes
+from serve.pages import HostPages, PageAllocator
 from serve.request import Delta, FinishReason, Request, TokenLogprob
 from serve.sampling import SamplingBatch, StepOutput, sample
-from serve.scheduler import Chunk, Scheduler, Sequence
+from serve.scheduler import Limits, Scheduler
+from serve.sequence import Chunk, Plan, Sequence
 from serve.stops import StopStrings
 
 SHORT_LANES = 4  # divides a full program into a small one: a few rows should not pay for many
@@ -50,6 +53,9 @@ class EngineConfig:
     page_tokens: int
     max_tokens: int  # longest sequence, prompt included
     max_waiting: int  # requests in line before new ones are refused
+    max_waiting_tokens: int  # tokens they may come to, prompt and max_tokens together
+    host_bytes: int  # of KV that parked requests may keep on the host; what has no room there is computed again
+    quantum_s: float  # how long an adapter keeps its slot while others wait
 
 
 @jax.tree_util.register_dataclass
@@ -118,17 +124,23 @@ class Engine:
         self.store, self.tokenizer, self.base_hash = store, tokenizer, base_hash
         self.slots = SlotTable(pool_spec.slots)
         allocator = PageAllocator(config.pages, config.page_tokens)
-        self.scheduler = Scheduler(
-            self.slots,
-            allocator,
-            rows=config.rows,
-            lanes=config.prefill_lanes,
-            lane_tokens=config.prefill_tokens,
-            max_waiting=config.max_waiting,
-        )
         self._columns = allocator.needed(config.max_tokens)
         self._pool = empty_pool(base.config, pool_spec, mesh)
         self._kv = empty_pages(base.config, mesh, pages=config.pages, page_tokens=config.page_tokens, dtype=base.dtype)
+        self.scheduler = Scheduler(
+            self.slots,
+            allocator,
+            Limits(
+                rows=config.rows,
+                lanes=config.prefill_lanes,
+                lane_tokens=config.prefill_tokens,
+                waiting=config.max_waiting,
+                waiting_tokens=config.max_waiting_tokens,
+                host_pages=config.host_bytes // page_bytes(self._kv),
+            ),
+            quantum_s=config.quantum_s,
+            active=pool_spec.slots,
+        )
         in_place = jax.tree.map(lambda x: x.sharding, self._pool)
         self._write_slot = jax.jit(write_slot, donate_argnums=0, out_shardings=in_place)
         self._program = step_program(mesh)
@@ -137,6 +149,9 @@ class Engine:
         self._sequences: dict[str, Sequence] = {}
         self._texts: dict[str, TextState] = {}
         self._seeds: dict[str, int] = {}
+        self._saved: dict[str, HostPages] = {}  # KV of parked requests
+        self._mover = PageMover(mesh)
+        self.clock = time.monotonic
         self.decoded_tokens = 0  # generated since the start
         self.prefilled_tokens = 0
 
@@ -155,6 +170,7 @@ class Engine:
         """Compiles and runs every program once, on padding that is written nowhere, and the loading of an adapter."""
         for lanes, tokens in self.shapes():
             self._run(self._idle(lanes, tokens))
+        self._kv = self._mover.warm_up(self._kv)
         empty = jax.tree.map(lambda p: np.zeros(p.shape[:1] + p.shape[2:], np.float32), self._pool)
         self._write(0, empty)
         jax.block_until_ready(self._pool)
@@ -175,7 +191,7 @@ class Engine:
                 f"they must be at most {self.config.max_tokens}",
                 param="max_tokens",
             )
-        sequence = self.scheduler.add(request)
+        sequence = self.scheduler.add(request, self.clock())
         p = request.params
         self._sequences[request.id] = sequence
         self._texts[request.id] = TextState(self.tokenizer.detokenizer(), StopStrings(p.stop, p.include_stop))
@@ -197,18 +213,24 @@ class Engine:
         each decoding sequence.  Waits for a disk only when nobody can run, and then for a moment.
         """
         deltas = self._read_ahead()
-        plan = self.scheduler.plan(self._is_read)
-        for ref, slot in plan.load:
-            self._load(ref, slot)
+        plan = self.scheduler.plan(self.clock(), [ref for ref in self._loads if self._is_read(ref)])
+        self._move(plan)
         if plan.empty and self._loads:
             wait(self._loads.values(), LOAD_WAIT_S, FIRST_COMPLETED)
-        prefill = [c for c in plan.prefill if c.sequence.request.id in self._sequences]
-        decode = [s for s in plan.decode if s.request.id in self._sequences]
-        if prefill:
+        if prefill := [c for c in plan.prefill if c.sequence.request.id in self._sequences]:
             deltas += self._prefill(prefill)
-        if decode:
+        if decode := [s for s in plan.decode if s.request.id in self._sequences]:
             deltas += self._decode(decode)
         return deltas
+
+    def _move(self, plan: Plan) -> None:
+        """Copies of a plan: KV to the host, adapters into slots, KV back."""
+        for s, pages in plan.save:
+            self._saved[s.request.id] = self._mover.save(self._kv, pages)
+        for ref, slot in plan.load:
+            self._load(ref, slot)
+        for s, pages in plan.restore:
+            self._kv = self._mover.restore(self._kv, pages, self._saved.pop(s.request.id))
 
     # ---- adapters -------------------------------------------------------------------------------------------------
 
@@ -220,6 +242,7 @@ class Engine:
         slot = self.slots.find(ref)
         if slot is not None:
             return slot  # a request asked for it first and had it loaded
+        self.scheduler.settle()
         slot = self.slots.choose()
         if slot is not None:
             self._write(slot, rows)
@@ -230,6 +253,7 @@ class Engine:
         """Gives up the slot of a version, unless a request uses it or waits for it; whether nobody does."""
         if any(s.request.adapter == ref for s in self._sequences.values()):
             return False
+        self.scheduler.settle()
         self.slots.drop(ref)
         return True
 
@@ -316,7 +340,10 @@ class Engine:
         for lane, c in enumerate(chunks):
             c.sequence.done = c.start + c.count
             self.prefilled_tokens += c.count
-            if c.sequence.prompt_left == 0:
+            if c.sequence.prompt_left > 0:
+                continue
+            self.scheduler.computed(c.sequence)
+            if c.sequence.generated == 0:  # else it was computed again, and what comes next is known
                 deltas += self._advance(c.sequence, out, lane)
         return deltas
 
@@ -365,5 +392,5 @@ class Engine:
 
     def _end(self, sequence: Sequence) -> None:
         self.scheduler.finish(sequence)
-        for table in (self._sequences, self._texts, self._seeds):
+        for table in (self._sequences, self._texts, self._seeds, self._saved):
             table.pop(sequence.request.id, None)

@@ -1,34 +1,228 @@
-"""Which sequence owns which KV pages.  Pure host code."""
+"""Which sequences refer to which KV pages, and which full pages are kept for prompts that begin alike.  Pure host code.
+
+A kept page is known by its exact chain: whose it is (the salt: tenant, hash of the base, adapter with its version or none),
+every token before it, and its own.  Only full pages are shared, and a full page is never written again; the page that a
+sequence still writes is its own.  So nothing is ever copied on write.
+
+Shape letters of what lies on the host: L layers, C pages, Z tokens per page, F features of all kv heads.
+"""
 
 from __future__ import annotations
 
+import hashlib
+from array import array
+from collections import Counter, OrderedDict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+KEY_BYTES = 32
+
+
+@dataclass(frozen=True, slots=True)
+class _Cached:
+    """What a cached page holds."""
+
+    salt: Hashable
+    parent: bytes  # key of the page before it; of a first page the root of its salt
+    key: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Salt:
+    """The cached pages of one salt."""
+
+    root: bytes  # where its chains begin; made once and never used again
+    pages: dict[int, None] = field(default_factory=dict)  # a set that keeps its order
+
+
+def _key(parent: bytes, tokens: Sequence[int]) -> bytes:
+    """The key of the page with these tokens after the page of key `parent`.  No two chains share one."""
+    return hashlib.blake2b(parent + array("i", tokens).tobytes(), digest_size=KEY_BYTES).digest()
+
 
 class PageAllocator:
-    """Hands out page numbers 0 … pages-1, lowest first; every page has at most one owner."""
+    """Hands out pages 0 … pages-1, lowest first, and finds those that hold the beginning of a prompt already.
+
+    A page is free, or referred to by sequences, or cached, or the last two.  A cached page that nobody refers to is
+    given away when no free one is left: what was used longest ago first, and the end of a chain before its beginning.
+    """
 
     def __init__(self, pages: int, page_tokens: int):
         self.pages, self.page_tokens = pages, page_tokens
+        self.lookups = 0  # tokens that `match` was asked for
+        self.hits = 0  # those of them that it found
         self._free = list(range(pages - 1, -1, -1))
+        self._references = [0] * pages
+        self._cached: dict[int, _Cached] = {}
+        self._page_of: dict[bytes, int] = {}  # of a cached page's key
+        self._salts: dict[Hashable, _Salt] = {}  # those that have cached pages
+        self._roots = 0  # made so far
+        self._idle: OrderedDict[int, None] = OrderedDict()  # cached, not referred to; the next to go is first
 
     @property
     def free(self) -> int:
-        """Pages nobody owns."""
-        return len(self._free)
+        """Pages that `take` can give: free ones, and cached ones that nobody refers to."""
+        return len(self._free) + len(self._idle)
 
     def needed(self, tokens: int) -> int:
         """Pages that hold this many tokens."""
         return -(-tokens // self.page_tokens)
 
     def take(self, count: int) -> list[int] | None:
-        """This many pages, or None when there are not enough."""
-        if count > len(self._free):
+        """This many pages to write, each with one reference; None when there are not enough."""
+        if count > self.free:
             return None
-        return [self._free.pop() for _ in range(count)]
+        while len(self._free) < count:
+            self._drop(next(iter(self._idle)))
+        pages = [self._free.pop() for _ in range(count)]
+        for page in pages:
+            self._references[page] = 1
+        return pages
 
     def give_back(self, pages: list[int]) -> None:
-        """The pages are free again."""
-        self._free.extend(reversed(pages))
+        """One reference less on each of these pages of one sequence, which stand in its order.  Cached ones stay cached."""
+        last = None
+        for page in reversed(pages):
+            assert self._references[page] > 0, f"page {page} is given back, and nobody refers to it"
+            self._references[page] -= 1
+            if self._references[page]:
+                continue
+            if page in self._cached:
+                self._idle[page] = None
+                last = page if last is None else last
+            else:
+                self._free.append(page)
+        self._touch(last)
+
+    def match(self, salt: Hashable, tokens: Sequence[int]) -> list[int]:
+        """The longest chain of cached pages that holds the first of these tokens, with one reference more on each.
+
+        It never holds the last token: at least one must be computed, or there is nothing to sample from.
+        """
+        pages: list[int] = []
+        if salt in self._salts:
+            key = self._salts[salt].root
+            for start in range(0, len(tokens) - self.page_tokens, self.page_tokens):
+                key = _key(key, tokens[start : start + self.page_tokens])
+                if key not in self._page_of:
+                    break
+                pages.append(self._page_of[key])
+        for page in pages:
+            self._references[page] += 1
+            self._idle.pop(page, None)
+        self.lookups += len(tokens)
+        self.hits += len(pages) * self.page_tokens
+        return pages
+
+    def register(self, salt: Hashable, tokens: Sequence[int], pages: list[int]) -> None:
+        """The full ones of a sequence's pages, which hold these computed tokens, can be matched from now on.
+
+        A chain that is cached already, in another page, stays in that one.
+        """
+        full = len(tokens) // self.page_tokens
+        assert len(pages) >= full, f"{len(tokens)} tokens in {len(pages)} pages"
+        if not full:
+            return
+        if salt not in self._salts:
+            self._roots += 1
+            self._salts[salt] = _Salt(self._roots.to_bytes(KEY_BYTES))
+        parent = self._salts[salt].root
+        for i, page in enumerate(pages[:full]):
+            cached = self._cached.get(page)
+            if cached is None:
+                assert self._references[page] > 0, f"page {page} is registered, and nobody refers to it"
+                start = i * self.page_tokens
+                cached = _Cached(salt, parent, _key(parent, tokens[start : start + self.page_tokens]))
+                if cached.key not in self._page_of:
+                    self._cached[page] = cached
+                    self._page_of[cached.key] = page
+                    self._salts[salt].pages[page] = None
+            assert cached.parent == parent, f"page {page} is registered under two chains"
+            parent = cached.key
+        self._touch(self._page_of[parent])
+
+    def forget(self, salt: Hashable) -> None:
+        """No page of this salt is found any more: its version is deleted, or its adapter changed.
+
+        Sequences that began before and still run must not register what they computed: it would be found.
+        """
+        if salt in self._salts:
+            for page in list(self._salts[salt].pages):
+                self._drop(page)
 
     def check(self, owned: list[int]) -> None:
-        """Asserts that free and owned pages are all the pages, each once."""
-        assert sorted(self._free + owned) == list(range(self.pages)), "a page is lost or owned twice"
+        """Asserts that free, cached and owned pages are all the pages; `owned` has a page once for each reference."""
+        assert dict(Counter(owned)) == {p: n for p, n in enumerate(self._references) if n}, (
+            "a reference is lost, or a page is owned twice"
+        )
+        apart = sorted([*self._free, *self._idle, *set(owned)])
+        assert apart == list(range(self.pages)), "a page is lost, or in two places"
+        assert self._page_of == {c.key: p for p, c in self._cached.items()}
+        assert set(self._idle) == {p for p in self._cached if not self._references[p]}
+        of_salts = sorted((p, self._cached[p].salt == salt) for salt, of in self._salts.items() for p in of.pages)
+        assert of_salts == [(p, True) for p in sorted(self._cached)]
+        assert all(of.pages for of in self._salts.values())
+        rank = {page: i for i, page in enumerate(self._idle)}
+        for page, at in self._cached.items():
+            parent = self._page_of.get(at.parent)
+            assert rank.get(page, -1) < rank.get(parent, self.pages), f"page {parent} would go before {page}, its next"
+
+    def _touch(self, page: int | None) -> None:
+        """A chain was used up to this page: those of it that nobody refers to are the last to go, its beginning very last."""
+        while page is not None:
+            if page in self._idle:
+                self._idle.move_to_end(page)
+            page = self._page_of.get(self._cached[page].parent)
+
+    def _drop(self, page: int) -> None:
+        """A page is cached no more, and free if nobody refers to it.
+
+        Pages that follow it and are in use stay cached, and are found again once their beginning is.
+        """
+        cached = self._cached.pop(page)
+        del self._page_of[cached.key]
+        of_salt = self._salts[cached.salt].pages
+        del of_salt[page]
+        if not of_salt:
+            del self._salts[cached.salt]
+        if page in self._idle:
+            del self._idle[page]
+            self._free.append(page)
+
+
+@dataclass(frozen=True, slots=True)
+class HostPages:
+    """Keys and values of some pages in host memory, in the dtype and with the bits they had on the device."""
+
+    k_LCZF: np.ndarray
+    v_LCZF: np.ndarray
+
+    @property
+    def count(self) -> int:
+        """Pages."""
+        return self.k_LCZF.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of host memory."""
+        return self.k_LCZF.nbytes + self.v_LCZF.nbytes
+
+
+class HostBudget:
+    """How many bytes of host memory pages may fill."""
+
+    def __init__(self, limit_bytes: int):
+        self.limit_bytes, self.used_bytes = limit_bytes, 0
+
+    def take(self, nbytes: int) -> bool:
+        """Whether there was room for so many bytes more; they are in use then."""
+        fits = self.used_bytes + nbytes <= self.limit_bytes
+        self.used_bytes += nbytes * fits
+        return fits
+
+    def give_back(self, nbytes: int) -> None:
+        """So many bytes are not in use any more."""
+        assert nbytes <= self.used_bytes, f"{nbytes} bytes are given back, {self.used_bytes} are in use"
+        self.used_bytes -= nbytes

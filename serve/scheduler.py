@@ -1,153 +1,352 @@
-"""Who runs in the next step.  Pure host code: state in, plan out.
+"""Who runs in the next step.  Pure host code: state and clock in, plan out.
 
-First come, first served: the oldest waiting request is admitted as soon as there is a row, a slot for its adapter and
-pages for its prompt and all the tokens it may generate, and its adapter has been read: only then does another adapter
-leave its slot.  Nobody overtakes it, so nobody starves, and an admitted sequence never has to give anything back before
-it ends.  Its adapter stays pinned until then.
+`ActiveSet` says which adapters are active.  A request runs when its adapter is active (the base model always is) and it
+has a row; pages it takes as it grows.  Rows: every group (an adapter version, or a tenant's requests of the base) has
+one first, then the tenant that was served least.  Whoever has to give way is parked, and goes on at the same token.
+
+Pages of parked requests are taken back when running ones need them, first to the host, else they are dropped and their
+KV is computed again; then the request that got its row last is parked.  The first one never is, so somebody always ends.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Collection, Hashable, Iterator
+from dataclasses import dataclass
 
 from jaxlora.errors import InvalidRequest, Overloaded
 from jaxlora.lora import AdapterRef
 from jaxlora.slots import SlotTable
 from pallas_kernels import NO_ADAPTER
+from serve.active import ActiveSet, Work
 from serve.pages import PageAllocator
 from serve.request import Request
+from serve.sequence import Chunk, Plan, Sequence
+from serve.shares import TokenShares
 
 
-@dataclass(slots=True, eq=False)
-class Sequence:
-    """How far a request is.  `tokens` is the prompt and what was generated; `done` of them are in the KV pages."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """What a plan may use."""
 
-    request: Request
-    tokens: list[int]
-    done: int = 0
-    slot: int = NO_ADAPTER
-    pages: list[int] = field(default_factory=list)
-
-    @property
-    def prompt_left(self) -> int:
-        """Prompt tokens that are not in the KV pages yet."""
-        return max(len(self.request.prompt) - self.done, 0)
-
-    @property
-    def generated(self) -> int:
-        """Tokens generated so far."""
-        return len(self.tokens) - len(self.request.prompt)
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """A run of prompt tokens of one sequence: `count` of them from place `start`."""
-
-    sequence: Sequence
-    start: int
-    count: int
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What the next step does, in this order."""
-
-    load: list[tuple[AdapterRef, int]]  # adapters to copy into slots
-    prefill: list[Chunk]  # one lane each
-    decode: list[Sequence]  # one row each
-
-    @property
-    def empty(self) -> bool:
-        """Nothing to do."""
-        return not (self.load or self.prefill or self.decode)
+    rows: int  # sequences that run at once
+    lanes: int  # prompt chunks of a step
+    lane_tokens: int  # tokens of a chunk
+    waiting: int  # requests that wait for their first step before new ones are refused
+    waiting_tokens: int  # tokens that they may come to, prompt and max_tokens together
+    host_pages: int  # pages of KV that parked requests may keep on the host
 
 
 class Scheduler:
     """All sequences, from the waiting line to their end."""
 
-    def __init__(
-        self, slots: SlotTable, pages: PageAllocator, *, rows: int, lanes: int, lane_tokens: int, max_waiting: int
-    ):
-        self.slots, self.pages = slots, pages
-        self.rows, self.lanes, self.lane_tokens, self.max_waiting = rows, lanes, lane_tokens, max_waiting
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
+    def __init__(self, slots: SlotTable, pages: PageAllocator, limits: Limits, *, quantum_s: float, active: int):
+        self.active = ActiveSet(slots, quantum_s=quantum_s, limit=active)
+        self.slots, self.pages, self.limits = slots, pages, limits
+        self.prefill_lanes = limits.lanes  # of a step in which others decode; may change at any time
+        self.shares = TokenShares()
+        self.running: list[Sequence] = []  # the one that got its row first is first
+        self._groups: dict[Hashable, dict[int, Sequence]] = {}  # unfinished ones by arrival
+        self._work: dict[AdapterRef, Work] = {}
+        self._parked: dict[int, Sequence] = {}  # those that have pages but no row, the one that was parked last is last
+        self._rows: Counter[Hashable] = Counter()  # of a group
+        self._tenant_rows: Counter[str] = Counter()
+        self._tenants: Counter[str] = Counter()  # unfinished requests
+        self._new: Counter[str] = Counter()  # "requests" and "tokens" that have not run yet
+        self._number = 0
+        self.host_pages = 0  # in use
+        self.recomputed_tokens = 0  # whose KV was dropped and is computed once more
 
-    def add(self, request: Request) -> Sequence:
+    # ---- coming and going -----------------------------------------------------------------------------------------
+
+    def add(self, request: Request, now: float) -> Sequence:
         """The request's sequence, at the end of the line.
 
         Raises InvalidRequest when it can never fit the KV pages, Overloaded when the line is full.
         """
-        tokens = len(request.prompt) + request.params.max_tokens
+        tokens = _tokens(request)
         if self.pages.needed(tokens) > self.pages.pages:
             limit = self.pages.pages * self.pages.page_tokens
             raise InvalidRequest(
                 f"prompt and max_tokens are {tokens} tokens, this server holds {limit}; ask for fewer",
                 param="max_tokens",
             )
-        if len(self.waiting) >= self.max_waiting:
-            raise Overloaded(f"{self.max_waiting} requests are waiting already; retry later")
-        sequence = Sequence(request, list(request.prompt))
-        self.waiting.append(sequence)
+        if self._new["requests"] >= self.limits.waiting:
+            raise Overloaded(f"{self.limits.waiting} requests are waiting already; retry later")
+        if self._new["requests"] and self._new["tokens"] + tokens > self.limits.waiting_tokens:
+            raise Overloaded(
+                f"requests of {self._new['tokens']} tokens are waiting already, with {self.limits.waiting_tokens} the "
+                "line is full; retry later"
+            )
+        self._number += 1
+        sequence = Sequence(request, list(request.prompt), self._number, now, now)
+        self._new.update(requests=1, tokens=tokens)
+        self._groups.setdefault(sequence.group, {})[sequence.number] = sequence
+        if request.adapter is not None:
+            self._work.setdefault(request.adapter, Work(now))
+        self._tenants[request.tenant] += 1
+        if self._tenants[request.tenant] == 1:
+            self.shares.keep(self._tenants)
         return sequence
 
-    def wanted(self, count: int) -> list[AdapterRef]:
-        """Adapters to read now: those of the first in line that no slot holds, at most `count`."""
-        refs = dict.fromkeys(s.request.adapter for s in itertools.islice(self.waiting, self.rows))
-        return [ref for ref in refs if ref is not None and self.slots.find(ref) is None][:count]
-
-    def plan(self, ready: Callable[[AdapterRef], bool]) -> Plan:
-        """Admits what fits and says what the next step computes.  `ready`: an adapter has been read and can be copied."""
-        load = self._admit(ready)
-        prefill: list[Chunk] = []
-        for s in self.running:
-            start, left = s.done, s.prompt_left
-            while left > 0 and len(prefill) < self.lanes:
-                count = min(left, self.lane_tokens)
-                prefill.append(Chunk(s, start, count))
-                start, left = start + count, left - count
-        return Plan(load, prefill, [s for s in self.running if s.prompt_left == 0])
-
     def finish(self, sequence: Sequence) -> None:
-        """The sequence ends or is cancelled, wherever it is: its pages, row and pin are free.  Repeating it is harmless."""
-        if sequence in self.waiting:
-            self.waiting.remove(sequence)
-        elif sequence in self.running:
-            self.running.remove(sequence)
-            self.pages.give_back(sequence.pages)
-            sequence.pages = []
-            if sequence.slot != NO_ADAPTER:
-                self.slots.unpin(sequence.slot)
+        """The sequence ends or is cancelled, wherever it is: its row and pages are free.  Repeating it is harmless."""
+        group = self._groups.get(sequence.group, {})
+        if group.pop(sequence.number, None) is None:
+            return
+        if sequence.running:
+            self._leave_row(sequence)
+        elif not sequence.started:
+            self._leave_line(sequence)
+        self._unsave(sequence)
+        self._parked.pop(sequence.number, None)
+        self.pages.give_back(sequence.pages)
+        sequence.pages = []
+        ref, tenant = sequence.request.adapter, sequence.request.tenant
+        if not group:
+            del self._groups[sequence.group]
+            if ref is not None:
+                del self._work[ref]
+        elif ref is not None:
+            self._work[ref].oldest = next(iter(group.values())).arrived
+        self._tenants[tenant] -= 1
+        if self._tenants[tenant] == 0:
+            del self._tenants[tenant]
+            self.shares.keep(self._tenants)
+
+    def wanted(self, count: int) -> list[AdapterRef]:
+        """Adapters to read now: those that enter next and are on no slot, at most `count`."""
+        return self.active.wanted(self._work, count)
+
+    def settle(self) -> None:
+        """Gives up the slots of adapters without work, before somebody else chooses one."""
+        self.active.settle(self._work)
+
+    def counts(self) -> tuple[int, int, int]:
+        """(running, parked, waiting) requests."""
+        running, waiting = len(self.running), self._new["requests"]
+        return running, self._tenants.total() - running - waiting, waiting
 
     def check(self) -> None:
-        """Asserts that rows, pages and pins add up."""
-        assert len(self.running) <= self.rows
-        self.pages.check([p for s in self.running for p in s.pages])
-        self.slots.check()
+        """Asserts that rows, pages, pins and counts add up."""
+        everyone = [s for group in self._groups.values() for s in group.values()]
+        assert len(self.running) <= self.limits.rows
+        assert sorted(s.number for s in everyone if s.running) == sorted(s.number for s in self.running)
+        assert all(
+            s.slot == NO_ADAPTER if (r := s.request.adapter) is None else self.slots.find(r) == s.slot
+            for s in self.running
+        )
+        assert set(self._parked) == {s.number for s in everyone if not s.running and s.pages}
+        assert self.host_pages == sum(self.pages.needed(s.done) for s in everyone if s.saved) <= self.limits.host_pages
+        new = [_tokens(s.request) for s in everyone if not s.started]
+        assert (self._new["requests"], self._new["tokens"]) == (len(new), sum(new))
+        assert self._tenants == Counter(s.request.tenant for s in everyone)
+        self.pages.check([p for s in everyone for p in s.pages])
+        self.active.check()
 
-    def _admit(self, ready: Callable[[AdapterRef], bool]) -> list[tuple[AdapterRef, int]]:
-        load: list[tuple[AdapterRef, int]] = []
-        while self.waiting and len(self.running) < self.rows:
-            s = self.waiting[0]
-            need = self.pages.needed(len(s.request.prompt) + s.request.params.max_tokens)
-            if need > self.pages.free:
-                break
-            ref = s.request.adapter
-            if ref is not None:
-                slot = self.slots.pin(ref)
-                if slot is None:
-                    slot = self.slots.choose() if ready(ref) else None
-                    if slot is None:
-                        break  # every slot has running requests, of which one will end; or it is being read
-                    self.slots.place(slot, ref)
-                    self.slots.pin(ref)
-                    load.append((ref, slot))
-                s.slot = slot
-            pages = self.pages.take(need)
-            assert pages is not None
-            s.pages = pages
-            self.running.append(self.waiting.popleft())
-        return load
+    # ---- the plan -------------------------------------------------------------------------------------------------
+
+    def plan(self, now: float, ready: Collection[AdapterRef]) -> Plan:
+        """What the next step does.  ready: adapters that have been read and can be copied into a slot."""
+        plan = Plan()
+        entered = self.active.entered
+        held = {r for s in self.running if s.recovering and (r := s.request.adapter) and s.since == entered.get(r)}
+        exchange = self.active.exchange(now, self._work, ready, held)
+        if exchange.leave:
+            for s in [s for s in self.running if s.request.adapter in exchange.leave]:
+                self._park(s, now)
+        plan.load = exchange.load
+        for s in list(self.running):
+            if s.running and s.prompt_left == 0:
+                self._grow(s, now, plan)
+        self._seat(now, plan)
+        plan.decode = [s for s in self.running if s.prompt_left == 0]
+        plan.prefill = self._chunks(self.prefill_lanes if plan.decode else self.limits.lanes)
+        for chunk in plan.prefill:
+            self.shares.add(chunk.sequence.request.tenant, chunk.count, 0)
+        for s in plan.decode:
+            self.shares.add(s.request.tenant, 0, 1)
+        return plan
+
+    def computed(self, sequence: Sequence) -> None:
+        """The KV of `done` tokens is there: whole pages of it may serve other requests with the same beginning."""
+        self.pages.register(sequence.salt, sequence.tokens[: sequence.done], sequence.pages)
+
+    def _chunks(self, lanes: int) -> list[Chunk]:
+        """Chunks of those who have prompt left: one for each, then more for the first of them."""
+        needy = [s for s in self.running if s.prompt_left > 0][:lanes]
+        count = Counter({s.number: 1 for s in needy})
+        free = lanes - len(needy)
+        for s in needy:
+            more = min(-(-s.prompt_left // self.limits.lane_tokens) - 1, free)
+            count[s.number] += more
+            free -= more
+        chunks = []
+        for s in needy:
+            end = s.done + s.prompt_left
+            for start in range(s.done, end, self.limits.lane_tokens)[: count[s.number]]:
+                chunks.append(Chunk(s, start, min(end - start, self.limits.lane_tokens)))
+        return chunks
+
+    # ---- rows -----------------------------------------------------------------------------------------------------
+
+    def _seat(self, now: float, plan: Plan) -> None:
+        """Gives rows to those who may run: to groups that have none, by longest wait, then by what tenants were served."""
+        if len(self.running) == self._tenants.total():
+            return
+        lines: dict[Hashable, Iterator[Sequence]] = {
+            group: (s for s in list(self._groups[group].values()) if not s.running)
+            for group in (*self.active.entered, *self._tenants)
+            if group in self._groups
+        }
+        heads: dict[Hashable, Sequence] = {
+            group: s for group, line in lines.items() if (s := next(line, None)) is not None
+        }
+
+        def turn(group: Hashable) -> tuple:
+            s = heads[group]
+            return (1, self.shares.served(s.request.tenant), s.number) if self._rows[group] else (0, s.since, s.number)
+
+        while heads:
+            group = min(heads, key=turn)
+            if not self._start(heads.pop(group), now, plan):
+                continue  # then nor can another of its group
+            if (after := next(lines[group], None)) is not None:
+                heads[group] = after
+
+    def _start(self, s: Sequence, now: float, plan: Plan) -> bool:
+        """Gives the sequence a row, and pages for all it knows, if it may have them."""
+        victim = None
+        if len(self.running) >= self.limits.rows:
+            victim = self._victim(s, now)
+            if victim is None:
+                return False
+        was_parked = self._parked.pop(s.number, None)  # its own pages are not taken from it
+        if not s.pages and not s.saved:
+            s.pages = self.pages.match(s.salt, s.tokens)
+            s.done = len(s.pages) * self.pages.page_tokens
+        need = self.pages.needed(len(s.tokens) + 1) - len(s.pages)
+        if not self._reclaim(need, now, plan, by_turns=self._rows[s.group] == 0):
+            if was_parked is not None:
+                self._parked[s.number] = s
+            else:
+                self._drop(s)
+            return False
+        if victim is not None and victim.running:
+            self._park(victim, now)
+        s.pages += self.pages.take(need) or []
+        if s.saved:
+            plan.restore.append((s, s.pages[: self.pages.needed(s.done)]))
+            self._unsave(s)
+        if not s.started:
+            self._leave_line(s)
+            s.started, s.found = True, s.done
+        slot = NO_ADAPTER if s.request.adapter is None else self.slots.find(s.request.adapter)
+        assert slot is not None
+        s.slot, s.since, s.running = slot, now, True
+        self.running.append(s)
+        self._rows[s.group] += 1
+        self._tenant_rows[s.request.tenant] += 1
+        return True
+
+    def _victim(self, s: Sequence, now: float) -> Sequence | None:
+        """Whose row the sequence may have: a group without one takes it from the group with the most, else by turns."""
+        ripe = self._ripe(now)
+        if self._rows[s.group] == 0:
+            group, most = self._rows.most_common(1)[0]
+            if most > 1:
+                return next((r for r in reversed(self.running) if r.group == group), None)
+            return ripe[0] if ripe else None
+        weights = self.shares.weights
+
+        def share(tenant: str, more: int) -> float:
+            return (self._tenant_rows[tenant] + more) / weights.get(tenant, 1.0)
+
+        rich = max(self._tenant_rows, key=lambda t: (share(t, 0), t))
+        if share(rich, -1) < share(s.request.tenant, 1):
+            return None
+        return next((r for r in ripe if r.request.tenant == rich), None)
+
+    def _ripe(self, now: float) -> list[Sequence]:
+        """Those who have had their row for a quantum, and something of it."""
+        long_ago = now - self.active.quantum_s
+        return [s for s in self.running if s.since <= long_ago and s.since < now and not s.recovering]
+
+    def _leave_row(self, s: Sequence) -> None:
+        self.running.remove(s)
+        s.running, s.slot = False, NO_ADAPTER
+        self._rows[s.group] -= 1
+        self._tenant_rows[s.request.tenant] -= 1
+        if self._rows[s.group] == 0:
+            del self._rows[s.group]
+        if self._tenant_rows[s.request.tenant] == 0:
+            del self._tenant_rows[s.request.tenant]
+
+    def _leave_line(self, s: Sequence) -> None:
+        self._new["requests"] -= 1
+        self._new["tokens"] -= _tokens(s.request)
+
+    def _park(self, s: Sequence, now: float) -> None:
+        """Takes the row; the pages stay until somebody needs them."""
+        self._leave_row(s)
+        s.since = now
+        self.computed(s)
+        self._parked[s.number] = s
+
+    # ---- pages ----------------------------------------------------------------------------------------------------
+
+    def _grow(self, s: Sequence, now: float, plan: Plan) -> None:
+        """A page for the token that is decoded next, or the sequence is parked."""
+        if self.pages.needed(s.done + 1) <= len(s.pages):
+            return
+        while not self._reclaim(1, now, plan, by_turns=False):
+            last = self.running[-1]
+            self._park(last, now)
+            if last is s:
+                return
+        s.pages += self.pages.take(1) or []
+
+    def _reclaim(self, need: int, now: float, plan: Plan, *, by_turns: bool) -> bool:
+        """Makes this many pages free if it can: of parked requests, the last parked first, then by turns of running ones."""
+        ripe = self._ripe(now) if by_turns else []
+        if self.pages.free + sum(len(s.pages) for s in [*self._parked.values(), *ripe]) < need:
+            return False
+        while self.pages.free < need:
+            if self._parked:
+                _, s = self._parked.popitem()
+                self._save_or_drop(s, plan)
+                continue
+            if not ripe:
+                return False  # what was parked shares its pages with those that run
+            self._park(ripe.pop(0), now)
+        return True
+
+    def _save_or_drop(self, s: Sequence, plan: Plan) -> None:
+        """Frees a parked sequence's pages; its KV goes to the host if there is room."""
+        count = self.pages.needed(s.done)
+        if 0 < count <= self.limits.host_pages - self.host_pages:
+            plan.save.append((s, s.pages[:count]))
+            s.saved = True
+            self.host_pages += count
+            self.pages.give_back(s.pages)
+            s.pages = []
+        else:
+            self.recomputed_tokens += s.done
+            self._drop(s)
+
+    def _drop(self, s: Sequence) -> None:
+        """Its KV is lost, but for what others can find of it."""
+        self.pages.give_back(s.pages)
+        s.pages = []
+        if not s.saved:
+            s.lost, s.done = max(s.lost, s.done), 0
+
+    def _unsave(self, s: Sequence) -> None:
+        if s.saved:
+            self.host_pages -= self.pages.needed(s.done)
+            s.saved = False
+
+
+def _tokens(request: Request) -> int:
+    """What the request may come to."""
+    return len(request.prompt) + request.params.max_tokens

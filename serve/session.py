@@ -33,13 +33,13 @@ from jaxlora.config import (
     Recipe,
     Schedule,
     default_lr,
-    serve_defaults,
 )
 from jaxlora.errors import InvalidRequest, JaxLoraError, NotFound
 from jaxlora.lora import LAYER_TARGETS, AdapterRef, check_name
 from jaxlora.opened import Opened, open_base
 from jaxlora.peft import export_peft
 from jaxlora.pool import PoolSpec
+from jaxlora.serve_config import serve_defaults
 from jaxlora.store import AdapterStore
 from serve.assemble import HOST_BYTES, make_runner, stop
 from serve.house import LOCAL_TENANT

@@ -60,7 +60,18 @@ WORLDS = {  # name → meshes; the first is one device
 }
 LANES, LANE_TOKENS, STEPS, NEW_TOKENS = 4, 32, 3, 6
 SPEC = PoolSpec(slots=4, rank=4, dtype="float32", targets=ALL_TARGETS)
-ENGINE = EngineConfig(rows=4, prefill_lanes=4, prefill_tokens=8, pages=32, page_tokens=4, max_tokens=32, max_waiting=16)
+ENGINE = EngineConfig(
+    rows=4,
+    prefill_lanes=4,
+    prefill_tokens=8,
+    pages=32,
+    page_tokens=4,
+    max_tokens=32,
+    max_waiting=16,
+    max_waiting_tokens=4096,
+    host_bytes=0,
+    quantum_s=0.2,
+)
 TENANTS = {  # eps well above rounding: an update of a near-zero gradient is not a coin toss
     "a": (4, ALL_TARGETS, {"lr": 0.02, "eps": 1e-2, "weight_decay": 0.1}),
     "b": (1, ("q_proj", "down_proj"), {"lr": 0.02, "eps": 1e-2, "clip": 0.5}),

@@ -25,7 +25,18 @@ from serve.runner import Runner
 MODEL = "tiny-llama-tied"
 BASE = "owner/tiny"  # what its server calls it
 SLOTS, RANK = 3, 6
-CONFIG = EngineConfig(rows=8, prefill_lanes=8, prefill_tokens=8, pages=64, page_tokens=4, max_tokens=64, max_waiting=64)
+CONFIG = EngineConfig(
+    rows=8,
+    prefill_lanes=8,
+    prefill_tokens=8,
+    pages=64,
+    page_tokens=4,
+    max_tokens=64,
+    max_waiting=64,
+    max_waiting_tokens=4096,
+    host_bytes=10**6,
+    quantum_s=1000.0,
+)
 
 
 class PlainModel:
@@ -200,10 +211,9 @@ def check_engine(engine: Engine) -> None:
     """Rows, pages, pins and the tables of the engine agree."""
     scheduler = engine.scheduler
     scheduler.check()
-    alive = {s.request.id for s in [*scheduler.waiting, *scheduler.running]}
-    assert set(engine._sequences) == set(engine._texts) == set(engine._seeds) == alive
-    pins = [sum(s.slot == slot for s in scheduler.running) for slot in range(SLOTS)]
-    assert engine.slots._pins == pins
+    assert set(engine._sequences) == set(engine._texts) == set(engine._seeds)
+    assert len(engine._sequences) == sum(scheduler.counts())
+    assert set(engine._saved) == {id for id, s in engine._sequences.items() if s.saved}
 
 
 def check_idle(engine: Engine) -> None:
@@ -211,7 +221,8 @@ def check_idle(engine: Engine) -> None:
     check_engine(engine)
     assert not engine.has_work
     assert engine.scheduler.pages.free == engine.scheduler.pages.pages
-    assert engine.slots._pins == [0] * SLOTS
+    engine.scheduler.settle()
+    assert engine.slots.pinned() == []
 
 
 def step(engine: Engine, answers: dict[str, Answer]) -> None:

@@ -17,7 +17,16 @@ from train.trainer import fresh_adapter
 
 SLOTS, RANK = 8, 16
 CONFIG = EngineConfig(
-    rows=20, prefill_lanes=20, prefill_tokens=32, pages=48, page_tokens=64, max_tokens=192, max_waiting=64
+    rows=20,
+    prefill_lanes=20,
+    prefill_tokens=32,
+    pages=48,
+    page_tokens=64,
+    max_tokens=192,
+    max_waiting=64,
+    max_waiting_tokens=16384,
+    host_bytes=10**8,
+    quantum_s=0.2,
 )
 # Of the eight adapters: rank and targets.
 SHAPES = [

@@ -22,6 +22,7 @@ PURE = (
     "jaxlora/neighbours.py",
     "jaxlora/peft_config.py",
     "jaxlora/peft_match.py",
+    "jaxlora/serve_config.py",
     "jaxlora/slots.py",
     "jaxlora/toml_loader.py",
     "train/data.py",
@@ -29,6 +30,7 @@ PURE = (
     "train/jobs.py",
     "train/jsonl.py",
     "train/mixer.py",
+    "serve/active.py",
     "serve/demo_tasks.py",
     "serve/house.py",
     "serve/openai_format.py",
@@ -37,6 +39,8 @@ PURE = (
     "serve/pages.py",
     "serve/request.py",
     "serve/scheduler.py",
+    "serve/sequence.py",
+    "serve/shares.py",
     "serve/stops.py",
 )
 JAX_FAMILY = ("jax", "jaxlib", "flax", "optax", "orbax")

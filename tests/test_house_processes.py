@@ -22,9 +22,10 @@ from small_world import tiny_path
 from test_train_run_losses import CHATS, PAIRS, ROLLOUTS
 
 from jaxlora import processes
-from jaxlora.config import MeshSection, serve_defaults
+from jaxlora.config import MeshSection
 from jaxlora.errors import ConfigInvalid
 from jaxlora.mesh import make_mesh
+from jaxlora.serve_config import serve_defaults
 from jaxlora.store import AdapterStore
 
 ROOT = Path(__file__).parent.parent

@@ -13,9 +13,9 @@ import pytest
 from typer.testing import CliRunner
 
 from jaxlora import cli, doctor
-from jaxlora.config import serve_defaults
 from jaxlora.errors import AdapterInvalid, ConfigInvalid
 from jaxlora.neighbours import check_neighbours, own_home
+from jaxlora.serve_config import serve_defaults
 
 ROOT = Path(__file__).resolve().parent.parent
 # pydantic is not in it: typer itself imports it for the help of a command.

@@ -12,10 +12,11 @@ from typing import Annotated, Literal
 import pytest
 from small_world import tiny_path
 
-from jaxlora.config import LOSSES, Loss, Optimizer, Recipe, ServeConfig, TrainConfig, default_lr, load, serve_defaults
+from jaxlora.config import LOSSES, Loss, Optimizer, Recipe, TrainConfig, default_lr, load
 from jaxlora.errors import ConfigInvalid
 from jaxlora.hf import HfSource
 from jaxlora.lora import LAYER_TARGETS, LoraSpec
+from jaxlora.serve_config import ServeConfig, serve_defaults
 from jaxlora.toml_loader import PathOrName
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,10 +12,10 @@ import pytest
 from serve_world import MODEL, World
 from small_world import tiny_path
 
-from jaxlora.config import AdapterSection, serve_defaults
 from jaxlora.errors import InvalidRequest
 from jaxlora.opened import Opened
 from jaxlora.peft import export_peft
+from jaxlora.serve_config import AdapterSection, serve_defaults
 from jaxlora.store import AdapterStore
 from serve import assemble
 from serve.assemble import HttpServer, load_peft, make_http, make_runner, stop

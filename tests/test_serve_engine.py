@@ -48,7 +48,7 @@ def test_greedy_is_the_plain_model_for_base_and_every_kind_of_adapter(world, eng
 
 def test_prompts_over_several_chunks_lanes_and_steps(world, engine):
     lane, lanes = CONFIG.prefill_tokens, CONFIG.prefill_lanes
-    requests = [ask(f"long{i}", world.adapters[i % 3], 55 + i, 5) for i in range(4)]  # 28 lanes' worth of prompt
+    requests = [ask(f"long{i}", world.adapters[i % 3], 49 + i, 5) for i in range(4)]  # 28 lanes' worth of prompt
     requests += [ask("base", None, lane), ask("short", world.adapters[1], 2)]
     assert sum(-(-len(r.prompt) // lane) for r in requests) > 3 * lanes
     answers = run_all(engine, requests)

@@ -10,8 +10,8 @@ import pytest
 from serve_world import CONFIG, Answer, ask, check_engine, check_idle, run_all, step, with_pages
 
 from jaxlora.errors import AlreadyExists, ContextLengthExceeded, InvalidRequest, Overloaded
-from pallas_kernels import NO_ADAPTER
 from serve.request import FinishReason
+from serve.sequence import Plan
 
 pytest_plugins = ["serve_fixtures"]
 
@@ -52,19 +52,28 @@ def test_an_id_in_use_is_refused_and_harms_nobody(world, engine):
 # --- cancel
 
 
-@pytest.mark.parametrize("state", ["waiting", "loading", "prefill", "decode", "ended", "unknown"])
+@pytest.mark.parametrize("state", ["waiting", "loading", "prefill", "decode", "parked", "saved", "ended", "unknown"])
 def test_cancel_in_every_state_gives_everything_back(world, engine, state):
-    others = [ask(f"o{i}", world.adapters[i % 2], 4, 12) for i in range(8 if state == "waiting" else 2)]
+    others = [ask(f"o{i}", world.adapters[(0, 1, 3)[i]], 4, 12) for i in range(3 if state == "waiting" else 2)]
     victim = ask("victim", world.adapters[2], 40, 20)
     answers: dict[str, Answer] = defaultdict(Answer)
     for r in [*others, victim]:
         engine.submit(r)
     sequence = engine._sequences["victim"]
     match state:
-        case "waiting":
-            while not engine.scheduler.running:
+        case "waiting":  # every slot has an adapter in its quantum
+            while len(engine.scheduler.running) < len(others):
                 step(engine, answers)
-            assert sequence in engine.scheduler.waiting
+            assert not sequence.started
+        case "parked" | "saved":
+            while len(answers["victim"].tokens) < 5:
+                step(engine, answers)
+            plan = Plan()
+            engine.scheduler._park(sequence, engine.clock())
+            if state == "saved":
+                engine.scheduler._save_or_drop(engine.scheduler._parked.pop(sequence.number), plan)
+                engine._move(plan)
+                assert "victim" in engine._saved
         case "loading":
             load = engine._load
             engine._load = lambda ref, slot: (
@@ -74,7 +83,8 @@ def test_cancel_in_every_state_gives_everything_back(world, engine, state):
                 step(engine, answers)
             assert "victim" not in engine._sequences
         case "prefill":
-            engine.scheduler.lanes = 3
+            engine.scheduler.limits = replace(engine.scheduler.limits, lanes=3)
+            engine.scheduler.prefill_lanes = 3
             while sequence.done == 0:
                 step(engine, answers)
             assert 0 < sequence.done < 40
@@ -88,8 +98,9 @@ def test_cancel_in_every_state_gives_everything_back(world, engine, state):
     engine.cancel("victim")
     check_engine(engine)
     assert sequence.pages == []
-    assert engine.slots._pins[sequence.slot] == 0 or sequence.slot == NO_ADAPTER
-    engine.scheduler.lanes = CONFIG.prefill_lanes
+    engine.scheduler.settle()
+    assert victim.adapter not in engine.slots.pinned()
+    assert engine.scheduler.host_pages == 0
     rest = run_all(engine)
     assert rest["victim"].tokens == []
     for r in others:

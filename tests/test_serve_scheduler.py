@@ -1,4 +1,4 @@
-"""The scheduler: first come, first served; rows, pages and pins add up; whoever waits gets in."""
+"""The scheduler: rows, pages, pins and counts add up, everybody's KV is their own, and everybody ends."""
 
 from __future__ import annotations
 
@@ -10,224 +10,318 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from jaxlora.errors import InvalidRequest, Overloaded
 from jaxlora.lora import AdapterRef
 from jaxlora.slots import SlotTable
-from pallas_kernels import NO_ADAPTER
 from serve.pages import PageAllocator
 from serve.request import Request, SamplingParams
-from serve.scheduler import Plan, Scheduler, Sequence
+from serve.scheduler import Limits, Scheduler
+from serve.sequence import Plan, Sequence
 
-SLOTS, PAGES, PAGE_TOKENS, ROWS, LANES, LANE_TOKENS, WAITING = 2, 9, 4, 4, 3, 5, 6
-
-
-def adapter(number: int, version: int = 1) -> AdapterRef:
-    return AdapterRef("acme", f"bot{number}", version)
+SLOTS, PAGES, PAGE_TOKENS, QUANTUM = 2, 9, 4, 5.0
+LIMITS = Limits(rows=4, lanes=3, lane_tokens=5, waiting=6, waiting_tokens=100, host_pages=4)
 
 
-def ask(id: str, ref: AdapterRef | None = None, prompt: int = 3, max_tokens: int = 4) -> Request:
+def adapter(number: int, tenant: str = "acme", version: int = 1) -> AdapterRef:
+    return AdapterRef(tenant, f"bot{number}", version)
+
+
+def ask(id: str, ref: AdapterRef | None = None, prompt: int = 3, max_tokens: int = 4, tenant: str = "acme") -> Request:
+    """Prompts of one length are alike, so they share their KV."""
     params = SamplingParams(max_tokens=max_tokens)
-    return Request(id=id, tenant="acme", adapter=ref, prompt=tuple(range(prompt)), params=params)
+    tenant = tenant if ref is None else ref.tenant
+    return Request(id=id, tenant=tenant, adapter=ref, prompt=tuple(range(prompt)), params=params)
 
 
-def make() -> Scheduler:
-    return Scheduler(
-        SlotTable(SLOTS),
-        PageAllocator(PAGES, PAGE_TOKENS),
-        rows=ROWS,
-        lanes=LANES,
-        lane_tokens=LANE_TOKENS,
-        max_waiting=WAITING,
-    )
+class World:
+    """A scheduler, its clock, and what a device would hold: whose tokens the KV of each place was computed from."""
 
+    def __init__(self, limits: Limits = LIMITS, pages: int = PAGES, slots: int = SLOTS, quantum: float = QUANTUM):
+        allocator = PageAllocator(pages, PAGE_TOKENS)
+        self.scheduler = Scheduler(SlotTable(slots), allocator, limits, quantum_s=quantum, active=slots)
+        self.now = 0.0
+        self.slow: set[AdapterRef] = set()  # adapters that are being read
+        self.kv: list[list[object]] = [[None] * PAGE_TOKENS for _ in range(pages)]
+        self.host: dict[int, list[list[object]]] = {}
+        self.on_device: dict[int, AdapterRef] = {}  # what the loads put where
+        self.parked: set[int] = set()  # numbers of those that lost their row at least once
 
-def advance(scheduler: Scheduler, plan: Plan) -> list[Sequence]:
-    """What the engine does with a plan; the sequences that ended."""
-    for chunk in plan.prefill:
-        s = chunk.sequence
-        assert s.done == chunk.start
-        s.done += chunk.count
-        if s.prompt_left == 0:
-            s.tokens.append(0)
-    for s in plan.decode:
+    def add(self, id: str, *args, **kwargs) -> Sequence:
+        return self.scheduler.add(ask(id, *args, **kwargs), self.now)
+
+    def plan(self) -> Plan:
+        ran = {s.number for s in self.scheduler.running}
+        wanted = self.scheduler.wanted(4)
+        plan = self.scheduler.plan(self.now, [ref for ref in wanted if ref not in self.slow])
+        self.parked |= ran - {s.number for s in self.scheduler.running}
+        self.scheduler.check()
+        for s, pages in plan.save:
+            self.host[s.number] = [list(self.kv[p]) for p in pages]
+        for ref, slot in plan.load:
+            assert ref not in self.on_device.values()
+            self.on_device[slot] = ref
+        for s, pages in plan.restore:
+            for page, saved in zip(pages, self.host.pop(s.number), strict=True):
+                self.kv[page] = saved
+        assert self.scheduler.slots.resident() == {ref: slot for slot, ref in self.on_device.items()}
+        assert len(plan.prefill) <= self.scheduler.limits.lanes
+        assert all(1 <= c.count <= self.scheduler.limits.lane_tokens for c in plan.prefill)
+        chunked = {c.sequence.number for c in plan.prefill}
+        assert not chunked & {s.number for s in plan.decode}
+        assert bool(self.scheduler.running) == bool(plan.prefill or plan.decode)
+        return plan
+
+    def step(self) -> list[Sequence]:
+        """Plans and does what the engine does with it; the sequences that ended."""
+        plan = self.plan()
+        self.now += 1.0
+        for chunk in plan.prefill:
+            s = chunk.sequence
+            assert s.done == chunk.start
+            for _ in range(chunk.count):
+                self.compute(s)
+            if s.prompt_left == 0:
+                self.scheduler.computed(s)
+                if s.generated == 0:
+                    self.generate(s)
+        for s in plan.decode:
+            self.compute(s)
+            self.generate(s)
+        ended = [s for s in list(self.scheduler.running) if s.generated >= s.request.params.max_tokens]
+        for s in ended:
+            self.finish(s)
+        return ended
+
+    def compute(self, s: Sequence) -> None:
+        """The KV of the sequence's next token, from all KV before it, which must be its own."""
+        for i in range(s.done):
+            assert self.kv[s.pages[i // PAGE_TOKENS]][i % PAGE_TOKENS] == (s.salt, tuple(s.tokens[: i + 1]))
+        page, place = divmod(s.done, PAGE_TOKENS)
+        self.kv[s.pages[page]][place] = (s.salt, tuple(s.tokens[: s.done + 1]))
         s.done += 1
-        s.tokens.append(0)
-    stepped = {id(s): s for s in [c.sequence for c in plan.prefill] + plan.decode}
-    ended = [s for s in stepped.values() if s.generated >= s.request.params.max_tokens]
-    for s in ended:
-        scheduler.finish(s)
-    return ended
+
+    def generate(self, s: Sequence) -> None:
+        """The next token depends on the ones before, whenever it is computed."""
+        assert s.done == len(s.tokens)
+        s.tokens.append(sum(s.tokens) % 7)
+
+    def finish(self, s: Sequence) -> None:
+        self.host.pop(s.number, None)
+        self.scheduler.finish(s)
+
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            self.step()
 
 
-def at_once(_ref: AdapterRef) -> bool:
-    """Every adapter has been read."""
-    return True
+REFS = st.none() | st.builds(adapter, st.integers(0, 3), st.sampled_from(["acme", "bolt"]), st.integers(1, 2))
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Adds, steps and cancels at random.  `line` is the order of arrival of what has not been admitted."""
+    """Adds, steps and cancels at random, with adapters that are read slowly and settings that change."""
 
     def __init__(self):
         super().__init__()
-        self.scheduler = make()
-        self.line: list[Sequence] = []
-        self.running: list[Sequence] = []
-        self.on_device: dict[int, AdapterRef] = {}  # what the loads put where
-        self.slow: set[AdapterRef] = set()  # adapters that are being read
+        self.world = World()
+        self.open: list[Sequence] = []
         self.count = 0
 
-    @rule(ref=st.builds(adapter, st.integers(0, 4), st.integers(1, 2)))
+    @rule(ref=REFS)
     def disk(self, ref):
         """An adapter takes its time, or has been read."""
-        self.slow ^= {ref}
+        self.world.slow ^= {ref} - {None}
 
-    @rule(
-        ref=st.none() | st.builds(adapter, st.integers(0, 4), st.integers(1, 2)),
-        prompt=st.integers(1, 24),
-        max_tokens=st.integers(1, 18),
-    )
-    def add(self, ref, prompt, max_tokens):
+    @rule(ref=REFS, prompt=st.integers(1, 24), max_tokens=st.integers(1, 18), tenant=st.sampled_from(["acme", "bolt"]))
+    def add(self, ref, prompt, max_tokens, tenant):
         self.count += 1
-        request = ask(f"r{self.count}", ref, prompt, max_tokens)
+        _, _, waiting = self.world.scheduler.counts()
+        line = [s.request for s in self.open if not s.started]
+        tokens = sum(len(r.prompt) + r.params.max_tokens for r in line) + prompt + max_tokens
+
+        def add():
+            return self.world.add(f"r{self.count}", ref, prompt, max_tokens, tenant)
+
         if -(-(prompt + max_tokens) // PAGE_TOKENS) > PAGES:
             with pytest.raises(InvalidRequest, match=str(PAGES * PAGE_TOKENS)):
-                self.scheduler.add(request)
-        elif len(self.line) == WAITING:
+                add()
+        elif len(line) == LIMITS.waiting or (line and tokens > LIMITS.waiting_tokens):
             with pytest.raises(Overloaded):
-                self.scheduler.add(request)
+                add()
         else:
-            self.line.append(self.scheduler.add(request))
+            self.open.append(add())
+            assert self.world.scheduler.counts()[2] == waiting + 1
 
     @rule()
     def step(self):
-        self.step_once()
+        for s in self.world.step():
+            self.open.remove(s)
 
-    def step_once(self):
-        pinned = {s.slot: s.request.adapter for s in self.running if s.slot != NO_ADAPTER}
-        before = list(self.running)
-        plan = self.scheduler.plan(lambda ref: ref not in self.slow)
-        # Admitted is a head of the line, in order of arrival, and whoever is left there has a reason to be.
-        admitted = [s for s in self.scheduler.running if all(s is not b for b in before)]
-        assert all(x is y for x, y in zip(admitted, self.line, strict=False))
-        self.line = self.line[len(admitted) :]
-        self.running = before + admitted
-        if self.line:
-            head = self.line[0].request
-            free_pages = PAGES - sum(len(s.pages) for s in self.running)
-            used_slots = {s.slot: s.request.adapter for s in self.running if s.slot != NO_ADAPTER}
-            assert (
-                len(self.running) == ROWS
-                or -(-(len(head.prompt) + head.params.max_tokens) // PAGE_TOKENS) > free_pages
-                or (head.adapter is not None and len(used_slots) == SLOTS and head.adapter not in used_slots.values())
-                or (head.adapter in self.slow and head.adapter not in self.on_device.values())
-            ), "the head of the line fits and was not admitted"
-        # Loads: only what has been read and is not resident, each once, never over a pinned slot.  Nothing else evicts.
-        assert len({slot for _, slot in plan.load}) == len(plan.load)
-        for ref, slot in plan.load:
-            assert slot not in pinned
-            assert ref not in self.on_device.values()
-            assert ref not in self.slow
-            assert ref in [s.request.adapter for s in admitted]
-            self.on_device[slot] = ref
-        assert self.scheduler.slots.resident() == {ref: slot for slot, ref in self.on_device.items()}
-        for s in self.running:
-            ref = s.request.adapter
-            assert (s.slot == NO_ADAPTER) == (ref is None)
-            assert ref is None or self.on_device[s.slot] == ref
-            assert len(s.pages) == -(-(len(s.request.prompt) + s.request.params.max_tokens) // PAGE_TOKENS)
-        self.check_work(plan)
-        for s in advance(self.scheduler, plan):
-            self.running = [r for r in self.running if r is not s]
-
-    def check_work(self, plan):
-        """Lanes and rows of a plan: within bounds, in order, nobody forgotten, prompt before decode."""
-        assert len(plan.prefill) <= LANES
-        assert all(1 <= c.count <= LANE_TOKENS for c in plan.prefill)
-        chunked = {id(c.sequence) for c in plan.prefill}
-        expected = {id(s) for s in self.running if s.done >= len(s.request.prompt)}
-        assert {id(s) for s in plan.decode} == expected
-        assert not chunked & expected
-        assert bool(self.running) <= (not plan.empty)
-        for s in self.running:
-            place = s.done
-            for c in plan.prefill:
-                if c.sequence is s:
-                    assert c.start == place
-                    place += c.count
-            assert place <= max(len(s.request.prompt), s.done)
-
-    @precondition(lambda self: self.line or self.running)
+    @precondition(lambda self: self.open)
     @rule(which=st.integers(0, 100), again=st.booleans())
     def cancel(self, which, again):
-        everyone = self.line + self.running
-        gone = everyone[which % len(everyone)]
+        gone = self.open.pop(which % len(self.open))
         for _ in range(1 + again):  # harmless when repeated
-            self.scheduler.finish(gone)
-        self.line = [s for s in self.line if s is not gone]
-        self.running = [s for s in self.running if s is not gone]
+            self.world.finish(gone)
+
+    @rule(limit=st.integers(1, SLOTS), quantum=st.sampled_from([1.0, 5.0, 20.0]), lanes=st.integers(1, 3))
+    def tune(self, limit, quantum, lanes):
+        scheduler = self.world.scheduler
+        scheduler.active.limit, scheduler.active.quantum_s, scheduler.prefill_lanes = limit, quantum, lanes
 
     @rule()
     def drain(self):
-        """Every request ends within the steps its own and its predecessors' tokens take."""
-        self.slow.clear()
-        bound = sum(len(s.request.prompt) + s.request.params.max_tokens for s in self.line + self.running)
-        for _ in range(bound):
-            self.step_once()
-        assert not self.line
-        assert not self.running
-        assert self.scheduler.pages.free == PAGES
-        assert self.scheduler.plan(at_once).empty
+        """Everybody ends, in a time that the work bounds: rows and slots go round, and each turn brings a step forward."""
+        self.world.slow.clear()
+        work = sum(len(s.request.prompt) + s.request.params.max_tokens for s in self.open)
+        for _ in range(20 + 10 * work):
+            for s in self.world.step():
+                self.open.remove(s)
+        assert not self.open
+        assert self.world.scheduler.pages.free == PAGES
+        assert self.world.scheduler.counts() == (0, 0, 0)
+        assert self.world.plan().empty
 
     @invariant()
     def adds_up(self):
-        self.scheduler.check()
-        assert list(self.scheduler.waiting) == self.line
-        assert self.scheduler.running == self.running
-        pins = [sum(s.slot == slot for s in self.running) for slot in range(SLOTS)]
-        assert self.scheduler.slots._pins == pins
+        self.world.scheduler.check()
+        assert sum(self.world.scheduler.counts()) == len(self.open)
+        saved = {s.number for s in self.open if s.saved}
+        assert saved == set(self.world.host)
 
 
 TestSchedulerMachine = SchedulerMachine.TestCase
-TestSchedulerMachine.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+TestSchedulerMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 
 
 def test_a_request_that_can_never_fit_is_refused_and_leaves_nothing():
-    scheduler = make()
+    world = World()
     limit = PAGES * PAGE_TOKENS
-    scheduler.add(ask("fits", prompt=limit - 1, max_tokens=1))
+    world.add("fits", prompt=limit - 1, max_tokens=1)
     with pytest.raises(InvalidRequest, match=f"{limit + 1} tokens, this server holds {limit}") as caught:
-        scheduler.add(ask("large", prompt=limit, max_tokens=1))
+        world.add("large", prompt=limit, max_tokens=1)
     assert caught.value.param == "max_tokens"
-    assert len(scheduler.waiting) == 1
+    assert world.scheduler.counts() == (0, 0, 1)
 
 
-def test_the_line_is_bounded():
-    scheduler = make()
-    for i in range(WAITING):
-        scheduler.add(ask(str(i)))
-    with pytest.raises(Overloaded, match=f"{WAITING} requests"):
-        scheduler.add(ask("more"))
-    scheduler.plan(at_once)  # admits, so the line moves
-    scheduler.add(ask("more"))
+def test_the_line_is_bounded_by_requests_and_by_tokens():
+    world = World()
+    for i in range(LIMITS.waiting):
+        world.add(str(i))
+    with pytest.raises(Overloaded, match=f"{LIMITS.waiting} requests"):
+        world.add("more")
+    world.step()  # some start, so the line moves
+    world.add("more")
+    world = World()
+    for i in range(3):
+        world.add(str(i), prompt=20, max_tokens=12)
+    with pytest.raises(Overloaded, match="96 tokens are waiting already, with 100"):
+        world.add("more", prompt=3, max_tokens=2)
+    world.add("small", prompt=3, max_tokens=1)
 
 
-def test_nobody_overtakes_a_head_that_waits_for_a_slot():
-    scheduler = make()
-    first = [scheduler.add(ask(str(i), adapter(i))) for i in range(SLOTS)]
-    scheduler.plan(at_once)
-    blocked = scheduler.add(ask("blocked", adapter(9)))
-    base = scheduler.add(ask("base"))  # would fit at once
-    assert scheduler.plan(at_once).load == []
-    assert list(scheduler.waiting) == [blocked, base]
-    scheduler.finish(first[1])
-    assert scheduler.plan(at_once).load == [(adapter(9), 1)]  # the slot that came free, not the pinned one
-    assert not scheduler.waiting
+def test_requests_of_the_base_overtake_one_that_waits_for_a_slot():
+    world = World(quantum=1000.0)
+    for i in range(SLOTS):
+        world.add(str(i), adapter(i), max_tokens=30, prompt=1)
+    world.run(2)
+    blocked, base = world.add("blocked", adapter(9)), world.add("base")
+    world.step()
+    assert base.running
+    assert not blocked.running
+
+
+def test_an_adapter_past_its_quantum_leaves_and_its_requests_go_on_where_they_were():
+    world = World(pages=40)
+    first = [world.add(str(i), adapter(i), max_tokens=30) for i in range(SLOTS)]
+    world.step()
+    late = world.add("late", adapter(9), max_tokens=12)
+    world.run(int(QUANTUM) - 1)
+    assert not late.running
+    world.step()
+    assert late.running
+    assert [s.running for s in first] == [False, True]  # the lower slot of two that are active equally long
+    done, generated = first[0].done, first[0].generated
+    world.run(int(QUANTUM))
+    assert first[0].running
+    assert (first[0].done, first[0].generated) >= (done, generated)
+    assert world.scheduler.recomputed_tokens == 0
+    world.run(80)
+    assert world.scheduler.counts() == (0, 0, 0)
+
+
+@pytest.mark.parametrize("host_pages", [0, 40])
+def test_parked_kv_gives_way_to_the_host_or_is_computed_again(host_pages):
+    """The pool holds little more than one request: all finish."""
+    limits = Limits(rows=4, lanes=3, lane_tokens=5, waiting=9, waiting_tokens=999, host_pages=host_pages)
+    world = World(limits, pages=6)
+    open_ = [world.add(str(i), adapter(i), prompt=8, max_tokens=12) for i in range(5)]
+    saves = 0
+    for _ in range(400):
+        world.step()
+        saves += len(world.host)
+    assert world.scheduler.counts() == (0, 0, 0)
+    assert world.parked
+    assert (world.scheduler.recomputed_tokens > 0) == (host_pages == 0)
+    assert (saves > 0) == (host_pages > 0)
+    alone = World()
+    reference = alone.add("alone", adapter(0), prompt=8, max_tokens=12)
+    alone.run(30)
+    assert all(s.tokens == reference.tokens for s in open_)
+
+
+def test_a_group_without_a_row_takes_one_from_the_group_with_the_most():
+    world = World(pages=60)
+    many = [world.add(str(i), adapter(0), max_tokens=20) for i in range(LIMITS.rows)]
+    world.step()
+    one = world.add("one", adapter(1), max_tokens=2)
+    world.step()
+    assert one.running
+    assert [s.running for s in many] == [True, True, True, False]
+    world.run(2)
+    assert not one.running
+    assert all(s.running for s in many)
+
+
+def test_rows_go_to_the_tenant_that_was_served_least():
+    """Fifty adapters of one tenant against one of another, both with work without end."""
+    limits = Limits(rows=8, lanes=8, lane_tokens=5, waiting=999, waiting_tokens=99999, host_pages=0)
+    world = World(limits, pages=400, slots=4)
+    count = 0
+    tokens = {"hoard": 0, "small": 0}
+
+    def top_up():
+        nonlocal count
+        for tenant, adapters in (("hoard", 50), ("small", 1)):
+            for i in range(adapters):
+                for _ in range(8 // adapters + 1):
+                    if world.scheduler._tenants[tenant] < 60:
+                        count += 1
+                        world.add(f"r{count}", adapter(i, tenant), max_tokens=20, prompt=3)
+
+    for i in range(900):
+        top_up()
+        ended = world.step()
+        if i > 100:
+            for s in ended:
+                tokens[s.request.tenant] += len(s.tokens)
+    assert abs(tokens["hoard"] - tokens["small"]) <= 0.1 * sum(tokens.values())
+
+
+def test_a_prompt_that_was_computed_before_is_not_computed_again():
+    world = World(pages=30)
+    world.add("first", adapter(0), prompt=14, max_tokens=2)
+    world.run(6)
+    again, other = world.add("again", adapter(0), prompt=14), world.add("other", adapter(1), prompt=14)
+    version = world.add("version", adapter(0, version=2), prompt=14)
+    base = world.add("base", prompt=14)
+    world.run(30)
+    assert (again.found, other.found, version.found, base.found) == (12, 0, 0, 0)
 
 
 def test_a_resident_adapter_is_not_loaded_again_and_the_oldest_leaves():
-    scheduler = make()
+    world = World()
 
     def serve(ref: AdapterRef) -> list[tuple[AdapterRef, int]]:
-        s = scheduler.add(ask("x", ref))
-        load = scheduler.plan(at_once).load
-        scheduler.finish(s)
+        s = world.add("x", ref)
+        load = world.plan().load
+        world.finish(s)
         return load
 
     assert serve(adapter(0)) == [(adapter(0), 0)]
@@ -238,64 +332,34 @@ def test_a_resident_adapter_is_not_loaded_again_and_the_oldest_leaves():
     assert serve(adapter(0, version=2)) == [(adapter(0, version=2), 1)]  # another version is another adapter
 
 
-def test_an_adapter_that_is_not_read_yet_evicts_nobody_and_keeps_its_place():
-    scheduler = make()
-    resident = [scheduler.add(ask(str(i), adapter(i))) for i in range(SLOTS)]
-    scheduler.plan(at_once)
-    for s in resident:
-        scheduler.finish(s)
-    cold, behind = scheduler.add(ask("cold", adapter(9))), scheduler.add(ask("behind", adapter(0)))
-    assert scheduler.wanted(4) == [adapter(9)]
-    for _ in range(3):
-        assert scheduler.plan(lambda ref: False).load == []
-    assert scheduler.slots.resident() == {adapter(0): 0, adapter(1): 1}
-    assert list(scheduler.waiting) == [cold, behind]
-    scheduler.finish(cold)  # it could not be read
-    assert scheduler.plan(lambda ref: False).load == []
-    assert scheduler.running == [behind]
-
-
-def test_what_is_read_ahead_is_bounded_and_in_order():
-    scheduler = make()
-    for i in (3, 1, 3, 2, 0):
-        scheduler.add(ask(f"{i}", adapter(i)))
-    assert scheduler.wanted(9) == [adapter(3), adapter(1), adapter(2)]  # of as many requests as can run
-    assert scheduler.wanted(2) == [adapter(3), adapter(1)]
-
-
 def test_two_askers_of_one_adapter_cause_one_load():
-    scheduler = make()
-    for i in range(3):
-        scheduler.add(ask(str(i), adapter(7)))
-    assert scheduler.plan(at_once).load == [(adapter(7), 0)]
-    assert [s.slot for s in scheduler.running] == [0, 0, 0]
+    world = World()
+    askers = [world.add(str(i), adapter(7)) for i in range(3)]
+    assert world.plan().load == [(adapter(7), 0)]
+    assert [s.slot for s in askers] == [0, 0, 0]
 
 
-def test_a_long_prompt_fills_the_lanes_in_order():
-    scheduler = make()
-    long = scheduler.add(ask("long", prompt=LANE_TOKENS * 3 + 2, max_tokens=2))
-    short = scheduler.add(ask("short", prompt=2))
-    plan = scheduler.plan(at_once)
+def test_lanes_go_round_before_a_long_prompt_gets_a_second_one():
+    world = World(pages=30)
+    long = world.add("long", prompt=17, max_tokens=2)
+    plan = world.plan()
     assert [(c.sequence, c.start, c.count) for c in plan.prefill] == [(long, i * 5, 5) for i in range(3)]
-    advance(scheduler, plan)
-    plan = scheduler.plan(at_once)
-    assert [(c.sequence, c.start, c.count) for c in plan.prefill] == [(long, 15, 2), (short, 0, 2)]
-    assert plan.decode == []
-    advance(scheduler, plan)
-    assert scheduler.plan(at_once).decode == [long, short]
+    short = world.add("short", prompt=2)
+    plan = world.plan()
+    assert [(c.sequence, c.start, c.count) for c in plan.prefill] == [(long, 0, 5), (long, 5, 5), (short, 0, 2)]
+    world.step()
+    assert world.plan().decode == [short]
 
 
 def test_the_same_history_gives_the_same_plans():
     def plans() -> list[str]:
-        scheduler, out = make(), []
-        for i in range(20):
-            if len(scheduler.waiting) < WAITING:
-                scheduler.add(
-                    ask(str(i), None if i % 3 == 0 else adapter(i % 4), prompt=1 + i % 9, max_tokens=1 + i % 5)
-                )
-            plan = scheduler.plan(at_once)
-            out.append(repr((plan.load, [(c.start, c.count) for c in plan.prefill], len(plan.decode))))
-            advance(scheduler, plan)
+        world, out = World(), []
+        for i in range(30):
+            if world.scheduler.counts()[2] < LIMITS.waiting:
+                ref = None if i % 3 == 0 else adapter(i % 4)
+                world.add(str(i), ref, prompt=1 + i % 9, max_tokens=1 + i % 5)
+            world.step()
+            out.append(repr([(s.number, s.slot, s.pages) for s in world.scheduler.running]))
         return out
 
     assert plans() == plans()

@@ -1,0 +1,80 @@
+"""Settings of a server, each checked once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from jaxlora.config import ONE_DEVICE, MeshSection, ModelSection, need, need_counts, need_distinct
+from jaxlora.lora import check_name
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterSection:
+    """A PEFT folder to load when the server starts, and the model name it answers to."""
+
+    name: str
+    path: Path
+
+    def __post_init__(self) -> None:
+        check_name(self.name, "name")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServeConfig:
+    """One server: one base, many adapters, one compiled decode step."""
+
+    model: ModelSection
+    mesh: MeshSection = ONE_DEVICE
+    host: str  # address to listen on; 127.0.0.1 is this machine only
+    port: int  # 0: any free port
+    slots: int  # adapters on the device at once
+    max_rank: int  # largest rank a slot holds
+    rows: int  # sequences decoded in one step
+    kv_pages: int  # pages of the key/value cache, all sequences together
+    page_tokens: int  # tokens in a page
+    prefill_lanes: int  # prompt chunks in one prefill step
+    prefill_tokens: int  # tokens in a prompt chunk
+    default_max_tokens: int  # of a request that names none
+    max_waiting: int  # requests in the queue before new ones get 503
+    max_waiting_tokens: int  # tokens they may come to, prompt and max_tokens together
+    quantum_ms: float  # how long an adapter keeps its slot while others wait for one
+    host_kv_gb: float  # KV of parked requests that may lie in host memory; what has no room there is computed again
+    adapters: Path  # root of the adapter store
+    load: tuple[AdapterSection, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        need_counts(self, "slots", "max_rank", "rows", "kv_pages", "page_tokens", "prefill_lanes", "prefill_tokens")
+        need_counts(self, "default_max_tokens", "max_waiting", "max_waiting_tokens")
+        need(self.quantum_ms > 0, "quantum_ms", "positive", self.quantum_ms)
+        need(self.host_kv_gb >= 0, "host_kv_gb", "0 or more", self.host_kv_gb)
+        need(self.mesh.processes == 1, "mesh.processes", "1, as only training runs in several", self.mesh.processes)
+        need(bool(self.host.strip()), "host", "an address such as 127.0.0.1", self.host)
+        need(0 <= self.port < 2**16, "port", "in [0, 65535]", self.port)
+        need_distinct([a.name for a in self.load], "names under [[load]]")
+
+
+def serve_defaults(model: str, adapters: Path) -> ServeConfig:
+    """What `jaxlora serve --model` uses: the one place of the server's defaults.  It listens on this machine only.
+
+    Sized for the demo model on a laptop: with SmolLM2-135M in float32, 8 slots of rank 32 are about 0.36 GB (all seven
+    projections and the head) and 128 pages of 64 tokens about 0.4 GB.  A larger machine is worth a TOML file.
+    """
+    return ServeConfig(
+        model=ModelSection(path=model, dtype="auto"),
+        host="127.0.0.1",
+        port=8000,
+        slots=8,
+        max_rank=32,
+        rows=8,
+        kv_pages=128,
+        page_tokens=64,
+        prefill_lanes=8,
+        prefill_tokens=32,
+        default_max_tokens=256,
+        max_waiting=256,
+        max_waiting_tokens=131_072,
+        quantum_ms=200.0,
+        host_kv_gb=0.5,
+        adapters=adapters,
+    )

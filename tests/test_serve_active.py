@@ -1,0 +1,204 @@
+"""The exchange of slots: bounded waits in simulation, and each rule by itself."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxlora.errors import InvalidRequest
+from jaxlora.lora import AdapterRef
+from jaxlora.slots import SlotTable
+from serve.active import ActiveSet, Exchange, Work
+from serve.shares import TokenShares, quotas
+
+
+def adapter(number: int, tenant: str = "acme", version: int = 1) -> AdapterRef:
+    return AdapterRef(tenant, f"bot{number}", version)
+
+
+def make(slots: int, quantum: float = 10.0, limit: int | None = None) -> ActiveSet:
+    return ActiveSet(SlotTable(slots), quantum_s=quantum, limit=slots if limit is None else limit)
+
+
+def step(active: ActiveSet, now: float, work: dict[AdapterRef, Work], slow: tuple[AdapterRef, ...] = ()) -> Exchange:
+    """An exchange with all but the slow ones read, and every invariant checked."""
+    before, pinned = dict(active.entered), set(active.pinned)
+    ready = [ref for ref in active.wanted(work, 8) if ref not in slow]
+    result = active.exchange(now, work, ready)
+    active.check()
+    assert len(active.entered) <= max(active.limit, len(before))
+    assert not set(result.leave) & pinned
+    assert all(now - before[ref] >= active.quantum_s or len(before) > active.limit for ref in result.leave)
+    assert {ref for ref, _ in result.load} <= set(ready)
+    assert [active.slots.find(ref) for ref, _ in result.enter] == [slot for _, slot in result.enter]
+    return result
+
+
+def longest_waits(
+    active: ActiveSet, work: dict[AdapterRef, Work], ticks: int, slow: tuple[AdapterRef, ...] = ()
+) -> dict[AdapterRef, float]:
+    """The longest time each adapter was without a slot while time went on by ones, with work that never ends."""
+    gone, worst = dict.fromkeys(work, 0.0), dict.fromkeys(work, 0.0)
+    for now in range(ticks):
+        step(active, float(now), work, slow)
+        for ref in work:
+            gone[ref] = 0.0 if active.is_active(ref) else gone[ref] + 1
+            worst[ref] = max(worst[ref], gone[ref])
+    return worst
+
+
+def check_bound(slots: int, adapters: int, quantum: int, pins: int) -> None:
+    """Work that never ends for all adapters: the longest wait."""
+    active = make(slots, quantum)
+    pins = min(pins, slots - 1, adapters)
+    work = {adapter(i): Work(0.0) for i in range(adapters)}
+    for i in range(pins):
+        active.pin(adapter(i))
+    bound = math.ceil(max(adapters - slots, 0) / (slots - pins)) * quantum + 1
+    worst = longest_waits(active, work, 2 * bound + 3 * quantum)
+    assert max(worst.values()) <= bound
+    assert all(worst[adapter(i)] == 0 for i in range(pins))
+
+
+@given(slots=st.integers(1, 9), adapters=st.integers(1, 24), quantum=st.integers(1, 12), pins=st.integers(0, 3))
+@settings(max_examples=60, deadline=None)
+def test_no_adapter_waits_longer_than_the_bound(slots, adapters, quantum, pins):
+    check_bound(slots, adapters, quantum, pins)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slots", range(1, 13))
+def test_no_adapter_waits_longer_than_the_bound_anywhere(slots):
+    """3,600 of them."""
+    for adapters in range(1, 61):
+        for quantum in (1, 2, 5, 11, 30):
+            check_bound(slots, adapters, quantum, pins=(adapters + quantum) % min(slots, 3))
+
+
+def test_two_adapters_with_long_backlogs_do_not_shut_out_the_third():
+    """With age since arrival alone the old backlogs would alternate for ever."""
+    active = make(1, 50)
+    work = {adapter(0): Work(-1000.0), adapter(1): Work(-900.0), adapter(2): Work(0.0)}
+    assert max(longest_waits(active, work, 5000).values()) <= 101
+
+
+@pytest.mark.parametrize("many", [1, 50, 200])
+def test_another_tenants_adapters_never_lengthen_a_tenants_wait(many):
+    active = make(4, 10)
+    work = {adapter(i, "hoard"): Work(0.0) for i in range(many)} | {adapter(i, "small"): Work(0.0) for i in range(3)}
+    worst = longest_waits(active, work, 1000)
+    # Two slots are due to each, so three adapters take turns over two (or over three, beside a single one).
+    assert max(worst[adapter(i, "small")] for i in range(3)) <= 11
+
+
+def test_more_tenants_than_slots_take_turns_whatever_each_brings():
+    active = make(2, 10)
+    work = {adapter(i, "hoard"): Work(0.0) for i in range(40)} | {adapter(0, f"t{i}"): Work(0.0) for i in range(5)}
+    worst = longest_waits(active, work, 2000)
+    assert max(worst[adapter(0, f"t{i}")] for i in range(5)) <= math.ceil(4 / 2) * 10 + 1
+
+
+def test_shares_of_slots_follow_weights():
+    assert quotas({"a": 50, "b": 1}, {}, 8) == {"a": 7, "b": 1}
+    assert quotas({"a": 50, "b": 50}, {}, 8) == {"a": 4, "b": 4}
+    assert quotas({"a": 50, "b": 50}, {"a": 3.0}, 8) == {"a": 6, "b": 2}
+    assert quotas({"a": 2, "b": 50, "c": 0}, {}, 8) == {"a": 2, "b": 6}
+    assert quotas({"a": 9, "b": 9, "c": 9}, {}, 2) == {"a": 1, "b": 1, "c": 1}
+
+
+def test_nothing_moves_unless_somebody_waits():
+    active = make(2, 10)
+    work = {adapter(0): Work(0.0), adapter(1): Work(0.0)}
+    step(active, 0.0, work)
+    for now in range(1, 200):
+        assert step(active, float(now), work) == Exchange()
+    assert active.swaps == 0
+
+
+def test_idle_adapters_leave_first_and_those_in_their_quantum_stay():
+    active = make(2, 10)
+    work = {adapter(0): Work(0.0), adapter(1): Work(0.0)}
+    step(active, 0.0, work)
+    del work[adapter(1)]
+    work[adapter(2)] = Work(1.0)
+    assert step(active, 1.0, work) == Exchange(
+        enter=[(adapter(2), 1)], load=[(adapter(2), 1)]
+    )  # no quantum for the idle
+    work[adapter(3)] = Work(2.0)
+    assert step(active, 2.0, work) == Exchange()
+    assert step(active, 10.0, work).leave == [adapter(0)]
+    assert active.swaps == 1
+
+
+def test_work_that_ends_and_begins_between_two_plans_does_not_renew_the_quantum():
+    active = make(1, 10)
+    work = {adapter(0): Work(0.0)}
+    step(active, 0.0, work)
+    work |= {adapter(1): Work(1.0)}
+    for now in range(1, 10):
+        work[adapter(0)] = Work(float(now))  # the request ended, and the next was there at once
+        assert step(active, float(now), work) == Exchange()
+    assert step(active, 10.0, work).leave == [adapter(0)]
+
+
+def test_an_adapter_that_is_not_read_loses_its_turn_and_not_others():
+    active = make(2, 10)
+    stuck = adapter(9)
+    work = {stuck: Work(-100.0)} | {adapter(i): Work(0.0) for i in range(4)}
+    worst = longest_waits(active, work, 500, slow=(stuck,))
+    assert worst[stuck] == 500
+    assert max(w for ref, w in worst.items() if ref != stuck) <= 11
+    assert step(active, 500.0, work).enter[0][0] == stuck  # it is first once it is there
+
+
+def test_an_adapter_whose_rows_still_lie_in_a_slot_is_not_loaded_again():
+    active = make(3, 10, limit=2)
+    work = {adapter(i): Work(float(i)) for i in range(3)}
+    for now in range(3):
+        step(active, float(now), work)
+    loads = 0
+    for now in range(3, 300):
+        loads += len(step(active, float(now), work).load)
+    assert active.swaps > 10
+    assert loads == 1  # of the third
+
+
+def test_fewer_or_more_active_adapters_at_run_time():
+    active = make(4, 10)
+    work = {adapter(i): Work(float(i)) for i in range(6)}
+    for now in range(4):
+        step(active, float(now), work)
+    active.limit = 2
+    assert len(step(active, 5.0, work).leave) == 2  # at once, the longest active first
+    assert set(active.entered) == {adapter(2), adapter(3)}
+    active.limit = 4
+    step(active, 6.0, work)
+    assert len(active.entered) == 4
+
+
+def test_pins_leave_one_slot_to_share():
+    active = make(2, 10)
+    active.pin(adapter(0))
+    with pytest.raises(InvalidRequest, match="2 slots take at most 1 pinned"):
+        active.pin(adapter(1))
+    step(active, 0.0, {})
+    assert active.is_active(adapter(0))  # with nothing to do
+    active.unpin(adapter(0))
+    step(active, 1.0, {})
+    assert not active.is_active(adapter(0))
+
+
+def test_a_tenant_that_comes_back_does_not_cash_in_its_absence():
+    shares = TokenShares()
+    shares.weights = {"heavy": 2.0}
+    shares.keep(["light", "heavy"])
+    shares.add("light", 100, 50)
+    shares.add("heavy", 100, 50)
+    assert (shares.served("light"), shares.served("heavy")) == (200.0, 100.0)
+    shares.keep(["light"])
+    shares.add("light", 300, 0)
+    shares.keep(["light", "heavy"])
+    assert shares.served("heavy") == shares.served("light") == 500.0

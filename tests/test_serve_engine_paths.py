@@ -1,0 +1,143 @@
+"""Whatever happens to a request on its way, at whatever token, its answer is the one an undisturbed engine gives."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from serve_world import CONFIG, Answer, ask, run_all, step, with_pages
+
+from serve.engine import Engine
+from serve.sequence import Plan, Sequence
+
+pytest_plugins = ["serve_fixtures"]
+PROMPT, TOKENS = 19, 10  # three chunks, the last of them short; five pages and a bit
+STEPS = 11  # of the request alone: one of prompt, ten of tokens, and it is gone
+COLUMN = np.arange(STEPS)
+
+
+def park(engine: Engine, s: Sequence) -> None:
+    if s.running:
+        engine.scheduler._park(s, engine.clock())
+
+
+def save(engine: Engine, s: Sequence) -> None:
+    """Parks it, and its KV goes to the host; its pages are filled with NaN meanwhile."""
+    park(engine, s)
+    if s.number in engine.scheduler._parked:
+        plan = Plan()
+        engine.scheduler._save_or_drop(engine.scheduler._parked.pop(s.number), plan)
+        engine._move(plan)
+        assert s.saved
+        engine.scheduler.pages.forget(s.salt)
+        poison(engine)
+
+
+def drop(engine: Engine, s: Sequence) -> None:
+    """Parks it, and its KV is lost."""
+    limits = engine.scheduler.limits
+    engine.scheduler.limits = replace(limits, host_pages=0)
+    park(engine, s)
+    if s.number in engine.scheduler._parked:
+        engine.scheduler._save_or_drop(engine.scheduler._parked.pop(s.number), Plan())
+        engine.scheduler.pages.forget(s.salt)
+        assert s.done == 0
+    engine.scheduler.limits = limits
+    poison(engine)
+
+
+def poison(engine: Engine) -> None:
+    """NaN in every page that nobody refers to."""
+    scheduler = engine.scheduler
+    held = {p for group in scheduler._groups.values() for s in group.values() for p in s.pages}
+    free = np.array([p for p in range(CONFIG.pages) if p not in held])
+    format = engine._kv.k_LPZF.format
+    engine._kv = jax.tree.map(lambda x: jax.device_put(x.at[:, free].set(np.nan), format), engine._kv)
+
+
+PATHS: dict[str, Callable[[Engine, Sequence], None]] = {"park": park, "save": save, "drop": drop}
+
+
+@pytest.fixture(scope="module")
+def shared(world):
+    """One engine for all positions: what one leaves behind meets the next."""
+    return world.engine()
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("lanes", [1, CONFIG.prefill_lanes])
+def test_an_answer_is_the_same_after_each_path_at_each_position(world, shared, path, lanes):
+    engine = shared
+    engine.scheduler.prefill_lanes = lanes
+    engine.scheduler.limits = replace(engine.scheduler.limits, lanes=lanes)
+    neighbour_answers = []
+    for at in COLUMN.tolist():
+        request = ask(f"{path}/{lanes}/{at}", world.adapters[at % 4], PROMPT, TOKENS)
+        neighbour = ask(f"n{path}{lanes}-{at}", world.adapters[(at + 1) % 4], 7, TOKENS)
+        answers: dict[str, Answer] = defaultdict(Answer)
+        engine.submit(request)
+        engine.submit(neighbour)
+        sequence, count = engine._sequences[request.id], 0
+        while engine.has_work:
+            if count == at and request.id in engine._sequences:
+                PATHS[path](engine, sequence)
+            step(engine, answers)
+            count += 1
+        assert answers[request.id].tokens == world.greedy(request), (path, at)
+        neighbour_answers.append(answers[neighbour.id].tokens == world.greedy(neighbour))
+    assert all(neighbour_answers)
+
+
+def test_an_answer_is_the_same_when_every_step_exchanges_adapters(world):
+    """Six groups over three slots, and the longest active leaves at every step."""
+    engine = world.engine(replace(CONFIG, quantum_s=1e-9))
+    requests = [ask(f"r{i}", [None, *world.adapters][i % 6], 3 + 5 * i % 17, 4 + i % 9) for i in range(18)]
+    answers = run_all(engine, requests)
+    for r in requests:
+        assert answers[r.id].tokens == world.greedy(r), r.id
+    assert engine.scheduler.active.swaps >= 15
+
+
+@pytest.mark.parametrize("host_bytes", [0, 10**6])
+def test_an_answer_is_the_same_when_pages_hold_little_more_than_one_request(world, host_bytes):
+    engine = with_pages(world.engine(replace(CONFIG, quantum_s=1e-9, host_bytes=host_bytes)), 9)
+    requests = [ask(f"r{i}", [None, *world.adapters][i % 6], 3 + 5 * i % 17, 4 + i % 9) for i in range(12)]
+    answers = run_all(engine, requests)
+    for r in requests:
+        assert answers[r.id].tokens == world.greedy(r), r.id
+    assert (engine.scheduler.recomputed_tokens > 0) >= (host_bytes == 0)
+
+
+def test_an_answer_stays_with_its_version_when_another_is_published_at_each_position(world, engine):
+    rows = world.device_rows(world.adapters[1])
+    for at in COLUMN.tolist():
+        request = ask(f"old{at}", world.adapters[0], PROMPT, TOKENS)
+        answers: dict[str, Answer] = defaultdict(Answer)
+        engine.submit(request)
+        count = 0
+        while engine.has_work:
+            if count == at:
+                newest = world.add("bot0", seed=100 + at)  # in the store
+                engine.install(newest.ref, rows)
+            step(engine, answers)
+            count += 1
+        assert answers[request.id].tokens == world.greedy(request), at
+
+
+def test_an_answer_is_the_same_when_its_beginning_is_found_in_the_cache(world, engine):
+    first = ask("first", world.adapters[0], PROMPT, TOKENS)
+    told = [*first.prompt, *run_all(engine, [first])["first"].tokens]
+    for count in range(1, len(told)):
+        again = ask(f"again{count}", world.adapters[0], told[:count], 3)
+        answer = run_all(engine, [again])[again.id]
+        assert answer.tokens == world.greedy(again), count
+        assert count < PROMPT or answer.tokens[: len(told) - count] == told[count : count + 3], count
+    assert engine.scheduler.pages.hits > 100
+    other = ask("other", world.adapters[1], told[:20], 3)
+    before = engine.scheduler.pages.hits
+    assert run_all(engine, [other])["other"].tokens == world.greedy(other)
+    assert engine.scheduler.pages.hits == before  # another adapter's KV is never found
