@@ -1,44 +1,39 @@
 """The engine: plans become arrays, one jitted program per shape runs them, tokens become text.
 
-Owned by one thread.  A step is at most one prefill program and one decode program; both are the same function, and
-every shape it will ever see is compiled by `warm_up`.
-
-Shape letters: G lanes, J tokens of a lane, C pages per sequence, D model, V vocabulary.
+Owned by one thread.  A step is at most one prefill program and one decode program; both are the same function (`step`),
+and every shape it will ever see is compiled by `warm_up`.
 """
 
 from __future__ import annotations
 
 import secrets
 import time
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxlora.errors import AdapterInvalid, AlreadyExists, BaseMismatch, ContextLengthExceeded, JaxLoraError
-from jaxlora.kvcache import KVPages, empty_pages, page_format, paged_attend
-from jaxlora.lora import HEAD_TARGET, AdapterRef
-from jaxlora.mesh import attention_placement, check_lanes, place_rows, replicated
-from jaxlora.model import Base, TokenBatch, forward, head_weight
-from jaxlora.pool import LoraLayout, PoolSpec, PromptLora, Rows, TokenLora, empty_pool, host_rows, write_slot
+from jaxlora.errors import AdapterInvalid, AlreadyExists, BaseMismatch, ContextLengthExceeded
+from jaxlora.kvcache import empty_pages
+from jaxlora.lora import AdapterRef
+from jaxlora.mesh import check_lanes, place_rows
+from jaxlora.model import Base
+from jaxlora.pool import PoolSpec, Rows, empty_pool, host_rows, write_slot
 from jaxlora.slots import SlotTable
 from jaxlora.store import AdapterStore
 from jaxlora.tokenizer import Detokenizer, Tokenizer
-from pallas_kernels import NO_ADAPTER
+from serve.adapter_loads import LOADS, AdapterLoads
 from serve.offload import PageMover, page_bytes
 from serve.pages import HostPages, PageAllocator
 from serve.request import Delta, FinishReason, Request, TokenLogprob
-from serve.sampling import SamplingBatch, StepOutput, sample
+from serve.sampling import StepOutput
 from serve.scheduler import Limits, Scheduler
 from serve.sequence import Chunk, Plan, Sequence
+from serve.step import StepBatch, step_program
 from serve.stops import StopStrings
 
 SHORT_LANES = 4  # divides a full program into a small one: a few rows should not pay for many
-LOADS = 4  # adapters that are read ahead for those who are next in line
-LOAD_WAIT_S = 0.005  # how long a step with nothing else to do waits for one of them; messages wait as long
 MIN_ROWS = 2  # XLA:CPU has no fast path for a bfloat16 product with one row
 
 
@@ -56,45 +51,6 @@ class EngineConfig:
     max_waiting_tokens: int  # tokens they may come to, prompt and max_tokens together
     host_bytes: int  # of KV that parked requests may keep on the host; what has no room there is computed again
     quantum_s: float  # how long an adapter keeps its slot while others wait
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class StepBatch:
-    """The tokens of one program: lanes of prompt chunks, or one token per running sequence (J = 1)."""
-
-    token_GJ: jax.Array  # int32
-    position_GJ: jax.Array  # int32 place in the sequence; -1 is padding
-    slot_G: jax.Array  # int32 serving slot; NO_ADAPTER is the base model
-    page_GC: jax.Array  # int32 pages of the lane's sequence, in order
-    last_G: jax.Array  # int32 the token of the lane whose successor is sampled
-    sampling: SamplingBatch
-
-
-def _serve_step(base: Base, pool: Rows, kv: KVPages, batch: StepBatch) -> tuple[KVPages, StepOutput]:
-    G, J = batch.token_GJ.shape
-    layout = LoraLayout(config=base.config, mesh=base.mesh)
-    lora = (TokenLora if J == 1 else PromptLora)(pool, batch.slot_G, base.config.layers, layout)
-    tokens = TokenBatch(
-        token_T=batch.token_GJ.reshape(-1),
-        position_T=batch.position_GJ.reshape(-1),
-        segment_T=(batch.position_GJ >= 0).astype(jnp.int32).reshape(-1),
-        slot_T=jnp.repeat(batch.slot_G, J),
-    )
-    attend = paged_attend(batch.page_GC, batch.position_GJ, base.config.window, attention_placement(base.mesh))
-    x_TD, kv = forward(base, tokens, lora, attend, kv)
-    x_GD = jnp.take_along_axis(x_TD.reshape(G, J, -1), batch.last_G[:, None, None], axis=1)[:, 0]
-    with jax.default_matmul_precision(base.precision):
-        logits_GV = jnp.dot(x_GD, head_weight(base)[0], preferred_element_type=jnp.float32)
-        if HEAD_TARGET in pool:
-            (delta_GV,) = lora.product(jnp.int32(0), (HEAD_TARGET,), x_GD)
-            logits_GV = logits_GV + delta_GV.astype(jnp.float32)
-    return kv, sample(logits_GV, batch.sampling)
-
-
-def step_program(mesh: Mesh) -> jax.stages.Wrapped:
-    """The one jitted step: (base, pool, pages, batch) → (pages, output).  The pages are donated."""
-    return jax.jit(_serve_step, donate_argnums=2, out_shardings=(page_format(mesh), replicated(mesh)))
 
 
 @dataclass(slots=True)
@@ -144,8 +100,7 @@ class Engine:
         in_place = jax.tree.map(lambda x: x.sharding, self._pool)
         self._write_slot = jax.jit(write_slot, donate_argnums=0, out_shardings=in_place)
         self._program = step_program(mesh)
-        self._reader = ThreadPoolExecutor(LOADS, thread_name_prefix="adapter-load")
-        self._loads: dict[AdapterRef, Future[Rows]] = {}  # of those next in line, until they have a slot
+        self._loads = AdapterLoads(self._read)
         self._sequences: dict[str, Sequence] = {}
         self._texts: dict[str, TextState] = {}
         self._seeds: dict[str, int] = {}
@@ -169,7 +124,7 @@ class Engine:
     def warm_up(self) -> None:
         """Compiles and runs every program once, on padding that is written nowhere, and the loading of an adapter."""
         for lanes, tokens in self.shapes():
-            self._run(self._idle(lanes, tokens))
+            self._run(StepBatch.idle(lanes, tokens, self._columns))
         self._kv = self._mover.warm_up(self._kv)
         empty = jax.tree.map(lambda p: np.zeros(p.shape[:1] + p.shape[2:], np.float32), self._pool)
         self._write(0, empty)
@@ -213,10 +168,10 @@ class Engine:
         each decoding sequence.  Waits for a disk only when nobody can run, and then for a moment.
         """
         deltas = self._read_ahead()
-        plan = self.scheduler.plan(self.clock(), [ref for ref in self._loads if self._is_read(ref)])
+        plan = self.scheduler.plan(self.clock(), self._loads.ready())
         self._move(plan)
         if plan.empty and self._loads:
-            wait(self._loads.values(), LOAD_WAIT_S, FIRST_COMPLETED)
+            self._loads.wait()
         if prefill := [c for c in plan.prefill if c.sequence.request.id in self._sequences]:
             deltas += self._prefill(prefill)
         if decode := [s for s in plan.decode if s.request.id in self._sequences]:
@@ -263,19 +218,12 @@ class Engine:
 
     def _read_ahead(self) -> list[Delta]:
         """Has the adapters read that are next in line; ends the requests of those that cannot be."""
-        wanted, deltas = self.scheduler.wanted(LOADS), []
-        self._loads = {ref: load for ref, load in self._loads.items() if ref in wanted}
-        for ref in wanted:
-            if ref not in self._loads:
-                self._loads[ref] = self._reader.submit(self._read, ref)
-            elif self._loads[ref].done() and not self._is_read(ref):
-                error = self._loads.pop(ref).exception()
-                if not isinstance(error, JaxLoraError):
-                    raise RuntimeError(f"reading {ref} failed") from error
-                users = [s for s in self._sequences.values() if s.request.adapter == ref]
-                for s in users:
-                    self._end(s)
-                deltas += [Delta(request_id=s.request.id, error=error) for s in users]
+        deltas = []
+        for ref, error in self._loads.want(self.scheduler.wanted(LOADS)):
+            users = [s for s in self._sequences.values() if s.request.adapter == ref]
+            for s in users:
+                self._end(s)
+            deltas += [Delta(request_id=s.request.id, error=error) for s in users]
         return deltas
 
     def _read(self, ref: AdapterRef) -> Rows:
@@ -285,13 +233,9 @@ class Engine:
             raise BaseMismatch(f"adapter {ref.name} was made for another base model; serve it on that one")
         return host_rows(self.base.config, self.pool_spec, adapter)
 
-    def _is_read(self, ref: AdapterRef) -> bool:
-        load = self._loads.get(ref)
-        return load is not None and load.done() and load.exception() is None
-
     def _load(self, ref: AdapterRef, slot: int) -> None:
         """Copies a version that has been read into its slot."""
-        self._write(slot, self._loads.pop(ref).result())
+        self._write(slot, self._loads.take(ref))
 
     def _on_device(self, slot: int, rows: Rows) -> tuple[jax.Array, Rows]:
         return jax.device_put(np.int32(slot)), jax.device_put(rows)
@@ -300,17 +244,6 @@ class Engine:
         self._pool = self._write_slot(self._pool, *self._on_device(slot, rows))
 
     # ---- programs -------------------------------------------------------------------------------------------------
-
-    def _idle(self, lanes: int, tokens: int) -> StepBatch:
-        """A NumPy batch of padding."""
-        arrays = {
-            "token_GJ": np.zeros((lanes, tokens), np.int32),
-            "position_GJ": np.full((lanes, tokens), -1, np.int32),
-            "slot_G": np.full(lanes, NO_ADAPTER, np.int32),
-            "page_GC": np.zeros((lanes, self._columns), np.int32),
-            "last_G": np.zeros(lanes, np.int32),
-        }
-        return StepBatch(**arrays, sampling=SamplingBatch.idle(lanes))  # ty: ignore[invalid-argument-type]
 
     def _run(self, batch: StepBatch) -> StepOutput:
         """The step's output on the host."""
@@ -332,7 +265,8 @@ class Engine:
         return next(size for size in self._ladder(full) if size >= needed)
 
     def _prefill(self, chunks: list[Chunk]) -> list[Delta]:
-        batch = self._idle(self._smallest(self.config.prefill_lanes, len(chunks)), self.config.prefill_tokens)
+        lanes = self._smallest(self.config.prefill_lanes, len(chunks))
+        batch = StepBatch.idle(lanes, self.config.prefill_tokens, self._columns)
         for lane, c in enumerate(chunks):
             self._fill(batch, lane, c.sequence, c.start, c.sequence.tokens[c.start : c.start + c.count])
         out = self._run(batch)
@@ -348,7 +282,7 @@ class Engine:
         return deltas
 
     def _decode(self, sequences: list[Sequence]) -> list[Delta]:
-        batch = self._idle(self._smallest(self.config.rows, len(sequences)), 1)
+        batch = StepBatch.idle(self._smallest(self.config.rows, len(sequences)), 1, self._columns)
         for row, s in enumerate(sequences):
             self._fill(batch, row, s, s.done, [s.tokens[s.done]])
         out = self._run(batch)

@@ -47,7 +47,7 @@ def _write(kv: KVPages, page_C: jax.Array, moved: KVPages) -> KVPages:
 
 
 def page_bytes(kv: KVPages) -> int:
-    """Bytes of one page, keys and values of all layers: what it takes of a HostBudget."""
+    """Bytes of one page, keys and values of all layers."""
     return sum(x.nbytes // x.shape[1] for x in (kv.k_LPZF, kv.v_LPZF))
 
 

@@ -208,21 +208,3 @@ class HostPages:
     def nbytes(self) -> int:
         """Bytes of host memory."""
         return self.k_LCZF.nbytes + self.v_LCZF.nbytes
-
-
-class HostBudget:
-    """How many bytes of host memory pages may fill."""
-
-    def __init__(self, limit_bytes: int):
-        self.limit_bytes, self.used_bytes = limit_bytes, 0
-
-    def take(self, nbytes: int) -> bool:
-        """Whether there was room for so many bytes more; they are in use then."""
-        fits = self.used_bytes + nbytes <= self.limit_bytes
-        self.used_bytes += nbytes * fits
-        return fits
-
-    def give_back(self, nbytes: int) -> None:
-        """So many bytes are not in use any more."""
-        assert nbytes <= self.used_bytes, f"{nbytes} bytes are given back, {self.used_bytes} are in use"
-        self.used_bytes -= nbytes

@@ -15,8 +15,8 @@ from jaxlora.mesh import RULES, replicated, sharding
 from jaxlora.model import Base
 from jaxlora.model_config import ModelConfig, parameters, target_features
 from jaxlora.pool import LoraRows, PoolSpec, Rows, layer_count, row_axes
-from serve.engine import StepBatch, step_program
 from serve.sampling import SamplingBatch
+from serve.step import StepBatch, step_program
 from train.optimizer import Moments
 from train.state import TrainState, halves
 from train.step import _accumulate, idle_batch

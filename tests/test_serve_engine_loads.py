@@ -58,7 +58,7 @@ def test_a_cancelled_load_leaves_nothing(world, engine, monkeypatch):
     engine.cancel("gone")
     gate.set()
     assert run_all(engine, [ask("next", None)])["next"].finish is FinishReason.LENGTH
-    assert engine._loads == {}
+    assert not engine._loads
     assert engine.slots.resident() == {}
 
 

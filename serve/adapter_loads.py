@@ -1,0 +1,62 @@
+"""Adapters on their way from the store to host rows, read on threads of their own.  A failure is its askers' alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+
+from jaxlora.errors import JaxLoraError
+from jaxlora.lora import AdapterRef
+from jaxlora.pool import Rows
+
+LOADS = 4  # adapters that are read ahead for those who are next in line
+LOAD_WAIT_S = 0.005  # how long a step with nothing else to do waits for one of them; messages wait as long
+
+
+class AdapterLoads:
+    """What is being read, and what has been read and has no slot yet.  Owned by one thread.
+
+    read: the rows of a version.  Called on a thread of its own, as it may read a disk.
+    """
+
+    def __init__(self, read: Callable[[AdapterRef], Rows]):
+        self._read = read
+        self._reader = ThreadPoolExecutor(LOADS, thread_name_prefix="adapter-load")
+        self._loads: dict[AdapterRef, Future[Rows]] = {}
+
+    def __bool__(self) -> bool:
+        """Whether anything is read, or waits for a slot."""
+        return bool(self._loads)
+
+    def want(self, refs: Sequence[AdapterRef]) -> list[tuple[AdapterRef, JaxLoraError]]:
+        """These are next in line: starts to read them, forgets all others.  Returns those that cannot be read, and why.
+
+        Raises RuntimeError for an error that is not the adapter's but ours.
+        """
+        self._loads = {ref: load for ref, load in self._loads.items() if ref in refs}
+        failed = []
+        for ref in refs:
+            if ref not in self._loads:
+                self._loads[ref] = self._reader.submit(self._read, ref)
+            elif self._loads[ref].done() and not self._is_read(ref):
+                error = self._loads.pop(ref).exception()
+                if not isinstance(error, JaxLoraError):
+                    raise RuntimeError(f"reading {ref} failed") from error
+                failed.append((ref, error))
+        return failed
+
+    def ready(self) -> list[AdapterRef]:
+        """Those that have been read."""
+        return [ref for ref in self._loads if self._is_read(ref)]
+
+    def take(self, ref: AdapterRef) -> Rows:
+        """The rows of one that has been read; it is on its way no more."""
+        return self._loads.pop(ref).result()
+
+    def wait(self) -> None:
+        """Until one is read, or a moment is over."""
+        wait(self._loads.values(), LOAD_WAIT_S, FIRST_COMPLETED)
+
+    def _is_read(self, ref: AdapterRef) -> bool:
+        load = self._loads[ref]
+        return load.done() and load.exception() is None
