@@ -25,6 +25,7 @@ from jaxlora.store import AdapterStore
 from jaxlora.tokenizer import Detokenizer, Tokenizer
 from serve.adapter_loads import LOADS, AdapterLoads
 from serve.offload import PageMover, page_bytes
+from serve.packed import Layout
 from serve.pages import HostPages, PageAllocator
 from serve.request import Delta, FinishReason, Request, TokenLogprob
 from serve.sampling import StepOutput
@@ -247,8 +248,9 @@ class Engine:
 
     def _run(self, batch: StepBatch) -> StepOutput:
         """The step's output on the host."""
-        on_device = place_rows(self.mesh, batch)
-        self._kv, out = self._program(self.base, self._pool, self._kv, on_device)
+        layout = Layout.of(batch)
+        words_GW = place_rows(self.mesh, layout.pack(batch))
+        self._kv, out = self._program(self.base, self._pool, self._kv, words_GW, layout)
         return jax.device_get(out)
 
     def _fill(self, batch: StepBatch, lane: int, sequence: Sequence, start: int, tokens: list[int]) -> None:
