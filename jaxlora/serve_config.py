@@ -39,6 +39,7 @@ class ServeConfig:
     max_waiting: int  # requests in the queue before new ones get 503
     max_waiting_tokens: int  # tokens they may come to, prompt and max_tokens together
     quantum_ms: float  # how long an adapter keeps its slot while others wait for one
+    host_adapters_gb: float  # adapter versions in host memory: recently used, being read, on their way to the device
     host_kv_gb: float  # KV of parked requests that may lie in host memory; what has no room there is computed again
     adapters: Path  # root of the adapter store
     load: tuple[AdapterSection, ...] = field(default=())
@@ -47,6 +48,7 @@ class ServeConfig:
         need_counts(self, "slots", "max_rank", "rows", "kv_pages", "page_tokens", "prefill_lanes", "prefill_tokens")
         need_counts(self, "default_max_tokens", "max_waiting", "max_waiting_tokens")
         need(self.quantum_ms > 0, "quantum_ms", "positive", self.quantum_ms)
+        need(self.host_adapters_gb > 0, "host_adapters_gb", "positive", self.host_adapters_gb)
         need(self.host_kv_gb >= 0, "host_kv_gb", "0 or more", self.host_kv_gb)
         need(self.mesh.processes == 1, "mesh.processes", "1, as only training runs in several", self.mesh.processes)
         need(bool(self.host.strip()), "host", "an address such as 127.0.0.1", self.host)
@@ -75,6 +77,7 @@ def serve_defaults(model: str, adapters: Path) -> ServeConfig:
         max_waiting=256,
         max_waiting_tokens=131_072,
         quantum_ms=200.0,
+        host_adapters_gb=2.0,
         host_kv_gb=0.5,
         adapters=adapters,
     )

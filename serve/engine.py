@@ -22,7 +22,7 @@ from jaxlora.pool import PoolSpec, Rows, empty_pool, host_rows, write_slot
 from jaxlora.slots import SlotTable
 from jaxlora.store import AdapterStore
 from jaxlora.tokenizer import Tokenizer
-from serve.adapter_loads import LOADS, AdapterLoads
+from serve.adapter_loads import READERS, AdapterLoads
 from serve.answers import Answer
 from serve.offload import PageMover, page_bytes
 from serve.packed import Layout
@@ -92,7 +92,10 @@ class Engine:
         in_place = jax.tree.map(lambda x: x.sharding, self._pool)
         self._write_slot = jax.jit(write_slot, donate_argnums=0, out_shardings=in_place)
         self._program = step_program(mesh)
-        self._loads = AdapterLoads(self._read)
+        self._loads = AdapterLoads(self._read, lambda: self.clock())
+        # As many requests may end in a step as a few tokens each allow: their adapters' successors are there by then.
+        self.ahead = min(pool_spec.slots, max(READERS, config.rows // 4))
+        store.set_aside(self.ahead * sum(4 * x.size // pool_spec.slots for x in jax.tree.leaves(self._pool)))
         self._sequences: dict[str, Sequence] = {}
         self._answers: dict[str, Answer] = {}
         self._saved: dict[str, HostPages] = {}  # KV of parked requests
@@ -208,7 +211,7 @@ class Engine:
     def _read_ahead(self) -> list[Delta]:
         """Has the adapters read that are next in line; ends the requests of those that cannot be."""
         deltas = []
-        for ref, error in self._loads.want(self.scheduler.wanted(LOADS)):
+        for ref, error in self._loads.want(self.scheduler.wanted(self.ahead)):
             users = [s for s in self._sequences.values() if s.request.adapter == ref]
             for s in users:
                 self._end(s)
