@@ -1,4 +1,4 @@
-"""The engine: plans become arrays, one jitted program per shape runs them, tokens become text.
+"""The engine: plans become arrays, one jitted program per shape runs them, answers take the tokens.
 
 Owned by one thread.  A step is at most one prefill program and one decode program; both are the same function (`step`),
 and every shape it will ever see is compiled by `warm_up`.
@@ -6,7 +6,6 @@ and every shape it will ever see is compiled by `warm_up`.
 
 from __future__ import annotations
 
-import secrets
 import time
 from dataclasses import dataclass
 
@@ -14,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxlora.errors import AdapterInvalid, AlreadyExists, BaseMismatch, ContextLengthExceeded
+from jaxlora.errors import AlreadyExists, BaseMismatch, ContextLengthExceeded
 from jaxlora.kvcache import empty_pages
 from jaxlora.lora import AdapterRef
 from jaxlora.mesh import check_lanes, place_rows
@@ -22,16 +21,17 @@ from jaxlora.model import Base
 from jaxlora.pool import PoolSpec, Rows, empty_pool, host_rows, write_slot
 from jaxlora.slots import SlotTable
 from jaxlora.store import AdapterStore
-from jaxlora.tokenizer import Detokenizer, Tokenizer
+from jaxlora.tokenizer import Tokenizer
 from serve.adapter_loads import LOADS, AdapterLoads
+from serve.answers import Answer
 from serve.offload import PageMover, page_bytes
+from serve.packed import Layout
 from serve.pages import HostPages, PageAllocator
-from serve.request import Delta, FinishReason, Request, TokenLogprob
+from serve.request import Delta, Request
 from serve.sampling import StepOutput
 from serve.scheduler import Limits, Scheduler
 from serve.sequence import Chunk, Plan, Sequence
 from serve.step import StepBatch, step_program
-from serve.stops import StopStrings
 
 SHORT_LANES = 4  # divides a full program into a small one: a few rows should not pay for many
 MIN_ROWS = 2  # XLA:CPU has no fast path for a bfloat16 product with one row
@@ -51,14 +51,6 @@ class EngineConfig:
     max_waiting_tokens: int  # tokens they may come to, prompt and max_tokens together
     host_bytes: int  # of KV that parked requests may keep on the host; what has no room there is computed again
     quantum_s: float  # how long an adapter keeps its slot while others wait
-
-
-@dataclass(slots=True)
-class TextState:
-    """What a running sequence has said so far."""
-
-    detokenizer: Detokenizer
-    stops: StopStrings
 
 
 class Engine:
@@ -102,8 +94,7 @@ class Engine:
         self._program = step_program(mesh)
         self._loads = AdapterLoads(self._read)
         self._sequences: dict[str, Sequence] = {}
-        self._texts: dict[str, TextState] = {}
-        self._seeds: dict[str, int] = {}
+        self._answers: dict[str, Answer] = {}
         self._saved: dict[str, HostPages] = {}  # KV of parked requests
         self._mover = PageMover(mesh)
         self.clock = time.monotonic
@@ -147,10 +138,8 @@ class Engine:
                 param="max_tokens",
             )
         sequence = self.scheduler.add(request, self.clock())
-        p = request.params
         self._sequences[request.id] = sequence
-        self._texts[request.id] = TextState(self.tokenizer.detokenizer(), StopStrings(p.stop, p.include_stop))
-        self._seeds[request.id] = secrets.randbits(63) if p.seed is None else p.seed
+        self._answers[request.id] = Answer(request, self.tokenizer)
 
     def cancel(self, request_id: str) -> None:
         """Frees all the request holds; does nothing when it has ended."""
@@ -247,8 +236,9 @@ class Engine:
 
     def _run(self, batch: StepBatch) -> StepOutput:
         """The step's output on the host."""
-        on_device = place_rows(self.mesh, batch)
-        self._kv, out = self._program(self.base, self._pool, self._kv, on_device)
+        layout = Layout.of(batch)
+        words_GW = place_rows(self.mesh, layout.pack(batch))
+        self._kv, out = self._program(self.base, self._pool, self._kv, words_GW, layout)
         return jax.device_get(out)
 
     def _fill(self, batch: StepBatch, lane: int, sequence: Sequence, start: int, tokens: list[int]) -> None:
@@ -258,8 +248,7 @@ class Engine:
         batch.slot_G[lane] = sequence.slot
         batch.page_GC[lane, : len(sequence.pages)] = sequence.pages
         batch.last_G[lane] = count - 1
-        request = sequence.request
-        batch.sampling.fill(lane, request.params, self._seeds[request.id], start + count)
+        self._answers[sequence.request.id].fill(batch.sampling, lane, start + count)
 
     def _smallest(self, full: int, needed: int) -> int:
         return next(size for size in self._ladder(full) if size >= needed)
@@ -278,7 +267,7 @@ class Engine:
                 continue
             self.scheduler.computed(c.sequence)
             if c.sequence.generated == 0:  # else it was computed again, and what comes next is known
-                deltas += self._advance(c.sequence, out, lane)
+                deltas.append(self._advance(c.sequence, out, lane))
         return deltas
 
     def _decode(self, sequences: list[Sequence]) -> list[Delta]:
@@ -289,42 +278,19 @@ class Engine:
         deltas = []
         for row, s in enumerate(sequences):
             s.done += 1
-            deltas += self._advance(s, out, row)
+            deltas.append(self._advance(s, out, row))
         return deltas
 
-    # ---- tokens to text -------------------------------------------------------------------------------------------
-
-    def _advance(self, sequence: Sequence, out: StepOutput, row: int) -> list[Delta]:
+    def _advance(self, sequence: Sequence, out: StepOutput, row: int) -> Delta:
         """What the sequence's new token means to its client."""
-        request, params = sequence.request, sequence.request.params
-        if not out.finite_B[row]:
+        delta = self._answers[sequence.request.id].take(out, row)
+        sequence.tokens += delta.tokens
+        self.decoded_tokens += len(delta.tokens)
+        if delta.finish is not None or delta.error is not None:
             self._end(sequence)
-            error = AdapterInvalid("the model gave non-finite numbers for this request; check its adapter")
-            return [Delta(request_id=request.id, error=error)]
-        token = int(out.token_B[row])
-        sequence.tokens.append(token)
-        self.decoded_tokens += 1
-        text_state = self._texts[request.id]
-        ended = (token in self.tokenizer.eos_ids and not params.ignore_eos) or token in params.stop_token_ids
-        text, hit = ("", False) if ended else text_state.stops.push(text_state.detokenizer.push(token))
-        finish = None
-        if ended or hit:
-            finish = FinishReason.STOP
-        elif sequence.generated >= params.max_tokens:
-            finish = FinishReason.LENGTH
-        if finish is not None and not hit:
-            tail, hit = text_state.stops.push(text_state.detokenizer.flush())
-            text += tail + ("" if hit else text_state.stops.flush())
-        if finish is not None:
-            self._end(sequence)
-        logprobs = () if params.logprobs is None else (self._logprob(out, row, params.logprobs),)
-        return [Delta(request_id=request.id, text=text, tokens=(token,), logprobs=logprobs, finish=finish)]
-
-    def _logprob(self, out: StepOutput, row: int, count: int) -> TokenLogprob:
-        top = zip(out.top_token_BM[row, :count].tolist(), out.top_logprob_BM[row, :count].tolist(), strict=True)
-        return TokenLogprob(token=int(out.token_B[row]), logprob=float(out.logprob_B[row]), top=tuple(top))
+        return delta
 
     def _end(self, sequence: Sequence) -> None:
         self.scheduler.finish(sequence)
-        for table in (self._sequences, self._texts, self._seeds, self._saved):
+        for table in (self._sequences, self._answers, self._saved):
             table.pop(sequence.request.id, None)

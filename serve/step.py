@@ -18,6 +18,7 @@ from jaxlora.mesh import attention_placement, replicated
 from jaxlora.model import Base, TokenBatch, forward, head_weight
 from jaxlora.pool import LoraLayout, PromptLora, Rows, TokenLora
 from pallas_kernels import NO_ADAPTER
+from serve.packed import Layout
 from serve.sampling import SamplingBatch, StepOutput, sample
 
 
@@ -67,6 +68,13 @@ def _serve_step(base: Base, pool: Rows, kv: KVPages, batch: StepBatch) -> tuple[
     return kv, sample(logits_GV, batch.sampling)
 
 
+def _packed_step(
+    base: Base, pool: Rows, kv: KVPages, words_GW: jax.Array, layout: Layout[StepBatch]
+) -> tuple[KVPages, StepOutput]:
+    return _serve_step(base, pool, kv, layout.unpack(words_GW))
+
+
 def step_program(mesh: Mesh) -> jax.stages.Wrapped:
-    """The one jitted step: (base, pool, pages, batch) → (pages, output).  The pages are donated."""
-    return jax.jit(_serve_step, donate_argnums=2, out_shardings=(page_format(mesh), replicated(mesh)))
+    """The one jitted step: (base, pool, pages, packed batch, its layout) → (pages, output).  The pages are donated."""
+    out = (page_format(mesh), replicated(mesh))
+    return jax.jit(_packed_step, donate_argnums=2, static_argnums=4, out_shardings=out)
