@@ -24,13 +24,14 @@ from jaxlora.store import AdapterStore
 from jaxlora.tokenizer import Tokenizer
 from serve.adapter_loads import LOADS, AdapterLoads
 from serve.answers import Answer
+from serve.edits import EditArrays
 from serve.offload import PageMover, page_bytes
 from serve.pages import HostPages, PageAllocator
 from serve.request import Delta, Request
 from serve.sampling import StepOutput
 from serve.scheduler import Limits, Scheduler
 from serve.sequence import Chunk, Plan, Sequence
-from serve.step import StepBatch, step_program
+from serve.step import PromptScores, StepBatch, step_program
 
 SHORT_LANES = 4  # divides a full program into a small one: a few rows should not pay for many
 MIN_ROWS = 2  # XLA:CPU has no fast path for a bfloat16 product with one row
@@ -91,6 +92,8 @@ class Engine:
         in_place = jax.tree.map(lambda x: x.sharding, self._pool)
         self._write_slot = jax.jit(write_slot, donate_argnums=0, out_shardings=in_place)
         self._program = step_program(mesh)
+        ends = len(tokenizer.eos_ids)
+        self._edits = EditArrays(mesh, max_tokens=config.max_tokens, vocab=base.config.vocab, ends=ends)
         self._loads = AdapterLoads(self._read)
         self._sequences: dict[str, Sequence] = {}
         self._answers: dict[str, Answer] = {}
@@ -114,7 +117,7 @@ class Engine:
     def warm_up(self) -> None:
         """Compiles and runs every program once, on padding that is written nowhere, and the loading of an adapter."""
         for lanes, tokens in self.shapes():
-            self._run(StepBatch.idle(lanes, tokens, self._columns))
+            self._run(self._batch(lanes, tokens, []))
         self._kv = self._mover.warm_up(self._kv)
         empty = jax.tree.map(lambda p: np.zeros(p.shape[:1] + p.shape[2:], np.float32), self._pool)
         self._write(0, empty)
@@ -136,9 +139,9 @@ class Engine:
                 f"they must be at most {self.config.max_tokens}",
                 param="max_tokens",
             )
-        sequence = self.scheduler.add(request, self.clock())
-        self._sequences[request.id] = sequence
-        self._answers[request.id] = Answer(request, self.tokenizer)
+        answer = Answer(request, self.tokenizer, self.base.config.vocab)
+        self._sequences[request.id] = self.scheduler.add(request, self.clock())
+        self._answers[request.id] = answer
 
     def cancel(self, request_id: str) -> None:
         """Frees all the request holds; does nothing when it has ended."""
@@ -233,11 +236,17 @@ class Engine:
 
     # ---- programs -------------------------------------------------------------------------------------------------
 
-    def _run(self, batch: StepBatch) -> StepOutput:
-        """The step's output on the host."""
+    def _run(self, batch: StepBatch) -> tuple[StepOutput, PromptScores | None]:
+        """The step's output on the host, and its scores on the device."""
         on_device = place_rows(self.mesh, batch)
-        self._kv, out = self._program(self.base, self._pool, self._kv, on_device)
-        return jax.device_get(out)
+        self._kv, out, scores = self._program(self.base, self._pool, self._kv, on_device)
+        return jax.device_get(out), scores
+
+    def _batch(self, lanes: int, tokens: int, sampled: list[Sequence]) -> StepBatch:
+        """A batch to fill, with the edits that these sequences need, whose next tokens are chosen in it."""
+        answers = [self._answers[s.request.id] for s in sampled]
+        edits = self._edits.make(lanes, tokens=any(a.edits_tokens for a in answers), allowed=False)
+        return StepBatch.idle(lanes, tokens, self._columns, edits)
 
     def _fill(self, batch: StepBatch, lane: int, sequence: Sequence, start: int, tokens: list[int]) -> None:
         count = len(tokens)
@@ -246,17 +255,25 @@ class Engine:
         batch.slot_G[lane] = sequence.slot
         batch.page_GC[lane, : len(sequence.pages)] = sequence.pages
         batch.last_G[lane] = count - 1
-        self._answers[sequence.request.id].fill(batch.sampling, lane, start + count)
+        answer = self._answers[sequence.request.id]
+        answer.fill_targets(batch, lane, start, count)
+        if start + count == len(sequence.tokens):
+            answer.fill(batch, lane, start + count)
 
     def _smallest(self, full: int, needed: int) -> int:
         return next(size for size in self._ladder(full) if size >= needed)
 
     def _prefill(self, chunks: list[Chunk]) -> list[Delta]:
         lanes = self._smallest(self.config.prefill_lanes, len(chunks))
-        batch = StepBatch.idle(lanes, self.config.prefill_tokens, self._columns)
+        chosen = [c.sequence for c in chunks if c.start + c.count == len(c.sequence.tokens)]
+        batch = self._batch(lanes, self.config.prefill_tokens, chosen)
         for lane, c in enumerate(chunks):
             self._fill(batch, lane, c.sequence, c.start, c.sequence.tokens[c.start : c.start + c.count])
-        out = self._run(batch)
+        out, scores = self._run(batch)
+        if (batch.target_GJ >= 0).any():
+            scores = jax.device_get(scores)
+            for lane, c in enumerate(chunks):
+                self._answers[c.sequence.request.id].score(scores, batch, lane, c.start)
         deltas = []
         for lane, c in enumerate(chunks):
             c.sequence.done = c.start + c.count
@@ -269,10 +286,10 @@ class Engine:
         return deltas
 
     def _decode(self, sequences: list[Sequence]) -> list[Delta]:
-        batch = StepBatch.idle(self._smallest(self.config.rows, len(sequences)), 1, self._columns)
+        batch = self._batch(self._smallest(self.config.rows, len(sequences)), 1, sequences)
         for row, s in enumerate(sequences):
             self._fill(batch, row, s, s.done, [s.tokens[s.done]])
-        out = self._run(batch)
+        out, _ = self._run(batch)
         deltas = []
         for row, s in enumerate(sequences):
             s.done += 1

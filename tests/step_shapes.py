@@ -15,6 +15,7 @@ from jaxlora.mesh import RULES, replicated, sharding
 from jaxlora.model import Base
 from jaxlora.model_config import ModelConfig, parameters, target_features
 from jaxlora.pool import LoraRows, PoolSpec, Rows, layer_count, row_axes
+from serve.edits import LogitEdits
 from serve.sampling import SamplingBatch
 from serve.step import StepBatch, step_program
 from train.optimizer import Moments
@@ -96,8 +97,13 @@ def decode(mesh: Mesh) -> tuple[jax.stages.Compiled, Rows, KVPages]:
         "slot_G": (ROWS,),
         "page_GC": (ROWS, 4),
         "last_G": (ROWS,),
+        "target_GJ": (ROWS, 1),
     }
-    batch = StepBatch(**{n: np.zeros(shape, np.int32) for n, shape in sizes.items()}, sampling=SamplingBatch.idle(ROWS))
+    batch = StepBatch(
+        **{n: np.zeros(shape, np.int32) for n, shape in sizes.items()},
+        sampling=SamplingBatch.idle(ROWS),
+        edits=LogitEdits.idle(ROWS, 512, SMOLLM2.vocab),
+    )
     return step_program(mesh).lower(base(mesh), rows, kv, lanes(mesh, batch)).compile(), rows, kv
 
 
