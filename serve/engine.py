@@ -24,6 +24,7 @@ from jaxlora.store import AdapterStore
 from jaxlora.tokenizer import Tokenizer
 from serve.adapter_loads import LOADS, AdapterLoads
 from serve.answers import Answer
+from serve.edits import EditArrays, LogitEdits
 from serve.offload import PageMover, page_bytes
 from serve.packed import Layout
 from serve.pages import HostPages, PageAllocator
@@ -31,7 +32,7 @@ from serve.request import Delta, Request
 from serve.sampling import StepOutput
 from serve.scheduler import Limits, Scheduler
 from serve.sequence import Chunk, Plan, Sequence
-from serve.step import StepBatch, step_program
+from serve.step import PromptScores, StepBatch, step_program
 
 SHORT_LANES = 4  # divides a full program into a small one: a few rows should not pay for many
 MIN_ROWS = 2  # XLA:CPU has no fast path for a bfloat16 product with one row
@@ -92,6 +93,8 @@ class Engine:
         in_place = jax.tree.map(lambda x: x.sharding, self._pool)
         self._write_slot = jax.jit(write_slot, donate_argnums=0, out_shardings=in_place)
         self._program = step_program(mesh)
+        ends = len(tokenizer.eos_ids)
+        self._edits = EditArrays(mesh, max_tokens=config.max_tokens, vocab=base.config.vocab, ends=ends)
         self._loads = AdapterLoads(self._read)
         self._sequences: dict[str, Sequence] = {}
         self._answers: dict[str, Answer] = {}
@@ -117,7 +120,7 @@ class Engine:
     def warm_up(self) -> None:
         """Compiles and runs every program once, on padding that is written nowhere, and the loading of an adapter."""
         for lanes, tokens in self.shapes():
-            self._read_output(self._run(StepBatch.idle(lanes, tokens, self._columns)), last=True)
+            self._read_output(self._run(*self._batch(lanes, tokens, []))[0], last=True)
         self._kv = self._mover.warm_up(self._kv)
         empty = jax.tree.map(lambda p: np.zeros(p.shape[:1] + p.shape[2:], np.float32), self._pool)
         self._write(0, empty)
@@ -139,9 +142,9 @@ class Engine:
                 f"they must be at most {self.config.max_tokens}",
                 param="max_tokens",
             )
-        sequence = self.scheduler.add(request, self.clock())
-        self._sequences[request.id] = sequence
-        self._answers[request.id] = Answer(request, self.tokenizer)
+        answer = Answer(request, self.tokenizer, self.base.config.vocab)
+        self._sequences[request.id] = self.scheduler.add(request, self.clock())
+        self._answers[request.id] = answer
 
     def cancel(self, request_id: str) -> None:
         """Frees all the request holds; does nothing when it has ended."""
@@ -167,7 +170,8 @@ class Engine:
         decode = self._start_decode(plan.decode) if plan.decode else None
         # Both programs are under way; what the first one's tokens mean is found out while the second one runs.
         if prefill is not None:
-            deltas += self._end_prefill(plan.prefill, self._read_output(prefill, last=decode is None))
+            batch, output = prefill
+            deltas += self._end_prefill(plan.prefill, batch, *self._read_output(output, last=decode is None))
         if decode is not None:
             deltas += self._end_decode(plan.decode, self._read_output(decode, last=True))
         return deltas
@@ -239,15 +243,15 @@ class Engine:
 
     # ---- programs -------------------------------------------------------------------------------------------------
 
-    def _run(self, batch: StepBatch) -> StepOutput:
-        """The step's output, on its way: reading it waits for the device."""
+    def _run(self, batch: StepBatch, edits: LogitEdits) -> tuple[StepOutput, PromptScores | None]:
+        """The step's output and scores, on their way: reading them waits for the device."""
         layout = Layout.of(batch)
-        words_GW = place_rows(self.mesh, layout.pack(batch))
+        on_device = place_rows(self.mesh, (layout.pack(batch), edits))
         self._launched = self._launched or time.perf_counter()
-        self._kv, out = self._program(self.base, self._pool, self._kv, words_GW, layout)
-        return out
+        self._kv, out, scores = self._program(self.base, self._pool, self._kv, *on_device, layout)
+        return out, scores
 
-    def _read_output(self, out: StepOutput, *, last: bool) -> StepOutput:
+    def _read_output[T](self, out: T, *, last: bool) -> T:
         """A program's output on the host.  last: nothing else is under way, so the device rests from now on."""
         out = jax.device_get(out)
         if last:
@@ -255,26 +259,45 @@ class Engine:
             self._launched = 0.0
         return out
 
-    def _fill(self, batch: StepBatch, lane: int, sequence: Sequence, start: int, tokens: list[int]) -> None:
+    def _batch(self, lanes: int, tokens: int, sampled: list[Sequence]) -> tuple[StepBatch, LogitEdits]:
+        """A batch to fill, and the edits that these sequences need, whose next tokens are chosen in it."""
+        answers = [self._answers[s.request.id] for s in sampled]
+        edits = self._edits.make(lanes, tokens=any(a.edits_tokens for a in answers), allowed=False)
+        return StepBatch.idle(lanes, tokens, self._columns), edits
+
+    def _fill(
+        self, batch: StepBatch, edits: LogitEdits, lane: int, sequence: Sequence, start: int, tokens: list[int]
+    ) -> None:
         count = len(tokens)
         batch.token_GJ[lane, :count] = tokens
         batch.position_GJ[lane, :count] = np.arange(start, start + count)
         batch.slot_G[lane] = sequence.slot
         batch.page_GC[lane, : len(sequence.pages)] = sequence.pages
         batch.last_G[lane] = count - 1
-        self._answers[sequence.request.id].fill(batch.sampling, lane, start + count)
+        answer = self._answers[sequence.request.id]
+        answer.fill_targets(batch, lane, start, count)
+        if start + count == len(sequence.tokens):
+            answer.fill(batch.sampling, edits, lane, start + count)
 
     def _smallest(self, full: int, needed: int) -> int:
         return next(size for size in self._ladder(full) if size >= needed)
 
-    def _start_prefill(self, chunks: list[Chunk]) -> StepOutput:
+    def _start_prefill(self, chunks: list[Chunk]) -> tuple[StepBatch, tuple[StepOutput, PromptScores | None]]:
+        """The batch, and what is to be read of its outputs."""
         lanes = self._smallest(self.config.prefill_lanes, len(chunks))
-        batch = StepBatch.idle(lanes, self.config.prefill_tokens, self._columns)
+        chosen = [c.sequence for c in chunks if c.start + c.count == len(c.sequence.tokens)]
+        batch, edits = self._batch(lanes, self.config.prefill_tokens, chosen)
         for lane, c in enumerate(chunks):
-            self._fill(batch, lane, c.sequence, c.start, c.sequence.tokens[c.start : c.start + c.count])
-        return self._run(batch)
+            self._fill(batch, edits, lane, c.sequence, c.start, c.sequence.tokens[c.start : c.start + c.count])
+        out, scores = self._run(batch, edits)
+        return batch, (out, scores if (batch.target_GJ >= 0).any() else None)
 
-    def _end_prefill(self, chunks: list[Chunk], out: StepOutput) -> list[Delta]:
+    def _end_prefill(
+        self, chunks: list[Chunk], batch: StepBatch, out: StepOutput, scores: PromptScores | None
+    ) -> list[Delta]:
+        if scores is not None:
+            for lane, c in enumerate(chunks):
+                self._answers[c.sequence.request.id].score(scores, batch, lane, c.start)
         deltas = []
         for lane, c in enumerate(chunks):
             c.sequence.done = c.start + c.count
@@ -287,10 +310,10 @@ class Engine:
         return deltas
 
     def _start_decode(self, sequences: list[Sequence]) -> StepOutput:
-        batch = StepBatch.idle(self._smallest(self.config.rows, len(sequences)), 1, self._columns)
+        batch, edits = self._batch(self._smallest(self.config.rows, len(sequences)), 1, sequences)
         for row, s in enumerate(sequences):
-            self._fill(batch, row, s, s.done, [s.tokens[s.done]])
-        return self._run(batch)
+            self._fill(batch, edits, row, s, s.done, [s.tokens[s.done]])
+        return self._run(batch, edits)[0]
 
     def _end_decode(self, sequences: list[Sequence], out: StepOutput) -> list[Delta]:
         deltas = []

@@ -14,6 +14,7 @@ from jaxlora.mesh import RULES, replicated, sharding
 from jaxlora.model import Base
 from jaxlora.model_config import ModelConfig, parameters, target_features
 from jaxlora.pool import LoraRows, PoolSpec, Rows, layer_count, row_axes
+from serve.edits import LogitEdits
 from serve.packed import Layout
 from serve.step import StepBatch, step_program
 from train.optimizer import Moments
@@ -89,9 +90,11 @@ def decode(mesh: Mesh) -> tuple[jax.stages.Compiled, Rows, KVPages]:
     rows = pool(mesh, PoolSpec(slots=64, rank=RANK, dtype="bfloat16"))
     pages = jax.ShapeDtypeStruct(PAGES, jnp.bfloat16, sharding=page_format(mesh))
     kv = KVPages(k_LPZF=pages, v_LPZF=pages)
+    edits = lanes(mesh, LogitEdits.idle(ROWS, 512, SMOLLM2.vocab))
     batch = StepBatch.idle(ROWS, 1, 4)
     layout = Layout.of(batch)
-    return step_program(mesh).lower(base(mesh), rows, kv, lanes(mesh, layout.pack(batch)), layout).compile(), rows, kv
+    program = step_program(mesh).lower(base(mesh), rows, kv, lanes(mesh, layout.pack(batch)), edits, layout)
+    return program.compile(), rows, kv
 
 
 def train(mesh: Mesh) -> jax.stages.Compiled:

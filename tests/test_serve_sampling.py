@@ -9,12 +9,17 @@ import numpy as np
 import pytest
 
 from jaxlora.compile_cache import CompileCounter
+from serve.edits import LogitEdits
 from serve.request import MAX_TOP_LOGPROBS, SamplingParams
 from serve.sampling import SamplingBatch, StepOutput, sample
 
 ROWS, VOCAB = 8, 50
 GREEDY = SamplingParams(max_tokens=1, temperature=0.0)
-run = jax.jit(sample)
+
+
+@jax.jit
+def run(logits_BV, batch):
+    return sample(logits_BV, LogitEdits.idle(len(logits_BV), 1, logits_BV.shape[1]), batch)
 
 
 def hot(**values) -> SamplingParams:
