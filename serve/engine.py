@@ -104,6 +104,8 @@ class Engine:
         self._saved: dict[str, HostPages] = {}  # KV of parked requests
         self._mover = PageMover(mesh)
         self.clock = time.monotonic
+        self._launched = 0.0  # when the first program under way was; 0 for none
+        self.device_s = 0.0  # from the launch of a step's first program to the end of its last, of all steps
         self.decoded_tokens = 0  # generated since the start
         self.prefilled_tokens = 0
 
@@ -121,7 +123,7 @@ class Engine:
     def warm_up(self) -> None:
         """Compiles and runs every program once, on padding that is written nowhere, and the loading of an adapter."""
         for lanes, tokens in self.shapes():
-            self._run(StepBatch.idle(lanes, tokens, self._columns))
+            self._read_output(self._run(StepBatch.idle(lanes, tokens, self._columns)), last=True)
         self._kv = self._mover.warm_up(self._kv)
         empty = jax.tree.map(lambda p: np.zeros(p.shape[:1] + p.shape[2:], np.float32), self._pool)
         self._write(0, empty)
@@ -167,10 +169,13 @@ class Engine:
         self._move(plan)
         if plan.empty and self._loads:
             self._loads.wait()
-        if prefill := [c for c in plan.prefill if c.sequence.request.id in self._sequences]:
-            deltas += self._prefill(prefill)
-        if decode := [s for s in plan.decode if s.request.id in self._sequences]:
-            deltas += self._decode(decode)
+        prefill = self._start_prefill(plan.prefill) if plan.prefill else None
+        decode = self._start_decode(plan.decode) if plan.decode else None
+        # Both programs are under way; what the first one's tokens mean is found out while the second one runs.
+        if prefill is not None:
+            deltas += self._end_prefill(plan.prefill, self._read_output(prefill, last=decode is None))
+        if decode is not None:
+            deltas += self._end_decode(plan.decode, self._read_output(decode, last=True))
         return deltas
 
     def _move(self, plan: Plan) -> None:
@@ -249,11 +254,20 @@ class Engine:
     # ---- programs -------------------------------------------------------------------------------------------------
 
     def _run(self, batch: StepBatch) -> StepOutput:
-        """The step's output on the host."""
+        """The step's output, on its way: reading it waits for the device."""
         layout = Layout.of(batch)
         words_GW = place_rows(self.mesh, layout.pack(batch))
+        self._launched = self._launched or time.perf_counter()
         self._kv, out = self._program(self.base, self._pool, self._kv, words_GW, layout)
-        return jax.device_get(out)
+        return out
+
+    def _read_output(self, out: StepOutput, *, last: bool) -> StepOutput:
+        """A program's output on the host.  last: nothing else is under way, so the device rests from now on."""
+        out = jax.device_get(out)
+        if last:
+            self.device_s += time.perf_counter() - self._launched
+            self._launched = 0.0
+        return out
 
     def _fill(self, batch: StepBatch, lane: int, sequence: Sequence, start: int, tokens: list[int]) -> None:
         count = len(tokens)
@@ -267,12 +281,14 @@ class Engine:
     def _smallest(self, full: int, needed: int) -> int:
         return next(size for size in self._ladder(full) if size >= needed)
 
-    def _prefill(self, chunks: list[Chunk]) -> list[Delta]:
+    def _start_prefill(self, chunks: list[Chunk]) -> StepOutput:
         lanes = self._smallest(self.config.prefill_lanes, len(chunks))
         batch = StepBatch.idle(lanes, self.config.prefill_tokens, self._columns)
         for lane, c in enumerate(chunks):
             self._fill(batch, lane, c.sequence, c.start, c.sequence.tokens[c.start : c.start + c.count])
-        out = self._run(batch)
+        return self._run(batch)
+
+    def _end_prefill(self, chunks: list[Chunk], out: StepOutput) -> list[Delta]:
         deltas = []
         for lane, c in enumerate(chunks):
             c.sequence.done = c.start + c.count
@@ -284,11 +300,13 @@ class Engine:
                 deltas.append(self._advance(c.sequence, out, lane))
         return deltas
 
-    def _decode(self, sequences: list[Sequence]) -> list[Delta]:
+    def _start_decode(self, sequences: list[Sequence]) -> StepOutput:
         batch = StepBatch.idle(self._smallest(self.config.rows, len(sequences)), 1, self._columns)
         for row, s in enumerate(sequences):
             self._fill(batch, row, s, s.done, [s.tokens[s.done]])
-        out = self._run(batch)
+        return self._run(batch)
+
+    def _end_decode(self, sequences: list[Sequence], out: StepOutput) -> list[Delta]:
         deltas = []
         for row, s in enumerate(sequences):
             s.done += 1
