@@ -7,7 +7,7 @@ and every shape it will ever see is compiled by `warm_up`.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
@@ -24,14 +24,15 @@ from jaxlora.store import AdapterStore
 from jaxlora.tokenizer import Tokenizer
 from serve.adapter_loads import LOADS, AdapterLoads
 from serve.answers import Answer
-from serve.edits import EditArrays
+from serve.edits import EditArrays, LogitEdits
 from serve.offload import PageMover, page_bytes
+from serve.packed import Layout
 from serve.pages import HostPages, PageAllocator
 from serve.request import Delta, Request
 from serve.sampling import StepOutput
 from serve.scheduler import Limits, Scheduler
 from serve.sequence import Chunk, Plan, Sequence
-from serve.step import PromptScores, StepBatch, step_program
+from serve.step import StepBatch, step_program
 
 SHORT_LANES = 4  # divides a full program into a small one: a few rows should not pay for many
 MIN_ROWS = 2  # XLA:CPU has no fast path for a bfloat16 product with one row
@@ -100,6 +101,8 @@ class Engine:
         self._saved: dict[str, HostPages] = {}  # KV of parked requests
         self._mover = PageMover(mesh)
         self.clock = time.monotonic
+        self._launched = 0.0  # when the first program under way was; 0 for none
+        self.device_s = 0.0  # from the launch of a step's first program to the end of its last, of all steps
         self.decoded_tokens = 0  # generated since the start
         self.prefilled_tokens = 0
 
@@ -117,7 +120,7 @@ class Engine:
     def warm_up(self) -> None:
         """Compiles and runs every program once, on padding that is written nowhere, and the loading of an adapter."""
         for lanes, tokens in self.shapes():
-            self._run(self._batch(lanes, tokens, []))
+            self._read_output(self._run(*self._batch(lanes, tokens, [])), last=True)
         self._kv = self._mover.warm_up(self._kv)
         empty = jax.tree.map(lambda p: np.zeros(p.shape[:1] + p.shape[2:], np.float32), self._pool)
         self._write(0, empty)
@@ -163,10 +166,13 @@ class Engine:
         self._move(plan)
         if plan.empty and self._loads:
             self._loads.wait()
-        if prefill := [c for c in plan.prefill if c.sequence.request.id in self._sequences]:
-            deltas += self._prefill(prefill)
-        if decode := [s for s in plan.decode if s.request.id in self._sequences]:
-            deltas += self._decode(decode)
+        prefill = self._start_prefill(plan.prefill) if plan.prefill else None
+        decode = self._start_decode(plan.decode) if plan.decode else None
+        # Both programs are under way; what the first one's tokens mean is found out while the second one runs.
+        if prefill is not None:
+            deltas += self._end_prefill(plan.prefill, self._read_output(prefill, last=decode is None))
+        if decode is not None:
+            deltas += self._end_decode(plan.decode, self._read_output(decode, last=True))
         return deltas
 
     def _move(self, plan: Plan) -> None:
@@ -236,19 +242,31 @@ class Engine:
 
     # ---- programs -------------------------------------------------------------------------------------------------
 
-    def _run(self, batch: StepBatch) -> tuple[StepOutput, PromptScores | None]:
-        """The step's output on the host, and its scores on the device."""
-        on_device = place_rows(self.mesh, batch)
-        self._kv, out, scores = self._program(self.base, self._pool, self._kv, on_device)
-        return jax.device_get(out), scores
-
-    def _batch(self, lanes: int, tokens: int, sampled: list[Sequence]) -> StepBatch:
-        """A batch to fill, with the edits that these sequences need, whose next tokens are chosen in it."""
+    def _batch(self, lanes: int, tokens: int, sampled: list[Sequence]) -> tuple[StepBatch, LogitEdits]:
+        """Arrays to fill, with the edits that these sequences need, whose next tokens are chosen by them."""
         answers = [self._answers[s.request.id] for s in sampled]
         edits = self._edits.make(lanes, tokens=any(a.edits_tokens for a in answers), allowed=False)
-        return StepBatch.idle(lanes, tokens, self._columns, edits)
+        return StepBatch.idle(lanes, tokens, self._columns), edits
 
-    def _fill(self, batch: StepBatch, lane: int, sequence: Sequence, start: int, tokens: list[int]) -> None:
+    def _run(self, batch: StepBatch, edits: LogitEdits) -> StepOutput:
+        """The step's output, on its way: reading it waits for the device."""
+        layout = Layout.of(batch)
+        words_GW = place_rows(self.mesh, layout.pack(batch))
+        self._launched = self._launched or time.perf_counter()
+        self._kv, out = self._program(self.base, self._pool, self._kv, words_GW, self._edits.place(edits), layout)
+        return out
+
+    def _read_output(self, out: StepOutput, *, last: bool) -> StepOutput:
+        """A program's output on the host.  last: nothing else is under way, so the device rests from now on."""
+        out = jax.device_get(out)
+        if last:
+            self.device_s += time.perf_counter() - self._launched
+            self._launched = 0.0
+        return out
+
+    def _fill(
+        self, batch: StepBatch, edits: LogitEdits, lane: int, sequence: Sequence, start: int, tokens: list[int]
+    ) -> None:
         count = len(tokens)
         batch.token_GJ[lane, :count] = tokens
         batch.position_GJ[lane, :count] = np.arange(start, start + count)
@@ -256,26 +274,28 @@ class Engine:
         batch.page_GC[lane, : len(sequence.pages)] = sequence.pages
         batch.last_G[lane] = count - 1
         answer = self._answers[sequence.request.id]
-        answer.fill_targets(batch, lane, start, count)
+        targets = answer.targets(start, count)
+        batch.target_GJ[lane, : len(targets)] = targets
         if start + count == len(sequence.tokens):
-            answer.fill(batch, lane, start + count)
+            answer.fill(batch, edits, lane, start + count)
 
     def _smallest(self, full: int, needed: int) -> int:
         return next(size for size in self._ladder(full) if size >= needed)
 
-    def _prefill(self, chunks: list[Chunk]) -> list[Delta]:
+    def _start_prefill(self, chunks: list[Chunk]) -> StepOutput:
         lanes = self._smallest(self.config.prefill_lanes, len(chunks))
         chosen = [c.sequence for c in chunks if c.start + c.count == len(c.sequence.tokens)]
-        batch = self._batch(lanes, self.config.prefill_tokens, chosen)
+        batch, edits = self._batch(lanes, self.config.prefill_tokens, chosen)
         for lane, c in enumerate(chunks):
-            self._fill(batch, lane, c.sequence, c.start, c.sequence.tokens[c.start : c.start + c.count])
-        out, scores = self._run(batch)
-        if (batch.target_GJ >= 0).any():
-            scores = jax.device_get(scores)
-            for lane, c in enumerate(chunks):
-                self._answers[c.sequence.request.id].score(scores, batch, lane, c.start)
+            self._fill(batch, edits, lane, c.sequence, c.start, c.sequence.tokens[c.start : c.start + c.count])
+        out = self._run(batch, edits)
+        return out if (batch.target_GJ >= 0).any() else replace(out, scores=None)  # nobody reads them
+
+    def _end_prefill(self, chunks: list[Chunk], out: StepOutput) -> list[Delta]:
         deltas = []
         for lane, c in enumerate(chunks):
+            if out.scores is not None:
+                self._answers[c.sequence.request.id].score(out.scores, lane, c.start, c.count)
             c.sequence.done = c.start + c.count
             self.prefilled_tokens += c.count
             if c.sequence.prompt_left > 0:
@@ -285,11 +305,13 @@ class Engine:
                 deltas.append(self._advance(c.sequence, out, lane))
         return deltas
 
-    def _decode(self, sequences: list[Sequence]) -> list[Delta]:
-        batch = self._batch(self._smallest(self.config.rows, len(sequences)), 1, sequences)
+    def _start_decode(self, sequences: list[Sequence]) -> StepOutput:
+        batch, edits = self._batch(self._smallest(self.config.rows, len(sequences)), 1, sequences)
         for row, s in enumerate(sequences):
-            self._fill(batch, row, s, s.done, [s.tokens[s.done]])
-        out, _ = self._run(batch)
+            self._fill(batch, edits, row, s, s.done, [s.tokens[s.done]])
+        return self._run(batch, edits)
+
+    def _end_decode(self, sequences: list[Sequence], out: StepOutput) -> list[Delta]:
         deltas = []
         for row, s in enumerate(sequences):
             s.done += 1
