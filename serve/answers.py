@@ -5,14 +5,13 @@ from __future__ import annotations
 import secrets
 
 import jax
-import numpy as np
 
 from jaxlora.errors import AdapterInvalid
 from jaxlora.tokenizer import Tokenizer
 from serve.edits import LogitEdits, RowEdits
 from serve.request import Delta, FinishReason, PromptLogprob, Request, TokenLogprob
-from serve.sampling import SamplingBatch, StepOutput
-from serve.step import PromptScores, StepBatch
+from serve.sampling import PromptScores, StepOutput
+from serve.step import StepBatch
 from serve.stops import StopStrings
 
 
@@ -40,28 +39,26 @@ class Answer:
         """Whether the next token is chosen by other logits than the model's."""
         return self._edits.used
 
-    def fill(self, sampling: SamplingBatch, edits: LogitEdits, row: int, position: int) -> None:
+    def fill(self, batch: StepBatch, edits: LogitEdits, row: int, position: int) -> None:
         """Says in one row of NumPy arrays how the token at this position is chosen."""
-        sampling.fill(row, self._params, self._seed, position)
+        batch.sampling.fill(row, self._params, self._seed, position)
         if self._edits.used:
             self._edits.fill(edits.tokens, row, must_end=False)
 
-    def fill_targets(self, batch: StepBatch, lane: int, start: int, count: int) -> None:
-        """Names the prompt tokens to score in a lane that computes so many tokens from this place on."""
-        if self._params.prompt_logprobs is not None and self._generated == 0:
-            targets = self._prompt[start + 1 : start + 1 + count]
-            batch.target_GJ[lane, : len(targets)] = targets
+    def targets(self, start: int, count: int) -> tuple[int, ...]:
+        """Prompt tokens to score, each after the one before it, when so many tokens from this place on are computed."""
+        if self._params.prompt_logprobs is None or self._generated:
+            return ()
+        return self._prompt[start + 1 : start + 1 + count]
 
     # ---- what comes back ------------------------------------------------------------------------------------------
 
-    def score(self, scores: PromptScores, batch: StepBatch, lane: int, start: int) -> None:
-        """Keeps the scores of the lane's targets; the lane's first token is at this place."""
-        if self._params.prompt_logprobs is None:
-            return
-        for j in np.flatnonzero(batch.target_GJ[lane] >= 0).tolist():
+    def score(self, scores: PromptScores, lane: int, start: int, count: int) -> None:
+        """Keeps the scores of a lane that computed so many tokens from this place on."""
+        for j, token in enumerate(self.targets(start, count)):
             top = _pairs(scores.top_token_GJM[lane, j], scores.top_logprob_GJM[lane, j], self._params.prompt_logprobs)
             self._prompt_logprobs[start + j + 1] = PromptLogprob(
-                token=int(batch.target_GJ[lane, j]),
+                token=token,
                 logprob=float(scores.logprob_GJ[lane, j]),
                 top=top,
                 rank=int(scores.rank_GJ[lane, j]),
@@ -111,5 +108,5 @@ def _logprob(out: StepOutput, row: int, count: int) -> TokenLogprob:
     return TokenLogprob(token=int(out.token_B[row]), logprob=float(out.logprob_B[row]), top=top)
 
 
-def _pairs(token_M: jax.Array, logprob_M: jax.Array, count: int) -> tuple[tuple[int, float], ...]:
+def _pairs(token_M: jax.Array, logprob_M: jax.Array, count: int | None) -> tuple[tuple[int, float], ...]:
     return tuple(zip(token_M[:count].tolist(), logprob_M[:count].tolist(), strict=True))

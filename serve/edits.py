@@ -9,7 +9,7 @@ Shape letters: B rows, V vocabulary, K changed tokens of a row, W = V / 32 words
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -189,6 +189,10 @@ class EditArrays:
         if not tokens and not allowed:
             return idle
         fresh = LogitEdits.idle(rows, self._places, self._vocab)
-        return replace(
-            idle, **({"tokens": fresh.tokens} if tokens else {}), **({"allowed": fresh.allowed} if allowed else {})
+        return LogitEdits(
+            tokens=fresh.tokens if tokens else idle.tokens, allowed=fresh.allowed if allowed else idle.allowed
         )
+
+    def place(self, edits: LogitEdits) -> LogitEdits:
+        """The same on the device; what `make` gave for nobody lies there already."""
+        return edits if edits is self._idle.get(len(edits.tokens.used_B)) else place_rows(self._mesh, edits)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
@@ -35,7 +35,7 @@ from serve.request import Delta, Request
 from serve.sampling import StepOutput
 from serve.scheduler import Limits, Scheduler
 from serve.sequence import Chunk, Plan, Sequence
-from serve.step import PromptScores, StepBatch, step_program
+from serve.step import StepBatch, step_program
 from serve.tuning import apply
 
 LOG = logging.getLogger("serve")
@@ -126,7 +126,7 @@ class Engine:
     def warm_up(self) -> None:
         """Compiles and runs every program once, on padding that is written nowhere, and the loading of an adapter."""
         for lanes, tokens in self.shapes():
-            self._read_output(self._run(*self._batch(lanes, tokens, []))[0], last=True)
+            self._read_output(self._run(*self._batch(lanes, tokens, [])), last=True)
         self._kv = self._mover.warm_up(self._kv)
         empty = jax.tree.map(lambda p: np.zeros(p.shape[:1] + p.shape[2:], np.float32), self._pool)
         self._write(0, empty)
@@ -176,8 +176,7 @@ class Engine:
         decode = self._start_decode(plan.decode) if plan.decode else None
         # Both programs are under way; what the first one's tokens mean is found out while the second one runs.
         if prefill is not None:
-            batch, output = prefill
-            deltas += self._end_prefill(plan.prefill, batch, *self._read_output(output, last=decode is None))
+            deltas += self._end_prefill(plan.prefill, self._read_output(prefill, last=decode is None))
         if decode is not None:
             deltas += self._end_decode(plan.decode, self._read_output(decode, last=True))
         return deltas
@@ -257,27 +256,27 @@ class Engine:
 
     # ---- programs -------------------------------------------------------------------------------------------------
 
-    def _run(self, batch: StepBatch, edits: LogitEdits) -> tuple[StepOutput, PromptScores | None]:
-        """The step's output and scores, on their way: reading them waits for the device."""
-        layout = Layout.of(batch)
-        on_device = place_rows(self.mesh, (layout.pack(batch), edits))
-        self._launched = self._launched or time.perf_counter()
-        self._kv, out, scores = self._program(self.base, self._pool, self._kv, *on_device, layout)
-        return out, scores
+    def _batch(self, lanes: int, tokens: int, sampled: list[Sequence]) -> tuple[StepBatch, LogitEdits]:
+        """Arrays to fill, with the edits that these sequences need, whose next tokens are chosen by them."""
+        answers = [self._answers[s.request.id] for s in sampled]
+        edits = self._edits.make(lanes, tokens=any(a.edits_tokens for a in answers), allowed=False)
+        return StepBatch.idle(lanes, tokens, self._columns), edits
 
-    def _read_output[T](self, out: T, *, last: bool) -> T:
+    def _run(self, batch: StepBatch, edits: LogitEdits) -> StepOutput:
+        """The step's output, on its way: reading it waits for the device."""
+        layout = Layout.of(batch)
+        words_GW = place_rows(self.mesh, layout.pack(batch))
+        self._launched = self._launched or time.perf_counter()
+        self._kv, out = self._program(self.base, self._pool, self._kv, words_GW, self._edits.place(edits), layout)
+        return out
+
+    def _read_output(self, out: StepOutput, *, last: bool) -> StepOutput:
         """A program's output on the host.  last: nothing else is under way, so the device rests from now on."""
         out = jax.device_get(out)
         if last:
             self.device_s += time.perf_counter() - self._launched
             self._launched = 0.0
         return out
-
-    def _batch(self, lanes: int, tokens: int, sampled: list[Sequence]) -> tuple[StepBatch, LogitEdits]:
-        """A batch to fill, and the edits that these sequences need, whose next tokens are chosen in it."""
-        answers = [self._answers[s.request.id] for s in sampled]
-        edits = self._edits.make(lanes, tokens=any(a.edits_tokens for a in answers), allowed=False)
-        return StepBatch.idle(lanes, tokens, self._columns), edits
 
     def _fill(
         self, batch: StepBatch, edits: LogitEdits, lane: int, sequence: Sequence, start: int, tokens: list[int]
@@ -289,31 +288,28 @@ class Engine:
         batch.page_GC[lane, : len(sequence.pages)] = sequence.pages
         batch.last_G[lane] = count - 1
         answer = self._answers[sequence.request.id]
-        answer.fill_targets(batch, lane, start, count)
+        targets = answer.targets(start, count)
+        batch.target_GJ[lane, : len(targets)] = targets
         if start + count == len(sequence.tokens):
-            answer.fill(batch.sampling, edits, lane, start + count)
+            answer.fill(batch, edits, lane, start + count)
 
     def _smallest(self, full: int, needed: int) -> int:
         return next(size for size in self._ladder(full) if size >= needed)
 
-    def _start_prefill(self, chunks: list[Chunk]) -> tuple[StepBatch, tuple[StepOutput, PromptScores | None]]:
-        """The batch, and what is to be read of its outputs."""
+    def _start_prefill(self, chunks: list[Chunk]) -> StepOutput:
         lanes = self._smallest(self.config.prefill_lanes, len(chunks))
         chosen = [c.sequence for c in chunks if c.start + c.count == len(c.sequence.tokens)]
         batch, edits = self._batch(lanes, self.config.prefill_tokens, chosen)
         for lane, c in enumerate(chunks):
             self._fill(batch, edits, lane, c.sequence, c.start, c.sequence.tokens[c.start : c.start + c.count])
-        out, scores = self._run(batch, edits)
-        return batch, (out, scores if (batch.target_GJ >= 0).any() else None)
+        out = self._run(batch, edits)
+        return out if (batch.target_GJ >= 0).any() else replace(out, scores=None)  # nobody reads them
 
-    def _end_prefill(
-        self, chunks: list[Chunk], batch: StepBatch, out: StepOutput, scores: PromptScores | None
-    ) -> list[Delta]:
-        if scores is not None:
-            for lane, c in enumerate(chunks):
-                self._answers[c.sequence.request.id].score(scores, batch, lane, c.start)
+    def _end_prefill(self, chunks: list[Chunk], out: StepOutput) -> list[Delta]:
         deltas = []
         for lane, c in enumerate(chunks):
+            if out.scores is not None:
+                self._answers[c.sequence.request.id].score(out.scores, lane, c.start, c.count)
             c.sequence.done = c.start + c.count
             self.prefilled_tokens += c.count
             if c.sequence.prompt_left > 0:
@@ -327,7 +323,7 @@ class Engine:
         batch, edits = self._batch(self._smallest(self.config.rows, len(sequences)), 1, sequences)
         for row, s in enumerate(sequences):
             self._fill(batch, edits, row, s, s.done, [s.tokens[s.done]])
-        return self._run(batch, edits)[0]
+        return self._run(batch, edits)
 
     def _end_decode(self, sequences: list[Sequence], out: StepOutput) -> list[Delta]:
         deltas = []

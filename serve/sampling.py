@@ -3,7 +3,7 @@
 A filter is a threshold on a row's logits, found by bisection over the ordered bits of float32, so nothing is sorted;
 rows that use none, and steps in which no row does, do not pay for it.
 
-Shape letters: B rows, V vocabulary, M = 20 best tokens reported.
+Shape letters: B rows, V vocabulary, M = 20 best tokens reported, G lanes and J tokens of a lane.
 """
 
 from __future__ import annotations
@@ -61,6 +61,17 @@ class SamplingBatch:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
+class PromptScores:
+    """What the model thought of known tokens (raw float32 log-softmax); zeros in a step where none is wanted."""
+
+    logprob_GJ: jax.Array  # float32
+    rank_GJ: jax.Array  # int32; 1 is the likeliest token
+    top_token_GJM: jax.Array  # int32, best first
+    top_logprob_GJM: jax.Array  # float32
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
 class StepOutput:
     """One token per row, and what the model thought of it (raw float32 log-softmax, before any edit)."""
 
@@ -69,6 +80,7 @@ class StepOutput:
     finite_B: jax.Array  # bool: all logits of the row were finite
     top_token_BM: jax.Array  # int32, best first; zeros where no row asked
     top_logprob_BM: jax.Array  # float32
+    scores: PromptScores | None = None  # of a step of prompt chunks
 
 
 def sample(logits_BV: jax.Array, edits: LogitEdits, batch: SamplingBatch) -> StepOutput:

@@ -6,7 +6,7 @@ Shape letters: G lanes, J tokens of a lane, T = G * J, C pages per sequence, D m
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from pallas_kernels import NO_ADAPTER
 from serve.edits import LogitEdits
 from serve.packed import Layout
 from serve.request import MAX_TOP_LOGPROBS
-from serve.sampling import SamplingBatch, StepOutput, sample
+from serve.sampling import PromptScores, SamplingBatch, StepOutput, sample
 
 SCORED_BYTES = 2**26  # of logits at a time, of all lanes together
 
@@ -55,20 +55,7 @@ class StepBatch:
         return StepBatch(**arrays, sampling=SamplingBatch.idle(lanes))  # ty: ignore[invalid-argument-type]
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class PromptScores:
-    """What the model thought of the targets (raw float32 log-softmax); zeros in a step that has none."""
-
-    logprob_GJ: jax.Array  # float32
-    rank_GJ: jax.Array  # int32; 1 is the likeliest token
-    top_token_GJM: jax.Array  # int32, best first
-    top_logprob_GJM: jax.Array  # float32
-
-
-def _serve_step(
-    base: Base, pool: Rows, kv: KVPages, batch: StepBatch, edits: LogitEdits
-) -> tuple[KVPages, StepOutput, PromptScores | None]:
+def _serve_step(base: Base, pool: Rows, kv: KVPages, batch: StepBatch, edits: LogitEdits) -> tuple[KVPages, StepOutput]:
     G, J = batch.token_GJ.shape
     layout = LoraLayout(config=base.config, mesh=base.mesh)
     lora = (TokenLora if J == 1 else PromptLora)(pool, batch.slot_G, base.config.layers, layout)
@@ -93,7 +80,9 @@ def _serve_step(
     x_GJD = x_TD.reshape(G, J, -1)
     x_GD = jnp.take_along_axis(x_GJD, batch.last_G[:, None, None], axis=1)[:, 0]
     out = sample(logits(x_GD), edits, batch.sampling)
-    return kv, out, None if J == 1 else _scores(logits, x_GJD, batch.target_GJ, base.config.vocab)
+    if J > 1:
+        out = replace(out, scores=_scores(logits, x_GJD, batch.target_GJ, base.config.vocab))
+    return kv, out
 
 
 def _scores(
@@ -135,15 +124,14 @@ def _scores(
 
 def _packed_step(
     base: Base, pool: Rows, kv: KVPages, words_GW: jax.Array, edits: LogitEdits, layout: Layout[StepBatch]
-) -> tuple[KVPages, StepOutput, PromptScores | None]:
-    """`_serve_step` of a packed batch.  The edits travel apart: most steps have them on the device already."""
+) -> tuple[KVPages, StepOutput]:
     return _serve_step(base, pool, kv, layout.unpack(words_GW), edits)
 
 
 def step_program(mesh: Mesh) -> jax.stages.Wrapped:
-    """The one jitted step: (base, pool, pages, packed batch, edits, layout) → (pages, output, scores).
+    """The one jitted step: (base, pool, pages, packed batch, edits, layout of the batch) → (pages, output).
 
-    The pages are donated.  A step of one token a lane has no scores.
+    The pages are donated.
     """
-    there = replicated(mesh)
-    return jax.jit(_packed_step, donate_argnums=2, static_argnums=5, out_shardings=(page_format(mesh), there, there))
+    out = (page_format(mesh), replicated(mesh))
+    return jax.jit(_packed_step, donate_argnums=2, static_argnums=5, out_shardings=out)

@@ -90,11 +90,10 @@ def decode(mesh: Mesh) -> tuple[jax.stages.Compiled, Rows, KVPages]:
     rows = pool(mesh, PoolSpec(slots=64, rank=RANK, dtype="bfloat16"))
     pages = jax.ShapeDtypeStruct(PAGES, jnp.bfloat16, sharding=page_format(mesh))
     kv = KVPages(k_LPZF=pages, v_LPZF=pages)
-    edits = lanes(mesh, LogitEdits.idle(ROWS, 512, SMOLLM2.vocab))
     batch = StepBatch.idle(ROWS, 1, 4)
     layout = Layout.of(batch)
-    program = step_program(mesh).lower(base(mesh), rows, kv, lanes(mesh, layout.pack(batch)), edits, layout)
-    return program.compile(), rows, kv
+    args = (lanes(mesh, layout.pack(batch)), lanes(mesh, LogitEdits.idle(ROWS, 512, SMOLLM2.vocab)), layout)
+    return step_program(mesh).lower(base(mesh), rows, kv, *args).compile(), rows, kv
 
 
 def train(mesh: Mesh) -> jax.stages.Compiled:

@@ -193,7 +193,7 @@ def test_a_neighbour_with_every_edit_changes_no_bit_of_a_row():
     loud = row_edits(params(**CASES["everything"]), list(range(20)), [1, 1, 2])
     out = jax.device_get(choose(logits_BV, batch_of({0: loud, 5: loud}, {0: {3, 4}, 2: {1}}), sampling))
     others = [1, 3, 4]
-    for f in fields(StepOutput):
+    for f in fields(StepOutput)[:-1]:  # without scores
         assert getattr(out, f.name)[others].tobytes() == getattr(alone, f.name)[others].tobytes(), f.name
 
 
