@@ -104,7 +104,8 @@ class Engine:
         self._loads = AdapterLoads(self._read, lambda: self.clock())
         # As many requests may end in a step as a few tokens each allow: their adapters' successors are there by then.
         self.ahead = min(pool_spec.slots, max(READERS, config.rows // 4))
-        store.set_aside(self.ahead * sum(4 * x.size // pool_spec.slots for x in jax.tree.leaves(self._pool)))
+        self.ahead_bytes = self.ahead * sum(4 * x.size // pool_spec.slots for x in jax.tree.leaves(self._pool))
+        store.set_aside(self.ahead_bytes)
         self._sequences: dict[str, Sequence] = {}
         self._answers: dict[str, Answer] = {}
         self._saved: dict[str, HostPages] = {}  # KV of parked requests
