@@ -103,8 +103,10 @@ class Engine:
         self._edits = EditArrays(mesh, max_tokens=config.max_tokens, vocab=base.config.vocab, ends=ends)
         self._loads = AdapterLoads(self._read, lambda: self.clock())
         # As many requests may end in a step as a few tokens each allow: their adapters' successors are there by then.
-        self.ahead = min(pool_spec.slots, max(READERS, config.rows // 4))
-        self.ahead_bytes = self.ahead * sum(4 * x.size // pool_spec.slots for x in jax.tree.leaves(self._pool))
+        slot_bytes = sum(4 * x.size // pool_spec.slots for x in jax.tree.leaves(self._pool))
+        room = max(1, store.host_memory().limit // 2 // slot_bytes)  # half of the budget is for what is used again
+        self.ahead = min(pool_spec.slots, max(READERS, config.rows // 4), room)
+        self.ahead_bytes = self.ahead * slot_bytes
         store.set_aside(self.ahead_bytes)
         self._sequences: dict[str, Sequence] = {}
         self._answers: dict[str, Answer] = {}

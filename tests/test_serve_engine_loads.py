@@ -14,6 +14,7 @@ from serve_world import SLOTS, Answer, ask, random_weights, run_all, step, with_
 from jaxlora.errors import AdapterInvalid, AdapterNotFinite, AdapterNotFound, BaseMismatch
 from jaxlora.lora import ALL_TARGETS, AdapterRef
 from jaxlora.pool import host_rows
+from jaxlora.store import AdapterStore
 from serve.adapter_loads import FAILED_S, READERS
 from serve.request import FinishReason
 
@@ -152,4 +153,13 @@ def test_what_is_read_ahead_counts_in_the_host_budget(world, engine):
     other = world.engine()
     assert other.ahead >= min(READERS, SLOTS)
     rows = host_rows(world.base.config, world.spec, world.adapters[0])
-    assert world.store.host_memory().aside - aside == other.ahead * sum(x.nbytes for x in jax.tree.leaves(rows))
+    slot_bytes = sum(x.nbytes for x in jax.tree.leaves(rows))
+    assert world.store.host_memory().aside - aside == other.ahead * slot_bytes == other.ahead_bytes
+
+
+def test_a_small_budget_is_read_ahead_in_small_steps(world, tmp_path):
+    slot_bytes = sum(x.nbytes for x in jax.tree.leaves(host_rows(world.base.config, world.spec, world.adapters[0])))
+    for slots, ahead in ((0, 1), (3, 1), (4, 2), (1000, SLOTS)):
+        store = AdapterStore(tmp_path / str(slots), host_bytes=slots * slot_bytes)
+        assert replace(world, store=store).engine().ahead == ahead
+        store.close()
