@@ -17,6 +17,7 @@ PURE = (
     "jaxlora/config.py",
     "jaxlora/durable.py",
     "jaxlora/errors.py",
+    "jaxlora/host_tier.py",
     "jaxlora/lora.py",
     "jaxlora/model_config.py",
     "jaxlora/neighbours.py",
