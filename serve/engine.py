@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
@@ -27,6 +27,7 @@ from jaxlora.store import AdapterStore
 from jaxlora.tokenizer import Tokenizer
 from serve.adapter_loads import LOADS, AdapterLoads
 from serve.answers import Answer
+from serve.edits import EditArrays, LogitEdits
 from serve.offload import PageMover, page_bytes
 from serve.packed import Layout
 from serve.pages import HostPages, PageAllocator
@@ -98,6 +99,8 @@ class Engine:
         in_place = jax.tree.map(lambda x: x.sharding, self._pool)
         self._write_slot = jax.jit(write_slot, donate_argnums=0, out_shardings=in_place)
         self._program = step_program(mesh)
+        ends = len(tokenizer.eos_ids)
+        self._edits = EditArrays(mesh, max_tokens=config.max_tokens, vocab=base.config.vocab, ends=ends)
         self._loads = AdapterLoads(self._read)
         self._sequences: dict[str, Sequence] = {}
         self._answers: dict[str, Answer] = {}
@@ -123,7 +126,7 @@ class Engine:
     def warm_up(self) -> None:
         """Compiles and runs every program once, on padding that is written nowhere, and the loading of an adapter."""
         for lanes, tokens in self.shapes():
-            self._read_output(self._run(StepBatch.idle(lanes, tokens, self._columns)), last=True)
+            self._read_output(self._run(*self._batch(lanes, tokens, [])), last=True)
         self._kv = self._mover.warm_up(self._kv)
         empty = jax.tree.map(lambda p: np.zeros(p.shape[:1] + p.shape[2:], np.float32), self._pool)
         self._write(0, empty)
@@ -145,9 +148,9 @@ class Engine:
                 f"they must be at most {self.config.max_tokens}",
                 param="max_tokens",
             )
-        sequence = self.scheduler.add(request, self.clock())
-        self._sequences[request.id] = sequence
-        self._answers[request.id] = Answer(request, self.tokenizer)
+        answer = Answer(request, self.tokenizer, self.base.config.vocab)
+        self._sequences[request.id] = self.scheduler.add(request, self.clock())
+        self._answers[request.id] = answer
 
     def cancel(self, request_id: str) -> None:
         """Frees all the request holds; does nothing when it has ended."""
@@ -253,12 +256,18 @@ class Engine:
 
     # ---- programs -------------------------------------------------------------------------------------------------
 
-    def _run(self, batch: StepBatch) -> StepOutput:
+    def _batch(self, lanes: int, tokens: int, sampled: list[Sequence]) -> tuple[StepBatch, LogitEdits]:
+        """Arrays to fill, with the edits that these sequences need, whose next tokens are chosen by them."""
+        answers = [self._answers[s.request.id] for s in sampled]
+        edits = self._edits.make(lanes, tokens=any(a.edits_tokens for a in answers), allowed=False)
+        return StepBatch.idle(lanes, tokens, self._columns), edits
+
+    def _run(self, batch: StepBatch, edits: LogitEdits) -> StepOutput:
         """The step's output, on its way: reading it waits for the device."""
         layout = Layout.of(batch)
         words_GW = place_rows(self.mesh, layout.pack(batch))
         self._launched = self._launched or time.perf_counter()
-        self._kv, out = self._program(self.base, self._pool, self._kv, words_GW, layout)
+        self._kv, out = self._program(self.base, self._pool, self._kv, words_GW, self._edits.place(edits), layout)
         return out
 
     def _read_output(self, out: StepOutput, *, last: bool) -> StepOutput:
@@ -269,28 +278,38 @@ class Engine:
             self._launched = 0.0
         return out
 
-    def _fill(self, batch: StepBatch, lane: int, sequence: Sequence, start: int, tokens: list[int]) -> None:
+    def _fill(
+        self, batch: StepBatch, edits: LogitEdits, lane: int, sequence: Sequence, start: int, tokens: list[int]
+    ) -> None:
         count = len(tokens)
         batch.token_GJ[lane, :count] = tokens
         batch.position_GJ[lane, :count] = np.arange(start, start + count)
         batch.slot_G[lane] = sequence.slot
         batch.page_GC[lane, : len(sequence.pages)] = sequence.pages
         batch.last_G[lane] = count - 1
-        self._answers[sequence.request.id].fill(batch.sampling, lane, start + count)
+        answer = self._answers[sequence.request.id]
+        targets = answer.targets(start, count)
+        batch.target_GJ[lane, : len(targets)] = targets
+        if start + count == len(sequence.tokens):
+            answer.fill(batch, edits, lane, start + count)
 
     def _smallest(self, full: int, needed: int) -> int:
         return next(size for size in self._ladder(full) if size >= needed)
 
     def _start_prefill(self, chunks: list[Chunk]) -> StepOutput:
         lanes = self._smallest(self.config.prefill_lanes, len(chunks))
-        batch = StepBatch.idle(lanes, self.config.prefill_tokens, self._columns)
+        chosen = [c.sequence for c in chunks if c.start + c.count == len(c.sequence.tokens)]
+        batch, edits = self._batch(lanes, self.config.prefill_tokens, chosen)
         for lane, c in enumerate(chunks):
-            self._fill(batch, lane, c.sequence, c.start, c.sequence.tokens[c.start : c.start + c.count])
-        return self._run(batch)
+            self._fill(batch, edits, lane, c.sequence, c.start, c.sequence.tokens[c.start : c.start + c.count])
+        out = self._run(batch, edits)
+        return out if (batch.target_GJ >= 0).any() else replace(out, scores=None)  # nobody reads them
 
     def _end_prefill(self, chunks: list[Chunk], out: StepOutput) -> list[Delta]:
         deltas = []
         for lane, c in enumerate(chunks):
+            if out.scores is not None:
+                self._answers[c.sequence.request.id].score(out.scores, lane, c.start, c.count)
             c.sequence.done = c.start + c.count
             self.prefilled_tokens += c.count
             if c.sequence.prompt_left > 0:
@@ -301,10 +320,10 @@ class Engine:
         return deltas
 
     def _start_decode(self, sequences: list[Sequence]) -> StepOutput:
-        batch = StepBatch.idle(self._smallest(self.config.rows, len(sequences)), 1, self._columns)
+        batch, edits = self._batch(self._smallest(self.config.rows, len(sequences)), 1, sequences)
         for row, s in enumerate(sequences):
-            self._fill(batch, row, s, s.done, [s.tokens[s.done]])
-        return self._run(batch)
+            self._fill(batch, edits, row, s, s.done, [s.tokens[s.done]])
+        return self._run(batch, edits)
 
     def _end_decode(self, sequences: list[Sequence], out: StepOutput) -> list[Delta]:
         deltas = []

@@ -222,10 +222,10 @@ class Scheduler:
             if victim is None:
                 return False
         was_parked = self._parked.pop(s.number, None)  # its own pages are not taken from it
-        if not s.pages and not s.saved:
+        if not s.pages and not s.saved and not s.scoring:
             s.pages = self.pages.match(s.salt, s.tokens)
             s.done = len(s.pages) * self.pages.page_tokens
-        need = self.pages.needed(len(s.tokens) + 1) - len(s.pages)
+        need = self.pages.needed(min(len(s.tokens) + 1, _tokens(s.request))) - len(s.pages)
         if not self._reclaim(need, now, plan, by_turns=self._rows[s.group] == 0):
             if was_parked is not None:
                 self._parked[s.number] = s

@@ -14,6 +14,7 @@ from jaxlora.mesh import RULES, replicated, sharding
 from jaxlora.model import Base
 from jaxlora.model_config import ModelConfig, parameters, target_features
 from jaxlora.pool import LoraRows, PoolSpec, Rows, layer_count, row_axes
+from serve.edits import LogitEdits
 from serve.packed import Layout
 from serve.step import StepBatch, step_program
 from train.optimizer import Moments
@@ -91,7 +92,8 @@ def decode(mesh: Mesh) -> tuple[jax.stages.Compiled, Rows, KVPages]:
     kv = KVPages(k_LPZF=pages, v_LPZF=pages)
     batch = StepBatch.idle(ROWS, 1, 4)
     layout = Layout.of(batch)
-    return step_program(mesh).lower(base(mesh), rows, kv, lanes(mesh, layout.pack(batch)), layout).compile(), rows, kv
+    args = (lanes(mesh, layout.pack(batch)), lanes(mesh, LogitEdits.idle(ROWS, 512, SMOLLM2.vocab)), layout)
+    return step_program(mesh).lower(base(mesh), rows, kv, *args).compile(), rows, kv
 
 
 def train(mesh: Mesh) -> jax.stages.Compiled:
