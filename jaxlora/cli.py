@@ -126,7 +126,7 @@ def serve(
             settings = replace(settings, **{k: v for k, v in flags.items() if v is not None})
         except ValueError as e:
             raise ConfigInvalid(f"an option of serve: {e}") from e
-        resolve("serve.assemble:main")(settings)
+        resolve("serve.assemble:main")(settings, config)
 
 
 @app.command(epilog="Example:  jaxlora train configs/train_two_tenants.toml")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import uvicorn
@@ -21,6 +23,7 @@ from jaxlora.store import AdapterStore
 from serve.app import create_app, hosts_for
 from serve.engine import Engine, EngineConfig
 from serve.house import LOCAL_TENANT
+from serve.retune import retuned_by_hangup
 from serve.runner import Runner
 
 LOG = logging.getLogger("serve")
@@ -41,7 +44,7 @@ def make_runner(opened: Opened, config: ServeConfig, store: AdapterStore) -> Run
         max_waiting=config.max_waiting,
         max_waiting_tokens=config.max_waiting_tokens,
         host_bytes=int(config.host_kv_gb * 1e9),
-        quantum_s=config.quantum_ms / 1000,
+        quantum_s=config.tuning.quantum_ms / 1000,
     )
     engine = Engine(opened.base, opened.mesh, engine_config, pool_spec, store, opened.tokenizer, opened.base_hash)
     return Runner(engine, base_name=opened.name)
@@ -144,8 +147,8 @@ def make_http(runner: Runner, *, host: str, port: int, default_max_tokens: int) 
     return HttpServer(uvicorn.Server(settings), listening)
 
 
-def main(config: ServeConfig) -> None:
-    """`jaxlora serve`: answers until interrupted."""
+def main(config: ServeConfig, file: Path | None) -> None:
+    """`jaxlora serve`: answers until interrupted.  file: where the settings came from; SIGHUP has its tuning read again."""
     compile_cache.enable(None)
     opened = open_base(config.model, config.mesh)
     store = AdapterStore(config.adapters, host_bytes=HOST_BYTES)
@@ -154,12 +157,14 @@ def main(config: ServeConfig) -> None:
     for section in config.load:
         ref = load_peft(runner, opened, section)
         print(f"loaded {section.name} as version {ref.version}")
+    runner.tune(config.tuning)
     print(f"compiling {len(runner.engine.shapes())} programs for {opened.name} ({opened.base.dtype.name})", flush=True)
     runner.start()
     http.listen()  # who reads the next line may ask at once
     print(f"serving {opened.name} and {len(store.list(None))} adapters on {http.url}/v1", flush=True)
     try:
-        http.run()
+        with contextlib.nullcontext() if file is None else retuned_by_hangup(runner, file):
+            http.run()
     finally:
         stop(runner, store)
 

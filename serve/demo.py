@@ -23,7 +23,7 @@ from jaxlora.lora import AdapterRef, LoraSpec
 from jaxlora.opened import Opened, open_base
 from jaxlora.peft import export_peft
 from jaxlora.pool import PoolSpec
-from jaxlora.serve_config import ServeConfig
+from jaxlora.serve_config import ServeConfig, Tuning
 from jaxlora.store import AdapterStore
 from serve.assemble import HOST_BYTES, make_http, make_runner, stop
 from serve.demo_tasks import Task, constant_baseline, demo_tasks, nearest_baseline
@@ -61,9 +61,9 @@ def demo_serve_config(port: int, adapters: Path) -> ServeConfig:
         default_max_tokens=64,
         max_waiting=4096,
         max_waiting_tokens=1_000_000,
-        quantum_ms=200.0,
         host_kv_gb=0.5,
         adapters=adapters,
+        tuning=Tuning(quantum_ms=200.0),
     )
 
 

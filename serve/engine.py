@@ -6,7 +6,9 @@ and every shape it will ever see is compiled by `warm_up`.
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import jax
@@ -19,6 +21,7 @@ from jaxlora.lora import AdapterRef
 from jaxlora.mesh import check_lanes, place_rows
 from jaxlora.model import Base
 from jaxlora.pool import PoolSpec, Rows, empty_pool, host_rows, write_slot
+from jaxlora.serve_config import Tuning
 from jaxlora.slots import SlotTable
 from jaxlora.store import AdapterStore
 from jaxlora.tokenizer import Tokenizer
@@ -33,6 +36,9 @@ from serve.sampling import StepOutput
 from serve.scheduler import Limits, Scheduler
 from serve.sequence import Chunk, Plan, Sequence
 from serve.step import StepBatch, step_program
+from serve.tuning import apply
+
+LOG = logging.getLogger("serve")
 
 SHORT_LANES = 4  # divides a full program into a small one: a few rows should not pay for many
 MIN_ROWS = 2  # XLA:CPU has no fast path for a bfloat16 product with one row
@@ -51,7 +57,7 @@ class EngineConfig:
     max_waiting: int  # requests in line before new ones are refused
     max_waiting_tokens: int  # tokens they may come to, prompt and max_tokens together
     host_bytes: int  # of KV that parked requests may keep on the host; what has no room there is computed again
-    quantum_s: float  # how long an adapter keeps its slot while others wait
+    quantum_s: float  # how long an adapter keeps its slot while others wait, until `tune` says otherwise
 
 
 class Engine:
@@ -191,6 +197,7 @@ class Engine:
 
         The slot, or None when every slot has running requests: the version is then loaded when it is first asked for.
         """
+        self.scheduler.active.succeed(ref)
         slot = self.slots.find(ref)
         if slot is not None:
             return slot  # a request asked for it first and had it loaded
@@ -200,6 +207,10 @@ class Engine:
             self._write(slot, rows)
             self.slots.place(slot, ref)
         return slot
+
+    def tune(self, tuning: Tuning, pins: Collection[AdapterRef]) -> None:
+        """Decides by these settings from the next step on; see `serve.tuning.apply`.  Compiles nothing."""
+        apply(tuning, self.scheduler, slots=self.pool_spec.slots, pins=pins)
 
     def release(self, ref: AdapterRef) -> bool:
         """Gives up the slot of a version, unless a request uses it or waits for it; whether nobody does."""
@@ -221,6 +232,9 @@ class Engine:
             for s in users:
                 self._end(s)
             deltas += [Delta(request_id=s.request.id, error=error) for s in users]
+            if ref in self.scheduler.active.pinned:  # or it would be read again at every step
+                LOG.error("adapter %s cannot be read, and is pinned no more: %s", ref.name, error.message)
+                self.scheduler.active.unpin(ref)
         return deltas
 
     def _read(self, ref: AdapterRef) -> Rows:

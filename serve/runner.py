@@ -19,6 +19,7 @@ from typing import Protocol
 from jaxlora.errors import AdapterNotFound, InvalidRequest, JaxLoraError, StorageFailed, Unavailable
 from jaxlora.lora import AdapterRef, LoraSpec
 from jaxlora.pool import Rows, adapter_of_rows, read_finite
+from jaxlora.serve_config import Tuning
 from serve.engine import Engine
 from serve.house import ModelCard
 from serve.request import Delta, Request
@@ -281,6 +282,21 @@ class Runner:
                 if self.engine.release(old):
                     store.delete_version(old)
         return ref
+
+    def tune(self, tuning: Tuning) -> None:
+        """These settings from the next step on.  Device thread only, or before it starts.
+
+        A pinned name is its newest version: of an adapter that is published, the pin goes on to the new one, and the
+        old one takes its turns with the requests that still use it.
+        Raises InvalidRequest, and changes nothing, for a name of no adapter and for more than the compiled shapes have.
+        """
+        try:
+            pins = [(name, self.resolve(None, name)) for name in tuning.pin]
+        except AdapterNotFound as error:
+            raise InvalidRequest(f"pin: {error.message}", param="pin") from error
+        if base := [name for name, ref in pins if ref is None]:
+            raise InvalidRequest(f"pin: {base[0]} is the base model, which needs no slot; leave it out", param="pin")
+        self.engine.tune(tuning, {ref for _, ref in pins if ref is not None})
 
     def rehearse_publish(self, rows: Rows) -> None:
         """Compiles what a publication of rows of this shape runs, and publishes nothing.  Device thread only."""

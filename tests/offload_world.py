@@ -13,7 +13,7 @@ from step_shapes import makers
 
 from jaxlora.compile_cache import CompileCounter
 from jaxlora.kvcache import KVPages, page_format
-from jaxlora.mesh import make_mesh
+from jaxlora.mesh import make_mesh, replicated
 from serve.offload import PAGES_A_CALL, PageMover
 from serve.pages import HostPages
 
@@ -90,7 +90,7 @@ def check_compiled(mesh: Mesh, dtype: str, pages: int = 1000) -> None:
 def compiled(mesh: Mesh, kv: KVPages) -> tuple[jax.stages.Compiled, jax.stages.Compiled]:
     """The two programs for pages of these shapes."""
     mover = PageMover(mesh)
-    index = jax.ShapeDtypeStruct((PAGES_A_CALL,), jnp.int32, sharding=mover._indices([0]).sharding)
+    index = jax.ShapeDtypeStruct((PAGES_A_CALL,), jnp.int32, sharding=replicated(mesh))
     shape = (kv.k_LPZF.shape[0], PAGES_A_CALL, *kv.k_LPZF.shape[2:])
     moved = jax.tree.map(lambda x: jax.ShapeDtypeStruct(shape, x.dtype, sharding=mover._moved_sharding), kv)
     return mover._read.lower(kv, index).compile(), mover._write.lower(kv, index, moved).compile()

@@ -43,6 +43,7 @@ PURE = (
     "serve/sequence.py",
     "serve/shares.py",
     "serve/stops.py",
+    "serve/tuning.py",
 )
 JAX_FAMILY = ("jax", "jaxlib", "flax", "optax", "orbax")
 ONLY_IN = {  # package → the only files that import it

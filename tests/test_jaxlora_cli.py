@@ -93,13 +93,15 @@ def test_export_hands_on_its_options(entry):
 
 def test_serve_with_a_model_only(entry):
     assert run("serve", "--model", "smollm2").exit_code == 0
-    assert entry == [("serve.assemble:main", (serve_defaults("smollm2", Path("adapters")),), {})]
+    assert entry == [("serve.assemble:main", (serve_defaults("smollm2", Path("adapters")), None), {})]
 
 
 def test_serve_options_replace_what_the_file_says(entry):
     options = "--model m --host 0.0.0.0 --port 0 --slots 3 --max-rank 4 --rows 5 --adapters a"
-    assert run("serve", str(ROOT / "configs/serve_smollm2.toml"), *options.split()).exit_code == 0
-    ((_, (config,), _),) = entry
+    path = ROOT / "configs/serve_smollm2.toml"
+    assert run("serve", str(path), *options.split()).exit_code == 0
+    ((_, (config, file), _),) = entry
+    assert file == path
     got = (config.model.path, config.host, config.port, config.slots, config.max_rank, config.rows, config.adapters)
     assert got == ("m", "0.0.0.0", 0, 3, 4, 5, Path("a"))
     assert (config.kv_pages, config.model.dtype) == (128, "auto")
