@@ -263,7 +263,8 @@ class Engine:
     def _batch(self, lanes: int, tokens: int, sampled: list[Sequence]) -> tuple[StepBatch, LogitEdits]:
         """Arrays to fill, with the edits that these sequences need, whose next tokens are chosen by them."""
         answers = [self._answers[s.request.id] for s in sampled]
-        edits = self._edits.make(lanes, tokens=any(a.edits_tokens for a in answers), allowed=False)
+        tokens_edited, has_grammar = any(a.edits_tokens for a in answers), any(a.has_grammar for a in answers)
+        edits = self._edits.make(lanes, tokens=tokens_edited, allowed=has_grammar)
         return StepBatch.idle(lanes, tokens, self._columns), edits
 
     def _run(self, batch: StepBatch, edits: LogitEdits) -> StepOutput:

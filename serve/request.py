@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from jaxlora.errors import InvalidRequest
 from jaxlora.lora import AdapterRef
+from serve.grammar import Grammar
 
 MAX_TOP_LOGPROBS = 20
 MAX_LOGIT_BIAS = 300  # tokens with a bias
@@ -47,6 +48,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0  # [-2, 2], each time
     repetition_penalty: float = 1.0  # of tokens of the prompt and the answer
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its logit)
+    grammar: Grammar | None = None  # what the answer must look like; its end is the answer's, whatever ignore_eos says
 
     def __post_init__(self) -> None:
         def need(ok: bool, name: str, wanted: str) -> None:

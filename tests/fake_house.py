@@ -26,6 +26,7 @@ class ByteTokenizer:
 
     vocab_size = 259
     eos_ids = frozenset({EOS})
+    special_ids = frozenset({EOS, BOS, MARK})
     names = ("<eos>", "<bos>", "<turn>")
 
     def encode(self, text, *, add_special_tokens=True):
