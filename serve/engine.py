@@ -155,6 +155,8 @@ class Engine:
         answer = Answer(request, self.tokenizer, self.base.config.vocab)
         self._sequences[request.id] = self.scheduler.add(request, self.clock())
         self._answers[request.id] = answer
+        if request.adapter is not None:
+            self.store.borrow(request.adapter)  # its owner may delete it meanwhile
 
     def cancel(self, request_id: str) -> None:
         """Frees all the request holds; does nothing when it has ended."""
@@ -348,5 +350,7 @@ class Engine:
 
     def _end(self, sequence: Sequence) -> None:
         self.scheduler.finish(sequence)
+        if sequence.request.adapter is not None:
+            self.store.give_back(sequence.request.adapter)
         for table in (self._sequences, self._answers, self._saved):
             table.pop(sequence.request.id, None)
