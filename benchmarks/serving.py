@@ -18,8 +18,7 @@ from jaxlora.model_config import target_features
 from jaxlora.opened import Opened, open_base
 from jaxlora.pool import layer_count
 from jaxlora.serve_config import ServeConfig, serve_defaults
-from jaxlora.store import AdapterStore
-from serve.assemble import HOST_BYTES, make_runner
+from serve.assemble import make_runner, open_store
 from serve.request import Request, SamplingParams
 from serve.runner import Runner
 
@@ -55,7 +54,7 @@ def server(adapters: int, *, rank: int = 8, dtype: Dtype = "bfloat16", **setting
     opened = open_base(ModelSection(path=DEMO_MODEL, dtype=dtype), ONE_DEVICE)
     with tempfile.TemporaryDirectory() as folder:
         config: ServeConfig = replace(serve_defaults(DEMO_MODEL, Path(folder)), max_rank=rank, **settings)
-        store = AdapterStore(config.adapters, host_bytes=HOST_BYTES)
+        store = open_store(config)
         runner = make_runner(opened, config, store)
         refs = [store.mint(f"team{n}", "a") for n in range(adapters)]
         for ref in refs:

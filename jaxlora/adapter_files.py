@@ -17,9 +17,10 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import re
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -123,12 +124,19 @@ def read_meta(folder: Path, ref: AdapterRef) -> Mapping:
     return meta
 
 
-def load_version(folder: Path, ref: AdapterRef) -> tuple[Adapter, float]:
-    """(the adapter, when it was created in epoch seconds).  Raises StorageFailed when any byte of it is wrong."""
+def load_version(
+    folder: Path, ref: AdapterRef, make_room: Callable[[int], None] | None = None
+) -> tuple[Adapter, float]:
+    """(the adapter, when it was created in epoch seconds).  Raises StorageFailed when any byte of it is wrong.
+
+    make_room: is told how many bytes the weights take before they are read, and may wait.
+    """
     meta = read_meta(folder, ref)
     try:
         spec = LoraSpec.from_json(meta["spec"])
         shapes = {target: (tuple(a), tuple(b)) for target, (a, b) in meta["shapes"].items()}
+        if make_room is not None:
+            make_room(sum(math.prod(shape) for pair in shapes.values() for shape in pair) * STORED.itemsize)
         weights = _read_plain(folder / str(ref.version) / "weights", shapes)
         if weights is None:
             weights = _restore(folder, ref.version, shapes)

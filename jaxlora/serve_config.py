@@ -91,6 +91,7 @@ class ServeConfig:
     default_max_tokens: int  # of a request that names none
     max_waiting: int  # requests in the queue before new ones get 503
     max_waiting_tokens: int  # tokens they may come to, prompt and max_tokens together
+    host_adapters_gb: float  # adapter versions in host memory: recently used, being read, on their way to the device
     host_kv_gb: float  # KV of parked requests that may lie in host memory; what has no room there is computed again
     adapters: Path  # root of the adapter store
     tuning: Tuning
@@ -99,6 +100,7 @@ class ServeConfig:
     def __post_init__(self) -> None:
         need_counts(self, "slots", "max_rank", "rows", "kv_pages", "page_tokens", "prefill_lanes", "prefill_tokens")
         need_counts(self, "default_max_tokens", "max_waiting", "max_waiting_tokens")
+        need(self.host_adapters_gb > 0, "host_adapters_gb", "positive", self.host_adapters_gb)
         need(self.host_kv_gb >= 0, "host_kv_gb", "0 or more", self.host_kv_gb)
         need(self.mesh.processes == 1, "mesh.processes", "1, as only training runs in several", self.mesh.processes)
         need(bool(self.host.strip()), "host", "an address such as 127.0.0.1", self.host)
@@ -127,6 +129,7 @@ def serve_defaults(model: str, adapters: Path) -> ServeConfig:
         default_max_tokens=256,
         max_waiting=256,
         max_waiting_tokens=131_072,
+        host_adapters_gb=2.0,
         host_kv_gb=0.5,
         adapters=adapters,
         tuning=Tuning(quantum_ms=200.0),

@@ -24,13 +24,13 @@ import shutil
 import threading
 import time
 import uuid
-from collections import OrderedDict
 from concurrent.futures import Future
 from pathlib import Path
 
 from jaxlora.adapter_files import load_version, read_meta, save_version, scan
 from jaxlora.durable import replace_file, sync
 from jaxlora.errors import AdapterNotFound, AlreadyExists, StateInvalid, StorageFailed
+from jaxlora.host_tier import HostMemory, HostTier
 from jaxlora.lora import Adapter, AdapterRef, LoraSpec, check_name
 
 COUNTER_FORMAT = 1
@@ -40,14 +40,14 @@ LOG = logging.getLogger("jaxlora")
 class AdapterStore:
     """Immutable adapter versions under one folder; safe to call from any thread.
 
-    `host_bytes` bounds the weights held in RAM; versions not yet on disk are held in any case.
+    `host_bytes` bounds the weights in RAM, those being read and what `set_aside` was told of included; versions not yet on
+    disk are held in any case.
     A folder has one store at a time, of all processes: two would give one number to two versions.
     """
 
     def __init__(self, root: Path, *, host_bytes: int) -> None:
         """Raises StorageFailed when the folder cannot be made, StateInvalid, naming it, when another store has it open."""
         self._root = root = root.absolute()  # Orbax takes no other
-        self._host_bytes = host_bytes
         try:
             for name in ("adapters", "counters", "trash"):
                 (root / name).mkdir(parents=True, exist_ok=True)
@@ -63,10 +63,9 @@ class AdapterStore:
         for (tenant, name), versions in scan(root / "adapters").items():
             self._versions[tenant, name] = versions
             self._tenants.setdefault(name, set()).add(tenant)
-        self._held: OrderedDict[AdapterRef, Adapter] = OrderedDict()  # least recently used first
-        self._held_bytes = 0
+        self._ram = HostTier(host_bytes)
         self._about: dict[AdapterRef, tuple[float, int]] = {}  # when it was put, its largest rank
-        self._unsaved: set[AdapterRef] = set()  # pinned in RAM
+        self._unsaved: set[AdapterRef] = set()  # kept in RAM
         self._leaving: set[AdapterRef] = set()  # invisible, but still on disk
         self._failed: dict[AdapterRef, BaseException] = {}  # unsaved, and the last try failed
         self._loading: dict[AdapterRef, Future[Adapter]] = {}
@@ -150,7 +149,17 @@ class AdapterStore:
     def in_memory(self, ref: AdapterRef) -> bool:
         """Whether `get` needs no disk.  False for a version that does not exist."""
         with self._state:
-            return ref in self._held
+            return ref in self._ram
+
+    def host_memory(self) -> HostMemory:
+        """Bytes of adapters in host memory, and their limit."""
+        with self._state:
+            return self._ram.memory()
+
+    def set_aside(self, nbytes: int) -> None:
+        """Counts bytes of adapters that others hold in host memory; negative when they hold them no more."""
+        with self._state:
+            self._ram.set_aside(nbytes)
 
     # Weights
 
@@ -180,7 +189,7 @@ class AdapterStore:
                 self._tenants.setdefault(ref.name, set()).add(ref.tenant)
                 self._about[ref] = time.time(), adapter.spec.max_rank
                 self._unsaved.add(ref)
-                self._hold(adapter)
+                self._ram.hold(adapter, keep=True)
                 self._enqueue(ref)
 
     def get(self, ref: AdapterRef) -> Adapter:
@@ -190,9 +199,8 @@ class AdapterStore:
         """
         with self._state:
             self._check_visible(ref)
-            if ref in self._held:
-                self._held.move_to_end(ref)
-                return self._held[ref]
+            if (held := self._ram.find(ref)) is not None:
+                return held
             future = self._loading.get(ref)
             mine = future is None
             if mine:
@@ -314,11 +322,12 @@ class AdapterStore:
             with self._state:
                 if ref not in self._unsaved:
                     return  # deleted meanwhile
-                adapter, created = self._held[ref], self._about[ref][0]
+                adapter, created = self._ram.find(ref), self._about[ref][0]
+            assert adapter is not None, "what is not saved is kept"
             save_version(self._folder(ref.tenant, ref.name), adapter, created)
             with self._state:
                 self._unsaved.discard(ref)
-                self._evict()
+                self._ram.let_go(ref)
 
     def _remove(self, ref: AdapterRef) -> None:
         """Takes a leaving version off the disk.  Its number counts as deleted first, so that no put brings it back."""
@@ -336,27 +345,35 @@ class AdapterStore:
         shutil.rmtree(trash, ignore_errors=True)
 
     def _load(self, ref: AdapterRef) -> Adapter:
-        try:
-            adapter, created = load_version(self._folder(ref.tenant, ref.name), ref)
-        except StorageFailed:
+        room = 0
+
+        def make_room(nbytes: int) -> None:
+            nonlocal room
             with self._state:
-                self._check_visible(ref)  # deleted meanwhile
+                self._state.wait_for(lambda: self._ram.begin(nbytes))
+            room = nbytes
+
+        def loaded() -> None:
+            self._ram.end(room)
+            self._state.notify_all()
+            self._check_visible(ref)  # deleted meanwhile
+
+        try:
+            adapter, created = load_version(self._folder(ref.tenant, ref.name), ref, make_room)
+            for pair in adapter.weights.values():
+                for value in pair:
+                    value.setflags(write=False)
+        except BaseException:
+            with self._state:
+                loaded()
             raise
-        for pair in adapter.weights.values():
-            for value in pair:
-                value.setflags(write=False)
         with self._state:
-            self._check_visible(ref)
+            loaded()
             self._about[ref] = created, adapter.spec.max_rank
-            self._hold(adapter)
+            self._ram.hold(adapter, keep=False)
         return adapter
 
-    # Memory; all of these are called with the state lock held
-
-    def _hold(self, adapter: Adapter) -> None:
-        self._held[adapter.ref] = adapter
-        self._held_bytes += adapter.nbytes
-        self._evict()
+    # What is visible; called with the state lock held
 
     def _hide(self, ref: AdapterRef) -> None:
         """The version is listed no more and held no more."""
@@ -370,19 +387,7 @@ class AdapterStore:
         self._unsaved.discard(ref)
         self._failed.pop(ref, None)
         self._about.pop(ref, None)
-        self._drop(ref)
-
-    def _drop(self, ref: AdapterRef) -> None:
-        adapter = self._held.pop(ref, None)
-        if adapter is not None:
-            self._held_bytes -= adapter.nbytes
-
-    def _evict(self) -> None:
-        for ref in list(self._held):
-            if self._held_bytes <= self._host_bytes:
-                return
-            if ref not in self._unsaved:
-                self._drop(ref)
+        self._ram.forget(ref)
 
     def _check_visible(self, ref: AdapterRef) -> None:
         if ref.version not in self._versions.get((ref.tenant, ref.name), ()):

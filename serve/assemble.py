@@ -27,8 +27,12 @@ from serve.retune import retuned_by_hangup
 from serve.runner import Runner
 
 LOG = logging.getLogger("serve")
-HOST_BYTES = 2 * 2**30  # of adapter versions kept in RAM
 BACKLOG = 2048  # connections that may wait to be accepted
+
+
+def open_store(config: ServeConfig) -> AdapterStore:
+    """The server's adapters.  Raises StorageFailed, StateInvalid as AdapterStore does."""
+    return AdapterStore(config.adapters, host_bytes=int(config.host_adapters_gb * 1e9))
 
 
 def make_runner(opened: Opened, config: ServeConfig, store: AdapterStore) -> Runner:
@@ -151,7 +155,7 @@ def main(config: ServeConfig, file: Path | None) -> None:
     """`jaxlora serve`: answers until interrupted.  file: where the settings came from; SIGHUP has its tuning read again."""
     compile_cache.enable(None)
     opened = open_base(config.model, config.mesh)
-    store = AdapterStore(config.adapters, host_bytes=HOST_BYTES)
+    store = open_store(config)
     runner = make_runner(opened, config, store)
     http = make_http(runner, host=config.host, port=config.port, default_max_tokens=config.default_max_tokens)
     for section in config.load:

@@ -24,8 +24,7 @@ from jaxlora.opened import Opened, open_base
 from jaxlora.peft import export_peft
 from jaxlora.pool import PoolSpec
 from jaxlora.serve_config import ServeConfig, Tuning
-from jaxlora.store import AdapterStore
-from serve.assemble import HOST_BYTES, make_http, make_runner, stop
+from serve.assemble import make_http, make_runner, open_store, stop
 from serve.demo_tasks import Task, constant_baseline, demo_tasks, nearest_baseline
 from serve.request import Delta, Request, SamplingParams
 from serve.runner import Runner
@@ -61,6 +60,7 @@ def demo_serve_config(port: int, adapters: Path) -> ServeConfig:
         default_max_tokens=64,
         max_waiting=4096,
         max_waiting_tokens=1_000_000,
+        host_adapters_gb=2.0,
         host_kv_gb=0.5,
         adapters=adapters,
         tuning=Tuning(quantum_ms=200.0),
@@ -250,7 +250,7 @@ def main(*, exit_after: bool, port: int, out: Path | None, seed: int) -> None:
     folder = out if out is not None else Path(tempfile.mkdtemp(prefix="jaxlora-demo-"))
     config = demo_serve_config(port, folder / "store")
     opened, _ = timed(console, "opening SmolLM2-135M-Instruct", lambda: open_base(config.model, config.mesh))
-    store = AdapterStore(config.adapters, host_bytes=HOST_BYTES)
+    store = open_store(config)
     runner = make_runner(opened, config, store)
     http = make_http(runner, host=config.host, port=port, default_max_tokens=config.default_max_tokens)
     pool_spec = PoolSpec(slots=len(demo_tasks(seed)), rank=RANK, dtype="float32")

@@ -25,7 +25,7 @@ from jaxlora.serve_config import Tuning
 from jaxlora.slots import SlotTable
 from jaxlora.store import AdapterStore
 from jaxlora.tokenizer import Tokenizer
-from serve.adapter_loads import LOADS, AdapterLoads
+from serve.adapter_loads import READERS, AdapterLoads
 from serve.answers import Answer
 from serve.edits import EditArrays, LogitEdits
 from serve.offload import PageMover, page_bytes
@@ -101,7 +101,11 @@ class Engine:
         self._program = step_program(mesh)
         ends = len(tokenizer.eos_ids)
         self._edits = EditArrays(mesh, max_tokens=config.max_tokens, vocab=base.config.vocab, ends=ends)
-        self._loads = AdapterLoads(self._read)
+        self._loads = AdapterLoads(self._read, lambda: self.clock())
+        one = sum(4 * x.size // pool_spec.slots for x in jax.tree.leaves(self._pool))
+        # An exchange may replace every adapter at once: their successors are read by then, as far as memory allows.
+        self.ahead = max(READERS, min(pool_spec.slots, store.host_memory().limit // 2 // one))
+        store.set_aside(self.ahead * one)
         self._sequences: dict[str, Sequence] = {}
         self._answers: dict[str, Answer] = {}
         self._saved: dict[str, HostPages] = {}  # KV of parked requests
@@ -227,7 +231,7 @@ class Engine:
     def _read_ahead(self) -> list[Delta]:
         """Has the adapters read that are next in line; ends the requests of those that cannot be."""
         deltas = []
-        for ref, error in self._loads.want(self.scheduler.wanted(LOADS)):
+        for ref, error in self._loads.want(self.scheduler.wanted(self.ahead)):
             users = [s for s in self._sequences.values() if s.request.adapter == ref]
             for s in users:
                 self._end(s)

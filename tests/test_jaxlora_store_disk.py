@@ -41,7 +41,7 @@ def test_put_serves_while_storage_is_blocked(open_store, monkeypatch):
     assert time.monotonic() - started < 1
     gate.set()
     store.flush()
-    assert store._held_bytes == 0
+    assert store.host_memory().held == 0
     assert same(store.get(ref), adapter)
 
 
@@ -346,7 +346,7 @@ def test_a_version_deleted_before_its_save_leaves_nothing(open_store, tmp_path, 
     gate.set()
     store.flush()
     assert list((tmp_path / "adapters/acme/bot").glob("*")) == []  # where the save had not begun there is no folder
-    assert store._held_bytes == 0
+    assert store.host_memory().held == 0
     with pytest.raises(AdapterNotFound):
         store.delete("acme", "bot")
     assert put(store).ref.version == 3
