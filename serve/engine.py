@@ -342,6 +342,8 @@ class Engine:
     def _advance(self, sequence: Sequence, out: StepOutput, row: int) -> Delta:
         """What the sequence's new token means to its client."""
         delta = self._answers[sequence.request.id].take(out, row)
+        if sequence.generated == 0:
+            delta = replace(delta, cached_tokens=sequence.found)
         sequence.tokens += delta.tokens
         self.decoded_tokens += len(delta.tokens)
         if delta.finish is not None or delta.error is not None:

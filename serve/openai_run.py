@@ -43,7 +43,8 @@ class Run:
         finally:
             self.fan.cancel()
         choices = [self.shape.whole(i, p) for i, p in enumerate(pieces)]
-        return self.heading.wrap(self.shape.whole_object, choices) | {"usage": self._usage()}
+        whole = self.heading.wrap(self.shape.whole_object, choices)
+        return whole | self.shape.beside(pieces[0]) | {"usage": self._usage()}
 
     async def events(self, first: tuple[int, Delta] | None, include_usage: bool) -> AsyncGenerator[bytes]:
         """The stream's bytes.  It ends in one way: the finish of all choices or an error event; then [DONE]."""

@@ -119,5 +119,6 @@ class Delta:
     tokens: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[PromptLogprob, ...] = ()  # of all prompt tokens but the first, on the first news
+    cached_tokens: int = 0  # of the prompt, whose KV was there already; on the first news
     finish: FinishReason | None = None
     error: Exception | None = field(default=None)

@@ -21,6 +21,7 @@ from jaxlora.lora import AdapterRef, LoraSpec
 from jaxlora.pool import Rows, adapter_of_rows, read_finite
 from jaxlora.serve_config import Tuning
 from serve.engine import Engine
+from serve.grammar import Grammars
 from serve.house import ModelCard
 from serve.request import Delta, Request
 
@@ -88,6 +89,7 @@ class Runner:
     def __init__(self, engine: Engine, *, base_name: str, serve_steps: int = 8):
         self.engine, self.base_name, self.serve_steps = engine, base_name, serve_steps
         self.started = time.time()
+        self.grammars = Grammars(engine.tokenizer)
         self.trainer: Trainer | None = None
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._listeners: dict[str, Callable[[Delta], None]] = {}
