@@ -35,8 +35,8 @@ from jaxlora.compile_cache import CompileCounter
 from jaxlora.errors import AdapterNotFinite, AdapterNotFound, StorageFailed
 from jaxlora.lora import Adapter, AdapterRef, LoraSpec
 from jaxlora.serve_config import Tuning
-from serve.assemble import make_http
 from serve.house import LOCAL_TENANT
+from serve.http_server import make_http
 from serve.session import Session
 
 CLIENTS, ADAPTERS, RANK, SLOTS = 12, 24, 8, 4

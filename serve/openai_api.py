@@ -295,13 +295,14 @@ class OpenAIWire:
             prompt_tokens=[len(view.tokens) for view in job.prompts],
             fan=self._submit(requests),
             choices=choices,
+            deadline=request.state.deadline,
             ping_s=self._config.ping_s,
         )
         try:
             if not body.stream:
                 return JSONResponse(await attend(request, run.whole()))
             # Until the first token an error is a plain HTTP answer.  A long wait must not look dead, though.
-            first = await attend(request, run.fan.next(self._config.ping_s))
+            first = await attend(request, run.next(self._config.ping_s))
             options = body.stream_options
             return EventStream(run, run.events(first, bool(options is not None and options.include_usage)))
         except BaseException:

@@ -26,6 +26,7 @@ from serve.house import ModelCard
 from serve.request import Delta, Request
 
 LOG = logging.getLogger("serve")
+GONE = "the server stopped before the answer was complete; retry when it is up again"
 
 
 class Trainer(Protocol):
@@ -170,9 +171,8 @@ class Runner:
             while not self._inbox.empty():  # those who came meanwhile must not wait for ever
                 self._inbox.get()()
         finally:
-            gone = Unavailable("the server stopped before the answer was complete; retry when it is up again")
             for request_id, listener in list(self._listeners.items()):
-                listener(Delta(request_id=request_id, error=gone))
+                listener(Delta(request_id=request_id, error=Unavailable(GONE)))
             self._listeners.clear()
 
     def _turn(self, served: int) -> int:
@@ -224,6 +224,18 @@ class Runner:
 
         with contextlib.suppress(Unavailable):  # ended: it holds nothing
             self._send(work)
+
+    def end_all(self) -> None:
+        """Ends every request under way with Unavailable, and frees all they hold.  Of any thread."""
+
+        def work() -> None:
+            for request_id, listener in list(self._listeners.items()):
+                self.engine.cancel(request_id)
+                listener(Delta(request_id=request_id, error=Unavailable(GONE)))
+            self._listeners.clear()
+
+        with contextlib.suppress(Unavailable):  # ended: so has each of them
+            self.call(work)
 
     def complete(self, requests: Sequence[Request]) -> list[Completion]:
         """All answers, in order, for callers without an event loop (not on the device thread).

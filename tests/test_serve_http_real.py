@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import re
+import threading
 import time
+from dataclasses import replace
 
 import httpx2
 import numpy as np
 import openai
 import pytest
 from fake_house import serving
-from serve_world import check_idle, stream_greedy
+from serve_world import CONFIG, check_idle, stream_greedy
 
 from jaxlora.compile_cache import CompileCounter
 from jaxlora.lora import ALL_TARGETS, ATTENTION_TARGETS
@@ -216,6 +218,70 @@ def test_any_mixture_of_options_is_answered_and_compiles_nothing(eight, server):
     with CompileCounter() as counter:
         asyncio.run(scenario())
     assert not counter.retraced
+
+
+@pytest.fixture
+def crowd(world):
+    """A slow server with clients in every state: running, parked, in line, and waiting for an adapter to be read."""
+    engine = world.engine(replace(CONFIG, rows=2, prefill_lanes=2, quantum_s=1e-9))
+    gate, get, step = threading.Event(), engine.store.get, engine.step
+    locked = world.adapters[4].ref
+    world.store.get = lambda ref: gate.wait(30) and get(ref) if ref == locked else get(ref)
+    runner = Runner(engine, base_name=BASE)
+    runner.start()
+    engine.step = lambda: time.sleep(0.05) or step()
+    try:
+        with serving(create_app(runner, default_max_tokens=16, max_request_s=60)) as url:
+            yield runner, url
+    finally:
+        gate.set()
+        del world.store.get
+        runner.stop()
+    check_idle(engine)
+
+
+def everyone(runner: Runner, names: list[str]) -> bool:
+    """Whether all are there, and somebody in each state."""
+    engine = runner.engine
+    running, parked, waiting = engine.scheduler.counts()
+    return min(running, parked, waiting) > 0 and running + parked + waiting == len(names) and bool(engine._loads)
+
+
+async def crowded(world, runner, url, headers: dict[str, str], then) -> list[httpx2.Response]:
+    """All clients ask; when each state is there, `then` is called with their tasks.  What they got."""
+    names = [BASE, *(a.ref.name for a in world.adapters)] * 2
+    async with httpx2.AsyncClient(base_url=url, timeout=30, headers=headers) as client:
+        body = {"prompt": prompt_of(0), "max_tokens": 50, "ignore_eos": True}
+        tasks = [asyncio.create_task(client.post("/v1/completions", json=body | {"model": n})) for n in names]
+        began = time.monotonic()
+        while not await asyncio.to_thread(lambda: runner.call(lambda: everyone(runner, names))):
+            assert time.monotonic() - began < 20
+        then(tasks)
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def test_clients_that_hang_up_free_what_they_hold_wherever_they_are(world, crowd):
+    runner, url = crowd
+    asyncio.run(crowded(world, runner, url, {}, lambda tasks: [t.cancel() for t in tasks]))
+    began = time.monotonic()
+    while runner.call(lambda: runner.engine.has_work):
+        assert time.monotonic() - began < 2  # of thirty and more that the answers would take
+    runner.call(lambda: check_idle(runner.engine))
+
+
+def test_requests_whose_time_is_over_end_wherever_they_are(world, crowd):
+    runner, url = crowd
+    headers = {"x-request-timeout-s": "2.5"}
+    began = time.monotonic()
+    answers = asyncio.run(crowded(world, runner, url, headers, lambda tasks: None))
+    assert 2.4 < time.monotonic() - began < 8
+    for answer in answers:
+        assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
+        assert answer.headers["x-should-retry"] == "false"
+    began = time.monotonic()
+    while runner.call(lambda: runner.engine.has_work):
+        assert time.monotonic() - began < 2
+    runner.call(lambda: check_idle(runner.engine))
 
 
 def test_a_client_that_hangs_up_frees_what_it_held(server):
