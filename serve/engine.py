@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
@@ -146,6 +146,8 @@ class Engine:
                 f"they must be at most {self.config.max_tokens}",
                 param="max_tokens",
             )
+        if request.follow and (ref := request.adapter) is not None:  # a version may have come since it was resolved
+            request = replace(request, adapter=self.store.latest(ref.tenant, ref.name) or ref)
         sequence = self.scheduler.add(request, self.clock())
         p = request.params
         self._sequences[request.id] = sequence
@@ -162,6 +164,11 @@ class Engine:
     def has_work(self) -> bool:
         """Whether a step would do anything."""
         return bool(self._sequences)
+
+    @property
+    def urgent(self) -> bool:
+        """Whether a request waits for its first token."""
+        return self.scheduler.counts()[2] > 0 or any(s.generated == 0 for s in self.scheduler.running)
 
     def step(self) -> list[Delta]:
         """One step for everyone who can run: adapters that have been read get slots, then prompt chunks, then one token for
@@ -190,10 +197,12 @@ class Engine:
     # ---- adapters -------------------------------------------------------------------------------------------------
 
     def install(self, ref: AdapterRef, rows: Rows) -> int | None:
-        """Copies a new version's device rows into a slot: no disk, no host, no compile.
+        """Copies a new version's device rows into a slot: no disk, no host, no compile.  Who follows the adapter goes on
+        under it.
 
         The slot, or None when every slot has running requests: the version is then loaded when it is first asked for.
         """
+        self.scheduler.follow(ref)
         slot = self.slots.find(ref)
         if slot is not None:
             return slot  # a request asked for it first and had it loaded
@@ -206,7 +215,7 @@ class Engine:
 
     def release(self, ref: AdapterRef) -> bool:
         """Gives up the slot of a version, unless a request uses it or waits for it; whether nobody does."""
-        if any(s.request.adapter == ref for s in self._sequences.values()):
+        if any(s.adapter == ref for s in self._sequences.values()):
             return False
         self.scheduler.settle()
         self.slots.drop(ref)
@@ -220,7 +229,7 @@ class Engine:
         """Has the adapters read that are next in line; ends the requests of those that cannot be."""
         deltas = []
         for ref, error in self._loads.want(self.scheduler.wanted(LOADS)):
-            users = [s for s in self._sequences.values() if s.request.adapter == ref]
+            users = [s for s in self._sequences.values() if s.adapter == ref]
             for s in users:
                 self._end(s)
             deltas += [Delta(request_id=s.request.id, error=error) for s in users]
@@ -318,7 +327,16 @@ class Engine:
         if finish is not None:
             self._end(sequence)
         logprobs = () if params.logprobs is None else (self._logprob(out, row, params.logprobs),)
-        return [Delta(request_id=request.id, text=text, tokens=(token,), logprobs=logprobs, finish=finish)]
+        return [
+            Delta(
+                request_id=request.id,
+                text=text,
+                tokens=(token,),
+                adapter=sequence.adapter,
+                logprobs=logprobs,
+                finish=finish,
+            )
+        ]
 
     def _logprob(self, out: StepOutput, row: int, count: int) -> TokenLogprob:
         top = zip(out.top_token_BM[row, :count].tolist(), out.top_logprob_BM[row, :count].tolist(), strict=True)

@@ -247,6 +247,11 @@ class OpenAIWire:
                 param="n",
             )
         self._check_ids(body.stop_token_ids or (), "stop_token_ids")
+        if body.adapter_update == "follow" and "@" in body.model:
+            raise InvalidRequest(
+                "a request for one version cannot follow the adapter; leave out @VERSION or adapter_update",
+                param="adapter_update",
+            )
         if body.stream_options is not None and not body.stream:
             raise InvalidRequest("stream_options needs stream: true", param="stream_options")
         out = []
@@ -260,6 +265,7 @@ class OpenAIWire:
                         adapter=adapter,
                         prompt=prompt,
                         params=replace(params, choice=choice),
+                        follow=body.adapter_update == "follow",
                     )
                 )
         return out

@@ -99,6 +99,7 @@ class Choice:
         self._waiting: list[Entry] = []  # tokens whose text has not been sent
         self._chars = 0
         self.tokens = 0
+        self.versions: set[int] = set()  # of the adapter, that made its tokens
         self.finish: FinishReason | None = None
 
     def take(self, delta: Delta) -> Piece:
@@ -110,6 +111,8 @@ class Choice:
         whole = delta.finish is FinishReason.LENGTH
         released = tuple(e for e in self._waiting if whole or e.offset < self._chars)
         self._waiting = self._waiting[len(released) :]  # offsets never fall, so these were the first
+        if delta.adapter is not None:
+            self.versions.add(delta.adapter.version)
         return Piece(text=delta.text, entries=released, finish=delta.finish)
 
     def _entry(self, logprob: TokenLogprob) -> Entry:

@@ -135,7 +135,9 @@ class SamplingBody(Strict):
     repetition_penalty: Annotated[float | None, Field(gt=0), Only((1,))] = None
     logit_bias: Annotated[JsonValue, Only(({},))] = None
     min_tokens: Annotated[int | None, Field(ge=0), Only((0,))] = None
-    adapter_update: Annotated[Literal["pin", "follow"] | None, Only(("pin",))] = None
+    adapter_update: Literal["pin", "follow"] | None = (
+        None  # end on the version of the start, or let later ones reach it
+    )
     priority: Annotated[int | None, Only((0,))] = None
     cache_salt: Unbuilt = None
     skip_special_tokens: Annotated[bool | None, Only((True,))] = None

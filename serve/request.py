@@ -55,13 +55,17 @@ class SamplingParams:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """One prompt for one adapter version.  `adapter` was resolved once, at admission; None is the base model."""
+    """One prompt for one adapter version.  `adapter` was resolved once, at admission; None is the base model.
+
+    follow: later versions of the adapter reach the request while it runs; else it ends on the version it began with.
+    """
 
     id: str
     tenant: str
     adapter: AdapterRef | None
     prompt: tuple[int, ...]
     params: SamplingParams
+    follow: bool = False
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -84,6 +88,7 @@ class Delta:
     request_id: str
     text: str = ""  # whole UTF-8 characters, stop strings held back
     tokens: tuple[int, ...] = ()
+    adapter: AdapterRef | None = None  # the version that made these tokens; None: the base, or no tokens
     logprobs: tuple[TokenLogprob, ...] = ()
     finish: FinishReason | None = None
     error: Exception | None = field(default=None)
