@@ -255,6 +255,11 @@ class OpenAIWire:
             )
         self._check_ids(body.stop_token_ids or (), "stop_token_ids")
         self._check_ids(list(body.logit_bias or ()), "logit_bias")
+        if body.adapter_update == "follow" and "@" in body.model:
+            raise InvalidRequest(
+                "a request for one version cannot follow the adapter; leave out @VERSION or adapter_update",
+                param="adapter_update",
+            )
         if body.stream_options is not None and not body.stream:
             raise InvalidRequest("stream_options needs stream: true", param="stream_options")
         if body.prompt_logprobs is not None and body.stream:
@@ -273,6 +278,7 @@ class OpenAIWire:
                         adapter=adapter,
                         prompt=view.tokens,
                         params=replace(params, choice=choice),
+                        follow=body.adapter_update == "follow",
                     )
                 )
         return out

@@ -29,16 +29,20 @@ class Heading:
     id: str
     created: int
     model: str  # as it was asked
-    adapter_version: int | None
+    adapter_version: int | None  # that the name meant
 
-    def wrap(self, object: str, choices: Sequence[Json]) -> Json:
-        """The answer or chunk around its choices."""
+    def wrap(self, object: str, choices: Sequence[Json], versions: Sequence[int] = ()) -> Json:
+        """The answer or chunk around its choices.  versions: that made them; several are told as a list."""
         return {
             "id": self.id,
             "object": object,
             "created": self.created,
             "model": self.model,
-            "adapter_version": self.adapter_version,
+            "adapter_version": list(versions)
+            if len(versions) > 1
+            else versions[0]
+            if versions
+            else self.adapter_version,
             "choices": list(choices),
         }
 

@@ -126,6 +126,7 @@ class Choice:
         self._chars = 0
         self.tokens = 0
         self.cached_tokens = 0  # of the prompt
+        self.versions: set[int] = set()  # of the adapter, that made its tokens
         self.finish: FinishReason | None = None
 
     def take(self, delta: Delta) -> Piece:
@@ -139,6 +140,8 @@ class Choice:
         whole = delta.finish is FinishReason.LENGTH
         released = tuple(e for e in self._waiting if whole or e.offset < self._chars)
         self._waiting = self._waiting[len(released) :]  # offsets never fall, so these were the first
+        if delta.adapter is not None:
+            self.versions.add(delta.adapter.version)
         return Piece(text=echo + delta.text, entries=(*echoed, *released), finish=delta.finish, prompt=prompt)
 
     def _begin(self, delta: Delta) -> tuple[str, tuple[Entry, ...], tuple[tuple[Ranked, ...], ...]]:

@@ -198,7 +198,8 @@ class SamplingBody(Strict):
     guided_grammar: Guided = None
     guided_decoding_backend: Guided = None
     guided_whitespace_pattern: Guided = None
-    adapter_update: Annotated[Literal["pin", "follow"] | None, Only(("pin",))] = None
+    # End on the version of the start, or let later ones reach it.
+    adapter_update: Literal["pin", "follow"] | None = None
     priority: Annotated[int | None, Only((0,))] = None
     cache_salt: Unbuilt = None
     skip_special_tokens: Annotated[bool | None, Only((True,))] = None

@@ -69,6 +69,7 @@ class FakeHouse:
     started: float = 1_700_000_000.0
     reply: object = echo_seed
     end: bool = True  # say EOS after the reply
+    versions: object = None  # of the adapter, by the number of the token; None: the request's
     hang_after: int | None = None
     fail_after: int | None = None
     failure: Exception | None = None
@@ -169,7 +170,10 @@ class FakeStream:
                 request_id=request.id, text=text, tokens=(token,), logprobs=fake_logprobs(token, i, p.logprobs)
             )
             self.ended = finish is not None
-            yield replace(delta, finish=finish, prompt_logprobs=() if i else scores)
+            made_by = request.adapter
+            if house.versions is not None and made_by is not None:
+                made_by = replace(made_by, version=house.versions(i))
+            yield replace(delta, finish=finish, adapter=made_by, prompt_logprobs=() if i else scores)
             if finish is not None:
                 return
 
