@@ -26,6 +26,7 @@ import numpy as np
 from serving import Server, request, server
 
 from jaxlora.lora import AdapterRef
+from jaxlora.serve_config import Tuning
 from serve.engine import Engine
 from serve.request import Request
 
@@ -168,7 +169,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--quantum-ms", type=float, default=200.0)
     args = parser.parse_args()
-    settings = {"slots": SLOTS, "rows": args.rows, "kv_pages": 512, "quantum_ms": args.quantum_ms}
+    settings = {"slots": SLOTS, "rows": args.rows, "kv_pages": 512, "tuning": Tuning(quantum_ms=args.quantum_ms)}
     with server(WAITING, **settings) as s:
         s.runner.engine.warm_up()
         ok = cliff(s, args.rounds)

@@ -145,9 +145,26 @@ class Decoder(nnx.Module):
     def __call__[Cache, Layer](
         self, batch: TokenBatch, lora: Lora[Layer], attend: Attend[Cache], cache: Cache, remat: str
     ) -> tuple[jax.Array, Cache]:
-        """(hidden [T, D] after the final norm, cache).  Layers run under `lax.scan`, the cache in the carry."""
+        """(hidden [T, D] after the final norm, cache)."""
+        x_TD, cache = self.layers(batch, self.embed[...][batch.token_T], lora, attend, cache, remat, None)
+        return rms_norm(x_TD, self.norm[...], self.config.norm_eps), cache
+
+    def layers[Cache, Layer](
+        self,
+        batch: TokenBatch,
+        x_TD: jax.Array,
+        lora: Lora[Layer],
+        attend: Attend[Cache],
+        cache: Cache,
+        remat: str,
+        some_L: jax.Array | None,
+    ) -> tuple[jax.Array, Cache]:
+        """The residual stream after all layers, which run under `lax.scan` with the cache in the carry; or after these.
+
+        These are few and run one after the other.  Each takes its weights by its number inside its checkpoint, so that a
+        gradient that waits keeps the base's own arrays: of a scan it would keep copies.
+        """
         config = self.config
-        x_TD = self.embed[...][batch.token_T]
         rope = rope_tables(config, jnp.maximum(batch.position_T, 0))
         graph, weights = nnx.split(self.blocks)
 
@@ -155,12 +172,18 @@ class Decoder(nnx.Module):
         def one_layer(carry: tuple[jax.Array, Cache], inputs: tuple) -> tuple[tuple[jax.Array, Cache], None]:
             x_TD, cache = carry
             layer, weight, lora_layer = inputs
+            if some_L is not None:
+                weight = jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, layer, keepdims=False), weight)
             block = nnx.merge(graph, weight)
             return block(config, layer, x_TD, rope, lora, lora_layer, attend, cache), None
 
-        index = jnp.arange(config.layers)
-        (x_TD, cache), _ = lax.scan(one_layer, (x_TD, cache), (index, weights, lora.per_layer))
-        return rms_norm(x_TD, self.norm[...], config.norm_eps), cache
+        if some_L is None:
+            index = jnp.arange(config.layers)
+            return lax.scan(one_layer, (x_TD, cache), (index, weights, lora.per_layer))[0]
+        for i in range(some_L.shape[0]):
+            mine = jax.tree.map(lambda x, i=i: x[i], lora.per_layer)
+            (x_TD, cache), _ = one_layer((x_TD, cache), (some_L[i], weights, mine))
+        return x_TD, cache
 
 
 @jax.tree_util.register_dataclass
@@ -194,6 +217,35 @@ def forward[Cache, Layer](
     """
     with jax.default_matmul_precision(base.precision):
         return Decoder(base.config, base.arrays)(batch, lora, attend, cache, remat)
+
+
+def embedded(base: Base, batch: TokenBatch) -> jax.Array:
+    """[T, D]: what the first layer reads."""
+    return base.arrays["embed"][batch.token_T]
+
+
+def forward_some[Cache, Layer](
+    base: Base,
+    batch: TokenBatch,
+    x_TD: jax.Array,
+    lora: Lora[Layer],
+    attend: Attend[Cache],
+    cache: Cache,
+    *,
+    some_L: jax.Array,
+    remat: str,
+) -> tuple[jax.Array, Cache]:
+    """(what the layer after these reads, cache): `forward` through some layers only, of these numbers.
+
+    `lora.per_layer` is of these layers.
+    """
+    with jax.default_matmul_precision(base.precision):
+        return Decoder(base.config, base.arrays).layers(batch, x_TD, lora, attend, cache, remat, some_L)
+
+
+def final_norm(base: Base, x_TD: jax.Array) -> jax.Array:
+    """What the head reads of the last layer's output."""
+    return rms_norm(x_TD, base.arrays["norm"], base.config.norm_eps)
 
 
 def head_weight(base: Base) -> tuple[jax.Array, jax.Array]:

@@ -263,10 +263,13 @@ class DropoutLora:
     A lane of rate 0 keeps its bits, whatever the others drop; when no lane drops, nothing is drawn.
     """
 
-    def __init__(self, lanes: LaneLora, layers: int, rate_G: jax.Array, draw_GN: jax.Array):
-        """`draw_GN`: int32 numbers that make a lane's random numbers its own: of its tenant, its step, its place there."""
+    def __init__(self, lanes: LaneLora, layer_L: jax.Array, rate_G: jax.Array, draw_GN: jax.Array):
+        """`layer_L`: the numbers of the layers that the rows are of.
+
+        `draw_GN`: int32 numbers that make a lane's random numbers its own: of its tenant, its step, its place there.
+        """
         self.lanes, self.rate_G, self.draw_GN = lanes, rate_G, draw_GN
-        self.per_layer = (jnp.arange(layers), lanes.per_layer)
+        self.per_layer = (layer_L, lanes.per_layer)
 
     def deltas(
         self, layer: tuple[jax.Array, Rows], targets: tuple[str, ...], x_TX: jax.Array

@@ -5,10 +5,12 @@ from __future__ import annotations
 import secrets
 
 import jax
+import numpy as np
 
 from jaxlora.errors import AdapterInvalid
 from jaxlora.tokenizer import Tokenizer
-from serve.edits import LogitEdits, RowEdits
+from serve.edits import ALL_BITS, AllowedTokens, LogitEdits, RowEdits
+from serve.grammar import GrammarState
 from serve.request import Delta, FinishReason, PromptLogprob, Request, TokenLogprob
 from serve.sampling import PromptScores, StepOutput
 from serve.step import StepBatch
@@ -24,7 +26,9 @@ class Answer:
     def __init__(self, request: Request, tokenizer: Tokenizer, vocab: int):
         params = request.params
         self._id, self._prompt, self._params = request.id, request.prompt, params
-        self._ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else set(tokenizer.eos_ids))
+        eos_ends = params.grammar is not None or not params.ignore_eos
+        self._ends = frozenset(params.stop_token_ids) | (set(tokenizer.eos_ids) if eos_ends else set())
+        self._grammar = None if params.grammar is None else params.grammar.start()
         self._edits = RowEdits(params, request.prompt, self._ends, vocab)
         self._seed = secrets.randbits(63) if params.seed is None else params.seed
         self._detokenizer = tokenizer.detokenizer()
@@ -39,11 +43,29 @@ class Answer:
         """Whether the next token is chosen by other logits than the model's."""
         return self._edits.used
 
+    @property
+    def has_grammar(self) -> bool:
+        """Whether a grammar says which tokens may come."""
+        return self._grammar is not None
+
     def fill(self, batch: StepBatch, edits: LogitEdits, row: int, position: int) -> None:
         """Says in one row of NumPy arrays how the token at this position is chosen."""
         batch.sampling.fill(row, self._params, self._seed, position)
+        must_end = self._grammar is not None and self._allow(edits.allowed, row, self._grammar)
         if self._edits.used:
-            self._edits.fill(edits.tokens, row, must_end=False)
+            self._edits.fill(edits.tokens, row, must_end=must_end)
+
+    def _allow(self, allowed: AllowedTokens, row: int, grammar: GrammarState) -> bool:
+        """Writes what the grammar allows into the row; whether that is nothing but the end."""
+        bits_W: np.ndarray = np.asarray(allowed.bits_BW)[row]
+        grammar.allow(bits_W)
+        if grammar.error is not None:  # `take` tells it
+            bits_W[:] = ALL_BITS
+        allowed.used_B[row] = True
+        rest_W = bits_W.copy()
+        for end in self._ends:
+            rest_W[end // 32] &= ~np.uint32(1 << end % 32)
+        return not rest_W.any()
 
     def targets(self, start: int, count: int) -> tuple[int, ...]:
         """Prompt tokens to score, each after the one before it, when so many tokens from this place on are computed."""
@@ -69,6 +91,8 @@ class Answer:
         if not out.finite_B[row]:
             error = AdapterInvalid("the model gave non-finite numbers for this request; check its adapter")
             return Delta(request_id=self._id, error=error)
+        if self._grammar is not None and self._grammar.error is not None:
+            return Delta(request_id=self._id, error=self._grammar.error)
         params, token = self._params, int(out.token_B[row])
         prompt_logprobs = tuple(self._prompt_logprobs[i] for i in sorted(self._prompt_logprobs))
         self._prompt_logprobs.clear()
@@ -90,10 +114,11 @@ class Answer:
     def _text(self, token: int) -> tuple[str, FinishReason | None]:
         """(text that may be sent now, why the answer ends with this token)."""
         ended = token in self._ends
+        complete = self._grammar is not None and self._grammar.take(token)
         armed = self._generated > self._params.min_tokens
         text, hit = ("", False) if ended else self._stops.push(self._detokenizer.push(token), armed=armed)
         finish = None
-        if ended or hit:
+        if ended or hit or complete:
             finish = FinishReason.STOP
         elif self._generated >= self._params.max_tokens:
             finish = FinishReason.LENGTH

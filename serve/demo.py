@@ -34,6 +34,7 @@ from serve.training import LiveTraining
 from train.data import Example
 from train.jsonl import chat_example
 from train.optimizer import Optimizer
+from train.parts import small_parts
 from train.plot import plot_losses
 from train.trainer import Evaluation, StepReport, Trainer
 
@@ -272,6 +273,7 @@ def main(*, exit_after: bool, port: int, out: Path | None, seed: int) -> None:
         lanes=LANES,
         lane_tokens=LANE_TOKENS,
         base_hash=opened.base_hash,
+        parts=small_parts(opened.mesh),
     )
     demo = Demo(opened, runner, trainer, demo_tasks(seed), seed)
     shapes = len(runner.engine.shapes())

@@ -46,28 +46,30 @@ class Run:
         finally:
             self.fan.cancel()
         choices = [self.shape.whole(i, p) for i, p in enumerate(pieces)]
-        return self.heading.wrap(self.shape.whole_object, choices) | {"usage": self._usage()}
+        whole = self.heading.wrap(self.shape.whole_object, choices, self._versions())
+        return whole | self.shape.beside(pieces[0]) | {"usage": self._usage()}
 
     async def events(self, first: tuple[int, Delta] | None, include_usage: bool) -> AsyncGenerator[bytes]:
         """The stream's bytes.  It ends in one way: the finish of all choices or an error event; then [DONE]."""
         shape, item = self.shape, first
         extra = {"usage": None} if include_usage else {}
         try:
+            opening = versions_of(None if item is None else item[1])
             for index in range(len(self.choices)):
                 for choice in shape.opening(index):
-                    yield sse(self.heading.wrap(shape.chunk_object, [choice]) | extra)
+                    yield sse(self.heading.wrap(shape.chunk_object, [choice], opening) | extra)
             while True:
                 if item is None:
                     yield KEEPALIVE_COMMENT
                 else:
                     index, delta = item
                     for choice in shape.chunks(index, self.choices[index].take(delta)):
-                        yield sse(self.heading.wrap(shape.chunk_object, [choice]) | extra)
+                        yield sse(self.heading.wrap(shape.chunk_object, [choice], versions_of(delta)) | extra)
                 if all(c.finish is not None for c in self.choices):
                     break
                 item = await self.next(self.ping_s)
             if include_usage:
-                yield sse(self.heading.wrap(shape.chunk_object, []) | {"usage": self._usage()})
+                yield sse(self.heading.wrap(shape.chunk_object, [], self._versions()) | {"usage": self._usage()})
         except Exception as error:
             status, body = error_body(error)
             if status == 500:
@@ -88,6 +90,14 @@ class Run:
 
     def _usage(self) -> Json:
         return usage(self.prompt_tokens, self.choices)
+
+    def _versions(self) -> list[int]:
+        return sorted({version for choice in self.choices for version in choice.versions})
+
+
+def versions_of(delta: Delta | None) -> list[int]:
+    """The adapter's version that made a delta, if it says so."""
+    return [] if delta is None or delta.adapter is None else [delta.adapter.version]
 
 
 class EventStream(EventSourceResponse):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from jaxlora.errors import InvalidRequest
 from jaxlora.lora import AdapterRef
+from serve.grammar import Grammar
 
 MAX_TOP_LOGPROBS = 20
 MAX_LOGIT_BIAS = 300  # tokens with a bias
@@ -47,6 +48,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0  # [-2, 2], each time
     repetition_penalty: float = 1.0  # of tokens of the prompt and the answer
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its logit)
+    grammar: Grammar | None = None  # what the answer must look like; its end is the answer's, whatever ignore_eos says
 
     def __post_init__(self) -> None:
         def need(ok: bool, name: str, wanted: str) -> None:
@@ -79,13 +81,17 @@ class SamplingParams:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """One prompt for one adapter version.  `adapter` was resolved once, at admission; None is the base model."""
+    """One prompt for one adapter version.  `adapter` was resolved once, at admission; None is the base model.
+
+    follow: later versions of the adapter reach the request while it runs; else it ends on the version it began with.
+    """
 
     id: str
     tenant: str
     adapter: AdapterRef | None
     prompt: tuple[int, ...]
     params: SamplingParams
+    follow: bool = False
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -115,7 +121,9 @@ class Delta:
     request_id: str
     text: str = ""  # whole UTF-8 characters, stop strings held back
     tokens: tuple[int, ...] = ()
+    adapter: AdapterRef | None = None  # the version that made these tokens; None: the base, or no tokens
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[PromptLogprob, ...] = ()  # of all prompt tokens but the first, on the first news
+    cached_tokens: int = 0  # of the prompt, whose KV was there already; on the first news
     finish: FinishReason | None = None
     error: Exception | None = field(default=None)

@@ -32,7 +32,13 @@ PURE = (
     "train/jsonl.py",
     "train/mixer.py",
     "serve/active.py",
+    "serve/budget.py",
+    "serve/chat.py",
+    "serve/chat_client.py",
+    "serve/chat_columns.py",
     "serve/demo_tasks.py",
+    "serve/grammar.py",
+    "serve/histogram.py",
     "serve/house.py",
     "serve/openai_format.py",
     "serve/openai_stream.py",
@@ -48,6 +54,7 @@ PURE = (
 JAX_FAMILY = ("jax", "jaxlib", "flax", "optax", "orbax")
 ONLY_IN = {  # package → the only files that import it
     "flax": ("jaxlora/model.py",),
+    "llguidance": ("serve/grammar.py",),
     "pydantic": ("serve/openai_api.py", "serve/openai_types.py"),
 }
 UNSAFE_MODULES = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "torch")

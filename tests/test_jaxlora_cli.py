@@ -20,7 +20,7 @@ from jaxlora.serve_config import serve_defaults
 ROOT = Path(__file__).resolve().parent.parent
 # pydantic is not in it: typer itself imports it for the help of a command.
 HEAVY = {"jax", "flax", "optax", "numpy", "fastapi", "transformers", "uvicorn", "serve", "train", "pallas_kernels"}
-COMMANDS = ("demo", "serve", "train", "export", "doctor")
+COMMANDS = ("demo", "serve", "chat", "train", "export", "doctor")
 
 
 @pytest.fixture
@@ -74,6 +74,14 @@ def test_demo_hands_on_its_options(entry):
     assert entry == [
         ("serve.demo:main", (), {"exit_after": True, "port": 0, "out": Path("o"), "seed": 5}),
         ("serve.demo:main", (), {"exit_after": False, "port": 8000, "out": None, "seed": 0}),
+    ]
+
+
+def test_chat_hands_on_its_options(entry):
+    assert run("chat").exit_code == run("chat", "roman@2", "--url", "http://h:1").exit_code == 0
+    assert entry == [
+        ("serve.chat:main", (), {"url": "http://127.0.0.1:8000", "name": None}),
+        ("serve.chat:main", (), {"url": "http://h:1", "name": "roman@2"}),
     ]
 
 

@@ -14,7 +14,6 @@ from serve_world import SLOTS, Answer, ask, random_weights, run_all, step, with_
 from jaxlora.errors import AdapterInvalid, AdapterNotFinite, AdapterNotFound, BaseMismatch
 from jaxlora.lora import ALL_TARGETS, AdapterRef
 from jaxlora.pool import host_rows
-from jaxlora.store import AdapterStore
 from serve.adapter_loads import FAILED_S, READERS
 from serve.request import FinishReason
 
@@ -153,13 +152,32 @@ def test_what_is_read_ahead_counts_in_the_host_budget(world, engine):
     other = world.engine()
     assert other.ahead >= min(READERS, SLOTS)
     rows = host_rows(world.base.config, world.spec, world.adapters[0])
-    slot_bytes = sum(x.nbytes for x in jax.tree.leaves(rows))
-    assert world.store.host_memory().aside - aside == other.ahead * slot_bytes == other.ahead_bytes
+    assert world.store.host_memory().aside - aside == other.ahead * sum(x.nbytes for x in jax.tree.leaves(rows))
 
 
-def test_a_small_budget_is_read_ahead_in_small_steps(world, tmp_path):
-    slot_bytes = sum(x.nbytes for x in jax.tree.leaves(host_rows(world.base.config, world.spec, world.adapters[0])))
-    for slots, ahead in ((0, 1), (3, 1), (4, 2), (1000, SLOTS)):
-        store = AdapterStore(tmp_path / str(slots), host_bytes=slots * slot_bytes)
-        assert replace(world, store=store).engine().ahead == ahead
-        store.close()
+@pytest.mark.parametrize("parked", [False, True])
+def test_an_adapter_that_is_deleted_answers_who_asked_before(world, engine, parked):
+    """A running, or parked and swapped out, request ends on its version; who comes later is told that it is gone."""
+    adapter = world.add("doomed", seed=70)
+    request = ask("before", adapter, 5, 20)
+    expected, aside = world.greedy(request), world.store.host_memory().aside
+    answers: dict[str, Answer] = defaultdict(Answer)
+    engine.submit(request)
+    while len(answers["before"].tokens) < 3:
+        step(engine, answers)
+    if parked:
+        engine.scheduler._park(engine._sequences["before"], engine.clock())
+        del engine.scheduler.active.entered[adapter.ref]
+        engine.slots.unpin(engine.slots.find(adapter.ref))
+        engine.slots.drop(adapter.ref)
+    world.store.flush()
+    with world.store._state:
+        world.store._ram.forget(adapter.ref)
+    world.store.delete("acme", "doomed")
+    assert world.store.host_memory().aside == aside + adapter.nbytes
+    while engine.has_work:
+        step(engine, answers)
+    assert answers["before"].tokens == expected
+    assert world.store.host_memory().aside == aside
+    with_resident(engine, *world.adapters[:SLOTS])
+    assert isinstance(run_all(engine, [ask("late", adapter)])["late"].error, AdapterNotFound)

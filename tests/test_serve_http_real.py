@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 import time
 from dataclasses import replace
@@ -14,6 +15,7 @@ import pytest
 from fake_house import serving
 from serve_world import CONFIG, check_idle, stream_greedy
 
+from jaxlora.compile_cache import CompileCounter
 from jaxlora.lora import ALL_TARGETS, ATTENTION_TARGETS
 from serve.app import create_app
 from serve.runner import Runner
@@ -130,6 +132,92 @@ def test_a_failing_adapter_is_an_error_of_its_asker(world, server):
             client.completions.create(model=BASE, prompt="x", max_tokens=100)
         assert caught.value.code == "context_length_exceeded"
         assert client.completions.create(model=BASE, prompt="x", max_tokens=4).choices[0].finish_reason
+
+
+def test_echoed_logprobs_and_prompt_logprobs_are_those_of_the_plain_model(world, eight, server):
+    prompt = prompt_of(3)
+    weights = world.plain.merged(eight[2])
+    with openai.OpenAI(base_url=server[1] + "/v1", api_key="none", max_retries=0, timeout=30) as client:
+        answer = client.completions.create(
+            model="tenant2", prompt=prompt, max_tokens=0, echo=True, logprobs=2, extra_body={"prompt_logprobs": 1}
+        )
+    choice = answer.choices[0]
+    assert choice.text == world.tokenizer.decode(prompt)
+    told = choice.model_extra["prompt_logprobs"]
+    for i, token in enumerate(prompt[1:], start=1):
+        logits = world.plain.logits(prompt[:i], weights)
+        raw = logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
+        assert abs(choice.logprobs.token_logprobs[i] - raw[token]) < 1e-4
+        assert abs(told[i][str(token)]["logprob"] - raw[token]) < 1e-4
+        assert told[i][str(token)]["rank"] == 1 + (raw > raw[token]).sum()
+        assert str(int(raw.argmax())) in told[i]
+
+
+def test_the_prompt_tokens_that_were_cached_are_told(server):
+    with openai.OpenAI(base_url=server[1] + "/v1", api_key="none", max_retries=0, timeout=30) as client:
+
+        def cached(**options) -> int:
+            prompt = [[9, *range(20, 41)], [8, *range(30, 40)]]
+            answer = client.completions.create(model="tenant4", prompt=prompt, max_tokens=1, n=2, **options)
+            assert answer.usage.prompt_tokens == 33
+            return answer.usage.prompt_tokens_details.cached_tokens
+
+        assert cached() == 0
+        assert cached() == 20 + 8  # whole pages of four; each prompt counts once
+        assert cached(extra_body={"prompt_logprobs": 0}) == 0
+
+
+def test_any_mixture_of_options_is_answered_and_compiles_nothing(eight, server):
+    """Eight clients at once, each field drawn; answers with a form parse."""
+    draw = np.random.default_rng(17)
+    options = {
+        "temperature": [0, 0.7, 2],
+        "top_p": [0.1, 0.9],
+        "presence_penalty": [-2, 0.5, 2],
+        "frequency_penalty": [-2, 0.5, 2],
+        "logit_bias": [{"5": 3, "300": -100}, {str(i): -1 for i in range(300)}],
+        "seed": [1, 2**62],
+        "stop": ["a", ["b", "c"]],
+        "n": [1, 2],
+        "echo": [True],
+        "logprobs": [0, 5],
+    }
+    extra = {
+        "top_k": [1, 40],
+        "min_p": [0.1],
+        "repetition_penalty": [0.01, 1.3, 100],
+        "min_tokens": [1, 9],
+        "stop_token_ids": [[5, 6]],
+        "ignore_eos": [True],
+        "prompt_logprobs": [0, 20],
+        "structured_outputs": [{"regex": "[a-z]{2,5}"}, {"choice": ["yes", "no"]}, {"json_object": True}],
+    }
+
+    def some(of: dict) -> dict:
+        return {k: v[int(draw.integers(len(v)))] for k, v in of.items() if draw.random() < 0.4}
+
+    async def scenario():
+        async with openai.AsyncOpenAI(base_url=server[1] + "/v1", api_key="none", max_retries=0, timeout=60) as client:
+            for _ in range(4):
+                asked = [(some(options), some(extra)) for _ in range(COUNT)]
+                models = [BASE if draw.random() < 0.3 else a.ref.name for a in eight]
+                answers = await asyncio.gather(
+                    *(
+                        client.completions.create(model=m, prompt=prompt_of(i % 5), max_tokens=9, **o, extra_body=e)
+                        for i, (m, (o, e)) in enumerate(zip(models, asked, strict=True))
+                    )
+                )
+                for (o, e), answer in zip(asked, answers, strict=True):
+                    assert len(answer.choices) == o.get("n", 1)
+                    ended = [c for c in answer.choices if c.finish_reason == "stop"]
+                    if "regex" in e.get("structured_outputs", {}) and not o.keys() & {"stop", "echo"} | e.keys() & {
+                        "stop_token_ids"
+                    }:
+                        assert all(re.fullmatch("[a-z]{2,5}", c.text) for c in ended), (o, e, answer)
+
+    with CompileCounter() as counter:
+        asyncio.run(scenario())
+    assert not counter.retraced
 
 
 @pytest.fixture

@@ -123,7 +123,7 @@ def test_memory_of_a_slot_is_the_formula():
         before = sum(x.nbytes for x in jax.live_arrays())
         trainer = trainer_of(ranks)
         found = sum(x.nbytes for x in jax.live_arrays()) - before
-        assert found == sum(x.nbytes for x in jax.tree.leaves(trainer._states))
+        assert found == sum(x.nbytes for x in jax.tree.leaves(trainer.states))
         return found
 
     config = small_base().config

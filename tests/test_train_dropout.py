@@ -29,7 +29,9 @@ def lanes(rates, draws=((1, 2, 3), (4, 5, 6), (7, 8, 9))):
     rows = [strong_rows(lora(4), seed) for seed in range(G)]
     stacked = jax.tree.map(lambda *r: jnp.stack(r, 1), *rows)
     plain = LaneLora(stacked)
-    noisy = DropoutLora(plain, CONFIG.layers, jnp.asarray(rates, jnp.float32), jnp.asarray(draws, jnp.int32))
+    noisy = DropoutLora(
+        plain, jnp.arange(CONFIG.layers), jnp.asarray(rates, jnp.float32), jnp.asarray(draws, jnp.int32)
+    )
     x_TX = jnp.asarray(np.random.default_rng(0).normal(size=(G * J, CONFIG.d_model)), jnp.float32)
     return noisy, plain, x_TX
 

@@ -171,7 +171,7 @@ def slots(trainer):
     """(bucket, slot) → weights, scales, open gradients, moments and count of every slot of a trainer, taken or not."""
     return {
         (b, s): jax.tree.map(lambda x, s=s: np.array(x[:, s] if x.ndim > 1 else x[s]), state)
-        for b, state in enumerate(host(trainer._states))
+        for b, state in enumerate(host(trainer.states))
         for s in range(state.moments.count.shape[0])
     }
 

@@ -94,13 +94,13 @@ def test_a_refused_tenant_leaves_no_trace(case):
     trainer = make_trainer()
     join(trainer, "a")
     trainer.step()
-    before = host(trainer._states)
+    before = host(trainer.states)
     if changes.get("resume") == "state":
         changes = changes | {"resume": (outcome(trainer), 1, 0)}
     with pytest.raises(error, match=message):
         join(trainer, **{"name": "b"} | changes)
     assert list(trainer.tenants) == ["a"]
-    assert_same_bits(host(trainer._states), before)
+    assert_same_bits(host(trainer.states), before)
     assert [r.tenant for r in trainer.step()] == ["a"]
     assert join(trainer, "b").slot == 1
 

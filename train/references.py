@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -16,20 +16,23 @@ class References:
     A pair is asked for alone in its lane, so that its reference depends on nothing else: a resumed run finds the same.
     """
 
-    def __init__(self, ask: Callable[[Sequence[Lane]], np.ndarray], lanes: int, lane_tokens: int):
-        """`ask`: float32 [n, J], the base's log-probabilities of the targets of at most `lanes` lanes."""
-        self._ask, self._lanes, self._lane_tokens = ask, lanes, lane_tokens
+    def __init__(self, lanes: int, lane_tokens: int):
+        """lanes: that the base is asked for at once."""
+        self._lanes, self._lane_tokens = lanes, lane_tokens
         self._known: weakref.WeakKeyDictionary[Pair, np.ndarray] = weakref.WeakKeyDictionary()
 
-    def learn(self, lanes: Sequence[Lane]) -> None:
-        """Asks for the pairs of these lanes that are new."""
+    def asks(self, lanes: Sequence[Lane]) -> list[list[Lane]]:
+        """What the base is to be asked for, before these lanes can be trained: lanes of one new pair each."""
         pairs = dict.fromkeys(u for lane in lanes for u in lane.units if isinstance(u, Pair))
-        new = [pair for pair in pairs if pair not in self._known]
-        for start in range(0, len(new), self._lanes):
-            part = new[start : start + self._lanes]
-            logprob_GJ = self._ask([fill_lane([pair], self._lane_tokens) for pair in part])
-            for g, pair in enumerate(part):
-                self._known[pair] = np.array(logprob_GJ[g, : pair.predictions])
+        new = [fill_lane([pair], self._lane_tokens) for pair in pairs if pair not in self._known]
+        return [new[start : start + self._lanes] for start in range(0, len(new), self._lanes)]
+
+    def know(self, lanes: Sequence[Lane], logprob_GJ: np.ndarray) -> None:
+        """The base's float32 [n, J] log-probabilities of the targets of such lanes."""
+        for lane, logprob_J in zip(lanes, logprob_GJ, strict=True):
+            for pair in lane.units:
+                assert isinstance(pair, Pair)
+                self._known[pair] = np.array(logprob_J[: pair.predictions])
 
     def of(self, lane: Lane) -> np.ndarray:
         """float32 [J]: the log-probabilities that the lane's loss compares with; its pairs must be learned."""

@@ -74,6 +74,11 @@ def halves(rows: Rows) -> Halves:
     return {t: (r.a_LSRX, r.b_LSRY) for t, r in rows.items()}
 
 
+def with_gradients(states: States, grads: Sequence[Halves]) -> States:
+    """The states with other summed gradients."""
+    return tuple(replace(state, grads=own) for state, own in zip(states, grads, strict=True))
+
+
 def with_halves(rows: Rows, new: Halves) -> Rows:
     """The rows with other weights and the same scale."""
     return {t: LoraRows(a_LSRX=new[t][0], b_LSRY=new[t][1], scale_LS=r.scale_LS) for t, r in rows.items()}
@@ -84,11 +89,11 @@ def slots_of(pool: Rows) -> int:
     return next(iter(pool.values())).scale_LS.shape[1]
 
 
-def _own_slots(pools: Sequence[Rows], slot_G: jax.Array) -> list[jax.Array]:
-    """The slots of each bucket, counted from its start; NO_ADAPTER where a slot is another's."""
+def _own_slots(slots: Sequence[int], slot_G: jax.Array) -> list[jax.Array]:
+    """The slots of each bucket of so many, counted from its start; NO_ADAPTER where a slot is another's."""
     own, start = [], 0
-    for pool in pools:
-        end = start + slots_of(pool)
+    for count in slots:
+        end = start + count
         own.append(jnp.where((slot_G >= start) & (slot_G < end), slot_G - start, NO_ADAPTER))
         start = end
     return own
@@ -96,7 +101,7 @@ def _own_slots(pools: Sequence[Rows], slot_G: jax.Array) -> list[jax.Array]:
 
 def lane_rows(pools: Sequence[Rows], slot_G: jax.Array) -> Rows:
     """Each lane's rows, [L, G, R, X] with the largest rank of all buckets; past a slot's own rank they are zero."""
-    own = _own_slots(pools, slot_G)
+    own = _own_slots([slots_of(pool) for pool in pools], slot_G)
     taken = [LaneLora.gather(pool, slot_G) for pool, slot_G in zip(pools, own, strict=True)]
     rank = max(rows.a_LSRX.shape[2] for pool in pools for rows in pool.values())
 
@@ -118,26 +123,32 @@ def _padded(x_LGRX: jax.Array, rank: int) -> jax.Array:
     return jnp.pad(x_LGRX, ((0, 0), (0, 0), (0, rank - x_LGRX.shape[2]), (0, 0)))
 
 
-def add_gradients(states: States, grads_LG: Halves, slot_G: jax.Array) -> States:
-    """The states with each lane's gradient added to its own slot's."""
-    own = _own_slots([s.pool for s in states], slot_G)
-    return tuple(_add_own(state, grads_LG, slot_G) for state, slot_G in zip(states, own, strict=True))
+def add_gradients(
+    totals: Sequence[Halves], grads_LG: Halves, slot_G: jax.Array, first: jax.Array | int = 0
+) -> tuple[Halves, ...]:
+    """The summed gradients of all buckets with each lane's added to its own slot's.
+
+    grads_LG: of some targets and some layers, from number `first` on; the others stay as they are.
+    """
+    own = _own_slots([next(iter(total.values()))[0].shape[1] for total in totals], slot_G)
+    return tuple(_add_own(total, grads_LG, slot_G, first) for total, slot_G in zip(totals, own, strict=True))
 
 
-def _add_own(state: TrainState, grads_LG: Halves, slot_G: jax.Array) -> TrainState:
+def _add_own(total: Halves, grads_LG: Halves, slot_G: jax.Array, first: jax.Array | int) -> Halves:
     def add_lane(g: jax.Array, total: Halves) -> Halves:
         slot = slot_G[g]
         safe = jnp.maximum(slot, 0)
 
         def add(total_LSRX: jax.Array, grad_LGRX: jax.Array) -> jax.Array:
-            old = lax.dynamic_index_in_dim(total_LSRX, safe, 1)
             new = lax.dynamic_index_in_dim(grad_LGRX[:, :, : total_LSRX.shape[2]], g, 1)
-            return lax.dynamic_update_slice_in_dim(total_LSRX, jnp.where(slot != NO_ADAPTER, old + new, old), safe, 1)
+            at = (first, safe, 0, 0)
+            old = lax.dynamic_slice(total_LSRX, at, new.shape)
+            return lax.dynamic_update_slice(total_LSRX, jnp.where(slot != NO_ADAPTER, old + new, old), at)
 
         return jax.tree.map(add, total, grads_LG)
 
-    grads = lax.fori_loop(0, slot_G.shape[0], add_lane, state.grads)
-    return TrainState(pool=state.pool, grads=grads, moments=state.moments)
+    some = {target: total[target] for target in grads_LG}
+    return total | lax.fori_loop(0, slot_G.shape[0], add_lane, some)
 
 
 def apply(states: States, due: tuple[Due, ...]) -> tuple[States, tuple[UpdateReport, ...]]:

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from jaxlora.config import LANE_BLOCK, LOSSES, Loss
 from jaxlora.mesh import attention_placement, replicated
-from jaxlora.model import Base, TokenBatch, forward, head_weight
+from jaxlora.model import Attend, Base, TokenBatch, forward, head_weight
 from jaxlora.pool import DropoutLora, LaneLora, LoraLayout, Rows
 from pallas_kernels import NO_ADAPTER
 from pallas_kernels.attention import packed_attention
@@ -37,6 +37,7 @@ from train.state import (
     lane_rows,
     seat,
     unseat,
+    with_gradients,
     with_halves,
 )
 
@@ -83,42 +84,68 @@ def lane_losses(
 
     remat: what a gradient keeps of a layer, one of `model.REMAT`.
     """
-    G, J = batch.token_GJ.shape
     lanes = LaneLora(rows_LG, LoraLayout(config=base.config, mesh=base.mesh))
-    lora = DropoutLora(lanes, base.config.layers, batch.dropout_G, batch.draw_GN) if dropout else lanes
+    lora = with_dropout(lanes, jnp.arange(base.config.layers), batch) if dropout else lanes
+    # Either is a Lora of its own Layer; a union of them is beyond the type variable.
+    x_TD, _ = forward(base, lane_tokens(batch), lora, lane_attend(base, batch), (), remat=remat)  # ty: ignore[invalid-argument-type]
+    return summed(batch, *target_logprobs(base, lanes, x_TD, batch.target_GJ, batch.weight_GJ != 0))
 
-    def attend(layer, q_TNH, k_TKH, v_TKH, cache):
-        qkv = [x.reshape(G, J, *x.shape[1:]) for x in (q_TNH, k_TKH, v_TKH)]
-        options = {"window": base.config.window, "block": LANE_BLOCK, "placement": attention_placement(base.mesh)}
-        return packed_attention(*qkv, batch.segment_GJ, **options).reshape(q_TNH.shape), cache
 
-    tokens = TokenBatch(
+def with_dropout(lanes: LaneLora, layer_L: jax.Array, batch: TrainBatch) -> DropoutLora:
+    """The lanes' adapters as they train, in layers of these numbers."""
+    return DropoutLora(lanes, layer_L, batch.dropout_G, batch.draw_GN)
+
+
+def lane_tokens(batch: TrainBatch) -> TokenBatch:
+    """The lanes' tokens for the model."""
+    return TokenBatch(
         token_T=batch.token_GJ.reshape(-1),
         position_T=batch.position_GJ.reshape(-1),
         segment_T=batch.segment_GJ.reshape(-1),
-        slot_T=jnp.repeat(batch.slot_G, J),
+        slot_T=jnp.repeat(batch.slot_G, batch.token_GJ.shape[1]),
     )
-    # Either is a Lora of its own Layer; a union of them is beyond the type variable.
-    x_TD, _ = forward(base, tokens, lora, attend, (), remat=remat)  # ty: ignore[invalid-argument-type]
-    wanted_GJ = batch.weight_GJ != 0
+
+
+def lane_attend(base: Base, batch: TrainBatch) -> Attend[tuple[()]]:
+    """Attention within the segments of each lane."""
+
+    def attend(
+        layer: jax.Array, q_TNH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array, cache: tuple[()]
+    ) -> tuple[jax.Array, tuple[()]]:
+        qkv = [x.reshape(*batch.segment_GJ.shape, *x.shape[1:]) for x in (q_TNH, k_TKH, v_TKH)]
+        options = {"window": base.config.window, "block": LANE_BLOCK, "placement": attention_placement(base.mesh)}
+        return packed_attention(*qkv, batch.segment_GJ, **options).reshape(q_TNH.shape), cache
+
+    return attend
+
+
+def target_logprobs(
+    base: Base, lanes: LaneLora, x_TD: jax.Array, target_GJ: jax.Array, wanted_GJ: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(float32 log-probability of each wanted target, bool: none is likelier), [G, J], of what the final norm gave."""
+    G, J = target_GJ.shape
     with jax.default_matmul_precision(base.precision):
         logprob_GJK, hit_GJK = target_logprob(
             x_TD.reshape(G, J, -1),
             *head_weight(base),
-            batch.target_GJ[..., None],
+            target_GJ[..., None],
             wanted_GJ,
             lanes.head_rows(),
             placement=lanes.head_placement(),
             chunk=min(LANE_BLOCK, J),
             tied=base.config.tied,
         )
-    logprob_GJ, hit_GJ = logprob_GJK[..., 0], hit_GJK[..., 0]
+    return logprob_GJK[..., 0], hit_GJK[..., 0]
+
+
+def summed(batch: TrainBatch, logprob_GJ: jax.Array, hit_GJ: jax.Array) -> tuple[jax.Array, LaneSums]:
+    """(float32 sum of all lanes' losses, the sums by lane) of the targets' log-probabilities."""
     loss_G = token_losses(logprob_GJ, batch.loss_G, _loss_inputs(batch)).sum(1)
     sums = LaneSums(
         loss_G=loss_G,
         weight_G=batch.weight_GJ.sum(1),
         hit_G=hit_GJ.sum(1).astype(jnp.float32),
-        count_G=wanted_GJ.sum(1).astype(jnp.float32),
+        count_G=(batch.weight_GJ != 0).sum(1).astype(jnp.float32),
         logprob_GJ=logprob_GJ,
     )
     return loss_G.sum(), sums
@@ -144,7 +171,8 @@ def _accumulate(base: Base, states: States, batch: TrainBatch, *, remat: str) ->
     loss_of = functools.partial(lane_losses, dropout=True, remat=remat)
     grad_of = jax.grad(lambda h: loss_of(base, with_halves(rows, h), batch), has_aux=True)
     grads_LG, sums = grad_of(halves(rows))
-    return add_gradients(states, grads_LG, batch.slot_G), sums
+    grads = add_gradients([s.grads for s in states], grads_LG, batch.slot_G)
+    return with_gradients(states, grads), sums
 
 
 def _train_step(
@@ -216,6 +244,27 @@ def idle_batch(lanes: int, length: int) -> TrainBatch:
         draw_GN=zeros(lanes, 3, dtype=np.int32),
         slot_G=zeros(lanes, dtype=np.int32) + NO_ADAPTER,
     )
+
+
+def idle_sums(lanes: int, length: int) -> LaneSums:
+    """The sums of empty lanes, in NumPy, for `put_sums`."""
+
+    def zeros(*shape: int) -> jax.Array:
+        return np.zeros(shape, np.float32)  # ty: ignore[invalid-explicit-return]
+
+    return LaneSums(
+        loss_G=zeros(lanes),
+        weight_G=zeros(lanes),
+        hit_G=zeros(lanes),
+        count_G=zeros(lanes),
+        logprob_GJ=zeros(lanes, length),
+    )
+
+
+def put_sums(sums: LaneSums, start: int, some: LaneSums) -> None:
+    """Writes the sums of some lanes, from number `start` on, into those of all (NumPy)."""
+    for whole, part in zip(jax.tree.leaves(sums), jax.tree.leaves(some), strict=True):
+        whole[start : start + len(part)] = part
 
 
 def put_lane(batch: TrainBatch, g: int, lane: Lane, slot: int, loss: Loss, reference_J: np.ndarray) -> None:

@@ -1,6 +1,6 @@
 """Many tenants, one step at a time: seats, mixing, the compiled step, and what each tenant learns of it.
 
-    add ──▶ seat in a slot        step: mixer ─▶ lanes ─▶ train_step ─▶ one StepReport per tenant in the batch
+    add ──▶ seat in a slot        step: mixer ─▶ lanes ─▶ train_step, or its parts ─▶ one StepReport per tenant in the batch
 
 Joining, leaving and every setting are data.  Owned by one thread.
 
@@ -9,9 +9,9 @@ Shape letters: G lanes, J positions of a lane, U due slots, L layers, R LoRA ran
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Generator, Sequence
 
 import jax
 import numpy as np
@@ -27,64 +27,14 @@ from jaxlora.pool import PoolSpec, Rows, adapter_of_rows, host_rows, layer_count
 from pallas_kernels import NO_ADAPTER
 from train.data import ExampleStream, Lane, Unit, check_kind, pack, pair_margins, real_tokens
 from train.mixer import Mixer
+from train.parts import Parts, PartSizes
 from train.references import References
 from train.seats import Seats
-from train.state import SlotState, empty_state, fresh_seat
-from train.step import LaneSums, TrainBatch, idle_batch, make_programs, put_dropout, put_lane
+from train.state import SlotState, States, UpdateReport, empty_state, fresh_seat
+from train.step import LaneSums, TrainBatch, idle_batch, idle_sums, make_programs, put_dropout, put_lane, put_sums
+from train.tenants import MAX_BAD_STEPS, Evaluation, MixedStep, StepReport, Tenant, Window, batch_weight, divisor
 
-MAX_BAD_STEPS = 5  # skipped updates in a row after which a tenant stops
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepReport:
-    """One tenant's part in one step."""
-
-    tenant: str
-    step: int  # optimizer steps it has done
-    loss: float  # its loss's sum, divided by the sum of its weights' sizes (dpo: by its pairs); nats for cross_entropy
-    accuracy: float  # share of target tokens that were the likeliest (dpo: of pairs whose margin is positive)
-    lr: float
-    grad_norm: float  # before clipping
-    tokens: int  # real tokens computed for it
-    finite: bool  # False: the update was skipped
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Evaluation:
-    """How well a model does on some examples, by the loss of the tenant whose they are."""
-
-    nll: float  # the loss, divided as in a StepReport; of cross_entropy nats per target token
-    accuracy: float  # as in a StepReport
-    tokens: int  # target tokens
-
-
-@dataclass(slots=True)
-class Window:
-    """What a tenant's batch has summed to so far: one that has no room in a step takes several."""
-
-    weight: float = 0.0  # what loss and gradient will be divided by
-    loss: float = 0.0
-    hits: float = 0.0
-    count: float = 0.0  # what hits are counted among
-    tokens: int = 0
-
-
-@dataclass(slots=True)
-class Tenant:
-    """One tenant in training."""
-
-    name: str
-    slot: int
-    spec: LoraSpec
-    optimizer: Optimizer
-    stream: ExampleStream
-    loss: Loss
-    step: int = 0
-    window: Window = field(default_factory=Window)  # its open batch
-    bad_steps: int = 0  # in a row
-    status: str = "running"  # running, done or failed
-    failure: str = ""  # why it failed
-    losses: list[float] = field(default_factory=list)
+FIRST_PART = "mix"  # of a step
 
 
 class Trainer:
@@ -101,13 +51,17 @@ class Trainer:
         base_hash: str,
         moments: MomentsDtype = "float32",
         remat: Remat = "products",
+        parts: PartSizes | None = None,
     ):
         """`buckets`: slots by largest rank, from the smallest on.  A tenant sits in the first bucket that its rank fits.
 
         moments: the dtype that AdamW's moments are kept in; bfloat16 halves them (see `train.optimizer`).
         remat: what a step keeps of a layer for its gradient (see `jaxlora.model.REMAT`).
-        Raises ConfigInvalid for lane_tokens that are not whole blocks, for lanes that do not divide over the mesh and for
-        buckets that do not grow in rank or differ in more; InvalidRequest for fewer than one lane.
+        parts: how small the parts are that `advance` runs a step in, for a trainer that shares its device; None: a step
+        is one program, which takes less time for it.
+        Raises ConfigInvalid for lane_tokens that are not whole blocks, for lanes that do not divide over the mesh, for
+        parts that do not divide lanes or layers and for buckets that do not grow in rank or differ in more;
+        InvalidRequest for fewer than one lane.
         """
         check_lane_tokens(lane_tokens)
         check_lanes(mesh, lanes, "training lanes")
@@ -117,20 +71,29 @@ class Trainer:
         self.tenants: dict[str, Tenant] = {}
         self.trained_tokens = 0
         self._mixer = Mixer(lanes, lane_tokens)
-        self._references = References(self._base_logprobs, lanes, lane_tokens)
-        self._states = tuple(empty_state(base, spec, mesh, moments) for spec in self.seats.buckets)
-        self._programs = make_programs(self._states, mesh, remat=remat)
+        self._references = References(lanes, lane_tokens)
+        self.states: States = tuple(empty_state(base, spec, mesh, moments) for spec in self.seats.buckets)
+        self._programs = make_programs(self.states, mesh, remat=remat)
+        if parts is not None:
+            parts.check(base.config, mesh, lanes)
+        self._parts = None if parts is None else Parts(base, self.states, parts, remat)
+        self._step: Generator[str] | None = None  # under way
+        self._reports: list[StepReport] = []  # of the part that runs
+        self.part = FIRST_PART  # what `advance` runs next
 
     def warm_up(self) -> None:
         """Compiles and runs what `add`, `step`, `evaluate` and `unseat` run, once, on idle lanes."""
         batch = place_rows(self.mesh, idle_batch(self.lanes, self.lane_tokens))
-        self._states, *_ = self._programs.train_step(
-            self.base, self._states, batch, self._device(self.seats.due([], [])[1])
-        )
+        due = self._device(self.seats.due([], [])[1])
+        if self._parts is None:
+            self.states, *_ = self._programs.train_step(self.base, self.states, batch, due)
+        else:
+            self._parts.warm_up(idle_batch(self.lanes, self.lane_tokens), self)
+            self.states, _ = self._programs.apply(self.states, due)
         slot = self._device(np.int32(0))
         for bucket in range(len(self.seats.buckets)):
-            seat = self._device(jax.device_get(self._programs.unseat(self._states, bucket, slot)))
-            self._states = self._programs.seat(self._states, bucket, slot, seat)
+            seat = self._device(jax.device_get(self._programs.unseat(self.states, bucket, slot)))
+            self.states = self._programs.seat(self.states, bucket, slot, seat)
         jax.block_until_ready(self._programs.evaluate(self.base, self._pools(), batch))
 
     @property
@@ -171,7 +134,7 @@ class Trainer:
         if running:
             split = len(self._mixer.check(examples, batch_size, split=True)) > self.lanes
             self._mixer.add(name, stream, batch_size=batch_size, weight=weight, split=split)
-        self._states = self._programs.seat(self._states, *self._at(slot), self._device(jax.device_get(state)))
+        self.states = self._programs.seat(self.states, *self._at(slot), self._device(jax.device_get(state)))
         status = "running" if running else "done"
         self.tenants[name] = Tenant(name, slot, spec, optimizer, stream, loss, step, status=status)
         return self.tenants[name]
@@ -238,7 +201,7 @@ class Trainer:
         return bucket, self._device(np.array(own, np.int32))  # ty: ignore[invalid-explicit-return]
 
     def _pools(self) -> tuple[Rows, ...]:
-        return tuple(state.pool for state in self._states)
+        return tuple(state.pool for state in self.states)
 
     def fresh(self, spec: LoraSpec, seed: int) -> SlotState:
         """What a new tenant starts with, in NumPy.  From any thread."""
@@ -253,7 +216,7 @@ class Trainer:
 
     def unseat(self, name: str) -> SlotState:
         """A device copy of all the tenant's state, as it is now."""
-        return self._programs.unseat(self._states, *self._at(self._tenant(name).slot))
+        return self._programs.unseat(self.states, *self._at(self._tenant(name).slot))
 
     def rows(self, name: str) -> Rows:
         """A device copy of the tenant's weights and scales."""
@@ -266,60 +229,118 @@ class Trainer:
     # ---- steps ----------------------------------------------------------------------------------------------------
 
     def step(self) -> list[StepReport]:
-        """One optimizer step for every tenant whose batch is complete with it, in one compiled program.
+        """One optimizer step for every tenant whose batch is complete with it; finishes one that is under way.
 
         A batch that has no room in a step is accumulated over several; until the last there is no report of it.
         A tenant whose last step this was becomes `done`, one with too many skipped updates in a row `failed`.
         Raises StateInvalid when nobody trains.
         """
-        mixed = self._mixer.next()
-        lanes_of: dict[str, list[int]] = {}
-        for g, (name, _) in enumerate(mixed.lanes):
-            lanes_of.setdefault(name, []).append(g)
-        due = [self.tenants[name] for name in mixed.due]
-        lanes = [lane for _, lane in mixed.lanes]
-        for name, gs in lanes_of.items():
-            tenant = self.tenants[name]
-            tenant.window.weight += _weight([lanes[g] for g in gs], tenant.loss)
-        owners = [self.tenants[name] for name, _ in mixed.lanes]
-        batch = self._batch([(lane, t.slot, t.loss) for lane, t in zip(lanes, owners, strict=True)])
-        for g, (lane, tenant) in enumerate(zip(lanes, owners, strict=True)):
-            put_dropout(batch, g, lane, tenant.spec.dropout, tenant.stream.seed, tenant.step)
-        batch = place_rows(self.mesh, batch)
-        hyper_rows = [t.optimizer.row(t.step, _divisor(t.window.weight)) for t in due]
-        places, updates_due = self.seats.due([t.slot for t in due], hyper_rows)
-        self._states, sums, updates = self._programs.train_step(
-            self.base, self._states, batch, self._device(updates_due)
-        )
-        sums, updates = jax.device_get((sums, updates))
-        for name, gs in lanes_of.items():
-            tenant = self.tenants[name]
-            window, tokens = tenant.window, real_tokens([lanes[g] for g in gs])
-            hits, count = np.sum([self._hits(lanes[g], tenant.loss, sums, g) for g in gs], axis=0)
-            window.loss, window.hits, window.count = (
-                window.loss + float(sums.loss_G[gs].sum()),
-                window.hits + hits,
-                window.count + count,
-            )
-            window.tokens, self.trained_tokens = window.tokens + tokens, self.trained_tokens + tokens
-        reports = []
-        for tenant, hyper, (bucket, u) in zip(due, hyper_rows, places, strict=True):
-            window, tenant.window = tenant.window, Window()
-            report = StepReport(
-                tenant=tenant.name,
-                step=tenant.step + 1,
-                loss=window.loss / _divisor(window.weight),
-                accuracy=float(window.hits / max(window.count, 1)),
-                lr=hyper["lr"],
-                grad_norm=float(updates[bucket].norm_U[u]),
-                tokens=window.tokens,
-                finite=bool(updates[bucket].finite_U[u]),
-            )
-            self._record(tenant, report)
-            reports.append(report)
+        reports = self.advance()
+        while self._step is not None:
+            reports += self.advance()
         return reports
 
-    def _record(self, tenant: Tenant, report: StepReport) -> None:
+    def advance(self) -> list[StepReport]:
+        """Runs the next part of a step, `part`, and waits for it: the reports of the updates that it made.
+
+        Between two parts everything else may be called.  A tenant's state is always that of its last update; one that
+        leaves meanwhile takes no further part.  Raises StateInvalid when nobody trains.
+        """
+        if self._step is None:
+            self._step = self._run_step()
+        try:
+            self.part = next(self._step)
+        except BaseException as end:
+            self._forget_step()
+            if not isinstance(end, StopIteration):
+                raise
+        if not self.has_work:  # whoever it was for has left
+            self._forget_step()
+        reports, self._reports = self._reports, []
+        return reports
+
+    def _forget_step(self) -> None:
+        self._step, self.part = None, FIRST_PART
+
+    def _run_step(self) -> Generator[str]:
+        """One step; yields the name of each part before it runs."""
+        mixed = self._mixer.next()
+        lanes, owners = [lane for _, lane in mixed.lanes], [self.tenants[name] for name, _ in mixed.lanes]
+        for tenant in dict.fromkeys(owners):
+            own = [lane for lane, owner in zip(lanes, owners, strict=True) if owner is tenant]
+            tenant.window.weight += batch_weight(own, tenant.loss)
+        due = [(t, t.optimizer.row(t.step, divisor(t.window.weight))) for t in map(self.tenants.__getitem__, mixed.due)]
+        drawn = [(tenant.stream.seed, tenant.step) for tenant in owners]
+        yield from self._learn(lanes)
+        batch = self._batch([(lane, t.slot, t.loss) for lane, t in zip(lanes, owners, strict=True)])
+        for g, (lane, tenant) in enumerate(zip(lanes, owners, strict=True)):
+            put_dropout(batch, g, lane, tenant.spec.dropout, *drawn[g])
+        step = MixedStep(lanes, owners, batch, due)
+        yield from self._run_whole(step) if self._parts is None else self._run_parts(self._parts, step)
+
+    def _run_whole(self, step: MixedStep) -> Generator[str]:
+        """The step in one program."""
+        yield "step"
+        step.batch.slot_G[:] = self._slots_of(step.owners, self.lanes)
+        due = [(tenant, hyper) for tenant, hyper in step.due if self._trains(tenant)]
+        places, updates_due = self.seats.due([t.slot for t, _ in due], [hyper for _, hyper in due])
+        batch = place_rows(self.mesh, step.batch)
+        self.states, *news = self._programs.train_step(self.base, self.states, batch, self._device(updates_due))
+        sums, updates = jax.device_get(news)
+        self._count(step, sums)
+        for (tenant, hyper), (bucket, u) in zip(due, places, strict=True):
+            self._report(tenant, hyper, updates[bucket], u)
+
+    def _run_parts(self, parts: Parts, step: MixedStep) -> Generator[str]:
+        """The step in parts: a pass of all lanes, then one update after the other."""
+        sums = idle_sums(self.lanes, self.lane_tokens)
+        for start in range(0, len(step.lanes), parts.sizes.lanes):
+            owners = step.owners[start : start + parts.sizes.lanes]
+            if any(map(self._trains, owners)):
+                ask = functools.partial(self._slots_of, owners, parts.sizes.lanes)
+                put_sums(sums, start, (yield from parts.gradients(step.batch, start, self, ask)))
+        self._count(step, sums)
+        for tenant, hyper in step.due:
+            if self._trains(tenant):
+                yield "update"
+            if self._trains(tenant):  # still
+                [(bucket, u)], due = self.seats.due([tenant.slot], [hyper])
+                self.states, updates = self._programs.apply(self.states, self._device(due))
+                self._report(tenant, hyper, jax.device_get(updates)[bucket], u)
+
+    def _trains(self, tenant: Tenant) -> bool:
+        """Whether it still takes part in a step that was mixed with it."""
+        return self.tenants.get(tenant.name) is tenant and tenant.status == "running"
+
+    def _slots_of(self, owners: Sequence[Tenant], lanes: int) -> np.ndarray:
+        """int32 [lanes]: where the gradients of their lanes go; those of whoever has left go nowhere."""
+        slot_G = np.full(lanes, NO_ADAPTER, np.int32)
+        slot_G[: len(owners)] = [tenant.slot if self._trains(tenant) else NO_ADAPTER for tenant in owners]
+        return slot_G
+
+    def _count(self, step: MixedStep, sums: LaneSums) -> None:
+        """Adds what the lanes summed to (NumPy) to their tenants' windows."""
+        for tenant in filter(self._trains, dict.fromkeys(step.owners)):
+            gs = [g for g, owner in enumerate(step.owners) if owner is tenant]
+            window, tokens = tenant.window, real_tokens([step.lanes[g] for g in gs])
+            hits, count = np.sum([self._hits(step.lanes[g], tenant.loss, sums, g) for g in gs], axis=0)
+            window.loss += float(sums.loss_G[gs].sum())
+            window.hits, window.count = window.hits + hits, window.count + count
+            window.tokens, self.trained_tokens = window.tokens + tokens, self.trained_tokens + tokens
+
+    def _report(self, tenant: Tenant, hyper: dict[str, float], update: UpdateReport, u: int) -> None:
+        """The tenant's window has become an update."""
+        window, tenant.window = tenant.window, Window()
+        report = StepReport(
+            tenant=tenant.name,
+            step=tenant.step + 1,
+            loss=window.loss / divisor(window.weight),
+            accuracy=float(window.hits / max(window.count, 1)),
+            lr=hyper["lr"],
+            grad_norm=float(update.norm_U[u]),
+            tokens=window.tokens,
+            finite=bool(update.finite_U[u]),
+        )
         tenant.step += 1
         tenant.losses.append(report.loss)
         tenant.bad_steps = 0 if report.finite else tenant.bad_steps + 1
@@ -328,6 +349,7 @@ class Trainer:
         elif tenant.step >= tenant.optimizer.total_steps:
             tenant.status = "done"
             self._mixer.remove(tenant.name)
+        self._reports.append(report)
 
     def evaluate(self, examples: Sequence[Unit], name: str | None) -> Evaluation:
         """Loss and accuracy on these examples under a tenant's present weights, by its loss; or the base's (None).
@@ -354,7 +376,7 @@ class Trainer:
             for unit in examples:
                 check_kind(unit, loss.name)
             lanes = pack(examples, self.lane_tokens)
-            divisors.append(_divisor(_weight(lanes, loss)))
+            divisors.append(divisor(batch_weight(lanes, loss)))
             if loss.name == "dpo" and not tuned:  # the base is its own reference: every margin is exactly 0
                 targets = sum(np.count_nonzero(lane.weight_J) for lane in lanes)
                 totals[owner] = len(examples) * math.log(2), targets, 0, len(examples)
@@ -362,8 +384,9 @@ class Trainer:
                 asked += [(owner, lane, slot if tuned else NO_ADAPTER, loss) for lane in lanes]
         for start in range(0, len(asked), self.lanes):
             part = asked[start : start + self.lanes]
-            batch = place_rows(self.mesh, self._batch([(lane, slot, loss) for _, lane, slot, loss in part]))
-            sums = jax.device_get(self._programs.evaluate(self.base, self._pools(), batch))
+            for _ in self._learn([lane for _, lane, _, _ in part]):
+                pass
+            sums = self._evaluated(self._batch([(lane, slot, loss) for _, lane, slot, loss in part]))
             for g, (owner, lane, _, loss) in enumerate(part):
                 totals[owner] += sums.loss_G[g], sums.count_G[g], *self._hits(lane, loss, sums, g)
         return [
@@ -378,41 +401,33 @@ class Trainer:
         margins = pair_margins(lane, np.asarray(sums.logprob_GJ[g]), self._references.of(lane))
         return float((margins > 0).sum()), float(len(margins))
 
+    def _learn(self, lanes: Sequence[Lane]) -> Generator[str]:
+        """Finds what the base makes of the pairs of these lanes, where it is not known; in parts, as a step is run."""
+        for asked in self._references.asks(lanes):
+            batch = idle_batch(self.lanes, self.lane_tokens)
+            for g, lane in enumerate(asked):
+                put_lane(batch, g, lane, NO_ADAPTER, CROSS_ENTROPY, lane.reference_J)
+            if self._parts is None:
+                found = [self._evaluated(batch).logprob_GJ]
+            else:
+                found = []
+                for start in range(0, len(asked), self._parts.sizes.lanes):
+                    found.append((yield from self._parts.logprobs(batch, start, self)))
+            self._references.know(asked, np.concatenate(found)[: len(asked)])
+
+    def _evaluated(self, batch: TrainBatch) -> LaneSums:
+        return jax.device_get(self._programs.evaluate(self.base, self._pools(), place_rows(self.mesh, batch)))
+
     def _batch(self, rows: Sequence[tuple[Lane, int, Loss]]) -> TrainBatch:
-        """Lanes with their slots and losses, in NumPy; what the base makes of their pairs is found first."""
-        self._references.learn([lane for lane, _, _ in rows])
+        """Lanes with their slots and losses, in NumPy; the references of their pairs are known."""
         batch = idle_batch(self.lanes, self.lane_tokens)
         for g, (lane, slot, loss) in enumerate(rows):
             put_lane(batch, g, lane, slot, loss, self._references.of(lane))
         return batch
 
-    def _base_logprobs(self, lanes: Sequence[Lane]) -> np.ndarray:
-        """float32 [lanes, J]: what the base makes of each target.  At most as many lanes as a step has."""
-        batch = idle_batch(self.lanes, self.lane_tokens)
-        for g, lane in enumerate(lanes):
-            put_lane(batch, g, lane, NO_ADAPTER, CROSS_ENTROPY, lane.reference_J)
-        sums = self._programs.evaluate(self.base, self._pools(), place_rows(self.mesh, batch))
-        return jax.device_get(sums.logprob_GJ)[: len(lanes)]
-
     def _device[T](self, tree: T) -> T:
         """NumPy arrays, whole on every device."""
         return place(tree, replicated(self.mesh))
-
-
-def _weight(lanes: Sequence[Lane], loss: Loss) -> float:
-    """What losses and gradients of these lanes are divided by: the sum of the weights' sizes; dpo: pairs.
-
-    Weights may be negative (to unlearn a token); their plain sum could be zero, or turn the gradient around.
-    """
-    if loss.name == "dpo":
-        return float(sum(len(lane.units) for lane in lanes))
-    return sum(float(np.abs(lane.weight_J).sum(dtype=np.float64)) for lane in lanes)
-
-
-def _divisor(weight: float) -> float:
-    """The weight within float32."""
-    limits = np.finfo(np.float32)
-    return min(max(weight, float(limits.tiny)), float(limits.max))
 
 
 def fresh_adapter(config: ModelConfig, ref: AdapterRef, spec: LoraSpec, seed: int, base_hash: str) -> Adapter:

@@ -1,0 +1,289 @@
+"""A training step in parts, so that whoever shares the device waits for one of them and not for the step.
+
+A pass takes a few lanes through the model: some layers at a time forward, some targets at a time through the head, and
+back again.  A pass of all lanes, then an update slot by slot, is what `train_step` does in one program.
+
+    begin ─▶ forward × groups of layers ─▶ head × runs of targets ─▶ losses ─▶ back through the head × runs ─▶ backward × groups
+
+Which layers, targets and slots is data, so each of these is one program.  What a group of layers keeps for its gradient
+travels from `forward` to `backward` (`Waiting`; `remat` says what it is).
+
+Shape letters: G lanes of a pass, J tokens of a lane, T = G * J, C targets of a run, L layers, D model.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxlora.config import LANE_BLOCK
+from jaxlora.errors import ConfigInvalid
+from jaxlora.lora import HEAD_TARGET
+from jaxlora.mesh import RULES, check_lanes, place, place_rows, replicated
+from jaxlora.model import Base, embedded, final_norm, forward_some
+from jaxlora.model_config import ModelConfig
+from jaxlora.pool import LaneLora, LoraLayout, LoraRows, Rows
+from train.optimizer import Halves
+from train.state import States, add_gradients, halves, lane_rows, with_gradients, with_halves
+from train.step import LaneSums, TrainBatch, lane_attend, lane_tokens, summed, target_logprobs, with_dropout
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Waiting:
+    """A gradient of a group of layers that waits for its cotangent.  It reads the base's arrays, and keeps none of them:
+    a jitted program returns copies.
+    """
+
+    kept: list[jax.Array]
+    form: tuple[jax.tree_util.PyTreeDef, tuple[str | None, ...]] = jax.tree.static()  # which leaves are the base's
+
+    @staticmethod
+    def of(pull: Callable[[jax.Array], tuple], base: Base) -> Waiting:
+        """What `jax.vjp` gave in the same trace."""
+        leaves, form = jax.tree.flatten(pull)
+        names = {id(x): name for name, x in base.arrays.items()}
+        kept = [leaf for leaf in leaves if id(leaf) not in names]
+        return Waiting(kept, (form, tuple(names.get(id(leaf)) for leaf in leaves)))
+
+    def pull(self, base: Base, d_TD: jax.Array) -> tuple[jax.Array, Halves]:
+        """The gradients of the group's input and of its adapters' halves."""
+        kept, (form, names) = iter(self.kept), self.form
+        leaves = [next(kept) if name is None else base.arrays[name] for name in names]
+        return jax.tree.unflatten(form, leaves)(d_TD)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PartSizes:
+    """How small the parts of a step are: what they take is roughly the product of the first two, and the last."""
+
+    lanes: int  # of one pass
+    layers: int  # of one group
+    targets: int  # of each lane in one run through the head
+
+    def check(self, config: ModelConfig, mesh: Mesh, lanes: int) -> None:
+        """Raises ConfigInvalid when they do not divide a step of so many lanes, or the model."""
+        divide = min(self.lanes, self.layers) > 0 and lanes % self.lanes == config.layers % self.layers == 0
+        if not divide or self.targets < 1 or self.targets % min(self.targets, LANE_BLOCK):
+            raise ConfigInvalid(
+                f"a part of a training step needs lanes that divide the step's {lanes}, layers that divide the model's "
+                f"{config.layers} and targets below {LANE_BLOCK} or a multiple of it; "
+                f"got {self.lanes}, {self.layers} and {self.targets}"
+            )
+        check_lanes(mesh, self.lanes, "training lanes of a part")
+
+
+def small_parts(mesh: Mesh) -> PartSizes:
+    """Parts of about the length of a decode step: one lane on each group of devices through one layer."""
+    return PartSizes(lanes=mesh.shape["data"] * mesh.shape["fsdp"], layers=1, targets=16)
+
+
+class Holder(Protocol):
+    """Who keeps the states between the parts; each part takes them as they are then."""
+
+    states: States
+
+
+# ---- programs ---------------------------------------------------------------------------------------------------------
+
+
+def _begin(base: Base, pools: tuple[Rows, ...], batch: TrainBatch) -> tuple[Rows, jax.Array]:
+    return lane_rows(pools, batch.slot_G), _by_lane(base, embedded(base, lane_tokens(batch)))
+
+
+def _forward(
+    base: Base, rows_LG: Rows, batch: TrainBatch, x_TD: jax.Array, first: jax.Array, *, layers: int, remat: str
+) -> tuple[jax.Array, Waiting]:
+    def cut(x: jax.Array) -> jax.Array:
+        return lax.dynamic_slice_in_dim(x, first, layers, 0)
+
+    rows = {t: jax.tree.map(cut, r) for t, r in rows_LG.items() if t != HEAD_TARGET}
+    some_L = first + jnp.arange(layers)
+
+    def group(x_TD: jax.Array, trained: Halves) -> jax.Array:
+        lora = with_dropout(LaneLora(with_halves(rows, trained), _layout(base)), some_L, batch)
+        attend = lane_attend(base, batch)
+        return forward_some(base, lane_tokens(batch), x_TD, lora, attend, (), some_L=some_L, remat=remat)[0]
+
+    x_TD, pull = jax.vjp(group, x_TD, halves(rows))
+    return _by_lane(base, x_TD), Waiting.of(pull, base)
+
+
+def _run_logprobs(
+    base: Base, head: Rows, batch: TrainBatch, x_TD: jax.Array, pick_GC: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """`target_logprobs` of the picked positions, [G, C]; a pick past the lane is none."""
+    G, J = batch.target_GJ.shape
+    safe_GC, taken_GC = jnp.minimum(pick_GC, J - 1), pick_GC < J
+    x_GCD = jnp.take_along_axis(x_TD.reshape(G, J, -1), safe_GC[..., None], axis=1)
+    x_XD = final_norm(base, x_GCD.reshape(-1, x_GCD.shape[-1]))
+    target_GC = jnp.take_along_axis(batch.target_GJ, safe_GC, axis=1)
+    return target_logprobs(base, LaneLora(head, _layout(base)), x_XD, target_GC, taken_GC)
+
+
+def _head(
+    base: Base,
+    rows_LG: Rows,
+    batch: TrainBatch,
+    x_TD: jax.Array,
+    found: tuple[jax.Array, jax.Array],
+    pick_GC: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    at = jnp.arange(pick_GC.shape[0])[:, None], pick_GC
+    news = _run_logprobs(base, _head_rows(rows_LG), batch, x_TD, pick_GC)
+    logprob_GJ, hit_GJ = (old.at[at].set(new, mode="drop") for old, new in zip(found, news, strict=True))
+    return logprob_GJ, hit_GJ
+
+
+def _losses(
+    batch: TrainBatch, found: tuple[jax.Array, jax.Array], x_TD: jax.Array
+) -> tuple[jax.Array, jax.Array, LaneSums]:
+    logprob_GJ, hit_GJ = found
+    d_GJ, sums = jax.grad(lambda logprob_GJ: summed(batch, logprob_GJ, hit_GJ), has_aux=True)(logprob_GJ)
+    return d_GJ, jnp.zeros_like(x_TD), sums
+
+
+def _head_back(
+    base: Base,
+    rows_LG: Rows,
+    batch: TrainBatch,
+    x_TD: jax.Array,
+    d_GJ: jax.Array,
+    pick_GC: jax.Array,
+    slot_G: jax.Array,
+    grads: tuple[Halves, ...],
+    dx_TD: jax.Array,
+) -> tuple[tuple[Halves, ...], jax.Array]:
+    head = _head_rows(rows_LG)
+
+    def run(x_TD: jax.Array, trained: Halves) -> jax.Array:
+        return _run_logprobs(base, with_halves(head, trained), batch, x_TD, pick_GC)[0]
+
+    J = d_GJ.shape[1]
+    taken_GC = jnp.take_along_axis(d_GJ, jnp.minimum(pick_GC, J - 1), axis=1)
+    _, pull = jax.vjp(run, x_TD, halves(head))
+    more_TD, dhead = pull(jnp.where(pick_GC < J, taken_GC, 0))
+    return add_gradients(grads, dhead, slot_G), _by_lane(base, dx_TD + more_TD)
+
+
+def _backward(
+    base: Base, waiting: Waiting, first: jax.Array, slot_G: jax.Array, grads: tuple[Halves, ...], dx_TD: jax.Array
+) -> tuple[tuple[Halves, ...], jax.Array]:
+    dx_TD, dhalves = waiting.pull(base, dx_TD)
+    return add_gradients(grads, dhalves, slot_G, first), _by_lane(base, dx_TD)
+
+
+def _layout(base: Base) -> LoraLayout:
+    return LoraLayout(config=base.config, mesh=base.mesh)
+
+
+def _head_rows(rows_LG: Rows) -> dict[str, LoraRows]:
+    return {t: r for t, r in rows_LG.items() if t == HEAD_TARGET}
+
+
+def _by_lane(base: Base, x_TD: jax.Array) -> jax.Array:
+    """The array, always placed alike: another placement would be another program."""
+    return lax.with_sharding_constraint(x_TD, NamedSharding(base.mesh, PartitionSpec(RULES["lanes"])))
+
+
+@functools.cache
+def _forward_by(layers: int, remat: str) -> Callable:
+    """The same function each time: trainers that are alike share what is compiled."""
+    return functools.partial(_forward, layers=layers, remat=remat)
+
+
+class Parts:
+    """The programs of the parts, and the order in which a pass runs them."""
+
+    def __init__(self, base: Base, states: States, sizes: PartSizes, remat: str):
+        self.base, self.sizes = base, sizes
+        placed = jax.tree.map(lambda x: x.sharding, tuple(s.grads for s in states))
+        lanes, small = NamedSharding(base.mesh, PartitionSpec(RULES["lanes"])), replicated(base.mesh)
+        self._begin = jax.jit(_begin)
+        self._forward = jax.jit(_forward_by(sizes.layers, remat))
+        self._head = jax.jit(_head, donate_argnums=4, out_shardings=(lanes, lanes))
+        self._losses = jax.jit(_losses, out_shardings=(lanes, lanes, small))
+        self._head_back = jax.jit(_head_back, donate_argnums=(7, 8), out_shardings=(placed, lanes))
+        self._backward = jax.jit(_backward, donate_argnums=(4, 5), out_shardings=(placed, lanes))
+        self._groups = [place(np.int32(i), small) for i in range(0, base.config.layers, sizes.layers)]
+
+    def warm_up(self, batch: TrainBatch, holder: Holder) -> None:
+        """Compiles and runs every program on an idle batch (NumPy) with one target, of no slot."""
+        batch.weight_GJ[0, 0] = 1.0
+        for _ in self.gradients(batch, 0, holder, lambda: np.asarray(batch.slot_G[: self.sizes.lanes])):
+            pass
+
+    def gradients(
+        self, batch: TrainBatch, start: int, holder: Holder, slots: Callable[[], np.ndarray]
+    ) -> Generator[str, None, LaneSums]:
+        """One pass, of the lanes from `start` on: adds their gradients to the holder's states; returns their sums (NumPy).
+
+        Yields the name of each part before it runs it, and then waits for it.  slots: which slot each lane's gradients
+        are added to, asked before each part that adds; NO_ADAPTER adds them to none.
+        """
+        lanes, picks = self._cut(batch, start)
+
+        def add(program: jax.stages.Wrapped, dx_TD: jax.Array, *args: object) -> jax.Array:
+            slot_G, grads = place_rows(self.base.mesh, slots()), tuple(s.grads for s in holder.states)
+            grads, dx_TD = program(*args, slot_G, grads, dx_TD)
+            holder.states = with_gradients(holder.states, grads)
+            return jax.block_until_ready(dx_TD)
+
+        rows_LG, x_TD, waiting, found = yield from self._up(lanes, picks, holder)
+        d_GJ, dx_TD, sums = self._losses(lanes, found, x_TD)
+        for pick_GC in picks:
+            yield "head back"
+            dx_TD = add(self._head_back, dx_TD, self.base, rows_LG, lanes, x_TD, d_GJ, pick_GC)
+        for first in reversed(self._groups):
+            yield "backward"
+            dx_TD = add(self._backward, dx_TD, self.base, waiting.pop(), first)
+        return jax.device_get(sums)
+
+    def logprobs(self, batch: TrainBatch, start: int, holder: Holder) -> Generator[str, None, np.ndarray]:
+        """float32 [G, J]: the targets' log-probabilities of the lanes from `start` on.  Yields as `gradients` does."""
+        lanes, picks = self._cut(batch, start)
+        *_, (logprob_GJ, _) = yield from self._up(lanes, picks, holder)
+        return jax.device_get(logprob_GJ)
+
+    def _up(
+        self, lanes: TrainBatch, picks: Sequence[jax.Array], holder: Holder
+    ) -> Generator[str, None, tuple[Rows, jax.Array, list[Waiting], tuple[jax.Array, jax.Array]]]:
+        """Forward, from the tokens to their log-probabilities: (rows, last layer's output, gradients that wait, found)."""
+        yield "forward"
+        rows_LG, x_TD = self._begin(self.base, tuple(s.pool for s in holder.states), lanes)
+        waiting: list[Waiting] = []
+        for first in self._groups:
+            if waiting:
+                yield "forward"
+            x_TD, group = self._forward(self.base, rows_LG, lanes, x_TD, first)
+            waiting.append(group)
+            jax.block_until_ready(x_TD)
+        found = self._nothing_found(lanes.target_GJ.shape)
+        for pick_GC in picks:
+            yield "head"
+            found = jax.block_until_ready(self._head(self.base, rows_LG, lanes, x_TD, found, pick_GC))
+        return rows_LG, x_TD, waiting, found
+
+    def _nothing_found(self, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+        return place_rows(self.base.mesh, (np.zeros(shape, np.float32), np.zeros(shape, np.bool_)))  # ty: ignore[invalid-explicit-return]
+
+    def _cut(self, batch: TrainBatch, start: int) -> tuple[TrainBatch, list[jax.Array]]:
+        """The lanes of a pass, and for each run through the head the positions it visits; on the device."""
+        lanes = jax.tree.map(lambda x: x[start : start + self.sizes.lanes], batch)
+        wanted_GJ = lanes.weight_GJ != 0
+        (G, J), C = wanted_GJ.shape, self.sizes.targets
+        order_GJ = np.argsort(~wanted_GJ, axis=1, stable=True)
+        count_G = wanted_GJ.sum(1)
+        runs = -(-int(count_G.max()) // C)
+        pick_GJ = np.full((G, max(runs * C, J)), J, np.int32)
+        pick_GJ[:, :J] = np.where(np.arange(J)[None] < count_G[:, None], order_GJ, J)
+        picks = [pick_GJ[:, i * C : (i + 1) * C] for i in range(runs)]
+        return place_rows(self.base.mesh, (lanes, picks))  # ty: ignore[invalid-explicit-return]

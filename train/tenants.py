@@ -1,0 +1,94 @@
+"""One tenant in training, what its batches sum to, and what it learns of each step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from jaxlora.config import Loss
+from jaxlora.lora import LoraSpec
+from train.data import ExampleStream, Lane
+from train.optimizer import Optimizer
+from train.step import TrainBatch
+
+MAX_BAD_STEPS = 5  # skipped updates in a row after which a tenant stops
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepReport:
+    """One tenant's part in one step."""
+
+    tenant: str
+    step: int  # optimizer steps it has done
+    loss: float  # its loss's sum, divided by the sum of its weights' sizes (dpo: by its pairs); nats for cross_entropy
+    accuracy: float  # share of target tokens that were the likeliest (dpo: of pairs whose margin is positive)
+    lr: float
+    grad_norm: float  # before clipping
+    tokens: int  # real tokens computed for it
+    finite: bool  # False: the update was skipped
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """How well a model does on some examples, by the loss of the tenant whose they are."""
+
+    nll: float  # the loss, divided as in a StepReport; of cross_entropy nats per target token
+    accuracy: float  # as in a StepReport
+    tokens: int  # target tokens
+
+
+@dataclass(slots=True)
+class Window:
+    """What a tenant's batch has summed to so far: one that has no room in a step takes several."""
+
+    weight: float = 0.0  # what loss and gradient will be divided by
+    loss: float = 0.0
+    hits: float = 0.0
+    count: float = 0.0  # what hits are counted among
+    tokens: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Tenant:
+    """One tenant in training."""
+
+    name: str
+    slot: int
+    spec: LoraSpec
+    optimizer: Optimizer
+    stream: ExampleStream
+    loss: Loss
+    step: int = 0
+    window: Window = field(default_factory=Window)  # its open batch
+    bad_steps: int = 0  # in a row
+    status: str = "running"  # running, done or failed
+    failure: str = ""  # why it failed
+    losses: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class MixedStep:
+    """A step as it was mixed: whose lanes, and whose updates with what numbers."""
+
+    lanes: list[Lane]
+    owners: list[Tenant]  # of each lane
+    batch: TrainBatch  # the lanes, in NumPy
+    due: list[tuple[Tenant, dict[str, float]]]
+
+
+def batch_weight(lanes: Sequence[Lane], loss: Loss) -> float:
+    """What losses and gradients of these lanes are divided by: the sum of the weights' sizes; dpo: pairs.
+
+    Weights may be negative (to unlearn a token); their plain sum could be zero, or turn the gradient around.
+    """
+    if loss.name == "dpo":
+        return float(sum(len(lane.units) for lane in lanes))
+    return sum(float(np.abs(lane.weight_J).sum(dtype=np.float64)) for lane in lanes)
+
+
+def divisor(weight: float) -> float:
+    """The weight within float32."""
+    limits = np.finfo(np.float32)
+    return min(max(weight, float(limits.tiny)), float(limits.max))
