@@ -8,7 +8,7 @@ that are not on disk yet, and one load at a time, however large.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass
 
 from jaxlora.lora import Adapter, AdapterRef
@@ -32,6 +32,8 @@ class HostTier:
         self._limit = limit_bytes
         self._held: OrderedDict[AdapterRef, Adapter] = OrderedDict()
         self._kept: set[AdapterRef] = set()  # must not be forgotten
+        self._borrowed: Counter[AdapterRef] = Counter()
+        self._orphans: dict[AdapterRef, Adapter] = {}  # of the borrowed ones those that are deleted
         self._held_bytes = self._loading = self._aside = self._peak = 0
 
     def __contains__(self, ref: AdapterRef) -> bool:
@@ -73,6 +75,34 @@ class HostTier:
         adapter = self._held.pop(ref, None)
         if adapter is not None:
             self._held_bytes -= adapter.nbytes
+
+    def borrow(self, ref: AdapterRef) -> None:
+        """Somebody needs the version until `give_back`, though it is deleted meanwhile."""
+        self._borrowed[ref] += 1
+
+    def is_borrowed(self, ref: AdapterRef) -> bool:
+        """Whether somebody needs it."""
+        return ref in self._borrowed
+
+    def give_back(self, ref: AdapterRef) -> None:
+        """One who borrowed the version needs it no more."""
+        self._borrowed[ref] -= 1
+        if not self._borrowed[ref]:
+            del self._borrowed[ref]
+            orphan = self._orphans.pop(ref, None)
+            self._aside -= 0 if orphan is None else orphan.nbytes
+
+    def orphan(self, ref: AdapterRef) -> Adapter | None:
+        """A version that is deleted and borrowed."""
+        return self._orphans.get(ref)
+
+    def delete(self, ref: AdapterRef) -> None:
+        """Holds the version no more, but for those who borrowed it."""
+        held = self._held.get(ref)
+        self.forget(ref)
+        if held is not None and ref in self._borrowed:
+            self._orphans[ref] = held
+            self.set_aside(held.nbytes)
 
     def begin(self, nbytes: int) -> bool:
         """Makes room for a load; False when it must wait for other loads to end."""

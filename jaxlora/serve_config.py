@@ -91,6 +91,10 @@ class ServeConfig:
     default_max_tokens: int  # of a request that names none
     max_waiting: int  # requests in the queue before new ones get 503
     max_waiting_tokens: int  # tokens they may come to, prompt and max_tokens together
+    max_request_s: (
+        float  # longest time of a request, its waiting included; what is not complete then ends with an error
+    )
+    grace_s: float  # how long open requests may go on after a signal to end
     host_adapters_gb: float  # adapter versions in host memory: recently used, being read, on their way to the device
     host_kv_gb: float  # KV of parked requests that may lie in host memory; what has no room there is computed again
     adapters: Path  # root of the adapter store
@@ -100,6 +104,8 @@ class ServeConfig:
     def __post_init__(self) -> None:
         need_counts(self, "slots", "max_rank", "rows", "kv_pages", "page_tokens", "prefill_lanes", "prefill_tokens")
         need_counts(self, "default_max_tokens", "max_waiting", "max_waiting_tokens")
+        need(self.max_request_s > 0, "max_request_s", "positive", self.max_request_s)
+        need(self.grace_s >= 0, "grace_s", "0 or more", self.grace_s)
         need(self.host_adapters_gb > 0, "host_adapters_gb", "positive", self.host_adapters_gb)
         need(self.host_kv_gb >= 0, "host_kv_gb", "0 or more", self.host_kv_gb)
         need(self.mesh.processes == 1, "mesh.processes", "1, as only training runs in several", self.mesh.processes)
@@ -129,6 +135,8 @@ def serve_defaults(model: str, adapters: Path) -> ServeConfig:
         default_max_tokens=256,
         max_waiting=256,
         max_waiting_tokens=131_072,
+        max_request_s=3600.0,
+        grace_s=30.0,
         host_adapters_gb=2.0,
         host_kv_gb=0.5,
         adapters=adapters,

@@ -15,7 +15,7 @@ Locks are taken in this order: disk (saves and deletes, slow), counters, state (
 from __future__ import annotations
 
 import builtins
-import fcntl
+import contextlib
 import json
 import logging
 import os
@@ -28,7 +28,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from jaxlora.adapter_files import load_version, read_meta, save_version, scan
-from jaxlora.durable import replace_file, sync
+from jaxlora.durable import lock_folder, replace_file, sync
 from jaxlora.errors import AdapterNotFound, AlreadyExists, StateInvalid, StorageFailed
 from jaxlora.host_tier import HostMemory, HostTier
 from jaxlora.lora import Adapter, AdapterRef, LoraSpec, check_name
@@ -54,6 +54,8 @@ class AdapterStore:
             self._lock: int | None = lock_folder(root)
         except OSError as e:
             raise StorageFailed(f"the adapter store {root} cannot be made ({e.strerror}); choose another folder") from e
+        if self._lock is None:
+            raise StateInvalid(f"the adapter store {root} is in use; stop who uses it, or name another folder")
         self._counter: dict[tuple[str, str], tuple[int, int]] = {}  # as on disk, for names touched
         self._disk = threading.Lock()
         self._counters = threading.Lock()
@@ -198,6 +200,8 @@ class AdapterStore:
         Raises AdapterNotFound, or StorageFailed when the version on disk is damaged.
         """
         with self._state:
+            if (orphan := self._ram.orphan(ref)) is not None:
+                return orphan
             self._check_visible(ref)
             if (held := self._ram.find(ref)) is not None:
                 return held
@@ -215,14 +219,29 @@ class AdapterStore:
                     self._loading.pop(ref)
         return future.result()
 
+    def borrow(self, ref: AdapterRef) -> None:
+        """Until `give_back`, `get` finds the version though it is deleted meanwhile.  Each borrower borrows once."""
+        with self._state:
+            self._ram.borrow(ref)
+
+    def give_back(self, ref: AdapterRef) -> None:
+        """One who borrowed the version needs it no more."""
+        with self._state:
+            self._ram.give_back(ref)
+
     def delete(self, tenant: str, name: str) -> None:
         """Removes every version: gone from memory and listing now, from disk names before this returns.
 
-        Waits for at most one save under way.  Raises AdapterNotFound when there is no such adapter, StateInvalid when
+        Versions that are borrowed stay in memory until they are given back.  Waits for at most one save under way, and
+        for those to be read.  Raises AdapterNotFound when there is no such adapter, StateInvalid when
         the store is closed.
         """
         check_name(tenant, "tenant")
         check_name(name, "adapter name")
+        for ref in self.versions(tenant, name):
+            if self._ram.is_borrowed(ref):
+                with contextlib.suppress(AdapterNotFound, StorageFailed):  # it will be in RAM, or nobody can have it
+                    self.get(ref)
         trash = self._root / "trash" / uuid.uuid4().hex
         with self._disk, self._counters:
             with self._state:
@@ -376,7 +395,7 @@ class AdapterStore:
     # What is visible; called with the state lock held
 
     def _hide(self, ref: AdapterRef) -> None:
-        """The version is listed no more and held no more."""
+        """The version is listed no more and held no more, but for those who borrowed it."""
         key = ref.tenant, ref.name
         self._versions[key].discard(ref.version)
         if not self._versions[key]:
@@ -387,7 +406,7 @@ class AdapterStore:
         self._unsaved.discard(ref)
         self._failed.pop(ref, None)
         self._about.pop(ref, None)
-        self._ram.forget(ref)
+        self._ram.delete(ref)
 
     def _check_visible(self, ref: AdapterRef) -> None:
         if ref.version not in self._versions.get((ref.tenant, ref.name), ()):
@@ -426,14 +445,3 @@ class AdapterStore:
         data = {"format": COUNTER_FORMAT, "minted": minted, "deleted": deleted}
         replace_file(self._counter_path(tenant, name), json.dumps(data).encode())
         self._counter[tenant, name] = minted, deleted
-
-
-def lock_folder(root: Path) -> int:
-    """A descriptor that holds ROOT/.lock until it is closed, or the process is dead.  Raises StateInvalid when it is held."""
-    descriptor = os.open(root / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        raise StateInvalid(f"the adapter store {root} is in use; stop who uses it, or name another folder") from error
-    return descriptor

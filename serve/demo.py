@@ -6,6 +6,7 @@ open ─▶ compile everything ─▶ base on held-out ─▶ train, publish, sa
 from __future__ import annotations
 
 import itertools
+import signal
 import tempfile
 import threading
 import time
@@ -24,14 +25,16 @@ from jaxlora.opened import Opened, open_base
 from jaxlora.peft import export_peft
 from jaxlora.pool import PoolSpec
 from jaxlora.serve_config import ServeConfig, Tuning
-from serve.assemble import make_http, make_runner, open_store, stop
+from serve.assemble import make_runner, open_store, stop
 from serve.demo_tasks import Task, constant_baseline, demo_tasks, nearest_baseline
+from serve.http_server import make_http
 from serve.request import Delta, Request, SamplingParams
 from serve.runner import Runner
 from serve.training import LiveTraining
 from train.data import Example
 from train.jsonl import chat_example
 from train.optimizer import Optimizer
+from train.parts import small_parts
 from train.plot import plot_losses
 from train.trainer import Evaluation, StepReport, Trainer
 
@@ -60,6 +63,8 @@ def demo_serve_config(port: int, adapters: Path) -> ServeConfig:
         default_max_tokens=64,
         max_waiting=4096,
         max_waiting_tokens=1_000_000,
+        max_request_s=3600.0,
+        grace_s=10.0,
         host_adapters_gb=2.0,
         host_kv_gb=0.5,
         adapters=adapters,
@@ -252,7 +257,14 @@ def main(*, exit_after: bool, port: int, out: Path | None, seed: int) -> None:
     opened, _ = timed(console, "opening SmolLM2-135M-Instruct", lambda: open_base(config.model, config.mesh))
     store = open_store(config)
     runner = make_runner(opened, config, store)
-    http = make_http(runner, host=config.host, port=port, default_max_tokens=config.default_max_tokens)
+    http = make_http(
+        runner,
+        host=config.host,
+        port=port,
+        default_max_tokens=config.default_max_tokens,
+        max_request_s=config.max_request_s,
+        grace_s=config.grace_s,
+    )
     pool_spec = PoolSpec(slots=len(demo_tasks(seed)), rank=RANK, dtype="float32")
     trainer = Trainer(
         opened.base,
@@ -261,6 +273,7 @@ def main(*, exit_after: bool, port: int, out: Path | None, seed: int) -> None:
         lanes=LANES,
         lane_tokens=LANE_TOKENS,
         base_hash=opened.base_hash,
+        parts=small_parts(opened.mesh),
     )
     demo = Demo(opened, runner, trainer, demo_tasks(seed), seed)
     shapes = len(runner.engine.shapes())
@@ -314,7 +327,7 @@ def write_files(demo: Demo, folder: Path) -> None:
 
 
 def wait(console: Console, url: str, task: Task) -> None:
-    """Says how to ask, then serves until Ctrl-C."""
+    """Says how to ask, then serves until Ctrl-C or SIGTERM."""
     user = task.heldout[0][0]
     console.print(
         f"\nserving until Ctrl-C.  Ask any of them, for example:\n"
@@ -325,7 +338,12 @@ def wait(console: Console, url: str, task: Task) -> None:
         soft_wrap=True,
         markup=False,
     )
+    end = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: end.set())
     try:
-        threading.Event().wait()
+        end.wait()
     except KeyboardInterrupt:
-        console.print("stopping")
+        pass
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    console.print("stopping")

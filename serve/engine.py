@@ -152,9 +152,13 @@ class Engine:
                 f"they must be at most {self.config.max_tokens}",
                 param="max_tokens",
             )
+        if request.follow and (ref := request.adapter) is not None:  # a version may have come since it was resolved
+            request = replace(request, adapter=self.store.latest(ref.tenant, ref.name) or ref)
         answer = Answer(request, self.tokenizer, self.base.config.vocab)
-        self._sequences[request.id] = self.scheduler.add(request, self.clock())
+        self._sequences[request.id] = sequence = self.scheduler.add(request, self.clock())
         self._answers[request.id] = answer
+        if sequence.adapter is not None:
+            self.store.borrow(sequence.adapter)  # its owner may delete it meanwhile
 
     def cancel(self, request_id: str) -> None:
         """Frees all the request holds; does nothing when it has ended."""
@@ -166,6 +170,11 @@ class Engine:
     def has_work(self) -> bool:
         """Whether a step would do anything."""
         return bool(self._sequences)
+
+    @property
+    def urgent(self) -> bool:
+        """Whether a request waits for its first token."""
+        return self.scheduler.counts()[2] > 0 or any(s.generated == 0 for s in self.scheduler.running)
 
     def step(self) -> list[Delta]:
         """One step for everyone who can run: adapters that have been read get slots, then prompt chunks, then one token for
@@ -197,11 +206,15 @@ class Engine:
     # ---- adapters -------------------------------------------------------------------------------------------------
 
     def install(self, ref: AdapterRef, rows: Rows) -> int | None:
-        """Copies a new version's device rows into a slot: no disk, no host, no compile.
+        """Copies a new version's device rows into a slot: no disk, no host, no compile.  Who follows the adapter goes on
+        under it.
 
         The slot, or None when every slot has running requests: the version is then loaded when it is first asked for.
         """
         self.scheduler.active.succeed(ref)
+        for old in self.scheduler.follow(ref):
+            self.store.borrow(ref)
+            self.store.give_back(old)
         slot = self.slots.find(ref)
         if slot is not None:
             return slot  # a request asked for it first and had it loaded
@@ -218,7 +231,7 @@ class Engine:
 
     def release(self, ref: AdapterRef) -> bool:
         """Gives up the slot of a version, unless a request uses it or waits for it; whether nobody does."""
-        if any(s.request.adapter == ref for s in self._sequences.values()):
+        if any(s.adapter == ref for s in self._sequences.values()):
             return False
         self.scheduler.settle()
         self.slots.drop(ref)
@@ -232,7 +245,7 @@ class Engine:
         """Has the adapters read that are next in line; ends the requests of those that cannot be."""
         deltas = []
         for ref, error in self._loads.want(self.scheduler.wanted(self.ahead)):
-            users = [s for s in self._sequences.values() if s.request.adapter == ref]
+            users = [s for s in self._sequences.values() if s.adapter == ref]
             for s in users:
                 self._end(s)
             deltas += [Delta(request_id=s.request.id, error=error) for s in users]
@@ -340,6 +353,8 @@ class Engine:
     def _advance(self, sequence: Sequence, out: StepOutput, row: int) -> Delta:
         """What the sequence's new token means to its client."""
         delta = self._answers[sequence.request.id].take(out, row)
+        first = sequence.generated == 0
+        delta = replace(delta, adapter=sequence.adapter, cached_tokens=sequence.found if first else 0)
         sequence.tokens += delta.tokens
         self.decoded_tokens += len(delta.tokens)
         if delta.finish is not None or delta.error is not None:
@@ -348,5 +363,7 @@ class Engine:
 
     def _end(self, sequence: Sequence) -> None:
         self.scheduler.finish(sequence)
+        if sequence.adapter is not None:
+            self.store.give_back(sequence.adapter)
         for table in (self._sequences, self._answers, self._saved):
             table.pop(sequence.request.id, None)

@@ -81,13 +81,17 @@ class SamplingParams:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """One prompt for one adapter version.  `adapter` was resolved once, at admission; None is the base model."""
+    """One prompt for one adapter version.  `adapter` was resolved once, at admission; None is the base model.
+
+    follow: later versions of the adapter reach the request while it runs; else it ends on the version it began with.
+    """
 
     id: str
     tenant: str
     adapter: AdapterRef | None
     prompt: tuple[int, ...]
     params: SamplingParams
+    follow: bool = False
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -117,7 +121,9 @@ class Delta:
     request_id: str
     text: str = ""  # whole UTF-8 characters, stop strings held back
     tokens: tuple[int, ...] = ()
+    adapter: AdapterRef | None = None  # the version that made these tokens; None: the base, or no tokens
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[PromptLogprob, ...] = ()  # of all prompt tokens but the first, on the first news
+    cached_tokens: int = 0  # of the prompt, whose KV was there already; on the first news
     finish: FinishReason | None = None
     error: Exception | None = field(default=None)

@@ -1,6 +1,6 @@
 """The device thread: it alone touches the engine and the trainer; everyone else sends it messages.
 
-While sequences run and adapters train, it alternates: `serve_steps` engine steps, then one training step.
+While sequences run and adapters train, `Budget` says before each engine step whether a part of a training step goes first.
 """
 
 from __future__ import annotations
@@ -20,11 +20,16 @@ from jaxlora.errors import AdapterNotFound, InvalidRequest, JaxLoraError, Storag
 from jaxlora.lora import AdapterRef, LoraSpec
 from jaxlora.pool import Rows, adapter_of_rows, read_finite
 from jaxlora.serve_config import Tuning
+from serve.budget import Budget, BudgetSettings
 from serve.engine import Engine
+from serve.grammar import Grammars
+from serve.histogram import Histogram
 from serve.house import ModelCard
 from serve.request import Delta, Request
 
 LOG = logging.getLogger("serve")
+GONE = "the server stopped before the answer was complete; retry when it is up again"
+FRESHNESS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 
 class Trainer(Protocol):
@@ -35,8 +40,13 @@ class Trainer(Protocol):
         """Whether a step would train anything."""
         ...
 
-    def step(self) -> None:
-        """One optimizer step for whoever is due; it may publish through `Runner.publish`."""
+    @property
+    def part(self) -> str:
+        """What `advance` does next: what is alike has one name, and takes about as long."""
+        ...
+
+    def advance(self) -> None:
+        """The next part of a training step, and waits for it; it may publish through `Runner.publish`."""
         ...
 
 
@@ -85,10 +95,14 @@ class DeltaStream:
 class Runner:
     """The server behind the wires (serve.house.House), and the device thread under it."""
 
-    def __init__(self, engine: Engine, *, base_name: str, serve_steps: int = 8):
-        self.engine, self.base_name, self.serve_steps = engine, base_name, serve_steps
+    def __init__(self, engine: Engine, *, base_name: str, budget: BudgetSettings | None = None):
+        """budget: how serving and training share the device; `budget.settings` changes it at any time."""
+        self.engine, self.base_name, self.budget = engine, base_name, Budget(budget)
         self.started = time.time()
+        self.grammars = Grammars(engine.tokenizer)
         self.trainer: Trainer | None = None
+        self.freshness = Histogram(FRESHNESS_S)  # learned → first token under the new version
+        self._fresh: dict[tuple[str, str], tuple[AdapterRef, float]] = {}  # versions without a token, since when
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._listeners: dict[str, Callable[[Delta], None]] = {}
         self._door = threading.Lock()  # held to put a message, and to say that no more are read
@@ -156,9 +170,8 @@ class Runner:
     def _run(self) -> None:
         try:
             self.engine.warm_up()
-            served = 0
             while not self._stopping:
-                served = self._turn(served)
+                self._turn()
         except BaseException as error:  # everyone who waits must learn of it
             LOG.exception("the device thread has ended")
             self._failure = error
@@ -168,28 +181,38 @@ class Runner:
             while not self._inbox.empty():  # those who came meanwhile must not wait for ever
                 self._inbox.get()()
         finally:
-            gone = Unavailable("the server stopped before the answer was complete; retry when it is up again")
             for request_id, listener in list(self._listeners.items()):
-                listener(Delta(request_id=request_id, error=gone))
+                listener(Delta(request_id=request_id, error=Unavailable(GONE)))
             self._listeners.clear()
 
-    def _turn(self, served: int) -> int:
-        """Messages, then one step of one kind.  Returns engine steps since the last training step."""
+    def _turn(self) -> None:
+        """Messages, then an engine step or a part of a training step."""
         engine, trainer = self.engine, self.trainer
-        training = trainer is not None and trainer.has_work
-        if not engine.has_work and not training:
+        if not engine.has_work and (trainer is None or not trainer.has_work):
             self._inbox.get()()
         while not self._inbox.empty():
             self._inbox.get()()
-        if engine.has_work and not (training and served >= self.serve_steps):
+        trainer = self.trainer
+        training, serving = trainer is not None and trainer.has_work, engine.has_work
+        start = time.monotonic()
+        if trainer is not None and training:
+            part = trainer.part
+            if not serving or self.budget.trains(start, part, urgent=engine.urgent):
+                trainer.advance()
+                self.budget.trained(start, time.monotonic(), part, beside=serving)
+                return
+        if serving:
+            decoded, prefilled = engine.decoded_tokens, engine.prefilled_tokens
             for delta in engine.step():
                 self._deliver(delta)
-            return served + 1
-        if trainer is not None and trainer.has_work:
-            trainer.step()
-        return 0
+            decoded = engine.decoded_tokens > decoded and engine.prefilled_tokens == prefilled
+            self.budget.served(start, time.monotonic(), decoded=decoded, beside=training)
 
     def _deliver(self, delta: Delta) -> None:
+        ref = delta.adapter
+        if ref is not None and self._fresh.get((ref.tenant, ref.name), (None,))[0] == ref:
+            _, learned_s = self._fresh.pop((ref.tenant, ref.name))
+            self.freshness.observe(time.monotonic() - learned_s)
         ended = delta.finish is not None or delta.error is not None
         listener = self._listeners.pop(delta.request_id, None) if ended else self._listeners.get(delta.request_id)
         if listener is not None:
@@ -222,6 +245,18 @@ class Runner:
 
         with contextlib.suppress(Unavailable):  # ended: it holds nothing
             self._send(work)
+
+    def end_all(self) -> None:
+        """Ends every request under way with Unavailable, and frees all they hold.  Of any thread."""
+
+        def work() -> None:
+            for request_id, listener in list(self._listeners.items()):
+                self.engine.cancel(request_id)
+                listener(Delta(request_id=request_id, error=Unavailable(GONE)))
+            self._listeners.clear()
+
+        with contextlib.suppress(Unavailable):  # ended: so has each of them
+            self.call(work)
 
     def complete(self, requests: Sequence[Request]) -> list[Completion]:
         """All answers, in order, for callers without an event loop (not on the device thread).
@@ -263,11 +298,21 @@ class Runner:
         if self.base_name in (name, f"{tenant}/{name}"):
             raise InvalidRequest(f"{self.base_name} is the base model; give the adapter another name", param="name")
 
-    def publish(self, tenant: str, name: str, spec: LoraSpec, rows: Rows, *, keep: int | None = None) -> AdapterRef:
+    def publish(
+        self,
+        tenant: str,
+        name: str,
+        spec: LoraSpec,
+        rows: Rows,
+        *,
+        keep: int | None = None,
+        learned_s: float | None = None,
+    ) -> AdapterRef:
         """A new version of the adapter with these device rows, served from the next admission on.  Device thread only.
 
-        Requests in flight keep their version.  The store writes the version to disk behind.  With `keep`, versions
-        before the newest `keep` are deleted, but for those that a request still uses.
+        Requests in flight keep their version, but for those that follow the adapter.  The store writes the version to
+        disk behind.  With `keep`, versions before the newest `keep` are deleted, but for those that a request still uses.
+        learned_s: when the weights were learned, on the monotonic clock; `freshness` counts from then.
         Raises InvalidRequest for the base's name; AdapterNotFinite, and publishes nothing, when a weight is not finite;
         StorageFailed or OSError when the store cannot give a number.
         """
@@ -277,6 +322,7 @@ class Runner:
         ref = store.mint(tenant, name)
         store.put(adapter_of_rows(rows, ref, spec, self.engine.base_hash))
         self.engine.install(ref, rows)
+        self._fresh[tenant, name] = ref, time.monotonic() if learned_s is None else learned_s
         if keep is not None:
             for old in store.versions(tenant, name)[:-keep]:
                 if self.engine.release(old):

@@ -79,7 +79,7 @@ class Scheduler:
                 "line is full; retry later"
             )
         self._number += 1
-        sequence = Sequence(request, list(request.prompt), self._number, now, now)
+        sequence = Sequence(request, list(request.prompt), request.adapter, self._number, now, now)
         self._new.update(requests=1, tokens=tokens)
         self._groups.setdefault(sequence.group, {})[sequence.number] = sequence
         if request.adapter is not None:
@@ -102,17 +102,44 @@ class Scheduler:
         self._parked.pop(sequence.number, None)
         self.pages.give_back(sequence.pages)
         sequence.pages = []
-        ref, tenant = sequence.request.adapter, sequence.request.tenant
-        if not group:
-            del self._groups[sequence.group]
-            if ref is not None:
-                del self._work[ref]
-        elif ref is not None:
-            self._work[ref].oldest = next(iter(group.values())).arrived
+        self._settle_group(sequence.group, sequence.adapter)
+        tenant = sequence.request.tenant
         self._tenants[tenant] -= 1
         if self._tenants[tenant] == 0:
             del self._tenants[tenant]
             self.shares.keep(self._tenants)
+
+    def _settle_group(self, group: Hashable, ref: AdapterRef | None) -> None:
+        """One of the group has gone."""
+        left = self._groups[group]
+        if not left:
+            del self._groups[group]
+            if ref is not None:
+                del self._work[ref]
+        elif ref is not None:
+            self._work[ref].oldest = next(iter(left.values())).arrived
+
+    def follow(self, new: AdapterRef) -> list[AdapterRef]:
+        """The requests that follow this adapter, of any older version, go on under the new one.  Returns what each was of.
+
+        They keep their KV and their places in line.  Those that run are parked until the new version is active, which it
+        is in the next plan when it lies in a slot and there is room.
+        """
+        followers = [
+            (ref, s)
+            for ref in [r for r in self._work if (r.tenant, r.name) == (new.tenant, new.name) and r != new]
+            for s in self._groups[ref].values()
+            if s.request.follow
+        ]
+        for old, s in sorted(followers, key=lambda x: x[1].number):
+            if s.running:
+                self._park(s, s.since)
+            del self._groups[s.group][s.number]
+            self._settle_group(s.group, old)
+            s.adapter = new
+            self._groups.setdefault(new, {})[s.number] = s
+            self._work.setdefault(new, Work(s.arrived))
+        return [old for old, _ in followers]
 
     def wanted(self, count: int) -> list[AdapterRef]:
         """Adapters to read now: those that enter next and are on no slot, at most `count`."""
@@ -133,8 +160,7 @@ class Scheduler:
         assert len(self.running) <= self.limits.rows
         assert sorted(s.number for s in everyone if s.running) == sorted(s.number for s in self.running)
         assert all(
-            s.slot == NO_ADAPTER if (r := s.request.adapter) is None else self.slots.find(r) == s.slot
-            for s in self.running
+            s.slot == NO_ADAPTER if (r := s.adapter) is None else self.slots.find(r) == s.slot for s in self.running
         )
         assert set(self._parked) == {s.number for s in everyone if not s.running and s.pages}
         assert self.host_pages == sum(self.pages.needed(s.done) for s in everyone if s.saved) <= self.limits.host_pages
@@ -150,10 +176,10 @@ class Scheduler:
         """What the next step does.  ready: adapters that have been read and can be copied into a slot."""
         plan = Plan()
         entered = self.active.entered
-        held = {r for s in self.running if s.recovering and (r := s.request.adapter) and s.since == entered.get(r)}
+        held = {r for s in self.running if s.recovering and (r := s.adapter) and s.since == entered.get(r)}
         exchange = self.active.exchange(now, self._work, ready, held)
         if exchange.leave:
-            for s in [s for s in self.running if s.request.adapter in exchange.leave]:
+            for s in [s for s in self.running if s.adapter in exchange.leave]:
                 self._park(s, now)
         plan.load = exchange.load
         for s in list(self.running):
@@ -170,7 +196,8 @@ class Scheduler:
 
     def computed(self, sequence: Sequence) -> None:
         """The KV of `done` tokens is there: whole pages of it may serve other requests with the same beginning."""
-        self.pages.register(sequence.salt, sequence.tokens[: sequence.done], sequence.pages)
+        if (salt := sequence.salt) is not None:
+            self.pages.register(salt, sequence.tokens[: sequence.done], sequence.pages)
 
     def _chunks(self, lanes: int) -> list[Chunk]:
         """Chunks of those who have prompt left: one for each, then more for the first of them."""
@@ -223,7 +250,7 @@ class Scheduler:
                 return False
         was_parked = self._parked.pop(s.number, None)  # its own pages are not taken from it
         if not s.pages and not s.saved and not s.scoring:
-            s.pages = self.pages.match(s.salt, s.tokens)
+            s.pages = [] if (salt := s.salt) is None else self.pages.match(salt, s.tokens)
             s.done = len(s.pages) * self.pages.page_tokens
         need = self.pages.needed(min(len(s.tokens) + 1, _tokens(s.request))) - len(s.pages)
         if not self._reclaim(need, now, plan, by_turns=self._rows[s.group] == 0):
@@ -241,7 +268,7 @@ class Scheduler:
         if not s.started:
             self._leave_line(s)
             s.started, s.found = True, s.done
-        slot = NO_ADAPTER if s.request.adapter is None else self.slots.find(s.request.adapter)
+        slot = NO_ADAPTER if s.adapter is None else self.slots.find(s.adapter)
         assert slot is not None
         s.slot, s.since, s.running = slot, now, True
         self.running.append(s)

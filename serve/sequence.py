@@ -20,6 +20,7 @@ class Sequence:
 
     request: Request
     tokens: list[int]
+    adapter: AdapterRef | None  # the version that its next token is of; the request's, or a newer one if it follows
     number: int  # order of arrival
     arrived: float
     since: float  # when it got its row, or began to wait for one
@@ -33,14 +34,18 @@ class Sequence:
     running: bool = False
 
     @property
-    def salt(self) -> Hashable:
-        """Whose KV this is: only requests of the same tenant and adapter version may share it."""
-        return self.request.tenant, self.request.adapter
+    def salt(self) -> Hashable | None:
+        """Whose KV this is: only requests of the same tenant and adapter version may share it.  None: nobody's else.
+
+        The KV of one that follows its adapter may be of several versions.
+        """
+        follows = self.request.follow and self.adapter is not None
+        return None if follows else (self.request.tenant, self.adapter)
 
     @property
     def group(self) -> Hashable:
         """What is scheduled as one: all requests of an adapter version, or a tenant's requests of the base model."""
-        return self.request.adapter or self.request.tenant
+        return self.adapter or self.request.tenant
 
     @property
     def prompt_left(self) -> int:

@@ -47,6 +47,7 @@ from serve.runner import Runner
 from serve.training import LiveTraining
 from train.data import Unit
 from train.jsonl import load_jsonl, read_examples
+from train.parts import small_parts
 from train.trainer import Evaluation, StepReport, Tenant, Trainer
 
 DEFAULTS = Recipe()
@@ -62,7 +63,7 @@ class Session:
         """Over a runner that runs and a trainer that is warm; `end` is what `close` unwinds.  See `open`."""
         self.base_name, self.opened = opened.name, opened
         self._runner, self._trainer, self._end = runner, trainer, end
-        self._reports: list[StepReport] = []  # of the newest step
+        self._reports: list[StepReport] | None = None  # of the step that `step` waits for
         self._published: dict[str, int] = {}  # tenant → step of its newest version
         self._heldout: dict[str, list[Unit]] = {}
         self._ids = itertools.count()
@@ -70,7 +71,7 @@ class Session:
             trainer,
             runner,
             publish_every=publish_every,
-            on_step=lambda reports: setattr(self, "_reports", reports),
+            on_step=self._heard,
             on_publish=lambda ref, step: self._published.update({ref.name: step}),
         )
 
@@ -113,6 +114,7 @@ class Session:
                 lanes=lanes,
                 lane_tokens=lane_tokens,
                 base_hash=opened.base_hash,
+                parts=small_parts(opened.mesh),
             )
             config = replace(serve_defaults(section.path, Path(folder)), slots=slots, max_rank=max_rank)
             shelf = open_store(config)
@@ -251,8 +253,16 @@ class Session:
         return reports
 
     def _step(self) -> list[StepReport]:
-        self._live.step()
-        return self._reports
+        self._reports = reports = []
+        try:
+            self._live.step()
+        finally:
+            self._reports = None
+        return reports
+
+    def _heard(self, reports: list[StepReport]) -> None:
+        if self._reports is not None:
+            self._reports += reports
 
     def start(self) -> None:
         """From now on all train in the background, also those who join later; every other call may be made meanwhile."""

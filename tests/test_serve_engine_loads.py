@@ -153,3 +153,31 @@ def test_what_is_read_ahead_counts_in_the_host_budget(world, engine):
     assert other.ahead >= min(READERS, SLOTS)
     rows = host_rows(world.base.config, world.spec, world.adapters[0])
     assert world.store.host_memory().aside - aside == other.ahead * sum(x.nbytes for x in jax.tree.leaves(rows))
+
+
+@pytest.mark.parametrize("parked", [False, True])
+def test_an_adapter_that_is_deleted_answers_who_asked_before(world, engine, parked):
+    """A running, or parked and swapped out, request ends on its version; who comes later is told that it is gone."""
+    adapter = world.add("doomed", seed=70)
+    request = ask("before", adapter, 5, 20)
+    expected, aside = world.greedy(request), world.store.host_memory().aside
+    answers: dict[str, Answer] = defaultdict(Answer)
+    engine.submit(request)
+    while len(answers["before"].tokens) < 3:
+        step(engine, answers)
+    if parked:
+        engine.scheduler._park(engine._sequences["before"], engine.clock())
+        del engine.scheduler.active.entered[adapter.ref]
+        engine.slots.unpin(engine.slots.find(adapter.ref))
+        engine.slots.drop(adapter.ref)
+    world.store.flush()
+    with world.store._state:
+        world.store._ram.forget(adapter.ref)
+    world.store.delete("acme", "doomed")
+    assert world.store.host_memory().aside == aside + adapter.nbytes
+    while engine.has_work:
+        step(engine, answers)
+    assert answers["before"].tokens == expected
+    assert world.store.host_memory().aside == aside
+    with_resident(engine, *world.adapters[:SLOTS])
+    assert isinstance(run_all(engine, [ask("late", adapter)])["late"].error, AdapterNotFound)

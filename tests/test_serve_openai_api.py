@@ -74,6 +74,21 @@ def test_chat_answers_whole(client, house):
     assert answer.usage.prompt_tokens_details.cached_tokens == 0
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_follows_its_adapter_says_which_versions_made_it(client, house, stream):
+    house.versions = lambda i: 7 if i < 3 else 8
+    asked = {"model": "support", "messages": HI, "extra_body": {"adapter_update": "follow"}}
+    if stream:
+        chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+        *parts, spent = [c.model_extra["adapter_version"] for c in chunks]
+        assert (parts == sorted(parts), set(parts), spent) == (True, {7, 8}, [7, 8])
+    else:
+        assert client.chat.completions.create(**asked).model_extra["adapter_version"] == [7, 8]
+    assert house.requests[0].follow
+    client.chat.completions.create(model="support", messages=HI, extra_body={"adapter_update": "pin"})
+    assert not house.requests[1].follow
+
+
 def test_the_base_model_has_no_adapter(client, house):
     assert client.chat.completions.create(model=BASE, messages=HI).model_extra["adapter_version"] is None
     assert house.requests[0].adapter is None

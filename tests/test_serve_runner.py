@@ -12,6 +12,7 @@ from serve_world import BASE, Answer, World, ask, check_idle, settle, with_resid
 
 from jaxlora.errors import AdapterNotFound, ContextLengthExceeded, Unavailable
 from jaxlora.lora import AdapterRef
+from serve.budget import Budget
 from serve.engine import Engine
 from serve.request import FinishReason
 from serve.runner import Runner
@@ -240,15 +241,38 @@ class FakeTrainer:
     def has_work(self):
         return self.left > 0
 
-    def step(self):
+    part = "part"
+
+    def advance(self):
         assert threading.current_thread().name == "jaxlora-device"
         self.left -= 1
         self.log.append("t")
 
 
+class Turns(Budget):
+    """Trains after every so many serving steps."""
+
+    def __init__(self, serve_steps):
+        super().__init__()
+        self.serve_steps, self.since, self.heard = serve_steps, 0, []
+
+    def trains(self, now, part, *, urgent):
+        self.heard.append((part, urgent))
+        return self.since >= self.serve_steps
+
+    def trained(self, start, end, part, *, beside):
+        self.since = 0
+        super().trained(start, end, part, beside=beside)
+
+    def served(self, start, end, *, decoded, beside):
+        self.since += 1
+        super().served(start, end, decoded=decoded, beside=beside)
+
+
 @pytest.mark.parametrize("serve_steps", [1, 3])
-def test_training_and_serving_take_turns(world, serve_steps):
-    runner = Runner(with_resident(world.engine(), world.adapters[0]), base_name=BASE, serve_steps=serve_steps)
+def test_the_budget_is_asked_before_every_step_and_has_the_say(world, serve_steps):
+    runner = Runner(with_resident(world.engine(), world.adapters[0]), base_name=BASE)
+    budget = runner.budget = Turns(serve_steps)
     trainer = runner.trainer = FakeTrainer(runner.engine, 8)
     request = ask("r", world.adapters[0], 4, 40)
     runner._inbox.put(lambda: runner.admit(request, lambda _delta: None))  # both have work from the first turn
@@ -256,6 +280,29 @@ def test_training_and_serving_take_turns(world, serve_steps):
     settle(runner)
     runner.stop()
     assert "".join(trainer.log) == ("s" * serve_steps + "t") * 8 + "s" * (40 - 8 * serve_steps)
+    asked = 8 * serve_steps + 8
+    assert budget.heard == [("part", True)] + [("part", False)] * (asked - 1)  # until the first token it was urgent
+    assert len(budget.steps) > len(budget.alone) > 0
+    assert len(budget.parts["part"]) == 8
+
+
+def test_a_request_that_comes_while_others_train_waits_for_one_part_alone(world, runner):
+    """Its prompt and first token come before anything else is trained."""
+    runner.complete([ask("load", world.adapters[1], 1, 1)])
+    trainer = FakeTrainer(runner.engine, 10**9)
+    runner.call(lambda: setattr(runner, "trainer", trainer))
+
+    def admit():
+        trainer.log.append("r")
+        runner.admit(ask("r", world.adapters[1], 4, 20), lambda _delta: trainer.log.append("d"))
+
+    runner.call(admit)
+    settle(runner)
+    trainer.left = 0
+    settle(runner)
+    came = "".join(trainer.log)
+    assert came[came.index("r") :].startswith("rsd")
+    assert came.count("d") == 20
 
 
 def test_training_goes_on_alone_and_a_request_joins(world, runner):
@@ -280,8 +327,8 @@ def test_a_trainer_publishes_between_the_steps_of_a_request(world, runner):
     published = []
 
     class Publisher(FakeTrainer):
-        def step(self):
-            super().step()
+        def advance(self):
+            super().advance()
             if self.left < 3:
                 published.append(runner.publish("acme", "trained", new[self.left].spec, rows[self.left]))
 
