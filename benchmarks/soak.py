@@ -267,7 +267,7 @@ def main() -> int:
         for name in soak.open_adapters:
             soak.put(name)
         soak.inject()
-        http = make_http(soak.runner, host="127.0.0.1", port=0, default_max_tokens=16)
+        http = make_http(soak.runner, host="127.0.0.1", port=0, default_max_tokens=16, max_request_s=600, grace_s=5)
         http.start()
         session.start()
         files, threads = open_files(), threading.active_count()
