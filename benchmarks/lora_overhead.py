@@ -34,6 +34,7 @@ from jaxlora.opened import open_base
 from jaxlora.pool import LaneLora, LoraRows, PoolSpec, PromptLora, Rows, TokenLora, empty_pool
 from pallas_kernels import bench
 from pallas_kernels.bench_cases import GATHERED_ALTERNATIVES
+from serve.edits import LogitEdits
 from serve.sampling import SamplingBatch, sample
 from train.state import halves, with_halves
 from train.step import TrainBatch, idle_batch, lane_losses
@@ -96,7 +97,8 @@ def serve_step(
     lora = make_lora(pool, slot_G, base.config.layers)
     x_TD, kv = forward(base, batch, lora, paged_attend(page_GC, place_GJ, base.config.window), kv)
     logits_GV = jnp.dot(x_TD.reshape(G, tokens, -1)[:, -1], head_weight(base)[0], preferred_element_type=jnp.float32)
-    return kv, sample(logits_GV, jax.tree.map(jnp.asarray, SamplingBatch.idle(G))).token_B
+    edits = jax.tree.map(jnp.asarray, LogitEdits.idle(G, 1, base.config.vocab))
+    return kv, sample(logits_GV, edits, jax.tree.map(jnp.asarray, SamplingBatch.idle(G))).token_B
 
 
 def train_batch(vocab: int) -> TrainBatch:

@@ -3,17 +3,24 @@
     adapters/TENANT/NAME/VERSION/weights     target → {"a": a_LRX, "b": b_LRY}
     adapters/TENANT/NAME/VERSION/meta        format, spec, base_hash, created, shapes, sha256
 
+Each array is one file of plain float32 (a Zarr array of one chunk, not compressed: random weights do not shrink), so that a
+load is a read and a sha256.  Orbax reads it too, but takes four times the CPU, which a server needs for its tokens; it is
+what reads versions that were written compressed.
+
 A version folder gets its number by a rename after its last byte, so a number is a complete version; what a killed
 save leaves has another name and is cleared by the next save of that adapter.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
+import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +33,8 @@ from jaxlora.lora import NAME_PATTERN, Adapter, AdapterRef, LoraSpec
 
 FORMAT = 1
 VERSION_PATTERN = re.compile(r"[1-9][0-9]{0,17}")
+CHUNK = "0.0.0"  # the file of a Zarr array of three axes and one chunk
+STORED = np.dtype("<f4")
 
 
 def scan(adapters: Path) -> dict[tuple[str, str], set[int]]:
@@ -76,11 +85,30 @@ def save_version(folder: Path, adapter: Adapter, created: float) -> None:
             create=False,
             multiprocessing_options=this_process_alone(),
         )
-        with ocp.CheckpointManager(folder, options=options, item_names=("weights", "meta")) as manager:
-            items = ocp.args.Composite(weights=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave(meta))
+        plain = ocp.PyTreeCheckpointHandler(
+            use_ocdbt=False, use_compression=False, multiprocessing_options=this_process_alone()
+        )
+        handlers = {"weights": plain, "meta": ocp.JsonCheckpointHandler()}
+        with _without_ocdbt(), ocp.CheckpointManager(folder, options=options, item_handlers=handlers) as manager:
+            items = ocp.args.Composite(weights=ocp.args.PyTreeSave(tree), meta=ocp.args.JsonSave(meta))
             manager.save(adapter.ref.version, args=items, force=True)  # force: versions may come out of order
     sync_tree(folder / str(adapter.ref.version))
     sync(folder)
+
+
+@contextlib.contextmanager
+def _without_ocdbt() -> Generator[None]:
+    """Inside, Orbax does not warn that it finds no OCDBT files to merge."""
+    absl = logging.getLogger("absl")
+
+    def about_else(record: logging.LogRecord) -> bool:
+        return "Skipping merge of OCDBT" not in str(record.msg)
+
+    absl.addFilter(about_else)
+    try:
+        yield
+    finally:
+        absl.removeFilter(about_else)
 
 
 def read_meta(folder: Path, ref: AdapterRef) -> Mapping:
@@ -96,21 +124,22 @@ def read_meta(folder: Path, ref: AdapterRef) -> Mapping:
     return meta
 
 
-def load_version(folder: Path, ref: AdapterRef) -> tuple[Adapter, float]:
-    """(the adapter, when it was created in epoch seconds).  Raises StorageFailed when any byte of it is wrong."""
+def load_version(
+    folder: Path, ref: AdapterRef, make_room: Callable[[int], None] | None = None
+) -> tuple[Adapter, float]:
+    """(the adapter, when it was created in epoch seconds).  Raises StorageFailed when any byte of it is wrong.
+
+    make_room: is told how many bytes the weights take before they are read, and may wait.
+    """
     meta = read_meta(folder, ref)
-    zero = np.float32(0)
     try:
         spec = LoraSpec.from_json(meta["spec"])
-        like = {
-            target: {"a": np.broadcast_to(zero, tuple(a)), "b": np.broadcast_to(zero, tuple(b))}
-            for target, (a, b) in meta["shapes"].items()
-        }
-        options = ocp.CheckpointManagerOptions(create=False, multiprocessing_options=this_process_alone())
-        with ocp.CheckpointManager(folder, options=options, item_names=("weights", "meta")) as manager:
-            items = ocp.args.Composite(weights=ocp.args.StandardRestore(like))
-            tree = manager.restore(ref.version, args=items)["weights"]
-        weights = {target: (pair["a"], pair["b"]) for target, pair in tree.items()}
+        shapes = {target: (tuple(a), tuple(b)) for target, (a, b) in meta["shapes"].items()}
+        if make_room is not None:
+            make_room(sum(math.prod(shape) for pair in shapes.values() for shape in pair) * STORED.itemsize)
+        weights = _read_plain(folder / str(ref.version) / "weights", shapes)
+        if weights is None:
+            weights = _restore(folder, ref.version, shapes)
         right = digest(spec, meta["base_hash"], weights) == meta["sha256"]
         created = float(meta["created"])
     except Exception as e:  # whatever a damaged file makes a reader raise
@@ -118,3 +147,39 @@ def load_version(folder: Path, ref: AdapterRef) -> tuple[Adapter, float]:
     if not right:
         raise StorageFailed(f"{ref}: its bytes on disk do not match their checksum; restore it or use another version")
     return Adapter(ref=ref, spec=spec, base_hash=meta["base_hash"], weights=weights), created
+
+
+type Shapes = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]  # of A and B of each target
+type Weights = dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+def _read_plain(folder: Path, shapes: Shapes) -> Weights | None:
+    """The arrays in files of their own; None where one is not there in its full size.  Their bytes are not checked."""
+
+    def read(name: str, shape: tuple[int, ...]) -> np.ndarray | None:
+        value = np.empty(shape, STORED)
+        with open(folder / name / CHUNK, "rb", buffering=0) as file:
+            whole = os.fstat(file.fileno()).st_size == value.nbytes
+            return value if whole and file.readinto(value.reshape(-1).view(np.uint8).data) == value.nbytes else None
+
+    weights = {}
+    try:
+        for target, (a, b) in shapes.items():
+            a_LRX, b_LRY = read(f"{target}.a", a), read(f"{target}.b", b)
+            if a_LRX is None or b_LRY is None:
+                return None
+            weights[target] = a_LRX, b_LRY
+    except FileNotFoundError:
+        return None
+    return weights
+
+
+def _restore(folder: Path, version: int, shapes: Shapes) -> Weights:
+    """The arrays as Orbax reads them, however it wrote them."""
+    zero = np.float32(0)
+    like = {t: {"a": np.broadcast_to(zero, a), "b": np.broadcast_to(zero, b)} for t, (a, b) in shapes.items()}
+    options = ocp.CheckpointManagerOptions(create=False, multiprocessing_options=this_process_alone())
+    with ocp.CheckpointManager(folder, options=options, item_names=("weights", "meta")) as manager:
+        items = ocp.args.Composite(weights=ocp.args.StandardRestore(like))
+        tree = manager.restore(version, args=items)["weights"]
+    return {target: (pair["a"], pair["b"]) for target, pair in tree.items()}

@@ -126,7 +126,17 @@ def serve(
             settings = replace(settings, **{k: v for k, v in flags.items() if v is not None})
         except ValueError as e:
             raise ConfigInvalid(f"an option of serve: {e}") from e
-        resolve("serve.assemble:main")(settings)
+        resolve("serve.assemble:main")(settings, config)
+
+
+@app.command(epilog="Example:  jaxlora chat roman --url http://127.0.0.1:8000")
+def chat(
+    name: Annotated[str | None, typer.Argument(metavar="ADAPTER[@VERSION]", show_default=False)] = None,
+    url: Annotated[str, typer.Option(help="Where the server answers.")] = "http://127.0.0.1:8000",
+) -> None:
+    """Talk to the adapters of a running server, and see one beside the base.  Reads questions from a pipe, too."""
+    with clean_exit():
+        resolve("serve.chat:main")(url=url, name=name)
 
 
 @app.command(epilog="Example:  jaxlora train configs/train_two_tenants.toml")

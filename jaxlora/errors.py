@@ -15,6 +15,7 @@
     ├── AlreadyExists               409 already_exists
     ├── StateInvalid                409 invalid_state          no slot, wrong phase
     ├── StorageFailed               500 storage_failed         a stored version is damaged or could not be written
+    ├── DeadlineExceeded            504 deadline_exceeded      the request's own time limit, or the server's
     ├── Overloaded                  503 overloaded             retry later
     └── Unavailable                 503 unavailable            the server is stopping or has stopped
 
@@ -118,6 +119,12 @@ class StorageFailed(JaxLoraError):
     """A stored version is damaged, of an unknown format, or could not be written; names it."""
 
     status, code = 500, "storage_failed"
+
+
+class DeadlineExceeded(JaxLoraError, TimeoutError):
+    """The time that the request may take is over."""
+
+    status, code = 504, "deadline_exceeded"
 
 
 class Overloaded(JaxLoraError, RuntimeError):

@@ -144,7 +144,6 @@ def host_rows(config: ModelConfig, spec: PoolSpec, adapter: Adapter) -> Rows:
     rows = {}
     for target in spec.targets:
         L, (x, y) = layer_count(config, target), target_features(config, target)
-        a, b = np.zeros((L, spec.rank, x), np.float32), np.zeros((L, spec.rank, y), np.float32)
         if target in adapter.weights:
             given_a, given_b = adapter.weights[target]
             R = adapter.spec.max_rank
@@ -153,9 +152,21 @@ def host_rows(config: ModelConfig, spec: PoolSpec, adapter: Adapter) -> Rows:
                     f"the weights of {target} have shapes {given_a.shape} and {given_b.shape}; this base and rank {R} "
                     f"want {(L, R, x)} and {(L, R, y)}"
                 )
-            a[:, : given_a.shape[1]], b[:, : given_b.shape[1]] = given_a, given_b
+            a, b = (_padded(given, spec.rank) for given in (given_a, given_b))
+        else:
+            a, b = np.zeros((L, spec.rank, x), np.float32), np.zeros((L, spec.rank, y), np.float32)
         rows[target] = LoraRows(a_LSRX=a, b_LSRY=b, scale_LS=scales(config, adapter.spec, target))  # ty: ignore[invalid-argument-type]
     return rows
+
+
+def _padded(given: np.ndarray, rank: int) -> np.ndarray:
+    """float32 [L, rank, features]: the given rows and zeros after them.  The same array where none are missing."""
+    L, R, features = given.shape
+    if rank == R and given.dtype == np.float32:
+        return given
+    whole = np.zeros((L, rank, features), np.float32)
+    whole[:, :R] = given
+    return whole
 
 
 def scales(config: ModelConfig, spec: LoraSpec, target: str) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +19,58 @@ class AdapterSection:
 
     def __post_init__(self) -> None:
         check_name(self.name, "name")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TenantWeight:
+    """A tenant's share of slots and tokens beside the others', each of which has 1 unless it is named."""
+
+    name: str
+    weight: float
+
+    def __post_init__(self) -> None:
+        check_name(self.name, "name")
+        need(0 < self.weight < math.inf, "weight", "positive", self.weight)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tuning:
+    """What may change while the server runs."""
+
+    quantum_ms: float  # how long an adapter keeps its slot while others wait for one
+    active_slots: int | None = None  # adapters active at once; None: as many as there are slots
+    # Prompt chunks in a step in which others decode: fewer for steadier tokens, more for earlier first ones and more
+    # tokens in all.  None: as many as in a step of prompts alone.
+    prefill_lanes_while_decoding: int | None = None
+    pin: tuple[
+        str, ...
+    ] = ()  # adapters that never leave their slots; of each the newest version, also of those to come
+    tenant: tuple[TenantWeight, ...] = ()
+
+    def __post_init__(self) -> None:
+        need(0 < self.quantum_ms < math.inf, "quantum_ms", "positive", self.quantum_ms)
+        need(
+            not any("@" in name for name in self.pin),
+            "pin",
+            "names without @VERSION, as the newest is pinned",
+            self.pin,
+        )
+        need_distinct(list(self.pin), "names under pin")
+        need_distinct([t.name for t in self.tenant], "names under [[tuning.tenant]]")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of the tenants that are named."""
+        return {t.name: t.weight for t in self.tenant}
+
+    def check_fits(self, slots: int, prefill_lanes: int) -> None:
+        """Raises ValueError for more than a server of these sizes has."""
+        for name, most in (("active_slots", slots), ("prefill_lanes_while_decoding", prefill_lanes)):
+            given = getattr(self, name)
+            need(given is None or 1 <= given <= most, name, f"in [1, {most}]", given)
+        active = self.active_slots or slots
+        if len(self.pin) >= active:
+            raise ValueError(f"pin takes at most {active - 1} adapters of {active} active slots, got {len(self.pin)}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,20 +91,28 @@ class ServeConfig:
     default_max_tokens: int  # of a request that names none
     max_waiting: int  # requests in the queue before new ones get 503
     max_waiting_tokens: int  # tokens they may come to, prompt and max_tokens together
-    quantum_ms: float  # how long an adapter keeps its slot while others wait for one
+    max_request_s: (
+        float  # longest time of a request, its waiting included; what is not complete then ends with an error
+    )
+    grace_s: float  # how long open requests may go on after a signal to end
+    host_adapters_gb: float  # adapter versions in host memory: recently used, being read, on their way to the device
     host_kv_gb: float  # KV of parked requests that may lie in host memory; what has no room there is computed again
     adapters: Path  # root of the adapter store
+    tuning: Tuning
     load: tuple[AdapterSection, ...] = field(default=())
 
     def __post_init__(self) -> None:
         need_counts(self, "slots", "max_rank", "rows", "kv_pages", "page_tokens", "prefill_lanes", "prefill_tokens")
         need_counts(self, "default_max_tokens", "max_waiting", "max_waiting_tokens")
-        need(self.quantum_ms > 0, "quantum_ms", "positive", self.quantum_ms)
+        need(self.max_request_s > 0, "max_request_s", "positive", self.max_request_s)
+        need(self.grace_s >= 0, "grace_s", "0 or more", self.grace_s)
+        need(self.host_adapters_gb > 0, "host_adapters_gb", "positive", self.host_adapters_gb)
         need(self.host_kv_gb >= 0, "host_kv_gb", "0 or more", self.host_kv_gb)
         need(self.mesh.processes == 1, "mesh.processes", "1, as only training runs in several", self.mesh.processes)
         need(bool(self.host.strip()), "host", "an address such as 127.0.0.1", self.host)
         need(0 <= self.port < 2**16, "port", "in [0, 65535]", self.port)
         need_distinct([a.name for a in self.load], "names under [[load]]")
+        self.tuning.check_fits(self.slots, self.prefill_lanes)
 
 
 def serve_defaults(model: str, adapters: Path) -> ServeConfig:
@@ -74,7 +135,10 @@ def serve_defaults(model: str, adapters: Path) -> ServeConfig:
         default_max_tokens=256,
         max_waiting=256,
         max_waiting_tokens=131_072,
-        quantum_ms=200.0,
+        max_request_s=3600.0,
+        grace_s=30.0,
+        host_adapters_gb=2.0,
         host_kv_gb=0.5,
         adapters=adapters,
+        tuning=Tuning(quantum_ms=200.0),
     )

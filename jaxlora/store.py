@@ -15,7 +15,7 @@ Locks are taken in this order: disk (saves and deletes, slow), counters, state (
 from __future__ import annotations
 
 import builtins
-import fcntl
+import contextlib
 import json
 import logging
 import os
@@ -24,13 +24,13 @@ import shutil
 import threading
 import time
 import uuid
-from collections import OrderedDict
 from concurrent.futures import Future
 from pathlib import Path
 
 from jaxlora.adapter_files import load_version, read_meta, save_version, scan
-from jaxlora.durable import replace_file, sync
+from jaxlora.durable import lock_folder, replace_file, sync
 from jaxlora.errors import AdapterNotFound, AlreadyExists, StateInvalid, StorageFailed
+from jaxlora.host_tier import HostMemory, HostTier
 from jaxlora.lora import Adapter, AdapterRef, LoraSpec, check_name
 
 COUNTER_FORMAT = 1
@@ -40,20 +40,22 @@ LOG = logging.getLogger("jaxlora")
 class AdapterStore:
     """Immutable adapter versions under one folder; safe to call from any thread.
 
-    `host_bytes` bounds the weights held in RAM; versions not yet on disk are held in any case.
+    `host_bytes` bounds the weights in RAM, those being read and what `set_aside` was told of included; versions not yet on
+    disk are held in any case.
     A folder has one store at a time, of all processes: two would give one number to two versions.
     """
 
     def __init__(self, root: Path, *, host_bytes: int) -> None:
         """Raises StorageFailed when the folder cannot be made, StateInvalid, naming it, when another store has it open."""
         self._root = root = root.absolute()  # Orbax takes no other
-        self._host_bytes = host_bytes
         try:
             for name in ("adapters", "counters", "trash"):
                 (root / name).mkdir(parents=True, exist_ok=True)
             self._lock: int | None = lock_folder(root)
         except OSError as e:
             raise StorageFailed(f"the adapter store {root} cannot be made ({e.strerror}); choose another folder") from e
+        if self._lock is None:
+            raise StateInvalid(f"the adapter store {root} is in use; stop who uses it, or name another folder")
         self._counter: dict[tuple[str, str], tuple[int, int]] = {}  # as on disk, for names touched
         self._disk = threading.Lock()
         self._counters = threading.Lock()
@@ -63,10 +65,9 @@ class AdapterStore:
         for (tenant, name), versions in scan(root / "adapters").items():
             self._versions[tenant, name] = versions
             self._tenants.setdefault(name, set()).add(tenant)
-        self._held: OrderedDict[AdapterRef, Adapter] = OrderedDict()  # least recently used first
-        self._held_bytes = 0
+        self._ram = HostTier(host_bytes)
         self._about: dict[AdapterRef, tuple[float, int]] = {}  # when it was put, its largest rank
-        self._unsaved: set[AdapterRef] = set()  # pinned in RAM
+        self._unsaved: set[AdapterRef] = set()  # kept in RAM
         self._leaving: set[AdapterRef] = set()  # invisible, but still on disk
         self._failed: dict[AdapterRef, BaseException] = {}  # unsaved, and the last try failed
         self._loading: dict[AdapterRef, Future[Adapter]] = {}
@@ -150,7 +151,17 @@ class AdapterStore:
     def in_memory(self, ref: AdapterRef) -> bool:
         """Whether `get` needs no disk.  False for a version that does not exist."""
         with self._state:
-            return ref in self._held
+            return ref in self._ram
+
+    def host_memory(self) -> HostMemory:
+        """Bytes of adapters in host memory, and their limit."""
+        with self._state:
+            return self._ram.memory()
+
+    def set_aside(self, nbytes: int) -> None:
+        """Counts bytes of adapters that others hold in host memory; negative when they hold them no more."""
+        with self._state:
+            self._ram.set_aside(nbytes)
 
     # Weights
 
@@ -180,7 +191,7 @@ class AdapterStore:
                 self._tenants.setdefault(ref.name, set()).add(ref.tenant)
                 self._about[ref] = time.time(), adapter.spec.max_rank
                 self._unsaved.add(ref)
-                self._hold(adapter)
+                self._ram.hold(adapter, keep=True)
                 self._enqueue(ref)
 
     def get(self, ref: AdapterRef) -> Adapter:
@@ -189,10 +200,11 @@ class AdapterStore:
         Raises AdapterNotFound, or StorageFailed when the version on disk is damaged.
         """
         with self._state:
+            if (orphan := self._ram.orphan(ref)) is not None:
+                return orphan
             self._check_visible(ref)
-            if ref in self._held:
-                self._held.move_to_end(ref)
-                return self._held[ref]
+            if (held := self._ram.find(ref)) is not None:
+                return held
             future = self._loading.get(ref)
             mine = future is None
             if mine:
@@ -207,14 +219,29 @@ class AdapterStore:
                     self._loading.pop(ref)
         return future.result()
 
+    def borrow(self, ref: AdapterRef) -> None:
+        """Until `give_back`, `get` finds the version though it is deleted meanwhile.  Each borrower borrows once."""
+        with self._state:
+            self._ram.borrow(ref)
+
+    def give_back(self, ref: AdapterRef) -> None:
+        """One who borrowed the version needs it no more."""
+        with self._state:
+            self._ram.give_back(ref)
+
     def delete(self, tenant: str, name: str) -> None:
         """Removes every version: gone from memory and listing now, from disk names before this returns.
 
-        Waits for at most one save under way.  Raises AdapterNotFound when there is no such adapter, StateInvalid when
+        Versions that are borrowed stay in memory until they are given back.  Waits for at most one save under way, and
+        for those to be read.  Raises AdapterNotFound when there is no such adapter, StateInvalid when
         the store is closed.
         """
         check_name(tenant, "tenant")
         check_name(name, "adapter name")
+        for ref in self.versions(tenant, name):
+            if self._ram.is_borrowed(ref):
+                with contextlib.suppress(AdapterNotFound, StorageFailed):  # it will be in RAM, or nobody can have it
+                    self.get(ref)
         trash = self._root / "trash" / uuid.uuid4().hex
         with self._disk, self._counters:
             with self._state:
@@ -314,11 +341,12 @@ class AdapterStore:
             with self._state:
                 if ref not in self._unsaved:
                     return  # deleted meanwhile
-                adapter, created = self._held[ref], self._about[ref][0]
+                adapter, created = self._ram.find(ref), self._about[ref][0]
+            assert adapter is not None, "what is not saved is kept"
             save_version(self._folder(ref.tenant, ref.name), adapter, created)
             with self._state:
                 self._unsaved.discard(ref)
-                self._evict()
+                self._ram.let_go(ref)
 
     def _remove(self, ref: AdapterRef) -> None:
         """Takes a leaving version off the disk.  Its number counts as deleted first, so that no put brings it back."""
@@ -336,30 +364,38 @@ class AdapterStore:
         shutil.rmtree(trash, ignore_errors=True)
 
     def _load(self, ref: AdapterRef) -> Adapter:
-        try:
-            adapter, created = load_version(self._folder(ref.tenant, ref.name), ref)
-        except StorageFailed:
+        room = 0
+
+        def make_room(nbytes: int) -> None:
+            nonlocal room
             with self._state:
-                self._check_visible(ref)  # deleted meanwhile
+                self._state.wait_for(lambda: self._ram.begin(nbytes))
+            room = nbytes
+
+        def loaded() -> None:
+            self._ram.end(room)
+            self._state.notify_all()
+            self._check_visible(ref)  # deleted meanwhile
+
+        try:
+            adapter, created = load_version(self._folder(ref.tenant, ref.name), ref, make_room)
+            for pair in adapter.weights.values():
+                for value in pair:
+                    value.setflags(write=False)
+        except BaseException:
+            with self._state:
+                loaded()
             raise
-        for pair in adapter.weights.values():
-            for value in pair:
-                value.setflags(write=False)
         with self._state:
-            self._check_visible(ref)
+            loaded()
             self._about[ref] = created, adapter.spec.max_rank
-            self._hold(adapter)
+            self._ram.hold(adapter, keep=False)
         return adapter
 
-    # Memory; all of these are called with the state lock held
-
-    def _hold(self, adapter: Adapter) -> None:
-        self._held[adapter.ref] = adapter
-        self._held_bytes += adapter.nbytes
-        self._evict()
+    # What is visible; called with the state lock held
 
     def _hide(self, ref: AdapterRef) -> None:
-        """The version is listed no more and held no more."""
+        """The version is listed no more and held no more, but for those who borrowed it."""
         key = ref.tenant, ref.name
         self._versions[key].discard(ref.version)
         if not self._versions[key]:
@@ -370,19 +406,7 @@ class AdapterStore:
         self._unsaved.discard(ref)
         self._failed.pop(ref, None)
         self._about.pop(ref, None)
-        self._drop(ref)
-
-    def _drop(self, ref: AdapterRef) -> None:
-        adapter = self._held.pop(ref, None)
-        if adapter is not None:
-            self._held_bytes -= adapter.nbytes
-
-    def _evict(self) -> None:
-        for ref in list(self._held):
-            if self._held_bytes <= self._host_bytes:
-                return
-            if ref not in self._unsaved:
-                self._drop(ref)
+        self._ram.delete(ref)
 
     def _check_visible(self, ref: AdapterRef) -> None:
         if ref.version not in self._versions.get((ref.tenant, ref.name), ()):
@@ -421,14 +445,3 @@ class AdapterStore:
         data = {"format": COUNTER_FORMAT, "minted": minted, "deleted": deleted}
         replace_file(self._counter_path(tenant, name), json.dumps(data).encode())
         self._counter[tenant, name] = minted, deleted
-
-
-def lock_folder(root: Path) -> int:
-    """A descriptor that holds ROOT/.lock until it is closed, or the process is dead.  Raises StateInvalid when it is held."""
-    descriptor = os.open(root / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        raise StateInvalid(f"the adapter store {root} is in use; stop who uses it, or name another folder") from error
-    return descriptor

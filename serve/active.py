@@ -69,6 +69,12 @@ class ActiveSet:
         """It takes its turns again."""
         self.pinned.discard(ref)
 
+    def succeed(self, ref: AdapterRef) -> None:
+        """This is the newest version of its adapter now: it is pinned in place of an earlier one that is."""
+        for old in [r for r in self.pinned if (r.tenant, r.name) == (ref.tenant, ref.name)]:
+            self.pinned.remove(old)
+            self.pinned.add(ref)
+
     def is_active(self, ref: AdapterRef) -> bool:
         """Whether its requests may run."""
         return ref in self.entered

@@ -5,24 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
-from jaxlora.errors import JaxLoraError
+from jaxlora.errors import AdapterNotFound, JaxLoraError
 from jaxlora.lora import AdapterRef
 from jaxlora.pool import Rows
 
-LOADS = 4  # adapters that are read ahead for those who are next in line
+READERS = 4  # threads
 LOAD_WAIT_S = 0.005  # how long a step with nothing else to do waits for one of them; messages wait as long
+FAILED_S = 5.0  # a version that could not be read is not tried again for so long; its askers get the same error
 
 
 class AdapterLoads:
     """What is being read, and what has been read and has no slot yet.  Owned by one thread.
 
-    read: the rows of a version.  Called on a thread of its own, as it may read a disk.
+    read: the rows of a version.  Called on a thread of its own, as it may read a disk.  clock: seconds.
     """
 
-    def __init__(self, read: Callable[[AdapterRef], Rows]):
-        self._read = read
-        self._reader = ThreadPoolExecutor(LOADS, thread_name_prefix="adapter-load")
+    def __init__(self, read: Callable[[AdapterRef], Rows], clock: Callable[[], float]):
+        self._read, self._clock = read, clock
+        self._reader = ThreadPoolExecutor(READERS, thread_name_prefix="adapter-load")
         self._loads: dict[AdapterRef, Future[Rows]] = {}
+        self._failed: dict[AdapterRef, tuple[float, JaxLoraError]] = {}  # until when, and why; the oldest first
 
     def __bool__(self) -> bool:
         """Whether anything is read, or waits for a slot."""
@@ -33,16 +35,24 @@ class AdapterLoads:
 
         Raises RuntimeError for an error that is not the adapter's but ours.
         """
-        self._loads = {ref: load for ref, load in self._loads.items() if ref in refs}
+        for ref in [ref for ref in self._loads if ref not in refs]:
+            self._loads.pop(ref).cancel()
+        now = self._clock()
+        while self._failed and next(iter(self._failed.values()))[0] <= now:
+            del self._failed[next(iter(self._failed))]
         failed = []
         for ref in refs:
-            if ref not in self._loads:
+            if ref in self._failed:
+                failed.append((ref, self._failed[ref][1]))
+            elif ref not in self._loads:
                 self._loads[ref] = self._reader.submit(self._read, ref)
             elif self._loads[ref].done() and not self._is_read(ref):
                 error = self._loads.pop(ref).exception()
                 if not isinstance(error, JaxLoraError):
                     raise RuntimeError(f"reading {ref} failed") from error
                 failed.append((ref, error))
+                if not isinstance(error, AdapterNotFound):  # that takes no disk, and it may be put any time
+                    self._failed[ref] = now + FAILED_S, error
         return failed
 
     def ready(self) -> list[AdapterRef]:

@@ -7,10 +7,11 @@ found and its body is bounded.  What nothing else answered, the gate answers, in
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import re
 import uuid
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Generator
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -22,14 +23,43 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jaxlora.errors import ConfigInvalid, JaxLoraError, Unavailable
+from jaxlora.errors import ConfigInvalid, InvalidRequest, JaxLoraError, Unavailable
 from serve.house import House
 from serve.openai_api import OpenAIWire, WireConfig
 from serve.openai_errors import LOG, answer_error, error_response
 
-OPEN_PATHS = frozenset({"/health"})  # answered without a key
+OPEN_PATHS = frozenset({"/health", "/ready"})  # answered without a key, also while the server ends
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
+TIMEOUT_HEADER = "x-request-timeout-s"
+SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
 AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^:/@\[\]]+)(?::\d+)?")
+
+
+class Door:
+    """Lets requests in until it is closed, and knows how many are inside.  Of the event loop's thread, but for `close`."""
+
+    def __init__(self) -> None:
+        self.open = True
+        self.inside = 0
+
+    def close(self) -> None:
+        """From now on nobody comes in."""
+        self.open = False
+
+    def check(self) -> None:
+        """Raises Unavailable when it is closed."""
+        if not self.open:
+            raise Unavailable("the server is stopping; ask another one, or this one when it is up again")
+
+    @contextlib.contextmanager
+    def entered(self) -> Generator[None]:
+        """One more inside.  Raises Unavailable when it is closed."""
+        self.check()
+        self.inside += 1
+        try:
+            yield
+        finally:
+            self.inside -= 1
 
 
 class HostRefused(JaxLoraError):
@@ -45,11 +75,13 @@ class GateConfig:
     hosts: Collection[str] | None  # names allowed in Host and Origin; None: any (see `hosts_for`)
     max_body_bytes: int = 4 * 2**20
     body_timeout_s: float = 60.0  # for the whole body to arrive
+    max_request_s: float = 3600.0  # for the whole answer, from the request's first line
 
     def __post_init__(self) -> None:
-        if self.max_body_bytes < 1 or self.body_timeout_s <= 0:
+        if self.max_body_bytes < 1 or self.body_timeout_s <= 0 or self.max_request_s <= 0:
             raise ConfigInvalid(
-                f"max_body_bytes and body_timeout_s must be positive, got {self.max_body_bytes}, {self.body_timeout_s}"
+                "max_body_bytes, body_timeout_s and max_request_s must be positive, got "
+                f"{self.max_body_bytes}, {self.body_timeout_s}, {self.max_request_s}"
             )
 
 
@@ -75,14 +107,19 @@ def create_app(
     tenant_of: Callable[[HTTPConnection], str | None] = no_keys,
     max_body_bytes: int = 4 * 2**20,
     body_timeout_s: float = 60.0,
+    max_request_s: float = 3600.0,
     ping_s: float = 15.0,
+    door: Door | None = None,
 ) -> FastAPI:
     """The server's HTTP application.  It sends no CORS headers, so no other page's script may read it.
 
-    tenant_of: who asks; it sees the request's headers, and raises to refuse it.
+    tenant_of: who asks; it sees the request's headers, and raises to refuse it.  door: closed when the server ends.
     Raises ConfigInvalid or InvalidRequest for an impossible limit.
     """
-    gate = GateConfig(hosts=hosts, max_body_bytes=max_body_bytes, body_timeout_s=body_timeout_s)
+    gate = GateConfig(
+        hosts=hosts, max_body_bytes=max_body_bytes, body_timeout_s=body_timeout_s, max_request_s=max_request_s
+    )
+    door = Door() if door is None else door
     # The pages at /docs load scripts from elsewhere, and the document would be one more route to guard.
     app = FastAPI(title="jaxlora", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.include_router(OpenAIWire(house, WireConfig(default_max_tokens=default_max_tokens, ping_s=ping_s)).router())
@@ -95,6 +132,12 @@ def create_app(
             raise Unavailable(state)
         return JSONResponse({"status": "ok"})
 
+    @app.get("/ready", response_model=None)
+    async def ready() -> Response:
+        """Whether the server takes requests; needs no key."""
+        door.check()
+        return await health()
+
     @app.get("/version", response_model=None)
     async def read_version() -> Response:
         """The server's version."""
@@ -102,17 +145,18 @@ def create_app(
 
     for kind in (JaxLoraError, HTTPException, RequestValidationError, ClientDisconnect):
         app.add_exception_handler(kind, answer_error)
-    app.add_middleware(Gate, config=gate, tenant_of=tenant_of)
+    app.add_middleware(Gate, config=gate, tenant_of=tenant_of, door=door)
     return app
 
 
 class Gate:
     """ASGI middleware around the whole app."""
 
-    def __init__(self, app: ASGIApp, config: GateConfig, tenant_of: Callable[[HTTPConnection], str | None]):
+    def __init__(self, app: ASGIApp, config: GateConfig, tenant_of: Callable[[HTTPConnection], str | None], door: Door):
         self._app = app
         self._config = config
         self._tenant_of = tenant_of
+        self._door = door
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -131,9 +175,15 @@ class Gate:
             headers = Headers(scope=scope)
             self._check_hosts(headers)
             self._check_length(headers)
-            open_path = scope["path"] in OPEN_PATHS
-            scope.setdefault("state", {})["tenant"] = None if open_path else self._tenant_of(HTTPConnection(scope))
-            await self._app(scope, self._bounded(receive), send_with_id)
+            state = scope.setdefault("state", {})
+            state["deadline"] = asyncio.get_running_loop().time() + self._limit_s(headers)
+            if scope["path"] in OPEN_PATHS:
+                state["tenant"] = None
+                await self._app(scope, self._bounded(receive), send_with_id)
+            else:
+                with self._door.entered():
+                    state["tenant"] = self._tenant_of(HTTPConnection(scope))
+                    await self._app(scope, self._bounded(receive), send_with_id)
         except Exception as error:
             if not isinstance(error, JaxLoraError | HTTPException):
                 LOG.exception("request %s failed", request_id)
@@ -165,6 +215,18 @@ class Gate:
         length = headers.get("content-length", "")
         if length.isdecimal() and (len(length) > 18 or int(length) > self._config.max_body_bytes):
             raise self._too_large()
+
+    def _limit_s(self, headers: Headers) -> float:
+        """Seconds this request may take.  Raises InvalidRequest for a header that is no such number."""
+        asked = headers.get(TIMEOUT_HEADER)
+        if asked is None:
+            return self._config.max_request_s
+        if not SECONDS.fullmatch(asked) or float(asked) <= 0:
+            raise InvalidRequest(
+                f"{TIMEOUT_HEADER} must be a positive number of seconds, such as 2.5, got {asked[:40]!a}",
+                param=TIMEOUT_HEADER,
+            )
+        return min(float(asked), self._config.max_request_s)
 
     def _bounded(self, receive: Receive) -> Receive:
         """`receive`, with the limits of size and time on the body, and none after it."""

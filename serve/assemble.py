@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import socket
-import threading
-from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
-import uvicorn
 
 from jaxlora import compile_cache
-from jaxlora.errors import ConfigInvalid
 from jaxlora.lora import ALL_TARGETS, HEAD_TARGET, Adapter, AdapterRef
 from jaxlora.opened import Opened, open_base
 from jaxlora.peft import import_peft
 from jaxlora.pool import PoolSpec
 from jaxlora.serve_config import AdapterSection, ServeConfig
 from jaxlora.store import AdapterStore
-from serve.app import create_app, hosts_for
 from serve.engine import Engine, EngineConfig
 from serve.house import LOCAL_TENANT
+from serve.http_server import make_http
+from serve.retune import retuned_by_hangup
 from serve.runner import Runner
 
 LOG = logging.getLogger("serve")
-HOST_BYTES = 2 * 2**30  # of adapter versions kept in RAM
-BACKLOG = 2048  # connections that may wait to be accepted
+
+
+def open_store(config: ServeConfig) -> AdapterStore:
+    """The server's adapters.  Raises StorageFailed, StateInvalid as AdapterStore does."""
+    return AdapterStore(config.adapters, host_bytes=int(config.host_adapters_gb * 1e9))
 
 
 def make_runner(opened: Opened, config: ServeConfig, store: AdapterStore) -> Runner:
@@ -41,7 +42,7 @@ def make_runner(opened: Opened, config: ServeConfig, store: AdapterStore) -> Run
         max_waiting=config.max_waiting,
         max_waiting_tokens=config.max_waiting_tokens,
         host_bytes=int(config.host_kv_gb * 1e9),
-        quantum_s=config.quantum_ms / 1000,
+        quantum_s=config.tuning.quantum_ms / 1000,
     )
     engine = Engine(opened.base, opened.mesh, engine_config, pool_spec, store, opened.tokenizer, opened.base_hash)
     return Runner(engine, base_name=opened.name)
@@ -90,76 +91,31 @@ def _same(one: Adapter, other: Adapter) -> bool:
     )
 
 
-@dataclass(slots=True)
-class HttpServer:
-    """An HTTP server on a bound socket, run by a thread of its own or by the caller."""
-
-    server: uvicorn.Server
-    listening: socket.socket
-    thread: threading.Thread | None = None
-
-    @property
-    def url(self) -> str:
-        """Where it answers."""
-        host, port = self.listening.getsockname()[:2]
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-    def listen(self) -> None:
-        """From now on a client waits for its answer; before, it is refused."""
-        self.listening.listen(BACKLOG)
-
-    def run(self) -> None:
-        """Answers until interrupted."""
-        self.server.run(sockets=[self.listening])
-
-    def start(self) -> None:
-        """Answers in the background, from now on."""
-        self.listen()
-        self.thread = threading.Thread(target=self.run, name="jaxlora-http", daemon=True)
-        self.thread.start()
-
-    def stop(self) -> None:
-        """Ends the background server; open streams get a moment to finish."""
-        self.server.should_exit = True
-        if self.thread is not None:
-            self.thread.join()
-
-
-def make_http(runner: Runner, *, host: str, port: int, default_max_tokens: int) -> HttpServer:
-    """The runner behind HTTP, on a socket that is bound already.  An IPv6 host may stand in brackets.
-
-    Raises ConfigInvalid when the address is taken or not ours.
-    """
-    host = host.removeprefix("[").removesuffix("]")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listening.bind((host, port))
-    except OSError as error:
-        listening.close()
-        raise ConfigInvalid(f"cannot listen on {host} port {port} ({error.strerror}); choose another --port") from error
-    app = create_app(runner, default_max_tokens=default_max_tokens, hosts=hosts_for(host))
-    settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)
-    return HttpServer(uvicorn.Server(settings), listening)
-
-
-def main(config: ServeConfig) -> None:
-    """`jaxlora serve`: answers until interrupted."""
+def main(config: ServeConfig, file: Path | None) -> None:
+    """`jaxlora serve`: answers until SIGTERM or Ctrl-C, and then until what is open is complete.  file: where the settings came from; SIGHUP has its tuning read again."""
     compile_cache.enable(None)
     opened = open_base(config.model, config.mesh)
-    store = AdapterStore(config.adapters, host_bytes=HOST_BYTES)
+    store = open_store(config)
     runner = make_runner(opened, config, store)
-    http = make_http(runner, host=config.host, port=config.port, default_max_tokens=config.default_max_tokens)
+    http = make_http(
+        runner,
+        host=config.host,
+        port=config.port,
+        default_max_tokens=config.default_max_tokens,
+        max_request_s=config.max_request_s,
+        grace_s=config.grace_s,
+    )
     for section in config.load:
         ref = load_peft(runner, opened, section)
         print(f"loaded {section.name} as version {ref.version}")
+    runner.tune(config.tuning)
     print(f"compiling {len(runner.engine.shapes())} programs for {opened.name} ({opened.base.dtype.name})", flush=True)
     runner.start()
     http.listen()  # who reads the next line may ask at once
     print(f"serving {opened.name} and {len(store.list(None))} adapters on {http.url}/v1", flush=True)
     try:
-        http.run()
+        with contextlib.nullcontext() if file is None else retuned_by_hangup(runner, file):
+            http.run()
     finally:
         stop(runner, store)
 

@@ -6,6 +6,7 @@ open ─▶ compile everything ─▶ base on held-out ─▶ train, publish, sa
 from __future__ import annotations
 
 import itertools
+import signal
 import tempfile
 import threading
 import time
@@ -23,10 +24,10 @@ from jaxlora.lora import AdapterRef, LoraSpec
 from jaxlora.opened import Opened, open_base
 from jaxlora.peft import export_peft
 from jaxlora.pool import PoolSpec
-from jaxlora.serve_config import ServeConfig
-from jaxlora.store import AdapterStore
-from serve.assemble import HOST_BYTES, make_http, make_runner, stop
+from jaxlora.serve_config import ServeConfig, Tuning
+from serve.assemble import make_runner, open_store, stop
 from serve.demo_tasks import Task, constant_baseline, demo_tasks, nearest_baseline
+from serve.http_server import make_http
 from serve.request import Delta, Request, SamplingParams
 from serve.runner import Runner
 from serve.training import LiveTraining
@@ -62,9 +63,12 @@ def demo_serve_config(port: int, adapters: Path) -> ServeConfig:
         default_max_tokens=64,
         max_waiting=4096,
         max_waiting_tokens=1_000_000,
-        quantum_ms=200.0,
+        max_request_s=3600.0,
+        grace_s=10.0,
+        host_adapters_gb=2.0,
         host_kv_gb=0.5,
         adapters=adapters,
+        tuning=Tuning(quantum_ms=200.0),
     )
 
 
@@ -251,9 +255,16 @@ def main(*, exit_after: bool, port: int, out: Path | None, seed: int) -> None:
     folder = out if out is not None else Path(tempfile.mkdtemp(prefix="jaxlora-demo-"))
     config = demo_serve_config(port, folder / "store")
     opened, _ = timed(console, "opening SmolLM2-135M-Instruct", lambda: open_base(config.model, config.mesh))
-    store = AdapterStore(config.adapters, host_bytes=HOST_BYTES)
+    store = open_store(config)
     runner = make_runner(opened, config, store)
-    http = make_http(runner, host=config.host, port=port, default_max_tokens=config.default_max_tokens)
+    http = make_http(
+        runner,
+        host=config.host,
+        port=port,
+        default_max_tokens=config.default_max_tokens,
+        max_request_s=config.max_request_s,
+        grace_s=config.grace_s,
+    )
     pool_spec = PoolSpec(slots=len(demo_tasks(seed)), rank=RANK, dtype="float32")
     trainer = Trainer(
         opened.base,
@@ -316,7 +327,7 @@ def write_files(demo: Demo, folder: Path) -> None:
 
 
 def wait(console: Console, url: str, task: Task) -> None:
-    """Says how to ask, then serves until Ctrl-C."""
+    """Says how to ask, then serves until Ctrl-C or SIGTERM."""
     user = task.heldout[0][0]
     console.print(
         f"\nserving until Ctrl-C.  Ask any of them, for example:\n"
@@ -327,7 +338,12 @@ def wait(console: Console, url: str, task: Task) -> None:
         soft_wrap=True,
         markup=False,
     )
+    end = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: end.set())
     try:
-        threading.Event().wait()
+        end.wait()
     except KeyboardInterrupt:
-        console.print("stopping")
+        pass
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    console.print("stopping")

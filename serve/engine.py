@@ -1,4 +1,4 @@
-"""The engine: plans become arrays, one jitted program per shape runs them, tokens become text.
+"""The engine: plans become arrays, one jitted program per shape runs them, answers take the tokens.
 
 Owned by one thread.  A step is at most one prefill program and one decode program; both are the same function (`step`),
 and every shape it will ever see is compiled by `warm_up`.
@@ -6,32 +6,39 @@ and every shape it will ever see is compiled by `warm_up`.
 
 from __future__ import annotations
 
-import secrets
+import logging
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxlora.errors import AdapterInvalid, AlreadyExists, BaseMismatch, ContextLengthExceeded
+from jaxlora.errors import AlreadyExists, BaseMismatch, ContextLengthExceeded
 from jaxlora.kvcache import empty_pages
 from jaxlora.lora import AdapterRef
 from jaxlora.mesh import check_lanes, place_rows
 from jaxlora.model import Base
 from jaxlora.pool import PoolSpec, Rows, empty_pool, host_rows, write_slot
+from jaxlora.serve_config import Tuning
 from jaxlora.slots import SlotTable
 from jaxlora.store import AdapterStore
-from jaxlora.tokenizer import Detokenizer, Tokenizer
-from serve.adapter_loads import LOADS, AdapterLoads
+from jaxlora.tokenizer import Tokenizer
+from serve.adapter_loads import READERS, AdapterLoads
+from serve.answers import Answer
+from serve.edits import EditArrays, LogitEdits
 from serve.offload import PageMover, page_bytes
+from serve.packed import Layout
 from serve.pages import HostPages, PageAllocator
-from serve.request import Delta, FinishReason, Request, TokenLogprob
+from serve.request import Delta, Request
 from serve.sampling import StepOutput
 from serve.scheduler import Limits, Scheduler
 from serve.sequence import Chunk, Plan, Sequence
 from serve.step import StepBatch, step_program
-from serve.stops import StopStrings
+from serve.tuning import apply
+
+LOG = logging.getLogger("serve")
 
 SHORT_LANES = 4  # divides a full program into a small one: a few rows should not pay for many
 MIN_ROWS = 2  # XLA:CPU has no fast path for a bfloat16 product with one row
@@ -50,15 +57,7 @@ class EngineConfig:
     max_waiting: int  # requests in line before new ones are refused
     max_waiting_tokens: int  # tokens they may come to, prompt and max_tokens together
     host_bytes: int  # of KV that parked requests may keep on the host; what has no room there is computed again
-    quantum_s: float  # how long an adapter keeps its slot while others wait
-
-
-@dataclass(slots=True)
-class TextState:
-    """What a running sequence has said so far."""
-
-    detokenizer: Detokenizer
-    stops: StopStrings
+    quantum_s: float  # how long an adapter keeps its slot while others wait, until `tune` says otherwise
 
 
 class Engine:
@@ -100,13 +99,20 @@ class Engine:
         in_place = jax.tree.map(lambda x: x.sharding, self._pool)
         self._write_slot = jax.jit(write_slot, donate_argnums=0, out_shardings=in_place)
         self._program = step_program(mesh)
-        self._loads = AdapterLoads(self._read)
+        ends = len(tokenizer.eos_ids)
+        self._edits = EditArrays(mesh, max_tokens=config.max_tokens, vocab=base.config.vocab, ends=ends)
+        self._loads = AdapterLoads(self._read, lambda: self.clock())
+        one = sum(4 * x.size // pool_spec.slots for x in jax.tree.leaves(self._pool))
+        # An exchange may replace every adapter at once: their successors are read by then, as far as memory allows.
+        self.ahead = max(READERS, min(pool_spec.slots, store.host_memory().limit // 2 // one))
+        store.set_aside(self.ahead * one)
         self._sequences: dict[str, Sequence] = {}
-        self._texts: dict[str, TextState] = {}
-        self._seeds: dict[str, int] = {}
+        self._answers: dict[str, Answer] = {}
         self._saved: dict[str, HostPages] = {}  # KV of parked requests
         self._mover = PageMover(mesh)
         self.clock = time.monotonic
+        self._launched = 0.0  # when the first program under way was; 0 for none
+        self.device_s = 0.0  # from the launch of a step's first program to the end of its last, of all steps
         self.decoded_tokens = 0  # generated since the start
         self.prefilled_tokens = 0
 
@@ -124,7 +130,7 @@ class Engine:
     def warm_up(self) -> None:
         """Compiles and runs every program once, on padding that is written nowhere, and the loading of an adapter."""
         for lanes, tokens in self.shapes():
-            self._run(StepBatch.idle(lanes, tokens, self._columns))
+            self._read_output(self._run(*self._batch(lanes, tokens, [])), last=True)
         self._kv = self._mover.warm_up(self._kv)
         empty = jax.tree.map(lambda p: np.zeros(p.shape[:1] + p.shape[2:], np.float32), self._pool)
         self._write(0, empty)
@@ -148,11 +154,11 @@ class Engine:
             )
         if request.follow and (ref := request.adapter) is not None:  # a version may have come since it was resolved
             request = replace(request, adapter=self.store.latest(ref.tenant, ref.name) or ref)
-        sequence = self.scheduler.add(request, self.clock())
-        p = request.params
-        self._sequences[request.id] = sequence
-        self._texts[request.id] = TextState(self.tokenizer.detokenizer(), StopStrings(p.stop, p.include_stop))
-        self._seeds[request.id] = secrets.randbits(63) if p.seed is None else p.seed
+        answer = Answer(request, self.tokenizer, self.base.config.vocab)
+        self._sequences[request.id] = sequence = self.scheduler.add(request, self.clock())
+        self._answers[request.id] = answer
+        if sequence.adapter is not None:
+            self.store.borrow(sequence.adapter)  # its owner may delete it meanwhile
 
     def cancel(self, request_id: str) -> None:
         """Frees all the request holds; does nothing when it has ended."""
@@ -179,10 +185,13 @@ class Engine:
         self._move(plan)
         if plan.empty and self._loads:
             self._loads.wait()
-        if prefill := [c for c in plan.prefill if c.sequence.request.id in self._sequences]:
-            deltas += self._prefill(prefill)
-        if decode := [s for s in plan.decode if s.request.id in self._sequences]:
-            deltas += self._decode(decode)
+        prefill = self._start_prefill(plan.prefill) if plan.prefill else None
+        decode = self._start_decode(plan.decode) if plan.decode else None
+        # Both programs are under way; what the first one's tokens mean is found out while the second one runs.
+        if prefill is not None:
+            deltas += self._end_prefill(plan.prefill, self._read_output(prefill, last=decode is None))
+        if decode is not None:
+            deltas += self._end_decode(plan.decode, self._read_output(decode, last=True))
         return deltas
 
     def _move(self, plan: Plan) -> None:
@@ -202,7 +211,10 @@ class Engine:
 
         The slot, or None when every slot has running requests: the version is then loaded when it is first asked for.
         """
-        self.scheduler.follow(ref)
+        self.scheduler.active.succeed(ref)
+        for old in self.scheduler.follow(ref):
+            self.store.borrow(ref)
+            self.store.give_back(old)
         slot = self.slots.find(ref)
         if slot is not None:
             return slot  # a request asked for it first and had it loaded
@@ -212,6 +224,10 @@ class Engine:
             self._write(slot, rows)
             self.slots.place(slot, ref)
         return slot
+
+    def tune(self, tuning: Tuning, pins: Collection[AdapterRef]) -> None:
+        """Decides by these settings from the next step on; see `serve.tuning.apply`.  Compiles nothing."""
+        apply(tuning, self.scheduler, slots=self.pool_spec.slots, pins=pins)
 
     def release(self, ref: AdapterRef) -> bool:
         """Gives up the slot of a version, unless a request uses it or waits for it; whether nobody does."""
@@ -228,11 +244,14 @@ class Engine:
     def _read_ahead(self) -> list[Delta]:
         """Has the adapters read that are next in line; ends the requests of those that cannot be."""
         deltas = []
-        for ref, error in self._loads.want(self.scheduler.wanted(LOADS)):
+        for ref, error in self._loads.want(self.scheduler.wanted(self.ahead)):
             users = [s for s in self._sequences.values() if s.adapter == ref]
             for s in users:
                 self._end(s)
             deltas += [Delta(request_id=s.request.id, error=error) for s in users]
+            if ref in self.scheduler.active.pinned:  # or it would be read again at every step
+                LOG.error("adapter %s cannot be read, and is pinned no more: %s", ref.name, error.message)
+                self.scheduler.active.unpin(ref)
         return deltas
 
     def _read(self, ref: AdapterRef) -> Rows:
@@ -254,95 +273,97 @@ class Engine:
 
     # ---- programs -------------------------------------------------------------------------------------------------
 
-    def _run(self, batch: StepBatch) -> StepOutput:
-        """The step's output on the host."""
-        on_device = place_rows(self.mesh, batch)
-        self._kv, out = self._program(self.base, self._pool, self._kv, on_device)
-        return jax.device_get(out)
+    def _batch(self, lanes: int, tokens: int, sampled: list[Sequence]) -> tuple[StepBatch, LogitEdits]:
+        """Arrays to fill, with the edits that these sequences need, whose next tokens are chosen by them."""
+        answers = [self._answers[s.request.id] for s in sampled]
+        tokens_edited, has_grammar = any(a.edits_tokens for a in answers), any(a.has_grammar for a in answers)
+        edits = self._edits.make(lanes, tokens=tokens_edited, allowed=has_grammar)
+        return StepBatch.idle(lanes, tokens, self._columns), edits
 
-    def _fill(self, batch: StepBatch, lane: int, sequence: Sequence, start: int, tokens: list[int]) -> None:
+    def _run(self, batch: StepBatch, edits: LogitEdits) -> StepOutput:
+        """The step's output, on its way: reading it waits for the device."""
+        layout = Layout.of(batch)
+        words_GW = place_rows(self.mesh, layout.pack(batch))
+        self._launched = self._launched or time.perf_counter()
+        self._kv, out = self._program(self.base, self._pool, self._kv, words_GW, self._edits.place(edits), layout)
+        return out
+
+    def _read_output(self, out: StepOutput, *, last: bool) -> StepOutput:
+        """A program's output on the host.  last: nothing else is under way, so the device rests from now on."""
+        out = jax.device_get(out)
+        if last:
+            self.device_s += time.perf_counter() - self._launched
+            self._launched = 0.0
+        return out
+
+    def _fill(
+        self, batch: StepBatch, edits: LogitEdits, lane: int, sequence: Sequence, start: int, tokens: list[int]
+    ) -> None:
         count = len(tokens)
         batch.token_GJ[lane, :count] = tokens
         batch.position_GJ[lane, :count] = np.arange(start, start + count)
         batch.slot_G[lane] = sequence.slot
         batch.page_GC[lane, : len(sequence.pages)] = sequence.pages
         batch.last_G[lane] = count - 1
-        request = sequence.request
-        batch.sampling.fill(lane, request.params, self._seeds[request.id], start + count)
+        answer = self._answers[sequence.request.id]
+        targets = answer.targets(start, count)
+        batch.target_GJ[lane, : len(targets)] = targets
+        if start + count == len(sequence.tokens):
+            answer.fill(batch, edits, lane, start + count)
 
     def _smallest(self, full: int, needed: int) -> int:
         return next(size for size in self._ladder(full) if size >= needed)
 
-    def _prefill(self, chunks: list[Chunk]) -> list[Delta]:
+    def _start_prefill(self, chunks: list[Chunk]) -> StepOutput:
         lanes = self._smallest(self.config.prefill_lanes, len(chunks))
-        batch = StepBatch.idle(lanes, self.config.prefill_tokens, self._columns)
+        chosen = [c.sequence for c in chunks if c.start + c.count == len(c.sequence.tokens)]
+        batch, edits = self._batch(lanes, self.config.prefill_tokens, chosen)
         for lane, c in enumerate(chunks):
-            self._fill(batch, lane, c.sequence, c.start, c.sequence.tokens[c.start : c.start + c.count])
-        out = self._run(batch)
+            self._fill(batch, edits, lane, c.sequence, c.start, c.sequence.tokens[c.start : c.start + c.count])
+        out = self._run(batch, edits)
+        return out if (batch.target_GJ >= 0).any() else replace(out, scores=None)  # nobody reads them
+
+    def _end_prefill(self, chunks: list[Chunk], out: StepOutput) -> list[Delta]:
         deltas = []
         for lane, c in enumerate(chunks):
+            if out.scores is not None:
+                self._answers[c.sequence.request.id].score(out.scores, lane, c.start, c.count)
             c.sequence.done = c.start + c.count
             self.prefilled_tokens += c.count
             if c.sequence.prompt_left > 0:
                 continue
             self.scheduler.computed(c.sequence)
             if c.sequence.generated == 0:  # else it was computed again, and what comes next is known
-                deltas += self._advance(c.sequence, out, lane)
+                deltas.append(self._advance(c.sequence, out, lane))
         return deltas
 
-    def _decode(self, sequences: list[Sequence]) -> list[Delta]:
-        batch = StepBatch.idle(self._smallest(self.config.rows, len(sequences)), 1, self._columns)
+    def _start_decode(self, sequences: list[Sequence]) -> StepOutput:
+        batch, edits = self._batch(self._smallest(self.config.rows, len(sequences)), 1, sequences)
         for row, s in enumerate(sequences):
-            self._fill(batch, row, s, s.done, [s.tokens[s.done]])
-        out = self._run(batch)
+            self._fill(batch, edits, row, s, s.done, [s.tokens[s.done]])
+        return self._run(batch, edits)
+
+    def _end_decode(self, sequences: list[Sequence], out: StepOutput) -> list[Delta]:
         deltas = []
         for row, s in enumerate(sequences):
             s.done += 1
-            deltas += self._advance(s, out, row)
+            deltas.append(self._advance(s, out, row))
         return deltas
 
-    # ---- tokens to text -------------------------------------------------------------------------------------------
-
-    def _advance(self, sequence: Sequence, out: StepOutput, row: int) -> list[Delta]:
+    def _advance(self, sequence: Sequence, out: StepOutput, row: int) -> Delta:
         """What the sequence's new token means to its client."""
-        request, params = sequence.request, sequence.request.params
-        if not out.finite_B[row]:
+        delta = self._answers[sequence.request.id].take(out, row)
+        first = sequence.generated == 0
+        delta = replace(delta, adapter=sequence.adapter, cached_tokens=sequence.found if first else 0)
+        sequence.tokens += delta.tokens
+        self.decoded_tokens += len(delta.tokens)
+        if delta.finish is not None or delta.error is not None:
             self._end(sequence)
-            error = AdapterInvalid("the model gave non-finite numbers for this request; check its adapter")
-            return [Delta(request_id=request.id, error=error)]
-        token = int(out.token_B[row])
-        sequence.tokens.append(token)
-        self.decoded_tokens += 1
-        text_state = self._texts[request.id]
-        ended = (token in self.tokenizer.eos_ids and not params.ignore_eos) or token in params.stop_token_ids
-        text, hit = ("", False) if ended else text_state.stops.push(text_state.detokenizer.push(token))
-        finish = None
-        if ended or hit:
-            finish = FinishReason.STOP
-        elif sequence.generated >= params.max_tokens:
-            finish = FinishReason.LENGTH
-        if finish is not None and not hit:
-            tail, hit = text_state.stops.push(text_state.detokenizer.flush())
-            text += tail + ("" if hit else text_state.stops.flush())
-        if finish is not None:
-            self._end(sequence)
-        logprobs = () if params.logprobs is None else (self._logprob(out, row, params.logprobs),)
-        return [
-            Delta(
-                request_id=request.id,
-                text=text,
-                tokens=(token,),
-                adapter=sequence.adapter,
-                logprobs=logprobs,
-                finish=finish,
-            )
-        ]
-
-    def _logprob(self, out: StepOutput, row: int, count: int) -> TokenLogprob:
-        top = zip(out.top_token_BM[row, :count].tolist(), out.top_logprob_BM[row, :count].tolist(), strict=True)
-        return TokenLogprob(token=int(out.token_B[row]), logprob=float(out.logprob_B[row]), top=tuple(top))
+        return delta
 
     def _end(self, sequence: Sequence) -> None:
         self.scheduler.finish(sequence)
-        for table in (self._sequences, self._texts, self._seeds, self._saved):
+        if sequence.adapter is not None:
+            self.store.give_back(sequence.adapter)
+        for table in (self._sequences, self._answers, self._saved):
             table.pop(sequence.request.id, None)

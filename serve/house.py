@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from jaxlora.lora import AdapterRef
+from serve.grammar import Grammars
 from serve.request import Delta, Request
 
 LOCAL_TENANT = "local"  # who asks where no keys are configured
@@ -37,6 +38,8 @@ class Tokenizer(Protocol):
     def vocab_size(self) -> int: ...
     @property
     def eos_ids(self) -> Collection[int]: ...
+    @property
+    def special_ids(self) -> Collection[int]: ...
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
     def chat(
@@ -75,6 +78,11 @@ class House(Protocol):
 
     @property
     def tokenizer(self) -> Tokenizer: ...
+    @property
+    def grammars(self) -> Grammars:
+        """Compiles what answers must look like."""
+        ...
+
     @property
     def started(self) -> float:
         """Seconds since 1970."""

@@ -22,7 +22,8 @@ from serve.house import LOCAL_TENANT, House
 from serve.openai_errors import ERROR_SCHEMA, ERROR_STATUSES
 from serve.openai_format import ChatShape, CompletionShape, Heading, Shape, model_object
 from serve.openai_run import EventStream, Run, attend
-from serve.openai_stream import Choice, Fan
+from serve.openai_sampling import grammar_source, sampling
+from serve.openai_stream import Choice, Fan, PromptView
 from serve.openai_types import (
     MAX_CHOICES,
     ChatBody,
@@ -35,7 +36,6 @@ from serve.openai_types import (
     refuse_unbuilt,
 )
 from serve.request import Request as TokenRequest
-from serve.request import SamplingParams
 
 MAX_LISTED = 1000  # adapters in an answer without `limit`
 COMPLETION_MAX_TOKENS = 16  # the API's default for plain completions
@@ -65,12 +65,13 @@ class WireConfig:
 class Job:
     """What one HTTP request asks of the engine."""
 
-    prompts: Sequence[tuple[int, ...]]
+    prompts: Sequence[PromptView]
     max_tokens: int | None  # None: `fallback`, or the rest of the context if that is less
     fallback: int
     max_tokens_field: str  # for messages
     prompt_field: str
     logprobs: int | None
+    prompt_logprobs: int | None
     shape: Shape
 
 
@@ -117,14 +118,16 @@ class OpenAIWire:
         asked = chat_max_tokens(body)
         if body.top_logprobs and not body.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs: true", param="top_logprobs")
+        ids = await self._chat_ids(body.messages, body.add_generation_prompt, body.continue_final_message)
         job = Job(
-            prompts=[await self._chat_ids(body.messages, body.add_generation_prompt, body.continue_final_message)],
+            prompts=[PromptView(tokens=ids, echo=None, logprobs=None, ranked=body.prompt_logprobs)],
             max_tokens=asked,
             fallback=self._config.default_max_tokens,
             max_tokens_field="max_completion_tokens" if body.max_tokens is None else "max_tokens",
             prompt_field="messages",
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-            shape=ChatShape(bool(body.logprobs)),
+            prompt_logprobs=body.prompt_logprobs,
+            shape=ChatShape(bool(body.logprobs), body.prompt_logprobs is not None),
         )
         return await self._answer(request, body, adapter, job)
 
@@ -132,18 +135,20 @@ class OpenAIWire:
         """The continuation of each prompt."""
         refuse_unbuilt(body)
         adapter = self._house.resolve(tenant_of(request), body.model)
-        if body.max_tokens == 0:
-            raise InvalidRequest("max_tokens must be at least 1, got 0", param="max_tokens")
+        if body.max_tokens == 0 and not body.echo:
+            raise InvalidRequest("max_tokens must be at least 1 without echo, got 0", param="max_tokens")
         if body.best_of is not None and body.best_of < (body.n or 1):
             raise InvalidRequest(f"best_of must be at least n, got {body.best_of} and {body.n}", param="best_of")
+        echoed = body.logprobs if body.echo else None
         job = Job(
-            prompts=await self._prompt_ids(body),
+            prompts=await self._prompts(body),
             max_tokens=body.max_tokens,
             fallback=COMPLETION_MAX_TOKENS,
             max_tokens_field="max_tokens",
             prompt_field="prompt",
             logprobs=body.logprobs,
-            shape=CompletionShape(body.logprobs is not None),
+            prompt_logprobs=max((p for p in (body.prompt_logprobs, echoed) if p is not None), default=None),
+            shape=CompletionShape(body.logprobs is not None, body.prompt_logprobs is not None),
         )
         return await self._answer(request, body, adapter, job)
 
@@ -193,25 +198,27 @@ class OpenAIWire:
 
         return tuple(await asyncio.to_thread(ids))
 
-    async def _prompt_ids(self, body: CompletionBody) -> list[tuple[int, ...]]:
+    async def _prompts(self, body: CompletionBody) -> list[PromptView]:
         """Ids of each prompt; those given as ids stay as they are."""
         prompts = prompt_list(body.prompt)
         if not prompts or not all(prompts):
             raise InvalidRequest("prompt must not be empty, and no prompt of a list may be", param="prompt")
-        out = []
+        tokenizer, out = self._house.tokenizer, []
         for prompt in prompts:
             if isinstance(prompt, str):
                 special = body.add_special_tokens is not False
-                out.append(
-                    tuple(await asyncio.to_thread(self._house.tokenizer.encode, prompt, add_special_tokens=special))
-                )
-                continue
-            if body.add_special_tokens is not None:
+                ids = await asyncio.to_thread(tokenizer.encode, prompt, add_special_tokens=special)
+            elif body.add_special_tokens is None:
+                ids = prompt
+                self._check_ids(ids, "prompt")
+            else:
                 raise InvalidRequest(
                     "add_special_tokens is for text prompts; ids stay as they are", param="add_special_tokens"
                 )
-            self._check_ids(prompt, "prompt")
-            out.append(tuple(prompt))
+            text = None
+            if body.echo:
+                text = prompt if isinstance(prompt, str) else await asyncio.to_thread(tokenizer.decode, ids)
+            out.append(PromptView(tokens=tuple(ids), echo=text, logprobs=body.logprobs, ranked=body.prompt_logprobs))
         return out
 
     def _check_ids(self, ids: Sequence[int], field: str) -> None:
@@ -236,7 +243,7 @@ class OpenAIWire:
             )
         return wanted
 
-    def _requests(
+    async def _requests(
         self, request: Request, body: SamplingBody, adapter: AdapterRef | None, job: Job, id: str
     ) -> list[TokenRequest]:
         """One request for each prompt and choice, in index order."""
@@ -247,6 +254,7 @@ class OpenAIWire:
                 param="n",
             )
         self._check_ids(body.stop_token_ids or (), "stop_token_ids")
+        self._check_ids(list(body.logit_bias or ()), "logit_bias")
         if body.adapter_update == "follow" and "@" in body.model:
             raise InvalidRequest(
                 "a request for one version cannot follow the adapter; leave out @VERSION or adapter_update",
@@ -254,16 +262,21 @@ class OpenAIWire:
             )
         if body.stream_options is not None and not body.stream:
             raise InvalidRequest("stream_options needs stream: true", param="stream_options")
+        if body.prompt_logprobs is not None and body.stream:
+            raise InvalidRequest("prompt_logprobs are not streamed; leave out one of them", param="prompt_logprobs")
+        source = grammar_source(body)
+        limits = [self._max_tokens(job, view.tokens) for view in job.prompts]
+        grammar = None if source is None else await self._house.grammars.compile(source)
         out = []
-        for prompt in job.prompts:
-            params = sampling(body, self._max_tokens(job, prompt), job.logprobs)
+        for view, max_tokens in zip(job.prompts, limits, strict=True):
+            params = sampling(body, max_tokens, job.logprobs, job.prompt_logprobs, grammar)
             for choice in range(n):
                 out.append(
                     TokenRequest(
                         id=f"{id}-{len(out)}",
                         tenant=tenant_of(request) or LOCAL_TENANT,
                         adapter=adapter,
-                        prompt=prompt,
+                        prompt=view.tokens,
                         params=replace(params, choice=choice),
                         follow=body.adapter_update == "follow",
                     )
@@ -278,23 +291,24 @@ class OpenAIWire:
             model=body.model,
             adapter_version=adapter.version if adapter is not None else None,
         )
-        requests = self._requests(request, body, adapter, job, heading.id)
+        requests = await self._requests(request, body, adapter, job, heading.id)
         tokenizer = self._house.tokenizer
         name = "token_id:{}".format if body.return_tokens_as_token_ids else tokenizer.token_text
-        choices = [Choice(tokenizer, name) for _ in requests]
+        choices = [Choice(tokenizer, name, job.prompts[i // (body.n or 1)]) for i in range(len(requests))]
         run = Run(
             heading=heading,
             shape=job.shape,
-            prompt_tokens=[len(p) for p in job.prompts],
+            prompt_tokens=[len(view.tokens) for view in job.prompts],
             fan=self._submit(requests),
             choices=choices,
+            deadline=request.state.deadline,
             ping_s=self._config.ping_s,
         )
         try:
             if not body.stream:
                 return JSONResponse(await attend(request, run.whole()))
             # Until the first token an error is a plain HTTP answer.  A long wait must not look dead, though.
-            first = await attend(request, run.fan.next(self._config.ping_s))
+            first = await attend(request, run.next(self._config.ping_s))
             options = body.stream_options
             return EventStream(run, run.events(first, bool(options is not None and options.include_usage)))
         except BaseException:
@@ -356,24 +370,3 @@ def turn(message: Message, where: str) -> dict[str, str]:
             raise InvalidRequest(f"{field} is required", param=field)
         texts.append(part.text)
     return {"role": role, "content": "\n".join(texts)}
-
-
-def sampling(body: SamplingBody, max_tokens: int, logprobs: int | None) -> SamplingParams:
-    """The body's sampling fields; what is absent has the API's default."""
-
-    def given[T](value: T | None, default: T) -> T:
-        return default if value is None else value
-
-    return SamplingParams(
-        max_tokens=max_tokens,
-        temperature=given(body.temperature, 1.0),
-        top_p=given(body.top_p, 1.0),
-        top_k=given(body.top_k, -1),
-        min_p=given(body.min_p, 0.0),
-        seed=body.seed,
-        stop=(body.stop,) if isinstance(body.stop, str) else tuple(given(body.stop, [])),
-        include_stop=given(body.include_stop_str_in_output, False),
-        stop_token_ids=tuple(given(body.stop_token_ids, [])),
-        ignore_eos=given(body.ignore_eos, False),
-        logprobs=logprobs,
-    )

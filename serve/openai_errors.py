@@ -29,6 +29,7 @@ ERROR_STATUSES = {
     413: "the body is too large",
     429: "over your limit; see Retry-After",
     503: "overloaded; see Retry-After",
+    504: "it took longer than x-request-timeout-s, or than this server allows",
 }
 ERROR_SCHEMA = {
     "type": "object",
@@ -78,7 +79,7 @@ def error_response(error: Exception) -> Response:
     headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
     if status in (429, 503):
         headers["Retry-After"] = str(RETRY_AFTER_S)
-    if status in (409, 507):
+    if status in (409, 504, 507):  # asked again, it would take as long
         headers["x-should-retry"] = "false"
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"

@@ -66,12 +66,16 @@ class Shape(Protocol):
         """The choice of an answer that is not streamed."""
         ...
 
+    def beside(self, pieces: Sequence[Piece]) -> Json:
+        """What an answer that is not streamed says beside its choices, of which the first has these pieces."""
+        ...
+
 
 class ChatShape:
     id_prefix, whole_object, chunk_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, logprobs: bool):
-        self._logprobs = logprobs
+    def __init__(self, logprobs: bool, prompt_logprobs: bool):
+        self._logprobs, self._prompt_logprobs = logprobs, prompt_logprobs
 
     def opening(self, index: int) -> list[Json]:
         return [self._chunk(index, {"role": "assistant", "content": ""}, None, None)]
@@ -92,6 +96,9 @@ class ChatShape:
             "finish_reason": last_finish(pieces),
         }
 
+    def beside(self, pieces: Sequence[Piece]) -> Json:
+        return {"prompt_logprobs": ranked(pieces)} if self._prompt_logprobs else {}
+
     def _chunk(self, index: int, delta: Json, logprobs: Json | None, finish: FinishReason | None) -> Json:
         reason = finish.value if finish is not None else None
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
@@ -109,8 +116,8 @@ class ChatShape:
 class CompletionShape:
     id_prefix, whole_object, chunk_object = "cmpl-", "text_completion", "text_completion"
 
-    def __init__(self, logprobs: bool):
-        self._logprobs = logprobs
+    def __init__(self, logprobs: bool, prompt_logprobs: bool):
+        self._logprobs, self._prompt_logprobs = logprobs, prompt_logprobs
 
     def opening(self, index: int) -> list[Json]:
         return []
@@ -125,13 +132,19 @@ class CompletionShape:
             "text": "".join(p.text for p in pieces),
             "logprobs": self._lists([e for p in pieces for e in p.entries]),
             "finish_reason": last_finish(pieces),
-        }
+        } | ({"prompt_logprobs": ranked(pieces)} if self._prompt_logprobs else {})
+
+    def beside(self, pieces: Sequence[Piece]) -> Json:
+        return {}
 
     def _lists(self, entries: Sequence[Entry]) -> Json | None:
         if not self._logprobs:
             return None
         # Ids with one text collide here; the better one stays, and the chosen token always has its own value.
-        tops = [{t.text: t.logprob for t in reversed(e.top)} | {e.text: e.logprob} for e in entries]
+        tops = [
+            None if e.logprob is None else {t.text: t.logprob for t in reversed(e.top)} | {e.text: e.logprob}
+            for e in entries
+        ]
         return {
             "tokens": [e.text for e in entries],
             "token_logprobs": [e.logprob for e in entries],
@@ -140,19 +153,28 @@ class CompletionShape:
         }
 
 
+def ranked(pieces: Sequence[Piece]) -> list[Json | None]:
+    """prompt_logprobs as vLLM writes them: nothing for the first token, then for each an object by token id."""
+    return [None] + [
+        {str(r.token): {"logprob": r.logprob, "rank": r.rank, "decoded_token": r.text} for r in place}
+        for place in pieces[0].prompt
+    ]
+
+
 def last_finish(pieces: Sequence[Piece]) -> str | None:
     """The finish reason in OpenAI's word, None before the end."""
     return pieces[-1].finish.value if pieces and pieces[-1].finish is not None else None
 
 
 def usage(prompt_tokens: Sequence[int], choices: Sequence[Choice]) -> Json:
-    """Tokens spent.  A prompt counts once, whatever n.  None are cached: there is no prefix cache."""
+    """Tokens spent.  A prompt counts once, whatever n; cached are what its first choice found."""
     prompt, completion = sum(prompt_tokens), sum(c.tokens for c in choices)
+    firsts = choices[:: len(choices) // len(prompt_tokens)]
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": 0},
+        "prompt_tokens_details": {"cached_tokens": sum(c.cached_tokens for c in firsts)},
     }
 
 

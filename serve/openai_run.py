@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncGenerator, Awaitable, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
+from jaxlora.errors import DeadlineExceeded
 from serve.openai_errors import error_body
 from serve.openai_format import DONE, Heading, Json, Shape, sse, usage
 from serve.openai_stream import Choice, Fan, Piece
@@ -29,6 +31,7 @@ class Run:
     prompt_tokens: Sequence[int]  # of each prompt
     fan: Fan
     choices: Sequence[Choice]
+    deadline: float  # of the event loop's clock: what is not complete then ends with an error
     ping_s: float  # silence after which a stream gets a comment line
 
     async def whole(self) -> Json:
@@ -36,14 +39,15 @@ class Run:
         pieces: list[list[Piece]] = [[] for _ in self.choices]
         try:
             while any(c.finish is None for c in self.choices):
-                item = await self.fan.next()
+                item = await self.next()
                 if item is not None:
                     index, delta = item
                     pieces[index].append(self.choices[index].take(delta))
         finally:
             self.fan.cancel()
         choices = [self.shape.whole(i, p) for i, p in enumerate(pieces)]
-        return self.heading.wrap(self.shape.whole_object, choices, self._versions()) | {"usage": self._usage()}
+        whole = self.heading.wrap(self.shape.whole_object, choices, self._versions())
+        return whole | self.shape.beside(pieces[0]) | {"usage": self._usage()}
 
     async def events(self, first: tuple[int, Delta] | None, include_usage: bool) -> AsyncGenerator[bytes]:
         """The stream's bytes.  It ends in one way: the finish of all choices or an error event; then [DONE]."""
@@ -63,7 +67,7 @@ class Run:
                         yield sse(self.heading.wrap(shape.chunk_object, [choice], versions_of(delta)) | extra)
                 if all(c.finish is not None for c in self.choices):
                     break
-                item = await self.fan.next(self.ping_s)
+                item = await self.next(self.ping_s)
             if include_usage:
                 yield sse(self.heading.wrap(shape.chunk_object, [], self._versions()) | {"usage": self._usage()})
         except Exception as error:
@@ -73,6 +77,16 @@ class Run:
             self.fan.cancel()
             yield sse(body)
         yield DONE
+
+    async def next(self, timeout_s: float = math.inf) -> tuple[int, Delta] | None:
+        """(choice, delta), or None when nothing came in time.  Raises what ended a stream early, DeadlineExceeded included."""
+        left = self.deadline - asyncio.get_running_loop().time()
+        item = await self.fan.next(min(timeout_s, left)) if left > 0 else None
+        if item is None and timeout_s >= left:
+            raise DeadlineExceeded(
+                "the time of this request is over before its answer is complete; ask for less, or later"
+            )
+        return item
 
     def _usage(self) -> Json:
         return usage(self.prompt_tokens, self.choices)

@@ -13,16 +13,23 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fai
 from pydantic_core import PydanticCustomError
 
 from jaxlora.errors import UnsupportedParameter
-from serve.request import MAX_TOP_LOGPROBS
+from serve.request import (
+    LEAST_REPETITION,
+    MAX_BIAS,
+    MAX_LOGIT_BIAS,
+    MAX_STOP_TOKEN_IDS,
+    MAX_TOP_LOGPROBS,
+    MOST_REPETITION,
+)
 
 MAX_N = 16  # choices for one prompt
 MAX_PROMPTS = 64  # prompts of one completions request
 MAX_CHOICES = 128  # prompts times n
 MAX_STOPS = 4
 MAX_STOP_CHARS = 256
-MAX_STOP_IDS = 64
 MAX_FIELDS = 100  # of one object
 MAX_MESSAGES = 2048
+MAX_CHOICE = 1000  # strings an answer may be one of
 MAX_PARTS = 256  # of one message's content
 INT32_MAX = 2**31 - 1
 
@@ -32,6 +39,7 @@ class Only:
     """Marks a field that is not built: these values change nothing and pass, all others are refused."""
 
     values: tuple[JsonValue, ...] = ()
+    instead: str = "leave it out"
 
 
 def few_fields(value: object) -> object:
@@ -62,7 +70,7 @@ def refuse_unbuilt(body: Strict, prefix: str = "") -> None:
             if isinstance(rule, Only) and value is not None and value not in rule.values:
                 hint = f"only {', '.join(map(repr, rule.values))} is" if rule.values else "it is not"
                 raise UnsupportedParameter(
-                    f"{prefix}{name} is not supported as given ({hint} supported here); leave it out",
+                    f"{prefix}{name} is not supported as given ({hint} supported here); {rule.instead}",
                     param=prefix + name,
                 )
         for i, item in enumerate(value if isinstance(value, list) else []):
@@ -99,6 +107,17 @@ def unicode_text(value: str) -> str:
     return value
 
 
+def biases(value: object) -> object:
+    """A bias for each token id, which JSON writes as a string."""
+    if not isinstance(value, dict):
+        return value
+    if len(value) > MAX_LOGIT_BIAS:
+        raise PydanticCustomError("biases", "must not name over {most} tokens", {"most": MAX_LOGIT_BIAS})
+    if not all(isinstance(k, str) and k.isascii() and k.isdigit() and len(k) < 12 for k in value):
+        raise PydanticCustomError("bias_ids", "must have token ids as its keys")
+    return {int(k): v for k, v in value.items()}
+
+
 Text = Annotated[str, AfterValidator(unicode_text)]
 Prompt = Annotated[Text | list[Text] | list[int] | list[list[int]], BeforeValidator(one_form)]
 StopString = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARS)]
@@ -108,6 +127,38 @@ Unbuilt = Annotated[JsonValue, Only()]
 class StreamOptions(Strict):
     include_usage: bool | None = None
     include_obfuscation: Annotated[bool | None, Only((False,))] = None
+
+
+class JsonSchema(Strict):
+    """Name and description are for readers; the schema is kept to whether `strict` or not."""
+
+    name: Annotated[Text, Field(min_length=1, max_length=64)]
+    description: Text | None = None
+    schema_: Annotated[dict[str, JsonValue] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Strict):
+    type: Annotated[str, Only(("text", "json_object", "json_schema"))]
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(Strict):
+    """vLLM's: exactly one of the first five."""
+
+    json_: Annotated[dict[str, JsonValue] | Text | None, Field(alias="json")] = None
+    json_object: bool | None = None
+    regex: Text | None = None
+    choice: Annotated[list[Text] | None, Field(min_length=1, max_length=MAX_CHOICE)] = None
+    grammar: Text | None = None
+    disable_any_whitespace: bool | None = None
+    disable_fallback: bool | None = None  # there is nothing to fall back to
+    disable_additional_properties: Annotated[bool | None, Only((False,), "say so in the schema")] = None
+    whitespace_pattern: Unbuilt = None
+    structural_tag: Unbuilt = None
+
+
+Guided = Annotated[JsonValue, Only((), "use structured_outputs")]  # vLLM's fields before structured_outputs
 
 
 class SamplingBody(Strict):
@@ -123,26 +174,36 @@ class SamplingBody(Strict):
     n: Annotated[int | None, Field(ge=1, le=MAX_N)] = None
     stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS), FailFast()] | None = None
     include_stop_str_in_output: bool | None = None
-    stop_token_ids: Annotated[list[int], Field(max_length=MAX_STOP_IDS), FailFast()] | None = None
+    stop_token_ids: Annotated[list[int], Field(max_length=MAX_STOP_TOKEN_IDS), FailFast()] | None = None
     ignore_eos: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Text | None = None  # says who asks; changes nothing
 
-    frequency_penalty: Annotated[float | None, Field(ge=-2, le=2), Only((0,))] = None
-    presence_penalty: Annotated[float | None, Field(ge=-2, le=2), Only((0,))] = None
-    repetition_penalty: Annotated[float | None, Field(gt=0), Only((1,))] = None
-    logit_bias: Annotated[JsonValue, Only(({},))] = None
-    min_tokens: Annotated[int | None, Field(ge=0), Only((0,))] = None
-    adapter_update: Literal["pin", "follow"] | None = (
-        None  # end on the version of the start, or let later ones reach it
-    )
+    frequency_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
+    presence_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
+    repetition_penalty: Annotated[float | None, Field(ge=LEAST_REPETITION, le=MOST_REPETITION)] = None
+    logit_bias: Annotated[
+        dict[int, Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)]] | None, BeforeValidator(biases)
+    ] = None
+    min_tokens: Annotated[int | None, Field(ge=0)] = None
+    prompt_logprobs: Annotated[int | None, Field(ge=0, le=MAX_TOP_LOGPROBS)] = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+
+    guided_json: Guided = None
+    guided_regex: Guided = None
+    guided_choice: Guided = None
+    guided_grammar: Guided = None
+    guided_decoding_backend: Guided = None
+    guided_whitespace_pattern: Guided = None
+    # End on the version of the start, or let later ones reach it.
+    adapter_update: Literal["pin", "follow"] | None = None
     priority: Annotated[int | None, Only((0,))] = None
     cache_salt: Unbuilt = None
     skip_special_tokens: Annotated[bool | None, Only((True,))] = None
     return_token_ids: Annotated[bool | None, Only((False,))] = None
-    prompt_logprobs: Unbuilt = None
 
 
 class ContentPart(Strict):
@@ -184,7 +245,6 @@ class ChatBody(SamplingBody):
     safety_identifier: Text | None = None  # as `user`
     store: Annotated[bool | None, Only((False,))] = None
 
-    response_format: Annotated[JsonValue, Only(({"type": "text"},))] = None
     tools: Annotated[JsonValue, Only(([],))] = None
     tool_choice: Annotated[JsonValue, Only(("none", "auto"))] = None
     parallel_tool_calls: Annotated[bool | None, Only((True,))] = None
@@ -208,9 +268,9 @@ class CompletionBody(SamplingBody):
     prompt: Prompt
     logprobs: Annotated[int | None, Field(ge=0, le=MAX_TOP_LOGPROBS)] = None
     add_special_tokens: bool | None = None
+    echo: bool | None = None
 
     max_tokens: Annotated[int | None, Field(ge=0, le=INT32_MAX)] = None  # 0 goes with echo alone
-    echo: Annotated[bool | None, Only((False,))] = None
     best_of: Annotated[int | None, Field(ge=1), Only((1,))] = None
     suffix: Annotated[str | None, Only(("",))] = None
 

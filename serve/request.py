@@ -7,8 +7,13 @@ from dataclasses import dataclass, field
 
 from jaxlora.errors import InvalidRequest
 from jaxlora.lora import AdapterRef
+from serve.grammar import Grammar
 
 MAX_TOP_LOGPROBS = 20
+MAX_LOGIT_BIAS = 300  # tokens with a bias
+MAX_STOP_TOKEN_IDS = 64
+MAX_BIAS = 100.0
+LEAST_REPETITION, MOST_REPETITION = 0.01, 100.0  # beyond, every choice is the same or nothing is finite
 
 
 class FinishReason(enum.Enum):
@@ -25,7 +30,7 @@ class SamplingParams:
     Raises InvalidRequest, naming the field, for a value out of range.
     """
 
-    max_tokens: int
+    max_tokens: int  # 0: the prompt is computed and nothing chosen
     temperature: float = 1.0  # 0 is greedy
     top_p: float = 1.0  # (0, 1]
     top_k: int = -1  # -1 or 0: all
@@ -37,20 +42,41 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None  # None: none; k: the chosen token's and the top k
+    prompt_logprobs: int | None = None  # the same of every prompt token but the first
+    min_tokens: int = 0  # before so many, nothing ends the answer
+    presence_penalty: float = 0.0  # [-2, 2], of tokens that were generated
+    frequency_penalty: float = 0.0  # [-2, 2], each time
+    repetition_penalty: float = 1.0  # of tokens of the prompt and the answer
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its logit)
+    grammar: Grammar | None = None  # what the answer must look like; its end is the answer's, whatever ignore_eos says
 
     def __post_init__(self) -> None:
         def need(ok: bool, name: str, wanted: str) -> None:
             if not ok:
                 raise InvalidRequest(f"{name} must be {wanted}, got {getattr(self, name)}", param=name)
 
-        need(self.max_tokens >= 1, "max_tokens", "at least 1")
+        def logprobs(name: str) -> None:
+            count = getattr(self, name)
+            need(count is None or 0 <= count <= MAX_TOP_LOGPROBS, name, f"in [0, {MAX_TOP_LOGPROBS}]")
+
+        need(self.max_tokens >= 0, "max_tokens", "0 or more")
         need(0.0 <= self.temperature <= 2.0, "temperature", "in [0, 2]")
         need(0.0 < self.top_p <= 1.0, "top_p", "in (0, 1]")
         need(self.top_k >= -1, "top_k", "-1 (all) or a positive count")
         need(0.0 <= self.min_p <= 1.0, "min_p", "in [0, 1]")
         need(self.seed is None or 0 <= self.seed < 2**63, "seed", "in [0, 2^63)")
         need(all(self.stop), "stop", "non-empty strings")
-        need(self.logprobs is None or 0 <= self.logprobs <= MAX_TOP_LOGPROBS, "logprobs", f"in [0, {MAX_TOP_LOGPROBS}]")
+        need(len(self.stop_token_ids) <= MAX_STOP_TOKEN_IDS, "stop_token_ids", f"at most {MAX_STOP_TOKEN_IDS} ids")
+        logprobs("logprobs")
+        logprobs("prompt_logprobs")
+        need(0 <= self.min_tokens <= self.max_tokens, "min_tokens", f"in [0, max_tokens = {self.max_tokens}]")
+        need(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", "in [-2, 2]")
+        need(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", "in [-2, 2]")
+        least, most = LEAST_REPETITION, MOST_REPETITION
+        need(least <= self.repetition_penalty <= most, "repetition_penalty", f"in [{least}, {most}]")
+        many = len(dict(self.logit_bias)) < len(self.logit_bias) or len(self.logit_bias) > MAX_LOGIT_BIAS
+        need(not many, "logit_bias", f"at most {MAX_LOGIT_BIAS} tokens, each once")
+        need(all(abs(b) <= MAX_BIAS for _, b in self.logit_bias), "logit_bias", f"numbers in [-{MAX_BIAS}, {MAX_BIAS}]")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,11 +100,18 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenLogprob:
-    """Raw log-softmax (float32, before temperature and filters) of one generated token and its best alternatives."""
+    """Raw log-softmax (float32, before penalties, temperature and filters) of a token and its best alternatives."""
 
     token: int
     logprob: float
     top: tuple[tuple[int, float], ...]  # (token, logprob), best first
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptLogprob(TokenLogprob):
+    """The same of a prompt token, after the tokens before it."""
+
+    rank: int  # 1 is the likeliest token
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,5 +123,7 @@ class Delta:
     tokens: tuple[int, ...] = ()
     adapter: AdapterRef | None = None  # the version that made these tokens; None: the base, or no tokens
     logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[PromptLogprob, ...] = ()  # of all prompt tokens but the first, on the first news
+    cached_tokens: int = 0  # of the prompt, whose KV was there already; on the first news
     finish: FinishReason | None = None
     error: Exception | None = field(default=None)

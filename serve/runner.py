@@ -19,13 +19,16 @@ from typing import Protocol
 from jaxlora.errors import AdapterNotFound, InvalidRequest, JaxLoraError, StorageFailed, Unavailable
 from jaxlora.lora import AdapterRef, LoraSpec
 from jaxlora.pool import Rows, adapter_of_rows, read_finite
+from jaxlora.serve_config import Tuning
 from serve.budget import Budget, BudgetSettings
 from serve.engine import Engine
+from serve.grammar import Grammars
 from serve.histogram import Histogram
 from serve.house import ModelCard
 from serve.request import Delta, Request
 
 LOG = logging.getLogger("serve")
+GONE = "the server stopped before the answer was complete; retry when it is up again"
 FRESHNESS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 
@@ -96,6 +99,7 @@ class Runner:
         """budget: how serving and training share the device; `budget.settings` changes it at any time."""
         self.engine, self.base_name, self.budget = engine, base_name, Budget(budget)
         self.started = time.time()
+        self.grammars = Grammars(engine.tokenizer)
         self.trainer: Trainer | None = None
         self.freshness = Histogram(FRESHNESS_S)  # learned → first token under the new version
         self._fresh: dict[tuple[str, str], tuple[AdapterRef, float]] = {}  # versions without a token, since when
@@ -177,9 +181,8 @@ class Runner:
             while not self._inbox.empty():  # those who came meanwhile must not wait for ever
                 self._inbox.get()()
         finally:
-            gone = Unavailable("the server stopped before the answer was complete; retry when it is up again")
             for request_id, listener in list(self._listeners.items()):
-                listener(Delta(request_id=request_id, error=gone))
+                listener(Delta(request_id=request_id, error=Unavailable(GONE)))
             self._listeners.clear()
 
     def _turn(self) -> None:
@@ -242,6 +245,18 @@ class Runner:
 
         with contextlib.suppress(Unavailable):  # ended: it holds nothing
             self._send(work)
+
+    def end_all(self) -> None:
+        """Ends every request under way with Unavailable, and frees all they hold.  Of any thread."""
+
+        def work() -> None:
+            for request_id, listener in list(self._listeners.items()):
+                self.engine.cancel(request_id)
+                listener(Delta(request_id=request_id, error=Unavailable(GONE)))
+            self._listeners.clear()
+
+        with contextlib.suppress(Unavailable):  # ended: so has each of them
+            self.call(work)
 
     def complete(self, requests: Sequence[Request]) -> list[Completion]:
         """All answers, in order, for callers without an event loop (not on the device thread).
@@ -313,6 +328,21 @@ class Runner:
                 if self.engine.release(old):
                     store.delete_version(old)
         return ref
+
+    def tune(self, tuning: Tuning) -> None:
+        """These settings from the next step on.  Device thread only, or before it starts.
+
+        A pinned name is its newest version: of an adapter that is published, the pin goes on to the new one, and the
+        old one takes its turns with the requests that still use it.
+        Raises InvalidRequest, and changes nothing, for a name of no adapter and for more than the compiled shapes have.
+        """
+        try:
+            pins = [(name, self.resolve(None, name)) for name in tuning.pin]
+        except AdapterNotFound as error:
+            raise InvalidRequest(f"pin: {error.message}", param="pin") from error
+        if base := [name for name, ref in pins if ref is None]:
+            raise InvalidRequest(f"pin: {base[0]} is the base model, which needs no slot; leave it out", param="pin")
+        self.engine.tune(tuning, {ref for _, ref in pins if ref is not None})
 
     def rehearse_publish(self, rows: Rows) -> None:
         """Compiles what a publication of rows of this shape runs, and publishes nothing.  Device thread only."""

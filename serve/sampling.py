@@ -3,7 +3,7 @@
 A filter is a threshold on a row's logits, found by bisection over the ordered bits of float32, so nothing is sorted;
 rows that use none, and steps in which no row does, do not pay for it.
 
-Shape letters: B rows, V vocabulary, M = 20 best tokens reported.
+Shape letters: B rows, V vocabulary, M = 20 best tokens reported, G lanes and J tokens of a lane.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from serve.edits import LogitEdits, edited
 from serve.request import MAX_TOP_LOGPROBS, SamplingParams
 
 INT32_MAX = 2**31 - 1
@@ -60,21 +61,34 @@ class SamplingBatch:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
+class PromptScores:
+    """What the model thought of known tokens (raw float32 log-softmax); zeros in a step where none is wanted."""
+
+    logprob_GJ: jax.Array  # float32
+    rank_GJ: jax.Array  # int32; 1 is the likeliest token
+    top_token_GJM: jax.Array  # int32, best first
+    top_logprob_GJM: jax.Array  # float32
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
 class StepOutput:
-    """One token per row, and what the model thought of it (raw float32 log-softmax)."""
+    """One token per row, and what the model thought of it (raw float32 log-softmax, before any edit)."""
 
     token_B: jax.Array  # int32
     logprob_B: jax.Array  # float32
     finite_B: jax.Array  # bool: all logits of the row were finite
     top_token_BM: jax.Array  # int32, best first; zeros where no row asked
     top_logprob_BM: jax.Array  # float32
+    scores: PromptScores | None = None  # of a step of prompt chunks
 
 
-def sample(logits_BV: jax.Array, batch: SamplingBatch) -> StepOutput:
-    """The next token of each row.  A row's draw depends on its seed, choice, position and logits alone."""
+def sample(logits_BV: jax.Array, edits: LogitEdits, batch: SamplingBatch) -> StepOutput:
+    """The next token of each row.  A row's draw depends on its seed, choice, position, logits and edits alone."""
     logits_BV = logits_BV.astype(jnp.float32)
-    greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    token_B = lax.cond((batch.temperature_B > 0).any(), _draw, lambda *_: greedy_B, logits_BV, greedy_B, batch)
+    edited_BV = edited(logits_BV, edits)
+    greedy_B = jnp.argmax(edited_BV, axis=-1).astype(jnp.int32)
+    token_B = lax.cond((batch.temperature_B > 0).any(), _draw, lambda *_: greedy_B, edited_BV, greedy_B, batch)
     total_B = jax.nn.logsumexp(logits_BV, axis=-1)
     chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]
     count = min(MAX_TOP_LOGPROBS, logits_BV.shape[1])

@@ -119,27 +119,27 @@ class Scheduler:
         elif ref is not None:
             self._work[ref].oldest = next(iter(left.values())).arrived
 
-    def follow(self, new: AdapterRef) -> None:
-        """The requests that follow this adapter, of any older version, go on under the new one.
+    def follow(self, new: AdapterRef) -> list[AdapterRef]:
+        """The requests that follow this adapter, of any older version, go on under the new one.  Returns what each was of.
 
         They keep their KV and their places in line.  Those that run are parked until the new version is active, which it
         is in the next plan when it lies in a slot and there is room.
         """
         followers = [
-            s
+            (ref, s)
             for ref in [r for r in self._work if (r.tenant, r.name) == (new.tenant, new.name) and r != new]
             for s in self._groups[ref].values()
             if s.request.follow
         ]
-        for s in sorted(followers, key=lambda s: s.number):
-            old, since = s.adapter, s.since
+        for old, s in sorted(followers, key=lambda x: x[1].number):
             if s.running:
-                self._park(s, since)
+                self._park(s, s.since)
             del self._groups[s.group][s.number]
             self._settle_group(s.group, old)
             s.adapter = new
             self._groups.setdefault(new, {})[s.number] = s
             self._work.setdefault(new, Work(s.arrived))
+        return [old for old, _ in followers]
 
     def wanted(self, count: int) -> list[AdapterRef]:
         """Adapters to read now: those that enter next and are on no slot, at most `count`."""
@@ -249,10 +249,10 @@ class Scheduler:
             if victim is None:
                 return False
         was_parked = self._parked.pop(s.number, None)  # its own pages are not taken from it
-        if not s.pages and not s.saved:
+        if not s.pages and not s.saved and not s.scoring:
             s.pages = [] if (salt := s.salt) is None else self.pages.match(salt, s.tokens)
             s.done = len(s.pages) * self.pages.page_tokens
-        need = self.pages.needed(len(s.tokens) + 1) - len(s.pages)
+        need = self.pages.needed(min(len(s.tokens) + 1, _tokens(s.request))) - len(s.pages)
         if not self._reclaim(need, now, plan, by_turns=self._rows[s.group] == 0):
             if was_parked is not None:
                 self._parked[s.number] = s

@@ -54,6 +54,11 @@ class Sequence:
         return max(known - self.done, 0)
 
     @property
+    def scoring(self) -> bool:
+        """The log-probabilities of its prompt are wanted and not yet told: cached pages would leave some out."""
+        return self.request.params.prompt_logprobs is not None and self.generated == 0
+
+    @property
     def recovering(self) -> bool:
         """Its KV was dropped, and it is not yet further than it was: parked now, it might never get further."""
         return 0 < self.lost >= self.done

@@ -40,8 +40,7 @@ from jaxlora.opened import Opened, open_base
 from jaxlora.peft import export_peft
 from jaxlora.pool import PoolSpec
 from jaxlora.serve_config import serve_defaults
-from jaxlora.store import AdapterStore
-from serve.assemble import HOST_BYTES, make_runner, stop
+from serve.assemble import make_runner, open_store, stop
 from serve.house import LOCAL_TENANT
 from serve.request import Request, SamplingParams
 from serve.runner import Runner
@@ -117,9 +116,9 @@ class Session:
                 base_hash=opened.base_hash,
                 parts=small_parts(opened.mesh),
             )
-            shelf = AdapterStore(Path(folder), host_bytes=HOST_BYTES)
-            end.callback(shelf.close)
             config = replace(serve_defaults(section.path, Path(folder)), slots=slots, max_rank=max_rank)
+            shelf = open_store(config)
+            end.callback(shelf.close)
             runner = make_runner(opened, config, shelf)
             end.callback(stop, runner, shelf)
             runner.start()

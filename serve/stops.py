@@ -40,14 +40,17 @@ class StopStrings:
         self._held = ""
         self._hit = False
 
-    def push(self, text: str) -> tuple[str, bool]:
-        """(text that is safe to send, whether a stop string is complete).  After that, all text is dropped."""
+    def push(self, text: str, *, armed: bool = True) -> tuple[str, bool]:
+        """(text that is safe to send, whether a stop string is complete).  After that, all text is dropped.
+
+        armed: a stop string that becomes complete in this text counts; else it is text like any other.
+        """
         if self._hit:
             return "", True
         seen = self._held + text
         for end, char in enumerate(text, start=len(self._held) + 1):
             complete = self._step(char)
-            if complete:
+            if complete and armed:
                 self._hit, self._held = True, ""
                 return seen[: end if self._include else end - complete], True
         hold = 0 if self._include else max(self._matched, default=0)
@@ -72,4 +75,5 @@ class StopStrings:
             self._matched[i] = length
             if length == len(stop):
                 complete = max(complete, length)
+                self._matched[i] = table[-1]
         return complete

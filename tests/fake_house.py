@@ -12,8 +12,9 @@ import uvicorn
 
 from jaxlora.errors import AdapterNotFound, InvalidRequest
 from jaxlora.lora import AdapterRef
+from serve.grammar import Grammars
 from serve.house import ModelCard
-from serve.request import Delta, FinishReason, TokenLogprob
+from serve.request import Delta, FinishReason, PromptLogprob, TokenLogprob
 from serve.stops import StopStrings
 
 EOS, BOS, MARK = 256, 257, 258
@@ -26,6 +27,7 @@ class ByteTokenizer:
 
     vocab_size = 259
     eos_ids = frozenset({EOS})
+    special_ids = frozenset({EOS, BOS, MARK})
     names = ("<eos>", "<bos>", "<turn>")
 
     def encode(self, text, *, add_special_tokens=True):
@@ -63,6 +65,7 @@ class FakeHouse:
     base_name: str = BASE
     context: int = 200
     tokenizer: ByteTokenizer = field(default_factory=ByteTokenizer)
+    grammars: Grammars = field(default_factory=lambda: Grammars(ByteTokenizer()))
     started: float = 1_700_000_000.0
     reply: object = echo_seed
     end: bool = True  # say EOS after the reply
@@ -140,6 +143,11 @@ class FakeStream:
         p = request.params
         stops, decoder = StopStrings(p.stop, p.include_stop), codecs.getincrementaldecoder("utf-8")("replace")
         tokens = [*house.reply(request).encode(), *([EOS] if house.end else [])]
+        scores = fake_scores(request.prompt, p.prompt_logprobs)
+        if p.max_tokens == 0:
+            self.ended = True
+            yield Delta(request_id=request.id, finish=FinishReason.LENGTH, prompt_logprobs=scores)
+            return
         # With ignore_eos the answer begins anew after the end token, until max_tokens.
         for i, token in enumerate(tokens * 50):
             if i == house.hang_after:
@@ -165,7 +173,7 @@ class FakeStream:
             made_by = request.adapter
             if house.versions is not None and made_by is not None:
                 made_by = replace(made_by, version=house.versions(i))
-            yield replace(delta, finish=finish, adapter=made_by)
+            yield replace(delta, finish=finish, adapter=made_by, prompt_logprobs=() if i else scores)
             if finish is not None:
                 return
 
@@ -177,6 +185,17 @@ def fake_logprobs(token, place, top):
     others = [((token + k) % 256, -place / 4 - k if k < 3 else float("-inf")) for k in range(1, top)]
     pairs = ([(token, -place / 4), *others])[:top]
     return (TokenLogprob(token=token, logprob=-place / 4, top=tuple(pairs)),)
+
+
+def fake_scores(prompt, top):
+    """Each prompt token but the first at minus its place, and above it ids that follow it."""
+    if top is None:
+        return ()
+    return tuple(
+        PromptLogprob(token=t, logprob=-float(i), rank=3, top=tuple(((t + k + 1) % 256, -k / 8) for k in range(top)))
+        for i, t in enumerate(prompt)
+        if i
+    )
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from jaxlora.pool import PoolSpec, Rows, empty_pool, host_rows, write_slot
 from jaxlora.store import AdapterStore
 from serve.engine import Engine, EngineConfig
 from serve.pages import PageAllocator
-from serve.request import Delta, Request, SamplingParams, TokenLogprob
+from serve.request import Delta, PromptLogprob, Request, SamplingParams, TokenLogprob
 from serve.runner import Runner
 
 MODEL = "tiny-llama-tied"
@@ -115,6 +115,7 @@ class Answer:
     tokens: list[int] = field(default_factory=list)
     text: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[PromptLogprob] = field(default_factory=list)
     finish: object = None
     error: Exception | None = None
     deltas: int = 0
@@ -125,6 +126,7 @@ class Answer:
         self.tokens += delta.tokens
         self.text += delta.text
         self.logprobs += delta.logprobs
+        self.prompt_logprobs += delta.prompt_logprobs
         self.finish, self.error = delta.finish, delta.error
         self.deltas += 1
 
@@ -211,7 +213,7 @@ def check_engine(engine: Engine) -> None:
     """Rows, pages, pins and the tables of the engine agree."""
     scheduler = engine.scheduler
     scheduler.check()
-    assert set(engine._sequences) == set(engine._texts) == set(engine._seeds)
+    assert set(engine._sequences) == set(engine._answers)
     assert len(engine._sequences) == sum(scheduler.counts())
     assert set(engine._saved) == {id for id, s in engine._sequences.items() if s.saved}
 

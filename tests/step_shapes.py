@@ -6,7 +6,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kernel_shapes import made_as_large_as
 
@@ -15,7 +14,8 @@ from jaxlora.mesh import RULES, replicated, sharding
 from jaxlora.model import Base
 from jaxlora.model_config import ModelConfig, parameters, target_features
 from jaxlora.pool import LoraRows, PoolSpec, Rows, layer_count, row_axes
-from serve.sampling import SamplingBatch
+from serve.edits import LogitEdits
+from serve.packed import Layout
 from serve.step import StepBatch, step_program
 from train.optimizer import Moments
 from train.state import TrainState, halves
@@ -90,15 +90,10 @@ def decode(mesh: Mesh) -> tuple[jax.stages.Compiled, Rows, KVPages]:
     rows = pool(mesh, PoolSpec(slots=64, rank=RANK, dtype="bfloat16"))
     pages = jax.ShapeDtypeStruct(PAGES, jnp.bfloat16, sharding=page_format(mesh))
     kv = KVPages(k_LPZF=pages, v_LPZF=pages)
-    sizes = {
-        "token_GJ": (ROWS, 1),
-        "position_GJ": (ROWS, 1),
-        "slot_G": (ROWS,),
-        "page_GC": (ROWS, 4),
-        "last_G": (ROWS,),
-    }
-    batch = StepBatch(**{n: np.zeros(shape, np.int32) for n, shape in sizes.items()}, sampling=SamplingBatch.idle(ROWS))
-    return step_program(mesh).lower(base(mesh), rows, kv, lanes(mesh, batch)).compile(), rows, kv
+    batch = StepBatch.idle(ROWS, 1, 4)
+    layout = Layout.of(batch)
+    args = (lanes(mesh, layout.pack(batch)), lanes(mesh, LogitEdits.idle(ROWS, 512, SMOLLM2.vocab)), layout)
+    return step_program(mesh).lower(base(mesh), rows, kv, *args).compile(), rows, kv
 
 
 def train(mesh: Mesh) -> jax.stages.Compiled:

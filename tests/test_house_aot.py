@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import re
 
+import jax
+import jax.numpy as jnp
 import pytest
 from aot_world import chips, collectives, kernels
 from kernel_shapes import as_large_as_logits, made_as_large_as
-from step_shapes import LANES, RANK, ROWS, SMOLLM2, TOKENS, decode, makers, parts, train
+from offload_world import compiled as moves
+from step_shapes import LANES, PAGES, RANK, ROWS, SMOLLM2, TOKENS, decode, makers, parts, train
 
+from jaxlora.kvcache import KVPages, page_format
 from jaxlora.mesh import make_mesh
 
 pytestmark = pytest.mark.aot
@@ -37,7 +41,7 @@ def test_decode_with_heads_split_in_three():
     with chips("v5e") as devices:
         compiled, rows, kv = decode(make_mesh(tensor=3, devices=devices))
     assert kernels(compiled) == DECODE_KERNELS
-    in_layers = collectives(compiled, "jit(_serve_step)/while/body")
+    in_layers = collectives(compiled, "jit(_packed_step)/while/body")
     assert in_layers == {f"f32[{ROWS},1,{RANK}]": 2, f"bf16[{ROWS},{SMOLLM2.d_model}]": 2}
     assert made_as_large_as(parts(rows), compiled.as_text()) == []
     assert makers(kv, compiled) == []
@@ -49,6 +53,16 @@ def test_decode_with_rows_and_features_split():
     assert kernels(compiled) == DECODE_KERNELS
     assert made_as_large_as(parts(rows), compiled.as_text()) == []
     assert makers(kv, compiled) == []
+
+
+@pytest.mark.parametrize("kind", ["v5e", "v6e"])
+def test_parked_pages_are_moved_without_a_copy_of_the_cache(kind):
+    with chips(kind) as devices:
+        mesh = make_mesh(tensor=3, devices=devices)
+        pages = jax.ShapeDtypeStruct(PAGES, jnp.bfloat16, sharding=page_format(mesh))
+        kv = KVPages(k_LPZF=pages, v_LPZF=pages)
+        for program in moves(mesh, kv):
+            assert [line for line in makers(kv, program) if "dynamic-update-slice" not in line] == []
 
 
 def test_training_with_heads_split_in_three():

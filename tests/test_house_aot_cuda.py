@@ -27,7 +27,7 @@ def test_decode_with_heads_split_in_three():
     with h100s() as devices:
         compiled, rows, kv = decode(make_mesh(tensor=3, devices=devices))
     assert kernels(compiled) == {"gathered_lora_shrink": 4, "gathered_lora_expand": 4, "paged_attention": 1}
-    in_layers = collectives(compiled, "jit(_serve_step)/while/body")
+    in_layers = collectives(compiled, "jit(_packed_step)/while/body")
     assert in_layers == {started(f"f32[{ROWS},{RANK}]"): 2, started(f"bf16[{ROWS},{SMOLLM2.d_model}]"): 2}
     assert made_as_large_as(parts(rows), compiled.as_text()) == []
     assert makers(kv, compiled) == []

@@ -115,6 +115,9 @@ def test_the_serving_config_serves_the_base_and_what_was_trained(trained, tmp_pa
             with httpx2.Client(base_url=lines[-1].split()[-1], timeout=120) as client:
                 names = [m["id"] for m in client.get("models").json()["data"]]
                 answers = [client.post("chat/completions", json=ASK | {"model": m}).json() for m in sorted(names)]
+            path.write_text(path.read_text().replace("quantum_ms = 200", 'pin = ["imported"]\nquantum_ms = 50'))
+            process.send_signal(signal.SIGHUP)
+            assert process.stdout.readline() == f"tuned by {path}\n"
             process.send_signal(signal.SIGINT)
             _, errors = process.communicate(timeout=60)
         finally:

@@ -17,6 +17,7 @@ PURE = (
     "jaxlora/config.py",
     "jaxlora/durable.py",
     "jaxlora/errors.py",
+    "jaxlora/host_tier.py",
     "jaxlora/lora.py",
     "jaxlora/model_config.py",
     "jaxlora/neighbours.py",
@@ -32,7 +33,11 @@ PURE = (
     "train/mixer.py",
     "serve/active.py",
     "serve/budget.py",
+    "serve/chat.py",
+    "serve/chat_client.py",
+    "serve/chat_columns.py",
     "serve/demo_tasks.py",
+    "serve/grammar.py",
     "serve/histogram.py",
     "serve/house.py",
     "serve/openai_format.py",
@@ -44,10 +49,12 @@ PURE = (
     "serve/sequence.py",
     "serve/shares.py",
     "serve/stops.py",
+    "serve/tuning.py",
 )
 JAX_FAMILY = ("jax", "jaxlib", "flax", "optax", "orbax")
 ONLY_IN = {  # package → the only files that import it
     "flax": ("jaxlora/model.py",),
+    "llguidance": ("serve/grammar.py",),
     "pydantic": ("serve/openai_api.py", "serve/openai_types.py"),
 }
 UNSAFE_MODULES = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "torch")

@@ -12,6 +12,7 @@ from serve_world import ask, run_all
 from jaxlora.lora import ALL_TARGETS
 from jaxlora.pool import PoolSpec
 from pallas_kernels import dispatch
+from serve.packed import Layout
 from train.state import TrainState, empty_state
 from train.step import idle_batch, make_programs
 
@@ -36,7 +37,10 @@ def test_engine_with_pallas_bodies(world):
 def test_an_interpreted_engine_leaves_nothing_to_choose(world):
     with dispatch.interpreted():
         engine = world.engine()
-        traced = str(engine._program.trace(engine.base, engine._pool, engine._kv, engine._idle(2, 1)).jaxpr)
+        idle, edits = engine._batch(2, 1, [])
+        layout = Layout.of(idle)
+        words_GW = layout.pack(idle)
+        traced = str(engine._program.trace(engine.base, engine._pool, engine._kv, words_GW, edits, layout).jaxpr)
     assert "pallas_call" in traced
     assert "platform_index" not in traced
 

@@ -20,7 +20,7 @@ from jaxlora.serve_config import serve_defaults
 ROOT = Path(__file__).resolve().parent.parent
 # pydantic is not in it: typer itself imports it for the help of a command.
 HEAVY = {"jax", "flax", "optax", "numpy", "fastapi", "transformers", "uvicorn", "serve", "train", "pallas_kernels"}
-COMMANDS = ("demo", "serve", "train", "export", "doctor")
+COMMANDS = ("demo", "serve", "chat", "train", "export", "doctor")
 
 
 @pytest.fixture
@@ -77,6 +77,14 @@ def test_demo_hands_on_its_options(entry):
     ]
 
 
+def test_chat_hands_on_its_options(entry):
+    assert run("chat").exit_code == run("chat", "roman@2", "--url", "http://h:1").exit_code == 0
+    assert entry == [
+        ("serve.chat:main", (), {"url": "http://127.0.0.1:8000", "name": None}),
+        ("serve.chat:main", (), {"url": "http://h:1", "name": "roman@2"}),
+    ]
+
+
 def test_train_hands_on_its_path(entry):
     assert run("train", "c.toml").exit_code == 0
     assert entry == [("train.run:main", (Path("c.toml"),), {})]
@@ -93,13 +101,15 @@ def test_export_hands_on_its_options(entry):
 
 def test_serve_with_a_model_only(entry):
     assert run("serve", "--model", "smollm2").exit_code == 0
-    assert entry == [("serve.assemble:main", (serve_defaults("smollm2", Path("adapters")),), {})]
+    assert entry == [("serve.assemble:main", (serve_defaults("smollm2", Path("adapters")), None), {})]
 
 
 def test_serve_options_replace_what_the_file_says(entry):
     options = "--model m --host 0.0.0.0 --port 0 --slots 3 --max-rank 4 --rows 5 --adapters a"
-    assert run("serve", str(ROOT / "configs/serve_smollm2.toml"), *options.split()).exit_code == 0
-    ((_, (config,), _),) = entry
+    path = ROOT / "configs/serve_smollm2.toml"
+    assert run("serve", str(path), *options.split()).exit_code == 0
+    ((_, (config, file), _),) = entry
+    assert file == path
     got = (config.model.path, config.host, config.port, config.slots, config.max_rank, config.rows, config.adapters)
     assert got == ("m", "0.0.0.0", 0, 3, 4, 5, Path("a"))
     assert (config.kv_pages, config.model.dtype) == (128, "auto")

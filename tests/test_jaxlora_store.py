@@ -168,11 +168,11 @@ def test_least_recently_used_leaves_first(open_store):
     held_a = store.get(a.ref)
     c = put(store, name="c")
     store.flush()
-    assert list(store._held) == [a.ref, c.ref]
+    assert store._ram.refs() == [a.ref, c.ref]
     assert store.get(a.ref) is held_a
     assert same(store.get(b.ref), b)
-    assert list(store._held) == [a.ref, b.ref]
-    assert store._held_bytes == 2 * size
+    assert store._ram.refs() == [a.ref, b.ref]
+    assert store.host_memory().held == 2 * size
 
 
 def test_many_askers_cause_one_load(open_store, monkeypatch):
@@ -198,6 +198,69 @@ def test_many_askers_cause_one_load(open_store, monkeypatch):
     assert len(loads) == 1
     assert len(got) == 20
     assert all(g is got[0] for g in got)
+
+
+def test_loads_keep_within_the_budget_what_is_aside_included(open_store, monkeypatch):
+    """Room is made before a byte is read, and loads that have no room beside others wait for them."""
+    store = open_store()
+    adapters = [put(store, name=f"a{i}") for i in range(8)]
+    store.close()
+    size = adapters[0].nbytes
+    again = open_store(host_bytes=4 * size)
+    again.get(adapters[0].ref)
+    again.set_aside(size)
+    together, most, real = [], [], store_module.load_version
+
+    def load(folder, ref, make_room):
+        def counted(nbytes: int) -> None:
+            assert nbytes == size
+            make_room(nbytes)
+            together.append(ref)
+            most.append(len(together))
+            memory = again.host_memory()
+            assert memory.held + memory.loading + memory.aside <= memory.limit
+            time.sleep(0.02)
+
+        try:
+            return real(folder, ref, counted)
+        finally:
+            together.remove(ref)
+
+    monkeypatch.setattr(store_module, "load_version", load)
+    threads = [threading.Thread(target=again.get, args=(a.ref,)) for a in adapters[1:]]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(most) == 7
+    assert 2 <= max(most) <= 3
+    memory = again.host_memory()
+    assert (memory.loading, memory.aside, memory.held) == (0, size, 3 * size)
+    assert memory.peak == memory.limit
+    again.set_aside(-size)
+    assert again.host_memory().aside == 0
+
+
+def test_one_load_goes_through_whatever_the_budget(open_store):
+    store = open_store()
+    adapter = put(store)
+    store.close()
+    again = open_store(host_bytes=1)
+    assert same(again.get(adapter.ref), adapter)
+    assert again.host_memory().held == 0
+    assert again.host_memory().peak == adapter.nbytes
+
+
+def test_a_failing_load_gives_its_room_back(open_store, tmp_path):
+    store = open_store()
+    ref = put(store).ref
+    store.close()
+    chunk = tmp_path / "adapters/acme/bot/1/weights/q_proj.a/0.0.0"
+    chunk.write_bytes(bytes(chunk.stat().st_size))
+    again = open_store()
+    with pytest.raises(StorageFailed):
+        again.get(ref)
+    assert again.host_memory().loading == 0
 
 
 def test_versions_never_change(open_store):
@@ -270,5 +333,7 @@ def test_many_threads(open_store):
         thread.join()
     assert errors == []
     store.flush()
-    assert store._held_bytes == sum(a.nbytes for a in store._held.values()) <= 5_000
+    memory = store.host_memory()
+    assert memory.held == sum(store.get(ref).nbytes for ref in store._ram.refs()) <= 5_000
+    assert memory.loading == 0
     assert [r.version for r in store.list(None)] == [3] * 4

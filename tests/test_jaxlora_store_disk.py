@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +14,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import orbax.checkpoint as ocp
 import pytest
 from store_world import make, put, same
 
+from jaxlora import adapter_files
 from jaxlora import store as store_module
 from jaxlora.errors import AdapterNotFound, StateInvalid, StorageFailed
 from jaxlora.lora import AdapterRef
@@ -38,7 +41,7 @@ def test_put_serves_while_storage_is_blocked(open_store, monkeypatch):
     assert time.monotonic() - started < 1
     gate.set()
     store.flush()
-    assert store._held_bytes == 0
+    assert store.host_memory().held == 0
     assert same(store.get(ref), adapter)
 
 
@@ -120,6 +123,46 @@ def test_flipped_bytes_are_found_and_others_unharmed(open_store, tmp_path):
         again.get(refs[1])
     assert same(again.get(refs[0]), make(refs[0]))
     time.sleep(0.3)  # so that the sibling reads end inside this test
+
+
+@pytest.mark.filterwarnings("ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("damage", ["short", "long", "gone"])
+def test_an_array_of_another_size_is_found(open_store, tmp_path, damage):
+    ref, folder = saved_folder(open_store, tmp_path)
+    path = folder / "weights" / "q_proj.a" / adapter_files.CHUNK
+    data = path.read_bytes()
+    path.unlink()
+    if damage != "gone":
+        path.write_bytes(data[:-4] if damage == "short" else data + bytes(4))
+    with pytest.raises(StorageFailed, match=r"acme/bot@1: its (files|bytes) on disk"):
+        open_store().get(ref)
+
+
+def test_a_load_is_a_plain_read_and_orbax_reads_the_same(open_store, tmp_path, monkeypatch):
+    """Orbax's own reading takes several times the CPU of a plain one, but what is written stays a checkpoint of its."""
+    ref, folder = saved_folder(open_store, tmp_path)
+    shapes = {t: (a.shape, b.shape) for t, (a, b) in make(ref).weights.items()}
+    weights = adapter_files._restore(folder.parent, 1, shapes)
+    assert same(replace(make(ref), weights=weights), make(ref))
+    monkeypatch.setattr(adapter_files, "_restore", None)
+    assert same(open_store().get(ref), make(ref))
+
+
+def test_a_version_that_was_written_compressed_still_loads(open_store, tmp_path):
+    """As this project wrote them before 2026-11-26: all arrays in one compressed OCDBT."""
+    ref, folder = saved_folder(open_store, tmp_path)
+    shutil.rmtree(folder / "weights")
+    tree = {target: {"a": a, "b": b} for target, (a, b) in make(ref).weights.items()}
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder / "weights", tree)
+    assert (folder / "weights" / "manifest.ocdbt").exists()
+    assert same(open_store().get(ref), make(ref))
+
+
+def test_saving_says_nothing(open_store, caplog):
+    put(open_store())
+    open_store()
+    assert caplog.text == ""
 
 
 def test_damaged_counter_is_refused_and_a_lost_one_is_safe(open_store, tmp_path):
@@ -303,7 +346,7 @@ def test_a_version_deleted_before_its_save_leaves_nothing(open_store, tmp_path, 
     gate.set()
     store.flush()
     assert list((tmp_path / "adapters/acme/bot").glob("*")) == []  # where the save had not begun there is no folder
-    assert store._held_bytes == 0
+    assert store.host_memory().held == 0
     with pytest.raises(AdapterNotFound):
         store.delete("acme", "bot")
     assert put(store).ref.version == 3

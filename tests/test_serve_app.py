@@ -196,7 +196,7 @@ def test_with_any_host_allowed_none_is_refused():
 
 
 def test_impossible_limits_are_refused_at_start():
-    for bad in ({"max_body_bytes": 0}, {"body_timeout_s": 0.0}):
+    for bad in ({"max_body_bytes": 0}, {"body_timeout_s": 0.0}, {"max_request_s": 0.0}):
         with pytest.raises(ConfigInvalid, match="positive"):
             create_app(FakeHouse(), default_max_tokens=5, **bad)
     with pytest.raises(InvalidRequest, match="default_max_tokens"):
@@ -210,6 +210,6 @@ def test_the_api_document_names_every_route_and_its_errors():
     assert set(paths) >= {"/v1/models", "/v1/models/{model}", "/v1/chat/completions", "/v1/completions", "/tokenize"}
     for path, methods in paths.items():
         for operation in methods.values():
-            if path not in ("/health", "/version"):
-                assert {"200", "400", "401", "404", "413", "429", "503"} <= set(operation["responses"])
+            if path not in ("/health", "/ready", "/version"):
+                assert {"200", "400", "401", "404", "413", "429", "503", "504"} <= set(operation["responses"])
                 assert "422" not in operation["responses"]

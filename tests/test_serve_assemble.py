@@ -17,8 +17,9 @@ from jaxlora.opened import Opened
 from jaxlora.peft import export_peft
 from jaxlora.serve_config import AdapterSection, serve_defaults
 from jaxlora.store import AdapterStore
-from serve import assemble
-from serve.assemble import HttpServer, load_peft, make_http, make_runner, stop
+from serve import http_server
+from serve.assemble import load_peft, make_runner, stop
+from serve.http_server import HttpServer, make_http
 
 pytest_plugins = ["serve_fixtures"]
 
@@ -105,8 +106,8 @@ class FakeSocket:
 )
 def test_an_address_with_colons_stands_in_brackets(runner, monkeypatch, host, family, bound, url):
     fakes = {k: getattr(socket, k) for k in ("AF_INET", "AF_INET6", "SOL_SOCKET", "SO_REUSEADDR")}
-    monkeypatch.setattr(assemble, "socket", SimpleNamespace(socket=FakeSocket, **fakes))
-    http = make_http(runner, host=host, port=8123, default_max_tokens=4)
+    monkeypatch.setattr(http_server, "socket", SimpleNamespace(socket=FakeSocket, **fakes))
+    http = make_http(runner, host=host, port=8123, default_max_tokens=4, max_request_s=9.0, grace_s=1.0)
     assert isinstance(http, HttpServer)
     assert (http.listening.family, http.listening.address) == (family, (bound, 8123))
     assert http.url == url

@@ -6,12 +6,15 @@ import threading
 from collections import defaultdict
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 from serve_world import SLOTS, Answer, ask, random_weights, run_all, step, with_resident
 
 from jaxlora.errors import AdapterInvalid, AdapterNotFinite, AdapterNotFound, BaseMismatch
 from jaxlora.lora import ALL_TARGETS, AdapterRef
+from jaxlora.pool import host_rows
+from serve.adapter_loads import FAILED_S, READERS
 from serve.request import FinishReason
 
 pytest_plugins = ["serve_fixtures"]
@@ -105,3 +108,76 @@ def test_an_adapter_that_is_not_finite_on_disk_is_refused_at_load(world, engine,
     answers = run_all(engine, [ask("r", good), ask("o", world.adapters[0])])
     assert isinstance(answers["r"].error, AdapterNotFinite)
     assert answers["o"].error is None
+
+
+def test_a_failure_is_kept_for_a_moment_so_that_many_askers_cost_one_read(world, engine, monkeypatch):
+    foreign = world.add("elsewhere", seed=1, base_hash="another").ref
+    reads, get, now = [], engine.store.get, [100.0]
+    monkeypatch.setattr(engine.store, "get", lambda ref: reads.append(ref) or get(ref))
+    monkeypatch.setattr(engine, "clock", lambda: now[0])
+    for i in range(100):  # one after the other: each finds the failure of the first
+        answers = run_all(engine, [ask(f"r{i}", foreign)])
+        assert isinstance(answers[f"r{i}"].error, BaseMismatch)
+    assert reads == [foreign]
+    now[0] += FAILED_S
+    assert isinstance(run_all(engine, [ask("later", foreign)])["later"].error, BaseMismatch)
+    assert reads == [foreign, foreign]
+
+
+def test_a_version_that_was_not_there_is_found_when_it_is_put(world, engine):
+    ref = world.store.mint("acme", "soon")
+    assert isinstance(run_all(engine, [ask("early", ref)])["early"].error, AdapterNotFound)
+    weights = world.adapters[0].weights
+    late = replace(world.adapters[0], ref=ref, weights={t: (a.copy(), b.copy()) for t, (a, b) in weights.items()})
+    world.store.put(late)
+    late_ask = ask("late", late)
+    assert run_all(engine, [late_ask])["late"].tokens == world.greedy(late_ask)
+
+
+def test_reads_that_nobody_wants_any_more_are_not_done(world, engine, monkeypatch):
+    gate, reads, get = threading.Event(), [], engine.store.get
+    monkeypatch.setattr(engine.store, "get", lambda ref: reads.append(ref) or (gate.wait(20) and get(ref)))
+    for i in range(20):
+        engine.submit(ask(f"r{i}", AdapterRef("acme", f"missing{i}", 1)))
+        engine.step()
+        engine.cancel(f"r{i}")
+    engine.step()
+    gate.set()
+    assert not engine._loads
+    assert len(reads) <= READERS
+
+
+def test_what_is_read_ahead_counts_in_the_host_budget(world, engine):
+    aside = world.store.host_memory().aside
+    other = world.engine()
+    assert other.ahead >= min(READERS, SLOTS)
+    rows = host_rows(world.base.config, world.spec, world.adapters[0])
+    assert world.store.host_memory().aside - aside == other.ahead * sum(x.nbytes for x in jax.tree.leaves(rows))
+
+
+@pytest.mark.parametrize("parked", [False, True])
+def test_an_adapter_that_is_deleted_answers_who_asked_before(world, engine, parked):
+    """A running, or parked and swapped out, request ends on its version; who comes later is told that it is gone."""
+    adapter = world.add("doomed", seed=70)
+    request = ask("before", adapter, 5, 20)
+    expected, aside = world.greedy(request), world.store.host_memory().aside
+    answers: dict[str, Answer] = defaultdict(Answer)
+    engine.submit(request)
+    while len(answers["before"].tokens) < 3:
+        step(engine, answers)
+    if parked:
+        engine.scheduler._park(engine._sequences["before"], engine.clock())
+        del engine.scheduler.active.entered[adapter.ref]
+        engine.slots.unpin(engine.slots.find(adapter.ref))
+        engine.slots.drop(adapter.ref)
+    world.store.flush()
+    with world.store._state:
+        world.store._ram.forget(adapter.ref)
+    world.store.delete("acme", "doomed")
+    assert world.store.host_memory().aside == aside + adapter.nbytes
+    while engine.has_work:
+        step(engine, answers)
+    assert answers["before"].tokens == expected
+    assert world.store.host_memory().aside == aside
+    with_resident(engine, *world.adapters[:SLOTS])
+    assert isinstance(run_all(engine, [ask("late", adapter)])["late"].error, AdapterNotFound)

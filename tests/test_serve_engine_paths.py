@@ -9,7 +9,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from serve_world import CONFIG, Answer, ask, run_all, step, with_pages
+from serve_world import CONFIG, SLOTS, Answer, ask, run_all, step, with_pages
 
 from serve.engine import Engine
 from serve.sequence import Plan, Sequence
@@ -141,3 +141,41 @@ def test_an_answer_is_the_same_when_its_beginning_is_found_in_the_cache(world, e
     before = engine.scheduler.pages.hits
     assert run_all(engine, [other])["other"].tokens == world.greedy(other)
     assert engine.scheduler.pages.hits == before  # another adapter's KV is never found
+
+
+def test_nan_in_free_pages_unused_slots_and_padding_changes_no_bit(world, monkeypatch):
+    """Of tokens and of log-probabilities, while requests are parked, saved, found in the cache and adapters exchanged."""
+
+    def run(poisoned: bool) -> dict[str, Answer]:
+        engine = with_pages(world.engine(replace(CONFIG, quantum_s=1e-9)), 24)
+        engine.clock = iter(np.arange(0.0, 1e6)).__next__
+        program = engine._run
+
+        def run_poisoned(batch, edits):
+            padding = batch.position_GJ < 0
+            idle = padding.all(axis=1)
+            batch.token_GJ[padding] = 33
+            batch.page_GC[idle] = 23
+            for numbers in (batch.sampling.temperature_B, batch.sampling.top_p_B, batch.sampling.min_p_B):
+                numbers[idle] = np.nan
+            unused = np.array([s for s in range(SLOTS) if s not in engine.slots.resident().values()], int)
+            engine._pool = jax.tree.map(lambda x: jax.device_put(x.at[:, unused].set(np.nan), x.sharding), engine._pool)
+            poison(engine)
+            return program(batch, edits)
+
+        if poisoned:
+            monkeypatch.setattr(engine, "_run", run_poisoned)
+        beginning = ask("beginning", None, 12).prompt
+        requests = [
+            ask(f"r{i}", [None, *world.adapters][i % 6], [*beginning, 7, 9 + i], 4 + i % 9, logprobs=5)
+            for i in range(14)
+        ]
+        answers = run_all(engine, requests)
+        assert engine.scheduler.active.swaps > 3
+        assert engine.scheduler.pages.hits > 0
+        return answers
+
+    plain, poisoned = run(False), run(True)
+    for id, answer in plain.items():
+        assert answer.tokens == poisoned[id].tokens, id
+        assert answer.logprobs == poisoned[id].logprobs, id

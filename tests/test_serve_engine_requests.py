@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import defaultdict
 from dataclasses import replace
 
@@ -53,7 +54,8 @@ def test_an_id_in_use_is_refused_and_harms_nobody(world, engine):
 
 
 @pytest.mark.parametrize("state", ["waiting", "loading", "prefill", "decode", "parked", "saved", "ended", "unknown"])
-def test_cancel_in_every_state_gives_everything_back(world, engine, state):
+def test_cancel_in_every_state_gives_everything_back(world, engine, state, monkeypatch):
+    gate = threading.Event()
     others = [ask(f"o{i}", world.adapters[(0, 1, 3)[i]], 4, 12) for i in range(3 if state == "waiting" else 2)]
     victim = ask("victim", world.adapters[2], 40, 20)
     answers: dict[str, Answer] = defaultdict(Answer)
@@ -75,13 +77,14 @@ def test_cancel_in_every_state_gives_everything_back(world, engine, state):
                 engine._move(plan)
                 assert "victim" in engine._saved
         case "loading":
-            load = engine._load
-            engine._load = lambda ref, slot: (
-                engine.cancel("victim") or load(ref, slot) if ref == victim.adapter else load(ref, slot)
+            get = engine.store.get
+            monkeypatch.setattr(
+                engine.store, "get", lambda ref: (ref == victim.adapter and gate.wait(20) and None) or get(ref)
             )
-            while "victim" in engine._sequences:
+            while len(engine.scheduler.running) < len(others):
                 step(engine, answers)
-            assert "victim" not in engine._sequences
+            assert engine._loads
+            assert not sequence.started
         case "prefill":
             engine.scheduler.limits = replace(engine.scheduler.limits, lanes=3)
             engine.scheduler.prefill_lanes = 3
@@ -96,6 +99,7 @@ def test_cancel_in_every_state_gives_everything_back(world, engine, state):
                 step(engine, answers)
     engine.cancel("nobody" if state == "unknown" else "victim")
     engine.cancel("victim")
+    gate.set()
     check_engine(engine)
     assert sequence.pages == []
     engine.scheduler.settle()

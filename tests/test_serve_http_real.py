@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import threading
 import time
+from dataclasses import replace
 
 import httpx2
 import numpy as np
 import openai
 import pytest
 from fake_house import serving
-from serve_world import check_idle, stream_greedy
+from serve_world import CONFIG, check_idle, stream_greedy
 
+from jaxlora.compile_cache import CompileCounter
 from jaxlora.lora import ALL_TARGETS, ATTENTION_TARGETS
 from serve.app import create_app
 from serve.runner import Runner
@@ -128,6 +132,156 @@ def test_a_failing_adapter_is_an_error_of_its_asker(world, server):
             client.completions.create(model=BASE, prompt="x", max_tokens=100)
         assert caught.value.code == "context_length_exceeded"
         assert client.completions.create(model=BASE, prompt="x", max_tokens=4).choices[0].finish_reason
+
+
+def test_echoed_logprobs_and_prompt_logprobs_are_those_of_the_plain_model(world, eight, server):
+    prompt = prompt_of(3)
+    weights = world.plain.merged(eight[2])
+    with openai.OpenAI(base_url=server[1] + "/v1", api_key="none", max_retries=0, timeout=30) as client:
+        answer = client.completions.create(
+            model="tenant2", prompt=prompt, max_tokens=0, echo=True, logprobs=2, extra_body={"prompt_logprobs": 1}
+        )
+    choice = answer.choices[0]
+    assert choice.text == world.tokenizer.decode(prompt)
+    told = choice.model_extra["prompt_logprobs"]
+    for i, token in enumerate(prompt[1:], start=1):
+        logits = world.plain.logits(prompt[:i], weights)
+        raw = logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
+        assert abs(choice.logprobs.token_logprobs[i] - raw[token]) < 1e-4
+        assert abs(told[i][str(token)]["logprob"] - raw[token]) < 1e-4
+        assert told[i][str(token)]["rank"] == 1 + (raw > raw[token]).sum()
+        assert str(int(raw.argmax())) in told[i]
+
+
+def test_the_prompt_tokens_that_were_cached_are_told(server):
+    with openai.OpenAI(base_url=server[1] + "/v1", api_key="none", max_retries=0, timeout=30) as client:
+
+        def cached(**options) -> int:
+            prompt = [[9, *range(20, 41)], [8, *range(30, 40)]]
+            answer = client.completions.create(model="tenant4", prompt=prompt, max_tokens=1, n=2, **options)
+            assert answer.usage.prompt_tokens == 33
+            return answer.usage.prompt_tokens_details.cached_tokens
+
+        assert cached() == 0
+        assert cached() == 20 + 8  # whole pages of four; each prompt counts once
+        assert cached(extra_body={"prompt_logprobs": 0}) == 0
+
+
+def test_any_mixture_of_options_is_answered_and_compiles_nothing(eight, server):
+    """Eight clients at once, each field drawn; answers with a form parse."""
+    draw = np.random.default_rng(17)
+    options = {
+        "temperature": [0, 0.7, 2],
+        "top_p": [0.1, 0.9],
+        "presence_penalty": [-2, 0.5, 2],
+        "frequency_penalty": [-2, 0.5, 2],
+        "logit_bias": [{"5": 3, "300": -100}, {str(i): -1 for i in range(300)}],
+        "seed": [1, 2**62],
+        "stop": ["a", ["b", "c"]],
+        "n": [1, 2],
+        "echo": [True],
+        "logprobs": [0, 5],
+    }
+    extra = {
+        "top_k": [1, 40],
+        "min_p": [0.1],
+        "repetition_penalty": [0.01, 1.3, 100],
+        "min_tokens": [1, 9],
+        "stop_token_ids": [[5, 6]],
+        "ignore_eos": [True],
+        "prompt_logprobs": [0, 20],
+        "structured_outputs": [{"regex": "[a-z]{2,5}"}, {"choice": ["yes", "no"]}, {"json_object": True}],
+    }
+
+    def some(of: dict) -> dict:
+        return {k: v[int(draw.integers(len(v)))] for k, v in of.items() if draw.random() < 0.4}
+
+    async def scenario():
+        async with openai.AsyncOpenAI(base_url=server[1] + "/v1", api_key="none", max_retries=0, timeout=60) as client:
+            for _ in range(4):
+                asked = [(some(options), some(extra)) for _ in range(COUNT)]
+                models = [BASE if draw.random() < 0.3 else a.ref.name for a in eight]
+                answers = await asyncio.gather(
+                    *(
+                        client.completions.create(model=m, prompt=prompt_of(i % 5), max_tokens=9, **o, extra_body=e)
+                        for i, (m, (o, e)) in enumerate(zip(models, asked, strict=True))
+                    )
+                )
+                for (o, e), answer in zip(asked, answers, strict=True):
+                    assert len(answer.choices) == o.get("n", 1)
+                    ended = [c for c in answer.choices if c.finish_reason == "stop"]
+                    if "regex" in e.get("structured_outputs", {}) and not o.keys() & {"stop", "echo"} | e.keys() & {
+                        "stop_token_ids"
+                    }:
+                        assert all(re.fullmatch("[a-z]{2,5}", c.text) for c in ended), (o, e, answer)
+
+    with CompileCounter() as counter:
+        asyncio.run(scenario())
+    assert not counter.retraced
+
+
+@pytest.fixture
+def crowd(world):
+    """A slow server with clients in every state: running, parked, in line, and waiting for an adapter to be read."""
+    engine = world.engine(replace(CONFIG, rows=2, prefill_lanes=2, quantum_s=1e-9))
+    gate, get, step = threading.Event(), engine.store.get, engine.step
+    locked = world.adapters[4].ref
+    world.store.get = lambda ref: gate.wait(30) and get(ref) if ref == locked else get(ref)
+    runner = Runner(engine, base_name=BASE)
+    runner.start()
+    engine.step = lambda: time.sleep(0.05) or step()
+    try:
+        with serving(create_app(runner, default_max_tokens=16, max_request_s=60)) as url:
+            yield runner, url
+    finally:
+        gate.set()
+        del world.store.get
+        runner.stop()
+    check_idle(engine)
+
+
+def everyone(runner: Runner, names: list[str]) -> bool:
+    """Whether all are there, and somebody in each state."""
+    engine = runner.engine
+    running, parked, waiting = engine.scheduler.counts()
+    return min(running, parked, waiting) > 0 and running + parked + waiting == len(names) and bool(engine._loads)
+
+
+async def crowded(world, runner, url, headers: dict[str, str], then) -> list[httpx2.Response]:
+    """All clients ask; when each state is there, `then` is called with their tasks.  What they got."""
+    names = [BASE, *(a.ref.name for a in world.adapters)] * 2
+    async with httpx2.AsyncClient(base_url=url, timeout=30, headers=headers) as client:
+        body = {"prompt": prompt_of(0), "max_tokens": 50, "ignore_eos": True}
+        tasks = [asyncio.create_task(client.post("/v1/completions", json=body | {"model": n})) for n in names]
+        began = time.monotonic()
+        while not await asyncio.to_thread(lambda: runner.call(lambda: everyone(runner, names))):
+            assert time.monotonic() - began < 20
+        then(tasks)
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def test_clients_that_hang_up_free_what_they_hold_wherever_they_are(world, crowd):
+    runner, url = crowd
+    asyncio.run(crowded(world, runner, url, {}, lambda tasks: [t.cancel() for t in tasks]))
+    began = time.monotonic()
+    while runner.call(lambda: runner.engine.has_work):
+        assert time.monotonic() - began < 2  # of thirty and more that the answers would take
+    runner.call(lambda: check_idle(runner.engine))
+
+
+def test_requests_whose_time_is_over_end_wherever_they_are(world, crowd):
+    runner, url = crowd
+    headers = {"x-request-timeout-s": "2.5"}
+    began = time.monotonic()
+    answers = asyncio.run(crowded(world, runner, url, headers, lambda tasks: None))
+    assert 2.4 < time.monotonic() - began < 8
+    for answer in answers:
+        assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
+        assert answer.headers["x-should-retry"] == "false"
+    began = time.monotonic()
+    while runner.call(lambda: runner.engine.has_work):
+        assert time.monotonic() - began < 2
+    runner.call(lambda: check_idle(runner.engine))
 
 
 def test_a_client_that_hangs_up_frees_what_it_held(server):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 
 import openai
 import pytest
@@ -10,6 +12,7 @@ from fake_house import serving
 from serve_world import stream_greedy
 
 from serve.app import create_app
+from serve.grammar import llguidance_tokenizer
 from serve.runner import Runner
 
 pytest_plugins = ["smollm2_fixtures"]
@@ -74,3 +77,71 @@ def test_chat_answers_in_the_template_of_the_model(url):
             temperature=0,
         )
     assert "Paris" in answer.choices[0].message.content
+
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        "city": {"enum": ["Paris", "London", "Oslo"]},
+    },
+    "required": ["name", "age", "city"],
+    "additionalProperties": False,
+}
+
+
+def test_every_structured_answer_of_base_and_adapters_parses_and_is_valid(smol, url):
+    """Greedy and drawn, chat and completion, all at once; random adapters would write nothing of the kind by themselves."""
+    form = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON, "strict": True}}
+    models = [BASE, *(a.ref.name for a in smol.adapters[:5])]
+
+    async def scenario():
+        async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=300) as client:
+            chats = [
+                client.chat.completions.create(
+                    model=m,
+                    messages=[{"role": "user", "content": "Anna is 31 and lives in Oslo. As JSON?"}],
+                    response_format=form,
+                    max_tokens=70,
+                    temperature=i % 2,
+                    seed=i,
+                    n=1 + i % 2,
+                    presence_penalty=0.1 * i,
+                )
+                for i, m in enumerate(models)
+            ]
+            plain = [
+                client.completions.create(
+                    model=m,
+                    prompt="The date is",
+                    max_tokens=30,
+                    temperature=1,
+                    extra_body={"structured_outputs": {"regex": "[0-9]{4}-[01][0-9]-[0-3][0-9]"}, "min_tokens": 2},
+                )
+                for m in models
+            ]
+            return await asyncio.gather(*chats), await asyncio.gather(*plain)
+
+    chats, plain = asyncio.run(scenario())
+    for answer in chats:
+        for choice in answer.choices:
+            assert choice.finish_reason == "stop"
+            value = json.loads(choice.message.content)
+            assert list(value) == ["name", "age", "city"]
+            assert len(value["name"]) <= 12
+            assert type(value["age"]) is int
+            assert 0 <= value["age"] <= 120
+            assert value["city"] in ("Paris", "London", "Oslo")
+    for answer in plain:
+        assert re.fullmatch("[0-9]{4}-[01][0-9]-[0-3][0-9]", answer.choices[0].text)
+
+
+def test_every_token_of_the_demo_model_has_our_bytes_in_a_grammar(smol):
+    theirs = llguidance_tokenizer(smol.opened.tokenizer)
+    wrong = [
+        i
+        for i in range(smol.opened.tokenizer.vocab_size)
+        if theirs.decode_bytes([i]) != smol.opened.tokenizer.token_bytes(i)
+    ]
+    assert wrong == []

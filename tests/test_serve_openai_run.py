@@ -7,9 +7,10 @@ import time
 import httpx2
 import openai
 import pytest
-from fake_house import BASE, HI, events
+from fake_house import BASE, HI, events, serving
 
 from jaxlora.errors import JaxLoraError, Overloaded, StateInvalid, Unavailable
+from serve.app import create_app
 
 pytest_plugins = ["wire_fixtures"]
 
@@ -50,6 +51,37 @@ def test_a_server_that_stops_is_asked_again(running, house):
     assert (caught.value.status_code, caught.value.code) == (503, "unavailable")
     assert "x-should-retry" not in caught.value.response.headers
     assert caught.value.response.request.headers["x-stainless-retry-count"] == "1"
+
+
+def test_a_stream_whose_time_is_over_ends_with_an_error_event(http, house):
+    house.hang_after = 2
+    body = {"model": BASE, "messages": HI, "stream": True}
+    began = time.monotonic()
+    answer = http.post("/v1/chat/completions", json=body, headers={"x-request-timeout-s": "0.5"})
+    assert 0.4 < time.monotonic() - began < 5
+    told = events(answer)
+    assert told[-1] == "[DONE]"
+    error = json.loads(told[-2])["error"]
+    assert (error["code"], error["type"]) == ("deadline_exceeded", "server_error")
+    assert house.streams[0].cancelled.wait(5)
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "soon", "1e3", "nan", "", "9" * 30])
+def test_a_time_that_is_none_is_refused(http, value):
+    answer = http.post("/v1/completions", json={"model": BASE, "prompt": "x"}, headers={"x-request-timeout-s": value})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "x-request-timeout-s")
+
+
+def test_the_server_has_a_limit_of_its_own(house):
+    house.hang_after = 0
+    with (
+        serving(create_app(house, default_max_tokens=5, max_request_s=0.3)) as url,
+        openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=2) as client,
+        pytest.raises(openai.InternalServerError) as caught,
+    ):
+        client.completions.create(model=BASE, prompt="x", extra_headers={"x-request-timeout-s": "100"})
+    assert (caught.value.status_code, caught.value.code) == (504, "deadline_exceeded")
+    assert caught.value.response.request.headers["x-stainless-retry-count"] == "0"  # it would only take as long again
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -77,15 +77,73 @@ CHAT_TABLE = {
         "invalid_value",
         "continue_final_message",
     ),
-    "presence_penalty": ({"presence_penalty": 0.5}, "unsupported_parameter", "presence_penalty"),
-    "penalty_range": ({"presence_penalty": 3}, "invalid_value", "presence_penalty"),
-    "frequency_penalty": ({"frequency_penalty": -0.5}, "unsupported_parameter", "frequency_penalty"),
-    "repetition_penalty": ({"repetition_penalty": 1.1}, "unsupported_parameter", "repetition_penalty"),
-    "logit_bias": ({"logit_bias": {"5": 1}}, "unsupported_parameter", "logit_bias"),
-    "min_tokens": ({"min_tokens": 1}, "unsupported_parameter", "min_tokens"),
+    "presence_penalty": ({"presence_penalty": 2.5}, "invalid_value", "presence_penalty"),
+    "presence_text": ({"presence_penalty": "1"}, "invalid_value", "presence_penalty"),
+    "frequency_penalty": ({"frequency_penalty": -2.5}, "invalid_value", "frequency_penalty"),
+    "repetition_zero": ({"repetition_penalty": 0}, "invalid_value", "repetition_penalty"),
+    "repetition_over": ({"repetition_penalty": 101}, "invalid_value", "repetition_penalty"),
+    "bias_range": ({"logit_bias": {"5": 101}}, "invalid_value", "logit_bias[5]"),
+    "bias_bool": ({"logit_bias": {"5": True}}, "invalid_value", "logit_bias[5]"),
+    "bias_word": ({"logit_bias": {"the": 1}}, "invalid_value", "logit_bias"),
+    "bias_list": ({"logit_bias": [1]}, "invalid_value", "logit_bias"),
+    "bias_outside": ({"logit_bias": {"259": 1}}, "invalid_value", "logit_bias"),
+    "bias_many": ({"logit_bias": {str(i): 1 for i in range(301)}}, "invalid_value", "logit_bias"),
+    "min_tokens": ({"min_tokens": -1}, "invalid_value", "min_tokens"),
+    "min_over_max": ({"min_tokens": 6, "max_tokens": 5}, "invalid_value", "min_tokens"),
+    "prompt_logprobs_over": ({"prompt_logprobs": 21}, "invalid_value", "prompt_logprobs"),
+    "prompt_logprobs_all": ({"prompt_logprobs": -1}, "invalid_value", "prompt_logprobs"),
+    "prompt_logprobs_streamed": ({"prompt_logprobs": 1, "stream": True}, "invalid_value", "prompt_logprobs"),
     "tools": ({"tools": [{"type": "function"}]}, "unsupported_parameter", "tools"),
     "tool_choice": ({"tool_choice": "required"}, "unsupported_parameter", "tool_choice"),
-    "response_format": ({"response_format": {"type": "json_object"}}, "unsupported_parameter", "response_format"),
+    "format_without_type": ({"response_format": {}}, "invalid_value", "response_format.type"),
+    "format_unknown": (
+        {"response_format": {"type": "structural_tag"}},
+        "unsupported_parameter",
+        "response_format.type",
+    ),
+    "format_without_schema": (
+        {"response_format": {"type": "json_schema"}},
+        "invalid_value",
+        "response_format.json_schema",
+    ),
+    "schema_for_any_object": (
+        {"response_format": {"type": "json_object", "json_schema": {"name": "x"}}},
+        "invalid_value",
+        "response_format.json_schema",
+    ),
+    "schema_bad": (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "cat"}}}},
+        "invalid_value",
+        "response_format.json_schema.schema",
+    ),
+    "schema_list": (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": []}}},
+        "invalid_value",
+        "response_format.json_schema.schema",
+    ),
+    "structured_none": ({"structured_outputs": {}}, "invalid_value", "structured_outputs"),
+    "structured_two": ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "invalid_value", "structured_outputs"),
+    "structured_unknown": ({"structured_outputs": {"rgx": "a"}}, "unknown_parameter", "structured_outputs.rgx"),
+    "structured_and_format": (
+        {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
+        "invalid_value",
+        "structured_outputs",
+    ),
+    "structured_white_space": (
+        {"structured_outputs": {"json_object": True, "whitespace_pattern": " *"}},
+        "unsupported_parameter",
+        "structured_outputs.whitespace_pattern",
+    ),
+    "structured_compact_regex": (
+        {"structured_outputs": {"regex": "a", "disable_any_whitespace": True}},
+        "invalid_value",
+        "structured_outputs.disable_any_whitespace",
+    ),
+    "regex_bad": ({"structured_outputs": {"regex": "(["}}, "invalid_value", "structured_outputs.regex"),
+    "choice_empty": ({"structured_outputs": {"choice": []}}, "invalid_value", "structured_outputs.choice"),
+    "grammar_bad": ({"structured_outputs": {"grammar": "start: A"}}, "invalid_value", "structured_outputs.grammar"),
+    "json_bad": ({"structured_outputs": {"json": "{"}}, "invalid_value", "structured_outputs.json"),
+    "guided": ({"guided_json": {"type": "object"}}, "unsupported_parameter", "guided_json"),
     "follow": ({"adapter_update": "follow", "model": "support@3"}, "invalid_value", "adapter_update"),
     "update": ({"adapter_update": "newest"}, "invalid_value", "adapter_update"),
     "store": ({"store": True}, "unsupported_parameter", "store"),
@@ -124,8 +182,6 @@ COMPLETION_TABLE = {
     "special_for_ids": ({"prompt": [1], "add_special_tokens": True}, "invalid_value", "add_special_tokens"),
     "logprobs_bool": ({"logprobs": True}, "invalid_value", "logprobs"),
     "logprobs_over": ({"logprobs": 21}, "invalid_value", "logprobs"),
-    "echo": ({"echo": True}, "unsupported_parameter", "echo"),
-    "score_only": ({"echo": True, "max_tokens": 0}, "unsupported_parameter", "echo"),
     "zero_without_echo": ({"max_tokens": 0}, "invalid_value", "max_tokens"),
     "best_of": ({"best_of": 2}, "unsupported_parameter", "best_of"),
     "best_of_below_n": ({"best_of": 1, "n": 2}, "invalid_value", "best_of"),
@@ -157,6 +213,9 @@ def test_values_that_ask_for_nothing_are_accepted(http):
         "logit_bias": {},
         "repetition_penalty": 1,
         "min_tokens": 0,
+        "prompt_logprobs": None,
+        "structured_outputs": None,
+        "guided_json": None,
         "adapter_update": "pin",
         "response_format": {"type": "text"},
         "tools": [],
@@ -188,6 +247,11 @@ def test_caps_and_numbers_are_named(client, house):
     client.completions.create(model=BASE, prompt=[1] * 100, max_tokens=100)  # the boundary itself fits
     client.completions.create(model=BASE, prompt=[1] * 199)
     assert [r.params.max_tokens for r in house.requests] == [100, 1]
+
+
+def test_what_replaces_a_field_is_named(http):
+    answer = http.post("/v1/completions", json={"model": BASE, "prompt": "x", "guided_regex": "a"})
+    assert "use structured_outputs" in answer.json()["error"]["message"]
 
 
 def test_errors_never_quote_the_prompt(http):

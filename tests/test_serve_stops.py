@@ -66,3 +66,35 @@ def test_an_empty_stop_string_is_refused():
     with pytest.raises(InvalidRequest, match="empty") as caught:
         StopStrings(("a", ""), False)
     assert caught.value.param == "stop"
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    early=st.lists(small, max_size=4),
+    late=st.lists(small, max_size=4),
+    stops=st.lists(st.text(alphabet="ab", min_size=1, max_size=4), min_size=1, max_size=3),
+    include=st.booleans(),
+)
+def test_before_it_counts_a_stop_string_is_text_and_one_that_straddles_counts(early, late, stops, include):
+    """Oracle: the first place in the later text at which the whole text ends with a stop string."""
+    it = StopStrings(tuple(stops), include)
+    sent, hit = "", False
+    for piece in early:
+        text, ended = it.push(piece, armed=False)
+        assert not ended
+        sent += text
+    for piece in late:
+        text, hit = it.push(piece)
+        sent += text
+        if hit:
+            break
+    start, whole = len("".join(early)), "".join(early + late)
+    for end in range(start + 1, len(whole) + 1):
+        done = [s for s in stops if whole[:end].endswith(s)]
+        if done:
+            assert hit
+            # What was sent before is never taken back, so a cut may come later than the stop string begins.
+            assert sent == (whole[:end] if include else whole[: end - max(map(len, done))])
+            return
+    assert not hit
+    assert sent + it.flush() == whole

@@ -1,0 +1,75 @@
+"""What the serving benchmarks share: a warm server over the demo model, and adapters to ask."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import tempfile
+from collections.abc import Generator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from jaxlora import compile_cache
+from jaxlora.config import DEMO_MODEL, ONE_DEVICE, Dtype, ModelSection
+from jaxlora.lora import LAYER_TARGETS, Adapter, AdapterRef, LoraSpec
+from jaxlora.model_config import target_features
+from jaxlora.opened import Opened, open_base
+from jaxlora.pool import layer_count
+from jaxlora.serve_config import ServeConfig, serve_defaults
+from serve.assemble import make_runner, open_store
+from serve.request import Request, SamplingParams
+from serve.runner import Runner
+
+IDS = itertools.count()
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A runner that is not started, its adapters, and what it was made of."""
+
+    opened: Opened
+    runner: Runner
+    adapters: list[AdapterRef]
+
+
+def adapter(opened: Opened, ref: AdapterRef, rank: int) -> Adapter:
+    """Small random weights on all seven projections; equal for equal refs."""
+    spec = LoraSpec(rank=rank, alpha=2.0 * rank)
+    random = np.random.default_rng([ref.version, *ref.name.encode()])
+    weights = {}
+    for target in LAYER_TARGETS:
+        x, y = target_features(opened.base.config, target)
+        layers = layer_count(opened.base.config, target)
+        a, b = (random.standard_normal((layers, rank, n), np.float32) * 0.01 for n in (x, y))
+        weights[target] = (a, b)
+    return Adapter(ref=ref, spec=spec, base_hash=opened.base_hash, weights=weights)
+
+
+@contextlib.contextmanager
+def server(adapters: int, *, rank: int = 8, dtype: Dtype = "bfloat16", **settings: object) -> Generator[Server]:
+    """A server with so many random adapters in a store of its own, of one tenant each.  settings: of ServeConfig."""
+    compile_cache.enable(None)
+    opened = open_base(ModelSection(path=DEMO_MODEL, dtype=dtype), ONE_DEVICE)
+    with tempfile.TemporaryDirectory() as folder:
+        config: ServeConfig = replace(serve_defaults(DEMO_MODEL, Path(folder)), max_rank=rank, **settings)
+        store = open_store(config)
+        runner = make_runner(opened, config, store)
+        refs = [store.mint(f"team{n}", "a") for n in range(adapters)]
+        for ref in refs:
+            store.put(adapter(opened, ref, rank))
+        store.flush()
+        try:
+            yield Server(opened, runner, refs)
+        finally:
+            store.close()
+
+
+def request(ref: AdapterRef | None, prompt: int, answer: int, vocab: int) -> Request:
+    """Random tokens for an adapter, greedy, that does not end early.  prompt, answer: tokens."""
+    number = next(IDS)
+    tokens = np.random.default_rng(number).integers(1000, vocab, prompt).tolist()
+    params = SamplingParams(max_tokens=answer, temperature=0.0, ignore_eos=True)
+    tenant = "nobody" if ref is None else ref.tenant
+    return Request(id=f"r{number}", tenant=tenant, adapter=ref, prompt=tuple(tokens), params=params)

@@ -1,0 +1,137 @@
+"""One request's answer: what its rows ask of the device, and what a sampled token means to its client."""
+
+from __future__ import annotations
+
+import secrets
+
+import jax
+import numpy as np
+
+from jaxlora.errors import AdapterInvalid
+from jaxlora.tokenizer import Tokenizer
+from serve.edits import ALL_BITS, AllowedTokens, LogitEdits, RowEdits
+from serve.grammar import GrammarState
+from serve.request import Delta, FinishReason, PromptLogprob, Request, TokenLogprob
+from serve.sampling import PromptScores, StepOutput
+from serve.step import StepBatch
+from serve.stops import StopStrings
+
+
+class Answer:
+    """How far one answer is.  It is on the host and stays while its sequence is parked, moved or computed again.
+
+    Raises InvalidRequest for a token id that the model does not have.
+    """
+
+    def __init__(self, request: Request, tokenizer: Tokenizer, vocab: int):
+        params = request.params
+        self._id, self._prompt, self._params = request.id, request.prompt, params
+        eos_ends = params.grammar is not None or not params.ignore_eos
+        self._ends = frozenset(params.stop_token_ids) | (set(tokenizer.eos_ids) if eos_ends else set())
+        self._grammar = None if params.grammar is None else params.grammar.start()
+        self._edits = RowEdits(params, request.prompt, self._ends, vocab)
+        self._seed = secrets.randbits(63) if params.seed is None else params.seed
+        self._detokenizer = tokenizer.detokenizer()
+        self._stops = StopStrings(params.stop, params.include_stop)
+        self._generated = 0
+        self._prompt_logprobs: dict[int, PromptLogprob] = {}  # by place in the prompt
+
+    # ---- what it asks of a step -----------------------------------------------------------------------------------
+
+    @property
+    def edits_tokens(self) -> bool:
+        """Whether the next token is chosen by other logits than the model's."""
+        return self._edits.used
+
+    @property
+    def has_grammar(self) -> bool:
+        """Whether a grammar says which tokens may come."""
+        return self._grammar is not None
+
+    def fill(self, batch: StepBatch, edits: LogitEdits, row: int, position: int) -> None:
+        """Says in one row of NumPy arrays how the token at this position is chosen."""
+        batch.sampling.fill(row, self._params, self._seed, position)
+        must_end = self._grammar is not None and self._allow(edits.allowed, row, self._grammar)
+        if self._edits.used:
+            self._edits.fill(edits.tokens, row, must_end=must_end)
+
+    def _allow(self, allowed: AllowedTokens, row: int, grammar: GrammarState) -> bool:
+        """Writes what the grammar allows into the row; whether that is nothing but the end."""
+        bits_W: np.ndarray = np.asarray(allowed.bits_BW)[row]
+        grammar.allow(bits_W)
+        if grammar.error is not None:  # `take` tells it
+            bits_W[:] = ALL_BITS
+        allowed.used_B[row] = True
+        rest_W = bits_W.copy()
+        for end in self._ends:
+            rest_W[end // 32] &= ~np.uint32(1 << end % 32)
+        return not rest_W.any()
+
+    def targets(self, start: int, count: int) -> tuple[int, ...]:
+        """Prompt tokens to score, each after the one before it, when so many tokens from this place on are computed."""
+        if self._params.prompt_logprobs is None or self._generated:
+            return ()
+        return self._prompt[start + 1 : start + 1 + count]
+
+    # ---- what comes back ------------------------------------------------------------------------------------------
+
+    def score(self, scores: PromptScores, lane: int, start: int, count: int) -> None:
+        """Keeps the scores of a lane that computed so many tokens from this place on."""
+        for j, token in enumerate(self.targets(start, count)):
+            top = _pairs(scores.top_token_GJM[lane, j], scores.top_logprob_GJM[lane, j], self._params.prompt_logprobs)
+            self._prompt_logprobs[start + j + 1] = PromptLogprob(
+                token=token,
+                logprob=float(scores.logprob_GJ[lane, j]),
+                top=top,
+                rank=int(scores.rank_GJ[lane, j]),
+            )
+
+    def take(self, out: StepOutput, row: int) -> Delta:
+        """What the token of this row means to the client; numbers that are not finite end the answer with an error."""
+        if not out.finite_B[row]:
+            error = AdapterInvalid("the model gave non-finite numbers for this request; check its adapter")
+            return Delta(request_id=self._id, error=error)
+        if self._grammar is not None and self._grammar.error is not None:
+            return Delta(request_id=self._id, error=self._grammar.error)
+        params, token = self._params, int(out.token_B[row])
+        prompt_logprobs = tuple(self._prompt_logprobs[i] for i in sorted(self._prompt_logprobs))
+        self._prompt_logprobs.clear()
+        if params.max_tokens == 0:
+            return Delta(request_id=self._id, finish=FinishReason.LENGTH, prompt_logprobs=prompt_logprobs)
+        self._generated += 1
+        self._edits.take(token)
+        text, finish = self._text(token)
+        logprobs = () if params.logprobs is None else (_logprob(out, row, params.logprobs),)
+        return Delta(
+            request_id=self._id,
+            text=text,
+            tokens=(token,),
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            finish=finish,
+        )
+
+    def _text(self, token: int) -> tuple[str, FinishReason | None]:
+        """(text that may be sent now, why the answer ends with this token)."""
+        ended = token in self._ends
+        complete = self._grammar is not None and self._grammar.take(token)
+        armed = self._generated > self._params.min_tokens
+        text, hit = ("", False) if ended else self._stops.push(self._detokenizer.push(token), armed=armed)
+        finish = None
+        if ended or hit or complete:
+            finish = FinishReason.STOP
+        elif self._generated >= self._params.max_tokens:
+            finish = FinishReason.LENGTH
+        if finish is not None and not hit:
+            tail, hit = self._stops.push(self._detokenizer.flush(), armed=armed)
+            text += tail + ("" if hit else self._stops.flush())
+        return text, finish
+
+
+def _logprob(out: StepOutput, row: int, count: int) -> TokenLogprob:
+    top = _pairs(out.top_token_BM[row], out.top_logprob_BM[row], count)
+    return TokenLogprob(token=int(out.token_B[row]), logprob=float(out.logprob_B[row]), top=top)
+
+
+def _pairs(token_M: jax.Array, logprob_M: jax.Array, count: int | None) -> tuple[tuple[int, float], ...]:
+    return tuple(zip(token_M[:count].tolist(), logprob_M[:count].tolist(), strict=True))

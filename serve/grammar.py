@@ -1,0 +1,228 @@
+"""Structured output: a grammar says which tokens may come next.  Pure: no jax here.
+
+A request's JSON schema, regular expression, choice or grammar is compiled on threads of its own, under limits of size,
+work and time; what is compiled is kept.  Each answer has a state of its own on the host, which stays with it while it is
+parked or computed again, and gives the device one bit a token.  Source: llguidance, which does all of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal, Protocol
+
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper, grammar_from
+from llguidance.numpy import fill_next_token_bitmask
+
+from jaxlora.errors import InvalidRequest, Overloaded
+
+MAX_SOURCE_BYTES = 2**16  # of a grammar as text
+MAX_MULTIPLE = 10_000  # product of all multipleOf of a schema: so many states the automaton of a number has
+COMPILE_S = 5.0  # a grammar that takes longer is refused
+THREADS = 2  # that compile; one that has been given up ends by the library's limits
+KEPT = 64  # compiled grammars
+# About a millisecond of work for a token's mask, and tens of megabytes for an answer; far beyond what schemas need.
+LIMITS = LLParserLimits(
+    step_lexer_fuel=50_000,
+    step_max_items=20_000,
+    max_lexer_states=20_000,
+    max_grammar_size=50_000,
+    verbose_errors=False,
+)
+# As json.dumps writes: where white space is free, a small model may go on with it for ever.
+JSON_FORM = {
+    "item_separator": ", ",
+    "key_separator": ": ",
+    "whitespace_flexible": False,
+    "lenient": False,
+    "coerce_one_of": False,
+}
+
+
+class Tokenizer(Protocol):
+    """What a grammar needs of a tokenizer.  Thread-safe."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def eos_ids(self) -> Collection[int]: ...
+    @property
+    def special_ids(self) -> Collection[int]: ...
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
+    def token_bytes(self, id: int) -> bytes: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GrammarSource:
+    """What an answer must look like, as the client wrote it."""
+
+    kind: Literal["json", "regex", "choice", "grammar"]  # a JSON schema; all of it; one of these; Lark or GBNF
+    text: str  # JSON of a schema or of a list of strings, a regular expression, a grammar
+    param: str  # the field of the request, for messages
+    compact: bool = False  # JSON without any white space
+
+
+class Grammar:
+    """A compiled grammar.  It never changes; each answer starts its own state."""
+
+    def __init__(self, matcher: LLMatcher, vocab: int):
+        self._matcher, self._vocab = matcher, vocab
+
+    def start(self) -> GrammarState:
+        """The state before the first token."""
+        return GrammarState(self._matcher.deep_copy(), self._vocab)
+
+
+class GrammarState:
+    """How far one answer is in its grammar."""
+
+    def __init__(self, matcher: LLMatcher, vocab: int):
+        self._matcher = matcher
+        self._words = -(-vocab // 32)
+
+    def allow(self, bits_W: np.ndarray) -> None:
+        """Sets the bits (uint32) of the tokens that may come next, and clears all others.  See `error` after it."""
+        bits_W[self._words :] = 0
+        fill_next_token_bitmask(self._matcher, bits_W[None, : self._words].view(np.int32))
+
+    def take(self, token: int) -> bool:
+        """Goes on by one token that was allowed; whether that was the last.  See `error` after it."""
+        self._matcher.consume_token(token)
+        return self._matcher.is_stopped()
+
+    @property
+    def error(self) -> InvalidRequest | None:
+        """Why the grammar cannot go on, if it cannot: some limit was reached."""
+        if not self._matcher.is_error():
+            return None
+        return InvalidRequest(
+            f"the answer's grammar is too complex at this token ({_said(self._matcher)}); simplify it"
+        )
+
+
+class Grammars:
+    """Compiles grammars over one tokenizer.  Thread-safe."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="grammar")
+        self._lock = threading.Lock()  # over the two below
+        self._built: LLTokenizer | None = None
+        self._kept: OrderedDict[tuple[str, str, bool], Grammar] = OrderedDict()  # the one used last is last
+
+    async def compile(self, source: GrammarSource) -> Grammar:
+        """The compiled grammar, off the loop's thread.
+
+        Raises InvalidRequest for a bad grammar and one over the limits, Overloaded when others keep the threads busy.
+        """
+        work = self._threads.submit(self.compile_now, source)
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(work), COMPILE_S)
+        except TimeoutError:
+            if work.cancelled():  # before it began
+                raise Overloaded("other grammars are being compiled; retry later") from None
+            message = f"{source.param} takes over {COMPILE_S:g} s to compile; simplify it"
+            raise InvalidRequest(message, param=source.param) from None
+
+    def compile_now(self, source: GrammarSource) -> Grammar:
+        """The compiled grammar, on this thread.  Raises InvalidRequest."""
+        key = source.kind, source.text, source.compact
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
+            self._built = self._built or llguidance_tokenizer(self._tokenizer)
+        matcher = LLMatcher(self._built, _written(source), log_level=0, limits=LIMITS)
+        vocab = self._tokenizer.vocab_size
+        grammar = Grammar(matcher, vocab)
+        if not matcher.is_error():
+            trial = matcher.deep_copy()
+            fill_next_token_bitmask(trial, np.zeros((1, -(-vocab // 32)), np.int32))
+            matcher = trial if trial.is_error() else matcher
+        if matcher.is_error():
+            raise InvalidRequest(f"{source.param} cannot be used: {_said(matcher)}", param=source.param)
+        with self._lock:
+            self._kept[key] = grammar
+            while len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
+        return grammar
+
+
+class _Ours:
+    """What llguidance asks of a tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self.eos_token_id, self.bos_token_id = min(tokenizer.eos_ids), None
+        self.tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
+        self.special_token_ids = sorted(tokenizer.special_ids)
+
+    def __call__(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+
+def llguidance_tokenizer(tokenizer: Tokenizer) -> LLTokenizer:
+    """Our tokenizer as llguidance knows it: the same bytes for every id, special tokens never part of a text."""
+    ends = list(tokenizer.eos_ids)
+    return LLTokenizer(TokenizerWrapper(_Ours(tokenizer)), n_vocab=tokenizer.vocab_size, eos_token=ends)
+
+
+def _written(source: GrammarSource) -> str:
+    """The source in llguidance's form.  Raises InvalidRequest for what it would take ill."""
+
+    def refuse(why: str) -> InvalidRequest:
+        return InvalidRequest(f"{source.param} {why}", param=source.param)
+
+    if (size := len(source.text.encode())) > MAX_SOURCE_BYTES:
+        raise refuse(f"has {size} bytes; at most {MAX_SOURCE_BYTES} are compiled")
+    if source.kind == "regex":
+        return LLMatcher.grammar_from_regex(source.text)
+    if source.kind == "grammar" and "%json" in source.text:
+        raise refuse("must not hold %json; give a JSON schema by itself")
+    if source.kind != "json":
+        try:
+            return grammar_from(source.kind, source.text)
+        except ValueError as error:
+            raise refuse(f"cannot be used: {str(error)[:200]}") from None
+    try:
+        schema = json.loads(source.text)
+    except (ValueError, RecursionError):
+        raise refuse("must be JSON, nested at most some hundred times") from None
+    if not isinstance(schema, dict):
+        raise refuse("must be a JSON schema: an object")
+    if _multiples(schema) > MAX_MULTIPLE:
+        raise refuse(f"asks for multipleOf numbers whose product is over {MAX_MULTIPLE}; use smaller ones")
+    form = JSON_FORM | ({"item_separator": ",", "key_separator": ":"} if source.compact else {})
+    return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=form)  # ty: ignore[invalid-argument-type]
+
+
+def _multiples(schema: object) -> int:
+    """The product of all multipleOf in it, each as a whole number of its last decimal."""
+    found: set[int] = set()
+    todo: list[object] = [schema]
+    while todo:
+        value = todo.pop()
+        if isinstance(value, dict):
+            number = value.get("multipleOf")
+            if isinstance(number, int | float) and number > 0:
+                share = Fraction(str(number))
+                found.add(share.numerator * share.denominator)
+            todo += value.values()
+        elif isinstance(value, list):
+            todo += value
+    product = 1
+    for number in found:
+        product = min(product * number, 10**9)
+    return product
+
+
+def _said(matcher: LLMatcher) -> str:
+    """The library's reason in one line."""
+    return matcher.get_error().strip().split("\n")[0][:300]

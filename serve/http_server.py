@@ -1,0 +1,127 @@
+"""The app on a socket, and its end: not ready and refusing at once, while what is open finishes within a grace time.
+
+    SIGTERM, Ctrl-C ──▶ the door closes ──▶ all answers are complete, or the grace time is over, or another signal comes
+                    ──▶ what is still open ends with an error event ──▶ the server ends
+
+uvicorn alone closes its socket first, so that clients find nobody, and cuts streams without a word.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FrameType
+
+import uvicorn
+
+from jaxlora.errors import ConfigInvalid
+from serve.app import Door, create_app, hosts_for
+from serve.runner import Runner
+
+LOG = logging.getLogger("serve")
+BACKLOG = 2048  # connections that may wait to be accepted
+LAST_WORDS_S = 5  # for a client to read how its stream ended
+
+
+class DrainingServer(uvicorn.Server):
+    """Ends in two steps.  end_open: ends every open answer with an error; called on a thread of its own."""
+
+    def __init__(self, config: uvicorn.Config, door: Door, grace_s: float, end_open: Callable[[], None]):
+        super().__init__(config)
+        self._door, self._grace_s, self._end_open = door, grace_s, end_open
+        self._ends: float | None = None  # time.monotonic() when nothing is waited for any more
+        self.interrupted = False  # by Ctrl-C
+
+    def drain(self) -> None:
+        """Begins the end; a second time, waits for nobody.  Of any thread, or a signal handler."""
+        if self._ends is None:
+            self._ends = time.monotonic() + self._grace_s
+            self._door.close()
+        else:
+            self._ends = 0.0
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal to end."""
+        self.interrupted |= sig == signal.SIGINT
+        self.drain()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Looks, ten times a second, whether the end has come."""
+        if self._ends is not None and not self.should_exit:
+            over = time.monotonic() >= self._ends
+            if over and self._door.inside:
+                LOG.warning("%d requests are open when the server ends; each gets an error", self._door.inside)
+                await asyncio.to_thread(self._end_open)
+            self.should_exit = over or not self._door.inside
+        return await super().on_tick(counter)
+
+
+@dataclass(slots=True)
+class HttpServer:
+    """An HTTP server on a bound socket, run by a thread of its own or by the caller."""
+
+    server: DrainingServer
+    listening: socket.socket
+    thread: threading.Thread | None = None
+
+    @property
+    def url(self) -> str:
+        """Where it answers."""
+        host, port = self.listening.getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def listen(self) -> None:
+        """From now on a client waits for its answer; before, it is refused."""
+        self.listening.listen(BACKLOG)
+
+    def run(self) -> None:
+        """Answers until SIGTERM, then until all open answers are complete.  Raises KeyboardInterrupt when it was Ctrl-C."""
+        self.server.run(sockets=[self.listening])
+        if self.server.interrupted:
+            raise KeyboardInterrupt
+
+    def start(self) -> None:
+        """Answers in the background, from now on."""
+        self.listen()
+        self.thread = threading.Thread(target=self.run, name="jaxlora-http", daemon=True)
+        self.thread.start()
+
+    def stop(self) -> None:
+        """Ends the background server when all open answers are complete, or the grace time is over."""
+        self.server.drain()
+        if self.thread is not None:
+            self.thread.join()
+
+
+def make_http(
+    runner: Runner, *, host: str, port: int, default_max_tokens: int, max_request_s: float, grace_s: float
+) -> HttpServer:
+    """The runner behind HTTP, on a socket that is bound already.  An IPv6 host may stand in brackets.
+
+    Raises ConfigInvalid when the address is taken or not ours.
+    """
+    host = host.removeprefix("[").removesuffix("]")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+    except OSError as error:
+        listening.close()
+        raise ConfigInvalid(f"cannot listen on {host} port {port} ({error.strerror}); choose another --port") from error
+    door = Door()
+    app = create_app(
+        runner,
+        default_max_tokens=default_max_tokens,
+        hosts=hosts_for(host),
+        max_request_s=max_request_s,
+        door=door,
+    )
+    settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=LAST_WORDS_S)
+    return HttpServer(DrainingServer(settings, door, grace_s, runner.end_all), listening)

@@ -1,0 +1,49 @@
+"""`jaxlora serve` over the tiny model in a process of its own, slowed so that a stream is under way when a signal comes.
+
+python drain_child.py STORE GRACE_S STEP_S
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from serve_world import MODEL
+from small_world import tiny_path
+
+from jaxlora.config import ModelSection
+from jaxlora.serve_config import serve_defaults
+from serve import assemble
+from serve.engine import Engine
+
+
+def main(store: Path, grace_s: float, step_s: float) -> None:
+    """Serves until a signal."""
+    step = Engine.step
+
+    def slow(engine: Engine):
+        time.sleep(step_s)
+        return step(engine)
+
+    Engine.step = slow
+    config = replace(
+        serve_defaults("tiny", store),
+        model=ModelSection(path=str(tiny_path(MODEL)), dtype="float32"),
+        port=0,
+        slots=2,
+        max_rank=4,
+        rows=4,
+        prefill_lanes=4,
+        prefill_tokens=8,
+        kv_pages=32,
+        page_tokens=8,
+        grace_s=grace_s,
+        max_waiting=2,
+    )
+    assemble.main(config, None)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3]))
