@@ -105,7 +105,8 @@ class Engine:
         one = sum(4 * x.size // pool_spec.slots for x in jax.tree.leaves(self._pool))
         # An exchange may replace every adapter at once: their successors are read by then, as far as memory allows.
         self.ahead = max(READERS, min(pool_spec.slots, store.host_memory().limit // 2 // one))
-        store.set_aside(self.ahead * one)
+        self.ahead_bytes = self.ahead * one
+        store.set_aside(self.ahead_bytes)
         self._sequences: dict[str, Sequence] = {}
         self._answers: dict[str, Answer] = {}
         self._saved: dict[str, HostPages] = {}  # KV of parked requests
