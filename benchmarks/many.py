@@ -43,7 +43,7 @@ from jaxlora.adapter_files import save_version
 from jaxlora.config import DEMO_MODEL, ONE_DEVICE, ModelSection
 from jaxlora.lora import AdapterRef
 from jaxlora.opened import Opened, open_base
-from jaxlora.serve_config import ServeConfig, serve_defaults
+from jaxlora.serve_config import ServeConfig, Tuning, serve_defaults
 from jaxlora.store import AdapterStore
 from serve.assemble import make_runner, open_store
 from serve.engine import Engine
@@ -104,20 +104,21 @@ def settings(store: Path, dtype: str, quantum_ms: float) -> ServeConfig:
         rows=64,
         kv_pages=FEW * 2 + UNDER_WAY,
         prefill_tokens=PROMPT,
-        quantum_ms=quantum_ms,
+        tuning=Tuning(quantum_ms=quantum_ms),
         host_adapters_gb=1.0,
     )
 
 
-def start(config: ServeConfig) -> tuple[float, float]:
-    """Seconds until `jaxlora serve` answers, and seconds that its first list of the models takes."""
-    keys = [f for f in dataclasses.fields(config) if f.name not in ("model", "mesh", "load")]
+def start(config: ServeConfig) -> tuple[float, float, float]:
+    """Seconds until `jaxlora serve` answers, seconds that its first list of the models takes, CPU seconds until its end."""
+    keys = [f for f in dataclasses.fields(config) if f.name not in ("model", "mesh", "tuning", "load")]
     lines = [f"{f.name} = {json.dumps(getattr(config, f.name), default=str)}" for f in keys]
+    lines += ["[tuning]", f"quantum_ms = {config.tuning.quantum_ms}"]
     lines += ["[model]", f"path = {json.dumps(config.model.path)}", f"dtype = {json.dumps(config.model.dtype)}"]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "serve.toml"
         path.write_text("\n".join(lines))
-        started = time.perf_counter()
+        started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
         command = [sys.executable, "-m", "jaxlora.cli", "serve", str(path)]
         with subprocess.Popen(command, text=True, stdout=subprocess.PIPE) as server:
             assert server.stdout is not None
@@ -127,7 +128,9 @@ def start(config: ServeConfig) -> tuple[float, float]:
                 assert len(json.load(answer)["data"]) == 100
             listed = time.perf_counter()
             server.terminate()
-    return up - started, listed - up
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime
+    return up - started, listed - up, cpu
 
 
 @dataclass(slots=True)
@@ -144,6 +147,7 @@ class Side:
     tokens: int = 0
     steps: int = 0
     loads: int = 0
+    answers: int = 0
 
     def turn(self, steps: int, *, counted: bool) -> None:
         """So many steps, and the loads they began."""
@@ -158,6 +162,7 @@ class Side:
                 if delta.error is not None:
                     raise delta.error
                 self.under_way -= delta.finish is not None
+                self.answers += delta.finish is not None
         while self.store.host_memory().loading:
             time.sleep(0.001)
         if counted:
@@ -200,7 +205,7 @@ def compare(kind: str, opened: Opened, config: ServeConfig, store: AdapterStore,
         sides[-1].count_loads()
     for side in sides:
         side.turn(options.steps, counted=False)  # until requests end at different times
-        side.loads = 0
+        side.loads = side.answers = 0
     for _ in range(options.rounds):
         for side in sides:
             side.turn(options.steps, counted=True)
@@ -208,7 +213,7 @@ def compare(kind: str, opened: Opened, config: ServeConfig, store: AdapterStore,
     for name, s in (("2,000", many), ("64", few)):
         print(
             f"{kind:8} {name:>5} adapters: {s.tokens / s.wall_s:6.1f} tokens/s, {s.tokens / s.cpu_s:6.1f} a CPU s; "
-            f"{s.steps} steps, {s.loads} loads, {s.engine.scheduler.active.swaps} swaps"
+            f"{s.steps} steps, {s.answers} answers, {s.loads} loads, {s.engine.scheduler.active.swaps} swaps"
         )
     wall = (many.tokens / many.wall_s) / (few.tokens / few.wall_s)
     cpu = (many.tokens / many.cpu_s) / (few.tokens / few.cpu_s)
@@ -232,7 +237,11 @@ def main() -> None:
         make_store(root)
         config = settings(root, options.dtype, options.quantum_ms)
         starts = [start(config) for _ in range(2)]
-        print(f"starts: {starts[0][0]:.1f} s, {starts[1][0]:.1f} s; /v1/models {starts[1][1]:.2f} s", flush=True)
+        print(
+            f"starts: {starts[0][0]:.1f} s, {starts[1][0]:.1f} s ({starts[1][2]:.1f} CPU s with its end); /v1/models "
+            f"{starts[1][1]:.2f} s; load {os.getloadavg()[0]:.1f}",
+            flush=True,
+        )
         compile_cache.enable(None)
         opened = open_base(config.model, ONE_DEVICE)
         print(f"in {opened.base.dtype.name}", flush=True)

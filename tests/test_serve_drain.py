@@ -16,6 +16,10 @@ from pathlib import Path
 
 import httpx2
 import pytest
+from rich.console import Console
+
+from serve import demo
+from serve.demo_tasks import demo_tasks
 
 TESTS = Path(__file__).parent
 TOKENS = 24
@@ -166,3 +170,11 @@ def test_a_full_queue_is_refused_with_retry_after(tmp_path):
         assert child.ended() == 0
         for row in rows:
             row.end()
+
+
+def test_the_demo_goes_on_to_its_end_after_sigterm():
+    """What follows the wait drains the server and saves the store."""
+    before = signal.getsignal(signal.SIGTERM)
+    threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+    demo.wait(Console(quiet=True), "http://127.0.0.1:1", demo_tasks(0)[0])
+    assert signal.getsignal(signal.SIGTERM) is before
