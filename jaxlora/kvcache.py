@@ -56,7 +56,7 @@ def paged_attend(
     """An `Attend` (see model.py) that writes the new keys and values, then attends over the pages.
 
     page_GC: int32 page of each column of the lane's sequence; position_GJ: int32 place in the sequence, -1 is padding,
-    which is written nowhere.  placement: of attention, on a mesh of several devices.
+    which is written nowhere.  placement: of attention, on a mesh of several devices.  Products are in the pages' dtype.
     """
     G, J = position_GJ.shape
 
@@ -64,17 +64,18 @@ def paged_attend(
         layer: jax.Array, q_TNH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array, cache: KVPages
     ) -> tuple[jax.Array, KVPages]:
         pages, page_tokens = cache.k_LPZF.shape[1:3]
+        dtype = cache.k_LPZF.dtype
         place = jnp.maximum(position_GJ, 0)
         page_GJ = jnp.take_along_axis(page_GC, place // page_tokens, axis=1)
         page_T = jnp.where(position_GJ >= 0, page_GJ, pages).reshape(-1)  # out of range: dropped
         offset_T = (place % page_tokens).reshape(-1)
         cache = KVPages(
-            k_LPZF=cache.k_LPZF.at[layer, page_T, offset_T].set(k_TKH.reshape(G * J, -1), mode="drop"),
-            v_LPZF=cache.v_LPZF.at[layer, page_T, offset_T].set(v_TKH.reshape(G * J, -1), mode="drop"),
+            k_LPZF=cache.k_LPZF.at[layer, page_T, offset_T].set(k_TKH.reshape(G * J, -1).astype(dtype), mode="drop"),
+            v_LPZF=cache.v_LPZF.at[layer, page_T, offset_T].set(v_TKH.reshape(G * J, -1).astype(dtype), mode="drop"),
         )
-        q_GJNH = q_TNH.reshape(G, J, *q_TNH.shape[1:])
+        q_GJNH = q_TNH.reshape(G, J, *q_TNH.shape[1:]).astype(dtype)
         kv = cache.k_LPZF, cache.v_LPZF
         out = paged_attention(q_GJNH, *kv, layer, page_GC, position_GJ, window=window, placement=placement)
-        return out.reshape(q_TNH.shape), cache
+        return out.reshape(q_TNH.shape).astype(q_TNH.dtype), cache
 
     return attend

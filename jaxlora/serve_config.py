@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from jaxlora.config import ONE_DEVICE, MeshSection, ModelSection, need, need_counts, need_distinct
+from jaxlora.config import ONE_DEVICE, Dtype, MeshSection, ModelSection, need, need_counts, need_distinct
 from jaxlora.lora import check_name
 
 
@@ -99,6 +99,7 @@ class ServeConfig:
     host_kv_gb: float  # KV of parked requests that may lie in host memory; what has no room there is computed again
     adapters: Path  # root of the adapter store
     tuning: Tuning
+    kv_dtype: Dtype = "auto"  # of keys and values; auto: the base's
     load: tuple[AdapterSection, ...] = field(default=())
 
     def __post_init__(self) -> None:

@@ -30,6 +30,7 @@ from pallas_kernels.segmented_lora import segmented_lora, shrink
 from pallas_kernels.shapes import shaped
 from pallas_kernels.trips import run_of, trips, with_run
 
+FEW_ROWS = 64  # of tokens in one product with the head, up to which another order of operands is quicker
 HeadLora = tuple[jax.Array, jax.Array, jax.Array]  # a_GRD, b_GRV, scale_G
 
 
@@ -146,6 +147,17 @@ def _forward_xla(form, x_GJD, lora, head_DV, back_VD, target_GJK, count_G):
     return lax.fori_loop(0, trips(count_G, chunk), body, tuple(start))
 
 
+def _head_transposed(d_GJV: jax.Array, head_DV: jax.Array, back_VD: jax.Array) -> jax.Array:
+    """float32 [G, J, D]: d_GJV times the head's transpose.
+
+    A product with few rows on its left side keeps XLA's CPU backend from splitting its long sum: there the head is on the
+    left.
+    """
+    if d_GJV.shape[0] * d_GJV.shape[1] > FEW_ROWS:
+        return jnp.einsum("gjv,vd->gjd", d_GJV, back_VD, preferred_element_type=jnp.float32)
+    return jnp.einsum("dv,gjv->dgj", head_DV, d_GJV, preferred_element_type=jnp.float32).transpose(1, 2, 0)
+
+
 def _backward_xla(form, x_GJD, lora, head_DV, back_VD, target_GJK, count_G, lse_GJ, d_GJK):
     chunk, placement = form.chunk, form.placement
     vocab_11V = jnp.arange(head_DV.shape[1])[None, None]
@@ -160,9 +172,7 @@ def _backward_xla(form, x_GJD, lora, head_DV, back_VD, target_GJK, count_G, lse_
             jnp.add,
             (d[:, :, k, None] * ((vocab_11V == target[:, :, k, None]) - share) for k in range(target.shape[2])),
         )
-        dx = jnp.einsum("gjv,vd->gjd", d_logits.astype(x.dtype), back_VD, preferred_element_type=jnp.float32).astype(
-            x.dtype
-        )
+        dx = _head_transposed(d_logits.astype(x.dtype), head_DV, back_VD).astype(x.dtype)
         if lora is not None:
             _, pull = jax.vjp(lambda x, lora: segmented_lora(x, [lora], placement)[0], x, lora)
             dx_lora, dl = pull(d_logits.astype(x.dtype))

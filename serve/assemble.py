@@ -38,6 +38,7 @@ def make_runner(opened: Opened, config: ServeConfig, store: AdapterStore) -> Run
         prefill_tokens=config.prefill_tokens,
         pages=config.kv_pages,
         page_tokens=config.page_tokens,
+        kv_dtype=None if config.kv_dtype == "auto" else config.kv_dtype,
         max_tokens=min(opened.base.config.context, config.kv_pages * config.page_tokens),
         max_waiting=config.max_waiting,
         max_waiting_tokens=config.max_waiting_tokens,

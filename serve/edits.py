@@ -56,6 +56,11 @@ class LogitEdits:
     tokens: TokenEdits
     allowed: AllowedTokens
 
+    @property
+    def used(self) -> jax.Array:
+        """bool: some row changes something."""
+        return (self.tokens.used_B | self.allowed.used_B).any()
+
     @staticmethod
     def idle(rows: int, places: int, vocab: int) -> LogitEdits:
         """NumPy rows that change nothing."""
@@ -78,12 +83,8 @@ class LogitEdits:
 def edited(logits_BV: jax.Array, edits: LogitEdits) -> jax.Array:
     """float32 [B, V]: the logits that tokens are chosen by.  Rows without edits come back bit for bit."""
     tokens, allowed = edits.tokens, edits.allowed
-
-    def change(logits_BV: jax.Array) -> jax.Array:
-        changed_BV = lax.cond(tokens.used_B.any(), lambda x: _change_tokens(x, tokens), lambda x: x, logits_BV)
-        return lax.cond(allowed.used_B.any(), lambda x: _keep_allowed(x, allowed), lambda x: x, changed_BV)
-
-    return lax.cond((tokens.used_B | allowed.used_B).any(), change, lambda x: x, logits_BV)
+    changed_BV = lax.cond(tokens.used_B.any(), lambda x: _change_tokens(x, tokens), lambda x: x, logits_BV)
+    return lax.cond(allowed.used_B.any(), lambda x: _keep_allowed(x, allowed), lambda x: x, changed_BV)
 
 
 def _change_tokens(logits_BV: jax.Array, edits: TokenEdits) -> jax.Array:

@@ -12,6 +12,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -53,6 +54,7 @@ class EngineConfig:
     prefill_tokens: int  # prompt tokens of a lane
     pages: int  # KV pages
     page_tokens: int
+    kv_dtype: str | None = None  # None: the base's
     max_tokens: int  # longest sequence, prompt included
     max_waiting: int  # requests in line before new ones are refused
     max_waiting_tokens: int  # tokens they may come to, prompt and max_tokens together
@@ -81,7 +83,8 @@ class Engine:
         allocator = PageAllocator(config.pages, config.page_tokens)
         self._columns = allocator.needed(config.max_tokens)
         self._pool = empty_pool(base.config, pool_spec, mesh)
-        self._kv = empty_pages(base.config, mesh, pages=config.pages, page_tokens=config.page_tokens, dtype=base.dtype)
+        kv_dtype = base.dtype if config.kv_dtype is None else jnp.dtype(config.kv_dtype)
+        self._kv = empty_pages(base.config, mesh, pages=config.pages, page_tokens=config.page_tokens, dtype=kv_dtype)
         self.scheduler = Scheduler(
             self.slots,
             allocator,

@@ -86,22 +86,29 @@ class StepOutput:
 def sample(logits_BV: jax.Array, edits: LogitEdits, batch: SamplingBatch) -> StepOutput:
     """The next token of each row.  A row's draw depends on its seed, choice, position, logits and edits alone."""
     logits_BV = logits_BV.astype(jnp.float32)
-    edited_BV = edited(logits_BV, edits)
-    greedy_B = jnp.argmax(edited_BV, axis=-1).astype(jnp.int32)
-    token_B = lax.cond((batch.temperature_B > 0).any(), _draw, lambda *_: greedy_B, edited_BV, greedy_B, batch)
+
+    def best(x_BV: jax.Array) -> jax.Array:
+        return jnp.argmax(x_BV, axis=-1).astype(jnp.int32)
+
+    # Edited logits are no value of their own here: a branch that gives back what it got would copy it.
+    greedy_B = lax.cond(edits.used, lambda x_BV: best(edited(x_BV, edits)), best, logits_BV)
+    hot = (batch.temperature_B > 0).any()
+    token_B = lax.cond(
+        hot, lambda x_BV, g_B: _draw(edited(x_BV, edits), g_B, batch), lambda _, g_B: g_B, logits_BV, greedy_B
+    )
     total_B = jax.nn.logsumexp(logits_BV, axis=-1)
     chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]
     count = min(MAX_TOP_LOGPROBS, logits_BV.shape[1])
     shape = (logits_BV.shape[0], count)
 
-    def best() -> tuple[jax.Array, jax.Array]:
+    def tops() -> tuple[jax.Array, jax.Array]:
         value_BM, token_BM = lax.top_k(logits_BV, count)
         return token_BM, value_BM - total_B[:, None]
 
     def none() -> tuple[jax.Array, jax.Array]:
         return jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
 
-    top_token_BM, top_logprob_BM = lax.cond(batch.logprobs_B.any(), best, none)
+    top_token_BM, top_logprob_BM = lax.cond(batch.logprobs_B.any(), tops, none)
     return StepOutput(
         token_B=token_B,
         logprob_B=chosen_B - total_B,

@@ -22,6 +22,7 @@ from fake_house import BASE
 from jaxlora.errors import InvalidRequest
 from serve import chat
 from serve.chat_client import AnswerFailed
+from serve.chat_columns import Columns
 
 pytest_plugins = ["wire_fixtures"]
 ROOT = Path(__file__).resolve().parent.parent
@@ -158,7 +159,21 @@ def test_an_error_of_one_column_is_one_line(talk, house):
     with pytest.raises(AnswerFailed):
         talk("/compare x")
     assert talk.errors == "error: no more\n"
-    assert re.search(r"\babcde\b", talk.out)  # what was said is there, though the row was not complete
+    assert re.search(r"\babcde\b", talk.out)
+
+
+def test_rows_are_printed_once_and_what_is_left_when_it_ends(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "24")
+    columns = Columns(23)
+    with chat.Rows(columns, live=False) as rows:
+        columns.add(0, "a\nb")
+        rows.show()
+        assert capsys.readouterr().out == ""
+        columns.add(1, "x\ny")
+        rows.show()
+        rows.show()
+        assert capsys.readouterr().out == "a          │ x\n"
+    assert capsys.readouterr().out == "b          │ y\n"
 
 
 def test_where_no_server_is_the_command_ends_with_a_line(talk, running):

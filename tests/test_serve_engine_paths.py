@@ -128,6 +128,25 @@ def test_an_answer_stays_with_its_version_when_another_is_published_at_each_posi
         assert answers[request.id].tokens == world.greedy(request), at
 
 
+@pytest.mark.parametrize("quantum_s", [1000.0, 1e-9])
+def test_bfloat16_pages_change_no_more_than_their_rounding(world, quantum_s):
+    """Parked, saved and restored pages included.  Keys and values keep 8 bits, and these models' logits reach tens."""
+    requests = [ask(f"r{i}", [None, *world.adapters][i % 6], 12 + i, 8, logprobs=0) for i in range(9)]
+    exact = run_all(world.engine(), requests)
+    engine = with_pages(world.engine(replace(CONFIG, kv_dtype="bfloat16", quantum_s=quantum_s)), 20)
+    assert engine._kv.k_LPZF.dtype == "bfloat16"
+    rounded = run_all(engine, requests)
+    differences = [
+        abs(a.logprob - b.logprob)
+        for r in requests
+        for a, b in zip(exact[r.id].logprobs, rounded[r.id].logprobs, strict=True)
+        if exact[r.id].tokens == rounded[r.id].tokens
+    ]
+    assert len(differences) >= 5 * 8  # few answers differ in a token
+    assert np.median(differences) < 0.02
+    assert 0 < max(differences) < 0.3
+
+
 def test_an_answer_is_the_same_when_its_beginning_is_found_in_the_cache(world, engine):
     first = ask("first", world.adapters[0], PROMPT, TOKENS)
     told = [*first.prompt, *run_all(engine, [first])["first"].tokens]

@@ -6,6 +6,7 @@ Version n makes one of two tokens that are its own, whatever comes before: so a 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import defaultdict
 
 import jax
@@ -254,7 +255,9 @@ def test_serving_publishing_and_following_beside_training_compile_nothing(world)
     it.runner.call(lambda: it.add("live-b"))
     with CompileCounter() as counter:
         it.runner.call(lambda: setattr(it.runner, "trainer", it.live))
-        for i in range(6):
+        for i in itertools.count():
+            if i >= 6 and len(it.published) > 3:  # how much is trained meanwhile is a matter of time
+                break
             ref = it.runner.resolve(None, "live-a")
             requests = [ask(f"pinned{i}", ref, 5, 12), dataclasses.replace(ask(f"follows{i}", ref, 5, 12), follow=True)]
             it.runner.complete([*requests, ask(f"other{i}", world.adapters[i % 5], 20, 4, temperature=0.5, seed=i)])
@@ -262,7 +265,6 @@ def test_serving_publishing_and_following_beside_training_compile_nothing(world)
         it.runner.complete([ask("last", None, 3, 3)])
     assert (counter.compiles, counter.traces) == (0, 0)
     assert it.runner.freshness.total >= 1
-    assert len(it.published) > 3
     it.runner.stop()
 
 

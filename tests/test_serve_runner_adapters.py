@@ -158,7 +158,7 @@ def test_a_card_says_where_the_weights_are(named):
     assert named.model(None, "bot").state == "host"
     store.flush()
     with store._state:
-        store._drop(ref)
+        store._ram.forget(ref)
     assert named.model(None, "bot").state == "disk"
     named.engine.slots.place(0, ref)
     assert named.model(None, "bot").state == "device"

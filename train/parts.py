@@ -14,7 +14,7 @@ Shape letters: G lanes of a pass, J tokens of a lane, T = G * J, C targets of a 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,9 +28,9 @@ from jaxlora.config import LANE_BLOCK
 from jaxlora.errors import ConfigInvalid
 from jaxlora.lora import HEAD_TARGET
 from jaxlora.mesh import RULES, check_lanes, place, place_rows, replicated
-from jaxlora.model import Base, embedded, final_norm, forward_some
+from jaxlora.model import Base, embedded, final_norm, forward_some, head_weight
 from jaxlora.model_config import ModelConfig
-from jaxlora.pool import LaneLora, LoraLayout, LoraRows, Rows
+from jaxlora.pool import LaneLora, LoraLayout, Rows
 from train.optimizer import Halves
 from train.state import States, add_gradients, halves, lane_rows, with_gradients, with_halves
 from train.step import LaneSums, TrainBatch, lane_attend, lane_tokens, summed, target_logprobs, with_dropout
@@ -39,26 +39,24 @@ from train.step import LaneSums, TrainBatch, lane_attend, lane_tokens, summed, t
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Waiting:
-    """A gradient of a group of layers that waits for its cotangent.  It reads the base's arrays, and keeps none of them:
-    a jitted program returns copies.
-    """
+    """A gradient that waits for its cotangent.  It reads the base's arrays and keeps none: a jitted program returns copies."""
 
     kept: list[jax.Array]
     form: tuple[jax.tree_util.PyTreeDef, tuple[str | None, ...]] = jax.tree.static()  # which leaves are the base's
 
     @staticmethod
-    def of(pull: Callable[[jax.Array], tuple], base: Base) -> Waiting:
-        """What `jax.vjp` gave in the same trace."""
+    def of(pull: Callable[[jax.Array], tuple], read: Mapping[str, jax.Array]) -> Waiting:
+        """What `jax.vjp` gave of a function that read these arrays of the base, in the same trace."""
         leaves, form = jax.tree.flatten(pull)
-        names = {id(x): name for name, x in base.arrays.items()}
+        names = {id(x): name for name, x in read.items()}
         kept = [leaf for leaf in leaves if id(leaf) not in names]
         return Waiting(kept, (form, tuple(names.get(id(leaf)) for leaf in leaves)))
 
-    def pull(self, base: Base, d_TD: jax.Array) -> tuple[jax.Array, Halves]:
-        """The gradients of the group's input and of its adapters' halves."""
+    def pull(self, read: Mapping[str, jax.Array], d: jax.Array) -> tuple[jax.Array, Halves]:
+        """The gradients of the function's input and of its adapters' halves."""
         kept, (form, names) = iter(self.kept), self.form
-        leaves = [next(kept) if name is None else base.arrays[name] for name in names]
-        return jax.tree.unflatten(form, leaves)(d_TD)
+        leaves = [next(kept) if name is None else read[name] for name in names]
+        return jax.tree.unflatten(form, leaves)(d)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,19 +112,7 @@ def _forward(
         return forward_some(base, lane_tokens(batch), x_TD, lora, attend, (), some_L=some_L, remat=remat)[0]
 
     x_TD, pull = jax.vjp(group, x_TD, halves(rows))
-    return _by_lane(base, x_TD), Waiting.of(pull, base)
-
-
-def _run_logprobs(
-    base: Base, head: Rows, batch: TrainBatch, x_TD: jax.Array, pick_GC: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """`target_logprobs` of the picked positions, [G, C]; a pick past the lane is none."""
-    G, J = batch.target_GJ.shape
-    safe_GC, taken_GC = jnp.minimum(pick_GC, J - 1), pick_GC < J
-    x_GCD = jnp.take_along_axis(x_TD.reshape(G, J, -1), safe_GC[..., None], axis=1)
-    x_XD = final_norm(base, x_GCD.reshape(-1, x_GCD.shape[-1]))
-    target_GC = jnp.take_along_axis(batch.target_GJ, safe_GC, axis=1)
-    return target_logprobs(base, LaneLora(head, _layout(base)), x_XD, target_GC, taken_GC)
+    return _by_lane(base, x_TD), Waiting.of(pull, base.arrays)
 
 
 def _head(
@@ -136,11 +122,31 @@ def _head(
     x_TD: jax.Array,
     found: tuple[jax.Array, jax.Array],
     pick_GC: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    at = jnp.arange(pick_GC.shape[0])[:, None], pick_GC
-    news = _run_logprobs(base, _head_rows(rows_LG), batch, x_TD, pick_GC)
-    logprob_GJ, hit_GJ = (old.at[at].set(new, mode="drop") for old, new in zip(found, news, strict=True))
-    return logprob_GJ, hit_GJ
+) -> tuple[tuple[jax.Array, jax.Array], Waiting]:
+    """The log-probabilities at the picked positions among those found before; a pick past the lane is none."""
+    G, J = batch.target_GJ.shape
+    safe_GC, taken_GC = jnp.minimum(pick_GC, J - 1), pick_GC < J
+    target_GC = jnp.take_along_axis(batch.target_GJ, safe_GC, axis=1)
+    rows, read = {t: r for t, r in rows_LG.items() if t == HEAD_TARGET}, _head_arrays(base)
+
+    def run(x_TD: jax.Array, trained: Halves) -> tuple[jax.Array, jax.Array]:
+        x_GCD = jnp.take_along_axis(x_TD.reshape(G, J, -1), safe_GC[..., None], axis=1)
+        x_XD = final_norm(base, x_GCD.reshape(-1, x_GCD.shape[-1]))
+        lanes = LaneLora(with_halves(rows, trained), _layout(base))
+        return target_logprobs(base, (read["head"], read["back"]), lanes, x_XD, target_GC, taken_GC)
+
+    logprob_GC, pull, hit_GC = jax.vjp(run, x_TD, halves(rows), has_aux=True)
+    at = jnp.arange(G)[:, None], pick_GC
+    logprob_GJ, hit_GJ = (
+        old.at[at].set(new, mode="drop") for old, new in zip(found, (logprob_GC, hit_GC), strict=True)
+    )
+    return (_by_lane(base, logprob_GJ), _by_lane(base, hit_GJ)), Waiting.of(pull, read)
+
+
+def _head_arrays(base: Base) -> dict[str, jax.Array]:
+    """What the head's gradient reads of the base."""
+    head_DV, back_VD = head_weight(base)
+    return {"head": head_DV, "back": back_VD, "norm": base.arrays["norm"]}
 
 
 def _losses(
@@ -153,40 +159,28 @@ def _losses(
 
 def _head_back(
     base: Base,
-    rows_LG: Rows,
-    batch: TrainBatch,
-    x_TD: jax.Array,
+    waiting: Waiting,
     d_GJ: jax.Array,
     pick_GC: jax.Array,
     slot_G: jax.Array,
     grads: tuple[Halves, ...],
     dx_TD: jax.Array,
 ) -> tuple[tuple[Halves, ...], jax.Array]:
-    head = _head_rows(rows_LG)
-
-    def run(x_TD: jax.Array, trained: Halves) -> jax.Array:
-        return _run_logprobs(base, with_halves(head, trained), batch, x_TD, pick_GC)[0]
-
     J = d_GJ.shape[1]
-    taken_GC = jnp.take_along_axis(d_GJ, jnp.minimum(pick_GC, J - 1), axis=1)
-    _, pull = jax.vjp(run, x_TD, halves(head))
-    more_TD, dhead = pull(jnp.where(pick_GC < J, taken_GC, 0))
+    d_GC = jnp.take_along_axis(d_GJ, jnp.minimum(pick_GC, J - 1), axis=1)
+    more_TD, dhead = waiting.pull(_head_arrays(base), jnp.where(pick_GC < J, d_GC, 0))
     return add_gradients(grads, dhead, slot_G), _by_lane(base, dx_TD + more_TD)
 
 
 def _backward(
     base: Base, waiting: Waiting, first: jax.Array, slot_G: jax.Array, grads: tuple[Halves, ...], dx_TD: jax.Array
 ) -> tuple[tuple[Halves, ...], jax.Array]:
-    dx_TD, dhalves = waiting.pull(base, dx_TD)
+    dx_TD, dhalves = waiting.pull(base.arrays, dx_TD)
     return add_gradients(grads, dhalves, slot_G, first), _by_lane(base, dx_TD)
 
 
 def _layout(base: Base) -> LoraLayout:
     return LoraLayout(config=base.config, mesh=base.mesh)
-
-
-def _head_rows(rows_LG: Rows) -> dict[str, LoraRows]:
-    return {t: r for t, r in rows_LG.items() if t == HEAD_TARGET}
 
 
 def _by_lane(base: Base, x_TD: jax.Array) -> jax.Array:
@@ -209,9 +203,9 @@ class Parts:
         lanes, small = NamedSharding(base.mesh, PartitionSpec(RULES["lanes"])), replicated(base.mesh)
         self._begin = jax.jit(_begin)
         self._forward = jax.jit(_forward_by(sizes.layers, remat))
-        self._head = jax.jit(_head, donate_argnums=4, out_shardings=(lanes, lanes))
+        self._head = jax.jit(_head, donate_argnums=4)
         self._losses = jax.jit(_losses, out_shardings=(lanes, lanes, small))
-        self._head_back = jax.jit(_head_back, donate_argnums=(7, 8), out_shardings=(placed, lanes))
+        self._head_back = jax.jit(_head_back, donate_argnums=(5, 6), out_shardings=(placed, lanes))
         self._backward = jax.jit(_backward, donate_argnums=(4, 5), out_shardings=(placed, lanes))
         self._groups = [place(np.int32(i), small) for i in range(0, base.config.layers, sizes.layers)]
 
@@ -237,14 +231,14 @@ class Parts:
             holder.states = with_gradients(holder.states, grads)
             return jax.block_until_ready(dx_TD)
 
-        rows_LG, x_TD, waiting, found = yield from self._up(lanes, picks, holder)
+        x_TD, groups, runs, found = yield from self._up(lanes, picks, holder)
         d_GJ, dx_TD, sums = self._losses(lanes, found, x_TD)
         for pick_GC in picks:
             yield "head back"
-            dx_TD = add(self._head_back, dx_TD, self.base, rows_LG, lanes, x_TD, d_GJ, pick_GC)
+            dx_TD = add(self._head_back, dx_TD, self.base, runs.pop(0), d_GJ, pick_GC)
         for first in reversed(self._groups):
             yield "backward"
-            dx_TD = add(self._backward, dx_TD, self.base, waiting.pop(), first)
+            dx_TD = add(self._backward, dx_TD, self.base, groups.pop(), first)
         return jax.device_get(sums)
 
     def logprobs(self, batch: TrainBatch, start: int, holder: Holder) -> Generator[str, None, np.ndarray]:
@@ -255,22 +249,25 @@ class Parts:
 
     def _up(
         self, lanes: TrainBatch, picks: Sequence[jax.Array], holder: Holder
-    ) -> Generator[str, None, tuple[Rows, jax.Array, list[Waiting], tuple[jax.Array, jax.Array]]]:
-        """Forward, from the tokens to their log-probabilities: (rows, last layer's output, gradients that wait, found)."""
+    ) -> Generator[str, None, tuple[jax.Array, list[Waiting], list[Waiting], tuple[jax.Array, jax.Array]]]:
+        """Forward, from the tokens to their log-probabilities: (last layer's output, what waits of groups and runs, found)."""
         yield "forward"
         rows_LG, x_TD = self._begin(self.base, tuple(s.pool for s in holder.states), lanes)
-        waiting: list[Waiting] = []
+        groups: list[Waiting] = []
         for first in self._groups:
-            if waiting:
+            if groups:
                 yield "forward"
             x_TD, group = self._forward(self.base, rows_LG, lanes, x_TD, first)
-            waiting.append(group)
+            groups.append(group)
             jax.block_until_ready(x_TD)
+        runs: list[Waiting] = []
         found = self._nothing_found(lanes.target_GJ.shape)
         for pick_GC in picks:
             yield "head"
-            found = jax.block_until_ready(self._head(self.base, rows_LG, lanes, x_TD, found, pick_GC))
-        return rows_LG, x_TD, waiting, found
+            found, run = self._head(self.base, rows_LG, lanes, x_TD, found, pick_GC)
+            runs.append(run)
+            jax.block_until_ready(found)
+        return x_TD, groups, runs, found
 
     def _nothing_found(self, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
         return place_rows(self.base.mesh, (np.zeros(shape, np.float32), np.zeros(shape, np.bool_)))  # ty: ignore[invalid-explicit-return]

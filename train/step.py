@@ -88,7 +88,8 @@ def lane_losses(
     lora = with_dropout(lanes, jnp.arange(base.config.layers), batch) if dropout else lanes
     # Either is a Lora of its own Layer; a union of them is beyond the type variable.
     x_TD, _ = forward(base, lane_tokens(batch), lora, lane_attend(base, batch), (), remat=remat)  # ty: ignore[invalid-argument-type]
-    return summed(batch, *target_logprobs(base, lanes, x_TD, batch.target_GJ, batch.weight_GJ != 0))
+    head = head_weight(base)
+    return summed(batch, *target_logprobs(base, head, lanes, x_TD, batch.target_GJ, batch.weight_GJ != 0))
 
 
 def with_dropout(lanes: LaneLora, layer_L: jax.Array, batch: TrainBatch) -> DropoutLora:
@@ -120,14 +121,22 @@ def lane_attend(base: Base, batch: TrainBatch) -> Attend[tuple[()]]:
 
 
 def target_logprobs(
-    base: Base, lanes: LaneLora, x_TD: jax.Array, target_GJ: jax.Array, wanted_GJ: jax.Array
+    base: Base,
+    head: tuple[jax.Array, jax.Array],
+    lanes: LaneLora,
+    x_TD: jax.Array,
+    target_GJ: jax.Array,
+    wanted_GJ: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """(float32 log-probability of each wanted target, bool: none is likelier), [G, J], of what the final norm gave."""
+    """(float32 log-probability of each wanted target, bool: none is likelier), [G, J], of what the final norm gave.
+
+    head: as `head_weight` gives it.
+    """
     G, J = target_GJ.shape
     with jax.default_matmul_precision(base.precision):
         logprob_GJK, hit_GJK = target_logprob(
             x_TD.reshape(G, J, -1),
-            *head_weight(base),
+            *head,
             target_GJ[..., None],
             wanted_GJ,
             lanes.head_rows(),
