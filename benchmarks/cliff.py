@@ -1,6 +1,6 @@
 """What more adapters than slots cost: 16 adapters over 8 slots against 8 over 8, and how long 64 over 8 wait.
 
-    uv run python benchmarks/cliff.py [--rows 8] [--rounds 4] [--quantum-ms 200]
+    uv run python benchmarks/cliff.py [--rows 8] [--rounds 4] [--quantum-ms 1000]
 
 cliff   16 clients, each asks again as soon as it has its answer (32 to 96 tokens after a prompt of 24).  First they ask
         for 8 adapters, two clients each, then for 16, one each; the two take turns on one server.  The ratio of the
@@ -167,7 +167,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--quantum-ms", type=float, default=200.0)
+    parser.add_argument("--quantum-ms", type=float, default=1000.0)
     args = parser.parse_args()
     settings = {"slots": SLOTS, "rows": args.rows, "kv_pages": 512, "tuning": Tuning(quantum_ms=args.quantum_ms)}
     with server(WAITING, **settings) as s:

@@ -48,7 +48,7 @@ def adapter(opened: Opened, ref: AdapterRef, rank: int) -> Adapter:
 
 
 @contextlib.contextmanager
-def server(adapters: int, *, rank: int = 8, dtype: Dtype = "bfloat16", **settings: object) -> Generator[Server]:
+def server(adapters: int, *, rank: int = 8, dtype: Dtype = "auto", **settings: object) -> Generator[Server]:
     """A server with so many random adapters in a store of its own, of one tenant each.  settings: of ServeConfig."""
     compile_cache.enable(None)
     opened = open_base(ModelSection(path=DEMO_MODEL, dtype=dtype), ONE_DEVICE)

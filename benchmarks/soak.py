@@ -199,8 +199,10 @@ class Soak:
 
     def compare(self, model: str, prompt: str, answer: openai.types.Completion) -> None:
         """A version says the same as ever."""
-        versions = (answer.model_extra or {}).get("jaxlora")
-        key = f"{model} {versions}"
+        version = (answer.model_extra or {}).get("adapter_version")
+        if version is None and model != self.session.base_name:
+            self.wrong.append(f"an answer of {model} names no version")
+        key = f"{model}@{version}"
         text = answer.choices[0].text
         if self.first.setdefault((key, prompt), text) != text:
             self.wrong.append(f"{key} said {text!r} and had said {self.first[key, prompt]!r}")
@@ -293,7 +295,7 @@ def main() -> int:
     for what, count in sorted(soak.counts.items()):
         print(f"{count:7} {what}")
     print(f"training steps {steps}; memory {middle / 1e6:.0f} MB in the second third, {last / 1e6:.0f} in the last")
-    for line in soak.wrong[:40]:
+    for line in soak.wrong[:200]:
         print("WRONG:", line)
     print(f"{len(soak.wrong)} things went wrong")
     return int(bool(soak.wrong))

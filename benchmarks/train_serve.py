@@ -2,7 +2,7 @@
 
     uv run python benchmarks/train_serve.py --rounds 5 --tokens 60
 
-One stream decodes greedily while two tenants train in parts and are published every few steps.  Rounds without and with
+One stream decodes greedily and follows its adapter, while two tenants train in parts and are published as they learn.  Rounds without and with
 training alternate in one process, and the rounds with a lower target come after each; training alone is timed between.
 Printed: the time between tokens (median and p99 over all rounds, and the ratio on : off), training's tokens/s beside the
 stream over those alone, the parts, the freshness histogram and the compiles.
@@ -98,6 +98,7 @@ class Bench:
             adapter=self.runner.resolve(TENANTS[0], TENANTS[0]),
             prompt=self.prompt,
             params=SamplingParams(max_tokens=self.tokens, temperature=0.0, ignore_eos=True),
+            follow=True,
         )
         self.runner.call(lambda: self.runner.admit(request, listen))
         while not times:

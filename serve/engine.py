@@ -184,14 +184,15 @@ class Engine:
         """One step for everyone who can run: adapters that have been read get slots, then prompt chunks, then one token for
         each decoding sequence.  Waits for a disk only when nobody can run, and then for a moment.
         """
-        deltas = self._read_ahead()
         plan = self.scheduler.plan(self.clock(), self._loads.ready())
         self._move(plan)
-        if plan.empty and self._loads:
-            self._loads.wait()
         prefill = self._start_prefill(plan.prefill) if plan.prefill else None
         decode = self._start_decode(plan.decode) if plan.decode else None
-        # Both programs are under way; what the first one's tokens mean is found out while the second one runs.
+        # Both programs are under way; whoever enters next is read meanwhile, and what the first one's tokens mean is found
+        # out while the second one runs.
+        deltas = self._read_ahead()
+        if plan.empty and self._loads:
+            self._loads.wait()
         if prefill is not None:
             deltas += self._end_prefill(plan.prefill, self._read_output(prefill, last=decode is None))
         if decode is not None:

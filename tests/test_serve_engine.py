@@ -307,11 +307,17 @@ def storm(world, engine) -> dict[str, Answer]:
     return answers
 
 
-def test_nothing_compiles_after_warm_up(world, engine):
+@pytest.mark.parametrize(("quantum_s", "pages"), [(1000.0, 64), (1e-9, 24)])
+def test_nothing_compiles_after_warm_up(world, quantum_s, pages):
+    """With a short quantum and few pages adapters are exchanged and KV is saved and restored all the time."""
     # Shapes of its own, so that no other test of this process has compiled them.
-    engine = world.engine(replace(CONFIG, rows=3, prefill_lanes=2, prefill_tokens=6))
+    lanes = 2 if pages == 64 else 3
+    engine = world.engine(
+        replace(CONFIG, rows=3, prefill_lanes=lanes, prefill_tokens=6, quantum_s=quantum_s, pages=pages)
+    )
     engine.warm_up()
     storm(world, engine)
+    assert (engine.scheduler.active.swaps > 10) == (pages == 24)
 
 
 def test_a_first_publication_compiles_nothing_though_every_slot_was_in_use(world):

@@ -143,7 +143,8 @@ def test_gradient_is_the_slope_of_the_reported_loss(it):
     check_slope(it, SPEC, CONFIG, batch, grads, slot=2, seed=3)
 
 
-def check_slope(it, spec, config, batch, grads, *, slot, seed, step=3e-3, rtol=3e-3):
+def check_slope(it, spec, config, batch, grads, *, slot, seed, step=1e-2, rtol=3e-3):
+    """Differences of fourth order: the step may be large beside what float32 rounds off the loss."""
     direction = halves(strong_rows(lora(spec.rank, spec.targets), seed, config, spec))
     size = np.sqrt(sum(float((d**2).sum()) for d in jax.tree.leaves(direction)))
 
@@ -157,7 +158,7 @@ def check_slope(it, spec, config, batch, grads, *, slot, seed, step=3e-3, rtol=3
         moved = SimpleNamespace(**vars(it) | {"state": dataclasses.replace(it.state, pool=pool)})
         return float(accumulate(moved, batch)[1].loss_G.sum())
 
-    slope = (loss(step) - loss(-step)) / (2 * step)
+    slope = (8 * (loss(step) - loss(-step)) - (loss(2 * step) - loss(-2 * step))) / (12 * step)
     products = jax.tree.map(lambda g, d: float((g.astype("f8") * d).sum()), slot_of(grads, slot), direction)
     expected = sum(jax.tree.leaves(products)) / size
     assert abs(expected) > 0.05, "a direction that says nothing: choose another seed"
