@@ -59,13 +59,15 @@ def test_cancel_in_every_state_gives_everything_back(world, engine, state, monke
     others = [ask(f"o{i}", world.adapters[(0, 1, 3)[i]], 4, 12) for i in range(3 if state == "waiting" else 2)]
     victim = ask("victim", world.adapters[2], 40, 20)
     answers: dict[str, Answer] = defaultdict(Answer)
-    for r in [*others, victim]:
+    for r in others:
         engine.submit(r)
+    while state == "waiting" and len(engine.scheduler.running) < len(others):
+        step(engine, answers)  # then every slot has an adapter in its quantum
+    engine.submit(victim)
     sequence = engine._sequences["victim"]
     match state:
-        case "waiting":  # every slot has an adapter in its quantum
-            while len(engine.scheduler.running) < len(others):
-                step(engine, answers)
+        case "waiting":
+            step(engine, answers)
             assert not sequence.started
         case "parked" | "saved":
             while len(answers["victim"].tokens) < 5:
