@@ -106,8 +106,8 @@ def train(base: Base, mesh: Mesh, found: dict[str, np.ndarray]) -> Trainer:
     for name in TENANTS:
         for target, (a, b) in trainer.adapter(name, AdapterRef("t", name, 1)).weights.items():
             found[f"weights {name} {target} a"], found[f"weights {name} {target} b"] = a, b
-    placed = jax.tree.leaves((base, trainer._states))
-    shards = [shard for x in jax.tree.leaves(trainer._states) for shard in x.addressable_shards]
+    placed = jax.tree.leaves((base, trainer.states))
+    shards = [shard for x in jax.tree.leaves(trainer.states) for shard in x.addressable_shards]
     found["state bytes"] = np.array([sum(s.data.nbytes for s in shards if s.device == d) for d in mesh.devices.flat])
     found["parts"] = np.unique([len({s.index for s in x.addressable_shards}) for x in placed])
     return trainer

@@ -114,14 +114,15 @@ def test_an_answer_is_the_same_when_pages_hold_little_more_than_one_request(worl
 
 def test_an_answer_stays_with_its_version_when_another_is_published_at_each_position(world, engine):
     rows = world.device_rows(world.adapters[1])
+    first = world.add("republished", seed=0)
     for at in COLUMN.tolist():
-        request = ask(f"old{at}", world.adapters[0], PROMPT, TOKENS)
+        request = ask(f"old{at}", first, PROMPT, TOKENS)
         answers: dict[str, Answer] = defaultdict(Answer)
         engine.submit(request)
         count = 0
         while engine.has_work:
             if count == at:
-                newest = world.add("bot0", seed=100 + at)  # in the store
+                newest = world.add(first.ref.name, seed=100 + at)  # in the store
                 engine.install(newest.ref, rows)
             step(engine, answers)
             count += 1

@@ -51,12 +51,12 @@ def fill_noise(trainer, slot, value=None):
         noise = rng.normal(size=part.shape) if value is None else np.full(part.shape, value)
         return x.at[:, slot].set(noise.astype(np.float32))
 
-    trainer._states = (jax.tree.map(put, trainer._states[0]),)
+    trainer.states = (jax.tree.map(put, trainer.states[0]),)
 
 
 def whole_slot(trainer, slot):
     """Weights, moments, count and open gradients of a slot."""
-    return host(jax.tree.map(lambda x: x[:, slot] if x.ndim > 1 else x[slot], trainer._states[0]))
+    return host(jax.tree.map(lambda x: x[:, slot] if x.ndim > 1 else x[slot], trainer.states[0]))
 
 
 def outcome(trainer, name):
@@ -143,20 +143,20 @@ def nan_data(name):
 def poison_adapter(trainer, name, half):
     """A NaN in one weight of the tenant."""
     slot = trainer.tenants[name].slot
-    rows = trainer._states[0].pool["v_proj"]
+    rows = trainer.states[0].pool["v_proj"]
     key = "a_LSRX" if half == "a" else "b_LSRY"
     changed = dataclasses.replace(rows, **{key: getattr(rows, key).at[0, slot, 0, 0].set(np.nan)})
-    (state,) = trainer._states
-    trainer._states = (dataclasses.replace(state, pool=state.pool | {"v_proj": changed}),)
+    (state,) = trainer.states
+    trainer.states = (dataclasses.replace(state, pool=state.pool | {"v_proj": changed}),)
 
 
 def poison_gradient(trainer, name):
     """An infinity in the tenant's open gradients: as if one micro-batch had overflowed."""
     slot = trainer.tenants[name].slot
-    (state,) = trainer._states
+    (state,) = trainer.states
     a, b = state.grads["v_proj"]
     grads = state.grads | {"v_proj": (a, b.at[1, slot, 0, 0].set(np.inf))}
-    trainer._states = (dataclasses.replace(state, grads=grads),)
+    trainer.states = (dataclasses.replace(state, grads=grads),)
 
 
 @pytest.mark.parametrize("sick", ["r4", "wide"])

@@ -200,6 +200,6 @@ def test_memory_of_a_slot_is_the_formula():
     features = sum(layer_count(config, t) * sum(target_features(config, t)) for t in ALL_TARGETS)
     scales = 4 * sum(layer_count(config, t) for t in ALL_TARGETS)
     for moments, nbytes in (("bfloat16", 12), ("float32", 16)):
-        (state,) = trainer_of(moments=moments)._states
+        (state,) = trainer_of(moments=moments).states
         live = sum(x.nbytes for x in jax.tree.leaves(state))
         assert live == 9 * (nbytes * 8 * features + scales + 4)
