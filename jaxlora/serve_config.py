@@ -42,9 +42,8 @@ class Tuning:
     # Prompt chunks in a step in which others decode: fewer for steadier tokens, more for earlier first ones and more
     # tokens in all.  None: as many as in a step of prompts alone.
     prefill_lanes_while_decoding: int | None = None
-    pin: tuple[
-        str, ...
-    ] = ()  # adapters that never leave their slots; of each the newest version, also of those to come
+    # Adapters that never leave their slots; of each the newest version, also of those to come.
+    pin: tuple[str, ...] = ()
     tenant: tuple[TenantWeight, ...] = ()
 
     def __post_init__(self) -> None:
@@ -91,9 +90,8 @@ class ServeConfig:
     default_max_tokens: int  # of a request that names none
     max_waiting: int  # requests in the queue before new ones get 503
     max_waiting_tokens: int  # tokens they may come to, prompt and max_tokens together
-    max_request_s: (
-        float  # longest time of a request, its waiting included; what is not complete then ends with an error
-    )
+    # Longest time of a request, its waiting included; what is not complete then ends with an error.
+    max_request_s: float
     grace_s: float  # how long open requests may go on after a signal to end
     host_adapters_gb: float  # adapter versions in host memory: recently used, being read, on their way to the device
     host_kv_gb: float  # KV of parked requests that may lie in host memory; what has no room there is computed again

@@ -28,9 +28,8 @@ class BudgetSettings:
 
     slowdown: float = 3.0  # time between tokens with training, over that without; what target_s follows from
     target_s: float | None = None  # seconds between two tokens of a stream; None: from `slowdown`
-    training_floor: float = (
-        0.45  # share of the time, of training: it keeps 0.4 of its speed and more, as caches are cold
-    )
+    # Share of the time, of training: it keeps 0.4 of its speed and more, as caches are cold.
+    training_floor: float = 0.45
     serving_floor: float = 0.2  # share of the time, of serving
 
     def set(self, **numbers: float | None) -> None:

@@ -240,6 +240,7 @@ class Engine:
             return False
         self.scheduler.settle()
         self.slots.drop(ref)
+        self.scheduler.forget(ref)
         return True
 
     def rehearse_install(self, rows: Rows) -> None:

@@ -46,7 +46,7 @@ JSON_FORM = {
 }
 
 
-class Tokenizer(Protocol):
+class GrammarTokenizer(Protocol):
     """What a grammar needs of a tokenizer.  Thread-safe."""
 
     @property
@@ -110,7 +110,7 @@ class GrammarState:
 class Grammars:
     """Compiles grammars over one tokenizer.  Thread-safe."""
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: GrammarTokenizer):
         self._tokenizer = tokenizer
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="grammar")
         self._lock = threading.Lock()  # over the two below
@@ -158,7 +158,7 @@ class Grammars:
 class _Ours:
     """What llguidance asks of a tokenizer."""
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: GrammarTokenizer):
         self._tokenizer = tokenizer
         self.eos_token_id, self.bos_token_id = min(tokenizer.eos_ids), None
         self.tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
@@ -168,7 +168,7 @@ class _Ours:
         return self._tokenizer.encode(text, add_special_tokens=False)
 
 
-def llguidance_tokenizer(tokenizer: Tokenizer) -> LLTokenizer:
+def llguidance_tokenizer(tokenizer: GrammarTokenizer) -> LLTokenizer:
     """Our tokenizer as llguidance knows it: the same bytes for every id, special tokens never part of a text."""
     ends = list(tokenizer.eos_ids)
     return LLTokenizer(TokenizerWrapper(_Ours(tokenizer)), n_vocab=tokenizer.vocab_size, eos_token=ends)

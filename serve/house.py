@@ -6,12 +6,12 @@ those are called from any thread.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from jaxlora.lora import AdapterRef
-from serve.grammar import Grammars
+from serve.grammar import Grammars, GrammarTokenizer
 from serve.request import Delta, Request
 
 LOCAL_TENANT = "local"  # who asks where no keys are configured
@@ -31,16 +31,9 @@ class ModelCard:
     state: str  # "base"; of an adapter "device", "host" or "disk": where its weights are
 
 
-class Tokenizer(Protocol):
+class Tokenizer(GrammarTokenizer, Protocol):
     """Text to ids and back.  Thread-safe."""
 
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def eos_ids(self) -> Collection[int]: ...
-    @property
-    def special_ids(self) -> Collection[int]: ...
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
     def chat(
         self,
@@ -53,7 +46,6 @@ class Tokenizer(Protocol):
         ...
 
     def token_text(self, id: int) -> str: ...
-    def token_bytes(self, id: int) -> bytes: ...
 
 
 class TokenStream(Protocol):

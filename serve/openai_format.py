@@ -38,11 +38,7 @@ class Heading:
             "object": object,
             "created": self.created,
             "model": self.model,
-            "adapter_version": list(versions)
-            if len(versions) > 1
-            else versions[0]
-            if versions
-            else self.adapter_version,
+            "adapter_version": list(versions) if len(versions) > 1 else next(iter(versions), self.adapter_version),
             "choices": list(choices),
         }
 

@@ -143,6 +143,11 @@ class PageAllocator:
             parent = cached.key
         self._touch(self._page_of[parent])
 
+    @property
+    def salts(self) -> list[Hashable]:
+        """Those that have cached pages."""
+        return list(self._salts)
+
     def forget(self, salt: Hashable) -> None:
         """No page of this salt is found any more: its version is deleted, or its adapter changed.
 

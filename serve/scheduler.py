@@ -110,7 +110,7 @@ class Scheduler:
             self.shares.keep(self._tenants)
 
     def _settle_group(self, group: Hashable, ref: AdapterRef | None) -> None:
-        """One of the group has gone."""
+        """Who is in the group has changed."""
         left = self._groups[group]
         if not left:
             del self._groups[group]
@@ -139,7 +139,16 @@ class Scheduler:
             s.adapter = new
             self._groups.setdefault(new, {})[s.number] = s
             self._work.setdefault(new, Work(s.arrived))
+        if followers:  # some may be older than who asked for the new version already
+            self._groups[new] = dict(sorted(self._groups[new].items()))
+            self._settle_group(new, new)
         return [old for old, _ in followers]
+
+    def forget(self, ref: AdapterRef) -> None:
+        """Nobody asks for this version any more: its cached pages must not outlive those that are asked for."""
+        for salt in self.pages.salts:
+            if isinstance(salt, tuple) and ref in salt:
+                self.pages.forget(salt)
 
     def wanted(self, count: int) -> list[AdapterRef]:
         """Adapters to read now: those that enter next and are on no slot, at most `count`."""

@@ -148,6 +148,24 @@ def test_bfloat16_pages_change_no_more_than_their_rounding(world, quantum_s):
     assert 0 < max(differences) < 0.3
 
 
+def test_a_version_that_is_given_up_leaves_no_page_in_the_cache(world, engine):
+    told = [
+        ask(f"told{i}", a, PROMPT, 4, tenant=t)
+        for i, (a, t) in enumerate(
+            [(world.adapters[0], "acme"), (world.adapters[0], "zoo"), (world.adapters[1], "acme")]
+        )
+    ]
+    run_all(engine, told)
+    assert engine.release(world.adapters[0].ref)
+    assert engine.scheduler.pages.salts == [("acme", world.adapters[1].ref)]
+    again = [replace(r, id=f"again {r.id}") for r in told]
+    before = engine.scheduler.pages.hits
+    answers = run_all(engine, again)
+    assert engine.scheduler.pages.hits == before + PROMPT // CONFIG.page_tokens * CONFIG.page_tokens
+    for r in again:
+        assert answers[r.id].tokens == world.greedy(r), r.id
+
+
 def test_an_answer_is_the_same_when_its_beginning_is_found_in_the_cache(world, engine):
     first = ask("first", world.adapters[0], PROMPT, TOKENS)
     told = [*first.prompt, *run_all(engine, [first])["first"].tokens]
