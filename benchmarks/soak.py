@@ -35,7 +35,7 @@ from jaxlora.compile_cache import CompileCounter
 from jaxlora.errors import AdapterNotFinite, AdapterNotFound, StorageFailed
 from jaxlora.lora import Adapter, AdapterRef, LoraSpec
 from jaxlora.serve_config import Tuning
-from serve.house import LOCAL_TENANT
+from serve.auth import LOCAL_TENANT
 from serve.http_server import make_http
 from serve.session import Session
 

@@ -4,6 +4,8 @@
     ├── InvalidRequest              400 invalid_value          a value we can name is wrong
     │   ├── UnsupportedParameter    400 unsupported_parameter  known to the API, not built here
     │   └── ContextLengthExceeded   400 context_length_exceeded
+    ├── Unauthorized                401 invalid_api_key        no key, or none that is valid
+    ├── Forbidden                   403 insufficient_scope     the key is valid, its role may not do this
     ├── NotFound                    404 not_found
     │   └── AdapterNotFound         404 model_not_found
     ├── AdapterInvalid              400 adapter_invalid        a PEFT folder or an adapter we cannot hold
@@ -14,7 +16,10 @@
     ├── DataInvalid                 400 invalid_training_file  names line and field
     ├── AlreadyExists               409 already_exists
     ├── StateInvalid                409 invalid_state          no slot, wrong phase
+    ├── RateLimited                 429 rate_limit_exceeded    too many requests or tokens in a time; retry later
+    ├── QuotaExceeded               429 insufficient_quota     no more files, bytes, adapters or jobs; retrying is of no use
     ├── StorageFailed               500 storage_failed         a stored version is damaged or could not be written
+    ├── StorageFull                 507 storage_full           no room on the server's disk
     ├── DeadlineExceeded            504 deadline_exceeded      the request's own time limit, or the server's
     ├── Overloaded                  503 overloaded             retry later
     └── Unavailable                 503 unavailable            the server is stopping or has stopped
@@ -53,6 +58,18 @@ class ContextLengthExceeded(InvalidRequest):
     """Prompt plus requested tokens do not fit the model's context."""
 
     code = "context_length_exceeded"
+
+
+class Unauthorized(JaxLoraError):
+    """No key, or none that is valid."""
+
+    status, code = 401, "invalid_api_key"
+
+
+class Forbidden(JaxLoraError):
+    """The key is valid, but its role may not do this."""
+
+    status, code = 403, "insufficient_scope"
 
 
 class NotFound(JaxLoraError, LookupError):
@@ -113,6 +130,28 @@ class StateInvalid(JaxLoraError, RuntimeError):
     """The object is not in a state that allows this (no free slot, wrong phase)."""
 
     status, code = 409, "invalid_state"
+
+
+class RateLimited(JaxLoraError):
+    """Too many requests or tokens in a time; `retry_after_s` says when the next one is let in."""
+
+    status, code = 429, "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, retry_after_s: float, param: str | None = None):
+        super().__init__(message, param=param)
+        self.retry_after_s = retry_after_s
+
+
+class QuotaExceeded(JaxLoraError):
+    """The tenant has as many files, bytes, adapters or jobs as it may have: deleting some helps, retrying does not."""
+
+    status, code = 429, "insufficient_quota"
+
+
+class StorageFull(JaxLoraError, OSError):
+    """The server's disk has no room."""
+
+    status, code = 507, "storage_full"
 
 
 class StorageFailed(JaxLoraError):

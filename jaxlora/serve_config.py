@@ -73,6 +73,63 @@ class Tuning:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TenantLimits:
+    """What one tenant may use.  None: as much as the server has."""
+
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None  # prompts and what they may generate
+    adapters: int | None = None
+    file_bytes: int | None = None  # all its files together
+    jobs: int | None = None  # that have not ended
+
+    def __post_init__(self) -> None:
+        for name in ("requests_per_minute", "tokens_per_minute", "adapters", "file_bytes", "jobs"):
+            value = getattr(self, name)
+            need(value is None or value >= 1, name, "at least 1, or absent", value)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NamedLimits(TenantLimits):
+    """What the tenant of this name may use instead."""
+
+    name: str
+
+    def __post_init__(self) -> None:
+        TenantLimits.__post_init__(self)
+        check_name(self.name, "name")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LimitsSection(TenantLimits):
+    """What each tenant may use, and those for whom other numbers hold."""
+
+    tenant: tuple[NamedLimits, ...] = ()
+
+    def __post_init__(self) -> None:
+        TenantLimits.__post_init__(self)
+        need_distinct([t.name for t in self.tenant], "names under [[limits.tenant]]")
+
+    def of(self, tenant: str) -> TenantLimits:
+        """Those of one tenant."""
+        return next((t for t in self.tenant if t.name == tenant), self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingSection:
+    """Fine-tuning jobs beside serving, on the same device."""
+
+    slots: int  # adapters trained at once; other jobs wait in line
+    max_rank: int
+    lanes: int  # packed rows of one batch, each of one tenant
+    lane_tokens: int  # tokens of a row: the longest example
+    quantum_steps: int = 50  # steps after which a job gives its slot to a tenant who had less
+    publish_every: int = 5  # steps between two versions of a running job that `latest` means
+
+    def __post_init__(self) -> None:
+        need_counts(self, "slots", "max_rank", "lanes", "lane_tokens", "quantum_steps", "publish_every")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ServeConfig:
     """One server: one base, many adapters, one compiled decode step."""
 
@@ -96,7 +153,11 @@ class ServeConfig:
     host_adapters_gb: float  # adapter versions in host memory: recently used, being read, on their way to the device
     host_kv_gb: float  # KV of parked requests that may lie in host memory; what has no room there is computed again
     adapters: Path  # root of the adapter store
+    data: Path  # root of the server's own files: uploads, jobs, and the database unless `database` says otherwise
     tuning: Tuning
+    database: str | None = None  # SQLAlchemy's URL; None: SQLite in `data`
+    limits: LimitsSection = LimitsSection()
+    training: TrainingSection | None = None  # None: no fine-tuning jobs
     kv_dtype: Dtype = "auto"  # of keys and values; auto: the base's
     load: tuple[AdapterSection, ...] = field(default=())
 
@@ -111,6 +172,14 @@ class ServeConfig:
         need(bool(self.host.strip()), "host", "an address such as 127.0.0.1", self.host)
         need(0 <= self.port < 2**16, "port", "in [0, 65535]", self.port)
         need_distinct([a.name for a in self.load], "names under [[load]]")
+        if self.training is not None:
+            most = self.max_rank
+            need(
+                self.training.max_rank <= most,
+                "training.max_rank",
+                f"at most max_rank = {most}",
+                self.training.max_rank,
+            )
         self.tuning.check_fits(self.slots, self.prefill_lanes)
 
 
@@ -139,5 +208,7 @@ def serve_defaults(model: str, adapters: Path) -> ServeConfig:
         host_adapters_gb=2.0,
         host_kv_gb=0.5,
         adapters=adapters,
+        data=adapters.with_name("data"),
         tuning=Tuning(quantum_ms=200.0),
+        training=TrainingSection(slots=4, max_rank=16, lanes=4, lane_tokens=256),
     )

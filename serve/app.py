@@ -1,6 +1,6 @@
 """create_app(house): the wires joined over one house, behind one gate.
 
-Every request passes the gate before its body is read: it gets an id, its Host and Origin are checked, its tenant is
+Every request passes the gate before its body is read: it gets an id, its Host and Origin are checked, its caller is
 found and its body is bounded.  What nothing else answered, the gate answers, in the shape all errors have.
 """
 
@@ -11,11 +11,11 @@ import contextlib
 import ipaddress
 import re
 import uuid
-from collections.abc import Callable, Collection, Generator
+from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.datastructures import Headers, MutableHeaders
@@ -24,6 +24,7 @@ from starlette.requests import ClientDisconnect, HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxlora.errors import ConfigInvalid, InvalidRequest, JaxLoraError, Unavailable
+from serve.auth import Caller, anyone
 from serve.house import House
 from serve.openai_api import OpenAIWire, WireConfig
 from serve.openai_errors import LOG, answer_error, error_response
@@ -94,26 +95,23 @@ def hosts_for(bind: str) -> Collection[str] | None:
     return LOOPBACK_HOSTS if loopback else None
 
 
-def no_keys(connection: HTTPConnection) -> str | None:
-    """The tenant of any request where no keys are configured."""
-    return None
-
-
 def create_app(
     house: House,
     *,
     default_max_tokens: int,
     hosts: Collection[str] | None = LOOPBACK_HOSTS,
-    tenant_of: Callable[[HTTPConnection], str | None] = no_keys,
+    caller_of: Callable[[HTTPConnection], Caller] = anyone,
     max_body_bytes: int = 4 * 2**20,
     body_timeout_s: float = 60.0,
     max_request_s: float = 3600.0,
     ping_s: float = 15.0,
     door: Door | None = None,
+    routers: Sequence[APIRouter] = (),
 ) -> FastAPI:
     """The server's HTTP application.  It sends no CORS headers, so no other page's script may read it.
 
-    tenant_of: who asks; it sees the request's headers, and raises to refuse it.  door: closed when the server ends.
+    caller_of: who asks; it sees the request's headers, and raises to refuse it.  door: closed when the server ends.
+    routers: the wires beside OpenAI's completions, behind the same gate.
     Raises ConfigInvalid or InvalidRequest for an impossible limit.
     """
     gate = GateConfig(
@@ -123,6 +121,8 @@ def create_app(
     # The pages at /docs load scripts from elsewhere, and the document would be one more route to guard.
     app = FastAPI(title="jaxlora", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.include_router(OpenAIWire(house, WireConfig(default_max_tokens=default_max_tokens, ping_s=ping_s)).router())
+    for router in routers:
+        app.include_router(router)
 
     @app.get("/health", response_model=None)
     async def health() -> Response:
@@ -145,17 +145,17 @@ def create_app(
 
     for kind in (JaxLoraError, HTTPException, RequestValidationError, ClientDisconnect):
         app.add_exception_handler(kind, answer_error)
-    app.add_middleware(Gate, config=gate, tenant_of=tenant_of, door=door)
+    app.add_middleware(Gate, config=gate, caller_of=caller_of, door=door)
     return app
 
 
 class Gate:
     """ASGI middleware around the whole app."""
 
-    def __init__(self, app: ASGIApp, config: GateConfig, tenant_of: Callable[[HTTPConnection], str | None], door: Door):
+    def __init__(self, app: ASGIApp, config: GateConfig, caller_of: Callable[[HTTPConnection], Caller], door: Door):
         self._app = app
         self._config = config
-        self._tenant_of = tenant_of
+        self._caller_of = caller_of
         self._door = door
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -178,11 +178,10 @@ class Gate:
             state = scope.setdefault("state", {})
             state["deadline"] = asyncio.get_running_loop().time() + self._limit_s(headers)
             if scope["path"] in OPEN_PATHS:
-                state["tenant"] = None
                 await self._app(scope, self._bounded(receive), send_with_id)
             else:
                 with self._door.entered():
-                    state["tenant"] = self._tenant_of(HTTPConnection(scope))
+                    state["caller"] = self._caller_of(HTTPConnection(scope))
                     await self._app(scope, self._bounded(receive), send_with_id)
         except Exception as error:
             if not isinstance(error, JaxLoraError | HTTPException):

@@ -15,8 +15,8 @@ from jaxlora.peft import import_peft
 from jaxlora.pool import PoolSpec
 from jaxlora.serve_config import AdapterSection, ServeConfig
 from jaxlora.store import AdapterStore
+from serve.auth import LOCAL_TENANT
 from serve.engine import Engine, EngineConfig
-from serve.house import LOCAL_TENANT
 from serve.http_server import make_http
 from serve.retune import retuned_by_hangup
 from serve.runner import Runner

@@ -68,6 +68,7 @@ def demo_serve_config(port: int, adapters: Path) -> ServeConfig:
         host_adapters_gb=2.0,
         host_kv_gb=0.5,
         adapters=adapters,
+        data=adapters.with_name("data"),
         tuning=Tuning(quantum_ms=200.0),
     )
 

@@ -14,8 +14,6 @@ from jaxlora.lora import AdapterRef
 from serve.grammar import Grammars, GrammarTokenizer
 from serve.request import Delta, Request
 
-LOCAL_TENANT = "local"  # who asks where no keys are configured
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelCard:

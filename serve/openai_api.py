@@ -18,7 +18,8 @@ from fastapi.responses import JSONResponse, Response
 
 from jaxlora.errors import ContextLengthExceeded, InvalidRequest
 from jaxlora.lora import AdapterRef
-from serve.house import LOCAL_TENANT, House
+from serve.auth import caller_of
+from serve.house import House
 from serve.openai_errors import ERROR_SCHEMA, ERROR_STATUSES
 from serve.openai_format import ChatShape, CompletionShape, Heading, Shape, model_object
 from serve.openai_run import EventStream, Run, attend
@@ -95,7 +96,7 @@ class OpenAIWire:
 
     async def list_models(self, request: Request, query: Annotated[ModelQuery, Query()]) -> Response:
         """The base models, then the caller's adapters, newest first."""
-        cards = await asyncio.to_thread(self._house.models, tenant_of(request))
+        cards = await asyncio.to_thread(self._house.models, caller_of(request).sees)
         cards = sorted(cards, key=lambda c: (c.parent is not None, -c.created, c.id))
         cards = [c for c in cards if c.id.startswith(query.prefix)]
         if query.after is not None:
@@ -109,12 +110,12 @@ class OpenAIWire:
 
     async def read_model(self, request: Request, model: str) -> Response:
         """One model, by any name that a completion takes."""
-        return JSONResponse(model_object(await asyncio.to_thread(self._house.model, tenant_of(request), model)))
+        return JSONResponse(model_object(await asyncio.to_thread(self._house.model, caller_of(request).sees, model)))
 
     async def chat(self, request: Request, body: ChatBody) -> Response:
         """The answer to a conversation."""
         refuse_unbuilt(body)
-        adapter = self._house.resolve(tenant_of(request), body.model)
+        adapter = self._house.resolve(caller_of(request).sees, body.model)
         asked = chat_max_tokens(body)
         if body.top_logprobs and not body.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs: true", param="top_logprobs")
@@ -134,7 +135,7 @@ class OpenAIWire:
     async def complete(self, request: Request, body: CompletionBody) -> Response:
         """The continuation of each prompt."""
         refuse_unbuilt(body)
-        adapter = self._house.resolve(tenant_of(request), body.model)
+        adapter = self._house.resolve(caller_of(request).sees, body.model)
         if body.max_tokens == 0 and not body.echo:
             raise InvalidRequest("max_tokens must be at least 1 without echo, got 0", param="max_tokens")
         if body.best_of is not None and body.best_of < (body.n or 1):
@@ -156,7 +157,7 @@ class OpenAIWire:
         """Ids of a text or of a conversation."""
         refuse_unbuilt(body)
         if body.model is not None:
-            self._house.resolve(tenant_of(request), body.model)
+            self._house.resolve(caller_of(request).sees, body.model)
         if body.messages is not None and body.prompt is None:
             refuse_given(body, "messages", "add_special_tokens")
             ids = await self._chat_ids(body.messages, body.add_generation_prompt, body.continue_final_message)
@@ -171,7 +172,7 @@ class OpenAIWire:
     async def detokenize(self, request: Request, body: DetokenizeBody) -> Response:
         """Text of ids."""
         if body.model is not None:
-            self._house.resolve(tenant_of(request), body.model)
+            self._house.resolve(caller_of(request).sees, body.model)
         self._check_ids(body.tokens, "tokens")
         return JSONResponse({"prompt": await asyncio.to_thread(self._house.tokenizer.decode, body.tokens)})
 
@@ -274,7 +275,7 @@ class OpenAIWire:
                 out.append(
                     TokenRequest(
                         id=f"{id}-{len(out)}",
-                        tenant=tenant_of(request) or LOCAL_TENANT,
+                        tenant=caller_of(request).owner,
                         adapter=adapter,
                         prompt=view.tokens,
                         params=replace(params, choice=choice),
@@ -326,11 +327,6 @@ class OpenAIWire:
                 stream.cancel()
             raise
         return Fan(streams)
-
-
-def tenant_of(request: Request) -> str | None:
-    """Who asks, as the app found before it read the body."""
-    return request.state.tenant
 
 
 def prompt_list(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:

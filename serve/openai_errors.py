@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Sequence
 
 from fastapi import Request
@@ -15,7 +16,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from jaxlora.errors import InvalidRequest, JaxLoraError
+from jaxlora.errors import InvalidRequest, JaxLoraError, QuotaExceeded, RateLimited
 
 RETRY_AFTER_S = 1  # a client waits this long, then asks again; one that reads 0 would hammer
 LOG = logging.getLogger("serve")
@@ -77,9 +78,11 @@ def error_response(error: Exception) -> Response:
     """The HTTP answer to an error, with the headers that tell a client whether to try again."""
     status, body = error_body(error)
     headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
-    if status in (429, 503):
+    if isinstance(error, RateLimited):
+        headers["Retry-After"] = str(math.ceil(error.retry_after_s))
+    elif status == 503:
         headers["Retry-After"] = str(RETRY_AFTER_S)
-    if status in (409, 504, 507):  # asked again, it would take as long
+    if status in (409, 504, 507) or isinstance(error, QuotaExceeded):  # asked again, it would end alike
         headers["x-should-retry"] = "false"
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"

@@ -41,7 +41,7 @@ from jaxlora.peft import export_peft
 from jaxlora.pool import PoolSpec
 from jaxlora.serve_config import serve_defaults
 from serve.assemble import make_runner, open_store, stop
-from serve.house import LOCAL_TENANT
+from serve.auth import LOCAL_TENANT
 from serve.request import Request, SamplingParams
 from serve.runner import Runner
 from serve.training import LiveTraining

@@ -32,6 +32,7 @@ PURE = (
     "train/jsonl.py",
     "train/mixer.py",
     "serve/active.py",
+    "serve/auth.py",
     "serve/budget.py",
     "serve/chat.py",
     "serve/chat_client.py",

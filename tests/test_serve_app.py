@@ -9,28 +9,25 @@ import openai
 import pytest
 from fake_house import BASE, FakeHouse, serving
 
-from jaxlora.errors import ConfigInvalid, InvalidRequest, JaxLoraError
+from jaxlora.errors import ConfigInvalid, InvalidRequest, Unauthorized
 from serve.app import LOOPBACK_HOSTS, create_app, hosts_for
+from serve.auth import Caller
 
 CHAT = {"model": BASE, "messages": [{"role": "user", "content": "hi"}]}
-
-
-class NoKey(JaxLoraError):
-    status, code = 401, "invalid_api_key"
 
 
 def by_header(connection):
     """A tenant for each key; refuses a missing one."""
     key = connection.headers.get("authorization", "").removeprefix("Bearer ")
     if not key:
-        raise NoKey("give a key: Authorization: Bearer KEY")
-    return key
+        raise Unauthorized("give a key: Authorization: Bearer KEY")
+    return Caller(owner=key, admin=False)
 
 
 @pytest.fixture(scope="module")
 def running():
     house = FakeHouse()
-    app = create_app(house, default_max_tokens=64, tenant_of=by_header, max_body_bytes=2000, body_timeout_s=0.3)
+    app = create_app(house, default_max_tokens=64, caller_of=by_header, max_body_bytes=2000, body_timeout_s=0.3)
     with serving(app) as url:
         yield house, url
 
