@@ -119,14 +119,15 @@ class TrainingSection:
     """Fine-tuning jobs beside serving, on the same device."""
 
     slots: int  # adapters trained at once; other jobs wait in line
-    max_rank: int
     lanes: int  # packed rows of one batch, each of one tenant
     lane_tokens: int  # tokens of a row: the longest example
     quantum_steps: int = 50  # steps after which a job gives its slot to a tenant who had less
     publish_every: int = 5  # steps between two versions of a running job that `latest` means
+    max_rank: int | None = None  # of the adapters trained; None: the server's
 
     def __post_init__(self) -> None:
-        need_counts(self, "slots", "max_rank", "lanes", "lane_tokens", "quantum_steps", "publish_every")
+        need(self.max_rank is None or self.max_rank >= 1, "max_rank", "at least 1", self.max_rank)
+        need_counts(self, "slots", "lanes", "lane_tokens", "quantum_steps", "publish_every")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -172,7 +173,7 @@ class ServeConfig:
         need(bool(self.host.strip()), "host", "an address such as 127.0.0.1", self.host)
         need(0 <= self.port < 2**16, "port", "in [0, 65535]", self.port)
         need_distinct([a.name for a in self.load], "names under [[load]]")
-        if self.training is not None:
+        if self.training is not None and self.training.max_rank is not None:
             most = self.max_rank
             need(
                 self.training.max_rank <= most,
@@ -210,5 +211,5 @@ def serve_defaults(model: str, adapters: Path) -> ServeConfig:
         adapters=adapters,
         data=adapters.with_name("data"),
         tuning=Tuning(quantum_ms=200.0),
-        training=TrainingSection(slots=4, max_rank=16, lanes=4, lane_tokens=256),
+        training=TrainingSection(slots=4, lanes=4, lane_tokens=256),
     )
