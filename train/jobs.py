@@ -155,13 +155,15 @@ class JobEvent:
     message: str
     data: Mapping[
         str, float
-    ]  # finite; of a step: step, loss, accuracy, lr, grad_norm, tokens, tokens_per_s, heldout_loss
+    ]  # finite; of a step: step, loss, accuracy, lr, grad_norm, tokens, tokens_per_s, heldout_loss, heldout_accuracy
 
 
 class EventLog:
     """The events of one job, within `limit`: its steps and all else are bounded apart, so neither crowds out the other."""
 
-    def __init__(self, limit: int, clock: Callable[[], float]):
+    def __init__(self, limit: int, clock: Callable[[], float], added: Callable[[], None] = lambda: None):
+        """added: called after each new event."""
+        self._added = added
         self._steps: deque[JobEvent] = deque(maxlen=max(limit // 2, 1))
         self._rest: deque[JobEvent] = deque(maxlen=max(limit // 2, 1))
         self._clock = clock
@@ -173,6 +175,7 @@ class EventLog:
         finite = {k: v for k, v in (data or {}).items() if math.isfinite(v)}
         event = JobEvent(seq=self._count, time_s=self._clock(), level=level, kind=kind, message=message, data=finite)
         (self._steps if kind == "step" else self._rest).append(event)
+        self._added()
 
     def add_step(self, data: Mapping[str, float], *, total: int, finite: bool) -> None:
         """One of `total` steps is done: its numbers, and whether its update was finite."""
@@ -200,12 +203,21 @@ class Job:
     reason: str | None = None  # the same, for people
     finished_s: float | None = None
     progress: Progress = field(default_factory=Progress)
+    numbers: dict[str, float] = field(default_factory=dict)  # of its newest step and held-out loss, as in their event
     result: AdapterRef | None = None  # the version that it made
 
     @property
     def final(self) -> bool:
         """Whether it has ended for good."""
         return not NEXT[self.state]
+
+    def outcome(self, *, best: bool) -> str:
+        """How far it came, for people.  best: its weights are those of its best held-out loss."""
+        p, total = self.progress, self.request.optimizer.total_steps
+        how = f"{p.step} of {total} steps"
+        if p.step < total:
+            how += f", stopped early: {p.stale} held-out losses in a row were no better"
+        return f"{how}; its weights are those of step {p.best_step}" if best else how
 
     def check_move(self, to: State) -> None:
         """Raises StateInvalid, saying what is possible, when the job cannot go there from where it is."""
