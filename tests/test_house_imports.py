@@ -38,9 +38,12 @@ PURE = (
     "serve/chat_client.py",
     "serve/chat_columns.py",
     "serve/demo_tasks.py",
+    "serve/fine_tuning.py",
     "serve/grammar.py",
     "serve/histogram.py",
     "serve/house.py",
+    "serve/jobs_types.py",
+    "serve/model_names.py",
     "serve/openai_format.py",
     "serve/openai_stream.py",
     "serve/openai_types.py",
@@ -56,7 +59,7 @@ JAX_FAMILY = ("jax", "jaxlib", "flax", "optax", "orbax")
 ONLY_IN = {  # package → the only files that import it
     "flax": ("jaxlora/model.py",),
     "llguidance": ("serve/grammar.py",),
-    "pydantic": ("serve/openai_api.py", "serve/openai_types.py"),
+    "pydantic": ("serve/jobs_types.py", "serve/openai_api.py", "serve/openai_types.py"),
 }
 UNSAFE_MODULES = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "torch")
 MAX_LINES = 450

@@ -334,7 +334,7 @@ class Jobs:
             data |= {"heldout_loss": heldout.nll, "heldout_accuracy": heldout.accuracy}
         job.numbers |= data
         job.log.add_step(data, total=request.optimizer.total_steps, finite=report.finite)
-        better = heldout is not None and p.judge(heldout.nll)
+        better = heldout is not None and p.judge(heldout.nll, request.min_delta)
         if better:
             assert heldout is not None
             if request.keep_best:

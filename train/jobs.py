@@ -54,6 +54,7 @@ class JobRequest:
     evaluate_every: int | None = None  # steps between held-out losses; None: after the last step only
     checkpoint_every: int | None = None  # steps; None: when it pauses and ends
     patience: int | None = None  # held-out losses in a row without a better one, after which it ends early
+    min_delta: float = 0.0  # nats by which a held-out loss must be better to count as better
     keep_best: bool = False  # deliver the weights of the best held-out loss instead of the last ones
 
     def __post_init__(self) -> None:
@@ -67,6 +68,8 @@ class JobRequest:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidRequest(f"{name} must be at least 1, got {value}", param=name)
+        if not 0 <= self.min_delta < math.inf:
+            raise InvalidRequest(f"min_delta must be 0 or more and finite, got {self.min_delta}", param="min_delta")
         for name in ("evaluate_every", "patience", "keep_best"):
             if getattr(self, name) and self.heldout is None:
                 raise InvalidRequest(f"{name} needs held-out examples; give `heldout`", param=name)
@@ -131,9 +134,13 @@ class Progress:
         """What `to_json` gave, out of a meta that holds more."""
         return Progress(**{f.name: meta[f.name] for f in fields(Progress)})  # ty: ignore[invalid-argument-type]
 
-    def judge(self, loss: float) -> bool:
-        """Takes in the held-out loss of this step; whether it is the best so far (a NaN never is)."""
-        if loss < (math.inf if self.best_loss is None else self.best_loss):
+    def judge(self, loss: float, min_delta: float = 0.0) -> bool:
+        """Takes in the held-out loss of this step; whether it is the best so far by `min_delta` or more (a NaN never is)."""
+        if self.best_loss is None:
+            better = loss < math.inf
+        else:
+            better = loss < self.best_loss and loss <= self.best_loss - min_delta
+        if better:
             self.best_step, self.best_loss, self.stale = self.step, loss, 0
             return True
         self.stale += 1
