@@ -242,7 +242,7 @@ import os, sys
 from sqlmodel import Session
 from serve.database import open_engine, parse
 from serve.tables import FileRow, to_row
-from test_serve_database import some_row
+from database_world import file_record
 
 with open_engine(parse(sys.argv[1])).connect() as connection, connection.begin(), Session(connection) as session:
     session.add(to_row(FileRow, file_record("half")))
