@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import re
 import uuid
 from collections.abc import Callable, Collection, Generator, Sequence
@@ -24,7 +23,7 @@ from starlette.requests import ClientDisconnect, HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxlora.errors import ConfigInvalid, InvalidRequest, JaxLoraError, Unavailable
-from serve.auth import Caller, anyone
+from serve.auth import Caller, anyone, is_loopback
 from serve.house import House
 from serve.openai_api import OpenAIWire, WireConfig
 from serve.openai_errors import LOG, answer_error, error_response
@@ -88,11 +87,7 @@ class GateConfig:
 
 def hosts_for(bind: str) -> Collection[str] | None:
     """Host names to allow for a bind address: the loopback names for a loopback address, else None, which is any."""
-    try:
-        loopback = ipaddress.ip_address(bind.strip("[]")).is_loopback
-    except ValueError:
-        loopback = bind == "localhost"
-    return LOOPBACK_HOSTS if loopback else None
+    return LOOPBACK_HOSTS if is_loopback(bind) else None
 
 
 def create_app(

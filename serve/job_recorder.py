@@ -1,6 +1,6 @@
 """What the device thread says of jobs, stored by a thread of its own: a database that is slow or away delays no step.
 
-    LiveJobs ─JobNews, Published─▶ queue ─▶ one transaction a job: where it stands, its new events and checkpoints
+LiveJobs ─JobNews, Published─▶ queue ─▶ one transaction a job: where it stands, its new events and checkpoints
 """
 
 from __future__ import annotations
@@ -185,10 +185,8 @@ def renamed(numbers: object) -> JsonObject:
 
 def told(event: JobEvent, total_steps: int | None) -> NewEvent:
     """An event of a job as it is stored."""
-    numbers = dict(event.data)
+    numbers: JsonObject = dict(event.data)
     if event.kind != "step":
-        return NewEvent(
-            time_s=event.time_s, level=event.level, kind="message", message=event.message, data=numbers
-        )
+        return NewEvent(time_s=event.time_s, level=event.level, kind="message", message=event.message, data=numbers)
     data: JsonObject = {"step": numbers["step"], "total_steps": total_steps, **renamed(numbers)}
     return NewEvent(time_s=event.time_s, level=event.level, kind="metrics", message=event.message, data=data)
