@@ -25,6 +25,7 @@ from serve.engine import Engine
 from serve.grammar import Grammars
 from serve.histogram import Histogram
 from serve.house import ModelCard
+from serve.model_names import JobNames
 from serve.request import Delta, Request
 
 LOG = logging.getLogger("serve")
@@ -100,6 +101,7 @@ class Runner:
         self.engine, self.base_name, self.budget = engine, base_name, Budget(budget)
         self.started = time.time()
         self.grammars = Grammars(engine.tokenizer)
+        self.job_names = JobNames(base_name)
         self.trainer: Trainer | None = None
         self.freshness = Histogram(FRESHNESS_S)  # learned → first token under the new version
         self._fresh: dict[tuple[str, str], tuple[AdapterRef, float]] = {}  # versions without a token, since when
@@ -364,6 +366,8 @@ class Runner:
         if model == self.base_name:
             return None
         store = self.engine.store
+        if model.startswith("ft:"):
+            return self._made_by_job(tenant, model)
         path, at, number = model.partition("@")
         owner, slash, name = path.rpartition("/")
         asked = owner if slash else tenant
@@ -377,6 +381,16 @@ class Runner:
             raise AdapterNotFound(f"The model `{model}` does not exist.", param="model")
         return found[0]
 
+    def _made_by_job(self, tenant: str | None, model: str) -> AdapterRef:
+        """The version that a job's model name means now.  Raises AdapterNotFound."""
+        meant = self.job_names.find(tenant, model)
+        versions = [] if meant is None else self.engine.store.versions(meant.tenant, meant.adapter)
+        if meant is not None and meant.version is not None:
+            versions = [ref for ref in versions if ref.version == meant.version]
+        if not versions:
+            raise AdapterNotFound(f"The model `{model}` does not exist.", param="model")
+        return versions[-1]
+
     def models(self, tenant: str | None) -> list[ModelCard]:
         """The base and every adapter this tenant may see, but for those that cannot be read.  Reads the disk."""
         refs = self.engine.store.list(tenant)
@@ -384,7 +398,9 @@ class Runner:
         cards = [self._base_card()]
         for ref in refs:
             try:
-                cards.append(self._card(ref, ref.name if owners[ref.name] == 1 else f"{ref.tenant}/{ref.name}"))
+                made = self.job_names.shown(ref.tenant, ref.name)
+                name = ref.name if owners[ref.name] == 1 else f"{ref.tenant}/{ref.name}"
+                cards.append(self._card(ref, made or name))
             except AdapterNotFound:
                 pass  # deleted meanwhile
             except StorageFailed as error:
@@ -428,6 +444,11 @@ class Runner:
     def context(self) -> int:
         """Tokens of one sequence, prompt and answer together."""
         return self.engine.config.max_tokens
+
+    @property
+    def waiting_requests(self) -> int:
+        """Requests that have no row yet."""
+        return self.engine.scheduler.counts()[2]
 
     @property
     def tokenizer(self):
