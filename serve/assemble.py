@@ -55,7 +55,7 @@ def load_peft(runner: Runner, opened: Opened, section: AdapterSection) -> Adapte
     Logs what its owner should know.  Raises AdapterInvalid when the folder cannot be held exactly, InvalidRequest for
     the base's name.
     """
-    runner.check_name(LOCAL_TENANT, section.name)
+    runner.catalog.check_name(LOCAL_TENANT, section.name)
     engine = runner.engine
     newest = engine.store.latest(LOCAL_TENANT, section.name)
     arrays = opened.base.arrays
