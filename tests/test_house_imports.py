@@ -32,6 +32,7 @@ PURE = (
     "train/jsonl.py",
     "train/mixer.py",
     "serve/active.py",
+    "serve/answered.py",
     "serve/auth.py",
     "serve/budget.py",
     "serve/chat.py",
@@ -41,6 +42,7 @@ PURE = (
     "serve/grammar.py",
     "serve/histogram.py",
     "serve/house.py",
+    "serve/logs.py",
     "serve/openai_format.py",
     "serve/openai_stream.py",
     "serve/openai_types.py",
@@ -49,13 +51,21 @@ PURE = (
     "serve/scheduler.py",
     "serve/sequence.py",
     "serve/shares.py",
+    "serve/snapshot.py",
     "serve/stops.py",
+    "serve/telemetry.py",
+    "serve/top.py",
+    "serve/tracing.py",
     "serve/tuning.py",
+    "serve/watch.py",
 )
 JAX_FAMILY = ("jax", "jaxlib", "flax", "optax", "orbax")
 ONLY_IN = {  # package → the only files that import it
     "flax": ("jaxlora/model.py",),
     "llguidance": ("serve/grammar.py",),
+    "opentelemetry": ("serve/tracing.py",),
+    "prometheus_client": ("serve/metrics.py",),
+    "structlog": ("serve/logs.py",),
     "pydantic": ("serve/openai_api.py", "serve/openai_types.py"),
 }
 UNSAFE_MODULES = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "torch")
