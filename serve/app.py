@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import re
 import time
 import uuid
@@ -26,7 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxlora.errors import ConfigInvalid, InvalidRequest, JaxLoraError, Unavailable
 from serve.answered import GENERATED, REFUSED, Answered, Listener
-from serve.auth import Caller, anyone
+from serve.auth import Caller, anyone, is_loopback
 from serve.error_shapes import ErrorShapes, Shape
 from serve.house import House
 from serve.logs import naming
@@ -94,11 +93,7 @@ class GateConfig:
 
 def hosts_for(bind: str) -> Collection[str] | None:
     """Host names to allow for a bind address: the loopback names for a loopback address, else None, which is any."""
-    try:
-        loopback = ipaddress.ip_address(bind.strip("[]")).is_loopback
-    except ValueError:
-        loopback = bind == "localhost"
-    return LOOPBACK_HOSTS if loopback else None
+    return LOOPBACK_HOSTS if is_loopback(bind) else None
 
 
 def create_app(

@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -25,6 +25,7 @@ from serve.engine import Engine
 from serve.grammar import Grammars
 from serve.histogram import Histogram
 from serve.house import ModelCard
+from serve.model_names import JobNames
 from serve.request import Delta, Request
 from serve.watch import Watch
 
@@ -102,6 +103,7 @@ class Runner:
         self.started = time.time()
         self.grammars = Grammars(engine.tokenizer)
         self.watch = Watch(engine)
+        self.job_names = JobNames(base_name)
         self.trainer: Trainer | None = None
         self.freshness = Histogram(FRESHNESS_S)  # learned → first token under the new version
         self._fresh: dict[tuple[str, str], tuple[AdapterRef, float]] = {}  # versions without a token, since when
@@ -154,6 +156,11 @@ class Runner:
         if error is not None:
             raise error
         return result  # ty: ignore[invalid-explicit-return]
+
+    def wake(self) -> None:
+        """Has the device thread look for work, if it sleeps.  Of any thread."""
+        with contextlib.suppress(Unavailable):  # ended: there is none
+            self._send(lambda: None)
 
     def _check_alive(self) -> None:
         if self._closed or not self._thread.is_alive():
@@ -313,12 +320,14 @@ class Runner:
         rows: Rows,
         *,
         keep: int | None = None,
+        spare: Collection[int] = (),
         learned_s: float | None = None,
     ) -> AdapterRef:
         """A new version of the adapter with these device rows, served from the next admission on.  Device thread only.
 
         Requests in flight keep their version, but for those that follow the adapter.  The store writes the version to
-        disk behind.  With `keep`, versions before the newest `keep` are deleted, but for those that a request still uses.
+        disk behind.  With `keep`, versions before the newest `keep` are deleted, but for those that a request still uses
+        and those to `spare`.
         learned_s: when the weights were learned, on the monotonic clock; `freshness` counts from then.
         Raises InvalidRequest for the base's name; AdapterNotFinite, and publishes nothing, when a weight is not finite;
         StorageFailed or OSError when the store cannot give a number.
@@ -332,7 +341,7 @@ class Runner:
         self._fresh[tenant, name] = ref, time.monotonic() if learned_s is None else learned_s
         if keep is not None:
             for old in store.versions(tenant, name)[:-keep]:
-                if self.engine.release(old):
+                if old.version not in spare and self.engine.release(old):
                     store.delete_version(old)
         return ref
 
@@ -364,6 +373,8 @@ class Runner:
         if model == self.base_name:
             return None
         store = self.engine.store
+        if model.startswith("ft:"):
+            return self._made_by_job(tenant, model)
         path, at, number = model.partition("@")
         owner, slash, name = path.rpartition("/")
         asked = owner if slash else tenant
@@ -377,6 +388,16 @@ class Runner:
             raise AdapterNotFound(f"The model `{model}` does not exist.", param="model")
         return found[0]
 
+    def _made_by_job(self, tenant: str | None, model: str) -> AdapterRef:
+        """The version that a job's model name means now.  Raises AdapterNotFound."""
+        meant = self.job_names.find(tenant, model)
+        versions = [] if meant is None else self.engine.store.versions(meant.tenant, meant.adapter)
+        if meant is not None and meant.version is not None:
+            versions = [ref for ref in versions if ref.version == meant.version]
+        if not versions:
+            raise AdapterNotFound(f"The model `{model}` does not exist.", param="model")
+        return versions[-1]
+
     def models(self, tenant: str | None) -> list[ModelCard]:
         """The base and every adapter this tenant may see, but for those that cannot be read.  Reads the disk."""
         refs = self.engine.store.list(tenant)
@@ -384,7 +405,9 @@ class Runner:
         cards = [self._base_card()]
         for ref in refs:
             try:
-                cards.append(self._card(ref, ref.name if owners[ref.name] == 1 else f"{ref.tenant}/{ref.name}"))
+                made = self.job_names.shown(ref.tenant, ref.name)
+                name = ref.name if owners[ref.name] == 1 else f"{ref.tenant}/{ref.name}"
+                cards.append(self._card(ref, made or name))
             except AdapterNotFound:
                 pass  # deleted meanwhile
             except StorageFailed as error:
@@ -428,6 +451,11 @@ class Runner:
     def context(self) -> int:
         """Tokens of one sequence, prompt and answer together."""
         return self.engine.config.max_tokens
+
+    @property
+    def waiting_requests(self) -> int:
+        """Requests that have no row yet."""
+        return self.engine.scheduler.counts()[2]
 
     @property
     def tokenizer(self):

@@ -38,15 +38,21 @@ PURE = (
     "serve/chat.py",
     "serve/chat_client.py",
     "serve/chat_columns.py",
+    "serve/database.py",
     "serve/demo_tasks.py",
+    "serve/fine_tuning.py",
     "serve/grammar.py",
     "serve/histogram.py",
     "serve/house.py",
     "serve/logs.py",
+    "serve/jobs_types.py",
+    "serve/model_names.py",
+    "serve/migrations.py",
     "serve/openai_format.py",
     "serve/openai_stream.py",
     "serve/openai_types.py",
     "serve/pages.py",
+    "serve/records.py",
     "serve/request.py",
     "serve/scheduler.py",
     "serve/sequence.py",
@@ -56,17 +62,28 @@ PURE = (
     "serve/telemetry.py",
     "serve/top.py",
     "serve/tracing.py",
+    "serve/stored_answers.py",
+    "serve/stored_files.py",
+    "serve/stored_gradient.py",
+    "serve/stored_jobs.py",
+    "serve/stored_keys.py",
+    "serve/tables.py",
     "serve/tuning.py",
     "serve/watch.py",
 )
 JAX_FAMILY = ("jax", "jaxlib", "flax", "optax", "orbax")
+STORED = ("answers", "files", "gradient", "jobs", "keys")
+SQL_FILES = ("serve/database.py", "serve/migrations.py", "serve/tables.py", *(f"serve/stored_{s}.py" for s in STORED))
 ONLY_IN = {  # package → the only files that import it
+    "alembic": ("serve/migrations.py",),
     "flax": ("jaxlora/model.py",),
     "llguidance": ("serve/grammar.py",),
     "opentelemetry": ("serve/tracing.py",),
     "prometheus_client": ("serve/metrics.py",),
+    "pydantic": ("serve/jobs_types.py", "serve/openai_api.py", "serve/openai_types.py"),
+    "sqlalchemy": SQL_FILES,
+    "sqlmodel": SQL_FILES,
     "structlog": ("serve/logs.py",),
-    "pydantic": ("serve/openai_api.py", "serve/openai_types.py"),
 }
 UNSAFE_MODULES = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "torch")
 MAX_LINES = 450
