@@ -26,6 +26,7 @@ from serve.grammar import Grammars
 from serve.histogram import Histogram
 from serve.house import ModelCard
 from serve.request import Delta, Request
+from serve.watch import Watch
 
 LOG = logging.getLogger("serve")
 GONE = "the server stopped before the answer was complete; retry when it is up again"
@@ -101,6 +102,7 @@ class Runner:
         self.started = time.time()
         self.grammars = Grammars(engine.tokenizer)
         self.catalog = Catalog(engine.store, engine.slots, base_name, self.started)
+        self.watch = Watch(engine)
         self.trainer: Trainer | None = None
         self.freshness = Histogram(FRESHNESS_S)  # learned → first token under the new version
         self._fresh: dict[tuple[str, str], tuple[AdapterRef, float]] = {}  # versions without a token, since when
@@ -194,8 +196,13 @@ class Runner:
     def _turn(self) -> None:
         """Messages, then an engine step or a part of a training step."""
         engine, trainer = self.engine, self.trainer
+        first = None
         if not engine.has_work and (trainer is None or not trainer.has_work):
-            self._inbox.get()()
+            self.watch.rest()
+            first = self._inbox.get()
+        self.watch.turn()
+        if first is not None:
+            first()
         while not self._inbox.empty():
             self._inbox.get()()
         trainer = self.trainer
@@ -382,5 +389,8 @@ class Runner:
         return self.engine.tokenizer
 
     def health(self) -> str:
-        """ "ok", or that the device thread has ended."""
-        return "ok" if self._thread.is_alive() and not self._closed else "the device thread has ended"
+        """ "ok", or that the device thread has ended or hangs."""
+        if self._closed or not self._thread.is_alive():
+            return "the device thread has ended"
+        hangs_s = self.watch.hangs_s()
+        return "ok" if hangs_s is None else f"the device thread has been in one step for {hangs_s:.0f} s"
