@@ -161,6 +161,9 @@ class ServeConfig:
     training: TrainingSection | None = None  # None: no fine-tuning jobs
     kv_dtype: Dtype = "auto"  # of keys and values; auto: the base's
     load: tuple[AdapterSection, ...] = field(default=())
+    lora_roots: tuple[
+        Path, ...
+    ] = ()  # folders that PEFT folders may be loaded from over HTTP, by admins; none: no loading
 
     def __post_init__(self) -> None:
         need_counts(self, "slots", "max_rank", "rows", "kv_pages", "page_tokens", "prefill_lanes", "prefill_tokens")

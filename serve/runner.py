@@ -13,7 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from jaxlora.errors import AdapterNotFound, InvalidRequest, JaxLoraError, StorageFailed, Unavailable
@@ -29,6 +29,7 @@ from serve.request import Delta, Request
 
 LOG = logging.getLogger("serve")
 GONE = "the server stopped before the answer was complete; retry when it is up again"
+RESERVED_NAMES = frozenset({"versions", "download", "pin", "unpin"})
 FRESHNESS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 
@@ -98,6 +99,9 @@ class Runner:
     def __init__(self, engine: Engine, *, base_name: str, budget: BudgetSettings | None = None):
         """budget: how serving and training share the device; `budget.settings` changes it at any time."""
         self.engine, self.base_name, self.budget = engine, base_name, Budget(budget)
+        self.tuning = Tuning(
+            quantum_ms=engine.config.quantum_s * 1000
+        )  # replaced, never changed: any thread may read it
         self.started = time.time()
         self.grammars = Grammars(engine.tokenizer)
         self.trainer: Trainer | None = None
@@ -294,9 +298,11 @@ class Runner:
     # ---- adapters -------------------------------------------------------------------------------------------------
 
     def check_name(self, tenant: str, name: str) -> None:
-        """Raises InvalidRequest for an adapter that nobody could ask for, because its name means the base model."""
+        """Raises InvalidRequest for an adapter that nobody could ask for: its name means the base model, or what is done."""
         if self.base_name in (name, f"{tenant}/{name}"):
             raise InvalidRequest(f"{self.base_name} is the base model; give the adapter another name", param="name")
+        if name in RESERVED_NAMES:  # /v1/adapters/TENANT/NAME would be read as that
+            raise InvalidRequest(f"{name} is a word of the API; give the adapter another name", param="name")
 
     def publish(
         self,
@@ -342,7 +348,10 @@ class Runner:
             raise InvalidRequest(f"pin: {error.message}", param="pin") from error
         if base := [name for name, ref in pins if ref is None]:
             raise InvalidRequest(f"pin: {base[0]} is the base model, which needs no slot; leave it out", param="pin")
-        self.engine.tune(tuning, {ref for _, ref in pins if ref is not None})
+        refs = dict.fromkeys(ref for _, ref in pins if ref is not None)
+        self.engine.tune(tuning, refs.keys())
+        # By whole names: another tenant may get an adapter of that name.
+        self.tuning = replace(tuning, pin=tuple(f"{ref.tenant}/{ref.name}" for ref in refs))
 
     def rehearse_publish(self, rows: Rows) -> None:
         """Compiles what a publication of rows of this shape runs, and publishes nothing.  Device thread only."""
