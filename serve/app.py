@@ -12,7 +12,7 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 
 from fastapi import APIRouter, FastAPI
@@ -36,6 +36,7 @@ OPEN_PATHS = frozenset({"/health", "/ready"})  # answered without a key, also wh
 NO_SHAPES: Mapping[str, Shape] = {}
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
 GONE = 499  # status of a request whose client left before it had one
+SLOWEST_UPLOAD_BYTES_S = 500_000  # an upload may take as long as its largest body at this rate, beside body_timeout_s
 TIMEOUT_HEADER = "x-request-timeout-s"
 SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
 AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^:/@\[\]]+)(?::\d+)?")
@@ -80,7 +81,8 @@ class GateConfig:
 
     hosts: Collection[str] | None  # names allowed in Host and Origin; None: any (see `hosts_for`)
     max_body_bytes: int = 4 * 2**20
-    body_timeout_s: float = 60.0  # for the whole body to arrive
+    body_limits: Mapping[str, int] = field(default_factory=dict)  # path → bytes, where files are uploaded
+    body_timeout_s: float = 60.0  # for the whole body to arrive; more where files are uploaded
     max_request_s: float = 3600.0  # for the whole answer, from the request's first line
 
     def __post_init__(self) -> None:
@@ -89,6 +91,10 @@ class GateConfig:
                 "max_body_bytes, body_timeout_s and max_request_s must be positive, got "
                 f"{self.max_body_bytes}, {self.body_timeout_s}, {self.max_request_s}"
             )
+
+    def limit_bytes(self, path: str) -> int:
+        """Bytes that the body of a request for this path may have."""
+        return self.body_limits.get(path, self.max_body_bytes)
 
 
 def hosts_for(bind: str) -> Collection[str] | None:
@@ -103,6 +109,7 @@ def create_app(
     hosts: Collection[str] | None = LOOPBACK_HOSTS,
     caller_of: Callable[[HTTPConnection], Caller] = anyone,
     max_body_bytes: int = 4 * 2**20,
+    body_limits: Mapping[str, int] | None = None,
     body_timeout_s: float = 60.0,
     max_request_s: float = 3600.0,
     ping_s: float = 15.0,
@@ -117,10 +124,15 @@ def create_app(
     caller_of: who asks; it sees the request's headers, and raises to refuse it.  door: closed when the server ends.
     routers: the wires beside OpenAI's completions, behind the same gate.  error_shapes: how the wires whose paths begin
     so tell errors.  listeners: hear of each request when it has been answered.  open_paths: that need no key.
+    body_limits: path → bytes, where files are uploaded.
     Raises ConfigInvalid or InvalidRequest for an impossible limit.
     """
     gate = GateConfig(
-        hosts=hosts, max_body_bytes=max_body_bytes, body_timeout_s=body_timeout_s, max_request_s=max_request_s
+        hosts=hosts,
+        max_body_bytes=max_body_bytes,
+        body_limits=body_limits or {},
+        body_timeout_s=body_timeout_s,
+        max_request_s=max_request_s,
     )
     door, shapes = Door() if door is None else door, ErrorShapes(error_shapes)
     # The pages at /docs load scripts from elsewhere, and the document would be one more route to guard.
@@ -225,15 +237,16 @@ class Gate:
         """The app's answer to who may ask it.  Raises as the gate does for all others."""
         headers = Headers(scope=scope)
         self._check_hosts(headers)
-        self._check_length(headers)
+        limit_bytes = self._config.limit_bytes(scope["path"])
+        self._check_length(headers, limit_bytes)
         state = scope.setdefault("state", {})
         state["deadline"] = asyncio.get_running_loop().time() + self._limit_s(headers)
         if scope["path"] in self._open_paths:
-            await self._app(scope, self._bounded(receive), send)
+            await self._app(scope, self._bounded(receive, limit_bytes), send)
         else:
             with self._door.entered():
                 state["caller"] = self._caller_of(HTTPConnection(scope))
-                await self._app(scope, self._bounded(receive), send)
+                await self._app(scope, self._bounded(receive, limit_bytes), send)
 
     def _check_hosts(self, headers: Headers) -> None:
         """Raises HostRefused for a name that is not ours: DNS rebinding, or another site's script."""
@@ -251,14 +264,11 @@ class Gate:
                     "to serve others, bind the server to another address"
                 )
 
-    def _too_large(self) -> HTTPException:
-        return HTTPException(413, f"the body may have at most {self._config.max_body_bytes} bytes")
-
-    def _check_length(self, headers: Headers) -> None:
+    def _check_length(self, headers: Headers, limit_bytes: int) -> None:
         """Raises 413 for an announced length over the limit, before a byte is read."""
         length = headers.get("content-length", "")
-        if length.isdecimal() and (len(length) > 18 or int(length) > self._config.max_body_bytes):
-            raise self._too_large()
+        if length.isdecimal() and (len(length) > 18 or int(length) > limit_bytes):
+            raise _too_large(limit_bytes)
 
     def _limit_s(self, headers: Headers) -> float:
         """Seconds this request may take.  Raises InvalidRequest for a header that is no such number."""
@@ -272,9 +282,12 @@ class Gate:
             )
         return min(float(asked), self._config.max_request_s)
 
-    def _bounded(self, receive: Receive) -> Receive:
+    def _bounded(self, receive: Receive, limit_bytes: int) -> Receive:
         """`receive`, with the limits of size and time on the body, and none after it."""
-        seen_bytes, deadline, whole = 0, asyncio.get_running_loop().time() + self._config.body_timeout_s, False
+        limit_s = self._config.body_timeout_s
+        if limit_bytes > self._config.max_body_bytes:
+            limit_s += limit_bytes / SLOWEST_UPLOAD_BYTES_S
+        seen_bytes, deadline, whole = 0, asyncio.get_running_loop().time() + limit_s, False
 
         async def bounded() -> Message:
             nonlocal seen_bytes, whole
@@ -284,11 +297,15 @@ class Gate:
                 async with asyncio.timeout_at(deadline):
                     message = await receive()
             except TimeoutError:
-                raise HTTPException(408, f"the body took over {self._config.body_timeout_s} s to arrive") from None
+                raise HTTPException(408, f"the body took over {limit_s:g} s to arrive") from None
             seen_bytes += len(message.get("body", b""))
             whole = not message.get("more_body", False)
-            if seen_bytes > self._config.max_body_bytes:
-                raise self._too_large()
+            if seen_bytes > limit_bytes:
+                raise _too_large(limit_bytes)
             return message
 
         return bounded
+
+
+def _too_large(limit_bytes: int) -> HTTPException:
+    return HTTPException(413, f"the body may have at most {limit_bytes} bytes")
