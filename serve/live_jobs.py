@@ -17,7 +17,7 @@ from typing import Protocol
 import jax
 
 from jaxlora.errors import AdapterNotFinite, JaxLoraError
-from jaxlora.lora import AdapterRef, LoraSpec
+from jaxlora.lora import Adapter, AdapterRef, LoraSpec
 from jaxlora.pool import Rows
 from serve.runner import Runner
 from serve.training import KEEP_VERSIONS, PUBLISH
@@ -86,6 +86,22 @@ class GuestCall:
     state: SlotState  # before, in NumPy
     step: int  # updates before
     caller: GuestCaller
+
+
+class JobShelf:
+    """Where finished adapters go: the store, and to whoever pins or follows them.  Of the device thread."""
+
+    def __init__(self, runner: Runner):
+        self._runner = runner
+
+    def mint(self, tenant: str, name: str) -> AdapterRef:
+        """The next version of this adapter."""
+        return self._runner.engine.store.mint(tenant, name)
+
+    def put(self, adapter: Adapter) -> None:
+        """Keeps a minted version."""
+        self._runner.engine.store.put(adapter)
+        self._runner.engine.announce(adapter.ref)
 
 
 @dataclass(slots=True)
@@ -201,10 +217,10 @@ class LiveJobs:
         if job.id in self.jobs.trainer.tenants:
             self._publish(job.id, checkpoint=True)
             return
-        store, request = self.runner.engine.store, job.request
+        shelf, request = JobShelf(self.runner), job.request
         try:
-            ref = store.mint(request.owner, request.name)
-            store.put(self.jobs.adapter(request.owner, job.id, ref))
+            ref = shelf.mint(request.owner, request.name)
+            shelf.put(self.jobs.adapter(request.owner, job.id, ref))
         except (JaxLoraError, OSError) as error:
             job.log.add("problem", f"step {job.progress.step} is not published: {said(error)}", level="warn")
         else:
