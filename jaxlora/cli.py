@@ -244,6 +244,12 @@ def kernels(
             raise ConfigInvalid(f"bench kernels: {e}") from e
 
 
+# They use what is above.
+from jaxlora.cli_keys import keys  # noqa: E402
+
+app.add_typer(keys, name="keys")
+
+
 def main() -> None:
     """What the `jaxlora` script runs."""
     app()
