@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -152,6 +152,11 @@ class Runner:
         if error is not None:
             raise error
         return result  # ty: ignore[invalid-explicit-return]
+
+    def wake(self) -> None:
+        """Has the device thread look for work, if it sleeps.  Of any thread."""
+        with contextlib.suppress(Unavailable):  # ended: there is none
+            self._send(lambda: None)
 
     def _check_alive(self) -> None:
         if self._closed or not self._thread.is_alive():
@@ -306,12 +311,14 @@ class Runner:
         rows: Rows,
         *,
         keep: int | None = None,
+        spare: Collection[int] = (),
         learned_s: float | None = None,
     ) -> AdapterRef:
         """A new version of the adapter with these device rows, served from the next admission on.  Device thread only.
 
         Requests in flight keep their version, but for those that follow the adapter.  The store writes the version to
-        disk behind.  With `keep`, versions before the newest `keep` are deleted, but for those that a request still uses.
+        disk behind.  With `keep`, versions before the newest `keep` are deleted, but for those that a request still uses
+        and those to `spare`.
         learned_s: when the weights were learned, on the monotonic clock; `freshness` counts from then.
         Raises InvalidRequest for the base's name; AdapterNotFinite, and publishes nothing, when a weight is not finite;
         StorageFailed or OSError when the store cannot give a number.
@@ -325,7 +332,7 @@ class Runner:
         self._fresh[tenant, name] = ref, time.monotonic() if learned_s is None else learned_s
         if keep is not None:
             for old in store.versions(tenant, name)[:-keep]:
-                if self.engine.release(old):
+                if old.version not in spare and self.engine.release(old):
                     store.delete_version(old)
         return ref
 
