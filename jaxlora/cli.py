@@ -15,6 +15,7 @@ from typing import Annotated
 
 import typer
 
+from jaxlora.cli_keys import keys
 from jaxlora.errors import ConfigInvalid, JaxLoraError
 from jaxlora.neighbours import check_neighbours, own_home
 
@@ -243,9 +244,6 @@ def kernels(
         except ValueError as e:
             raise ConfigInvalid(f"bench kernels: {e}") from e
 
-
-# They use what is above.
-from jaxlora.cli_keys import keys  # noqa: E402
 
 app.add_typer(keys, name="keys")
 

@@ -8,14 +8,13 @@ from typing import Annotated
 
 import typer
 
-from jaxlora import cli
 from jaxlora.errors import ConfigInvalid
 
-keys = typer.Typer(help="The API keys of a server; changes hold within a second, also while it runs.", no_args_is_help=True)
+keys = typer.Typer(
+    help="The API keys of a server; changes hold within a second, also while it runs.", no_args_is_help=True
+)
 
-Config = Annotated[
-    Path | None, typer.Option(metavar="CONFIG.toml", help="The server's settings.", show_default=False)
-]
+Config = Annotated[Path | None, typer.Option(metavar="CONFIG.toml", help="The server's settings.", show_default=False)]
 Data = Annotated[Path | None, typer.Option(help="The server's folder of data (default: ./data).", show_default=False)]
 
 
@@ -28,6 +27,8 @@ def create(
     data: Data = None,
 ) -> None:
     """Print a new key.  The first one shuts out everyone who has none."""
+    from jaxlora import cli  # which imports this file
+
     with cli.clean_exit():
         if role not in ("tenant", "admin"):
             raise ConfigInvalid(f"--role must be tenant or admin, got {role}")
@@ -44,6 +45,8 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
     """Show all keys, but for the keys themselves, which nobody knows."""
+    from jaxlora import cli  # which imports this file
+
     with cli.clean_exit():
         cli.resolve("serve.key_commands:show")(config=config, data=data, as_json=as_json, say=typer.echo)
 
@@ -55,6 +58,8 @@ def revoke(
     data: Data = None,
 ) -> None:
     """Let nobody in with a key any more; its open requests end with an error."""
+    from jaxlora import cli  # which imports this file
+
     with cli.clean_exit():
         cli.resolve("serve.key_commands:revoke")(
             id, config=config, data=data, remark=functools.partial(typer.echo, err=True)

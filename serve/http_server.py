@@ -14,14 +14,18 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
 
 import uvicorn
+from fastapi import APIRouter
+from starlette.requests import HTTPConnection
 
 from jaxlora.errors import ConfigInvalid
-from serve.app import Door, create_app, hosts_for
+from serve.app import create_app, hosts_for
+from serve.auth import Caller, anyone
+from serve.door import Door
 from serve.runner import Runner
 
 LOG = logging.getLogger("serve")
@@ -100,10 +104,21 @@ class HttpServer:
 
 
 def make_http(
-    runner: Runner, *, host: str, port: int, default_max_tokens: int, max_request_s: float, grace_s: float
+    runner: Runner,
+    *,
+    host: str,
+    port: int,
+    default_max_tokens: int,
+    max_request_s: float,
+    grace_s: float,
+    caller_of: Callable[[HTTPConnection], Caller] = anyone,
+    door: Door | None = None,
+    routers: Sequence[APIRouter] = (),
+    body_limits: Mapping[str, int] | None = None,
 ) -> HttpServer:
     """The runner behind HTTP, on a socket that is bound already.  An IPv6 host may stand in brackets.
 
+    caller_of, routers, body_limits: as `create_app` takes them.  door: so that others may shut callers out.
     Raises ConfigInvalid when the address is taken or not ours.
     """
     host = host.removeprefix("[").removesuffix("]")
@@ -115,13 +130,16 @@ def make_http(
     except OSError as error:
         listening.close()
         raise ConfigInvalid(f"cannot listen on {host} port {port} ({error.strerror}); choose another --port") from error
-    door = Door()
+    door = Door() if door is None else door
     app = create_app(
         runner,
         default_max_tokens=default_max_tokens,
         hosts=hosts_for(host),
+        caller_of=caller_of,
+        body_limits=body_limits,
         max_request_s=max_request_s,
         door=door,
+        routers=routers,
     )
     settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=LAST_WORDS_S)
     return HttpServer(DrainingServer(settings, door, grace_s, runner.end_all), listening)
