@@ -14,7 +14,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
 
@@ -23,9 +23,11 @@ from fastapi import APIRouter
 from starlette.requests import HTTPConnection
 
 from jaxlora.errors import ConfigInvalid
-from serve.app import create_app, hosts_for
+from serve.answered import Listener
+from serve.app import OPEN_PATHS, create_app, hosts_for
 from serve.auth import Caller, anyone
 from serve.door import Door
+from serve.limits import Limiter
 from serve.runner import Runner
 
 LOG = logging.getLogger("serve")
@@ -111,14 +113,18 @@ def make_http(
     default_max_tokens: int,
     max_request_s: float,
     grace_s: float,
-    caller_of: Callable[[HTTPConnection], Caller] = anyone,
-    door: Door | None = None,
     routers: Sequence[APIRouter] = (),
+    listeners: Sequence[Listener] = (),
+    open_paths: Collection[str] = OPEN_PATHS,
+    caller_of: Callable[[HTTPConnection], Caller] = anyone,
+    limiter: Limiter | None = None,
     body_limits: Mapping[str, int] | None = None,
+    door: Door | None = None,
 ) -> HttpServer:
     """The runner behind HTTP, on a socket that is bound already.  An IPv6 host may stand in brackets.
 
-    caller_of, routers, body_limits: as `create_app` takes them.  door: so that others may shut callers out.
+    routers, listeners, open_paths, caller_of, limiter, body_limits, door: as `create_app` takes them.
+
     Raises ConfigInvalid when the address is taken or not ours.
     """
     host = host.removeprefix("[").removesuffix("]")
@@ -135,11 +141,14 @@ def make_http(
         runner,
         default_max_tokens=default_max_tokens,
         hosts=hosts_for(host),
-        caller_of=caller_of,
-        body_limits=body_limits,
         max_request_s=max_request_s,
         door=door,
         routers=routers,
+        listeners=listeners,
+        open_paths=open_paths,
+        caller_of=caller_of,
+        limiter=limiter,
+        body_limits=body_limits,
     )
     settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=LAST_WORDS_S)
     return HttpServer(DrainingServer(settings, door, grace_s, runner.end_all), listening)

@@ -18,7 +18,7 @@ CHECKPOINT_METRICS = (
 )
 
 
-def job_object(record: JobRecord, names: JobNames, *, results: Sequence[str]) -> JsonObject:
+def job_object(record: JobRecord, names: JobNames) -> JsonObject:
     """A job.  `fine_tuned_model` is set as soon as it can be asked: at the first checkpoint."""
     request, resolved, progress = record.request, record.resolved, record.progress
     usable = "checkpoint_step" in progress or "final_version" in progress
@@ -37,7 +37,7 @@ def job_object(record: JobRecord, names: JobNames, *, results: Sequence[str]) ->
         "status": record.status,
         "training_file": request["training_file"],
         "validation_file": request.get("validation_file"),
-        "result_files": list(results),
+        "result_files": progress.get("results", []),
         "fine_tuned_model": names.full(record.id) if usable else None,
         "trained_tokens": progress.get("tokens") if record.status in ENDED else None,
         "seed": resolved["seed"],

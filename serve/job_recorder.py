@@ -66,13 +66,16 @@ class JobRecorder:
         self._changes.put((published.job_id, published))
 
     def change(self, id: str, change: Callable[[JobRecord], JobRecord], *events: NewEvent) -> None:
-        """Stores another record of a job, and events, after all that was told before.  Waits until it is tried once."""
+        """Stores another record of a job, and events, after all that was told before.  Returns when it is tried."""
         done = threading.Event()
 
         def work() -> None:
             try:
-                if id in self._records:
-                    self._store(change(self._records[id]), list(events), [])
+                known = self._records.get(id)
+                if known is not None:
+                    self._store(change(known), list(events), [])
+                else:
+                    self._stored.save(change(self._stored.get(id, None)), events=events)
             finally:
                 done.set()
 

@@ -11,21 +11,22 @@ import logging
 import queue
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from jaxlora.errors import AdapterNotFound, InvalidRequest, JaxLoraError, StorageFailed, Unavailable
+from jaxlora.errors import AdapterNotFound, InvalidRequest, JaxLoraError, Unavailable
 from jaxlora.lora import AdapterRef, LoraSpec
 from jaxlora.pool import Rows, adapter_of_rows, read_finite
 from jaxlora.serve_config import Tuning
 from serve.budget import Budget, BudgetSettings
+from serve.catalog import Catalog
 from serve.engine import Engine
 from serve.grammar import Grammars
 from serve.histogram import Histogram
 from serve.house import ModelCard
 from serve.request import Delta, Request
+from serve.watch import Watch
 
 LOG = logging.getLogger("serve")
 GONE = "the server stopped before the answer was complete; retry when it is up again"
@@ -100,6 +101,8 @@ class Runner:
         self.engine, self.base_name, self.budget = engine, base_name, Budget(budget)
         self.started = time.time()
         self.grammars = Grammars(engine.tokenizer)
+        self.catalog = Catalog(engine.store, engine.slots, base_name, self.started)
+        self.watch = Watch(engine)
         self.trainer: Trainer | None = None
         self.freshness = Histogram(FRESHNESS_S)  # learned → first token under the new version
         self._fresh: dict[tuple[str, str], tuple[AdapterRef, float]] = {}  # versions without a token, since when
@@ -193,8 +196,13 @@ class Runner:
     def _turn(self) -> None:
         """Messages, then an engine step or a part of a training step."""
         engine, trainer = self.engine, self.trainer
+        first = None
         if not engine.has_work and (trainer is None or not trainer.has_work):
-            self._inbox.get()()
+            self.watch.rest()
+            first = self._inbox.get()
+        self.watch.turn()
+        if first is not None:
+            first()
         while not self._inbox.empty():
             self._inbox.get()()
         trainer = self.trainer
@@ -298,11 +306,6 @@ class Runner:
 
     # ---- adapters -------------------------------------------------------------------------------------------------
 
-    def check_name(self, tenant: str, name: str) -> None:
-        """Raises InvalidRequest for an adapter that nobody could ask for, because its name means the base model."""
-        if self.base_name in (name, f"{tenant}/{name}"):
-            raise InvalidRequest(f"{self.base_name} is the base model; give the adapter another name", param="name")
-
     def publish(
         self,
         tenant: str,
@@ -323,7 +326,7 @@ class Runner:
         Raises InvalidRequest for the base's name; AdapterNotFinite, and publishes nothing, when a weight is not finite;
         StorageFailed or OSError when the store cannot give a number.
         """
-        self.check_name(tenant, name)
+        self.catalog.check_name(tenant, name)
         read_finite(rows)
         store = self.engine.store
         ref = store.mint(tenant, name)
@@ -356,73 +359,19 @@ class Runner:
         read_finite(rows)
         self.engine.rehearse_install(rows)
 
-    def resolve(self, tenant: str | None, model: str) -> AdapterRef | None:
-        """The version a model name means now: NAME, NAME@VERSION or TENANT/NAME; None is the base model.
+    # ---- what the wires read ----------------------------------------------------------------------------------------
 
-        Raises AdapterNotFound for an unknown name, and for one that several tenants have.
-        """
-        if model == self.base_name:
-            return None
-        store = self.engine.store
-        path, at, number = model.partition("@")
-        owner, slash, name = path.rpartition("/")
-        asked = owner if slash else tenant
-        found = store.named(name, asked) if tenant in (None, asked) else []
-        if len(found) > 1:
-            raise AdapterNotFound(f"several tenants have a model `{name}`; write TENANT/{name}", param="model")
-        if found and at:
-            versions = store.versions(found[0].tenant, found[0].name)
-            found = [ref for ref in versions if str(ref.version) == number]
-        if not found:
-            raise AdapterNotFound(f"The model `{model}` does not exist.", param="model")
-        return found[0]
+    def resolve(self, tenant: str | None, model: str) -> AdapterRef | None:
+        """As `Catalog.resolve`."""
+        return self.catalog.resolve(tenant, model)
 
     def models(self, tenant: str | None) -> list[ModelCard]:
-        """The base and every adapter this tenant may see, but for those that cannot be read.  Reads the disk."""
-        refs = self.engine.store.list(tenant)
-        owners = Counter(ref.name for ref in refs)
-        cards = [self._base_card()]
-        for ref in refs:
-            try:
-                cards.append(self._card(ref, ref.name if owners[ref.name] == 1 else f"{ref.tenant}/{ref.name}"))
-            except AdapterNotFound:
-                pass  # deleted meanwhile
-            except StorageFailed as error:
-                LOG.error("not listed: %s", error)
-        return cards
+        """As `Catalog.models`."""
+        return self.catalog.models(tenant)
 
     def model(self, tenant: str | None, model: str) -> ModelCard:
-        """The card of one model name.  Reads the disk.  Raises AdapterNotFound, StorageFailed for a damaged version."""
-        ref = self.resolve(tenant, model)
-        return self._base_card() if ref is None else self._card(ref, model)
-
-    def _base_card(self) -> ModelCard:
-        return ModelCard(
-            id=self.base_name,
-            created=int(self.started),
-            owned_by="jaxlora",
-            parent=None,
-            root=self.base_name,
-            version=None,
-            rank=None,
-            state="base",
-        )
-
-    def _card(self, ref: AdapterRef, name: str) -> ModelCard:
-        store = self.engine.store
-        on_device = self.engine.slots.find(ref) is not None
-        return ModelCard(
-            id=name,
-            created=int(store.created(ref)),
-            owned_by=ref.tenant,
-            parent=self.base_name,
-            root=ref.name,
-            version=ref.version,
-            rank=store.rank(ref),
-            state="device" if on_device else "host" if store.in_memory(ref) else "disk",
-        )
-
-    # ---- what the wires read ----------------------------------------------------------------------------------------
+        """As `Catalog.model`."""
+        return self.catalog.model(tenant, model)
 
     @property
     def context(self) -> int:
@@ -430,10 +379,18 @@ class Runner:
         return self.engine.config.max_tokens
 
     @property
+    def waiting_requests(self) -> int:
+        """Requests that have no row yet."""
+        return self.engine.scheduler.counts()[2]
+
+    @property
     def tokenizer(self):
         """The base model's tokenizer."""
         return self.engine.tokenizer
 
     def health(self) -> str:
-        """ "ok", or that the device thread has ended."""
-        return "ok" if self._thread.is_alive() and not self._closed else "the device thread has ended"
+        """ "ok", or that the device thread has ended or hangs."""
+        if self._closed or not self._thread.is_alive():
+            return "the device thread has ended"
+        hangs_s = self.watch.hangs_s()
+        return "ok" if hangs_s is None else f"the device thread has been in one step for {hangs_s:.0f} s"

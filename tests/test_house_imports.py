@@ -33,6 +33,7 @@ PURE = (
     "train/jsonl.py",
     "train/mixer.py",
     "serve/active.py",
+    "serve/answered.py",
     "serve/auth.py",
     "serve/budget.py",
     "serve/chat.py",
@@ -47,6 +48,8 @@ PURE = (
     "serve/house.py",
     "serve/key_commands.py",
     "serve/keys.py",
+    "serve/limits.py",
+    "serve/logs.py",
     "serve/jobs_types.py",
     "serve/model_names.py",
     "serve/migrations.py",
@@ -60,7 +63,11 @@ PURE = (
     "serve/scheduler.py",
     "serve/sequence.py",
     "serve/shares.py",
+    "serve/snapshot.py",
     "serve/stops.py",
+    "serve/telemetry.py",
+    "serve/top.py",
+    "serve/tracing.py",
     "serve/stored_answers.py",
     "serve/stored_files.py",
     "serve/stored_gradient.py",
@@ -68,6 +75,7 @@ PURE = (
     "serve/stored_keys.py",
     "serve/tables.py",
     "serve/tuning.py",
+    "serve/watch.py",
 )
 JAX_FAMILY = ("jax", "jaxlib", "flax", "optax", "orbax")
 STORED = ("answers", "files", "gradient", "jobs", "keys")
@@ -76,9 +84,12 @@ ONLY_IN = {  # package → the only files that import it
     "alembic": ("serve/migrations.py",),
     "flax": ("jaxlora/model.py",),
     "llguidance": ("serve/grammar.py",),
+    "opentelemetry": ("serve/tracing.py",),
+    "prometheus_client": ("serve/metrics.py",),
     "pydantic": ("serve/jobs_types.py", "serve/openai_api.py", "serve/openai_types.py"),
     "sqlalchemy": SQL_FILES,
     "sqlmodel": SQL_FILES,
+    "structlog": ("serve/logs.py",),
 }
 UNSAFE_MODULES = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "torch")
 MAX_LINES = 450

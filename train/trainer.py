@@ -79,7 +79,7 @@ class Trainer:
         self.base, self.mesh, self.base_hash = base, mesh, base_hash
         self.lanes, self.lane_tokens, self.moments = lanes, lane_tokens, moments
         self.tenants: dict[str, Tenant] = {}
-        self.trained_tokens = 0
+        self.trained_tokens = self.updates = 0  # since the start
         self._mixer = Mixer(lanes, lane_tokens)
         self._references = References(lanes, lane_tokens)
         self.states: States = tuple(empty_state(base, spec, mesh, moments) for spec in self.seats.buckets)
@@ -351,7 +351,7 @@ class Trainer:
             nll=window.nll,
             targets=window.targets,
         )
-        tenant.step += 1
+        tenant.step, self.updates = tenant.step + 1, self.updates + 1
         tenant.losses.append(report.loss)
         tenant.bad_steps = 0 if report.finite else tenant.bad_steps + 1
         if tenant.bad_steps >= MAX_BAD_STEPS:
