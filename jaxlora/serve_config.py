@@ -170,6 +170,9 @@ class ServeConfig:
         None  # of an OTLP collector (extra `otel`), such as http://127.0.0.1:4318; None: no traces
     )
     load: tuple[AdapterSection, ...] = field(default=())
+    lora_roots: tuple[
+        Path, ...
+    ] = ()  # folders that PEFT folders may be loaded from over HTTP, by admins; none: no loading
 
     def __post_init__(self) -> None:
         need_counts(self, "slots", "max_rank", "rows", "kv_pages", "page_tokens", "prefill_lanes", "prefill_tokens")

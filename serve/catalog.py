@@ -13,6 +13,7 @@ from serve.house import ModelCard
 from serve.model_names import JobNames
 
 LOG = logging.getLogger("serve")
+RESERVED_NAMES = frozenset({"versions", "download", "pin", "unpin"})
 
 
 class Catalog:
@@ -24,9 +25,11 @@ class Catalog:
         self.jobs = JobNames(base_name)
 
     def check_name(self, tenant: str, name: str) -> None:
-        """Raises InvalidRequest for an adapter that nobody could ask for, because its name means the base model."""
+        """Raises InvalidRequest for an adapter that nobody could ask for: its name means the base model, or what is done."""
         if self._base_name in (name, f"{tenant}/{name}"):
             raise InvalidRequest(f"{self._base_name} is the base model; give the adapter another name", param="name")
+        if name in RESERVED_NAMES:  # /v1/adapters/TENANT/NAME would be read as that
+            raise InvalidRequest(f"{name} is a word of the API; give the adapter another name", param="name")
 
     def resolve(self, tenant: str | None, model: str) -> AdapterRef | None:
         """The version a model name means now; None is the base model.

@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from jaxlora.errors import AdapterNotFound, InvalidRequest, JaxLoraError, Unavailable
@@ -99,6 +99,9 @@ class Runner:
     def __init__(self, engine: Engine, *, base_name: str, budget: BudgetSettings | None = None):
         """budget: how serving and training share the device; `budget.settings` changes it at any time."""
         self.engine, self.base_name, self.budget = engine, base_name, Budget(budget)
+        self.tuning = Tuning(
+            quantum_ms=engine.config.quantum_s * 1000
+        )  # replaced, never changed: any thread may read it
         self.started = time.time()
         self.grammars = Grammars(engine.tokenizer)
         self.catalog = Catalog(engine.store, engine.slots, base_name, self.started)
@@ -352,7 +355,10 @@ class Runner:
             raise InvalidRequest(f"pin: {error.message}", param="pin") from error
         if base := [name for name, ref in pins if ref is None]:
             raise InvalidRequest(f"pin: {base[0]} is the base model, which needs no slot; leave it out", param="pin")
-        self.engine.tune(tuning, {ref for _, ref in pins if ref is not None})
+        refs = dict.fromkeys(ref for _, ref in pins if ref is not None)
+        self.engine.tune(tuning, refs.keys())
+        # By whole names: another tenant may get an adapter of that name.
+        self.tuning = replace(tuning, pin=tuple(f"{ref.tenant}/{ref.name}" for ref in refs))
 
     def rehearse_publish(self, rows: Rows) -> None:
         """Compiles what a publication of rows of this shape runs, and publishes nothing.  Device thread only."""

@@ -80,13 +80,15 @@ PURE = (
 JAX_FAMILY = ("jax", "jaxlib", "flax", "optax", "orbax")
 STORED = ("answers", "files", "gradient", "jobs", "keys")
 SQL_FILES = ("serve/database.py", "serve/migrations.py", "serve/tables.py", *(f"serve/stored_{s}.py" for s in STORED))
+WIRE_FILES = ("serve/adapters_types.py", "serve/jobs_types.py", "serve/openai_api.py", "serve/openai_types.py")
 ONLY_IN = {  # package → the only files that import it
     "alembic": ("serve/migrations.py",),
     "flax": ("jaxlora/model.py",),
+    "limits": ("serve/limits.py",),
     "llguidance": ("serve/grammar.py",),
     "opentelemetry": ("serve/tracing.py",),
     "prometheus_client": ("serve/metrics.py",),
-    "pydantic": ("serve/jobs_types.py", "serve/openai_api.py", "serve/openai_types.py"),
+    "pydantic": WIRE_FILES,
     "sqlalchemy": SQL_FILES,
     "sqlmodel": SQL_FILES,
     "structlog": ("serve/logs.py",),
