@@ -40,7 +40,9 @@ class TestLimiter:
             limiter.admit("acme", tokens=10**9)
 
     def test_tenants_are_counted_apart_and_by_their_own_numbers(self, clock):
-        limiter = Limiter(LimitsSection(requests_per_minute=1, tenant=(NamedLimits(name="big", requests_per_minute=3),)))
+        limiter = Limiter(
+            LimitsSection(requests_per_minute=1, tenant=(NamedLimits(name="big", requests_per_minute=3),))
+        )
         limiter.admit("acme", tokens=1)
         limiter.admit("other", tokens=1)
         wait_s(limiter, tokens=1)
