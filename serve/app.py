@@ -28,6 +28,7 @@ from serve.auth import Caller, anyone
 from serve.house import House
 from serve.openai_api import OpenAIWire, WireConfig
 from serve.openai_errors import LOG, answer_error, error_response
+from serve.responses_api import ResponsesWire
 
 OPEN_PATHS = frozenset({"/health", "/ready"})  # answered without a key, also while the server ends
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
@@ -120,8 +121,8 @@ def create_app(
     door = Door() if door is None else door
     # The pages at /docs load scripts from elsewhere, and the document would be one more route to guard.
     app = FastAPI(title="jaxlora", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    app.include_router(OpenAIWire(house, WireConfig(default_max_tokens=default_max_tokens, ping_s=ping_s)).router())
-    for router in routers:
+    wire = WireConfig(default_max_tokens=default_max_tokens, ping_s=ping_s)
+    for router in (OpenAIWire(house, wire).router(), ResponsesWire(house, wire).router(), *routers):
         app.include_router(router)
 
     @app.get("/health", response_model=None)
