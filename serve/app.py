@@ -26,8 +26,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from jaxlora.errors import ConfigInvalid, InvalidRequest, JaxLoraError, Unavailable
 from serve.auth import Caller, anyone
 from serve.house import House
+from serve.openai_answers import Status, Version
 from serve.openai_api import OpenAIWire, WireConfig
-from serve.openai_errors import LOG, answer_error, error_response
+from serve.openai_errors import ERRORS, LOG, answer_error, error_response
+from serve.openapi import DOCUMENT_PATH, documented, ok
 from serve.responses_api import ResponsesWire
 
 OPEN_PATHS = frozenset({"/health", "/ready"})  # answered without a key, also while the server ends
@@ -119,13 +121,21 @@ def create_app(
         hosts=hosts, max_body_bytes=max_body_bytes, body_timeout_s=body_timeout_s, max_request_s=max_request_s
     )
     door = Door() if door is None else door
-    # The pages at /docs load scripts from elsewhere, and the document would be one more route to guard.
-    app = FastAPI(title="jaxlora", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    # The pages at /docs load scripts from elsewhere.
+    app = FastAPI(
+        title="jaxlora",
+        version=version("jaxlora"),
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=DOCUMENT_PATH,
+        redirect_slashes=False,
+    )
+    app.openapi = documented(app)
     wire = WireConfig(default_max_tokens=default_max_tokens, ping_s=ping_s)
     for router in (OpenAIWire(house, wire).router(), ResponsesWire(house, wire).router(), *routers):
         app.include_router(router)
 
-    @app.get("/health", response_model=None)
+    @app.get("/health", response_model=None, responses=ERRORS | ok(Status))
     async def health() -> Response:
         """Whether the server can serve; needs no key."""
         state = house.health()
@@ -133,13 +143,13 @@ def create_app(
             raise Unavailable(state)
         return JSONResponse({"status": "ok"})
 
-    @app.get("/ready", response_model=None)
+    @app.get("/ready", response_model=None, responses=ERRORS | ok(Status))
     async def ready() -> Response:
         """Whether the server takes requests; needs no key."""
         door.check()
         return await health()
 
-    @app.get("/version", response_model=None)
+    @app.get("/version", response_model=None, responses=ERRORS | ok(Version))
     async def read_version() -> Response:
         """The server's version."""
         return JSONResponse({"version": version("jaxlora")})

@@ -17,8 +17,9 @@ from jaxlora.errors import InvalidRequest
 from serve.admission import Admission, Job
 from serve.auth import caller_of
 from serve.house import House
+from serve.openai_answers import ChatCompletion, Detokenized, Model, ModelList, TextCompletion, TokenizerInfo, Tokens
 from serve.openai_chat import Conversation, ToolUse, chosen, conversation, functions_of, tool_use
-from serve.openai_errors import ERROR_SCHEMA, ERROR_STATUSES
+from serve.openai_errors import ERRORS
 from serve.openai_format import ChatShape, CompletionShape, Shape, model_object
 from serve.openai_run import ChoiceWriter, answer
 from serve.openai_sampling import grammar_source
@@ -31,16 +32,11 @@ from serve.openai_types import (
     SamplingBody,
     TokenizeBody,
 )
+from serve.openapi import ok
 from serve.strict import refuse_unbuilt
 
 MAX_LISTED = 1000  # adapters in an answer without `limit`
 COMPLETION_MAX_TOKENS = 16  # the API's default for plain completions
-
-# "default" also keeps FastAPI from documenting 422, which this server never sends.
-ERRORS: dict[int | str, dict] = {
-    status: {"description": text, "content": {"application/json": {"schema": ERROR_SCHEMA}}}
-    for status, text in [*ERROR_STATUSES.items(), ("default", "any other error")]
-}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,13 +64,26 @@ class OpenAIWire:
     def router(self) -> APIRouter:
         """All routes of this wire."""
         router = APIRouter(responses=ERRORS)
-        router.add_api_route("/v1/models", self.list_models, methods=["GET"], response_model=None)
-        router.add_api_route("/v1/models/{model:path}", self.read_model, methods=["GET"], response_model=None)
-        router.add_api_route("/v1/chat/completions", self.chat, methods=["POST"], response_model=None)
-        router.add_api_route("/v1/completions", self.complete, methods=["POST"], response_model=None)
-        router.add_api_route("/tokenize", self.tokenize, methods=["POST"], response_model=None)
-        router.add_api_route("/detokenize", self.detokenize, methods=["POST"], response_model=None)
-        router.add_api_route("/tokenizer_info", self.tokenizer_info, methods=["GET"], response_model=None)
+        for method, path, handler, responses in (
+            ("GET", "/v1/models", self.list_models, ok(ModelList)),
+            ("GET", "/v1/models/{model:path}", self.read_model, ok(Model)),
+            (
+                "POST",
+                "/v1/chat/completions",
+                self.chat,
+                ok(ChatCompletion, events="chat.completion.chunk objects, then [DONE]"),
+            ),
+            (
+                "POST",
+                "/v1/completions",
+                self.complete,
+                ok(TextCompletion, events="text_completion objects, then [DONE]"),
+            ),
+            ("POST", "/tokenize", self.tokenize, ok(Tokens)),
+            ("POST", "/detokenize", self.detokenize, ok(Detokenized)),
+            ("GET", "/tokenizer_info", self.tokenizer_info, ok(TokenizerInfo)),
+        ):
+            router.add_api_route(path, handler, methods=[method], response_model=None, responses=responses)
         return router
 
     async def list_models(self, request: Request, query: Annotated[ModelQuery, Query()]) -> Response:

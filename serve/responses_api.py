@@ -15,13 +15,16 @@ from serve.admission import Admission, Job
 from serve.auth import caller_of
 from serve.grammar import GrammarSource
 from serve.house import House, Tokenizer
-from serve.openai_api import ERRORS, WireConfig
+from serve.openai_answers import ResponseObject
+from serve.openai_api import WireConfig
 from serve.openai_chat import Conversation, ToolUse, call_turn, need_form, tool_use
+from serve.openai_errors import ERRORS
 from serve.openai_format import Json
 from serve.openai_run import answer
 from serve.openai_sampling import ANY_OBJECT
 from serve.openai_stream import PromptView
 from serve.openai_types import SamplingBody
+from serve.openapi import ok
 from serve.responses_stream import ResponseWriter
 from serve.responses_types import LOGPROBS, InputItem, InputPart, ResponsesBody, ResponseToolChoice
 from serve.strict import refuse_unbuilt
@@ -44,9 +47,10 @@ class ResponsesWire:
     def router(self) -> APIRouter:
         """All routes of this wire."""
         router = APIRouter(responses=ERRORS)
-        router.add_api_route("/v1/responses", self.create, methods=["POST"], response_model=None)
-        router.add_api_route("/v1/responses/{id}", self.find, methods=["GET"], response_model=None)
-        router.add_api_route("/v1/responses/{id}", self.find, methods=["DELETE"], response_model=None)
+        created = ok(ResponseObject, events="events from response.created to response.completed, incomplete or failed")
+        router.add_api_route("/v1/responses", self.create, methods=["POST"], response_model=None, responses=created)
+        for method in ("GET", "DELETE"):
+            router.add_api_route("/v1/responses/{id}", self.find, methods=[method], response_model=None)
         return router
 
     async def create(self, request: Request, body: ResponsesBody) -> Response:

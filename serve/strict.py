@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, JsonValue, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, BaseModel, ConfigDict, GetJsonSchemaHandler, JsonValue, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError
 
 from jaxlora.errors import UnsupportedParameter
 
@@ -23,6 +24,10 @@ class Only:
 
     values: tuple[JsonValue, ...] = ()
     instead: str = "leave it out"
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """The field in the served document: one of the values, and null where that says the same as nothing."""
+        return {"enum": [*([] if schema["type"] == "str" else [None]), *self.values]}
 
 
 def few_fields(value: object) -> object:

@@ -41,6 +41,7 @@ PURE = (
     "serve/grammar.py",
     "serve/histogram.py",
     "serve/house.py",
+    "serve/openai_answers.py",
     "serve/openai_chat.py",
     "serve/openai_format.py",
     "serve/openai_stream.py",
@@ -61,7 +62,13 @@ JAX_FAMILY = ("jax", "jaxlib", "flax", "optax", "orbax")
 ONLY_IN = {  # package → the only files that import it
     "flax": ("jaxlora/model.py",),
     "llguidance": ("serve/grammar.py",),
-    "pydantic": ("serve/openai_types.py", "serve/responses_types.py", "serve/strict.py", "serve/tool_types.py"),
+    "pydantic": (
+        "serve/openai_answers.py",
+        "serve/openai_types.py",
+        "serve/responses_types.py",
+        "serve/strict.py",
+        "serve/tool_types.py",
+    ),
 }
 UNSAFE_MODULES = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "torch")
 MAX_LINES = 450
