@@ -14,7 +14,12 @@ Responses = dict[int | str, dict]
 
 def ok(answer: object, *, events: str | None = None) -> Responses:
     """The documented 200 of a route.  answer: a TypedDict of its JSON.  events: of a stream, what they are."""
-    streamed = {} if events is None else {"text/event-stream": {"schema": {"type": "string", "description": events}}}
+    event = {
+        "type": "object",
+        "required": ["data"],
+        "properties": {"data": {"type": "string"}, "event": {"type": "string"}},
+    }
+    streamed = {} if events is None else {"text/event-stream": {"itemSchema": event | {"description": events}}}
     return {200: {"model": answer, "description": "the answer", "content": streamed}}
 
 
