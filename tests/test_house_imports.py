@@ -43,6 +43,8 @@ PURE = (
     "serve/demo_tasks.py",
     "serve/door.py",
     "serve/fine_tuning.py",
+    "serve/file_store.py",
+    "serve/files_types.py",
     "serve/grammar.py",
     "serve/histogram.py",
     "serve/house.py",
@@ -80,7 +82,9 @@ PURE = (
 JAX_FAMILY = ("jax", "jaxlib", "flax", "optax", "orbax")
 STORED = ("answers", "files", "gradient", "jobs", "keys")
 SQL_FILES = ("serve/database.py", "serve/migrations.py", "serve/tables.py", *(f"serve/stored_{s}.py" for s in STORED))
-WIRE_FILES = ("serve/adapters_types.py", "serve/jobs_types.py", "serve/openai_api.py", "serve/openai_types.py")
+WIRE_FILES = tuple(
+    f"serve/{f}.py" for f in ("adapters_types", "files_types", "jobs_types", "openai_api", "openai_types")
+)
 ONLY_IN = {  # package → the only files that import it
     "alembic": ("serve/migrations.py",),
     "flax": ("jaxlora/model.py",),
