@@ -43,6 +43,8 @@ PURE = (
     "serve/demo_tasks.py",
     "serve/door.py",
     "serve/fine_tuning.py",
+    "serve/file_store.py",
+    "serve/files_types.py",
     "serve/grammar.py",
     "serve/histogram.py",
     "serve/house.py",
