@@ -120,7 +120,7 @@ def serve(
         if config is not None:
             settings = load(config, ServeConfig)
         elif model is not None:
-            settings = serve_defaults(model, Path("adapters"))
+            settings = serve_defaults(model, Path("adapters") if adapters is None else adapters)
         else:
             raise ConfigInvalid("serve needs to know the base; give CONFIG.toml or --model, e.g. --model smollm2")
         flags = {"host": host, "port": port, "slots": slots, "max_rank": max_rank, "rows": rows, "adapters": adapters}
