@@ -20,7 +20,7 @@ from serve.file_store import FileStore, found_at
 from serve.files_types import FORM_BODY, FORM_FIELDS, FilesQuery, upload_form
 from serve.job_objects import page_object
 from serve.multipart import Form, FormRules, receive_form
-from serve.openai_api import ERRORS
+from serve.openai_errors import ERRORS
 from serve.records import FileRecord, JsonObject
 from serve.stored_files import over_quota
 

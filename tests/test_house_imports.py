@@ -56,12 +56,15 @@ PURE = (
     "serve/model_names.py",
     "serve/migrations.py",
     "serve/multipart.py",
+    "serve/openai_answers.py",
+    "serve/openai_chat.py",
     "serve/openai_format.py",
     "serve/openai_stream.py",
     "serve/openai_types.py",
     "serve/pages.py",
     "serve/records.py",
     "serve/request.py",
+    "serve/responses_types.py",
     "serve/scheduler.py",
     "serve/sequence.py",
     "serve/shares.py",
@@ -76,6 +79,9 @@ PURE = (
     "serve/stored_jobs.py",
     "serve/stored_keys.py",
     "serve/tables.py",
+    "serve/strict.py",
+    "serve/tool_calls.py",
+    "serve/tool_types.py",
     "serve/tuning.py",
     "serve/watch.py",
 )
@@ -83,7 +89,18 @@ JAX_FAMILY = ("jax", "jaxlib", "flax", "optax", "orbax")
 STORED = ("answers", "files", "gradient", "jobs", "keys")
 SQL_FILES = ("serve/database.py", "serve/migrations.py", "serve/tables.py", *(f"serve/stored_{s}.py" for s in STORED))
 WIRE_FILES = tuple(
-    f"serve/{f}.py" for f in ("adapters_types", "files_types", "jobs_types", "openai_api", "openai_types")
+    f"serve/{name}.py"
+    for name in (
+        "adapters_types",
+        "files_types",
+        "gradient_types",
+        "jobs_types",
+        "openai_answers",
+        "openai_types",
+        "responses_types",
+        "strict",
+        "tool_types",
+    )
 )
 ONLY_IN = {  # package → the only files that import it
     "alembic": ("serve/migrations.py",),
