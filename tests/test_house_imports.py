@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ("pallas_kernels", "jaxlora", "train", "serve")  # each may import those before it
 PURE = (
+    "jaxlora/archives.py",
     "jaxlora/chat_template.py",
     "jaxlora/cli.py",
     "jaxlora/config.py",
@@ -32,6 +33,8 @@ PURE = (
     "train/jsonl.py",
     "train/mixer.py",
     "serve/active.py",
+    "serve/adapters_client.py",
+    "serve/adapters_types.py",
     "serve/auth.py",
     "serve/budget.py",
     "serve/chat.py",
@@ -41,6 +44,7 @@ PURE = (
     "serve/grammar.py",
     "serve/histogram.py",
     "serve/house.py",
+    "serve/multipart.py",
     "serve/openai_format.py",
     "serve/openai_stream.py",
     "serve/openai_types.py",
@@ -56,7 +60,8 @@ JAX_FAMILY = ("jax", "jaxlib", "flax", "optax", "orbax")
 ONLY_IN = {  # package → the only files that import it
     "flax": ("jaxlora/model.py",),
     "llguidance": ("serve/grammar.py",),
-    "pydantic": ("serve/openai_api.py", "serve/openai_types.py"),
+    "python_multipart": ("serve/multipart.py",),
+    "pydantic": ("serve/adapters_types.py", "serve/openai_api.py", "serve/openai_types.py"),
 }
 UNSAFE_MODULES = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "torch")
 MAX_LINES = 450
