@@ -15,6 +15,7 @@ from typing import Annotated
 
 import typer
 
+from jaxlora.cli_adapters import IMPORT_EXAMPLES, adapters, import_adapter
 from jaxlora.errors import ConfigInvalid, JaxLoraError
 from jaxlora.neighbours import check_neighbours, own_home
 
@@ -242,6 +243,10 @@ def kernels(
             )
         except ValueError as e:
             raise ConfigInvalid(f"bench kernels: {e}") from e
+
+
+app.add_typer(adapters, name="adapters")
+app.command("import", epilog=IMPORT_EXAMPLES)(import_adapter)
 
 
 def main() -> None:
