@@ -29,7 +29,7 @@ from jaxlora.opened import Opened
 from serve.session import Session
 from train.data import ExampleStream
 from train.jsonl import load_jsonl
-from train.trainer import fresh_adapter
+from train.state import fresh_adapter
 
 REFERENCE = {
     "active-to-passive": 0.000,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +42,9 @@ class Outcome:
 class CheckpointWriter:
     """Saves snapshots.  Called from one thread; `submit` and `outcomes` wait for no disk."""
 
-    def __init__(self) -> None:
+    def __init__(self, ended: Callable[[], None] = lambda: None) -> None:
+        """ended: called on a thread of the writer's when there is a new outcome."""
+        self._ended = ended
         self._pool = ThreadPoolExecutor(WORKERS, "checkpoint")
         self._changed = threading.Condition()
         self._waiting: dict[str, list[Snapshot]] = {}  # of keys with a save in flight, too
@@ -90,6 +92,7 @@ class CheckpointWriter:
                 error = e
             with self._changed:
                 self._outcomes.append(Outcome(key=key, step=snapshot.step, error=error))
+            self._ended()
 
     def _next(self, key: str) -> Snapshot | None:
         with self._changed:

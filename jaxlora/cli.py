@@ -104,6 +104,9 @@ def serve(
         Path | None,
         typer.Option(help="Root of the adapter store (without CONFIG.toml: ./adapters)", show_default=False),
     ] = None,
+    log: Annotated[
+        str | None, typer.Option(help="human, or json: one object a line, on stderr.", show_default=False)
+    ] = None,
 ) -> None:
     """Serve a base and its adapters over HTTP.
 
@@ -121,6 +124,7 @@ def serve(
         else:
             raise ConfigInvalid("serve needs to know the base; give CONFIG.toml or --model, e.g. --model smollm2")
         flags = {"host": host, "port": port, "slots": slots, "max_rank": max_rank, "rows": rows, "adapters": adapters}
+        flags |= {"log": log}
         try:
             if model is not None:
                 settings = replace(settings, model=replace(settings.model, path=model))
@@ -138,6 +142,21 @@ def chat(
     """Talk to the adapters of a running server, and see one beside the base.  Reads questions from a pipe, too."""
     with clean_exit():
         resolve("serve.chat:main")(url=url, name=name)
+
+
+@app.command(epilog="Example:  jaxlora top --url http://127.0.0.1:8000 --once")
+def top(
+    url: Annotated[str, typer.Option(help="Where the server answers.")] = "http://127.0.0.1:8000",
+    key: Annotated[
+        str | None,
+        typer.Option(help="A key of the role admin, where keys exist.", envvar="JAXLORA_KEY", show_default=False),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line instead of a screen.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Look once and exit.")] = False,
+) -> None:
+    """See what a running server does: slots, lines, tokens a second, training jobs."""
+    with clean_exit():
+        resolve("serve.top:main")(url=url, key=key, as_json=as_json, once=once, say=typer.echo)
 
 
 @app.command(epilog="Example:  jaxlora train configs/train_two_tenants.toml")

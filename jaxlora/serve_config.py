@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, get_args
 
 from jaxlora.config import ONE_DEVICE, Dtype, MeshSection, ModelSection, need, need_counts, need_distinct
 from jaxlora.lora import check_name
+
+LogForm = Literal["human", "json"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,6 +163,12 @@ class ServeConfig:
     limits: LimitsSection = LimitsSection()
     training: TrainingSection | None = None  # None: no fine-tuning jobs
     kv_dtype: Dtype = "auto"  # of keys and values; auto: the base's
+    log: LogForm = "human"  # one JSON object a line for programs
+    metrics_open: bool = False  # /metrics is read without a key; else with one of the role admin
+    metrics_adapters: bool = False  # /metrics names the adapters in the slots, for routers that look where they lie
+    otel_endpoint: str | None = (
+        None  # of an OTLP collector (extra `otel`), such as http://127.0.0.1:4318; None: no traces
+    )
     load: tuple[AdapterSection, ...] = field(default=())
     lora_roots: tuple[
         Path, ...
@@ -173,6 +182,7 @@ class ServeConfig:
         need(self.host_adapters_gb > 0, "host_adapters_gb", "positive", self.host_adapters_gb)
         need(self.host_kv_gb >= 0, "host_kv_gb", "0 or more", self.host_kv_gb)
         need(self.mesh.processes == 1, "mesh.processes", "1, as only training runs in several", self.mesh.processes)
+        need(self.log in get_args(LogForm), "log", "human or json", self.log)
         need(bool(self.host.strip()), "host", "an address such as 127.0.0.1", self.host)
         need(0 <= self.port < 2**16, "port", "in [0, 65535]", self.port)
         need_distinct([a.name for a in self.load], "names under [[load]]")

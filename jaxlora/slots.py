@@ -15,6 +15,11 @@ class SlotTable:
         self._slot_of: dict[AdapterRef, int] = {}
         self._clock = 0
 
+    @property
+    def count(self) -> int:
+        """Slots."""
+        return len(self._ref_of)
+
     def find(self, ref: AdapterRef) -> int | None:
         """The slot that holds this version, if one does.  Any thread may ask: the map is replaced, never changed."""
         return self._slot_of.get(ref)

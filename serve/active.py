@@ -22,7 +22,10 @@ from dataclasses import dataclass, field
 from jaxlora.errors import InvalidRequest
 from jaxlora.lora import AdapterRef
 from jaxlora.slots import SlotTable
+from serve.histogram import Histogram
 from serve.shares import quotas
+
+WAIT_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)  # upper bounds
 
 
 @dataclass(slots=True)
@@ -58,6 +61,7 @@ class ActiveSet:
         self.entered: dict[AdapterRef, float] = {}  # the active ones, and since when
         self._tenant_left: dict[str, float] = {}  # when a tenant gave up its last slot with work undone
         self.swaps = 0  # exchanges of an adapter with work undone for another
+        self.waited_s = Histogram(WAIT_S)  # how long adapters with work waited for a slot
 
     def pin(self, ref: AdapterRef) -> None:
         """The adapter stays active from the moment it enters.  Raises InvalidRequest where no slot would be left to share."""
@@ -138,6 +142,8 @@ class ActiveSet:
                 self._leave(victim, now, work, result)
             self._enter(ref, now, result)
             has[ref.tenant] += 1
+            if ref in work:
+                self.waited_s.observe(now - work[ref].since)
         return result
 
     def settle(self, work: Mapping[AdapterRef, Work]) -> None:

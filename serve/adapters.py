@@ -169,7 +169,7 @@ class AdapterService:
         check_name(name, "name")
         if tenant != caller.owner:
             caller.need_admin("naming another tenant's adapter")
-        self.runner.check_name(tenant, name)
+        self.runner.catalog.check_name(tenant, name)
         return tenant, name
 
     @contextlib.contextmanager

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import re
+import time
 import uuid
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,13 +24,18 @@ from starlette.requests import ClientDisconnect, HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxlora.errors import ConfigInvalid, InvalidRequest, JaxLoraError, Unavailable
-from serve.auth import Caller, anyone
+from serve.answered import GENERATED, REFUSED, Answered, Listener
+from serve.auth import Caller, anyone, is_loopback
+from serve.error_shapes import ErrorShapes, Shape
 from serve.house import House
+from serve.logs import naming
 from serve.openai_api import OpenAIWire, WireConfig
-from serve.openai_errors import LOG, answer_error, error_response
+from serve.openai_errors import LOG
 
 OPEN_PATHS = frozenset({"/health", "/ready"})  # answered without a key, also while the server ends
+NO_SHAPES: Mapping[str, Shape] = {}
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
+GONE = 499  # status of a request whose client left before it had one
 SLOWEST_UPLOAD_BYTES_S = 500_000  # an upload may take as long as its largest body at this rate, beside body_timeout_s
 TIMEOUT_HEADER = "x-request-timeout-s"
 SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
@@ -94,11 +99,7 @@ class GateConfig:
 
 def hosts_for(bind: str) -> Collection[str] | None:
     """Host names to allow for a bind address: the loopback names for a loopback address, else None, which is any."""
-    try:
-        loopback = ipaddress.ip_address(bind.strip("[]")).is_loopback
-    except ValueError:
-        loopback = bind == "localhost"
-    return LOOPBACK_HOSTS if loopback else None
+    return LOOPBACK_HOSTS if is_loopback(bind) else None
 
 
 def create_app(
@@ -114,11 +115,16 @@ def create_app(
     ping_s: float = 15.0,
     door: Door | None = None,
     routers: Sequence[APIRouter] = (),
+    error_shapes: Mapping[str, Shape] = NO_SHAPES,
+    listeners: Sequence[Listener] = (),
+    open_paths: Collection[str] = OPEN_PATHS,
 ) -> FastAPI:
     """The server's HTTP application.  It sends no CORS headers, so no other page's script may read it.
 
     caller_of: who asks; it sees the request's headers, and raises to refuse it.  door: closed when the server ends.
-    routers: the wires beside OpenAI's completions, behind the same gate.  body_limits: path → bytes, where files are uploaded.
+    routers: the wires beside OpenAI's completions, behind the same gate.  error_shapes: how the wires whose paths begin
+    so tell errors.  listeners: hear of each request when it has been answered.  open_paths: that need no key.
+    body_limits: path → bytes, where files are uploaded.
     Raises ConfigInvalid or InvalidRequest for an impossible limit.
     """
     gate = GateConfig(
@@ -128,7 +134,7 @@ def create_app(
         body_timeout_s=body_timeout_s,
         max_request_s=max_request_s,
     )
-    door = Door() if door is None else door
+    door, shapes = Door() if door is None else door, ErrorShapes(error_shapes)
     # The pages at /docs load scripts from elsewhere, and the document would be one more route to guard.
     app = FastAPI(title="jaxlora", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.include_router(OpenAIWire(house, WireConfig(default_max_tokens=default_max_tokens, ping_s=ping_s)).router())
@@ -155,52 +161,92 @@ def create_app(
         return JSONResponse({"version": version("jaxlora")})
 
     for kind in (JaxLoraError, HTTPException, RequestValidationError, ClientDisconnect):
-        app.add_exception_handler(kind, answer_error)
-    app.add_middleware(Gate, config=gate, caller_of=caller_of, door=door)
+        app.add_exception_handler(kind, shapes.handle)
+    app.add_middleware(
+        Gate, config=gate, caller_of=caller_of, door=door, shapes=shapes, listeners=listeners, open_paths=open_paths
+    )
     return app
+
+
+def answered_of(scope: Scope, request_id: str, status: int, began_s: float, duration_s: float) -> Answered:
+    """What the listeners hear of a request."""
+    state, traceparent = scope.get("state", {}), Headers(scope=scope).get("traceparent")
+    caller = state.get("caller")
+    return Answered(
+        request_id=request_id,
+        method=scope["method"],
+        route=getattr(scope.get("route"), "path_format", None),
+        status=status,
+        tenant=None if caller is None else caller.owner,
+        began_s=began_s,
+        duration_s=duration_s,
+        code=state.get(REFUSED),
+        generated=state.get(GENERATED),
+        traceparent=traceparent,
+    )
 
 
 class Gate:
     """ASGI middleware around the whole app."""
 
-    def __init__(self, app: ASGIApp, config: GateConfig, caller_of: Callable[[HTTPConnection], Caller], door: Door):
+    def __init__(
+        self,
+        app: ASGIApp,
+        config: GateConfig,
+        caller_of: Callable[[HTTPConnection], Caller],
+        door: Door,
+        shapes: ErrorShapes,
+        listeners: Sequence[Listener],
+        open_paths: Collection[str],
+    ):
         self._app = app
         self._config = config
         self._caller_of = caller_of
         self._door = door
+        self._shapes, self._listeners, self._open_paths = shapes, listeners, open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         request_id = "req_" + uuid.uuid4().hex
-        started = False
+        status: int | None = None
+        began_s, began = time.time(), time.monotonic()
 
         async def send_with_id(message: Message) -> None:
-            nonlocal started
+            nonlocal status
             if message["type"] == "http.response.start":
-                started = True
+                status = message["status"]
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
         try:
-            headers = Headers(scope=scope)
-            self._check_hosts(headers)
-            limit_bytes = self._config.limit_bytes(scope["path"])
-            self._check_length(headers, limit_bytes)
-            state = scope.setdefault("state", {})
-            state["deadline"] = asyncio.get_running_loop().time() + self._limit_s(headers)
-            if scope["path"] in OPEN_PATHS:
-                await self._app(scope, self._bounded(receive, limit_bytes), send_with_id)
-            else:
-                with self._door.entered():
-                    state["caller"] = self._caller_of(HTTPConnection(scope))
-                    await self._app(scope, self._bounded(receive, limit_bytes), send_with_id)
+            with naming(request_id):
+                await self._enter(scope, receive, send_with_id)
         except Exception as error:
             if not isinstance(error, JaxLoraError | HTTPException):
                 LOG.exception("request %s failed", request_id)
-            if started:
+            if status is not None:
                 raise  # the server cuts the connection, which no client takes for a whole answer
-            await error_response(error)(scope, receive, send_with_id)
+            await self._shapes.response(scope, error)(scope, receive, send_with_id)
+        finally:
+            answered = answered_of(scope, request_id, status or GONE, began_s, time.monotonic() - began)
+            for hear in self._listeners:
+                hear(answered)
+
+    async def _enter(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The app's answer to who may ask it.  Raises as the gate does for all others."""
+        headers = Headers(scope=scope)
+        self._check_hosts(headers)
+        limit_bytes = self._config.limit_bytes(scope["path"])
+        self._check_length(headers, limit_bytes)
+        state = scope.setdefault("state", {})
+        state["deadline"] = asyncio.get_running_loop().time() + self._limit_s(headers)
+        if scope["path"] in self._open_paths:
+            await self._app(scope, self._bounded(receive, limit_bytes), send)
+        else:
+            with self._door.entered():
+                state["caller"] = self._caller_of(HTTPConnection(scope))
+                await self._app(scope, self._bounded(receive, limit_bytes), send)
 
     def _check_hosts(self, headers: Headers) -> None:
         """Raises HostRefused for a name that is not ours: DNS rebinding, or another site's script."""

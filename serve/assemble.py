@@ -20,6 +20,7 @@ from serve.adapters import AdapterService
 from serve.auth import LOCAL_TENANT
 from serve.engine import Engine, EngineConfig
 from serve.http_server import make_http
+from serve.observe import observing
 from serve.retune import retuned_by_hangup
 from serve.runner import Runner
 
@@ -77,7 +78,7 @@ def load_peft(runner: Runner, opened: Opened, section: AdapterSection) -> Adapte
     Logs what its owner should know.  Raises AdapterInvalid when the folder cannot be held exactly, InvalidRequest for
     the base's name.
     """
-    runner.check_name(LOCAL_TENANT, section.name)
+    runner.catalog.check_name(LOCAL_TENANT, section.name)
     engine = runner.engine
     newest = engine.store.latest(LOCAL_TENANT, section.name)
     adapter, report = import_peft(
@@ -118,27 +119,33 @@ def main(config: ServeConfig, file: Path | None) -> None:
     opened = open_base(config.model, config.mesh)
     store = open_store(config)
     runner = make_runner(opened, config, store)
-    http = make_http(
-        runner,
-        host=config.host,
-        port=config.port,
-        default_max_tokens=config.default_max_tokens,
-        max_request_s=config.max_request_s,
-        grace_s=config.grace_s,
-    )
-    for section in config.load:
-        ref = load_peft(runner, opened, section)
-        print(f"loaded {section.name} as version {ref.version}")
-    runner.tune(config.tuning)
-    print(f"compiling {len(runner.engine.shapes())} programs for {opened.name} ({opened.base.dtype.name})", flush=True)
-    runner.start()
-    http.listen()  # who reads the next line may ask at once
-    print(f"serving {opened.name} and {len(store.list(None))} adapters on {http.url}/v1", flush=True)
-    try:
-        with contextlib.nullcontext() if file is None else retuned_by_hangup(runner, file):
-            http.run()
-    finally:
-        stop(runner, store)
+    with observing(runner, config) as observers:
+        http = make_http(
+            runner,
+            host=config.host,
+            port=config.port,
+            default_max_tokens=config.default_max_tokens,
+            max_request_s=config.max_request_s,
+            grace_s=config.grace_s,
+            routers=observers.routers,
+            listeners=observers.listeners,
+            open_paths=observers.open_paths,
+        )
+        for section in config.load:
+            ref = load_peft(runner, opened, section)
+            print(f"loaded {section.name} as version {ref.version}")
+        runner.tune(config.tuning)
+        print(
+            f"compiling {len(runner.engine.shapes())} programs for {opened.name} ({opened.base.dtype.name})", flush=True
+        )
+        runner.start()
+        http.listen()  # who reads the next line may ask at once
+        print(f"serving {opened.name} and {len(store.list(None))} adapters on {http.url}/v1", flush=True)
+        try:
+            with observers.compiles, contextlib.nullcontext() if file is None else retuned_by_hangup(runner, file):
+                http.run()
+        finally:
+            stop(runner, store)
 
 
 def stop(runner: Runner, store: AdapterStore) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass
 
 from starlette.requests import HTTPConnection
@@ -41,3 +42,11 @@ def anyone(connection: HTTPConnection) -> Caller:
 def caller_of(request: HTTPConnection) -> Caller:
     """Who asks, as the gate found before it read the body."""
     return request.state.caller
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -10,7 +10,7 @@ By default the target follows from serving itself: so many times what a step tak
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, fields
 
 from jaxlora.errors import InvalidRequest
@@ -91,6 +91,8 @@ class Budget:
         self.alone = Durations()  # steps that decoded, and nothing was trained before them
         self.steps = Durations()  # steps that decoded
         self.parts: dict[str, Durations] = {}  # of a training step, by name
+        self.parts_done: Counter[str] = Counter()  # since the start
+        self.training_s = self.serving_s = 0.0  # time that each side has had since the start
         self._gap_from: float | None = None  # since when a stream waits for its next token
         self._trained_s = 0.0  # since then
         self._since_probe = 0
@@ -134,6 +136,8 @@ class Budget:
     def trained(self, start: float, end: float, part: str, *, beside: bool) -> None:
         """A part of a training step ran.  beside: serving had work too."""
         self.parts.setdefault(part, Durations()).add(end - start)
+        self.parts_done[part] += 1
+        self.training_s += end - start
         if beside:
             self._trained_s += end - start
             self._spend(end, True, end - start)
@@ -142,6 +146,7 @@ class Budget:
 
     def served(self, start: float, end: float, *, decoded: bool, beside: bool) -> None:
         """A serving step ran.  decoded: it gave tokens and computed no prompts.  beside: training had work too."""
+        self.serving_s += end - start
         if decoded:
             self.steps.add(end - start)
             if self._trained_s == 0:

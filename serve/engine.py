@@ -37,6 +37,7 @@ from serve.sampling import StepOutput
 from serve.scheduler import Limits, Scheduler
 from serve.sequence import Chunk, Plan, Sequence
 from serve.step import StepBatch, step_program
+from serve.telemetry import Telemetry
 from serve.tuning import apply
 
 LOG = logging.getLogger("serve")
@@ -119,6 +120,7 @@ class Engine:
         self.device_s = 0.0  # from the launch of a step's first program to the end of its last, of all steps
         self.decoded_tokens = 0  # generated since the start
         self.prefilled_tokens = 0
+        self.telemetry = Telemetry()
 
     def shapes(self) -> list[tuple[int, int]]:
         """Every (lanes, tokens per lane) this engine runs."""
@@ -168,6 +170,7 @@ class Engine:
         """Frees all the request holds; does nothing when it has ended."""
         sequence = self._sequences.get(request_id)
         if sequence is not None:
+            self.telemetry.ended["abort"] += 1
             self._end(sequence)
 
     @property
@@ -257,6 +260,7 @@ class Engine:
         for ref, error in self._loads.want(self.scheduler.wanted(self.ahead)):
             users = [s for s in self._sequences.values() if s.adapter == ref]
             for s in users:
+                self.telemetry.ended["error"] += 1
                 self._end(s)
             deltas += [Delta(request_id=s.request.id, error=error) for s in users]
             if ref in self.scheduler.active.pinned:  # or it would be read again at every step
@@ -274,6 +278,7 @@ class Engine:
     def _load(self, ref: AdapterRef, slot: int) -> None:
         """Copies a version that has been read into its slot."""
         self._write(slot, self._loads.take(ref))
+        self.telemetry.loads += 1
 
     def _on_device(self, slot: int, rows: Rows) -> tuple[jax.Array, Rows]:
         return jax.device_put(np.int32(slot)), jax.device_put(rows)
@@ -365,6 +370,7 @@ class Engine:
         delta = self._answers[sequence.request.id].take(out, row)
         first = sequence.generated == 0
         delta = replace(delta, adapter=sequence.adapter, cached_tokens=sequence.found if first else 0)
+        self.telemetry.took(sequence, delta, self.clock())
         sequence.tokens += delta.tokens
         self.decoded_tokens += len(delta.tokens)
         if delta.finish is not None or delta.error is not None:

@@ -14,14 +14,16 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from types import FrameType
 
 import uvicorn
+from fastapi import APIRouter
 
 from jaxlora.errors import ConfigInvalid
-from serve.app import Door, create_app, hosts_for
+from serve.answered import Listener
+from serve.app import OPEN_PATHS, Door, create_app, hosts_for
 from serve.runner import Runner
 
 LOG = logging.getLogger("serve")
@@ -100,9 +102,20 @@ class HttpServer:
 
 
 def make_http(
-    runner: Runner, *, host: str, port: int, default_max_tokens: int, max_request_s: float, grace_s: float
+    runner: Runner,
+    *,
+    host: str,
+    port: int,
+    default_max_tokens: int,
+    max_request_s: float,
+    grace_s: float,
+    routers: Sequence[APIRouter] = (),
+    listeners: Sequence[Listener] = (),
+    open_paths: Collection[str] = OPEN_PATHS,
 ) -> HttpServer:
     """The runner behind HTTP, on a socket that is bound already.  An IPv6 host may stand in brackets.
+
+    routers, listeners, open_paths: as `create_app` takes them.
 
     Raises ConfigInvalid when the address is taken or not ours.
     """
@@ -122,6 +135,9 @@ def make_http(
         hosts=hosts_for(host),
         max_request_s=max_request_s,
         door=door,
+        routers=routers,
+        listeners=listeners,
+        open_paths=open_paths,
     )
     settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=LAST_WORDS_S)
     return HttpServer(DrainingServer(settings, door, grace_s, runner.end_all), listening)

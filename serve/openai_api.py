@@ -304,6 +304,7 @@ class OpenAIWire:
             choices=choices,
             deadline=request.state.deadline,
             ping_s=self._config.ping_s,
+            scope=request.scope,
         )
         try:
             if not body.stream:

@@ -10,11 +10,9 @@ import logging
 import math
 from collections.abc import Sequence
 
-from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
 from jaxlora.errors import InvalidRequest, JaxLoraError, QuotaExceeded, RateLimited
 
@@ -58,10 +56,12 @@ class UnknownParameter(InvalidRequest):
 
 def error_body(error: Exception) -> tuple[int, dict[str, object]]:
     """(HTTP status, the JSON object) of an error."""
+    if isinstance(error, RequestValidationError):
+        error = invalid_request(error.errors(), error.body)
     if isinstance(error, JaxLoraError) and error.status != 500:
         status, code, param, message = error.status, error.code, error.param, error.message
     elif isinstance(error, HTTPException):
-        status, code, param = error.status_code, HTTP_CODES.get(error.status_code, "invalid_value"), None
+        status, code, param = error.status_code, error_code(error), None
         message = str(error.detail)
     else:
         status, code, param, message = (
@@ -90,18 +90,15 @@ def error_response(error: Exception) -> Response:
     return Response(json.dumps(body), status_code=status, headers=headers, media_type="application/json")
 
 
-async def answer_error(request: Request, error: Exception) -> Response:
-    """Exception handler of the app for our tree and for the framework's own errors."""
-    if isinstance(error, ClientDisconnect):
-        return Response(status_code=499)  # nobody reads it; it is for the access log
+def error_code(error: Exception) -> str:
+    """One of a few words for what is wrong, whatever the wire: for counts and logs."""
+    if isinstance(error, JaxLoraError):
+        return error.code
     if isinstance(error, RequestValidationError):
-        return error_response(invalid_request(error.errors(), error.body))
-    if isinstance(error, HTTPException) and error.detail in ("Not Found", "Method Not Allowed"):
-        shown = ascii(request.url.path)[:200]
-        error = HTTPException(error.status_code, f"{error.detail}: {request.method} {shown}", error.headers)
-    if isinstance(error, JaxLoraError) and error.status == 500:
-        LOG.error("request failed", exc_info=error)
-    return error_response(error)
+        return InvalidRequest.code
+    if isinstance(error, HTTPException):
+        return HTTP_CODES.get(error.status_code, InvalidRequest.code)
+    return JaxLoraError.code
 
 
 def invalid_request(findings: Sequence[dict], body: object) -> InvalidRequest:

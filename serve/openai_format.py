@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,7 +17,7 @@ Json = dict[str, object]
 DONE = format_sse_event(data_str="[DONE]")
 
 
-def sse(data: Json) -> bytes:
+def sse(data: Mapping[str, object]) -> bytes:
     """One event: a raw `data:` line and an empty line."""
     return format_sse_event(data_str=json.dumps(data, ensure_ascii=False, separators=(",", ":")))
 

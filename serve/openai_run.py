@@ -14,7 +14,8 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from jaxlora.errors import DeadlineExceeded
-from serve.openai_errors import error_body
+from serve.answered import Generated, note_generated, note_refused
+from serve.openai_errors import error_body, error_code
 from serve.openai_format import DONE, Heading, Json, Shape, sse, usage
 from serve.openai_stream import Choice, Fan, Piece
 from serve.request import Delta
@@ -33,6 +34,7 @@ class Run:
     choices: Sequence[Choice]
     deadline: float  # of the event loop's clock: what is not complete then ends with an error
     ping_s: float  # silence after which a stream gets a comment line
+    scope: Scope  # of the HTTP request: what came of it is noted there
 
     async def whole(self) -> Json:
         """The answer when all choices have ended.  Raises what ended one early.  Cancels its streams in the end."""
@@ -45,6 +47,7 @@ class Run:
                     pieces[index].append(self.choices[index].take(delta))
         finally:
             self.fan.cancel()
+            self._note()
         choices = [self.shape.whole(i, p) for i, p in enumerate(pieces)]
         whole = self.heading.wrap(self.shape.whole_object, choices, self._versions())
         return whole | self.shape.beside(pieces[0]) | {"usage": self._usage()}
@@ -72,10 +75,13 @@ class Run:
                 yield sse(self.heading.wrap(shape.chunk_object, [], self._versions()) | {"usage": self._usage()})
         except Exception as error:
             status, body = error_body(error)
+            note_refused(self.scope, error_code(error))
             if status == 500:
                 LOG.error("stream %s failed", self.heading.id, exc_info=error)
             self.fan.cancel()
             yield sse(body)
+        finally:
+            self._note()
         yield DONE
 
     async def next(self, timeout_s: float = math.inf) -> tuple[int, Delta] | None:
@@ -87,6 +93,19 @@ class Run:
                 "the time of this request is over before its answer is complete; ask for less, or later"
             )
         return item
+
+    def _note(self) -> None:
+        """Has the listeners of the app hear how far it came."""
+        note_generated(
+            self.scope,
+            Generated(
+                operation=self.shape.whole_object.partition(".")[0],
+                model=self.heading.model,
+                prompt_tokens=sum(self.prompt_tokens),
+                completion_tokens=sum(c.tokens for c in self.choices),
+                finishes=tuple(c.finish.value for c in self.choices if c.finish is not None),
+            ),
+        )
 
     def _usage(self) -> Json:
         return usage(self.prompt_tokens, self.choices)

@@ -11,25 +11,25 @@ import logging
 import queue
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from jaxlora.errors import AdapterNotFound, InvalidRequest, JaxLoraError, StorageFailed, Unavailable
+from jaxlora.errors import AdapterNotFound, InvalidRequest, JaxLoraError, Unavailable
 from jaxlora.lora import AdapterRef, LoraSpec
 from jaxlora.pool import Rows, adapter_of_rows, read_finite
 from jaxlora.serve_config import Tuning
 from serve.budget import Budget, BudgetSettings
+from serve.catalog import Catalog
 from serve.engine import Engine
 from serve.grammar import Grammars
 from serve.histogram import Histogram
 from serve.house import ModelCard
 from serve.request import Delta, Request
+from serve.watch import Watch
 
 LOG = logging.getLogger("serve")
 GONE = "the server stopped before the answer was complete; retry when it is up again"
-RESERVED_NAMES = frozenset({"versions", "download", "pin", "unpin"})
 FRESHNESS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 
@@ -104,6 +104,8 @@ class Runner:
         )  # replaced, never changed: any thread may read it
         self.started = time.time()
         self.grammars = Grammars(engine.tokenizer)
+        self.catalog = Catalog(engine.store, engine.slots, base_name, self.started)
+        self.watch = Watch(engine)
         self.trainer: Trainer | None = None
         self.freshness = Histogram(FRESHNESS_S)  # learned → first token under the new version
         self._fresh: dict[tuple[str, str], tuple[AdapterRef, float]] = {}  # versions without a token, since when
@@ -157,6 +159,11 @@ class Runner:
             raise error
         return result  # ty: ignore[invalid-explicit-return]
 
+    def wake(self) -> None:
+        """Has the device thread look for work, if it sleeps.  Of any thread."""
+        with contextlib.suppress(Unavailable):  # ended: there is none
+            self._send(lambda: None)
+
     def _check_alive(self) -> None:
         if self._closed or not self._thread.is_alive():
             raise Unavailable("the server has stopped; retry when it is up again")
@@ -192,8 +199,13 @@ class Runner:
     def _turn(self) -> None:
         """Messages, then an engine step or a part of a training step."""
         engine, trainer = self.engine, self.trainer
+        first = None
         if not engine.has_work and (trainer is None or not trainer.has_work):
-            self._inbox.get()()
+            self.watch.rest()
+            first = self._inbox.get()
+        self.watch.turn()
+        if first is not None:
+            first()
         while not self._inbox.empty():
             self._inbox.get()()
         trainer = self.trainer
@@ -297,13 +309,6 @@ class Runner:
 
     # ---- adapters -------------------------------------------------------------------------------------------------
 
-    def check_name(self, tenant: str, name: str) -> None:
-        """Raises InvalidRequest for an adapter that nobody could ask for: its name means the base model, or what is done."""
-        if self.base_name in (name, f"{tenant}/{name}"):
-            raise InvalidRequest(f"{self.base_name} is the base model; give the adapter another name", param="name")
-        if name in RESERVED_NAMES:  # /v1/adapters/TENANT/NAME would be read as that
-            raise InvalidRequest(f"{name} is a word of the API; give the adapter another name", param="name")
-
     def publish(
         self,
         tenant: str,
@@ -312,17 +317,19 @@ class Runner:
         rows: Rows,
         *,
         keep: int | None = None,
+        spare: Collection[int] = (),
         learned_s: float | None = None,
     ) -> AdapterRef:
         """A new version of the adapter with these device rows, served from the next admission on.  Device thread only.
 
         Requests in flight keep their version, but for those that follow the adapter.  The store writes the version to
-        disk behind.  With `keep`, versions before the newest `keep` are deleted, but for those that a request still uses.
+        disk behind.  With `keep`, versions before the newest `keep` are deleted, but for those that a request still uses
+        and those to `spare`.
         learned_s: when the weights were learned, on the monotonic clock; `freshness` counts from then.
         Raises InvalidRequest for the base's name; AdapterNotFinite, and publishes nothing, when a weight is not finite;
         StorageFailed or OSError when the store cannot give a number.
         """
-        self.check_name(tenant, name)
+        self.catalog.check_name(tenant, name)
         read_finite(rows)
         store = self.engine.store
         ref = store.mint(tenant, name)
@@ -331,7 +338,7 @@ class Runner:
         self._fresh[tenant, name] = ref, time.monotonic() if learned_s is None else learned_s
         if keep is not None:
             for old in store.versions(tenant, name)[:-keep]:
-                if self.engine.release(old):
+                if old.version not in spare and self.engine.release(old):
                     store.delete_version(old)
         return ref
 
@@ -358,73 +365,19 @@ class Runner:
         read_finite(rows)
         self.engine.rehearse_install(rows)
 
-    def resolve(self, tenant: str | None, model: str) -> AdapterRef | None:
-        """The version a model name means now: NAME, NAME@VERSION or TENANT/NAME; None is the base model.
+    # ---- what the wires read ----------------------------------------------------------------------------------------
 
-        Raises AdapterNotFound for an unknown name, and for one that several tenants have.
-        """
-        if model == self.base_name:
-            return None
-        store = self.engine.store
-        path, at, number = model.partition("@")
-        owner, slash, name = path.rpartition("/")
-        asked = owner if slash else tenant
-        found = store.named(name, asked) if tenant in (None, asked) else []
-        if len(found) > 1:
-            raise AdapterNotFound(f"several tenants have a model `{name}`; write TENANT/{name}", param="model")
-        if found and at:
-            versions = store.versions(found[0].tenant, found[0].name)
-            found = [ref for ref in versions if str(ref.version) == number]
-        if not found:
-            raise AdapterNotFound(f"The model `{model}` does not exist.", param="model")
-        return found[0]
+    def resolve(self, tenant: str | None, model: str) -> AdapterRef | None:
+        """As `Catalog.resolve`."""
+        return self.catalog.resolve(tenant, model)
 
     def models(self, tenant: str | None) -> list[ModelCard]:
-        """The base and every adapter this tenant may see, but for those that cannot be read.  Reads the disk."""
-        refs = self.engine.store.list(tenant)
-        owners = Counter(ref.name for ref in refs)
-        cards = [self._base_card()]
-        for ref in refs:
-            try:
-                cards.append(self._card(ref, ref.name if owners[ref.name] == 1 else f"{ref.tenant}/{ref.name}"))
-            except AdapterNotFound:
-                pass  # deleted meanwhile
-            except StorageFailed as error:
-                LOG.error("not listed: %s", error)
-        return cards
+        """As `Catalog.models`."""
+        return self.catalog.models(tenant)
 
     def model(self, tenant: str | None, model: str) -> ModelCard:
-        """The card of one model name.  Reads the disk.  Raises AdapterNotFound, StorageFailed for a damaged version."""
-        ref = self.resolve(tenant, model)
-        return self._base_card() if ref is None else self._card(ref, model)
-
-    def _base_card(self) -> ModelCard:
-        return ModelCard(
-            id=self.base_name,
-            created=int(self.started),
-            owned_by="jaxlora",
-            parent=None,
-            root=self.base_name,
-            version=None,
-            rank=None,
-            state="base",
-        )
-
-    def _card(self, ref: AdapterRef, name: str) -> ModelCard:
-        store = self.engine.store
-        on_device = self.engine.slots.find(ref) is not None
-        return ModelCard(
-            id=name,
-            created=int(store.created(ref)),
-            owned_by=ref.tenant,
-            parent=self.base_name,
-            root=ref.name,
-            version=ref.version,
-            rank=store.rank(ref),
-            state="device" if on_device else "host" if store.in_memory(ref) else "disk",
-        )
-
-    # ---- what the wires read ----------------------------------------------------------------------------------------
+        """As `Catalog.model`."""
+        return self.catalog.model(tenant, model)
 
     @property
     def context(self) -> int:
@@ -432,10 +385,18 @@ class Runner:
         return self.engine.config.max_tokens
 
     @property
+    def waiting_requests(self) -> int:
+        """Requests that have no row yet."""
+        return self.engine.scheduler.counts()[2]
+
+    @property
     def tokenizer(self):
         """The base model's tokenizer."""
         return self.engine.tokenizer
 
     def health(self) -> str:
-        """ "ok", or that the device thread has ended."""
-        return "ok" if self._thread.is_alive() and not self._closed else "the device thread has ended"
+        """ "ok", or that the device thread has ended or hangs."""
+        if self._closed or not self._thread.is_alive():
+            return "the device thread has ended"
+        hangs_s = self.watch.hangs_s()
+        return "ok" if hangs_s is None else f"the device thread has been in one step for {hangs_s:.0f} s"

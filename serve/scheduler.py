@@ -21,7 +21,7 @@ from pallas_kernels import NO_ADAPTER
 from serve.active import ActiveSet, Work
 from serve.pages import PageAllocator
 from serve.request import Request
-from serve.sequence import Chunk, Plan, Sequence
+from serve.sequence import Chunk, Line, Plan, Sequence
 from serve.shares import TokenShares
 
 
@@ -56,6 +56,7 @@ class Scheduler:
         self._number = 0
         self.host_pages = 0  # in use
         self.recomputed_tokens = 0  # whose KV was dropped and is computed once more
+        self.parks = 0  # times that a request lost its row before its end
 
     # ---- coming and going -----------------------------------------------------------------------------------------
 
@@ -162,6 +163,11 @@ class Scheduler:
         """(running, parked, waiting) requests."""
         running, waiting = len(self.running), self._new["requests"]
         return running, self._tenants.total() - running - waiting, waiting
+
+    def lines(self) -> dict[AdapterRef, Line]:
+        """The adapters with unfinished requests, in no order."""
+        rows = self._rows
+        return {r: Line(work.since, rows[r], len(self._groups[r]) - rows[r]) for r, work in self._work.items()}
 
     def check(self) -> None:
         """Asserts that rows, pages, pins and counts add up."""
@@ -276,7 +282,7 @@ class Scheduler:
             self._unsave(s)
         if not s.started:
             self._leave_line(s)
-            s.started, s.found = True, s.done
+            s.started, s.found, s.queued_s = True, s.done, now - s.arrived
         slot = NO_ADAPTER if s.adapter is None else self.slots.find(s.adapter)
         assert slot is not None
         s.slot, s.since, s.running = slot, now, True
@@ -325,6 +331,7 @@ class Scheduler:
     def _park(self, s: Sequence, now: float) -> None:
         """Takes the row; the pages stay until somebody needs them."""
         self._leave_row(s)
+        self.parks += 1
         s.since = now
         self.computed(s)
         self._parked[s.number] = s

@@ -30,6 +30,8 @@ class Sequence:
     saved: bool = False  # its KV is on the host, and in no page
     lost: int = 0  # tokens it has come to when its KV was last dropped
     found: int = 0  # prompt tokens whose KV was cached when it first ran
+    queued_s: float = 0.0  # from its arrival until it first ran
+    told: float = 0.0  # when its last token was
     started: bool = False  # it has had a row
     running: bool = False
 
@@ -67,6 +69,15 @@ class Sequence:
     def generated(self) -> int:
         """Tokens generated so far."""
         return len(self.tokens) - len(self.request.prompt)
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """The unfinished requests of one adapter version."""
+
+    since: float  # when its wait for a slot began, if it is not active
+    rows: int  # requests that run
+    others: int
 
 
 @dataclass(frozen=True, slots=True)

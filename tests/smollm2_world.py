@@ -13,7 +13,7 @@ from jaxlora.lora import ALL_TARGETS, ATTENTION_TARGETS, LAYER_TARGETS, Adapter,
 from jaxlora.opened import Opened
 from jaxlora.store import AdapterStore
 from serve.engine import EngineConfig
-from train.trainer import fresh_adapter
+from train.state import fresh_adapter
 
 SLOTS, RANK = 8, 16
 CONFIG = EngineConfig(

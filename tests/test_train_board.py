@@ -170,6 +170,8 @@ def test_the_table_cuts_no_number_in_a_narrow_window():
     report = StepReport(
         tenant=tenant.name,
         step=999,
+        nll=1.0,
+        targets=1,
         loss=12.3456,
         accuracy=1.0,
         lr=1.5e-4,

@@ -48,12 +48,12 @@ def test_it_is_taken_every_n_steps_and_after_the_last(tmp_path):
 def test_several_jobs_share_one_evaluation(tmp_path, monkeypatch):
     jobs, _ = make_jobs(tmp_path)
     calls = []
-    evaluate_all = jobs.trainer.evaluate_all
-    monkeypatch.setattr(jobs.trainer, "evaluate_all", lambda work: calls.append(len(work)) or evaluate_all(work))
+    evaluation = jobs.trainer.evaluation
+    monkeypatch.setattr(jobs.trainer, "evaluation", lambda work: calls.append(len(work)) or evaluation(work))
     for i in range(3):
         jobs.create(request(i, steps=2, heldout=examples(i, 2), evaluate_every=1))
     jobs.run()
-    assert calls == [3, 3]
+    assert [n for n in calls if n] == [3, 3]
 
 
 def test_the_best_weights_are_delivered(tmp_path):

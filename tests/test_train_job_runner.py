@@ -236,7 +236,7 @@ def test_a_cancelled_job_lets_go_of_everything(tmp_path, state):
     first = jobs.create(request(5, steps=1)) if state == "queued" else None
     job = jobs.create(request(0, data=data, steps=50))
     if state == "opening":
-        while job.id not in {x.job.id for x in jobs._reading.values() if x.opening is not None}:
+        while job.id not in {x.job.id for x in jobs._readers.opening()}:
             jobs.step()
     elif state in ("queued", "running", "paused"):
         jobs.step()

@@ -34,7 +34,8 @@ from jaxlora.lora import ALL_TARGETS, LAYER_TARGETS, AdapterRef, LoraSpec, Modul
 from jaxlora.mesh import make_mesh
 from jaxlora.model_config import target_features
 from jaxlora.pool import PoolSpec, host_rows
-from train.trainer import Trainer, fresh_adapter
+from train.state import fresh_adapter
+from train.trainer import Trainer
 
 REF = AdapterRef("acme", "bot", 3)
 

@@ -52,6 +52,17 @@ class LiveJob:
     heldout: Sequence[Unit] = ()  # while it runs
     saved_step: int = 0  # handed to the writer, or restored
 
+    def evaluates(self, step: int, last: bool) -> bool:
+        """Whether its held-out loss is due after this step."""
+        every = self.job.request.evaluate_every
+        return bool(self.heldout) and (last or (every is not None and step % every == 0))
+
+    def turn_tokens(self, quantum_steps: int | None) -> float:
+        """Tokens of its next turn: of so many steps, or of all that are left."""
+        assert self.facts is not None
+        left = max(self.job.request.optimizer.total_steps - self.job.progress.step, 0)
+        return self.facts.step_tokens * min(left, quantum_steps or left)
+
     @property
     def state_key(self) -> str:
         """Where it is parked."""

@@ -16,30 +16,27 @@ import functools
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import asdict
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
 import jax
 
 from jaxlora.checkpoint_writer import CheckpointWriter
 from jaxlora.errors import AdapterNotFinite, AlreadyExists, JaxLoraError, NotFound, StateInvalid
-from jaxlora.lora import Adapter, AdapterRef, check_name
+from jaxlora.lora import Adapter, AdapterRef, LoraSpec, check_name
 from jaxlora.pool import adapter_of_rows
 from train.data import Unit
-from train.job_files import JobFiles, LiveJob, Material
+from train.job_files import Facts, JobFiles, LiveJob, Material
 from train.job_queue import FairQueue
+from train.job_readers import JobReaders
+from train.job_states import JobStates
 from train.jobs import EventLog, Job, JobEvent, JobRequest, JobsConfig, Level, Shelf, State, said
 from train.parking import Parking
-from train.state import SlotState
-from train.trainer import MAX_BAD_STEPS, Evaluation, StepReport, Trainer
-
-FILE_THREADS = 2  # that read and check training files
+from train.trainer import FIRST_PART, MAX_BAD_STEPS, Evaluation, StepReport, Trainer
 
 
 class Jobs:
-    """The jobs of one trainer, in which nobody else sits.  Owned by the trainer's thread."""
+    """The jobs of one trainer, in which others sit as guests only (`make_room`).  Owned by the trainer's thread."""
 
     def __init__(
         self,
@@ -50,18 +47,23 @@ class Jobs:
         parking: Parking,
         load: Callable[[Path], Sequence[Unit]],
         clock: Callable[[], float] = time.time,
+        wake: Callable[[], None] = lambda: None,
     ):
-        """`load` reads a JSONL file, on another thread; `clock` gives the seconds since 1970."""
+        """`load` reads a JSONL file, on another thread; `clock` gives the seconds since 1970; `wake` is called on another
+        thread when something is read or written, so that `advance` has something to do."""
         self.trainer, self.config = trainer, config
+        self.part = FIRST_PART  # what `advance` runs next
         self._shelf, self._parking, self._clock = shelf, parking, clock
         self._files = JobFiles(trainer=trainer, load=load, states=config.states)
-        self._readers = ThreadPoolExecutor(FILE_THREADS, "job-files")
-        self._writer = CheckpointWriter()
+        self._readers = JobReaders(self._files, wake)
+        self._writer = CheckpointWriter(wake)
+        self._states = JobStates(trainer, self._files, parking, self._writer, keep=config.keep)
         self._queue = FairQueue()
         self._jobs: dict[str, Job] = {}  # in order of creation
         self._live: dict[str, LiveJob] = {}
         self._labels: dict[tuple[str, str], str] = {}  # (owner, name) → id, of those
-        self._reading: dict[str, LiveJob] = {}  # of those, whose files are being read
+        self._changed: dict[str, None] = {}  # of which there are new events
+        self._step: Generator[str, None, builtins.list[StepReport]] | None = None  # under way
 
     # ---- what callers ask for -------------------------------------------------------------------------------------
 
@@ -84,14 +86,13 @@ class Jobs:
                 param="name",
             )
         facts = None if self._files.needs_disk(job_id, request) else self._files.examine(job_id, request)
-        log = EventLog(self.config.events, self._clock)
+        log = EventLog(self.config.events, self._clock, lambda: self._changed.setdefault(job_id))
         job = Job(id=job_id, request=request, created_s=self._clock(), log=log)
         live = LiveJob(job=job, facts=facts)
         self._live[job_id], self._jobs[job_id], self._labels[label] = live, job, job_id
         log.add("state", "validating_files: created")
         if facts is None:
-            live.examining = self._readers.submit(self._files.examine, job_id, request)
-            self._reading[job_id] = live
+            self._readers.examine(live)
         else:
             self._line_up(live, "its examples are good")
         return job
@@ -134,7 +135,7 @@ class Jobs:
         if job.state != "cancelled":
             job.check_move("cancelled")
             live = self._live[id]
-            self._save(live)
+            self._states.save(live)
             self._end(live, "cancelled", "its owner asked for it")
         return job
 
@@ -148,10 +149,15 @@ class Jobs:
     def adapter(self, owner: str, id: str, ref: AdapterRef) -> Adapter:
         """What an unfinished job has learned so far.  Raises NotFound, StateInvalid before its start and after its end."""
         job = self.get(owner, id)
-        state = None if job.final else self._state(self._live[id])
+        state = None if job.final else self._states.of(self._live[id])
         if state is None:
             raise StateInvalid(f"job {id} is {job.state} and has no weights; its result is {job.result}")
         return adapter_of_rows(state.rows, ref, job.request.spec, self.trainer.base_hash)
+
+    def changed(self) -> builtins.list[Job]:
+        """The jobs with new events since the last call."""
+        jobs, self._changed = [self._jobs[id] for id in self._changed if id in self._jobs], {}
+        return jobs
 
     @property
     def has_work(self) -> bool:
@@ -162,16 +168,15 @@ class Jobs:
         """Steps until every job is paused or has ended, and what they saved is on disk."""
         while self.has_work:
             if not self.step():
-                futures = [f for x in self._reading.values() for f in (x.examining, x.opening) if f is not None]
-                wait(futures, return_when="FIRST_COMPLETED")
+                self._readers.wait()
         self._writer.flush()
         self._hear_writer()
 
     def close(self) -> None:
         """Saves what every unfinished job has learned, waits for the disk and stops.  The jobs stay as they are."""
         for live in self._live.values():
-            self._save(live)
-        self._readers.shutdown(cancel_futures=True)
+            self._states.save(live)
+        self._readers.close()
         self._writer.close()
         self._hear_writer()
 
@@ -182,61 +187,96 @@ class Jobs:
 
         Waits for no disk but for states that were spilled when they were parked.
         """
-        self._hear_writer()
-        self._hear_readers()
-        self._slice()
-        self._fill()
-        if not self.trainer.has_work:
-            return []
-        self._reweigh()
-        began = time.perf_counter()
-        reports = self.trainer.step()
-        took_s = time.perf_counter() - began
-        heldout = self._evaluate(reports)
-        for report in reports:
-            self._record(self._live[report.tenant], report, heldout.get(report.tenant), took_s)
+        reports = self.advance()
+        while self._step is not None:
+            reports = self.advance()
         return reports
+
+    def advance(self) -> builtins.list[StepReport]:
+        """The next part of the same, `part`: the reports of the step that it completes, those of guests among them."""
+        if self._step is None:
+            self._hear_writer()
+            self._hear_readers()
+            self._slice()
+            self._fill()
+            if not self.trainer.has_work:
+                return []
+            self._reweigh()
+            self._step = self._run_step()
+        try:
+            self.part = next(self._step)
+        except BaseException as end:
+            self._step, self.part = None, FIRST_PART
+            if not isinstance(end, StopIteration):
+                raise
+            return end.value
+        return []
+
+    def _run_step(self) -> Generator[str, None, builtins.list[StepReport]]:
+        """A training step and the held-out losses that are due after it; yields the name of each part before it runs."""
+        began = time.perf_counter()
+        reports = self.trainer.advance()
+        while self.trainer.part != FIRST_PART:
+            yield self.trainer.part
+            reports += self.trainer.advance()
+        took_s = time.perf_counter() - began
+        heldout = yield from self._evaluate([r for r in reports if self._runs(r.tenant)])
+        for report in reports:
+            if self._runs(report.tenant):
+                self._record(self._live[report.tenant], report, heldout.get(report.tenant), took_s)
+        return reports
+
+    def _runs(self, name: str) -> bool:
+        """Whether the tenant of a report is a job that still has its slot: guests are none, and one may have left meanwhile."""
+        return name in self._live and name in self.trainer.tenants
+
+    def make_room(self, spec: LoraSpec) -> bool:
+        """Whether a slot for such an adapter is free; if need be the job gives way that has had its own longest.
+
+        For a guest, a tenant that someone else adds to the trainer between two steps, for a few steps.
+        """
+        bucket_for = self.trainer.seats.bucket_for
+        for name in builtins.list(self.trainer.tenants):
+            live = None if self.trainer.free_slots(spec) else self._live.get(name)
+            if live is not None and bucket_for(live.job.request.spec) == bucket_for(spec):
+                self._vacate(live, park=True)
+                self._line_up(live, "gives way to a call that waits")
+        return self.trainer.free_slots(spec) > 0
 
     def _reweigh(self) -> None:
         """An owner's share of the coming step does not grow with the number of its jobs in it."""
-        requests = {name: self._live[name].job.request for name in self.trainer.tenants}
+        requests = {name: self._live[name].job.request for name in self.trainer.tenants if name in self._live}
         jobs_of = Counter(request.owner for request in requests.values())
         for name, request in requests.items():
             self.trainer.set_weight(name, request.weight / jobs_of[request.owner])
 
     def _hear_writer(self) -> None:
         for outcome in self._writer.outcomes():
-            job, live = self._jobs.get(outcome.key), self._live.get(outcome.key)
-            if job is None:
+            if outcome.key not in self._jobs:
                 continue
+            job, live, data = self._jobs[outcome.key], self._live.get(outcome.key), {"step": outcome.step}
             if outcome.error is None:
-                job.log.add("checkpoint", f"step {outcome.step} is saved", data={"step": outcome.step})
+                job.log.add("checkpoint", f"step {outcome.step} is saved", data=data)
                 continue
             reason = f"its checkpoint was not written: {said(outcome.error)}"
-            job.log.add("problem", reason, level="error", data={"step": outcome.step})
+            job.log.add("problem", reason, level="error", data=data)
             if live is not None and live.saved_step == outcome.step:
                 live.saved_step = 0
                 if job.state in ("queued", "running"):
                     self._pause(live, "storage_failed", f"{reason}; make room and resume it", save=False)
 
     def _hear_readers(self) -> None:
-        for live in builtins.list(self._reading.values()):
-            examining, opening = live.examining, live.opening
-            try:
-                if examining is not None and examining.done():
-                    self._stop_reading(live)
-                    live.facts = examining.result()
-                    self._line_up(live, "its files are good")
-                elif opening is not None and opening.done():
-                    self._stop_reading(live)
-                    self._seat(live, opening.result())
-            except (JaxLoraError, OSError) as error:
+        for live, found, error in self._readers.hear():
+            if error is not None:
                 self._fail(live, error)
-
-    def _stop_reading(self, live: LiveJob) -> None:
-        """What a reader does for it is done, or of no use any more."""
-        live.examining = live.opening = None
-        self._reading.pop(live.job.id, None)
+            elif isinstance(found, Facts):
+                live.facts = found
+                self._line_up(live, "its files are good")
+            elif found is not None and self.trainer.free_slots(live.job.request.spec):
+                self._seat(live, found)
+            else:  # a guest has the slot that was kept for it
+                self._queue.end_turn(live.job.id)
+                self._await_turn(live)
 
     def _slice(self) -> None:
         """Jobs whose time slice is over begin another, or give way to an owner who had less; longest in their slot first."""
@@ -244,7 +284,9 @@ class Jobs:
             return
         for job_id in builtins.list(self._queue.over(self.config.quantum_steps)):
             live = self._live[job_id]
-            if not self._queue.renew(job_id, self._turn_tokens(live), functools.partial(self._alike, job_id)):
+            if not self._queue.renew(
+                job_id, live.turn_tokens(self.config.quantum_steps), functools.partial(self._alike, job_id)
+            ):
                 self._vacate(live, park=True)
                 self._line_up(live, "its time slice is over; others wait")
                 self._fill()
@@ -256,30 +298,27 @@ class Jobs:
             assert live.facts is not None
             request, parked = live.job.request, live.state_key in self._parking
             if self._files.needs_disk(job_id, request, parked=parked):
-                live.opening = self._readers.submit(self._files.open, job_id, request, live.facts, parked=parked)
-                self._reading[job_id] = live
+                self._readers.open(live, parked=parked)
             else:
                 self._seat(live, self._files.open(job_id, request, live.facts, parked=parked))
 
     def _alike(self, one: str, other: str) -> bool:
         """Whether two jobs want slots of the same bucket."""
-        return len({self.trainer.seats.bucket_for(self._live[x].job.request.spec) for x in (one, other)}) == 1
+        buckets = [self.trainer.seats.bucket_for(self._live[x].job.request.spec) for x in (one, other)]
+        return buckets[0] == buckets[1]
 
     def _has_room(self, job_id: str) -> bool:
         """Whether a slot is free for the job that no other job's files are being read for."""
-        kept = sum(x.opening is not None and self._alike(job_id, x.job.id) for x in self._reading.values())
+        kept = sum(self._alike(job_id, x.job.id) for x in self._readers.opening())
         return self.trainer.free_slots(self._live[job_id].job.request.spec) > kept
 
-    def _evaluate(self, reports: Sequence[StepReport]) -> dict[str, Evaluation]:
+    def _evaluate(self, reports: Sequence[StepReport]) -> Generator[str, None, dict[str, Evaluation]]:
         """Held-out losses that are due after this step, by job; they share lanes."""
-        due = []
-        for report in reports:
-            live = self._live[report.tenant]
-            every = live.job.request.evaluate_every
-            last = self.trainer.tenants[report.tenant].status == "done"
-            if live.heldout and (last or (every is not None and report.step % every == 0)):
-                due.append((live.heldout, report.tenant))
-        return dict(zip([name for _, name in due], self.trainer.evaluate_all(due), strict=True))
+        done = {r.tenant for r in reports if self.trainer.tenants[r.tenant].status == "done"}
+        asked = [self._live[r.tenant] for r in reports if self._live[r.tenant].evaluates(r.step, r.tenant in done)]
+        due = [(live.heldout, live.job.id) for live in asked]
+        found = yield from self.trainer.evaluation(due)
+        return dict(zip([name for _, name in due], found, strict=True))
 
     def _record(self, live: LiveJob, report: StepReport, heldout: Evaluation | None, took_s: float) -> None:
         """What one step means for one job."""
@@ -289,16 +328,17 @@ class Jobs:
         p.step, p.cursor, p.tokens = report.step, tenant.stream.cursor, p.tokens + report.tokens
         p.skipped += not report.finite
         p.bad_steps = 0 if report.finite else p.bad_steps + 1
-        data = {k: v for k, v in asdict(report).items() if k not in ("tenant", "finite")}
+        data = {k: getattr(report, k) for k in ("step", "loss", "accuracy", "lr", "grad_norm", "tokens")}
         data["tokens_per_s"] = report.tokens / took_s
         if heldout is not None:
-            data["heldout_loss"] = heldout.nll
+            data |= {"heldout_loss": heldout.nll, "heldout_accuracy": heldout.accuracy}
+        job.numbers |= data
         job.log.add_step(data, total=request.optimizer.total_steps, finite=report.finite)
-        better = heldout is not None and p.judge(heldout.nll)
+        better = heldout is not None and p.judge(heldout.nll, request.min_delta)
         if better:
             assert heldout is not None
             if request.keep_best:
-                self._park(live, live.best_key, jax.device_get(self.trainer.unseat(job.id)))
+                self._states.park(live, live.best_key, jax.device_get(self.trainer.unseat(job.id)))
             message = f"best held-out loss so far: {heldout.nll:.4f}"
             job.log.add("best", message, data={"step": p.step, "heldout_loss": heldout.nll})
         every = request.checkpoint_every
@@ -308,21 +348,19 @@ class Jobs:
         elif self._is_over(live):
             self._finish(live)
         elif (every is not None and p.step % every == 0) or (better and request.keep_best):
-            self._save(live)
+            self._states.save(live)
 
     # ---- moves ----------------------------------------------------------------------------------------------------
 
     def _line_up(self, live: LiveJob, message: str) -> None:
-        request = live.job.request
-        tokens = self._turn_tokens(live)
-        self._queue.add(live.job.id, request.owner, weight=request.weight, tokens=tokens)
+        self._await_turn(live)
         live.job.move("queued", message)
 
-    def _turn_tokens(self, live: LiveJob) -> float:
-        """Tokens of its next turn: a time slice, or all steps that are left."""
-        assert live.facts is not None
-        left = max(live.job.request.optimizer.total_steps - live.job.progress.step, 0)
-        return live.facts.step_tokens * min(left, self.config.quantum_steps or left)
+    def _await_turn(self, live: LiveJob) -> None:
+        request = live.job.request
+        self._queue.add(
+            live.job.id, request.owner, weight=request.weight, tokens=live.turn_tokens(self.config.quantum_steps)
+        )
 
     def _seat(self, live: LiveJob, material: Material) -> None:
         job, request = live.job, live.job.request
@@ -348,12 +386,7 @@ class Jobs:
         self._parking.discard(live.state_key)
         live.heldout = material.heldout
         job.move("running", "started" if job.progress.step == 0 else f"goes on from step {job.progress.step}")
-        if material.best is not None:
-            self._park(live, live.best_key, material.best)
-        elif request.keep_best and job.progress.best_step is not None and live.best_key not in self._parking:
-            message = f"the weights of its best step {job.progress.best_step} are on no disk; the best is sought anew"
-            job.progress.best_step = job.progress.best_loss = None
-            job.log.add("problem", message, level="warn")
+        self._states.take_best(live, material.best)
         if self._is_over(live):  # it could not be delivered before, or the process died just then
             self._finish(live)
 
@@ -367,32 +400,25 @@ class Jobs:
         """The job leaves its slot, the line, or the reader that it waits for."""
         if live.job.state == "running":
             if park:
-                self._park(live, live.state_key, jax.device_get(self.trainer.unseat(live.job.id)))
+                self._states.park(live, live.state_key, jax.device_get(self.trainer.unseat(live.job.id)))
             self.trainer.remove(live.job.id)
         if self._queue.has_turn(live.job.id):
             self._queue.end_turn(live.job.id)
         elif live.job.id in self._queue:
             self._queue.remove(live.job.id)
-        self._stop_reading(live)
+        self._readers.forget(live)
         live.heldout = ()
-
-    def _park(self, live: LiveJob, key: str, state: SlotState) -> None:
-        self._parking.put(key, state)
-        try:
-            self._parking.spill()
-        except JaxLoraError as error:
-            live.job.log.add("problem", str(error), level="warn")
 
     def _pause(self, live: LiveJob, code: str, reason: str, *, save: bool = True) -> None:
         if save:
-            self._save(live)
+            self._states.save(live)
         self._vacate(live, park=True)
         live.job.move("paused", reason, level="info" if code == "paused_by_owner" else "warn", code=code)
 
     def _finish(self, live: LiveJob) -> None:
         """Its adapter goes to the shelf."""
         job, request = live.job, live.job.request
-        self._save(live)
+        self._states.save(live)
         best = live.best_key in self._parking
         try:
             rows = self._parking.get(live.best_key).rows if best else jax.device_get(self.trainer.rows(job.id))
@@ -404,11 +430,7 @@ class Jobs:
             self._pause(live, "storage_failed", f"its adapter was not stored: {said(error)}; resume it to try again")
         else:
             job.result = ref
-            p = job.progress
-            how = f"{p.step} of {request.optimizer.total_steps} steps"
-            if p.step < request.optimizer.total_steps:
-                how += f", stopped early: {p.stale} held-out losses in a row were no better"
-            self._end(live, "succeeded", f"{how}; its weights are those of step {p.best_step}" if best else how)
+            self._end(live, "succeeded", job.outcome(best=best))
 
     def _fail(self, live: LiveJob, error: JaxLoraError | OSError) -> None:
         code = error.code if isinstance(error, JaxLoraError) else JaxLoraError.code
@@ -426,25 +448,3 @@ class Jobs:
         job.move(state, message, level=level, code=code)
         del self._live[job.id], self._labels[job.request.owner, job.request.name]
         job.request = job.request.without_examples()
-
-    # ---- state, files, events -------------------------------------------------------------------------------------
-
-    def _state(self, live: LiveJob) -> SlotState | None:
-        """On the host; None before its start."""
-        if live.job.state == "running":
-            return jax.device_get(self.trainer.unseat(live.job.id))
-        if live.state_key in self._parking:
-            return self._parking.get(live.state_key)
-        return None
-
-    def _save(self, live: LiveJob) -> None:
-        """Hands its state to the writer, unless that step was."""
-        p = live.job.progress
-        if self.config.states is None or p.step == live.saved_step or live.facts is None:
-            return
-        state = self._state(live)
-        if state is None:
-            return
-        live.saved_step = p.step
-        snapshot = self._files.snapshot(live.job, live.facts, state, keep=self.config.keep)
-        self._writer.submit(live.job.id, snapshot)

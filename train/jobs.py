@@ -54,6 +54,7 @@ class JobRequest:
     evaluate_every: int | None = None  # steps between held-out losses; None: after the last step only
     checkpoint_every: int | None = None  # steps; None: when it pauses and ends
     patience: int | None = None  # held-out losses in a row without a better one, after which it ends early
+    min_delta: float = 0.0  # nats by which a held-out loss must be better to count as better
     keep_best: bool = False  # deliver the weights of the best held-out loss instead of the last ones
 
     def __post_init__(self) -> None:
@@ -67,6 +68,8 @@ class JobRequest:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidRequest(f"{name} must be at least 1, got {value}", param=name)
+        if not 0 <= self.min_delta < math.inf:
+            raise InvalidRequest(f"min_delta must be 0 or more and finite, got {self.min_delta}", param="min_delta")
         for name in ("evaluate_every", "patience", "keep_best"):
             if getattr(self, name) and self.heldout is None:
                 raise InvalidRequest(f"{name} needs held-out examples; give `heldout`", param=name)
@@ -131,9 +134,13 @@ class Progress:
         """What `to_json` gave, out of a meta that holds more."""
         return Progress(**{f.name: meta[f.name] for f in fields(Progress)})  # ty: ignore[invalid-argument-type]
 
-    def judge(self, loss: float) -> bool:
-        """Takes in the held-out loss of this step; whether it is the best so far (a NaN never is)."""
-        if loss < (math.inf if self.best_loss is None else self.best_loss):
+    def judge(self, loss: float, min_delta: float = 0.0) -> bool:
+        """Takes in the held-out loss of this step; whether it is the best so far by `min_delta` or more (a NaN never is)."""
+        if self.best_loss is None:
+            better = loss < math.inf
+        else:
+            better = loss < self.best_loss and loss <= self.best_loss - min_delta
+        if better:
             self.best_step, self.best_loss, self.stale = self.step, loss, 0
             return True
         self.stale += 1
@@ -155,13 +162,15 @@ class JobEvent:
     message: str
     data: Mapping[
         str, float
-    ]  # finite; of a step: step, loss, accuracy, lr, grad_norm, tokens, tokens_per_s, heldout_loss
+    ]  # finite; of a step: step, loss, accuracy, lr, grad_norm, tokens, tokens_per_s, heldout_loss, heldout_accuracy
 
 
 class EventLog:
     """The events of one job, within `limit`: its steps and all else are bounded apart, so neither crowds out the other."""
 
-    def __init__(self, limit: int, clock: Callable[[], float]):
+    def __init__(self, limit: int, clock: Callable[[], float], added: Callable[[], None] = lambda: None):
+        """added: called after each new event."""
+        self._added = added
         self._steps: deque[JobEvent] = deque(maxlen=max(limit // 2, 1))
         self._rest: deque[JobEvent] = deque(maxlen=max(limit // 2, 1))
         self._clock = clock
@@ -173,6 +182,7 @@ class EventLog:
         finite = {k: v for k, v in (data or {}).items() if math.isfinite(v)}
         event = JobEvent(seq=self._count, time_s=self._clock(), level=level, kind=kind, message=message, data=finite)
         (self._steps if kind == "step" else self._rest).append(event)
+        self._added()
 
     def add_step(self, data: Mapping[str, float], *, total: int, finite: bool) -> None:
         """One of `total` steps is done: its numbers, and whether its update was finite."""
@@ -200,12 +210,21 @@ class Job:
     reason: str | None = None  # the same, for people
     finished_s: float | None = None
     progress: Progress = field(default_factory=Progress)
+    numbers: dict[str, float] = field(default_factory=dict)  # of its newest step and held-out loss, as in their event
     result: AdapterRef | None = None  # the version that it made
 
     @property
     def final(self) -> bool:
         """Whether it has ended for good."""
         return not NEXT[self.state]
+
+    def outcome(self, *, best: bool) -> str:
+        """How far it came, for people.  best: its weights are those of its best held-out loss."""
+        p, total = self.progress, self.request.optimizer.total_steps
+        how = f"{p.step} of {total} steps"
+        if p.step < total:
+            how += f", stopped early: {p.stale} held-out losses in a row were no better"
+        return f"{how}; its weights are those of step {p.best_step}" if best else how
 
     def check_move(self, to: State) -> None:
         """Raises StateInvalid, saying what is possible, when the job cannot go there from where it is."""

@@ -9,6 +9,7 @@ Shape letters: G lanes, U due slots of a bucket, L layers, S slots of a bucket, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -18,9 +19,11 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
+from jaxlora.lora import ALL_TARGETS, Adapter, AdapterRef, LoraSpec
 from jaxlora.mesh import replicated
 from jaxlora.model import Base
-from jaxlora.pool import LaneLora, LoraRows, PoolSpec, Rows, empty_pool
+from jaxlora.model_config import ModelConfig, target_features
+from jaxlora.pool import LaneLora, LoraRows, PoolSpec, Rows, empty_pool, layer_count
 from pallas_kernels import NO_ADAPTER
 from train.optimizer import Halves, Hyper, Moments, adamw
 
@@ -239,3 +242,20 @@ def fresh_seat(rows: Rows, moments: str = "float32") -> SlotState:
         return jax.tree.map(lambda x: np.zeros(x.shape, jnp.dtype(moments)), halves(rows))
 
     return SlotState(rows=rows, moments=Moments(mu=zeros(), nu=zeros(), count=np.int32(0)))  # ty: ignore[invalid-argument-type]
+
+
+def fresh_adapter(config: ModelConfig, ref: AdapterRef, spec: LoraSpec, seed: int, base_hash: str) -> Adapter:
+    """An untrained adapter: A uniform in ±1/sqrt(features in), B zero.  A row depends on seed, target and layer alone.
+
+    Source: the default initialisation of PEFT.
+    """
+    weights = {}
+    for target in spec.targets:
+        x, y = target_features(config, target)
+        a = np.zeros((layer_count(config, target), spec.max_rank, x), np.float32)
+        for layer in range(a.shape[0]):
+            rank, _ = spec.module(target, layer)
+            draw = np.random.default_rng([seed, ALL_TARGETS.index(target), layer])
+            a[layer, :rank] = draw.uniform(-1, 1, (rank, x)).astype(np.float32) / math.sqrt(x)
+        weights[target] = (a, np.zeros((a.shape[0], spec.max_rank, y), np.float32))
+    return Adapter(ref=ref, spec=spec, base_hash=base_hash, weights=weights)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,7 +11,7 @@ from jaxlora.config import Loss
 from jaxlora.lora import LoraSpec
 from train.data import ExampleStream, Lane
 from train.optimizer import Optimizer
-from train.step import TrainBatch
+from train.step import LaneSums, TrainBatch
 
 MAX_BAD_STEPS = 5  # skipped updates in a row after which a tenant stops
 
@@ -28,6 +28,8 @@ class StepReport:
     grad_norm: float  # before clipping
     tokens: int  # real tokens computed for it
     finite: bool  # False: the update was skipped
+    nll: float  # nats of all its target tokens together, unweighted, before the update
+    targets: int  # that many tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +50,16 @@ class Window:
     hits: float = 0.0
     count: float = 0.0  # what hits are counted among
     tokens: int = 0
+    nll: float = 0.0  # of the target tokens, unweighted
+    targets: int = 0
+
+    def add(self, sums: LaneSums, gs: Sequence[int], hits: np.ndarray, tokens: int) -> None:
+        """What these lanes summed to (NumPy); hits: what was hit and what it is counted among."""
+        self.loss += float(sums.loss_G[gs].sum())
+        self.hits, self.count = self.hits + float(hits[0]), self.count + float(hits[1])
+        self.nll -= float(sums.logprob_GJ[gs].sum())
+        self.targets += int(sums.count_G[gs].sum())
+        self.tokens += tokens
 
 
 @dataclass(slots=True, eq=False)
@@ -61,6 +73,7 @@ class Tenant:
     stream: ExampleStream
     loss: Loss
     step: int = 0
+    per_target: bool = False  # its loss is divided by the number of its target tokens, not by their weights
     window: Window = field(default_factory=Window)  # its open batch
     bad_steps: int = 0  # in a row
     status: str = "running"  # running, done or failed
@@ -88,7 +101,21 @@ def batch_weight(lanes: Sequence[Lane], loss: Loss) -> float:
     return sum(float(np.abs(lane.weight_J).sum(dtype=np.float64)) for lane in lanes)
 
 
+def target_count(lanes: Sequence[Lane]) -> float:
+    """Target tokens of these lanes."""
+    return float(sum(np.count_nonzero(lane.weight_J) for lane in lanes))
+
+
 def divisor(weight: float) -> float:
     """The weight within float32."""
     limits = np.finfo(np.float32)
     return min(max(weight, float(limits.tiny)), float(limits.max))
+
+
+def whole[T](parts: Generator[str, None, T]) -> T:
+    """What the parts return, all run."""
+    while True:
+        try:
+            next(parts)
+        except StopIteration as end:
+            return end.value

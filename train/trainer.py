@@ -19,22 +19,33 @@ from jax.sharding import Mesh
 
 from jaxlora.config import CROSS_ENTROPY, Loss, MomentsDtype, Optimizer, Remat, check_lane_tokens
 from jaxlora.errors import AlreadyExists, DataInvalid, InvalidRequest, NotFound, StateInvalid
-from jaxlora.lora import ALL_TARGETS, Adapter, AdapterRef, LoraSpec
+from jaxlora.lora import Adapter, AdapterRef, LoraSpec
 from jaxlora.mesh import check_lanes, place, place_rows, replicated
 from jaxlora.model import Base
-from jaxlora.model_config import ModelConfig, target_features
-from jaxlora.pool import PoolSpec, Rows, adapter_of_rows, host_rows, layer_count
+from jaxlora.pool import PoolSpec, Rows, adapter_of_rows, host_rows
 from pallas_kernels import NO_ADAPTER
 from train.data import ExampleStream, Lane, Unit, check_kind, pack, pair_margins, real_tokens
 from train.mixer import Mixer
 from train.parts import Parts, PartSizes
 from train.references import References
 from train.seats import Seats
-from train.state import SlotState, States, UpdateReport, empty_state, fresh_seat
+from train.state import SlotState, States, UpdateReport, empty_state, fresh_adapter, fresh_seat
 from train.step import LaneSums, TrainBatch, idle_batch, idle_sums, make_programs, put_dropout, put_lane, put_sums
-from train.tenants import MAX_BAD_STEPS, Evaluation, MixedStep, StepReport, Tenant, Window, batch_weight, divisor
+from train.tenants import (
+    MAX_BAD_STEPS,
+    Evaluation,
+    MixedStep,
+    StepReport,
+    Tenant,
+    Window,
+    batch_weight,
+    divisor,
+    target_count,
+    whole,
+)
 
 FIRST_PART = "mix"  # of a step
+EVALUATE = "evaluate"  # a part of an evaluation
 
 
 class Trainer:
@@ -57,8 +68,7 @@ class Trainer:
 
         moments: the dtype that AdamW's moments are kept in; bfloat16 halves them (see `train.optimizer`).
         remat: what a step keeps of a layer for its gradient (see `jaxlora.model.REMAT`).
-        parts: how small the parts are that `advance` runs a step in, for a trainer that shares its device; None: a step
-        is one program, which takes less time for it.
+        parts: how small the parts of a step are, for a trainer that shares its device; None: a step is one program.
         Raises ConfigInvalid for lane_tokens that are not whole blocks, for lanes that do not divide over the mesh, for
         parts that do not divide lanes or layers and for buckets that do not grow in rank or differ in more;
         InvalidRequest for fewer than one lane.
@@ -69,7 +79,7 @@ class Trainer:
         self.base, self.mesh, self.base_hash = base, mesh, base_hash
         self.lanes, self.lane_tokens, self.moments = lanes, lane_tokens, moments
         self.tenants: dict[str, Tenant] = {}
-        self.trained_tokens = 0
+        self.trained_tokens = self.updates = 0  # since the start
         self._mixer = Mixer(lanes, lane_tokens)
         self._references = References(lanes, lane_tokens)
         self.states: States = tuple(empty_state(base, spec, mesh, moments) for spec in self.seats.buckets)
@@ -114,13 +124,14 @@ class Trainer:
         seed: int,
         weight: float = 1.0,
         loss: Loss = CROSS_ENTROPY,
+        per_target: bool = False,
         resume: tuple[SlotState, int, int] | None = None,
     ) -> Tenant:
         """A tenant joins from the next step on, with fresh weights drawn from its seed, or with (state, step, cursor).
-
+        per_target: its loss is divided by the number of its target tokens instead of the sum of their weights' sizes.
         One that comes back after its last step is `done` and trains no more.
-        Raises AlreadyExists, AdapterInvalid (rank or targets), DataInvalid (no examples, too long an example, or data of
-        another kind than the loss trains on), InvalidRequest (batch size), StateInvalid when every slot is taken.
+        Raises AlreadyExists, AdapterInvalid (rank or targets), DataInvalid (no examples, one too long, or of another kind
+        than the loss trains on), InvalidRequest (batch size), StateInvalid when every slot is taken.
         """
         if name in self.tenants:
             raise AlreadyExists(f"tenant {name} is already training; remove it first", param="name")
@@ -136,7 +147,7 @@ class Trainer:
             self._mixer.add(name, stream, batch_size=batch_size, weight=weight, split=split)
         self.states = self._programs.seat(self.states, *self._at(slot), self._device(jax.device_get(state)))
         status = "running" if running else "done"
-        self.tenants[name] = Tenant(name, slot, spec, optimizer, stream, loss, step, status=status)
+        self.tenants[name] = Tenant(name, slot, spec, optimizer, stream, loss, step, per_target, status=status)
         return self.tenants[name]
 
     def remove(self, name: str) -> None:
@@ -218,6 +229,11 @@ class Trainer:
         """A device copy of all the tenant's state, as it is now."""
         return self._programs.unseat(self.states, *self._at(self._tenant(name).slot))
 
+    def bucket_rows(self) -> list[Rows]:
+        """A device copy of one slot of each bucket, whoever has it: what `rows` gives has one of these shapes."""
+        first = self._device(np.int32(0))
+        return [self._programs.unseat(self.states, b, first).rows for b in range(len(self.states))]
+
     def rows(self, name: str) -> Rows:
         """A device copy of the tenant's weights and scales."""
         return self.unseat(name).rows
@@ -242,7 +258,6 @@ class Trainer:
 
     def advance(self) -> list[StepReport]:
         """Runs the next part of a step, `part`, and waits for it: the reports of the updates that it made.
-
         Between two parts everything else may be called.  A tenant's state is always that of its last update; one that
         leaves meanwhile takes no further part.  Raises StateInvalid when nobody trains.
         """
@@ -268,7 +283,7 @@ class Trainer:
         lanes, owners = [lane for _, lane in mixed.lanes], [self.tenants[name] for name, _ in mixed.lanes]
         for tenant in dict.fromkeys(owners):
             own = [lane for lane, owner in zip(lanes, owners, strict=True) if owner is tenant]
-            tenant.window.weight += batch_weight(own, tenant.loss)
+            tenant.window.weight += target_count(own) if tenant.per_target else batch_weight(own, tenant.loss)
         due = [(t, t.optimizer.row(t.step, divisor(t.window.weight))) for t in map(self.tenants.__getitem__, mixed.due)]
         drawn = [(tenant.stream.seed, tenant.step) for tenant in owners]
         yield from self._learn(lanes)
@@ -322,11 +337,9 @@ class Trainer:
         """Adds what the lanes summed to (NumPy) to their tenants' windows."""
         for tenant in filter(self._trains, dict.fromkeys(step.owners)):
             gs = [g for g, owner in enumerate(step.owners) if owner is tenant]
-            window, tokens = tenant.window, real_tokens([step.lanes[g] for g in gs])
-            hits, count = np.sum([self._hits(step.lanes[g], tenant.loss, sums, g) for g in gs], axis=0)
-            window.loss += float(sums.loss_G[gs].sum())
-            window.hits, window.count = window.hits + hits, window.count + count
-            window.tokens, self.trained_tokens = window.tokens + tokens, self.trained_tokens + tokens
+            hits = np.sum([self._hits(step.lanes[g], tenant.loss, sums, g) for g in gs], axis=0)
+            tenant.window.add(sums, gs, hits, tokens := real_tokens([step.lanes[g] for g in gs]))
+            self.trained_tokens += tokens
 
     def _report(self, tenant: Tenant, hyper: dict[str, float], update: UpdateReport, u: int) -> None:
         """The tenant's window has become an update."""
@@ -340,8 +353,10 @@ class Trainer:
             grad_norm=float(update.norm_U[u]),
             tokens=window.tokens,
             finite=bool(update.finite_U[u]),
+            nll=window.nll,
+            targets=window.targets,
         )
-        tenant.step += 1
+        tenant.step, self.updates = tenant.step + 1, self.updates + 1
         tenant.losses.append(report.loss)
         tenant.bad_steps = 0 if report.finite else tenant.bad_steps + 1
         if tenant.bad_steps >= MAX_BAD_STEPS:
@@ -354,8 +369,7 @@ class Trainer:
     def evaluate(self, examples: Sequence[Unit], name: str | None) -> Evaluation:
         """Loss and accuracy on these examples under a tenant's present weights, by its loss; or the base's (None).
 
-        Raises DataInvalid for an example longer than a lane or of another kind than the loss takes, NotFound for an
-        unknown tenant.
+        Raises DataInvalid for an example too long for a lane or of another kind than the loss takes, NotFound.
         """
         return self.evaluate_all([(examples, name)])[0]
 
@@ -367,6 +381,12 @@ class Trainer:
         Not tuned: the base in place of the adapters, by the tenants' losses.
         Raises as `evaluate` does, before anything runs.
         """
+        return whole(self.evaluation(work, tuned=tuned))
+
+    def evaluation(
+        self, work: Sequence[tuple[Sequence[Unit], str | None]], *, tuned: bool = True
+    ) -> Generator[str, None, list[Evaluation]]:
+        """The same in parts: yields the name of each before it runs, and returns what `evaluate_all` does."""
         asked: list[tuple[int, Lane, int, Loss]] = []  # whose work, lane, slot, loss
         totals = np.zeros((len(work), 4))  # loss, targets, hits and what they are counted among
         divisors: list[float] = []
@@ -384,8 +404,8 @@ class Trainer:
                 asked += [(owner, lane, slot if tuned else NO_ADAPTER, loss) for lane in lanes]
         for start in range(0, len(asked), self.lanes):
             part = asked[start : start + self.lanes]
-            for _ in self._learn([lane for _, lane, _, _ in part]):
-                pass
+            yield from self._learn([lane for _, lane, _, _ in part])
+            yield EVALUATE
             sums = self._evaluated(self._batch([(lane, slot, loss) for _, lane, slot, loss in part]))
             for g, (owner, lane, _, loss) in enumerate(part):
                 totals[owner] += sums.loss_G[g], sums.count_G[g], *self._hits(lane, loss, sums, g)
@@ -428,20 +448,3 @@ class Trainer:
     def _device[T](self, tree: T) -> T:
         """NumPy arrays, whole on every device."""
         return place(tree, replicated(self.mesh))
-
-
-def fresh_adapter(config: ModelConfig, ref: AdapterRef, spec: LoraSpec, seed: int, base_hash: str) -> Adapter:
-    """An untrained adapter: A uniform in ±1/sqrt(features in), B zero.  A row depends on seed, target and layer alone.
-
-    Source: the default initialisation of PEFT.
-    """
-    weights = {}
-    for target in spec.targets:
-        x, y = target_features(config, target)
-        a = np.zeros((layer_count(config, target), spec.max_rank, x), np.float32)
-        for layer in range(a.shape[0]):
-            rank, _ = spec.module(target, layer)
-            draw = np.random.default_rng([seed, ALL_TARGETS.index(target), layer])
-            a[layer, :rank] = draw.uniform(-1, 1, (rank, x)).astype(np.float32) / math.sqrt(x)
-        weights[target] = (a, np.zeros((a.shape[0], spec.max_rank, y), np.float32))
-    return Adapter(ref=ref, spec=spec, base_hash=base_hash, weights=weights)

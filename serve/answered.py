@@ -1,0 +1,53 @@
+"""What is known of an HTTP request once it has been answered: for logs, metrics and traces, which hear of each.  Pure.
+
+Nothing here holds what a client wrote, but for the name of a model that was found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from starlette.types import Scope
+
+GENERATED, REFUSED = "generated", "refused"  # where the wires leave it in a request's state
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Generated:
+    """What a model was asked for and gave."""
+
+    operation: str  # as OpenTelemetry calls it: "chat" or "text_completion"
+    model: str  # as it was asked; it exists
+    prompt_tokens: int
+    completion_tokens: int
+    finishes: tuple[str, ...]  # of the choices that have ended
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answered:
+    """One request and its answer."""
+
+    request_id: str
+    method: str
+    route: str | None  # its template; None: no route took the request
+    status: int  # 499: the client was gone before there was any
+    tenant: str | None  # None: refused before it was known, or a path that is open to all
+    began_s: float  # since 1970
+    duration_s: float  # to the last byte
+    code: str | None  # of the error, which may have come after the status
+    generated: Generated | None
+    traceparent: str | None  # the client's header, unchecked
+
+
+Listener = Callable[[Answered], None]  # called on the event loop; must not wait for anything
+
+
+def note_generated(scope: Scope, generated: Generated) -> None:
+    """Has the listeners hear what a model gave to this request."""
+    scope["state"][GENERATED] = generated
+
+
+def note_refused(scope: Scope, code: str) -> None:
+    """Has the listeners hear by which error this request has ended."""
+    scope.setdefault("state", {})[REFUSED] = code

@@ -1,0 +1,114 @@
+"""A span for each request, with the usual names, under the client's own; and nothing of OpenTelemetry without them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import httpx2
+import pytest
+from fake_house import BASE, HI, FakeHouse, serving
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanKind, StatusCode
+
+from jaxlora.errors import ConfigInvalid
+from jaxlora.serve_config import serve_defaults
+from serve.app import create_app
+from serve.tracing import Tracing
+
+TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+
+
+@pytest.fixture(scope="module")
+def running():
+    house, exporter = FakeHouse(), InMemorySpanExporter()
+    tracing = Tracing(SimpleSpanProcessor(exporter))
+    with serving(create_app(house, default_max_tokens=64, listeners=[tracing.heard])) as url:
+        yield house, url, exporter
+    tracing.close()
+
+
+def span_of(running, **fields):
+    """(the span, the answer) of one chat."""
+    _, url, exporter = running
+    exporter.clear()
+    headers = {"traceparent": fields.pop("traceparent", "")}
+    body = {"model": BASE, "messages": HI, "max_tokens": 4} | fields
+    answer = httpx2.post(url + "/v1/chat/completions", json=body, headers=headers)
+    deadline = time.monotonic() + 5
+    while not exporter.get_finished_spans() and time.monotonic() < deadline:
+        time.sleep(0.005)  # a client has its answer a moment before
+    (span,) = exporter.get_finished_spans()
+    return span, answer
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_a_span_says_what_was_asked_and_given(running, stream):
+    span, answer = span_of(running, stream=stream, n=2)
+    assert (span.name, span.kind) == ("POST /v1/chat/completions", SpanKind.SERVER)
+    assert dict(span.attributes) == {
+        "http.request.method": "POST",
+        "http.response.status_code": 200,
+        "http.route": "/v1/chat/completions",
+        "jaxlora.request_id": answer.headers["x-request-id"],
+        "gen_ai.operation.name": "chat",
+        "gen_ai.request.model": BASE,
+        "gen_ai.usage.input_tokens": 20,
+        "gen_ai.usage.output_tokens": 8,
+        "gen_ai.response.finish_reasons": ("length", "length"),
+    }
+    assert span.status.status_code is StatusCode.UNSET
+    assert span.end_time > span.start_time
+    assert span.parent is None
+
+
+def test_a_span_lies_under_the_clients(running):
+    span, _ = span_of(running, traceparent=f"00-{TRACE}-{PARENT}-01")
+    assert f"{span.context.trace_id:032x}" == TRACE
+    assert f"{span.parent.span_id:016x}" == PARENT
+
+
+@pytest.mark.parametrize("header", ["nonsense", "00-0-0-01", "x" * 5000], ids=["word", "short", "long"])
+def test_a_header_that_is_none_begins_a_trace(running, header, caplog):
+    span, answer = span_of(running, traceparent=header)
+    assert (span.parent, answer.status_code) == (None, 200)
+
+
+def test_a_refusal_names_its_error(running):
+    span, _ = span_of(running, model="nobody")
+    assert (span.attributes["error.type"], span.attributes["http.response.status_code"]) == ("model_not_found", 404)
+    assert span.status.status_code is StatusCode.UNSET  # the client's fault, not this server's
+    assert "gen_ai.request.model" not in span.attributes
+
+
+def test_a_failure_of_ours_is_an_error(running):
+    running[0].fail_after, running[0].failure = 1, RuntimeError("of our own")
+    try:
+        span, answer = span_of(running, stream=True)
+    finally:
+        running[0].fail_after = running[0].failure = None
+    assert answer.status_code == 200
+    assert (span.attributes["error.type"], span.status.status_code) == ("internal_error", StatusCode.ERROR)
+
+
+def test_nothing_of_it_is_imported_without_the_setting():
+    code = "import sys, serve.assemble; print([m for m in sys.modules if m.startswith('opentelemetry.sdk')])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_without_the_extra_the_setting_is_refused(tmp_path, monkeypatch):
+    from serve.observe import observing
+
+    monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
+    config = replace(serve_defaults("tiny", tmp_path), otel_endpoint="http://127.0.0.1:4318")
+    with pytest.raises(ConfigInvalid, match="extra `otel`"), observing(SimpleRunner(), config):
+        pass
+
+
+class SimpleRunner:
+    """As much of a runner as a server that never starts is asked for."""
+
+    base_name = BASE
