@@ -1,4 +1,4 @@
-"""One server for a module's tests, and clients of it: `pytest_plugins = ["adapters_fixtures"]`."""
+"""One server for all tests of adapters, and clients of it: `pytest_plugins = ["adapters_fixtures"]`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from serve_world import check_idle, settle
 NUMBERS = itertools.count()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def running(tmp_path_factory) -> Iterator[Shelf]:
     with shelf_at(tmp_path_factory.mktemp("shelf")) as it:
         yield it

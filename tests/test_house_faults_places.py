@@ -1,4 +1,4 @@
-"""Hostile names, places and moments (A6 to A8, T5, R9, C2 of the fault table): nothing is read, written or left elsewhere."""
+"""Hostile names, places and moments (A6 to A8, T5, R9, C2, C12 of the fault table): nothing is read, written or left elsewhere."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import openai
 import pytest
 from adapters_world import (
     BASE,
@@ -24,6 +25,8 @@ from adapters_world import (
     write_files,
     zip_of,
 )
+
+from jaxlora.errors import StorageFailed
 
 pytest_plugins = ["adapters_fixtures"]
 MIB = 2**20
@@ -307,3 +310,56 @@ def test_what_a_killed_upload_left_is_gone_at_the_next_start_C2(tmp_path):
     with shelf_at(tmp_path) as shelf:
         assert list(staging.iterdir()) == []
         assert shelf.store.list(None) == []
+
+
+DAMAGE = {
+    "a weight": ("weights/q_proj.a/0.0.0", lambda data: data[:40] + bytes([data[40] ^ 1]) + data[41:]),
+    "its sum": ("meta/metadata", lambda data: data.replace(b'"sha256": "', b'"sha256": "0')),
+    "not JSON": ("meta/metadata", lambda data: data[:-20]),
+    "cut": ("weights/v_proj.b/0.0.0", lambda data: data[:-4]),
+    "empty": ("meta/metadata", lambda data: b""),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+@pytest.mark.filterwarnings("ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning")
+def test_a_damaged_version_leaves_its_name_to_the_one_before_and_the_operator_is_told_C12(
+    shelf, acme, bot, caplog, kind
+):
+    """Its first asker gets an error to retry on; a client that retries does not even notice."""
+    for i in (1, 2):
+        upload(acme, bot, zip_of(seeded(i)))
+    first, newest = shelf.store.versions("acme", bot)
+    place, change = DAMAGE[kind]
+    path = shelf.store._root / f"adapters/acme/{bot}/2" / place
+    data = path.read_bytes()
+    assert change(data) != data
+    path.write_bytes(change(data))
+    shelf.store._ram.forget(newest)
+    with openai.OpenAI(base_url=shelf.url + "/v1", api_key="acme", max_retries=2, timeout=30) as client:
+        text = client.completions.create(
+            model=bot, prompt=[5, 9, 20], max_tokens=8, temperature=0, extra_body={"ignore_eos": True}
+        )
+    assert text.choices[0].text == answer(acme, f"{bot}@1")
+    assert shelf.store.versions("acme", bot) == [first]
+    assert f"acme/{bot}@2" in caplog.text
+    assert "version 1 takes its place until the next start" in caplog.text
+    assert path.exists()  # for who can repair it
+    assert upload(acme, bot, zip_of(seeded(3))).json()["version"] == 3
+
+
+def test_what_the_system_will_not_read_now_is_no_damage_C12(shelf, acme, bot, monkeypatch):
+    for i in (1, 2):
+        upload(acme, bot, zip_of(seeded(i)))
+    newest = shelf.store.latest("acme", bot)
+    shelf.store._ram.forget(newest)
+
+    def busy(*_args):
+        raise StorageFailed("later") from OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("jaxlora.store.load_version", busy)
+        with pytest.raises(StorageFailed):
+            shelf.store.get(newest)
+    assert shelf.store.latest("acme", bot) == newest
+    assert shelf.store.get(newest).ref == newest
