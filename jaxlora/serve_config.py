@@ -196,6 +196,16 @@ class ServeConfig:
             )
         self.tuning.check_fits(self.slots, self.prefill_lanes)
 
+    @property
+    def database_url(self) -> str:
+        """Where jobs, files and keys are recorded."""
+        return database_in(self.data) if self.database is None else self.database
+
+
+def database_in(data: Path) -> str:
+    """The URL of a server's own database, in its folder of data."""
+    return f"sqlite:///{data / 'jaxlora.sqlite'}"
+
 
 def serve_defaults(model: str, adapters: Path) -> ServeConfig:
     """What `jaxlora serve --model` uses: the one place of the server's defaults.  It listens on this machine only.

@@ -7,11 +7,10 @@ found and its body is bounded.  What nothing else answered, the gate answers, in
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import re
 import time
 import uuid
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 
@@ -26,47 +25,25 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from jaxlora.errors import ConfigInvalid, InvalidRequest, JaxLoraError, Unavailable
 from serve.answered import GENERATED, REFUSED, Answered, Listener
 from serve.auth import Caller, anyone, is_loopback
+from serve.door import Door
 from serve.error_shapes import ErrorShapes, Shape
 from serve.house import House
+from serve.limits import Limiter
 from serve.logs import naming
+from serve.openai_answers import Status, Version
 from serve.openai_api import OpenAIWire, WireConfig
-from serve.openai_errors import LOG
+from serve.openai_errors import ERRORS, LOG
+from serve.openapi import DOCUMENT_PATH, documented, ok
+from serve.responses_api import ResponsesWire
 
 OPEN_PATHS = frozenset({"/health", "/ready"})  # answered without a key, also while the server ends
 NO_SHAPES: Mapping[str, Shape] = {}
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
-GONE = 499  # status of a request whose client left before it had one
 SLOWEST_UPLOAD_BYTES_S = 500_000  # an upload may take as long as its largest body at this rate, beside body_timeout_s
+GONE = 499  # status of a request whose client left before it had one
 TIMEOUT_HEADER = "x-request-timeout-s"
 SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
 AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^:/@\[\]]+)(?::\d+)?")
-
-
-class Door:
-    """Lets requests in until it is closed, and knows how many are inside.  Of the event loop's thread, but for `close`."""
-
-    def __init__(self) -> None:
-        self.open = True
-        self.inside = 0
-
-    def close(self) -> None:
-        """From now on nobody comes in."""
-        self.open = False
-
-    def check(self) -> None:
-        """Raises Unavailable when it is closed."""
-        if not self.open:
-            raise Unavailable("the server is stopping; ask another one, or this one when it is up again")
-
-    @contextlib.contextmanager
-    def entered(self) -> Generator[None]:
-        """One more inside.  Raises Unavailable when it is closed."""
-        self.check()
-        self.inside += 1
-        try:
-            yield
-        finally:
-            self.inside -= 1
 
 
 class HostRefused(JaxLoraError):
@@ -113,6 +90,7 @@ def create_app(
     body_timeout_s: float = 60.0,
     max_request_s: float = 3600.0,
     ping_s: float = 15.0,
+    limiter: Limiter | None = None,
     door: Door | None = None,
     routers: Sequence[APIRouter] = (),
     error_shapes: Mapping[str, Shape] = NO_SHAPES,
@@ -121,7 +99,8 @@ def create_app(
 ) -> FastAPI:
     """The server's HTTP application.  It sends no CORS headers, so no other page's script may read it.
 
-    caller_of: who asks; it sees the request's headers, and raises to refuse it.  door: closed when the server ends.
+    caller_of: who asks; it sees the request's headers, and raises to refuse it.  limiter: refuses who asks for too much
+    in a minute.  door: closed when the server ends.
     routers: the wires beside OpenAI's completions, behind the same gate.  error_shapes: how the wires whose paths begin
     so tell errors.  listeners: hear of each request when it has been answered.  open_paths: that need no key.
     body_limits: path → bytes, where files are uploaded.
@@ -135,13 +114,21 @@ def create_app(
         max_request_s=max_request_s,
     )
     door, shapes = Door() if door is None else door, ErrorShapes(error_shapes)
-    # The pages at /docs load scripts from elsewhere, and the document would be one more route to guard.
-    app = FastAPI(title="jaxlora", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    app.include_router(OpenAIWire(house, WireConfig(default_max_tokens=default_max_tokens, ping_s=ping_s)).router())
-    for router in routers:
+    # The pages at /docs load scripts from elsewhere.
+    app = FastAPI(
+        title="jaxlora",
+        version=version("jaxlora"),
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=DOCUMENT_PATH,
+        redirect_slashes=False,
+    )
+    app.openapi = documented(app)
+    wire = WireConfig(default_max_tokens=default_max_tokens, ping_s=ping_s)
+    for router in (OpenAIWire(house, wire, limiter).router(), ResponsesWire(house, wire, limiter).router(), *routers):
         app.include_router(router)
 
-    @app.get("/health", response_model=None)
+    @app.get("/health", response_model=None, responses=ERRORS | ok(Status))
     async def health() -> Response:
         """Whether the server can serve; needs no key."""
         state = house.health()
@@ -149,13 +136,13 @@ def create_app(
             raise Unavailable(state)
         return JSONResponse({"status": "ok"})
 
-    @app.get("/ready", response_model=None)
+    @app.get("/ready", response_model=None, responses=ERRORS | ok(Status))
     async def ready() -> Response:
         """Whether the server takes requests; needs no key."""
         door.check()
         return await health()
 
-    @app.get("/version", response_model=None)
+    @app.get("/version", response_model=None, responses=ERRORS | ok(Version))
     async def read_version() -> Response:
         """The server's version."""
         return JSONResponse({"version": version("jaxlora")})
@@ -235,9 +222,8 @@ class Gate:
 
     async def _enter(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The app's answer to who may ask it.  Raises as the gate does for all others."""
-        headers = Headers(scope=scope)
+        headers, limit_bytes = Headers(scope=scope), self._config.limit_bytes(scope["path"])
         self._check_hosts(headers)
-        limit_bytes = self._config.limit_bytes(scope["path"])
         self._check_length(headers, limit_bytes)
         state = scope.setdefault("state", {})
         state["deadline"] = asyncio.get_running_loop().time() + self._limit_s(headers)
@@ -245,8 +231,9 @@ class Gate:
             await self._app(scope, self._bounded(receive, limit_bytes), send)
         else:
             with self._door.entered():
-                state["caller"] = self._caller_of(HTTPConnection(scope))
-                await self._app(scope, self._bounded(receive, limit_bytes), send)
+                state["caller"] = caller = self._caller_of(HTTPConnection(scope))
+                async with self._door.staying(caller.key_id, send) as send_while_valid:
+                    await self._app(scope, self._bounded(receive, limit_bytes), send_while_valid)
 
     def _check_hosts(self, headers: Headers) -> None:
         """Raises HostRefused for a name that is not ours: DNS rebinding, or another site's script."""

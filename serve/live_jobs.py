@@ -193,17 +193,20 @@ class LiveJobs:
         """The job gives its slot up; what it has learned is a version.  Raises NotFound, StateInvalid."""
         self._leave(self.jobs.get(owner, id), "paused")
         self.jobs.pause(owner, id)
+        self._tell()
         self.poke()
 
     def resume(self, owner: str, id: str) -> None:
         """A paused job gets in line again.  Raises NotFound, StateInvalid."""
         self.jobs.resume(owner, id)
+        self._tell()
         self.poke()
 
     def cancel(self, owner: str, id: str) -> None:
         """The job ends; what it has learned is a version.  Raises NotFound, StateInvalid."""
         self._leave(self.jobs.get(owner, id), "cancelled")
         self.jobs.cancel(owner, id)
+        self._tell()
         self.poke()
 
     def _leave(self, job: Job, to: State) -> None:

@@ -59,9 +59,11 @@ class JobNames:
         self._lock = threading.Lock()
 
     def add(self, job_id: str, tenant: str, suffix: str) -> None:
-        """A job has this name from now on, and no version yet."""
+        """A job has this name from now on, and no version yet; one that is known keeps its own."""
         job = JobName(tenant, adapter_name(job_id), suffix, short_id(job_id))
         with self._lock:
+            if job.id in self._jobs:
+                return
             self._jobs[job.id] = self._adapters[tenant, job.adapter] = job
 
     def checkpoint(self, job_id: str, step: int, version: int, *, final: bool) -> None:
