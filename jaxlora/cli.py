@@ -15,11 +15,8 @@ from typing import Annotated
 
 import typer
 
-<<<<<<< HEAD
 from jaxlora.cli_adapters import IMPORT_EXAMPLES, adapters, import_adapter
-=======
 from jaxlora.cli_keys import keys
->>>>>>> main
 from jaxlora.errors import ConfigInvalid, JaxLoraError
 from jaxlora.neighbours import check_neighbours, own_home
 
@@ -268,12 +265,9 @@ def kernels(
             raise ConfigInvalid(f"bench kernels: {e}") from e
 
 
-<<<<<<< HEAD
 app.add_typer(adapters, name="adapters")
 app.command("import", epilog=IMPORT_EXAMPLES)(import_adapter)
-=======
 app.add_typer(keys, name="keys")
->>>>>>> main
 
 
 def main() -> None:

@@ -323,11 +323,7 @@ class AdapterService:
                     self._delete_version(ref)
                 else:
                     self._store.delete(ref.tenant, ref.name)
-<<<<<<< HEAD
             self.runner.catalog.jobs.drop(ref.tenant, ref.name, ref.version if alone else None)
-=======
-            self.runner.catalog.jobs.drop(ref.tenant, ref.name, ref.version if "@" in model else None)
->>>>>>> main
             if self.is_pinned(ref.tenant, ref.name):
                 self._tune_pins(lambda pins: pins)
         self.runner.call(lambda: [self.runner.engine.release(r) for r in refs])

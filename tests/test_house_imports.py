@@ -59,7 +59,6 @@ PURE = (
     "serve/jobs_types.py",
     "serve/model_names.py",
     "serve/migrations.py",
-    "serve/multipart.py",
     "serve/openai_answers.py",
     "serve/openai_chat.py",
     "serve/openai_format.py",
