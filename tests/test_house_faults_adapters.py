@@ -221,7 +221,7 @@ def test_a_file_with_any_bytes_changed_is_read_right_or_refused_A5(tmp_path):
     """Headers and configs, a few bytes at a time: no other error comes out."""
     random, good = np.random.default_rng(11), adapter_files()
     refused = 0
-    for i in range(400):
+    for i in range(200):
         files = {n: bytearray(d) for n, d in good.items()}
         data = files[list(files)[i % 2]]
         for place in random.integers(0, min(len(data), 900), 1 + i % 4):
@@ -233,7 +233,7 @@ def test_a_file_with_any_bytes_changed_is_read_right_or_refused_A5(tmp_path):
             peft_world.read_folder(tmp_path)
         except AdapterInvalid:
             refused += 1
-    assert refused > 100
+    assert refused > 50
 
 
 # ---- A9: configs and templates

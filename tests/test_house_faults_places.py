@@ -252,7 +252,7 @@ def test_adapters_come_and_go_under_requests_that_are_cancelled_T5(shelf, acme, 
         upload(acme, name, zip_of(seeded(i)))
     alone = {n: answer(acme, n, 16) for n in names}
     random = np.random.default_rng(5)
-    plan = [(names[int(i)], float(t)) for i, t in zip(random.integers(0, 12, 40), random.random(40), strict=True)]
+    plan = [(names[int(i)], float(t)) for i, t in zip(random.integers(0, 12, 24), random.random(24), strict=True)]
 
     def ask(step: tuple[str, float]) -> None:
         name, luck = step
