@@ -15,6 +15,7 @@ from typing import Annotated
 
 import typer
 
+from jaxlora.cli_adapters import IMPORT_EXAMPLES, adapters, import_adapter
 from jaxlora.cli_keys import keys
 from jaxlora.errors import ConfigInvalid, JaxLoraError
 from jaxlora.neighbours import check_neighbours, own_home
@@ -264,6 +265,8 @@ def kernels(
             raise ConfigInvalid(f"bench kernels: {e}") from e
 
 
+app.add_typer(adapters, name="adapters")
+app.command("import", epilog=IMPORT_EXAMPLES)(import_adapter)
 app.add_typer(keys, name="keys")
 
 
