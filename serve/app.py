@@ -115,8 +115,8 @@ def create_app(
     """The server's HTTP application.  It sends no CORS headers, so no other page's script may read it.
 
     caller_of: who asks; it sees the request's headers, and raises to refuse it.  door: closed when the server ends.
-    routers: the wires beside OpenAI's completions, behind the same gate.  error_shapes: how the wires whose paths begin
-    so tell errors.  listeners: hear of each request when it has been answered.  open_paths: that need no key.
+    routers: the wires beside OpenAI's completions, behind the same gate.  error_shapes: how the wires at these paths
+    tell errors.  listeners: hear of each request when it has been answered.  open_paths: that need no key.
     Raises ConfigInvalid or InvalidRequest for an impossible limit.
     """
     gate = GateConfig(

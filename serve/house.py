@@ -32,6 +32,15 @@ class ModelCard:
 class Tokenizer(GrammarTokenizer, Protocol):
     """Text to ids and back.  Thread-safe."""
 
+    @property
+    def has_template(self) -> bool:
+        """Whether `chat` works."""
+        ...
+
+    def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
+        """Ids of a text; parse_special: whether names of special tokens in it are read as these."""
+        ...
+
     def decode(self, ids: Sequence[int]) -> str: ...
     def chat(
         self,

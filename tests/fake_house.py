@@ -3,6 +3,7 @@
 import asyncio
 import codecs
 import contextlib
+import re
 import socket
 import threading
 import time
@@ -29,9 +30,13 @@ class ByteTokenizer:
     eos_ids = frozenset({EOS})
     special_ids = frozenset({EOS, BOS, MARK})
     names = ("<eos>", "<bos>", "<turn>")
+    has_template = True
 
-    def encode(self, text, *, add_special_tokens=True):
-        return [BOS] * add_special_tokens + list(text.encode())
+    def encode(self, text, *, add_special_tokens=True, parse_special=True):
+        ids = list(text.encode())
+        if parse_special:
+            ids = [i for part in re.split("(<turn>)", text) for i in ([MARK] if part == "<turn>" else part.encode())]
+        return [BOS] * add_special_tokens + ids
 
     def decode(self, ids):
         return bytes(i for i in ids if i < 256).decode(errors="replace")
