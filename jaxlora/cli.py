@@ -15,6 +15,7 @@ from typing import Annotated
 
 import typer
 
+from jaxlora.cli_keys import keys
 from jaxlora.errors import ConfigInvalid, JaxLoraError
 from jaxlora.neighbours import check_neighbours, own_home
 
@@ -261,6 +262,9 @@ def kernels(
             )
         except ValueError as e:
             raise ConfigInvalid(f"bench kernels: {e}") from e
+
+
+app.add_typer(keys, name="keys")
 
 
 def main() -> None:

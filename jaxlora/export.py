@@ -119,7 +119,7 @@ def _find(
         base_hash=base.hash,
         max_rank=max(config.d_model, config.d_ff),
         head_supported=True,
-        base_head_VD=base.source.read("embed", None) if config.tied else base.source.read("head", None).T,
+        read_head=lambda: base.source.read("embed", None) if config.tied else base.source.read("head", None).T,
     )
     for note in report.notes:
         say(f"note: {note}")

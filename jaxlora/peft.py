@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -47,8 +48,9 @@ OWN_FILE = "jaxlora.json"
 OWN_FORMAT = 1
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl")
 MAX_JSON_BYTES = 1_000_000
-# Bound on |scale| * norm(A) * norm(B), which bounds the norm of the change.  A base matrix has a norm in the hundreds.
-MAX_CHANGE_NORM = 1e6
+# Bound on |scale| * norm(A) * norm(B), which bounds the norm of the change, and on either norm, as one that is huge makes
+# infinities on the way to a small product.  A base matrix has a norm in the hundreds.
+MAX_NORM = 1e6
 EXPORT_DTYPES = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -98,12 +100,14 @@ def import_peft(
     base_hash: str,
     max_rank: int,
     head_supported: bool,
-    base_head_VD: np.ndarray | None = None,
+    read_head: Callable[[], np.ndarray] | None = None,
+    any_base: bool = False,
 ) -> tuple[Adapter, ImportReport]:
     """The adapter in a PEFT folder, float32, and what was read.
 
     `path` is the folder, or one that holds it alone.  PEFT saves a copy of the base's lm_head beside a LoRA on it;
-    with `base_head_VD`, the head [V, D] of this base, a true copy is accepted, without it any copy is refused.
+    with `read_head`, which gives the head [V, D] of this base, a true copy is accepted, without it any copy is refused.
+    any_base: takes a file whose record names another base, if names and shapes fit; its user knows better.
 
     Raises AdapterInvalid with every reason found; BaseMismatch when all of them say it is for another base;
     AdapterNotFinite when a value is NaN or infinite.
@@ -113,7 +117,7 @@ def import_peft(
     raw = _read_json(folder / CONFIG_FILE)
     own = _read_json(folder / OWN_FILE) if (folder / OWN_FILE).is_file() else None
     if own is not None:
-        _check_own(own, base_hash, reasons)
+        _check_own(own, None if any_base else base_hash, reasons)
     peft = read_config(raw, reasons)
     with _open_weights(folder, reasons) as file:
         header = _header(file, reasons)
@@ -122,7 +126,7 @@ def import_peft(
         if peft is not None and header is not None:
             plan = _plan(peft, config, keys, max_rank, head_supported, reasons)
             if plan is not None and keys.head_copy is not None:
-                _check_head_copy(file, keys.head_copy, HEAD_TARGET in plan.modules, base_head_VD, reasons)
+                _check_head_copy(file, keys.head_copy, HEAD_TARGET in plan.modules, read_head, reasons)
         reasons.raise_if_any()
         if plan is None:
             raise RuntimeError("no plan and no reason: a check above forgot to say why")
@@ -131,7 +135,7 @@ def import_peft(
         spec = make_spec(plan.peft, plan.modules, config)
         weights = _read_weights(file, plan, spec, config)
     adapter = Adapter(ref=ref, spec=spec, base_hash=base_hash, weights=weights)
-    return adapter, _report(plan, spec, config, base_verified=own is not None)
+    return adapter, _report(plan, spec, config, base=None if own is None else own.get("base_hash") == base_hash)
 
 
 def _find_folder(path: Path) -> Path:
@@ -173,10 +177,10 @@ def _header(file: BinaryIO, reasons: Reasons) -> dict[str, TensorEntry] | None:
         return None
 
 
-def _check_own(own: dict[str, object], base_hash: str, reasons: Reasons) -> None:
+def _check_own(own: dict[str, object], base_hash: str | None, reasons: Reasons) -> None:
     if own.get("format") != OWN_FORMAT:
         reasons.add(f"{OWN_FILE} has format {own.get('format')!r}; this build reads format {OWN_FORMAT}")
-    elif own.get("base_hash") != base_hash:
+    elif base_hash not in (None, own.get("base_hash")):
         reasons.add("adapter was trained on another base", error=BaseMismatch)
 
 
@@ -233,11 +237,12 @@ def _check_shapes(module: Module, rank: int, pair: dict[str, TensorEntry], reaso
 
 
 def _check_head_copy(
-    file: BinaryIO, entry: TensorEntry, head_adapted: bool, base_head_VD: np.ndarray | None, reasons: Reasons
+    file: BinaryIO, entry: TensorEntry, head_adapted: bool, read_head: Callable[[], np.ndarray] | None, reasons: Reasons
 ) -> None:
     """Adds a reason unless the file's lm_head is this base's, bit for bit, in one of the two dtypes."""
     same = False
-    if head_adapted and base_head_VD is not None and entry.shape == base_head_VD.shape:
+    base_head_VD = read_head() if head_adapted and read_head is not None else None
+    if base_head_VD is not None and entry.shape == base_head_VD.shape:
         copy_VD = read_tensor(file, entry)
         with np.errstate(all="ignore"):  # a copy with wild values is refused below, not warned about
             in_file = (copy_VD, base_head_VD.astype(copy_VD.dtype))
@@ -269,10 +274,9 @@ def _read_weights(
                 b_LRY[module.layer, :rank] = value.T
             norms.append(float(np.sqrt(np.square(value, dtype=np.float64).sum())))
         change = abs(spec.scale(module.target, module.layer)) * norms[0] * norms[1]
-        if change > MAX_CHANGE_NORM:
-            too_large.add(
-                f"{path}: scale * norm(A) * norm(B) is {change:.3g}, more than {MAX_CHANGE_NORM:g}", kind="norm"
-            )
+        for what, norm in (("scale * norm(A) * norm(B)", change), ("norm(A)", norms[0]), ("norm(B)", norms[1])):
+            if norm > MAX_NORM:
+                too_large.add(f"{path}: {what} is {norm:.3g}, more than {MAX_NORM:g}", kind="norm")
     not_finite.raise_if_any()
     too_large.raise_if_any()
     return weights
@@ -288,15 +292,17 @@ def empty_weights(spec: LoraSpec, config: ModelConfig) -> dict[str, tuple[np.nda
     return weights
 
 
-def _report(plan: _Plan, spec: LoraSpec, config: ModelConfig, *, base_verified: bool) -> ImportReport:
+def _report(plan: _Plan, spec: LoraSpec, config: ModelConfig, *, base: bool | None) -> ImportReport:
+    """base: whether the file records this base; None: it records none."""
     table = linear_modules(config)
     notes = []
     if not plan.keys.prefixed:
         notes.append(f"no key has the prefix {PREFIX}; PEFT itself would drop every tensor of this file")
     if plan.peft.targets is None and set(spec.targets) != {"q_proj", "v_proj"}:
         notes.append("target_modules is missing: taken from the tensors; PEFT itself would load only q_proj and v_proj")
-    if not base_verified:
-        notes.append("the file does not record its base: only names and shapes were compared")
+    if base is not True:
+        says = "does not record its base" if base is None else "records another base"
+        notes.append(f"the file {says}: only names and shapes were compared")
     modules = tuple(
         ModuleReport(path, rank, spec.scale(table[path].target, table[path].layer))
         for path, (rank, _) in plan.modules.items()
@@ -307,7 +313,7 @@ def _report(plan: _Plan, spec: LoraSpec, config: ModelConfig, *, base_verified: 
         parameters=parameters,
         ignored=plan.peft.ignored,
         notes=tuple(notes),
-        base_verified=base_verified,
+        base_verified=base is True,
         base_name=plan.peft.base_name,
     )
 

@@ -16,6 +16,7 @@ from jaxlora.errors import AdapterInvalid
 
 SHOWN = 5  # mismatches of one kind that a message lists
 MAX_ALPHA = 1e6
+MAX_RANK = 2**20  # beyond any base's features; a server's own limit is lower
 
 HONOURED = (
     "peft_type",
@@ -237,13 +238,15 @@ def _ignored(raw: Mapping[str, object], reasons: Reasons) -> tuple[str, ...]:
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return True  # a huge one is no float, but it can be compared
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def _rank(value: object, what: str, reasons: Reasons) -> int:
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+    if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_RANK:
         return value
-    reasons.add(f"{what} must be an integer of at least 1, got {shown(value)}")
+    reasons.add(f"{what} must be an integer in [1, {MAX_RANK}], got {shown(value)}")
     return 1
 
 

@@ -33,6 +33,8 @@ from jaxlora.peft_config import (
 )
 
 MAX_HEADER_BYTES = 1_000_000
+MAX_AXES = 8
+MAX_COUNT = 2**48  # of a size or a place in a file
 DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 PICKLE = "pickle weights are not accepted; convert to adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -111,7 +113,7 @@ def _entry(name: str, value: object, base: int) -> TensorEntry:
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise AdapterInvalid(f"{shown(name)} has dtype {shown(dtype)}; only {', '.join(DTYPES)} are read")
     if not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
-        raise AdapterInvalid(f"{shown(name)}: shape and data_offsets must be lists of whole numbers")
+        raise AdapterInvalid(f"{shown(name)}: shape and data_offsets must be short lists of whole numbers")
     begin, end = offsets
     if end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
         raise AdapterInvalid(f"{shown(name)}: {end - begin} bytes do not hold {dtype} of shape {shown(shape)}")
@@ -119,7 +121,12 @@ def _entry(name: str, value: object, base: int) -> TensorEntry:
 
 
 def _counts(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in value)
+    """Whether these are few and no number among them is beyond any file: a product of many takes a minute."""
+    return (
+        isinstance(value, list)
+        and len(value) <= MAX_AXES
+        and all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < MAX_COUNT for n in value)
+    )
 
 
 def read_tensor(file: BinaryIO, entry: TensorEntry) -> np.ndarray:

@@ -170,6 +170,9 @@ class ServeConfig:
         None  # of an OTLP collector (extra `otel`), such as http://127.0.0.1:4318; None: no traces
     )
     load: tuple[AdapterSection, ...] = field(default=())
+    lora_roots: tuple[
+        Path, ...
+    ] = ()  # folders that PEFT folders may be loaded from over HTTP, by admins; none: no loading
 
     def __post_init__(self) -> None:
         need_counts(self, "slots", "max_rank", "rows", "kv_pages", "page_tokens", "prefill_lanes", "prefill_tokens")
@@ -192,6 +195,16 @@ class ServeConfig:
                 self.training.max_rank,
             )
         self.tuning.check_fits(self.slots, self.prefill_lanes)
+
+    @property
+    def database_url(self) -> str:
+        """Where jobs, files and keys are recorded."""
+        return database_in(self.data) if self.database is None else self.database
+
+
+def database_in(data: Path) -> str:
+    """The URL of a server's own database, in its folder of data."""
+    return f"sqlite:///{data / 'jaxlora.sqlite'}"
 
 
 def serve_defaults(model: str, adapters: Path) -> ServeConfig:

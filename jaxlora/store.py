@@ -27,11 +27,11 @@ import uuid
 from concurrent.futures import Future
 from pathlib import Path
 
-from jaxlora.adapter_files import load_version, read_meta, save_version, scan
+from jaxlora.adapter_files import describe, load_version, save_version, scan
 from jaxlora.durable import lock_folder, replace_file, sync
 from jaxlora.errors import AdapterNotFound, AlreadyExists, StateInvalid, StorageFailed
 from jaxlora.host_tier import HostMemory, HostTier
-from jaxlora.lora import Adapter, AdapterRef, LoraSpec, check_name
+from jaxlora.lora import Adapter, AdapterRef, check_name
 
 COUNTER_FORMAT = 1
 LOG = logging.getLogger("jaxlora")
@@ -123,10 +123,7 @@ class AdapterStore:
         return self._describe(ref)[0]
 
     def rank(self, ref: AdapterRef) -> int:
-        """The version's largest rank, without reading its weights.
-
-        Raises AdapterNotFound, or StorageFailed when it is damaged.
-        """
+        """The version's largest rank, without reading its weights.  Raises as `created` does."""
         return self._describe(ref)[1]
 
     def _describe(self, ref: AdapterRef) -> tuple[float, int]:
@@ -136,14 +133,11 @@ class AdapterStore:
             if ref in self._about:
                 return self._about[ref]
         try:
-            meta = read_meta(self._folder(ref.tenant, ref.name), ref)
-            about = float(meta["created"]), LoraSpec.from_json(meta["spec"]).max_rank
-        except (KeyError, TypeError, ValueError, StorageFailed) as e:
+            about = describe(self._folder(ref.tenant, ref.name), ref)
+        except StorageFailed:
             with self._state:
                 self._check_visible(ref)  # deleted meanwhile
-            if isinstance(e, StorageFailed):
-                raise
-            raise StorageFailed(f"{ref}: its description on disk lacks its specification or date") from e
+            raise
         with self._state:
             self._check_visible(ref)
             return self._about.setdefault(ref, about)
@@ -287,6 +281,13 @@ class AdapterStore:
             names = ", ".join(str(ref) for ref in list(failed)[:5])
             last = list(failed.values())[-1]
             raise StorageFailed(f"{len(failed)} versions are not on disk ({names}): {last}") from last
+
+    def wait_saved(self, ref: AdapterRef) -> None:
+        """Waits until the version is on disk, or deleted.  Raises what its save raised."""
+        with self._state:
+            self._state.wait_for(lambda: ref not in self._unsaved or ref in self._failed)
+            if ref in self._failed:
+                raise self._failed[ref]
 
     def close(self) -> None:
         """Flushes, ends the background thread and gives the folder free; what is in RAM can still be read, all changes are

@@ -7,12 +7,11 @@ found and its body is bounded.  What nothing else answered, the gate answers, in
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import re
 import time
 import uuid
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 
 from fastapi import APIRouter, FastAPI
@@ -26,8 +25,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from jaxlora.errors import ConfigInvalid, InvalidRequest, JaxLoraError, Unavailable
 from serve.answered import GENERATED, REFUSED, Answered, Listener
 from serve.auth import Caller, anyone, is_loopback
+from serve.door import Door
 from serve.error_shapes import ErrorShapes, Shape
 from serve.house import House
+from serve.limits import Limiter
 from serve.logs import naming
 from serve.openai_api import OpenAIWire, WireConfig
 from serve.openai_errors import LOG
@@ -35,37 +36,11 @@ from serve.openai_errors import LOG
 OPEN_PATHS = frozenset({"/health", "/ready"})  # answered without a key, also while the server ends
 NO_SHAPES: Mapping[str, Shape] = {}
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
+SLOWEST_UPLOAD_BYTES_S = 500_000  # an upload may take as long as its largest body at this rate, beside body_timeout_s
 GONE = 499  # status of a request whose client left before it had one
 TIMEOUT_HEADER = "x-request-timeout-s"
 SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
 AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^:/@\[\]]+)(?::\d+)?")
-
-
-class Door:
-    """Lets requests in until it is closed, and knows how many are inside.  Of the event loop's thread, but for `close`."""
-
-    def __init__(self) -> None:
-        self.open = True
-        self.inside = 0
-
-    def close(self) -> None:
-        """From now on nobody comes in."""
-        self.open = False
-
-    def check(self) -> None:
-        """Raises Unavailable when it is closed."""
-        if not self.open:
-            raise Unavailable("the server is stopping; ask another one, or this one when it is up again")
-
-    @contextlib.contextmanager
-    def entered(self) -> Generator[None]:
-        """One more inside.  Raises Unavailable when it is closed."""
-        self.check()
-        self.inside += 1
-        try:
-            yield
-        finally:
-            self.inside -= 1
 
 
 class HostRefused(JaxLoraError):
@@ -80,7 +55,8 @@ class GateConfig:
 
     hosts: Collection[str] | None  # names allowed in Host and Origin; None: any (see `hosts_for`)
     max_body_bytes: int = 4 * 2**20
-    body_timeout_s: float = 60.0  # for the whole body to arrive
+    body_limits: Mapping[str, int] = field(default_factory=dict)  # path → bytes, where files are uploaded
+    body_timeout_s: float = 60.0  # for the whole body to arrive; more where files are uploaded
     max_request_s: float = 3600.0  # for the whole answer, from the request's first line
 
     def __post_init__(self) -> None:
@@ -89,6 +65,10 @@ class GateConfig:
                 "max_body_bytes, body_timeout_s and max_request_s must be positive, got "
                 f"{self.max_body_bytes}, {self.body_timeout_s}, {self.max_request_s}"
             )
+
+    def limit_bytes(self, path: str) -> int:
+        """Bytes that the body of a request for this path may have."""
+        return self.body_limits.get(path, self.max_body_bytes)
 
 
 def hosts_for(bind: str) -> Collection[str] | None:
@@ -103,9 +83,11 @@ def create_app(
     hosts: Collection[str] | None = LOOPBACK_HOSTS,
     caller_of: Callable[[HTTPConnection], Caller] = anyone,
     max_body_bytes: int = 4 * 2**20,
+    body_limits: Mapping[str, int] | None = None,
     body_timeout_s: float = 60.0,
     max_request_s: float = 3600.0,
     ping_s: float = 15.0,
+    limiter: Limiter | None = None,
     door: Door | None = None,
     routers: Sequence[APIRouter] = (),
     error_shapes: Mapping[str, Shape] = NO_SHAPES,
@@ -114,18 +96,25 @@ def create_app(
 ) -> FastAPI:
     """The server's HTTP application.  It sends no CORS headers, so no other page's script may read it.
 
-    caller_of: who asks; it sees the request's headers, and raises to refuse it.  door: closed when the server ends.
+    caller_of: who asks; it sees the request's headers, and raises to refuse it.  limiter: refuses who asks for too much
+    in a minute.  door: closed when the server ends.
     routers: the wires beside OpenAI's completions, behind the same gate.  error_shapes: how the wires at these paths
     tell errors.  listeners: hear of each request when it has been answered.  open_paths: that need no key.
+    body_limits: path → bytes, where files are uploaded.
     Raises ConfigInvalid or InvalidRequest for an impossible limit.
     """
     gate = GateConfig(
-        hosts=hosts, max_body_bytes=max_body_bytes, body_timeout_s=body_timeout_s, max_request_s=max_request_s
+        hosts=hosts,
+        max_body_bytes=max_body_bytes,
+        body_limits=body_limits or {},
+        body_timeout_s=body_timeout_s,
+        max_request_s=max_request_s,
     )
     door, shapes = Door() if door is None else door, ErrorShapes(error_shapes)
     # The pages at /docs load scripts from elsewhere, and the document would be one more route to guard.
     app = FastAPI(title="jaxlora", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    app.include_router(OpenAIWire(house, WireConfig(default_max_tokens=default_max_tokens, ping_s=ping_s)).router())
+    settings = WireConfig(default_max_tokens=default_max_tokens, ping_s=ping_s)
+    app.include_router(OpenAIWire(house, settings, limiter).router())
     for router in routers:
         app.include_router(router)
 
@@ -223,17 +212,18 @@ class Gate:
 
     async def _enter(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The app's answer to who may ask it.  Raises as the gate does for all others."""
-        headers = Headers(scope=scope)
+        headers, limit_bytes = Headers(scope=scope), self._config.limit_bytes(scope["path"])
         self._check_hosts(headers)
-        self._check_length(headers)
+        self._check_length(headers, limit_bytes)
         state = scope.setdefault("state", {})
         state["deadline"] = asyncio.get_running_loop().time() + self._limit_s(headers)
         if scope["path"] in self._open_paths:
-            await self._app(scope, self._bounded(receive), send)
+            await self._app(scope, self._bounded(receive, limit_bytes), send)
         else:
             with self._door.entered():
-                state["caller"] = self._caller_of(HTTPConnection(scope))
-                await self._app(scope, self._bounded(receive), send)
+                state["caller"] = caller = self._caller_of(HTTPConnection(scope))
+                async with self._door.staying(caller.key_id, send) as send_while_valid:
+                    await self._app(scope, self._bounded(receive, limit_bytes), send_while_valid)
 
     def _check_hosts(self, headers: Headers) -> None:
         """Raises HostRefused for a name that is not ours: DNS rebinding, or another site's script."""
@@ -251,14 +241,11 @@ class Gate:
                     "to serve others, bind the server to another address"
                 )
 
-    def _too_large(self) -> HTTPException:
-        return HTTPException(413, f"the body may have at most {self._config.max_body_bytes} bytes")
-
-    def _check_length(self, headers: Headers) -> None:
+    def _check_length(self, headers: Headers, limit_bytes: int) -> None:
         """Raises 413 for an announced length over the limit, before a byte is read."""
         length = headers.get("content-length", "")
-        if length.isdecimal() and (len(length) > 18 or int(length) > self._config.max_body_bytes):
-            raise self._too_large()
+        if length.isdecimal() and (len(length) > 18 or int(length) > limit_bytes):
+            raise _too_large(limit_bytes)
 
     def _limit_s(self, headers: Headers) -> float:
         """Seconds this request may take.  Raises InvalidRequest for a header that is no such number."""
@@ -272,9 +259,12 @@ class Gate:
             )
         return min(float(asked), self._config.max_request_s)
 
-    def _bounded(self, receive: Receive) -> Receive:
+    def _bounded(self, receive: Receive, limit_bytes: int) -> Receive:
         """`receive`, with the limits of size and time on the body, and none after it."""
-        seen_bytes, deadline, whole = 0, asyncio.get_running_loop().time() + self._config.body_timeout_s, False
+        limit_s = self._config.body_timeout_s
+        if limit_bytes > self._config.max_body_bytes:
+            limit_s += limit_bytes / SLOWEST_UPLOAD_BYTES_S
+        seen_bytes, deadline, whole = 0, asyncio.get_running_loop().time() + limit_s, False
 
         async def bounded() -> Message:
             nonlocal seen_bytes, whole
@@ -284,11 +274,15 @@ class Gate:
                 async with asyncio.timeout_at(deadline):
                     message = await receive()
             except TimeoutError:
-                raise HTTPException(408, f"the body took over {self._config.body_timeout_s} s to arrive") from None
+                raise HTTPException(408, f"the body took over {limit_s:g} s to arrive") from None
             seen_bytes += len(message.get("body", b""))
             whole = not message.get("more_body", False)
-            if seen_bytes > self._config.max_body_bytes:
-                raise self._too_large()
+            if seen_bytes > limit_bytes:
+                raise _too_large(limit_bytes)
             return message
 
         return bounded
+
+
+def _too_large(limit_bytes: int) -> HTTPException:
+    return HTTPException(413, f"the body may have at most {limit_bytes} bytes")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from jaxlora.peft import import_peft
 from jaxlora.pool import PoolSpec
 from jaxlora.serve_config import AdapterSection, ServeConfig
 from jaxlora.store import AdapterStore
+from serve.adapters import AdapterService
 from serve.auth import LOCAL_TENANT
 from serve.engine import Engine, EngineConfig
 from serve.http_server import make_http
@@ -50,17 +52,35 @@ def make_runner(opened: Opened, config: ServeConfig, store: AdapterStore) -> Run
     return Runner(engine, base_name=opened.name)
 
 
+def read_head(opened: Opened) -> np.ndarray:
+    """The base's head [V, D], copied from the device."""
+    arrays = opened.base.arrays
+    return np.asarray(arrays["embed"]) if opened.base.config.tied else np.asarray(arrays["head"]).T
+
+
+def make_adapters(
+    runner: Runner, opened: Opened, config: ServeConfig, check_quota: Callable[[str], None]
+) -> AdapterService:
+    """What may be done with the server's adapters while it runs.  check_quota: see AdapterService."""
+    return AdapterService(
+        runner,
+        config=opened.base.config,
+        read_head=lambda: read_head(opened),
+        staging=config.data / "adapters-staging",
+        roots=config.lora_roots,
+        check_quota=check_quota,
+    )
+
+
 def load_peft(runner: Runner, opened: Opened, section: AdapterSection) -> AdapterRef:
     """The adapter of a PEFT folder in the store; a new version only when it differs from the newest one.
 
     Logs what its owner should know.  Raises AdapterInvalid when the folder cannot be held exactly, InvalidRequest for
     the base's name.
     """
-    runner.check_name(LOCAL_TENANT, section.name)
+    runner.catalog.check_name(LOCAL_TENANT, section.name)
     engine = runner.engine
     newest = engine.store.latest(LOCAL_TENANT, section.name)
-    arrays = opened.base.arrays
-    head = np.asarray(arrays["embed"]) if opened.base.config.tied else np.asarray(arrays["head"]).T
     adapter, report = import_peft(
         section.path,
         opened.base.config,
@@ -68,7 +88,7 @@ def load_peft(runner: Runner, opened: Opened, section: AdapterSection) -> Adapte
         base_hash=opened.base_hash,
         max_rank=engine.pool_spec.rank,
         head_supported=HEAD_TARGET in engine.pool_spec.targets,
-        base_head_VD=head,
+        read_head=lambda: read_head(opened),
     )
     for note in report.notes:
         LOG.warning("adapter %s: %s", section.name, note)

@@ -219,10 +219,7 @@ class Engine:
 
         The slot, or None when every slot has running requests: the version is then loaded when it is first asked for.
         """
-        self.scheduler.active.succeed(ref)
-        for old in self.scheduler.follow(ref):
-            self.store.borrow(ref)
-            self.store.give_back(old)
+        self.announce(ref)
         slot = self.slots.find(ref)
         if slot is not None:
             return slot  # a request asked for it first and had it loaded
@@ -232,6 +229,13 @@ class Engine:
             self._write(slot, rows)
             self.slots.place(slot, ref)
         return slot
+
+    def announce(self, ref: AdapterRef) -> None:
+        """A new version is in the store: pins and who follows the adapter go on to it, and it is read when it is needed."""
+        self.scheduler.active.succeed(ref)
+        for old in self.scheduler.follow(ref):
+            self.store.borrow(ref)
+            self.store.give_back(old)
 
     def tune(self, tuning: Tuning, pins: Collection[AdapterRef]) -> None:
         """Decides by these settings from the next step on; see `serve.tuning.apply`.  Compiles nothing."""

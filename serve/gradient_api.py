@@ -26,6 +26,7 @@ from jaxlora.config import Optimizer
 from jaxlora.errors import AdapterNotFound, DeadlineExceeded, NotFound
 from jaxlora.lora import LAYER_TARGETS, NAME_PATTERN, LoraSpec
 from serve.auth import caller_of
+from serve.catalog import RESERVED_NAMES
 from serve.gradient_complete import Completer
 from serve.gradient_errors import API, GRADIENT_ERRORS, NotTrainable, UnknownBase, UnknownCollection
 from serve.gradient_examples import examples_of
@@ -41,6 +42,7 @@ from serve.gradient_types import (
     TrainingArguments,
 )
 from serve.house import House
+from serve.model_names import JOB_PREFIX
 from serve.records import Answer, GradientRecord, JsonObject
 from serve.stored_answers import StoredAnswers
 from serve.stored_gradient import StoredGradient
@@ -65,12 +67,13 @@ class GradientWire:
         records: StoredGradient,
         answers: StoredAnswers,
         tuner: Tuner | None,
-        most: Callable[[str], int | None],
+        check_quota: Callable[[str], None],
         draw: Callable[[], float] = random.random,
     ):
-        """tuner: None for a server that does not train.  most: adapters that a tenant may have; None: any number."""
+        """tuner: None for a server that does not train.  check_quota: raises QuotaExceeded for a
+        tenant that has as many adapters as it may have.  draw: numbers in [0, 1), which choose among choices."""
         self._house, self._config, self._records, self._answers = house, config, records, answers
-        self._tuner, self._most = tuner, most
+        self._tuner, self._check_quota = tuner, check_quota
         self._completer = Completer(house, config.max_tokens, draw)
         self._creating = asyncio.Lock()
         self.base_id = str(uuid.uuid5(NAMESPACE, house.base_name)) + BASE_END
@@ -121,6 +124,7 @@ class GradientWire:
         spec, settings = self._spec(lora), self._settings(hyper.training_arguments or TrainingArguments())
         owner, id, now_s = caller_of(request).owner, str(uuid.uuid4()) + ADAPTER_END, time.time()
         async with self._creating:  # or two of one name would both find it free
+            await asyncio.to_thread(self._check_quota, owner)
             record = GradientRecord(
                 id=id,
                 tenant=owner,
@@ -131,7 +135,7 @@ class GradientWire:
                 created_s=now_s,
                 updated_s=now_s,
             )
-            await self._ask(self._records.insert, record, most=self._most(owner))
+            await self._ask(self._records.insert, record)
             try:
                 seed = secrets.randbelow(2**32) if lora.seed is None else lora.seed
                 await tuner.create(owner, record.adapter, spec, seed)
@@ -159,7 +163,7 @@ class GradientWire:
 
     def _free_name(self, owner: str, wanted: str, id: str) -> str:
         """What the adapter is called on the other wires: as it was named, if that is a name and nobody's yet, else its id."""
-        if NAME_PATTERN.fullmatch(wanted) is None:
+        if NAME_PATTERN.fullmatch(wanted) is None or wanted in RESERVED_NAMES or wanted.startswith(JOB_PREFIX):
             return id
         try:
             self._house.resolve(owner, wanted)

@@ -14,16 +14,20 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
 
 import uvicorn
 from fastapi import APIRouter
+from starlette.requests import HTTPConnection
 
 from jaxlora.errors import ConfigInvalid
 from serve.answered import Listener
-from serve.app import OPEN_PATHS, Door, create_app, hosts_for
+from serve.app import OPEN_PATHS, create_app, hosts_for
+from serve.auth import Caller, anyone
+from serve.door import Door
+from serve.limits import Limiter
 from serve.runner import Runner
 
 LOG = logging.getLogger("serve")
@@ -112,10 +116,14 @@ def make_http(
     routers: Sequence[APIRouter] = (),
     listeners: Sequence[Listener] = (),
     open_paths: Collection[str] = OPEN_PATHS,
+    caller_of: Callable[[HTTPConnection], Caller] = anyone,
+    limiter: Limiter | None = None,
+    body_limits: Mapping[str, int] | None = None,
+    door: Door | None = None,
 ) -> HttpServer:
     """The runner behind HTTP, on a socket that is bound already.  An IPv6 host may stand in brackets.
 
-    routers, listeners, open_paths: as `create_app` takes them.
+    routers, listeners, open_paths, caller_of, limiter, body_limits, door: as `create_app` takes them.
 
     Raises ConfigInvalid when the address is taken or not ours.
     """
@@ -128,7 +136,7 @@ def make_http(
     except OSError as error:
         listening.close()
         raise ConfigInvalid(f"cannot listen on {host} port {port} ({error.strerror}); choose another --port") from error
-    door = Door()
+    door = Door() if door is None else door
     app = create_app(
         runner,
         default_max_tokens=default_max_tokens,
@@ -138,6 +146,9 @@ def make_http(
         routers=routers,
         listeners=listeners,
         open_paths=open_paths,
+        caller_of=caller_of,
+        limiter=limiter,
+        body_limits=body_limits,
     )
     settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=LAST_WORDS_S)
     return HttpServer(DrainingServer(settings, door, grace_s, runner.end_all), listening)

@@ -11,12 +11,13 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse
 
-from jaxlora.errors import InvalidRequest
+from jaxlora.errors import InvalidRequest, JaxLoraError
 from serve.auth import caller_of
 from serve.job_objects import checkpoint_object, event_object, job_object, page_object
 from serve.job_service import JobService
-from serve.jobs_types import EventsQuery, JobBody, PageQuery
+from serve.jobs_types import EventsQuery, JobBody, JobsQuery, PageQuery
 from serve.openai_api import ERRORS
+from serve.openai_errors import error_body
 from serve.openai_format import DONE, sse
 from serve.openai_types import refuse_unbuilt
 from serve.records import ENDED, JobRecord, JobStatus, JsonObject
@@ -52,15 +53,14 @@ class JobsWire:
         asked = body.model_dump(mode="json", exclude_unset=True)
         return self._answer(await asyncio.to_thread(self._service.create, caller_of(request), asked))
 
-    async def list(self, request: Request, query: Annotated[PageQuery, Query()]) -> Response:
+    async def list(self, request: Request, query: Annotated[JobsQuery, Query()]) -> Response:
         """The caller's jobs, newest first."""
-        wanted = {k[9:-1]: v for k, v in request.query_params.items() if k.startswith("metadata[") and k.endswith("]")}
         page = await asyncio.to_thread(
             self._service.stored.page,
             caller_of(request).sees,
             after=query.after,
             limit=query.limit or LIMIT,
-            metadata=wanted,
+            metadata=query.metadata,
         )
         return JSONResponse(page_object(page, [self._object(r) for r in page.records]))
 
@@ -109,9 +109,13 @@ class JobsWire:
         """Events as they come.  It ends when the job has, or when it is gone."""
         stored, seen, quiet_since = self._service.stored, 0, time.monotonic()
         while True:
-            # Asked before the events: then the last ones are not missed.
-            over = (await asyncio.to_thread(stored.get, id, sees)).status in ENDED
-            events = await asyncio.to_thread(stored.events_since, id, sees, seen, limit=100)
+            try:
+                # Asked before the events: then the last ones are not missed.
+                over = (await asyncio.to_thread(stored.get, id, sees)).status in ENDED
+                events = await asyncio.to_thread(stored.events_since, id, sees, seen, limit=100)
+            except JaxLoraError as error:
+                yield sse(error_body(error)[1])
+                break
             for event in events:
                 yield sse(event_object(event))
                 seen, quiet_since = event.seq, time.monotonic()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
+from pydantic_core import PydanticCustomError
 
 from serve.openai_types import Only, Strict, Text, Unbuilt, few_fields
 
@@ -12,6 +14,7 @@ Auto = Literal["auto"]
 Metric = Literal["exact_match", "contains", "regex", "json_equal", "choice_accuracy"]
 Steps = Annotated[int, Field(ge=1, le=1_000_000)]
 MetaKey = Annotated[Text, Field(min_length=1, max_length=64)]
+METADATA = re.compile(r"metadata\[.{1,64}\]")
 MetaValue = Annotated[Text, Field(max_length=512)]
 
 
@@ -94,11 +97,29 @@ class JobBody(Strict):
 
 
 class PageQuery(BaseModel):
-    """Query of the lists; text, so not strict.  `metadata[key]` is read by hand."""
+    """Query of the lists; text, so not strict."""
 
     model_config = ConfigDict(extra="forbid")
     after: Text | None = None
     limit: Annotated[int | None, Field(ge=1, le=100)] = None
+
+
+class JobsQuery(PageQuery):
+    """`metadata[KEY]=VALUE` besides: only jobs with that."""
+
+    model_config = ConfigDict(extra="allow")
+
+    @model_validator(mode="after")
+    def _only_metadata(self) -> JobsQuery:
+        other = [k for k in self.model_extra or {} if not METADATA.fullmatch(k)]
+        if other:
+            raise PydanticCustomError("query", "has no parameter {name}", {"name": other[0][:64]})
+        return self
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What is asked of the metadata."""
+        return {k[len("metadata[") : -1]: str(v) for k, v in (self.model_extra or {}).items()}
 
 
 class EventsQuery(PageQuery):

@@ -17,7 +17,7 @@ from typing import Protocol
 import jax
 
 from jaxlora.errors import AdapterNotFinite, JaxLoraError
-from jaxlora.lora import AdapterRef, LoraSpec
+from jaxlora.lora import Adapter, AdapterRef, LoraSpec
 from jaxlora.pool import Rows
 from serve.runner import Runner
 from serve.training import KEEP_VERSIONS, PUBLISH
@@ -86,6 +86,22 @@ class GuestCall:
     state: SlotState  # before, in NumPy
     step: int  # updates before
     caller: GuestCaller
+
+
+class JobShelf:
+    """Where finished adapters go: the store, and to whoever pins or follows them.  Of the device thread."""
+
+    def __init__(self, runner: Runner):
+        self._runner = runner
+
+    def mint(self, tenant: str, name: str) -> AdapterRef:
+        """The next version of this adapter."""
+        return self._runner.engine.store.mint(tenant, name)
+
+    def put(self, adapter: Adapter) -> None:
+        """Keeps a minted version."""
+        self._runner.engine.store.put(adapter)
+        self._runner.engine.announce(adapter.ref)
 
 
 @dataclass(slots=True)
@@ -177,17 +193,20 @@ class LiveJobs:
         """The job gives its slot up; what it has learned is a version.  Raises NotFound, StateInvalid."""
         self._leave(self.jobs.get(owner, id), "paused")
         self.jobs.pause(owner, id)
+        self._tell()
         self.poke()
 
     def resume(self, owner: str, id: str) -> None:
         """A paused job gets in line again.  Raises NotFound, StateInvalid."""
         self.jobs.resume(owner, id)
+        self._tell()
         self.poke()
 
     def cancel(self, owner: str, id: str) -> None:
         """The job ends; what it has learned is a version.  Raises NotFound, StateInvalid."""
         self._leave(self.jobs.get(owner, id), "cancelled")
         self.jobs.cancel(owner, id)
+        self._tell()
         self.poke()
 
     def _leave(self, job: Job, to: State) -> None:
@@ -201,10 +220,10 @@ class LiveJobs:
         if job.id in self.jobs.trainer.tenants:
             self._publish(job.id, checkpoint=True)
             return
-        store, request = self.runner.engine.store, job.request
+        shelf, request = JobShelf(self.runner), job.request
         try:
-            ref = store.mint(request.owner, request.name)
-            store.put(self.jobs.adapter(request.owner, job.id, ref))
+            ref = shelf.mint(request.owner, request.name)
+            shelf.put(self.jobs.adapter(request.owner, job.id, ref))
         except (JaxLoraError, OSError) as error:
             job.log.add("problem", f"step {job.progress.step} is not published: {said(error)}", level="warn")
         else:

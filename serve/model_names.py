@@ -9,6 +9,7 @@ import re
 import threading
 from dataclasses import dataclass, field
 
+JOB_PREFIX = "ft-"  # of adapters that jobs make
 FT_NAME = re.compile(r"ft:([^:]+):([^:]+):([^:]*):([0-9a-f]{12})(?::(?:ckpt-step-(\d{1,9})|(latest)))?")
 
 
@@ -40,7 +41,7 @@ def short_id(job_id: str) -> str:
 
 def adapter_name(job_id: str) -> str:
     """The name in the store of what a job makes."""
-    return f"ft-{short_id(job_id)}"
+    return JOB_PREFIX + short_id(job_id)
 
 
 class JobNames:
@@ -53,9 +54,11 @@ class JobNames:
         self._lock = threading.Lock()
 
     def add(self, job_id: str, tenant: str, suffix: str) -> None:
-        """A job has this name from now on, and no version yet."""
+        """A job has this name from now on, and no version yet; one that is known keeps its own."""
         job = JobName(tenant, adapter_name(job_id), suffix, short_id(job_id))
         with self._lock:
+            if job.id in self._jobs:
+                return
             self._jobs[job.id] = self._adapters[tenant, job.adapter] = job
 
     def checkpoint(self, job_id: str, step: int, version: int, *, final: bool) -> None:

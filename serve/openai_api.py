@@ -20,6 +20,7 @@ from jaxlora.errors import ContextLengthExceeded, InvalidRequest
 from jaxlora.lora import AdapterRef
 from serve.auth import caller_of
 from serve.house import House
+from serve.limits import Limiter, cost
 from serve.openai_errors import ERROR_SCHEMA, ERROR_STATUSES
 from serve.openai_format import ChatShape, CompletionShape, Heading, Shape, model_object
 from serve.openai_run import EventStream, Run, attend
@@ -79,9 +80,11 @@ class Job:
 class OpenAIWire:
     """The routes, over one house."""
 
-    def __init__(self, house: House, config: WireConfig):
+    def __init__(self, house: House, config: WireConfig, limiter: Limiter | None = None):
+        """limiter: refuses who asks for too much in a minute; None: nobody is."""
         self._house = house
         self._config = config
+        self._limiter = limiter
 
     def router(self) -> APIRouter:
         """All routes of this wire."""
@@ -293,6 +296,8 @@ class OpenAIWire:
             adapter_version=adapter.version if adapter is not None else None,
         )
         requests = await self._requests(request, body, adapter, job, heading.id)
+        if self._limiter is not None:
+            self._limiter.admit(caller_of(request).owner, tokens=cost(requests))
         tokenizer = self._house.tokenizer
         name = "token_id:{}".format if body.return_tokens_as_token_ids else tokenizer.token_text
         choices = [Choice(tokenizer, name, job.prompts[i // (body.n or 1)]) for i in range(len(requests))]

@@ -11,21 +11,20 @@ import logging
 import queue
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from jaxlora.errors import AdapterNotFound, InvalidRequest, JaxLoraError, StorageFailed, Unavailable
+from jaxlora.errors import AdapterNotFound, InvalidRequest, JaxLoraError, Unavailable
 from jaxlora.lora import AdapterRef, LoraSpec
 from jaxlora.pool import Rows, adapter_of_rows, read_finite
 from jaxlora.serve_config import Tuning
 from serve.budget import Budget, BudgetSettings
+from serve.catalog import Catalog
 from serve.engine import Engine
 from serve.grammar import Grammars
 from serve.histogram import Histogram
 from serve.house import ModelCard
-from serve.model_names import JobNames
 from serve.request import Delta, Request
 from serve.watch import Watch
 
@@ -100,10 +99,13 @@ class Runner:
     def __init__(self, engine: Engine, *, base_name: str, budget: BudgetSettings | None = None):
         """budget: how serving and training share the device; `budget.settings` changes it at any time."""
         self.engine, self.base_name, self.budget = engine, base_name, Budget(budget)
+        self.tuning = Tuning(
+            quantum_ms=engine.config.quantum_s * 1000
+        )  # replaced, never changed: any thread may read it
         self.started = time.time()
         self.grammars = Grammars(engine.tokenizer)
+        self.catalog = Catalog(engine.store, engine.slots, base_name, self.started)
         self.watch = Watch(engine)
-        self.job_names = JobNames(base_name)
         self.trainer: Trainer | None = None
         self.freshness = Histogram(FRESHNESS_S)  # learned → first token under the new version
         self._fresh: dict[tuple[str, str], tuple[AdapterRef, float]] = {}  # versions without a token, since when
@@ -307,11 +309,6 @@ class Runner:
 
     # ---- adapters -------------------------------------------------------------------------------------------------
 
-    def check_name(self, tenant: str, name: str) -> None:
-        """Raises InvalidRequest for an adapter that nobody could ask for, because its name means the base model."""
-        if self.base_name in (name, f"{tenant}/{name}"):
-            raise InvalidRequest(f"{self.base_name} is the base model; give the adapter another name", param="name")
-
     def publish(
         self,
         tenant: str,
@@ -332,7 +329,7 @@ class Runner:
         Raises InvalidRequest for the base's name; AdapterNotFinite, and publishes nothing, when a weight is not finite;
         StorageFailed or OSError when the store cannot give a number.
         """
-        self.check_name(tenant, name)
+        self.catalog.check_name(tenant, name)
         read_finite(rows)
         store = self.engine.store
         ref = store.mint(tenant, name)
@@ -358,94 +355,29 @@ class Runner:
             raise InvalidRequest(f"pin: {error.message}", param="pin") from error
         if base := [name for name, ref in pins if ref is None]:
             raise InvalidRequest(f"pin: {base[0]} is the base model, which needs no slot; leave it out", param="pin")
-        self.engine.tune(tuning, {ref for _, ref in pins if ref is not None})
+        refs = dict.fromkeys(ref for _, ref in pins if ref is not None)
+        self.engine.tune(tuning, refs.keys())
+        # By whole names: another tenant may get an adapter of that name.
+        self.tuning = replace(tuning, pin=tuple(f"{ref.tenant}/{ref.name}" for ref in refs))
 
     def rehearse_publish(self, rows: Rows) -> None:
         """Compiles what a publication of rows of this shape runs, and publishes nothing.  Device thread only."""
         read_finite(rows)
         self.engine.rehearse_install(rows)
 
+    # ---- what the wires read ----------------------------------------------------------------------------------------
+
     def resolve(self, tenant: str | None, model: str) -> AdapterRef | None:
-        """The version a model name means now: NAME, NAME@VERSION or TENANT/NAME; None is the base model.
-
-        Raises AdapterNotFound for an unknown name, and for one that several tenants have.
-        """
-        if model == self.base_name:
-            return None
-        store = self.engine.store
-        if model.startswith("ft:"):
-            return self._made_by_job(tenant, model)
-        path, at, number = model.partition("@")
-        owner, slash, name = path.rpartition("/")
-        asked = owner if slash else tenant
-        found = store.named(name, asked) if tenant in (None, asked) else []
-        if len(found) > 1:
-            raise AdapterNotFound(f"several tenants have a model `{name}`; write TENANT/{name}", param="model")
-        if found and at:
-            versions = store.versions(found[0].tenant, found[0].name)
-            found = [ref for ref in versions if str(ref.version) == number]
-        if not found:
-            raise AdapterNotFound(f"The model `{model}` does not exist.", param="model")
-        return found[0]
-
-    def _made_by_job(self, tenant: str | None, model: str) -> AdapterRef:
-        """The version that a job's model name means now.  Raises AdapterNotFound."""
-        meant = self.job_names.find(tenant, model)
-        versions = [] if meant is None else self.engine.store.versions(meant.tenant, meant.adapter)
-        if meant is not None and meant.version is not None:
-            versions = [ref for ref in versions if ref.version == meant.version]
-        if not versions:
-            raise AdapterNotFound(f"The model `{model}` does not exist.", param="model")
-        return versions[-1]
+        """As `Catalog.resolve`."""
+        return self.catalog.resolve(tenant, model)
 
     def models(self, tenant: str | None) -> list[ModelCard]:
-        """The base and every adapter this tenant may see, but for those that cannot be read.  Reads the disk."""
-        refs = self.engine.store.list(tenant)
-        owners = Counter(ref.name for ref in refs)
-        cards = [self._base_card()]
-        for ref in refs:
-            try:
-                made = self.job_names.shown(ref.tenant, ref.name)
-                name = ref.name if owners[ref.name] == 1 else f"{ref.tenant}/{ref.name}"
-                cards.append(self._card(ref, made or name))
-            except AdapterNotFound:
-                pass  # deleted meanwhile
-            except StorageFailed as error:
-                LOG.error("not listed: %s", error)
-        return cards
+        """As `Catalog.models`."""
+        return self.catalog.models(tenant)
 
     def model(self, tenant: str | None, model: str) -> ModelCard:
-        """The card of one model name.  Reads the disk.  Raises AdapterNotFound, StorageFailed for a damaged version."""
-        ref = self.resolve(tenant, model)
-        return self._base_card() if ref is None else self._card(ref, model)
-
-    def _base_card(self) -> ModelCard:
-        return ModelCard(
-            id=self.base_name,
-            created=int(self.started),
-            owned_by="jaxlora",
-            parent=None,
-            root=self.base_name,
-            version=None,
-            rank=None,
-            state="base",
-        )
-
-    def _card(self, ref: AdapterRef, name: str) -> ModelCard:
-        store = self.engine.store
-        on_device = self.engine.slots.find(ref) is not None
-        return ModelCard(
-            id=name,
-            created=int(store.created(ref)),
-            owned_by=ref.tenant,
-            parent=self.base_name,
-            root=ref.name,
-            version=ref.version,
-            rank=store.rank(ref),
-            state="device" if on_device else "host" if store.in_memory(ref) else "disk",
-        )
-
-    # ---- what the wires read ----------------------------------------------------------------------------------------
+        """As `Catalog.model`."""
+        return self.catalog.model(tenant, model)
 
     @property
     def context(self) -> int:

@@ -173,7 +173,7 @@ class Session:
 
         Raises DataInvalid, AdapterInvalid, ConfigInvalid, InvalidRequest, AlreadyExists; StateInvalid when no slot is free.
         """
-        self._runner.check_name(check_name(name, "name"), name)
+        self._runner.catalog.check_name(check_name(name, "name"), name)
         with named_errors():
             recipe = Recipe(
                 loss=loss,

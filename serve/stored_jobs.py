@@ -86,6 +86,18 @@ class StoredJobs:
         asked = select(JobRow).where(col(JobRow.status).not_in(ENDED)).order_by(col(JobRow.created_s), col(JobRow.id))
         return self.database.read(lambda s: [to_record(JobRecord, row) for row in s.exec(asked)])
 
+    def history(self) -> list[tuple[JobRecord, list[CheckpointRecord]]]:
+        """Every job of every tenant, oldest first, with its checkpoints, oldest first."""
+
+        def work(session: Session) -> list[tuple[JobRecord, list[CheckpointRecord]]]:
+            jobs = session.exec(select(JobRow).order_by(col(JobRow.created_s), col(JobRow.id)))
+            found = {row.id: (to_record(JobRecord, row), list[CheckpointRecord]()) for row in jobs}
+            for row in session.exec(select(CheckpointRow).order_by(col(CheckpointRow.version))):
+                found[row.job][1].append(to_record(CheckpointRecord, row))
+            return list(found.values())
+
+        return self.database.read(work)
+
     def files(self, id: str) -> list[str]:
         """Ids of the files that a job reads."""
         return self.database.read(lambda s: list(s.exec(select(JobFileRow.file).where(col(JobFileRow.job) == id))))

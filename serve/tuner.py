@@ -105,7 +105,7 @@ class Tuner:
         def make() -> AdapterRef:
             trainer, store = self.live.jobs.trainer, self.live.runner.engine.store
             trainer.seats.check(spec)
-            self.live.runner.check_name(tenant, name)
+            self.live.runner.catalog.check_name(tenant, name)
             ref = store.mint(tenant, name)
             store.put(fresh_adapter(trainer.base.config, ref, spec, seed, trainer.base_hash))
             return ref

@@ -10,6 +10,7 @@ from fake_house import FakeHouse, serving
 from fake_tuner import FakeTuner
 from gradient_world import API, LONGEST, MOST, by_key, gradientai
 
+from jaxlora.errors import QuotaExceeded
 from serve.app import create_app
 from serve.database import Database
 from serve.gradient_api import GradientWire
@@ -25,13 +26,19 @@ def world(tmp_path_factory):
     house = FakeHouse()
     tuner = FakeTuner(house)
     database = Database(f"sqlite:///{tmp_path_factory.mktemp('gradient') / 'db.sqlite'}")
+    records = StoredGradient(database)
+
+    def check_quota(tenant):
+        if tenant == "poor" and len(records.page(tenant, after=None, limit=9).records) >= MOST:
+            raise QuotaExceeded(f"you may have {MOST} adapters")
+
     wire = GradientWire(
         house,
         GradientConfig(default_lr=3e-4, longest=LONGEST),
-        records=StoredGradient(database),
+        records=records,
         answers=StoredAnswers(database),
         tuner=tuner,
-        most=lambda tenant: 2 if tenant == "poor" else MOST,
+        check_quota=check_quota,
         draw=lambda: 0.5,
     )
     app = create_app(

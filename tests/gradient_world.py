@@ -15,7 +15,7 @@ with warnings.catch_warnings():
 __all__ = ["API", "LONGEST", "MOST", "by_key", "error_of", "gradientai"]
 
 LONGEST = 50  # tokens of a sample
-MOST = 30  # adapters of a tenant
+MOST = 2  # adapters of the tenant `poor`
 
 
 def by_key(connection):

@@ -94,7 +94,7 @@ def read_folder(folder: Path, base: str = "llama", *, max_rank: int = 8, head_su
         base_hash=BASE_HASH,
         max_rank=max_rank,
         head_supported=head_supported,
-        base_head_VD=head,
+        read_head=None if head is None else lambda: head,
     )
 
 

@@ -14,6 +14,7 @@ LAYERS = ("pallas_kernels", "jaxlora", "train", "serve")  # each may import thos
 PURE = (
     "jaxlora/chat_template.py",
     "jaxlora/cli.py",
+    "jaxlora/cli_keys.py",
     "jaxlora/config.py",
     "jaxlora/durable.py",
     "jaxlora/errors.py",
@@ -40,6 +41,7 @@ PURE = (
     "serve/chat_columns.py",
     "serve/database.py",
     "serve/demo_tasks.py",
+    "serve/door.py",
     "serve/fine_tuning.py",
     "serve/gradient_choice.py",
     "serve/gradient_complete.py",
@@ -50,10 +52,14 @@ PURE = (
     "serve/grammar.py",
     "serve/histogram.py",
     "serve/house.py",
+    "serve/key_commands.py",
+    "serve/keys.py",
+    "serve/limits.py",
     "serve/logs.py",
     "serve/jobs_types.py",
     "serve/model_names.py",
     "serve/migrations.py",
+    "serve/multipart.py",
     "serve/openai_format.py",
     "serve/openai_stream.py",
     "serve/openai_types.py",
@@ -80,13 +86,21 @@ PURE = (
 JAX_FAMILY = ("jax", "jaxlib", "flax", "optax", "orbax")
 STORED = ("answers", "files", "gradient", "jobs", "keys")
 SQL_FILES = ("serve/database.py", "serve/migrations.py", "serve/tables.py", *(f"serve/stored_{s}.py" for s in STORED))
+WIRE_FILES = (
+    "serve/adapters_types.py",
+    "serve/gradient_types.py",
+    "serve/jobs_types.py",
+    "serve/openai_api.py",
+    "serve/openai_types.py",
+)
 ONLY_IN = {  # package → the only files that import it
     "alembic": ("serve/migrations.py",),
     "flax": ("jaxlora/model.py",),
+    "limits": ("serve/limits.py",),
     "llguidance": ("serve/grammar.py",),
     "opentelemetry": ("serve/tracing.py",),
     "prometheus_client": ("serve/metrics.py",),
-    "pydantic": ("serve/gradient_types.py", "serve/jobs_types.py", "serve/openai_api.py", "serve/openai_types.py"),
+    "pydantic": WIRE_FILES,
     "sqlalchemy": SQL_FILES,
     "sqlmodel": SQL_FILES,
     "structlog": ("serve/logs.py",),

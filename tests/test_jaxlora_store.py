@@ -53,7 +53,7 @@ def test_rank_needs_no_weights(open_store, tmp_path, monkeypatch):
             path.unlink()
     again = open_store()
     assert again.rank(ref) == 4
-    monkeypatch.setattr(store_module, "read_meta", None)  # read once, then kept
+    monkeypatch.setattr(store_module, "describe", None)  # read once, then kept
     assert again.rank(ref) == 4
 
 

@@ -67,7 +67,7 @@ def test_null_asks_for_the_default(http, world, tuner, hyper):
 
 
 def test_a_name_that_is_taken_or_no_name_gives_way_to_the_id(http, world, tuner):
-    names = ["mine", "mine", "a name with spaces", BASE]
+    names = ["mine", "mine", "a name with spaces", BASE, "versions", "ft-0123456789ab"]
     ids = [create(http, world, name).json()["id"] for name in names]
     assert [name for _, name, _, _ in tuner.created] == ["mine", *ids[1:]]
     assert [http.get(f"/models/{id}").json()["name"] for id in ids] == names
@@ -343,7 +343,7 @@ def test_a_server_that_does_not_train_says_so(world):
         records=records,
         answers=world.wire._answers,
         tuner=None,
-        most=lambda _: None,
+        check_quota=lambda _: None,
     )
     app = create_app(house, default_max_tokens=8, routers=[wire.router()], error_shapes={API: gradient_response})
     headers = {"x-gradient-workspace-id": "empty"}

@@ -275,7 +275,12 @@ def _check_keys(got: Mapping[str, object], needed: tuple[str, ...], optional: tu
 
 
 def load_jsonl(
-    path: Path | str, tokenizer: Tokenizer, *, max_tokens: int, loss: str = CROSS_ENTROPY.name
+    path: Path | str,
+    tokenizer: Tokenizer,
+    *,
+    max_tokens: int,
+    loss: str | None = CROSS_ENTROPY.name,
+    name: str | None = None,
 ) -> list[Unit]:
     """The examples or pairs of a JSONL file, in its order.  Each line is one object of a kind that the loss trains on:
 
@@ -285,21 +290,23 @@ def load_jsonl(
         the others     {"input_ids": [id, …], "logprobs": [number, …], "advantages": [number, …], "weights"?: [number, …],
                         "sequence_ratio_mask"?: [0 | 1, …]}
 
+    loss: None takes lines of all kinds.  name: what errors call the file; None: its path.
     Raises DataInvalid, naming the file, and line and field of the first problems, also when it cannot be read or holds no
     example.
     """
+    name = str(path) if name is None else name
     try:
         lines = Path(path).read_bytes().split(b"\n")
     except OSError as error:
-        raise DataInvalid(f"{path} cannot be read ({error.strerror}); give the path of a JSONL file") from error
+        raise DataInvalid(f"{name} cannot be read ({error.strerror}); give the path of a JSONL file") from error
 
     def unit(raw: bytes, number: int) -> Unit:
         return _read_line(_parse_line(raw, first=number == 1), tokenizer, max_tokens)
 
     numbered = ((n, functools.partial(unit, raw, n)) for n, raw in enumerate(lines, start=1) if raw.strip())
-    examples = _collect(str(path), "line", numbered, loss)
+    examples = _collect(name, "line", numbered, loss)
     if not examples:
-        raise DataInvalid(f"{path} has no examples; give one JSON object a line")
+        raise DataInvalid(f"{name} has no examples; give one JSON object a line")
     return examples
 
 
@@ -324,14 +331,15 @@ def read_examples(
     return examples
 
 
-def _collect(source: str, what: str, units: Iterable[tuple[int, Callable[[], Unit]]], loss: str) -> list[Unit]:
+def _collect(source: str, what: str, units: Iterable[tuple[int, Callable[[], Unit]]], loss: str | None) -> list[Unit]:
     """The units that these calls make.  Raises one DataInvalid for the first problems, each with its number and field."""
     examples: list[Unit] = []
     problems: list[str] = []
     for number, make in units:
         try:
             unit = make()
-            check_kind(unit, loss)
+            if loss is not None:
+                check_kind(unit, loss)
             examples.append(unit)
         except DataInvalid as error:
             field = f", {error.param}" if error.param else ""

@@ -229,6 +229,11 @@ class Trainer:
         """A device copy of all the tenant's state, as it is now."""
         return self._programs.unseat(self.states, *self._at(self._tenant(name).slot))
 
+    def bucket_rows(self) -> list[Rows]:
+        """A device copy of one slot of each bucket, whoever has it: what `rows` gives has one of these shapes."""
+        first = self._device(np.int32(0))
+        return [self._programs.unseat(self.states, b, first).rows for b in range(len(self.states))]
+
     def rows(self, name: str) -> Rows:
         """A device copy of the tenant's weights and scales."""
         return self.unseat(name).rows
@@ -364,8 +369,7 @@ class Trainer:
     def evaluate(self, examples: Sequence[Unit], name: str | None) -> Evaluation:
         """Loss and accuracy on these examples under a tenant's present weights, by its loss; or the base's (None).
 
-        Raises DataInvalid for an example longer than a lane or of another kind than the loss takes, NotFound for an
-        unknown tenant.
+        Raises DataInvalid for an example too long for a lane or of another kind than the loss takes, NotFound.
         """
         return self.evaluate_all([(examples, name)])[0]
 

@@ -1,0 +1,265 @@
+"""The adapters' wire: vLLM's two routes for folders of the server, and ours for uploads, lists, downloads, pins, deletion.
+
+Every object is found through what its caller sees, so another tenant's is the same 404 as one that never was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Annotated, BinaryIO
+
+import fastapi
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+
+from jaxlora.errors import InvalidRequest, Overloaded
+from serve.adapters import AdapterService, Exported, Imported, Page
+from serve.adapters_types import (
+    UPLOAD_BODY,
+    UPLOAD_FIELDS,
+    UPLOAD_FILES,
+    DownloadQuery,
+    ListQuery,
+    LoadBody,
+    PageQuery,
+    UnloadBody,
+)
+from serve.auth import caller_of
+from serve.house import ModelCard
+from serve.multipart import Form, FormRules, receive_form
+from serve.openai_api import ERRORS
+from serve.openai_types import refuse_unbuilt
+
+UPLOAD_PATH = "/v1/adapters"
+MAX_TRANSFERS = 4  # uploads and downloads at once: each may hold an adapter in memory and on disk
+MAX_FILES = 3
+CHUNK_BYTES = 2**18
+
+
+class AdaptersWire:
+    """The routes, over one service."""
+
+    def __init__(self, service: AdapterService):
+        self._service = service
+        self._transfers = 0  # under way; of the event loop's thread
+
+    @property
+    def body_limits(self) -> dict[str, int]:
+        """Path → bytes that its body may have, for the gate."""
+        return {UPLOAD_PATH: self._service.limits.total_bytes}
+
+    def router(self) -> APIRouter:
+        """All routes of this wire."""
+        router = APIRouter(responses=ERRORS)
+
+        def add(method: str, path: str, handler: Callable, openapi: dict | None = None) -> None:
+            router.add_api_route(path, handler, methods=[method], response_model=None, openapi_extra=openapi)
+
+        add("POST", "/v1/load_lora_adapter", self.load)
+        add("POST", "/v1/unload_lora_adapter", self.unload)
+        add("GET", UPLOAD_PATH, self.list_adapters)
+        add("POST", UPLOAD_PATH, self.upload, UPLOAD_BODY)
+        # A name may hold a slash, so what stands behind it comes first.
+        add("GET", UPLOAD_PATH + "/{name:path}/versions", self.list_versions)
+        add("GET", UPLOAD_PATH + "/{name:path}/download", self.download)
+        add("POST", UPLOAD_PATH + "/{name:path}/pin", self.pin)
+        add("POST", UPLOAD_PATH + "/{name:path}/unpin", self.unpin)
+        add("GET", UPLOAD_PATH + "/{name:path}", self.read)
+        add("DELETE", UPLOAD_PATH + "/{name:path}", self.delete)
+        add("DELETE", "/v1/models/{model:path}", self.delete_model)
+        return router
+
+    # ---- vLLM's -----------------------------------------------------------------------------------------------------
+
+    async def load(self, request: Request, body: LoadBody) -> Response:
+        """A folder of the server as a new adapter, or with load_inplace as the next version of one."""
+        caller = caller_of(request)
+        caller.need_admin("loading from a folder of the server")
+        refuse_unbuilt(body)
+        if not body.lora_name or not body.lora_path:
+            raise InvalidRequest("Both 'lora_name' and 'lora_path' must be provided.", param="lora_name")
+        place = self._service.place(caller, body.lora_name)
+        with self._transfer():
+            await asyncio.to_thread(
+                self._service.add_folder,
+                place,
+                body.lora_path,
+                in_place=body.load_inplace,
+                any_base=body.allow_base_mismatch,
+            )
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+    async def unload(self, request: Request, body: UnloadBody) -> Response:
+        """The adapter is deleted, with all its versions; its folder on the server stays."""
+        caller = caller_of(request)
+        caller.need_admin("unloading an adapter")
+        refuse_unbuilt(body)
+        if not body.lora_name:
+            raise InvalidRequest("'lora_name' must be provided.", param="lora_name")
+        if "@" in body.lora_name:
+            raise InvalidRequest("lora_name must be an adapter's name, without @VERSION", param="lora_name")
+        await asyncio.to_thread(self._service.delete, caller.sees, body.lora_name)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+    # ---- ours -------------------------------------------------------------------------------------------------------
+
+    async def list_adapters(self, request: Request, query: Annotated[ListQuery, fastapi.Query()]) -> Response:
+        """The caller's adapters, the newest first."""
+        sees = caller_of(request).sees
+        return JSONResponse(
+            self._list(
+                await asyncio.to_thread(
+                    lambda: self._service.page(sees, prefix=query.prefix, after=query.after, limit=query.limit)
+                )
+            )
+        )
+
+    async def list_versions(
+        self, request: Request, name: str, query: Annotated[PageQuery, fastapi.Query()]
+    ) -> Response:
+        """The versions of one adapter, the newest first."""
+        sees = caller_of(request).sees
+        return JSONResponse(
+            self._list(
+                await asyncio.to_thread(
+                    lambda: self._service.versions(sees, name, after=query.after, limit=query.limit)
+                )
+            )
+        )
+
+    async def read(self, request: Request, name: str) -> Response:
+        """One adapter, or one version of it."""
+        return JSONResponse(self._object(await asyncio.to_thread(self._service.card, caller_of(request).sees, name)))
+
+    async def upload(self, request: Request) -> Response:
+        """A new adapter out of a PEFT folder's files, or the next version of one."""
+        with self._transfer(), self._service.staged() as folder:
+            imported = await self._receive(request, folder)
+        card = await asyncio.to_thread(self._service.card, None, str(imported.ref))
+        return JSONResponse(self._object(card) | _told(imported))
+
+    async def _receive(self, request: Request, folder: Path) -> Imported:
+        caller = caller_of(request)
+        rules = FormRules(
+            fields=UPLOAD_FIELDS,
+            files=UPLOAD_FILES,
+            max_files=MAX_FILES,
+            max_file_bytes=self._service.limits.total_bytes,
+        )
+        form: Form = await receive_form(request, folder, rules)
+        if "name" not in form.fields:
+            raise InvalidRequest("name is required", param="name")
+        if not form.files:
+            raise InvalidRequest("file is required: a zip or tar of a PEFT folder, or its files", param="file")
+        any_base = form.fields.get("allow_base_mismatch", "false")
+        if any_base not in ("true", "false"):
+            raise InvalidRequest("allow_base_mismatch must be true or false", param="allow_base_mismatch")
+        if any_base == "true":
+            caller.need_admin("loading an adapter of another base")
+        place = self._service.place(caller, form.fields["name"])
+        files = [(file.filename, file.path) for file in form.files]
+
+        def add() -> Imported:
+            (folder / "adapter").mkdir()
+            try:
+                return self._service.add_upload(place, files, folder / "adapter", any_base=any_base == "true")
+            finally:  # here, as a large file takes a while to remove
+                shutil.rmtree(folder, ignore_errors=True)
+
+        return await asyncio.to_thread(add)
+
+    async def download(self, request: Request, name: str, query: Annotated[DownloadQuery, fastapi.Query()]) -> Response:
+        """A version's PEFT folder as a zip."""
+        with self._transfer():
+            exported = await asyncio.to_thread(self._service.export, caller_of(request).sees, name, query.dtype)
+        return _zip_response(exported)
+
+    async def pin(self, request: Request, name: str) -> Response:
+        """The adapter keeps its slot."""
+        caller = caller_of(request)
+        caller.need_admin("pinning an adapter")
+        return JSONResponse(self._object(await asyncio.to_thread(self._service.pin, caller.sees, name)))
+
+    async def unpin(self, request: Request, name: str) -> Response:
+        """The adapter takes its turns again."""
+        caller = caller_of(request)
+        caller.need_admin("unpinning an adapter")
+        return JSONResponse(self._object(await asyncio.to_thread(self._service.unpin, caller.sees, name)))
+
+    async def delete(self, request: Request, name: str) -> Response:
+        """Deletes an adapter, or one version of it."""
+        await asyncio.to_thread(self._service.delete, caller_of(request).sees, name)
+        return JSONResponse({"id": name, "object": "adapter", "deleted": True})
+
+    async def delete_model(self, request: Request, model: str) -> Response:
+        """The same, as OpenAI's clients ask for it."""
+        await asyncio.to_thread(self._service.delete, caller_of(request).sees, model)
+        return JSONResponse({"id": model, "object": "model", "deleted": True})
+
+    # ---- how it is said ---------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _transfer(self) -> Generator[None]:
+        """One more under way.  Raises Overloaded when there are as many as may be."""
+        if self._transfers >= MAX_TRANSFERS:
+            raise Overloaded(f"{MAX_TRANSFERS} adapters are on their way in or out already; retry later")
+        self._transfers += 1
+        try:
+            yield
+        finally:
+            self._transfers -= 1
+
+    def _object(self, card: ModelCard) -> dict[str, object]:
+        return {
+            "id": card.id,
+            "object": "adapter",
+            "created": card.created,
+            "tenant": card.owned_by,
+            "name": card.root,
+            "version": card.version,
+            "rank": card.rank,
+            "base": card.parent,
+            "state": card.state,
+            "pinned": self._service.is_pinned(card.owned_by, card.root),
+        }
+
+    def _list(self, page: Page) -> dict[str, object]:
+        return {
+            "object": "list",
+            "data": [self._object(card) for card in page.cards],
+            "has_more": page.has_more,
+            "first_id": page.cards[0].id if page.cards else None,
+            "last_id": page.cards[-1].id if page.cards else None,
+        }
+
+
+def _told(imported: Imported) -> dict[str, object]:
+    """What an import says of what it read."""
+    report = imported.report
+    return {
+        "parameters": report.parameters,
+        "modules": [{"module": m.module, "rank": m.rank, "scale": m.scale} for m in report.modules],
+        "base_verified": report.base_verified,
+        "ignored": list(report.ignored),
+        "left_out": list(imported.left_out),
+        "notes": list(report.notes),
+    }
+
+
+def _zip_response(exported: Exported) -> Response:
+    """The zip, a piece at a time; it is closed when it was sent, or nobody reads any more."""
+
+    def pieces(file: BinaryIO) -> Generator[bytes]:
+        with file:
+            while piece := file.read(CHUNK_BYTES):
+                yield piece
+
+    headers = {
+        "Content-Length": str(exported.nbytes),
+        "Content-Disposition": f'attachment; filename="{exported.filename}"',
+    }
+    return StreamingResponse(pieces(exported.file), media_type="application/zip", headers=headers)

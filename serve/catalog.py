@@ -1,0 +1,114 @@
+"""What models there are and what their names mean: the base, adapters and their versions, and what jobs make."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+
+from jaxlora.errors import AdapterNotFound, InvalidRequest, StorageFailed
+from jaxlora.lora import AdapterRef
+from jaxlora.slots import SlotTable
+from jaxlora.store import AdapterStore
+from serve.house import ModelCard
+from serve.model_names import JobNames
+
+LOG = logging.getLogger("serve")
+RESERVED_NAMES = frozenset({"versions", "download", "pin", "unpin"})
+
+
+class Catalog:
+    """The models of one server.  From any thread."""
+
+    def __init__(self, store: AdapterStore, slots: SlotTable, base_name: str, started: float):
+        """started: when the server did, seconds since 1970."""
+        self._store, self._slots, self._base_name, self._started = store, slots, base_name, started
+        self.jobs = JobNames(base_name)
+
+    def check_name(self, tenant: str, name: str) -> None:
+        """Raises InvalidRequest for an adapter that nobody could ask for: its name means the base model, or what is done."""
+        if self._base_name in (name, f"{tenant}/{name}"):
+            raise InvalidRequest(f"{self._base_name} is the base model; give the adapter another name", param="name")
+        if name in RESERVED_NAMES:  # /v1/adapters/TENANT/NAME would be read as that
+            raise InvalidRequest(f"{name} is a word of the API; give the adapter another name", param="name")
+
+    def resolve(self, tenant: str | None, model: str) -> AdapterRef | None:
+        """The version a model name means now; None is the base model.
+
+        Names: NAME, NAME@VERSION, TENANT/NAME, each also as BASE:NAME, and those that jobs make (serve/model_names.py).
+        Raises AdapterNotFound for an unknown name, and for one that several tenants have.
+        """
+        if model == self._base_name:
+            return None
+        store = self._store
+        model = model.removeprefix(f"{self._base_name}:")
+        if model.startswith("ft:"):
+            return self._made_by_job(tenant, model)
+        path, at, number = model.partition("@")
+        owner, slash, name = path.rpartition("/")
+        asked = owner if slash else tenant
+        found = store.named(name, asked) if tenant in (None, asked) else []
+        if len(found) > 1:
+            raise AdapterNotFound(f"several tenants have a model `{name}`; write TENANT/{name}", param="model")
+        if found and at:
+            versions = store.versions(found[0].tenant, found[0].name)
+            found = [ref for ref in versions if str(ref.version) == number]
+        if not found:
+            raise AdapterNotFound(f"The model `{model}` does not exist.", param="model")
+        return found[0]
+
+    def _made_by_job(self, tenant: str | None, model: str) -> AdapterRef:
+        """The version that a job's model name means now.  Raises AdapterNotFound."""
+        meant = self.jobs.find(tenant, model)
+        versions = [] if meant is None else self._store.versions(meant.tenant, meant.adapter)
+        if meant is not None and meant.version is not None:
+            versions = [ref for ref in versions if ref.version == meant.version]
+        if not versions:
+            raise AdapterNotFound(f"The model `{model}` does not exist.", param="model")
+        return versions[-1]
+
+    def models(self, tenant: str | None) -> list[ModelCard]:
+        """The base and every adapter this tenant may see, but for those that cannot be read.  Reads the disk."""
+        refs = self._store.list(tenant)
+        owners = Counter(ref.name for ref in refs)
+        cards = [self._base_card()]
+        for ref in refs:
+            try:
+                made = self.jobs.shown(ref.tenant, ref.name)
+                name = ref.name if owners[ref.name] == 1 else f"{ref.tenant}/{ref.name}"
+                cards.append(self._card(ref, made or name))
+            except AdapterNotFound:
+                pass  # deleted meanwhile
+            except StorageFailed as error:
+                LOG.error("not listed: %s", error)
+        return cards
+
+    def model(self, tenant: str | None, model: str) -> ModelCard:
+        """The card of one model name.  Reads the disk.  Raises AdapterNotFound, StorageFailed for a damaged version."""
+        ref = self.resolve(tenant, model)
+        return self._base_card() if ref is None else self._card(ref, model)
+
+    def _base_card(self) -> ModelCard:
+        return ModelCard(
+            id=self._base_name,
+            created=int(self._started),
+            owned_by="jaxlora",
+            parent=None,
+            root=self._base_name,
+            version=None,
+            rank=None,
+            state="base",
+        )
+
+    def _card(self, ref: AdapterRef, name: str) -> ModelCard:
+        store = self._store
+        on_device = self._slots.find(ref) is not None
+        return ModelCard(
+            id=name,
+            created=int(store.created(ref)),
+            owned_by=ref.tenant,
+            parent=self._base_name,
+            root=ref.name,
+            version=ref.version,
+            rank=store.rank(ref),
+            state="device" if on_device else "host" if store.in_memory(ref) else "disk",
+        )

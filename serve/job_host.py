@@ -1,0 +1,149 @@
+"""From settings to fine-tuning jobs beside a runner: trainer, jobs, calls, scores and what is stored of them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxlora.config import default_lr
+from jaxlora.lora import ALL_TARGETS
+from jaxlora.opened import Opened
+from jaxlora.pool import PoolSpec
+from jaxlora.serve_config import ServeConfig, TrainingSection
+from serve.database import Database
+from serve.job_service import Files, JobService
+from serve.live_jobs import JobNews, JobShelf, LiveJobs, Published
+from serve.model_names import JobNames
+from serve.records import JobRecord
+from serve.runner import Runner
+from serve.scoring import Scorer
+from serve.stored_jobs import StoredJobs
+from serve.training_view import training_view
+from serve.tuner import Tuner
+from train.data import Unit
+from train.job_runner import Jobs
+from train.jobs import JobsConfig
+from train.parking import Parking
+from train.parts import small_parts
+from train.trainer import Trainer
+
+PARKED_BYTES = 2 * 2**30  # of jobs without a slot in RAM; the rest waits in files
+
+
+class _Mailbox:
+    """Passes on what LiveJobs says: it is made before those who listen."""
+
+    def __init__(self) -> None:
+        self.service: JobService | None = None
+
+    def job_changed(self, news: JobNews) -> None:
+        assert self.service is not None, "no job is made before"
+        self.service.recorder.job_changed(news)
+
+    def job_published(self, published: Published) -> None:
+        assert self.service is not None, "no job is made before"
+        self.service.recorder.job_published(published)
+
+
+@dataclass(frozen=True, slots=True)
+class JobHost:
+    """All that trains beside a runner."""
+
+    runner: Runner
+    live: LiveJobs
+    service: JobService
+    tuner: Tuner
+    scorer: Scorer
+
+    def start(self) -> None:
+        """Compiles what training runs, and goes on with the jobs of an earlier process.  The runner has started."""
+        self.runner.call(self._warm_up)
+        self.runner.watch.training = functools.partial(training_view, self.live.jobs)
+        self.runner.trainer = self.live
+        self.service.restart()
+
+    def _warm_up(self) -> None:
+        trainer = self.live.jobs.trainer
+        trainer.warm_up()
+        for rows in trainer.bucket_rows():
+            self.runner.rehearse_publish(rows)
+
+    def close(self) -> None:
+        """Saves what jobs have learned and stores what is left.  After the device thread has ended."""
+        self.scorer.close()
+        self.service.close()
+        self.tuner.close()
+
+
+def make_job_host(
+    opened: Opened,
+    config: ServeConfig,
+    training: TrainingSection,
+    runner: Runner,
+    database: Database,
+    files: Files,
+    load: Callable[[Path], Sequence[Unit]],
+) -> JobHost:
+    """Jobs over this base that are not started yet.  Raises ConfigInvalid for sizes that do not fit the base."""
+    rank = config.max_rank if training.max_rank is None else training.max_rank
+    trainer = Trainer(
+        opened.base,
+        opened.mesh,
+        [PoolSpec(slots=training.slots, rank=rank, dtype="float32", targets=ALL_TARGETS)],
+        lanes=training.lanes,
+        lane_tokens=training.lane_tokens,
+        base_hash=opened.base_hash,
+        parts=small_parts(opened.mesh),
+    )
+    folder = config.data / "jobs"
+    mailbox = _Mailbox()
+    live = LiveJobs(
+        runner,
+        lambda wake: Jobs(
+            trainer,
+            JobsConfig(states=folder / "states", quantum_steps=training.quantum_steps),
+            shelf=JobShelf(runner),
+            parking=Parking(folder / "parked", host_bytes=PARKED_BYTES),
+            load=load,
+            wake=wake,
+        ),
+        publish_every=training.publish_every,
+        listener=mailbox,
+    )
+    stored = StoredJobs(database)
+    know_names(runner.catalog.jobs, stored)
+    scorer: Scorer | None = None
+
+    def published(record: JobRecord, version: Published) -> None:
+        assert scorer is not None
+        scorer.score(record, version)
+
+    service = JobService(
+        live,
+        stored,
+        files,
+        runner.catalog.jobs,
+        load=load,
+        base_lr=default_lr(opened.base.config),
+        limits=config.limits,
+        published=published,
+    )
+    mailbox.service = service
+
+    def path(id: str) -> Path:
+        return files.find(id, None)[1]
+
+    scorer = Scorer(runner, path, service.recorder.change)
+    return JobHost(runner, live, service, Tuner(live, config.data / "tuned"), scorer)
+
+
+def know_names(names: JobNames, stored: StoredJobs) -> None:
+    """Has the names of all jobs that there ever were mean what they have made."""
+    for record, checkpoints in stored.history():
+        suffix = record.request.get("suffix")
+        names.add(record.id, record.tenant, suffix if isinstance(suffix, str) else "")
+        for checkpoint in checkpoints:
+            final = checkpoint.version == record.progress.get("final_version")
+            names.checkpoint(record.id, checkpoint.step, checkpoint.version, final=final)

@@ -1,0 +1,58 @@
+"""One server for a module's tests, and clients of it: `pytest_plugins = ["adapters_fixtures"]`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import httpx2
+import pytest
+from adapters_world import Shelf, shelf_at
+from serve_world import check_idle, settle
+
+NUMBERS = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory) -> Iterator[Shelf]:
+    with shelf_at(tmp_path_factory.mktemp("shelf")) as it:
+        yield it
+        settle(it.runner)
+        check_idle(it.runner.engine)
+
+
+@pytest.fixture
+def shelf(running) -> Iterator[Shelf]:
+    """The server without adapters; nothing under way is left over."""
+    yield running
+    for ref in running.store.list(None):
+        running.service.delete(None, f"{ref.tenant}/{ref.name}")
+    running.full.clear()
+    assert list((running.service._staging).iterdir()) == []
+
+
+@pytest.fixture
+def bot(shelf) -> str:
+    """A name that nobody has had: the numbers of its versions begin at 1."""
+    return f"bot{next(NUMBERS)}"
+
+
+@pytest.fixture
+def root(shelf) -> Iterator[httpx2.Client]:
+    """An admin."""
+    with shelf.client("root") as client:
+        yield client
+
+
+@pytest.fixture
+def acme(shelf) -> Iterator[httpx2.Client]:
+    """A tenant."""
+    with shelf.client("acme") as client:
+        yield client
+
+
+@pytest.fixture
+def zoo(shelf) -> Iterator[httpx2.Client]:
+    """Another tenant."""
+    with shelf.client("zoo") as client:
+        yield client

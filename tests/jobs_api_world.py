@@ -1,0 +1,130 @@
+"""A small server whose jobs are real: engine, trainer, database, HTTP; only uploaded files are kept by a stand-in."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from fake_house import serving
+from serve_world import MODEL, World
+from small_world import tiny_path
+
+from jaxlora.errors import NotFound, Unauthorized
+from jaxlora.opened import Opened
+from jaxlora.serve_config import LimitsSection, ServeConfig, TrainingSection, serve_defaults
+from serve.app import create_app
+from serve.auth import Caller
+from serve.database import Database
+from serve.job_host import JobHost, make_job_host
+from serve.jobs_api import JobsWire
+from serve.records import FileRecord, new_id
+from serve.runner import Runner
+from serve.stored_files import StoredFiles
+from train.jsonl import load_jsonl
+
+BASE = "owner/tiny"
+LANE_TOKENS = 64
+
+
+def lines(count: int = 6, *, wrong: bool = False) -> str:
+    """A training file of so many short completions."""
+    rows = [{"prompt": f"say {i}", "completion": f" word{i}"} for i in range(count)]
+    return "\n".join([json.dumps(r) for r in rows] + (['{"prompt": 3}'] if wrong else []))
+
+
+class FolderFiles:
+    """Files in a folder, with their rows in the database."""
+
+    def __init__(self, database: Database, folder: Path):
+        self.stored, self.folder = StoredFiles(database), folder
+        folder.mkdir(exist_ok=True)
+
+    def keep(self, tenant: str, filename: str, purpose: str, content: bytes) -> FileRecord:
+        record = FileRecord(
+            id=new_id("file-"),
+            tenant=tenant,
+            filename=filename,
+            purpose=purpose,
+            size_bytes=len(content),
+            sha256=hashlib.sha256(content).hexdigest(),
+            created_s=time.time(),
+        )
+        (self.folder / record.id).write_bytes(content)
+        self.stored.insert(record, most_bytes=None)
+        return record
+
+    def find(self, id: str, sees: str | None) -> tuple[FileRecord, Path]:
+        record = self.stored.get(id, sees, time.time())
+        if not (self.folder / id).exists():
+            raise NotFound(f"no file {id}")
+        return record, self.folder / id
+
+
+def by_key(connection) -> Caller:
+    """Each key is a tenant's of that name; `root` is the admin's."""
+    key = connection.headers.get("authorization", "").removeprefix("Bearer ")
+    if not key:
+        raise Unauthorized("give a key")
+    return Caller(owner=key, admin=key == "root", key_id=key)
+
+
+class Server:
+    """One running server, on a folder that another may take over when it has ended."""
+
+    def __init__(self, world: World, folder: Path, **training):
+        sizes = {"slots": 1, "max_rank": 4, "lanes": 2, "lane_tokens": LANE_TOKENS, "publish_every": 2}
+        section = TrainingSection(**sizes | training)
+        self.config: ServeConfig = replace(
+            serve_defaults("tiny", folder / "adapters"),
+            training=section,
+            limits=LimitsSection(jobs=4),
+            max_rank=world.spec.rank,
+        )
+        self.database = Database(f"sqlite:///{folder}/jaxlora.sqlite")
+        self.files = FolderFiles(self.database, folder / "files")
+        self.runner = Runner(world.engine(), base_name=BASE)
+        opened = Opened(
+            name=BASE,
+            path=tiny_path(MODEL),
+            base=world.base,
+            mesh=world.mesh,
+            tokenizer=world.tokenizer,
+            base_hash=world.base_hash,
+        )
+        self.host: JobHost = make_job_host(
+            opened,
+            self.config,
+            section,
+            self.runner,
+            self.database,
+            self.files,
+            lambda path: load_jsonl(
+                path, world.tokenizer, max_tokens=LANE_TOKENS + 1, loss=None, name="the training file"
+            ),
+        )
+
+    def stop(self, *, hard: bool = False) -> None:
+        """Ends it; hard: without saving what jobs have learned, as far as a process can do that to itself."""
+        self.runner.stop()
+        if not hard:
+            self.host.close()
+        self.database.close()
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[str]:
+        """Its URL."""
+        self.runner.start()
+        self.host.start()
+        app = create_app(
+            self.runner, default_max_tokens=16, caller_of=by_key, routers=[JobsWire(self.host.service).router()]
+        )
+        try:
+            with serving(app) as url:
+                yield url
+        finally:
+            self.stop()

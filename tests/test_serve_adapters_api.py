@@ -1,0 +1,443 @@
+"""Adapters over HTTP: vLLM's two routes, ours, and who may do what.  A real engine answers."""
+
+from __future__ import annotations
+
+import io
+import threading
+import time
+import zipfile
+
+import httpx2
+import numpy as np
+import openai
+import peft_world
+import pytest
+from adapters_world import (
+    BASE,
+    Shelf,
+    adapter_files,
+    answer,
+    error_of,
+    fixture_files,
+    seeded,
+    tar_of,
+    upload,
+    write_files,
+    zip_of,
+)
+from safetensors.numpy import load
+
+pytest_plugins = ["adapters_fixtures"]
+ON_LLAMA = [n for n in peft_world.ACCEPTED if peft_world.load_fixture(n).base == "llama"]
+
+
+def ids(response: httpx2.Response) -> list[str]:
+    assert response.status_code == 200, response.text
+    return [entry["id"] for entry in response.json()["data"]]
+
+
+# ---- in
+
+
+@pytest.mark.parametrize("name", ON_LLAMA)
+def test_a_loaded_folder_answers_as_peft_does(shelf, root, name):
+    """The log-probabilities of the fixture's own tokens, to what float32 sums allow."""
+    fixture = peft_world.load_fixture(name)
+    folder = write_files(shelf.root / name, fixture_files(name))
+    response = root.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": str(folder)})
+    assert (response.status_code, response.text) == (200, f"Success: LoRA adapter '{name}' added successfully.")
+    assert response.headers["content-type"].startswith("text/plain")
+    for tokens, logits in zip(fixture.tokens, fixture.logits, strict=True):
+        body = {"model": name, "prompt": tokens.tolist(), "max_tokens": 0, "echo": True, "logprobs": 0}
+        told = root.post("/v1/completions", json=body).json()["choices"][0]["logprobs"]["token_logprobs"]
+        raw = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
+        raw -= logits.max(-1, keepdims=True)
+        wanted = [raw[i, t] for i, t in enumerate(tokens[1:])]
+        assert np.abs(np.array(told[1:]) - wanted).max() < 1e-4
+
+
+@pytest.mark.parametrize("form", ["zip", "stored zip", "tar", "tar.gz", "nested zip", "files", "files with a path"])
+def test_every_form_of_an_upload_gives_the_same_adapter(shelf, acme, form, bot):
+    files = fixture_files("plain")
+    body = {
+        "zip": lambda: zip_of(files | {"README.md": b"# x"}),
+        "stored zip": lambda: zip_of(files, zipfile.ZIP_STORED),
+        "tar": lambda: tar_of({f"./{n}": d for n, d in files.items()}),
+        "tar.gz": lambda: tar_of(files, "w:gz"),
+        "nested zip": lambda: zip_of({f"my adapter/{n}": d for n, d in files.items()} | {"__MACOSX/._x": b"?"}),
+        "files": lambda: files,
+        "files with a path": lambda: {f"C:\\x\\{n}": d for n, d in files.items()} | {"README.md": b"# x"},
+    }[form]()
+    response = upload(acme, bot, body)
+    assert response.status_code == 200, response.text
+    told = response.json()
+    assert (told["object"], told["name"], told["tenant"], told["version"]) == ("adapter", bot, "acme", 1)
+    assert told["base_verified"] is False
+    assert told["left_out"] == {"zip": ["README.md"], "nested zip": ["._x"], "files with a path": ["README.md"]}.get(
+        form, []
+    )
+    truth = peft_world.load_fixture("plain").modules
+    assert {m["module"]: [m["rank"], m["scale"]] for m in told["modules"]} == truth
+    wanted, _ = peft_world.read_folder(peft_world.FIXTURES / "accepted" / "plain")
+    got = shelf.store.get(shelf.store.latest("acme", bot))
+    assert got.spec == wanted.spec
+    assert all(
+        np.array_equal(x, y) for t in wanted.weights for x, y in zip(got.weights[t], wanted.weights[t], strict=True)
+    )
+
+
+def test_an_upload_under_a_name_that_is_taken_is_its_next_version(shelf, acme, bot):
+    assert [upload(acme, bot, zip_of(seeded(i))).json()["version"] for i in (1, 2)] == [1, 2]
+    assert answer(acme, bot) == answer(acme, f"{bot}@2") != answer(acme, f"{bot}@1")
+    versions = acme.get(f"/v1/adapters/{bot}/versions")
+    assert ids(versions) == [f"{bot}@2", f"{bot}@1"]
+    assert ids(acme.get(f"/v1/adapters/{bot}/versions?limit=1&after={bot}@2")) == [f"{bot}@1"]
+
+
+def test_what_is_answered_is_on_disk_and_survives_a_kill(shelf, acme, bot):
+    upload(acme, bot, zip_of(seeded(1)))
+    folder = shelf.store._root / f"adapters/acme/{bot}/1"
+    assert sorted(p.name for p in folder.iterdir() if p.is_dir()) == ["meta", "weights"]
+
+
+def test_a_download_goes_in_again_and_is_of_this_base(shelf, acme, root, bot):
+    upload(acme, bot, zip_of(fixture_files("rank-pattern")))
+    response = acme.get(f"/v1/adapters/{bot}@1/download")
+    assert response.headers["content-type"] == "application/zip"
+    assert response.headers["content-disposition"] == f'attachment; filename="{bot}-1.zip"'
+    with zipfile.ZipFile(io.BytesIO(response.content)) as archive:
+        assert sorted(archive.namelist()) == ["adapter_config.json", "adapter_model.safetensors", "jaxlora.json"]
+        weights = load(archive.read("adapter_model.safetensors"))
+    original = load(fixture_files("rank-pattern")["adapter_model.safetensors"])
+    assert all(np.array_equal(weights[k], original[k]) for k in original)
+    again = upload(acme, bot, response.content)
+    assert (again.json()["version"], again.json()["base_verified"]) == (2, True)
+    assert answer(acme, f"{bot}@1") == answer(acme, f"{bot}@2")
+    half = acme.get(f"/v1/adapters/{bot}/download?dtype=bfloat16")
+    assert len(half.content) < 0.8 * len(response.content)
+    assert error_of(acme.get(f"/v1/adapters/{bot}/download?dtype=int8"))[:2] == (400, "invalid_value")
+
+
+# ---- lists
+
+
+def test_lists_are_paged_by_id_newest_first(shelf, acme, zoo, root, monkeypatch):
+    clock = iter(range(1000, 2000))
+    monkeypatch.setattr("jaxlora.store.time.time", lambda: next(clock))
+    for name in ("one", "two", "three"):
+        upload(acme, name, zip_of(adapter_files()))
+    upload(zoo, "two", zip_of(adapter_files()))
+    assert ids(acme.get("/v1/adapters")) == ["three", "two", "one"]
+    page = acme.get("/v1/adapters?limit=2").json()
+    assert (page["has_more"], page["last_id"]) == (True, "two")
+    assert ids(acme.get("/v1/adapters?limit=2&after=two")) == ["one"]
+    assert ids(acme.get("/v1/adapters?prefix=t")) == ["three", "two"]
+    assert ids(root.get("/v1/adapters")) == ["zoo/two", "three", "acme/two", "one"]
+    assert ids(zoo.get("/v1/adapters")) == ["two"]
+    for wrong in ("after=nobody", "limit=0", "limit=1001", "limit=x", "order=asc"):
+        assert acme.get(f"/v1/adapters?{wrong}").status_code == 400, wrong
+
+
+# ---- away
+
+
+def test_a_deleted_name_is_free_at_once_and_says_something_else(shelf, root, acme, bot):
+    upload(acme, bot, zip_of(seeded(1)))
+    first = answer(acme, bot)
+    assert acme.delete(f"/v1/adapters/{bot}").json() == {"id": bot, "object": "adapter", "deleted": True}
+    assert error_of(acme.get(f"/v1/adapters/{bot}"))[:2] == (404, "model_not_found")
+    assert error_of(acme.post("/v1/completions", json={"model": bot, "prompt": "x"}))[0] == 404
+    assert upload(acme, bot, zip_of(seeded(2))).json()["version"] == 2
+    assert answer(acme, bot) != first
+
+
+def test_a_version_is_deleted_alone(shelf, acme, bot):
+    for i in (1, 2, 3):
+        upload(acme, bot, zip_of(seeded(i)))
+    second = answer(acme, f"{bot}@2")
+    assert acme.delete(f"/v1/adapters/{bot}@3").json()["id"] == f"{bot}@3"
+    assert ids(acme.get(f"/v1/adapters/{bot}/versions")) == [f"{bot}@2", f"{bot}@1"]
+    assert answer(acme, bot) == second
+    assert acme.delete(f"/v1/adapters/{bot}@3").status_code == 404
+
+
+def test_openai_s_client_deletes_a_model_and_not_the_base(shelf, acme, bot):
+    upload(acme, bot, zip_of(seeded(1)))
+    with openai.OpenAI(base_url=shelf.url + "/v1", api_key="acme", max_retries=0) as client:
+        deleted = client.models.delete(bot)
+        assert (deleted.id, deleted.object, deleted.deleted) == (bot, "model", True)
+        with pytest.raises(openai.NotFoundError) as caught:
+            client.models.delete(bot)
+        assert caught.value.code == "model_not_found"
+        with pytest.raises(openai.BadRequestError, match="is the base model, which stays"):
+            client.models.delete(BASE)
+
+
+# ---- vLLM's table of cases
+
+
+def load_lora(client: httpx2.Client, **body) -> tuple[int, str, str]:
+    return error_of(client.post("/v1/load_lora_adapter", json=body))
+
+
+def test_the_cases_of_vllm(shelf, root):
+    folder = str(write_files(shelf.root / "good", seeded(1)))
+    bad = str(write_files(shelf.root / "bad", adapter_files(use_dora=True)))
+    for empty in ({"lora_name": "", "lora_path": folder}, {"lora_name": "a", "lora_path": ""}):
+        assert load_lora(root, **empty) == (400, "invalid_value", "Both 'lora_name' and 'lora_path' must be provided.")
+    assert load_lora(root, lora_path=folder) == (400, "invalid_value", "lora_name is required")
+    assert load_lora(root, lora_name=BASE, lora_path=folder)[0] == 400
+    assert load_lora(root, lora_name="a", lora_path=str(shelf.root / "none"))[:2] == (404, "not_found")
+    status, code, message = load_lora(root, lora_name="a", lora_path=bad)
+    assert (status, code) == (400, "adapter_invalid")
+    assert "DoRA adapters are not supported" in message
+    assert shelf.store.list(None) == []
+    good = {"lora_name": "a", "lora_path": folder}
+    assert root.post("/v1/load_lora_adapter", json=good | {"is_3d_lora_weight": False}).status_code == 200
+    status, code, message = load_lora(root, **good)
+    assert (status, code) == (400, "invalid_value")
+    assert "has already been loaded" in message
+    assert "load_inplace" in message
+    assert load_lora(root, **good, is_3d_lora_weight=True)[:2] == (400, "unsupported_parameter")
+    assert load_lora(root, **good, hub="x")[:2] == (400, "unknown_parameter")
+    assert (
+        root.post("/v1/load_lora_adapter", content=b"{", headers={"content-type": "application/json"}).status_code
+        == 400
+    )
+    response = root.post("/v1/unload_lora_adapter", json={"lora_name": "a", "lora_int_id": None})
+    assert (response.status_code, response.text) == (200, "Success: LoRA adapter 'a' removed successfully.")
+    for name, status in (("a", 404), ("", 400), ("a@1", 400), (BASE, 400)):
+        assert root.post("/v1/unload_lora_adapter", json={"lora_name": name}).status_code == status, name
+
+
+def test_a_reload_in_place_is_a_new_version_and_one_that_fails_changes_nothing(shelf, root, bot):
+    folder = write_files(shelf.root / "place", seeded(1))
+    body = {"lora_name": f"acme/{bot}", "lora_path": str(folder), "load_inplace": True}
+    assert root.post("/v1/load_lora_adapter", json=body).status_code == 200
+    before = answer(root, bot)
+    write_files(folder, adapter_files(tensors=peft_world.plain_tensors() | {"x": np.zeros(3, np.float32)}))
+    assert load_lora(root, **body)[:2] == (400, "adapter_invalid")
+    assert answer(root, bot) == before
+    write_files(folder, seeded(2))
+    assert root.post("/v1/load_lora_adapter", json=body).status_code == 200
+    assert answer(root, bot) != before  # the prompt's pages were cached under the old version
+    assert answer(root, f"{bot}@1") == before
+    assert [r.version for r in shelf.store.versions("acme", bot)] == [1, 2]
+
+
+# ---- while requests run
+
+
+class Stream(threading.Thread):
+    """A completion that is read while other things happen; an answer of so many tokens is slow enough."""
+
+    def __init__(self, shelf: Shelf, model: str, **extra):
+        super().__init__(daemon=True)
+        self.client = openai.OpenAI(base_url=shelf.url + "/v1", api_key="root", max_retries=0, timeout=30)
+        self.model, self.extra, self.text, self.versions = model, extra, "", []
+        self.began = threading.Event()
+        self.start()
+        assert self.began.wait(20)
+
+    def run(self):
+        with self.client:
+            for chunk in self.client.completions.create(
+                model=self.model,
+                prompt=[5, 9, 20],
+                max_tokens=48,
+                temperature=0,
+                stream=True,
+                extra_body={"ignore_eos": True, **self.extra},
+            ):
+                self.text += chunk.choices[0].text
+                self.began.set()
+                self.versions.append((chunk.model_extra or {}).get("adapter_version"))
+
+
+@pytest.fixture
+def slow(shelf):
+    """A step takes a while, so that an answer is under way when something happens."""
+    step = shelf.runner.engine.step
+    shelf.runner.engine.step = lambda: time.sleep(0.02) or step()
+    yield
+    shelf.runner.engine.step = step
+
+
+@pytest.mark.parametrize("then", ["reload", "unload", "delete the version"])
+def test_requests_under_way_end_on_their_version(shelf, root, slow, then, bot):
+    folder = write_files(shelf.root / bot, seeded(1))
+    body = {"lora_name": bot, "lora_path": str(folder)}
+    assert root.post("/v1/load_lora_adapter", json=body).status_code == 200
+    whole = answer(root, bot, 48)
+    streams = [Stream(shelf, bot) for _ in range(3)]
+    if then == "reload":
+        write_files(folder, seeded(2))
+        assert root.post("/v1/load_lora_adapter", json=body | {"load_inplace": True}).status_code == 200
+        assert answer(root, bot, 4) != whole[:4]
+    elif then == "unload":
+        assert root.post("/v1/unload_lora_adapter", json={"lora_name": bot}).status_code == 200
+        write_files(folder, seeded(3))
+        assert root.post("/v1/load_lora_adapter", json=body).status_code == 200
+        assert answer(root, bot, 4) != whole[:4]
+    else:
+        assert root.delete(f"/v1/adapters/{bot}@1").status_code == 200
+    assert all(s.is_alive() for s in streams)
+    for s in streams:
+        s.join(30)
+        assert s.text == whole
+    assert shelf.store._ram._orphans == {}
+
+
+def test_who_follows_its_adapter_goes_on_under_the_version_that_comes_in(shelf, root, slow, bot):
+    folder = write_files(shelf.root / "follow", seeded(1))
+    body = {"lora_name": bot, "lora_path": str(folder), "load_inplace": True}
+    root.post("/v1/load_lora_adapter", json=body)
+    alone = answer(root, bot, 48)
+    stream = Stream(shelf, bot, adapter_update="follow")
+    write_files(folder, seeded(2))
+    assert root.post("/v1/load_lora_adapter", json=body).status_code == 200
+    stream.join(30)
+    assert stream.text != alone
+    assert len(stream.text) == 48
+
+
+# ---- pins
+
+
+def test_a_pin_holds_for_later_versions_and_falls_with_its_adapter(shelf, root, acme, bot):
+    active = shelf.runner.engine.scheduler.active
+    upload(acme, bot, zip_of(seeded(1)))
+    assert root.post(f"/v1/adapters/acme/{bot}/pin").json()["pinned"] is True
+    assert {str(r) for r in active.pinned} == {f"acme/{bot}@1"}
+    assert root.post(f"/v1/adapters/{bot}/pin").status_code == 200  # again, by its short name
+    upload(acme, bot, zip_of(seeded(2)))
+    assert {str(r) for r in active.pinned} == {f"acme/{bot}@2"}
+    acme.delete(f"/v1/adapters/{bot}@2")
+    assert {str(r) for r in active.pinned} == {f"acme/{bot}@1"}
+    for name in ("one", "two"):
+        upload(acme, name, zip_of(seeded(3)))
+    assert root.post("/v1/adapters/one/pin").status_code == 200
+    status, code, message = error_of(root.post("/v1/adapters/two/pin"))
+    assert (status, code, message) == (400, "invalid_value", "pin takes at most 2 adapters of 3 active slots, got 3")
+    assert root.post("/v1/adapters/one/unpin").json()["pinned"] is False
+    acme.delete(f"/v1/adapters/{bot}")
+    assert active.pinned == set()
+    assert shelf.runner.tuning.pin == ()
+    (number,) = [r.version for r in shelf.store.versions("acme", "two")]
+    assert root.post(f"/v1/adapters/two@{number}/pin").status_code == 400
+    assert root.post(f"/v1/adapters/{BASE}/pin").status_code == 404
+
+
+# ---- who may
+
+
+ADMINS = [
+    ("POST", "/v1/load_lora_adapter", {"lora_name": "a", "lora_path": "/x"}),
+    ("POST", "/v1/unload_lora_adapter", {"lora_name": "bot"}),
+    ("POST", "/v1/adapters/bot/pin", None),
+    ("POST", "/v1/adapters/bot/unpin", None),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "body"), ADMINS, ids=lambda x: x if isinstance(x, str) else "")
+def test_a_tenant_s_key_does_nothing_that_is_an_admin_s(shelf, acme, method, path, body, bot):
+    upload(acme, bot, zip_of(seeded(1)))
+    assert error_of(acme.request(method, path, json=body))[:2] == (403, "insufficient_scope")
+    assert len(shelf.store.list(None)) == 1
+
+
+OF_ONE = [
+    ("GET", "/v1/adapters/{}"),
+    ("GET", "/v1/adapters/{}/versions"),
+    ("GET", "/v1/adapters/{}@1"),
+    ("GET", "/v1/adapters/{}@1/download"),
+    ("GET", "/v1/adapters/{}/download"),
+    ("DELETE", "/v1/adapters/{}"),
+    ("DELETE", "/v1/adapters/{}@1"),
+    ("DELETE", "/v1/models/{}"),
+    ("GET", "/v1/models/{}"),
+]
+
+
+@pytest.mark.parametrize(("method", "path"), OF_ONE)
+def test_another_tenant_s_adapter_is_the_404_of_an_unknown_one_T1(shelf, acme, zoo, method, path, bot):
+    upload(acme, bot, zip_of(seeded(1)))
+    for name, unknown in ((bot, "none"), (f"acme/{bot}", "acme/none")):
+        theirs, nobodys = (zoo.request(method, path.format(n)) for n in (name, unknown))
+        assert theirs.status_code == nobodys.status_code == 404
+        assert theirs.text.replace(name, unknown) == nobodys.text
+    assert [str(r) for r in shelf.store.list(None)] == [f"acme/{bot}@1"]
+    assert upload(zoo, f"acme/{bot}", zip_of(seeded(1))).status_code == 403
+    assert upload(acme, f"acme/{bot}", zip_of(seeded(1))).json()["version"] == 2
+
+
+def test_an_admin_uploads_for_a_tenant_and_names_it(shelf, root, acme, bot):
+    told = upload(root, f"acme/{bot}", zip_of(seeded(1))).json()
+    assert (told["tenant"], told["name"]) == ("acme", bot)
+    assert ids(acme.get("/v1/adapters")) == [bot]
+    assert root.get(f"/v1/adapters/acme/{bot}@1").json()["version"] == 1
+
+
+def test_no_key_no_answer(shelf, bot):
+    with httpx2.Client(base_url=shelf.url, timeout=10) as client:
+        for method, path in [
+            *((m, p) for m, p, _ in ADMINS),
+            *OF_ONE,
+            ("GET", "/v1/adapters"),
+            ("POST", "/v1/adapters"),
+        ]:
+            assert client.request(method, path.format(bot)).status_code == 401, path
+
+
+# ---- limits
+
+
+def test_a_full_tenant_gets_no_new_name_and_still_new_versions(shelf, acme, bot):
+    upload(acme, bot, zip_of(seeded(1)))
+    shelf.full.add("acme")
+    response = upload(acme, "another", zip_of(seeded(1)))
+    assert error_of(response)[:2] == (429, "insufficient_quota")
+    assert response.headers["x-should-retry"] == "false"
+    assert upload(acme, bot, zip_of(seeded(2))).json()["version"] == 2
+
+
+def test_only_so_many_uploads_at_once(shelf, acme, monkeypatch, bot):
+    monkeypatch.setattr("serve.adapters_api.MAX_TRANSFERS", 0)
+    response = upload(acme, bot, zip_of(seeded(1)))
+    assert error_of(response)[:2] == (503, "overloaded")
+    assert int(response.headers["retry-after"]) >= 1
+
+
+FORMS = {
+    "name": {"file": ("a.zip", b"x")},
+    "file": {"name": (None, b"bot")},
+    "mode": {"name": (None, b"bot"), "mode": (None, b"x"), "file": ("a.zip", b"x")},
+    "weights": {"name": (None, b"bot"), "weights": ("a.zip", b"x")},
+    "allow_base_mismatch": {"name": (None, b"bot"), "file": ("a", b"x"), "allow_base_mismatch": (None, b"yes")},
+}
+
+
+@pytest.mark.parametrize("field", FORMS)
+def test_a_form_is_taken_as_it_is_meant_or_refused_by_field(shelf, acme, field):
+    response = acme.post("/v1/adapters", files=FORMS[field])
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == field
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"--x\r\n",
+        b"not a form",
+        b'--x\r\nContent-Disposition: form-data; name="name"\r\n\r\nbot',
+        b'--x\r\nContent-Disposition: form-data; name="name"\r\n\r\n\xff\xfe\r\n--x--\r\n',
+        b"--x\r\nA: " + b"b" * 100_000 + b"\r\n\r\n--x--\r\n",
+        b"--x\r\nA: b\r\n\r\n--x--\r\n",
+    ],
+    ids=["empty", "begun", "no form", "cut", "no UTF-8", "long header", "no name"],
+)
+def test_a_body_that_is_no_form_is_refused(shelf, acme, body):
+    headers = {"content-type": "multipart/form-data; boundary=x"}
+    assert error_of(acme.post("/v1/adapters", content=body, headers=headers))[0] == 400
+    assert error_of(acme.post("/v1/adapters", json={"name": "bot"}))[0] == 400

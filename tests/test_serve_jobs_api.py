@@ -1,0 +1,284 @@
+"""Fine-tuning over HTTP with the official SDK: from a file to a model that is asked while it trains, and after."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import httpx2
+import openai
+import pytest
+from jobs_api_world import BASE, Server, lines
+
+pytest_plugins = ["serve_fixtures"]
+ENDED = ("succeeded", "failed", "cancelled")
+LORA = {"r": 2, "alpha": 4, "target_modules": ["q_proj", "down_proj"]}
+
+
+@pytest.fixture(scope="module")
+def server(world, tmp_path_factory):
+    it = Server(world, tmp_path_factory.mktemp("server"))
+    with it.running() as url:
+        yield it, url
+
+
+def client_of(url, key, **options):
+    return openai.OpenAI(base_url=url + "/v1", api_key=key, timeout=20, **{"max_retries": 0} | options)
+
+
+@pytest.fixture
+def acme(server, request):
+    """A tenant of the test's own."""
+    name = request.node.originalname.removeprefix("test_").replace("_", "-")[:40].strip("-")
+    with client_of(server[1], name) as client:
+        yield client
+
+
+def file_of(server, client, **how) -> str:
+    return server[0].files.keep(client.api_key, "train.jsonl", "fine-tune", lines(**how).encode()).id
+
+
+def create(server, client, **changes):
+    settings = {
+        "model": BASE,
+        "training_file": file_of(server, client),
+        "seed": 7,
+        "method": {
+            "type": "supervised",
+            "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": 2, "learning_rate_multiplier": 1.0}},
+        },
+        "extra_body": {"lora": LORA, "checkpoint_every": 3} | changes.pop("extra", {}),
+    }
+    return client.fine_tuning.jobs.create(**settings | changes)
+
+
+def wait_for(client, id, *states, timeout_s=60):
+    end = time.monotonic() + timeout_s
+    while (job := client.fine_tuning.jobs.retrieve(id)).status not in states:
+        assert time.monotonic() < end, job
+        assert job.status not in ENDED, job
+        time.sleep(0.05)
+    return job
+
+
+def ask(client, model):
+    return client.completions.create(model=model, prompt="say 1", max_tokens=3, temperature=0)
+
+
+def test_a_job_becomes_a_model(server, acme):
+    job = create(server, acme, suffix="bot", metadata={"team": "a"})
+    assert (job.status, job.object, job.fine_tuned_model) == ("validating_files", "fine_tuning.job", None)
+    assert job.organization_id == acme.api_key
+    done = wait_for(acme, job.id, "succeeded")
+    assert done.fine_tuned_model == f"ft:owner--tiny:{acme.api_key}:bot:{job.id[6:18]}"
+    assert done.hyperparameters.n_epochs == 2
+    assert done.hyperparameters.batch_size == 2
+    assert done.trained_tokens > 0
+    assert done.finished_at >= done.created_at
+    answer = ask(acme, done.fine_tuned_model)
+    assert answer.model == done.fine_tuned_model
+    checkpoints = acme.fine_tuning.jobs.checkpoints.list(job.id).data
+    assert [c.step_number for c in checkpoints] == [6, 3]
+    assert checkpoints[1].metrics.train_loss > checkpoints[0].metrics.train_loss
+    assert ask(acme, checkpoints[1].fine_tuned_model_checkpoint).adapter_version == checkpoints[1].adapter_version
+    assert ask(acme, done.fine_tuned_model + ":latest").adapter_version == answer.adapter_version
+    assert done.fine_tuned_model in [m.id for m in acme.models.list()]
+
+
+def test_events_are_paged_newest_first_and_can_be_followed(server, acme):
+    job = create(server, acme)
+    with httpx2.stream(
+        "GET",
+        f"{server[1]}/v1/fine_tuning/jobs/{job.id}/events?stream=true",
+        headers={"authorization": f"Bearer {acme.api_key}"},
+        timeout=60,
+    ) as answer:
+        data = [line[6:] for line in answer.iter_lines() if line.startswith("data: ")]
+    assert data[-1] == "[DONE]"
+    followed = [json.loads(d) for d in data[:-1]]
+    wait_for(acme, job.id, "succeeded")
+    listed = list(acme.fine_tuning.jobs.list_events(job.id, limit=3))
+    assert [e.id for e in listed] == [e["id"] for e in reversed(followed)]
+    steps = [e for e in followed if e["type"] == "metrics"]
+    assert [e["data"]["step"] for e in steps] == [1, 2, 3, 4, 5, 6]
+    assert steps[0]["data"].keys() >= {"train_loss", "learning_rate", "grad_norm", "tokens", "total_steps"}
+    assert followed[0]["message"].startswith("Created fine-tuning job")
+
+
+def test_a_model_answers_while_its_job_runs(server, acme):
+    job = create(server, acme, extra={"max_steps": 400, "checkpoint_every": 5})
+    while not (checkpoints := acme.fine_tuning.jobs.checkpoints.list(job.id).data):
+        time.sleep(0.02)
+    now = acme.fine_tuning.jobs.retrieve(job.id)
+    assert now.status == "running"
+    assert ask(acme, checkpoints[-1].fine_tuned_model_checkpoint).choices[0].finish_reason == "length"
+    assert ask(acme, now.fine_tuned_model).adapter_version >= checkpoints[-1].adapter_version
+    first = ask(acme, now.fine_tuned_model + ":latest").adapter_version
+    end = time.monotonic() + 20
+    while ask(acme, now.fine_tuned_model + ":latest").adapter_version == first:
+        assert time.monotonic() < end
+    assert acme.fine_tuning.jobs.cancel(job.id).status == "cancelled"
+
+
+def test_pause_resume_and_cancel_take_effect_and_may_be_repeated(server, acme):
+    job = create(server, acme, extra={"max_steps": 400})
+    wait_for(acme, job.id, "running")
+    assert acme.fine_tuning.jobs.pause(job.id).status == "paused"
+    assert acme.fine_tuning.jobs.pause(job.id).status == "paused"
+    step = acme.fine_tuning.jobs.retrieve(job.id).progress["step"]
+    time.sleep(0.2)
+    assert acme.fine_tuning.jobs.retrieve(job.id).progress["step"] == step
+    assert acme.fine_tuning.jobs.resume(job.id).status in ("queued", "running")
+    wait_for(acme, job.id, "running")
+    cancelled = acme.fine_tuning.jobs.cancel(job.id)
+    assert (cancelled.status, cancelled.error) == ("cancelled", None)
+    assert acme.fine_tuning.jobs.cancel(job.id).status == "cancelled"
+    assert ask(acme, cancelled.fine_tuned_model).adapter_version is not None
+    with pytest.raises(openai.ConflictError) as caught:
+        acme.fine_tuning.jobs.resume(job.id)
+    assert caught.value.response.headers["x-should-retry"] == "false"
+
+
+def test_a_bad_file_makes_the_job_fail_and_says_why(server, acme):
+    job = create(server, acme, training_file=file_of(server, acme, wrong=True))
+    failed = wait_for(acme, job.id, "failed")
+    assert failed.error.code == "invalid_training_file"
+    assert "line 7" in failed.error.message
+    assert "/" not in failed.error.message, "a path of the server"
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"extra": {"learning_rate": 1e-3}}, "learning_rate"),
+        ({"extra": {"early_stopping": {"patience": 2}}}, "early_stopping"),
+        ({"extra": {"lora": {"target_modules": ["nothing"]}}}, "lora.target_modules"),
+        ({"extra": {"unheard_of": 1}}, "unheard_of"),
+        ({"hyperparameters": {"n_epochs": 3}}, "hyperparameters"),
+        ({"method": {"type": "reinforcement"}}, "method.type"),
+        ({"suffix": "a:b"}, "suffix"),
+        ({"seed": -1}, "seed"),
+        ({"integrations": [{"type": "wandb", "wandb": {"project": "x"}}]}, "integrations"),
+    ],
+)
+def test_what_a_job_cannot_do_is_refused_by_name(server, acme, changes, param):
+    with pytest.raises(openai.BadRequestError) as caught:
+        create(server, acme, **changes)
+    assert caught.value.param == param
+
+
+def test_a_rank_that_no_slot_holds_is_refused(server, acme):
+    with pytest.raises(openai.BadRequestError) as caught:
+        create(server, acme, extra={"lora": {"r": 64}})
+    assert caught.value.code == "adapter_invalid"
+
+
+def test_too_many_jobs_are_over_the_quota(server, acme):
+    jobs = [create(server, acme, extra={"max_steps": 5000}) for _ in range(4)]
+    with pytest.raises(openai.RateLimitError) as caught:
+        create(server, acme)
+    assert caught.value.code == "insufficient_quota"
+    assert caught.value.response.headers["x-should-retry"] == "false"
+    for job in jobs:
+        acme.fine_tuning.jobs.cancel(job.id)
+    wait_for(acme, create(server, acme).id, "succeeded")
+
+
+def test_a_job_goes_on_from_an_adapter(server, acme):
+    first = wait_for(acme, create(server, acme).id, "succeeded")
+    again = create(server, acme, model=first.fine_tuned_model, extra={"lora": None})
+    done = wait_for(acme, again.id, "succeeded")
+    assert done.lora["rank"] == LORA["r"]
+    with pytest.raises(openai.BadRequestError) as caught:
+        create(server, acme, model=first.fine_tuned_model)
+    assert caught.value.param == "lora"
+
+
+def test_held_out_losses_and_scores_are_a_curve(server, acme):
+    heldout = file_of(server, acme, count=3)
+    scoring = {"file": heldout, "metrics": ["exact_match", "choice_accuracy"], "max_tokens": 4, "samples": 2}
+    job = create(server, acme, validation_file=heldout, extra={"eval_every": 3, "evaluation": scoring})
+    done = wait_for(acme, job.id, "succeeded")
+    assert done.progress["valid_loss"] > 0
+    assert [c.metrics.valid_loss is None for c in acme.fine_tuning.jobs.checkpoints.list(job.id).data] == [False, False]
+
+    def scores():
+        found = [e for e in acme.fine_tuning.jobs.list_events(job.id, limit=50) if "exact_match" in (e.data or {})]
+        return {e.data["step"]: e.data for e in found}
+
+    end = time.monotonic() + 30
+    while 6 not in (curve := scores()):
+        assert time.monotonic() < end, curve
+        time.sleep(0.1)
+    assert curve[6]["samples"] == 2
+    assert 0 <= curve[6]["choice_accuracy"] <= 1
+
+
+def test_results_are_a_file(server, acme):
+    job = create(server, acme)
+    wait_for(acme, job.id, "succeeded")
+    end = time.monotonic() + 10
+    while not (files := acme.fine_tuning.jobs.retrieve(job.id).result_files):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    _, path = server[0].files.find(files[0], acme.api_key)
+    rows = path.read_text().splitlines()
+    assert rows[0].startswith("step,train_loss")
+    assert len(rows) == 7
+
+
+def test_lists_are_the_callers_and_can_be_filtered(server, acme):
+    jobs = [create(server, acme, metadata={"n": str(i % 2)}) for i in range(3)]
+    listed = list(acme.fine_tuning.jobs.list(limit=2))
+    assert [j.id for j in listed] == [j.id for j in reversed(jobs)]
+    assert [j.id for j in acme.fine_tuning.jobs.list(metadata={"n": "1"})] == [jobs[1].id]
+    with client_of(server[1], "stranger") as other:
+        assert list(other.fine_tuning.jobs.list()) == []
+        bodies = set()
+        for id in (jobs[0].id, "ftjob-" + "0" * 32):
+            for call in (other.fine_tuning.jobs.retrieve, other.fine_tuning.jobs.cancel, other.fine_tuning.jobs.pause):
+                with pytest.raises(openai.NotFoundError) as caught:
+                    call(id)
+                bodies.add(caught.value.response.text.replace(id, "ID"))
+        assert len(bodies) == 1
+    for job in jobs:
+        wait_for(acme, job.id, "succeeded")
+
+
+def test_jobs_go_on_after_a_restart(world, tmp_path):
+    """What ran goes on and ends where an uninterrupted job ends; what was paused waits; names mean what they did."""
+    results = []
+    for interrupted in (False, True):
+        folder = tmp_path / str(interrupted)
+        folder.mkdir()
+        tenant = f"restart-{interrupted}"
+        first = Server(world, folder)
+        with first.running() as url, client_of(url, tenant) as client:
+            how = {"max_steps": 40, "checkpoint_every": 8}
+            job = create((first, url), client, suffix="again", extra=how)
+            if interrupted:
+                while not client.fine_tuning.jobs.checkpoints.list(job.id).data:
+                    time.sleep(0.01)
+                resting = create((first, url), client, extra=how)
+                wait_for(client, resting.id, "queued", "running")
+                client.fine_tuning.jobs.pause(resting.id)
+            else:
+                wait_for(client, job.id, "succeeded")
+        second = Server(world, folder)
+        with second.running() as url, client_of(url, tenant) as client:
+            done = wait_for(client, job.id, "succeeded")
+            steps = [
+                e.data["step"] for e in client.fine_tuning.jobs.list_events(job.id, limit=50) if e.type == "metrics"
+            ]
+            assert steps == list(range(40, 0, -1)), "no step is lost and none is done twice"
+            assert ask(client, done.fine_tuned_model).choices
+            assert ask(client, done.fine_tuned_model + ":ckpt-step-8").choices
+            if interrupted:
+                assert client.fine_tuning.jobs.retrieve(resting.id).status == "paused"
+                client.fine_tuning.jobs.resume(resting.id)
+                wait_for(client, resting.id, "succeeded")
+            ref = second.runner.resolve(tenant, done.fine_tuned_model)
+            results.append(second.runner.engine.store.get(ref).weights)
+    for target, pair in results[0].items():
+        for x, y in zip(pair, results[1][target], strict=True):
+            assert x.tobytes() == y.tobytes()

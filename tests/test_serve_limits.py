@@ -1,0 +1,130 @@
+"""Requests and tokens a minute, by tenant; and what a client is told."""
+
+import time
+
+import openai
+import pytest
+from fake_house import BASE, HI, FakeHouse, serving
+
+from jaxlora.errors import QuotaExceeded, RateLimited
+from jaxlora.serve_config import LimitsSection, NamedLimits
+from serve.app import create_app
+from serve.auth import Caller
+from serve.limits import Limiter, adapter_quota
+
+WHOLE_MINUTE = 1_700_000_040.0  # a multiple of 60
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A hand to turn: the seconds that have passed in a whole minute."""
+    now = [WHOLE_MINUTE]
+    monkeypatch.setattr(time, "time", lambda: now[0])
+
+    def turn(seconds):
+        now[0] = WHOLE_MINUTE + seconds
+
+    return turn
+
+
+def wait_s(limiter, **cost):
+    with pytest.raises(RateLimited) as caught:
+        limiter.admit("acme", **cost)
+    return caught.value.retry_after_s
+
+
+class TestLimiter:
+    def test_without_limits_everything_passes(self, clock):
+        limiter = Limiter(LimitsSection())
+        for _ in range(100):
+            limiter.admit("acme", tokens=10**9)
+
+    def test_tenants_are_counted_apart_and_by_their_own_numbers(self, clock):
+        limiter = Limiter(
+            LimitsSection(requests_per_minute=1, tenant=(NamedLimits(name="big", requests_per_minute=3),))
+        )
+        limiter.admit("acme", tokens=1)
+        limiter.admit("other", tokens=1)
+        wait_s(limiter, tokens=1)
+        for _ in range(3):
+            limiter.admit("big", tokens=1)
+        with pytest.raises(RateLimited):
+            limiter.admit("big", tokens=1)
+
+    @pytest.mark.parametrize("at", [0.0, 10.0, 59.0])
+    @pytest.mark.parametrize("cost", [1, 40, 100])
+    def test_the_wait_it_names_is_enough_and_not_much_too_long(self, clock, at, cost):
+        limiter = Limiter(LimitsSection(tokens_per_minute=100))
+        clock(at)
+        limiter.admit("acme", tokens=70)
+        limiter.admit("acme", tokens=30)
+        wait = wait_s(limiter, tokens=cost)
+        clock(at + wait - 0.7)  # the count is rounded down, so that a token may pass this much sooner
+        wait_s(limiter, tokens=cost)
+        clock(at + wait)
+        limiter.admit("acme", tokens=cost)
+
+    def test_the_wait_within_the_next_minute(self, clock):
+        limiter = Limiter(LimitsSection(tokens_per_minute=100))
+        clock(30)
+        limiter.admit("acme", tokens=80)
+        clock(75)  # 80 · 45/60 = 60 still count
+        limiter.admit("acme", tokens=20)
+        assert wait_s(limiter, tokens=60) == pytest.approx(30)  # until 80 · 15/60 + 20 = 40
+
+    def test_what_is_refused_counts_nothing(self, clock):
+        limiter = Limiter(LimitsSection(requests_per_minute=2, tokens_per_minute=100))
+        limiter.admit("acme", tokens=90)
+        for _ in range(5):
+            wait_s(limiter, tokens=20)
+        limiter.admit("acme", tokens=10)
+        assert wait_s(limiter, tokens=0) > 0  # of requests
+
+    def test_more_than_a_minute_has_is_refused_for_good(self, clock):
+        with pytest.raises(QuotaExceeded, match=r"101 tokens.*100"):
+            Limiter(LimitsSection(tokens_per_minute=100)).admit("acme", tokens=101)
+
+
+def test_adapters_are_counted_before_one_more():
+    counts = {"acme": 1, "other": 2}
+    check = adapter_quota(LimitsSection(adapters=2), counts.__getitem__)
+    check("acme")
+    with pytest.raises(QuotaExceeded, match="2 adapters"):
+        check("other")
+    adapter_quota(LimitsSection(), counts.__getitem__)("other")
+
+
+class TestOverHttp:
+    @pytest.fixture
+    def ask(self):
+        limits = LimitsSection(tokens_per_minute=300, tenant=(NamedLimits(name="slow", requests_per_minute=1),))
+
+        def by_header(connection):
+            return Caller(owner=connection.headers["authorization"].removeprefix("Bearer "), admin=False)
+
+        house = FakeHouse()
+        app = create_app(house, default_max_tokens=64, caller_of=by_header, limiter=Limiter(limits))
+        with serving(app) as url, openai.OpenAI(base_url=url + "/v1", api_key="x", max_retries=0) as client:
+            yield lambda tenant, **body: client.with_options(api_key=tenant).chat.completions.create(
+                **{"model": BASE, "messages": HI} | body
+            )
+
+    def test_a_refusal_says_when_to_come_again(self, ask):
+        ask("slow", max_tokens=1)
+        with pytest.raises(openai.RateLimitError) as caught:
+            ask("slow", max_tokens=1)
+        error = caught.value
+        assert (error.code, error.type) == ("rate_limit_exceeded", "rate_limit_error")
+        assert 1 <= int(error.response.headers["retry-after"]) <= 120
+        assert "x-should-retry" not in error.response.headers
+
+    def test_all_choices_and_the_prompt_count(self, ask):
+        """The prompt has 20 tokens: mark, "user:hi", end, mark, "assistant:"."""
+        with pytest.raises(openai.RateLimitError) as caught:
+            ask("acme", max_tokens=100, n=3)
+        assert "come to 320 tokens" in caught.value.message
+        assert caught.value.response.headers["x-should-retry"] == "false"
+        ask("acme", max_tokens=93, n=3)  # 20 + 279
+        with pytest.raises(openai.RateLimitError):
+            ask("acme", max_tokens=1)
+        ask("other", max_tokens=1)

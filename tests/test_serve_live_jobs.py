@@ -1,0 +1,136 @@
+"""Jobs beside serving: versions while they run, guests between their steps, and nobody's result changed by either."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+from live_world import LiveWorld, job
+from train_world import assert_same_bits
+
+from jaxlora.errors import AdapterNotFinite
+
+pytest_plugins = ["serve_fixtures"]
+
+
+@pytest.fixture
+def live(world, tmp_path):
+    return LiveWorld(world, tmp_path)
+
+
+def weights(live, ref):
+    return live.runner.engine.store.get(ref).weights
+
+
+def test_a_job_is_published_every_few_steps_and_at_its_end(live):
+    live.live.create("ftjob-a", job(1, owner="one", steps=5, checkpoint_every=3), publish=True)
+    live.run()
+    assert live.heard.states("ftjob-a")[-1] == "succeeded"
+    assert live.heard.steps("ftjob-a") == [(2, False, False), (3, True, False), (4, False, False), (5, True, True)]
+    refs = [p.ref for p in live.heard.published]
+    assert [r.version for r in refs] == [1, 2, 3, 4]
+    first, last = weights(live, refs[1]), weights(live, refs[3])
+    assert any(not np.array_equal(x, y) for t in first for x, y in zip(first[t], last[t], strict=True))
+
+
+def test_versions_that_are_no_checkpoints_make_way(live):
+    live.live.create("ftjob-b", job(2, owner="two", steps=12, checkpoint_every=4), publish=True)
+    live.run()
+    kept = {p.ref.version for p in live.heard.published if p.checkpoint}
+    left = {r.version for r in live.runner.engine.store.versions("two", "job-2")}
+    newest = sorted(p.ref.version for p in live.heard.published)[-4:]
+    assert kept <= left <= kept | set(newest)
+
+
+def test_a_job_that_does_not_publish_has_its_result_alone(live):
+    live.live.create("ftjob-c", job(3, owner="three", checkpoint_every=2), publish=False)
+    live.run()
+    assert live.heard.steps("ftjob-c") == [(6, True, True)]
+
+
+def test_events_are_told_once_and_in_order(live):
+    live.live.create("ftjob-d", job(4, owner="four"), publish=True)
+    live.run()
+    seqs = [e.seq for n in live.heard.news for e in n.events]
+    assert seqs == list(range(1, len(seqs) + 1))
+    assert live.live.jobs.list(None) == []  # forgotten here: what is told is stored elsewhere
+
+
+@pytest.mark.parametrize("move", ["cancel", "pause"])
+def test_what_a_job_has_learned_is_a_version_when_it_leaves(live, move):
+    live.live.create("ftjob-e", job(5, owner=f"five-{move}", steps=50), publish=True)
+    while live.live.jobs.get(f"five-{move}", "ftjob-e").progress.step < 3:
+        live.live.advance()
+    getattr(live.live, move)(f"five-{move}", "ftjob-e")
+    live.run()
+    assert live.heard.steps("ftjob-e")[-1][:2] == (3, True)
+    assert live.heard.states("ftjob-e")[-1] == {"cancel": "cancelled", "pause": "paused"}[move]
+
+
+def test_a_guest_is_trained_between_steps_and_changes_no_job(world, tmp_path):
+    """One slot for all: the job gives way, comes back, and ends where it ends alone, bit for bit."""
+    results = []
+    for guests in (0, 3):
+        live = LiveWorld(world, tmp_path / str(guests))
+        owner = f"six-{guests}"
+        live.live.create("ftjob-f", job(6, owner=owner, steps=8), publish=True)
+        state, reports = None, []
+        for step in range(guests):
+            for _ in range(25):
+                live.live.advance()
+            caller, _ = live.call(90, state=state, step=step)
+            while caller.done.empty():
+                live.live.advance()
+            report, _, state = caller.done.get()
+            reports.append(report)
+        live.run()
+        results.append(weights(live, live.heard.published[-1].ref))
+        if guests:
+            assert [r.nll for r in reports] == sorted((r.nll for r in reports), reverse=True)
+            assert {r.targets for r in reports} == {reports[0].targets}
+            assert reports[0].loss == pytest.approx(reports[0].nll / reports[0].targets, rel=1e-5)
+    assert_same_bits(*results)
+
+
+def test_calls_of_one_adapter_are_what_they_are_without_jobs(world, tmp_path):
+    """Three calls in the midst of jobs of others equal three calls alone, moments and all."""
+    ends = []
+    for crowd in (False, True):
+        live = LiveWorld(world, tmp_path / str(crowd), slots=2)
+        if crowd:
+            for i in range(2):
+                live.live.create(f"ftjob-g{i}", job(7 + i, owner=f"seven-{i}", steps=40), publish=True)
+        state = None
+        for step in range(3):
+            caller, _ = live.call(91, state=state, step=step)
+            while caller.done.empty():
+                live.live.advance()
+            _, rows, state = caller.done.get()
+        ends.append((jax.device_get(rows), state))
+    assert_same_bits(*ends)
+
+
+def test_a_guest_that_is_not_finite_changes_nothing_and_leaves(live):
+    caller, call = live.call(92, bad=True)
+    live.run()
+    assert isinstance(caller.done.get(), AdapterNotFinite)
+    assert call.name not in live.trainer.tenants
+    assert live.trainer.free_slots(call.spec) == 1
+
+
+def test_all_lanes_of_a_long_call_are_one_update(live):
+    """More examples than a step has room for are one batch."""
+    caller, call = live.call(93, count=40)
+    live.run()
+    report, _, _ = caller.done.get()
+    assert report.targets == sum(e.predictions for e in call.examples)
+    assert report.step == 1
+
+
+def test_who_does_nothing_costs_nothing(live):
+    live.live.create("ftjob-h", job(10, owner="eight"), publish=True)
+    live.run()
+    assert not live.live.has_work
+    live.live.poke()
+    assert live.live.has_work
+    assert live.run() == 1
