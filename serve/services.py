@@ -20,6 +20,7 @@ from serve.database import Database
 from serve.door import Door
 from serve.file_store import FileStore
 from serve.files_api import FilesWire
+from serve.idempotency import Once
 from serve.job_host import JobHost, make_job_host
 from serve.jobs_api import JobsWire
 from serve.keys import Keys
@@ -75,12 +76,13 @@ def services(
             roots=config.lora_roots,
             check_quota=adapter_quota(config.limits, lambda tenant: len(store.list(tenant))),
         )
-        files_wire, adapters_wire = FilesWire(files, database), AdaptersWire(adapters)
+        once = Once(database)
+        files_wire, adapters_wire = FilesWire(files, database, once), AdaptersWire(adapters)
         routers, jobs = [files_wire.router(), adapters_wire.router()], None
         if training is not None:
             jobs = make_job_host(opened, config, training, runner, database, files, load)
             stack.callback(jobs.close)
-            routers.append(JobsWire(jobs.service).router())
+            routers.append(JobsWire(jobs.service, once).router())
         keys.start(door.shut_out)
         stack.callback(keys.close)
         yield Services(

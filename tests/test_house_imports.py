@@ -48,6 +48,7 @@ PURE = (
     "serve/grammar.py",
     "serve/histogram.py",
     "serve/house.py",
+    "serve/idempotency.py",
     "serve/key_commands.py",
     "serve/keys.py",
     "serve/limits.py",
