@@ -17,11 +17,12 @@ from jaxlora.errors import Overloaded
 from serve.auth import caller_of
 from serve.database import Database
 from serve.file_store import FileStore, found_at, sha256_of
-from serve.files_types import FORM_BODY, FORM_FIELDS, FilesQuery, upload_form
+from serve.files_types import CONTENT, FORM_BODY, FORM_FIELDS, DeletedFile, File, FileList, FilesQuery, upload_form
 from serve.idempotency import HEADER, Once
 from serve.job_objects import page_object
 from serve.multipart import Form, FormRules, receive_form
 from serve.openai_errors import ERRORS
+from serve.openapi import ok
 from serve.records import FileRecord, JsonObject
 from serve.stored_files import over_quota
 
@@ -49,11 +50,16 @@ class FilesWire:
     def router(self) -> APIRouter:
         """All routes of this wire."""
         router = APIRouter(responses=ERRORS)
-        router.add_api_route(FILES, self.create, methods=["POST"], response_model=None, openapi_extra=FORM_BODY)
-        router.add_api_route(FILES, self.list, methods=["GET"], response_model=None)
-        router.add_api_route(FILES + "/{id}", self.read, methods=["GET"], response_model=None)
-        router.add_api_route(FILES + "/{id}", self.delete, methods=["DELETE"], response_model=None)
-        router.add_api_route(FILES + "/{id}/content", self.content, methods=["GET"], response_model=None)
+        for method, path, handler, responses, openapi in (
+            ("POST", FILES, self.create, ok(File), FORM_BODY),
+            ("GET", FILES, self.list, ok(FileList), None),
+            ("GET", FILES + "/{id}", self.read, ok(File), None),
+            ("DELETE", FILES + "/{id}", self.delete, ok(DeletedFile), None),
+            ("GET", FILES + "/{id}/content", self.content, CONTENT, None),
+        ):
+            router.add_api_route(
+                path, handler, methods=[method], response_model=None, responses=responses, openapi_extra=openapi
+            )
         return router
 
     async def create(self, request: Request) -> Response:

@@ -31,8 +31,10 @@ OTHER_SHAPES = ("/api/",)  # routes whose errors are not OpenAI's
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     house = FakeHouse(context=4000)
-    wires = other_wires(house, tmp_path_factory.mktemp("wires"))
-    with serving(create_app(house, default_max_tokens=16, routers=wires)) as url:
+    with (
+        other_wires(house, tmp_path_factory.mktemp("wires")) as wires,
+        serving(create_app(house, default_max_tokens=16, routers=wires)) as url,
+    ):
         yield url
 
 
