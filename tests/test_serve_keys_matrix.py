@@ -15,20 +15,14 @@ import httpx2
 import pytest
 from database_world import checkpoint_record, event, gradient_record, job_record
 from fake_house import serving
-from serve_world import MODEL
-from small_world import tiny_path
 from starlette.routing import BaseRoute, Route
+from whole_world import joined, whole_config
 
 from jaxlora.lora import AdapterRef
-from jaxlora.opened import Opened
-from jaxlora.serve_config import ServeConfig, TrainingSection, serve_defaults
 from jaxlora.store import AdapterStore
 from serve.app import OPEN_PATHS
-from serve.assemble import make_runner, make_server, read_head
 from serve.database import Database
 from serve.keys import create_key
-from serve.observe import observing
-from serve.services import services
 from serve.stored_gradient import StoredGradient
 from serve.stored_jobs import StoredJobs
 from serve.stored_keys import StoredKeys
@@ -107,31 +101,11 @@ class Whole:
     ids: dict[str, tuple[str, str]]
 
 
-def config(folder) -> ServeConfig:
-    settings = serve_defaults("tiny", folder / "store")
-    return replace(
-        settings,
-        port=0,
-        max_rank=6,
-        kv_pages=8,
-        data=folder / "data",
-        training=TrainingSection(slots=1, lanes=1, lane_tokens=32),
-    )
-
-
 @pytest.fixture(scope="module")
 def whole(world, tmp_path_factory):
     """Nothing is compiled and the device thread does not run: who is refused never gets that far."""
     folder = tmp_path_factory.mktemp("whole")
-    settings = config(folder)
-    opened = Opened(
-        name="tiny",
-        path=tiny_path(MODEL),
-        base=world.base,
-        base_hash=world.base_hash,
-        mesh=world.mesh,
-        tokenizer=world.tokenizer,
-    )
+    settings = whole_config(folder)
     with closing(Database(settings.database_url)) as database:
         keys = [create_key(StoredKeys(database), tenant)[1] for tenant in ("owner", "other")]
         done = replace(
@@ -154,18 +128,10 @@ def whole(world, tmp_path_factory):
     for name in ("secret", "ft-0123456789ab"):
         ref = store.mint("owner", name)
         store.put(replace(world.adapters[0], ref=AdapterRef("owner", name, ref.version)))
-    runner = make_runner(opened, settings, store)
-    with (
-        observing(runner, settings) as observers,
-        services(runner, opened, settings, lambda: read_head(opened)) as own,
-    ):
-        http = make_server(runner, settings, observers, own)
-        http.listening.close()
-        app = http.server.config.app
-        with serving(app) as url:
-            form = {"data": {"purpose": "fine-tune"}, "files": {"file": ("a.jsonl", b'{"text": "abc"}\n')}}
-            file = httpx2.post(url + "/v1/files", headers=bearer(keys[0]), **form).json()["id"]
-            yield Whole(url, list(leaves(app.routes)), *keys, IDS | {"FILE": (file, "file-" + "f" * 32)})
+    with joined(world, settings, store) as server, serving(server.app) as url:
+        form = {"data": {"purpose": "fine-tune"}, "files": {"file": ("a.jsonl", b'{"text": "abc"}\n')}}
+        file = httpx2.post(url + "/v1/files", headers=bearer(keys[0]), **form).json()["id"]
+        yield Whole(url, list(leaves(server.app.routes)), *keys, IDS | {"FILE": (file, "file-" + "f" * 32)})
     store.close()
 
 

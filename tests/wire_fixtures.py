@@ -1,27 +1,11 @@
 """A house served over real HTTP, for tests of the OpenAI wire: `pytest_plugins = ["wire_fixtures"]`."""
 
-import contextlib
-
 import httpx2
 import openai
 import pytest
 from fake_house import FakeHouse, serving
-from files_world import opened
 
 from serve.app import create_app
-from serve.database import Database
-from serve.files_api import FilesWire
-from serve.idempotency import Once
-
-
-@contextlib.contextmanager
-def other_wires(house, folder):
-    """The routers beside OpenAI's completions, over the house and an empty folder: what is listed here is fuzzed."""
-    with (
-        contextlib.closing(Database(f"sqlite:///{folder}/jaxlora.sqlite")) as database,
-        opened(database, folder / "files") as files,
-    ):
-        yield [FilesWire(files, database, Once(database)).router()]
 
 
 @pytest.fixture(scope="module")
