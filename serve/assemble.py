@@ -137,6 +137,7 @@ def make_server(runner: Runner, config: ServeConfig, observers: Observers, own: 
         caller_of=own.caller_of,
         limiter=own.limiter,
         body_limits=own.body_limits,
+        error_shapes=own.error_shapes,
         door=own.door,
     )
 

@@ -25,6 +25,7 @@ from serve.files_api import FilesWire
 from serve.gradient_api import GradientWire
 from serve.gradient_errors import API, gradient_response
 from serve.gradient_house import GradientConfig
+from serve.idempotency import Once
 from serve.job_host import JobHost, make_job_host
 from serve.jobs_api import JobsWire
 from serve.keys import Keys
@@ -84,12 +85,13 @@ def services(
             roots=config.lora_roots,
             check_quota=quota,
         )
-        files_wire, adapters_wire = FilesWire(files, database), AdaptersWire(adapters)
+        once = Once(database)
+        files_wire, adapters_wire = FilesWire(files, database, once), AdaptersWire(adapters)
         routers, jobs = [files_wire.router(), adapters_wire.router()], None
         if training is not None:
             jobs = make_job_host(opened, config, training, runner, database, files, load)
             stack.callback(jobs.close)
-            routers.append(JobsWire(jobs.service).router())
+            routers.append(JobsWire(jobs.service, once).router())
         gradient = GradientWire(
             runner,
             GradientConfig(default_lr=default_lr(opened.base.config), longest=longest + 1),

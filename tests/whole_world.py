@@ -1,0 +1,62 @@
+"""The whole server as `jaxlora serve` joins it, over the tiny model and on this process's event loop: no key, no socket yet."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fastapi import FastAPI
+from serve_world import MODEL
+from small_world import tiny_path
+
+from jaxlora.opened import Opened
+from jaxlora.serve_config import ServeConfig, TrainingSection, serve_defaults
+from jaxlora.store import AdapterStore
+from serve.assemble import make_runner, make_server, read_head
+from serve.observe import observing
+from serve.runner import Runner
+from serve.services import Services, services
+
+
+@dataclass(frozen=True)
+class Joined:
+    """What a test needs of it."""
+
+    app: FastAPI
+    runner: Runner
+    own: Services
+
+
+def whole_config(folder: Path) -> ServeConfig:
+    """A small server whose files are in the folder."""
+    return replace(
+        serve_defaults("tiny", folder / "store"),
+        port=0,
+        max_rank=6,
+        kv_pages=8,
+        data=folder / "data",
+        training=TrainingSection(slots=1, lanes=1, lane_tokens=32),
+    )
+
+
+@contextlib.contextmanager
+def joined(world, settings: ServeConfig, store: AdapterStore) -> Iterator[Joined]:
+    """The server, over a store that is closed by the caller; nothing is compiled and the device thread does not run."""
+    opened = Opened(
+        name="tiny",
+        path=tiny_path(MODEL),
+        base=world.base,
+        base_hash=world.base_hash,
+        mesh=world.mesh,
+        tokenizer=world.tokenizer,
+    )
+    runner = make_runner(opened, settings, store)
+    with (
+        observing(runner, settings) as observers,
+        services(runner, opened, settings, lambda: read_head(opened)) as own,
+    ):
+        http = make_server(runner, settings, observers, own)
+        http.listening.close()
+        yield Joined(http.server.config.app, runner, own)
