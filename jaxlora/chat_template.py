@@ -42,7 +42,14 @@ class _GenerationTag(jinja2.ext.Extension):
         return caller()
 
 
+Scalar = str | int | float | bool | None
+Turn = Mapping[str, object]  # role and content as text; tool_call_id as text, tool_calls as JSON
 DEADLINE = "deadline_s"  # of a rendering, time.monotonic(); in the context's parent, which no template can change
+
+RESERVED = frozenset(
+    {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "bos_token", "eos_token"}
+    | {"pad_token", "raise_exception", "strftime_now", DEADLINE}
+)
 
 
 @jinja2.pass_context
@@ -113,39 +120,61 @@ class ChatTemplate:
         self._special = dict(special)
 
     def render(
-        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool, continue_final_message: bool
+        self,
+        messages: Sequence[Turn],
+        *,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        tools: Sequence[Turn] | None = None,
+        variables: Mapping[str, Scalar] | None = None,
     ) -> str:
-        """The text of the conversation.  Raises InvalidRequest for messages the template refuses."""
-        plain = _check(messages)
+        """The text of the conversation.  tools: JSON as the template shows it.  variables: more that the template may read.
+
+        Raises InvalidRequest for messages the template refuses, and for a variable that the server sets.
+        """
+        plain, more = _check(messages), dict(variables or {})
+        for name in more:
+            if name in RESERVED:
+                raise InvalidRequest(
+                    f"chat_template_kwargs must not set {name}, which the server sets; leave it out",
+                    param="chat_template_kwargs",
+                )
         if not continue_final_message:
-            return self._run(plain, add_generation_prompt)
+            return self._run(plain, add_generation_prompt, tools, more)
         if add_generation_prompt:
             raise InvalidRequest(
                 "continue_final_message and add_generation_prompt exclude each other; set one of them to false",
                 param="continue_final_message",
             )
-        final = plain[-1]["content"]
+        final = str(plain[-1]["content"])
         plain[-1]["content"] = final + END_MARK
-        text = self._run(plain, False)
+        text = self._run(plain, False, tools, more)
         mark = END_MARK.rstrip()
         if mark not in text or final.strip() not in text:
             raise InvalidRequest("the chat template does not show the last message, so it cannot be continued")
         at = text.rindex(mark)
         return text[:at] if text.startswith(END_MARK, at) else text[:at].rstrip()
 
-    def _run(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        limit = MAX_GROWTH_CHARACTERS + 4 * sum(len(text) for message in messages for text in message.values())
+    def _run(
+        self,
+        messages: list[dict[str, object]],
+        add_generation_prompt: bool,
+        tools: Sequence[Turn] | None,
+        variables: Mapping[str, Scalar],
+    ) -> str:
+        size = _characters([*messages, *(tools or ()), variables])
+        limit = MAX_GROWTH_CHARACTERS + 4 * size
         deadline_s = time.monotonic() + MAX_RENDER_S
         pieces: list[str] = []
         length = 0
         try:
-            for piece in self._template.generate(
-                messages=messages,
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self._special | {DEADLINE: deadline_s},
-            ):
+            known = {
+                "messages": messages,
+                "tools": tools,
+                "documents": None,
+                "add_generation_prompt": add_generation_prompt,
+            }
+            for piece in self._template.generate({**variables, **self._special, **known, DEADLINE: deadline_s}):
                 pieces.append(piece)
                 length += len(piece)
                 if length > limit or time.monotonic() > deadline_s:
@@ -162,7 +191,21 @@ class ChatTemplate:
         return "".join(pieces)
 
 
-def _check(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+def _characters(value: object) -> int:
+    """Characters of all texts in it."""
+    todo, count = [value], 0
+    while todo:
+        one = todo.pop()
+        if isinstance(one, str):
+            count += len(one)
+        elif isinstance(one, Mapping):
+            todo += [*one.keys(), *one.values()]
+        elif isinstance(one, list | tuple):
+            todo += one
+    return count
+
+
+def _check(messages: Sequence[Turn]) -> list[dict[str, object]]:
     """Plain copies of the messages.  Raises InvalidRequest, naming the place, for one that is not text by text."""
     if not messages:
         raise InvalidRequest("messages must hold at least one message", param="messages")
@@ -171,7 +214,7 @@ def _check(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
             if field not in message:
                 raise InvalidRequest(f"messages[{i}] has no {field}", param=f"messages[{i}].{field}")
         for field, value in message.items():
-            if not isinstance(value, str):
+            if not isinstance(value, str) and field != "tool_calls":
                 got = type(value).__name__
                 raise InvalidRequest(f"messages[{i}].{field} must be text, got {got}", param=f"messages[{i}].{field}")
     return [dict(message) for message in messages]

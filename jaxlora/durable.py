@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
 import uuid
 from collections.abc import Generator
 from pathlib import Path
+
+from jaxlora.errors import JaxLoraError, StorageFailed, StorageFull
 
 
 def sync(path: Path) -> None:
@@ -80,3 +83,18 @@ def lock_folder(folder: Path) -> int | None:
         os.close(descriptor)
         return None
     return descriptor
+
+
+@contextlib.contextmanager
+def told_of_disk(what: str) -> Generator[None]:
+    """Inside, what a disk refuses is StorageFull where it has no room, else StorageFailed."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, JaxLoraError):  # some of ours are OSErrors too
+            raise
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageFull(
+                f"the server's disk has no room for {what}; delete something, or tell its operator"
+            ) from error
+        raise StorageFailed(f"{what} could not be stored: {error.strerror or error}") from error

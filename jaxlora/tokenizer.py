@@ -17,7 +17,7 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from jaxlora.chat_template import ChatTemplate
+from jaxlora.chat_template import ChatTemplate, Scalar, Turn
 from jaxlora.errors import InvalidRequest, ModelInvalid
 from jaxlora.hf import MAX_JSON_BYTES, read_json
 
@@ -48,16 +48,17 @@ class Tokenizer:
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self._bytes, self._strip_first = _byte_table(engine, {i: token.content for i, token in added.items()})
         self.eos_ids, self.bos_id, self.pad_id = eos_ids, bos_id, pad_id
-        self._template_text = chat_template
+        self.chat_template = chat_template  # its text
         for name, i in [("eos", i) for i in eos_ids] + [("bos", bos_id), ("pad", pad_id)]:
             if i is not None and engine.id_to_token(i) is None:
                 raise ModelInvalid(f"the {name} token id {i} is not in the vocabulary of {self.vocab_size} tokens")
         if not eos_ids:
             raise ModelInvalid("the tokenizer names no end-of-sequence token, so no answer would ever end")
-        self._template = ChatTemplate(chat_template, self._special_texts()) if chat_template is not None else None
+        self._template = ChatTemplate(chat_template, self.special_texts) if chat_template is not None else None
 
-    def _special_texts(self) -> dict[str, str]:
-        """Variables of the chat template, as transformers passes them."""
+    @property
+    def special_texts(self) -> dict[str, str]:
+        """bos_token, eos_token and pad_token, those there are: variables of the chat template, as transformers passes them."""
         ids = {"bos_token": self.bos_id, "eos_token": self.eos_ids[0], "pad_token": self.pad_id}
         texts = {name: self._engine.id_to_token(i) for name, i in ids.items() if i is not None}
         return {name: text for name, text in texts.items() if text is not None}
@@ -103,34 +104,27 @@ class Tokenizer:
         """Writes what `from_hf` and transformers read: the same ids, ends and chat template."""
         self._engine.save(str(folder / "tokenizer.json"))
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings | self._special_texts(), indent=2))
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings | self.special_texts, indent=2))
         ends = {"eos_token_id": list(self.eos_ids), "bos_token_id": self.bos_id, "pad_token_id": self.pad_id}
         (folder / "generation_config.json").write_text(json.dumps(ends, indent=2))
-        if self._template_text is not None:
-            (folder / "chat_template.jinja").write_text(self._template_text, encoding="utf-8")
+        if self.chat_template is not None:
+            (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
 
     @property
     def vocab_size(self) -> int:
         """One more than the largest token id.  The model's vocabulary may be padded beyond it."""
         return len(self._bytes)
 
-    @property
-    def has_template(self) -> bool:
-        """Whether the base model has a chat template."""
-        return self._template is not None
-
     @functools.cached_property
     def _plain_engine(self) -> tokenizers.Tokenizer:
-        """The engine that knows no special token: to switch the one that all threads use would be felt by others."""
-        engine = tokenizers.Tokenizer.from_str(self._engine.to_str())
+        engine = tokenizers.Tokenizer.from_str(self._engine.to_str())  # a copy: all threads would feel the switch
         engine.encode_special_tokens = True
         return engine
 
     def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
-        """Token ids.  Special tokens written in the text are recognised; a byte the vocabulary lacks is lost.
+        """Token ids.  Special tokens written in the text are recognised if parse_special; a byte the vocabulary lacks is lost.
 
         add_special_tokens: also what the tokenizer itself adds (a bos for Llama 3, nothing for SmolLM2 and Qwen).
-        parse_special: False reads their names as plain text.
         Raises InvalidRequest for text that is not valid Unicode.
         """
         try:
@@ -155,32 +149,45 @@ class Tokenizer:
 
     def render(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Turn],
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        tools: Sequence[Turn] | None = None,
+        variables: Mapping[str, Scalar] | None = None,
     ) -> str:
         """The conversation as the base model was trained to read it.
 
-        continue_final_message: leave the last message open, so that the answer goes on with it.
+        continue_final_message: leave the last message open, so that the answer goes on with it.  tools: what may be
+        called, as JSON.  variables: more that the template may read.
         Raises InvalidRequest for messages the template refuses, and when the base model has no template.
         """
         if self._template is None:
             raise InvalidRequest("the base model has no chat template; use text completions", param="messages")
         return self._template.render(
-            messages, add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            variables=variables,
         )
 
     def chat(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Turn],
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        tools: Sequence[Turn] | None = None,
+        variables: Mapping[str, Scalar] | None = None,
     ) -> list[int]:
         """Token ids of `render`.  Special tokens inside a message are recognised too, as transformers does."""
         text = self.render(
-            messages, add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            variables=variables,
         )
         return self.encode(text, add_special_tokens=False)
 

@@ -9,7 +9,6 @@ All of it blocks, and is called on worker threads: the device thread is asked fo
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
 import shutil
@@ -25,16 +24,15 @@ from typing import BinaryIO
 import numpy as np
 
 from jaxlora.archives import FILES, UploadLimits, file_name, unpack, upload_limits
+from jaxlora.durable import told_of_disk
 from jaxlora.errors import (
     AdapterInvalid,
     AdapterNotFound,
     Forbidden,
     InvalidRequest,
-    JaxLoraError,
     NotFound,
     QuotaExceeded,
     StorageFailed,
-    StorageFull,
 )
 from jaxlora.lora import HEAD_TARGET, Adapter, AdapterRef, check_name
 from jaxlora.model_config import ModelConfig
@@ -322,6 +320,7 @@ class AdapterService:
                     self._delete_version(ref)
                 else:
                     self._store.delete(ref.tenant, ref.name)
+            self.runner.catalog.jobs.drop(ref.tenant, ref.name, ref.version if "@" in model else None)
             if self.is_pinned(ref.tenant, ref.name):
                 self._tune_pins(lambda pins: pins)
         self.runner.call(lambda: [self.runner.engine.release(r) for r in refs])
@@ -371,18 +370,3 @@ class AdapterService:
 def _is_adapter_file(name: str) -> bool:
     """Whether a single file is meant as one of an adapter's, and not as an archive: it is then judged by its name."""
     return name.endswith((".safetensors", ".json", ".bin", ".pt", ".pth", ".pkl"))
-
-
-@contextlib.contextmanager
-def told_of_disk(what: str) -> Generator[None]:
-    """Inside, what a disk refuses is StorageFull where it has no room, else StorageFailed."""
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, JaxLoraError):  # some of ours are OSErrors too
-            raise
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StorageFull(
-                f"the server's disk has no room for {what}; delete something, or tell its operator"
-            ) from error
-        raise StorageFailed(f"{what} could not be stored: {error.strerror or error}") from error

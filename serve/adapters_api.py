@@ -31,8 +31,8 @@ from serve.adapters_types import (
 from serve.auth import caller_of
 from serve.house import ModelCard
 from serve.multipart import Form, FormRules, receive_form
-from serve.openai_api import ERRORS
-from serve.openai_types import refuse_unbuilt
+from serve.openai_errors import ERRORS
+from serve.strict import refuse_unbuilt
 
 UPLOAD_PATH = "/v1/adapters"
 MAX_TRANSFERS = 4  # uploads and downloads at once: each may hold an adapter in memory and on disk

@@ -30,8 +30,11 @@ from serve.error_shapes import ErrorShapes, Shape
 from serve.house import House
 from serve.limits import Limiter
 from serve.logs import naming
+from serve.openai_answers import Status, Version
 from serve.openai_api import OpenAIWire, WireConfig
-from serve.openai_errors import LOG
+from serve.openai_errors import ERRORS, LOG
+from serve.openapi import DOCUMENT_PATH, documented, ok
+from serve.responses_api import ResponsesWire
 
 OPEN_PATHS = frozenset({"/health", "/ready"})  # answered without a key, also while the server ends
 NO_SHAPES: Mapping[str, Shape] = {}
@@ -111,14 +114,21 @@ def create_app(
         max_request_s=max_request_s,
     )
     door, shapes = Door() if door is None else door, ErrorShapes(error_shapes)
-    # The pages at /docs load scripts from elsewhere, and the document would be one more route to guard.
-    app = FastAPI(title="jaxlora", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    settings = WireConfig(default_max_tokens=default_max_tokens, ping_s=ping_s)
-    app.include_router(OpenAIWire(house, settings, limiter).router())
-    for router in routers:
+    # The pages at /docs load scripts from elsewhere.
+    app = FastAPI(
+        title="jaxlora",
+        version=version("jaxlora"),
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=DOCUMENT_PATH,
+        redirect_slashes=False,
+    )
+    app.openapi = documented(app)
+    wire = WireConfig(default_max_tokens=default_max_tokens, ping_s=ping_s)
+    for router in (OpenAIWire(house, wire, limiter).router(), ResponsesWire(house, wire, limiter).router(), *routers):
         app.include_router(router)
 
-    @app.get("/health", response_model=None)
+    @app.get("/health", response_model=None, responses=ERRORS | ok(Status))
     async def health() -> Response:
         """Whether the server can serve; needs no key."""
         state = house.health()
@@ -126,13 +136,13 @@ def create_app(
             raise Unavailable(state)
         return JSONResponse({"status": "ok"})
 
-    @app.get("/ready", response_model=None)
+    @app.get("/ready", response_model=None, responses=ERRORS | ok(Status))
     async def ready() -> Response:
         """Whether the server takes requests; needs no key."""
         door.check()
         return await health()
 
-    @app.get("/version", response_model=None)
+    @app.get("/version", response_model=None, responses=ERRORS | ok(Version))
     async def read_version() -> Response:
         """The server's version."""
         return JSONResponse({"version": version("jaxlora")})

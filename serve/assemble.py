@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +15,13 @@ from jaxlora.peft import import_peft
 from jaxlora.pool import PoolSpec
 from jaxlora.serve_config import AdapterSection, ServeConfig
 from jaxlora.store import AdapterStore
-from serve.adapters import AdapterService
 from serve.auth import LOCAL_TENANT
 from serve.engine import Engine, EngineConfig
 from serve.http_server import make_http
 from serve.observe import observing
 from serve.retune import retuned_by_hangup
 from serve.runner import Runner
+from serve.services import Services, services
 
 LOG = logging.getLogger("serve")
 
@@ -56,20 +55,6 @@ def read_head(opened: Opened) -> np.ndarray:
     """The base's head [V, D], copied from the device."""
     arrays = opened.base.arrays
     return np.asarray(arrays["embed"]) if opened.base.config.tied else np.asarray(arrays["head"]).T
-
-
-def make_adapters(
-    runner: Runner, opened: Opened, config: ServeConfig, check_quota: Callable[[str], None]
-) -> AdapterService:
-    """What may be done with the server's adapters while it runs.  check_quota: see AdapterService."""
-    return AdapterService(
-        runner,
-        config=opened.base.config,
-        read_head=lambda: read_head(opened),
-        staging=config.data / "adapters-staging",
-        roots=config.lora_roots,
-        check_quota=check_quota,
-    )
 
 
 def load_peft(runner: Runner, opened: Opened, section: AdapterSection) -> AdapterRef:
@@ -119,33 +104,49 @@ def main(config: ServeConfig, file: Path | None) -> None:
     opened = open_base(config.model, config.mesh)
     store = open_store(config)
     runner = make_runner(opened, config, store)
-    with observing(runner, config) as observers:
-        http = make_http(
-            runner,
-            host=config.host,
-            port=config.port,
-            default_max_tokens=config.default_max_tokens,
-            max_request_s=config.max_request_s,
-            grace_s=config.grace_s,
-            routers=observers.routers,
-            listeners=observers.listeners,
-            open_paths=observers.open_paths,
-        )
-        for section in config.load:
-            ref = load_peft(runner, opened, section)
-            print(f"loaded {section.name} as version {ref.version}")
-        runner.tune(config.tuning)
-        print(
-            f"compiling {len(runner.engine.shapes())} programs for {opened.name} ({opened.base.dtype.name})", flush=True
-        )
-        runner.start()
-        http.listen()  # who reads the next line may ask at once
-        print(f"serving {opened.name} and {len(store.list(None))} adapters on {http.url}/v1", flush=True)
-        try:
-            with observers.compiles, contextlib.nullcontext() if file is None else retuned_by_hangup(runner, file):
-                http.run()
-        finally:
-            stop(runner, store)
+    try:
+        with observing(runner, config) as observers, services(runner, opened, config, lambda: read_head(opened)) as own:
+            http = make_http(
+                runner,
+                host=config.host,
+                port=config.port,
+                default_max_tokens=config.default_max_tokens,
+                max_request_s=config.max_request_s,
+                grace_s=config.grace_s,
+                routers=[*observers.routers, *own.routers],
+                listeners=observers.listeners,
+                open_paths=observers.open_paths,
+                caller_of=own.caller_of,
+                limiter=own.limiter,
+                body_limits=own.body_limits,
+                door=own.door,
+            )
+            try:
+                begin(runner, opened, config, own)
+                http.listen()  # who reads the next line may ask at once
+                whom = ", to anyone on this machine, as there are no keys" if own.keyless else ""
+                count = len(store.list(None))
+                print(f"serving {opened.name} and {count} adapters on {http.url}/v1{whom}", flush=True)
+                retuned = contextlib.nullcontext() if file is None else retuned_by_hangup(runner, file)
+                with observers.compiles, retuned:
+                    http.run()
+            finally:
+                runner.stop()
+    finally:
+        store.close()
+
+
+def begin(runner: Runner, opened: Opened, config: ServeConfig, own: Services) -> None:
+    """Loads what the settings name, compiles all programs and goes on with the jobs of an earlier process."""
+    for section in config.load:
+        ref = load_peft(runner, opened, section)
+        print(f"loaded {section.name} as version {ref.version}")
+    runner.tune(config.tuning)
+    print(f"compiling {len(runner.engine.shapes())} programs for {opened.name} ({opened.base.dtype.name})", flush=True)
+    runner.start()
+    if own.jobs is not None:
+        print("compiling the training step", flush=True)
+        own.jobs.start()
 
 
 def stop(runner: Runner, store: AdapterStore) -> None:

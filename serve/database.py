@@ -76,12 +76,15 @@ class Database:
         self._threads.shutdown(cancel_futures=True)
         self._engine.dispose()
 
+    async def run[**P, Result](self, work: Callable[P, Result], *args: P.args, **kwargs: P.kwargs) -> Result:
+        """What `work` gives, called on one of the database's own threads, however long it takes."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, lambda: work(*args, **kwargs))
+
     async def ask[**P, Result](self, work: Callable[P, Result], *args: P.args, **kwargs: P.kwargs) -> Result:
-        """What `work` gives, called on one of the database's own threads.  Raises Unavailable when that takes too long."""
-        call = asyncio.get_running_loop().run_in_executor(self._threads, lambda: work(*args, **kwargs))
+        """The same, soon.  Raises Unavailable when it takes too long, though the work may still be done."""
         try:
             async with asyncio.timeout(self._patience_s + 2 * BUSY_S):
-                return await call
+                return await self.run(work, *args, **kwargs)
         except TimeoutError:
             raise away() from None
 

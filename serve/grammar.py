@@ -11,7 +11,7 @@ import asyncio
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
@@ -63,8 +63,9 @@ class GrammarTokenizer(Protocol):
 class GrammarSource:
     """What an answer must look like, as the client wrote it."""
 
-    kind: Literal["json", "regex", "choice", "grammar"]  # a JSON schema; all of it; one of these; Lark or GBNF
-    text: str  # JSON of a schema or of a list of strings, a regular expression, a grammar
+    # A JSON schema; all of it; one of these; Lark or GBNF; calls of functions, see `_calls`.
+    kind: Literal["json", "regex", "choice", "grammar", "calls"]
+    text: str  # JSON of a schema, of a list of strings or of calls, a regular expression, a grammar
     param: str  # the field of the request, for messages
     compact: bool = False  # JSON without any white space
 
@@ -186,6 +187,8 @@ def _written(source: GrammarSource) -> str:
         return LLMatcher.grammar_from_regex(source.text)
     if source.kind == "grammar" and "%json" in source.text:
         raise refuse("must not hold %json; give a JSON schema by itself")
+    if source.kind == "calls":
+        return _calls(json.loads(source.text), refuse)
     if source.kind != "json":
         try:
             return grammar_from(source.kind, source.text)
@@ -197,10 +200,40 @@ def _written(source: GrammarSource) -> str:
         raise refuse("must be JSON, nested at most some hundred times") from None
     if not isinstance(schema, dict):
         raise refuse("must be a JSON schema: an object")
-    if _multiples(schema) > MAX_MULTIPLE:
-        raise refuse(f"asks for multipleOf numbers whose product is over {MAX_MULTIPLE}; use smaller ones")
+    _check_multiples(schema, refuse)
     form = JSON_FORM | ({"item_separator": ",", "key_separator": ":"} if source.compact else {})
     return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=form)  # ty: ignore[invalid-argument-type]
+
+
+def _check_multiples(schema: object, refuse: Callable[[str], InvalidRequest]) -> None:
+    if _multiples(schema) > MAX_MULTIPLE:
+        raise refuse(f"asks for multipleOf numbers whose product is over {MAX_MULTIPLE}; use smaller ones")
+
+
+def _calls(said: dict, refuse: Callable[[str], InvalidRequest]) -> str:
+    """The Lark grammar of calls.
+
+    said: `calls`, each with its `opening` up to the arguments and their `schema`; `closing` after them; `begin`, the mark
+    that a call begins with, if there is one; `free`, whether text may stand instead of calls and before them; `many`,
+    whether there may be several.
+    """
+    begin, free, closing = said["begin"], said["free"], json.dumps(said["closing"])
+    names = " | ".join(f"call_{i}" for i in range(len(said["calls"])))
+    rules = ["%llguidance {}", f"call: {names}"]
+    if free and begin:
+        # A lazy head: once the mark stands there, it is the head of a call and nothing else.
+        rules += [f"head[lazy]: TEXT {json.dumps(begin)}", r"TEXT: /(.|\n)*/"]
+        rules.append("start: call* TEXT" if said["many"] else "start: call | TEXT")
+    elif free:
+        rules += [r"OTHER: /([^{ \t\r\n](.|\n)*)?/", "start: call | OTHER"]
+    else:
+        rules.append(r'start: call ("\n" call)*' if said["many"] else "start: call")
+    for i, call in enumerate(said["calls"]):
+        _check_multiples(call["schema"], refuse)
+        opening = json.dumps(call["opening"].removeprefix(begin) if free else call["opening"])
+        rules.append(f"call_{i}: {'head ' if free and begin else ''}{opening} arguments_{i} {closing}")
+        rules.append(f"arguments_{i}: %json {json.dumps(call['schema'] | {'x-guidance': JSON_FORM})}")
+    return "\n".join(rules)
 
 
 def _multiples(schema: object) -> int:

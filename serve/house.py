@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from jaxlora.chat_template import Scalar, Turn
 from jaxlora.lora import AdapterRef
 from serve.grammar import Grammars, GrammarTokenizer
 from serve.request import Delta, Request
@@ -33,8 +34,13 @@ class Tokenizer(GrammarTokenizer, Protocol):
     """Text to ids and back.  Thread-safe."""
 
     @property
-    def has_template(self) -> bool:
-        """Whether `chat` works."""
+    def chat_template(self) -> str | None:
+        """Its text; None: there is none, and `chat` does not work."""
+        ...
+
+    @property
+    def special_texts(self) -> Mapping[str, str]:
+        """bos_token, eos_token, pad_token: those there are."""
         ...
 
     def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
@@ -44,10 +50,12 @@ class Tokenizer(GrammarTokenizer, Protocol):
     def decode(self, ids: Sequence[int]) -> str: ...
     def chat(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Turn],
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        tools: Sequence[Turn] | None = None,
+        variables: Mapping[str, Scalar] | None = None,
     ) -> list[int]:
         """Ids of the conversation in the base model's template.  Raises InvalidRequest where the template refuses it."""
         ...

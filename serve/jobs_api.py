@@ -16,11 +16,10 @@ from serve.auth import caller_of
 from serve.job_objects import checkpoint_object, event_object, job_object, page_object
 from serve.job_service import JobService
 from serve.jobs_types import EventsQuery, JobBody, JobsQuery, PageQuery
-from serve.openai_api import ERRORS
-from serve.openai_errors import error_body
+from serve.openai_errors import ERRORS, error_body
 from serve.openai_format import DONE, sse
-from serve.openai_types import refuse_unbuilt
 from serve.records import ENDED, JobRecord, JobStatus, JsonObject
+from serve.strict import refuse_unbuilt
 
 LIMIT, CHECKPOINTS_LIMIT = 20, 10  # of a list without `limit`
 FOLLOW_S = 0.25  # between two looks for new events

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 from pydantic_core import PydanticCustomError
 
-from serve.openai_types import Only, Strict, Text, Unbuilt, few_fields
+from serve.strict import Only, Strict, Text, Unbuilt, few_fields
 
 Auto = Literal["auto"]
 Metric = Literal["exact_match", "contains", "regex", "json_equal", "choice_accuracy"]

@@ -102,6 +102,11 @@ class Keys:
                 "`jaxlora keys create TENANT`, or listen on 127.0.0.1"
             )
 
+    @property
+    def keyless(self) -> bool:
+        """Whether anyone may do everything."""
+        return not self._known.any
+
     def caller_of(self, connection: HTTPConnection) -> Caller:
         """Who asks.  Raises Unauthorized without a valid key, once there has ever been one."""
         known = self._known

@@ -24,18 +24,24 @@ HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 408: "body_timeout", 
 ERROR_STATUSES = {
     400: "a field is wrong, unknown or not supported; `param` names it",
     401: "no valid key",
-    404: "no such model, or not one of yours",
+    403: "the key's role may not do this, or the Host header names another machine",
+    404: "no such object, or not one of yours",
+    405: "the route does not take this method",
+    408: "the body took too long to arrive",
     413: "the body is too large",
     429: "over your limit; see Retry-After",
-    503: "overloaded; see Retry-After",
+    500: "internal error; the log has it under the request id",
+    503: "overloaded, or stopping; see Retry-After",
     504: "it took longer than x-request-timeout-s, or than this server allows",
 }
 ERROR_SCHEMA = {
     "type": "object",
     "required": ["error"],
+    "additionalProperties": False,
     "properties": {
         "error": {
             "type": "object",
+            "additionalProperties": False,
             "required": ["message", "type", "param", "code"],
             "properties": {
                 "message": {"type": "string"},
@@ -45,6 +51,13 @@ ERROR_SCHEMA = {
             },
         }
     },
+}
+
+
+# What any route may answer, for the served document.  Routes that know more say so themselves.
+ERRORS: dict[int | str, dict] = {
+    status: {"description": text, "content": {"application/json": {"schema": ERROR_SCHEMA}}}
+    for status, text in ERROR_STATUSES.items()
 }
 
 

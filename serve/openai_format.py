@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from fastapi.sse import format_sse_event
@@ -12,14 +13,15 @@ from fastapi.sse import format_sse_event
 from serve.house import ModelCard
 from serve.openai_stream import Alternative, Choice, Entry, Piece
 from serve.request import FinishReason
+from serve.tool_calls import CallParser, CallPart, gathered
 
 Json = dict[str, object]
 DONE = format_sse_event(data_str="[DONE]")
 
 
-def sse(data: Mapping[str, object]) -> bytes:
-    """One event: a raw `data:` line and an empty line."""
-    return format_sse_event(data_str=json.dumps(data, ensure_ascii=False, separators=(",", ":")))
+def sse(data: Mapping[str, object], event: str | None = None) -> bytes:
+    """One event: a raw `data:` line and an empty line.  event: its name."""
+    return format_sse_event(data_str=json.dumps(data, ensure_ascii=False, separators=(",", ":")), event=event)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +56,10 @@ class Shape(Protocol):
         """Choices of the chunks that come before the first text."""
         ...
 
+    def head(self, prompt: Sequence[int]) -> Json:
+        """What those chunks say beside their choices."""
+        ...
+
     def chunks(self, index: int, piece: Piece) -> list[Json]:
         """Choices of the chunks that say one piece, one choice for each chunk."""
         ...
@@ -68,67 +74,102 @@ class Shape(Protocol):
 
 
 class ChatShape:
+    """calls: makes the parser of one answer's calls; None where nothing may be called."""
+
     id_prefix, whole_object, chunk_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, logprobs: bool, prompt_logprobs: bool):
-        self._logprobs, self._prompt_logprobs = logprobs, prompt_logprobs
+    def __init__(
+        self, *, logprobs: bool, prompt_logprobs: bool, token_ids: bool, calls: Callable[[], CallParser] | None
+    ):
+        self._logprobs, self._prompt_logprobs, self._token_ids = logprobs, prompt_logprobs, token_ids
+        self._calls = calls
+        self._parsers: dict[int, CallParser] = {}  # of streamed choices
 
     def opening(self, index: int) -> list[Json]:
-        return [self._chunk(index, {"role": "assistant", "content": ""}, None, None)]
+        # With calls there may be no text at all.
+        empty = "" if self._calls is None else None
+        return [self._chunk(index, {"role": "assistant", "content": empty}, Piece(text="", entries=(), finish=None))]
+
+    def head(self, prompt: Sequence[int]) -> Json:
+        return {"prompt_token_ids": list(prompt)} if self._token_ids else {}
 
     def chunks(self, index: int, piece: Piece) -> list[Json]:
-        out = []
-        if piece.text or piece.entries:
-            out.append(self._chunk(index, {"content": piece.text}, self._entries(piece.entries), None))
+        finish, parser = None, None
+        if self._calls is not None:
+            parser = self._parsers.setdefault(index, self._calls())
+        deltas: list[Json] = [{"content": piece.text}] if piece.text else []
+        if parser is not None:
+            parts = parser.push(piece.text) + (parser.flush() if piece.finish is not None else [])
+            deltas = [call_delta(part) if isinstance(part, CallPart) else {"content": part.text} for part in parts]
+        if not deltas and (piece.entries or (self._token_ids and piece.tokens)):
+            deltas = [{"content": ""} if parser is None else {}]
+        # The tokens of a piece are told once.
+        silent = replace(piece, entries=(), tokens=())
+        out = [self._chunk(index, d, silent if i else piece) for i, d in enumerate(deltas)]
         if piece.finish is not None:
-            out.append(self._chunk(index, {}, None, piece.finish))
+            finish = reason(piece.finish, parser)
+            out.append(self._chunk(index, {}, silent) | {"logprobs": None, "finish_reason": finish})
         return out
 
     def whole(self, index: int, pieces: Sequence[Piece]) -> Json:
-        return {
+        text = "".join(p.text for p in pieces)
+        message: Json = {"role": "assistant", "content": text, "refusal": None}
+        parser = None
+        if self._calls is not None:
+            parser = self._calls()
+            text, calls = gathered(parser.push(text) + parser.flush())
+            message["content"] = text or (None if calls else "")
+            if calls:
+                message["tool_calls"] = [call_object(name, arguments) for name, arguments in calls]
+        choice: Json = {
             "index": index,
-            "message": {"role": "assistant", "content": "".join(p.text for p in pieces), "refusal": None},
+            "message": message,
             "logprobs": self._entries([e for p in pieces for e in p.entries]),
-            "finish_reason": last_finish(pieces),
+            "finish_reason": reason(pieces[-1].finish, parser),
         }
+        return choice | ({"token_ids": [t for p in pieces for t in p.tokens]} if self._token_ids else {})
 
     def beside(self, pieces: Sequence[Piece]) -> Json:
-        return {"prompt_logprobs": ranked(pieces)} if self._prompt_logprobs else {}
+        ids = self.head(pieces[0].prompt_tokens)
+        return ids | ({"prompt_logprobs": ranked(pieces)} if self._prompt_logprobs else {})
 
-    def _chunk(self, index: int, delta: Json, logprobs: Json | None, finish: FinishReason | None) -> Json:
-        reason = finish.value if finish is not None else None
-        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+    def _chunk(self, index: int, delta: Json, piece: Piece) -> Json:
+        logprobs = self._entries(piece.entries) if piece.entries else None
+        chunk: Json = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
+        return chunk | ({"token_ids": list(piece.tokens)} if self._token_ids else {})
 
     def _entries(self, entries: Sequence[Entry]) -> Json | None:
-        if not self._logprobs:
-            return None
-        content = [self._token(e) | {"top_logprobs": [self._token(t) for t in e.top]} for e in entries]
-        return {"content": content, "refusal": None}
-
-    def _token(self, token: Entry | Alternative) -> Json:
-        return {"token": token.text, "logprob": token.logprob, "bytes": list(token.raw)}
+        return {"content": [entry_object(e) for e in entries], "refusal": None} if self._logprobs else None
 
 
 class CompletionShape:
     id_prefix, whole_object, chunk_object = "cmpl-", "text_completion", "text_completion"
 
-    def __init__(self, logprobs: bool, prompt_logprobs: bool):
-        self._logprobs, self._prompt_logprobs = logprobs, prompt_logprobs
+    def __init__(self, *, logprobs: bool, prompt_logprobs: bool, token_ids: bool):
+        self._logprobs, self._prompt_logprobs, self._token_ids = logprobs, prompt_logprobs, token_ids
 
     def opening(self, index: int) -> list[Json]:
         return []
 
+    def head(self, prompt: Sequence[int]) -> Json:
+        return {}
+
     def chunks(self, index: int, piece: Piece) -> list[Json]:
-        news = piece.text or piece.entries or piece.finish is not None
+        news = piece.text or piece.entries or piece.finish is not None or (self._token_ids and piece.tokens)
         return [self.whole(index, [piece])] if news else []
 
     def whole(self, index: int, pieces: Sequence[Piece]) -> Json:
-        return {
+        choice: Json = {
             "index": index,
             "text": "".join(p.text for p in pieces),
             "logprobs": self._lists([e for p in pieces for e in p.entries]),
-            "finish_reason": last_finish(pieces),
-        } | ({"prompt_logprobs": ranked(pieces)} if self._prompt_logprobs else {})
+            "finish_reason": reason(pieces[-1].finish, None),
+        }
+        if self._token_ids:
+            choice["token_ids"] = [t for p in pieces for t in p.tokens]
+            if pieces[0].prompt_tokens:
+                choice["prompt_token_ids"] = list(pieces[0].prompt_tokens)
+        return choice | ({"prompt_logprobs": ranked(pieces)} if self._prompt_logprobs else {})
 
     def beside(self, pieces: Sequence[Piece]) -> Json:
         return {}
@@ -157,9 +198,34 @@ def ranked(pieces: Sequence[Piece]) -> list[Json | None]:
     ]
 
 
-def last_finish(pieces: Sequence[Piece]) -> str | None:
-    """The finish reason in OpenAI's word, None before the end."""
-    return pieces[-1].finish.value if pieces and pieces[-1].finish is not None else None
+def entry_object(entry: Entry) -> Json:
+    """A token of the answer with its log-probability and its alternatives."""
+    return token_object(entry) | {"top_logprobs": [token_object(t) for t in entry.top]}
+
+
+def token_object(token: Entry | Alternative) -> Json:
+    """A token with its log-probability."""
+    return {"token": token.text, "logprob": token.logprob, "bytes": list(token.raw)}
+
+
+def reason(finish: FinishReason | None, parser: CallParser | None) -> str | None:
+    """The finish reason in OpenAI's word, None before the end.  parser: has read the answer's calls."""
+    if finish is FinishReason.STOP and parser is not None and parser.calls:
+        return "tool_calls"
+    return None if finish is None else finish.value
+
+
+def call_object(name: str, arguments: str) -> Json:
+    """One call of a message."""
+    id = "call_" + uuid.uuid4().hex
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def call_delta(part: CallPart) -> Json:
+    """A part of a call, as clients add them up: the first one says which call it is, and of what."""
+    if part.name is None:
+        return {"tool_calls": [{"index": part.index, "function": {"arguments": part.arguments}}]}
+    return {"tool_calls": [{"index": part.index} | call_object(part.name, part.arguments)]}
 
 
 def usage(prompt_tokens: Sequence[int], choices: Sequence[Choice]) -> Json:

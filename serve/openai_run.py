@@ -7,8 +7,10 @@ import logging
 import math
 from collections.abc import AsyncGenerator, Awaitable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from fastapi import Request
+from fastapi.responses import JSONResponse, Response
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
@@ -28,61 +30,26 @@ class Run:
     """One answer in the making."""
 
     heading: Heading
-    shape: Shape
-    prompt_tokens: Sequence[int]  # of each prompt
+    prompts: Sequence[Sequence[int]]
     fan: Fan
     choices: Sequence[Choice]
     deadline: float  # of the event loop's clock: what is not complete then ends with an error
     ping_s: float  # silence after which a stream gets a comment line
+    operation: str  # what the request asks for, for who counts them
     scope: Scope  # of the HTTP request: what came of it is noted there
 
-    async def whole(self) -> Json:
-        """The answer when all choices have ended.  Raises what ended one early.  Cancels its streams in the end."""
+    async def pieces(self) -> list[list[Piece]]:
+        """All pieces of each choice, when all have ended.  Raises what ended one early.  Cancels its streams in the end."""
         pieces: list[list[Piece]] = [[] for _ in self.choices]
         try:
-            while any(c.finish is None for c in self.choices):
+            while not self.ended:
                 item = await self.next()
                 if item is not None:
                     index, delta = item
                     pieces[index].append(self.choices[index].take(delta))
         finally:
             self.fan.cancel()
-            self._note()
-        choices = [self.shape.whole(i, p) for i, p in enumerate(pieces)]
-        whole = self.heading.wrap(self.shape.whole_object, choices, self._versions())
-        return whole | self.shape.beside(pieces[0]) | {"usage": self._usage()}
-
-    async def events(self, first: tuple[int, Delta] | None, include_usage: bool) -> AsyncGenerator[bytes]:
-        """The stream's bytes.  It ends in one way: the finish of all choices or an error event; then [DONE]."""
-        shape, item = self.shape, first
-        extra = {"usage": None} if include_usage else {}
-        try:
-            opening = versions_of(None if item is None else item[1])
-            for index in range(len(self.choices)):
-                for choice in shape.opening(index):
-                    yield sse(self.heading.wrap(shape.chunk_object, [choice], opening) | extra)
-            while True:
-                if item is None:
-                    yield KEEPALIVE_COMMENT
-                else:
-                    index, delta = item
-                    for choice in shape.chunks(index, self.choices[index].take(delta)):
-                        yield sse(self.heading.wrap(shape.chunk_object, [choice], versions_of(delta)) | extra)
-                if all(c.finish is not None for c in self.choices):
-                    break
-                item = await self.next(self.ping_s)
-            if include_usage:
-                yield sse(self.heading.wrap(shape.chunk_object, [], self._versions()) | {"usage": self._usage()})
-        except Exception as error:
-            status, body = error_body(error)
-            note_refused(self.scope, error_code(error))
-            if status == 500:
-                LOG.error("stream %s failed", self.heading.id, exc_info=error)
-            self.fan.cancel()
-            yield sse(body)
-        finally:
-            self._note()
-        yield DONE
+        return pieces
 
     async def next(self, timeout_s: float = math.inf) -> tuple[int, Delta] | None:
         """(choice, delta), or None when nothing came in time.  Raises what ended a stream early, DeadlineExceeded included."""
@@ -94,24 +61,111 @@ class Run:
             )
         return item
 
-    def _note(self) -> None:
+    def failed(self, error: Exception) -> Json:
+        """The error's body, after it has ended the answer: what is left is cancelled, and the log has what is not told."""
+        status, body = error_body(error)
+        note_refused(self.scope, error_code(error))
+        if status == 500:
+            LOG.error("stream %s failed", self.heading.id, exc_info=error)
+        self.fan.cancel()
+        return body
+
+    def note(self) -> None:
         """Has the listeners of the app hear how far it came."""
         note_generated(
             self.scope,
             Generated(
-                operation=self.shape.whole_object.partition(".")[0],
+                operation=self.operation,
                 model=self.heading.model,
-                prompt_tokens=sum(self.prompt_tokens),
+                prompt_tokens=sum(map(len, self.prompts)),
                 completion_tokens=sum(c.tokens for c in self.choices),
                 finishes=tuple(c.finish.value for c in self.choices if c.finish is not None),
             ),
         )
 
-    def _usage(self) -> Json:
-        return usage(self.prompt_tokens, self.choices)
+    @property
+    def ended(self) -> bool:
+        """Whether all choices are complete."""
+        return all(c.finish is not None for c in self.choices)
 
-    def _versions(self) -> list[int]:
+    @property
+    def versions(self) -> list[int]:
+        """Of the adapter, that made the answer."""
         return sorted({version for choice in self.choices for version in choice.versions})
+
+
+class Writer(Protocol):
+    """How one endpoint writes a run."""
+
+    async def whole(self) -> Json:
+        """The answer when the run has ended.  Raises what ended it early."""
+        ...
+
+    def events(self, first: tuple[int, Delta] | None) -> AsyncGenerator[bytes]:
+        """The stream's bytes, of which the first delta, if it came in time, has been read."""
+        ...
+
+
+async def answer(request: Request, run: Run, writer: Writer, stream: bool) -> Response:
+    """The run, whole or as a stream; whatever happens, no token stream outlives it."""
+    try:
+        if not stream:
+            try:
+                return JSONResponse(await attend(request, writer.whole()))
+            finally:
+                run.note()
+        # Until the first token an error is a plain HTTP answer.  A long wait must not look dead, though.
+        first = await attend(request, run.next(run.ping_s))
+        return EventStream(run, writer.events(first))
+    except BaseException:
+        run.fan.cancel()
+        raise
+
+
+class ChoiceWriter:
+    """Writes a run as choices, in one of the two shapes."""
+
+    def __init__(self, run: Run, shape: Shape, include_usage: bool):
+        self._run, self._shape, self._include_usage = run, shape, include_usage
+
+    async def whole(self) -> Json:
+        """The answer when all choices have ended.  Raises what ended one early."""
+        run, shape = self._run, self._shape
+        pieces = await run.pieces()
+        choices = [shape.whole(i, p) for i, p in enumerate(pieces)]
+        whole = run.heading.wrap(shape.whole_object, choices, run.versions)
+        return whole | shape.beside(pieces[0]) | {"usage": self._usage()}
+
+    async def events(self, first: tuple[int, Delta] | None) -> AsyncGenerator[bytes]:
+        """The stream's bytes.  It ends in one way: the finish of all choices or an error event; then [DONE]."""
+        run, shape, item = self._run, self._shape, first
+        extra = {"usage": None} if self._include_usage else {}
+        try:
+            opening = versions_of(None if item is None else item[1])
+            for index in range(len(run.choices)):
+                for choice in shape.opening(index):
+                    yield self._chunk([choice], opening, shape.head(run.prompts[0]) | extra)
+            while True:
+                if item is None:
+                    yield KEEPALIVE_COMMENT
+                else:
+                    index, delta = item
+                    for choice in shape.chunks(index, run.choices[index].take(delta)):
+                        yield self._chunk([choice], versions_of(delta), extra)
+                if run.ended:
+                    break
+                item = await run.next(run.ping_s)
+            if self._include_usage:
+                yield self._chunk([], run.versions, {"usage": self._usage()})
+        except Exception as error:
+            yield sse(run.failed(error))
+        yield DONE
+
+    def _chunk(self, choices: Sequence[Json], versions: Sequence[int], beside: Json) -> bytes:
+        return sse(self._run.heading.wrap(self._shape.chunk_object, choices, versions) | beside)
+
+    def _usage(self) -> Json:
+        return usage([len(p) for p in self._run.prompts], self._run.choices)
 
 
 def versions_of(delta: Delta | None) -> list[int]:
@@ -131,6 +185,7 @@ class EventStream(EventSourceResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._run.fan.cancel()
+            self._run.note()
 
 
 async def attend[T](request: Request, work: Awaitable[T]) -> T:

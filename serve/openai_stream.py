@@ -109,7 +109,9 @@ class Piece:
     text: str
     entries: tuple[Entry, ...]
     finish: FinishReason | None
+    tokens: tuple[int, ...] = ()
     prompt: tuple[tuple[Ranked, ...], ...] = ()  # of every prompt token but the first, itself first
+    prompt_tokens: tuple[int, ...] = ()  # with the first piece
 
 
 class Choice:
@@ -131,7 +133,8 @@ class Choice:
 
     def take(self, delta: Delta) -> Piece:
         """What the delta adds; the first one also what is repeated of the prompt."""
-        echo, echoed, prompt = self._begin(delta) if not self._begun else ("", (), ())
+        first = not self._begun
+        echo, echoed, prompt = self._begin(delta) if first else ("", (), ())
         self.tokens += len(delta.tokens)
         self.cached_tokens += delta.cached_tokens
         self._chars += len(delta.text)
@@ -142,7 +145,14 @@ class Choice:
         self._waiting = self._waiting[len(released) :]  # offsets never fall, so these were the first
         if delta.adapter is not None:
             self.versions.add(delta.adapter.version)
-        return Piece(text=echo + delta.text, entries=(*echoed, *released), finish=delta.finish, prompt=prompt)
+        return Piece(
+            text=echo + delta.text,
+            entries=(*echoed, *released),
+            finish=delta.finish,
+            tokens=delta.tokens,
+            prompt=prompt,
+            prompt_tokens=self._prompt.tokens if first else (),
+        )
 
     def _begin(self, delta: Delta) -> tuple[str, tuple[Entry, ...], tuple[tuple[Ranked, ...], ...]]:
         """(echoed text, its entries, the prompt's log-probabilities)."""

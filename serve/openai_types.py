@@ -1,18 +1,12 @@
-"""The request bodies of the OpenAI wire: strict JSON types, no unknown field, and each field's allowed values beside it.
-
-A field is honoured or refused, never ignored.  `Only(…)` marks a field that the API knows and we have not built: it may
-be absent, null or one of the values that ask for nothing.
-"""
+"""The request bodies of the OpenAI wire, each field's allowed values beside it.  See strict.py for `Only(…)`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, FailFast, Field, JsonValue, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, JsonValue
 from pydantic_core import PydanticCustomError
 
-from jaxlora.errors import UnsupportedParameter
 from serve.request import (
     LEAST_REPETITION,
     MAX_BIAS,
@@ -21,63 +15,20 @@ from serve.request import (
     MAX_TOP_LOGPROBS,
     MOST_REPETITION,
 )
+from serve.strict import Only, Strict, Text, Unbuilt, few_fields
+from serve.tool_types import MAX_CALLS, MAX_TOOLS, Tool, ToolCall, ToolChoice, ToolChoiceMode
 
 MAX_N = 16  # choices for one prompt
 MAX_PROMPTS = 64  # prompts of one completions request
 MAX_CHOICES = 128  # prompts times n
 MAX_STOPS = 4
 MAX_STOP_CHARS = 256
-MAX_FIELDS = 100  # of one object
 MAX_MESSAGES = 2048
 MAX_CHOICE = 1000  # strings an answer may be one of
 MAX_PARTS = 256  # of one message's content
+MAX_SALT_CHARS = 256
+MAX_TEMPLATE_KWARGS = 32
 INT32_MAX = 2**31 - 1
-
-
-@dataclass(frozen=True)
-class Only:
-    """Marks a field that is not built: these values change nothing and pass, all others are refused."""
-
-    values: tuple[JsonValue, ...] = ()
-    instead: str = "leave it out"
-
-
-def few_fields(value: object) -> object:
-    """The value, unless it is an object of very many fields: each bad one costs an error, and 4 MiB of them seconds."""
-    if isinstance(value, dict) and len(value) > MAX_FIELDS:
-        raise PydanticCustomError("fields", "must not have over {most} fields", {"most": MAX_FIELDS})
-    return value
-
-
-class Strict(BaseModel):
-    """No unknown field, no coercion, no NaN."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _few_fields(cls, value: object) -> object:
-        return few_fields(value)
-
-
-def refuse_unbuilt(body: Strict, prefix: str = "") -> None:
-    """Raises UnsupportedParameter, naming the field, where the body asks for something that is not built."""
-    for name, field in type(body).model_fields.items():
-        if name not in body.model_fields_set:
-            continue
-        value = getattr(body, name)
-        for rule in field.metadata:
-            if isinstance(rule, Only) and value is not None and value not in rule.values:
-                hint = f"only {', '.join(map(repr, rule.values))} is" if rule.values else "it is not"
-                raise UnsupportedParameter(
-                    f"{prefix}{name} is not supported as given ({hint} supported here); {rule.instead}",
-                    param=prefix + name,
-                )
-        for i, item in enumerate(value if isinstance(value, list) else []):
-            if isinstance(item, Strict):
-                refuse_unbuilt(item, f"{prefix}{name}[{i}].")
-        if isinstance(value, Strict):
-            refuse_unbuilt(value, f"{prefix}{name}.")
 
 
 def one_form(value: JsonValue) -> JsonValue:
@@ -98,15 +49,6 @@ def one_form(value: JsonValue) -> JsonValue:
     )
 
 
-def unicode_text(value: str) -> str:
-    """The text, if UTF-8 can hold it: JSON can name half a surrogate pair, which no answer could repeat."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise PydanticCustomError("text", "must be Unicode text, without lone surrogates") from None
-    return value
-
-
 def biases(value: object) -> object:
     """A bias for each token id, which JSON writes as a string."""
     if not isinstance(value, dict):
@@ -118,10 +60,8 @@ def biases(value: object) -> object:
     return {int(k): v for k, v in value.items()}
 
 
-Text = Annotated[str, AfterValidator(unicode_text)]
 Prompt = Annotated[Text | list[Text] | list[int] | list[list[int]], BeforeValidator(one_form)]
 StopString = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARS)]
-Unbuilt = Annotated[JsonValue, Only()]
 
 
 class StreamOptions(Strict):
@@ -201,9 +141,10 @@ class SamplingBody(Strict):
     # End on the version of the start, or let later ones reach it.
     adapter_update: Literal["pin", "follow"] | None = None
     priority: Annotated[int | None, Only((0,))] = None
-    cache_salt: Unbuilt = None
+    # Only requests that say the same share cached prompts.
+    cache_salt: Annotated[Text | None, Field(min_length=1, max_length=MAX_SALT_CHARS)] = None
     skip_special_tokens: Annotated[bool | None, Only((True,))] = None
-    return_token_ids: Annotated[bool | None, Only((False,))] = None
+    return_token_ids: bool | None = None
 
 
 class ContentPart(Strict):
@@ -219,10 +160,11 @@ class Message(Strict):
     """One turn.  The fields that a client copies from an answer may stand there as null."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | Annotated[list[ContentPart], Field(max_length=MAX_PARTS), FailFast()]
+    # Null beside tool_calls alone.
+    content: Text | Annotated[list[ContentPart], Field(max_length=MAX_PARTS), FailFast()] | None = None
     tool_call_id: Text | None = None  # links a result to its call; the text is the content
     name: Unbuilt = None
-    tool_calls: Annotated[JsonValue, Only(([],))] = None
+    tool_calls: Annotated[list[ToolCall] | None, Field(max_length=MAX_CALLS), FailFast()] = None
     function_call: Unbuilt = None
     refusal: Unbuilt = None
     audio: Unbuilt = None
@@ -230,6 +172,9 @@ class Message(Strict):
 
 
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES), FailFast()]
+Tools = Annotated[list[Tool] | None, Field(max_length=MAX_TOOLS), FailFast()]
+# More variables of the chat template.
+TemplateKwargs = Annotated[dict[Text, Text | bool | int | float | None] | None, Field(max_length=MAX_TEMPLATE_KWARGS)]
 
 
 class ChatBody(SamplingBody):
@@ -245,16 +190,16 @@ class ChatBody(SamplingBody):
     safety_identifier: Text | None = None  # as `user`
     store: Annotated[bool | None, Only((False,))] = None
 
-    tools: Annotated[JsonValue, Only(([],))] = None
-    tool_choice: Annotated[JsonValue, Only(("none", "auto"))] = None
-    parallel_tool_calls: Annotated[bool | None, Only((True,))] = None
+    tools: Tools = None
+    tool_choice: ToolChoiceMode | ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    chat_template_kwargs: TemplateKwargs = None
     functions: Annotated[JsonValue, Only(([],))] = None
     function_call: Annotated[JsonValue, Only(("none", "auto"))] = None
     service_tier: Annotated[str | None, Only(("auto", "default"))] = None
     modalities: Annotated[JsonValue, Only((["text"],))] = None
     reasoning_effort: Annotated[str | None, Only(("none",))] = None
     verbosity: Annotated[str | None, Only(("medium",))] = None
-    chat_template_kwargs: Annotated[JsonValue, Only(({},))] = None
     audio: Unbuilt = None
     moderation: Unbuilt = None
     prediction: Unbuilt = None
@@ -284,6 +229,8 @@ class TokenizeBody(Strict):
     add_special_tokens: bool | None = None  # of a prompt
     add_generation_prompt: bool | None = None  # of messages
     continue_final_message: bool | None = None  # of messages
+    tools: Tools = None  # of messages
+    chat_template_kwargs: TemplateKwargs = None  # of messages
 
 
 class DetokenizeBody(Strict):

@@ -1,6 +1,6 @@
 """Which sequences refer to which KV pages, and which full pages are kept for prompts that begin alike.  Pure host code.
 
-A kept page is known by its exact chain: whose it is (the salt: tenant, hash of the base, adapter with its version or none),
+A kept page is known by its exact chain: whose it is (the salt: tenant, adapter with its version or none, cache_salt),
 every token before it, and its own.  Only full pages are shared, and a full page is never written again; the page that a
 sequence still writes is its own.  So nothing is ever copied on write.
 

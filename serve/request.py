@@ -84,6 +84,7 @@ class Request:
     """One prompt for one adapter version.  `adapter` was resolved once, at admission; None is the base model.
 
     follow: later versions of the adapter reach the request while it runs; else it ends on the version it began with.
+    cache_salt: only requests with the same one share cached pages.
     """
 
     id: str
@@ -92,6 +93,7 @@ class Request:
     prompt: tuple[int, ...]
     params: SamplingParams
     follow: bool = False
+    cache_salt: str | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt:

@@ -37,12 +37,12 @@ class Sequence:
 
     @property
     def salt(self) -> Hashable | None:
-        """Whose KV this is: only requests of the same tenant and adapter version may share it.  None: nobody's else.
+        """Whose KV this is: only requests of the same tenant, adapter version and cache_salt may share it.  None: nobody's else.
 
         The KV of one that follows its adapter may be of several versions.
         """
         follows = self.request.follow and self.adapter is not None
-        return None if follows else (self.request.tenant, self.adapter)
+        return None if follows else (self.request.tenant, self.adapter, self.request.cache_salt)
 
     @property
     def group(self) -> Hashable:

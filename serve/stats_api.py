@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse, Response
 
 from serve.auth import caller_of
 from serve.house import House
-from serve.openai_api import ERRORS
+from serve.openai_errors import ERRORS
 from serve.watch import Watch
 
 STATS_PATH = "/v1/stats"

@@ -40,7 +40,7 @@ class StoredFiles:
         def work(session: Session) -> None:
             used = used_bytes(session, record.tenant)
             if most_bytes is not None and used + record.size_bytes > most_bytes:
-                raise over_quota(used + record.size_bytes, most_bytes)
+                raise over_quota(max(most_bytes - used, 0))
             session.add(to_row(FileRow, record))
 
         self.database.write(work)
@@ -130,6 +130,6 @@ def used_bytes(session: Session, tenant: str) -> int:
     return int(session.exec(asked.where(col(FileRow.tenant) == tenant, col(FileRow.deleted_s).is_(None))).one())
 
 
-def over_quota(wanted: int, most: int) -> QuotaExceeded:
-    """The error of files that come to too many bytes."""
-    return QuotaExceeded(f"your files would come to {wanted} bytes, and you may have {most}; delete some of them")
+def over_quota(room: int) -> QuotaExceeded:
+    """The error of a file for which a tenant has no room."""
+    return QuotaExceeded(f"your files may have {room} bytes more, which this one exceeds; delete some of them")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import uvicorn
 
+from jaxlora.chat_template import ChatTemplate
 from jaxlora.errors import AdapterNotFound, InvalidRequest
 from jaxlora.lora import AdapterRef
 from serve.grammar import Grammars
@@ -30,7 +31,6 @@ class ByteTokenizer:
     eos_ids = frozenset({EOS})
     special_ids = frozenset({EOS, BOS, MARK})
     names = ("<eos>", "<bos>", "<turn>")
-    has_template = True
 
     def encode(self, text, *, add_special_tokens=True, parse_special=True):
         ids = list(text.encode())
@@ -41,7 +41,15 @@ class ByteTokenizer:
     def decode(self, ids):
         return bytes(i for i in ids if i < 256).decode(errors="replace")
 
-    def chat(self, messages, *, add_generation_prompt=True, continue_final_message=False):
+    chat_template = None  # text of a template; without one, turns are written between marks
+    special_texts = {"eos_token": "<eos>", "bos_token": "<bos>"}  # noqa: RUF012
+
+    def chat(self, messages, *, add_generation_prompt=True, continue_final_message=False, tools=None, variables=None):
+        asked = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
+        asked |= {"tools": tools, "variables": variables}
+        if self.chat_template is not None:
+            return list(ChatTemplate(self.chat_template, self.special_texts).render(messages, **asked).encode())
+        ChatTemplate("", {}).render(messages, **asked | {"continue_final_message": False})  # for its checks
         if messages[0]["role"] == "assistant":
             raise InvalidRequest("a conversation must not begin with the assistant", param="messages")
         ids = []

@@ -23,7 +23,8 @@ from serve.stored_gradient import StoredGradient
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """(house, tuner, wire, url)."""
-    house = FakeHouse()
+    house = FakeHouse(context=200)
+    house.tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
     tuner = FakeTuner(house)
     database = Database(f"sqlite:///{tmp_path_factory.mktemp('gradient') / 'db.sqlite'}")
     records = StoredGradient(database)
@@ -57,9 +58,9 @@ def world(tmp_path_factory):
 @pytest.fixture
 def house(world):
     """The house with its behaviour as new, but for the adapters that were made."""
-    fresh = FakeHouse()
+    fresh = FakeHouse(context=200)
     for name, value in vars(fresh).items():
-        if name != "adapters":
+        if name not in ("adapters", "tokenizer"):
             setattr(world.house, name, value)
     return world.house
 

@@ -43,6 +43,8 @@ PURE = (
     "serve/demo_tasks.py",
     "serve/door.py",
     "serve/fine_tuning.py",
+    "serve/file_store.py",
+    "serve/files_types.py",
     "serve/gradient_choice.py",
     "serve/gradient_complete.py",
     "serve/gradient_errors.py",
@@ -60,12 +62,15 @@ PURE = (
     "serve/model_names.py",
     "serve/migrations.py",
     "serve/multipart.py",
+    "serve/openai_answers.py",
+    "serve/openai_chat.py",
     "serve/openai_format.py",
     "serve/openai_stream.py",
     "serve/openai_types.py",
     "serve/pages.py",
     "serve/records.py",
     "serve/request.py",
+    "serve/responses_types.py",
     "serve/scheduler.py",
     "serve/sequence.py",
     "serve/shares.py",
@@ -80,18 +85,28 @@ PURE = (
     "serve/stored_jobs.py",
     "serve/stored_keys.py",
     "serve/tables.py",
+    "serve/strict.py",
+    "serve/tool_calls.py",
+    "serve/tool_types.py",
     "serve/tuning.py",
     "serve/watch.py",
 )
 JAX_FAMILY = ("jax", "jaxlib", "flax", "optax", "orbax")
 STORED = ("answers", "files", "gradient", "jobs", "keys")
 SQL_FILES = ("serve/database.py", "serve/migrations.py", "serve/tables.py", *(f"serve/stored_{s}.py" for s in STORED))
-WIRE_FILES = (
-    "serve/adapters_types.py",
-    "serve/gradient_types.py",
-    "serve/jobs_types.py",
-    "serve/openai_api.py",
-    "serve/openai_types.py",
+WIRE_FILES = tuple(
+    f"serve/{name}.py"
+    for name in (
+        "adapters_types",
+        "files_types",
+        "gradient_types",
+        "jobs_types",
+        "openai_answers",
+        "openai_types",
+        "responses_types",
+        "strict",
+        "tool_types",
+    )
 )
 ONLY_IN = {  # package → the only files that import it
     "alembic": ("serve/migrations.py",),

@@ -157,7 +157,7 @@ def test_a_version_that_is_given_up_leaves_no_page_in_the_cache(world, engine):
     ]
     run_all(engine, told)
     assert engine.release(world.adapters[0].ref)
-    assert engine.scheduler.pages.salts == [("acme", world.adapters[1].ref)]
+    assert engine.scheduler.pages.salts == [("acme", world.adapters[1].ref, None)]
     again = [replace(r, id=f"again {r.id}") for r in told]
     before = engine.scheduler.pages.hits
     answers = run_all(engine, again)

@@ -111,11 +111,11 @@ def test_the_query_is_a_turn_unless_it_is_raw(sdk, house, bot):
     bot.complete(query="hi<turn>", auto_template=False)
     turn = tuple(house.tokenizer.chat([{"role": "user", "content": "hi"}]))
     assert [r.prompt for r in house.requests] == [turn, turn, (BOS, *b"hi", 258)]
-    house.tokenizer.has_template = False
+    template, house.tokenizer.chat_template = house.tokenizer.chat_template, None
     try:
         bot.complete(query="hi")
     finally:
-        house.tokenizer.has_template = True
+        house.tokenizer.chat_template = template
     assert house.requests[-1].prompt == (BOS, *b"hi")
 
 

@@ -9,6 +9,7 @@ import pytest
 from fake_house import BASE, HI, ByteTokenizer, events
 
 from serve.openai_stream import prompt_offsets
+from serve.sequence import Sequence
 
 pytest_plugins = ["wire_fixtures"]
 
@@ -196,3 +197,43 @@ def test_compact_json_has_no_white_space(client, house):
 def test_all_choices_share_one_compiled_grammar(client, house):
     client.completions.create(model=BASE, prompt=["a", "b"], n=2, extra_body={"structured_outputs": {"regex": "a+"}})
     assert len({id(r.params.grammar) for r in house.requests}) == 1
+
+
+# --- token ids, and who shares cached prompts
+
+
+def test_chat_returns_the_ids_of_prompt_and_answer(client, http, house):
+    asked = {"model": BASE, "messages": HI, "n": 2, "max_tokens": 9, "return_token_ids": True}
+    whole = http.post("/v1/chat/completions", json=asked).json()
+    assert whole["prompt_token_ids"] == list(house.requests[0].prompt)
+    for index, choice in enumerate(whole["choices"]):
+        assert choice["token_ids"] == list(f"Grüße 🌍 0.{index}".encode()[:9])
+    parts = [json.loads(e) for e in events(http.post("/v1/chat/completions", json=asked | {"stream": True}))[:-1]]
+    assert [p["prompt_token_ids"] for p in parts if "prompt_token_ids" in p] == [whole["prompt_token_ids"]] * 2
+    for index, choice in enumerate(whole["choices"]):
+        told = [c["token_ids"] for p in parts for c in p["choices"] if c["index"] == index]
+        assert [t for ids in told for t in ids] == choice["token_ids"]
+    plain = client.chat.completions.create(model=BASE, messages=HI)
+    assert "prompt_token_ids" not in plain.model_extra
+    assert "token_ids" not in plain.choices[0].model_extra
+
+
+def test_completions_return_the_ids_of_prompt_and_answer(http):
+    asked = {"model": BASE, "prompt": [[5, 6], [7]], "max_tokens": 4, "return_token_ids": True}
+    whole = http.post("/v1/completions", json=asked).json()["choices"]
+    assert [(c["prompt_token_ids"], c["token_ids"]) for c in whole] == [
+        ([5, 6], [71, 114, 195, 188]),
+        ([7], [71, 114, 195, 188]),
+    ]
+    parts = [json.loads(e) for e in events(http.post("/v1/completions", json=asked | {"stream": True}))[:-1]]
+    for index, choice in enumerate(whole):
+        mine = [c for p in parts for c in p["choices"] if c["index"] == index]
+        assert [t for c in mine for t in c["token_ids"]] == choice["token_ids"]
+        assert [c["prompt_token_ids"] for c in mine if "prompt_token_ids" in c] == [choice["prompt_token_ids"]]
+
+
+def test_a_salt_keeps_cached_prompts_apart(client, house):
+    for salt in ({}, {"cache_salt": "a"}, {"cache_salt": "b"}):
+        client.completions.create(model=BASE, prompt="x", extra_body=salt)
+    salts = {Sequence(r, list(r.prompt), r.adapter, 0, 0.0, 0.0).salt for r in house.requests}
+    assert len(salts) == 3

@@ -39,7 +39,7 @@ CHAT_TABLE = {
     "unknown_long": ({"k" * 999: 1}, "unknown_parameter", "k" * 64),
     "many_fields": ({f"k{i}": 1 for i in range(99)}, "invalid_value", None),
     "many_notes": ({"metadata": {f"k{i}": 1 for i in range(101)}}, "invalid_value", "metadata"),
-    "deep": ({"tools": json.loads("[" * 400 + "]" * 400)}, "invalid_value", "tools" + "[0]" * 7),
+    "deep": ({"functions": json.loads("[" * 400 + "]" * 400)}, "invalid_value", "functions" + "[0]" * 7),
     "many_messages": ({"messages": HI * 2049}, "invalid_value", "messages"),
     "many_parts": (said(content=[{"type": "text", "text": "a"}] * 257), "invalid_value", "messages[0].content"),
     "surrogate_model": ({"model": "\ud800"}, "invalid_value", "model"),
@@ -93,8 +93,18 @@ CHAT_TABLE = {
     "prompt_logprobs_over": ({"prompt_logprobs": 21}, "invalid_value", "prompt_logprobs"),
     "prompt_logprobs_all": ({"prompt_logprobs": -1}, "invalid_value", "prompt_logprobs"),
     "prompt_logprobs_streamed": ({"prompt_logprobs": 1, "stream": True}, "invalid_value", "prompt_logprobs"),
-    "tools": ({"tools": [{"type": "function"}]}, "unsupported_parameter", "tools"),
-    "tool_choice": ({"tool_choice": "required"}, "unsupported_parameter", "tool_choice"),
+    "tools": ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "unsupported_parameter", "tools"),
+    "tool_choice": ({"tool_choice": "required"}, "invalid_value", "tool_choice"),
+    "calls": (
+        said(
+            role="assistant", tool_calls=[{"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
+        ),
+        "unsupported_parameter",
+        "messages[0].tool_calls",
+    ),
+    "salt_empty": ({"cache_salt": ""}, "invalid_value", "cache_salt"),
+    "variable_reserved": ({"chat_template_kwargs": {"messages": "x"}}, "invalid_value", "chat_template_kwargs"),
+    "variable_list": ({"chat_template_kwargs": {"a": [1]}}, "invalid_value", "chat_template_kwargs.a"),
     "format_without_type": ({"response_format": {}}, "invalid_value", "response_format.type"),
     "format_unknown": (
         {"response_format": {"type": "structural_tag"}},

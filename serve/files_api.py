@@ -1,0 +1,140 @@
+"""The files' wire: OpenAI's uploads of training data, straight to disk, and what becomes of them."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Generator
+from pathlib import Path
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import FileResponse, JSONResponse, Response
+from starlette.exceptions import HTTPException
+
+from jaxlora.durable import told_of_disk
+from jaxlora.errors import Overloaded
+from serve.auth import caller_of
+from serve.database import Database
+from serve.file_store import FileStore, found_at
+from serve.files_types import FORM_BODY, FORM_FIELDS, FilesQuery, upload_form
+from serve.job_objects import page_object
+from serve.multipart import Form, FormRules, receive_form
+from serve.openai_errors import ERRORS
+from serve.records import FileRecord, JsonObject
+from serve.stored_files import over_quota
+
+FILES = "/v1/files"
+MAX_FILE_BYTES = 512 * 2**20
+FORM_BYTES = 64 * 1024  # of a form around its file
+MAX_UPLOADS = 16  # at once
+
+
+class FilesWire:
+    """The routes, over one store."""
+
+    def __init__(self, files: FileStore, database: Database, *, max_file_bytes: int = MAX_FILE_BYTES):
+        """database: on whose threads the store is asked."""
+        self._files, self._ask, self._run = files, database.ask, database.run
+        self._max_file_bytes = max_file_bytes
+        self._uploads = 0
+
+    @property
+    def body_limits(self) -> dict[str, int]:
+        """For the gate: path → bytes of a body."""
+        return {FILES: self._max_file_bytes + FORM_BYTES}
+
+    def router(self) -> APIRouter:
+        """All routes of this wire."""
+        router = APIRouter(responses=ERRORS)
+        router.add_api_route(FILES, self.create, methods=["POST"], response_model=None, openapi_extra=FORM_BODY)
+        router.add_api_route(FILES, self.list, methods=["GET"], response_model=None)
+        router.add_api_route(FILES + "/{id}", self.read, methods=["GET"], response_model=None)
+        router.add_api_route(FILES + "/{id}", self.delete, methods=["DELETE"], response_model=None)
+        router.add_api_route(FILES + "/{id}/content", self.content, methods=["GET"], response_model=None)
+        return router
+
+    async def create(self, request: Request) -> Response:
+        """A new file, which is checked soon."""
+        tenant = caller_of(request).owner
+        room = await self._ask(self._files.room, tenant)
+        with self._uploading():
+            folder = await self._ask(self._files.staging)
+            try:
+                form = await self._receive(request, folder, room)
+                about = upload_form(form)
+                record = await self._run(
+                    self._files.add,
+                    tenant,
+                    form.files[0].path,
+                    about.filename,
+                    expires_after_s=about.expires_after_s,
+                )
+            finally:
+                await self._run(shutil.rmtree, folder, ignore_errors=True)
+        return JSONResponse(file_object(record))
+
+    async def _receive(self, request: Request, folder: Path, room: int | None) -> Form:
+        most = self._max_file_bytes if room is None else min(self._max_file_bytes, room)
+        rules = FormRules(fields=FORM_FIELDS, files=("file",), max_files=1, max_file_bytes=most)
+        try:
+            with told_of_disk("the upload"):
+                return await receive_form(request, folder, rules)
+        except HTTPException as error:
+            if error.status_code == 413 and room is not None and room == most:
+                raise over_quota(room) from None
+            raise
+
+    @contextlib.contextmanager
+    def _uploading(self) -> Generator[None]:
+        """One more under way.  Raises Overloaded when there are as many as may be."""
+        if self._uploads >= MAX_UPLOADS:
+            raise Overloaded(f"{MAX_UPLOADS} files are on their way in already; retry later")
+        self._uploads += 1
+        try:
+            yield
+        finally:
+            self._uploads -= 1
+
+    async def list(self, request: Request, query: Annotated[FilesQuery, Query()]) -> Response:
+        """The caller's files, newest first unless order is asc."""
+        page = await self._ask(
+            self._files.page,
+            caller_of(request).sees,
+            after=query.after,
+            limit=query.limit,
+            purpose=query.purpose,
+            oldest_first=query.order == "asc",
+        )
+        return JSONResponse(page_object(page, [file_object(r) for r in page.records]))
+
+    async def read(self, request: Request, id: str) -> Response:
+        """One file, but for its bytes."""
+        return JSONResponse(file_object(await self._ask(self._files.get, id, caller_of(request).sees)))
+
+    async def delete(self, request: Request, id: str) -> Response:
+        """Removes a file that no job needs."""
+        record = await self._ask(self._files.delete, id, caller_of(request).sees)
+        return JSONResponse({"id": record.id, "object": "file", "deleted": True})
+
+    async def content(self, request: Request, id: str) -> Response:
+        """The bytes of a file, as they came."""
+        record, path = await self._ask(self._files.find, id, caller_of(request).sees)
+        return FileResponse(
+            await self._ask(found_at, path), media_type="application/octet-stream", filename=record.filename
+        )
+
+
+def file_object(record: FileRecord) -> JsonObject:
+    """A file as OpenAI's clients read it."""
+    shown: JsonObject = {
+        "id": record.id,
+        "object": "file",
+        "bytes": record.size_bytes,
+        "created_at": int(record.created_s),
+        "filename": record.filename,
+        "purpose": record.purpose,
+        "status": record.status,
+        "status_details": record.status_details,
+    }
+    return shown if record.expires_s is None else shown | {"expires_at": int(record.expires_s)}

@@ -1,0 +1,94 @@
+"""What stands beside the runner in a server: database, keys, limits, files, adapters, jobs, and their wires."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from fastapi import APIRouter
+from starlette.requests import HTTPConnection
+
+from jaxlora.opened import Opened
+from jaxlora.serve_config import ServeConfig
+from serve.adapters import AdapterService
+from serve.adapters_api import AdaptersWire
+from serve.auth import Caller
+from serve.database import Database
+from serve.door import Door
+from serve.file_store import FileStore
+from serve.files_api import FilesWire
+from serve.job_host import JobHost, make_job_host
+from serve.jobs_api import JobsWire
+from serve.keys import Keys
+from serve.limits import Limiter, adapter_quota
+from serve.runner import Runner
+from serve.stored_files import StoredFiles
+from serve.stored_keys import StoredKeys
+from train.data import Unit
+from train.jsonl import load_jsonl
+
+LANE_TOKENS = 2048  # of a server that does not train: the longest example that a file may hold
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Services:
+    """What the app needs of them, and the jobs to be started when the runner has."""
+
+    caller_of: Callable[[HTTPConnection], Caller]
+    limiter: Limiter
+    routers: Sequence[APIRouter]
+    body_limits: Mapping[str, int]
+    door: Door
+    jobs: JobHost | None  # None: this server takes none
+    keyless: bool  # whoever reaches the server may do everything
+
+
+@contextlib.contextmanager
+def services(
+    runner: Runner, opened: Opened, config: ServeConfig, read_head: Callable[[], np.ndarray]
+) -> Generator[Services]:
+    """All of them, over a runner that has not started; leave when it has ended.  read_head: see AdapterService.
+
+    Raises ConfigInvalid for settings that do not go together, Unavailable, StorageFull, StorageFailed.
+    """
+    with contextlib.ExitStack() as stack:
+        database = Database(config.database_url)
+        stack.callback(database.close)
+        keys = Keys(StoredKeys(database))
+        keys.check_bind(config.host)
+        training, store, door = config.training, runner.engine.store, Door()
+        longest = LANE_TOKENS if training is None else training.lane_tokens
+
+        def load(path: Path) -> Sequence[Unit]:
+            return load_jsonl(path, opened.tokenizer, max_tokens=longest + 1, loss=None, name="the file")
+
+        files = FileStore(StoredFiles(database), config.data / "files", load=load, limits=config.limits)
+        stack.callback(files.close)
+        adapters = AdapterService(
+            runner,
+            config=opened.base.config,
+            read_head=read_head,
+            staging=config.data / "adapters-staging",
+            roots=config.lora_roots,
+            check_quota=adapter_quota(config.limits, lambda tenant: len(store.list(tenant))),
+        )
+        files_wire, adapters_wire = FilesWire(files, database), AdaptersWire(adapters)
+        routers, jobs = [files_wire.router(), adapters_wire.router()], None
+        if training is not None:
+            jobs = make_job_host(opened, config, training, runner, database, files, load)
+            stack.callback(jobs.close)
+            routers.append(JobsWire(jobs.service).router())
+        keys.start(door.shut_out)
+        stack.callback(keys.close)
+        yield Services(
+            caller_of=keys.caller_of,
+            limiter=Limiter(config.limits),
+            routers=routers,
+            body_limits=files_wire.body_limits | adapters_wire.body_limits,
+            door=door,
+            jobs=jobs,
+            keyless=keys.keyless,
+        )

@@ -1,0 +1,65 @@
+"""A server of files without a model; run as a script it serves until it is killed: `files_world.py URL ROOT`."""
+
+import contextlib
+import functools
+import sys
+import time
+from pathlib import Path
+
+from fake_house import ByteTokenizer, FakeHouse, serving
+
+from jaxlora.serve_config import LimitsSection
+from serve.app import create_app
+from serve.auth import Caller
+from serve.database import Database
+from serve.file_store import FileStore
+from serve.files_api import FilesWire
+from serve.stored_files import StoredFiles
+from train.jsonl import load_jsonl
+
+GOOD = b'{"prompt": "2+2=", "completion": "4"}\n' * 3
+NO_LIMITS = LimitsSection()
+load = functools.partial(load_jsonl, tokenizer=ByteTokenizer(), max_tokens=64)
+
+
+def by_header(connection):
+    """A tenant for each key; "admin" is one."""
+    key = connection.headers["authorization"].removeprefix("Bearer ")
+    return Caller(owner=key, admin=key == "admin")
+
+
+@contextlib.contextmanager
+def opened(database, root, *, limits=NO_LIMITS, load=load):
+    files = FileStore(StoredFiles(database), root, load=load, limits=limits)
+    try:
+        yield files
+    finally:
+        files.close()
+
+
+@contextlib.contextmanager
+def files_server(database, root, *, max_file_bytes=1_000_000, limits=NO_LIMITS, load=load, caller_of=by_header):
+    """(its URL, its files)."""
+    with opened(database, root, limits=limits, load=load) as files:
+        wire = FilesWire(files, database, max_file_bytes=max_file_bytes)
+        app = create_app(
+            FakeHouse(),
+            default_max_tokens=64,
+            caller_of=caller_of,
+            max_body_bytes=2000,
+            body_limits=wire.body_limits,
+            routers=[wire.router()],
+        )
+        with serving(app) as url:
+            yield url, files
+
+
+def on_disk(root):
+    """Every file below the folder, by its path in it."""
+    return sorted(str(p.relative_to(root)) for p in Path(root).rglob("*") if p.is_file())
+
+
+if __name__ == "__main__":
+    with files_server(Database(sys.argv[1]), Path(sys.argv[2])) as (url, _):
+        print(url, flush=True)
+        time.sleep(60)
