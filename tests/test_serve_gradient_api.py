@@ -235,10 +235,10 @@ def test_the_longest_sample_is_taken(http, adapter):
     [
         ({"query": ""}, 400, "bodyParsingError", "query"),
         ({"maxGeneratedTokenCount": 0}, 400, "bodyParsingError", "maxGeneratedTokenCount"),
-        ({"maxGeneratedTokenCount": 190}, 422, "unprocessableContent", "context is 200"),
+        ({"maxGeneratedTokenCount": 195}, 422, "unprocessableContent", "context is 200"),
         ({"query": "x" * 200}, 422, "unprocessableContent", "context is 200"),
         (
-            {"query": "x" * 180, "guidance": {"type": "choice", "value": ["yes"]}},
+            {"query": "x" * 195, "guidance": {"type": "choice", "value": ["yes"]}},
             422,
             "unprocessableContent",
             "context",
