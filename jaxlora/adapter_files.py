@@ -27,11 +27,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxlora.checkpoint import this_process_alone
-from jaxlora.durable import sync, sync_tree
+from jaxlora.durable import replace_file, sync, sync_tree
 from jaxlora.errors import StorageFailed
 from jaxlora.lora import NAME_PATTERN, Adapter, AdapterRef, LoraSpec
 
 FORMAT = 1
+COUNTER_FORMAT = 1
 VERSION_PATTERN = re.compile(r"[1-9][0-9]{0,17}")
 META_FILE = "metadata"  # as Orbax calls the file of a JSON object; read without Orbax, in a tenth of its time
 CHUNK = "0.0.0"  # the file of a Zarr array of three axes and one chunk
@@ -62,6 +63,31 @@ def digest(spec: LoraSpec, base_hash: str, weights: Mapping[str, tuple[np.ndarra
             total.update(f"{target} {value.dtype.name} {value.shape}".encode())
             total.update(np.ascontiguousarray(value).data)
     return total.hexdigest()
+
+
+def read_counter(path: Path, whose: str) -> tuple[int, int]:
+    """(last minted, last deleted) version; zeros where there is no file.  Raises StorageFailed for a damaged one."""
+    if not path.exists():
+        return 0, 0
+    try:
+        data = json.loads(path.read_bytes())
+        found, minted, deleted = data["format"], int(data["minted"]), int(data["deleted"])
+    except (ValueError, KeyError, TypeError) as e:
+        raise StorageFailed(f"the version counter of {whose} is damaged: {e}") from e
+    if found != COUNTER_FORMAT:
+        raise StorageFailed(f"the version counter of {whose} has format {found!r}; this build reads {COUNTER_FORMAT}")
+    return minted, deleted
+
+
+def write_counter(path: Path, minted: int, deleted: int) -> None:
+    """On disk when this returns."""
+    replace_file(path, json.dumps({"format": COUNTER_FORMAT, "minted": minted, "deleted": deleted}).encode())
+
+
+def is_damage(error: StorageFailed) -> bool:
+    """Whether a version's files are wrong, rather than that the system would not read them now."""
+    cause = error.__cause__
+    return not isinstance(cause, OSError) or isinstance(cause, FileNotFoundError | NotADirectoryError)
 
 
 def save_version(folder: Path, adapter: Adapter, created: float) -> None:

@@ -15,6 +15,7 @@ from typing import Annotated
 
 import typer
 
+from jaxlora.cli_adapters import IMPORT_EXAMPLES, adapters, import_adapter
 from jaxlora.cli_keys import keys
 from jaxlora.errors import ConfigInvalid, JaxLoraError
 from jaxlora.neighbours import check_neighbours, own_home
@@ -120,7 +121,7 @@ def serve(
         if config is not None:
             settings = load(config, ServeConfig)
         elif model is not None:
-            settings = serve_defaults(model, Path("adapters"))
+            settings = serve_defaults(model, Path("adapters") if adapters is None else adapters)
         else:
             raise ConfigInvalid("serve needs to know the base; give CONFIG.toml or --model, e.g. --model smollm2")
         flags = {"host": host, "port": port, "slots": slots, "max_rank": max_rank, "rows": rows, "adapters": adapters}
@@ -264,6 +265,8 @@ def kernels(
             raise ConfigInvalid(f"bench kernels: {e}") from e
 
 
+app.add_typer(adapters, name="adapters")
+app.command("import", epilog=IMPORT_EXAMPLES)(import_adapter)
 app.add_typer(keys, name="keys")
 
 

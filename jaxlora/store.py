@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import builtins
 import contextlib
-import json
 import logging
 import os
 import queue
@@ -27,13 +26,12 @@ import uuid
 from concurrent.futures import Future
 from pathlib import Path
 
-from jaxlora.adapter_files import describe, load_version, save_version, scan
-from jaxlora.durable import lock_folder, replace_file, sync
+from jaxlora.adapter_files import describe, is_damage, load_version, read_counter, save_version, scan, write_counter
+from jaxlora.durable import lock_folder, sync
 from jaxlora.errors import AdapterNotFound, AlreadyExists, StateInvalid, StorageFailed
 from jaxlora.host_tier import HostMemory, HostTier
 from jaxlora.lora import Adapter, AdapterRef, check_name
 
-COUNTER_FORMAT = 1
 LOG = logging.getLogger("jaxlora")
 
 
@@ -383,9 +381,11 @@ class AdapterStore:
             for pair in adapter.weights.values():
                 for value in pair:
                     value.setflags(write=False)
-        except BaseException:
+        except BaseException as error:
             with self._state:
                 loaded()
+                if isinstance(error, StorageFailed) and is_damage(error):
+                    self._give_way(ref, error)
             raise
         with self._state:
             loaded()
@@ -409,6 +409,13 @@ class AdapterStore:
         self._about.pop(ref, None)
         self._ram.delete(ref)
 
+    def _give_way(self, ref: AdapterRef, error: StorageFailed) -> None:
+        """A damaged version leaves its name to the one before, if there is one.  Its files stay for who can repair them."""
+        versions = self._versions[ref.tenant, ref.name]
+        if len(versions) > 1 and ref.version == max(versions):
+            self._hide(ref)
+            LOG.error("%s; version %d takes its place until the next start", error.message, max(versions))
+
     def _check_visible(self, ref: AdapterRef) -> None:
         if ref.version not in self._versions.get((ref.tenant, ref.name), ()):
             raise AdapterNotFound(f"no adapter {ref.name!r} of version {ref.version}", param="name")
@@ -425,24 +432,12 @@ class AdapterStore:
         """(last minted, last deleted) version; never below a version that exists, should the file be lost."""
         if (tenant, name) in self._counter:
             return self._counter[tenant, name]
-        path = self._counter_path(tenant, name)
-        minted = deleted = 0
-        if path.exists():
-            try:
-                data = json.loads(path.read_bytes())
-                found, minted, deleted = data["format"], int(data["minted"]), int(data["deleted"])
-            except (ValueError, KeyError, TypeError) as e:
-                raise StorageFailed(f"the version counter of {tenant}/{name} is damaged: {e}") from e
-            if found != COUNTER_FORMAT:
-                raise StorageFailed(
-                    f"the version counter of {tenant}/{name} has format {found!r}; this build reads {COUNTER_FORMAT}"
-                )
+        minted, deleted = read_counter(self._counter_path(tenant, name), f"{tenant}/{name}")
         with self._state:
             visible = gone or self._versions.get((tenant, name), ())
         self._counter[tenant, name] = max([minted, *visible]), deleted
         return self._counter[tenant, name]
 
     def _write_counter(self, tenant: str, name: str, minted: int, deleted: int) -> None:
-        data = {"format": COUNTER_FORMAT, "minted": minted, "deleted": deleted}
-        replace_file(self._counter_path(tenant, name), json.dumps(data).encode())
+        write_counter(self._counter_path(tenant, name), minted, deleted)
         self._counter[tenant, name] = minted, deleted

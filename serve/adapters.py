@@ -39,6 +39,7 @@ from jaxlora.model_config import ModelConfig
 from jaxlora.peft import CONFIG_FILE, ImportReport, export_peft, import_peft
 from serve.auth import Caller
 from serve.house import ModelCard
+from serve.model_names import names_version
 from serve.runner import Runner
 
 LOG = logging.getLogger("serve")
@@ -119,36 +120,37 @@ class AdapterService:
         """
         refs = self._store.list(sees)
         owners = Counter(ref.name for ref in refs)
-        ids = {r: r.name if owners[r.name] == 1 else f"{r.tenant}/{r.name}" for r in refs}
-        return self._page([r for r in refs if ids[r].startswith(prefix)], ids, after, limit)
+        named = ((ref.name if owners[ref.name] == 1 else f"{ref.tenant}/{ref.name}", ref) for ref in refs)
+        return self._page([(id, ref) for id, ref in named if id.startswith(prefix)], after, limit)
 
     def versions(self, sees: str | None, model: str, *, after: str | None, limit: int) -> Page:
         """The versions of an adapter.  Raises AdapterNotFound, InvalidRequest where `after` is not in the list."""
         ref = self.find(sees, model)
-        path = model.partition("@")[0]
+        path = f"{ref.tenant}/{ref.name}" if model.startswith("ft:") else model.partition("@")[0]
         refs = self._store.versions(ref.tenant, ref.name)
-        return self._page(refs, {r: f"{path}@{r.version}" for r in refs}, after, limit)
+        return self._page([(f"{path}@{r.version}", r) for r in refs], after, limit)
 
-    def _page(self, refs: Sequence[AdapterRef], ids: dict[AdapterRef, str], after: str | None, limit: int) -> Page:
-        created = {}
-        for ref in refs:
+    def _page(self, named: Sequence[tuple[str, AdapterRef]], after: str | None, limit: int) -> Page:
+        """The entries after the one of this id, each an id and what it means."""
+        dated = []
+        for id, ref in named:
             try:
-                created[ref] = int(self._store.created(ref))
+                dated.append((-int(self._store.created(ref)), -ref.version, id, ref))
             except AdapterNotFound:
                 pass  # deleted meanwhile
             except StorageFailed as error:
                 LOG.error("not listed: %s", error.message)
-        ordered = sorted(created, key=lambda r: (-created[r], -r.version, ids[r]))
+        dated.sort()
         if after is not None:
-            places = [i for i, ref in enumerate(ordered) if ids[ref] == after]
+            places = [i for i, entry in enumerate(dated) if entry[2] == after]
             if not places:
                 raise InvalidRequest("after must be the id of an entry in this list", param="after")
-            ordered = ordered[places[0] + 1 :]
+            dated = dated[places[0] + 1 :]
         cards = []
-        for ref in ordered[:limit]:
+        for _, _, id, ref in dated[:limit]:
             with contextlib.suppress(AdapterNotFound, StorageFailed):  # deleted or damaged meanwhile
-                cards.append(replace(self.runner.model(None, str(ref)), id=ids[ref]))
-        return Page(cards, len(ordered) > limit)
+                cards.append(replace(self.runner.model(None, str(ref)), id=id))
+        return Page(cards, len(dated) > limit)
 
     def is_pinned(self, tenant: str, name: str) -> bool:
         """Whether the adapter keeps its slot, whoever waits."""
@@ -304,7 +306,7 @@ class AdapterService:
     # ---- away -------------------------------------------------------------------------------------------------------
 
     def delete(self, sees: str | None, model: str) -> None:
-        """Removes an adapter, or the version that NAME@VERSION says: gone from every list now, its name free at once.
+        """Removes an adapter, or the one version that its name means: gone from every list now, its name free at once.
 
         Requests that use it end as if nothing had happened.  Raises AdapterNotFound, InvalidRequest for the base.
         """
@@ -314,13 +316,14 @@ class AdapterService:
                     f"{self.runner.base_name} is the base model, which stays; name an adapter", param="model"
                 )
             ref = self.find(sees, model)
-            refs = [ref] if "@" in model else self._store.versions(ref.tenant, ref.name)
+            alone = names_version(model)
+            refs = [ref] if alone else self._store.versions(ref.tenant, ref.name)
             with told_of_disk(f"adapter {ref.name}"):
-                if "@" in model:
+                if alone:
                     self._delete_version(ref)
                 else:
                     self._store.delete(ref.tenant, ref.name)
-            self.runner.catalog.jobs.drop(ref.tenant, ref.name, ref.version if "@" in model else None)
+            self.runner.catalog.jobs.drop(ref.tenant, ref.name, ref.version if alone else None)
             if self.is_pinned(ref.tenant, ref.name):
                 self._tune_pins(lambda pins: pins)
         self.runner.call(lambda: [self.runner.engine.release(r) for r in refs])
@@ -352,8 +355,8 @@ class AdapterService:
 
     def _pinnable(self, sees: str | None, model: str) -> AdapterRef:
         ref = self.find(sees, model)
-        if "@" in model:
-            raise InvalidRequest("a pin holds an adapter's newest version; leave out @VERSION", param="name")
+        if names_version(model):
+            raise InvalidRequest("a pin holds an adapter's newest version; name the adapter alone", param="name")
         return ref
 
     def _tune_pins(self, change: Callable[[Collection[str]], Collection[str]]) -> None:

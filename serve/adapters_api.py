@@ -8,15 +8,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
+from collections import Counter
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Annotated, BinaryIO
+from typing import Annotated
 
 import fastapi
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
-from jaxlora.errors import InvalidRequest, Overloaded
+from jaxlora.errors import DeadlineExceeded, InvalidRequest, Overloaded
 from serve.adapters import AdapterService, Exported, Imported, Page
 from serve.adapters_types import (
     UPLOAD_BODY,
@@ -28,14 +30,16 @@ from serve.adapters_types import (
     PageQuery,
     UnloadBody,
 )
-from serve.auth import caller_of
+from serve.auth import Caller, caller_of
 from serve.house import ModelCard
 from serve.multipart import Form, FormRules, receive_form
 from serve.openai_errors import ERRORS
 from serve.strict import refuse_unbuilt
 
 UPLOAD_PATH = "/v1/adapters"
-MAX_TRANSFERS = 4  # uploads and downloads at once: each may hold an adapter in memory and on disk
+MAX_TRANSFERS = 16  # uploads and downloads at once: each may hold an adapter on disk
+MAX_TRANSFERS_OF_TENANT = 4
+MAX_AT_WORK = 2  # that are read, checked or packed at once: each holds an adapter in memory
 MAX_FILES = 3
 CHUNK_BYTES = 2**18
 
@@ -45,7 +49,8 @@ class AdaptersWire:
 
     def __init__(self, service: AdapterService):
         self._service = service
-        self._transfers = 0  # under way; of the event loop's thread
+        self._transfers: Counter[str] = Counter()  # of each tenant, under way; of the event loop's thread
+        self._work = asyncio.Semaphore(MAX_AT_WORK)
 
     @property
     def body_limits(self) -> dict[str, int]:
@@ -83,13 +88,11 @@ class AdaptersWire:
         if not body.lora_name or not body.lora_path:
             raise InvalidRequest("Both 'lora_name' and 'lora_path' must be provided.", param="lora_name")
         place = self._service.place(caller, body.lora_name)
-        with self._transfer():
-            await asyncio.to_thread(
-                self._service.add_folder,
-                place,
-                body.lora_path,
-                in_place=body.load_inplace,
-                any_base=body.allow_base_mismatch,
+        with self._transfer(caller):
+            await self._at_work(
+                lambda: self._service.add_folder(
+                    place, body.lora_path, in_place=body.load_inplace, any_base=body.allow_base_mismatch
+                )
             )
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
@@ -137,7 +140,7 @@ class AdaptersWire:
 
     async def upload(self, request: Request) -> Response:
         """A new adapter out of a PEFT folder's files, or the next version of one."""
-        with self._transfer(), self._service.staged() as folder:
+        with self._transfer(caller_of(request)), self._service.staged() as folder:
             imported = await self._receive(request, folder)
         card = await asyncio.to_thread(self._service.card, None, str(imported.ref))
         return JSONResponse(self._object(card) | _told(imported))
@@ -170,13 +173,16 @@ class AdaptersWire:
             finally:  # here, as a large file takes a while to remove
                 shutil.rmtree(folder, ignore_errors=True)
 
-        return await asyncio.to_thread(add)
+        return await self._at_work(add)
 
     async def download(self, request: Request, name: str, query: Annotated[DownloadQuery, fastapi.Query()]) -> Response:
         """A version's PEFT folder as a zip."""
-        with self._transfer():
-            exported = await asyncio.to_thread(self._service.export, caller_of(request).sees, name, query.dtype)
-        return _zip_response(exported)
+        caller = caller_of(request)
+        with contextlib.ExitStack() as held:
+            held.enter_context(self._transfer(caller))
+            exported = await self._at_work(lambda: self._service.export(caller.sees, name, query.dtype))
+            held.enter_context(exported.file)
+            return ZipStream(exported, request.state.deadline, held.pop_all())
 
     async def pin(self, request: Request, name: str) -> Response:
         """The adapter keeps its slot."""
@@ -203,15 +209,24 @@ class AdaptersWire:
     # ---- how it is said ---------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _transfer(self) -> Generator[None]:
-        """One more under way.  Raises Overloaded when there are as many as may be."""
-        if self._transfers >= MAX_TRANSFERS:
+    def _transfer(self, caller: Caller) -> Generator[None]:
+        """One more under way.  Raises Overloaded when there are as many as may be, of this tenant or of all."""
+        if self._transfers[caller.owner] >= MAX_TRANSFERS_OF_TENANT:
+            raise Overloaded(f"{MAX_TRANSFERS_OF_TENANT} of your adapters are on their way in or out; retry later")
+        if self._transfers.total() >= MAX_TRANSFERS:
             raise Overloaded(f"{MAX_TRANSFERS} adapters are on their way in or out already; retry later")
-        self._transfers += 1
+        self._transfers[caller.owner] += 1
         try:
             yield
         finally:
-            self._transfers -= 1
+            self._transfers[caller.owner] -= 1
+            if not self._transfers[caller.owner]:
+                del self._transfers[caller.owner]
+
+    async def _at_work[R](self, work: Callable[[], R]) -> R:
+        """What `work` returns, on a worker thread, when its turn has come."""
+        async with self._work:
+            return await asyncio.to_thread(work)
 
     def _object(self, card: ModelCard) -> dict[str, object]:
         return {
@@ -250,16 +265,26 @@ def _told(imported: Imported) -> dict[str, object]:
     }
 
 
-def _zip_response(exported: Exported) -> Response:
-    """The zip, a piece at a time; it is closed when it was sent, or nobody reads any more."""
+class ZipStream(StreamingResponse):
+    """A zip, a piece at a time, until the request's deadline: then a slow client has what it has.
 
-    def pieces(file: BinaryIO) -> Generator[bytes]:
-        with file:
-            while piece := file.read(CHUNK_BYTES):
-                yield piece
+    held: left when the answer is over, however it ended.
+    """
 
-    headers = {
-        "Content-Length": str(exported.nbytes),
-        "Content-Disposition": f'attachment; filename="{exported.filename}"',
-    }
-    return StreamingResponse(pieces(exported.file), media_type="application/zip", headers=headers)
+    def __init__(self, exported: Exported, deadline: float, held: contextlib.ExitStack):
+        self._deadline, self._held = deadline, held
+        headers = {
+            "Content-Length": str(exported.nbytes),
+            "Content-Disposition": f'attachment; filename="{exported.filename}"',
+        }
+        pieces = iter(lambda: exported.file.read(CHUNK_BYTES), b"")
+        super().__init__(pieces, media_type="application/zip", headers=headers)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends it.  Raises DeadlineExceeded when it took too long."""
+        with self._held:
+            try:
+                async with asyncio.timeout_at(self._deadline):
+                    await super().__call__(scope, receive, send)
+            except TimeoutError as error:
+                raise DeadlineExceeded("the download took longer than a request may") from error

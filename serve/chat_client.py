@@ -36,7 +36,7 @@ class Server:
     def __init__(self, url: str):
         self.url = url.rstrip("/").removesuffix("/v1")
         timeout = httpx2.Timeout(CONNECT_S, read=READ_S)
-        with self._told():
+        with told(self.url):
             # No proxy out of the environment: it would not find a server on this machine.
             self._http = httpx2.AsyncClient(base_url=self.url + "/v1/", timeout=timeout, trust_env=False)
 
@@ -59,11 +59,11 @@ class Server:
     ) -> AsyncGenerator[str]:
         """The answer's text, piece by piece.  Leaving it early cancels it on the server.  Raises AnswerFailed."""
         body = {**settings, "model": model, "messages": list(messages), "stream": True}
-        with self._told():
+        with told(self.url):
             async with self._http.stream("POST", "chat/completions", json=body) as response:
                 if response.is_error:
                     await response.aread()
-                    raise _refusal(response)
+                    raise refusal(response)
                 async for line in response.aiter_lines():
                     data = line.removeprefix("data: ")
                     if data == "[DONE]":
@@ -78,32 +78,31 @@ class Server:
         raise AnswerFailed("the server broke off in the middle of the answer")
 
     async def _read(self, path: str) -> dict:
-        with self._told():
+        with told(self.url):
             response = await self._http.get(path)
             if response.is_error:
-                raise _refusal(response)
+                raise refusal(response)
             return response.json()
 
-    @contextlib.contextmanager
-    def _told(self) -> Generator[None]:
-        """Failures below HTTP, and answers that are not a jaxlora server's, as AnswerFailed."""
-        try:
-            yield
-        except httpx2.ConnectError as error:
-            raise AnswerFailed(
-                f"no server answers on {self.url}; start one with `jaxlora serve`, or give --url"
-            ) from error
-        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-            raise AnswerFailed(f"{self.url}: {str(error) or type(error).__name__}") from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise AnswerFailed(f"what answers on {self.url} is no jaxlora server") from error
+
+@contextlib.contextmanager
+def told(url: str) -> Generator[None]:
+    """Failures below HTTP, and answers that are not a jaxlora server's, as AnswerFailed."""
+    try:
+        yield
+    except httpx2.ConnectError as error:
+        raise AnswerFailed(f"no server answers on {url}; start one with `jaxlora serve`, or give --url") from error
+    except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+        raise AnswerFailed(f"{url}: {str(error) or type(error).__name__}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise AnswerFailed(f"what answers on {url} is no jaxlora server") from error
 
 
 def _model(body: Mapping) -> Model:
     return Model(body["id"], body.get("parent"), body.get("version"), body.get("rank"), body.get("state", ""))
 
 
-def _refusal(response: httpx2.Response) -> AnswerFailed:
+def refusal(response: httpx2.Response) -> AnswerFailed:
     """What the server said, in its words where it has some."""
     try:
         said = str(response.json()["error"]["message"])

@@ -44,6 +44,12 @@ def adapter_name(job_id: str) -> str:
     return JOB_PREFIX + short_id(job_id)
 
 
+def names_version(model: str) -> bool:
+    """Whether a model name means one version of an adapter, and not the adapter: NAME@VERSION, or a job's checkpoint."""
+    match = FT_NAME.fullmatch(model)
+    return "@" in model if match is None else match[5] is not None or match[6] is not None
+
+
 class JobNames:
     """The names of all jobs of one server.  From any thread."""
 

@@ -1,4 +1,4 @@
-"""One server for a module's tests, and clients of it: `pytest_plugins = ["adapters_fixtures"]`."""
+"""One server for all tests of adapters, and clients of it: `pytest_plugins = ["adapters_fixtures"]`."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Iterator
 
 import httpx2
 import pytest
-from adapters_world import Shelf, shelf_at
+from adapters_world import Shelf, answer, seeded, shelf_at, upload, zip_of
 from serve_world import check_idle, settle
 
 NUMBERS = itertools.count()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def running(tmp_path_factory) -> Iterator[Shelf]:
     with shelf_at(tmp_path_factory.mktemp("shelf")) as it:
         yield it
@@ -56,3 +56,13 @@ def zoo(shelf) -> Iterator[httpx2.Client]:
     """Another tenant."""
     with shelf.client("zoo") as client:
         yield client
+
+
+@pytest.fixture
+def unchanged(shelf, acme, bot):
+    """An adapter that answers the same after the test, alone in the store."""
+    upload(acme, bot, zip_of(seeded(1)))
+    before = answer(acme, bot)
+    yield
+    assert [str(r) for r in shelf.store.list(None)] == [f"acme/{bot}@1"]
+    assert answer(acme, bot) == before

@@ -82,6 +82,7 @@ class FakeHouse:
     started: float = 1_700_000_000.0
     reply: object = echo_seed
     end: bool = True  # say EOS after the reply
+    pace_s: float = 0.0  # between two tokens
     versions: object = None  # of the adapter, by the number of the token; None: the request's
     hang_after: int | None = None
     fail_after: int | None = None
@@ -139,13 +140,14 @@ class FakeStream:
         self.request = request
         self.cancelled = threading.Event()
         self.ended = False
+        self._pace_s = house.pace_s
         self._deltas = self._generate(house, request)
 
     def __aiter__(self):
         return self
 
     async def __anext__(self):
-        await asyncio.sleep(0)
+        await asyncio.sleep(self._pace_s)
         return await anext(self._deltas)
 
     def cancel(self):

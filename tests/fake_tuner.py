@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,7 +29,7 @@ class FakeTuner:
 
     house: object
     failure: Exception | None = None
-    hold: asyncio.Event | None = None  # a call waits for it
+    hold: threading.Event | None = None  # a call waits for it
     created: list = field(default_factory=list)
     calls: list = field(default_factory=list)
 
@@ -45,7 +46,7 @@ class FakeTuner:
         if name not in self.house.adapters:
             raise AdapterNotFound("no adapter of that name")
         if self.hold is not None:
-            await self.hold.wait()
+            assert await asyncio.to_thread(self.hold.wait, 20)
         if self.failure is not None:
             raise self.failure
         if any(np.abs(e.weights).max() > 1e20 for e in examples):

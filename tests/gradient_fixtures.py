@@ -21,7 +21,7 @@ from serve.stored_gradient import StoredGradient
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def gradient(tmp_path_factory):
     """(house, tuner, wire, url)."""
     house = FakeHouse(context=200)
     house.tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
@@ -56,42 +56,42 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture
-def house(world):
+def gradient_house(gradient):
     """The house with its behaviour as new, but for the adapters that were made."""
     fresh = FakeHouse(context=200)
     for name, value in vars(fresh).items():
         if name not in ("adapters", "tokenizer"):
-            setattr(world.house, name, value)
-    return world.house
+            setattr(gradient.house, name, value)
+    return gradient.house
 
 
 @pytest.fixture
-def tuner(world):
+def gradient_tuner(gradient):
     """The tuner with its behaviour as new."""
-    world.tuner.failure = world.tuner.hold = None
-    world.tuner.created.clear()
-    world.tuner.calls.clear()
-    return world.tuner
+    gradient.tuner.failure = gradient.tuner.hold = None
+    gradient.tuner.created.clear()
+    gradient.tuner.calls.clear()
+    return gradient.tuner
 
 
 @pytest.fixture
-def http(world, house, tuner):
+def gradient_http(gradient, gradient_house, gradient_tuner):
     headers = {"authorization": "Bearer acme", "x-gradient-workspace-id": "lab"}
-    with httpx2.Client(base_url=world.url + API, headers=headers, timeout=10) as client:
+    with httpx2.Client(base_url=gradient.url + API, headers=headers, timeout=10) as client:
         yield client
 
 
 @pytest.fixture
-def sdk(world, house, tuner):
-    with gradientai.Gradient(access_token="acme", workspace_id="lab", host=world.url + API) as client:
+def gradient_sdk(gradient, gradient_house, gradient_tuner):
+    with gradientai.Gradient(access_token="acme", workspace_id="lab", host=gradient.url + API) as client:
         yield client
 
 
 @pytest.fixture
-def adapter(http, world):
+def gradient_adapter(gradient_http, gradient):
     """The id of a new adapter."""
-    body = {"model": {"baseModelId": world.wire.base_id, "name": "fixture"}}
-    answer = http.post("/models", json=body)
+    body = {"model": {"baseModelId": gradient.wire.base_id, "name": "fixture"}}
+    answer = gradient_http.post("/models", json=body)
     assert answer.status_code == 200, answer.text
     yield answer.json()["id"]
-    http.delete(f"/models/{answer.json()['id']}")
+    gradient_http.delete(f"/models/{answer.json()['id']}")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
+import threading
 import time
 
 import httpx2
@@ -18,6 +18,32 @@ from serve.gradient_errors import gradient_response
 from serve.gradient_house import GradientConfig
 
 pytest_plugins = ["gradient_fixtures"]
+
+
+# Short names for this file: those of the plug-in are everybody's.
+@pytest.fixture(name="world")
+def its_world(gradient):
+    return gradient
+
+
+@pytest.fixture(name="house")
+def its_house(gradient_house):
+    return gradient_house
+
+
+@pytest.fixture(name="tuner")
+def its_tuner(gradient_tuner):
+    return gradient_tuner
+
+
+@pytest.fixture(name="http")
+def its_http(gradient_http):
+    return gradient_http
+
+
+@pytest.fixture(name="adapter")
+def its_adapter(gradient_adapter):
+    return gradient_adapter
 
 
 def create(http, world, name="made", **hyper):
@@ -306,7 +332,7 @@ def test_a_repeated_call_with_its_key_trains_once(http, adapter, tuner):
 
 
 def test_a_call_whose_time_is_over_is_done_all_the_same(http, adapter, tuner):
-    tuner.hold = asyncio.Event()
+    tuner.hold = threading.Event()
     headers = {"x-request-timeout-s": "0.2", "idempotency-key": "slow"}
     assert error_of(tune(http, adapter, "ab", headers=headers))[:2] == (504, "failed")
     tuner.hold.set()

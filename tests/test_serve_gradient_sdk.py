@@ -17,6 +17,32 @@ pytest_plugins = ["gradient_fixtures"]
 SLUG = "base"
 
 
+# Short names for this file: those of the plug-in are everybody's.
+@pytest.fixture(name="world")
+def its_world(gradient):
+    return gradient
+
+
+@pytest.fixture(name="house")
+def its_house(gradient_house):
+    return gradient_house
+
+
+@pytest.fixture(name="tuner")
+def its_tuner(gradient_tuner):
+    return gradient_tuner
+
+
+@pytest.fixture(name="http")
+def its_http(gradient_http):
+    return gradient_http
+
+
+@pytest.fixture(name="sdk")
+def its_sdk(gradient_sdk):
+    return gradient_sdk
+
+
 def base(sdk):
     return sdk.get_base_model(base_model_slug=SLUG)
 

@@ -1,0 +1,58 @@
+"""`jaxlora import`: a PEFT folder, or an archive of one, into an adapter store that no server has open.
+
+The counterpart of `jaxlora export`.  A running server takes the same through `jaxlora adapters upload`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from jaxlora.archives import unpack, upload_limits
+from jaxlora.base_files import base_hash, find_model, open_source
+from jaxlora.lora import Adapter, AdapterRef, check_name
+from jaxlora.peft import import_peft
+from jaxlora.store import AdapterStore
+
+LOCAL_TENANT = "local"  # who has what is named without a tenant
+
+
+def main(*, model: str, folder: Path, store: Path, name: str, any_base: bool, say: Callable[[str], None]) -> None:
+    """Puts the adapter into `store` as the next version of [TENANT/]NAME.
+
+    Raises an error of the tree, before the store is touched where the cause can be known by then.
+    """
+    tenant, slash, short = name.rpartition("/")
+    tenant = tenant if slash else LOCAL_TENANT
+    check_name(tenant, "tenant")
+    check_name(short, "--name")
+    _, path = find_model(model)
+    source = open_source(path)
+    config = source.config
+    largest = max(config.d_model, config.d_ff)
+    with tempfile.TemporaryDirectory() as temporary:
+        if folder.is_file():
+            unpack(folder, Path(temporary), upload_limits(config, largest))
+            folder = Path(temporary)
+        adapter, report = import_peft(
+            folder,
+            config,
+            ref=AdapterRef(tenant, short, 1),
+            base_hash=base_hash(path),
+            max_rank=largest,
+            head_supported=True,
+            read_head=lambda: source.read("embed", None) if config.tied else source.read("head", None).T,
+            any_base=any_base,
+        )
+    for note in report.notes:
+        say(f"note: {note}")
+    if report.ignored:
+        say(f"note: these settings have no effect here: {', '.join(report.ignored)}")
+    opened = AdapterStore(store, host_bytes=0)
+    try:
+        ref = opened.mint(tenant, short)
+        opened.put(Adapter(ref=ref, spec=adapter.spec, base_hash=adapter.base_hash, weights=adapter.weights))
+    finally:
+        opened.close()
+    say(f"imported {ref}: {len(report.modules)} modules, {report.parameters} parameters")
