@@ -28,18 +28,22 @@ from serve.assemble import make_runner, make_server, read_head
 from serve.database import Database
 from serve.keys import create_key
 from serve.observe import observing
+from serve.records import GradientRecord
 from serve.services import services
+from serve.stored_gradient import StoredGradient
 from serve.stored_jobs import StoredJobs
 from serve.stored_keys import StoredKeys
 
 pytest_plugins = ["serve_fixtures"]
 
+WORKSPACE = "lab"  # of the Gradient wire; the others leave the header alone
 JOB_ID = "ftjob-" + "0123456789ab" + "c" * 20
 # What `owner` has, and what nobody has, of the same form.
 IDS = {
     "JOB": (JOB_ID, "ftjob-" + "f" * 32),
     "ADAPTER": ("secret", "nobody"),
     "MODEL": ("ft:tiny:owner:bot:0123456789ab", "ft:tiny:owner:bot:ffffffffffff"),
+    "GRADIENT": ("a" * 36 + "_model_adapter", "f" * 36 + "_model_adapter"),
     "CHECKPOINT": ("ft:tiny:owner:bot:0123456789ab:ckpt-step-10", "ft:tiny:owner:bot:ffffffffffff:ckpt-step-10"),
 }
 HI = [{"role": "user", "content": "hi"}]
@@ -78,13 +82,17 @@ MATRIX = [
     ("POST", "/v1/adapters/ADAPTER/pin", None),
     ("POST", "/v1/adapters/ADAPTER/unpin", None),
     ("POST", "/v1/unload_lora_adapter", {"lora_name": "ADAPTER"}),
+    ("GET", "/api/models/GRADIENT", None),
+    ("POST", "/api/models/GRADIENT/complete", {"query": "hi"}),
+    ("POST", "/api/models/GRADIENT/fine-tune", {"samples": [{"inputs": "hi there"}]}),
+    ("DELETE", "/api/models/GRADIENT", None),
     ("GET", "/v1/responses/JOB", None),
     ("DELETE", "/v1/responses/JOB", None),
     ("DELETE", "/v1/models/MODEL", None),
     ("DELETE", "/v1/adapters/ADAPTER", None),
     ("DELETE", "/v1/files/FILE", None),
 ]
-LISTS = ("/v1/files", "/v1/fine_tuning/jobs", "/v1/models", "/v1/adapters")
+LISTS = ("/v1/files", "/v1/fine_tuning/jobs", "/v1/models", "/v1/adapters", "/api/models")
 # Rows whose objects their owner has no right to, or that nobody keeps: everyone is told the same.
 NOBODYS = ("/pin", "/unpin", "/v1/unload_lora_adapter", "/v1/responses/")
 
@@ -135,6 +143,17 @@ def whole(world, tmp_path_factory):
             progress={"final_version": 1},
         )
         StoredJobs(database).insert(done, events=[event("made")])
+        gradient = GradientRecord(
+            id=IDS["GRADIENT"][0],
+            tenant="owner",
+            workspace=WORKSPACE,
+            adapter="secret",
+            base="tiny",
+            settings={"name": "secret", "lr": 0.1, "weight_decay": 0.0, "clip": 1.0},
+            created_s=1.0,
+            updated_s=1.0,
+        )
+        StoredGradient(database).insert(gradient)
         StoredJobs(database).save(done, checkpoints=[checkpoint_record(1, job=JOB_ID)])
     store = AdapterStore(settings.adapters, host_bytes=10**8)
     for name in ("secret", "ft-0123456789ab"):
@@ -156,7 +175,7 @@ def whole(world, tmp_path_factory):
 
 
 def bearer(key):
-    return {"authorization": f"Bearer {key}"}
+    return {"authorization": f"Bearer {key}", "x-gradient-workspace-id": WORKSPACE}
 
 
 def written(whole, value, which):
