@@ -7,17 +7,12 @@ from types import SimpleNamespace
 import httpx2
 import pytest
 from fake_house import FakeHouse, serving
-from fake_tuner import FakeTuner
+from fake_tuner import FakeTuner, gradient_over
 from gradient_world import API, LONGEST, MOST, by_key, gradientai
 
 from jaxlora.errors import QuotaExceeded
 from serve.app import create_app
-from serve.database import Database
-from serve.gradient_api import GradientWire
 from serve.gradient_errors import gradient_response
-from serve.gradient_house import GradientConfig
-from serve.stored_answers import StoredAnswers
-from serve.stored_gradient import StoredGradient
 
 
 @pytest.fixture(scope="module")
@@ -26,33 +21,23 @@ def gradient(tmp_path_factory):
     house = FakeHouse(context=200)
     house.tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
     tuner = FakeTuner(house)
-    database = Database(f"sqlite:///{tmp_path_factory.mktemp('gradient') / 'db.sqlite'}")
-    records = StoredGradient(database)
 
     def check_quota(tenant):
-        if tenant == "poor" and len(records.page(tenant, after=None, limit=9).records) >= MOST:
+        if tenant == "poor" and len(wire._records.page(tenant, after=None, limit=9).records) >= MOST:
             raise QuotaExceeded(f"you may have {MOST} adapters")
 
-    wire = GradientWire(
-        house,
-        GradientConfig(default_lr=3e-4, longest=LONGEST),
-        records=records,
-        answers=StoredAnswers(database),
-        tuner=tuner,
-        check_quota=check_quota,
-        draw=lambda: 0.5,
-    )
-    app = create_app(
-        house,
-        default_max_tokens=64,
-        caller_of=by_key,
-        routers=[wire.router()],
-        error_shapes={API: gradient_response},
-        max_body_bytes=100_000,
-    )
-    with serving(app) as url:
-        yield SimpleNamespace(house=house, tuner=tuner, wire=wire, url=url, app=app)
-    database.close()
+    how = {"longest": LONGEST, "tuner": tuner, "check_quota": check_quota, "draw": lambda: 0.5}
+    with gradient_over(house, tmp_path_factory.mktemp("gradient"), **how) as wire:
+        app = create_app(
+            house,
+            default_max_tokens=64,
+            caller_of=by_key,
+            routers=[wire.router()],
+            error_shapes={API: gradient_response},
+            max_body_bytes=100_000,
+        )
+        with serving(app) as url:
+            yield SimpleNamespace(house=house, tuner=tuner, wire=wire, url=url, app=app)
 
 
 @pytest.fixture

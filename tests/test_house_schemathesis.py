@@ -10,6 +10,7 @@ import pytest
 import requests
 import schemathesis
 from fake_house import BASE, FakeHouse, serving
+from fake_tuner import gradient_over, known_adapter
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
@@ -21,19 +22,24 @@ from schemathesis.specs.openapi.checks import (
 from wire_fixtures import other_wires
 
 from serve.app import create_app
+from serve.auth import LOCAL_TENANT
+from serve.gradient_errors import API, gradient_response
 from serve.openapi import DOCUMENT_PATH
 
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 MODES = {GenerationMode.POSITIVE: CHECKS, GenerationMode.NEGATIVE: [*CHECKS, negative_data_rejection]}
-OTHER_SHAPES = ("/api/",)  # routes whose errors are not OpenAI's
+ADAPTER = "a" * 36 + "_model_adapter"  # of the Gradient wire
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     house = FakeHouse(context=4000)
     wires = other_wires(house, tmp_path_factory.mktemp("wires"))
-    with serving(create_app(house, default_max_tokens=16, routers=wires)) as url:
-        yield url
+    with gradient_over(house, tmp_path_factory.mktemp("gradient")) as gradient:
+        assert known_adapter(gradient, LOCAL_TENANT, "any") == ADAPTER
+        routers, shapes = [*wires, gradient.router()], {API: gradient_response}
+        with serving(create_app(house, default_max_tokens=16, routers=routers, error_shapes=shapes)) as url:
+            yield url
 
 
 def fuzz(url: str, total: int) -> Counter[int]:
@@ -73,10 +79,20 @@ def fuzz_operation(operation, mode, cases, session, seen):
     def check(case, known):
         if known and isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
             case.body["model"] = BASE  # a drawn name is nobody's, and what follows would never be reached
+        if (
+            mode is GenerationMode.POSITIVE
+            and known
+            and operation.path.startswith(API)
+            and operation.method != "delete"
+        ):
+            case.path_parameters = {"id": ADAPTER}
+            case.headers = {"x-gradient-workspace-id": "any"}
         response = case.call(session=session)
         seen[response.status_code] += 1
         case.validate_response(response, checks=MODES[mode])
-        if response.status_code >= 400 and not operation.path.startswith(OTHER_SHAPES):
+        if response.status_code >= 400 and operation.path.startswith(API):
+            assert response.json().keys() - {"payload"} == {"type", "message"}
+        elif response.status_code >= 400:
             assert response.json()["error"].keys() == {"message", "type", "param", "code"}
 
     check()
