@@ -10,6 +10,7 @@ import contextlib
 import shutil
 from collections import Counter
 from collections.abc import Callable, Generator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -40,7 +41,7 @@ UPLOAD_PATH = "/v1/adapters"
 MAX_TRANSFERS = 16  # uploads and downloads at once: each may hold an adapter on disk
 MAX_TRANSFERS_OF_TENANT = 4
 MAX_AT_WORK = 2  # that are read, checked or packed at once: each holds an adapter in memory
-MAX_FILES = 3
+MAX_FILES = 8  # of an adapter that comes file by file, what is left out included
 CHUNK_BYTES = 2**18
 
 
@@ -141,11 +142,12 @@ class AdaptersWire:
     async def upload(self, request: Request) -> Response:
         """A new adapter out of a PEFT folder's files, or the next version of one."""
         with self._transfer(caller_of(request)), self._service.staged() as folder:
-            imported = await self._receive(request, folder)
+            name, imported = await self._receive(request, folder)
         card = await asyncio.to_thread(self._service.card, None, str(imported.ref))
-        return JSONResponse(self._object(card) | _told(imported))
+        return JSONResponse(self._object(replace(card, id=f"{name}@{imported.ref.version}")) | _told(imported))
 
-    async def _receive(self, request: Request, folder: Path) -> Imported:
+    async def _receive(self, request: Request, folder: Path) -> tuple[str, Imported]:
+        """(the name as the caller says it, what came in)."""
         caller = caller_of(request)
         rules = FormRules(
             fields=UPLOAD_FIELDS,
@@ -173,7 +175,7 @@ class AdaptersWire:
             finally:  # here, as a large file takes a while to remove
                 shutil.rmtree(folder, ignore_errors=True)
 
-        return await self._at_work(add)
+        return form.fields["name"], await self._at_work(add)
 
     async def download(self, request: Request, name: str, query: Annotated[DownloadQuery, fastapi.Query()]) -> Response:
         """A version's PEFT folder as a zip."""

@@ -26,7 +26,7 @@ UPLOAD_BODY = {  # for the document: the body is read as it arrives, so FastAPI 
                             "description": "a zip, tar or tar.gz of a PEFT folder, or its files one by one",
                             "type": "array",
                             "minItems": 1,
-                            "maxItems": 3,
+                            "maxItems": 8,
                             "items": {"type": "string", "format": "binary"},
                         },
                     },

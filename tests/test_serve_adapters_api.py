@@ -373,7 +373,7 @@ def test_another_tenant_s_adapter_is_the_404_of_an_unknown_one_T1(shelf, acme, z
 
 def test_an_admin_uploads_for_a_tenant_and_names_it(shelf, root, acme, bot):
     told = upload(root, f"acme/{bot}", zip_of(seeded(1))).json()
-    assert (told["tenant"], told["name"]) == ("acme", bot)
+    assert (told["id"], told["tenant"], told["name"]) == (f"acme/{bot}@1", "acme", bot)
     assert ids(acme.get("/v1/adapters")) == [bot]
     assert root.get(f"/v1/adapters/acme/{bot}@1").json()["version"] == 1
 
