@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from jaxlora.cli_adapters import IMPORT_EXAMPLES, adapters, import_adapter
+from jaxlora.cli_jobs import files, jobs
 from jaxlora.cli_keys import keys
 from jaxlora.errors import ConfigInvalid, JaxLoraError
 from jaxlora.neighbours import check_neighbours, own_home
@@ -121,7 +122,7 @@ def serve(
         if config is not None:
             settings = load(config, ServeConfig)
         elif model is not None:
-            settings = serve_defaults(model, Path("adapters"))
+            settings = serve_defaults(model, Path("adapters") if adapters is None else adapters)
         else:
             raise ConfigInvalid("serve needs to know the base; give CONFIG.toml or --model, e.g. --model smollm2")
         flags = {"host": host, "port": port, "slots": slots, "max_rank": max_rank, "rows": rows, "adapters": adapters}
@@ -268,6 +269,8 @@ def kernels(
 app.add_typer(adapters, name="adapters")
 app.command("import", epilog=IMPORT_EXAMPLES)(import_adapter)
 app.add_typer(keys, name="keys")
+app.add_typer(jobs, name="jobs")
+app.add_typer(files, name="files")
 
 
 def main() -> None:

@@ -164,6 +164,7 @@ class ServeConfig:
     training: TrainingSection | None = None  # None: no fine-tuning jobs
     kv_dtype: Dtype = "auto"  # of keys and values; auto: the base's
     log: LogForm = "human"  # one JSON object a line for programs
+    hang_s: float = 4.0  # how long the device may be in one step before /health says 503; more for a slow machine
     metrics_open: bool = False  # /metrics is read without a key; else with one of the role admin
     metrics_adapters: bool = False  # /metrics names the adapters in the slots, for routers that look where they lie
     otel_endpoint: str | None = (
@@ -178,6 +179,7 @@ class ServeConfig:
         need_counts(self, "slots", "max_rank", "rows", "kv_pages", "page_tokens", "prefill_lanes", "prefill_tokens")
         need_counts(self, "default_max_tokens", "max_waiting", "max_waiting_tokens")
         need(self.max_request_s > 0, "max_request_s", "positive", self.max_request_s)
+        need(self.hang_s > 0, "hang_s", "positive", self.hang_s)
         need(self.grace_s >= 0, "grace_s", "0 or more", self.grace_s)
         need(self.host_adapters_gb > 0, "host_adapters_gb", "positive", self.host_adapters_gb)
         need(self.host_kv_gb >= 0, "host_kv_gb", "0 or more", self.host_kv_gb)

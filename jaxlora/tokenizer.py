@@ -7,6 +7,7 @@ over a second, and its GGUF conversion drops SmolLM's digit splitting.
 from __future__ import annotations
 
 import codecs
+import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -114,14 +115,28 @@ class Tokenizer:
         """One more than the largest token id.  The model's vocabulary may be padded beyond it."""
         return len(self._bytes)
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    @property
+    def has_template(self) -> bool:
+        """Whether the base model has a chat template."""
+        return self._template is not None
+
+    @functools.cached_property
+    def _plain_engine(self) -> tokenizers.Tokenizer:
+        """The engine that knows no special token: to switch the one that all threads use would be felt by others."""
+        engine = tokenizers.Tokenizer.from_str(self._engine.to_str())
+        engine.encode_special_tokens = True
+        return engine
+
+    def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
         """Token ids.  Special tokens written in the text are recognised; a byte the vocabulary lacks is lost.
 
         add_special_tokens: also what the tokenizer itself adds (a bos for Llama 3, nothing for SmolLM2 and Qwen).
+        parse_special: False reads their names as plain text.
         Raises InvalidRequest for text that is not valid Unicode.
         """
         try:
-            return self._engine.encode(text, add_special_tokens=add_special_tokens).ids
+            engine = self._engine if parse_special else self._plain_engine
+            return engine.encode(text, add_special_tokens=add_special_tokens).ids
         except (UnicodeEncodeError, TypeError) as error:
             raise InvalidRequest("the text is not valid Unicode (a lone surrogate?)") from error
 

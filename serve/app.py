@@ -101,8 +101,8 @@ def create_app(
 
     caller_of: who asks; it sees the request's headers, and raises to refuse it.  limiter: refuses who asks for too much
     in a minute.  door: closed when the server ends.
-    routers: the wires beside OpenAI's completions, behind the same gate.  error_shapes: how the wires whose paths begin
-    so tell errors.  listeners: hear of each request when it has been answered.  open_paths: that need no key.
+    routers: the wires beside OpenAI's completions, behind the same gate.  error_shapes: how the wires at these paths
+    tell errors.  listeners: hear of each request when it has been answered.  open_paths: that need no key.
     body_limits: path → bytes, where files are uploaded.
     Raises ConfigInvalid or InvalidRequest for an impossible limit.
     """

@@ -17,8 +17,8 @@ from jaxlora.serve_config import AdapterSection, ServeConfig
 from jaxlora.store import AdapterStore
 from serve.auth import LOCAL_TENANT
 from serve.engine import Engine, EngineConfig
-from serve.http_server import make_http
-from serve.observe import observing
+from serve.http_server import HttpServer, make_http
+from serve.observe import Observers, observing
 from serve.retune import retuned_by_hangup
 from serve.runner import Runner
 from serve.services import Services, services
@@ -106,21 +106,7 @@ def main(config: ServeConfig, file: Path | None) -> None:
     runner = make_runner(opened, config, store)
     try:
         with observing(runner, config) as observers, services(runner, opened, config, lambda: read_head(opened)) as own:
-            http = make_http(
-                runner,
-                host=config.host,
-                port=config.port,
-                default_max_tokens=config.default_max_tokens,
-                max_request_s=config.max_request_s,
-                grace_s=config.grace_s,
-                routers=[*observers.routers, *own.routers],
-                listeners=observers.listeners,
-                open_paths=observers.open_paths,
-                caller_of=own.caller_of,
-                limiter=own.limiter,
-                body_limits=own.body_limits,
-                door=own.door,
-            )
+            http = make_server(runner, config, observers, own)
             try:
                 begin(runner, opened, config, own)
                 http.listen()  # who reads the next line may ask at once
@@ -134,6 +120,25 @@ def main(config: ServeConfig, file: Path | None) -> None:
                 runner.stop()
     finally:
         store.close()
+
+
+def make_server(runner: Runner, config: ServeConfig, observers: Observers, own: Services) -> HttpServer:
+    """Everything behind HTTP.  Raises ConfigInvalid when the address is taken or not ours."""
+    return make_http(
+        runner,
+        host=config.host,
+        port=config.port,
+        default_max_tokens=config.default_max_tokens,
+        max_request_s=config.max_request_s,
+        grace_s=config.grace_s,
+        routers=[*observers.routers, *own.routers],
+        listeners=observers.listeners,
+        open_paths=observers.open_paths,
+        caller_of=own.caller_of,
+        limiter=own.limiter,
+        body_limits=own.body_limits,
+        door=own.door,
+    )
 
 
 def begin(runner: Runner, opened: Opened, config: ServeConfig, own: Services) -> None:

@@ -22,7 +22,8 @@ from sqlmodel import Session, create_engine
 from jaxlora.errors import ConfigInvalid, StorageFull, Unavailable
 from serve.migrations import migrate
 
-BUSY_S = 1.0  # SQLite itself waits so long for another writer; PostgreSQL so long for a connection, in whole seconds
+BUSY_S = 1.0  # SQLite itself waits so long for another writer
+CONNECT_S = 2  # PostgreSQL's driver waits so long for a connection; its least
 PAUSE_S = 0.05  # before a transaction is run again
 THREADS = 8  # of `ask`: their waits for a slow database block nobody else
 
@@ -61,7 +62,7 @@ class Database:
         Raises ConfigInvalid for a URL it cannot open, Unavailable, StorageFull.
         """
         self._patience_s = patience_s
-        self._engine = open_engine(parse(url))
+        self._engine = open_engine(parse(url), statement_s=patience_s)
         # A database that is away is asked once a call, not for seconds, until it answers again.
         self._away = False
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="database")
@@ -158,10 +159,13 @@ def parse(url: str) -> URL:
     return parsed.set(drivername="postgresql+psycopg") if backend == "postgresql" else parsed
 
 
-def open_engine(url: URL) -> Engine:
-    """A pool of connections.  Raises ConfigInvalid when SQLite's folder or PostgreSQL's driver is missing."""
+def open_engine(url: URL, *, statement_s: float) -> Engine:
+    """A pool of connections.  statement_s: for which PostgreSQL may be at one statement.
+
+    Raises ConfigInvalid when SQLite's folder or PostgreSQL's driver is missing.
+    """
     if url.get_backend_name() == "postgresql":
-        settings = {"connect_timeout": max(2, round(BUSY_S))}
+        settings = {"connect_timeout": CONNECT_S, "options": f"-c statement_timeout={round(statement_s * 1000)}"}
         try:
             return create_engine(url, pool_pre_ping=True, pool_size=THREADS, connect_args=settings)
         except ModuleNotFoundError as error:

@@ -21,14 +21,14 @@ class ErrorShapes:
     """Which wire shapes which path's errors; OpenAI's where none is named."""
 
     def __init__(self, shapes: Mapping[str, Shape]):
-        """shapes: of the paths that begin so."""
+        """shapes: of a path and all below it."""
         self._shapes = dict(shapes)
 
     def response(self, scope: Scope, error: Exception) -> Response:
         """The answer to an error."""
         note_refused(scope, error_code(error))
-        path = scope["path"]
-        shape = next((s for prefix, s in self._shapes.items() if path.startswith(prefix)), error_response)
+        path = scope["path"] + "/"
+        shape = next((s for root, s in self._shapes.items() if path.startswith(root + "/")), error_response)
         return shape(error)
 
     async def handle(self, request: Request, error: Exception) -> Response:

@@ -24,9 +24,10 @@ from starlette.requests import HTTPConnection
 
 from jaxlora.errors import ConfigInvalid
 from serve.answered import Listener
-from serve.app import OPEN_PATHS, create_app, hosts_for
+from serve.app import NO_SHAPES, OPEN_PATHS, create_app, hosts_for
 from serve.auth import Caller, anyone
 from serve.door import Door
+from serve.error_shapes import Shape
 from serve.limits import Limiter
 from serve.runner import Runner
 
@@ -119,11 +120,12 @@ def make_http(
     caller_of: Callable[[HTTPConnection], Caller] = anyone,
     limiter: Limiter | None = None,
     body_limits: Mapping[str, int] | None = None,
+    error_shapes: Mapping[str, Shape] = NO_SHAPES,
     door: Door | None = None,
 ) -> HttpServer:
     """The runner behind HTTP, on a socket that is bound already.  An IPv6 host may stand in brackets.
 
-    routers, listeners, open_paths, caller_of, limiter, body_limits, door: as `create_app` takes them.
+    routers, listeners, open_paths, caller_of, limiter, body_limits, error_shapes, door: as `create_app` takes them.
 
     Raises ConfigInvalid when the address is taken or not ours.
     """
@@ -149,6 +151,7 @@ def make_http(
         caller_of=caller_of,
         limiter=limiter,
         body_limits=body_limits,
+        error_shapes=error_shapes,
     )
     settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=LAST_WORDS_S)
     return HttpServer(DrainingServer(settings, door, grace_s, runner.end_all), listening)

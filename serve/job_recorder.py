@@ -111,7 +111,7 @@ class JobRecorder:
         record = self._records.get(news.id)
         if record is None:
             return
-        progress: JsonObject = {**record.progress, **asdict(news.progress), **renamed(news.numbers)}
+        progress: JsonObject = {**record.progress, **renamed(news.numbers), **asdict(news.progress)}
         stopped = news.state in ("failed", "paused") and news.code is not None
         started = record.started_s
         if started is None and news.state == "running":

@@ -85,6 +85,13 @@ class ServerMetrics(Collector):
             "vllm:prompt_tokens", "Prompt tokens of requests that began to answer", telemetry.prompt_tokens
         )
         yield self._counter("vllm:generation_tokens", "Tokens generated", self._runner.engine.decoded_tokens)
+        info = GaugeMetricFamily(
+            "vllm:cache_config_info",
+            "KV pages and the tokens of one",
+            labels=("model_name", "block_size", "num_gpu_blocks"),
+        )
+        info.add_metric([self._runner.base_name, str(self._runner.engine.config.page_tokens), str(now.pages)], 1)
+        yield info
         ended = dict.fromkeys(("stop", "length", "abort", "error"), 0) | dict(telemetry.ended)
         ways = {(self._runner.base_name, way): count for way, count in ended.items()}
         labels = ("model_name", "finished_reason")

@@ -9,6 +9,7 @@ import re
 import threading
 from dataclasses import dataclass, field
 
+JOB_PREFIX = "ft-"  # of adapters that jobs make
 FT_NAME = re.compile(r"ft:([^:]+):([^:]+):([^:]*):([0-9a-f]{12})(?::(?:ckpt-step-(\d{1,9})|(latest)))?")
 
 
@@ -40,7 +41,7 @@ def short_id(job_id: str) -> str:
 
 def adapter_name(job_id: str) -> str:
     """The name in the store of what a job makes."""
-    return f"ft-{short_id(job_id)}"
+    return JOB_PREFIX + short_id(job_id)
 
 
 def names_version(model: str) -> bool:

@@ -35,6 +35,7 @@ def observing(runner: Runner, config: ServeConfig) -> Generator[Observers]:
 
     Raises ConfigInvalid for traces without the extra `otel`.
     """
+    runner.watch.hang_s = config.hang_s
     http, compiles = HttpMetrics(), CompileCounter()
     server = ServerMetrics(runner, adapters=config.metrics_adapters, compiles=lambda: compiles.compiles)
     metrics = MetricsWire(server, http, is_open=config.metrics_open)

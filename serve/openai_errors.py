@@ -71,25 +71,39 @@ def error_body(error: Exception) -> tuple[int, dict[str, object]]:
     """(HTTP status, the JSON object) of an error."""
     if isinstance(error, RequestValidationError):
         error = invalid_request(error.errors(), error.body)
-    if isinstance(error, JaxLoraError) and error.status != 500:
-        status, code, param, message = error.status, error.code, error.param, error.message
-    elif isinstance(error, HTTPException):
-        status, code, param = error.status_code, error_code(error), None
-        message = str(error.detail)
-    else:
-        status, code, param, message = (
-            500,
-            "internal_error",
-            None,
-            "internal error; the log has it under the request id",
-        )
+    status, param = error_status(error), error.param if isinstance(error, JaxLoraError) else None
+    code, message = JaxLoraError.code if status == 500 else error_code(error), error_message(error)
     kind = TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return status, {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+def error_status(error: Exception) -> int:
+    """The HTTP status of an error; 500 for a stranger."""
+    if isinstance(error, JaxLoraError):
+        return error.status
+    return error.status_code if isinstance(error, HTTPException) else 500
+
+
+def error_message(error: Exception) -> str:
+    """What a client is told of it, whatever the wire: of a failure of ours no details."""
+    if isinstance(error, JaxLoraError) and error.status != 500:
+        return error.message
+    if isinstance(error, HTTPException):
+        return str(error.detail)
+    return "internal error; the log has it under the request id"
+
+
 def error_response(error: Exception) -> Response:
-    """The HTTP answer to an error, with the headers that tell a client whether to try again."""
+    """The HTTP answer to an error."""
     status, body = error_body(error)
+    # ASCII only: a message may quote a client's lone surrogate, which UTF-8 cannot hold.
+    return Response(
+        json.dumps(body), status_code=status, headers=error_headers(error, status), media_type="application/json"
+    )
+
+
+def error_headers(error: Exception, status: int) -> dict[str, str]:
+    """The headers of an answer to an error, whatever its wire: they tell a client whether to try again."""
     headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
     if isinstance(error, RateLimited):
         headers["Retry-After"] = str(math.ceil(error.retry_after_s))
@@ -99,8 +113,7 @@ def error_response(error: Exception) -> Response:
         headers["x-should-retry"] = "false"
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    # ASCII only: a message may quote a client's lone surrogate, which UTF-8 cannot hold.
-    return Response(json.dumps(body), status_code=status, headers=headers, media_type="application/json")
+    return headers
 
 
 def error_code(error: Exception) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 from fastapi import APIRouter
 from starlette.requests import HTTPConnection
 
+from jaxlora.config import default_lr
 from jaxlora.opened import Opened
 from jaxlora.serve_config import ServeConfig
 from serve.adapters import AdapterService
@@ -18,14 +19,20 @@ from serve.adapters_api import AdaptersWire
 from serve.auth import Caller
 from serve.database import Database
 from serve.door import Door
+from serve.error_shapes import Shape
 from serve.file_store import FileStore
 from serve.files_api import FilesWire
+from serve.gradient_api import GradientWire
+from serve.gradient_errors import API, gradient_response
+from serve.gradient_house import GradientConfig
 from serve.job_host import JobHost, make_job_host
 from serve.jobs_api import JobsWire
 from serve.keys import Keys
 from serve.limits import Limiter, adapter_quota
 from serve.runner import Runner
+from serve.stored_answers import StoredAnswers
 from serve.stored_files import StoredFiles
+from serve.stored_gradient import StoredGradient
 from serve.stored_keys import StoredKeys
 from train.data import Unit
 from train.jsonl import load_jsonl
@@ -41,6 +48,7 @@ class Services:
     limiter: Limiter
     routers: Sequence[APIRouter]
     body_limits: Mapping[str, int]
+    error_shapes: Mapping[str, Shape]
     door: Door
     jobs: JobHost | None  # None: this server takes none
     keyless: bool  # whoever reaches the server may do everything
@@ -67,13 +75,14 @@ def services(
 
         files = FileStore(StoredFiles(database), config.data / "files", load=load, limits=config.limits)
         stack.callback(files.close)
+        quota = adapter_quota(config.limits, lambda tenant: len(store.list(tenant)))
         adapters = AdapterService(
             runner,
             config=opened.base.config,
             read_head=read_head,
             staging=config.data / "adapters-staging",
             roots=config.lora_roots,
-            check_quota=adapter_quota(config.limits, lambda tenant: len(store.list(tenant))),
+            check_quota=quota,
         )
         files_wire, adapters_wire = FilesWire(files, database), AdaptersWire(adapters)
         routers, jobs = [files_wire.router(), adapters_wire.router()], None
@@ -81,6 +90,15 @@ def services(
             jobs = make_job_host(opened, config, training, runner, database, files, load)
             stack.callback(jobs.close)
             routers.append(JobsWire(jobs.service).router())
+        gradient = GradientWire(
+            runner,
+            GradientConfig(default_lr=default_lr(opened.base.config), longest=longest + 1),
+            records=StoredGradient(database),
+            answers=StoredAnswers(database),
+            tuner=None if jobs is None else jobs.tuner,
+            check_quota=quota,
+        )
+        routers.append(gradient.router())
         keys.start(door.shut_out)
         stack.callback(keys.close)
         yield Services(
@@ -88,6 +106,7 @@ def services(
             limiter=Limiter(config.limits),
             routers=routers,
             body_limits=files_wire.body_limits | adapters_wire.body_limits,
+            error_shapes={API: gradient_response},
             door=door,
             jobs=jobs,
             keyless=keys.keyless,

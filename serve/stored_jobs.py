@@ -119,7 +119,7 @@ class StoredJobs:
         """
 
         def work(session: Session) -> list[EventRecord]:
-            row = JOBS.find(session, record.id, record.tenant)
+            row = JOBS.find(session, record.id, record.tenant, lock=True)
             for name in CHANGING:
                 setattr(row, name, getattr(record, name))
             session.add_all(to_row(CheckpointRow, c) for c in checkpoints)
@@ -129,7 +129,7 @@ class StoredJobs:
 
     def append(self, id: str, events: Sequence[NewEvent]) -> list[EventRecord]:
         """The events as they were numbered.  Raises NotFound, StorageFull."""
-        return self.database.write(lambda s: add_events(s, JOBS.find(s, id, None), events))
+        return self.database.write(lambda s: add_events(s, JOBS.find(s, id, None, lock=True), events))
 
     def delete(self, id: str, sees: str | None) -> None:
         """Removes a job with all that belongs to it.  Raises NotFound."""

@@ -166,12 +166,13 @@ class Objects[Row: Owned, Record]:
     row: type[Row]
     record: type[Record]
 
-    def find(self, session: Session, id: str, sees: str | None, *where: ColumnElement[bool]) -> Row:
-        """The row of this id.  sees: only of this tenant; None: of any.  Raises NotFound."""
+    def find(self, session: Session, id: str, sees: str | None, *where: ColumnElement[bool], lock: bool = False) -> Row:
+        """The row of this id.  sees: only of this tenant; None: of any.  lock: it is about to change.  Raises NotFound."""
         found = None
         if ID.fullmatch(id):
             asked = select(self.row).where(col(self.row.id) == id, *self.visible(sees), *where)
-            found = session.exec(asked).one_or_none()
+            # Else PostgreSQL would notice another change only when this one has been written, as any odd error.
+            found = session.exec(asked.with_for_update() if lock else asked).one_or_none()
         if found is None:
             raise NotFound(f"there is no {self.kind} {id[:100]!a}", param="id")
         return found

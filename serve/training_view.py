@@ -30,6 +30,6 @@ def training_view(jobs: Jobs) -> TrainingView:
     return TrainingView(
         tokens=jobs.trainer.trained_tokens,
         steps=jobs.trainer.updates,
-        jobs={state: counts[state] for state in NEXT},
+        jobs={state: counts[state] for state, after in NEXT.items() if after},  # those at their end are forgotten
         open=tuple(views),
     )

@@ -55,8 +55,9 @@ class Watch:
     """Written by the device thread, read by any."""
 
     def __init__(self, engine: Watched, *, hang_s: float = HANG_S, clock: Callable[[], float] = time.monotonic):
-        """hang_s: how long a turn may last; clock: of turns."""
-        self._engine, self._hang_s, self._clock = engine, hang_s, clock
+        """clock: of turns."""
+        self._engine, self._clock = engine, clock
+        self.hang_s = hang_s  # how long a turn may last; may change at any time
         self.training: Callable[[], TrainingView] | None = None  # told on the device thread; None: nobody trains
         self._since: float | None = None  # when the present turn began; None: there is none to end
         self._patient = False  # the present turn may last
@@ -119,7 +120,7 @@ class Watch:
         """How long the present turn has lasted, when that is too long; else None."""
         since = self._since
         lasted = 0.0 if since is None or self._patient else self._clock() - since
-        return lasted if lasted > self._hang_s else None
+        return lasted if lasted > self.hang_s else None
 
     def age_s(self) -> float:
         """How old the snapshot is; that of a thread that rests is as new as can be."""

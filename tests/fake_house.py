@@ -3,6 +3,7 @@
 import asyncio
 import codecs
 import contextlib
+import re
 import socket
 import threading
 import time
@@ -31,12 +32,16 @@ class ByteTokenizer:
     special_ids = frozenset({EOS, BOS, MARK})
     names = ("<eos>", "<bos>", "<turn>")
 
-    def encode(self, text, *, add_special_tokens=True):
-        return [BOS] * add_special_tokens + list(text.encode())
+    def encode(self, text, *, add_special_tokens=True, parse_special=True):
+        ids = list(text.encode())
+        if parse_special:
+            ids = [i for part in re.split("(<turn>)", text) for i in ([MARK] if part == "<turn>" else part.encode())]
+        return [BOS] * add_special_tokens + ids
 
     def decode(self, ids):
         return bytes(i for i in ids if i < 256).decode(errors="replace")
 
+    has_template = True
     chat_template = None  # text of a template; without one, turns are written between marks
     special_texts = {"eos_token": "<eos>", "bos_token": "<bos>"}  # noqa: RUF012
 
@@ -78,6 +83,7 @@ class FakeHouse:
     started: float = 1_700_000_000.0
     reply: object = echo_seed
     end: bool = True  # say EOS after the reply
+    pace_s: float = 0.0  # between two tokens
     versions: object = None  # of the adapter, by the number of the token; None: the request's
     hang_after: int | None = None
     fail_after: int | None = None
@@ -135,13 +141,14 @@ class FakeStream:
         self.request = request
         self.cancelled = threading.Event()
         self.ended = False
+        self._pace_s = house.pace_s
         self._deltas = self._generate(house, request)
 
     def __aiter__(self):
         return self
 
     async def __anext__(self):
-        await asyncio.sleep(0)
+        await asyncio.sleep(self._pace_s)
         return await anext(self._deltas)
 
     def cancel(self):

@@ -59,6 +59,15 @@ def test_smollm2_specials(smollm2):
     assert smollm2.token_bytes(10**9) == smollm2.token_bytes(-1) == b""
 
 
+def test_the_name_of_a_special_token_can_be_plain_text(smollm2):
+    text = "<|im_start|>a<|im_end|>"
+    plain = smollm2.encode(text, parse_special=False)
+    assert smollm2.decode(plain) == text
+    assert not smollm2.special_ids & set(plain)
+    assert smollm2.encode("no names", parse_special=False) == smollm2.encode("no names")
+    assert smollm2.encode(text) == [1, *smollm2.encode("a"), 2]  # and the other way stays as it was
+
+
 def test_a_lone_surrogate_is_the_callers_mistake(smollm2):
     with pytest.raises(InvalidRequest, match="not valid Unicode"):
         smollm2.encode("a\ud800b")

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -164,6 +165,66 @@ class TestTransactions:
         assert "secret" not in caught.value.message
 
 
+@pytest.mark.postgres
+class TestPostgres:
+    @pytest.fixture
+    def keys(self, database):
+        if database.read(lambda s: s.get_bind().dialect.name) != "postgresql":
+            pytest.skip("of PostgreSQL alone")
+        return StoredKeys(database)
+
+    def test_a_server_that_was_started_anew_is_asked_again(self, keys):
+        keys.insert(key_record())
+
+        def end_all_others(session):
+            others = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid != pg_backend_pid()"
+            session.connection().execute(text(others + " AND datname = current_database()"))
+
+        hold = threading.Event()
+        threads = [
+            threading.Thread(target=keys._database.read, args=(lambda s: (s.connection(), hold.wait(5)),))
+            for _ in "123"
+        ]
+        for thread in threads:
+            thread.start()
+        hold.set()
+        for thread in threads:
+            thread.join()
+        keys._database.write(end_all_others)
+        for _ in range(5):
+            assert keys.all() == [key_record()]
+
+    def test_one_that_hangs_is_given_up(self, database_url, keys):
+        """As a lock that somebody else keeps, or a paused server, would have it."""
+        release, held = threading.Event(), threading.Event()
+
+        def hold(session):
+            session.connection().execute(text("LOCK TABLE api_keys IN ACCESS EXCLUSIVE MODE"))
+            held.set()
+            release.wait(10)
+
+        thread = threading.Thread(target=keys._database.write, args=(hold,))
+        thread.start()
+        held.wait(5)
+        with closing(Database(database_url, patience_s=0.5)) as impatient:
+            with pytest.raises(Unavailable):
+                StoredKeys(impatient).all()
+            with pytest.raises(Unavailable):
+                asyncio.run(impatient.ask(StoredKeys(impatient).all))
+            release.set()
+            thread.join()
+            assert StoredKeys(impatient).all() == []
+
+    def test_nobody_there_is_told_in_time(self):
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = listener.getsockname()[1]
+        start = time.monotonic()
+        with pytest.raises(Unavailable):
+            Database(f"postgresql://nobody@127.0.0.1:{port}/nothing", patience_s=0.3)
+        assert time.monotonic() - start < 5
+
+
 class TestSqlite:
     @pytest.fixture
     def url(self, tmp_path):
@@ -244,7 +305,7 @@ from serve.database import open_engine, parse
 from serve.tables import FileRow, to_row
 from database_world import file_record
 
-with open_engine(parse(sys.argv[1])).connect() as connection, connection.begin(), Session(connection) as session:
+with open_engine(parse(sys.argv[1]), statement_s=9).connect() as connection, connection.begin(), Session(connection) as session:
     session.add(to_row(FileRow, file_record("half")))
     session.flush()
     os.kill(os.getpid(), 9)

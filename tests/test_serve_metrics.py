@@ -32,6 +32,7 @@ PROMISED = {
     "vllm:num_requests_waiting": "gauge",
     "vllm:kv_cache_usage_perc": "gauge",
     "vllm:lora_requests_info": "gauge",
+    "vllm:cache_config_info": "gauge",
     "vllm:prompt_tokens": "counter",
     "vllm:generation_tokens": "counter",
     "vllm:request_success": "counter",
@@ -159,6 +160,7 @@ def test_counts_grow_by_what_was_asked(http, world, served):
     assert value(after, "jaxlora:http_requests_total", route="/v1/completions", status="404", method="POST") == 1
     assert value(after, "jaxlora:refusals_total", code="model_not_found") == 1
     assert value(after, "jaxlora:training_steps_total") == 7
+    assert value(after, "vllm:cache_config_info", block_size="4", num_gpu_blocks="64") == 1
     assert value(after, "jaxlora:jobs", state="running") == 1
     assert grown("jaxlora:compiles_total") == 0
     assert value(after, "vllm:num_requests_running") == value(after, "vllm:kv_cache_usage_perc") == 0

@@ -1,0 +1,130 @@
+"""The official `gradientai` SDK against a real small server: what a call says of the loss, and what it does to the adapter."""
+
+from __future__ import annotations
+
+import json
+
+import httpx2
+import numpy as np
+import pytest
+from fake_house import serving
+from gradient_world import API, gradientai
+from gradientai.openapi.client import exceptions as told
+from jobs_api_world import BASE, LANE_TOKENS, Server, by_key
+
+from serve.app import create_app
+from serve.gradient_api import GradientWire
+from serve.gradient_errors import gradient_response
+from serve.gradient_house import GradientConfig
+from serve.stored_answers import StoredAnswers
+from serve.stored_gradient import StoredGradient
+
+pytest_plugins = ["serve_fixtures"]
+SAMPLES = [{"inputs": "Q: 2+2? A: 4"}, {"inputs": "Q: 3+3? A: 6", "multiplier": 0.5}]
+
+
+@pytest.fixture(scope="module")
+def server(world, tmp_path_factory):
+    """(server, url)."""
+    it = Server(world, tmp_path_factory.mktemp("gradient"))
+    it.runner.start()
+    it.host.start()
+    wire = GradientWire(
+        it.runner,
+        GradientConfig(default_lr=0.02, longest=LANE_TOKENS, rank=4),
+        records=StoredGradient(it.database),
+        answers=StoredAnswers(it.database),
+        tuner=it.host.tuner,
+        check_quota=lambda _: None,
+    )
+    app = create_app(
+        it.runner,
+        default_max_tokens=8,
+        caller_of=by_key,
+        routers=[wire.router()],
+        error_shapes={API: gradient_response},
+    )
+    try:
+        with serving(app) as url:
+            yield it, url
+    finally:
+        it.stop()
+
+
+@pytest.fixture
+def sdk(server):
+    with gradientai.Gradient(access_token="acme", workspace_id="lab", host=server[1] + API) as client:
+        yield client
+
+
+def loss_by_hand(world, text, adapter=None):
+    """Nats of all tokens but the first, in float64."""
+    ids = world.tokenizer.encode(text)
+    weights, total = world.plain.merged(adapter), 0.0
+    for i in range(1, len(ids)):
+        logits = world.plain.logits(ids[:i], weights)
+        total += np.log(np.exp(logits - logits.max()).sum()) + logits.max() - logits[ids[i]]
+    return total
+
+
+def test_create_train_three_times_ask_and_delete(world, server, sdk):
+    base = sdk.get_base_model(base_model_slug=BASE.rpartition("/")[2])
+    adapter = base.create_model_adapter(name="sums")
+    query = {"query": "Q: 2+2? A:", "auto_template": False, "temperature": 0, "max_generated_token_count": 6}
+    assert adapter.complete(**query) == base.complete(**query)  # it changes nothing yet
+    store, losses = server[0].runner.engine.store, []
+    for _ in range(3):
+        before = store.get(store.latest("acme", "sums"))
+        done = adapter.fine_tune(samples=SAMPLES)
+        texts = [s["inputs"] for s in SAMPLES]
+        assert done.number_of_trainable_tokens == sum(len(world.tokenizer.encode(t)) - 1 for t in texts)
+        # Under the weights before the update, and not scaled by the multipliers.
+        assert done.sum_loss == pytest.approx(sum(loss_by_hand(world, t, before) for t in texts), rel=1e-4)
+        losses.append(done.sum_loss)
+    assert losses[0] > losses[1] > losses[2]
+    assert store.latest("acme", "sums").version == before.ref.version + 1 == 4
+    assert adapter.complete(**query).generated_output != base.complete(**query).generated_output
+
+    with pytest.raises(told.BadRequestException) as caught:
+        adapter.fine_tune(samples=[{"inputs": "Q: 2+2? A: 4", "multiplier": 3e38}])
+    assert json.loads(caught.value.body)["type"] == "nanLoss"
+    assert store.latest("acme", "sums").version == 4
+    assert adapter.fine_tune(samples=SAMPLES).sum_loss < losses[2]  # it goes on as if that had not been asked
+
+    adapter.delete()
+    with pytest.raises(told.NotFoundException):
+        adapter.complete(**query)
+    assert store.latest("acme", "sums") is None
+
+
+def test_a_choice_is_the_one_that_was_trained(world, sdk):
+    base = sdk.get_base_model(base_model_slug=BASE.rpartition("/")[2])
+    adapter = base.create_model_adapter(name="chooser", learning_rate=0.05)
+    ask = {"query": "colour?", "auto_template": False, "temperature": 0}
+    guidance = {"type": "choice", "value": [" red", " blue"]}
+
+    def by_hand():
+        both = [loss_by_hand(world, ask["query"] + c) - loss_by_hand(world, ask["query"]) for c in guidance["value"]]
+        return guidance["value"][int(np.argmin(both))]
+
+    favourite = base.complete(**ask, guidance=guidance).generated_output
+    assert favourite == by_hand()
+    (other,) = set(guidance["value"]) - {favourite}
+    for _ in range(12):
+        adapter.fine_tune(
+            samples=[{"inputs": [{"value": ask["query"], "trainable": False}, {"value": other, "trainable": True}]}]
+        )
+    done = adapter.complete(**ask, guidance=guidance)
+    assert (done.finish_reason, done.generated_output) == ("stop", other)
+    adapter.delete()
+
+
+def test_a_negative_multiplier_pushes_away(server, sdk):
+    base = sdk.get_base_model(base_model_slug=BASE.rpartition("/")[2])
+    adapter = base.create_model_adapter(name="away", rank=2)
+    url = f"{server[1]}{API}/models/{adapter.id}/fine-tune"
+    sample = {"inputs": "Q: 2+2? A: 4", "fineTuningParameters": {"multiplier": -1}}
+    headers = {"authorization": "Bearer acme", "x-gradient-workspace-id": "lab"}
+    losses = [httpx2.post(url, json={"samples": [sample]}, headers=headers).json()["sumLoss"] for _ in range(3)]
+    assert 0 < losses[0] < losses[1] < losses[2]
+    adapter.delete()

@@ -1,0 +1,67 @@
+"""500 streams at once: each is told whole, to whom it belongs, and nothing is left open; then over a real server that ends."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from types import SimpleNamespace
+
+import pytest
+from fake_house import BASE, FakeHouse, serving
+from small_world import tiny_path
+
+from benchmarks import streams
+from jaxlora.errors import Overloaded
+from serve.app import create_app
+
+STREAMS, TOKENS = 500, 20
+
+
+def said(request):
+    """What the house writes as bytes."""
+    return SimpleNamespace(encode=lambda: bytes(request.prompt[:1]) * TOKENS)
+
+
+class CrowdHouse(FakeHouse):
+    """Says each prompt's first token; refuses those over its number of rows; knows how many were open at once."""
+
+    def __init__(self, rows):
+        super().__init__(reply=said, pace_s=0.01)
+        self.rows, self.most = rows, 0
+
+    def submit(self, request):
+        open_now = sum(not s.ended for s in self.streams)
+        if open_now >= self.rows:
+            raise Overloaded("the queue is full; retry later")
+        self.most = max(self.most, open_now + 1)
+        return super().submit(request)
+
+
+@pytest.mark.parametrize(
+    ("rows", "refused"),
+    [
+        pytest.param(STREAMS, False, id="all", marks=pytest.mark.slow),
+        pytest.param(STREAMS // 2, True, id="half"),
+    ],
+)
+def test_500_streams_at_once(rows, refused):
+    house = CrowdHouse(rows)
+    before = threading.active_count()
+    with serving(create_app(house, default_max_tokens=64)) as url:
+        port = int(url.rsplit(":", 1)[1])
+        outcomes = asyncio.run(streams.crowd("127.0.0.1", port, BASE, STREAMS, TOKENS, again=True))
+        told = streams.told(outcomes, TOKENS)
+    assert {name: n for name, n in told.items() if n} == {"length": STREAMS} | (
+        {"refusals": told["refusals"]} if refused else {}
+    )
+    assert (told["refusals"] > 0) is refused
+    assert house.most == rows
+    assert all(s.ended for s in house.streams)
+    assert threading.active_count() <= before + 1
+
+
+@pytest.mark.slow
+def test_a_crowd_before_a_real_server_that_ends(capfd):
+    options = ["--rows", "32", "--grace-s", "1", "--signal-s", "1", "--tokens", "8"]
+    assert streams.main(["--model", str(tiny_path("tiny-llama-tied")), *options]) == 0, capfd.readouterr().out
+    assert "'refusals': 0" not in capfd.readouterr().out.split("SIGTERM")[0]
