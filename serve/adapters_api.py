@@ -25,7 +25,12 @@ from serve.adapters_types import (
     UPLOAD_BODY,
     UPLOAD_FIELDS,
     UPLOAD_FILES,
+    AdapterList,
+    AdapterObject,
+    DeletedAdapter,
+    DeletedModel,
     DownloadQuery,
+    ImportedObject,
     ListQuery,
     LoadBody,
     PageQuery,
@@ -35,6 +40,7 @@ from serve.auth import Caller, caller_of
 from serve.house import ModelCard
 from serve.multipart import Form, FormRules, receive_form
 from serve.openai_errors import ERRORS
+from serve.openapi import Responses, ok
 from serve.strict import refuse_unbuilt
 
 UPLOAD_PATH = "/v1/adapters"
@@ -61,22 +67,31 @@ class AdaptersWire:
     def router(self) -> APIRouter:
         """All routes of this wire."""
         router = APIRouter(responses=ERRORS)
-
-        def add(method: str, path: str, handler: Callable, openapi: dict | None = None) -> None:
-            router.add_api_route(path, handler, methods=[method], response_model=None, openapi_extra=openapi)
-
-        add("POST", "/v1/load_lora_adapter", self.load)
-        add("POST", "/v1/unload_lora_adapter", self.unload)
-        add("GET", UPLOAD_PATH, self.list_adapters)
-        add("POST", UPLOAD_PATH, self.upload, UPLOAD_BODY)
+        text = as_bytes("text/plain", "what was done")
+        zipped = as_bytes("application/zip", "a PEFT folder")
         # A name may hold a slash, so what stands behind it comes first.
-        add("GET", UPLOAD_PATH + "/{name:path}/versions", self.list_versions)
-        add("GET", UPLOAD_PATH + "/{name:path}/download", self.download)
-        add("POST", UPLOAD_PATH + "/{name:path}/pin", self.pin)
-        add("POST", UPLOAD_PATH + "/{name:path}/unpin", self.unpin)
-        add("GET", UPLOAD_PATH + "/{name:path}", self.read)
-        add("DELETE", UPLOAD_PATH + "/{name:path}", self.delete)
-        add("DELETE", "/v1/models/{model:path}", self.delete_model)
+        for method, path, handler, responses in (
+            ("POST", "/v1/load_lora_adapter", self.load, text),
+            ("POST", "/v1/unload_lora_adapter", self.unload, text),
+            ("GET", UPLOAD_PATH, self.list_adapters, ok(AdapterList)),
+            ("POST", UPLOAD_PATH, self.upload, ok(ImportedObject)),
+            ("GET", UPLOAD_PATH + "/{name:path}/versions", self.list_versions, ok(AdapterList)),
+            ("GET", UPLOAD_PATH + "/{name:path}/download", self.download, zipped),
+            ("POST", UPLOAD_PATH + "/{name:path}/pin", self.pin, ok(AdapterObject)),
+            ("POST", UPLOAD_PATH + "/{name:path}/unpin", self.unpin, ok(AdapterObject)),
+            ("GET", UPLOAD_PATH + "/{name:path}", self.read, ok(AdapterObject)),
+            ("DELETE", UPLOAD_PATH + "/{name:path}", self.delete, ok(DeletedAdapter)),
+            ("DELETE", "/v1/models/{model:path}", self.delete_model, ok(DeletedModel)),
+        ):
+            router.add_api_route(
+                path,
+                handler,
+                methods=[method],
+                response_model=None,
+                response_class=JSONResponse if "model" in responses[200] else Response,
+                responses=responses,
+                openapi_extra=UPLOAD_BODY if handler == self.upload else None,
+            )
         return router
 
     # ---- vLLM's -----------------------------------------------------------------------------------------------------
@@ -252,6 +267,11 @@ class AdaptersWire:
             "first_id": page.cards[0].id if page.cards else None,
             "last_id": page.cards[-1].id if page.cards else None,
         }
+
+
+def as_bytes(media: str, what: str) -> Responses:
+    """The documented 200 of a route that does not answer JSON."""
+    return {200: {"description": what, "content": {media: {"schema": {"type": "string"}}}}}
 
 
 def _told(imported: Imported) -> dict[str, object]:

@@ -3,6 +3,7 @@
 import httpx2
 import openai
 import pytest
+from fake_adapters import fake_adapters
 from fake_house import FakeHouse, serving
 
 from serve.app import create_app
@@ -10,7 +11,7 @@ from serve.app import create_app
 
 def other_wires(house, folder):
     """The routers beside OpenAI's completions, over the house and an empty folder: what is listed here is fuzzed."""
-    return []
+    return [fake_adapters(house.base_name, folder / "adapters").router()]
 
 
 @pytest.fixture(scope="module")
