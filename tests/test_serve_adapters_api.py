@@ -328,6 +328,25 @@ def test_a_pin_holds_for_later_versions_and_falls_with_its_adapter(shelf, root, 
     assert root.post(f"/v1/adapters/{BASE}/pin").status_code == 404
 
 
+def test_of_two_versions_that_come_at_once_the_newer_one_is_pinned(shelf, root, acme, bot, monkeypatch):
+    """The older one is slow to be saved: it must not take the pin back when it is."""
+    upload(acme, bot, zip_of(seeded(1)))
+    root.post(f"/v1/adapters/acme/{bot}/pin")
+    wait, held = shelf.store.wait_saved, threading.Event()
+    monkeypatch.setattr(shelf.store, "wait_saved", lambda ref: (ref.version == 2 and held.wait(20), wait(ref)))
+    with shelf.client("acme") as other:
+        slow = threading.Thread(target=upload, args=(other, bot, zip_of(seeded(2))))
+        slow.start()
+        deadline = time.monotonic() + 10
+        while len(shelf.store.versions("acme", bot)) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert upload(acme, bot, zip_of(seeded(3))).json()["version"] == 3
+        held.set()
+        slow.join(20)
+    assert {str(r) for r in shelf.runner.engine.scheduler.active.pinned} == {f"acme/{bot}@3"}
+
+
 # ---- who may
 
 
