@@ -33,7 +33,8 @@ from serve.adapters_types import (
 from serve.auth import Caller, caller_of
 from serve.house import ModelCard
 from serve.multipart import Form, FormRules, receive_form
-from serve.openai_errors import ERRORS
+from serve.openai_errors import ERRORS, WRITE_ERRORS
+from serve.openapi import ok_as
 from serve.strict import refuse_unbuilt
 
 UPLOAD_PATH = "/v1/adapters"
@@ -61,16 +62,28 @@ class AdaptersWire:
         """All routes of this wire."""
         router = APIRouter(responses=ERRORS)
 
-        def add(method: str, path: str, handler: Callable, openapi: dict | None = None) -> None:
-            router.add_api_route(path, handler, methods=[method], response_model=None, openapi_extra=openapi)
+        def add(
+            method: str, path: str, handler: Callable, *, answer: str | None = None, openapi: dict | None = None
+        ) -> None:
+            """answer: its media type where it is not JSON."""
+            said = {} if answer is None else ok_as({answer: {}})
+            router.add_api_route(
+                path,
+                handler,
+                methods=[method],
+                response_class=JSONResponse if answer is None else Response,
+                response_model=None,
+                responses=said | ({} if method == "GET" else WRITE_ERRORS),
+                openapi_extra=openapi,
+            )
 
-        add("POST", "/v1/load_lora_adapter", self.load)
-        add("POST", "/v1/unload_lora_adapter", self.unload)
+        add("POST", "/v1/load_lora_adapter", self.load, answer="text/plain")
+        add("POST", "/v1/unload_lora_adapter", self.unload, answer="text/plain")
         add("GET", UPLOAD_PATH, self.list_adapters)
-        add("POST", UPLOAD_PATH, self.upload, UPLOAD_BODY)
+        add("POST", UPLOAD_PATH, self.upload, openapi=UPLOAD_BODY)
         # A name may hold a slash, so what stands behind it comes first.
         add("GET", UPLOAD_PATH + "/{name:path}/versions", self.list_versions)
-        add("GET", UPLOAD_PATH + "/{name:path}/download", self.download)
+        add("GET", UPLOAD_PATH + "/{name:path}/download", self.download, answer="application/zip")
         add("POST", UPLOAD_PATH + "/{name:path}/pin", self.pin)
         add("POST", UPLOAD_PATH + "/{name:path}/unpin", self.unpin)
         add("GET", UPLOAD_PATH + "/{name:path}", self.read)

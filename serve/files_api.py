@@ -20,7 +20,8 @@ from serve.file_store import FileStore, found_at
 from serve.files_types import FORM_BODY, FORM_FIELDS, FilesQuery, upload_form
 from serve.job_objects import page_object
 from serve.multipart import Form, FormRules, receive_form
-from serve.openai_errors import ERRORS
+from serve.openai_errors import ERRORS, WRITE_ERRORS
+from serve.openapi import ok_as
 from serve.records import FileRecord, JsonObject
 from serve.stored_files import over_quota
 
@@ -47,11 +48,16 @@ class FilesWire:
     def router(self) -> APIRouter:
         """All routes of this wire."""
         router = APIRouter(responses=ERRORS)
-        router.add_api_route(FILES, self.create, methods=["POST"], response_model=None, openapi_extra=FORM_BODY)
+        router.add_api_route(
+            FILES, self.create, methods=["POST"], response_model=None, responses=WRITE_ERRORS, openapi_extra=FORM_BODY
+        )
         router.add_api_route(FILES, self.list, methods=["GET"], response_model=None)
         router.add_api_route(FILES + "/{id}", self.read, methods=["GET"], response_model=None)
-        router.add_api_route(FILES + "/{id}", self.delete, methods=["DELETE"], response_model=None)
-        router.add_api_route(FILES + "/{id}/content", self.content, methods=["GET"], response_model=None)
+        router.add_api_route(
+            FILES + "/{id}", self.delete, methods=["DELETE"], response_model=None, responses=WRITE_ERRORS
+        )
+        path, raw = FILES + "/{id}/content", ok_as({"application/octet-stream": {}})
+        router.add_api_route(path, self.content, methods=["GET"], response_class=Response, responses=raw)
         return router
 
     async def create(self, request: Request) -> Response:

@@ -21,6 +21,8 @@ from prometheus_client.registry import Collector
 from serve.answered import Answered
 from serve.auth import caller_of
 from serve.histogram import Histogram
+from serve.openai_errors import ERRORS
+from serve.openapi import ok_as
 from serve.runner import Runner
 from serve.snapshot import Snapshot
 
@@ -210,8 +212,9 @@ class MetricsWire:
 
     def router(self) -> APIRouter:
         """The one route."""
-        router = APIRouter()
-        router.add_api_route(METRICS_PATH, self.read, methods=["GET"], response_model=None)
+        router = APIRouter(responses=ERRORS)
+        text = ok_as({"text/plain": {"schema": {"type": "string"}}, "application/openmetrics-text": {}})
+        router.add_api_route(METRICS_PATH, self.read, methods=["GET"], response_class=Response, responses=text)
         return router
 
     async def read(self, request: Request) -> Response:
