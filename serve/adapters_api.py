@@ -39,7 +39,7 @@ from serve.adapters_types import (
 from serve.auth import Caller, caller_of
 from serve.house import ModelCard
 from serve.multipart import Form, FormRules, receive_form
-from serve.openai_errors import ERRORS
+from serve.openai_errors import ERRORS, WRITE_ERRORS
 from serve.openapi import Responses, ok
 from serve.strict import refuse_unbuilt
 
@@ -89,7 +89,7 @@ class AdaptersWire:
                 methods=[method],
                 response_model=None,
                 response_class=JSONResponse if "model" in responses[200] else Response,
-                responses=responses,
+                responses=responses | ({} if method == "GET" else WRITE_ERRORS),
                 openapi_extra=UPLOAD_BODY if handler == self.upload else None,
             )
         return router

@@ -21,7 +21,7 @@ from serve.files_types import CONTENT, FORM_BODY, FORM_FIELDS, DeletedFile, File
 from serve.idempotency import HEADER, Once
 from serve.job_objects import page_object
 from serve.multipart import Form, FormRules, receive_form
-from serve.openai_errors import ERRORS
+from serve.openai_errors import ERRORS, WRITE_ERRORS
 from serve.openapi import ok
 from serve.records import FileRecord, JsonObject
 from serve.stored_files import over_quota
@@ -58,7 +58,12 @@ class FilesWire:
             ("GET", FILES + "/{id}/content", self.content, CONTENT, None),
         ):
             router.add_api_route(
-                path, handler, methods=[method], response_model=None, responses=responses, openapi_extra=openapi
+                path,
+                handler,
+                methods=[method],
+                response_model=None,
+                responses=responses | ({} if method == "GET" else WRITE_ERRORS),
+                openapi_extra=openapi,
             )
         return router
 

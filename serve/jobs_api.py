@@ -17,8 +17,9 @@ from serve.idempotency import Once
 from serve.job_objects import checkpoint_object, event_object, job_object, page_object
 from serve.job_service import JobService
 from serve.jobs_types import EventsQuery, JobBody, JobsQuery, PageQuery
-from serve.openai_errors import ERRORS, error_body
+from serve.openai_errors import ERRORS, WRITE_ERRORS, error_body
 from serve.openai_format import DONE, sse
+from serve.openapi import ok_as, stream
 from serve.records import ENDED, JobRecord, JobStatus, JsonObject
 from serve.strict import refuse_unbuilt
 
@@ -37,13 +38,15 @@ class JobsWire:
     def router(self) -> APIRouter:
         """All routes of this wire."""
         router = APIRouter(responses=ERRORS)
-        router.add_api_route(JOBS, self.create, methods=["POST"], response_model=None)
+        router.add_api_route(JOBS, self.create, methods=["POST"], response_model=None, responses=WRITE_ERRORS)
         router.add_api_route(JOBS, self.list, methods=["GET"], response_model=None)
         router.add_api_route(JOBS + "/{id}", self.read, methods=["GET"], response_model=None)
-        router.add_api_route(JOBS + "/{id}/cancel", self.cancel, methods=["POST"], response_model=None)
-        router.add_api_route(JOBS + "/{id}/pause", self.pause, methods=["POST"], response_model=None)
-        router.add_api_route(JOBS + "/{id}/resume", self.resume, methods=["POST"], response_model=None)
-        router.add_api_route(JOBS + "/{id}/events", self.events, methods=["GET"], response_model=None)
+        for name, move in (("cancel", self.cancel), ("pause", self.pause), ("resume", self.resume)):
+            path = f"{JOBS}/{{id}}/{name}"
+            router.add_api_route(path, move, methods=["POST"], response_model=None, responses=WRITE_ERRORS)
+        live = ok_as({"application/json": {}} | stream("the job's events, then [DONE]"))
+        path = JOBS + "/{id}/events"
+        router.add_api_route(path, self.events, methods=["GET"], response_class=Response, responses=live)
         router.add_api_route(JOBS + "/{id}/checkpoints", self.checkpoints, methods=["GET"], response_model=None)
         return router
 

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from fastapi import APIRouter, Request
-from fastapi.responses import PlainTextResponse, Response
+from fastapi.responses import Response
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
@@ -22,6 +22,7 @@ from serve.answered import Answered
 from serve.auth import caller_of
 from serve.histogram import Histogram
 from serve.openai_errors import ERRORS
+from serve.openapi import ok_as
 from serve.runner import Runner
 from serve.snapshot import Snapshot
 
@@ -212,15 +213,8 @@ class MetricsWire:
     def router(self) -> APIRouter:
         """The one route."""
         router = APIRouter(responses=ERRORS)
-        text = {kind: {"schema": {"type": "string"}} for kind in ("text/plain", "application/openmetrics-text")}
-        router.add_api_route(
-            METRICS_PATH,
-            self.read,
-            methods=["GET"],
-            response_model=None,
-            response_class=PlainTextResponse,
-            responses={200: {"description": "the metrics", "content": text}},
-        )
+        text = ok_as({"text/plain": {"schema": {"type": "string"}}, "application/openmetrics-text": {}})
+        router.add_api_route(METRICS_PATH, self.read, methods=["GET"], response_class=Response, responses=text)
         return router
 
     async def read(self, request: Request) -> Response:

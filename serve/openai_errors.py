@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
@@ -34,6 +34,10 @@ ERROR_STATUSES = {
     503: "overloaded, or stopping; see Retry-After",
     504: "it took longer than x-request-timeout-s, or than this server allows",
 }
+WRITE_STATUSES = {
+    409: "what is there does not allow it; asked again, it would end alike",
+    507: "the server's disk is full; nothing was changed",
+}
 ERROR_SCHEMA = {
     "type": "object",
     "required": ["error"],
@@ -54,11 +58,14 @@ ERROR_SCHEMA = {
 }
 
 
-# What any route may answer, for the served document.  Routes that know more say so themselves.
-ERRORS: dict[int | str, dict] = {
-    status: {"description": text, "content": {"application/json": {"schema": ERROR_SCHEMA}}}
-    for status, text in ERROR_STATUSES.items()
-}
+def _documented(statuses: Mapping[int, str]) -> dict[int | str, dict]:
+    content = {"application/json": {"schema": ERROR_SCHEMA}}
+    return {status: {"description": text, "content": content} for status, text in statuses.items()}
+
+
+# What any route may answer, for the served document; and a route that changes what is stored beside it.
+ERRORS = _documented(ERROR_STATUSES)
+WRITE_ERRORS = _documented(WRITE_STATUSES)
 
 
 class UnknownParameter(InvalidRequest):

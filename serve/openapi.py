@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
@@ -14,13 +14,19 @@ Responses = dict[int | str, dict]
 
 def ok(answer: object, *, events: str | None = None) -> Responses:
     """The documented 200 of a route.  answer: a TypedDict of its JSON.  events: of a stream, what they are."""
-    event = {
-        "type": "object",
-        "required": ["data"],
-        "properties": {"data": {"type": "string"}, "event": {"type": "string"}},
-    }
-    streamed = {} if events is None else {"text/event-stream": {"itemSchema": event | {"description": events}}}
-    return {200: {"model": answer, "description": "the answer", "content": streamed}}
+    return {200: {"model": answer, "description": "the answer", "content": {} if events is None else stream(events)}}
+
+
+def ok_as(content: Mapping[str, dict]) -> Responses:
+    """The documented 200 of a route that answers no JSON alone: media type → its schema.  With `response_class=Response`."""
+    return {200: {"description": "the answer", "content": dict(content)}}
+
+
+def stream(events: str) -> dict[str, dict]:
+    """Server-sent events as content.  events: what they are."""
+    fields = {"data": {"type": "string"}, "event": {"type": "string"}}
+    item = {"type": "object", "required": ["data"], "properties": fields, "description": events}
+    return {"text/event-stream": {"itemSchema": item}}
 
 
 def documented(app: FastAPI) -> Callable[[], dict]:
