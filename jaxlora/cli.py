@@ -139,11 +139,12 @@ def serve(
 @app.command(epilog="Example:  jaxlora chat roman --url http://127.0.0.1:8000")
 def chat(
     name: Annotated[str | None, typer.Argument(metavar="ADAPTER[@VERSION]", show_default=False)] = None,
-    url: Annotated[str, typer.Option(help="Where the server answers.")] = "http://127.0.0.1:8000",
+    url: Url = HERE,
+    key: Key = None,
 ) -> None:
     """Talk to the adapters of a running server, and see one beside the base.  Reads questions from a pipe, too."""
     with clean_exit():
-        resolve("serve.chat:main")(url=url, name=name)
+        resolve("serve.chat:main")(url=url, key=key, name=name)
 
 
 @app.command(epilog="Example:  jaxlora top --url http://127.0.0.1:8000 --once")

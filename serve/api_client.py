@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from jaxlora.errors import StorageFailed
-from serve.chat_client import CONNECT_S, refusal, told
+from serve.chat_client import CONNECT_S, bearer, refusal, told
 
 ANSWER_S = 600.0  # a large upload is checked and written before the answer comes
 PAGE = 100
@@ -24,11 +24,10 @@ class ApiServer:
 
     def __init__(self, url: str, key: str | None):
         self.url = url.rstrip("/").removesuffix("/v1")
-        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         timeout = httpx2.Timeout(ANSWER_S, connect=CONNECT_S)
         with told(self.url):
             # No proxy out of the environment: it would not find a server on this machine.
-            self.http = httpx2.Client(base_url=self.url + "/v1/", headers=headers, timeout=timeout, trust_env=False)
+            self.http = httpx2.Client(base_url=self.url + "/v1/", headers=bearer(key), timeout=timeout, trust_env=False)
 
     def close(self) -> None:
         """Drops the connections."""

@@ -254,13 +254,13 @@ def pick(models: list[Model]) -> str | None:
     return said or models[0].id
 
 
-def main(*, url: str, name: str | None) -> None:
+def main(*, url: str, key: str | None, name: str | None) -> None:
     """`jaxlora chat`.  Raises AnswerFailed when no server answers, and, of lines from a pipe, when one of them failed."""
     live = sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
     if live:
         importlib.import_module("readline")  # from now on `input` edits and remembers lines
     with asyncio.Runner() as loop:
-        server = Server(url)
+        server = Server(url, key)
         try:
             models = loop.run(server.models())
             base = models[0].id

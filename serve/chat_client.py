@@ -30,15 +30,23 @@ class Model:
     state: str
 
 
+def bearer(key: str | None) -> dict[str, str]:
+    """The headers that say who asks."""
+    return {} if key is None else {"Authorization": f"Bearer {key}"}
+
+
 class Server:
     """One jaxlora server.  Used on one event loop."""
 
-    def __init__(self, url: str):
+    def __init__(self, url: str, key: str | None = None):
+        """key: of the API, where the server has any."""
         self.url = url.rstrip("/").removesuffix("/v1")
         timeout = httpx2.Timeout(CONNECT_S, read=READ_S)
         with told(self.url):
             # No proxy out of the environment: it would not find a server on this machine.
-            self._http = httpx2.AsyncClient(base_url=self.url + "/v1/", timeout=timeout, trust_env=False)
+            self._http = httpx2.AsyncClient(
+                base_url=self.url + "/v1/", headers=bearer(key), timeout=timeout, trust_env=False
+            )
 
     async def close(self) -> None:
         """Drops the connections."""

@@ -80,8 +80,8 @@ def test_demo_hands_on_its_options(entry):
 def test_chat_hands_on_its_options(entry):
     assert run("chat").exit_code == run("chat", "roman@2", "--url", "http://h:1").exit_code == 0
     assert entry == [
-        ("serve.chat:main", (), {"url": "http://127.0.0.1:8000", "name": None}),
-        ("serve.chat:main", (), {"url": "http://h:1", "name": "roman@2"}),
+        ("serve.chat:main", (), {"url": "http://127.0.0.1:8000", "key": None, "name": None}),
+        ("serve.chat:main", (), {"url": "http://h:1", "key": None, "name": "roman@2"}),
     ]
 
 

@@ -42,7 +42,7 @@ def talk(running, house, monkeypatch, capsys):
     def run(*lines: str, name: str | None = ADAPTER) -> str:
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
         try:
-            chat.main(url=running[1], name=name)
+            chat.main(url=running[1], key=None, name=name)
         finally:
             run.out, run.errors = capsys.readouterr()
         return run.out
@@ -183,12 +183,12 @@ def test_where_no_server_is_the_command_ends_with_a_line(talk, running):
         (running[1] + "/elsewhere", "Not Found"),
     ):
         with pytest.raises(AnswerFailed, match=re.escape(message)):
-            chat.main(url=url, name=None)
+            chat.main(url=url, key=None, name=None)
 
 
 def test_a_url_may_end_in_v1(running, house, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n"))
-    chat.main(url=running[1] + "/v1/", name=ADAPTER)
+    chat.main(url=running[1] + "/v1/", key=None, name=ADAPTER)
     assert len(house.requests) == 1
 
 
