@@ -34,7 +34,6 @@ from jaxlora.lora import NAME_PATTERN, Adapter, AdapterRef, LoraSpec
 FORMAT = 1
 COUNTER_FORMAT = 1
 VERSION_PATTERN = re.compile(r"[1-9][0-9]{0,17}")
-META_FILE = "metadata"  # as Orbax calls the file of a JSON object; read without Orbax, in a tenth of its time
 CHUNK = "0.0.0"  # the file of a Zarr array of three axes and one chunk
 STORED = np.dtype("<f4")
 
@@ -140,8 +139,9 @@ def _without_ocdbt() -> Generator[None]:
 
 def read_meta(folder: Path, ref: AdapterRef) -> Mapping:
     """The meta of a version.  Raises StorageFailed when it is damaged or of an unknown format."""
+    path = folder / str(ref.version) / "meta"
     try:
-        meta = json.loads((folder / str(ref.version) / "meta" / META_FILE).read_bytes())
+        meta = ocp.JsonCheckpointHandler().restore(path, args=ocp.args.JsonRestore())  # ty: ignore[invalid-argument-type]
         found = meta["format"]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise StorageFailed(f"{ref}: its description on disk cannot be read ({type(e).__name__})") from e

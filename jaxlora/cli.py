@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from jaxlora.cli_adapters import IMPORT_EXAMPLES, adapters, import_adapter
+from jaxlora.cli_adapters import HERE, IMPORT_EXAMPLES, Json, Key, Url, adapters, import_adapter
 from jaxlora.cli_jobs import files, jobs
 from jaxlora.cli_keys import keys
 from jaxlora.errors import ConfigInvalid, JaxLoraError
@@ -148,15 +148,12 @@ def chat(
 
 @app.command(epilog="Example:  jaxlora top --url http://127.0.0.1:8000 --once")
 def top(
-    url: Annotated[str, typer.Option(help="Where the server answers.")] = "http://127.0.0.1:8000",
-    key: Annotated[
-        str | None,
-        typer.Option(help="A key of the role admin, where keys exist.", envvar="JAXLORA_KEY", show_default=False),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line instead of a screen.")] = False,
+    url: Url = HERE,
+    key: Key = None,
+    as_json: Json = False,
     once: Annotated[bool, typer.Option("--once", help="Look once and exit.")] = False,
 ) -> None:
-    """See what a running server does: slots, lines, tokens a second, training jobs."""
+    """See what a running server does: slots, lines, tokens a second, training jobs.  Where keys exist, with an admin's."""
     with clean_exit():
         resolve("serve.top:main")(url=url, key=key, as_json=as_json, once=once, say=typer.echo)
 

@@ -115,23 +115,16 @@ class Tokenizer:
         """One more than the largest token id.  The model's vocabulary may be padded beyond it."""
         return len(self._bytes)
 
-    @property
-    def has_template(self) -> bool:
-        """Whether the base model has a chat template."""
-        return self._template is not None
-
     @functools.cached_property
     def _plain_engine(self) -> tokenizers.Tokenizer:
-        """The engine that knows no special token: to switch the one that all threads use would be felt by others."""
-        engine = tokenizers.Tokenizer.from_str(self._engine.to_str())
+        engine = tokenizers.Tokenizer.from_str(self._engine.to_str())  # a copy: all threads would feel the switch
         engine.encode_special_tokens = True
         return engine
 
     def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
-        """Token ids.  Special tokens written in the text are recognised; a byte the vocabulary lacks is lost.
+        """Token ids.  Special tokens written in the text are recognised if parse_special; a byte the vocabulary lacks is lost.
 
         add_special_tokens: also what the tokenizer itself adds (a bos for Llama 3, nothing for SmolLM2 and Qwen).
-        parse_special: False reads their names as plain text.
         Raises InvalidRequest for text that is not valid Unicode.
         """
         try:

@@ -254,7 +254,12 @@ class AdapterService:
             with contextlib.suppress(AdapterNotFound):
                 self._store.delete_version(ref)
             raise
-        self.runner.call(lambda: self.runner.engine.announce(ref))
+
+        def go_on() -> None:
+            if self._store.latest(ref.tenant, ref.name) == ref:  # else a newer one has come meanwhile: nobody goes back
+                self.runner.engine.announce(ref)
+
+        self.runner.call(go_on)
 
     def _check_free(self, place: tuple[str, str]) -> None:
         if self._store.latest(*place) is not None:

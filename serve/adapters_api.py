@@ -10,6 +10,7 @@ import contextlib
 import shutil
 from collections import Counter
 from collections.abc import Callable, Generator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +25,12 @@ from serve.adapters_types import (
     UPLOAD_BODY,
     UPLOAD_FIELDS,
     UPLOAD_FILES,
+    AdapterList,
+    AdapterObject,
+    DeletedAdapter,
+    DeletedModel,
     DownloadQuery,
+    ImportedObject,
     ListQuery,
     LoadBody,
     PageQuery,
@@ -34,14 +40,14 @@ from serve.auth import Caller, caller_of
 from serve.house import ModelCard
 from serve.multipart import Form, FormRules, receive_form
 from serve.openai_errors import ERRORS, WRITE_ERRORS
-from serve.openapi import ok_as
+from serve.openapi import Responses, ok
 from serve.strict import refuse_unbuilt
 
 UPLOAD_PATH = "/v1/adapters"
 MAX_TRANSFERS = 16  # uploads and downloads at once: each may hold an adapter on disk
 MAX_TRANSFERS_OF_TENANT = 4
 MAX_AT_WORK = 2  # that are read, checked or packed at once: each holds an adapter in memory
-MAX_FILES = 3
+MAX_FILES = 8  # of an adapter that comes file by file, what is left out included
 CHUNK_BYTES = 2**18
 
 
@@ -61,34 +67,31 @@ class AdaptersWire:
     def router(self) -> APIRouter:
         """All routes of this wire."""
         router = APIRouter(responses=ERRORS)
-
-        def add(
-            method: str, path: str, handler: Callable, *, answer: str | None = None, openapi: dict | None = None
-        ) -> None:
-            """answer: its media type where it is not JSON."""
-            said = {} if answer is None else ok_as({answer: {}})
+        text = as_bytes("text/plain", "what was done")
+        zipped = as_bytes("application/zip", "a PEFT folder")
+        # A name may hold a slash, so what stands behind it comes first.
+        for method, path, handler, responses in (
+            ("POST", "/v1/load_lora_adapter", self.load, text),
+            ("POST", "/v1/unload_lora_adapter", self.unload, text),
+            ("GET", UPLOAD_PATH, self.list_adapters, ok(AdapterList)),
+            ("POST", UPLOAD_PATH, self.upload, ok(ImportedObject)),
+            ("GET", UPLOAD_PATH + "/{name:path}/versions", self.list_versions, ok(AdapterList)),
+            ("GET", UPLOAD_PATH + "/{name:path}/download", self.download, zipped),
+            ("POST", UPLOAD_PATH + "/{name:path}/pin", self.pin, ok(AdapterObject)),
+            ("POST", UPLOAD_PATH + "/{name:path}/unpin", self.unpin, ok(AdapterObject)),
+            ("GET", UPLOAD_PATH + "/{name:path}", self.read, ok(AdapterObject)),
+            ("DELETE", UPLOAD_PATH + "/{name:path}", self.delete, ok(DeletedAdapter)),
+            ("DELETE", "/v1/models/{model:path}", self.delete_model, ok(DeletedModel)),
+        ):
             router.add_api_route(
                 path,
                 handler,
                 methods=[method],
-                response_class=JSONResponse if answer is None else Response,
                 response_model=None,
-                responses=said | ({} if method == "GET" else WRITE_ERRORS),
-                openapi_extra=openapi,
+                response_class=JSONResponse if "model" in responses[200] else Response,
+                responses=responses | ({} if method == "GET" else WRITE_ERRORS),
+                openapi_extra=UPLOAD_BODY if handler == self.upload else None,
             )
-
-        add("POST", "/v1/load_lora_adapter", self.load, answer="text/plain")
-        add("POST", "/v1/unload_lora_adapter", self.unload, answer="text/plain")
-        add("GET", UPLOAD_PATH, self.list_adapters)
-        add("POST", UPLOAD_PATH, self.upload, openapi=UPLOAD_BODY)
-        # A name may hold a slash, so what stands behind it comes first.
-        add("GET", UPLOAD_PATH + "/{name:path}/versions", self.list_versions)
-        add("GET", UPLOAD_PATH + "/{name:path}/download", self.download, answer="application/zip")
-        add("POST", UPLOAD_PATH + "/{name:path}/pin", self.pin)
-        add("POST", UPLOAD_PATH + "/{name:path}/unpin", self.unpin)
-        add("GET", UPLOAD_PATH + "/{name:path}", self.read)
-        add("DELETE", UPLOAD_PATH + "/{name:path}", self.delete)
-        add("DELETE", "/v1/models/{model:path}", self.delete_model)
         return router
 
     # ---- vLLM's -----------------------------------------------------------------------------------------------------
@@ -154,11 +157,12 @@ class AdaptersWire:
     async def upload(self, request: Request) -> Response:
         """A new adapter out of a PEFT folder's files, or the next version of one."""
         with self._transfer(caller_of(request)), self._service.staged() as folder:
-            imported = await self._receive(request, folder)
+            name, imported = await self._receive(request, folder)
         card = await asyncio.to_thread(self._service.card, None, str(imported.ref))
-        return JSONResponse(self._object(card) | _told(imported))
+        return JSONResponse(self._object(replace(card, id=f"{name}@{imported.ref.version}")) | _told(imported))
 
-    async def _receive(self, request: Request, folder: Path) -> Imported:
+    async def _receive(self, request: Request, folder: Path) -> tuple[str, Imported]:
+        """(the name as the caller says it, what came in)."""
         caller = caller_of(request)
         rules = FormRules(
             fields=UPLOAD_FIELDS,
@@ -186,7 +190,7 @@ class AdaptersWire:
             finally:  # here, as a large file takes a while to remove
                 shutil.rmtree(folder, ignore_errors=True)
 
-        return await self._at_work(add)
+        return form.fields["name"], await self._at_work(add)
 
     async def download(self, request: Request, name: str, query: Annotated[DownloadQuery, fastapi.Query()]) -> Response:
         """A version's PEFT folder as a zip."""
@@ -263,6 +267,11 @@ class AdaptersWire:
             "first_id": page.cards[0].id if page.cards else None,
             "last_id": page.cards[-1].id if page.cards else None,
         }
+
+
+def as_bytes(media: str, what: str) -> Responses:
+    """The documented 200 of a route that does not answer JSON."""
+    return {200: {"description": what, "content": {media: {"schema": {"type": "string"}}}}}
 
 
 def _told(imported: Imported) -> dict[str, object]:

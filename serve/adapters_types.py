@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypedDict
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, with_config
 
 from serve.openai_types import Only, Strict, Text
 
@@ -26,7 +26,7 @@ UPLOAD_BODY = {  # for the document: the body is read as it arrives, so FastAPI 
                             "description": "a zip, tar or tar.gz of a PEFT folder, or its files one by one",
                             "type": "array",
                             "minItems": 1,
-                            "maxItems": 3,
+                            "maxItems": 8,
                             "items": {"type": "string", "format": "binary"},
                         },
                     },
@@ -77,3 +77,75 @@ class DownloadQuery(Query):
     """Of a download."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+
+# ---- what is answered, for the document
+
+
+CLOSED = ConfigDict(extra="forbid")
+
+
+@with_config(CLOSED)
+class AdapterObject(TypedDict):
+    """An adapter, or one version of it."""
+
+    id: str
+    object: Literal["adapter"]
+    created: int
+    tenant: str
+    name: str
+    version: int
+    rank: int
+    base: str
+    state: Literal["device", "host", "disk"]
+    pinned: bool
+
+
+@with_config(CLOSED)
+class ModuleObject(TypedDict):
+    """One adapted module of an upload."""
+
+    module: str
+    rank: int
+    scale: float
+
+
+@with_config(CLOSED)
+class ImportedObject(AdapterObject):
+    """A version that came in, with what was read."""
+
+    parameters: int
+    modules: list[ModuleObject]
+    base_verified: bool
+    ignored: list[str]
+    left_out: list[str]
+    notes: list[str]
+
+
+@with_config(CLOSED)
+class AdapterList(TypedDict):
+    """A page."""
+
+    object: Literal["list"]
+    data: list[AdapterObject]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None
+
+
+@with_config(CLOSED)
+class DeletedAdapter(TypedDict):
+    """What is gone."""
+
+    id: str
+    object: Literal["adapter"]
+    deleted: Literal[True]
+
+
+@with_config(CLOSED)
+class DeletedModel(TypedDict):
+    """The same, as OpenAI's clients read it."""
+
+    id: str
+    object: Literal["model"]
+    deleted: Literal[True]

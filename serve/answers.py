@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from jaxlora.errors import AdapterInvalid
+from jaxlora.lora import AdapterRef
 from jaxlora.tokenizer import Tokenizer
 from serve.edits import ALL_BITS, AllowedTokens, LogitEdits, RowEdits
 from serve.grammar import GrammarState
@@ -86,18 +87,29 @@ class Answer:
                 rank=int(scores.rank_GJ[lane, j]),
             )
 
-    def take(self, out: StepOutput, row: int) -> Delta:
-        """What the token of this row means to the client; numbers that are not finite end the answer with an error."""
+    def take(self, out: StepOutput, row: int, adapter: AdapterRef | None, cached_tokens: int) -> Delta:
+        """What the token of this row means to the client; numbers that are not finite end the answer with an error.
+
+        adapter: the version that made it.  cached_tokens: of the prompt, with its first token.
+        """
+        error: Exception | None = None
         if not out.finite_B[row]:
             error = AdapterInvalid("the model gave non-finite numbers for this request; check its adapter")
-            return Delta(request_id=self._id, error=error)
-        if self._grammar is not None and self._grammar.error is not None:
-            return Delta(request_id=self._id, error=self._grammar.error)
+        elif self._grammar is not None:
+            error = self._grammar.error
+        if error is not None:
+            return Delta(request_id=self._id, error=error, adapter=adapter, cached_tokens=cached_tokens)
         params, token = self._params, int(out.token_B[row])
         prompt_logprobs = tuple(self._prompt_logprobs[i] for i in sorted(self._prompt_logprobs))
         self._prompt_logprobs.clear()
         if params.max_tokens == 0:
-            return Delta(request_id=self._id, finish=FinishReason.LENGTH, prompt_logprobs=prompt_logprobs)
+            return Delta(
+                request_id=self._id,
+                adapter=adapter,
+                cached_tokens=cached_tokens,
+                finish=FinishReason.LENGTH,
+                prompt_logprobs=prompt_logprobs,
+            )
         self._generated += 1
         self._edits.take(token)
         text, finish = self._text(token)
@@ -106,6 +118,8 @@ class Answer:
             request_id=self._id,
             text=text,
             tokens=(token,),
+            adapter=adapter,
+            cached_tokens=cached_tokens,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             finish=finish,

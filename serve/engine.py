@@ -353,9 +353,16 @@ class Engine:
         return deltas
 
     def _start_decode(self, sequences: list[Sequence]) -> StepOutput:
-        batch, edits = self._batch(self._smallest(self.config.rows, len(sequences)), 1, sequences)
+        rows = len(sequences)
+        batch, edits = self._batch(self._smallest(self.config.rows, rows), 1, sequences)
+        # A column at a time: row by row this is most of what the host does in a step.
+        batch.token_GJ[:rows, 0] = [s.tokens[s.done] for s in sequences]
+        batch.position_GJ[:rows, 0] = [s.done for s in sequences]
+        batch.slot_G[:rows] = [s.slot for s in sequences]
+        batch.last_G[:rows] = 0
         for row, s in enumerate(sequences):
-            self._fill(batch, edits, row, s, s.done, [s.tokens[s.done]])
+            batch.page_GC[row, : len(s.pages)] = s.pages
+            self._answers[s.request.id].fill(batch, edits, row, s.done + 1)
         return self._run(batch, edits)
 
     def _end_decode(self, sequences: list[Sequence], out: StepOutput) -> list[Delta]:
@@ -367,9 +374,8 @@ class Engine:
 
     def _advance(self, sequence: Sequence, out: StepOutput, row: int) -> Delta:
         """What the sequence's new token means to its client."""
-        delta = self._answers[sequence.request.id].take(out, row)
-        first = sequence.generated == 0
-        delta = replace(delta, adapter=sequence.adapter, cached_tokens=sequence.found if first else 0)
+        found = sequence.found if sequence.generated == 0 else 0
+        delta = self._answers[sequence.request.id].take(out, row, sequence.adapter, found)
         self.telemetry.took(sequence, delta, self.clock())
         sequence.tokens += delta.tokens
         self.decoded_tokens += len(delta.tokens)

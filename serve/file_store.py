@@ -78,15 +78,13 @@ class FileStore:
         """
         now_s = time.time()
         with told_of_disk("the file"):
-            with path.open("rb") as file:
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             record = FileRecord(
                 id=new_id("file-"),
                 tenant=tenant,
                 filename=filename,
                 purpose=purpose,
                 size_bytes=path.stat().st_size,
-                sha256=sha256,
+                sha256=sha256_of(path),
                 created_s=now_s,
                 expires_s=None if expires_after_s is None else now_s + expires_after_s,
                 status="uploaded" if purpose == FINE_TUNE else "processed",
@@ -174,3 +172,9 @@ def found_at(path: Path) -> Path:
     if not path.is_file():
         raise NotFound(f"there is no file {path.name!a}", param="id")
     return path
+
+
+def sha256_of(path: Path) -> str:
+    """Hex, of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

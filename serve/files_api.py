@@ -16,12 +16,13 @@ from jaxlora.durable import told_of_disk
 from jaxlora.errors import Overloaded
 from serve.auth import caller_of
 from serve.database import Database
-from serve.file_store import FileStore, found_at
-from serve.files_types import FORM_BODY, FORM_FIELDS, FilesQuery, upload_form
+from serve.file_store import FileStore, found_at, sha256_of
+from serve.files_types import CONTENT, FORM_BODY, FORM_FIELDS, DeletedFile, File, FileList, FilesQuery, upload_form
+from serve.idempotency import HEADER, Once
 from serve.job_objects import page_object
 from serve.multipart import Form, FormRules, receive_form
 from serve.openai_errors import ERRORS, WRITE_ERRORS
-from serve.openapi import ok_as
+from serve.openapi import ok
 from serve.records import FileRecord, JsonObject
 from serve.stored_files import over_quota
 
@@ -34,8 +35,9 @@ MAX_UPLOADS = 16  # at once
 class FilesWire:
     """The routes, over one store."""
 
-    def __init__(self, files: FileStore, database: Database, *, max_file_bytes: int = MAX_FILE_BYTES):
+    def __init__(self, files: FileStore, database: Database, once: Once, *, max_file_bytes: int = MAX_FILE_BYTES):
         """database: on whose threads the store is asked."""
+        self._once = once
         self._files, self._ask, self._run = files, database.ask, database.run
         self._max_file_bytes = max_file_bytes
         self._uploads = 0
@@ -48,16 +50,21 @@ class FilesWire:
     def router(self) -> APIRouter:
         """All routes of this wire."""
         router = APIRouter(responses=ERRORS)
-        router.add_api_route(
-            FILES, self.create, methods=["POST"], response_model=None, responses=WRITE_ERRORS, openapi_extra=FORM_BODY
-        )
-        router.add_api_route(FILES, self.list, methods=["GET"], response_model=None)
-        router.add_api_route(FILES + "/{id}", self.read, methods=["GET"], response_model=None)
-        router.add_api_route(
-            FILES + "/{id}", self.delete, methods=["DELETE"], response_model=None, responses=WRITE_ERRORS
-        )
-        path, raw = FILES + "/{id}/content", ok_as({"application/octet-stream": {}})
-        router.add_api_route(path, self.content, methods=["GET"], response_class=Response, responses=raw)
+        for method, path, handler, responses, openapi in (
+            ("POST", FILES, self.create, ok(File), FORM_BODY),
+            ("GET", FILES, self.list, ok(FileList), None),
+            ("GET", FILES + "/{id}", self.read, ok(File), None),
+            ("DELETE", FILES + "/{id}", self.delete, ok(DeletedFile), None),
+            ("GET", FILES + "/{id}/content", self.content, CONTENT, None),
+        ):
+            router.add_api_route(
+                path,
+                handler,
+                methods=[method],
+                response_model=None,
+                responses=responses | ({} if method == "GET" else WRITE_ERRORS),
+                openapi_extra=openapi,
+            )
         return router
 
     async def create(self, request: Request) -> Response:
@@ -68,17 +75,19 @@ class FilesWire:
             folder = await self._ask(self._files.staging)
             try:
                 form = await self._receive(request, folder, room)
-                about = upload_form(form)
-                record = await self._run(
-                    self._files.add,
-                    tenant,
-                    form.files[0].path,
-                    about.filename,
-                    expires_after_s=about.expires_after_s,
-                )
+                about, path = upload_form(form), form.files[0].path
+                asked: JsonObject = {**form.fields, "filename": about.filename}
+                if HEADER in request.headers:
+                    asked["sha256"] = await self._run(sha256_of, path)
+
+                async def make() -> JsonObject:
+                    add, expires_after_s = self._files.add, about.expires_after_s
+                    record = await self._run(add, tenant, path, about.filename, expires_after_s=expires_after_s)
+                    return file_object(record)
+
+                return await self._once.answer(request, asked, make)
             finally:
                 await self._run(shutil.rmtree, folder, ignore_errors=True)
-        return JSONResponse(file_object(record))
 
     async def _receive(self, request: Request, folder: Path, room: int | None) -> Form:
         most = self._max_file_bytes if room is None else min(self._max_file_bytes, room)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NotRequired, TypedDict
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, with_config
 
 from jaxlora.errors import InvalidRequest
 from serve.file_store import FINE_TUNE
 from serve.multipart import Form
+from serve.openai_answers import CLOSED
 from serve.openai_types import Text
+from serve.openapi import Responses
 
 MAX_NAME = 255  # characters of a file's name
 LEAST_EXPIRY_S, MOST_EXPIRY_S = 3600, 2_592_000
@@ -35,6 +37,43 @@ FORM_BODY = {  # for the document: the body is read as it arrives, so FastAPI do
                 }
             }
         },
+    }
+}
+
+
+@with_config(CLOSED)
+class File(TypedDict):
+    id: str
+    object: Literal["file"]
+    bytes: int
+    created_at: int
+    filename: str
+    purpose: Literal["fine-tune", "fine-tune-results"]
+    status: Literal["uploaded", "processed", "error"]
+    status_details: str | None
+    expires_at: NotRequired[int]
+
+
+@with_config(CLOSED)
+class FileList(TypedDict):
+    object: Literal["list"]
+    data: list[File]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None
+
+
+@with_config(CLOSED)
+class DeletedFile(TypedDict):
+    id: str
+    object: Literal["file"]
+    deleted: Literal[True]
+
+
+CONTENT: Responses = {
+    200: {
+        "description": "the bytes, as they came",
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
     }
 }
 

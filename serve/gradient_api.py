@@ -34,15 +34,24 @@ from serve.gradient_house import GradientConfig, Tuner
 from serve.gradient_types import (
     MAX_NAME,
     CompleteBody,
+    Completion,
     CreateBody,
+    Created,
+    EmbeddingsModels,
     FineTuneBody,
+    FineTunedObject,
     InitialHyperparameters,
     LoraHyperparameters,
+    ModelAdapterObject,
+    Models,
     ModelsQuery,
+    Nothing,
     TrainingArguments,
 )
 from serve.house import House
+from serve.limits import Limiter
 from serve.model_names import JOB_PREFIX
+from serve.openapi import ok
 from serve.records import Answer, GradientRecord, JsonObject
 from serve.stored_answers import StoredAnswers
 from serve.stored_gradient import StoredGradient
@@ -68,26 +77,30 @@ class GradientWire:
         answers: StoredAnswers,
         tuner: Tuner | None,
         check_quota: Callable[[str], None],
+        limiter: Limiter | None = None,
         draw: Callable[[], float] = random.random,
     ):
         """tuner: None for a server that does not train.  check_quota: raises QuotaExceeded for a
-        tenant that has as many adapters as it may have.  draw: numbers in [0, 1), which choose among choices."""
+        tenant that has as many adapters as it may have.  limiter: who counts what each tenant asks for.  draw: numbers in [0, 1), which choose among choices."""
         self._house, self._config, self._records, self._answers = house, config, records, answers
-        self._tuner, self._check_quota = tuner, check_quota
-        self._completer = Completer(house, config.max_tokens, draw)
+        self._tuner, self._check_quota, self._limiter = tuner, check_quota, limiter
+        self._completer = Completer(house, config.max_tokens, draw, limiter)
         self._creating = asyncio.Lock()
         self.base_id = str(uuid.uuid5(NAMESPACE, house.base_name)) + BASE_END
 
     def router(self) -> APIRouter:
         """All routes of this wire."""
         router = APIRouter(prefix=API, responses=GRADIENT_ERRORS)
-        router.add_api_route("/models", self.list_models, methods=["GET"], response_model=None)
-        router.add_api_route("/models", self.create, methods=["POST"], response_model=None)
-        router.add_api_route("/models/{id}", self.read, methods=["GET"], response_model=None)
-        router.add_api_route("/models/{id}", self.delete, methods=["DELETE"], response_model=None)
-        router.add_api_route("/models/{id}/fine-tune", self.fine_tune, methods=["POST"], response_model=None)
-        router.add_api_route("/models/{id}/complete", self.complete, methods=["POST"], response_model=None)
-        router.add_api_route("/embeddings", self.embeddings, methods=["GET"], response_model=None)
+        for method, path, handler, answer in (
+            ("GET", "/models", self.list_models, Models),
+            ("POST", "/models", self.create, Created),
+            ("GET", "/models/{id}", self.read, ModelAdapterObject),
+            ("DELETE", "/models/{id}", self.delete, Nothing),
+            ("POST", "/models/{id}/fine-tune", self.fine_tune, FineTunedObject),
+            ("POST", "/models/{id}/complete", self.complete, Completion),
+            ("GET", "/embeddings", self.embeddings, EmbeddingsModels),
+        ):
+            router.add_api_route(path, handler, methods=[method], response_model=None, responses=ok(answer))
         return router
 
     # ---- models ---------------------------------------------------------------------------------------------------
@@ -247,6 +260,8 @@ class GradientWire:
     async def _train(self, record: GradientRecord, body: FineTuneBody) -> str:
         """The answer's JSON."""
         examples = await asyncio.to_thread(examples_of, self._house.tokenizer, body.samples, self._config.longest)
+        if self._limiter is not None:
+            self._limiter.admit(record.tenant, tokens=sum(map(len, examples)))
         settings = record.settings
         optimizer = Optimizer(
             lr=cast(float, settings["lr"]),

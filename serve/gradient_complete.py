@@ -16,6 +16,7 @@ from serve.auth import caller_of
 from serve.gradient_choice import choose
 from serve.gradient_types import CompleteBody, Guidance
 from serve.house import House, TokenStream
+from serve.limits import Limiter, cost
 from serve.openai_run import attend
 from serve.openai_stream import Fan
 from serve.request import FinishReason, PromptLogprob, SamplingParams
@@ -35,9 +36,9 @@ class Whole:
 class Completer:
     """Asks one house."""
 
-    def __init__(self, house: House, max_tokens: int, draw: Callable[[], float]):
-        """max_tokens: of an answer whose request names none.  draw: numbers in [0, 1)."""
-        self._house, self._max_tokens, self._draw = house, max_tokens, draw
+    def __init__(self, house: House, max_tokens: int, draw: Callable[[], float], limiter: Limiter | None):
+        """max_tokens: of an answer whose request names none.  draw: numbers in [0, 1).  limiter: as `Admission` takes it."""
+        self._house, self._max_tokens, self._draw, self._limiter = house, max_tokens, draw, limiter
 
     async def complete(
         self, request: Request, model: str, ref: AdapterRef | None, body: CompleteBody
@@ -105,7 +106,7 @@ class Completer:
     def _prompt(self, body: CompleteBody) -> list[int]:
         """Ids of the query: a user's turn in the base's template, where it has one and that is wanted."""
         tokenizer = self._house.tokenizer
-        if body.auto_template is False or not tokenizer.has_template:
+        if body.auto_template is False or tokenizer.chat_template is None:
             return tokenizer.encode(body.query)
         return tokenizer.chat([{"role": "user", "content": body.query}])
 
@@ -126,11 +127,14 @@ class Completer:
         """The whole answer to each prompt.  No stream outlives it."""
         streams: list[TokenStream] = []
         id, tenant = uuid.uuid4().hex, caller_of(request).owner
+        requests = [
+            TokenRequest(id=f"gradient-{id}-{i}", tenant=tenant, adapter=ref, prompt=tuple(prompt), params=params)
+            for i, prompt in enumerate(prompts)
+        ]
+        if self._limiter is not None:
+            self._limiter.admit(tenant, tokens=cost(requests))
         try:
-            for i, prompt in enumerate(prompts):
-                asked = TokenRequest(
-                    id=f"gradient-{id}-{i}", tenant=tenant, adapter=ref, prompt=tuple(prompt), params=params
-                )
+            for asked in requests:
                 streams.append(self._house.submit(asked))
         except BaseException:
             for stream in streams:

@@ -49,13 +49,16 @@ class Tuner(Protocol):
         ...
 
 
+DEFAULT_RANK = 8  # of an adapter whose client names none
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GradientConfig:
     """What the Gradient wire takes where a client says nothing, and the longest sample it takes."""
 
     default_lr: float
     longest: int  # tokens of a sample in training
-    rank: int = 8
+    rank: int = DEFAULT_RANK
     alpha: float = 32.0
     max_tokens: int = 128  # of an answer
 

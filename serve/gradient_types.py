@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypedDict
 
-from pydantic import AliasGenerator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AliasGenerator, BaseModel, BeforeValidator, ConfigDict, Field, with_config
 from pydantic.alias_generators import to_camel
 
-from serve.openai_types import Strict, Text
+from serve.strict import Strict, Text
 
+CLOSED = ConfigDict(extra="forbid")
 MAX_SAMPLES = 4096
 MAX_SPANS = 1024
 MAX_NAME = 256
@@ -109,6 +110,56 @@ class CompleteBody(Camel):
     top_p: Annotated[float | None, Field(gt=0, le=1)] = None
     guidance: Guidance | None = None
     rag: Rag | None = None
+
+
+@with_config(CLOSED)
+class BaseModelObject(TypedDict):
+    type: Literal["baseModel"]
+    id: str
+    name: str
+    slug: str
+    capabilities: list[Literal["complete", "fineTune"]]
+
+
+@with_config(CLOSED)
+class ModelAdapterObject(TypedDict):
+    type: Literal["modelAdapter"]
+    id: str
+    name: str
+    baseModelId: str
+    latestUpdateTime: str
+
+
+@with_config(CLOSED)
+class Models(TypedDict):
+    models: list[BaseModelObject | ModelAdapterObject]
+
+
+@with_config(CLOSED)
+class Created(TypedDict):
+    id: str
+
+
+@with_config(CLOSED)
+class Nothing(TypedDict):
+    """An empty object."""
+
+
+@with_config(CLOSED)
+class FineTunedObject(TypedDict):
+    numberOfTrainableTokens: int
+    sumLoss: float
+
+
+@with_config(CLOSED)
+class Completion(TypedDict):
+    finishReason: Literal["stop", "length"]
+    generatedOutput: str
+
+
+@with_config(CLOSED)
+class EmbeddingsModels(TypedDict):
+    embeddingsModels: list[Nothing]
 
 
 def lower(value: object) -> object:

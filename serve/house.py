@@ -34,15 +34,14 @@ class Tokenizer(GrammarTokenizer, Protocol):
     """Text to ids and back.  Thread-safe."""
 
     @property
-    def has_template(self) -> bool:
-        """Whether `chat` works."""
+    def chat_template(self) -> str | None:
+        """Its text; None: there is none, and `chat` does not work."""
         ...
 
     @property
-    def chat_template(self) -> str | None: ...
-    @property
     def special_texts(self) -> Mapping[str, str]:
         """bos_token, eos_token, pad_token: those there are."""
+        ...
 
     def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
         """Ids of a text; parse_special: whether names of special tokens in it are read as these."""

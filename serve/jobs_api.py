@@ -13,6 +13,7 @@ from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse
 
 from jaxlora.errors import InvalidRequest, JaxLoraError
 from serve.auth import caller_of
+from serve.idempotency import Once
 from serve.job_objects import checkpoint_object, event_object, job_object, page_object
 from serve.job_service import JobService
 from serve.jobs_types import EventsQuery, JobBody, JobsQuery, PageQuery
@@ -31,8 +32,8 @@ JOBS = "/v1/fine_tuning/jobs"
 class JobsWire:
     """The routes, over one service."""
 
-    def __init__(self, service: JobService):
-        self._service = service
+    def __init__(self, service: JobService, once: Once):
+        self._service, self._once = service, once
 
     def router(self) -> APIRouter:
         """All routes of this wire."""
@@ -53,7 +54,11 @@ class JobsWire:
         """A new job."""
         refuse_unbuilt(body)
         asked = body.model_dump(mode="json", exclude_unset=True)
-        return self._answer(await asyncio.to_thread(self._service.create, caller_of(request), asked))
+
+        async def make() -> JsonObject:
+            return self._object(await asyncio.to_thread(self._service.create, caller_of(request), asked))
+
+        return await self._once.answer(request, asked, make)
 
     async def list(self, request: Request, query: Annotated[JobsQuery, Query()]) -> Response:
         """The caller's jobs, newest first."""

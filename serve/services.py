@@ -24,7 +24,8 @@ from serve.file_store import FileStore
 from serve.files_api import FilesWire
 from serve.gradient_api import GradientWire
 from serve.gradient_errors import API, gradient_response
-from serve.gradient_house import GradientConfig
+from serve.gradient_house import DEFAULT_RANK, GradientConfig
+from serve.idempotency import Once
 from serve.job_host import JobHost, make_job_host
 from serve.jobs_api import JobsWire
 from serve.keys import Keys
@@ -75,6 +76,8 @@ def services(
 
         files = FileStore(StoredFiles(database), config.data / "files", load=load, limits=config.limits)
         stack.callback(files.close)
+        limiter = Limiter(config.limits)
+        most_rank = config.max_rank if training is None or training.max_rank is None else training.max_rank
         quota = adapter_quota(config.limits, lambda tenant: len(store.list(tenant)))
         adapters = AdapterService(
             runner,
@@ -84,26 +87,30 @@ def services(
             roots=config.lora_roots,
             check_quota=quota,
         )
-        files_wire, adapters_wire = FilesWire(files, database), AdaptersWire(adapters)
+        once = Once(database)
+        files_wire, adapters_wire = FilesWire(files, database, once), AdaptersWire(adapters)
         routers, jobs = [files_wire.router(), adapters_wire.router()], None
         if training is not None:
             jobs = make_job_host(opened, config, training, runner, database, files, load)
             stack.callback(jobs.close)
-            routers.append(JobsWire(jobs.service).router())
+            routers.append(JobsWire(jobs.service, once).router())
         gradient = GradientWire(
             runner,
-            GradientConfig(default_lr=default_lr(opened.base.config), longest=longest + 1),
+            GradientConfig(
+                default_lr=default_lr(opened.base.config), longest=longest + 1, rank=min(DEFAULT_RANK, most_rank)
+            ),
             records=StoredGradient(database),
             answers=StoredAnswers(database),
             tuner=None if jobs is None else jobs.tuner,
             check_quota=quota,
+            limiter=limiter,
         )
         routers.append(gradient.router())
         keys.start(door.shut_out)
         stack.callback(keys.close)
         yield Services(
             caller_of=keys.caller_of,
-            limiter=Limiter(config.limits),
+            limiter=limiter,
             routers=routers,
             body_limits=files_wire.body_limits | adapters_wire.body_limits,
             error_shapes={API: gradient_response},

@@ -6,56 +6,25 @@ import json
 import time
 from collections.abc import Callable, Mapping
 
-import httpx2
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from jaxlora.errors import JaxLoraError
+from serve.api_client import ApiServer
+from serve.api_client import server as server_of
+from serve.chat_client import AnswerFailed
 
 EVERY_S = 1.0
-TIMEOUT_S = 10.0
 MOST_LINES = 15  # of adapters in line, and of jobs
 
 
-class StatsFailed(JaxLoraError):
-    """The server did not tell; the message is what it said."""
-
-
-class StatsClient:
-    """GET /v1/stats of one server."""
-
-    def __init__(self, url: str, key: str | None):
-        self.url = url.rstrip("/").removesuffix("/v1")
-        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        try:
-            self._http = httpx2.Client(base_url=self.url, headers=headers, timeout=TIMEOUT_S, trust_env=False)
-        except (httpx2.InvalidURL, ValueError) as error:
-            raise StatsFailed(f"{self.url}: {error}") from error
-
-    def read(self) -> dict:
-        """The server's state.  Raises StatsFailed."""
-        try:
-            response = self._http.get("/v1/stats")
-            body = response.json()
-            if response.is_error:
-                raise StatsFailed(str(body["error"]["message"]))
-        except httpx2.ConnectError as error:
-            raise StatsFailed(
-                f"no server answers on {self.url}; start one with `jaxlora serve`, or give --url"
-            ) from error
-        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-            raise StatsFailed(f"{self.url}: {str(error) or type(error).__name__}") from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise StatsFailed(f"what answers on {self.url} is no jaxlora server") from error
-        if not isinstance(body, dict) or body.get("object") != "server.stats":
-            raise StatsFailed(f"what answers on {self.url} is no jaxlora server")
-        return body
-
-    def close(self) -> None:
-        """Drops the connection."""
-        self._http.close()
+def read(server: ApiServer) -> dict:
+    """The server's state.  Raises AnswerFailed."""
+    stats = server.entry("GET", "stats")
+    if not isinstance(stats, dict) or stats.get("object") != "server.stats":
+        raise AnswerFailed(f"what answers on {server.url} is no jaxlora server")
+    return stats
 
 
 def adapter_name(ref: Mapping | None) -> str:
@@ -123,30 +92,26 @@ def jobs_table(training: Mapping) -> Table:
 
 
 def main(*, url: str, key: str | None, as_json: bool, once: bool, say: Callable[[str], None]) -> None:
-    """Shows the server's state each second until Ctrl-C, or once.  Raises StatsFailed when the first look fails."""
-    client = StatsClient(url, key)
-    try:
-        stats = client.read()
-        if as_json or once:
-            if as_json:
-                say(json.dumps(stats))
-            else:
-                Console().print(screen(stats))
+    """Shows the server's state each second until Ctrl-C, or once.  Raises AnswerFailed when the first look fails."""
+    with server_of(url, key) as server:
+        stats = read(server)
+        if as_json:
+            say(json.dumps(stats))
             while not once:
                 time.sleep(EVERY_S)
-                say(json.dumps(client.read()))
-            return
-        with Live(screen(stats), auto_refresh=False, screen=True) as live:
-            while True:
-                time.sleep(EVERY_S)
-                live.update(look(client), refresh=True)
-    finally:
-        client.close()
+                say(json.dumps(read(server)))
+        elif once:
+            Console().print(screen(stats))
+        else:
+            with Live(screen(stats), auto_refresh=False, screen=True) as live:
+                while True:
+                    time.sleep(EVERY_S)
+                    live.update(look(server), refresh=True)
 
 
-def look(client: StatsClient) -> RenderableType:
+def look(server: ApiServer) -> RenderableType:
     """The screen, or why there is none now: a server that restarts comes back."""
     try:
-        return screen(client.read())
-    except StatsFailed as error:
+        return screen(read(server))
+    except AnswerFailed as error:
         return Text(error.message, "bold red")

@@ -41,7 +41,6 @@ class ByteTokenizer:
     def decode(self, ids):
         return bytes(i for i in ids if i < 256).decode(errors="replace")
 
-    has_template = True
     chat_template = None  # text of a template; without one, turns are written between marks
     special_texts = {"eos_token": "<eos>", "bos_token": "<bos>"}  # noqa: RUF012
 

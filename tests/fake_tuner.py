@@ -1,14 +1,22 @@
-"""A tuner without a model: what it was asked is on record, its losses fall, and a house knows its adapters."""
+"""A tuner without a model: what it was asked is on record, its losses fall, and a house knows its adapters; a wire over it."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import threading
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from jaxlora.errors import AdapterInvalid, AdapterNotFinite, AdapterNotFound
 from jaxlora.lora import AdapterRef
+from serve.database import Database
+from serve.gradient_api import GradientWire
+from serve.gradient_house import GradientConfig
+from serve.records import GradientRecord
+from serve.stored_answers import StoredAnswers
+from serve.stored_gradient import StoredGradient
 
 MAX_RANK = 64
 
@@ -28,7 +36,7 @@ class FakeTuner:
 
     house: object
     failure: Exception | None = None
-    hold: asyncio.Event | None = None  # a call waits for it
+    hold: threading.Event | None = None  # a call waits for it
     created: list = field(default_factory=list)
     calls: list = field(default_factory=list)
 
@@ -45,7 +53,7 @@ class FakeTuner:
         if name not in self.house.adapters:
             raise AdapterNotFound("no adapter of that name")
         if self.hold is not None:
-            await self.hold.wait()
+            assert await asyncio.to_thread(self.hold.wait, 20)
         if self.failure is not None:
             raise self.failure
         if any(np.abs(e.weights).max() > 1e20 for e in examples):
@@ -59,3 +67,31 @@ class FakeTuner:
     async def delete(self, tenant, name):
         if self.house.adapters.pop(name, None) is None:
             raise AdapterNotFound("no adapter of that name")
+
+
+@contextlib.contextmanager
+def gradient_over(house, folder, *, longest=50, **how):
+    """The Gradient wire over a house, a tuner and an empty database."""
+    database = Database(f"sqlite:///{folder / 'gradient.sqlite'}")
+    how = {"tuner": FakeTuner(house), "check_quota": lambda tenant: None} | how
+    config = GradientConfig(default_lr=3e-4, longest=longest)
+    try:
+        yield GradientWire(house, config, records=StoredGradient(database), answers=StoredAnswers(database), **how)
+    finally:
+        database.close()
+
+
+def known_adapter(wire, tenant, workspace):
+    """The id of an adapter that the house has from the start."""
+    record = GradientRecord(
+        id="a" * 36 + "_model_adapter",
+        tenant=tenant,
+        workspace=workspace,
+        adapter="support",
+        base=wire.base_id,
+        settings={"name": "support", "lr": 0.1, "weight_decay": 0.0, "clip": 1.0},
+        created_s=1.0,
+        updated_s=1.0,
+    )
+    wire._records.insert(record)
+    return record.id

@@ -14,6 +14,7 @@ from serve.auth import Caller
 from serve.database import Database
 from serve.file_store import FileStore
 from serve.files_api import FilesWire
+from serve.idempotency import Once
 from serve.stored_files import StoredFiles
 from train.jsonl import load_jsonl
 
@@ -41,7 +42,7 @@ def opened(database, root, *, limits=NO_LIMITS, load=load):
 def files_server(database, root, *, max_file_bytes=1_000_000, limits=NO_LIMITS, load=load, caller_of=by_header):
     """(its URL, its files)."""
     with opened(database, root, limits=limits, load=load) as files:
-        wire = FilesWire(files, database, max_file_bytes=max_file_bytes)
+        wire = FilesWire(files, database, Once(database), max_file_bytes=max_file_bytes)
         app = create_app(
             FakeHouse(),
             default_max_tokens=64,

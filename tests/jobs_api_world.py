@@ -20,6 +20,7 @@ from jaxlora.serve_config import LimitsSection, ServeConfig, TrainingSection, se
 from serve.app import create_app
 from serve.auth import Caller
 from serve.database import Database
+from serve.idempotency import Once
 from serve.job_host import JobHost, make_job_host
 from serve.jobs_api import JobsWire
 from serve.records import FileRecord, new_id
@@ -121,7 +122,10 @@ class Server:
         self.runner.start()
         self.host.start()
         app = create_app(
-            self.runner, default_max_tokens=16, caller_of=by_key, routers=[JobsWire(self.host.service).router()]
+            self.runner,
+            default_max_tokens=16,
+            caller_of=by_key,
+            routers=[JobsWire(self.host.service, Once(self.database)).router()],
         )
         try:
             with serving(app) as url:

@@ -58,6 +58,7 @@ PURE = (
     "serve/grammar.py",
     "serve/histogram.py",
     "serve/house.py",
+    "serve/idempotency.py",
     "serve/multipart.py",
     "serve/key_commands.py",
     "serve/keys.py",

@@ -30,6 +30,7 @@ from serve.files_api import FilesWire
 from serve.gradient_api import GradientWire
 from serve.gradient_errors import API, gradient_response
 from serve.gradient_house import GradientConfig
+from serve.idempotency import Once
 from serve.openapi import DOCUMENT_PATH
 from serve.stored_answers import StoredAnswers
 from serve.stored_gradient import StoredGradient
@@ -55,7 +56,7 @@ def wires(tmp_path_factory):
             check_quota=lambda tenant: None,
         )
         with opened(database, folder / "files") as files:
-            routers = [FilesWire(files, database).router(), gradient.router()]
+            routers = [FilesWire(files, database, Once(database)).router(), gradient.router()]
             shapes = {API: gradient_response}
             with serving(create_app(house, default_max_tokens=16, routers=routers, error_shapes=shapes)) as url:
                 yield url

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import threading
 import time
 import zipfile
 from dataclasses import replace
@@ -15,7 +14,6 @@ import peft_world
 import pytest
 from adapters_world import (
     BASE,
-    Shelf,
     adapter_files,
     answer,
     error_of,
@@ -226,108 +224,6 @@ def test_a_reload_in_place_is_a_new_version_and_one_that_fails_changes_nothing(s
     assert [r.version for r in shelf.store.versions("acme", bot)] == [1, 2]
 
 
-# ---- while requests run
-
-
-class Stream(threading.Thread):
-    """A completion that is read while other things happen; an answer of so many tokens is slow enough."""
-
-    def __init__(self, shelf: Shelf, model: str, **extra):
-        super().__init__(daemon=True)
-        self.client = openai.OpenAI(base_url=shelf.url + "/v1", api_key="root", max_retries=0, timeout=30)
-        self.model, self.extra, self.text = model, extra, ""
-        self.began = threading.Event()
-        self.start()
-        assert self.began.wait(20)
-
-    def run(self):
-        with self.client:
-            for chunk in self.client.completions.create(
-                model=self.model,
-                prompt=[5, 9, 20],
-                max_tokens=48,
-                temperature=0,
-                stream=True,
-                extra_body={"ignore_eos": True, **self.extra},
-            ):
-                self.text += chunk.choices[0].text
-                self.began.set()
-
-
-@pytest.fixture
-def slow(shelf):
-    """A step takes a while, so that an answer is under way when something happens."""
-    step = shelf.runner.engine.step
-    shelf.runner.engine.step = lambda: time.sleep(0.02) or step()
-    yield
-    shelf.runner.engine.step = step
-
-
-@pytest.mark.parametrize("then", ["reload", "unload", "delete the version"])
-def test_requests_under_way_end_on_their_version(shelf, root, slow, then, bot):
-    folder = write_files(shelf.root / bot, seeded(1))
-    body = {"lora_name": bot, "lora_path": str(folder)}
-    assert root.post("/v1/load_lora_adapter", json=body).status_code == 200
-    whole = answer(root, bot, 48)
-    streams = [Stream(shelf, bot) for _ in range(3)]
-    if then == "reload":
-        write_files(folder, seeded(2))
-        assert root.post("/v1/load_lora_adapter", json=body | {"load_inplace": True}).status_code == 200
-        assert answer(root, bot, 4) != whole[:4]
-    elif then == "unload":
-        assert root.post("/v1/unload_lora_adapter", json={"lora_name": bot}).status_code == 200
-        write_files(folder, seeded(3))
-        assert root.post("/v1/load_lora_adapter", json=body).status_code == 200
-        assert answer(root, bot, 4) != whole[:4]
-    else:
-        assert root.delete(f"/v1/adapters/{bot}@1").status_code == 200
-    assert all(s.is_alive() for s in streams)
-    for s in streams:
-        s.join(30)
-        assert s.text == whole
-    assert shelf.store._ram._orphans == {}
-
-
-def test_who_follows_its_adapter_goes_on_under_the_version_that_comes_in(shelf, root, slow, bot):
-    folder = write_files(shelf.root / "follow", seeded(1))
-    body = {"lora_name": bot, "lora_path": str(folder), "load_inplace": True}
-    root.post("/v1/load_lora_adapter", json=body)
-    alone = answer(root, bot, 48)
-    stream = Stream(shelf, bot, adapter_update="follow")
-    write_files(folder, seeded(2))
-    assert root.post("/v1/load_lora_adapter", json=body).status_code == 200
-    stream.join(30)
-    assert stream.text != alone
-    assert stream.text[0] == alone[0]  # it began under the first one
-
-
-# ---- pins
-
-
-def test_a_pin_holds_for_later_versions_and_falls_with_its_adapter(shelf, root, acme, bot):
-    active = shelf.runner.engine.scheduler.active
-    upload(acme, bot, zip_of(seeded(1)))
-    assert root.post(f"/v1/adapters/acme/{bot}/pin").json()["pinned"] is True
-    assert {str(r) for r in active.pinned} == {f"acme/{bot}@1"}
-    assert root.post(f"/v1/adapters/{bot}/pin").status_code == 200  # again, by its short name
-    upload(acme, bot, zip_of(seeded(2)))
-    assert {str(r) for r in active.pinned} == {f"acme/{bot}@2"}
-    acme.delete(f"/v1/adapters/{bot}@2")
-    assert {str(r) for r in active.pinned} == {f"acme/{bot}@1"}
-    for name in ("one", "two"):
-        upload(acme, name, zip_of(seeded(3)))
-    assert root.post("/v1/adapters/one/pin").status_code == 200
-    status, code, message = error_of(root.post("/v1/adapters/two/pin"))
-    assert (status, code, message) == (400, "invalid_value", "pin takes at most 2 adapters of 3 active slots, got 3")
-    assert root.post("/v1/adapters/one/unpin").json()["pinned"] is False
-    acme.delete(f"/v1/adapters/{bot}")
-    assert active.pinned == set()
-    assert shelf.runner.tuning.pin == ()
-    (number,) = [r.version for r in shelf.store.versions("acme", "two")]
-    assert root.post(f"/v1/adapters/two@{number}/pin").status_code == 400
-    assert root.post(f"/v1/adapters/{BASE}/pin").status_code == 404
-
-
 # ---- who may
 
 
@@ -373,7 +269,7 @@ def test_another_tenant_s_adapter_is_the_404_of_an_unknown_one_T1(shelf, acme, z
 
 def test_an_admin_uploads_for_a_tenant_and_names_it(shelf, root, acme, bot):
     told = upload(root, f"acme/{bot}", zip_of(seeded(1))).json()
-    assert (told["tenant"], told["name"]) == ("acme", bot)
+    assert (told["id"], told["tenant"], told["name"]) == (f"acme/{bot}@1", "acme", bot)
     assert ids(acme.get("/v1/adapters")) == [bot]
     assert root.get(f"/v1/adapters/acme/{bot}@1").json()["version"] == 1
 

@@ -2,22 +2,51 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
+import threading
 import time
 
 import httpx2
 import pytest
 from fake_house import BASE, FakeHouse, serving
-from gradient_world import API, LONGEST, error_of
+from fake_tuner import FakeTuner
+from gradient_world import API, LONGEST, by_key, error_of
 
 from jaxlora.errors import StorageFailed
+from jaxlora.serve_config import LimitsSection
 from serve.app import create_app
 from serve.gradient_api import GradientWire
 from serve.gradient_errors import gradient_response
 from serve.gradient_house import GradientConfig
+from serve.limits import Limiter
 
 pytest_plugins = ["gradient_fixtures"]
+
+
+# Short names for this file: those of the plug-in are everybody's.
+@pytest.fixture(name="world")
+def its_world(gradient):
+    return gradient
+
+
+@pytest.fixture(name="house")
+def its_house(gradient_house):
+    return gradient_house
+
+
+@pytest.fixture(name="tuner")
+def its_tuner(gradient_tuner):
+    return gradient_tuner
+
+
+@pytest.fixture(name="http")
+def its_http(gradient_http):
+    return gradient_http
+
+
+@pytest.fixture(name="adapter")
+def its_adapter(gradient_adapter):
+    return gradient_adapter
 
 
 def create(http, world, name="made", **hyper):
@@ -235,10 +264,10 @@ def test_the_longest_sample_is_taken(http, adapter):
     [
         ({"query": ""}, 400, "bodyParsingError", "query"),
         ({"maxGeneratedTokenCount": 0}, 400, "bodyParsingError", "maxGeneratedTokenCount"),
-        ({"maxGeneratedTokenCount": 190}, 422, "unprocessableContent", "context is 200"),
+        ({"maxGeneratedTokenCount": 195}, 422, "unprocessableContent", "context is 200"),
         ({"query": "x" * 200}, 422, "unprocessableContent", "context is 200"),
         (
-            {"query": "x" * 180, "guidance": {"type": "choice", "value": ["yes"]}},
+            {"query": "x" * 195, "guidance": {"type": "choice", "value": ["yes"]}},
             422,
             "unprocessableContent",
             "context",
@@ -306,7 +335,7 @@ def test_a_repeated_call_with_its_key_trains_once(http, adapter, tuner):
 
 
 def test_a_call_whose_time_is_over_is_done_all_the_same(http, adapter, tuner):
-    tuner.hold = asyncio.Event()
+    tuner.hold = threading.Event()
     headers = {"x-request-timeout-s": "0.2", "idempotency-key": "slow"}
     assert error_of(tune(http, adapter, "ab", headers=headers))[:2] == (504, "failed")
     tuner.hold.set()
@@ -353,6 +382,34 @@ def test_a_server_that_does_not_train_says_so(world):
         body = {"model": {"baseModelId": wire.base_id, "name": "n"}}
         assert error_of(http.post("/models", json=body))[:2] == (400, "modelIncapableOfFineTuning")
         assert http.post(f"/models/{wire.base_id}/complete", json={"query": "q"}).status_code == 200
+
+
+def test_answers_and_training_count_against_the_minute(world):
+    house = FakeHouse(context=200)
+    wire = GradientWire(
+        house,
+        GradientConfig(default_lr=1e-3, longest=50),
+        records=world.wire._records,
+        answers=world.wire._answers,
+        tuner=FakeTuner(house),
+        check_quota=lambda _: None,
+        limiter=Limiter(LimitsSection(tokens_per_minute=60)),
+    )
+    app = create_app(
+        house, default_max_tokens=8, caller_of=by_key, routers=[wire.router()], error_shapes={API: gradient_response}
+    )
+    headers = {"authorization": "Bearer counted", "x-gradient-workspace-id": "counted"}
+    with serving(app) as url, httpx2.Client(base_url=url + API, headers=headers) as http:
+        body = {"model": {"baseModelId": wire.base_id, "name": "counted"}}
+        id = http.post("/models", json=body).json()["id"]
+        assert tune(http, id, "x" * 39).status_code == 200  # 40 tokens with the first
+        fields = {"query": "x" * 5, "autoTemplate": False}
+        answer = complete(http, id, maxGeneratedTokenCount=20, **fields)
+        assert error_of(answer)[:2] == (429, "failed")
+        assert int(answer.headers["retry-after"]) >= 1
+        assert complete(http, id, maxGeneratedTokenCount=4, **fields).status_code == 200
+        assert error_of(tune(http, id, "x" * 39))[:2] == (429, "failed")
+        http.delete(f"/models/{id}")
 
 
 def test_the_document_names_every_route_and_its_errors(world):

@@ -17,6 +17,32 @@ pytest_plugins = ["gradient_fixtures"]
 SLUG = "base"
 
 
+# Short names for this file: those of the plug-in are everybody's.
+@pytest.fixture(name="world")
+def its_world(gradient):
+    return gradient
+
+
+@pytest.fixture(name="house")
+def its_house(gradient_house):
+    return gradient_house
+
+
+@pytest.fixture(name="tuner")
+def its_tuner(gradient_tuner):
+    return gradient_tuner
+
+
+@pytest.fixture(name="http")
+def its_http(gradient_http):
+    return gradient_http
+
+
+@pytest.fixture(name="sdk")
+def its_sdk(gradient_sdk):
+    return gradient_sdk
+
+
 def base(sdk):
     return sdk.get_base_model(base_model_slug=SLUG)
 
@@ -111,11 +137,11 @@ def test_the_query_is_a_turn_unless_it_is_raw(sdk, house, bot):
     bot.complete(query="hi<turn>", auto_template=False)
     turn = tuple(house.tokenizer.chat([{"role": "user", "content": "hi"}]))
     assert [r.prompt for r in house.requests] == [turn, turn, (BOS, *b"hi", 258)]
-    house.tokenizer.has_template = False
+    template, house.tokenizer.chat_template = house.tokenizer.chat_template, None
     try:
         bot.complete(query="hi")
     finally:
-        house.tokenizer.has_template = True
+        house.tokenizer.chat_template = template
     assert house.requests[-1].prompt == (BOS, *b"hi")
 
 

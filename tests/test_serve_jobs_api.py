@@ -86,6 +86,18 @@ def test_a_job_becomes_a_model(server, acme):
     assert done.fine_tuned_model in [m.id for m in acme.models.list()]
 
 
+def test_a_repeated_request_makes_one_job(server, acme):
+    file = file_of(server, acme)
+    jobs = [
+        create(server, acme, training_file=file, extra_headers={"Idempotency-Key": key}, extra={"lora": LORA}).id
+        for key in ("once", "once", "twice")
+    ]
+    assert (jobs[0] == jobs[1], jobs[0] == jobs[2]) == (True, False)
+    assert {j.id for j in acme.fine_tuning.jobs.list()} == set(jobs)
+    for id in set(jobs):
+        acme.fine_tuning.jobs.cancel(id)
+
+
 def test_events_are_paged_newest_first_and_can_be_followed(server, acme):
     job = create(server, acme)
     with httpx2.stream(

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import httpx2
 import pytest
-from database_world import checkpoint_record, event, job_record
+from database_world import checkpoint_record, event, gradient_record, job_record
 from fake_house import serving
 from starlette.routing import BaseRoute, Route
 from whole_world import joined, whole_config
@@ -23,6 +23,7 @@ from jaxlora.store import AdapterStore
 from serve.app import OPEN_PATHS
 from serve.database import Database
 from serve.keys import create_key
+from serve.stored_gradient import StoredGradient
 from serve.stored_jobs import StoredJobs
 from serve.stored_keys import StoredKeys
 
@@ -33,9 +34,11 @@ JOB_ID = "ftjob-" + "0123456789ab" + "c" * 20
 IDS = {
     "JOB": (JOB_ID, "ftjob-" + "f" * 32),
     "ADAPTER": ("secret", "nobody"),
+    "GRADIENT": ("a" * 50, "b" * 50),
     "MODEL": ("ft:tiny:owner:bot:0123456789ab", "ft:tiny:owner:bot:ffffffffffff"),
     "CHECKPOINT": ("ft:tiny:owner:bot:0123456789ab:ckpt-step-10", "ft:tiny:owner:bot:ffffffffffff:ckpt-step-10"),
 }
+WORKSPACE = "lab"
 HI = [{"role": "user", "content": "hi"}]
 # (method, path, JSON body).  The path of a route with an id is written as the route is, the id in the place of {…}.
 MATRIX = [
@@ -72,13 +75,17 @@ MATRIX = [
     ("POST", "/v1/adapters/ADAPTER/pin", None),
     ("POST", "/v1/adapters/ADAPTER/unpin", None),
     ("POST", "/v1/unload_lora_adapter", {"lora_name": "ADAPTER"}),
+    ("GET", "/api/models/GRADIENT", None),
+    ("POST", "/api/models/GRADIENT/fine-tune", {"samples": [{"inputs": "hi"}]}),
+    ("POST", "/api/models/GRADIENT/complete", {"query": "hi"}),
+    ("DELETE", "/api/models/GRADIENT", None),
     ("GET", "/v1/responses/JOB", None),
     ("DELETE", "/v1/responses/JOB", None),
     ("DELETE", "/v1/models/MODEL", None),
     ("DELETE", "/v1/adapters/ADAPTER", None),
     ("DELETE", "/v1/files/FILE", None),
 ]
-LISTS = ("/v1/files", "/v1/fine_tuning/jobs", "/v1/models", "/v1/adapters")
+LISTS = ("/v1/files", "/v1/fine_tuning/jobs", "/v1/models", "/v1/adapters", "/api/models")
 # Rows whose objects their owner has no right to, or that nobody keeps: everyone is told the same.
 NOBODYS = ("/pin", "/unpin", "/v1/unload_lora_adapter", "/v1/responses/")
 
@@ -110,6 +117,13 @@ def whole(world, tmp_path_factory):
         )
         StoredJobs(database).insert(done, events=[event("made")])
         StoredJobs(database).save(done, checkpoints=[checkpoint_record(1, job=JOB_ID)])
+        gradient = replace(
+            gradient_record(IDS["GRADIENT"][0], "owner"),
+            adapter="secret",
+            workspace=WORKSPACE,
+            settings={"name": "bot"},
+        )
+        StoredGradient(database).insert(gradient)
     store = AdapterStore(settings.adapters, host_bytes=10**8)
     for name in ("secret", "ft-0123456789ab"):
         ref = store.mint("owner", name)
@@ -122,7 +136,8 @@ def whole(world, tmp_path_factory):
 
 
 def bearer(key):
-    return {"authorization": f"Bearer {key}"}
+    """With the workspace that Gradient's wire wants."""
+    return {"authorization": f"Bearer {key}", "x-gradient-workspace-id": WORKSPACE}
 
 
 def written(whole, value, which):
@@ -169,12 +184,12 @@ def leaves(routes: Sequence[BaseRoute]) -> Iterator[Route]:
 def test_every_route_needs_a_key_but_health(whole):
     assert len(routes(whole)) > 25
     open_ones = set()
-    for method, path in routes(whole):
-        concrete = re.sub(r"\{[^}]*\}", "x", path)
-        for headers in ({}, bearer("jl-" + "x" * 43)):
-            answer = httpx2.request(method, whole.url + concrete, headers=headers, timeout=20)
-            if answer.status_code != 401:
-                open_ones.add(path)
+    with httpx2.Client(base_url=whole.url, timeout=20) as client:
+        for method, path in routes(whole):
+            concrete = re.sub(r"\{[^}]*\}", "x", path)
+            for headers in ({}, bearer("jl-" + "x" * 43)):
+                if client.request(method, concrete, headers=headers).status_code != 401:
+                    open_ones.add(path)
     assert open_ones == OPEN_PATHS == {"/health", "/ready"}
     assert httpx2.get(whole.url + "/no/such/route").status_code == 401
 
@@ -185,6 +200,7 @@ def test_every_route_needs_a_key_but_health(whole):
 def test_anothers_object_is_told_like_one_that_is_not_there(whole, row):
     foreign, unknown = ask(whole, whole.other, row, 0), ask(whole, whole.other, row, 1)
     assert told(whole, foreign) == told(whole, unknown)
+    assert ("error" in foreign.json()) is not row[1].startswith("/api/")  # in the shape of its wire
     expected = {400, 404} if "after=" in row[1] else {403, 404} if row[1].endswith(NOBODYS[:3]) else {404}
     assert foreign.status_code in expected
     drop = {"x-request-id", "date", "content-length"}

@@ -14,12 +14,14 @@ from typer.testing import CliRunner
 
 from jaxlora.cli import app as cli
 from jaxlora.lora import AdapterRef
+from serve.api_client import server as server_of
 from serve.app import create_app
 from serve.auth import Caller
+from serve.chat_client import AnswerFailed
 from serve.openai_api import ERRORS
 from serve.snapshot import JobView, SlotView, Snapshot, TrainingView, WaitView
 from serve.stats_api import StatsWire
-from serve.top import StatsFailed, screen
+from serve.top import look, read, screen
 from serve.watch import Rates
 
 BOT, CAT = AdapterRef("acme", "bot", 3), AdapterRef("zoo", "cat", 1)
@@ -150,16 +152,20 @@ def test_without_an_admins_key_it_is_one_line_and_exit_2(url):
 
 
 @pytest.mark.parametrize(
-    ("body", "status"),
-    [({"object": "list"}, 200), (["a"], 200), ({"detail": "x"}, 404)],
+    ("body", "status", "words"),
+    [
+        ({"object": "list"}, 200, "no jaxlora server"),
+        (["a"], 200, "no jaxlora server"),
+        ({"detail": "x"}, 404, "HTTP 404"),
+    ],
     ids=["other", "list", "error"],
 )
-def test_what_is_no_such_server_is_told(body, status):
+def test_what_is_no_such_server_is_told(body, status, words):
     router = APIRouter(responses=ERRORS)
     router.add_api_route("/v1/stats", lambda: JSONResponse(body, status), methods=["GET"], response_model=None)
     with serving(create_app(FakeHouse(), default_max_tokens=8, routers=[router])) as url:
         result = top("--url", url, "--once")
-    assert (result.exit_code, "no jaxlora server" in result.output) == (2, True)
+    assert (result.exit_code, words in result.output) == (2, True)
 
 
 def test_no_server_is_told():
@@ -168,10 +174,7 @@ def test_no_server_is_told():
 
 
 def test_a_server_that_goes_away_is_told_on_the_screen():
-    from serve.top import StatsClient, look
-
-    client = StatsClient("http://127.0.0.1:9", None)
-    assert "no server answers" in str(look(client))
-    with pytest.raises(StatsFailed):
-        client.read()
-    client.close()
+    with server_of("http://127.0.0.1:9", None) as server:
+        assert "no server answers" in str(look(server))
+        with pytest.raises(AnswerFailed):
+            read(server)
