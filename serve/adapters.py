@@ -32,6 +32,7 @@ from jaxlora.errors import (
     InvalidRequest,
     NotFound,
     QuotaExceeded,
+    StateInvalid,
     StorageFailed,
 )
 from jaxlora.lora import HEAD_TARGET, Adapter, AdapterRef, check_name
@@ -313,7 +314,8 @@ class AdapterService:
     def delete(self, sees: str | None, model: str) -> None:
         """Removes an adapter, or the one version that its name means: gone from every list now, its name free at once.
 
-        Requests that use it end as if nothing had happened.  Raises AdapterNotFound, InvalidRequest for the base.
+        Requests that use it end as if nothing had happened.  Raises AdapterNotFound, InvalidRequest for the base,
+        StateInvalid while a job makes the adapter.
         """
         with self._changes:
             if self.runner.resolve(sees, model) is None:
@@ -322,6 +324,8 @@ class AdapterService:
                 )
             ref = self.find(sees, model)
             alone = names_version(model)
+            if not alone and self.runner.catalog.jobs.makes(ref.tenant, ref.name):
+                raise StateInvalid(f"a job still trains {ref.name}; cancel the job first")
             refs = [ref] if alone else self._store.versions(ref.tenant, ref.name)
             with told_of_disk(f"adapter {ref.name}"):
                 if alone:

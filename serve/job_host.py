@@ -16,7 +16,7 @@ from serve.database import Database
 from serve.job_service import Files, JobService
 from serve.live_jobs import JobNews, JobShelf, LiveJobs, Published
 from serve.model_names import JobNames
-from serve.records import JobRecord
+from serve.records import ENDED, JobRecord
 from serve.runner import Runner
 from serve.scoring import Scorer
 from serve.stored_jobs import StoredJobs
@@ -147,3 +147,5 @@ def know_names(names: JobNames, stored: StoredJobs) -> None:
         for checkpoint in checkpoints:
             final = checkpoint.version == record.progress.get("final_version")
             names.checkpoint(record.id, checkpoint.step, checkpoint.version, final=final)
+        if record.status in ENDED:
+            names.end(record.id)

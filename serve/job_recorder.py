@@ -177,6 +177,7 @@ class JobRecorder:
                 break
         if record.status in ENDED:
             self._records.pop(record.id, None)
+            self._names.end(record.id)
             self._ended(record)
 
 

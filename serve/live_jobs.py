@@ -16,7 +16,7 @@ from typing import Protocol
 
 import jax
 
-from jaxlora.errors import AdapterNotFinite, JaxLoraError
+from jaxlora.errors import AdapterNotFinite, JaxLoraError, Unavailable
 from jaxlora.lora import Adapter, AdapterRef, LoraSpec
 from jaxlora.pool import Rows
 from serve.runner import Runner
@@ -173,7 +173,7 @@ class LiveJobs:
     def close(self) -> None:
         """Saves what every unfinished job has learned, and waits for the disk.  After the device thread has ended."""
         for call in [*self._waiting, *self._seated.values()]:
-            call.caller.failed(JaxLoraError("the server is stopping"))
+            call.caller.failed(Unavailable("the server is stopping; nothing was changed"))
         self.jobs.close()
         self._tell()
 

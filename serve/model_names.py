@@ -23,6 +23,7 @@ class JobName:
     id: str  # the last part of the name
     steps: dict[int, int] = field(default_factory=dict)  # of each checkpoint → version
     final: int | None = None
+    ended: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,19 @@ class JobNames:
             if job is not None:
                 job.steps[step] = version
                 job.final = version if final else job.final
+
+    def end(self, job_id: str) -> None:
+        """The job has ended: its adapter is anyone's to delete."""
+        with self._lock:
+            job = self._jobs.get(short_id(job_id))
+            if job is not None:
+                job.ended = True
+
+    def makes(self, tenant: str, adapter: str) -> bool:
+        """Whether a job that has not ended makes this adapter."""
+        with self._lock:
+            job = self._adapters.get((tenant, adapter))
+            return job is not None and not job.ended
 
     def drop(self, tenant: str, adapter: str, version: int | None = None) -> None:
         """A version of an adapter is deleted, or all of it."""

@@ -10,6 +10,9 @@ import openai
 import pytest
 from jobs_api_world import BASE, Server, lines
 
+from jaxlora.errors import StateInvalid
+from serve.adapters import AdapterService
+
 pytest_plugins = ["serve_fixtures"]
 ENDED = ("succeeded", "failed", "cancelled")
 LORA = {"r": 2, "alpha": 4, "target_modules": ["q_proj", "down_proj"]}
@@ -20,6 +23,20 @@ def server(world, tmp_path_factory):
     it = Server(world, tmp_path_factory.mktemp("server"))
     with it.running() as url:
         yield it, url
+
+
+@pytest.fixture(scope="module")
+def adapters(server, tmp_path_factory):
+    """What may be done with the server's adapters, without HTTP."""
+    it = server[0]
+    return AdapterService(
+        it.runner,
+        config=it.host.live.jobs.trainer.base.config,
+        read_head=lambda: None,
+        staging=tmp_path_factory.mktemp("staging") / "adapters",
+        roots=(),
+        check_quota=lambda tenant: None,
+    )
 
 
 def client_of(url, key, **options):
@@ -131,6 +148,18 @@ def test_a_model_answers_while_its_job_runs(server, acme):
     while ask(acme, now.fine_tuned_model + ":latest").adapter_version == first:
         assert time.monotonic() < end
     assert acme.fine_tuning.jobs.cancel(job.id).status == "cancelled"
+
+
+def test_an_adapter_that_a_job_makes_is_not_deleted_under_it(server, acme, adapters):
+    job = create(server, acme, extra={"max_steps": 400})
+    while (now := acme.fine_tuning.jobs.retrieve(job.id)).fine_tuned_model is None:
+        time.sleep(0.02)
+    with pytest.raises(StateInvalid, match="cancel the job first"):
+        adapters.delete(acme.api_key, now.fine_tuned_model)
+    acme.fine_tuning.jobs.cancel(job.id)
+    adapters.delete(acme.api_key, now.fine_tuned_model)
+    with pytest.raises(openai.NotFoundError):
+        ask(acme, now.fine_tuned_model)
 
 
 def test_pause_resume_and_cancel_take_effect_and_may_be_repeated(server, acme):
