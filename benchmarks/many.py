@@ -114,13 +114,14 @@ def settings(store: Path, dtype: str, quantum_ms: float) -> ServeConfig:
 
 def start(config: ServeConfig) -> tuple[float, float, float]:
     """Seconds until `jaxlora serve` answers, seconds that its first list of the models takes, CPU seconds until its end."""
-    keys = [f for f in dataclasses.fields(config) if f.name not in ("model", "mesh", "tuning", "load")]
-    lines = [f"{f.name} = {json.dumps(getattr(config, f.name), default=str)}" for f in keys]
+    sections = ("model", "mesh", "tuning", "load", "limits", "training", "lora_roots", "data")
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in sections}
+    lines = [f"{k} = {json.dumps(v, default=str)}" for k, v in values.items() if v is not None]
     lines += ["[tuning]", f"quantum_ms = {config.tuning.quantum_ms}"]
     lines += ["[model]", f"path = {json.dumps(config.model.path)}", f"dtype = {json.dumps(config.model.dtype)}"]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "serve.toml"
-        path.write_text("\n".join(lines))
+        path.write_text("\n".join(['data = "data"', *lines]))
         started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
         command = [sys.executable, "-m", "jaxlora.cli", "serve", str(path)]
         with subprocess.Popen(command, text=True, stdout=subprocess.PIPE) as server:

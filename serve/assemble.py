@@ -110,9 +110,9 @@ def main(config: ServeConfig, file: Path | None) -> None:
             try:
                 begin(runner, opened, config, own)
                 http.listen()  # who reads the next line may ask at once
-                whom = ", to anyone on this machine, as there are no keys" if own.keyless else ""
-                count = len(store.list(None))
-                print(f"serving {opened.name} and {count} adapters on {http.url}/v1{whom}", flush=True)
+                if own.keyless:
+                    print("there are no keys: anyone on this machine may do everything (see jaxlora keys --help)")
+                print(f"serving {opened.name} and {len(store.list(None))} adapters on {http.url}/v1", flush=True)
                 retuned = contextlib.nullcontext() if file is None else retuned_by_hangup(runner, file)
                 with observers.compiles, retuned:
                     http.run()
