@@ -41,6 +41,7 @@ def main(store: Path, grace_s: float, step_s: float) -> None:
         page_tokens=8,
         grace_s=grace_s,
         max_waiting=2,
+        training=None,
     )
     assemble.main(config, None)
 
