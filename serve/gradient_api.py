@@ -306,10 +306,10 @@ async def within[Result](request: Request, work: Awaitable[Result]) -> Result:
     """What the work gives.  Raises DeadlineExceeded when the time of the request is over first."""
     deadline = request.state.deadline
     try:
-        async with asyncio.timeout_at(deadline):
+        async with asyncio.timeout_at(deadline) as limit:
             return await work
     except TimeoutError as error:
-        if asyncio.get_running_loop().time() < deadline:
+        if not limit.expired():
             raise
         raise DeadlineExceeded("the time of this request is over before its answer; ask for less, or later") from error
 

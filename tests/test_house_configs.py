@@ -85,6 +85,7 @@ def test_the_training_config_trains_both_tenants(trained):
     assert (trained / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_the_preference_config_comes_to_prefer_the_chosen_answers(tmp_path):
     short = {"steps": "3", "warmup_steps": "0", "save_every": "3", "dtype": '"float32"', "schedule": '"constant"'}
     result = run("train", str(changed(DPO, tmp_path / "dpo.toml", out=f'"{tmp_path}/out"', **short)))

@@ -47,7 +47,7 @@ def results(world, folder):
     ("world", "mesh", "parts"),
     [
         ("small", "2x2x2", [1, 2, 4]),
-        ("smollm2-cut", "1x2x3", [1, 2, 3, 6]),
+        pytest.param("smollm2-cut", "1x2x3", [1, 2, 3, 6], marks=pytest.mark.slow),
         pytest.param("smollm2", "1x2x3", [1, 2, 3, 6], marks=pytest.mark.slow),
     ],
 )

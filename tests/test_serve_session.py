@@ -307,6 +307,7 @@ def test_a_store_keeps_the_versions_and_a_closed_session_says_that_it_is(tmp_pat
     store.close()
 
 
+@pytest.mark.slow
 def test_the_example_of_the_notebook_page(tmp_path, monkeypatch, capsys):
     """On the real model: the held-out loss falls, and the saved folder is a PEFT folder."""
     monkeypatch.chdir(tmp_path)

@@ -43,7 +43,11 @@ def jain(shares: list[float]) -> float:
     return sum(shares) ** 2 / (len(shares) * sum(x * x for x in shares))
 
 
-@pytest.mark.parametrize(("total", "quantum"), [(1000, None), (200, 1)], ids=["1000 jobs", "200 jobs in slices"])
+@pytest.mark.parametrize(
+    ("total", "quantum"),
+    [pytest.param(1000, None, marks=pytest.mark.slow), (200, 1)],
+    ids=["1000 jobs", "200 jobs in slices"],
+)
 def test_a_flood_of_jobs_finishes_and_shares_stay_equal(tmp_path, total, quantum):
     """One owner has all but a few; shares are compared until the first of the small owners has no job in line."""
     trainer = trainer_of(SLOTS, lanes=SLOTS, lane_tokens=TOKENS)

@@ -100,6 +100,7 @@ def test_the_second_moment_does_not_stall():
 # learning
 
 
+@pytest.mark.slow
 def test_curves_of_100_steps_are_those_of_float32():
     """Each tenant's loss, step by step: within 0.005 nats, while it falls from 7 or 8 to less than 0.1."""
     curves = {}

@@ -193,6 +193,7 @@ def test_every_family_has_the_loss_transformers_gives_and_its_slope(name):
     check_slope(it, spec, base.config, only_tuned, grads, slot=1, seed=5, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_a_bfloat16_base_trains_float32_rows_along_nearly_the_same_gradient(it):
     """bfloat16 keeps 3 digits: the gradients point the same way to 1 %, and an update of 1e-5 is not lost."""
     base, mesh = load_base(RandomSource(), make_mesh(), dtype="bfloat16"), make_mesh()

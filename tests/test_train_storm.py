@@ -140,7 +140,7 @@ def live_bytes():
     return sum(x.nbytes for x in jax.live_arrays())
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_storm_compiles_nothing_and_leaves_memory_flat(tmp_path, seed):
     storm = Storm(tmp_path, seed)
     kinds = [storm.join] * 3 + [storm.leave, storm.pause, storm.resume, storm.set_optimizer, storm.set_weight]
