@@ -304,9 +304,9 @@ class GradientWire:
 
 async def within[Result](request: Request, work: Awaitable[Result]) -> Result:
     """What the work gives.  Raises DeadlineExceeded when the time of the request is over first."""
-    deadline = request.state.deadline
+    limit = asyncio.timeout_at(request.state.deadline)
     try:
-        async with asyncio.timeout_at(deadline) as limit:
+        async with limit:
             return await work
     except TimeoutError as error:
         if not limit.expired():
