@@ -6,6 +6,7 @@ One device is a 1x1x1 mesh.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -87,7 +88,13 @@ def place[T](tree: T, where: NamedSharding) -> T:
 
 def place_rows[T](mesh: Mesh, batch: T) -> T:
     """The NumPy batch on the devices: every array's first axis is rows (lanes or sequences), split over data x fsdp."""
-    return place(batch, NamedSharding(mesh, PartitionSpec(RULES["lanes"])))
+    return place(batch, rows_sharding(mesh))
+
+
+@functools.cache  # a step asks for it, and to make it takes longer than to copy a batch
+def rows_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of an array whose first axis is rows."""
+    return NamedSharding(mesh, PartitionSpec(RULES["lanes"]))
 
 
 def check_model(mesh: Mesh, config: ModelConfig) -> None:

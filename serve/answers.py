@@ -100,8 +100,10 @@ class Answer:
         if error is not None:
             return Delta(request_id=self._id, error=error, adapter=adapter, cached_tokens=cached_tokens)
         params, token = self._params, int(out.token_B[row])
-        prompt_logprobs = tuple(self._prompt_logprobs[i] for i in sorted(self._prompt_logprobs))
-        self._prompt_logprobs.clear()
+        prompt_logprobs = ()
+        if self._prompt_logprobs:
+            prompt_logprobs = tuple(self._prompt_logprobs[i] for i in sorted(self._prompt_logprobs))
+            self._prompt_logprobs.clear()
         if params.max_tokens == 0:
             return Delta(
                 request_id=self._id,

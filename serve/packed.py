@@ -21,14 +21,14 @@ class Layout[T]:
     """Where the fields of a batch lie in a row.  Hashable, so that a program may depend on it."""
 
     tree: jax.tree_util.PyTreeDef
-    fields: tuple[tuple[tuple[int, ...], str], ...]  # shape of a row and dtype of each
+    fields: tuple[tuple[tuple[int, ...], str], ...]  # shape of a row and character of the dtype of each
 
     @classmethod
     def of(cls, batch: T) -> Layout[T]:
         """That of batches like this one, whatever their rows."""
         leaves, tree = jax.tree.flatten(batch)
         assert all(x.dtype.itemsize == 4 or x.dtype == bool for x in leaves)
-        return cls(tree, tuple((x.shape[1:], x.dtype.name) for x in leaves))
+        return cls(tree, tuple((x.shape[1:], x.dtype.char) for x in leaves))
 
     def pack(self, batch: T) -> np.ndarray:
         """int32 [G, W] of a NumPy batch."""
@@ -42,6 +42,6 @@ class Layout[T]:
         for shape, dtype in self.fields:
             end = start + math.prod(shape)
             x = words_GW[:, start:end].reshape(-1, *shape)
-            leaves.append(x != 0 if dtype == "bool" else lax.bitcast_convert_type(x, jnp.dtype(dtype)))
+            leaves.append(x != 0 if dtype == "?" else lax.bitcast_convert_type(x, jnp.dtype(dtype)))
             start = end
         return self.tree.unflatten(leaves)
