@@ -99,6 +99,7 @@ def test_the_preference_config_comes_to_prefer_the_chosen_answers(tmp_path):
     assert re.search(r"brief *│ done *│ 0\.693 *│ 0\.[0-6]\d\d *│ 0% *│ (88|100)%", result.output), result.output
 
 
+@pytest.mark.slow
 def test_the_serving_config_serves_the_base_and_what_was_trained(trained, tmp_path):
     """On a free port, from the store the training config left; one adapter more comes as a PEFT folder."""
     path = changed(SERVE, tmp_path / "serve.toml", dtype='"float32"', adapters=f'"{trained}/store"')

@@ -121,7 +121,7 @@ def test_a_server_that_ends_completes_what_is_open_and_takes_nothing_new(tmp_pat
     assert all("error" not in json.loads(e) for e in events[:-1])
 
 
-@pytest.mark.parametrize("by", ["time", "second signal"])
+@pytest.mark.parametrize("by", ["time", pytest.param("second signal", marks=pytest.mark.slow)])
 def test_what_is_open_when_the_time_is_over_ends_with_an_error_event(tmp_path, by):
     with server(tmp_path, grace_s=1.0 if by == "time" else 600.0, step_s=1.0) as child:
         stream = Stream(child)
@@ -138,6 +138,7 @@ def test_what_is_open_when_the_time_is_over_ends_with_an_error_event(tmp_path, b
     assert json.loads(events[-2])["error"]["code"] == "unavailable"
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_alike_but_says_that_it_was_interrupted(tmp_path):
     with server(tmp_path, grace_s=60) as child:
         stream = Stream(child)

@@ -165,7 +165,9 @@ def check_slope(it, spec, config, batch, grads, *, slot, seed, step=1e-2, rtol=3
     np.testing.assert_allclose(slope, expected, rtol=rtol)
 
 
-@pytest.mark.parametrize("name", ["tiny-mistral", "tiny-qwen2", "tiny-qwen3"])
+@pytest.mark.parametrize(
+    "name", ["tiny-qwen3", *(pytest.param(n, marks=pytest.mark.slow) for n in ("tiny-mistral", "tiny-qwen2"))]
+)
 def test_every_family_has_the_loss_transformers_gives_and_its_slope(name):
     """Lanes of 64 tokens: two blocks of attention, two chunks of the head.  A window, biases, q/k norms."""
     source = HfSource(tiny_path(name))
