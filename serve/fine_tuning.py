@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from jaxlora.config import OPTIMIZER, PASSES, Loss, Optimizer
+from jaxlora.config import LOSSES, PASSES, Loss, Optimizer, Recipe
 from jaxlora.errors import InvalidRequest
-from jaxlora.lora import ALL_TARGETS, LAYER_TARGETS, Adapter, LoraSpec
+from jaxlora.lora import ALL_TARGETS, Adapter, LoraSpec
 from train.jobs import JobRequest
 
-RANK, ALPHA, BATCH = 16, 32.0, 8  # of a job that names none; the sources stand in jaxlora.config.Recipe
+DEFAULT = Recipe()  # of a job that names none; but for the warm-up, which OpenAI's jobs do not have
 
 type Json = Mapping[str, object]
 
@@ -145,11 +145,11 @@ def spec_of(request: Json) -> LoraSpec:
     lora = part(request, "lora")
     targets = given(lora, "target_modules", "all-linear")
     return LoraSpec(
-        rank=given(lora, "r", RANK),
-        alpha=float(given(lora, "alpha", ALPHA)),
-        rslora=given(lora, "use_rslora", False),
-        dropout=float(given(lora, "dropout", 0.0)),
-        targets=LAYER_TARGETS if targets == "all-linear" else tuple(dict.fromkeys(targets)),
+        rank=given(lora, "r", DEFAULT.rank),
+        alpha=float(given(lora, "alpha", DEFAULT.alpha)),
+        rslora=given(lora, "use_rslora", DEFAULT.rslora),
+        dropout=float(given(lora, "dropout", DEFAULT.dropout)),
+        targets=DEFAULT.targets if targets == "all-linear" else tuple(dict.fromkeys(targets)),
     )
 
 
@@ -160,27 +160,27 @@ def resolve(request: Json, *, examples: int, seed: int, base_lr: float, spec: Lo
     """
     check(request)
     method, numbers = method_of(request)
-    batch = given(numbers, "batch_size", min(BATCH, examples))
+    batch = given(numbers, "batch_size", min(DEFAULT.batch, examples))
     epochs, epoch = given(numbers, "n_epochs", PASSES), math.ceil(examples / batch)
     total = given(request, "max_steps", epochs * epoch)
     multiplier = float(given(numbers, "learning_rate_multiplier", 1.0))
-    betas = given(request, "betas", [OPTIMIZER.b1, OPTIMIZER.b2])
+    betas = given(request, "betas", [DEFAULT.b1, DEFAULT.b2])
     early = part(request, "early_stopping")
     every = given(request, "eval_every", epoch) if request.get("validation_file") is not None else None
     return Resolved(
         method=method,
-        beta=float(given(numbers, "beta", 0.1)) if method == "dpo" else None,
+        beta=float(given(numbers, "beta", LOSSES["dpo"]["beta"])) if method == "dpo" else None,
         n_epochs=epochs,
         batch_size=batch,
         learning_rate_multiplier=multiplier,
         learning_rate=float(given(request, "learning_rate", base_lr * multiplier)),
-        lr_schedule=given(request, "lr_schedule", "linear"),
+        lr_schedule=given(request, "lr_schedule", DEFAULT.schedule),
         warmup_steps=math.ceil(float(given(request, "warmup_ratio", 0.0)) * total),
-        weight_decay=float(given(request, "weight_decay", OPTIMIZER.weight_decay)),
-        max_grad_norm=float(given(request, "max_grad_norm", 1.0)),
+        weight_decay=float(given(request, "weight_decay", DEFAULT.weight_decay)),
+        max_grad_norm=float(given(request, "max_grad_norm", DEFAULT.clip)),
         beta1=float(betas[0]),
         beta2=float(betas[1]),
-        eps=float(given(request, "eps", OPTIMIZER.eps)),
+        eps=float(given(request, "eps", DEFAULT.eps)),
         total_steps=total,
         checkpoint_every=given(request, "checkpoint_every", epoch),
         eval_every=every,

@@ -17,7 +17,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from jaxlora.errors import DataInvalid, InvalidRequest, JaxLoraError, NotFound, StateInvalid, Unavailable
+from jaxlora.checkpoint import read_meta
+from jaxlora.errors import (
+    AdapterNotFound,
+    DataInvalid,
+    InvalidRequest,
+    JaxLoraError,
+    NotFound,
+    StateInvalid,
+    Unavailable,
+)
 from jaxlora.lora import Adapter, AdapterRef, LoraSpec
 from jaxlora.serve_config import LimitsSection
 from serve import fine_tuning
@@ -217,11 +226,16 @@ class JobService:
         return AdapterRef(str(start[0]), str(start[1]), int(str(start[2]))) if isinstance(start, list) else None
 
     def _start(self, record: JobRecord) -> Adapter | None:
-        """The adapter that the job begins with, unless it has learned something since."""
-        ref = self._start_ref(record)
-        if ref is None or record.progress.get("step"):
+        """The adapter that the job begins with; one that is deleted is missed only by a job without a checkpoint of its own."""
+        ref, states = self._start_ref(record), self.live.jobs.config.states
+        if ref is None:
             return None
-        return self.live.runner.engine.store.get(ref)
+        try:
+            return self.live.runner.engine.store.get(ref)
+        except AdapterNotFound:
+            if states is None or read_meta(states / record.id) is None:
+                raise
+            return None
 
     def _fail(self, id: str, error: Exception) -> None:
         reason = said(error)

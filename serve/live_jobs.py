@@ -113,6 +113,7 @@ class _Live:
     kept: set[int]  # versions that stay
     seen: int = 0  # events told
     step: int = 0  # of the newest version
+    newest: AdapterRef | None = None  # that version, if this process made it
     learned_s: float = field(default_factory=time.monotonic)  # when its newest update was done
 
 
@@ -215,7 +216,11 @@ class LiveJobs:
         if live is None or job.state == to or job.final:
             return
         job.check_move(to)
-        if not live.publish or job.progress.step <= live.step:
+        if not live.publish or job.progress.step < live.step or job.progress.step == 0:
+            return
+        if live.newest is not None and job.progress.step == live.step:
+            if live.newest.version not in live.kept:  # made for `latest`; now it stays
+                self._is_published(job, live.newest, checkpoint=True)
             return
         if job.id in self.jobs.trainer.tenants:
             self._publish(job.id, checkpoint=True)
@@ -265,7 +270,7 @@ class LiveJobs:
 
     def _is_published(self, job: Job, ref: AdapterRef, *, checkpoint: bool) -> None:
         live = self._live[job.id]
-        live.step = job.progress.step
+        live.step, live.newest = job.progress.step, ref
         if checkpoint:
             live.kept.add(ref.version)
         self._say_published(job, ref, checkpoint=checkpoint, final=False)

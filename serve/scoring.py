@@ -20,6 +20,7 @@ import regex
 
 from jaxlora.errors import AdapterNotFound, DataInvalid, JaxLoraError, Unavailable
 from jaxlora.lora import AdapterRef
+from serve.fine_tuning import given
 from serve.grammar import Grammar, GrammarSource
 from serve.live_jobs import Published
 from serve.records import JobRecord, JsonObject, NewEvent
@@ -135,10 +136,7 @@ class Scorer:
             except Unavailable:
                 return  # the server ends
             except (JaxLoraError, OSError, UnicodeDecodeError) as error:
-                message = f"step {version.step} is not scored: {said(error) if not isinstance(error, UnicodeDecodeError) else 'its file is not UTF-8'}"
-                if isinstance(error, AdapterNotFound):
-                    message = f"step {version.step} is not scored: newer versions came first"
-                self._event(record, version, message, {})
+                self._event(record, version, f"step {version.step} is not scored: {why(error)}", {})
             except Exception:
                 LOG.exception("job %s: a version is not scored", record.id)
 
@@ -146,22 +144,16 @@ class Scorer:
         asked = record.request["evaluation"]
         assert isinstance(asked, Mapping)
         tokenizer = self._runner.tokenizer
-        most, metrics = asked.get("samples"), asked["metrics"]
-        assert isinstance(metrics, list)
-        found = questions(
-            self._path(str(asked["file"])), tokenizer.chat, tokenizer.encode, most if isinstance(most, int) else SAMPLES
-        )
-        limit = asked.get("max_tokens")
+        metrics, most = given(asked, "metrics", []), given(asked, "samples", SAMPLES)
+        limit = given(asked, "max_tokens", MAX_TOKENS)
+        found = questions(self._path(str(asked["file"])), tokenizer.chat, tokenizer.encode, most)
         free = [m for m in metrics if m != "choice_accuracy"]
         began, scores = time.monotonic(), {}
         if free:
-            answers = self._answers(version.ref, found, limit if isinstance(limit, int) else MAX_TOKENS, None)
-            for metric in free:
-                scores[str(metric)] = share(METRICS[str(metric)], answers, found)
+            answers = self._answers(version.ref, found, limit, None)
+            scores |= {metric: share(METRICS[metric], answers, found) for metric in free}
         if "choice_accuracy" in metrics:
-            answers = self._answers(
-                version.ref, found, limit if isinstance(limit, int) else MAX_TOKENS, self._choices(found)
-            )
+            answers = self._answers(version.ref, found, limit, self._choices(found))
             scores["choice_accuracy"] = share(METRICS["choice_accuracy"], answers, found)
         shown = ", ".join(f"{k} {v:.3f}" for k, v in scores.items())
         data: JsonObject = {
@@ -211,6 +203,13 @@ class Scorer:
         kind = "metrics" if data else "message"
         event = NewEvent(time_s=time.time(), level="info" if data else "warn", kind=kind, message=message, data=data)
         self._tell(record.id, lambda now: with_score(now, data), event)
+
+
+def why(error: JaxLoraError | OSError | UnicodeDecodeError) -> str:
+    """Why a version is not scored, for its owner."""
+    if isinstance(error, AdapterNotFound):
+        return "newer versions came first"
+    return "its file is not UTF-8" if isinstance(error, UnicodeDecodeError) else said(error)
 
 
 def with_score(record: JobRecord, data: JsonObject) -> JobRecord:

@@ -102,10 +102,6 @@ class StoredJobs:
         """Ids of the files that a job reads."""
         return self.database.read(lambda s: list(s.exec(select(JobFileRow.file).where(col(JobFileRow.job) == id))))
 
-    def count_unfinished(self, tenant: str) -> int:
-        """Jobs of a tenant that have not ended."""
-        return self.database.read(lambda s: unfinished(s, tenant))
-
     def save(
         self,
         record: JobRecord,

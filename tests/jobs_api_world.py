@@ -117,8 +117,8 @@ class Server:
         self.database.close()
 
     @contextlib.contextmanager
-    def running(self) -> Iterator[str]:
-        """Its URL."""
+    def running(self, *, hard: bool = False) -> Iterator[str]:
+        """Its URL.  hard: as `stop` takes it."""
         self.runner.start()
         self.host.start()
         app = create_app(
@@ -131,4 +131,4 @@ class Server:
             with serving(app) as url:
                 yield url
         finally:
-            self.stop()
+            self.stop(hard=hard)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -64,7 +63,7 @@ def test_openai_asks_trains_and_asks_again(url, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     lines = [{"prompt": f"{i} is", "completion": f" {i}"} for i in range(6)]
     Path("train.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    names: dict = {"time": time}
+    names: dict = {}
     run(block("client = OpenAI("), url, names)
     assert "dates" in capsys.readouterr().out
     run(block("response_format"), url, names)

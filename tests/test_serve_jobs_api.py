@@ -287,6 +287,32 @@ def test_lists_are_the_callers_and_can_be_filtered(server, acme):
         wait_for(acme, job.id, "succeeded")
 
 
+def test_a_job_that_saved_nothing_begins_at_its_adapter_again(world, tmp_path):
+    """Interrupted before its first checkpoint, a job that goes on from an adapter ends where an undisturbed one ends."""
+    results = []
+    for interrupted in (False, True):
+        folder = tmp_path / str(interrupted)
+        folder.mkdir()
+        tenant = f"again-{interrupted}"
+        first = Server(world, folder)
+        with first.running(hard=interrupted) as url, client_of(url, tenant) as client:
+            start = wait_for(client, create((first, url), client).id, "succeeded").fine_tuned_model
+            how = {"lora": None, "max_steps": 30, "checkpoint_every": 30}
+            job = create((first, url), client, model=start, extra=how)
+            if interrupted:
+                while client.fine_tuning.jobs.retrieve(job.id).progress["step"] < 3:
+                    time.sleep(0.005)
+            else:
+                wait_for(client, job.id, "succeeded")
+        second = Server(world, folder)
+        with second.running() as url, client_of(url, tenant) as client:
+            done = wait_for(client, job.id, "succeeded")
+            results.append(second.runner.engine.store.get(second.runner.resolve(tenant, done.fine_tuned_model)).weights)
+    for target, pair in results[0].items():
+        for x, y in zip(pair, results[1][target], strict=True):
+            assert x.tobytes() == y.tobytes()
+
+
 def test_jobs_go_on_after_a_restart(world, tmp_path):
     """What ran goes on and ends where an uninterrupted job ends; what was paused waits; names mean what they did."""
     results = []

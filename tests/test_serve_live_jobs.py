@@ -9,6 +9,7 @@ from live_world import LiveWorld, job
 from train_world import assert_same_bits
 
 from jaxlora.errors import AdapterNotFinite
+from serve.training import PUBLISH
 
 pytest_plugins = ["serve_fixtures"]
 
@@ -56,14 +57,17 @@ def test_events_are_told_once_and_in_order(live):
     assert live.live.jobs.list(None) == []  # forgotten here: what is told is stored elsewhere
 
 
+@pytest.mark.parametrize("step", [3, 4], ids=["between two versions", "just published for latest"])
 @pytest.mark.parametrize("move", ["cancel", "pause"])
-def test_what_a_job_has_learned_is_a_version_when_it_leaves(live, move):
-    live.live.create("ftjob-e", job(5, owner=f"five-{move}", steps=50), publish=True)
-    while live.live.jobs.get(f"five-{move}", "ftjob-e").progress.step < 3:
+def test_what_a_job_has_learned_is_a_version_when_it_leaves(live, move, step):
+    owner = f"five-{move}-{step}"
+    live.live.create("ftjob-e", job(5, owner=owner, steps=50), publish=True)
+    while live.live.jobs.get(owner, "ftjob-e").progress.step < step or live.live.part == PUBLISH:
         live.live.advance()
-    getattr(live.live, move)(f"five-{move}", "ftjob-e")
+    getattr(live.live, move)(owner, "ftjob-e")
     live.run()
-    assert live.heard.steps("ftjob-e")[-1][:2] == (3, True)
+    assert live.heard.steps("ftjob-e")[-1][:2] == (step, True)
+    assert len({p.ref for p in live.heard.published}) == 2
     assert live.heard.states("ftjob-e")[-1] == {"cancel": "cancelled", "pause": "paused"}[move]
 
 
