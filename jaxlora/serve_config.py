@@ -106,10 +106,12 @@ class NamedLimits(TenantLimits):
 class LimitsSection(TenantLimits):
     """What each tenant may use, and those for whom other numbers hold."""
 
+    max_file_bytes: int = 512 * 2**20  # of one file, whoever uploads it
     tenant: tuple[NamedLimits, ...] = ()
 
     def __post_init__(self) -> None:
         TenantLimits.__post_init__(self)
+        need_counts(self, "max_file_bytes")
         need_distinct([t.name for t in self.tenant], "names under [[limits.tenant]]")
 
     def of(self, tenant: str) -> TenantLimits:

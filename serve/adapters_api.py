@@ -61,7 +61,7 @@ class AdaptersWire:
 
     @property
     def body_limits(self) -> dict[str, int]:
-        """Path → bytes that its body may have, for the gate."""
+        """For the gate: path → bytes of an adapter."""
         return {UPLOAD_PATH: self._service.limits.total_bytes}
 
     def router(self) -> APIRouter:

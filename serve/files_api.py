@@ -27,15 +27,13 @@ from serve.records import FileRecord, JsonObject
 from serve.stored_files import over_quota
 
 FILES = "/v1/files"
-MAX_FILE_BYTES = 512 * 2**20
-FORM_BYTES = 64 * 1024  # of a form around its file
 MAX_UPLOADS = 16  # at once
 
 
 class FilesWire:
     """The routes, over one store."""
 
-    def __init__(self, files: FileStore, database: Database, once: Once, *, max_file_bytes: int = MAX_FILE_BYTES):
+    def __init__(self, files: FileStore, database: Database, once: Once, *, max_file_bytes: int):
         """database: on whose threads the store is asked."""
         self._once = once
         self._files, self._ask, self._run = files, database.ask, database.run
@@ -44,8 +42,8 @@ class FilesWire:
 
     @property
     def body_limits(self) -> dict[str, int]:
-        """For the gate: path → bytes of a body."""
-        return {FILES: self._max_file_bytes + FORM_BYTES}
+        """For the gate: path → bytes of a file."""
+        return {FILES: self._max_file_bytes}
 
     def router(self) -> APIRouter:
         """All routes of this wire."""

@@ -88,7 +88,8 @@ def services(
             check_quota=quota,
         )
         once = Once(database)
-        files_wire, adapters_wire = FilesWire(files, database, once), AdaptersWire(adapters)
+        files_wire = FilesWire(files, database, once, max_file_bytes=config.limits.max_file_bytes)
+        adapters_wire = AdaptersWire(adapters)
         routers, jobs = [files_wire.router(), adapters_wire.router()], None
         if training is not None:
             jobs = make_job_host(opened, config, training, runner, database, files, load)

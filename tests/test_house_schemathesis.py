@@ -56,7 +56,7 @@ def wires(tmp_path_factory):
             check_quota=lambda tenant: None,
         )
         with opened(database, folder / "files") as files:
-            routers = [FilesWire(files, database, Once(database)).router(), gradient.router()]
+            routers = [FilesWire(files, database, Once(database), max_file_bytes=2**20).router(), gradient.router()]
             shapes = {API: gradient_response}
             with serving(create_app(house, default_max_tokens=16, routers=routers, error_shapes=shapes)) as url:
                 yield url

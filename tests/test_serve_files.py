@@ -179,9 +179,10 @@ class TestRefused:
         assert answer.json()["error"]["param"] == query.partition("=")[0]
 
     def test_a_file_over_the_limit(self, server, root):
-        for headers in ({}, {"transfer-encoding": "chunked"}):
-            answer = post(server[0], **{**FORM, "files": {"file": ("a", b"x" * 1_000_001)}}, headers=headers)
+        for headers, nbytes in (({}, 1_000_001), ({}, 2_000_000), ({"transfer-encoding": "chunked"}, 1_000_001)):
+            answer = post(server[0], **{**FORM, "files": {"file": ("a", b"x" * nbytes)}}, headers=headers)
             assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
+            assert "at most 1000000 bytes" in answer.json()["error"]["message"]
         assert on_disk(root) == []
 
     def test_other_paths_keep_their_small_limit(self, server):
