@@ -64,7 +64,7 @@ class AdapterStore:
             self._versions[tenant, name] = versions
             self._tenants.setdefault(name, set()).add(tenant)
         self._ram = HostTier(host_bytes)
-        self._about: dict[AdapterRef, tuple[float, int]] = {}  # when it was put, its largest rank
+        self._about: dict[AdapterRef, tuple[float, int, int]] = {}  # when it was put, its largest rank, its bytes
         self._unsaved: set[AdapterRef] = set()  # kept in RAM
         self._leaving: set[AdapterRef] = set()  # invisible, but still on disk
         self._failed: dict[AdapterRef, BaseException] = {}  # unsaved, and the last try failed
@@ -124,8 +124,12 @@ class AdapterStore:
         """The version's largest rank, without reading its weights.  Raises as `created` does."""
         return self._describe(ref)[1]
 
-    def _describe(self, ref: AdapterRef) -> tuple[float, int]:
-        """(created, rank); from its description on disk the first time."""
+    def nbytes(self, ref: AdapterRef) -> int:
+        """Bytes of the version's weights, which are not read.  Raises as `created` does."""
+        return self._describe(ref)[2]
+
+    def _describe(self, ref: AdapterRef) -> tuple[float, int, int]:
+        """(created, rank, nbytes); from its description on disk the first time."""
         with self._state:
             self._check_visible(ref)
             if ref in self._about:
@@ -181,7 +185,7 @@ class AdapterStore:
                         value.setflags(write=False)
                 self._versions.setdefault((ref.tenant, ref.name), set()).add(ref.version)
                 self._tenants.setdefault(ref.name, set()).add(ref.tenant)
-                self._about[ref] = time.time(), adapter.spec.max_rank
+                self._about[ref] = time.time(), adapter.spec.max_rank, adapter.nbytes
                 self._unsaved.add(ref)
                 self._ram.hold(adapter, keep=True)
                 self._enqueue(ref)
@@ -389,7 +393,7 @@ class AdapterStore:
             raise
         with self._state:
             loaded()
-            self._about[ref] = created, adapter.spec.max_rank
+            self._about[ref] = created, adapter.spec.max_rank, adapter.nbytes
             self._ram.hold(adapter, keep=False)
         return adapter
 

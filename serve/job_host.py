@@ -12,6 +12,7 @@ from jaxlora.lora import ALL_TARGETS
 from jaxlora.opened import Opened
 from jaxlora.pool import PoolSpec
 from jaxlora.serve_config import ServeConfig, TrainingSection
+from serve.adapter_quota import AdapterQuota
 from serve.database import Database
 from serve.job_service import Files, JobService
 from serve.live_jobs import JobNews, JobShelf, LiveJobs, Published
@@ -85,6 +86,7 @@ def make_job_host(
     database: Database,
     files: Files,
     load: Callable[[Path], Sequence[Unit]],
+    quota: AdapterQuota,
 ) -> JobHost:
     """Jobs over this base that are not started yet.  Raises ConfigInvalid for sizes that do not fit the base."""
     rank = config.max_rank if training.max_rank is None else training.max_rank
@@ -111,12 +113,14 @@ def make_job_host(
         ),
         publish_every=training.publish_every,
         listener=mailbox,
+        had_room=quota.had_room,
     )
     stored = StoredJobs(database)
     know_names(runner.catalog.jobs, stored)
     scorer: Scorer | None = None
 
     def published(record: JobRecord, version: Published) -> None:
+        quota.has_room(version.ref)  # for the next one
         assert scorer is not None
         scorer.score(record, version)
 
@@ -128,6 +132,7 @@ def make_job_host(
         load=load,
         base_lr=default_lr(opened.base.config),
         limits=config.limits,
+        quota=quota,
         published=published,
     )
     mailbox.service = service
@@ -136,7 +141,7 @@ def make_job_host(
         return files.find(id, None)[1]
 
     scorer = Scorer(runner, path, service.recorder.change)
-    return JobHost(runner, live, service, Tuner(live, config.data / "tuned"), scorer)
+    return JobHost(runner, live, service, Tuner(live, config.data / "tuned", quota), scorer)
 
 
 def know_names(names: JobNames, stored: StoredJobs) -> None:

@@ -28,8 +28,10 @@ from jaxlora.errors import (
     Unavailable,
 )
 from jaxlora.lora import Adapter, AdapterRef, LoraSpec
+from jaxlora.pool import adapter_bytes
 from jaxlora.serve_config import LimitsSection
 from serve import fine_tuning
+from serve.adapter_quota import AdapterQuota
 from serve.auth import Caller
 from serve.fine_tuning import Resolved
 from serve.job_objects import results_csv, results_name
@@ -83,12 +85,13 @@ class JobService:
         load: Callable[[Path], Sequence[Unit]],
         base_lr: float,
         limits: LimitsSection,
+        quota: AdapterQuota,
         published: Callable[[JobRecord, Published], None],
     ):
         """load: reads a training file.  base_lr: of a job that names none.  published: told of each version, stored."""
         self.live, self.stored, self.files, self.names = live, stored, files, names
         self.recorder = JobRecorder(stored, names, published=published, ended=self._ended)
-        self._load, self._base_lr, self._limits = load, base_lr, limits
+        self._load, self._base_lr, self._limits, self._quota = load, base_lr, limits, quota
         self._intake = ThreadPoolExecutor(INTAKE_THREADS, "job-intake")
         self._deciding = threading.Lock()  # held from a look at a stored job to what follows from it
 
@@ -101,7 +104,9 @@ class JobService:
         """
         fine_tuning.check(request)
         asked = self._asked(caller.sees, request)
-        self.live.jobs.trainer.seats.check(asked.spec)
+        trainer = self.live.jobs.trainer
+        trainer.seats.check(asked.spec)
+        self._quota.check(caller.owner, adapter_bytes(trainer.base.config, asked.spec), another=True)
         files = [str(request[name]) for name in ("training_file", "validation_file") if request.get(name)]
         scoring = request.get("evaluation")
         if isinstance(scoring, Mapping):

@@ -14,6 +14,7 @@ from starlette.requests import HTTPConnection
 from jaxlora.config import default_lr
 from jaxlora.opened import Opened
 from jaxlora.serve_config import ServeConfig
+from serve.adapter_quota import AdapterQuota
 from serve.adapters import AdapterService
 from serve.adapters_api import AdaptersWire
 from serve.auth import Caller
@@ -29,7 +30,7 @@ from serve.idempotency import Once
 from serve.job_host import JobHost, make_job_host
 from serve.jobs_api import JobsWire
 from serve.keys import Keys
-from serve.limits import Limiter, adapter_quota
+from serve.limits import Limiter
 from serve.runner import Runner
 from serve.stored_answers import StoredAnswers
 from serve.stored_files import StoredFiles
@@ -78,21 +79,21 @@ def services(
         stack.callback(files.close)
         limiter = Limiter(config.limits)
         most_rank = config.max_rank if training is None or training.max_rank is None else training.max_rank
-        quota = adapter_quota(config.limits, lambda tenant: len(store.list(tenant)))
+        quota = AdapterQuota(config.limits, store)
         adapters = AdapterService(
             runner,
             config=opened.base.config,
             read_head=read_head,
             staging=config.data / "adapters-staging",
             roots=config.lora_roots,
-            check_quota=quota,
+            quota=quota,
         )
         once = Once(database)
         files_wire = FilesWire(files, database, once, max_file_bytes=config.limits.max_file_bytes)
         adapters_wire = AdaptersWire(adapters)
         routers, jobs = [files_wire.router(), adapters_wire.router()], None
         if training is not None:
-            jobs = make_job_host(opened, config, training, runner, database, files, load)
+            jobs = make_job_host(opened, config, training, runner, database, files, load, quota)
             stack.callback(jobs.close)
             routers.append(JobsWire(jobs.service, once).router())
         gradient = GradientWire(
@@ -103,7 +104,6 @@ def services(
             records=StoredGradient(database),
             answers=StoredAnswers(database),
             tuner=None if jobs is None else jobs.tuner,
-            check_quota=quota,
             limiter=limiter,
         )
         routers.append(gradient.router())

@@ -17,6 +17,7 @@ from small_world import tiny_path
 from jaxlora.errors import NotFound, Unauthorized
 from jaxlora.opened import Opened
 from jaxlora.serve_config import LimitsSection, ServeConfig, TrainingSection, serve_defaults
+from serve.adapter_quota import AdapterQuota
 from serve.app import create_app
 from serve.auth import Caller
 from serve.database import Database
@@ -97,6 +98,7 @@ class Server:
             tokenizer=world.tokenizer,
             base_hash=world.base_hash,
         )
+        self.quota = AdapterQuota(self.config.limits, self.runner.engine.store)
         self.host: JobHost = make_job_host(
             opened,
             self.config,
@@ -107,6 +109,7 @@ class Server:
             lambda path: load_jsonl(
                 path, world.tokenizer, max_tokens=LANE_TOKENS + 1, loss=None, name="the training file"
             ),
+            self.quota,
         )
 
     def stop(self, *, hard: bool = False) -> None:

@@ -62,6 +62,7 @@ PURE = (
     "serve/multipart.py",
     "serve/key_commands.py",
     "serve/keys.py",
+    "serve/adapter_quota.py",
     "serve/limits.py",
     "serve/logs.py",
     "serve/jobs_client.py",

@@ -53,7 +53,6 @@ def wires(tmp_path_factory):
             records=StoredGradient(database),
             answers=StoredAnswers(database),
             tuner=FakeTuner(house),
-            check_quota=lambda tenant: None,
         )
         with opened(database, folder / "files") as files:
             routers = [FilesWire(files, database, Once(database), max_file_bytes=2**20).router(), gradient.router()]

@@ -11,6 +11,9 @@ import pytest
 from jobs_api_world import BASE, Server, lines
 
 from jaxlora.errors import StateInvalid
+from jaxlora.lora import LoraSpec
+from jaxlora.pool import adapter_bytes
+from jaxlora.serve_config import LimitsSection
 from serve.adapters import AdapterService
 
 pytest_plugins = ["serve_fixtures"]
@@ -35,7 +38,7 @@ def adapters(server, tmp_path_factory):
         read_head=lambda: None,
         staging=tmp_path_factory.mktemp("staging") / "adapters",
         roots=(),
-        check_quota=lambda tenant: None,
+        quota=server[0].quota,
     )
 
 
@@ -224,6 +227,32 @@ def test_too_many_jobs_are_over_the_quota(server, acme):
     for job in jobs:
         acme.fine_tuning.jobs.cancel(job.id)
     wait_for(acme, create(server, acme).id, "succeeded")
+
+
+def test_a_job_whose_versions_have_no_room_goes_on_and_the_next_job_is_refused(server, acme, monkeypatch):
+    it = server[0]
+    each = adapter_bytes(
+        it.host.live.jobs.trainer.base.config,
+        LoraSpec(rank=LORA["r"], alpha=1.0, targets=tuple(LORA["target_modules"])),
+    )
+    monkeypatch.setattr(it.quota, "limits", LimitsSection(adapter_bytes=3 * each))
+    job = create(server, acme, extra={"checkpoint_every": 1, "max_steps": 30})
+    done = wait_for(acme, job.id, "succeeded")
+    checkpoints = acme.fine_tuning.jobs.checkpoints.list(job.id, limit=100).data
+    assert checkpoints[0].step_number == 30
+    assert 3 <= len(checkpoints) < 30
+    told = [e for e in acme.fine_tuning.jobs.list_events(job.id, limit=100) if "no checkpoint" in e.message]
+    assert len(checkpoints) + len(told) == 30
+    assert {e.level for e in told} == {"warn"}
+    store = it.runner.engine.store
+    refs = [v for ref in store.list(acme.api_key) for v in store.versions(acme.api_key, ref.name)]
+    assert {c.step_number for c in checkpoints} <= {r.version for r in refs}
+    assert len(refs) <= len(checkpoints) + 3  # those for `latest`
+    assert {store.nbytes(r) for r in refs} == {each}
+    with pytest.raises(openai.RateLimitError) as caught:
+        create(server, acme)
+    assert (caught.value.code, caught.value.response.headers["x-should-retry"]) == ("insufficient_quota", "false")
+    assert acme.completions.create(model=done.fine_tuned_model, prompt="say", max_tokens=2).choices
 
 
 def test_a_job_goes_on_from_an_adapter(server, acme):
