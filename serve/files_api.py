@@ -20,6 +20,7 @@ from serve.file_store import FileStore, found_at, sha256_of
 from serve.files_types import CONTENT, FORM_BODY, FORM_FIELDS, DeletedFile, File, FileList, FilesQuery, upload_form
 from serve.idempotency import HEADER, Once
 from serve.job_objects import page_object
+from serve.limits import Limiter
 from serve.multipart import Form, FormRules, receive_form
 from serve.openai_errors import ERRORS, WRITE_ERRORS
 from serve.openapi import ok
@@ -33,9 +34,9 @@ MAX_UPLOADS = 16  # at once
 class FilesWire:
     """The routes, over one store."""
 
-    def __init__(self, files: FileStore, database: Database, once: Once, *, max_file_bytes: int):
+    def __init__(self, files: FileStore, database: Database, once: Once, limiter: Limiter, *, max_file_bytes: int):
         """database: on whose threads the store is asked."""
-        self._once = once
+        self._once, self._limiter = once, limiter
         self._files, self._ask, self._run = files, database.ask, database.run
         self._max_file_bytes = max_file_bytes
         self._uploads = 0
@@ -68,8 +69,9 @@ class FilesWire:
     async def create(self, request: Request) -> Response:
         """A new file, which is checked soon."""
         tenant = caller_of(request).owner
-        room = await self._ask(self._files.room, tenant)
         with self._uploading():
+            self._limiter.admit(tenant, tokens=0)
+            room = await self._ask(self._files.room, tenant)
             folder = await self._ask(self._files.staging)
             try:
                 form = await self._receive(request, folder, room)
@@ -132,7 +134,9 @@ class FilesWire:
 
     async def content(self, request: Request, id: str) -> Response:
         """The bytes of a file, as they came."""
-        record, path = await self._ask(self._files.find, id, caller_of(request).sees)
+        caller = caller_of(request)
+        self._limiter.admit(caller.owner, tokens=0)
+        record, path = await self._ask(self._files.find, id, caller.sees)
         return FileResponse(
             await self._ask(found_at, path), media_type="application/octet-stream", filename=record.filename
         )

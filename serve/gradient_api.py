@@ -134,6 +134,8 @@ class GradientWire:
         lora = hyper.lora_hyperparameters or LoraHyperparameters()
         spec, settings = self._spec(lora), self._settings(hyper.training_arguments or TrainingArguments())
         owner, id, now_s = caller_of(request).owner, str(uuid.uuid4()) + ADAPTER_END, time.time()
+        if self._limiter is not None:
+            self._limiter.admit(owner, tokens=0)
         async with self._creating:  # or two of one name would both find it free
             record = GradientRecord(
                 id=id,

@@ -17,6 +17,7 @@ from serve.idempotency import Once
 from serve.job_objects import checkpoint_object, event_object, job_object, page_object
 from serve.job_service import JobService
 from serve.jobs_types import EventsQuery, JobBody, JobsQuery, PageQuery
+from serve.limits import Limiter
 from serve.openai_errors import ERRORS, WRITE_ERRORS, error_body
 from serve.openai_format import DONE, sse
 from serve.openapi import ok_as, stream
@@ -32,8 +33,8 @@ JOBS = "/v1/fine_tuning/jobs"
 class JobsWire:
     """The routes, over one service."""
 
-    def __init__(self, service: JobService, once: Once):
-        self._service, self._once = service, once
+    def __init__(self, service: JobService, once: Once, limiter: Limiter):
+        self._service, self._once, self._limiter = service, once, limiter
 
     def router(self) -> APIRouter:
         """All routes of this wire."""
@@ -53,6 +54,7 @@ class JobsWire:
     async def create(self, request: Request, body: JobBody) -> Response:
         """A new job."""
         refuse_unbuilt(body)
+        self._limiter.admit(caller_of(request).owner, tokens=0)
         asked = body.model_dump(mode="json", exclude_unset=True)
 
         async def make() -> JsonObject:

@@ -89,13 +89,13 @@ def services(
             quota=quota,
         )
         once = Once(database)
-        files_wire = FilesWire(files, database, once, max_file_bytes=config.limits.max_file_bytes)
-        adapters_wire = AdaptersWire(adapters)
+        files_wire = FilesWire(files, database, once, limiter, max_file_bytes=config.limits.max_file_bytes)
+        adapters_wire = AdaptersWire(adapters, limiter)
         routers, jobs = [files_wire.router(), adapters_wire.router()], None
         if training is not None:
             jobs = make_job_host(opened, config, training, runner, database, files, load, quota)
             stack.callback(jobs.close)
-            routers.append(JobsWire(jobs.service, once).router())
+            routers.append(JobsWire(jobs.service, once, limiter).router())
         gradient = GradientWire(
             runner,
             GradientConfig(

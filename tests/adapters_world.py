@@ -35,6 +35,7 @@ from serve.adapters_api import AdaptersWire
 from serve.app import create_app
 from serve.auth import Caller
 from serve.engine import Engine, EngineConfig
+from serve.limits import Limiter
 from serve.runner import Runner
 
 BASE = "owner/tiny"
@@ -129,7 +130,7 @@ def shelf_at(folder: Path) -> Iterator[Shelf]:
         roots=[root],
         quota=quota,
     )
-    wire = AdaptersWire(service)
+    wire = AdaptersWire(service, Limiter(LimitsSection()))
     app = create_app(
         runner,
         default_max_tokens=16,

@@ -15,6 +15,7 @@ from serve.database import Database
 from serve.file_store import FileStore
 from serve.files_api import FilesWire
 from serve.idempotency import Once
+from serve.limits import Limiter
 from serve.stored_files import StoredFiles
 from train.jsonl import load_jsonl
 
@@ -42,7 +43,7 @@ def opened(database, root, *, limits=LIMITS, load=load):
 def files_server(database, root, *, limits=LIMITS, load=load, caller_of=by_header):
     """(its URL, its files)."""
     with opened(database, root, limits=limits, load=load) as files:
-        wire = FilesWire(files, database, Once(database), max_file_bytes=limits.max_file_bytes)
+        wire = FilesWire(files, database, Once(database), Limiter(limits), max_file_bytes=limits.max_file_bytes)
         app = create_app(
             FakeHouse(),
             default_max_tokens=64,

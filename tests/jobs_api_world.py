@@ -24,6 +24,7 @@ from serve.database import Database
 from serve.idempotency import Once
 from serve.job_host import JobHost, make_job_host
 from serve.jobs_api import JobsWire
+from serve.limits import Limiter
 from serve.records import FileRecord, new_id
 from serve.runner import Runner
 from serve.stored_files import StoredFiles
@@ -128,7 +129,7 @@ class Server:
             self.runner,
             default_max_tokens=16,
             caller_of=by_key,
-            routers=[JobsWire(self.host.service, Once(self.database)).router()],
+            routers=[JobsWire(self.host.service, Once(self.database), Limiter(self.config.limits)).router()],
         )
         try:
             with serving(app) as url:

@@ -7,7 +7,6 @@ byte for byte, that to an id which nobody has.  A new route with an id in its pa
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 
@@ -15,8 +14,8 @@ import httpx2
 import pytest
 from database_world import checkpoint_record, event, gradient_record, job_record
 from fake_house import serving
-from starlette.routing import BaseRoute, Route
-from whole_world import joined, whole_config
+from starlette.routing import Route
+from whole_world import WORKSPACE, bearer, joined, leaves, whole_config
 
 from jaxlora.lora import AdapterRef
 from jaxlora.store import AdapterStore
@@ -38,7 +37,6 @@ IDS = {
     "MODEL": ("ft:tiny:owner:bot:0123456789ab", "ft:tiny:owner:bot:ffffffffffff"),
     "CHECKPOINT": ("ft:tiny:owner:bot:0123456789ab:ckpt-step-10", "ft:tiny:owner:bot:ffffffffffff:ckpt-step-10"),
 }
-WORKSPACE = "lab"
 HI = [{"role": "user", "content": "hi"}]
 # (method, path, JSON body).  The path of a route with an id is written as the route is, the id in the place of {…}.
 MATRIX = [
@@ -135,11 +133,6 @@ def whole(world, tmp_path_factory):
     store.close()
 
 
-def bearer(key):
-    """With the workspace that Gradient's wire wants."""
-    return {"authorization": f"Bearer {key}", "x-gradient-workspace-id": WORKSPACE}
-
-
 def written(whole, value, which):
     """The path or body with ids in the place of their words: the owner's, or nobody's."""
     if isinstance(value, dict):
@@ -168,17 +161,6 @@ def routes(whole):
     """(method, path as the route is written) of the whole server."""
     found = [(m, r.path) for r in whole.routes for m in r.methods or ()]
     return sorted(set(found))
-
-
-def leaves(routes: Sequence[BaseRoute]) -> Iterator[Route]:
-    """The routes of an app, those of its routers too.  Another kind of route, such as a mount, would be one to look into."""
-    for route in routes:
-        router = getattr(route, "original_router", None)
-        if router is None:
-            assert isinstance(route, Route), route
-            yield route
-        else:
-            yield from leaves(router.routes)
 
 
 def test_every_route_needs_a_key_but_health(whole):
