@@ -10,11 +10,13 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 
 from jaxlora.durable import told_of_disk
 from jaxlora.errors import Overloaded
 from serve.auth import caller_of
+from serve.byte_ranges import satisfiable
 from serve.database import Database
 from serve.file_store import FileStore, found_at, sha256_of
 from serve.files_types import CONTENT, FORM_BODY, FORM_FIELDS, DeletedFile, File, FileList, FilesQuery, upload_form
@@ -22,7 +24,7 @@ from serve.idempotency import HEADER, Once
 from serve.job_objects import page_object
 from serve.limits import Limiter
 from serve.multipart import Form, FormRules, receive_form
-from serve.openai_errors import ERRORS, WRITE_ERRORS
+from serve.openai_errors import ERRORS, RANGE_ERRORS, WRITE_ERRORS
 from serve.openapi import ok
 from serve.records import FileRecord, JsonObject
 from serve.stored_files import over_quota
@@ -54,7 +56,7 @@ class FilesWire:
             ("GET", FILES, self.list, ok(FileList), None),
             ("GET", FILES + "/{id}", self.read, ok(File), None),
             ("DELETE", FILES + "/{id}", self.delete, ok(DeletedFile), None),
-            ("GET", FILES + "/{id}/content", self.content, CONTENT, None),
+            ("GET", FILES + "/{id}/content", self.content, CONTENT | RANGE_ERRORS, None),
         ):
             router.add_api_route(
                 path,
@@ -133,10 +135,16 @@ class FilesWire:
         return JSONResponse({"id": record.id, "object": "file", "deleted": True})
 
     async def content(self, request: Request, id: str) -> Response:
-        """The bytes of a file, as they came."""
+        """The bytes of a file, as they came; or ranges of them.  A Range header that is none is ignored."""
         caller = caller_of(request)
         self._limiter.admit(caller.owner, tokens=0)
         record, path = await self._ask(self._files.find, id, caller.sees)
+        headers = MutableHeaders(scope=request.scope)
+        if (asked := headers.get("range")) is not None:
+            del headers["range"]
+            ranges = satisfiable(asked, record.size_bytes, conditional="if-range" in headers)
+            if ranges is not None:
+                headers["range"] = ranges
         return FileResponse(
             await self._ask(found_at, path), media_type="application/octet-stream", filename=record.filename
         )
