@@ -38,7 +38,9 @@ from serve.stored_gradient import StoredGradient
 from serve.stored_keys import StoredKeys
 from train.data import Unit
 from train.jsonl import load_jsonl
+from train.kept_examples import KeptExamples
 
+KEPT_EXAMPLES_BYTES = 32 * 2**20  # of training files, read again soon after they came
 LANE_TOKENS = 2048  # of a server that does not train: the longest example that a file may hold
 
 
@@ -72,8 +74,10 @@ def services(
         training, store, door = config.training, runner.engine.store, Door()
         longest = LANE_TOKENS if training is None else training.lane_tokens
 
-        def load(path: Path) -> Sequence[Unit]:
+        def read(path: Path) -> Sequence[Unit]:
             return load_jsonl(path, opened.tokenizer, max_tokens=longest + 1, loss=None, name="the file")
+
+        load = KeptExamples(read, max_bytes=KEPT_EXAMPLES_BYTES)
 
         files = FileStore(StoredFiles(database), config.data / "files", load=load, limits=config.limits)
         stack.callback(files.close)

@@ -32,6 +32,7 @@ PURE = (
     "train/job_queue.py",
     "train/jobs.py",
     "train/jsonl.py",
+    "train/kept_examples.py",
     "train/mixer.py",
     "serve/active.py",
     "serve/adapters_client.py",
