@@ -6,7 +6,10 @@ import contextlib
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Generator
+from dataclasses import dataclass
 from pathlib import Path
+
+from jaxlora.blobs import Blobs
 
 
 class DiskCopies:
@@ -96,6 +99,14 @@ class DiskCopies:
             self._drop(path)
             self._moving.add(path)
             return path, remove
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Remote:
+    """Object storage, and what of it lies here."""
+
+    blobs: Blobs
+    copies: DiskCopies
 
 
 def _size(path: Path) -> int:
