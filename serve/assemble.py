@@ -9,10 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from jaxlora import compile_cache
+from jaxlora.blobs import Blobs
+from jaxlora.disk_copies import DiskCopies, Remote
 from jaxlora.lora import ALL_TARGETS, HEAD_TARGET, Adapter, AdapterRef
 from jaxlora.opened import Opened, open_base
 from jaxlora.peft import import_peft
 from jaxlora.pool import PoolSpec
+from jaxlora.remote_versions import RemoteVersions
 from jaxlora.serve_config import AdapterSection, ServeConfig
 from jaxlora.store import AdapterStore
 from serve.auth import LOCAL_TENANT
@@ -26,9 +29,18 @@ from serve.services import Services, services
 LOG = logging.getLogger("serve")
 
 
-def open_store(config: ServeConfig) -> AdapterStore:
-    """The server's adapters.  Raises StorageFailed, StateInvalid as AdapterStore does."""
-    return AdapterStore(config.adapters, host_bytes=int(config.host_adapters_gb * 1e9))
+def open_remote(config: ServeConfig) -> Remote | None:
+    """Object storage, if there is one.  Raises ConfigInvalid, Unavailable, StorageFailed as Blobs does."""
+    if config.blobs is None:
+        return None
+    most_bytes = None if config.blobs.disk_gb is None else int(config.blobs.disk_gb * 1e9)
+    return Remote(blobs=Blobs(config.blobs.url, timeout_s=config.blobs.timeout_s), copies=DiskCopies(most_bytes))
+
+
+def open_store(config: ServeConfig, remote: Remote | None = None) -> AdapterStore:
+    """The server's adapters.  Raises StorageFailed, StateInvalid, Unavailable as AdapterStore does."""
+    versions = None if remote is None else RemoteVersions(remote.blobs, remote.copies)
+    return AdapterStore(config.adapters, host_bytes=int(config.host_adapters_gb * 1e9), remote=versions)
 
 
 def make_runner(opened: Opened, config: ServeConfig, store: AdapterStore) -> Runner:
@@ -102,10 +114,14 @@ def main(config: ServeConfig, file: Path | None) -> None:
     """`jaxlora serve`: answers until SIGTERM or Ctrl-C, and then until what is open is complete.  file: where the settings came from; SIGHUP has its tuning read again."""
     compile_cache.enable(None)
     opened = open_base(config.model, config.mesh)
-    store = open_store(config)
+    remote = open_remote(config)
+    store = open_store(config, remote)
     runner = make_runner(opened, config, store)
     try:
-        with observing(runner, config) as observers, services(runner, opened, config, lambda: read_head(opened)) as own:
+        with (
+            observing(runner, config) as observers,
+            services(runner, opened, config, lambda: read_head(opened), remote) as own,
+        ):
             http = make_server(runner, config, observers, own)
             try:
                 begin(runner, opened, config, own)

@@ -13,11 +13,11 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from jaxlora.checkpoint import read_meta
 from jaxlora.errors import (
     AdapterNotFound,
     DataInvalid,
@@ -59,6 +59,14 @@ class Files(Protocol):
         """A file and where its bytes are.  Raises NotFound."""
         ...
 
+    def here(self, path: Path) -> AbstractContextManager[None]:
+        """Inside, the bytes are there.  Raises NotFound, Unavailable, StorageFailed."""
+        ...
+
+    def load(self, path: Path) -> Sequence[Unit]:
+        """The examples of a file.  Raises DataInvalid, and as `here`."""
+        ...
+
     def keep(self, tenant: str, filename: str, purpose: str, content: bytes) -> FileRecord:
         """A new file of the server's own making."""
         ...
@@ -82,16 +90,17 @@ class JobService:
         files: Files,
         names: JobNames,
         *,
-        load: Callable[[Path], Sequence[Unit]],
         base_lr: float,
         limits: LimitsSection,
         quota: AdapterQuota,
         published: Callable[[JobRecord, Published], None],
     ):
-        """load: reads a training file.  base_lr: of a job that names none.  published: told of each version, stored."""
+        """base_lr: of a job that names none.  published: told of each version, stored."""
         self.live, self.stored, self.files, self.names = live, stored, files, names
-        self.recorder = JobRecorder(stored, names, published=published, ended=self._ended)
-        self._load, self._base_lr, self._limits, self._quota = load, base_lr, limits, quota
+        self.recorder = JobRecorder(
+            stored, names, saved=live.runner.engine.store.wait_saved, published=published, ended=self._ended
+        )
+        self._base_lr, self._limits, self._quota = base_lr, limits, quota
         self._intake = ThreadPoolExecutor(INTAKE_THREADS, "job-intake")
         self._deciding = threading.Lock()  # held from a look at a stored job to what follows from it
 
@@ -152,7 +161,10 @@ class JobService:
 
     def restart(self) -> None:
         """Goes on with every job that had not ended when the server last did; paused ones wait to be resumed."""
-        for record in self.stored.unfinished():
+        unfinished = self.stored.unfinished()
+        for id in self.live.jobs.states.stored() - {record.id for record in unfinished}:
+            self.live.jobs.states.discard(id)
+        for record in unfinished:
             if record.status == "paused":
                 self.recorder.register(record)
             else:
@@ -210,7 +222,7 @@ class JobService:
     def _resolve(self, record: JobRecord) -> Resolved:
         if "total_steps" in record.resolved:  # by an earlier process
             return Resolved.from_json(record.resolved)
-        examples = self._load(self._path(record, "training_file"))
+        examples = self.files.load(self._path(record, "training_file"))
         if not examples:
             raise DataInvalid("the training file has no examples; give at least one", param="training_file")
         start = self._start_ref(record)
@@ -232,13 +244,13 @@ class JobService:
 
     def _start(self, record: JobRecord) -> Adapter | None:
         """The adapter that the job begins with; one that is deleted is missed only by a job without a checkpoint of its own."""
-        ref, states = self._start_ref(record), self.live.jobs.config.states
+        ref = self._start_ref(record)
         if ref is None:
             return None
         try:
             return self.live.runner.engine.store.get(ref)
         except AdapterNotFound:
-            if states is None or read_meta(states / record.id) is None:
+            if self.live.jobs.states.newest(record.id) is None:
                 raise
             return None
 
@@ -281,7 +293,8 @@ class JobService:
     # ---- ends -----------------------------------------------------------------------------------------------------
 
     def _ended(self, record: JobRecord) -> None:
-        """Writes the result file of a job that has ended; called on the recorder's thread."""
+        """Writes the result file of a job that has ended, and needs its checkpoints no more; called on the recorder's thread."""
+        self.live.jobs.states.discard(record.id)
         try:
             events: list[EventRecord] = []
             while page := self.stored.events_since(

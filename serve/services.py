@@ -12,6 +12,7 @@ from fastapi import APIRouter
 from starlette.requests import HTTPConnection
 
 from jaxlora.config import default_lr
+from jaxlora.disk_copies import Remote
 from jaxlora.opened import Opened
 from jaxlora.serve_config import ServeConfig
 from serve.adapter_quota import AdapterQuota
@@ -60,9 +61,15 @@ class Services:
 
 @contextlib.contextmanager
 def services(
-    runner: Runner, opened: Opened, config: ServeConfig, read_head: Callable[[], np.ndarray]
+    runner: Runner,
+    opened: Opened,
+    config: ServeConfig,
+    read_head: Callable[[], np.ndarray],
+    remote: Remote | None = None,
 ) -> Generator[Services]:
     """All of them, over a runner that has not started; leave when it has ended.  read_head: see AdapterService.
+
+    remote: object storage for files and checkpoints.
 
     Raises ConfigInvalid for settings that do not go together, Unavailable, StorageFull, StorageFailed.
     """
@@ -78,8 +85,7 @@ def services(
             return load_jsonl(path, opened.tokenizer, max_tokens=longest + 1, loss=None, name="the file")
 
         load = KeptExamples(read, max_bytes=KEPT_EXAMPLES_BYTES)
-
-        files = FileStore(StoredFiles(database), config.data / "files", load=load, limits=config.limits)
+        files = FileStore(StoredFiles(database), config.data / "files", load=load, limits=config.limits, remote=remote)
         stack.callback(files.close)
         limiter = Limiter(config.limits)
         most_rank = config.max_rank if training is None or training.max_rank is None else training.max_rank
@@ -97,7 +103,7 @@ def services(
         adapters_wire = AdaptersWire(adapters, limiter)
         routers, jobs = [files_wire.router(), adapters_wire.router()], None
         if training is not None:
-            jobs = make_job_host(opened, config, training, runner, database, files, load, quota)
+            jobs = make_job_host(opened, config, training, runner, database, files, quota, remote)
             stack.callback(jobs.close)
             routers.append(JobsWire(jobs.service, once, limiter).router())
         gradient = GradientWire(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import shutil
 import threading
 import uuid
 from collections import OrderedDict
@@ -24,6 +23,7 @@ from jaxlora.config import CROSS_ENTROPY, Optimizer
 from jaxlora.errors import AdapterNotFound, JaxLoraError
 from jaxlora.lora import AdapterRef, LoraSpec
 from jaxlora.pool import Rows, adapter_bytes
+from jaxlora.state_copies import StateCopies
 from serve.adapter_quota import AdapterQuota
 from serve.live_jobs import GuestCall, LiveJobs
 from train.data import Example
@@ -90,10 +90,10 @@ class _Waiting:
 class Tuner:
     """Creates, trains and deletes adapters call by call.  Of one event loop, but for `close`."""
 
-    def __init__(self, live: LiveJobs, states: Path, quota: AdapterQuota):
-        """states: folder of the moments."""
-        self.live, self._states, self._quota = live, states.absolute(), quota
-        self._writer = CheckpointWriter()
+    def __init__(self, live: LiveJobs, states: Path, quota: AdapterQuota, copies: StateCopies | None = None):
+        """states: folder of the moments.  copies: object storage behind it."""
+        self.live, self._states, self._quota, self._copies = live, states.absolute(), quota, copies
+        self._writer = CheckpointWriter(copies=copies)
         self._kept: OrderedDict[tuple[str, str], _Tuned] = OrderedDict()
         self._guard = threading.Lock()
         self._turns: dict[tuple[str, str], asyncio.Lock] = {}
@@ -167,8 +167,8 @@ class Tuner:
         return min(len(versions), KEPT_VERSIONS)
 
     def _forget(self, tenant: str, name: str) -> None:
+        self._writer.discard(f"{tenant}/{name}", self._states / tenant / name)
         self._writer.flush()
-        shutil.rmtree(self._states / tenant / name, ignore_errors=True)
 
     def _state_of(self, tenant: str, name: str) -> tuple[LoraSpec, _Tuned]:
         """(what it is, what it has learned) of the newest version.  Reads the disk."""
@@ -191,6 +191,8 @@ class Tuner:
         folder, trainer = self._states / tenant / name, self.live.jobs.trainer
         wanted = {"base": trainer.base_hash, "spec": spec.to_json(), "moments": trainer.moments}
         try:
+            if self._copies is not None:
+                self._copies.bring(folder)
             meta = read_meta(folder)
             if meta is None or any(meta.get(k) != v for k, v in wanted.items()):
                 return None
