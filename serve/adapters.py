@@ -78,7 +78,8 @@ class AdapterService:
     """What may be done with adapters, over one runner.  Of any thread but the device's.
 
     read_head: the base's head [V, D], which a file may hold a copy of.  staging: a folder for uploads and downloads under
-    way, emptied now.  roots: folders that a server folder must lie in.
+    way, emptied now.  roots: folders that a server folder must lie in.  deleted: told of an adapter
+    of which nothing is left, by its tenant and name.
     """
 
     def __init__(
@@ -90,9 +91,10 @@ class AdapterService:
         staging: Path,
         roots: Sequence[Path],
         quota: AdapterQuota,
+        deleted: Callable[[str, str], None],
     ):
         self.runner, self._config, self._read_head = runner, config, read_head
-        self._staging, self._quota = staging, quota
+        self._staging, self._quota, self._deleted = staging, quota, deleted
         self._roots = [root.resolve() for root in roots]
         self._store = runner.engine.store
         self._changes = threading.Lock()  # one at a time: who counts adapters, and who pins
@@ -334,6 +336,8 @@ class AdapterService:
             self.runner.catalog.jobs.drop(ref.tenant, ref.name, ref.version if alone else None)
             if self.is_pinned(ref.tenant, ref.name):
                 self._tune_pins(lambda pins: pins)
+            if self._store.latest(ref.tenant, ref.name) is None:
+                self._deleted(ref.tenant, ref.name)
         self.runner.call(lambda: [self.runner.engine.release(r) for r in refs])
 
     def _delete_version(self, ref: AdapterRef) -> None:

@@ -45,6 +45,10 @@ KEPT_EXAMPLES_BYTES = 32 * 2**20  # of training files, read again soon after the
 LANE_TOKENS = 2048  # of a server that does not train: the longest example that a file may hold
 
 
+def nothing_more(tenant: str, name: str) -> None:
+    """Nobody else keeps anything of an adapter that is deleted."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Services:
     """What the app needs of them, and the jobs to be started when the runner has."""
@@ -89,7 +93,10 @@ def services(
         stack.callback(files.close)
         limiter = Limiter(config.limits)
         most_rank = config.max_rank if training is None or training.max_rank is None else training.max_rank
-        quota = AdapterQuota(config.limits, store)
+        quota, jobs = AdapterQuota(config.limits, store), None
+        if training is not None:
+            jobs = make_job_host(opened, config, training, runner, database, files, quota, remote)
+            stack.callback(jobs.close)
         adapters = AdapterService(
             runner,
             config=opened.base.config,
@@ -97,14 +104,13 @@ def services(
             staging=config.data / "adapters-staging",
             roots=config.lora_roots,
             quota=quota,
+            deleted=nothing_more if jobs is None else jobs.tuner.forget,
         )
         once = Once(database)
         files_wire = FilesWire(files, database, once, limiter, max_file_bytes=config.limits.max_file_bytes)
         adapters_wire = AdaptersWire(adapters, limiter)
-        routers, jobs = [files_wire.router(), adapters_wire.router()], None
-        if training is not None:
-            jobs = make_job_host(opened, config, training, runner, database, files, quota, remote)
-            stack.callback(jobs.close)
+        routers = [files_wire.router(), adapters_wire.router()]
+        if jobs is not None:
             routers.append(JobsWire(jobs.service, once, limiter).router())
         gradient = GradientWire(
             runner,

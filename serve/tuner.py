@@ -88,7 +88,7 @@ class _Waiting:
 
 
 class Tuner:
-    """Creates, trains and deletes adapters call by call.  Of one event loop, but for `close`."""
+    """Creates, trains and deletes adapters call by call.  Of one event loop, but for `forget` and `close`."""
 
     def __init__(self, live: LiveJobs, states: Path, quota: AdapterQuota, copies: StateCopies | None = None):
         """states: folder of the moments.  copies: object storage behind it."""
@@ -150,10 +150,14 @@ class Tuner:
         """The adapter is gone at once; what runs ends on it.  Raises AdapterNotFound."""
         async with self._turns.setdefault((tenant, name), asyncio.Lock()):
             await asyncio.to_thread(self.live.runner.engine.store.delete, tenant, name)
-            with self._guard:
-                self._kept.pop((tenant, name), None)
-            await asyncio.to_thread(self._forget, tenant, name)
+            self.forget(tenant, name)
         self._turns.pop((tenant, name), None)
+
+    def forget(self, tenant: str, name: str) -> None:
+        """Drops what the calls of an adapter that is gone have learned; its files are removed soon.  From any thread."""
+        with self._guard:
+            self._kept.pop((tenant, name), None)
+        self._writer.discard(f"{tenant}/{name}", self._states / tenant / name)
 
     def close(self) -> None:
         """Waits until all moments are on disk."""
@@ -165,10 +169,6 @@ class Tuner:
         if not versions or self._quota.has_room(versions[-1]):
             return KEPT_VERSIONS
         return min(len(versions), KEPT_VERSIONS)
-
-    def _forget(self, tenant: str, name: str) -> None:
-        self._writer.discard(f"{tenant}/{name}", self._states / tenant / name)
-        self._writer.flush()
 
     def _state_of(self, tenant: str, name: str) -> tuple[LoraSpec, _Tuned]:
         """(what it is, what it has learned) of the newest version.  Reads the disk."""

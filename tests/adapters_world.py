@@ -95,6 +95,7 @@ class Shelf:
     store: AdapterStore
     root: Path  # the one folder that admins may load from
     quota: AdapterQuota
+    deleted: list[tuple[str, str]]  # adapters of which nothing was left
 
     def client(self, who: str) -> httpx2.Client:
         return httpx2.Client(base_url=self.url, headers=as_(who), timeout=30)
@@ -121,7 +122,7 @@ def shelf_at(folder: Path) -> Iterator[Shelf]:
     runner = Runner(Engine(base, mesh, CONFIG, spec, store, Letters(), base_hash(BASE_FOLDER)), base_name=BASE)
     root = folder / "root"
     root.mkdir()
-    quota = AdapterQuota(LimitsSection(), store)
+    quota, deleted = AdapterQuota(LimitsSection(), store), []
     service = AdapterService(
         runner,
         config=base.config,
@@ -129,6 +130,7 @@ def shelf_at(folder: Path) -> Iterator[Shelf]:
         staging=folder / "data" / "staging",
         roots=[root],
         quota=quota,
+        deleted=lambda tenant, name: deleted.append((tenant, name)),
     )
     wire = AdaptersWire(service, Limiter(LimitsSection()))
     app = create_app(
@@ -142,7 +144,7 @@ def shelf_at(folder: Path) -> Iterator[Shelf]:
     runner.start()
     try:
         with serving(app) as url:
-            yield Shelf(url, runner, service, store, root, quota)
+            yield Shelf(url, runner, service, store, root, quota, deleted)
     finally:
         runner.stop()
         store.close()

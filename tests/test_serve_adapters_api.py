@@ -160,6 +160,7 @@ def test_a_version_is_deleted_alone(shelf, acme, bot):
     assert ids(acme.get(f"/v1/adapters/{bot}/versions")) == [f"{bot}@2", f"{bot}@1"]
     assert answer(acme, bot) == second
     assert acme.delete(f"/v1/adapters/{bot}@3").status_code == 404
+    assert ("acme", bot) not in shelf.deleted
 
 
 def test_openai_s_client_deletes_a_model_and_not_the_base(shelf, acme, bot):
@@ -167,6 +168,7 @@ def test_openai_s_client_deletes_a_model_and_not_the_base(shelf, acme, bot):
     with openai.OpenAI(base_url=shelf.url + "/v1", api_key="acme", max_retries=0) as client:
         deleted = client.models.delete(bot)
         assert (deleted.id, deleted.object, deleted.deleted) == (bot, "model", True)
+        assert ("acme", bot) in shelf.deleted
         with pytest.raises(openai.NotFoundError) as caught:
             client.models.delete(bot)
         assert caught.value.code == "model_not_found"

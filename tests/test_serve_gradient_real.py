@@ -13,6 +13,7 @@ from gradientai.openapi.client import exceptions as told
 from jobs_api_world import BASE, LANE_TOKENS, Server, by_key
 
 from jaxlora.serve_config import LimitsSection
+from serve.adapters import AdapterService
 from serve.app import create_app
 from serve.gradient_api import GradientWire
 from serve.gradient_errors import gradient_response
@@ -95,6 +96,38 @@ def test_create_train_three_times_ask_and_delete(world, server, sdk):
     with pytest.raises(told.NotFoundException):
         adapter.complete(**query)
     assert store.latest("acme", "sums") is None
+
+
+@pytest.mark.parametrize("way", ["gradient", "adapters", "its versions"])
+def test_what_its_calls_have_learned_goes_with_an_adapter(server, sdk, tmp_path, way):
+    it = server[0]
+    name, store, tuner = f"gone-{way.replace(' ', '-')}", it.runner.engine.store, it.host.tuner
+    adapter = sdk.get_base_model(base_model_slug=BASE.rpartition("/")[2]).create_model_adapter(name=name)
+    adapter.fine_tune(samples=SAMPLES)
+    moments = it.config.data / "tuned/acme" / name
+    tuner._writer.flush()
+    assert list(moments.iterdir())
+    service = AdapterService(
+        it.runner,
+        config=it.host.live.jobs.trainer.base.config,
+        read_head=lambda: None,
+        staging=tmp_path / "staging",
+        roots=(),
+        quota=it.quota,
+        deleted=tuner.forget,
+    )
+    if way == "gradient":
+        adapter.delete()
+    elif way == "adapters":
+        service.delete("acme", name)
+    else:
+        for ref in store.versions("acme", name):
+            assert moments.exists()
+            service.delete("acme", f"{name}@{ref.version}")
+    tuner._writer.flush()
+    assert store.latest("acme", name) is None
+    assert not moments.exists()
+    assert ("acme", name) not in tuner._kept
 
 
 def test_without_room_for_more_versions_a_call_replaces_the_oldest(server, sdk, monkeypatch):
