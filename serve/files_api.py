@@ -66,6 +66,7 @@ class FilesWire:
                 handler,
                 methods=[method],
                 response_model=None,
+                response_class=JSONResponse if "model" in responses[200] else Response,
                 responses=responses | ({} if method == "GET" else WRITE_ERRORS),
                 openapi_extra=openapi,
             )

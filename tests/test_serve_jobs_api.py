@@ -9,12 +9,14 @@ import httpx2
 import openai
 import pytest
 from jobs_api_world import BASE, Server, lines
+from pydantic import TypeAdapter
 
 from jaxlora.errors import StateInvalid
 from jaxlora.lora import LoraSpec
 from jaxlora.pool import adapter_bytes
 from jaxlora.serve_config import LimitsSection
 from serve.adapters import AdapterService
+from serve.jobs_answers import CheckpointList, EventList, JobList, JobObject
 
 pytest_plugins = ["serve_fixtures"]
 ENDED = ("succeeded", "failed", "cancelled")
@@ -105,6 +107,32 @@ def test_a_job_becomes_a_model(server, acme):
     assert ask(acme, checkpoints[1].fine_tuned_model_checkpoint).adapter_version == checkpoints[1].adapter_version
     assert ask(acme, done.fine_tuned_model + ":latest").adapter_version == answer.adapter_version
     assert done.fine_tuned_model in [m.id for m in acme.models.list()]
+
+
+@pytest.mark.parametrize("method", ["supervised", "dpo"])
+def test_answers_are_what_the_document_says(server, acme, method):
+    """Of a job that has just come, of one that has ended, of their events and checkpoints; types are checked strictly."""
+    file = file_of(server, acme)  # not of pairs: the job of dpo fails, and is one all the same
+    how = {"type": method, method: {"hyperparameters": {"n_epochs": 2}}}
+    metadata = {"a": "b"} if method == "dpo" else None
+    job = create(server, acme, training_file=file, method=how, metadata=metadata).id
+
+    def told(path=""):
+        answer = httpx2.get(f"{server[1]}/v1/fine_tuning/jobs{path}", headers=acme.auth_headers)
+        assert answer.status_code == 200, answer.text
+        return answer.text
+
+    ended = False
+    while not ended:
+        shown = TypeAdapter(JobObject).validate_json(told(f"/{job}"), strict=True)
+        TypeAdapter(JobList).validate_json(told(), strict=True)
+        events = TypeAdapter(EventList).validate_json(told(f"/{job}/events"), strict=True)
+        checkpoints = TypeAdapter(CheckpointList).validate_json(told(f"/{job}/checkpoints"), strict=True)
+        ended = shown["status"] in ENDED
+        time.sleep(0 if ended else 0.05)
+    assert events["data"]
+    assert bool(checkpoints["data"]) is (method == "supervised")
+    assert (shown["error"] is None) is (method == "supervised")
 
 
 def test_a_repeated_request_makes_one_job(server, acme):

@@ -22,6 +22,7 @@ from jaxlora.store import AdapterStore
 from serve.app import OPEN_PATHS
 from serve.database import Database
 from serve.keys import create_key
+from serve.openapi import DOCUMENT_PATH
 from serve.stored_gradient import StoredGradient
 from serve.stored_jobs import StoredJobs
 from serve.stored_keys import StoredKeys
@@ -189,6 +190,19 @@ def test_anothers_object_is_told_like_one_that_is_not_there(whole, row):
     assert [h for h in foreign.headers.items() if h[0] not in drop] == [
         h for h in unknown.headers.items() if h[0] not in drop
     ]
+
+
+def test_the_document_types_every_answer(whole):
+    document = httpx2.get(whole.url + DOCUMENT_PATH, headers=bearer(whole.owner)).json()
+    answers = {
+        (method, path, media): content.get("schema", content.get("itemSchema"))
+        for path, operations in document["paths"].items()
+        for method, operation in operations.items()
+        for media, content in operation["responses"].get("200", {"content": {}})["content"].items()
+    }
+    assert len(answers) > 30
+    assert [k for k, schema in answers.items() if not schema or not schema.keys() & {"$ref", "type"}] == []
+    assert [k for k, schema in answers.items() if k[2] == "application/json" and "$ref" not in schema] == []
 
 
 def test_lists_have_nothing_of_another_tenants(whole):
