@@ -2,6 +2,7 @@
 
     URL/KEY            a file, as it is
     URL/KEY.zip        a folder, not compressed: one object, so that all of it appears at once
+    URL/lease          which process may write, see lease.py
 
 No call lists but `list`, which is for the start.  A call that fails is tried again after a random wait that doubles (full
 jitter), and one that does not come back is given up: its thread ends when the library lets it.
@@ -11,7 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
+import importlib
 import logging
 import os
 import random
@@ -33,6 +36,8 @@ from jaxlora.durable import told_of_disk
 from jaxlora.errors import ConfigInvalid, JaxLoraError, NotFound, StorageFailed, Unavailable
 
 LOG = logging.getLogger("jaxlora")
+OBSTORE = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "azure")
+LEASE = "lease"
 FOLDER_SUFFIX = ".zip"
 ATTEMPTS = 4
 FIRST_WAIT_S = 0.25  # at most, before the second attempt
@@ -54,34 +59,60 @@ class Blobs:
         """
         self.url, self._timeout_s = url, timeout_s
         try:
-            # Instances are shared by all threads here; what they remember of listings would be old at once.
-            self._fs, self._root = fsspec.core.url_to_fs(url, use_listings_cache=False, skip_instance_cache=True)
+            if (protocol := url.partition("://")[0]) in OBSTORE:
+                _use_obstore(protocol)
+            self._fs, self._root = fsspec.core.url_to_fs(url, skip_instance_cache=True)
         except (ImportError, ValueError) as error:
             raise ConfigInvalid(
-                f"blobs.url: {url} cannot be opened ({error}); name an URL such as s3://BUCKET/PREFIX and install the "
-                "fsspec library of its kind (extra `s3`, or gcsfs, adlfs)",
+                f"blobs.url: {url} cannot be opened ({error}); name an URL such as s3://BUCKET/PREFIX, with the extra "
+                "`blobs` for s3, gs and az, or fsspec's library for others",
                 param="blobs.url",
             ) from error
         self._root = self._root.rstrip("/")
         self._busy = threading.BoundedSemaphore(AT_ONCE)
-        probe = f"probe/{uuid.uuid4().hex}"
-        self.put_bytes(probe, b"jaxlora")
-        if self.list("probe/").get(probe) != len(b"jaxlora"):
-            raise StorageFailed(f"{url} does not list what was written to it; choose another place for blobs")
-        self.delete([probe])
+        self.may_write: Callable[[], None] = lambda: None  # raises when this process may not, any more
+        try:
+            self._probe()
+        except NotFound as error:
+            raise ConfigInvalid(f"blobs.url: {url}: there is no such bucket; make it", param="blobs.url") from error
+
+    def _probe(self) -> None:
+        key, data = f"probe/{uuid.uuid4().hex}", b"jaxlora"
+        self.put_bytes(key, data)
+        if self.list("probe/").get(key) != len(data):
+            raise StorageFailed(f"{self.url} does not list what was written to it; choose another place for blobs")
+        self.delete([key])
 
     # ---- files ----------------------------------------------------------------------------------------------------
 
     def put_bytes(self, key: str, data: bytes) -> None:
         """Writes or replaces a small object.  Raises Unavailable, StorageFailed."""
+        self.may_write()
+        self._put_bytes(key, data)
+
+    def get_bytes(self, key: str) -> bytes | None:
+        """A small object, None when it is not there.  Raises Unavailable, StorageFailed."""
+        try:
+            return self._try(f"{key} was not read", 0, lambda: self._fs.cat_file(f"{self._root}/{key}"))
+        except NotFound:
+            return None
+
+    def lease(self, data: bytes | None) -> None:
+        """Writes or, with None, removes the object that says who may write."""
+        if data is None:
+            self._delete([LEASE])
+        else:
+            self._put_bytes(LEASE, data)
+
+    def _put_bytes(self, key: str, data: bytes) -> None:
         self._try(
             f"{key} was not written", len(data), lambda: self._replace(key, lambda to: self._fs.pipe_file(to, data))
         )
 
     def put(self, key: str, path: Path) -> None:
         """Writes or replaces an object with the bytes of a file.  Raises Unavailable, StorageFailed."""
-        size = path.stat().st_size
-        source = str(path)
+        self.may_write()
+        size, source = path.stat().st_size, str(path)
         self._try(f"{key} was not written", size, lambda: self._replace(key, lambda to: self._fs.put_file(source, to)))
 
     def get(self, key: str, path: Path, temporary: Path, *, sha256: str | None = None) -> None:
@@ -132,6 +163,10 @@ class Blobs:
 
     def delete(self, keys: Sequence[str]) -> None:
         """Removes objects; those that are not there are no error.  Raises Unavailable, StorageFailed."""
+        self.may_write()
+        self._delete(keys)
+
+    def _delete(self, keys: Sequence[str]) -> None:
         for start in range(0, len(keys), REMOVED_AT_ONCE):
             paths = [f"{self._root}/{key}" for key in keys[start : start + REMOVED_AT_ONCE]]
             self._try("an object was not removed", 0, lambda paths=paths: self._remove(paths))
@@ -171,6 +206,10 @@ class Blobs:
                 self._fs.rm_file(partial)
             raise
 
+    def _size(self, path: str) -> int:
+        self._fs.invalidate_cache()  # of listings that are old
+        return int(self._fs.info(path)["size"])
+
     def _remove(self, paths: Sequence[str]) -> None:
         try:
             self._fs.rm(list(paths))
@@ -184,7 +223,7 @@ class Blobs:
         """The bytes of an object in a file that is gone afterwards.  `check` raises ValueError and the like for wrong ones."""
         path, copy = f"{self._root}/{key}", temporary / uuid.uuid4().hex
         try:
-            size = self._try(f"{key} was not found", 0, lambda: int(self._fs.info(path)["size"]))
+            size = self._try(f"{key} was not found", 0, lambda: self._size(path))
             for attempt in range(2):  # bytes may go wrong on their way
                 self._try(f"{key} was not read", size, lambda: self._fs.get_file(path, str(copy)))
                 try:
@@ -238,6 +277,12 @@ class Blobs:
 
         threading.Thread(target=run, name="blobs", daemon=True).start()
         return future.result(limit_s)
+
+
+@functools.cache
+def _use_obstore(protocol: str) -> None:
+    """Has fsspec open URLs of this protocol with obstore, which needs no library of a cloud.  Raises ImportError."""
+    importlib.import_module("obstore.fsspec").register(protocol)
 
 
 def _same_bytes(sha256: str | None) -> Callable[[Path], None]:

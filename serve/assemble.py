@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from jaxlora import compile_cache
 from jaxlora.blobs import Blobs
 from jaxlora.disk_copies import DiskCopies, Remote
+from jaxlora.lease import Lease
 from jaxlora.lora import ALL_TARGETS, HEAD_TARGET, Adapter, AdapterRef
 from jaxlora.opened import Opened, open_base
 from jaxlora.peft import import_peft
@@ -29,12 +31,20 @@ from serve.services import Services, services
 LOG = logging.getLogger("serve")
 
 
-def open_remote(config: ServeConfig) -> Remote | None:
-    """Object storage, if there is one.  Raises ConfigInvalid, Unavailable, StorageFailed as Blobs does."""
+@contextlib.contextmanager
+def opened_remote(config: ServeConfig) -> Generator[Remote | None]:
+    """Object storage, if there is one, with the right to write to it.  Raises as Blobs and Lease do."""
     if config.blobs is None:
-        return None
+        yield None
+        return
     most_bytes = None if config.blobs.disk_gb is None else int(config.blobs.disk_gb * 1e9)
-    return Remote(blobs=Blobs(config.blobs.url, timeout_s=config.blobs.timeout_s), copies=DiskCopies(most_bytes))
+    blobs = Blobs(config.blobs.url, timeout_s=config.blobs.timeout_s)
+    with contextlib.closing(Lease(blobs, config.data, waiting=_tell_waiting)):
+        yield Remote(blobs=blobs, copies=DiskCopies(most_bytes))
+
+
+def _tell_waiting(who: str) -> None:
+    print(f"object storage was written by {who} a moment ago; waiting until that is over", flush=True)
 
 
 def open_store(config: ServeConfig, remote: Remote | None = None) -> AdapterStore:
@@ -113,8 +123,12 @@ def _same(one: Adapter, other: Adapter) -> bool:
 def main(config: ServeConfig, file: Path | None) -> None:
     """`jaxlora serve`: answers until SIGTERM or Ctrl-C, and then until what is open is complete.  file: where the settings came from; SIGHUP has its tuning read again."""
     compile_cache.enable(None)
+    with opened_remote(config) as remote:
+        _serve(config, file, remote)
+
+
+def _serve(config: ServeConfig, file: Path | None, remote: Remote | None) -> None:
     opened = open_base(config.model, config.mesh)
-    remote = open_remote(config)
     store = open_store(config, remote)
     runner = make_runner(opened, config, store)
     try:
