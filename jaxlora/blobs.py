@@ -33,7 +33,7 @@ import fsspec.core
 from fsspec.implementations.local import LocalFileSystem
 
 from jaxlora.durable import told_of_disk
-from jaxlora.errors import ConfigInvalid, JaxLoraError, NotFound, StorageFailed, Unavailable
+from jaxlora.errors import ConfigInvalid, JaxLoraError, NotFound, StorageAway, StorageFailed
 
 LOG = logging.getLogger("jaxlora")
 OBSTORE = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "azure")
@@ -49,12 +49,15 @@ LOCAL_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Blobs:
-    """The objects under one URL.  From any thread; every call waits for the network."""
+    """The objects under one URL.  From any thread; every call waits for the network.
+
+    Messages of errors may reach any tenant and name no object; the log does.
+    """
 
     def __init__(self, url: str, *, timeout_s: float):
         """timeout_s: of one attempt, besides the time its bytes take.
 
-        Writes, reads and removes an object.  Raises ConfigInvalid for an URL that no installed library opens, Unavailable
+        Writes, reads and removes an object.  Raises ConfigInvalid for an URL that no installed library opens, StorageAway
         when nobody answers, StorageFailed when it may not be written.
         """
         self.url, self._timeout_s = url, timeout_s
@@ -86,12 +89,12 @@ class Blobs:
     # ---- files ----------------------------------------------------------------------------------------------------
 
     def put_bytes(self, key: str, data: bytes) -> None:
-        """Writes or replaces a small object.  Raises Unavailable, StorageFailed."""
+        """Writes or replaces a small object.  Raises StorageAway, StorageFailed."""
         self.may_write()
         self._put_bytes(key, data)
 
     def get_bytes(self, key: str) -> bytes | None:
-        """A small object, None when it is not there.  Raises Unavailable, StorageFailed."""
+        """A small object, None when it is not there.  Raises StorageAway, StorageFailed."""
         try:
             return self._try(f"{key} was not read", 0, lambda: self._fs.cat_file(f"{self._root}/{key}"))
         except NotFound:
@@ -110,7 +113,7 @@ class Blobs:
         )
 
     def put(self, key: str, path: Path) -> None:
-        """Writes or replaces an object with the bytes of a file.  Raises Unavailable, StorageFailed."""
+        """Writes or replaces an object with the bytes of a file.  Raises StorageAway, StorageFailed."""
         self.may_write()
         size, source = path.stat().st_size, str(path)
         self._try(f"{key} was not written", size, lambda: self._replace(key, lambda to: self._fs.put_file(source, to)))
@@ -118,7 +121,7 @@ class Blobs:
     def get(self, key: str, path: Path, temporary: Path, *, sha256: str | None = None) -> None:
         """Brings an object to `path`, by a rename out of the folder `temporary` of the same disk.
 
-        Raises NotFound, Unavailable, StorageFull, and StorageFailed when what comes is not of this sha256.
+        Raises NotFound, StorageAway, StorageFull, and StorageFailed when what comes is not of this sha256.
         """
         with self._brought(key, temporary, _same_bytes(sha256)) as copy, told_of_disk("what is brought back"):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -129,7 +132,7 @@ class Blobs:
     def put_folder(self, key: str, folder: Path, temporary: Path) -> None:
         """Writes a folder as one object, KEY.zip, by way of a file in `temporary`.
 
-        Raises Unavailable, StorageFailed, StorageFull; FileNotFoundError when the folder is not there.
+        Raises StorageAway, StorageFailed, StorageFull; FileNotFoundError when the folder is not there.
         """
         packed = temporary / uuid.uuid4().hex
         try:
@@ -143,7 +146,7 @@ class Blobs:
     def get_folder(self, key: str, folder: Path, temporary: Path) -> None:
         """Brings a folder back, by a rename out of the folder `temporary` of the same disk.
 
-        Raises NotFound, Unavailable, StorageFull, and StorageFailed when its bytes are damaged.
+        Raises NotFound, StorageAway, StorageFull, and StorageFailed when its bytes are damaged.
         """
         unpacked = temporary / uuid.uuid4().hex
 
@@ -162,7 +165,7 @@ class Blobs:
     # ---- all ------------------------------------------------------------------------------------------------------
 
     def delete(self, keys: Sequence[str]) -> None:
-        """Removes objects; those that are not there are no error.  Raises Unavailable, StorageFailed."""
+        """Removes objects; those that are not there are no error.  Raises StorageAway, StorageFailed."""
         self.may_write()
         self._delete(keys)
 
@@ -172,7 +175,7 @@ class Blobs:
             self._try("an object was not removed", 0, lambda paths=paths: self._remove(paths))
 
     def list(self, prefix: str) -> dict[str, int]:
-        """Key → bytes of every object whose key begins with this folder, as "adapters/".  Raises Unavailable, StorageFailed."""
+        """Key → bytes of every object whose key begins with this folder, as "adapters/".  Raises StorageAway, StorageFailed."""
         folder = f"{self._root}/{prefix.rstrip('/')}"
 
         def find() -> dict[str, int]:
@@ -229,11 +232,13 @@ class Blobs:
                 try:
                     if copy.stat().st_size != size:
                         raise EOFError(f"{copy.stat().st_size} of {size} bytes")
-                    check(copy)
+                    with told_of_disk("what is brought back"):
+                        check(copy)
                     break
                 except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
                     if attempt:
-                        raise StorageFailed(f"{key} came back damaged from object storage: {error}") from error
+                        LOG.error("%s came back damaged from object storage: %s", key, error)
+                        raise StorageFailed(f"what object storage gave is damaged: {error}") from error
                     LOG.warning("%s came back damaged from object storage, and is read again: %s", key, error)
             yield copy
         finally:
@@ -250,16 +255,17 @@ class Blobs:
             except JaxLoraError:
                 raise
             except FileNotFoundError as error:
-                raise NotFound(f"object storage: {failed}: there is no such object") from error
+                raise NotFound("object storage has no such object") from error
             except NEVER_BETTER as error:
-                raise StorageFailed(f"object storage: {failed}: {_said(error)}; check its credentials") from error
+                LOG.error("object storage: %s: %s", failed, _said(error))
+                raise StorageFailed("object storage refuses the server; tell its operator") from error
             except Exception as error:
                 if isinstance(error, OSError) and error.errno in LOCAL_FULL:
                     with told_of_disk("what is brought back"):
                         raise
                 last = error
                 LOG.warning("object storage, attempt %d of %d: %s: %s", attempt + 1, ATTEMPTS, failed, _said(error))
-        raise Unavailable(f"object storage does not answer: {failed}: {_said(last)}; try again later") from last
+        raise StorageAway("object storage does not answer; try again later") from last
 
     def _within[T](self, limit_s: float, call: Callable[[], T]) -> T:
         """The result of a call, on a thread that may be left behind.  Raises TimeoutError."""

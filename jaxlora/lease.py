@@ -17,7 +17,7 @@ from pathlib import Path
 
 from jaxlora.blobs import LEASE, Blobs
 from jaxlora.durable import replace_file
-from jaxlora.errors import JaxLoraError, StateInvalid, Unavailable
+from jaxlora.errors import JaxLoraError, StateInvalid, StorageAway
 
 LOG = logging.getLogger("jaxlora")
 SPAN_S = 60.0
@@ -31,7 +31,7 @@ class Lease:
     def __init__(self, blobs: Blobs, folder: Path, *, waiting: Callable[[str], None] = lambda who: None):
         """Waits for one that is over soon.  folder: this server's own; who has it may go on at once after a crash.
 
-        waiting: told whom it waits for.  Raises StateInvalid when another server renews it, Unavailable, StorageFailed.
+        waiting: told whom it waits for.  Raises StateInvalid when another server renews it, StorageAway, StorageFailed.
         """
         self._blobs, self._owner = blobs, _owner(folder)
         self._until = 0.0
@@ -43,11 +43,11 @@ class Lease:
         self._thread.start()
 
     def check(self) -> None:
-        """Raises StateInvalid when another server has taken over, Unavailable while nobody knows."""
+        """Raises StateInvalid when another server has taken over, StorageAway while nobody knows."""
         if self._lost:
             raise StateInvalid(f"{self._blobs.url} was taken over by {self._lost}; this server writes nothing more")
         if time.time() > self._until:
-            raise Unavailable(f"the lease of {self._blobs.url} could not be renewed; try again later")
+            raise StorageAway(f"the lease of {self._blobs.url} could not be renewed; try again later")
 
     def close(self) -> None:
         """Gives it back."""
