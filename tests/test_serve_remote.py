@@ -85,6 +85,7 @@ def test_a_deletion_while_object_storage_is_away_is_made_up_for(database, remote
         files.delete(record.id, "acme")
         with pytest.raises(NotFound):
             files.get(record.id, "acme")
+        files._sweeps.submit(lambda: None).result()
         FAULTS.down = False
         assert len(remote.blobs.list("files/")) == 1
         files.sweep()
