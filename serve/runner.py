@@ -252,6 +252,10 @@ class Runner:
             self.engine.submit(request)
         except JaxLoraError as error:
             listener(Delta(request_id=request.id, error=error))
+        except BaseException:  # of ours, or a panic of the grammars' library; nothing has changed yet
+            LOG.exception("request %s cannot be admitted", request.id)
+            error = JaxLoraError("this request cannot be admitted; the log has the reason")
+            listener(Delta(request_id=request.id, error=error))
         else:
             self._listeners[request.id] = listener
 
