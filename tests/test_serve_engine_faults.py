@@ -61,7 +61,9 @@ def bad(request, world, grammar, monkeypatch):
     match request.param:
         case "its edits":
             monkeypatch.setattr(RowEdits, "fill", broken(RowEdits.fill, 2, ValueError("no")))
-            return ask("bad", world.adapters[0], 5, 20, presence_penalty=0.5), 3  # there is nothing to edit for the first
+            return ask(
+                "bad", world.adapters[0], 5, 20, presence_penalty=0.5
+            ), 3  # there is nothing to edit for the first
         case "its grammar":
             monkeypatch.setattr(GrammarState, "allow", broken(GrammarState.allow, 3, error))
             return ask("bad", None, 5, 20, grammar=grammar), 3
