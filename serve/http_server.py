@@ -23,17 +23,18 @@ import uvicorn
 from fastapi import APIRouter
 from starlette.requests import HTTPConnection
 
-from jaxlora.errors import ConfigInvalid
+from jaxlora.errors import ConfigInvalid, DeviceLost, Unavailable
 from serve.answered import Listener
 from serve.app import NO_SHAPES, OPEN_PATHS, create_app, hosts_for
 from serve.auth import Caller, anyone
 from serve.door import Door
 from serve.error_shapes import Shape
 from serve.limits import Limiter
-from serve.runner import Runner
+from serve.runner import GONE, LOST, Runner
 
 LOG = logging.getLogger("serve")
 BACKLOG = 2048  # connections that may wait to be accepted
+TELL_S = 0.2  # for answers to tell their errors
 LAST_WORDS_S = 5  # for a client to read how its stream ended
 
 
@@ -82,6 +83,9 @@ class DrainingServer(uvicorn.Server):
             if over and self._door.inside:
                 LOG.warning("%d requests are open when the server ends; each gets an error", self._door.inside)
                 await asyncio.to_thread(self._end_open)
+                await asyncio.sleep(TELL_S)
+                # Those that wait for something else: an upload, a call that trains.
+                self._door.turn_out(DeviceLost(LOST) if self._is_lost() else Unavailable(GONE))
             self.should_exit = over or not self._door.inside
         return await super().on_tick(counter)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import threading
@@ -10,6 +11,7 @@ import time
 import httpx2
 import pytest
 from fake_house import serving
+from fastapi import APIRouter
 from serve_world import BASE, ask
 
 from jaxlora.errors import Unavailable
@@ -124,7 +126,15 @@ def test_a_thread_that_dies_is_503_at_once(stuck, caplog):
 def ending(stuck):
     """(runner, server, url) of the stuck engine behind a server that ends by itself."""
     runner, _ = stuck
-    http = make_http(runner, host="127.0.0.1", port=0, default_max_tokens=8, max_request_s=60, grace_s=60)
+    router = APIRouter()
+
+    @router.post("/v1/endless")
+    async def endless() -> None:
+        await asyncio.Event().wait()
+
+    http = make_http(
+        runner, host="127.0.0.1", port=0, default_max_tokens=8, max_request_s=60, grace_s=60, routers=[router]
+    )
     http.start()
     try:
         yield runner, http, http.url
@@ -145,6 +155,18 @@ def stream(url, told):
     return thread
 
 
+def endless(url, told):
+    """Asks for what never comes, and does not come from the device thread, on a thread of its own."""
+
+    def read():
+        answer = httpx2.post(url + "/v1/endless", timeout=30)
+        told.append((answer.status_code, answer.text))
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    return thread
+
+
 def check_failed(told):
     ((status, body),) = told
     assert status == 500
@@ -152,15 +174,19 @@ def check_failed(told):
     assert "device" not in body
 
 
-def test_a_thread_that_dies_ends_the_server_after_open_requests_have_got_their_errors(stuck, caplog):
+def test_a_thread_that_dies_ends_the_server_after_open_requests_have_got_their_errors(stuck, monkeypatch, caplog):
+    monkeypatch.setattr("serve.http_server.LAST_WORDS_S", 0.5)
     with ending(stuck) as (runner, http, url):
-        told = []
-        reader = stream(url, told)
+        told, others = [], []
+        reader, other = stream(url, told), endless(url, others)
         wait_for_work(runner)
+        until_inside(http, 2)
         runner.engine.fail = True
         runner.engine.go_on.set()
         reader.join(10)
         check_failed(told)
+        other.join(10)
+        check_failed(others)
         http.thread.join(10)
         assert not http.thread.is_alive()
         assert not runner.end(None)
@@ -197,6 +223,13 @@ def test_a_step_that_does_not_end_in_time_is_a_lost_device(stuck, caplog):
     assert not runner.end(0.2)
     assert runner.lost
     assert "nobody waits for it any more" in caplog.text
+
+
+def until_inside(http, count):
+    deadline = time.monotonic() + 10
+    while http.server._door.inside < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def wait_for_work(runner):
