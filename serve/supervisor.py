@@ -213,7 +213,7 @@ class Supervisor:
             LOG.error("the server failed and is started again", extra=told | {"backoff_s": wait_s})
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._ending.wait(), wait_s)
-                return 128 + self._signals[0]
+                return 0 if self._signals[0] == signal.SIGTERM else 128 + self._signals[0]  # as a server's
 
     async def _one_life(self) -> Life:
         """Starts a child and waits for its end."""
@@ -223,8 +223,8 @@ class Supervisor:
         except OSError as error:  # no memory or no process left, perhaps for now
             return Life(f"it cannot be started ({error.strerror})", FAILED_EXIT, 0.0, False)
         self._child = child
-        for number in self._signals:  # that came while it was started
-            child.send(number)
+        if self._signals:  # that came while it was started
+            self._pass_end(child)
         LOG.info("server started", extra={"server_pid": child.process.pid})
         try:
             reason = await self._until_it_ends(child)
@@ -272,11 +272,12 @@ class Supervisor:
     def _end_by(self, number: int) -> None:
         self._signals.append(number)
         self._ending.set()
-        child = self._child
-        if child is None:
-            return
+        if self._child is not None:
+            self._pass_end(self._child)
+
+    def _pass_end(self, child: Child) -> None:
         times = len(self._signals)
-        child.send(number if times < 3 else signal.SIGKILL)
+        child.send(self._signals[-1] if times < 3 else signal.SIGKILL)
         within_s = self._config.end_s if times == 1 else self._config.lost_s
         asyncio.get_running_loop().call_later(within_s, child.send, signal.SIGKILL)
 

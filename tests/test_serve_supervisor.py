@@ -160,6 +160,7 @@ def test_a_program_that_is_not_there_is_given_up(caplog):
         ("mute", {"start_s": 0.5}, "it did not answer within 0.5 s", 0, ["SIGTERM"]),
         ("stubborn", {}, "/health says 503 for 0.3 s", 128 + 9, ["SIGTERM", "SIGTERM"]),
     ],
+    ids=["sick", "silent", "mute", "stubborn"],
 )
 def test_one_that_hangs_is_ended_and_started_again(tmp_path, caplog, life, limits, reason, exit_code, heard):
     assert supervise(tmp_path, life, "up", until_life=2, **limits) == 0
@@ -192,7 +193,7 @@ def lines_of(process: subprocess.Popen) -> list[dict]:
     return [json.loads(line) for line in process.stderr]
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
 def test_a_signal_to_end_goes_on_to_the_child_and_a_second_one_too(tmp_path, name):
     with process(tmp_path, "patient", lost_s=20) as it:
         it.send_signal(signal.Signals[name])
@@ -234,11 +235,11 @@ def test_a_signal_between_two_lives_ends_it(tmp_path):
         while "backoff_s" not in it.stderr.readline():
             pass
         it.send_signal(signal.SIGTERM)
-        assert it.wait(10) == 128 + 15
+        assert it.wait(10) == 0
     assert len(pids(tmp_path)) == 1
 
 
-@pytest.mark.parametrize("life", ["up", "mute", "stubborn"])
+@pytest.mark.parametrize("life", ["up", "stubborn", pytest.param("mute", marks=pytest.mark.slow)])
 def test_a_child_does_not_outlive_its_supervisor(tmp_path, life):
     with process(tmp_path, life, unhealthy_s=60) as it:
         it.kill()
