@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Generator
+import os
+import sys
+import threading
+from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
@@ -27,8 +31,12 @@ from serve.observe import Observers, observing
 from serve.retune import retuned_by_hangup
 from serve.runner import Runner
 from serve.services import Services, services
+from serve.supervised import attach
 
 LOG = logging.getLogger("serve")
+LOST_EXIT = 1  # the device is lost: whoever keeps the server running starts it again
+STOP_S = 20.0  # for the present step to end, or the device is lost
+FLUSH_S = 10.0  # for published versions to reach the disk, when it is
 
 
 @contextlib.contextmanager
@@ -121,13 +129,17 @@ def _same(one: Adapter, other: Adapter) -> bool:
 
 
 def main(config: ServeConfig, file: Path | None) -> None:
-    """`jaxlora serve`: answers until SIGTERM or Ctrl-C, and then until what is open is complete.  file: where the settings came from; SIGHUP has its tuning read again."""
+    """`jaxlora serve`: answers until SIGTERM or Ctrl-C, and then until what is open is complete.  file: where the settings came from; SIGHUP has its tuning read again.
+
+    Ends the process itself when the device is lost.
+    """
+    tell = attach(config.grace_s)
     compile_cache.enable(None)
     with opened_remote(config) as remote:
-        _serve(config, file, remote)
+        _serve(config, file, remote, tell)
 
 
-def _serve(config: ServeConfig, file: Path | None, remote: Remote | None) -> None:
+def _serve(config: ServeConfig, file: Path | None, remote: Remote | None, tell: Callable[[str], None]) -> None:
     opened = open_base(config.model, config.mesh)
     store = open_store(config, remote)
     runner = make_runner(opened, config, store)
@@ -143,13 +155,33 @@ def _serve(config: ServeConfig, file: Path | None, remote: Remote | None) -> Non
                 if own.keyless:
                     print("there are no keys: anyone on this machine may do everything (see jaxlora keys --help)")
                 print(f"serving {opened.name} and {len(store.list(None))} adapters on {http.url}/v1", flush=True)
+                tell(http.url)
                 retuned = contextlib.nullcontext() if file is None else retuned_by_hangup(runner, file)
                 with observers.compiles, retuned:
-                    http.run()
+                    try:
+                        http.run()
+                    finally:
+                        if not runner.end(STOP_S):
+                            leave(store)
             finally:
                 runner.stop()
     finally:
         store.close()
+
+
+def leave(store: AdapterStore) -> NoReturn:
+    """Ends the process as a kill would, but that versions which were published reach the disk.
+
+    Jobs go on from their newest checkpoints in the next process: what they have learned since lies on a device that
+    cannot be read, and an update may be half done.
+    """
+    LOG.critical("the device is lost; the server ends with exit code %d, to be started again", LOST_EXIT)
+    saving = threading.Thread(target=store.flush, daemon=True)
+    saving.start()
+    saving.join(FLUSH_S)
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(LOST_EXIT)
 
 
 def make_server(runner: Runner, config: ServeConfig, observers: Observers, own: Services) -> HttpServer:
