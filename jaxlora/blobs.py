@@ -2,6 +2,7 @@
 
     URL/KEY            a file, as it is
     URL/KEY.zip        a folder, not compressed: one object, so that all of it appears at once
+    URL/lease          which process may write, see lease.py
 
 No call lists but `list`, which is for the start.  A call that fails is tried again after a random wait that doubles (full
 jitter), and one that does not come back is given up: its thread ends when the library lets it.
@@ -11,7 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
+import importlib
 import logging
 import os
 import random
@@ -30,9 +33,11 @@ import fsspec.core
 from fsspec.implementations.local import LocalFileSystem
 
 from jaxlora.durable import told_of_disk
-from jaxlora.errors import ConfigInvalid, JaxLoraError, NotFound, StorageFailed, Unavailable
+from jaxlora.errors import ConfigInvalid, JaxLoraError, NotFound, StorageAway, StorageFailed
 
 LOG = logging.getLogger("jaxlora")
+OBSTORE = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "azure")
+LEASE = "lease"
 FOLDER_SUFFIX = ".zip"
 ATTEMPTS = 4
 FIRST_WAIT_S = 0.25  # at most, before the second attempt
@@ -44,50 +49,79 @@ LOCAL_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Blobs:
-    """The objects under one URL.  From any thread; every call waits for the network."""
+    """The objects under one URL.  From any thread; every call waits for the network.
+
+    Messages of errors may reach any tenant and name no object; the log does.
+    """
 
     def __init__(self, url: str, *, timeout_s: float):
         """timeout_s: of one attempt, besides the time its bytes take.
 
-        Writes, reads and removes an object.  Raises ConfigInvalid for an URL that no installed library opens, Unavailable
+        Writes, reads and removes an object.  Raises ConfigInvalid for an URL that no installed library opens, StorageAway
         when nobody answers, StorageFailed when it may not be written.
         """
         self.url, self._timeout_s = url, timeout_s
         try:
-            # Instances are shared by all threads here; what they remember of listings would be old at once.
-            self._fs, self._root = fsspec.core.url_to_fs(url, use_listings_cache=False, skip_instance_cache=True)
+            if (protocol := url.partition("://")[0]) in OBSTORE:
+                _use_obstore(protocol)
+            self._fs, self._root = fsspec.core.url_to_fs(url, skip_instance_cache=True)
         except (ImportError, ValueError) as error:
             raise ConfigInvalid(
-                f"blobs.url: {url} cannot be opened ({error}); name an URL such as s3://BUCKET/PREFIX and install the "
-                "fsspec library of its kind (extra `s3`, or gcsfs, adlfs)",
+                f"blobs.url: {url} cannot be opened ({error}); name an URL such as s3://BUCKET/PREFIX, with the extra "
+                "`blobs` for s3, gs and az, or fsspec's library for others",
                 param="blobs.url",
             ) from error
         self._root = self._root.rstrip("/")
         self._busy = threading.BoundedSemaphore(AT_ONCE)
-        probe = f"probe/{uuid.uuid4().hex}"
-        self.put_bytes(probe, b"jaxlora")
-        if self.list("probe/").get(probe) != len(b"jaxlora"):
-            raise StorageFailed(f"{url} does not list what was written to it; choose another place for blobs")
-        self.delete([probe])
+        self.may_write: Callable[[], None] = lambda: None  # raises when this process may not, any more
+        try:
+            self._probe()
+        except NotFound as error:
+            raise ConfigInvalid(f"blobs.url: {url}: there is no such bucket; make it", param="blobs.url") from error
+
+    def _probe(self) -> None:
+        key, data = f"probe/{uuid.uuid4().hex}", b"jaxlora"
+        self.put_bytes(key, data)
+        if self.list("probe/").get(key) != len(data):
+            raise StorageFailed(f"{self.url} does not list what was written to it; choose another place for blobs")
+        self.delete([key])
 
     # ---- files ----------------------------------------------------------------------------------------------------
 
     def put_bytes(self, key: str, data: bytes) -> None:
-        """Writes or replaces a small object.  Raises Unavailable, StorageFailed."""
+        """Writes or replaces a small object.  Raises StorageAway, StorageFailed."""
+        self.may_write()
+        self._put_bytes(key, data)
+
+    def get_bytes(self, key: str) -> bytes | None:
+        """A small object, None when it is not there.  Raises StorageAway, StorageFailed."""
+        try:
+            return self._try(f"{key} was not read", 0, lambda: self._fs.cat_file(f"{self._root}/{key}"))
+        except NotFound:
+            return None
+
+    def lease(self, data: bytes | None) -> None:
+        """Writes or, with None, removes the object that says who may write."""
+        if data is None:
+            self._delete([LEASE])
+        else:
+            self._put_bytes(LEASE, data)
+
+    def _put_bytes(self, key: str, data: bytes) -> None:
         self._try(
             f"{key} was not written", len(data), lambda: self._replace(key, lambda to: self._fs.pipe_file(to, data))
         )
 
     def put(self, key: str, path: Path) -> None:
-        """Writes or replaces an object with the bytes of a file.  Raises Unavailable, StorageFailed."""
-        size = path.stat().st_size
-        source = str(path)
+        """Writes or replaces an object with the bytes of a file.  Raises StorageAway, StorageFailed."""
+        self.may_write()
+        size, source = path.stat().st_size, str(path)
         self._try(f"{key} was not written", size, lambda: self._replace(key, lambda to: self._fs.put_file(source, to)))
 
     def get(self, key: str, path: Path, temporary: Path, *, sha256: str | None = None) -> None:
         """Brings an object to `path`, by a rename out of the folder `temporary` of the same disk.
 
-        Raises NotFound, Unavailable, StorageFull, and StorageFailed when what comes is not of this sha256.
+        Raises NotFound, StorageAway, StorageFull, and StorageFailed when what comes is not of this sha256.
         """
         with self._brought(key, temporary, _same_bytes(sha256)) as copy, told_of_disk("what is brought back"):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +132,7 @@ class Blobs:
     def put_folder(self, key: str, folder: Path, temporary: Path) -> None:
         """Writes a folder as one object, KEY.zip, by way of a file in `temporary`.
 
-        Raises Unavailable, StorageFailed, StorageFull; FileNotFoundError when the folder is not there.
+        Raises StorageAway, StorageFailed, StorageFull; FileNotFoundError when the folder is not there.
         """
         packed = temporary / uuid.uuid4().hex
         try:
@@ -112,7 +146,7 @@ class Blobs:
     def get_folder(self, key: str, folder: Path, temporary: Path) -> None:
         """Brings a folder back, by a rename out of the folder `temporary` of the same disk.
 
-        Raises NotFound, Unavailable, StorageFull, and StorageFailed when its bytes are damaged.
+        Raises NotFound, StorageAway, StorageFull, and StorageFailed when its bytes are damaged.
         """
         unpacked = temporary / uuid.uuid4().hex
 
@@ -131,13 +165,17 @@ class Blobs:
     # ---- all ------------------------------------------------------------------------------------------------------
 
     def delete(self, keys: Sequence[str]) -> None:
-        """Removes objects; those that are not there are no error.  Raises Unavailable, StorageFailed."""
+        """Removes objects; those that are not there are no error.  Raises StorageAway, StorageFailed."""
+        self.may_write()
+        self._delete(keys)
+
+    def _delete(self, keys: Sequence[str]) -> None:
         for start in range(0, len(keys), REMOVED_AT_ONCE):
             paths = [f"{self._root}/{key}" for key in keys[start : start + REMOVED_AT_ONCE]]
             self._try("an object was not removed", 0, lambda paths=paths: self._remove(paths))
 
     def list(self, prefix: str) -> dict[str, int]:
-        """Key → bytes of every object whose key begins with this folder, as "adapters/".  Raises Unavailable, StorageFailed."""
+        """Key → bytes of every object whose key begins with this folder, as "adapters/".  Raises StorageAway, StorageFailed."""
         folder = f"{self._root}/{prefix.rstrip('/')}"
 
         def find() -> dict[str, int]:
@@ -171,6 +209,10 @@ class Blobs:
                 self._fs.rm_file(partial)
             raise
 
+    def _size(self, path: str) -> int:
+        self._fs.invalidate_cache()  # of listings that are old
+        return int(self._fs.info(path)["size"])
+
     def _remove(self, paths: Sequence[str]) -> None:
         try:
             self._fs.rm(list(paths))
@@ -184,17 +226,19 @@ class Blobs:
         """The bytes of an object in a file that is gone afterwards.  `check` raises ValueError and the like for wrong ones."""
         path, copy = f"{self._root}/{key}", temporary / uuid.uuid4().hex
         try:
-            size = self._try(f"{key} was not found", 0, lambda: int(self._fs.info(path)["size"]))
+            size = self._try(f"{key} was not found", 0, lambda: self._size(path))
             for attempt in range(2):  # bytes may go wrong on their way
                 self._try(f"{key} was not read", size, lambda: self._fs.get_file(path, str(copy)))
                 try:
                     if copy.stat().st_size != size:
                         raise EOFError(f"{copy.stat().st_size} of {size} bytes")
-                    check(copy)
+                    with told_of_disk("what is brought back"):
+                        check(copy)
                     break
                 except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
                     if attempt:
-                        raise StorageFailed(f"{key} came back damaged from object storage: {error}") from error
+                        LOG.error("%s came back damaged from object storage: %s", key, error)
+                        raise StorageFailed(f"what object storage gave is damaged: {error}") from error
                     LOG.warning("%s came back damaged from object storage, and is read again: %s", key, error)
             yield copy
         finally:
@@ -211,16 +255,17 @@ class Blobs:
             except JaxLoraError:
                 raise
             except FileNotFoundError as error:
-                raise NotFound(f"object storage: {failed}: there is no such object") from error
+                raise NotFound("object storage has no such object") from error
             except NEVER_BETTER as error:
-                raise StorageFailed(f"object storage: {failed}: {_said(error)}; check its credentials") from error
+                LOG.error("object storage: %s: %s", failed, _said(error))
+                raise StorageFailed("object storage refuses the server; tell its operator") from error
             except Exception as error:
                 if isinstance(error, OSError) and error.errno in LOCAL_FULL:
                     with told_of_disk("what is brought back"):
                         raise
                 last = error
                 LOG.warning("object storage, attempt %d of %d: %s: %s", attempt + 1, ATTEMPTS, failed, _said(error))
-        raise Unavailable(f"object storage does not answer: {failed}: {_said(last)}; try again later") from last
+        raise StorageAway("object storage does not answer; try again later") from last
 
     def _within[T](self, limit_s: float, call: Callable[[], T]) -> T:
         """The result of a call, on a thread that may be left behind.  Raises TimeoutError."""
@@ -238,6 +283,12 @@ class Blobs:
 
         threading.Thread(target=run, name="blobs", daemon=True).start()
         return future.result(limit_s)
+
+
+@functools.cache
+def _use_obstore(protocol: str) -> None:
+    """Has fsspec open URLs of this protocol with obstore, which needs no library of a cloud.  Raises ImportError."""
+    importlib.import_module("obstore.fsspec").register(protocol)
 
 
 def _same_bytes(sha256: str | None) -> Callable[[Path], None]:

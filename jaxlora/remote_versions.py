@@ -50,7 +50,7 @@ class RemoteVersions:
         """All versions that object storage has.  adapters, trash: folders of the store; local: what is on this disk.
 
         Of `local`, what is not there is sent soon; what belongs to a deleted adapter goes to the trash.
-        Raises Unavailable, StorageFailed.
+        Raises StorageAway, StorageFailed.
         """
         self._adapters, self._trash = adapters, trash
         for key in self._blobs.list(DELETED):
@@ -89,7 +89,7 @@ class RemoteVersions:
     def here(self, ref: AdapterRef) -> AbstractContextManager[None]:
         """Inside, the version's folder stays on this disk; it is brought first if need be.
 
-        Raises NotFound, Unavailable, StorageFull, StorageFailed.
+        Raises NotFound, StorageAway, StorageFull, StorageFailed.
         """
         return self._copies.using(self._folder(ref), lambda folder: self._bring(ref, folder))
 
@@ -117,7 +117,7 @@ class RemoteVersions:
     def retire(self, tenant: str, name: str, minted: int) -> None:
         """Marks all versions of a name up to `minted` as deleted.  That is done when this returns; they are removed soon.
 
-        Raises Unavailable, StorageFailed.
+        Raises StorageAway, StorageFailed.
         """
         self._blobs.put_bytes(f"{DELETED}{tenant}/{name}/{minted}", b"deleted")
         with self._changed:

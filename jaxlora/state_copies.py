@@ -16,7 +16,7 @@ class StateCopies:
     """The same steps there as here.  From any thread; a folder is one caller's at a time."""
 
     def __init__(self, blobs: Blobs, root: Path, key: str):
-        """root: of all folders.  key: where object storage has them.  Lists once.  Raises Unavailable, StorageFailed."""
+        """root: of all folders.  key: where object storage has them.  Lists once.  Raises StorageAway, StorageFailed."""
         self._blobs, self._root, self._key = blobs, root.absolute(), key
         self._guard = threading.Lock()
         self._there: dict[str, set[int]] = {}  # steps of a folder, by its path under the root
@@ -34,7 +34,7 @@ class StateCopies:
             return [self._root / name for name, steps in self._there.items() if steps]
 
     def send(self, folder: Path) -> None:
-        """Makes what is there what is here.  Raises Unavailable, StorageFailed, StorageFull."""
+        """Makes what is there what is here.  Raises StorageAway, StorageFailed, StorageFull."""
         name, steps = self._name(folder), _steps(folder)
         for step in sorted(steps - self._known(name)):
             self._blobs.put_folder(self._at(name, step), folder / str(step), self._moving)
@@ -45,7 +45,7 @@ class StateCopies:
     def bring(self, folder: Path) -> None:
         """Brings all steps of a folder that is not here; one that nobody has stays away.
 
-        Raises Unavailable, StorageFailed, StorageFull, NotFound.
+        Raises StorageAway, StorageFailed, StorageFull, NotFound.
         """
         if _steps(folder):
             return
@@ -54,7 +54,7 @@ class StateCopies:
             self._blobs.get_folder(self._at(name, step), folder / str(step), self._moving)
 
     def delete(self, folder: Path) -> None:
-        """Removes what is there.  Raises Unavailable, StorageFailed."""
+        """Removes what is there.  Raises StorageAway, StorageFailed."""
         self._remove(self._name(folder), self._known(self._name(folder)))
 
     def _remove(self, name: str, steps: set[int]) -> None:

@@ -43,7 +43,7 @@ class AdapterStore:
         """remote: object storage behind the folder, not started; the store starts and closes it.
 
         Raises StorageFailed when the folder cannot be made, StateInvalid, naming it, when another store has it open; with
-        `remote` Unavailable when object storage does not answer.
+        `remote` StorageAway when object storage does not answer.
         """
         self._files = VersionFiles(root, remote)
         self._disk = threading.Lock()
@@ -223,7 +223,7 @@ class AdapterStore:
 
         Versions that are borrowed stay in memory until they are given back.  Waits for at most one save under way, and
         for those to be read.  Raises AdapterNotFound when there is no such adapter, StateInvalid when
-        the store is closed, Unavailable when object storage cannot be told.
+        the store is closed, StorageAway when object storage cannot be told.
         """
         check_name(tenant, "tenant")
         check_name(name, "adapter name")

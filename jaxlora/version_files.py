@@ -99,7 +99,7 @@ class VersionFiles:
         """(the adapter, when it was put), its checksum verified.  make_room: see load_version; it may be called twice.
 
         A copy that is damaged, or of a version that another machine made since, is brought anew.
-        Raises StorageFailed, StorageFull, Unavailable.
+        Raises StorageFailed, StorageFull, StorageAway.
         """
         folder, remote = self._folder(ref).parent, self._remote
         if remote is None:
@@ -157,7 +157,7 @@ class VersionFiles:
     # ---- object storage -------------------------------------------------------------------------------------------
 
     def retire(self, tenant: str, name: str, minted: int) -> None:
-        """Tells object storage, if there is one, that all versions up to `minted` are deleted.  Raises Unavailable, StorageFailed."""
+        """Tells object storage, if there is one, that all versions up to `minted` are deleted.  Raises StorageAway, StorageFailed."""
         if self._remote is not None:
             self._remote.retire(tenant, name, minted)
 

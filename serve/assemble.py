@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import sys
+import threading
+from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
 from jaxlora import compile_cache
 from jaxlora.blobs import Blobs
 from jaxlora.disk_copies import DiskCopies, Remote
+from jaxlora.lease import Lease
 from jaxlora.lora import ALL_TARGETS, HEAD_TARGET, Adapter, AdapterRef
 from jaxlora.opened import Opened, open_base
 from jaxlora.peft import import_peft
@@ -25,16 +31,28 @@ from serve.observe import Observers, observing
 from serve.retune import retuned_by_hangup
 from serve.runner import Runner
 from serve.services import Services, services
+from serve.supervised import attach
 
 LOG = logging.getLogger("serve")
+LOST_EXIT = 1  # the device is lost: whoever keeps the server running starts it again
+STOP_S = 20.0  # for the present step to end, or the device is lost
+FLUSH_S = 10.0  # for published versions to reach the disk, when it is
 
 
-def open_remote(config: ServeConfig) -> Remote | None:
-    """Object storage, if there is one.  Raises ConfigInvalid, Unavailable, StorageFailed as Blobs does."""
+@contextlib.contextmanager
+def opened_remote(config: ServeConfig) -> Generator[Remote | None]:
+    """Object storage, if there is one, with the right to write to it.  Raises as Blobs and Lease do."""
     if config.blobs is None:
-        return None
+        yield None
+        return
     most_bytes = None if config.blobs.disk_gb is None else int(config.blobs.disk_gb * 1e9)
-    return Remote(blobs=Blobs(config.blobs.url, timeout_s=config.blobs.timeout_s), copies=DiskCopies(most_bytes))
+    blobs = Blobs(config.blobs.url, timeout_s=config.blobs.timeout_s)
+    with contextlib.closing(Lease(blobs, config.data, waiting=_tell_waiting)):
+        yield Remote(blobs=blobs, copies=DiskCopies(most_bytes))
+
+
+def _tell_waiting(who: str) -> None:
+    print(f"object storage was written by {who} a moment ago; waiting until that is over", flush=True)
 
 
 def open_store(config: ServeConfig, remote: Remote | None = None) -> AdapterStore:
@@ -111,10 +129,18 @@ def _same(one: Adapter, other: Adapter) -> bool:
 
 
 def main(config: ServeConfig, file: Path | None) -> None:
-    """`jaxlora serve`: answers until SIGTERM or Ctrl-C, and then until what is open is complete.  file: where the settings came from; SIGHUP has its tuning read again."""
+    """`jaxlora serve`: answers until SIGTERM or Ctrl-C, and then until what is open is complete.  file: where the settings came from; SIGHUP has its tuning read again.
+
+    Ends the process itself when the device is lost.
+    """
+    tell = attach(config.grace_s)
     compile_cache.enable(None)
+    with opened_remote(config) as remote:
+        _serve(config, file, remote, tell)
+
+
+def _serve(config: ServeConfig, file: Path | None, remote: Remote | None, tell: Callable[[str], None]) -> None:
     opened = open_base(config.model, config.mesh)
-    remote = open_remote(config)
     store = open_store(config, remote)
     runner = make_runner(opened, config, store)
     try:
@@ -129,13 +155,33 @@ def main(config: ServeConfig, file: Path | None) -> None:
                 if own.keyless:
                     print("there are no keys: anyone on this machine may do everything (see jaxlora keys --help)")
                 print(f"serving {opened.name} and {len(store.list(None))} adapters on {http.url}/v1", flush=True)
+                tell(http.url)
                 retuned = contextlib.nullcontext() if file is None else retuned_by_hangup(runner, file)
                 with observers.compiles, retuned:
-                    http.run()
+                    try:
+                        http.run()
+                    finally:
+                        if not runner.end(STOP_S):
+                            leave(store)
             finally:
                 runner.stop()
     finally:
         store.close()
+
+
+def leave(store: AdapterStore) -> NoReturn:
+    """Ends the process as a kill would, but that versions which were published reach the disk.
+
+    Jobs go on from their newest checkpoints in the next process: what they have learned since lies on a device that
+    cannot be read, and an update may be half done.
+    """
+    LOG.critical("the device is lost; the server ends with exit code %d, to be started again", LOST_EXIT)
+    saving = threading.Thread(target=store.flush, daemon=True)
+    saving.start()
+    saving.join(FLUSH_S)
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(LOST_EXIT)
 
 
 def make_server(runner: Runner, config: ServeConfig, observers: Observers, own: Services) -> HttpServer:

@@ -52,6 +52,7 @@ class FileStore:
         """
         self._stored, self._root, self._load, self._limits, self._remote = stored, root, load, limits, remote
         self._checks = ThreadPoolExecutor(1, thread_name_prefix="file-check")
+        self._sweeps = ThreadPoolExecutor(1, thread_name_prefix="file-sweep")
         with told_of_disk("the folder of files"):
             root.mkdir(parents=True, exist_ok=True, mode=0o700)
             shutil.rmtree(root / INCOMING, ignore_errors=True)
@@ -78,6 +79,7 @@ class FileStore:
     def close(self) -> None:
         """Ends the checks; those that have not begun are done at the next start."""
         self._checks.shutdown(cancel_futures=True)
+        self._sweeps.shutdown(cancel_futures=True)
 
     def staging(self) -> Path:
         """An empty folder for one upload, the caller's to remove.  Raises StorageFull, StorageFailed."""
@@ -162,7 +164,10 @@ class FileStore:
     def delete(self, id: str, sees: str | None) -> FileRecord:
         """The file that is no more.  Raises NotFound, Unavailable; StateInvalid when a job still needs it."""
         record = self._stored.delete(id, sees, time.time())
-        self.sweep()
+        if self._remote is None:
+            self.sweep()
+        else:  # nobody waits for the network; a server that ends first sweeps when it starts
+            self._sweeps.submit(self.sweep)
         return record
 
     def sweep(self) -> None:

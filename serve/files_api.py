@@ -88,7 +88,8 @@ class FilesWire:
 
                 async def make() -> JsonObject:
                     add, expires_after_s = self._files.add, about.expires_after_s
-                    record = await self._run(add, tenant, path, about.filename, expires_after_s=expires_after_s)
+                    # Not on the database's threads: object storage may take a while.
+                    record = await asyncio.to_thread(add, tenant, path, about.filename, expires_after_s=expires_after_s)
                     return file_object(record)
 
                 return await self._once.answer(request, asked, make)

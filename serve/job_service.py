@@ -25,6 +25,7 @@ from jaxlora.errors import (
     JaxLoraError,
     NotFound,
     StateInvalid,
+    StorageAway,
     Unavailable,
 )
 from jaxlora.lora import Adapter, AdapterRef, LoraSpec
@@ -45,6 +46,7 @@ from train.jobs import said
 
 LOG = logging.getLogger("serve")
 INTAKE_THREADS = 2
+RETRY_S = 5.0  # when the database or object storage does not answer
 EVENTS_AT_ONCE = 1000  # read when a result file is written
 MOVES: Mapping[JobStatus, tuple[JobStatus, ...]] = {  # for jobs that the device thread does not know
     "validating_files": ("cancelled",),
@@ -102,6 +104,7 @@ class JobService:
         )
         self._base_lr, self._limits, self._quota = base_lr, limits, quota
         self._intake = ThreadPoolExecutor(INTAKE_THREADS, "job-intake")
+        self._stopping = threading.Event()
         self._deciding = threading.Lock()  # held from a look at a stored job to what follows from it
 
     # ---- what clients ask for -------------------------------------------------------------------------------------
@@ -172,6 +175,7 @@ class JobService:
 
     def close(self) -> None:
         """Stores what is left.  After the device thread has ended."""
+        self._stopping.set()
         self._intake.shutdown(cancel_futures=True)
         self.live.close()
         self.recorder.close()
@@ -196,28 +200,40 @@ class JobService:
 
     def _take_in(self, record: JobRecord) -> None:
         """Reads what the job brings and hands it to the device thread; what is wrong with it is the job's end."""
-        try:
-            resolved = self._resolve(record)
-            request = resolved.job_request(
-                owner=record.tenant,
-                name=record.adapter,
-                data=self._path(record, "training_file"),
-                heldout=self._path(record, "validation_file") if record.request.get("validation_file") else None,
-                start=self._start(record),
-            )
-            kept = [c.version for c in self.stored.checkpoints(record.id, None, after=None, limit=1000).records]
-            stored = {**record.resolved, **resolved.to_json()}
-            self.recorder.change(record.id, lambda now: replace(now, resolved=stored))
-            with self._deciding:
-                if self.stored.get(record.id, None).status not in ENDED:  # it may be cancelled meanwhile
-                    publish = resolved.publish
-                    self.live.runner.call(lambda: self.live.create(record.id, request, publish=publish, kept=kept))
-        except Unavailable:
-            return  # the server ends; the job goes on when it is up again
-        except Exception as error:
-            if not isinstance(error, JaxLoraError | OSError):
-                LOG.exception("job %s was not taken in", record.id)
-            self._fail(record.id, error)
+        while not self._stopping.is_set():
+            try:
+                self._hand_over(record)
+            except StorageAway as error:
+                LOG.warning("job %s is not taken in yet: %s", record.id, error)
+                self._stopping.wait(RETRY_S)
+            except Unavailable:
+                return  # the server ends; the job goes on when it is up again
+            except Exception as error:
+                if not isinstance(error, JaxLoraError | OSError):
+                    LOG.exception("job %s was not taken in", record.id)
+                self._fail(record.id, error)
+                return
+            else:
+                return
+
+    def _hand_over(self, record: JobRecord) -> None:
+        if self.stored.get(record.id, None).status in ENDED:
+            return
+        resolved = self._resolve(record)
+        request = resolved.job_request(
+            owner=record.tenant,
+            name=record.adapter,
+            data=self._path(record, "training_file"),
+            heldout=self._path(record, "validation_file") if record.request.get("validation_file") else None,
+            start=self._start(record),
+        )
+        kept = [c.version for c in self.stored.checkpoints(record.id, None, after=None, limit=1000).records]
+        stored = {**record.resolved, **resolved.to_json()}
+        self.recorder.change(record.id, lambda now: replace(now, resolved=stored))
+        with self._deciding:
+            if self.stored.get(record.id, None).status not in ENDED:  # it may be cancelled meanwhile
+                publish = resolved.publish
+                self.live.runner.call(lambda: self.live.create(record.id, request, publish=publish, kept=kept))
 
     def _resolve(self, record: JobRecord) -> Resolved:
         if "total_steps" in record.resolved:  # by an earlier process

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import regex
 
-from jaxlora.errors import AdapterNotFound, DataInvalid, JaxLoraError, Unavailable
+from jaxlora.errors import AdapterNotFound, DataInvalid, JaxLoraError, StorageAway, Unavailable
 from jaxlora.lora import AdapterRef
 from serve.fine_tuning import given
 from serve.grammar import Grammar, GrammarSource
@@ -134,6 +134,8 @@ class Scorer:
             record, version = item
             try:
                 self._score(record, version)
+            except StorageAway as error:
+                self._event(record, version, f"step {version.step} is not scored: {why(error)}", {})
             except Unavailable:
                 return  # the server ends
             except (JaxLoraError, OSError, UnicodeDecodeError) as error:

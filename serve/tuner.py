@@ -20,7 +20,7 @@ from pathlib import Path
 from jaxlora.checkpoint import read_meta, restore_state
 from jaxlora.checkpoint_writer import CheckpointWriter, Snapshot
 from jaxlora.config import CROSS_ENTROPY, Optimizer
-from jaxlora.errors import AdapterNotFound, JaxLoraError
+from jaxlora.errors import AdapterNotFound, JaxLoraError, StorageAway
 from jaxlora.lora import AdapterRef, LoraSpec
 from jaxlora.pool import Rows, adapter_bytes
 from jaxlora.state_copies import StateCopies
@@ -197,6 +197,8 @@ class Tuner:
             if meta is None or any(meta.get(k) != v for k, v in wanted.items()):
                 return None
             found = restore_state(folder, trainer.fresh(spec, 0))
+        except StorageAway:
+            raise
         except JaxLoraError as error:
             LOG.warning("the moments of %s/%s begin anew: %s", tenant, name, error)
             return None

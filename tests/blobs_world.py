@@ -53,7 +53,7 @@ class FaultyFileSystem(MemoryFileSystem):
 
     def get_file(self, rpath, lpath, *args, **kwargs):
         FAULTS.met("read")
-        data = bytearray(self.cat_file(rpath))
+        data = bytearray(super().cat_file(rpath))
         if FAULTS.cut:
             FAULTS.cut -= 1
             data = data[: len(data) // 2]
@@ -61,6 +61,10 @@ class FaultyFileSystem(MemoryFileSystem):
             FAULTS.flip -= 1
             data[len(data) // 2] ^= 1
         Path(lpath).write_bytes(data)
+
+    def cat_file(self, path, *args, **kwargs):
+        FAULTS.met("read")
+        return super().cat_file(path, *args, **kwargs)
 
     def info(self, path, **kwargs):
         FAULTS.met("info")

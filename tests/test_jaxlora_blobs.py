@@ -74,7 +74,7 @@ def test_what_fails_is_tried_again_and_given_up(there):
     blobs.put("a", there / "file")
     assert FAULTS.calls == ["write"] * ATTEMPTS
     FAULTS.down = True
-    with pytest.raises(Unavailable, match="nobody there; try again later"):
+    with pytest.raises(Unavailable, match="does not answer; try again later"):
         blobs.put("b", there / "file")
     with pytest.raises(Unavailable):
         blobs.list("")
@@ -85,7 +85,7 @@ def test_what_fails_is_tried_again_and_given_up(there):
 def test_what_cannot_get_better_is_not_tried_again(there):
     blobs = faulty("refused")
     FAULTS.fail = [PermissionError("AccessDenied")]
-    with pytest.raises(StorageFailed, match="AccessDenied; check its credentials"):
+    with pytest.raises(StorageFailed, match="refuses the server"):
         blobs.put("a", there / "file")
     assert FAULTS.calls == ["write"]
     blobs.put("a", there / "file")
@@ -145,5 +145,5 @@ def test_paths_of_an_archive_stay_inside(there):
 
 
 def test_an_url_that_nothing_opens_is_refused_at_once():
-    with pytest.raises(ConfigInvalid, match="install the fsspec library"):
+    with pytest.raises(ConfigInvalid, match="extra `blobs` for s3, gs and az"):
         Blobs("nosuch://bucket", timeout_s=1)

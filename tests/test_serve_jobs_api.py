@@ -64,7 +64,7 @@ def file_of(server, client, **how) -> str:
 def create(server, client, **changes):
     settings = {
         "model": BASE,
-        "training_file": file_of(server, client),
+        "training_file": changes.get("training_file") or file_of(server, client),
         "seed": 7,
         "method": {
             "type": "supervised",

@@ -7,11 +7,12 @@ import shutil
 import time
 from dataclasses import replace
 
+import openai
 import pytest
 from blobs_world import FAULTS, faulty
 from files_world import GOOD, files_server, on_disk, opened
 from jobs_api_world import Server
-from test_serve_jobs_api import client_of, create, wait_for
+from test_serve_jobs_api import client_of, create, file_of, wait_for
 
 from jaxlora import blobs as blobs_module
 from jaxlora.disk_copies import DiskCopies, Remote
@@ -84,6 +85,7 @@ def test_a_deletion_while_object_storage_is_away_is_made_up_for(database, remote
         files.delete(record.id, "acme")
         with pytest.raises(NotFound):
             files.get(record.id, "acme")
+        files._sweeps.submit(lambda: None).result()
         FAULTS.down = False
         assert len(remote.blobs.list("files/")) == 1
         files.sweep()
@@ -165,3 +167,36 @@ def test_a_job_goes_on_on_another_machine_and_ends_as_an_undisturbed_one(world, 
     for target, pair in results["undisturbed"].items():
         for x, y in zip(pair, results["lost"][target], strict=True):
             assert x.tobytes() == y.tobytes()
+
+
+def test_a_job_waits_for_object_storage_and_a_request_is_told_to_retry(world, tmp_path, monkeypatch):
+    monkeypatch.setattr("serve.job_service.RETRY_S", 0.05)
+    monkeypatch.setattr("train.job_readers.RETRY_S", 0.05)
+    blobs, copies = faulty("waits"), DiskCopies(1)
+    store = AdapterStore(tmp_path / "adapters", host_bytes=0, remote=RemoteVersions(blobs, copies))
+    server = Server(replace(world, store=store), tmp_path, remote=Remote(blobs=blobs, copies=copies))
+    with server.running() as url, client_of(url, "acme") as client:
+        asked = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+        first = create((server, url), client)
+        model = wait_for(client, first.id, "succeeded").fine_tuned_model
+        for name in "abcdefgh":  # its slot and its memory go to others
+            store.put(replace(world.add(name, seed=1), ref=store.mint("acme", name)))
+            store.flush()
+            assert client.chat.completions.create(model=name, **asked).choices
+        file = file_of((server, url), client)
+        while server.files.get(file, "acme").status == "uploaded":
+            time.sleep(0.01)
+        FAULTS.down = True
+        second = create((server, url), client, training_file=file)
+        with pytest.raises(openai.InternalServerError, match="object storage does not answer") as caught:
+            client.chat.completions.create(model=model, **asked)
+        assert caught.value.status_code == 503
+        assert caught.value.code == "storage_unavailable"
+        assert "retry-after" in caught.value.response.headers
+        assert client.fine_tuning.jobs.retrieve(second.id).status == "validating_files"
+        assert client.chat.completions.create(model="h", **asked).choices, "who is on the device is served"
+        FAULTS.down = False
+        assert wait_for(client, second.id, "succeeded").fine_tuned_model
+        patient = client.with_options(max_retries=9)  # what failed is not read again for a moment
+        assert patient.chat.completions.create(model=model, **asked).choices
+    store.close()
