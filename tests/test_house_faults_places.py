@@ -114,14 +114,14 @@ ID_ROUTES = [
 def test_a_strange_name_is_the_404_of_an_unknown_one_in_every_route_A7(shelf, acme, name):
     """Sent as it stands: a client's own normalising would hide it."""
     upload(acme, "bot", zip_of(seeded(1)))
-    files = set(shelf.store._root.parent.rglob("*"))
+    files = set(shelf.store._files._root.parent.rglob("*"))
     for method, path in ID_ROUTES:
         raw = path.replace("{}", HOSTILE_NAMES[name])
         status, body = exchange(shelf.url, method, raw)
         assert status == 404, (method, raw, body)
         assert body["error"]["code"] in ("model_not_found", "not_found")
         assert "/tmp/" not in body["error"]["message"]
-    assert set(shelf.store._root.parent.rglob("*")) - files == set()
+    assert set(shelf.store._files._root.parent.rglob("*")) - files == set()
     assert [r.name for r in shelf.store.list(None)] == ["bot"]
 
 
@@ -335,7 +335,7 @@ def test_a_damaged_version_leaves_its_name_to_the_one_before_and_the_operator_is
         upload(acme, bot, zip_of(seeded(i)))
     first, newest = shelf.store.versions("acme", bot)
     place, change = DAMAGE[kind]
-    path = shelf.store._root / f"adapters/acme/{bot}/2" / place
+    path = shelf.store._files._root / f"adapters/acme/{bot}/2" / place
     data = path.read_bytes()
     assert change(data) != data
     path.write_bytes(change(data))

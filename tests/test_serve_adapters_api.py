@@ -97,7 +97,7 @@ def test_an_upload_under_a_name_that_is_taken_is_its_next_version(shelf, acme, b
 
 def test_what_is_answered_is_on_disk_and_survives_a_kill(shelf, acme, bot):
     upload(acme, bot, zip_of(seeded(1)))
-    folder = shelf.store._root / f"adapters/acme/{bot}/1"
+    folder = shelf.store._files._root / f"adapters/acme/{bot}/1"
     assert sorted(p.name for p in folder.iterdir() if p.is_dir()) == ["meta", "weights"]
 
 

@@ -28,7 +28,7 @@ def test_a_published_version_is_on_disk_later(world, runner, tmp_path):
     ref = runner.call(lambda: runner.publish("acme", "kept", adapter.spec, world.device_rows(adapter)))
     assert ref == AdapterRef("acme", "kept", 1)
     world.store.flush()
-    stored, _ = load_version(world.store._root / "adapters/acme/kept", ref)
+    stored, _ = load_version(world.store._files._root / "adapters/acme/kept", ref)
     assert stored.base_hash == world.base_hash
     for target, pair in adapter.weights.items():
         for x, y in zip(stored.weights[target], pair, strict=True):
@@ -43,10 +43,10 @@ def test_publishing_waits_for_no_storage(world, runner, monkeypatch):
     ref = runner.call(lambda: runner.publish("acme", "unsaved", adapter.spec, rows))
     request = ask("r", ref, 5, 8)
     assert runner.complete([request])[0].tokens == world.plain.greedy(request.prompt, 8, adapter)
-    assert not (world.store._root / "adapters/acme/unsaved/1").exists()
+    assert not (world.store._files._root / "adapters/acme/unsaved/1").exists()
     blocked.set()
     world.store.flush()
-    assert (world.store._root / "adapters/acme/unsaved/1").exists()
+    assert (world.store._files._root / "adapters/acme/unsaved/1").exists()
 
 
 def test_weights_that_are_not_finite_are_never_published(world, runner):
@@ -191,7 +191,7 @@ def test_old_versions_leave_and_those_in_use_stay(world, runner):
     assert world.store.versions("acme", "kept-short") == refs[-2:]
     assert runner.call(lambda: [runner.engine.slots.find(r) is not None for r in refs]) == [False] * 4 + [True] * 2
     world.store.flush()
-    assert sorted(p.name for p in (world.store._root / "adapters/acme/kept-short").iterdir()) == ["5", "6"]
+    assert sorted(p.name for p in (world.store._files._root / "adapters/acme/kept-short").iterdir()) == ["5", "6"]
 
 
 # --- what cannot be read
