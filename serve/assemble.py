@@ -7,16 +7,21 @@ import logging
 import os
 import sys
 import threading
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
 
 from jaxlora import compile_cache
+from jaxlora.blobs import Blobs
+from jaxlora.disk_copies import DiskCopies, Remote
+from jaxlora.lease import Lease
 from jaxlora.lora import ALL_TARGETS, HEAD_TARGET, Adapter, AdapterRef
 from jaxlora.opened import Opened, open_base
 from jaxlora.peft import import_peft
 from jaxlora.pool import PoolSpec
+from jaxlora.remote_versions import RemoteVersions
 from jaxlora.serve_config import AdapterSection, ServeConfig
 from jaxlora.store import AdapterStore
 from serve.auth import LOCAL_TENANT
@@ -34,9 +39,26 @@ STOP_S = 20.0  # for the present step to end, or the device is lost
 FLUSH_S = 10.0  # for published versions to reach the disk, when it is
 
 
-def open_store(config: ServeConfig) -> AdapterStore:
-    """The server's adapters.  Raises StorageFailed, StateInvalid as AdapterStore does."""
-    return AdapterStore(config.adapters, host_bytes=int(config.host_adapters_gb * 1e9))
+@contextlib.contextmanager
+def opened_remote(config: ServeConfig) -> Generator[Remote | None]:
+    """Object storage, if there is one, with the right to write to it.  Raises as Blobs and Lease do."""
+    if config.blobs is None:
+        yield None
+        return
+    most_bytes = None if config.blobs.disk_gb is None else int(config.blobs.disk_gb * 1e9)
+    blobs = Blobs(config.blobs.url, timeout_s=config.blobs.timeout_s)
+    with contextlib.closing(Lease(blobs, config.data, waiting=_tell_waiting)):
+        yield Remote(blobs=blobs, copies=DiskCopies(most_bytes))
+
+
+def _tell_waiting(who: str) -> None:
+    print(f"object storage was written by {who} a moment ago; waiting until that is over", flush=True)
+
+
+def open_store(config: ServeConfig, remote: Remote | None = None) -> AdapterStore:
+    """The server's adapters.  Raises StorageFailed, StateInvalid, Unavailable as AdapterStore does."""
+    versions = None if remote is None else RemoteVersions(remote.blobs, remote.copies)
+    return AdapterStore(config.adapters, host_bytes=int(config.host_adapters_gb * 1e9), remote=versions)
 
 
 def make_runner(opened: Opened, config: ServeConfig, store: AdapterStore) -> Runner:
@@ -113,11 +135,19 @@ def main(config: ServeConfig, file: Path | None) -> None:
     """
     tell = attach(config.grace_s)
     compile_cache.enable(None)
+    with opened_remote(config) as remote:
+        _serve(config, file, remote, tell)
+
+
+def _serve(config: ServeConfig, file: Path | None, remote: Remote | None, tell: Callable[[str], None]) -> None:
     opened = open_base(config.model, config.mesh)
-    store = open_store(config)
+    store = open_store(config, remote)
     runner = make_runner(opened, config, store)
     try:
-        with observing(runner, config) as observers, services(runner, opened, config, lambda: read_head(opened)) as own:
+        with (
+            observing(runner, config) as observers,
+            services(runner, opened, config, lambda: read_head(opened), remote) as own,
+        ):
             http = make_server(runner, config, observers, own)
             try:
                 begin(runner, opened, config, own)

@@ -13,13 +13,17 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ("pallas_kernels", "jaxlora", "train", "serve")  # each may import those before it
 PURE = (
     "jaxlora/archives.py",
+    "jaxlora/blobs.py",
     "jaxlora/chat_template.py",
     "jaxlora/cli.py",
     "jaxlora/cli_keys.py",
     "jaxlora/config.py",
+    "jaxlora/counters.py",
+    "jaxlora/disk_copies.py",
     "jaxlora/durable.py",
     "jaxlora/errors.py",
     "jaxlora/host_tier.py",
+    "jaxlora/lease.py",
     "jaxlora/lora.py",
     "jaxlora/model_config.py",
     "jaxlora/neighbours.py",
@@ -27,6 +31,7 @@ PURE = (
     "jaxlora/peft_match.py",
     "jaxlora/serve_config.py",
     "jaxlora/slots.py",
+    "jaxlora/state_copies.py",
     "jaxlora/toml_loader.py",
     "train/data.py",
     "train/job_queue.py",
@@ -120,6 +125,7 @@ WIRE_FILES = tuple(
 ONLY_IN = {  # package → the only files that import it
     "alembic": ("serve/migrations.py",),
     "flax": ("jaxlora/model.py",),
+    "fsspec": ("jaxlora/blobs.py",),
     "limits": ("serve/limits.py",),
     "llguidance": ("serve/grammar.py",),
     "python_multipart": ("serve/multipart.py",),

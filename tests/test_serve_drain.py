@@ -149,6 +149,7 @@ def test_ctrl_c_ends_alike_but_says_that_it_was_interrupted(tmp_path):
         assert "KeyboardInterrupt" in child.process.stderr.read()
 
 
+@pytest.mark.slow
 def test_a_full_queue_is_refused_with_retry_after(tmp_path):
     with server(tmp_path, grace_s=0, step_s=0.5) as child:
         rows = [Stream(child) for _ in range(4)]
