@@ -106,7 +106,13 @@ def test_a_job_becomes_a_model(server, acme):
 def test_a_repeated_request_makes_one_job(server, acme):
     file = file_of(server, acme)
     jobs = [
-        create(server, acme, training_file=file, extra_headers={"Idempotency-Key": key}, extra={"lora": LORA}).id
+        create(
+            server,
+            acme,
+            training_file=file,
+            extra_headers={"Idempotency-Key": key},
+            extra={"lora": LORA, "max_steps": 5000},
+        ).id
         for key in ("once", "once", "twice")
     ]
     assert (jobs[0] == jobs[1], jobs[0] == jobs[2]) == (True, False)
