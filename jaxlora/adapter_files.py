@@ -141,13 +141,20 @@ def read_meta(folder: Path, ref: AdapterRef) -> Mapping:
     return meta
 
 
-def describe(folder: Path, ref: AdapterRef) -> tuple[float, int]:
-    """(when it was put in epoch seconds, its largest rank), without its weights.  Raises StorageFailed as read_meta does."""
+# Of a version: when it was put in epoch seconds, its largest rank, its bytes in memory.
+type About = tuple[float, int, int]
+
+
+def describe(folder: Path, ref: AdapterRef) -> About:
+    """What its description says; its weights are not read.
+
+    Raises StorageFailed as read_meta does.
+    """
     meta = read_meta(folder, ref)
     try:
-        return float(meta["created"]), LoraSpec.from_json(meta["spec"]).max_rank
+        return float(meta["created"]), LoraSpec.from_json(meta["spec"]).max_rank, _nbytes(_shapes(meta))
     except (KeyError, TypeError, ValueError) as e:
-        raise StorageFailed(f"{ref}: its description on disk lacks its specification or date") from e
+        raise StorageFailed(f"{ref}: its description on disk lacks its specification, date or shapes") from e
 
 
 def load_version(
@@ -160,9 +167,9 @@ def load_version(
     meta = read_meta(folder, ref)
     try:
         spec = LoraSpec.from_json(meta["spec"])
-        shapes = {target: (tuple(a), tuple(b)) for target, (a, b) in meta["shapes"].items()}
+        shapes = _shapes(meta)
         if make_room is not None:
-            make_room(sum(math.prod(shape) for pair in shapes.values() for shape in pair) * STORED.itemsize)
+            make_room(_nbytes(shapes))
         weights = _read_plain(folder / str(ref.version) / "weights", shapes)
         if weights is None:
             weights = _restore(folder, ref.version, shapes)
@@ -177,6 +184,14 @@ def load_version(
 
 type Shapes = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]  # of A and B of each target
 type Weights = dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+def _shapes(meta: Mapping) -> Shapes:
+    return {target: (tuple(a), tuple(b)) for target, (a, b) in meta["shapes"].items()}
+
+
+def _nbytes(shapes: Shapes) -> int:
+    return sum(math.prod(shape) for pair in shapes.values() for shape in pair) * STORED.itemsize
 
 
 def _read_plain(folder: Path, shapes: Shapes) -> Weights | None:

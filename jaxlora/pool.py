@@ -71,6 +71,12 @@ def layer_count(config: ModelConfig, target: str) -> int:
     return 1 if target == HEAD_TARGET else config.layers
 
 
+def adapter_bytes(config: ModelConfig, spec: LoraSpec) -> int:
+    """Bytes of one version of such an adapter: float32, at its largest rank."""
+    rows = sum(layer_count(config, target) * sum(target_features(config, target)) for target in spec.targets)
+    return 4 * spec.max_rank * rows
+
+
 def row_axes(config: ModelConfig, target: str) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
     """Logical axes of (a_LSRX, b_LSRY): features are split like the base kernel's."""
     x, y = ("embed", "vocab") if target == HEAD_TARGET else parameters(config)[target].axes[1:]

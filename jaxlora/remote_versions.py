@@ -1,6 +1,6 @@
 """The versions of a store in object storage; its folders on disk are then copies, and what is not sent yet.
 
-    adapters/TENANT/NAME/VERSION_CREATED_RANK.zip    a version
+    adapters/TENANT/NAME/VERSION_CREATED_RANK_BYTES.zip    a version
     deleted/TENANT/NAME/NUMBER                       this and all lower versions of the name are deleted
 
 Two listings at the start tell all that is known of ten thousand adapters; afterwards nothing is listed.  Versions are sent
@@ -19,18 +19,16 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from jaxlora.adapter_files import describe
+from jaxlora.adapter_files import About, describe
 from jaxlora.blobs import FOLDER_SUFFIX, Blobs
 from jaxlora.disk_copies import DiskCopies
 from jaxlora.lora import AdapterRef
 
 LOG = logging.getLogger("jaxlora")
 VERSIONS, DELETED = "adapters/", "deleted/"
-KEY_PATTERN = re.compile(r"adapters/([^/]+)/([^/]+)/([1-9][0-9]*)_([0-9.e+]+)_([1-9][0-9]*)\.zip")
+KEY_PATTERN = re.compile(r"adapters/([^/]+)/([^/]+)/([1-9][0-9]*)_([0-9.e+]+)_([1-9][0-9]*)_([0-9]+)\.zip")
 DELETED_PATTERN = re.compile(r"deleted/([^/]+)/([^/]+)/([1-9][0-9]*)")
 RETRY_S = 20.0
-
-type About = tuple[float, int]  # when it was put, its largest rank
 
 
 class RemoteVersions:
@@ -65,7 +63,7 @@ class RemoteVersions:
                 if self._is_deleted(ref):
                     self._removing[key] = None
                 else:
-                    self._known[ref] = float(match[4]), int(match[5])
+                    self._known[ref] = float(match[4]), int(match[5]), int(match[6])
         for (tenant, name), versions in local.items():
             for version in sorted(versions):
                 ref = AdapterRef(tenant, name, version)
@@ -240,5 +238,5 @@ class RemoteVersions:
 
 
 def _key(ref: AdapterRef, about: About) -> str:
-    created, rank = about
-    return f"{VERSIONS}{ref.tenant}/{ref.name}/{ref.version}_{created!r}_{rank}{FOLDER_SUFFIX}"
+    created, rank, nbytes = about
+    return f"{VERSIONS}{ref.tenant}/{ref.name}/{ref.version}_{created!r}_{rank}_{nbytes}{FOLDER_SUFFIX}"

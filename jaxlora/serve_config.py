@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -82,12 +82,13 @@ class TenantLimits:
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None  # prompts and what they may generate
     adapters: int | None = None
+    adapter_bytes: int | None = None  # all versions of its adapters together
     file_bytes: int | None = None  # all its files together
     jobs: int | None = None  # that have not ended
 
     def __post_init__(self) -> None:
-        for name in ("requests_per_minute", "tokens_per_minute", "adapters", "file_bytes", "jobs"):
-            value = getattr(self, name)
+        for f in fields(TenantLimits):
+            name, value = f.name, getattr(self, f.name)
             need(value is None or value >= 1, name, "at least 1, or absent", value)
 
 
@@ -106,10 +107,12 @@ class NamedLimits(TenantLimits):
 class LimitsSection(TenantLimits):
     """What each tenant may use, and those for whom other numbers hold."""
 
+    max_file_bytes: int = 512 * 2**20  # of one file, whoever uploads it
     tenant: tuple[NamedLimits, ...] = ()
 
     def __post_init__(self) -> None:
         TenantLimits.__post_init__(self)
+        need_counts(self, "max_file_bytes")
         need_distinct([t.name for t in self.tenant], "names under [[limits.tenant]]")
 
     def of(self, tenant: str) -> TenantLimits:

@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from concurrent.futures import Future
 from pathlib import Path
 
-from jaxlora.adapter_files import is_damage
+from jaxlora.adapter_files import About, is_damage
 from jaxlora.errors import AdapterNotFound, AlreadyExists, StateInvalid, StorageFailed
 from jaxlora.host_tier import HostMemory, HostTier
 from jaxlora.lora import Adapter, AdapterRef, check_name
@@ -55,7 +55,7 @@ class AdapterStore:
             self._versions.setdefault((ref.tenant, ref.name), set()).add(ref.version)
             self._tenants.setdefault(ref.name, set()).add(ref.tenant)
         self._ram = HostTier(host_bytes)
-        # When it was put, its largest rank.
+        # When it was put, its largest rank, its bytes.
         self._about = {ref: about for ref, about in self._files.found.items() if about is not None}
         self._unsaved: set[AdapterRef] = set()  # kept in RAM
         self._leaving: set[AdapterRef] = set()  # invisible, but still on disk
@@ -117,8 +117,12 @@ class AdapterStore:
         """The version's largest rank, without reading its weights.  Raises as `created` does."""
         return self._describe(ref)[1]
 
-    def _describe(self, ref: AdapterRef) -> tuple[float, int]:
-        """(created, rank); from its description on disk the first time."""
+    def nbytes(self, ref: AdapterRef) -> int:
+        """Bytes of the version's weights, which are not read.  Raises as `created` does."""
+        return self._describe(ref)[2]
+
+    def _describe(self, ref: AdapterRef) -> About:
+        """(created, rank, nbytes); from its description on disk the first time."""
         with self._state:
             self._check_visible(ref)
             if ref in self._about:
@@ -174,7 +178,7 @@ class AdapterStore:
                         value.setflags(write=False)
                 self._versions.setdefault((ref.tenant, ref.name), set()).add(ref.version)
                 self._tenants.setdefault(ref.name, set()).add(ref.tenant)
-                self._about[ref] = time.time(), adapter.spec.max_rank
+                self._about[ref] = time.time(), adapter.spec.max_rank, adapter.nbytes
                 self._unsaved.add(ref)
                 self._ram.hold(adapter, keep=True)
                 self._enqueue(ref)
@@ -387,7 +391,7 @@ class AdapterStore:
             raise
         with self._state:
             loaded()
-            self._about[ref] = created, adapter.spec.max_rank
+            self._about[ref] = created, adapter.spec.max_rank, adapter.nbytes
             self._ram.hold(adapter, keep=False)
         return adapter
 

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from jaxlora.adapter_files import describe, is_damage, load_version, save_version, scan
+from jaxlora.adapter_files import About, describe, is_damage, load_version, save_version, scan
 from jaxlora.counters import Counters
 from jaxlora.durable import lock_folder, sync
 from jaxlora.errors import NotFound, StateInvalid, StorageFailed
@@ -24,8 +24,6 @@ from jaxlora.remote_versions import RemoteVersions
 # A machine that has lost its counters begins so far above what object storage has: a version that was used but not sent yet
 # had one of the numbers between.
 GAP = 1000
-
-type About = tuple[float, int]  # when it was put in epoch seconds, its largest rank
 
 
 class VersionFiles:

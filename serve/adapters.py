@@ -38,6 +38,7 @@ from jaxlora.errors import (
 from jaxlora.lora import HEAD_TARGET, Adapter, AdapterRef, check_name
 from jaxlora.model_config import ModelConfig
 from jaxlora.peft import CONFIG_FILE, ImportReport, export_peft, import_peft
+from serve.adapter_quota import AdapterQuota
 from serve.auth import Caller
 from serve.house import ModelCard
 from serve.model_names import names_version
@@ -77,8 +78,8 @@ class AdapterService:
     """What may be done with adapters, over one runner.  Of any thread but the device's.
 
     read_head: the base's head [V, D], which a file may hold a copy of.  staging: a folder for uploads and downloads under
-    way, emptied now.  roots: folders that a server folder must lie in.  check_quota: raises QuotaExceeded for a tenant who
-    may have no more adapters.
+    way, emptied now.  roots: folders that a server folder must lie in.  deleted: told of an adapter
+    of which nothing is left, by its tenant and name.
     """
 
     def __init__(
@@ -89,10 +90,11 @@ class AdapterService:
         read_head: Callable[[], np.ndarray],
         staging: Path,
         roots: Sequence[Path],
-        check_quota: Callable[[str], None],
+        quota: AdapterQuota,
+        deleted: Callable[[str, str], None],
     ):
         self.runner, self._config, self._read_head = runner, config, read_head
-        self._staging, self._check_quota = staging, check_quota
+        self._staging, self._quota, self._deleted = staging, quota, deleted
         self._roots = [root.resolve() for root in roots]
         self._store = runner.engine.store
         self._changes = threading.Lock()  # one at a time: who counts adapters, and who pins
@@ -236,9 +238,8 @@ class AdapterService:
             if not in_place:
                 self._check_free(place)
             known = self._store.versions(tenant, name)
-            if not known:
-                self._check_quota(tenant)
-            elif len(known) >= MAX_VERSIONS:
+            self._quota.check(tenant, adapter.nbytes, another=not known)
+            if len(known) >= MAX_VERSIONS:
                 raise QuotaExceeded(f"{name} has {len(known)} versions; delete some, or the adapter")
             with told_of_disk(f"adapter {name}"):
                 ref = self._store.mint(tenant, name)
@@ -335,6 +336,8 @@ class AdapterService:
             self.runner.catalog.jobs.drop(ref.tenant, ref.name, ref.version if alone else None)
             if self.is_pinned(ref.tenant, ref.name):
                 self._tune_pins(lambda pins: pins)
+            if self._store.latest(ref.tenant, ref.name) is None:
+                self._deleted(ref.tenant, ref.name)
         self.runner.call(lambda: [self.runner.engine.release(r) for r in refs])
 
     def _delete_version(self, ref: AdapterRef) -> None:

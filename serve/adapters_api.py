@@ -38,6 +38,7 @@ from serve.adapters_types import (
 )
 from serve.auth import Caller, caller_of
 from serve.house import ModelCard
+from serve.limits import Limiter
 from serve.multipart import Form, FormRules, receive_form
 from serve.openai_errors import ERRORS, WRITE_ERRORS
 from serve.openapi import Responses, ok
@@ -54,14 +55,14 @@ CHUNK_BYTES = 2**18
 class AdaptersWire:
     """The routes, over one service."""
 
-    def __init__(self, service: AdapterService):
-        self._service = service
+    def __init__(self, service: AdapterService, limiter: Limiter):
+        self._service, self._limiter = service, limiter
         self._transfers: Counter[str] = Counter()  # of each tenant, under way; of the event loop's thread
         self._work = asyncio.Semaphore(MAX_AT_WORK)
 
     @property
     def body_limits(self) -> dict[str, int]:
-        """Path → bytes that its body may have, for the gate."""
+        """For the gate: path → bytes of an adapter."""
         return {UPLOAD_PATH: self._service.limits.total_bytes}
 
     def router(self) -> APIRouter:
@@ -227,11 +228,12 @@ class AdaptersWire:
 
     @contextlib.contextmanager
     def _transfer(self, caller: Caller) -> Generator[None]:
-        """One more under way.  Raises Overloaded when there are as many as may be, of this tenant or of all."""
+        """One more under way.  Raises Overloaded when there are as many as may be, of this tenant or of all; RateLimited."""
         if self._transfers[caller.owner] >= MAX_TRANSFERS_OF_TENANT:
             raise Overloaded(f"{MAX_TRANSFERS_OF_TENANT} of your adapters are on their way in or out; retry later")
         if self._transfers.total() >= MAX_TRANSFERS:
             raise Overloaded(f"{MAX_TRANSFERS} adapters are on their way in or out already; retry later")
+        self._limiter.admit(caller.owner, tokens=0)
         self._transfers[caller.owner] += 1
         try:
             yield

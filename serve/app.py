@@ -39,6 +39,7 @@ from serve.responses_api import ResponsesWire
 OPEN_PATHS = frozenset({"/health", "/ready"})  # answered without a key, also while the server ends
 NO_SHAPES: Mapping[str, Shape] = {}
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
+FORM_BYTES = 64 * 1024  # of a form around what is uploaded
 SLOWEST_UPLOAD_BYTES_S = 500_000  # an upload may take as long as its largest body at this rate, beside body_timeout_s
 GONE = 499  # status of a request whose client left before it had one
 TIMEOUT_HEADER = "x-request-timeout-s"
@@ -58,7 +59,9 @@ class GateConfig:
 
     hosts: Collection[str] | None  # names allowed in Host and Origin; None: any (see `hosts_for`)
     max_body_bytes: int = 4 * 2**20
-    body_limits: Mapping[str, int] = field(default_factory=dict)  # path → bytes, where files are uploaded
+    body_limits: Mapping[str, int] = field(
+        default_factory=dict
+    )  # path → bytes of what is uploaded there, its form aside
     body_timeout_s: float = 60.0  # for the whole body to arrive; more where files are uploaded
     max_request_s: float = 3600.0  # for the whole answer, from the request's first line
 
@@ -71,7 +74,18 @@ class GateConfig:
 
     def limit_bytes(self, path: str) -> int:
         """Bytes that the body of a request for this path may have."""
-        return self.body_limits.get(path, self.max_body_bytes)
+        most = self.body_limits.get(path)
+        return self.max_body_bytes if most is None else most + FORM_BYTES
+
+    def too_large(self, path: str) -> HTTPException:
+        """The error of a longer one: it names the bytes that the client counts."""
+        most = self.body_limits.get(path)
+        return HTTPException(
+            413,
+            f"the body may have at most {self.max_body_bytes} bytes"
+            if most is None
+            else f"what is uploaded here may have at most {most} bytes",
+        )
 
 
 def hosts_for(bind: str) -> Collection[str] | None:
@@ -103,7 +117,7 @@ def create_app(
     in a minute.  door: closed when the server ends.
     routers: the wires beside OpenAI's completions, behind the same gate.  error_shapes: how the wires at these paths
     tell errors.  listeners: hear of each request when it has been answered.  open_paths: that need no key.
-    body_limits: path → bytes, where files are uploaded.
+    body_limits: path → bytes of what is uploaded there, its form aside.
     Raises ConfigInvalid or InvalidRequest for an impossible limit.
     """
     gate = GateConfig(
@@ -222,18 +236,18 @@ class Gate:
 
     async def _enter(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The app's answer to who may ask it.  Raises as the gate does for all others."""
-        headers, limit_bytes = Headers(scope=scope), self._config.limit_bytes(scope["path"])
+        headers, path = Headers(scope=scope), scope["path"]
         self._check_hosts(headers)
-        self._check_length(headers, limit_bytes)
+        self._check_length(headers, path)
         state = scope.setdefault("state", {})
         state["deadline"] = asyncio.get_running_loop().time() + self._limit_s(headers)
-        if scope["path"] in self._open_paths:
-            await self._app(scope, self._bounded(receive, limit_bytes), send)
+        if path in self._open_paths:
+            await self._app(scope, self._bounded(receive, path), send)
         else:
             with self._door.entered():
                 state["caller"] = caller = self._caller_of(HTTPConnection(scope))
                 async with self._door.staying(caller.key_id, send) as send_while_valid:
-                    await self._app(scope, self._bounded(receive, limit_bytes), send_while_valid)
+                    await self._app(scope, self._bounded(receive, path), send_while_valid)
 
     def _check_hosts(self, headers: Headers) -> None:
         """Raises HostRefused for a name that is not ours: DNS rebinding, or another site's script."""
@@ -251,11 +265,11 @@ class Gate:
                     "to serve others, bind the server to another address"
                 )
 
-    def _check_length(self, headers: Headers, limit_bytes: int) -> None:
+    def _check_length(self, headers: Headers, path: str) -> None:
         """Raises 413 for an announced length over the limit, before a byte is read."""
         length = headers.get("content-length", "")
-        if length.isdecimal() and (len(length) > 18 or int(length) > limit_bytes):
-            raise _too_large(limit_bytes)
+        if length.isdecimal() and (len(length) > 18 or int(length) > self._config.limit_bytes(path)):
+            raise self._config.too_large(path)
 
     def _limit_s(self, headers: Headers) -> float:
         """Seconds this request may take.  Raises InvalidRequest for a header that is no such number."""
@@ -269,9 +283,9 @@ class Gate:
             )
         return min(float(asked), self._config.max_request_s)
 
-    def _bounded(self, receive: Receive, limit_bytes: int) -> Receive:
+    def _bounded(self, receive: Receive, path: str) -> Receive:
         """`receive`, with the limits of size and time on the body, and none after it."""
-        limit_s = self._config.body_timeout_s
+        limit_s, limit_bytes = self._config.body_timeout_s, self._config.limit_bytes(path)
         if limit_bytes > self._config.max_body_bytes:
             limit_s += limit_bytes / SLOWEST_UPLOAD_BYTES_S
         seen_bytes, deadline, whole = 0, asyncio.get_running_loop().time() + limit_s, False
@@ -288,11 +302,7 @@ class Gate:
             seen_bytes += len(message.get("body", b""))
             whole = not message.get("more_body", False)
             if seen_bytes > limit_bytes:
-                raise _too_large(limit_bytes)
+                raise self._config.too_large(path)
             return message
 
         return bounded
-
-
-def _too_large(limit_bytes: int) -> HTTPException:
-    return HTTPException(413, f"the body may have at most {limit_bytes} bytes")

@@ -12,43 +12,44 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from jaxlora.durable import told_of_disk
 from jaxlora.errors import Overloaded
 from serve.auth import caller_of
+from serve.byte_ranges import satisfiable
 from serve.database import Database
 from serve.file_store import FileStore, sha256_of
 from serve.files_types import CONTENT, FORM_BODY, FORM_FIELDS, DeletedFile, File, FileList, FilesQuery, upload_form
 from serve.idempotency import HEADER, Once
 from serve.job_objects import page_object
+from serve.limits import Limiter
 from serve.multipart import Form, FormRules, receive_form
-from serve.openai_errors import ERRORS, WRITE_ERRORS
+from serve.openai_errors import ERRORS, RANGE_ERRORS, WRITE_ERRORS
 from serve.openapi import ok
 from serve.records import FileRecord, JsonObject
 from serve.stored_files import over_quota
 
 FILES = "/v1/files"
-MAX_FILE_BYTES = 512 * 2**20
-FORM_BYTES = 64 * 1024  # of a form around its file
 MAX_UPLOADS = 16  # at once
 
 
 class FilesWire:
     """The routes, over one store."""
 
-    def __init__(self, files: FileStore, database: Database, once: Once, *, max_file_bytes: int = MAX_FILE_BYTES):
+    def __init__(self, files: FileStore, database: Database, once: Once, limiter: Limiter, *, max_file_bytes: int):
         """database: on whose threads the store is asked."""
-        self._once = once
+        self._once, self._limiter = once, limiter
         self._files, self._ask, self._run = files, database.ask, database.run
         self._max_file_bytes = max_file_bytes
         self._uploads = 0
 
     @property
     def body_limits(self) -> dict[str, int]:
-        """For the gate: path → bytes of a body."""
-        return {FILES: self._max_file_bytes + FORM_BYTES}
+        """For the gate: path → bytes of a file."""
+        return {FILES: self._max_file_bytes}
 
     def router(self) -> APIRouter:
         """All routes of this wire."""
@@ -58,13 +59,14 @@ class FilesWire:
             ("GET", FILES, self.list, ok(FileList), None),
             ("GET", FILES + "/{id}", self.read, ok(File), None),
             ("DELETE", FILES + "/{id}", self.delete, ok(DeletedFile), None),
-            ("GET", FILES + "/{id}/content", self.content, CONTENT, None),
+            ("GET", FILES + "/{id}/content", self.content, CONTENT | RANGE_ERRORS, None),
         ):
             router.add_api_route(
                 path,
                 handler,
                 methods=[method],
                 response_model=None,
+                response_class=JSONResponse if "model" in responses[200] else Response,
                 responses=responses | ({} if method == "GET" else WRITE_ERRORS),
                 openapi_extra=openapi,
             )
@@ -73,8 +75,9 @@ class FilesWire:
     async def create(self, request: Request) -> Response:
         """A new file, which is checked soon."""
         tenant = caller_of(request).owner
-        room = await self._ask(self._files.room, tenant)
         with self._uploading():
+            self._limiter.admit(tenant, tokens=0)
+            room = await self._ask(self._files.room, tenant)
             folder = await self._ask(self._files.staging)
             try:
                 form = await self._receive(request, folder, room)
@@ -137,8 +140,16 @@ class FilesWire:
         return JSONResponse({"id": record.id, "object": "file", "deleted": True})
 
     async def content(self, request: Request, id: str) -> Response:
-        """The bytes of a file, as they came."""
-        record, path = await self._ask(self._files.find, id, caller_of(request).sees)
+        """The bytes of a file, as they came; or ranges of them.  A Range header that is none is ignored."""
+        caller = caller_of(request)
+        self._limiter.admit(caller.owner, tokens=0)
+        record, path = await self._ask(self._files.find, id, caller.sees)
+        headers = MutableHeaders(scope=request.scope)
+        if (asked := headers.get("range")) is not None:
+            del headers["range"]
+            ranges = satisfiable(asked, record.size_bytes, conditional="if-range" in headers)
+            if ranges is not None:
+                headers["range"] = ranges
         return _FileHere(self._files.here(path), path, record.filename)
 
 

@@ -74,7 +74,14 @@ CONTENT: Responses = {
     200: {
         "description": "the bytes, as they came",
         "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
-    }
+    },
+    206: {
+        "description": "ranges of them",
+        "content": {
+            "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+            "multipart/byteranges": {"schema": {"type": "string"}},
+        },
+    },
 }
 
 

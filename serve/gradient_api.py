@@ -76,14 +76,12 @@ class GradientWire:
         records: StoredGradient,
         answers: StoredAnswers,
         tuner: Tuner | None,
-        check_quota: Callable[[str], None],
         limiter: Limiter | None = None,
         draw: Callable[[], float] = random.random,
     ):
-        """tuner: None for a server that does not train.  check_quota: raises QuotaExceeded for a
-        tenant that has as many adapters as it may have.  limiter: who counts what each tenant asks for.  draw: numbers in [0, 1), which choose among choices."""
+        """tuner: None for a server that does not train.  limiter: who counts what each tenant asks for.  draw: numbers in [0, 1), which choose among choices."""
         self._house, self._config, self._records, self._answers = house, config, records, answers
-        self._tuner, self._check_quota, self._limiter = tuner, check_quota, limiter
+        self._tuner, self._limiter = tuner, limiter
         self._completer = Completer(house, config.max_tokens, draw, limiter)
         self._creating = asyncio.Lock()
         self.base_id = str(uuid.uuid5(NAMESPACE, house.base_name)) + BASE_END
@@ -136,8 +134,9 @@ class GradientWire:
         lora = hyper.lora_hyperparameters or LoraHyperparameters()
         spec, settings = self._spec(lora), self._settings(hyper.training_arguments or TrainingArguments())
         owner, id, now_s = caller_of(request).owner, str(uuid.uuid4()) + ADAPTER_END, time.time()
+        if self._limiter is not None:
+            self._limiter.admit(owner, tokens=0)
         async with self._creating:  # or two of one name would both find it free
-            await asyncio.to_thread(self._check_quota, owner)
             record = GradientRecord(
                 id=id,
                 tenant=owner,

@@ -34,7 +34,10 @@ class Tuner(Protocol):
     """Creates, trains and deletes adapters.  Called on the event loop."""
 
     async def create(self, tenant: str, name: str, spec: LoraSpec, seed: int) -> AdapterRef:
-        """A new adapter that changes nothing yet.  Raises AdapterInvalid for a rank or targets that no slot holds."""
+        """A new adapter that changes nothing yet.
+
+        Raises AdapterInvalid for a rank or targets that no slot holds, QuotaExceeded.
+        """
         ...
 
     async def fine_tune(self, tenant: str, name: str, examples: Sequence[Example], optimizer: Optimizer) -> FineTuned:

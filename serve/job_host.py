@@ -15,6 +15,7 @@ from jaxlora.opened import Opened
 from jaxlora.pool import PoolSpec
 from jaxlora.serve_config import ServeConfig, TrainingSection
 from jaxlora.state_copies import StateCopies
+from serve.adapter_quota import AdapterQuota
 from serve.database import Database
 from serve.job_service import Files, JobService
 from serve.live_jobs import JobNews, JobShelf, LiveJobs, Published
@@ -86,6 +87,7 @@ def make_job_host(
     runner: Runner,
     database: Database,
     files: Files,
+    quota: AdapterQuota,
     remote: Remote | None,
 ) -> JobHost:
     """Jobs over this base that are not started yet.
@@ -117,12 +119,14 @@ def make_job_host(
         ),
         publish_every=training.publish_every,
         listener=mailbox,
+        had_room=quota.had_room,
     )
     stored = StoredJobs(database)
     know_names(runner.catalog.jobs, stored)
     scorer: Scorer | None = None
 
     def published(record: JobRecord, version: Published) -> None:
+        quota.has_room(version.ref)  # for the next one
         assert scorer is not None
         scorer.score(record, version)
 
@@ -133,6 +137,7 @@ def make_job_host(
         runner.catalog.jobs,
         base_lr=default_lr(opened.base.config),
         limits=config.limits,
+        quota=quota,
         published=published,
     )
     mailbox.service = service
@@ -144,7 +149,7 @@ def make_job_host(
             yield path
 
     scorer = Scorer(runner, opened_file, service.recorder.change)
-    tuner = Tuner(live, tuned, None if remote is None else StateCopies(remote.blobs, tuned, "tuned"))
+    tuner = Tuner(live, tuned, quota, None if remote is None else StateCopies(remote.blobs, tuned, "tuned"))
     return JobHost(runner, live, service, tuner, scorer)
 
 

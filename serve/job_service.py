@@ -29,8 +29,10 @@ from jaxlora.errors import (
     Unavailable,
 )
 from jaxlora.lora import Adapter, AdapterRef, LoraSpec
+from jaxlora.pool import adapter_bytes
 from jaxlora.serve_config import LimitsSection
 from serve import fine_tuning
+from serve.adapter_quota import AdapterQuota
 from serve.auth import Caller
 from serve.fine_tuning import Resolved
 from serve.job_objects import results_csv, results_name
@@ -92,6 +94,7 @@ class JobService:
         *,
         base_lr: float,
         limits: LimitsSection,
+        quota: AdapterQuota,
         published: Callable[[JobRecord, Published], None],
     ):
         """base_lr: of a job that names none.  published: told of each version, stored."""
@@ -99,7 +102,7 @@ class JobService:
         self.recorder = JobRecorder(
             stored, names, saved=live.runner.engine.store.wait_saved, published=published, ended=self._ended
         )
-        self._base_lr, self._limits = base_lr, limits
+        self._base_lr, self._limits, self._quota = base_lr, limits, quota
         self._intake = ThreadPoolExecutor(INTAKE_THREADS, "job-intake")
         self._stopping = threading.Event()
         self._deciding = threading.Lock()  # held from a look at a stored job to what follows from it
@@ -113,7 +116,9 @@ class JobService:
         """
         fine_tuning.check(request)
         asked = self._asked(caller.sees, request)
-        self.live.jobs.trainer.seats.check(asked.spec)
+        trainer = self.live.jobs.trainer
+        trainer.seats.check(asked.spec)
+        self._quota.check(caller.owner, adapter_bytes(trainer.base.config, asked.spec), another=True)
         files = [str(request[name]) for name in ("training_file", "validation_file") if request.get(name)]
         scoring = request.get("evaluation")
         if isinstance(scoring, Mapping):

@@ -16,10 +16,12 @@ from serve.auth import caller_of
 from serve.idempotency import Once
 from serve.job_objects import checkpoint_object, event_object, job_object, page_object
 from serve.job_service import JobService
+from serve.jobs_answers import CheckpointList, EventList, JobList, JobObject
 from serve.jobs_types import EventsQuery, JobBody, JobsQuery, PageQuery
+from serve.limits import Limiter
 from serve.openai_errors import ERRORS, WRITE_ERRORS, error_body
 from serve.openai_format import DONE, sse
-from serve.openapi import ok_as, stream
+from serve.openapi import ok
 from serve.records import ENDED, JobRecord, JobStatus, JsonObject
 from serve.strict import refuse_unbuilt
 
@@ -32,27 +34,29 @@ JOBS = "/v1/fine_tuning/jobs"
 class JobsWire:
     """The routes, over one service."""
 
-    def __init__(self, service: JobService, once: Once):
-        self._service, self._once = service, once
+    def __init__(self, service: JobService, once: Once, limiter: Limiter):
+        self._service, self._once, self._limiter = service, once, limiter
 
     def router(self) -> APIRouter:
         """All routes of this wire."""
         router = APIRouter(responses=ERRORS)
-        router.add_api_route(JOBS, self.create, methods=["POST"], response_model=None, responses=WRITE_ERRORS)
-        router.add_api_route(JOBS, self.list, methods=["GET"], response_model=None)
-        router.add_api_route(JOBS + "/{id}", self.read, methods=["GET"], response_model=None)
-        for name, move in (("cancel", self.cancel), ("pause", self.pause), ("resume", self.resume)):
-            path = f"{JOBS}/{{id}}/{name}"
-            router.add_api_route(path, move, methods=["POST"], response_model=None, responses=WRITE_ERRORS)
-        live = ok_as({"application/json": {}} | stream("the job's events, then [DONE]"))
-        path = JOBS + "/{id}/events"
-        router.add_api_route(path, self.events, methods=["GET"], response_class=Response, responses=live)
-        router.add_api_route(JOBS + "/{id}/checkpoints", self.checkpoints, methods=["GET"], response_model=None)
+        for method, path, handler, responses in (
+            ("POST", JOBS, self.create, ok(JobObject) | WRITE_ERRORS),
+            ("GET", JOBS, self.list, ok(JobList)),
+            ("GET", JOBS + "/{id}", self.read, ok(JobObject)),
+            ("POST", JOBS + "/{id}/cancel", self.cancel, ok(JobObject) | WRITE_ERRORS),
+            ("POST", JOBS + "/{id}/pause", self.pause, ok(JobObject) | WRITE_ERRORS),
+            ("POST", JOBS + "/{id}/resume", self.resume, ok(JobObject) | WRITE_ERRORS),
+            ("GET", JOBS + "/{id}/events", self.events, ok(EventList, events="the job's events, then [DONE]")),
+            ("GET", JOBS + "/{id}/checkpoints", self.checkpoints, ok(CheckpointList)),
+        ):
+            router.add_api_route(path, handler, methods=[method], response_model=None, responses=responses)
         return router
 
     async def create(self, request: Request, body: JobBody) -> Response:
         """A new job."""
         refuse_unbuilt(body)
+        self._limiter.admit(caller_of(request).owner, tokens=0)
         asked = body.model_dump(mode="json", exclude_unset=True)
 
         async def make() -> JsonObject:

@@ -1,13 +1,13 @@
-"""How much a tenant may ask for: requests and tokens a minute, and adapters.  Pure.
+"""How much a tenant may ask for: requests and tokens a minute.  Pure.
 
 A minute is any sixty seconds, reckoned as the share of the last whole minute that still counts and all of this one.
 Bytes of files and jobs are counted where they are kept, in one transaction with the one that comes (stored_files,
-stored_jobs).
+stored_jobs), adapters in adapter_quota.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from limits import RateLimitItem, RateLimitItemPerMinute
 from limits.storage import MemoryStorage
@@ -76,14 +76,3 @@ def cost(requests: Sequence[Request]) -> int:
     """Tokens that the requests of one HTTP request may come to: each prompt once, and what every choice may add."""
     prompts = sum(len(r.prompt) for r in requests if r.params.choice == 0)
     return prompts + sum(r.params.max_tokens for r in requests)
-
-
-def adapter_quota(limits: LimitsSection, count: Callable[[str], int]) -> Callable[[str], None]:
-    """A check, before a tenant makes one more adapter, that raises QuotaExceeded.  count: adapters of a tenant."""
-
-    def check(tenant: str) -> None:
-        most = limits.of(tenant).adapters
-        if most is not None and count(tenant) >= most:
-            raise QuotaExceeded(f"you may have {most} adapters; delete one")
-
-    return check

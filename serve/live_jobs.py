@@ -16,7 +16,7 @@ from typing import Protocol
 
 import jax
 
-from jaxlora.errors import AdapterNotFinite, JaxLoraError, Unavailable
+from jaxlora.errors import AdapterNotFinite, JaxLoraError, QuotaExceeded, Unavailable
 from jaxlora.lora import Adapter, AdapterRef, LoraSpec
 from jaxlora.pool import Rows
 from serve.runner import Runner
@@ -127,10 +127,19 @@ class LiveJobs:
     """What `Runner` needs of a trainer, over the jobs of one and its guests."""
 
     def __init__(
-        self, runner: Runner, make_jobs: Callable[[Callable[[], None]], Jobs], *, publish_every: int, listener: Listener
+        self,
+        runner: Runner,
+        make_jobs: Callable[[Callable[[], None]], Jobs],
+        *,
+        publish_every: int,
+        listener: Listener,
+        had_room: Callable[[str, str], bool],
     ):
-        """make_jobs: gets `wake` for Jobs.  publish_every: steps between two versions of a job."""
-        self.runner, self.publish_every, self._listener = runner, publish_every, listener
+        """make_jobs: gets `wake` for Jobs.  publish_every: steps between two versions of a job.
+
+        had_room: whether one more version of a tenant's adapter of this name may stay; it must not wait.
+        """
+        self.runner, self.publish_every, self._listener, self._had_room = runner, publish_every, listener, had_room
         self.jobs = make_jobs(self.poke)
         self._live: dict[str, _Live] = {}
         self._due: list[str] = []  # jobs that are published next
@@ -218,12 +227,13 @@ class LiveJobs:
         job.check_move(to)
         if not live.publish or job.progress.step < live.step or job.progress.step == 0:
             return
+        stays = to == "cancelled" or self._may_stay(job)  # what a cancelled job has learned is its result
         if live.newest is not None and job.progress.step == live.step:
-            if live.newest.version not in live.kept:  # made for `latest`; now it stays
+            if live.newest.version not in live.kept and stays:  # made for `latest`; now it stays
                 self._is_published(job, live.newest, checkpoint=True)
             return
         if job.id in self.jobs.trainer.tenants:
-            self._publish(job.id, checkpoint=True)
+            self._publish(job.id, checkpoint=stays)
             return
         shelf, request = JobShelf(self.runner), job.request
         try:
@@ -232,7 +242,19 @@ class LiveJobs:
         except (JaxLoraError, OSError) as error:
             job.log.add("problem", f"step {job.progress.step} is not published: {said(error)}", level="warn")
         else:
-            self._is_published(job, ref, checkpoint=True)
+            self._is_published(job, ref, checkpoint=stays)
+
+    def _may_stay(self, job: Job) -> bool:
+        """Whether its newest version may be a checkpoint.  Else the next one takes its place, and the job goes on."""
+        room = self._had_room(job.request.owner, job.request.name)
+        if not room:
+            step, code = job.progress.step, QuotaExceeded.code
+            job.log.add(
+                "problem",
+                f"step {step} is no checkpoint ({code}): your adapters have as many bytes as they may; delete some",
+                level="warn",
+            )
+        return room
 
     def _note(self, report: StepReport) -> None:
         """A step of a job is done: it may be due for a version."""
@@ -250,7 +272,7 @@ class LiveJobs:
         if live is None or id not in trainer.tenants:
             return
         job = live.job
-        kept = is_checkpoint(job) if checkpoint is None else checkpoint
+        kept = is_checkpoint(job) and self._may_stay(job) if checkpoint is None else checkpoint
         try:
             ref = self.runner.publish(
                 job.request.owner,

@@ -213,7 +213,7 @@ class MetricsWire:
     def router(self) -> APIRouter:
         """The one route."""
         router = APIRouter(responses=ERRORS)
-        text = ok_as({"text/plain": {"schema": {"type": "string"}}, "application/openmetrics-text": {}})
+        text = ok_as({kind: {"schema": {"type": "string"}} for kind in ("text/plain", "application/openmetrics-text")})
         router.add_api_route(METRICS_PATH, self.read, methods=["GET"], response_class=Response, responses=text)
         return router
 

@@ -20,7 +20,13 @@ RETRY_AFTER_S = 1  # a client waits this long, then asks again; one that reads 0
 LOG = logging.getLogger("serve")
 
 TYPES = {401: "authentication_error", 403: "permission_error", 409: "conflict_error", 429: "rate_limit_error"}
-HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 408: "body_timeout", 413: "body_too_large"}
+HTTP_CODES = {
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "body_timeout",
+    413: "body_too_large",
+    416: "range_not_satisfiable",
+}
 ERROR_STATUSES = {
     400: "a field is wrong, unknown or not supported; `param` names it",
     401: "no valid key",
@@ -66,6 +72,7 @@ def _documented(statuses: Mapping[int, str]) -> dict[int | str, dict]:
 # What any route may answer, for the served document; and a route that changes what is stored beside it.
 ERRORS = _documented(ERROR_STATUSES)
 WRITE_ERRORS = _documented(WRITE_STATUSES)
+RANGE_ERRORS = _documented({416: "no byte of the file is in the Range header"})
 
 
 class UnknownParameter(InvalidRequest):

@@ -51,7 +51,9 @@ class ResponsesWire:
         created = ok(ResponseObject, events="events from response.created to response.completed, incomplete or failed")
         router.add_api_route("/v1/responses", self.create, methods=["POST"], response_model=None, responses=created)
         for method in ("GET", "DELETE"):
-            router.add_api_route("/v1/responses/{id}", self.find, methods=[method], response_model=None)
+            router.add_api_route(
+                "/v1/responses/{id}", self.find, methods=[method], status_code=404, response_model=None
+            )
         return router
 
     async def create(self, request: Request, body: ResponsesBody) -> Response:

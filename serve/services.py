@@ -15,6 +15,7 @@ from jaxlora.config import default_lr
 from jaxlora.disk_copies import Remote
 from jaxlora.opened import Opened
 from jaxlora.serve_config import ServeConfig
+from serve.adapter_quota import AdapterQuota
 from serve.adapters import AdapterService
 from serve.adapters_api import AdaptersWire
 from serve.auth import Caller
@@ -30,7 +31,7 @@ from serve.idempotency import Once
 from serve.job_host import JobHost, make_job_host
 from serve.jobs_api import JobsWire
 from serve.keys import Keys
-from serve.limits import Limiter, adapter_quota
+from serve.limits import Limiter
 from serve.runner import Runner
 from serve.stored_answers import StoredAnswers
 from serve.stored_files import StoredFiles
@@ -38,8 +39,14 @@ from serve.stored_gradient import StoredGradient
 from serve.stored_keys import StoredKeys
 from train.data import Unit
 from train.jsonl import load_jsonl
+from train.kept_examples import KeptExamples
 
+KEPT_EXAMPLES_BYTES = 32 * 2**20  # of training files, read again soon after they came
 LANE_TOKENS = 2048  # of a server that does not train: the longest example that a file may hold
+
+
+def nothing_more(tenant: str, name: str) -> None:
+    """Nobody else keeps anything of an adapter that is deleted."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,29 +85,33 @@ def services(
         training, store, door = config.training, runner.engine.store, Door()
         longest = LANE_TOKENS if training is None else training.lane_tokens
 
-        def load(path: Path) -> Sequence[Unit]:
+        def read(path: Path) -> Sequence[Unit]:
             return load_jsonl(path, opened.tokenizer, max_tokens=longest + 1, loss=None, name="the file")
 
+        load = KeptExamples(read, max_bytes=KEPT_EXAMPLES_BYTES)
         files = FileStore(StoredFiles(database), config.data / "files", load=load, limits=config.limits, remote=remote)
         stack.callback(files.close)
         limiter = Limiter(config.limits)
         most_rank = config.max_rank if training is None or training.max_rank is None else training.max_rank
-        quota = adapter_quota(config.limits, lambda tenant: len(store.list(tenant)))
+        quota, jobs = AdapterQuota(config.limits, store), None
+        if training is not None:
+            jobs = make_job_host(opened, config, training, runner, database, files, quota, remote)
+            stack.callback(jobs.close)
         adapters = AdapterService(
             runner,
             config=opened.base.config,
             read_head=read_head,
             staging=config.data / "adapters-staging",
             roots=config.lora_roots,
-            check_quota=quota,
+            quota=quota,
+            deleted=nothing_more if jobs is None else jobs.tuner.forget,
         )
         once = Once(database)
-        files_wire, adapters_wire = FilesWire(files, database, once), AdaptersWire(adapters)
-        routers, jobs = [files_wire.router(), adapters_wire.router()], None
-        if training is not None:
-            jobs = make_job_host(opened, config, training, runner, database, files, remote)
-            stack.callback(jobs.close)
-            routers.append(JobsWire(jobs.service, once).router())
+        files_wire = FilesWire(files, database, once, limiter, max_file_bytes=config.limits.max_file_bytes)
+        adapters_wire = AdaptersWire(adapters, limiter)
+        routers = [files_wire.router(), adapters_wire.router()]
+        if jobs is not None:
+            routers.append(JobsWire(jobs.service, once, limiter).router())
         gradient = GradientWire(
             runner,
             GradientConfig(
@@ -109,7 +120,6 @@ def services(
             records=StoredGradient(database),
             answers=StoredAnswers(database),
             tuner=None if jobs is None else jobs.tuner,
-            check_quota=quota,
             limiter=limiter,
         )
         routers.append(gradient.router())

@@ -10,6 +10,8 @@ from fastapi.responses import JSONResponse, Response
 from serve.auth import caller_of
 from serve.house import House
 from serve.openai_errors import ERRORS
+from serve.openapi import ok
+from serve.stats_types import StatsObject
 from serve.watch import Watch
 
 STATS_PATH = "/v1/stats"
@@ -24,7 +26,7 @@ class StatsWire:
     def router(self) -> APIRouter:
         """The one route."""
         router = APIRouter(responses=ERRORS)
-        router.add_api_route(STATS_PATH, self.read, methods=["GET"], response_model=None)
+        router.add_api_route(STATS_PATH, self.read, methods=["GET"], response_model=None, responses=ok(StatsObject))
         return router
 
     async def read(self, request: Request) -> Response:

@@ -22,8 +22,9 @@ from jaxlora.checkpoint_writer import CheckpointWriter, Snapshot
 from jaxlora.config import CROSS_ENTROPY, Optimizer
 from jaxlora.errors import AdapterNotFound, JaxLoraError, StorageAway
 from jaxlora.lora import AdapterRef, LoraSpec
-from jaxlora.pool import Rows
+from jaxlora.pool import Rows, adapter_bytes
 from jaxlora.state_copies import StateCopies
+from serve.adapter_quota import AdapterQuota
 from serve.live_jobs import GuestCall, LiveJobs
 from train.data import Example
 from train.state import SlotState, fresh_adapter
@@ -55,8 +56,9 @@ class _Tuned:
 class _Waiting:
     """A caller on an event loop, told by the device thread."""
 
-    def __init__(self, tuner: Tuner, tenant: str, name: str, spec: LoraSpec):
-        self._tuner, self._tenant, self._name, self._spec = tuner, tenant, name, spec
+    def __init__(self, tuner: Tuner, tenant: str, name: str, spec: LoraSpec, keep: int):
+        """keep: versions of the adapter that stay."""
+        self._tuner, self._tenant, self._name, self._spec, self._keep = tuner, tenant, name, spec, keep
         self._loop = asyncio.get_running_loop()
         self.done: asyncio.Future[tuple[FineTuned, SlotState]] = self._loop.create_future()
 
@@ -64,7 +66,7 @@ class _Waiting:
         """Publishes the update; the device thread calls it."""
         runner = self._tuner.live.runner
         try:
-            ref = runner.publish(self._tenant, self._name, self._spec, rows, keep=KEPT_VERSIONS)
+            ref = runner.publish(self._tenant, self._name, self._spec, rows, keep=self._keep)
         except (JaxLoraError, OSError) as error:
             self.failed(error)
             return
@@ -86,11 +88,11 @@ class _Waiting:
 
 
 class Tuner:
-    """Creates, trains and deletes adapters call by call.  Of one event loop, but for `close`."""
+    """Creates, trains and deletes adapters call by call.  Of one event loop, but for `forget` and `close`."""
 
-    def __init__(self, live: LiveJobs, states: Path, copies: StateCopies | None = None):
+    def __init__(self, live: LiveJobs, states: Path, quota: AdapterQuota, copies: StateCopies | None = None):
         """states: folder of the moments.  copies: object storage behind it."""
-        self.live, self._states, self._copies = live, states.absolute(), copies
+        self.live, self._states, self._quota, self._copies = live, states.absolute(), quota, copies
         self._writer = CheckpointWriter(copies=copies)
         self._kept: OrderedDict[tuple[str, str], _Tuned] = OrderedDict()
         self._guard = threading.Lock()
@@ -99,12 +101,14 @@ class Tuner:
     async def create(self, tenant: str, name: str, spec: LoraSpec, seed: int) -> AdapterRef:
         """A new adapter that changes nothing yet, as version 1.
 
-        Raises AdapterInvalid for a rank or targets that no slot holds, InvalidRequest for a bad name, StorageFailed.
+        Raises AdapterInvalid for a rank or targets that no slot holds, InvalidRequest for a bad name, QuotaExceeded,
+        StorageFailed.
         """
 
         def make() -> AdapterRef:
             trainer, store = self.live.jobs.trainer, self.live.runner.engine.store
             trainer.seats.check(spec)
+            self._quota.check(tenant, adapter_bytes(trainer.base.config, spec), another=True)
             self.live.runner.catalog.check_name(tenant, name)
             ref = store.mint(tenant, name)
             store.put(fresh_adapter(trainer.base.config, ref, spec, seed, trainer.base_hash))
@@ -127,7 +131,7 @@ class Tuner:
         async with self._turns.setdefault(key, asyncio.Lock()):
             spec, tuned = await asyncio.to_thread(self._state_of, tenant, name)
             await asyncio.to_thread(self.live.jobs.trainer.check, spec, examples, len(examples), CROSS_ENTROPY)
-            waiting = _Waiting(self, tenant, name, spec)
+            waiting = _Waiting(self, tenant, name, spec, await asyncio.to_thread(self._kept_versions, tenant, name))
             call = GuestCall(
                 name=f"call-{uuid.uuid4().hex}",
                 spec=spec,
@@ -146,18 +150,25 @@ class Tuner:
         """The adapter is gone at once; what runs ends on it.  Raises AdapterNotFound."""
         async with self._turns.setdefault((tenant, name), asyncio.Lock()):
             await asyncio.to_thread(self.live.runner.engine.store.delete, tenant, name)
-            with self._guard:
-                self._kept.pop((tenant, name), None)
-            await asyncio.to_thread(self._forget, tenant, name)
+            self.forget(tenant, name)
         self._turns.pop((tenant, name), None)
+
+    def forget(self, tenant: str, name: str) -> None:
+        """Drops what the calls of an adapter that is gone have learned; its files are removed soon.  From any thread."""
+        with self._guard:
+            self._kept.pop((tenant, name), None)
+        self._writer.discard(f"{tenant}/{name}", self._states / tenant / name)
 
     def close(self) -> None:
         """Waits until all moments are on disk."""
         self._writer.close()
 
-    def _forget(self, tenant: str, name: str) -> None:
-        self._writer.discard(f"{tenant}/{name}", self._states / tenant / name)
-        self._writer.flush()
+    def _kept_versions(self, tenant: str, name: str) -> int:
+        """How many versions there may be after this call; where the tenant's bytes are used up, as many as there are."""
+        versions = self.live.runner.engine.store.versions(tenant, name)
+        if not versions or self._quota.has_room(versions[-1]):
+            return KEPT_VERSIONS
+        return min(len(versions), KEPT_VERSIONS)
 
     def _state_of(self, tenant: str, name: str) -> tuple[LoraSpec, _Tuned]:
         """(what it is, what it has learned) of the newest version.  Reads the disk."""

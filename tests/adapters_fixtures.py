@@ -10,6 +10,8 @@ import pytest
 from adapters_world import Shelf, answer, seeded, shelf_at, upload, zip_of
 from serve_world import check_idle, settle
 
+from jaxlora.serve_config import LimitsSection
+
 NUMBERS = itertools.count()
 
 
@@ -27,7 +29,7 @@ def shelf(running) -> Iterator[Shelf]:
     yield running
     for ref in running.store.list(None):
         running.service.delete(None, f"{ref.tenant}/{ref.name}")
-    running.full.clear()
+    running.quota.limits = LimitsSection()
     assert list((running.service._staging).iterdir()) == []
 
 

@@ -11,7 +11,7 @@ import tarfile
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx2
@@ -21,18 +21,21 @@ from fake_house import serving
 from safetensors.numpy import save
 
 from jaxlora.base_files import base_hash
-from jaxlora.errors import QuotaExceeded, Unauthorized
+from jaxlora.errors import Unauthorized
 from jaxlora.hf import HfSource
 from jaxlora.lora import ALL_TARGETS
 from jaxlora.mesh import make_mesh
 from jaxlora.model import load_base
 from jaxlora.pool import PoolSpec
+from jaxlora.serve_config import LimitsSection
 from jaxlora.store import AdapterStore
+from serve.adapter_quota import AdapterQuota
 from serve.adapters import AdapterService
 from serve.adapters_api import AdaptersWire
 from serve.app import create_app
 from serve.auth import Caller
 from serve.engine import Engine, EngineConfig
+from serve.limits import Limiter
 from serve.runner import Runner
 
 BASE = "owner/tiny"
@@ -91,7 +94,8 @@ class Shelf:
     service: AdapterService
     store: AdapterStore
     root: Path  # the one folder that admins may load from
-    full: set[str] = field(default_factory=set)  # tenants without room for another adapter
+    quota: AdapterQuota
+    deleted: list[tuple[str, str]]  # adapters of which nothing was left
 
     def client(self, who: str) -> httpx2.Client:
         return httpx2.Client(base_url=self.url, headers=as_(who), timeout=30)
@@ -118,21 +122,17 @@ def shelf_at(folder: Path) -> Iterator[Shelf]:
     runner = Runner(Engine(base, mesh, CONFIG, spec, store, Letters(), base_hash(BASE_FOLDER)), base_name=BASE)
     root = folder / "root"
     root.mkdir()
-    full: set[str] = set()
-
-    def check_quota(tenant: str) -> None:
-        if tenant in full:
-            raise QuotaExceeded("no more adapters")
-
+    quota, deleted = AdapterQuota(LimitsSection(), store), []
     service = AdapterService(
         runner,
         config=base.config,
         read_head=lambda: peft_world.base_head("llama"),
         staging=folder / "data" / "staging",
         roots=[root],
-        check_quota=check_quota,
+        quota=quota,
+        deleted=lambda tenant, name: deleted.append((tenant, name)),
     )
-    wire = AdaptersWire(service)
+    wire = AdaptersWire(service, Limiter(LimitsSection()))
     app = create_app(
         runner,
         default_max_tokens=16,
@@ -144,7 +144,7 @@ def shelf_at(folder: Path) -> Iterator[Shelf]:
     runner.start()
     try:
         with serving(app) as url:
-            yield Shelf(url, runner, service, store, root, full)
+            yield Shelf(url, runner, service, store, root, quota, deleted)
     finally:
         runner.stop()
         store.close()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from jaxlora.errors import AdapterInvalid, AdapterNotFinite, AdapterNotFound
+from jaxlora.errors import AdapterInvalid, AdapterNotFinite, AdapterNotFound, QuotaExceeded
 from jaxlora.lora import AdapterRef
 from serve.database import Database
 from serve.gradient_api import GradientWire
@@ -37,6 +37,7 @@ class FakeTuner:
     house: object
     failure: Exception | None = None
     hold: threading.Event | None = None  # a call waits for it
+    most: dict[str, int] = field(default_factory=dict)  # adapters that a tenant may create
     created: list = field(default_factory=list)
     calls: list = field(default_factory=list)
 
@@ -45,6 +46,10 @@ class FakeTuner:
             raise AdapterInvalid(f"rank {spec.rank}, at most {MAX_RANK}")
         if self.failure is not None:
             raise self.failure
+        if sum(made[0] == tenant and made[1] in self.house.adapters for made in self.created) >= self.most.get(
+            tenant, 1000
+        ):
+            raise QuotaExceeded(f"you may have {self.most[tenant]} adapters; delete one")
         self.created.append((tenant, name, spec, seed))
         self.house.adapters[name] = 1
         return AdapterRef(tenant, name, 1)
@@ -73,7 +78,7 @@ class FakeTuner:
 def gradient_over(house, folder, *, longest=50, **how):
     """The Gradient wire over a house, a tuner and an empty database."""
     database = Database(f"sqlite:///{folder / 'gradient.sqlite'}")
-    how = {"tuner": FakeTuner(house), "check_quota": lambda tenant: None} | how
+    how = {"tuner": FakeTuner(house)} | how
     config = GradientConfig(default_lr=3e-4, longest=longest)
     try:
         yield GradientWire(house, config, records=StoredGradient(database), answers=StoredAnswers(database), **how)

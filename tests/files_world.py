@@ -15,11 +15,12 @@ from serve.database import Database
 from serve.file_store import FileStore
 from serve.files_api import FilesWire
 from serve.idempotency import Once
+from serve.limits import Limiter
 from serve.stored_files import StoredFiles
 from train.jsonl import load_jsonl
 
 GOOD = b'{"prompt": "2+2=", "completion": "4"}\n' * 3
-NO_LIMITS = LimitsSection()
+LIMITS = LimitsSection(max_file_bytes=1_000_000)
 load = functools.partial(load_jsonl, tokenizer=ByteTokenizer(), max_tokens=64)
 
 
@@ -30,7 +31,7 @@ def by_header(connection):
 
 
 @contextlib.contextmanager
-def opened(database, root, *, limits=NO_LIMITS, load=load, remote=None):
+def opened(database, root, *, limits=LIMITS, load=load, remote=None):
     files = FileStore(StoredFiles(database), root, load=load, limits=limits, remote=remote)
     try:
         yield files
@@ -39,10 +40,10 @@ def opened(database, root, *, limits=NO_LIMITS, load=load, remote=None):
 
 
 @contextlib.contextmanager
-def files_server(database, root, *, max_file_bytes=1_000_000, limits=NO_LIMITS, load=load, caller_of=by_header, **how):
+def files_server(database, root, *, limits=LIMITS, load=load, caller_of=by_header, **how):
     """(its URL, its files)."""
     with opened(database, root, limits=limits, load=load, **how) as files:
-        wire = FilesWire(files, database, Once(database), max_file_bytes=max_file_bytes)
+        wire = FilesWire(files, database, Once(database), Limiter(limits), max_file_bytes=limits.max_file_bytes)
         app = create_app(
             FakeHouse(),
             default_max_tokens=64,

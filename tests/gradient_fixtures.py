@@ -10,7 +10,6 @@ from fake_house import FakeHouse, serving
 from fake_tuner import FakeTuner, gradient_over
 from gradient_world import API, LONGEST, MOST, by_key, gradientai
 
-from jaxlora.errors import QuotaExceeded
 from serve.app import create_app
 from serve.gradient_errors import gradient_response
 
@@ -20,13 +19,8 @@ def gradient(tmp_path_factory):
     """(house, tuner, wire, url)."""
     house = FakeHouse(context=200)
     house.tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
-    tuner = FakeTuner(house)
-
-    def check_quota(tenant):
-        if tenant == "poor" and len(wire._records.page(tenant, after=None, limit=9).records) >= MOST:
-            raise QuotaExceeded(f"you may have {MOST} adapters")
-
-    how = {"longest": LONGEST, "tuner": tuner, "check_quota": check_quota, "draw": lambda: 0.5}
+    tuner = FakeTuner(house, most={"poor": MOST})
+    how = {"longest": LONGEST, "tuner": tuner, "draw": lambda: 0.5}
     with gradient_over(house, tmp_path_factory.mktemp("gradient"), **how) as wire:
         app = create_app(
             house,

@@ -16,6 +16,7 @@ from jaxlora.disk_copies import Remote
 from jaxlora.errors import Unauthorized
 from jaxlora.opened import Opened
 from jaxlora.serve_config import LimitsSection, ServeConfig, TrainingSection, serve_defaults
+from serve.adapter_quota import AdapterQuota
 from serve.app import create_app
 from serve.auth import Caller
 from serve.database import Database
@@ -23,6 +24,7 @@ from serve.file_store import FileStore
 from serve.idempotency import Once
 from serve.job_host import JobHost, make_job_host
 from serve.jobs_api import JobsWire
+from serve.limits import Limiter
 from serve.runner import Runner
 from serve.stored_files import StoredFiles
 from train.jsonl import load_jsonl
@@ -76,6 +78,7 @@ class Server:
             tokenizer=world.tokenizer,
             base_hash=world.base_hash,
         )
+        self.quota = AdapterQuota(self.config.limits, self.runner.engine.store)
         self.host: JobHost = make_job_host(
             opened,
             self.config,
@@ -83,13 +86,16 @@ class Server:
             self.runner,
             self.database,
             self.files,
+            self.quota,
             remote,
         )
 
     def stop(self, *, hard: bool = False) -> None:
         """Ends it; hard: without saving what jobs have learned, as far as a process can do that to itself."""
         self.runner.stop()
-        if not hard:
+        if hard:
+            self.host.service.recorder.flush()  # or its thread would open the database again
+        else:
             self.host.close()
         self.files.close()
         self.database.close()
@@ -103,7 +109,7 @@ class Server:
             self.runner,
             default_max_tokens=16,
             caller_of=by_key,
-            routers=[JobsWire(self.host.service, Once(self.database)).router()],
+            routers=[JobsWire(self.host.service, Once(self.database), Limiter(self.config.limits)).router()],
         )
         try:
             with serving(app) as url:

@@ -105,7 +105,14 @@ class LiveWorld:
                 wake=wake,
             )
 
-        self.live = LiveJobs(self.runner, make, publish_every=publish_every, listener=self.heard)
+        self.full: set[str] = set()  # tenants without room for another version
+        self.live = LiveJobs(
+            self.runner,
+            make,
+            publish_every=publish_every,
+            listener=self.heard,
+            had_room=lambda tenant, name: tenant not in self.full,
+        )
 
     def run(self) -> int:
         """Until nothing is left to do; the parts it took."""

@@ -27,6 +27,7 @@ from adapters_world import (
 )
 
 from jaxlora.errors import StorageFailed
+from serve.app import FORM_BYTES
 
 pytest_plugins = ["adapters_fixtures"]
 MIB = 2**20
@@ -60,8 +61,11 @@ def test_more_bytes_than_an_adapter_of_this_base_has_are_refused_A6(shelf, acme,
     headers = {"content-type": "multipart/form-data; boundary=x"}
     chunks = (c for part in ([head], pieces) for c in part)
     assert error_of(acme.post("/v1/adapters", content=chunks, headers=headers))[:2] == (413, "body_too_large")
-    status, body = exchange(shelf.url, "POST", "/v1/adapters", headers | {"content-length": str(limit + 1)})
+    status, body = exchange(
+        shelf.url, "POST", "/v1/adapters", headers | {"content-length": str(limit + FORM_BYTES + 1)}
+    )
     assert (status, body["error"]["code"]) == (413, "body_too_large")  # before a byte of it
+    assert f"at most {limit} bytes" in body["error"]["message"]
     # Other routes keep their own limit.
     assert error_of(acme.post("/v1/completions", content=bytes(300_000)))[:2] == (413, "body_too_large")
 

@@ -23,6 +23,7 @@ from schemathesis.specs.openapi.checks import (
 )
 from whole_world import joined, whole_config
 
+from jaxlora.serve_config import LimitsSection
 from jaxlora.store import AdapterStore
 from serve.app import create_app
 from serve.database import Database
@@ -31,6 +32,7 @@ from serve.gradient_api import GradientWire
 from serve.gradient_errors import API, gradient_response
 from serve.gradient_house import GradientConfig
 from serve.idempotency import Once
+from serve.limits import Limiter
 from serve.openapi import DOCUMENT_PATH
 from serve.stored_answers import StoredAnswers
 from serve.stored_gradient import StoredGradient
@@ -53,10 +55,12 @@ def wires(tmp_path_factory):
             records=StoredGradient(database),
             answers=StoredAnswers(database),
             tuner=FakeTuner(house),
-            check_quota=lambda tenant: None,
         )
         with opened(database, folder / "files") as files:
-            routers = [FilesWire(files, database, Once(database)).router(), gradient.router()]
+            routers = [
+                FilesWire(files, database, Once(database), Limiter(LimitsSection()), max_file_bytes=2**20).router(),
+                gradient.router(),
+            ]
             shapes = {API: gradient_response}
             with serving(create_app(house, default_max_tokens=16, routers=routers, error_shapes=shapes)) as url:
                 yield url

@@ -43,6 +43,20 @@ def test_created_needs_no_weights(open_store, tmp_path):
     assert open_store().created(ref) == store.created(ref)
 
 
+def test_bytes_need_no_weights(open_store, tmp_path, monkeypatch):
+    store = open_store()
+    ref = put(store).ref
+    assert store.nbytes(ref) == store.get(ref).nbytes == 4 * (2 * 4 * (16 + 24) + 4 * (16 + 40))
+    store.close()
+    for path in (tmp_path / "adapters/acme/bot/1/weights").rglob("*"):
+        if path.is_file():
+            path.unlink()
+    again = open_store()
+    assert again.nbytes(ref) == store.nbytes(ref)
+    monkeypatch.setattr(version_files, "describe", None)  # read once, then kept
+    assert again.nbytes(ref) == store.nbytes(ref)
+
+
 def test_rank_needs_no_weights(open_store, tmp_path, monkeypatch):
     store = open_store()
     ref = put(store).ref

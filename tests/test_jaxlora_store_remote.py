@@ -82,6 +82,7 @@ def test_another_machine_finds_every_version_and_reads_what_is_asked(machine):
     assert store.list(None) == [adapters[1].ref, adapters[2].ref, adapters[3].ref]
     assert {a.ref: store.created(a.ref) for a in adapters} == created
     assert [store.rank(a.ref) for a in adapters] == [a.spec.max_rank for a in adapters]
+    assert [store.nbytes(a.ref) for a in adapters] == [a.nbytes for a in adapters]
     assert "read" not in FAULTS.calls
     for adapter in adapters:
         assert same(store.get(adapter.ref), adapter)

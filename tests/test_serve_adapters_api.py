@@ -26,6 +26,8 @@ from adapters_world import (
 )
 from safetensors.numpy import load
 
+from jaxlora.serve_config import LimitsSection, NamedLimits
+
 pytest_plugins = ["adapters_fixtures"]
 ON_LLAMA = [n for n in peft_world.ACCEPTED if peft_world.load_fixture(n).base == "llama"]
 
@@ -158,6 +160,7 @@ def test_a_version_is_deleted_alone(shelf, acme, bot):
     assert ids(acme.get(f"/v1/adapters/{bot}/versions")) == [f"{bot}@2", f"{bot}@1"]
     assert answer(acme, bot) == second
     assert acme.delete(f"/v1/adapters/{bot}@3").status_code == 404
+    assert ("acme", bot) not in shelf.deleted
 
 
 def test_openai_s_client_deletes_a_model_and_not_the_base(shelf, acme, bot):
@@ -165,6 +168,7 @@ def test_openai_s_client_deletes_a_model_and_not_the_base(shelf, acme, bot):
     with openai.OpenAI(base_url=shelf.url + "/v1", api_key="acme", max_retries=0) as client:
         deleted = client.models.delete(bot)
         assert (deleted.id, deleted.object, deleted.deleted) == (bot, "model", True)
+        assert ("acme", bot) in shelf.deleted
         with pytest.raises(openai.NotFoundError) as caught:
             client.models.delete(bot)
         assert caught.value.code == "model_not_found"
@@ -290,11 +294,33 @@ def test_no_key_no_answer(shelf, bot):
 
 def test_a_full_tenant_gets_no_new_name_and_still_new_versions(shelf, acme, bot):
     upload(acme, bot, zip_of(seeded(1)))
-    shelf.full.add("acme")
+    shelf.quota.limits = LimitsSection(adapters=1)
     response = upload(acme, "another", zip_of(seeded(1)))
     assert error_of(response)[:2] == (429, "insufficient_quota")
     assert response.headers["x-should-retry"] == "false"
     assert upload(acme, bot, zip_of(seeded(2))).json()["version"] == 2
+
+
+def test_bytes_of_all_versions_are_bounded(shelf, acme, root, zoo, bot):
+    upload(acme, bot, zip_of(seeded(1)))
+    each = shelf.store.get(shelf.store.latest("acme", bot)).nbytes
+    write_files(shelf.root / bot, seeded(3))
+    shelf.quota.limits = LimitsSection(tenant=(NamedLimits(name="acme", adapter_bytes=3 * each - 1),))
+    assert upload(acme, bot, zip_of(seeded(2))).status_code == 200
+    load = {"lora_name": f"acme/{bot}", "lora_path": str(shelf.root / bot), "load_inplace": True}
+    for response in (
+        upload(acme, bot, zip_of(seeded(2))),
+        upload(acme, "another", zip_of(seeded(2))),
+        root.post("/v1/load_lora_adapter", json=load),
+    ):
+        status, code, message = error_of(response)
+        assert (status, code) == (429, "insufficient_quota")
+        assert f"{3 * each - 1} bytes together; {each - 1} are left, and this one has {each}" in message
+        assert response.headers["x-should-retry"] == "false"
+    assert len(shelf.store.versions("acme", bot)) == 2
+    assert upload(zoo, bot, zip_of(seeded(2))).status_code == 200
+    acme.delete(f"/v1/adapters/{bot}@1")
+    assert root.post("/v1/load_lora_adapter", json=load).status_code == 200
 
 
 @pytest.mark.parametrize("limit", ["MAX_TRANSFERS", "MAX_TRANSFERS_OF_TENANT"])

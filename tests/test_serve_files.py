@@ -109,6 +109,48 @@ class TestWithOpenAIsClient:
         assert (path.read_bytes(), path.name, path.parent.name) == (content, file.id, "acme")
         assert client.files.wait_for_processing(file.id, poll_interval=0.02).status == "error"
 
+    @pytest.mark.parametrize(
+        ("asked", "status", "content"),
+        [
+            ("bytes=0-3", 206, b"0123"),
+            ("bytes=5-", 206, b"56789"),
+            ("bytes=-3", 206, b"789"),
+            ("bytes=8-99999999999999", 206, b"89"),
+            ("BYTES=-99", 206, b"0123456789"),
+            ("bytes=0-3, 90-99", 206, b"0123"),  # the other has nothing
+            ("bytes=0-1,4-5", 206, None),
+            ("bytes=3-1", 200, b"0123456789"),
+            ("bytes=", 200, b"0123456789"),
+            ("bytes=,", 200, b"0123456789"),
+            ("bytes=-", 200, b"0123456789"),
+            ("bytes=a-b", 200, b"0123456789"),
+            ("bytes=1-2-3", 200, b"0123456789"),
+            ("bytes=1-2,x", 200, b"0123456789"),
+            ("bytes=" + "9" * 5000 + "-", 200, b"0123456789"),
+            ("lines=0-3", 200, b"0123456789"),
+            ("nonsense", 200, b"0123456789"),
+            ("bytes=10-", 416, None),
+            ("bytes=-0", 416, None),
+            ("bytes=10-11,90-", 416, None),
+        ],
+    )
+    def test_ranges(self, client, server, asked, status, content):
+        file = upload(client, b"0123456789")
+        url, headers = f"{server[0]}/v1/files/{file.id}/content", {"authorization": "Bearer acme", "range": asked}
+        answer = httpx2.get(url, headers=headers)
+        assert answer.status_code == status, answer.text
+        if content is not None:
+            assert answer.content == content
+        if status == 416:
+            assert answer.headers["content-range"] == "bytes */10"
+            error = answer.json()["error"]
+            assert (error["type"], error["code"]) == ("invalid_request_error", "range_not_satisfiable")
+        elif content is None:
+            assert answer.headers["content-type"].startswith("multipart/byteranges")
+            assert b"\r\n\r\n01\r\n" in answer.content
+        headers["if-range"] = '"another"'
+        assert httpx2.get(url, headers=headers).content == b"0123456789"
+
     def test_a_path_is_no_name(self, server):
         for sent in ("../../etc/passwd", "C:\\data\\passwd"):
             answer = post(server[0], data={"purpose": "fine-tune"}, files={"file": (sent, GOOD)})
@@ -179,9 +221,10 @@ class TestRefused:
         assert answer.json()["error"]["param"] == query.partition("=")[0]
 
     def test_a_file_over_the_limit(self, server, root):
-        for headers in ({}, {"transfer-encoding": "chunked"}):
-            answer = post(server[0], **{**FORM, "files": {"file": ("a", b"x" * 1_000_001)}}, headers=headers)
+        for headers, nbytes in (({}, 1_000_001), ({}, 2_000_000), ({"transfer-encoding": "chunked"}, 1_000_001)):
+            answer = post(server[0], **{**FORM, "files": {"file": ("a", b"x" * nbytes)}}, headers=headers)
             assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
+            assert "at most 1000000 bytes" in answer.json()["error"]["message"]
         assert on_disk(root) == []
 
     def test_other_paths_keep_their_small_limit(self, server):

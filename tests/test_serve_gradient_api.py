@@ -372,7 +372,6 @@ def test_a_server_that_does_not_train_says_so(world):
         records=records,
         answers=world.wire._answers,
         tuner=None,
-        check_quota=lambda _: None,
     )
     app = create_app(house, default_max_tokens=8, routers=[wire.router()], error_shapes={API: gradient_response})
     headers = {"x-gradient-workspace-id": "empty"}
@@ -392,7 +391,6 @@ def test_answers_and_training_count_against_the_minute(world):
         records=world.wire._records,
         answers=world.wire._answers,
         tuner=FakeTuner(house),
-        check_quota=lambda _: None,
         limiter=Limiter(LimitsSection(tokens_per_minute=60)),
     )
     app = create_app(

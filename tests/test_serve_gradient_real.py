@@ -12,6 +12,8 @@ from gradient_world import API, gradientai
 from gradientai.openapi.client import exceptions as told
 from jobs_api_world import BASE, LANE_TOKENS, Server, by_key
 
+from jaxlora.serve_config import LimitsSection
+from serve.adapters import AdapterService
 from serve.app import create_app
 from serve.gradient_api import GradientWire
 from serve.gradient_errors import gradient_response
@@ -35,7 +37,6 @@ def server(world, tmp_path_factory):
         records=StoredGradient(it.database),
         answers=StoredAnswers(it.database),
         tuner=it.host.tuner,
-        check_quota=lambda _: None,
     )
     app = create_app(
         it.runner,
@@ -97,7 +98,63 @@ def test_create_train_three_times_ask_and_delete(world, server, sdk):
     assert store.latest("acme", "sums") is None
 
 
-def test_a_choice_is_the_one_that_was_trained(world, sdk):
+@pytest.mark.parametrize("way", ["gradient", "adapters", "its versions"])
+def test_what_its_calls_have_learned_goes_with_an_adapter(server, sdk, tmp_path, way):
+    it = server[0]
+    name, store, tuner = f"gone-{way.replace(' ', '-')}", it.runner.engine.store, it.host.tuner
+    adapter = sdk.get_base_model(base_model_slug=BASE.rpartition("/")[2]).create_model_adapter(name=name)
+    adapter.fine_tune(samples=SAMPLES)
+    moments = it.config.data / "tuned/acme" / name
+    tuner._writer.flush()
+    assert list(moments.iterdir())
+    service = AdapterService(
+        it.runner,
+        config=it.host.live.jobs.trainer.base.config,
+        read_head=lambda: None,
+        staging=tmp_path / "staging",
+        roots=(),
+        quota=it.quota,
+        deleted=tuner.forget,
+    )
+    if way == "gradient":
+        adapter.delete()
+    elif way == "adapters":
+        service.delete("acme", name)
+    else:
+        for ref in store.versions("acme", name):
+            assert moments.exists()
+            service.delete("acme", f"{name}@{ref.version}")
+    tuner._writer.flush()
+    assert store.latest("acme", name) is None
+    assert not moments.exists()
+    assert ("acme", name) not in tuner._kept
+
+
+def test_without_room_for_more_versions_a_call_replaces_the_oldest(server, sdk, monkeypatch):
+    it = server[0]
+    base = sdk.get_base_model(base_model_slug=BASE.rpartition("/")[2])
+    adapter = base.create_model_adapter(name="full")
+    store = it.runner.engine.store
+    each = store.nbytes(store.latest("acme", "full"))
+    monkeypatch.setattr(it.quota, "limits", LimitsSection(adapter_bytes=10**12))
+    used = 10**12 - it.quota.left_bytes("acme")
+    monkeypatch.setattr(it.quota, "limits", LimitsSection(adapter_bytes=used + 2 * each))
+    losses, versions = [], []
+    for _ in range(4):
+        losses.append(adapter.fine_tune(samples=SAMPLES).sum_loss)
+        versions.append([r.version for r in store.versions("acme", "full")])
+    assert versions == [[1, 2], [1, 2, 3], [2, 3, 4], [3, 4, 5]]
+    assert losses == sorted(losses, reverse=True)
+    with pytest.raises(told.ApiException) as caught:
+        base.create_model_adapter(name="more")
+    assert caught.value.status == 429
+    assert json.loads(caught.value.body)["type"] == "failed"
+    adapter.delete()
+    base.create_model_adapter(name="more").delete()
+
+
+def test_a_choice_is_the_one_that_was_trained(world, sdk, monkeypatch):
+    monkeypatch.setattr("serve.gradient_api.secrets.randbelow", lambda most: 7)  # one draw in ten learns too slowly
     base = sdk.get_base_model(base_model_slug=BASE.rpartition("/")[2])
     adapter = base.create_model_adapter(name="chooser", learning_rate=0.05)
     ask = {"query": "colour?", "auto_template": False, "temperature": 0}

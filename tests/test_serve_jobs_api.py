@@ -9,9 +9,14 @@ import httpx2
 import openai
 import pytest
 from jobs_api_world import BASE, Server, lines
+from pydantic import TypeAdapter
 
 from jaxlora.errors import StateInvalid
+from jaxlora.lora import LoraSpec
+from jaxlora.pool import adapter_bytes
+from jaxlora.serve_config import LimitsSection
 from serve.adapters import AdapterService
+from serve.jobs_answers import CheckpointList, EventList, JobList, JobObject
 
 pytest_plugins = ["serve_fixtures"]
 ENDED = ("succeeded", "failed", "cancelled")
@@ -35,7 +40,8 @@ def adapters(server, tmp_path_factory):
         read_head=lambda: None,
         staging=tmp_path_factory.mktemp("staging") / "adapters",
         roots=(),
-        check_quota=lambda tenant: None,
+        quota=server[0].quota,
+        deleted=lambda tenant, name: None,
     )
 
 
@@ -103,16 +109,36 @@ def test_a_job_becomes_a_model(server, acme):
     assert done.fine_tuned_model in [m.id for m in acme.models.list()]
 
 
+@pytest.mark.parametrize("method", ["supervised", "dpo"])
+def test_answers_are_what_the_document_says(server, acme, method):
+    """Of a job that has just come, of one that has ended, of their events and checkpoints; types are checked strictly."""
+    file = file_of(server, acme)  # not of pairs: the job of dpo fails, and is one all the same
+    how = {"type": method, method: {"hyperparameters": {"n_epochs": 2}}}
+    metadata = {"a": "b"} if method == "dpo" else None
+    job = create(server, acme, training_file=file, method=how, metadata=metadata).id
+
+    def told(path=""):
+        answer = httpx2.get(f"{server[1]}/v1/fine_tuning/jobs{path}", headers=acme.auth_headers)
+        assert answer.status_code == 200, answer.text
+        return answer.text
+
+    ended = False
+    while not ended:
+        shown = TypeAdapter(JobObject).validate_json(told(f"/{job}"), strict=True)
+        TypeAdapter(JobList).validate_json(told(), strict=True)
+        events = TypeAdapter(EventList).validate_json(told(f"/{job}/events"), strict=True)
+        checkpoints = TypeAdapter(CheckpointList).validate_json(told(f"/{job}/checkpoints"), strict=True)
+        ended = shown["status"] in ENDED
+        time.sleep(0 if ended else 0.05)
+    assert events["data"]
+    assert bool(checkpoints["data"]) is (method == "supervised")
+    assert (shown["error"] is None) is (method == "supervised")
+
+
 def test_a_repeated_request_makes_one_job(server, acme):
     file = file_of(server, acme)
     jobs = [
-        create(
-            server,
-            acme,
-            training_file=file,
-            extra_headers={"Idempotency-Key": key},
-            extra={"lora": LORA, "max_steps": 5000},
-        ).id
+        create(server, acme, training_file=file, extra_headers={"Idempotency-Key": key}, extra={"max_steps": 5000}).id
         for key in ("once", "once", "twice")
     ]
     assert (jobs[0] == jobs[1], jobs[0] == jobs[2]) == (True, False)
@@ -231,6 +257,32 @@ def test_too_many_jobs_are_over_the_quota(server, acme):
     for job in jobs:
         acme.fine_tuning.jobs.cancel(job.id)
     wait_for(acme, create(server, acme).id, "succeeded")
+
+
+def test_a_job_whose_versions_have_no_room_goes_on_and_the_next_job_is_refused(server, acme, monkeypatch):
+    it = server[0]
+    each = adapter_bytes(
+        it.host.live.jobs.trainer.base.config,
+        LoraSpec(rank=LORA["r"], alpha=1.0, targets=tuple(LORA["target_modules"])),
+    )
+    monkeypatch.setattr(it.quota, "limits", LimitsSection(adapter_bytes=3 * each))
+    job = create(server, acme, extra={"checkpoint_every": 1, "max_steps": 30})
+    done = wait_for(acme, job.id, "succeeded")
+    checkpoints = acme.fine_tuning.jobs.checkpoints.list(job.id, limit=100).data
+    assert checkpoints[0].step_number == 30
+    assert 3 <= len(checkpoints) < 30
+    told = [e for e in acme.fine_tuning.jobs.list_events(job.id, limit=100) if "no checkpoint" in e.message]
+    assert len(checkpoints) + len(told) == 30
+    assert {e.level for e in told} == {"warn"}
+    store = it.runner.engine.store
+    refs = [v for ref in store.list(acme.api_key) for v in store.versions(acme.api_key, ref.name)]
+    assert {c.step_number for c in checkpoints} <= {r.version for r in refs}
+    assert len(refs) <= len(checkpoints) + 3  # those for `latest`
+    assert {store.nbytes(r) for r in refs} == {each}
+    with pytest.raises(openai.RateLimitError) as caught:
+        create(server, acme)
+    assert (caught.value.code, caught.value.response.headers["x-should-retry"]) == ("insufficient_quota", "false")
+    assert acme.completions.create(model=done.fine_tuned_model, prompt="say", max_tokens=2).choices
 
 
 def test_a_job_goes_on_from_an_adapter(server, acme):

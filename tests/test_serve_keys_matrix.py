@@ -7,7 +7,6 @@ byte for byte, that to an id which nobody has.  A new route with an id in its pa
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 
@@ -15,14 +14,15 @@ import httpx2
 import pytest
 from database_world import checkpoint_record, event, gradient_record, job_record
 from fake_house import serving
-from starlette.routing import BaseRoute, Route
-from whole_world import joined, whole_config
+from starlette.routing import Route
+from whole_world import WORKSPACE, bearer, joined, leaves, whole_config
 
 from jaxlora.lora import AdapterRef
 from jaxlora.store import AdapterStore
 from serve.app import OPEN_PATHS
 from serve.database import Database
 from serve.keys import create_key
+from serve.openapi import DOCUMENT_PATH
 from serve.stored_gradient import StoredGradient
 from serve.stored_jobs import StoredJobs
 from serve.stored_keys import StoredKeys
@@ -38,7 +38,6 @@ IDS = {
     "MODEL": ("ft:tiny:owner:bot:0123456789ab", "ft:tiny:owner:bot:ffffffffffff"),
     "CHECKPOINT": ("ft:tiny:owner:bot:0123456789ab:ckpt-step-10", "ft:tiny:owner:bot:ffffffffffff:ckpt-step-10"),
 }
-WORKSPACE = "lab"
 HI = [{"role": "user", "content": "hi"}]
 # (method, path, JSON body).  The path of a route with an id is written as the route is, the id in the place of {…}.
 MATRIX = [
@@ -135,11 +134,6 @@ def whole(world, tmp_path_factory):
     store.close()
 
 
-def bearer(key):
-    """With the workspace that Gradient's wire wants."""
-    return {"authorization": f"Bearer {key}", "x-gradient-workspace-id": WORKSPACE}
-
-
 def written(whole, value, which):
     """The path or body with ids in the place of their words: the owner's, or nobody's."""
     if isinstance(value, dict):
@@ -170,17 +164,6 @@ def routes(whole):
     return sorted(set(found))
 
 
-def leaves(routes: Sequence[BaseRoute]) -> Iterator[Route]:
-    """The routes of an app, those of its routers too.  Another kind of route, such as a mount, would be one to look into."""
-    for route in routes:
-        router = getattr(route, "original_router", None)
-        if router is None:
-            assert isinstance(route, Route), route
-            yield route
-        else:
-            yield from leaves(router.routes)
-
-
 def test_every_route_needs_a_key_but_health(whole):
     assert len(routes(whole)) > 25
     open_ones = set()
@@ -207,6 +190,19 @@ def test_anothers_object_is_told_like_one_that_is_not_there(whole, row):
     assert [h for h in foreign.headers.items() if h[0] not in drop] == [
         h for h in unknown.headers.items() if h[0] not in drop
     ]
+
+
+def test_the_document_types_every_answer(whole):
+    document = httpx2.get(whole.url + DOCUMENT_PATH, headers=bearer(whole.owner)).json()
+    answers = {
+        (method, path, media): content.get("schema", content.get("itemSchema"))
+        for path, operations in document["paths"].items()
+        for method, operation in operations.items()
+        for media, content in operation["responses"].get("200", {"content": {}})["content"].items()
+    }
+    assert len(answers) > 30
+    assert [k for k, schema in answers.items() if not schema or not schema.keys() & {"$ref", "type"}] == []
+    assert [k for k, schema in answers.items() if k[2] == "application/json" and "$ref" not in schema] == []
 
 
 def test_lists_have_nothing_of_another_tenants(whole):

@@ -1,4 +1,4 @@
-"""Requests and tokens a minute, by tenant; and what a client is told."""
+"""Requests and tokens a minute, adapters and their bytes, by tenant; and what a client is told."""
 
 import time
 
@@ -6,11 +6,13 @@ import openai
 import pytest
 from fake_house import BASE, HI, FakeHouse, serving
 
-from jaxlora.errors import QuotaExceeded, RateLimited
+from jaxlora.errors import QuotaExceeded, RateLimited, StorageFailed
+from jaxlora.lora import AdapterRef
 from jaxlora.serve_config import LimitsSection, NamedLimits
+from serve.adapter_quota import AdapterQuota
 from serve.app import create_app
 from serve.auth import Caller
-from serve.limits import Limiter, adapter_quota
+from serve.limits import Limiter
 
 WHOLE_MINUTE = 1_700_000_040.0  # a multiple of 60
 
@@ -85,13 +87,63 @@ class TestLimiter:
             Limiter(LimitsSection(tokens_per_minute=100)).admit("acme", tokens=101)
 
 
-def test_adapters_are_counted_before_one_more():
-    counts = {"acme": 1, "other": 2}
-    check = adapter_quota(LimitsSection(adapters=2), counts.__getitem__)
-    check("acme")
-    with pytest.raises(QuotaExceeded, match="2 adapters"):
-        check("other")
-    adapter_quota(LimitsSection(), counts.__getitem__)("other")
+class Shelf:
+    """A store of versions, each of some bytes."""
+
+    def __init__(self, sizes):
+        self.sizes = {AdapterRef(t, n, v): b for (t, n, v), b in sizes.items()}
+        self.asked = 0
+
+    def list(self, tenant):
+        return [r for r in self.sizes if r.tenant == tenant and r == self.versions(tenant, r.name)[-1]]
+
+    def versions(self, tenant, name):
+        return sorted(r for r in self.sizes if (r.tenant, r.name) == (tenant, name))
+
+    def nbytes(self, ref):
+        self.asked += 1
+        if self.sizes[ref] is None:
+            raise StorageFailed("damaged")
+        return self.sizes[ref]
+
+
+class TestAdapterQuota:
+    @pytest.fixture
+    def shelf(self):
+        return Shelf({("acme", "a", 1): 10, ("acme", "a", 2): 10, ("acme", "b", 1): 5, ("zoo", "a", 1): 99})
+
+    def test_adapters_are_counted_before_one_more(self, shelf):
+        quota = AdapterQuota(LimitsSection(adapters=2), shelf)
+        quota.check("zoo", 1, another=True)
+        quota.check("acme", 1, another=False)
+        with pytest.raises(QuotaExceeded, match="2 adapters"):
+            quota.check("acme", 1, another=True)
+        AdapterQuota(LimitsSection(), shelf).check("acme", 1, another=True)
+        assert shelf.asked == 0  # nobody's bytes are limited
+
+    @pytest.mark.parametrize("another", [True, False])
+    def test_bytes_of_all_versions_are_counted(self, shelf, another):
+        quota = AdapterQuota(LimitsSection(adapter_bytes=40), shelf)
+        quota.check("acme", 15, another=another)
+        with pytest.raises(QuotaExceeded, match=r"40 bytes together; 15 are left, and this one has 16"):
+            quota.check("acme", 16, another=another)
+        with pytest.raises(QuotaExceeded, match=r" 0 are left"):
+            quota.check("zoo", 1, another=another)
+
+    def test_room_for_another_like_this_is_remembered_until_it_is_asked_again(self, shelf):
+        quota = AdapterQuota(LimitsSection(adapter_bytes=34), shelf)
+        a, b = AdapterRef("acme", "a", 2), AdapterRef("acme", "b", 1)
+        assert quota.had_room("acme", "a")
+        assert (quota.has_room(a), quota.has_room(b)) == (False, True)
+        assert (quota.had_room("acme", "a"), quota.had_room("acme", "b")) == (False, True)
+        del shelf.sizes[b]
+        assert not quota.had_room("acme", "a")
+        assert quota.has_room(a)
+        assert quota.had_room("acme", "a")
+
+    def test_what_nobody_can_have_has_no_bytes(self, shelf):
+        shelf.sizes[AdapterRef("acme", "a", 1)] = None
+        assert AdapterQuota(LimitsSection(adapter_bytes=40), shelf).left_bytes("acme") == 25
 
 
 class TestOverHttp:

@@ -43,6 +43,34 @@ def test_versions_that_are_no_checkpoints_make_way(live):
     assert kept <= left <= kept | set(newest)
 
 
+def test_without_room_for_more_versions_a_job_goes_on_and_its_versions_make_way(live):
+    live.full.add("full")
+    live.live.create("ftjob-i", job(11, owner="full", steps=14, checkpoint_every=2), publish=True)
+    while live.live.jobs.get("full", "ftjob-i").progress.step < 8:
+        live.live.advance()
+    live.full.clear()
+    live.run()
+    assert [s for s, checkpoint, _ in live.heard.steps("ftjob-i") if checkpoint] == [8, 10, 12, 14]
+    assert live.heard.steps("ftjob-i")[-1] == (14, True, True)
+    assert [s for s, checkpoint, _ in live.heard.steps("ftjob-i") if not checkpoint] == [2, 4, 6]
+    told = [e for n in live.heard.news for e in n.events if "no checkpoint" in e.message]
+    assert [(e.level, e.message.partition(" is")[0]) for e in told] == [("warn", f"step {s}") for s in (2, 4, 6)]
+    assert {r.version for r in live.runner.engine.store.versions("full", "job-11")} == {4, 5, 6, 7}
+
+
+@pytest.mark.parametrize("at", [3, 4], ids=["between two versions", "just published for latest"])
+@pytest.mark.parametrize("move", ["cancel", "pause"])
+def test_without_room_what_a_cancelled_job_has_learned_stays_and_a_paused_ones_makes_way(live, move, at):
+    owner = f"full-{move}-{at}"
+    live.full.add(owner)
+    live.live.create("ftjob-j", job(12, owner=owner, steps=50), publish=True)
+    while live.live.jobs.get(owner, "ftjob-j").progress.step < at or live.live.part == PUBLISH:
+        live.live.advance()
+    getattr(live.live, move)(owner, "ftjob-j")
+    assert live.heard.steps("ftjob-j")[-1][:2] == (at, move == "cancel")
+    assert live.runner.engine.store.latest(owner, "job-12") == live.heard.published[-1].ref
+
+
 def test_a_job_that_does_not_publish_has_its_result_alone(live):
     live.live.create("ftjob-c", job(3, owner="three", checkpoint_every=2), publish=False)
     live.run()

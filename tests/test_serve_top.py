@@ -9,6 +9,7 @@ import pytest
 from fake_house import FakeHouse, serving
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
+from pydantic import TypeAdapter
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -21,6 +22,7 @@ from serve.chat_client import AnswerFailed
 from serve.openai_api import ERRORS
 from serve.snapshot import JobView, SlotView, Snapshot, TrainingView, WaitView
 from serve.stats_api import StatsWire
+from serve.stats_types import StatsObject
 from serve.top import look, read, screen
 from serve.watch import Rates
 
@@ -109,6 +111,7 @@ def test_the_state_is_told_as_json(stats):
     assert stats["waits"][0]["waited_s"] == 0.75
     assert stats["tokens_per_s"] == {"decoded": 123.4, "prefilled": 50.0, "trained": 0.0}
     assert (stats["health"], stats["age_s"], stats["training"]["jobs"]["queued"]) == ("ok", 0.25, 4)
+    TypeAdapter(StatsObject).validate_python(stats)  # as the document says
 
 
 def test_the_screen_shows_slots_lines_rates_and_jobs(stats):

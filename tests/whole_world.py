@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fastapi import FastAPI
 from serve_world import MODEL
 from small_world import tiny_path
+from starlette.routing import BaseRoute, Route
 
 from jaxlora.opened import Opened
 from jaxlora.serve_config import ServeConfig, TrainingSection, serve_defaults
@@ -18,6 +19,8 @@ from serve.assemble import make_runner, make_server, read_head
 from serve.observe import observing
 from serve.runner import Runner
 from serve.services import Services, services
+
+WORKSPACE = "lab"
 
 
 @dataclass(frozen=True)
@@ -60,3 +63,19 @@ def joined(world, settings: ServeConfig, store: AdapterStore) -> Iterator[Joined
         http = make_server(runner, settings, observers, own)
         http.listening.close()
         yield Joined(http.server.config.app, runner, own)
+
+
+def bearer(key: str) -> dict[str, str]:
+    """A caller's headers, with the workspace that Gradient's wire wants."""
+    return {"authorization": f"Bearer {key}", "x-gradient-workspace-id": WORKSPACE}
+
+
+def leaves(routes: Sequence[BaseRoute]) -> Iterator[Route]:
+    """The routes of an app, those of its routers too.  Another kind of route, such as a mount, would be one to look into."""
+    for route in routes:
+        router = getattr(route, "original_router", None)
+        if router is None:
+            assert isinstance(route, Route), route
+            yield route
+        else:
+            yield from leaves(router.routes)

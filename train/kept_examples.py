@@ -1,0 +1,83 @@
+"""Training files that were just read, kept for who reads them next.  Pure.
+
+A file is read when it is checked, when its examples are counted, when a job is examined and when the job gets a slot, mostly
+soon after each other.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+
+from train.data import Unit
+
+EXAMPLE_BYTES = 400  # of an example in memory, beside its numbers
+
+type Key = tuple[Path, int, int, int]  # a file that was written anew is another
+
+
+class KeptExamples:
+    """A reader of training files that keeps what it read last, up to so many bytes.  From any thread."""
+
+    def __init__(self, load: Callable[[Path], Sequence[Unit]], *, max_bytes: int):
+        """load: reads a file, and raises DataInvalid for a bad one."""
+        self._load, self._max_bytes = load, max_bytes
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[Key, tuple[Sequence[Unit], int]] = OrderedDict()  # examples, bytes; the last used last
+        self._nbytes = 0
+        self._reading: dict[Key, Future[Sequence[Unit]]] = {}
+
+    def __call__(self, path: Path) -> Sequence[Unit]:
+        """The file's examples; who asks for what is being read waits for it.  Raises as `load` does."""
+        key = _key(path)
+        if key is None:
+            return self._load(path)  # it says what is wrong
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key][0]
+            future = self._reading.get(key)
+            mine = future is None
+            if mine:
+                future = self._reading[key] = Future()
+        if mine:
+            try:
+                future.set_result(self._keep(key, tuple(self._load(path))))
+            except BaseException as error:
+                future.set_exception(error)
+            finally:
+                with self._lock:
+                    del self._reading[key]
+        return future.result()
+
+    def _keep(self, key: Key, units: Sequence[Unit]) -> Sequence[Unit]:
+        nbytes = sum(map(_bytes, units))
+        with self._lock:
+            if nbytes <= self._max_bytes:
+                self._kept[key] = units, nbytes
+                self._nbytes += nbytes
+            while self._nbytes > self._max_bytes:
+                _, (_, freed) = self._kept.popitem(last=False)
+                self._nbytes -= freed
+        return units
+
+
+def _key(path: Path) -> Key | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return path, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _bytes(unit: Unit) -> int:
+    total = 0
+    for e in unit.segments:
+        arrays = [e.tokens, e.weights]
+        if e.rollout is not None:
+            arrays += [e.rollout.logprobs, e.rollout.advantages, e.rollout.ratio_mask]
+        total += EXAMPLE_BYTES + sum(a.nbytes for a in arrays)
+    return total
