@@ -141,9 +141,8 @@ def read_meta(folder: Path, ref: AdapterRef) -> Mapping:
     return meta
 
 
-type About = tuple[
-    float, int, int
-]  # of a version: when it was put in epoch seconds, its largest rank, its bytes in memory
+# Of a version: when it was put in epoch seconds, its largest rank, its bytes in memory.
+type About = tuple[float, int, int]
 
 
 def describe(folder: Path, ref: AdapterRef) -> About:

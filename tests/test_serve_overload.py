@@ -1,7 +1,8 @@
 """Three times the load that a server can take, over real HTTP: it goes on at its pace, and tells the others when to come again.
 
 Clients lose patience, so a line that grows with the load would fill with requests that nobody waits for by the time they
-are answered: then half the work is for nothing, and that is what the bounds are for.  The load is counted in requests a step, not in time: a step comes when everything that was sent before it has arrived.
+are answered: then half the work is for nothing, and that is what the bounds are for.  The load is counted in requests a
+step, not in time: a step comes when everything that was sent before it has arrived.
 """
 
 from __future__ import annotations
