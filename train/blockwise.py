@@ -48,12 +48,12 @@ def scale_shape(code_shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def quantised_mu(x_LRX: jax.Array) -> Blocks:
     """The first moment in blocks, rounded to the nearest level: a step moves it by a tenth."""
-    share_LRNQ, scale_LRN = _shares(x_LRX)
-    size = jnp.abs(share_LRNQ)
+    share_LRX, scale_LE = _shares(x_LRX)
+    size = jnp.abs(share_LRX)
     k, low, high = _around(size, MU_BITS)
     k = k + (size - low > high - size)
-    code = jnp.where((share_LRNQ < 0) & (k > 0), 128 + jnp.minimum(k, 127), k)  # 1 is there with one sign only
-    return _joined(code, scale_LRN, x_LRX.shape)
+    code = jnp.where((share_LRX < 0) & (k > 0), 128 + jnp.minimum(k, 127), k)  # 1 is there with one sign only
+    return Blocks(code.astype(jnp.uint8), scale_LE)
 
 
 def quantised_nu(x_LRX: jax.Array, bits_LRX: jax.Array) -> Blocks:
@@ -62,53 +62,44 @@ def quantised_nu(x_LRX: jax.Array, bits_LRX: jax.Array) -> Blocks:
     Rounded to the nearest level it would keep for ever what it has once learned: a step moves it by a thousandth.
     What is above zero stays so, or the update would be divided by eps alone.
     """
-    share_LRNQ, scale_LRN = _shares(x_LRX)
-    k, low, high = _around(share_LRNQ, NU_BITS)
-    drawn = (share_LRNQ - low) * 2.0**16 > (high - low) * _blocked(bits_LRX).astype(jnp.float32)
-    k = k + (drawn | ((k == 1) & (share_LRNQ > 0)))
-    return _joined(k - 1, scale_LRN, x_LRX.shape)
+    share_LRX, scale_LE = _shares(x_LRX)
+    k, low, high = _around(share_LRX, NU_BITS)
+    up = (share_LRX - low) * 2.0**16 > (high - low) * bits_LRX.astype(jnp.float32)
+    k = k + (up | ((k == 1) & (share_LRX > 0)))
+    return Blocks((k - 1).astype(jnp.uint8), scale_LE)
 
 
 def mu_of(blocks: Blocks) -> jax.Array:
     """float32 [L, R, X]: what the first moment's blocks stand for."""
-    code = _blocked(blocks.code_LRX).astype(jnp.int32)
+    code = blocks.code_LRX.astype(jnp.int32)
     negative = code > 128
     share = _share(jnp.where(negative, code - 128, code), MU_BITS)
-    return _scaled(jnp.where(negative, -share, share), blocks)
+    return jnp.where(negative, -share, share) * _spread(blocks.scale_LE, blocks.code_LRX.shape)
 
 
 def nu_of(blocks: Blocks) -> jax.Array:
     """float32 [L, R, X]: what the second moment's blocks stand for."""
-    return _scaled(_share(_blocked(blocks.code_LRX).astype(jnp.int32) + 1, NU_BITS), blocks)
-
-
-def _blocked(x_LRX: jax.Array) -> jax.Array:
-    """[L, R, N, Q], filled up with zeros."""
-    L, R, X = x_LRX.shape
-    missing = -X % BLOCK
-    if missing:
-        x_LRX = jnp.pad(x_LRX, ((0, 0), (0, 0), (0, missing)))
-    return x_LRX.reshape(L, R, -1, BLOCK)
+    share = _share(blocks.code_LRX.astype(jnp.int32) + 1, NU_BITS)
+    return share * _spread(blocks.scale_LE, blocks.code_LRX.shape)
 
 
 def _shares(x_LRX: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(shares between -1 and 1 [L, R, N, Q], scales [L, R, N])."""
-    x_LRNQ = _blocked(x_LRX)
-    large, small = x_LRNQ.max(-1), x_LRNQ.min(-1)
-    scale_LRN = jnp.where(large >= -small, large, small)
-    share = x_LRNQ / jnp.where(scale_LRN == 0, 1.0, scale_LRN)[..., None]
-    return jnp.clip(share, -1, 1), scale_LRN
+    """(shares between -1 and 1 [L, R, X], scales [L, E])."""
+    L, R, X = x_LRX.shape
+    missing = -X % BLOCK
+    x_LRNQ = jnp.pad(x_LRX, ((0, 0), (0, 0), (0, missing))).reshape(L, R, -1, BLOCK)
+    large_LRN, small_LRN = x_LRNQ.max(-1), x_LRNQ.min(-1)
+    scale_LRN = jnp.where(large_LRN >= -small_LRN, large_LRN, small_LRN)
+    scale_LE = scale_LRN.swapaxes(1, 2).reshape(L, -1)
+    share_LRX = x_LRX / _spread(jnp.where(scale_LE == 0, 1.0, scale_LE), x_LRX.shape)
+    return jnp.clip(share_LRX, -1, 1), scale_LE
 
 
-def _joined(code_LRNQ: jax.Array, scale_LRN: jax.Array, shape: tuple[int, ...]) -> Blocks:
-    code_LRX = code_LRNQ.astype(jnp.uint8).reshape(*shape[:2], -1)[..., : shape[2]]
-    return Blocks(code_LRX, scale_LRN.swapaxes(1, 2).reshape(shape[0], -1))
-
-
-def _scaled(share_LRNQ: jax.Array, blocks: Blocks) -> jax.Array:
-    L, R, N, _ = share_LRNQ.shape
-    scale_LRN = blocks.scale_LE.reshape(L, N, R).swapaxes(1, 2)
-    return (share_LRNQ * scale_LRN[..., None]).reshape(L, R, -1)[..., : blocks.code_LRX.shape[2]]
+def _spread(scale_LE: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Each feature's scale, [L, R, X]."""
+    L, R, X = shape
+    scale_LRN = scale_LE.reshape(L, -1, R).swapaxes(1, 2)
+    return jnp.repeat(scale_LRN, BLOCK, axis=2)[:, :, :X]
 
 
 def _share(k: jax.Array, bits: int) -> jax.Array:

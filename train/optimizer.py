@@ -93,11 +93,11 @@ def adamw(
 
 
 def _in_float32(moments: Moments) -> tuple[Halves, Halves]:
-    """(mu, nu), however they are kept."""
+    """(mu, nu), however they are kept.  Blocks are read once: without the barrier XLA does it again for each who asks."""
 
     def of(kept: Halves | BlockHalves, read: Callable[[Blocks], jax.Array]) -> Halves:
         def half(x: jax.Array | Blocks) -> jax.Array:
-            return read(x) if isinstance(x, Blocks) else x.astype(jnp.float32)
+            return lax.optimization_barrier(read(x)) if isinstance(x, Blocks) else x.astype(jnp.float32)
 
         return {target: (half(a), half(b)) for target, (a, b) in kept.items()}
 
@@ -123,6 +123,7 @@ def _rounded(mu: Halves, nu: Halves, count: jax.Array, *, like: Moments) -> Mome
     drawn = {target: (draw(target, 0), draw(target, 1)) for target in mu}
     for_nu = jax.tree.map(lambda bits: bits >> 16, drawn)
     if kept == jnp.uint8:
+        mu, nu = lax.optimization_barrier((mu, nu))  # as above, and for each block's scale
         return Moments(mu=jax.tree.map(quantised_mu, mu), nu=jax.tree.map(quantised_nu, nu, for_nu), count=count)
     for_mu = jax.tree.map(lambda bits: bits & 0xFFFF, drawn)
     mu, nu = jax.tree.map(stochastic_bfloat16, (mu, nu), (for_mu, for_nu))
