@@ -38,11 +38,8 @@ BF16 = np.dtype(ml_dtypes.bfloat16)
 F32, U8 = np.dtype(np.float32), np.dtype(np.uint8)
 KINDS = {"float32": {F32}, "bfloat16": {BF16}, "uint8": {U8, F32}}  # dtypes of the arrays that are kept
 FEWER_BITS = ["bfloat16", "uint8"]
-TARGETS = (
-    "q_proj",
-    "down_proj",
-    "lm_head",
-)  # of every shape there is; few, since these kinds compile steps of their own
+# What all tenants here adapt; few, since these kinds compile steps of their own.
+TARGETS = ("q_proj", "down_proj", "lm_head")
 SPECS = {m: SPEC if m == "float32" else dataclasses.replace(SPEC, targets=TARGETS) for m in KINDS}
 STEPS = 100
 # name → (rank, optimizer settings)
@@ -57,9 +54,7 @@ def join(trainer, name, resume=None):
     rank, settings = TENANTS[name]
     seed = list(TENANTS).index(name)
     how, data = optimizer(**settings), examples(seed, 6)
-    return trainer.add(
-        name, lora(rank, trainer.seats.widest.targets), how, data, batch_size=2, seed=seed, resume=resume
-    )
+    return trainer.add(name, lora(rank, TARGETS), how, data, batch_size=2, seed=seed, resume=resume)
 
 
 def trainer_of(*names, moments):
@@ -128,14 +123,14 @@ def test_the_second_moment_does_not_stall():
 # learning
 
 
-# how far a step's loss may be from float32's, in nats: about twice what it is.  In 8 bits two levels of the second moment
-# are 1 to 60 % apart, in bfloat16 0.8 %, and an update goes as its root.
+# How far a step's loss may be from float32's, in nats: twice what it is.  Two levels of a second moment that is a hundredth
+# of its block's largest are 14 % apart in 8 bits, 0.8 % in bfloat16, and an update goes as its root.
 CURVES = {"bfloat16": 0.005, "uint8": 0.02}
 
 
 @pytest.mark.slow
 def test_curves_of_100_steps_are_those_of_float32():
-    """Each tenant's loss, step by step, while it falls from 7 or 8 to less than 0.1."""
+    """Each tenant's loss, step by step, while it falls from 7 or 8 to less than 0.5."""
     curves = {}
     for moments in KINDS:
         trainer = trainer_of(*TENANTS, moments=moments)
@@ -149,7 +144,7 @@ def test_curves_of_100_steps_are_those_of_float32():
             assert got[0] == wanted[0]
             assert not np.array_equal(got, wanted)
             assert wanted[0] > 7
-            assert wanted[-1] < 0.1
+            assert wanted[-1] < 0.5
             assert np.abs(got - wanted).max() < near, (moments, name)
 
 
@@ -163,7 +158,7 @@ def test_together_is_alone_bit_for_bit_in_any_slot(moments):
         for _ in range(4):
             alone.step()
         state = outcome(alone, name)
-        kept = jax.tree.leaves((state.moments.mu, state.moments.nu))
+        kept = jax.tree.leaves([moment[t] for moment in (state.moments.mu, state.moments.nu) for t in TARGETS])
         assert {x.dtype for x in kept} == KINDS[moments]
         assert {x.dtype for x in jax.tree.leaves(state.rows)} == {F32}
         assert_same_bits(outcome(together, name), state)
