@@ -70,8 +70,10 @@ def folder_of(store: Path, number: int) -> Path:
 def write(store: Path, numbers: range) -> None:
     """Writes adapters; in a process of its own."""
     opened = open_base(ModelSection(path=DEMO_MODEL, dtype="bfloat16"), ONE_DEVICE)
+    trash = store / "trash"
+    trash.mkdir(parents=True, exist_ok=True)
     for number in numbers:
-        save_version(folder_of(store, number), adapter(opened, ref_of(number), RANK), time.time())
+        save_version(folder_of(store, number), adapter(opened, ref_of(number), RANK), time.time(), trash)
 
 
 def make_store(store: Path) -> None:

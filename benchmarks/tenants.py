@@ -83,11 +83,12 @@ def main() -> int:
     parser.add_argument("--peft", action="store_true", help="measure PyTorch with PEFT too")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these tasks")
     args = parser.parse_args()
-    names = args.only or sorted(p.name.removesuffix(".train.jsonl") for p in args.data.glob("*.train.jsonl"))
+    every = sorted(p.name.removesuffix(".train.jsonl") for p in args.data.glob("*.train.jsonl"))
+    names, seeds = args.only or every, {name: seed for seed, name in enumerate(every)}  # also alone, a task has its own
     shape = {"slots": len(names), "max_rank": RANK, "lanes": 2 * len(names), "lane_tokens": LANE_TOKENS}
     with Session.open(dtype=args.dtype, **shape, publish_every=args.steps + 1) as session:
         lines = {}
-        for seed, name in enumerate(names):
+        for name in names:
             held = [json.loads(x) for x in (args.data / f"{name}.heldout.jsonl").read_text().splitlines()][:HELDOUT]
             lines[name] = held[:ASKED]
             session.add_tenant(
@@ -101,7 +102,7 @@ def main() -> int:
                 clip=float("inf"),
                 batch=BATCH,
                 steps=args.steps,
-                seed=seed,
+                seed=seeds[name],
             )
         before = {n: (session.evaluate(n, tuned=False).nll, exact(session, session.base_name, lines[n])) for n in names}
         start_s, tokens = time.perf_counter(), 0
@@ -114,8 +115,8 @@ def main() -> int:
         took_s = time.perf_counter() - start_s
         after = {n: (session.evaluate(n).nll, exact(session, n, lines[n])) for n in names}
         failed = 0
-        for seed, name in enumerate(names):
-            measured = peft_nll(session.opened, args.data / name, seed, args.steps) if args.peft else None
+        for name in names:
+            measured = peft_nll(session.opened, args.data / name, seeds[name], args.steps) if args.peft else None
             reference = REFERENCE.get(name) if measured is None else measured
             (nll, hits), (nll_base, hits_base) = after[name], before[name]
             good = reference is not None and nll <= limit(reference)

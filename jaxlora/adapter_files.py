@@ -7,8 +7,8 @@ Each array is one file of plain float32 (a Zarr array of one chunk, not compress
 load is a read and a sha256.  Orbax reads it too, but takes four times the CPU, which a server needs for its tokens; it is
 what reads versions that were written compressed.
 
-A version folder gets its number by a rename after its last byte, so a number is a complete version; what a killed
-save leaves has another name and is cleared by the next save of that adapter.
+A version folder gets its place by a rename after its last byte, so a number is a complete version; what a killed save
+leaves is elsewhere.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import logging
 import math
 import os
 import re
+import shutil
+import uuid
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 
@@ -27,12 +29,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxlora.checkpoint import this_process_alone
-from jaxlora.durable import replace_file, sync, sync_tree
+from jaxlora.durable import sync, sync_tree
 from jaxlora.errors import StorageFailed
 from jaxlora.lora import NAME_PATTERN, Adapter, AdapterRef, LoraSpec
 
 FORMAT = 1
-COUNTER_FORMAT = 1
 VERSION_PATTERN = re.compile(r"[1-9][0-9]{0,17}")
 CHUNK = "0.0.0"  # the file of a Zarr array of three axes and one chunk
 STORED = np.dtype("<f4")
@@ -64,62 +65,52 @@ def digest(spec: LoraSpec, base_hash: str, weights: Mapping[str, tuple[np.ndarra
     return total.hexdigest()
 
 
-def read_counter(path: Path, whose: str) -> tuple[int, int]:
-    """(last minted, last deleted) version; zeros where there is no file.  Raises StorageFailed for a damaged one."""
-    if not path.exists():
-        return 0, 0
-    try:
-        data = json.loads(path.read_bytes())
-        found, minted, deleted = data["format"], int(data["minted"]), int(data["deleted"])
-    except (ValueError, KeyError, TypeError) as e:
-        raise StorageFailed(f"the version counter of {whose} is damaged: {e}") from e
-    if found != COUNTER_FORMAT:
-        raise StorageFailed(f"the version counter of {whose} has format {found!r}; this build reads {COUNTER_FORMAT}")
-    return minted, deleted
-
-
-def write_counter(path: Path, minted: int, deleted: int) -> None:
-    """On disk when this returns."""
-    replace_file(path, json.dumps({"format": COUNTER_FORMAT, "minted": minted, "deleted": deleted}).encode())
-
-
 def is_damage(error: StorageFailed) -> bool:
     """Whether a version's files are wrong, rather than that the system would not read them now."""
     cause = error.__cause__
     return not isinstance(cause, OSError) or isinstance(cause, FileNotFoundError | NotADirectoryError)
 
 
-def save_version(folder: Path, adapter: Adapter, created: float) -> None:
-    """Writes one version under `folder`, the folder of its tenant and name.  Raises what the file system raises.
+def save_version(folder: Path, adapter: Adapter, created: float, temporary: Path) -> None:
+    """Writes one version under `folder`, the folder of its tenant and name, by way of `temporary` on the same disk.
 
-    A version that is there is complete and is left alone: an earlier try may have failed after its rename.
+    Raises what the file system raises.  A version that is there is complete and is left alone: an earlier try may have
+    failed after its rename.
     """
+    target, staging = folder / str(adapter.ref.version), temporary / uuid.uuid4().hex
     meta = {
         "format": FORMAT,
         "spec": adapter.spec.to_json(),
         "base_hash": adapter.base_hash,
         "created": created,
-        "shapes": {t: [list(a_LRX.shape), list(b_LRY.shape)] for t, (a_LRX, b_LRY) in adapter.weights.items()},
+        "shapes": {name: [list(a_LRX.shape), list(b_LRY.shape)] for name, (a_LRX, b_LRY) in adapter.weights.items()},
         "sha256": digest(adapter.spec, adapter.base_hash, adapter.weights),
     }
-    tree = {target: {"a": a_LRX, "b": b_LRY} for target, (a_LRX, b_LRY) in adapter.weights.items()}
+    tree = {name: {"a": a_LRX, "b": b_LRY} for name, (a_LRX, b_LRY) in adapter.weights.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / str(adapter.ref.version)).is_dir():
-        options = ocp.CheckpointManagerOptions(
-            enable_async_checkpointing=False,
-            cleanup_tmp_directories=True,
-            create=False,
-            multiprocessing_options=this_process_alone(),
-        )
-        plain = ocp.PyTreeCheckpointHandler(
-            use_ocdbt=False, use_compression=False, multiprocessing_options=this_process_alone()
-        )
-        handlers = {"weights": plain, "meta": ocp.JsonCheckpointHandler()}
-        with _without_ocdbt(), ocp.CheckpointManager(folder, options=options, item_handlers=handlers) as manager:
-            items = ocp.args.Composite(weights=ocp.args.PyTreeSave(tree), meta=ocp.args.JsonSave(meta))
-            manager.save(adapter.ref.version, args=items, force=True)  # force: versions may come out of order
-    sync_tree(folder / str(adapter.ref.version))
+    if not target.is_dir():
+        staging.mkdir()
+        try:
+            _write(staging, adapter.ref.version, tree, meta)
+            sync_tree(staging)
+            (staging / target.name).rename(target)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
     sync(folder)
+
+
+def _write(folder: Path, version: int, tree: Mapping, meta: Mapping) -> None:
+    """An Orbax checkpoint of a folder of its own: Orbax looks at all that lie beside one."""
+    options = ocp.CheckpointManagerOptions(
+        enable_async_checkpointing=False, create=False, multiprocessing_options=this_process_alone()
+    )
+    plain = ocp.PyTreeCheckpointHandler(
+        use_ocdbt=False, use_compression=False, multiprocessing_options=this_process_alone()
+    )
+    handlers = {"weights": plain, "meta": ocp.JsonCheckpointHandler()}
+    with _without_ocdbt(), ocp.CheckpointManager(folder, options=options, item_handlers=handlers) as manager:
+        items = ocp.args.Composite(weights=ocp.args.PyTreeSave(tree), meta=ocp.args.JsonSave(meta))
+        manager.save(version, args=items)
 
 
 @contextlib.contextmanager

@@ -24,7 +24,9 @@ from jaxlora.neighbours import check_neighbours, own_home
 ERROR_EXIT, INTERRUPTED_EXIT = 2, 130
 SERVE_EXAMPLES = """Example:  jaxlora serve configs/serve_smollm2.toml
 
-Example:  jaxlora serve --model smollm2 --port 8000"""
+Example:  jaxlora serve --model smollm2 --port 8000
+
+Example:  jaxlora serve configs/serve_smollm2.toml --supervise --log json"""
 
 EXPORT_EXAMPLES = """Example:  jaxlora export runs/x/acme/peft --model DIR --form merged --out merged
 
@@ -109,6 +111,9 @@ def serve(
     log: Annotated[
         str | None, typer.Option(help="human, or json: one object a line, on stderr.", show_default=False)
     ] = None,
+    supervise: Annotated[
+        bool, typer.Option("--supervise", help="Run it as a child that is started again when it dies or hangs.")
+    ] = False,
 ) -> None:
     """Serve a base and its adapters over HTTP.
 
@@ -133,7 +138,10 @@ def serve(
             settings = replace(settings, **{k: v for k, v in flags.items() if v is not None})
         except ValueError as e:
             raise ConfigInvalid(f"an option of serve: {e}") from e
-        resolve("serve.assemble:main")(settings, config)
+        if supervise:
+            resolve("serve.supervisor:main")(settings, has_file=config is not None)
+        else:
+            resolve("serve.assemble:main")(settings, config)
 
 
 @app.command(epilog="Example:  jaxlora chat roman --url http://127.0.0.1:8000")

@@ -23,6 +23,8 @@
     ├── DeadlineExceeded            504 deadline_exceeded      the request's own time limit, or the server's
     ├── Overloaded                  503 overloaded             retry later
     └── Unavailable                 503 unavailable            the server is stopping or has stopped
+        ├── StorageAway             503 storage_unavailable    the database or object storage does not answer; retry later
+        └── DeviceLost              500 internal_error         the device failed or hung while it answered
 
 A message says what was got, what was wanted and what to do.  It never holds another tenant's text.
 """
@@ -176,3 +178,15 @@ class Unavailable(JaxLoraError, RuntimeError):
     """The server is stopping or has stopped; retry when it is up again."""
 
     status, code = 503, "unavailable"
+
+
+class StorageAway(Unavailable):
+    """The database or object storage does not answer now."""
+
+    code = "storage_unavailable"
+
+
+class DeviceLost(Unavailable):
+    """The device thread failed or hung while it answered this request."""
+
+    status, code = 500, "internal_error"

@@ -134,6 +134,20 @@ class TrainingSection:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class BlobsSection:
+    """Object storage for adapters, files and checkpoints; this machine's disk then holds copies."""
+
+    url: str  # fsspec's, such as s3://BUCKET/PREFIX; one server's alone
+    disk_gb: float | None = None  # copies of adapters and files on this disk; None: as many as were used
+    timeout_s: float = 30.0  # of one attempt, besides the time its bytes take
+
+    def __post_init__(self) -> None:
+        need(bool(self.url.strip()), "url", "an URL such as s3://BUCKET/PREFIX", self.url)
+        need(self.disk_gb is None or 0 < self.disk_gb < math.inf, "disk_gb", "positive, or absent", self.disk_gb)
+        need(0 < self.timeout_s < math.inf, "timeout_s", "positive", self.timeout_s)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ServeConfig:
     """One server: one base, many adapters, one compiled decode step."""
 
@@ -160,6 +174,7 @@ class ServeConfig:
     data: Path  # root of the server's own files: uploads, jobs, and the database unless `database` says otherwise
     tuning: Tuning
     database: str | None = None  # SQLAlchemy's URL; None: SQLite in `data`
+    blobs: BlobsSection | None = None  # None: what `adapters` and `data` hold is on this machine alone
     limits: LimitsSection = LimitsSection()
     training: TrainingSection | None = None  # None: no fine-tuning jobs
     kv_dtype: Dtype = "auto"  # of keys and values; auto: the base's

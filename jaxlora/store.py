@@ -4,10 +4,7 @@
 
 A version never changes and its number is never used again, also not after delete and restart.
 
-    root/adapters/TENANT/NAME/VERSION    see adapter_files.py
-    root/counters/TENANT/NAME.json       last number minted, last number deleted
-    root/trash/…                         deleted adapters on their way out
-    root/.lock                           held by the process that has the store open
+What the disk holds, and object storage behind it, is version_files.py's.
 
 Locks are taken in this order: disk (saves and deletes, slow), counters, state (never held over a disk read or write).
 """
@@ -17,20 +14,19 @@ from __future__ import annotations
 import builtins
 import contextlib
 import logging
-import os
 import queue
-import shutil
 import threading
 import time
-import uuid
+from collections.abc import Iterable
 from concurrent.futures import Future
 from pathlib import Path
 
-from jaxlora.adapter_files import describe, is_damage, load_version, read_counter, save_version, scan, write_counter
-from jaxlora.durable import lock_folder, sync
+from jaxlora.adapter_files import is_damage
 from jaxlora.errors import AdapterNotFound, AlreadyExists, StateInvalid, StorageFailed
 from jaxlora.host_tier import HostMemory, HostTier
 from jaxlora.lora import Adapter, AdapterRef, check_name
+from jaxlora.remote_versions import RemoteVersions
+from jaxlora.version_files import VersionFiles
 
 LOG = logging.getLogger("jaxlora")
 
@@ -43,28 +39,24 @@ class AdapterStore:
     A folder has one store at a time, of all processes: two would give one number to two versions.
     """
 
-    def __init__(self, root: Path, *, host_bytes: int) -> None:
-        """Raises StorageFailed when the folder cannot be made, StateInvalid, naming it, when another store has it open."""
-        self._root = root = root.absolute()  # Orbax takes no other
-        try:
-            for name in ("adapters", "counters", "trash"):
-                (root / name).mkdir(parents=True, exist_ok=True)
-            self._lock: int | None = lock_folder(root)
-        except OSError as e:
-            raise StorageFailed(f"the adapter store {root} cannot be made ({e.strerror}); choose another folder") from e
-        if self._lock is None:
-            raise StateInvalid(f"the adapter store {root} is in use; stop who uses it, or name another folder")
-        self._counter: dict[tuple[str, str], tuple[int, int]] = {}  # as on disk, for names touched
+    def __init__(self, root: Path, *, host_bytes: int, remote: RemoteVersions | None = None) -> None:
+        """remote: object storage behind the folder, not started; the store starts and closes it.
+
+        Raises StorageFailed when the folder cannot be made, StateInvalid, naming it, when another store has it open; with
+        `remote` StorageAway when object storage does not answer.
+        """
+        self._files = VersionFiles(root, remote)
         self._disk = threading.Lock()
         self._counters = threading.Lock()
         self._state = threading.Condition()
         self._versions: dict[tuple[str, str], set[int]] = {}  # what is visible
         self._tenants: dict[str, set[str]] = {}  # of each name
-        for (tenant, name), versions in scan(root / "adapters").items():
-            self._versions[tenant, name] = versions
-            self._tenants.setdefault(name, set()).add(tenant)
+        for ref in self._files.found:
+            self._versions.setdefault((ref.tenant, ref.name), set()).add(ref.version)
+            self._tenants.setdefault(ref.name, set()).add(ref.tenant)
         self._ram = HostTier(host_bytes)
-        self._about: dict[AdapterRef, tuple[float, int]] = {}  # when it was put, its largest rank
+        # When it was put, its largest rank.
+        self._about = {ref: about for ref, about in self._files.found.items() if about is not None}
         self._unsaved: set[AdapterRef] = set()  # kept in RAM
         self._leaving: set[AdapterRef] = set()  # invisible, but still on disk
         self._failed: dict[AdapterRef, BaseException] = {}  # unsaved, and the last try failed
@@ -73,7 +65,8 @@ class AdapterStore:
         self._open_work = 0
         self._closed = False  # no more changes
         self._ended = False  # no more work: the thread is gone or going
-        for leftover in (root / "trash").iterdir():
+        self._released = False  # its folder is free
+        for leftover in self._files.leftovers:
             self._enqueue(leftover)
         self._thread = threading.Thread(target=self._run, name="adapter-store", daemon=True)
         self._thread.start()
@@ -90,7 +83,7 @@ class AdapterStore:
         with self._counters:
             self._check_open()
             minted, deleted = self._read_counter(tenant, name)
-            self._write_counter(tenant, name, minted + 1, deleted)
+            self._files.set_counter(tenant, name, minted + 1, deleted)
             return AdapterRef(tenant, name, minted + 1)
 
     def latest(self, tenant: str, name: str) -> AdapterRef | None:
@@ -131,7 +124,7 @@ class AdapterStore:
             if ref in self._about:
                 return self._about[ref]
         try:
-            about = describe(self._folder(ref.tenant, ref.name), ref)
+            about = self._files.describe(ref)
         except StorageFailed:
             with self._state:
                 self._check_visible(ref)  # deleted meanwhile
@@ -226,7 +219,7 @@ class AdapterStore:
 
         Versions that are borrowed stay in memory until they are given back.  Waits for at most one save under way, and
         for those to be read.  Raises AdapterNotFound when there is no such adapter, StateInvalid when
-        the store is closed.
+        the store is closed, StorageAway when object storage cannot be told.
         """
         check_name(tenant, "tenant")
         check_name(name, "adapter name")
@@ -234,7 +227,11 @@ class AdapterStore:
             if self._ram.is_borrowed(ref):
                 with contextlib.suppress(AdapterNotFound, StorageFailed):  # it will be in RAM, or nobody can have it
                     self.get(ref)
-        trash = self._root / "trash" / uuid.uuid4().hex
+        if self.versions(tenant, name):
+            with self._counters:
+                self._check_open()
+                minted, _ = self._read_counter(tenant, name)
+            self._files.retire(tenant, name, minted)  # without a lock, as it waits for the network
         with self._disk, self._counters:
             with self._state:
                 self._check_open()
@@ -244,12 +241,9 @@ class AdapterStore:
                 for version in versions:
                     self._hide(AdapterRef(tenant, name, version))
             minted, _ = self._read_counter(tenant, name, versions)
-            self._write_counter(tenant, name, minted, minted)
-            folder = self._folder(tenant, name)
-            if folder.exists():
-                folder.rename(trash)
-                sync(folder.parent)
-            self._enqueue(trash)
+            self._files.set_counter(tenant, name, minted, minted)
+            if (trash := self._files.delete_all(tenant, name, versions)) is not None:
+                self._enqueue(trash)
 
     def delete_version(self, ref: AdapterRef) -> None:
         """Removes one version: gone from memory and listing now, from disk in the background.  Waits for no disk.
@@ -267,7 +261,7 @@ class AdapterStore:
     # Persistence
 
     def flush(self) -> None:
-        """Waits until all is on disk; tries failed saves once more.  Raises StorageFailed, naming what is not saved."""
+        """Waits until all is stored; tries once more what failed.  Raises StorageFailed, naming what is not saved."""
         with self._state:
             again = [] if self._ended else list(self._failed)
             for ref in again:
@@ -275,17 +269,22 @@ class AdapterStore:
                 self._enqueue(ref)
             self._state.wait_for(lambda: self._open_work == 0)
             failed = dict(self._failed)
+        failed |= self._files.flush()
         if failed:
             names = ", ".join(str(ref) for ref in list(failed)[:5])
             last = list(failed.values())[-1]
-            raise StorageFailed(f"{len(failed)} versions are not on disk ({names}): {last}") from last
+            raise StorageFailed(f"{len(failed)} versions are not stored ({names}): {last}") from last
 
     def wait_saved(self, ref: AdapterRef) -> None:
-        """Waits until the version is on disk, or deleted.  Raises what its save raised."""
+        """Waits until the version is on disk and in object storage, if there is one, or deleted.
+
+        Raises what the last try raised.
+        """
         with self._state:
             self._state.wait_for(lambda: ref not in self._unsaved or ref in self._failed)
             if ref in self._failed:
                 raise self._failed[ref]
+        self._files.wait_sent(ref)
 
     def close(self) -> None:
         """Flushes, ends the background thread and gives the folder free; what is in RAM can still be read, all changes are
@@ -301,9 +300,9 @@ class AdapterStore:
                 self._work.put(None)
             self._thread.join()
             with self._state:
-                lock, self._lock = self._lock, None
-            if lock is not None:
-                os.close(lock)
+                released, self._released = self._released, True
+            if not released:
+                self._files.close()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -320,7 +319,7 @@ class AdapterStore:
         while (item := self._work.get()) is not None:
             try:
                 if isinstance(item, Path):
-                    shutil.rmtree(item, ignore_errors=True)  # what stays is tried again at the next start
+                    self._files.empty(item)
                 elif item in self._leaving:
                     self._remove(item)
                 else:
@@ -342,25 +341,22 @@ class AdapterStore:
                     return  # deleted meanwhile
                 adapter, created = self._ram.find(ref), self._about[ref][0]
             assert adapter is not None, "what is not saved is kept"
-            save_version(self._folder(ref.tenant, ref.name), adapter, created)
+            self._files.save(adapter, created)
             with self._state:
                 self._unsaved.discard(ref)
                 self._ram.let_go(ref)
 
     def _remove(self, ref: AdapterRef) -> None:
         """Takes a leaving version off the disk.  Its number counts as deleted first, so that no put brings it back."""
-        trash = self._root / "trash" / uuid.uuid4().hex
-        folder = self._folder(ref.tenant, ref.name) / str(ref.version)
         with self._disk:
             with self._counters:
                 minted, deleted = self._read_counter(ref.tenant, ref.name)
-                self._write_counter(ref.tenant, ref.name, max(minted, ref.version), max(deleted, ref.version))
-            if folder.exists():
-                folder.rename(trash)
-                sync(folder.parent)
+                self._files.set_counter(ref.tenant, ref.name, max(minted, ref.version), max(deleted, ref.version))
+            trash = self._files.delete(ref)
         with self._state:
             self._leaving.discard(ref)
-        shutil.rmtree(trash, ignore_errors=True)
+        if trash is not None:
+            self._files.empty(trash)
 
     def _load(self, ref: AdapterRef) -> Adapter:
         room = 0
@@ -368,6 +364,8 @@ class AdapterStore:
         def make_room(nbytes: int) -> None:
             nonlocal room
             with self._state:
+                self._ram.end(room)  # of a first try
+                room = 0
                 self._state.wait_for(lambda: self._ram.begin(nbytes))
             room = nbytes
 
@@ -377,7 +375,7 @@ class AdapterStore:
             self._check_visible(ref)  # deleted meanwhile
 
         try:
-            adapter, created = load_version(self._folder(ref.tenant, ref.name), ref, make_room)
+            adapter, created = self._files.load(ref, make_room)
             for pair in adapter.weights.values():
                 for value in pair:
                     value.setflags(write=False)
@@ -420,24 +418,8 @@ class AdapterStore:
         if ref.version not in self._versions.get((ref.tenant, ref.name), ()):
             raise AdapterNotFound(f"no adapter {ref.name!r} of version {ref.version}", param="name")
 
-    # Counters; called with the counter lock held
-
-    def _folder(self, tenant: str, name: str) -> Path:
-        return self._root / "adapters" / tenant / name
-
-    def _counter_path(self, tenant: str, name: str) -> Path:
-        return self._root / "counters" / tenant / f"{name}.json"
-
-    def _read_counter(self, tenant: str, name: str, gone: set[int] | None = None) -> tuple[int, int]:
-        """(last minted, last deleted) version; never below a version that exists, should the file be lost."""
-        if (tenant, name) in self._counter:
-            return self._counter[tenant, name]
-        minted, deleted = read_counter(self._counter_path(tenant, name), f"{tenant}/{name}")
+    def _read_counter(self, tenant: str, name: str, gone: Iterable[int] = ()) -> tuple[int, int]:
+        """(last minted, last deleted) version.  Called with the counter lock held."""
         with self._state:
-            visible = gone or self._versions.get((tenant, name), ())
-        self._counter[tenant, name] = max([minted, *visible]), deleted
-        return self._counter[tenant, name]
-
-    def _write_counter(self, tenant: str, name: str, minted: int, deleted: int) -> None:
-        write_counter(self._counter_path(tenant, name), minted, deleted)
-        self._counter[tenant, name] = minted, deleted
+            visible = [*self._versions.get((tenant, name), ()), *gone]
+        return self._files.counter(tenant, name, visible)

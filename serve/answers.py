@@ -1,13 +1,17 @@
-"""One request's answer: what its rows ask of the device, and what a sampled token means to its client."""
+"""One request's answer: what its rows ask of the device, and what a sampled token means to its client.
+
+What goes wrong in here is the end of this answer, and of no other.
+"""
 
 from __future__ import annotations
 
+import logging
 import secrets
 
 import jax
 import numpy as np
 
-from jaxlora.errors import AdapterInvalid
+from jaxlora.errors import AdapterInvalid, JaxLoraError
 from jaxlora.lora import AdapterRef
 from jaxlora.tokenizer import Tokenizer
 from serve.edits import ALL_BITS, AllowedTokens, LogitEdits, RowEdits
@@ -16,6 +20,8 @@ from serve.request import Delta, FinishReason, PromptLogprob, Request, TokenLogp
 from serve.sampling import PromptScores, StepOutput
 from serve.step import StepBatch
 from serve.stops import StopStrings
+
+LOG = logging.getLogger("serve")
 
 
 class Answer:
@@ -35,6 +41,7 @@ class Answer:
         self._detokenizer = tokenizer.detokenizer()
         self._stops = StopStrings(params.stop, params.include_stop)
         self._generated = 0
+        self._failed = False  # by an error of ours, which the log has; `take` tells it
         self._prompt_logprobs: dict[int, PromptLogprob] = {}  # by place in the prompt
 
     # ---- what it asks of a step -----------------------------------------------------------------------------------
@@ -51,10 +58,13 @@ class Answer:
 
     def fill(self, batch: StepBatch, edits: LogitEdits, row: int, position: int) -> None:
         """Says in one row of NumPy arrays how the token at this position is chosen."""
-        batch.sampling.fill(row, self._params, self._seed, position)
-        must_end = self._grammar is not None and self._allow(edits.allowed, row, self._grammar)
-        if self._edits.used:
-            self._edits.fill(edits.tokens, row, must_end=must_end)
+        try:
+            batch.sampling.fill(row, self._params, self._seed, position)
+            must_end = self._grammar is not None and self._allow(edits.allowed, row, self._grammar)
+            if self._edits.used:
+                self._edits.fill(edits.tokens, row, must_end=must_end)
+        except BaseException:
+            self._fail()
 
     def _allow(self, allowed: AllowedTokens, row: int, grammar: GrammarState) -> bool:
         """Writes what the grammar allows into the row; whether that is nothing but the end."""
@@ -78,20 +88,39 @@ class Answer:
 
     def score(self, scores: PromptScores, lane: int, start: int, count: int) -> None:
         """Keeps the scores of a lane that computed so many tokens from this place on."""
-        for j, token in enumerate(self.targets(start, count)):
-            top = _pairs(scores.top_token_GJM[lane, j], scores.top_logprob_GJM[lane, j], self._params.prompt_logprobs)
-            self._prompt_logprobs[start + j + 1] = PromptLogprob(
-                token=token,
-                logprob=float(scores.logprob_GJ[lane, j]),
-                top=top,
-                rank=int(scores.rank_GJ[lane, j]),
-            )
+        try:
+            for j, token in enumerate(self.targets(start, count)):
+                top = _pairs(
+                    scores.top_token_GJM[lane, j], scores.top_logprob_GJM[lane, j], self._params.prompt_logprobs
+                )
+                self._prompt_logprobs[start + j + 1] = PromptLogprob(
+                    token=token,
+                    logprob=float(scores.logprob_GJ[lane, j]),
+                    top=top,
+                    rank=int(scores.rank_GJ[lane, j]),
+                )
+        except BaseException:
+            self._fail()
 
     def take(self, out: StepOutput, row: int, adapter: AdapterRef | None, cached_tokens: int) -> Delta:
         """What the token of this row means to the client; numbers that are not finite end the answer with an error.
 
         adapter: the version that made it.  cached_tokens: of the prompt, with its first token.
         """
+        if not self._failed:
+            try:
+                return self._take(out, row, adapter, cached_tokens)
+            except BaseException:
+                self._fail()
+        error = JaxLoraError("this answer failed; the log has the reason")
+        return Delta(request_id=self._id, error=error, adapter=adapter, cached_tokens=cached_tokens)
+
+    def _fail(self) -> None:
+        """Called where something was raised.  Anything: a panic of the grammars' library is no Exception."""
+        LOG.exception("answer %s failed", self._id)
+        self._failed = True
+
+    def _take(self, out: StepOutput, row: int, adapter: AdapterRef | None, cached_tokens: int) -> Delta:
         error: Exception | None = None
         if not out.finite_B[row]:
             error = AdapterInvalid("the model gave non-finite numbers for this request; check its adapter")

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import sys
+import threading
+from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
 from jaxlora import compile_cache
+from jaxlora.blobs import Blobs
+from jaxlora.disk_copies import DiskCopies, Remote
+from jaxlora.lease import Lease
 from jaxlora.lora import ALL_TARGETS, HEAD_TARGET, Adapter, AdapterRef
 from jaxlora.opened import Opened, open_base
 from jaxlora.peft import import_peft
 from jaxlora.pool import PoolSpec
+from jaxlora.remote_versions import RemoteVersions
 from jaxlora.serve_config import AdapterSection, ServeConfig
 from jaxlora.store import AdapterStore
 from serve.auth import LOCAL_TENANT
@@ -22,13 +31,34 @@ from serve.observe import Observers, observing
 from serve.retune import retuned_by_hangup
 from serve.runner import Runner
 from serve.services import Services, services
+from serve.supervised import attach
 
 LOG = logging.getLogger("serve")
+LOST_EXIT = 1  # the device is lost: whoever keeps the server running starts it again
+STOP_S = 20.0  # for the present step to end, or the device is lost
+FLUSH_S = 10.0  # for published versions to reach the disk, when it is
 
 
-def open_store(config: ServeConfig) -> AdapterStore:
-    """The server's adapters.  Raises StorageFailed, StateInvalid as AdapterStore does."""
-    return AdapterStore(config.adapters, host_bytes=int(config.host_adapters_gb * 1e9))
+@contextlib.contextmanager
+def opened_remote(config: ServeConfig) -> Generator[Remote | None]:
+    """Object storage, if there is one, with the right to write to it.  Raises as Blobs and Lease do."""
+    if config.blobs is None:
+        yield None
+        return
+    most_bytes = None if config.blobs.disk_gb is None else int(config.blobs.disk_gb * 1e9)
+    blobs = Blobs(config.blobs.url, timeout_s=config.blobs.timeout_s)
+    with contextlib.closing(Lease(blobs, config.data, waiting=_tell_waiting)):
+        yield Remote(blobs=blobs, copies=DiskCopies(most_bytes))
+
+
+def _tell_waiting(who: str) -> None:
+    print(f"object storage was written by {who} a moment ago; waiting until that is over", flush=True)
+
+
+def open_store(config: ServeConfig, remote: Remote | None = None) -> AdapterStore:
+    """The server's adapters.  Raises StorageFailed, StateInvalid, Unavailable as AdapterStore does."""
+    versions = None if remote is None else RemoteVersions(remote.blobs, remote.copies)
+    return AdapterStore(config.adapters, host_bytes=int(config.host_adapters_gb * 1e9), remote=versions)
 
 
 def make_runner(opened: Opened, config: ServeConfig, store: AdapterStore) -> Runner:
@@ -99,13 +129,25 @@ def _same(one: Adapter, other: Adapter) -> bool:
 
 
 def main(config: ServeConfig, file: Path | None) -> None:
-    """`jaxlora serve`: answers until SIGTERM or Ctrl-C, and then until what is open is complete.  file: where the settings came from; SIGHUP has its tuning read again."""
+    """`jaxlora serve`: answers until SIGTERM or Ctrl-C, and then until what is open is complete.  file: where the settings came from; SIGHUP has its tuning read again.
+
+    Ends the process itself when the device is lost.
+    """
+    tell = attach(config.grace_s)
     compile_cache.enable(None)
+    with opened_remote(config) as remote:
+        _serve(config, file, remote, tell)
+
+
+def _serve(config: ServeConfig, file: Path | None, remote: Remote | None, tell: Callable[[str], None]) -> None:
     opened = open_base(config.model, config.mesh)
-    store = open_store(config)
+    store = open_store(config, remote)
     runner = make_runner(opened, config, store)
     try:
-        with observing(runner, config) as observers, services(runner, opened, config, lambda: read_head(opened)) as own:
+        with (
+            observing(runner, config) as observers,
+            services(runner, opened, config, lambda: read_head(opened), remote) as own,
+        ):
             http = make_server(runner, config, observers, own)
             try:
                 begin(runner, opened, config, own)
@@ -113,13 +155,33 @@ def main(config: ServeConfig, file: Path | None) -> None:
                 if own.keyless:
                     print("there are no keys: anyone on this machine may do everything (see jaxlora keys --help)")
                 print(f"serving {opened.name} and {len(store.list(None))} adapters on {http.url}/v1", flush=True)
+                tell(http.url)
                 retuned = contextlib.nullcontext() if file is None else retuned_by_hangup(runner, file)
                 with observers.compiles, retuned:
-                    http.run()
+                    try:
+                        http.run()
+                    finally:
+                        if not runner.end(STOP_S):
+                            leave(store)
             finally:
                 runner.stop()
     finally:
         store.close()
+
+
+def leave(store: AdapterStore) -> NoReturn:
+    """Ends the process as a kill would, but that versions which were published reach the disk.
+
+    Jobs go on from their newest checkpoints in the next process: what they have learned since lies on a device that
+    cannot be read, and an update may be half done.
+    """
+    LOG.critical("the device is lost; the server ends with exit code %d, to be started again", LOST_EXIT)
+    saving = threading.Thread(target=store.flush, daemon=True)
+    saving.start()
+    saving.join(FLUSH_S)
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(LOST_EXIT)
 
 
 def make_server(runner: Runner, config: ServeConfig, observers: Observers, own: Services) -> HttpServer:

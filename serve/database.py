@@ -19,7 +19,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, SQLAlche
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlmodel import Session, create_engine
 
-from jaxlora.errors import ConfigInvalid, StorageFull, Unavailable
+from jaxlora.errors import ConfigInvalid, StorageAway, StorageFull
 from serve.migrations import migrate
 
 BUSY_S = 1.0  # SQLite itself waits so long for another writer
@@ -138,9 +138,9 @@ class Database:
                 return result
 
 
-def away() -> Unavailable:
+def away() -> StorageAway:
     """The error of a database that does not answer."""
-    return Unavailable("the server's database does not answer; try again later")
+    return StorageAway("the server's database does not answer; try again later")
 
 
 def parse(url: str) -> URL:

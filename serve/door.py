@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Generator
 from starlette.datastructures import Headers
 from starlette.types import Message, Send
 
-from jaxlora.errors import Unauthorized, Unavailable
+from jaxlora.errors import JaxLoraError, Unauthorized, Unavailable
 from serve.openai_errors import error_body
 from serve.openai_format import DONE, sse
 
@@ -25,6 +25,7 @@ class Door:
         self.inside = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._staying: dict[str | None, set[asyncio.Timeout]] = {}  # by the id of their key
+        self._last_word: JaxLoraError | None = None  # to who is turned out when the server ends
 
     def close(self) -> None:
         """From now on nobody comes in."""
@@ -50,7 +51,7 @@ class Door:
     async def staying(self, key_id: str | None, send: Send) -> AsyncGenerator[Send]:
         """`send`, for an answer to this key.  When the key is shut out meanwhile, what answers is cancelled.
 
-        A stream of events then ends with an error event; anything else raises Unauthorized.
+        A stream of events then ends with an error event; anything else raises the error: Unauthorized, or that of `turn_out`.
         """
         events = OpenEvents(send)
         until = asyncio.timeout(None)  # expires when it is told to
@@ -62,7 +63,7 @@ class Door:
         except TimeoutError:
             if not until.expired():
                 raise
-            error = Unauthorized("the API key was revoked while this request was open")
+            error = self._last_word or Unauthorized("the API key was revoked while this request was open")
             if not events.open:
                 raise error from None
             await send({"type": "http.response.body", "body": sse(error_body(error)[1]) + DONE, "more_body": False})
@@ -76,9 +77,16 @@ class Door:
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._expire, key_id)
 
+    def turn_out(self, error: JaxLoraError) -> None:
+        """Ends every open request with this error: the server ends."""
+        self._last_word = error
+        for key_id in self._staying:
+            self._expire(key_id)
+
     def _expire(self, key_id: str | None) -> None:
         for until in self._staying.get(key_id, ()):
-            until.reschedule(asyncio.get_running_loop().time())
+            if not until.expired():
+                until.reschedule(asyncio.get_running_loop().time())
 
 
 class OpenEvents:

@@ -2,19 +2,23 @@
 
 ROOT/.incoming/…   uploads under way, and what a killed server left of them: emptied at the start
 ROOT/TENANT/ID     whole files.  One that the database does not know was being added or removed: removed at the start
+
+With object storage that is where the bytes are, under files/TENANT/ID, and the folder holds copies.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from jaxlora.disk_copies import Remote
 from jaxlora.durable import sync, told_of_disk
 from jaxlora.errors import JaxLoraError, NotFound
 from jaxlora.serve_config import LimitsSection
@@ -25,6 +29,7 @@ from train.data import Unit
 LOG = logging.getLogger("serve")
 FINE_TUNE = "fine-tune"  # purpose of what clients upload
 INCOMING = ".incoming"  # no tenant's name begins with a dot
+FILES = "files/"  # in object storage
 MAX_DETAILS = 2000  # characters of what is wrong with a file
 
 
@@ -32,15 +37,22 @@ class FileStore:
     """All tenants' files.  From any thread; every call may wait for the disk and the database."""
 
     def __init__(
-        self, stored: StoredFiles, root: Path, *, load: Callable[[Path], Sequence[Unit]], limits: LimitsSection
+        self,
+        stored: StoredFiles,
+        root: Path,
+        *,
+        load: Callable[[Path], Sequence[Unit]],
+        limits: LimitsSection,
+        remote: Remote | None = None,
     ):
         """load: reads a file of examples, and raises DataInvalid for a bad one; called on a thread of ours.
 
         Removes what a server before left behind, and checks what it had not checked.  Raises StorageFull, StorageFailed,
         Unavailable.
         """
-        self._stored, self._root, self._load, self._limits = stored, root, load, limits
+        self._stored, self._root, self._load, self._limits, self._remote = stored, root, load, limits, remote
         self._checks = ThreadPoolExecutor(1, thread_name_prefix="file-check")
+        self._sweeps = ThreadPoolExecutor(1, thread_name_prefix="file-sweep")
         with told_of_disk("the folder of files"):
             root.mkdir(parents=True, exist_ok=True, mode=0o700)
             shutil.rmtree(root / INCOMING, ignore_errors=True)
@@ -49,13 +61,25 @@ class FileStore:
             for path in root.glob("[!.]*/*"):
                 if path.name not in known:
                     path.unlink()
+        if remote is not None:
+            self._compare(remote, known)
         self.sweep()
         for record in stored.unchecked():
             self._checks.submit(self._check, record)
 
+    def _compare(self, remote: Remote, known: set[str]) -> None:
+        """Object storage holds the files that the database knows, and no others."""
+        there = remote.blobs.list(FILES)
+        remote.blobs.delete([key for key in there if key.rsplit("/", 1)[-1] not in known])
+        for path in self._root.glob("[!.]*/*"):
+            if self._key(path) not in there:  # this server had no object storage before
+                remote.blobs.put(self._key(path), path)
+            remote.copies.add(path, _unlink)
+
     def close(self) -> None:
         """Ends the checks; those that have not begun are done at the next start."""
         self._checks.shutdown(cancel_futures=True)
+        self._sweeps.shutdown(cancel_futures=True)
 
     def staging(self) -> Path:
         """An empty folder for one upload, the caller's to remove.  Raises StorageFull, StorageFailed."""
@@ -95,10 +119,17 @@ class FileStore:
             path.rename(target)
             sync(target.parent)
         try:
+            if self._remote is not None:
+                self._remote.blobs.put(self._key(target), target)
             self._stored.insert(record, most_bytes=self._limits.of(tenant).file_bytes)
         except BaseException:
             target.unlink(missing_ok=True)
+            if self._remote is not None:
+                with contextlib.suppress(JaxLoraError):  # else the next start removes it
+                    self._remote.blobs.delete([self._key(target)])
             raise
+        if self._remote is not None:
+            self._remote.copies.add(target, _unlink)
         if record.status == "uploaded":
             self._checks.submit(self._check, record)
         return record
@@ -118,7 +149,7 @@ class FileStore:
         return self._stored.get(id, sees, time.time())
 
     def find(self, id: str, sees: str | None) -> tuple[FileRecord, Path]:
-        """A file and where its bytes are.  Raises NotFound, Unavailable."""
+        """A file and where its bytes are while `here` says so.  Raises NotFound, Unavailable."""
         record = self.get(id, sees)
         return record, self.path(record)
 
@@ -133,19 +164,58 @@ class FileStore:
     def delete(self, id: str, sees: str | None) -> FileRecord:
         """The file that is no more.  Raises NotFound, Unavailable; StateInvalid when a job still needs it."""
         record = self._stored.delete(id, sees, time.time())
-        self.sweep()
+        if self._remote is None:
+            self.sweep()
+        else:  # nobody waits for the network; a server that ends first sweeps when it starts
+            self._sweeps.submit(self.sweep)
         return record
 
     def sweep(self) -> None:
         """Removes the bytes of files that are deleted or past their time."""
         for record in self._stored.removable(time.time()):
+            path = self.path(record)
             with told_of_disk("a deletion"):
-                self.path(record).unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
+            if self._remote is not None:
+                self._remote.copies.forget(path)
+                try:
+                    self._remote.blobs.delete([self._key(path)])
+                except JaxLoraError as error:  # nobody sees it; the next sweep tries again
+                    LOG.warning("file %s is not removed yet: %s", record.id, error.message)
+                    continue
             self._stored.forget(record.id)
 
     def path(self, record: FileRecord) -> Path:
-        """Where its bytes are."""
+        """Where its bytes are while `here` says so."""
         return self._root / record.tenant / record.id
+
+    @contextlib.contextmanager
+    def here(self, path: Path) -> Generator[None]:
+        """Inside, the bytes of a file are at its path; they are brought first if need be.
+
+        Raises NotFound for one that was deleted, Unavailable, StorageFull, StorageFailed.
+        """
+        if self._remote is None:
+            if not path.is_file():
+                raise NotFound(f"there is no file {path.name!a}", param="id")
+            yield
+            return
+        with self._remote.copies.using(path, self._bring):
+            yield
+
+    def load(self, path: Path) -> Sequence[Unit]:
+        """The examples of a file.  Raises DataInvalid for a bad one, and as `here`."""
+        with self.here(path):
+            return self._load(path)
+
+    def _bring(self, path: Path) -> None:
+        assert self._remote is not None
+        record = self._stored.get(path.name, None, time.time())
+        self._remote.blobs.get(self._key(path), path, self._root / INCOMING, sha256=record.sha256)
+        self._remote.copies.add(path, _unlink)
+
+    def _key(self, path: Path) -> str:
+        return FILES + path.relative_to(self._root).as_posix()
 
     def _check(self, record: FileRecord) -> None:
         """Reads a file as a job would, and keeps what is wrong with it."""
@@ -153,7 +223,7 @@ class FileStore:
         status: FileStatus = "error"
         details: str | None
         try:
-            self._load(path)
+            self.load(path)
             status, details = "processed", None
         except JaxLoraError as error:
             # A path of ours is nobody's business.
@@ -167,11 +237,8 @@ class FileStore:
             LOG.error("what is wrong with file %s could not be kept: %s", record.id, error.message)
 
 
-def found_at(path: Path) -> Path:
-    """The path of a file that is there.  Raises NotFound for one that was deleted in this moment."""
-    if not path.is_file():
-        raise NotFound(f"there is no file {path.name!a}", param="id")
-    return path
+def _unlink(path: Path) -> None:
+    path.unlink(missing_ok=True)
 
 
 def sha256_of(path: Path) -> str:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import shutil
 from collections.abc import Generator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from jaxlora.durable import told_of_disk
 from jaxlora.errors import Overloaded
 from serve.auth import caller_of
 from serve.database import Database
-from serve.file_store import FileStore, found_at, sha256_of
+from serve.file_store import FileStore, sha256_of
 from serve.files_types import CONTENT, FORM_BODY, FORM_FIELDS, DeletedFile, File, FileList, FilesQuery, upload_form
 from serve.idempotency import HEADER, Once
 from serve.job_objects import page_object
@@ -82,7 +85,8 @@ class FilesWire:
 
                 async def make() -> JsonObject:
                     add, expires_after_s = self._files.add, about.expires_after_s
-                    record = await self._run(add, tenant, path, about.filename, expires_after_s=expires_after_s)
+                    # Not on the database's threads: object storage may take a while.
+                    record = await asyncio.to_thread(add, tenant, path, about.filename, expires_after_s=expires_after_s)
                     return file_object(record)
 
                 return await self._once.answer(request, asked, make)
@@ -135,9 +139,20 @@ class FilesWire:
     async def content(self, request: Request, id: str) -> Response:
         """The bytes of a file, as they came."""
         record, path = await self._ask(self._files.find, id, caller_of(request).sees)
-        return FileResponse(
-            await self._ask(found_at, path), media_type="application/octet-stream", filename=record.filename
-        )
+        return _FileHere(self._files.here(path), path, record.filename)
+
+
+class _FileHere(FileResponse):
+    """The bytes of a file that is brought first, and stays until they are sent."""
+
+    def __init__(self, here: AbstractContextManager[None], path: Path, filename: str):
+        super().__init__(path, media_type="application/octet-stream", filename=filename)
+        self._here = here
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with contextlib.ExitStack() as stack:
+            await asyncio.to_thread(stack.enter_context, self._here)
+            await super().__call__(scope, receive, send)
 
 
 def file_object(record: FileRecord) -> JsonObject:

@@ -3,6 +3,7 @@
     SIGTERM, Ctrl-C ──▶ the door closes ──▶ all answers are complete, or the grace time is over, or another signal comes
                     ──▶ what is still open ends with an error event ──▶ the server ends
 
+A device that is lost ends it too: answers have got their errors by then, and nobody is told 503 for ever.
 uvicorn alone closes its socket first, so that clients find nobody, and cuts streams without a word.
 """
 
@@ -22,36 +23,51 @@ import uvicorn
 from fastapi import APIRouter
 from starlette.requests import HTTPConnection
 
-from jaxlora.errors import ConfigInvalid
+from jaxlora.errors import ConfigInvalid, DeviceLost, Unavailable
 from serve.answered import Listener
 from serve.app import NO_SHAPES, OPEN_PATHS, create_app, hosts_for
 from serve.auth import Caller, anyone
 from serve.door import Door
 from serve.error_shapes import Shape
 from serve.limits import Limiter
-from serve.runner import Runner
+from serve.runner import GONE, LOST, Runner
 
 LOG = logging.getLogger("serve")
 BACKLOG = 2048  # connections that may wait to be accepted
+TELL_S = 0.2  # for answers to tell their errors
 LAST_WORDS_S = 5  # for a client to read how its stream ended
 
 
 class DrainingServer(uvicorn.Server):
-    """Ends in two steps.  end_open: ends every open answer with an error; called on a thread of its own."""
+    """Ends in two steps.
 
-    def __init__(self, config: uvicorn.Config, door: Door, grace_s: float, end_open: Callable[[], None]):
+    end_open: ends every open answer with an error; called on a thread of its own.  is_lost: whether there is no use in
+    going on; looked at often.
+    """
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        door: Door,
+        grace_s: float,
+        end_open: Callable[[], None],
+        is_lost: Callable[[], bool],
+    ):
         super().__init__(config)
-        self._door, self._grace_s, self._end_open = door, grace_s, end_open
+        self._door, self._grace_s, self._end_open, self._is_lost = door, grace_s, end_open, is_lost
         self._ends: float | None = None  # time.monotonic() when nothing is waited for any more
         self.interrupted = False  # by Ctrl-C
 
     def drain(self) -> None:
         """Begins the end; a second time, waits for nobody.  Of any thread, or a signal handler."""
         if self._ends is None:
-            self._ends = time.monotonic() + self._grace_s
-            self._door.close()
+            self._end_within(self._grace_s)
         else:
             self._ends = 0.0
+
+    def _end_within(self, seconds: float) -> None:
+        self._ends = time.monotonic() + seconds
+        self._door.close()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal to end."""
@@ -60,11 +76,16 @@ class DrainingServer(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Looks, ten times a second, whether the end has come."""
+        if self._ends is None and self._is_lost():
+            self._end_within(LAST_WORDS_S)
         if self._ends is not None and not self.should_exit:
             over = time.monotonic() >= self._ends
             if over and self._door.inside:
                 LOG.warning("%d requests are open when the server ends; each gets an error", self._door.inside)
                 await asyncio.to_thread(self._end_open)
+                await asyncio.sleep(TELL_S)
+                # Those that wait for something else: an upload, a call that trains.
+                self._door.turn_out(DeviceLost(LOST) if self._is_lost() else Unavailable(GONE))
             self.should_exit = over or not self._door.inside
         return await super().on_tick(counter)
 
@@ -88,7 +109,10 @@ class HttpServer:
         self.listening.listen(BACKLOG)
 
     def run(self) -> None:
-        """Answers until SIGTERM, then until all open answers are complete.  Raises KeyboardInterrupt when it was Ctrl-C."""
+        """Answers until SIGTERM, then until all open answers are complete; or until the device is lost.
+
+        Raises KeyboardInterrupt when it was Ctrl-C.
+        """
         self.server.run(sockets=[self.listening])
         if self.server.interrupted:
             raise KeyboardInterrupt
@@ -154,4 +178,5 @@ def make_http(
         error_shapes=error_shapes,
     )
     settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=LAST_WORDS_S)
-    return HttpServer(DrainingServer(settings, door, grace_s, runner.end_all), listening)
+    server = DrainingServer(settings, door, grace_s, runner.end_all, lambda: runner.lost)
+    return HttpServer(server, listening)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
 from jaxlora.config import default_lr
+from jaxlora.disk_copies import Remote
 from jaxlora.lora import ALL_TARGETS
 from jaxlora.opened import Opened
 from jaxlora.pool import PoolSpec
 from jaxlora.serve_config import ServeConfig, TrainingSection
+from jaxlora.state_copies import StateCopies
 from serve.database import Database
 from serve.job_service import Files, JobService
 from serve.live_jobs import JobNews, JobShelf, LiveJobs, Published
@@ -22,7 +25,6 @@ from serve.scoring import Scorer
 from serve.stored_jobs import StoredJobs
 from serve.training_view import training_view
 from serve.tuner import Tuner
-from train.data import Unit
 from train.job_runner import Jobs
 from train.jobs import JobsConfig
 from train.parking import Parking
@@ -84,9 +86,12 @@ def make_job_host(
     runner: Runner,
     database: Database,
     files: Files,
-    load: Callable[[Path], Sequence[Unit]],
+    remote: Remote | None,
 ) -> JobHost:
-    """Jobs over this base that are not started yet.  Raises ConfigInvalid for sizes that do not fit the base."""
+    """Jobs over this base that are not started yet.
+
+    Raises ConfigInvalid for sizes that do not fit the base; Unavailable, StorageFailed as object storage does.
+    """
     rank = config.max_rank if training.max_rank is None else training.max_rank
     trainer = Trainer(
         opened.base,
@@ -97,16 +102,17 @@ def make_job_host(
         base_hash=opened.base_hash,
         parts=small_parts(opened.mesh),
     )
-    folder = config.data / "jobs"
+    folder, tuned = config.data / "jobs", config.data / "tuned"
+    copies = None if remote is None else StateCopies(remote.blobs, folder / "states", "jobs")
     mailbox = _Mailbox()
     live = LiveJobs(
         runner,
         lambda wake: Jobs(
             trainer,
-            JobsConfig(states=folder / "states", quantum_steps=training.quantum_steps),
+            JobsConfig(states=folder / "states", quantum_steps=training.quantum_steps, copies=copies),
             shelf=JobShelf(runner),
             parking=Parking(folder / "parked", host_bytes=PARKED_BYTES),
-            load=load,
+            load=files.load,
             wake=wake,
         ),
         publish_every=training.publish_every,
@@ -125,18 +131,21 @@ def make_job_host(
         stored,
         files,
         runner.catalog.jobs,
-        load=load,
         base_lr=default_lr(opened.base.config),
         limits=config.limits,
         published=published,
     )
     mailbox.service = service
 
-    def path(id: str) -> Path:
-        return files.find(id, None)[1]
+    @contextlib.contextmanager
+    def opened_file(id: str) -> Generator[Path]:
+        _, path = files.find(id, None)
+        with files.here(path):
+            yield path
 
-    scorer = Scorer(runner, path, service.recorder.change)
-    return JobHost(runner, live, service, Tuner(live, config.data / "tuned"), scorer)
+    scorer = Scorer(runner, opened_file, service.recorder.change)
+    tuner = Tuner(live, tuned, None if remote is None else StateCopies(remote.blobs, tuned, "tuned"))
+    return JobHost(runner, live, service, tuner, scorer)
 
 
 def know_names(names: JobNames, stored: StoredJobs) -> None:

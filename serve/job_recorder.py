@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 
 from jaxlora.errors import JaxLoraError, StorageFull, Unavailable
+from jaxlora.lora import AdapterRef
 from serve.live_jobs import JobNews, Published
 from serve.model_names import JobNames
 from serve.records import ENDED, CheckpointRecord, JobRecord, JsonObject, NewEvent, new_id
@@ -42,11 +43,15 @@ class JobRecorder:
         stored: StoredJobs,
         names: JobNames,
         *,
+        saved: Callable[[AdapterRef], None],
         published: Callable[[JobRecord, Published], None],
         ended: Callable[[JobRecord], None],
     ):
-        """published, ended: called on the recorder's thread when that is stored."""
-        self._stored, self._names, self._published, self._ended = stored, names, published, ended
+        """saved: waits until a version is stored; nobody is told of a checkpoint before.
+
+        published, ended: called on the recorder's thread when that is stored.
+        """
+        self._stored, self._names, self._saved, self._published, self._ended = stored, names, saved, published, ended
         self._records: dict[str, JobRecord] = {}
         self._changes: queue.SimpleQueue[tuple[str, Change] | None] = queue.SimpleQueue()
         self._closing = threading.Event()
@@ -139,6 +144,7 @@ class JobRecorder:
             progress["final_version"] = said.ref.version
         events, checkpoints = [], []
         if said.checkpoint:
+            self._await_saved(said.ref)
             progress["checkpoint_step"] = said.step
             checkpoints.append(
                 CheckpointRecord(
@@ -161,6 +167,12 @@ class JobRecorder:
             self._names.checkpoint(record.id, said.step, said.ref.version, final=said.final)
         self._published(self._records.get(record.id, record), said)
 
+    def _await_saved(self, ref: AdapterRef) -> None:
+        try:
+            self._saved(ref)
+        except (JaxLoraError, OSError) as error:  # it is in memory, and tried again
+            LOG.error("%s is not stored yet: %s", ref, error)
+
     def _store(self, record: JobRecord, events: list[NewEvent], checkpoints: list[CheckpointRecord]) -> None:
         """Tries until it is stored; while the recorder closes, once."""
         self._records[record.id] = record
@@ -171,7 +183,7 @@ class JobRecorder:
             except (Unavailable, StorageFull) as error:
                 LOG.error("job %s is not stored yet: %s", record.id, error)
                 if self._closing.wait(RETRY_S):
-                    break
+                    return  # the next process takes it from where the database says it is
             except JaxLoraError as error:  # it was deleted meanwhile
                 LOG.warning("job %s is not stored: %s", record.id, error)
                 break

@@ -13,11 +13,11 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from jaxlora.checkpoint import read_meta
 from jaxlora.errors import (
     AdapterNotFound,
     DataInvalid,
@@ -25,6 +25,7 @@ from jaxlora.errors import (
     JaxLoraError,
     NotFound,
     StateInvalid,
+    StorageAway,
     Unavailable,
 )
 from jaxlora.lora import Adapter, AdapterRef, LoraSpec
@@ -43,6 +44,7 @@ from train.jobs import said
 
 LOG = logging.getLogger("serve")
 INTAKE_THREADS = 2
+RETRY_S = 5.0  # when the database or object storage does not answer
 EVENTS_AT_ONCE = 1000  # read when a result file is written
 MOVES: Mapping[JobStatus, tuple[JobStatus, ...]] = {  # for jobs that the device thread does not know
     "validating_files": ("cancelled",),
@@ -55,6 +57,14 @@ class Files(Protocol):
 
     def find(self, id: str, sees: str | None) -> tuple[FileRecord, Path]:
         """A file and where its bytes are.  Raises NotFound."""
+        ...
+
+    def here(self, path: Path) -> AbstractContextManager[None]:
+        """Inside, the bytes are there.  Raises NotFound, Unavailable, StorageFailed."""
+        ...
+
+    def load(self, path: Path) -> Sequence[Unit]:
+        """The examples of a file.  Raises DataInvalid, and as `here`."""
         ...
 
     def keep(self, tenant: str, filename: str, purpose: str, content: bytes) -> FileRecord:
@@ -80,16 +90,18 @@ class JobService:
         files: Files,
         names: JobNames,
         *,
-        load: Callable[[Path], Sequence[Unit]],
         base_lr: float,
         limits: LimitsSection,
         published: Callable[[JobRecord, Published], None],
     ):
-        """load: reads a training file.  base_lr: of a job that names none.  published: told of each version, stored."""
+        """base_lr: of a job that names none.  published: told of each version, stored."""
         self.live, self.stored, self.files, self.names = live, stored, files, names
-        self.recorder = JobRecorder(stored, names, published=published, ended=self._ended)
-        self._load, self._base_lr, self._limits = load, base_lr, limits
+        self.recorder = JobRecorder(
+            stored, names, saved=live.runner.engine.store.wait_saved, published=published, ended=self._ended
+        )
+        self._base_lr, self._limits = base_lr, limits
         self._intake = ThreadPoolExecutor(INTAKE_THREADS, "job-intake")
+        self._stopping = threading.Event()
         self._deciding = threading.Lock()  # held from a look at a stored job to what follows from it
 
     # ---- what clients ask for -------------------------------------------------------------------------------------
@@ -147,7 +159,10 @@ class JobService:
 
     def restart(self) -> None:
         """Goes on with every job that had not ended when the server last did; paused ones wait to be resumed."""
-        for record in self.stored.unfinished():
+        unfinished = self.stored.unfinished()
+        for id in self.live.jobs.states.stored() - {record.id for record in unfinished}:
+            self.live.jobs.states.discard(id)
+        for record in unfinished:
             if record.status == "paused":
                 self.recorder.register(record)
             else:
@@ -155,6 +170,7 @@ class JobService:
 
     def close(self) -> None:
         """Stores what is left.  After the device thread has ended."""
+        self._stopping.set()
         self._intake.shutdown(cancel_futures=True)
         self.live.close()
         self.recorder.close()
@@ -179,33 +195,45 @@ class JobService:
 
     def _take_in(self, record: JobRecord) -> None:
         """Reads what the job brings and hands it to the device thread; what is wrong with it is the job's end."""
-        try:
-            resolved = self._resolve(record)
-            request = resolved.job_request(
-                owner=record.tenant,
-                name=record.adapter,
-                data=self._path(record, "training_file"),
-                heldout=self._path(record, "validation_file") if record.request.get("validation_file") else None,
-                start=self._start(record),
-            )
-            kept = [c.version for c in self.stored.checkpoints(record.id, None, after=None, limit=1000).records]
-            stored = {**record.resolved, **resolved.to_json()}
-            self.recorder.change(record.id, lambda now: replace(now, resolved=stored))
-            with self._deciding:
-                if self.stored.get(record.id, None).status not in ENDED:  # it may be cancelled meanwhile
-                    publish = resolved.publish
-                    self.live.runner.call(lambda: self.live.create(record.id, request, publish=publish, kept=kept))
-        except Unavailable:
-            return  # the server ends; the job goes on when it is up again
-        except Exception as error:
-            if not isinstance(error, JaxLoraError | OSError):
-                LOG.exception("job %s was not taken in", record.id)
-            self._fail(record.id, error)
+        while not self._stopping.is_set():
+            try:
+                self._hand_over(record)
+            except StorageAway as error:
+                LOG.warning("job %s is not taken in yet: %s", record.id, error)
+                self._stopping.wait(RETRY_S)
+            except Unavailable:
+                return  # the server ends; the job goes on when it is up again
+            except Exception as error:
+                if not isinstance(error, JaxLoraError | OSError):
+                    LOG.exception("job %s was not taken in", record.id)
+                self._fail(record.id, error)
+                return
+            else:
+                return
+
+    def _hand_over(self, record: JobRecord) -> None:
+        if self.stored.get(record.id, None).status in ENDED:
+            return
+        resolved = self._resolve(record)
+        request = resolved.job_request(
+            owner=record.tenant,
+            name=record.adapter,
+            data=self._path(record, "training_file"),
+            heldout=self._path(record, "validation_file") if record.request.get("validation_file") else None,
+            start=self._start(record),
+        )
+        kept = [c.version for c in self.stored.checkpoints(record.id, None, after=None, limit=1000).records]
+        stored = {**record.resolved, **resolved.to_json()}
+        self.recorder.change(record.id, lambda now: replace(now, resolved=stored))
+        with self._deciding:
+            if self.stored.get(record.id, None).status not in ENDED:  # it may be cancelled meanwhile
+                publish = resolved.publish
+                self.live.runner.call(lambda: self.live.create(record.id, request, publish=publish, kept=kept))
 
     def _resolve(self, record: JobRecord) -> Resolved:
         if "total_steps" in record.resolved:  # by an earlier process
             return Resolved.from_json(record.resolved)
-        examples = self._load(self._path(record, "training_file"))
+        examples = self.files.load(self._path(record, "training_file"))
         if not examples:
             raise DataInvalid("the training file has no examples; give at least one", param="training_file")
         start = self._start_ref(record)
@@ -227,13 +255,13 @@ class JobService:
 
     def _start(self, record: JobRecord) -> Adapter | None:
         """The adapter that the job begins with; one that is deleted is missed only by a job without a checkpoint of its own."""
-        ref, states = self._start_ref(record), self.live.jobs.config.states
+        ref = self._start_ref(record)
         if ref is None:
             return None
         try:
             return self.live.runner.engine.store.get(ref)
         except AdapterNotFound:
-            if states is None or read_meta(states / record.id) is None:
+            if self.live.jobs.states.newest(record.id) is None:
                 raise
             return None
 
@@ -276,7 +304,8 @@ class JobService:
     # ---- ends -----------------------------------------------------------------------------------------------------
 
     def _ended(self, record: JobRecord) -> None:
-        """Writes the result file of a job that has ended; called on the recorder's thread."""
+        """Writes the result file of a job that has ended, and needs its checkpoints no more; called on the recorder's thread."""
+        self.live.jobs.states.discard(record.id)
         try:
             events: list[EventRecord] = []
             while page := self.stored.events_since(

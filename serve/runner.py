@@ -5,7 +5,6 @@ While sequences run and adapters train, `Budget` says before each engine step wh
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import queue
@@ -15,12 +14,13 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from jaxlora.errors import AdapterNotFound, InvalidRequest, JaxLoraError, Unavailable
+from jaxlora.errors import AdapterNotFound, DeviceLost, InvalidRequest, JaxLoraError, Unavailable
 from jaxlora.lora import AdapterRef, LoraSpec
 from jaxlora.pool import Rows, adapter_of_rows, read_finite
 from jaxlora.serve_config import Tuning
 from serve.budget import Budget, BudgetSettings
 from serve.catalog import Catalog
+from serve.delta_stream import Asked, DeltaStream
 from serve.engine import Engine
 from serve.grammar import Grammars
 from serve.histogram import Histogram
@@ -30,6 +30,8 @@ from serve.watch import Watch
 
 LOG = logging.getLogger("serve")
 GONE = "the server stopped before the answer was complete; retry when it is up again"
+LOST = "the device thread failed or hung before the answer was complete"
+END_S = 10.0  # for the present step to end, before those who wait are told without the device thread
 FRESHNESS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 
@@ -61,38 +63,6 @@ class Completion:
     last: Delta | None = None
 
 
-class DeltaStream:
-    """The async iterator a wire reads: ends after the delta with `finish` or `error`."""
-
-    def __init__(self, runner: Runner, request_id: str):
-        self._runner, self._id = runner, request_id
-        self._queue: asyncio.Queue[Delta] = asyncio.Queue()
-        self._loop = asyncio.get_running_loop()
-        self._ended = False
-
-    def deliver(self, delta: Delta) -> None:
-        """Called on the device thread."""
-        try:
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, delta)
-        except RuntimeError:  # the loop has closed: nobody reads any more
-            self._runner.cancel(self._id)
-
-    def __aiter__(self) -> DeltaStream:
-        return self
-
-    async def __anext__(self) -> Delta:
-        if self._ended:
-            raise StopAsyncIteration
-        delta = await self._queue.get()
-        self._ended = delta.finish is not None or delta.error is not None
-        return delta
-
-    def cancel(self) -> None:
-        """Frees slot and KV within a step; harmless when the stream has ended."""
-        if not self._ended:
-            self._runner.cancel(self._id)
-
-
 class Runner:
     """The server behind the wires (serve.house.House), and the device thread under it."""
 
@@ -115,6 +85,7 @@ class Runner:
         self._closed = False
         self._stopping = False
         self._failure: BaseException | None = None
+        self._given_up = False  # it hangs, and nobody waits for it any more
         self._thread = threading.Thread(target=self._run, name="jaxlora-device", daemon=True)
 
     # ---- life -----------------------------------------------------------------------------------------------------
@@ -130,10 +101,22 @@ class Runner:
 
     def stop(self) -> None:
         """Ends the device thread after its present step; open requests get an error."""
-        if self._thread.is_alive():
-            self._inbox.put(self._stop_now)
-            self._thread.join()
+        self.end(None)
         self.engine.store.flush()
+
+    def end(self, within_s: float | None) -> bool:
+        """The same without saving anything; False when the device is lost, by an error or by a step that does not end in time."""
+        if self._thread.is_alive() and not self._given_up:
+            self._inbox.put(self._stop_now)
+            self._thread.join(within_s)
+            if self._thread.is_alive():
+                self._give_up()
+        return not self.lost
+
+    @property
+    def lost(self) -> bool:
+        """Whether the device thread has failed, or hung until it was given up: nothing on the device can be read any more."""
+        return self._failure is not None or self._given_up
 
     def call[R](self, work: Callable[[], R]) -> R:
         """What `work` returns, run on the device thread between two steps.  Raises what it raises."""
@@ -192,9 +175,29 @@ class Runner:
             while not self._inbox.empty():  # those who came meanwhile must not wait for ever
                 self._inbox.get()()
         finally:
-            for request_id, listener in list(self._listeners.items()):
-                listener(Delta(request_id=request_id, error=Unavailable(GONE)))
-            self._listeners.clear()
+            self._tell_all()
+
+    def _give_up(self) -> None:
+        """Tells everyone who waits in place of a device thread that hangs, and has it end should it come back."""
+        LOG.error("the device thread hangs; nobody waits for it any more")
+        with self._door:
+            self._closed = self._given_up = True
+        self._stopping = True
+        with contextlib.suppress(queue.Empty):
+            while True:
+                message = self._inbox.get_nowait()
+                if isinstance(message, Asked):  # who waits in `call` and `complete` looks for himself
+                    message.listener(Delta(request_id=message.request.id, error=self._last_word()))
+        self._tell_all()
+
+    def _last_word(self) -> Unavailable:
+        return DeviceLost(LOST) if self.lost else Unavailable(GONE)
+
+    def _tell_all(self) -> None:
+        """Ends every request under way with an error."""
+        for request_id, listener in list(self._listeners.items()):
+            listener(Delta(request_id=request_id, error=self._last_word()))
+        self._listeners.clear()
 
     def _turn(self) -> None:
         """Messages, then an engine step or a part of a training step."""
@@ -239,8 +242,8 @@ class Runner:
     def submit(self, request: Request) -> DeltaStream:
         """The request's stream.  What cannot be admitted comes as its first and only delta, with `error`."""
         self._check_alive()
-        stream = DeltaStream(self, request.id)
-        self._send(lambda: self.admit(request, stream.deliver))
+        stream = DeltaStream(request.id, self.cancel)
+        self._send(Asked(request, stream.deliver, self.admit))
         return stream
 
     def admit(self, request: Request, listener: Callable[[Delta], None]) -> None:
@@ -248,6 +251,10 @@ class Runner:
         try:
             self.engine.submit(request)
         except JaxLoraError as error:
+            listener(Delta(request_id=request.id, error=error))
+        except BaseException:  # of ours, or a panic of the grammars' library; nothing has changed yet
+            LOG.exception("request %s cannot be admitted", request.id)
+            error = JaxLoraError("this request cannot be admitted; the log has the reason")
             listener(Delta(request_id=request.id, error=error))
         else:
             self._listeners[request.id] = listener
@@ -263,16 +270,22 @@ class Runner:
             self._send(work)
 
     def end_all(self) -> None:
-        """Ends every request under way with Unavailable, and frees all they hold.  Of any thread."""
+        """Ends every request under way with Unavailable, and frees all they hold.  Of any thread but the device's.
+
+        If the device thread hangs, they end with DeviceLost.
+        """
+        ended = threading.Event()
 
         def work() -> None:
-            for request_id, listener in list(self._listeners.items()):
+            for request_id in list(self._listeners):
                 self.engine.cancel(request_id)
-                listener(Delta(request_id=request_id, error=Unavailable(GONE)))
-            self._listeners.clear()
+            self._tell_all()
+            ended.set()
 
-        with contextlib.suppress(Unavailable):  # ended: so has each of them
-            self.call(work)
+        with contextlib.suppress(Unavailable):  # it has ended: so has each of them
+            self._send(work)
+            if not ended.wait(max(END_S, self.watch.hang_s)):
+                self._give_up()
 
     def complete(self, requests: Sequence[Request]) -> list[Completion]:
         """All answers, in order, for callers without an event loop (not on the device thread).

@@ -13,12 +13,13 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import regex
 
-from jaxlora.errors import AdapterNotFound, DataInvalid, JaxLoraError, Unavailable
+from jaxlora.errors import AdapterNotFound, DataInvalid, JaxLoraError, StorageAway, Unavailable
 from jaxlora.lora import AdapterRef
 from serve.fine_tuning import given
 from serve.grammar import Grammar, GrammarSource
@@ -107,11 +108,11 @@ class Scorer:
     def __init__(
         self,
         runner: Runner,
-        path: Callable[[str], Path],
+        opened: Callable[[str], AbstractContextManager[Path]],
         tell: Callable[[str, Callable[[JobRecord], JobRecord], NewEvent], None],
     ):
-        """path: of a file.  tell: stores a change of a job's record and an event, such as JobRecorder.change."""
-        self._runner, self._path, self._tell = runner, path, tell
+        """opened: the path of a file, while it is there.  tell: stores a change of a job's record and an event, such as JobRecorder.change."""
+        self._runner, self._opened, self._tell = runner, opened, tell
         self._versions: queue.SimpleQueue[tuple[JobRecord, Published] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="job-scores", daemon=True)
         self._stopping = False
@@ -133,6 +134,8 @@ class Scorer:
             record, version = item
             try:
                 self._score(record, version)
+            except StorageAway as error:
+                self._event(record, version, f"step {version.step} is not scored: {why(error)}", {})
             except Unavailable:
                 return  # the server ends
             except (JaxLoraError, OSError, UnicodeDecodeError) as error:
@@ -146,7 +149,8 @@ class Scorer:
         tokenizer = self._runner.tokenizer
         metrics, most = given(asked, "metrics", []), given(asked, "samples", SAMPLES)
         limit = given(asked, "max_tokens", MAX_TOKENS)
-        found = questions(self._path(str(asked["file"])), tokenizer.chat, tokenizer.encode, most)
+        with self._opened(str(asked["file"])) as path:
+            found = questions(path, tokenizer.chat, tokenizer.encode, most)
         free = [m for m in metrics if m != "choice_accuracy"]
         began, scores = time.monotonic(), {}
         if free:

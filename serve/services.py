@@ -12,6 +12,7 @@ from fastapi import APIRouter
 from starlette.requests import HTTPConnection
 
 from jaxlora.config import default_lr
+from jaxlora.disk_copies import Remote
 from jaxlora.opened import Opened
 from jaxlora.serve_config import ServeConfig
 from serve.adapters import AdapterService
@@ -57,9 +58,15 @@ class Services:
 
 @contextlib.contextmanager
 def services(
-    runner: Runner, opened: Opened, config: ServeConfig, read_head: Callable[[], np.ndarray]
+    runner: Runner,
+    opened: Opened,
+    config: ServeConfig,
+    read_head: Callable[[], np.ndarray],
+    remote: Remote | None = None,
 ) -> Generator[Services]:
     """All of them, over a runner that has not started; leave when it has ended.  read_head: see AdapterService.
+
+    remote: object storage for files and checkpoints.
 
     Raises ConfigInvalid for settings that do not go together, Unavailable, StorageFull, StorageFailed.
     """
@@ -74,7 +81,7 @@ def services(
         def load(path: Path) -> Sequence[Unit]:
             return load_jsonl(path, opened.tokenizer, max_tokens=longest + 1, loss=None, name="the file")
 
-        files = FileStore(StoredFiles(database), config.data / "files", load=load, limits=config.limits)
+        files = FileStore(StoredFiles(database), config.data / "files", load=load, limits=config.limits, remote=remote)
         stack.callback(files.close)
         limiter = Limiter(config.limits)
         most_rank = config.max_rank if training is None or training.max_rank is None else training.max_rank
@@ -91,7 +98,7 @@ def services(
         files_wire, adapters_wire = FilesWire(files, database, once), AdaptersWire(adapters)
         routers, jobs = [files_wire.router(), adapters_wire.router()], None
         if training is not None:
-            jobs = make_job_host(opened, config, training, runner, database, files, load)
+            jobs = make_job_host(opened, config, training, runner, database, files, remote)
             stack.callback(jobs.close)
             routers.append(JobsWire(jobs.service, once).router())
         gradient = GradientWire(

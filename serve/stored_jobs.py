@@ -111,6 +111,7 @@ class StoredJobs:
     ) -> list[EventRecord]:
         """The events as they were numbered; state, events and checkpoints are there together or not at all.
 
+        A checkpoint of a step that has one, done again after a crash, takes its place under the same id.
         Raises NotFound, StorageFull.
         """
 
@@ -118,7 +119,8 @@ class StoredJobs:
             row = JOBS.find(session, record.id, record.tenant, lock=True)
             for name in CHANGING:
                 setattr(row, name, getattr(record, name))
-            session.add_all(to_row(CheckpointRow, c) for c in checkpoints)
+            for checkpoint in checkpoints:
+                keep_checkpoint(session, checkpoint)
             return add_events(session, row, events)
 
         return self.database.write(work)
@@ -174,6 +176,16 @@ def unfinished(session: Session, tenant: str) -> int:
     """Jobs of a tenant that have not ended."""
     asked = select(func.count()).select_from(JobRow)
     return session.exec(asked.where(col(JobRow.tenant) == tenant, col(JobRow.status).not_in(ENDED))).one()
+
+
+def keep_checkpoint(session: Session, checkpoint: CheckpointRecord) -> None:
+    """Adds it, or puts it in the place of the same step's."""
+    where = col(CheckpointRow.job) == checkpoint.job, col(CheckpointRow.step) == checkpoint.step
+    known = session.exec(select(CheckpointRow).where(*where)).first()
+    if known is None:
+        session.add(to_row(CheckpointRow, checkpoint))
+    else:
+        known.version, known.metrics = checkpoint.version, dict(checkpoint.metrics)
 
 
 def add_events(session: Session, row: JobRow, events: Sequence[NewEvent]) -> list[EventRecord]:

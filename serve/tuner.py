@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import shutil
 import threading
 import uuid
 from collections import OrderedDict
@@ -21,9 +20,10 @@ from pathlib import Path
 from jaxlora.checkpoint import read_meta, restore_state
 from jaxlora.checkpoint_writer import CheckpointWriter, Snapshot
 from jaxlora.config import CROSS_ENTROPY, Optimizer
-from jaxlora.errors import AdapterNotFound, JaxLoraError
+from jaxlora.errors import AdapterNotFound, JaxLoraError, StorageAway
 from jaxlora.lora import AdapterRef, LoraSpec
 from jaxlora.pool import Rows
+from jaxlora.state_copies import StateCopies
 from serve.live_jobs import GuestCall, LiveJobs
 from train.data import Example
 from train.state import SlotState, fresh_adapter
@@ -88,10 +88,10 @@ class _Waiting:
 class Tuner:
     """Creates, trains and deletes adapters call by call.  Of one event loop, but for `close`."""
 
-    def __init__(self, live: LiveJobs, states: Path):
-        """states: folder of the moments."""
-        self.live, self._states = live, states.absolute()
-        self._writer = CheckpointWriter()
+    def __init__(self, live: LiveJobs, states: Path, copies: StateCopies | None = None):
+        """states: folder of the moments.  copies: object storage behind it."""
+        self.live, self._states, self._copies = live, states.absolute(), copies
+        self._writer = CheckpointWriter(copies=copies)
         self._kept: OrderedDict[tuple[str, str], _Tuned] = OrderedDict()
         self._guard = threading.Lock()
         self._turns: dict[tuple[str, str], asyncio.Lock] = {}
@@ -156,8 +156,8 @@ class Tuner:
         self._writer.close()
 
     def _forget(self, tenant: str, name: str) -> None:
+        self._writer.discard(f"{tenant}/{name}", self._states / tenant / name)
         self._writer.flush()
-        shutil.rmtree(self._states / tenant / name, ignore_errors=True)
 
     def _state_of(self, tenant: str, name: str) -> tuple[LoraSpec, _Tuned]:
         """(what it is, what it has learned) of the newest version.  Reads the disk."""
@@ -180,10 +180,14 @@ class Tuner:
         folder, trainer = self._states / tenant / name, self.live.jobs.trainer
         wanted = {"base": trainer.base_hash, "spec": spec.to_json(), "moments": trainer.moments}
         try:
+            if self._copies is not None:
+                self._copies.bring(folder)
             meta = read_meta(folder)
             if meta is None or any(meta.get(k) != v for k, v in wanted.items()):
                 return None
             found = restore_state(folder, trainer.fresh(spec, 0))
+        except StorageAway:
+            raise
         except JaxLoraError as error:
             LOG.warning("the moments of %s/%s begin anew: %s", tenant, name, error)
             return None

@@ -30,8 +30,8 @@ def by_header(connection):
 
 
 @contextlib.contextmanager
-def opened(database, root, *, limits=NO_LIMITS, load=load):
-    files = FileStore(StoredFiles(database), root, load=load, limits=limits)
+def opened(database, root, *, limits=NO_LIMITS, load=load, remote=None):
+    files = FileStore(StoredFiles(database), root, load=load, limits=limits, remote=remote)
     try:
         yield files
     finally:
@@ -39,9 +39,9 @@ def opened(database, root, *, limits=NO_LIMITS, load=load):
 
 
 @contextlib.contextmanager
-def files_server(database, root, *, max_file_bytes=1_000_000, limits=NO_LIMITS, load=load, caller_of=by_header):
+def files_server(database, root, *, max_file_bytes=1_000_000, limits=NO_LIMITS, load=load, caller_of=by_header, **how):
     """(its URL, its files)."""
-    with opened(database, root, limits=limits, load=load) as files:
+    with opened(database, root, limits=limits, load=load, **how) as files:
         wire = FilesWire(files, database, Once(database), max_file_bytes=max_file_bytes)
         app = create_app(
             FakeHouse(),

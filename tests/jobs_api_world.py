@@ -1,11 +1,9 @@
-"""A small server whose jobs are real: engine, trainer, database, HTTP; only uploaded files are kept by a stand-in."""
+"""A small server whose jobs are real: engine, trainer, database, files; of HTTP it has the jobs' routes and serving."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,16 +12,17 @@ from fake_house import serving
 from serve_world import MODEL, World
 from small_world import tiny_path
 
-from jaxlora.errors import NotFound, Unauthorized
+from jaxlora.disk_copies import Remote
+from jaxlora.errors import Unauthorized
 from jaxlora.opened import Opened
 from jaxlora.serve_config import LimitsSection, ServeConfig, TrainingSection, serve_defaults
 from serve.app import create_app
 from serve.auth import Caller
 from serve.database import Database
+from serve.file_store import FileStore
 from serve.idempotency import Once
 from serve.job_host import JobHost, make_job_host
 from serve.jobs_api import JobsWire
-from serve.records import FileRecord, new_id
 from serve.runner import Runner
 from serve.stored_files import StoredFiles
 from train.jsonl import load_jsonl
@@ -38,34 +37,6 @@ def lines(count: int = 6, *, wrong: bool = False) -> str:
     return "\n".join([json.dumps(r) for r in rows] + (['{"prompt": 3}'] if wrong else []))
 
 
-class FolderFiles:
-    """Files in a folder, with their rows in the database."""
-
-    def __init__(self, database: Database, folder: Path):
-        self.stored, self.folder = StoredFiles(database), folder
-        folder.mkdir(exist_ok=True)
-
-    def keep(self, tenant: str, filename: str, purpose: str, content: bytes) -> FileRecord:
-        record = FileRecord(
-            id=new_id("file-"),
-            tenant=tenant,
-            filename=filename,
-            purpose=purpose,
-            size_bytes=len(content),
-            sha256=hashlib.sha256(content).hexdigest(),
-            created_s=time.time(),
-        )
-        (self.folder / record.id).write_bytes(content)
-        self.stored.insert(record, most_bytes=None)
-        return record
-
-    def find(self, id: str, sees: str | None) -> tuple[FileRecord, Path]:
-        record = self.stored.get(id, sees, time.time())
-        if not (self.folder / id).exists():
-            raise NotFound(f"no file {id}")
-        return record, self.folder / id
-
-
 def by_key(connection) -> Caller:
     """Each key is a tenant's of that name; `root` is the admin's."""
     key = connection.headers.get("authorization", "").removeprefix("Bearer ")
@@ -77,7 +48,7 @@ def by_key(connection) -> Caller:
 class Server:
     """One running server, on a folder that another may take over when it has ended."""
 
-    def __init__(self, world: World, folder: Path, **training):
+    def __init__(self, world: World, folder: Path, *, remote: Remote | None = None, database: str = "", **training):
         sizes = {"slots": 1, "max_rank": 4, "lanes": 2, "lane_tokens": LANE_TOKENS, "publish_every": 2}
         section = TrainingSection(**sizes | training)
         self.config: ServeConfig = replace(
@@ -86,8 +57,16 @@ class Server:
             limits=LimitsSection(jobs=4),
             max_rank=world.spec.rank,
         )
-        self.database = Database(f"sqlite:///{folder}/jaxlora.sqlite")
-        self.files = FolderFiles(self.database, folder / "files")
+        self.database = Database(database or f"sqlite:///{folder}/jaxlora.sqlite")
+        self.files = FileStore(
+            StoredFiles(self.database),
+            folder / "files",
+            load=lambda path: load_jsonl(
+                path, world.tokenizer, max_tokens=LANE_TOKENS + 1, loss=None, name="the training file"
+            ),
+            limits=LimitsSection(),
+            remote=remote,
+        )
         self.runner = Runner(world.engine(), base_name=BASE)
         opened = Opened(
             name=BASE,
@@ -104,9 +83,7 @@ class Server:
             self.runner,
             self.database,
             self.files,
-            lambda path: load_jsonl(
-                path, world.tokenizer, max_tokens=LANE_TOKENS + 1, loss=None, name="the training file"
-            ),
+            remote,
         )
 
     def stop(self, *, hard: bool = False) -> None:
@@ -114,6 +91,7 @@ class Server:
         self.runner.stop()
         if not hard:
             self.host.close()
+        self.files.close()
         self.database.close()
 
     @contextlib.contextmanager

@@ -99,3 +99,27 @@ def test_an_error_is_told_and_the_next_save_goes_on(tmp_path, monkeypatch, step)
         (3, type(None)),
     ]
     assert disk.saved["a"][-1] == 3
+
+
+def test_a_discard_comes_after_what_is_in_flight_and_before_what_follows(tmp_path, monkeypatch):
+    disk = SlowDisk(monkeypatch)
+    writer = CheckpointWriter()
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    for key in "ab":
+        writer.submit(key, snapshot(tmp_path / key, 1))
+    for _ in range(2):
+        disk.begun.acquire(timeout=10)
+    writer.submit("a", snapshot(tmp_path / "a", 2))
+    writer.discard("a", tmp_path / "a")
+    assert (tmp_path / "a").exists(), "a save is in flight"
+    for _ in range(2):
+        disk.go.release()
+    writer.flush()
+    assert not (tmp_path / "a").exists()
+    assert (tmp_path / "b").exists()
+    assert disk.saved == {"a": [1], "b": [1]}, "what waited is not saved"
+    disk.go.release()
+    writer.submit("a", snapshot(tmp_path / "a", 3))
+    writer.close()
+    assert disk.saved["a"] == [1, 3]

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 from store_world import LARGE, SPEC, make, put, same
 
-from jaxlora import store as store_module
+from jaxlora import version_files
 from jaxlora.errors import AdapterNotFinite, AdapterNotFound, AlreadyExists, InvalidRequest, StateInvalid, StorageFailed
 from jaxlora.lora import AdapterRef
 from jaxlora.store import AdapterStore
@@ -53,7 +53,7 @@ def test_rank_needs_no_weights(open_store, tmp_path, monkeypatch):
             path.unlink()
     again = open_store()
     assert again.rank(ref) == 4
-    monkeypatch.setattr(store_module, "describe", None)  # read once, then kept
+    monkeypatch.setattr(version_files, "describe", None)  # read once, then kept
     assert again.rank(ref) == 4
 
 
@@ -141,13 +141,13 @@ def test_deleted_is_gone_at_once_and_the_name_is_free(open_store, tmp_path):
 
 def test_delete_before_the_save_leaves_nothing(open_store, tmp_path, monkeypatch):
     gate = threading.Event()
-    real = store_module.save_version
+    real = version_files.save_version
 
     def slow(*args):
         gate.wait(10)
         real(*args)
 
-    monkeypatch.setattr(store_module, "save_version", slow)
+    monkeypatch.setattr(version_files, "save_version", slow)
     store = open_store()
     first = put(store, name="first")  # keeps the thread busy, and the disk lock
     put(store, name="second")
@@ -181,14 +181,14 @@ def test_many_askers_cause_one_load(open_store, monkeypatch):
     store.close()
     again = open_store()
     loads = []
-    real = store_module.load_version
+    real = version_files.load_version
 
     def load(*args):
         loads.append(args)
         time.sleep(0.2)
         return real(*args)
 
-    monkeypatch.setattr(store_module, "load_version", load)
+    monkeypatch.setattr(version_files, "load_version", load)
     got = []
     threads = [threading.Thread(target=lambda: got.append(again.get(adapter.ref))) for _ in range(20)]
     for thread in threads:
@@ -209,7 +209,7 @@ def test_loads_keep_within_the_budget_what_is_aside_included(open_store, monkeyp
     again = open_store(host_bytes=4 * size)
     again.get(adapters[0].ref)
     again.set_aside(size)
-    together, most, real = [], [], store_module.load_version
+    together, most, real = [], [], version_files.load_version
 
     def load(folder, ref, make_room):
         def counted(nbytes: int) -> None:
@@ -226,7 +226,7 @@ def test_loads_keep_within_the_budget_what_is_aside_included(open_store, monkeyp
         finally:
             together.remove(ref)
 
-    monkeypatch.setattr(store_module, "load_version", load)
+    monkeypatch.setattr(version_files, "load_version", load)
     threads = [threading.Thread(target=again.get, args=(a.ref,)) for a in adapters[1:]]
     for thread in threads:
         thread.start()

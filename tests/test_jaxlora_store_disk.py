@@ -18,8 +18,7 @@ import orbax.checkpoint as ocp
 import pytest
 from store_world import make, put, same
 
-from jaxlora import adapter_files
-from jaxlora import store as store_module
+from jaxlora import adapter_files, version_files
 from jaxlora.errors import AdapterNotFound, StateInvalid, StorageFailed
 from jaxlora.lora import AdapterRef
 from jaxlora.store import AdapterStore
@@ -29,8 +28,8 @@ pytest_plugins = ["store_fixtures"]
 
 def test_put_serves_while_storage_is_blocked(open_store, monkeypatch):
     gate = threading.Event()
-    real = store_module.save_version
-    monkeypatch.setattr(store_module, "save_version", lambda *a: (gate.wait(10), real(*a)))
+    real = version_files.save_version
+    monkeypatch.setattr(version_files, "save_version", lambda *a: (gate.wait(10), real(*a)))
     store = open_store(host_bytes=0)
     ref = store.mint("acme", "bot")
     adapter = make(ref)
@@ -47,14 +46,14 @@ def test_put_serves_while_storage_is_blocked(open_store, monkeypatch):
 
 def test_failed_saves_stay_in_memory_and_are_reported(open_store, monkeypatch, caplog):
     broken = True
-    real = store_module.save_version
+    real = version_files.save_version
 
     def save(*args):
         if broken:
             raise OSError("disk full")
         real(*args)
 
-    monkeypatch.setattr(store_module, "save_version", save)
+    monkeypatch.setattr(version_files, "save_version", save)
     store = open_store(host_bytes=0)
     adapter = put(store)
     with pytest.raises(StorageFailed, match=r"acme/bot@1.*disk full"):
@@ -71,7 +70,7 @@ def test_close_reports_what_is_lost_and_may_come_twice(open_store, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(store_module, "save_version", fail)
+    monkeypatch.setattr(version_files, "save_version", fail)
     store = open_store()
     put(store)
     for _ in range(2):
@@ -222,17 +221,23 @@ def test_killed_while_saving_leaves_only_complete_versions(kills, tmp_path):
         store.close()
 
 
-def test_leftovers_of_a_killed_save_are_invisible_and_cleared(open_store, tmp_path):
-    ref, folder = saved_folder(open_store, tmp_path)
-    leftover = folder.with_name("2.orbax-checkpoint-tmp")
-    folder.rename(leftover)
+def test_leftovers_of_a_killed_save_are_invisible_and_cleared(open_store, tmp_path, monkeypatch):
+    ref, _ = saved_folder(open_store, tmp_path)
     store = open_store()
-    assert store.list(None) == []
+    monkeypatch.setattr(adapter_files.shutil, "rmtree", lambda *a, **k: None)  # the process dies before its rename
+    monkeypatch.setattr(adapter_files, "sync_tree", lambda folder: (_ for _ in ()).throw(OSError("killed")))
+    put(store)
+    with pytest.raises(StorageFailed):
+        store.close()
+    monkeypatch.undo()
+    assert list((tmp_path / "trash").iterdir())
+    store = open_store()
+    assert store.versions("acme", "bot") == [ref]
     new = put(store)
-    assert new.ref.version == ref.version + 1
+    assert new.ref.version == ref.version + 2
     store.flush()
-    assert not leftover.exists()
-    assert same(store.get(replace(new).ref), new)
+    assert not list((tmp_path / "trash").iterdir())
+    assert same(store.get(new.ref), new)
 
 
 # --- one store per folder, and its end
@@ -334,8 +339,8 @@ def test_one_version_is_deleted_and_never_comes_back(open_store, tmp_path):
 
 def test_a_version_deleted_before_its_save_leaves_nothing(open_store, tmp_path, monkeypatch):
     gate = threading.Event()
-    real = store_module.save_version
-    monkeypatch.setattr(store_module, "save_version", lambda *a: (gate.wait(10), real(*a)))
+    real = version_files.save_version
+    monkeypatch.setattr(version_files, "save_version", lambda *a: (gate.wait(10), real(*a)))
     store = open_store()
     saving, waiting = put(store), put(store)
     started = time.monotonic()

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import json
 import threading
 import time
 
 import httpx2
 import pytest
 from fake_house import serving
+from fastapi import APIRouter
 from serve_world import BASE, ask
 
+from jaxlora.errors import Unavailable
 from serve.app import create_app
 from serve.engine import Engine
+from serve.http_server import make_http
 from serve.runner import Runner
 from serve.watch import HANG_S, Watch
 
@@ -23,9 +29,10 @@ class Stuck(Engine):
     """An engine whose step waits until it is let go on, and then fails if it is told to."""
 
     def prepare(self) -> None:
-        self.go_on, self.fail = threading.Event(), False
+        self.go_on, self.entered, self.fail = threading.Event(), threading.Event(), False
 
     def step(self):
+        self.entered.set()
         assert self.go_on.wait(20)
         if self.fail:
             raise RuntimeError("the device is gone")
@@ -110,3 +117,123 @@ def test_a_thread_that_dies_is_503_at_once(stuck, caplog):
     runner.engine.go_on.set()
     submit(runner)
     assert until(url, 503)["error"]["message"] == "the device thread has ended"
+
+
+# --- the end of a server whose device is lost
+
+
+@contextlib.contextmanager
+def ending(stuck):
+    """(runner, server, url) of the stuck engine behind a server that ends by itself."""
+    runner, _ = stuck
+    router = APIRouter()
+
+    @router.post("/v1/endless")
+    async def endless() -> None:
+        await asyncio.Event().wait()
+
+    http = make_http(
+        runner, host="127.0.0.1", port=0, default_max_tokens=8, max_request_s=60, grace_s=60, routers=[router]
+    )
+    http.start()
+    try:
+        yield runner, http, http.url
+    finally:
+        http.stop()
+
+
+def stream(url, told):
+    """Reads a stream on a thread of its own, and leaves its status and events."""
+    body = {"model": BASE, "prompt": [5, 6, 7], "max_tokens": 4, "stream": True}
+
+    def read():
+        with httpx2.stream("POST", url + "/v1/completions", json=body, timeout=30) as answer:
+            told.append((answer.status_code, answer.read().decode()))
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    return thread
+
+
+def endless(url, told):
+    """Asks for what never comes, and does not come from the device thread, on a thread of its own."""
+
+    def read():
+        answer = httpx2.post(url + "/v1/endless", timeout=30)
+        told.append((answer.status_code, answer.text))
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    return thread
+
+
+def check_failed(told):
+    ((status, body),) = told
+    assert status == 500
+    assert json.loads(body)["error"]["code"] == "internal_error"
+    assert "device" not in body
+
+
+def test_a_thread_that_dies_ends_the_server_after_open_requests_have_got_their_errors(stuck, monkeypatch, caplog):
+    monkeypatch.setattr("serve.http_server.LAST_WORDS_S", 0.5)
+    with ending(stuck) as (runner, http, url):
+        told, others = [], []
+        reader, other = stream(url, told), endless(url, others)
+        wait_for_work(runner)
+        until_inside(http, 2)
+        runner.engine.fail = True
+        runner.engine.go_on.set()
+        reader.join(10)
+        check_failed(told)
+        other.join(10)
+        check_failed(others)
+        http.thread.join(10)
+        assert not http.thread.is_alive()
+        assert not runner.end(None)
+
+
+def test_a_hang_does_not_keep_the_server_from_ending(stuck, monkeypatch, caplog):
+    """Neither who is in the device thread's hands nor who waits for it to look is left without an answer."""
+    monkeypatch.setattr("serve.runner.END_S", 0.3)
+    with ending(stuck) as (runner, http, url):
+        told, late = [], []
+        reader = stream(url, told)
+        wait_for_work(runner)
+        late_reader = stream(url, late)
+        while runner._inbox.empty():
+            time.sleep(0.01)
+        http.server.drain()
+        http.server.drain()
+        for one in (reader, late_reader, http.thread):
+            one.join(10)
+            assert not one.is_alive()
+        check_failed(told)
+        check_failed(late)
+        assert runner.lost
+        assert not runner.end(0.1)
+        with pytest.raises(Unavailable):
+            runner.call(int)
+
+
+def test_a_step_that_does_not_end_in_time_is_a_lost_device(stuck, caplog):
+    runner, _ = stuck
+    submit(runner)
+    wait_for_work(runner)
+    assert not runner.lost
+    assert not runner.end(0.2)
+    assert runner.lost
+    assert "nobody waits for it any more" in caplog.text
+
+
+def until_inside(http, count):
+    deadline = time.monotonic() + 10
+    while http.server._door.inside < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def wait_for_work(runner):
+    deadline = time.monotonic() + 10
+    while not runner.engine.entered.is_set():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from serve_world import BASE, World, ask
 
-from jaxlora import store as store_module
+from jaxlora import version_files
 from jaxlora.adapter_files import load_version
 from jaxlora.errors import AdapterNotFinite, AdapterNotFound, InvalidRequest, StorageFailed
 from jaxlora.lora import AdapterRef
@@ -36,8 +36,8 @@ def test_a_published_version_is_on_disk_later(world, runner, tmp_path):
 
 
 def test_publishing_waits_for_no_storage(world, runner, monkeypatch):
-    blocked, save = threading.Event(), store_module.save_version
-    monkeypatch.setattr(store_module, "save_version", lambda *a: blocked.wait(20) and save(*a))
+    blocked, save = threading.Event(), version_files.save_version
+    monkeypatch.setattr(version_files, "save_version", lambda *a: blocked.wait(20) and save(*a))
     adapter = world.adapters[0]
     rows = world.device_rows(adapter)
     ref = runner.call(lambda: runner.publish("acme", "unsaved", adapter.spec, rows))

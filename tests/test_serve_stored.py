@@ -165,10 +165,19 @@ class TestJobs:
         jobs.insert(job_record())
         jobs.save(job_record(), checkpoints=[checkpoint_record(1)])
         before = jobs.get("ftjob-1", None)
+        twin = replace(checkpoint_record(1), step=11)
         with pytest.raises(Exception, match=r"(?i)unique"):
-            jobs.save(replace(before, status="running"), events=[event("x")], checkpoints=[checkpoint_record(1)])
+            jobs.save(replace(before, status="running"), events=[event("x")], checkpoints=[twin])
         assert jobs.get("ftjob-1", None) == before
         assert jobs.events_since("ftjob-1", None, 0, limit=9) == []
+
+    def test_a_step_done_again_after_a_crash_has_one_checkpoint(self, jobs):
+        jobs.insert(job_record())
+        jobs.save(job_record(), checkpoints=[checkpoint_record(1), checkpoint_record(2)])
+        again = replace(checkpoint_record(1), id="ftckpt-9", version=9)
+        jobs.save(job_record(), checkpoints=[again])
+        found = jobs.checkpoints("ftjob-1", "acme", after=None, limit=9).records
+        assert found == [replace(again, id="ftckpt-1"), checkpoint_record(2)]
 
     def test_events_and_checkpoints_page_newest_first(self, jobs):
         jobs.insert(job_record(), events=[event(str(i)) for i in range(5)])

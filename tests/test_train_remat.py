@@ -29,6 +29,7 @@ from jaxlora.model import REMAT, load_base
 from train.state import empty_state, fresh_seat
 from train.step import make_programs
 
+pytestmark = pytest.mark.slow  # three compiles of a step of so many layers
 LAYERS = 8  # what is kept grows with them, what the step needs besides does not
 
 

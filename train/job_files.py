@@ -16,6 +16,7 @@ from jaxlora.checkpoint_writer import Snapshot
 from jaxlora.errors import AdapterInvalid, BaseMismatch, DataInvalid, StateInvalid
 from jaxlora.lora import HEAD_TARGET, Adapter, AdapterRef, LoraSpec
 from jaxlora.peft import import_peft
+from jaxlora.state_copies import StateCopies
 from train.data import Unit, check_kind, check_length
 from train.jobs import Job, JobRequest, Progress, Source
 from train.state import SlotState
@@ -93,12 +94,13 @@ class JobFiles:
     trainer: Trainer  # asked only what any thread may ask
     load: Callable[[Path], Sequence[Unit]]  # a JSONL file; raises DataInvalid
     states: Path | None  # a folder of checkpoints for each job id
+    copies: StateCopies | None = None  # object storage behind it
 
     def needs_disk(self, job_id: str, request: JobRequest, *, parked: bool = False) -> bool:
         """Whether to read what it needs takes a while; `parked`: its state is at hand."""
         if isinstance(request.data, Path) or isinstance(request.heldout, Path):
             return True
-        found = self.states is not None and (self.states / job_id).is_dir()
+        found = self.copies is not None or (self.states is not None and (self.states / job_id).is_dir())
         return not parked and (found or isinstance(request.start, Path))
 
     def examine(self, job_id: str, request: JobRequest) -> Facts:
@@ -130,19 +132,25 @@ class JobFiles:
             meta = self._checkpoint(job_id, request, facts)
             if meta is not None:
                 progress = Progress.from_json(meta)
-                state = self._restored(self._folder(job_id), request.spec, progress.step)
+                state = self._restored(self.folder(job_id), request.spec, progress.step)
                 if request.keep_best and progress.best_step is not None:
-                    best = self._restored(self._folder(job_id), request.spec, progress.best_step)
+                    best = self._restored(self.folder(job_id), request.spec, progress.best_step)
             elif request.start is not None:
                 state = self._started(request, request.start)
             else:
                 state = self.trainer.fresh(request.spec, request.seed)
         return Material(examples=examples, heldout=heldout, state=state, progress=progress, best=best)
 
+    def newest(self, job_id: str) -> dict | None:
+        """Meta of the job's newest checkpoint, which is brought here if need be.  Raises StorageFailed, Unavailable."""
+        if self.copies is not None:
+            self.copies.bring(self.folder(job_id))
+        return None if self.states is None else read_meta(self.folder(job_id))
+
     def snapshot(self, job: Job, facts: Facts, state: SlotState, *, keep: int) -> Snapshot:
         """A checkpoint of the job, to be written."""
         return Snapshot(
-            folder=self._folder(job.id),
+            folder=self.folder(job.id),
             step=job.progress.step,
             arrays=state,
             meta=self._identity(job.request, facts) | job.progress.to_json(),
@@ -161,7 +169,8 @@ class JobFiles:
             "examples": facts.examples,
         }
 
-    def _folder(self, job_id: str) -> Path:
+    def folder(self, job_id: str) -> Path:
+        """Where its checkpoints are; `states` is not None."""
         assert self.states is not None
         return (self.states / job_id).absolute()
 
@@ -181,7 +190,7 @@ class JobFiles:
 
     def _checkpoint(self, job_id: str, request: JobRequest, facts: Facts) -> dict | None:
         """Meta of the job's own newest checkpoint: it goes on from there."""
-        meta = None if self.states is None else read_meta(self._folder(job_id))
+        meta = self.newest(job_id)
         differs = [k for k, v in self._identity(request, facts).items() if meta is not None and meta.get(k) != v]
         if differs:
             raise StateInvalid(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
-from jaxlora.errors import JaxLoraError
+from jaxlora.errors import JaxLoraError, StorageAway
 from train.job_files import Facts, JobFiles, LiveJob, Material
 
+LOG = logging.getLogger("train")
 FILE_THREADS = 2  # that read and check training files
+RETRY_S = 5.0  # when object storage does not answer
 
 
 class JobReaders:
@@ -18,17 +22,38 @@ class JobReaders:
         self._files, self._done = files, done
         self._pool = ThreadPoolExecutor(FILE_THREADS, "job-files")
         self._reading: dict[str, LiveJob] = {}
+        self._ended = threading.Event()
 
     def examine(self, live: LiveJob) -> None:
         """Has the files of a new job read and checked."""
-        live.examining = self._pool.submit(self._files.examine, live.job.id, live.job.request)
+        job = live.job
+
+        def examine() -> Facts:
+            return self._patiently(lambda: self._files.examine(job.id, job.request))
+
+        live.examining = self._pool.submit(examine)
         self._await(live, live.examining)
 
     def open(self, live: LiveJob, *, parked: bool) -> None:
         """Has read what a job needs in its slot, which is kept free meanwhile."""
         assert live.facts is not None
-        live.opening = self._pool.submit(self._files.open, live.job.id, live.job.request, live.facts, parked=parked)
+        job, facts = live.job, live.facts
+
+        def open_() -> Material:
+            return self._patiently(lambda: self._files.open(job.id, job.request, facts, parked=parked))
+
+        live.opening = self._pool.submit(open_)
         self._await(live, live.opening)
+
+    def _patiently[T](self, read: Callable[[], T]) -> T:
+        """What it reads, when the storage of it answers."""
+        while True:
+            try:
+                return read()
+            except StorageAway as error:
+                LOG.warning("a job waits: %s", error)
+                if self._ended.wait(RETRY_S):
+                    raise
 
     def _await(self, live: LiveJob, future: Future[Facts] | Future[Material]) -> None:
         self._reading[live.job.id] = live
@@ -62,4 +87,5 @@ class JobReaders:
 
     def close(self) -> None:
         """Waits for what is being read, and reads no more."""
+        self._ended.set()
         self._pool.shutdown(cancel_futures=True)

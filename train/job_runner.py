@@ -54,10 +54,10 @@ class Jobs:
         self.trainer, self.config = trainer, config
         self.part = FIRST_PART  # what `advance` runs next
         self._shelf, self._parking, self._clock = shelf, parking, clock
-        self._files = JobFiles(trainer=trainer, load=load, states=config.states)
+        self._files = JobFiles(trainer=trainer, load=load, states=config.states, copies=config.copies)
         self._readers = JobReaders(self._files, wake)
-        self._writer = CheckpointWriter(wake)
-        self._states = JobStates(trainer, self._files, parking, self._writer, keep=config.keep)
+        self._writer = CheckpointWriter(wake, config.copies)
+        self.states = JobStates(trainer, self._files, parking, self._writer, keep=config.keep)
         self._queue = FairQueue()
         self._jobs: dict[str, Job] = {}  # in order of creation
         self._live: dict[str, LiveJob] = {}
@@ -135,7 +135,7 @@ class Jobs:
         if job.state != "cancelled":
             job.check_move("cancelled")
             live = self._live[id]
-            self._states.save(live)
+            self.states.save(live)
             self._end(live, "cancelled", "its owner asked for it")
         return job
 
@@ -149,7 +149,7 @@ class Jobs:
     def adapter(self, owner: str, id: str, ref: AdapterRef) -> Adapter:
         """What an unfinished job has learned so far.  Raises NotFound, StateInvalid before its start and after its end."""
         job = self.get(owner, id)
-        state = None if job.final else self._states.of(self._live[id])
+        state = None if job.final else self.states.of(self._live[id])
         if state is None:
             raise StateInvalid(f"job {id} is {job.state} and has no weights; its result is {job.result}")
         return adapter_of_rows(state.rows, ref, job.request.spec, self.trainer.base_hash)
@@ -175,7 +175,7 @@ class Jobs:
     def close(self) -> None:
         """Saves what every unfinished job has learned, waits for the disk and stops.  The jobs stay as they are."""
         for live in self._live.values():
-            self._states.save(live)
+            self.states.save(live)
         self._readers.close()
         self._writer.close()
         self._hear_writer()
@@ -338,7 +338,7 @@ class Jobs:
         if better:
             assert heldout is not None
             if request.keep_best:
-                self._states.park(live, live.best_key, jax.device_get(self.trainer.unseat(job.id)))
+                self.states.park(live, live.best_key, jax.device_get(self.trainer.unseat(job.id)))
             message = f"best held-out loss so far: {heldout.nll:.4f}"
             job.log.add("best", message, data={"step": p.step, "heldout_loss": heldout.nll})
         every = request.checkpoint_every
@@ -348,7 +348,7 @@ class Jobs:
         elif self._is_over(live):
             self._finish(live)
         elif (every is not None and p.step % every == 0) or (better and request.keep_best):
-            self._states.save(live)
+            self.states.save(live)
 
     # ---- moves ----------------------------------------------------------------------------------------------------
 
@@ -386,7 +386,7 @@ class Jobs:
         self._parking.discard(live.state_key)
         live.heldout = material.heldout
         job.move("running", "started" if job.progress.step == 0 else f"goes on from step {job.progress.step}")
-        self._states.take_best(live, material.best)
+        self.states.take_best(live, material.best)
         if self._is_over(live):  # it could not be delivered before, or the process died just then
             self._finish(live)
 
@@ -400,7 +400,7 @@ class Jobs:
         """The job leaves its slot, the line, or the reader that it waits for."""
         if live.job.state == "running":
             if park:
-                self._states.park(live, live.state_key, jax.device_get(self.trainer.unseat(live.job.id)))
+                self.states.park(live, live.state_key, jax.device_get(self.trainer.unseat(live.job.id)))
             self.trainer.remove(live.job.id)
         if self._queue.has_turn(live.job.id):
             self._queue.end_turn(live.job.id)
@@ -411,14 +411,14 @@ class Jobs:
 
     def _pause(self, live: LiveJob, code: str, reason: str, *, save: bool = True) -> None:
         if save:
-            self._states.save(live)
+            self.states.save(live)
         self._vacate(live, park=True)
         live.job.move("paused", reason, level="info" if code == "paused_by_owner" else "warn", code=code)
 
     def _finish(self, live: LiveJob) -> None:
         """Its adapter goes to the shelf."""
         job, request = live.job, live.job.request
-        self._states.save(live)
+        self.states.save(live)
         best = live.best_key in self._parking
         try:
             rows = self._parking.get(live.best_key).rows if best else jax.device_get(self.trainer.rows(job.id))

@@ -46,6 +46,22 @@ class JobStates:
         live.saved_step = step
         self._writer.submit(live.job.id, self._files.snapshot(live.job, live.facts, state, keep=self._keep))
 
+    def newest(self, job_id: str) -> dict | None:
+        """Meta of a job's newest checkpoint.  Reads the disk, of any thread.  Raises StorageFailed, Unavailable."""
+        return self._files.newest(job_id)
+
+    def stored(self) -> set[str]:
+        """Ids of all jobs that have checkpoints.  Of any thread."""
+        if self._files.states is None:
+            return set()
+        there = [] if self._files.copies is None else self._files.copies.folders()
+        return {p.name for p in [*self._files.states.glob("[!.]*"), *there]}
+
+    def discard(self, job_id: str) -> None:
+        """Removes the checkpoints of a job that has ended, soon.  Of any thread."""
+        if self._files.states is not None:
+            self._writer.discard(job_id, self._files.folder(job_id))
+
     def take_best(self, live: LiveJob, best: SlotState | None) -> None:
         """Parks the state of the best held-out loss that a checkpoint holds; a best that is nowhere is sought anew."""
         progress = live.job.progress

@@ -19,6 +19,7 @@ from typing import Literal, Protocol
 from jaxlora.config import CROSS_ENTROPY, Loss, Optimizer
 from jaxlora.errors import InvalidRequest, JaxLoraError, StateInvalid
 from jaxlora.lora import Adapter, AdapterRef, LoraSpec, check_name
+from jaxlora.state_copies import StateCopies
 from train.data import Unit
 
 State = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
@@ -104,6 +105,7 @@ class JobsConfig:
     keep: int = 2  # newest checkpoints of a job that stay, besides the best
     quantum_steps: int | None = None  # after these a job gives way to owners who had less; None: it keeps its slot
     events: int = 1000  # of a job, kept in memory
+    copies: StateCopies | None = None  # object storage behind `states`
 
     def __post_init__(self) -> None:
         for name in ("keep", "quantum_steps", "events"):
