@@ -40,8 +40,8 @@ LossName = Literal["cross_entropy", "dpo", "importance_sampling", "ppo", "cispo"
 # What a training step keeps of a layer for its gradient and need not compute again: what a GEMM or the attention made, the
 # layer's input alone (the least memory), or all.
 Remat = Literal["products", "nothing", "everything"]
-# Of the optimizer's moments: bfloat16 takes half the bytes.
-MomentsDtype = Literal["float32", "bfloat16"]
+# Of the optimizer's moments: bfloat16 takes half the bytes, uint8 (codes in blocks, as bitsandbytes keeps them) a quarter.
+MomentsDtype = Literal["float32", "bfloat16", "uint8"]
 
 LANE_BLOCK = 32  # tokens that attention and loss of a training lane take at once
 NO_CLIP = math.inf

@@ -21,7 +21,7 @@ from train_world import CONFIG, RandomSource, examples, host, lora, optimizer, p
 from jaxlora import compile_cache
 from jaxlora.base_files import open_model, smollm2_path
 from jaxlora.compile_cache import CompileCounter
-from jaxlora.config import Loss
+from jaxlora.config import Loss, MomentsDtype
 from jaxlora.lora import ALL_TARGETS, AdapterRef
 from jaxlora.mesh import describe, make_mesh
 from jaxlora.model import Base, load_base
@@ -53,8 +53,10 @@ SMOLLM2_CUT = ModelConfig(  # one layer of SmolLM2's sizes
     qk_norm=False,
     tied=True,
 )
+UINT8 = dataclasses.replace(SMALL, d_ff=192, vocab=512)  # moments in 8 bits, of features in one, two and four blocks
 WORLDS = {  # name → meshes; the first is one device
     "small": ((1, 1, 1), (2, 2, 2)),
+    "uint8": ((1, 1, 1), (2, 2, 2)),
     "smollm2-cut": ((1, 1, 1), (1, 2, 3)),
     "smollm2": ((1, 1, 1), (1, 2, 3)),
 }
@@ -80,9 +82,10 @@ TENANTS = {  # eps well above rounding: an update of a near-zero gradient is not
 LOSSES = {"a": Loss(), "b": Loss(name="dro"), "c": Loss(name="dpo")}
 
 
-def train(base: Base, mesh: Mesh, found: dict[str, np.ndarray]) -> Trainer:
+def train(base: Base, mesh: Mesh, found: dict[str, np.ndarray], moments: MomentsDtype = "float32") -> Trainer:
     """Three tenants, some steps; then one leaves and comes back from its state.  Compiles nothing after warm-up."""
-    trainer = Trainer(base, mesh, [SPEC], lanes=LANES, lane_tokens=LANE_TOKENS, base_hash="mesh")
+    shape = {"lanes": LANES, "lane_tokens": LANE_TOKENS, "base_hash": "mesh"}
+    trainer = Trainer(base, mesh, [SPEC], moments=moments, **shape)
     trainer.warm_up()
     data = {"a": examples(0, 6, vocab=VOCAB), "b": rollouts(1, 6), "c": pairs(2, 6, longest=6)}
     with CompileCounter() as counter:
@@ -150,10 +153,11 @@ def main(world: str, out: Path) -> None:
     compile_cache.enable(None)
     source, tokenizer = open_model(smollm2_path() if world == "smollm2" else tiny_path("tiny-llama-tied"))
     if world != "smollm2":
-        source = RandomSource(SMALL if world == "small" else SMOLLM2_CUT)
+        source = RandomSource({"small": SMALL, "uint8": UINT8, "smollm2-cut": SMOLLM2_CUT}[world])
     for sizes in WORLDS[world]:
         mesh, found = make_mesh(*sizes), {}
-        trainer = train(load_base(source, mesh, dtype="float32"), mesh, found)
+        base = load_base(source, mesh, dtype="float32")
+        trainer = train(base, mesh, found, "uint8" if world == "uint8" else "float32")
         decode(trainer, tokenizer, found)
         np.savez(out / f"{describe(mesh)}.npz", **found)
 

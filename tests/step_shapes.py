@@ -6,6 +6,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kernel_shapes import made_as_large_as
 
@@ -17,8 +18,9 @@ from jaxlora.pool import LoraRows, PoolSpec, Rows, layer_count, row_axes
 from serve.edits import LogitEdits
 from serve.packed import Layout
 from serve.step import StepBatch, step_program
-from train.optimizer import Moments
-from train.state import TrainState, halves
+from train.blockwise import Blocks, scale_shape
+from train.optimizer import IDLE, Hyper, Moments
+from train.state import Due, TrainState, apply, halves
 from train.step import _accumulate, idle_batch
 
 SMOLLM2 = ModelConfig(
@@ -104,3 +106,20 @@ def train(mesh: Mesh) -> jax.stages.Compiled:
     out = (jax.tree.map(lambda v: v.sharding, states), replicated(mesh))
     step = jax.jit(functools.partial(_accumulate, remat="products"), donate_argnums=1, out_shardings=out)
     return step.lower(base(mesh), states, lanes(mesh, idle_batch(LANES, TOKENS))).compile()
+
+
+def update_in_8_bits(mesh: Mesh, spec: PoolSpec) -> tuple[jax.stages.Compiled, Rows]:
+    """The update of up to four slots whose moments are in 8 bits, on one chip."""
+    rows, whole = pool(mesh, spec), replicated(mesh)
+
+    def blocks(half: jax.ShapeDtypeStruct) -> Blocks:
+        scales = jax.ShapeDtypeStruct(scale_shape(half.shape), jnp.float32, sharding=whole)
+        return Blocks(jax.ShapeDtypeStruct(half.shape, jnp.uint8, sharding=half.sharding), scales)
+
+    mu, nu = (jax.tree.map(blocks, halves(rows)) for _ in range(2))
+    count = placed(mesh, (None,), (spec.slots,), jnp.int32)
+    states = (TrainState(pool=rows, grads=halves(rows), moments=Moments(mu=mu, nu=nu, count=count)),)
+    due = Due(hyper=Hyper.stack([IDLE] * 4), slot_U=np.zeros(4, np.int32))
+    out = (jax.tree.map(lambda v: v.sharding, states), whole)
+    due = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=whole), due)
+    return jax.jit(apply, donate_argnums=0, out_shardings=out).lower(states, (due,)).compile(), rows

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
-from mesh_world import ENGINE, NEW_TOKENS, SMALL, SMOLLM2_CUT, SPEC, TENANTS
+from mesh_world import ENGINE, NEW_TOKENS, SMALL, SMOLLM2_CUT, SPEC, TENANTS, UINT8
 from train_world import RandomSource
 
 from jaxlora.errors import ConfigInvalid
@@ -47,6 +47,7 @@ def results(world, folder):
     ("world", "mesh", "parts"),
     [
         ("small", "2x2x2", [1, 2, 4]),
+        pytest.param("uint8", "2x2x2", [1, 2, 4], marks=pytest.mark.slow),
         pytest.param("smollm2-cut", "1x2x3", [1, 2, 3, 6], marks=pytest.mark.slow),
         pytest.param("smollm2", "1x2x3", [1, 2, 3, 6], marks=pytest.mark.slow),
     ],
@@ -66,8 +67,10 @@ def test_training_and_decoding_on_a_mesh_are_those_of_one_device(tmp_path, world
         for n in names[kind]:
             np.testing.assert_allclose(many[n], one[n], rtol=0, atol=1e-5 * largest, err_msg=n)
     np.testing.assert_allclose(many["resumed"], one["resumed"], rtol=1e-5)
+    far = [(np.abs(many[n] - one[n]) > 2e-5).ravel() for n in names["weights"]]
+    assert np.concatenate(far).mean() <= (1e-3 if world == "uint8" else 0)  # between two codes it may go to either
     for n in names["weights"]:
-        np.testing.assert_allclose(many[n], one[n], rtol=0, atol=2e-5, err_msg=n)
+        assert np.abs(many[n] - one[n]).max() < 1e-3, n
         assert np.abs(one[n]).max() > 1e-3
     answers = [one[f"tokens {n}"].tolist() for n in (*TENANTS, "base")]
     assert [many[f"tokens {n}"].tolist() for n in (*TENANTS, "base")] == answers
@@ -75,23 +78,29 @@ def test_training_and_decoding_on_a_mesh_are_those_of_one_device(tmp_path, world
 
     config = {
         "small": SMALL,
+        "uint8": UINT8,
         "smollm2-cut": SMOLLM2_CUT,
         "smollm2": dataclasses.replace(SMOLLM2_CUT, layers=30, vocab=49152),
     }
     for sizes, of in (("1x1x1", one), (mesh, many)):
         _, fsdp, tensor = map(int, sizes.split("x"))
-        assert set(of["state bytes"]) == {SPEC.slots * slot_bytes(config[world], fsdp, tensor)}
+        expected = slot_bytes(config[world], fsdp, tensor, 10 if world == "uint8" else 16)
+        if world == "uint8":  # blocks of 64, 192 and 512 features: 1 lies whole on each device, 2 and 4 are split
+            whole, split = 2 * (4 * 2 + 3) + 1, 2 * (3 * 2) + 4
+            expected += 8 * SPEC.rank * (whole + split // tensor)
+        assert set(of["state bytes"]) == {SPEC.slots * expected}
 
 
-def slot_bytes(config, fsdp, tensor):
-    """What one device keeps of a training slot of rank 4 with all targets, by hand.
+def slot_bytes(config, fsdp, tensor, of_number):
+    """What one device keeps of a training slot of rank 4 with all targets, by hand, without blocks' scales.
 
-    16 bytes a number (weight, open gradient, two moments, each float32), of its part of the features; scales and a count whole.
+    16 bytes a number (weight, open gradient, two moments, each float32), or 10 where each moment takes one, of its part of
+    the features; scales and a count whole.
     """
     d, f, v = config.d_model // fsdp, config.d_ff // tensor, config.vocab // tensor
     q, k = config.heads * config.head_dim // tensor, config.kv_heads * config.head_dim // tensor
     layer = (d + q) + 2 * (d + k) + (q + d) + 2 * (d + f) + (f + d)
-    return 16 * 4 * (config.layers * layer + d + v) + 4 * (7 * config.layers + 1) + 4
+    return of_number * 4 * (config.layers * layer + d + v) + 4 * (7 * config.layers + 1) + 4
 
 
 # sizes that do not divide

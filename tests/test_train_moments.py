@@ -1,24 +1,46 @@
-"""Moments in bfloat16: half the bytes, the same learning, and tenants as apart as in float32."""
+"""Moments in bfloat16 and in 8 bits: fewer bytes, the same learning, and tenants as apart as in float32."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from train_world import assert_same_bits, examples, host, lora, make_trainer, optimizer, small_base
+from jobs_world import make_jobs, request, weights
+from train_world import (
+    BASE_HASH,
+    LANE_TOKENS,
+    LANES,
+    SPEC,
+    assert_same_bits,
+    examples,
+    host,
+    lora,
+    optimizer,
+    small_base,
+)
 
 from jaxlora.checkpoint import restore_state, save_state
 from jaxlora.compile_cache import CompileCounter
 from jaxlora.errors import StateInvalid
-from jaxlora.lora import ALL_TARGETS
+from jaxlora.mesh import make_mesh
 from jaxlora.model_config import target_features
 from jaxlora.pool import layer_count
 from train.optimizer import IDLE, Hyper, Moments, adamw, stochastic_bfloat16
 from train.parking import Parking
+from train.state import empty_state
+from train.trainer import Trainer
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
+F32, U8 = np.dtype(np.float32), np.dtype(np.uint8)
+KINDS = {"float32": {F32}, "bfloat16": {BF16}, "uint8": {U8, F32}}  # dtypes of the arrays that are kept
+FEWER_BITS = ["bfloat16", "uint8"]
+# What all tenants here adapt; few, since these kinds compile steps of their own.
+TARGETS = ("q_proj", "down_proj", "lm_head")
+SPECS = {m: SPEC if m == "float32" else dataclasses.replace(SPEC, targets=TARGETS) for m in KINDS}
 STEPS = 100
 # name → (rank, optimizer settings)
 TENANTS = {
@@ -32,11 +54,12 @@ def join(trainer, name, resume=None):
     rank, settings = TENANTS[name]
     seed = list(TENANTS).index(name)
     how, data = optimizer(**settings), examples(seed, 6)
-    return trainer.add(name, lora(rank), how, data, batch_size=2, seed=seed, resume=resume)
+    return trainer.add(name, lora(rank, TARGETS), how, data, batch_size=2, seed=seed, resume=resume)
 
 
-def trainer_of(*names, moments="bfloat16"):
-    trainer = make_trainer(moments=moments)
+def trainer_of(*names, moments):
+    shape = {"lanes": LANES, "lane_tokens": LANE_TOKENS, "base_hash": BASE_HASH}
+    trainer = Trainer(small_base(), make_mesh(), [SPECS[moments]], moments=moments, **shape)
     for name in names:
         join(trainer, name)
     return trainer
@@ -100,54 +123,71 @@ def test_the_second_moment_does_not_stall():
 # learning
 
 
+# How far a step's loss may be from float32's, in nats: twice what it is.  Two levels of a second moment that is a hundredth
+# of its block's largest are 14 % apart in 8 bits, 0.8 % in bfloat16, and an update goes as its root.
+CURVES = {"bfloat16": 0.005, "uint8": 0.02}
+
+
 @pytest.mark.slow
 def test_curves_of_100_steps_are_those_of_float32():
-    """Each tenant's loss, step by step: within 0.005 nats, while it falls from 7 or 8 to less than 0.1."""
+    """Each tenant's loss, step by step, while it falls from 7 or 8 to less than 0.5."""
     curves = {}
-    for moments in ("float32", "bfloat16"):
+    for moments in KINDS:
         trainer = trainer_of(*TENANTS, moments=moments)
         while trainer.has_work:
             trainer.step()
         curves[moments] = {name: np.array(t.losses) for name, t in trainer.tenants.items()}
-    for name in TENANTS:
-        wanted, got = curves["float32"][name], curves["bfloat16"][name]
-        assert len(got) == STEPS
-        assert got[0] == wanted[0]
-        assert not np.array_equal(got, wanted)
-        assert wanted[0] > 7
-        assert wanted[-1] < 0.1
-        assert np.abs(got - wanted).max() < 0.005
+    for moments, near in CURVES.items():
+        for name in TENANTS:
+            wanted, got = curves["float32"][name], curves[moments][name]
+            assert len(got) == STEPS
+            assert got[0] == wanted[0]
+            assert not np.array_equal(got, wanted)
+            assert wanted[0] > 7
+            assert wanted[-1] < 0.5
+            assert np.abs(got - wanted).max() < near, (moments, name)
 
 
-def test_together_is_alone_bit_for_bit_in_any_slot():
-    together = trainer_of(*reversed(TENANTS))
+@pytest.mark.parametrize("moments", KINDS)
+def test_together_is_alone_bit_for_bit_in_any_slot(moments):
+    together = trainer_of(*reversed(TENANTS), moments=moments)
     for _ in range(4):
         assert {r.tenant for r in together.step()} == set(TENANTS)
-    for name in TENANTS:
-        alone = trainer_of(name)
+    for name, (rank, _) in TENANTS.items():
+        alone = trainer_of(name, moments=moments)
         for _ in range(4):
             alone.step()
         state = outcome(alone, name)
-        assert {x.dtype for x in jax.tree.leaves((state.moments.mu, state.moments.nu))} == {BF16}
-        assert {x.dtype for x in jax.tree.leaves(state.rows)} == {np.dtype(np.float32)}
+        kept = jax.tree.leaves([moment[t] for moment in (state.moments.mu, state.moments.nu) for t in TARGETS])
+        assert {x.dtype for x in kept} == KINDS[moments]
+        assert {x.dtype for x in jax.tree.leaves(state.rows)} == {F32}
         assert_same_bits(outcome(together, name), state)
+        for x in kept:
+            by_row = x if x.ndim == 3 else x.reshape(len(x), -1, SPEC.rank).swapaxes(1, 2)  # scales, block after block
+            assert by_row[:, :rank].any((0, 2)).all()
+            assert by_row[:, rank:].tobytes() == bytes(by_row[:, rank:].nbytes)  # past the true rank all is +0
 
 
-def test_a_neighbour_with_nan_changes_nobody_and_keeps_its_own():
-    clean, sick = trainer_of(*TENANTS), trainer_of(*TENANTS)
-    for example in sick.tenants["bee"].stream.examples:
+@pytest.mark.parametrize("moments", KINDS)
+def test_a_neighbour_with_nan_changes_nobody_and_keeps_its_own(moments):
+    clean, sick = trainer_of(*TENANTS, moments=moments), trainer_of(*TENANTS, moments=moments)
+    for trainer in (clean, sick):
+        trainer.step()
+    start, bad = outcome(sick, "bee"), sick.tenants["bee"]
+    for example in bad.stream.examples:
         example.weights[-1] = np.nan
-    start = outcome(sick, "bee")
     for _ in range(3):
         clean.step()
         assert {r.tenant: r.finite for r in sick.step()} == {name: name != "bee" for name in TENANTS}
+    assert any(x.any() for x in jax.tree.leaves(start.moments))
     assert_same_bits(outcome(sick, "bee"), start)
     for name in ("ant", "cow"):
         assert_same_bits(outcome(sick, name), outcome(clean, name))
 
 
-def test_slots_that_are_not_due_come_back_bit_for_bit():
-    trainer = trainer_of(*TENANTS)
+@pytest.mark.parametrize("moments", FEWER_BITS)
+def test_slots_that_are_not_due_come_back_bit_for_bit(moments):
+    trainer = trainer_of(*TENANTS, moments=moments)
     trainer.step()
     trainer.fail("bee", "stays behind")
     before = outcome(trainer, "bee")
@@ -159,10 +199,11 @@ def test_slots_that_are_not_due_come_back_bit_for_bit():
 # keeping
 
 
+@pytest.mark.parametrize("moments", FEWER_BITS)
 @pytest.mark.parametrize("place", ["checkpoint", "file", "ram"])
-def test_what_goes_on_elsewhere_equals_what_was_never_interrupted(tmp_path, place):
+def test_what_goes_on_elsewhere_equals_what_was_never_interrupted(tmp_path, place, moments):
     """Saved after three steps and seated in another slot; nothing compiles."""
-    whole, trainer = trainer_of("bee"), trainer_of("bee")
+    whole, trainer = trainer_of("bee", moments=moments), trainer_of("bee", moments=moments)
     for _ in range(6):
         whole.step()
     for _ in range(3):
@@ -170,7 +211,7 @@ def test_what_goes_on_elsewhere_equals_what_was_never_interrupted(tmp_path, plac
     state, cursor = outcome(trainer, "bee"), trainer.tenants["bee"].stream.cursor
     if place == "checkpoint":
         save_state(tmp_path / "state", 3, state, {})
-        like = trainer_of().fresh(lora(8), 0)
+        like = trainer_of(moments=moments).fresh(lora(8, TARGETS), 0)
         found = restore_state(tmp_path / "state", like).arrays
     else:
         parking = Parking(tmp_path, host_bytes=0 if place == "file" else 10**9)
@@ -178,7 +219,7 @@ def test_what_goes_on_elsewhere_equals_what_was_never_interrupted(tmp_path, plac
         parking.spill()
         found = parking.get("bee")
     assert_same_bits(host(found), state)
-    other = trainer_of("ant")
+    other = trainer_of("ant", moments=moments)
     other.warm_up()
     with CompileCounter() as counter:
         join(other, "bee", resume=(found, 3, cursor))
@@ -189,18 +230,65 @@ def test_what_goes_on_elsewhere_equals_what_was_never_interrupted(tmp_path, plac
     assert_same_bits(outcome(other, "bee"), outcome(whole, "bee"))
 
 
-def test_a_checkpoint_in_the_other_dtype_is_refused(tmp_path):
-    save_state(tmp_path / "state", 1, trainer_of(moments="float32").fresh(lora(8), 0), {})
-    with pytest.raises(StateInvalid, match=r"saved by another configuration: .*'float32'.*'bfloat16'"):
-        restore_state(tmp_path / "state", trainer_of().fresh(lora(8), 0))
+@pytest.mark.parametrize("moments", FEWER_BITS)
+def test_a_job_ends_alike_paused_in_a_file_or_gone_on_from_its_checkpoint(tmp_path, moments):
+    asked, results = request(3, steps=5, spec=lora(3, TARGETS), checkpoint_every=2), []
+    for how in ("alone", "paused", "again"):
+        config = {"states": tmp_path / how / "states", "host_bytes": 0}
+        jobs, shelf = make_jobs(tmp_path / how, trainer_of(moments=moments), **config)
+        job = jobs.create(asked, id="job")
+        if how != "alone":
+            for _ in range(3):
+                jobs.step()
+        if how == "paused":
+            jobs.pause("acme", "job")
+            other = jobs.create(request(4, steps=2, spec=lora(8, TARGETS)))
+            jobs.step()
+            assert [p.name for p in (tmp_path / how / "parked").iterdir()] != []
+            jobs.resume("acme", "job")
+        if how == "again":
+            jobs.close()
+            jobs, shelf = make_jobs(tmp_path / how, trainer_of(moments=moments), **config)
+            job = jobs.create(asked, id="job")
+        jobs.run()
+        assert job.state == "succeeded", job.reason
+        results.append(weights(shelf.adapters[job.result]))
+    assert other.state == "succeeded"
+    assert results[0] == results[1] == results[2]
+    jobs, _ = make_jobs(tmp_path / "again", trainer_of(moments="float32"), states=tmp_path / "again" / "states")
+    job = jobs.create(asked, id="job")
+    jobs.run()
+    assert job.state == "failed"
+    assert "were made with another moments" in job.reason
 
 
-def test_memory_of_a_slot_is_the_formula():
-    """Weights and gradients in float32, two moments: 12 bytes a parameter of a slot, 16 in float32; a scale and a count."""
-    config = small_base().config
-    features = sum(layer_count(config, t) * sum(target_features(config, t)) for t in ALL_TARGETS)
-    scales = 4 * sum(layer_count(config, t) for t in ALL_TARGETS)
-    for moments, nbytes in (("bfloat16", 12), ("float32", 16)):
-        (state,) = trainer_of(moments=moments).states
-        live = sum(x.nbytes for x in jax.tree.leaves(state))
-        assert live == 9 * (nbytes * 8 * features + scales + 4)
+@pytest.mark.parametrize(
+    ("saved", "wanted", "says"),
+    [
+        ("float32", "bfloat16", r".*'float32'.*'bfloat16'"),
+        ("float32", "uint8", r".*'uint8'"),
+        ("uint8", "float32", r".*'uint8'.*wanted nothing"),
+    ],
+)
+def test_a_checkpoint_in_another_dtype_is_refused(tmp_path, saved, wanted, says):
+    save_state(tmp_path / "state", 1, trainer_of(moments=saved).fresh(lora(8, TARGETS), 0), {})
+    with pytest.raises(StateInvalid, match=r"saved by another configuration: " + says):
+        restore_state(tmp_path / "state", trainer_of(moments=wanted).fresh(lora(8, TARGETS), 0))
+
+
+# what a number and a block of 128 features of one rank row take in bytes: weight and gradient in float32, two moments
+BYTES = {"float32": (16, 0), "bfloat16": (12, 0), "uint8": (10, 8)}
+
+
+@pytest.mark.parametrize("moments", KINDS)
+def test_memory_of_a_slot_is_the_formula(moments):
+    """Of live buffers, and a scale a layer and a count; the features are more than one block and no whole ones."""
+    config = dataclasses.replace(small_base().config, d_ff=300)
+    spec, base = SPECS[moments], dataclasses.replace(small_base(), config=config)
+    features = [(layer_count(config, t), n) for t in spec.targets for n in target_features(config, t)]
+    numbers = spec.rank * sum(layers * n for layers, n in features)
+    blocks = spec.rank * sum(layers * -(-n // 128) for layers, n in features)
+    scales = 4 * sum(layer_count(config, t) for t in spec.targets)
+    of_number, of_block = BYTES[moments]
+    live = sum(x.nbytes for x in jax.tree.leaves(empty_state(base, spec, make_mesh(), moments)))
+    assert live == spec.slots * (of_number * numbers + of_block * blocks + scales + 4)

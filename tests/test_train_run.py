@@ -286,6 +286,7 @@ def test_the_old_peft_folder_stays_until_the_new_one_is_whole(job, monkeypatch):
 OTHERS = [  # file, what is changed in it, what the refusal says
     ("job.toml", "seed = 3", "seed = 5", "made with another seed; change that back"),
     ("job.toml", "steps = 6", 'moments = "bfloat16"\nsteps = 6', "made with another moments;"),
+    ("job.toml", "steps = 6", 'moments = "uint8"\nsteps = 6', "made with another moments;"),
     ("job.toml", "alpha = 8.0", "alpha = 4.0", "another rank, alpha, targets, rslora or dropout;"),
     (
         "job.toml",

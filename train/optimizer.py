@@ -9,6 +9,7 @@ Source: AdamW (arXiv 1711.05101), LoRA+ (arXiv 2402.12354), stochastic rounding 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import cast
 
@@ -20,6 +21,7 @@ from jax import lax
 
 from jaxlora.config import NO_CLIP, Optimizer
 from jaxlora.lora import ALL_TARGETS
+from train.blockwise import Blocks, mu_of, nu_of, quantised_mu, quantised_nu
 
 __all__ = ["IDLE", "NO_CLIP", "Halves", "Hyper", "Moments", "Optimizer", "adamw"]
 
@@ -49,15 +51,16 @@ IDLE = {"lr": 0.0, "decay": 0.0, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "clip": NO
 
 
 Halves = dict[str, tuple[jax.Array, jax.Array]]  # target → (a, b)
+BlockHalves = dict[str, tuple[Blocks, Blocks]]  # the same of moments in 8 bits
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Moments:
-    """AdamW's state of one slot (or of all, with a slot axis): moments, float32 or bfloat16, and the int32 number of updates."""
+    """AdamW's state of one slot (or of all, with a slot axis): moments, float32, bfloat16 or Blocks, and the int32 number of updates."""
 
-    mu: Halves
-    nu: Halves
+    mu: Halves | BlockHalves
+    nu: Halves | BlockHalves
     count: jax.Array
 
 
@@ -67,7 +70,7 @@ def adamw(
     """(new weights, new moments, float32 gradient norm before clipping, bool finite) of ONE tenant.
 
     Where loss gradient or update is not finite, weights and moments come back as they were.  Moments that are kept in
-    bfloat16 are used in float32 and rounded stochastically.
+    fewer bits are used in float32 and rounded as they are kept.
     """
     grads = jax.tree.map(lambda g: g / hyper.divisor, grads)
     norm = optax.tree.norm(grads)
@@ -78,36 +81,53 @@ def adamw(
         optax.scale_by_learning_rate(hyper.lr),
     )
     empty = optax.EmptyState()
-    mu, nu = jax.tree.map(lambda x: x.astype(jnp.float32), (moments.mu, moments.nu))
+    mu, nu = _in_float32(moments)
     state = (empty, optax.ScaleByAdamState(count=moments.count, mu=mu, nu=nu), empty, empty)
     updates, (_, adam, _, _) = chain.update(grads, state, weights)  # ty: ignore[not-iterable]
     updates = {t: (a, b * hyper.b_ratio) for t, (a, b) in cast("Halves", updates).items()}
     finite = jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(updates))
-    new_moments = Moments(mu=adam.mu, nu=adam.nu, count=adam.count)  # ty: ignore[missing-union-attribute]
-    if any(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(moments)):
-        new_moments = _in_bfloat16(new_moments)
+    new_moments = _rounded(cast("Halves", adam.mu), cast("Halves", adam.nu), adam.count, like=moments)  # ty: ignore[missing-union-attribute]
     new = optax.apply_updates(weights, updates), new_moments
     kept = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, (weights, moments))
     return *kept, norm, finite
 
 
-def _in_bfloat16(moments: Moments) -> Moments:
-    """The moments in bfloat16, rounded by random numbers of this update, target and half.
+def _in_float32(moments: Moments) -> tuple[Halves, Halves]:
+    """(mu, nu), however they are kept.  Blocks are read once: without the barrier XLA does it again for each who asks."""
+
+    def of(kept: Halves | BlockHalves, read: Callable[[Blocks], jax.Array]) -> Halves:
+        def half(x: jax.Array | Blocks) -> jax.Array:
+            return lax.optimization_barrier(read(x)) if isinstance(x, Blocks) else x.astype(jnp.float32)
+
+        return {target: (half(a), half(b)) for target, (a, b) in kept.items()}
+
+    return of(moments.mu, mu_of), of(moments.nu, nu_of)
+
+
+def _rounded(mu: Halves, nu: Halves, count: jax.Array, *, like: Moments) -> Moments:
+    """Moments kept as those of `like`, rounded by random numbers of this update, target and half.
 
     They are the same for all tenants, in any slot: what a tenant learns depends on nobody, a resumed one goes on as before.
     """
+    kept = jax.tree.leaves(like.mu)[0].dtype
+    if kept == jnp.float32:
+        return Moments(mu=mu, nu=nu, count=count)
 
     def draw(target: str, half: int) -> jax.Array:
         """uint32, 16 bits for each of the two moments."""
         key = jax.random.key(0)
-        for number in (moments.count, ALL_TARGETS.index(target), half):
+        for number in (count, ALL_TARGETS.index(target), half):
             key = jax.random.fold_in(key, number)
-        return jax.random.bits(key, moments.mu[target][half].shape)
+        return jax.random.bits(key, mu[target][half].shape)
 
-    drawn = {target: (draw(target, 0), draw(target, 1)) for target in moments.mu}
-    mu = jax.tree.map(lambda x, bits: stochastic_bfloat16(x, bits & 0xFFFF), moments.mu, drawn)
-    nu = jax.tree.map(lambda x, bits: stochastic_bfloat16(x, bits >> 16), moments.nu, drawn)
-    return Moments(mu=mu, nu=nu, count=moments.count)
+    drawn = {target: (draw(target, 0), draw(target, 1)) for target in mu}
+    for_nu = jax.tree.map(lambda bits: bits >> 16, drawn)
+    if kept == jnp.uint8:
+        mu, nu = lax.optimization_barrier((mu, nu))  # as above, and for each block's scale
+        return Moments(mu=jax.tree.map(quantised_mu, mu), nu=jax.tree.map(quantised_nu, nu, for_nu), count=count)
+    for_mu = jax.tree.map(lambda bits: bits & 0xFFFF, drawn)
+    mu, nu = jax.tree.map(stochastic_bfloat16, (mu, nu), (for_mu, for_nu))
+    return Moments(mu=mu, nu=nu, count=count)
 
 
 def stochastic_bfloat16(x: jax.Array, bits: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlora.lora import ALL_TARGETS, Adapter, AdapterRef, LoraSpec
 from jaxlora.mesh import replicated
@@ -25,7 +25,8 @@ from jaxlora.model import Base
 from jaxlora.model_config import ModelConfig, target_features
 from jaxlora.pool import LaneLora, LoraRows, PoolSpec, Rows, empty_pool, layer_count
 from pallas_kernels import NO_ADAPTER
-from train.optimizer import Halves, Hyper, Moments, adamw
+from train.blockwise import Blocks, block_count, scale_shape
+from train.optimizer import BlockHalves, Halves, Hyper, Moments, adamw
 
 
 @jax.tree_util.register_dataclass
@@ -65,11 +66,23 @@ def empty_state(base: Base, spec: PoolSpec, mesh: Mesh, moments: str = "float32"
     def zeros(dtype: str) -> Halves:
         return halves(empty_pool(base.config, replace(spec, dtype=dtype), mesh))
 
+    def no_moment() -> Halves | BlockHalves:
+        return jax.tree.map(_empty_blocks, zeros(moments)) if moments == "uint8" else zeros(moments)
+
     count = jnp.zeros((spec.slots,), jnp.int32, device=replicated(mesh))
     pool = empty_pool(base.config, spec, mesh)
-    return TrainState(
-        pool=pool, grads=zeros(spec.dtype), moments=Moments(mu=zeros(moments), nu=zeros(moments), count=count)
-    )
+    return TrainState(pool=pool, grads=zeros(spec.dtype), moments=Moments(mu=no_moment(), nu=no_moment(), count=count))
+
+
+def _empty_blocks(code_LSRX: jax.Array) -> Blocks:
+    """Zeros in blocks.  Scales are split over devices as codes are, or lie whole on each where their number does not divide."""
+    codes = code_LSRX.sharding
+    assert isinstance(codes, NamedSharding)
+    axis = codes.spec[-1]
+    if axis is not None and block_count(code_LSRX.shape[-1]) % codes.mesh.shape[axis]:
+        axis = None
+    where = NamedSharding(codes.mesh, PartitionSpec(None, None, axis))
+    return Blocks(code_LSRX, jnp.zeros(scale_shape(code_LSRX.shape), jnp.float32, device=where))
 
 
 def halves(rows: Rows) -> Halves:
@@ -238,10 +251,12 @@ def unseat(states: States, bucket: int, slot: jax.Array) -> SlotState:
 def fresh_seat(rows: Rows, moments: str = "float32") -> SlotState:
     """A tenant that has not trained yet: these rows (NumPy), zero moments of this dtype."""
 
-    def zeros() -> Halves:
-        return jax.tree.map(lambda x: np.zeros(x.shape, jnp.dtype(moments)), halves(rows))
+    def zero(weight: np.ndarray) -> np.ndarray | Blocks:
+        x = np.zeros(weight.shape, jnp.dtype(moments))
+        return Blocks(x, np.zeros(scale_shape(x.shape), np.float32)) if moments == "uint8" else x  # ty: ignore[invalid-argument-type]
 
-    return SlotState(rows=rows, moments=Moments(mu=zeros(), nu=zeros(), count=np.int32(0)))  # ty: ignore[invalid-argument-type]
+    mu, nu = (jax.tree.map(zero, halves(rows)) for _ in range(2))
+    return SlotState(rows=rows, moments=Moments(mu=mu, nu=nu, count=np.int32(0)))  # ty: ignore[invalid-argument-type]
 
 
 def fresh_adapter(config: ModelConfig, ref: AdapterRef, spec: LoraSpec, seed: int, base_hash: str) -> Adapter:

@@ -66,7 +66,7 @@ class Trainer:
     ):
         """`buckets`: slots by largest rank, from the smallest on.  A tenant sits in the first bucket that its rank fits.
 
-        moments: the dtype that AdamW's moments are kept in; bfloat16 halves them (see `train.optimizer`).
+        moments: the dtype that AdamW's moments are kept in (see `train.optimizer`, for uint8 `train.blockwise`).
         remat: what a step keeps of a layer for its gradient (see `jaxlora.model.REMAT`).
         parts: how small the parts of a step are, for a trainer that shares its device; None: a step is one program.
         Raises ConfigInvalid for lane_tokens that are not whole blocks, for lanes that do not divide over the mesh, for
