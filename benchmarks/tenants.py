@@ -39,6 +39,11 @@ REFERENCE = {
     "banking77-intent": 0.652,
     "django-ui-de": 2.182,
     "emoji-name": 3.684,
+    "devils-dictionary": 3.527,
+    "django-ui-fr": 1.554,
+    "pick-animals": 0.184,
+    "py-doc-oneliner": 2.540,
+    "snips-music-slots": 0.111,
 }
 RANK, ALPHA, BATCH, LR, WARMUP = 8, 16.0, 8, 2e-3, 5
 LANE_TOKENS, HELDOUT, ASKED, ANSWER = 256, 32, 16, 48
