@@ -213,9 +213,9 @@ def test_a_new_version_is_served_while_storage_hangs(publisher, world):
         new = publisher.publish(keep=None)
         deltas = _all_deltas(publisher.engine, publisher.ask("asks", False, max_tokens=4))
         assert [d.adapter for d in deltas] == [new] * 4
-        assert not (world.store._folder("acme", publisher.name) / str(new.version)).exists()
+        assert not world.store._files._folder(new).exists()
     world.store.flush()
-    assert (world.store._folder("acme", publisher.name) / str(new.version)).exists()
+    assert world.store._files._folder(new).exists()
 
 
 class Trained:
