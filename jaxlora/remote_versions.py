@@ -22,6 +22,7 @@ from pathlib import Path
 from jaxlora.adapter_files import About, describe
 from jaxlora.blobs import FOLDER_SUFFIX, Blobs
 from jaxlora.disk_copies import DiskCopies
+from jaxlora.errors import StorageAway
 from jaxlora.lora import AdapterRef
 
 LOG = logging.getLogger("jaxlora")
@@ -29,6 +30,7 @@ VERSIONS, DELETED = "adapters/", "deleted/"
 KEY_PATTERN = re.compile(r"adapters/([^/]+)/([^/]+)/([1-9][0-9]*)_([0-9.e+]+)_([1-9][0-9]*)_([0-9]+)\.zip")
 DELETED_PATTERN = re.compile(r"deleted/([^/]+)/([^/]+)/([1-9][0-9]*)")
 RETRY_S = 20.0
+FLUSH_S = 60.0
 
 
 class RemoteVersions:
@@ -137,19 +139,20 @@ class RemoteVersions:
             self._changed.notify_all()
 
     def flush(self) -> dict[AdapterRef, Exception]:
-        """Tries what failed once more, waits, and returns what is still not sent and why."""
+        """Tries what failed once more, waits at most FLUSH_S, and returns what is still not sent and why."""
         with self._changed:
             self._errors.clear()
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._ended or self._due() is None)
-            return {item: e for item, e in self._errors.items() if isinstance(item, AdapterRef)}
+            self._changed.wait_for(lambda: self._ended or self._due() is None, FLUSH_S)
+            slow = StorageAway("object storage is too slow; it is sent after the next start")
+            return {ref: self._errors.get(ref, slow) for ref in self._sending}
 
     def close(self) -> None:
-        """Ends the thread; what is not sent is on disk, and sent after the next start."""
+        """Ends the thread, or leaves it in a call that hangs; what is not sent is on disk, and sent after the next start."""
         with self._changed:
             self._ended = True
             self._changed.notify_all()
-        self._thread.join()
+        self._thread.join(FLUSH_S)
 
     # ---- the thread -----------------------------------------------------------------------------------------------
 

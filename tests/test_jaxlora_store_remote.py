@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -176,6 +177,23 @@ def test_while_object_storage_is_away_all_goes_on_and_is_sent_later(machine, tmp
         while store._files._remote.about(adapter.ref) is None and time.monotonic() < deadline:
             time.sleep(0.01)
         store.wait_saved(adapter.ref)
+    assert machine("two").versions("acme", "bot") == [a.ref for a in adapters]
+
+
+def test_an_object_storage_that_hangs_does_not_keep_a_server_from_ending(machine, monkeypatch):
+    monkeypatch.setattr(remote_versions, "FLUSH_S", 0.3)
+    store = machine("one")
+    FAULTS.hang = gate = threading.Event()
+    adapters = [put(store) for _ in range(3)]
+    began = time.monotonic()
+    with pytest.raises(StorageFailed, match=r"3 versions are not stored .*too slow"):
+        store.close()
+    assert time.monotonic() - began < 5
+    FAULTS.hang = None
+    gate.set()
+    store = machine("one")
+    assert all(same(store.get(a.ref), a) for a in adapters)
+    store.flush()
     assert machine("two").versions("acme", "bot") == [a.ref for a in adapters]
 
 
