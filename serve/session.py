@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -123,6 +124,8 @@ class Session:
             end.callback(stop, runner, shelf)
             runner.start()
             runner.call(trainer.warm_up)
+            for rows in runner.call(trainer.bucket_rows):  # what the first publication runs
+                runner.call(partial(runner.rehearse_publish, rows))
             return cls(opened, runner, trainer, end.pop_all(), publish_every)
 
     def close(self) -> None:
