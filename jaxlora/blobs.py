@@ -11,9 +11,7 @@ jitter), and one that does not come back is given up: its thread ends when the l
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
-import hashlib
 import importlib
 import logging
 import os
@@ -32,7 +30,7 @@ import fsspec
 import fsspec.core
 from fsspec.implementations.local import LocalFileSystem
 
-from jaxlora.durable import told_of_disk
+from jaxlora.durable import is_full, sha256_of, told_of_disk
 from jaxlora.errors import ConfigInvalid, JaxLoraError, NotFound, StorageAway, StorageFailed
 
 LOG = logging.getLogger("jaxlora")
@@ -45,7 +43,6 @@ AT_ONCE = 32  # calls under way, those that hang included
 SLOWEST_BYTES_S = 2**20  # of a transfer that still counts as one
 REMOVED_AT_ONCE = 500
 NEVER_BETTER = (PermissionError, NotImplementedError, ImportError)
-LOCAL_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Blobs:
@@ -260,7 +257,7 @@ class Blobs:
                 LOG.error("object storage: %s: %s", failed, _said(error))
                 raise StorageFailed("object storage refuses the server; tell its operator") from error
             except Exception as error:
-                if isinstance(error, OSError) and error.errno in LOCAL_FULL:
+                if is_full(error):
                     with told_of_disk("what is brought back"):
                         raise
                 last = error
@@ -293,9 +290,8 @@ def _use_obstore(protocol: str) -> None:
 
 def _same_bytes(sha256: str | None) -> Callable[[Path], None]:
     def check(copy: Path) -> None:
-        with copy.open("rb") as file:
-            if sha256 is not None and hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                raise ValueError("its sha256 is another")
+        if sha256 is not None and sha256_of(copy) != sha256:
+            raise ValueError("its sha256 is another")
 
     return check
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
 import shutil
 import uuid
@@ -85,6 +86,28 @@ def lock_folder(folder: Path) -> int | None:
     return descriptor
 
 
+def to_trash(path: Path, trash: Path) -> Path | None:
+    """Renames a file or folder into the folder `trash` of the same disk, and returns its new path; None where it is not there."""
+    out = trash / uuid.uuid4().hex
+    try:
+        path.rename(out)
+    except FileNotFoundError:
+        return None
+    sync(path.parent)
+    return out
+
+
+def sha256_of(path: Path) -> str:
+    """Hex, of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether a disk has no room, or its user may have no more of it."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
 @contextlib.contextmanager
 def told_of_disk(what: str) -> Generator[None]:
     """Inside, what a disk refuses is StorageFull where it has no room, else StorageFailed."""
@@ -93,7 +116,7 @@ def told_of_disk(what: str) -> Generator[None]:
     except OSError as error:
         if isinstance(error, JaxLoraError):  # some of ours are OSErrors too
             raise
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_full(error):
             raise StorageFull(
                 f"the server's disk has no room for {what}; delete something, or tell its operator"
             ) from error

@@ -43,11 +43,14 @@ class Lease:
         self._thread.start()
 
     def check(self) -> None:
-        """Raises StateInvalid when another server has taken over, StorageAway while nobody knows."""
+        """Raises StateInvalid when another server has taken over, StorageAway while nobody knows.
+
+        Any tenant may read the message; the log says which server.
+        """
         if self._lost:
-            raise StateInvalid(f"{self._blobs.url} was taken over by {self._lost}; this server writes nothing more")
+            raise StateInvalid("object storage was taken over by another server; this one writes nothing more")
         if time.time() > self._until:
-            raise StorageAway(f"the lease of {self._blobs.url} could not be renewed; try again later")
+            raise StorageAway("the lease of object storage could not be renewed; try again later")
 
     def close(self) -> None:
         """Gives it back."""

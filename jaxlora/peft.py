@@ -25,7 +25,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from jaxlora.durable import whole_folder
+from jaxlora.durable import sha256_of, whole_folder
 from jaxlora.errors import AdapterInvalid, AdapterNotFinite, AlreadyExists, BaseMismatch
 from jaxlora.lora import HEAD_TARGET, Adapter, AdapterRef, LoraSpec
 from jaxlora.model_config import ModelConfig, target_features
@@ -342,14 +342,12 @@ def export_peft(
     tensors = export_tensors(adapter, config, EXPORT_DTYPES[dtype])
     with whole_folder(folder) as temporary:
         save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
-        with (temporary / WEIGHTS_FILE).open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
         own = {
             "format": OWN_FORMAT,
             "name": adapter.ref.name,
             "version": adapter.ref.version,
             "base_hash": adapter.base_hash,
-            "sha256": digest,
+            "sha256": sha256_of(temporary / WEIGHTS_FILE),
         }
         (temporary / CONFIG_FILE).write_text(json.dumps(export_config(adapter.spec, config, base_name), indent=2))
         (temporary / OWN_FILE).write_text(json.dumps(own, indent=2))

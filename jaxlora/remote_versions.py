@@ -1,7 +1,7 @@
 """The versions of a store in object storage; its folders on disk are then copies, and what is not sent yet.
 
     adapters/TENANT/NAME/VERSION_CREATED_RANK_BYTES.zip    a version
-    deleted/TENANT/NAME/NUMBER                       this and all lower versions of the name are deleted
+    deleted/TENANT/NAME/NUMBER                             this and all lower versions of the name are deleted
 
 Two listings at the start tell all that is known of ten thousand adapters; afterwards nothing is listed.  Versions are sent
 by one thread, in order; what fails is tried again until it is sent.
@@ -14,7 +14,6 @@ import logging
 import re
 import shutil
 import threading
-import uuid
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -22,6 +21,7 @@ from pathlib import Path
 from jaxlora.adapter_files import About, describe
 from jaxlora.blobs import FOLDER_SUFFIX, Blobs
 from jaxlora.disk_copies import DiskCopies
+from jaxlora.durable import to_trash
 from jaxlora.errors import StorageAway
 from jaxlora.lora import AdapterRef
 
@@ -135,7 +135,7 @@ class RemoteVersions:
             self._errors.pop(ref, None)
             about = self._known.pop(ref, None)
             if about is not None:
-                self._remove(_key(ref, about))
+                self._remove(_key(ref, about) + FOLDER_SUFFIX)
             self._changed.notify_all()
 
     def flush(self) -> dict[AdapterRef, Exception]:
@@ -197,7 +197,7 @@ class RemoteVersions:
         try:
             about = describe(self._folder(ref).parent, ref)
             key = _key(ref, about)
-            self._blobs.put_folder(key.removesuffix(FOLDER_SUFFIX), self._folder(ref), self._trash)
+            self._blobs.put_folder(key, self._folder(ref), self._trash)
         except Exception:
             with self._changed:
                 if ref not in self._sending:
@@ -207,7 +207,7 @@ class RemoteVersions:
             if ref in self._sending:
                 self._known[ref] = about
             else:
-                self._remove(key)
+                self._remove(key + FOLDER_SUFFIX)
                 return
         self._copies.add(self._folder(ref), self._discard)
 
@@ -216,17 +216,13 @@ class RemoteVersions:
     def _bring(self, ref: AdapterRef, folder: Path) -> None:
         about = self.about(ref)
         if about is not None:  # else it is on its way to the disk, or was damaged there: the reader will say so
-            self._blobs.get_folder(_key(ref, about).removesuffix(FOLDER_SUFFIX), folder, self._trash)
+            self._blobs.get_folder(_key(ref, about), folder, self._trash)
             self._copies.add(folder, self._discard)
 
     def _discard(self, folder: Path) -> None:
         """Takes a folder away whole."""
-        out = self._trash / uuid.uuid4().hex
-        try:
-            folder.rename(out)
-        except FileNotFoundError:
-            return
-        shutil.rmtree(out, ignore_errors=True)
+        if (out := to_trash(folder, self._trash)) is not None:
+            shutil.rmtree(out, ignore_errors=True)
 
     def _remove(self, key: str) -> None:
         """Has an object removed soon.  With the lock held."""
@@ -242,4 +238,4 @@ class RemoteVersions:
 
 def _key(ref: AdapterRef, about: About) -> str:
     created, rank, nbytes = about
-    return f"{VERSIONS}{ref.tenant}/{ref.name}/{ref.version}_{created!r}_{rank}_{nbytes}{FOLDER_SUFFIX}"
+    return f"{VERSIONS}{ref.tenant}/{ref.name}/{ref.version}_{created!r}_{rank}_{nbytes}"

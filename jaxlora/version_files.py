@@ -2,7 +2,7 @@
 
 root/adapters/TENANT/NAME/VERSION    see adapter_files.py; with object storage a copy, see remote_versions.py
 root/counters/TENANT/NAME.json       see counters.py
-root/trash/…                         deleted adapters on their way out
+root/trash/…                         what comes or goes; at the start, what the process before left
 root/.lock                           held by the process that has the store open
 """
 
@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from jaxlora.adapter_files import About, describe, is_damage, load_version, save_version, scan
 from jaxlora.counters import Counters
-from jaxlora.durable import lock_folder, sync
+from jaxlora.durable import lock_folder, to_trash
 from jaxlora.errors import NotFound, StateInvalid, StorageFailed
 from jaxlora.lora import Adapter, AdapterRef
 from jaxlora.remote_versions import RemoteVersions
@@ -126,14 +125,14 @@ class VersionFiles:
 
     def delete(self, ref: AdapterRef) -> Path | None:
         """Takes one version off the disk's names, and has object storage remove it; what `empty` is to remove."""
-        out = self._to_trash(self._folder(ref))
+        out = to_trash(self._folder(ref), self._root / "trash")
         if self._remote is not None:
             self._remote.forget(ref)
         return out
 
     def delete_all(self, tenant: str, name: str, versions: Iterable[int]) -> Path | None:
         """The same for all versions of a name, of which `retire` was called."""
-        out = self._to_trash(self._root / "adapters" / tenant / name)
+        out = to_trash(self._root / "adapters" / tenant / name, self._root / "trash")
         if self._remote is not None:
             for version in versions:
                 self._remote.forget(AdapterRef(tenant, name, version))
@@ -142,14 +141,6 @@ class VersionFiles:
     def empty(self, trash: Path) -> None:
         """Removes what was deleted; what stays is tried again at the next start."""
         shutil.rmtree(trash, ignore_errors=True)
-
-    def _to_trash(self, folder: Path) -> Path | None:
-        if not folder.exists():
-            return None
-        out = self._root / "trash" / uuid.uuid4().hex
-        folder.rename(out)
-        sync(folder.parent)
-        return out
 
     def _folder(self, ref: AdapterRef) -> Path:
         return self._root / "adapters" / ref.tenant / ref.name / str(ref.version)

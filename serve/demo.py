@@ -30,7 +30,7 @@ from serve.demo_tasks import Task, constant_baseline, demo_tasks, nearest_baseli
 from serve.http_server import make_http
 from serve.request import Delta, Request, SamplingParams
 from serve.runner import Runner
-from serve.training import LiveTraining
+from serve.training import LiveTraining, warm_up
 from train.data import Example
 from train.jsonl import chat_example
 from train.optimizer import Optimizer
@@ -279,11 +279,10 @@ def main(*, exit_after: bool, port: int, out: Path | None, seed: int) -> None:
     demo = Demo(opened, runner, trainer, demo_tasks(seed), seed)
     shapes = len(runner.engine.shapes())
     timed(console, f"compiling {shapes} serving programs in {opened.base.dtype.name}", runner.start)
-    timed(console, "compiling the training step", lambda: runner.call(trainer.warm_up))
+    timed(console, "compiling the training step", lambda: runner.call(lambda: warm_up(trainer, runner)))
     http.start()
     console.print(f"answering on {http.url}/v1 from now on")
     runner.call(demo.seat)
-    runner.call(lambda: demo_warm(runner, trainer))
     with compile_cache.CompileCounter() as compiles:
         base, _ = timed(console, "asking the base model", lambda: demo.score(tuned=False))
         train_s = demo.train(console)
@@ -308,12 +307,6 @@ def main(*, exit_after: bool, port: int, out: Path | None, seed: int) -> None:
         wait(console, http.url, demo.tasks[0])
     http.stop()
     stop(runner, store)
-
-
-def demo_warm(runner: Runner, trainer: Trainer) -> None:
-    """Runs what only a publication runs, so that the first one compiles nothing."""
-    name = next(iter(trainer.tenants))
-    runner.rehearse_publish(trainer.rows(name))
 
 
 def write_files(demo: Demo, folder: Path) -> None:

@@ -9,7 +9,6 @@ With object storage that is where the bytes are, under files/TENANT/ID, and the 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import shutil
 import time
@@ -19,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from jaxlora.disk_copies import Remote
-from jaxlora.durable import sync, told_of_disk
+from jaxlora.durable import sha256_of, sync, told_of_disk
 from jaxlora.errors import JaxLoraError, NotFound
 from jaxlora.serve_config import LimitsSection
 from serve.records import FileRecord, FileStatus, Page, new_id
@@ -239,9 +238,3 @@ class FileStore:
 
 def _unlink(path: Path) -> None:
     path.unlink(missing_ok=True)
-
-
-def sha256_of(path: Path) -> str:
-    """Hex, of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -16,12 +16,12 @@ from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from jaxlora.durable import told_of_disk
+from jaxlora.durable import sha256_of, told_of_disk
 from jaxlora.errors import Overloaded
 from serve.auth import caller_of
 from serve.byte_ranges import satisfiable
 from serve.database import Database
-from serve.file_store import FileStore, sha256_of
+from serve.file_store import FileStore
 from serve.files_types import CONTENT, FORM_BODY, FORM_FIELDS, DeletedFile, File, FileList, FilesQuery, upload_form
 from serve.idempotency import HEADER, Once
 from serve.job_objects import page_object

@@ -24,6 +24,7 @@ from serve.records import ENDED, JobRecord
 from serve.runner import Runner
 from serve.scoring import Scorer
 from serve.stored_jobs import StoredJobs
+from serve.training import warm_up
 from serve.training_view import training_view
 from serve.tuner import Tuner
 from train.job_runner import Jobs
@@ -62,16 +63,10 @@ class JobHost:
 
     def start(self) -> None:
         """Compiles what training runs, and goes on with the jobs of an earlier process.  The runner has started."""
-        self.runner.call(self._warm_up)
+        self.runner.call(lambda: warm_up(self.live.jobs.trainer, self.runner))
         self.runner.watch.training = functools.partial(training_view, self.live.jobs)
         self.runner.trainer = self.live
         self.service.restart()
-
-    def _warm_up(self) -> None:
-        trainer = self.live.jobs.trainer
-        trainer.warm_up()
-        for rows in trainer.bucket_rows():
-            self.runner.rehearse_publish(rows)
 
     def close(self) -> None:
         """Saves what jobs have learned and stores what is left.  After the device thread has ended."""

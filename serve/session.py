@@ -17,7 +17,6 @@ import tempfile
 import time
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -45,7 +44,7 @@ from serve.assemble import make_runner, open_store, stop
 from serve.auth import LOCAL_TENANT
 from serve.request import Request, SamplingParams
 from serve.runner import Runner
-from serve.training import LiveTraining
+from serve.training import LiveTraining, warm_up
 from train.data import Unit
 from train.jsonl import load_jsonl, read_examples
 from train.parts import small_parts
@@ -123,9 +122,7 @@ class Session:
             runner = make_runner(opened, config, shelf)
             end.callback(stop, runner, shelf)
             runner.start()
-            runner.call(trainer.warm_up)
-            for rows in runner.call(trainer.bucket_rows):  # what the first publication runs
-                runner.call(partial(runner.rehearse_publish, rows))
+            runner.call(lambda: warm_up(trainer, runner))
             return cls(opened, runner, trainer, end.pop_all(), publish_every)
 
     def close(self) -> None:

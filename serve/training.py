@@ -16,6 +16,13 @@ KEEP_VERSIONS = 3  # of a tenant in training: the newest, and time for requests 
 LOG = logging.getLogger("serve")
 
 
+def warm_up(trainer: Trainer, runner: Runner) -> None:
+    """Compiles what training runs and what a publication of its adapters runs.  Device thread only."""
+    trainer.warm_up()
+    for rows in trainer.bucket_rows():
+        runner.rehearse_publish(rows)
+
+
 class LiveTraining:
     """A trainer whose tenants are published every few steps, and when they are done.  Lives on the device thread.
 

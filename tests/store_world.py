@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import numpy as np
 
 from jaxlora.lora import Adapter, AdapterRef, LoraSpec, ModuleException
@@ -41,3 +48,23 @@ def put(store: AdapterStore, tenant="acme", name="bot", value: float | None = No
     adapter = make(store.mint(tenant, name), value)
     store.put(adapter)
     return adapter
+
+
+def kill_at_work(code: str, *arguments: Path, kill: int) -> set[int]:
+    """Runs a script that prints the versions it knows to be stored, and kills it soon: those that it said.
+
+    code: with {paths!r} where it sets sys.path.  kill: how many were killed before; each works a little longer.
+    """
+    paths = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+    command = [sys.executable, "-c", code.format(paths=paths), *map(str, arguments)]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ)
+    said: set[int] = set()
+    try:
+        for _ in range(2 + kill):
+            said |= {int(v) for v in child.stdout.readline().split()}
+        time.sleep(0.013 * (kill + 1))
+    finally:
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        child.stdout.close()
+    return said

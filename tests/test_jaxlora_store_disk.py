@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -16,7 +14,7 @@ from pathlib import Path
 
 import orbax.checkpoint as ocp
 import pytest
-from store_world import make, put, same
+from store_world import kill_at_work, make, put, same
 
 from jaxlora import adapter_files, version_files
 from jaxlora.errors import AdapterNotFound, StateInvalid, StorageFailed
@@ -197,20 +195,9 @@ while True:
 @pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_killed_while_saving_leaves_only_complete_versions(kills, tmp_path):
     """A process that saves without pause is killed; all that is listed loads, and nothing confirmed is lost."""
-    code = CHILD.format(paths=[str(Path(__file__).parents[1]), str(Path(__file__).parent)])
-    confirmed = set()
+    confirmed: set[int] = set()
     for kill in range(kills):
-        child = subprocess.Popen(
-            [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=os.environ
-        )
-        try:
-            for _ in range(2 + kill):
-                confirmed |= {int(v) for v in child.stdout.readline().split()}
-            time.sleep(0.013 * (kill + 1))
-        finally:
-            child.send_signal(signal.SIGKILL)
-            child.wait()
-            child.stdout.close()
+        confirmed |= kill_at_work(CHILD, tmp_path, kill=kill)
         store = AdapterStore(tmp_path, host_bytes=0)
         listed = store.versions("acme", "bot")
         assert confirmed

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -15,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from blobs_world import FAULTS, faulty
-from store_world import LARGE, make, put, same
+from store_world import LARGE, kill_at_work, make, put, same
 
 from jaxlora import blobs as blobs_module
 from jaxlora import remote_versions
@@ -294,19 +290,9 @@ while True:
 
 @pytest.mark.parametrize("kills", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_killed_while_sending_and_its_disk_lost_nothing_confirmed_is(kills, tmp_path):
-    code = CHILD.format(paths=[str(Path(__file__).parents[1]), str(Path(__file__).parent)])
     confirmed: set[int] = set()
     for kill in range(kills):
-        command = [sys.executable, "-c", code, str(tmp_path / f"disk{kill}"), str(tmp_path / "objects")]
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ)
-        try:
-            for _ in range(2 + kill):
-                confirmed |= {int(v) for v in child.stdout.readline().split()}
-            time.sleep(0.013 * (kill + 1))
-        finally:
-            child.send_signal(signal.SIGKILL)
-            child.wait()
-            child.stdout.close()
+        confirmed |= kill_at_work(CHILD, tmp_path / f"disk{kill}", tmp_path / "objects", kill=kill)
         remote = RemoteVersions(Blobs(f"file://{tmp_path}/objects", timeout_s=20), DiskCopies(None))
         store = AdapterStore(tmp_path / f"reader{kill}", host_bytes=0, remote=remote)
         listed = store.versions("acme", "bot")
