@@ -240,18 +240,20 @@ class Supervisor:
         """Why it has ended: by itself, or by us because it was not well."""
         exits = asyncio.ensure_future(child.process.wait())
         ails = asyncio.ensure_future(self._ails(child))
+        told_to_end = asyncio.ensure_future(self._ending.wait())
         try:
-            await asyncio.wait({exits, ails}, return_when=asyncio.FIRST_COMPLETED)
-            if exits.done() or self._signals:  # who was told to end may be unwell on its way
-                await exits
-                return "it ended"
-            reason = ails.result()
-            LOG.error("the server is ended: %s", reason, extra={"server_pid": child.process.pid})
-            await child.end(self._config)
-            return reason
-        finally:
-            ails.cancel()
-            await asyncio.wait({ails})
+            await asyncio.wait({exits, ails, told_to_end}, return_when=asyncio.FIRST_COMPLETED)
+        finally:  # who was told to end may be unwell on its way: nobody looks any more
+            for watch in (ails, told_to_end):
+                watch.cancel()
+            await asyncio.wait({ails, told_to_end})
+        if exits.done() or self._signals:
+            await exits
+            return "it ended"
+        reason = ails.result()
+        LOG.error("the server is ended: %s", reason, extra={"server_pid": child.process.pid})
+        await child.end(self._config)
+        return reason
 
     async def _ails(self, child: Child) -> str:
         """What is wrong with it, when that has lasted too long."""

@@ -6,7 +6,7 @@ python supervised_child.py FOLDER LIFE…   a child; the first one lives by the 
     exit:N      ends with this exit code before it answers
     sick        says 503            silent      says nothing
     mute        never answers       stubborn    says 503 and does not listen to SIGTERM
-    patient     well, and waits for a second signal
+    patient     well, until a signal: then it says 503 and waits for a second one
 
 What happens to it stands in FOLDER/log.
 """
@@ -55,13 +55,14 @@ def main(folder: Path, lives: list[str]) -> None:
         if kind != "mute":
             tell(f"http://127.0.0.1:{listener.getsockname()[1]}")
         note("answers")
-        status = "503 Service Unavailable" if kind in ("sick", "stubborn") else "200 OK"
         while kind in ("silent", "mute"):
             time.sleep(10)
         while True:
             connection, _ = listener.accept()
             with connection:
                 connection.recv(1000)
+                unwell = kind in ("sick", "stubborn") or seen
+                status = "503 Service Unavailable" if unwell else "200 OK"
                 connection.sendall(f"HTTP/1.1 {status}\r\ncontent-length: 0\r\nconnection: close\r\n\r\n".encode())
             if kind == "once":
                 sys.exit(int(code))

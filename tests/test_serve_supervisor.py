@@ -198,12 +198,13 @@ def test_a_signal_to_end_goes_on_to_the_child_and_a_second_one_too(tmp_path, nam
     with process(tmp_path, "patient", lost_s=20) as it:
         it.send_signal(signal.Signals[name])
         until(tmp_path, name)
-        assert it.poll() is None  # it drains
+        time.sleep(2 * FAST["unhealthy_s"])  # it drains, and its bad health is nobody's business
+        assert it.poll() is None
         it.send_signal(signal.Signals[name])
         assert it.wait(10) == 7
         assert [line for line in log_of(tmp_path) if line.startswith("SIG")] == [name, name]
         lines = lines_of(it)
-    assert [line["event"] for line in lines][:1] == ["server started"]
+    assert [line["event"] for line in lines] in (["server started"], ["server started", "server answers"])
     assert {line["server_pid"] for line in lines} == set(pids(tmp_path))
 
 
