@@ -176,7 +176,7 @@ def made_as_large_as(arrays: list, hlo: str) -> list[str]:
     for line in hlo.splitlines():
         match = re.match(r"\s*(?:ROOT )?%?\S+ = (.+?) ([a-z][a-z0-9-]*)\(", line)
         if match and match[2] not in hands_on and any(s in match[1] for s in sizes):
-            found.append(line.strip()[:200])
+            found.append(line.strip()[:1000])
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -108,18 +109,43 @@ def train(mesh: Mesh) -> jax.stages.Compiled:
     return step.lower(base(mesh), states, lanes(mesh, idle_batch(LANES, TOKENS))).compile()
 
 
-def update_in_8_bits(mesh: Mesh, spec: PoolSpec) -> tuple[jax.stages.Compiled, Rows]:
-    """The update of up to four slots whose moments are in 8 bits, on one chip."""
+def update(mesh: Mesh, spec: PoolSpec, moments: str) -> tuple[jax.stages.Compiled, Rows]:
+    """The update of up to four slots, with moments in float32 or uint8."""
     rows, whole = pool(mesh, spec), replicated(mesh)
 
-    def blocks(half: jax.ShapeDtypeStruct) -> Blocks:
+    def kept(half: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct | Blocks:
+        if moments == "float32":
+            return half
         scales = jax.ShapeDtypeStruct(scale_shape(half.shape), jnp.float32, sharding=whole)
         return Blocks(jax.ShapeDtypeStruct(half.shape, jnp.uint8, sharding=half.sharding), scales)
 
-    mu, nu = (jax.tree.map(blocks, halves(rows)) for _ in range(2))
+    mu, nu = (jax.tree.map(kept, halves(rows)) for _ in range(2))
     count = placed(mesh, (None,), (spec.slots,), jnp.int32)
     states = (TrainState(pool=rows, grads=halves(rows), moments=Moments(mu=mu, nu=nu, count=count)),)
     due = Due(hyper=Hyper.stack([IDLE] * 4), slot_U=np.zeros(4, np.int32))
     out = (jax.tree.map(lambda v: v.sharding, states), whole)
     due = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=whole), due)
     return jax.jit(apply, donate_argnums=0, out_shardings=out).lower(states, (due,)).compile(), rows
+
+
+def remade(rows: Rows, compiled: jax.stages.Compiled) -> list[str]:
+    """Instructions of an update that make a device's part of all slots anew; what ends in updates of one writes in place."""
+    text = compiled.as_text()
+    writers = {
+        name for name, body in re.findall(r"^%?(\S+) \(.*\{\n((?:  .*\n)*)\}", text, re.M) if _writes_slots(body)
+    }
+    found = []
+    for line in made_as_large_as(parts(rows), text):
+        called = re.search(r"calls=%?([^,\s]+)", line)
+        if " dynamic-update-slice(" not in line and (called is None or called[1] not in writers):
+            found.append(line)
+    return found
+
+
+def _writes_slots(body: str) -> bool:
+    """Whether what a fused computation gives is slices put into arrays."""
+    root = re.search(r"ROOT %?\S+ = .*? ([a-z-]+)\((.*?)\)", body)
+    assert root is not None
+    written = set(re.findall(r"(%?\S+) = \S+ dynamic-update-slice\(", body))
+    given = re.findall(r"%[^\s,]+", root[2])
+    return root[1] == "dynamic-update-slice" or (root[1] == "tuple" and set(given) <= written)

@@ -6,9 +6,10 @@ import pytest
 from aot_world import collectives
 from cuda_world import h100s, kernels
 from kernel_shapes import as_large_as_logits, made_as_large_as
-from step_shapes import LANES, RANK, ROWS, SMOLLM2, TOKENS, decode, makers, parts, train
+from step_shapes import LANES, RANK, ROWS, SMOLLM2, TOKENS, decode, makers, parts, remade, train, update
 
 from jaxlora.mesh import make_mesh
+from jaxlora.pool import PoolSpec
 
 pytestmark = [
     pytest.mark.aot_cuda,
@@ -57,3 +58,11 @@ def test_training_with_heads_split_in_three():
     assert collectives(compiled, "shard_map/psum") == of_lora | {sum_and_own: 1, dx: 1}
     assert collectives(compiled, "shard_map/pmax") == {started(f"f32[{LANES},{TOKENS}]"): 1}
     assert as_large_as_logits(LANES * TOKENS, SMOLLM2.vocab // 3, compiled.as_text()) == set()
+
+
+def test_an_update_makes_no_array_of_all_slots_anew():
+    with h100s() as devices:
+        compiled, rows = update(
+            make_mesh(tensor=3, devices=devices), PoolSpec(slots=64, rank=RANK, dtype="float32"), "float32"
+        )
+    assert remade(rows, compiled) == []

@@ -29,10 +29,11 @@ from jaxlora.errors import StateInvalid
 from jaxlora.mesh import make_mesh
 from jaxlora.model_config import target_features
 from jaxlora.pool import layer_count
-from train.optimizer import IDLE, Hyper, Moments, adamw, stochastic_bfloat16
+from train.optimizer import IDLE, Hyper, Moments, stochastic_bfloat16
 from train.parking import Parking
 from train.state import empty_state
 from train.trainer import Trainer
+from train.update import update_slots
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 F32, U8 = np.dtype(np.float32), np.dtype(np.uint8)
@@ -97,11 +98,11 @@ def test_what_bfloat16_holds_is_not_rounded():
 
 def second_moment(dtype, gradients):
     """nu of 512 equal weights after these gradients, float32, and what rounding to the nearest would have made."""
-    a = jnp.zeros((1, 8, 64))
-    hyper = Hyper(**{k: jnp.float32(v) for k, v in (IDLE | {"b2": 0.999}).items()})
+    a = jnp.zeros((1, 1, 8, 64))
+    hyper, slot = jax.device_put(Hyper.stack([IDLE | {"b2": 0.999}])), jnp.zeros(1, jnp.int32)
     zero = {"q_proj": (a.astype(dtype), a.astype(dtype))}
-    moments = Moments(mu=zero, nu=zero, count=jnp.int32(0))
-    step = jax.jit(lambda g, m: adamw({"q_proj": (a, a)}, {"q_proj": (a + g, a + g)}, m, hyper)[1])
+    moments = Moments(mu=zero, nu=zero, count=slot)
+    step = jax.jit(lambda g, m: update_slots({"q_proj": (a, a)}, {"q_proj": (a + g, a + g)}, m, hyper, slot)[2])
     nearest = np.zeros((), BF16)
     for g in gradients:
         moments = step(np.float32(g), moments)

@@ -10,7 +10,8 @@ import pytest
 from train_world import assert_same_bits, host, optimizer
 
 from jaxlora.errors import ConfigInvalid
-from train.optimizer import IDLE, NO_CLIP, Hyper, Moments, Optimizer, adamw
+from train.optimizer import IDLE, NO_CLIP, Hyper, Moments, Optimizer
+from train.update import update_slots
 
 SHAPES = {"q_proj": ((2, 3, 5), (2, 3, 4)), "lm_head": ((1, 3, 6), (1, 3, 7))}  # (a_LRX, b_LRY)
 ROWS = [
@@ -41,8 +42,12 @@ def zeros_like(tree):
     return jax.tree.map(np.zeros_like, tree)
 
 
-AXES = Moments(mu=1, nu=1, count=0)
-over_slots = jax.jit(jax.vmap(adamw, in_axes=(1, 1, AXES, 0), out_axes=(1, AXES, 0, 0)))
+@jax.jit
+def over_slots(weights, grads, moments, hyper):
+    """(new weights, new moments, norms, finite) of all slots."""
+    slots = jnp.arange(moments.count.shape[0])
+    weights, grads, moments, report = update_slots(weights, grads, moments, hyper, slots)
+    return weights, moments, report.norm_U, report.finite_U
 
 
 def by_hand(weights, gradients, row):
@@ -138,6 +143,24 @@ def test_bias_correction_counts_the_slots_own_steps():
         size = 0.1 / (1 - 0.9**n) / math.sqrt(0.5 / (1 - 0.5**n))  # |m_hat| / sqrt(v_hat)
         moved = weights["q_proj"][0] - np.asarray(got["q_proj"][0][:, u])
         np.testing.assert_allclose(moved, size * np.sign(gradients["q_proj"][0]), rtol=1e-4, atol=1e-5)
+
+
+def test_an_update_takes_no_more_memory_than_a_slot():
+    """Whatever the number of slots, and of those that are due: nothing of all slots is copied."""
+    slots, rng = 64, np.random.default_rng(9)
+    one = {"q_proj": tuple(rng.normal(size=(3, 8, x)).astype(np.float32) for x in (96, 64))}
+    weights, zero = stacked([one] * slots), stacked([zeros_like(one)] * slots)
+    moments = Moments(mu=zero, nu=zero, count=jnp.zeros(slots, jnp.int32))
+    args = (
+        weights,
+        stacked([one] * slots),
+        moments,
+        jax.device_put(Hyper.stack(FULL_ROWS)),
+        jnp.arange(len(FULL_ROWS)),
+    )
+    program = jax.jit(update_slots, donate_argnums=(0, 1, 2)).lower(*args).compile()
+    of_slot = 4 * sum(x.nbytes for x in one["q_proj"])  # weights, gradients and moments
+    assert program.memory_analysis().temp_size_in_bytes < of_slot
 
 
 def test_a_zero_gradient_is_a_finite_update_of_norm_zero():

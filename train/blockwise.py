@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 BLOCK = 128  # features; a TPU's registers are as wide
 MU_BITS, NU_BITS = 7, 8  # of a level's number; the first moment's eighth bit is the sign
@@ -29,7 +30,7 @@ MU_BITS, NU_BITS = 7, 8  # of a level's number; the first moment's eighth bit is
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Blocks:
-    """Half a target's moment, of one slot; of all slots with an axis S after L.  Of zeros all is zero."""
+    """Half a target's moment, of one slot; of many with an axis S after L.  Of zeros all is zero."""
 
     code_LRX: jax.Array  # uint8
     scale_LE: jax.Array  # float32, block after block: of each the number of largest size, with its sign
@@ -85,21 +86,23 @@ def nu_of(blocks: Blocks) -> jax.Array:
 
 def _shares(x_LRX: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(shares between -1 and 1 [L, R, X], scales [L, E])."""
-    L, R, X = x_LRX.shape
-    missing = -X % BLOCK
-    x_LRNQ = jnp.pad(x_LRX, ((0, 0), (0, 0), (0, missing))).reshape(L, R, -1, BLOCK)
+    *outer, R, X = x_LRX.shape
+    padded = jnp.pad(x_LRX, [*[(0, 0)] * (x_LRX.ndim - 1), (0, -X % BLOCK)])
+    x_LRNQ = padded.reshape(*outer, R, -1, BLOCK)
     large_LRN, small_LRN = x_LRNQ.max(-1), x_LRNQ.min(-1)
     scale_LRN = jnp.where(large_LRN >= -small_LRN, large_LRN, small_LRN)
-    scale_LE = scale_LRN.swapaxes(1, 2).reshape(L, -1)
+    scale_LE = scale_LRN.swapaxes(-1, -2).reshape(*outer, -1)
     share_LRX = x_LRX / _spread(jnp.where(scale_LE == 0, 1.0, scale_LE), x_LRX.shape)
     return jnp.clip(share_LRX, -1, 1), scale_LE
 
 
 def _spread(scale_LE: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Each feature's scale, [L, R, X]."""
-    L, R, X = shape
-    scale_LRN = scale_LE.reshape(L, -1, R).swapaxes(1, 2)
-    return jnp.repeat(scale_LRN, BLOCK, axis=2)[:, :, :X]
+    """Each feature's scale, [L, R, X], laid out axis after axis: left to choose, a TPU's compiler puts a slot's axis first, and all
+    that has slots is laid out anew to be like it."""
+    *outer, R, X = shape
+    scale_LRN = scale_LE.reshape(*outer, -1, R).swapaxes(-1, -2)
+    spread_LRX = jnp.repeat(scale_LRN, BLOCK, axis=-1)[..., :X]
+    return with_layout_constraint(spread_LRX, Layout(tuple(range(len(shape)))))
 
 
 def _share(k: jax.Array, bits: int) -> jax.Array:

@@ -1,9 +1,9 @@
-"""AdamW over the slots that are due: Optax, vmapped, every number of it a value per slot.
+"""AdamW of one tenant: Optax, every number of it a value; `update` maps it over the slots that are due.
 
 Changing a learning rate, a beta or a clip never retraces, and nothing is shared between tenants: each has its own norm,
 its own moments, its own step count.
 
-Shape letters: U slots due in this update, L layers, R LoRA rank, X features.
+Shape letters: U slots due in this update, L layers, R LoRA rank, X features; E scales of blocks.
 Source: AdamW (arXiv 1711.05101), LoRA+ (arXiv 2402.12354), stochastic rounding (arXiv 1502.02551, 2010.06192).
 """
 
@@ -21,7 +21,7 @@ from jax import lax
 
 from jaxlora.config import NO_CLIP, Optimizer
 from jaxlora.lora import ALL_TARGETS
-from train.blockwise import Blocks, mu_of, nu_of, quantised_mu, quantised_nu
+from train.blockwise import Blocks, quantised_mu, quantised_nu
 
 __all__ = ["IDLE", "NO_CLIP", "Halves", "Hyper", "Moments", "Optimizer", "adamw"]
 
@@ -65,69 +65,54 @@ class Moments:
 
 
 def adamw(
-    weights: Halves, grads: Halves, moments: Moments, hyper: Hyper
-) -> tuple[Halves, Moments, jax.Array, jax.Array]:
-    """(new weights, new moments, float32 gradient norm before clipping, bool finite) of ONE tenant.
+    weight: jax.Array, grad: jax.Array, mu: jax.Array, nu: jax.Array, count: jax.Array, hyper: Hyper, norm: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(what is added to the weight, the new moments), float32, of some numbers of ONE tenant.
 
-    Where loss gradient or update is not finite, weights and moments come back as they were.  Moments that are kept in
-    fewer bits are used in float32 and rounded as they are kept.
+    `grad`: summed over the window; `norm`: of the tenant's whole gradient, as `gradient_norm` gives it.
     """
-    grads = jax.tree.map(lambda g: g / hyper.divisor, grads)
-    norm = optax.tree.norm(grads)
+    grad = grad / hyper.divisor
+    grad = jnp.where(norm < hyper.clip, grad, grad / norm * hyper.clip)
     chain = optax.chain(
-        optax.clip_by_global_norm(hyper.clip),
         optax.scale_by_adam(b1=hyper.b1, b2=hyper.b2, eps=hyper.eps),
         optax.add_decayed_weights(hyper.decay),
         optax.scale_by_learning_rate(hyper.lr),
     )
     empty = optax.EmptyState()
-    mu, nu = _in_float32(moments)
-    state = (empty, optax.ScaleByAdamState(count=moments.count, mu=mu, nu=nu), empty, empty)
-    updates, (_, adam, _, _) = chain.update(grads, state, weights)  # ty: ignore[not-iterable]
-    updates = {t: (a, b * hyper.b_ratio) for t, (a, b) in cast("Halves", updates).items()}
-    finite = jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(updates))
-    new_moments = _rounded(cast("Halves", adam.mu), cast("Halves", adam.nu), adam.count, like=moments)  # ty: ignore[missing-union-attribute]
-    new = optax.apply_updates(weights, updates), new_moments
-    kept = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, (weights, moments))
-    return *kept, norm, finite
+    state = (optax.ScaleByAdamState(count=count, mu=mu, nu=nu), empty, empty)
+    update, (adam, _, _) = chain.update(grad, state, weight)  # ty: ignore[not-iterable]
+    return cast("tuple[jax.Array, jax.Array, jax.Array]", (update, adam.mu, adam.nu))  # ty: ignore[missing-union-attribute]
 
 
-def _in_float32(moments: Moments) -> tuple[Halves, Halves]:
-    """(mu, nu), however they are kept.  Blocks are read once: without the barrier XLA does it again for each who asks."""
-
-    def of(kept: Halves | BlockHalves, read: Callable[[Blocks], jax.Array]) -> Halves:
-        def half(x: jax.Array | Blocks) -> jax.Array:
-            return lax.optimization_barrier(read(x)) if isinstance(x, Blocks) else x.astype(jnp.float32)
-
-        return {target: (half(a), half(b)) for target, (a, b) in kept.items()}
-
-    return of(moments.mu, mu_of), of(moments.nu, nu_of)
+def in_float32(kept: jax.Array | Blocks, read: Callable[[Blocks], jax.Array]) -> jax.Array:
+    """A moment however it is kept.  read: `mu_of` or `nu_of`."""
+    return read(kept) if isinstance(kept, Blocks) else kept.astype(jnp.float32)
 
 
-def _rounded(mu: Halves, nu: Halves, count: jax.Array, *, like: Moments) -> Moments:
-    """Moments kept as those of `like`, rounded by random numbers of this update, target and half.
+def rounding_bits(count: jax.Array, target: str, half: int, shape: tuple[int, ...]) -> jax.Array:
+    """uint32 random numbers of this update, target and half (0 is A): the lower 16 bits are for the first moment, the rest
+    for the second.
 
     They are the same for all tenants, in any slot: what a tenant learns depends on nobody, a resumed one goes on as before.
     """
-    kept = jax.tree.leaves(like.mu)[0].dtype
-    if kept == jnp.float32:
-        return Moments(mu=mu, nu=nu, count=count)
+    key = jax.random.key(0)
+    for number in (count, ALL_TARGETS.index(target), half):
+        key = jax.random.fold_in(key, number)
+    return jax.random.bits(key, shape)
 
-    def draw(target: str, half: int) -> jax.Array:
-        """uint32, 16 bits for each of the two moments."""
-        key = jax.random.key(0)
-        for number in (count, ALL_TARGETS.index(target), half):
-            key = jax.random.fold_in(key, number)
-        return jax.random.bits(key, mu[target][half].shape)
 
-    drawn = {target: (draw(target, 0), draw(target, 1)) for target in mu}
-    for_nu = jax.tree.map(lambda bits: bits >> 16, drawn)
-    if kept == jnp.uint8:
-        mu, nu = lax.optimization_barrier((mu, nu))  # as above, and for each block's scale
-        return Moments(mu=jax.tree.map(quantised_mu, mu), nu=jax.tree.map(quantised_nu, nu, for_nu), count=count)
-    for_mu = jax.tree.map(lambda bits: bits & 0xFFFF, drawn)
-    mu, nu = jax.tree.map(stochastic_bfloat16, (mu, nu), (for_mu, for_nu))
-    return Moments(mu=mu, nu=nu, count=count)
+def kept_mu(mu: jax.Array, like: jax.Array | Blocks, bits: jax.Array) -> jax.Array | Blocks:
+    """The first moment as it is kept."""
+    if isinstance(like, Blocks):
+        return quantised_mu(lax.optimization_barrier(mu))  # or XLA computes it again for each block's scale
+    return stochastic_bfloat16(mu, bits & 0xFFFF) if like.dtype == jnp.bfloat16 else mu
+
+
+def kept_nu(nu: jax.Array, like: jax.Array | Blocks, bits: jax.Array) -> jax.Array | Blocks:
+    """The second moment as it is kept."""
+    if isinstance(like, Blocks):
+        return quantised_nu(lax.optimization_barrier(nu), bits >> 16)
+    return stochastic_bfloat16(nu, bits >> 16) if like.dtype == jnp.bfloat16 else nu
 
 
 def stochastic_bfloat16(x: jax.Array, bits: jax.Array) -> jax.Array:

@@ -26,7 +26,8 @@ from jaxlora.model_config import ModelConfig, target_features
 from jaxlora.pool import LaneLora, LoraRows, PoolSpec, Rows, empty_pool, layer_count
 from pallas_kernels import NO_ADAPTER
 from train.blockwise import Blocks, block_count, scale_shape
-from train.optimizer import BlockHalves, Halves, Hyper, Moments, adamw
+from train.optimizer import BlockHalves, Halves, Hyper, Moments
+from train.update import UpdateReport, update_slots
 
 
 @jax.tree_util.register_dataclass
@@ -49,15 +50,6 @@ class Due:
 
     hyper: Hyper  # a row for each
     slot_U: jax.Array  # int32, each once; those that are NO_ADAPTER, none, come last
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class UpdateReport:
-    """How each due slot's update went, [U]."""
-
-    norm_U: jax.Array  # float32 gradient norm before clipping
-    finite_U: jax.Array  # bool; False: the update was skipped
 
 
 def empty_state(base: Base, spec: PoolSpec, mesh: Mesh, moments: str = "float32") -> TrainState:
@@ -169,40 +161,14 @@ def _add_own(total: Halves, grads_LG: Halves, slot_G: jax.Array, first: jax.Arra
 
 def apply(states: States, due: tuple[Due, ...]) -> tuple[States, tuple[UpdateReport, ...]]:
     """AdamW on the due slots of each bucket."""
-    done = [_apply_own(state, d.hyper, d.slot_U) for state, d in zip(states, due, strict=True)]
+    done = [_apply_own(state, d) for state, d in zip(states, due, strict=True)]
     return tuple(state for state, _ in done), tuple(report for _, report in done)
 
 
-def _apply_own(state: TrainState, hyper: Hyper, slot_U: jax.Array) -> tuple[TrainState, UpdateReport]:
-    """Slot after slot, each read and written where it lies: what it takes follows the slots that are due.
-
-    A slot's arrays are taken out before any is written, and all are written when all is computed (the barriers say so):
-    without that order XLA copies the arrays of all slots, for each slot.
-    """
-    axes = (1, 1, Moments(mu=1, nu=1, count=0), 0)  # ty: ignore[invalid-argument-type]
-    update = jax.vmap(adamw, in_axes=axes, out_axes=(1, Moments(mu=1, nu=1, count=0), 0, 0))  # ty: ignore[invalid-argument-type]
-
-    def one_slot(u: jax.Array, carry: tuple) -> tuple:
-        arrays, count_S, norm_U, finite_U = carry
-        slot = slot_U[u]
-        weights, grads, mu, nu = lax.optimization_barrier(
-            jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, slot, 1, 1), arrays)
-        )
-        moments = Moments(mu=mu, nu=nu, count=lax.dynamic_slice_in_dim(count_S, slot, 1))
-        row = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, u, 1), hyper)
-        weights, moments, norm_1, finite_1 = update(weights, grads, moments, row)
-        new = lax.optimization_barrier((weights, jax.tree.map(jnp.zeros_like, grads), moments.mu, moments.nu))
-        arrays = jax.tree.map(lambda x, n: lax.dynamic_update_slice_in_dim(x, n, slot, 1), arrays, new)
-        count_S = lax.dynamic_update_slice_in_dim(count_S, moments.count, slot, 0)
-        return arrays, count_S, norm_U.at[u].set(norm_1[0]), finite_U.at[u].set(finite_1[0])
-
-    arrays = (halves(state.pool), state.grads, state.moments.mu, state.moments.nu)
-    start = (arrays, state.moments.count, jnp.zeros(slot_U.shape, jnp.float32), jnp.ones(slot_U.shape, bool))
-    due = (slot_U != NO_ADAPTER).sum()
-    (weights, grads, mu, nu), count_S, norm_U, finite_U = lax.fori_loop(0, due, one_slot, start)
-    moments = Moments(mu=mu, nu=nu, count=count_S)
-    state = TrainState(pool=with_halves(state.pool, weights), grads=grads, moments=moments)
-    return state, UpdateReport(norm_U=norm_U, finite_U=finite_U)
+def _apply_own(state: TrainState, due: Due) -> tuple[TrainState, UpdateReport]:
+    updated = update_slots(halves(state.pool), state.grads, state.moments, due.hyper, due.slot_U)
+    weights, grads, moments, report = updated
+    return TrainState(pool=with_halves(state.pool, weights), grads=grads, moments=moments), report
 
 
 @jax.tree_util.register_dataclass

@@ -30,7 +30,6 @@ from train.losses import LossInputs, token_losses
 from train.state import (
     Due,
     States,
-    UpdateReport,
     add_gradients,
     apply,
     halves,
@@ -40,6 +39,7 @@ from train.state import (
     with_gradients,
     with_halves,
 )
+from train.update import UpdateReport
 
 
 @jax.tree_util.register_dataclass

@@ -1,0 +1,86 @@
+"""The TPU bodies on a simulated TPU, by the tests of `test_pallas_kernels_tpu_bodies` and its neighbours once more.
+
+Here a block is copied from one memory to another before it is read, as late as a wait allows, memory that nobody has
+written holds NaN, and what is read while it may still be written is a race.  Not run so: packed attention, which is JAX's
+own kernel, and heads that are no whole blocks: the simulator refuses both.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_pallas_kernels_attention_tpu as attention
+import test_pallas_kernels_cross_entropy_bodies as head
+import test_pallas_kernels_tpu_bodies as lora
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # nothing public tells of races
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+RACES = interpret_pallas_call.RaceDetectionState
+SIMULATED = pltpu.InterpretParams(dma_execution_mode="on_wait", detect_races=True, uninitialized_memory="nan")
+AGAIN = [
+    lora.test_gathered_equals_oracle_whatever_the_other_slots_hold,
+    lora.test_gathered_nan_of_one_tenant_stays_with_its_tokens,
+    lora.test_gathered_nan_of_a_base_token_stays_away,
+    lora.test_gathered_smallest_shapes,
+    lora.test_gathered_busy_adapter_and_wide_features,
+    lora.test_gathered_bfloat16_sums_in_float32,
+    lora.test_segmented_equals_oracle_forward_and_backward,
+    lora.test_segmented_in_many_blocks_equals_oracle,
+    lora.test_segmented_nan_of_a_lane_stays_in_it,
+    lora.test_segmented_bfloat16_sums_in_float32,
+    attention.test_paged_is_the_definition_whatever_else_the_pages_hold,
+    attention.test_paged_in_many_visits_is_the_definition,
+    attention.test_paged_nan_of_one_sequence_stays_with_its_lanes,
+    attention.test_paged_bfloat16_sums_in_float32,
+    head.test_more_lanes_than_one_block_equal_the_oracle,
+    head.test_what_unwanted_positions_hold_changes_no_bit,
+    head.test_nan_of_a_lane_stays_in_it_forward_and_backward,
+]
+globals().update({test.__name__: test for test in AGAIN})
+
+
+@pytest.fixture
+def races(monkeypatch):
+    """Whether each kernel that has run had a race."""
+    seen = []
+
+    def watched(*args, **named):
+        seen.append(RACES(*args, **named))
+        return seen[-1]
+
+    monkeypatch.setattr(interpret_pallas_call, "RaceDetectionState", watched)
+    with pltpu.force_tpu_interpret_mode(SIMULATED):
+        yield lambda: [bool(one.races_found) for one in seen]
+
+
+@pytest.fixture(autouse=True)
+def no_race(request, races):
+    yield
+    if request.function is not test_what_is_read_before_its_copy_is_there_is_seen:
+        assert races() or "nobody" in request.node.name, "no kernel ran"
+        assert not any(races())
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_what_is_read_before_its_copy_is_there_is_seen(races, waits):
+    def body(x_ref, out_ref, near_ref, semaphore):
+        copy = pltpu.make_async_copy(x_ref, near_ref, semaphore)
+        copy.start()
+        if waits:
+            copy.wait()
+        out_ref[...] = near_ref[...]
+        if not waits:
+            copy.wait()
+
+    x = np.arange(1024, dtype=np.float32).reshape(8, 128)
+    got = pl.pallas_call(
+        body,
+        out_shape=jax.ShapeDtypeStruct(x.shape, jnp.float32),
+        in_specs=[pl.BlockSpec(memory_space=pl.ANY)],
+        scratch_shapes=[pltpu.VMEM(x.shape, jnp.float32), pltpu.SemaphoreType.DMA],
+    )(x)
+    assert np.array_equal(got, x) if waits else np.isnan(got).all()
+    assert races() == [not waits]
