@@ -247,16 +247,17 @@ def _backward_kernels(kernels: Kernels, placement: Placement | None, x_GJX, rows
 
 def take_rows(rows_LSRX: jax.Array, slot_G: jax.Array) -> jax.Array:
     """[L, G, R, X]: the rows of each lane's slot; zeros, read from nowhere that matters, where the slot is NO_ADAPTER."""
-    taken_LGRX = jnp.take(rows_LSRX, jnp.maximum(slot_G, 0), axis=1, mode="clip")
-    return jnp.where(_has_rows(slot_G, rows_LSRX), taken_LGRX, jnp.zeros((), rows_LSRX.dtype))
+    return _taken(rows_LSRX, jnp.arange(rows_LSRX.shape[0])[:, None], slot_G[None])
 
 
 def take_layer_rows(rows_LSRX: jax.Array, layer: jax.Array, slot_G: jax.Array) -> jax.Array:
     """[G, R, X]: what `take_rows` takes of one layer.  Nothing else of the pool is read."""
-    taken_GRX = rows_LSRX.at[layer, jnp.maximum(slot_G, 0)].get(mode="clip")
-    return jnp.where(_has_rows(slot_G, rows_LSRX), taken_GRX, jnp.zeros((), rows_LSRX.dtype))
+    return _taken(rows_LSRX, layer, slot_G)
 
 
-def _has_rows(slot_G: jax.Array, rows_LSRX: jax.Array) -> jax.Array:
-    """bool [G, 1, 1], or [G] of rows that are scales."""
-    return (slot_G != NO_ADAPTER).reshape((-1,) + (1,) * (rows_LSRX.ndim - 2))
+def _taken(rows_LSRX: jax.Array, layer: jax.Array, slot: jax.Array) -> jax.Array:
+    """By one number for layer and slot: XLA's CPU backend copies such rows whole, and others number by number."""
+    L, S, *row = rows_LSRX.shape
+    taken = rows_LSRX.reshape(L * S, *row).at[layer * S + jnp.maximum(slot, 0)].get(mode="clip")
+    has_rows = (slot != NO_ADAPTER).reshape(*slot.shape, *(1 for _ in row))
+    return jnp.where(has_rows, taken, jnp.zeros((), taken.dtype))
