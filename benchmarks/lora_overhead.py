@@ -36,8 +36,7 @@ from pallas_kernels import bench
 from pallas_kernels.bench_cases import GATHERED_ALTERNATIVES
 from serve.edits import LogitEdits
 from serve.sampling import SamplingBatch, sample
-from train.state import halves, with_halves
-from train.step import TrainBatch, idle_batch, lane_losses
+from train.step import TrainBatch, idle_batch, lane_gradients, lane_losses
 
 RANK, SLOTS, ROWS = 16, 40, 32
 PREFILL, TRAIN = (8, 64), (8, 128)  # lanes, tokens
@@ -121,15 +120,16 @@ def base_gradient(base: Base, batch: TrainBatch) -> jax.Array:
     """Of the first norms: what it takes is the backward pass of the whole base."""
 
     def loss(norm: jax.Array) -> jax.Array:
-        return lane_losses(replace(base, arrays={**base.arrays, "attn_norm": norm}), {}, batch, dropout=False)[0]
+        return lane_losses(
+            replace(base, arrays={**base.arrays, "attn_norm": norm}), LaneLora({}), batch, dropout=False
+        )[0]
 
     return jax.grad(loss)(base.arrays["attn_norm"])
 
 
 def lora_gradient(base: Base, pool: Rows, batch: TrainBatch) -> object:
     """Of each lane's rows."""
-    rows = LaneLora.gather(pool, batch.slot_G)
-    return jax.grad(lambda h: lane_losses(base, with_halves(rows, h), batch, dropout=True)[0])(halves(rows))
+    return lane_gradients(base, [pool], batch)[0]
 
 
 def none(pool: Rows, slot_G: jax.Array, layers: int) -> NoLora:

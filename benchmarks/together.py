@@ -29,7 +29,7 @@ from jaxlora.config import DEMO_MODEL, ONE_DEVICE, ModelSection, Optimizer
 from jaxlora.lora import AdapterRef, LoraSpec
 from jaxlora.model import Base
 from jaxlora.opened import Opened, open_base
-from jaxlora.pool import PoolSpec
+from jaxlora.pool import LaneLora, PoolSpec
 from pallas_kernels import bench
 from train.data import Example, ExampleStream, fill_lane
 from train.step import TrainBatch, idle_batch, lane_losses, put_lane
@@ -67,7 +67,9 @@ def floor_of(base: Base, batch: TrainBatch) -> Callable[[], jax.Array]:
     """A call of the base's forward and backward pass on these lanes."""
 
     def loss(norm: jax.Array) -> jax.Array:
-        return lane_losses(replace(base, arrays={**base.arrays, "attn_norm": norm}), {}, batch, dropout=False)[0]
+        return lane_losses(
+            replace(base, arrays={**base.arrays, "attn_norm": norm}), LaneLora({}), batch, dropout=False
+        )[0]
 
     step = jax.jit(jax.grad(loss))
     return lambda: step(base.arrays["attn_norm"])

@@ -234,6 +234,7 @@ class LaneLora:
     def __init__(self, rows_LG: Rows, layout: LoraLayout | None = None):
         self.layout = layout
         self.per_layer = {t: r for t, r in rows_LG.items() if t != HEAD_TARGET}
+        self.targets = frozenset(self.per_layer)  # of the layers
         self.head = rows_LG.get(HEAD_TARGET)
 
     @staticmethod
@@ -282,7 +283,7 @@ class DropoutLora:
     ) -> tuple[jax.Array | None, ...]:
         """As LaneLora's, of x with a share dropped and the rest scaled up."""
         index, rows = layer
-        if not any(t in rows for t in targets):
+        if self.lanes.targets.isdisjoint(targets):
             return (None,) * len(targets)
         drop = functools.partial(self._dropped, index, ALL_TARGETS.index(targets[0]))
         return self.lanes.deltas(rows, targets, lax.cond((self.rate_G > 0).any(), drop, lambda x: x, x_TX))

@@ -3,8 +3,8 @@
     y_GJY[g] = scale_G[g] * (x_GJX[g] @ a_GRX[g].T) @ b_GRY[g]
 
 The rows of a lane's adapter are gathered beforehand, so that the step reads and differentiates only the adapters that are
-present: in training for all layers at once (`take_rows`), in prefill layer by layer (`take_layer_rows`), which keeps them
-in the cache.  The frozen product stays one GEMM over all lanes, only the low-rank
+present: layer by layer where one program runs all (`take_layer_rows`), which keeps them in the cache, or for all layers at
+once where parts of a step share them (`take_rows`).  The frozen product stays one GEMM over all lanes, only the low-rank
 parts are batched, and a NaN in one adapter stays in its lanes.  The backward pass starts from h, which is kept, and is
 dispatched as the forward is (`dispatch` says which body runs).
 

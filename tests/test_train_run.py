@@ -22,12 +22,11 @@ from jaxlora.config import check_lane_tokens
 from jaxlora.errors import ConfigInvalid
 from jaxlora.lora import AdapterRef
 from jaxlora.mesh import make_mesh
-from jaxlora.pool import LaneLora, empty_pool
+from jaxlora.pool import empty_pool
 from jaxlora.store import AdapterStore
 from train import metrics, run
 from train.data import Example
-from train.state import halves, with_halves
-from train.step import idle_batch, lane_losses
+from train.step import idle_batch, lane_gradients
 from train.trainer import Trainer
 
 LINES = [{"messages": [{"role": "user", "content": f"say {w}"}, {"role": "assistant", "content": w}]} for w in "abcdef"]
@@ -376,8 +375,7 @@ def test_more_tenants_than_slots(job):
 def test_the_kernels_take_every_lane_that_the_settings_accept(lane_tokens):
     check_lane_tokens(lane_tokens)
     base, batch = small_base(), idle_batch(2, lane_tokens)
-    rows = LaneLora.gather(empty_pool(base.config, SPEC, make_mesh()), batch.slot_G)
-    jax.eval_shape(jax.grad(lambda h: lane_losses(base, with_halves(rows, h), batch, dropout=True)[0]), halves(rows))
+    jax.eval_shape(lambda *args: lane_gradients(base, *args), [empty_pool(base.config, SPEC, make_mesh())], batch)
 
 
 @pytest.mark.parametrize(

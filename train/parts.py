@@ -30,10 +30,20 @@ from jaxlora.lora import HEAD_TARGET
 from jaxlora.mesh import RULES, check_lanes, place, place_rows, replicated
 from jaxlora.model import Base, embedded, final_norm, forward_some, head_weight
 from jaxlora.model_config import ModelConfig
-from jaxlora.pool import LaneLora, LoraLayout, Rows
+from jaxlora.pool import LaneLora, Rows
+from train.lanes import lane_rows
 from train.optimizer import Halves
-from train.state import States, add_gradients, halves, lane_rows, with_gradients, with_halves
-from train.step import LaneSums, TrainBatch, lane_attend, lane_tokens, summed, target_logprobs, with_dropout
+from train.state import States, add_gradients, halves, with_gradients, with_halves
+from train.step import (
+    LaneSums,
+    TrainBatch,
+    lane_attend,
+    lane_tokens,
+    lora_layout,
+    summed,
+    target_logprobs,
+    with_dropout,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -107,7 +117,7 @@ def _forward(
     some_L = first + jnp.arange(layers)
 
     def group(x_TD: jax.Array, trained: Halves) -> jax.Array:
-        lora = with_dropout(LaneLora(with_halves(rows, trained), _layout(base)), some_L, batch)
+        lora = with_dropout(LaneLora(with_halves(rows, trained), lora_layout(base)), some_L, batch)
         attend = lane_attend(base, batch)
         return forward_some(base, lane_tokens(batch), x_TD, lora, attend, (), some_L=some_L, remat=remat)[0]
 
@@ -132,7 +142,7 @@ def _head(
     def run(x_TD: jax.Array, trained: Halves) -> tuple[jax.Array, jax.Array]:
         x_GCD = jnp.take_along_axis(x_TD.reshape(G, J, -1), safe_GC[..., None], axis=1)
         x_XD = final_norm(base, x_GCD.reshape(-1, x_GCD.shape[-1]))
-        lanes = LaneLora(with_halves(rows, trained), _layout(base))
+        lanes = LaneLora(with_halves(rows, trained), lora_layout(base))
         return target_logprobs(base, (read["head"], read["back"]), lanes, x_XD, target_GC, taken_GC)
 
     logprob_GC, pull, hit_GC = jax.vjp(run, x_TD, halves(rows), has_aux=True)
@@ -177,10 +187,6 @@ def _backward(
 ) -> tuple[tuple[Halves, ...], jax.Array]:
     dx_TD, dhalves = waiting.pull(base.arrays, dx_TD)
     return add_gradients(grads, dhalves, slot_G, first), _by_lane(base, dx_TD)
-
-
-def _layout(base: Base) -> LoraLayout:
-    return LoraLayout(config=base.config, mesh=base.mesh)
 
 
 def _by_lane(base: Base, x_TD: jax.Array) -> jax.Array:

@@ -23,9 +23,10 @@ from jaxlora.lora import ALL_TARGETS, Adapter, AdapterRef, LoraSpec
 from jaxlora.mesh import replicated
 from jaxlora.model import Base
 from jaxlora.model_config import ModelConfig, target_features
-from jaxlora.pool import LaneLora, LoraRows, PoolSpec, Rows, empty_pool, layer_count
+from jaxlora.pool import LoraRows, PoolSpec, Rows, empty_pool, layer_count
 from pallas_kernels import NO_ADAPTER
 from train.blockwise import Blocks, block_count, scale_shape
+from train.lanes import own_slots
 from train.optimizer import BlockHalves, Halves, Hyper, Moments
 from train.update import UpdateReport, update_slots
 
@@ -92,45 +93,6 @@ def with_halves(rows: Rows, new: Halves) -> Rows:
     return {t: LoraRows(a_LSRX=new[t][0], b_LSRY=new[t][1], scale_LS=r.scale_LS) for t, r in rows.items()}
 
 
-def slots_of(pool: Rows) -> int:
-    """How many slots a bucket has."""
-    return next(iter(pool.values())).scale_LS.shape[1]
-
-
-def _own_slots(slots: Sequence[int], slot_G: jax.Array) -> list[jax.Array]:
-    """The slots of each bucket of so many, counted from its start; NO_ADAPTER where a slot is another's."""
-    own, start = [], 0
-    for count in slots:
-        end = start + count
-        own.append(jnp.where((slot_G >= start) & (slot_G < end), slot_G - start, NO_ADAPTER))
-        start = end
-    return own
-
-
-def lane_rows(pools: Sequence[Rows], slot_G: jax.Array) -> Rows:
-    """Each lane's rows, [L, G, R, X] with the largest rank of all buckets; past a slot's own rank they are zero."""
-    own = _own_slots([slots_of(pool) for pool in pools], slot_G)
-    taken = [LaneLora.gather(pool, slot_G) for pool, slot_G in zip(pools, own, strict=True)]
-    rank = max(rows.a_LSRX.shape[2] for pool in pools for rows in pool.values())
-
-    def choose(*of_buckets: jax.Array) -> jax.Array:
-        """Of the arrays [L, G, ...] of all buckets, each lane's own."""
-        chosen = _padded(of_buckets[0], rank)
-        for slot_G, x in zip(own[1:], of_buckets[1:], strict=True):
-            has = (slot_G != NO_ADAPTER).reshape((1, -1) + (1,) * (x.ndim - 2))
-            chosen = jnp.where(has, _padded(x, rank), chosen)
-        return chosen
-
-    return jax.tree.map(choose, *taken)
-
-
-def _padded(x_LGRX: jax.Array, rank: int) -> jax.Array:
-    """With zero rows up to this rank; scales [L, G] as they are."""
-    if x_LGRX.ndim == 2:
-        return x_LGRX
-    return jnp.pad(x_LGRX, ((0, 0), (0, 0), (0, rank - x_LGRX.shape[2]), (0, 0)))
-
-
 def add_gradients(
     totals: Sequence[Halves], grads_LG: Halves, slot_G: jax.Array, first: jax.Array | int = 0
 ) -> tuple[Halves, ...]:
@@ -138,7 +100,7 @@ def add_gradients(
 
     grads_LG: of some targets and some layers, from number `first` on; the others stay as they are.
     """
-    own = _own_slots([next(iter(total.values()))[0].shape[1] for total in totals], slot_G)
+    own = own_slots([next(iter(total.values()))[0].shape[1] for total in totals], slot_G)
     return tuple(_add_own(total, grads_LG, slot_G, first) for total, slot_G in zip(totals, own, strict=True))
 
 

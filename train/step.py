@@ -10,7 +10,7 @@ Shape letters: G lanes, J tokens of a lane, U due slots, S slots, T = G * J toke
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -26,18 +26,18 @@ from pallas_kernels import NO_ADAPTER
 from pallas_kernels.attention import packed_attention
 from pallas_kernels.cross_entropy import target_logprob
 from train.data import Lane
+from train.lanes import StepLora, lane_rows
 from train.losses import LossInputs, token_losses
+from train.optimizer import Halves
 from train.state import (
     Due,
     States,
     add_gradients,
     apply,
     halves,
-    lane_rows,
     seat,
     unseat,
     with_gradients,
-    with_halves,
 )
 from train.update import UpdateReport
 
@@ -78,13 +78,12 @@ class LaneSums:
 
 
 def lane_losses(
-    base: Base, rows_LG: Rows, batch: TrainBatch, *, dropout: bool, remat: str = "products"
+    base: Base, lanes: LaneLora, batch: TrainBatch, *, dropout: bool, remat: str = "products"
 ) -> tuple[jax.Array, LaneSums]:
     """(float32 sum of all lanes' losses, each its own, the sums by lane) under each lane's adapter.
 
     remat: what a gradient keeps of a layer, one of `model.REMAT`.
     """
-    lanes = LaneLora(rows_LG, LoraLayout(config=base.config, mesh=base.mesh))
     lora = with_dropout(lanes, jnp.arange(base.config.layers), batch) if dropout else lanes
     # Either is a Lora of its own Layer; a union of them is beyond the type variable.
     x_TD, _ = forward(base, lane_tokens(batch), lora, lane_attend(base, batch), (), remat=remat)  # ty: ignore[invalid-argument-type]
@@ -175,11 +174,27 @@ def _loss_inputs(batch: TrainBatch) -> LossInputs:
     )
 
 
+def lane_gradients(
+    base: Base, pools: Sequence[Rows], batch: TrainBatch, *, remat: str = "products"
+) -> tuple[Halves, LaneSums]:
+    """(float32 gradient of each lane's loss by its own rows [L, G, R, X], the sums by lane)."""
+    rows = jax.eval_shape(lane_rows, pools, batch.slot_G)
+    taps = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), halves(rows))
+
+    def loss(taps_LG: Halves) -> tuple[jax.Array, LaneSums]:
+        lanes = StepLora(pools, batch.slot_G, lora_layout(base), taps_LG)
+        return lane_losses(base, lanes, batch, dropout=True, remat=remat)
+
+    return jax.grad(loss, has_aux=True)(taps)
+
+
+def lora_layout(base: Base) -> LoraLayout:
+    """How LoRA products lie on the base's mesh."""
+    return LoraLayout(config=base.config, mesh=base.mesh)
+
+
 def _accumulate(base: Base, states: States, batch: TrainBatch, *, remat: str) -> tuple[States, LaneSums]:
-    rows = lane_rows([s.pool for s in states], batch.slot_G)
-    loss_of = functools.partial(lane_losses, dropout=True, remat=remat)
-    grad_of = jax.grad(lambda h: loss_of(base, with_halves(rows, h), batch), has_aux=True)
-    grads_LG, sums = grad_of(halves(rows))
+    grads_LG, sums = lane_gradients(base, [s.pool for s in states], batch, remat=remat)
     grads = add_gradients([s.grads for s in states], grads_LG, batch.slot_G)
     return with_gradients(states, grads), sums
 
@@ -193,7 +208,7 @@ def _train_step(
 
 
 def _evaluate(base: Base, pools: tuple[Rows, ...], batch: TrainBatch) -> LaneSums:
-    return lane_losses(base, lane_rows(pools, batch.slot_G), batch, dropout=False)[1]
+    return lane_losses(base, StepLora(pools, batch.slot_G, lora_layout(base)), batch, dropout=False)[1]
 
 
 @dataclass(frozen=True, slots=True)

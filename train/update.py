@@ -55,20 +55,22 @@ class _Turn:
     hyper: Hyper
     norm: jax.Array
 
-    def own[T](self, whole: T) -> T:
-        """The slot's part of arrays of all slots; the axis of slots stays, with one in it."""
-        return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, self.slot, 1, 1), whole)
-
-    def put[T](self, whole: T, part: T) -> T:
-        """The arrays with this slot's part."""
-        return jax.tree.map(lambda x, new: lax.dynamic_update_slice_in_dim(x, new, self.slot, 1), whole, part)
-
     def next(self, whole: _Half, half: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(what is added to the weights, the new moments in float32) of the slot.  half: 0 is A."""
-        own = self.own(whole)
+        own = _own(whole, self.slot)
         mu, nu = in_float32(own.mu, mu_of), in_float32(own.nu, nu_of)
         update, mu, nu = adamw(own.weight, own.grad, mu, nu, self.count, self.hyper, self.norm)
         return update * self.hyper.b_ratio if half else update, mu, nu
+
+
+def _own[T](whole: T, slot: jax.Array) -> T:
+    """A slot's part of arrays of all slots; the axis of slots stays, with one in it."""
+    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, slot, 1, 1), whole)
+
+
+def _put[T](whole: T, part: T, slot: jax.Array) -> T:
+    """The arrays of all slots with this part of one."""
+    return jax.tree.map(lambda x, new: lax.dynamic_update_slice_in_dim(x, new, slot, 1), whole, part)
 
 
 def update_slots(
@@ -86,10 +88,9 @@ def update_slots(
         halves, count_S, norm_U, finite_U = carry
         row = jax.tree.map(lambda x: x[u], hyper)
         slot, count, row = lax.optimization_barrier((slot_U[u], count_S[slot_U[u]], row))
-        turn = _Turn(slot=slot, count=count, hyper=row, norm=jnp.zeros(()))
-        norm = optax.tree.norm([turn.own(half.grad) for half in halves]) / jnp.abs(row.divisor)
+        norm = optax.tree.norm([_own(half.grad, slot) for half in halves]) / jnp.abs(row.divisor)
         norm = lax.optimization_barrier(norm)
-        turn = replace(turn, norm=norm)
+        turn = _Turn(slot=slot, count=count, hyper=row, norm=norm)
         updates = [lax.optimization_barrier(turn.next(half, i)[0]) for (_, i), half in zip(names, halves, strict=True)]
         finite = lax.optimization_barrier(jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(updates)))
         halves = [
@@ -114,16 +115,16 @@ def update_slots(
 
 def _written(turn: _Turn, name: tuple[str, int], half: _Half, update: jax.Array, finite: jax.Array) -> _Half:
     """The half with this slot's update; its gradient is zero."""
-    target, i = name
+    (target, i), slot = name, turn.slot
     bits = lax.optimization_barrier(rounding_bits(turn.count + 1, target, i, update.shape))
 
     def put[T](whole: T, new: T) -> T:
-        return turn.put(whole, jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, turn.own(whole)))
+        return _put(whole, jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, _own(whole, slot)), slot)
 
-    half = replace(half, weight=put(half.weight, optax.apply_updates(turn.own(half.weight), update)))
+    half = replace(half, weight=put(half.weight, optax.apply_updates(_own(half.weight, slot), update)))
     half = lax.optimization_barrier(half)
-    nu = kept_nu(turn.next(half, i)[2], turn.own(half.nu), bits)
+    nu = kept_nu(turn.next(half, i)[2], _own(half.nu, slot), bits)
     half = lax.optimization_barrier(replace(half, nu=put(half.nu, nu)))
-    mu = kept_mu(turn.next(half, i)[1], turn.own(half.mu), bits)
+    mu = kept_mu(turn.next(half, i)[1], _own(half.mu, slot), bits)
     half = lax.optimization_barrier(replace(half, mu=put(half.mu, mu)))
-    return replace(half, grad=turn.put(half.grad, jnp.zeros_like(update)))
+    return replace(half, grad=_put(half.grad, jnp.zeros_like(update), slot))
