@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from pallas_kernels import NO_ADAPTER
 from train.blockwise import Blocks, mu_of, nu_of
 from train.optimizer import Halves, Hyper, Moments, adamw, in_float32, kept_mu, kept_nu, rounding_bits
 
@@ -100,7 +101,7 @@ def update_slots(
         count_S = count_S.at[slot].set(jnp.where(finite, optax.safe_increment(count), count))
         return halves, count_S, norm_U.at[u].set(norm), finite_U.at[u].set(finite)
 
-    due = (slot_U >= 0).sum()
+    due = (slot_U != NO_ADAPTER).sum()
     carry = (start, moments.count, jnp.zeros(slot_U.shape, jnp.float32), jnp.ones(slot_U.shape, bool))
     halves, count_S, norm_U, finite_U = lax.fori_loop(0, due, one_slot, carry)
 
