@@ -69,9 +69,10 @@ def adamw(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(what is added to the weight, the new moments), float32, of some numbers of ONE tenant.
 
-    `grad`: summed over the window; `norm`: of the tenant's whole gradient, as `gradient_norm` gives it.
+    `grad`: summed over the window; `norm`: of the tenant's whole gradient, divided, before clipping.
     """
     grad = grad / hyper.divisor
+    # Optax's clip_by_global_norm would take these numbers for the whole.
     grad = jnp.where(norm < hyper.clip, grad, grad / norm * hyper.clip)
     chain = optax.chain(
         optax.scale_by_adam(b1=hyper.b1, b2=hyper.b2, eps=hyper.eps),
