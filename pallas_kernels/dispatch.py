@@ -5,7 +5,7 @@ is traced, so lowering for a TPU on a machine without one picks the TPU's body. 
 when the program is lowered for it.
 
     op               platform   body     why
-    gathered_lora    cpu        xla      a loop over tokens: the fastest form measured there that keeps tenants apart
+    gathered_lora    cpu        xla      a loop over pairs of an adapter's tokens: the fastest form measured there
                      cuda       triton   an adapter's rows are read once for 16 of its tokens, base tokens cost nothing
                                 xla      without the extra `triton`, for more tokens or rank than it takes, other dtypes
                      tpu        pallas   an adapter's rows are fetched once, base tokens cost nothing

@@ -12,7 +12,6 @@ Source: BGMV, Punica (arXiv 2310.18547).
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -22,12 +21,10 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import NO_ADAPTER, cuda_blocks, gathered_lora_tpu
+from pallas_kernels import gathered_lora_xla as xla
 from pallas_kernels.dispatch import by_platform, known_dtypes
 from pallas_kernels.placement import Placement
 from pallas_kernels.shapes import shaped
-
-UNROLLED_RANK = 64  # of rows whose second product is written out: the program grows with the rank
-CHAINS = 4  # running sums that a core adds up side by side
 
 TargetRows = tuple[jax.Array, jax.Array, jax.Array]  # a_LSRX, b_LSRY, scale_LS
 
@@ -107,12 +104,8 @@ def _gathered(
     pallas = functools.partial(_visited_tpu, placement) if known and gathered_lora_tpu.fits(*part[:2]) else None
     triton = functools.partial(_visited_cuda, placement) if known and _fits_cuda(*part[:2]) else None
 
-    def xla(x_TX, rows, layer, slot_T, visits) -> tuple[jax.Array, ...]:
-        # XLA splits the loop by itself, so it wants the order of all tokens, not each device's own.
-        of_all = visits_by_slot(slot_T) if placement is not None and placement.rows else visits
-        return _token_loop(x_TX, rows, layer, of_all)
-
-    return by_platform("gathered_lora", *args, xla=xla, pallas=pallas, triton=triton)
+    plain = functools.partial(_visited, Kernels(both=xla.both, shrink=xla.shrink, expand=xla.expand), placement)
+    return by_platform("gathered_lora", *args, xla=plain, pallas=pallas, triton=triton)
 
 
 def _forward(placement, *args):
@@ -207,36 +200,3 @@ def _visited(
         return body(x_TX, rows, layer, slot_T, visits)
     out = (P(placement.rows, placement.y),) * len(rows)
     return placement.on_each(body, _specs(placement, len(rows)), out)(x_TX, rows, layer, slot_T, visits)
-
-
-def _token_loop(
-    x_TX: jax.Array, rows: tuple[TargetRows, ...], layer: jax.Array, visits: Visits
-) -> tuple[jax.Array, ...]:
-    """The XLA body: a loop over the tokens that have an adapter, slot by slot, with dynamic slices of the pool.
-
-    Products in float32.
-    """
-
-    def one_token(i: jax.Array, out: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        t, slot = visits.order_T[i], visits.slot_T[i]
-        x_X = lax.dynamic_index_in_dim(x_TX, t, 0, keepdims=False).astype(jnp.float32)
-        new = [_one_row(x_X, a, b, scale, layer, slot).astype(x_TX.dtype) for a, b, scale in rows]
-        return tuple(lax.dynamic_update_index_in_dim(o, n, t, 0) for o, n in zip(out, new, strict=True))
-
-    start = tuple(jnp.zeros((x_TX.shape[0], b.shape[-1]), x_TX.dtype) for _, b, _ in rows)
-    return lax.fori_loop(0, visits.count_1[0], one_token, start)
-
-
-def _one_row(
-    x_X: jax.Array, a_LSRX: jax.Array, b_LSRY: jax.Array, scale_LS: jax.Array, layer: jax.Array, slot: jax.Array
-) -> jax.Array:
-    """float32 [Y]: one token through one adapter's rows of one layer."""
-    a_RX = lax.dynamic_slice(a_LSRX, (layer, slot, 0, 0), (1, 1, *a_LSRX.shape[2:]))[0, 0]
-    b_RY = lax.dynamic_slice(b_LSRY, (layer, slot, 0, 0), (1, 1, *b_LSRY.shape[2:]))[0, 0]
-    h_R = lax.optimization_barrier((a_RX.astype(jnp.float32) @ x_X) * scale_LS[layer, slot])
-    if len(b_RY) > UNROLLED_RANK:
-        return h_R @ b_RY.astype(jnp.float32)
-    # Written out, the second product is one kernel that reads B where it lies; a dot would widen B into memory first.
-    terms = [h_R[r] * b_RY[r].astype(jnp.float32) for r in range(len(b_RY))]
-    chains = [functools.reduce(operator.add, terms[i::CHAINS]) for i in range(min(CHAINS, len(terms)))]
-    return functools.reduce(operator.add, chains)

@@ -25,7 +25,7 @@ from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.placement import Placement
 from pallas_kernels.segmented_lora import segmented_lora
 
-L, S, R, X, T, G, J = 2, 4, 4, 16, 8, 4, 8
+L, S, R, X, T, G, J = 2, 4, 4, 96, 8, 4, 8  # X, and its half or quarter, in the blocks of decode on a CPU
 WIDTHS = (8, 4)
 
 

@@ -1,6 +1,6 @@
 """Work follows adapters and wanted tokens, not slots: counted, in a run where every fetch and every product is seen.
 
-Loops run turn by turn in Python.  The XLA body reads rows with `dynamic_slice`, token by token.  Of the Pallas body the
+Loops run turn by turn in Python.  The XLA body reads rows with `dynamic_slice`, visit by visit.  Of the Pallas body the
 index maps are evaluated at every step of the grid: the pipeline fetches a block when, and only when, its index changes.
 """
 
@@ -12,21 +12,22 @@ import numpy as np
 import pytest
 from kernel_checks import floats
 
-from pallas_kernels import cross_entropy_tpu, dispatch, gathered_lora, gathered_lora_tpu, tpu_blocks
+from pallas_kernels import cross_entropy_tpu, dispatch, gathered_lora, gathered_lora_tpu, gathered_lora_xla, tpu_blocks
 from pallas_kernels.cross_entropy import target_logprob
 from pallas_kernels.gathered_lora import visits_by_slot
+from pallas_kernels.gathered_lora_xla import COLUMNS
 
 L, R, X, Y, LAYER = 2, 2, 6, 4, 1
 SLOTS = [8, 64, 512]
 
 
-def case(slots: int, tokens: int = 12):
+def case(slots: int, tokens: int = 12, features: int = X):
     """Arguments of the op: adapters out of all slots, several tokens of some, base tokens between."""
     rng = np.random.default_rng(slots)
     few = rng.choice(slots, 5, replace=False)
     slot_T = np.append(few, [-1, slots - 1, -1, *few[:2], -1, few[0]]).astype(np.int32)[:tokens]
-    rows = [(floats(rng, L, slots, R, X), floats(rng, L, slots, R, Y), floats(rng, L, slots))]
-    return floats(rng, tokens, X), rows, jnp.int32(LAYER), rng.permutation(slot_T)
+    rows = [(floats(rng, L, slots, R, features), floats(rng, L, slots, R, Y), floats(rng, L, slots))]
+    return floats(rng, tokens, features), rows, jnp.int32(LAYER), rng.permutation(slot_T)
 
 
 def run(args):
@@ -40,25 +41,27 @@ def expected(slot_T) -> tuple[set, int]:
     return {(LAYER, s) for s in active}, len(active)
 
 
+@pytest.mark.parametrize("features", [X, 2 * COLUMNS], ids=["one product", "blocks"])
 @pytest.mark.parametrize("slots", SLOTS)
-def test_xla_reads_the_rows_of_active_tokens_only(slots, monkeypatch):
-    """Each active token reads its adapter's rows; nobody else's are touched, base tokens read none."""
-    args = case(slots)
-    real, read = jax.lax.dynamic_slice, []
+def test_xla_reads_the_rows_of_active_tokens_only(slots, features, monkeypatch):
+    """Once for every two tokens of an adapter; nobody else's are touched, base tokens read none."""
+    args = case(slots, features=features)
+    real, read = gathered_lora_xla._slice, []
 
     def dynamic_slice(operand, start, sizes):
-        assert operand.shape[:2] == (L, slots)
-        assert tuple(sizes[:2]) == (1, 1)
-        read.append((operand.shape[-1], (int(start[0]), int(start[1]))))
+        if operand.ndim == 4:
+            assert operand.shape[:2] == (L, slots)
+            assert tuple(sizes[:2]) == (1, 1)
+            read.append((operand.shape[-1], (int(start[0]), int(start[1])), sizes[2] * sizes[3]))
         return real(operand, start, sizes)
 
-    monkeypatch.setattr(gathered_lora.lax, "dynamic_slice", dynamic_slice)
+    monkeypatch.setattr(gathered_lora_xla, "_slice", dynamic_slice)
     run(args)
-    adapters, tokens = expected(args[3])
-    for half in (X, Y):
-        places = [place for features, place in read if features == half]
-        assert set(places) == adapters
-        assert len(places) == tokens
+    adapters, _ = expected(args[3])
+    visits = sum(-(-np.sum(args[3] == s) // 2) for _, s in adapters)
+    for half in (features, Y):
+        assert {place for size, place, _ in read if size == half} == adapters
+        assert sum(numbers for size, _, numbers in read if size == half) == visits * R * half
 
 
 @pytest.mark.parametrize("slots", SLOTS)
@@ -90,10 +93,11 @@ def test_pallas_fetches_each_adapter_once_and_visits_active_tokens(slots, monkey
             assert sorted(index[0] for index in fetched) == [t for t, s in enumerate(args[3]) if s >= 0]
 
 
+@pytest.mark.parametrize("features", [X, 2 * COLUMNS], ids=["one product", "blocks"])
 @pytest.mark.parametrize("slots", SLOTS)
-def test_no_result_of_the_decode_program_has_a_slot_axis(slots):
+def test_no_result_of_the_decode_program_has_a_slot_axis(slots, features):
     """On the CPU: rows are cut out of the pool, which is a parameter and stays one."""
-    args = case(slots)
+    args = case(slots, features=features)
     text = jax.jit(gathered_lora.gathered_lora).lower(*args).compile().as_text()
     hands_on = ("parameter(", "get-tuple-element(", "tuple(", "while(", "conditional(", "call(", "bitcast(")
     made = [line for line in text.splitlines() if f"[{L},{slots}," in line.partition(" = ")[2].partition("(")[0]]

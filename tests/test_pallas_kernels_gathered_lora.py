@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from kernel_checks import BF16, F32, assert_close, assert_no_nan, assert_same_bits, floats, positive
 
 from jaxlora.compile_cache import CompileCounter
-from pallas_kernels.gathered_lora import UNROLLED_RANK, gathered_lora, gathered_lora_oracle
+from pallas_kernels.gathered_lora import gathered_lora, gathered_lora_oracle
+from pallas_kernels.gathered_lora_xla import COLUMNS, UNROLLED_RANK
 
 L, S, R, X, Y, Y2, T = 2, 4, 4, 12, 8, 5, 7
 
@@ -24,6 +25,7 @@ CASES = {
     "last token tuned": [-1, -1, -1, -1, -1, -1, 3],
 }
 named = pytest.mark.parametrize("slots", CASES.values(), ids=CASES.keys())
+forms = pytest.mark.parametrize("features", [X, 2 * COLUMNS], ids=["one product", "blocks"])  # of A's half on a CPU
 run = jax.jit(gathered_lora)
 oracle = jax.jit(gathered_lora_oracle)
 
@@ -39,11 +41,11 @@ def by_hand(x, a, b, scale, slots):
     return y
 
 
-def world(seed=0):
-    """x [T, X] and two targets of rows (a, b, scale) that share it."""
+def world(seed=0, features=X):
+    """x [T, features] and two targets of rows (a, b, scale) that share it."""
     rng = np.random.default_rng(seed)
-    rows = [(floats(rng, L, S, R, X), floats(rng, L, S, R, y), floats(rng, L, S)) for y in (Y, Y2)]
-    return floats(rng, T, X), rows
+    rows = [(floats(rng, L, S, R, features), floats(rng, L, S, R, y), floats(rng, L, S)) for y in (Y, Y2)]
+    return floats(rng, T, features), rows
 
 
 def ids(slots):
@@ -58,9 +60,10 @@ def test_oracle_is_the_definition(slots):
     assert_close(got, by_hand(x, a[1], b[1], scale[1], slots), F32)
 
 
+@forms
 @named
-def test_op_equals_oracle_and_hand(slots):
-    x, rows = world()
+def test_op_equals_oracle_and_hand(slots, features):
+    x, rows = world(features=features)
     for layer in range(L):
         got = run(x, rows, jnp.int32(layer), ids(slots))
         for y, (a, b, scale) in zip(got, rows, strict=True):
@@ -96,8 +99,9 @@ def test_mixed_ranks_are_zero_rows():
     assert_close(got, by_hand(x, short_a, short_b, scale[0], CASES["mixed"]), F32)
 
 
-def test_targets_together_equal_targets_alone():
-    x, rows = world(3)
+@forms
+def test_targets_together_equal_targets_alone(features):
+    x, rows = world(3, features)
     together = run(x, rows, jnp.int32(1), ids(CASES["mixed"]))
     alone = [run(x, [row], jnp.int32(1), ids(CASES["mixed"]))[0] for row in rows]
     assert_same_bits(together, tuple(alone))
@@ -115,18 +119,20 @@ def poisoned(rows, keep):
     return out
 
 
+@forms
 @named
-def test_nan_in_unused_slots_and_other_layers_changes_no_bit(slots):
-    x, rows = world(4)
+def test_nan_in_unused_slots_and_other_layers_changes_no_bit(slots, features):
+    x, rows = world(4, features)
     clean = run(x, rows, jnp.int32(1), ids(slots))
     got = run(x, poisoned(rows, [(1, s) for s in set(slots) if s >= 0]), jnp.int32(1), ids(slots))
     assert_same_bits(got, clean)
     assert_no_nan(*got)
 
 
+@forms
 @pytest.mark.parametrize("poison", range(S))
-def test_nan_of_one_tenant_stays_with_its_tokens(poison):
-    x, rows = world(5)
+def test_nan_of_one_tenant_stays_with_its_tokens(poison, features):
+    x, rows = world(5, features)
     slots = CASES["mixed"]
     clean = run(x, rows, jnp.int32(0), ids(slots))
     got = run(x, poisoned(rows, [(0, s) for s in range(S) if s != poison]), jnp.int32(0), ids(slots))
@@ -136,15 +142,18 @@ def test_nan_of_one_tenant_stays_with_its_tokens(poison):
         assert np.isnan(g[~others]).all()
 
 
-def test_nan_in_one_tokens_input_stays_there():
-    x, rows = world(6)
+@forms
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+@pytest.mark.parametrize("token", [2, 3, T - 1], ids=["first of two", "second of two", "alone"])
+def test_a_wrong_number_in_one_tokens_input_stays_there(token, wrong, features):
+    x, rows = world(6, features)
     clean = run(x, rows, jnp.int32(0), ids([1] * T))
-    x[2] = np.nan
+    x[token] = wrong
     got = run(x, rows, jnp.int32(0), ids([1] * T))
-    others = np.arange(T) != 2
+    others = np.arange(T) != token
     for g, c in zip(got, clean, strict=True):
         assert_same_bits(g[others], c[others])
-        assert np.isnan(g[2]).all()
+        assert not np.isfinite(g[token]).any()
 
 
 def test_no_adapter_reads_no_slot():
@@ -157,13 +166,19 @@ def test_no_adapter_reads_no_slot():
     assert_same_bits(alone, np.zeros((T, Y), np.float32))
 
 
-def test_output_does_not_depend_on_place_slot_or_neighbours():
-    x, rows = world(8)
+@forms
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_output_does_not_depend_on_place_slot_or_neighbours(dtype, features):
+    """Nor on whether another token of its slot is visited with it."""
+    x, rows = jax.tree.map(lambda p: np.asarray(p, dtype), world(8, features))
     token = x[0].copy()
     (want, _) = run(x, rows, jnp.int32(0), ids([2] + [-1] * 6))
     for place in range(T):
         for slot, neighbours in ((2, -1), (2, 2), (2, 1), (0, 3)):
-            batch, moved = floats(np.random.default_rng(place), T, X), [tuple(p.copy() for p in row) for row in rows]
+            batch, moved = (
+                np.asarray(floats(np.random.default_rng(place), *x.shape), dtype),
+                jax.tree.map(np.copy, rows),
+            )
             batch[place] = token
             for to, of in zip(moved, rows, strict=True):
                 for t, o in zip(to, of, strict=True):
@@ -199,14 +214,15 @@ def test_bfloat16_sums_in_float32():
     assert_close(oracle(x, a[0], b[0], scale[0], ids(slots)), by_hand(*wide, scale[0], slots), F32)
 
 
+@forms
 @settings(max_examples=30, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     layer=st.integers(0, L - 1),
     slots=st.lists(st.integers(-1, S - 1), min_size=T, max_size=T),
 )
-def test_any_slots_any_layer(seed, layer, slots):
-    x, rows = world(seed)
+def test_any_slots_any_layer(features, seed, layer, slots):
+    x, rows = world(seed, features)
     got = run(x, poisoned(rows, [(layer, s) for s in set(slots) if s >= 0]), jnp.int32(layer), ids(slots))
     for y, (a, b, scale) in zip(got, rows, strict=True):
         assert_close(y, by_hand(x, a[layer], b[layer], scale[layer], slots), {"rtol": 1e-4, "atol": 1e-4})

@@ -1,0 +1,239 @@
+"""The XLA body of `gathered_lora`, for CPUs: a loop over the step's tokens of adapters, two of one slot at a time.
+
+Rows are widened to float32 as they are read and meet both tokens; slots' odd tokens follow, one at a time, with the same
+bits.  What counts is that XLA's CPU compiler makes one kernel of each half, which reads the rows where they lie and uses
+whole vectors:
+
+- A slice of the pool that many read is copied first.  So each row of B, and each block of columns of A, is its own slice.
+- Sums over features are not vectorised.  So A's product adds up blocks of columns, side by side, and their sum is the
+  second, small kernel.
+- A kernel has one output.  So the two tokens are one complex number, or two 16-bit numbers in one word.
+- A small kernel that fills an array is handed to other threads, which takes longer than the kernel.  One that updates
+  a part of an array is not.
+
+`both` does the two halves at one visit; `shrink` and `expand` are the halves, for those who sum h over devices between them.
+
+Shape letters: T tokens, L layers, S slots, R LoRA rank, X Y features in, out, C columns of a block.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+UNROLLED_RANK = 64  # of rows whose second product is written out: the program grows with the rank
+COLUMNS = 24  # of a block of A, at least: fewer are slower
+BLOCKS = 64  # of a row of A, at most: the program grows with them
+
+Order = tuple[jax.Array, jax.Array, jax.Array]  # order_T, slot_T in that order, count
+Rows = Sequence[tuple[jax.Array, jax.Array, jax.Array]]  # a_LSRX, b_LSRY, scale_LS of each target
+
+_slice = functools.partial(lax.dynamic_slice, allow_negative_indices=False)
+_update = functools.partial(lax.dynamic_update_slice, allow_negative_indices=False)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class _Visit:
+    """One or two tokens of a slot."""
+
+    number: jax.Array
+    tokens: list[jax.Array]
+    slot: jax.Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Visits:
+    """Which tokens are visited together, and where each token's result lies: pairs first.
+
+    The same in every layer, so XLA computes it once a step.
+    """
+
+    tokens_2T: jax.Array  # int32 of each visit
+    slot_T: jax.Array  # int32 of each visit
+    pairs: jax.Array  # int32 how many visits have two tokens
+    count: jax.Array  # int32 how many visits there are
+    visit_T: jax.Array  # int32 the visit of each token; any for one of the base model
+    is_second_T: jax.Array
+
+    def at(self, i: jax.Array, tokens: int) -> _Visit:
+        """Visit i, which has so many tokens."""
+        of_visit = [_slice(self.tokens_2T, (j, i), (1, 1))[0, 0] for j in range(tokens)]
+        return _Visit(number=i, tokens=of_visit, slot=_slice(self.slot_T, (i,), (1,))[0])
+
+
+def _visits(order: Order) -> _Visits:
+    order_T, slot_T, count = order
+    place_T = jnp.arange(order_T.shape[0], dtype=jnp.int32)
+    is_new_T = slot_T != jnp.roll(slot_T, 1)
+    is_second_T = (place_T - lax.cummax(jnp.where(is_new_T, place_T, 0))) % 2 == 1
+    has_second_T = (jnp.roll(slot_T, -1) == slot_T) & (place_T + 1 < count)
+    is_first_T = ~is_second_T & (place_T < count)
+    is_pair_T = is_first_T & has_second_T
+    kind_T = jnp.where(is_pair_T, 0, jnp.where(is_first_T, 1, 2))
+    first_T = jnp.argsort(kind_T, stable=True)  # places of the first tokens, in the order of visits
+    visit_T = jnp.argsort(first_T)
+    place_of_T = jnp.argsort(order_T)
+    return _Visits(
+        tokens_2T=jnp.stack([order_T[first_T], jnp.roll(order_T, -1)[first_T]]),
+        slot_T=slot_T[first_T],
+        pairs=is_pair_T.sum(dtype=jnp.int32),
+        count=is_first_T.sum(dtype=jnp.int32),
+        visit_T=visit_T[place_of_T - is_second_T[place_of_T]],
+        is_second_T=is_second_T[place_of_T],
+    )
+
+
+def both(x_TX: jax.Array, rows: Rows, layer: jax.Array, order: Order) -> list[jax.Array]:
+    """What `gathered_lora` returns, but for the tokens of the base model."""
+    wide_TX, dtype = _wide(x_TX), x_TX.dtype
+
+    def halves(visit: _Visit, scratch: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
+        got = [_shrunk(wide_TX, a, layer, visit, s) for (a, _, _), s in zip(rows, scratch, strict=True)]
+        new = [_expanded(h_R, row, layer, visit, dtype) for (h_R, _), row in zip(got, rows, strict=True)]
+        return new, [s for _, s in got]
+
+    return _visited(halves, order, [b.shape[-1] for _, b, _ in rows], dtype, _scratch(rows))
+
+
+def shrink(x_TX: jax.Array, rows: Rows, layer: jax.Array, order: Order) -> list[jax.Array]:
+    """float32 [T, R] per target: x @ a.T, not scaled."""
+    wide_TX = _wide(x_TX)
+
+    def half(visit: _Visit, scratch: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
+        got = [_shrunk(wide_TX, a, layer, visit, s) for (a, _, _), s in zip(rows, scratch, strict=True)]
+        return [_packed(_parts(h_R[None]), wide_TX.dtype) for h_R, _ in got], [s for _, s in got]
+
+    return _visited(half, order, [a.shape[2] for a, _, _ in rows], wide_TX.dtype, _scratch(rows))
+
+
+def expand(h_TR: Sequence[jax.Array], rows: Rows, layer: jax.Array, order: Order, dtype: jnp.dtype) -> list[jax.Array]:
+    """[T, Y] per target: (scale * h) @ b."""
+
+    def half(visit: _Visit, scratch: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
+        h_R = [_joined([_slice(h, (t, 0), (1, h.shape[1]))[0] for t in visit.tokens]) for h in h_TR]
+        return [_expanded(h, row, layer, visit, dtype) for h, row in zip(h_R, rows, strict=True)], scratch
+
+    return _visited(half, order, [b.shape[-1] for _, b, _ in rows], jnp.dtype(dtype), [])
+
+
+def _visited(
+    compute: Callable[[_Visit, list[jax.Array]], tuple[list[jax.Array], list[jax.Array]]],
+    order: Order,
+    features: list[int],
+    dtype: jnp.dtype,
+    scratch: list[jax.Array],
+) -> list[jax.Array]:
+    """[T, features] each, in arrival order: (a visit's packed rows, scratch) of every visit, one after another."""
+    visits = _visits(order)
+
+    def step(tokens: int, i: jax.Array, carry: tuple) -> tuple:
+        outs, scratch = carry
+        new, scratch = compute(visits.at(i, tokens), scratch)
+        return [_update(out, row, (i, 0)) for out, row in zip(outs, new, strict=True)], scratch
+
+    packed = jnp.uint32 if dtype.itemsize == 2 else jnp.complex64
+    outs = [jnp.zeros((visits.slot_T.shape[0], n), packed) for n in features]
+    outs, _ = lax.fori_loop(0, visits.pairs, functools.partial(step, 2), (outs, scratch))
+    singles = [lax.real(s) for s in scratch]
+    outs, _ = lax.fori_loop(visits.pairs, visits.count, functools.partial(step, 1), (outs, singles))
+    return [_parted(out, visits, dtype) for out in outs]
+
+
+def _wide(x_TX: jax.Array) -> jax.Array:
+    """float32 in memory: every visit and target would widen it again."""
+    return lax.optimization_barrier(x_TX.astype(jnp.float32))
+
+
+def _columns(features: int) -> int | None:
+    """Of a block: the fewest that divide the features, in whole vectors, if any do."""
+    fits = (c for c in range(COLUMNS, features + 1, 8) if features % c == 0 and features <= BLOCKS * c)
+    return next(fits, None)
+
+
+def _scratch(rows: Rows) -> list[jax.Array]:
+    """Of each A's product.  Of two visits: the update of a whole array is a new array, which threads would fill."""
+    return [jnp.zeros((2, a.shape[2], _columns(a.shape[3]) or 0), jnp.complex64) for a, _, _ in rows]
+
+
+@jax.jit  # traced once for all targets of one shape
+def _shrunk(
+    x_TX: jax.Array, a_LSRX: jax.Array, layer: jax.Array, visit: _Visit, scratch_2RC: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(A's product with the visit's tokens, joined, [R]; the scratch)."""
+    R, X = a_LSRX.shape[2:]
+    if not scratch_2RC.size:
+        a_RX = _slice(a_LSRX, (layer, visit.slot, 0, 0), (1, 1, R, X))[0, 0].astype(jnp.float32)
+        x = [_slice(x_TX, (t, 0), (1, X))[0] for t in visit.tokens]
+        return _joined(_dots(x, a_RX.T)), scratch_2RC
+    C = scratch_2RC.shape[2]
+    starts = range(0, X, C)
+    blocks = [_slice(a_LSRX, (layer, visit.slot, 0, c), (1, 1, R, C))[0, 0].astype(jnp.float32) for c in starts]
+    sums = [
+        _sum([a_RC * _slice(x_TX, (t, c), (1, C)) for a_RC, c in zip(blocks, starts, strict=True)])
+        for t in visit.tokens
+    ]
+    # Index `number` means the last from the second visit on.
+    scratch_2RC = _update(scratch_2RC, _joined(sums)[None], (visit.number, 0, 0))
+    return _sum([_slice(scratch_2RC, (visit.number, 0, c), (1, R, 1))[0, :, 0] for c in range(C)]), scratch_2RC
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _expanded(
+    h_R: jax.Array, row: tuple[jax.Array, jax.Array, jax.Array], layer: jax.Array, visit: _Visit, dtype: jnp.dtype
+) -> jax.Array:
+    """[1, Y], packed: the tokens' h, scaled, through B's rows."""
+    _, b_LSRY, scale_LS = row
+    R, Y = b_LSRY.shape[2:]
+    scale = _slice(scale_LS, (layer, visit.slot), (1, 1))[0, 0]
+    # In memory: B's kernel would compute it for every feature.  A complex product would mix the two tokens.
+    h_R = lax.optimization_barrier(_joined([part * scale for part in _parts(h_R)]))
+    if R > UNROLLED_RANK:
+        b_RY = _slice(b_LSRY, (layer, visit.slot, 0, 0), (1, 1, R, Y))[0, 0].astype(jnp.float32)
+        return _packed([y_Y[None] for y_Y in _dots(_parts(h_R), b_RY)], dtype)
+    b = [_slice(b_LSRY, (layer, visit.slot, r, 0), (1, 1, 1, Y))[0, 0].astype(jnp.float32) for r in range(R)]
+    h = [_parts(h_R[r]) for r in range(R)]
+    return _packed([_sum([h_r * b_1Y for h_r, b_1Y in zip(of, b, strict=True)]) for of in zip(*h, strict=True)], dtype)
+
+
+def _dots(rows: list[jax.Array], matrix: jax.Array) -> list[jax.Array]:
+    """Each row's product.  One product of two rows either way: of one it would be another kernel, with other bits."""
+    return list(lax.dot(jnp.stack([rows[0], rows[-1]]), matrix, precision="highest"))[: len(rows)]
+
+
+def _sum(terms: list[jax.Array]) -> jax.Array:
+    """In their order."""
+    return functools.reduce(operator.add, terms)
+
+
+def _joined(parts: list[jax.Array]) -> jax.Array:
+    """One array of one or two float32 numbers."""
+    return parts[0] if len(parts) == 1 else lax.complex(*parts)
+
+
+def _parts(joined: jax.Array) -> list[jax.Array]:
+    """What was joined."""
+    return [lax.real(joined), lax.imag(joined)] if jnp.iscomplexobj(joined) else [joined]
+
+
+def _packed(parts: list[jax.Array], dtype: jnp.dtype) -> jax.Array:
+    """One or two float32 in one number of what `_visited` collects, rounded to the dtype if that has 16 bits."""
+    if dtype.itemsize != 2:
+        return _joined(parts).astype(jnp.complex64)
+    bits = [lax.bitcast_convert_type(y.astype(dtype), jnp.uint16).astype(jnp.uint32) for y in parts]
+    return bits[0] if len(bits) == 1 else bits[0] | (bits[1] << 16)
+
+
+def _parted(packed_TY: jax.Array, visits: _Visits, dtype: jnp.dtype) -> jax.Array:
+    """[T, Y] in arrival order."""
+    both_TY, is_second_T1 = packed_TY[visits.visit_T], visits.is_second_T[:, None]
+    if dtype.itemsize != 2:
+        return jnp.where(is_second_T1, lax.imag(both_TY), lax.real(both_TY)).astype(dtype)
+    half_TY = jnp.where(is_second_T1, both_TY >> 16, both_TY).astype(jnp.uint16)
+    return lax.bitcast_convert_type(half_TY, dtype)
