@@ -29,7 +29,7 @@ from jax import lax
 
 UNROLLED_RANK = 64  # of rows whose second product is written out: the program grows with the rank
 COLUMNS = 24  # of a block of A, at least: fewer are slower
-BLOCKS = 64  # of a row of A, at most: the program grows with them
+FEWEST, MOST = 8, 64  # blocks of a row of A: a short row is not worth a program that grows with them
 
 Order = tuple[jax.Array, jax.Array, jax.Array]  # order_T, slot_T in that order, count
 Rows = Sequence[tuple[jax.Array, jax.Array, jax.Array]]  # a_LSRX, b_LSRY, scale_LS of each target
@@ -68,7 +68,8 @@ class _Visits:
         return _Visit(number=i, tokens=of_visit, slot=_slice(self.slot_T, (i,), (1,))[0])
 
 
-def _visits(order: Order) -> _Visits:
+def _visits(order: Order, alone: bool) -> _Visits:
+    """alone: a slot's odd token is visited alone, and not as a pair with itself."""
     order_T, slot_T, count = order
     place_T = jnp.arange(order_T.shape[0], dtype=jnp.int32)
     is_new_T = slot_T != jnp.roll(slot_T, 1)
@@ -81,9 +82,9 @@ def _visits(order: Order) -> _Visits:
     visit_T = jnp.argsort(first_T)
     place_of_T = jnp.argsort(order_T)
     return _Visits(
-        tokens_2T=jnp.stack([order_T[first_T], jnp.roll(order_T, -1)[first_T]]),
+        tokens_2T=jnp.stack([order_T, jnp.where(is_pair_T, jnp.roll(order_T, -1), order_T)])[:, first_T],
         slot_T=slot_T[first_T],
-        pairs=is_pair_T.sum(dtype=jnp.int32),
+        pairs=(is_pair_T if alone else is_first_T).sum(dtype=jnp.int32),
         count=is_first_T.sum(dtype=jnp.int32),
         visit_T=visit_T[place_of_T - is_second_T[place_of_T]],
         is_second_T=is_second_T[place_of_T],
@@ -131,7 +132,8 @@ def _visited(
     scratch: list[jax.Array],
 ) -> list[jax.Array]:
     """[T, features] each, in arrival order: (a visit's packed rows, scratch) of every visit, one after another."""
-    visits = _visits(order)
+    alone = any(s.size for s in scratch)  # small products are not worth a second loop, which takes time to compile
+    visits = _visits(order, alone)
 
     def step(tokens: int, i: jax.Array, carry: tuple) -> tuple:
         outs, scratch = carry
@@ -141,8 +143,9 @@ def _visited(
     packed = jnp.uint32 if dtype.itemsize == 2 else jnp.complex64
     outs = [jnp.zeros((visits.slot_T.shape[0], n), packed) for n in features]
     outs, _ = lax.fori_loop(0, visits.pairs, functools.partial(step, 2), (outs, scratch))
-    singles = [lax.real(s) for s in scratch]
-    outs, _ = lax.fori_loop(visits.pairs, visits.count, functools.partial(step, 1), (outs, singles))
+    if alone:
+        singles = [lax.real(s) for s in scratch]
+        outs, _ = lax.fori_loop(visits.pairs, visits.count, functools.partial(step, 1), (outs, singles))
     return [_parted(out, visits, dtype) for out in outs]
 
 
@@ -153,7 +156,7 @@ def _wide(x_TX: jax.Array) -> jax.Array:
 
 def _columns(features: int) -> int | None:
     """Of a block: the fewest that divide the features, in whole vectors, if any do."""
-    fits = (c for c in range(COLUMNS, features + 1, 8) if features % c == 0 and features <= BLOCKS * c)
+    fits = (c for c in range(COLUMNS, features + 1, 8) if features % c == 0 and FEWEST <= features // c <= MOST)
     return next(fits, None)
 
 

@@ -25,18 +25,19 @@ from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.placement import Placement
 from pallas_kernels.segmented_lora import segmented_lora
 
-L, S, R, X, T, G, J = 2, 4, 4, 96, 8, 4, 8  # X, and its half or quarter, in the blocks of decode on a CPU
+L, S, R, X, T, G, J = 2, 4, 4, 16, 8, 4, 8
+DECODE_X = 384  # and its half, in the blocks of decode on a CPU
 WIDTHS = (8, 4)
 
 
 def decode(placement: Placement | None, interpreted: bool):
     """What both targets add to eight tokens, two of them of the base model."""
     rng = np.random.default_rng(0)
-    rows = [(floats(rng, L, S, R, X), floats(rng, L, S, R, y), floats(rng, L, S)) for y in WIDTHS]
+    rows = [(floats(rng, L, S, R, DECODE_X) / 16, floats(rng, L, S, R, y), floats(rng, L, S)) for y in WIDTHS]
     slots = np.array([0, 2, -1, 1, 3, 2, 0, -1], np.int32)
     with dispatch.interpreted() if interpreted else contextlib.nullcontext():
         step = jax.jit(lambda *args: gathered_lora(*args, placement=placement))
-        return step(floats(rng, T, X), rows, jnp.int32(1), slots)
+        return step(floats(rng, T, DECODE_X), rows, jnp.int32(1), slots)
 
 
 def train(placement: Placement | None, interpreted: bool):

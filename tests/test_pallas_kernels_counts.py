@@ -15,7 +15,7 @@ from kernel_checks import floats
 from pallas_kernels import cross_entropy_tpu, dispatch, gathered_lora, gathered_lora_tpu, gathered_lora_xla, tpu_blocks
 from pallas_kernels.cross_entropy import target_logprob
 from pallas_kernels.gathered_lora import visits_by_slot
-from pallas_kernels.gathered_lora_xla import COLUMNS
+from pallas_kernels.gathered_lora_xla import COLUMNS, FEWEST
 
 L, R, X, Y, LAYER = 2, 2, 6, 4, 1
 SLOTS = [8, 64, 512]
@@ -41,7 +41,7 @@ def expected(slot_T) -> tuple[set, int]:
     return {(LAYER, s) for s in active}, len(active)
 
 
-@pytest.mark.parametrize("features", [X, 2 * COLUMNS], ids=["one product", "blocks"])
+@pytest.mark.parametrize("features", [X, FEWEST * COLUMNS], ids=["one product", "blocks"])
 @pytest.mark.parametrize("slots", SLOTS)
 def test_xla_reads_the_rows_of_active_tokens_only(slots, features, monkeypatch):
     """Once for every two tokens of an adapter; nobody else's are touched, base tokens read none."""
@@ -93,7 +93,7 @@ def test_pallas_fetches_each_adapter_once_and_visits_active_tokens(slots, monkey
             assert sorted(index[0] for index in fetched) == [t for t, s in enumerate(args[3]) if s >= 0]
 
 
-@pytest.mark.parametrize("features", [X, 2 * COLUMNS], ids=["one product", "blocks"])
+@pytest.mark.parametrize("features", [X, FEWEST * COLUMNS], ids=["one product", "blocks"])
 @pytest.mark.parametrize("slots", SLOTS)
 def test_no_result_of_the_decode_program_has_a_slot_axis(slots, features):
     """On the CPU: rows are cut out of the pool, which is a parameter and stays one."""

@@ -12,7 +12,7 @@ from kernel_checks import BF16, F32, assert_close, assert_no_nan, assert_same_bi
 
 from jaxlora.compile_cache import CompileCounter
 from pallas_kernels.gathered_lora import gathered_lora, gathered_lora_oracle
-from pallas_kernels.gathered_lora_xla import COLUMNS, UNROLLED_RANK
+from pallas_kernels.gathered_lora_xla import COLUMNS, FEWEST, UNROLLED_RANK
 
 L, S, R, X, Y, Y2, T = 2, 4, 4, 12, 8, 5, 7
 
@@ -25,7 +25,9 @@ CASES = {
     "last token tuned": [-1, -1, -1, -1, -1, -1, 3],
 }
 named = pytest.mark.parametrize("slots", CASES.values(), ids=CASES.keys())
-forms = pytest.mark.parametrize("features", [X, 2 * COLUMNS], ids=["one product", "blocks"])  # of A's half on a CPU
+forms = pytest.mark.parametrize(
+    "features", [X, FEWEST * COLUMNS], ids=["one product", "blocks"]
+)  # of A's half on a CPU
 run = jax.jit(gathered_lora)
 oracle = jax.jit(gathered_lora_oracle)
 
