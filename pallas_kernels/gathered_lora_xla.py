@@ -131,8 +131,11 @@ def _visited(
     dtype: jnp.dtype,
     scratch: list[jax.Array],
 ) -> list[jax.Array]:
-    """[T, features] each, in arrival order: (a visit's packed rows, scratch) of every visit, one after another."""
-    alone = any(s.size for s in scratch)  # small products are not worth a second loop, which takes time to compile
+    """[T, features] each, in arrival order.
+
+    compute: (a visit's packed rows, the scratch for the next visit).
+    """
+    alone = any(s.size for s in scratch)  # a second loop takes time to compile: it is worth it only beside A's blocks
     visits = _visits(order, alone)
 
     def step(tokens: int, i: jax.Array, carry: tuple) -> tuple:

@@ -1,7 +1,7 @@
 """Where an op's arrays lie on a mesh.
 
-XLA splits its own operations over devices by itself, a Pallas kernel it cannot split: on a mesh the Pallas bodies run under
-`shard_map`, each device on its own part.
+XLA splits its own operations over devices by itself, a Pallas kernel it cannot split: on a mesh the Pallas bodies, and all
+bodies of decode's LoRA, run under `shard_map`, each device on its own part.
 
     output features split (column-parallel)   no collective forward; backward dh, [tokens, R], is summed
     input features split (row-parallel)       forward h, [tokens, R], is summed before its second half; backward none
