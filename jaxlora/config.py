@@ -32,7 +32,7 @@ __all__ = [
 
 DEMO_MODEL = "smollm2"  # the installed demo model
 
-Dtype = Literal["float32", "bfloat16", "auto"]  # auto: the faster one on this device (see opened.py)
+Dtype = Literal["float32", "bfloat16", "auto"]  # auto: bfloat16 where it is clearly faster (opened.py)
 Precision = Literal["auto", "default", "high", "highest"]  # of matrix products; auto: highest in float32, else default
 Schedule = Literal["constant", "linear", "cosine"]  # of the learning rate after the warm-up; the last two end at 0
 LossName = Literal["cross_entropy", "dpo", "importance_sampling", "ppo", "cispo", "dro", "gspo"]

@@ -14,24 +14,30 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.bench_cases import MODELS, OPS, Case, Sizes
 
-SAMPLE_S = 0.002  # an asynchronous device is given calls for this long, then waited for
+SAMPLE_S = 0.02  # of calls between two looks at the clock: a process's CPU time lags by milliseconds
 MOST_CALLS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """The least time of a call."""
+    """A call's time in each round, float64 [rounds]."""
 
-    cpu_s: float
-    wall_s: float
+    cpu_s: np.ndarray
+    wall_s: np.ndarray
+
+    @property
+    def seconds(self) -> np.ndarray:
+        """By the clock that counts on this backend."""
+        return self.cpu_s if jax.default_backend() == "cpu" else self.wall_s
 
     @property
     def best_s(self) -> float:
-        """The one that counts on this backend."""
-        return self.cpu_s if jax.default_backend() == "cpu" else self.wall_s
+        """The least of them."""
+        return float(self.seconds.min())
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,26 +49,26 @@ class Ceilings:
 
 
 def measure(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
-    """The least time of each run, all of them in turn."""
-    best, calls = {}, {}
+    """The times of each run, all of them in turn in each round."""
+    on_cpu = jax.default_backend() == "cpu"
+    calls, samples = {}, {name: [] for name in runs}
     for name, run in runs.items():
         jax.block_until_ready(run())
         start_s = time.perf_counter()
         jax.block_until_ready(run())
-        took_s = time.perf_counter() - start_s
-        calls[name] = 1 if jax.default_backend() == "cpu" else min(MOST_CALLS, math.ceil(SAMPLE_S / took_s))
-        best[name] = Timing(math.inf, math.inf)
+        calls[name] = min(MOST_CALLS, math.ceil(SAMPLE_S / (time.perf_counter() - start_s)))
     for _ in range(rounds):
         for name, run in runs.items():
             cpu_s, wall_s = time.process_time(), time.perf_counter()
-            out = run()
-            for _ in range(calls[name] - 1):
+            out = None
+            for _ in range(calls[name]):
                 out = run()
+                if on_cpu:  # where calls in flight would share its cores
+                    jax.block_until_ready(out)
             jax.block_until_ready(out)
             wall_s, cpu_s = time.perf_counter() - wall_s, time.process_time() - cpu_s
-            last = best[name]
-            best[name] = Timing(min(last.cpu_s, cpu_s / calls[name]), min(last.wall_s, wall_s / calls[name]))
-    return best
+            samples[name].append((cpu_s / calls[name], wall_s / calls[name]))
+    return {name: Timing(*np.array(of).T) for name, of in samples.items()}
 
 
 def ceilings(dtype: str, *, rounds: int, megabytes: int | None = None, side: int | None = None) -> Ceilings:

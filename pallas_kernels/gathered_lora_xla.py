@@ -10,6 +10,7 @@ whole vectors:
 - A kernel has one output.  So the two tokens are one complex number, or two 16-bit numbers in one word.
 - A small kernel that fills an array is handed to other threads, which takes longer than the kernel.  One that updates
   a part of an array is not.
+- Kernels of a loop that may run side by side wait for other threads, too.  So each target has a loop of its own.
 
 `both` does the two halves at one visit; `shrink` and `expand` are the halves, for those who sum h over devices between them.
 
@@ -32,7 +33,8 @@ COLUMNS = 24  # of a block of A, at least: fewer are slower
 FEWEST, MOST = 8, 64  # blocks of a row of A: a short row is not worth a program that grows with them
 
 Order = tuple[jax.Array, jax.Array, jax.Array]  # order_T, slot_T in that order, count
-Rows = Sequence[tuple[jax.Array, jax.Array, jax.Array]]  # a_LSRX, b_LSRY, scale_LS of each target
+Row = tuple[jax.Array, jax.Array, jax.Array]  # a_LSRX, b_LSRY, scale_LS of a target
+Rows = Sequence[Row]
 
 _slice = functools.partial(lax.dynamic_slice, allow_negative_indices=False)
 _update = functools.partial(lax.dynamic_update_slice, allow_negative_indices=False)
@@ -61,6 +63,7 @@ class _Visits:
     count: jax.Array  # int32 how many visits there are
     visit_T: jax.Array  # int32 the visit of each token; any for one of the base model
     is_second_T: jax.Array
+    alone: bool  # whether a slot's odd token is visited alone, and not as a pair with itself
 
     def at(self, i: jax.Array, tokens: int) -> _Visit:
         """Visit i, which has so many tokens."""
@@ -69,7 +72,6 @@ class _Visits:
 
 
 def _visits(order: Order, alone: bool) -> _Visits:
-    """alone: a slot's odd token is visited alone, and not as a pair with itself."""
     order_T, slot_T, count = order
     place_T = jnp.arange(order_T.shape[0], dtype=jnp.int32)
     is_new_T = slot_T != jnp.roll(slot_T, 1)
@@ -88,68 +90,76 @@ def _visits(order: Order, alone: bool) -> _Visits:
         count=is_first_T.sum(dtype=jnp.int32),
         visit_T=visit_T[place_of_T - is_second_T[place_of_T]],
         is_second_T=is_second_T[place_of_T],
+        alone=alone,
     )
 
 
 def both(x_TX: jax.Array, rows: Rows, layer: jax.Array, order: Order) -> list[jax.Array]:
     """What `gathered_lora` returns, but for the tokens of the base model."""
-    wide_TX, dtype = _wide(x_TX), x_TX.dtype
+    wide_TX, dtype, visits = _wide(x_TX), x_TX.dtype, _visits(order, _has_blocks(x_TX))
 
-    def halves(visit: _Visit, scratch: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
-        got = [_shrunk(wide_TX, a, layer, visit, s) for (a, _, _), s in zip(rows, scratch, strict=True)]
-        new = [_expanded(h_R, row, layer, visit, dtype) for (h_R, _), row in zip(got, rows, strict=True)]
-        return new, [s for _, s in got]
+    def target(row: Row) -> jax.Array:
+        def halves(visit: _Visit, scratch: jax.Array) -> tuple[jax.Array, jax.Array]:
+            h_R, scratch = _shrunk(wide_TX, row[0], layer, visit, scratch)
+            return _expanded(h_R, row, layer, visit, dtype), scratch
 
-    return _visited(halves, order, [b.shape[-1] for _, b, _ in rows], dtype, _scratch(rows))
+        return _visited(halves, visits, row[1].shape[-1], dtype, _scratch(row[0]))
+
+    return [target(row) for row in rows]
 
 
 def shrink(x_TX: jax.Array, rows: Rows, layer: jax.Array, order: Order) -> list[jax.Array]:
     """float32 [T, R] per target: x @ a.T, not scaled."""
-    wide_TX = _wide(x_TX)
+    wide_TX, visits = _wide(x_TX), _visits(order, _has_blocks(x_TX))
 
-    def half(visit: _Visit, scratch: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
-        got = [_shrunk(wide_TX, a, layer, visit, s) for (a, _, _), s in zip(rows, scratch, strict=True)]
-        return [_packed(_parts(h_R[None]), wide_TX.dtype) for h_R, _ in got], [s for _, s in got]
+    def target(a_LSRX: jax.Array) -> jax.Array:
+        def half(visit: _Visit, scratch: jax.Array) -> tuple[jax.Array, jax.Array]:
+            h_R, scratch = _shrunk(wide_TX, a_LSRX, layer, visit, scratch)
+            return _packed(_parts(h_R[None]), wide_TX.dtype), scratch
 
-    return _visited(half, order, [a.shape[2] for a, _, _ in rows], wide_TX.dtype, _scratch(rows))
+        return _visited(half, visits, a_LSRX.shape[2], wide_TX.dtype, _scratch(a_LSRX))
+
+    return [target(a_LSRX) for a_LSRX, _, _ in rows]
 
 
 def expand(h_TR: Sequence[jax.Array], rows: Rows, layer: jax.Array, order: Order, dtype: jnp.dtype) -> list[jax.Array]:
     """[T, Y] per target: (scale * h) @ b."""
+    visits = _visits(order, False)
 
-    def half(visit: _Visit, scratch: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
-        h_R = [_joined([_slice(h, (t, 0), (1, h.shape[1]))[0] for t in visit.tokens]) for h in h_TR]
-        return [_expanded(h, row, layer, visit, dtype) for h, row in zip(h_R, rows, strict=True)], scratch
+    def target(h_TR: jax.Array, row: Row) -> jax.Array:
+        def half(visit: _Visit, scratch: jax.Array) -> tuple[jax.Array, jax.Array]:
+            h_R = _joined([_slice(h_TR, (t, 0), (1, h_TR.shape[1]))[0] for t in visit.tokens])
+            return _expanded(h_R, row, layer, visit, dtype), scratch
 
-    return _visited(half, order, [b.shape[-1] for _, b, _ in rows], jnp.dtype(dtype), [])
+        return _visited(half, visits, row[1].shape[-1], jnp.dtype(dtype), jnp.zeros(()))
+
+    return [target(h, row) for h, row in zip(h_TR, rows, strict=True)]
 
 
 def _visited(
-    compute: Callable[[_Visit, list[jax.Array]], tuple[list[jax.Array], list[jax.Array]]],
-    order: Order,
-    features: list[int],
+    compute: Callable[[_Visit, jax.Array], tuple[jax.Array, jax.Array]],
+    visits: _Visits,
+    features: int,
     dtype: jnp.dtype,
-    scratch: list[jax.Array],
-) -> list[jax.Array]:
-    """[T, features] each, in arrival order.
+    scratch: jax.Array,
+) -> jax.Array:
+    """[T, features], in arrival order.
 
-    compute: (a visit's packed rows, the scratch for the next visit).
+    compute: (a visit's packed row, the scratch for the next visit).
     """
-    alone = any(s.size for s in scratch)  # a second loop takes time to compile: it is worth it only beside A's blocks
-    visits = _visits(order, alone)
 
-    def step(tokens: int, i: jax.Array, carry: tuple) -> tuple:
-        outs, scratch = carry
-        new, scratch = compute(visits.at(i, tokens), scratch)
-        return [_update(out, row, (i, 0)) for out, row in zip(outs, new, strict=True)], scratch
+    def step(tokens: int, i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        out, scratch = carry
+        row, scratch = compute(visits.at(i, tokens), scratch)
+        return _update(out, row, (i, 0)), scratch
 
     packed = jnp.uint32 if dtype.itemsize == 2 else jnp.complex64
-    outs = [jnp.zeros((visits.slot_T.shape[0], n), packed) for n in features]
-    outs, _ = lax.fori_loop(0, visits.pairs, functools.partial(step, 2), (outs, scratch))
-    if alone:
-        singles = [lax.real(s) for s in scratch]
-        outs, _ = lax.fori_loop(visits.pairs, visits.count, functools.partial(step, 1), (outs, singles))
-    return [_parted(out, visits, dtype) for out in outs]
+    out = jnp.zeros((visits.slot_T.shape[0], features), packed)
+    out, _ = lax.fori_loop(0, visits.pairs, functools.partial(step, 2), (out, scratch))
+    if visits.alone:
+        single = lax.real(scratch)
+        out, _ = lax.fori_loop(visits.pairs, visits.count, functools.partial(step, 1), (out, single))
+    return _parted(out, visits, dtype)
 
 
 def _wide(x_TX: jax.Array) -> jax.Array:
@@ -163,9 +173,14 @@ def _columns(features: int) -> int | None:
     return next(fits, None)
 
 
-def _scratch(rows: Rows) -> list[jax.Array]:
-    """Of each A's product.  Of two visits: the update of a whole array is a new array, which threads would fill."""
-    return [jnp.zeros((2, a.shape[2], _columns(a.shape[3]) or 0), jnp.complex64) for a, _, _ in rows]
+def _has_blocks(x_TX: jax.Array) -> bool:
+    """A second loop takes time to compile: it is worth it only beside A's blocks."""
+    return _columns(x_TX.shape[1]) is not None
+
+
+def _scratch(a_LSRX: jax.Array) -> jax.Array:
+    """Of A's product.  Of two visits: the update of a whole array is a new array, which threads would fill."""
+    return jnp.zeros((2, a_LSRX.shape[2], _columns(a_LSRX.shape[3]) or 0), jnp.complex64)
 
 
 @jax.jit  # traced once for all targets of one shape
@@ -191,9 +206,7 @@ def _shrunk(
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
-def _expanded(
-    h_R: jax.Array, row: tuple[jax.Array, jax.Array, jax.Array], layer: jax.Array, visit: _Visit, dtype: jnp.dtype
-) -> jax.Array:
+def _expanded(h_R: jax.Array, row: Row, layer: jax.Array, visit: _Visit, dtype: jnp.dtype) -> jax.Array:
     """[1, Y], packed: the tokens' h, scaled, through B's rows."""
     _, b_LSRY, scale_LS = row
     R, Y = b_LSRY.shape[2:]

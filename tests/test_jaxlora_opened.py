@@ -8,6 +8,7 @@ import pytest
 from model_world import NoLora
 from small_world import tiny_path
 
+from jaxlora import opened
 from jaxlora.config import ONE_DEVICE, ModelSection
 from jaxlora.model import TokenBatch, forward
 from jaxlora.opened import open_base
@@ -34,3 +35,17 @@ def test_dtype_and_precision_of_products_are_settings(dtype, precision, used):
     assert len(products) == 7
     wanted = {"highest": "Precision.HIGHEST", "default": "Precision.DEFAULT"}[used]
     assert all(f"precision=({wanted}, {wanted})" in product[:300] for product in products)
+
+
+@pytest.mark.parametrize(
+    ("bfloat16_s", "chosen"), [(0.5, "bfloat16"), (0.74, "bfloat16"), (0.9, "float32"), (1.4, "float32")]
+)
+def test_auto_is_bfloat16_only_where_it_is_clearly_faster(bfloat16_s, chosen, monkeypatch):
+    """Times that lie close together would choose by chance, one way today and the other after a restart."""
+    monkeypatch.setattr(opened, "_product_s", {"bfloat16": bfloat16_s, "float32": 1.0}.__getitem__)
+    model = ModelSection(path=str(tiny_path("tiny-llama-tied")), dtype="auto")
+    assert open_base(model, ONE_DEVICE).base.dtype == chosen
+
+
+def test_the_products_that_auto_compares_take_time():
+    assert all(0 < opened._product_s(dtype) < 1 for dtype in ("float32", "bfloat16"))

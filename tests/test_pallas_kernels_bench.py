@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from itertools import groupby
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -59,9 +61,37 @@ def test_what_decode_must_move_and_compute_by_hand():
 def test_forms_run_in_turn_and_are_warm():
     log = []
     timings = bench.measure({"a": lambda: log.append("a"), "b": lambda: log.append("b")}, rounds=3)
-    assert log == ["a", "a", "b", "b", *["a", "b"] * 3]
+    assert log[:5] == ["a", "a", "b", "b", "a"]
+    assert [name for name, _ in groupby(log)] == ["a", "b"] * 4
     assert set(timings) == {"a", "b"}
-    assert all(0 <= t.cpu_s < 1 and 0 <= t.wall_s < 1 for t in timings.values())
+    for t in timings.values():
+        assert t.cpu_s.shape == t.wall_s.shape == (3,)
+        assert t.best_s == t.seconds.min()
+        assert (t.wall_s < 1).all()
+
+
+def test_short_calls_are_timed_many_at_a_time_and_long_ones_alone(monkeypatch):
+    now_s, log = [0.0], []
+
+    def run(name, took_s):
+        log.append(name)
+        now_s[0] += took_s
+
+    monkeypatch.setattr(
+        bench, "time", SimpleNamespace(perf_counter=lambda: now_s[0], process_time=lambda: 2 * now_s[0])
+    )
+    timings = bench.measure(
+        {
+            "short": lambda: run("short", 0.001),
+            "shorter": lambda: run("shorter", 1e-6),
+            "long": lambda: run("long", 1.0),
+        },
+        rounds=2,
+    )
+    assert [log.count(name) for name in timings] == [2 + 2 * 20, 2 + 2 * bench.MOST_CALLS, 2 + 2]
+    for timing, took_s in zip(timings.values(), (0.001, 1e-6, 1.0), strict=True):
+        assert timing.wall_s == pytest.approx([took_s] * 2, rel=1e-3)
+        assert timing.cpu_s == pytest.approx([2 * took_s] * 2, rel=1e-3)
 
 
 @pytest.mark.parametrize("as_json", [True, False], ids=["json", "lines"])
