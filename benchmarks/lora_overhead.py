@@ -191,15 +191,13 @@ def main() -> int:
     rng = np.random.default_rng(1)
     for distinct in (16, 32) if "decode" in args.steps else ():
         slots = rng.permutation(np.repeat(rng.choice(SLOTS, distinct, replace=False), ROWS // distinct))
-        pair, rest = (
-            bench.measure({n: serving(base, served, f, slots, 1) for n, f in forms.items()}, rounds)
-            for forms, rounds in (
-                ({"base": none, "ours": TokenLora}, DECODE_ROUNDS * args.rounds),
-                (others, args.rounds),
-            )
-        )
+
+        def timed(forms: dict[str, Callable], rounds: int, slots: np.ndarray = slots) -> dict[str, bench.Timing]:
+            return bench.measure({n: serving(base, served, form, slots, 1) for n, form in forms.items()}, rounds)
+
+        timings = timed({"base": none, "ours": TokenLora}, DECODE_ROUNDS * args.rounds) | timed(others, args.rounds)
         bound_s = distinct * adapter_bytes / bandwidth.read_bytes_s
-        show(f"decode, {distinct} adapters", pair | rest, bound_s, DECODE_LIMIT)
+        show(f"decode, {distinct} adapters", timings, bound_s, DECODE_LIMIT)
     if "prefill" in args.steps:
         runs = {
             name: serving(base, served, form, np.arange(PREFILL[0]), PREFILL[1])

@@ -126,9 +126,9 @@ def expand(h_TR: Sequence[jax.Array], rows: Rows, layer: jax.Array, order: Order
     """[T, Y] per target: (scale * h) @ b."""
     visits = _visits(order, False)
 
-    def target(h_TR: jax.Array, row: Row) -> jax.Array:
+    def target(own_TR: jax.Array, row: Row) -> jax.Array:
         def half(visit: _Visit, scratch: jax.Array) -> tuple[jax.Array, jax.Array]:
-            h_R = _joined([_slice(h_TR, (t, 0), (1, h_TR.shape[1]))[0] for t in visit.tokens])
+            h_R = _joined([_slice(own_TR, (t, 0), (1, own_TR.shape[1]))[0] for t in visit.tokens])
             return _expanded(h_R, row, layer, visit, dtype), scratch
 
         return _visited(half, visits, row[1].shape[-1], jnp.dtype(dtype), jnp.zeros(()))
@@ -174,7 +174,7 @@ def _columns(features: int) -> int | None:
 
 
 def _has_blocks(x_TX: jax.Array) -> bool:
-    """A second loop takes time to compile: it is worth it only beside A's blocks."""
+    """Whether A's product is one of blocks: only then a loop of its own for odd tokens is worth its time to compile."""
     return _columns(x_TX.shape[1]) is not None
 
 
