@@ -67,6 +67,25 @@ TABLE = {
     "target_logprob": {"cpu": XLA, "cuda": TRITON, "tpu": PALLAS},
 }
 
+# Whether a row of the result has the same bits whatever the program's rows and lanes, for each platform and body.  True:
+# measured, and a test demands it.  False: measured to differ in the last bits.  None: not measured.  Whoever mixes
+# programs of several shapes may count on equal bits only where everything that runs says True.
+# "product" is no op of ours: a product with the base's frozen weights, which XLA makes on every platform.
+_CUDA: dict[str, bool | None] = {"triton": None, "xla": None}
+_TPU: dict[str, bool | None] = {"pallas": None, "xla": None}
+SHAPE_INDEPENDENT: dict[str, dict[str, dict[str, bool | None]]] = {
+    # With AVX-512 the products of few rows take other tiles than those of many.
+    "product": {"cpu": {"xla": False}, "cuda": {"xla": None}, "tpu": {"xla": None}},
+    # One or two tokens at a time with the same bits, whatever their number.
+    "gathered_lora": {"cpu": {"xla": True}, "cuda": _CUDA, "tpu": _TPU},
+    # Equal in all that was tried on one kind of CPU: too little for a promise.
+    "segmented_lora": {"cpu": {"xla": None}, "cuda": _CUDA, "tpu": _TPU},
+    # Differ in float32 with 64 features a head.
+    "packed_attention": {"cpu": {"xla": False}, "cuda": _CUDA, "tpu": _TPU},
+    "paged_attention": {"cpu": {"xla": False}, "cuda": _CUDA, "tpu": _TPU},
+    "target_logprob": {"cpu": {"xla": None}, "cuda": _CUDA, "tpu": _TPU},
+}
+
 _interpreted = jax.make_user_context(False)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from concurrent.futures import wait
 from dataclasses import dataclass, field
 
 import jax
@@ -256,6 +257,49 @@ def with_resident(engine: Engine, *adapters: Adapter) -> Engine:
     """The engine with these adapters on the device: which step they are read by is not for a test to know."""
     run_all(engine, [ask(f"load {a.ref}", a, 1, 1) for a in adapters])
     return engine
+
+
+def read_all(engine: Engine) -> None:
+    """Waits until all adapters that are on their way have been read, so that the next step's plan is not a matter of time."""
+    wait(engine._loads._loads.values())
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A program that computed some tokens of a request."""
+
+    lanes: int
+    tokens: int  # of a lane: 1 in a decode program
+    start: int  # where the request's own tokens began
+    count: int
+
+
+def watch_programs(engine: Engine) -> dict[str, list[Ran]]:
+    """Which programs compute each request from now on, in order, by its id.
+
+    An answer has the same bits where the same programs compute the same places of it; nothing else is promised
+    (`dispatch.SHAPE_INDEPENDENT`).  So a test that compares bits compares these first.
+    """
+    ran: dict[str, list[Ran]] = defaultdict(list)
+    run, fill, start_decode = engine._run, engine._fill, engine._start_decode
+    places: list[tuple[str, int, int]] = []  # of the program that is being filled
+
+    def watched_fill(batch, edits, lane, sequence, start, tokens):
+        places.append((sequence.request.id, start, len(tokens)))
+        fill(batch, edits, lane, sequence, start, tokens)
+
+    def watched_decode(sequences):
+        places.extend((s.request.id, s.done, 1) for s in sequences)
+        return start_decode(sequences)
+
+    def watched_run(batch, edits):
+        for id, start, count in places:
+            ran[id].append(Ran(*batch.token_GJ.shape, start, count))
+        places.clear()
+        return run(batch, edits)
+
+    engine._fill, engine._start_decode, engine._run = watched_fill, watched_decode, watched_run
+    return ran
 
 
 def settle(runner: Runner) -> None:

@@ -111,7 +111,7 @@ def test_a_huge_alpha_is_refused_A12(acme, unchanged, alpha):
 
 
 def test_one_poisoned_slot_reaches_nobody_beside_it_A3(shelf, acme, bot):
-    """NaN that gets past every check, as a broken memory would bring it: the others' answers are the same bits."""
+    """NaN that gets past every check, as a broken memory would bring it: the others' answers are the same text."""
     names = [f"{bot}-{i}" for i in range(SLOTS)]
     for i, name in enumerate(names):
         upload(acme, name, zip_of(seeded(i)))

@@ -8,7 +8,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from serve_world import CONFIG, SLOTS, Answer, ask, run_all, step, with_pages, with_resident
+from serve_world import CONFIG, SLOTS, Answer, ask, run_all, step, watch_programs, with_pages, with_resident
 
 from jaxlora.compile_cache import CompileCounter
 from jaxlora.errors import AdapterInvalid
@@ -147,8 +147,9 @@ def test_a_request_feels_neither_its_neighbours_nor_its_row(world):
             for i in range(3 + case)
         ]
         place = case % len(others)
+        ran = watch_programs(engine)
         answers = run_all(engine, [*others[:place], mine, *others[place:]])
-        seen.append(fingerprint(answers["mine"]))
+        seen.append((ran["mine"], fingerprint(answers["mine"])))
     assert all(s == seen[0] for s in seen)
 
 
@@ -159,8 +160,11 @@ def test_a_nan_adapter_ends_only_its_own_requests(world, when):
         asked = [ask("bad1", bad, 9, 12, logprobs=3), ask("bad2", bad, 3, 12, logprobs=3)]
         return [*others[:2], asked[0], *others[2:], asked[1]]
 
-    clean = run_all(with_resident(world.engine(), *world.adapters[:2]), mix(world.adapters[1]))
     engine = with_resident(world.engine(), *world.adapters[:2])
+    clean_ran = watch_programs(engine)
+    clean = run_all(engine, mix(world.adapters[1]))
+    engine = with_resident(world.engine(), *world.adapters[:2])
+    ran = watch_programs(engine)
     if when == "prefill":
         answers = run_all(engine, mix(poison(world, engine, "nan")))
     else:
@@ -178,6 +182,7 @@ def test_a_nan_adapter_ends_only_its_own_requests(world, when):
             assert answer.tokens == ([] if when == "prefill" else clean[id].tokens[: len(answer.tokens)])
         else:
             assert answer.error is None
+            assert ran[id] == clean_ran[id]
             assert fingerprint(answer) == fingerprint(clean[id]), id
 
 
@@ -191,22 +196,30 @@ def test_pages_that_a_nan_adapter_used_are_as_good_as_new(world, engine):
 
 def test_free_pages_full_of_nan_change_nothing(world):
     requests = [ask(f"p{i}", [None, *world.adapters[:2]][i % 3], 3 + 4 * i, 9, logprobs=4) for i in range(6)]
-    clean = run_all(with_resident(world.engine(), *world.adapters[:2]), requests)
     engine = with_resident(world.engine(), *world.adapters[:2])
+    clean_ran = watch_programs(engine)
+    clean = run_all(engine, requests)
+    engine = with_resident(world.engine(), *world.adapters[:2])
+    ran = watch_programs(engine)
     engine._kv = jax.device_put(nan_everywhere(engine._kv), jax.tree.map(lambda x: x.sharding, engine._kv))
     answers = run_all(engine, requests)
+    assert ran == clean_ran
     for r in requests:
         assert fingerprint(answers[r.id]) == fingerprint(clean[r.id]), r.id
 
 
 def test_empty_slots_full_of_nan_change_nothing(world):
     requests = [ask(f"s{i}", [None, world.adapters[0]][i % 2], 3 + 4 * i, 9, logprobs=4) for i in range(6)]
-    clean = run_all(with_resident(world.engine(), world.adapters[0]), requests)
+    engine = with_resident(world.engine(), world.adapters[0])
+    clean_ran = watch_programs(engine)
+    clean = run_all(engine, requests)
     engine = world.engine()
     for slot in range(SLOTS):  # the last one too, where an index of -1 would read
         engine._write(slot, nan_everywhere(host_rows(world.base.config, world.spec, world.adapters[0])))
     with_resident(engine, world.adapters[0])
+    ran = watch_programs(engine)
     answers = run_all(engine, requests)
+    assert ran == clean_ran
     for r in requests:
         assert fingerprint(answers[r.id]) == fingerprint(clean[r.id]), r.id
 

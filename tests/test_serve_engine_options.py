@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from serve_world import CONFIG, ask, run_all, with_pages
+from serve_world import CONFIG, ask, run_all, watch_programs, with_pages, with_resident
 from test_serve_edits import by_hand
 
 from jaxlora.compile_cache import CompileCounter
@@ -150,20 +150,26 @@ LOUD = [
 ]
 
 
-def test_no_neighbour_feels_what_a_request_asks(world, engine):
-    """Same program shapes, so bit for bit."""
+def test_no_neighbour_feels_what_a_request_asks(world):
+    """Bit for bit, as the same programs run: company that stays to the end keeps them the full ones."""
+    engine = with_resident(world.engine(), *world.adapters[:2])
+    ran = watch_programs(engine)
     quiet = [
         ask("greedy", world.adapters[1], 6, 10, logprobs=4),
         ask("drawn", None, 6, 10, temperature=0.9, top_p=0.9, seed=3, logprobs=4),
     ]
+    company = ask("company", None, 6, 10)
     plain = [ask(f"loud{i}", world.adapters[0], 6, 10, seed=i) for i in range(len(LOUD))]
     loud = [ask(f"loud{i}", world.adapters[0], 6, 10, **{"seed": i} | s) for i, s in enumerate(LOUD)]
-    alone = run_all(engine, [*quiet, *plain])
+    alone = run_all(engine, [*quiet, company, *plain])
+    met_alone = {r.id: ran.pop(r.id) for r in quiet}
     engine.scheduler.pages.forget(("acme", None))
     engine.scheduler.pages.forget(("acme", world.adapters[0].ref))
     engine.scheduler.pages.forget(("acme", world.adapters[1].ref))
-    beside = run_all(engine, [*quiet, *loud])
+    beside = run_all(engine, [*quiet, company, *loud])
     for id in ("greedy", "drawn"):
+        assert ran[id] == met_alone[id]
+        assert {r.lanes for r in ran[id]} == {CONFIG.rows}
         assert beside[id].tokens == alone[id].tokens
         assert beside[id].logprobs == alone[id].logprobs
 

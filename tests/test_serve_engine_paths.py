@@ -9,7 +9,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from serve_world import CONFIG, SLOTS, Answer, ask, run_all, step, with_pages
+from serve_world import CONFIG, SLOTS, Answer, Ran, ask, read_all, run_all, step, watch_programs, with_pages
 
 from serve.engine import Engine
 from serve.sequence import Plan, Sequence
@@ -182,9 +182,12 @@ def test_an_answer_is_the_same_when_its_beginning_is_found_in_the_cache(world, e
 
 
 def test_nan_in_free_pages_unused_slots_and_padding_changes_no_bit(world, monkeypatch):
-    """Of tokens and of log-probabilities, while requests are parked, saved, found in the cache and adapters exchanged."""
+    """Of tokens and of log-probabilities, while requests are parked, saved, found in the cache and adapters exchanged.
 
-    def run(poisoned: bool) -> dict[str, Answer]:
+    Both runs meet the same programs, as each adapter has been read when the next step is planned.
+    """
+
+    def run(poisoned: bool) -> tuple[dict[str, Answer], dict[str, list[Ran]]]:
         engine = with_pages(world.engine(replace(CONFIG, quantum_s=1e-9)), 24)
         engine.clock = iter(np.arange(0.0, 1e6)).__next__
         program = engine._run
@@ -203,17 +206,19 @@ def test_nan_in_free_pages_unused_slots_and_padding_changes_no_bit(world, monkey
 
         if poisoned:
             monkeypatch.setattr(engine, "_run", run_poisoned)
+        ran = watch_programs(engine)
         beginning = ask("beginning", None, 12).prompt
         requests = [
             ask(f"r{i}", [None, *world.adapters][i % 6], [*beginning, 7, 9 + i], 4 + i % 9, logprobs=5)
             for i in range(14)
         ]
-        answers = run_all(engine, requests)
+        answers = run_all(engine, requests, lambda _: read_all(engine))
         assert engine.scheduler.active.swaps > 3
         assert engine.scheduler.pages.hits > 0
-        return answers
+        return answers, ran
 
-    plain, poisoned = run(False), run(True)
+    (plain, plain_ran), (poisoned, poisoned_ran) = run(False), run(True)
+    assert poisoned_ran == plain_ran
     for id, answer in plain.items():
         assert answer.tokens == poisoned[id].tokens, id
         assert answer.logprobs == poisoned[id].logprobs, id

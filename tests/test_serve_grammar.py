@@ -12,7 +12,7 @@ import pytest
 from fake_house import EOS, ByteTokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serve_world import ask, run_all, with_pages
+from serve_world import CONFIG, ask, run_all, watch_programs, with_pages, with_resident
 from small_world import TINY_MODELS, tiny_path
 
 from jaxlora.base_files import open_model
@@ -318,11 +318,15 @@ def test_a_grammar_that_fails_ends_its_own_request_only(world, engine, grammars)
 
 
 def test_no_grammar_compiles_a_program_and_no_neighbour_feels_one(world, grammars):
-    engine = world.engine()
+    """Bit for bit, as the same programs run: company that stays to the end keeps them the full ones."""
+    engine = with_resident(world.engine(), world.adapters[0])
     engine.warm_up()
+    ran = watch_programs(engine)
     quiet = ask("quiet", world.adapters[0], 6, 8, temperature=1.0, seed=5, logprobs=3)
+    company = [ask(f"company{i}", None, 6, 8) for i in range(2)]
     plain = [ask(f"g{i}", None, 6, 8) for i in range(3)]
-    alone = run_all(engine, [quiet, *plain])["quiet"]
+    alone = run_all(engine, [quiet, *company, *plain])["quiet"]
+    met_alone = ran.pop("quiet")
     engine.scheduler.pages.forget(("acme", None))
     engine.scheduler.pages.forget(("acme", world.adapters[0].ref))
     texts = [
@@ -332,6 +336,8 @@ def test_no_grammar_compiles_a_program_and_no_neighbour_feels_one(world, grammar
     ]
     with CompileCounter() as counter:
         loud = [ask(f"g{i}", None, 6, 8, grammar=grammars.compile_now(s)) for i, s in enumerate(texts)]
-        beside = run_all(engine, [quiet, *loud])["quiet"]
+        beside = run_all(engine, [quiet, *company, *loud])["quiet"]
     assert not counter.retraced
+    assert ran["quiet"] == met_alone
+    assert {r.lanes for r in met_alone} == {CONFIG.rows}
     assert (beside.tokens, beside.logprobs) == (alone.tokens, alone.logprobs)

@@ -13,7 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from serve_world import BASE, CONFIG, Answer, ask, check_engine, check_idle, run_all, with_pages, with_resident
+from serve_world import (
+    BASE,
+    CONFIG,
+    Answer,
+    ask,
+    check_engine,
+    check_idle,
+    run_all,
+    watch_programs,
+    with_pages,
+    with_resident,
+)
 from train_world import assert_same_bits, host
 
 from jaxlora.compile_cache import CompileCounter
@@ -194,15 +205,18 @@ def test_publications_change_no_bit_of_other_tenants_streams(world, publisher):
         ]
 
     def run(between):
-        engine = with_resident(world.engine(), world.adapters[0])
+        engine = world.engine()
         publisher.runner.engine = publisher.engine = engine
+        with_resident(engine, world.adapters[0], world.store.get(publisher.newest))
+        ran = watch_programs(engine)
         requests = [*others(), publisher.ask("follower", True, max_tokens=40)]
-        return run_all(engine, requests, between)
+        return run_all(engine, requests, between), ran
 
-    quiet = run(None)
-    stormy = run(lambda count: publisher.publish() if count < 30 else None)
+    quiet, quiet_ran = run(None)
+    stormy, stormy_ran = run(lambda count: publisher.publish() if count < 30 else None)
     assert len(set(stormy["follower"].tokens)) > 5
     for r in others():
+        assert stormy_ran[r.id] == quiet_ran[r.id]
         assert stormy[r.id] == quiet[r.id]
     assert isinstance(quiet["other0"], Answer)
 
