@@ -259,6 +259,12 @@ def with_resident(engine: Engine, *adapters: Adapter) -> Engine:
     return engine
 
 
+def forget_pages(engine: Engine) -> None:
+    """Empties the prefix cache."""
+    for salt in engine.scheduler.pages.salts:
+        engine.scheduler.pages.forget(salt)
+
+
 def read_all(engine: Engine) -> None:
     """Waits until all adapters that are on their way have been read, so that the next step's plan is not a matter of time."""
     wait(engine._loads._loads.values())

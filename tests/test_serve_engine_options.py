@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from serve_world import CONFIG, ask, run_all, watch_programs, with_pages, with_resident
+from serve_world import CONFIG, ask, forget_pages, run_all, watch_programs, with_pages, with_resident
 from test_serve_edits import by_hand
 
 from jaxlora.compile_cache import CompileCounter
@@ -163,9 +163,7 @@ def test_no_neighbour_feels_what_a_request_asks(world):
     loud = [ask(f"loud{i}", world.adapters[0], 6, 10, **{"seed": i} | s) for i, s in enumerate(LOUD)]
     alone = run_all(engine, [*quiet, company, *plain])
     met_alone = {r.id: ran.pop(r.id) for r in quiet}
-    engine.scheduler.pages.forget(("acme", None))
-    engine.scheduler.pages.forget(("acme", world.adapters[0].ref))
-    engine.scheduler.pages.forget(("acme", world.adapters[1].ref))
+    forget_pages(engine)
     beside = run_all(engine, [*quiet, company, *loud])
     for id in ("greedy", "drawn"):
         assert ran[id] == met_alone[id]

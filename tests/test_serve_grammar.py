@@ -12,7 +12,7 @@ import pytest
 from fake_house import EOS, ByteTokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serve_world import CONFIG, ask, run_all, watch_programs, with_pages, with_resident
+from serve_world import CONFIG, ask, forget_pages, run_all, watch_programs, with_pages, with_resident
 from small_world import TINY_MODELS, tiny_path
 
 from jaxlora.base_files import open_model
@@ -327,8 +327,7 @@ def test_no_grammar_compiles_a_program_and_no_neighbour_feels_one(world, grammar
     plain = [ask(f"g{i}", None, 6, 8) for i in range(3)]
     alone = run_all(engine, [quiet, *company, *plain])["quiet"]
     met_alone = ran.pop("quiet")
-    engine.scheduler.pages.forget(("acme", None))
-    engine.scheduler.pages.forget(("acme", world.adapters[0].ref))
+    forget_pages(engine)
     texts = [
         source("regex", "[0-9]{8}[0-9]*"),
         source("choice", ["yes indeed", "no"]),
