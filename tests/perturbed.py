@@ -3,7 +3,7 @@
 A CPU's matrix kernels may sum a row in another order when a program has more rows, so the same request may meet other last
 bits in the full program than in the quarter one.  Here they differ on every CPU: each program but the full decode one runs
 with the last bit of some norm weights flipped, in every layer and before the head, so keys, values and logits all differ.
-Nothing compiles for it.
+Nothing compiles for it.  Servers that a test starts as processes of their own are not perturbed.
 """
 
 from __future__ import annotations
