@@ -1,7 +1,7 @@
-"""GGUF v3 files: a bounds-checked reader, and the base model in one.
+"""GGUF v3 files: the base model in one, read by the `gguf` library under bounds of our own.
 
-Everything in a header is checked against the file's length before it is used, so a hostile file costs no memory and
-little time.  Source: the GGUF specification, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+The library trusts a header; `_BoundedReader` checks each of its reads against the file's length and `GgufFile` each tensor
+against its neighbours, so a hostile file costs little memory and time.
 
 Shape letters: L layers, D model, F MLP, N query heads, K kv heads, H head, V vocabulary, X Y features in, out.
 """
@@ -10,205 +10,109 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+import gguf
 import numpy as np
+import numpy.typing as npt
 
 from jaxlora.errors import ModelInvalid
 from jaxlora.model_config import LINEARS, Llama3Rope, ModelConfig, check_tensors
 
-MAX_KEYS = 4096
-MAX_TENSORS = 65_536
+MAX_READS = 1 << 22  # numbers and strings in the header; a vocabulary of 256k tokens with its merges takes half
 MAX_DIMS = 4
-MAX_ARRAY_ITEMS = 1 << 23  # in all arrays of strings together; real vocabularies and merges stay far below
-MAX_NAME_BYTES = 65_535
+MAX_ALIGNMENT = 1 << 20
 
-STRING, ARRAY = 8, 9
-SCALARS = {
-    0: "<u1",
-    1: "<i1",
-    2: "<u2",
-    3: "<i2",
-    4: "<u4",
-    5: "<i4",
-    6: "<f4",
-    7: "?",
-    10: "<u8",
-    11: "<i8",
-    12: "<f8",
-}
+PLAIN = ("F32", "F16", "BF16")
+QUANTISED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
 
-TYPE_NAMES = (
-    {0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K"}
-    | {12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S"}
-    | {20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64"}
-    | {29: "IQ1_M", 30: "BF16", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4"}
-)
-# type → (elements in a block, the block as it lies in the file)
-BLOCKS = {
-    "F32": (1, np.dtype("<f4")),
-    "F16": (1, np.dtype("<f2")),
-    "BF16": (1, np.dtype("<u2")),
-    "Q8_0": (32, np.dtype([("scale", "<f2"), ("level", "i1", 32)])),
-    "Q4_1": (32, np.dtype([("scale", "<f2"), ("low", "<f2"), ("level", "u1", 16)])),
-}
-
-Value = bool | int | float | str | np.ndarray | list[str]
+Scalar = bool | int | float | str
+Value = Scalar | list[Scalar]
 
 
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """One tensor of the directory; `shape` in numpy's order (slowest axis first)."""
+class _BoundedReader(gguf.GGUFReader):
+    """The library's reader, whose every read lies inside the file and is counted.
 
-    name: str
-    shape: tuple[int, ...]
-    type: str
-    start: int  # byte in the file
-    nbytes: int
+    It reads headers through `_get` alone, which returns fewer numbers than wanted at the end of a file, for ever.
+    """
 
+    reads = 0
 
-class _Cursor:
-    """Reads forward through the header; every read is checked against the end of the file."""
-
-    def __init__(self, data: np.ndarray, name: str):
-        self.data, self.name, self.at = data, name, 0
-        self.items_left = MAX_ARRAY_ITEMS
-
-    def fail(self, what: str) -> ModelInvalid:
-        return ModelInvalid(f"{self.name} is not a GGUF file we can read: {what}")
-
-    def take(self, nbytes: int, what: str) -> np.ndarray:
-        """The next `nbytes` bytes."""
-        if nbytes > len(self.data) - self.at:
-            left = len(self.data) - self.at
-            raise self.fail(f"{what} at byte {self.at} needs {nbytes} bytes, the file has {left} left")
-        part = self.data[self.at : self.at + nbytes]
-        self.at += nbytes
-        return part
-
-    def number(self, kind: str, what: str) -> int | float | bool:
-        dtype = np.dtype(kind)
-        return self.take(dtype.itemsize, what).view(dtype)[0].item()
-
-    def count(self, limit: int, what: str) -> int:
-        value = int(self.number("<u8", what))
-        if value > limit:
-            raise self.fail(f"{what} is {value}, at most {limit} is accepted")
-        return value
-
-    def string(self, limit: int, what: str) -> str:
-        raw = self.take(self.count(limit, f"the length of {what}"), what).tobytes()
-        try:
-            return raw.decode()
-        except UnicodeDecodeError as error:
-            raise self.fail(f"{what} is not UTF-8") from error
-
-    def value(self, key: str) -> Value:
-        kind = int(self.number("<u4", f"the type of {key}"))
-        if kind == STRING:
-            return self.string(len(self.data), key)
-        if kind == ARRAY:
-            return self.array(key)
-        if kind not in SCALARS:
-            raise self.fail(f"{key} has the unknown value type {kind}")
-        return self.number(SCALARS[kind], key)
-
-    def array(self, key: str) -> np.ndarray | list[str]:
-        kind = int(self.number("<u4", f"the item type of {key}"))
-        if kind != STRING and kind not in SCALARS:
-            raise self.fail(f"{key} is an array of value type {kind}; arrays of numbers or strings are read")
-        least = 8 if kind == STRING else np.dtype(SCALARS[kind]).itemsize  # bytes of the smallest item
-        count = self.count((len(self.data) - self.at) // least, f"the number of items of {key}")
-        if kind != STRING:
-            return self.take(count * least, key).view(SCALARS[kind])
-        self.items_left -= count
-        if self.items_left < 0:
-            raise self.fail(f"{key} brings the strings in the header above {MAX_ARRAY_ITEMS}")
-        return [self.string(len(self.data), f"an item of {key}") for _ in range(count)]
+    def _get(
+        self, offset: int, dtype: npt.DTypeLike, count: int = 1, override_order: Literal["I", "S", "<"] | None = None
+    ) -> np.ndarray:
+        data = np.asarray(self.data)  # a slice of a memmap takes four times as long
+        nbytes = np.dtype(dtype).itemsize * int(count)
+        if nbytes > len(data) - offset:
+            raise ValueError(f"byte {offset} begins {nbytes} bytes, the file ends at {len(data)}; is it cut off?")
+        self.reads += 1
+        if self.reads > MAX_READS:
+            raise ValueError(f"its header has more than {MAX_READS} numbers and strings")
+        return data[offset : offset + nbytes].view(dtype)
 
 
 class GgufFile:
-    """`metadata` by key and `tensors` by name of a GGUF v3 file, mapped into memory.
+    """`metadata` by key and `tensors` by name of a little-endian GGUF v3 file, mapped into memory.
 
-    Raises ModelInvalid for anything that is not one, or does not lie wholly inside the file.
+    Raises ModelInvalid for anything that is not one, does not lie wholly inside the file, or has tensors of other types
+    than PLAIN and QUANTISED.
     """
 
     def __init__(self, path: Path):
         self.path = Path(path)
         try:
-            empty = self.path.stat().st_size == 0
-            data = np.zeros(0, np.uint8) if empty else np.memmap(self.path, dtype=np.uint8, mode="r")
+            with self.path.open("rb") as file:
+                start = file.read(8)
+            if start != b"GGUF\3\0\0\0":
+                raise ValueError(f"it should start as little-endian GGUF version 3 does, and starts with {start!r}")
+            with np.errstate(over="raise"):  # of an offset in 64 bits
+                reader = _BoundedReader(self.path)
+            self.metadata = {key: self._value(field) for key, field in reader.fields.items()}
         except OSError as error:
             raise ModelInvalid(f"cannot open {self.path}: {error.strerror}") from error
-        self._data = np.asarray(data)
-        cursor = _Cursor(self._data, self.path.name)
-        if cursor.take(4, "the magic").tobytes() != b"GGUF":
-            raise cursor.fail("it does not start with the letters GGUF")
-        if (version := int(cursor.number("<u4", "the version"))) != 3:
-            raise cursor.fail(f"it has version {version}; little-endian version 3 is read")
-        tensor_count = cursor.count(MAX_TENSORS, "the number of tensors")
-        key_count = cursor.count(MAX_KEYS, "the number of metadata keys")
-        self.metadata = self._read_metadata(cursor, key_count)
-        self.tensors = self._read_directory(cursor, tensor_count)
+        except (ValueError, LookupError, ArithmeticError, RecursionError) as error:  # what the library raises
+            raise self._fail(str(error)) from error
+        self.tensors = {tensor.name: tensor for tensor in reader.tensors}
+        self._check_tensors(reader)
+
+    def _fail(self, what: str) -> ModelInvalid:
+        return ModelInvalid(f"{self.path.name} is not a GGUF file we can read: {what[:300]}")
 
     @staticmethod
-    def _read_metadata(cursor: _Cursor, key_count: int) -> dict[str, Value]:
-        metadata: dict[str, Value] = {}
-        for _ in range(key_count):
-            key = cursor.string(MAX_NAME_BYTES, "a metadata key")
-            if key in metadata:
-                raise cursor.fail(f"the key {key} appears twice")
-            metadata[key] = cursor.value(key)
-        return metadata
+    def _value(field: gguf.ReaderField) -> Value:
+        if field.types[:2] == [gguf.GGUFValueType.ARRAY] * 2:
+            raise ValueError(f"{field.name} is an array of arrays; arrays of numbers or strings are read")
+        return field.contents()
 
-    def _read_directory(self, cursor: _Cursor, tensor_count: int) -> dict[str, TensorInfo]:
-        alignment = self.metadata.get("general.alignment", 32)  # 32 is the format's own default
-        if type(alignment) is not int or alignment < 8 or alignment & (alignment - 1) or alignment > 1 << 20:
-            raise cursor.fail(f"general.alignment must be a power of two from 8 to 2^20, got {alignment!r}"[:200])
-        rows = [self._read_info(cursor, alignment) for _ in range(tensor_count)]
-        start = -(-cursor.at // alignment) * alignment
-        tensors: dict[str, TensorInfo] = {}
+    def _check_tensors(self, reader: gguf.GGUFReader) -> None:
+        alignment, start = int(reader.alignment), int(reader.data_offset)
+        if not 8 <= alignment <= MAX_ALIGNMENT:
+            raise self._fail(f"general.alignment must be a power of two from 8 to 2^20, got {alignment}")
         end = start
-        for info in sorted(rows, key=lambda info: info.start):
-            at = start + info.start
-            if info.name in tensors:
-                raise cursor.fail(f"the tensor {info.name} appears twice")
-            if at + info.nbytes > len(self._data):
-                raise cursor.fail(
-                    f"tensor {info.name} ends at byte {at + info.nbytes}, the file at {len(self._data)}; is it cut off?"
+        for tensor in sorted(self.tensors.values(), key=lambda tensor: tensor.data_offset):
+            name, kind, shape = tensor.name, tensor.tensor_type.name, shape_of(tensor)
+            if kind not in PLAIN + QUANTISED:
+                raise ModelInvalid(f"tensor {name} has type {kind}; supported: {', '.join(PLAIN + QUANTISED)}")
+            block, block_bytes = gguf.GGML_QUANT_SIZES[tensor.tensor_type]
+            if not 1 <= len(shape) <= MAX_DIMS:
+                raise self._fail(f"tensor {name} has {len(shape)} axes, 1 to {MAX_DIMS} are accepted")
+            if 0 in shape or shape[-1] % block:
+                raise self._fail(f"tensor {name} has the shape {list(shape)}, which is not whole blocks of {block}")
+            if (tensor.data_offset - start) % alignment:
+                raise self._fail(
+                    f"tensor {name} starts at byte {tensor.data_offset}, which is not aligned to {alignment}"
                 )
-            if at < end:
-                raise cursor.fail(f"tensor {info.name} overlaps the one before it")
-            end = at + info.nbytes
-            tensors[info.name] = TensorInfo(info.name, info.shape, info.type, at, info.nbytes)
-        return tensors
+            if tensor.n_bytes != math.prod(shape) // block * block_bytes:  # in Python's integers, which do not overflow
+                raise self._fail(f"tensor {name} has the shape {list(shape)}, which is beyond 64 bits")
+            if tensor.data_offset < end:
+                raise self._fail(f"tensor {name} overlaps the one before it")
+            end = tensor.data_offset + tensor.n_bytes
 
-    @staticmethod
-    def _read_info(cursor: _Cursor, alignment: int) -> TensorInfo:
-        """A directory row; its `start` still counts from the beginning of the data."""
-        name = cursor.string(MAX_NAME_BYTES, "a tensor name")
-        dims = int(cursor.number("<u4", f"the rank of {name}"))
-        if not 1 <= dims <= MAX_DIMS:
-            raise cursor.fail(f"tensor {name} has {dims} axes, 1 to {MAX_DIMS} are accepted")
-        shape = tuple(int(cursor.number("<u8", f"the shape of {name}")) for _ in range(dims))
-        code = int(cursor.number("<u4", f"the type of {name}"))
-        offset = int(cursor.number("<u8", f"the offset of {name}"))
-        kind = TYPE_NAMES.get(code, f"number {code}")
-        if kind not in BLOCKS:
-            raise ModelInvalid(f"tensor {name} has type {kind}; supported: {', '.join(BLOCKS)}")
-        block, dtype = BLOCKS[kind]
-        if 0 in shape or shape[0] % block:
-            raise cursor.fail(f"tensor {name} has the shape {list(shape)}, which is not whole blocks of {block}")
-        if offset % alignment:
-            raise cursor.fail(f"tensor {name} starts at {offset}, not a multiple of {alignment}")
-        nbytes = math.prod(shape) // block * dtype.itemsize  # Python integers: no overflow
-        return TensorInfo(name, shape[::-1], kind, offset, nbytes)
-
-    def scalar(self, key: str) -> bool | int | float | str | None:
+    def scalar(self, key: str) -> Scalar | None:
         """The metadata value, None when there is none.  Raises ModelInvalid when it is an array."""
         value = self.metadata.get(key)
-        if isinstance(value, (np.ndarray, list)):
+        if isinstance(value, list):
             raise ModelInvalid(f"{self.path.name}: metadata {key} must be one value, got an array of {len(value)}")
         return value
 
@@ -217,29 +121,17 @@ class GgufFile:
 
         Raises ModelInvalid when a value is NaN or infinite, KeyError when there is no such tensor.
         """
-        info = self.tensors[name]
-        _, dtype = BLOCKS[info.type]
-        with np.errstate(invalid="ignore"):  # an infinite block scale: told below
-            values = dequantise(self._data[info.start : info.start + info.nbytes].view(dtype), info.type)
+        tensor = self.tensors[name]
+        with np.errstate(invalid="ignore", over="ignore"):  # an infinite block scale: told below
+            values = gguf.dequantize(tensor.data, tensor.tensor_type)
         if not np.isfinite(values).all():
             raise ModelInvalid(f"tensor {name} has values that are NaN or infinite")
-        return values.reshape(info.shape)
+        return np.require(values, requirements="W")  # float32 comes back as the file's own bytes: a copy of those
 
 
-def dequantise(blocks: np.ndarray, kind: str) -> np.ndarray:
-    """Flat float32 values of `blocks`, an array of the block dtype of `kind` (see BLOCKS)."""
-    if kind == "BF16":
-        return (blocks.astype(np.uint32) << 16).view(np.float32)
-    if kind in ("F32", "F16"):
-        return blocks.astype(np.float32)
-    scale = blocks["scale"].astype(np.float32)[:, None]
-    if kind == "Q8_0":
-        return (scale * blocks["level"].astype(np.float32)).reshape(-1)
-    if kind == "Q4_1":
-        level = blocks["level"]
-        level = np.concatenate([level & 15, level >> 4], axis=1).astype(np.float32)  # low nibbles come first
-        return (scale * level + blocks["low"].astype(np.float32)[:, None]).reshape(-1)
-    raise ValueError(f"no dequantiser for {kind}")
+def shape_of(tensor: gguf.ReaderTensor) -> tuple[int, ...]:
+    """The shape in numpy's order, slowest axis first."""
+    return tuple(reversed(tensor.shape.tolist()))
 
 
 FAMILIES = ("llama", "qwen2", "qwen3")  # general.architecture, and our family of the same name
@@ -277,13 +169,13 @@ class GgufSource:
         self.file = GgufFile(path)
         self.metadata: Mapping[str, Value] = self.file.metadata
         self.config = _config(self.file)
-        found = {name: info.shape for name, info in self.file.tensors.items()}
+        found = {name: shape_of(tensor) for name, tensor in self.file.tensors.items()}
         check_tensors(self.config, TENSOR_NAMES, found, unread={ROPE_FREQS}, where=self.file.path.name)
 
     @property
     def quantised(self) -> list[str]:
         """The types of its tensors that are not plain floating point."""
-        return sorted({info.type for info in self.file.tensors.values()} - {"F32", "F16", "BF16"})
+        return sorted({tensor.tensor_type.name for tensor in self.file.tensors.values()} - set(PLAIN))
 
     def read(self, name: str, layer: int | None) -> np.ndarray:
         """One array of the base in float32: linears [X, Y], embed [V, D], norms and biases flat.
@@ -337,8 +229,8 @@ def _config(file: GgufFile) -> ModelConfig:
     layers = int(number("block_count", int))
     if layers > len(file.tensors):  # also keeps a false count from making us list tensors for ever
         raise ModelInvalid(f"{name}: {family}.block_count is {layers}, but the file has {len(file.tensors)} tensors")
-    embed = file.tensors.get("token_embd.weight")
-    if embed is None or len(embed.shape) != 2:
+    embed = shape_of(file.tensors["token_embd.weight"]) if "token_embd.weight" in file.tensors else ()
+    if len(embed) != 2:
         raise ModelInvalid(f"{name} has no two-dimensional tensor token_embd.weight")
     theta = float(number("rope.freq_base", float))
     return ModelConfig(
@@ -349,7 +241,7 @@ def _config(file: GgufFile) -> ModelConfig:
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        vocab=embed.shape[0],
+        vocab=embed[0],
         context=int(number("context_length", int)),
         norm_eps=float(number("attention.layer_norm_rms_epsilon", float)),
         rope_theta=theta,

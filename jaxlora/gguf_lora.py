@@ -1,4 +1,4 @@
-"""A LoRA as a GGUF file, for llama.cpp beside a GGUF of the same base; written by the `gguf` library (extra `gguf`).
+"""A LoRA as a GGUF file, for llama.cpp beside a GGUF of the same base; written by the `gguf` library.
 
     general.type = adapter, adapter.type = lora, adapter.lora.alpha
     TENSOR.lora_a [R, X] and TENSOR.lora_b [Y, R] for each adapted TENSOR of the base
@@ -14,9 +14,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import gguf
 import numpy as np
 
-from jaxlora.errors import AdapterInvalid, ConfigInvalid
+from jaxlora.errors import AdapterInvalid
 from jaxlora.gguf import TENSOR_NAMES, to_gguf_rows
 from jaxlora.lora import HEAD_TARGET, Adapter
 from jaxlora.model_config import ModelConfig
@@ -28,13 +29,8 @@ ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3"
 def write_gguf_lora(path: Path, config: ModelConfig, adapter: Adapter, *, dtype: str) -> None:
     """Writes the adapter as a GGUF file with tensors of this dtype, float32 or float16.
 
-    Raises ConfigInvalid without the `gguf` library, AdapterInvalid for LoRA on a tied head, which llama.cpp has no tensor
-    for, and for values that `dtype` cannot hold.
+    Raises AdapterInvalid for LoRA on a tied head, which llama.cpp has no tensor for, and for values that `dtype` cannot hold.
     """
-    try:
-        import gguf  # an extra: nothing else needs it
-    except ImportError as e:
-        raise ConfigInvalid("gguf-lora needs the library gguf: `uv sync --extra gguf`, or `pip install gguf`") from e
     if config.tied and HEAD_TARGET in adapter.spec.targets:
         raise AdapterInvalid(
             "the adapter changes lm_head, but a GGUF of this base has no head of its own (it is the embedding); "

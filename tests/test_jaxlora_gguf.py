@@ -1,4 +1,4 @@
-"""gguf.py: dequantisers against the `gguf` package, the whole of SmolLM2, and files that lie."""
+"""gguf.py: every type of tensor against a definition of its own, the whole of SmolLM2, and files that lie."""
 
 import time
 import tracemalloc
@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from small_world import gguf_bytes
 
+from jaxlora import gguf as ours
 from jaxlora.base_files import base_hash, open_model, smollm2_path
 from jaxlora.errors import ModelInvalid
-from jaxlora.gguf import BLOCKS, GgufFile, GgufSource, dequantise
+from jaxlora.gguf import PLAIN, QUANTISED, GgufFile, GgufSource
 from jaxlora.model_config import Llama3Rope
 
-F32, Q4_1, Q8_0, Q4_K, BF16 = 0, 3, 8, 12, 30
+F32, Q4_1, Q8_0, Q8_1 = 0, 3, 8, 9
 D, F, HEADS, KV, V = 8, 12, 2, 1, 6
 
 
@@ -35,41 +36,175 @@ def write(tmp_path):
 # What a file says -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", list(BLOCKS))
-def test_random_blocks_dequantise_as_the_gguf_package_does(kind):
+def half(raw, at=0):
+    return float(np.frombuffer(bytes(raw[at : at + 2]), "<f2")[0])
+
+
+def scales_and_mins(raw):
+    """Of Q4_K and Q5_K: eight pairs of 6-bit numbers in 12 bytes; the last four keep their high bits in the first eight."""
+    low = [(raw[j] & 63, raw[j + 4] & 63) for j in range(4)]
+    high = [(raw[j + 8] & 15 | raw[j] >> 6 << 4, raw[j + 8] >> 4 | raw[j + 4] >> 6 << 4) for j in range(4)]
+    return low + high
+
+
+def q2_k(raw):
+    scales, qs, d, low = raw[:16], raw[16:80], half(raw, 80), half(raw, 82)
+    for i in range(256):
+        half_, shift, byte = i // 128, i % 128 // 32 * 2, i % 32
+        s = scales[i // 16]
+        yield d * (s & 15) * (qs[32 * half_ + byte] >> shift & 3) - low * (s >> 4)
+
+
+def q3_k(raw):
+    high, qs, packed, d = raw[:32], raw[32:96], raw[96:108], half(raw, 108)
+    for i in range(256):
+        half_, shift, byte, s = i // 128, i % 128 // 32, i % 32, i // 16
+        scale = (packed[s % 8] >> 4 * (s // 8) & 15 | (packed[8 + s % 4] >> 2 * (s // 4) & 3) << 4) - 32
+        level = (qs[32 * half_ + byte] >> 2 * shift & 3) - (0 if high[byte] >> (4 * half_ + shift) & 1 else 4)
+        yield d * scale * level
+
+
+def q4_k(raw):
+    d, low, pairs, qs = half(raw), half(raw, 2), scales_and_mins(raw[4:16]), raw[16:]
+    for i in range(256):
+        scale, least = pairs[i // 32]
+        yield d * scale * (qs[i // 64 * 32 + i % 32] >> 4 * (i // 32 % 2) & 15) - low * least
+
+
+def q5_k(raw):
+    d, low, pairs, high, qs = half(raw), half(raw, 2), scales_and_mins(raw[4:16]), raw[16:48], raw[48:]
+    for i in range(256):
+        scale, least = pairs[i // 32]
+        level = qs[i // 64 * 32 + i % 32] >> 4 * (i // 32 % 2) & 15 | (high[i % 32] >> i // 32 & 1) << 4
+        yield d * scale * level - low * least
+
+
+def q6_k(raw):
+    low, high, scales, d = raw[:128], raw[128:192], np.frombuffer(bytes(raw[192:208]), "i1"), half(raw, 208)
+    for i in range(256):
+        half_, quarter, byte = i // 128, i % 128 // 32, i % 32
+        level = low[64 * half_ + 32 * (quarter % 2) + byte] >> 4 * (quarter // 2) & 15
+        level |= (high[32 * half_ + byte] >> 2 * quarter & 3) << 4
+        yield d * float(scales[i // 16]) * (level - 32)
+
+
+IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
+
+def iq4_xs(raw):
+    d, high, low, qs = half(raw), raw[2] | raw[3] << 8, raw[4:8], raw[8:]
+    for i in range(256):
+        block = i // 32
+        scale = (low[block // 2] >> 4 * (block % 2) & 15 | (high >> 2 * block & 3) << 4) - 32
+        yield d * scale * IQ4[qs[16 * block + i % 16] >> 4 * (i % 32 // 16) & 15]
+
+
+def nibble(raw, i):
+    """Element i of 32: the low halves of 16 bytes come first."""
+    return raw[i % 16] >> 4 * (i // 16) & 15
+
+
+def fifth_bit(raw, i):
+    return (int.from_bytes(bytes(raw[:4]), "little") >> i & 1) << 4
+
+
+BY_HAND = {  # type → the numbers of one block of bytes, and where its float16 numbers are
+    "F32": (lambda raw: [float(np.frombuffer(bytes(raw), "<f4")[0])], ()),
+    "F16": (lambda raw: [half(raw)], (0,)),
+    "BF16": (lambda raw: [float(np.frombuffer(b"\0\0" + bytes(raw), "<f4")[0])], ()),
+    "Q4_0": (lambda raw: [half(raw) * (nibble(raw[2:], i) - 8) for i in range(32)], (0,)),
+    "Q4_1": (lambda raw: [half(raw) * nibble(raw[4:], i) + half(raw, 2) for i in range(32)], (0, 2)),
+    "Q5_0": (lambda raw: [half(raw) * ((nibble(raw[6:], i) | fifth_bit(raw[2:], i)) - 16) for i in range(32)], (0,)),
+    "Q5_1": (
+        lambda raw: [half(raw) * (nibble(raw[8:], i) | fifth_bit(raw[4:], i)) + half(raw, 2) for i in range(32)],
+        (0, 2),
+    ),
+    "Q8_0": (lambda raw: [half(raw) * float(x) for x in np.frombuffer(bytes(raw[2:]), "i1")], (0,)),
+    "Q2_K": (q2_k, (80, 82)),
+    "Q3_K": (q3_k, (108,)),
+    "Q4_K": (q4_k, (0, 2)),
+    "Q5_K": (q5_k, (0, 2)),
+    "Q6_K": (q6_k, (208,)),
+    "IQ4_NL": (lambda raw: [half(raw) * IQ4[nibble(raw[2:], i)] for i in range(32)], (0,)),
+    "IQ4_XS": (iq4_xs, (0,)),
+}
+
+
+def random_blocks(kind, count, seed=0):
+    """Bytes of `count` blocks of a type, whose floats are ordinary numbers: [count, bytes of a block]."""
+    rng = np.random.default_rng(seed)
+    raw = rng.integers(0, 256, (count, gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1]), np.uint8)
+    for at in BY_HAND[kind][1]:
+        raw[:, at : at + 2] = rng.standard_normal((count, 1)).astype("<f2").view(np.uint8)
+    if kind in ("F32", "BF16"):
+        raw[:, -1] = 63 + 128 * rng.integers(0, 2, count)  # sign and exponent: numbers about 1
+    return raw
+
+
+@pytest.mark.parametrize("kind", PLAIN + QUANTISED)
+def test_every_type_is_dequantised_as_its_definition_says(write, kind):
     code = gguf.GGMLQuantizationType[kind]
-    rng = np.random.default_rng(0)
-    raw = rng.integers(0, 256, (200, gguf.GGML_QUANT_SIZES[code][1]), np.uint8)
-    if kind in ("Q8_0", "Q4_1"):  # scale, and for Q4_1 the low end: finite numbers
-        size = 2 if kind == "Q8_0" else 4
-        raw[:, :size] = rng.standard_normal((200, size // 2)).astype("<f2").view(np.uint8)
-    passed_through = kind in ("F32", "F16")  # by the package
-    want = raw.view(BLOCKS[kind][1]).astype(np.float32) if passed_through else gguf.quants.dequantize(raw, code)
-    got = dequantise(raw.reshape(-1).view(BLOCKS[kind][1]), kind)
-    assert got.dtype == np.float32
-    np.testing.assert_array_equal(got, want.reshape(-1))
+    raw = random_blocks(kind, 6)
+    shape = (2, 3 * gguf.GGML_QUANT_SIZES[code][0])
+    got = GgufFile(write(gguf_bytes([], [("x", shape, int(code), raw.tobytes())]))).read("x")
+    assert (got.dtype, got.shape) == (np.float32, shape)
+    want = np.array([list(BY_HAND[kind][0](block.tolist())) for block in raw]).reshape(shape)
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6 * np.abs(want).max())  # two float32 roundings of it
 
 
-def test_a_q4_1_block_by_hand():
+def test_a_q4_1_block_by_hand(write):
     """20 bytes: 0.5 and -3 in float16, then nibbles; the low ones are elements 0 to 15, the high ones 16 to 31."""
     raw = np.array([0.5, -3.0], "<f2").tobytes() + bytes([0x21] + [0xF0] * 15)
-    values = dequantise(np.frombuffer(raw, BLOCKS["Q4_1"][1]), "Q4_1")
+    values = GgufFile(write(gguf_bytes([], [("x", (32,), Q4_1, raw)]))).read("x")
     assert values[0] == 0.5 * 1 - 3
     assert values[16] == 0.5 * 2 - 3
     assert values[1] == -3
     assert values[17] == 0.5 * 15 - 3
 
 
-def test_real_tensors_equal_the_gguf_package(smollm2):
-    reader = gguf.GGUFReader(smollm2_path())
-    seen = set()
-    for tensor in reader.tensors:
-        kind = tensor.tensor_type.name
-        if kind not in seen or tensor.name.startswith("blk.29."):
-            seen.add(kind)
-            want = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-            np.testing.assert_array_equal(smollm2.file.read(tensor.name), want)
-    assert seen == {"F32", "Q4_1", "Q8_0"}
+@pytest.mark.parametrize("kind", ["F32", "F16", "Q4_1"])
+def test_what_is_read_is_the_readers_own(write, kind):
+    """Not the file's bytes, which another process may change."""
+    code = gguf.GGMLQuantizationType[kind]
+    data = random_blocks(kind, 1).tobytes()
+    file = GgufFile(write(gguf_bytes([], [("x", gguf.GGML_QUANT_SIZES[code][:1], int(code), data)])))
+    before = file.read("x")
+    want = before.copy()
+    file.path.write_bytes(file.path.read_bytes()[: -len(data)] + b"\1" * len(data))
+    np.testing.assert_array_equal(before, want)
+    before[:] = 7.0
+
+
+def test_a_model_of_k_quants_as_most_files_are(write):
+    """Q4_K_M: most linears in Q4_K, some in Q6_K, norms in float32."""
+    d, kinds = 256, {"attn_v": "Q6_K", "ffn_down": "Q6_K", "token_embd": "Q6_K"}
+    tensors = []
+    for name, shape, _, data in tiny_tensors(d=d, f=d):
+        stem = name.removeprefix("blk.0.").removesuffix(".weight")
+        kind = kinds.get(stem, "Q4_K") if len(shape) == 2 else "F32"
+        code = gguf.GGMLQuantizationType[kind]
+        tensors.append((name, shape, int(code), data if kind == "F32" else random_blocks(kind, shape[0]).tobytes()))
+    meta = tiny_metadata(embedding_length=("u32", d), feed_forward_length=("u32", d))
+    source = GgufSource(write(gguf_bytes(meta, tensors)))
+    assert source.quantised == ["Q4_K", "Q6_K"]
+    for name, kind in (("gate_proj", "Q4_K"), ("v_proj", "Q6_K")):
+        weight = source.read(name, 0)
+        first = random_blocks(kind, weight.shape[1])[0].tolist()  # a row of the file is one block
+        np.testing.assert_allclose(weight[:, 0], list(BY_HAND[kind][0](first)), rtol=1e-5, atol=1e-5)
+
+
+def test_real_tensors_equal_their_definition(smollm2):
+    """Of each type that SmolLM2 has: the first blocks of a tensor, and the last ones."""
+    seen = {tensor.tensor_type.name: name for name, tensor in smollm2.file.tensors.items()}
+    assert sorted(seen) == ["F32", "Q4_1", "Q8_0"]
+    for kind, name in seen.items():
+        raw = smollm2.file.tensors[name].data.reshape(-1).view(np.uint8)
+        blocks = raw.reshape(-1, gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1])
+        blocks = np.concatenate([blocks[:4], blocks[-4:]])
+        want = np.array([list(BY_HAND[kind][0](block.tolist())) for block in blocks]).reshape(-1)
+        flat = smollm2.file.read(name).reshape(-1)
+        got = np.concatenate([flat[: len(want) // 2], flat[-len(want) // 2 :]])
+        np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6 * np.abs(want).max())
 
 
 def test_smollm2_config(smollm2):
@@ -131,21 +266,22 @@ def tiny_metadata(family="llama", **changes):
     return [("general.architecture", "str", family)] + [(f"{family}.{k}", *v) for k, v in rows.items() if v is not None]
 
 
-def tiny_tensors(family="llama", head_dim=D // HEADS, **changes):
+def tiny_tensors(family="llama", head_dim=None, d=D, f=F, **changes):
     """Tensor rows, float32 with random values; changes are name → shape, None to leave out."""
+    head_dim = d // HEADS if head_dim is None else head_dim
     shapes = {
-        "token_embd.weight": (V, D),
-        "output.weight": (V, D),
-        "output_norm.weight": (D,),
-        "blk.0.attn_norm.weight": (D,),
-        "blk.0.attn_q.weight": (HEADS * head_dim, D),
-        "blk.0.attn_k.weight": (KV * head_dim, D),
-        "blk.0.attn_v.weight": (KV * head_dim, D),
-        "blk.0.attn_output.weight": (D, HEADS * head_dim),
-        "blk.0.ffn_norm.weight": (D,),
-        "blk.0.ffn_gate.weight": (F, D),
-        "blk.0.ffn_up.weight": (F, D),
-        "blk.0.ffn_down.weight": (D, F),
+        "token_embd.weight": (V, d),
+        "output.weight": (V, d),
+        "output_norm.weight": (d,),
+        "blk.0.attn_norm.weight": (d,),
+        "blk.0.attn_q.weight": (HEADS * head_dim, d),
+        "blk.0.attn_k.weight": (KV * head_dim, d),
+        "blk.0.attn_v.weight": (KV * head_dim, d),
+        "blk.0.attn_output.weight": (d, HEADS * head_dim),
+        "blk.0.ffn_norm.weight": (d,),
+        "blk.0.ffn_gate.weight": (f, d),
+        "blk.0.ffn_up.weight": (f, d),
+        "blk.0.ffn_down.weight": (d, f),
     }
     if family == "qwen2":
         shapes |= {f"blk.0.attn_{x}.bias": (n * head_dim,) for x, n in (("q", HEADS), ("k", KV), ("v", KV))}
@@ -219,12 +355,12 @@ REFUSED = {
         tiny_tensors("qwen2", **{"blk.0.attn_k.bias": None}),
         "blk.0.attn_k.bias",
     ),
-    "Q4_K": (
+    "Q8_1": (
         tiny_metadata(),
-        [("blk.0.attn_q.weight", (1, 256), Q4_K, b"\0" * 144)],
-        "blk.0.attn_q.weight has type Q4_K; supported: F32, F16, BF16, Q8_0, Q4_1",
+        [("blk.0.attn_q.weight", (1, 32), Q8_1, b"\0" * 40)],
+        "blk.0.attn_q.weight has type Q8_1; supported: F32, F16, BF16, Q4_0, Q4_1",
     ),
-    "type 999": (tiny_metadata(), [("x", (1,), 999, b"\0" * 4)], "tensor x has type number 999"),
+    "type 999": (tiny_metadata(), [("x", (1,), 999, b"\0" * 4)], r"999\)? is not a valid GGMLQuantizationType"),
 }
 
 
@@ -264,37 +400,49 @@ def two_tensors(first, second):
 
 KEY = number(1) + b"k"
 HUGE = 2**63 - 1
+NESTED = number(9, 4) + number(1)
+CUT = "is it cut off"
 HOSTILE = {
-    "empty": (b"", "needs 4 bytes"),
-    "short magic": (b"GG", "needs 4 bytes"),
-    "another format": (b"PK\3\4" + b"\0" * 60, "letters GGUF"),
-    "version 2": (header(0, 0, version=2), "version 2"),
-    "big-endian": (header(0, 0, version=3 << 24), "version 50331648"),
-    "cut after the magic": (b"GGUF\3\0", "needs 4 bytes"),
-    "2^63 tensors": (header(HUGE, 0), "number of tensors"),
-    "2^63 keys": (header(0, HUGE), "number of metadata keys"),
-    "more keys than bytes": (header(0, 4000), "needs 8 bytes"),
-    "key of 2^63 bytes": (header(0, 1, number(HUGE) + b"k"), "a metadata key"),
-    "string of 2^63 bytes": (header(0, 1, KEY + number(8, 4) + number(HUGE)), "at most"),
-    "string past the end": (header(0, 1, KEY + number(8, 4) + number(50) + b"abc"), "at most|needs 50"),
-    "not UTF-8": (header(0, 1, KEY + number(8, 4) + number(2) + b"\xff\xfe"), "not UTF-8"),
-    "array of 2^63 numbers": (header(0, 1, KEY + number(9, 4) + number(4, 4) + number(HUGE)), "number of items"),
-    "array of 2^63 strings": (header(0, 1, KEY + number(9, 4) + number(8, 4) + number(HUGE)), "number of items"),
-    "array of arrays": (header(0, 1, KEY + number(9, 4) + number(9, 4) + number(1)), "array of value type 9"),
-    "unknown value type": (header(0, 1, KEY + number(77, 4)), "value type 77"),
-    "key twice": (header(0, 2, (KEY + number(4, 4) + number(1, 4)) * 2), "k appears twice"),
-    "tensor twice": (two_tensors(0, 64).replace(b"\1\0\0\0\0\0\0\0b", b"\1\0\0\0\0\0\0\0a"), "a appears twice"),
+    "empty": (b"", "starts with b''"),
+    "short magic": (b"GG", "starts with b'GG'"),
+    "another format": (b"PK\3\4" + b"\0" * 60, "little-endian GGUF version 3"),
+    "version 2": (header(0, 0, version=2), "little-endian GGUF version 3"),
+    "big-endian": (header(0, 0, version=3 << 24), "little-endian GGUF version 3"),
+    "cut after the magic": (b"GGUF\3\0", "starts with"),
+    "cut after the version": (b"GGUF\3\0\0\0", CUT),
+    "2^63 tensors": (header(HUGE, 0), CUT),
+    "2^63 keys": (header(0, HUGE), CUT),
+    "2^63 keys in a large file": (header(0, HUGE, b"\0" * (1 << 20)), "Duplicate"),
+    "2^63 tensors in a large file": (header(HUGE, 0, b"\0" * (1 << 14)), CUT),
+    "more keys than bytes": (header(0, 4000), CUT),
+    "key of 2^63 bytes": (header(0, 1, number(HUGE) + b"k"), CUT),
+    "string of 2^63 bytes": (header(0, 1, KEY + number(8, 4) + number(HUGE)), CUT),
+    "string past the end": (header(0, 1, KEY + number(8, 4) + number(50) + b"abc"), CUT),
+    "not UTF-8": (header(0, 1, KEY + number(8, 4) + number(2) + b"\xff\xfe"), "utf-8"),
+    "array of 2^63 numbers": (header(0, 1, KEY + number(9, 4) + number(4, 4) + number(HUGE)), CUT),
+    "array of 2^63 strings": (header(0, 1, KEY + number(9, 4) + number(8, 4) + number(HUGE)), CUT),
+    "array of arrays": (
+        header(0, 1, KEY + number(9, 4) + NESTED + number(4, 4) + number(0)),
+        "k is an array of arrays",
+    ),
+    "array of 5000 arrays": (header(0, 1, KEY + number(9, 4) + NESTED * 5000), "recursion"),
+    "unknown value type": (header(0, 1, KEY + number(77, 4)), r"77\)? is not a valid GGUFValueType"),
+    "key twice": (header(0, 2, (KEY + number(4, 4) + number(1, 4)) * 2), "Duplicate k"),
+    "tensor twice": (two_tensors(0, 64).replace(b"\1\0\0\0\0\0\0\0b", b"\1\0\0\0\0\0\0\0a"), "duplicated tensor .* a"),
     "overlap": (two_tensors(0, 32), "overlaps"),
-    "offset past the end": (directory(offset=1 << 40), "is it cut off"),
-    "offset near 2^64": (directory(offset=2**64 - 32), "is it cut off"),
-    "odd offset": (directory(offset=1), "not a multiple"),
-    "shape whose product overflows": (directory(dims=(2**33, 2**33)), "is it cut off"),
+    "offset past the end": (directory(offset=1 << 40), CUT),
+    "offset near 2^64": (directory(offset=2**64 - 32), "overflow"),
+    "odd offset": (directory(offset=1), "not aligned to 32"),
+    "shape whose product overflows": (directory(dims=(2**33, 2**33)), "cannot reshape|beyond 64 bits"),
+    "shape whose product overflows to 4": (directory(dims=(2**62 + 1, 4)), "cannot reshape|beyond 64 bits"),
+    "axis of 2^64 - 1": (directory(dims=(2**64 - 1,)), CUT),
     "shape with zero": (directory(dims=(0,)), "whole blocks"),
-    "half a block": (directory(dims=(48,), code=Q8_0), "whole blocks"),
+    "half a block": (directory(dims=(48,), code=Q8_0), "not a multiple of Q8_0 block size"),
     "nine axes": (directory(dims=(1,) * 9), "9 axes"),
-    "2^32 axes": (directory(rank=2**32 - 1), "axes"),
+    "2^32 axes": (directory(rank=2**32 - 1), CUT),
     "no axes": (directory(dims=()), "0 axes"),
-    "data cut off": (directory(dims=(64,)), "is it cut off"),
+    "no axes of blocks": (directory(dims=(), code=Q8_0), "not a GGUF file"),
+    "data cut off": (directory(dims=(64,)), CUT),
     "alignment 0": (gguf_bytes([("general.alignment", "u32", 0)], []), "alignment"),
     "alignment 24": (gguf_bytes([("general.alignment", "u32", 24)], []), "alignment"),
     "alignment 2^31": (gguf_bytes([("general.alignment", "u32", 1 << 31)], []), "alignment"),
@@ -314,6 +462,15 @@ def test_hostile_headers_are_refused_fast_and_small(write, data, words):
     finally:
         tracemalloc.stop()
     assert time.monotonic() - start_s < 1.0
+
+
+def test_a_header_has_no_more_numbers_than_we_count(write, monkeypatch):
+    """Each costs the library an object of 100 bytes, so that a large file could take all memory."""
+    data = header(0, 1, KEY + number(9, 4) + number(0, 4) + number(1000) + b"\0" * 1000)
+    assert GgufFile(write(data)).metadata["k"] == [0] * 1000
+    monkeypatch.setattr(ours, "MAX_READS", 900)
+    with pytest.raises(ModelInvalid, match="more than 900 numbers"):
+        GgufFile(write(data))
 
 
 def test_every_cut_and_every_changed_byte_is_read_or_refused(write):
