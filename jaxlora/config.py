@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 
 from jaxlora.errors import ConfigInvalid
 from jaxlora.lora import LAYER_TARGETS, LoraSpec, check_name
 from jaxlora.model_config import ModelConfig
-from jaxlora.toml_loader import PathOrName, load
+from jaxlora.toml_loader import PathOrName, TomlPath, load
 
 __all__ = [
     "Loss",
@@ -80,7 +79,7 @@ def need_distinct(names: list[str], what: str) -> None:
 class ModelSection:
     """Which frozen base, how it is held and how it multiplies."""
 
-    path: Annotated[str, PathOrName]  # "smollm2", a directory, a .gguf file or a hub id
+    path: PathOrName  # "smollm2", a directory, a .gguf file or a hub id
     dtype: Dtype
     precision: Precision = "auto"
 
@@ -304,8 +303,8 @@ class TenantSection(Recipe):
     """One tenant's training job: whose data, and how it learns from them."""
 
     name: str  # 1 to 64 letters, digits, '.', '_', '-'
-    train: Path  # JSONL, one example a line, of the kind that the loss takes
-    heldout: Path | None = None  # JSONL; None: no held-out loss is reported
+    train: TomlPath  # JSONL, one example a line, of the kind that the loss takes
+    heldout: TomlPath | None = None  # JSONL; None: no held-out loss is reported
 
     def __post_init__(self) -> None:
         check_name(self.name, "name")
@@ -329,7 +328,7 @@ class TrainConfig:
 
     model: ModelSection
     mesh: MeshSection = ONE_DEVICE
-    out: Path  # folder of runs: checkpoints, metrics, adapters
+    out: TomlPath  # folder of runs: checkpoints, metrics, adapters
     lanes: int  # packed rows in one batch, each of one tenant
     lane_tokens: (
         int  # predictions in a lane: whole blocks of 32, or less than one; an example has at most one token more

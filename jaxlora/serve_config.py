@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 from jaxlora.config import ONE_DEVICE, Dtype, MeshSection, ModelSection, need, need_counts, need_distinct
 from jaxlora.lora import check_name
+from jaxlora.toml_loader import TomlPath
 
 LogForm = Literal["human", "json"]
 
@@ -18,7 +19,7 @@ class AdapterSection:
     """A PEFT folder to load when the server starts, and the model name it answers to."""
 
     name: str
-    path: Path
+    path: TomlPath
 
     def __post_init__(self) -> None:
         check_name(self.name, "name")
@@ -173,8 +174,8 @@ class ServeConfig:
     grace_s: float  # how long open requests may go on after a signal to end
     host_adapters_gb: float  # adapter versions in host memory: recently used, being read, on their way to the device
     host_kv_gb: float  # KV of parked requests that may lie in host memory; what has no room there is computed again
-    adapters: Path  # root of the adapter store
-    data: Path  # root of the server's own files: uploads, jobs, and the database unless `database` says otherwise
+    adapters: TomlPath  # root of the adapter store
+    data: TomlPath  # root of the server's own files: uploads, jobs, and the database unless `database` says otherwise
     tuning: Tuning
     database: str | None = None  # SQLAlchemy's URL; None: SQLite in `data`
     blobs: BlobsSection | None = None  # None: what `adapters` and `data` hold is on this machine alone
@@ -190,7 +191,7 @@ class ServeConfig:
     )
     load: tuple[AdapterSection, ...] = field(default=())
     lora_roots: tuple[
-        Path, ...
+        TomlPath, ...
     ] = ()  # folders that PEFT folders may be loaded from over HTTP, by admins; none: no loading
 
     def __post_init__(self) -> None:

@@ -1,28 +1,23 @@
-"""TOML → frozen dataclasses, strictly: `load(path, cls)`.  An unknown or missing key is an error that names file and key.
+"""TOML → frozen dataclasses, strictly, by pydantic: `load(path, cls)`.  One error names the mistakes of a file.
 
-What a field may be: bool, int, float, str, Path, a Literal of strings or numbers, an Enum (by value), a dataclass (a
-table), tuple[X, ...] (an array, or an array of tables), X | None (the key may be left out if it has a default; TOML has
-no null).  A float accepts an integer; nothing accepts a bool but bool.  Relative paths start at the file's folder.
+A field's type is taken as pydantic's strict mode takes JSON: a float accepts an integer, nothing accepts a bool but bool,
+and an enum stands there by its value.  `X | None` may be left out if it has a default, as TOML has no null.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import enum
+import json
 import tomllib
-import types
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Annotated, Union, get_args, get_origin, get_type_hints
+
+from pydantic import AfterValidator, BeforeValidator, TypeAdapter, ValidationError, ValidationInfo
+from pydantic_core import ErrorDetails
 
 from jaxlora.errors import ConfigInvalid
 
-
-class PathOrName:
-    """Marks `Annotated[str, PathOrName]`: a name, or a path that then starts at the file's folder like every path.
-
-    A path is what begins with ./, ../, / or ~, ends in .gguf, or is there in the file's folder.
-    """
+MOST_TOLD = 5  # mistakes that one error shows
 
 
 def load[T](path: Path, cls: type[T]) -> T:
@@ -32,130 +27,72 @@ def load[T](path: Path, cls: type[T]) -> T:
     missing key, a value of another type, and whatever a dataclass's own check refuses.
     """
     try:
-        text = path.read_bytes().decode("utf-8")
+        table = tomllib.loads(path.read_bytes().decode("utf-8"))
     except OSError as e:
         raise ConfigInvalid(f"{path}: cannot be read ({e.strerror}); give the path of a TOML file") from e
     except UnicodeDecodeError as e:
         raise ConfigInvalid(f"{path}: is not UTF-8 text (byte {e.start}); TOML files are") from e
-    try:
-        table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as e:
         raise ConfigInvalid(f"{path}: is not TOML: {e}") from e
-    built = _table(table, cls, "", path)
-    if not isinstance(built, cls):
-        raise TypeError(f"{cls} is not a class to load")
-    return built
-
-
-def _at(path: Path, key: str, message: str) -> ConfigInvalid:
-    return ConfigInvalid(f"{path}: {key}: {message}" if key else f"{path}: {message}", param=key or None)
-
-
-def _table(value: object, cls: type, key: str, path: Path) -> object:
-    """The dataclass `cls` out of a TOML table."""
-    if not dataclasses.is_dataclass(cls):
-        raise TypeError(f"{cls} is not a dataclass")
-    if not isinstance(value, Mapping):
-        raise _at(path, key, f"must be a table, got {_shown(value)}")
-    known = {f.name: f for f in dataclasses.fields(cls)}
-    prefix = f"{key}." if key else ""
-    for name in value:
-        if name not in known:
-            raise _at(path, f"{prefix}{name}", f"unknown key; known here: {', '.join(known)}")
-    hints = get_type_hints(cls, include_extras=True)
-    given = {}
-    for name, f in known.items():
-        if name in value:
-            given[name] = _value(value[name], hints[name], f"{prefix}{name}", path)
-        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            raise _at(path, f"{prefix}{name}", f"missing; wanted {_wanted(hints[name])}")
+    text = json.dumps(table, default=lambda date: {"date or time": str(date)})  # which no field accepts
     try:
-        return cls(**given)
-    except ValueError as e:
-        raise _at(path, key, str(e)) from e
+        return TypeAdapter(cls).validate_json(text, strict=True, extra="forbid", context=path.parent)
+    except ValidationError as e:
+        # Unknown keys first: another one may be missing because it is misspelt.
+        errors = sorted(e.errors(include_url=False), key=lambda error: error["type"] != "unexpected_keyword_argument")
+        mistakes = [(_key(error["loc"]), _message(error, cls)) for error in errors]
+        told = [f"{key}: {message}" if key else message for key, message in mistakes[:MOST_TOLD]]
+        if len(mistakes) > MOST_TOLD:
+            told.append(f"and {len(mistakes) - MOST_TOLD} more mistakes")
+        raise ConfigInvalid(f"{path}: {'; '.join(told)}", param=mistakes[0][0] or None) from e
 
 
-def _value(value: object, hint: object, key: str, path: Path) -> object:
-    """`value` as the type `hint`, or ConfigInvalid."""
-    origin, args = get_origin(hint), get_args(hint)
-    wrong = _at(path, key, f"must be {_wanted(hint)}, got {_shown(value)}")
-    if origin is Annotated:
-        plain = _value(value, args[0], key, path)
-        return _path_or_name(str(plain), key, path) if PathOrName in args[1:] else plain
-    if origin in (types.UnionType, Union):
-        inner = [a for a in args if a is not type(None)]
-        if len(inner) != 1 or len(args) != 2:
-            raise TypeError(f"{key}: a setting is X or X | None, not {hint}")
-        return _value(value, inner[0], key, path)
-    if origin is Literal:
-        if not any(value == a and type(value) is type(a) for a in args):
-            raise wrong
-        return value
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise wrong
-        if len(args) != 2 or args[1] is not ...:
-            raise TypeError(f"{key}: a tuple setting is tuple[X, ...], not {hint}")
-        return tuple(_value(v, args[0], f"{key}[{i}]", path) for i, v in enumerate(value))
-    if not isinstance(hint, type):
-        raise TypeError(f"{key}: a setting cannot have the type {hint}")
-    if dataclasses.is_dataclass(hint):
-        return _table(value, hint, key, path)
-    if hint is Path:
-        if not isinstance(value, str) or not value:
-            raise wrong
-        return _resolve(value, key, path)
-    return _scalar(value, hint, wrong)
-
-
-def _scalar(value: object, hint: type, wrong: ConfigInvalid) -> object:
-    if issubclass(hint, enum.Enum):
-        for member in hint:
-            if member.value == value and type(member.value) is type(value):
-                return member
-        raise wrong
-    if hint is float and type(value) is int:
-        return float(value)
-    if hint not in (bool, int, float, str):
-        raise TypeError(f"a setting cannot have the type {hint}")
-    if type(value) is not hint:
-        raise wrong
-    return value
-
-
-def _resolve(text: str, key: str, path: Path) -> Path:
+def _beside_file(text: object, info: ValidationInfo[Path]) -> object:
+    if not isinstance(text, str):
+        return text  # and is refused
+    if not text:
+        raise ValueError("must be a path, got ''")
     try:
-        return path.parent / Path(text).expanduser()
+        return str(info.context / Path(text).expanduser())
     except RuntimeError as e:  # ~name of an unknown user
-        raise _at(path, key, f"{text!r} has no home folder behind its ~; write the path out") from e
+        raise ValueError(f"{text!r} has no home folder behind its ~; write the path out") from e
 
 
-def _path_or_name(text: str, key: str, path: Path) -> str:
-    is_path = text.startswith(("./", "../", "/", "~")) or text.endswith(".gguf") or (path.parent / text).exists()
-    return str(_resolve(text, key, path)) if text and is_path else text
+def _path_or_name(text: str, info: ValidationInfo[Path]) -> object:
+    is_path = text.startswith(("./", "../", "/", "~")) or text.endswith(".gguf") or (info.context / text).exists()
+    return _beside_file(text, info) if text and is_path else text
 
 
-def _wanted(hint: object) -> str:
-    """A type in a reader's words."""
-    origin, args = get_origin(hint), get_args(hint)
-    if origin is Annotated:
-        return _wanted(args[0])
-    if origin in (types.UnionType, Union):
-        return _wanted(next(a for a in args if a is not type(None)))
-    if origin is Literal:
-        return f"one of {', '.join(repr(a) for a in args)}"
-    if origin is tuple:
-        return f"an array, each {_wanted(args[0])}"
-    if isinstance(hint, type) and issubclass(hint, enum.Enum):
-        return f"one of {', '.join(repr(m.value) for m in hint)}"
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return "a table"
-    names = {bool: "true or false", int: "an integer", float: "a number", str: "a string", Path: "a path"}
-    return names[hint] if isinstance(hint, type) and hint in names else str(hint)
+# A path; a relative one starts at the file's folder.
+TomlPath = Annotated[Path, BeforeValidator(_beside_file)]
+# A name, or such a path: what begins with ./, ../, / or ~, ends in .gguf, or is there in the file's folder.
+PathOrName = Annotated[str, AfterValidator(_path_or_name)]
 
 
-def _shown(value: object) -> str:
-    """The value and its TOML type, cut short."""
-    names = {bool: "boolean", int: "integer", float: "float", str: "string", list: "array", dict: "table"}
-    text = repr(value)
-    return f"{text if len(text) <= 80 else text[:77] + '...'} ({names.get(type(value), type(value).__name__)})"
+def _key(parts: tuple[int | str, ...]) -> str:
+    """("rows", 1, "size") → rows[1].size"""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).removeprefix(".")
+
+
+def _message(error: ErrorDetails, cls: type) -> str:
+    """What is wrong with the value, in the words of TOML."""
+    match error["type"]:
+        case "missing":
+            wanted = _fields_at(cls, error["loc"][:-1])[str(error["loc"][-1])]
+            return f"missing (wanted {wanted.__name__ if isinstance(wanted, type) else wanted})"
+        case "unexpected_keyword_argument":
+            return f"unknown key (known here: {', '.join(_fields_at(cls, error['loc'][:-1]))})"
+        case "value_error":
+            return str(error["ctx"]["error"])
+    wanted = error["msg"].replace("Input should be", "must be").replace("an object", "a table")
+    shown = repr(error["input"])
+    return f"{wanted}, got {shown if len(shown) <= 80 else shown[:77] + '...'}"
+
+
+def _fields_at(cls: type, parts: tuple[int | str, ...]) -> dict[str, object]:
+    """Name → type of the fields of the table that a key names."""
+    for part in parts:
+        cls = get_args(cls)[0] if isinstance(part, int) else get_type_hints(cls)[part]
+        if get_origin(cls) in (UnionType, Union):
+            (cls,) = (a for a in get_args(cls) if a is not NoneType)
+    return get_type_hints(cls)

@@ -157,7 +157,7 @@ def test_what_a_user_gets_wrong_is_one_line_and_exit_2(arguments, message, tmp_p
     ("key", "value", "message"),
     [
         ("steps", "0", "steps must be at least 1"),
-        ("lr", '"fast"', "lr: must be a number"),
+        ("lr", '"fast"', "lr: must be a valid number"),
         ("train", '"gone.jsonl"', "gone.jsonl"),
         ("rank", "9", "2 tenants of rank 1 to 9 need as many slots"),
         ("lane_tokens", "32", "tokens"),

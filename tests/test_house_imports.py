@@ -138,7 +138,7 @@ ONLY_IN = {  # package → the only files that import it
     "python_multipart": ("serve/multipart.py",),
     "opentelemetry": ("serve/tracing.py",),
     "prometheus_client": ("serve/metrics.py",),
-    "pydantic": WIRE_FILES,
+    "pydantic": ("jaxlora/toml_loader.py", *WIRE_FILES),
     "sqlalchemy": SQL_FILES,
     "sqlmodel": SQL_FILES,
     "structlog": ("serve/logs.py",),
