@@ -12,14 +12,13 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
-from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.responses import MalformedRangeHeader, RangeNotSatisfiable
 from starlette.types import Receive, Scope, Send
 
 from jaxlora.durable import sha256_of, told_of_disk
 from jaxlora.errors import Overloaded
 from serve.auth import caller_of
-from serve.byte_ranges import satisfiable
 from serve.database import Database
 from serve.file_store import FileStore
 from serve.files_types import CONTENT, FORM_BODY, FORM_FIELDS, DeletedFile, File, FileList, FilesQuery, upload_form
@@ -140,21 +139,19 @@ class FilesWire:
         return JSONResponse({"id": record.id, "object": "file", "deleted": True})
 
     async def content(self, request: Request, id: str) -> Response:
-        """The bytes of a file, as they came; or ranges of them.  A Range header that is none is ignored."""
+        """The bytes of a file, as they came; or ranges of them."""
         caller = caller_of(request)
         self._limiter.admit(caller.owner, tokens=0)
         record, path = await self._ask(self._files.find, id, caller.sees)
-        headers = MutableHeaders(scope=request.scope)
-        if (asked := headers.get("range")) is not None:
-            del headers["range"]
-            ranges = satisfiable(asked, record.size_bytes, conditional="if-range" in headers)
-            if ranges is not None:
-                headers["range"] = ranges
         return _FileHere(self._files.here(path), path, record.filename)
 
 
 class _FileHere(FileResponse):
-    """The bytes of a file that is brought first, and stays until they are sent."""
+    """The bytes of a file that is brought first, and stays until they are sent.
+
+    Ranges are as RFC 9110, section 14.2, has them: a header that is none is ignored, where Starlette answers 400, and
+    416 is for one of which no range begins in the file.
+    """
 
     def __init__(self, here: AbstractContextManager[None], path: Path, filename: str):
         super().__init__(path, media_type="application/octet-stream", filename=filename)
@@ -164,6 +161,23 @@ class _FileHere(FileResponse):
         with contextlib.ExitStack() as stack:
             await asyncio.to_thread(stack.enter_context, self._here)
             await super().__call__(scope, receive, send)
+
+    @classmethod
+    def _parse_range_header(cls, http_range: str, file_size: int) -> list[tuple[int, int]]:
+        try:
+            return super()._parse_range_header(http_range, file_size)
+        except MalformedRangeHeader:
+            return []
+        except RangeNotSatisfiable as e:
+            message = f"the file has {file_size} bytes, and the Range header asks for none of them"
+            raise HTTPException(416, message, headers={"Content-Range": f"bytes */{file_size}"}) from e
+
+    @classmethod
+    def _parse_ranges(cls, range_: str, file_size: int) -> list[tuple[int, int]]:
+        ranges = super()._parse_ranges(range_, file_size)
+        if len(ranges) < sum(bool(part.strip()) for part in range_.split(",")):
+            raise MalformedRangeHeader  # in part, which Starlette passes over
+        return [(start, end) for start, end in ranges if start < file_size] or ranges
 
 
 def file_object(record: FileRecord) -> JsonObject:

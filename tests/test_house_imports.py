@@ -46,7 +46,6 @@ PURE = (
     "serve/answered.py",
     "serve/auth.py",
     "serve/budget.py",
-    "serve/byte_ranges.py",
     "serve/chat.py",
     "serve/chat_client.py",
     "serve/chat_columns.py",
