@@ -33,9 +33,9 @@ from serve.runner import Runner
 from serve.training import LiveTraining, warm_up
 from train.data import Example
 from train.jsonl import chat_example
+from train.metrics import plot_losses
 from train.optimizer import Optimizer
 from train.parts import small_parts
-from train.plot import plot_losses
 from train.trainer import Evaluation, StepReport, Trainer
 
 STEPS, BATCH = 30, 8  # optimizer steps of each tenant, examples of a step

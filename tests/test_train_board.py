@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import struct
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from rich.console import Console
 from small_world import tiny_path
 from tensorboardX.crc32c import crc32c
-from tensorboardX.proto.event_pb2 import Event  # ty: ignore[missing-module-member]
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # ty: ignore[missing-module-member]
 from train_world import lora, optimizer
 from typer.testing import CliRunner
 
@@ -21,7 +22,7 @@ from jaxlora.config import Loss, default_lr
 from jaxlora.hf import HfSource
 from train import metrics, run
 from train.board import Board
-from train.tensorboard import SCALARS, EventFile
+from train.metrics import SCALARS, EventFile
 from train.trainer import StepReport, Tenant
 
 MODEL = "tiny-llama-tied"
@@ -55,9 +56,8 @@ def train(path: Path):
     return CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"}).invoke(cli.app, ["train", str(path)])
 
 
-def events(folder: Path) -> list[Event]:
-    """The events of the only file in the folder, read as the format of TFRecord files says, checksums and all."""
-    (path,) = folder.glob("*")
+def events(path: Path) -> list[Event]:
+    """The events of a file, read as the format of TFRecord files says, checksums and all."""
     data, found = path.read_bytes(), []
     while data:
         (size,) = struct.unpack("<Q", data[:8])
@@ -67,13 +67,22 @@ def events(folder: Path) -> list[Event]:
             assert struct.unpack("<I", data[at : at + 4])[0] == (((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
         found.append(Event.FromString(body))
         data = data[16 + size :]
-    assert found[0].file_version == "brain.Event:2"
+    assert all(event.file_version == "brain.Event:2" for event in found[:1])  # none is on disk yet, at first
     return found[1:]
 
 
 def shown(folder: Path) -> list[dict[str, float]]:
-    """step and scalars of each event."""
-    return [{"step": e.step} | {v.tag: v.simple_value for v in e.summary.value} for e in events(folder)]
+    """step and scalars, as TensorBoard reads all files of a folder: one that starts a session hides the steps from its own."""
+    rows: dict[int, dict[str, float]] = {}
+    for path in sorted(folder.glob("*")):
+        for event in events(path):
+            if event.session_log.status == SessionLog.START:
+                rows = {step: row for step, row in rows.items() if step < event.step}
+            for value in event.summary.value:
+                row = rows.setdefault(event.step, {"step": event.step})
+                assert value.tag not in row
+                row[value.tag] = value.simple_value
+    return list(rows.values())
 
 
 def csv_of(path: Path) -> list[dict[str, float]]:
@@ -108,14 +117,28 @@ def test_each_tenant_has_its_numbers_once_also_after_a_crash(job, monkeypatch):
 
 
 def test_rows_are_on_disk_while_a_run_lasts(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "FLUSH_S", 0.05)
     row = dict.fromkeys(metrics.COLUMNS, "0.5") | {"step": "7"}
     file = EventFile(tmp_path, [row])
-    assert [e["step"] for e in shown(tmp_path)] == [7]
-    monkeypatch.setattr("train.tensorboard.FLUSH_S", 0.0)
     file.add(row | {"step": "8", "loss": "nan"})
-    assert [e["step"] for e in shown(tmp_path)] == [7, 8]
+    until_s = time.monotonic() + 10.0
+    while [e["step"] for e in shown(tmp_path) if len(e) == len(SCALARS) + 1] != [7, 8]:
+        assert time.monotonic() < until_s
+        time.sleep(0.02)
     assert np.isnan(shown(tmp_path)[1]["loss"])
     file.close()
+
+
+def test_an_event_file_hides_what_earlier_ones_hold(tmp_path):
+    row = dict.fromkeys(metrics.COLUMNS, "0.5") | {"step": "1"}
+    old = EventFile(tmp_path, [row, row | {"step": "2"}, row | {"step": "3"}])
+    old.close()
+    (path,) = tmp_path.glob("*")
+    path.rename(tmp_path / path.name.replace("tfevents.", "tfevents.0"))  # of another second
+    assert [e["step"] for e in shown(tmp_path)] == [1, 2, 3]
+    EventFile(tmp_path, [row | {"loss": "0.25"}]).close()
+    assert len(list(tmp_path.glob("*"))) == 2
+    assert [(e["step"], e["loss"]) for e in shown(tmp_path)] == [(1, 0.25)]
 
 
 def test_a_tenant_that_names_no_rate_gets_that_of_the_base(job):

@@ -1,16 +1,24 @@
-"""metrics.csv: one row for each optimizer step of a tenant.  After a resume it goes on where the checkpoint was."""
+"""What a run keeps of its steps, tenant by tenant: metrics.csv, and the same numbers for TensorBoard and as a picture.
+
+metrics.csv has one row for each optimizer step of a tenant.  After a resume all three go on where the checkpoint was.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from jaxlora.durable import replace_file
 from train.trainer import StepReport
 
-# The file's header.  `train.tensorboard` shows the numbers among them.
+# The file's header.
 COLUMNS = ("step", "loss", "accuracy", "lr", "grad_norm", "tokens", "finite")
+SCALARS = ("loss", "accuracy", "lr", "grad_norm", "tokens")  # of them, what TensorBoard shows
+FLUSH_S = 5  # after which a row is on disk for TensorBoard
+
+Curve = tuple[Sequence[int], Sequence[float]]  # optimizer steps, and the loss of each
 
 
 def append(path: Path, report: StepReport) -> None:
@@ -55,3 +63,49 @@ def _rows(path: Path) -> list[list[str]]:
         return []
     with path.open(newline="") as file:
         return [row for row in csv.reader(file) if len(row) == len(COLUMNS) and row[0].isdigit()]
+
+
+class EventFile:
+    """An event file of TensorBoard for one tenant: the numbers of its metrics.csv, digit for digit, as scalars by step."""
+
+    def __init__(self, folder: Path, rows: Iterable[Mapping[str, str]]):
+        """It starts with these rows of the metrics file, which get the time of now and hide all that earlier files hold.
+
+        They are written again because a killed process may have lost some of those it had not flushed.
+        """
+        from tensorboardX import SummaryWriter  # half a second to import, and only needed here
+
+        self._writer = SummaryWriter(str(folder), purge_step=0, max_queue=1000, flush_secs=FLUSH_S)
+        for row in rows:
+            self.add(row)
+
+    def add(self, row: Mapping[str, str]) -> None:
+        """Adds a row of the metrics file; it is on disk FLUSH_S later."""
+        for name in SCALARS:
+            self._writer.add_scalar(name, float(row[name]), int(row["step"]))
+
+    def close(self) -> None:
+        """Returns when all rows are on disk.  No more may come."""
+        self._writer.close()
+
+
+def plot_losses(losses: Mapping[str, Sequence[float]], path: Path) -> None:
+    """As `plot_curves`, of losses from step 1 on."""
+    plot_curves({name: (range(1, len(values) + 1), values) for name, values in losses.items()}, path)
+
+
+def plot_curves(curves: Mapping[str, Curve], path: Path) -> None:
+    """Writes one curve per tenant (mean loss per target token, nats, by optimizer step) as PNG or SVG, by the suffix."""
+    import matplotlib  # a second to import, and only needed here
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    for name, (steps, losses) in curves.items():
+        axes.plot(steps, losses, label=name)
+    axes.set(xlabel="optimizer step", ylabel="training loss, nats per token", yscale="log")
+    axes.legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)

@@ -43,9 +43,8 @@ from train.board import Board, progress
 from train.data import Unit
 from train.job_files import digest
 from train.jsonl import load_jsonl
-from train.plot import plot_curves
+from train.metrics import EventFile, plot_curves
 from train.state import SlotState
-from train.tensorboard import EventFile
 from train.trainer import MAX_BAD_STEPS, Evaluation, Trainer
 
 HOST_BYTES = 2**30  # of adapter versions kept in RAM
@@ -283,8 +282,6 @@ def run_steps(
                     events[name].add(metrics.row_of(report))
                 if name not in marks:
                     continue
-                if store is not None:
-                    events[name].flush()
                 if trainer.tenants[name].status == "done":
                     deliver(trainer, name, job, opened, store)
                     continue
