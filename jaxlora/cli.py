@@ -24,9 +24,7 @@ from jaxlora.neighbours import check_neighbours, own_home
 ERROR_EXIT, INTERRUPTED_EXIT = 2, 130
 SERVE_EXAMPLES = """Example:  jaxlora serve configs/serve_smollm2.toml
 
-Example:  jaxlora serve --model smollm2 --port 8000
-
-Example:  jaxlora serve configs/serve_smollm2.toml --supervise --log json"""
+Example:  jaxlora serve --model smollm2 --port 8000"""
 
 EXPORT_EXAMPLES = """Example:  jaxlora export runs/x/acme/peft --model DIR --form merged --out merged
 
@@ -111,9 +109,7 @@ def serve(
     log: Annotated[
         str | None, typer.Option(help="human, or json: one object a line, on stderr.", show_default=False)
     ] = None,
-    supervise: Annotated[
-        bool, typer.Option("--supervise", help="Run it as a child that is started again when it dies or hangs.")
-    ] = False,
+    supervise: Annotated[bool, typer.Option("--supervise", hidden=True)] = False,  # refused, for one version
 ) -> None:
     """Serve a base and its adapters over HTTP.
 
@@ -124,6 +120,11 @@ def serve(
         from jaxlora.config import load
         from jaxlora.serve_config import ServeConfig, serve_defaults
 
+        if supervise:
+            raise ConfigInvalid(
+                "--supervise is gone; leave it out and have the server restarted by systemd, Docker or Kubernetes, "
+                "with the files in deploy/"
+            )
         if config is not None:
             settings = load(config, ServeConfig)
         elif model is not None:
@@ -138,10 +139,7 @@ def serve(
             settings = replace(settings, **{k: v for k, v in flags.items() if v is not None})
         except ValueError as e:
             raise ConfigInvalid(f"an option of serve: {e}") from e
-        if supervise:
-            resolve("serve.supervisor:main")(settings, has_file=config is not None)
-        else:
-            resolve("serve.assemble:main")(settings, config)
+        resolve("serve.assemble:main")(settings, config)
 
 
 @app.command(epilog="Example:  jaxlora chat roman --url http://127.0.0.1:8000")

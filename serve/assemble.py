@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from pathlib import Path
 from typing import NoReturn
 
@@ -31,7 +31,6 @@ from serve.observe import Observers, observing
 from serve.retune import retuned_by_hangup
 from serve.runner import Runner
 from serve.services import Services, services
-from serve.supervised import attach
 
 LOG = logging.getLogger("serve")
 LOST_EXIT = 1  # the device is lost: whoever keeps the server running starts it again
@@ -133,13 +132,12 @@ def main(config: ServeConfig, file: Path | None) -> None:
 
     Ends the process itself when the device is lost.
     """
-    tell = attach(config.grace_s)
     compile_cache.enable(None)
     with opened_remote(config) as remote:
-        _serve(config, file, remote, tell)
+        _serve(config, file, remote)
 
 
-def _serve(config: ServeConfig, file: Path | None, remote: Remote | None, tell: Callable[[str], None]) -> None:
+def _serve(config: ServeConfig, file: Path | None, remote: Remote | None) -> None:
     opened = open_base(config.model, config.mesh)
     store = open_store(config, remote)
     runner = make_runner(opened, config, store)
@@ -155,7 +153,6 @@ def _serve(config: ServeConfig, file: Path | None, remote: Remote | None, tell: 
                 if own.keyless:
                     print("there are no keys: anyone on this machine may do everything (see jaxlora keys --help)")
                 print(f"serving {opened.name} and {len(store.list(None))} adapters on {http.url}/v1", flush=True)
-                tell(http.url)
                 retuned = contextlib.nullcontext() if file is None else retuned_by_hangup(runner, file)
                 with observers.compiles, retuned:
                     try:

@@ -10,9 +10,6 @@ import time
 from pathlib import Path
 
 from jaxlora import cli
-from serve import supervisor
-
-UNHEALTHY_S = 3.0
 
 
 def break_steps(folder: Path) -> None:
@@ -35,9 +32,6 @@ def break_steps(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    if supervisor.FLAG in sys.argv:
-        supervisor.UNHEALTHY_S = UNHEALTHY_S
-    else:
-        break_steps(Path(sys.argv[1]))
+    break_steps(Path(sys.argv[1]))
     sys.argv = [sys.argv[0], *sys.argv[2:]]
     cli.main()

@@ -92,8 +92,6 @@ PURE = (
     "serve/snapshot.py",
     "serve/stats_types.py",
     "serve/stops.py",
-    "serve/supervised.py",
-    "serve/supervisor.py",
     "serve/telemetry.py",
     "serve/top.py",
     "serve/tracing.py",

@@ -104,13 +104,6 @@ def test_serve_with_a_model_only(entry):
     assert entry == [("serve.assemble:main", (serve_defaults("smollm2", Path("adapters")), None), {})]
 
 
-def test_serve_under_a_supervisor_starts_no_server_itself(entry):
-    path = ROOT / "configs/serve_smollm2.toml"
-    assert run("serve", str(path), "--supervise", "--log", "json").exit_code == 0
-    ((target, (config,), named),) = entry
-    assert (target, config.log, named) == ("serve.supervisor:main", "json", {"has_file": True})
-
-
 def test_serve_options_replace_what_the_file_says(entry):
     options = "--model m --host 0.0.0.0 --port 0 --slots 3 --max-rank 4 --rows 5 --adapters a"
     path = ROOT / "configs/serve_smollm2.toml"
@@ -129,6 +122,9 @@ def test_serve_options_replace_what_the_file_says(entry):
         pytest.param(["serve", "none.toml"], "jaxlora: none.toml: cannot be read", id="no-file"),
         pytest.param(["serve", "--model", "m", "--port", "65536"], "option of serve: port must be in", id="port"),
         pytest.param(["serve", "--model", "m", "--slots", "0"], "option of serve: slots must be at", id="slots"),
+        pytest.param(
+            ["serve", "--model", "m", "--supervise"], "jaxlora: --supervise is gone; leave it", id="supervise"
+        ),
         pytest.param(["demo", "--port", "x"], "Invalid value for '--port'", id="not-a-number"),
         pytest.param(["nonsense"], "No such command 'nonsense'", id="no-command"),
     ],
