@@ -7,6 +7,7 @@ import configparser
 import json
 import re
 import shlex
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,7 +88,7 @@ def told(monkeypatch, arguments: list[str]) -> list:
 
 def is_asked(command: str, path: str) -> bool:
     """Whether a command asks a server of this machine for the path, at the port of the settings."""
-    return f"http://127.0.0.1:{settings().port}{path}" in re.split(r"[\s'\"]+", command)
+    return f"http://127.0.0.1:{settings().port}{path}" in re.split(r"[\s'\";]+", command)
 
 
 def seconds(time: str) -> float:
@@ -184,8 +185,18 @@ def test_systemd_starts_one_again_that_failed_but_not_for_what_its_user_must_men
     assert service["ExecReload"] == "/bin/kill -HUP $MAINPID"
     looks = Unit("jaxlora-health.service")["Service"]
     assert looks["ExecCondition"].endswith("is-active --quiet jaxlora.service")
-    assert looks["ExecStart"].endswith("|| /usr/bin/systemctl try-restart jaxlora.service'")
+    active = "/usr/bin/systemctl is-active --quiet jaxlora.service"
+    assert looks["ExecStart"].endswith(f"|| ! {active} || /usr/bin/systemctl restart jaxlora.service'")
     assert "OnUnitInactiveSec" in Unit("jaxlora-health.timer")["Timer"]
+
+
+def test_systemd_does_not_wait_for_a_server_that_has_ended():
+    shell, flag, script = shlex.split(Unit("jaxlora.service")["Service"]["ExecStartPost"])
+    with subprocess.Popen(["true"]) as ended:
+        ended.wait()
+    script = script.replace(f":{settings().port}/", ":1/")
+    done = subprocess.run([shell, flag, script], env={"MAINPID": str(ended.pid)}, timeout=20, capture_output=True)
+    assert done.returncode == 1
 
 
 def test_what_a_server_writes_outlives_it():
