@@ -1,48 +1,59 @@
-"""Objects under one URL of fsspec (file, s3, gs, …): whole or not there, checked when they come back, tried again.
+"""Objects under one URL (file, s3, gs, az): whole or not there, checked when they come back, through obstore.
 
     URL/KEY            a file, as it is
     URL/KEY.zip        a folder, not compressed: one object, so that all of it appears at once
     URL/lease          which process may write, see lease.py
 
-No call lists but `list`, which is for the start.  A call that fails is tried again after a random wait that doubles (full
-jitter), and one that does not come back is given up: its thread ends when the library lets it.
+obstore tries a failed request again, after a random wait that doubles.  A call that does not come back (a file system whose
+server is gone) is given up here: its thread ends when the system lets it.  No call lists but `list`, which is for the start.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib
 import logging
 import os
-import random
 import shutil
 import threading
-import time
 import uuid
 import zipfile
 import zlib
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
+from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
-import fsspec
-import fsspec.core
-from fsspec.implementations.local import LocalFileSystem
+from obstore.exceptions import (
+    AlreadyExistsError,
+    BaseError,
+    NotSupportedError,
+    PermissionDeniedError,
+    PreconditionError,
+    UnauthenticatedError,
+)
+from obstore.store import LocalStore, from_url
 
-from jaxlora.durable import is_full, sha256_of, told_of_disk
+from jaxlora.durable import lock_folder, sha256_of, told_of_disk
 from jaxlora.errors import ConfigInvalid, JaxLoraError, NotFound, StorageAway, StorageFailed
 
+if TYPE_CHECKING:
+    from obstore import GetResult, ObjectMeta, PutResult, UpdateVersion
+    from obstore.store import ClientConfig, ObjectStore
+
+type Version = UpdateVersion  # of an object, by which a store knows whether it was replaced
+
 LOG = logging.getLogger("jaxlora")
-OBSTORE = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "azure")
-LEASE = "lease"
 FOLDER_SUFFIX = ".zip"
 ATTEMPTS = 4
-FIRST_WAIT_S = 0.25  # at most, before the second attempt
+FIRST_WAIT_S = 0.25  # about, before the second attempt
 AT_ONCE = 32  # calls under way, those that hang included
 SLOWEST_BYTES_S = 2**20  # of a transfer that still counts as one
-REMOVED_AT_ONCE = 500
-NEVER_BETTER = (PermissionError, NotImplementedError, ImportError)
+ENVIRONMENT = {"s3": "AWS_", "s3a": "AWS_", "gs": "GOOGLE_"}
+CLIENT_SETTINGS = ("allow_http", "allow_invalid_certificates", "connect_timeout", "proxy_url", "root_certificate")
+PART_BYTES, PARTS_AT_ONCE = 5 * 2**20, 4  # of an upload
+NEVER_BETTER = (PermissionError, PermissionDeniedError, UnauthenticatedError, NotSupportedError)
+CHANGED = (AlreadyExistsError, PreconditionError)
 
 
 class Blobs:
@@ -51,24 +62,21 @@ class Blobs:
     Messages of errors may reach any tenant and name no object; the log does.
     """
 
-    def __init__(self, url: str, *, timeout_s: float):
-        """timeout_s: of one attempt, besides the time its bytes take.
+    def __init__(self, url: str, *, timeout_s: float, store: ObjectStore | None = None):
+        """timeout_s: of one attempt, besides the time its bytes take.  store: what stands at the URL; None: it is opened.
 
-        Writes, reads and removes an object.  Raises ConfigInvalid for an URL that no installed library opens, StorageAway
-        when nobody answers, StorageFailed when it may not be written.
+        Writes, replaces, lists and removes an object.  Raises ConfigInvalid for an URL that obstore does not open,
+        StorageAway when nobody answers, StorageFailed when it may not be written or does not keep a second writer out.
         """
         self.url, self._timeout_s = url, timeout_s
         try:
-            if (protocol := url.partition("://")[0]) in OBSTORE:
-                _use_obstore(protocol)
-            self._fs, self._root = fsspec.core.url_to_fs(url, skip_instance_cache=True)
-        except (ImportError, ValueError) as error:
+            self._store = _open(url, timeout_s) if store is None else store
+        except (BaseError, OSError, ValueError) as error:
             raise ConfigInvalid(
-                f"blobs.url: {url} cannot be opened ({error}); name an URL such as s3://BUCKET/PREFIX, with the extra "
-                "`blobs` for s3, gs and az, or fsspec's library for others",
+                f"blobs.url: {url} cannot be opened ({_said(error)}); name an URL such as s3://BUCKET/PREFIX, gs://, az://, "
+                "file:///FOLDER, or a folder",
                 param="blobs.url",
             ) from error
-        self._root = self._root.rstrip("/")
         self._busy = threading.BoundedSemaphore(AT_ONCE)
         self.may_write: Callable[[], None] = lambda: None  # raises when this process may not, any more
         try:
@@ -77,9 +85,12 @@ class Blobs:
             raise ConfigInvalid(f"blobs.url: {url}: there is no such bucket; make it", param="blobs.url") from error
 
     def _probe(self) -> None:
-        key, data = f"probe/{uuid.uuid4().hex}", b"jaxlora"
-        self.put_bytes(key, data)
-        if self.list("probe/").get(key) != len(data):
+        key = f"probe/{uuid.uuid4().hex}"
+        first = self.put_if(key, b"1", None)
+        second = None if first is None else self.put_if(key, b"22", first)
+        if second is None or self.put_if(key, b"3", first) or self.put_if(key, b"3", None):
+            raise StorageFailed(f"{self.url} does not keep a second writer out (conditional put); choose another place")
+        if self.list("probe/").get(key) != 2:
             raise StorageFailed(f"{self.url} does not list what was written to it; choose another place for blobs")
         self.delete([key])
 
@@ -88,39 +99,71 @@ class Blobs:
     def put_bytes(self, key: str, data: bytes) -> None:
         """Writes or replaces a small object.  Raises StorageAway, StorageFailed."""
         self.may_write()
-        self._put_bytes(key, data)
+        self._call(f"{key} was not written", len(data), lambda: self._store.put(key, data))
 
     def get_bytes(self, key: str) -> bytes | None:
         """A small object, None when it is not there.  Raises StorageAway, StorageFailed."""
+        found = self.get_with_version(key)
+        return None if found is None else found[0]
+
+    def get_with_version(self, key: str) -> tuple[bytes, Version] | None:
+        """A small object and its version for `put_if`; None when it is not there.  Raises StorageAway, StorageFailed."""
+
+        def read() -> tuple[bytes, Version]:
+            result = self._store.get(key)
+            return bytes(result.bytes()), _version(result.meta)
+
         try:
-            return self._try(f"{key} was not read", 0, lambda: self._fs.cat_file(f"{self._root}/{key}"))
+            return self._call(f"{key} was not read", 0, read)
         except NotFound:
             return None
 
-    def lease(self, data: bytes | None) -> None:
-        """Writes or, with None, removes the object that says who may write."""
-        if data is None:
-            self._delete([LEASE])
-        else:
-            self._put_bytes(LEASE, data)
+    def put_if(self, key: str, data: bytes, version: Version | None) -> Version | None:
+        """Writes a small object if it still has this version (None: if it is not there), whoever may write.
 
-    def _put_bytes(self, key: str, data: bytes) -> None:
-        self._try(
-            f"{key} was not written", len(data), lambda: self._replace(key, lambda to: self._fs.pipe_file(to, data))
-        )
+        Its new version; None where another has changed it, or this very call has, in an attempt whose answer was lost.
+        Raises StorageAway, StorageFailed.
+        """
+        try:
+            return _version(self._call(f"{key} was not written", len(data), lambda: self._put_if(key, data, version)))
+        except (NotFound, *CHANGED):
+            return None
+
+    def _put_if(self, key: str, data: bytes, version: Version | None) -> PutResult:
+        if version is None:
+            return self._store.put(key, data, mode="create")
+        if not isinstance(self._store, LocalStore):
+            return self._store.put(key, data, mode=version)
+        assert self._store.prefix is not None, "it was opened with one"
+        lock = lock_folder(self._store.prefix, wait=True)  # a file system has no conditional replace
+        assert lock is not None, "it was waited for"
+        try:
+            if _version(self._store.head(key)) != version:
+                raise PreconditionError(key)
+            return self._store.put(key, data)
+        finally:
+            os.close(lock)
 
     def put(self, key: str, path: Path) -> None:
         """Writes or replaces an object with the bytes of a file.  Raises StorageAway, StorageFailed."""
         self.may_write()
-        size, source = path.stat().st_size, str(path)
-        self._try(f"{key} was not written", size, lambda: self._replace(key, lambda to: self._fs.put_file(source, to)))
+        self._call(
+            f"{key} was not written",
+            path.stat().st_size,
+            lambda: self._store.put(key, path, chunk_size=PART_BYTES, max_concurrency=PARTS_AT_ONCE),
+        )
 
     def get(self, key: str, path: Path, temporary: Path, *, sha256: str | None = None) -> None:
         """Brings an object to `path`, by a rename out of the folder `temporary` of the same disk.
 
         Raises NotFound, StorageAway, StorageFull, and StorageFailed when what comes is not of this sha256.
         """
-        with self._brought(key, temporary, _same_bytes(sha256)) as copy, told_of_disk("what is brought back"):
+
+        def check(copy: Path) -> None:
+            if sha256 is not None and sha256_of(copy) != sha256:
+                raise ValueError("its sha256 is another")
+
+        with self._brought(key, temporary, check) as copy, told_of_disk("what is brought back"):
             path.parent.mkdir(parents=True, exist_ok=True)
             copy.rename(path)
 
@@ -159,73 +202,15 @@ class Blobs:
         finally:
             shutil.rmtree(unpacked, ignore_errors=True)
 
-    # ---- all ------------------------------------------------------------------------------------------------------
-
-    def delete(self, keys: Sequence[str]) -> None:
-        """Removes objects; those that are not there are no error.  Raises StorageAway, StorageFailed."""
-        self.may_write()
-        self._delete(keys)
-
-    def _delete(self, keys: Sequence[str]) -> None:
-        for start in range(0, len(keys), REMOVED_AT_ONCE):
-            paths = [f"{self._root}/{key}" for key in keys[start : start + REMOVED_AT_ONCE]]
-            self._try("an object was not removed", 0, lambda paths=paths: self._remove(paths))
-
-    def list(self, prefix: str) -> dict[str, int]:
-        """Key → bytes of every object whose key begins with this folder, as "adapters/".  Raises StorageAway, StorageFailed."""
-        folder = f"{self._root}/{prefix.rstrip('/')}"
-
-        def find() -> dict[str, int]:
-            self._fs.invalidate_cache()
-            try:
-                found = self._fs.find(folder, detail=True)
-            except FileNotFoundError:
-                return {}
-            assert isinstance(found, dict)
-            sizes = {path: int(info["size"] or 0) for path, info in found.items() if info["type"] == "file"}
-            return {path[path.index(self._root) + len(self._root) + 1 :]: size for path, size in sizes.items()}
-
-        return {k: v for k, v in self._try("the objects were not listed", 0, find).items() if not _is_partial(k)}
-
-    # ---- one call -------------------------------------------------------------------------------------------------
-
-    def _replace(self, key: str, write: Callable[[str], object]) -> None:
-        """An object store shows an object when its last byte is there; a file system needs a rename for that."""
-        path = f"{self._root}/{key}"
-        if not isinstance(self._fs, LocalFileSystem):
-            write(path)
-            return
-        folder, name = path.rsplit("/", 1)
-        partial = f"{folder}/.{name}.{uuid.uuid4().hex}.tmp"
-        self._fs.makedirs(folder, exist_ok=True)
-        try:
-            write(partial)
-            os.replace(partial, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                self._fs.rm_file(partial)
-            raise
-
-    def _size(self, path: str) -> int:
-        self._fs.invalidate_cache()  # of listings that are old
-        return int(self._fs.info(path)["size"])
-
-    def _remove(self, paths: Sequence[str]) -> None:
-        try:
-            self._fs.rm(list(paths))
-        except FileNotFoundError:  # of one of them; then each for itself
-            for path in paths:
-                with contextlib.suppress(FileNotFoundError):
-                    self._fs.rm_file(path)
-
     @contextlib.contextmanager
     def _brought(self, key: str, temporary: Path, check: Callable[[Path], None]) -> Generator[Path]:
         """The bytes of an object in a file that is gone afterwards.  `check` raises ValueError and the like for wrong ones."""
-        path, copy = f"{self._root}/{key}", temporary / uuid.uuid4().hex
+        copy = temporary / uuid.uuid4().hex
         try:
-            size = self._try(f"{key} was not found", 0, lambda: self._size(path))
             for attempt in range(2):  # bytes may go wrong on their way
-                self._try(f"{key} was not read", size, lambda: self._fs.get_file(path, str(copy)))
+                result = self._call(f"{key} was not found", 0, lambda: self._store.get(key))
+                size = result.meta["size"]
+                self._call(f"{key} was not read", size, lambda result=result: _save(result, copy))
                 try:
                     if copy.stat().st_size != size:
                         raise EOFError(f"{copy.stat().st_size} of {size} bytes")
@@ -241,28 +226,47 @@ class Blobs:
         finally:
             copy.unlink(missing_ok=True)
 
-    def _try[T](self, failed: str, nbytes: int, call: Callable[[], T]) -> T:
-        """The result of a call, tried again while there is hope."""
-        limit_s = self._timeout_s + nbytes / SLOWEST_BYTES_S
-        for attempt in range(ATTEMPTS):
-            if attempt:
-                time.sleep(random.uniform(0, FIRST_WAIT_S * 2**attempt))
+    # ---- all ------------------------------------------------------------------------------------------------------
+
+    def delete(self, keys: Sequence[str]) -> None:
+        """Removes objects; those that are not there are no error.  Raises StorageAway, StorageFailed."""
+        self.may_write()
+
+        def remove() -> None:
             try:
-                return self._within(limit_s, call)
-            except JaxLoraError:
-                raise
-            except FileNotFoundError as error:
-                raise NotFound("object storage has no such object") from error
-            except NEVER_BETTER as error:
-                LOG.error("object storage: %s: %s", failed, _said(error))
-                raise StorageFailed("object storage refuses the server; tell its operator") from error
-            except Exception as error:
-                if is_full(error):
-                    with told_of_disk("what is brought back"):
-                        raise
-                last = error
-                LOG.warning("object storage, attempt %d of %d: %s: %s", attempt + 1, ATTEMPTS, failed, _said(error))
-        raise StorageAway("object storage does not answer; try again later") from last
+                self._store.delete(list(keys))
+            except FileNotFoundError:  # of one of them; then each for itself
+                for key in keys:
+                    with contextlib.suppress(FileNotFoundError):
+                        self._store.delete(key)
+
+        self._call("an object was not removed", 0, remove)
+
+    def list(self, prefix: str) -> dict[str, int]:
+        """Key → bytes of every object whose key begins with this folder, as "adapters/".  Raises StorageAway, StorageFailed."""
+
+        def find() -> dict[str, int]:
+            found = {o["path"]: o["size"] for batch in self._store.list(prefix) for o in batch}
+            return {key: size for key, size in found.items() if not key.rpartition("/")[2].startswith(".")}  # a lock
+
+        return self._call("the objects were not listed", 0, find)
+
+    # ---- one call -------------------------------------------------------------------------------------------------
+
+    def _call[T](self, failed: str, nbytes: int, call: Callable[[], T]) -> T:
+        """The result of a call of obstore, or why there is none in our words; two of its errors say what is there."""
+        try:
+            return self._within(ATTEMPTS * (self._timeout_s + nbytes / SLOWEST_BYTES_S), call)
+        except (JaxLoraError, *CHANGED):
+            raise
+        except FileNotFoundError as error:
+            raise NotFound("object storage has no such object") from error
+        except NEVER_BETTER as error:
+            LOG.error("object storage: %s: %s", failed, _said(error))
+            raise StorageFailed("object storage refuses the server; tell its operator") from error
+        except (BaseError, OSError) as error:
+            LOG.warning("object storage: %s: %s", failed, _said(error))
+            raise StorageAway("object storage does not answer; try again later") from error
 
     def _within[T](self, limit_s: float, call: Callable[[], T]) -> T:
         """The result of a call, on a thread that may be left behind.  Raises TimeoutError."""
@@ -282,24 +286,43 @@ class Blobs:
         return future.result(limit_s)
 
 
-@functools.cache
-def _use_obstore(protocol: str) -> None:
-    """Has fsspec open URLs of this protocol with obstore, which needs no library of a cloud.  Raises ImportError."""
-    importlib.import_module("obstore.fsspec").register(protocol)
+def _open(url: str, timeout_s: float) -> ObjectStore:
+    """What obstore has for an URL, or for the path of a folder, which is made.  Raises BaseError, OSError, ValueError."""
+    if "://" not in url:
+        return LocalStore(url, mkdir=True)
+    if url.startswith("file://"):
+        return LocalStore.from_url(url, mkdir=True)
+    silence_s = timeout_s + PARTS_AT_ONCE * PART_BYTES / SLOWEST_BYTES_S  # an upload hears nothing until its last byte
+    options: dict[str, object] = {
+        "read_timeout": timedelta(seconds=silence_s),
+        "timeout": timedelta(days=1),  # of a request with all its bytes, of which there may be any number
+    }
+    prefix = ENVIRONMENT.get(url.partition("://")[0], "AZURE_")  # obstore reads it, but not beside options
+    options |= {n: os.environ[prefix + n.upper()] for n in CLIENT_SETTINGS if prefix + n.upper() in os.environ}
+    return from_url(
+        url,
+        client_options=cast("ClientConfig", options),
+        retry_config={"max_retries": ATTEMPTS - 1, "backoff": {"init_backoff": timedelta(seconds=FIRST_WAIT_S)}},
+    )
 
 
-def _same_bytes(sha256: str | None) -> Callable[[Path], None]:
-    def check(copy: Path) -> None:
-        if sha256 is not None and sha256_of(copy) != sha256:
-            raise ValueError("its sha256 is another")
-
-    return check
+def _save(result: GetResult, copy: Path) -> None:
+    with told_of_disk("what is brought back"), copy.open("wb") as file:
+        for chunk in result.stream():
+            file.write(chunk)
 
 
-def _is_partial(key: str) -> bool:
-    """Whether this is what a killed writer left."""
-    return key.rsplit("/", 1)[-1].startswith(".")
+def _version(found: PutResult | ObjectMeta) -> Version:
+    """What `put` takes as a version: a store knows an object by one of the two, or both."""
+    version: Version = {}
+    if found["e_tag"] is not None:
+        version["e_tag"] = found["e_tag"]
+    if found["version"] is not None:
+        version["version"] = found["version"]
+    return version
 
 
 def _said(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"[:300] if str(error) else type(error).__name__
+    """One line of what may be many."""
+    first = str(error).partition("\n")[0]
+    return f"{type(error).__name__}: {first}"[:300] if first else type(error).__name__

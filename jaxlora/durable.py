@@ -75,11 +75,14 @@ def replace_folder(new: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def lock_folder(folder: Path) -> int | None:
-    """A descriptor that holds FOLDER/.lock until it is closed, or the process is dead; None when somebody holds it."""
+def lock_folder(folder: Path, *, wait: bool = False) -> int | None:
+    """A descriptor that holds FOLDER/.lock until it is closed, or the process is dead; None when somebody holds it.
+
+    wait: until nobody holds it.
+    """
     descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError:
         os.close(descriptor)
         return None

@@ -1,6 +1,7 @@
 """Which process may write to object storage: one at a time, and one that lost its right stops by itself.
 
-The object says who has it and until when.  It is renewed three times in that span; a process whose span is over without that
+The object says who has it and until when.  It is made only where there is none, and replaced only as it was read: of two
+that would take it at once, one gets it.  It is renewed three times in its span; a process whose span is over without that
 writes no more until it knows better, so another may take over after it.  Clocks of the machines may differ by CLOCK_S.
 """
 
@@ -13,16 +14,26 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from jaxlora.blobs import LEASE, Blobs
+from jaxlora.blobs import Blobs, Version
 from jaxlora.durable import replace_file
 from jaxlora.errors import JaxLoraError, StateInvalid, StorageAway
 
 LOG = logging.getLogger("jaxlora")
+LEASE = "lease"
 SPAN_S = 60.0
 CLOCK_S = 5.0
-SETTLE_S = 1.0  # after which one of two that take it at once sees the other
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Found:
+    """The object as it was read."""
+
+    owner: str | None  # None: nobody's
+    until: float  # epoch seconds
+    version: Version | None  # None: there is none
 
 
 class Lease:
@@ -31,7 +42,7 @@ class Lease:
     def __init__(self, blobs: Blobs, folder: Path, *, waiting: Callable[[str], None] = lambda who: None):
         """Waits for one that is over soon.  folder: this server's own; who has it may go on at once after a crash.
 
-        waiting: told whom it waits for.  Raises StateInvalid when another server renews it, StorageAway, StorageFailed.
+        waiting: told whom it waits for.  Raises StateInvalid when another server has it, StorageAway, StorageFailed.
         """
         self._blobs, self._owner = blobs, _owner(folder)
         self._until = 0.0
@@ -53,61 +64,76 @@ class Lease:
             raise StorageAway("the lease of object storage could not be renewed; try again later")
 
     def close(self) -> None:
-        """Gives it back."""
+        """Gives it back where it is still this server's, which writes nothing more in any case."""
         self._end.set()
         self._thread.join()
-        if not self._lost:
-            try:
-                self._blobs.lease(None)
-            except JaxLoraError as error:
-                LOG.warning("the lease of %s was not given back and ends by itself: %s", self._blobs.url, error)
+        self._until = 0.0
+        try:
+            found = self._read()
+            if found.owner == self._owner:
+                self._replace(found, until=0.0)
+        except JaxLoraError as error:
+            LOG.warning("the lease of %s was not given back and ends by itself: %s", self._blobs.url, error)
 
     def _take(self, waiting: Callable[[str], None]) -> None:
-        first = self._read()
-        if first is not None and first[0] != self._owner:
-            left_s = first[1] + CLOCK_S - time.time()
-            if left_s > 0:
-                waiting(first[0])
-                time.sleep(min(left_s, SPAN_S + CLOCK_S))
-                self._expect(lambda now: now[1] == first[1])
-        self._renew()
-        if first is None or first[0] != self._owner:
-            time.sleep(SETTLE_S)
-            self._expect(lambda now: now[0] == self._owner)
+        found = self._read()
+        if (left_s := self._left_s(found)) > 0:
+            waiting(str(found.owner))
+            time.sleep(min(left_s, SPAN_S + CLOCK_S))
+            before, found = found, self._read()
+            if found.version != before.version and self._left_s(found) > 0:
+                raise self._in_use(found)
+        if not self._renew(found):
+            raise self._in_use(self._read())
 
-    def _expect(self, good: Callable[[tuple[str, float]], bool]) -> None:
-        if (now := self._read()) is not None and not good(now):
-            raise StateInvalid(
-                f"{self._blobs.url} is in use by {now[0]}; stop that server, or name another URL", param="blobs.url"
-            )
+    def _left_s(self, found: _Found) -> float:
+        """How long another has it still; 0 where this server may take it."""
+        return 0.0 if found.owner in (None, self._owner) else max(0.0, found.until + CLOCK_S - time.time())
+
+    def _in_use(self, found: _Found) -> StateInvalid:
+        return StateInvalid(
+            f"{self._blobs.url} is in use by {found.owner}; stop that server, or name another URL", param="blobs.url"
+        )
 
     def _run(self) -> None:
-        while not self._end.wait(SPAN_S / 3):
+        while not self._lost and not self._end.wait(SPAN_S / 3):
             try:
-                found = self._read()
-                if found is not None and found[0] != self._owner:
-                    self._lost = found[0]
-                    LOG.error("%s was taken over by %s; this server writes nothing more", self._blobs.url, self._lost)
-                    return
-                self._renew()
+                self._keep()
             except JaxLoraError as error:
                 LOG.error("the lease of %s is not renewed: %s", self._blobs.url, error)
 
-    def _read(self) -> tuple[str, float] | None:
-        """(who has it, until when)."""
-        data = self._blobs.get_bytes(LEASE)
-        if data is None:
-            return None
+    def _keep(self) -> None:
+        """Renews it, or finds out who has it."""
+        while (found := self._read()).owner in (None, self._owner):
+            if self._renew(found):
+                return
+        self._lost = str(found.owner)
+        LOG.error("%s was taken over by %s; this server writes nothing more", self._blobs.url, self._lost)
+
+    def _renew(self, found: _Found) -> bool:
+        """Has it for another span from now on; False where somebody replaced what was found."""
+        until = time.time() + SPAN_S
+        renewed = self._replace(found, until=until)
+        if renewed:
+            self._until = until
+        return renewed
+
+    def _read(self) -> _Found:
+        read = self._blobs.get_with_version(LEASE)
+        if read is None:
+            return _Found(owner=None, until=0.0, version=None)
+        data, version = read
         try:
             found = json.loads(data)
-            return str(found["owner"]), float(found["until"])
-        except (ValueError, KeyError, TypeError):  # nobody's
-            return None
+            return _Found(owner=str(found["owner"]), until=float(found["until"]), version=version)
+        except (ValueError, KeyError, TypeError):
+            return _Found(owner=None, until=0.0, version=version)
 
-    def _renew(self) -> None:
-        until = time.time() + SPAN_S
-        self._blobs.lease(json.dumps({"owner": self._owner, "until": until}).encode())
-        self._until = until
+    def _replace(self, found: _Found, *, until: float) -> bool:
+        data = json.dumps({"owner": self._owner, "until": until}).encode()
+        if self._blobs.put_if(LEASE, data, found.version) is not None:
+            return True
+        return self._blobs.get_bytes(LEASE) == data  # ours, and its answer was lost: it was tried again in vain
 
 
 def _owner(folder: Path) -> str:

@@ -141,7 +141,7 @@ class TrainingSection:
 class BlobsSection:
     """Object storage for adapters, files and checkpoints; this machine's disk then holds copies."""
 
-    url: str  # fsspec's, such as s3://BUCKET/PREFIX; one server's alone
+    url: str  # such as s3://BUCKET/PREFIX, or a folder; one server's alone
     disk_gb: float | None = None  # copies of adapters and files on this disk; None: as many as were used
     timeout_s: float = 30.0  # of one attempt, besides the time its bytes take
 

@@ -16,4 +16,4 @@ done
 export AWS_ACCESS_KEY_ID=any AWS_SECRET_ACCESS_KEY=any AWS_REGION=us-east-1
 export AWS_ENDPOINT_URL="http://127.0.0.1:$port" AWS_ALLOW_HTTP=true
 export JAXLORA_TEST_S3="$AWS_ENDPOINT_URL"
-uv run --isolated --extra blobs pytest -n0 -m s3 "$@"
+uv run --isolated pytest -n0 -m s3 "$@"

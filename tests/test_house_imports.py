@@ -129,10 +129,10 @@ WIRE_FILES = tuple(
 ONLY_IN = {  # package → the only files that import it
     "alembic": ("serve/migrations.py",),
     "flax": ("jaxlora/model.py",),
-    "fsspec": ("jaxlora/blobs.py",),
     "limits": ("serve/limits.py",),
     "llguidance": ("serve/grammar.py",),
     "python_multipart": ("serve/multipart.py",),
+    "obstore": ("jaxlora/blobs.py",),
     "opentelemetry": ("serve/tracing.py",),
     "prometheus_client": ("serve/metrics.py",),
     "pydantic": ("jaxlora/toml_loader.py", *WIRE_FILES),

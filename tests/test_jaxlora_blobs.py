@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
+import subprocess
+import sys
 import threading
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
-from blobs_world import FAULTS, faulty
+from blobs_world import FAULTS, faulty, s3
+from obstore.exceptions import PermissionDeniedError
+from obstore.store import MemoryStore
 
 from jaxlora import blobs as blobs_module
 from jaxlora.blobs import ATTEMPTS, Blobs
@@ -37,7 +45,7 @@ def tree(folder):
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
 
 
-@pytest.mark.parametrize("url", ["memory://one", "file://{}/root", "{}/root"], ids=["memory", "file", "path"])
+@pytest.mark.parametrize("url", ["memory:///", "file://{}/root", "{}/a root"], ids=["memory", "file", "path"])
 def test_files_and_folders_come_back_and_go(url, there):
     blobs = Blobs(url.format(there), timeout_s=10)
     blobs.put("files/acme/1", there / "file")
@@ -57,43 +65,131 @@ def test_files_and_folders_come_back_and_go(url, there):
     assert not list((there / "moving").iterdir())
 
 
-def test_an_object_on_a_file_system_is_whole_or_not_there(there, monkeypatch):
+def test_an_object_on_a_file_system_is_whole_or_not_there(there):
+    """Another process is killed while it writes one; no part of it is seen."""
     blobs = Blobs(f"file://{there}/root", timeout_s=10)
     blobs.put("a", there / "file")
-    monkeypatch.setattr(blobs_module.os, "replace", lambda *a: (_ for _ in ()).throw(OSError("no")))
-    (there / "file").write_bytes(b"new")
-    with pytest.raises(Unavailable):
+    gate = os.open(_fifo(there / "slow"), os.O_RDWR)
+    os.write(gate, b"half of it")
+    child = subprocess.Popen([sys.executable, "-c", WRITER, str(there / "root"), str(there / "slow")])
+    try:
+        deadline = time.monotonic() + 30
+        while not [p for p in (there / "root").iterdir() if p.name != "a" and p.is_file() and p.stat().st_size]:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        child.kill()
+        child.wait()
+        os.close(gate)
+    assert blobs.list("") == {"a": len(DATA)}
+    assert blobs.get_bytes("a") == DATA
+
+
+WRITER = """
+import sys
+from obstore.store import LocalStore
+LocalStore(sys.argv[1]).put("a", iter(lambda: open(sys.argv[2], "rb", 0).read(4), b""), chunk_size=4)
+"""
+
+
+def _fifo(path):
+    os.mkfifo(path)
+    return path
+
+
+def test_what_fails_is_tried_again_and_given_up(there, monkeypatch):
+    with s3(monkeypatch) as server:
+        blobs = Blobs("s3://bucket/some/prefix", timeout_s=20)
+        assert server.objects == {}
+        server.fail = [503] * (ATTEMPTS - 1)
+        server.asked.clear()
         blobs.put("a", there / "file")
-    assert blobs.list("") == {"a": len(DATA)}
-    assert not list((there / "root").rglob("*.tmp"))
+        assert server.asked == ["PUT"] * ATTEMPTS
+        assert server.objects == {"some/prefix/a": DATA}
+        server.fail = [500] * ATTEMPTS
+        with pytest.raises(Unavailable, match="does not answer; try again later"):
+            blobs.put("b", there / "file")
+        server.fail = [500] * ATTEMPTS
+        with pytest.raises(Unavailable):
+            blobs.list("")
+        assert blobs.list("") == {"a": len(DATA)}
+        server.cut = 1  # the rest is asked for
+        blobs.get("a", there / "back", there / "moving", sha256=hashlib.sha256(DATA).hexdigest())
+        assert (there / "back").read_bytes() == DATA
+        blobs.delete(["a", "never"])
+        assert server.objects == {}
 
 
-def test_what_fails_is_tried_again_and_given_up(there):
-    blobs = faulty("tries")
-    FAULTS.fail = [ConnectionError("reset")] * (ATTEMPTS - 1)
-    blobs.put("a", there / "file")
-    assert FAULTS.calls == ["write"] * ATTEMPTS
-    FAULTS.down = True
-    with pytest.raises(Unavailable, match="does not answer; try again later"):
-        blobs.put("b", there / "file")
-    with pytest.raises(Unavailable):
-        blobs.list("")
-    FAULTS.down = False
-    assert blobs.list("") == {"a": len(DATA)}
+def test_a_server_that_is_silent_is_given_up(there, monkeypatch):
+    with s3(monkeypatch) as server:
+        blobs = Blobs("s3://bucket", timeout_s=0.2)
+        server.hang = threading.Event()
+        start = time.monotonic()
+        with pytest.raises(Unavailable):
+            blobs.put_bytes("a", b"x")
+        assert 0.5 < time.monotonic() - start < 5
 
 
-def test_what_cannot_get_better_is_not_tried_again(there):
+def test_what_cannot_get_better_is_refused(there, monkeypatch):
     blobs = faulty("refused")
-    FAULTS.fail = [PermissionError("AccessDenied")]
+    FAULTS.fail = [PermissionDeniedError("AccessDenied")]
     with pytest.raises(StorageFailed, match="refuses the server"):
         blobs.put("a", there / "file")
-    assert FAULTS.calls == ["write"]
+    with s3(monkeypatch) as server:
+        blobs = Blobs("s3://bucket", timeout_s=20)
+        server.fail, server.asked = [403], []
+        with pytest.raises(StorageFailed, match="refuses the server"):
+            blobs.put("a", there / "file")
+        assert server.asked == ["PUT"]
+
+
+def test_a_full_disk_of_this_machine_is_told(there, monkeypatch):
+    blobs = faulty("full")
     blobs.put("a", there / "file")
-    FAULTS.calls.clear()
-    FAULTS.fail = [OSError(28, "No space left on device")]
+    (there / "full").mkdir()
+    monkeypatch.setattr(blobs_module.uuid, "uuid4", lambda: SimpleNamespace(hex="copy"))
+    (there / "full/copy").symlink_to("/dev/full")
     with pytest.raises(StorageFull):
-        blobs.get("a", there / "back", there / "moving")
-    assert FAULTS.calls == ["info"]
+        blobs.get("a", there / "back", there / "full")
+
+
+def opened(kind, there):
+    return faulty(there.name) if kind == "memory" else Blobs(f"file://{there}/root", timeout_s=10)
+
+
+@pytest.mark.parametrize("kind", ["memory", "file", "s3"])
+def test_an_object_is_made_once_and_replaced_only_as_it_was_read(kind, there, monkeypatch):
+    with s3(monkeypatch) if kind == "s3" else contextlib.nullcontext():
+        blobs = Blobs("s3://bucket/p", timeout_s=10) if kind == "s3" else opened(kind, there)
+        first = blobs.put_if("a", b"1", None)
+        assert first
+        assert blobs.put_if("a", b"other", None) is None
+        assert blobs.get_with_version("a") == (b"1", first)
+        second = blobs.put_if("a", b"22", first)
+        assert second not in (None, first)
+        assert blobs.put_if("a", b"333", first) is None
+        assert blobs.put_if("never", b"x", second) is None
+        assert blobs.get_with_version("a") == (b"22", second)
+
+
+@pytest.mark.parametrize("kind", ["memory", "file"])
+def test_of_many_that_replace_it_at_once_one_does(kind, there):
+    blobs = opened(kind, there)
+    version = blobs.put_if("a", b"begin", None)
+    with ThreadPoolExecutor(8) as pool:
+        for turn in range(20):
+            tries = list(pool.map(lambda n, v=version, t=turn: blobs.put_if("a", b"%d %d" % (t, n), v), range(8)))
+            (version,) = [t for t in tries if t is not None]
+            assert blobs.get_bytes("a") == b"%d %d" % (turn, next(n for n, t in enumerate(tries) if t))
+
+
+def test_a_place_that_lets_a_second_writer_in_is_refused():
+    class Careless(MemoryStore):
+        def put(self, path, file, *, mode=None):
+            return super().put(path, file)
+
+    with pytest.raises(StorageFailed, match="does not keep a second writer out"):
+        Blobs("careless://", timeout_s=1, store=Careless())
 
 
 @pytest.mark.parametrize("fault", ["cut", "flip"])
@@ -145,5 +241,5 @@ def test_paths_of_an_archive_stay_inside(there):
 
 
 def test_an_url_that_nothing_opens_is_refused_at_once():
-    with pytest.raises(ConfigInvalid, match="extra `blobs` for s3, gs and az"):
+    with pytest.raises(ConfigInvalid, match="name an URL such as s3://BUCKET/PREFIX"):
         Blobs("nosuch://bucket", timeout_s=1)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from blobs_world import FAULTS, faulty
+from blobs_world import FAULTS, faulty, s3
 
 from jaxlora import blobs as blobs_module
 from jaxlora import lease as lease_module
-from jaxlora.blobs import LEASE
+from jaxlora.blobs import Blobs
 from jaxlora.errors import StateInvalid, Unavailable
-from jaxlora.lease import Lease
+from jaxlora.lease import LEASE, Lease
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +21,6 @@ def quick(monkeypatch):
     monkeypatch.setattr(blobs_module, "FIRST_WAIT_S", 0.001)
     monkeypatch.setattr(lease_module, "SPAN_S", 0.9)
     monkeypatch.setattr(lease_module, "CLOCK_S", 0.1)
-    monkeypatch.setattr(lease_module, "SETTLE_S", 0.01)
     yield
     FAULTS.__init__()
 
@@ -68,7 +69,7 @@ def test_who_crashed_is_followed_when_its_time_is_over_and_writes_nothing_more(m
 
 def test_who_was_taken_over_finds_out_and_stops_writing(machine, tmp_path):
     one, lease = machine("one")
-    one.lease(b'{"owner": "another", "until": 99999999999}')
+    assert one.put_if(LEASE, b'{"owner": "another", "until": 99999999999}', one.get_with_version(LEASE)[1])
     lease._thread.join(5)
     for write in (lambda: one.put_bytes("a", b"x"), lambda: one.delete(["a"]), lambda: one.put("a", tmp_path / "no")):
         with pytest.raises(StateInvalid, match="taken over by another"):
@@ -85,6 +86,95 @@ def test_the_same_server_goes_on_at_once_and_an_ended_one_leaves_it_free(machine
     lease.close()
     machine("two")
     assert time.monotonic() - began < 0.7
+
+
+class Busy(Exception):
+    """What a contender of a race makes of having to wait."""
+
+
+def refuse(_who: str) -> None:
+    raise Busy
+
+
+@pytest.mark.parametrize("kind", ["memory", "file"])
+def test_of_two_that_take_it_at_once_one_has_it(kind, request, tmp_path):
+    """A hundred times: at first it is not there, then it is free, and both have seen so before one writes."""
+    met = threading.Barrier(2)
+
+    class Racing(Lease):
+        raced = False
+
+        def _read(self):
+            found = super()._read()
+            if not self.raced:
+                self.raced = True
+                met.wait(10)
+            return found
+
+    def seen_by(name: str) -> Blobs:
+        url = f"file://{tmp_path}/objects"
+        return faulty(request.node.name) if kind == "memory" else Blobs(url, timeout_s=10)
+
+    blobs = {name: seen_by(name) for name in ("one", "two")}
+
+    def contend(name: str) -> Lease | None:
+        (tmp_path / name).mkdir(exist_ok=True)
+        try:
+            return Racing(blobs[name], tmp_path / name, waiting=refuse)
+        except (StateInvalid, Busy):
+            return None
+
+    with ThreadPoolExecutor(2) as pool:
+        for turn in range(100):
+            leases = list(pool.map(contend, blobs))
+            (held,) = [lease for lease in leases if lease is not None]
+            held.check()
+            crash(held) if turn == 99 else held.close()
+    with pytest.raises(Busy):
+        Lease(blobs["one"], tmp_path, waiting=refuse)
+
+
+def test_an_owner_that_was_paused_finds_that_it_lost_it_and_writes_nothing(machine, monkeypatch):
+    """It had read its own name and was about to renew it when it was paused; another took over meanwhile."""
+    one, paused = machine("one")
+    reached, gate, replace = threading.Event(), threading.Event(), paused._replace
+
+    def late(found, *, until):
+        reached.set()
+        gate.wait(10)
+        return replace(found, until=until)
+
+    monkeypatch.setattr(paused, "_replace", late)
+    assert reached.wait(5)
+    two, lease = machine("two")
+    two.put_bytes("a", b"new")
+    with pytest.raises(Unavailable, match="could not be renewed"):
+        one.put_bytes("a", b"old")
+    gate.set()
+    paused._thread.join(5)
+    for write in (lambda: one.put_bytes("a", b"old"), lambda: one.delete(["a"])):
+        with pytest.raises(StateInvalid, match="taken over by another"):
+            write()
+    assert two.get_bytes("a") == b"new"
+    lease.check()
+    paused.close()
+    assert lease._owner.encode() in two.get_bytes(LEASE), "it gives back only its own"
+
+
+def test_a_renewal_whose_answer_is_lost_loses_nothing(tmp_path, monkeypatch):
+    with s3(monkeypatch) as server:
+        blobs = Blobs("s3://bucket", timeout_s=5)
+        lease = Lease(blobs, tmp_path)
+        for _ in range(3):
+            server.lost, until = 1, lease._until
+            deadline = time.monotonic() + 10
+            while lease._until == until:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        blobs.put_bytes("a", b"x")
+        lease.close()
+        with pytest.raises(Unavailable):
+            blobs.put_bytes("a", b"y")
 
 
 def test_a_short_outage_passes_and_a_long_one_stops_the_writing_until_it_is_over(machine):
