@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxlora.blobs import Blobs
+from jaxlora.single_flight import SingleFlight
 
 
 class DiskCopies:
@@ -19,7 +20,8 @@ class DiskCopies:
         """most_bytes: of all copies that nobody uses; None: none ever leaves."""
         self._most_bytes = most_bytes
         self._changed = threading.Condition()
-        self._moving: set[Path] = set()  # being brought or removed
+        self._bringing: SingleFlight[Path, Path] = SingleFlight()
+        self._leaving: set[Path] = set()  # being removed; nobody uses them
         self._users: Counter[Path] = Counter()
         self._copies: OrderedDict[Path, tuple[int, Callable[[Path], None]]] = OrderedDict()  # the newest use last
         self._bytes = 0
@@ -27,20 +29,18 @@ class DiskCopies:
     @contextlib.contextmanager
     def using(self, path: Path, bring: Callable[[Path], None]) -> Generator[None]:
         """Inside, the path is there and stays.  Raises what `bring` raises, which is called where it is not there."""
+
+        def brought() -> Path:
+            bring(path)
+            return path
+
         with self._changed:
-            self._changed.wait_for(lambda: path not in self._moving)
+            self._changed.wait_for(lambda: path not in self._leaving)
             self._users[path] += 1
-            missing = not path.exists()
-            if missing:
-                self._moving.add(path)
-            elif path in self._copies:
+            if path in self._copies:
                 self._copies.move_to_end(path)
         try:
-            if missing:
-                try:
-                    bring(path)
-                finally:
-                    self._moved(path)
+            self._bringing.get(path, lambda: path if path.exists() else None, brought)
             yield
         finally:
             with self._changed:
@@ -72,11 +72,6 @@ class DiskCopies:
         size, _ = self._copies.pop(path, (0, None))
         self._bytes -= size
 
-    def _moved(self, path: Path) -> None:
-        with self._changed:
-            self._moving.discard(path)
-            self._changed.notify_all()
-
     def _trim(self) -> None:
         """Removes copies until the rest fits."""
         while (found := self._next()) is not None:
@@ -84,20 +79,22 @@ class DiskCopies:
             try:
                 remove(path)
             finally:
-                self._moved(path)
+                with self._changed:
+                    self._leaving.discard(path)
+                    self._changed.notify_all()
 
     def _next(self) -> tuple[Path, Callable[[Path], None]] | None:
-        """A copy that leaves now; nobody can use it until `_moved`."""
+        """A copy that leaves now; nobody can use it until it has left."""
         if self._most_bytes is None:
             return None
         with self._changed:
-            idle = (p for p in self._copies if not self._users[p] and p not in self._moving)
+            idle = (p for p in self._copies if not self._users[p] and p not in self._leaving)
             path = next(idle, None) if self._bytes > self._most_bytes else None
             if path is None:
                 return None
             _, remove = self._copies[path]
             self._drop(path)
-            self._moving.add(path)
+            self._leaving.add(path)
             return path, remove
 
 

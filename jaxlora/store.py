@@ -18,7 +18,6 @@ import queue
 import threading
 import time
 from collections.abc import Iterable
-from concurrent.futures import Future
 from pathlib import Path
 
 from jaxlora.adapter_files import About, is_damage
@@ -26,6 +25,7 @@ from jaxlora.errors import AdapterNotFound, AlreadyExists, StateInvalid, Storage
 from jaxlora.host_tier import HostMemory, HostTier
 from jaxlora.lora import Adapter, AdapterRef, check_name
 from jaxlora.remote_versions import RemoteVersions
+from jaxlora.single_flight import SingleFlight
 from jaxlora.version_files import VersionFiles
 
 LOG = logging.getLogger("jaxlora")
@@ -60,7 +60,7 @@ class AdapterStore:
         self._unsaved: set[AdapterRef] = set()  # kept in RAM
         self._leaving: set[AdapterRef] = set()  # invisible, but still on disk
         self._failed: dict[AdapterRef, BaseException] = {}  # unsaved, and the last try failed
-        self._loading: dict[AdapterRef, Future[Adapter]] = {}
+        self._loads: SingleFlight[AdapterRef, Adapter] = SingleFlight()
         self._work: queue.Queue[AdapterRef | Path | None] = queue.Queue()
         self._open_work = 0
         self._closed = False  # no more changes
@@ -188,25 +188,15 @@ class AdapterStore:
 
         Raises AdapterNotFound, or StorageFailed when the version on disk is damaged.
         """
+        return self._loads.get(ref, lambda: self._held(ref), lambda: self._load(ref))
+
+    def _held(self, ref: AdapterRef) -> Adapter | None:
+        """What RAM has of a version.  Raises AdapterNotFound."""
         with self._state:
             if (orphan := self._ram.orphan(ref)) is not None:
                 return orphan
             self._check_visible(ref)
-            if (held := self._ram.find(ref)) is not None:
-                return held
-            future = self._loading.get(ref)
-            mine = future is None
-            if mine:
-                future = self._loading[ref] = Future()
-        if mine:
-            try:
-                future.set_result(self._load(ref))
-            except BaseException as e:
-                future.set_exception(e)
-            finally:
-                with self._state:
-                    self._loading.pop(ref)
-        return future.result()
+            return self._ram.find(ref)
 
     def borrow(self, ref: AdapterRef) -> None:
         """Until `give_back`, `get` finds the version though it is deleted meanwhile.  Each borrower borrows once."""

@@ -30,6 +30,7 @@ PURE = (
     "jaxlora/peft_config.py",
     "jaxlora/peft_match.py",
     "jaxlora/serve_config.py",
+    "jaxlora/single_flight.py",
     "jaxlora/slots.py",
     "jaxlora/state_copies.py",
     "jaxlora/toml_loader.py",

@@ -9,9 +9,9 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from pathlib import Path
 
+from jaxlora.single_flight import SingleFlight
 from train.data import Unit
 
 EXAMPLE_BYTES = 400  # of an example in memory, beside its numbers
@@ -28,30 +28,21 @@ class KeptExamples:
         self._lock = threading.Lock()
         self._kept: OrderedDict[Key, tuple[Sequence[Unit], int]] = OrderedDict()  # examples, bytes; the last used last
         self._nbytes = 0
-        self._reading: dict[Key, Future[Sequence[Unit]]] = {}
+        self._readings: SingleFlight[Key, Sequence[Unit]] = SingleFlight()
 
     def __call__(self, path: Path) -> Sequence[Unit]:
         """The file's examples; who asks for what is being read waits for it.  Raises as `load` does."""
         key = _key(path)
         if key is None:
             return self._load(path)  # it says what is wrong
+        return self._readings.get(key, lambda: self._find(key), lambda: self._keep(key, tuple(self._load(path))))
+
+    def _find(self, key: Key) -> Sequence[Unit] | None:
         with self._lock:
-            if key in self._kept:
-                self._kept.move_to_end(key)
-                return self._kept[key][0]
-            future = self._reading.get(key)
-            mine = future is None
-            if mine:
-                future = self._reading[key] = Future()
-        if mine:
-            try:
-                future.set_result(self._keep(key, tuple(self._load(path))))
-            except BaseException as error:
-                future.set_exception(error)
-            finally:
-                with self._lock:
-                    del self._reading[key]
-        return future.result()
+            if key not in self._kept:
+                return None
+            self._kept.move_to_end(key)
+            return self._kept[key][0]
 
     def _keep(self, key: Key, units: Sequence[Unit]) -> Sequence[Unit]:
         nbytes = sum(map(_bytes, units))
