@@ -35,12 +35,12 @@ from jaxlora.peft_tensors import (
     PICKLE,
     PREFIX,
     AdapterKeys,
-    TensorEntry,
     parse_json,
-    read_header,
     read_tensor,
+    read_tensors,
     sort_keys,
 )
+from jaxlora.safetensors_map import StoredTensor
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -169,9 +169,9 @@ def _open_weights(folder: Path, reasons: Reasons) -> BufferedReader:
     return (folder / WEIGHTS_FILE).open("rb")
 
 
-def _header(file: BinaryIO, reasons: Reasons) -> dict[str, TensorEntry] | None:
+def _header(file: BinaryIO, reasons: Reasons) -> dict[str, StoredTensor] | None:
     try:
-        return read_header(file, os.fstat(file.fileno()).st_size)
+        return read_tensors(file, os.fstat(file.fileno()).st_size)
     except AdapterInvalid as e:
         reasons.add(e.message)
         return None
@@ -223,7 +223,7 @@ def _plan(
     return _Plan(peft, chosen, keys)
 
 
-def _check_shapes(module: Module, rank: int, pair: dict[str, TensorEntry], reasons: Reasons) -> None:
+def _check_shapes(module: Module, rank: int, pair: dict[str, StoredTensor], reasons: Reasons) -> None:
     for half, need in (("A", (rank, module.features_in)), ("B", (module.features_out, rank))):
         if half not in pair:
             continue
@@ -237,7 +237,11 @@ def _check_shapes(module: Module, rank: int, pair: dict[str, TensorEntry], reaso
 
 
 def _check_head_copy(
-    file: BinaryIO, entry: TensorEntry, head_adapted: bool, read_head: Callable[[], np.ndarray] | None, reasons: Reasons
+    file: BinaryIO,
+    entry: StoredTensor,
+    head_adapted: bool,
+    read_head: Callable[[], np.ndarray] | None,
+    reasons: Reasons,
 ) -> None:
     """Adds a reason unless the file's lm_head is this base's, bit for bit, in one of the two dtypes."""
     same = False

@@ -1,7 +1,11 @@
-"""A safetensors file mapped into memory: header checked, one tensor read at a time, bfloat16 without torch.
+"""Safetensors files by strict rules: the header of a base's or an adapter's file, and a base's file mapped into memory.
 
-The `safetensors` library accepts duplicate names and makes no promise on how much it reads; a base model is large and
-comes from outside, so we read the (small) format ourselves.
+    8 bytes     length N of the header, little-endian
+    N bytes     JSON: name → {"dtype", "shape", "data_offsets": [begin, end]}, and "__metadata__"
+    the rest    the values, without gaps or overlaps
+
+These files come from outside, so we read the (small) format ourselves: the `safetensors` library accepts duplicate names
+and makes no promise on how much it reads.  All checks happen before a value is read: a file that lies costs a header.
 Source: https://github.com/huggingface/safetensors#format
 """
 
@@ -11,28 +15,110 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import ml_dtypes
 import numpy as np
 
 from jaxlora.errors import ModelInvalid
 
-MAX_HEADER_BYTES = 16 << 20
+MAX_HEADER_BYTES = 16 << 20  # of a base's file
+MAX_AXES = 8
+MAX_COUNT = 2**48  # of a size or a place in a file
 DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """One tensor of the header.  `dtype` is the file's own name for it, which may be one we do not read."""
+    """Where one tensor lies.  `dtype` is the file's own name for it, which may be one we do not read."""
 
-    shape: tuple[int, ...]
+    name: str
     dtype: str
-    start: int  # byte in the file
+    shape: tuple[int, ...]
+    begin: int  # bytes of the file
     end: int
 
 
+def strict_json(text: bytes) -> dict[str, object]:
+    """The JSON object in `text`.
+
+    Raises ValueError, to be read after what it is of, when it is not UTF-8, not an object, nested too deep, or has a key
+    twice, NaN or Infinity.
+    """
+
+    def pairs(items: list[tuple[str, object]]) -> dict[str, object]:
+        table: dict[str, object] = {}
+        for key, value in items:
+            if key in table:
+                raise ValueError(f"key {key[:200]} comes twice")
+            table[key] = value
+        return table
+
+    def constant(text: str) -> None:
+        raise ValueError(f"{text} is not JSON")
+
+    try:
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"is not valid JSON: {str(e)[:200]}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"must be a JSON object, got {type(value).__name__}")
+    return value
+
+
+def read_header(file: BinaryIO, size: int, *, max_bytes: int) -> dict[str, StoredTensor]:
+    """name → StoredTensor of a file of `size` bytes, in file order.  max_bytes: of the header.
+
+    Raises ValueError when the header does not describe this file.  Reads no values.
+    """
+    start = file.read(8)
+    if len(start) < 8:
+        raise ValueError(f"it has {size} bytes")
+    length = int.from_bytes(start, "little")
+    if length > size - 8:
+        raise ValueError(f"it is truncated: its header claims {length} bytes of a file of {size}")
+    if length > max_bytes:
+        raise ValueError(f"its header has {length} bytes; at most {max_bytes}")
+    try:
+        table = strict_json(file.read(length))
+    except ValueError as e:
+        raise ValueError(f"its header {e}") from None
+    table.pop("__metadata__", None)
+    place = 8 + length
+    tensors = {name: _stored(name, value, place) for name, value in table.items()}
+    for tensor in sorted(tensors.values(), key=lambda t: (t.begin, t.end)):
+        if tensor.begin != place or tensor.end < tensor.begin:
+            raise ValueError(f"the bytes of {tensor.name[:200]} overlap another tensor's or leave a gap")
+        place = tensor.end
+    if place != size:
+        raise ValueError(f"it has {size} bytes, its header describes {place}; is it cut off?")
+    return tensors
+
+
+def _stored(name: str, entry: object, base: int) -> StoredTensor:
+    shown = name[:200]
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"the entry of {shown} must hold exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str):
+        raise ValueError(f"the dtype of {shown} must be a name")
+    if not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
+        raise ValueError(f"shape and data_offsets of {shown} must be short lists of whole numbers")
+    begin, end = offsets
+    if dtype in DTYPES and end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
+        raise ValueError(f"the {end - begin} bytes of {shown} do not hold {dtype} of shape {shape}")
+    return StoredTensor(name, dtype, tuple(shape), base + begin, base + end)
+
+
+def _counts(value: object) -> bool:
+    """Whether these are few and no number among them is beyond any file: a product of many takes a minute."""
+    return (
+        isinstance(value, list) and len(value) <= MAX_AXES and all(type(n) is int and 0 <= n < MAX_COUNT for n in value)
+    )
+
+
 class SafetensorsMap:
-    """`tensors` by name of a safetensors file, and `read(name)`.
+    """`tensors` by name of a base's safetensors file, and `read(name)`.
 
     Raises ModelInvalid for a header that does not describe this file.
     """
@@ -41,48 +127,13 @@ class SafetensorsMap:
         self.path = Path(path)
         try:
             size = self.path.stat().st_size
-            data = np.memmap(self.path, dtype=np.uint8, mode="r") if size else np.zeros(0, np.uint8)
+            with self.path.open("rb") as file:
+                self.tensors = read_header(file, size, max_bytes=MAX_HEADER_BYTES)
+            self._data = np.asarray(np.memmap(self.path, dtype=np.uint8, mode="r"))
         except OSError as error:
             raise ModelInvalid(f"cannot open {self.path}: {error.strerror}") from error
-        self._data = np.asarray(data)
-        if size < 8:
-            raise self._fail(f"it has {size} bytes")
-        length = int(self._data[:8].view("<u8")[0])
-        if length > min(MAX_HEADER_BYTES, size - 8):
-            raise self._fail(f"its header claims {length} bytes of a file of {size} (at most {MAX_HEADER_BYTES})")
-        header = _parse(self._data[8 : 8 + length].tobytes(), self.path.name)
-        header.pop("__metadata__", None)
-        self.tensors = {name: self._stored(name, row, 8 + length) for name, row in header.items()}
-        self._check_layout(8 + length)
-
-    def _fail(self, what: str) -> ModelInvalid:
-        return ModelInvalid(f"{self.path.name} is not a safetensors file we can read: {what}")
-
-    def _stored(self, name: str, row: object, start: int) -> StoredTensor:
-        keys = {"dtype", "shape", "data_offsets"}
-        if not isinstance(row, dict) or set(row) != keys or not isinstance(row["dtype"], str):
-            raise self._fail(f"the entry of {name[:100]} must have exactly dtype, shape and data_offsets")
-        for key in ("shape", "data_offsets"):
-            values = row[key]
-            if not isinstance(values, list) or any(type(value) is not int or value < 0 for value in values):
-                raise self._fail(f"{key} of {name[:100]} must be a list of whole numbers")
-        if len(row["data_offsets"]) != 2 or len(row["shape"]) > 8:
-            raise self._fail(f"{name[:100]} must have two offsets and at most 8 axes")
-        first, last = row["data_offsets"]
-        dtype = DTYPES.get(row["dtype"])
-        if dtype is not None and last - first != math.prod(row["shape"]) * dtype.itemsize:
-            raise self._fail(f"{name[:100]} has {last - first} bytes, which its shape and dtype do not give")
-        return StoredTensor(tuple(row["shape"]), row["dtype"], start + first, start + last)
-
-    def _check_layout(self, start: int) -> None:
-        """The tensors cover the rest of the file without gap or overlap, as the format demands."""
-        at = start
-        for name, tensor in sorted(self.tensors.items(), key=lambda item: (item[1].start, item[1].end)):
-            if tensor.start != at or tensor.end < tensor.start:
-                raise self._fail(f"{name[:100]} lies at {tensor.start}, expected {at}")
-            at = tensor.end
-        if at != len(self._data):
-            raise self._fail(f"its tensors end at byte {at}, the file at {len(self._data)}; is it cut off?")
+        except ValueError as error:
+            raise ModelInvalid(f"{self.path.name} is not a safetensors file we can read: {error}") from error
 
     def read(self, name: str) -> np.ndarray:
         """A view of the stored tensor, in the file's dtype.
@@ -92,23 +143,4 @@ class SafetensorsMap:
         tensor = self.tensors[name]
         if tensor.dtype not in DTYPES:
             raise ModelInvalid(f"tensor {name} has dtype {tensor.dtype[:20]}; supported: {', '.join(DTYPES)}")
-        return self._data[tensor.start : tensor.end].view(DTYPES[tensor.dtype]).reshape(tensor.shape)
-
-
-def _parse(raw: bytes, name: str) -> dict[str, object]:
-    """The header object; duplicate names are refused at every level."""
-
-    def pairs(items: list[tuple[str, object]]) -> dict[str, object]:
-        table = dict(items)
-        if len(table) != len(items):
-            raise ValueError("a name appears twice")
-        return table
-
-    try:
-        header = json.loads(raw, object_pairs_hook=pairs)
-    except (ValueError, RecursionError) as error:
-        reason = str(error)[:200]
-        raise ModelInvalid(f"{name} is not a safetensors file we can read: its header is not JSON: {reason}") from error
-    if not isinstance(header, dict):
-        raise ModelInvalid(f"{name} is not a safetensors file we can read: its header is not a JSON object")
-    return header
+        return self._data[tensor.begin : tensor.end].view(DTYPES[tensor.dtype]).reshape(tensor.shape)

@@ -306,7 +306,7 @@ def raw_file(header: bytes, data: bytes = b"") -> bytes:
 
 ENTRY = b'{"dtype":"F32","shape":[2,32],"data_offsets":[0,256]}'
 HOSTILE = {
-    "empty": (b"", "truncated"),
+    "empty": (b"", "it has 0 bytes"),
     "huge_length": ((2**60).to_bytes(8, "little") + b"{}", "truncated"),
     "big_header": (raw_file(b"{" + b" " * 1_000_001 + b"}"), "at most 1000000"),
     "not_json": (raw_file(b"{no"), "not valid JSON"),
@@ -322,7 +322,17 @@ HOSTILE = {
         "do not hold",
     ),
     "negative": (raw_file(b'{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,-4]}}'), "whole numbers"),
-    "no_shape": (raw_file(b'{"a":{"dtype":"F32"}}'), "must hold dtype, shape and data_offsets"),
+    "no_shape": (raw_file(b'{"a":{"dtype":"F32"}}'), "must hold exactly dtype, shape and data_offsets"),
+    "a_key_more": (raw_file(b'{"a":' + ENTRY[:-1] + b',"x":1}}', bytes(256)), "must hold exactly dtype"),
+    "three_offsets": (raw_file(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4,4]}}', bytes(4)), "whole numbers"),
+    "nine_axes": (
+        raw_file(b'{"a":{"dtype":"F32","shape":[1,1,1,1,1,1,1,1,1],"data_offsets":[0,4]}}', bytes(4)),
+        "short lists",
+    ),
+    "true": (raw_file(b'{"a":{"dtype":"F32","shape":[true],"data_offsets":[0,4]}}', bytes(4)), "whole numbers"),
+    "no_name": (raw_file(b'{"a":{"dtype":4,"shape":[1],"data_offsets":[0,4]}}', bytes(4)), "dtype of a must be a name"),
+    "dtype": (raw_file(b'{"a":{"dtype":"I32","shape":[1],"data_offsets":[0,4]}}', bytes(4)), "has dtype I32; only F32"),
+    "nan": (raw_file(b'{"a":{"dtype":"F32","shape":[NaN],"data_offsets":[0,4]}}', bytes(4)), "NaN is not JSON"),
     "many_tensors": (
         raw_file(
             b"{" + b",".join(b'"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}' % i for i in range(15_000)) + b"}"
