@@ -11,7 +11,7 @@ from pathlib import Path
 
 from jaxlora.base_files import smollm2_path
 from jaxlora.config import Optimizer
-from jaxlora.lora import Adapter
+from jaxlora.lora import AdapterWeights
 from jaxlora.model_config import ModelConfig
 from jaxlora.peft import export_peft
 from train.data import Example, ExampleStream
@@ -34,7 +34,7 @@ def _listed(examples: Sequence[Example]) -> list[dict[str, list]]:
 
 
 def train_alone(
-    adapter: Adapter,
+    adapter: AdapterWeights,
     config: ModelConfig,
     optimizer: Optimizer,
     stream: ExampleStream,

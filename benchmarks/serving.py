@@ -56,9 +56,9 @@ def server(adapters: int, *, rank: int = 8, dtype: Dtype = "auto", **settings: o
         config: ServeConfig = replace(serve_defaults(DEMO_MODEL, Path(folder)), max_rank=rank, **settings)
         store = open_store(config)
         runner = make_runner(opened, config, store)
-        refs = [store.mint(f"team{n}", "a") for n in range(adapters)]
-        for ref in refs:
-            store.put(adapter(opened, ref, rank))
+        refs = [
+            store.add(f"team{n}", "a", adapter(opened, AdapterRef(f"team{n}", "a", 1), rank)) for n in range(adapters)
+        ]
         store.flush()
         try:
             yield Server(opened, runner, refs)

@@ -24,6 +24,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -71,11 +72,9 @@ class Soak:
 
     def put(self, name: str, *, scale: float = 1.0) -> AdapterRef:
         """A new version of the adapter."""
-        ref = self.store.mint(LOCAL_TENANT, name)
         made = adapter(self.session.opened, AdapterRef(name, f"seed{next(self._seeds)}", 1), RANK)
         weights = {t: (a * np.float32(scale), b * np.float32(scale)) for t, (a, b) in made.weights.items()}
-        self.store.put(Adapter(ref=ref, spec=made.spec, base_hash=made.base_hash, weights=weights))
-        return ref
+        return self.store.add(LOCAL_TENANT, name, replace(made, weights=weights))
 
     def inject(self) -> None:
         """Damages a file, makes an adapter that overflows, and has the store fail or dawdle now and then."""

@@ -24,7 +24,7 @@ from peft_recipe import train_alone
 
 from jaxlora.compile_cache import CompileCounter
 from jaxlora.config import Optimizer
-from jaxlora.lora import AdapterRef, LoraSpec
+from jaxlora.lora import LoraSpec
 from jaxlora.opened import Opened
 from serve.session import Session
 from train.data import ExampleStream
@@ -71,7 +71,7 @@ def peft_nll(opened: Opened, path: Path, seed: int, steps: int) -> float:
         for part in ("train", "heldout")
     )
     spec = LoraSpec(rank=RANK, alpha=ALPHA)
-    adapter = fresh_adapter(opened.base.config, AdapterRef("peft", path.name, 1), spec, seed, opened.base_hash)
+    adapter = fresh_adapter(opened.base.config, spec, seed, opened.base_hash)
     how = Optimizer(lr=LR, total_steps=steps, warmup_steps=min(WARMUP, steps), clip=None)
     stream = ExampleStream(train, seed)
     found = train_alone(adapter, opened.base.config, how, stream, batch=BATCH, heldout=heldout[:HELDOUT])

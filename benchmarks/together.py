@@ -26,7 +26,7 @@ from peft_recipe import train_alone
 
 from jaxlora import compile_cache
 from jaxlora.config import DEMO_MODEL, ONE_DEVICE, ModelSection, Optimizer
-from jaxlora.lora import AdapterRef, LoraSpec
+from jaxlora.lora import LoraSpec
 from jaxlora.model import Base
 from jaxlora.opened import Opened, open_base
 from jaxlora.pool import LaneLora, PoolSpec
@@ -77,7 +77,7 @@ def floor_of(base: Base, batch: TrainBatch) -> Callable[[], jax.Array]:
 
 def peft_s(opened: Opened, alone: Trainer, tokens: int, steps: int) -> float:
     """CPU seconds of a step of PyTorch with PEFT."""
-    adapter = alone.adapter("t0", AdapterRef("acme", "t0", 1))
+    adapter = alone.adapter("t0")
     stream = ExampleStream([example(0, tokens, opened.base.config.vocab)], 0)
     how = replace(HOW, total_steps=steps)
     return train_alone(adapter, opened.base.config, how, stream, batch=1).cpu_s / steps

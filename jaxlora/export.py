@@ -23,9 +23,10 @@ from jaxlora.errors import AdapterNotFound, AlreadyExists, BaseMismatch, Invalid
 from jaxlora.gguf import GgufSource
 from jaxlora.gguf_lora import write_gguf_lora
 from jaxlora.hf import HfSource
+from jaxlora.import_adapter import read_over
 from jaxlora.lora import Adapter, AdapterRef
 from jaxlora.merged import unties, write_merged
-from jaxlora.peft import OWN_FILE, OWN_FORMAT, check_fits, export_peft, import_peft
+from jaxlora.peft import OWN_FILE, OWN_FORMAT, check_fits, export_peft
 
 DTYPES = {  # form → dtypes, the first is what is written when none is asked for
     "peft": ("float32", "bfloat16", "float16"),
@@ -111,19 +112,10 @@ def _find(
             raise BaseMismatch(f"{adapter.ref} was trained on another base than {base.name}; name its own with --model")
         return adapter
     assert folder is not None
-    config = base.source.config
-    adapter, report = import_peft(
-        folder,
-        config,
-        ref=AdapterRef("local", "adapter", 1),
-        base_hash=base.hash,
-        max_rank=max(config.d_model, config.d_ff),
-        head_supported=True,
-        read_head=lambda: base.source.read("embed", None) if config.tied else base.source.read("head", None).T,
-    )
+    weights, report = read_over(base.source, base.hash, folder)
     for note in report.notes:
         say(f"note: {note}")
-    return adapter
+    return weights.named(AdapterRef("local", "adapter", 1))  # a folder names no version
 
 
 def read_stored(store: Path, name: str) -> Adapter:

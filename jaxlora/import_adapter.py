@@ -11,8 +11,11 @@ from pathlib import Path
 
 from jaxlora.archives import unpack, upload_limits
 from jaxlora.base_files import base_hash, find_model, open_source
-from jaxlora.lora import Adapter, AdapterRef, check_name
-from jaxlora.peft import import_peft
+from jaxlora.gguf import GgufSource
+from jaxlora.hf import HfSource
+from jaxlora.lora import AdapterWeights, check_name
+from jaxlora.model_config import ModelConfig
+from jaxlora.peft import ImportReport, import_peft
 from jaxlora.store import AdapterStore
 
 LOCAL_TENANT = "local"  # who has what is named without a tenant
@@ -29,30 +32,39 @@ def main(*, model: str, folder: Path, store: Path, name: str, any_base: bool, sa
     check_name(short, "--name")
     _, path = find_model(model)
     source = open_source(path)
-    config = source.config
-    largest = max(config.d_model, config.d_ff)
     with tempfile.TemporaryDirectory() as temporary:
         if folder.is_file():
-            unpack(folder, Path(temporary), upload_limits(config, largest))
+            unpack(folder, Path(temporary), upload_limits(source.config, largest_rank(source.config)))
             folder = Path(temporary)
-        adapter, report = import_peft(
-            folder,
-            config,
-            ref=AdapterRef(tenant, short, 1),
-            base_hash=base_hash(path),
-            max_rank=largest,
-            head_supported=True,
-            read_head=lambda: source.read("embed", None) if config.tied else source.read("head", None).T,
-            any_base=any_base,
-        )
+        weights, report = read_over(source, base_hash(path), folder, any_base=any_base)
     for note in report.notes:
         say(f"note: {note}")
     if report.ignored:
         say(f"note: these settings have no effect here: {', '.join(report.ignored)}")
     opened = AdapterStore(store, host_bytes=0)
     try:
-        ref = opened.mint(tenant, short)
-        opened.put(Adapter(ref=ref, spec=adapter.spec, base_hash=adapter.base_hash, weights=adapter.weights))
+        ref = opened.add(tenant, short, weights)
     finally:
         opened.close()
     say(f"imported {ref}: {len(report.modules)} modules, {report.parameters} parameters")
+
+
+def read_over(
+    source: HfSource | GgufSource, base: str, folder: Path, *, any_base: bool = False
+) -> tuple[AdapterWeights, ImportReport]:
+    """The adapter in a PEFT folder, of any rank that its base has room for.  base: its hash.  Raises as `import_peft` does."""
+    config = source.config
+    return import_peft(
+        folder,
+        config,
+        base_hash=base,
+        max_rank=largest_rank(config),
+        head_supported=True,
+        read_head=lambda: source.read("embed", None) if config.tied else source.read("head", None).T,
+        any_base=any_base,
+    )
+
+
+def largest_rank(config: ModelConfig) -> int:
+    """Above it a LoRA is larger than what it changes."""
+    return max(config.d_model, config.d_ff)

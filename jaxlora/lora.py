@@ -148,18 +148,21 @@ def check_name(name: str, what: str) -> str:
     return name
 
 
-@dataclass(frozen=True, slots=True)
-class Adapter:
-    """One adapter version on the host.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterWeights:
+    """What an adapter computes, on the host; it has no name and no version yet.
 
     weights: target → (a_LRX, b_LRY) float32, R = spec.max_rank.  Rows past a module's own rank, and modules that are
     not adapted, are zero in both.  L is 1 for lm_head.  lm_head is [1, R, d_model] and [1, R, vocab].
     """
 
-    ref: AdapterRef
     spec: LoraSpec
     base_hash: str
     weights: Mapping[str, tuple[np.ndarray, np.ndarray]] = field(repr=False)
+
+    def named(self, ref: AdapterRef) -> Adapter:
+        """The same as a version of an adapter."""
+        return Adapter(ref=ref, spec=self.spec, base_hash=self.base_hash, weights=self.weights)
 
     def check_finite(self) -> None:
         """Raises AdapterNotFinite, naming the tensor, when a weight is NaN or infinite."""
@@ -172,3 +175,10 @@ class Adapter:
     def nbytes(self) -> int:
         """Bytes of the weights in host memory."""
         return sum(a.nbytes + b.nbytes for a, b in self.weights.values())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Adapter(AdapterWeights):
+    """One adapter version on the host."""
+
+    ref: AdapterRef

@@ -27,7 +27,7 @@ from safetensors.numpy import save_file
 
 from jaxlora.durable import sha256_of, whole_folder
 from jaxlora.errors import AdapterInvalid, AdapterNotFinite, AlreadyExists, BaseMismatch
-from jaxlora.lora import HEAD_TARGET, Adapter, AdapterRef, LoraSpec
+from jaxlora.lora import HEAD_TARGET, Adapter, AdapterWeights, LoraSpec
 from jaxlora.model_config import ModelConfig, target_features
 from jaxlora.peft_config import HEAD_LORA, PeftConfig, Reasons, not_linear, read_config, replaces_base
 from jaxlora.peft_match import Module, choose_modules, linear_modules, make_spec
@@ -96,13 +96,12 @@ def import_peft(
     path: Path,
     config: ModelConfig,
     *,
-    ref: AdapterRef,
     base_hash: str,
     max_rank: int,
     head_supported: bool,
     read_head: Callable[[], np.ndarray] | None = None,
     any_base: bool = False,
-) -> tuple[Adapter, ImportReport]:
+) -> tuple[AdapterWeights, ImportReport]:
     """The adapter in a PEFT folder, float32, and what was read.
 
     `path` is the folder, or one that holds it alone.  PEFT saves a copy of the base's lm_head beside a LoRA on it;
@@ -134,7 +133,7 @@ def import_peft(
             _check_own_hash(file, own)
         spec = make_spec(plan.peft, plan.modules, config)
         weights = _read_weights(file, plan, spec, config)
-    adapter = Adapter(ref=ref, spec=spec, base_hash=base_hash, weights=weights)
+    adapter = AdapterWeights(spec=spec, base_hash=base_hash, weights=weights)
     return adapter, _report(plan, spec, config, base=None if own is None else own.get("base_hash") == base_hash)
 
 

@@ -21,7 +21,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from jaxlora.errors import AdapterInvalid, AdapterNotFinite
-from jaxlora.lora import ALL_TARGETS, HEAD_TARGET, LAYER_TARGETS, Adapter, AdapterRef, LoraSpec
+from jaxlora.lora import ALL_TARGETS, HEAD_TARGET, LAYER_TARGETS, AdapterWeights, LoraSpec
 from jaxlora.mesh import RULES, sharding
 from jaxlora.model_config import ModelConfig, parameters, target_features
 from pallas_kernels.gathered_lora import gathered_lora, visits_by_slot
@@ -140,7 +140,7 @@ def empty_pool(config: ModelConfig, spec: PoolSpec, mesh: Mesh) -> Rows:
     return pool
 
 
-def host_rows(config: ModelConfig, spec: PoolSpec, adapter: Adapter) -> Rows:
+def host_rows(config: ModelConfig, spec: PoolSpec, adapter: AdapterWeights) -> Rows:
     """One slot's rows of this adapter as float32 NumPy arrays: every target of the pool, every row, and scale.
 
     Raises AdapterInvalid when the adapter does not fit, AdapterNotFinite when a weight is not finite.
@@ -180,7 +180,7 @@ def scales(config: ModelConfig, spec: LoraSpec, target: str) -> np.ndarray:
     return np.array([spec.scale(target, i) for i in range(layer_count(config, target))], np.float32)
 
 
-def adapter_of_rows(rows: Mapping[str, LoraRows], ref: AdapterRef, spec: LoraSpec, base_hash: str) -> Adapter:
+def adapter_of_rows(rows: Mapping[str, LoraRows], spec: LoraSpec, base_hash: str) -> AdapterWeights:
     """The host adapter whose weights are one slot's rows (float32, cut to the adapter's largest rank)."""
     weights = {
         t: (
@@ -189,7 +189,7 @@ def adapter_of_rows(rows: Mapping[str, LoraRows], ref: AdapterRef, spec: LoraSpe
         )
         for t in spec.targets
     }
-    return Adapter(ref=ref, spec=spec, base_hash=base_hash, weights=weights)
+    return AdapterWeights(spec=spec, base_hash=base_hash, weights=weights)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

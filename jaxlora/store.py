@@ -23,7 +23,7 @@ from pathlib import Path
 from jaxlora.adapter_files import About, is_damage
 from jaxlora.errors import AdapterNotFound, AlreadyExists, StateInvalid, StorageFailed
 from jaxlora.host_tier import HostMemory, HostTier
-from jaxlora.lora import Adapter, AdapterRef, check_name
+from jaxlora.lora import Adapter, AdapterRef, AdapterWeights, check_name
 from jaxlora.remote_versions import RemoteVersions
 from jaxlora.single_flight import SingleFlight
 from jaxlora.version_files import VersionFiles
@@ -154,6 +154,17 @@ class AdapterStore:
 
     # Weights
 
+    def add(self, tenant: str, name: str, weights: AdapterWeights) -> AdapterRef:
+        """Makes the weights the next version of an adapter and saves it in the background.
+
+        The store takes the arrays over and marks them read-only.  Raises AdapterNotFinite, which uses up no number, and
+        what `mint` raises.
+        """
+        weights.check_finite()
+        ref = self.mint(tenant, name)
+        self._put(weights.named(ref))
+        return ref
+
     def put(self, adapter: Adapter) -> None:
         """Makes a minted version available now and saves it in the background: this call waits for no disk.
 
@@ -162,6 +173,9 @@ class AdapterStore:
         for NaN or infinity.
         """
         adapter.check_finite()
+        self._put(adapter)
+
+    def _put(self, adapter: Adapter) -> None:
         ref = adapter.ref
         with self._counters:
             minted, deleted = self._read_counter(ref.tenant, ref.name)

@@ -1,6 +1,6 @@
 """Adapters of a running server: import, list, export, pin, delete.  No HTTP here.
 
-    upload or server folder ─import_peft─▶ Adapter ─mint, put─▶ store, on disk ─announce─▶ pins and followers go on to it
+    upload or server folder ─import_peft─▶ AdapterWeights ─add─▶ store, on disk ─announce─▶ pins and followers go on to it
 
 Everything that is checked is checked before anything changes, so a load that fails changes nothing and evicts nobody.
 All of it blocks, and is called on worker threads: the device thread is asked for closures only.
@@ -35,7 +35,7 @@ from jaxlora.errors import (
     StateInvalid,
     StorageFailed,
 )
-from jaxlora.lora import HEAD_TARGET, Adapter, AdapterRef, check_name
+from jaxlora.lora import HEAD_TARGET, AdapterRef, check_name
 from jaxlora.model_config import ModelConfig
 from jaxlora.peft import CONFIG_FILE, ImportReport, export_peft, import_peft
 from serve.adapter_quota import AdapterQuota
@@ -224,10 +224,9 @@ class AdapterService:
         """A new version out of a PEFT folder, on disk and served from now on.  Raises as `add_folder` does."""
         tenant, name = place
         engine = self.runner.engine
-        adapter, report = import_peft(
+        weights, report = import_peft(
             folder,
             self._config,
-            ref=AdapterRef(tenant, name, 1),
             base_hash=engine.base_hash,
             max_rank=engine.pool_spec.rank,
             head_supported=HEAD_TARGET in engine.pool_spec.targets,
@@ -238,12 +237,11 @@ class AdapterService:
             if not in_place:
                 self._check_free(place)
             known = self._store.versions(tenant, name)
-            self._quota.check(tenant, adapter.nbytes, another=not known)
+            self._quota.check(tenant, weights.nbytes, another=not known)
             if len(known) >= MAX_VERSIONS:
                 raise QuotaExceeded(f"{name} has {len(known)} versions; delete some, or the adapter")
             with told_of_disk(f"adapter {name}"):
-                ref = self._store.mint(tenant, name)
-            self._store.put(Adapter(ref=ref, spec=adapter.spec, base_hash=adapter.base_hash, weights=adapter.weights))
+                ref = self._store.add(tenant, name, weights)
         self._announce(ref)
         return Imported(ref, report)
 

@@ -17,7 +17,7 @@ from jaxlora import compile_cache
 from jaxlora.blobs import Blobs
 from jaxlora.disk_copies import DiskCopies, Remote
 from jaxlora.lease import Lease
-from jaxlora.lora import ALL_TARGETS, HEAD_TARGET, Adapter, AdapterRef
+from jaxlora.lora import ALL_TARGETS, HEAD_TARGET, AdapterRef, AdapterWeights
 from jaxlora.opened import Opened, open_base
 from jaxlora.peft import import_peft
 from jaxlora.pool import PoolSpec
@@ -95,10 +95,9 @@ def load_peft(runner: Runner, opened: Opened, section: AdapterSection) -> Adapte
     runner.catalog.check_name(LOCAL_TENANT, section.name)
     engine = runner.engine
     newest = engine.store.latest(LOCAL_TENANT, section.name)
-    adapter, report = import_peft(
+    weights, report = import_peft(
         section.path,
         opened.base.config,
-        ref=newest or AdapterRef(LOCAL_TENANT, section.name, 1),
         base_hash=opened.base_hash,
         max_rank=engine.pool_spec.rank,
         head_supported=HEAD_TARGET in engine.pool_spec.targets,
@@ -108,15 +107,13 @@ def load_peft(runner: Runner, opened: Opened, section: AdapterSection) -> Adapte
         LOG.warning("adapter %s: %s", section.name, note)
     if report.ignored:
         LOG.warning("adapter %s: these settings have no effect here: %s", section.name, ", ".join(report.ignored))
-    if newest is not None and _same(engine.store.get(newest), adapter):
+    if newest is not None and _same(engine.store.get(newest), weights):
         return newest
-    ref = engine.store.mint(LOCAL_TENANT, section.name)
-    engine.store.put(Adapter(ref=ref, spec=adapter.spec, base_hash=adapter.base_hash, weights=adapter.weights))
-    return ref
+    return engine.store.add(LOCAL_TENANT, section.name, weights)
 
 
-def _same(one: Adapter, other: Adapter) -> bool:
-    """Equal but for the version."""
+def _same(one: AdapterWeights, other: AdapterWeights) -> bool:
+    """Whether they compute the same."""
     return (
         one.spec == other.spec
         and one.base_hash == other.base_hash

@@ -17,7 +17,7 @@ from typing import Protocol
 import jax
 
 from jaxlora.errors import AdapterNotFinite, JaxLoraError, QuotaExceeded, Unavailable
-from jaxlora.lora import Adapter, AdapterRef, LoraSpec
+from jaxlora.lora import AdapterRef, AdapterWeights, LoraSpec
 from jaxlora.pool import Rows
 from serve.runner import Runner
 from serve.training import KEEP_VERSIONS, PUBLISH
@@ -94,14 +94,11 @@ class JobShelf:
     def __init__(self, runner: Runner):
         self._runner = runner
 
-    def mint(self, tenant: str, name: str) -> AdapterRef:
-        """The next version of this adapter."""
-        return self._runner.engine.store.mint(tenant, name)
-
-    def put(self, adapter: Adapter) -> None:
-        """Keeps a minted version."""
-        self._runner.engine.store.put(adapter)
-        self._runner.engine.announce(adapter.ref)
+    def add(self, tenant: str, name: str, weights: AdapterWeights) -> AdapterRef:
+        """Keeps the weights as the next version of this adapter."""
+        ref = self._runner.engine.store.add(tenant, name, weights)
+        self._runner.engine.announce(ref)
+        return ref
 
 
 @dataclass(slots=True)
@@ -237,8 +234,7 @@ class LiveJobs:
             return
         shelf, request = JobShelf(self.runner), job.request
         try:
-            ref = shelf.mint(request.owner, request.name)
-            shelf.put(self.jobs.adapter(request.owner, job.id, ref))
+            ref = shelf.add(request.owner, request.name, self.jobs.adapter(request.owner, job.id))
         except (JaxLoraError, OSError) as error:
             job.log.add("problem", f"step {job.progress.step} is not published: {said(error)}", level="warn")
         else:

@@ -345,8 +345,7 @@ class Runner:
         self.catalog.check_name(tenant, name)
         read_finite(rows)
         store = self.engine.store
-        ref = store.mint(tenant, name)
-        store.put(adapter_of_rows(rows, ref, spec, self.engine.base_hash))
+        ref = store.add(tenant, name, adapter_of_rows(rows, spec, self.engine.base_hash))
         self.engine.install(ref, rows)
         self._fresh[tenant, name] = ref, time.monotonic() if learned_s is None else learned_s
         if keep is not None:

@@ -110,9 +110,7 @@ class Tuner:
             trainer.seats.check(spec)
             self._quota.check(tenant, adapter_bytes(trainer.base.config, spec), another=True)
             self.live.runner.catalog.check_name(tenant, name)
-            ref = store.mint(tenant, name)
-            store.put(fresh_adapter(trainer.base.config, ref, spec, seed, trainer.base_hash))
-            return ref
+            return store.add(tenant, name, fresh_adapter(trainer.base.config, spec, seed, trainer.base_hash))
 
         return await asyncio.to_thread(make)
 

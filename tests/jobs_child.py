@@ -19,7 +19,7 @@ from jobs_world import make_jobs, request, trainer_of
 from train_world import examples, optimizer
 
 from jaxlora.durable import replace_file
-from jaxlora.lora import Adapter, AdapterRef
+from jaxlora.lora import AdapterRef, AdapterWeights
 from train.job_runner import Jobs
 from train.jobs import JobRequest
 
@@ -32,14 +32,12 @@ class FolderShelf:
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def mint(self, tenant: str, name: str) -> AdapterRef:
-        return AdapterRef(tenant, name, 1)
-
-    def put(self, adapter: Adapter) -> None:
+    def add(self, tenant: str, name: str, weights: AdapterWeights) -> AdapterRef:
         file = io.BytesIO()
-        arrays = {f"{t}.{half}": x for t, pair in adapter.weights.items() for half, x in zip("ab", pair, strict=True)}
+        arrays = {f"{t}.{half}": x for t, pair in weights.weights.items() for half, x in zip("ab", pair, strict=True)}
         np.savez(file, **arrays)
-        replace_file(self.folder / f"{adapter.ref.name}.npz", file.getvalue())
+        replace_file(self.folder / f"{name}.npz", file.getvalue())
+        return AdapterRef(tenant, name, 1)
 
 
 def asked(steps: int) -> dict[str, JobRequest]:

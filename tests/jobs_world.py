@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from train_world import BASE_HASH, examples, lora, make_trainer, optimizer, small_base
 
-from jaxlora.lora import LAYER_TARGETS, Adapter, AdapterRef
+from jaxlora.lora import LAYER_TARGETS, Adapter, AdapterRef, AdapterWeights
 from jaxlora.mesh import make_mesh
 from jaxlora.pool import PoolSpec
 from train.data import Example
@@ -24,13 +24,12 @@ class DictShelf:
     def __init__(self) -> None:
         self.adapters: dict[AdapterRef, Adapter] = {}
 
-    def mint(self, tenant: str, name: str) -> AdapterRef:
+    def add(self, tenant: str, name: str, weights: AdapterWeights) -> AdapterRef:
+        weights.check_finite()
         version = 1 + sum((ref.tenant, ref.name) == (tenant, name) for ref in self.adapters)
-        return AdapterRef(tenant, name, version)
-
-    def put(self, adapter: Adapter) -> None:
-        adapter.check_finite()
-        self.adapters[adapter.ref] = adapter
+        ref = AdapterRef(tenant, name, version)
+        self.adapters[ref] = weights.named(ref)
+        return ref
 
 
 def no_files(path: Path) -> Sequence[Example]:
@@ -70,7 +69,7 @@ def request(seed: int = 0, *, owner: str = "acme", name: str | None = None, step
     return JobRequest(**settings | changes)
 
 
-def weights(adapter: Adapter) -> dict[str, bytes]:
+def weights(adapter: AdapterWeights) -> dict[str, bytes]:
     """Its weights as bytes, by target."""
     return {target: np.concatenate([x.ravel() for x in pair]).tobytes() for target, pair in adapter.weights.items()}
 

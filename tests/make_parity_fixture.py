@@ -11,7 +11,6 @@ import json
 from parity_world import BATCH, FIXTURE, RECIPES, examples, opened, trainer_of
 from peft_recipe import train_alone
 
-from jaxlora.lora import AdapterRef
 from train.data import ExampleStream
 
 
@@ -23,7 +22,7 @@ def main() -> None:
     trainer, found = trainer_of(base), {}
     for name, r in RECIPES.items():
         stream = ExampleStream(examples(r, base), r.seed)
-        adapter = trainer.adapter(name, AdapterRef("acme", name, 1))
+        adapter = trainer.adapter(name)
         alone = train_alone(adapter, base.base.config, r.optimizer, stream, batch=BATCH, python=python)
         found[name] = alone.losses
     FIXTURE.write_text(json.dumps(found, indent=1) + "\n")

@@ -22,7 +22,7 @@ from jaxlora import compile_cache
 from jaxlora.base_files import open_model, smollm2_path
 from jaxlora.compile_cache import CompileCounter
 from jaxlora.config import Loss, MomentsDtype
-from jaxlora.lora import ALL_TARGETS, AdapterRef
+from jaxlora.lora import ALL_TARGETS
 from jaxlora.mesh import describe, make_mesh
 from jaxlora.model import Base, load_base
 from jaxlora.model_config import ModelConfig
@@ -107,7 +107,7 @@ def train(base: Base, mesh: Mesh, found: dict[str, np.ndarray], moments: Moments
             found[f"evaluate {name}"] = np.array([e.nll, e.accuracy])
     assert not counter.retraced, counter
     for name in TENANTS:
-        for target, (a, b) in trainer.adapter(name, AdapterRef("t", name, 1)).weights.items():
+        for target, (a, b) in trainer.adapter(name).weights.items():
             found[f"weights {name} {target} a"], found[f"weights {name} {target} b"] = a, b
     placed = jax.tree.leaves((base, trainer.states))
     shards = [shard for x in jax.tree.leaves(trainer.states) for shard in x.addressable_shards]
@@ -122,9 +122,7 @@ def decode(trainer: Trainer, tokenizer: Tokenizer, found: dict[str, np.ndarray])
         store = AdapterStore(Path(folder), host_bytes=10**8)
         engine = Engine(trainer.base, trainer.mesh, ENGINE, SPEC, store, tokenizer, "mesh")
         engine.warm_up()
-        refs = {name: store.mint("t", name) for name in TENANTS}
-        for name, ref in refs.items():
-            store.put(trainer.adapter(name, ref))
+        refs = {name: store.add("t", name, trainer.adapter(name)) for name in TENANTS}
         rows = trainer.rows("a")
         engine.rehearse_install(rows)
         with CompileCounter() as counter:

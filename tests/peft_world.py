@@ -87,15 +87,15 @@ def stored_logits(path: Path) -> tuple[list[np.ndarray], list[np.ndarray]]:
 
 def read_folder(folder: Path, base: str = "llama", *, max_rank: int = 8, head_supported: bool = True, head=None):
     """import_peft with the arguments that most tests share."""
-    return import_peft(
+    weights, report = import_peft(
         folder,
         base_config(base),
-        ref=REF,
         base_hash=BASE_HASH,
         max_rank=max_rank,
         head_supported=head_supported,
         read_head=None if head is None else lambda: head,
     )
+    return weights.named(REF), report
 
 
 def scales(report: ImportReport) -> dict[str, list]:

@@ -23,8 +23,7 @@ def smol(tmp_path_factory) -> Iterator[Smol]:
     adapters = []
     for i, (rank, targets) in enumerate(SHAPES):
         adapter = random_adapter(opened, f"tenant{i}", rank, targets, seed=i)
-        assert store.mint("local", f"tenant{i}") == adapter.ref
-        store.put(adapter)
+        assert store.add("local", f"tenant{i}", adapter) == adapter.ref
         adapters.append(adapter)
     yield Smol(opened, store, adapters)
     store.close()

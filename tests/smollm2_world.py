@@ -53,9 +53,9 @@ class Smol:
 def random_adapter(opened: Opened, name: str, rank: int, targets: tuple[str, ...], seed: int) -> Adapter:
     """An adapter as training starts it, with a random B that is strong enough to change every answer."""
     spec = LoraSpec(rank=rank, alpha=2.0 * rank, targets=targets)
-    start = fresh_adapter(opened.base.config, AdapterRef("local", name, 1), spec, seed, opened.base_hash)
+    start = fresh_adapter(opened.base.config, spec, seed, opened.base_hash)
     draw = np.random.default_rng(seed)
     weights = {
         t: (a, (draw.normal(size=b.shape) * 0.3 / rank**0.5).astype(np.float32)) for t, (a, b) in start.weights.items()
     }
-    return dataclasses.replace(start, weights=weights)
+    return dataclasses.replace(start, weights=weights).named(AdapterRef("local", name, 1))

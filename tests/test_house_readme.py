@@ -6,7 +6,6 @@ import contextlib
 import json
 import re
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +40,7 @@ def url(world, tmp_path_factory):
     settings = whole_config(tmp_path_factory.mktemp("readme"))
     store = AdapterStore(settings.adapters, host_bytes=10**8)
     with contextlib.closing(store), joined(world, settings, store) as server:
-        store.put(replace(world.adapters[0], ref=store.mint("local", "dates")))
+        store.add("local", "dates", world.adapters[0])
         assert store.latest("local", "dates") == AdapterRef("local", "dates", 1)
         server.runner.start()
         server.own.jobs.start()

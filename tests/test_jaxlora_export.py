@@ -163,7 +163,7 @@ def stored(tmp_path):
         ("acme", "tone", 0.4),
     ):
         adapter = random_adapter(source, tiny_path("tiny-qwen3"), strength=strength)
-        store.put(dataclasses.replace(adapter, ref=store.mint(tenant, name)))
+        store.add(tenant, name, adapter)
     store.flush()
     yield tmp_path / "store", store
     store.close()

@@ -18,7 +18,6 @@ from small_world import smollm2_prompts
 from smollm2_world import RANK
 
 from jaxlora.hf import HfSource
-from jaxlora.lora import AdapterRef
 from jaxlora.model import Base
 from jaxlora.peft import export_peft, import_peft
 
@@ -99,11 +98,9 @@ def test_what_is_trained_now_is_exported_as_the_committed_one_was(name, trained,
 
 
 def import_export(folder, trained):
-    ref = AdapterRef("acme", "again", 1)
     return import_peft(
         folder,
         trained.base.config,
-        ref=ref,
         base_hash=trained.base_hash,
         max_rank=trained_world.MAX_RANK,
         head_supported=True,

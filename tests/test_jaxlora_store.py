@@ -6,6 +6,7 @@ import json
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -302,6 +303,23 @@ def test_refused_puts_change_nothing(open_store):
     store.close()
     with pytest.raises(StateInvalid, match="closed"):
         store.put(make(AdapterRef("acme", "bot", 1)))
+
+
+def test_weights_become_the_next_version_or_use_up_no_number(open_store):
+    store = open_store()
+    bad, good = (make(AdapterRef("any", "name", 9), value) for value in (float("nan"), 2.0))
+    with pytest.raises(AdapterNotFinite):
+        store.add("acme", "bot", bad)
+    with pytest.raises(InvalidRequest):
+        store.add("acme", "../x", good)
+    with ThreadPoolExecutor(4) as pool:
+        refs = list(pool.map(lambda _: store.add("acme", "bot", good), range(8)))
+    assert sorted(refs) == [AdapterRef("acme", "bot", version) for version in range(1, 9)]
+    assert store.versions("acme", "bot") == sorted(refs)
+    store.close()
+    with pytest.raises(StateInvalid, match="closed"):
+        store.add("acme", "bot", good)
+    assert all(same(open_store().get(ref), good.named(ref)) for ref in refs[:1])
 
 
 def test_unknown_version(open_store):

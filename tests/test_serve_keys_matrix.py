@@ -17,7 +17,6 @@ from fake_house import serving
 from starlette.routing import Route
 from whole_world import WORKSPACE, bearer, joined, leaves, whole_config
 
-from jaxlora.lora import AdapterRef
 from jaxlora.store import AdapterStore
 from serve.app import OPEN_PATHS
 from serve.database import Database
@@ -125,8 +124,7 @@ def whole(world, tmp_path_factory):
         StoredGradient(database).insert(gradient)
     store = AdapterStore(settings.adapters, host_bytes=10**8)
     for name in ("secret", "ft-0123456789ab"):
-        ref = store.mint("owner", name)
-        store.put(replace(world.adapters[0], ref=AdapterRef("owner", name, ref.version)))
+        store.add("owner", name, world.adapters[0])
     with joined(world, settings, store) as server, serving(server.app) as url:
         form = {"data": {"purpose": "fine-tune"}, "files": {"file": ("a.jsonl", b'{"text": "abc"}\n')}}
         file = httpx2.post(url + "/v1/files", headers=bearer(keys[0]), **form).json()["id"]

@@ -180,7 +180,7 @@ def test_a_job_waits_for_object_storage_and_a_request_is_told_to_retry(world, tm
         first = create((server, url), client)
         model = wait_for(client, first.id, "succeeded").fine_tuned_model
         for name in "abcdefgh":  # its slot and its memory go to others
-            store.put(replace(world.add(name, seed=1), ref=store.mint("acme", name)))
+            store.add("acme", name, world.add(name, seed=1))
             store.flush()
             assert client.chat.completions.create(model=name, **asked).choices
         file = file_of((server, url), client)

@@ -69,9 +69,7 @@ def named(world, tmp_path_factory):
     mine = World(**(vars(world) | {"store": store}))
     for tenant, name, count in (("acme", "bot", 3), ("acme", "twin", 1), ("zoo", "twin", 2)):
         for i in range(count):
-            ref = store.mint(tenant, name)
-            source = world.adapters[i]
-            store.put(type(source)(ref=ref, spec=source.spec, base_hash=world.base_hash, weights=source.weights))
+            store.add(tenant, name, world.adapters[i])
     yield Runner(mine.engine(), base_name=BASE)
     store.close()
 

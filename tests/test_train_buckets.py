@@ -17,7 +17,7 @@ from train_world import (
 )
 
 from jaxlora.errors import AdapterInvalid, ConfigInvalid, StateInvalid
-from jaxlora.lora import ALL_TARGETS, AdapterRef
+from jaxlora.lora import ALL_TARGETS
 from jaxlora.mesh import make_mesh
 from jaxlora.model_config import target_features
 from jaxlora.pool import PoolSpec, layer_count
@@ -99,7 +99,7 @@ def test_evaluation_in_a_bucket_is_that_of_the_exported_adapter():
         trainer.step()
     heldout = examples(77, 6)
     for name, rank in TENANTS.items():
-        weights = trainer.adapter(name, AdapterRef("t", name, 1)).weights
+        weights = trainer.adapter(name).weights
         assert all(a.shape[1] == rank == b.shape[1] for a, b in weights.values())
         state = outcome(trainer, name)
 

@@ -9,7 +9,6 @@ import pytest
 from train_world import CONFIG, LANES, assert_same_bits, host, lora, make_trainer, optimizer, pairs, plain_loss
 
 from jaxlora.config import Loss
-from jaxlora.lora import AdapterRef
 from train.data import Pair
 
 BETA = 0.5
@@ -55,7 +54,7 @@ def test_loss_gradient_and_accuracy_are_those_of_two_models():
     trainer, data = make_trainer(), pairs(3, 3)
     join(trainer, data)
     for _ in range(6):
-        loss, norm, margins = two_models(trainer.adapter("a", AdapterRef("t", "t", 1)), data)
+        loss, norm, margins = two_models(trainer.adapter("a"), data)
         evaluation = trainer.evaluate(data, "a")
         (report,) = trainer.step()
         assert report.loss == pytest.approx(loss, rel=3e-5)

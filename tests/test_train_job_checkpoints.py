@@ -140,7 +140,7 @@ def test_a_new_job_starts_from_the_checkpoint_of_another(tmp_path):
     trainer.add("b", asked.spec, asked.optimizer, asked.data, batch_size=2, seed=2, resume=(trainer.unseat("a"), 0, 0))
     while trainer.has_work:
         trainer.step()
-    assert weights(shelf.adapters[job.result]) == weights(trainer.adapter("b", job.result))
+    assert weights(shelf.adapters[job.result]) == weights(trainer.adapter("b"))
     assert (wrong.state, wrong.code) == ("failed", "adapter_invalid")
 
 

@@ -10,7 +10,7 @@ from jobs_world import make_jobs, request, trainer_of
 from train_world import CONFIG, lora, optimizer
 
 from jaxlora.compile_cache import CompileCounter
-from jaxlora.lora import LAYER_TARGETS, Adapter, AdapterRef
+from jaxlora.lora import LAYER_TARGETS, AdapterRef, AdapterWeights
 from train.data import Example
 
 SLOTS, TOKENS, STEPS = 16, 64, 2
@@ -23,13 +23,11 @@ class CountingShelf:
     def __init__(self) -> None:
         self.delivered = Counter()
 
-    def mint(self, tenant: str, name: str) -> AdapterRef:
+    def add(self, tenant: str, name: str, weights: AdapterWeights) -> AdapterRef:
+        weights.check_finite()
+        assert all(b.any() for _, b in weights.weights.values())  # it learned something
+        self.delivered[tenant] += 1
         return AdapterRef(tenant, name, 1)
-
-    def put(self, adapter: Adapter) -> None:
-        adapter.check_finite()
-        assert all(b.any() for _, b in adapter.weights.values())  # it learned something
-        self.delivered[adapter.ref.tenant] += 1
 
 
 def sequence(seed: int) -> list[Example]:

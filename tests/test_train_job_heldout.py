@@ -5,9 +5,6 @@ from __future__ import annotations
 from jobs_world import kinds, make_jobs, request, weights
 from train_world import examples, make_trainer, optimizer
 
-from jaxlora.lora import AdapterRef
-
-REF = AdapterRef("acme", "now", 1)
 OVERFIT = {"optimizer": optimizer(lr=0.1, total_steps=9), "data": examples(1, 2), "heldout": examples(2, 3)}
 
 
@@ -18,7 +15,7 @@ def by_hand(r):
     course = []
     while trainer.has_work:
         trainer.step()
-        course.append((trainer.evaluate(r.heldout, "t").nll, weights(trainer.adapter("t", REF))))
+        course.append((trainer.evaluate(r.heldout, "t").nll, weights(trainer.adapter("t"))))
     return course
 
 

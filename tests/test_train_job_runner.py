@@ -29,8 +29,6 @@ from train.data import Example
 from train.jobs import JobRequest
 from train.trainer import Trainer
 
-REF = AdapterRef("acme", "now", 1)
-
 
 def alone(r: JobRequest, trainer: Trainer | None = None) -> dict[str, bytes]:
     """The weights after training it with nothing but a trainer, of this shape."""
@@ -38,7 +36,7 @@ def alone(r: JobRequest, trainer: Trainer | None = None) -> dict[str, bytes]:
     trainer.add("t", r.spec, r.optimizer, r.data, batch_size=r.batch_size, seed=r.seed)
     while trainer.has_work:
         trainer.step()
-    return weights(trainer.adapter("t", REF))
+    return weights(trainer.adapter("t"))
 
 
 def jsonl(path: Path, data: list[Example]) -> Path:
@@ -204,7 +202,7 @@ def test_pause_and_resume_change_nothing(tmp_path, after_steps):
     assert job.progress.step == after_steps
     if after_steps:
         assert len(list((tmp_path / "parked").iterdir())) == 1
-        assert jobs.adapter("acme", job.id, REF).spec == asked.spec
+        assert jobs.adapter("acme", job.id).spec == asked.spec
     assert jobs.resume("acme", job.id).state == "queued"
     jobs.run()
     assert list((tmp_path / "parked").iterdir()) == []
@@ -219,13 +217,13 @@ def test_illegal_moves_are_refused_and_repeated_ones_do_nothing(tmp_path):
     with pytest.raises(StateInvalid, match="cancel it first"):
         jobs.forget("acme", job.id)
     with pytest.raises(StateInvalid, match="has no weights"):
-        jobs.adapter("acme", job.id, REF)
+        jobs.adapter("acme", job.id)
     jobs.run()
     for call in (jobs.pause, jobs.resume, jobs.cancel):
         with pytest.raises(StateInvalid, match=f"job {job.id} is succeeded and cannot become .*; that is final"):
             call("acme", job.id)
     with pytest.raises(StateInvalid, match="has no weights; its result is "):
-        jobs.adapter("acme", job.id, REF)
+        jobs.adapter("acme", job.id)
 
 
 @pytest.mark.parametrize("state", ["validating_files", "queued", "opening", "running", "paused"])
@@ -267,11 +265,11 @@ def test_updates_that_are_not_finite_pause_the_job_which_can_go_on(tmp_path):
     assert job.progress.skipped == job.progress.bad_steps == 5
     assert Counter(kinds(jobs, job.id)) == {"state": 4, "step": 5, "skipped": 5}
     assert all(math.isfinite(v) for e in jobs.events("acme", job.id) for v in e.data.values())
-    before = weights(jobs.adapter("acme", job.id, REF))
+    before = weights(jobs.adapter("acme", job.id))
     jobs.resume("acme", job.id)
     jobs.run()
     assert (job.state, job.progress.skipped) == ("paused", 10)  # the same again, from the weights it had
-    assert weights(jobs.adapter("acme", job.id, REF)) == before
+    assert weights(jobs.adapter("acme", job.id)) == before
     assert jobs.cancel("acme", job.id).state == "cancelled"
 
 
@@ -332,7 +330,7 @@ def test_continues_from_an_adapter_or_a_peft_folder(tmp_path):
     trainer.add("t", r.spec, r.optimizer, r.data, batch_size=r.batch_size, seed=r.seed, resume=resume)
     while trainer.has_work:
         trainer.step()
-    assert got == [weights(trainer.adapter("t", REF))] * 2
+    assert got == [weights(trainer.adapter("t"))] * 2
     with pytest.raises(AdapterInvalid, match="ask for the same"):
         jobs.create(request(3, start=adapter, spec=lora(2, LAYER_TARGETS)))
     with pytest.raises(BaseMismatch, match="another base"):
@@ -344,13 +342,13 @@ def test_continues_from_an_adapter_or_a_peft_folder(tmp_path):
 
 def test_a_full_shelf_pauses_the_job_and_resume_delivers(tmp_path):
     jobs, shelf = make_jobs(tmp_path)
-    put, shelf.put = shelf.put, lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    add, shelf.add = shelf.add, lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     asked = request(1)
     job = jobs.create(asked)
     jobs.run()
     assert (job.state, job.code) == ("paused", "storage_failed")
     assert "No space left on device" in job.reason
-    shelf.put = put
+    shelf.add = add
     jobs.resume("acme", job.id)
     jobs.run()
     assert job.state == "succeeded"

@@ -26,7 +26,7 @@ from train_world import (
 from jaxlora.compile_cache import CompileCounter
 from jaxlora.config import LOSSES, Loss
 from jaxlora.errors import InvalidRequest, NotFound, StateInvalid
-from jaxlora.lora import ALL_TARGETS, AdapterRef, LoraSpec
+from jaxlora.lora import ALL_TARGETS, LoraSpec
 from jaxlora.mesh import make_mesh
 from jaxlora.pool import PoolSpec
 from train.trainer import Trainer
@@ -131,7 +131,7 @@ class Storm:
 
     def export(self):
         name = self.seated()
-        return name and self.trainer.adapter(name, AdapterRef("t", "t", 1))
+        return name and self.trainer.adapter(name)
 
 
 def live_bytes():

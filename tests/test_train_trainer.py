@@ -30,14 +30,12 @@ from jaxlora.errors import (
     NotFound,
     StateInvalid,
 )
-from jaxlora.lora import ALL_TARGETS, LAYER_TARGETS, AdapterRef, LoraSpec, ModuleException
+from jaxlora.lora import ALL_TARGETS, LAYER_TARGETS, LoraSpec, ModuleException
 from jaxlora.mesh import make_mesh
 from jaxlora.model_config import target_features
 from jaxlora.pool import PoolSpec, host_rows
 from train.state import fresh_adapter
 from train.trainer import Trainer
-
-REF = AdapterRef("acme", "bot", 3)
 
 
 def join(trainer, name="a", seed=0, spec=None, data=None, batch_size=2, resume=None, **settings):
@@ -133,7 +131,7 @@ def test_a_target_the_pool_lacks_is_refused():
 
 def test_unknown_tenants_are_not_found():
     trainer = make_trainer()
-    for call in (trainer.remove, trainer.unseat, trainer.rows, lambda n: trainer.adapter(n, REF)):
+    for call in (trainer.remove, trainer.unseat, trainer.rows, trainer.adapter):
         with pytest.raises(NotFound, match="no tenant ghost"):
             call("ghost")
     with pytest.raises(NotFound, match="no tenant ghost"):
@@ -168,7 +166,7 @@ def test_a_step_reports_the_mean_loss_and_gradient_of_its_batch():
     join(trainer, data=data, batch_size=5, lr=0.05, schedule="linear", total_steps=4, clip=1e-3)
     for n in range(1, 4):
         evaluation = trainer.evaluate(data, "a")
-        loss, gradient = by_hand(trainer.adapter("a", REF), data)
+        loss, gradient = by_hand(trainer.adapter("a"), data)
         (report,) = trainer.step()
         assert (report.tenant, report.step, report.finite) == ("a", n, True)
         assert report.loss == pytest.approx(loss, rel=1e-5)
@@ -189,7 +187,7 @@ def test_a_pool_without_the_head_trains_the_layers():
     data = examples(3, 3, 9, 9)
     join(trainer, spec=lora(4, LAYER_TARGETS), data=data, batch_size=3)
     for _ in range(2):
-        loss, gradient = by_hand(trainer.adapter("a", REF), data)
+        loss, gradient = by_hand(trainer.adapter("a"), data)
         norm = math.sqrt(sum(float((g.astype("f8") ** 2).sum()) for g in jax.tree.leaves(gradient)))
         (report,) = trainer.step()
         assert (report.loss, report.grad_norm) == (pytest.approx(loss, rel=1e-5), pytest.approx(norm, rel=1e-5))
@@ -300,8 +298,8 @@ def test_the_adapter_is_what_the_forward_pass_used():
     join(trainer, spec=spec, data=data, batch_size=4, lr=0.1)
     for _ in range(3):
         trainer.step()
-    adapter = trainer.adapter("a", REF)
-    assert (adapter.ref, adapter.spec, adapter.base_hash) == (REF, spec, BASE_HASH)
+    adapter = trainer.adapter("a")
+    assert (adapter.spec, adapter.base_hash) == (spec, BASE_HASH)
     assert {t: a.shape[1] for t, (a, _) in adapter.weights.items()} == dict.fromkeys(spec.targets, 5)
     tuned, base = by_hand(adapter, data)[0], by_hand(None, data)[0]
     assert trainer.evaluate(data, "a").nll == pytest.approx(tuned, rel=1e-5)
@@ -329,9 +327,9 @@ def test_evaluation_of_more_lanes_than_a_step_has_is_the_mean_of_all():
 def test_a_fresh_adapter_is_a_bounded_draw_of_its_seed():
     """A row depends on seed, target and layer alone: a smaller rank is the start of a larger one."""
     spec = lora(8)
-    large = fresh_adapter(CONFIG, REF, spec, 7, "h").weights
-    small = fresh_adapter(CONFIG, REF, lora(3, ("up_proj", "q_proj")), 7, "h").weights
-    other = fresh_adapter(CONFIG, REF, spec, 8, "h").weights
+    large = fresh_adapter(CONFIG, spec, 7, "h").weights
+    small = fresh_adapter(CONFIG, lora(3, ("up_proj", "q_proj")), 7, "h").weights
+    other = fresh_adapter(CONFIG, spec, 8, "h").weights
     for target, (a, b) in large.items():
         x, y = target_features(CONFIG, target)
         layers = 1 if target == "lm_head" else CONFIG.layers
@@ -359,7 +357,7 @@ def test_a_module_of_another_rank_has_zero_rows_past_it():
     join(trainer, spec=spec, lr=0.1)
     trainer.step()
     trainer.step()
-    weights = trainer.adapter("a", REF).weights
+    weights = trainer.adapter("a").weights
     for half in (0, 1):
         assert not weights["q_proj"][half][1, 2:].any()
         assert weights["q_proj"][half][1, :2].any(1).all()

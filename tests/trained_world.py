@@ -51,7 +51,7 @@ def train() -> Trained:
     return Trained(
         base,
         hash_,
-        {name: trainer.adapter(name, AdapterRef("acme", name, 1)) for name in SPECS},
+        {name: trainer.adapter(name).named(AdapterRef("acme", name, 1)) for name in SPECS},
         {name: tenant.losses for name, tenant in trainer.tenants.items()},
     )
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from jaxlora.checkpoint import read_meta, restore_state
 from jaxlora.checkpoint_writer import Snapshot
 from jaxlora.errors import AdapterInvalid, BaseMismatch, DataInvalid, StateInvalid
-from jaxlora.lora import HEAD_TARGET, Adapter, AdapterRef, LoraSpec
+from jaxlora.lora import HEAD_TARGET, AdapterWeights, LoraSpec
 from jaxlora.peft import import_peft
 from jaxlora.state_copies import StateCopies
 from train.data import Unit, check_kind, check_length
@@ -206,9 +206,9 @@ class JobFiles:
         assert isinstance(found.arrays, SlotState)
         return found.arrays
 
-    def _started(self, request: JobRequest, start: Path | Adapter) -> SlotState | None:
+    def _started(self, request: JobRequest, start: Path | AdapterWeights) -> SlotState | None:
         """The state that a new job goes on from: of a checkpoint also its moments; the schedule starts anew."""
-        if isinstance(start, Adapter):
+        if isinstance(start, AdapterWeights):
             _check_start(request, start.spec, start.base_hash, self.trainer.base_hash)
             return self.trainer.seat_of(start)
         meta = read_meta(start.absolute())
@@ -219,7 +219,6 @@ class JobFiles:
         adapter, _ = import_peft(
             start,
             self.trainer.base.config,
-            ref=AdapterRef(request.owner, request.name, 1),
             base_hash=self.trainer.base_hash,
             max_rank=pool.rank,
             head_supported=HEAD_TARGET in pool.targets,

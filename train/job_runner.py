@@ -23,7 +23,7 @@ import jax
 
 from jaxlora.checkpoint_writer import CheckpointWriter
 from jaxlora.errors import AdapterNotFinite, AlreadyExists, JaxLoraError, NotFound, StateInvalid
-from jaxlora.lora import Adapter, AdapterRef, LoraSpec, check_name
+from jaxlora.lora import AdapterWeights, LoraSpec, check_name
 from jaxlora.pool import adapter_of_rows
 from train.data import Unit
 from train.job_files import Facts, JobFiles, LiveJob, Material
@@ -146,13 +146,13 @@ class Jobs:
             raise StateInvalid(f"job {id} is {job.state}; cancel it first")
         del self._jobs[id]
 
-    def adapter(self, owner: str, id: str, ref: AdapterRef) -> Adapter:
+    def adapter(self, owner: str, id: str) -> AdapterWeights:
         """What an unfinished job has learned so far.  Raises NotFound, StateInvalid before its start and after its end."""
         job = self.get(owner, id)
         state = None if job.final else self.states.of(self._live[id])
         if state is None:
             raise StateInvalid(f"job {id} is {job.state} and has no weights; its result is {job.result}")
-        return adapter_of_rows(state.rows, ref, job.request.spec, self.trainer.base_hash)
+        return adapter_of_rows(state.rows, job.request.spec, self.trainer.base_hash)
 
     def changed(self) -> builtins.list[Job]:
         """The jobs with new events since the last call."""
@@ -422,8 +422,8 @@ class Jobs:
         best = live.best_key in self._parking
         try:
             rows = self._parking.get(live.best_key).rows if best else jax.device_get(self.trainer.rows(job.id))
-            ref = self._shelf.mint(request.owner, request.name)
-            self._shelf.put(adapter_of_rows(rows, ref, request.spec, self.trainer.base_hash))
+            weights = adapter_of_rows(rows, request.spec, self.trainer.base_hash)
+            ref = self._shelf.add(request.owner, request.name, weights)
         except AdapterNotFinite as error:
             self._fail(live, error)
         except (JaxLoraError, OSError) as error:

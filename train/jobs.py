@@ -18,7 +18,7 @@ from typing import Literal, Protocol
 
 from jaxlora.config import CROSS_ENTROPY, Loss, Optimizer
 from jaxlora.errors import InvalidRequest, JaxLoraError, StateInvalid
-from jaxlora.lora import Adapter, AdapterRef, LoraSpec, check_name
+from jaxlora.lora import AdapterRef, AdapterWeights, LoraSpec, check_name
 from jaxlora.state_copies import StateCopies
 from train.data import Unit
 
@@ -50,7 +50,9 @@ class JobRequest:
     loss: Loss = CROSS_ENTROPY
     seed: int  # of the first weights and of the order of the examples
     weight: float = 1.0  # of its tokens in its owner's share: one with 2 is charged half
-    start: Path | Adapter | None = None  # a PEFT folder, the checkpoints of a job, or an adapter to continue from
+    start: Path | AdapterWeights | None = (
+        None  # a PEFT folder, the checkpoints of a job, or an adapter to continue from
+    )
     heldout: Source | None = None
     evaluate_every: int | None = None  # steps between held-out losses; None: after the last step only
     checkpoint_every: int | None = None  # steps; None: when it pauses and ends
@@ -83,18 +85,16 @@ class JobRequest:
             self,
             data=self.data if isinstance(self.data, Path) else (),
             heldout=self.heldout if isinstance(self.heldout, Path | None) else (),
-            start=None if isinstance(self.start, Adapter) else self.start,
+            start=None if isinstance(self.start, AdapterWeights) else self.start,
         )
 
 
 class Shelf(Protocol):
     """Where finished adapters go: an AdapterStore is one."""
 
-    def mint(self, tenant: str, name: str) -> AdapterRef:
-        """The next version of this adapter."""
-
-    def put(self, adapter: Adapter) -> None:
-        """Keeps a minted version."""
+    def add(self, tenant: str, name: str, weights: AdapterWeights) -> AdapterRef:
+        """Keeps the weights as the next version of this adapter."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -33,7 +33,7 @@ from jaxlora.checkpoint import read_meta, restore_state, save_state
 from jaxlora.config import TenantSection, TrainConfig, default_lr, load
 from jaxlora.durable import replace_file
 from jaxlora.errors import ConfigInvalid, InvalidRequest, StateInvalid
-from jaxlora.lora import HEAD_TARGET, LAYER_TARGETS, AdapterRef
+from jaxlora.lora import HEAD_TARGET, LAYER_TARGETS
 from jaxlora.opened import Opened, open_base
 from jaxlora.peft import export_peft
 from jaxlora.pool import PoolSpec
@@ -338,14 +338,14 @@ def save_tenant(trainer: Trainer, name: str, job: Job) -> None:
 
 def deliver(trainer: Trainer, name: str, job: Job, opened: Opened, store: AdapterStore | None) -> None:
     """The tenant's adapter becomes a version of the store and its PEFT folder; then its last state is saved."""
-    ref = AdapterRef(name, name, 1) if store is None else store.mint(name, name)
-    adapter = trainer.adapter(name, ref)  # in every process, as below
+    weights, version = trainer.adapter(name), 1  # in every process, as below
     if store is not None:
-        store.put(adapter)
+        ref = store.add(name, name, weights)
         store.flush()
-        export_peft(adapter, job.folder / "peft", opened.base.config, base_name=opened.name, replace=True)
+        version = ref.version
+        export_peft(weights.named(ref), job.folder / "peft", opened.base.config, base_name=opened.name, replace=True)
     save_tenant(trainer, name, job)
-    job.delivered, job.version = trainer.tenants[name].step, ref.version
+    job.delivered, job.version = trainer.tenants[name].step, version
     if store is not None:
         written = {"step": job.delivered, "version": job.version}
         replace_file(job.folder / "adapter.json", json.dumps(written).encode())

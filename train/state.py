@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxlora.lora import ALL_TARGETS, Adapter, AdapterRef, LoraSpec
+from jaxlora.lora import ALL_TARGETS, AdapterWeights, LoraSpec
 from jaxlora.mesh import replicated
 from jaxlora.model import Base
 from jaxlora.model_config import ModelConfig, target_features
@@ -187,7 +187,7 @@ def fresh_seat(rows: Rows, moments: str = "float32") -> SlotState:
     return SlotState(rows=rows, moments=Moments(mu=mu, nu=nu, count=np.int32(0)))  # ty: ignore[invalid-argument-type]
 
 
-def fresh_adapter(config: ModelConfig, ref: AdapterRef, spec: LoraSpec, seed: int, base_hash: str) -> Adapter:
+def fresh_adapter(config: ModelConfig, spec: LoraSpec, seed: int, base_hash: str) -> AdapterWeights:
     """An untrained adapter: A uniform in ±1/sqrt(features in), B zero.  A row depends on seed, target and layer alone.
 
     Source: the default initialisation of PEFT.
@@ -201,4 +201,4 @@ def fresh_adapter(config: ModelConfig, ref: AdapterRef, spec: LoraSpec, seed: in
             draw = np.random.default_rng([seed, ALL_TARGETS.index(target), layer])
             a[layer, :rank] = draw.uniform(-1, 1, (rank, x)).astype(np.float32) / math.sqrt(x)
         weights[target] = (a, np.zeros((a.shape[0], spec.max_rank, y), np.float32))
-    return Adapter(ref=ref, spec=spec, base_hash=base_hash, weights=weights)
+    return AdapterWeights(spec=spec, base_hash=base_hash, weights=weights)

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from jaxlora.config import CROSS_ENTROPY, Loss, MomentsDtype, Optimizer, Remat, check_lane_tokens
 from jaxlora.errors import AlreadyExists, DataInvalid, InvalidRequest, NotFound, StateInvalid
-from jaxlora.lora import Adapter, AdapterRef, LoraSpec
+from jaxlora.lora import AdapterWeights, LoraSpec
 from jaxlora.mesh import check_lanes, place, place_rows, replicated
 from jaxlora.model import Base
 from jaxlora.pool import PoolSpec, Rows, adapter_of_rows, host_rows
@@ -216,9 +216,9 @@ class Trainer:
 
     def fresh(self, spec: LoraSpec, seed: int) -> SlotState:
         """What a new tenant starts with, in NumPy.  From any thread."""
-        return self.seat_of(fresh_adapter(self.base.config, AdapterRef("new", "new", 1), spec, seed, self.base_hash))
+        return self.seat_of(fresh_adapter(self.base.config, spec, seed, self.base_hash))
 
-    def seat_of(self, adapter: Adapter) -> SlotState:
+    def seat_of(self, adapter: AdapterWeights) -> SlotState:
         """What a tenant starts with that goes on from an adapter, in NumPy.  From any thread.
 
         Raises AdapterInvalid when it does not fit, AdapterNotFinite.
@@ -238,9 +238,9 @@ class Trainer:
         """A device copy of the tenant's weights and scales."""
         return self.unseat(name).rows
 
-    def adapter(self, name: str, ref: AdapterRef) -> Adapter:
+    def adapter(self, name: str) -> AdapterWeights:
         """The tenant's adapter on the host."""
-        return adapter_of_rows(self.rows(name), ref, self._tenant(name).spec, self.base_hash)
+        return adapter_of_rows(self.rows(name), self._tenant(name).spec, self.base_hash)
 
     # ---- steps ----------------------------------------------------------------------------------------------------
 
