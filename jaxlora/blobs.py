@@ -126,7 +126,11 @@ class Blobs:
         """
         try:
             return _version(self._call(f"{key} was not written", len(data), lambda: self._put_if(key, data, version)))
-        except (NotFound, *CHANGED):
+        except CHANGED:
+            return None
+        except NotFound:
+            if version is None:  # there is no bucket
+                raise
             return None
 
     def _put_if(self, key: str, data: bytes, version: Version | None) -> PutResult:

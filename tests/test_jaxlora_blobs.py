@@ -240,6 +240,13 @@ def test_paths_of_an_archive_stay_inside(there):
     assert not [p for p in there.rglob("escaped") if (there / "out/v") not in p.parents]
 
 
+def test_a_missing_bucket_is_refused(monkeypatch):
+    with s3(monkeypatch) as server:
+        server.fail = [404]
+        with pytest.raises(ConfigInvalid, match="there is no such bucket"):
+            Blobs("s3://bucket", timeout_s=20)
+
+
 def test_an_url_that_nothing_opens_is_refused_at_once():
     with pytest.raises(ConfigInvalid, match="name an URL such as s3://BUCKET/PREFIX"):
         Blobs("nosuch://bucket", timeout_s=1)
