@@ -11,7 +11,7 @@ from pathlib import Path
 
 from jaxlora.base_files import smollm2_path
 from jaxlora.config import Optimizer
-from jaxlora.lora import AdapterWeights
+from jaxlora.lora import AdapterRef, AdapterWeights
 from jaxlora.model_config import ModelConfig
 from jaxlora.peft import export_peft
 from train.data import Example, ExampleStream
@@ -51,7 +51,7 @@ def train_alone(
     row = optimizer.row(0, 1.0) | {"clip": optimizer.clip}
     with tempfile.TemporaryDirectory() as temporary:
         folder, recipe = Path(temporary) / "adapter", Path(temporary) / "recipe.json"
-        export_peft(adapter, folder, config, base_name="SmolLM2")
+        export_peft(adapter.named(AdapterRef("peft", "untrained", 1)), folder, config, base_name="SmolLM2")
         written = {"base": str(smollm2_path()), "adapter": str(folder), "steps": steps, "optimizer": row}
         recipe.write_text(json.dumps(written | {"heldout": _listed(heldout)}))
         choice = [] if python is None else ["--python", python]
