@@ -1,8 +1,7 @@
-"""Sessions: what a notebook calls, on the tiny model; and the example of docs/NOTEBOOK.md on the real one."""
+"""Sessions: what a notebook calls, on the tiny model; and the example of docs/training.md on the real one."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import threading
@@ -311,21 +310,9 @@ def test_a_store_keeps_the_versions_and_a_closed_session_says_that_it_is(tmp_pat
 def test_the_example_of_the_notebook_page(tmp_path, monkeypatch, capsys):
     """On the real model: the held-out loss falls, and the saved folder is a PEFT folder."""
     monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/NOTEBOOK.md").read_text(), re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/training.md").read_text(), re.DOTALL)
     exec(code, {})
     shown = capsys.readouterr().out
     before, after = (float(x) for x in re.findall(r"Evaluation\(nll=([0-9.]+)", shown))
     assert after < before / 2
     assert json.loads((tmp_path / "dates-adapter/adapter_config.json").read_text())["r"] == 16
-
-
-def test_the_example_of_the_readme(session, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.jsonl").write_text("\n".join(json.dumps(line) for line in CHATS))
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    (code,) = [block for block in blocks if "Session" in block]
-    opened = code.replace('Session.open("smollm2")', "opened")
-    assert opened != code
-    exec(opened, {"opened": contextlib.nullcontext(session)})
-    assert capsys.readouterr().out
-    assert session.tenants["mine"].status == "done"
