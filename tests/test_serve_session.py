@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import threading
@@ -306,13 +307,40 @@ def test_a_store_keeps_the_versions_and_a_closed_session_says_that_it_is(tmp_pat
     store.close()
 
 
+def example(page: str) -> str:
+    """The block of a document that opens a session; test_house_docs knows that there is one a page."""
+    (code,) = [b for b in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL) if "Session" in b]
+    return code
+
+
 @pytest.mark.slow
 def test_the_example_of_the_notebook_page(tmp_path, monkeypatch, capsys):
     """On the real model: the held-out loss falls, and the saved folder is a PEFT folder."""
     monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/training.md").read_text(), re.DOTALL)
-    exec(code, {})
+    exec(example("docs/training.md"), {})
     shown = capsys.readouterr().out
     before, after = (float(x) for x in re.findall(r"Evaluation\(nll=([0-9.]+)", shown))
     assert after < before / 2
     assert json.loads((tmp_path / "dates-adapter/adapter_config.json").read_text())["r"] == 16
+
+
+OPENED = {  # what documents do with a session of their own, done with the one that is open
+    'Session.open("smollm2", lanes=2, lane_tokens=96)': "opened",
+    'Session.open("smollm2")': "contextlib.nullcontext(opened)",
+    '"smollm2"': f'"{MODEL}"',
+    "session.close()": "",
+}
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/training.md"])
+def test_the_examples_of_the_documents(page, session, tmp_path, monkeypatch, capsys):
+    """On the tiny model, where a loss may rise in so few steps."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.jsonl").write_text("\n".join(json.dumps(line) for line in CHATS))
+    code = example(page)
+    for own, ours in OPENED.items():
+        code = code.replace(own, ours)
+    exec(code, {"opened": session, "contextlib": contextlib})
+    assert capsys.readouterr().out
+    assert all(tenant.losses for tenant in session.tenants.values())
+    assert ("dates-adapter" in code) == (tmp_path / "dates-adapter/adapter_config.json").exists()
