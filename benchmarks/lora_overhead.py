@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlora import compile_cache
-from jaxlora.config import DEMO_MODEL, ONE_DEVICE, ModelSection
+from jaxlora.config_base import DEMO_MODEL, ONE_DEVICE, ModelSection
 from jaxlora.kvcache import KVPages, empty_pages, paged_attend
 from jaxlora.model import Base, Lora, NoLora, TokenBatch, forward, head_weight
 from jaxlora.opened import open_base
@@ -36,7 +36,8 @@ from pallas_kernels import bench
 from pallas_kernels.bench_cases import GATHERED_ALTERNATIVES
 from serve.edits import LogitEdits
 from serve.sampling import SamplingBatch, sample
-from train.step import TrainBatch, idle_batch, lane_gradients, lane_losses
+from train.batch import TrainBatch, idle_batch
+from train.step import lane_gradients, lane_losses
 
 RANK, SLOTS, ROWS = 16, 40, 32
 DECODE_ROUNDS = 8  # of decode in one of prefill and training

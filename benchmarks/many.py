@@ -40,7 +40,7 @@ from serving import adapter, request
 
 from jaxlora import compile_cache
 from jaxlora.adapter_files import save_version
-from jaxlora.config import DEMO_MODEL, ONE_DEVICE, ModelSection
+from jaxlora.config_base import DEMO_MODEL, ONE_DEVICE, ModelSection
 from jaxlora.lora import AdapterRef
 from jaxlora.opened import Opened, open_base
 from jaxlora.serve_config import ServeConfig, Tuning, serve_defaults

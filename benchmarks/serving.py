@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxlora import compile_cache
-from jaxlora.config import DEMO_MODEL, ONE_DEVICE, Dtype, ModelSection
+from jaxlora.config_base import DEMO_MODEL, ONE_DEVICE, Dtype, ModelSection
 from jaxlora.lora import LAYER_TARGETS, Adapter, AdapterRef, LoraSpec
 from jaxlora.model_config import target_features
 from jaxlora.opened import Opened, open_base

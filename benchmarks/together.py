@@ -25,14 +25,16 @@ import numpy as np
 from peft_recipe import train_alone
 
 from jaxlora import compile_cache
-from jaxlora.config import DEMO_MODEL, ONE_DEVICE, ModelSection, Optimizer
+from jaxlora.config import Optimizer
+from jaxlora.config_base import DEMO_MODEL, ONE_DEVICE, ModelSection
 from jaxlora.lora import LoraSpec
 from jaxlora.model import Base
 from jaxlora.opened import Opened, open_base
 from jaxlora.pool import LaneLora, PoolSpec
 from pallas_kernels import bench
+from train.batch import TrainBatch, idle_batch, put_lane
 from train.data import Example, ExampleStream, fill_lane
-from train.step import TrainBatch, idle_batch, lane_losses, put_lane
+from train.step import lane_losses
 from train.trainer import Trainer
 
 TENANTS, RANK = 16, 16

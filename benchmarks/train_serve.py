@@ -24,7 +24,8 @@ from pathlib import Path
 import numpy as np
 
 from jaxlora import compile_cache
-from jaxlora.config import DEMO_MODEL, ONE_DEVICE, ModelSection, Optimizer
+from jaxlora.config import Optimizer
+from jaxlora.config_base import DEMO_MODEL, ONE_DEVICE, ModelSection
 from jaxlora.lora import LoraSpec
 from jaxlora.opened import open_base
 from jaxlora.pool import PoolSpec

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from jaxlora.config import DEMO_MODEL
+from jaxlora.config_base import DEMO_MODEL
 from jaxlora.durable import sha256_of
 from jaxlora.errors import ModelInvalid
 from jaxlora.gguf import GgufSource

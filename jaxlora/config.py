@@ -12,10 +12,11 @@ from typing import Literal
 
 import numpy as np
 
+from jaxlora.config_base import ONE_DEVICE, MeshSection, ModelSection, need, need_counts, need_distinct
 from jaxlora.errors import ConfigInvalid
 from jaxlora.lora import LAYER_TARGETS, LoraSpec, check_name
 from jaxlora.model_config import ModelConfig
-from jaxlora.toml_loader import PathOrName, TomlPath, load
+from jaxlora.toml_loader import TomlPath, load
 
 __all__ = [
     "Loss",
@@ -29,10 +30,7 @@ __all__ = [
     "load",
 ]
 
-DEMO_MODEL = "smollm2"  # the installed demo model
 
-Dtype = Literal["float32", "bfloat16", "auto"]  # auto: bfloat16 where it is clearly faster (opened.py)
-Precision = Literal["auto", "default", "high", "highest"]  # of matrix products; auto: highest in float32, else default
 Schedule = Literal["constant", "linear", "cosine"]  # of the learning rate after the warm-up; the last two end at 0
 LossName = Literal["cross_entropy", "dpo", "importance_sampling", "ppo", "cispo", "dro", "gspo"]
 
@@ -47,16 +45,6 @@ NO_CLIP = math.inf
 FLOAT32 = np.finfo(np.float32)
 
 
-def need(ok: bool, name: str, wanted: str, got: object) -> None:
-    if not ok:
-        raise ValueError(f"{name} must be {wanted}, got {got!r}")
-
-
-def need_counts(section: object, *names: str) -> None:
-    for name in names:
-        need(getattr(section, name) >= 1, name, "at least 1", getattr(section, name))
-
-
 def check_lane_tokens(lane_tokens: int) -> None:
     """Raises ConfigInvalid for a training lane that is not whole blocks; one shorter than a block is a block of its own."""
     rest = lane_tokens % LANE_BLOCK
@@ -67,40 +55,6 @@ def check_lane_tokens(lane_tokens: int) -> None:
             f"{below + LANE_BLOCK}; got {lane_tokens}",
             param="lane_tokens",
         )
-
-
-def need_distinct(names: list[str], what: str) -> None:
-    twice = sorted({n for n in names if names.count(n) > 1})
-    if twice:
-        raise ValueError(f"{what} must be distinct; more than one is called {', '.join(twice)}")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelSection:
-    """Which frozen base, how it is held and how it multiplies."""
-
-    path: PathOrName  # "smollm2", a directory, a .gguf file or a hub id
-    dtype: Dtype
-    precision: Precision = "auto"
-
-    def __post_init__(self) -> None:
-        need(bool(self.path.strip()), "path", '"smollm2", a directory, a .gguf file or a hub id', self.path)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MeshSection:
-    """Devices along each axis of the mesh; their product is the number of devices used."""
-
-    data: int  # batch rows or lanes are split
-    fsdp: int  # weights are split and gathered when used
-    tensor: int  # heads and features are split
-    processes: int = 1  # that hold the devices together; each is started with this file (see processes.py)
-
-    def __post_init__(self) -> None:
-        need_counts(self, "data", "fsdp", "tensor", "processes")
-
-
-ONE_DEVICE = MeshSection(data=1, fsdp=1, tensor=1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from jaxlora.durable import replace_file
 from jaxlora.errors import StorageFailed
 
-FORMAT = 1
+COUNTER_FORMAT = 1
 
 
 class Counters:
@@ -34,7 +34,7 @@ class Counters:
 
     def write(self, tenant: str, name: str, minted: int, deleted: int) -> None:
         """On disk when this returns.  Raises OSError."""
-        data = {"format": FORMAT, "minted": minted, "deleted": deleted}
+        data = {"format": COUNTER_FORMAT, "minted": minted, "deleted": deleted}
         replace_file(self._path(tenant, name), json.dumps(data).encode())
         self._known[tenant, name] = minted, deleted
 
@@ -49,6 +49,8 @@ class Counters:
             found, minted, deleted = data["format"], int(data["minted"]), int(data["deleted"])
         except (ValueError, KeyError, TypeError) as e:
             raise StorageFailed(f"the version counter of {whose} is damaged: {e}") from e
-        if found != FORMAT:
-            raise StorageFailed(f"the version counter of {whose} has format {found!r}; this build reads {FORMAT}")
+        if found != COUNTER_FORMAT:
+            raise StorageFailed(
+                f"the version counter of {whose} has format {found!r}; this build reads {COUNTER_FORMAT}"
+            )
         return minted, deleted

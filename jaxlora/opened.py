@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxlora.base_files import base_hash, find_model, open_model
-from jaxlora.config import MeshSection, ModelSection
+from jaxlora.config_base import MeshSection, ModelSection
 from jaxlora.mesh import make_mesh
 from jaxlora.model import Base, load_base
 from jaxlora.tokenizer import Tokenizer

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal, get_args
 
-from jaxlora.config import ONE_DEVICE, Dtype, MeshSection, ModelSection, need, need_counts, need_distinct
+from jaxlora.config_base import ONE_DEVICE, Dtype, MeshSection, ModelSection, need, need_counts, need_distinct
 from jaxlora.lora import check_name
 from jaxlora.toml_loader import TomlPath
 

@@ -6,28 +6,18 @@ over a second, and its GGUF conversion drops SmolLM's digit splitting.
 
 from __future__ import annotations
 
-import codecs
 import functools
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from jaxlora.chat_template import ChatTemplate, Scalar, Turn
+from jaxlora.detokenizer import Detokenizer, byte_table
 from jaxlora.errors import InvalidRequest, ModelInvalid
+from jaxlora.gguf_tokenizer import GgufVocabulary
 from jaxlora.hf import MAX_JSON_BYTES, read_json
-
-# How Llama 3 and Qwen2 cut text into words; they differ in how many digits stay together.
-WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-CONTROL, USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type
-BYTE_PIECE = re.compile("<0x[0-9A-Fa-f]{2}>")
-SPACE_MARK = "▁"  # how SentencePiece vocabularies write a space
 
 
 class Tokenizer:
@@ -46,7 +36,7 @@ class Tokenizer:
         self._engine = engine
         added = engine.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
-        self._bytes, self._strip_first = _byte_table(engine, {i: token.content for i, token in added.items()})
+        self._bytes, self._strip_first = byte_table(engine, {i: token.content for i, token in added.items()})
         self.eos_ids, self.bos_id, self.pad_id = eos_ids, bos_id, pad_id
         self.chat_template = chat_template  # its text
         for name, i in [("eos", i) for i in eos_ids] + [("bos", bos_id), ("pad", pad_id)]:
@@ -66,7 +56,7 @@ class Tokenizer:
     @staticmethod
     def from_gguf(metadata: Mapping[str, object]) -> Tokenizer:
         """The tokenizer of a GGUF file's metadata.  Raises ModelInvalid naming the key that is missing or unsupported."""
-        meta = _GgufVocabulary(metadata)
+        meta = GgufVocabulary(metadata)
         engine = meta.engine()
         template = metadata.get("tokenizer.chat_template")
         if template is not None and not isinstance(template, str):
@@ -194,167 +184,6 @@ class Tokenizer:
     def detokenizer(self, *, skip_special: bool = True) -> Detokenizer:
         """A new stream of text from tokens."""
         return Detokenizer(self, skip_special=skip_special)
-
-
-class Detokenizer:
-    """Tokens in, text out, one at a time; all texts and the `flush` together are `Tokenizer.decode` of all tokens."""
-
-    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool):
-        self._tokenizer = tokenizer
-        self._skip = tokenizer.special_ids if skip_special else frozenset()
-        self._characters = codecs.getincrementaldecoder("utf-8")("replace")
-        self._strip_next = tokenizer._strip_first
-
-    def push(self, token: int) -> str:
-        """The characters this token completes, perhaps none."""
-        if token in self._skip:
-            return ""
-        return self._out(self._characters.decode(self._tokenizer.token_bytes(token)))
-
-    def flush(self) -> str:
-        """What is left of an unfinished character, as U+FFFD.  The stream then starts anew."""
-        text = self._out(self._characters.decode(b"", final=True))
-        self._characters.reset()
-        self._strip_next = self._tokenizer._strip_first
-        return text
-
-    def _out(self, text: str) -> str:
-        if not text or not self._strip_next:
-            return text
-        self._strip_next = False
-        return text[1:] if text.startswith(" ") else text
-
-
-def _byte_level_alphabet() -> dict[str, int]:
-    """Character → byte of byte-level BPE.  Source: GPT-2; printable bytes stand for themselves, the rest follow 255."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    rest = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(rest)}
-
-
-def _byte_table(engine: tokenizers.Tokenizer, added: Mapping[int, str]) -> tuple[list[bytes], bool]:
-    """(bytes of each token id, whether the first space of a text is dropped).  Raises ModelInvalid."""
-    spec: dict = {"type": "none"} if engine.decoder is None else json.loads(engine.decoder.__getstate__())
-    parts = spec["decoders"] if spec["type"] == "Sequence" else [spec]
-    kinds: list[str] = [part["type"] for part in parts]
-    byte_level = kinds == ["ByteLevel"]
-    if not byte_level and kinds not in (
-        ["Replace", "ByteFallback", "Fuse"],
-        ["Replace", "ByteFallback", "Fuse", "Strip"],
-    ):
-        raise ModelInvalid(f"the tokenizer's decoder {'+'.join(kinds)[:200]} is not supported; byte-level BPE is")
-    vocabulary = engine.get_vocab(with_added_tokens=True)
-    table = [b""] * (max(vocabulary.values(), default=-1) + 1)
-    alphabet = _byte_level_alphabet()
-    for text, i in vocabulary.items():
-        table[i] = _bytes_of(text, alphabet) if byte_level else _bytes_of_piece(text)
-    for i, text in added.items():
-        table[i] = text.encode()
-    return table, kinds[-1] == "Strip"
-
-
-def _bytes_of(text: str, alphabet: Mapping[str, int]) -> bytes:
-    """Bytes of a byte-level token; one written in other characters stands for itself."""
-    try:
-        return bytes([alphabet[character] for character in text])
-    except KeyError:
-        return text.encode()
-
-
-def _bytes_of_piece(text: str) -> bytes:
-    """Bytes of a SentencePiece token: <0xNN> is a byte, the mark a space."""
-    if BYTE_PIECE.fullmatch(text):
-        return bytes.fromhex(text[3:5])
-    return text.replace(SPACE_MARK, " ").encode()
-
-
-class _GgufVocabulary:
-    """The tokenizer.ggml.* keys, checked."""
-
-    def __init__(self, metadata: Mapping[str, object]):
-        self.metadata = metadata
-        model, self.pre = self.get("model"), self.get("pre")
-        if model != "gpt2":
-            raise ModelInvalid(
-                f"tokenizer.ggml.model {repr(model)[:60]} is not supported; supported: gpt2 (byte-level BPE)"
-            )
-        self.tokens, merges = self.strings("tokens"), self.strings("merges")
-        kinds = self.get("token_type")
-        self.kinds = np.asarray([] if kinds is None else kinds)
-        if self.kinds.dtype.kind not in "iu" or self.kinds.shape != (len(self.tokens),):
-            raise ModelInvalid(f"metadata tokenizer.ggml.token_type must be {len(self.tokens)} whole numbers")
-        if bad := next((merge for merge in merges if merge.count(" ") != 1), None):
-            raise ModelInvalid(f"tokenizer.ggml.merges has {bad[:60]!r}, expected two parts with one space")
-        self.merges = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
-
-    def get(self, name: str) -> object:
-        return self.metadata.get(f"tokenizer.ggml.{name}")
-
-    def strings(self, name: str) -> list[str]:
-        value = self.get(name)
-        if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
-            raise ModelInvalid(f"metadata tokenizer.ggml.{name} must be a list of strings")
-        return value
-
-    def flag(self, name: str, default: bool) -> bool:
-        value = self.get(name)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise ModelInvalid(f"metadata tokenizer.ggml.{name} must be true or false")
-        return value
-
-    def token_id(self, name: str) -> int | None:
-        value = self.get(name)
-        if value is not None and (type(value) is not int or not 0 <= value < len(self.tokens)):
-            raise ModelInvalid(
-                f"tokenizer.ggml.{name} must be a token id below {len(self.tokens)}, got {repr(value)[:60]}"
-            )
-        return value
-
-    def engine(self) -> tokenizers.Tokenizer:
-        """The tokenizer that the `pre` key names.  Raises ModelInvalid for one we do not know."""
-        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=self.pre == "smollm")
-        if self.pre == "smollm":
-            split = pre_tokenizers.Digits(individual_digits=True)
-        elif self.pre in ("qwen2", "llama-bpe"):
-            split = pre_tokenizers.Split(Regex(WORDS % ("{1,3}" if self.pre == "llama-bpe" else "")), "isolated")
-        else:
-            raise ModelInvalid(
-                f"tokenizer.ggml.pre {repr(self.pre)[:60]} is not supported; supported: smollm, qwen2, llama-bpe"
-            )
-        vocabulary = {token: i for i, token in enumerate(self.tokens)}
-        if len(vocabulary) != len(self.tokens):
-            raise ModelInvalid("metadata tokenizer.ggml.tokens has a token twice")
-        try:
-            model = models.BPE(vocab=vocabulary, merges=self.merges, ignore_merges=self.pre == "llama-bpe")
-        except Exception as error:  # the library raises bare Exception
-            raise ModelInvalid(f"tokenizer.ggml.merges does not fit the tokens: {str(error)[:200]}") from error
-        engine = tokenizers.Tokenizer(model)
-        if self.pre == "qwen2":
-            engine.normalizer = normalizers.NFC()
-        engine.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-        engine.decoder = decoders.ByteLevel()
-        for kind in (CONTROL, USER_DEFINED):
-            texts = [token for token, k in zip(self.tokens, self.kinds, strict=True) if k == kind]
-            engine.add_tokens([AddedToken(text, special=kind == CONTROL, normalized=False) for text in texts])
-        self._add_ends(engine)
-        return engine
-
-    def _add_ends(self, engine: tokenizers.Tokenizer) -> None:
-        """The post-processor for add_bos_token and add_eos_token.  Absent, llama.cpp adds bos for Llama 3 only."""
-        ends = {}
-        for name, default in (("bos", self.pre == "llama-bpe"), ("eos", False)):
-            i = self.token_id(f"{name}_token_id")
-            if not self.flag(f"add_{name}_token", default):
-                continue
-            if i is None:
-                raise ModelInvalid(f"tokenizer.ggml.add_{name}_token is true but there is no {name}_token_id")
-            ends[name] = (self.tokens[i], i)
-        if ends:
-            single = [ends["bos"][0]] if "bos" in ends else []
-            single += ["$A"] + ([ends["eos"][0]] if "eos" in ends else [])
-            engine.post_processor = processors.TemplateProcessing(single=single, special_tokens=list(ends.values()))
 
 
 def _load_engine(path: Path) -> tokenizers.Tokenizer:

@@ -19,7 +19,7 @@ from rich.live import Live
 from rich.table import Table
 
 from jaxlora import compile_cache
-from jaxlora.config import DEMO_MODEL, ONE_DEVICE, ModelSection
+from jaxlora.config_base import DEMO_MODEL, ONE_DEVICE, ModelSection
 from jaxlora.lora import AdapterRef, LoraSpec
 from jaxlora.opened import Opened, open_base
 from jaxlora.peft import export_peft

@@ -11,7 +11,7 @@ from starlette.types import Message, Send
 
 from jaxlora.errors import JaxLoraError, Unauthorized, Unavailable
 from serve.openai_errors import error_body
-from serve.openai_format import DONE, sse
+from serve.sse import DONE, sse
 
 
 class Door:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from jaxlora.config import Optimizer, need
+from jaxlora.config import Optimizer
+from jaxlora.config_base import need
 from jaxlora.lora import AdapterRef, LoraSpec
 from train.data import Example
 

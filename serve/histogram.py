@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections import abc
 
 
 class Histogram:
     """Counts of observations by upper bounds, with their sum: what Prometheus calls a histogram."""
 
-    def __init__(self, bounds: Sequence[float]):
+    def __init__(self, bounds: abc.Sequence[float]):
         """bounds: in order; what is above the last is counted by itself."""
         assert list(bounds) == sorted(set(bounds))
         self.bounds = tuple(bounds)

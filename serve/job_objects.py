@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from serve.model_names import JobNames, short_id
+from serve.model_names import JobNames
 from serve.records import ENDED, CheckpointRecord, EventRecord, JobRecord, JsonObject, Page
 
-CSV_HEADER = "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
-CSV_COLUMNS = ("step", "train_loss", "train_mean_token_accuracy", "valid_loss", "valid_mean_token_accuracy")
 CHECKPOINT_METRICS = (
     "step",
     "train_loss",
@@ -102,15 +100,3 @@ def page_object[Record](page: Page[Record], objects: Sequence[JsonObject]) -> Js
         "first_id": objects[0]["id"] if objects else None,
         "last_id": objects[-1]["id"] if objects else None,
     }
-
-
-def results_csv(events: Sequence[EventRecord]) -> str:
-    """The result file of a job: a line for each step, from its metrics events, oldest first."""
-    rows = [e.data for e in events if e.kind == "metrics" and "train_loss" in e.data]
-    lines = [",".join("" if row.get(c) is None else str(row[c]) for c in CSV_COLUMNS) for row in rows]
-    return "\n".join([CSV_HEADER, *lines]) + "\n"
-
-
-def results_name(job_id: str) -> str:
-    """The file name of it."""
-    return f"step_metrics-{short_id(job_id)}.csv"

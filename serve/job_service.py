@@ -35,10 +35,9 @@ from serve import fine_tuning
 from serve.adapter_quota import AdapterQuota
 from serve.auth import Caller
 from serve.fine_tuning import Resolved
-from serve.job_objects import results_csv, results_name
 from serve.job_recorder import JobRecorder
 from serve.live_jobs import LiveJobs, Published
-from serve.model_names import JobNames, adapter_name
+from serve.model_names import JobNames, adapter_name, short_id
 from serve.records import ENDED, EventRecord, FileRecord, JobRecord, JobStatus, JsonObject, NewEvent, new_id
 from serve.stored_jobs import StoredJobs
 from train.data import Unit
@@ -52,6 +51,9 @@ MOVES: Mapping[JobStatus, tuple[JobStatus, ...]] = {  # for jobs that the device
     "validating_files": ("cancelled",),
     "paused": ("queued", "cancelled"),
 }
+
+CSV_HEADER = "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
+CSV_COLUMNS = ("step", "train_loss", "train_mean_token_accuracy", "valid_loss", "valid_mean_token_accuracy")
 
 
 class Files(Protocol):
@@ -323,3 +325,15 @@ class JobService:
                 self.stored.save(replace(record, progress={**record.progress, "results": [made.id]}))
         except (JaxLoraError, OSError) as error:
             LOG.error("job %s has no result file: %s", record.id, error)
+
+
+def results_csv(events: Sequence[EventRecord]) -> str:
+    """The result file of a job: a line for each step, from its metrics events, oldest first."""
+    rows = [e.data for e in events if e.kind == "metrics" and "train_loss" in e.data]
+    lines = [",".join("" if row.get(c) is None else str(row[c]) for c in CSV_COLUMNS) for row in rows]
+    return "\n".join([CSV_HEADER, *lines]) + "\n"
+
+
+def results_name(job_id: str) -> str:
+    """The file name of it."""
+    return f"step_metrics-{short_id(job_id)}.csv"

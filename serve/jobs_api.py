@@ -20,9 +20,9 @@ from serve.jobs_answers import CheckpointList, EventList, JobList, JobObject
 from serve.jobs_types import EventsQuery, JobBody, JobsQuery, PageQuery
 from serve.limits import Limiter
 from serve.openai_errors import ERRORS, WRITE_ERRORS, error_body
-from serve.openai_format import DONE, sse
 from serve.openapi import ok
 from serve.records import ENDED, JobRecord, JobStatus, JsonObject
+from serve.sse import DONE, sse
 from serve.strict import refuse_unbuilt
 
 LIMIT, CHECKPOINTS_LIMIT = 20, 10  # of a list without `limit`

@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 from pydantic_core import PydanticCustomError
 
+from serve.jobs_answers import Auto
 from serve.strict import Only, Strict, Text, Unbuilt, few_fields
 
-Auto = Literal["auto"]
 Metric = Literal["exact_match", "contains", "regex", "json_equal", "choice_accuracy"]
 Steps = Annotated[int, Field(ge=1, le=1_000_000)]
 MetaKey = Annotated[Text, Field(min_length=1, max_length=64)]

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
-
-from fastapi.sse import format_sse_event
 
 from serve.house import ModelCard
 from serve.openai_stream import Alternative, Choice, Entry, Piece
@@ -16,12 +13,6 @@ from serve.request import FinishReason
 from serve.tool_calls import CallParser, CallPart, gathered
 
 Json = dict[str, object]
-DONE = format_sse_event(data_str="[DONE]")
-
-
-def sse(data: Mapping[str, object], event: str | None = None) -> bytes:
-    """One event: a raw `data:` line and an empty line.  event: its name."""
-    return format_sse_event(data_str=json.dumps(data, ensure_ascii=False, separators=(",", ":")), event=event)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

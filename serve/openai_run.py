@@ -18,9 +18,10 @@ from starlette.types import Receive, Scope, Send
 from jaxlora.errors import DeadlineExceeded
 from serve.answered import Generated, note_generated, note_refused
 from serve.openai_errors import error_body, error_code
-from serve.openai_format import DONE, Heading, Json, Shape, sse, usage
+from serve.openai_format import Heading, Json, Shape, usage
 from serve.openai_stream import Choice, Fan, Piece
 from serve.request import Delta
+from serve.sse import DONE, sse
 
 LOG = logging.getLogger("serve")
 

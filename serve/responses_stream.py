@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 
 from fastapi.sse import KEEPALIVE_COMMENT
 
-from serve.openai_format import Json, entry_object, sse, usage
+from serve.openai_format import Json, entry_object, usage
 from serve.openai_run import Run
 from serve.openai_stream import Entry, Piece
 from serve.request import Delta, FinishReason
+from serve.sse import sse
 from serve.tool_calls import CallParser, CallPart, Part, TextPart
 
 

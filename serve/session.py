@@ -22,18 +22,8 @@ from types import TracebackType
 from typing import Self
 
 from jaxlora import compile_cache
-from jaxlora.config import (
-    DEMO_MODEL,
-    ONE_DEVICE,
-    PASSES,
-    Dtype,
-    LossName,
-    MeshSection,
-    ModelSection,
-    Recipe,
-    Schedule,
-    default_lr,
-)
+from jaxlora.config import PASSES, LossName, Recipe, Schedule, default_lr
+from jaxlora.config_base import DEMO_MODEL, ONE_DEVICE, Dtype, MeshSection, ModelSection
 from jaxlora.errors import InvalidRequest, JaxLoraError, NotFound
 from jaxlora.lora import LAYER_TARGETS, AdapterRef, check_name
 from jaxlora.opened import Opened, open_base

@@ -33,7 +33,7 @@ def merge_all(folder: Path) -> None:
     from smollm2_world import SHAPES, random_adapter
 
     from jaxlora.base_files import open_source
-    from jaxlora.config import MeshSection, ModelSection
+    from jaxlora.config_base import MeshSection, ModelSection
     from jaxlora.merged import write_merged
     from jaxlora.opened import open_base
 

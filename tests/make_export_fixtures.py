@@ -27,7 +27,7 @@ from small_world import FIXTURES, smollm2_prompts
 from smollm2_world import SHAPES, random_adapter
 
 from jaxlora.base_files import smollm2_path
-from jaxlora.config import MeshSection, ModelSection
+from jaxlora.config_base import MeshSection, ModelSection
 from jaxlora.opened import open_base
 from jaxlora.peft import export_peft
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from small_world import FIXTURES
 
-from jaxlora.config import DEMO_MODEL, ONE_DEVICE, ModelSection, Optimizer
+from jaxlora.config import Optimizer
+from jaxlora.config_base import DEMO_MODEL, ONE_DEVICE, ModelSection
 from jaxlora.lora import ATTENTION_TARGETS, LoraSpec
 from jaxlora.opened import Opened, open_base
 from jaxlora.pool import PoolSpec

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from smollm2_world import CONFIG, RANK, SHAPES, SLOTS, Smol, random_adapter
 
-from jaxlora.config import MeshSection, ModelSection
+from jaxlora.config_base import MeshSection, ModelSection
 from jaxlora.lora import ALL_TARGETS
 from jaxlora.opened import open_base
 from jaxlora.pool import PoolSpec

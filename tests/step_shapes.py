@@ -19,10 +19,11 @@ from jaxlora.pool import LoraRows, PoolSpec, Rows, layer_count, row_axes
 from serve.edits import LogitEdits
 from serve.packed import Layout
 from serve.step import StepBatch, step_program
+from train.batch import idle_batch
 from train.blockwise import Blocks, scale_shape
 from train.optimizer import IDLE, Hyper, Moments
 from train.state import Due, TrainState, apply, halves
-from train.step import _accumulate, idle_batch
+from train.step import _accumulate
 
 SMOLLM2 = ModelConfig(
     family="llama",

@@ -22,7 +22,7 @@ from small_world import tiny_path
 from test_train_run_losses import CHATS, PAIRS, ROLLOUTS
 
 from jaxlora import processes
-from jaxlora.config import MeshSection
+from jaxlora.config_base import MeshSection
 from jaxlora.errors import ConfigInvalid
 from jaxlora.mesh import make_mesh
 from jaxlora.serve_config import serve_defaults

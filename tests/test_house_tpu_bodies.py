@@ -13,8 +13,9 @@ from jaxlora.lora import ALL_TARGETS
 from jaxlora.pool import PoolSpec
 from pallas_kernels import dispatch
 from serve.packed import Layout
+from train.batch import idle_batch
 from train.state import TrainState, empty_state
-from train.step import idle_batch, make_programs
+from train.step import make_programs
 
 pytest_plugins = ["serve_fixtures"]
 

@@ -9,7 +9,7 @@ from model_world import NoLora
 from small_world import tiny_path
 
 from jaxlora import opened
-from jaxlora.config import ONE_DEVICE, ModelSection
+from jaxlora.config_base import ONE_DEVICE, ModelSection
 from jaxlora.model import TokenBatch, forward
 from jaxlora.opened import open_base
 

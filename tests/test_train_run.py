@@ -25,8 +25,9 @@ from jaxlora.mesh import make_mesh
 from jaxlora.pool import empty_pool
 from jaxlora.store import AdapterStore
 from train import metrics, run
+from train.batch import idle_batch
 from train.data import Example
-from train.step import idle_batch, lane_gradients
+from train.step import lane_gradients
 from train.trainer import Trainer
 
 LINES = [{"messages": [{"role": "user", "content": f"say {w}"}, {"role": "assistant", "content": w}]} for w in "abcdef"]

@@ -21,10 +21,11 @@ from jaxlora.mesh import make_mesh
 from jaxlora.model import Base, load_base
 from jaxlora.model_config import ModelConfig, parameters, target_features
 from jaxlora.pool import PoolSpec, Rows, host_rows, layer_count
+from train.batch import TrainBatch, idle_batch, put_lane
 from train.data import Example, Pair, Rollout, fill_lane
 from train.optimizer import Optimizer
 from train.state import Due
-from train.step import TrainBatch, idle_batch, make_programs, put_lane
+from train.step import make_programs
 from train.trainer import Trainer
 
 CONFIG = ModelConfig(

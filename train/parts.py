@@ -31,19 +31,11 @@ from jaxlora.mesh import RULES, check_lanes, place, place_rows, replicated
 from jaxlora.model import Base, embedded, final_norm, forward_some, head_weight
 from jaxlora.model_config import ModelConfig
 from jaxlora.pool import LaneLora, Rows
+from train.batch import LaneSums, TrainBatch
 from train.lanes import lane_rows
 from train.optimizer import Halves
 from train.state import States, add_gradients, halves, with_gradients, with_halves
-from train.step import (
-    LaneSums,
-    TrainBatch,
-    lane_attend,
-    lane_tokens,
-    lora_layout,
-    summed,
-    target_logprobs,
-    with_dropout,
-)
+from train.step import lane_attend, lane_tokens, lora_layout, summed, target_logprobs, with_dropout
 
 
 @jax.tree_util.register_dataclass

@@ -15,17 +15,15 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
-from jaxlora.config import LANE_BLOCK, LOSSES, Loss
+from jaxlora.config import LANE_BLOCK
 from jaxlora.mesh import attention_placement, replicated
 from jaxlora.model import Attend, Base, TokenBatch, forward, head_weight
 from jaxlora.pool import DropoutLora, LaneLora, LoraLayout, Rows
-from pallas_kernels import NO_ADAPTER
 from pallas_kernels.attention import packed_attention
 from pallas_kernels.cross_entropy import target_logprob
-from train.data import Lane
+from train.batch import LaneSums, TrainBatch
 from train.lanes import StepLora, lane_rows
 from train.losses import LossInputs, token_losses
 from train.optimizer import Halves
@@ -40,41 +38,6 @@ from train.state import (
     with_gradients,
 )
 from train.update import UpdateReport
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class TrainBatch:
-    """Lanes of one step.  A lane is one packed row of one tenant; lanes without work have slot NO_ADAPTER and no weight."""
-
-    token_GJ: jax.Array  # int32
-    target_GJ: jax.Array  # int32 what should follow
-    weight_GJ: jax.Array  # float32 of that prediction; 0 is not trained
-    position_GJ: jax.Array  # int32 place in its segment
-    segment_GJ: jax.Array  # int32 example within the lane, from 1; 0 is padding
-    reference_GJ: jax.Array  # float32 log-probability of the target when sampled, or under DPO's reference model
-    advantage_GJ: jax.Array  # float32
-    ratio_GJ: jax.Array  # bool: counts in the ratio of its sequence (gspo)
-    pair_GJ: jax.Array  # int32: 1 in a chosen answer, -1 in the rejected one, which is the next segment; 0: no pair
-    low_GJ: jax.Array  # float32 bounds of the ratio (ppo, cispo, gspo)
-    high_GJ: jax.Array  # float32
-    beta_G: jax.Array  # float32 (dpo, dro)
-    loss_G: jax.Array  # int32 which loss: a place in `config.LOSSES`
-    dropout_G: jax.Array  # float32 share of what A reads that is dropped in training
-    draw_GN: jax.Array  # int32 [G, 3] what its random numbers come from: the tenant's seed, its step, the lane's number
-    slot_G: jax.Array  # int32 whose lane
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class LaneSums:
-    """What each lane's tokens summed to, float32 [G], and each token's log-probability."""
-
-    loss_G: jax.Array  # the lane's own loss, weighted
-    weight_G: jax.Array  # weights
-    hit_G: jax.Array  # targets that were the likeliest token
-    count_G: jax.Array  # targets
-    logprob_GJ: jax.Array  # float32 of each target; 0 where its weight is 0
 
 
 def lane_losses(
@@ -242,65 +205,3 @@ def make_programs(states: States, mesh: Mesh, *, remat: str = "products") -> Pro
         seat=jax.jit(seat, static_argnums=1, donate_argnums=0, out_shardings=placed),
         unseat=jax.jit(unseat, static_argnums=1, out_shardings=small),  # whole everywhere: any process can read it
     )
-
-
-def idle_batch(lanes: int, length: int) -> TrainBatch:
-    """A NumPy batch of empty lanes, for `put_lane` to fill."""
-
-    def zeros(*shape: int, dtype: type = np.float32) -> jax.Array:
-        return np.zeros(shape, dtype)  # ty: ignore[invalid-explicit-return]
-
-    return TrainBatch(
-        token_GJ=zeros(lanes, length, dtype=np.int32),
-        target_GJ=zeros(lanes, length, dtype=np.int32),
-        weight_GJ=zeros(lanes, length),
-        position_GJ=zeros(lanes, length, dtype=np.int32),
-        segment_GJ=zeros(lanes, length, dtype=np.int32),
-        reference_GJ=zeros(lanes, length),
-        advantage_GJ=zeros(lanes, length),
-        ratio_GJ=zeros(lanes, length, dtype=np.bool_),
-        pair_GJ=zeros(lanes, length, dtype=np.int32),
-        low_GJ=zeros(lanes, length),
-        high_GJ=zeros(lanes, length),
-        beta_G=zeros(lanes),
-        loss_G=zeros(lanes, dtype=np.int32),
-        dropout_G=zeros(lanes),
-        draw_GN=zeros(lanes, 3, dtype=np.int32),
-        slot_G=zeros(lanes, dtype=np.int32) + NO_ADAPTER,
-    )
-
-
-def idle_sums(lanes: int, length: int) -> LaneSums:
-    """The sums of empty lanes, in NumPy, for `put_sums`."""
-
-    def zeros(*shape: int) -> jax.Array:
-        return np.zeros(shape, np.float32)  # ty: ignore[invalid-explicit-return]
-
-    return LaneSums(
-        loss_G=zeros(lanes),
-        weight_G=zeros(lanes),
-        hit_G=zeros(lanes),
-        count_G=zeros(lanes),
-        logprob_GJ=zeros(lanes, length),
-    )
-
-
-def put_sums(sums: LaneSums, start: int, some: LaneSums) -> None:
-    """Writes the sums of some lanes, from number `start` on, into those of all (NumPy)."""
-    for whole, part in zip(jax.tree.leaves(sums), jax.tree.leaves(some), strict=True):
-        whole[start : start + len(part)] = part
-
-
-def put_lane(batch: TrainBatch, g: int, lane: Lane, slot: int, loss: Loss, reference_J: np.ndarray) -> None:
-    """Writes lane g of a NumPy batch; `reference_J` are the log-probabilities that its loss compares with."""
-    batch.token_GJ[g], batch.target_GJ[g], batch.weight_GJ[g] = lane.token_J, lane.target_J, lane.weight_J
-    batch.position_GJ[g], batch.segment_GJ[g], batch.slot_G[g] = lane.position_J, lane.segment_J, slot
-    batch.advantage_GJ[g], batch.ratio_GJ[g], batch.pair_GJ[g] = lane.advantage_J, lane.ratio_J, lane.pair_J
-    numbers = loss.row()
-    batch.loss_G[g], batch.beta_G[g] = list(LOSSES).index(loss.name), numbers["beta"]
-    batch.low_GJ[g], batch.high_GJ[g], batch.reference_GJ[g] = numbers["clip_low"], numbers["clip_high"], reference_J
-
-
-def put_dropout(batch: TrainBatch, g: int, lane: Lane, rate: float, seed: int, step: int) -> None:
-    """Writes what lane g drops: random numbers of this tenant, step and lane, whatever slot and batch they are in."""
-    batch.dropout_G[g], batch.draw_GN[g] = rate, np.array([seed, step, lane.number], np.uint32).view(np.int32)

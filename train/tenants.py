@@ -9,9 +9,9 @@ import numpy as np
 
 from jaxlora.config import Loss
 from jaxlora.lora import LoraSpec
+from train.batch import LaneSums, TrainBatch
 from train.data import ExampleStream, Lane
 from train.optimizer import Optimizer
-from train.step import LaneSums, TrainBatch
 
 MAX_BAD_STEPS = 5  # skipped updates in a row after which a tenant stops
 

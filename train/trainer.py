@@ -24,13 +24,14 @@ from jaxlora.mesh import check_lanes, place, place_rows, replicated
 from jaxlora.model import Base
 from jaxlora.pool import PoolSpec, Rows, adapter_of_rows, host_rows
 from pallas_kernels import NO_ADAPTER
+from train.batch import LaneSums, TrainBatch, idle_batch, idle_sums, put_dropout, put_lane, put_sums
 from train.data import ExampleStream, Lane, Unit, check_kind, pack, pair_margins, real_tokens
 from train.mixer import Mixer
 from train.parts import Parts, PartSizes
 from train.references import References
 from train.seats import Seats
 from train.state import SlotState, States, UpdateReport, empty_state, fresh_adapter, fresh_seat
-from train.step import LaneSums, TrainBatch, idle_batch, idle_sums, make_programs, put_dropout, put_lane, put_sums
+from train.step import make_programs
 from train.tenants import (
     MAX_BAD_STEPS,
     Evaluation,
