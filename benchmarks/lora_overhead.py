@@ -32,8 +32,8 @@ from jaxlora.kvcache import KVPages, empty_pages, paged_attend
 from jaxlora.model import Base, Lora, NoLora, TokenBatch, forward, head_weight
 from jaxlora.opened import open_base
 from jaxlora.pool import LaneLora, LoraRows, PoolSpec, PromptLora, Rows, TokenLora, empty_pool
-from pallas_kernels import bench
-from pallas_kernels.bench_cases import GATHERED_ALTERNATIVES
+from pallas_kernels.bench import run as bench
+from pallas_kernels.bench.cases import GATHERED_ALTERNATIVES
 from serve.edits import LogitEdits
 from serve.sampling import SamplingBatch, sample
 from train.batch import TrainBatch, idle_batch

@@ -31,7 +31,7 @@ from jaxlora.lora import LoraSpec
 from jaxlora.model import Base
 from jaxlora.opened import Opened, open_base
 from jaxlora.pool import LaneLora, PoolSpec
-from pallas_kernels import bench
+from pallas_kernels.bench import run as bench
 from train.batch import TrainBatch, idle_batch, put_lane
 from train.data import Example, ExampleStream, fill_lane
 from train.step import lane_losses

@@ -256,8 +256,8 @@ def kernels(
         sizes = {"rows": rows, "adapters": adapters, "slots": slots, "rank": rank}
         sizes |= {"lanes": lanes, "tokens": tokens, "context": context}
         try:
-            made = resolve("pallas_kernels.bench_cases:Sizes")(**sizes)
-            resolve("pallas_kernels.bench:main")(
+            made = resolve("pallas_kernels.bench.cases:Sizes")(**sizes)
+            resolve("pallas_kernels.bench.run:main")(
                 ops=op or [],
                 models=model or [],
                 dtype=dtype,

@@ -19,8 +19,8 @@ from jax.sharding import Mesh
 
 from jaxlora.mesh import sharding
 from jaxlora.model_config import ModelConfig
-from pallas_kernels.paged_attention import paged_attention
-from pallas_kernels.placement import Placement
+from pallas_kernels.paged_attention.op import paged_attention
+from pallas_kernels.sharding import Placement
 
 KV_AXES = ("layers", "pages", None, "kv_heads")  # a head's features lie together, so these split as heads do
 

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxlora.errors import ConfigInvalid
 from jaxlora.model_config import ModelConfig
-from pallas_kernels.placement import Placement
+from pallas_kernels.sharding import Placement
 
 MESH_AXES = ("data", "fsdp", "tensor")
 

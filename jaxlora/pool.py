@@ -24,9 +24,9 @@ from jaxlora.errors import AdapterInvalid, AdapterNotFinite
 from jaxlora.lora import ALL_TARGETS, HEAD_TARGET, LAYER_TARGETS, AdapterWeights, LoraSpec
 from jaxlora.mesh import RULES, sharding
 from jaxlora.model_config import ModelConfig, parameters, target_features
-from pallas_kernels.gathered_lora import gathered_lora, visits_by_slot
-from pallas_kernels.placement import Placement
-from pallas_kernels.segmented_lora import segmented_lora, take_layer_rows, take_rows
+from pallas_kernels.gathered_lora.op import gathered_lora, visits_by_slot
+from pallas_kernels.segmented_lora.op import segmented_lora, take_layer_rows, take_rows
+from pallas_kernels.sharding import Placement
 
 
 @jax.tree_util.register_dataclass

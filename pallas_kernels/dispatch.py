@@ -45,7 +45,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import cuda_blocks
+from pallas_kernels import tiling_cuda
 
 DTYPES = (jnp.bfloat16, jnp.float32)  # of activations and rows in the kernels
 
@@ -127,4 +127,4 @@ def known_dtypes(*arrays: jax.Array) -> bool:
 
 def cuda_body() -> str:
     """What runs the ops of the table on an NVIDIA GPU with what is installed."""
-    return "triton" if cuda_blocks.installed() else "xla"
+    return "triton" if tiling_cuda.installed() else "xla"

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.attention import packed_attention
-from pallas_kernels.cross_entropy import target_logprob
-from pallas_kernels.gathered_lora import gathered_lora, visits_by_slot
-from pallas_kernels.paged_attention import paged_attention
-from pallas_kernels.segmented_lora import segmented_lora
+from pallas_kernels.attention.op import packed_attention
+from pallas_kernels.cross_entropy.op import target_logprob
+from pallas_kernels.gathered_lora.op import gathered_lora, visits_by_slot
+from pallas_kernels.paged_attention.op import paged_attention
+from pallas_kernels.segmented_lora.op import segmented_lora
 
 SLOTS, ROWS, LANES, TOKENS, CHUNK = 64, 32, 4, 512, 32
 

@@ -20,9 +20,9 @@ from jaxlora.mesh import make_mesh
 from jaxlora.model import Base, NoLora, TokenBatch, WeightSource, forward, head_weight, load_base
 from jaxlora.pool import LaneLora, PoolSpec, Rows, TokenLora, empty_pool, host_rows, write_slot
 from pallas_kernels import NO_ADAPTER
-from pallas_kernels.attention import packed_attention
-from pallas_kernels.gathered_lora import gathered_lora
-from pallas_kernels.segmented_lora import segmented_lora
+from pallas_kernels.attention.op import packed_attention
+from pallas_kernels.gathered_lora.op import gathered_lora
+from pallas_kernels.segmented_lora.op import segmented_lora
 
 FORMS = ("lanes", "tokens")  # LoRA as training and prefill compute it, and as decoding does
 

@@ -18,12 +18,12 @@ from kernel_checks import F32, assert_close, floats
 
 from jaxlora.mesh import make_mesh
 from pallas_kernels import dispatch
-from pallas_kernels.attention import packed_attention
-from pallas_kernels.cross_entropy import target_logprob
-from pallas_kernels.gathered_lora import gathered_lora
-from pallas_kernels.paged_attention import paged_attention
-from pallas_kernels.placement import Placement
-from pallas_kernels.segmented_lora import segmented_lora
+from pallas_kernels.attention.op import packed_attention
+from pallas_kernels.cross_entropy.op import target_logprob
+from pallas_kernels.gathered_lora.op import gathered_lora
+from pallas_kernels.paged_attention.op import paged_attention
+from pallas_kernels.segmented_lora.op import segmented_lora
+from pallas_kernels.sharding import Placement
 
 L, S, R, X, T, G, J = 2, 4, 4, 16, 8, 4, 8
 DECODE_X = 384  # and its half, in the blocks of decode on a CPU

@@ -238,9 +238,9 @@ def test_bench_kernels_hands_on_its_choice(entry):
         == 0
     )
     (sizes, main) = entry
-    assert sizes[0] == "pallas_kernels.bench_cases:Sizes"
+    assert sizes[0] == "pallas_kernels.bench.cases:Sizes"
     assert (sizes[2]["rows"], sizes[2]["adapters"]) == (4, 2)
-    assert main[0] == "pallas_kernels.bench:main"
+    assert main[0] == "pallas_kernels.bench.run:main"
     assert (main[2]["ops"], main[2]["models"], main[2]["as_json"]) == (["a", "b"], ["m"], True)
 
 

@@ -35,7 +35,7 @@ from kernel_shapes import (
     words_train,
 )
 
-from pallas_kernels import tpu_blocks
+from pallas_kernels import tiling_tpu
 
 pytestmark = pytest.mark.aot
 
@@ -45,7 +45,7 @@ RANK = 16
 def compiled_for(kind: str, function, shapes) -> jax.stages.Compiled:
     """The program for one chip of that kind."""
     with chips(kind) as devices:
-        assert devices[0].device_kind in tpu_blocks.TABLE
+        assert devices[0].device_kind in tiling_tpu.TABLE
         here = SingleDeviceSharding(devices[0])
         return jax.jit(function, in_shardings=here, out_shardings=here).lower(*shapes).compile()
 

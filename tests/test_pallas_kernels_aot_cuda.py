@@ -43,10 +43,10 @@ from kernel_shapes import (
     words_train,
 )
 
-from pallas_kernels import cuda_blocks, dispatch
-from pallas_kernels.gathered_lora import gathered_lora
-from pallas_kernels.paged_attention import paged_attention
-from pallas_kernels.segmented_lora import segmented_lora
+from pallas_kernels import dispatch, tiling_cuda
+from pallas_kernels.gathered_lora.op import gathered_lora
+from pallas_kernels.paged_attention.op import paged_attention
+from pallas_kernels.segmented_lora.op import segmented_lora
 
 pytestmark = [
     pytest.mark.aot_cuda,
@@ -199,7 +199,7 @@ def test_float32_is_taken_and_float16_is_not(dtype):
 def test_the_extra_decides(monkeypatch):
     args = (shape(8, 256), [row(16)], shape(dtype=jnp.int32), shape(8, dtype=jnp.int32))
     assert dispatch.cuda_body() == "triton"
-    monkeypatch.setattr(cuda_blocks, "installed", lambda: False)
+    monkeypatch.setattr(tiling_cuda, "installed", lambda: False)
     assert dispatch.cuda_body() == "xla"
     assert not kernels(compiled(lambda *args: gathered_lora(*args), args))
 

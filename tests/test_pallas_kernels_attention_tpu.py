@@ -18,9 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import BF16, F32, assert_close, assert_no_nan, assert_same_bits, floats, positive
 
-from pallas_kernels import dispatch, paged_attention_tpu, tpu_blocks
-from pallas_kernels.attention import packed_attention
-from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels import dispatch, tiling_tpu
+from pallas_kernels.attention.op import packed_attention
+from pallas_kernels.paged_attention import pallas_tpu as paged_attention_tpu
+from pallas_kernels.paged_attention.op import paged_attention
 
 # ---- pages ------------------------------------------------------------------------------------------------------------
 
@@ -149,7 +150,7 @@ def test_paged_what_has_no_room_is_refused(monkeypatch):
 
     assert cut(128) == paged_attention_tpu.Cut(tokens=1, pages=8)
     assert cut(2**15) is None
-    monkeypatch.setitem(tpu_blocks.TABLE, "any TPU", tpu_blocks.Blocks(vmem_bytes=2**20, tokens=16))
+    monkeypatch.setitem(tiling_tpu.TABLE, "any TPU", tiling_tpu.Blocks(vmem_bytes=2**20, tokens=16))
     assert cut(128) is None
 
 
@@ -204,7 +205,7 @@ def test_packed_of_other_heads_equals_the_oracle(heads, kv, features):
 @pytest.mark.parametrize("window", [None, 100])
 def test_packed_in_many_blocks_equals_the_xla_body(window, monkeypatch):
     """300 tokens are three blocks of 128, the last not full; segments and the window end inside blocks."""
-    monkeypatch.setitem(tpu_blocks.TABLE, "any TPU", tpu_blocks.Blocks(vmem_bytes=2**24, tokens=128))
+    monkeypatch.setitem(tiling_tpu.TABLE, "any TPU", tiling_tpu.Blocks(vmem_bytes=2**24, tokens=128))
     rng = np.random.default_rng(1)
     q, k, v, d = (floats(rng, 2, 300, n, 4) for n in (4, 2, 2, 4))
     segments = np.array([[1] * 190 + [2] * 110, [1] * 40 + [2] * 250 + [0] * 10], np.int32)

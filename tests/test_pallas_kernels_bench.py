@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from kernel_checks import F32, assert_close, floats
 
-from pallas_kernels import bench, bench_cases
-from pallas_kernels.bench_cases import GATHERED_ALTERNATIVES, MODELS, OPS, Model, Sizes
-from pallas_kernels.gathered_lora import gathered_lora_oracle
+from pallas_kernels.bench import cases as bench_cases
+from pallas_kernels.bench import run as bench
+from pallas_kernels.bench.cases import GATHERED_ALTERNATIVES, MODELS, OPS, Model, Sizes
+from pallas_kernels.gathered_lora.op import gathered_lora_oracle
 
 SIZES = Sizes(rows=6, adapters=3, slots=5, rank=2, lanes=2, tokens=4, context=5)
 

@@ -12,10 +12,14 @@ import numpy as np
 import pytest
 from kernel_checks import floats
 
-from pallas_kernels import cross_entropy_tpu, dispatch, gathered_lora, gathered_lora_tpu, gathered_lora_xla, tpu_blocks
-from pallas_kernels.cross_entropy import target_logprob
-from pallas_kernels.gathered_lora import visits_by_slot
-from pallas_kernels.gathered_lora_xla import COLUMNS, FEWEST
+from pallas_kernels import dispatch, tiling_tpu
+from pallas_kernels.cross_entropy import pallas_tpu as cross_entropy_tpu
+from pallas_kernels.cross_entropy.op import target_logprob
+from pallas_kernels.gathered_lora import op as gathered_lora
+from pallas_kernels.gathered_lora import pallas_tpu as gathered_lora_tpu
+from pallas_kernels.gathered_lora import xla_cpu as gathered_lora_xla
+from pallas_kernels.gathered_lora.op import visits_by_slot
+from pallas_kernels.gathered_lora.xla_cpu import COLUMNS, FEWEST
 
 L, R, X, Y, LAYER = 2, 2, 6, 4, 1
 SLOTS = [8, 64, 512]
@@ -124,7 +128,7 @@ def test_pallas_multiplies_by_the_head_for_wanted_tokens_only(counts, trips, mon
         real = getattr(cross_entropy_tpu, name)
         monkeypatch.setattr(cross_entropy_tpu, name, lambda *args: (seen.append((name, args[2].shape)), real(*args))[1])
 
-    monkeypatch.setitem(tpu_blocks.TABLE, "any TPU", tpu_blocks.Blocks(vmem_bytes=16 * 2**20, tokens=32))
+    monkeypatch.setitem(tiling_tpu.TABLE, "any TPU", tiling_tpu.Blocks(vmem_bytes=16 * 2**20, tokens=32))
     for name in ("_forward_trip", "_backward_trip"):
         counted(name)
     x, head = floats(rng, lanes, tokens, features), floats(rng, features, words)

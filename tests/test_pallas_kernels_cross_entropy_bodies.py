@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import F32, assert_close, assert_no_nan, assert_same_bits, floats
 
-from pallas_kernels import cross_entropy_tpu, dispatch, tpu_blocks
-from pallas_kernels.cross_entropy import target_logprob, target_logprob_oracle
+from pallas_kernels import dispatch, tiling_tpu
+from pallas_kernels.cross_entropy import pallas_tpu as cross_entropy_tpu
+from pallas_kernels.cross_entropy.op import target_logprob, target_logprob_oracle
 
 G, J = loss.G, loss.J
 both_heads = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -72,7 +73,7 @@ def wide_world(seed, targets, dtype=jnp.float32):
 def small_blocks(monkeypatch):
     """Blocks of two lanes, 16 tokens of each, and 128 words."""
     monkeypatch.setattr(cross_entropy_tpu, "WIDEST", 1)
-    monkeypatch.setitem(tpu_blocks.TABLE, "any TPU", tpu_blocks.Blocks(vmem_bytes=16 * 2**20, tokens=32))
+    monkeypatch.setitem(tiling_tpu.TABLE, "any TPU", tiling_tpu.Blocks(vmem_bytes=16 * 2**20, tokens=32))
     return lambda form, lora: jax.jit(functools.partial(step, form, lora))
 
 

@@ -14,10 +14,10 @@ from jax.sharding import PartitionSpec as P
 from kernel_checks import assert_same_bits, floats
 
 from pallas_kernels import dispatch
-from pallas_kernels.cross_entropy import target_logprob
+from pallas_kernels.cross_entropy.op import target_logprob
 from pallas_kernels.dispatch import TABLE, by_platform
-from pallas_kernels.gathered_lora import gathered_lora
-from pallas_kernels.segmented_lora import segmented_lora
+from pallas_kernels.gathered_lora.op import gathered_lora
+from pallas_kernels.segmented_lora.op import segmented_lora
 
 F32, BF16 = jnp.float32, jnp.bfloat16
 

@@ -19,12 +19,12 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 from kernel_shapes import kernels, shape
 
-from pallas_kernels.attention import packed_attention
-from pallas_kernels.cross_entropy import target_logprob
-from pallas_kernels.gathered_lora import gathered_lora
-from pallas_kernels.paged_attention import paged_attention
-from pallas_kernels.placement import Placement
-from pallas_kernels.segmented_lora import segmented_lora
+from pallas_kernels.attention.op import packed_attention
+from pallas_kernels.cross_entropy.op import target_logprob
+from pallas_kernels.gathered_lora.op import gathered_lora
+from pallas_kernels.paged_attention.op import paged_attention
+from pallas_kernels.segmented_lora.op import segmented_lora
+from pallas_kernels.sharding import Placement
 
 TESTS = Path(__file__).parent
 MESH = AbstractMesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)

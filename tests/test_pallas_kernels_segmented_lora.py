@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from kernel_checks import BF16, F32, assert_close, assert_no_nan, assert_same_bits, floats, positive
 
 from jaxlora.compile_cache import CompileCounter
-from pallas_kernels.segmented_lora import segmented_lora, segmented_lora_oracle, take_rows
+from pallas_kernels.segmented_lora.op import segmented_lora, segmented_lora_oracle, take_rows
 
 G, J, S, R, X, Y, Y2 = 4, 6, 3, 4, 12, 8, 5
 

@@ -9,7 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import attention, cross_entropy, gathered_lora, paged_attention, segmented_lora
+from pallas_kernels.attention import op as attention
+from pallas_kernels.cross_entropy import op as cross_entropy
+from pallas_kernels.gathered_lora import op as gathered_lora
+from pallas_kernels.paged_attention import op as paged_attention
+from pallas_kernels.segmented_lora import op as segmented_lora
 from pallas_kernels.shapes import shaped
 
 

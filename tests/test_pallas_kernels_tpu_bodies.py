@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import BF16, F32, assert_close, assert_no_nan, assert_same_bits, floats, positive
 
-from pallas_kernels import dispatch, segmented_lora_tpu, tpu_blocks
-from pallas_kernels.gathered_lora import gathered_lora, gathered_lora_oracle
-from pallas_kernels.segmented_lora import segmented_lora, segmented_lora_oracle
+from pallas_kernels import dispatch, tiling_tpu
+from pallas_kernels.gathered_lora.op import gathered_lora, gathered_lora_oracle
+from pallas_kernels.segmented_lora import pallas_tpu as segmented_lora_tpu
+from pallas_kernels.segmented_lora.op import segmented_lora, segmented_lora_oracle
 
 # ---- gathered ---------------------------------------------------------------------------------------------------------
 
@@ -185,8 +186,8 @@ def test_segmented_equals_oracle_forward_and_backward(tokens):
 
 def test_segmented_in_many_blocks_equals_oracle(monkeypatch):
     """Every loop of the kernels turns: three blocks of tokens, several of features."""
-    small = tpu_blocks.Blocks(vmem_bytes=240 * 1024, tokens=16)
-    monkeypatch.setitem(tpu_blocks.TABLE, "any TPU", small)
+    small = tiling_tpu.Blocks(vmem_bytes=240 * 1024, tokens=16)
+    monkeypatch.setitem(tiling_tpu.TABLE, "any TPU", small)
     x, rows, w = lanes(1, tokens=48, features=384)
     assert segmented_lora_tpu.forward_cut(x, rows) == (16, 2)
     assert segmented_lora_tpu.expand_back_cut(48, x.dtype, rows[0][1]) == (16, 2)

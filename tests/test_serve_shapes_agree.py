@@ -21,12 +21,12 @@ from serve_world import CONFIG, RANK, Answer, World, ask, run_all, step, watch_p
 from test_serve_engine_paths import PATHS
 
 from jaxlora.model import load_base
-from pallas_kernels.attention import packed_attention
-from pallas_kernels.cross_entropy import target_logprob
+from pallas_kernels.attention.op import packed_attention
+from pallas_kernels.cross_entropy.op import target_logprob
 from pallas_kernels.dispatch import SHAPE_INDEPENDENT, TABLE
-from pallas_kernels.gathered_lora import gathered_lora
-from pallas_kernels.paged_attention import paged_attention
-from pallas_kernels.segmented_lora import segmented_lora
+from pallas_kernels.gathered_lora.op import gathered_lora
+from pallas_kernels.paged_attention.op import paged_attention
+from pallas_kernels.segmented_lora.op import segmented_lora
 from serve.engine import Engine
 from serve.request import Request
 

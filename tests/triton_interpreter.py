@@ -21,7 +21,12 @@ import test_pallas_kernels_counts as counts
 import triton.language as tl
 from triton.runtime import interpreter
 
-from pallas_kernels import attention, cross_entropy, dispatch, gathered_lora, paged_attention, segmented_lora
+from pallas_kernels import dispatch
+from pallas_kernels.attention import op as attention
+from pallas_kernels.cross_entropy import op as cross_entropy
+from pallas_kernels.gathered_lora import op as gathered_lora
+from pallas_kernels.paged_attention import op as paged_attention
+from pallas_kernels.segmented_lora import op as segmented_lora
 
 ONE_AT_A_TIME = threading.Lock()  # the interpreter keeps its place in the grid in a global
 CALLS = []  # names of the kernels that ran

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxlora.lora import HEAD_TARGET
 from jaxlora.pool import LaneLora, LoraLayout, LoraRows, Rows
 from pallas_kernels import NO_ADAPTER
-from pallas_kernels.segmented_lora import take_layer_rows
+from pallas_kernels.segmented_lora.op import take_layer_rows
 from train.optimizer import Halves
 
 

@@ -21,8 +21,8 @@ from jaxlora.config import LANE_BLOCK
 from jaxlora.mesh import attention_placement, replicated
 from jaxlora.model import Attend, Base, TokenBatch, forward, head_weight
 from jaxlora.pool import DropoutLora, LaneLora, LoraLayout, Rows
-from pallas_kernels.attention import packed_attention
-from pallas_kernels.cross_entropy import target_logprob
+from pallas_kernels.attention.op import packed_attention
+from pallas_kernels.cross_entropy.op import target_logprob
 from train.batch import LaneSums, TrainBatch
 from train.lanes import StepLora, lane_rows
 from train.losses import LossInputs, token_losses

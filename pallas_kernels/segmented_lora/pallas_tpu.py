@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import KEPT
-from pallas_kernels.tpu_blocks import blocks, dot, feature_splits, padded_bytes, token_block
+from pallas_kernels.tiling_tpu import blocks, dot, feature_splits, padded_bytes, token_block
 
 Cut = tuple[int, int]  # tokens of a block, number of blocks of the features
 

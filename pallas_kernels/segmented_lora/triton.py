@@ -28,7 +28,7 @@ import triton.language as tl  # ty: ignore[import-not-found]
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import KEPT
-from pallas_kernels.cuda_blocks import TOKENS, feature_block, power_of_two
+from pallas_kernels.tiling_cuda import TOKENS, feature_block, power_of_two
 
 LaneRows = tuple[jax.Array, jax.Array, jax.Array]  # a_GRX, b_GRY, scale_G
 

@@ -24,8 +24,8 @@ import jax_triton  # ty: ignore[import-not-found]
 import triton  # ty: ignore[import-not-found]
 import triton.language as tl  # ty: ignore[import-not-found]
 
-from pallas_kernels.attention_cuda import MASKED, absorb
-from pallas_kernels.cuda_blocks import PROGRAMS, STAGES, WARPS, power_of_two, row_block
+from pallas_kernels.attention.triton import MASKED, absorb
+from pallas_kernels.tiling_cuda import PROGRAMS, STAGES, WARPS, power_of_two, row_block
 
 
 @triton.jit

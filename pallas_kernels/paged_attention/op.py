@@ -19,11 +19,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import paged_attention_tpu
-from pallas_kernels.attention import MASKED, fits_cuda
+from pallas_kernels.attention.op import MASKED, fits_cuda
 from pallas_kernels.dispatch import by_platform, known_dtypes
-from pallas_kernels.placement import Placement
+from pallas_kernels.paged_attention import pallas_tpu as paged_attention_tpu
 from pallas_kernels.shapes import shaped
+from pallas_kernels.sharding import Placement
 
 
 @shaped
@@ -97,7 +97,7 @@ def _attend_tpu(window: int | None, placement: Placement | None, *args) -> jax.A
 
 
 def _attend_cuda(window: int | None, placement: Placement | None, *arrays: jax.Array) -> jax.Array:
-    from pallas_kernels import paged_attention_cuda  # imports Triton
+    from pallas_kernels.paged_attention import triton as paged_attention_cuda  # imports Triton
 
     return _attend_kernel(functools.partial(paged_attention_cuda.attend, window=window), placement, *arrays)
 

@@ -27,9 +27,9 @@ import triton  # ty: ignore[import-not-found]
 import triton.language as tl  # ty: ignore[import-not-found]
 from jax import lax
 
-from pallas_kernels.cuda_blocks import WORD_ROWS, WORD_SPLITS, WORD_TOKENS, WORDS, power_of_two
-from pallas_kernels.segmented_lora_cuda import expand_back, lane_tile
-from pallas_kernels.trips import filled, run_of, trips, with_run
+from pallas_kernels.loops import filled, run_of, trips, with_run
+from pallas_kernels.segmented_lora.triton import expand_back, lane_tile
+from pallas_kernels.tiling_cuda import WORD_ROWS, WORD_SPLITS, WORD_TOKENS, WORDS, power_of_two
 
 Halves = tuple[jax.Array, jax.Array]  # h_GJR scaled, b_GRV
 STEP = 64  # features, or ranks, of a product that are fetched at once

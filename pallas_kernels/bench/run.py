@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.bench_cases import MODELS, OPS, Case, Sizes
+from pallas_kernels.bench.cases import MODELS, OPS, Case, Sizes
 
 SAMPLE_S = 0.02  # of calls between two looks at the clock: a process's CPU time lags by milliseconds
 MOST_CALLS = 64

@@ -25,7 +25,7 @@ import jax_triton  # ty: ignore[import-not-found]
 import triton  # ty: ignore[import-not-found]
 import triton.language as tl  # ty: ignore[import-not-found]
 
-from pallas_kernels.cuda_blocks import DOT, feature_block, power_of_two
+from pallas_kernels.tiling_cuda import DOT, feature_block, power_of_two
 
 Visits = tuple[jax.Array, jax.Array, jax.Array]  # order_T, slot_T in that order, count
 Rows = Sequence[tuple[jax.Array, jax.Array, jax.Array]]  # a_LSRX, b_LSRY, scale_LS of each target

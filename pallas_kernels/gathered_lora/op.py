@@ -20,11 +20,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import NO_ADAPTER, cuda_blocks, gathered_lora_tpu
-from pallas_kernels import gathered_lora_xla as xla
+from pallas_kernels import NO_ADAPTER, tiling_cuda
 from pallas_kernels.dispatch import by_platform, known_dtypes
-from pallas_kernels.placement import Placement
+from pallas_kernels.gathered_lora import pallas_tpu as gathered_lora_tpu
+from pallas_kernels.gathered_lora import xla_cpu as xla
 from pallas_kernels.shapes import shaped
+from pallas_kernels.sharding import Placement
 
 TargetRows = tuple[jax.Array, jax.Array, jax.Array]  # a_LSRX, b_LSRY, scale_LS
 
@@ -165,7 +166,7 @@ def _visited_tpu(placement, x_TX, rows, layer, slot_T, visits, interpret: bool) 
 
 
 def _visited_cuda(placement, x_TX, rows, layer, slot_T, visits) -> tuple[jax.Array, ...]:
-    from pallas_kernels import gathered_lora_cuda as cuda  # imports Triton
+    from pallas_kernels.gathered_lora import triton as cuda  # imports Triton
 
     kernels = Kernels(both=cuda.both, shrink=cuda.shrink, expand=cuda.expand)
     return _visited(kernels, placement, x_TX, rows, layer, slot_T, visits)
@@ -173,7 +174,7 @@ def _visited_cuda(placement, x_TX, rows, layer, slot_T, visits) -> tuple[jax.Arr
 
 def _fits_cuda(x_TX: jax.Array, rows: tuple[TargetRows, ...]) -> bool:
     rank = max(a.shape[2] for a, _, _ in rows)
-    return cuda_blocks.installed() and rank <= cuda_blocks.RANK and x_TX.shape[0] <= cuda_blocks.VISITS
+    return tiling_cuda.installed() and rank <= tiling_cuda.RANK and x_TX.shape[0] <= tiling_cuda.VISITS
 
 
 def _visited(

@@ -27,7 +27,7 @@ import jax_triton  # ty: ignore[import-not-found]
 import triton  # ty: ignore[import-not-found]
 import triton.language as tl  # ty: ignore[import-not-found]
 
-from pallas_kernels.cuda_blocks import STAGES, WARPS, power_of_two, row_block
+from pallas_kernels.tiling_cuda import STAGES, WARPS, power_of_two, row_block
 
 MASKED = tl.constexpr(-1e30)  # as in attention.py
 

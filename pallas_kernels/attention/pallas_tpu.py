@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-from pallas_kernels.tpu_blocks import LANES, blocks
-from pallas_kernels.trips import filled
+from pallas_kernels.loops import filled
+from pallas_kernels.tiling_tpu import LANES, blocks
 
 
 def forward(

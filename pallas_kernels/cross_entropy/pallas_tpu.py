@@ -27,8 +27,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tpu_blocks import LANES, blocks, dot, padded_bytes
-from pallas_kernels.trips import filled, run_of, trips, with_run
+from pallas_kernels.loops import filled, run_of, trips, with_run
+from pallas_kernels.tiling_tpu import LANES, blocks, dot, padded_bytes
 
 Halves = tuple[jax.Array, jax.Array]  # h_GJR scaled, b_GRV
 ROW = 16  # tokens of a lane in a trip are a multiple: whole tiles in bfloat16 and float32

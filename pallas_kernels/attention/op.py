@@ -23,10 +23,11 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import KEPT, attention_tpu, cuda_blocks
+from pallas_kernels import KEPT, tiling_cuda
+from pallas_kernels.attention import pallas_tpu as attention_tpu
 from pallas_kernels.dispatch import by_platform, known_dtypes
-from pallas_kernels.placement import Placement
 from pallas_kernels.shapes import shaped
+from pallas_kernels.sharding import Placement
 
 MASKED = -1e30  # finite, so that a row with nothing to see gives numbers
 
@@ -154,7 +155,7 @@ _flash.defvjp(_flash_forward, _flash_backward)
 def fits_cuda(q: jax.Array, k: jax.Array, v: jax.Array) -> bool:
     """Whether the Triton bodies of attention are there and take these: heads that have room, of one known dtype."""
     alike = known_dtypes(q) and q.dtype == k.dtype == v.dtype
-    return cuda_blocks.installed() and q.shape[3] <= cuda_blocks.HEAD and alike
+    return tiling_cuda.installed() and q.shape[3] <= tiling_cuda.HEAD and alike
 
 
 # ---- kernels ----------------------------------------------------------------------------------------------------------
@@ -191,14 +192,14 @@ def _backward_tpu(window: int | None, placement: Placement | None, *args) -> tup
 
 
 def _forward_cuda(window: int | None, placement: Placement | None, *arrays) -> tuple[jax.Array, jax.Array]:
-    from pallas_kernels import attention_cuda  # imports Triton
+    from pallas_kernels.attention import triton as attention_cuda  # imports Triton
 
     body = functools.partial(attention_cuda.forward, window=window)
     return _on_each(body, placement, "hhhr", "hl")(*arrays)
 
 
 def _backward_cuda(window: int | None, placement: Placement | None, *arrays) -> tuple[jax.Array, jax.Array, jax.Array]:
-    from pallas_kernels import attention_cuda  # imports Triton
+    from pallas_kernels.attention import triton as attention_cuda  # imports Triton
 
     body = functools.partial(attention_cuda.backward, window=window)
     return _on_each(body, placement, "hhhrhlh", "hhh")(*arrays)

@@ -21,8 +21,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.attention import MASKED
-from pallas_kernels.tpu_blocks import LANES, blocks, dot, padded_bytes
+from pallas_kernels.attention.op import MASKED
+from pallas_kernels.tiling_tpu import LANES, blocks, dot, padded_bytes
 
 ROWS, KEYS = 512, 512  # at most, of a run's kv head and of a visit
 SCALAR_BYTES = 2**18  # of page numbers and visits

@@ -18,11 +18,11 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels import NO_ADAPTER
-from pallas_kernels.attention import packed_attention, packed_attention_oracle
-from pallas_kernels.cross_entropy import target_logprob, target_logprob_oracle
-from pallas_kernels.gathered_lora import gathered_lora
-from pallas_kernels.paged_attention import paged_attention, paged_attention_oracle
-from pallas_kernels.segmented_lora import segmented_lora
+from pallas_kernels.attention.op import packed_attention, packed_attention_oracle
+from pallas_kernels.cross_entropy.op import target_logprob, target_logprob_oracle
+from pallas_kernels.gathered_lora.op import gathered_lora
+from pallas_kernels.paged_attention.op import paged_attention, paged_attention_oracle
+from pallas_kernels.segmented_lora.op import segmented_lora
 
 PAGE = 64  # tokens of a KV page
 

@@ -23,12 +23,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import cross_entropy_tpu, cuda_blocks
+from pallas_kernels import tiling_cuda
+from pallas_kernels.cross_entropy import pallas_tpu as cross_entropy_tpu
 from pallas_kernels.dispatch import by_platform, known_dtypes
-from pallas_kernels.placement import Placement
-from pallas_kernels.segmented_lora import segmented_lora, shrink
+from pallas_kernels.loops import run_of, trips, with_run
+from pallas_kernels.segmented_lora.op import segmented_lora, shrink
 from pallas_kernels.shapes import shaped
-from pallas_kernels.trips import run_of, trips, with_run
+from pallas_kernels.sharding import Placement
 
 FEW_ROWS = 64  # of tokens in one product with the head, up to which another order of operands is quicker
 HeadLora = tuple[jax.Array, jax.Array, jax.Array]  # a_GRD, b_GRV, scale_G
@@ -204,7 +205,7 @@ def _tpu(by_word: bool, interpret: bool) -> Kernels:
 
 
 def _cuda(by_word: bool) -> Kernels:
-    from pallas_kernels import cross_entropy_cuda as cuda  # imports Triton
+    from pallas_kernels.cross_entropy import triton as cuda  # imports Triton
 
     return Kernels(
         by_word=by_word,
@@ -244,7 +245,7 @@ def _fits_tpu(form: _Form, x_GJD, lora, head_DV, back_VD, target_GJK, count_G) -
 
 def _fits_cuda(form: _Form, x_GJD, lora, head_DV, back_VD, target_GJK, count_G) -> bool:
     rank = 0 if lora is None else lora[0].shape[1]
-    return cuda_blocks.installed() and rank <= cuda_blocks.RANK and _known(form, x_GJD, lora, head_DV)
+    return tiling_cuda.installed() and rank <= tiling_cuda.RANK and _known(form, x_GJD, lora, head_DV)
 
 
 def _known(form: _Form, x_GJD: jax.Array, lora: HeadLora | None, head_DV: jax.Array) -> bool:

@@ -25,10 +25,11 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import KEPT, NO_ADAPTER, cuda_blocks, segmented_lora_tpu
+from pallas_kernels import KEPT, NO_ADAPTER, tiling_cuda
 from pallas_kernels.dispatch import by_platform, known_dtypes
-from pallas_kernels.placement import Placement
+from pallas_kernels.segmented_lora import pallas_tpu as segmented_lora_tpu
 from pallas_kernels.shapes import shaped
+from pallas_kernels.sharding import Placement
 
 LaneRows = tuple[jax.Array, jax.Array, jax.Array]  # a_GRX, b_GRY, scale_G
 
@@ -98,7 +99,7 @@ def _fits_tpu(placement: Placement | None, x_GJX: jax.Array, rows: tuple[LaneRow
 
 def _fits_cuda(x_GJX: jax.Array, rows: tuple[LaneRows, ...]) -> bool:
     rank = sum(a.shape[1] for a, _, _ in rows)
-    return cuda_blocks.installed() and rank <= cuda_blocks.RANK and _known(x_GJX, rows)
+    return tiling_cuda.installed() and rank <= tiling_cuda.RANK and _known(x_GJX, rows)
 
 
 def _known(x_GJX: jax.Array, rows: tuple[LaneRows, ...]) -> bool:
@@ -185,7 +186,7 @@ def _tpu(interpret: bool) -> Kernels:
 
 
 def _cuda() -> Kernels:
-    from pallas_kernels import segmented_lora_cuda as cuda  # imports Triton
+    from pallas_kernels.segmented_lora import triton as cuda  # imports Triton
 
     return Kernels(forward=cuda.forward, expand_back=cuda.expand_back, shrink_back=cuda.shrink_back)
 
