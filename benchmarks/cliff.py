@@ -25,8 +25,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from serving import Server, request, server
 
-from jaxlora.lora import AdapterRef
-from jaxlora.serve_config import Tuning
+from jaxlora.config.serving import Tuning
+from jaxlora.core.lora import AdapterRef
 from serve.engine import Engine
 from serve.request import Request
 

@@ -19,7 +19,7 @@ import numpy as np
 from serving import request, server
 
 import serve.sampling
-from jaxlora.mesh import place_rows
+from jaxlora.model.mesh import place_rows
 from serve.edits import LogitEdits, RowEdits
 from serve.grammar import Grammars, GrammarSource
 from serve.packed import Layout

@@ -26,12 +26,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlora import compile_cache
-from jaxlora.config_base import DEMO_MODEL, ONE_DEVICE, ModelSection
-from jaxlora.kvcache import KVPages, empty_pages, paged_attend
-from jaxlora.model import Base, Lora, NoLora, TokenBatch, forward, head_weight
-from jaxlora.opened import open_base
-from jaxlora.pool import LaneLora, LoraRows, PoolSpec, PromptLora, Rows, TokenLora, empty_pool
+from jaxlora.checkpoints.load import open_base
+from jaxlora.config.base import DEMO_MODEL, ONE_DEVICE, ModelSection
+from jaxlora.model import compile_cache
+from jaxlora.model.decoder import Base, Lora, NoLora, TokenBatch, forward, head_weight
+from jaxlora.model.kv_cache import KVPages, empty_pages, paged_attend
+from jaxlora.model.lora_pool import LaneLora, LoraRows, PoolSpec, PromptLora, Rows, TokenLora, empty_pool
 from pallas_kernels.bench import run as bench
 from pallas_kernels.bench.cases import GATHERED_ALTERNATIVES
 from serve.edits import LogitEdits

@@ -38,13 +38,13 @@ from pathlib import Path
 import numpy as np
 from serving import adapter, request
 
-from jaxlora import compile_cache
-from jaxlora.adapter_files import save_version
-from jaxlora.config_base import DEMO_MODEL, ONE_DEVICE, ModelSection
-from jaxlora.lora import AdapterRef
-from jaxlora.opened import Opened, open_base
-from jaxlora.serve_config import ServeConfig, Tuning, serve_defaults
-from jaxlora.store import AdapterStore
+from jaxlora.checkpoints.load import Opened, open_base
+from jaxlora.config.base import DEMO_MODEL, ONE_DEVICE, ModelSection
+from jaxlora.config.serving import ServeConfig, Tuning, serve_defaults
+from jaxlora.core.lora import AdapterRef
+from jaxlora.model import compile_cache
+from jaxlora.storage.adapter_files import save_version
+from jaxlora.storage.adapter_store import AdapterStore
 from serve.assemble import make_runner, open_store
 from serve.engine import Engine
 

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxlora.base_files import smollm2_path
-from jaxlora.config import Optimizer
-from jaxlora.lora import AdapterRef, AdapterWeights
-from jaxlora.model_config import ModelConfig
-from jaxlora.peft import export_peft
+from jaxlora.checkpoints.load import smollm2_path
+from jaxlora.config.training import Optimizer
+from jaxlora.core.lora import AdapterRef, AdapterWeights
+from jaxlora.core.model_config import ModelConfig
+from jaxlora.peft.folder import export_peft
 from train.data import Example, ExampleStream
 
 SCRIPT = Path(__file__).with_name("peft_alone.py")

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxlora import compile_cache
-from jaxlora.config_base import DEMO_MODEL, ONE_DEVICE, Dtype, ModelSection
-from jaxlora.lora import LAYER_TARGETS, Adapter, AdapterRef, LoraSpec
-from jaxlora.model_config import target_features
-from jaxlora.opened import Opened, open_base
-from jaxlora.pool import layer_count
-from jaxlora.serve_config import ServeConfig, serve_defaults
+from jaxlora.checkpoints.load import Opened, open_base
+from jaxlora.config.base import DEMO_MODEL, ONE_DEVICE, Dtype, ModelSection
+from jaxlora.config.serving import ServeConfig, serve_defaults
+from jaxlora.core.lora import LAYER_TARGETS, Adapter, AdapterRef, LoraSpec
+from jaxlora.core.model_config import target_features
+from jaxlora.model import compile_cache
+from jaxlora.model.lora_pool import layer_count
 from serve.assemble import make_runner, open_store
 from serve.request import Request, SamplingParams
 from serve.runner import Runner

@@ -32,10 +32,10 @@ import numpy as np
 import openai
 from serving import adapter
 
-from jaxlora.compile_cache import CompileCounter
-from jaxlora.errors import AdapterNotFinite, AdapterNotFound, StorageFailed
-from jaxlora.lora import Adapter, AdapterRef, LoraSpec
-from jaxlora.serve_config import Tuning
+from jaxlora.config.serving import Tuning
+from jaxlora.core.errors import AdapterNotFinite, AdapterNotFound, StorageFailed
+from jaxlora.core.lora import Adapter, AdapterRef, LoraSpec
+from jaxlora.model.compile_cache import CompileCounter
 from serve.auth import LOCAL_TENANT
 from serve.http_server import make_http
 from serve.session import Session

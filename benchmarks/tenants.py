@@ -22,10 +22,10 @@ from pathlib import Path
 
 from peft_recipe import train_alone
 
-from jaxlora.compile_cache import CompileCounter
-from jaxlora.config import Optimizer
-from jaxlora.lora import LoraSpec
-from jaxlora.opened import Opened
+from jaxlora.checkpoints.load import Opened
+from jaxlora.config.training import Optimizer
+from jaxlora.core.lora import LoraSpec
+from jaxlora.model.compile_cache import CompileCounter
 from serve.session import Session
 from train.data import ExampleStream
 from train.jsonl import load_jsonl

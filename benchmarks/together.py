@@ -24,13 +24,13 @@ import jax
 import numpy as np
 from peft_recipe import train_alone
 
-from jaxlora import compile_cache
-from jaxlora.config import Optimizer
-from jaxlora.config_base import DEMO_MODEL, ONE_DEVICE, ModelSection
-from jaxlora.lora import LoraSpec
-from jaxlora.model import Base
-from jaxlora.opened import Opened, open_base
-from jaxlora.pool import LaneLora, PoolSpec
+from jaxlora.checkpoints.load import Opened, open_base
+from jaxlora.config.base import DEMO_MODEL, ONE_DEVICE, ModelSection
+from jaxlora.config.training import Optimizer
+from jaxlora.core.lora import LoraSpec
+from jaxlora.model import compile_cache
+from jaxlora.model.decoder import Base
+from jaxlora.model.lora_pool import LaneLora, PoolSpec
 from pallas_kernels.bench import run as bench
 from train.batch import TrainBatch, idle_batch, put_lane
 from train.data import Example, ExampleStream, fill_lane

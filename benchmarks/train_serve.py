@@ -23,13 +23,13 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxlora import compile_cache
-from jaxlora.config import Optimizer
-from jaxlora.config_base import DEMO_MODEL, ONE_DEVICE, ModelSection
-from jaxlora.lora import LoraSpec
-from jaxlora.opened import open_base
-from jaxlora.pool import PoolSpec
-from jaxlora.serve_config import serve_defaults
+from jaxlora.checkpoints.load import open_base
+from jaxlora.config.base import DEMO_MODEL, ONE_DEVICE, ModelSection
+from jaxlora.config.serving import serve_defaults
+from jaxlora.config.training import Optimizer
+from jaxlora.core.lora import LoraSpec
+from jaxlora.model import compile_cache
+from jaxlora.model.lora_pool import PoolSpec
 from serve.assemble import make_runner, open_store, stop
 from serve.request import Delta, Request, SamplingParams
 from serve.runner import Runner

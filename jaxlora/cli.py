@@ -18,7 +18,7 @@ import typer
 from jaxlora.cli_adapters import HERE, IMPORT_EXAMPLES, Json, Key, Url, adapters, import_adapter
 from jaxlora.cli_jobs import files, jobs
 from jaxlora.cli_keys import keys
-from jaxlora.errors import ConfigInvalid, JaxLoraError
+from jaxlora.core.errors import ConfigInvalid, JaxLoraError
 from jaxlora.neighbours import check_neighbours, own_home
 
 ERROR_EXIT, INTERRUPTED_EXIT = 2, 130
@@ -113,12 +113,12 @@ def serve(
 ) -> None:
     """Serve a base and its adapters over HTTP.
 
-    Give CONFIG.toml, or --model for the defaults of jaxlora.serve_config.serve_defaults.  An option beside CONFIG.toml
+    Give CONFIG.toml, or --model for the defaults of jaxlora.config.serving.serve_defaults.  An option beside CONFIG.toml
     replaces the file's value.
     """
     with clean_exit():
-        from jaxlora.config import load
-        from jaxlora.serve_config import ServeConfig, serve_defaults
+        from jaxlora.config.serving import ServeConfig, serve_defaults
+        from jaxlora.config.training import load
 
         if supervise:
             raise ConfigInvalid(
@@ -194,7 +194,7 @@ def export(
 ) -> None:
     """Write one adapter, out of a PEFT folder or a store, in a form that others load."""
     with clean_exit():
-        resolve("jaxlora.export:main")(
+        resolve("jaxlora.peft.export:main")(
             model=model,
             folder=folder,
             store=adapters,

@@ -149,6 +149,6 @@ def import_adapter(
     from jaxlora import cli  # which imports this file
 
     with cli.clean_exit():
-        cli.resolve("jaxlora.import_adapter:main")(
+        cli.resolve("jaxlora.peft.ingest:main")(
             model=model, folder=folder, store=store, name=name, any_base=any_base, say=typer.echo
         )

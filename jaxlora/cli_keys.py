@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from jaxlora.errors import ConfigInvalid
+from jaxlora.core.errors import ConfigInvalid
 
 keys = typer.Typer(
     help="The API keys of a server; changes hold within a second, also while it runs.", no_args_is_help=True

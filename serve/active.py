@@ -19,8 +19,8 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from jaxlora.errors import InvalidRequest
-from jaxlora.lora import AdapterRef
+from jaxlora.core.errors import InvalidRequest
+from jaxlora.core.lora import AdapterRef
 from jaxlora.slots import SlotTable
 from serve.histogram import Histogram
 from serve.shares import quotas

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
-from jaxlora.errors import AdapterNotFound, JaxLoraError
-from jaxlora.lora import AdapterRef
-from jaxlora.pool import Rows
+from jaxlora.core.errors import AdapterNotFound, JaxLoraError
+from jaxlora.core.lora import AdapterRef
+from jaxlora.model.lora_pool import Rows
 
 READERS = 4  # threads
 LOAD_WAIT_S = 0.005  # how long a step with nothing else to do waits for one of them; messages wait as long

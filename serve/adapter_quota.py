@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from jaxlora.errors import AdapterNotFound, QuotaExceeded, StorageFailed
-from jaxlora.lora import AdapterRef
-from jaxlora.serve_config import LimitsSection
+from jaxlora.config.serving import LimitsSection
+from jaxlora.core.errors import AdapterNotFound, QuotaExceeded, StorageFailed
+from jaxlora.core.lora import AdapterRef
 
 
 class Shelf(Protocol):

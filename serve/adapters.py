@@ -23,9 +23,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from jaxlora.archives import FILES, UploadLimits, file_name, unpack, upload_limits
-from jaxlora.durable import told_of_disk
-from jaxlora.errors import (
+from jaxlora.core.atomic_files import told_of_disk
+from jaxlora.core.errors import (
     AdapterInvalid,
     AdapterNotFound,
     Forbidden,
@@ -35,9 +34,10 @@ from jaxlora.errors import (
     StateInvalid,
     StorageFailed,
 )
-from jaxlora.lora import HEAD_TARGET, AdapterRef, check_name
-from jaxlora.model_config import ModelConfig
-from jaxlora.peft import CONFIG_FILE, ImportReport, export_peft, import_peft
+from jaxlora.core.lora import HEAD_TARGET, AdapterRef, check_name
+from jaxlora.core.model_config import ModelConfig
+from jaxlora.peft.archive import FILES, UploadLimits, file_name, unpack, upload_limits
+from jaxlora.peft.folder import CONFIG_FILE, ImportReport, export_peft, import_peft
 from serve.adapter_quota import AdapterQuota
 from serve.auth import Caller
 from serve.house import ModelCard

@@ -19,7 +19,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from jaxlora.errors import DeadlineExceeded, InvalidRequest, Overloaded
+from jaxlora.core.errors import DeadlineExceeded, InvalidRequest, Overloaded
 from serve.adapters import AdapterService, Exported, Imported, Page
 from serve.adapters_types import (
     UPLOAD_BODY,

@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 from urllib.parse import quote
 
-from jaxlora.archives import FILES
-from jaxlora.errors import AlreadyExists, InvalidRequest
+from jaxlora.core.errors import AlreadyExists, InvalidRequest
+from jaxlora.peft.archive import FILES
 from serve.api_client import Say, bars, server
 
 

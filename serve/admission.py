@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 
 from fastapi import Request
 
-from jaxlora.errors import ContextLengthExceeded, InvalidRequest
-from jaxlora.lora import AdapterRef
+from jaxlora.core.errors import ContextLengthExceeded, InvalidRequest
+from jaxlora.core.lora import AdapterRef
 from serve.auth import caller_of
 from serve.grammar import GrammarSource
 from serve.house import House

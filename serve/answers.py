@@ -11,9 +11,9 @@ import secrets
 import jax
 import numpy as np
 
-from jaxlora.errors import AdapterInvalid, JaxLoraError
-from jaxlora.lora import AdapterRef
-from jaxlora.tokenizer import Tokenizer
+from jaxlora.checkpoints.tokenizer import Tokenizer
+from jaxlora.core.errors import AdapterInvalid, JaxLoraError
+from jaxlora.core.lora import AdapterRef
 from serve.edits import ALL_BITS, AllowedTokens, LogitEdits, RowEdits
 from serve.grammar import GrammarState
 from serve.request import Delta, FinishReason, PromptLogprob, Request, TokenLogprob

@@ -11,7 +11,7 @@ import httpx2
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from jaxlora.errors import StorageFailed
+from jaxlora.core.errors import StorageFailed
 from serve.chat_client import CONNECT_S, bearer, refusal, told
 
 ANSWER_S = 600.0  # a large upload is checked and written before the answer comes

@@ -22,7 +22,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jaxlora.errors import ConfigInvalid, InvalidRequest, JaxLoraError, Unavailable
+from jaxlora.core.errors import ConfigInvalid, InvalidRequest, JaxLoraError, Unavailable
 from serve.answered import GENERATED, REFUSED, Answered, Listener
 from serve.auth import Caller, anyone, is_loopback
 from serve.door import Door

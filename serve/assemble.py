@@ -13,17 +13,17 @@ from typing import NoReturn
 
 import numpy as np
 
-from jaxlora import compile_cache
-from jaxlora.blobs import Blobs
-from jaxlora.disk_copies import DiskCopies, Remote
-from jaxlora.lease import Lease
-from jaxlora.lora import ALL_TARGETS, HEAD_TARGET, AdapterRef, AdapterWeights
-from jaxlora.opened import Opened, open_base
-from jaxlora.peft import import_peft
-from jaxlora.pool import PoolSpec
-from jaxlora.remote_versions import RemoteVersions
-from jaxlora.serve_config import AdapterSection, ServeConfig
-from jaxlora.store import AdapterStore
+from jaxlora.checkpoints.load import Opened, open_base
+from jaxlora.config.serving import AdapterSection, ServeConfig
+from jaxlora.core.lora import ALL_TARGETS, HEAD_TARGET, AdapterRef, AdapterWeights
+from jaxlora.model import compile_cache
+from jaxlora.model.lora_pool import PoolSpec
+from jaxlora.peft.folder import import_peft
+from jaxlora.storage.adapter_store import AdapterStore
+from jaxlora.storage.disk_cache import DiskCopies, Remote
+from jaxlora.storage.lease import Lease
+from jaxlora.storage.object_store import Blobs
+from jaxlora.storage.remote_adapters import RemoteVersions
 from serve.auth import LOCAL_TENANT
 from serve.engine import Engine, EngineConfig
 from serve.http_server import HttpServer, make_http

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from starlette.requests import HTTPConnection
 
-from jaxlora.errors import Forbidden
+from jaxlora.core.errors import Forbidden
 
 LOCAL_TENANT = "local"  # who asks where no keys are configured
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from dataclasses import dataclass, fields
 
-from jaxlora.errors import InvalidRequest
+from jaxlora.core.errors import InvalidRequest
 
 RECENT = 32  # durations that are looked at
 PROBE_EVERY = 16  # serving steps; one of so many has no training before it, to learn what such a step takes

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from collections import Counter
 
-from jaxlora.errors import AdapterNotFound, InvalidRequest, StorageFailed
-from jaxlora.lora import AdapterRef
+from jaxlora.core.errors import AdapterNotFound, InvalidRequest, StorageFailed
+from jaxlora.core.lora import AdapterRef
 from jaxlora.slots import SlotTable
-from jaxlora.store import AdapterStore
+from jaxlora.storage.adapter_store import AdapterStore
 from serve.house import ModelCard
 from serve.model_names import JobNames
 

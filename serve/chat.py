@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from jaxlora.errors import InvalidRequest, JaxLoraError
+from jaxlora.core.errors import InvalidRequest, JaxLoraError
 from serve.chat_client import AnswerFailed, Model, Server
 from serve.chat_columns import Columns, beside, clean
 

@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 import httpx2
 
-from jaxlora.errors import JaxLoraError
+from jaxlora.core.errors import JaxLoraError
 
 CONNECT_S, READ_S = 5.0, 60.0  # a stream that is silent for longer is dead: servers ping
 

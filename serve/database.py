@@ -19,7 +19,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, SQLAlche
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlmodel import Session, create_engine
 
-from jaxlora.errors import ConfigInvalid, StorageAway, StorageFull
+from jaxlora.core.errors import ConfigInvalid, StorageAway, StorageFull
 from serve.migrations import migrate
 
 BUSY_S = 1.0  # SQLite itself waits so long for another writer

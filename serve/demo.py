@@ -18,13 +18,13 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from jaxlora import compile_cache
-from jaxlora.config_base import DEMO_MODEL, ONE_DEVICE, ModelSection
-from jaxlora.lora import AdapterRef, LoraSpec
-from jaxlora.opened import Opened, open_base
-from jaxlora.peft import export_peft
-from jaxlora.pool import PoolSpec
-from jaxlora.serve_config import ServeConfig, Tuning
+from jaxlora.checkpoints.load import Opened, open_base
+from jaxlora.config.base import DEMO_MODEL, ONE_DEVICE, ModelSection
+from jaxlora.config.serving import ServeConfig, Tuning
+from jaxlora.core.lora import AdapterRef, LoraSpec
+from jaxlora.model import compile_cache
+from jaxlora.model.lora_pool import PoolSpec
+from jaxlora.peft.folder import export_peft
 from serve.assemble import make_runner, open_store, stop
 from serve.demo_tasks import Task, constant_baseline, demo_tasks, nearest_baseline
 from serve.http_server import make_http

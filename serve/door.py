@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Generator
 from starlette.datastructures import Headers
 from starlette.types import Message, Send
 
-from jaxlora.errors import JaxLoraError, Unauthorized, Unavailable
+from jaxlora.core.errors import JaxLoraError, Unauthorized, Unavailable
 from serve.openai_errors import error_body
 from serve.sse import DONE, sse
 

@@ -17,8 +17,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from jaxlora.errors import InvalidRequest
-from jaxlora.mesh import place_rows
+from jaxlora.core.errors import InvalidRequest
+from jaxlora.model.mesh import place_rows
 from serve.request import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS, SamplingParams
 
 NOT_SEEN, IN_PROMPT = -1, 0  # of count_BK; from 1 on: how often it was generated

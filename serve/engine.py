@@ -16,16 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxlora.errors import AlreadyExists, BaseMismatch, ContextLengthExceeded
-from jaxlora.kvcache import empty_pages
-from jaxlora.lora import AdapterRef
-from jaxlora.mesh import check_lanes, place_rows
-from jaxlora.model import Base
-from jaxlora.pool import PoolSpec, Rows, empty_pool, host_rows, write_slot
-from jaxlora.serve_config import Tuning
+from jaxlora.checkpoints.tokenizer import Tokenizer
+from jaxlora.config.serving import Tuning
+from jaxlora.core.errors import AlreadyExists, BaseMismatch, ContextLengthExceeded
+from jaxlora.core.lora import AdapterRef
+from jaxlora.model.decoder import Base
+from jaxlora.model.kv_cache import empty_pages
+from jaxlora.model.lora_pool import PoolSpec, Rows, empty_pool, host_rows, write_slot
+from jaxlora.model.mesh import check_lanes, place_rows
 from jaxlora.slots import SlotTable
-from jaxlora.store import AdapterStore
-from jaxlora.tokenizer import Tokenizer
+from jaxlora.storage.adapter_store import AdapterStore
 from serve.adapter_loads import READERS, AdapterLoads
 from serve.answers import Answer
 from serve.edits import EditArrays, LogitEdits

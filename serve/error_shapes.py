@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Scope
 
-from jaxlora.errors import JaxLoraError
+from jaxlora.core.errors import JaxLoraError
 from serve.answered import note_refused
 from serve.openai_errors import LOG, error_code, error_response
 

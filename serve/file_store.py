@@ -17,10 +17,10 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from jaxlora.disk_copies import Remote
-from jaxlora.durable import sha256_of, sync, told_of_disk
-from jaxlora.errors import JaxLoraError, NotFound
-from jaxlora.serve_config import LimitsSection
+from jaxlora.config.serving import LimitsSection
+from jaxlora.core.atomic_files import sha256_of, sync, told_of_disk
+from jaxlora.core.errors import JaxLoraError, NotFound
+from jaxlora.storage.disk_cache import Remote
 from serve.records import FileRecord, FileStatus, Page, new_id
 from serve.stored_files import StoredFiles
 from train.data import Unit

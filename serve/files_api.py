@@ -16,8 +16,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import MalformedRangeHeader, RangeNotSatisfiable
 from starlette.types import Receive, Scope, Send
 
-from jaxlora.durable import sha256_of, told_of_disk
-from jaxlora.errors import Overloaded
+from jaxlora.core.atomic_files import sha256_of, told_of_disk
+from jaxlora.core.errors import Overloaded
 from serve.auth import caller_of
 from serve.database import Database
 from serve.file_store import FileStore

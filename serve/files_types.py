@@ -8,7 +8,7 @@ from typing import Annotated, Literal, NotRequired, TypedDict
 
 from pydantic import BaseModel, ConfigDict, Field, with_config
 
-from jaxlora.errors import InvalidRequest
+from jaxlora.core.errors import InvalidRequest
 from serve.file_store import FINE_TUNE
 from serve.multipart import Form
 from serve.openai_answers import CLOSED

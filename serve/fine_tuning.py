@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from jaxlora.config import LOSSES, PASSES, Loss, Optimizer, Recipe
-from jaxlora.errors import InvalidRequest
-from jaxlora.lora import ALL_TARGETS, Adapter, LoraSpec
+from jaxlora.config.training import LOSSES, PASSES, Loss, Optimizer, Recipe
+from jaxlora.core.errors import InvalidRequest
+from jaxlora.core.lora import ALL_TARGETS, Adapter, LoraSpec
 from train.jobs import JobRequest
 
 DEFAULT = Recipe()  # of a job that names none; but for the warm-up, which OpenAI's jobs do not have

@@ -22,9 +22,9 @@ from typing import Annotated, cast
 from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import JSONResponse, Response
 
-from jaxlora.config import Optimizer
-from jaxlora.errors import AdapterNotFound, DeadlineExceeded, NotFound
-from jaxlora.lora import LAYER_TARGETS, NAME_PATTERN, LoraSpec
+from jaxlora.config.training import Optimizer
+from jaxlora.core.errors import AdapterNotFound, DeadlineExceeded, NotFound
+from jaxlora.core.lora import LAYER_TARGETS, NAME_PATTERN, LoraSpec
 from serve.auth import caller_of
 from serve.catalog import RESERVED_NAMES
 from serve.gradient_complete import Completer

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 from fastapi import Request
 
-from jaxlora.errors import ContextLengthExceeded, InvalidRequest
-from jaxlora.lora import AdapterRef
+from jaxlora.core.errors import ContextLengthExceeded, InvalidRequest
+from jaxlora.core.lora import AdapterRef
 from serve.answered import Generated, note_generated
 from serve.auth import caller_of
 from serve.gradient_choice import choose

@@ -8,7 +8,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
-from jaxlora.errors import (
+from jaxlora.core.errors import (
     AdapterNotFinite,
     AdapterNotFound,
     ContextLengthExceeded,

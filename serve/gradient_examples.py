@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxlora.errors import InvalidRequest
+from jaxlora.core.errors import InvalidRequest
 from serve.gradient_types import Sample
 from serve.house import Tokenizer
 from train.data import Example

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from jaxlora.config import Optimizer
-from jaxlora.config_base import need
-from jaxlora.lora import AdapterRef, LoraSpec
+from jaxlora.config.base import need
+from jaxlora.config.training import Optimizer
+from jaxlora.core.lora import AdapterRef, LoraSpec
 from train.data import Example
 
 

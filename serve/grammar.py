@@ -21,7 +21,7 @@ import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper, grammar_from
 from llguidance.numpy import fill_next_token_bitmask
 
-from jaxlora.errors import InvalidRequest, Overloaded
+from jaxlora.core.errors import InvalidRequest, Overloaded
 
 MAX_SOURCE_BYTES = 2**16  # of a grammar as text
 MAX_MULTIPLE = 10_000  # product of all multipleOf of a schema: so many states the automaton of a number has

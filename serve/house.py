@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from jaxlora.chat_template import Scalar, Turn
-from jaxlora.lora import AdapterRef
+from jaxlora.checkpoints.chat_template import Scalar, Turn
+from jaxlora.core.lora import AdapterRef
 from serve.grammar import Grammars, GrammarTokenizer
 from serve.request import Delta, Request
 

@@ -23,7 +23,7 @@ import uvicorn
 from fastapi import APIRouter
 from starlette.requests import HTTPConnection
 
-from jaxlora.errors import ConfigInvalid, DeviceLost, Unavailable
+from jaxlora.core.errors import ConfigInvalid, DeviceLost, Unavailable
 from serve.answered import Listener
 from serve.app import NO_SHAPES, OPEN_PATHS, create_app, hosts_for
 from serve.auth import Caller, anyone

@@ -8,13 +8,13 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxlora.config import default_lr
-from jaxlora.disk_copies import Remote
-from jaxlora.lora import ALL_TARGETS
-from jaxlora.opened import Opened
-from jaxlora.pool import PoolSpec
-from jaxlora.serve_config import ServeConfig, TrainingSection
-from jaxlora.state_copies import StateCopies
+from jaxlora.checkpoints.load import Opened
+from jaxlora.config.serving import ServeConfig, TrainingSection
+from jaxlora.config.training import default_lr
+from jaxlora.core.lora import ALL_TARGETS
+from jaxlora.model.lora_pool import PoolSpec
+from jaxlora.storage.checkpoints import StateCopies
+from jaxlora.storage.disk_cache import Remote
 from serve.adapter_quota import AdapterQuota
 from serve.database import Database
 from serve.job_service import Files, JobService

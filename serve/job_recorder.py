@@ -11,8 +11,8 @@ import threading
 from collections.abc import Callable
 from dataclasses import asdict, replace
 
-from jaxlora.errors import JaxLoraError, StorageFull, Unavailable
-from jaxlora.lora import AdapterRef
+from jaxlora.core.errors import JaxLoraError, StorageFull, Unavailable
+from jaxlora.core.lora import AdapterRef
 from serve.live_jobs import JobNews, Published
 from serve.model_names import JobNames
 from serve.records import ENDED, CheckpointRecord, JobRecord, JsonObject, NewEvent, new_id

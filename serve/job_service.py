@@ -18,7 +18,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from jaxlora.errors import (
+from jaxlora.config.serving import LimitsSection
+from jaxlora.core.errors import (
     AdapterNotFound,
     DataInvalid,
     InvalidRequest,
@@ -28,9 +29,8 @@ from jaxlora.errors import (
     StorageAway,
     Unavailable,
 )
-from jaxlora.lora import Adapter, AdapterRef, LoraSpec
-from jaxlora.pool import adapter_bytes
-from jaxlora.serve_config import LimitsSection
+from jaxlora.core.lora import Adapter, AdapterRef, LoraSpec
+from jaxlora.model.lora_pool import adapter_bytes
 from serve import fine_tuning
 from serve.adapter_quota import AdapterQuota
 from serve.auth import Caller

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse
 
-from jaxlora.errors import InvalidRequest, JaxLoraError
+from jaxlora.core.errors import InvalidRequest, JaxLoraError
 from serve.auth import caller_of
 from serve.idempotency import Once
 from serve.job_objects import checkpoint_object, event_object, job_object, page_object

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import quote
 
-from jaxlora.errors import AlreadyExists, InvalidRequest
+from jaxlora.core.errors import AlreadyExists, InvalidRequest
 from serve.api_client import ApiServer, Say, bars, server
 
 JOBS = "fine_tuning/jobs"

@@ -9,9 +9,9 @@ from collections.abc import Callable, Generator
 from dataclasses import asdict
 from pathlib import Path
 
-from jaxlora.config import load
-from jaxlora.errors import ConfigInvalid
-from jaxlora.serve_config import ServeConfig, database_in
+from jaxlora.config.serving import ServeConfig, database_in
+from jaxlora.config.training import load
+from jaxlora.core.errors import ConfigInvalid
 from serve.database import Database
 from serve.keys import create_key
 from serve.records import KeyRecord, Role

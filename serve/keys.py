@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 
 from starlette.requests import HTTPConnection
 
-from jaxlora.errors import ConfigInvalid, InvalidRequest, JaxLoraError, Unauthorized
-from jaxlora.lora import check_name
+from jaxlora.core.errors import ConfigInvalid, InvalidRequest, JaxLoraError, Unauthorized
+from jaxlora.core.lora import check_name
 from serve.auth import LOCAL, Caller, is_loopback
 from serve.records import KeyRecord, Role, new_id
 from serve.stored_keys import StoredKeys

@@ -13,8 +13,8 @@ from limits import RateLimitItem, RateLimitItemPerMinute
 from limits.storage import MemoryStorage
 from limits.strategies import SlidingWindowCounterRateLimiter
 
-from jaxlora.errors import QuotaExceeded, RateLimited
-from jaxlora.serve_config import LimitsSection
+from jaxlora.config.serving import LimitsSection
+from jaxlora.core.errors import QuotaExceeded, RateLimited
 from serve.request import Request
 
 LEAST_WAIT_S = 0.01

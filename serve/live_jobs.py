@@ -16,9 +16,9 @@ from typing import Protocol
 
 import jax
 
-from jaxlora.errors import AdapterNotFinite, JaxLoraError, QuotaExceeded, Unavailable
-from jaxlora.lora import AdapterRef, AdapterWeights, LoraSpec
-from jaxlora.pool import Rows
+from jaxlora.core.errors import AdapterNotFinite, JaxLoraError, QuotaExceeded, Unavailable
+from jaxlora.core.lora import AdapterRef, AdapterWeights, LoraSpec
+from jaxlora.model.lora_pool import Rows
 from serve.runner import Runner
 from serve.training import KEEP_VERSIONS, PUBLISH
 from train.data import Example

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from alembic.migration import MigrationContext
 from alembic.operations import Operations
 
-from jaxlora.errors import ConfigInvalid
+from jaxlora.core.errors import ConfigInvalid
 
 POSTGRES_LOCK = 0x6A61786C  # two processes that start at once take turns
 

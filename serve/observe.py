@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from fastapi import APIRouter
 
-from jaxlora.compile_cache import CompileCounter
-from jaxlora.errors import ConfigInvalid
-from jaxlora.serve_config import ServeConfig
+from jaxlora.config.serving import ServeConfig
+from jaxlora.core.errors import ConfigInvalid
+from jaxlora.model.compile_cache import CompileCounter
 from serve.answered import Listener
 from serve.app import OPEN_PATHS
 from serve.logs import log_answered, logging_to

@@ -14,8 +14,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from jaxlora.kvcache import KV_AXES, KVPages, page_format
-from jaxlora.mesh import place, place_array, replicated, sharding
+from jaxlora.model.kv_cache import KV_AXES, KVPages, page_format
+from jaxlora.model.mesh import place, place_array, replicated, sharding
 from serve.pages import HostPages
 
 PAGES_A_CALL = 16

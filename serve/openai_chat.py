@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from jaxlora.chat_template import Scalar, Turn
-from jaxlora.errors import InvalidRequest, UnsupportedParameter
+from jaxlora.checkpoints.chat_template import Scalar, Turn
+from jaxlora.core.errors import InvalidRequest, UnsupportedParameter
 from serve.grammar import GrammarSource
 from serve.house import Tokenizer
 from serve.openai_types import Message

@@ -14,7 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
-from jaxlora.errors import InvalidRequest, JaxLoraError, QuotaExceeded, RateLimited
+from jaxlora.core.errors import InvalidRequest, JaxLoraError, QuotaExceeded, RateLimited
 
 RETRY_AFTER_S = 1  # a client waits this long, then asks again; one that reads 0 would hammer
 LOG = logging.getLogger("serve")

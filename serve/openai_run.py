@@ -15,7 +15,7 @@ from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from jaxlora.errors import DeadlineExceeded
+from jaxlora.core.errors import DeadlineExceeded
 from serve.answered import Generated, note_generated, note_refused
 from serve.openai_errors import error_body, error_code
 from serve.openai_format import Heading, Json, Shape, usage

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from jaxlora.errors import InvalidRequest
+from jaxlora.core.errors import InvalidRequest
 from serve.grammar import Grammar, GrammarSource
 from serve.openai_types import ResponseFormat, SamplingBody, StructuredOutputs
 from serve.request import SamplingParams

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from jaxlora.errors import JaxLoraError
+from jaxlora.core.errors import JaxLoraError
 from serve.house import Tokenizer, TokenStream
 from serve.request import Delta, FinishReason, PromptLogprob, TokenLogprob
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
-from jaxlora.errors import InvalidRequest
-from jaxlora.lora import AdapterRef
+from jaxlora.core.errors import InvalidRequest
+from jaxlora.core.lora import AdapterRef
 from serve.grammar import Grammar
 
 MAX_TOP_LOGPROBS = 20

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from jaxlora.chat_template import Turn
-from jaxlora.errors import InvalidRequest, NotFound, UnsupportedParameter
+from jaxlora.checkpoints.chat_template import Turn
+from jaxlora.core.errors import InvalidRequest, NotFound, UnsupportedParameter
 from serve.admission import Admission, Job
 from serve.auth import caller_of
 from serve.grammar import GrammarSource

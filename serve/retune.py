@@ -11,9 +11,9 @@ import threading
 from collections.abc import Generator
 from pathlib import Path
 
-from jaxlora.errors import JaxLoraError
-from jaxlora.serve_config import ServeConfig
-from jaxlora.toml_loader import load
+from jaxlora.config.serving import ServeConfig
+from jaxlora.config.toml import load
+from jaxlora.core.errors import JaxLoraError
 from serve.runner import Runner
 
 LOG = logging.getLogger("serve")

@@ -14,10 +14,10 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from jaxlora.errors import AdapterNotFound, DeviceLost, InvalidRequest, JaxLoraError, Unavailable
-from jaxlora.lora import AdapterRef, LoraSpec
-from jaxlora.pool import Rows, adapter_of_rows, read_finite
-from jaxlora.serve_config import Tuning
+from jaxlora.config.serving import Tuning
+from jaxlora.core.errors import AdapterNotFound, DeviceLost, InvalidRequest, JaxLoraError, Unavailable
+from jaxlora.core.lora import AdapterRef, LoraSpec
+from jaxlora.model.lora_pool import Rows, adapter_of_rows, read_finite
 from serve.budget import Budget, BudgetSettings
 from serve.catalog import Catalog
 from serve.delta_stream import Asked, DeltaStream

@@ -14,8 +14,8 @@ from collections import Counter
 from collections.abc import Collection, Hashable, Iterator
 from dataclasses import dataclass
 
-from jaxlora.errors import InvalidRequest, Overloaded
-from jaxlora.lora import AdapterRef
+from jaxlora.core.errors import InvalidRequest, Overloaded
+from jaxlora.core.lora import AdapterRef
 from jaxlora.slots import SlotTable
 from pallas_kernels import NO_ADAPTER
 from serve.active import ActiveSet, Work

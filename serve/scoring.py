@@ -19,8 +19,8 @@ from pathlib import Path
 
 import regex
 
-from jaxlora.errors import AdapterNotFound, DataInvalid, JaxLoraError, StorageAway, Unavailable
-from jaxlora.lora import AdapterRef
+from jaxlora.core.errors import AdapterNotFound, DataInvalid, JaxLoraError, StorageAway, Unavailable
+from jaxlora.core.lora import AdapterRef
 from serve.fine_tuning import given
 from serve.grammar import Grammar, GrammarSource
 from serve.live_jobs import Published

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
-from jaxlora.lora import AdapterRef
+from jaxlora.core.lora import AdapterRef
 from pallas_kernels import NO_ADAPTER
 from serve.request import Request
 

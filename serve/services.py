@@ -11,10 +11,10 @@ import numpy as np
 from fastapi import APIRouter
 from starlette.requests import HTTPConnection
 
-from jaxlora.config import default_lr
-from jaxlora.disk_copies import Remote
-from jaxlora.opened import Opened
-from jaxlora.serve_config import ServeConfig
+from jaxlora.checkpoints.load import Opened
+from jaxlora.config.serving import ServeConfig
+from jaxlora.config.training import default_lr
+from jaxlora.storage.disk_cache import Remote
 from serve.adapter_quota import AdapterQuota
 from serve.adapters import AdapterService
 from serve.adapters_api import AdaptersWire

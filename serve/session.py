@@ -21,15 +21,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from jaxlora import compile_cache
-from jaxlora.config import PASSES, LossName, Recipe, Schedule, default_lr
-from jaxlora.config_base import DEMO_MODEL, ONE_DEVICE, Dtype, MeshSection, ModelSection
-from jaxlora.errors import InvalidRequest, JaxLoraError, NotFound
-from jaxlora.lora import LAYER_TARGETS, AdapterRef, check_name
-from jaxlora.opened import Opened, open_base
-from jaxlora.peft import export_peft
-from jaxlora.pool import PoolSpec
-from jaxlora.serve_config import serve_defaults
+from jaxlora.checkpoints.load import Opened, open_base
+from jaxlora.config.base import DEMO_MODEL, ONE_DEVICE, Dtype, MeshSection, ModelSection
+from jaxlora.config.serving import serve_defaults
+from jaxlora.config.training import PASSES, LossName, Recipe, Schedule, default_lr
+from jaxlora.core.errors import InvalidRequest, JaxLoraError, NotFound
+from jaxlora.core.lora import LAYER_TARGETS, AdapterRef, check_name
+from jaxlora.model import compile_cache
+from jaxlora.model.lora_pool import PoolSpec
+from jaxlora.peft.folder import export_peft
 from serve.assemble import make_runner, open_store, stop
 from serve.auth import LOCAL_TENANT
 from serve.request import Request, SamplingParams

@@ -6,7 +6,7 @@ import heapq
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from jaxlora.lora import AdapterRef
+from jaxlora.core.lora import AdapterRef
 from serve.scheduler import Scheduler
 
 MOST_WAITING = 100  # adapters in line that are named; the rest are counted

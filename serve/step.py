@@ -14,11 +14,11 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from jaxlora.kvcache import KVPages, page_format, paged_attend
-from jaxlora.lora import HEAD_TARGET
-from jaxlora.mesh import attention_placement, replicated
-from jaxlora.model import Base, TokenBatch, forward, head_weight
-from jaxlora.pool import LoraLayout, PromptLora, Rows, TokenLora
+from jaxlora.core.lora import HEAD_TARGET
+from jaxlora.model.decoder import Base, TokenBatch, forward, head_weight
+from jaxlora.model.kv_cache import KVPages, page_format, paged_attend
+from jaxlora.model.lora_pool import LoraLayout, PromptLora, Rows, TokenLora
+from jaxlora.model.mesh import attention_placement, replicated
 from pallas_kernels import NO_ADAPTER
 from serve.edits import LogitEdits
 from serve.packed import Layout

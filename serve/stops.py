@@ -7,7 +7,7 @@ text was cut into pieces never matters.  Each character costs amortised constant
 
 from __future__ import annotations
 
-from jaxlora.errors import InvalidRequest
+from jaxlora.core.errors import InvalidRequest
 
 
 def failure_table(word: str) -> list[int]:

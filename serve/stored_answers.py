@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from sqlmodel import Session, col, select
 
-from jaxlora.errors import InvalidRequest, StateInvalid, Unavailable
+from jaxlora.core.errors import InvalidRequest, StateInvalid, Unavailable
 from serve.database import Database
 from serve.records import Answer
 from serve.tables import AnswerRow

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from sqlalchemy.sql import ColumnElement
 from sqlmodel import Session, col, func, or_, select
 
-from jaxlora.errors import QuotaExceeded, StateInvalid
+from jaxlora.core.errors import QuotaExceeded, StateInvalid
 from serve.database import Database
 from serve.records import ENDED, FileRecord, FileStatus, Page
 from serve.tables import FileRow, JobFileRow, JobRow, Objects, to_record, to_row

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from sqlmodel import Session, col, func, select
 
-from jaxlora.errors import QuotaExceeded
+from jaxlora.core.errors import QuotaExceeded
 from serve.database import Database
 from serve.records import GradientRecord, JsonObject, Page
 from serve.tables import GradientRow, Objects, to_record, to_row

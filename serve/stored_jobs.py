@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from sqlalchemy.sql import ColumnElement
 from sqlmodel import Session, SQLModel, col, func, select
 
-from jaxlora.errors import InvalidRequest, QuotaExceeded
+from jaxlora.core.errors import InvalidRequest, QuotaExceeded
 from serve.database import Database
 from serve.records import ENDED, CheckpointRecord, EventRecord, JobRecord, NewEvent, Page, new_id
 from serve.stored_files import FILES, there

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
 
-from jaxlora.errors import UnsupportedParameter
+from jaxlora.core.errors import UnsupportedParameter
 
 MAX_FIELDS = 100  # of one object
 

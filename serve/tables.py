@@ -15,7 +15,7 @@ from sqlalchemy.sql import ColumnElement
 from sqlalchemy.types import TypeDecorator
 from sqlmodel import Field, Session, SQLModel, and_, col, or_, select
 
-from jaxlora.errors import InvalidRequest, NotFound
+from jaxlora.core.errors import InvalidRequest, NotFound
 from serve.records import Json, Page
 
 ID = re.compile(r"[A-Za-z0-9_.:-]{1,100}")  # what no database chokes on; no other text can be an id of ours

@@ -6,8 +6,8 @@ import logging
 import time
 from collections.abc import Callable
 
-from jaxlora.errors import AdapterNotFinite, JaxLoraError
-from jaxlora.lora import AdapterRef
+from jaxlora.core.errors import AdapterNotFinite, JaxLoraError
+from jaxlora.core.lora import AdapterRef
 from serve.runner import Runner
 from train.trainer import FIRST_PART, StepReport, Trainer
 

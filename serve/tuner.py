@@ -17,13 +17,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from jaxlora.checkpoint import read_meta, restore_state
-from jaxlora.checkpoint_writer import CheckpointWriter, Snapshot
-from jaxlora.config import CROSS_ENTROPY, Optimizer
-from jaxlora.errors import AdapterNotFound, JaxLoraError, StorageAway
-from jaxlora.lora import AdapterRef, LoraSpec
-from jaxlora.pool import Rows, adapter_bytes
-from jaxlora.state_copies import StateCopies
+from jaxlora.config.training import CROSS_ENTROPY, Optimizer
+from jaxlora.core.errors import AdapterNotFound, JaxLoraError, StorageAway
+from jaxlora.core.lora import AdapterRef, LoraSpec
+from jaxlora.model.lora_pool import Rows, adapter_bytes
+from jaxlora.storage.checkpoint_writer import CheckpointWriter, Snapshot
+from jaxlora.storage.checkpoints import StateCopies, read_meta, restore_state
 from serve.adapter_quota import AdapterQuota
 from serve.live_jobs import GuestCall, LiveJobs
 from train.data import Example

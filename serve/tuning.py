@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from jaxlora.errors import InvalidRequest
-from jaxlora.lora import AdapterRef
-from jaxlora.serve_config import Tuning
+from jaxlora.config.serving import Tuning
+from jaxlora.core.errors import InvalidRequest
+from jaxlora.core.lora import AdapterRef
 from serve.scheduler import Scheduler
 
 

@@ -10,7 +10,7 @@ import pytest
 from adapters_world import Shelf, answer, seeded, shelf_at, upload, zip_of
 from serve_world import check_idle, settle
 
-from jaxlora.serve_config import LimitsSection
+from jaxlora.config.serving import LimitsSection
 
 NUMBERS = itertools.count()
 

@@ -20,15 +20,15 @@ import peft_world
 from fake_house import serving
 from safetensors.numpy import save
 
-from jaxlora.base_files import base_hash
-from jaxlora.errors import Unauthorized
-from jaxlora.hf import HfSource
-from jaxlora.lora import ALL_TARGETS
-from jaxlora.mesh import make_mesh
-from jaxlora.model import load_base
-from jaxlora.pool import PoolSpec
-from jaxlora.serve_config import LimitsSection
-from jaxlora.store import AdapterStore
+from jaxlora.checkpoints.hf import HfSource
+from jaxlora.checkpoints.load import base_hash
+from jaxlora.config.serving import LimitsSection
+from jaxlora.core.errors import Unauthorized
+from jaxlora.core.lora import ALL_TARGETS
+from jaxlora.model.decoder import load_base
+from jaxlora.model.lora_pool import PoolSpec
+from jaxlora.model.mesh import make_mesh
+from jaxlora.storage.adapter_store import AdapterStore
 from serve.adapter_quota import AdapterQuota
 from serve.adapters import AdapterService
 from serve.adapters_api import AdaptersWire

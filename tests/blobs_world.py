@@ -12,7 +12,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from obstore.exceptions import GenericError
 from obstore.store import MemoryStore
 
-from jaxlora.blobs import Blobs
+from jaxlora.storage.object_store import Blobs
 
 
 class Faults:

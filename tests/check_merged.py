@@ -32,10 +32,9 @@ def merge_all(folder: Path) -> None:
     from small_world import smollm2_prompts
     from smollm2_world import SHAPES, random_adapter
 
-    from jaxlora.base_files import open_source
-    from jaxlora.config_base import MeshSection, ModelSection
-    from jaxlora.merged import write_merged
-    from jaxlora.opened import open_base
+    from jaxlora.checkpoints.load import open_base, open_source
+    from jaxlora.config.base import MeshSection, ModelSection
+    from jaxlora.peft.merge import write_merged
 
     for name in peft_world.ACCEPTED:
         fixture = peft_world.load_fixture(name)

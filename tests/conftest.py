@@ -23,7 +23,7 @@ import jax
 import pytest
 from cpu_kind import this_cpu
 
-from jaxlora import compile_cache
+from jaxlora.model import compile_cache
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 compile_cache.enable(None)

@@ -13,8 +13,8 @@ from pathlib import Path
 from serve_world import MODEL
 from small_world import tiny_path
 
-from jaxlora.config_base import ModelSection
-from jaxlora.serve_config import serve_defaults
+from jaxlora.config.base import ModelSection
+from jaxlora.config.serving import serve_defaults
 from serve import assemble
 from serve.engine import Engine
 

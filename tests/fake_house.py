@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 
 import uvicorn
 
-from jaxlora.chat_template import ChatTemplate
-from jaxlora.errors import AdapterNotFound, InvalidRequest
-from jaxlora.lora import AdapterRef
+from jaxlora.checkpoints.chat_template import ChatTemplate
+from jaxlora.core.errors import AdapterNotFound, InvalidRequest
+from jaxlora.core.lora import AdapterRef
 from serve.grammar import Grammars
 from serve.house import ModelCard
 from serve.request import Delta, FinishReason, PromptLogprob, TokenLogprob

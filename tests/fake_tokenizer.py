@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-from jaxlora.errors import InvalidRequest
+from jaxlora.core.errors import InvalidRequest
 
 START, END, TWO_NEWLINES, VOCAB = 1, 2, 3, 260
 SPECIALS = {"<s>": START, "</s>": END, "\n\n": TWO_NEWLINES}  # two newlines merge, as byte-pair encoding does

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from jaxlora.errors import AdapterInvalid, AdapterNotFinite, AdapterNotFound, QuotaExceeded
-from jaxlora.lora import AdapterRef
+from jaxlora.core.errors import AdapterInvalid, AdapterNotFinite, AdapterNotFound, QuotaExceeded
+from jaxlora.core.lora import AdapterRef
 from serve.database import Database
 from serve.gradient_api import GradientWire
 from serve.gradient_house import GradientConfig

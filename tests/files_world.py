@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fake_house import ByteTokenizer, FakeHouse, serving
 
-from jaxlora.serve_config import LimitsSection
+from jaxlora.config.serving import LimitsSection
 from serve.app import create_app
 from serve.auth import Caller
 from serve.database import Database

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 
-from jaxlora.errors import Unauthorized
+from jaxlora.core.errors import Unauthorized
 from serve.auth import Caller
 from serve.gradient_errors import API
 

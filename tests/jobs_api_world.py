@@ -12,10 +12,10 @@ from fake_house import serving
 from serve_world import MODEL, World
 from small_world import tiny_path
 
-from jaxlora.disk_copies import Remote
-from jaxlora.errors import Unauthorized
-from jaxlora.opened import Opened
-from jaxlora.serve_config import LimitsSection, ServeConfig, TrainingSection, serve_defaults
+from jaxlora.checkpoints.load import Opened
+from jaxlora.config.serving import LimitsSection, ServeConfig, TrainingSection, serve_defaults
+from jaxlora.core.errors import Unauthorized
+from jaxlora.storage.disk_cache import Remote
 from serve.adapter_quota import AdapterQuota
 from serve.app import create_app
 from serve.auth import Caller

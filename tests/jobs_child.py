@@ -18,8 +18,8 @@ import numpy as np
 from jobs_world import make_jobs, request, trainer_of
 from train_world import examples, optimizer
 
-from jaxlora.durable import replace_file
-from jaxlora.lora import AdapterRef, AdapterWeights
+from jaxlora.core.atomic_files import replace_file
+from jaxlora.core.lora import AdapterRef, AdapterWeights
 from train.job_runner import Jobs
 from train.jobs import JobRequest
 

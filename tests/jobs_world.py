@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from train_world import BASE_HASH, examples, lora, make_trainer, optimizer, small_base
 
-from jaxlora.lora import LAYER_TARGETS, Adapter, AdapterRef, AdapterWeights
-from jaxlora.mesh import make_mesh
-from jaxlora.pool import PoolSpec
+from jaxlora.core.lora import LAYER_TARGETS, Adapter, AdapterRef, AdapterWeights
+from jaxlora.model.lora_pool import PoolSpec
+from jaxlora.model.mesh import make_mesh
 from train.data import Example
 from train.job_runner import Jobs
 from train.jobs import JobRequest, JobsConfig

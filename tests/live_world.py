@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from serve_world import RANK, World
 
-from jaxlora.config import Optimizer
-from jaxlora.lora import LoraSpec
-from jaxlora.pool import PoolSpec
+from jaxlora.config.training import Optimizer
+from jaxlora.core.lora import LoraSpec
+from jaxlora.model.lora_pool import PoolSpec
 from serve.live_jobs import GuestCall, JobNews, LiveJobs, Published
 from serve.runner import Runner
 from train.data import Example

@@ -26,10 +26,9 @@ import trained_world
 from small_world import FIXTURES, smollm2_prompts
 from smollm2_world import SHAPES, random_adapter
 
-from jaxlora.base_files import smollm2_path
-from jaxlora.config_base import MeshSection, ModelSection
-from jaxlora.opened import open_base
-from jaxlora.peft import export_peft
+from jaxlora.checkpoints.load import open_base, smollm2_path
+from jaxlora.config.base import MeshSection, ModelSection
+from jaxlora.peft.folder import export_peft
 
 SCRIPT = Path(__file__).parent / "make_peft_fixtures.py"
 

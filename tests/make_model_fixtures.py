@@ -8,7 +8,7 @@
 
     uv run --script tests/make_model_fixtures.py GGUF     # about 5 minutes, in an environment of its own, with torch
 
-GGUF is the file of the demo model: `uv run python -c "from jaxlora.base_files import *; print(smollm2_path())"`.
+GGUF is the file of the demo model: `uv run python -c "from jaxlora.checkpoints.load import *; print(smollm2_path())"`.
 Nothing of ours is imported.  The format of what is written is at the top of small_world.py.
 """
 

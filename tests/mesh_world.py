@@ -18,17 +18,17 @@ from jax.sharding import Mesh
 from small_world import tiny_path
 from train_world import CONFIG, RandomSource, examples, host, lora, optimizer, pairs, rollouts
 
-from jaxlora import compile_cache
-from jaxlora.base_files import open_model, smollm2_path
-from jaxlora.compile_cache import CompileCounter
-from jaxlora.config import Loss, MomentsDtype
-from jaxlora.lora import ALL_TARGETS
-from jaxlora.mesh import describe, make_mesh
-from jaxlora.model import Base, load_base
-from jaxlora.model_config import ModelConfig
-from jaxlora.pool import PoolSpec
-from jaxlora.store import AdapterStore
-from jaxlora.tokenizer import Tokenizer
+from jaxlora.checkpoints.load import open_model, smollm2_path
+from jaxlora.checkpoints.tokenizer import Tokenizer
+from jaxlora.config.training import Loss, MomentsDtype
+from jaxlora.core.lora import ALL_TARGETS
+from jaxlora.core.model_config import ModelConfig
+from jaxlora.model import compile_cache
+from jaxlora.model.compile_cache import CompileCounter
+from jaxlora.model.decoder import Base, load_base
+from jaxlora.model.lora_pool import PoolSpec
+from jaxlora.model.mesh import describe, make_mesh
+from jaxlora.storage.adapter_store import AdapterStore
 from serve.engine import Engine, EngineConfig
 from serve.request import Request, SamplingParams
 from train.trainer import Trainer

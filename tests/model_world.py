@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlora.base_files import smollm2_path
-from jaxlora.gguf import GgufSource
-from jaxlora.lora import ALL_TARGETS, Adapter
-from jaxlora.mesh import make_mesh
-from jaxlora.model import Base, NoLora, TokenBatch, WeightSource, forward, head_weight, load_base
-from jaxlora.pool import LaneLora, PoolSpec, Rows, TokenLora, empty_pool, host_rows, write_slot
+from jaxlora.checkpoints.gguf import GgufSource
+from jaxlora.checkpoints.load import smollm2_path
+from jaxlora.core.lora import ALL_TARGETS, Adapter
+from jaxlora.model.decoder import Base, NoLora, TokenBatch, WeightSource, forward, head_weight, load_base
+from jaxlora.model.lora_pool import LaneLora, PoolSpec, Rows, TokenLora, empty_pool, host_rows, write_slot
+from jaxlora.model.mesh import make_mesh
 from pallas_kernels import NO_ADAPTER
 from pallas_kernels.attention.op import packed_attention
 from pallas_kernels.gathered_lora.op import gathered_lora

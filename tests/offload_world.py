@@ -11,9 +11,9 @@ import numpy as np
 from jax.sharding import Mesh
 from step_shapes import makers
 
-from jaxlora.compile_cache import CompileCounter
-from jaxlora.kvcache import KVPages, page_format
-from jaxlora.mesh import make_mesh, replicated
+from jaxlora.model.compile_cache import CompileCounter
+from jaxlora.model.kv_cache import KVPages, page_format
+from jaxlora.model.mesh import make_mesh, replicated
 from serve.offload import PAGES_A_CALL, PageMover
 from serve.pages import HostPages
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from small_world import FIXTURES
 
-from jaxlora.config import Optimizer
-from jaxlora.config_base import DEMO_MODEL, ONE_DEVICE, ModelSection
-from jaxlora.lora import ATTENTION_TARGETS, LoraSpec
-from jaxlora.opened import Opened, open_base
-from jaxlora.pool import PoolSpec
+from jaxlora.checkpoints.load import Opened, open_base
+from jaxlora.config.base import DEMO_MODEL, ONE_DEVICE, ModelSection
+from jaxlora.config.training import Optimizer
+from jaxlora.core.lora import ATTENTION_TARGETS, LoraSpec
+from jaxlora.model.lora_pool import PoolSpec
 from train.data import Unit
 from train.jsonl import load_jsonl
 from train.trainer import Trainer

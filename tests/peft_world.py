@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from jaxlora.lora import AdapterRef
-from jaxlora.model_config import ModelConfig
-from jaxlora.peft import ImportReport, import_peft
+from jaxlora.core.lora import AdapterRef
+from jaxlora.core.model_config import ModelConfig
+from jaxlora.peft.folder import ImportReport, import_peft
 
 FIXTURES = Path(__file__).parent / "fixtures" / "peft"
 ACCEPTED = tuple(sorted(p.name for p in (FIXTURES / "accepted").iterdir()))

@@ -13,7 +13,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 
-from jaxlora.model import Base
+from jaxlora.model.decoder import Base
 from serve.edits import LogitEdits
 from serve.engine import Engine
 from serve.sampling import StepOutput

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from kernel_checks import F32, assert_close, floats
 
-from jaxlora.mesh import make_mesh
+from jaxlora.model.mesh import make_mesh
 from pallas_kernels import dispatch
 from pallas_kernels.attention.op import packed_attention
 from pallas_kernels.cross_entropy.op import target_logprob

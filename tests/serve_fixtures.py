@@ -8,12 +8,12 @@ import pytest
 from serve_world import BASE, MODEL, RANK, SLOTS, PlainModel, World, check_idle, settle
 from small_world import tiny_path
 
-from jaxlora.base_files import base_hash, open_model
-from jaxlora.lora import ALL_TARGETS, ATTENTION_TARGETS
-from jaxlora.mesh import make_mesh
-from jaxlora.model import load_base
-from jaxlora.pool import PoolSpec
-from jaxlora.store import AdapterStore
+from jaxlora.checkpoints.load import base_hash, open_model
+from jaxlora.core.lora import ALL_TARGETS, ATTENTION_TARGETS
+from jaxlora.model.decoder import load_base
+from jaxlora.model.lora_pool import PoolSpec
+from jaxlora.model.mesh import make_mesh
+from jaxlora.storage.adapter_store import AdapterStore
 from serve.engine import Engine
 from serve.runner import Runner
 

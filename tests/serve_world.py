@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 import jax
 import numpy as np
 
-from jaxlora.lora import ALL_TARGETS, Adapter, AdapterRef, LoraSpec
-from jaxlora.model_config import ModelConfig, target_features
-from jaxlora.pool import PoolSpec, Rows, empty_pool, host_rows, write_slot
-from jaxlora.store import AdapterStore
+from jaxlora.core.lora import ALL_TARGETS, Adapter, AdapterRef, LoraSpec
+from jaxlora.core.model_config import ModelConfig, target_features
+from jaxlora.model.lora_pool import PoolSpec, Rows, empty_pool, host_rows, write_slot
+from jaxlora.storage.adapter_store import AdapterStore
 from serve.engine import Engine, EngineConfig
 from serve.pages import PageAllocator
 from serve.request import Delta, PromptLogprob, Request, SamplingParams, TokenLogprob

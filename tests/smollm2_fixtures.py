@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import pytest
 from smollm2_world import CONFIG, RANK, SHAPES, SLOTS, Smol, random_adapter
 
-from jaxlora.config_base import MeshSection, ModelSection
-from jaxlora.lora import ALL_TARGETS
-from jaxlora.opened import open_base
-from jaxlora.pool import PoolSpec
-from jaxlora.store import AdapterStore
+from jaxlora.checkpoints.load import open_base
+from jaxlora.config.base import MeshSection, ModelSection
+from jaxlora.core.lora import ALL_TARGETS
+from jaxlora.model.lora_pool import PoolSpec
+from jaxlora.storage.adapter_store import AdapterStore
 from serve.engine import Engine
 
 

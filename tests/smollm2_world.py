@@ -9,9 +9,9 @@ import dataclasses
 
 import numpy as np
 
-from jaxlora.lora import ALL_TARGETS, ATTENTION_TARGETS, LAYER_TARGETS, Adapter, AdapterRef, LoraSpec
-from jaxlora.opened import Opened
-from jaxlora.store import AdapterStore
+from jaxlora.checkpoints.load import Opened
+from jaxlora.core.lora import ALL_TARGETS, ATTENTION_TARGETS, LAYER_TARGETS, Adapter, AdapterRef, LoraSpec
+from jaxlora.storage.adapter_store import AdapterStore
 from serve.engine import EngineConfig
 from train.state import fresh_adapter
 

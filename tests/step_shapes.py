@@ -11,11 +11,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kernel_shapes import made_as_large_as
 
-from jaxlora.kvcache import KVPages, page_format
-from jaxlora.mesh import RULES, replicated, sharding
-from jaxlora.model import Base
-from jaxlora.model_config import ModelConfig, parameters, target_features
-from jaxlora.pool import LoraRows, PoolSpec, Rows, layer_count, row_axes
+from jaxlora.core.model_config import ModelConfig, parameters, target_features
+from jaxlora.model.decoder import Base
+from jaxlora.model.kv_cache import KVPages, page_format
+from jaxlora.model.lora_pool import LoraRows, PoolSpec, Rows, layer_count, row_axes
+from jaxlora.model.mesh import RULES, replicated, sharding
 from serve.edits import LogitEdits
 from serve.packed import Layout
 from serve.step import StepBatch, step_program

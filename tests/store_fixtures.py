@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 import pytest
 from store_world import LARGE
 
-from jaxlora.errors import StorageFailed
-from jaxlora.store import AdapterStore
+from jaxlora.core.errors import StorageFailed
+from jaxlora.storage.adapter_store import AdapterStore
 
 
 @pytest.fixture

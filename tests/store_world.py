@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxlora.lora import Adapter, AdapterRef, LoraSpec, ModuleException
-from jaxlora.store import AdapterStore
+from jaxlora.core.lora import Adapter, AdapterRef, LoraSpec, ModuleException
+from jaxlora.storage.adapter_store import AdapterStore
 
 SPEC = LoraSpec(
     rank=4,

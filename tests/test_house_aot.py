@@ -25,9 +25,9 @@ from step_shapes import (
     update,
 )
 
-from jaxlora.kvcache import KVPages, page_format
-from jaxlora.mesh import make_mesh
-from jaxlora.pool import PoolSpec
+from jaxlora.model.kv_cache import KVPages, page_format
+from jaxlora.model.lora_pool import PoolSpec
+from jaxlora.model.mesh import make_mesh
 
 pytestmark = pytest.mark.aot
 

@@ -8,8 +8,8 @@ from cuda_world import h100s, kernels
 from kernel_shapes import as_large_as_logits, made_as_large_as
 from step_shapes import LANES, RANK, ROWS, SMOLLM2, TOKENS, decode, makers, parts, remade, train, update
 
-from jaxlora.mesh import make_mesh
-from jaxlora.pool import PoolSpec
+from jaxlora.model.lora_pool import PoolSpec
+from jaxlora.model.mesh import make_mesh
 
 pytestmark = [
     pytest.mark.aot_cuda,

@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from jaxlora import cli
-from jaxlora.config import TrainConfig, load
+from jaxlora.config.training import TrainConfig, load
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"

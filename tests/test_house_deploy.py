@@ -18,8 +18,8 @@ from fake_house import FakeHouse, serving
 from typer.testing import CliRunner
 
 from jaxlora import cli
-from jaxlora.config import load
-from jaxlora.serve_config import ServeConfig
+from jaxlora.config.serving import ServeConfig
+from jaxlora.config.training import load
 from serve.app import create_app
 from serve.assemble import LOST_EXIT
 

@@ -24,9 +24,9 @@ from fake_house import serving
 from whole_world import joined, whole_config
 
 from jaxlora import cli
-from jaxlora.config import TrainConfig, load
-from jaxlora.serve_config import ServeConfig
-from jaxlora.store import AdapterStore
+from jaxlora.config.serving import ServeConfig
+from jaxlora.config.training import TrainConfig, load
+from jaxlora.storage.adapter_store import AdapterStore
 from train.jsonl import load_jsonl
 
 pytest_plugins = ["serve_fixtures"]

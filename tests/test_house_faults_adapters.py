@@ -28,9 +28,9 @@ from adapters_world import (
     zip_of,
 )
 
-from jaxlora.errors import AdapterInvalid
-from jaxlora.peft import export_peft
-from jaxlora.pool import host_rows
+from jaxlora.core.errors import AdapterInvalid
+from jaxlora.model.lora_pool import host_rows
+from jaxlora.peft.folder import export_peft
 
 pytest_plugins = ["adapters_fixtures"]
 KEY = "base_model.model.model.layers.0.self_attn.q_proj"

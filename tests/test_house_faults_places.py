@@ -26,7 +26,7 @@ from adapters_world import (
     zip_of,
 )
 
-from jaxlora.errors import StorageFailed
+from jaxlora.core.errors import StorageFailed
 from serve.app import FORM_BYTES
 
 pytest_plugins = ["adapters_fixtures"]
@@ -282,7 +282,7 @@ def test_a_full_disk_is_told_and_leaves_nothing_R9(shelf, acme, unchanged, monke
     def full(*_args, **_named):
         raise OSError(28, "No space left on device")
 
-    for place in ("serve.multipart._FormReader.feed", "jaxlora.version_files.save_version"):
+    for place in ("serve.multipart._FormReader.feed", "jaxlora.storage.version_files.save_version"):
         with monkeypatch.context() as patch:
             patch.setattr(place, full)
             response = upload(acme, "x", zip_of(seeded(1)))
@@ -362,7 +362,7 @@ def test_what_the_system_will_not_read_now_is_no_damage_C12(shelf, acme, bot, mo
         raise StorageFailed("later") from OSError(24, "Too many open files")
 
     with monkeypatch.context() as patch:
-        patch.setattr("jaxlora.version_files.load_version", busy)
+        patch.setattr("jaxlora.storage.version_files.load_version", busy)
         with pytest.raises(StorageFailed):
             shelf.store.get(newest)
     assert shelf.store.latest("acme", bot) == newest

@@ -19,10 +19,10 @@ from jax.sharding import AbstractMesh
 from mesh_world import ENGINE, NEW_TOKENS, SMALL, SMOLLM2_CUT, SPEC, TENANTS, UINT8
 from train_world import RandomSource
 
-from jaxlora.errors import ConfigInvalid
-from jaxlora.mesh import MESH_AXES, check_lanes, check_model, describe, make_mesh
-from jaxlora.model import load_base
-from jaxlora.model_config import ModelConfig
+from jaxlora.core.errors import ConfigInvalid
+from jaxlora.core.model_config import ModelConfig
+from jaxlora.model.decoder import load_base
+from jaxlora.model.mesh import MESH_AXES, check_lanes, check_model, describe, make_mesh
 from serve.engine import Engine
 from train.trainer import Trainer
 

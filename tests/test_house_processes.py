@@ -21,12 +21,12 @@ from safetensors.numpy import load_file
 from small_world import tiny_path
 from test_train_run_losses import CHATS, PAIRS, ROLLOUTS
 
-from jaxlora import processes
-from jaxlora.config_base import MeshSection
-from jaxlora.errors import ConfigInvalid
-from jaxlora.mesh import make_mesh
-from jaxlora.serve_config import serve_defaults
-from jaxlora.store import AdapterStore
+from jaxlora.config.base import MeshSection
+from jaxlora.config.serving import serve_defaults
+from jaxlora.core.errors import ConfigInvalid
+from jaxlora.model import multihost
+from jaxlora.model.mesh import make_mesh
+from jaxlora.storage.adapter_store import AdapterStore
 
 ROOT = Path(__file__).parent.parent
 DEVICES = 4
@@ -213,7 +213,7 @@ def test_an_impossible_place_is_refused(monkeypatch, environment, told):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigInvalid, match=told):
-        processes.join(2)
+        multihost.join(2)
 
 
 def test_a_process_that_does_not_know_where_to_meet_is_refused(tmp_path):

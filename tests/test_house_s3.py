@@ -9,12 +9,12 @@ import uuid
 import pytest
 from store_world import LARGE, put, same
 
-from jaxlora.blobs import Blobs
-from jaxlora.disk_copies import DiskCopies
-from jaxlora.errors import ConfigInvalid, NotFound, StateInvalid
-from jaxlora.lease import Lease
-from jaxlora.remote_versions import RemoteVersions
-from jaxlora.store import AdapterStore
+from jaxlora.core.errors import ConfigInvalid, NotFound, StateInvalid
+from jaxlora.storage.adapter_store import AdapterStore
+from jaxlora.storage.disk_cache import DiskCopies
+from jaxlora.storage.lease import Lease
+from jaxlora.storage.object_store import Blobs
+from jaxlora.storage.remote_adapters import RemoteVersions
 
 pytestmark = pytest.mark.s3
 
@@ -80,8 +80,8 @@ def test_another_machine_has_what_one_stored(url, tmp_path):
 
 
 def test_one_server_at_a_time(url, tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxlora.lease.SPAN_S", 2.0)
-    monkeypatch.setattr("jaxlora.lease.CLOCK_S", 0.2)
+    monkeypatch.setattr("jaxlora.storage.lease.SPAN_S", 2.0)
+    monkeypatch.setattr("jaxlora.storage.lease.CLOCK_S", 0.2)
     first = Lease(Blobs(url, timeout_s=20), tmp_path / "one")
     with pytest.raises(StateInvalid, match="in use by"):
         Lease(Blobs(url, timeout_s=20), tmp_path / "two")

@@ -23,8 +23,8 @@ from schemathesis.specs.openapi.checks import (
 )
 from whole_world import joined, whole_config
 
-from jaxlora.serve_config import LimitsSection
-from jaxlora.store import AdapterStore
+from jaxlora.config.serving import LimitsSection
+from jaxlora.storage.adapter_store import AdapterStore
 from serve.app import create_app
 from serve.database import Database
 from serve.files_api import FilesWire

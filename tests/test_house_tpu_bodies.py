@@ -9,8 +9,8 @@ import numpy as np
 from kernel_checks import assert_close
 from serve_world import ask, run_all
 
-from jaxlora.lora import ALL_TARGETS
-from jaxlora.pool import PoolSpec
+from jaxlora.core.lora import ALL_TARGETS
+from jaxlora.model.lora_pool import PoolSpec
 from pallas_kernels import dispatch
 from serve.packed import Layout
 from train.batch import idle_batch

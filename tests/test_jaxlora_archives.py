@@ -17,8 +17,8 @@ import pytest
 from adapters_world import BASE_FOLDER, adapter_files, tar_of, zip_of
 from peft_world import base_config
 
-from jaxlora.archives import MAX_MEMBERS, UploadLimits, unpack, upload_limits
-from jaxlora.errors import AdapterInvalid
+from jaxlora.core.errors import AdapterInvalid
+from jaxlora.peft.archive import MAX_MEMBERS, UploadLimits, unpack, upload_limits
 
 LIMITS = UploadLimits(weights_bytes=100_000)
 GOOD = adapter_files()

@@ -18,9 +18,9 @@ from blobs_world import FAULTS, faulty, s3
 from obstore.exceptions import PermissionDeniedError
 from obstore.store import MemoryStore
 
-from jaxlora import blobs as blobs_module
-from jaxlora.blobs import ATTEMPTS, Blobs
-from jaxlora.errors import ConfigInvalid, NotFound, StorageFailed, StorageFull, Unavailable
+from jaxlora.core.errors import ConfigInvalid, NotFound, StorageFailed, StorageFull, Unavailable
+from jaxlora.storage import object_store as blobs_module
+from jaxlora.storage.object_store import ATTEMPTS, Blobs
 
 DATA = bytes(range(256)) * 40
 

@@ -11,9 +11,9 @@ import numpy as np
 import optax
 import pytest
 
-from jaxlora import checkpoint
-from jaxlora.checkpoint import read_meta, restore_state, save_state
-from jaxlora.errors import AlreadyExists, StateInvalid, StorageFailed
+from jaxlora.core.errors import AlreadyExists, StateInvalid, StorageFailed
+from jaxlora.storage import checkpoints
+from jaxlora.storage.checkpoints import read_meta, restore_state, save_state
 
 
 def make_state(seed: int = 0) -> dict:
@@ -131,7 +131,7 @@ def test_failed_save_leaves_the_last_one_and_no_rest(tmp_path, monkeypatch, erro
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.ocp.CheckpointManager, "save", fail)
+        patch.setattr(checkpoints.ocp.CheckpointManager, "save", fail)
         with pytest.raises(StorageFailed) as caught:
             save_state(tmp_path, 2, make_state(2), {})
     assert caught.value.message == f"step 2 of {tmp_path.name} could not be written: {said}"

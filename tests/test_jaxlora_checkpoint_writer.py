@@ -8,9 +8,9 @@ from collections import defaultdict
 import numpy as np
 import pytest
 
-from jaxlora import checkpoint_writer
-from jaxlora.checkpoint import restore_state
-from jaxlora.checkpoint_writer import CheckpointWriter, Snapshot
+from jaxlora.storage import checkpoint_writer
+from jaxlora.storage.checkpoint_writer import CheckpointWriter, Snapshot
+from jaxlora.storage.checkpoints import restore_state
 
 
 def snapshot(folder, step: int, *, best: int | None = None, keep: int = 1) -> Snapshot:

@@ -13,9 +13,9 @@ import pytest
 from typer.testing import CliRunner
 
 from jaxlora import cli, doctor
-from jaxlora.errors import AdapterInvalid, ConfigInvalid
+from jaxlora.config.serving import serve_defaults
+from jaxlora.core.errors import AdapterInvalid, ConfigInvalid
 from jaxlora.neighbours import check_neighbours, own_home
-from jaxlora.serve_config import serve_defaults
 
 ROOT = Path(__file__).resolve().parent.parent
 # pydantic is not in it: typer itself imports it for the help of a command.
@@ -94,7 +94,7 @@ def test_export_hands_on_its_options(entry):
     options = ["--model", "m", "--form", "merged", "--out", "o", "--adapters", "s", "--name", "a@2", "--replace"]
     assert run("export", *options).exit_code == 0
     ((target, _, named),) = entry
-    assert target == "jaxlora.export:main"
+    assert target == "jaxlora.peft.export:main"
     assert (named["model"], named["form"], named["out"], named["folder"]) == ("m", "merged", Path("o"), None)
     assert (named["store"], named["name"], named["replace"], named["dequantise"]) == (Path("s"), "a@2", True, False)
 

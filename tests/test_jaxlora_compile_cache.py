@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxlora import compile_cache
-from jaxlora.compile_cache import CompileCounter
-from jaxlora.errors import ConfigInvalid
+from jaxlora.core.errors import ConfigInvalid
+from jaxlora.model import compile_cache
+from jaxlora.model.compile_cache import CompileCounter
 
 
 @pytest.fixture
@@ -169,7 +169,7 @@ def test_a_folder_of_someone_else_is_refused(monkeypatch, tmp_path):
 def test_a_second_process_reads_what_the_first_compiled(tmp_path):
     code = (
         "import jax, jax.numpy as jnp\n"
-        "from jaxlora.compile_cache import CompileCounter, enable\n"
+        "from jaxlora.model.compile_cache import CompileCounter, enable\n"
         "enable(None)\n"
         "with CompileCounter() as c:\n"
         "    jax.jit(lambda x: jnp.tanh(x) @ x)(jnp.ones((4, 4)))\n"

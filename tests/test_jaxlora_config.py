@@ -12,12 +12,12 @@ from typing import Literal, get_args, get_type_hints
 import pytest
 from small_world import tiny_path
 
-from jaxlora.config import LOSSES, Loss, Optimizer, Recipe, TrainConfig, default_lr, load
-from jaxlora.errors import ConfigInvalid
-from jaxlora.hf import HfSource
-from jaxlora.lora import LAYER_TARGETS, LoraSpec
-from jaxlora.serve_config import ServeConfig, serve_defaults
-from jaxlora.toml_loader import PathOrName, TomlPath
+from jaxlora.checkpoints.hf import HfSource
+from jaxlora.config.serving import ServeConfig, serve_defaults
+from jaxlora.config.toml import PathOrName, TomlPath
+from jaxlora.config.training import LOSSES, Loss, Optimizer, Recipe, TrainConfig, default_lr, load
+from jaxlora.core.errors import ConfigInvalid
+from jaxlora.core.lora import LAYER_TARGETS, LoraSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 

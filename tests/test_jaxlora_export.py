@@ -13,16 +13,17 @@ from model_world import Lane, base_of, logits_alone, logits_of, pool_of
 from small_world import TINY_MODELS, smollm2_prompts, tiny_expected, tiny_path
 from typer.testing import CliRunner
 
-from jaxlora import cli, export
-from jaxlora.base_files import base_hash, open_source, smollm2_path
-from jaxlora.errors import AdapterInvalid, AdapterNotFound, InvalidRequest
-from jaxlora.gguf import GgufSource
-from jaxlora.hf import HfSource, read_json
-from jaxlora.lora import ALL_TARGETS, LAYER_TARGETS, Adapter, AdapterRef, LoraSpec
-from jaxlora.merged import write_merged
-from jaxlora.peft import empty_weights, export_peft
-from jaxlora.store import AdapterStore
-from jaxlora.tokenizer import Tokenizer
+from jaxlora import cli
+from jaxlora.checkpoints.gguf import GgufSource
+from jaxlora.checkpoints.hf import HfSource, read_json
+from jaxlora.checkpoints.load import base_hash, open_source, smollm2_path
+from jaxlora.checkpoints.tokenizer import Tokenizer
+from jaxlora.core.errors import AdapterInvalid, AdapterNotFound, InvalidRequest
+from jaxlora.core.lora import ALL_TARGETS, LAYER_TARGETS, Adapter, AdapterRef, LoraSpec
+from jaxlora.peft import export
+from jaxlora.peft.folder import empty_weights, export_peft
+from jaxlora.peft.merge import write_merged
+from jaxlora.storage.adapter_store import AdapterStore
 
 ATOL = 1e-4  # float32, logits of order one to ten
 LENGTH = 64
@@ -256,7 +257,7 @@ def test_a_full_disk_leaves_the_old_folder(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("jaxlora.merged.save_file", full)
+    monkeypatch.setattr("jaxlora.peft.merge.save_file", full)
     assert f"{out} cannot be written: No space left on device" in refused(*arguments, "--replace")
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["out"]

@@ -9,11 +9,11 @@ import pytest
 from gguf_blocks import BY_HAND, random_blocks
 from small_world import gguf_bytes
 
-from jaxlora import gguf as ours
-from jaxlora.base_files import base_hash, open_model, smollm2_path
-from jaxlora.errors import ModelInvalid
-from jaxlora.gguf import PLAIN, QUANTISED, GgufFile, GgufSource
-from jaxlora.model_config import Llama3Rope
+from jaxlora.checkpoints import gguf as ours
+from jaxlora.checkpoints.gguf import PLAIN, QUANTISED, GgufFile, GgufSource
+from jaxlora.checkpoints.load import base_hash, open_model, smollm2_path
+from jaxlora.core.errors import ModelInvalid
+from jaxlora.core.model_config import Llama3Rope
 
 F32, Q4_1, Q8_0, Q8_1 = 0, 3, 8, 9
 D, F, HEADS, KV, V = 8, 12, 2, 1, 6

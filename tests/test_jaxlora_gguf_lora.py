@@ -12,12 +12,12 @@ from small_world import tiny_path
 from typer.testing import CliRunner
 
 from jaxlora import cli
-from jaxlora.errors import AdapterInvalid
-from jaxlora.gguf_lora import write_gguf_lora
-from jaxlora.hf import HfSource
-from jaxlora.lora import ALL_TARGETS, LAYER_TARGETS, Adapter, AdapterRef, LoraSpec, ModuleException
-from jaxlora.model_config import ModelConfig
-from jaxlora.peft import empty_weights
+from jaxlora.checkpoints.hf import HfSource
+from jaxlora.core.errors import AdapterInvalid
+from jaxlora.core.lora import ALL_TARGETS, LAYER_TARGETS, Adapter, AdapterRef, LoraSpec, ModuleException
+from jaxlora.core.model_config import ModelConfig
+from jaxlora.peft.folder import empty_weights
+from jaxlora.peft.gguf import write_gguf_lora
 
 NAMES = {  # as llama.cpp calls them
     "q_proj": "blk.{}.attn_q.weight",

@@ -12,12 +12,12 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.numpy import load_file, save_file
 from small_world import TINY_MODELS, tiny_path
 
-from jaxlora import base_files
-from jaxlora.base_files import base_hash, open_model, resolve_model, smollm2_path
-from jaxlora.errors import ModelInvalid
-from jaxlora.hf import HfSource, parse_config
-from jaxlora.model_config import Llama3Rope, parameters
-from jaxlora.safetensors_map import SafetensorsMap
+from jaxlora.checkpoints import load as base_files
+from jaxlora.checkpoints.hf import HfSource, parse_config
+from jaxlora.checkpoints.load import base_hash, open_model, resolve_model, smollm2_path
+from jaxlora.checkpoints.safetensors import SafetensorsMap
+from jaxlora.core.errors import ModelInvalid
+from jaxlora.core.model_config import Llama3Rope, parameters
 
 LLAMA = {
     "model_type": "llama",

@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from blobs_world import FAULTS, faulty, s3
 
-from jaxlora import blobs as blobs_module
-from jaxlora import lease as lease_module
-from jaxlora.blobs import Blobs
-from jaxlora.errors import StateInvalid, Unavailable
-from jaxlora.lease import LEASE, Lease
+from jaxlora.core.errors import StateInvalid, Unavailable
+from jaxlora.storage import lease as lease_module
+from jaxlora.storage import object_store as blobs_module
+from jaxlora.storage.lease import LEASE, Lease
+from jaxlora.storage.object_store import Blobs
 
 
 @pytest.fixture(autouse=True)

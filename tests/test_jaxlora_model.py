@@ -8,9 +8,9 @@ from model_world import FORMS, Lane, base_of, first_fit, logits_alone, logits_of
 from serve_world import random_weights
 from small_world import TINY_MODELS, smollm2_prompts, tiny_expected, tiny_path
 
-from jaxlora.hf import HfSource
-from jaxlora.lora import ALL_TARGETS, Adapter, AdapterRef, LoraSpec
-from jaxlora.model import Base
+from jaxlora.checkpoints.hf import HfSource
+from jaxlora.core.lora import ALL_TARGETS, Adapter, AdapterRef, LoraSpec
+from jaxlora.model.decoder import Base
 
 # float32 sums of 32 to 96 products over two layers, logits up to 30: a few units in the last place.
 TINY_ATOL = 1e-4

@@ -8,10 +8,10 @@ import pytest
 from model_world import NoLora
 from small_world import tiny_path
 
-from jaxlora import opened
-from jaxlora.config_base import ONE_DEVICE, ModelSection
-from jaxlora.model import TokenBatch, forward
-from jaxlora.opened import open_base
+from jaxlora.checkpoints import load as opened
+from jaxlora.checkpoints.load import open_base
+from jaxlora.config.base import ONE_DEVICE, ModelSection
+from jaxlora.model.decoder import TokenBatch, forward
 
 
 @pytest.mark.parametrize(

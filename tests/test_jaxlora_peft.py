@@ -11,9 +11,9 @@ import peft_world as world
 import pytest
 from safetensors.numpy import load_file
 
-from jaxlora.errors import AdapterInvalid, AlreadyExists, BaseMismatch
-from jaxlora.lora import LoraSpec, ModuleException
-from jaxlora.peft import export_peft
+from jaxlora.core.errors import AdapterInvalid, AlreadyExists, BaseMismatch
+from jaxlora.core.lora import LoraSpec, ModuleException
+from jaxlora.peft.folder import export_peft
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 DTYPES = {"bfloat16": "bfloat16", "float16": "float16"}  # of the fixtures that are not float32
@@ -192,7 +192,7 @@ def test_export_is_whole_or_not_there(tmp_path, monkeypatch):
     (folder / "stray").touch()
     export_peft(adapter, folder, world.base_config("llama"), base_name="org/base", replace=True)
     assert not (folder / "stray").exists()
-    monkeypatch.setattr("jaxlora.peft.export_config", lambda *_: 1 / 0)
+    monkeypatch.setattr("jaxlora.peft.folder.export_config", lambda *_: 1 / 0)
     for name in ("second", "out"):
         with pytest.raises(ZeroDivisionError):
             export_peft(adapter, tmp_path / name, world.base_config("llama"), base_name="org/base", replace=True)
@@ -246,7 +246,7 @@ def test_an_export_replaces_an_older_one_whole(tmp_path, monkeypatch):
     newer = replace(adapter, ref=replace(adapter.ref, version=9))
     settings = {"base_name": "org/base", "replace": True}
     with monkeypatch.context() as broken:
-        broken.setattr("jaxlora.peft.export_config", lambda *_: 1 / 0)
+        broken.setattr("jaxlora.peft.folder.export_config", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             export_peft(newer, folder, world.base_config("llama"), **settings)
     assert json.loads((folder / "jaxlora.json").read_text())["version"] == 3

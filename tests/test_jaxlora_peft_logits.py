@@ -17,9 +17,9 @@ from safetensors.numpy import load_file
 from small_world import smollm2_prompts
 from smollm2_world import RANK
 
-from jaxlora.hf import HfSource
-from jaxlora.model import Base
-from jaxlora.peft import export_peft, import_peft
+from jaxlora.checkpoints.hf import HfSource
+from jaxlora.model.decoder import Base
+from jaxlora.peft.folder import export_peft, import_peft
 
 pytest_plugins = ["smollm2_fixtures"]
 SMOLLM2_ATOL = 1e-3  # 30 layers, and adapters that move the logits by up to 20

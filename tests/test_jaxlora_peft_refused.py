@@ -11,7 +11,7 @@ import peft_world as world
 import pytest
 from safetensors.numpy import load_file
 
-from jaxlora.errors import AdapterInvalid, AdapterNotFinite
+from jaxlora.core.errors import AdapterInvalid, AdapterNotFinite
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 
@@ -249,7 +249,7 @@ REFUSED_BY_HAND = {
 
 @pytest.mark.parametrize("name", REFUSED_BY_HAND)
 def test_refused_by_hand(name, tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxlora.peft_match.MATCH_SECONDS", 0.2)
+    monkeypatch.setattr("jaxlora.peft.targets.MATCH_SECONDS", 0.2)
     changes, tensors, message, code = REFUSED_BY_HAND[name]
     folder = world.write_folder(tmp_path, world.PLAIN | changes, world.plain_tensors() if tensors is None else tensors)
     started = time.monotonic()

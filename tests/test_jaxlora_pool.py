@@ -10,12 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import F32, assert_close, assert_same_bits, floats
 
-from jaxlora.compile_cache import CompileCounter
-from jaxlora.errors import AdapterInvalid, AdapterNotFinite
-from jaxlora.lora import Adapter, AdapterRef, LoraSpec, ModuleException
-from jaxlora.mesh import make_mesh
-from jaxlora.model_config import ModelConfig
-from jaxlora.pool import (
+from jaxlora.core.errors import AdapterInvalid, AdapterNotFinite
+from jaxlora.core.lora import Adapter, AdapterRef, LoraSpec, ModuleException
+from jaxlora.core.model_config import ModelConfig
+from jaxlora.model.compile_cache import CompileCounter
+from jaxlora.model.lora_pool import (
     LaneLora,
     LoraRows,
     PoolSpec,
@@ -27,6 +26,7 @@ from jaxlora.pool import (
     read_finite,
     write_slot,
 )
+from jaxlora.model.mesh import make_mesh
 
 L, D, F, V, S, R = 2, 8, 12, 11, 3, 4
 TARGETS = ("q_proj", "v_proj", "down_proj", "lm_head")

@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from jaxlora.disk_copies import DiskCopies
-from jaxlora.single_flight import SingleFlight
+from jaxlora.storage.disk_cache import DiskCopies
+from jaxlora.storage.single_flight import SingleFlight
 
 
 class Work:

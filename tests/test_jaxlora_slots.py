@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from jaxlora.lora import AdapterRef
+from jaxlora.core.lora import AdapterRef
 from jaxlora.slots import SlotTable
 
 

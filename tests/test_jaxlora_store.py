@@ -12,10 +12,17 @@ from dataclasses import replace
 import pytest
 from store_world import LARGE, SPEC, make, put, same
 
-from jaxlora import version_files
-from jaxlora.errors import AdapterNotFinite, AdapterNotFound, AlreadyExists, InvalidRequest, StateInvalid, StorageFailed
-from jaxlora.lora import AdapterRef
-from jaxlora.store import AdapterStore
+from jaxlora.core.errors import (
+    AdapterNotFinite,
+    AdapterNotFound,
+    AlreadyExists,
+    InvalidRequest,
+    StateInvalid,
+    StorageFailed,
+)
+from jaxlora.core.lora import AdapterRef
+from jaxlora.storage import version_files
+from jaxlora.storage.adapter_store import AdapterStore
 
 pytest_plugins = ["store_fixtures"]
 

@@ -16,10 +16,10 @@ import orbax.checkpoint as ocp
 import pytest
 from store_world import kill_at_work, make, put, same
 
-from jaxlora import adapter_files, version_files
-from jaxlora.errors import AdapterNotFound, StateInvalid, StorageFailed
-from jaxlora.lora import AdapterRef
-from jaxlora.store import AdapterStore
+from jaxlora.core.errors import AdapterNotFound, StateInvalid, StorageFailed
+from jaxlora.core.lora import AdapterRef
+from jaxlora.storage import adapter_files, version_files
+from jaxlora.storage.adapter_store import AdapterStore
 
 pytest_plugins = ["store_fixtures"]
 

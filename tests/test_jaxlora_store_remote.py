@@ -13,21 +13,21 @@ import pytest
 from blobs_world import FAULTS, faulty
 from store_world import LARGE, kill_at_work, make, put, same
 
-from jaxlora import blobs as blobs_module
-from jaxlora import remote_versions
-from jaxlora.blobs import Blobs
-from jaxlora.disk_copies import DiskCopies
-from jaxlora.errors import AdapterNotFound, StorageFailed, Unavailable
-from jaxlora.lora import AdapterRef
-from jaxlora.remote_versions import RemoteVersions
-from jaxlora.store import AdapterStore
-from jaxlora.version_files import GAP
+from jaxlora.core.errors import AdapterNotFound, StorageFailed, Unavailable
+from jaxlora.core.lora import AdapterRef
+from jaxlora.storage import object_store as blobs_module
+from jaxlora.storage import remote_adapters
+from jaxlora.storage.adapter_store import AdapterStore
+from jaxlora.storage.disk_cache import DiskCopies
+from jaxlora.storage.object_store import Blobs
+from jaxlora.storage.remote_adapters import RemoteVersions
+from jaxlora.storage.version_files import GAP
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(blobs_module, "FIRST_WAIT_S", 0.001)
-    monkeypatch.setattr(remote_versions, "RETRY_S", 0.05)
+    monkeypatch.setattr(remote_adapters, "RETRY_S", 0.05)
 
 
 @pytest.fixture
@@ -177,7 +177,7 @@ def test_while_object_storage_is_away_all_goes_on_and_is_sent_later(machine, tmp
 
 
 def test_an_object_storage_that_hangs_does_not_keep_a_server_from_ending(machine, monkeypatch):
-    monkeypatch.setattr(remote_versions, "FLUSH_S", 0.3)
+    monkeypatch.setattr(remote_adapters, "FLUSH_S", 0.3)
     store = machine("one")
     FAULTS.hang = gate = threading.Event()
     adapters = [put(store) for _ in range(3)]

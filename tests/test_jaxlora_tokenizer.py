@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from small_world import load_json, smollm2_prompts, tiny_path
 from tokenizers import decoders, models, pre_tokenizers
 
-from jaxlora import chat_template
-from jaxlora.base_files import smollm2_path
-from jaxlora.chat_template import ChatTemplate
-from jaxlora.errors import InvalidRequest, ModelInvalid
-from jaxlora.gguf import GgufFile
-from jaxlora.tokenizer import Tokenizer
+from jaxlora.checkpoints import chat_template
+from jaxlora.checkpoints.chat_template import ChatTemplate
+from jaxlora.checkpoints.gguf import GgufFile
+from jaxlora.checkpoints.load import smollm2_path
+from jaxlora.checkpoints.tokenizer import Tokenizer
+from jaxlora.core.errors import InvalidRequest, ModelInvalid
 
 USER = [{"role": "user", "content": "hi"}]
 

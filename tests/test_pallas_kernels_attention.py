@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import BF16, F32, assert_close, assert_no_nan, assert_same_bits, floats
 
-from jaxlora.compile_cache import CompileCounter
+from jaxlora.model.compile_cache import CompileCounter
 from pallas_kernels.attention.op import packed_attention, packed_attention_oracle
 
 G, J, N, K, H = 3, 16, 9, 3, 4  # the heads of SmolLM2: 9 query heads over 3 kv heads

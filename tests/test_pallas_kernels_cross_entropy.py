@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import F32, assert_close, assert_no_nan, assert_same_bits, floats, largest_array
 
-from jaxlora.compile_cache import CompileCounter
+from jaxlora.model.compile_cache import CompileCounter
 from pallas_kernels.cross_entropy.op import target_logprob, target_logprob_oracle
 
 G, J, K, D, V, R = 3, 8, 3, 10, 17, 3

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import BF16, F32, assert_close, assert_no_nan, assert_same_bits, floats, positive
 
-from jaxlora.compile_cache import CompileCounter
+from jaxlora.model.compile_cache import CompileCounter
 from pallas_kernels.gathered_lora.op import gathered_lora, gathered_lora_oracle
 from pallas_kernels.gathered_lora.xla_cpu import COLUMNS, FEWEST, UNROLLED_RANK
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import BF16, F32, assert_close, assert_no_nan, assert_same_bits, floats
 
-from jaxlora.compile_cache import CompileCounter
+from jaxlora.model.compile_cache import CompileCounter
 from pallas_kernels.paged_attention.op import paged_attention, paged_attention_oracle
 
 L, P, Z, C, G, J, N, K, H = 2, 14, 4, 3, 4, 3, 9, 3, 4  # 9 query heads over 3 kv heads, 12 tokens at most

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import BF16, F32, assert_close, assert_no_nan, assert_same_bits, floats, positive
 
-from jaxlora.compile_cache import CompileCounter
+from jaxlora.model.compile_cache import CompileCounter
 from pallas_kernels.segmented_lora.op import segmented_lora, segmented_lora_oracle, take_rows
 
 G, J, S, R, X, Y, Y2 = 4, 6, 3, 4, 12, 8, 5

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxlora.errors import InvalidRequest
-from jaxlora.lora import AdapterRef
+from jaxlora.core.errors import InvalidRequest
+from jaxlora.core.lora import AdapterRef
 from jaxlora.slots import SlotTable
 from serve.active import ActiveSet, Exchange, Work
 from serve.shares import TokenShares, quotas

@@ -26,7 +26,7 @@ from adapters_world import (
 )
 from safetensors.numpy import load
 
-from jaxlora.serve_config import LimitsSection, NamedLimits
+from jaxlora.config.serving import LimitsSection, NamedLimits
 
 pytest_plugins = ["adapters_fixtures"]
 ON_LLAMA = [n for n in peft_world.ACCEPTED if peft_world.load_fixture(n).base == "llama"]
@@ -124,7 +124,7 @@ def test_a_download_goes_in_again_and_is_of_this_base(shelf, acme, root, bot):
 
 def test_lists_are_paged_by_id_newest_first(shelf, acme, zoo, root, monkeypatch):
     clock = iter(range(1000, 2000))
-    monkeypatch.setattr("jaxlora.store.time.time", lambda: next(clock))
+    monkeypatch.setattr("jaxlora.storage.adapter_store.time.time", lambda: next(clock))
     for name in ("one", "two", "three"):
         upload(acme, name, zip_of(adapter_files()))
     upload(zoo, "two", zip_of(adapter_files()))

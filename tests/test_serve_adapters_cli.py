@@ -10,8 +10,8 @@ from adapters_world import BASE_FOLDER, adapter_files, answer, seeded, write_fil
 from typer.testing import CliRunner
 
 from jaxlora import cli
-from jaxlora.export import read_stored
-from jaxlora.store import AdapterStore
+from jaxlora.peft.export import read_stored
+from jaxlora.storage.adapter_store import AdapterStore
 
 pytest_plugins = ["adapters_fixtures"]
 

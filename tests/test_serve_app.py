@@ -9,7 +9,7 @@ import openai
 import pytest
 from fake_house import BASE, FakeHouse, serving
 
-from jaxlora.errors import ConfigInvalid, InvalidRequest, Unauthorized
+from jaxlora.core.errors import ConfigInvalid, InvalidRequest, Unauthorized
 from serve.app import LOOPBACK_HOSTS, create_app, hosts_for
 from serve.auth import Caller
 

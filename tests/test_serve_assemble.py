@@ -12,11 +12,11 @@ import pytest
 from serve_world import MODEL, World
 from small_world import tiny_path
 
-from jaxlora.errors import InvalidRequest
-from jaxlora.opened import Opened
-from jaxlora.peft import export_peft
-from jaxlora.serve_config import AdapterSection, serve_defaults
-from jaxlora.store import AdapterStore
+from jaxlora.checkpoints.load import Opened
+from jaxlora.config.serving import AdapterSection, serve_defaults
+from jaxlora.core.errors import InvalidRequest
+from jaxlora.peft.folder import export_peft
+from jaxlora.storage.adapter_store import AdapterStore
 from serve import http_server
 from serve.assemble import load_peft, make_runner, stop
 from serve.http_server import HttpServer, make_http

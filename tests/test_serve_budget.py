@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from jaxlora.errors import InvalidRequest
+from jaxlora.core.errors import InvalidRequest
 from serve.budget import Budget, BudgetSettings
 from serve.histogram import Histogram
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from fake_house import BASE
 
-from jaxlora.errors import InvalidRequest
+from jaxlora.core.errors import InvalidRequest
 from serve import chat
 from serve.chat_client import AnswerFailed
 from serve.chat_columns import Columns

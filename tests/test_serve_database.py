@@ -19,7 +19,7 @@ from database_world import event, file_record, gradient_record, job_record, key_
 from sqlalchemy import inspect, text
 from sqlmodel import SQLModel, select
 
-from jaxlora.errors import ConfigInvalid, NotFound, StorageFull, Unavailable
+from jaxlora.core.errors import ConfigInvalid, NotFound, StorageFull, Unavailable
 from serve.database import Database, parse
 from serve.migrations import REVISIONS, migrate
 from serve.stored_files import StoredFiles

@@ -131,8 +131,11 @@ def test_nearest_baseline_by_hand():
 
 def test_tokens_stay_within_the_budget_of_the_demo():
     """With the real tokenizer and template: mean of at most 30 tokens each, under 100,000 for all steps of all tenants."""
-    base_files = pytest.importorskip("jaxlora.base_files")
-    gguf, tokenizers = pytest.importorskip("jaxlora.gguf"), pytest.importorskip("jaxlora.tokenizer")
+    base_files = pytest.importorskip("jaxlora.checkpoints.load")
+    gguf, tokenizers = (
+        pytest.importorskip("jaxlora.checkpoints.gguf"),
+        pytest.importorskip("jaxlora.checkpoints.tokenizer"),
+    )
     from train.jsonl import chat_example
 
     tokenizer = tokenizers.Tokenizer.from_gguf(gguf.GgufSource(base_files.smollm2_path()).metadata)

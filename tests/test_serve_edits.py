@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlora.compile_cache import CompileCounter
-from jaxlora.errors import InvalidRequest
+from jaxlora.core.errors import InvalidRequest
+from jaxlora.model.compile_cache import CompileCounter
 from serve.edits import LogitEdits, RowEdits, edited
 from serve.request import MAX_LOGIT_BIAS, SamplingParams
 from serve.sampling import SamplingBatch, StepOutput, sample

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from serve_world import CONFIG, SLOTS, Answer, ask, run_all, step, watch_programs, with_pages, with_resident
 
-from jaxlora.compile_cache import CompileCounter
-from jaxlora.errors import AdapterInvalid
-from jaxlora.lora import ATTENTION_TARGETS, AdapterRef
-from jaxlora.pool import PoolSpec, host_rows
+from jaxlora.core.errors import AdapterInvalid
+from jaxlora.core.lora import ATTENTION_TARGETS, AdapterRef
+from jaxlora.model.compile_cache import CompileCounter
+from jaxlora.model.lora_pool import PoolSpec, host_rows
 from serve.request import FinishReason
 
 pytest_plugins = ["serve_fixtures"]

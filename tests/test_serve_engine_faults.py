@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 from serve_world import ask, check_idle, run_all, settle
 
-from jaxlora.errors import JaxLoraError
+from jaxlora.core.errors import JaxLoraError
 from serve.answers import Answer
 from serve.edits import RowEdits
 from serve.grammar import GrammarSource, GrammarState

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from serve_world import SLOTS, Answer, ask, random_weights, run_all, step, with_resident
 
-from jaxlora.errors import AdapterInvalid, AdapterNotFinite, AdapterNotFound, BaseMismatch
-from jaxlora.lora import ALL_TARGETS, AdapterRef
-from jaxlora.pool import host_rows
+from jaxlora.core.errors import AdapterInvalid, AdapterNotFinite, AdapterNotFound, BaseMismatch
+from jaxlora.core.lora import ALL_TARGETS, AdapterRef
+from jaxlora.model.lora_pool import host_rows
 from serve.adapter_loads import FAILED_S, READERS
 from serve.request import FinishReason
 

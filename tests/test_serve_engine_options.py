@@ -9,7 +9,7 @@ import pytest
 from serve_world import CONFIG, ask, forget_pages, run_all, watch_programs, with_pages, with_resident
 from test_serve_edits import by_hand
 
-from jaxlora.compile_cache import CompileCounter
+from jaxlora.model.compile_cache import CompileCounter
 from serve.request import MAX_TOP_LOGPROBS, FinishReason
 from serve.sequence import Plan
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from serve_world import CONFIG, Answer, ask, check_engine, check_idle, run_all, step, with_pages
 
-from jaxlora.errors import AlreadyExists, ContextLengthExceeded, InvalidRequest, Overloaded
+from jaxlora.core.errors import AlreadyExists, ContextLengthExceeded, InvalidRequest, Overloaded
 from serve.request import FinishReason
 from serve.sequence import Plan
 

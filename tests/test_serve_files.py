@@ -18,7 +18,7 @@ import pytest
 from database_world import job_record
 from files_world import GOOD, files_server, on_disk, opened
 
-from jaxlora.serve_config import LimitsSection
+from jaxlora.config.serving import LimitsSection
 from serve import file_store
 from serve.database import Database
 from serve.stored_files import StoredFiles

@@ -12,8 +12,8 @@ from fake_house import BASE, FakeHouse, serving
 from fake_tuner import FakeTuner
 from gradient_world import API, LONGEST, by_key, error_of
 
-from jaxlora.errors import StorageFailed
-from jaxlora.serve_config import LimitsSection
+from jaxlora.config.serving import LimitsSection
+from jaxlora.core.errors import StorageFailed
 from serve.app import create_app
 from serve.gradient_api import GradientWire
 from serve.gradient_errors import gradient_response

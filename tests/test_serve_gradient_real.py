@@ -12,7 +12,7 @@ from gradient_world import API, gradientai
 from gradientai.openapi.client import exceptions as told
 from jobs_api_world import BASE, LANE_TOKENS, Server, by_key
 
-from jaxlora.serve_config import LimitsSection
+from jaxlora.config.serving import LimitsSection
 from serve.adapters import AdapterService
 from serve.app import create_app
 from serve.gradient_api import GradientWire

@@ -11,7 +11,7 @@ from fake_house import BOS, EOS
 from gradient_world import API, MOST, gradientai
 from gradientai.openapi.client import exceptions as told
 
-from jaxlora.errors import Overloaded, RateLimited
+from jaxlora.core.errors import Overloaded, RateLimited
 
 pytest_plugins = ["gradient_fixtures"]
 SLUG = "base"

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from serve_world import CONFIG, ask, forget_pages, run_all, watch_programs, with_pages, with_resident
 from small_world import TINY_MODELS, tiny_path
 
-from jaxlora.base_files import open_model
-from jaxlora.compile_cache import CompileCounter
-from jaxlora.errors import InvalidRequest, Overloaded
+from jaxlora.checkpoints.load import open_model
+from jaxlora.core.errors import InvalidRequest, Overloaded
+from jaxlora.model.compile_cache import CompileCounter
 from serve import grammar
 from serve.grammar import Grammar, Grammars, GrammarSource, llguidance_tokenizer
 from serve.request import FinishReason

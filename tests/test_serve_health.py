@@ -14,7 +14,7 @@ from fake_house import serving
 from fastapi import APIRouter
 from serve_world import BASE, ask
 
-from jaxlora.errors import Unavailable
+from jaxlora.core.errors import Unavailable
 from serve.app import create_app
 from serve.engine import Engine
 from serve.http_server import make_http

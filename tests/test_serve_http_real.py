@@ -15,8 +15,8 @@ import pytest
 from fake_house import serving
 from serve_world import CONFIG, check_idle, stream_greedy
 
-from jaxlora.compile_cache import CompileCounter
-from jaxlora.lora import ALL_TARGETS, ATTENTION_TARGETS
+from jaxlora.core.lora import ALL_TARGETS, ATTENTION_TARGETS
+from jaxlora.model.compile_cache import CompileCounter
 from serve.app import create_app
 from serve.runner import Runner
 

@@ -8,7 +8,7 @@ import openai
 import pytest
 from files_world import GOOD, files_server, on_disk
 
-from jaxlora.errors import StorageFull
+from jaxlora.core.errors import StorageFull
 
 pytest_plugins = ["database_fixtures"]
 

@@ -11,10 +11,10 @@ import pytest
 from jobs_api_world import BASE, Server, lines
 from pydantic import TypeAdapter
 
-from jaxlora.errors import StateInvalid
-from jaxlora.lora import LoraSpec
-from jaxlora.pool import adapter_bytes
-from jaxlora.serve_config import LimitsSection
+from jaxlora.config.serving import LimitsSection
+from jaxlora.core.errors import StateInvalid
+from jaxlora.core.lora import LoraSpec
+from jaxlora.model.lora_pool import adapter_bytes
 from serve.adapters import AdapterService
 from serve.jobs_answers import CheckpointList, EventList, JobList, JobObject
 

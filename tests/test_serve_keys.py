@@ -15,7 +15,7 @@ from fake_house import BASE, HI, FakeHouse, serving
 from typer.testing import CliRunner
 
 from jaxlora import cli
-from jaxlora.errors import ConfigInvalid, InvalidRequest, Unavailable
+from jaxlora.core.errors import ConfigInvalid, InvalidRequest, Unavailable
 from serve.app import create_app
 from serve.auth import LOCAL
 from serve.database import Database

@@ -17,7 +17,7 @@ from fake_house import serving
 from starlette.routing import Route
 from whole_world import WORKSPACE, bearer, joined, leaves, whole_config
 
-from jaxlora.store import AdapterStore
+from jaxlora.storage.adapter_store import AdapterStore
 from serve.app import OPEN_PATHS
 from serve.database import Database
 from serve.keys import create_key

@@ -6,9 +6,9 @@ import openai
 import pytest
 from fake_house import BASE, HI, FakeHouse, serving
 
-from jaxlora.errors import QuotaExceeded, RateLimited, StorageFailed
-from jaxlora.lora import AdapterRef
-from jaxlora.serve_config import LimitsSection, NamedLimits
+from jaxlora.config.serving import LimitsSection, NamedLimits
+from jaxlora.core.errors import QuotaExceeded, RateLimited, StorageFailed
+from jaxlora.core.lora import AdapterRef
 from serve.adapter_quota import AdapterQuota
 from serve.app import create_app
 from serve.auth import Caller

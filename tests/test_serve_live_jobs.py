@@ -8,7 +8,7 @@ import pytest
 from live_world import LiveWorld, job
 from train_world import assert_same_bits
 
-from jaxlora.errors import AdapterNotFinite
+from jaxlora.core.errors import AdapterNotFinite
 from serve.training import PUBLISH
 
 pytest_plugins = ["serve_fixtures"]

@@ -11,7 +11,7 @@ import httpx2
 import pytest
 from fake_house import BASE, HI, FakeHouse, serving
 
-from jaxlora.errors import Unauthorized
+from jaxlora.core.errors import Unauthorized
 from serve.app import create_app
 from serve.auth import Caller
 from serve.logs import LOGGERS, log_answered, logging_to

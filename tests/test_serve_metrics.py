@@ -14,8 +14,8 @@ from fake_house import serving
 from prometheus_client.parser import text_string_to_metric_families
 from serve_world import BASE, ask, with_resident
 
-from jaxlora.errors import Unauthorized
-from jaxlora.serve_config import serve_defaults
+from jaxlora.config.serving import serve_defaults
+from jaxlora.core.errors import Unauthorized
 from serve.app import create_app
 from serve.auth import Caller
 from serve.logs import logging_to

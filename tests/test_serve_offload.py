@@ -11,7 +11,7 @@ import offload_world
 import pytest
 from offload_world import COUNTS, DTYPES, F, L, P, Z, check_compiled, check_moves, on_mesh, random_bits
 
-from jaxlora.mesh import make_mesh
+from jaxlora.model.mesh import make_mesh
 from serve.offload import PageMover, page_bytes
 
 TESTS = Path(__file__).parent

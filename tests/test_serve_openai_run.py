@@ -9,7 +9,7 @@ import openai
 import pytest
 from fake_house import BASE, HI, events, serving
 
-from jaxlora.errors import JaxLoraError, Overloaded, StateInvalid, Unavailable
+from jaxlora.core.errors import JaxLoraError, Overloaded, StateInvalid, Unavailable
 from serve.app import create_app
 
 pytest_plugins = ["wire_fixtures"]

@@ -19,7 +19,7 @@ import pytest
 from fake_house import serving
 from serve_world import BASE, CONFIG, check_idle, settle, with_resident
 
-from jaxlora.serve_config import LimitsSection, NamedLimits
+from jaxlora.config.serving import LimitsSection, NamedLimits
 from serve.app import create_app
 from serve.auth import Caller
 from serve.engine import Engine

@@ -13,7 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from jaxlora.lora import AdapterRef
+from jaxlora.core.lora import AdapterRef
 from serve.pages import PageAllocator
 
 PAGES, PAGE_TOKENS = 8, 2

@@ -27,10 +27,10 @@ from serve_world import (
 )
 from train_world import assert_same_bits, host
 
-from jaxlora.compile_cache import CompileCounter
-from jaxlora.config import Optimizer
-from jaxlora.lora import LoraSpec
-from jaxlora.pool import PoolSpec
+from jaxlora.config.training import Optimizer
+from jaxlora.core.lora import LoraSpec
+from jaxlora.model.compile_cache import CompileCounter
+from jaxlora.model.lora_pool import PoolSpec
 from serve.runner import Runner
 from serve.training import LiveTraining
 from train.data import Example

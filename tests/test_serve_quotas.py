@@ -14,11 +14,11 @@ from adapters_world import zip_of
 from fake_house import serving
 from whole_world import bearer, joined, leaves, whole_config
 
-from jaxlora.peft import export_peft
-from jaxlora.pool import adapter_bytes
-from jaxlora.serve_config import LimitsSection, NamedLimits, ServeConfig
-from jaxlora.store import AdapterStore
-from jaxlora.toml_loader import load
+from jaxlora.config.serving import LimitsSection, NamedLimits, ServeConfig
+from jaxlora.config.toml import load
+from jaxlora.model.lora_pool import adapter_bytes
+from jaxlora.peft.folder import export_peft
+from jaxlora.storage.adapter_store import AdapterStore
 from serve.database import Database
 from serve.keys import create_key
 from serve.stored_keys import StoredKeys

@@ -14,11 +14,11 @@ from files_world import GOOD, files_server, on_disk, opened
 from jobs_api_world import Server
 from test_serve_jobs_api import client_of, create, file_of, wait_for
 
-from jaxlora import blobs as blobs_module
-from jaxlora.disk_copies import DiskCopies, Remote
-from jaxlora.errors import NotFound, StorageFailed, Unavailable
-from jaxlora.remote_versions import RemoteVersions
-from jaxlora.store import AdapterStore
+from jaxlora.core.errors import NotFound, StorageFailed, Unavailable
+from jaxlora.storage import object_store as blobs_module
+from jaxlora.storage.adapter_store import AdapterStore
+from jaxlora.storage.disk_cache import DiskCopies, Remote
+from jaxlora.storage.remote_adapters import RemoteVersions
 from serve.database import Database
 
 pytest_plugins = ["serve_fixtures"]

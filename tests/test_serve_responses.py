@@ -9,7 +9,7 @@ from fake_house import BASE, ByteTokenizer
 from openai.types.responses import response_create_params
 from test_serve_tools import CITY, PARIS, TEMPLATE
 
-from jaxlora.errors import Overloaded
+from jaxlora.core.errors import Overloaded
 from serve.grammar import Grammars
 from serve.responses_types import ResponsesBody
 

@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from serve_world import BASE, Answer, World, ask, check_idle, settle, with_resident
 
-from jaxlora.errors import AdapterNotFound, ContextLengthExceeded, Unavailable
-from jaxlora.lora import AdapterRef
+from jaxlora.core.errors import AdapterNotFound, ContextLengthExceeded, Unavailable
+from jaxlora.core.lora import AdapterRef
 from serve.budget import Budget
 from serve.engine import Engine
 from serve.request import FinishReason

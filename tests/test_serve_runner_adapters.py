@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from serve_world import BASE, World, ask
 
-from jaxlora import version_files
-from jaxlora.adapter_files import load_version
-from jaxlora.errors import AdapterNotFinite, AdapterNotFound, InvalidRequest, StorageFailed
-from jaxlora.lora import AdapterRef
-from jaxlora.store import AdapterStore
+from jaxlora.core.errors import AdapterNotFinite, AdapterNotFound, InvalidRequest, StorageFailed
+from jaxlora.core.lora import AdapterRef
+from jaxlora.storage import version_files
+from jaxlora.storage.adapter_files import load_version
+from jaxlora.storage.adapter_store import AdapterStore
 from serve.runner import Runner
 
 pytest_plugins = ["serve_fixtures"]

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlora.compile_cache import CompileCounter
+from jaxlora.model.compile_cache import CompileCounter
 from serve.edits import LogitEdits
 from serve.request import MAX_TOP_LOGPROBS, SamplingParams
 from serve.sampling import SamplingBatch, StepOutput, sample

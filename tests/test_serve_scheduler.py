@@ -7,8 +7,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from jaxlora.errors import InvalidRequest, Overloaded
-from jaxlora.lora import AdapterRef
+from jaxlora.core.errors import InvalidRequest, Overloaded
+from jaxlora.core.lora import AdapterRef
 from jaxlora.slots import SlotTable
 from serve.pages import PageAllocator
 from serve.request import Request, SamplingParams

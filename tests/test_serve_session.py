@@ -15,9 +15,8 @@ from safetensors.numpy import load_file
 from serve_world import MODEL
 from small_world import tiny_path
 
-from jaxlora.compile_cache import CompileCounter
-from jaxlora.config import Recipe, default_lr
-from jaxlora.errors import (
+from jaxlora.config.training import Recipe, default_lr
+from jaxlora.core.errors import (
     AdapterInvalid,
     AdapterNotFound,
     AlreadyExists,
@@ -30,8 +29,9 @@ from jaxlora.errors import (
     StateInvalid,
     Unavailable,
 )
-from jaxlora.lora import AdapterRef
-from jaxlora.store import AdapterStore
+from jaxlora.core.lora import AdapterRef
+from jaxlora.model.compile_cache import CompileCounter
+from jaxlora.storage.adapter_store import AdapterStore
 from serve.session import Session
 from train.data import Example
 

@@ -20,7 +20,7 @@ from perturbed import exact_run, perturbed_run
 from serve_world import CONFIG, RANK, Answer, World, ask, run_all, step, watch_programs, with_resident
 from test_serve_engine_paths import PATHS
 
-from jaxlora.model import load_base
+from jaxlora.model.decoder import load_base
 from pallas_kernels.attention.op import packed_attention
 from pallas_kernels.cross_entropy.op import target_logprob
 from pallas_kernels.dispatch import SHAPE_INDEPENDENT, TABLE

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxlora.errors import InvalidRequest
+from jaxlora.core.errors import InvalidRequest
 from serve.stops import StopStrings
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from database_world import checkpoint_record, event, file_record, gradient_record, job_record, key_record
 
-from jaxlora.errors import InvalidRequest, NotFound, QuotaExceeded, StateInvalid, Unavailable
+from jaxlora.core.errors import InvalidRequest, NotFound, QuotaExceeded, StateInvalid, Unavailable
 from serve.records import Answer
 from serve.stored_answers import StoredAnswers
 from serve.stored_files import StoredFiles

@@ -11,7 +11,7 @@ from fake_house import BASE, FakeHouse, serving
 from small_world import tiny_path
 
 from benchmarks import streams
-from jaxlora.errors import Overloaded
+from jaxlora.core.errors import Overloaded
 from serve.app import create_app
 
 STREAMS, TOKENS = 500, 20

@@ -14,7 +14,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from jaxlora.cli import app as cli
-from jaxlora.lora import AdapterRef
+from jaxlora.core.lora import AdapterRef
 from serve.api_client import server as server_of
 from serve.app import create_app
 from serve.auth import Caller

@@ -17,8 +17,8 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode
 
 import serve
-from jaxlora.errors import ConfigInvalid
-from jaxlora.serve_config import serve_defaults
+from jaxlora.config.serving import serve_defaults
+from jaxlora.core.errors import ConfigInvalid
 from serve.app import create_app
 from serve.tracing import Tracing
 

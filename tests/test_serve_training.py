@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from serve_world import RANK, ask
 
-from jaxlora.config import Optimizer
-from jaxlora.errors import StorageFailed
-from jaxlora.lora import LoraSpec
-from jaxlora.pool import PoolSpec
+from jaxlora.config.training import Optimizer
+from jaxlora.core.errors import StorageFailed
+from jaxlora.core.lora import LoraSpec
+from jaxlora.model.lora_pool import PoolSpec
 from serve.runner import Runner
 from serve.training import KEEP_VERSIONS, LiveTraining
 from train.data import Example

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from serve_world import BASE, CONFIG, SLOTS, Answer, ask, check_idle, step
 
-from jaxlora.compile_cache import CompileCounter
-from jaxlora.errors import InvalidRequest
-from jaxlora.lora import AdapterRef
-from jaxlora.serve_config import TenantWeight, Tuning
+from jaxlora.config.serving import TenantWeight, Tuning
+from jaxlora.core.errors import InvalidRequest
+from jaxlora.core.lora import AdapterRef
+from jaxlora.model.compile_cache import CompileCounter
 from serve.engine import Engine
 from serve.retune import retuned_by_hangup
 from serve.runner import Runner

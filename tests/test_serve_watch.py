@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from jaxlora.lora import AdapterRef
+from jaxlora.core.lora import AdapterRef
 from jaxlora.slots import SlotTable
 from serve.pages import PageAllocator
 from serve.request import Request, SamplingParams

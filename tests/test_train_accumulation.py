@@ -18,8 +18,8 @@ from train_world import (
     small_base,
 )
 
-from jaxlora.config import CROSS_ENTROPY, Loss
-from jaxlora.mesh import make_mesh
+from jaxlora.config.training import CROSS_ENTROPY, Loss
+from jaxlora.model.mesh import make_mesh
 from train.trainer import Trainer
 
 BATCH, STEPS = 25, 3  # examples that fill a lane each: three steps for a batch

@@ -18,8 +18,8 @@ from train_world import lora, optimizer
 from typer.testing import CliRunner
 
 from jaxlora import cli
-from jaxlora.config import Loss, default_lr
-from jaxlora.hf import HfSource
+from jaxlora.checkpoints.hf import HfSource
+from jaxlora.config.training import Loss, default_lr
 from train import metrics, run
 from train.board import Board
 from train.metrics import SCALARS, EventFile

@@ -16,11 +16,11 @@ from train_world import (
     small_base,
 )
 
-from jaxlora.errors import AdapterInvalid, ConfigInvalid, StateInvalid
-from jaxlora.lora import ALL_TARGETS
-from jaxlora.mesh import make_mesh
-from jaxlora.model_config import target_features
-from jaxlora.pool import PoolSpec, layer_count
+from jaxlora.core.errors import AdapterInvalid, ConfigInvalid, StateInvalid
+from jaxlora.core.lora import ALL_TARGETS
+from jaxlora.core.model_config import target_features
+from jaxlora.model.lora_pool import PoolSpec, layer_count
+from jaxlora.model.mesh import make_mesh
 from train.trainer import Trainer
 
 RANKS = {2: 3, 4: 2, 8: 1}  # slots by rank

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxlora.errors import DataInvalid
+from jaxlora.core.errors import DataInvalid
 from train.data import Example, ExampleStream, Pair, Rollout, fill_lane, pack, pair_margins, real_tokens
 
 

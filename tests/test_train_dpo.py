@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from train_world import CONFIG, LANES, assert_same_bits, host, lora, make_trainer, optimizer, pairs, plain_loss
 
-from jaxlora.config import Loss
+from jaxlora.config.training import Loss
 from train.data import Pair
 
 BETA = 0.5

@@ -17,9 +17,9 @@ from train_world import (
     strong_rows,
 )
 
-from jaxlora.compile_cache import CompileCounter
-from jaxlora.errors import AdapterInvalid
-from jaxlora.pool import DropoutLora, LaneLora
+from jaxlora.core.errors import AdapterInvalid
+from jaxlora.model.compile_cache import CompileCounter
+from jaxlora.model.lora_pool import DropoutLora, LaneLora
 
 G, J = 3, 40
 

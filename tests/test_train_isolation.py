@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from train_world import LANES, assert_same_bits, examples, host, lora, make_trainer, optimizer
 
-from jaxlora.compile_cache import CompileCounter
+from jaxlora.model.compile_cache import CompileCounter
 from train.trainer import MAX_BAD_STEPS
 
 STEPS = 5

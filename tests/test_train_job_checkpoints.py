@@ -19,9 +19,9 @@ import pytest
 from jobs_world import kinds, make_jobs, request, weights
 from train_world import examples, lora, make_trainer, optimizer
 
-from jaxlora.checkpoint import read_meta
-from jaxlora.errors import StateInvalid
-from jaxlora.lora import LAYER_TARGETS
+from jaxlora.core.errors import StateInvalid
+from jaxlora.core.lora import LAYER_TARGETS
+from jaxlora.storage.checkpoints import read_meta
 
 ROOT = Path(__file__).resolve().parent.parent
 

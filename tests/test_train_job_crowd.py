@@ -9,8 +9,8 @@ import pytest
 from jobs_world import make_jobs, request, trainer_of
 from train_world import CONFIG, lora, optimizer
 
-from jaxlora.compile_cache import CompileCounter
-from jaxlora.lora import LAYER_TARGETS, AdapterRef, AdapterWeights
+from jaxlora.core.lora import LAYER_TARGETS, AdapterRef, AdapterWeights
+from jaxlora.model.compile_cache import CompileCounter
 from train.data import Example
 
 SLOTS, TOKENS, STEPS = 16, 64, 2

@@ -13,8 +13,7 @@ import pytest
 from jobs_world import kinds, make_jobs, request, trainer_of, weights
 from train_world import LANE_TOKENS, examples, lora, make_trainer, optimizer
 
-from jaxlora.compile_cache import CompileCounter
-from jaxlora.errors import (
+from jaxlora.core.errors import (
     AdapterInvalid,
     AlreadyExists,
     BaseMismatch,
@@ -23,8 +22,9 @@ from jaxlora.errors import (
     NotFound,
     StateInvalid,
 )
-from jaxlora.lora import ALL_TARGETS, LAYER_TARGETS, AdapterRef
-from jaxlora.peft import export_peft
+from jaxlora.core.lora import ALL_TARGETS, LAYER_TARGETS, AdapterRef
+from jaxlora.model.compile_cache import CompileCounter
+from jaxlora.peft.folder import export_peft
 from train.data import Example
 from train.jobs import JobRequest
 from train.trainer import Trainer

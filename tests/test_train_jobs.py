@@ -9,7 +9,7 @@ import pytest
 from jobs_world import request
 from train_world import examples
 
-from jaxlora.errors import InvalidRequest, StateInvalid
+from jaxlora.core.errors import InvalidRequest, StateInvalid
 from train.jobs import NEXT, EventLog, Job, JobsConfig, Progress
 
 LEGAL = {  # written out a second time, from the table of the fine-tuning wire, and our time slices and late failures

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from fake_tokenizer import END, START, FakeTokenizer, endless, forgetful, strict
 
-from jaxlora.config import LOSSES
-from jaxlora.errors import DataInvalid
+from jaxlora.config.training import LOSSES
+from jaxlora.core.errors import DataInvalid
 from train.jsonl import (
     chat_example,
     completion_example,

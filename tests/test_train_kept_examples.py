@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from jaxlora.errors import DataInvalid
+from jaxlora.core.errors import DataInvalid
 from train.data import Example, Pair, Rollout
 from train.kept_examples import EXAMPLE_BYTES, KeptExamples
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from train_world import assert_same_bits, examples, host, lora, make_trainer, optimizer, pairs, rollouts
 
-from jaxlora.compile_cache import CompileCounter
-from jaxlora.config import LOSSES, Loss
-from jaxlora.errors import DataInvalid
+from jaxlora.config.training import LOSSES, Loss
+from jaxlora.core.errors import DataInvalid
+from jaxlora.model.compile_cache import CompileCounter
 
 STEPS = 3
 KNOBS = {

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from jaxlora.config import LOSSES, LossName
+from jaxlora.config.training import LOSSES, LossName
 from train.losses import BRANCHES, LossInputs, token_losses
 
 J = 12

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxlora.errors import AlreadyExists, DataInvalid, InvalidRequest, NotFound, StateInvalid
+from jaxlora.core.errors import AlreadyExists, DataInvalid, InvalidRequest, NotFound, StateInvalid
 from train import mixer as mixer_module
 from train.data import Example, ExampleStream
 from train.mixer import MAX_BATCH, Mixer

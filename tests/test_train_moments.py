@@ -23,12 +23,12 @@ from train_world import (
     small_base,
 )
 
-from jaxlora.checkpoint import restore_state, save_state
-from jaxlora.compile_cache import CompileCounter
-from jaxlora.errors import StateInvalid
-from jaxlora.mesh import make_mesh
-from jaxlora.model_config import target_features
-from jaxlora.pool import layer_count
+from jaxlora.core.errors import StateInvalid
+from jaxlora.core.model_config import target_features
+from jaxlora.model.compile_cache import CompileCounter
+from jaxlora.model.lora_pool import layer_count
+from jaxlora.model.mesh import make_mesh
+from jaxlora.storage.checkpoints import restore_state, save_state
 from train.optimizer import IDLE, Hyper, Moments, stochastic_bfloat16
 from train.parking import Parking
 from train.state import empty_state

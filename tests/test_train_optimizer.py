@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from train_world import assert_same_bits, host, optimizer
 
-from jaxlora.errors import ConfigInvalid
+from jaxlora.core.errors import ConfigInvalid
 from train.optimizer import IDLE, NO_CLIP, Hyper, Moments, Optimizer
 from train.update import update_slots
 

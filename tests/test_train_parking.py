@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from train_world import assert_same_bits, examples, host, lora, make_trainer, optimizer, strong_rows
 
-from jaxlora.errors import NotFound, StorageFailed
+from jaxlora.core.errors import NotFound, StorageFailed
 from train import parking as parking_module
 from train.optimizer import Moments
 from train.parking import Parking

@@ -19,12 +19,12 @@ from train_world import (
     small_base,
 )
 
-from jaxlora.compile_cache import CompileCounter
-from jaxlora.config import Loss
-from jaxlora.errors import ConfigInvalid, StateInvalid
-from jaxlora.lora import ALL_TARGETS
-from jaxlora.mesh import make_mesh
-from jaxlora.pool import PoolSpec
+from jaxlora.config.training import Loss
+from jaxlora.core.errors import ConfigInvalid, StateInvalid
+from jaxlora.core.lora import ALL_TARGETS
+from jaxlora.model.compile_cache import CompileCounter
+from jaxlora.model.lora_pool import PoolSpec
+from jaxlora.model.mesh import make_mesh
 from train.parts import PartSizes
 from train.trainer import FIRST_PART, StepReport, Trainer
 

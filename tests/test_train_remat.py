@@ -23,9 +23,9 @@ from train_world import (
     strong_rows,
 )
 
-from jaxlora.config import Remat
-from jaxlora.mesh import make_mesh
-from jaxlora.model import REMAT, load_base
+from jaxlora.config.training import Remat
+from jaxlora.model.decoder import REMAT, load_base
+from jaxlora.model.mesh import make_mesh
 from train.state import empty_state, fresh_seat
 from train.step import make_programs
 

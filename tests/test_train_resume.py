@@ -6,8 +6,8 @@ import jax
 import pytest
 from train_world import examples, lora, make_trainer, optimizer
 
-from jaxlora.checkpoint import restore_state, save_state
-from jaxlora.compile_cache import CompileCounter
+from jaxlora.model.compile_cache import CompileCounter
+from jaxlora.storage.checkpoints import restore_state, save_state
 
 
 @pytest.mark.parametrize("source", ["device", "checkpoint"])

@@ -18,12 +18,12 @@ from train_world import SPEC, examples, lora, make_trainer, optimizer, small_bas
 from typer.testing import CliRunner
 
 from jaxlora import cli
-from jaxlora.config import check_lane_tokens
-from jaxlora.errors import ConfigInvalid
-from jaxlora.lora import AdapterRef
-from jaxlora.mesh import make_mesh
-from jaxlora.pool import empty_pool
-from jaxlora.store import AdapterStore
+from jaxlora.config.training import check_lane_tokens
+from jaxlora.core.errors import ConfigInvalid
+from jaxlora.core.lora import AdapterRef
+from jaxlora.model.lora_pool import empty_pool
+from jaxlora.model.mesh import make_mesh
+from jaxlora.storage.adapter_store import AdapterStore
 from train import metrics, run
 from train.batch import idle_batch
 from train.data import Example
@@ -268,7 +268,7 @@ def test_the_old_peft_folder_stays_until_the_new_one_is_whole(job, monkeypatch):
     before = weights(job, "one")
     change(job, "steps = 6", "steps = 8")
     with monkeypatch.context() as patch:
-        patch.setattr("jaxlora.durable.sync_tree", lambda folder: (_ for _ in ()).throw(Crash))
+        patch.setattr("jaxlora.core.atomic_files.sync_tree", lambda folder: (_ for _ in ()).throw(Crash))
         with pytest.raises(Crash):
             train(job)
     assert_same(weights(job, "one"), before)

@@ -21,11 +21,11 @@ from train_world import (
     small_base,
 )
 
-from jaxlora.compile_cache import CompileCounter
-from jaxlora.config import CROSS_ENTROPY, LOSSES, Loss, Optimizer
-from jaxlora.lora import ALL_TARGETS, ATTENTION_TARGETS, LAYER_TARGETS, MLP_TARGETS, LoraSpec, ModuleException
-from jaxlora.mesh import make_mesh
-from jaxlora.pool import PoolSpec
+from jaxlora.config.training import CROSS_ENTROPY, LOSSES, Loss, Optimizer
+from jaxlora.core.lora import ALL_TARGETS, ATTENTION_TARGETS, LAYER_TARGETS, MLP_TARGETS, LoraSpec, ModuleException
+from jaxlora.model.compile_cache import CompileCounter
+from jaxlora.model.lora_pool import PoolSpec
+from jaxlora.model.mesh import make_mesh
 from train.trainer import Trainer
 
 STEPS = 4

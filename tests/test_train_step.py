@@ -31,11 +31,11 @@ from train_world import (
     strong_rows,
 )
 
-from jaxlora.hf import HfSource
-from jaxlora.lora import ALL_TARGETS
-from jaxlora.mesh import make_mesh
-from jaxlora.model import load_base
-from jaxlora.pool import PoolSpec
+from jaxlora.checkpoints.hf import HfSource
+from jaxlora.core.lora import ALL_TARGETS
+from jaxlora.model.decoder import load_base
+from jaxlora.model.lora_pool import PoolSpec
+from jaxlora.model.mesh import make_mesh
 from pallas_kernels import NO_ADAPTER
 from train.batch import idle_batch
 from train.data import Example

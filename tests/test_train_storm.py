@@ -23,12 +23,12 @@ from train_world import (
     small_base,
 )
 
-from jaxlora.compile_cache import CompileCounter
-from jaxlora.config import LOSSES, Loss
-from jaxlora.errors import InvalidRequest, NotFound, StateInvalid
-from jaxlora.lora import ALL_TARGETS, LoraSpec
-from jaxlora.mesh import make_mesh
-from jaxlora.pool import PoolSpec
+from jaxlora.config.training import LOSSES, Loss
+from jaxlora.core.errors import InvalidRequest, NotFound, StateInvalid
+from jaxlora.core.lora import ALL_TARGETS, LoraSpec
+from jaxlora.model.compile_cache import CompileCounter
+from jaxlora.model.lora_pool import PoolSpec
+from jaxlora.model.mesh import make_mesh
 from train.trainer import Trainer
 
 ACTIONS = 200

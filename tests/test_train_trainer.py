@@ -21,8 +21,7 @@ from train_world import (
     small_base,
 )
 
-from jaxlora.checkpoint import restore_state, save_state
-from jaxlora.errors import (
+from jaxlora.core.errors import (
     AdapterInvalid,
     AlreadyExists,
     DataInvalid,
@@ -30,10 +29,11 @@ from jaxlora.errors import (
     NotFound,
     StateInvalid,
 )
-from jaxlora.lora import ALL_TARGETS, LAYER_TARGETS, LoraSpec, ModuleException
-from jaxlora.mesh import make_mesh
-from jaxlora.model_config import target_features
-from jaxlora.pool import PoolSpec, host_rows
+from jaxlora.core.lora import ALL_TARGETS, LAYER_TARGETS, LoraSpec, ModuleException
+from jaxlora.core.model_config import target_features
+from jaxlora.model.lora_pool import PoolSpec, host_rows
+from jaxlora.model.mesh import make_mesh
+from jaxlora.storage.checkpoints import restore_state, save_state
 from train.state import fresh_adapter
 from train.trainer import Trainer
 

@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxlora.config import CROSS_ENTROPY, MomentsDtype
-from jaxlora.lora import ALL_TARGETS, Adapter, AdapterRef, LoraSpec
-from jaxlora.mesh import make_mesh
-from jaxlora.model import Base, load_base
-from jaxlora.model_config import ModelConfig, parameters, target_features
-from jaxlora.pool import PoolSpec, Rows, host_rows, layer_count
+from jaxlora.config.training import CROSS_ENTROPY, MomentsDtype
+from jaxlora.core.lora import ALL_TARGETS, Adapter, AdapterRef, LoraSpec
+from jaxlora.core.model_config import ModelConfig, parameters, target_features
+from jaxlora.model.decoder import Base, load_base
+from jaxlora.model.lora_pool import PoolSpec, Rows, host_rows, layer_count
+from jaxlora.model.mesh import make_mesh
 from train.batch import TrainBatch, idle_batch, put_lane
 from train.data import Example, Pair, Rollout, fill_lane
 from train.optimizer import Optimizer

@@ -8,12 +8,12 @@ import numpy as np
 import peft_world
 from model_world import base_of
 
-from jaxlora.base_files import base_hash
-from jaxlora.hf import HfSource
-from jaxlora.lora import ALL_TARGETS, ATTENTION_TARGETS, Adapter, AdapterRef, LoraSpec
-from jaxlora.mesh import make_mesh
-from jaxlora.model import Base
-from jaxlora.pool import PoolSpec
+from jaxlora.checkpoints.hf import HfSource
+from jaxlora.checkpoints.load import base_hash
+from jaxlora.core.lora import ALL_TARGETS, ATTENTION_TARGETS, Adapter, AdapterRef, LoraSpec
+from jaxlora.model.decoder import Base
+from jaxlora.model.lora_pool import PoolSpec
+from jaxlora.model.mesh import make_mesh
 from train.data import Example
 from train.optimizer import Optimizer
 from train.trainer import Trainer

@@ -12,9 +12,9 @@ from serve_world import MODEL
 from small_world import tiny_path
 from starlette.routing import BaseRoute, Route
 
-from jaxlora.opened import Opened
-from jaxlora.serve_config import ServeConfig, TrainingSection, serve_defaults
-from jaxlora.store import AdapterStore
+from jaxlora.checkpoints.load import Opened
+from jaxlora.config.serving import ServeConfig, TrainingSection, serve_defaults
+from jaxlora.storage.adapter_store import AdapterStore
 from serve.assemble import make_runner, make_server, read_head
 from serve.observe import observing
 from serve.runner import Runner

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from jaxlora.config import LOSSES, Loss
+from jaxlora.config.training import LOSSES, Loss
 from pallas_kernels import NO_ADAPTER
 from train.data import Lane
 

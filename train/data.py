@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxlora.errors import DataInvalid
+from jaxlora.core.errors import DataInvalid
 
 PADDING = 0  # segment number of positions that hold no example; real segments count from 1
 

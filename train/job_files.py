@@ -11,12 +11,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from jaxlora.checkpoint import read_meta, restore_state
-from jaxlora.checkpoint_writer import Snapshot
-from jaxlora.errors import AdapterInvalid, BaseMismatch, DataInvalid, StateInvalid
-from jaxlora.lora import HEAD_TARGET, AdapterWeights, LoraSpec
-from jaxlora.peft import import_peft
-from jaxlora.state_copies import StateCopies
+from jaxlora.core.errors import AdapterInvalid, BaseMismatch, DataInvalid, StateInvalid
+from jaxlora.core.lora import HEAD_TARGET, AdapterWeights, LoraSpec
+from jaxlora.peft.folder import import_peft
+from jaxlora.storage.checkpoint_writer import Snapshot
+from jaxlora.storage.checkpoints import StateCopies, read_meta, restore_state
 from train.data import Unit, check_kind, check_length
 from train.jobs import Job, JobRequest, Progress, Source
 from train.state import SlotState

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
-from jaxlora.errors import JaxLoraError, StorageAway
+from jaxlora.core.errors import JaxLoraError, StorageAway
 from train.job_files import Facts, JobFiles, LiveJob, Material
 
 LOG = logging.getLogger("train")

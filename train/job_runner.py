@@ -21,10 +21,10 @@ from pathlib import Path
 
 import jax
 
-from jaxlora.checkpoint_writer import CheckpointWriter
-from jaxlora.errors import AdapterNotFinite, AlreadyExists, JaxLoraError, NotFound, StateInvalid
-from jaxlora.lora import AdapterWeights, LoraSpec, check_name
-from jaxlora.pool import adapter_of_rows
+from jaxlora.core.errors import AdapterNotFinite, AlreadyExists, JaxLoraError, NotFound, StateInvalid
+from jaxlora.core.lora import AdapterWeights, LoraSpec, check_name
+from jaxlora.model.lora_pool import adapter_of_rows
+from jaxlora.storage.checkpoint_writer import CheckpointWriter
 from train.data import Unit
 from train.job_files import Facts, JobFiles, LiveJob, Material
 from train.job_queue import FairQueue

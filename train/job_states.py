@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import jax
 
-from jaxlora.checkpoint_writer import CheckpointWriter
-from jaxlora.errors import JaxLoraError
+from jaxlora.core.errors import JaxLoraError
+from jaxlora.storage.checkpoint_writer import CheckpointWriter
 from train.job_files import JobFiles, LiveJob
 from train.parking import Parking
 from train.state import SlotState

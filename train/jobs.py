@@ -16,10 +16,10 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
-from jaxlora.config import CROSS_ENTROPY, Loss, Optimizer
-from jaxlora.errors import InvalidRequest, JaxLoraError, StateInvalid
-from jaxlora.lora import AdapterRef, AdapterWeights, LoraSpec, check_name
-from jaxlora.state_copies import StateCopies
+from jaxlora.config.training import CROSS_ENTROPY, Loss, Optimizer
+from jaxlora.core.errors import InvalidRequest, JaxLoraError, StateInvalid
+from jaxlora.core.lora import AdapterRef, AdapterWeights, LoraSpec, check_name
+from jaxlora.storage.checkpoints import StateCopies
 from train.data import Unit
 
 State = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]

@@ -11,8 +11,8 @@ from typing import Protocol
 
 import numpy as np
 
-from jaxlora.config import CROSS_ENTROPY
-from jaxlora.errors import DataInvalid, JaxLoraError
+from jaxlora.config.training import CROSS_ENTROPY
+from jaxlora.core.errors import DataInvalid, JaxLoraError
 from train.data import KINDS, Example, Pair, Rollout, Unit, check_kind
 
 ROLES = ("system", "user", "assistant")

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from jaxlora.single_flight import SingleFlight
+from jaxlora.storage.single_flight import SingleFlight
 from train.data import Unit
 
 EXAMPLE_BYTES = 400  # of an example in memory, beside its numbers

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxlora.lora import HEAD_TARGET
-from jaxlora.pool import LaneLora, LoraLayout, LoraRows, Rows
+from jaxlora.core.lora import HEAD_TARGET
+from jaxlora.model.lora_pool import LaneLora, LoraLayout, LoraRows, Rows
 from pallas_kernels import NO_ADAPTER
 from pallas_kernels.segmented_lora.op import take_layer_rows
 from train.optimizer import Halves

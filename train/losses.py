@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxlora.config import LOSSES
+from jaxlora.config.training import LOSSES
 from pallas_kernels.shapes import shaped
 
 

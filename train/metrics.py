@@ -10,7 +10,7 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from jaxlora.durable import replace_file
+from jaxlora.core.atomic_files import replace_file
 from train.trainer import StepReport
 
 # The file's header.

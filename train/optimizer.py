@@ -19,8 +19,8 @@ import numpy as np
 import optax
 from jax import lax
 
-from jaxlora.config import NO_CLIP, Optimizer
-from jaxlora.lora import ALL_TARGETS
+from jaxlora.config.training import NO_CLIP, Optimizer
+from jaxlora.core.lora import ALL_TARGETS
 from train.blockwise import Blocks, quantised_mu, quantised_nu
 
 __all__ = ["IDLE", "NO_CLIP", "Halves", "Hyper", "Moments", "Optimizer", "adamw"]

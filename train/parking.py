@@ -16,8 +16,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxlora.durable import replace_file
-from jaxlora.errors import NotFound, StorageFailed
+from jaxlora.core.atomic_files import replace_file
+from jaxlora.core.errors import NotFound, StorageFailed
 from train.state import SlotState
 
 SUFFIX = ".parked"

@@ -24,13 +24,13 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxlora.config import LANE_BLOCK
-from jaxlora.errors import ConfigInvalid
-from jaxlora.lora import HEAD_TARGET
-from jaxlora.mesh import RULES, check_lanes, place, place_rows, replicated
-from jaxlora.model import Base, embedded, final_norm, forward_some, head_weight
-from jaxlora.model_config import ModelConfig
-from jaxlora.pool import LaneLora, Rows
+from jaxlora.config.training import LANE_BLOCK
+from jaxlora.core.errors import ConfigInvalid
+from jaxlora.core.lora import HEAD_TARGET
+from jaxlora.core.model_config import ModelConfig
+from jaxlora.model.decoder import Base, embedded, final_norm, forward_some, head_weight
+from jaxlora.model.lora_pool import LaneLora, Rows
+from jaxlora.model.mesh import RULES, check_lanes, place, place_rows, replicated
 from train.batch import LaneSums, TrainBatch
 from train.lanes import lane_rows
 from train.optimizer import Halves

@@ -28,16 +28,16 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from jaxlora import compile_cache, processes
-from jaxlora.checkpoint import read_meta, restore_state, save_state
-from jaxlora.config import TenantSection, TrainConfig, default_lr, load
-from jaxlora.durable import replace_file
-from jaxlora.errors import ConfigInvalid, InvalidRequest, StateInvalid
-from jaxlora.lora import HEAD_TARGET, LAYER_TARGETS
-from jaxlora.opened import Opened, open_base
-from jaxlora.peft import export_peft
-from jaxlora.pool import PoolSpec
-from jaxlora.store import AdapterStore
+from jaxlora.checkpoints.load import Opened, open_base
+from jaxlora.config.training import TenantSection, TrainConfig, default_lr, load
+from jaxlora.core.atomic_files import replace_file
+from jaxlora.core.errors import ConfigInvalid, InvalidRequest, StateInvalid
+from jaxlora.core.lora import HEAD_TARGET, LAYER_TARGETS
+from jaxlora.model import compile_cache, multihost
+from jaxlora.model.lora_pool import PoolSpec
+from jaxlora.peft.folder import export_peft
+from jaxlora.storage.adapter_store import AdapterStore
+from jaxlora.storage.checkpoints import read_meta, restore_state, save_state
 from train import metrics
 from train.board import Board, progress
 from train.data import Unit
@@ -103,8 +103,8 @@ def main(config_path: Path) -> None:
     compile_cache.enable(None)
     config = load(config_path, TrainConfig)
     config = replace(config, out=readable(config.out))
-    processes.join(config.mesh.processes)
-    console = Console(quiet=not processes.is_lead())
+    multihost.join(config.mesh.processes)
+    console = Console(quiet=not multihost.is_lead())
     with console.status("opening the base model"):
         opened = open_base(config.model, config.mesh)
     trainer = make_trainer(config, opened)
@@ -129,7 +129,7 @@ def main(config_path: Path) -> None:
 @contextlib.contextmanager
 def open_store(config: TrainConfig) -> Generator[AdapterStore | None]:
     """Where adapters go; None in a process that does not write."""
-    if not processes.is_lead():
+    if not multihost.is_lead():
         yield None
         return
     with contextlib.closing(AdapterStore(config.out / "store", host_bytes=HOST_BYTES)) as store:
@@ -265,7 +265,7 @@ def run_steps(
         ctrl_c_waits() as asked,
         Live(board.table(), console=console, refresh_per_second=4) as live,
     ):
-        while trainer.has_work and not (stopped := processes.any_says(asked.is_set())):
+        while trainer.has_work and not (stopped := multihost.any_says(asked.is_set())):
             reports = trainer.step()
             marks = [
                 r.tenant
@@ -291,7 +291,7 @@ def run_steps(
             live.update(board.table())
         for name, job in jobs.items():
             save_tenant(trainer, name, job)
-    processes.meet()
+    multihost.meet()
     if stopped:
         say(console, f"stopped; every state is saved in {config.out}, and the same command goes on from there")
         raise KeyboardInterrupt
@@ -331,7 +331,7 @@ def save_tenant(trainer: Trainer, name: str, job: Job) -> None:
     tenant = trainer.tenants[name]
     if tenant.step and tenant.step != job.saved:
         state = jax.device_get(trainer.unseat(name))  # in every process: it is a program of the whole mesh
-        if processes.is_lead():
+        if multihost.is_lead():
             save_state(job.states, tenant.step, state, job.identity | {"cursor": tenant.stream.cursor})
         job.saved = tenant.step
 
@@ -358,7 +358,7 @@ def finish(
     trainer: Trainer, config: TrainConfig, jobs: dict[str, Job], console: Console, before: dict[str, Evaluation]
 ) -> None:
     """The plot and the table of held-out results.  Raises StateInvalid, naming the tenants that failed."""
-    if processes.is_lead():
+    if multihost.is_lead():
         plot_curves({name: metrics.losses(job.metrics) for name, job in jobs.items()}, config.out / "loss.png")
     with console.status("asking the adapters for the held-out examples"):
         after = evaluate_all(trainer, jobs, list(jobs), tuned=True)
@@ -374,7 +374,7 @@ def finish(
     console.print(table)
     say(console, f"adapters: {config.out}/TENANT/peft; loss curves: {config.out}/loss.png")
     say(console, f"to serve them: jaxlora serve --model {config.model.path} --adapters {config.out}/store")
-    processes.meet()
+    multihost.meet()
     failed = [name for name, tenant in trainer.tenants.items() if tenant.status == "failed"]
     if failed:
         raise StateInvalid(

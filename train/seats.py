@@ -9,9 +9,9 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from jaxlora.errors import ConfigInvalid, StateInvalid
-from jaxlora.lora import LoraSpec
-from jaxlora.pool import PoolSpec
+from jaxlora.core.errors import ConfigInvalid, StateInvalid
+from jaxlora.core.lora import LoraSpec
+from jaxlora.model.lora_pool import PoolSpec
 from pallas_kernels import NO_ADAPTER
 from train.optimizer import IDLE, Hyper
 from train.state import Due

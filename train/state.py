@@ -19,11 +19,11 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxlora.lora import ALL_TARGETS, AdapterWeights, LoraSpec
-from jaxlora.mesh import replicated
-from jaxlora.model import Base
-from jaxlora.model_config import ModelConfig, target_features
-from jaxlora.pool import LoraRows, PoolSpec, Rows, empty_pool, layer_count
+from jaxlora.core.lora import ALL_TARGETS, AdapterWeights, LoraSpec
+from jaxlora.core.model_config import ModelConfig, target_features
+from jaxlora.model.decoder import Base
+from jaxlora.model.lora_pool import LoraRows, PoolSpec, Rows, empty_pool, layer_count
+from jaxlora.model.mesh import replicated
 from pallas_kernels import NO_ADAPTER
 from train.blockwise import Blocks, block_count, scale_shape
 from train.lanes import own_slots

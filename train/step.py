@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxlora.config import LANE_BLOCK
-from jaxlora.mesh import attention_placement, replicated
-from jaxlora.model import Attend, Base, TokenBatch, forward, head_weight
-from jaxlora.pool import DropoutLora, LaneLora, LoraLayout, Rows
+from jaxlora.config.training import LANE_BLOCK
+from jaxlora.model.decoder import Attend, Base, TokenBatch, forward, head_weight
+from jaxlora.model.lora_pool import DropoutLora, LaneLora, LoraLayout, Rows
+from jaxlora.model.mesh import attention_placement, replicated
 from pallas_kernels.attention.op import packed_attention
 from pallas_kernels.cross_entropy.op import target_logprob
 from train.batch import LaneSums, TrainBatch

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from jaxlora.config import Loss
-from jaxlora.lora import LoraSpec
+from jaxlora.config.training import Loss
+from jaxlora.core.lora import LoraSpec
 from train.batch import LaneSums, TrainBatch
 from train.data import ExampleStream, Lane
 from train.optimizer import Optimizer

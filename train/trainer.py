@@ -17,12 +17,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxlora.config import CROSS_ENTROPY, Loss, MomentsDtype, Optimizer, Remat, check_lane_tokens
-from jaxlora.errors import AlreadyExists, DataInvalid, InvalidRequest, NotFound, StateInvalid
-from jaxlora.lora import AdapterWeights, LoraSpec
-from jaxlora.mesh import check_lanes, place, place_rows, replicated
-from jaxlora.model import Base
-from jaxlora.pool import PoolSpec, Rows, adapter_of_rows, host_rows
+from jaxlora.config.training import CROSS_ENTROPY, Loss, MomentsDtype, Optimizer, Remat, check_lane_tokens
+from jaxlora.core.errors import AlreadyExists, DataInvalid, InvalidRequest, NotFound, StateInvalid
+from jaxlora.core.lora import AdapterWeights, LoraSpec
+from jaxlora.model.decoder import Base
+from jaxlora.model.lora_pool import PoolSpec, Rows, adapter_of_rows, host_rows
+from jaxlora.model.mesh import check_lanes, place, place_rows, replicated
 from pallas_kernels import NO_ADAPTER
 from train.batch import LaneSums, TrainBatch, idle_batch, idle_sums, put_dropout, put_lane, put_sums
 from train.data import ExampleStream, Lane, Unit, check_kind, pack, pair_margins, real_tokens
@@ -68,7 +68,7 @@ class Trainer:
         """`buckets`: slots by largest rank, from the smallest on.  A tenant sits in the first bucket that its rank fits.
 
         moments: the dtype that AdamW's moments are kept in (see `train.optimizer`, for uint8 `train.blockwise`).
-        remat: what a step keeps of a layer for its gradient (see `jaxlora.model.REMAT`).
+        remat: what a step keeps of a layer for its gradient (see `jaxlora.model.decoder.REMAT`).
         parts: how small the parts of a step are, for a trainer that shares its device; None: a step is one program.
         Raises ConfigInvalid for lane_tokens that are not whole blocks, for lanes that do not divide over the mesh, for
         parts that do not divide lanes or layers and for buckets that do not grow in rank or differ in more;

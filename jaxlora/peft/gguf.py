@@ -1,0 +1,71 @@
+"""A LoRA as a GGUF file, for llama.cpp beside a GGUF of the same base; written by the `gguf` library.
+
+    general.type = adapter, adapter.type = lora, adapter.lora.alpha
+    TENSOR.lora_a [R, X] and TENSOR.lora_b [Y, R] for each adapted TENSOR of the base
+
+llama.cpp computes alpha / R * B A with one alpha for the file and the R of each tensor; where a module's scale is another
+(rsLoRA, exceptions), B takes the rest.  Query and key rows of the llama architecture stand in the order of its rope.
+
+Shape letters: R LoRA rank, X features in, Y features out.
+Source: the adapter files of llama.cpp, https://github.com/ggml-org/llama.cpp/blob/master/src/llama-adapter.cpp
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+from jaxlora.checkpoints.gguf import TENSOR_NAMES, to_gguf_rows
+from jaxlora.core.errors import AdapterInvalid
+from jaxlora.core.lora import HEAD_TARGET, Adapter
+from jaxlora.core.model_config import ModelConfig
+from jaxlora.peft.targets import linear_modules
+
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+
+
+def write_gguf_lora(path: Path, config: ModelConfig, adapter: Adapter, *, dtype: str) -> None:
+    """Writes the adapter as a GGUF file with tensors of this dtype, float32 or float16.
+
+    Raises AdapterInvalid for LoRA on a tied head, which llama.cpp has no tensor for, and for values that `dtype` cannot hold.
+    """
+    if config.tied and HEAD_TARGET in adapter.spec.targets:
+        raise AdapterInvalid(
+            "the adapter changes lm_head, but a GGUF of this base has no head of its own (it is the embedding); "
+            "export it as `merged` instead"
+        )
+    writer = gguf.GGUFWriter(path, ARCHITECTURES[config.family])
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, adapter.spec.alpha)
+    writer.add_name(str(adapter.ref))
+    for name, value in _tensors(config, adapter).items():
+        with np.errstate(over="ignore"):
+            cast = np.ascontiguousarray(value.astype(dtype))
+        if not np.isfinite(cast).all():
+            raise AdapterInvalid(f"{name} has values that {dtype} cannot hold")
+        writer.add_tensor(name, cast)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _tensors(config: ModelConfig, adapter: Adapter) -> dict[str, np.ndarray]:
+    """Name → float32 tensor of its true rank."""
+    tensors = {}
+    for module in linear_modules(config).values():
+        rank, _ = adapter.spec.module(module.target, module.layer)
+        if rank == 0:
+            continue
+        a_LRX, b_LRY = adapter.weights[module.target]
+        rest = (
+            adapter.spec.scale(module.target, module.layer) * rank / adapter.spec.alpha
+        )  # 1 but for rsLoRA and exceptions
+        b_YR = np.float32(rest) * b_LRY[module.layer, :rank].T
+        name = TENSOR_NAMES["head" if module.target == HEAD_TARGET else module.target].format(module.layer)
+        tensors[f"{name}.lora_a"] = a_LRX[module.layer, :rank]
+        tensors[f"{name}.lora_b"] = to_gguf_rows(config, module.target, b_YR)
+    return tensors

@@ -1,0 +1,433 @@
+"""AdapterStore: every version of every tenant's adapter.  In host RAM at once, on disk a moment later.
+
+    put ──▶ RAM (pinned) ──background──▶ disk        get ◀── RAM, least recently used leaves first ◀── disk
+
+A version never changes and its number is never used again, also not after delete and restart.
+
+What the disk holds, and object storage behind it, is version_files.py's.
+
+Locks are taken in this order: disk (saves and deletes, slow), counters, state (never held over a disk read or write).
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import logging
+import queue
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from jaxlora.core.errors import AdapterNotFound, AlreadyExists, StateInvalid, StorageFailed
+from jaxlora.core.lora import Adapter, AdapterRef, AdapterWeights, check_name
+from jaxlora.storage.adapter_files import About, is_damage
+from jaxlora.storage.host_cache import HostMemory, HostTier
+from jaxlora.storage.remote_adapters import RemoteVersions
+from jaxlora.storage.single_flight import SingleFlight
+from jaxlora.storage.version_files import VersionFiles
+
+LOG = logging.getLogger("jaxlora")
+
+
+class AdapterStore:
+    """Immutable adapter versions under one folder; safe to call from any thread.
+
+    `host_bytes` bounds the weights in RAM, those being read and what `set_aside` was told of included; versions not yet on
+    disk are held in any case.
+    A folder has one store at a time, of all processes: two would give one number to two versions.
+    """
+
+    def __init__(self, root: Path, *, host_bytes: int, remote: RemoteVersions | None = None) -> None:
+        """remote: object storage behind the folder, not started; the store starts and closes it.
+
+        Raises StorageFailed when the folder cannot be made, StateInvalid, naming it, when another store has it open; with
+        `remote` StorageAway when object storage does not answer.
+        """
+        self._files = VersionFiles(root, remote)
+        self._disk = threading.Lock()
+        self._counters = threading.Lock()
+        self._state = threading.Condition()
+        self._versions: dict[tuple[str, str], set[int]] = {}  # what is visible
+        self._tenants: dict[str, set[str]] = {}  # of each name
+        for ref in self._files.found:
+            self._versions.setdefault((ref.tenant, ref.name), set()).add(ref.version)
+            self._tenants.setdefault(ref.name, set()).add(ref.tenant)
+        self._ram = HostTier(host_bytes)
+        # When it was put, its largest rank, its bytes.
+        self._about = {ref: about for ref, about in self._files.found.items() if about is not None}
+        self._unsaved: set[AdapterRef] = set()  # kept in RAM
+        self._leaving: set[AdapterRef] = set()  # invisible, but still on disk
+        self._failed: dict[AdapterRef, BaseException] = {}  # unsaved, and the last try failed
+        self._loads: SingleFlight[AdapterRef, Adapter] = SingleFlight()
+        self._work: queue.Queue[AdapterRef | Path | None] = queue.Queue()
+        self._open_work = 0
+        self._closed = False  # no more changes
+        self._ended = False  # no more work: the thread is gone or going
+        self._released = False  # its folder is free
+        for leftover in self._files.leftovers:
+            self._enqueue(leftover)
+        self._thread = threading.Thread(target=self._run, name="adapter-store", daemon=True)
+        self._thread.start()
+
+    # Versions
+
+    def mint(self, tenant: str, name: str) -> AdapterRef:
+        """The next version of this adapter: a number that was never given before.  On disk before it is returned.
+
+        Raises StateInvalid when the store is closed, StorageFailed for a damaged counter, OSError as the disk does.
+        """
+        check_name(tenant, "tenant")
+        check_name(name, "adapter name")
+        with self._counters:
+            self._check_open()
+            minted, deleted = self._read_counter(tenant, name)
+            self._files.set_counter(tenant, name, minted + 1, deleted)
+            return AdapterRef(tenant, name, minted + 1)
+
+    def latest(self, tenant: str, name: str) -> AdapterRef | None:
+        """The newest version that can be loaded, or None."""
+        with self._state:
+            versions = self._versions.get((tenant, name))
+            return AdapterRef(tenant, name, max(versions)) if versions else None
+
+    def versions(self, tenant: str, name: str) -> builtins.list[AdapterRef]:
+        """Every version that can be loaded, oldest first."""
+        with self._state:
+            return [AdapterRef(tenant, name, v) for v in sorted(self._versions.get((tenant, name), ()))]
+
+    def list(self, tenant: str | None) -> builtins.list[AdapterRef]:
+        """The newest version of each adapter of a tenant, or of all tenants, by name."""
+        with self._state:
+            return sorted(AdapterRef(t, n, max(v)) for (t, n), v in self._versions.items() if tenant in (None, t))
+
+    def named(self, name: str, tenant: str | None) -> builtins.list[AdapterRef]:
+        """The newest version of the adapters of this name: one for each tenant that has it, or the one of `tenant`."""
+        with self._state:
+            owners = sorted(self._tenants.get(name, ())) if tenant is None else [tenant]
+            newest = [(t, self._versions.get((t, name))) for t in owners]
+            return [AdapterRef(t, name, max(versions)) for t, versions in newest if versions]
+
+    def created(self, ref: AdapterRef) -> float:
+        """When the version was put, epoch seconds.  Raises AdapterNotFound, or StorageFailed when it is damaged."""
+        return self._describe(ref)[0]
+
+    def rank(self, ref: AdapterRef) -> int:
+        """The version's largest rank, without reading its weights.  Raises as `created` does."""
+        return self._describe(ref)[1]
+
+    def nbytes(self, ref: AdapterRef) -> int:
+        """Bytes of the version's weights, which are not read.  Raises as `created` does."""
+        return self._describe(ref)[2]
+
+    def _describe(self, ref: AdapterRef) -> About:
+        """(created, rank, nbytes); from its description on disk the first time."""
+        with self._state:
+            self._check_visible(ref)
+            if ref in self._about:
+                return self._about[ref]
+        try:
+            about = self._files.describe(ref)
+        except StorageFailed:
+            with self._state:
+                self._check_visible(ref)  # deleted meanwhile
+            raise
+        with self._state:
+            self._check_visible(ref)
+            return self._about.setdefault(ref, about)
+
+    def in_memory(self, ref: AdapterRef) -> bool:
+        """Whether `get` needs no disk.  False for a version that does not exist."""
+        with self._state:
+            return ref in self._ram
+
+    def host_memory(self) -> HostMemory:
+        """Bytes of adapters in host memory, and their limit."""
+        with self._state:
+            return self._ram.memory()
+
+    def set_aside(self, nbytes: int) -> None:
+        """Counts bytes of adapters that others hold in host memory; negative when they hold them no more."""
+        with self._state:
+            self._ram.set_aside(nbytes)
+
+    # Weights
+
+    def add(self, tenant: str, name: str, weights: AdapterWeights) -> AdapterRef:
+        """Makes the weights the next version of an adapter and saves it in the background.
+
+        The store takes the arrays over and marks them read-only.  Raises AdapterNotFinite, which uses up no number, and
+        what `mint` raises.
+        """
+        weights.check_finite()
+        ref = self.mint(tenant, name)
+        self._put(weights.named(ref))
+        return ref
+
+    def put(self, adapter: Adapter) -> None:
+        """Makes a minted version available now and saves it in the background: this call waits for no disk.
+
+        The store takes the arrays over and marks them read-only.  Raises AlreadyExists for a version that was put
+        before, StateInvalid for one that was never minted or is deleted and when the store is closed, AdapterNotFinite
+        for NaN or infinity.
+        """
+        adapter.check_finite()
+        self._put(adapter)
+
+    def _put(self, adapter: Adapter) -> None:
+        ref = adapter.ref
+        with self._counters:
+            minted, deleted = self._read_counter(ref.tenant, ref.name)
+            with self._state:
+                self._check_open()
+                if ref.version > minted:
+                    raise StateInvalid(f"{ref} was never minted: call mint() and put the version it returns")
+                if ref.version in self._versions.get((ref.tenant, ref.name), ()):
+                    raise AlreadyExists(f"{ref} exists; a version never changes, mint a new one")
+                if ref.version <= deleted or ref in self._leaving:
+                    raise StateInvalid(f"{ref} was deleted; mint a new version")
+                for pair in adapter.weights.values():
+                    for value in pair:
+                        value.setflags(write=False)
+                self._versions.setdefault((ref.tenant, ref.name), set()).add(ref.version)
+                self._tenants.setdefault(ref.name, set()).add(ref.tenant)
+                self._about[ref] = time.time(), adapter.spec.max_rank, adapter.nbytes
+                self._unsaved.add(ref)
+                self._ram.hold(adapter, keep=True)
+                self._enqueue(ref)
+
+    def get(self, ref: AdapterRef) -> Adapter:
+        """The adapter, from RAM or else from disk with its checksum verified; many askers cause one load.
+
+        Raises AdapterNotFound, or StorageFailed when the version on disk is damaged.
+        """
+        return self._loads.get(ref, lambda: self._held(ref), lambda: self._load(ref))
+
+    def _held(self, ref: AdapterRef) -> Adapter | None:
+        """What RAM has of a version.  Raises AdapterNotFound."""
+        with self._state:
+            if (orphan := self._ram.orphan(ref)) is not None:
+                return orphan
+            self._check_visible(ref)
+            return self._ram.find(ref)
+
+    def borrow(self, ref: AdapterRef) -> None:
+        """Until `give_back`, `get` finds the version though it is deleted meanwhile.  Each borrower borrows once."""
+        with self._state:
+            self._ram.borrow(ref)
+
+    def give_back(self, ref: AdapterRef) -> None:
+        """One who borrowed the version needs it no more."""
+        with self._state:
+            self._ram.give_back(ref)
+
+    def delete(self, tenant: str, name: str) -> None:
+        """Removes every version: gone from memory and listing now, from disk names before this returns.
+
+        Versions that are borrowed stay in memory until they are given back.  Waits for at most one save under way, and
+        for those to be read.  Raises AdapterNotFound when there is no such adapter, StateInvalid when
+        the store is closed, StorageAway when object storage cannot be told.
+        """
+        check_name(tenant, "tenant")
+        check_name(name, "adapter name")
+        for ref in self.versions(tenant, name):
+            if self._ram.is_borrowed(ref):
+                with contextlib.suppress(AdapterNotFound, StorageFailed):  # it will be in RAM, or nobody can have it
+                    self.get(ref)
+        if self.versions(tenant, name):
+            with self._counters:
+                self._check_open()
+                minted, _ = self._read_counter(tenant, name)
+            self._files.retire(tenant, name, minted)  # without a lock, as it waits for the network
+        with self._disk, self._counters:
+            with self._state:
+                self._check_open()
+                versions = set(self._versions.get((tenant, name), ()))
+                if not versions:
+                    raise AdapterNotFound(f"no adapter named {name!r}", param="name")
+                for version in versions:
+                    self._hide(AdapterRef(tenant, name, version))
+            minted, _ = self._read_counter(tenant, name, versions)
+            self._files.set_counter(tenant, name, minted, minted)
+            if (trash := self._files.delete_all(tenant, name, versions)) is not None:
+                self._enqueue(trash)
+
+    def delete_version(self, ref: AdapterRef) -> None:
+        """Removes one version: gone from memory and listing now, from disk in the background.  Waits for no disk.
+
+        A process that dies before the disk is done finds the version again at its next start.
+        Raises AdapterNotFound when there is no such version, StateInvalid when the store is closed.
+        """
+        with self._state:
+            self._check_open()
+            self._check_visible(ref)
+            self._hide(ref)
+            self._leaving.add(ref)
+            self._enqueue(ref)
+
+    # Persistence
+
+    def flush(self) -> None:
+        """Waits until all is stored; tries once more what failed.  Raises StorageFailed, naming what is not saved."""
+        with self._state:
+            again = [] if self._ended else list(self._failed)
+            for ref in again:
+                del self._failed[ref]
+                self._enqueue(ref)
+            self._state.wait_for(lambda: self._open_work == 0)
+            failed = dict(self._failed)
+        failed |= self._files.flush()
+        if failed:
+            names = ", ".join(str(ref) for ref in list(failed)[:5])
+            last = list(failed.values())[-1]
+            raise StorageFailed(f"{len(failed)} versions are not stored ({names}): {last}") from last
+
+    def wait_saved(self, ref: AdapterRef) -> None:
+        """Waits until the version is on disk and in object storage, if there is one, or deleted.
+
+        Raises what the last try raised.
+        """
+        with self._state:
+            self._state.wait_for(lambda: ref not in self._unsaved or ref in self._failed)
+            if ref in self._failed:
+                raise self._failed[ref]
+        self._files.wait_sent(ref)
+
+    def close(self) -> None:
+        """Flushes, ends the background thread and gives the folder free; what is in RAM can still be read, all changes are
+        refused.  Raises what flush raises, after ending.
+        """
+        with self._state:
+            self._closed = True
+        try:
+            self.flush()
+        finally:
+            with self._disk, self._counters, self._state:  # nobody is in the midst of a change
+                self._ended = True
+                self._work.put(None)
+            self._thread.join()
+            with self._state:
+                released, self._released = self._released, True
+            if not released:
+                self._files.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StateInvalid("the adapter store is closed")
+
+    def _enqueue(self, item: AdapterRef | Path) -> None:
+        """Work for the background thread: a version to save or, when it is leaving, to remove; trash to empty."""
+        with self._state:
+            self._open_work += 1
+            self._work.put(item)
+
+    def _run(self) -> None:
+        """The background thread: saves versions and empties the trash, one at a time, in order."""
+        while (item := self._work.get()) is not None:
+            try:
+                if isinstance(item, Path):
+                    self._files.empty(item)
+                elif item in self._leaving:
+                    self._remove(item)
+                else:
+                    self._save(item)
+            except Exception as e:
+                LOG.error("adapter store: %s: %s", item, e)
+                with self._state:
+                    if item in self._unsaved:
+                        self._failed[item] = e
+            finally:
+                with self._state:
+                    self._open_work -= 1
+                    self._state.notify_all()
+
+    def _save(self, ref: AdapterRef) -> None:
+        with self._disk:
+            with self._state:
+                if ref not in self._unsaved:
+                    return  # deleted meanwhile
+                adapter, created = self._ram.find(ref), self._about[ref][0]
+            assert adapter is not None, "what is not saved is kept"
+            self._files.save(adapter, created)
+            with self._state:
+                self._unsaved.discard(ref)
+                self._ram.let_go(ref)
+
+    def _remove(self, ref: AdapterRef) -> None:
+        """Takes a leaving version off the disk.  Its number counts as deleted first, so that no put brings it back."""
+        with self._disk:
+            with self._counters:
+                minted, deleted = self._read_counter(ref.tenant, ref.name)
+                self._files.set_counter(ref.tenant, ref.name, max(minted, ref.version), max(deleted, ref.version))
+            trash = self._files.delete(ref)
+        with self._state:
+            self._leaving.discard(ref)
+        if trash is not None:
+            self._files.empty(trash)
+
+    def _load(self, ref: AdapterRef) -> Adapter:
+        room = 0
+
+        def make_room(nbytes: int) -> None:
+            nonlocal room
+            with self._state:
+                self._ram.end(room)  # of a first try
+                room = 0
+                self._state.wait_for(lambda: self._ram.begin(nbytes))
+            room = nbytes
+
+        def loaded() -> None:
+            self._ram.end(room)
+            self._state.notify_all()
+            self._check_visible(ref)  # deleted meanwhile
+
+        try:
+            adapter, created = self._files.load(ref, make_room)
+            for pair in adapter.weights.values():
+                for value in pair:
+                    value.setflags(write=False)
+        except BaseException as error:
+            with self._state:
+                loaded()
+                if isinstance(error, StorageFailed) and is_damage(error):
+                    self._give_way(ref, error)
+            raise
+        with self._state:
+            loaded()
+            self._about[ref] = created, adapter.spec.max_rank, adapter.nbytes
+            self._ram.hold(adapter, keep=False)
+        return adapter
+
+    # What is visible; called with the state lock held
+
+    def _hide(self, ref: AdapterRef) -> None:
+        """The version is listed no more and held no more, but for those who borrowed it."""
+        key = ref.tenant, ref.name
+        self._versions[key].discard(ref.version)
+        if not self._versions[key]:
+            del self._versions[key]
+            self._tenants[ref.name].discard(ref.tenant)
+            if not self._tenants[ref.name]:
+                del self._tenants[ref.name]
+        self._unsaved.discard(ref)
+        self._failed.pop(ref, None)
+        self._about.pop(ref, None)
+        self._ram.delete(ref)
+
+    def _give_way(self, ref: AdapterRef, error: StorageFailed) -> None:
+        """A damaged version leaves its name to the one before, if there is one.  Its files stay for who can repair them."""
+        versions = self._versions[ref.tenant, ref.name]
+        if len(versions) > 1 and ref.version == max(versions):
+            self._hide(ref)
+            LOG.error("%s; version %d takes its place until the next start", error.message, max(versions))
+
+    def _check_visible(self, ref: AdapterRef) -> None:
+        if ref.version not in self._versions.get((ref.tenant, ref.name), ()):
+            raise AdapterNotFound(f"no adapter {ref.name!r} of version {ref.version}", param="name")
+
+    def _read_counter(self, tenant: str, name: str, gone: Iterable[int] = ()) -> tuple[int, int]:
+        """(last minted, last deleted) version.  Called with the counter lock held."""
+        with self._state:
+            visible = [*self._versions.get((tenant, name), ()), *gone]
+        return self._files.counter(tenant, name, visible)

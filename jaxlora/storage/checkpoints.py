@@ -1,0 +1,249 @@
+"""Training state on disk: numbered, whole or not there, never overwritten; comes back bit for bit.
+
+    FOLDER/STEP/arrays     the pytree
+    FOLDER/STEP/meta       format, the caller's meta, shape and dtype of each leaf
+
+A step folder gets its number by a rename after its last byte.  What a killed save leaves has another name, is never
+restored and is cleared by the next save.
+
+Checkpoints in object storage: ROOT/…/STEP, a folder of checkpoint.py, as KEY/…/STEP.zip."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, CustomSteps, LatestN
+
+from jaxlora.core.atomic_files import sync, sync_tree
+from jaxlora.core.errors import AlreadyExists, StateInvalid, StorageFailed
+from jaxlora.storage.object_store import FOLDER_SUFFIX, Blobs
+
+FORMAT = 1
+
+type Tree = object  # a pytree of arrays, or of the ShapeDtypeStructs of such
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What `save_state` was given."""
+
+    step: int
+    arrays: Tree
+    meta: dict  # JSON
+
+
+def save_state(
+    folder: Path, step: int, arrays: Tree, meta: Mapping[str, object], *, keep: int = 2, best: int | None = None
+) -> None:
+    """Writes step `step` and then removes all but the newest `keep` and step `best`.  On disk, also through a power loss, on return.
+
+    `meta` is JSON.  Raises AlreadyExists for a step that is there, StateInvalid for one below the newest, for
+    `keep` below 1 and for arrays without elements, StorageFailed when the files cannot be written; then the steps before
+    it are as they were.
+    """
+    if keep < 1:
+        raise StateInvalid(f"keep must be at least 1, got {keep}")
+    leaves = _describe(arrays)
+    empty = [path for path, (shape, _) in leaves.items() if 0 in shape]
+    if empty or not leaves:
+        raise StateInvalid(f"arrays without elements cannot be saved: {', '.join(empty[:5]) or 'the tree is empty'}")
+    stored = {"format": FORMAT, "meta": json.loads(json.dumps(dict(meta))), "leaves": leaves}
+    policy = AnyPreservationPolicy([LatestN(keep), CustomSteps([] if best is None else [best])])
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=policy,
+        enable_async_checkpointing=False,
+        cleanup_tmp_directories=True,
+        create=False,
+        multiprocessing_options=this_process_alone(),
+    )
+    items = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(stored))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with ocp.CheckpointManager(folder, options=options, item_names=("arrays", "meta")) as manager:
+            newest = manager.latest_step()
+            if step in manager.all_steps():
+                raise AlreadyExists(f"step {step} of {folder.name} is saved; a step is never overwritten")
+            if newest is not None and step < newest:
+                raise StateInvalid(
+                    f"step {step} is older than step {newest} of {folder.name}; restore that one instead"
+                )
+            manager.save(step, args=items, force=True)
+        sync_tree(folder / str(step))
+        sync(folder)
+    except AlreadyExists:
+        raise
+    except (OSError, ValueError) as e:  # tensorstore raises ValueError for a full disk
+        for left in folder.glob(f"{step}.orbax-checkpoint-tmp*"):  # it takes room that the next save needs
+            shutil.rmtree(left, ignore_errors=True)
+        raise StorageFailed(f"step {step} of {folder.name} could not be written: {_why(e)}") from e
+
+
+def this_process_alone() -> ocp.options.MultiprocessingOptions:
+    """Orbax waits for no other process: who of them writes is decided by those who call."""
+    me = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process{me}"
+    )
+
+
+def _why(error: OSError | ValueError) -> str:
+    """What the system said, without paths: tensorstore gives its number inside a text."""
+    number = re.search(r"os_error_code='(\d+)'", str(error))
+    code = int(number[1]) if number else getattr(error, "errno", None)
+    return str(error) if code is None else os.strerror(code)
+
+
+def restore_state(folder: Path, like: Tree, *, step: int | None = None) -> Restored | None:
+    """Step `step`, or the newest, with the structure, dtypes and shardings of `like`; None where it was not saved.
+
+    Leaves of `like` are jax arrays or ShapeDtypeStructs (without a sharding: the default device), or NumPy arrays, which
+    come back as such.  Raises StateInvalid when the saved arrays are not those of `like`, StorageFailed for an unknown
+    format or damaged files.
+    """
+    if not folder.is_dir():
+        return None
+    options = ocp.CheckpointManagerOptions(create=False, multiprocessing_options=this_process_alone())
+    with ocp.CheckpointManager(folder, options=options, item_names=("arrays", "meta")) as manager:
+        if step is None:
+            step = manager.latest_step()
+        if step is None or step not in manager.all_steps():
+            return None
+        stored = _stored(manager, step, folder)
+        _compare(stored["leaves"], _describe(like), f"step {step} of {folder.name}")
+        try:
+            items = ocp.args.Composite(arrays=ocp.args.StandardRestore(jax.tree.map(_placed, like)))
+            arrays = manager.restore(step, args=items)["arrays"]
+        except Exception as e:  # as above; names and shapes are known to be right
+            raise StorageFailed(f"step {step} of {folder.name} cannot be read ({type(e).__name__})") from e
+    return Restored(step, arrays, stored["meta"])
+
+
+def read_meta(folder: Path) -> dict | None:
+    """The meta of the newest step, without its arrays; None where nothing was saved.
+
+    Raises StorageFailed for an unknown format or a damaged file.
+    """
+    if not folder.is_dir():
+        return None
+    options = ocp.CheckpointManagerOptions(create=False, multiprocessing_options=this_process_alone())
+    with ocp.CheckpointManager(folder, options=options, item_names=("arrays", "meta")) as manager:
+        step = manager.latest_step()
+        return None if step is None else _stored(manager, step, folder)["meta"]
+
+
+def _stored(manager: ocp.CheckpointManager, step: int, folder: Path) -> dict:
+    """What is saved beside the arrays of a step."""
+    try:
+        stored = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        found = stored["format"]
+    except Exception as e:  # whatever a damaged file makes a reader raise
+        raise StorageFailed(f"step {step} of {folder.name}: its meta cannot be read ({type(e).__name__})") from e
+    if found != FORMAT:
+        raise StorageFailed(f"step {step} of {folder.name} has format {found!r}; this build reads format {FORMAT}")
+    return stored
+
+
+def _describe(tree: Tree) -> dict[str, list]:
+    """path → [shape, dtype] of each leaf."""
+    return {
+        jax.tree_util.keystr(path): [list(leaf.shape), np.dtype(leaf.dtype).name]
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _compare(saved: dict[str, list], wanted: dict[str, list], what: str) -> None:
+    """Raises StateInvalid, naming up to five leaves that differ."""
+    wrong = [
+        f"{path or 'the array'}: saved {saved.get(path, 'nothing')}, wanted {wanted.get(path, 'nothing')}"
+        for path in sorted(saved.keys() | wanted.keys())
+        if saved.get(path) != wanted.get(path)
+    ]
+    if wrong:
+        more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
+        raise StateInvalid(f"{what} was saved by another configuration: {'; '.join(wrong[:5])}{more}")
+
+
+def _placed(leaf: jax.Array | jax.ShapeDtypeStruct | np.ndarray | np.generic) -> jax.ShapeDtypeStruct | np.ndarray:
+    if isinstance(leaf, np.ndarray | np.generic):
+        return np.asarray(leaf)
+    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+STEP_PATTERN = re.compile(r"[0-9]+")
+
+
+class StateCopies:
+    """The same steps there as here.  From any thread; a folder is one caller's at a time."""
+
+    def __init__(self, blobs: Blobs, root: Path, key: str):
+        """root: of all folders.  key: where object storage has them.  Lists once.  Raises StorageAway, StorageFailed."""
+        self._blobs, self._root, self._key = blobs, root.absolute(), key
+        self._guard = threading.Lock()
+        self._there: dict[str, set[int]] = {}  # steps of a folder, by its path under the root
+        for found in blobs.list(key + "/"):
+            name, _, step = found.removeprefix(key + "/").removesuffix(FOLDER_SUFFIX).rpartition("/")
+            if STEP_PATTERN.fullmatch(step):
+                self._there.setdefault(name, set()).add(int(step))
+        self._moving = self._root / ".moving"
+        shutil.rmtree(self._moving, ignore_errors=True)
+        self._moving.mkdir(parents=True)
+
+    def folders(self) -> list[Path]:
+        """Those of which object storage has a step."""
+        with self._guard:
+            return [self._root / name for name, steps in self._there.items() if steps]
+
+    def send(self, folder: Path) -> None:
+        """Makes what is there what is here.  Raises StorageAway, StorageFailed, StorageFull."""
+        name, steps = self._name(folder), _steps(folder)
+        for step in sorted(steps - self._known(name)):
+            self._blobs.put_folder(self._at(name, step), folder / str(step), self._moving)
+            with self._guard:
+                self._there.setdefault(name, set()).add(step)
+        self._remove(name, self._known(name) - steps)
+
+    def bring(self, folder: Path) -> None:
+        """Brings all steps of a folder that is not here; one that nobody has stays away.
+
+        Raises StorageAway, StorageFailed, StorageFull, NotFound.
+        """
+        if _steps(folder):
+            return
+        name = self._name(folder)
+        for step in sorted(self._known(name)):  # the newest last, so that it is missed when they are not complete
+            self._blobs.get_folder(self._at(name, step), folder / str(step), self._moving)
+
+    def delete(self, folder: Path) -> None:
+        """Removes what is there.  Raises StorageAway, StorageFailed."""
+        self._remove(self._name(folder), self._known(self._name(folder)))
+
+    def _remove(self, name: str, steps: set[int]) -> None:
+        self._blobs.delete([self._at(name, step) + FOLDER_SUFFIX for step in steps])
+        with self._guard:
+            self._there.get(name, set()).difference_update(steps)
+
+    def _known(self, name: str) -> set[int]:
+        with self._guard:
+            return set(self._there.get(name, ()))
+
+    def _name(self, folder: Path) -> str:
+        return folder.absolute().relative_to(self._root).as_posix()
+
+    def _at(self, name: str, step: int) -> str:
+        return f"{self._key}/{name}/{step}"
+
+
+def _steps(folder: Path) -> set[int]:
+    """Steps that are here whole."""
+    return {int(p.name) for p in folder.glob("*") if STEP_PATTERN.fullmatch(p.name)}

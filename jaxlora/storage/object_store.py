@@ -1,0 +1,332 @@
+"""Objects under one URL (file, s3, gs, az): whole or not there, checked when they come back, through obstore.
+
+    URL/KEY            a file, as it is
+    URL/KEY.zip        a folder, not compressed: one object, so that all of it appears at once
+    URL/lease          which process may write, see lease.py
+
+obstore tries a failed request again, after a random wait that doubles.  A call that does not come back (a file system whose
+server is gone) is given up here: its thread ends when the system lets it.  No call lists but `list`, which is for the start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import threading
+import uuid
+import zipfile
+import zlib
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from obstore.exceptions import (
+    AlreadyExistsError,
+    BaseError,
+    NotSupportedError,
+    PermissionDeniedError,
+    PreconditionError,
+    UnauthenticatedError,
+)
+from obstore.store import LocalStore, from_url
+
+from jaxlora.core.atomic_files import lock_folder, sha256_of, told_of_disk
+from jaxlora.core.errors import ConfigInvalid, JaxLoraError, NotFound, StorageAway, StorageFailed
+
+if TYPE_CHECKING:
+    from obstore import GetResult, ObjectMeta, PutResult, UpdateVersion
+    from obstore.store import ClientConfig, ObjectStore
+
+type Version = UpdateVersion  # of an object, by which a store knows whether it was replaced
+
+LOG = logging.getLogger("jaxlora")
+FOLDER_SUFFIX = ".zip"
+ATTEMPTS = 4
+FIRST_WAIT_S = 0.25  # about, before the second attempt
+AT_ONCE = 32  # calls under way, those that hang included
+SLOWEST_BYTES_S = 2**20  # of a transfer that still counts as one
+ENVIRONMENT = {"s3": "AWS_", "s3a": "AWS_", "gs": "GOOGLE_"}
+CLIENT_SETTINGS = ("allow_http", "allow_invalid_certificates", "connect_timeout", "proxy_url", "root_certificate")
+PART_BYTES, PARTS_AT_ONCE = 5 * 2**20, 4  # of an upload
+NEVER_BETTER = (PermissionError, PermissionDeniedError, UnauthenticatedError, NotSupportedError)
+CHANGED = (AlreadyExistsError, PreconditionError)
+
+
+class Blobs:
+    """The objects under one URL.  From any thread; every call waits for the network.
+
+    Messages of errors may reach any tenant and name no object; the log does.
+    """
+
+    def __init__(self, url: str, *, timeout_s: float, store: ObjectStore | None = None):
+        """timeout_s: of one attempt, besides the time its bytes take.  store: what stands at the URL; None: it is opened.
+
+        Writes, replaces, lists and removes an object.  Raises ConfigInvalid for an URL that obstore does not open,
+        StorageAway when nobody answers, StorageFailed when it may not be written or does not keep a second writer out.
+        """
+        self.url, self._timeout_s = url, timeout_s
+        try:
+            self._store = _open(url, timeout_s) if store is None else store
+        except (BaseError, OSError, ValueError) as error:
+            raise ConfigInvalid(
+                f"blobs.url: {url} cannot be opened ({_said(error)}); name an URL such as s3://BUCKET/PREFIX, gs://, az://, "
+                "file:///FOLDER, or a folder",
+                param="blobs.url",
+            ) from error
+        self._busy = threading.BoundedSemaphore(AT_ONCE)
+        self.may_write: Callable[[], None] = lambda: None  # raises when this process may not, any more
+        try:
+            self._probe()
+        except NotFound as error:
+            raise ConfigInvalid(f"blobs.url: {url}: there is no such bucket; make it", param="blobs.url") from error
+
+    def _probe(self) -> None:
+        key = f"probe/{uuid.uuid4().hex}"
+        first = self.put_if(key, b"1", None)
+        second = None if first is None else self.put_if(key, b"22", first)
+        if second is None or self.put_if(key, b"3", first) or self.put_if(key, b"3", None):
+            raise StorageFailed(f"{self.url} does not keep a second writer out (conditional put); choose another place")
+        if self.list("probe/").get(key) != 2:
+            raise StorageFailed(f"{self.url} does not list what was written to it; choose another place for blobs")
+        self.delete([key])
+
+    # ---- files ----------------------------------------------------------------------------------------------------
+
+    def put_bytes(self, key: str, data: bytes) -> None:
+        """Writes or replaces a small object.  Raises StorageAway, StorageFailed."""
+        self.may_write()
+        self._call(f"{key} was not written", len(data), lambda: self._store.put(key, data))
+
+    def get_bytes(self, key: str) -> bytes | None:
+        """A small object, None when it is not there.  Raises StorageAway, StorageFailed."""
+        found = self.get_with_version(key)
+        return None if found is None else found[0]
+
+    def get_with_version(self, key: str) -> tuple[bytes, Version] | None:
+        """A small object and its version for `put_if`; None when it is not there.  Raises StorageAway, StorageFailed."""
+
+        def read() -> tuple[bytes, Version]:
+            result = self._store.get(key)
+            return bytes(result.bytes()), _version(result.meta)
+
+        try:
+            return self._call(f"{key} was not read", 0, read)
+        except NotFound:
+            return None
+
+    def put_if(self, key: str, data: bytes, version: Version | None) -> Version | None:
+        """Writes a small object if it still has this version (None: if it is not there), whoever may write.
+
+        Its new version; None where another has changed it, or this very call has, in an attempt whose answer was lost.
+        Raises StorageAway, StorageFailed.
+        """
+        try:
+            return _version(self._call(f"{key} was not written", len(data), lambda: self._put_if(key, data, version)))
+        except CHANGED:
+            return None
+        except NotFound:
+            if version is None:  # there is no bucket
+                raise
+            return None
+
+    def _put_if(self, key: str, data: bytes, version: Version | None) -> PutResult:
+        if version is None:
+            return self._store.put(key, data, mode="create")
+        if not isinstance(self._store, LocalStore):
+            return self._store.put(key, data, mode=version)
+        assert self._store.prefix is not None, "it was opened with one"
+        lock = lock_folder(self._store.prefix, wait=True)  # a file system has no conditional replace
+        assert lock is not None, "it was waited for"
+        try:
+            if _version(self._store.head(key)) != version:
+                raise PreconditionError(key)
+            return self._store.put(key, data)
+        finally:
+            os.close(lock)
+
+    def put(self, key: str, path: Path) -> None:
+        """Writes or replaces an object with the bytes of a file.  Raises StorageAway, StorageFailed."""
+        self.may_write()
+        self._call(
+            f"{key} was not written",
+            path.stat().st_size,
+            lambda: self._store.put(key, path, chunk_size=PART_BYTES, max_concurrency=PARTS_AT_ONCE),
+        )
+
+    def get(self, key: str, path: Path, temporary: Path, *, sha256: str | None = None) -> None:
+        """Brings an object to `path`, by a rename out of the folder `temporary` of the same disk.
+
+        Raises NotFound, StorageAway, StorageFull, and StorageFailed when what comes is not of this sha256.
+        """
+
+        def check(copy: Path) -> None:
+            if sha256 is not None and sha256_of(copy) != sha256:
+                raise ValueError("its sha256 is another")
+
+        with self._brought(key, temporary, check) as copy, told_of_disk("what is brought back"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            copy.rename(path)
+
+    # ---- folders --------------------------------------------------------------------------------------------------
+
+    def put_folder(self, key: str, folder: Path, temporary: Path) -> None:
+        """Writes a folder as one object, KEY.zip, by way of a file in `temporary`.
+
+        Raises StorageAway, StorageFailed, StorageFull; FileNotFoundError when the folder is not there.
+        """
+        packed = temporary / uuid.uuid4().hex
+        try:
+            with told_of_disk("what is sent"), zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as archive:
+                for path in sorted(folder.rglob("*")):
+                    archive.write(path, path.relative_to(folder))
+            self.put(key + FOLDER_SUFFIX, packed)
+        finally:
+            packed.unlink(missing_ok=True)
+
+    def get_folder(self, key: str, folder: Path, temporary: Path) -> None:
+        """Brings a folder back, by a rename out of the folder `temporary` of the same disk.
+
+        Raises NotFound, StorageAway, StorageFull, and StorageFailed when its bytes are damaged.
+        """
+        unpacked = temporary / uuid.uuid4().hex
+
+        def unpack(copy: Path) -> None:
+            shutil.rmtree(unpacked, ignore_errors=True)
+            with zipfile.ZipFile(copy) as archive:
+                archive.extractall(unpacked)  # compares each member with its CRC, and leaves no path outside
+
+        try:
+            with self._brought(key + FOLDER_SUFFIX, temporary, unpack), told_of_disk("what is brought back"):
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                unpacked.rename(folder)
+        finally:
+            shutil.rmtree(unpacked, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _brought(self, key: str, temporary: Path, check: Callable[[Path], None]) -> Generator[Path]:
+        """The bytes of an object in a file that is gone afterwards.  `check` raises ValueError and the like for wrong ones."""
+        copy = temporary / uuid.uuid4().hex
+        try:
+            for attempt in range(2):  # bytes may go wrong on their way
+                result = self._call(f"{key} was not found", 0, lambda: self._store.get(key))
+                size = result.meta["size"]
+                self._call(f"{key} was not read", size, lambda result=result: _save(result, copy))
+                try:
+                    if copy.stat().st_size != size:
+                        raise EOFError(f"{copy.stat().st_size} of {size} bytes")
+                    with told_of_disk("what is brought back"):
+                        check(copy)
+                    break
+                except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+                    if attempt:
+                        LOG.error("%s came back damaged from object storage: %s", key, error)
+                        raise StorageFailed(f"what object storage gave is damaged: {error}") from error
+                    LOG.warning("%s came back damaged from object storage, and is read again: %s", key, error)
+            yield copy
+        finally:
+            copy.unlink(missing_ok=True)
+
+    # ---- all ------------------------------------------------------------------------------------------------------
+
+    def delete(self, keys: Sequence[str]) -> None:
+        """Removes objects; those that are not there are no error.  Raises StorageAway, StorageFailed."""
+        self.may_write()
+
+        def remove() -> None:
+            try:
+                self._store.delete(list(keys))
+            except FileNotFoundError:  # of one of them; then each for itself
+                for key in keys:
+                    with contextlib.suppress(FileNotFoundError):
+                        self._store.delete(key)
+
+        self._call("an object was not removed", 0, remove)
+
+    def list(self, prefix: str) -> dict[str, int]:
+        """Key → bytes of every object whose key begins with this folder, as "adapters/".  Raises StorageAway, StorageFailed."""
+
+        def find() -> dict[str, int]:
+            found = {o["path"]: o["size"] for batch in self._store.list(prefix) for o in batch}
+            return {key: size for key, size in found.items() if not key.rpartition("/")[2].startswith(".")}  # a lock
+
+        return self._call("the objects were not listed", 0, find)
+
+    # ---- one call -------------------------------------------------------------------------------------------------
+
+    def _call[T](self, failed: str, nbytes: int, call: Callable[[], T]) -> T:
+        """The result of a call of obstore, or why there is none in our words; two of its errors say what is there."""
+        try:
+            return self._within(ATTEMPTS * (self._timeout_s + nbytes / SLOWEST_BYTES_S), call)
+        except (JaxLoraError, *CHANGED):
+            raise
+        except FileNotFoundError as error:
+            raise NotFound("object storage has no such object") from error
+        except NEVER_BETTER as error:
+            LOG.error("object storage: %s: %s", failed, _said(error))
+            raise StorageFailed("object storage refuses the server; tell its operator") from error
+        except (BaseError, OSError) as error:
+            LOG.warning("object storage: %s: %s", failed, _said(error))
+            raise StorageAway("object storage does not answer; try again later") from error
+
+    def _within[T](self, limit_s: float, call: Callable[[], T]) -> T:
+        """The result of a call, on a thread that may be left behind.  Raises TimeoutError."""
+        if not self._busy.acquire(timeout=limit_s):
+            raise TimeoutError(f"{AT_ONCE} calls hang")
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(call())
+            except BaseException as error:
+                future.set_exception(error)
+            finally:
+                self._busy.release()
+
+        threading.Thread(target=run, name="blobs", daemon=True).start()
+        return future.result(limit_s)
+
+
+def _open(url: str, timeout_s: float) -> ObjectStore:
+    """What obstore has for an URL, or for the path of a folder, which is made.  Raises BaseError, OSError, ValueError."""
+    if "://" not in url:
+        return LocalStore(url, mkdir=True)
+    if url.startswith("file://"):
+        return LocalStore.from_url(url, mkdir=True)
+    silence_s = timeout_s + PARTS_AT_ONCE * PART_BYTES / SLOWEST_BYTES_S  # an upload hears nothing until its last byte
+    options: dict[str, object] = {
+        "read_timeout": timedelta(seconds=silence_s),
+        "timeout": timedelta(days=1),  # of a request with all its bytes, of which there may be any number
+    }
+    prefix = ENVIRONMENT.get(url.partition("://")[0], "AZURE_")  # obstore reads it, but not beside options
+    options |= {n: os.environ[prefix + n.upper()] for n in CLIENT_SETTINGS if prefix + n.upper() in os.environ}
+    return from_url(
+        url,
+        client_options=cast("ClientConfig", options),
+        retry_config={"max_retries": ATTEMPTS - 1, "backoff": {"init_backoff": timedelta(seconds=FIRST_WAIT_S)}},
+    )
+
+
+def _save(result: GetResult, copy: Path) -> None:
+    with told_of_disk("what is brought back"), copy.open("wb") as file:
+        for chunk in result.stream():
+            file.write(chunk)
+
+
+def _version(found: PutResult | ObjectMeta) -> Version:
+    """What `put` takes as a version: a store knows an object by one of the two, or both."""
+    version: Version = {}
+    if found["e_tag"] is not None:
+        version["e_tag"] = found["e_tag"]
+    if found["version"] is not None:
+        version["version"] = found["version"]
+    return version
+
+
+def _said(error: BaseException) -> str:
+    """One line of what may be many."""
+    first = str(error).partition("\n")[0]
+    return f"{type(error).__name__}: {first}"[:300] if first else type(error).__name__

@@ -1,0 +1,241 @@
+"""The versions of a store in object storage; its folders on disk are then copies, and what is not sent yet.
+
+    adapters/TENANT/NAME/VERSION_CREATED_RANK_BYTES.zip    a version
+    deleted/TENANT/NAME/NUMBER                             this and all lower versions of the name are deleted
+
+Two listings at the start tell all that is known of ten thousand adapters; afterwards nothing is listed.  Versions are sent
+by one thread, in order; what fails is tried again until it is sent.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import re
+import shutil
+import threading
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from jaxlora.core.atomic_files import to_trash
+from jaxlora.core.errors import StorageAway
+from jaxlora.core.lora import AdapterRef
+from jaxlora.storage.adapter_files import About, describe
+from jaxlora.storage.disk_cache import DiskCopies
+from jaxlora.storage.object_store import FOLDER_SUFFIX, Blobs
+
+LOG = logging.getLogger("jaxlora")
+VERSIONS, DELETED = "adapters/", "deleted/"
+KEY_PATTERN = re.compile(r"adapters/([^/]+)/([^/]+)/([1-9][0-9]*)_([0-9.e+]+)_([1-9][0-9]*)_([0-9]+)\.zip")
+DELETED_PATTERN = re.compile(r"deleted/([^/]+)/([^/]+)/([1-9][0-9]*)")
+RETRY_S = 20.0
+FLUSH_S = 60.0
+
+
+class RemoteVersions:
+    """What object storage has of one store.  From any thread; `start` first."""
+
+    def __init__(self, blobs: Blobs, copies: DiskCopies):
+        self._blobs, self._copies = blobs, copies
+        self._changed = threading.Condition()
+        self._known: dict[AdapterRef, About] = {}  # sent
+        self._floors: dict[tuple[str, str], int] = {}  # number of the newest deletion of all versions
+        self._sending: dict[AdapterRef, None] = {}  # in order
+        self._removing: dict[str, None] = {}  # keys, likewise
+        self._errors: dict[AdapterRef | str, Exception] = {}  # of the last try
+        self._found: list[Path] = []  # copies that were here at the start
+        self._ended = False
+        self._thread = threading.Thread(target=self._run, name="adapter-sender", daemon=True)
+
+    def start(self, adapters: Path, trash: Path, local: Mapping[tuple[str, str], set[int]]) -> dict[AdapterRef, About]:
+        """All versions that object storage has.  adapters, trash: folders of the store; local: what is on this disk.
+
+        Of `local`, what is not there is sent soon; what belongs to a deleted adapter goes to the trash.
+        Raises StorageAway, StorageFailed.
+        """
+        self._adapters, self._trash = adapters, trash
+        for key in self._blobs.list(DELETED):
+            if match := DELETED_PATTERN.fullmatch(key):
+                owner = match[1], match[2]
+                self._floors[owner] = max(self._floors.get(owner, 0), int(match[3]))
+        for key in self._blobs.list(VERSIONS):
+            if match := KEY_PATTERN.fullmatch(key):
+                ref = AdapterRef(match[1], match[2], int(match[3]))
+                if self._is_deleted(ref):
+                    self._removing[key] = None
+                else:
+                    self._known[ref] = float(match[4]), int(match[5]), int(match[6])
+        for (tenant, name), versions in local.items():
+            for version in sorted(versions):
+                ref = AdapterRef(tenant, name, version)
+                if self._is_deleted(ref):
+                    self._discard(self._folder(ref))
+                elif ref in self._known:
+                    self._found.append(self._folder(ref))
+                else:
+                    self._sending[ref] = None
+        self._thread.start()
+        return dict(self._known)
+
+    def floor(self, tenant: str, name: str) -> int:
+        """The highest number that was deleted with all versions of the name; 0 when it never was."""
+        with self._changed:
+            return self._floors.get((tenant, name), 0)
+
+    def about(self, ref: AdapterRef) -> About | None:
+        """What object storage has of the version, None when it is not there."""
+        with self._changed:
+            return self._known.get(ref)
+
+    def here(self, ref: AdapterRef) -> AbstractContextManager[None]:
+        """Inside, the version's folder stays on this disk; it is brought first if need be.
+
+        Raises NotFound, StorageAway, StorageFull, StorageFailed.
+        """
+        return self._copies.using(self._folder(ref), lambda folder: self._bring(ref, folder))
+
+    def drop_copy(self, ref: AdapterRef) -> bool:
+        """Removes the folder of a version that can be brought again.  False where it cannot."""
+        if self.about(ref) is None:
+            return False
+        self._copies.forget(self._folder(ref))
+        self._discard(self._folder(ref))
+        return True
+
+    def send(self, ref: AdapterRef) -> None:
+        """Has a version that is on disk sent soon."""
+        with self._changed:
+            self._sending[ref] = None
+            self._changed.notify_all()
+
+    def wait_sent(self, ref: AdapterRef) -> None:
+        """Waits until the version is sent, or deleted.  Raises what the last try to send it raised."""
+        with self._changed:
+            self._changed.wait_for(lambda: ref not in self._sending or ref in self._errors or self._ended)
+            if ref in self._errors:
+                raise self._errors[ref]
+
+    def retire(self, tenant: str, name: str, minted: int) -> None:
+        """Marks all versions of a name up to `minted` as deleted.  That is done when this returns; they are removed soon.
+
+        Raises StorageAway, StorageFailed.
+        """
+        self._blobs.put_bytes(f"{DELETED}{tenant}/{name}/{minted}", b"deleted")
+        with self._changed:
+            before, self._floors[tenant, name] = self._floors.get((tenant, name)), minted
+            if before not in (None, minted):
+                self._remove(f"{DELETED}{tenant}/{name}/{before}")
+
+    def forget(self, ref: AdapterRef) -> None:
+        """A version is deleted: it is not sent any more, and removed soon."""
+        self._copies.forget(self._folder(ref))
+        with self._changed:
+            self._sending.pop(ref, None)
+            self._errors.pop(ref, None)
+            about = self._known.pop(ref, None)
+            if about is not None:
+                self._remove(_key(ref, about) + FOLDER_SUFFIX)
+            self._changed.notify_all()
+
+    def flush(self) -> dict[AdapterRef, Exception]:
+        """Tries what failed once more, waits at most FLUSH_S, and returns what is still not sent and why."""
+        with self._changed:
+            self._errors.clear()
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._ended or self._due() is None, FLUSH_S)
+            slow = StorageAway("object storage is too slow; it is sent after the next start")
+            return {ref: self._errors.get(ref, slow) for ref in self._sending}
+
+    def close(self) -> None:
+        """Ends the thread, or leaves it in a call that hangs; what is not sent is on disk, and sent after the next start."""
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+        self._thread.join(FLUSH_S)
+
+    # ---- the thread -----------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        for folder in self._found:  # to look at their sizes takes a while
+            self._copies.add(folder, self._discard)
+        while (item := self._next()) is not None:
+            error: Exception | None = None
+            try:
+                if isinstance(item, str):
+                    self._blobs.delete([item])
+                else:
+                    self._send(item)
+            except Exception as e:
+                error = e
+                LOG.error("object storage: %s: %s; tried again in %.0f s", item, e, RETRY_S)
+            with self._changed:
+                if error is not None:
+                    self._errors[item] = error
+                elif isinstance(item, str):
+                    self._removing.pop(item, None)
+                else:
+                    self._sending.pop(item, None)
+                self._changed.notify_all()
+
+    def _next(self) -> AdapterRef | str | None:
+        """What is to be done now; waits for it.  None at the end."""
+        with self._changed:
+            while not self._ended:
+                if (item := self._due()) is not None:
+                    return item
+                if not self._changed.wait(RETRY_S if self._errors else None):
+                    self._errors.clear()
+            return None
+
+    def _due(self) -> AdapterRef | str | None:
+        """The first that did not just fail."""
+        items = itertools.chain(self._sending, self._removing)
+        return next((item for item in items if item not in self._errors), None)
+
+    def _send(self, ref: AdapterRef) -> None:
+        try:
+            about = describe(self._folder(ref).parent, ref)
+            key = _key(ref, about)
+            self._blobs.put_folder(key, self._folder(ref), self._trash)
+        except Exception:
+            with self._changed:
+                if ref not in self._sending:
+                    return  # deleted meanwhile, and its files are gone
+            raise
+        with self._changed:
+            if ref in self._sending:
+                self._known[ref] = about
+            else:
+                self._remove(key + FOLDER_SUFFIX)
+                return
+        self._copies.add(self._folder(ref), self._discard)
+
+    # ---- files ----------------------------------------------------------------------------------------------------
+
+    def _bring(self, ref: AdapterRef, folder: Path) -> None:
+        about = self.about(ref)
+        if about is not None:  # else it is on its way to the disk, or was damaged there: the reader will say so
+            self._blobs.get_folder(_key(ref, about), folder, self._trash)
+            self._copies.add(folder, self._discard)
+
+    def _discard(self, folder: Path) -> None:
+        """Takes a folder away whole."""
+        if (out := to_trash(folder, self._trash)) is not None:
+            shutil.rmtree(out, ignore_errors=True)
+
+    def _remove(self, key: str) -> None:
+        """Has an object removed soon.  With the lock held."""
+        self._removing[key] = None
+        self._changed.notify_all()
+
+    def _folder(self, ref: AdapterRef) -> Path:
+        return self._adapters / ref.tenant / ref.name / str(ref.version)
+
+    def _is_deleted(self, ref: AdapterRef) -> bool:
+        return ref.version <= self._floors.get((ref.tenant, ref.name), 0)
+
+
+def _key(ref: AdapterRef, about: About) -> str:
+    created, rank, nbytes = about
+    return f"{VERSIONS}{ref.tenant}/{ref.name}/{ref.version}_{created!r}_{rank}_{nbytes}"

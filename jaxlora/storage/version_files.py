@@ -1,0 +1,161 @@
+"""The folder of one AdapterStore, and object storage behind it where there is some.  Who calls keeps changes apart.
+
+root/adapters/TENANT/NAME/VERSION    see adapter_files.py; with object storage a copy, see remote_versions.py
+root/counters/TENANT/NAME.json       see counters.py
+root/trash/…                         what comes or goes; at the start, what the process before left
+root/.lock                           held by the process that has the store open
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from jaxlora.core.atomic_files import lock_folder, to_trash
+from jaxlora.core.errors import NotFound, StateInvalid, StorageFailed
+from jaxlora.core.lora import Adapter, AdapterRef
+from jaxlora.storage.adapter_files import About, Counters, describe, is_damage, load_version, save_version, scan
+from jaxlora.storage.remote_adapters import RemoteVersions
+
+# A machine that has lost its counters begins so far above what object storage has: a version that was used but not sent yet
+# had one of the numbers between.
+GAP = 1000
+
+
+class VersionFiles:
+    """Versions, counters and trash under one root, which no other process has open."""
+
+    def __init__(self, root: Path, remote: RemoteVersions | None):
+        """remote: not started.
+
+        Raises StorageFailed when the folder cannot be made, StateInvalid, naming it, when another store has it open; what
+        the start of `remote` raises.
+        """
+        self._root, self._remote = root.absolute(), remote  # Orbax takes no other
+        root = self._root
+        try:
+            for name in ("adapters", "counters", "trash"):
+                (root / name).mkdir(parents=True, exist_ok=True)
+            self._lock = lock_folder(root)
+        except OSError as e:
+            raise StorageFailed(f"the adapter store {root} cannot be made ({e.strerror}); choose another folder") from e
+        if self._lock is None:
+            raise StateInvalid(f"the adapter store {root} is in use; stop who uses it, or name another folder")
+        self._counters = Counters(root / "counters")
+        local = scan(root / "adapters")
+        self.found: dict[AdapterRef, About | None] = {  # at the start; None: its description tells
+            AdapterRef(t, n, v): None for (t, n), versions in local.items() for v in versions
+        }
+        if remote is not None:
+            try:
+                there = remote.start(root / "adapters", root / "trash", local)
+            except BaseException:
+                os.close(self._lock)
+                raise
+            self.found = {r: a for r, a in self.found.items() if r.version > remote.floor(r.tenant, r.name)} | there
+        self.leftovers = list((root / "trash").iterdir())  # for `empty`
+
+    def close(self) -> None:
+        """Gives the folder free.  Once; what is there can still be read."""
+        if self._remote is not None:
+            self._remote.close()
+        assert self._lock is not None, "it is locked"
+        os.close(self._lock)
+
+    # ---- numbers --------------------------------------------------------------------------------------------------
+
+    def counter(self, tenant: str, name: str, visible: Iterable[int]) -> tuple[int, int]:
+        """(last minted, last deleted) version; never below a version that exists or did, should the file be lost.
+
+        Raises StorageFailed for a damaged file.
+        """
+        least = max(visible, default=0)
+        if self._remote is not None and not self._counters.known(tenant, name):
+            least = max(least, self._remote.floor(tenant, name))
+            least += GAP if least else 0
+        return self._counters.read(tenant, name, least)
+
+    def set_counter(self, tenant: str, name: str, minted: int, deleted: int) -> None:
+        """On disk when this returns."""
+        self._counters.write(tenant, name, minted, deleted)
+
+    # ---- versions -------------------------------------------------------------------------------------------------
+
+    def save(self, adapter: Adapter, created: float) -> None:
+        """On disk when this returns, and sent soon.  Raises what the file system raises."""
+        save_version(self._folder(adapter.ref).parent, adapter, created, self._root / "trash")
+        if self._remote is not None:
+            self._remote.send(adapter.ref)
+
+    def describe(self, ref: AdapterRef) -> About:
+        """Of a version that `found` has without.  Raises StorageFailed."""
+        return describe(self._folder(ref).parent, ref)
+
+    def load(self, ref: AdapterRef, make_room: Callable[[int], None]) -> tuple[Adapter, float]:
+        """(the adapter, when it was put), its checksum verified.  make_room: see load_version; it may be called twice.
+
+        A copy that is damaged, or of a version that another machine made since, is brought anew.
+        Raises StorageFailed, StorageFull, StorageAway.
+        """
+        folder, remote = self._folder(ref).parent, self._remote
+        if remote is None:
+            return load_version(folder, ref, make_room)
+        try:
+            return self._load_copy(ref, remote, make_room)
+        except StorageFailed as error:
+            if not is_damage(error) or not remote.drop_copy(ref):
+                raise
+            return self._load_copy(ref, remote, make_room)
+
+    def _load_copy(
+        self, ref: AdapterRef, remote: RemoteVersions, make_room: Callable[[int], None]
+    ) -> tuple[Adapter, float]:
+        about = remote.about(ref)
+        try:
+            with remote.here(ref):
+                adapter, created = load_version(self._folder(ref).parent, ref, make_room)
+        except NotFound as error:
+            raise StorageFailed(f"{ref}: object storage has lost it; use another version") from error
+        if about is not None and about[0] != created:
+            raise StorageFailed(f"{ref}: the copy on disk is of another version")
+        return adapter, created
+
+    def delete(self, ref: AdapterRef) -> Path | None:
+        """Takes one version off the disk's names, and has object storage remove it; what `empty` is to remove."""
+        out = to_trash(self._folder(ref), self._root / "trash")
+        if self._remote is not None:
+            self._remote.forget(ref)
+        return out
+
+    def delete_all(self, tenant: str, name: str, versions: Iterable[int]) -> Path | None:
+        """The same for all versions of a name, of which `retire` was called."""
+        out = to_trash(self._root / "adapters" / tenant / name, self._root / "trash")
+        if self._remote is not None:
+            for version in versions:
+                self._remote.forget(AdapterRef(tenant, name, version))
+        return out
+
+    def empty(self, trash: Path) -> None:
+        """Removes what was deleted; what stays is tried again at the next start."""
+        shutil.rmtree(trash, ignore_errors=True)
+
+    def _folder(self, ref: AdapterRef) -> Path:
+        return self._root / "adapters" / ref.tenant / ref.name / str(ref.version)
+
+    # ---- object storage -------------------------------------------------------------------------------------------
+
+    def retire(self, tenant: str, name: str, minted: int) -> None:
+        """Tells object storage, if there is one, that all versions up to `minted` are deleted.  Raises StorageAway, StorageFailed."""
+        if self._remote is not None:
+            self._remote.retire(tenant, name, minted)
+
+    def wait_sent(self, ref: AdapterRef) -> None:
+        """Waits until object storage, if there is one, has a saved version.  Raises what the last try raised."""
+        if self._remote is not None:
+            self._remote.wait_sent(ref)
+
+    def flush(self) -> dict[AdapterRef, Exception]:
+        """Tries once more what was not sent; what still is not, and why."""
+        return {} if self._remote is None else self._remote.flush()
