@@ -36,8 +36,8 @@ from pallas_kernels.bench import run as bench
 from pallas_kernels.bench.cases import GATHERED_ALTERNATIVES
 from serve.edits import LogitEdits
 from serve.sampling import SamplingBatch, sample
-from train.batch import TrainBatch, idle_batch
-from train.step import lane_gradients, lane_losses
+from train.step.batch import TrainBatch, idle_batch
+from train.step.step import lane_gradients, lane_losses
 
 RANK, SLOTS, ROWS = 16, 40, 32
 DECODE_ROUNDS = 8  # of decode in one of prefill and training

@@ -11,7 +11,7 @@
 An environment of its own, with torch; our side writes the recipe (`tenants.py --peft`, tests/make_parity_fixture.py):
 
     base        a .gguf file                      adapter     a PEFT folder
-    steps       of each optimizer step {"lr", "examples"}; an example is {"tokens", "weights"}, as train.data has them
+    steps       of each optimizer step {"lr", "examples"}; an example is {"tokens", "weights"}, as train.data.examples has them
     heldout     examples, asked after the last step; may be empty
     optimizer   {"decay", "b1", "b2", "eps", "clip" (null: none), "b_ratio"}
 

@@ -14,7 +14,7 @@ from jaxlora.config.training import Optimizer
 from jaxlora.core.lora import AdapterRef, AdapterWeights
 from jaxlora.core.model_config import ModelConfig
 from jaxlora.peft.folder import export_peft
-from train.data import Example, ExampleStream
+from train.data.examples import Example, ExampleStream
 
 SCRIPT = Path(__file__).with_name("peft_alone.py")
 

@@ -32,9 +32,9 @@ from jaxlora.model import compile_cache
 from jaxlora.model.decoder import Base
 from jaxlora.model.lora_pool import LaneLora, PoolSpec
 from pallas_kernels.bench import run as bench
-from train.batch import TrainBatch, idle_batch, put_lane
-from train.data import Example, ExampleStream, fill_lane
-from train.step import lane_losses
+from train.data.examples import Example, ExampleStream, fill_lane
+from train.step.batch import TrainBatch, idle_batch, put_lane
+from train.step.step import lane_losses
 from train.trainer import Trainer
 
 TENANTS, RANK = 16, 16

@@ -34,8 +34,8 @@ from serve.assemble import make_runner, open_store, stop
 from serve.request import Delta, Request, SamplingParams
 from serve.runner import Runner
 from serve.training import LiveTraining
-from train.data import Example
-from train.parts import small_parts
+from train.data.examples import Example
+from train.step.microsteps import small_parts
 from train.trainer import Trainer
 
 TENANTS, RANK = ("ant", "bee"), 8

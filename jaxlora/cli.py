@@ -169,7 +169,7 @@ def top(
 def train(config: Annotated[Path, typer.Argument(metavar="CONFIG.toml", show_default=False)]) -> None:
     """Train the tenants of a TOML file together; their adapters land in its `out` folder."""
     with clean_exit():
-        resolve("train.run:main")(config)
+        resolve("train.run.command:main")(config)
 
 
 @app.command(epilog=EXPORT_EXAMPLES)

@@ -31,11 +31,11 @@ from serve.http_server import make_http
 from serve.request import Delta, Request, SamplingParams
 from serve.runner import Runner
 from serve.training import LiveTraining, warm_up
-from train.data import Example
-from train.jsonl import chat_example
-from train.metrics import plot_losses
-from train.optimizer import Optimizer
-from train.parts import small_parts
+from train.data.examples import Example
+from train.data.jsonl import chat_example
+from train.run.metrics import plot_losses
+from train.step.microsteps import small_parts
+from train.step.optimizer import Optimizer
 from train.trainer import Evaluation, StepReport, Trainer
 
 STEPS, BATCH = 30, 8  # optimizer steps of each tenant, examples of a step

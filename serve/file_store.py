@@ -23,7 +23,7 @@ from jaxlora.core.errors import JaxLoraError, NotFound
 from jaxlora.storage.disk_cache import Remote
 from serve.records import FileRecord, FileStatus, Page, new_id
 from serve.stored_files import StoredFiles
-from train.data import Unit
+from train.data.examples import Unit
 
 LOG = logging.getLogger("serve")
 FINE_TUNE = "fine-tune"  # purpose of what clients upload

@@ -13,7 +13,7 @@ from pathlib import Path
 from jaxlora.config.training import LOSSES, PASSES, Loss, Optimizer, Recipe
 from jaxlora.core.errors import InvalidRequest
 from jaxlora.core.lora import ALL_TARGETS, Adapter, LoraSpec
-from train.jobs import JobRequest
+from train.jobs.job import JobRequest
 
 DEFAULT = Recipe()  # of a job that names none; but for the warm-up, which OpenAI's jobs do not have
 

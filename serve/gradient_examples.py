@@ -9,7 +9,7 @@ import numpy as np
 from jaxlora.core.errors import InvalidRequest
 from serve.gradient_types import Sample
 from serve.house import Tokenizer
-from train.data import Example
+from train.data.examples import Example
 
 
 def examples_of(tokenizer: Tokenizer, samples: Sequence[Sample], longest: int) -> list[Example]:

@@ -9,7 +9,7 @@ from typing import Protocol
 from jaxlora.config.base import need
 from jaxlora.config.training import Optimizer
 from jaxlora.core.lora import AdapterRef, LoraSpec
-from train.data import Example
+from train.data.examples import Example
 
 
 class FineTuned(Protocol):

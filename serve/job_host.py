@@ -27,10 +27,10 @@ from serve.stored_jobs import StoredJobs
 from serve.training import warm_up
 from serve.training_view import training_view
 from serve.tuner import Tuner
-from train.job_runner import Jobs
-from train.jobs import JobsConfig
-from train.parking import Parking
-from train.parts import small_parts
+from train.jobs.job import JobsConfig
+from train.jobs.runner import Jobs
+from train.jobs.states import Parking
+from train.step.microsteps import small_parts
 from train.trainer import Trainer
 
 PARKED_BYTES = 2 * 2**30  # of jobs without a slot in RAM; the rest waits in files

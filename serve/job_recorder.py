@@ -17,7 +17,7 @@ from serve.live_jobs import JobNews, Published
 from serve.model_names import JobNames
 from serve.records import ENDED, CheckpointRecord, JobRecord, JsonObject, NewEvent, new_id
 from serve.stored_jobs import StoredJobs
-from train.jobs import JobEvent
+from train.jobs.job import JobEvent
 
 LOG = logging.getLogger("serve")
 RETRY_S = 1.0  # before a write that failed is tried again

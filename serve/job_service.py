@@ -40,8 +40,8 @@ from serve.live_jobs import LiveJobs, Published
 from serve.model_names import JobNames, adapter_name, short_id
 from serve.records import ENDED, EventRecord, FileRecord, JobRecord, JobStatus, JsonObject, NewEvent, new_id
 from serve.stored_jobs import StoredJobs
-from train.data import Unit
-from train.jobs import said
+from train.data.examples import Unit
+from train.jobs.job import said
 
 LOG = logging.getLogger("serve")
 INTAKE_THREADS = 2

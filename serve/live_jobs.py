@@ -21,11 +21,11 @@ from jaxlora.core.lora import AdapterRef, AdapterWeights, LoraSpec
 from jaxlora.model.lora_pool import Rows
 from serve.runner import Runner
 from serve.training import KEEP_VERSIONS, PUBLISH
-from train.data import Example
-from train.job_runner import Jobs
-from train.jobs import Job, JobEvent, JobRequest, Progress, State, said
-from train.optimizer import Optimizer
-from train.state import SlotState
+from train.data.examples import Example
+from train.jobs.job import Job, JobEvent, JobRequest, Progress, State, said
+from train.jobs.runner import Jobs
+from train.step.optimizer import Optimizer
+from train.step.state import SlotState
 from train.trainer import FIRST_PART, StepReport
 
 LOG = logging.getLogger("serve")

@@ -27,7 +27,7 @@ from serve.live_jobs import Published
 from serve.records import JobRecord, JsonObject, NewEvent
 from serve.request import Request, SamplingParams
 from serve.runner import Runner
-from train.jobs import said
+from train.jobs.job import said
 
 LOG = logging.getLogger("serve")
 AT_ONCE = 2  # questions in flight: clients keep the other rows

@@ -37,9 +37,9 @@ from serve.stored_answers import StoredAnswers
 from serve.stored_files import StoredFiles
 from serve.stored_gradient import StoredGradient
 from serve.stored_keys import StoredKeys
-from train.data import Unit
-from train.jsonl import load_jsonl
-from train.kept_examples import KeptExamples
+from train.data.example_cache import KeptExamples
+from train.data.examples import Unit
+from train.data.jsonl import load_jsonl
 
 KEPT_EXAMPLES_BYTES = 32 * 2**20  # of training files, read again soon after they came
 LANE_TOKENS = 2048  # of a server that does not train: the longest example that a file may hold

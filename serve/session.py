@@ -35,9 +35,9 @@ from serve.auth import LOCAL_TENANT
 from serve.request import Request, SamplingParams
 from serve.runner import Runner
 from serve.training import LiveTraining, warm_up
-from train.data import Unit
-from train.jsonl import load_jsonl, read_examples
-from train.parts import small_parts
+from train.data.examples import Unit
+from train.data.jsonl import load_jsonl, read_examples
+from train.step.microsteps import small_parts
 from train.trainer import Evaluation, StepReport, Tenant, Trainer
 
 DEFAULTS = Recipe()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 
 from serve.snapshot import MOST_JOBS, JobView, TrainingView
-from train.job_runner import Jobs
-from train.jobs import NEXT
+from train.jobs.job import NEXT
+from train.jobs.runner import Jobs
 
 
 def training_view(jobs: Jobs) -> TrainingView:

@@ -25,8 +25,8 @@ from jaxlora.storage.checkpoint_writer import CheckpointWriter, Snapshot
 from jaxlora.storage.checkpoints import StateCopies, read_meta, restore_state
 from serve.adapter_quota import AdapterQuota
 from serve.live_jobs import GuestCall, LiveJobs
-from train.data import Example
-from train.state import SlotState, fresh_adapter
+from train.data.examples import Example
+from train.step.state import SlotState, fresh_adapter
 from train.trainer import StepReport
 
 LOG = logging.getLogger("serve")

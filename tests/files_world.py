@@ -17,7 +17,7 @@ from serve.files_api import FilesWire
 from serve.idempotency import Once
 from serve.limits import Limiter
 from serve.stored_files import StoredFiles
-from train.jsonl import load_jsonl
+from train.data.jsonl import load_jsonl
 
 GOOD = b'{"prompt": "2+2=", "completion": "4"}\n' * 3
 LIMITS = LimitsSection(max_file_bytes=1_000_000)

@@ -27,7 +27,7 @@ from serve.jobs_api import JobsWire
 from serve.limits import Limiter
 from serve.runner import Runner
 from serve.stored_files import StoredFiles
-from train.jsonl import load_jsonl
+from train.data.jsonl import load_jsonl
 
 BASE = "owner/tiny"
 LANE_TOKENS = 64

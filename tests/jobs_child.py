@@ -20,8 +20,8 @@ from train_world import examples, optimizer
 
 from jaxlora.core.atomic_files import replace_file
 from jaxlora.core.lora import AdapterRef, AdapterWeights
-from train.job_runner import Jobs
-from train.jobs import JobRequest
+from train.jobs.job import JobRequest
+from train.jobs.runner import Jobs
 
 SLOTS = 2
 

@@ -11,10 +11,10 @@ from train_world import BASE_HASH, examples, lora, make_trainer, optimizer, smal
 from jaxlora.core.lora import LAYER_TARGETS, Adapter, AdapterRef, AdapterWeights
 from jaxlora.model.lora_pool import PoolSpec
 from jaxlora.model.mesh import make_mesh
-from train.data import Example
-from train.job_runner import Jobs
-from train.jobs import JobRequest, JobsConfig
-from train.parking import Parking
+from train.data.examples import Example
+from train.jobs.job import JobRequest, JobsConfig
+from train.jobs.runner import Jobs
+from train.jobs.states import Parking
 from train.trainer import Trainer
 
 

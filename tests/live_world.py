@@ -13,11 +13,11 @@ from jaxlora.core.lora import LoraSpec
 from jaxlora.model.lora_pool import PoolSpec
 from serve.live_jobs import GuestCall, JobNews, LiveJobs, Published
 from serve.runner import Runner
-from train.data import Example
-from train.job_runner import Jobs
-from train.jobs import JobRequest, JobsConfig
-from train.parking import Parking
-from train.parts import PartSizes
+from train.data.examples import Example
+from train.jobs.job import JobRequest, JobsConfig
+from train.jobs.runner import Jobs
+from train.jobs.states import Parking
+from train.step.microsteps import PartSizes
 from train.trainer import Trainer
 
 TARGETS = ("q_proj", "down_proj")

@@ -11,7 +11,7 @@ import json
 from parity_world import BATCH, FIXTURE, RECIPES, examples, opened, trainer_of
 from peft_recipe import train_alone
 
-from train.data import ExampleStream
+from train.data.examples import ExampleStream
 
 
 def main() -> None:

@@ -12,8 +12,8 @@ from jaxlora.config.base import DEMO_MODEL, ONE_DEVICE, ModelSection
 from jaxlora.config.training import Optimizer
 from jaxlora.core.lora import ATTENTION_TARGETS, LoraSpec
 from jaxlora.model.lora_pool import PoolSpec
-from train.data import Unit
-from train.jsonl import load_jsonl
+from train.data.examples import Unit
+from train.data.jsonl import load_jsonl
 from train.trainer import Trainer
 
 FIXTURE = FIXTURES / "parity.json"  # tenant → the losses of PyTorch and PEFT
@@ -33,13 +33,13 @@ class Recipe:
 
 RECIPES = {
     "roman": Recipe(
-        data="roman.train.jsonl",
+        data="roman.train.data.jsonl",
         spec=LoraSpec(rank=8, alpha=16.0),
         optimizer=Optimizer(lr=1e-3, warmup_steps=5, total_steps=STEPS, weight_decay=0.1, clip=0.5),
         seed=3,
     ),
     "plural": Recipe(
-        data="plural.train.jsonl",
+        data="plural.train.data.jsonl",
         spec=LoraSpec(rank=4, alpha=16.0, targets=ATTENTION_TARGETS, rslora=True),
         optimizer=Optimizer(lr=3e-4, schedule="cosine", total_steps=STEPS, b2=0.99, clip=None, loraplus_ratio=8.0),
         seed=4,

@@ -13,7 +13,7 @@ from jaxlora.checkpoints.load import Opened
 from jaxlora.core.lora import ALL_TARGETS, ATTENTION_TARGETS, LAYER_TARGETS, Adapter, AdapterRef, LoraSpec
 from jaxlora.storage.adapter_store import AdapterStore
 from serve.engine import EngineConfig
-from train.state import fresh_adapter
+from train.step.state import fresh_adapter
 
 SLOTS, RANK = 8, 16
 CONFIG = EngineConfig(

@@ -19,11 +19,11 @@ from jaxlora.model.mesh import RULES, replicated, sharding
 from serve.edits import LogitEdits
 from serve.packed import Layout
 from serve.step import StepBatch, step_program
-from train.batch import idle_batch
-from train.blockwise import Blocks, scale_shape
-from train.optimizer import IDLE, Hyper, Moments
-from train.state import Due, TrainState, apply, halves
-from train.step import _accumulate
+from train.step.batch import idle_batch
+from train.step.moments_8bit import Blocks, scale_shape
+from train.step.optimizer import IDLE, Hyper, Moments
+from train.step.state import Due, TrainState, apply, halves
+from train.step.step import _accumulate
 
 SMOLLM2 = ModelConfig(
     family="llama",

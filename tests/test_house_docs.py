@@ -27,7 +27,7 @@ from jaxlora import cli
 from jaxlora.config.serving import ServeConfig
 from jaxlora.config.training import TrainConfig, load
 from jaxlora.storage.adapter_store import AdapterStore
-from train.jsonl import load_jsonl
+from train.data.jsonl import load_jsonl
 
 pytest_plugins = ["serve_fixtures"]
 ROOT = Path(__file__).parent.parent
@@ -109,7 +109,7 @@ def run_page(url, tmp_path, monkeypatch, capsys) -> Iterator[Callable[[str], tup
     """Runs a page's blocks one after another in a folder with a training file; returns its names and the lines it printed."""
     monkeypatch.chdir(tmp_path)
     lines = [{"prompt": f"{i} is", "completion": f" {i}"} for i in range(6)]
-    Path("train.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    Path("train.data.jsonl").write_text("\n".join(map(json.dumps, lines)))
     names: dict = {}
 
     def run(page: str) -> tuple[dict, list[str]]:

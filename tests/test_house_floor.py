@@ -279,7 +279,7 @@ class TestTheRulesCanFail:
             ("jaxlora/model/pool.py", "import serve.http.sse", True),
             ("train/run/command.py", "def f():\n    from serve.engine.request import Request", True),
             ("pallas_kernels/shapes.py", "import jaxlora", True),
-            ("serve/server/app.py", "import train.run.command, jaxlora.model.decoder.pool", False),
+            ("serve/server/app.py", "import train.run.command.command, jaxlora.model.decoder.pool", False),
             ("serve/server/app.py", "from .. import session", False),
             ("jaxlora/model/pool.py", "from jaxlora.core import lora", False),
             ("train/run/command.py", "import training", False),

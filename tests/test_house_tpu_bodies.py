@@ -13,9 +13,9 @@ from jaxlora.core.lora import ALL_TARGETS
 from jaxlora.model.lora_pool import PoolSpec
 from pallas_kernels import dispatch
 from serve.packed import Layout
-from train.batch import idle_batch
-from train.state import TrainState, empty_state
-from train.step import make_programs
+from train.step.batch import idle_batch
+from train.step.state import TrainState, empty_state
+from train.step.step import make_programs
 
 pytest_plugins = ["serve_fixtures"]
 

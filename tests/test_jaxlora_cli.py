@@ -87,7 +87,7 @@ def test_chat_hands_on_its_options(entry):
 
 def test_train_hands_on_its_path(entry):
     assert run("train", "c.toml").exit_code == 0
-    assert entry == [("train.run:main", (Path("c.toml"),), {})]
+    assert entry == [("train.run.command:main", (Path("c.toml"),), {})]
 
 
 def test_export_hands_on_its_options(entry):

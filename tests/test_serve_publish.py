@@ -33,8 +33,8 @@ from jaxlora.model.compile_cache import CompileCounter
 from jaxlora.model.lora_pool import PoolSpec
 from serve.runner import Runner
 from serve.training import LiveTraining
-from train.data import Example
-from train.parts import PartSizes
+from train.data.examples import Example
+from train.step.microsteps import PartSizes
 from train.trainer import Trainer
 
 pytest_plugins = ["serve_fixtures"]

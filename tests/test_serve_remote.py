@@ -171,7 +171,7 @@ def test_a_job_goes_on_on_another_machine_and_ends_as_an_undisturbed_one(world, 
 
 def test_a_job_waits_for_object_storage_and_a_request_is_told_to_retry(world, tmp_path, monkeypatch):
     monkeypatch.setattr("serve.job_service.RETRY_S", 0.05)
-    monkeypatch.setattr("train.job_readers.RETRY_S", 0.05)
+    monkeypatch.setattr("train.jobs.inputs.RETRY_S", 0.05)
     blobs, copies = faulty("waits"), DiskCopies(1)
     store = AdapterStore(tmp_path / "adapters", host_bytes=0, remote=RemoteVersions(blobs, copies))
     server = Server(replace(world, store=store), tmp_path, remote=Remote(blobs=blobs, copies=copies))

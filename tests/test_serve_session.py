@@ -33,7 +33,7 @@ from jaxlora.core.lora import AdapterRef
 from jaxlora.model.compile_cache import CompileCounter
 from jaxlora.storage.adapter_store import AdapterStore
 from serve.session import Session
-from train.data import Example
+from train.data.examples import Example
 
 ROOT = Path(__file__).resolve().parent.parent
 LINES = [{"prompt": f"say {w}", "completion": w} for w in "abcdefgh"]

@@ -15,7 +15,7 @@ from jaxlora.core.lora import LoraSpec
 from jaxlora.model.lora_pool import PoolSpec
 from serve.runner import Runner
 from serve.training import KEEP_VERSIONS, LiveTraining
-from train.data import Example
+from train.data.examples import Example
 from train.trainer import Trainer
 
 pytest_plugins = ["serve_fixtures"]

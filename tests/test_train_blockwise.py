@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train.blockwise import BLOCK, Blocks, mu_of, nu_of, quantised_mu, quantised_nu, scale_shape
-from train.optimizer import IDLE, Hyper, Moments
-from train.update import update_slots
+from train.step.moments_8bit import BLOCK, Blocks, mu_of, nu_of, quantised_mu, quantised_nu, scale_shape
+from train.step.optimizer import IDLE, Hyper, Moments
+from train.step.update import update_slots
 
 ROWS = 3
 quantise_mu, quantise_nu, read_mu, read_nu = (jax.jit(f) for f in (quantised_mu, quantised_nu, mu_of, nu_of))

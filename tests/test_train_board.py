@@ -20,9 +20,10 @@ from typer.testing import CliRunner
 from jaxlora import cli
 from jaxlora.checkpoints.hf import HfSource
 from jaxlora.config.training import Loss, default_lr
-from train import metrics, run
-from train.board import Board
-from train.metrics import SCALARS, EventFile
+from train.run import command as run
+from train.run import metrics
+from train.run.metrics import SCALARS, EventFile
+from train.run.progress import Board
 from train.trainer import StepReport, Tenant
 
 MODEL = "tiny-llama-tied"

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxlora.core.errors import DataInvalid
-from train.data import Example, ExampleStream, Pair, Rollout, fill_lane, pack, pair_margins, real_tokens
+from train.data.examples import Example, ExampleStream, Pair, Rollout, fill_lane, pack, pair_margins, real_tokens
 
 
 def of_length(n, first=0):

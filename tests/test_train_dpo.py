@@ -9,7 +9,7 @@ import pytest
 from train_world import CONFIG, LANES, assert_same_bits, host, lora, make_trainer, optimizer, pairs, plain_loss
 
 from jaxlora.config.training import Loss
-from train.data import Pair
+from train.data.examples import Pair
 
 BETA = 0.5
 

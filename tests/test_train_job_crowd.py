@@ -11,7 +11,7 @@ from train_world import CONFIG, lora, optimizer
 
 from jaxlora.core.lora import LAYER_TARGETS, AdapterRef, AdapterWeights
 from jaxlora.model.compile_cache import CompileCounter
-from train.data import Example
+from train.data.examples import Example
 
 SLOTS, TOKENS, STEPS = 16, 64, 2
 SMALL_OWNERS, EACH = 4, 9  # the last owner has all other jobs: about 100 times as many as each of these

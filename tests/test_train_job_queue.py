@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.job_queue import FairQueue
+from train.jobs.fair_queue import FairQueue
 
 
 def anyone(key: str) -> bool:

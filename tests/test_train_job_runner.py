@@ -25,8 +25,8 @@ from jaxlora.core.errors import (
 from jaxlora.core.lora import ALL_TARGETS, LAYER_TARGETS, AdapterRef
 from jaxlora.model.compile_cache import CompileCounter
 from jaxlora.peft.folder import export_peft
-from train.data import Example
-from train.jobs import JobRequest
+from train.data.examples import Example
+from train.jobs.job import JobRequest
 from train.trainer import Trainer
 
 

@@ -9,7 +9,7 @@ from fake_tokenizer import END, START, FakeTokenizer, endless, forgetful, strict
 
 from jaxlora.config.training import LOSSES
 from jaxlora.core.errors import DataInvalid
-from train.jsonl import (
+from train.data.jsonl import (
     chat_example,
     completion_example,
     load_jsonl,

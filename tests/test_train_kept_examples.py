@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from jaxlora.core.errors import DataInvalid
-from train.data import Example, Pair, Rollout
-from train.kept_examples import EXAMPLE_BYTES, KeptExamples
+from train.data.example_cache import EXAMPLE_BYTES, KeptExamples
+from train.data.examples import Example, Pair, Rollout
 
 
 class Loader:

@@ -14,7 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from jaxlora.config.training import LOSSES, LossName
-from train.losses import BRANCHES, LossInputs, token_losses
+from train.step.losses import BRANCHES, LossInputs, token_losses
 
 J = 12
 NAMES = list(LOSSES)

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxlora.core.errors import AlreadyExists, DataInvalid, InvalidRequest, NotFound, StateInvalid
-from train import mixer as mixer_module
-from train.data import Example, ExampleStream
-from train.mixer import MAX_BATCH, Mixer
+from train.data import mixer as mixer_module
+from train.data.examples import Example, ExampleStream
+from train.data.mixer import MAX_BATCH, Mixer
 
 LENGTH = 12
 

@@ -29,11 +29,11 @@ from jaxlora.model.compile_cache import CompileCounter
 from jaxlora.model.lora_pool import layer_count
 from jaxlora.model.mesh import make_mesh
 from jaxlora.storage.checkpoints import restore_state, save_state
-from train.optimizer import IDLE, Hyper, Moments, stochastic_bfloat16
-from train.parking import Parking
-from train.state import empty_state
+from train.jobs.states import Parking
+from train.step.optimizer import IDLE, Hyper, Moments, stochastic_bfloat16
+from train.step.state import empty_state
+from train.step.update import update_slots
 from train.trainer import Trainer
-from train.update import update_slots
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 F32, U8 = np.dtype(np.float32), np.dtype(np.uint8)

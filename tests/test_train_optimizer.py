@@ -10,8 +10,8 @@ import pytest
 from train_world import assert_same_bits, host, optimizer
 
 from jaxlora.core.errors import ConfigInvalid
-from train.optimizer import IDLE, NO_CLIP, Hyper, Moments, Optimizer
-from train.update import update_slots
+from train.step.optimizer import IDLE, NO_CLIP, Hyper, Moments, Optimizer
+from train.step.update import update_slots
 
 SHAPES = {"q_proj": ((2, 3, 5), (2, 3, 4)), "lm_head": ((1, 3, 6), (1, 3, 7))}  # (a_LRX, b_LRY)
 ROWS = [

@@ -10,10 +10,10 @@ import pytest
 from train_world import assert_same_bits, examples, host, lora, make_trainer, optimizer, strong_rows
 
 from jaxlora.core.errors import NotFound, StorageFailed
-from train import parking as parking_module
-from train.optimizer import Moments
-from train.parking import Parking
-from train.state import SlotState, fresh_seat
+from train.jobs import states as parking_module
+from train.jobs.states import Parking
+from train.step.optimizer import Moments
+from train.step.state import SlotState, fresh_seat
 
 
 def make_state(seed: int) -> SlotState:

@@ -25,7 +25,7 @@ from jaxlora.core.lora import ALL_TARGETS
 from jaxlora.model.compile_cache import CompileCounter
 from jaxlora.model.lora_pool import PoolSpec
 from jaxlora.model.mesh import make_mesh
-from train.parts import PartSizes
+from train.step.microsteps import PartSizes
 from train.trainer import FIRST_PART, StepReport, Trainer
 
 LANES = 4

@@ -26,8 +26,8 @@ from train_world import (
 from jaxlora.config.training import Remat
 from jaxlora.model.decoder import REMAT, load_base
 from jaxlora.model.mesh import make_mesh
-from train.state import empty_state, fresh_seat
-from train.step import make_programs
+from train.step.state import empty_state, fresh_seat
+from train.step.step import make_programs
 
 pytestmark = pytest.mark.slow  # three compiles of a step of so many layers
 LAYERS = 8  # what is kept grows with them, what the step needs besides does not

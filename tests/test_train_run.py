@@ -24,10 +24,11 @@ from jaxlora.core.lora import AdapterRef
 from jaxlora.model.lora_pool import empty_pool
 from jaxlora.model.mesh import make_mesh
 from jaxlora.storage.adapter_store import AdapterStore
-from train import metrics, run
-from train.batch import idle_batch
-from train.data import Example
-from train.step import lane_gradients
+from train.data.examples import Example
+from train.run import command as run
+from train.run import metrics
+from train.step.batch import idle_batch
+from train.step.step import lane_gradients
 from train.trainer import Trainer
 
 LINES = [{"messages": [{"role": "user", "content": f"say {w}"}, {"role": "assistant", "content": w}]} for w in "abcdef"]

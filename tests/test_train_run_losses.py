@@ -14,8 +14,8 @@ from train_world import examples, pairs, rollouts
 from typer.testing import CliRunner
 
 from jaxlora import cli
-from train.data import Pair, Rollout
-from train.run import digest
+from train.data.examples import Pair, Rollout
+from train.run.command import digest
 
 
 def ask(*answers: str) -> list[list[dict[str, str]]]:

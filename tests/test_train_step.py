@@ -37,11 +37,11 @@ from jaxlora.model.decoder import load_base
 from jaxlora.model.lora_pool import PoolSpec
 from jaxlora.model.mesh import make_mesh
 from pallas_kernels import NO_ADAPTER
-from train.batch import idle_batch
-from train.data import Example
-from train.optimizer import IDLE, Hyper
-from train.state import SlotState, empty_state, fresh_seat, halves
-from train.step import lane_gradients
+from train.data.examples import Example
+from train.step.batch import idle_batch
+from train.step.optimizer import IDLE, Hyper
+from train.step.state import SlotState, empty_state, fresh_seat, halves
+from train.step.step import lane_gradients
 
 LOSS, GRAD = 1e-5, 2e-5
 SPECS = {0: lora(3), 2: lora(8), 5: lora(2, ("q_proj", "lm_head")), 8: lora(1, ("down_proj",))}  # by slot

@@ -34,7 +34,7 @@ from jaxlora.core.model_config import target_features
 from jaxlora.model.lora_pool import PoolSpec, host_rows
 from jaxlora.model.mesh import make_mesh
 from jaxlora.storage.checkpoints import restore_state, save_state
-from train.state import fresh_adapter
+from train.step.state import fresh_adapter
 from train.trainer import Trainer
 
 

@@ -21,11 +21,11 @@ from jaxlora.core.model_config import ModelConfig, parameters, target_features
 from jaxlora.model.decoder import Base, load_base
 from jaxlora.model.lora_pool import PoolSpec, Rows, host_rows, layer_count
 from jaxlora.model.mesh import make_mesh
-from train.batch import TrainBatch, idle_batch, put_lane
-from train.data import Example, Pair, Rollout, fill_lane
-from train.optimizer import Optimizer
-from train.state import Due
-from train.step import make_programs
+from train.data.examples import Example, Pair, Rollout, fill_lane
+from train.step.batch import TrainBatch, idle_batch, put_lane
+from train.step.optimizer import Optimizer
+from train.step.state import Due
+from train.step.step import make_programs
 from train.trainer import Trainer
 
 CONFIG = ModelConfig(

@@ -14,8 +14,8 @@ from jaxlora.core.lora import ALL_TARGETS, ATTENTION_TARGETS, Adapter, AdapterRe
 from jaxlora.model.decoder import Base
 from jaxlora.model.lora_pool import PoolSpec
 from jaxlora.model.mesh import make_mesh
-from train.data import Example
-from train.optimizer import Optimizer
+from train.data.examples import Example
+from train.step.optimizer import Optimizer
 from train.trainer import Trainer
 
 FOLDER = peft_world.FIXTURES.parent / "trained"

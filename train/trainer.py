@@ -24,15 +24,15 @@ from jaxlora.model.decoder import Base
 from jaxlora.model.lora_pool import PoolSpec, Rows, adapter_of_rows, host_rows
 from jaxlora.model.mesh import check_lanes, place, place_rows, replicated
 from pallas_kernels import NO_ADAPTER
-from train.batch import LaneSums, TrainBatch, idle_batch, idle_sums, put_dropout, put_lane, put_sums
-from train.data import ExampleStream, Lane, Unit, check_kind, pack, pair_margins, real_tokens
-from train.mixer import Mixer
-from train.parts import Parts, PartSizes
-from train.references import References
-from train.seats import Seats
-from train.state import SlotState, States, UpdateReport, empty_state, fresh_adapter, fresh_seat
-from train.step import make_programs
-from train.tenants import (
+from train.data.examples import ExampleStream, Lane, Unit, check_kind, pack, pair_margins, real_tokens
+from train.data.mixer import Mixer
+from train.dpo_reference import References
+from train.slot_buckets import Seats
+from train.step.batch import LaneSums, TrainBatch, idle_batch, idle_sums, put_dropout, put_lane, put_sums
+from train.step.microsteps import Parts, PartSizes
+from train.step.state import SlotState, States, UpdateReport, empty_state, fresh_adapter, fresh_seat
+from train.step.step import make_programs
+from train.tenant import (
     MAX_BAD_STEPS,
     Evaluation,
     MixedStep,
@@ -67,7 +67,7 @@ class Trainer:
     ):
         """`buckets`: slots by largest rank, from the smallest on.  A tenant sits in the first bucket that its rank fits.
 
-        moments: the dtype that AdamW's moments are kept in (see `train.optimizer`, for uint8 `train.blockwise`).
+        moments: the dtype that AdamW's moments are kept in (see `train.step.optimizer`, for uint8 `train.step.moments_8bit`).
         remat: what a step keeps of a layer for its gradient (see `jaxlora.model.decoder.REMAT`).
         parts: how small the parts of a step are, for a trainer that shares its device; None: a step is one program.
         Raises ConfigInvalid for lane_tokens that are not whole blocks, for lanes that do not divide over the mesh, for

@@ -23,8 +23,8 @@ import optax
 from jax import lax
 
 from pallas_kernels import NO_ADAPTER
-from train.blockwise import Blocks, mu_of, nu_of
-from train.optimizer import Halves, Hyper, Moments, adamw, in_float32, kept_mu, kept_nu, rounding_bits
+from train.step.moments_8bit import Blocks, mu_of, nu_of
+from train.step.optimizer import Halves, Hyper, Moments, adamw, in_float32, kept_mu, kept_nu, rounding_bits
 
 
 @jax.tree_util.register_dataclass

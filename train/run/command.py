@@ -38,13 +38,13 @@ from jaxlora.model.lora_pool import PoolSpec
 from jaxlora.peft.folder import export_peft
 from jaxlora.storage.adapter_store import AdapterStore
 from jaxlora.storage.checkpoints import read_meta, restore_state, save_state
-from train import metrics
-from train.board import Board, progress
-from train.data import Unit
-from train.job_files import digest
-from train.jsonl import load_jsonl
-from train.metrics import EventFile, plot_curves
-from train.state import SlotState
+from train.data.examples import Unit
+from train.data.jsonl import load_jsonl
+from train.jobs.inputs import digest
+from train.run import metrics
+from train.run.metrics import EventFile, plot_curves
+from train.run.progress import Board, progress
+from train.step.state import SlotState
 from train.trainer import MAX_BAD_STEPS, Evaluation, Trainer
 
 HOST_BYTES = 2**30  # of adapter versions kept in RAM

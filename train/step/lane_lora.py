@@ -17,7 +17,7 @@ from jaxlora.core.lora import HEAD_TARGET
 from jaxlora.model.lora_pool import LaneLora, LoraLayout, LoraRows, Rows
 from pallas_kernels import NO_ADAPTER
 from pallas_kernels.segmented_lora.op import take_layer_rows
-from train.optimizer import Halves
+from train.step.optimizer import Halves
 
 
 def slots_of(pool: Rows) -> int:

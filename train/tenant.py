@@ -9,9 +9,9 @@ import numpy as np
 
 from jaxlora.config.training import Loss
 from jaxlora.core.lora import LoraSpec
-from train.batch import LaneSums, TrainBatch
-from train.data import ExampleStream, Lane
-from train.optimizer import Optimizer
+from train.data.examples import ExampleStream, Lane
+from train.step.batch import LaneSums, TrainBatch
+from train.step.optimizer import Optimizer
 
 MAX_BAD_STEPS = 5  # skipped updates in a row after which a tenant stops
 

@@ -23,11 +23,11 @@ from jaxlora.model.lora_pool import DropoutLora, LaneLora, LoraLayout, Rows
 from jaxlora.model.mesh import attention_placement, replicated
 from pallas_kernels.attention.op import packed_attention
 from pallas_kernels.cross_entropy.op import target_logprob
-from train.batch import LaneSums, TrainBatch
-from train.lanes import StepLora, lane_rows
-from train.losses import LossInputs, token_losses
-from train.optimizer import Halves
-from train.state import (
+from train.step.batch import LaneSums, TrainBatch
+from train.step.lane_lora import StepLora, lane_rows
+from train.step.losses import LossInputs, token_losses
+from train.step.optimizer import Halves
+from train.step.state import (
     Due,
     States,
     add_gradients,
@@ -37,7 +37,7 @@ from train.state import (
     unseat,
     with_gradients,
 )
-from train.update import UpdateReport
+from train.step.update import UpdateReport
 
 
 def lane_losses(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from train.data import Lane, Pair, fill_lane
+from train.data.examples import Lane, Pair, fill_lane
 
 
 class References:

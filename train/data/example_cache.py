@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jaxlora.storage.single_flight import SingleFlight
-from train.data import Unit
+from train.data.examples import Unit
 
 EXAMPLE_BYTES = 400  # of an example in memory, beside its numbers
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxlora.config.training import CROSS_ENTROPY
 from jaxlora.core.errors import DataInvalid, JaxLoraError
-from train.data import KINDS, Example, Pair, Rollout, Unit, check_kind
+from train.data.examples import KINDS, Example, Pair, Rollout, Unit, check_kind
 
 ROLES = ("system", "user", "assistant")
 SHOWN_PROBLEMS = 5  # of a bad file; reading stops there

@@ -21,7 +21,7 @@ from jax import lax
 
 from jaxlora.config.training import NO_CLIP, Optimizer
 from jaxlora.core.lora import ALL_TARGETS
-from train.blockwise import Blocks, quantised_mu, quantised_nu
+from train.step.moments_8bit import Blocks, quantised_mu, quantised_nu
 
 __all__ = ["IDLE", "NO_CLIP", "Halves", "Hyper", "Moments", "Optimizer", "adamw"]
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxlora.config.training import LOSSES, Loss
 from pallas_kernels import NO_ADAPTER
-from train.data import Lane
+from train.data.examples import Lane
 
 
 @jax.tree_util.register_dataclass

@@ -25,13 +25,11 @@ from jaxlora.core.errors import AdapterNotFinite, AlreadyExists, JaxLoraError, N
 from jaxlora.core.lora import AdapterWeights, LoraSpec, check_name
 from jaxlora.model.lora_pool import adapter_of_rows
 from jaxlora.storage.checkpoint_writer import CheckpointWriter
-from train.data import Unit
-from train.job_files import Facts, JobFiles, LiveJob, Material
-from train.job_queue import FairQueue
-from train.job_readers import JobReaders
-from train.job_states import JobStates
-from train.jobs import EventLog, Job, JobEvent, JobRequest, JobsConfig, Level, Shelf, State, said
-from train.parking import Parking
+from train.data.examples import Unit
+from train.jobs.fair_queue import FairQueue
+from train.jobs.inputs import Facts, JobFiles, JobReaders, LiveJob, Material
+from train.jobs.job import EventLog, Job, JobEvent, JobRequest, JobsConfig, Level, Shelf, State, said
+from train.jobs.states import JobStates, Parking
 from train.trainer import FIRST_PART, MAX_BAD_STEPS, Evaluation, StepReport, Trainer
 
 

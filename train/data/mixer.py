@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from jaxlora.core.errors import AlreadyExists, InvalidRequest, NotFound, StateInvalid
-from train.data import ExampleStream, Lane, Unit, check_length, fill_lane, first_fit_decreasing, real_tokens
+from train.data.examples import ExampleStream, Lane, Unit, check_length, fill_lane, first_fit_decreasing, real_tokens
 
 MAX_BATCH = 4096  # examples of one optimizer step: what the host packs at once
 

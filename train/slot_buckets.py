@@ -13,8 +13,8 @@ from jaxlora.core.errors import ConfigInvalid, StateInvalid
 from jaxlora.core.lora import LoraSpec
 from jaxlora.model.lora_pool import PoolSpec
 from pallas_kernels import NO_ADAPTER
-from train.optimizer import IDLE, Hyper
-from train.state import Due
+from train.step.optimizer import IDLE, Hyper
+from train.step.state import Due
 
 
 class Seats:

@@ -31,11 +31,11 @@ from jaxlora.core.model_config import ModelConfig
 from jaxlora.model.decoder import Base, embedded, final_norm, forward_some, head_weight
 from jaxlora.model.lora_pool import LaneLora, Rows
 from jaxlora.model.mesh import RULES, check_lanes, place, place_rows, replicated
-from train.batch import LaneSums, TrainBatch
-from train.lanes import lane_rows
-from train.optimizer import Halves
-from train.state import States, add_gradients, halves, with_gradients, with_halves
-from train.step import lane_attend, lane_tokens, lora_layout, summed, target_logprobs, with_dropout
+from train.step.batch import LaneSums, TrainBatch
+from train.step.lane_lora import lane_rows
+from train.step.optimizer import Halves
+from train.step.state import States, add_gradients, halves, with_gradients, with_halves
+from train.step.step import lane_attend, lane_tokens, lora_layout, summed, target_logprobs, with_dropout
 
 
 @jax.tree_util.register_dataclass

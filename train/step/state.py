@@ -25,10 +25,10 @@ from jaxlora.model.decoder import Base
 from jaxlora.model.lora_pool import LoraRows, PoolSpec, Rows, empty_pool, layer_count
 from jaxlora.model.mesh import replicated
 from pallas_kernels import NO_ADAPTER
-from train.blockwise import Blocks, block_count, scale_shape
-from train.lanes import own_slots
-from train.optimizer import BlockHalves, Halves, Hyper, Moments
-from train.update import UpdateReport, update_slots
+from train.step.lane_lora import own_slots
+from train.step.moments_8bit import Blocks, block_count, scale_shape
+from train.step.optimizer import BlockHalves, Halves, Hyper, Moments
+from train.step.update import UpdateReport, update_slots
 
 
 @jax.tree_util.register_dataclass
