@@ -27,8 +27,8 @@ from serving import Server, request, server
 
 from jaxlora.config.serving import Tuning
 from jaxlora.core.lora import AdapterRef
-from serve.engine import Engine
-from serve.request import Request
+from serve.engine.engine import Engine
+from serve.engine.request import Request
 
 SLOTS, CLIENTS, PROMPT = 8, 16, 24
 WAITING, LONG_ANSWER, WAIT_S = 64, 400, 20.0

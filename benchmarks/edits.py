@@ -18,12 +18,11 @@ import jax
 import numpy as np
 from serving import request, server
 
-import serve.sampling
 from jaxlora.model.mesh import place_rows
-from serve.edits import LogitEdits, RowEdits
-from serve.grammar import Grammars, GrammarSource
-from serve.packed import Layout
-from serve.step import step_program
+from serve.engine import sampling
+from serve.engine.grammar import Grammars, GrammarSource
+from serve.engine.logit_edits import LogitEdits, RowEdits
+from serve.engine.step import Layout, step_program
 
 ROWS, SEEN = 32, 500
 SCHEMA = (
@@ -66,7 +65,7 @@ def main() -> None:
 
         args = (engine.base, engine._pool, engine._kv, words_GW, idle, layout)
         whole = engine._program.lower(*args).compile()
-        with mock.patch.object(serve.sampling, "edited", lambda logits_BV, edits: logits_BV):
+        with mock.patch.object(sampling, "edited", lambda logits_BV, edits: logits_BV):
             jax.clear_caches()  # or the program is not traced again
             bare = step_program(engine.mesh).lower(*args).compile()
         for name, program in (("with", whole), ("without", bare)):

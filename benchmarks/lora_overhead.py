@@ -34,8 +34,8 @@ from jaxlora.model.kv_cache import KVPages, empty_pages, paged_attend
 from jaxlora.model.lora_pool import LaneLora, LoraRows, PoolSpec, PromptLora, Rows, TokenLora, empty_pool
 from pallas_kernels.bench import run as bench
 from pallas_kernels.bench.cases import GATHERED_ALTERNATIVES
-from serve.edits import LogitEdits
-from serve.sampling import SamplingBatch, sample
+from serve.engine.logit_edits import LogitEdits
+from serve.engine.sampling import SamplingBatch, sample
 from train.step.batch import TrainBatch, idle_batch
 from train.step.step import lane_gradients, lane_losses
 

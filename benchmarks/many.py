@@ -45,8 +45,8 @@ from jaxlora.core.lora import AdapterRef
 from jaxlora.model import compile_cache
 from jaxlora.storage.adapter_files import save_version
 from jaxlora.storage.adapter_store import AdapterStore
-from serve.assemble import make_runner, open_store
-from serve.engine import Engine
+from serve.engine.engine import Engine
+from serve.server.build import make_runner, open_store
 
 REGISTERED, DISTINCT, FEW = 10_000, 2_000, 64
 RANK, PROMPT, ANSWER = 8, 32, (24, 41)
@@ -125,7 +125,7 @@ def start(config: ServeConfig) -> tuple[float, float, float]:
         path = Path(folder) / "serve.toml"
         path.write_text("\n".join(['data = "data"', *lines]))
         started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-        command = [sys.executable, "-m", "jaxlora.cli", "serve", str(path)]
+        command = [sys.executable, "-m", "serve.cli.main", "serve", str(path)]
         with subprocess.Popen(command, text=True, stdout=subprocess.PIPE) as server:
             assert server.stdout is not None
             url = next(line for line in server.stdout if line.startswith("serving ")).split()[-1]

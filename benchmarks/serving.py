@@ -18,9 +18,9 @@ from jaxlora.core.lora import LAYER_TARGETS, Adapter, AdapterRef, LoraSpec
 from jaxlora.core.model_config import target_features
 from jaxlora.model import compile_cache
 from jaxlora.model.lora_pool import layer_count
-from serve.assemble import make_runner, open_store
-from serve.request import Request, SamplingParams
-from serve.runner import Runner
+from serve.engine.request import Request, SamplingParams
+from serve.runtime.device_thread import Runner
+from serve.server.build import make_runner, open_store
 
 IDS = itertools.count()
 

@@ -36,8 +36,8 @@ from jaxlora.config.serving import Tuning
 from jaxlora.core.errors import AdapterNotFinite, AdapterNotFound, StorageFailed
 from jaxlora.core.lora import Adapter, AdapterRef, LoraSpec
 from jaxlora.model.compile_cache import CompileCounter
-from serve.auth import LOCAL_TENANT
-from serve.http_server import make_http
+from serve.access.caller import LOCAL_TENANT
+from serve.server.uvicorn import make_http
 from serve.session import Session
 
 CLIENTS, ADAPTERS, RANK, SLOTS = 12, 24, 8, 4

@@ -201,7 +201,7 @@ def main(arguments: list[str] | None = None) -> int:
         config = Path(folder) / "serve.toml"
         sizes = {"rows": args.rows, "pages": 8 * args.rows, "waiting": args.waiting, "grace_s": args.grace_s}
         config.write_text(CONFIG.format(model=args.model, folder=folder, **sizes))
-        command = [sys.executable, "-m", "jaxlora.cli", "serve", str(config)]
+        command = [sys.executable, "-m", "serve.cli.main", "serve", str(config)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             try:
                 assert process.stdout is not None

@@ -30,10 +30,10 @@ from jaxlora.config.training import Optimizer
 from jaxlora.core.lora import LoraSpec
 from jaxlora.model import compile_cache
 from jaxlora.model.lora_pool import PoolSpec
-from serve.assemble import make_runner, open_store, stop
-from serve.request import Delta, Request, SamplingParams
-from serve.runner import Runner
-from serve.training import LiveTraining
+from serve.engine.request import Delta, Request, SamplingParams
+from serve.runtime.device_thread import Runner
+from serve.runtime.live_training import LiveTraining
+from serve.server.build import make_runner, open_store, stop
 from train.data.examples import Example
 from train.step.microsteps import small_parts
 from train.trainer import Trainer

@@ -30,11 +30,11 @@ from jaxlora.core.lora import LAYER_TARGETS, AdapterRef, check_name
 from jaxlora.model import compile_cache
 from jaxlora.model.lora_pool import PoolSpec
 from jaxlora.peft.folder import export_peft
-from serve.assemble import make_runner, open_store, stop
-from serve.auth import LOCAL_TENANT
-from serve.request import Request, SamplingParams
-from serve.runner import Runner
-from serve.training import LiveTraining, warm_up
+from serve.access.caller import LOCAL_TENANT
+from serve.engine.request import Request, SamplingParams
+from serve.runtime.device_thread import Runner
+from serve.runtime.live_training import LiveTraining, warm_up
+from serve.server.build import make_runner, open_store, stop
 from train.data.examples import Unit
 from train.data.jsonl import load_jsonl, read_examples
 from train.step.microsteps import small_parts

@@ -29,14 +29,14 @@ from jaxlora.model.decoder import load_base
 from jaxlora.model.lora_pool import PoolSpec
 from jaxlora.model.mesh import make_mesh
 from jaxlora.storage.adapter_store import AdapterStore
-from serve.adapter_quota import AdapterQuota
-from serve.adapters import AdapterService
-from serve.adapters_api import AdaptersWire
-from serve.app import create_app
-from serve.auth import Caller
-from serve.engine import Engine, EngineConfig
-from serve.limits import Limiter
-from serve.runner import Runner
+from serve.access.adapter_quota import AdapterQuota
+from serve.access.caller import Caller
+from serve.access.rate_limit import Limiter
+from serve.api.adapters.routes import AdaptersWire
+from serve.api.adapters.service import AdapterService
+from serve.engine.engine import Engine, EngineConfig
+from serve.runtime.device_thread import Runner
+from serve.server.app import create_app
 
 BASE = "owner/tiny"
 BASE_FOLDER = peft_world.base_folder("llama")

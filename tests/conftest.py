@@ -49,7 +49,7 @@ def perturbed_shapes(request: pytest.FixtureRequest) -> Iterator[None]:
         if request.config.getoption("--perturb-shapes"):
             from perturbed import perturbed_run
 
-            from serve.engine import Engine
+            from serve.engine.engine import Engine
 
             patch.setattr(Engine, "_run", perturbed_run)
         yield

@@ -5,7 +5,7 @@ import uuid
 
 import pytest
 
-from serve.database import Database
+from serve.db.database import Database
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])

@@ -1,6 +1,6 @@
 """Records to keep in a database."""
 
-from serve.records import CheckpointRecord, FileRecord, GradientRecord, JobRecord, KeyRecord, NewEvent
+from serve.db.models import CheckpointRecord, FileRecord, GradientRecord, JobRecord, KeyRecord, NewEvent
 
 
 def key_record(id="key-1", tenant="acme", *, created_s=1.0, role="tenant"):

@@ -15,8 +15,8 @@ from small_world import tiny_path
 
 from jaxlora.config.base import ModelSection
 from jaxlora.config.serving import serve_defaults
-from serve import assemble
-from serve.engine import Engine
+from serve.engine.engine import Engine
+from serve.server import build as assemble
 
 
 def main(store: Path, grace_s: float, step_s: float) -> None:

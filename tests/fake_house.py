@@ -14,10 +14,10 @@ import uvicorn
 from jaxlora.checkpoints.chat_template import ChatTemplate
 from jaxlora.core.errors import AdapterNotFound, InvalidRequest
 from jaxlora.core.lora import AdapterRef
-from serve.grammar import Grammars
-from serve.house import ModelCard
-from serve.request import Delta, FinishReason, PromptLogprob, TokenLogprob
-from serve.stops import StopStrings
+from serve.engine.grammar import Grammars
+from serve.engine.output import StopStrings
+from serve.engine.request import Delta, FinishReason, PromptLogprob, TokenLogprob
+from serve.runtime.backend import ModelCard
 
 EOS, BOS, MARK = 256, 257, 258
 BASE = "org/base"

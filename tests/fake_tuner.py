@@ -11,12 +11,12 @@ import numpy as np
 
 from jaxlora.core.errors import AdapterInvalid, AdapterNotFinite, AdapterNotFound, QuotaExceeded
 from jaxlora.core.lora import AdapterRef
-from serve.database import Database
-from serve.gradient_api import GradientWire
-from serve.gradient_house import GradientConfig
-from serve.records import GradientRecord
-from serve.stored_answers import StoredAnswers
-from serve.stored_gradient import StoredGradient
+from serve.api.gradient.complete import GradientConfig
+from serve.api.gradient.routes import GradientWire
+from serve.db.database import Database
+from serve.db.gradient import StoredGradient
+from serve.db.idempotency import StoredAnswers
+from serve.db.models import GradientRecord
 
 MAX_RANK = 64
 

@@ -9,14 +9,14 @@ from pathlib import Path
 from fake_house import ByteTokenizer, FakeHouse, serving
 
 from jaxlora.config.serving import LimitsSection
-from serve.app import create_app
-from serve.auth import Caller
-from serve.database import Database
-from serve.file_store import FileStore
-from serve.files_api import FilesWire
-from serve.idempotency import Once
-from serve.limits import Limiter
-from serve.stored_files import StoredFiles
+from serve.access.caller import Caller
+from serve.access.rate_limit import Limiter
+from serve.api.files.routes import FilesWire
+from serve.api.files.service import FileStore
+from serve.db.database import Database
+from serve.db.files import StoredFiles
+from serve.http.idempotency import Once
+from serve.server.app import create_app
 from train.data.jsonl import load_jsonl
 
 GOOD = b'{"prompt": "2+2=", "completion": "4"}\n' * 3

@@ -10,8 +10,8 @@ from fake_house import FakeHouse, serving
 from fake_tuner import FakeTuner, gradient_over
 from gradient_world import API, LONGEST, MOST, by_key, gradientai
 
-from serve.app import create_app
-from serve.gradient_errors import gradient_response
+from serve.api.gradient.errors import gradient_response
+from serve.server.app import create_app
 
 
 @pytest.fixture(scope="module")

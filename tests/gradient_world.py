@@ -5,8 +5,8 @@ from __future__ import annotations
 import warnings
 
 from jaxlora.core.errors import Unauthorized
-from serve.auth import Caller
-from serve.gradient_errors import API
+from serve.access.caller import Caller
+from serve.api.gradient.errors import API
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it is written for the pydantic of its time

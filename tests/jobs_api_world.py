@@ -16,17 +16,17 @@ from jaxlora.checkpoints.load import Opened
 from jaxlora.config.serving import LimitsSection, ServeConfig, TrainingSection, serve_defaults
 from jaxlora.core.errors import Unauthorized
 from jaxlora.storage.disk_cache import Remote
-from serve.adapter_quota import AdapterQuota
-from serve.app import create_app
-from serve.auth import Caller
-from serve.database import Database
-from serve.file_store import FileStore
-from serve.idempotency import Once
-from serve.job_host import JobHost, make_job_host
-from serve.jobs_api import JobsWire
-from serve.limits import Limiter
-from serve.runner import Runner
-from serve.stored_files import StoredFiles
+from serve.access.adapter_quota import AdapterQuota
+from serve.access.caller import Caller
+from serve.access.rate_limit import Limiter
+from serve.api.files.service import FileStore
+from serve.api.jobs.routes import JobsWire
+from serve.db.database import Database
+from serve.db.files import StoredFiles
+from serve.http.idempotency import Once
+from serve.runtime.device_thread import Runner
+from serve.server.app import create_app
+from serve.server.build_jobs import JobHost, make_job_host
 from train.data.jsonl import load_jsonl
 
 BASE = "owner/tiny"

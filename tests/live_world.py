@@ -11,8 +11,8 @@ from serve_world import RANK, World
 from jaxlora.config.training import Optimizer
 from jaxlora.core.lora import LoraSpec
 from jaxlora.model.lora_pool import PoolSpec
-from serve.live_jobs import GuestCall, JobNews, LiveJobs, Published
-from serve.runner import Runner
+from serve.jobs.live_jobs import GuestCall, JobNews, LiveJobs, Published
+from serve.runtime.device_thread import Runner
 from train.data.examples import Example
 from train.jobs.job import JobRequest, JobsConfig
 from train.jobs.runner import Jobs

@@ -9,12 +9,12 @@ import sys
 import time
 from pathlib import Path
 
-from jaxlora import cli
+from serve.cli import main as cli
 
 
 def break_steps(folder: Path) -> None:
     """Has the engine look for the files before each step, and use each once."""
-    from serve.engine import Engine
+    from serve.engine.engine import Engine
 
     step = Engine.step
 

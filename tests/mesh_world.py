@@ -29,8 +29,8 @@ from jaxlora.model.decoder import Base, load_base
 from jaxlora.model.lora_pool import PoolSpec
 from jaxlora.model.mesh import describe, make_mesh
 from jaxlora.storage.adapter_store import AdapterStore
-from serve.engine import Engine, EngineConfig
-from serve.request import Request, SamplingParams
+from serve.engine.engine import Engine, EngineConfig
+from serve.engine.request import Request, SamplingParams
 from train.trainer import Trainer
 
 VOCAB = 384  # at least the tiny tokenizer's, and divisible by 2 and 3

@@ -14,10 +14,10 @@ import jax
 import numpy as np
 
 from jaxlora.model.decoder import Base
-from serve.edits import LogitEdits
-from serve.engine import Engine
-from serve.sampling import StepOutput
-from serve.step import StepBatch
+from serve.engine.engine import Engine
+from serve.engine.logit_edits import LogitEdits
+from serve.engine.sampling import StepOutput
+from serve.engine.step import StepBatch
 
 NORMS = ("attn_norm", "mlp_norm", "norm")
 FLIPPED = {  # (of prompt chunks, of full size) → which features

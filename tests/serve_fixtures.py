@@ -14,8 +14,8 @@ from jaxlora.model.decoder import load_base
 from jaxlora.model.lora_pool import PoolSpec
 from jaxlora.model.mesh import make_mesh
 from jaxlora.storage.adapter_store import AdapterStore
-from serve.engine import Engine
-from serve.runner import Runner
+from serve.engine.engine import Engine
+from serve.runtime.device_thread import Runner
 
 
 @pytest.fixture(scope="session")

@@ -18,10 +18,10 @@ from jaxlora.core.lora import ALL_TARGETS, Adapter, AdapterRef, LoraSpec
 from jaxlora.core.model_config import ModelConfig, target_features
 from jaxlora.model.lora_pool import PoolSpec, Rows, empty_pool, host_rows, write_slot
 from jaxlora.storage.adapter_store import AdapterStore
-from serve.engine import Engine, EngineConfig
-from serve.pages import PageAllocator
-from serve.request import Delta, PromptLogprob, Request, SamplingParams, TokenLogprob
-from serve.runner import Runner
+from serve.engine.engine import Engine, EngineConfig
+from serve.engine.page_cache import PageAllocator
+from serve.engine.request import Delta, PromptLogprob, Request, SamplingParams, TokenLogprob
+from serve.runtime.device_thread import Runner
 
 MODEL = "tiny-llama-tied"
 BASE = "owner/tiny"  # what its server calls it

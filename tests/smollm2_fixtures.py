@@ -12,7 +12,7 @@ from jaxlora.config.base import MeshSection, ModelSection
 from jaxlora.core.lora import ALL_TARGETS
 from jaxlora.model.lora_pool import PoolSpec
 from jaxlora.storage.adapter_store import AdapterStore
-from serve.engine import Engine
+from serve.engine.engine import Engine
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import numpy as np
 from jaxlora.checkpoints.load import Opened
 from jaxlora.core.lora import ALL_TARGETS, ATTENTION_TARGETS, LAYER_TARGETS, Adapter, AdapterRef, LoraSpec
 from jaxlora.storage.adapter_store import AdapterStore
-from serve.engine import EngineConfig
+from serve.engine.engine import EngineConfig
 from train.step.state import fresh_adapter
 
 SLOTS, RANK = 8, 16

@@ -16,9 +16,8 @@ from jaxlora.model.decoder import Base
 from jaxlora.model.kv_cache import KVPages, page_format
 from jaxlora.model.lora_pool import LoraRows, PoolSpec, Rows, layer_count, row_axes
 from jaxlora.model.mesh import RULES, replicated, sharding
-from serve.edits import LogitEdits
-from serve.packed import Layout
-from serve.step import StepBatch, step_program
+from serve.engine.logit_edits import LogitEdits
+from serve.engine.step import Layout, StepBatch, step_program
 from train.step.batch import idle_batch
 from train.step.moments_8bit import Blocks, scale_shape
 from train.step.optimizer import IDLE, Hyper, Moments

@@ -15,8 +15,8 @@ import httpx2
 import pytest
 from typer.testing import CliRunner
 
-from jaxlora import cli
 from jaxlora.config.training import TrainConfig, load
+from serve.cli import main as cli
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
@@ -104,7 +104,7 @@ def test_the_serving_config_serves_the_base_and_what_was_trained(trained, tmp_pa
     """On a free port, from the store the training config left; one adapter more comes as a PEFT folder."""
     path = changed(SERVE, tmp_path / "serve.toml", dtype='"float32"', adapters=f'"{trained}/store"')
     path.write_text(path.read_text() + f'\n[[load]]\nname = "imported"\npath = "{trained}/plural/peft"\n')
-    command = [sys.executable, "-m", "jaxlora.cli", "serve", str(path), "--port", "0"]
+    command = [sys.executable, "-m", "serve.cli.main", "serve", str(path), "--port", "0"]
     with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stderr is not None

@@ -17,11 +17,11 @@ import yaml
 from fake_house import FakeHouse, serving
 from typer.testing import CliRunner
 
-from jaxlora import cli
 from jaxlora.config.serving import ServeConfig
 from jaxlora.config.training import load
-from serve.app import create_app
-from serve.assemble import LOST_EXIT
+from serve.cli import main as cli
+from serve.server.app import create_app
+from serve.server.build import LOST_EXIT
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "deploy"
@@ -114,7 +114,7 @@ def test_the_settings_are_whole_and_keep_everything_in_one_folder():
 def test_the_command_starts_a_server_with_these_settings(monkeypatch, request, command):
     ((target, (config, file), named),) = told(monkeypatch, command())
     host = "127.0.0.1" if request.node.callspec.id == "systemd" else "0.0.0.0"
-    assert (target, config, named) == ("serve.assemble:main", replace(settings(), host=host), {})
+    assert (target, config, named) == ("serve.server.build:main", replace(settings(), host=host), {})
     assert file == DEPLOY / "serve.toml"
 
 
@@ -122,7 +122,7 @@ def test_the_command_starts_a_server_with_these_settings(monkeypatch, request, c
 def test_a_server_that_others_reach_has_a_key_before_it_starts(monkeypatch, text):
     words = re.search(r"\bkeys create [^>\n]*", (DEPLOY / text).read_text())[0].split()
     ((target, _, named),) = told(monkeypatch, words)
-    assert (target, named["role"], named["config"]) == ("serve.key_commands:create", "admin", DEPLOY / "serve.toml")
+    assert (target, named["role"], named["config"]) == ("serve.cli.key_commands:create", "admin", DEPLOY / "serve.toml")
 
 
 def test_the_paths_that_are_asked_are_routes_that_need_no_key():

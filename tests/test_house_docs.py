@@ -23,10 +23,10 @@ import typer
 from fake_house import serving
 from whole_world import joined, whole_config
 
-from jaxlora import cli
 from jaxlora.config.serving import ServeConfig
 from jaxlora.config.training import TrainConfig, load
 from jaxlora.storage.adapter_store import AdapterStore
+from serve.cli import main as cli
 from train.data.jsonl import load_jsonl
 
 pytest_plugins = ["serve_fixtures"]

@@ -27,7 +27,7 @@ from adapters_world import (
 )
 
 from jaxlora.core.errors import StorageFailed
-from serve.app import FORM_BYTES
+from serve.server.app import FORM_BYTES
 
 pytest_plugins = ["adapters_fixtures"]
 MIB = 2**20
@@ -282,7 +282,7 @@ def test_a_full_disk_is_told_and_leaves_nothing_R9(shelf, acme, unchanged, monke
     def full(*_args, **_named):
         raise OSError(28, "No space left on device")
 
-    for place in ("serve.multipart._FormReader.feed", "jaxlora.storage.version_files.save_version"):
+    for place in ("serve.http.multipart._FormReader.feed", "jaxlora.storage.version_files.save_version"):
         with monkeypatch.context() as patch:
             patch.setattr(place, full)
             response = upload(acme, "x", zip_of(seeded(1)))

@@ -277,7 +277,7 @@ class TestTheRulesCanFail:
         [
             ("jaxlora/model/pool.py", "from train import data", True),
             ("jaxlora/model/pool.py", "import serve.http.sse", True),
-            ("train/run/command.py", "def f():\n    from serve.engine.request import Request", True),
+            ("train/run/command.py", "def f():\n    from serve.engine.engine.request import Request", True),
             ("pallas_kernels/shapes.py", "import jaxlora", True),
             ("serve/server/app.py", "import train.run.command.command, jaxlora.model.decoder.pool", False),
             ("serve/server/app.py", "from .. import session", False),
@@ -307,21 +307,24 @@ class TestTheRulesCanFail:
             pytest.param({"serve/db/x.py": "import jax"}, 1, id="itself"),
             pytest.param({"serve/db/x.py": "def f():\n    from jax import numpy"}, 1, id="in-a-function"),
             pytest.param(
-                {"serve/db/x.py": "import serve.engine.e", "serve/engine/e.py": "import optax"}, 1, id="other"
+                {"serve/db/x.py": "import serve.engine.engine.e", "serve/engine/e.py": "import optax"}, 1, id="other"
             ),
             pytest.param(
-                {"serve/db/x.py": "from serve.engine.e import E", "serve/engine/e.py": "def f():\n    import jax"},
+                {
+                    "serve/db/x.py": "from serve.engine.engine.e import E",
+                    "serve/engine/e.py": "def f():\n    import jax",
+                },
                 0,
                 id="a-choice-made-when-it-runs",
             ),
             pytest.param(
-                {"serve/db/x.py": "def f():\n    import serve.engine.e", "serve/engine/e.py": "import jax"},
+                {"serve/db/x.py": "def f():\n    import serve.engine.engine.e", "serve/engine/e.py": "import jax"},
                 0,
                 id="late",
             ),
             pytest.param(
                 {
-                    "serve/db/x.py": "import serve.engine.e",
+                    "serve/db/x.py": "import serve.engine.engine.e",
                     "serve/engine/e.py": "",
                     "serve/engine/__init__.py": "import jax",
                 },
@@ -330,7 +333,7 @@ class TestTheRulesCanFail:
             ),
             pytest.param({"serve/db/x.py": "", "serve/__init__.py": "import jax"}, 1, id="the-package-around-us"),
             pytest.param({"serve/db/deep/x.py": "import flax"}, 1, id="below"),
-            pytest.param({"serve/engine/e.py": "import jax", "serve/database.py": "import jax"}, 0, id="not-pure"),
+            pytest.param({"serve/engine/e.py": "import jax", "serve/db/database.py": "import jax"}, 0, id="not-pure"),
             pytest.param({"jaxlora/core/x.py": "class C:\n    import jax.numpy as jnp"}, 1, id="in-a-class"),
         ],
     )

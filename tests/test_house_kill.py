@@ -56,7 +56,7 @@ def server(folder: Path):
     (folder / "serve.toml").write_text(CONFIG.format(model=tiny_path("tiny-llama-tied")))
     with (folder / "log.txt").open("a") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "jaxlora.cli", "serve", str(folder / "serve.toml")],
+            [sys.executable, "-m", "serve.cli.main", "serve", str(folder / "serve.toml")],
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,

@@ -23,7 +23,7 @@ from jaxlora.core.errors import ConfigInvalid
 from jaxlora.core.model_config import ModelConfig
 from jaxlora.model.decoder import load_base
 from jaxlora.model.mesh import MESH_AXES, check_lanes, check_model, describe, make_mesh
-from serve.engine import Engine
+from serve.engine.engine import Engine
 from train.trainer import Trainer
 
 TESTS = Path(__file__).parent

@@ -92,7 +92,7 @@ def start_one(job: Path, count: int, i: int, place: dict[str, str]) -> subproces
         "COLUMNS": "200",
         "JAX_PROCESS_ID": str(i),
     }
-    command = [sys.executable, "-W", "error", "-m", "jaxlora.cli", "train", str(job)]
+    command = [sys.executable, "-W", "error", "-m", "serve.cli.main", "train", str(job)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=env | place, cwd=job.parent, **pipes)
 

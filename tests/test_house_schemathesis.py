@@ -25,17 +25,17 @@ from whole_world import joined, whole_config
 
 from jaxlora.config.serving import LimitsSection
 from jaxlora.storage.adapter_store import AdapterStore
-from serve.app import create_app
-from serve.database import Database
-from serve.files_api import FilesWire
-from serve.gradient_api import GradientWire
-from serve.gradient_errors import API, gradient_response
-from serve.gradient_house import GradientConfig
-from serve.idempotency import Once
-from serve.limits import Limiter
-from serve.openapi import DOCUMENT_PATH
-from serve.stored_answers import StoredAnswers
-from serve.stored_gradient import StoredGradient
+from serve.access.rate_limit import Limiter
+from serve.api.files.routes import FilesWire
+from serve.api.gradient.complete import GradientConfig
+from serve.api.gradient.errors import API, gradient_response
+from serve.api.gradient.routes import GradientWire
+from serve.db.database import Database
+from serve.db.gradient import StoredGradient
+from serve.db.idempotency import StoredAnswers
+from serve.http.idempotency import Once
+from serve.http.schema import DOCUMENT_PATH
+from serve.server.app import create_app
 
 pytest_plugins = ["serve_fixtures"]
 

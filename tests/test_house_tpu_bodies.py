@@ -12,7 +12,7 @@ from serve_world import ask, run_all
 from jaxlora.core.lora import ALL_TARGETS
 from jaxlora.model.lora_pool import PoolSpec
 from pallas_kernels import dispatch
-from serve.packed import Layout
+from serve.engine.step import Layout
 from train.step.batch import idle_batch
 from train.step.state import TrainState, empty_state
 from train.step.step import make_programs

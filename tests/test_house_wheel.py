@@ -44,13 +44,13 @@ def test_wheel_holds_every_file_of_the_packages(wheel):
 def test_wheel_names_its_command(wheel):
     with zipfile.ZipFile(wheel) as archive:
         (entry,) = [n for n in archive.namelist() if n.endswith("entry_points.txt")]
-        assert "jaxlora = jaxlora.cli:main" in archive.read(entry).decode()
+        assert "jaxlora = serve.cli.main:main" in archive.read(entry).decode()
 
 
 def test_jaxlora_answers_from_an_empty_directory(wheel, tmp_path):
     code = "import sys, jaxlora; assert sys.argv[1] in jaxlora.__file__, jaxlora.__file__"
     env = {**os.environ, "PYTHONPATH": str(wheel)}
-    for arguments in (["-c", code, str(wheel)], ["-m", "jaxlora.cli", "--help"]):
+    for arguments in (["-c", code, str(wheel)], ["-m", "serve.cli.main", "--help"]):
         run = subprocess.run(
             [sys.executable, *arguments], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
         )

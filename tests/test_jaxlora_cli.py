@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from jaxlora import cli, doctor
 from jaxlora.config.serving import serve_defaults
 from jaxlora.core.errors import AdapterInvalid, ConfigInvalid
-from jaxlora.neighbours import check_neighbours, own_home
+from serve.cli import doctor
+from serve.cli import main as cli
+from serve.cli.neighbours import check_neighbours, own_home
 
 ROOT = Path(__file__).resolve().parent.parent
 # pydantic is not in it: typer itself imports it for the help of a command.
@@ -42,8 +43,8 @@ def run(*arguments: str, width: int = 200):
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([c, "--help"] for c in COMMANDS)])
 def test_help_imports_nothing_heavy(arguments):
     code = (
-        "import sys, jaxlora.cli\n"
-        "try: jaxlora.cli.main()\n"
+        "import sys, serve.cli.main\n"
+        "try: serve.cli.main.main()\n"
         "finally: print('\\nLOADED', *sorted({m.split('.')[0] for m in sys.modules}))"
     )
     out = subprocess.run(
@@ -72,16 +73,16 @@ def test_demo_hands_on_its_options(entry):
     assert run("demo", "--exit", "--port", "0", "--out", "o", "--seed", "5").exit_code == 0
     assert run("demo").exit_code == 0
     assert entry == [
-        ("serve.demo:main", (), {"exit_after": True, "port": 0, "out": Path("o"), "seed": 5}),
-        ("serve.demo:main", (), {"exit_after": False, "port": 8000, "out": None, "seed": 0}),
+        ("serve.demo.command:main", (), {"exit_after": True, "port": 0, "out": Path("o"), "seed": 5}),
+        ("serve.demo.command:main", (), {"exit_after": False, "port": 8000, "out": None, "seed": 0}),
     ]
 
 
 def test_chat_hands_on_its_options(entry):
     assert run("chat").exit_code == run("chat", "roman@2", "--url", "http://h:1").exit_code == 0
     assert entry == [
-        ("serve.chat:main", (), {"url": "http://127.0.0.1:8000", "key": None, "name": None}),
-        ("serve.chat:main", (), {"url": "http://h:1", "key": None, "name": "roman@2"}),
+        ("serve.cli.chat:main", (), {"url": "http://127.0.0.1:8000", "key": None, "name": None}),
+        ("serve.cli.chat:main", (), {"url": "http://h:1", "key": None, "name": "roman@2"}),
     ]
 
 
@@ -101,7 +102,7 @@ def test_export_hands_on_its_options(entry):
 
 def test_serve_with_a_model_only(entry):
     assert run("serve", "--model", "smollm2").exit_code == 0
-    assert entry == [("serve.assemble:main", (serve_defaults("smollm2", Path("adapters")), None), {})]
+    assert entry == [("serve.server.build:main", (serve_defaults("smollm2", Path("adapters")), None), {})]
 
 
 def test_serve_options_replace_what_the_file_says(entry):
@@ -156,7 +157,7 @@ def test_another_error_keeps_its_traceback(monkeypatch):
 
 def test_ctrl_c_is_exit_130():
     code = (
-        "import os, signal, time, jaxlora.cli as cli\n"
+        "import os, signal, time, serve.cli.main as cli\n"
         "def main(path):\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    time.sleep(30)\n"
@@ -188,7 +189,7 @@ def test_a_stranger_is_refused_before_anything_runs(tmp_path, name, kind):
     stranger.write_text("raise SystemExit('the stranger ran')")
     env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     done = subprocess.run(
-        [sys.executable, "-m", "jaxlora.cli", "train", "c.toml"],
+        [sys.executable, "-m", "serve.cli.main", "train", "c.toml"],
         capture_output=True,
         text=True,
         check=False,

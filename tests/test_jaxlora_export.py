@@ -13,7 +13,6 @@ from model_world import Lane, base_of, logits_alone, logits_of, pool_of
 from small_world import TINY_MODELS, smollm2_prompts, tiny_expected, tiny_path
 from typer.testing import CliRunner
 
-from jaxlora import cli
 from jaxlora.checkpoints.gguf import GgufSource
 from jaxlora.checkpoints.hf import HfSource, read_json
 from jaxlora.checkpoints.load import base_hash, open_source, smollm2_path
@@ -24,6 +23,7 @@ from jaxlora.peft import export
 from jaxlora.peft.folder import empty_weights, export_peft
 from jaxlora.peft.merge import write_merged
 from jaxlora.storage.adapter_store import AdapterStore
+from serve.cli import main as cli
 
 ATOL = 1e-4  # float32, logits of order one to ten
 LENGTH = 64

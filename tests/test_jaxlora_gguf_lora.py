@@ -11,13 +11,13 @@ import pytest
 from small_world import tiny_path
 from typer.testing import CliRunner
 
-from jaxlora import cli
 from jaxlora.checkpoints.hf import HfSource
 from jaxlora.core.errors import AdapterInvalid
 from jaxlora.core.lora import ALL_TARGETS, LAYER_TARGETS, Adapter, AdapterRef, LoraSpec, ModuleException
 from jaxlora.core.model_config import ModelConfig
 from jaxlora.peft.folder import empty_weights
 from jaxlora.peft.gguf import write_gguf_lora
+from serve.cli import main as cli
 
 NAMES = {  # as llama.cpp calls them
     "q_proj": "blk.{}.attn_q.weight",

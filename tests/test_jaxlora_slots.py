@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from jaxlora.core.lora import AdapterRef
-from jaxlora.slots import SlotTable
+from serve.engine.slots import SlotTable
 
 
 def ref(name: str, version: int = 1, tenant: str = "ada") -> AdapterRef:

@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 
 from jaxlora.core.errors import InvalidRequest
 from jaxlora.core.lora import AdapterRef
-from jaxlora.slots import SlotTable
-from serve.active import ActiveSet, Exchange, Work
-from serve.shares import TokenShares, quotas
+from serve.engine.slot_scheduler import ActiveSet, Exchange, TokenShares, Work, quotas
+from serve.engine.slots import SlotTable
 
 
 def adapter(number: int, tenant: str = "acme", version: int = 1) -> AdapterRef:

@@ -325,7 +325,7 @@ def test_bytes_of_all_versions_are_bounded(shelf, acme, root, zoo, bot):
 
 @pytest.mark.parametrize("limit", ["MAX_TRANSFERS", "MAX_TRANSFERS_OF_TENANT"])
 def test_only_so_many_uploads_at_once(shelf, acme, monkeypatch, limit):
-    monkeypatch.setattr(f"serve.adapters_api.{limit}", 0)
+    monkeypatch.setattr(f"serve.api.adapters.routes.{limit}", 0)
     response = upload(acme, "bot", zip_of(seeded(1)))
     assert error_of(response)[:2] == (503, "overloaded")
     assert int(response.headers["retry-after"]) >= 1
@@ -342,7 +342,7 @@ def test_a_download_that_nobody_reads_ends_and_gives_its_place_back(shelf, acme,
         return replace(exported, file=io.BytesIO(bytes(size)), nbytes=size)
 
     monkeypatch.setattr(shelf.service, "export", large)
-    monkeypatch.setattr("serve.adapters_api.MAX_TRANSFERS_OF_TENANT", 1)
+    monkeypatch.setattr("serve.api.adapters.routes.MAX_TRANSFERS_OF_TENANT", 1)
     path = f"/v1/adapters/{bot}/download"
     with acme.stream("GET", path, headers={"x-request-timeout-s": "0.5"}) as response:
         assert response.headers["content-length"] == str(size)

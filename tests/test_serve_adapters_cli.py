@@ -9,9 +9,9 @@ import pytest
 from adapters_world import BASE_FOLDER, adapter_files, answer, seeded, write_files, zip_of
 from typer.testing import CliRunner
 
-from jaxlora import cli
 from jaxlora.peft.export import read_stored
 from jaxlora.storage.adapter_store import AdapterStore
+from serve.cli import main as cli
 
 pytest_plugins = ["adapters_fixtures"]
 

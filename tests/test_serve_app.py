@@ -10,8 +10,8 @@ import pytest
 from fake_house import BASE, FakeHouse, serving
 
 from jaxlora.core.errors import ConfigInvalid, InvalidRequest, Unauthorized
-from serve.app import LOOPBACK_HOSTS, create_app, hosts_for
-from serve.auth import Caller
+from serve.access.caller import Caller
+from serve.server.app import LOOPBACK_HOSTS, create_app, hosts_for
 
 CHAT = {"model": BASE, "messages": [{"role": "user", "content": "hi"}]}
 

@@ -7,8 +7,8 @@ import random
 import pytest
 
 from jaxlora.core.errors import InvalidRequest
-from serve.budget import Budget, BudgetSettings
-from serve.histogram import Histogram
+from serve.engine.telemetry import Histogram
+from serve.runtime.budget import Budget, BudgetSettings
 
 STEP_S, PARTS = 0.030, {"forward": 0.025, "backward": 0.040, "update": 0.055}
 

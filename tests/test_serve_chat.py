@@ -20,9 +20,9 @@ import pytest
 from fake_house import BASE
 
 from jaxlora.core.errors import InvalidRequest
-from serve import chat
-from serve.chat_client import AnswerFailed
-from serve.chat_columns import Columns
+from serve.cli import chat
+from serve.cli.chat_client import AnswerFailed
+from serve.cli.chat_columns import Columns
 
 pytest_plugins = ["wire_fixtures"]
 ROOT = Path(__file__).resolve().parent.parent
@@ -199,7 +199,9 @@ class Terminal:
         self.own, theirs = os.openpty()
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 12, 60, 0, 0))
         # The terminal must be the process's own, or Ctrl-C would reach nobody.
-        code = "import fcntl, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); from jaxlora.cli import main; main()"
+        code = (
+            "import fcntl, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); from serve.cli.main import main; main()"
+        )
         env = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")} | {"TERM": "xterm"}
         self.process = subprocess.Popen(
             [sys.executable, "-c", code, "chat", *arguments],

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from serve.chat_columns import GAP, Columns, clean, wrap
+from serve.cli.chat_columns import GAP, Columns, clean, wrap
 
 TEXT = st.text("ab 日é🌍\n", max_size=60)
 

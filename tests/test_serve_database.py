@@ -20,13 +20,13 @@ from sqlalchemy import inspect, text
 from sqlmodel import SQLModel, select
 
 from jaxlora.core.errors import ConfigInvalid, NotFound, StorageFull, Unavailable
-from serve.database import Database, parse
-from serve.migrations import REVISIONS, migrate
-from serve.stored_files import StoredFiles
-from serve.stored_gradient import StoredGradient
-from serve.stored_jobs import StoredJobs
-from serve.stored_keys import StoredKeys
-from serve.tables import FileRow, to_row
+from serve.db.database import Database, parse
+from serve.db.files import StoredFiles
+from serve.db.gradient import StoredGradient
+from serve.db.jobs import StoredJobs
+from serve.db.keys import StoredKeys
+from serve.db.migrations import REVISIONS, migrate
+from serve.db.models import FileRow, to_row
 
 pytest_plugins = ["database_fixtures"]
 
@@ -93,7 +93,7 @@ class TestMigrations:
 
         database.write(lambda s: migrate(s.connection(), to=1))
         broken = (REVISIONS[0], type(REVISIONS[1])(id="0002", upgrade=half, downgrade=half))
-        monkeypatch.setattr("serve.migrations.REVISIONS", broken)
+        monkeypatch.setattr("serve.db.migrations.REVISIONS", broken)
         with pytest.raises(RuntimeError):
             Database(database_url)
         monkeypatch.undo()
@@ -149,7 +149,7 @@ class TestTransactions:
 
     def test_ask_gives_up_on_a_database_that_hangs(self, database, monkeypatch):
         monkeypatch.setattr(database, "_patience_s", 0.01)
-        monkeypatch.setattr("serve.database.BUSY_S", 0.01)
+        monkeypatch.setattr("serve.db.database.BUSY_S", 0.01)
         done = threading.Event()
         with pytest.raises(Unavailable):
             asyncio.run(database.ask(done.wait, 5))
@@ -254,7 +254,7 @@ class TestSqlite:
         keys.insert(key_record())
 
     def test_a_lock_that_ends_in_time_is_not_noticed(self, url, monkeypatch):
-        monkeypatch.setattr("serve.database.BUSY_S", 0.02)  # so that our own retries do it
+        monkeypatch.setattr("serve.db.database.BUSY_S", 0.02)  # so that our own retries do it
         with closing(Database(url, patience_s=5)) as database:
             held, release = threading.Event(), threading.Event()
 

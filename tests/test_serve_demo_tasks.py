@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from serve.demo_tasks import (
+from serve.demo.tasks import (
     HELDOUT,
     TRAIN,
     Task,

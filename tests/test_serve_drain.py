@@ -18,8 +18,8 @@ import httpx2
 import pytest
 from rich.console import Console
 
-from serve import demo
-from serve.demo_tasks import demo_tasks
+from serve.demo import command as demo
+from serve.demo.tasks import demo_tasks
 
 TESTS = Path(__file__).parent
 TOKENS = 24

@@ -10,9 +10,9 @@ import pytest
 
 from jaxlora.core.errors import InvalidRequest
 from jaxlora.model.compile_cache import CompileCounter
-from serve.edits import LogitEdits, RowEdits, edited
-from serve.request import MAX_LOGIT_BIAS, SamplingParams
-from serve.sampling import SamplingBatch, StepOutput, sample
+from serve.engine.logit_edits import LogitEdits, RowEdits, edited
+from serve.engine.request import MAX_LOGIT_BIAS, SamplingParams
+from serve.engine.sampling import SamplingBatch, StepOutput, sample
 
 ROWS, VOCAB, PLACES = 6, 70, 40
 ENDS = (2, 9)

@@ -14,7 +14,7 @@ from jaxlora.core.errors import AdapterInvalid
 from jaxlora.core.lora import ATTENTION_TARGETS, AdapterRef
 from jaxlora.model.compile_cache import CompileCounter
 from jaxlora.model.lora_pool import PoolSpec, host_rows
-from serve.request import FinishReason
+from serve.engine.request import FinishReason
 
 pytest_plugins = ["serve_fixtures"]
 

@@ -9,11 +9,11 @@ import pytest
 from serve_world import ask, check_idle, run_all, settle
 
 from jaxlora.core.errors import JaxLoraError
-from serve.answers import Answer
-from serve.edits import RowEdits
-from serve.grammar import GrammarSource, GrammarState
-from serve.request import FinishReason
-from serve.runner import Runner
+from serve.engine.grammar import GrammarSource, GrammarState
+from serve.engine.logit_edits import RowEdits
+from serve.engine.output import Answer
+from serve.engine.request import FinishReason
+from serve.runtime.device_thread import Runner
 
 pytest_plugins = ["serve_fixtures"]
 LETTERS = GrammarSource(kind="regex", text="[a-z ]{200}", param="x")
@@ -71,7 +71,7 @@ def bad(request, world, grammar, monkeypatch):
             monkeypatch.setattr(GrammarState, "take", broken(GrammarState.take, 1, error))
             return ask("bad", None, 5, 20, grammar=grammar), 1
         case "its scores":
-            monkeypatch.setattr("serve.answers.PromptLogprob", broken(dict, 0, TypeError("no")))
+            monkeypatch.setattr("serve.engine.output.PromptLogprob", broken(dict, 0, TypeError("no")))
             return ask("bad", world.adapters[1], 20, 20, prompt_logprobs=1), 0
     monkeypatch.setattr(Answer, "_text", only("bad", Answer._text, RuntimeError("no")))
     return ask("bad", world.adapters[0], 5, 20), 0

@@ -14,8 +14,8 @@ from serve_world import SLOTS, Answer, ask, random_weights, run_all, step, with_
 from jaxlora.core.errors import AdapterInvalid, AdapterNotFinite, AdapterNotFound, BaseMismatch
 from jaxlora.core.lora import ALL_TARGETS, AdapterRef
 from jaxlora.model.lora_pool import host_rows
-from serve.adapter_loads import FAILED_S, READERS
-from serve.request import FinishReason
+from serve.engine.adapter_loads import FAILED_S, READERS
+from serve.engine.request import FinishReason
 
 pytest_plugins = ["serve_fixtures"]
 

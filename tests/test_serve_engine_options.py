@@ -10,8 +10,8 @@ from serve_world import CONFIG, ask, forget_pages, run_all, watch_programs, with
 from test_serve_edits import by_hand
 
 from jaxlora.model.compile_cache import CompileCounter
-from serve.request import MAX_TOP_LOGPROBS, FinishReason
-from serve.sequence import Plan
+from serve.engine.request import MAX_TOP_LOGPROBS, FinishReason
+from serve.engine.sequence import Plan
 
 pytest_plugins = ["serve_fixtures"]
 VOCAB = 320

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from serve_world import CONFIG, SLOTS, Answer, Ran, ask, read_all, run_all, step, watch_programs, with_pages
 
-from serve.engine import Engine
-from serve.sequence import Plan, Sequence
+from serve.engine.engine import Engine
+from serve.engine.sequence import Plan, Sequence
 
 pytest_plugins = ["serve_fixtures"]
 PROMPT, TOKENS = 19, 10  # three chunks, the last of them short; five pages and a bit

@@ -11,8 +11,8 @@ import pytest
 from serve_world import CONFIG, Answer, ask, check_engine, check_idle, run_all, step, with_pages
 
 from jaxlora.core.errors import AlreadyExists, ContextLengthExceeded, InvalidRequest, Overloaded
-from serve.request import FinishReason
-from serve.sequence import Plan
+from serve.engine.request import FinishReason
+from serve.engine.sequence import Plan
 
 pytest_plugins = ["serve_fixtures"]
 

@@ -19,10 +19,10 @@ from database_world import job_record
 from files_world import GOOD, files_server, on_disk, opened
 
 from jaxlora.config.serving import LimitsSection
-from serve import file_store
-from serve.database import Database
-from serve.stored_files import StoredFiles
-from serve.stored_jobs import StoredJobs
+from serve.api.files import service as file_store
+from serve.db.database import Database
+from serve.db.files import StoredFiles
+from serve.db.jobs import StoredJobs
 
 pytest_plugins = ["database_fixtures"]
 
@@ -260,11 +260,11 @@ class TestFaults:
 
         with monkeypatch.context() as broken:
             if place == "write":
-                broken.setattr("serve.multipart._FormReader._take_data", full)
+                broken.setattr("serve.http.multipart._FormReader._take_data", full)
             elif place == "move":
                 broken.setattr(Path, "rename", full)
             elif database.read(lambda s: s.get_bind().dialect.name) == "sqlite":
-                broken.setattr("serve.stored_files.used_bytes", full_database)
+                broken.setattr("serve.db.files.used_bytes", full_database)
             else:
                 pytest.skip("a full PostgreSQL is a matter of its SQLSTATE alone")
             with pytest.raises(openai.InternalServerError) as caught:
@@ -340,7 +340,7 @@ class TestFaults:
         assert "could not be checked" in caplog.text
 
     def test_more_uploads_at_once_than_there_may_be(self, server, monkeypatch):
-        monkeypatch.setattr("serve.files_api.MAX_UPLOADS", 0)
+        monkeypatch.setattr("serve.api.files.routes.MAX_UPLOADS", 0)
         answer = post(server[0], **FORM)
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
 

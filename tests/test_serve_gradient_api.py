@@ -14,11 +14,11 @@ from gradient_world import API, LONGEST, by_key, error_of
 
 from jaxlora.config.serving import LimitsSection
 from jaxlora.core.errors import StorageFailed
-from serve.app import create_app
-from serve.gradient_api import GradientWire
-from serve.gradient_errors import gradient_response
-from serve.gradient_house import GradientConfig
-from serve.limits import Limiter
+from serve.access.rate_limit import Limiter
+from serve.api.gradient.complete import GradientConfig
+from serve.api.gradient.errors import gradient_response
+from serve.api.gradient.routes import GradientWire
+from serve.server.app import create_app
 
 pytest_plugins = ["gradient_fixtures"]
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from serve.gradient_choice import choose
+from serve.api.gradient.complete import choose
 
 SCORES = [-3.0, -1.0, -2.0, -1.0]
 

@@ -13,13 +13,13 @@ from gradientai.openapi.client import exceptions as told
 from jobs_api_world import BASE, LANE_TOKENS, Server, by_key
 
 from jaxlora.config.serving import LimitsSection
-from serve.adapters import AdapterService
-from serve.app import create_app
-from serve.gradient_api import GradientWire
-from serve.gradient_errors import gradient_response
-from serve.gradient_house import GradientConfig
-from serve.stored_answers import StoredAnswers
-from serve.stored_gradient import StoredGradient
+from serve.api.adapters.service import AdapterService
+from serve.api.gradient.complete import GradientConfig
+from serve.api.gradient.errors import gradient_response
+from serve.api.gradient.routes import GradientWire
+from serve.db.gradient import StoredGradient
+from serve.db.idempotency import StoredAnswers
+from serve.server.app import create_app
 
 pytest_plugins = ["serve_fixtures"]
 SAMPLES = [{"inputs": "Q: 2+2? A: 4"}, {"inputs": "Q: 3+3? A: 6", "multiplier": 0.5}]
@@ -154,7 +154,9 @@ def test_without_room_for_more_versions_a_call_replaces_the_oldest(server, sdk, 
 
 
 def test_a_choice_is_the_one_that_was_trained(world, sdk, monkeypatch):
-    monkeypatch.setattr("serve.gradient_api.secrets.randbelow", lambda most: 7)  # one draw in ten learns too slowly
+    monkeypatch.setattr(
+        "serve.api.gradient.routes.secrets.randbelow", lambda most: 7
+    )  # one draw in ten learns too slowly
     base = sdk.get_base_model(base_model_slug=BASE.rpartition("/")[2])
     adapter = base.create_model_adapter(name="chooser", learning_rate=0.05)
     ask = {"query": "colour?", "auto_template": False, "temperature": 0}

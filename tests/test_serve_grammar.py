@@ -18,9 +18,9 @@ from small_world import TINY_MODELS, tiny_path
 from jaxlora.checkpoints.load import open_model
 from jaxlora.core.errors import InvalidRequest, Overloaded
 from jaxlora.model.compile_cache import CompileCounter
-from serve import grammar
-from serve.grammar import Grammar, Grammars, GrammarSource, llguidance_tokenizer
-from serve.request import FinishReason
+from serve.engine import grammar
+from serve.engine.grammar import Grammar, Grammars, GrammarSource, llguidance_tokenizer
+from serve.engine.request import FinishReason
 
 pytest_plugins = ["serve_fixtures"]
 BYTES = Grammars(ByteTokenizer())

@@ -15,11 +15,11 @@ from fastapi import APIRouter
 from serve_world import BASE, ask
 
 from jaxlora.core.errors import Unavailable
-from serve.app import create_app
-from serve.engine import Engine
-from serve.http_server import make_http
-from serve.runner import Runner
-from serve.watch import HANG_S, Watch
+from serve.engine.engine import Engine
+from serve.runtime.device_thread import Runner
+from serve.runtime.watchdog import HANG_S, Watch
+from serve.server.app import create_app
+from serve.server.uvicorn import make_http
 
 pytest_plugins = ["serve_fixtures"]
 SOON_S = 0.2
@@ -175,7 +175,7 @@ def check_failed(told):
 
 
 def test_a_thread_that_dies_ends_the_server_after_open_requests_have_got_their_errors(stuck, monkeypatch, caplog):
-    monkeypatch.setattr("serve.http_server.LAST_WORDS_S", 0.5)
+    monkeypatch.setattr("serve.server.uvicorn.LAST_WORDS_S", 0.5)
     with ending(stuck) as (runner, http, url):
         told, others = [], []
         reader, other = stream(url, told), endless(url, others)
@@ -194,7 +194,7 @@ def test_a_thread_that_dies_ends_the_server_after_open_requests_have_got_their_e
 
 def test_a_hang_does_not_keep_the_server_from_ending(stuck, monkeypatch, caplog):
     """Neither who is in the device thread's hands nor who waits for it to look is left without an answer."""
-    monkeypatch.setattr("serve.runner.END_S", 0.3)
+    monkeypatch.setattr("serve.runtime.device_thread.END_S", 0.3)
     with ending(stuck) as (runner, http, url):
         told, late = [], []
         reader = stream(url, told)

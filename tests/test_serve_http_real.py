@@ -17,8 +17,8 @@ from serve_world import CONFIG, check_idle, stream_greedy
 
 from jaxlora.core.lora import ALL_TARGETS, ATTENTION_TARGETS
 from jaxlora.model.compile_cache import CompileCounter
-from serve.app import create_app
-from serve.runner import Runner
+from serve.runtime.device_thread import Runner
+from serve.server.app import create_app
 
 pytest_plugins = ["serve_fixtures"]
 BASE = "tiny"

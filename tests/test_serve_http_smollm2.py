@@ -11,9 +11,9 @@ import pytest
 from fake_house import serving
 from serve_world import stream_greedy
 
-from serve.app import create_app
-from serve.grammar import llguidance_tokenizer
-from serve.runner import Runner
+from serve.engine.grammar import llguidance_tokenizer
+from serve.runtime.device_thread import Runner
+from serve.server.app import create_app
 
 pytest_plugins = ["smollm2_fixtures"]
 BASE, TOKENS = "smollm2", 12

@@ -15,8 +15,8 @@ from jaxlora.config.serving import LimitsSection
 from jaxlora.core.errors import StateInvalid
 from jaxlora.core.lora import LoraSpec
 from jaxlora.model.lora_pool import adapter_bytes
-from serve.adapters import AdapterService
-from serve.jobs_answers import CheckpointList, EventList, JobList, JobObject
+from serve.api.adapters.service import AdapterService
+from serve.api.jobs.schemas import CheckpointList, EventList, JobList, JobObject
 
 pytest_plugins = ["serve_fixtures"]
 ENDED = ("succeeded", "failed", "cancelled")

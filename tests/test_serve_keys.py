@@ -14,14 +14,14 @@ from database_world import key_record
 from fake_house import BASE, HI, FakeHouse, serving
 from typer.testing import CliRunner
 
-from jaxlora import cli
 from jaxlora.core.errors import ConfigInvalid, InvalidRequest, Unavailable
-from serve.app import create_app
-from serve.auth import LOCAL
-from serve.database import Database
-from serve.door import Door
-from serve.keys import HALF, PREFIX, Keys, create_key, digest
-from serve.stored_keys import StoredKeys
+from serve.access.caller import LOCAL
+from serve.access.keys import HALF, PREFIX, Keys, create_key, digest
+from serve.cli import main as cli
+from serve.db.database import Database
+from serve.db.keys import StoredKeys
+from serve.http.drain import Door
+from serve.server.app import create_app
 
 WITHIN_S = 1.0  # a change holds
 

@@ -18,13 +18,13 @@ from starlette.routing import Route
 from whole_world import WORKSPACE, bearer, joined, leaves, whole_config
 
 from jaxlora.storage.adapter_store import AdapterStore
-from serve.app import OPEN_PATHS
-from serve.database import Database
-from serve.keys import create_key
-from serve.openapi import DOCUMENT_PATH
-from serve.stored_gradient import StoredGradient
-from serve.stored_jobs import StoredJobs
-from serve.stored_keys import StoredKeys
+from serve.access.keys import create_key
+from serve.db.database import Database
+from serve.db.gradient import StoredGradient
+from serve.db.jobs import StoredJobs
+from serve.db.keys import StoredKeys
+from serve.http.schema import DOCUMENT_PATH
+from serve.server.app import OPEN_PATHS
 
 pytest_plugins = ["serve_fixtures"]
 

@@ -9,10 +9,10 @@ from fake_house import BASE, HI, FakeHouse, serving
 from jaxlora.config.serving import LimitsSection, NamedLimits
 from jaxlora.core.errors import QuotaExceeded, RateLimited, StorageFailed
 from jaxlora.core.lora import AdapterRef
-from serve.adapter_quota import AdapterQuota
-from serve.app import create_app
-from serve.auth import Caller
-from serve.limits import Limiter
+from serve.access.adapter_quota import AdapterQuota
+from serve.access.caller import Caller
+from serve.access.rate_limit import Limiter
+from serve.server.app import create_app
 
 WHOLE_MINUTE = 1_700_000_040.0  # a multiple of 60
 

@@ -9,7 +9,7 @@ from live_world import LiveWorld, job
 from train_world import assert_same_bits
 
 from jaxlora.core.errors import AdapterNotFinite
-from serve.training import PUBLISH
+from serve.runtime.live_training import PUBLISH
 
 pytest_plugins = ["serve_fixtures"]
 

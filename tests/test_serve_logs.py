@@ -12,9 +12,9 @@ import pytest
 from fake_house import BASE, HI, FakeHouse, serving
 
 from jaxlora.core.errors import Unauthorized
-from serve.app import create_app
-from serve.auth import Caller
-from serve.logs import LOGGERS, log_answered, logging_to
+from serve.access.caller import Caller
+from serve.observability.logs import LOGGERS, log_answered, logging_to
+from serve.server.app import create_app
 
 
 def by_key(connection):

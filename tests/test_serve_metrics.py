@@ -16,13 +16,13 @@ from serve_world import BASE, ask, with_resident
 
 from jaxlora.config.serving import serve_defaults
 from jaxlora.core.errors import Unauthorized
-from serve.app import create_app
-from serve.auth import Caller
-from serve.logs import logging_to
-from serve.metrics import HttpMetrics, MetricsWire
-from serve.observe import observing
-from serve.runner import Runner
-from serve.snapshot import TrainingView
+from serve.access.caller import Caller
+from serve.observability.logs import logging_to
+from serve.observability.metrics import HttpMetrics, MetricsWire
+from serve.runtime.device_thread import Runner
+from serve.runtime.snapshot import TrainingView
+from serve.server.app import create_app
+from serve.server.build import observing
 
 pytest_plugins = ["serve_fixtures"]
 

@@ -12,7 +12,7 @@ import pytest
 from offload_world import COUNTS, DTYPES, F, L, P, Z, check_compiled, check_moves, on_mesh, random_bits
 
 from jaxlora.model.mesh import make_mesh
-from serve.offload import PageMover, page_bytes
+from serve.engine.kv_offload import PageMover, page_bytes
 
 TESTS = Path(__file__).parent
 

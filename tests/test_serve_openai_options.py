@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from fake_house import BASE, HI, ByteTokenizer, events
 
-from serve.openai_stream import prompt_offsets
-from serve.sequence import Sequence
+from serve.api.openai.logprobs import prompt_offsets
+from serve.engine.sequence import Sequence
 
 pytest_plugins = ["wire_fixtures"]
 

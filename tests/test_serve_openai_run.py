@@ -10,7 +10,7 @@ import pytest
 from fake_house import BASE, HI, events, serving
 
 from jaxlora.core.errors import JaxLoraError, Overloaded, StateInvalid, Unavailable
-from serve.app import create_app
+from serve.server.app import create_app
 
 pytest_plugins = ["wire_fixtures"]
 

@@ -9,7 +9,7 @@ from fake_house import BASE, HI
 from openai.types import completion_create_params as completion_params
 from openai.types.chat import completion_create_params as chat_params
 
-from serve.openai_types import ChatBody, CompletionBody
+from serve.api.openai.schemas import ChatBody, CompletionBody
 
 pytest_plugins = ["wire_fixtures"]
 

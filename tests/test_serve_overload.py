@@ -20,11 +20,11 @@ from fake_house import serving
 from serve_world import BASE, CONFIG, check_idle, settle, with_resident
 
 from jaxlora.config.serving import LimitsSection, NamedLimits
-from serve.app import create_app
-from serve.auth import Caller
-from serve.engine import Engine
-from serve.limits import Limiter
-from serve.runner import Runner
+from serve.access.caller import Caller
+from serve.access.rate_limit import Limiter
+from serve.engine.engine import Engine
+from serve.runtime.device_thread import Runner
+from serve.server.app import create_app
 
 pytest_plugins = ["serve_fixtures"]
 PROMPT, TOKENS = 5, 8  # of a request; it takes TOKENS steps

@@ -7,8 +7,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.packed import Layout
-from serve.step import StepBatch
+from serve.engine.step import Layout, StepBatch
 
 
 @settings(max_examples=25, deadline=None)

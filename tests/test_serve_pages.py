@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from jaxlora.core.lora import AdapterRef
-from serve.pages import PageAllocator
+from serve.engine.page_cache import PageAllocator
 
 PAGES, PAGE_TOKENS = 8, 2
 WORDS = st.sampled_from([1, 257])  # equal in their last byte

@@ -31,8 +31,8 @@ from jaxlora.config.training import Optimizer
 from jaxlora.core.lora import LoraSpec
 from jaxlora.model.compile_cache import CompileCounter
 from jaxlora.model.lora_pool import PoolSpec
-from serve.runner import Runner
-from serve.training import LiveTraining
+from serve.runtime.device_thread import Runner
+from serve.runtime.live_training import LiveTraining
 from train.data.examples import Example
 from train.step.microsteps import PartSizes
 from train.trainer import Trainer
@@ -131,7 +131,7 @@ def test_a_new_version_speaks_within_one_step_and_the_prompt(publisher):
 def test_freshness_counts_from_the_update_to_the_first_token(publisher, monkeypatch):
     runner, engine = publisher.runner, publisher.engine
     now = 100.0
-    monkeypatch.setattr("serve.runner.time.monotonic", lambda: now)
+    monkeypatch.setattr("serve.runtime.device_thread.time.monotonic", lambda: now)
     for learned_s in (98.0, 99.3):
         publisher.newest = runner.publish("acme", publisher.name, SPEC, publisher.zero, learned_s=learned_s)
     for id in ("one", "two"):

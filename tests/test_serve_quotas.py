@@ -19,9 +19,9 @@ from jaxlora.config.toml import load
 from jaxlora.model.lora_pool import adapter_bytes
 from jaxlora.peft.folder import export_peft
 from jaxlora.storage.adapter_store import AdapterStore
-from serve.database import Database
-from serve.keys import create_key
-from serve.stored_keys import StoredKeys
+from serve.access.keys import create_key
+from serve.db.database import Database
+from serve.db.keys import StoredKeys
 
 pytest_plugins = ["serve_fixtures"]
 

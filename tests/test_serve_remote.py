@@ -19,7 +19,7 @@ from jaxlora.storage import object_store as blobs_module
 from jaxlora.storage.adapter_store import AdapterStore
 from jaxlora.storage.disk_cache import DiskCopies, Remote
 from jaxlora.storage.remote_adapters import RemoteVersions
-from serve.database import Database
+from serve.db.database import Database
 
 pytest_plugins = ["serve_fixtures"]
 
@@ -170,7 +170,7 @@ def test_a_job_goes_on_on_another_machine_and_ends_as_an_undisturbed_one(world, 
 
 
 def test_a_job_waits_for_object_storage_and_a_request_is_told_to_retry(world, tmp_path, monkeypatch):
-    monkeypatch.setattr("serve.job_service.RETRY_S", 0.05)
+    monkeypatch.setattr("serve.jobs.service.RETRY_S", 0.05)
     monkeypatch.setattr("train.jobs.inputs.RETRY_S", 0.05)
     blobs, copies = faulty("waits"), DiskCopies(1)
     store = AdapterStore(tmp_path / "adapters", host_bytes=0, remote=RemoteVersions(blobs, copies))

@@ -10,8 +10,8 @@ from openai.types.responses import response_create_params
 from test_serve_tools import CITY, PARIS, TEMPLATE
 
 from jaxlora.core.errors import Overloaded
-from serve.grammar import Grammars
-from serve.responses_types import ResponsesBody
+from serve.api.responses.schemas import ResponsesBody
+from serve.engine.grammar import Grammars
 
 pytest_plugins = ["wire_fixtures"]
 REPLY = "Grüße 🌍 0.0"

@@ -12,10 +12,10 @@ from serve_world import BASE, Answer, World, ask, check_idle, settle, with_resid
 
 from jaxlora.core.errors import AdapterNotFound, ContextLengthExceeded, Unavailable
 from jaxlora.core.lora import AdapterRef
-from serve.budget import Budget
-from serve.engine import Engine
-from serve.request import FinishReason
-from serve.runner import Runner
+from serve.engine.engine import Engine
+from serve.engine.request import FinishReason
+from serve.runtime.budget import Budget
+from serve.runtime.device_thread import Runner
 
 pytest_plugins = ["serve_fixtures"]
 

@@ -16,7 +16,7 @@ from jaxlora.core.lora import AdapterRef
 from jaxlora.storage import version_files
 from jaxlora.storage.adapter_files import load_version
 from jaxlora.storage.adapter_store import AdapterStore
-from serve.runner import Runner
+from serve.runtime.device_thread import Runner
 
 pytest_plugins = ["serve_fixtures"]
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from jaxlora.model.compile_cache import CompileCounter
-from serve.edits import LogitEdits
-from serve.request import MAX_TOP_LOGPROBS, SamplingParams
-from serve.sampling import SamplingBatch, StepOutput, sample
+from serve.engine.logit_edits import LogitEdits
+from serve.engine.request import MAX_TOP_LOGPROBS, SamplingParams
+from serve.engine.sampling import SamplingBatch, StepOutput, sample
 
 ROWS, VOCAB = 8, 50
 GREEDY = SamplingParams(max_tokens=1, temperature=0.0)

@@ -9,11 +9,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from jaxlora.core.errors import InvalidRequest, Overloaded
 from jaxlora.core.lora import AdapterRef
-from jaxlora.slots import SlotTable
-from serve.pages import PageAllocator
-from serve.request import Request, SamplingParams
-from serve.scheduler import Limits, Scheduler
-from serve.sequence import Plan, Sequence
+from serve.engine.page_cache import PageAllocator
+from serve.engine.request import Request, SamplingParams
+from serve.engine.scheduler import Limits, Scheduler
+from serve.engine.sequence import Plan, Sequence
+from serve.engine.slots import SlotTable
 
 SLOTS, PAGES, PAGE_TOKENS, QUANTUM = 2, 9, 4, 5.0
 LIMITS = Limits(rows=4, lanes=3, lane_tokens=5, waiting=6, waiting_tokens=100, host_pages=4)

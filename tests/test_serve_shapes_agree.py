@@ -27,8 +27,8 @@ from pallas_kernels.dispatch import SHAPE_INDEPENDENT, TABLE
 from pallas_kernels.gathered_lora.op import gathered_lora
 from pallas_kernels.paged_attention.op import paged_attention
 from pallas_kernels.segmented_lora.op import segmented_lora
-from serve.engine import Engine
-from serve.request import Request
+from serve.engine.engine import Engine
+from serve.engine.request import Request
 
 pytest_plugins = ["serve_fixtures"]
 PROMPT, TOKENS, TOP = 13, 6, 5  # at most two lanes, also with half of the tokens: a quarter program

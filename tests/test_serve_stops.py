@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxlora.core.errors import InvalidRequest
-from serve.stops import StopStrings
+from serve.engine.output import StopStrings
 
 
 def oracle(text, stops, include):

@@ -6,12 +6,12 @@ import pytest
 from database_world import checkpoint_record, event, file_record, gradient_record, job_record, key_record
 
 from jaxlora.core.errors import InvalidRequest, NotFound, QuotaExceeded, StateInvalid, Unavailable
-from serve.records import Answer
-from serve.stored_answers import StoredAnswers
-from serve.stored_files import StoredFiles
-from serve.stored_gradient import StoredGradient
-from serve.stored_jobs import StoredJobs
-from serve.stored_keys import StoredKeys
+from serve.db.files import StoredFiles
+from serve.db.gradient import StoredGradient
+from serve.db.idempotency import StoredAnswers
+from serve.db.jobs import StoredJobs
+from serve.db.keys import StoredKeys
+from serve.db.models import Answer
 
 pytest_plugins = ["database_fixtures"]
 NOW = 100.0
@@ -208,7 +208,7 @@ class TestJobs:
             jobs.events("ftjob-1", "acme", after=theirs, limit=9)
 
     def test_list_by_metadata(self, jobs, monkeypatch):
-        monkeypatch.setattr("serve.stored_jobs.SCAN", 2)
+        monkeypatch.setattr("serve.db.jobs.SCAN", 2)
         for i in range(6):
             jobs.insert(job_record(f"ftjob-{i}", created_s=float(i), metadata={"team": "ab"[i % 2], "n": str(i)}))
         first = jobs.page("acme", after=None, limit=2, metadata={"team": "a"})

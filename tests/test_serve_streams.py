@@ -12,7 +12,7 @@ from small_world import tiny_path
 
 from benchmarks import streams
 from jaxlora.core.errors import Overloaded
-from serve.app import create_app
+from serve.server.app import create_app
 
 STREAMS, TOKENS = 500, 20
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from serve.tool_calls import BARE, TAGGED, CallParser, CallPart, call_form, gathered
+from serve.api.openai.tools import BARE, TAGGED, CallParser, CallPart, call_form, gathered
 
 NAMES = frozenset({"find", "add-2"})
 TAGGED_TEMPLATE = """{% if tools %}<tools>{{ tools }}</tools> {"name": ..., "arguments": ...}{% endif %}

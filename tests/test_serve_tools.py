@@ -6,8 +6,8 @@ import openai
 import pytest
 from fake_house import BASE, HI, ByteTokenizer, events
 
-from serve.grammar import Grammars
-from serve.tool_calls import BARE, TAGGED
+from serve.api.openai.tools import BARE, TAGGED
+from serve.engine.grammar import Grammars
 
 pytest_plugins = ["wire_fixtures"]
 TEMPLATE = """{%- if tools %}{% for t in tools %}[{{ t | tojson }}]{% endfor %} {"name": N, "arguments": A}{% endif %}

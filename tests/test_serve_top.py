@@ -13,18 +13,17 @@ from pydantic import TypeAdapter
 from rich.console import Console
 from typer.testing import CliRunner
 
-from jaxlora.cli import app as cli
 from jaxlora.core.lora import AdapterRef
-from serve.api_client import server as server_of
-from serve.app import create_app
-from serve.auth import Caller
-from serve.chat_client import AnswerFailed
-from serve.openai_api import ERRORS
-from serve.snapshot import JobView, SlotView, Snapshot, TrainingView, WaitView
-from serve.stats_api import StatsWire
-from serve.stats_types import StatsObject
-from serve.top import look, read, screen
-from serve.watch import Rates
+from serve.access.caller import Caller
+from serve.api.openai.routes import ERRORS
+from serve.api.stats import StatsObject, StatsWire
+from serve.cli.chat_client import AnswerFailed
+from serve.cli.http_client import server as server_of
+from serve.cli.main import app as cli
+from serve.cli.top import look, read, screen
+from serve.runtime.snapshot import JobView, SlotView, Snapshot, TrainingView, WaitView
+from serve.runtime.watchdog import Rates
+from serve.server.app import create_app
 
 BOT, CAT = AdapterRef("acme", "bot", 3), AdapterRef("zoo", "cat", 1)
 

@@ -19,8 +19,8 @@ from opentelemetry.trace import SpanKind, StatusCode
 import serve
 from jaxlora.config.serving import serve_defaults
 from jaxlora.core.errors import ConfigInvalid
-from serve.app import create_app
-from serve.tracing import Tracing
+from serve.observability.tracing import Tracing
+from serve.server.app import create_app
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
@@ -98,7 +98,7 @@ def test_a_failure_of_ours_is_an_error(running):
 
 
 def test_nothing_of_it_is_imported_without_the_setting():
-    files = [p for p in Path(serve.__path__[0]).glob("*.py") if "serve.tracing" in p.read_text()]
+    files = [p for p in Path(serve.__path__[0]).glob("*.py") if "serve.observability.tracing" in p.read_text()]
     assert [p.name for p in files] == ["observe.py"]  # and tracing.py alone imports OpenTelemetry: test_house_imports
     at_once = [
         ast.unparse(n) for n in ast.parse(files[0].read_text()).body if isinstance(n, ast.Import | ast.ImportFrom)
@@ -108,7 +108,7 @@ def test_nothing_of_it_is_imported_without_the_setting():
 
 
 def test_without_the_extra_the_setting_is_refused(tmp_path, monkeypatch):
-    from serve.observe import observing
+    from serve.server.build import observing
 
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
     config = replace(serve_defaults("tiny", tmp_path), otel_endpoint="http://127.0.0.1:4318")

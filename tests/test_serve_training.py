@@ -13,8 +13,8 @@ from jaxlora.config.training import Optimizer
 from jaxlora.core.errors import StorageFailed
 from jaxlora.core.lora import LoraSpec
 from jaxlora.model.lora_pool import PoolSpec
-from serve.runner import Runner
-from serve.training import KEEP_VERSIONS, LiveTraining
+from serve.runtime.device_thread import Runner
+from serve.runtime.live_training import KEEP_VERSIONS, LiveTraining
 from train.data.examples import Example
 from train.trainer import Trainer
 

@@ -18,9 +18,9 @@ from jaxlora.config.serving import TenantWeight, Tuning
 from jaxlora.core.errors import InvalidRequest
 from jaxlora.core.lora import AdapterRef
 from jaxlora.model.compile_cache import CompileCounter
-from serve.engine import Engine
-from serve.retune import retuned_by_hangup
-from serve.runner import Runner
+from serve.engine.engine import Engine
+from serve.runtime.device_thread import Runner
+from serve.runtime.reload import retuned_by_hangup
 
 pytest_plugins = ["serve_fixtures"]
 EXAMPLE = Path(__file__).parent.parent / "configs/serve_smollm2.toml"

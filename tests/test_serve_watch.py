@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import pytest
 
 from jaxlora.core.lora import AdapterRef
-from jaxlora.slots import SlotTable
-from serve.pages import PageAllocator
-from serve.request import Request, SamplingParams
-from serve.scheduler import Limits, Scheduler
-from serve.snapshot import TrainingView
-from serve.watch import EVERY_S, HANG_S, RATE_S, Rates, Watch
+from serve.engine.page_cache import PageAllocator
+from serve.engine.request import Request, SamplingParams
+from serve.engine.scheduler import Limits, Scheduler
+from serve.engine.slots import SlotTable
+from serve.runtime.snapshot import TrainingView
+from serve.runtime.watchdog import EVERY_S, HANG_S, RATE_S, Rates, Watch
 
 LIMITS = Limits(rows=2, lanes=2, lane_tokens=4, waiting=9, waiting_tokens=900, host_pages=0)
 

@@ -17,9 +17,9 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog  # ty: ignore[missing
 from train_world import lora, optimizer
 from typer.testing import CliRunner
 
-from jaxlora import cli
 from jaxlora.checkpoints.hf import HfSource
 from jaxlora.config.training import Loss, default_lr
+from serve.cli import main as cli
 from train.run import command as run
 from train.run import metrics
 from train.run.metrics import SCALARS, EventFile

@@ -17,13 +17,13 @@ from small_world import tiny_path
 from train_world import SPEC, examples, lora, make_trainer, optimizer, small_base
 from typer.testing import CliRunner
 
-from jaxlora import cli
 from jaxlora.config.training import check_lane_tokens
 from jaxlora.core.errors import ConfigInvalid
 from jaxlora.core.lora import AdapterRef
 from jaxlora.model.lora_pool import empty_pool
 from jaxlora.model.mesh import make_mesh
 from jaxlora.storage.adapter_store import AdapterStore
+from serve.cli import main as cli
 from train.data.examples import Example
 from train.run import command as run
 from train.run import metrics

@@ -13,7 +13,7 @@ from small_world import tiny_path
 from train_world import examples, pairs, rollouts
 from typer.testing import CliRunner
 
-from jaxlora import cli
+from serve.cli import main as cli
 from train.data.examples import Pair, Rollout
 from train.run.command import digest
 

@@ -15,10 +15,8 @@ from starlette.routing import BaseRoute, Route
 from jaxlora.checkpoints.load import Opened
 from jaxlora.config.serving import ServeConfig, TrainingSection, serve_defaults
 from jaxlora.storage.adapter_store import AdapterStore
-from serve.assemble import make_runner, make_server, read_head
-from serve.observe import observing
-from serve.runner import Runner
-from serve.services import Services, services
+from serve.runtime.device_thread import Runner
+from serve.server.build import Services, make_runner, make_server, observing, read_head, services
 
 WORKSPACE = "lab"
 

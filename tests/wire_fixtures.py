@@ -5,7 +5,7 @@ import openai
 import pytest
 from fake_house import FakeHouse, serving
 
-from serve.app import create_app
+from serve.server.app import create_app
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,151 @@
+"""The bodies and queries of the adapters' wire: strict JSON types, no unknown field."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypedDict
+
+from pydantic import BaseModel, ConfigDict, Field, with_config
+
+from serve.api.openai.schemas import Only, Strict, Text
+
+UPLOAD_FIELDS = ("name", "allow_base_mismatch")
+UPLOAD_FILES = ("file",)
+UPLOAD_BODY = {  # for the document: the body is read as it arrives, so FastAPI does not see it
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["name", "file"],
+                    "additionalProperties": False,
+                    "properties": {
+                        "name": {"type": "string", "description": "NAME; of an admin also TENANT/NAME"},
+                        "allow_base_mismatch": {"type": "string", "enum": ["true", "false"]},
+                        "file": {
+                            "description": "a zip, tar or tar.gz of a PEFT folder, or its files one by one",
+                            "type": "array",
+                            "minItems": 1,
+                            "maxItems": 8,
+                            "items": {"type": "string", "format": "binary"},
+                        },
+                    },
+                }
+            }
+        },
+    }
+}
+
+
+class LoadBody(Strict):
+    """vLLM's body of /v1/load_lora_adapter, and one field of ours."""
+
+    lora_name: Text
+    lora_path: Text
+    load_inplace: bool = False
+    is_3d_lora_weight: Annotated[bool | None, Only((False,))] = None
+    allow_base_mismatch: bool = False  # takes a file that records another base, if names and shapes fit
+
+
+class UnloadBody(Strict):
+    """vLLM's body of /v1/unload_lora_adapter."""
+
+    lora_name: Text
+    lora_int_id: Annotated[int | None, Only((), "adapters have names here")] = None
+
+
+class Query(BaseModel):
+    """A query is text, so it is not strict, but an unknown key is refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class PageQuery(Query):
+    """Of a list's page."""
+
+    limit: Annotated[int, Field(ge=1, le=1000)] = 100
+    after: Text | None = None
+
+
+class ListQuery(PageQuery):
+    """Of the list of adapters."""
+
+    prefix: Text = ""
+
+
+class DownloadQuery(Query):
+    """Of a download."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+
+# ---- what is answered, for the document
+
+
+CLOSED = ConfigDict(extra="forbid")
+
+
+@with_config(CLOSED)
+class AdapterObject(TypedDict):
+    """An adapter, or one version of it."""
+
+    id: str
+    object: Literal["adapter"]
+    created: int
+    tenant: str
+    name: str
+    version: int
+    rank: int
+    base: str
+    state: Literal["device", "host", "disk"]
+    pinned: bool
+
+
+@with_config(CLOSED)
+class ModuleObject(TypedDict):
+    """One adapted module of an upload."""
+
+    module: str
+    rank: int
+    scale: float
+
+
+@with_config(CLOSED)
+class ImportedObject(AdapterObject):
+    """A version that came in, with what was read."""
+
+    parameters: int
+    modules: list[ModuleObject]
+    base_verified: bool
+    ignored: list[str]
+    left_out: list[str]
+    notes: list[str]
+
+
+@with_config(CLOSED)
+class AdapterList(TypedDict):
+    """A page."""
+
+    object: Literal["list"]
+    data: list[AdapterObject]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None
+
+
+@with_config(CLOSED)
+class DeletedAdapter(TypedDict):
+    """What is gone."""
+
+    id: str
+    object: Literal["adapter"]
+    deleted: Literal[True]
+
+
+@with_config(CLOSED)
+class DeletedModel(TypedDict):
+    """The same, as OpenAI's clients read it."""
+
+    id: str
+    object: Literal["model"]
+    deleted: Literal[True]

@@ -1,0 +1,240 @@
+"""Uploaded files: their bytes in a folder, all else in the database; checked in the background.  Pure.
+
+ROOT/.incoming/…   uploads under way, and what a killed server left of them: emptied at the start
+ROOT/TENANT/ID     whole files.  One that the database does not know was being added or removed: removed at the start
+
+With object storage that is where the bytes are, under files/TENANT/ID, and the folder holds copies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from jaxlora.config.serving import LimitsSection
+from jaxlora.core.atomic_files import sha256_of, sync, told_of_disk
+from jaxlora.core.errors import JaxLoraError, NotFound
+from jaxlora.storage.disk_cache import Remote
+from serve.db.files import StoredFiles
+from serve.db.models import FileRecord, FileStatus, Page, new_id
+from train.data.examples import Unit
+
+LOG = logging.getLogger("serve")
+FINE_TUNE = "fine-tune"  # purpose of what clients upload
+INCOMING = ".incoming"  # no tenant's name begins with a dot
+FILES = "files/"  # in object storage
+MAX_DETAILS = 2000  # characters of what is wrong with a file
+
+
+class FileStore:
+    """All tenants' files.  From any thread; every call may wait for the disk and the database."""
+
+    def __init__(
+        self,
+        stored: StoredFiles,
+        root: Path,
+        *,
+        load: Callable[[Path], Sequence[Unit]],
+        limits: LimitsSection,
+        remote: Remote | None = None,
+    ):
+        """load: reads a file of examples, and raises DataInvalid for a bad one; called on a thread of ours.
+
+        Removes what a server before left behind, and checks what it had not checked.  Raises StorageFull, StorageFailed,
+        Unavailable.
+        """
+        self._stored, self._root, self._load, self._limits, self._remote = stored, root, load, limits, remote
+        self._checks = ThreadPoolExecutor(1, thread_name_prefix="file-check")
+        self._sweeps = ThreadPoolExecutor(1, thread_name_prefix="file-sweep")
+        with told_of_disk("the folder of files"):
+            root.mkdir(parents=True, exist_ok=True, mode=0o700)
+            shutil.rmtree(root / INCOMING, ignore_errors=True)
+            (root / INCOMING).mkdir()
+            known = stored.known()
+            for path in root.glob("[!.]*/*"):
+                if path.name not in known:
+                    path.unlink()
+        if remote is not None:
+            self._compare(remote, known)
+        self.sweep()
+        for record in stored.unchecked():
+            self._checks.submit(self._check, record)
+
+    def _compare(self, remote: Remote, known: set[str]) -> None:
+        """Object storage holds the files that the database knows, and no others."""
+        there = remote.blobs.list(FILES)
+        remote.blobs.delete([key for key in there if key.rsplit("/", 1)[-1] not in known])
+        for path in self._root.glob("[!.]*/*"):
+            if self._key(path) not in there:  # this server had no object storage before
+                remote.blobs.put(self._key(path), path)
+            remote.copies.add(path, _unlink)
+
+    def close(self) -> None:
+        """Ends the checks; those that have not begun are done at the next start."""
+        self._checks.shutdown(cancel_futures=True)
+        self._sweeps.shutdown(cancel_futures=True)
+
+    def staging(self) -> Path:
+        """An empty folder for one upload, the caller's to remove.  Raises StorageFull, StorageFailed."""
+        folder = self._root / INCOMING / uuid.uuid4().hex
+        with told_of_disk("the upload"):
+            folder.mkdir()
+        return folder
+
+    def room(self, tenant: str) -> int | None:
+        """Bytes that a tenant's next file may have; None: any number."""
+        most = self._limits.of(tenant).file_bytes
+        return None if most is None else max(most - self._stored.used_bytes(tenant), 0)
+
+    def add(
+        self, tenant: str, path: Path, filename: str, *, purpose: str = FINE_TUNE, expires_after_s: float | None = None
+    ) -> FileRecord:
+        """A new file of the tenant, out of one on the same disk that is moved.  It is checked soon.
+
+        Raises QuotaExceeded, StorageFull, StorageFailed, Unavailable.
+        """
+        now_s = time.time()
+        with told_of_disk("the file"):
+            record = FileRecord(
+                id=new_id("file-"),
+                tenant=tenant,
+                filename=filename,
+                purpose=purpose,
+                size_bytes=path.stat().st_size,
+                sha256=sha256_of(path),
+                created_s=now_s,
+                expires_s=None if expires_after_s is None else now_s + expires_after_s,
+                status="uploaded" if purpose == FINE_TUNE else "processed",
+            )
+            sync(path)
+            target = self.path(record)
+            target.parent.mkdir(exist_ok=True)
+            path.rename(target)
+            sync(target.parent)
+        try:
+            if self._remote is not None:
+                self._remote.blobs.put(self._key(target), target)
+            self._stored.insert(record, most_bytes=self._limits.of(tenant).file_bytes)
+        except BaseException:
+            target.unlink(missing_ok=True)
+            if self._remote is not None:
+                with contextlib.suppress(JaxLoraError):  # else the next start removes it
+                    self._remote.blobs.delete([self._key(target)])
+            raise
+        if self._remote is not None:
+            self._remote.copies.add(target, _unlink)
+        if record.status == "uploaded":
+            self._checks.submit(self._check, record)
+        return record
+
+    def keep(self, tenant: str, filename: str, purpose: str, content: bytes) -> FileRecord:
+        """A new file of the server's own making.  Raises as `add` does."""
+        folder = self.staging()
+        try:
+            with told_of_disk("the file"):
+                (folder / "content").write_bytes(content)
+            return self.add(tenant, folder / "content", filename, purpose=purpose)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def get(self, id: str, sees: str | None) -> FileRecord:
+        """One file.  Raises NotFound, Unavailable."""
+        return self._stored.get(id, sees, time.time())
+
+    def find(self, id: str, sees: str | None) -> tuple[FileRecord, Path]:
+        """A file and where its bytes are while `here` says so.  Raises NotFound, Unavailable."""
+        record = self.get(id, sees)
+        return record, self.path(record)
+
+    def page(
+        self, sees: str | None, *, after: str | None, limit: int, purpose: str | None, oldest_first: bool
+    ) -> Page[FileRecord]:
+        """Files of the list, newest first.  Raises InvalidRequest for an unknown `after`, Unavailable."""
+        return self._stored.page(
+            sees, time.time(), after=after, limit=limit, purpose=purpose, oldest_first=oldest_first
+        )
+
+    def delete(self, id: str, sees: str | None) -> FileRecord:
+        """The file that is no more.  Raises NotFound, Unavailable; StateInvalid when a job still needs it."""
+        record = self._stored.delete(id, sees, time.time())
+        if self._remote is None:
+            self.sweep()
+        else:  # nobody waits for the network; a server that ends first sweeps when it starts
+            self._sweeps.submit(self.sweep)
+        return record
+
+    def sweep(self) -> None:
+        """Removes the bytes of files that are deleted or past their time."""
+        for record in self._stored.removable(time.time()):
+            path = self.path(record)
+            with told_of_disk("a deletion"):
+                path.unlink(missing_ok=True)
+            if self._remote is not None:
+                self._remote.copies.forget(path)
+                try:
+                    self._remote.blobs.delete([self._key(path)])
+                except JaxLoraError as error:  # nobody sees it; the next sweep tries again
+                    LOG.warning("file %s is not removed yet: %s", record.id, error.message)
+                    continue
+            self._stored.forget(record.id)
+
+    def path(self, record: FileRecord) -> Path:
+        """Where its bytes are while `here` says so."""
+        return self._root / record.tenant / record.id
+
+    @contextlib.contextmanager
+    def here(self, path: Path) -> Generator[None]:
+        """Inside, the bytes of a file are at its path; they are brought first if need be.
+
+        Raises NotFound for one that was deleted, Unavailable, StorageFull, StorageFailed.
+        """
+        if self._remote is None:
+            if not path.is_file():
+                raise NotFound(f"there is no file {path.name!a}", param="id")
+            yield
+            return
+        with self._remote.copies.using(path, self._bring):
+            yield
+
+    def load(self, path: Path) -> Sequence[Unit]:
+        """The examples of a file.  Raises DataInvalid for a bad one, and as `here`."""
+        with self.here(path):
+            return self._load(path)
+
+    def _bring(self, path: Path) -> None:
+        assert self._remote is not None
+        record = self._stored.get(path.name, None, time.time())
+        self._remote.blobs.get(self._key(path), path, self._root / INCOMING, sha256=record.sha256)
+        self._remote.copies.add(path, _unlink)
+
+    def _key(self, path: Path) -> str:
+        return FILES + path.relative_to(self._root).as_posix()
+
+    def _check(self, record: FileRecord) -> None:
+        """Reads a file as a job would, and keeps what is wrong with it."""
+        path = self.path(record)
+        status: FileStatus = "error"
+        details: str | None
+        try:
+            self.load(path)
+            status, details = "processed", None
+        except JaxLoraError as error:
+            # A path of ours is nobody's business.
+            details = error.message.replace(str(path), record.filename)[:MAX_DETAILS]
+        except Exception:
+            LOG.exception("file %s could not be checked", record.id)
+            details = "the server could not read the file; upload it again"
+        try:
+            self._stored.judge(record.id, status, details)
+        except JaxLoraError as error:
+            LOG.error("what is wrong with file %s could not be kept: %s", record.id, error.message)
+
+
+def _unlink(path: Path) -> None:
+    path.unlink(missing_ok=True)

@@ -1,0 +1,102 @@
+"""Jobs, events and checkpoints as OpenAI's clients read them.  Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from serve.db.models import ENDED, CheckpointRecord, EventRecord, JobRecord, JsonObject, Page
+from serve.runtime.catalog import JobNames
+
+CHECKPOINT_METRICS = (
+    "step",
+    "train_loss",
+    "train_mean_token_accuracy",
+    "valid_loss",
+    "valid_mean_token_accuracy",
+)
+
+
+def job_object(record: JobRecord, names: JobNames) -> JsonObject:
+    """A job.  `fine_tuned_model` is set as soon as it can be asked: at the first checkpoint."""
+    request, resolved, progress = record.request, record.resolved, record.progress
+    usable = "checkpoint_step" in progress or "final_version" in progress
+    numbers: JsonObject = {
+        name: resolved.get(name, "auto") for name in ("n_epochs", "batch_size", "learning_rate_multiplier")
+    }
+    kind = resolved.get("method", method_type(request))
+    beta = {"beta": resolved.get("beta", "auto")} if kind == "dpo" else {}
+    return {
+        "id": record.id,
+        "object": "fine_tuning.job",
+        "created_at": int(record.created_s),
+        "finished_at": None if record.finished_s is None else int(record.finished_s),
+        "model": request["model"],
+        "organization_id": record.tenant,
+        "status": record.status,
+        "training_file": request["training_file"],
+        "validation_file": request.get("validation_file"),
+        "result_files": progress.get("results", []),
+        "fine_tuned_model": names.full(record.id) if usable else None,
+        "trained_tokens": progress.get("tokens") if record.status in ENDED else None,
+        "seed": resolved["seed"],
+        "error": record.error,
+        "hyperparameters": numbers,
+        "method": {"type": kind, str(kind): {"hyperparameters": numbers | beta}},
+        "integrations": [],
+        "metadata": dict(record.metadata) or None,
+        "estimated_finish": None,
+        "lora": resolved.get("spec"),
+        "learning_rate": resolved.get("learning_rate"),
+        "progress": {
+            "step": progress.get("step", 0),
+            "total_steps": resolved.get("total_steps"),
+            "tokens": progress.get("tokens", 0),
+            "train_loss": progress.get("train_loss"),
+            "valid_loss": progress.get("valid_loss"),
+            "adapter_version": progress.get("version"),
+        },
+    }
+
+
+def method_type(request: Mapping[str, object]) -> str:
+    """supervised, unless the request says another."""
+    method = request.get("method")
+    return str(method["type"]) if isinstance(method, Mapping) else "supervised"
+
+
+def event_object(event: EventRecord) -> JsonObject:
+    """An event of a job."""
+    return {
+        "id": event.id,
+        "object": "fine_tuning.job.event",
+        "created_at": int(event.time_s),
+        "level": event.level,
+        "message": event.message,
+        "type": event.kind,
+        "data": event.data or None,
+    }
+
+
+def checkpoint_object(record: CheckpointRecord, names: JobNames) -> JsonObject:
+    """A checkpoint of a job: its model name can be asked."""
+    return {
+        "id": record.id,
+        "object": "fine_tuning.job.checkpoint",
+        "created_at": int(record.created_s),
+        "fine_tuned_model_checkpoint": names.full(record.job, record.step),
+        "fine_tuning_job_id": record.job,
+        "step_number": record.step,
+        "metrics": {k: record.metrics[k] for k in CHECKPOINT_METRICS if record.metrics.get(k) is not None},
+        "adapter_version": record.version,
+    }
+
+
+def page_object[Record](page: Page[Record], objects: Sequence[JsonObject]) -> JsonObject:
+    """A page of a list."""
+    return {
+        "object": "list",
+        "data": list(objects),
+        "has_more": page.more,
+        "first_id": objects[0]["id"] if objects else None,
+        "last_id": objects[-1]["id"] if objects else None,
+    }

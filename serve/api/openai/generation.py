@@ -1,0 +1,341 @@
+"""One answer in the making: token streams in, an HTTP answer out, whole or as server-sent events; and clients that go.
+
+From a job (prompts, sampling, whose adapter) to its run: the requests of all its choices, submitted together or not at all."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response
+from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
+
+from jaxlora.core.errors import ContextLengthExceeded, DeadlineExceeded, InvalidRequest
+from jaxlora.core.lora import AdapterRef
+from serve.access.caller import caller_of
+from serve.access.rate_limit import Limiter, cost
+from serve.api.openai.logprobs import Choice, Fan, Piece, PromptView
+from serve.api.openai.render import Heading, Json, Shape, usage
+from serve.api.openai.sampling import sampling
+from serve.api.openai.schemas import MAX_CHOICES, SamplingBody
+from serve.engine.grammar import GrammarSource
+from serve.engine.request import Delta
+from serve.engine.request import Request as TokenRequest
+from serve.http.errors import error_body, error_code
+from serve.http.request_log import Generated, note_generated, note_refused
+from serve.http.sse import DONE, sse
+from serve.runtime.backend import House
+
+LOG = logging.getLogger("serve")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """One answer in the making."""
+
+    heading: Heading
+    prompts: Sequence[Sequence[int]]
+    fan: Fan
+    choices: Sequence[Choice]
+    deadline: float  # of the event loop's clock: what is not complete then ends with an error
+    ping_s: float  # silence after which a stream gets a comment line
+    operation: str  # what the request asks for, for who counts them
+    scope: Scope  # of the HTTP request: what came of it is noted there
+
+    async def pieces(self) -> list[list[Piece]]:
+        """All pieces of each choice, when all have ended.  Raises what ended one early.  Cancels its streams in the end."""
+        pieces: list[list[Piece]] = [[] for _ in self.choices]
+        try:
+            while not self.ended:
+                item = await self.next()
+                if item is not None:
+                    index, delta = item
+                    pieces[index].append(self.choices[index].take(delta))
+        finally:
+            self.fan.cancel()
+        return pieces
+
+    async def next(self, timeout_s: float = math.inf) -> tuple[int, Delta] | None:
+        """(choice, delta), or None when nothing came in time.  Raises what ended a stream early, DeadlineExceeded included."""
+        left = self.deadline - asyncio.get_running_loop().time()
+        item = await self.fan.next(min(timeout_s, left)) if left > 0 else None
+        if item is None and timeout_s >= left:
+            raise DeadlineExceeded(
+                "the time of this request is over before its answer is complete; ask for less, or later"
+            )
+        return item
+
+    def failed(self, error: Exception) -> Json:
+        """The error's body, after it has ended the answer: what is left is cancelled, and the log has what is not told."""
+        status, body = error_body(error)
+        note_refused(self.scope, error_code(error))
+        if status == 500:
+            LOG.error("stream %s failed", self.heading.id, exc_info=error)
+        self.fan.cancel()
+        return body
+
+    def note(self) -> None:
+        """Has the listeners of the app hear how far it came."""
+        note_generated(
+            self.scope,
+            Generated(
+                operation=self.operation,
+                model=self.heading.model,
+                prompt_tokens=sum(map(len, self.prompts)),
+                completion_tokens=sum(c.tokens for c in self.choices),
+                finishes=tuple(c.finish.value for c in self.choices if c.finish is not None),
+            ),
+        )
+
+    @property
+    def ended(self) -> bool:
+        """Whether all choices are complete."""
+        return all(c.finish is not None for c in self.choices)
+
+    @property
+    def versions(self) -> list[int]:
+        """Of the adapter, that made the answer."""
+        return sorted({version for choice in self.choices for version in choice.versions})
+
+
+class Writer(Protocol):
+    """How one endpoint writes a run."""
+
+    async def whole(self) -> Json:
+        """The answer when the run has ended.  Raises what ended it early."""
+        ...
+
+    def events(self, first: tuple[int, Delta] | None) -> AsyncGenerator[bytes]:
+        """The stream's bytes, of which the first delta, if it came in time, has been read."""
+        ...
+
+
+async def answer(request: Request, run: Run, writer: Writer, stream: bool) -> Response:
+    """The run, whole or as a stream; whatever happens, no token stream outlives it."""
+    try:
+        if not stream:
+            try:
+                return JSONResponse(await attend(request, writer.whole()))
+            finally:
+                run.note()
+        # Until the first token an error is a plain HTTP answer.  A long wait must not look dead, though.
+        first = await attend(request, run.next(run.ping_s))
+        return EventStream(run, writer.events(first))
+    except BaseException:
+        run.fan.cancel()
+        raise
+
+
+class ChoiceWriter:
+    """Writes a run as choices, in one of the two shapes."""
+
+    def __init__(self, run: Run, shape: Shape, include_usage: bool):
+        self._run, self._shape, self._include_usage = run, shape, include_usage
+
+    async def whole(self) -> Json:
+        """The answer when all choices have ended.  Raises what ended one early."""
+        run, shape = self._run, self._shape
+        pieces = await run.pieces()
+        choices = [shape.whole(i, p) for i, p in enumerate(pieces)]
+        whole = run.heading.wrap(shape.whole_object, choices, run.versions)
+        return whole | shape.beside(pieces[0]) | {"usage": self._usage()}
+
+    async def events(self, first: tuple[int, Delta] | None) -> AsyncGenerator[bytes]:
+        """The stream's bytes.  It ends in one way: the finish of all choices or an error event; then [DONE]."""
+        run, shape, item = self._run, self._shape, first
+        extra = {"usage": None} if self._include_usage else {}
+        try:
+            opening = versions_of(None if item is None else item[1])
+            for index in range(len(run.choices)):
+                for choice in shape.opening(index):
+                    yield self._chunk([choice], opening, shape.head(run.prompts[0]) | extra)
+            while True:
+                if item is None:
+                    yield KEEPALIVE_COMMENT
+                else:
+                    index, delta = item
+                    for choice in shape.chunks(index, run.choices[index].take(delta)):
+                        yield self._chunk([choice], versions_of(delta), extra)
+                if run.ended:
+                    break
+                item = await run.next(run.ping_s)
+            if self._include_usage:
+                yield self._chunk([], run.versions, {"usage": self._usage()})
+        except Exception as error:
+            yield sse(run.failed(error))
+        yield DONE
+
+    def _chunk(self, choices: Sequence[Json], versions: Sequence[int], beside: Json) -> bytes:
+        return sse(self._run.heading.wrap(self._shape.chunk_object, choices, versions) | beside)
+
+    def _usage(self) -> Json:
+        return usage([len(p) for p in self._run.prompts], self._run.choices)
+
+
+def versions_of(delta: Delta | None) -> list[int]:
+    """The adapter's version that made a delta, if it says so."""
+    return [] if delta is None or delta.adapter is None else [delta.adapter.version]
+
+
+class EventStream(EventSourceResponse):
+    """Sends a run's events; cancels its token streams when the client is gone, even before the first byte."""
+
+    def __init__(self, run: Run, events: AsyncGenerator[bytes]):
+        super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self._run = run
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._run.fan.cancel()
+            self._run.note()
+
+
+async def attend[T](request: Request, work: Awaitable[T]) -> T:
+    """The result of the work.  Raises ClientDisconnect, and drops the work, when the client hangs up first."""
+
+    async def hung_up() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    job, gone = asyncio.ensure_future(work), asyncio.ensure_future(hung_up())
+    try:
+        await asyncio.wait({job, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not job.done():
+            raise ClientDisconnect
+        return job.result()
+    finally:
+        job.cancel()
+        gone.cancel()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What one HTTP request asks of the engine."""
+
+    id_prefix: str
+    operation: str  # what is asked for, for who counts requests
+    prompts: Sequence[PromptView]
+    adapter: AdapterRef | None
+    max_tokens: int | None  # None: `fallback`, or the rest of the context if that is less
+    fallback: int
+    max_tokens_field: str  # for messages
+    prompt_field: str
+    logprobs: int | None
+    prompt_logprobs: int | None
+    grammar: GrammarSource | None
+
+
+class Admission:
+    """Lets jobs into one house."""
+
+    def __init__(self, house: House, ping_s: float, limiter: Limiter | None):
+        """limiter: who counts what each tenant asks for; None: nobody."""
+        self._house, self._ping_s, self._limiter = house, ping_s, limiter
+
+    async def run(self, request: Request, body: SamplingBody, job: Job) -> Run:
+        """The job under way; its `fan` must be cancelled in the end.  Raises InvalidRequest and what refuses a request."""
+        heading = Heading(
+            id=job.id_prefix + uuid.uuid4().hex,
+            created=int(time.time()),
+            model=body.model,
+            adapter_version=job.adapter.version if job.adapter is not None else None,
+        )
+        requests = await self._requests(request, body, job, heading.id)
+        if self._limiter is not None:
+            self._limiter.admit(caller_of(request).owner, tokens=cost(requests))
+        tokenizer = self._house.tokenizer
+        name = "token_id:{}".format if body.return_tokens_as_token_ids else tokenizer.token_text
+        choices = [Choice(tokenizer, name, job.prompts[i // (body.n or 1)]) for i in range(len(requests))]
+        return Run(
+            heading=heading,
+            prompts=[view.tokens for view in job.prompts],
+            fan=self._submit(requests),
+            choices=choices,
+            deadline=request.state.deadline,
+            ping_s=self._ping_s,
+            operation=job.operation,
+            scope=request.scope,
+        )
+
+    def check_ids(self, ids: Sequence[int], field: str) -> None:
+        """Raises InvalidRequest for an id outside the vocabulary: on the device it would read another row."""
+        vocab = self._house.tokenizer.vocab_size
+        for i in ids:
+            if not 0 <= i < vocab:
+                raise InvalidRequest(f"{field} has the token id {i}; ids go from 0 to {vocab - 1}", param=field)
+
+    def _max_tokens(self, job: Job, prompt: Sequence[int]) -> int:
+        """Tokens this prompt may generate.  Raises ContextLengthExceeded when prompt and max_tokens do not fit."""
+        room = self._house.context - len(prompt)
+        wanted = job.max_tokens if job.max_tokens is not None else min(job.fallback, max(room, 1))
+        if wanted > room:
+            raise ContextLengthExceeded(
+                f"the prompt has {len(prompt)} tokens and {job.max_tokens_field} asks for {wanted}, together "
+                f"{len(prompt) + wanted}; the model's context is {self._house.context}. "
+                + (
+                    f"Ask for at most {room} tokens" if room > 0 else f"Shorten the prompt by {1 - room} tokens or more"
+                ),
+                param=job.prompt_field,
+            )
+        return wanted
+
+    async def _requests(self, request: Request, body: SamplingBody, job: Job, id: str) -> list[TokenRequest]:
+        """One request for each prompt and choice, in index order."""
+        n = body.n or 1
+        if len(job.prompts) * n > MAX_CHOICES:
+            raise InvalidRequest(
+                f"n times the number of prompts may be at most {MAX_CHOICES}, got {n} times {len(job.prompts)}",
+                param="n",
+            )
+        self.check_ids(body.stop_token_ids or (), "stop_token_ids")
+        self.check_ids(list(body.logit_bias or ()), "logit_bias")
+        if body.adapter_update == "follow" and "@" in body.model:
+            raise InvalidRequest(
+                "a request for one version cannot follow the adapter; leave out @VERSION or adapter_update",
+                param="adapter_update",
+            )
+        if body.stream_options is not None and not body.stream:
+            raise InvalidRequest("stream_options needs stream: true", param="stream_options")
+        if body.prompt_logprobs is not None and body.stream:
+            raise InvalidRequest("prompt_logprobs are not streamed; leave out one of them", param="prompt_logprobs")
+        limits = [self._max_tokens(job, view.tokens) for view in job.prompts]
+        grammar = None if job.grammar is None else await self._house.grammars.compile(job.grammar)
+        out = []
+        for view, max_tokens in zip(job.prompts, limits, strict=True):
+            params = sampling(body, max_tokens, job.logprobs, job.prompt_logprobs, grammar)
+            for choice in range(n):
+                out.append(
+                    TokenRequest(
+                        id=f"{id}-{len(out)}",
+                        tenant=caller_of(request).owner,
+                        adapter=job.adapter,
+                        prompt=view.tokens,
+                        params=replace(params, choice=choice),
+                        follow=body.adapter_update == "follow",
+                        cache_salt=body.cache_salt,
+                    )
+                )
+        return out
+
+    def _submit(self, requests: Sequence[TokenRequest]) -> Fan:
+        """The streams of all requests.  When one cannot even be sent, none goes on; what is refused later ends its stream."""
+        streams = []
+        try:
+            for r in requests:
+                streams.append(self._house.submit(r))
+        except BaseException:
+            for stream in streams:
+                stream.cancel()
+            raise
+        return Fan(streams)

@@ -1,0 +1,273 @@
+"""The OpenAI wire: models, chat and plain completions (whole or as server-sent events), tokenize and detokenize.
+
+A body becomes a Job (prompts and sampling), a Job becomes Requests, their token streams become one answer.  The model
+name is resolved once, before the prompt is read, so an answer has one adapter version from end to end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import JSONResponse, Response
+
+from jaxlora.core.errors import InvalidRequest
+from serve.access.caller import caller_of
+from serve.access.rate_limit import Limiter
+from serve.api.openai.generation import Admission, ChoiceWriter, Job, answer
+from serve.api.openai.logprobs import PromptView
+from serve.api.openai.messages import Conversation, ToolUse, chosen, conversation, functions_of, tool_use
+from serve.api.openai.render import ChatShape, CompletionShape, Shape, model_object
+from serve.api.openai.sampling import grammar_source
+from serve.api.openai.schemas import (
+    ChatBody,
+    ChatCompletion,
+    CompletionBody,
+    DetokenizeBody,
+    Detokenized,
+    Model,
+    ModelList,
+    ModelQuery,
+    SamplingBody,
+    TextCompletion,
+    TokenizeBody,
+    TokenizerInfo,
+    Tokens,
+)
+from serve.http.errors import ERRORS
+from serve.http.schema import ok, refuse_unbuilt
+from serve.runtime.backend import House
+
+MAX_LISTED = 1000  # adapters in an answer without `limit`
+COMPLETION_MAX_TOKENS = 16  # the API's default for plain completions
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WireConfig:
+    """Limits of the OpenAI wire."""
+
+    default_max_tokens: int  # cap of a chat answer whose request names no max_tokens
+    ping_s: float = 15.0  # seconds of silence after which a stream gets a comment line
+
+    def __post_init__(self) -> None:
+        if self.default_max_tokens < 1:
+            raise InvalidRequest(f"default_max_tokens must be at least 1, got {self.default_max_tokens}")
+        if self.ping_s <= 0:
+            raise InvalidRequest(f"ping_s must be positive, got {self.ping_s}")
+
+
+class OpenAIWire:
+    """The routes, over one house."""
+
+    def __init__(self, house: House, config: WireConfig, limiter: Limiter | None = None):
+        self._house = house
+        self._config = config
+        self._admission = Admission(house, config.ping_s, limiter)
+
+    def router(self) -> APIRouter:
+        """All routes of this wire."""
+        router = APIRouter(responses=ERRORS)
+        for method, path, handler, responses in (
+            ("GET", "/v1/models", self.list_models, ok(ModelList)),
+            ("GET", "/v1/models/{model:path}", self.read_model, ok(Model)),
+            (
+                "POST",
+                "/v1/chat/completions",
+                self.chat,
+                ok(ChatCompletion, events="chat.completion.chunk objects, then [DONE]"),
+            ),
+            (
+                "POST",
+                "/v1/completions",
+                self.complete,
+                ok(TextCompletion, events="text_completion objects, then [DONE]"),
+            ),
+            ("POST", "/tokenize", self.tokenize, ok(Tokens)),
+            ("POST", "/detokenize", self.detokenize, ok(Detokenized)),
+            ("GET", "/tokenizer_info", self.tokenizer_info, ok(TokenizerInfo)),
+        ):
+            router.add_api_route(path, handler, methods=[method], response_model=None, responses=responses)
+        return router
+
+    async def list_models(self, request: Request, query: Annotated[ModelQuery, Query()]) -> Response:
+        """The base models, then the caller's adapters, newest first."""
+        cards = await asyncio.to_thread(self._house.models, caller_of(request).sees)
+        cards = sorted(cards, key=lambda c: (c.parent is not None, -c.created, c.id))
+        cards = [c for c in cards if c.id.startswith(query.prefix)]
+        if query.after is not None:
+            places = [i for i, c in enumerate(cards) if c.id == query.after]
+            if not places:
+                raise InvalidRequest("after must be the id of a model in this list", param="after")
+            cards = cards[places[0] + 1 :]
+        limit = query.limit if query.limit is not None else MAX_LISTED + sum(c.parent is None for c in cards)
+        page = [model_object(c) for c in cards[:limit]]
+        return JSONResponse({"object": "list", "data": page, "has_more": len(cards) > limit})
+
+    async def read_model(self, request: Request, model: str) -> Response:
+        """One model, by any name that a completion takes."""
+        return JSONResponse(model_object(await asyncio.to_thread(self._house.model, caller_of(request).sees, model)))
+
+    async def chat(self, request: Request, body: ChatBody) -> Response:
+        """The answer to a conversation."""
+        refuse_unbuilt(body)
+        adapter = self._house.resolve(caller_of(request).sees, body.model)
+        asked = chat_max_tokens(body)
+        if body.top_logprobs and not body.logprobs:
+            raise InvalidRequest("top_logprobs needs logprobs: true", param="top_logprobs")
+        grammar = grammar_source(body)
+        tools = tool_use(
+            functions_of(body.tools or ()),
+            chosen(body.tool_choice),
+            body.parallel_tool_calls,
+            self._house.tokenizer,
+            None if grammar is None else grammar.param.partition(".")[0],
+        )
+        talk = self._conversation(body, tools)
+        ids = tuple(await asyncio.to_thread(talk.ids, self._house.tokenizer))
+        job = Job(
+            id_prefix=ChatShape.id_prefix,
+            operation="chat",
+            prompts=[PromptView(tokens=ids, echo=None, logprobs=None, ranked=body.prompt_logprobs)],
+            adapter=adapter,
+            max_tokens=asked,
+            fallback=self._config.default_max_tokens,
+            max_tokens_field="max_completion_tokens" if body.max_tokens is None else "max_tokens",
+            prompt_field="messages",
+            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            prompt_logprobs=body.prompt_logprobs,
+            grammar=grammar if tools is None else tools.grammar,
+        )
+        shape = ChatShape(
+            logprobs=bool(body.logprobs),
+            prompt_logprobs=body.prompt_logprobs is not None,
+            token_ids=bool(body.return_token_ids),
+            calls=None if tools is None else tools.parser,
+        )
+        return await self._answer(request, body, job, shape)
+
+    async def complete(self, request: Request, body: CompletionBody) -> Response:
+        """The continuation of each prompt."""
+        refuse_unbuilt(body)
+        adapter = self._house.resolve(caller_of(request).sees, body.model)
+        if body.max_tokens == 0 and not body.echo:
+            raise InvalidRequest("max_tokens must be at least 1 without echo, got 0", param="max_tokens")
+        if body.best_of is not None and body.best_of < (body.n or 1):
+            raise InvalidRequest(f"best_of must be at least n, got {body.best_of} and {body.n}", param="best_of")
+        echoed = body.logprobs if body.echo else None
+        job = Job(
+            id_prefix=CompletionShape.id_prefix,
+            operation="text_completion",
+            prompts=await self._prompts(body),
+            adapter=adapter,
+            max_tokens=body.max_tokens,
+            fallback=COMPLETION_MAX_TOKENS,
+            max_tokens_field="max_tokens",
+            prompt_field="prompt",
+            logprobs=body.logprobs,
+            prompt_logprobs=max((p for p in (body.prompt_logprobs, echoed) if p is not None), default=None),
+            grammar=grammar_source(body),
+        )
+        shape = CompletionShape(
+            logprobs=body.logprobs is not None,
+            prompt_logprobs=body.prompt_logprobs is not None,
+            token_ids=bool(body.return_token_ids),
+        )
+        return await self._answer(request, body, job, shape)
+
+    async def tokenize(self, request: Request, body: TokenizeBody) -> Response:
+        """Ids of a text or of a conversation."""
+        refuse_unbuilt(body)
+        if body.model is not None:
+            self._house.resolve(caller_of(request).sees, body.model)
+        if body.messages is not None and body.prompt is None:
+            refuse_given(body, "messages", "add_special_tokens")
+            tools = tool_use(functions_of(body.tools or ()), chosen(None), None, self._house.tokenizer, None)
+            ids = await asyncio.to_thread(self._conversation(body, tools).ids, self._house.tokenizer)
+        elif body.prompt is not None and body.messages is None:
+            refuse_given(
+                body, "prompt", "add_generation_prompt", "continue_final_message", "tools", "chat_template_kwargs"
+            )
+            special = body.add_special_tokens is not False
+            ids = await asyncio.to_thread(self._house.tokenizer.encode, body.prompt, add_special_tokens=special)
+        else:
+            raise InvalidRequest("give either prompt or messages", param="prompt")
+        return JSONResponse({"tokens": list(ids), "count": len(ids), "max_model_len": self._house.context})
+
+    async def detokenize(self, request: Request, body: DetokenizeBody) -> Response:
+        """Text of ids."""
+        if body.model is not None:
+            self._house.resolve(caller_of(request).sees, body.model)
+        self._admission.check_ids(body.tokens, "tokens")
+        return JSONResponse({"prompt": await asyncio.to_thread(self._house.tokenizer.decode, body.tokens)})
+
+    async def tokenizer_info(self) -> Response:
+        """The base model's special tokens and chat template."""
+        tokenizer = self._house.tokenizer
+        ends = dict.fromkeys(("eos_token", "bos_token", "pad_token")) | dict(tokenizer.special_texts)
+        said = {"chat_template": tokenizer.chat_template, "vocab_size": tokenizer.vocab_size}
+        return JSONResponse(ends | said | {"model_max_length": self._house.context})
+
+    def _conversation(self, body: ChatBody | TokenizeBody, tools: ToolUse | None) -> Conversation:
+        return conversation(
+            body.messages or (),
+            tools,
+            self._house.tokenizer,
+            add_generation_prompt=body.add_generation_prompt,
+            continue_final=body.continue_final_message,
+            variables=body.chat_template_kwargs,
+        )
+
+    async def _prompts(self, body: CompletionBody) -> list[PromptView]:
+        """Ids of each prompt; those given as ids stay as they are."""
+        prompts = prompt_list(body.prompt)
+        if not prompts or not all(prompts):
+            raise InvalidRequest("prompt must not be empty, and no prompt of a list may be", param="prompt")
+        tokenizer, out = self._house.tokenizer, []
+        for prompt in prompts:
+            if isinstance(prompt, str):
+                special = body.add_special_tokens is not False
+                ids = await asyncio.to_thread(tokenizer.encode, prompt, add_special_tokens=special)
+            elif body.add_special_tokens is None:
+                ids = prompt
+                self._admission.check_ids(ids, "prompt")
+            else:
+                raise InvalidRequest(
+                    "add_special_tokens is for text prompts; ids stay as they are", param="add_special_tokens"
+                )
+            text = None
+            if body.echo:
+                text = prompt if isinstance(prompt, str) else await asyncio.to_thread(tokenizer.decode, ids)
+            out.append(PromptView(tokens=tuple(ids), echo=text, logprobs=body.logprobs, ranked=body.prompt_logprobs))
+        return out
+
+    async def _answer(self, request: Request, body: SamplingBody, job: Job, shape: Shape) -> Response:
+        run = await self._admission.run(request, body, job)
+        usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+        return await answer(request, run, ChoiceWriter(run, shape, usage), bool(body.stream))
+
+
+def prompt_list(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
+    """The prompts of any of the four forms, each a text or ids."""
+    if isinstance(prompt, str):
+        return [prompt]
+    ids = [p for p in prompt if isinstance(p, int)]
+    return [ids] if ids else [p for p in prompt if not isinstance(p, int)]
+
+
+def chat_max_tokens(body: ChatBody) -> int | None:
+    """The one limit that two fields may name.  Raises InvalidRequest when they differ."""
+    new, old = body.max_completion_tokens, body.max_tokens
+    if new is not None and old is not None and new != old:
+        raise InvalidRequest(
+            f"max_completion_tokens is {new} and max_tokens {old}; give one of them", param="max_completion_tokens"
+        )
+    return new if new is not None else old
+
+
+def refuse_given(body: TokenizeBody, beside: str, *fields: str) -> None:
+    """Raises InvalidRequest for a field that has no meaning beside another."""
+    for field in fields:
+        if getattr(body, field) is not None:
+            raise InvalidRequest(f"{field} has no meaning beside {beside}; leave it out", param=field)

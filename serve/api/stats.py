@@ -1,0 +1,80 @@
+"""What GET /v1/stats answers, for the served document alone: a Snapshot, and what is said beside it.
+
+GET /v1/stats: the server at this moment as JSON, for `jaxlora top` and for people."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Literal, TypedDict
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import with_config
+
+from serve.access.caller import caller_of
+from serve.api.openai.schemas import CLOSED
+from serve.http.errors import ERRORS
+from serve.http.schema import ok
+from serve.runtime.backend import House
+from serve.runtime.snapshot import SlotView, TrainingView, WaitView
+from serve.runtime.watchdog import Rates, Watch
+
+
+@with_config(CLOSED)
+class StatsObject(TypedDict):
+    object: Literal["server.stats"]
+    model: str
+    health: str
+    age_s: float
+    tokens_per_s: Rates
+    running: int
+    parked: int
+    waiting: int
+    rows: int
+    pages: int
+    free_pages: int
+    host_pages: int
+    host_pages_limit: int
+    queried_tokens: int
+    found_tokens: int
+    parks: int
+    recomputed_tokens: int
+    swaps: int
+    decoded_tokens: int
+    prefilled_tokens: int
+    slots: list[SlotView]
+    waits: list[WaitView]
+    waiting_adapters: int
+    training: TrainingView | None
+
+
+STATS_PATH = "/v1/stats"
+
+
+class StatsWire:
+    """The one route, over what the device thread has left to read."""
+
+    def __init__(self, house: House, watch: Watch):
+        self._house, self._watch = house, watch
+
+    def router(self) -> APIRouter:
+        """The one route."""
+        router = APIRouter(responses=ERRORS)
+        router.add_api_route(STATS_PATH, self.read, methods=["GET"], response_model=None, responses=ok(StatsObject))
+        return router
+
+    async def read(self, request: Request) -> Response:
+        """Slots, lines, memory, tokens a second and jobs of all tenants, so it needs a key of the role admin."""
+        caller_of(request).need_admin("reading the server's state")
+        snapshot = asdict(self._watch.snapshot)
+        snapshot["age_s"] = self._watch.age_s()
+        del snapshot["at_s"]
+        return JSONResponse(
+            {
+                "object": "server.stats",
+                "model": self._house.base_name,
+                "health": self._house.health(),
+                "tokens_per_s": asdict(self._watch.rates()),
+                **snapshot,
+            }
+        )

@@ -1,0 +1,395 @@
+"""The engine: plans become arrays, one jitted program per shape runs them, answers take the tokens.
+
+Owned by one thread.  A step is at most one prefill program and one decode program; both are the same function (`step`),
+and every shape it will ever see is compiled by `warm_up`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxlora.checkpoints.tokenizer import Tokenizer
+from jaxlora.config.serving import Tuning
+from jaxlora.core.errors import AlreadyExists, BaseMismatch, ContextLengthExceeded
+from jaxlora.core.lora import AdapterRef
+from jaxlora.model.decoder import Base
+from jaxlora.model.kv_cache import empty_pages
+from jaxlora.model.lora_pool import PoolSpec, Rows, empty_pool, host_rows, write_slot
+from jaxlora.model.mesh import check_lanes, place_rows
+from jaxlora.storage.adapter_store import AdapterStore
+from serve.engine.adapter_loads import READERS, AdapterLoads
+from serve.engine.kv_offload import PageMover, page_bytes
+from serve.engine.logit_edits import EditArrays, LogitEdits
+from serve.engine.output import Answer
+from serve.engine.page_cache import HostPages, PageAllocator
+from serve.engine.request import Delta, Request
+from serve.engine.sampling import StepOutput
+from serve.engine.scheduler import Limits, Scheduler, apply
+from serve.engine.sequence import Chunk, Plan, Sequence
+from serve.engine.slots import SlotTable
+from serve.engine.step import Layout, StepBatch, step_program
+from serve.engine.telemetry import Telemetry
+
+LOG = logging.getLogger("serve")
+
+SHORT_LANES = 4  # divides a full program into a small one: a few rows should not pay for many
+MIN_ROWS = 2  # XLA:CPU has no fast path for a bfloat16 product with one row
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """The shapes that are compiled.  Nothing a request says changes them."""
+
+    rows: int  # sequences that run at once
+    prefill_lanes: int  # lanes of a prefill program
+    prefill_tokens: int  # prompt tokens of a lane
+    pages: int  # KV pages
+    page_tokens: int
+    kv_dtype: str | None = None  # None: the base's
+    max_tokens: int  # longest sequence, prompt included
+    max_waiting: int  # requests in line before new ones are refused
+    max_waiting_tokens: int  # tokens they may come to, prompt and max_tokens together
+    host_bytes: int  # of KV that parked requests may keep on the host; what has no room there is computed again
+    quantum_s: float  # how long an adapter keeps its slot while others wait, until `tune` says otherwise
+
+
+class Engine:
+    """All running sequences on one base and one pool.  Not thread-safe: one thread owns it."""
+
+    def __init__(
+        self,
+        base: Base,
+        mesh: Mesh,
+        config: EngineConfig,
+        pool_spec: PoolSpec,
+        store: AdapterStore,
+        tokenizer: Tokenizer,
+        base_hash: str,
+    ):
+        for rows, what in ((config.rows, "rows"), (config.prefill_lanes, "prefill lanes")):
+            check_lanes(mesh, rows, what)
+        self.base, self.mesh, self.config, self.pool_spec = base, mesh, config, pool_spec
+        self.store, self.tokenizer, self.base_hash = store, tokenizer, base_hash
+        self.slots = SlotTable(pool_spec.slots)
+        allocator = PageAllocator(config.pages, config.page_tokens)
+        self._columns = allocator.needed(config.max_tokens)
+        self._pool = empty_pool(base.config, pool_spec, mesh)
+        kv_dtype = base.dtype if config.kv_dtype is None else jnp.dtype(config.kv_dtype)
+        self._kv = empty_pages(base.config, mesh, pages=config.pages, page_tokens=config.page_tokens, dtype=kv_dtype)
+        self.scheduler = Scheduler(
+            self.slots,
+            allocator,
+            Limits(
+                rows=config.rows,
+                lanes=config.prefill_lanes,
+                lane_tokens=config.prefill_tokens,
+                waiting=config.max_waiting,
+                waiting_tokens=config.max_waiting_tokens,
+                host_pages=config.host_bytes // page_bytes(self._kv),
+            ),
+            quantum_s=config.quantum_s,
+            active=pool_spec.slots,
+        )
+        in_place = jax.tree.map(lambda x: x.sharding, self._pool)
+        self._write_slot = jax.jit(write_slot, donate_argnums=0, out_shardings=in_place)
+        self._program = step_program(mesh)
+        ends = len(tokenizer.eos_ids)
+        self._edits = EditArrays(mesh, max_tokens=config.max_tokens, vocab=base.config.vocab, ends=ends)
+        self._loads = AdapterLoads(self._read, lambda: self.clock())
+        one = sum(4 * x.size // pool_spec.slots for x in jax.tree.leaves(self._pool))
+        # An exchange may replace every adapter at once: their successors are read by then, as far as memory allows.
+        self.ahead = max(READERS, min(pool_spec.slots, store.host_memory().limit // 2 // one))
+        self.ahead_bytes = self.ahead * one
+        store.set_aside(self.ahead_bytes)
+        self._sequences: dict[str, Sequence] = {}
+        self._answers: dict[str, Answer] = {}
+        self._saved: dict[str, HostPages] = {}  # KV of parked requests
+        self._mover = PageMover(mesh)
+        self.clock = time.monotonic
+        self._launched = 0.0  # when the first program under way was; 0 for none
+        self.device_s = 0.0  # from the launch of a step's first program to the end of its last, of all steps
+        self.decoded_tokens = 0  # generated since the start
+        self.prefilled_tokens = 0
+        self.telemetry = Telemetry()
+
+    def shapes(self) -> list[tuple[int, int]]:
+        """Every (lanes, tokens per lane) this engine runs."""
+        return [(g, self.config.prefill_tokens) for g in self._ladder(self.config.prefill_lanes)] + [
+            (g, 1) for g in self._ladder(self.config.rows)
+        ]
+
+    def _ladder(self, full: int) -> list[int]:
+        parts = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        small = full // SHORT_LANES
+        return [small, full] if small >= MIN_ROWS and small % parts == 0 else [full]
+
+    def warm_up(self) -> None:
+        """Compiles and runs every program once, on padding that is written nowhere, and the loading of an adapter."""
+        for lanes, tokens in self.shapes():
+            self._read_output(self._run(*self._batch(lanes, tokens, [])), last=True)
+        self._kv = self._mover.warm_up(self._kv)
+        empty = jax.tree.map(lambda p: np.zeros(p.shape[:1] + p.shape[2:], np.float32), self._pool)
+        self._write(0, empty)
+        jax.block_until_ready(self._pool)
+
+    # ---- requests -------------------------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> None:
+        """Puts the request in line.
+
+        Raises ContextLengthExceeded, Overloaded, InvalidRequest when it can never fit, AlreadyExists for an id in use.
+        """
+        if request.id in self._sequences:
+            raise AlreadyExists(f"a request of the id {request.id} is under way; give each its own")
+        total = len(request.prompt) + request.params.max_tokens
+        if total > self.config.max_tokens:
+            raise ContextLengthExceeded(
+                f"the prompt has {len(request.prompt)} tokens and max_tokens is {request.params.max_tokens}; together "
+                f"they must be at most {self.config.max_tokens}",
+                param="max_tokens",
+            )
+        if request.follow and (ref := request.adapter) is not None:  # a version may have come since it was resolved
+            request = replace(request, adapter=self.store.latest(ref.tenant, ref.name) or ref)
+        answer = Answer(request, self.tokenizer, self.base.config.vocab)
+        self._sequences[request.id] = sequence = self.scheduler.add(request, self.clock())
+        self._answers[request.id] = answer
+        if sequence.adapter is not None:
+            self.store.borrow(sequence.adapter)  # its owner may delete it meanwhile
+
+    def cancel(self, request_id: str) -> None:
+        """Frees all the request holds; does nothing when it has ended."""
+        sequence = self._sequences.get(request_id)
+        if sequence is not None:
+            self.telemetry.ended["abort"] += 1
+            self._end(sequence)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self._sequences)
+
+    @property
+    def urgent(self) -> bool:
+        """Whether a request waits for its first token."""
+        return self.scheduler.counts()[2] > 0 or any(s.generated == 0 for s in self.scheduler.running)
+
+    def step(self) -> list[Delta]:
+        """One step for everyone who can run: adapters that have been read get slots, then prompt chunks, then one token for
+        each decoding sequence.  Waits for a disk only when nobody can run, and then for a moment.
+        """
+        plan = self.scheduler.plan(self.clock(), self._loads.ready())
+        self._move(plan)
+        prefill = self._start_prefill(plan.prefill) if plan.prefill else None
+        decode = self._start_decode(plan.decode) if plan.decode else None
+        # Both programs are under way; whoever enters next is read meanwhile, and what the first one's tokens mean is found
+        # out while the second one runs.
+        deltas = self._read_ahead()
+        if plan.empty and self._loads:
+            self._loads.wait()
+        if prefill is not None:
+            deltas += self._end_prefill(plan.prefill, self._read_output(prefill, last=decode is None))
+        if decode is not None:
+            deltas += self._end_decode(plan.decode, self._read_output(decode, last=True))
+        return deltas
+
+    def _move(self, plan: Plan) -> None:
+        """Copies of a plan: KV to the host, adapters into slots, KV back."""
+        for s, pages in plan.save:
+            self._saved[s.request.id] = self._mover.save(self._kv, pages)
+        for ref, slot in plan.load:
+            self._load(ref, slot)
+        for s, pages in plan.restore:
+            self._kv = self._mover.restore(self._kv, pages, self._saved.pop(s.request.id))
+
+    # ---- adapters -------------------------------------------------------------------------------------------------
+
+    def install(self, ref: AdapterRef, rows: Rows) -> int | None:
+        """Copies a new version's device rows into a slot: no disk, no host, no compile.  Who follows the adapter goes on
+        under it.
+
+        The slot, or None when every slot has running requests: the version is then loaded when it is first asked for.
+        """
+        self.announce(ref)
+        slot = self.slots.find(ref)
+        if slot is not None:
+            return slot  # a request asked for it first and had it loaded
+        self.scheduler.settle()
+        slot = self.slots.choose()
+        if slot is not None:
+            self._write(slot, rows)
+            self.slots.place(slot, ref)
+        return slot
+
+    def announce(self, ref: AdapterRef) -> None:
+        """A new version is in the store: pins and who follows the adapter go on to it, and it is read when it is needed."""
+        self.scheduler.active.succeed(ref)
+        for old in self.scheduler.follow(ref):
+            self.store.borrow(ref)
+            self.store.give_back(old)
+
+    def tune(self, tuning: Tuning, pins: Collection[AdapterRef]) -> None:
+        """Decides by these settings from the next step on; see `serve.engine.scheduler.apply`.  Compiles nothing."""
+        apply(tuning, self.scheduler, slots=self.pool_spec.slots, pins=pins)
+
+    def release(self, ref: AdapterRef) -> bool:
+        """Gives up the slot of a version, unless a request uses it or waits for it; whether nobody does."""
+        if any(s.adapter == ref for s in self._sequences.values()):
+            return False
+        self.scheduler.settle()
+        self.slots.drop(ref)
+        self.scheduler.forget(ref)
+        return True
+
+    def rehearse_install(self, rows: Rows) -> None:
+        """Compiles `install` for rows of this shape, on a pool that is thrown away: every slot may be in use."""
+        self._write_slot(empty_pool(self.base.config, self.pool_spec, self.mesh), *self._on_device(0, rows))
+
+    def _read_ahead(self) -> list[Delta]:
+        """Has the adapters read that are next in line; ends the requests of those that cannot be."""
+        deltas = []
+        for ref, error in self._loads.want(self.scheduler.wanted(self.ahead)):
+            users = [s for s in self._sequences.values() if s.adapter == ref]
+            for s in users:
+                self.telemetry.ended["error"] += 1
+                self._end(s)
+            deltas += [Delta(request_id=s.request.id, error=error) for s in users]
+            if ref in self.scheduler.active.pinned:  # or it would be read again at every step
+                LOG.error("adapter %s cannot be read, and is pinned no more: %s", ref.name, error.message)
+                self.scheduler.active.unpin(ref)
+        return deltas
+
+    def _read(self, ref: AdapterRef) -> Rows:
+        """The stored version as a slot's rows on the host.  Runs on a thread of its own: it may read the disk."""
+        adapter = self.store.get(ref)
+        if adapter.base_hash != self.base_hash:
+            raise BaseMismatch(f"adapter {ref.name} was made for another base model; serve it on that one")
+        return host_rows(self.base.config, self.pool_spec, adapter)
+
+    def _load(self, ref: AdapterRef, slot: int) -> None:
+        """Copies a version that has been read into its slot."""
+        self._write(slot, self._loads.take(ref))
+        self.telemetry.loads += 1
+
+    def _on_device(self, slot: int, rows: Rows) -> tuple[jax.Array, Rows]:
+        return jax.device_put(np.int32(slot)), jax.device_put(rows)
+
+    def _write(self, slot: int, rows: Rows) -> None:
+        self._pool = self._write_slot(self._pool, *self._on_device(slot, rows))
+
+    # ---- programs -------------------------------------------------------------------------------------------------
+
+    def _batch(self, lanes: int, tokens: int, sampled: list[Sequence]) -> tuple[StepBatch, LogitEdits]:
+        """Arrays to fill, with the edits that these sequences need, whose next tokens are chosen by them."""
+        answers = [self._answers[s.request.id] for s in sampled]
+        tokens_edited, has_grammar = any(a.edits_tokens for a in answers), any(a.has_grammar for a in answers)
+        edits = self._edits.make(lanes, tokens=tokens_edited, allowed=has_grammar)
+        return StepBatch.idle(lanes, tokens, self._columns), edits
+
+    def _run(self, batch: StepBatch, edits: LogitEdits) -> StepOutput:
+        """The step's output, on its way: reading it waits for the device."""
+        layout = Layout.of(batch)
+        words_GW = layout.pack(batch)
+        if (
+            self.mesh.size > 1
+        ):  # on one device the call itself copies them, in a tenth of the time that device_put takes
+            words_GW = place_rows(self.mesh, words_GW)
+        placed = self._edits.place(edits)
+        self._launched = self._launched or time.perf_counter()
+        with jax.transfer_guard_host_to_device("allow"):
+            self._kv, out = self._program(self.base, self._pool, self._kv, words_GW, placed, layout)
+        return out
+
+    def _read_output(self, out: StepOutput, *, last: bool) -> StepOutput:
+        """A program's output on the host.  last: nothing else is under way, so the device rests from now on."""
+        out = jax.device_get(out)
+        if last:
+            self.device_s += time.perf_counter() - self._launched
+            self._launched = 0.0
+        return out
+
+    def _fill(
+        self, batch: StepBatch, edits: LogitEdits, lane: int, sequence: Sequence, start: int, tokens: list[int]
+    ) -> None:
+        count = len(tokens)
+        batch.token_GJ[lane, :count] = tokens
+        batch.position_GJ[lane, :count] = np.arange(start, start + count)
+        batch.slot_G[lane] = sequence.slot
+        batch.page_GC[lane, : len(sequence.pages)] = sequence.pages
+        batch.last_G[lane] = count - 1
+        answer = self._answers[sequence.request.id]
+        targets = answer.targets(start, count)
+        batch.target_GJ[lane, : len(targets)] = targets
+        if start + count == len(sequence.tokens):
+            answer.fill(batch, edits, lane, start + count)
+
+    def _smallest(self, full: int, needed: int) -> int:
+        return next(size for size in self._ladder(full) if size >= needed)
+
+    def _start_prefill(self, chunks: list[Chunk]) -> StepOutput:
+        lanes = self._smallest(self.config.prefill_lanes, len(chunks))
+        chosen = [c.sequence for c in chunks if c.start + c.count == len(c.sequence.tokens)]
+        batch, edits = self._batch(lanes, self.config.prefill_tokens, chosen)
+        for lane, c in enumerate(chunks):
+            self._fill(batch, edits, lane, c.sequence, c.start, c.sequence.tokens[c.start : c.start + c.count])
+        out = self._run(batch, edits)
+        return out if (batch.target_GJ >= 0).any() else replace(out, scores=None)  # nobody reads them
+
+    def _end_prefill(self, chunks: list[Chunk], out: StepOutput) -> list[Delta]:
+        deltas = []
+        for lane, c in enumerate(chunks):
+            if out.scores is not None:
+                self._answers[c.sequence.request.id].score(out.scores, lane, c.start, c.count)
+            c.sequence.done = c.start + c.count
+            self.prefilled_tokens += c.count
+            if c.sequence.prompt_left > 0:
+                continue
+            self.scheduler.computed(c.sequence)
+            if c.sequence.generated == 0:  # else it was computed again, and what comes next is known
+                deltas.append(self._advance(c.sequence, out, lane))
+        return deltas
+
+    def _start_decode(self, sequences: list[Sequence]) -> StepOutput:
+        rows = len(sequences)
+        batch, edits = self._batch(self._smallest(self.config.rows, rows), 1, sequences)
+        # A column at a time: row by row this is most of what the host does in a step.
+        batch.token_GJ[:rows, 0] = [s.tokens[s.done] for s in sequences]
+        batch.position_GJ[:rows, 0] = [s.done for s in sequences]
+        batch.slot_G[:rows] = [s.slot for s in sequences]
+        batch.last_G[:rows] = 0
+        for row, s in enumerate(sequences):
+            batch.page_GC[row, : len(s.pages)] = s.pages
+            self._answers[s.request.id].fill(batch, edits, row, s.done + 1)
+        return self._run(batch, edits)
+
+    def _end_decode(self, sequences: list[Sequence], out: StepOutput) -> list[Delta]:
+        deltas = []
+        for row, s in enumerate(sequences):
+            s.done += 1
+            deltas.append(self._advance(s, out, row))
+        return deltas
+
+    def _advance(self, sequence: Sequence, out: StepOutput, row: int) -> Delta:
+        """What the sequence's new token means to its client."""
+        found = sequence.found if sequence.generated == 0 else 0
+        delta = self._answers[sequence.request.id].take(out, row, sequence.adapter, found)
+        self.telemetry.took(sequence, delta, self.clock())
+        sequence.tokens += delta.tokens
+        self.decoded_tokens += len(delta.tokens)
+        if delta.finish is not None or delta.error is not None:
+            self._end(sequence)
+        return delta
+
+    def _end(self, sequence: Sequence) -> None:
+        self.scheduler.finish(sequence)
+        if sequence.adapter is not None:
+            self.store.give_back(sequence.adapter)
+        for table in (self._sequences, self._answers, self._saved):
+            table.pop(sequence.request.id, None)

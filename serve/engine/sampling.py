@@ -1,0 +1,174 @@
+"""Logits to tokens, on the device, every row with its own parameters as data.
+
+A filter is a threshold on a row's logits, found by bisection over the ordered bits of float32, so nothing is sorted;
+rows that use none, and steps in which no row does, do not pay for it.
+
+Shape letters: B rows, V vocabulary, M = 20 best tokens reported, G lanes and J tokens of a lane.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from serve.engine.logit_edits import LogitEdits, edited
+from serve.engine.request import MAX_TOP_LOGPROBS, SamplingParams
+
+INT32_MAX = 2**31 - 1
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class SamplingBatch:
+    """How each row chooses its next token."""
+
+    temperature_B: jax.Array  # float32; 0 is greedy
+    top_p_B: jax.Array  # float32 in (0, 1]
+    top_k_B: jax.Array  # int32; 0 is all
+    min_p_B: jax.Array  # float32 in [0, 1]
+    seed_BE: jax.Array  # uint32 [B, 2]: the request's seed
+    choice_B: jax.Array  # uint32 which of n choices
+    position_B: jax.Array  # uint32 place of the token that is chosen
+    logprobs_B: jax.Array  # bool: report the best alternatives
+
+    @staticmethod
+    def idle(rows: int) -> SamplingBatch:
+        """NumPy rows that choose greedily and report nothing, for the host to fill."""
+        kinds = {"top_k_B": np.int32, "choice_B": np.uint32, "position_B": np.uint32, "logprobs_B": bool}
+        zero = {f.name: np.zeros(rows, kinds.get(f.name, np.float32)) for f in fields(SamplingBatch)}
+        special = {"seed_BE": np.zeros((rows, 2), np.uint32), "top_p_B": np.ones(rows, np.float32)}
+        return SamplingBatch(**zero | special)  # ty: ignore[invalid-argument-type]
+
+    def fill(self, row: int, params: SamplingParams, seed: int, position: int) -> None:
+        """Set one row of a NumPy batch."""
+        values = {
+            "temperature_B": params.temperature,
+            "top_p_B": params.top_p,
+            "top_k_B": min(max(params.top_k, 0), INT32_MAX),
+            "min_p_B": params.min_p,
+            "seed_BE": (seed >> 32, seed & 0xFFFFFFFF),
+            "choice_B": params.choice,
+            "position_B": position,
+            "logprobs_B": params.logprobs is not None,
+        }
+        for name, value in values.items():
+            getattr(self, name)[row] = value
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class PromptScores:
+    """What the model thought of known tokens (raw float32 log-softmax); zeros in a step where none is wanted."""
+
+    logprob_GJ: jax.Array  # float32
+    rank_GJ: jax.Array  # int32; 1 is the likeliest token
+    top_token_GJM: jax.Array  # int32, best first
+    top_logprob_GJM: jax.Array  # float32
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class StepOutput:
+    """One token per row, and what the model thought of it (raw float32 log-softmax, before any edit)."""
+
+    token_B: jax.Array  # int32
+    logprob_B: jax.Array  # float32
+    finite_B: jax.Array  # bool: all logits of the row were finite
+    top_token_BM: jax.Array  # int32, best first; zeros where no row asked
+    top_logprob_BM: jax.Array  # float32
+    scores: PromptScores | None = None  # of a step of prompt chunks
+
+
+def sample(logits_BV: jax.Array, edits: LogitEdits, batch: SamplingBatch) -> StepOutput:
+    """The next token of each row.  A row's draw depends on its seed, choice, position, logits and edits alone."""
+    logits_BV = logits_BV.astype(jnp.float32)
+
+    def best(x_BV: jax.Array) -> jax.Array:
+        return jnp.argmax(x_BV, axis=-1).astype(jnp.int32)
+
+    # Edited logits are no value of their own here: a branch that gives back what it got would copy it.
+    greedy_B = lax.cond(edits.used, lambda x_BV: best(edited(x_BV, edits)), best, logits_BV)
+    hot = (batch.temperature_B > 0).any()
+    token_B = lax.cond(
+        hot, lambda x_BV, g_B: _draw(edited(x_BV, edits), g_B, batch), lambda _, g_B: g_B, logits_BV, greedy_B
+    )
+    total_B = jax.nn.logsumexp(logits_BV, axis=-1)
+    chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]
+    count = min(MAX_TOP_LOGPROBS, logits_BV.shape[1])
+    shape = (logits_BV.shape[0], count)
+
+    def tops() -> tuple[jax.Array, jax.Array]:
+        value_BM, token_BM = lax.top_k(logits_BV, count)
+        return token_BM, value_BM - total_B[:, None]
+
+    def none() -> tuple[jax.Array, jax.Array]:
+        return jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
+
+    top_token_BM, top_logprob_BM = lax.cond(batch.logprobs_B.any(), tops, none)
+    return StepOutput(
+        token_B=token_B,
+        logprob_B=chosen_B - total_B,
+        finite_B=jnp.isfinite(logits_BV).all(axis=-1),
+        top_token_BM=top_token_BM,
+        top_logprob_BM=top_logprob_BM,
+    )
+
+
+def _draw(logits_BV: jax.Array, greedy_B: jax.Array, batch: SamplingBatch) -> jax.Array:
+    hot_B = batch.temperature_B > 0
+    # The best is 0, so that a tiny temperature cannot make several logits infinite.
+    scaled_BV = (logits_BV - logits_BV.max(axis=-1, keepdims=True)) / jnp.where(hot_B, batch.temperature_B, 1.0)[
+        :, None
+    ]
+    filters_B = (batch.top_k_B > 0) | (batch.top_p_B < 1) | (batch.min_p_B > 0)
+    floor_B = lax.cond((filters_B & hot_B).any(), _floor, lambda s, b: jnp.full(s.shape[0], -jnp.inf), scaled_BV, batch)
+    kept_BV = jnp.where(scaled_BV >= floor_B[:, None], scaled_BV, -jnp.inf)
+
+    def noise(seed_E: jax.Array, choice: jax.Array, position: jax.Array) -> jax.Array:
+        key = jax.random.wrap_key_data(seed_E, impl="threefry2x32")
+        key = jax.random.fold_in(jax.random.fold_in(key, choice), position)
+        return jax.random.gumbel(key, (scaled_BV.shape[1],), jnp.float32)
+
+    noise_BV = jax.vmap(noise)(batch.seed_BE, batch.choice_B, batch.position_B)
+    drawn_B = jnp.argmax(kept_BV + noise_BV, axis=-1).astype(jnp.int32)
+    return jnp.where(hot_B, drawn_B, greedy_B)
+
+
+def _floor(scaled_BV: jax.Array, batch: SamplingBatch) -> jax.Array:
+    """float32 [B]: the smallest scaled logit that top-k, then top-p of what is left, then min-p keep."""
+    best_B = scaled_BV.max(axis=-1)
+    bits_BV = _ordered(scaled_BV)
+    k_B = jnp.where(batch.top_k_B > 0, batch.top_k_B, scaled_BV.shape[1])
+    by_k_B = _largest_with(bits_BV, jnp.ones_like(scaled_BV), jnp.minimum(k_B, scaled_BV.shape[1]).astype(jnp.float32))
+    share_BV = jnp.where(bits_BV >= by_k_B[:, None], jnp.exp(scaled_BV - best_B[:, None]), 0.0)
+    wanted_B = batch.top_p_B * share_BV.sum(-1)
+    by_p_B = jnp.where(batch.top_p_B < 1, _largest_with(bits_BV, share_BV, wanted_B), by_k_B)
+    floor_B = _value(jnp.maximum(by_k_B, by_p_B))
+    return jnp.maximum(floor_B, best_B + jnp.log(jnp.maximum(batch.min_p_B, 0.0)))
+
+
+def _ordered(x: jax.Array) -> jax.Array:
+    """uint32 whose order is that of the floats."""
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _value(bits: jax.Array) -> jax.Array:
+    """The float an ordered number stands for."""
+    raw = jnp.where(bits >> 31 == 1, bits & jnp.uint32((1 << 31) - 1), ~bits)
+    return lax.bitcast_convert_type(raw, jnp.float32)
+
+
+def _largest_with(bits_BV: jax.Array, mass_BV: jax.Array, wanted_B: jax.Array) -> jax.Array:
+    """uint32 [B]: the largest threshold whose entries at or above it hold at least the wanted mass."""
+
+    def one_bit(i: jax.Array, found_B: jax.Array) -> jax.Array:
+        tried_B = found_B | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
+        mass_B = jnp.where(bits_BV >= tried_B[:, None], mass_BV, 0.0).sum(-1)
+        return jnp.where(mass_B >= wanted_B, tried_B, found_B)
+
+    return lax.fori_loop(0, 32, one_bit, jnp.zeros(bits_BV.shape[0], jnp.uint32))

@@ -1,0 +1,105 @@
+"""How far each request is, and what a step is to do.  Pure: no jax here."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+from jaxlora.core.lora import AdapterRef
+from pallas_kernels import NO_ADAPTER
+from serve.engine.request import Request
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A request under way.  `tokens` is the prompt and what was generated; the KV of the first `done` is computed.
+
+    It waits, or runs (it has a row), or is parked: it has run, gave up its row, and goes on at the same token later.
+    A parked sequence keeps its KV in pages, or on the host (`saved`), or nowhere: then it is computed again.
+    """
+
+    request: Request
+    tokens: list[int]
+    adapter: AdapterRef | None  # the version that its next token is of; the request's, or a newer one if it follows
+    number: int  # order of arrival
+    arrived: float
+    since: float  # when it got its row, or began to wait for one
+    done: int = 0
+    slot: int = NO_ADAPTER
+    pages: list[int] = field(default_factory=list)
+    saved: bool = False  # its KV is on the host, and in no page
+    lost: int = 0  # tokens it has come to when its KV was last dropped
+    found: int = 0  # prompt tokens whose KV was cached when it first ran
+    queued_s: float = 0.0  # from its arrival until it first ran
+    told: float = 0.0  # when its last token was
+    started: bool = False  # it has had a row
+    running: bool = False
+
+    @property
+    def salt(self) -> Hashable | None:
+        """Whose KV this is: only requests of the same tenant, adapter version and cache_salt may share it.  None: nobody's else.
+
+        The KV of one that follows its adapter may be of several versions.
+        """
+        follows = self.request.follow and self.adapter is not None
+        return None if follows else (self.request.tenant, self.adapter, self.request.cache_salt)
+
+    @property
+    def group(self) -> Hashable:
+        """What is scheduled as one: all requests of an adapter version, or a tenant's requests of the base model."""
+        return self.adapter or self.request.tenant
+
+    @property
+    def prompt_left(self) -> int:
+        """Tokens to compute before the next one can be sampled or decoded: of the prompt, or of all that was lost."""
+        known = len(self.request.prompt) if self.generated == 0 else len(self.tokens) - 1
+        return max(known - self.done, 0)
+
+    @property
+    def scoring(self) -> bool:
+        """The log-probabilities of its prompt are wanted and not yet told: cached pages would leave some out."""
+        return self.request.params.prompt_logprobs is not None and self.generated == 0
+
+    @property
+    def recovering(self) -> bool:
+        """Its KV was dropped, and it is not yet further than it was: parked now, it might never get further."""
+        return 0 < self.lost >= self.done
+
+    @property
+    def generated(self) -> int:
+        """Tokens generated so far."""
+        return len(self.tokens) - len(self.request.prompt)
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """The unfinished requests of one adapter version."""
+
+    since: float  # when its wait for a slot began, if it is not active
+    rows: int  # requests that run
+    others: int
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A run of known tokens of one sequence whose KV is to be computed: `count` of them from place `start`."""
+
+    sequence: Sequence
+    start: int
+    count: int
+
+
+@dataclass(slots=True)
+class Plan:
+    """What the next step does, in this order."""
+
+    save: list[tuple[Sequence, list[int]]] = field(default_factory=list)  # KV to copy from these pages to the host
+    load: list[tuple[AdapterRef, int]] = field(default_factory=list)  # adapters to copy into slots
+    restore: list[tuple[Sequence, list[int]]] = field(default_factory=list)  # saved KV to copy back into these pages
+    prefill: list[Chunk] = field(default_factory=list)  # one lane each
+    decode: list[Sequence] = field(default_factory=list)  # one row each
+
+    @property
+    def empty(self) -> bool:
+        """Nothing to do."""
+        return not (self.load or self.restore or self.prefill or self.decode)

@@ -1,0 +1,270 @@
+"""What each tenant may have: slots by weight, and tokens by a virtual counter.  Pure host code.
+
+Which adapters are active: the exchange of slots after a quantum.  Pure host code: state and clock in, exchange out.
+
+At most `limit` adapters are active.  Nothing moves unless somebody waits.  An adapter enters a free slot at once;
+otherwise the one that is active longest, past its quantum, leaves for the one that waits longest.  Wait counts from the
+later of its oldest request's arrival and the moment it last left a slot, so that two adapters with long backlogs cannot
+alternate and shut out the rest.
+
+Slots are shared out between tenants first (`quotas`): a tenant below its due takes a slot of one above it, a tenant at
+its due exchanges its own adapters, and with more tenants than slots they take turns.  So a tenant's wait is bounded by
+its own adapters over the slots it is due, whatever others bring: an adapter waits at most
+ceil((W - N) / (N - P)) * (quantum + swap) + one step, with W adapters, N slots, P of them pinned.  Where KV had to be
+dropped, a turn lasts until what was dropped has been computed again: a shorter one would bring nobody forward."""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from jaxlora.core.errors import InvalidRequest
+from jaxlora.core.lora import AdapterRef
+from serve.engine.slots import SlotTable
+from serve.engine.telemetry import Histogram
+
+INPUT, OUTPUT = 1.0, 2.0  # cost of a token computed and of a token generated, as in the virtual token counter (VTC)
+
+
+def quotas(demand: Mapping[str, int], weights: Mapping[str, float], slots: int) -> dict[str, int]:
+    """Slots each tenant is due: its share by weight, never more than it can use, at least one.
+
+    With more tenants than slots every tenant is due one, and they take turns.  demand: adapters with work.
+    """
+    due = {tenant: 1 for tenant, wanted in demand.items() if wanted > 0}
+    for _ in range(slots - len(due)):
+        short = [t for t in due if due[t] < demand[t]]
+        if not short:
+            break
+        due[min(short, key=lambda t: ((due[t] + 1) / weights.get(t, 1.0), t))] += 1
+    return due
+
+
+class TokenShares:
+    """The virtual token counter of each tenant: what it was served, over its weight (S-LoRA's fair queue, arXiv 2401.00588).
+
+    Who has work and the smallest counter goes first.  A tenant that comes back starts at the smallest counter of those
+    who are there: time without work is not saved up.
+    """
+
+    def __init__(self) -> None:
+        self.weights: dict[str, float] = {}
+        self._served: dict[str, float] = {}
+
+    def keep(self, tenants: Iterable[str]) -> None:
+        """These have work: newcomers start with the least served of the others, and who left is forgotten."""
+        there = {t: self._served[t] for t in tenants if t in self._served}
+        least = min(there.values(), default=0.0)
+        self._served = {t: there.get(t, least) for t in tenants}
+
+    def add(self, tenant: str, inputs: int, outputs: int) -> None:
+        """These many tokens were computed, and generated, for the tenant."""
+        cost = (INPUT * inputs + OUTPUT * outputs) / self.weights.get(tenant, 1.0)
+        self._served[tenant] = self._served.get(tenant, 0.0) + cost
+
+    def served(self, tenant: str) -> float:
+        """Weighted tokens; lower goes first."""
+        return self._served.get(tenant, 0.0)
+
+
+WAIT_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)  # upper bounds
+
+
+@dataclass(slots=True)
+class Work:
+    """An adapter version that has unfinished requests."""
+
+    oldest: float  # arrival of its oldest unfinished request
+    left: float = float("-inf")  # when it last left a slot with work undone
+
+    @property
+    def since(self) -> float:
+        """When its wait began."""
+        return max(self.oldest, self.left)
+
+
+@dataclass(slots=True)
+class Exchange:
+    """Who leaves, who enters which slot, and which of these must be copied into it (the others lie there still)."""
+
+    leave: list[AdapterRef] = field(default_factory=list)
+    enter: list[tuple[AdapterRef, int]] = field(default_factory=list)
+    load: list[tuple[AdapterRef, int]] = field(default_factory=list)
+
+
+class ActiveSet:
+    """The active adapters.  In the slot table an active adapter is pinned; what is there unpinned may be replaced."""
+
+    def __init__(self, slots: SlotTable, *, quantum_s: float, limit: int):
+        self.slots = slots
+        self.quantum_s, self.limit = quantum_s, limit  # both may change at any time
+        self.weights: dict[str, float] = {}  # of tenants' slots, 1 where none is given
+        self.pinned: set[AdapterRef] = set()  # never leave
+        self.entered: dict[AdapterRef, float] = {}  # the active ones, and since when
+        self._tenant_left: dict[str, float] = {}  # when a tenant gave up its last slot with work undone
+        self.swaps = 0  # exchanges of an adapter with work undone for another
+        self.waited_s = Histogram(WAIT_S)  # how long adapters with work waited for a slot
+
+    def pin(self, ref: AdapterRef) -> None:
+        """The adapter stays active from the moment it enters.  Raises InvalidRequest where no slot would be left to share."""
+        if len(self.pinned | {ref}) >= self.limit:
+            raise InvalidRequest(f"{self.limit} slots take at most {self.limit - 1} pinned adapters; unpin one first")
+        self.pinned.add(ref)
+
+    def unpin(self, ref: AdapterRef) -> None:
+        """It takes its turns again."""
+        self.pinned.discard(ref)
+
+    def succeed(self, ref: AdapterRef) -> None:
+        """This is the newest version of its adapter now: it is pinned in place of an earlier one that is."""
+        for old in [r for r in self.pinned if (r.tenant, r.name) == (ref.tenant, ref.name)]:
+            self.pinned.remove(old)
+            self.pinned.add(ref)
+
+    def is_active(self, ref: AdapterRef) -> bool:
+        """Whether its requests may run."""
+        return ref in self.entered
+
+    def wanted(self, work: Mapping[AdapterRef, Work], count: int) -> list[AdapterRef]:
+        """The adapters that enter next and are on no slot, at most `count`: they are to be read meanwhile."""
+        lines: dict[str, list[AdapterRef]] = {}
+        for ref in dict.fromkeys([*self.pinned, *work]):
+            if self.slots.find(ref) is None:
+                lines.setdefault(ref.tenant, []).append(ref)
+        if not lines:
+            return []
+        has, due = self._tenants(work)
+
+        def turn(ref: AdapterRef) -> tuple:
+            return self._turn(ref, work, has, due)
+
+        # A tenant with many of them has its first one read with the others' first ones.
+        firsts = [heapq.nsmallest(count, line, key=turn) for line in lines.values()]
+        ranked = [((turn(ref)[0], i, turn(ref)), ref) for line in firsts for i, ref in enumerate(line)]
+        return [ref for _, ref in heapq.nsmallest(count, ranked, key=lambda x: x[0])]
+
+    def exchange(
+        self,
+        now: float,
+        work: Mapping[AdapterRef, Work],
+        ready: Collection[AdapterRef],
+        stay: Collection[AdapterRef] = (),
+    ) -> Exchange:
+        """Decides, and records it here and in the slot table.
+
+        ready: adapters that have been read.  stay: active ones that stay for now, as their turn has brought them nothing yet.
+        """
+        self.settle(work)
+        result = Exchange()
+        waiting = [
+            ref
+            for ref in dict.fromkeys([*ready, *self.slots.resident()])
+            if ref not in self.entered and (ref in work or ref in self.pinned)
+        ]
+        if (over := len(self.entered) - self.limit) > 0:  # the limit was lowered
+            for ref in sorted(self.entered, key=self._age)[: over + len(self.pinned)]:
+                if ref not in self.pinned and len(self.entered) > self.limit:
+                    self._leave(ref, now, work, result)
+        staying = self.pinned | set(stay)
+        ripe = [r for r, t in self.entered.items() if r not in staying and now - t >= self.quantum_s]
+        if not waiting or (len(self.entered) >= self.limit and not ripe):
+            return result
+        has, due = self._tenants(work)
+        while waiting:
+            ref = min(waiting, key=lambda r: self._turn(r, work, has, due))
+            waiting.remove(ref)
+            if ref not in ready and self.slots.find(ref) is None:
+                continue  # it lay in a slot that another has just taken
+            if len(self.entered) >= self.limit:
+                victim = self._victim(ref, ripe, has, due)
+                if victim is None:
+                    continue
+                ripe.remove(victim)
+                has[victim.tenant] -= 1
+                self._leave(victim, now, work, result)
+            self._enter(ref, now, result)
+            has[ref.tenant] += 1
+            if ref in work:
+                self.waited_s.observe(now - work[ref].since)
+        return result
+
+    def settle(self, work: Mapping[AdapterRef, Work]) -> None:
+        """Who has nothing to do is not active any more: its slot may be replaced.
+
+        Only before a decision, so that an adapter whose next request follows at once does not begin a new quantum.
+        """
+        for ref in [r for r in self.entered if r not in work and r not in self.pinned]:
+            del self.entered[ref]
+            self.slots.unpin(self._slot(ref))
+        if self._tenant_left:
+            busy = {ref.tenant for ref in work}
+            self._tenant_left = {t: left for t, left in self._tenant_left.items() if t in busy}
+
+    def _tenants(self, work: Mapping[AdapterRef, Work]) -> tuple[Counter[str], dict[str, int]]:
+        """(slots each tenant holds, slots each is due), pinned ones apart."""
+        free = [ref for ref in self.entered if ref not in self.pinned]
+        demand = Counter(ref.tenant for ref in work if ref not in self.pinned)
+        due = quotas(demand, self.weights, self.limit - len(self.pinned))
+        return Counter(ref.tenant for ref in free), due
+
+    def _turn(
+        self, ref: AdapterRef, work: Mapping[AdapterRef, Work], has: Counter[str], due: Mapping[str, int]
+    ) -> tuple:
+        """Sorts: pinned, then adapters of tenants below their due, the longest waiting tenant and adapter first."""
+        if ref in self.pinned:
+            return (0,)
+        since = work[ref].since
+        below = has[ref.tenant] < due[ref.tenant]
+        # A tenant that holds nothing waits as a whole: its many adapters must not give it many turns.
+        since_tenant = max(since, self._tenant_left.get(ref.tenant, since)) if has[ref.tenant] == 0 else since
+        return (1 if below else 2, since_tenant, since, ref.tenant, ref.name, ref.version)
+
+    def _victim(
+        self, ref: AdapterRef, ripe: list[AdapterRef], has: Counter[str], due: Mapping[str, int]
+    ) -> AdapterRef | None:
+        """The adapter past its quantum that this one may replace: the one active longest."""
+        if ref in self.pinned:
+            among = ripe
+        elif has[ref.tenant] >= due[ref.tenant]:
+            among = [r for r in ripe if r.tenant == ref.tenant]
+        else:
+            among = [r for r in ripe if has[r.tenant] > due.get(r.tenant, 0)]
+            if not among and sum(due.values()) > self.limit - len(self.pinned):
+                among = ripe  # more tenants than slots: turns
+        return min(among, key=self._age, default=None)
+
+    def _age(self, ref: AdapterRef) -> tuple[float, int]:
+        """Sorts: the one that is active longest first."""
+        return self.entered[ref], self._slot(ref)
+
+    def _leave(self, ref: AdapterRef, now: float, work: Mapping[AdapterRef, Work], result: Exchange) -> None:
+        del self.entered[ref]
+        self.slots.unpin(self._slot(ref))
+        work[ref].left = now
+        if not any(r.tenant == ref.tenant for r in self.entered):
+            self._tenant_left[ref.tenant] = now
+        result.leave.append(ref)
+        self.swaps += 1
+
+    def _enter(self, ref: AdapterRef, now: float, result: Exchange) -> None:
+        slot = self.slots.find(ref)
+        if slot is None:
+            slot = self.slots.choose()
+            assert slot is not None, "more adapters are active than slots"
+            self.slots.place(slot, ref)
+            result.load.append((ref, slot))
+        self.slots.pin(ref)
+        self.entered[ref] = now
+        result.enter.append((ref, slot))
+
+    def _slot(self, ref: AdapterRef) -> int:
+        slot = self.slots.find(ref)
+        assert slot is not None
+        return slot
+
+    def check(self) -> None:
+        """Asserts that active adapters are those that are pinned in the table, and no more than the limit allows."""
+        self.slots.check()
+        assert set(self.entered) == set(self.slots.pinned())

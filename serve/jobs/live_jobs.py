@@ -1,0 +1,372 @@
+"""Fine-tuning jobs beside serving: what the device thread runs between decode steps, and what of it becomes a version.
+
+    create ─▶ Jobs ─step─▶ every few steps and at each checkpoint ─▶ Runner.publish ─▶ served from the next request on
+    train_once ─▶ a guest's slot for one update ─▶ its caller
+
+All of it is the device thread's, but for `poke`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import jax
+
+from jaxlora.core.errors import AdapterNotFinite, JaxLoraError, QuotaExceeded, Unavailable
+from jaxlora.core.lora import AdapterRef, AdapterWeights, LoraSpec
+from jaxlora.model.lora_pool import Rows
+from serve.runtime.device_thread import Runner
+from serve.runtime.live_training import KEEP_VERSIONS, PUBLISH
+from train.data.examples import Example
+from train.jobs.job import Job, JobEvent, JobRequest, Progress, State, said
+from train.jobs.runner import Jobs
+from train.step.optimizer import Optimizer
+from train.step.state import SlotState
+from train.trainer import FIRST_PART, StepReport
+
+LOG = logging.getLogger("serve")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobNews:
+    """What is to be stored of a job in which something happened: where it stands, and its new events."""
+
+    id: str
+    state: State
+    code: str | None
+    reason: str | None
+    finished_s: float | None
+    progress: Progress
+    numbers: Mapping[str, float]  # of its newest step and held-out loss
+    events: tuple[JobEvent, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Published:
+    """A version that a job has made."""
+
+    job_id: str
+    step: int
+    ref: AdapterRef
+    time_s: float  # since 1970
+    checkpoint: bool  # it stays; others are deleted when there are newer ones
+    final: bool  # it is the job's result
+    numbers: Mapping[str, float]
+
+
+class Listener(Protocol):
+    """Who stores what happens.  Called on the device thread, and must not wait."""
+
+    def job_changed(self, news: JobNews) -> None: ...
+    def job_published(self, published: Published) -> None: ...
+
+
+class GuestCaller(Protocol):
+    """Who asked for one update.  Called on the device thread, and must not wait."""
+
+    def updated(self, report: StepReport, rows: Rows, state: SlotState) -> None:
+        """The update is made; rows on the device, the state on the host.  Not called for one that was skipped."""
+
+    def failed(self, error: Exception) -> None:
+        """There is none, and nothing has changed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GuestCall:
+    """One update of an adapter that no job trains."""
+
+    name: str  # its own in the trainer
+    spec: LoraSpec
+    optimizer: Optimizer
+    examples: Sequence[Example]  # all of them are the batch
+    state: SlotState  # before, in NumPy
+    step: int  # updates before
+    caller: GuestCaller
+
+
+class JobShelf:
+    """Where finished adapters go: the store, and to whoever pins or follows them.  Of the device thread."""
+
+    def __init__(self, runner: Runner):
+        self._runner = runner
+
+    def add(self, tenant: str, name: str, weights: AdapterWeights) -> AdapterRef:
+        """Keeps the weights as the next version of this adapter."""
+        ref = self._runner.engine.store.add(tenant, name, weights)
+        self._runner.engine.announce(ref)
+        return ref
+
+
+@dataclass(slots=True)
+class _Live:
+    """What is known of a job that has not ended, beside what `Jobs` knows."""
+
+    job: Job
+    publish: bool
+    kept: set[int]  # versions that stay
+    seen: int = 0  # events told
+    step: int = 0  # of the newest version
+    newest: AdapterRef | None = None  # that version, if this process made it
+    learned_s: float = field(default_factory=time.monotonic)  # when its newest update was done
+
+
+def is_checkpoint(job: Job) -> bool:
+    """Whether the step that a job has done is one of its checkpoints."""
+    every = job.request.checkpoint_every
+    return every is not None and job.progress.step % every == 0
+
+
+class LiveJobs:
+    """What `Runner` needs of a trainer, over the jobs of one and its guests."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        make_jobs: Callable[[Callable[[], None]], Jobs],
+        *,
+        publish_every: int,
+        listener: Listener,
+        had_room: Callable[[str, str], bool],
+    ):
+        """make_jobs: gets `wake` for Jobs.  publish_every: steps between two versions of a job.
+
+        had_room: whether one more version of a tenant's adapter of this name may stay; it must not wait.
+        """
+        self.runner, self.publish_every, self._listener, self._had_room = runner, publish_every, listener, had_room
+        self.jobs = make_jobs(self.poke)
+        self._live: dict[str, _Live] = {}
+        self._due: list[str] = []  # jobs that are published next
+        self._waiting: list[GuestCall] = []
+        self._seated: dict[str, GuestCall] = {}
+        self._poked = False
+
+    # ---- what the device thread runs ------------------------------------------------------------------------------
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `advance` would do anything."""
+        under_way = self.jobs.trainer.has_work or self.jobs.part != FIRST_PART
+        return under_way or self._poked or bool(self._due)
+
+    @property
+    def part(self) -> str:
+        """What `advance` does next."""
+        return PUBLISH if self._due else self.jobs.part
+
+    def poke(self) -> None:
+        """Something may be done now that could not be before.  Of any thread."""
+        self._poked = True
+        self.runner.wake()
+
+    def advance(self) -> None:
+        """The next part of a training step, or a version that one has made due."""
+        if self._due:
+            self._publish(self._due.pop(0))
+        else:
+            if self.jobs.part == FIRST_PART:
+                self._poked = False
+                self._seat_guests()
+            for report in self.jobs.advance():
+                if report.tenant in self._seated:
+                    self._guest_is_done(report)
+                else:
+                    self._note(report)
+        self._tell()
+
+    def close(self) -> None:
+        """Saves what every unfinished job has learned, and waits for the disk.  After the device thread has ended."""
+        for call in [*self._waiting, *self._seated.values()]:
+            call.caller.failed(Unavailable("the server is stopping; nothing was changed"))
+        self.jobs.close()
+        self._tell()
+
+    # ---- jobs -----------------------------------------------------------------------------------------------------
+
+    def create(self, id: str, request: JobRequest, *, publish: bool, kept: Sequence[int] = ()) -> None:
+        """A new job, or one of an earlier process that goes on from its newest checkpoint.
+
+        publish: its versions can be used while it runs.  kept: those of its checkpoints, in an earlier process.
+        Raises as `Jobs.create` does.
+        """
+        job = self.jobs.create(request, id=id)
+        self._live[id] = _Live(job=job, publish=publish, kept=set(kept))
+        self.poke()
+
+    def pause(self, owner: str, id: str) -> None:
+        """The job gives its slot up; what it has learned is a version.  Raises NotFound, StateInvalid."""
+        self._leave(self.jobs.get(owner, id), "paused")
+        self.jobs.pause(owner, id)
+        self._tell()
+        self.poke()
+
+    def resume(self, owner: str, id: str) -> None:
+        """A paused job gets in line again.  Raises NotFound, StateInvalid."""
+        self.jobs.resume(owner, id)
+        self._tell()
+        self.poke()
+
+    def cancel(self, owner: str, id: str) -> None:
+        """The job ends; what it has learned is a version.  Raises NotFound, StateInvalid."""
+        self._leave(self.jobs.get(owner, id), "cancelled")
+        self.jobs.cancel(owner, id)
+        self._tell()
+        self.poke()
+
+    def _leave(self, job: Job, to: State) -> None:
+        """Publishes what a job has learned before it goes."""
+        live = self._live.get(job.id)
+        if live is None or job.state == to or job.final:
+            return
+        job.check_move(to)
+        if not live.publish or job.progress.step < live.step or job.progress.step == 0:
+            return
+        stays = to == "cancelled" or self._may_stay(job)  # what a cancelled job has learned is its result
+        if live.newest is not None and job.progress.step == live.step:
+            if live.newest.version not in live.kept and stays:  # made for `latest`; now it stays
+                self._is_published(job, live.newest, checkpoint=True)
+            return
+        if job.id in self.jobs.trainer.tenants:
+            self._publish(job.id, checkpoint=stays)
+            return
+        shelf, request = JobShelf(self.runner), job.request
+        try:
+            ref = shelf.add(request.owner, request.name, self.jobs.adapter(request.owner, job.id))
+        except (JaxLoraError, OSError) as error:
+            job.log.add("problem", f"step {job.progress.step} is not published: {said(error)}", level="warn")
+        else:
+            self._is_published(job, ref, checkpoint=stays)
+
+    def _may_stay(self, job: Job) -> bool:
+        """Whether its newest version may be a checkpoint.  Else the next one takes its place, and the job goes on."""
+        room = self._had_room(job.request.owner, job.request.name)
+        if not room:
+            step, code = job.progress.step, QuotaExceeded.code
+            job.log.add(
+                "problem",
+                f"step {step} is no checkpoint ({code}): your adapters have as many bytes as they may; delete some",
+                level="warn",
+            )
+        return room
+
+    def _note(self, report: StepReport) -> None:
+        """A step of a job is done: it may be due for a version."""
+        live = self._live.get(report.tenant)
+        if live is None or report.tenant not in self.jobs.trainer.tenants:
+            return  # it has left, and left a version
+        live.learned_s = time.monotonic()
+        due = report.step % self.publish_every == 0 or is_checkpoint(live.job)
+        if live.publish and report.finite and due:
+            self._due.append(report.tenant)
+
+    def _publish(self, id: str, *, checkpoint: bool | None = None) -> None:
+        """A version of the present weights of a job that has a slot.  What hinders it is an event of this job alone."""
+        trainer, live = self.jobs.trainer, self._live.get(id)
+        if live is None or id not in trainer.tenants:
+            return
+        job = live.job
+        kept = is_checkpoint(job) and self._may_stay(job) if checkpoint is None else checkpoint
+        try:
+            ref = self.runner.publish(
+                job.request.owner,
+                job.request.name,
+                job.request.spec,
+                trainer.rows(id),
+                keep=KEEP_VERSIONS,
+                spare=live.kept,
+                learned_s=live.learned_s,
+            )
+        except AdapterNotFinite:
+            return  # its steps say so
+        except (JaxLoraError, OSError) as error:
+            job.log.add("problem", f"step {job.progress.step} is not published: {said(error)}", level="warn")
+        else:
+            self._is_published(job, ref, checkpoint=kept)
+
+    def _is_published(self, job: Job, ref: AdapterRef, *, checkpoint: bool) -> None:
+        live = self._live[job.id]
+        live.step, live.newest = job.progress.step, ref
+        if checkpoint:
+            live.kept.add(ref.version)
+        self._say_published(job, ref, checkpoint=checkpoint, final=False)
+
+    def _say_published(self, job: Job, ref: AdapterRef, *, checkpoint: bool, final: bool) -> None:
+        best = job.progress.best_step if final and job.request.keep_best else None
+        self._listener.job_published(
+            Published(
+                job_id=job.id,
+                step=job.progress.step if best is None else best,
+                ref=ref,
+                time_s=time.time(),
+                checkpoint=checkpoint,
+                final=final,
+                numbers=dict(job.numbers),
+            )
+        )
+
+    def _tell(self) -> None:
+        """Tells the listener what has changed; a job that has ended is forgotten here."""
+        for job in self.jobs.changed():
+            live = self._live[job.id]
+            events = job.log.after(live.seen)
+            live.seen = events[-1].seq if events else live.seen
+            if job.result is not None:
+                self._say_published(job, job.result, checkpoint=True, final=True)
+            news = JobNews(
+                id=job.id,
+                state=job.state,
+                code=job.code,
+                reason=job.reason,
+                finished_s=job.finished_s,
+                progress=replace(job.progress),
+                numbers=dict(job.numbers),
+                events=tuple(events),
+            )
+            self._listener.job_changed(news)
+            if job.final:
+                del self._live[job.id]
+                self.jobs.forget(job.request.owner, job.id)
+
+    # ---- guests ---------------------------------------------------------------------------------------------------
+
+    def train_once(self, call: GuestCall) -> None:
+        """One update of an adapter, in the next step that has a slot for it: a job gives way if need be."""
+        self._waiting.append(call)
+        self.poke()
+
+    def _seat_guests(self) -> None:
+        for call in list(self._waiting):
+            try:
+                if not self.jobs.make_room(call.spec):
+                    continue
+                self.jobs.trainer.add(
+                    call.name,
+                    call.spec,
+                    call.optimizer,
+                    call.examples,
+                    batch_size=len(call.examples),
+                    seed=0,
+                    per_target=True,
+                    resume=(call.state, call.step, 0),
+                )
+            except JaxLoraError as error:
+                self._waiting.remove(call)
+                call.caller.failed(error)
+            else:
+                self._waiting.remove(call)
+                self._seated[call.name] = call
+
+    def _guest_is_done(self, report: StepReport) -> None:
+        call, trainer = self._seated.pop(report.tenant), self.jobs.trainer
+        try:
+            if report.finite:
+                state = trainer.unseat(call.name)
+                call.caller.updated(report, state.rows, jax.device_get(state))
+            else:
+                call.caller.failed(AdapterNotFinite("the loss or its gradient is not finite; nothing was changed"))
+        finally:
+            trainer.remove(call.name)
+            self.poke()  # its slot is free

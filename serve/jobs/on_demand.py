@@ -1,0 +1,223 @@
+"""One update at a time of adapters that no job trains, by calls that return when the new version can be asked.
+
+    fine_tune ─▶ its state (kept, or from disk, or new moments for its newest version) ─▶ LiveJobs.train_once ─▶ version n + 1
+
+The store holds the weights of every version.  The moments are kept in RAM for a few adapters, and written in the background
+for all; those of another version than the newest are of no use, and begin anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import uuid
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from jaxlora.config.training import CROSS_ENTROPY, Optimizer
+from jaxlora.core.errors import AdapterNotFound, JaxLoraError, StorageAway
+from jaxlora.core.lora import AdapterRef, LoraSpec
+from jaxlora.model.lora_pool import Rows, adapter_bytes
+from jaxlora.storage.checkpoint_writer import CheckpointWriter, Snapshot
+from jaxlora.storage.checkpoints import StateCopies, read_meta, restore_state
+from serve.access.adapter_quota import AdapterQuota
+from serve.jobs.live_jobs import GuestCall, LiveJobs
+from train.data.examples import Example
+from train.step.state import SlotState, fresh_adapter
+from train.trainer import StepReport
+
+LOG = logging.getLogger("serve")
+KEPT_STATES = 8  # in RAM
+KEPT_VERSIONS = 16  # of an adapter
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FineTuned:
+    """What one call has done."""
+
+    tokens: int  # trained, target tokens
+    sum_loss: float  # nats of all of them under the weights before, whatever their weights
+    ref: AdapterRef  # the version after
+
+
+@dataclass(frozen=True, slots=True)
+class _Tuned:
+    """What an adapter has learned by calls."""
+
+    version: int
+    calls: int
+    state: SlotState
+
+
+class _Waiting:
+    """A caller on an event loop, told by the device thread."""
+
+    def __init__(self, tuner: Tuner, tenant: str, name: str, spec: LoraSpec, keep: int):
+        """keep: versions of the adapter that stay."""
+        self._tuner, self._tenant, self._name, self._spec, self._keep = tuner, tenant, name, spec, keep
+        self._loop = asyncio.get_running_loop()
+        self.done: asyncio.Future[tuple[FineTuned, SlotState]] = self._loop.create_future()
+
+    def updated(self, report: StepReport, rows: Rows, state: SlotState) -> None:
+        """Publishes the update; the device thread calls it."""
+        runner = self._tuner.live.runner
+        try:
+            ref = runner.publish(self._tenant, self._name, self._spec, rows, keep=self._keep)
+        except (JaxLoraError, OSError) as error:
+            self.failed(error)
+            return
+        done = FineTuned(tokens=report.targets, sum_loss=report.nll, ref=ref)
+        self._loop.call_soon_threadsafe(self._set, (done, state), None)
+
+    def failed(self, error: Exception) -> None:
+        """There is no update; the device thread calls it."""
+        self._loop.call_soon_threadsafe(self._set, None, error)
+
+    def _set(self, result: tuple[FineTuned, SlotState] | None, error: Exception | None) -> None:
+        if self.done.done():
+            return
+        if result is None:
+            assert error is not None
+            self.done.set_exception(error)
+        else:
+            self.done.set_result(result)
+
+
+class Tuner:
+    """Creates, trains and deletes adapters call by call.  Of one event loop, but for `forget` and `close`."""
+
+    def __init__(self, live: LiveJobs, states: Path, quota: AdapterQuota, copies: StateCopies | None = None):
+        """states: folder of the moments.  copies: object storage behind it."""
+        self.live, self._states, self._quota, self._copies = live, states.absolute(), quota, copies
+        self._writer = CheckpointWriter(copies=copies)
+        self._kept: OrderedDict[tuple[str, str], _Tuned] = OrderedDict()
+        self._guard = threading.Lock()
+        self._turns: dict[tuple[str, str], asyncio.Lock] = {}
+
+    async def create(self, tenant: str, name: str, spec: LoraSpec, seed: int) -> AdapterRef:
+        """A new adapter that changes nothing yet, as version 1.
+
+        Raises AdapterInvalid for a rank or targets that no slot holds, InvalidRequest for a bad name, QuotaExceeded,
+        StorageFailed.
+        """
+
+        def make() -> AdapterRef:
+            trainer, store = self.live.jobs.trainer, self.live.runner.engine.store
+            trainer.seats.check(spec)
+            self._quota.check(tenant, adapter_bytes(trainer.base.config, spec), another=True)
+            self.live.runner.catalog.check_name(tenant, name)
+            return store.add(tenant, name, fresh_adapter(trainer.base.config, spec, seed, trainer.base_hash))
+
+        return await asyncio.to_thread(make)
+
+    async def fine_tune(self, tenant: str, name: str, examples: Sequence[Example], optimizer: Optimizer) -> FineTuned:
+        """One update by all these examples; their loss is divided by the number of their target tokens.
+
+        Calls for one adapter are made in the order they came.  One whose caller goes away is made all the same.
+        optimizer: its numbers; the schedule is constant.
+        Raises AdapterNotFound; DataInvalid for examples that cannot be trained on; AdapterNotFinite, and changes
+        nothing, when the loss or its gradient is not finite; StorageFailed or OSError when the version cannot be stored.
+        """
+        return await asyncio.shield(self._in_turn(tenant, name, examples, optimizer))
+
+    async def _in_turn(self, tenant: str, name: str, examples: Sequence[Example], optimizer: Optimizer) -> FineTuned:
+        key = tenant, name
+        async with self._turns.setdefault(key, asyncio.Lock()):
+            spec, tuned = await asyncio.to_thread(self._state_of, tenant, name)
+            await asyncio.to_thread(self.live.jobs.trainer.check, spec, examples, len(examples), CROSS_ENTROPY)
+            waiting = _Waiting(self, tenant, name, spec, await asyncio.to_thread(self._kept_versions, tenant, name))
+            call = GuestCall(
+                name=f"call-{uuid.uuid4().hex}",
+                spec=spec,
+                optimizer=replace(optimizer, schedule="constant", warmup_steps=0, total_steps=tuned.calls + 1),
+                examples=examples,
+                state=tuned.state,
+                step=tuned.calls,
+                caller=waiting,
+            )
+            await asyncio.to_thread(self.live.runner.call, lambda: self.live.train_once(call))
+            done, state = await waiting.done
+            self._keep(key, _Tuned(done.ref.version, tuned.calls + 1, state), spec)
+            return done
+
+    async def delete(self, tenant: str, name: str) -> None:
+        """The adapter is gone at once; what runs ends on it.  Raises AdapterNotFound."""
+        async with self._turns.setdefault((tenant, name), asyncio.Lock()):
+            await asyncio.to_thread(self.live.runner.engine.store.delete, tenant, name)
+            self.forget(tenant, name)
+        self._turns.pop((tenant, name), None)
+
+    def forget(self, tenant: str, name: str) -> None:
+        """Drops what the calls of an adapter that is gone have learned; its files are removed soon.  From any thread."""
+        with self._guard:
+            self._kept.pop((tenant, name), None)
+        self._writer.discard(f"{tenant}/{name}", self._states / tenant / name)
+
+    def close(self) -> None:
+        """Waits until all moments are on disk."""
+        self._writer.close()
+
+    def _kept_versions(self, tenant: str, name: str) -> int:
+        """How many versions there may be after this call; where the tenant's bytes are used up, as many as there are."""
+        versions = self.live.runner.engine.store.versions(tenant, name)
+        if not versions or self._quota.has_room(versions[-1]):
+            return KEPT_VERSIONS
+        return min(len(versions), KEPT_VERSIONS)
+
+    def _state_of(self, tenant: str, name: str) -> tuple[LoraSpec, _Tuned]:
+        """(what it is, what it has learned) of the newest version.  Reads the disk."""
+        store, trainer = self.live.runner.engine.store, self.live.jobs.trainer
+        ref = store.latest(tenant, name)
+        if ref is None:
+            raise AdapterNotFound(f"no adapter named {name!r}", param="name")
+        adapter = store.get(ref)
+        with self._guard:
+            kept = self._kept.get((tenant, name))
+        if kept is None:
+            kept = self._stored(tenant, name, adapter.spec)
+        if kept is None or kept.version != ref.version:
+            kept = _Tuned(ref.version, 0, trainer.seat_of(adapter))
+        return adapter.spec, kept
+
+    def _stored(self, tenant: str, name: str, spec: LoraSpec) -> _Tuned | None:
+        """What the disk has of it."""
+        self._writer.flush()
+        folder, trainer = self._states / tenant / name, self.live.jobs.trainer
+        wanted = {"base": trainer.base_hash, "spec": spec.to_json(), "moments": trainer.moments}
+        try:
+            if self._copies is not None:
+                self._copies.bring(folder)
+            meta = read_meta(folder)
+            if meta is None or any(meta.get(k) != v for k, v in wanted.items()):
+                return None
+            found = restore_state(folder, trainer.fresh(spec, 0))
+        except StorageAway:
+            raise
+        except JaxLoraError as error:
+            LOG.warning("the moments of %s/%s begin anew: %s", tenant, name, error)
+            return None
+        if found is None:
+            return None
+        assert isinstance(found.arrays, SlotState)
+        return _Tuned(int(meta["version"]), int(meta["calls"]), found.arrays)
+
+    def _keep(self, key: tuple[str, str], tuned: _Tuned, spec: LoraSpec) -> None:
+        trainer = self.live.jobs.trainer
+        with self._guard:
+            self._kept[key] = tuned
+            self._kept.move_to_end(key)
+            while len(self._kept) > KEPT_STATES:
+                self._kept.popitem(last=False)
+        meta = {"base": trainer.base_hash, "spec": spec.to_json(), "moments": trainer.moments}
+        snapshot = Snapshot(
+            folder=self._states / key[0] / key[1],
+            step=tuned.version,
+            arrays=tuned.state,
+            meta=meta | {"version": tuned.version, "calls": tuned.calls},
+            keep=1,
+            best=None,
+        )
+        self._writer.submit("/".join(key), snapshot)

@@ -1,0 +1,208 @@
+"""What the device thread says of jobs, stored by a thread of its own: a database that is slow or away delays no step.
+
+LiveJobs ─JobNews, Published─▶ queue ─▶ one transaction a job: where it stands, its new events and checkpoints
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, replace
+
+from jaxlora.core.errors import JaxLoraError, StorageFull, Unavailable
+from jaxlora.core.lora import AdapterRef
+from serve.db.jobs import StoredJobs
+from serve.db.models import ENDED, CheckpointRecord, JobRecord, JsonObject, NewEvent, new_id
+from serve.jobs.live_jobs import JobNews, Published
+from serve.runtime.catalog import JobNames
+from train.jobs.job import JobEvent
+
+LOG = logging.getLogger("serve")
+RETRY_S = 1.0  # before a write that failed is tried again
+NAMES = {  # of a step's numbers, as they are called in OpenAI's events and checkpoints
+    "loss": "train_loss",
+    "accuracy": "train_mean_token_accuracy",
+    "lr": "learning_rate",
+    "grad_norm": "grad_norm",
+    "tokens": "tokens",
+    "tokens_per_s": "tokens_per_second",
+    "heldout_loss": "valid_loss",
+    "heldout_accuracy": "valid_mean_token_accuracy",
+}
+
+type Change = JobNews | Published | Callable[[], None]
+
+
+class JobRecorder:
+    """Keeps the record of every job that has not ended, and stores what changes.  Told from any thread, waits for none."""
+
+    def __init__(
+        self,
+        stored: StoredJobs,
+        names: JobNames,
+        *,
+        saved: Callable[[AdapterRef], None],
+        published: Callable[[JobRecord, Published], None],
+        ended: Callable[[JobRecord], None],
+    ):
+        """saved: waits until a version is stored; nobody is told of a checkpoint before.
+
+        published, ended: called on the recorder's thread when that is stored.
+        """
+        self._stored, self._names, self._saved, self._published, self._ended = stored, names, saved, published, ended
+        self._records: dict[str, JobRecord] = {}
+        self._changes: queue.SimpleQueue[tuple[str, Change] | None] = queue.SimpleQueue()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="job-recorder", daemon=True)
+        self._thread.start()
+
+    def register(self, record: JobRecord) -> None:
+        """A job that is stored, and of which there will be news."""
+        self._records[record.id] = record
+
+    def job_changed(self, news: JobNews) -> None:
+        """Where it stands now."""
+        self._changes.put((news.id, news))
+
+    def job_published(self, published: Published) -> None:
+        """A version that it has made."""
+        self._changes.put((published.job_id, published))
+
+    def change(self, id: str, change: Callable[[JobRecord], JobRecord], *events: NewEvent) -> None:
+        """Stores another record of a job, and events, after all that was told before.  Returns when it is tried."""
+        done = threading.Event()
+
+        def work() -> None:
+            try:
+                known = self._records.get(id)
+                if known is not None:
+                    self._store(change(known), list(events), [])
+                else:
+                    self._stored.save(change(self._stored.get(id, None)), events=events)
+            finally:
+                done.set()
+
+        self._changes.put((id, work))
+        done.wait()
+
+    def flush(self) -> None:
+        """Returns when all that was told before is stored, or was tried."""
+        done = threading.Event()
+        self._changes.put(("", done.set))
+        done.wait()
+
+    def close(self) -> None:
+        """Stores what is left, each once more if need be, and ends."""
+        self._closing.set()
+        self._changes.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (item := self._changes.get()) is not None:
+            id, change = item
+            try:
+                if isinstance(change, JobNews):
+                    self._hear(change)
+                elif isinstance(change, Published):
+                    self._hear_version(change)
+                else:
+                    change()
+            except Exception:
+                LOG.exception("job %s: what happened is not stored", id)
+
+    def _hear(self, news: JobNews) -> None:
+        record = self._records.get(news.id)
+        if record is None:
+            return
+        progress: JsonObject = {**record.progress, **renamed(news.numbers), **asdict(news.progress)}
+        stopped = news.state in ("failed", "paused") and news.code is not None
+        started = record.started_s
+        if started is None and news.state == "running":
+            started = next((e.time_s for e in news.events if e.message.startswith("running")), None)
+        total = record.resolved.get("total_steps")
+        self._store(
+            replace(
+                record,
+                status=news.state,
+                started_s=started,
+                finished_s=news.finished_s,
+                progress=progress,
+                error={"code": news.code, "message": news.reason, "param": None} if stopped else None,
+            ),
+            [told(event, total if isinstance(total, int) else None) for event in news.events],
+            [],
+        )
+
+    def _hear_version(self, said: Published) -> None:
+        record = self._records.get(said.job_id)
+        if record is None:
+            return
+        progress: JsonObject = {**record.progress, "version": said.ref.version}
+        if said.final:
+            progress["final_version"] = said.ref.version
+        events, checkpoints = [], []
+        if said.checkpoint:
+            self._await_saved(said.ref)
+            progress["checkpoint_step"] = said.step
+            checkpoints.append(
+                CheckpointRecord(
+                    id=new_id("ftckpt-"),
+                    job=record.id,
+                    step=said.step,
+                    version=said.ref.version,
+                    metrics={"step": said.step, **renamed(said.numbers)},
+                    created_s=said.time_s,
+                )
+            )
+            name = self._names.full(record.id) if said.final else self._names.full(record.id, said.step)
+            what = "Fine-tuned model created" if said.final else f"Checkpoint created at step {said.step}"
+            data: JsonObject = {"step": said.step, "adapter_version": said.ref.version, "model": name}
+            events.append(
+                NewEvent(time_s=said.time_s, level="info", kind="message", message=f"{what}: {name}", data=data)
+            )
+        self._store(replace(record, progress=progress), events, checkpoints)
+        if said.checkpoint:
+            self._names.checkpoint(record.id, said.step, said.ref.version, final=said.final)
+        self._published(self._records.get(record.id, record), said)
+
+    def _await_saved(self, ref: AdapterRef) -> None:
+        try:
+            self._saved(ref)
+        except (JaxLoraError, OSError) as error:  # it is in memory, and tried again
+            LOG.error("%s is not stored yet: %s", ref, error)
+
+    def _store(self, record: JobRecord, events: list[NewEvent], checkpoints: list[CheckpointRecord]) -> None:
+        """Tries until it is stored; while the recorder closes, once."""
+        self._records[record.id] = record
+        while True:
+            try:
+                self._stored.save(record, events=events, checkpoints=checkpoints)
+                break
+            except (Unavailable, StorageFull) as error:
+                LOG.error("job %s is not stored yet: %s", record.id, error)
+                if self._closing.wait(RETRY_S):
+                    return  # the next process takes it from where the database says it is
+            except JaxLoraError as error:  # it was deleted meanwhile
+                LOG.warning("job %s is not stored: %s", record.id, error)
+                break
+        if record.status in ENDED:
+            self._records.pop(record.id, None)
+            self._names.end(record.id)
+            self._ended(record)
+
+
+def renamed(numbers: object) -> JsonObject:
+    """A step's numbers under OpenAI's names."""
+    assert isinstance(numbers, dict)
+    return {NAMES[k]: v for k, v in numbers.items() if k in NAMES}
+
+
+def told(event: JobEvent, total_steps: int | None) -> NewEvent:
+    """An event of a job as it is stored."""
+    numbers: JsonObject = dict(event.data)
+    if event.kind != "step":
+        return NewEvent(time_s=event.time_s, level=event.level, kind="message", message=event.message, data=numbers)
+    data: JsonObject = {"step": numbers["step"], "total_steps": total_steps, **renamed(numbers)}
+    return NewEvent(time_s=event.time_s, level=event.level, kind="metrics", message=event.message, data=data)

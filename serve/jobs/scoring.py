@@ -1,0 +1,229 @@
+"""Versions of a running job scored by what they generate, at low priority, while training and serving go on.
+
+Published ─▶ queue ─▶ questions, a few at a time, when no client waits ─▶ metrics ─▶ an event of the job
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import queue
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import regex
+
+from jaxlora.core.errors import AdapterNotFound, DataInvalid, JaxLoraError, StorageAway, Unavailable
+from jaxlora.core.lora import AdapterRef
+from serve.db.models import JobRecord, JsonObject, NewEvent
+from serve.engine.grammar import Grammar, GrammarSource
+from serve.engine.request import Request, SamplingParams
+from serve.jobs.live_jobs import Published
+from serve.jobs.resolve import given
+from serve.runtime.device_thread import Runner
+from train.jobs.job import said
+
+LOG = logging.getLogger("serve")
+AT_ONCE = 2  # questions in flight: clients keep the other rows
+YIELD_S = 0.05  # between two looks whether clients wait
+MAX_TOKENS, SAMPLES = 128, 64  # of a job that names none
+MOST_CHOICES = 64  # distinct answers of a file that choice_accuracy chooses among
+REGEX_S = 0.1  # a pattern that takes longer does not match
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Question:
+    """A held-out prompt, and the answer that is wanted."""
+
+    prompt: tuple[int, ...]
+    wanted: str
+
+
+def json_equal(answer: str, wanted: str) -> bool:
+    """Whether both are JSON and mean the same."""
+    try:
+        return json.loads(answer) == json.loads(wanted)
+    except ValueError:
+        return False
+
+
+def matches(answer: str, pattern: str) -> bool:
+    """Whether the pattern is found in the answer, in little time."""
+    try:
+        return regex.search(pattern, answer, timeout=REGEX_S) is not None
+    except (regex.error, TimeoutError):
+        return False
+
+
+METRICS: Mapping[str, Callable[[str, str], bool]] = {
+    "exact_match": lambda answer, wanted: answer.strip() == wanted.strip(),
+    "contains": lambda answer, wanted: wanted.strip() in answer,
+    "regex": matches,
+    "json_equal": json_equal,
+    "choice_accuracy": lambda answer, wanted: answer == wanted,
+}
+
+
+def questions(
+    path: Path, chat: Callable[[Sequence[Mapping[str, str]]], list[int]], encode: Callable[[str], list[int]], most: int
+) -> list[Question]:
+    """The first lines of a file: conversations whose last turn is the answer, or prompts with their completions.
+
+    Raises DataInvalid for a line that is neither.
+    """
+    found: list[Question] = []
+    with path.open(encoding="utf-8") as lines:
+        for number, text in enumerate(lines, 1):
+            if len(found) == most:
+                break
+            if not text.strip():
+                continue
+            try:
+                line = json.loads(text)
+                if "messages" in line:
+                    *before, last = line["messages"]
+                    turns = [{"role": m["role"], "content": m["content"]} for m in before]
+                    found.append(Question(prompt=tuple(chat(turns)), wanted=str(last["content"])))
+                else:
+                    found.append(Question(prompt=tuple(encode(line["prompt"])), wanted=str(line["completion"])))
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataInvalid(
+                    f"line {number} of the evaluation file has neither messages nor prompt and completion",
+                    param="evaluation.file",
+                ) from error
+    if not found:
+        raise DataInvalid("the evaluation file has no lines; give at least one", param="evaluation.file")
+    return found
+
+
+class Scorer:
+    """One thread that asks.  Told from any thread."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        opened: Callable[[str], AbstractContextManager[Path]],
+        tell: Callable[[str, Callable[[JobRecord], JobRecord], NewEvent], None],
+    ):
+        """opened: the path of a file, while it is there.  tell: stores a change of a job's record and an event, such as JobRecorder.change."""
+        self._runner, self._opened, self._tell = runner, opened, tell
+        self._versions: queue.SimpleQueue[tuple[JobRecord, Published] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="job-scores", daemon=True)
+        self._stopping = False
+        self._thread.start()
+
+    def score(self, record: JobRecord, version: Published) -> None:
+        """Has a version scored, if its job asked for that.  Returns at once."""
+        if isinstance(record.request.get("evaluation"), Mapping):
+            self._versions.put((record, version))
+
+    def close(self) -> None:
+        """Ends, and leaves what is not scored yet."""
+        self._stopping = True
+        self._versions.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (item := self._versions.get()) is not None and not self._stopping:
+            record, version = item
+            try:
+                self._score(record, version)
+            except StorageAway as error:
+                self._event(record, version, f"step {version.step} is not scored: {why(error)}", {})
+            except Unavailable:
+                return  # the server ends
+            except (JaxLoraError, OSError, UnicodeDecodeError) as error:
+                self._event(record, version, f"step {version.step} is not scored: {why(error)}", {})
+            except Exception:
+                LOG.exception("job %s: a version is not scored", record.id)
+
+    def _score(self, record: JobRecord, version: Published) -> None:
+        asked = record.request["evaluation"]
+        assert isinstance(asked, Mapping)
+        tokenizer = self._runner.tokenizer
+        metrics, most = given(asked, "metrics", []), given(asked, "samples", SAMPLES)
+        limit = given(asked, "max_tokens", MAX_TOKENS)
+        with self._opened(str(asked["file"])) as path:
+            found = questions(path, tokenizer.chat, tokenizer.encode, most)
+        free = [m for m in metrics if m != "choice_accuracy"]
+        began, scores = time.monotonic(), {}
+        if free:
+            answers = self._answers(version.ref, found, limit, None)
+            scores |= {metric: share(METRICS[metric], answers, found) for metric in free}
+        if "choice_accuracy" in metrics:
+            answers = self._answers(version.ref, found, limit, self._choices(found))
+            scores["choice_accuracy"] = share(METRICS["choice_accuracy"], answers, found)
+        shown = ", ".join(f"{k} {v:.3f}" for k, v in scores.items())
+        data: JsonObject = {
+            "step": version.step,
+            "adapter_version": version.ref.version,
+            "samples": len(found),
+            **scores,
+        }
+        data["seconds"] = round(time.monotonic() - began, 2)
+        self._event(record, version, f"step {version.step}: {shown}", data)
+
+    def _choices(self, found: Sequence[Question]) -> Grammar:
+        """Any answer of the file.  Raises DataInvalid for too many."""
+        choices = sorted({q.wanted for q in found})
+        if len(choices) > MOST_CHOICES:
+            raise DataInvalid(
+                f"choice_accuracy chooses among at most {MOST_CHOICES} distinct answers, the file has {len(choices)}",
+                param="evaluation.metrics",
+            )
+        source = GrammarSource(kind="choice", text=json.dumps(choices), param="evaluation.metrics")
+        return asyncio.run(self._runner.grammars.compile(source))
+
+    def _answers(
+        self, ref: AdapterRef, found: Sequence[Question], max_tokens: int, grammar: Grammar | None
+    ) -> list[str]:
+        """What the version answers, greedily.  Raises AdapterNotFound when it is deleted, Unavailable."""
+        answers: list[str] = []
+        for start in range(0, len(found), AT_ONCE):
+            while self._runner.waiting_requests > 0 and not self._stopping:
+                time.sleep(YIELD_S)
+            if self._stopping:
+                raise Unavailable("the server is stopping")
+            requests = [
+                Request(
+                    id=f"score-{uuid.uuid4().hex}",
+                    tenant=ref.tenant,
+                    adapter=ref,
+                    prompt=q.prompt,
+                    params=SamplingParams(max_tokens=max_tokens, temperature=0.0, grammar=grammar),
+                )
+                for q in found[start : start + AT_ONCE]
+            ]
+            answers += [c.text for c in self._runner.complete(requests)]
+        return answers
+
+    def _event(self, record: JobRecord, version: Published, message: str, data: JsonObject) -> None:
+        kind = "metrics" if data else "message"
+        event = NewEvent(time_s=time.time(), level="info" if data else "warn", kind=kind, message=message, data=data)
+        self._tell(record.id, lambda now: with_score(now, data), event)
+
+
+def why(error: JaxLoraError | OSError | UnicodeDecodeError) -> str:
+    """Why a version is not scored, for its owner."""
+    if isinstance(error, AdapterNotFound):
+        return "newer versions came first"
+    return "its file is not UTF-8" if isinstance(error, UnicodeDecodeError) else said(error)
+
+
+def with_score(record: JobRecord, data: JsonObject) -> JobRecord:
+    """The record with one more point of its curve."""
+    if not data:
+        return record
+    curve = record.progress.get("scores")
+    return replace(record, progress={**record.progress, "scores": [*(curve if isinstance(curve, list) else []), data]})
+
+
+def share(right: Callable[[str, str], bool], answers: Sequence[str], found: Sequence[Question]) -> float:
+    """The share of answers that are right."""
+    return sum(right(a, q.wanted) for a, q in zip(answers, found, strict=True)) / len(found)

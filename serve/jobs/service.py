@@ -1,0 +1,339 @@
+"""Fine-tuning jobs without HTTP: what a client asks is checked, stored, handed to the device thread, and goes on after a restart.
+
+    create ─▶ stored ─▶ intake thread: files read, "auto" filled in ─▶ LiveJobs ─▶ JobRecorder ─▶ stored
+
+Every call may wait for a file, the database or the device thread: not for an event loop's thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+from jaxlora.config.serving import LimitsSection
+from jaxlora.core.errors import (
+    AdapterNotFound,
+    DataInvalid,
+    InvalidRequest,
+    JaxLoraError,
+    NotFound,
+    StateInvalid,
+    StorageAway,
+    Unavailable,
+)
+from jaxlora.core.lora import Adapter, AdapterRef, LoraSpec
+from jaxlora.model.lora_pool import adapter_bytes
+from serve.access.adapter_quota import AdapterQuota
+from serve.access.caller import Caller
+from serve.db.jobs import StoredJobs
+from serve.db.models import ENDED, EventRecord, FileRecord, JobRecord, JobStatus, JsonObject, NewEvent, new_id
+from serve.jobs import resolve
+from serve.jobs.live_jobs import LiveJobs, Published
+from serve.jobs.recorder import JobRecorder
+from serve.jobs.resolve import Resolved
+from serve.runtime.catalog import JobNames, adapter_name, short_id
+from train.data.examples import Unit
+from train.jobs.job import said
+
+LOG = logging.getLogger("serve")
+INTAKE_THREADS = 2
+RETRY_S = 5.0  # when the database or object storage does not answer
+EVENTS_AT_ONCE = 1000  # read when a result file is written
+MOVES: Mapping[JobStatus, tuple[JobStatus, ...]] = {  # for jobs that the device thread does not know
+    "validating_files": ("cancelled",),
+    "paused": ("queued", "cancelled"),
+}
+
+CSV_HEADER = "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
+CSV_COLUMNS = ("step", "train_loss", "train_mean_token_accuracy", "valid_loss", "valid_mean_token_accuracy")
+
+
+class Files(Protocol):
+    """The uploaded files."""
+
+    def find(self, id: str, sees: str | None) -> tuple[FileRecord, Path]:
+        """A file and where its bytes are.  Raises NotFound."""
+        ...
+
+    def here(self, path: Path) -> AbstractContextManager[None]:
+        """Inside, the bytes are there.  Raises NotFound, Unavailable, StorageFailed."""
+        ...
+
+    def load(self, path: Path) -> Sequence[Unit]:
+        """The examples of a file.  Raises DataInvalid, and as `here`."""
+        ...
+
+    def keep(self, tenant: str, filename: str, purpose: str, content: bytes) -> FileRecord:
+        """A new file of the server's own making."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a job trains from, as it was meant when it was asked for."""
+
+    start: AdapterRef | None  # the adapter it goes on from
+    spec: LoraSpec
+
+
+class JobService:
+    """All jobs of one server."""
+
+    def __init__(
+        self,
+        live: LiveJobs,
+        stored: StoredJobs,
+        files: Files,
+        names: JobNames,
+        *,
+        base_lr: float,
+        limits: LimitsSection,
+        quota: AdapterQuota,
+        published: Callable[[JobRecord, Published], None],
+    ):
+        """base_lr: of a job that names none.  published: told of each version, stored."""
+        self.live, self.stored, self.files, self.names = live, stored, files, names
+        self.recorder = JobRecorder(
+            stored, names, saved=live.runner.engine.store.wait_saved, published=published, ended=self._ended
+        )
+        self._base_lr, self._limits, self._quota = base_lr, limits, quota
+        self._intake = ThreadPoolExecutor(INTAKE_THREADS, "job-intake")
+        self._stopping = threading.Event()
+        self._deciding = threading.Lock()  # held from a look at a stored job to what follows from it
+
+    # ---- what clients ask for -------------------------------------------------------------------------------------
+
+    def create(self, caller: Caller, request: JsonObject) -> JobRecord:
+        """A new job, stored and in line to be read.
+
+        Raises InvalidRequest, AdapterInvalid, NotFound for a file or model that is not there, QuotaExceeded.
+        """
+        resolve.check(request)
+        asked = self._asked(caller.sees, request)
+        trainer = self.live.jobs.trainer
+        trainer.seats.check(asked.spec)
+        self._quota.check(caller.owner, adapter_bytes(trainer.base.config, asked.spec), another=True)
+        files = [str(request[name]) for name in ("training_file", "validation_file") if request.get(name)]
+        scoring = request.get("evaluation")
+        if isinstance(scoring, Mapping):
+            files.append(str(scoring["file"]))
+        for id in files:
+            record, _ = self.files.find(id, caller.sees)
+            if record.status == "error":
+                raise InvalidRequest(f"file {id} is not usable: {record.status_details}", param="training_file")
+        id = new_id("ftjob-")
+        seed = request.get("seed")
+        resolved: JsonObject = {"seed": secrets.randbelow(2**31) if seed is None else seed}
+        if asked.start is not None:
+            resolved["start"] = [asked.start.tenant, asked.start.name, asked.start.version]
+        metadata = request.get("metadata")
+        record = JobRecord(
+            id=id,
+            tenant=caller.owner,
+            adapter=adapter_name(id),
+            request=request,
+            resolved=resolved,
+            metadata={str(k): str(v) for k, v in metadata.items()} if isinstance(metadata, Mapping) else {},
+            created_s=time.time(),
+        )
+        first = NewEvent(time_s=time.time(), level="info", kind="message", message=f"Created fine-tuning job: {id}")
+        self.stored.insert(record, files=files, most=self._limits.of(caller.owner).jobs, events=[first])
+        self._begin(record)
+        return record
+
+    def move(self, caller: Caller, id: str, to: JobStatus) -> JobRecord:
+        """The job, which is paused, queued again or cancelled from the next step boundary on; as it is when it was already.
+
+        Raises NotFound; StateInvalid where it cannot go there.
+        """
+        record = self.stored.get(id, caller.sees)
+        moves = {"paused": self.live.pause, "queued": self.live.resume, "cancelled": self.live.cancel}
+        try:
+            self.live.runner.call(lambda: moves[to](record.tenant, id))
+        except NotFound:  # not there yet, not there any more, or paused by an earlier process
+            with self._deciding:
+                self._move_stored(record, to)
+        self.recorder.flush()
+        return self.stored.get(id, caller.sees)
+
+    def restart(self) -> None:
+        """Goes on with every job that had not ended when the server last did; paused ones wait to be resumed."""
+        unfinished = self.stored.unfinished()
+        for id in self.live.jobs.states.stored() - {record.id for record in unfinished}:
+            self.live.jobs.states.discard(id)
+        for record in unfinished:
+            if record.status == "paused":
+                self.recorder.register(record)
+            else:
+                self._begin(record)
+
+    def close(self) -> None:
+        """Stores what is left.  After the device thread has ended."""
+        self._stopping.set()
+        self._intake.shutdown(cancel_futures=True)
+        self.live.close()
+        self.recorder.close()
+
+    # ---- from a request to the device thread ----------------------------------------------------------------------
+
+    def _asked(self, sees: str | None, request: JsonObject) -> Asked:
+        ref = self.live.runner.resolve(sees, str(request["model"]))
+        if ref is None:
+            return Asked(None, resolve.spec_of(request))
+        if request.get("lora") is not None:
+            raise InvalidRequest(
+                "a job that goes on from an adapter has its rank and targets; leave out lora", param="lora"
+            )
+        return Asked(ref, self.live.runner.engine.store.get(ref).spec)
+
+    def _begin(self, record: JobRecord) -> None:
+        suffix = record.request.get("suffix")
+        self.names.add(record.id, record.tenant, suffix if isinstance(suffix, str) else "")
+        self.recorder.register(record)
+        self._intake.submit(self._take_in, record)
+
+    def _take_in(self, record: JobRecord) -> None:
+        """Reads what the job brings and hands it to the device thread; what is wrong with it is the job's end."""
+        while not self._stopping.is_set():
+            try:
+                self._hand_over(record)
+            except StorageAway as error:
+                LOG.warning("job %s is not taken in yet: %s", record.id, error)
+                self._stopping.wait(RETRY_S)
+            except Unavailable:
+                return  # the server ends; the job goes on when it is up again
+            except Exception as error:
+                if not isinstance(error, JaxLoraError | OSError):
+                    LOG.exception("job %s was not taken in", record.id)
+                self._fail(record.id, error)
+                return
+            else:
+                return
+
+    def _hand_over(self, record: JobRecord) -> None:
+        if self.stored.get(record.id, None).status in ENDED:
+            return
+        resolved = self._resolve(record)
+        request = resolved.job_request(
+            owner=record.tenant,
+            name=record.adapter,
+            data=self._path(record, "training_file"),
+            heldout=self._path(record, "validation_file") if record.request.get("validation_file") else None,
+            start=self._start(record),
+        )
+        kept = [c.version for c in self.stored.checkpoints(record.id, None, after=None, limit=1000).records]
+        stored = {**record.resolved, **resolved.to_json()}
+        self.recorder.change(record.id, lambda now: replace(now, resolved=stored))
+        with self._deciding:
+            if self.stored.get(record.id, None).status not in ENDED:  # it may be cancelled meanwhile
+                publish = resolved.publish
+                self.live.runner.call(lambda: self.live.create(record.id, request, publish=publish, kept=kept))
+
+    def _resolve(self, record: JobRecord) -> Resolved:
+        if "total_steps" in record.resolved:  # by an earlier process
+            return Resolved.from_json(record.resolved)
+        examples = self.files.load(self._path(record, "training_file"))
+        if not examples:
+            raise DataInvalid("the training file has no examples; give at least one", param="training_file")
+        start = self._start_ref(record)
+        store = self.live.runner.engine.store
+        return resolve.resolve(
+            record.request,
+            examples=len(examples),
+            seed=int(str(record.resolved["seed"])),
+            base_lr=self._base_lr,
+            spec=resolve.spec_of(record.request) if start is None else store.get(start).spec,
+        )
+
+    def _path(self, record: JobRecord, name: str) -> Path:
+        return self.files.find(str(record.request[name]), None)[1]
+
+    def _start_ref(self, record: JobRecord) -> AdapterRef | None:
+        start = record.resolved.get("start")
+        return AdapterRef(str(start[0]), str(start[1]), int(str(start[2]))) if isinstance(start, list) else None
+
+    def _start(self, record: JobRecord) -> Adapter | None:
+        """The adapter that the job begins with; one that is deleted is missed only by a job without a checkpoint of its own."""
+        ref = self._start_ref(record)
+        if ref is None:
+            return None
+        try:
+            return self.live.runner.engine.store.get(ref)
+        except AdapterNotFound:
+            if self.live.jobs.states.newest(record.id) is None:
+                raise
+            return None
+
+    def _fail(self, id: str, error: Exception) -> None:
+        reason = said(error)
+        code = error.code if isinstance(error, JaxLoraError) else JaxLoraError.code
+        event = NewEvent(time_s=time.time(), level="error", kind="message", message=f"failed: {reason}")
+        self.recorder.change(
+            id,
+            lambda now: replace(
+                now,
+                status="failed",
+                finished_s=time.time(),
+                error={
+                    "code": code,
+                    "message": reason,
+                    "param": error.param if isinstance(error, JaxLoraError) else None,
+                },
+            ),
+            event,
+        )
+
+    def _move_stored(self, record: JobRecord, to: JobStatus) -> None:
+        """Moves a job that the device thread does not know.  Raises StateInvalid."""
+        self.recorder.flush()
+        record = self.stored.get(record.id, None)
+        if record.status == to or (to == "queued" and record.status in ("validating_files", "running")):
+            return
+        if to not in MOVES.get(record.status, ()):
+            possible = " or ".join(MOVES.get(record.status, ())) or "nothing else"
+            raise StateInvalid(f"job {record.id} is {record.status} and cannot become {to}; it may become {possible}")
+        if to == "queued":
+            self._begin(record)
+            event = NewEvent(time_s=time.time(), level="info", kind="message", message="queued: resumed")
+            self.recorder.change(record.id, lambda now: replace(now, status="queued", error=None), event)
+            return
+        event = NewEvent(time_s=time.time(), level="info", kind="message", message="cancelled: its owner asked for it")
+        self.recorder.change(record.id, lambda now: replace(now, status="cancelled", finished_s=time.time()), event)
+
+    # ---- ends -----------------------------------------------------------------------------------------------------
+
+    def _ended(self, record: JobRecord) -> None:
+        """Writes the result file of a job that has ended, and needs its checkpoints no more; called on the recorder's thread."""
+        self.live.jobs.states.discard(record.id)
+        try:
+            events: list[EventRecord] = []
+            while page := self.stored.events_since(
+                record.id, None, events[-1].seq if events else 0, limit=EVENTS_AT_ONCE
+            ):
+                events += page
+            if any("train_loss" in e.data for e in events):
+                content = results_csv(events).encode()
+                made = self.files.keep(record.tenant, results_name(record.id), "fine-tune-results", content)
+                self.stored.save(replace(record, progress={**record.progress, "results": [made.id]}))
+        except (JaxLoraError, OSError) as error:
+            LOG.error("job %s has no result file: %s", record.id, error)
+
+
+def results_csv(events: Sequence[EventRecord]) -> str:
+    """The result file of a job: a line for each step, from its metrics events, oldest first."""
+    rows = [e.data for e in events if e.kind == "metrics" and "train_loss" in e.data]
+    lines = [",".join("" if row.get(c) is None else str(row[c]) for c in CSV_COLUMNS) for row in rows]
+    return "\n".join([CSV_HEADER, *lines]) + "\n"
+
+
+def results_name(job_id: str) -> str:
+    """The file name of it."""
+    return f"step_metrics-{short_id(job_id)}.csv"

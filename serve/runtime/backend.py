@@ -1,0 +1,116 @@
+"""What the wires need of the server, and no more: the protocol between HTTP and the engine.  Pure: no jax, no HTTP here.
+
+Everything is called on the event loop's thread, except `models` and `model`, which may read the disk, and the tokenizer:
+those are called from any thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from jaxlora.checkpoints.chat_template import Scalar, Turn
+from jaxlora.core.lora import AdapterRef
+from serve.engine.grammar import Grammars, GrammarTokenizer
+from serve.engine.request import Delta, Request
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelCard:
+    """What a client may know of one model: the base, or one adapter of its own."""
+
+    id: str
+    created: int  # seconds since 1970
+    owned_by: str
+    parent: str | None  # the base of an adapter; None for the base itself
+    root: str
+    version: int | None  # of an adapter: the version that `id` means now
+    rank: int | None
+    state: str  # "base"; of an adapter "device", "host" or "disk": where its weights are
+
+
+class Tokenizer(GrammarTokenizer, Protocol):
+    """Text to ids and back.  Thread-safe."""
+
+    @property
+    def chat_template(self) -> str | None:
+        """Its text; None: there is none, and `chat` does not work."""
+        ...
+
+    @property
+    def special_texts(self) -> Mapping[str, str]:
+        """bos_token, eos_token, pad_token: those there are."""
+        ...
+
+    def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
+        """Ids of a text; parse_special: whether names of special tokens in it are read as these."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+    def chat(
+        self,
+        messages: Sequence[Turn],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Turn] | None = None,
+        variables: Mapping[str, Scalar] | None = None,
+    ) -> list[int]:
+        """Ids of the conversation in the base model's template.  Raises InvalidRequest where the template refuses it."""
+        ...
+
+    def token_text(self, id: int) -> str: ...
+
+
+class TokenStream(Protocol):
+    """An async iterator of Delta; it ends after the one with `finish` or `error`."""
+
+    def __aiter__(self) -> TokenStream: ...
+    async def __anext__(self) -> Delta: ...
+    def cancel(self) -> None:
+        """Frees slot and KV within a step.  Idempotent, and without effect on a stream that has ended."""
+        ...
+
+
+class House(Protocol):
+    """The server behind the wires."""
+
+    @property
+    def base_name(self) -> str: ...
+    @property
+    def context(self) -> int:
+        """Tokens of one sequence: prompt and max_tokens together must fit."""
+        ...
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+    @property
+    def grammars(self) -> Grammars:
+        """Compiles what answers must look like."""
+        ...
+
+    @property
+    def started(self) -> float:
+        """Seconds since 1970."""
+        ...
+
+    def models(self, tenant: str | None) -> list[ModelCard]:
+        """The base and the tenant's adapters that can be read, in any order."""
+        ...
+
+    def model(self, tenant: str | None, model: str) -> ModelCard:
+        """The card of any name `resolve` takes, with `id` as it was asked.  Raises AdapterNotFound."""
+        ...
+
+    def resolve(self, tenant: str | None, model: str) -> AdapterRef | None:
+        """The version a name means now; None is the base model.  Raises AdapterNotFound, also for another's adapter."""
+        ...
+
+    def submit(self, request: Request) -> TokenStream:
+        """The request's stream.  Raises Unavailable; all else that refuses or ends it comes as its last Delta, `error`."""
+        ...
+
+    def health(self) -> str:
+        """ "ok", or what is wrong, in words fit for anyone."""
+        ...

@@ -1,0 +1,244 @@
+"""Names of what jobs make: ft:BASE:ORG:SUFFIX:ID, alone, with :ckpt-step-STEP, or with :latest.  Pure.
+
+While a job runs its plain name means its newest checkpoint, afterwards its result.  `latest` is the newest version there is.
+
+What models there are and what their names mean: the base, adapters and their versions, and what jobs make."""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+from collections import Counter
+from dataclasses import dataclass, field
+
+from jaxlora.core.errors import AdapterNotFound, InvalidRequest, StorageFailed
+from jaxlora.core.lora import AdapterRef
+from jaxlora.storage.adapter_store import AdapterStore
+from serve.engine.slots import SlotTable
+from serve.runtime.backend import ModelCard
+
+JOB_PREFIX = "ft-"  # of adapters that jobs make
+FT_NAME = re.compile(r"ft:([^:]+):([^:]+):([^:]*):([0-9a-f]{12})(?::(?:ckpt-step-(\d{1,9})|(latest)))?")
+
+
+@dataclass(slots=True)
+class JobName:
+    """What one job's name means."""
+
+    tenant: str
+    adapter: str  # its name in the store
+    suffix: str
+    id: str  # the last part of the name
+    steps: dict[int, int] = field(default_factory=dict)  # of each checkpoint → version
+    final: int | None = None
+    ended: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Meant:
+    """The adapter that a name means, and which version; None: its newest."""
+
+    tenant: str
+    adapter: str
+    version: int | None
+
+
+def short_id(job_id: str) -> str:
+    """The last part of the model name of a job."""
+    return job_id.removeprefix("ftjob-")[:12]
+
+
+def adapter_name(job_id: str) -> str:
+    """The name in the store of what a job makes."""
+    return JOB_PREFIX + short_id(job_id)
+
+
+def names_version(model: str) -> bool:
+    """Whether a model name means one version of an adapter, and not the adapter: NAME@VERSION, or a job's checkpoint."""
+    match = FT_NAME.fullmatch(model)
+    return "@" in model if match is None else match[5] is not None or match[6] is not None
+
+
+class JobNames:
+    """The names of all jobs of one server.  From any thread."""
+
+    def __init__(self, base: str):
+        self._base = base.replace("/", "--").replace(":", "-")
+        self._jobs: dict[str, JobName] = {}
+        self._adapters: dict[tuple[str, str], JobName] = {}
+        self._lock = threading.Lock()
+
+    def add(self, job_id: str, tenant: str, suffix: str) -> None:
+        """A job has this name from now on, and no version yet; one that is known keeps its own."""
+        job = JobName(tenant, adapter_name(job_id), suffix, short_id(job_id))
+        with self._lock:
+            if job.id in self._jobs:
+                return
+            self._jobs[job.id] = self._adapters[tenant, job.adapter] = job
+
+    def checkpoint(self, job_id: str, step: int, version: int, *, final: bool) -> None:
+        """A version that stays; final: the job's result."""
+        with self._lock:
+            job = self._jobs.get(short_id(job_id))
+            if job is not None:
+                job.steps[step] = version
+                job.final = version if final else job.final
+
+    def end(self, job_id: str) -> None:
+        """The job has ended: its adapter is anyone's to delete."""
+        with self._lock:
+            job = self._jobs.get(short_id(job_id))
+            if job is not None:
+                job.ended = True
+
+    def makes(self, tenant: str, adapter: str) -> bool:
+        """Whether a job that has not ended makes this adapter."""
+        with self._lock:
+            job = self._adapters.get((tenant, adapter))
+            return job is not None and not job.ended
+
+    def drop(self, tenant: str, adapter: str, version: int | None = None) -> None:
+        """A version of an adapter is deleted, or all of it."""
+        with self._lock:
+            job = self._adapters.get((tenant, adapter))
+            if job is None:
+                return
+            job.steps = {s: v for s, v in job.steps.items() if version is not None and v != version}
+            if version is None or job.final == version:
+                job.final = None
+
+    def full(self, job_id: str, step: int | None = None) -> str:
+        """The model name of a job, or of its checkpoint of a step."""
+        with self._lock:
+            job = self._jobs[short_id(job_id)]
+        return self._written(job) + ("" if step is None else f":ckpt-step-{step}")
+
+    def shown(self, tenant: str, adapter: str) -> str | None:
+        """The model name of an adapter that a job makes; None: of another."""
+        with self._lock:
+            job = self._adapters.get((tenant, adapter))
+        return None if job is None else self._written(job)
+
+    def _written(self, job: JobName) -> str:
+        return f"ft:{self._base}:{job.tenant}:{job.suffix}:{job.id}"
+
+    def find(self, sees: str | None, model: str) -> Meant | None:
+        """What a name means to who sees a tenant's objects (None: everyone's); None: nothing."""
+        match = FT_NAME.fullmatch(model)
+        if match is None:
+            return None
+        base, tenant, suffix, id, step, latest = match.groups()
+        with self._lock:
+            job = self._jobs.get(id)
+            if job is None or (base, tenant, suffix) != (self._base, job.tenant, job.suffix):
+                return None
+            if sees not in (None, job.tenant):
+                return None
+            if latest:
+                return Meant(job.tenant, job.adapter, None)
+            newest = job.steps[max(job.steps)] if job.steps else None
+            version = job.steps.get(int(step)) if step else job.final if job.final is not None else newest
+            return None if version is None else Meant(job.tenant, job.adapter, version)
+
+
+LOG = logging.getLogger("serve")
+RESERVED_NAMES = frozenset({"versions", "download", "pin", "unpin"})
+
+
+class Catalog:
+    """The models of one server.  From any thread."""
+
+    def __init__(self, store: AdapterStore, slots: SlotTable, base_name: str, started: float):
+        """started: when the server did, seconds since 1970."""
+        self._store, self._slots, self._base_name, self._started = store, slots, base_name, started
+        self.jobs = JobNames(base_name)
+
+    def check_name(self, tenant: str, name: str) -> None:
+        """Raises InvalidRequest for an adapter that nobody could ask for: its name means the base model, or what is done."""
+        if self._base_name in (name, f"{tenant}/{name}"):
+            raise InvalidRequest(f"{self._base_name} is the base model; give the adapter another name", param="name")
+        if name in RESERVED_NAMES:  # /v1/adapters/TENANT/NAME would be read as that
+            raise InvalidRequest(f"{name} is a word of the API; give the adapter another name", param="name")
+
+    def resolve(self, tenant: str | None, model: str) -> AdapterRef | None:
+        """The version a model name means now; None is the base model.
+
+        Names: NAME, NAME@VERSION, TENANT/NAME, each also as BASE:NAME, and those that jobs make (serve/runtime/catalog.py).
+        Raises AdapterNotFound for an unknown name, and for one that several tenants have.
+        """
+        if model == self._base_name:
+            return None
+        store = self._store
+        model = model.removeprefix(f"{self._base_name}:")
+        if model.startswith("ft:"):
+            return self._made_by_job(tenant, model)
+        path, at, number = model.partition("@")
+        owner, slash, name = path.rpartition("/")
+        asked = owner if slash else tenant
+        found = store.named(name, asked) if tenant in (None, asked) else []
+        if len(found) > 1:
+            raise AdapterNotFound(f"several tenants have a model `{name}`; write TENANT/{name}", param="model")
+        if found and at:
+            versions = store.versions(found[0].tenant, found[0].name)
+            found = [ref for ref in versions if str(ref.version) == number]
+        if not found:
+            raise AdapterNotFound(f"The model `{model}` does not exist.", param="model")
+        return found[0]
+
+    def _made_by_job(self, tenant: str | None, model: str) -> AdapterRef:
+        """The version that a job's model name means now.  Raises AdapterNotFound."""
+        meant = self.jobs.find(tenant, model)
+        versions = [] if meant is None else self._store.versions(meant.tenant, meant.adapter)
+        if meant is not None and meant.version is not None:
+            versions = [ref for ref in versions if ref.version == meant.version]
+        if not versions:
+            raise AdapterNotFound(f"The model `{model}` does not exist.", param="model")
+        return versions[-1]
+
+    def models(self, tenant: str | None) -> list[ModelCard]:
+        """The base and every adapter this tenant may see, but for those that cannot be read.  Reads the disk."""
+        refs = self._store.list(tenant)
+        owners = Counter(ref.name for ref in refs)
+        cards = [self._base_card()]
+        for ref in refs:
+            try:
+                made = self.jobs.shown(ref.tenant, ref.name)
+                name = ref.name if owners[ref.name] == 1 else f"{ref.tenant}/{ref.name}"
+                cards.append(self._card(ref, made or name))
+            except AdapterNotFound:
+                pass  # deleted meanwhile
+            except StorageFailed as error:
+                LOG.error("not listed: %s", error)
+        return cards
+
+    def model(self, tenant: str | None, model: str) -> ModelCard:
+        """The card of one model name.  Reads the disk.  Raises AdapterNotFound, StorageFailed for a damaged version."""
+        ref = self.resolve(tenant, model)
+        return self._base_card() if ref is None else self._card(ref, model)
+
+    def _base_card(self) -> ModelCard:
+        return ModelCard(
+            id=self._base_name,
+            created=int(self._started),
+            owned_by="jaxlora",
+            parent=None,
+            root=self._base_name,
+            version=None,
+            rank=None,
+            state="base",
+        )
+
+    def _card(self, ref: AdapterRef, name: str) -> ModelCard:
+        store = self._store
+        on_device = self._slots.find(ref) is not None
+        return ModelCard(
+            id=name,
+            created=int(store.created(ref)),
+            owned_by=ref.tenant,
+            parent=self._base_name,
+            root=ref.name,
+            version=ref.version,
+            rank=store.rank(ref),
+            state="device" if on_device else "host" if store.in_memory(ref) else "disk",
+        )

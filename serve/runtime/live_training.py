@@ -1,0 +1,105 @@
+"""Training beside serving: what the device thread runs between decode steps, and when it publishes."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from jaxlora.core.errors import AdapterNotFinite, JaxLoraError
+from jaxlora.core.lora import AdapterRef
+from serve.runtime.device_thread import Runner
+from train.trainer import FIRST_PART, StepReport, Trainer
+
+PUBLISH = "publish"  # a part of training beside serving
+KEEP_VERSIONS = 3  # of a tenant in training: the newest, and time for requests that were resolved just before it
+LOG = logging.getLogger("serve")
+
+
+def warm_up(trainer: Trainer, runner: Runner) -> None:
+    """Compiles what training runs and what a publication of its adapters runs.  Device thread only."""
+    trainer.warm_up()
+    for rows in trainer.bucket_rows():
+        runner.rehearse_publish(rows)
+
+
+class LiveTraining:
+    """A trainer whose tenants are published every few steps, and when they are done.  Lives on the device thread.
+
+    A tenant's adapter is published under its own name; its newest `keep` versions stay.  Callbacks run on the device thread and must not wait for it.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        runner: Runner,
+        *,
+        publish_every: int,
+        keep: int = KEEP_VERSIONS,
+        on_step: Callable[[list[StepReport]], None],
+        on_publish: Callable[[AdapterRef, int], None],
+    ):
+        self.trainer, self.runner, self.publish_every, self.keep = trainer, runner, publish_every, keep
+        self.on_step, self.on_publish = on_step, on_publish
+        self._due: list[str] = []  # tenants that are published next
+        self._owed: set[str] = set()  # those whose publication failed and is to be tried again with the next one
+        self._learned: dict[str, float] = {}  # when their newest update was done, on the monotonic clock
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a tenant is training, or a publication is due."""
+        return self.trainer.has_work or bool(self._due)
+
+    @property
+    def part(self) -> str:
+        """What `advance` does next."""
+        return PUBLISH if self._due else self.trainer.part
+
+    def advance(self) -> None:
+        """The next part of a training step, or a publication that one has made due: (version, optimizer steps learned)."""
+        if self._due:
+            self._publish(self._due.pop(0))
+            return
+        reports = self.trainer.advance()
+        if reports:
+            self.on_step(reports)
+        for report in reports:
+            tenant = self.trainer.tenants[report.tenant]
+            self._learned[tenant.name] = time.monotonic()
+            if tenant.status == "done" or (tenant.status == "running" and report.step % self.publish_every == 0):
+                self._due = sorted({*self._due, *self._owed, tenant.name})
+
+    def step(self) -> None:
+        """One training step, and the publications that it makes due; finishes a step that is under way."""
+        self.advance()
+        while self.part != FIRST_PART:
+            self.advance()
+
+    def publish(self, name: str) -> AdapterRef:
+        """A version of the tenant's present weights.  Raises NotFound for an unknown one, and as `Runner.publish` does."""
+        rows = self.trainer.rows(name)
+        tenant = self.trainer.tenants[name]
+        ref = self.runner.publish(
+            name, name, tenant.spec, rows, keep=self.keep, learned_s=self._learned.get(name, time.monotonic())
+        )
+        self._owed.discard(name)
+        self.on_publish(ref, tenant.step)
+        return ref
+
+    def _publish(self, name: str) -> None:
+        """Publishes one tenant that is due.  Whatever hinders it is this tenant's alone; it is tried again with the next publication."""
+        self._owed.add(name)
+        tenant = self.trainer.tenants.get(name)
+        if tenant is None or tenant.status == "failed":
+            self._owed.discard(name)  # the last good version stays
+            return
+        try:
+            self.publish(name)
+        except AdapterNotFinite as error:
+            LOG.error("tenant %s ends: %s", name, error)
+            self.trainer.fail(name, str(error))
+            self._owed.discard(name)
+        except (JaxLoraError, OSError) as error:
+            LOG.error(
+                "tenant %s is not published at step %d, the next publication tries again: %s", name, tenant.step, error
+            )

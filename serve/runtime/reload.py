@@ -1,0 +1,59 @@
+"""SIGHUP: `[tuning]` of the server's TOML file is read again and applied to the running server."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import queue
+import signal
+import threading
+from collections.abc import Generator
+from pathlib import Path
+
+from jaxlora.config.serving import ServeConfig
+from jaxlora.config.toml import load
+from jaxlora.core.errors import JaxLoraError
+from serve.runtime.device_thread import Runner
+
+LOG = logging.getLogger("serve")
+
+
+@contextlib.contextmanager
+def retuned_by_hangup(runner: Runner, file: Path) -> Generator[None]:
+    """While it is entered, `kill -HUP` has the runner take the file's tuning.  Of the main thread.
+
+    The file is read on a thread of its own: a signal interrupts whoever answers requests.  What is wrong with it is
+    logged, and the server goes on as it was.
+    """
+    asked: queue.SimpleQueue[bool] = queue.SimpleQueue()  # may be put by a handler that interrupts a put
+
+    def work() -> None:
+        known = load(file, ServeConfig)
+        while asked.get():
+            known = retune(runner, file, known)
+
+    reader = threading.Thread(target=work, name="jaxlora-retune", daemon=True)
+    reader.start()
+    before = signal.signal(signal.SIGHUP, lambda *_: asked.put(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
+        asked.put(False)
+        reader.join()
+
+
+def retune(runner: Runner, file: Path, known: ServeConfig) -> ServeConfig:
+    """The file's settings, of which the runner has the tuning now; or those that were known, and the log says why."""
+    try:
+        config = load(file, ServeConfig)
+        runner.call(lambda: runner.tune(config.tuning))
+    except JaxLoraError as error:
+        LOG.error("not tuned: %s", error.message)
+        return known
+    names = [f.name for f in dataclasses.fields(ServeConfig) if f.name != "tuning"]
+    if other := [n for n in names if getattr(config, n) != getattr(known, n)]:
+        LOG.warning("%s: %s changed; start the server again for that", file, ", ".join(other))
+    print(f"tuned by {file}", flush=True)
+    return config

@@ -1,0 +1,392 @@
+"""What looks at a server, joined: metrics, the log, traces, /v1/stats.
+
+What stands beside the runner in a server: database, keys, limits, files, adapters, jobs, and their wires.
+
+From settings to a running server: base, store, engine, device thread, HTTP.  Everything is joined here."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+from fastapi import APIRouter
+from starlette.requests import HTTPConnection
+
+from jaxlora.checkpoints.load import Opened, open_base
+from jaxlora.config.serving import AdapterSection, ServeConfig
+from jaxlora.config.training import default_lr
+from jaxlora.core.errors import ConfigInvalid
+from jaxlora.core.lora import ALL_TARGETS, HEAD_TARGET, AdapterRef, AdapterWeights
+from jaxlora.model import compile_cache
+from jaxlora.model.compile_cache import CompileCounter
+from jaxlora.model.lora_pool import PoolSpec
+from jaxlora.peft.folder import import_peft
+from jaxlora.storage.adapter_store import AdapterStore
+from jaxlora.storage.disk_cache import DiskCopies, Remote
+from jaxlora.storage.lease import Lease
+from jaxlora.storage.object_store import Blobs
+from jaxlora.storage.remote_adapters import RemoteVersions
+from serve.access.adapter_quota import AdapterQuota
+from serve.access.caller import LOCAL_TENANT, Caller
+from serve.access.keys import Keys
+from serve.access.rate_limit import Limiter
+from serve.api.adapters.routes import AdaptersWire
+from serve.api.adapters.service import AdapterService
+from serve.api.files.routes import FilesWire
+from serve.api.files.service import FileStore
+from serve.api.gradient.complete import DEFAULT_RANK, GradientConfig
+from serve.api.gradient.errors import API, gradient_response
+from serve.api.gradient.routes import GradientWire
+from serve.api.jobs.routes import JobsWire
+from serve.api.stats import StatsWire
+from serve.db.database import Database
+from serve.db.files import StoredFiles
+from serve.db.gradient import StoredGradient
+from serve.db.idempotency import StoredAnswers
+from serve.db.keys import StoredKeys
+from serve.engine.engine import Engine, EngineConfig
+from serve.http.drain import Door
+from serve.http.errors import Shape
+from serve.http.idempotency import Once
+from serve.http.request_log import Listener
+from serve.observability.logs import log_answered, logging_to
+from serve.observability.metrics import METRICS_PATH, HttpMetrics, MetricsWire, ServerMetrics
+from serve.runtime.device_thread import Runner
+from serve.runtime.reload import retuned_by_hangup
+from serve.server.app import OPEN_PATHS
+from serve.server.build_jobs import JobHost, make_job_host
+from serve.server.uvicorn import HttpServer, make_http
+from train.data.example_cache import KeptExamples
+from train.data.examples import Unit
+from train.data.jsonl import load_jsonl
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Observers:
+    """What the app is given of it."""
+
+    routers: Sequence[APIRouter]
+    listeners: Sequence[Listener]
+    open_paths: Collection[str]
+    compiles: CompileCounter  # to be entered when all is compiled: whatever still compiles is told
+
+
+@contextlib.contextmanager
+def observing(runner: Runner, config: ServeConfig) -> Generator[Observers]:
+    """The log goes to stderr from now on, and what the app needs for the rest.
+
+    Raises ConfigInvalid for traces without the extra `otel`.
+    """
+    runner.watch.hang_s = config.hang_s
+    http, compiles = HttpMetrics(), CompileCounter()
+    server = ServerMetrics(runner, adapters=config.metrics_adapters, compiles=lambda: compiles.compiles)
+    metrics = MetricsWire(server, http, is_open=config.metrics_open)
+    listeners: list[Listener] = [http.heard, log_answered]
+    with contextlib.ExitStack() as stack:
+        if config.otel_endpoint is not None:
+            try:
+                from serve.observability.tracing import tracing_to
+
+                tracing = tracing_to(config.otel_endpoint)
+            except ImportError as error:
+                raise ConfigInvalid("otel_endpoint needs the extra `otel`; install jaxlora[otel]") from error
+            stack.callback(tracing.close)
+            listeners.append(tracing.heard)
+        stack.enter_context(logging_to(as_json=config.log == "json"))
+        yield Observers(
+            routers=[metrics.router(), StatsWire(runner, runner.watch).router()],
+            listeners=listeners,
+            open_paths=OPEN_PATHS | {METRICS_PATH} if config.metrics_open else OPEN_PATHS,
+            compiles=compiles,
+        )
+
+
+KEPT_EXAMPLES_BYTES = 32 * 2**20  # of training files, read again soon after they came
+LANE_TOKENS = 2048  # of a server that does not train: the longest example that a file may hold
+
+
+def nothing_more(tenant: str, name: str) -> None:
+    """Nobody else keeps anything of an adapter that is deleted."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Services:
+    """What the app needs of them, and the jobs to be started when the runner has."""
+
+    caller_of: Callable[[HTTPConnection], Caller]
+    limiter: Limiter
+    routers: Sequence[APIRouter]
+    body_limits: Mapping[str, int]
+    error_shapes: Mapping[str, Shape]
+    door: Door
+    jobs: JobHost | None  # None: this server takes none
+    keyless: bool  # whoever reaches the server may do everything
+
+
+@contextlib.contextmanager
+def services(
+    runner: Runner,
+    opened: Opened,
+    config: ServeConfig,
+    read_head: Callable[[], np.ndarray],
+    remote: Remote | None = None,
+) -> Generator[Services]:
+    """All of them, over a runner that has not started; leave when it has ended.  read_head: see AdapterService.
+
+    remote: object storage for files and checkpoints.
+
+    Raises ConfigInvalid for settings that do not go together, Unavailable, StorageFull, StorageFailed.
+    """
+    with contextlib.ExitStack() as stack:
+        database = Database(config.database_url)
+        stack.callback(database.close)
+        keys = Keys(StoredKeys(database))
+        keys.check_bind(config.host)
+        training, store, door = config.training, runner.engine.store, Door()
+        longest = LANE_TOKENS if training is None else training.lane_tokens
+
+        def read(path: Path) -> Sequence[Unit]:
+            return load_jsonl(path, opened.tokenizer, max_tokens=longest + 1, loss=None, name="the file")
+
+        load = KeptExamples(read, max_bytes=KEPT_EXAMPLES_BYTES)
+        files = FileStore(StoredFiles(database), config.data / "files", load=load, limits=config.limits, remote=remote)
+        stack.callback(files.close)
+        limiter = Limiter(config.limits)
+        most_rank = config.max_rank if training is None or training.max_rank is None else training.max_rank
+        quota, jobs = AdapterQuota(config.limits, store), None
+        if training is not None:
+            jobs = make_job_host(opened, config, training, runner, database, files, quota, remote)
+            stack.callback(jobs.close)
+        adapters = AdapterService(
+            runner,
+            config=opened.base.config,
+            read_head=read_head,
+            staging=config.data / "adapters-staging",
+            roots=config.lora_roots,
+            quota=quota,
+            deleted=nothing_more if jobs is None else jobs.tuner.forget,
+        )
+        once = Once(database)
+        files_wire = FilesWire(files, database, once, limiter, max_file_bytes=config.limits.max_file_bytes)
+        adapters_wire = AdaptersWire(adapters, limiter)
+        routers = [files_wire.router(), adapters_wire.router()]
+        if jobs is not None:
+            routers.append(JobsWire(jobs.service, once, limiter).router())
+        gradient = GradientWire(
+            runner,
+            GradientConfig(
+                default_lr=default_lr(opened.base.config), longest=longest + 1, rank=min(DEFAULT_RANK, most_rank)
+            ),
+            records=StoredGradient(database),
+            answers=StoredAnswers(database),
+            tuner=None if jobs is None else jobs.tuner,
+            limiter=limiter,
+        )
+        routers.append(gradient.router())
+        keys.start(door.shut_out)
+        stack.callback(keys.close)
+        yield Services(
+            caller_of=keys.caller_of,
+            limiter=limiter,
+            routers=routers,
+            body_limits=files_wire.body_limits | adapters_wire.body_limits,
+            error_shapes={API: gradient_response},
+            door=door,
+            jobs=jobs,
+            keyless=keys.keyless,
+        )
+
+
+LOG = logging.getLogger("serve")
+LOST_EXIT = 1  # the device is lost: whoever keeps the server running starts it again
+STOP_S = 20.0  # for the present step to end, or the device is lost
+FLUSH_S = 10.0  # for published versions to reach the disk, when it is
+
+
+@contextlib.contextmanager
+def opened_remote(config: ServeConfig) -> Generator[Remote | None]:
+    """Object storage, if there is one, with the right to write to it.  Raises as Blobs and Lease do."""
+    if config.blobs is None:
+        yield None
+        return
+    most_bytes = None if config.blobs.disk_gb is None else int(config.blobs.disk_gb * 1e9)
+    blobs = Blobs(config.blobs.url, timeout_s=config.blobs.timeout_s)
+    with contextlib.closing(Lease(blobs, config.data, waiting=_tell_waiting)):
+        yield Remote(blobs=blobs, copies=DiskCopies(most_bytes))
+
+
+def _tell_waiting(who: str) -> None:
+    print(f"object storage was written by {who} a moment ago; waiting until that is over", flush=True)
+
+
+def open_store(config: ServeConfig, remote: Remote | None = None) -> AdapterStore:
+    """The server's adapters.  Raises StorageFailed, StateInvalid, Unavailable as AdapterStore does."""
+    versions = None if remote is None else RemoteVersions(remote.blobs, remote.copies)
+    return AdapterStore(config.adapters, host_bytes=int(config.host_adapters_gb * 1e9), remote=versions)
+
+
+def make_runner(opened: Opened, config: ServeConfig, store: AdapterStore) -> Runner:
+    """A runner over this base that is not started yet.  Serves LoRA on all seven projections and on the head."""
+    pool_spec = PoolSpec(slots=config.slots, rank=config.max_rank, dtype=opened.base.dtype.name, targets=ALL_TARGETS)
+    engine_config = EngineConfig(
+        rows=config.rows,
+        prefill_lanes=config.prefill_lanes,
+        prefill_tokens=config.prefill_tokens,
+        pages=config.kv_pages,
+        page_tokens=config.page_tokens,
+        kv_dtype=None if config.kv_dtype == "auto" else config.kv_dtype,
+        max_tokens=min(opened.base.config.context, config.kv_pages * config.page_tokens),
+        max_waiting=config.max_waiting,
+        max_waiting_tokens=config.max_waiting_tokens,
+        host_bytes=int(config.host_kv_gb * 1e9),
+        quantum_s=config.tuning.quantum_ms / 1000,
+    )
+    engine = Engine(opened.base, opened.mesh, engine_config, pool_spec, store, opened.tokenizer, opened.base_hash)
+    return Runner(engine, base_name=opened.name)
+
+
+def read_head(opened: Opened) -> np.ndarray:
+    """The base's head [V, D], copied from the device."""
+    arrays = opened.base.arrays
+    return np.asarray(arrays["embed"]) if opened.base.config.tied else np.asarray(arrays["head"]).T
+
+
+def load_peft(runner: Runner, opened: Opened, section: AdapterSection) -> AdapterRef:
+    """The adapter of a PEFT folder in the store; a new version only when it differs from the newest one.
+
+    Logs what its owner should know.  Raises AdapterInvalid when the folder cannot be held exactly, InvalidRequest for
+    the base's name.
+    """
+    runner.catalog.check_name(LOCAL_TENANT, section.name)
+    engine = runner.engine
+    newest = engine.store.latest(LOCAL_TENANT, section.name)
+    weights, report = import_peft(
+        section.path,
+        opened.base.config,
+        base_hash=opened.base_hash,
+        max_rank=engine.pool_spec.rank,
+        head_supported=HEAD_TARGET in engine.pool_spec.targets,
+        read_head=lambda: read_head(opened),
+    )
+    for note in report.notes:
+        LOG.warning("adapter %s: %s", section.name, note)
+    if report.ignored:
+        LOG.warning("adapter %s: these settings have no effect here: %s", section.name, ", ".join(report.ignored))
+    if newest is not None and _same(engine.store.get(newest), weights):
+        return newest
+    return engine.store.add(LOCAL_TENANT, section.name, weights)
+
+
+def _same(one: AdapterWeights, other: AdapterWeights) -> bool:
+    """Whether they compute the same."""
+    return (
+        one.spec == other.spec
+        and one.base_hash == other.base_hash
+        and one.weights.keys() == other.weights.keys()
+        and all(
+            np.array_equal(x, y) for t in one.weights for x, y in zip(one.weights[t], other.weights[t], strict=True)
+        )
+    )
+
+
+def main(config: ServeConfig, file: Path | None) -> None:
+    """`jaxlora serve`: answers until SIGTERM or Ctrl-C, and then until what is open is complete.  file: where the settings came from; SIGHUP has its tuning read again.
+
+    Ends the process itself when the device is lost.
+    """
+    compile_cache.enable(None)
+    with opened_remote(config) as remote:
+        _serve(config, file, remote)
+
+
+def _serve(config: ServeConfig, file: Path | None, remote: Remote | None) -> None:
+    opened = open_base(config.model, config.mesh)
+    store = open_store(config, remote)
+    runner = make_runner(opened, config, store)
+    try:
+        with (
+            observing(runner, config) as observers,
+            services(runner, opened, config, lambda: read_head(opened), remote) as own,
+        ):
+            http = make_server(runner, config, observers, own)
+            try:
+                begin(runner, opened, config, own)
+                http.listen()  # who reads the next line may ask at once
+                if own.keyless:
+                    print("there are no keys: anyone on this machine may do everything (see jaxlora keys --help)")
+                print(f"serving {opened.name} and {len(store.list(None))} adapters on {http.url}/v1", flush=True)
+                retuned = contextlib.nullcontext() if file is None else retuned_by_hangup(runner, file)
+                with observers.compiles, retuned:
+                    try:
+                        http.run()
+                    finally:
+                        if not runner.end(STOP_S):
+                            leave(store)
+            finally:
+                runner.stop()
+    finally:
+        store.close()
+
+
+def leave(store: AdapterStore) -> NoReturn:
+    """Ends the process as a kill would, but that versions which were published reach the disk.
+
+    Jobs go on from their newest checkpoints in the next process: what they have learned since lies on a device that
+    cannot be read, and an update may be half done.
+    """
+    LOG.critical("the device is lost; the server ends with exit code %d, to be started again", LOST_EXIT)
+    saving = threading.Thread(target=store.flush, daemon=True)
+    saving.start()
+    saving.join(FLUSH_S)
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(LOST_EXIT)
+
+
+def make_server(runner: Runner, config: ServeConfig, observers: Observers, own: Services) -> HttpServer:
+    """Everything behind HTTP.  Raises ConfigInvalid when the address is taken or not ours."""
+    return make_http(
+        runner,
+        host=config.host,
+        port=config.port,
+        default_max_tokens=config.default_max_tokens,
+        max_request_s=config.max_request_s,
+        grace_s=config.grace_s,
+        routers=[*observers.routers, *own.routers],
+        listeners=observers.listeners,
+        open_paths=observers.open_paths,
+        caller_of=own.caller_of,
+        limiter=own.limiter,
+        body_limits=own.body_limits,
+        error_shapes=own.error_shapes,
+        door=own.door,
+    )
+
+
+def begin(runner: Runner, opened: Opened, config: ServeConfig, own: Services) -> None:
+    """Loads what the settings name, compiles all programs and goes on with the jobs of an earlier process."""
+    for section in config.load:
+        ref = load_peft(runner, opened, section)
+        print(f"loaded {section.name} as version {ref.version}")
+    runner.tune(config.tuning)
+    print(f"compiling {len(runner.engine.shapes())} programs for {opened.name} ({opened.base.dtype.name})", flush=True)
+    runner.start()
+    if own.jobs is not None:
+        print("compiling the training step", flush=True)
+        own.jobs.start()
+
+
+def stop(runner: Runner, store: AdapterStore) -> None:
+    """Ends the device thread and saves what is not on disk yet, whatever the thread ended with."""
+    try:
+        runner.stop()
+    finally:
+        store.close()
