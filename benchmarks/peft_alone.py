@@ -8,7 +8,7 @@
 
     uv run --script benchmarks/peft_alone.py RECIPE.json
 
-An environment of its own, with torch; our side writes the recipe (`tenants.py --peft`, tests/make_parity_fixture.py):
+An environment of its own, with torch; our side writes the recipe (`tenants.py --peft`, tests/support/make_parity_fixture.py):
 
     base        a .gguf file                      adapter     a PEFT folder
     steps       of each optimizer step {"lr", "examples"}; an example is {"tokens", "weights"}, as train.data.examples has them

@@ -16,7 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxlora.storage.checkpoints import StateCopies, Tree, save_state
+from jaxlora.storage.checkpoints import Tree, save_state
+from jaxlora.storage.remote_states import StateCopies
 
 LOG = logging.getLogger("jaxlora")
 WORKERS = 2  # keys saved side by side

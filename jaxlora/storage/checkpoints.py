@@ -5,8 +5,7 @@
 
 A step folder gets its number by a rename after its last byte.  What a killed save leaves has another name, is never
 restored and is cleared by the next save.
-
-Checkpoints in object storage: ROOT/…/STEP, a folder of checkpoint.py, as KEY/…/STEP.zip."""
+"""
 
 from __future__ import annotations
 
@@ -14,7 +13,6 @@ import json
 import os
 import re
 import shutil
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +24,6 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, CustomSt
 
 from jaxlora.core.atomic_files import sync, sync_tree
 from jaxlora.core.errors import AlreadyExists, StateInvalid, StorageFailed
-from jaxlora.storage.object_store import FOLDER_SUFFIX, Blobs
 
 FORMAT = 1
 
@@ -178,72 +175,3 @@ def _placed(leaf: jax.Array | jax.ShapeDtypeStruct | np.ndarray | np.generic) ->
         return np.asarray(leaf)
     sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-STEP_PATTERN = re.compile(r"[0-9]+")
-
-
-class StateCopies:
-    """The same steps there as here.  From any thread; a folder is one caller's at a time."""
-
-    def __init__(self, blobs: Blobs, root: Path, key: str):
-        """root: of all folders.  key: where object storage has them.  Lists once.  Raises StorageAway, StorageFailed."""
-        self._blobs, self._root, self._key = blobs, root.absolute(), key
-        self._guard = threading.Lock()
-        self._there: dict[str, set[int]] = {}  # steps of a folder, by its path under the root
-        for found in blobs.list(key + "/"):
-            name, _, step = found.removeprefix(key + "/").removesuffix(FOLDER_SUFFIX).rpartition("/")
-            if STEP_PATTERN.fullmatch(step):
-                self._there.setdefault(name, set()).add(int(step))
-        self._moving = self._root / ".moving"
-        shutil.rmtree(self._moving, ignore_errors=True)
-        self._moving.mkdir(parents=True)
-
-    def folders(self) -> list[Path]:
-        """Those of which object storage has a step."""
-        with self._guard:
-            return [self._root / name for name, steps in self._there.items() if steps]
-
-    def send(self, folder: Path) -> None:
-        """Makes what is there what is here.  Raises StorageAway, StorageFailed, StorageFull."""
-        name, steps = self._name(folder), _steps(folder)
-        for step in sorted(steps - self._known(name)):
-            self._blobs.put_folder(self._at(name, step), folder / str(step), self._moving)
-            with self._guard:
-                self._there.setdefault(name, set()).add(step)
-        self._remove(name, self._known(name) - steps)
-
-    def bring(self, folder: Path) -> None:
-        """Brings all steps of a folder that is not here; one that nobody has stays away.
-
-        Raises StorageAway, StorageFailed, StorageFull, NotFound.
-        """
-        if _steps(folder):
-            return
-        name = self._name(folder)
-        for step in sorted(self._known(name)):  # the newest last, so that it is missed when they are not complete
-            self._blobs.get_folder(self._at(name, step), folder / str(step), self._moving)
-
-    def delete(self, folder: Path) -> None:
-        """Removes what is there.  Raises StorageAway, StorageFailed."""
-        self._remove(self._name(folder), self._known(self._name(folder)))
-
-    def _remove(self, name: str, steps: set[int]) -> None:
-        self._blobs.delete([self._at(name, step) + FOLDER_SUFFIX for step in steps])
-        with self._guard:
-            self._there.get(name, set()).difference_update(steps)
-
-    def _known(self, name: str) -> set[int]:
-        with self._guard:
-            return set(self._there.get(name, ()))
-
-    def _name(self, folder: Path) -> str:
-        return folder.absolute().relative_to(self._root).as_posix()
-
-    def _at(self, name: str, step: int) -> str:
-        return f"{self._key}/{name}/{step}"
-
-
-def _steps(folder: Path) -> set[int]:
-    """Steps that are here whole."""
-    return {int(p.name) for p in folder.glob("*") if STEP_PATTERN.fullmatch(p.name)}

@@ -22,7 +22,8 @@ from jaxlora.core.errors import AdapterNotFound, JaxLoraError, StorageAway
 from jaxlora.core.lora import AdapterRef, LoraSpec
 from jaxlora.model.lora_pool import Rows, adapter_bytes
 from jaxlora.storage.checkpoint_writer import CheckpointWriter, Snapshot
-from jaxlora.storage.checkpoints import StateCopies, read_meta, restore_state
+from jaxlora.storage.checkpoints import read_meta, restore_state
+from jaxlora.storage.remote_states import StateCopies
 from serve.access.adapter_quota import AdapterQuota
 from serve.jobs.live_jobs import GuestCall, LiveJobs
 from train.data.examples import Example

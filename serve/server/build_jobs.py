@@ -13,8 +13,8 @@ from jaxlora.config.serving import ServeConfig, TrainingSection
 from jaxlora.config.training import default_lr
 from jaxlora.core.lora import ALL_TARGETS
 from jaxlora.model.lora_pool import PoolSpec
-from jaxlora.storage.checkpoints import StateCopies
 from jaxlora.storage.disk_cache import Remote
+from jaxlora.storage.remote_states import StateCopies
 from serve.access.adapter_quota import AdapterQuota
 from serve.db.database import Database
 from serve.db.jobs import StoredJobs

@@ -19,7 +19,7 @@ from typing import Literal, Protocol
 from jaxlora.config.training import CROSS_ENTROPY, Loss, Optimizer
 from jaxlora.core.errors import InvalidRequest, JaxLoraError, StateInvalid
 from jaxlora.core.lora import AdapterRef, AdapterWeights, LoraSpec, check_name
-from jaxlora.storage.checkpoints import StateCopies
+from jaxlora.storage.remote_states import StateCopies
 from train.data.examples import Unit
 
 State = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]

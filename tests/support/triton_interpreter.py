@@ -1,0 +1,202 @@
+"""A pytest plugin: every test that interprets a Pallas body runs the Triton body, in Triton's own interpreter, on the CPU.
+
+TRITON_INTERPRET=1 PYTHONPATH=tests/support python -m pytest -n 0 -p triton_interpreter tests/device/test_pallas_kernels_tpu_bodies.py
+
+What stands in for jax-triton hands the kernel the arguments, grid and constants that jax-triton would get, and outputs
+full of NaN.  What a compiler or a GPU does with the kernel is not seen here.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import jax
+import jax.numpy as jnp
+import jax_triton
+import numpy as np
+import placement_world
+import pytest
+import test_pallas_kernels_counts as counts
+import triton.language as tl
+from triton.runtime import interpreter
+
+from pallas_kernels import dispatch
+from pallas_kernels.attention import op as attention
+from pallas_kernels.cross_entropy import op as cross_entropy
+from pallas_kernels.gathered_lora import op as gathered_lora
+from pallas_kernels.paged_attention import op as paged_attention
+from pallas_kernels.segmented_lora import op as segmented_lora
+
+ONE_AT_A_TIME = threading.Lock()  # the interpreter keeps its place in the grid in a global
+CALLS = []  # names of the kernels that ran
+READ = []  # addresses that masked loads of the kernel that ran last have read
+INPUTS = []  # of every kernel that ran: per input array, how many times each of its numbers was read
+
+
+class Memory:
+    """A NumPy array, as far as the interpreter asks."""
+
+    def __init__(self, array: np.ndarray):
+        self.array, self.dtype = array, array.dtype.name
+
+    def data_ptr(self) -> int:
+        return self.array.ctypes.data
+
+    def untyped_storage(self) -> Memory:
+        return self
+
+    def cpu(self) -> Memory:
+        return self
+
+    def new_empty(self, size: int, device: str) -> Memory:
+        return Memory(self.array)
+
+    def set_(self, storage: Memory, offset: int, size: tuple, stride: tuple) -> None:
+        assert storage.array is self.array
+
+    def storage_offset(self) -> int:
+        return 0
+
+    def size(self) -> tuple:
+        return self.array.shape
+
+    def stride(self) -> tuple:
+        return self.array.strides
+
+    def copy_(self, other: Memory) -> None:
+        assert other.array is self.array
+
+
+def times_read(array: np.ndarray) -> np.ndarray:
+    """Of every number of the array, in the kernel that ran last."""
+    places = np.concatenate([np.zeros(0, np.uint64), *READ]).astype(np.int64) - array.ctypes.data
+    of_array = places[(places >= 0) & (places < array.nbytes)] // array.itemsize
+    return np.bincount(of_array, minlength=array.size).reshape(array.shape)
+
+
+def triton_call(*args, kernel, name, out_type, grid, **constants):
+    def run(*args):
+        inputs = jax.tree.map(lambda x: Memory(np.array(x, order="C")), args)
+        outputs = jax.tree.map(lambda o: np.full(o.shape, np.nan, o.dtype), out_type)
+        with ONE_AT_A_TIME:
+            CALLS.append(name)
+            READ.clear()
+            kernel[grid](*inputs, *map(Memory, jax.tree.leaves(outputs)), **constants)
+            INPUTS.append([times_read(m.array) for m in jax.tree.leaves(inputs)])
+        return outputs
+
+    return jax.pure_callback(run, out_type, *args)
+
+
+def _widened(tensor: interpreter.TensorHandle) -> interpreter.TensorHandle:
+    if tensor.dtype.scalar != tl.bfloat16:
+        return tensor
+    return interpreter.TensorHandle((tensor.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+
+class Builder(interpreter.InterpreterBuilder):
+    """The interpreter's own, which multiplies bfloat16 by its bits and rounds to it towards zero.  Remembers what is read."""
+
+    def create_masked_load(self, ptrs, mask, *rest):
+        READ.append(ptrs.data[mask.data])
+        return super().create_masked_load(ptrs, mask, *rest)
+
+    def create_dot(self, a, b, *rest):
+        return super().create_dot(_widened(a), _widened(b), *rest)
+
+    def cast_impl(self, src, dst_type):
+        if (src.dtype.scalar, dst_type.scalar) != (tl.float32, tl.bfloat16):
+            return super().cast_impl(src, dst_type)
+        return interpreter.TensorHandle(src.data.astype(jnp.bfloat16).view(np.uint16), tl.bfloat16)
+
+
+def by_platform(op, *args, xla, pallas, triton):
+    """The dispatcher's own, which finds the Triton body where it looks for the Pallas body."""
+    return dispatch.by_platform(op, *args, xla=xla, pallas=triton and (lambda *a: triton(*a[:-1])), triton=None)
+
+
+def interpret_triton() -> None:
+    """From here on `dispatch.interpreted` runs Triton bodies."""
+    assert os.environ["TRITON_INTERPRET"] == "1"
+    patch = pytest.MonkeyPatch()
+    patch.setattr(jax_triton, "triton_call", triton_call)
+    patch.setattr(interpreter.interpreter_builder, "__class__", Builder)
+    for op in (attention, cross_entropy, gathered_lora, paged_attention, segmented_lora):
+        patch.setattr(op, "by_platform", by_platform)
+
+
+def pytest_configure() -> None:
+    interpret_triton()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    terminalreporter.write_line(f"kernels: {' '.join(sorted(set(CALLS)))}")
+
+
+def count_reads() -> int:
+    """How many cases read the rows of each adapter once, those of nobody else, and the tokens with an adapter once."""
+    for case in (counts.case(slots) for slots in counts.SLOTS):
+        INPUTS.clear()
+        with dispatch.interpreted():
+            jax.block_until_ready(jax.jit(gathered_lora.gathered_lora)(*case))
+        adapters, _ = counts.expected(case[3])
+        (x, _, _, _, a), (_, _, _, _, b, _) = INPUTS
+        for half in (a, b):
+            assert {(int(layer), int(slot)) for layer, slot, *_ in np.argwhere(half)} == adapters
+            assert half.sum() == len(adapters) * half[0, 0].size
+        assert (x == (case[3] >= 0)[:, None]).all()
+    return len(counts.SLOTS)
+
+
+def count_blocks() -> int:
+    """How many kernels of packed attention read the blocks that meet, of their own lane, and no others."""
+    block, J, N, K, H, window = 32, 300, 6, 2, 4, 70
+    rng = np.random.default_rng(0)
+    q, k, v, d = (rng.standard_normal((2, J, n, H), dtype=np.float32) for n in (N, K, K, N))
+    segments = np.array([[1] * 40 + [2] * 130 + [0] * 30 + [3] * 100, [0] * 20 + [1] * 30 + [2] * 250], np.int32)
+    with dispatch.interpreted():
+        CALLS.clear()
+        INPUTS.clear()
+        _, pull = jax.vjp(lambda *qkv: attention.packed_attention(*qkv, segments, window=window, block=J), q, k, v)
+        jax.block_until_ready(pull(d))
+    i, j = np.arange(J)[:, None], np.arange(J)[None, :]
+    seen = (segments[:, :, None] == segments[:, None, :]) & (segments != 0)[:, :, None] & (j <= i) & (j > i - window)
+    blocks = np.arange(0, J, block)
+    meet = np.logical_or.reduceat(np.logical_or.reduceat(seen, blocks, axis=1), blocks, axis=2)
+    times = {"keys": N // K * meet.sum(1), "queries": meet.sum(2)}  # programs that read a block, by lane and block
+    for name, of, what in (("forward", 1, "keys"), ("backward_queries", 1, "keys"), ("backward_keys", 0, "queries")):
+        (reads,) = (
+            inputs[of] for call, inputs in zip(CALLS, INPUTS, strict=True) if call == f"packed_attention_{name}"
+        )
+        assert (reads == times[what].repeat(block, axis=1)[:, :J, None, None]).all()
+    return len(CALLS)
+
+
+def count_pages() -> int:
+    """How many cases read, in one layer, each key and value that a lane's tokens see together once, and nothing else."""
+    rng = np.random.default_rng(0)
+    k, v = rng.standard_normal((2, 2, 40, 8, 2 * 4), dtype=np.float32)
+    page = rng.permutation(40).reshape(2, 20).astype(np.int32)
+    cases = [([[130], [-1]], None), ([[130], [9]], 50), ([[100, 101, 102], [7, 8, -1]], 50)]
+    for positions, window in cases:
+        INPUTS.clear()
+        q = rng.standard_normal((2, len(positions[0]), 6, 4), dtype=np.float32)
+        args = (q, k, v, jnp.int32(1), page, np.array(positions, np.int32))
+        with dispatch.interpreted():
+            jax.block_until_ready(paged_attention.paged_attention(*args, window=window))
+        want = np.zeros(k.shape, int)
+        for lane, row in enumerate(positions):
+            real = [p for p in row if p >= 0]
+            for place in range(max(0, min(real) - (window or 160) + 1), max(real) + 1) if real else ():
+                want[1, page[lane, place // 8], place % 8] = 1
+        ((_, k_reads, v_reads, *_),) = INPUTS
+        assert (k_reads == want).all()
+        assert (v_reads == want).all()
+    return len(cases)
+
+
+if __name__ == "__main__":
+    interpret_triton()
+    placement_world.main()
+    print(count_reads(), count_blocks(), count_pages())

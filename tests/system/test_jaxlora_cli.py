@@ -1,0 +1,258 @@
+"""The door: what each command imports and hands on, and how it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from jaxlora.config.serving import serve_defaults
+from jaxlora.core.errors import AdapterInvalid, ConfigInvalid
+from serve.cli import doctor
+from serve.cli import main as cli
+from serve.cli.neighbours import check_neighbours, own_home
+
+ROOT = Path(__file__).resolve().parents[2]
+# pydantic is not in it: typer itself imports it for the help of a command.
+HEAVY = {"jax", "flax", "optax", "numpy", "fastapi", "transformers", "uvicorn", "serve", "train", "pallas_kernels"}
+COMMANDS = ("demo", "serve", "chat", "train", "export", "doctor")
+
+
+@pytest.fixture
+def entry(monkeypatch):
+    """Stands in for the entry points; a list of (target, positional, named) calls."""
+    calls = []
+
+    def resolve(target):
+        return lambda *args, **named: calls.append((target, args, named))
+
+    monkeypatch.setattr(cli, "resolve", resolve)
+    return calls
+
+
+def run(*arguments: str, width: int = 200):
+    return CliRunner(env={"COLUMNS": str(width), "NO_COLOR": "1"}).invoke(cli.app, list(arguments))
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([c, "--help"] for c in COMMANDS)])
+def test_help_imports_nothing_heavy(arguments):
+    code = (
+        "import sys, serve.cli.main\n"
+        "try: serve.cli.main.main()\n"
+        "finally: print('\\nLOADED', *sorted({m.split('.')[0] for m in sys.modules}))"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout
+    loaded = set(out.split("LOADED")[1].split())
+    assert "typer" in loaded
+    assert loaded & HEAVY == set()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_help_shows_an_example(command):
+    assert f"Example:  jaxlora {command}" in run(command, "--help").output
+
+
+def test_help_names_every_command():
+    output = run("--help").output
+    assert [c for c in COMMANDS if c not in output] == []
+
+
+def test_version():
+    assert run("--version").output.startswith("jaxlora 0.")
+
+
+def test_demo_hands_on_its_options(entry):
+    assert run("demo", "--exit", "--port", "0", "--out", "o", "--seed", "5").exit_code == 0
+    assert run("demo").exit_code == 0
+    assert entry == [
+        ("serve.demo.command:main", (), {"exit_after": True, "port": 0, "out": Path("o"), "seed": 5}),
+        ("serve.demo.command:main", (), {"exit_after": False, "port": 8000, "out": None, "seed": 0}),
+    ]
+
+
+def test_chat_hands_on_its_options(entry):
+    assert run("chat").exit_code == run("chat", "roman@2", "--url", "http://h:1").exit_code == 0
+    assert entry == [
+        ("serve.cli.chat:main", (), {"url": "http://127.0.0.1:8000", "key": None, "name": None}),
+        ("serve.cli.chat:main", (), {"url": "http://h:1", "key": None, "name": "roman@2"}),
+    ]
+
+
+def test_train_hands_on_its_path(entry):
+    assert run("train", "c.toml").exit_code == 0
+    assert entry == [("train.run.command:main", (Path("c.toml"),), {})]
+
+
+def test_export_hands_on_its_options(entry):
+    options = ["--model", "m", "--form", "merged", "--out", "o", "--adapters", "s", "--name", "a@2", "--replace"]
+    assert run("export", *options).exit_code == 0
+    ((target, _, named),) = entry
+    assert target == "jaxlora.peft.export:main"
+    assert (named["model"], named["form"], named["out"], named["folder"]) == ("m", "merged", Path("o"), None)
+    assert (named["store"], named["name"], named["replace"], named["dequantise"]) == (Path("s"), "a@2", True, False)
+
+
+def test_serve_with_a_model_only(entry):
+    assert run("serve", "--model", "smollm2").exit_code == 0
+    assert entry == [("serve.server.build:main", (serve_defaults("smollm2", Path("adapters")), None), {})]
+
+
+def test_serve_options_replace_what_the_file_says(entry):
+    options = "--model m --host 0.0.0.0 --port 0 --slots 3 --max-rank 4 --rows 5 --adapters a"
+    path = ROOT / "configs/serve_smollm2.toml"
+    assert run("serve", str(path), *options.split()).exit_code == 0
+    ((_, (config, file), _),) = entry
+    assert file == path
+    got = (config.model.path, config.host, config.port, config.slots, config.max_rank, config.rows, config.adapters)
+    assert got == ("m", "0.0.0.0", 0, 3, 4, 5, Path("a"))
+    assert (config.kv_pages, config.model.dtype) == (128, "auto")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param(["serve"], "jaxlora: serve needs to know the base", id="no-base"),
+        pytest.param(["serve", "none.toml"], "jaxlora: none.toml: cannot be read", id="no-file"),
+        pytest.param(["serve", "--model", "m", "--port", "65536"], "option of serve: port must be in", id="port"),
+        pytest.param(["serve", "--model", "m", "--slots", "0"], "option of serve: slots must be at", id="slots"),
+        pytest.param(
+            ["serve", "--model", "m", "--supervise"], "jaxlora: --supervise is gone; leave it", id="supervise"
+        ),
+        pytest.param(["demo", "--port", "x"], "Invalid value for '--port'", id="not-a-number"),
+        pytest.param(["nonsense"], "No such command 'nonsense'", id="no-command"),
+    ],
+)
+def test_bad_input_is_exit_2_and_a_line(entry, arguments, message):
+    result = run(*arguments)
+    assert (result.exit_code, result.stdout, entry) == (2, "", [])
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def fails_with(monkeypatch, error: BaseException) -> None:
+    def main(config_path: Path) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "resolve", lambda target: main)
+
+
+def test_our_error_is_one_line_and_exit_2(monkeypatch):
+    fails_with(monkeypatch, AdapterInvalid("two\n  lines"))
+    result = run("train", "c.toml")
+    assert (result.exit_code, result.stderr) == (2, "jaxlora: two lines\n")
+
+
+def test_another_error_keeps_its_traceback(monkeypatch):
+    fails_with(monkeypatch, ZeroDivisionError("ours"))
+    assert isinstance(run("train", "c.toml").exception, ZeroDivisionError)
+
+
+def test_ctrl_c_is_exit_130():
+    code = (
+        "import os, signal, time, serve.cli.main as cli\n"
+        "def main(path):\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(30)\n"
+        "cli.resolve = lambda target: main\n"
+        "cli.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "train", "c.toml"], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert (done.returncode, done.stderr) == (128 + signal.SIGINT, "jaxlora: interrupted\n")
+
+
+def test_resolve_imports_what_is_named(monkeypatch):
+    module = types.ModuleType("train.made_up")
+    module.main = print  # ty: ignore[missing-attribute]
+    monkeypatch.setitem(sys.modules, "train.made_up", module)
+    assert cli.resolve("train.made_up:main") is print
+
+
+def test_neighbours_are_ours():
+    check_neighbours(own_home())
+
+
+@pytest.mark.parametrize("kind", ["package", "module"])
+@pytest.mark.parametrize("name", ["train", "serve", "pallas_kernels"])
+def test_a_stranger_is_refused_before_anything_runs(tmp_path, name, kind):
+    stranger = tmp_path / name / "__init__.py" if kind == "package" else tmp_path / f"{name}.py"
+    stranger.parent.mkdir(exist_ok=True)
+    stranger.write_text("raise SystemExit('the stranger ran')")
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    done = subprocess.run(
+        [sys.executable, "-m", "serve.cli.main", "train", "c.toml"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env=env,
+    )
+    assert done.returncode == 2
+    assert str(tmp_path / name) in done.stderr
+    assert str(ROOT / name) in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_missing_neighbour_is_refused(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigInvalid, match="no package pallas_kernels was found beside"):
+        check_neighbours(own_home())
+
+
+def test_doctor_is_well_here(monkeypatch, tmp_path):
+    monkeypatch.setenv("JAXLORA_CACHE", str(tmp_path / "cache"))
+    result = run("doctor")
+    assert result.exit_code == 0
+    for part in ("jax  ", "1 x cpu", f"{tmp_path}/cache (empty", "SmolLM2", f"those of {ROOT}"):
+        assert part in result.output
+    assert not (tmp_path / "cache").exists()
+
+
+def test_doctor_counts_what_is_cached(monkeypatch, tmp_path):
+    (tmp_path / "a").write_bytes(b"x" * 3_000_000)
+    monkeypatch.setenv("JAXLORA_CACHE", str(tmp_path))
+    assert f"{tmp_path} (1 files, 3 MB)" in run("doctor").output
+
+
+def test_doctor_says_what_is_wrong(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "DISTRIBUTIONS", ("no-such-thing",))
+    findings = {f.text.split()[0]: f for f in doctor.report(tmp_path)}
+    assert (findings["no-such-thing"].ok, findings["neighbours"].ok, findings["devices"].ok) == (False, False, True)
+    monkeypatch.setattr(doctor, "report", lambda home: findings.values())
+    assert run("doctor").exit_code == 2
+
+
+def test_bench_kernels_hands_on_its_choice(entry):
+    assert (
+        run(
+            "bench", "kernels", "--op", "a", "--op", "b", "--model", "m", "--rows", "4", "--adapters", "2", "--json"
+        ).exit_code
+        == 0
+    )
+    (sizes, main) = entry
+    assert sizes[0] == "pallas_kernels.bench.cases:Sizes"
+    assert (sizes[2]["rows"], sizes[2]["adapters"]) == (4, 2)
+    assert main[0] == "pallas_kernels.bench.run:main"
+    assert (main[2]["ops"], main[2]["models"], main[2]["as_json"]) == (["a", "b"], ["m"], True)
+
+
+def test_bench_kernels_refuses_in_one_line():
+    for arguments in (["--dtype", "int8"], ["--adapters", "33"], ["--op", "nothing"]):
+        got = run("bench", "kernels", *arguments)
+        assert got.exit_code == cli.ERROR_EXIT
+        assert got.stderr.count("\n") == 1
+        assert arguments[1] in got.stderr
+
+
+def test_help_of_bench_kernels_shows_an_example():
+    got = run("bench", "kernels", "--help")
+    assert "Example:  jaxlora bench kernels --op gathered_lora" in got.stdout
