@@ -19,7 +19,7 @@ from jaxlora.core.model_config import target_features
 from jaxlora.model import compile_cache
 from jaxlora.model.lora_pool import layer_count
 from serve.engine.request import Request, SamplingParams
-from serve.runtime.device_thread import Runner
+from serve.runtime.device_thread import DeviceThread
 from serve.server.build import make_runner, open_store
 
 IDS = itertools.count()
@@ -30,7 +30,7 @@ class Server:
     """A runner that is not started, its adapters, and what it was made of."""
 
     opened: Opened
-    runner: Runner
+    runner: DeviceThread
     adapters: list[AdapterRef]
 
 

@@ -31,7 +31,7 @@ from jaxlora.core.lora import LoraSpec
 from jaxlora.model import compile_cache
 from jaxlora.model.lora_pool import PoolSpec
 from serve.engine.request import Delta, Request, SamplingParams
-from serve.runtime.device_thread import Runner
+from serve.runtime.device_thread import DeviceThread
 from serve.runtime.live_training import LiveTraining
 from serve.server.build import make_runner, open_store, stop
 from train.data.examples import Example
@@ -42,7 +42,7 @@ TENANTS, RANK = ("ant", "bee"), 8
 
 
 @dataclass(slots=True)
-class Parts:
+class Microsteps:
     """A trainer that counts what it does: seconds by part, lane tokens of the passes that were done."""
 
     live: LiveTraining
@@ -65,12 +65,12 @@ class Parts:
 class Bench:
     """A server, a trainer beside it, and one stream at a time."""
 
-    def __init__(self, runner: Runner, parts: Parts, prompt: tuple[int, ...], tokens: int):
+    def __init__(self, runner: DeviceThread, parts: Microsteps, prompt: tuple[int, ...], tokens: int):
         self.runner, self.parts, self.prompt, self.tokens = runner, parts, prompt, tokens
         self._ids = itertools.count()
 
     def parts_done(self) -> dict[str, int]:
-        """Parts run so far, by name."""
+        """Microsteps run so far, by name."""
         return self.runner.call(lambda: {part: len(s) for part, s in self.parts.seconds.items()})
 
     def work_since(self, before: dict[str, int]) -> float:
@@ -208,7 +208,7 @@ def opened_bench(lane_tokens: int, publish_every: int, tokens: int) -> Generator
         runner.start()
         runner.call(trainer.warm_up)
         runner.call(lambda: seat(trainer, lane_tokens))
-        parts, first = Parts(live), runner.call(lambda: trainer.tenants[TENANTS[0]])
+        parts, first = Microsteps(live), runner.call(lambda: trainer.tenants[TENANTS[0]])
         while first.step < max(2, publish_every):
             runner.call(parts.advance)
         runner.call(live.step)

@@ -1,6 +1,6 @@
 """Which body of an op runs: ONE table, by the platform a program is lowered for.
 
-An op is one definition (its oracle) with several bodies.  The choice is made when the program is lowered and not when it
+An op is one definition (its reference) with several bodies.  The choice is made when the program is lowered and not when it
 is traced, so lowering for a TPU on a machine without one picks the TPU's body.  A platform that the table lacks is refused
 when the program is lowered for it.
 

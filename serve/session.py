@@ -5,7 +5,7 @@
         session.step(20)
         print(session.sample("dates", [{"role": "user", "content": "14 May"}]))
 
-Everything runs on the device thread of its `Runner`, so any thread may call, and answers come while others train.
+Everything runs on the device thread of its `DeviceThread`, so any thread may call, and answers come while others train.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from jaxlora.model.lora_pool import PoolSpec
 from jaxlora.peft.folder import export_peft
 from serve.access.caller import LOCAL_TENANT
 from serve.engine.request import Request, SamplingParams
-from serve.runtime.device_thread import Runner
+from serve.runtime.device_thread import DeviceThread
 from serve.runtime.live_training import LiveTraining, warm_up
 from serve.server.build import make_runner, open_store, stop
 from train.data.examples import Unit
@@ -49,7 +49,9 @@ Data = str | Path | Iterable[Mapping[str, object] | Unit]  # a JSONL file, or wh
 class Session:
     """Tenants that train on one base and answer while they do.  `close` it, or use it in a `with`."""
 
-    def __init__(self, opened: Opened, runner: Runner, trainer: Trainer, end: contextlib.ExitStack, publish_every: int):
+    def __init__(
+        self, opened: Opened, runner: DeviceThread, trainer: Trainer, end: contextlib.ExitStack, publish_every: int
+    ):
         """Over a runner that runs and a trainer that is warm; `end` is what `close` unwinds.  See `open`."""
         self.base_name, self.opened = opened.name, opened
         self._runner, self._trainer, self._end = runner, trainer, end

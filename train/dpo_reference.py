@@ -10,7 +10,7 @@ import numpy as np
 from train.data.examples import Lane, Pair, fill_lane
 
 
-class References:
+class DpoReferences:
     """By pair, for as long as the pair lives.
 
     A pair is asked for alone in its lane, so that its reference depends on nothing else: a resumed run finds the same.

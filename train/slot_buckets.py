@@ -17,7 +17,7 @@ from train.step.optimizer import IDLE, Hyper
 from train.step.state import Due
 
 
-class Seats:
+class SlotBuckets:
     """A tenant always sits in the first bucket that its rank fits, so what it learns does not depend on who is there."""
 
     def __init__(self, buckets: Sequence[PoolSpec], lanes: int):

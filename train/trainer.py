@@ -26,10 +26,10 @@ from jaxlora.model.mesh import check_lanes, place, place_rows, replicated
 from pallas_kernels import NO_ADAPTER
 from train.data.examples import ExampleStream, Lane, Unit, check_kind, pack, pair_margins, real_tokens
 from train.data.mixer import Mixer
-from train.dpo_reference import References
-from train.slot_buckets import Seats
+from train.dpo_reference import DpoReferences
+from train.slot_buckets import SlotBuckets
 from train.step.batch import LaneSums, TrainBatch, idle_batch, idle_sums, put_dropout, put_lane, put_sums
-from train.step.microsteps import Parts, PartSizes
+from train.step.microsteps import Microsteps, MicrostepSizes
 from train.step.state import SlotState, States, UpdateReport, empty_state, fresh_adapter, fresh_seat
 from train.step.step import make_programs
 from train.tenant import (
@@ -63,7 +63,7 @@ class Trainer:
         base_hash: str,
         moments: MomentsDtype = "float32",
         remat: Remat = "products",
-        parts: PartSizes | None = None,
+        parts: MicrostepSizes | None = None,
     ):
         """`buckets`: slots by largest rank, from the smallest on.  A tenant sits in the first bucket that its rank fits.
 
@@ -76,18 +76,18 @@ class Trainer:
         """
         check_lane_tokens(lane_tokens)
         check_lanes(mesh, lanes, "training lanes")
-        self.seats = Seats(buckets, lanes)
+        self.seats = SlotBuckets(buckets, lanes)
         self.base, self.mesh, self.base_hash = base, mesh, base_hash
         self.lanes, self.lane_tokens, self.moments = lanes, lane_tokens, moments
         self.tenants: dict[str, Tenant] = {}
         self.trained_tokens = self.updates = 0  # since the start
         self._mixer = Mixer(lanes, lane_tokens)
-        self._references = References(lanes, lane_tokens)
+        self._references = DpoReferences(lanes, lane_tokens)
         self.states: States = tuple(empty_state(base, spec, mesh, moments) for spec in self.seats.buckets)
         self._programs = make_programs(self.states, mesh, remat=remat)
         if parts is not None:
             parts.check(base.config, mesh, lanes)
-        self._parts = None if parts is None else Parts(base, self.states, parts, remat)
+        self._parts = None if parts is None else Microsteps(base, self.states, parts, remat)
         self._step: Generator[str] | None = None  # under way
         self._reports: list[StepReport] = []  # of the part that runs
         self.part = FIRST_PART  # what `advance` runs next
@@ -307,7 +307,7 @@ class Trainer:
         for (tenant, hyper), (bucket, u) in zip(due, places, strict=True):
             self._report(tenant, hyper, updates[bucket], u)
 
-    def _run_parts(self, parts: Parts, step: MixedStep) -> Generator[str]:
+    def _run_parts(self, parts: Microsteps, step: MixedStep) -> Generator[str]:
         """The step in parts: a pass of all lanes, then one update after the other."""
         sums = idle_sums(self.lanes, self.lane_tokens)
         for start in range(0, len(step.lanes), parts.sizes.lanes):

@@ -211,7 +211,7 @@ def forward[Cache, Layer](
     *,
     remat: str = "products",
 ) -> tuple[jax.Array, Cache]:
-    """(hidden [T, D] after the final norm, cache): the one forward pass of the house.
+    """(hidden [T, D] after the final norm, cache): the one forward pass of the project.
 
     remat: one of REMAT; it changes what a gradient keeps, and nothing without one.
     """

@@ -33,7 +33,7 @@ MASKED = -1e30  # finite, so that a row with nothing to see gives numbers
 
 
 @shaped
-def packed_attention_oracle(
+def packed_attention_reference(
     q_GJNH: jax.Array, k_GJKH: jax.Array, v_GJKH: jax.Array, segment_GJ: jax.Array, *, window: int | None
 ) -> jax.Array:
     """The definition with all scores at once, float32 [G, J, N, H]; zeros for padding (segment 0)."""

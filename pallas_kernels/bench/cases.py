@@ -18,10 +18,10 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels import NO_ADAPTER
-from pallas_kernels.attention.op import packed_attention, packed_attention_oracle
-from pallas_kernels.cross_entropy.op import target_logprob, target_logprob_oracle
+from pallas_kernels.attention.op import packed_attention, packed_attention_reference
+from pallas_kernels.cross_entropy.op import target_logprob, target_logprob_reference
 from pallas_kernels.gathered_lora.op import gathered_lora
-from pallas_kernels.paged_attention.op import paged_attention, paged_attention_oracle
+from pallas_kernels.paged_attention.op import paged_attention, paged_attention_reference
 from pallas_kernels.segmented_lora.op import segmented_lora
 
 PAGE = 64  # tokens of a KV page
@@ -249,7 +249,7 @@ def attention_cases(model: str, dtype: str, n: Sizes) -> Iterator[Case]:
     forms = {
         "ours": (lambda *a: packed_attention(*a, window=None), (q, k, v, segment_GJ)),
         "base": (_products, (x_TX, [weight])),
-        "all scores": (lambda *a: packed_attention_oracle(*a, window=None), (q, k, v, segment_GJ)),
+        "all scores": (lambda *a: packed_attention_reference(*a, window=None), (q, k, v, segment_GJ)),
     }
     yield Case(
         op="attention",
@@ -273,7 +273,7 @@ def paged_cases(model: str, dtype: str, n: Sizes) -> Iterator[Case]:
     forms = {
         "ours": (lambda *a: paged_attention(*a, window=None), args),
         "base": (_products, (draw(n.rows, m.d), [draw(m.d, m.heads * m.head)])),
-        "gather pages": (lambda *a: paged_attention_oracle(*a, window=None), args),
+        "gather pages": (lambda *a: paged_attention_reference(*a, window=None), args),
     }
     yield Case(
         op="paged_attention",
@@ -299,7 +299,7 @@ def loss_cases(model: str, dtype: str, n: Sizes) -> Iterator[Case]:
         ),
         "base": (_products, (x_GJD.reshape(-1, m.d), [head_DV])),
         "all logits": (
-            lambda x, w, t, on: target_logprob_oracle(x, w, t, on, None),
+            lambda x, w, t, on: target_logprob_reference(x, w, t, on, None),
             (x_GJD, head_DV, target_GJK, wanted_GJ),
         ),
     }
@@ -333,7 +333,7 @@ def loss_grad_cases(model: str, dtype: str, n: Sizes) -> Iterator[Case]:
         return target_logprob(x, w, w.T, target_GJK, wanted_GJ, lora, chunk=chunk, tied=False)
 
     def all_logits(x, w, lora) -> tuple[jax.Array, jax.Array]:
-        return target_logprob_oracle(x, w, target_GJK, wanted_GJ, lora)
+        return target_logprob_reference(x, w, target_GJK, wanted_GJ, lora)
 
     tokens, args = n.lanes * n.tokens, (x_GJD, head_DV, halves)
     forms = {

@@ -36,7 +36,7 @@ HeadLora = tuple[jax.Array, jax.Array, jax.Array]  # a_GRD, b_GRV, scale_G
 
 
 @shaped
-def target_logprob_oracle(
+def target_logprob_reference(
     x_GJD: jax.Array, head_DV: jax.Array, target_GJK: jax.Array, wanted_GJ: jax.Array, lora: HeadLora | None
 ) -> tuple[jax.Array, jax.Array]:
     """The definition: all logits at once.  Returns what `target_logprob` does."""
@@ -188,7 +188,7 @@ def _backward_xla(form, x_GJD, lora, head_DV, back_VD, target_GJK, count_G, lse_
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Kernels:
+class CrossEntropyKernels:
     """Statistics of each token's logits, and the gradients of x, h and b."""
 
     by_word: bool  # they read the head as [V, D]
@@ -196,18 +196,18 @@ class Kernels:
     backward: Callable[..., tuple]  # dx_GJD, dh_GJR, db_GRV
 
 
-def _tpu(by_word: bool, interpret: bool) -> Kernels:
-    return Kernels(
+def _tpu(by_word: bool, interpret: bool) -> CrossEntropyKernels:
+    return CrossEntropyKernels(
         by_word=by_word,
         forward=functools.partial(cross_entropy_tpu.forward, by_word=by_word, interpret=interpret),
         backward=functools.partial(cross_entropy_tpu.backward, by_word=by_word, interpret=interpret),
     )
 
 
-def _cuda(by_word: bool) -> Kernels:
+def _cuda(by_word: bool) -> CrossEntropyKernels:
     from pallas_kernels.cross_entropy import triton as cuda  # imports Triton
 
-    return Kernels(
+    return CrossEntropyKernels(
         by_word=by_word,
         forward=functools.partial(cuda.forward, by_word=by_word),
         backward=functools.partial(cuda.backward, by_word=by_word),
@@ -275,7 +275,9 @@ def _own_targets(target_GJK: jax.Array, words: int, axis: str | None) -> jax.Arr
     return jnp.where((own_GJK >= 0) & (own_GJK < words), own_GJK, -1)
 
 
-def _forward_kernels(kernels: Kernels, placement: Placement | None, x_GJD, lora, head_DV, back_VD, target_GJK, count_G):
+def _forward_kernels(
+    kernels: CrossEntropyKernels, placement: Placement | None, x_GJD, lora, head_DV, back_VD, target_GJK, count_G
+):
     vocab = None if placement is None else placement.y
 
     def body(x_GJD, lora, head, target_GJK, count_G):
@@ -297,7 +299,16 @@ def _forward_kernels(kernels: Kernels, placement: Placement | None, x_GJD, lora,
 
 
 def _backward_kernels(
-    kernels: Kernels, placement: Placement | None, x_GJD, lora, head_DV, back_VD, target_GJK, count_G, lse_GJ, d_GJK
+    kernels: CrossEntropyKernels,
+    placement: Placement | None,
+    x_GJD,
+    lora,
+    head_DV,
+    back_VD,
+    target_GJK,
+    count_G,
+    lse_GJ,
+    d_GJK,
 ):
     vocab = None if placement is None else placement.y
 

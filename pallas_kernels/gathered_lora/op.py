@@ -31,7 +31,7 @@ TargetRows = tuple[jax.Array, jax.Array, jax.Array]  # a_LSRX, b_LSRY, scale_LS
 
 
 @shaped
-def gathered_lora_oracle(
+def gathered_lora_reference(
     x_TX: jax.Array, a_SRX: jax.Array, b_SRY: jax.Array, scale_S: jax.Array, slot_T: jax.Array
 ) -> jax.Array:
     """The definition for one layer and target, float32 [T, Y]."""
@@ -105,7 +105,7 @@ def _gathered(
     pallas = functools.partial(_visited_tpu, placement) if known and gathered_lora_tpu.fits(*part[:2]) else None
     triton = functools.partial(_visited_cuda, placement) if known and _fits_cuda(*part[:2]) else None
 
-    plain = functools.partial(_visited, Kernels(both=xla.both, shrink=xla.shrink, expand=xla.expand), placement)
+    plain = functools.partial(_visited, GatheredKernels(both=xla.both, shrink=xla.shrink, expand=xla.expand), placement)
     return by_platform("gathered_lora", *args, xla=plain, pallas=pallas, triton=triton)
 
 
@@ -125,7 +125,7 @@ _gathered.defvjp(_forward, _backward)
 def _by_definition(
     x_TX: jax.Array, rows: tuple[TargetRows, ...], layer: jax.Array, slot_T: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """The oracle of each target, with zero rows in place of those that a token of the base model would read."""
+    """The reference of each target, with zero rows in place of those that a token of the base model would read."""
     has_T = slot_T != NO_ADAPTER
     own_T, tokens = jnp.maximum(slot_T, 0), jnp.arange(len(slot_T))
 
@@ -133,7 +133,7 @@ def _by_definition(
         return jnp.where(has_T[:, None, None], half_LSRX[layer, own_T], 0)
 
     return tuple(
-        gathered_lora_oracle(
+        gathered_lora_reference(
             x_TX, taken(a), taken(b), scale[layer, own_T], jnp.where(has_T, tokens, NO_ADAPTER)
         ).astype(x_TX.dtype)
         for a, b, scale in rows
@@ -148,7 +148,7 @@ def _specs(placement: Placement, targets: int) -> tuple:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Kernels:
+class GatheredKernels:
     """The product at one visit of each token, and its halves for those who sum h over devices between them."""
 
     both: Callable[..., list[jax.Array]]
@@ -157,7 +157,7 @@ class Kernels:
 
 
 def _visited_tpu(placement, x_TX, rows, layer, slot_T, visits, interpret: bool) -> tuple[jax.Array, ...]:
-    kernels = Kernels(
+    kernels = GatheredKernels(
         both=functools.partial(gathered_lora_tpu.both, interpret=interpret),
         shrink=functools.partial(gathered_lora_tpu.shrink, interpret=interpret),
         expand=functools.partial(gathered_lora_tpu.expand, interpret=interpret),
@@ -168,7 +168,7 @@ def _visited_tpu(placement, x_TX, rows, layer, slot_T, visits, interpret: bool) 
 def _visited_cuda(placement, x_TX, rows, layer, slot_T, visits) -> tuple[jax.Array, ...]:
     from pallas_kernels.gathered_lora import triton as cuda  # imports Triton
 
-    kernels = Kernels(both=cuda.both, shrink=cuda.shrink, expand=cuda.expand)
+    kernels = GatheredKernels(both=cuda.both, shrink=cuda.shrink, expand=cuda.expand)
     return _visited(kernels, placement, x_TX, rows, layer, slot_T, visits)
 
 
@@ -178,7 +178,7 @@ def _fits_cuda(x_TX: jax.Array, rows: tuple[TargetRows, ...]) -> bool:
 
 
 def _visited(
-    kernels: Kernels,
+    kernels: GatheredKernels,
     placement: Placement | None,
     x_TX: jax.Array,
     rows: tuple[TargetRows, ...],

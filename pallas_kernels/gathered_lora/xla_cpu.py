@@ -10,7 +10,7 @@ whole vectors:
 - A kernel has one output.  So the two tokens are one complex number, or two 16-bit numbers in one word.
 - A small kernel that fills an array is handed to other threads, which takes longer than the kernel.  One that updates
   a part of an array is not.
-- Kernels of a loop that may run side by side wait for other threads, too.  So each target has a loop of its own.
+- GatheredKernels of a loop that may run side by side wait for other threads, too.  So each target has a loop of its own.
 
 `both` does the two halves at one visit; `shrink` and `expand` are the halves, for those who sum h over devices between them.
 

@@ -27,7 +27,7 @@ from pallas_kernels.sharding import Placement
 
 
 @shaped
-def paged_attention_oracle(
+def paged_attention_reference(
     q_GJNH: jax.Array,
     k_LPZF: jax.Array,
     v_LPZF: jax.Array,

@@ -35,7 +35,7 @@ LaneRows = tuple[jax.Array, jax.Array, jax.Array]  # a_GRX, b_GRY, scale_G
 
 
 @shaped
-def segmented_lora_oracle(x_GJX: jax.Array, a_GRX: jax.Array, b_GRY: jax.Array, scale_G: jax.Array) -> jax.Array:
+def segmented_lora_reference(x_GJX: jax.Array, a_GRX: jax.Array, b_GRY: jax.Array, scale_G: jax.Array) -> jax.Array:
     """The definition, float32 [G, J, Y]."""
     h_GJR = jnp.einsum("gjx,grx->gjr", x_GJX.astype(jnp.float32), a_GRX.astype(jnp.float32), precision="highest")
     y_GJY = jnp.einsum("gjr,gry->gjy", h_GJR, b_GRY.astype(jnp.float32), precision="highest")
@@ -163,7 +163,7 @@ def _shrink_back_xla(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Kernels:
+class SegmentedKernels:
     """The forward product, and the gradients of its second and first half."""
 
     forward: Callable[..., tuple[tuple[jax.Array, ...], jax.Array]]
@@ -171,24 +171,24 @@ class Kernels:
     shrink_back: Callable[..., tuple[jax.Array, tuple[jax.Array, ...]]]
 
 
-def _xla() -> Kernels:
+def _xla() -> SegmentedKernels:
     """XLA splits its products over a mesh by itself, so they are told no placement."""
     forward = functools.partial(_forward_xla, axis=None)
-    return Kernels(forward=forward, expand_back=_expand_back_xla, shrink_back=_shrink_back_xla)
+    return SegmentedKernels(forward=forward, expand_back=_expand_back_xla, shrink_back=_shrink_back_xla)
 
 
-def _tpu(interpret: bool) -> Kernels:
-    return Kernels(
+def _tpu(interpret: bool) -> SegmentedKernels:
+    return SegmentedKernels(
         forward=functools.partial(segmented_lora_tpu.forward, interpret=interpret),
         expand_back=functools.partial(segmented_lora_tpu.expand_back, interpret=interpret),
         shrink_back=functools.partial(segmented_lora_tpu.shrink_back, interpret=interpret),
     )
 
 
-def _cuda() -> Kernels:
+def _cuda() -> SegmentedKernels:
     from pallas_kernels.segmented_lora import triton as cuda  # imports Triton
 
-    return Kernels(forward=cuda.forward, expand_back=cuda.expand_back, shrink_back=cuda.shrink_back)
+    return SegmentedKernels(forward=cuda.forward, expand_back=cuda.expand_back, shrink_back=cuda.shrink_back)
 
 
 def _forward_tpu(placement, x_GJX, rows, interpret: bool):
@@ -207,7 +207,7 @@ def _backward_cuda(placement, x_GJX, rows, h_GJR, dy_GJY):
     return _backward_kernels(_cuda(), placement, x_GJX, rows, h_GJR, dy_GJY)
 
 
-def _forward_kernels(kernels: Kernels, placement: Placement | None, x_GJX, rows):
+def _forward_kernels(kernels: SegmentedKernels, placement: Placement | None, x_GJX, rows):
     def body(x_GJX, rows):
         if placement is None or placement.x is None:
             return kernels.forward(x_GJX, rows)
@@ -220,7 +220,7 @@ def _forward_kernels(kernels: Kernels, placement: Placement | None, x_GJX, rows)
     return placement.on_each(body, _specs(placement, len(rows)), out)(x_GJX, rows)
 
 
-def _backward_kernels(kernels: Kernels, placement: Placement | None, x_GJX, rows, h_GJR, dy_GJY):
+def _backward_kernels(kernels: SegmentedKernels, placement: Placement | None, x_GJX, rows, h_GJR, dy_GJY):
     def body(x_GJX, rows, h_GJR, dy_GJY):
         a_rows, b_rows, scale = zip(*rows, strict=True)
         back = [kernels.expand_back(dy, h, b) for dy, h, b in zip(dy_GJY, _split(h_GJR, rows), b_rows, strict=True)]

@@ -15,7 +15,7 @@ from serve.access.caller import caller_of
 from serve.api.openai.schemas import CLOSED
 from serve.http.errors import ERRORS
 from serve.http.schema import ok
-from serve.runtime.backend import House
+from serve.runtime.backend import Backend
 from serve.runtime.snapshot import SlotView, TrainingView, WaitView
 from serve.runtime.watchdog import Rates, Watch
 
@@ -51,11 +51,11 @@ class StatsObject(TypedDict):
 STATS_PATH = "/v1/stats"
 
 
-class StatsWire:
+class StatsRoutes:
     """The one route, over what the device thread has left to read."""
 
-    def __init__(self, house: House, watch: Watch):
-        self._house, self._watch = house, watch
+    def __init__(self, backend: Backend, watch: Watch):
+        self._backend, self._watch = backend, watch
 
     def router(self) -> APIRouter:
         """The one route."""
@@ -72,8 +72,8 @@ class StatsWire:
         return JSONResponse(
             {
                 "object": "server.stats",
-                "model": self._house.base_name,
-                "health": self._house.health(),
+                "model": self._backend.base_name,
+                "health": self._backend.health(),
                 "tokens_per_s": asdict(self._watch.rates()),
                 **snapshot,
             }

@@ -131,7 +131,7 @@ class Rows:
         self._printed = max(self._printed, len(rows))
 
 
-class Session:
+class Conversation:
     """Lines in, commands and questions out, until the end of the input."""
 
     def __init__(self, loop: asyncio.Runner, chat: Chat):
@@ -270,9 +270,9 @@ def main(*, url: str, key: str | None, name: str | None) -> None:
             chat = Chat(server, base, loop.run(server.model(chosen)).id, live)
             if live:
                 print("/help lists the commands, Ctrl-D leaves")
-            session = Session(loop, chat)
-            session.run()
+            conversation = Conversation(loop, chat)
+            conversation.run()
         finally:
             loop.run(server.close())
-    if session.failed and not live:
-        raise AnswerFailed(f"{session.failed} of the lines failed; each said why")
+    if conversation.failed and not live:
+        raise AnswerFailed(f"{conversation.failed} of the lines failed; each said why")

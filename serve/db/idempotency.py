@@ -8,7 +8,7 @@ from sqlmodel import Session, col, select
 
 from jaxlora.core.errors import InvalidRequest, StateInvalid, Unavailable
 from serve.db.database import Database
-from serve.db.models import Answer, AnswerRow
+from serve.db.models import AnswerRow, StoredAnswer
 
 KEPT_S = 24 * 3600.0
 MAX_KEY = 255
@@ -20,7 +20,7 @@ class StoredAnswers:
 
     database: Database
 
-    def claim(self, tenant: str, route: str, key: str, request_sha256: str, now_s: float) -> Answer | None:
+    def claim(self, tenant: str, route: str, key: str, request_sha256: str, now_s: float) -> StoredAnswer | None:
         """What this request was answered before; None: it is new, and the caller's to answer.
 
         Raises StateInvalid for a key that came with another request, Unavailable while the first one is being answered,
@@ -29,7 +29,7 @@ class StoredAnswers:
         if not 1 <= len(key) <= MAX_KEY or not (key.isascii() and key.isprintable()):
             raise InvalidRequest(f"Idempotency-Key must be 1 to {MAX_KEY} printable ASCII characters")
 
-        def work(session: Session) -> Answer | None:
+        def work(session: Session) -> StoredAnswer | None:
             row = session.get(AnswerRow, {"tenant": tenant, "route": route, "key": key})
             if row is not None and row.created_s < now_s - KEPT_S:
                 session.delete(row)
@@ -44,11 +44,11 @@ class StoredAnswers:
                 raise StateInvalid("this Idempotency-Key came with another request before; take a new one")
             if row.status is None or row.body is None:
                 raise Unavailable("the first request with this Idempotency-Key is not answered yet; ask again")
-            return Answer(status=row.status, body=row.body)
+            return StoredAnswer(status=row.status, body=row.body)
 
         return self.database.write(work)
 
-    def settle(self, tenant: str, route: str, key: str, answer: Answer) -> None:
+    def settle(self, tenant: str, route: str, key: str, answer: StoredAnswer) -> None:
         """From now on the request is answered so.  Raises StorageFull."""
 
         def work(session: Session) -> None:

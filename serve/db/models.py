@@ -135,7 +135,7 @@ class GradientRecord:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Answer:
+class StoredAnswer:
     """What a request with an Idempotency-Key was answered."""
 
     status: int

@@ -27,7 +27,7 @@ from jaxlora.model.lora_pool import PoolSpec
 from jaxlora.peft.folder import export_peft
 from serve.demo.tasks import Task, constant_baseline, demo_tasks, nearest_baseline
 from serve.engine.request import Delta, Request, SamplingParams
-from serve.runtime.device_thread import Runner
+from serve.runtime.device_thread import DeviceThread
 from serve.runtime.live_training import LiveTraining, warm_up
 from serve.server.build import make_runner, open_store, stop
 from serve.server.uvicorn import make_http
@@ -74,7 +74,7 @@ def demo_serve_config(port: int, adapters: Path) -> ServeConfig:
 
 
 @dataclass(slots=True)
-class Board:
+class DemoScreen:
     """What the screen shows; filled by the device thread, read by the main one."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -97,9 +97,9 @@ class Score:
 class Demo:
     """One run of the demo."""
 
-    def __init__(self, opened: Opened, runner: Runner, trainer: Trainer, tasks: Sequence[Task], seed: int):
+    def __init__(self, opened: Opened, runner: DeviceThread, trainer: Trainer, tasks: Sequence[Task], seed: int):
         self.opened, self.runner, self.trainer, self.tasks, self.seed = opened, runner, trainer, tasks, seed
-        self.board = Board()
+        self.board = DemoScreen()
         self._ids = itertools.count()
         self._task_of = {task.name: task for task in tasks}
 

@@ -28,7 +28,7 @@ from jaxlora.storage.adapter_store import AdapterStore
 from serve.engine.adapter_loads import READERS, AdapterLoads
 from serve.engine.kv_offload import PageMover, page_bytes
 from serve.engine.logit_edits import EditArrays, LogitEdits
-from serve.engine.output import Answer
+from serve.engine.output import OutputProcessor
 from serve.engine.page_cache import HostPages, PageAllocator
 from serve.engine.request import Delta, Request
 from serve.engine.sampling import StepOutput
@@ -110,7 +110,7 @@ class Engine:
         self.ahead_bytes = self.ahead * one
         store.set_aside(self.ahead_bytes)
         self._sequences: dict[str, Sequence] = {}
-        self._answers: dict[str, Answer] = {}
+        self._answers: dict[str, OutputProcessor] = {}
         self._saved: dict[str, HostPages] = {}  # KV of parked requests
         self._mover = PageMover(mesh)
         self.clock = time.monotonic
@@ -158,7 +158,7 @@ class Engine:
             )
         if request.follow and (ref := request.adapter) is not None:  # a version may have come since it was resolved
             request = replace(request, adapter=self.store.latest(ref.tenant, ref.name) or ref)
-        answer = Answer(request, self.tokenizer, self.base.config.vocab)
+        answer = OutputProcessor(request, self.tokenizer, self.base.config.vocab)
         self._sequences[request.id] = sequence = self.scheduler.add(request, self.clock())
         self._answers[request.id] = answer
         if sequence.adapter is not None:

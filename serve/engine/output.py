@@ -98,7 +98,7 @@ class StopStrings:
 LOG = logging.getLogger("serve")
 
 
-class Answer:
+class OutputProcessor:
     """How far one answer is.  It is on the host and stays while its sequence is parked, moved or computed again.
 
     Raises InvalidRequest for a token id that the model does not have.

@@ -1,4 +1,4 @@
-"""Who is inside: requests are let in until the door is closed, and those whose key is revoked are shut out.  Pure."""
+"""Who is inside: requests are let in until the server drains, and those whose key is revoked are shut out.  Pure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from serve.http.errors import error_body
 from serve.http.sse import DONE, sse
 
 
-class Door:
+class Drain:
     """Lets requests in until it is closed, and knows who is inside.
 
     Of the event loop's thread, but for `close` and `shut_out`.

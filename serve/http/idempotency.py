@@ -14,7 +14,7 @@ from fastapi.responses import Response
 from serve.access.caller import caller_of
 from serve.db.database import Database
 from serve.db.idempotency import StoredAnswers
-from serve.db.models import Answer, JsonObject
+from serve.db.models import JsonObject, StoredAnswer
 
 HEADER = "idempotency-key"
 
@@ -50,7 +50,7 @@ class Once:
         except BaseException:
             await self._ask(self._answers.release, *claim)
             raise
-        await self._ask(self._answers.settle, *claim, Answer(status=200, body=json.dumps(made)))
+        await self._ask(self._answers.settle, *claim, StoredAnswer(status=200, body=json.dumps(made)))
         return made
 
 

@@ -1,6 +1,6 @@
 """Fine-tuning jobs beside serving: what the device thread runs between decode steps, and what of it becomes a version.
 
-    create ─▶ Jobs ─step─▶ every few steps and at each checkpoint ─▶ Runner.publish ─▶ served from the next request on
+    create ─▶ Jobs ─step─▶ every few steps and at each checkpoint ─▶ DeviceThread.publish ─▶ served from the next request on
     train_once ─▶ a guest's slot for one update ─▶ its caller
 
 All of it is the device thread's, but for `poke`.
@@ -19,7 +19,7 @@ import jax
 from jaxlora.core.errors import AdapterNotFinite, JaxLoraError, QuotaExceeded, Unavailable
 from jaxlora.core.lora import AdapterRef, AdapterWeights, LoraSpec
 from jaxlora.model.lora_pool import Rows
-from serve.runtime.device_thread import Runner
+from serve.runtime.device_thread import DeviceThread
 from serve.runtime.live_training import KEEP_VERSIONS, PUBLISH
 from train.data.examples import Example
 from train.jobs.job import Job, JobEvent, JobRequest, Progress, State, said
@@ -91,7 +91,7 @@ class GuestCall:
 class JobShelf:
     """Where finished adapters go: the store, and to whoever pins or follows them.  Of the device thread."""
 
-    def __init__(self, runner: Runner):
+    def __init__(self, runner: DeviceThread):
         self._runner = runner
 
     def add(self, tenant: str, name: str, weights: AdapterWeights) -> AdapterRef:
@@ -121,11 +121,11 @@ def is_checkpoint(job: Job) -> bool:
 
 
 class LiveJobs:
-    """What `Runner` needs of a trainer, over the jobs of one and its guests."""
+    """What `DeviceThread` needs of a trainer, over the jobs of one and its guests."""
 
     def __init__(
         self,
-        runner: Runner,
+        runner: DeviceThread,
         make_jobs: Callable[[Callable[[], None]], Jobs],
         *,
         publish_every: int,

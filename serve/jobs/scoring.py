@@ -26,7 +26,7 @@ from serve.engine.grammar import Grammar, GrammarSource
 from serve.engine.request import Request, SamplingParams
 from serve.jobs.live_jobs import Published
 from serve.jobs.resolve import given
-from serve.runtime.device_thread import Runner
+from serve.runtime.device_thread import DeviceThread
 from train.jobs.job import said
 
 LOG = logging.getLogger("serve")
@@ -107,7 +107,7 @@ class Scorer:
 
     def __init__(
         self,
-        runner: Runner,
+        runner: DeviceThread,
         opened: Callable[[str], AbstractContextManager[Path]],
         tell: Callable[[str, Callable[[JobRecord], JobRecord], NewEvent], None],
     ):

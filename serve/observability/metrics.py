@@ -23,7 +23,7 @@ from serve.engine.telemetry import Histogram
 from serve.http.errors import ERRORS
 from serve.http.request_log import Answered
 from serve.http.schema import ok_as
-from serve.runtime.device_thread import Runner
+from serve.runtime.device_thread import DeviceThread
 from serve.runtime.snapshot import Snapshot
 
 METRICS_PATH = "/metrics"
@@ -61,7 +61,7 @@ class HttpMetrics(Collector):
 class ServerMetrics(Collector):
     """The engine, the slots, the training."""
 
-    def __init__(self, runner: Runner, *, adapters: bool, compiles: Callable[[], int]):
+    def __init__(self, runner: DeviceThread, *, adapters: bool, compiles: Callable[[], int]):
         """adapters: whether names of adapters are told; compiles: programs compiled since the warm-up."""
         self._runner, self._adapters, self._compiles = runner, adapters, compiles
         self._model = {"model_name": runner.base_name}
@@ -163,7 +163,7 @@ class ServerMetrics(Collector):
         yield self._counter("jaxlora:training_tokens", "Tokens trained", training.tokens)
         yield self._counter("jaxlora:training_steps", "Updates of adapters", training.steps)
         parts = {(self._runner.base_name, part): count for part, count in dict(budget.parts_done).items()}
-        yield _counted("jaxlora:training_parts", "Parts of training steps", ("model_name", "part"), parts.items())
+        yield _counted("jaxlora:training_parts", "Microsteps of training steps", ("model_name", "part"), parts.items())
         yield self._gauges("jaxlora:jobs", "Fine-tuning jobs by state", "state", training.jobs)
 
     def _gauge(self, name: str, what: str, value: float) -> Metric:
@@ -199,7 +199,7 @@ def _counted(
     return family
 
 
-class MetricsWire:
+class MetricsRoutes:
     """GET /metrics."""
 
     def __init__(self, *collectors: Collector, is_open: bool):

@@ -73,7 +73,7 @@ class TokenStream(Protocol):
         ...
 
 
-class House(Protocol):
+class Backend(Protocol):
     """The server behind the wires."""
 
     @property

@@ -97,7 +97,7 @@ class Trainer(Protocol):
         ...
 
     def advance(self) -> None:
-        """The next part of a training step, and waits for it; it may publish through `Runner.publish`."""
+        """The next part of a training step, and waits for it; it may publish through `DeviceThread.publish`."""
         ...
 
 
@@ -111,8 +111,8 @@ class Completion:
     last: Delta | None = None
 
 
-class Runner:
-    """The server behind the wires (serve.runtime.backend.House), and the device thread under it."""
+class DeviceThread:
+    """The server behind the wires (serve.runtime.backend.Backend), and the device thread under it."""
 
     def __init__(self, engine: Engine, *, base_name: str, budget: BudgetSettings | None = None):
         """budget: how serving and training share the device; `budget.settings` changes it at any time."""
@@ -129,7 +129,7 @@ class Runner:
         self._fresh: dict[tuple[str, str], tuple[AdapterRef, float]] = {}  # versions without a token, since when
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._listeners: dict[str, Callable[[Delta], None]] = {}
-        self._door = threading.Lock()  # held to put a message, and to say that no more are read
+        self._drain = threading.Lock()  # held to put a message, and to say that no more are read
         self._closed = False
         self._stopping = False
         self._failure: BaseException | None = None
@@ -201,7 +201,7 @@ class Runner:
 
     def _send(self, message: Callable[[], None]) -> None:
         """Raises Unavailable when the device thread reads no more messages."""
-        with self._door:
+        with self._drain:
             if self._closed:
                 raise Unavailable("the server has stopped; retry when it is up again")
             self._inbox.put(message)
@@ -217,7 +217,7 @@ class Runner:
         except BaseException as error:  # everyone who waits must learn of it
             LOG.exception("the device thread has ended")
             self._failure = error
-        with self._door:
+        with self._drain:
             self._closed = True
         try:
             while not self._inbox.empty():  # those who came meanwhile must not wait for ever
@@ -228,7 +228,7 @@ class Runner:
     def _give_up(self) -> None:
         """Tells everyone who waits in place of a device thread that hangs, and has it end should it come back."""
         LOG.error("the device thread hangs; nobody waits for it any more")
-        with self._door:
+        with self._drain:
             self._closed = self._given_up = True
         self._stopping = True
         with contextlib.suppress(queue.Empty):

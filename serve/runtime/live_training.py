@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from jaxlora.core.errors import AdapterNotFinite, JaxLoraError
 from jaxlora.core.lora import AdapterRef
-from serve.runtime.device_thread import Runner
+from serve.runtime.device_thread import DeviceThread
 from train.trainer import FIRST_PART, StepReport, Trainer
 
 PUBLISH = "publish"  # a part of training beside serving
@@ -16,7 +16,7 @@ KEEP_VERSIONS = 3  # of a tenant in training: the newest, and time for requests 
 LOG = logging.getLogger("serve")
 
 
-def warm_up(trainer: Trainer, runner: Runner) -> None:
+def warm_up(trainer: Trainer, runner: DeviceThread) -> None:
     """Compiles what training runs and what a publication of its adapters runs.  Device thread only."""
     trainer.warm_up()
     for rows in trainer.bucket_rows():
@@ -32,7 +32,7 @@ class LiveTraining:
     def __init__(
         self,
         trainer: Trainer,
-        runner: Runner,
+        runner: DeviceThread,
         *,
         publish_every: int,
         keep: int = KEEP_VERSIONS,
@@ -76,7 +76,7 @@ class LiveTraining:
             self.advance()
 
     def publish(self, name: str) -> AdapterRef:
-        """A version of the tenant's present weights.  Raises NotFound for an unknown one, and as `Runner.publish` does."""
+        """A version of the tenant's present weights.  Raises NotFound for an unknown one, and as `DeviceThread.publish` does."""
         rows = self.trainer.rows(name)
         tenant = self.trainer.tenants[name]
         ref = self.runner.publish(

@@ -14,13 +14,13 @@ from pathlib import Path
 from jaxlora.config.serving import ServeConfig
 from jaxlora.config.toml import load
 from jaxlora.core.errors import JaxLoraError
-from serve.runtime.device_thread import Runner
+from serve.runtime.device_thread import DeviceThread
 
 LOG = logging.getLogger("serve")
 
 
 @contextlib.contextmanager
-def retuned_by_hangup(runner: Runner, file: Path) -> Generator[None]:
+def retuned_by_hangup(runner: DeviceThread, file: Path) -> Generator[None]:
     """While it is entered, `kill -HUP` has the runner take the file's tuning.  Of the main thread.
 
     The file is read on a thread of its own: a signal interrupts whoever answers requests.  What is wrong with it is
@@ -44,7 +44,7 @@ def retuned_by_hangup(runner: Runner, file: Path) -> Generator[None]:
         reader.join()
 
 
-def retune(runner: Runner, file: Path, known: ServeConfig) -> ServeConfig:
+def retune(runner: DeviceThread, file: Path, known: ServeConfig) -> ServeConfig:
     """The file's settings, of which the runner has the tuning now; or those that were known, and the log says why."""
     try:
         config = load(file, ServeConfig)

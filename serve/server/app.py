@@ -1,4 +1,4 @@
-"""create_app(house): the wires joined over one house, behind one gate.
+"""create_app(backend): the wires joined over one backend, behind one gate.
 
 Every request passes the gate before its body is read: it gets an id, its Host and Origin are checked, its caller is
 found and its body is bounded.  What nothing else answered, the gate answers, in the shape all errors have.
@@ -25,15 +25,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from jaxlora.core.errors import ConfigInvalid, InvalidRequest, JaxLoraError, Unavailable
 from serve.access.caller import Caller, anyone, is_loopback
 from serve.access.rate_limit import Limiter
-from serve.api.openai.routes import OpenAIWire, WireConfig
+from serve.api.openai.routes import OpenAIRoutes, WireConfig
 from serve.api.openai.schemas import Status, Version
-from serve.api.responses.routes import ResponsesWire
-from serve.http.drain import Door
+from serve.api.responses.routes import ResponsesRoutes
+from serve.http.drain import Drain
 from serve.http.errors import ERRORS, LOG, ErrorShapes, Shape
 from serve.http.request_log import GENERATED, REFUSED, Answered, Listener
 from serve.http.schema import DOCUMENT_PATH, documented, ok
 from serve.observability.logs import naming
-from serve.runtime.backend import House
+from serve.runtime.backend import Backend
 
 OPEN_PATHS = frozenset({"/health", "/ready"})  # answered without a key, also while the server ends
 NO_SHAPES: Mapping[str, Shape] = {}
@@ -93,7 +93,7 @@ def hosts_for(bind: str) -> Collection[str] | None:
 
 
 def create_app(
-    house: House,
+    backend: Backend,
     *,
     default_max_tokens: int,
     hosts: Collection[str] | None = LOOPBACK_HOSTS,
@@ -104,7 +104,7 @@ def create_app(
     max_request_s: float = 3600.0,
     ping_s: float = 15.0,
     limiter: Limiter | None = None,
-    door: Door | None = None,
+    drain: Drain | None = None,
     routers: Sequence[APIRouter] = (),
     error_shapes: Mapping[str, Shape] = NO_SHAPES,
     listeners: Sequence[Listener] = (),
@@ -113,7 +113,7 @@ def create_app(
     """The server's HTTP application.  It sends no CORS headers, so no other page's script may read it.
 
     caller_of: who asks; it sees the request's headers, and raises to refuse it.  limiter: refuses who asks for too much
-    in a minute.  door: closed when the server ends.
+    in a minute.  drain: closed when the server ends.
     routers: the wires beside OpenAI's completions, behind the same gate.  error_shapes: how the wires at these paths
     tell errors.  listeners: hear of each request when it has been answered.  open_paths: that need no key.
     body_limits: path → bytes of what is uploaded there, its form aside.
@@ -126,7 +126,7 @@ def create_app(
         body_timeout_s=body_timeout_s,
         max_request_s=max_request_s,
     )
-    door, shapes = Door() if door is None else door, ErrorShapes(error_shapes)
+    drain, shapes = Drain() if drain is None else drain, ErrorShapes(error_shapes)
     # The pages at /docs load scripts from elsewhere.
     app = FastAPI(
         title="jaxlora",
@@ -138,13 +138,17 @@ def create_app(
     )
     app.openapi = documented(app)
     wire = WireConfig(default_max_tokens=default_max_tokens, ping_s=ping_s)
-    for router in (OpenAIWire(house, wire, limiter).router(), ResponsesWire(house, wire, limiter).router(), *routers):
+    for router in (
+        OpenAIRoutes(backend, wire, limiter).router(),
+        ResponsesRoutes(backend, wire, limiter).router(),
+        *routers,
+    ):
         app.include_router(router)
 
     @app.get("/health", response_model=None, responses=ERRORS | ok(Status))
     async def health() -> Response:
         """Whether the server can serve; needs no key."""
-        state = house.health()
+        state = backend.health()
         if state != "ok":
             raise Unavailable(state)
         return JSONResponse({"status": "ok"})
@@ -152,7 +156,7 @@ def create_app(
     @app.get("/ready", response_model=None, responses=ERRORS | ok(Status))
     async def ready() -> Response:
         """Whether the server takes requests; needs no key."""
-        door.check()
+        drain.check()
         return await health()
 
     @app.get("/version", response_model=None, responses=ERRORS | ok(Version))
@@ -163,7 +167,7 @@ def create_app(
     for kind in (JaxLoraError, HTTPException, RequestValidationError, ClientDisconnect):
         app.add_exception_handler(kind, shapes.handle)
     app.add_middleware(
-        Gate, config=gate, caller_of=caller_of, door=door, shapes=shapes, listeners=listeners, open_paths=open_paths
+        Gate, config=gate, caller_of=caller_of, drain=drain, shapes=shapes, listeners=listeners, open_paths=open_paths
     )
     return app
 
@@ -194,7 +198,7 @@ class Gate:
         app: ASGIApp,
         config: GateConfig,
         caller_of: Callable[[HTTPConnection], Caller],
-        door: Door,
+        drain: Drain,
         shapes: ErrorShapes,
         listeners: Sequence[Listener],
         open_paths: Collection[str],
@@ -202,7 +206,7 @@ class Gate:
         self._app = app
         self._config = config
         self._caller_of = caller_of
-        self._door = door
+        self._drain = drain
         self._shapes, self._listeners, self._open_paths = shapes, listeners, open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -243,9 +247,9 @@ class Gate:
         if path in self._open_paths:
             await self._app(scope, self._bounded(receive, path), send)
         else:
-            with self._door.entered():
+            with self._drain.entered():
                 state["caller"] = caller = self._caller_of(HTTPConnection(scope))
-                async with self._door.staying(caller.key_id, send) as send_while_valid:
+                async with self._drain.staying(caller.key_id, send) as send_while_valid:
                     await self._app(scope, self._bounded(receive, path), send_while_valid)
 
     def _check_hosts(self, headers: Headers) -> None:

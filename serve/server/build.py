@@ -38,28 +38,28 @@ from serve.access.adapter_quota import AdapterQuota
 from serve.access.caller import LOCAL_TENANT, Caller
 from serve.access.keys import Keys
 from serve.access.rate_limit import Limiter
-from serve.api.adapters.routes import AdaptersWire
+from serve.api.adapters.routes import AdaptersRoutes
 from serve.api.adapters.service import AdapterService
-from serve.api.files.routes import FilesWire
+from serve.api.files.routes import FilesRoutes
 from serve.api.files.service import FileStore
 from serve.api.gradient.complete import DEFAULT_RANK, GradientConfig
 from serve.api.gradient.errors import API, gradient_response
-from serve.api.gradient.routes import GradientWire
-from serve.api.jobs.routes import JobsWire
-from serve.api.stats import StatsWire
+from serve.api.gradient.routes import GradientRoutes
+from serve.api.jobs.routes import JobsRoutes
+from serve.api.stats import StatsRoutes
 from serve.db.database import Database
 from serve.db.files import StoredFiles
 from serve.db.gradient import StoredGradient
 from serve.db.idempotency import StoredAnswers
 from serve.db.keys import StoredKeys
 from serve.engine.engine import Engine, EngineConfig
-from serve.http.drain import Door
+from serve.http.drain import Drain
 from serve.http.errors import Shape
 from serve.http.idempotency import Once
 from serve.http.request_log import Listener
 from serve.observability.logs import log_answered, logging_to
-from serve.observability.metrics import METRICS_PATH, HttpMetrics, MetricsWire, ServerMetrics
-from serve.runtime.device_thread import Runner
+from serve.observability.metrics import METRICS_PATH, HttpMetrics, MetricsRoutes, ServerMetrics
+from serve.runtime.device_thread import DeviceThread
 from serve.runtime.reload import retuned_by_hangup
 from serve.server.app import OPEN_PATHS
 from serve.server.build_jobs import JobHost, make_job_host
@@ -80,7 +80,7 @@ class Observers:
 
 
 @contextlib.contextmanager
-def observing(runner: Runner, config: ServeConfig) -> Generator[Observers]:
+def observing(runner: DeviceThread, config: ServeConfig) -> Generator[Observers]:
     """The log goes to stderr from now on, and what the app needs for the rest.
 
     Raises ConfigInvalid for traces without the extra `otel`.
@@ -88,7 +88,7 @@ def observing(runner: Runner, config: ServeConfig) -> Generator[Observers]:
     runner.watch.hang_s = config.hang_s
     http, compiles = HttpMetrics(), CompileCounter()
     server = ServerMetrics(runner, adapters=config.metrics_adapters, compiles=lambda: compiles.compiles)
-    metrics = MetricsWire(server, http, is_open=config.metrics_open)
+    metrics = MetricsRoutes(server, http, is_open=config.metrics_open)
     listeners: list[Listener] = [http.heard, log_answered]
     with contextlib.ExitStack() as stack:
         if config.otel_endpoint is not None:
@@ -102,7 +102,7 @@ def observing(runner: Runner, config: ServeConfig) -> Generator[Observers]:
             listeners.append(tracing.heard)
         stack.enter_context(logging_to(as_json=config.log == "json"))
         yield Observers(
-            routers=[metrics.router(), StatsWire(runner, runner.watch).router()],
+            routers=[metrics.router(), StatsRoutes(runner, runner.watch).router()],
             listeners=listeners,
             open_paths=OPEN_PATHS | {METRICS_PATH} if config.metrics_open else OPEN_PATHS,
             compiles=compiles,
@@ -126,14 +126,14 @@ class Services:
     routers: Sequence[APIRouter]
     body_limits: Mapping[str, int]
     error_shapes: Mapping[str, Shape]
-    door: Door
+    drain: Drain
     jobs: JobHost | None  # None: this server takes none
     keyless: bool  # whoever reaches the server may do everything
 
 
 @contextlib.contextmanager
 def services(
-    runner: Runner,
+    runner: DeviceThread,
     opened: Opened,
     config: ServeConfig,
     read_head: Callable[[], np.ndarray],
@@ -150,7 +150,7 @@ def services(
         stack.callback(database.close)
         keys = Keys(StoredKeys(database))
         keys.check_bind(config.host)
-        training, store, door = config.training, runner.engine.store, Door()
+        training, store, drain = config.training, runner.engine.store, Drain()
         longest = LANE_TOKENS if training is None else training.lane_tokens
 
         def read(path: Path) -> Sequence[Unit]:
@@ -175,12 +175,12 @@ def services(
             deleted=nothing_more if jobs is None else jobs.tuner.forget,
         )
         once = Once(database)
-        files_wire = FilesWire(files, database, once, limiter, max_file_bytes=config.limits.max_file_bytes)
-        adapters_wire = AdaptersWire(adapters, limiter)
+        files_wire = FilesRoutes(files, database, once, limiter, max_file_bytes=config.limits.max_file_bytes)
+        adapters_wire = AdaptersRoutes(adapters, limiter)
         routers = [files_wire.router(), adapters_wire.router()]
         if jobs is not None:
-            routers.append(JobsWire(jobs.service, once, limiter).router())
-        gradient = GradientWire(
+            routers.append(JobsRoutes(jobs.service, once, limiter).router())
+        gradient = GradientRoutes(
             runner,
             GradientConfig(
                 default_lr=default_lr(opened.base.config), longest=longest + 1, rank=min(DEFAULT_RANK, most_rank)
@@ -191,7 +191,7 @@ def services(
             limiter=limiter,
         )
         routers.append(gradient.router())
-        keys.start(door.shut_out)
+        keys.start(drain.shut_out)
         stack.callback(keys.close)
         yield Services(
             caller_of=keys.caller_of,
@@ -199,7 +199,7 @@ def services(
             routers=routers,
             body_limits=files_wire.body_limits | adapters_wire.body_limits,
             error_shapes={API: gradient_response},
-            door=door,
+            drain=drain,
             jobs=jobs,
             keyless=keys.keyless,
         )
@@ -233,7 +233,7 @@ def open_store(config: ServeConfig, remote: Remote | None = None) -> AdapterStor
     return AdapterStore(config.adapters, host_bytes=int(config.host_adapters_gb * 1e9), remote=versions)
 
 
-def make_runner(opened: Opened, config: ServeConfig, store: AdapterStore) -> Runner:
+def make_runner(opened: Opened, config: ServeConfig, store: AdapterStore) -> DeviceThread:
     """A runner over this base that is not started yet.  Serves LoRA on all seven projections and on the head."""
     pool_spec = PoolSpec(slots=config.slots, rank=config.max_rank, dtype=opened.base.dtype.name, targets=ALL_TARGETS)
     engine_config = EngineConfig(
@@ -250,7 +250,7 @@ def make_runner(opened: Opened, config: ServeConfig, store: AdapterStore) -> Run
         quantum_s=config.tuning.quantum_ms / 1000,
     )
     engine = Engine(opened.base, opened.mesh, engine_config, pool_spec, store, opened.tokenizer, opened.base_hash)
-    return Runner(engine, base_name=opened.name)
+    return DeviceThread(engine, base_name=opened.name)
 
 
 def read_head(opened: Opened) -> np.ndarray:
@@ -259,7 +259,7 @@ def read_head(opened: Opened) -> np.ndarray:
     return np.asarray(arrays["embed"]) if opened.base.config.tied else np.asarray(arrays["head"]).T
 
 
-def load_peft(runner: Runner, opened: Opened, section: AdapterSection) -> AdapterRef:
+def load_peft(runner: DeviceThread, opened: Opened, section: AdapterSection) -> AdapterRef:
     """The adapter of a PEFT folder in the store; a new version only when it differs from the newest one.
 
     Logs what its owner should know.  Raises AdapterInvalid when the folder cannot be held exactly, InvalidRequest for
@@ -351,7 +351,7 @@ def leave(store: AdapterStore) -> NoReturn:
     os._exit(LOST_EXIT)
 
 
-def make_server(runner: Runner, config: ServeConfig, observers: Observers, own: Services) -> HttpServer:
+def make_server(runner: DeviceThread, config: ServeConfig, observers: Observers, own: Services) -> HttpServer:
     """Everything behind HTTP.  Raises ConfigInvalid when the address is taken or not ours."""
     return make_http(
         runner,
@@ -367,11 +367,11 @@ def make_server(runner: Runner, config: ServeConfig, observers: Observers, own: 
         limiter=own.limiter,
         body_limits=own.body_limits,
         error_shapes=own.error_shapes,
-        door=own.door,
+        drain=own.drain,
     )
 
 
-def begin(runner: Runner, opened: Opened, config: ServeConfig, own: Services) -> None:
+def begin(runner: DeviceThread, opened: Opened, config: ServeConfig, own: Services) -> None:
     """Loads what the settings name, compiles all programs and goes on with the jobs of an earlier process."""
     for section in config.load:
         ref = load_peft(runner, opened, section)
@@ -384,7 +384,7 @@ def begin(runner: Runner, opened: Opened, config: ServeConfig, own: Services) ->
         own.jobs.start()
 
 
-def stop(runner: Runner, store: AdapterStore) -> None:
+def stop(runner: DeviceThread, store: AdapterStore) -> None:
     """Ends the device thread and saves what is not on disk yet, whatever the thread ended with."""
     try:
         runner.stop()

@@ -24,7 +24,7 @@ from serve.jobs.on_demand import Tuner
 from serve.jobs.scoring import Scorer
 from serve.jobs.service import Files, JobService
 from serve.runtime.catalog import JobNames
-from serve.runtime.device_thread import Runner
+from serve.runtime.device_thread import DeviceThread
 from serve.runtime.live_training import warm_up
 from serve.runtime.snapshot import training_view
 from train.jobs.job import JobsConfig
@@ -55,7 +55,7 @@ class _Mailbox:
 class JobHost:
     """All that trains beside a runner."""
 
-    runner: Runner
+    runner: DeviceThread
     live: LiveJobs
     service: JobService
     tuner: Tuner
@@ -79,7 +79,7 @@ def make_job_host(
     opened: Opened,
     config: ServeConfig,
     training: TrainingSection,
-    runner: Runner,
+    runner: DeviceThread,
     database: Database,
     files: Files,
     quota: AdapterQuota,

@@ -1,6 +1,6 @@
 """The app on a socket, and its end: not ready and refusing at once, while what is open finishes within a grace time.
 
-    SIGTERM, Ctrl-C ──▶ the door closes ──▶ all answers are complete, or the grace time is over, or another signal comes
+    SIGTERM, Ctrl-C ──▶ the drain closes ──▶ all answers are complete, or the grace time is over, or another signal comes
                     ──▶ what is still open ends with an error event ──▶ the server ends
 
 A device that is lost ends it too: answers have got their errors by then, and nobody is told 503 for ever.
@@ -26,10 +26,10 @@ from starlette.requests import HTTPConnection
 from jaxlora.core.errors import ConfigInvalid, DeviceLost, Unavailable
 from serve.access.caller import Caller, anyone
 from serve.access.rate_limit import Limiter
-from serve.http.drain import Door
+from serve.http.drain import Drain
 from serve.http.errors import Shape
 from serve.http.request_log import Listener
-from serve.runtime.device_thread import GONE, LOST, Runner
+from serve.runtime.device_thread import GONE, LOST, DeviceThread
 from serve.server.app import NO_SHAPES, OPEN_PATHS, create_app, hosts_for
 
 LOG = logging.getLogger("serve")
@@ -48,13 +48,13 @@ class DrainingServer(uvicorn.Server):
     def __init__(
         self,
         config: uvicorn.Config,
-        door: Door,
+        drain: Drain,
         grace_s: float,
         end_open: Callable[[], None],
         is_lost: Callable[[], bool],
     ):
         super().__init__(config)
-        self._door, self._grace_s, self._end_open, self._is_lost = door, grace_s, end_open, is_lost
+        self._drain, self._grace_s, self._end_open, self._is_lost = drain, grace_s, end_open, is_lost
         self._ends: float | None = None  # time.monotonic() when nothing is waited for any more
         self.interrupted = False  # by Ctrl-C
 
@@ -67,7 +67,7 @@ class DrainingServer(uvicorn.Server):
 
     def _end_within(self, seconds: float) -> None:
         self._ends = time.monotonic() + seconds
-        self._door.close()
+        self._drain.close()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal to end."""
@@ -80,13 +80,13 @@ class DrainingServer(uvicorn.Server):
             self._end_within(LAST_WORDS_S)
         if self._ends is not None and not self.should_exit:
             over = time.monotonic() >= self._ends
-            if over and self._door.inside:
-                LOG.warning("%d requests are open when the server ends; each gets an error", self._door.inside)
+            if over and self._drain.inside:
+                LOG.warning("%d requests are open when the server ends; each gets an error", self._drain.inside)
                 await asyncio.to_thread(self._end_open)
                 await asyncio.sleep(TELL_S)
                 # Those that wait for something else: an upload, a call that trains.
-                self._door.turn_out(DeviceLost(LOST) if self._is_lost() else Unavailable(GONE))
-            self.should_exit = over or not self._door.inside
+                self._drain.turn_out(DeviceLost(LOST) if self._is_lost() else Unavailable(GONE))
+            self.should_exit = over or not self._drain.inside
         return await super().on_tick(counter)
 
 
@@ -131,7 +131,7 @@ class HttpServer:
 
 
 def make_http(
-    runner: Runner,
+    runner: DeviceThread,
     *,
     host: str,
     port: int,
@@ -145,11 +145,11 @@ def make_http(
     limiter: Limiter | None = None,
     body_limits: Mapping[str, int] | None = None,
     error_shapes: Mapping[str, Shape] = NO_SHAPES,
-    door: Door | None = None,
+    drain: Drain | None = None,
 ) -> HttpServer:
     """The runner behind HTTP, on a socket that is bound already.  An IPv6 host may stand in brackets.
 
-    routers, listeners, open_paths, caller_of, limiter, body_limits, error_shapes, door: as `create_app` takes them.
+    routers, listeners, open_paths, caller_of, limiter, body_limits, error_shapes, drain: as `create_app` takes them.
 
     Raises ConfigInvalid when the address is taken or not ours.
     """
@@ -162,13 +162,13 @@ def make_http(
     except OSError as error:
         listening.close()
         raise ConfigInvalid(f"cannot listen on {host} port {port} ({error.strerror}); choose another --port") from error
-    door = Door() if door is None else door
+    drain = Drain() if drain is None else drain
     app = create_app(
         runner,
         default_max_tokens=default_max_tokens,
         hosts=hosts_for(host),
         max_request_s=max_request_s,
-        door=door,
+        drain=drain,
         routers=routers,
         listeners=listeners,
         open_paths=open_paths,
@@ -178,5 +178,5 @@ def make_http(
         error_shapes=error_shapes,
     )
     settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=LAST_WORDS_S)
-    server = DrainingServer(settings, door, grace_s, runner.end_all, lambda: runner.lost)
+    server = DrainingServer(settings, drain, grace_s, runner.end_all, lambda: runner.lost)
     return HttpServer(server, listening)

@@ -262,7 +262,7 @@ def test_text_survives_encode_stream_and_decode(smollm2, text):
 @settings(max_examples=200, deadline=None)
 @given(ids=st.lists(st.integers(0, 49151) | st.integers(0, 300), max_size=30), skip=st.booleans())
 def test_any_tokens_stream_to_what_the_library_decodes(smollm2, ids, skip):
-    """Random tokens: broken characters everywhere.  The library's own decoder is the oracle."""
+    """Random tokens: broken characters everywhere.  The library's own decoder is the reference."""
     text = smollm2._engine.decode(ids, skip_special_tokens=skip)
     assert smollm2.decode(ids, skip_special=skip) == text
     assert "".join(streamed(smollm2, ids, skip_special=skip)) == text

@@ -217,7 +217,7 @@ def interpreter(*command: str) -> str:
 
 
 def test_interpreted_bodies_pass_the_tests_of_the_tpu_bodies():
-    """Kernels against oracles, then the whole decode and training step of a small model against the XLA form."""
+    """Kernels against references, then the whole decode and training step of a small model against the XLA form."""
     names = (
         "test_pallas_kernels_tpu_bodies",
         "test_pallas_kernels_attention_tpu",

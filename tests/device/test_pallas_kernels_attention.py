@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kernel_checks import BF16, F32, assert_close, assert_no_nan, assert_same_bits, floats
 
 from jaxlora.model.compile_cache import CompileCounter
-from pallas_kernels.attention.op import packed_attention, packed_attention_oracle
+from pallas_kernels.attention.op import packed_attention, packed_attention_reference
 
 G, J, N, K, H = 3, 16, 9, 3, 4  # the heads of SmolLM2: 9 query heads over 3 kv heads
 
@@ -61,13 +61,13 @@ def by_hand(q, k, v, segment, window, d):
 
 @functools.cache
 def program(window, block):
-    """jit of (out, dq, dk, dv); block 0 is the oracle."""
+    """jit of (out, dq, dk, dv); block 0 is the reference."""
 
     def both(q, k, v, segment, d):
         if block:
             f = functools.partial(packed_attention, window=window, block=block)
         else:
-            f = functools.partial(packed_attention_oracle, window=window)
+            f = functools.partial(packed_attention_reference, window=window)
         out, pull = jax.vjp(lambda q, k, v: f(q, k, v, segment), q, k, v)
         return out, *pull(d.astype(out.dtype))
 

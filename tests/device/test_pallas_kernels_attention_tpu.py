@@ -1,4 +1,4 @@
-"""The Pallas bodies of attention, interpreted on the CPU: the oracle's numbers, and nobody's NaN but one's own.
+"""The Pallas bodies of attention, interpreted on the CPU: the reference's numbers, and nobody's NaN but one's own.
 
 With the plugin triton_interpreter the same tests run the Triton bodies, those named after the TPU's visits aside.  Shapes
 are tiny: interpretation is slow.
@@ -60,7 +60,7 @@ def test_paged_long_sequences_equal_the_oracle_whoever_is_beside(tokens, window)
     long, short = np.arange(100, 140)[-tokens:], np.where(np.arange(tokens) < 30, np.arange(tokens), -1)
     positions = np.stack([long, np.full(tokens, -1), short]).astype(np.int32)
     got = paged.run((q, k, v), pages, positions, window, f=interpreted_paged)
-    assert_close(got, paged.run((q, k, v), pages, positions, window, f=paged.paged_attention_oracle), F32)
+    assert_close(got, paged.run((q, k, v), pages, positions, window, f=paged.paged_attention_reference), F32)
     for lane in (0, 2):
         alone = np.where(np.arange(3)[:, None] == lane, positions, -1)
         assert_same_bits(paged.run((q, k, v), pages, alone, window, f=interpreted_paged)[lane], got[lane])
@@ -189,14 +189,14 @@ def test_packed_is_the_definition_whatever_padding_holds(segments, window):
 
 
 @pytest.mark.parametrize(("heads", "kv", "features"), [(9, 3, 64), (4, 1, 5), (2, 2, 24)])
-def test_packed_of_other_heads_equals_the_oracle(heads, kv, features):
+def test_packed_of_other_heads_equals_the_reference(heads, kv, features):
     """Query heads that are no power of two, and features that fill no tile; of fewer tokens than a tile has."""
     rng = np.random.default_rng(3)
     arrays = [floats(rng, 2, 13, n, features) for n in (heads, kv, kv, heads)]
     segments = np.array([[1] * 4 + [0] * 2 + [2] * 7, [1] * 13], np.int32)
 
     def definition(q, k, v, d):
-        out, pull = jax.vjp(lambda *qkv: packed.packed_attention_oracle(*qkv, segments, window=6), q, k, v)
+        out, pull = jax.vjp(lambda *qkv: packed.packed_attention_reference(*qkv, segments, window=6), q, k, v)
         return out, *pull(d)
 
     assert_close(run_packed(arrays, segments, 6), jax.jit(definition)(*arrays), F32)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kernel_checks import F32, assert_close, assert_no_nan, assert_same_bits, floats, largest_array
 
 from jaxlora.model.compile_cache import CompileCounter
-from pallas_kernels.cross_entropy.op import target_logprob, target_logprob_oracle
+from pallas_kernels.cross_entropy.op import target_logprob, target_logprob_reference
 
 G, J, K, D, V, R = 3, 8, 3, 10, 17, 3
 
@@ -57,14 +57,14 @@ def by_hand(x, head, target, wanted, a, b, scale, d):
 
 @functools.cache
 def program(chunk, lora):
-    """jit of (logprob, hit, gradients by x, head, back and by the head's LoRA); chunk 0 is the oracle, without back."""
+    """jit of (logprob, hit, gradients by x, head, back and by the head's LoRA); chunk 0 is the reference, without back."""
 
     def step(x, head, target, wanted, a, b, scale, d):
         def forward(x, head, back, rows):
             rows = rows if lora else None
             if chunk:
                 return target_logprob(x, head, back, target, wanted, rows, chunk=chunk, tied=False)
-            return target_logprob_oracle(x, head, target, wanted, rows)
+            return target_logprob_reference(x, head, target, wanted, rows)
 
         (logprob, hit), pull = jax.vjp(forward, x, head, head.T, (a, b, scale))
         no_gradient = np.zeros(hit.shape, jax.dtypes.float0)
@@ -211,7 +211,7 @@ def test_the_frozen_head_gets_no_gradient():
     assert_same_bits((dhead, dback), (np.zeros((D, V), np.float32), np.zeros((V, D), np.float32)))
 
 
-@pytest.mark.parametrize("chunk", [0, 4], ids=["oracle", "op"])
+@pytest.mark.parametrize("chunk", [0, 4], ids=["reference", "op"])
 def test_a_tie_for_the_likeliest_token_is_a_hit(chunk):
     """All logits are 0: no token is likelier than the target, whichever it is."""
     x, *rest = world(9)
@@ -220,7 +220,7 @@ def test_a_tie_for_the_likeliest_token_is_a_hit(chunk):
     assert_close(logprob, np.full((G, J, K), -np.log(V)), F32)
 
 
-@pytest.mark.parametrize("chunk", [0, 4], ids=["oracle", "op"])
+@pytest.mark.parametrize("chunk", [0, 4], ids=["reference", "op"])
 def test_huge_logits_do_not_overflow(chunk):
     x, head, *rest = world(10)
     got = run((x * 1e3, head * 1e3, *rest), CASES["mixed"], chunk)
@@ -242,7 +242,7 @@ def test_wanted_targets_and_weights_are_data():
 
 
 def test_the_logits_of_all_positions_never_exist():
-    """Neither forward nor backward, with LoRA on the head; the oracle shows that the check sees such an array."""
+    """Neither forward nor backward, with LoRA on the head; the reference shows that the check sees such an array."""
     lanes, tokens, vocab, chunk = 3, 64, 401, 4
     shapes = [(lanes, tokens, D), (D, vocab), (lanes, tokens, K), (lanes, tokens), (lanes, R, D), (lanes, R, vocab)]
     kinds = [jnp.float32, jnp.float32, jnp.int32, bool, jnp.float32, jnp.float32]
@@ -250,14 +250,14 @@ def test_the_logits_of_all_positions_never_exist():
     args += [jax.ShapeDtypeStruct((lanes,), jnp.float32), jax.ShapeDtypeStruct((lanes, tokens, K), jnp.float32)]
     logits = lanes * tokens * vocab
     sizes = {}
-    for name, step in (("op", program(chunk, True)), ("oracle", program(0, True))):
+    for name, step in (("op", program(chunk, True)), ("reference", program(0, True))):
         compiled = step.lower(*args).compile()
         sizes[name] = largest_array(compiled.as_text()), compiled.memory_analysis().temp_size_in_bytes
     (elements, text), temp = sizes["op"]
     assert elements <= lanes * chunk * vocab, text  # nor those of a chunk, times K
     assert temp < 4 * logits / 2
-    assert sizes["oracle"][0][0] >= logits
-    assert sizes["oracle"][1] >= 4 * logits
+    assert sizes["reference"][0][0] >= logits
+    assert sizes["reference"][1] >= 4 * logits
 
 
 def test_bfloat16_sums_in_float32():

@@ -18,19 +18,19 @@ from kernel_checks import F32, assert_close, assert_no_nan, assert_same_bits, fl
 
 from pallas_kernels import dispatch, tiling_tpu
 from pallas_kernels.cross_entropy import pallas_tpu as cross_entropy_tpu
-from pallas_kernels.cross_entropy.op import target_logprob, target_logprob_oracle
+from pallas_kernels.cross_entropy.op import target_logprob, target_logprob_reference
 
 G, J = loss.G, loss.J
 both_heads = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 
 
 def step(form, lora, x, head, target, wanted, a, b, scale, d):
-    """(logprob, hit, gradients by x, head, back and by the head's LoRA); form: tied or not, None is the oracle."""
+    """(logprob, hit, gradients by x, head, back and by the head's LoRA); form: tied or not, None is the reference."""
 
     def forward(x, head, back, rows):
         rows = rows if lora else None
         if form is None:
-            return target_logprob_oracle(x, head, target, wanted, rows)
+            return target_logprob_reference(x, head, target, wanted, rows)
         return target_logprob(x, head, back, target, wanted, rows, chunk=1, tied=form)
 
     with dispatch.interpreted():  # the backward pass is traced when the gradient is taken, so inside as well
@@ -80,7 +80,7 @@ def small_blocks(monkeypatch):
 @pytest.mark.parametrize("targets", [1, 4])
 @loss.with_and_without_lora
 @both_heads
-def test_in_many_blocks_equals_the_oracle(targets, lora, tied, small_blocks):
+def test_in_many_blocks_equals_the_reference(targets, lora, tied, small_blocks):
     """Every loop turns: three trips, blocks of lanes of which the last is not full, tiles that end past the vocabulary.
 
     Gradients of rows are sums of 40 products and of 1000, of size 1: F32, which is for some hundred terms, times 3.
@@ -93,7 +93,7 @@ def test_in_many_blocks_equals_the_oracle(targets, lora, tied, small_blocks):
     assert_close(got, run(arrays, wanted, None, lora), {"rtol": 3e-5, "atol": 3e-5})
 
 
-def test_a_head_by_word_in_many_blocks_equals_the_oracle(small_blocks):
+def test_a_head_by_word_in_many_blocks_equals_the_reference(small_blocks):
     """Features of whole tiles of 128, tied: read as [V, D]."""
     arrays, wanted = wide_world(3, 2)
     x, head, target, a, *rest = arrays
@@ -104,7 +104,7 @@ def test_a_head_by_word_in_many_blocks_equals_the_oracle(small_blocks):
 
 
 @loss.with_and_without_lora
-def test_more_lanes_than_one_block_equal_the_oracle(lora):
+def test_more_lanes_than_one_block_equal_the_reference(lora):
     """Ten lanes: of the Triton bodies two blocks, the last not full."""
     worlds, wanted = [loss.world(seed) for seed in range(20, 24)], [*loss.CASES.values()][:4]
     _, head, *_ = worlds[0]

@@ -1,4 +1,4 @@
-"""LoRA of decode steps: the oracle by hand, the op against both, and nobody's NaN anywhere but with its owner."""
+"""LoRA of decode steps: the reference by hand, the op against both, and nobody's NaN anywhere but with its owner."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from kernel_checks import BF16, F32, assert_close, assert_no_nan, assert_same_bits, floats, positive
 
 from jaxlora.model.compile_cache import CompileCounter
-from pallas_kernels.gathered_lora.op import gathered_lora, gathered_lora_oracle
+from pallas_kernels.gathered_lora.op import gathered_lora, gathered_lora_reference
 from pallas_kernels.gathered_lora.xla_cpu import COLUMNS, FEWEST, UNROLLED_RANK
 
 L, S, R, X, Y, Y2, T = 2, 4, 4, 12, 8, 5, 7
@@ -28,7 +28,7 @@ named = pytest.mark.parametrize("slots", CASES.values(), ids=CASES.keys())
 # The forms of A's half on a CPU.
 forms = pytest.mark.parametrize("features", [X, FEWEST * COLUMNS], ids=["one product", "blocks"])
 run = jax.jit(gathered_lora)
-oracle = jax.jit(gathered_lora_oracle)
+reference = jax.jit(gathered_lora_reference)
 
 
 def by_hand(x, a, b, scale, slots):
@@ -56,7 +56,7 @@ def ids(slots):
 @named
 def test_oracle_is_the_definition(slots):
     x, [(a, b, scale), _] = world()
-    got = oracle(x, a[1], b[1], scale[1], ids(slots))
+    got = reference(x, a[1], b[1], scale[1], ids(slots))
     assert got.dtype == jnp.float32
     assert_close(got, by_hand(x, a[1], b[1], scale[1], slots), F32)
 
@@ -68,7 +68,7 @@ def test_op_equals_oracle_and_hand(slots, features):
     for layer in range(L):
         got = run(x, rows, jnp.int32(layer), ids(slots))
         for y, (a, b, scale) in zip(got, rows, strict=True):
-            assert_close(y, oracle(x, a[layer], b[layer], scale[layer], ids(slots)), F32)
+            assert_close(y, reference(x, a[layer], b[layer], scale[layer], ids(slots)), F32)
             assert_close(y, by_hand(x, a[layer], b[layer], scale[layer], slots), F32)
             assert not np.asarray(y)[ids(slots) == -1].any()
 
@@ -79,7 +79,7 @@ def test_smallest_shapes(tokens, rank):
     a, b, slots = a[:, :, :rank], b[:, :, :rank], [3, -1, 0, 2, 2, 1, 3][:tokens]
     (got,) = run(x[:tokens], [(a, b, scale)], jnp.int32(0), ids(slots))
     assert_close(got, by_hand(x[:tokens], a[0], b[0], scale[0], slots), F32)
-    assert_close(oracle(x[:tokens], a[0], b[0], scale[0], ids(slots)), got, F32)
+    assert_close(reference(x[:tokens], a[0], b[0], scale[0], ids(slots)), got, F32)
 
 
 @pytest.mark.parametrize("rank", [UNROLLED_RANK, UNROLLED_RANK + 1, 7], ids=["last", "first not", "odd"])
@@ -164,7 +164,7 @@ def test_no_adapter_reads_no_slot():
     got = run(x, poisoned(rows, []), jnp.int32(0), ids(CASES["nobody"]))
     assert_same_bits(got, (np.zeros((T, Y), np.float32), np.zeros((T, Y2), np.float32)))
     a, b, scale = poisoned(rows, [])[0]
-    alone = oracle(x, a[0], b[0], scale[0], ids(CASES["nobody"]))
+    alone = reference(x, a[0], b[0], scale[0], ids(CASES["nobody"]))
     assert_same_bits(alone, np.zeros((T, Y), np.float32))
 
 
@@ -211,7 +211,7 @@ def test_bfloat16_sums_in_float32():
     assert got.dtype == jnp.bfloat16
     wide = [v.astype(np.float64) for v in (x, a[0], b[0])]
     assert_close(got, by_hand(*wide, scale[0], slots), BF16)
-    assert_close(oracle(x, a[0], b[0], scale[0], ids(slots)), by_hand(*wide, scale[0], slots), F32)
+    assert_close(reference(x, a[0], b[0], scale[0], ids(slots)), by_hand(*wide, scale[0], slots), F32)
 
 
 @forms

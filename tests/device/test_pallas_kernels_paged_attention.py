@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kernel_checks import BF16, F32, assert_close, assert_no_nan, assert_same_bits, floats
 
 from jaxlora.model.compile_cache import CompileCounter
-from pallas_kernels.paged_attention.op import paged_attention, paged_attention_oracle
+from pallas_kernels.paged_attention.op import paged_attention, paged_attention_reference
 
 L, P, Z, C, G, J, N, K, H = 2, 14, 4, 3, 4, 3, 9, 3, 4  # 9 query heads over 3 kv heads, 12 tokens at most
 
@@ -111,7 +111,7 @@ def poisoned(arrays, pages, positions, *, layer=1):
 @windows
 def test_oracle_is_the_definition(pages, positions, window):
     q, k, v = world()
-    got = run((q, k, v), pages, positions, window, f=paged_attention_oracle)
+    got = run((q, k, v), pages, positions, window, f=paged_attention_reference)
     assert got.dtype == jnp.float32
     assert_close(got, by_hand(q[:, : len(positions[0])], k[1], v[1], pages, positions, window), F32)
 
@@ -123,12 +123,12 @@ def test_op_equals_oracle_and_hand(pages, positions, window):
     for layer in range(L):
         got = run((q, k, v), pages, positions, window, layer=layer)
         assert_close(got, by_hand(q[:, : len(positions[0])], k[layer], v[layer], pages, positions, window), F32)
-        assert_close(got, run((q, k, v), pages, positions, window, layer=layer, f=paged_attention_oracle), F32)
+        assert_close(got, run((q, k, v), pages, positions, window, layer=layer, f=paged_attention_reference), F32)
         assert not np.asarray(got)[np.array(positions) < 0].any()
 
 
 @named
-@pytest.mark.parametrize("f", [paged_attention, paged_attention_oracle], ids=["op", "oracle"])
+@pytest.mark.parametrize("f", [paged_attention, paged_attention_reference], ids=["op", "reference"])
 def test_nan_wherever_nobody_reads_changes_no_bit(pages, positions, f):
     clean = run(world(2), pages, positions, f=f)
     got = run(poisoned(world(2), pages, positions), pages, positions, f=f)

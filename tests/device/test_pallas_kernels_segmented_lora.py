@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from kernel_checks import BF16, F32, assert_close, assert_no_nan, assert_same_bits, floats, positive
 
 from jaxlora.model.compile_cache import CompileCounter
-from pallas_kernels.segmented_lora.op import segmented_lora, segmented_lora_oracle, take_rows
+from pallas_kernels.segmented_lora.op import segmented_lora, segmented_lora_reference, take_rows
 
 G, J, S, R, X, Y, Y2 = 4, 6, 3, 4, 12, 8, 5
 
@@ -65,7 +65,7 @@ def with_gradients(f):
     return jax.jit(both)
 
 
-run, run_oracle = with_gradients(op), with_gradients(segmented_lora_oracle)
+run, run_reference = with_gradients(op), with_gradients(segmented_lora_reference)
 
 
 def world(slots, seed=0):
@@ -79,7 +79,7 @@ def world(slots, seed=0):
 @named
 def test_oracle_is_the_definition_forward_and_backward(slots):
     x, a, b, scale, w = world(slots)
-    y, gradients = run_oracle(x, a, b, scale, w)
+    y, gradients = run_reference(x, a, b, scale, w)
     assert y.dtype == jnp.float32
     assert_close(y, by_hand(x, a, b, scale), F32)
     assert_close(gradients, by_hand_gradients(x, a, b, scale, w), F32)
@@ -89,7 +89,7 @@ def test_oracle_is_the_definition_forward_and_backward(slots):
 def test_op_equals_oracle_and_hand_forward_and_backward(slots):
     x, a, b, scale, w = world(slots, 1)
     y, gradients = run(x, a, b, scale, w)
-    assert_close((y, gradients), run_oracle(x, a, b, scale, w), F32)
+    assert_close((y, gradients), run_reference(x, a, b, scale, w), F32)
     assert_close(y, by_hand(x, a, b, scale), F32)
     assert_close(gradients, by_hand_gradients(x, a, b, scale, w), F32)
     base = np.array(slots) == -1

@@ -1,4 +1,4 @@
-"""The Pallas bodies, interpreted on the CPU, against the oracles: what they compute, and whose numbers reach whom.
+"""The Pallas bodies, interpreted on the CPU, against the references: what they compute, and whose numbers reach whom.
 
 With the plugin triton_interpreter the same tests run the Triton bodies.  Shapes are tiny: interpretation is slow.
 """
@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from kernel_checks import BF16, F32, assert_close, assert_no_nan, assert_same_bits, floats, positive
 
 from pallas_kernels import dispatch, tiling_tpu
-from pallas_kernels.gathered_lora.op import gathered_lora, gathered_lora_oracle
+from pallas_kernels.gathered_lora.op import gathered_lora, gathered_lora_reference
 from pallas_kernels.segmented_lora import pallas_tpu as segmented_lora_tpu
-from pallas_kernels.segmented_lora.op import segmented_lora, segmented_lora_oracle
+from pallas_kernels.segmented_lora.op import segmented_lora, segmented_lora_reference
 
 # ---- gathered ---------------------------------------------------------------------------------------------------------
 
@@ -67,7 +67,7 @@ def test_gathered_equals_oracle_whatever_the_other_slots_hold(slots):
     x, rows = pool(0)
     got = run(x, without(rows, {s for s in slots if s >= 0}, 1), jnp.int32(1), ids(slots))
     for y, (a, b, scale) in zip(got, rows, strict=True):
-        assert_close(y, gathered_lora_oracle(x, a[1], b[1], scale[1], ids(slots)), F32)
+        assert_close(y, gathered_lora_reference(x, a[1], b[1], scale[1], ids(slots)), F32)
         assert not np.asarray(y)[ids(slots) == -1].any()
 
 
@@ -93,7 +93,7 @@ def test_gathered_smallest_shapes():
     x, [(a, b, scale), _] = pool(3)
     a, b = a[:, :, :1], b[:, :, :1]
     (got,) = run(x[:1], [(a, b, scale)], jnp.int32(0), ids([3]))
-    assert_close(got, gathered_lora_oracle(x[:1], a[0], b[0], scale[0], ids([3])), F32)
+    assert_close(got, gathered_lora_reference(x[:1], a[0], b[0], scale[0], ids([3])), F32)
 
 
 def test_gathered_busy_adapter_and_wide_features():
@@ -105,7 +105,7 @@ def test_gathered_busy_adapter_and_wide_features():
     got = run(x, rows, jnp.int32(0), slots)
     for y, (a, b, scale) in zip(got, rows, strict=True):
         # Sums of 700 products, then of 4: up to 1e3, each rounded to 2**-24 of it, some 40 times over at worst.
-        assert_close(y, gathered_lora_oracle(x, a[0], b[0], scale[0], slots), {"rtol": 1e-4, "atol": 2e-3})
+        assert_close(y, gathered_lora_reference(x, a[0], b[0], scale[0], slots), {"rtol": 1e-4, "atol": 2e-3})
 
 
 def test_gathered_bfloat16_sums_in_float32():
@@ -114,7 +114,7 @@ def test_gathered_bfloat16_sums_in_float32():
     x, a, b = positive(rng, 2, 512), positive(rng, 1, 1, R, 512), positive(rng, 1, 1, R, Y)
     (got,) = run(x, [(a, b, np.ones((1, 1), np.float32))], jnp.int32(0), ids([0, 0]))
     assert got.dtype == jnp.bfloat16
-    assert_close(got, gathered_lora_oracle(x, a[0], b[0], np.ones(1, np.float32), ids([0, 0])), BF16)
+    assert_close(got, gathered_lora_reference(x, a[0], b[0], np.ones(1, np.float32), ids([0, 0])), BF16)
 
 
 @settings(max_examples=10, deadline=None)
@@ -123,15 +123,17 @@ def test_gathered_any_slots(seed, slots):
     x, rows = pool(seed)
     got = run(x, rows, jnp.int32(0), ids(slots))
     for y, (a, b, scale) in zip(got, rows, strict=True):
-        want = gathered_lora_oracle(x, a[0], b[0], scale[0], ids(slots))
+        want = gathered_lora_reference(x, a[0], b[0], scale[0], ids(slots))
         assert_close(y, want, {"rtol": 1e-4, "atol": 1e-4})  # some draws cancel
 
 
-def test_gathered_gradient_is_that_of_the_oracle():
+def test_gathered_gradient_is_that_of_the_reference():
     x, [(a, b, scale), _] = pool(5)
     w, slots = floats(np.random.default_rng(6), T, Y), ids(SLOTS["mixed"])
     got = jax.jit(jax.grad(lambda x, a, b: (w * run(x, [(a, b, scale)], jnp.int32(1), slots)[0]).sum(), (0, 1, 2)))
-    want = jax.grad(lambda x, a, b: (w * gathered_lora_oracle(x, a[1], b[1], scale[1], slots)).sum(), argnums=(0, 1, 2))
+    want = jax.grad(
+        lambda x, a, b: (w * gathered_lora_reference(x, a[1], b[1], scale[1], slots)).sum(), argnums=(0, 1, 2)
+    )
     assert_close(got(x, a, b), want(x, a, b), F32)
 
 
@@ -158,10 +160,10 @@ run_lanes = jax.jit(values_and_gradients)
 
 @jax.jit
 def oracle_lanes(x, rows, w):
-    def oracle(x, rows):
-        return tuple(segmented_lora_oracle(x, *row) for row in rows)
+    def reference(x, rows):
+        return tuple(segmented_lora_reference(x, *row) for row in rows)
 
-    return oracle(x, rows), jax.grad(loss(oracle), argnums=(0, 1))(x, rows, w)
+    return reference(x, rows), jax.grad(loss(reference), argnums=(0, 1))(x, rows, w)
 
 
 def lanes(seed, tokens=J, features=X):
@@ -184,7 +186,7 @@ def test_segmented_equals_oracle_forward_and_backward(tokens):
     assert_close(run_lanes(*args), oracle_lanes(*args), SUMS)
 
 
-def test_segmented_in_many_blocks_equals_oracle(monkeypatch):
+def test_segmented_in_many_blocks_equals_reference(monkeypatch):
     """Every loop of the kernels turns: three blocks of tokens, several of features."""
     small = tiling_tpu.Blocks(vmem_bytes=240 * 1024, tokens=16)
     monkeypatch.setitem(tiling_tpu.TABLE, "any TPU", small)

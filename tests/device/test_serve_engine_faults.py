@@ -11,9 +11,9 @@ from serve_world import ask, check_idle, run_all, settle
 from jaxlora.core.errors import JaxLoraError
 from serve.engine.grammar import GrammarSource, GrammarState
 from serve.engine.logit_edits import RowEdits
-from serve.engine.output import Answer
+from serve.engine.output import OutputProcessor
 from serve.engine.request import FinishReason
-from serve.runtime.device_thread import Runner
+from serve.runtime.device_thread import DeviceThread
 
 pytest_plugins = ["serve_fixtures"]
 LETTERS = GrammarSource(kind="regex", text="[a-z ]{200}", param="x")
@@ -38,9 +38,9 @@ def broken[**P, R](real: Callable[P, R], after: int, error: BaseException) -> Ca
 
 
 def only(id: str, real: Callable, error: BaseException) -> Callable:
-    """The method of an Answer, which raises for this request."""
+    """The method of an OutputProcessor, which raises for this request."""
 
-    def call(self: Answer, *args):
+    def call(self: OutputProcessor, *args):
         if self._id == id:
             raise error
         return real(self, *args)
@@ -50,7 +50,7 @@ def only(id: str, real: Callable, error: BaseException) -> Callable:
 
 @pytest.fixture
 def grammar(world):
-    runner = Runner(world.engine(), base_name="x")  # it is never started
+    runner = DeviceThread(world.engine(), base_name="x")  # it is never started
     return runner.grammars.compile_now(LETTERS)
 
 
@@ -73,7 +73,7 @@ def bad(request, world, grammar, monkeypatch):
         case "its scores":
             monkeypatch.setattr("serve.engine.output.PromptLogprob", broken(dict, 0, TypeError("no")))
             return ask("bad", world.adapters[1], 20, 20, prompt_logprobs=1), 0
-    monkeypatch.setattr(Answer, "_text", only("bad", Answer._text, RuntimeError("no")))
+    monkeypatch.setattr(OutputProcessor, "_text", only("bad", OutputProcessor._text, RuntimeError("no")))
     return ask("bad", world.adapters[0], 5, 20), 0
 
 

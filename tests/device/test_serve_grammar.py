@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from fake_house import EOS, ByteTokenizer
+from fake_backend import EOS, ByteTokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from serve_world import CONFIG, ask, forget_pages, run_all, watch_programs, with_pages, with_resident

@@ -31,10 +31,10 @@ from jaxlora.config.training import Optimizer
 from jaxlora.core.lora import LoraSpec
 from jaxlora.model.compile_cache import CompileCounter
 from jaxlora.model.lora_pool import PoolSpec
-from serve.runtime.device_thread import Runner
+from serve.runtime.device_thread import DeviceThread
 from serve.runtime.live_training import LiveTraining
 from train.data.examples import Example
-from train.step.microsteps import PartSizes
+from train.step.microsteps import MicrostepSizes
 from train.trainer import Trainer
 
 pytest_plugins = ["serve_fixtures"]
@@ -45,7 +45,7 @@ class Publisher:
     """A server that is not started, one adapter of it that is published again and again, and the log of that."""
 
     def __init__(self, world, name):
-        self.runner, self.name = Runner(world.engine(), base_name=BASE), name
+        self.runner, self.name = DeviceThread(world.engine(), base_name=BASE), name
         self.engine = self.runner.engine
         self.zero = jax.tree.map(jnp.zeros_like, world.device_rows(world.adapters[0]))
         self.newest = None
@@ -182,7 +182,7 @@ def test_following_an_adapter_that_stays_the_same_loses_and_repeats_nothing(worl
     adapter = world.add("follow-same", seed=41)
     rows = world.device_rows(adapter)
     engine = with_pages(world.engine(), 14)
-    runner = Runner(engine, base_name=BASE)
+    runner = DeviceThread(engine, base_name=BASE)
     engine.scheduler.limits = dataclasses.replace(engine.scheduler.limits, host_pages=0)
     requests = [dataclasses.replace(ask(f"same{i}", adapter, 6, 30), follow=True) for i in range(3)]
 
@@ -236,9 +236,9 @@ class Trained:
     """A started server and a trainer of two tenants in parts beside it."""
 
     def __init__(self, world):
-        self.runner = Runner(world.engine(), base_name=BASE)
+        self.runner = DeviceThread(world.engine(), base_name=BASE)
         spec = PoolSpec(slots=2, rank=2, dtype="float32", targets=("q_proj",))
-        sizes = PartSizes(lanes=1, layers=1, targets=16)
+        sizes = MicrostepSizes(lanes=1, layers=1, targets=16)
         self.trainer = Trainer(
             world.base, world.mesh, [spec], lanes=2, lane_tokens=16, base_hash=world.base_hash, parts=sizes
         )

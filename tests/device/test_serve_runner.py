@@ -15,7 +15,7 @@ from jaxlora.core.lora import AdapterRef
 from serve.engine.engine import Engine
 from serve.engine.request import FinishReason
 from serve.runtime.budget import Budget
-from serve.runtime.device_thread import Runner
+from serve.runtime.device_thread import DeviceThread
 
 pytest_plugins = ["serve_fixtures"]
 
@@ -46,11 +46,11 @@ class Failing(Engine):
         return super().step()
 
 
-def failing_runner(world: World) -> Runner:
+def failing_runner(world: World) -> DeviceThread:
     engine = world.engine()
     engine.__class__ = Failing
     engine.prepare()
-    runner = Runner(engine, base_name=BASE)
+    runner = DeviceThread(engine, base_name=BASE)
     runner.start()
     return runner
 
@@ -152,7 +152,7 @@ def test_call_comes_between_two_steps_of_a_running_request(world, runner):
 
 
 def test_before_the_start_and_after_the_end_nobody_waits(world):
-    runner = Runner(world.engine(), base_name=BASE)
+    runner = DeviceThread(world.engine(), base_name=BASE)
     runner.stop()
 
     async def submit():
@@ -174,7 +174,7 @@ def test_before_the_start_and_after_the_end_nobody_waits(world):
 
 
 def test_stop_ends_open_requests_with_an_error(world):
-    runner = Runner(world.engine(), base_name=BASE)
+    runner = DeviceThread(world.engine(), base_name=BASE)
     runner.start()
 
     async def scenario():
@@ -189,7 +189,7 @@ def test_stop_ends_open_requests_with_an_error(world):
 
 
 def test_a_failure_at_the_start_is_raised_there(world, caplog):
-    runner = Runner(world.engine(), base_name=BASE)
+    runner = DeviceThread(world.engine(), base_name=BASE)
     runner.engine.warm_up = lambda: 1 / 0
     with pytest.raises(ZeroDivisionError):
         runner.start()
@@ -271,7 +271,7 @@ class Turns(Budget):
 
 @pytest.mark.parametrize("serve_steps", [1, 3])
 def test_the_budget_is_asked_before_every_step_and_has_the_say(world, serve_steps):
-    runner = Runner(with_resident(world.engine(), world.adapters[0]), base_name=BASE)
+    runner = DeviceThread(with_resident(world.engine(), world.adapters[0]), base_name=BASE)
     budget = runner.budget = Turns(serve_steps)
     trainer = runner.trainer = FakeTrainer(runner.engine, 8)
     request = ask("r", world.adapters[0], 4, 40)

@@ -16,7 +16,7 @@ from jaxlora.core.lora import AdapterRef
 from jaxlora.storage import version_files
 from jaxlora.storage.adapter_files import load_version
 from jaxlora.storage.adapter_store import AdapterStore
-from serve.runtime.device_thread import Runner
+from serve.runtime.device_thread import DeviceThread
 
 pytest_plugins = ["serve_fixtures"]
 
@@ -70,7 +70,7 @@ def named(world, tmp_path_factory):
     for tenant, name, count in (("acme", "bot", 3), ("acme", "twin", 1), ("zoo", "twin", 2)):
         for i in range(count):
             store.add(tenant, name, world.adapters[i])
-    yield Runner(mine.engine(), base_name=BASE)
+    yield DeviceThread(mine.engine(), base_name=BASE)
     store.close()
 
 
@@ -207,7 +207,7 @@ def test_a_version_that_cannot_be_read_is_not_listed_and_hides_nobody(world, tmp
     del meta["created"]
     path.write_text("{" if kind == "damaged" else json.dumps(meta))
     mine.store = store = AdapterStore(tmp_path, host_bytes=10**8)
-    runner = Runner(mine.engine(), base_name=BASE)
+    runner = DeviceThread(mine.engine(), base_name=BASE)
     assert [card.id for card in runner.models(None)] == [BASE, "better", "good"]
     assert "not listed: acme/bad@1" in caplog.text
     with pytest.raises(StorageFailed, match="acme/bad@1"):
@@ -220,7 +220,7 @@ def test_an_adapter_deleted_during_the_listing_is_left_out(world, tmp_path, monk
     mine = World(**(vars(world) | {"store": store}))
     for name in ("goes", "stays"):
         mine.add(name, seed=1)
-    runner = Runner(mine.engine(), base_name=BASE)
+    runner = DeviceThread(mine.engine(), base_name=BASE)
     created = store.created
 
     def slow(ref):
@@ -238,7 +238,7 @@ def test_an_adapter_deleted_during_the_listing_is_left_out(world, tmp_path, monk
 
 @pytest.mark.parametrize(("base", "tenant", "name"), [("tiny", "acme", "tiny"), ("acme/tiny", "acme", "tiny")])
 def test_an_adapter_that_nobody_could_ask_for_is_not_published(world, base, tenant, name):
-    runner = Runner(world.engine(), base_name=base)
+    runner = DeviceThread(world.engine(), base_name=base)
     adapter = world.adapters[0]
     with pytest.raises(InvalidRequest, match=f"{base} is the base model"):
         runner.publish(tenant, name, adapter.spec, world.device_rows(adapter))

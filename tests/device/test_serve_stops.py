@@ -1,4 +1,4 @@
-"""StopStrings against an oracle that looks at the whole text at once."""
+"""StopStrings against a reference that looks at the whole text at once."""
 
 import pytest
 from hypothesis import given, settings
@@ -8,7 +8,7 @@ from jaxlora.core.errors import InvalidRequest
 from serve.engine.output import StopStrings
 
 
-def oracle(text, stops, include):
+def reference(text, stops, include):
     """(all text sent so far, hit): reads every prefix of the text, shortest first."""
     for end in range(len(text) + 1):
         done = [s for s in stops if text[:end].endswith(s)]
@@ -34,7 +34,7 @@ def test_equals_the_oracle_after_every_piece(pieces, stops, include):
     for piece in pieces:
         out, hit = finder.push(piece)
         seen, sent = seen + piece, sent + out
-        assert (sent, hit) == oracle(seen, stops, include)
+        assert (sent, hit) == reference(seen, stops, include)
         assert not (was_hit and out)
         was_hit = hit
     rest = finder.flush()
@@ -76,7 +76,7 @@ def test_an_empty_stop_string_is_refused():
     include=st.booleans(),
 )
 def test_before_it_counts_a_stop_string_is_text_and_one_that_straddles_counts(early, late, stops, include):
-    """Oracle: the first place in the later text at which the whole text ends with a stop string."""
+    """Reference: the first place in the later text at which the whole text ends with a stop string."""
     it = StopStrings(tuple(stops), include)
     sent, hit = "", False
     for piece in early:

@@ -13,7 +13,7 @@ from jaxlora.config.training import Optimizer
 from jaxlora.core.errors import StorageFailed
 from jaxlora.core.lora import LoraSpec
 from jaxlora.model.lora_pool import PoolSpec
-from serve.runtime.device_thread import Runner
+from serve.runtime.device_thread import DeviceThread
 from serve.runtime.live_training import KEEP_VERSIONS, LiveTraining
 from train.data.examples import Example
 from train.trainer import Trainer
@@ -28,7 +28,7 @@ class Record:
 
     def __init__(self, world, tmp_name: str):
         self.names = [f"{tmp_name}-{t}" for t in TENANTS]
-        self.runner = Runner(world.engine(), base_name="owner/tiny")
+        self.runner = DeviceThread(world.engine(), base_name="owner/tiny")
         spec = PoolSpec(slots=3, rank=RANK, dtype="float32", targets=("q_proj",))
         self.trainer = Trainer(world.base, world.mesh, [spec], lanes=3, lane_tokens=16, base_hash=world.base_hash)
         self.published: list[tuple[str, int]] = []

@@ -19,7 +19,7 @@ from jaxlora.core.errors import InvalidRequest
 from jaxlora.core.lora import AdapterRef
 from jaxlora.model.compile_cache import CompileCounter
 from serve.engine.engine import Engine
-from serve.runtime.device_thread import Runner
+from serve.runtime.device_thread import DeviceThread
 from serve.runtime.reload import retuned_by_hangup
 
 pytest_plugins = ["serve_fixtures"]
@@ -37,7 +37,7 @@ def rows(world):
 @pytest.fixture
 def tuned(world, rows):
     """A runner that is stepped by hand: nothing compiles from here on, and nobody is left over."""
-    runner = Runner(world.engine(), base_name=BASE)
+    runner = DeviceThread(world.engine(), base_name=BASE)
     runner.engine.warm_up()
     runner.rehearse_publish(rows[0])
     with CompileCounter() as counter:
@@ -194,7 +194,7 @@ def test_a_pin_goes_on_to_a_version_that_is_published(world, rows, tuned, traffi
     traffic.come([new], max_tokens=5)
 
 
-def publish(runner: Runner, adapter, rows) -> AdapterRef:
+def publish(runner: DeviceThread, adapter, rows) -> AdapterRef:
     return runner.publish("acme", "pinned", adapter.spec, rows)
 
 

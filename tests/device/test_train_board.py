@@ -23,7 +23,7 @@ from serve.cli import main as cli
 from train.run import command as run
 from train.run import metrics
 from train.run.metrics import SCALARS, EventFile
-from train.run.progress import Board
+from train.run.progress import ProgressScreen
 from train.trainer import StepReport, Tenant
 
 MODEL = "tiny-llama-tied"
@@ -153,8 +153,8 @@ def test_a_tenant_that_names_no_rate_gets_that_of_the_base(job):
 
 def test_a_run_shows_speed_and_held_out_losses(job, monkeypatch):
     tables = []
-    table = run.Board.table
-    monkeypatch.setattr(run.Board, "table", lambda board: tables.append(table(board)) or tables[-1])
+    table = run.ProgressScreen.table
+    monkeypatch.setattr(run.ProgressScreen, "table", lambda screen: tables.append(table(screen)) or tables[-1])
     asked = []
     evaluate = run.evaluate_all
 
@@ -190,7 +190,7 @@ def test_a_run_shows_speed_and_held_out_losses(job, monkeypatch):
 def test_the_table_cuts_no_number_in_a_narrow_window():
     tenant = Tenant("a-tenant-with-a-long-name", 0, lora(4), optimizer(total_steps=1000), None, Loss(), step=999)  # ty: ignore[invalid-argument-type]
     ticks = iter([0.0, 2.0])
-    board = Board({tenant.name: tenant}, {}, clock=lambda: next(ticks))
+    screen = ProgressScreen({tenant.name: tenant}, {}, clock=lambda: next(ticks))
     report = StepReport(
         tenant=tenant.name,
         step=999,
@@ -203,13 +203,13 @@ def test_the_table_cuts_no_number_in_a_narrow_window():
         tokens=123456,
         finite=True,
     )
-    board.note(report)
-    board.note_heldout(tenant.name, 11.25)
+    screen.note(report)
+    screen.note_heldout(tenant.name, 11.25)
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(board.table())
+    console.print(screen.table())
     text = console.export_text()
     assert [
         word in text for word in ("999/1000", "12.346", "100%", "11.250", "1.5e-04", "28.59", "61728", "running")
     ] == [True] * 8
     assert "…" not in text
-    assert board.line(tenant.name).endswith(": step 999 of 1000, loss 12.346, held-out 11.250, 61728 tokens/s")
+    assert screen.line(tenant.name).endswith(": step 999 of 1000, loss 12.346, held-out 11.250, 61728 tokens/s")

@@ -25,16 +25,16 @@ from jaxlora.core.lora import ALL_TARGETS
 from jaxlora.model.compile_cache import CompileCounter
 from jaxlora.model.lora_pool import PoolSpec
 from jaxlora.model.mesh import make_mesh
-from train.step.microsteps import PartSizes
+from train.step.microsteps import MicrostepSizes
 from train.trainer import FIRST_PART, StepReport, Trainer
 
 LANES = 4
-SIZES = PartSizes(lanes=1, layers=1, targets=16)
+SIZES = MicrostepSizes(lanes=1, layers=1, targets=16)
 BUCKETS = [PoolSpec(slots=3, rank=4, dtype="float32", targets=ALL_TARGETS), SPEC]
 KINDS = {"forward", "head", "head back", "backward", "update"}
 
 
-def trainer_of(parts: PartSizes | None, remat="products") -> Trainer:
+def trainer_of(parts: MicrostepSizes | None, remat="products") -> Trainer:
     return Trainer(
         small_base(),
         make_mesh(),
@@ -107,8 +107,8 @@ def run_together(trainer: Trainer) -> list[StepReport]:
     ("sizes", "remat"),
     [
         (SIZES, "products"),
-        (PartSizes(lanes=2, layers=2, targets=8), "everything"),
-        (PartSizes(lanes=4, layers=1, targets=32), "nothing"),
+        (MicrostepSizes(lanes=2, layers=2, targets=8), "everything"),
+        (MicrostepSizes(lanes=4, layers=1, targets=32), "nothing"),
     ],
     ids=["small", "middle", "large"],
 )
@@ -266,11 +266,11 @@ def test_the_base_is_not_copied_for_a_gradient_that_waits():
 @pytest.mark.parametrize(
     "sizes",
     [
-        PartSizes(lanes=3, layers=1, targets=16),
-        PartSizes(lanes=1, layers=3, targets=16),
-        PartSizes(lanes=1, layers=0, targets=16),
-        PartSizes(lanes=1, layers=1, targets=0),
-        PartSizes(lanes=1, layers=1, targets=48),
+        MicrostepSizes(lanes=3, layers=1, targets=16),
+        MicrostepSizes(lanes=1, layers=3, targets=16),
+        MicrostepSizes(lanes=1, layers=0, targets=16),
+        MicrostepSizes(lanes=1, layers=1, targets=0),
+        MicrostepSizes(lanes=1, layers=1, targets=48),
     ],
 )
 def test_sizes_that_do_not_divide_are_refused(sizes):

@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx2
 import numpy as np
 import peft_world
-from fake_house import serving
+from fake_backend import serving
 from safetensors.numpy import save
 
 from jaxlora.checkpoints.hf import HfSource
@@ -32,10 +32,10 @@ from jaxlora.storage.adapter_store import AdapterStore
 from serve.access.adapter_quota import AdapterQuota
 from serve.access.caller import Caller
 from serve.access.rate_limit import Limiter
-from serve.api.adapters.routes import AdaptersWire
+from serve.api.adapters.routes import AdaptersRoutes
 from serve.api.adapters.service import AdapterService
 from serve.engine.engine import Engine, EngineConfig
-from serve.runtime.device_thread import Runner
+from serve.runtime.device_thread import DeviceThread
 from serve.server.app import create_app
 
 BASE = "owner/tiny"
@@ -90,7 +90,7 @@ class Shelf:
     """A running server and what tests look into."""
 
     url: str
-    runner: Runner
+    runner: DeviceThread
     service: AdapterService
     store: AdapterStore
     root: Path  # the one folder that admins may load from
@@ -119,7 +119,7 @@ def shelf_at(folder: Path) -> Iterator[Shelf]:
     base = load_base(HfSource(BASE_FOLDER), mesh, dtype="float32")
     store = AdapterStore(folder / "store", host_bytes=10**8)
     spec = PoolSpec(slots=SLOTS, rank=RANK, dtype="float32", targets=ALL_TARGETS)
-    runner = Runner(Engine(base, mesh, CONFIG, spec, store, Letters(), base_hash(BASE_FOLDER)), base_name=BASE)
+    runner = DeviceThread(Engine(base, mesh, CONFIG, spec, store, Letters(), base_hash(BASE_FOLDER)), base_name=BASE)
     root = folder / "root"
     root.mkdir()
     quota, deleted = AdapterQuota(LimitsSection(), store), []
@@ -132,7 +132,7 @@ def shelf_at(folder: Path) -> Iterator[Shelf]:
         quota=quota,
         deleted=lambda tenant, name: deleted.append((tenant, name)),
     )
-    wire = AdaptersWire(service, Limiter(LimitsSection()))
+    wire = AdaptersRoutes(service, Limiter(LimitsSection()))
     app = create_app(
         runner,
         default_max_tokens=16,

@@ -6,12 +6,12 @@ import sys
 import time
 from pathlib import Path
 
-from fake_house import ByteTokenizer, FakeHouse, serving
+from fake_backend import ByteTokenizer, FakeBackend, serving
 
 from jaxlora.config.serving import LimitsSection
 from serve.access.caller import Caller
 from serve.access.rate_limit import Limiter
-from serve.api.files.routes import FilesWire
+from serve.api.files.routes import FilesRoutes
 from serve.api.files.service import FileStore
 from serve.db.database import Database
 from serve.db.files import StoredFiles
@@ -43,9 +43,9 @@ def opened(database, root, *, limits=LIMITS, load=load, remote=None):
 def files_server(database, root, *, limits=LIMITS, load=load, caller_of=by_header, **how):
     """(its URL, its files)."""
     with opened(database, root, limits=limits, load=load, **how) as files:
-        wire = FilesWire(files, database, Once(database), Limiter(limits), max_file_bytes=limits.max_file_bytes)
+        wire = FilesRoutes(files, database, Once(database), Limiter(limits), max_file_bytes=limits.max_file_bytes)
         app = create_app(
-            FakeHouse(),
+            FakeBackend(),
             default_max_tokens=64,
             caller_of=caller_of,
             max_body_bytes=2000,

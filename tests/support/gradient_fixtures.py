@@ -1,4 +1,4 @@
-"""The Gradient wire over a house and a tuner without a model, behind real HTTP: `pytest_plugins = ["gradient_fixtures"]`."""
+"""The Gradient wire over a backend and a tuner without a model, behind real HTTP: `pytest_plugins = ["gradient_fixtures"]`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import httpx2
 import pytest
-from fake_house import FakeHouse, serving
+from fake_backend import FakeBackend, serving
 from fake_tuner import FakeTuner, gradient_over
 from gradient_world import API, LONGEST, MOST, by_key, gradientai
 
@@ -16,14 +16,14 @@ from serve.server.app import create_app
 
 @pytest.fixture(scope="module")
 def gradient(tmp_path_factory):
-    """(house, tuner, wire, url)."""
-    house = FakeHouse(context=200)
-    house.tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
-    tuner = FakeTuner(house, most={"poor": MOST})
+    """(backend, tuner, wire, url)."""
+    backend = FakeBackend(context=200)
+    backend.tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
+    tuner = FakeTuner(backend, most={"poor": MOST})
     how = {"longest": LONGEST, "tuner": tuner, "draw": lambda: 0.5}
-    with gradient_over(house, tmp_path_factory.mktemp("gradient"), **how) as wire:
+    with gradient_over(backend, tmp_path_factory.mktemp("gradient"), **how) as wire:
         app = create_app(
-            house,
+            backend,
             default_max_tokens=64,
             caller_of=by_key,
             routers=[wire.router()],
@@ -31,17 +31,17 @@ def gradient(tmp_path_factory):
             max_body_bytes=100_000,
         )
         with serving(app) as url:
-            yield SimpleNamespace(house=house, tuner=tuner, wire=wire, url=url, app=app)
+            yield SimpleNamespace(backend=backend, tuner=tuner, wire=wire, url=url, app=app)
 
 
 @pytest.fixture
 def gradient_house(gradient):
-    """The house with its behaviour as new, but for the adapters that were made."""
-    fresh = FakeHouse(context=200)
+    """The backend with its behaviour as new, but for the adapters that were made."""
+    fresh = FakeBackend(context=200)
     for name, value in vars(fresh).items():
         if name not in ("adapters", "tokenizer"):
-            setattr(gradient.house, name, value)
-    return gradient.house
+            setattr(gradient.backend, name, value)
+    return gradient.backend
 
 
 @pytest.fixture

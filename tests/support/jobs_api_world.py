@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from fake_house import serving
+from fake_backend import serving
 from serve_world import MODEL, World
 from small_world import tiny_path
 
@@ -20,11 +20,11 @@ from serve.access.adapter_quota import AdapterQuota
 from serve.access.caller import Caller
 from serve.access.rate_limit import Limiter
 from serve.api.files.service import FileStore
-from serve.api.jobs.routes import JobsWire
+from serve.api.jobs.routes import JobsRoutes
 from serve.db.database import Database
 from serve.db.files import StoredFiles
 from serve.http.idempotency import Once
-from serve.runtime.device_thread import Runner
+from serve.runtime.device_thread import DeviceThread
 from serve.server.app import create_app
 from serve.server.build_jobs import JobHost, make_job_host
 from train.data.jsonl import load_jsonl
@@ -69,7 +69,7 @@ class Server:
             limits=LimitsSection(),
             remote=remote,
         )
-        self.runner = Runner(world.engine(), base_name=BASE)
+        self.runner = DeviceThread(world.engine(), base_name=BASE)
         opened = Opened(
             name=BASE,
             path=tiny_path(MODEL),
@@ -109,7 +109,7 @@ class Server:
             self.runner,
             default_max_tokens=16,
             caller_of=by_key,
-            routers=[JobsWire(self.host.service, Once(self.database), Limiter(self.config.limits)).router()],
+            routers=[JobsRoutes(self.host.service, Once(self.database), Limiter(self.config.limits)).router()],
         )
         try:
             with serving(app) as url:

@@ -12,12 +12,12 @@ from jaxlora.config.training import Optimizer
 from jaxlora.core.lora import LoraSpec
 from jaxlora.model.lora_pool import PoolSpec
 from serve.jobs.live_jobs import GuestCall, JobNews, LiveJobs, Published
-from serve.runtime.device_thread import Runner
+from serve.runtime.device_thread import DeviceThread
 from train.data.examples import Example
 from train.jobs.job import JobRequest, JobsConfig
 from train.jobs.runner import Jobs
 from train.jobs.states import Parking
-from train.step.microsteps import PartSizes
+from train.step.microsteps import MicrostepSizes
 from train.trainer import Trainer
 
 TARGETS = ("q_proj", "down_proj")
@@ -88,9 +88,9 @@ class LiveWorld:
 
     def __init__(self, world: World, folder: Path, *, slots: int = 1, publish_every: int = 2, states: bool = False):
         self.world, self.heard = world, Heard()
-        self.runner = Runner(world.engine(), base_name="owner/tiny")
+        self.runner = DeviceThread(world.engine(), base_name="owner/tiny")
         pool = PoolSpec(slots=slots, rank=RANK, dtype="float32", targets=TARGETS)
-        sizes = PartSizes(lanes=1, layers=1, targets=16)
+        sizes = MicrostepSizes(lanes=1, layers=1, targets=16)
         self.trainer = Trainer(
             world.base, world.mesh, [pool], lanes=2, lane_tokens=16, base_hash=world.base_hash, parts=sizes
         )

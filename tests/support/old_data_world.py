@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx2
-from fake_house import serving
+from fake_backend import serving
 from serve_world import MODEL
 from small_world import FIXTURES, tiny_path
 from whole_world import bearer, joined, whole_config

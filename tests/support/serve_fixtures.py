@@ -15,7 +15,7 @@ from jaxlora.model.lora_pool import PoolSpec
 from jaxlora.model.mesh import make_mesh
 from jaxlora.storage.adapter_store import AdapterStore
 from serve.engine.engine import Engine
-from serve.runtime.device_thread import Runner
+from serve.runtime.device_thread import DeviceThread
 
 
 @pytest.fixture(scope="session")
@@ -42,9 +42,9 @@ def engine(world) -> Iterator[Engine]:
 
 
 @pytest.fixture
-def runner(world) -> Iterator[Runner]:
+def runner(world) -> Iterator[DeviceThread]:
     """A running server; at the end nothing may be held for anybody."""
-    it = Runner(world.engine(), base_name=BASE)
+    it = DeviceThread(world.engine(), base_name=BASE)
     it.start()
     yield it
     settle(it)

@@ -21,7 +21,7 @@ from jaxlora.storage.adapter_store import AdapterStore
 from serve.engine.engine import Engine, EngineConfig
 from serve.engine.page_cache import PageAllocator
 from serve.engine.request import Delta, PromptLogprob, Request, SamplingParams, TokenLogprob
-from serve.runtime.device_thread import Runner
+from serve.runtime.device_thread import DeviceThread
 
 MODEL = "tiny-llama-tied"
 BASE = "owner/tiny"  # what its server calls it
@@ -308,7 +308,7 @@ def watch_programs(engine: Engine) -> dict[str, list[Ran]]:
     return ran
 
 
-def settle(runner: Runner) -> None:
+def settle(runner: DeviceThread) -> None:
     """Waits until the engine has nothing to do."""
     deadline = time.monotonic() + 10
     while runner.call(lambda: runner.engine.has_work):

@@ -15,7 +15,7 @@ from starlette.routing import BaseRoute, Route
 from jaxlora.checkpoints.load import Opened
 from jaxlora.config.serving import ServeConfig, TrainingSection, serve_defaults
 from jaxlora.storage.adapter_store import AdapterStore
-from serve.runtime.device_thread import Runner
+from serve.runtime.device_thread import DeviceThread
 from serve.server.build import Services, make_runner, make_server, observing, read_head, services
 
 WORKSPACE = "lab"
@@ -26,7 +26,7 @@ class Joined:
     """What a test needs of it."""
 
     app: FastAPI
-    runner: Runner
+    runner: DeviceThread
     own: Services
 
 

@@ -1,36 +1,36 @@
-"""A house served over real HTTP, for tests of the OpenAI wire: `pytest_plugins = ["wire_fixtures"]`."""
+"""A backend served over real HTTP, for tests of the OpenAI wire: `pytest_plugins = ["wire_fixtures"]`."""
 
 import httpx2
 import openai
 import pytest
-from fake_house import FakeHouse, serving
+from fake_backend import FakeBackend, serving
 
 from serve.server.app import create_app
 
 
 @pytest.fixture(scope="module")
 def running():
-    house = FakeHouse()
-    with serving(create_app(house, default_max_tokens=64, ping_s=0.15, max_body_bytes=200_000)) as url:
-        yield house, url
+    backend = FakeBackend()
+    with serving(create_app(backend, default_max_tokens=64, ping_s=0.15, max_body_bytes=200_000)) as url:
+        yield backend, url
 
 
 @pytest.fixture
-def house(running):
-    """The running house with its behaviour as new."""
-    it, fresh = running[0], FakeHouse()
+def backend(running):
+    """The running backend with its behaviour as new."""
+    it, fresh = running[0], FakeBackend()
     for name, value in vars(fresh).items():
         setattr(it, name, value)
     return it
 
 
 @pytest.fixture
-def http(running, house):
+def http(running, backend):
     with httpx2.Client(base_url=running[1], timeout=10) as client:
         yield client
 
 
 @pytest.fixture
-def client(running, house):
+def client(running, backend):
     with openai.OpenAI(base_url=running[1] + "/v1", api_key="none", max_retries=0, timeout=10) as it:
         yield it

@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx2
 import pytest
 import yaml
-from fake_house import FakeHouse, serving
+from fake_backend import FakeBackend, serving
 from typer.testing import CliRunner
 
 from jaxlora.config.serving import ServeConfig
@@ -131,7 +131,7 @@ def test_the_paths_that_are_asked_are_routes_that_need_no_key():
 
     probes = [container()[name]["httpGet"] for name in ("startupProbe", "readinessProbe", "livenessProbe")]
     assert [p["path"] for p in probes] == ["/ready", "/ready", "/health"]
-    with serving(create_app(FakeHouse(), default_max_tokens=8, caller_of=nobody)) as url:
+    with serving(create_app(FakeBackend(), default_max_tokens=8, caller_of=nobody)) as url:
         assert [httpx2.get(url + p["path"]).status_code for p in probes] == [200] * 3
     assert is_asked(Unit("jaxlora.service")["Service"]["ExecStartPost"], "/ready")
     assert is_asked(Unit("jaxlora-health.service")["Service"]["ExecStart"], "/health")

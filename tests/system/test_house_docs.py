@@ -20,7 +20,7 @@ import httpx2
 import numpy as np
 import pytest
 import typer
-from fake_house import serving
+from fake_backend import serving
 from whole_world import joined, whole_config
 
 from jaxlora.config.serving import ServeConfig

@@ -10,7 +10,7 @@ import hypothesis
 import pytest
 import requests
 import schemathesis
-from fake_house import BASE, FakeHouse, serving
+from fake_backend import BASE, FakeBackend, serving
 from fake_tuner import FakeTuner
 from files_world import opened
 from schemathesis import GenerationMode
@@ -26,10 +26,10 @@ from whole_world import joined, whole_config
 from jaxlora.config.serving import LimitsSection
 from jaxlora.storage.adapter_store import AdapterStore
 from serve.access.rate_limit import Limiter
-from serve.api.files.routes import FilesWire
+from serve.api.files.routes import FilesRoutes
 from serve.api.gradient.complete import GradientConfig
 from serve.api.gradient.errors import API, gradient_response
-from serve.api.gradient.routes import GradientWire
+from serve.api.gradient.routes import GradientRoutes
 from serve.db.database import Database
 from serve.db.gradient import StoredGradient
 from serve.db.idempotency import StoredAnswers
@@ -47,22 +47,22 @@ SHAPES = {"/api/": {"type", "message", "payload"}}  # of the errors of routes th
 @pytest.fixture(scope="module")
 def wires(tmp_path_factory):
     """Every wire that needs no model behind it."""
-    folder, house = tmp_path_factory.mktemp("wires"), FakeHouse(context=4000)
+    folder, backend = tmp_path_factory.mktemp("wires"), FakeBackend(context=4000)
     with contextlib.closing(Database(f"sqlite:///{folder}/db.sqlite")) as database:
-        gradient = GradientWire(
-            house,
+        gradient = GradientRoutes(
+            backend,
             GradientConfig(default_lr=3e-4, longest=50),
             records=StoredGradient(database),
             answers=StoredAnswers(database),
-            tuner=FakeTuner(house),
+            tuner=FakeTuner(backend),
         )
         with opened(database, folder / "files") as files:
             routers = [
-                FilesWire(files, database, Once(database), Limiter(LimitsSection()), max_file_bytes=2**20).router(),
+                FilesRoutes(files, database, Once(database), Limiter(LimitsSection()), max_file_bytes=2**20).router(),
                 gradient.router(),
             ]
             shapes = {API: gradient_response}
-            with serving(create_app(house, default_max_tokens=16, routers=routers, error_shapes=shapes)) as url:
+            with serving(create_app(backend, default_max_tokens=16, routers=routers, error_shapes=shapes)) as url:
                 yield url
 
 

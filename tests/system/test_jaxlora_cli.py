@@ -1,4 +1,4 @@
-"""The door: what each command imports and hands on, and how it ends."""
+"""The drain: what each command imports and hands on, and how it ends."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ import time
 import httpx2
 import openai
 import pytest
-from fake_house import BASE, FakeHouse, serving
+from fake_backend import BASE, FakeBackend, serving
 
 from jaxlora.core.errors import ConfigInvalid, InvalidRequest, Unauthorized
 from serve.access.caller import Caller
@@ -26,10 +26,10 @@ def by_header(connection):
 
 @pytest.fixture(scope="module")
 def running():
-    house = FakeHouse()
-    app = create_app(house, default_max_tokens=64, caller_of=by_header, max_body_bytes=2000, body_timeout_s=0.3)
+    backend = FakeBackend()
+    app = create_app(backend, default_max_tokens=64, caller_of=by_header, max_body_bytes=2000, body_timeout_s=0.3)
     with serving(app) as url:
-        yield house, url
+        yield backend, url
 
 
 @pytest.fixture
@@ -143,12 +143,12 @@ def test_no_key_is_401_before_the_body_is_read(running):
 
 
 def test_the_tenant_of_the_key_is_the_one_who_asks(running):
-    house, url = running
-    house.requests.clear()
+    backend, url = running
+    backend.requests.clear()
     with openai.OpenAI(base_url=url + "/v1", api_key="acme", max_retries=0) as client:
         client.chat.completions.create(**CHAT)
         assert len(list(client.models.list())) == 3
-    assert house.requests[0].tenant == "acme"
+    assert backend.requests[0].tenant == "acme"
     with openai.OpenAI(base_url=url + "/v1", api_key="stranger", max_retries=0) as client:
         assert [m.id for m in client.models.list()] == [BASE]
         bodies = []
@@ -186,7 +186,7 @@ def test_the_bind_address_decides_the_names():
 
 
 def test_with_any_host_allowed_none_is_refused():
-    with serving(create_app(FakeHouse(), default_max_tokens=5, hosts=None)) as url:
+    with serving(create_app(FakeBackend(), default_max_tokens=5, hosts=None)) as url:
         headers = {"host": "models.example", "origin": "https://page.example"}
         assert httpx2.get(url + "/health", headers=headers).status_code == 200
 
@@ -194,15 +194,15 @@ def test_with_any_host_allowed_none_is_refused():
 def test_impossible_limits_are_refused_at_start():
     for bad in ({"max_body_bytes": 0}, {"body_timeout_s": 0.0}, {"max_request_s": 0.0}):
         with pytest.raises(ConfigInvalid, match="positive"):
-            create_app(FakeHouse(), default_max_tokens=5, **bad)
+            create_app(FakeBackend(), default_max_tokens=5, **bad)
     with pytest.raises(InvalidRequest, match="default_max_tokens"):
-        create_app(FakeHouse(), default_max_tokens=0)
+        create_app(FakeBackend(), default_max_tokens=0)
     with pytest.raises(InvalidRequest, match="ping_s"):
-        create_app(FakeHouse(), default_max_tokens=5, ping_s=0)
+        create_app(FakeBackend(), default_max_tokens=5, ping_s=0)
 
 
 def test_the_api_document_names_every_route_and_its_errors():
-    paths = create_app(FakeHouse(), default_max_tokens=5).openapi()["paths"]
+    paths = create_app(FakeBackend(), default_max_tokens=5).openapi()["paths"]
     assert set(paths) >= {"/v1/models", "/v1/models/{model}", "/v1/chat/completions", "/v1/completions", "/tokenize"}
     for path, methods in paths.items():
         for operation in methods.values():

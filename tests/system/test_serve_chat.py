@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import pytest
-from fake_house import BASE
+from fake_backend import BASE
 
 from jaxlora.core.errors import InvalidRequest
 from serve.cli import chat
@@ -36,7 +36,7 @@ def told(request) -> str:
 
 
 @pytest.fixture
-def talk(running, house, monkeypatch, capsys):
+def talk(running, backend, monkeypatch, capsys):
     """(lines, adapter) → what was printed, from a pipe; also `talk.out`, and `talk.errors` of stderr."""
 
     def run(*lines: str, name: str | None = ADAPTER) -> str:
@@ -50,29 +50,29 @@ def talk(running, house, monkeypatch, capsys):
     return run
 
 
-def test_a_pipe_gets_plain_lines_and_a_conversation_is_kept(talk, house):
-    house.reply = lambda request: f"answer {len(house.requests)}"
+def test_a_pipe_gets_plain_lines_and_a_conversation_is_kept(talk, backend):
+    backend.reply = lambda request: f"answer {len(backend.requests)}"
     assert talk("one", "two", "/reset", "three") == "answer 1\nanswer 2\nanswer 3\n"
-    conversations = [told(r) for r in house.requests]
+    conversations = [told(r) for r in backend.requests]
     assert conversations == [
         "user:oneassistant:",
         "user:oneassistant:answer 1user:twoassistant:",
         "user:threeassistant:",
     ]
-    assert {r.adapter.name for r in house.requests} == {ADAPTER}
+    assert {r.adapter.name for r in backend.requests} == {ADAPTER}
     assert talk.errors == ""
 
 
-def test_the_base_answers_where_no_adapter_is_named(talk, house):
+def test_the_base_answers_where_no_adapter_is_named(talk, backend):
     talk("hi", f"/use {ADAPTER}@3", "hi", "/use " + BASE, "hi", name=None)
-    assert [r.adapter and (r.adapter.name, r.adapter.version) for r in house.requests] == [None, (ADAPTER, 3), None]
+    assert [r.adapter and (r.adapter.name, r.adapter.version) for r in backend.requests] == [None, (ADAPTER, 3), None]
 
 
-def test_settings_and_system_text_go_with_every_request(talk, house):
+def test_settings_and_system_text_go_with_every_request(talk, backend):
     out = talk(
         "/set temperature=0.25 max_tokens=9 stop=Z", "/set", "/system Be brief", "a", "/set stop= seed=4", "b", "/set"
     )
-    first, second = house.requests
+    first, second = backend.requests
     assert (first.params.temperature, first.params.max_tokens, first.params.stop) == (0.25, 9, ("Z",))
     assert (second.params.temperature, second.params.seed, second.params.stop) == (0.25, 4, ())
     assert told(first) == "system:Be briefuser:aassistant:"
@@ -80,7 +80,7 @@ def test_settings_and_system_text_go_with_every_request(talk, house):
     assert out.endswith("temperature=0.25 max_tokens=9 seed=4\n")
 
 
-def test_the_adapters_are_listed(talk, house, monkeypatch):
+def test_the_adapters_are_listed(talk, backend, monkeypatch):
     assert talk("/adapters").splitlines() == [
         f"    0  {BASE}  (base)",
         f"    1  {FOREIGN}  (version 2, rank 16, on host)",
@@ -102,40 +102,40 @@ def test_the_adapters_are_listed(talk, house, monkeypatch):
         ("/compare", "error: /compare needs a question\n"),
     ],
 )
-def test_an_error_is_one_line_and_the_rest_goes_on(talk, house, line, error):
+def test_an_error_is_one_line_and_the_rest_goes_on(talk, backend, line, error):
     with pytest.raises(AnswerFailed, match="1 of the lines failed"):
         talk(line, "hi")
     assert talk.errors == error
-    assert len(house.requests) == 1
+    assert len(backend.requests) == 1
 
 
-def test_what_the_server_refuses_is_told_and_forgotten(talk, house):
-    house.reply = lambda request: "yes"
+def test_what_the_server_refuses_is_told_and_forgotten(talk, backend):
+    backend.reply = lambda request: "yes"
     with pytest.raises(AnswerFailed):
         talk("/set temperature=99", "hot", "/set temperature=", "cold")
     assert talk.errors.startswith("error: temperature")
     assert talk.errors.count("\n") == 1
-    assert [told(r) for r in house.requests] == ["user:coldassistant:"]
+    assert [told(r) for r in backend.requests] == ["user:coldassistant:"]
 
 
-def test_an_error_in_the_middle_of_an_answer_is_told_after_what_was_said(talk, house):
-    house.reply = lambda request: "all of it"
-    house.fail_after, house.failure = 3, InvalidRequest("enough\nof it")
+def test_an_error_in_the_middle_of_an_answer_is_told_after_what_was_said(talk, backend):
+    backend.reply = lambda request: "all of it"
+    backend.fail_after, backend.failure = 3, InvalidRequest("enough\nof it")
     with pytest.raises(AnswerFailed):
         talk("one", "two")
     assert talk.out == "all\nall\n"
     assert talk.errors == "error: enough of it\n" * 2
-    assert told(house.requests[1]) == "user:oneassistant:alluser:twoassistant:"
+    assert told(backend.requests[1]) == "user:oneassistant:alluser:twoassistant:"
 
 
-def test_an_answer_cannot_steer_the_terminal(talk, house):
-    house.reply = lambda request: "a\x1b[2J\x07b"
+def test_an_answer_cannot_steer_the_terminal(talk, backend):
+    backend.reply = lambda request: "a\x1b[2J\x07b"
     assert talk("hi") == "a�[2J�b\n"
 
 
-def test_base_and_adapter_stand_side_by_side(talk, house, monkeypatch):
+def test_base_and_adapter_stand_side_by_side(talk, backend, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
-    house.reply = lambda request: "the base says a lot more" if request.adapter is None else "日本語"
+    backend.reply = lambda request: "the base says a lot more" if request.adapter is None else "日本語"
     out = talk("/compare what?", "again")
     assert out.splitlines() == [
         f"{BASE:<18} │ {ADAPTER}",
@@ -144,18 +144,18 @@ def test_base_and_adapter_stand_side_by_side(talk, house, monkeypatch):
         "lot more           │",
         "日本語",
     ]
-    assert sorted(told(r) for r in house.requests) == ["user:againassistant:"] + ["user:what?assistant:"] * 2
+    assert sorted(told(r) for r in backend.requests) == ["user:againassistant:"] + ["user:what?assistant:"] * 2
 
 
-def test_comparing_the_base_with_itself_is_refused(talk, house):
+def test_comparing_the_base_with_itself_is_refused(talk, backend):
     with pytest.raises(AnswerFailed):
         talk("/compare x", name=None)
     assert talk.errors == "error: you are talking to the base; choose an adapter with /use\n"
 
 
-def test_an_error_of_one_column_is_one_line(talk, house):
-    house.reply = lambda request: "abcdefgh"
-    house.fail_after, house.failure = 5, InvalidRequest("no more")
+def test_an_error_of_one_column_is_one_line(talk, backend):
+    backend.reply = lambda request: "abcdefgh"
+    backend.fail_after, backend.failure = 5, InvalidRequest("no more")
     with pytest.raises(AnswerFailed):
         talk("/compare x")
     assert talk.errors == "error: no more\n"
@@ -186,10 +186,10 @@ def test_where_no_server_is_the_command_ends_with_a_line(talk, running):
             chat.main(url=url, key=None, name=None)
 
 
-def test_a_url_may_end_in_v1(running, house, monkeypatch, capsys):
+def test_a_url_may_end_in_v1(running, backend, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n"))
     chat.main(url=running[1] + "/v1/", key=None, name=ADAPTER)
-    assert len(house.requests) == 1
+    assert len(backend.requests) == 1
 
 
 class Terminal:
@@ -235,7 +235,7 @@ class Terminal:
 
 
 @pytest.fixture
-def terminal(running, house):
+def terminal(running, backend):
     it = Terminal("--url", running[1])
     yield it
     with contextlib.suppress(ProcessLookupError):
@@ -244,9 +244,9 @@ def terminal(running, house):
     os.close(it.own)
 
 
-def test_a_conversation_in_a_terminal(terminal, house):
+def test_a_conversation_in_a_terminal(terminal, backend):
     prompt = f"{ADAPTER}> "
-    house.reply = lambda request: "from the base" if request.adapter is None else "from support"
+    backend.reply = lambda request: "from the base" if request.adapter is None else "from support"
     assert f"0  {BASE}" in terminal.wait_for("which one? [0] ")
     terminal.type("2\n")
     terminal.wait_for(prompt)
@@ -264,26 +264,26 @@ def test_a_conversation_in_a_terminal(terminal, house):
             break
     terminal.wait_for(prompt)
 
-    house.hang_after = 4
+    backend.hang_after = 4
     terminal.type("stop me\n")
     terminal.wait_for("from")
     terminal.type("\x03")
     terminal.wait_for("(stopped)")
     terminal.wait_for(prompt)
-    assert house.streams[-1].cancelled.wait(10)
+    assert backend.streams[-1].cancelled.wait(10)
     terminal.type("/compare stop us\n")
     terminal.wait_for("from")
-    streams = house.streams[-2:]
+    streams = backend.streams[-2:]
     terminal.type("\x03")
     terminal.wait_for("(stopped)")
     terminal.wait_for(prompt)
     assert [s.cancelled.wait(10) for s in streams] == [True, True]
 
-    house.hang_after = None
+    backend.hang_after = None
     terminal.type("more\n")
     terminal.wait_for("from support")
     terminal.wait_for(prompt)
-    asked = told(house.requests[-1])
+    asked = told(backend.requests[-1])
     assert asked == "user:helloassistant:from supportuser:stop meassistant:fromuser:moreassistant:"
     terminal.type("\x04")
     assert terminal.process.wait(20) == 0

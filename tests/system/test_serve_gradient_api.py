@@ -8,7 +8,7 @@ import time
 
 import httpx2
 import pytest
-from fake_house import BASE, FakeHouse, serving
+from fake_backend import BASE, FakeBackend, serving
 from fake_tuner import FakeTuner
 from gradient_world import API, LONGEST, by_key, error_of
 
@@ -17,7 +17,7 @@ from jaxlora.core.errors import StorageFailed
 from serve.access.rate_limit import Limiter
 from serve.api.gradient.complete import GradientConfig
 from serve.api.gradient.errors import gradient_response
-from serve.api.gradient.routes import GradientWire
+from serve.api.gradient.routes import GradientRoutes
 from serve.server.app import create_app
 
 pytest_plugins = ["gradient_fixtures"]
@@ -29,7 +29,7 @@ def its_world(gradient):
     return gradient
 
 
-@pytest.fixture(name="house")
+@pytest.fixture(name="backend")
 def its_house(gradient_house):
     return gradient_house
 
@@ -146,9 +146,9 @@ def test_the_list_is_filtered(http, adapter, query, count):
     assert len(models[0]["id"]) == 50
 
 
-def test_an_adapter_that_another_wire_deleted_is_gone(http, world, house):
+def test_an_adapter_that_another_wire_deleted_is_gone(http, world, backend):
     id = create(http, world, "elsewhere").json()["id"]
-    del house.adapters["elsewhere"]
+    del backend.adapters["elsewhere"]
     assert id not in [m["id"] for m in http.get("/models").json()["models"]]
     for answer in (http.get(f"/models/{id}"), complete(http, id), tune(http, id, "ab"), http.delete(f"/models/{id}")):
         assert error_of(answer)[:2] == (404, "unknownModelAdapter")
@@ -346,34 +346,34 @@ def test_a_call_whose_time_is_over_is_done_all_the_same(http, adapter, tuner):
     assert len(tuner.calls) == 1
 
 
-def test_who_goes_away_frees_the_engine(http, world, adapter, house):
-    house.hang_after = 1
+def test_who_goes_away_frees_the_engine(http, world, adapter, backend):
+    backend.hang_after = 1
     answer = http.post(f"/models/{adapter}/complete", json={"query": "q"}, headers={"x-request-timeout-s": "0.2"})
     assert error_of(answer)[:2] == (504, "failed")
-    assert house.streams[-1].cancelled.wait(5)
+    assert backend.streams[-1].cancelled.wait(5)
     with httpx2.Client(headers=http.headers, timeout=0.3) as hasty, pytest.raises(httpx2.TimeoutException):
         hasty.post(world.url + API + f"/models/{adapter}/complete", json={"query": "q"})
-    assert house.streams[-1].cancelled.wait(5)
+    assert backend.streams[-1].cancelled.wait(5)
 
 
-def test_a_choice_that_fails_ends_the_others(http, adapter, house):
-    house.admit, house.submit_error = 2, StorageFailed("x")
+def test_a_choice_that_fails_ends_the_others(http, adapter, backend):
+    backend.admit, backend.submit_error = 2, StorageFailed("x")
     guidance = {"type": "choice", "value": ["a", "b", "c"]}
     assert error_of(complete(http, adapter, guidance=guidance))[:2] == (500, "failed")
-    assert [s.cancelled.is_set() for s in house.streams] == [True, True]
+    assert [s.cancelled.is_set() for s in backend.streams] == [True, True]
 
 
 def test_a_server_that_does_not_train_says_so(world):
-    house = FakeHouse()
+    backend = FakeBackend()
     records = world.wire._records
-    wire = GradientWire(
-        house,
+    wire = GradientRoutes(
+        backend,
         GradientConfig(default_lr=1e-3, longest=9),
         records=records,
         answers=world.wire._answers,
         tuner=None,
     )
-    app = create_app(house, default_max_tokens=8, routers=[wire.router()], error_shapes={API: gradient_response})
+    app = create_app(backend, default_max_tokens=8, routers=[wire.router()], error_shapes={API: gradient_response})
     headers = {"x-gradient-workspace-id": "empty"}
     with serving(app) as url, httpx2.Client(base_url=url + API, headers=headers) as http:
         assert http.get("/models").json()["models"][0]["capabilities"] == ["complete"]
@@ -384,17 +384,17 @@ def test_a_server_that_does_not_train_says_so(world):
 
 
 def test_answers_and_training_count_against_the_minute(world):
-    house = FakeHouse(context=200)
-    wire = GradientWire(
-        house,
+    backend = FakeBackend(context=200)
+    wire = GradientRoutes(
+        backend,
         GradientConfig(default_lr=1e-3, longest=50),
         records=world.wire._records,
         answers=world.wire._answers,
-        tuner=FakeTuner(house),
+        tuner=FakeTuner(backend),
         limiter=Limiter(LimitsSection(tokens_per_minute=60)),
     )
     app = create_app(
-        house, default_max_tokens=8, caller_of=by_key, routers=[wire.router()], error_shapes={API: gradient_response}
+        backend, default_max_tokens=8, caller_of=by_key, routers=[wire.router()], error_shapes={API: gradient_response}
     )
     headers = {"authorization": "Bearer counted", "x-gradient-workspace-id": "counted"}
     with serving(app) as url, httpx2.Client(base_url=url + API, headers=headers) as http:

@@ -7,7 +7,7 @@ import json
 import httpx2
 import numpy as np
 import pytest
-from fake_house import serving
+from fake_backend import serving
 from gradient_world import API, gradientai
 from gradientai.openapi.client import exceptions as told
 from jobs_api_world import BASE, LANE_TOKENS, Server, by_key
@@ -16,7 +16,7 @@ from jaxlora.config.serving import LimitsSection
 from serve.api.adapters.service import AdapterService
 from serve.api.gradient.complete import GradientConfig
 from serve.api.gradient.errors import gradient_response
-from serve.api.gradient.routes import GradientWire
+from serve.api.gradient.routes import GradientRoutes
 from serve.db.gradient import StoredGradient
 from serve.db.idempotency import StoredAnswers
 from serve.server.app import create_app
@@ -31,7 +31,7 @@ def server(world, tmp_path_factory):
     it = Server(world, tmp_path_factory.mktemp("gradient"))
     it.runner.start()
     it.host.start()
-    wire = GradientWire(
+    wire = GradientRoutes(
         it.runner,
         GradientConfig(default_lr=0.02, longest=LANE_TOKENS, rank=4),
         records=StoredGradient(it.database),

@@ -7,7 +7,7 @@ import json
 
 import numpy as np
 import pytest
-from fake_house import BOS, EOS
+from fake_backend import BOS, EOS
 from gradient_world import API, MOST, gradientai
 from gradientai.openapi.client import exceptions as told
 
@@ -23,7 +23,7 @@ def its_world(gradient):
     return gradient
 
 
-@pytest.fixture(name="house")
+@pytest.fixture(name="backend")
 def its_house(gradient_house):
     return gradient_house
 
@@ -54,10 +54,10 @@ def bot(sdk):
     adapter.delete()
 
 
-def test_the_life_of_an_adapter(sdk, house, tuner):
+def test_the_life_of_an_adapter(sdk, backend, tuner):
     adapter = base(sdk).create_model_adapter(name="life", rank=4, learning_rate=0.01)
     assert len(adapter.id) == len(base(sdk).id) == 50
-    house.reply = lambda request: f"version {request.adapter.version}"
+    backend.reply = lambda request: f"version {request.adapter.version}"
     assert adapter.complete(query="who?").generated_output == "version 1"  # it can be asked at once
     losses = []
     for i in range(3):
@@ -131,47 +131,47 @@ def test_spans_and_multipliers_become_tokens_and_weights(sdk, tuner, bot):
     assert done.number_of_trainable_tokens == 9
 
 
-def test_the_query_is_a_turn_unless_it_is_raw(sdk, house, bot):
+def test_the_query_is_a_turn_unless_it_is_raw(sdk, backend, bot):
     bot.complete(query="hi")
     bot.complete(query="hi", auto_template=True)
     bot.complete(query="hi<turn>", auto_template=False)
-    turn = tuple(house.tokenizer.chat([{"role": "user", "content": "hi"}]))
-    assert [r.prompt for r in house.requests] == [turn, turn, (BOS, *b"hi", 258)]
-    template, house.tokenizer.chat_template = house.tokenizer.chat_template, None
+    turn = tuple(backend.tokenizer.chat([{"role": "user", "content": "hi"}]))
+    assert [r.prompt for r in backend.requests] == [turn, turn, (BOS, *b"hi", 258)]
+    template, backend.tokenizer.chat_template = backend.tokenizer.chat_template, None
     try:
         bot.complete(query="hi")
     finally:
-        house.tokenizer.chat_template = template
-    assert house.requests[-1].prompt == (BOS, *b"hi")
+        backend.tokenizer.chat_template = template
+    assert backend.requests[-1].prompt == (BOS, *b"hi")
 
 
-def test_sampling_fields_reach_the_engine(sdk, house, bot):
+def test_sampling_fields_reach_the_engine(sdk, backend, bot):
     done = bot.complete(query="hi", max_generated_token_count=5, temperature=0.25, top_k=3, top_p=0.5)
     assert (done.finish_reason, done.generated_output) == ("length", "Gr\u00fc\ufffd")  # it ends within a character
-    params = house.requests[-1].params
+    params = backend.requests[-1].params
     assert (params.max_tokens, params.temperature, params.top_k, params.top_p) == (5, 0.25, 3, 0.5)
     done = bot.complete(query="hi")
-    params = house.requests[-1].params
+    params = backend.requests[-1].params
     assert (params.max_tokens, params.temperature, params.top_k, params.top_p) == (128, 1.0, -1, 1.0)
     assert done.finish_reason == "stop"
-    request = house.requests[-1]
+    request = backend.requests[-1]
     assert (request.tenant, request.follow, request.adapter.version) == ("acme", False, 1)
 
 
-def test_a_choice_is_scored_and_returned_verbatim(sdk, house, bot):
+def test_a_choice_is_scored_and_returned_verbatim(sdk, backend, bot):
     guidance = {"type": "choice", "value": ["no, never", "yes", "Grüße"]}
     done = bot.complete(query="hi", guidance=guidance, temperature=0)
-    # The fake house gives each token of a prompt minus its place: the shortest choice is the likeliest.
+    # The fake backend gives each token of a prompt minus its place: the shortest choice is the likeliest.
     assert (done.finish_reason, done.generated_output) == ("stop", "yes")
-    assert [r.params.max_tokens for r in house.requests] == [0, 0, 0]
-    assert [bytes(r.prompt[-len(c.encode()) :]) for r, c in zip(house.requests, guidance["value"], strict=True)] == [
+    assert [r.params.max_tokens for r in backend.requests] == [0, 0, 0]
+    assert [bytes(r.prompt[-len(c.encode()) :]) for r, c in zip(backend.requests, guidance["value"], strict=True)] == [
         c.encode() for c in guidance["value"]
     ]
 
 
-def test_the_base_can_be_asked_and_not_trained(sdk, house, world, http):
+def test_the_base_can_be_asked_and_not_trained(sdk, backend, world, http):
     base(sdk).complete(query="hi")
-    assert house.requests[-1].adapter is None
+    assert backend.requests[-1].adapter is None
     answer = http.post(f"/models/{world.wire.base_id}/fine-tune", json={"samples": [{"inputs": "ab"}]})
     assert (answer.status_code, answer.json()["type"]) == (400, "modelIncapableOfFineTuning")
 
@@ -191,11 +191,11 @@ def test_many_at_once(sdk, bot):
         pytest.param(RuntimeError("/secret/path"), told.ServiceException, 500, id="ours"),
     ],
 )
-def test_errors_are_the_sdks_exceptions(sdk, house, bot, error, exception, status):
-    house.submit_error = error
+def test_errors_are_the_sdks_exceptions(sdk, backend, bot, error, exception, status):
+    backend.submit_error = error
     with pytest.raises(exception) as caught:
         bot.complete(query="hi")
-    house.submit_error = None
+    backend.submit_error = None
     assert caught.value.status == status
     body = json.loads(caught.value.body)
     assert body["type"] == "failed"
@@ -213,7 +213,7 @@ def test_without_a_key_it_is_unauthorized(world):
     assert json.loads(caught.value.body)["type"] == "failed"
 
 
-def test_a_tenant_with_too_many_adapters_is_told(world, house, tuner):
+def test_a_tenant_with_too_many_adapters_is_told(world, backend, tuner):
     with gradientai.Gradient(access_token="poor", workspace_id="lab", host=world.url + API) as sdk:
         made = [base(sdk).create_model_adapter(name="a") for _ in range(MOST)]
         with pytest.raises(told.ApiException) as caught:

@@ -10,13 +10,13 @@ import time
 
 import httpx2
 import pytest
-from fake_house import serving
+from fake_backend import serving
 from fastapi import APIRouter
 from serve_world import BASE, ask
 
 from jaxlora.core.errors import Unavailable
 from serve.engine.engine import Engine
-from serve.runtime.device_thread import Runner
+from serve.runtime.device_thread import DeviceThread
 from serve.runtime.watchdog import HANG_S, Watch
 from serve.server.app import create_app
 from serve.server.uvicorn import make_http
@@ -45,7 +45,7 @@ def stuck(world):
     engine = world.engine()
     engine.__class__ = Stuck
     engine.prepare()
-    runner = Runner(engine, base_name=BASE)
+    runner = DeviceThread(engine, base_name=BASE)
     runner.watch = Watch(engine, hang_s=SOON_S)
     runner.start()
     with serving(create_app(runner, default_max_tokens=8)) as url:
@@ -227,7 +227,7 @@ def test_a_step_that_does_not_end_in_time_is_a_lost_device(stuck, caplog):
 
 def until_inside(http, count):
     deadline = time.monotonic() + 10
-    while http.server._door.inside < count:
+    while http.server._drain.inside < count:
         assert time.monotonic() < deadline
         time.sleep(0.01)
 

@@ -12,12 +12,12 @@ import httpx2
 import numpy as np
 import openai
 import pytest
-from fake_house import serving
+from fake_backend import serving
 from serve_world import CONFIG, check_idle, stream_greedy
 
 from jaxlora.core.lora import ALL_TARGETS, ATTENTION_TARGETS
 from jaxlora.model.compile_cache import CompileCounter
-from serve.runtime.device_thread import Runner
+from serve.runtime.device_thread import DeviceThread
 from serve.server.app import create_app
 
 pytest_plugins = ["serve_fixtures"]
@@ -34,7 +34,7 @@ def eight(world):
 
 @pytest.fixture(scope="module")
 def server(world, eight):
-    runner = Runner(world.engine(), base_name=BASE)
+    runner = DeviceThread(world.engine(), base_name=BASE)
     runner.start()
     try:
         with serving(create_app(runner, default_max_tokens=16)) as url:
@@ -227,7 +227,7 @@ def crowd(world):
     gate, get, step = threading.Event(), engine.store.get, engine.step
     locked = world.adapters[4].ref
     world.store.get = lambda ref: gate.wait(30) and get(ref) if ref == locked else get(ref)
-    runner = Runner(engine, base_name=BASE)
+    runner = DeviceThread(engine, base_name=BASE)
     runner.start()
     engine.step = lambda: time.sleep(0.05) or step()
     try:
@@ -240,7 +240,7 @@ def crowd(world):
     check_idle(engine)
 
 
-def everyone(runner: Runner, names: list[str]) -> bool:
+def everyone(runner: DeviceThread, names: list[str]) -> bool:
     """Whether all are there, and somebody in each state."""
     engine = runner.engine
     running, parked, waiting = engine.scheduler.counts()

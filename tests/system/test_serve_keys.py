@@ -11,7 +11,7 @@ import httpx2
 import openai
 import pytest
 from database_world import key_record
-from fake_house import BASE, HI, FakeHouse, serving
+from fake_backend import BASE, HI, FakeBackend, serving
 from typer.testing import CliRunner
 
 from jaxlora.core.errors import ConfigInvalid, InvalidRequest, Unavailable
@@ -20,7 +20,7 @@ from serve.access.keys import HALF, PREFIX, Keys, create_key, digest
 from serve.cli import main as cli
 from serve.db.database import Database
 from serve.db.keys import StoredKeys
-from serve.http.drain import Door
+from serve.http.drain import Drain
 from serve.server.app import create_app
 
 WITHIN_S = 1.0  # a change holds
@@ -42,20 +42,20 @@ def bearer(key):
 
 
 class Server:
-    """A fake house behind keys that are followed."""
+    """A fake backend behind keys that are followed."""
 
     def __init__(self, stored):
-        self.house, self.door = FakeHouse(hang_after=3), Door()
+        self.backend, self.drain = FakeBackend(hang_after=3), Drain()
         self.keys = Keys(stored)
         self.app = create_app(
-            self.house, default_max_tokens=64, caller_of=self.keys.caller_of, door=self.door, ping_s=60
+            self.backend, default_max_tokens=64, caller_of=self.keys.caller_of, drain=self.drain, ping_s=60
         )
 
 
 @pytest.fixture
 def server(stored):
     it = Server(stored)
-    it.keys.start(it.door.shut_out)
+    it.keys.start(it.drain.shut_out)
     with serving(it.app) as url:
         it.url = url
         yield it
@@ -201,10 +201,10 @@ class TestWithKeys:
         assert isinstance(reader.error, openai.APIError)
         assert reader.error.code == "invalid_api_key"
         assert status(server, bearer(key)) == 401
-        assert soon(server.house.streams[0].cancelled.is_set)
+        assert soon(server.backend.streams[0].cancelled.is_set)
         assert untouched.is_alive()
-        assert not server.house.streams[1].cancelled.is_set()
-        server.door.shut_out(next(iter(server.keys._known.ids)))
+        assert not server.backend.streams[1].cancelled.is_set()
+        server.drain.shut_out(next(iter(server.keys._known.ids)))
         untouched.join(WITHIN_S)
         assert not untouched.is_alive()
 
@@ -219,11 +219,11 @@ class TestWithKeys:
 
         thread = threading.Thread(target=ask)
         thread.start()
-        assert soon(lambda: server.house.streams)
+        assert soon(lambda: server.backend.streams)
         stored.revoke(first.id, time.time())
         thread.join(WITHIN_S)
         assert answers[0].status_code == 401
-        assert server.house.streams[0].cancelled.is_set()
+        assert server.backend.streams[0].cancelled.is_set()
 
     def test_a_database_that_is_away_shuts_nobody_out(self, server, stored, monkeypatch, caplog):
         _, key = create_key(stored, "acme")

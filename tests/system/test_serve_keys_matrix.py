@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import httpx2
 import pytest
 from database_world import checkpoint_record, event, gradient_record, job_record
-from fake_house import serving
+from fake_backend import serving
 from starlette.routing import Route
 from whole_world import WORKSPACE, bearer, joined, leaves, whole_config
 

@@ -4,7 +4,7 @@ import time
 
 import openai
 import pytest
-from fake_house import BASE, HI, FakeHouse, serving
+from fake_backend import BASE, HI, FakeBackend, serving
 
 from jaxlora.config.serving import LimitsSection, NamedLimits
 from jaxlora.core.errors import QuotaExceeded, RateLimited, StorageFailed
@@ -154,8 +154,8 @@ class TestOverHttp:
         def by_header(connection):
             return Caller(owner=connection.headers["authorization"].removeprefix("Bearer "), admin=False)
 
-        house = FakeHouse()
-        app = create_app(house, default_max_tokens=64, caller_of=by_header, limiter=Limiter(limits))
+        backend = FakeBackend()
+        app = create_app(backend, default_max_tokens=64, caller_of=by_header, limiter=Limiter(limits))
         with serving(app) as url, openai.OpenAI(base_url=url + "/v1", api_key="x", max_retries=0) as client:
             yield lambda tenant, **body: client.with_options(api_key=tenant).chat.completions.create(
                 **{"model": BASE, "messages": HI} | body

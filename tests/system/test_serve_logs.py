@@ -9,7 +9,7 @@ import time
 
 import httpx2
 import pytest
-from fake_house import BASE, HI, FakeHouse, serving
+from fake_backend import BASE, HI, FakeBackend, serving
 
 from jaxlora.core.errors import Unauthorized
 from serve.access.caller import Caller
@@ -26,9 +26,9 @@ def by_key(connection):
 
 @pytest.fixture(scope="module")
 def running():
-    house = FakeHouse()
-    with serving(create_app(house, default_max_tokens=64, caller_of=by_key, listeners=[log_answered])) as url:
-        yield house, url
+    backend = FakeBackend()
+    with serving(create_app(backend, default_max_tokens=64, caller_of=by_key, listeners=[log_answered])) as url:
+        yield backend, url
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import httpx2
 import pytest
-from fake_house import serving
+from fake_backend import serving
 from prometheus_client.parser import text_string_to_metric_families
 from serve_world import BASE, ask, with_resident
 
@@ -18,8 +18,8 @@ from jaxlora.config.serving import serve_defaults
 from jaxlora.core.errors import Unauthorized
 from serve.access.caller import Caller
 from serve.observability.logs import logging_to
-from serve.observability.metrics import HttpMetrics, MetricsWire
-from serve.runtime.device_thread import Runner
+from serve.observability.metrics import HttpMetrics, MetricsRoutes
+from serve.runtime.device_thread import DeviceThread
 from serve.runtime.snapshot import TrainingView
 from serve.server.app import create_app
 from serve.server.build import observing
@@ -74,7 +74,7 @@ def by_key(connection):
 @pytest.fixture(scope="module")
 def served(world, tmp_path_factory):
     """(url, runner, what was logged as JSON lines)."""
-    runner, log = Runner(world.engine(), base_name=BASE), io.StringIO()
+    runner, log = DeviceThread(world.engine(), base_name=BASE), io.StringIO()
     runner.watch.training = lambda: TrainingView(tokens=70, steps=7, jobs={"running": 1, "failed": 0})
     config = replace(serve_defaults("tiny", tmp_path_factory.mktemp("adapters")), metrics_adapters=True)
     with observing(runner, config) as observers, logging_to(log, as_json=True):
@@ -219,9 +219,9 @@ def test_metrics_and_stats_need_an_admin(served):
 
 
 def test_open_metrics_need_no_key(world):
-    wire = MetricsWire(HttpMetrics(), is_open=True)
+    wire = MetricsRoutes(HttpMetrics(), is_open=True)
     app = create_app(
-        Runner(world.engine(), base_name=BASE),
+        DeviceThread(world.engine(), base_name=BASE),
         default_max_tokens=8,
         caller_of=by_key,
         routers=[wire.router()],
@@ -233,7 +233,7 @@ def test_open_metrics_need_no_key(world):
 
 
 def test_adapters_are_named_only_where_the_operator_says_so(world, tmp_path):
-    runner = Runner(with_resident(world.engine(), world.adapters[0]), base_name=BASE)
+    runner = DeviceThread(with_resident(world.engine(), world.adapters[0]), base_name=BASE)
     with observing(runner, serve_defaults("tiny", tmp_path)) as observers:
         app = create_app(runner, default_max_tokens=8, routers=observers.routers, listeners=observers.listeners)
         with serving(app) as url:

@@ -5,7 +5,7 @@ import time
 
 import openai
 import pytest
-from fake_house import BASE, EOS, HI, events
+from fake_backend import BASE, EOS, HI, events
 
 pytest_plugins = ["wire_fixtures"]
 REPLY = "Grüße 🌍 0.0"
@@ -58,7 +58,7 @@ def test_the_list_is_paged_by_limit_after_and_prefix(http):
 # --- chat
 
 
-def test_chat_answers_whole(client, house):
+def test_chat_answers_whole(client, backend):
     answer = client.chat.completions.create(model="support", messages=HI)
     choice = answer.choices[0]
     assert (choice.index, choice.message.role, choice.message.content) == (0, "assistant", REPLY)
@@ -68,15 +68,15 @@ def test_chat_answers_whole(client, house):
     assert answer.id.startswith("chatcmpl-")
     assert abs(answer.created - time.time()) < 60
     assert answer.object == "chat.completion"
-    prompt = len(house.requests[0].prompt)
+    prompt = len(backend.requests[0].prompt)
     assert answer.usage.prompt_tokens == prompt == len("?user:hi??assistant:")
     assert (answer.usage.completion_tokens, answer.usage.total_tokens) == (REPLY_TOKENS, prompt + REPLY_TOKENS)
     assert answer.usage.prompt_tokens_details.cached_tokens == 0
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_answer_that_follows_its_adapter_says_which_versions_made_it(client, house, stream):
-    house.versions = lambda i: 7 if i < 3 else 8
+def test_an_answer_that_follows_its_adapter_says_which_versions_made_it(client, backend, stream):
+    backend.versions = lambda i: 7 if i < 3 else 8
     asked = {"model": "support", "messages": HI, "extra_body": {"adapter_update": "follow"}}
     if stream:
         chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
@@ -84,17 +84,17 @@ def test_an_answer_that_follows_its_adapter_says_which_versions_made_it(client, 
         assert (parts == sorted(parts), set(parts), spent) == (True, {7, 8}, [7, 8])
     else:
         assert client.chat.completions.create(**asked).model_extra["adapter_version"] == [7, 8]
-    assert house.requests[0].follow
+    assert backend.requests[0].follow
     client.chat.completions.create(model="support", messages=HI, extra_body={"adapter_update": "pin"})
-    assert not house.requests[1].follow
+    assert not backend.requests[1].follow
 
 
-def test_the_base_model_has_no_adapter(client, house):
+def test_the_base_model_has_no_adapter(client, backend):
     assert client.chat.completions.create(model=BASE, messages=HI).model_extra["adapter_version"] is None
-    assert house.requests[0].adapter is None
+    assert backend.requests[0].adapter is None
 
 
-def test_all_sampling_fields_reach_the_engine(client, house):
+def test_all_sampling_fields_reach_the_engine(client, backend):
     client.chat.completions.create(
         model="support@3",
         messages=HI,
@@ -114,27 +114,27 @@ def test_all_sampling_fields_reach_the_engine(client, house):
             "ignore_eos": True,
         },
     )
-    first, second = (r.params for r in house.requests)
+    first, second = (r.params for r in backend.requests)
     assert (first.max_tokens, first.temperature, first.top_p, first.top_k, first.min_p) == (5, 0.0, 0.5, 9, 0.25)
     assert (first.seed, first.stop, first.include_stop, first.stop_token_ids) == (11, ("Q", "Z"), True, (7,))
     assert (first.ignore_eos, first.logprobs, first.choice, second.choice) == (True, 2, 0, 1)
-    assert (house.requests[0].adapter.version, house.requests[0].tenant) == (3, "local")
-    assert house.requests[0].id != house.requests[1].id
+    assert (backend.requests[0].adapter.version, backend.requests[0].tenant) == (3, "local")
+    assert backend.requests[0].id != backend.requests[1].id
 
 
-def test_absent_fields_have_the_api_defaults(client, house):
+def test_absent_fields_have_the_api_defaults(client, backend):
     client.chat.completions.create(model=BASE, messages=HI)
     client.completions.create(model=BASE, prompt="x")
-    chat, plain = (r.params for r in house.requests)
+    chat, plain = (r.params for r in backend.requests)
     assert (chat.max_tokens, plain.max_tokens) == (64, 16)
     assert (chat.temperature, chat.top_p, chat.top_k, chat.min_p, chat.seed) == (1.0, 1.0, -1, 0.0, None)
     assert (chat.stop, chat.stop_token_ids, chat.ignore_eos, chat.logprobs) == ((), (), False, None)
 
 
-def test_n_choices_come_in_order_and_the_prompt_counts_once(client, house):
+def test_n_choices_come_in_order_and_the_prompt_counts_once(client, backend):
     answer = client.chat.completions.create(model=BASE, messages=HI, n=3, seed=5)
     assert [(c.index, c.message.content) for c in answer.choices] == [(i, f"Grüße 🌍 5.{i}") for i in range(3)]
-    assert answer.usage.prompt_tokens == len(house.requests[0].prompt)
+    assert answer.usage.prompt_tokens == len(backend.requests[0].prompt)
     assert answer.usage.completion_tokens == 3 * REPLY_TOKENS
 
 
@@ -154,7 +154,7 @@ def test_a_stop_string_ends_the_text(client, include, want):
     assert "".join(chunks) == want
 
 
-def test_messages_reach_the_template(client, house):
+def test_messages_reach_the_template(client, backend):
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     messages = [
         {"role": "developer", "content": "be brief"},
@@ -163,16 +163,16 @@ def test_messages_reach_the_template(client, house):
         {"role": "tool", "content": "d", "tool_call_id": "call_1"},
     ]
     client.chat.completions.create(model=BASE, messages=messages)
-    text = house.tokenizer.decode(house.requests[0].prompt)
+    text = backend.tokenizer.decode(backend.requests[0].prompt)
     assert text == "system:be briefuser:a\nbassistant:ctool:dassistant:"
 
 
-def test_the_last_message_is_continued_or_left_bare(client, house):
+def test_the_last_message_is_continued_or_left_bare(client, backend):
     turns = [*HI, {"role": "assistant", "content": "An"}]
     for extra in ({"continue_final_message": True}, {"add_generation_prompt": False}):
         client.chat.completions.create(model=BASE, messages=turns, extra_body=extra)
-    continued, bare = (list(r.prompt) for r in house.requests)
-    assert house.tokenizer.decode(continued) == "user:hiassistant:An"
+    continued, bare = (list(r.prompt) for r in backend.requests)
+    assert backend.tokenizer.decode(continued) == "user:hiassistant:An"
     assert bare == [*continued, EOS]
 
 
@@ -251,9 +251,9 @@ def test_streamed_choices_equal_whole_ones_with_logprobs(client):
         pytest.param([[5], [6, 7]], [(5,), (6, 7)], id="lists_of_ids"),
     ],
 )
-def test_a_prompt_in_each_form(client, house, prompt, ids):
+def test_a_prompt_in_each_form(client, backend, prompt, ids):
     answer = client.completions.create(model=BASE, prompt=prompt, n=2, max_tokens=30)
-    assert [r.prompt for r in house.requests] == [p for p in ids for _ in range(2)]
+    assert [r.prompt for r in backend.requests] == [p for p in ids for _ in range(2)]
     assert [c.index for c in answer.choices] == list(range(2 * len(ids)))
     assert [c.text for c in answer.choices] == ["Grüße 🌍 0.0", "Grüße 🌍 0.1"] * len(ids)
     assert answer.usage.prompt_tokens == sum(map(len, ids))
@@ -264,9 +264,9 @@ def test_a_prompt_in_each_form(client, house, prompt, ids):
     )
 
 
-def test_special_tokens_can_be_left_off_a_text_prompt(client, house):
+def test_special_tokens_can_be_left_off_a_text_prompt(client, backend):
     client.completions.create(model=BASE, prompt="a", extra_body={"add_special_tokens": False})
-    assert house.requests[0].prompt == (97,)
+    assert backend.requests[0].prompt == (97,)
 
 
 def test_completion_logprobs_are_four_lists_with_offsets(client):
@@ -287,14 +287,14 @@ def test_logprobs_zero_is_the_chosen_token_alone(client):
     assert answer.choices[0].logprobs.top_logprobs == [{"token_id:71": 0.0}]
 
 
-def test_of_alternatives_with_one_text_the_best_stays(client, house):
-    house.reply = lambda request: "~"
+def test_of_alternatives_with_one_text_the_best_stays(client, backend):
+    backend.reply = lambda request: "~"
     answer = client.completions.create(model=BASE, prompt="x", logprobs=4)
     assert answer.choices[0].logprobs.top_logprobs == [{"~": 0.0, "\x7f": -1.0, "\ufffd": -2.0}]
 
 
-def test_a_special_token_inside_the_text_has_no_width(client, house):
-    house.reply = lambda request: "ab"
+def test_a_special_token_inside_the_text_has_no_width(client, backend):
+    backend.reply = lambda request: "ab"
     extra = {"ignore_eos": True}
     answer = client.completions.create(model=BASE, prompt="x", logprobs=0, max_tokens=5, extra_body=extra)
     assert answer.choices[0].text == "abab"
@@ -320,13 +320,13 @@ def test_completion_stream_equals_the_whole(client, http):
 # --- tokenize
 
 
-def test_tokenize_and_detokenize(http, house):
+def test_tokenize_and_detokenize(http, backend):
     answer = http.post("/tokenize", json={"model": BASE, "prompt": "hé"}).json()
     assert answer == {"tokens": [257, 104, 195, 169], "count": 4, "max_model_len": 200}
     bare = http.post("/tokenize", json={"prompt": "h", "add_special_tokens": False}).json()
     assert bare["tokens"] == [104]
     chat = http.post("/tokenize", json={"model": BASE, "messages": HI, "add_generation_prompt": False}).json()
-    assert chat["tokens"] == house.tokenizer.chat(HI, add_generation_prompt=False)
+    assert chat["tokens"] == backend.tokenizer.chat(HI, add_generation_prompt=False)
     assert http.post("/detokenize", json={"tokens": answer["tokens"]}).json() == {"prompt": "hé"}
 
 

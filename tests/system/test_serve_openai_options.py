@@ -1,4 +1,4 @@
-"""What the wire makes of penalties, biases, echo, prompt_logprobs and structured outputs; a fake house answers."""
+"""What the wire makes of penalties, biases, echo, prompt_logprobs and structured outputs; a fake backend answers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from fake_house import BASE, HI, ByteTokenizer, events
+from fake_backend import BASE, HI, ByteTokenizer, events
 
 from serve.api.openai.logprobs import prompt_offsets
 from serve.engine.sequence import Sequence
@@ -14,14 +14,14 @@ from serve.engine.sequence import Sequence
 pytest_plugins = ["wire_fixtures"]
 
 
-def allowed_first(house) -> set[str]:
+def allowed_first(backend) -> set[str]:
     """Characters with which an answer of the last request may begin."""
     bits_W = np.zeros(-(-ByteTokenizer.vocab_size // 32), np.uint32)
-    house.requests[-1].params.grammar.start().allow(bits_W)
+    backend.requests[-1].params.grammar.start().allow(bits_W)
     return {chr(i) for i in np.flatnonzero(np.unpackbits(bits_W.view(np.uint8), bitorder="little")) if i < 128}
 
 
-def test_penalties_and_biases_reach_the_engine(client, house):
+def test_penalties_and_biases_reach_the_engine(client, backend):
     client.chat.completions.create(
         model=BASE,
         messages=HI,
@@ -31,7 +31,7 @@ def test_penalties_and_biases_reach_the_engine(client, house):
         max_tokens=9,
         extra_body={"repetition_penalty": 1.25, "min_tokens": 4, "prompt_logprobs": 2},
     )
-    p = house.requests[-1].params
+    p = backend.requests[-1].params
     assert (p.presence_penalty, p.frequency_penalty, p.repetition_penalty) == (1.5, -0.5, 1.25)
     assert p.logit_bias == ((7, 2.0), (258, -100.0))
     assert (p.min_tokens, p.prompt_logprobs, p.grammar) == (4, 2, None)
@@ -63,14 +63,14 @@ def test_echoed_logprobs_are_four_lists_over_prompt_and_answer(client):
     assert lp.token_logprobs[4:] == [0.0, -0.25]
 
 
-def test_a_prompt_is_scored_without_an_answer(client, house):
+def test_a_prompt_is_scored_without_an_answer(client, backend):
     answer = client.completions.create(model=BASE, prompt="abc", echo=True, logprobs=0, max_tokens=0)
     choice = answer.choices[0]
     assert (choice.text, choice.finish_reason) == ("abc", "length")
     assert choice.logprobs.token_logprobs == [None, -1.0, -2.0, -3.0]
     assert choice.logprobs.text_offset == [0, 0, 1, 2]  # the begin token has no width
     assert answer.usage.completion_tokens == 0
-    assert house.requests[-1].params.max_tokens == 0
+    assert backend.requests[-1].params.max_tokens == 0
     client.completions.create(model=BASE, prompt=[1] * 200, echo=True, max_tokens=0)  # it may fill the context
 
 
@@ -124,11 +124,11 @@ def test_prompt_logprobs_are_vllms(client):
     assert "prompt_logprobs" not in plain.model_extra
 
 
-def test_echo_and_prompt_logprobs_each_have_their_own_count(client, house):
+def test_echo_and_prompt_logprobs_each_have_their_own_count(client, backend):
     answer = client.completions.create(
         model=BASE, prompt=[97, 98], echo=True, logprobs=1, max_tokens=2, extra_body={"prompt_logprobs": 3}
     )
-    assert house.requests[-1].params.prompt_logprobs == 3
+    assert backend.requests[-1].params.prompt_logprobs == 3
     assert len(answer.choices[0].model_extra["prompt_logprobs"][1]) == 4
     assert len(answer.choices[0].logprobs.top_logprobs[1]) == 2
 
@@ -169,23 +169,23 @@ SCHEMA = {"type": "array", "items": {"type": "integer"}}
     ],
 )
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
-def test_each_form_of_an_answer_reaches_the_engine(http, house, path, fields, begins):
+def test_each_form_of_an_answer_reaches_the_engine(http, backend, path, fields, begins):
     prompt = {"messages": HI} if "chat" in path else {"prompt": "x"}
     answer = http.post(path, json={"model": BASE} | prompt | fields)
     assert answer.status_code == 200, answer.text
     if begins is None:
-        assert house.requests[-1].params.grammar is None
+        assert backend.requests[-1].params.grammar is None
     else:
-        assert allowed_first(house) == set(begins)
+        assert allowed_first(backend) == set(begins)
 
 
-def test_compact_json_has_no_white_space(client, house):
+def test_compact_json_has_no_white_space(client, backend):
     for compact in (True, None):
         structured = {"json": {"type": "array", "items": {"const": 1}}} | (
             {"disable_any_whitespace": True} if compact else {}
         )
         client.completions.create(model=BASE, prompt="x", extra_body={"structured_outputs": structured})
-        state = house.requests[-1].params.grammar.start()
+        state = backend.requests[-1].params.grammar.start()
         for token in b"[1,":
             state.take(token)
         bits_W = np.zeros(9, np.uint32)
@@ -194,18 +194,18 @@ def test_compact_json_has_no_white_space(client, house):
         assert allowed == ({"1"} if compact else {" "})
 
 
-def test_all_choices_share_one_compiled_grammar(client, house):
+def test_all_choices_share_one_compiled_grammar(client, backend):
     client.completions.create(model=BASE, prompt=["a", "b"], n=2, extra_body={"structured_outputs": {"regex": "a+"}})
-    assert len({id(r.params.grammar) for r in house.requests}) == 1
+    assert len({id(r.params.grammar) for r in backend.requests}) == 1
 
 
 # --- token ids, and who shares cached prompts
 
 
-def test_chat_returns_the_ids_of_prompt_and_answer(client, http, house):
+def test_chat_returns_the_ids_of_prompt_and_answer(client, http, backend):
     asked = {"model": BASE, "messages": HI, "n": 2, "max_tokens": 9, "return_token_ids": True}
     whole = http.post("/v1/chat/completions", json=asked).json()
-    assert whole["prompt_token_ids"] == list(house.requests[0].prompt)
+    assert whole["prompt_token_ids"] == list(backend.requests[0].prompt)
     for index, choice in enumerate(whole["choices"]):
         assert choice["token_ids"] == list(f"Grüße 🌍 0.{index}".encode()[:9])
     parts = [json.loads(e) for e in events(http.post("/v1/chat/completions", json=asked | {"stream": True}))[:-1]]
@@ -232,8 +232,8 @@ def test_completions_return_the_ids_of_prompt_and_answer(http):
         assert [c["prompt_token_ids"] for c in mine if "prompt_token_ids" in c] == [choice["prompt_token_ids"]]
 
 
-def test_a_salt_keeps_cached_prompts_apart(client, house):
+def test_a_salt_keeps_cached_prompts_apart(client, backend):
     for salt in ({}, {"cache_salt": "a"}, {"cache_salt": "b"}):
         client.completions.create(model=BASE, prompt="x", extra_body=salt)
-    salts = {Sequence(r, list(r.prompt), r.adapter, 0, 0.0, 0.0).salt for r in house.requests}
+    salts = {Sequence(r, list(r.prompt), r.adapter, 0, 0.0, 0.0).salt for r in backend.requests}
     assert len(salts) == 3

@@ -5,7 +5,7 @@ import typing
 
 import openai
 import pytest
-from fake_house import BASE, HI
+from fake_backend import BASE, HI
 from openai.types import completion_create_params as completion_params
 from openai.types.chat import completion_create_params as chat_params
 
@@ -164,7 +164,7 @@ CHAT_TABLE = {
 
 
 @pytest.mark.parametrize("name", CHAT_TABLE)
-def test_bad_chat_bodies(http, house, name):
+def test_bad_chat_bodies(http, backend, name):
     change, code, param = CHAT_TABLE[name]
     body = {k: v for k, v in ({"model": BASE, "messages": HI} | change).items() if v is not None}
     answer = http.post("/v1/chat/completions", content=json.dumps(body), headers={"content-type": "application/json"})
@@ -173,7 +173,7 @@ def test_bad_chat_bodies(http, house, name):
     assert error["type"] == "invalid_request_error"
     assert set(error) == {"message", "type", "param", "code"}
     assert answer.headers["x-request-id"]
-    assert house.requests == []
+    assert backend.requests == []
 
 
 COMPLETION_TABLE = {
@@ -202,13 +202,13 @@ COMPLETION_TABLE = {
 
 
 @pytest.mark.parametrize("name", COMPLETION_TABLE)
-def test_bad_completion_bodies(http, house, name):
+def test_bad_completion_bodies(http, backend, name):
     change, code, param = COMPLETION_TABLE[name]
     body = {k: v for k, v in ({"model": BASE, "prompt": "x"} | change).items() if v is not None}
     answer = http.post("/v1/completions", json=body)
     error = answer.json()["error"]
     assert (answer.status_code, error["code"], error["param"]) == (400, code, param), error["message"]
-    assert house.requests == []
+    assert backend.requests == []
 
 
 def test_values_that_ask_for_nothing_are_accepted(http):
@@ -246,7 +246,7 @@ def test_every_field_of_the_client_is_known():
     assert set(plain) - set(CompletionBody.model_fields) == set()
 
 
-def test_caps_and_numbers_are_named(client, house):
+def test_caps_and_numbers_are_named(client, backend):
     with pytest.raises(openai.BadRequestError, match="16"):
         client.chat.completions.create(model=BASE, messages=HI, n=17)
     with pytest.raises(openai.BadRequestError, match="at most 4 items"):
@@ -256,7 +256,7 @@ def test_caps_and_numbers_are_named(client, house):
     assert caught.value.code == "context_length_exceeded"
     client.completions.create(model=BASE, prompt=[1] * 100, max_tokens=100)  # the boundary itself fits
     client.completions.create(model=BASE, prompt=[1] * 199)
-    assert [r.params.max_tokens for r in house.requests] == [100, 1]
+    assert [r.params.max_tokens for r in backend.requests] == [100, 1]
 
 
 def test_what_replaces_a_field_is_named(http):

@@ -16,14 +16,14 @@ from dataclasses import dataclass, field, replace
 
 import httpx2
 import pytest
-from fake_house import serving
+from fake_backend import serving
 from serve_world import BASE, CONFIG, check_idle, settle, with_resident
 
 from jaxlora.config.serving import LimitsSection, NamedLimits
 from serve.access.caller import Caller
 from serve.access.rate_limit import Limiter
 from serve.engine.engine import Engine
-from serve.runtime.device_thread import Runner
+from serve.runtime.device_thread import DeviceThread
 from serve.server.app import create_app
 
 pytest_plugins = ["serve_fixtures"]
@@ -78,7 +78,7 @@ def server(world, **bounds: int) -> Iterator[tuple[PacedEngine, str]]:
     engine = with_resident(world.engine(replace(CONFIG, **bounds)), *world.adapters[:3])
     engine.__class__ = PacedEngine
     engine.prepare()
-    runner = Runner(engine, base_name=BASE)
+    runner = DeviceThread(engine, base_name=BASE)
     runner.start()
     limits = LimitsSection(tenant=(NamedLimits(name="small", requests_per_minute=QUOTA),))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx2
 import pytest
 from adapters_world import zip_of
-from fake_house import serving
+from fake_backend import serving
 from whole_world import bearer, joined, leaves, whole_config
 
 from jaxlora.config.serving import LimitsSection, NamedLimits, ServeConfig

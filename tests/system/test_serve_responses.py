@@ -5,7 +5,7 @@ import typing
 
 import openai
 import pytest
-from fake_house import BASE, ByteTokenizer
+from fake_backend import BASE, ByteTokenizer
 from openai.types.responses import response_create_params
 from test_serve_tools import CITY, PARIS, TEMPLATE
 
@@ -19,20 +19,20 @@ WEATHER = {"type": "function", "name": "weather", "parameters": CITY, "strict": 
 
 
 @pytest.fixture
-def calling(house):
-    house.tokenizer = ByteTokenizer()
-    house.tokenizer.chat_template = TEMPLATE
-    house.grammars = Grammars(house.tokenizer)
-    house.context = 5000
-    house.reply = lambda request: PARIS
-    return house
+def calling(backend):
+    backend.tokenizer = ByteTokenizer()
+    backend.tokenizer.chat_template = TEMPLATE
+    backend.grammars = Grammars(backend.tokenizer)
+    backend.context = 5000
+    backend.reply = lambda request: PARIS
+    return backend
 
 
-def asked_text(house):
-    return house.tokenizer.decode(house.requests[-1].prompt)
+def asked_text(backend):
+    return backend.tokenizer.decode(backend.requests[-1].prompt)
 
 
-def test_a_response_to_text(client, house):
+def test_a_response_to_text(client, backend):
     answer = client.responses.create(model="support", input="hi", instructions="be brief", max_output_tokens=30)
     assert answer.output_text == REPLY
     assert (answer.status, answer.object, answer.model, answer.error) == ("completed", "response", "support", None)
@@ -40,16 +40,16 @@ def test_a_response_to_text(client, house):
     assert (answer.tools, answer.tool_choice, answer.parallel_tool_calls) == ([], "auto", True)
     assert answer.id.startswith("resp_")
     assert answer.model_extra["adapter_version"] == 7
-    assert asked_text(house) == "system:be briefuser:hiassistant:"
+    assert asked_text(backend) == "system:be briefuser:hiassistant:"
     used = answer.usage
-    prompt, said = len(house.requests[0].prompt), len(REPLY.encode()) + 1
+    prompt, said = len(backend.requests[0].prompt), len(REPLY.encode()) + 1
     assert (used.input_tokens, used.output_tokens, used.total_tokens) == (prompt, said, prompt + said)
     assert (used.input_tokens_details.cached_tokens, used.output_tokens_details.reasoning_tokens) == (0, 0)
     (item,) = answer.output
     assert (item.type, item.role, item.status, item.content[0].annotations) == ("message", "assistant", "completed", [])
 
 
-def test_an_answer_is_repeated_as_input(client, house):
+def test_an_answer_is_repeated_as_input(client, backend):
     first = client.responses.create(model=BASE, input=[{"role": "user", "content": "a"}])
     parts = [{"type": "input_text", "text": "b"}, {"type": "input_text", "text": "c"}]
     talk = [
@@ -59,10 +59,10 @@ def test_an_answer_is_repeated_as_input(client, house):
         {"type": "message", "role": "user", "content": parts},
     ]
     client.responses.create(model=BASE, input=talk)
-    assert asked_text(house) == f"system:be kinduser:aassistant:{REPLY}user:b\ncassistant:"
+    assert asked_text(backend) == f"system:be kinduser:aassistant:{REPLY}user:b\ncassistant:"
 
 
-def test_sampling_reaches_the_engine(client, house):
+def test_sampling_reaches_the_engine(client, backend):
     answer = client.responses.create(
         model=BASE,
         input="x",
@@ -72,7 +72,7 @@ def test_sampling_reaches_the_engine(client, house):
         include=["message.output_text.logprobs"],
         top_logprobs=2,
     )
-    p = house.requests[0].params
+    p = backend.requests[0].params
     assert (p.temperature, p.top_p, p.max_tokens, p.logprobs) == (0.5, 0.25, 4, 2)
     assert (answer.status, answer.incomplete_details.reason) == ("incomplete", "max_output_tokens")
     assert answer.output[0].status == "incomplete"
@@ -81,8 +81,8 @@ def test_sampling_reaches_the_engine(client, house):
     assert [a.token for a in tokens[0].top_logprobs] == ["G", "H"]
 
 
-def test_the_stream_of_the_official_client(client, house):
-    house.context = 2000
+def test_the_stream_of_the_official_client(client, backend):
+    backend.context = 2000
     with client.responses.stream(model=BASE, input="x") as stream:
         seen = list(stream)
         final = stream.get_final_response()
@@ -123,14 +123,14 @@ def test_a_stream_that_is_cut_is_incomplete(http):
     assert told[-2]["item"]["status"] == "incomplete"
 
 
-def test_an_answer_of_nothing_is_an_empty_message(client, house):
-    house.reply = lambda request: ""
+def test_an_answer_of_nothing_is_an_empty_message(client, backend):
+    backend.reply = lambda request: ""
     (item,) = client.responses.create(model=BASE, input="x").output
     assert item.content[0].text == ""
 
 
-def test_a_stream_that_fails_says_so(http, client, house):
-    house.fail_after, house.failure = 3, Overloaded("draining; retry later")
+def test_a_stream_that_fails_says_so(http, client, backend):
+    backend.fail_after, backend.failure = 3, Overloaded("draining; retry later")
     told = raw_events(http)
     assert told[-1]["type"] == "response.failed"
     assert (told[-1]["response"]["status"], told[-1]["response"]["error"]["code"]) == ("failed", "overloaded")
@@ -179,9 +179,9 @@ def test_a_choice_is_a_grammar(client, calling, choice):
         pytest.param({"type": "json_schema", "name": "n", "strict": True, "schema": {"type": "array"}}, id="schema"),
     ],
 )
-def test_the_form_of_the_text_is_a_grammar(client, house, form):
+def test_the_form_of_the_text_is_a_grammar(client, backend, form):
     answer = client.responses.create(model=BASE, input="x", text={"format": form})
-    assert house.requests[0].params.grammar is not None
+    assert backend.requests[0].params.grammar is not None
     assert answer.text.format.type == form["type"]
 
 
@@ -240,13 +240,13 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_bodies(http, house, name):
+def test_bad_bodies(http, backend, name):
     change, code, param = BAD[name]
     body = {k: v for k, v in ({"model": BASE, "input": "x"} | change).items() if v is not None}
     answer = http.post("/v1/responses", json=body)
     error = answer.json()["error"]
     assert (answer.status_code, error["code"], error["param"]) == (400, code, param), error["message"]
-    assert house.requests == []
+    assert backend.requests == []
 
 
 def test_every_field_of_the_client_is_known():

@@ -7,7 +7,7 @@ import threading
 from types import SimpleNamespace
 
 import pytest
-from fake_house import BASE, FakeHouse, serving
+from fake_backend import BASE, FakeBackend, serving
 from small_world import tiny_path
 
 from benchmarks import streams
@@ -18,11 +18,11 @@ STREAMS, TOKENS = 500, 20
 
 
 def said(request):
-    """What the house writes as bytes."""
+    """What the backend writes as bytes."""
     return SimpleNamespace(encode=lambda: bytes(request.prompt[:1]) * TOKENS)
 
 
-class CrowdHouse(FakeHouse):
+class CrowdHouse(FakeBackend):
     """Says each prompt's first token; refuses those over its number of rows; knows how many were open at once."""
 
     def __init__(self, rows):
@@ -45,9 +45,9 @@ class CrowdHouse(FakeHouse):
     ],
 )
 def test_500_streams_at_once(rows, refused):
-    house = CrowdHouse(rows)
+    backend = CrowdHouse(rows)
     before = threading.active_count()
-    with serving(create_app(house, default_max_tokens=64)) as url:
+    with serving(create_app(backend, default_max_tokens=64)) as url:
         port = int(url.rsplit(":", 1)[1])
         outcomes = asyncio.run(streams.crowd("127.0.0.1", port, BASE, STREAMS, TOKENS, again=True))
         told = streams.told(outcomes, TOKENS)
@@ -55,8 +55,8 @@ def test_500_streams_at_once(rows, refused):
         {"refusals": told["refusals"]} if refused else {}
     )
     assert (told["refusals"] > 0) is refused
-    assert house.most == rows
-    assert all(s.ended for s in house.streams)
+    assert backend.most == rows
+    assert all(s.ended for s in backend.streams)
     assert threading.active_count() <= before + 1
 
 

@@ -1,10 +1,10 @@
-"""Tools in chat: the official client over a house whose template writes calls as Hermes and Qwen do."""
+"""Tools in chat: the official client over a backend whose template writes calls as Hermes and Qwen do."""
 
 import json
 
 import openai
 import pytest
-from fake_house import BASE, HI, ByteTokenizer, events
+from fake_backend import BASE, HI, ByteTokenizer, events
 
 from serve.api.openai.tools import BARE, TAGGED
 from serve.engine.grammar import Grammars
@@ -38,22 +38,22 @@ PARIS = call("weather", {"city": "Paris"})
 
 
 @pytest.fixture
-def calling(house):
-    """The running house, whose template knows tools; it answers with a call."""
-    use(house, TEMPLATE)
-    house.context = 5000
-    house.reply = lambda request: PARIS
-    return house
+def calling(backend):
+    """The running backend, whose template knows tools; it answers with a call."""
+    use(backend, TEMPLATE)
+    backend.context = 5000
+    backend.reply = lambda request: PARIS
+    return backend
 
 
-def use(house, template):
-    house.tokenizer = ByteTokenizer()
-    house.tokenizer.chat_template = template
-    house.grammars = Grammars(house.tokenizer)
+def use(backend, template):
+    backend.tokenizer = ByteTokenizer()
+    backend.tokenizer.chat_template = template
+    backend.grammars = Grammars(backend.tokenizer)
 
 
-def prompt(house):
-    return bytes(house.requests[-1].prompt).decode()
+def prompt(backend):
+    return bytes(backend.requests[-1].prompt).decode()
 
 
 def said(message):

@@ -6,7 +6,7 @@ import json
 
 import httpx2
 import pytest
-from fake_house import FakeHouse, serving
+from fake_backend import FakeBackend, serving
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 from pydantic import TypeAdapter
@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from jaxlora.core.lora import AdapterRef
 from serve.access.caller import Caller
 from serve.api.openai.routes import ERRORS
-from serve.api.stats import StatsObject, StatsWire
+from serve.api.stats import StatsObject, StatsRoutes
 from serve.cli.chat_client import AnswerFailed
 from serve.cli.http_client import server as server_of
 from serve.cli.main import app as cli
@@ -75,9 +75,9 @@ def by_key(connection):
 
 @pytest.fixture(scope="module")
 def url():
-    house = FakeHouse()
-    wire = StatsWire(house, Still())
-    with serving(create_app(house, default_max_tokens=8, caller_of=by_key, routers=[wire.router()])) as url:
+    backend = FakeBackend()
+    wire = StatsRoutes(backend, Still())
+    with serving(create_app(backend, default_max_tokens=8, caller_of=by_key, routers=[wire.router()])) as url:
         yield url
 
 
@@ -165,7 +165,7 @@ def test_without_an_admins_key_it_is_one_line_and_exit_2(url):
 def test_what_is_no_such_server_is_told(body, status, words):
     router = APIRouter(responses=ERRORS)
     router.add_api_route("/v1/stats", lambda: JSONResponse(body, status), methods=["GET"], response_model=None)
-    with serving(create_app(FakeHouse(), default_max_tokens=8, routers=[router])) as url:
+    with serving(create_app(FakeBackend(), default_max_tokens=8, routers=[router])) as url:
         result = top("--url", url, "--once")
     assert (result.exit_code, words in result.output) == (2, True)
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import httpx2
 import pytest
-from fake_house import BASE, HI, FakeHouse, serving
+from fake_backend import BASE, HI, FakeBackend, serving
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
@@ -27,10 +27,10 @@ TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
 @pytest.fixture(scope="module")
 def running():
-    house, exporter = FakeHouse(), InMemorySpanExporter()
+    backend, exporter = FakeBackend(), InMemorySpanExporter()
     tracing = Tracing(SimpleSpanProcessor(exporter))
-    with serving(create_app(house, default_max_tokens=64, listeners=[tracing.heard])) as url:
-        yield house, url, exporter
+    with serving(create_app(backend, default_max_tokens=64, listeners=[tracing.heard])) as url:
+        yield backend, url, exporter
     tracing.close()
 
 

@@ -11,7 +11,7 @@ from serve.db.gradient import StoredGradient
 from serve.db.idempotency import StoredAnswers
 from serve.db.jobs import StoredJobs
 from serve.db.keys import StoredKeys
-from serve.db.models import Answer
+from serve.db.models import StoredAnswer
 
 pytest_plugins = ["database_fixtures"]
 NOW = 100.0
@@ -267,8 +267,8 @@ class TestAnswers:
         assert answers.claim(*claim, "sha", NOW) is None
         with pytest.raises(Unavailable):
             answers.claim(*claim, "sha", NOW)
-        answers.settle(*claim, Answer(status=200, body="{}"))
-        assert answers.claim(*claim, "sha", NOW) == Answer(status=200, body="{}")
+        answers.settle(*claim, StoredAnswer(status=200, body="{}"))
+        assert answers.claim(*claim, "sha", NOW) == StoredAnswer(status=200, body="{}")
         with pytest.raises(StateInvalid):
             answers.claim(*claim, "another", NOW)
         for other in (("other", *claim[1:]), ("acme", "POST /v1/jobs", "k"), (*claim[:2], "l")):
@@ -283,17 +283,17 @@ class TestAnswers:
     def test_is_kept_for_a_day(self, database):
         answers = StoredAnswers(database)
         answers.claim("acme", "r", "k", "sha", NOW)
-        answers.settle("acme", "r", "k", Answer(status=200, body="x"))
+        answers.settle("acme", "r", "k", StoredAnswer(status=200, body="x"))
         assert answers.claim("acme", "r", "k", "another", NOW + 24 * 3600 + 1) is None
 
     def test_a_server_that_starts_tidies(self, database):
         answers = StoredAnswers(database)
         answers.claim("acme", "r", "begun", "sha", NOW)
         answers.claim("acme", "r", "done", "sha", NOW)
-        answers.settle("acme", "r", "done", Answer(status=200, body="x"))
+        answers.settle("acme", "r", "done", StoredAnswer(status=200, body="x"))
         answers.tidy(NOW + 1)
         assert answers.claim("acme", "r", "begun", "another", NOW) is None
-        assert answers.claim("acme", "r", "done", "sha", NOW) == Answer(status=200, body="x")
+        assert answers.claim("acme", "r", "done", "sha", NOW) == StoredAnswer(status=200, body="x")
 
     @pytest.mark.parametrize("key", ["", "a" * 256, "\x00", "é"], ids=ascii)
     def test_a_key_must_be_plain_text(self, database, key):

@@ -43,7 +43,7 @@ from train.data.jsonl import load_jsonl
 from train.jobs.inputs import digest
 from train.run import metrics
 from train.run.metrics import EventFile, plot_curves
-from train.run.progress import Board, progress
+from train.run.progress import ProgressScreen, progress
 from train.step.state import SlotState
 from train.trainer import MAX_BAD_STEPS, Evaluation, Trainer
 
@@ -122,7 +122,7 @@ def main(config_path: Path) -> None:
         with console.status("asking the base model for the held-out examples"):
             before = evaluate_all(trainer, jobs, list(jobs), tuned=False)
         fresh = {name: e.nll for name, e in before.items() if not trainer.tenants[name].step}  # B is zero: as the base
-        run_steps(trainer, config, opened, jobs, store, console, Board(trainer.tenants, fresh))
+        run_steps(trainer, config, opened, jobs, store, console, ProgressScreen(trainer.tenants, fresh))
         finish(trainer, config, jobs, console, before)
 
 
@@ -245,7 +245,7 @@ def run_steps(
     jobs: dict[str, Job],
     store: AdapterStore | None,
     console: Console,
-    board: Board,
+    screen: ProgressScreen,
 ) -> None:
     """Steps until every tenant is done or has failed, with a line per tenant, metrics files, checkpoints and adapters.
 
@@ -263,7 +263,7 @@ def run_steps(
     with (
         event_files(trainer, jobs) if store is not None else contextlib.nullcontext({}) as events,
         ctrl_c_waits() as asked,
-        Live(board.table(), console=console, refresh_per_second=4) as live,
+        Live(screen.table(), console=console, refresh_per_second=4) as live,
     ):
         while trainer.has_work and not (stopped := multihost.any_says(asked.is_set())):
             reports = trainer.step()
@@ -273,10 +273,10 @@ def run_steps(
                 if r.step % config.save_every == 0 or trainer.tenants[r.tenant].status == "done"
             ]
             for name, evaluation in evaluate_all(trainer, jobs, marks, tuned=True).items():
-                board.note_heldout(name, evaluation.nll)
+                screen.note_heldout(name, evaluation.nll)
             for report in reports:
                 name, job = report.tenant, jobs[report.tenant]
-                board.note(report)
+                screen.note(report)
                 if store is not None:
                     metrics.append(job.metrics, report)
                     events[name].add(metrics.row_of(report))
@@ -287,8 +287,8 @@ def run_steps(
                     continue
                 save_tenant(trainer, name, job)
                 if not console.is_terminal:  # a log has no table that changes
-                    say(console, board.line(name))
-            live.update(board.table())
+                    say(console, screen.line(name))
+            live.update(screen.table())
         for name, job in jobs.items():
             save_tenant(trainer, name, job)
     multihost.meet()

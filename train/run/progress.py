@@ -11,7 +11,7 @@ from rich.table import Table
 from train.trainer import StepReport, Tenant
 
 
-class Board:
+class ProgressScreen:
     """The newest numbers of each tenant, and how fast it goes."""
 
     def __init__(

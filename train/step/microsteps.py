@@ -62,7 +62,7 @@ class Waiting:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PartSizes:
+class MicrostepSizes:
     """How small the parts of a step are: what they take is roughly the product of the first two, and the last."""
 
     lanes: int  # of one pass
@@ -81,9 +81,9 @@ class PartSizes:
         check_lanes(mesh, self.lanes, "training lanes of a part")
 
 
-def small_parts(mesh: Mesh) -> PartSizes:
-    """Parts of about the length of a decode step: one lane on each group of devices through one layer."""
-    return PartSizes(lanes=mesh.shape["data"] * mesh.shape["fsdp"], layers=1, targets=16)
+def small_parts(mesh: Mesh) -> MicrostepSizes:
+    """Microsteps of about the length of a decode step: one lane on each group of devices through one layer."""
+    return MicrostepSizes(lanes=mesh.shape["data"] * mesh.shape["fsdp"], layers=1, targets=16)
 
 
 class Holder(Protocol):
@@ -192,10 +192,10 @@ def _forward_by(layers: int, remat: str) -> Callable:
     return functools.partial(_forward, layers=layers, remat=remat)
 
 
-class Parts:
+class Microsteps:
     """The programs of the parts, and the order in which a pass runs them."""
 
-    def __init__(self, base: Base, states: States, sizes: PartSizes, remat: str):
+    def __init__(self, base: Base, states: States, sizes: MicrostepSizes, remat: str):
         self.base, self.sizes = base, sizes
         placed = jax.tree.map(lambda x: x.sharding, tuple(s.grads for s in states))
         lanes, small = NamedSharding(base.mesh, PartitionSpec(RULES["lanes"])), replicated(base.mesh)

@@ -51,7 +51,7 @@ MAX_FILES = 8  # of an adapter that comes file by file, what is left out include
 CHUNK_BYTES = 2**18
 
 
-class AdaptersWire:
+class AdaptersRoutes:
     """The routes, over one service."""
 
     def __init__(self, service: AdapterService, limiter: Limiter):

@@ -42,7 +42,7 @@ from serve.access.adapter_quota import AdapterQuota
 from serve.access.caller import Caller
 from serve.runtime.backend import ModelCard
 from serve.runtime.catalog import names_version
-from serve.runtime.device_thread import Runner
+from serve.runtime.device_thread import DeviceThread
 
 LOG = logging.getLogger("serve")
 MAX_VERSIONS = 1000  # of one adapter that come in over HTTP; a tenant's quota counts names
@@ -84,7 +84,7 @@ class AdapterService:
 
     def __init__(
         self,
-        runner: Runner,
+        runner: DeviceThread,
         *,
         config: ModelConfig,
         read_head: Callable[[], np.ndarray],

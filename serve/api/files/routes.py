@@ -44,7 +44,7 @@ FILES = "/v1/files"
 MAX_UPLOADS = 16  # at once
 
 
-class FilesWire:
+class FilesRoutes:
     """The routes, over one store."""
 
     def __init__(self, files: FileStore, database: Database, once: Once, limiter: Limiter, *, max_file_bytes: int):

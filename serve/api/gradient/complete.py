@@ -2,7 +2,7 @@
 
 Answers of the Gradient wire: generated, or one of the given choices by what each scores.  No routes here.
 
-What the Gradient wire needs of the server beside `House`: adapters that are trained by calls.  Pure: a protocol."""
+What the Gradient wire needs of the server beside `Backend`: adapters that are trained by calls.  Pure: a protocol."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from serve.api.openai.logprobs import Fan
 from serve.engine.request import FinishReason, PromptLogprob, SamplingParams
 from serve.engine.request import Request as TokenRequest
 from serve.http.request_log import Generated, note_generated
-from serve.runtime.backend import House, TokenStream
+from serve.runtime.backend import Backend, TokenStream
 from train.data.examples import Example
 
 
@@ -66,11 +66,11 @@ class Whole:
 
 
 class Completer:
-    """Asks one house."""
+    """Asks one backend."""
 
-    def __init__(self, house: House, max_tokens: int, draw: Callable[[], float], limiter: Limiter | None):
+    def __init__(self, backend: Backend, max_tokens: int, draw: Callable[[], float], limiter: Limiter | None):
         """max_tokens: of an answer whose request names none.  draw: numbers in [0, 1).  limiter: as `Admission` takes it."""
-        self._house, self._max_tokens, self._draw, self._limiter = house, max_tokens, draw, limiter
+        self._backend, self._max_tokens, self._draw, self._limiter = backend, max_tokens, draw, limiter
 
     async def complete(
         self, request: Request, model: str, ref: AdapterRef | None, body: CompleteBody
@@ -82,7 +82,7 @@ class Completer:
         prompt = await asyncio.to_thread(self._prompt, body)
         if body.guidance is not None:
             return await self._choose(request, model, ref, body, body.guidance, prompt)
-        room = self._house.context - len(prompt)
+        room = self._backend.context - len(prompt)
         wanted = body.max_generated_token_count
         max_tokens = min(self._max_tokens, max(room, 1)) if wanted is None else wanted
         self._check_room(len(prompt), max_tokens)
@@ -137,20 +137,20 @@ class Completer:
 
     def _prompt(self, body: CompleteBody) -> list[int]:
         """Ids of the query: a user's turn in the base's template, where it has one and that is wanted."""
-        tokenizer = self._house.tokenizer
+        tokenizer = self._backend.tokenizer
         if body.auto_template is False or tokenizer.chat_template is None:
             return tokenizer.encode(body.query)
         return tokenizer.chat([{"role": "user", "content": body.query}])
 
     def _choices(self, guidance: Guidance) -> list[list[int]]:
-        return [self._house.tokenizer.encode(text, add_special_tokens=False) for text in guidance.value]
+        return [self._backend.tokenizer.encode(text, add_special_tokens=False) for text in guidance.value]
 
     def _check_room(self, prompt: int, more: int) -> None:
         """Raises ContextLengthExceeded where the prompt and what follows it do not fit."""
-        if prompt + more > self._house.context:
+        if prompt + more > self._backend.context:
             raise ContextLengthExceeded(
                 f"the query has {prompt} tokens and its answer may have {more}, together {prompt + more}; the model's "
-                f"context is {self._house.context}; ask for less"
+                f"context is {self._backend.context}; ask for less"
             )
 
     async def _ask(
@@ -167,7 +167,7 @@ class Completer:
             self._limiter.admit(tenant, tokens=cost(requests))
         try:
             for asked in requests:
-                streams.append(self._house.submit(asked))
+                streams.append(self._backend.submit(asked))
         except BaseException:
             for stream in streams:
                 stream.cancel()

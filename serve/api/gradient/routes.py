@@ -1,6 +1,6 @@
 """The Gradient wire, for the official SDK: adapters that are created, trained by synchronous calls and asked in between.
 
-    POST /api/models ─▶ Tuner.create        …/fine-tune ─▶ Tuner.fine_tune: one update        …/complete ─▶ House.submit
+    POST /api/models ─▶ Tuner.create        …/fine-tune ─▶ Tuner.fine_tune: one update        …/complete ─▶ Backend.submit
 
 An adapter belongs to the caller's tenant, and is seen in the workspace it was created in alone.
 """
@@ -49,9 +49,9 @@ from serve.api.gradient.schemas import (
 )
 from serve.db.gradient import StoredGradient
 from serve.db.idempotency import StoredAnswers
-from serve.db.models import Answer, GradientRecord, JsonObject
+from serve.db.models import GradientRecord, JsonObject, StoredAnswer
 from serve.http.schema import ok
-from serve.runtime.backend import House
+from serve.runtime.backend import Backend
 from serve.runtime.catalog import JOB_PREFIX, RESERVED_NAMES
 
 BASE_END, ADAPTER_END = "_base_ml_model", "_model_adapter"  # 14 characters after a UUID's 36: the SDK wants 50
@@ -63,12 +63,12 @@ Workspace = Annotated[str, Header(alias="x-gradient-workspace-id", min_length=1,
 IdempotencyKey = Annotated[str | None, Header(alias="idempotency-key")]
 
 
-class GradientWire:
+class GradientRoutes:
     """The routes.  Of one event loop."""
 
     def __init__(
         self,
-        house: House,
+        backend: Backend,
         config: GradientConfig,
         *,
         records: StoredGradient,
@@ -78,11 +78,11 @@ class GradientWire:
         draw: Callable[[], float] = random.random,
     ):
         """tuner: None for a server that does not train.  limiter: who counts what each tenant asks for.  draw: numbers in [0, 1), which choose among choices."""
-        self._house, self._config, self._records, self._answers = house, config, records, answers
+        self._backend, self._config, self._records, self._answers = backend, config, records, answers
         self._tuner, self._limiter = tuner, limiter
-        self._completer = Completer(house, config.max_tokens, draw, limiter)
+        self._completer = Completer(backend, config.max_tokens, draw, limiter)
         self._creating = asyncio.Lock()
-        self.base_id = str(uuid.uuid5(NAMESPACE, house.base_name)) + BASE_END
+        self.base_id = str(uuid.uuid5(NAMESPACE, backend.base_name)) + BASE_END
 
     def router(self) -> APIRouter:
         """All routes of this wire."""
@@ -108,7 +108,7 @@ class GradientWire:
         capabilities = ["complete", *(["fineTune"] if self._tuner is not None else [])]
         if query.capability not in ("any", *capabilities):
             return JSONResponse({"models": []})
-        name = self._house.base_name
+        name = self._backend.base_name
         slug = re.sub(r"[^a-z0-9.]+", "-", name.rpartition("/")[2].lower()).strip("-")
         models: list[JsonObject] = [
             {
@@ -140,7 +140,7 @@ class GradientWire:
                 tenant=owner,
                 workspace=workspace,
                 adapter=self._free_name(owner, body.model.name, id),
-                base=self._house.base_name,
+                base=self._backend.base_name,
                 settings={"name": body.model.name, **settings},
                 created_s=now_s,
                 updated_s=now_s,
@@ -176,7 +176,7 @@ class GradientWire:
         if NAME_PATTERN.fullmatch(wanted) is None or wanted in RESERVED_NAMES or wanted.startswith(JOB_PREFIX):
             return id
         try:
-            self._house.resolve(owner, wanted)
+            self._backend.resolve(owner, wanted)
         except AdapterNotFound:
             return wanted
         return id
@@ -211,7 +211,7 @@ class GradientWire:
     def _lives(self, record: GradientRecord) -> bool:
         """Whether the adapter is still there: other wires may have deleted it."""
         try:
-            return self._house.resolve(record.tenant, record.adapter) is not None
+            return self._backend.resolve(record.tenant, record.adapter) is not None
         except AdapterNotFound:
             return False
 
@@ -256,7 +256,7 @@ class GradientWire:
 
     async def _train(self, record: GradientRecord, body: FineTuneBody) -> str:
         """The answer's JSON."""
-        examples = await asyncio.to_thread(examples_of, self._house.tokenizer, body.samples, self._config.longest)
+        examples = await asyncio.to_thread(examples_of, self._backend.tokenizer, body.samples, self._config.longest)
         if self._limiter is not None:
             self._limiter.admit(record.tenant, tokens=sum(map(len, examples)))
         settings = record.settings
@@ -282,7 +282,7 @@ class GradientWire:
         except BaseException:
             await self._ask(self._answers.release, owner, route, key)
             raise
-        await self._ask(self._answers.settle, owner, route, key, Answer(status=200, body=told))
+        await self._ask(self._answers.settle, owner, route, key, StoredAnswer(status=200, body=told))
         return told
 
     async def complete(self, request: Request, id: str, body: CompleteBody, workspace: Workspace) -> Response:
@@ -294,7 +294,7 @@ class GradientWire:
             raise UnknownBase(NO_BASE)
         if id != self.base_id:
             record = await self._find(request, id, workspace)
-            ref = self._house.resolve(record.tenant, record.adapter)
+            ref = self._backend.resolve(record.tenant, record.adapter)
         finish, text = await within(request, self._completer.complete(request, id, ref, body))
         return JSONResponse({"finishReason": finish, "generatedOutput": text})
 

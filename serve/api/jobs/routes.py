@@ -38,7 +38,7 @@ PING_S = 15.0
 JOBS = "/v1/fine_tuning/jobs"
 
 
-class JobsWire:
+class JobsRoutes:
     """The routes, over one service."""
 
     def __init__(self, service: JobService, once: Once, limiter: Limiter):

@@ -33,7 +33,7 @@ from serve.engine.request import Request as TokenRequest
 from serve.http.errors import error_body, error_code
 from serve.http.request_log import Generated, note_generated, note_refused
 from serve.http.sse import DONE, sse
-from serve.runtime.backend import House
+from serve.runtime.backend import Backend
 
 LOG = logging.getLogger("serve")
 
@@ -220,7 +220,7 @@ async def attend[T](request: Request, work: Awaitable[T]) -> T:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
+class Generation:
     """What one HTTP request asks of the engine."""
 
     id_prefix: str
@@ -237,13 +237,13 @@ class Job:
 
 
 class Admission:
-    """Lets jobs into one house."""
+    """Lets jobs into one backend."""
 
-    def __init__(self, house: House, ping_s: float, limiter: Limiter | None):
+    def __init__(self, backend: Backend, ping_s: float, limiter: Limiter | None):
         """limiter: who counts what each tenant asks for; None: nobody."""
-        self._house, self._ping_s, self._limiter = house, ping_s, limiter
+        self._backend, self._ping_s, self._limiter = backend, ping_s, limiter
 
-    async def run(self, request: Request, body: SamplingBody, job: Job) -> Run:
+    async def run(self, request: Request, body: SamplingBody, job: Generation) -> Run:
         """The job under way; its `fan` must be cancelled in the end.  Raises InvalidRequest and what refuses a request."""
         heading = Heading(
             id=job.id_prefix + uuid.uuid4().hex,
@@ -254,7 +254,7 @@ class Admission:
         requests = await self._requests(request, body, job, heading.id)
         if self._limiter is not None:
             self._limiter.admit(caller_of(request).owner, tokens=cost(requests))
-        tokenizer = self._house.tokenizer
+        tokenizer = self._backend.tokenizer
         name = "token_id:{}".format if body.return_tokens_as_token_ids else tokenizer.token_text
         choices = [Choice(tokenizer, name, job.prompts[i // (body.n or 1)]) for i in range(len(requests))]
         return Run(
@@ -270,19 +270,19 @@ class Admission:
 
     def check_ids(self, ids: Sequence[int], field: str) -> None:
         """Raises InvalidRequest for an id outside the vocabulary: on the device it would read another row."""
-        vocab = self._house.tokenizer.vocab_size
+        vocab = self._backend.tokenizer.vocab_size
         for i in ids:
             if not 0 <= i < vocab:
                 raise InvalidRequest(f"{field} has the token id {i}; ids go from 0 to {vocab - 1}", param=field)
 
-    def _max_tokens(self, job: Job, prompt: Sequence[int]) -> int:
+    def _max_tokens(self, job: Generation, prompt: Sequence[int]) -> int:
         """Tokens this prompt may generate.  Raises ContextLengthExceeded when prompt and max_tokens do not fit."""
-        room = self._house.context - len(prompt)
+        room = self._backend.context - len(prompt)
         wanted = job.max_tokens if job.max_tokens is not None else min(job.fallback, max(room, 1))
         if wanted > room:
             raise ContextLengthExceeded(
                 f"the prompt has {len(prompt)} tokens and {job.max_tokens_field} asks for {wanted}, together "
-                f"{len(prompt) + wanted}; the model's context is {self._house.context}. "
+                f"{len(prompt) + wanted}; the model's context is {self._backend.context}. "
                 + (
                     f"Ask for at most {room} tokens" if room > 0 else f"Shorten the prompt by {1 - room} tokens or more"
                 ),
@@ -290,7 +290,7 @@ class Admission:
             )
         return wanted
 
-    async def _requests(self, request: Request, body: SamplingBody, job: Job, id: str) -> list[TokenRequest]:
+    async def _requests(self, request: Request, body: SamplingBody, job: Generation, id: str) -> list[TokenRequest]:
         """One request for each prompt and choice, in index order."""
         n = body.n or 1
         if len(job.prompts) * n > MAX_CHOICES:
@@ -310,7 +310,7 @@ class Admission:
         if body.prompt_logprobs is not None and body.stream:
             raise InvalidRequest("prompt_logprobs are not streamed; leave out one of them", param="prompt_logprobs")
         limits = [self._max_tokens(job, view.tokens) for view in job.prompts]
-        grammar = None if job.grammar is None else await self._house.grammars.compile(job.grammar)
+        grammar = None if job.grammar is None else await self._backend.grammars.compile(job.grammar)
         out = []
         for view, max_tokens in zip(job.prompts, limits, strict=True):
             params = sampling(body, max_tokens, job.logprobs, job.prompt_logprobs, grammar)
@@ -333,7 +333,7 @@ class Admission:
         streams = []
         try:
             for r in requests:
-                streams.append(self._house.submit(r))
+                streams.append(self._backend.submit(r))
         except BaseException:
             for stream in streams:
                 stream.cancel()

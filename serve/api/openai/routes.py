@@ -1,6 +1,6 @@
 """The OpenAI wire: models, chat and plain completions (whole or as server-sent events), tokenize and detokenize.
 
-A body becomes a Job (prompts and sampling), a Job becomes Requests, their token streams become one answer.  The model
+A body becomes a Generation (prompts and sampling), a Generation becomes Requests, their token streams become one answer.  The model
 name is resolved once, before the prompt is read, so an answer has one adapter version from end to end.
 """
 
@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse, Response
 from jaxlora.core.errors import InvalidRequest
 from serve.access.caller import caller_of
 from serve.access.rate_limit import Limiter
-from serve.api.openai.generation import Admission, ChoiceWriter, Job, answer
+from serve.api.openai.generation import Admission, ChoiceWriter, Generation, answer
 from serve.api.openai.logprobs import PromptView
 from serve.api.openai.messages import Conversation, ToolUse, chosen, conversation, functions_of, tool_use
 from serve.api.openai.render import ChatShape, CompletionShape, Shape, model_object
@@ -38,7 +38,7 @@ from serve.api.openai.schemas import (
 )
 from serve.http.errors import ERRORS
 from serve.http.schema import ok, refuse_unbuilt
-from serve.runtime.backend import House
+from serve.runtime.backend import Backend
 
 MAX_LISTED = 1000  # adapters in an answer without `limit`
 COMPLETION_MAX_TOKENS = 16  # the API's default for plain completions
@@ -58,13 +58,13 @@ class WireConfig:
             raise InvalidRequest(f"ping_s must be positive, got {self.ping_s}")
 
 
-class OpenAIWire:
-    """The routes, over one house."""
+class OpenAIRoutes:
+    """The routes, over one backend."""
 
-    def __init__(self, house: House, config: WireConfig, limiter: Limiter | None = None):
-        self._house = house
+    def __init__(self, backend: Backend, config: WireConfig, limiter: Limiter | None = None):
+        self._backend = backend
         self._config = config
-        self._admission = Admission(house, config.ping_s, limiter)
+        self._admission = Admission(backend, config.ping_s, limiter)
 
     def router(self) -> APIRouter:
         """All routes of this wire."""
@@ -93,7 +93,7 @@ class OpenAIWire:
 
     async def list_models(self, request: Request, query: Annotated[ModelQuery, Query()]) -> Response:
         """The base models, then the caller's adapters, newest first."""
-        cards = await asyncio.to_thread(self._house.models, caller_of(request).sees)
+        cards = await asyncio.to_thread(self._backend.models, caller_of(request).sees)
         cards = sorted(cards, key=lambda c: (c.parent is not None, -c.created, c.id))
         cards = [c for c in cards if c.id.startswith(query.prefix)]
         if query.after is not None:
@@ -107,12 +107,12 @@ class OpenAIWire:
 
     async def read_model(self, request: Request, model: str) -> Response:
         """One model, by any name that a completion takes."""
-        return JSONResponse(model_object(await asyncio.to_thread(self._house.model, caller_of(request).sees, model)))
+        return JSONResponse(model_object(await asyncio.to_thread(self._backend.model, caller_of(request).sees, model)))
 
     async def chat(self, request: Request, body: ChatBody) -> Response:
         """The answer to a conversation."""
         refuse_unbuilt(body)
-        adapter = self._house.resolve(caller_of(request).sees, body.model)
+        adapter = self._backend.resolve(caller_of(request).sees, body.model)
         asked = chat_max_tokens(body)
         if body.top_logprobs and not body.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs: true", param="top_logprobs")
@@ -121,12 +121,12 @@ class OpenAIWire:
             functions_of(body.tools or ()),
             chosen(body.tool_choice),
             body.parallel_tool_calls,
-            self._house.tokenizer,
+            self._backend.tokenizer,
             None if grammar is None else grammar.param.partition(".")[0],
         )
         talk = self._conversation(body, tools)
-        ids = tuple(await asyncio.to_thread(talk.ids, self._house.tokenizer))
-        job = Job(
+        ids = tuple(await asyncio.to_thread(talk.ids, self._backend.tokenizer))
+        job = Generation(
             id_prefix=ChatShape.id_prefix,
             operation="chat",
             prompts=[PromptView(tokens=ids, echo=None, logprobs=None, ranked=body.prompt_logprobs)],
@@ -150,13 +150,13 @@ class OpenAIWire:
     async def complete(self, request: Request, body: CompletionBody) -> Response:
         """The continuation of each prompt."""
         refuse_unbuilt(body)
-        adapter = self._house.resolve(caller_of(request).sees, body.model)
+        adapter = self._backend.resolve(caller_of(request).sees, body.model)
         if body.max_tokens == 0 and not body.echo:
             raise InvalidRequest("max_tokens must be at least 1 without echo, got 0", param="max_tokens")
         if body.best_of is not None and body.best_of < (body.n or 1):
             raise InvalidRequest(f"best_of must be at least n, got {body.best_of} and {body.n}", param="best_of")
         echoed = body.logprobs if body.echo else None
-        job = Job(
+        job = Generation(
             id_prefix=CompletionShape.id_prefix,
             operation="text_completion",
             prompts=await self._prompts(body),
@@ -180,40 +180,40 @@ class OpenAIWire:
         """Ids of a text or of a conversation."""
         refuse_unbuilt(body)
         if body.model is not None:
-            self._house.resolve(caller_of(request).sees, body.model)
+            self._backend.resolve(caller_of(request).sees, body.model)
         if body.messages is not None and body.prompt is None:
             refuse_given(body, "messages", "add_special_tokens")
-            tools = tool_use(functions_of(body.tools or ()), chosen(None), None, self._house.tokenizer, None)
-            ids = await asyncio.to_thread(self._conversation(body, tools).ids, self._house.tokenizer)
+            tools = tool_use(functions_of(body.tools or ()), chosen(None), None, self._backend.tokenizer, None)
+            ids = await asyncio.to_thread(self._conversation(body, tools).ids, self._backend.tokenizer)
         elif body.prompt is not None and body.messages is None:
             refuse_given(
                 body, "prompt", "add_generation_prompt", "continue_final_message", "tools", "chat_template_kwargs"
             )
             special = body.add_special_tokens is not False
-            ids = await asyncio.to_thread(self._house.tokenizer.encode, body.prompt, add_special_tokens=special)
+            ids = await asyncio.to_thread(self._backend.tokenizer.encode, body.prompt, add_special_tokens=special)
         else:
             raise InvalidRequest("give either prompt or messages", param="prompt")
-        return JSONResponse({"tokens": list(ids), "count": len(ids), "max_model_len": self._house.context})
+        return JSONResponse({"tokens": list(ids), "count": len(ids), "max_model_len": self._backend.context})
 
     async def detokenize(self, request: Request, body: DetokenizeBody) -> Response:
         """Text of ids."""
         if body.model is not None:
-            self._house.resolve(caller_of(request).sees, body.model)
+            self._backend.resolve(caller_of(request).sees, body.model)
         self._admission.check_ids(body.tokens, "tokens")
-        return JSONResponse({"prompt": await asyncio.to_thread(self._house.tokenizer.decode, body.tokens)})
+        return JSONResponse({"prompt": await asyncio.to_thread(self._backend.tokenizer.decode, body.tokens)})
 
     async def tokenizer_info(self) -> Response:
         """The base model's special tokens and chat template."""
-        tokenizer = self._house.tokenizer
+        tokenizer = self._backend.tokenizer
         ends = dict.fromkeys(("eos_token", "bos_token", "pad_token")) | dict(tokenizer.special_texts)
         said = {"chat_template": tokenizer.chat_template, "vocab_size": tokenizer.vocab_size}
-        return JSONResponse(ends | said | {"model_max_length": self._house.context})
+        return JSONResponse(ends | said | {"model_max_length": self._backend.context})
 
     def _conversation(self, body: ChatBody | TokenizeBody, tools: ToolUse | None) -> Conversation:
         return conversation(
             body.messages or (),
             tools,
-            self._house.tokenizer,
+            self._backend.tokenizer,
             add_generation_prompt=body.add_generation_prompt,
             continue_final=body.continue_final_message,
             variables=body.chat_template_kwargs,
@@ -224,7 +224,7 @@ class OpenAIWire:
         prompts = prompt_list(body.prompt)
         if not prompts or not all(prompts):
             raise InvalidRequest("prompt must not be empty, and no prompt of a list may be", param="prompt")
-        tokenizer, out = self._house.tokenizer, []
+        tokenizer, out = self._backend.tokenizer, []
         for prompt in prompts:
             if isinstance(prompt, str):
                 special = body.add_special_tokens is not False
@@ -242,7 +242,7 @@ class OpenAIWire:
             out.append(PromptView(tokens=tuple(ids), echo=text, logprobs=body.logprobs, ranked=body.prompt_logprobs))
         return out
 
-    async def _answer(self, request: Request, body: SamplingBody, job: Job, shape: Shape) -> Response:
+    async def _answer(self, request: Request, body: SamplingBody, job: Generation, shape: Shape) -> Response:
         run = await self._admission.run(request, body, job)
         usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         return await answer(request, run, ChoiceWriter(run, shape, usage), bool(body.stream))

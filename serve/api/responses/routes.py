@@ -13,7 +13,7 @@ from jaxlora.checkpoints.chat_template import Turn
 from jaxlora.core.errors import InvalidRequest, NotFound, UnsupportedParameter
 from serve.access.caller import caller_of
 from serve.access.rate_limit import Limiter
-from serve.api.openai.generation import Admission, Job, answer
+from serve.api.openai.generation import Admission, Generation, answer
 from serve.api.openai.logprobs import PromptView
 from serve.api.openai.messages import Conversation, ToolUse, call_turn, need_form, tool_use
 from serve.api.openai.render import Json
@@ -26,7 +26,7 @@ from serve.api.responses.schemas import LOGPROBS, InputItem, InputPart, Response
 from serve.engine.grammar import GrammarSource
 from serve.http.errors import ERRORS
 from serve.http.schema import ok, refuse_unbuilt
-from serve.runtime.backend import House, Tokenizer
+from serve.runtime.backend import Backend, Tokenizer
 
 OF_TYPE = {
     "message": {"role", "content", "phase"},
@@ -35,12 +35,12 @@ OF_TYPE = {
 }
 
 
-class ResponsesWire:
-    """The routes, over one house."""
+class ResponsesRoutes:
+    """The routes, over one backend."""
 
-    def __init__(self, house: House, config: WireConfig, limiter: Limiter | None = None):
-        self._house, self._config = house, config
-        self._admission = Admission(house, config.ping_s, limiter)
+    def __init__(self, backend: Backend, config: WireConfig, limiter: Limiter | None = None):
+        self._backend, self._config = backend, config
+        self._admission = Admission(backend, config.ping_s, limiter)
 
     def router(self) -> APIRouter:
         """All routes of this wire."""
@@ -56,14 +56,14 @@ class ResponsesWire:
     async def create(self, request: Request, body: ResponsesBody) -> Response:
         """The answer to a conversation."""
         refuse_unbuilt(body)
-        adapter = self._house.resolve(caller_of(request).sees, body.model)
+        adapter = self._backend.resolve(caller_of(request).sees, body.model)
         for i, name in enumerate(body.include or ()):
             if name != LOGPROBS:
                 raise UnsupportedParameter(f"include may name {LOGPROBS} alone; leave it out", param=f"include[{i}]")
         logprobs = LOGPROBS in (body.include or ())
         if body.top_logprobs and not logprobs:
             raise InvalidRequest(f"top_logprobs needs include: [{LOGPROBS}]", param="top_logprobs")
-        grammar, tokenizer = text_grammar(body), self._house.tokenizer
+        grammar, tokenizer = text_grammar(body), self._backend.tokenizer
         tools = tool_use(
             response_functions(body),
             response_choice(body.tool_choice),
@@ -72,7 +72,7 @@ class ResponsesWire:
             None if grammar is None else "text.format",
         )
         ids = tuple(await asyncio.to_thread(input_conversation(body, tools, tokenizer).ids, tokenizer))
-        job = Job(
+        job = Generation(
             id_prefix="resp_",
             operation="responses",
             prompts=[PromptView(tokens=ids, echo=None, logprobs=None, ranked=None)],

@@ -29,7 +29,7 @@ class InputPart(Strict):
     refusal: Unbuilt = None
 
 
-Parts = Annotated[list[InputPart], Field(max_length=MAX_PARTS), FailFast()]
+Microsteps = Annotated[list[InputPart], Field(max_length=MAX_PARTS), FailFast()]
 
 
 class InputItem(Strict):
@@ -39,12 +39,12 @@ class InputItem(Strict):
     id: Text | None = None  # of an item that is repeated; changes nothing
     status: Text | None = None  # likewise
     role: Annotated[str | None, Only(("user", "assistant", "system", "developer"))] = None
-    content: Text | Parts | None = None
+    content: Text | Microsteps | None = None
     phase: Annotated[str | None, Only(("final_answer",))] = None
     call_id: Text | None = None
     name: FunctionName | None = None
     arguments: Text | None = None
-    output: Text | Parts | None = None
+    output: Text | Microsteps | None = None
     caller: Unbuilt = None
     namespace: Unbuilt = None
 

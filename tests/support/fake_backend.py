@@ -1,4 +1,4 @@
-"""A small house without a model: bytes are tokens, answers come from a function, and everything asked is on record."""
+"""A small backend without a model: bytes are tokens, answers come from a function, and everything asked is on record."""
 
 import asyncio
 import codecs
@@ -72,7 +72,7 @@ def echo_seed(request):
 
 
 @dataclass(kw_only=True)
-class FakeHouse:
+class FakeBackend:
     """Deterministic.  Behaviour is set by assigning fields; `hang_after` and `fail_after` count tokens."""
 
     base_name: str = BASE
@@ -136,12 +136,12 @@ class FakeHouse:
 class FakeStream:
     """One answer, a token at a time."""
 
-    def __init__(self, house, request):
+    def __init__(self, backend, request):
         self.request = request
         self.cancelled = threading.Event()
         self.ended = False
-        self._pace_s = house.pace_s
-        self._deltas = self._generate(house, request)
+        self._pace_s = backend.pace_s
+        self._deltas = self._generate(backend, request)
 
     def __aiter__(self):
         return self
@@ -154,10 +154,10 @@ class FakeStream:
         if not self.ended:
             self.cancelled.set()
 
-    async def _generate(self, house, request):
+    async def _generate(self, backend, request):
         p = request.params
         stops, decoder = StopStrings(p.stop, p.include_stop), codecs.getincrementaldecoder("utf-8")("replace")
-        tokens = [*house.reply(request).encode(), *([EOS] if house.end else [])]
+        tokens = [*backend.reply(request).encode(), *([EOS] if backend.end else [])]
         scores = fake_scores(request.prompt, p.prompt_logprobs)
         if p.max_tokens == 0:
             self.ended = True
@@ -165,12 +165,12 @@ class FakeStream:
             return
         # With ignore_eos the answer begins anew after the end token, until max_tokens.
         for i, token in enumerate(tokens * 50):
-            if i == house.hang_after:
+            if i == backend.hang_after:
                 await asyncio.Event().wait()
-            if i == house.fail_after:
-                if house.failure is not None:
+            if i == backend.fail_after:
+                if backend.failure is not None:
                     self.ended = True
-                    yield Delta(request_id=request.id, error=house.failure)
+                    yield Delta(request_id=request.id, error=backend.failure)
                 return
             eos = token == EOS and not p.ignore_eos
             stop_id = token in p.stop_token_ids
@@ -186,8 +186,8 @@ class FakeStream:
             )
             self.ended = finish is not None
             made_by = request.adapter
-            if house.versions is not None and made_by is not None:
-                made_by = replace(made_by, version=house.versions(i))
+            if backend.versions is not None and made_by is not None:
+                made_by = replace(made_by, version=backend.versions(i))
             yield replace(delta, finish=finish, adapter=made_by, prompt_logprobs=() if i else scores)
             if finish is not None:
                 return
