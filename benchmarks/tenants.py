@@ -2,7 +2,7 @@
 
     uv run python benchmarks/tenants.py DATA [--dtype bfloat16] [--steps 80] [--peft] [--only NAME ...]
 
-DATA holds NAME.train.data.jsonl and NAME.heldout.jsonl (OpenAI chat lines); all of its tasks train in one session, a tenant each.
+DATA holds NAME.train.jsonl and NAME.heldout.jsonl (OpenAI chat lines); all of its tasks train in one session, a tenant each.
 Recipe: rank 8, alpha 16, all seven projections, 80 steps of batch 8, AdamW with lr 2e-3, 5 warm-up steps and a linear
 decay.  Said of each: nats per answer token of the first 32 held-out examples, and how many of the first 16 greedy answers are
 the example's own; of the base, of the adapter, and of PEFT's.
@@ -88,7 +88,7 @@ def main() -> int:
     parser.add_argument("--peft", action="store_true", help="measure PyTorch with PEFT too")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these tasks")
     args = parser.parse_args()
-    every = sorted(p.name.removesuffix(".train.data.jsonl") for p in args.data.glob("*.train.data.jsonl"))
+    every = sorted(p.name.removesuffix(".train.jsonl") for p in args.data.glob("*.train.jsonl"))
     names, seeds = args.only or every, {name: seed for seed, name in enumerate(every)}  # also alone, a task has its own
     shape = {"slots": len(names), "max_rank": RANK, "lanes": 2 * len(names), "lane_tokens": LANE_TOKENS}
     with Session.open(dtype=args.dtype, **shape, publish_every=args.steps + 1) as session:
@@ -98,7 +98,7 @@ def main() -> int:
             lines[name] = held[:ASKED]
             session.add_tenant(
                 name,
-                args.data / f"{name}.train.data.jsonl",
+                args.data / f"{name}.train.jsonl",
                 heldout=held,
                 rank=RANK,
                 alpha=ALPHA,

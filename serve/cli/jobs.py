@@ -14,7 +14,7 @@ jobs = typer.Typer(help="The fine-tuning jobs of a running server.", no_args_is_
 files = typer.Typer(help="The training files of a running server.", no_args_is_help=True)
 
 Id = Annotated[str, typer.Argument(metavar="ID")]
-CREATE_EXAMPLES = """Example:  jaxlora jobs create train.data.jsonl --model smollm2 --suffix support --follow
+CREATE_EXAMPLES = """Example:  jaxlora jobs create train.jsonl --model smollm2 --suffix support --follow
 
 Example:  jaxlora jobs create file-0123… --model smollm2 --heldout held.jsonl --rank 8 --lr 1e-3 --steps 60"""
 
@@ -117,7 +117,7 @@ def show_file(id: Id, url: Url = HERE, key: Key = None, as_json: Json = False) -
     _ask("show_file", id=id, url=url, key=key, as_json=as_json)
 
 
-@files.command(epilog="Example:  jaxlora files upload train.data.jsonl")
+@files.command(epilog="Example:  jaxlora files upload train.jsonl")
 def upload(
     path: Annotated[Path, typer.Argument(help="A JSONL file.")], url: Url = HERE, key: Key = None, as_json: Json = False
 ) -> None:

@@ -58,7 +58,7 @@ def acme(server, request):
 
 
 def file_of(server, client, **how) -> str:
-    return server[0].files.keep(client.api_key, "train.data.jsonl", "fine-tune", lines(**how).encode()).id
+    return server[0].files.keep(client.api_key, "train.jsonl", "fine-tune", lines(**how).encode()).id
 
 
 def create(server, client, **changes):

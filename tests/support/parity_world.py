@@ -33,13 +33,13 @@ class Recipe:
 
 RECIPES = {
     "roman": Recipe(
-        data="roman.train.data.jsonl",
+        data="roman.train.jsonl",
         spec=LoraSpec(rank=8, alpha=16.0),
         optimizer=Optimizer(lr=1e-3, warmup_steps=5, total_steps=STEPS, weight_decay=0.1, clip=0.5),
         seed=3,
     ),
     "plural": Recipe(
-        data="plural.train.data.jsonl",
+        data="plural.train.jsonl",
         spec=LoraSpec(rank=4, alpha=16.0, targets=ATTENTION_TARGETS, rslora=True),
         optimizer=Optimizer(lr=3e-4, schedule="cosine", total_steps=STEPS, b2=0.99, clip=None, loraplus_ratio=8.0),
         seed=4,

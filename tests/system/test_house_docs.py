@@ -109,7 +109,7 @@ def run_page(url, tmp_path, monkeypatch, capsys) -> Iterator[Callable[[str], tup
     """Runs a page's blocks one after another in a folder with a training file; returns its names and the lines it printed."""
     monkeypatch.chdir(tmp_path)
     lines = [{"prompt": f"{i} is", "completion": f" {i}"} for i in range(6)]
-    Path("train.data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    Path("train.jsonl").write_text("\n".join(map(json.dumps, lines)))
     names: dict = {}
 
     def run(page: str) -> tuple[dict, list[str]]:

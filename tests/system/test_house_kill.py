@@ -79,8 +79,8 @@ def server(folder: Path):
 
 def job_of(client, folder: Path):
     lines = [{"prompt": f"say {i}", "completion": f" word{i}"} for i in range(8)]
-    (folder / "train.data.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    file = client.files.create(file=folder / "train.data.jsonl", purpose="fine-tune")
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    file = client.files.create(file=folder / "train.jsonl", purpose="fine-tune")
     how = {"lora": {"r": 2}, "max_steps": STEPS, "checkpoint_every": 7, "learning_rate": 0.01}
     return client.fine_tuning.jobs.create(model="tiny-llama-tied", training_file=file.id, seed=5, extra_body=how)
 

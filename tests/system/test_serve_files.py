@@ -48,7 +48,7 @@ def client(server):
         yield it
 
 
-def upload(client, content=GOOD, name="train.data.jsonl", **more):
+def upload(client, content=GOOD, name="train.jsonl", **more):
     return client.files.create(file=(name, content), purpose="fine-tune", **more)
 
 
