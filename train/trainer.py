@@ -10,7 +10,6 @@ Shape letters: G lanes, J positions of a lane, U due slots, L layers, R LoRA ran
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Generator, Sequence
 
 import jax
@@ -24,11 +23,11 @@ from jaxlora.model.decoder import Base
 from jaxlora.model.lora_pool import PoolSpec, Rows, adapter_of_rows, host_rows
 from jaxlora.model.mesh import check_lanes, place, place_rows, replicated
 from pallas_kernels import NO_ADAPTER
-from train.data.examples import ExampleStream, Lane, Unit, check_kind, pack, pair_margins, real_tokens
+from train.data.examples import ExampleStream, Unit, check_kind, real_tokens
 from train.data.mixer import Mixer
-from train.dpo_reference import DpoReferences
+from train.evaluate import Evaluator
 from train.slot_buckets import SlotBuckets
-from train.step.batch import LaneSums, TrainBatch, idle_batch, idle_sums, put_dropout, put_lane, put_sums
+from train.step.batch import LaneSums, idle_batch, idle_sums, put_dropout, put_sums
 from train.step.microsteps import Microsteps, MicrostepSizes
 from train.step.state import SlotState, States, UpdateReport, empty_state, fresh_adapter, fresh_seat
 from train.step.step import make_programs
@@ -46,7 +45,6 @@ from train.tenant import (
 )
 
 FIRST_PART = "mix"  # of a step
-EVALUATE = "evaluate"  # a part of an evaluation
 
 
 class Trainer:
@@ -82,12 +80,14 @@ class Trainer:
         self.tenants: dict[str, Tenant] = {}
         self.trained_tokens = self.updates = 0  # since the start
         self._mixer = Mixer(lanes, lane_tokens)
-        self._references = DpoReferences(lanes, lane_tokens)
         self.states: States = tuple(empty_state(base, spec, mesh, moments) for spec in self.seats.buckets)
         self._programs = make_programs(self.states, mesh, remat=remat)
         if parts is not None:
             parts.check(base.config, mesh, lanes)
         self._parts = None if parts is None else Microsteps(base, self.states, parts, remat)
+        self.evaluator = Evaluator(
+            base, self._programs.evaluate, self, self._parts, lanes=lanes, lane_tokens=lane_tokens
+        )
         self._step: Generator[str] | None = None  # under way
         self._reports: list[StepReport] = []  # of the part that runs
         self.part = FIRST_PART  # what `advance` runs next
@@ -287,8 +287,8 @@ class Trainer:
             tenant.window.weight += target_count(own) if tenant.per_target else batch_weight(own, tenant.loss)
         due = [(t, t.optimizer.row(t.step, divisor(t.window.weight))) for t in map(self.tenants.__getitem__, mixed.due)]
         drawn = [(tenant.stream.seed, tenant.step) for tenant in owners]
-        yield from self._learn(lanes)
-        batch = self._batch([(lane, t.slot, t.loss) for lane, t in zip(lanes, owners, strict=True)])
+        yield from self.evaluator.learn(lanes)
+        batch = self.evaluator.batch([(lane, t.slot, t.loss) for lane, t in zip(lanes, owners, strict=True)])
         for g, (lane, tenant) in enumerate(zip(lanes, owners, strict=True)):
             put_dropout(batch, g, lane, tenant.spec.dropout, *drawn[g])
         step = MixedStep(lanes, owners, batch, due)
@@ -338,7 +338,7 @@ class Trainer:
         """Adds what the lanes summed to (NumPy) to their tenants' windows."""
         for tenant in filter(self._trains, dict.fromkeys(step.owners)):
             gs = [g for g, owner in enumerate(step.owners) if owner is tenant]
-            hits = np.sum([self._hits(step.lanes[g], tenant.loss, sums, g) for g in gs], axis=0)
+            hits = np.sum([self.evaluator.hits(step.lanes[g], tenant.loss, sums, g) for g in gs], axis=0)
             tenant.window.add(sums, gs, hits, tokens := real_tokens([step.lanes[g] for g in gs]))
             self.trained_tokens += tokens
 
@@ -388,63 +388,12 @@ class Trainer:
         self, work: Sequence[tuple[Sequence[Unit], str | None]], *, tuned: bool = True
     ) -> Generator[str, None, list[Evaluation]]:
         """The same in parts: yields the name of each before it runs, and returns what `evaluate_all` does."""
-        asked: list[tuple[int, Lane, int, Loss]] = []  # whose work, lane, slot, loss
-        totals = np.zeros((len(work), 4))  # loss, targets, hits and what they are counted among
-        divisors: list[float] = []
-        for owner, (examples, name) in enumerate(work):
+        asked: list[tuple[Sequence[Unit], int, Loss]] = []
+        for examples, name in work:
             tenant = None if name is None else self._tenant(name)
             slot, loss = (NO_ADAPTER, CROSS_ENTROPY) if tenant is None else (tenant.slot, tenant.loss)
-            for unit in examples:
-                check_kind(unit, loss.name)
-            lanes = pack(examples, self.lane_tokens)
-            divisors.append(divisor(batch_weight(lanes, loss)))
-            if loss.name == "dpo" and not tuned:  # the base is its own reference: every margin is exactly 0
-                targets = sum(np.count_nonzero(lane.weight_J) for lane in lanes)
-                totals[owner] = len(examples) * math.log(2), targets, 0, len(examples)
-            else:
-                asked += [(owner, lane, slot if tuned else NO_ADAPTER, loss) for lane in lanes]
-        for start in range(0, len(asked), self.lanes):
-            part = asked[start : start + self.lanes]
-            yield from self._learn([lane for _, lane, _, _ in part])
-            yield EVALUATE
-            sums = self._evaluated(self._batch([(lane, slot, loss) for _, lane, slot, loss in part]))
-            for g, (owner, lane, _, loss) in enumerate(part):
-                totals[owner] += sums.loss_G[g], sums.count_G[g], *self._hits(lane, loss, sums, g)
-        return [
-            Evaluation(nll=float(total / divisor), accuracy=float(hits / max(count, 1.0)), tokens=int(targets))
-            for divisor, (total, targets, hits, count) in zip(divisors, totals, strict=True)
-        ]
-
-    def _hits(self, lane: Lane, loss: Loss, sums: LaneSums, g: int) -> tuple[float, float]:
-        """(targets of lane g that were the likeliest, targets); of pairs: (those whose margin is positive, pairs)."""
-        if loss.name != "dpo":
-            return float(sums.hit_G[g]), float(sums.count_G[g])
-        margins = pair_margins(lane, np.asarray(sums.logprob_GJ[g]), self._references.of(lane))
-        return float((margins > 0).sum()), float(len(margins))
-
-    def _learn(self, lanes: Sequence[Lane]) -> Generator[str]:
-        """Finds what the base makes of the pairs of these lanes, where it is not known; in parts, as a step is run."""
-        for asked in self._references.asks(lanes):
-            batch = idle_batch(self.lanes, self.lane_tokens)
-            for g, lane in enumerate(asked):
-                put_lane(batch, g, lane, NO_ADAPTER, CROSS_ENTROPY, lane.reference_J)
-            if self._parts is None:
-                found = [self._evaluated(batch).logprob_GJ]
-            else:
-                found = []
-                for start in range(0, len(asked), self._parts.sizes.lanes):
-                    found.append((yield from self._parts.logprobs(batch, start, self)))
-            self._references.know(asked, np.concatenate(found)[: len(asked)])
-
-    def _evaluated(self, batch: TrainBatch) -> LaneSums:
-        return jax.device_get(self._programs.evaluate(self.base, self._pools(), place_rows(self.mesh, batch)))
-
-    def _batch(self, rows: Sequence[tuple[Lane, int, Loss]]) -> TrainBatch:
-        """Lanes with their slots and losses, in NumPy; the references of their pairs are known."""
-        batch = idle_batch(self.lanes, self.lane_tokens)
-        for g, (lane, slot, loss) in enumerate(rows):
-            put_lane(batch, g, lane, slot, loss, self._references.of(lane))
-        return batch
+            asked.append((examples, slot, loss))
+        return (yield from self.evaluator.evaluation(asked, tuned=tuned))
 
     def _device[T](self, tree: T) -> T:
         """NumPy arrays, whole on every device."""

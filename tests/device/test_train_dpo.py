@@ -1,6 +1,5 @@
 """Preference pairs: the loss of a policy model and a reference model computed apart, learning, resuming, the reference."""
 
-import dataclasses
 import math
 
 import jax
@@ -85,7 +84,7 @@ def test_training_prefers_the_chosen_answers():
 
 
 def references(trainer, data):
-    return [trainer._references._known[p].tobytes() for p in data]
+    return [trainer.evaluator.references._known[p].tobytes() for p in data]
 
 
 def test_the_reference_of_a_pair_depends_on_nothing_but_the_pair():
@@ -104,17 +103,16 @@ def test_the_reference_of_a_pair_depends_on_nothing_but_the_pair():
 
 def test_the_base_is_asked_once_for_a_pair():
     trainer, data = make_trainer(), pairs(6, LANES + 1)
-    asked, evaluate = [], trainer._programs.evaluate
-    counting = lambda *a: asked.append(1) or evaluate(*a)  # noqa: E731
-    trainer._programs = dataclasses.replace(trainer._programs, evaluate=counting)
+    asked, evaluate = [], trainer.evaluator._evaluate
+    trainer.evaluator._evaluate = lambda *a: asked.append(1) or evaluate(*a)
     join(trainer, data, batch_size=3)
     for _ in range(2 * len(data)):
         trainer.step()
     assert 0 < len(asked) <= math.ceil(len(data) / 3)
-    assert len(trainer._references._known) == len(data)
+    assert len(trainer.evaluator.references._known) == len(data)
     trainer.remove("a")
     del data
-    assert not trainer._references._known  # nobody has these pairs any more
+    assert not trainer.evaluator.references._known  # nobody has these pairs any more
 
 
 @pytest.mark.parametrize("stop_after", [1, 3])

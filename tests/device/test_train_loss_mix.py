@@ -57,7 +57,7 @@ def test_nan_in_a_reference_stays_with_its_tenant(alone):
         join(trainer, name, data if name == "dpo" else None)
     trainer.step()
     trainer.evaluate(data, "dpo")
-    for reference in trainer._references._known.values():
+    for reference in trainer.evaluator.references._known.values():
         reference[:] = np.nan
     assert not any(r.finite for r in train(trainer, STEPS - 1) if r.tenant == "dpo")
     for name in set(LOSSES) - {"dpo"}:
