@@ -67,7 +67,7 @@ def feature_splits(sizes: tuple[int, ...]) -> list[int]:
 
 
 def dot(left: jax.Array, right: jax.Array, contract: tuple[int, int]) -> jax.Array:
-    """Returns the float32 product of two matrices over these axes: exact for float32, else bfloat16 with float32 sums."""
+    """Returns the float32 product of two matrices over these axes: exact for float32, bfloat16 with float32 sums."""
     wide = jnp.promote_types(left.dtype, right.dtype)
     precision = lax.Precision.HIGHEST if wide == jnp.float32 else lax.Precision.DEFAULT
     return lax.dot_general(

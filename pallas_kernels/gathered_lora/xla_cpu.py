@@ -179,7 +179,7 @@ def _has_blocks(x_TX: jax.Array) -> bool:
 
 
 def _scratch(a_LSRX: jax.Array) -> jax.Array:
-    """Returns the scratch of A's product, for two visits: a fully updated array is a new one, filled by other threads."""
+    """Returns the scratch of A's product, for two visits: a fully updated array is a new one, which threads fill."""
     return jnp.zeros((2, a_LSRX.shape[2], _columns(a_LSRX.shape[3]) or 0), jnp.complex64)
 
 
