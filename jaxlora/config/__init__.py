@@ -1,4 +1,4 @@
-"""Settings as frozen dataclasses, each validated once, and the strict TOML loader.
+"""Settings as frozen dataclasses, each checked once, and the strict TOML loader.
 
 May import core; no jax.
 Recipe and serve_defaults are the only places of defaults; nothing that a checkpoint decides has one.

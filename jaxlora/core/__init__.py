@@ -1,5 +1,5 @@
-"""Types and errors that all packages share: AdapterRef, LoraSpec, ModelConfig, JaxLoraError.
+"""The types and errors that everything else speaks in: AdapterRef, LoraSpec, ModelConfig, JaxLoraError.
 
-Imports nothing else of this repository and no jax.
+Imports nothing of ours and no jax.
 An AdapterRef (tenant, name, version) is immutable; each error class has an HTTP status and a code.
 """

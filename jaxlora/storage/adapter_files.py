@@ -41,7 +41,7 @@ STORED = np.dtype("<f4")
 
 
 def scan(adapters: Path) -> dict[tuple[str, str], set[int]]:
-    """Returns (tenant, name) → complete versions.  Reads names only: ten thousand adapters take a fraction of a second."""
+    """Returns (tenant, name) → complete versions.  Reads names only: 10,000 adapters take a fraction of a second."""
     found = {}
     for tenant in _folders(adapters):
         for name in _folders(adapters / tenant):

@@ -52,9 +52,7 @@ class CheckpointWriter:
         self._ended, self._copies = ended, copies
         self._pool = ThreadPoolExecutor(WORKERS, "checkpoint")
         self._changed = threading.Condition()
-        self._waiting: dict[
-            str, list[Snapshot | Path]
-        ] = {}  # of keys with a save in flight, too; a path is to be discarded
+        self._waiting: dict[str, list[Snapshot | Path]] = {}  # even of keys with a save in flight; a path is discarded
         self._outcomes: deque[Outcome] = deque()
 
     def submit(self, key: str, snapshot: Snapshot) -> None:

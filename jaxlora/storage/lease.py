@@ -42,7 +42,7 @@ class Lease:
     def __init__(self, blobs: Blobs, folder: Path, *, waiting: Callable[[str], None] = lambda who: None):
         """Takes the lease, waits for one that ends soon.  folder: this server's own; its owner may resume at once.
 
-        waiting: called with the owner it waits for.  Raises StateInvalid while another has it, StorageAway, StorageFailed.
+        waiting: called with the owner it waits for.  Raises StateInvalid if another has it, StorageAway, StorageFailed.
         """
         self._blobs, self._owner = blobs, _owner(folder)
         self._until = 0.0

@@ -1,5 +1,5 @@
-"""Causal attention over packed lanes, forward and backward, in blocks; blocks of other segments are skipped.
+"""Causal attention over packed lanes, forward and backward, in blocks that skip foreign segments.
 
-May import pallas_kernels' top-level modules, no other op.
-The TPU body is JAX's splash attention; the Triton bodies read no block that no token attends to.
+May import pallas_kernels' own modules, no other op.
+The TPU body is JAX's splash attention; the Triton bodies read no block that nobody sees.
 """

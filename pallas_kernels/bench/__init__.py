@@ -1,5 +1,5 @@
-"""Implements `jaxlora bench kernels`: measures the device's peak rates, and every op beside its alternatives.
+"""`jaxlora bench kernels`: measured ceilings of the device, and every op beside other forms of it.
 
-May import all ops; only the command line imports it.
-The minimum of several rounds counts; `cases` defines what is timed against what.
+May import all ops; nothing imports it but the command line.
+The least of several rounds counts; cases says what is timed beside what.
 """

@@ -1,5 +1,5 @@
-"""Parses JSONL lines into examples and pairs, and mixes them into packed lanes.
+"""JSONL lines to examples and pairs, and the mixer that packs them into lanes.
 
 May import jaxlora's core and config; no jax.
-A lane holds one tenant; weights[i] weights the prediction of token i. The mixer is a pure function of its cursor.
+A lane holds one tenant; weights[i] weighs the prediction of token i. The mixer is a pure function of its cursor.
 """

@@ -1,5 +1,5 @@
-"""Implements `jaxlora train`: trains a file's tenants together, with metrics, plots and a progress screen.
+"""`jaxlora train`: a file's tenants trained together, with metrics, pictures and a screen.
 
 May import everything of train and jaxlora.
-With several processes only the lead writes and prints; what decides a step may not differ between processes.
+With several processes the lead alone writes and prints; what decides a step may not differ between them.
 """

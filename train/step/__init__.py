@@ -1,5 +1,5 @@
-"""Jitted training step: one loss for each lane, gradients for each slot, and AdamW on the due slots in place.
+"""The jitted training step: a loss per lane, chosen by data; gradients per slot; AdamW on the due slots in place.
 
 May import jaxlora, pallas_kernels and train/data.
-Every hyper-parameter is a value per slot. Microsteps split the same step into short programs, for a shared device.
+Every hyper-parameter is a value per slot. Microsteps are the same step in pieces, for a shared device.
 """
