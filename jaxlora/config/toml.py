@@ -17,7 +17,7 @@ from pydantic_core import ErrorDetails
 
 from jaxlora.core.errors import ConfigInvalid
 
-MOST_TOLD = 5  # mistakes that one error shows
+MOST_SHOWN = 5  # mistakes that one error shows
 
 
 def load[T](path: Path, cls: type[T]) -> T:
@@ -41,10 +41,10 @@ def load[T](path: Path, cls: type[T]) -> T:
         # Unknown keys first: another key may be missing because it is misspelt.
         errors = sorted(e.errors(include_url=False), key=lambda error: error["type"] != "unexpected_keyword_argument")
         mistakes = [(_key(error["loc"]), _message(error, cls)) for error in errors]
-        told = [f"{key}: {message}" if key else message for key, message in mistakes[:MOST_TOLD]]
-        if len(mistakes) > MOST_TOLD:
-            told.append(f"and {len(mistakes) - MOST_TOLD} more mistakes")
-        raise ConfigInvalid(f"{path}: {'; '.join(told)}", param=mistakes[0][0] or None) from e
+        shown = [f"{key}: {message}" if key else message for key, message in mistakes[:MOST_SHOWN]]
+        if len(mistakes) > MOST_SHOWN:
+            shown.append(f"and {len(mistakes) - MOST_SHOWN} more mistakes")
+        raise ConfigInvalid(f"{path}: {'; '.join(shown)}", param=mistakes[0][0] or None) from e
 
 
 def _beside_file(text: object, info: ValidationInfo[Path]) -> object:

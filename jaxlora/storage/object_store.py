@@ -73,7 +73,7 @@ class Blobs:
             self._store = _open(url, timeout_s) if store is None else store
         except (BaseError, OSError, ValueError) as error:
             raise ConfigInvalid(
-                f"blobs.url: {url} cannot be opened ({_said(error)}); name an URL such as s3://BUCKET/PREFIX, gs://, az://, "
+                f"blobs.url: {url} cannot be opened ({_first_line(error)}); name an URL such as s3://BUCKET/PREFIX, gs://, az://, "
                 "file:///FOLDER, or a folder",
                 param="blobs.url",
             ) from error
@@ -266,10 +266,10 @@ class Blobs:
         except FileNotFoundError as error:
             raise NotFound("object storage has no such object") from error
         except NEVER_BETTER as error:
-            LOG.error("object storage: %s: %s", failed, _said(error))
+            LOG.error("object storage: %s: %s", failed, _first_line(error))
             raise StorageFailed("object storage refuses the server; tell its operator") from error
         except (BaseError, OSError) as error:
-            LOG.warning("object storage: %s: %s", failed, _said(error))
+            LOG.warning("object storage: %s: %s", failed, _first_line(error))
             raise StorageAway("object storage does not answer; try again later") from error
 
     def _within[T](self, limit_s: float, call: Callable[[], T]) -> T:
@@ -326,7 +326,7 @@ def _version(found: PutResult | ObjectMeta) -> Version:
     return version
 
 
-def _said(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     """Returns the first line of an error's message."""
     first = str(error).partition("\n")[0]
     return f"{type(error).__name__}: {first}"[:300] if first else type(error).__name__

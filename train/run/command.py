@@ -108,7 +108,7 @@ def main(config_path: Path) -> None:
     with console.status("opening the base model"):
         opened = open_base(config.model, config.mesh)
     trainer = make_trainer(config, opened)
-    jobs = seat_tenants(trainer, config, opened)
+    jobs = add_tenants(trainer, config, opened)
     for tenant in trainer.tenants.values():
         if tenant.step:
             say(console, f"{progress(tenant)}, from its checkpoint")
@@ -167,7 +167,7 @@ def say(console: Console, line: str) -> None:
 # ---- before -----------------------------------------------------------------------------------------------------
 
 
-def seat_tenants(trainer: Trainer, config: TrainConfig, opened: Opened) -> dict[str, Job]:
+def add_tenants(trainer: Trainer, config: TrainConfig, opened: Opened) -> dict[str, Job]:
     """Reads every tenant's files and gives it a slot, from its checkpoint if it has one; returns the jobs by tenant."""
     jobs = {}
     limit = config.lane_tokens + 1
@@ -187,7 +187,7 @@ def seat_tenants(trainer: Trainer, config: TrainConfig, opened: Opened) -> dict[
         job = jobs[section.name] = Job(config.out / section.name, heldout, identity)
         check_identity(section.name, job)
         job.read_delivery()
-        seat(trainer, config, section, examples, job)
+        add_tenant(trainer, config, section, examples, job)
     return jobs
 
 
@@ -203,7 +203,9 @@ def check_identity(name: str, job: Job) -> None:
         )
 
 
-def seat(trainer: Trainer, config: TrainConfig, section: TenantSection, examples: Sequence[Unit], job: Job) -> None:
+def add_tenant(
+    trainer: Trainer, config: TrainConfig, section: TenantSection, examples: Sequence[Unit], job: Job
+) -> None:
     """Adds the tenant to the trainer, with its newest checkpoint if it has one."""
     name, spec = section.name, section.spec
     optimizer = section.optimizer(default_steps=config.steps, default_lr=default_lr(trainer.base.config))
@@ -262,10 +264,10 @@ def run_steps(
     stopped = False
     with (
         event_files(trainer, jobs) if store is not None else contextlib.nullcontext({}) as events,
-        ctrl_c_waits() as asked,
+        ctrl_c_waits() as stop_requested,
         Live(screen.table(), console=console, refresh_per_second=4) as live,
     ):
-        while trainer.has_work and not (stopped := multihost.any_says(asked.is_set())):
+        while trainer.has_work and not (stopped := multihost.any_process(stop_requested.is_set())):
             reports = trainer.step()
             marks = [
                 r.tenant
@@ -312,16 +314,16 @@ def event_files(trainer: Trainer, jobs: dict[str, Job]) -> Generator[dict[str, E
 @contextlib.contextmanager
 def ctrl_c_waits() -> Generator[threading.Event]:
     """Yields an event that the first Ctrl-C sets without interrupting a step.  The second Ctrl-C interrupts."""
-    asked = threading.Event()
+    stop_requested = threading.Event()
 
     def note(signum: int, frame: object) -> None:
-        if asked.is_set():
+        if stop_requested.is_set():
             raise KeyboardInterrupt
-        asked.set()
+        stop_requested.set()
 
     before = signal.signal(signal.SIGINT, note)
     try:
-        yield asked
+        yield stop_requested
     finally:
         signal.signal(signal.SIGINT, before)
 

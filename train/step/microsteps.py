@@ -74,11 +74,11 @@ class MicrostepSizes:
         divide = min(self.lanes, self.layers) > 0 and lanes % self.lanes == config.layers % self.layers == 0
         if not divide or self.targets < 1 or self.targets % min(self.targets, LANE_BLOCK):
             raise ConfigInvalid(
-                f"a part of a training step needs lanes that divide the step's {lanes}, layers that divide the model's "
+                f"a microstep needs lanes that divide the step's {lanes}, layers that divide the model's "
                 f"{config.layers} and targets below {LANE_BLOCK} or a multiple of it; "
                 f"got {self.lanes}, {self.layers} and {self.targets}"
             )
-        check_lanes(mesh, self.lanes, "training lanes of a part")
+        check_lanes(mesh, self.lanes, "training lanes of a microstep")
 
 
 def small_parts(mesh: Mesh) -> MicrostepSizes:
