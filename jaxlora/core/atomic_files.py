@@ -112,7 +112,7 @@ def is_full(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def told_of_disk(what: str) -> Generator[None]:
+def disk_errors(what: str) -> Generator[None]:
     """Converts a disk's errors inside the block: StorageFull where it is full, else StorageFailed."""
     try:
         yield

@@ -34,7 +34,7 @@ from obstore.exceptions import (
 )
 from obstore.store import LocalStore, from_url
 
-from jaxlora.core.atomic_files import lock_folder, sha256_of, told_of_disk
+from jaxlora.core.atomic_files import disk_errors, lock_folder, sha256_of
 from jaxlora.core.errors import ConfigInvalid, JaxLoraError, NotFound, StorageAway, StorageFailed
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ class Blobs:
             if sha256 is not None and sha256_of(copy) != sha256:
                 raise ValueError("its sha256 is another")
 
-        with self._brought(key, temporary, check) as copy, told_of_disk("what is brought back"):
+        with self._brought(key, temporary, check) as copy, disk_errors("what is brought back"):
             path.parent.mkdir(parents=True, exist_ok=True)
             copy.rename(path)
 
@@ -180,7 +180,7 @@ class Blobs:
         """
         packed = temporary / uuid.uuid4().hex
         try:
-            with told_of_disk("what is sent"), zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as archive:
+            with disk_errors("what is sent"), zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as archive:
                 for path in sorted(folder.rglob("*")):
                     archive.write(path, path.relative_to(folder))
             self.put(key + FOLDER_SUFFIX, packed)
@@ -200,7 +200,7 @@ class Blobs:
                 archive.extractall(unpacked)  # verifies each member's CRC, and writes no path outside
 
         try:
-            with self._brought(key + FOLDER_SUFFIX, temporary, unpack), told_of_disk("what is brought back"):
+            with self._brought(key + FOLDER_SUFFIX, temporary, unpack), disk_errors("what is brought back"):
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 unpacked.rename(folder)
         finally:
@@ -218,7 +218,7 @@ class Blobs:
                 try:
                     if copy.stat().st_size != size:
                         raise EOFError(f"{copy.stat().st_size} of {size} bytes")
-                    with told_of_disk("what is brought back"):
+                    with disk_errors("what is brought back"):
                         check(copy)
                     break
                 except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
@@ -311,7 +311,7 @@ def _open(url: str, timeout_s: float) -> ObjectStore:
 
 
 def _save(result: GetResult, copy: Path) -> None:
-    with told_of_disk("what is brought back"), copy.open("wb") as file:
+    with disk_errors("what is brought back"), copy.open("wb") as file:
         for chunk in result.stream():
             file.write(chunk)
 
