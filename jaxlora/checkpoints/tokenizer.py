@@ -214,7 +214,7 @@ def _engine_of_merges(path: Path) -> tokenizers.Tokenizer:
 
     try:
         converted = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-        return converted.backend_tokenizer  # transformers' annotation admits None
+        return converted.backend_tokenizer  # ty: ignore[missing-union-attribute]  (their hint admits None)
     except Exception as error:  # transformers raises many types, for files of many kinds
         raise ModelInvalid(
             f"{path} has no tokenizer.json, and transformers cannot make one of its vocab.json and merges.txt: "

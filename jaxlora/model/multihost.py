@@ -57,7 +57,7 @@ def is_lead() -> bool:
     return jax.process_index() == 0
 
 
-def any_process(yes: bool) -> bool:
+def any_says(yes: bool) -> bool:
     """Returns whether `yes` is true in any process.  All must call it at the same point; each waits for the others."""
     if jax.process_count() == 1:
         return yes
@@ -66,4 +66,4 @@ def any_process(yes: bool) -> bool:
 
 def meet() -> None:
     """Waits for all processes: one that leaves while the lead writes would end the lead after a while."""
-    any_process(False)
+    any_says(False)

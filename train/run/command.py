@@ -267,7 +267,7 @@ def run_steps(
         ctrl_c_waits() as stop_requested,
         Live(screen.table(), console=console, refresh_per_second=4) as live,
     ):
-        while trainer.has_work and not (stopped := multihost.any_process(stop_requested.is_set())):
+        while trainer.has_work and not (stopped := multihost.any_says(stop_requested.is_set())):
             reports = trainer.step()
             marks = [
                 r.tenant
