@@ -112,7 +112,7 @@ class Tokenizer:
         return engine
 
     def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
-        """Returns token ids.  parse_special: recognises special tokens in the text.  Bytes not in the vocabulary drop.
+        """Returns token ids.  parse_special: recognises special tokens in the text.  Bytes without a token are lost.
 
         add_special_tokens: also those the tokenizer itself adds (a bos for Llama 3, none for SmolLM2 and Qwen).
         Raises InvalidRequest for text that is not valid Unicode.

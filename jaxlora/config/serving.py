@@ -128,7 +128,7 @@ class TrainingSection:
     slots: int  # adapters trained at once; other jobs wait in a queue
     lanes: int  # packed rows of one batch, each of one tenant
     lane_tokens: int  # tokens of a row: the longest example
-    quantum_steps: int = 50  # steps after which a job gives its slot to a tenant that had fewer
+    quantum_steps: int = 50  # steps after which a job gives its slot to a tenant that had less
     publish_every: int = 5  # steps between two published versions of a running job; `latest` refers to them
     max_rank: int | None = None  # of the adapters trained; None: the server's
 

@@ -159,7 +159,7 @@ class Decoder(nnx.Module):
         remat: str,
         some_L: jax.Array | None,
     ) -> tuple[jax.Array, Cache]:
-        """Returns the residual stream after all layers (`lax.scan` with the cache in the carry), or after `some_L`.
+        """Returns the residual stream after all layers (`lax.scan`, the cache in the carry), or after those of some_L.
 
         The latter are few and run one by one.  Each takes its weights by its number inside its checkpoint, so that a
         waiting gradient keeps the base's own arrays: a scan would keep copies.

@@ -1,6 +1,6 @@
 """Reads and writes adapter versions on disk, and the counters that give each version its number.
 
-    adapters/TENANT/NAME/VERSION/weights     an Orbax checkpoint whose step is the version: target → {"a", "b"}
+    adapters/TENANT/NAME/VERSION/weights     Orbax checkpoint, step = version: target → {"a": a_LRX, "b": b_LRY}
     adapters/TENANT/NAME/VERSION/meta        format, spec, base_hash, created, shapes, sha256
 
 Each array is one file of plain float32 (a Zarr array of one chunk, not compressed: random weights do not compress), so

@@ -17,7 +17,7 @@ class SingleFlight[K: Hashable, V]:
     def get(self, key: K, find: Callable[[], V | None], make: Callable[[], V]) -> V:
         """Returns what `find` has, else the result of `make`, run on the first caller's thread; the others wait for it.
 
-        find: quick; returns None for a missing value.  It is called again before `make`, which may just have ended.
+        find: quick; returns None for a missing value.  Called again before `make`: another call may just have ended.
         Raises what `make` raised, in all waiting callers.
         """
         if (found := find()) is not None:

@@ -168,7 +168,7 @@ def _over_targets(form: Callable) -> Callable:
 
 
 def gathered_cases(model: str, dtype: str, n: Sizes) -> Iterator[Case]:
-    """Decode cases: one token per sequence, with so many distinct adapters."""
+    """Yields decode cases: one token per sequence, with so many distinct adapters."""
     draw = _Draw(dtype)
     distinct = draw.rng.choice(n.slots, n.adapters, replace=False)
     slot_T = jnp.asarray(draw.rng.permutation(np.resize(distinct, n.rows)), jnp.int32)
@@ -230,17 +230,17 @@ def _segmented(model: str, dtype: str, n: Sizes, backward: bool) -> Iterator[Cas
 
 
 def segmented_cases(model: str, dtype: str, n: Sizes) -> Iterator[Case]:
-    """Prefill and training forward: lanes of one adapter each."""
+    """Yields prefill and training forward cases: lanes of one adapter each."""
     yield from _segmented(model, dtype, n, backward=False)
 
 
 def segmented_grad_cases(model: str, dtype: str, n: Sizes) -> Iterator[Case]:
-    """Training forward and backward."""
+    """Yields training cases, forward and backward."""
     yield from _segmented(model, dtype, n, backward=True)
 
 
 def attention_cases(model: str, dtype: str, n: Sizes) -> Iterator[Case]:
-    """Packed lanes of one segment, forward.  The base product is q_proj's."""
+    """Yields forward cases of packed lanes of one segment.  The base product is q_proj's."""
     m, draw = MODELS[model], _Draw(dtype)
     q = draw(n.lanes, n.tokens, m.heads, m.head)
     k, v = (draw(n.lanes, n.tokens, m.kv_heads, m.head) for _ in range(2))
@@ -262,7 +262,7 @@ def attention_cases(model: str, dtype: str, n: Sizes) -> Iterator[Case]:
 
 
 def paged_cases(model: str, dtype: str, n: Sizes) -> Iterator[Case]:
-    """Decode with full contexts.  The base product is q_proj's."""
+    """Yields decode cases with full contexts.  The base product is q_proj's."""
     m, draw = MODELS[model], _Draw(dtype)
     columns = -(-n.context // PAGE)
     q = draw(n.rows, 1, m.heads, m.head)
@@ -286,7 +286,7 @@ def paged_cases(model: str, dtype: str, n: Sizes) -> Iterator[Case]:
 
 
 def loss_cases(model: str, dtype: str, n: Sizes) -> Iterator[Case]:
-    """Log-probabilities of every token's target, forward.  The base product is the head's."""
+    """Yields forward cases: log-probabilities of every token's target.  The base product is the head's."""
     m, draw = MODELS[model], _Draw(dtype)
     x_GJD, head_DV = draw(n.lanes, n.tokens, m.d), draw(m.d, m.vocab)
     target_GJK = jnp.asarray(draw.rng.integers(0, m.vocab, (n.lanes, n.tokens, 1)), jnp.int32)
@@ -314,7 +314,7 @@ def loss_cases(model: str, dtype: str, n: Sizes) -> Iterator[Case]:
 
 
 def loss_grad_cases(model: str, dtype: str, n: Sizes) -> Iterator[Case]:
-    """The same, forward and backward, with LoRA on the head.  The base product is the head's, forward and backward."""
+    """Yields the same, forward and backward, with LoRA on the head.  The base product is the head's, in both."""
     m, draw = MODELS[model], _Draw(dtype)
     x_GJD, head_DV = draw(n.lanes, n.tokens, m.d), draw(m.d, m.vocab)
     halves = draw(n.lanes, n.rank, m.d, dtype="float32"), draw(n.lanes, n.rank, m.vocab, dtype="float32")

@@ -29,7 +29,7 @@ from pallas_kernels.tiling_cuda import DOT, feature_block, power_of_two
 
 Visits = tuple[jax.Array, jax.Array, jax.Array]  # order_T, slot_T in that order, count
 Rows = Sequence[tuple[jax.Array, jax.Array, jax.Array]]  # a_LSRX, b_LSRY, scale_LS of each target
-PARTS = 8  # most parts of the input features: one adapter alone should still use several processors
+PARTS = 8  # largest number of parts of the input features: one adapter alone should still use several processors
 
 
 @triton.jit

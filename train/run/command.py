@@ -81,7 +81,7 @@ class Job:
             self.delivered, self.version = written.get("step"), written.get("version")
 
 
-# Describes, for an error message, a difference in each key of Job.identity.
+# Text of an error message for a difference in each key of Job.identity.
 IDENTITY = {
     "base": "base model ([model] path)",
     "spec": "rank, alpha, targets, rslora or dropout",

@@ -63,7 +63,7 @@ class Waiting:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MicrostepSizes:
-    """How small the microsteps are: the time of one is roughly the product of the first two, or the last."""
+    """How small the microsteps are; the time of one is about proportional to lanes * layers, or to lanes * targets."""
 
     lanes: int  # of one pass
     layers: int  # of one group
