@@ -73,8 +73,8 @@ class Blobs:
             self._store = _open(url, timeout_s) if store is None else store
         except (BaseError, OSError, ValueError) as error:
             raise ConfigInvalid(
-                f"blobs.url: {url} cannot be opened ({_first_line(error)}); name an URL such as s3://BUCKET/PREFIX, gs://, az://, "
-                "file:///FOLDER, or a folder",
+                f"blobs.url: {url} cannot be opened ({_first_line(error)}); name an URL such as s3://BUCKET/PREFIX, gs://, "
+                "az://, file:///FOLDER, or a folder",
                 param="blobs.url",
             ) from error
         self._busy = threading.BoundedSemaphore(AT_ONCE)
