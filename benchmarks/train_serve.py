@@ -35,7 +35,7 @@ from serve.runtime.device_thread import DeviceThread
 from serve.runtime.live_training import LiveTraining
 from serve.server.build import make_runner, open_store, stop
 from train.data.examples import Example
-from train.step.microsteps import small_microsteps
+from train.step.microsteps import small_parts
 from train.trainer import Trainer
 
 TENANTS, RANK = ("ant", "bee"), 8
@@ -196,7 +196,7 @@ def opened_bench(lane_tokens: int, publish_every: int, tokens: int) -> Generator
             lanes=len(TENANTS),
             lane_tokens=lane_tokens,
             base_hash=opened.base_hash,
-            parts=small_microsteps(opened.mesh),
+            parts=small_parts(opened.mesh),
         )
         live = LiveTraining(
             trainer,

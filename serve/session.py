@@ -37,7 +37,7 @@ from serve.runtime.live_training import LiveTraining, warm_up
 from serve.server.build import make_runner, open_store, stop
 from train.data.examples import Unit
 from train.data.jsonl import load_jsonl, read_examples
-from train.step.microsteps import small_microsteps
+from train.step.microsteps import small_parts
 from train.trainer import Evaluation, StepReport, Tenant, Trainer
 
 DEFAULTS = Recipe()
@@ -106,7 +106,7 @@ class Session:
                 lanes=lanes,
                 lane_tokens=lane_tokens,
                 base_hash=opened.base_hash,
-                parts=small_microsteps(opened.mesh),
+                parts=small_parts(opened.mesh),
             )
             config = replace(serve_defaults(section.path, Path(folder)), slots=slots, max_rank=max_rank)
             shelf = open_store(config)

@@ -34,7 +34,7 @@ from serve.server.uvicorn import make_http
 from train.data.examples import Example
 from train.data.jsonl import chat_example
 from train.run.metrics import plot_losses
-from train.step.microsteps import small_microsteps
+from train.step.microsteps import small_parts
 from train.step.optimizer import Optimizer
 from train.trainer import Evaluation, StepReport, Trainer
 
@@ -274,7 +274,7 @@ def main(*, exit_after: bool, port: int, out: Path | None, seed: int) -> None:
         lanes=LANES,
         lane_tokens=LANE_TOKENS,
         base_hash=opened.base_hash,
-        parts=small_microsteps(opened.mesh),
+        parts=small_parts(opened.mesh),
     )
     demo = Demo(opened, runner, trainer, demo_tasks(seed), seed)
     shapes = len(runner.engine.shapes())

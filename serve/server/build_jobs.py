@@ -30,7 +30,7 @@ from serve.runtime.snapshot import training_view
 from train.jobs.job import JobsConfig
 from train.jobs.runner import Jobs
 from train.jobs.states import Parking
-from train.step.microsteps import small_microsteps
+from train.step.microsteps import small_parts
 from train.trainer import Trainer
 
 PARKED_BYTES = 2 * 2**30  # of jobs without a slot in RAM; the rest waits in files
@@ -97,7 +97,7 @@ def make_job_host(
         lanes=training.lanes,
         lane_tokens=training.lane_tokens,
         base_hash=opened.base_hash,
-        parts=small_microsteps(opened.mesh),
+        parts=small_parts(opened.mesh),
     )
     folder, tuned = config.data / "jobs", config.data / "tuned"
     copies = None if remote is None else StateCopies(remote.blobs, folder / "states", "jobs")

@@ -81,7 +81,7 @@ class MicrostepSizes:
         check_lanes(mesh, self.lanes, "training lanes of a microstep")
 
 
-def small_microsteps(mesh: Mesh) -> MicrostepSizes:
+def small_parts(mesh: Mesh) -> MicrostepSizes:
     """Returns sizes for about the time of a decode step: one lane on each group of devices through one layer."""
     return MicrostepSizes(lanes=mesh.shape["data"] * mesh.shape["fsdp"], layers=1, targets=16)
 
