@@ -1,8 +1,8 @@
-"""Which body of an op runs: ONE table, by the platform a program is lowered for.
+"""Selects which body of an op runs: ONE table, by the platform a program is lowered for.
 
-An op is one definition (its reference) with several bodies.  The choice is made when the program is lowered and not when it
-is traced, so lowering for a TPU on a machine without one picks the TPU's body.  A platform that the table lacks is refused
-when the program is lowered for it.
+An op is one definition (its reference) with several bodies.  The choice is made when the program is lowered, not when
+traced, so lowering for a TPU on a machine without one selects the TPU's body.  Lowering for a platform that the table
+lacks raises an error.
 
     op               platform   body     why
     gathered_lora    cpu        xla      a loop over pairs of an adapter's tokens: the fastest form measured there
@@ -31,8 +31,8 @@ when the program is lowered for it.
                      tpu        pallas   logits stay on the chip, the head is read where it lies
                                 xla      where no tile has room on the chip, where features are split, for other dtypes
 
-The Triton bodies were compiled and interpreted, never run on a GPU: whoever installs the extra asks for them.  `cuda_body`
-says what it is, and so does `jaxlora doctor`.
+The Triton bodies were compiled and interpreted, never run on a GPU: installing the extra enables them.  `cuda_body` and
+`jaxlora doctor` report whether it is installed.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ from jax import lax
 
 from pallas_kernels import tiling_cuda
 
-DTYPES = (jnp.bfloat16, jnp.float32)  # of activations and rows in the kernels
+DTYPES = (jnp.bfloat16, jnp.float32)  # dtypes of activations and rows in the kernels
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """The body of an op on a platform, and the one for what the first cannot do."""
+    """The body of an op on a platform, and the fallback for what the first cannot do."""
 
     body: str  # xla, pallas or triton
     otherwise: str
@@ -67,20 +67,20 @@ TABLE = {
     "target_logprob": {"cpu": XLA, "cuda": TRITON, "tpu": PALLAS},
 }
 
-# Whether a row of the result has the same bits whatever the program's rows and lanes, for each platform and body.  True:
-# measured, and a test demands it.  False: measured to differ in the last bits.  None: not measured.  Whoever mixes
-# programs of several shapes may count on equal bits only where everything that runs says True.
-# "product" is no op of ours: a product with the base's frozen weights, which XLA makes on every platform.
+# Whether a row of the result has the same bits whatever the program's rows and lanes, by platform and body.  True:
+# measured, and a test requires it.  False: measured to differ in the last bits.  None: not measured.  Callers that mix
+# programs of several shapes may rely on equal bits only where all that runs is True.
+# "product" is not an op of this package: a product with the base's frozen weights, which XLA makes on every platform.
 _CUDA: dict[str, bool | None] = {"triton": None, "xla": None}
 _TPU: dict[str, bool | None] = {"pallas": None, "xla": None}
 SHAPE_INDEPENDENT: dict[str, dict[str, dict[str, bool | None]]] = {
-    # With AVX-512 the products of few rows take other tiles than those of many.
+    # With AVX-512 the products of few rows use other tiles than those of many.
     "product": {"cpu": {"xla": False}, "cuda": {"xla": None}, "tpu": {"xla": None}},
-    # One or two tokens at a time with the same bits, whatever their number.
+    # One or two tokens at a time give the same bits, whatever their number.
     "gathered_lora": {"cpu": {"xla": True}, "cuda": _CUDA, "tpu": _TPU},
-    # Equal in all that was tried on one kind of CPU: too little for a promise.
+    # Equal in all tests on one kind of CPU: too little for a promise.
     "segmented_lora": {"cpu": {"xla": None}, "cuda": _CUDA, "tpu": _TPU},
-    # Differ in float32 with 64 features a head.
+    # Differ in float32 with 64 features per head.
     "packed_attention": {"cpu": {"xla": False}, "cuda": _CUDA, "tpu": _TPU},
     "paged_attention": {"cpu": {"xla": False}, "cuda": _CUDA, "tpu": _TPU},
     "target_logprob": {"cpu": {"xla": None}, "cuda": _CUDA, "tpu": _TPU},
@@ -91,7 +91,7 @@ _interpreted = jax.make_user_context(False)
 
 @contextlib.contextmanager
 def interpreted() -> Generator[None]:
-    """What is traced inside runs its Pallas bodies, interpreted, on any platform.  For tests: it is slow."""
+    """Runs the Pallas bodies of whatever is traced inside, interpreted, on any platform.  For tests: it is slow."""
     with _interpreted(True):
         yield
 
@@ -103,10 +103,10 @@ def by_platform[*Args, Out](
     pallas: Callable[[*Args, bool], Out] | None,
     triton: Callable[[*Args], Out] | None,
 ) -> Out:
-    """What the op's body for the platform makes of these arrays.
+    """Returns the result of the op's body for the platform on these arrays.
 
-    pallas: takes `interpret` besides.  A kernel is None where it has no room for these shapes, does not know their dtypes
-    or is not installed.  Raises NotImplementedError when lowered for a platform that the table lacks.
+    pallas: takes `interpret` besides.  A kernel is None where these shapes do not fit, where it does not support their
+    dtypes, or where it is not installed.  Raises NotImplementedError when lowered for a platform that the table lacks.
     """
     if _interpreted.value and pallas is not None:
         return pallas(*args, True)
@@ -121,10 +121,10 @@ def by_platform[*Args, Out](
 
 
 def known_dtypes(*arrays: jax.Array) -> bool:
-    """Whether the kernels compute with these."""
+    """Returns whether the kernels support these dtypes."""
     return all(x.dtype in DTYPES for x in arrays)
 
 
 def cuda_body() -> str:
-    """What runs the ops of the table on an NVIDIA GPU with what is installed."""
+    """Returns which body runs the table's ops on an NVIDIA GPU with what is installed."""
     return "triton" if tiling_cuda.installed() else "xla"

@@ -1,9 +1,9 @@
-"""@shaped: the capital suffix of a parameter is its contract, checked when the op is traced.
+"""@shaped checks the capital suffix of each parameter's name, its shape, when an op is traced.
 
     @shaped
     def expand(h_TR, b_SRY, slot_T): ...
 
-`h_TR` has two axes, and the letter T means one size in the whole call.  A `None` argument is skipped.
+`h_TR` has two axes, and the letter T means one size throughout a call.  A `None` argument is skipped.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 
 def shaped[**P, R](op: Callable[P, R]) -> Callable[P, R]:
-    """The op, which raises ValueError naming parameter, axis and both sizes when an argument breaks its suffix."""
+    """Wraps the op: an argument that breaks its suffix raises ValueError, which names parameter, axis, both sizes."""
     signature = inspect.signature(op)
     op_name = op.__name__  # ty: ignore[missing-attribute]
     suffix_of = {}

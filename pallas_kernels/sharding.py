@@ -1,13 +1,13 @@
-"""Where an op's arrays lie on a mesh.
+"""Placement: how an op's arrays are split over a mesh, and how a body runs on each device.
 
-XLA splits its own operations over devices by itself, a Pallas kernel it cannot split: on a mesh the Pallas bodies, and all
-bodies of decode's LoRA, run under `shard_map`, each device on its own part.
+XLA partitions its own operations over devices; a Pallas kernel it cannot partition: on a mesh the Pallas bodies, and
+all bodies of decode's LoRA, run under `shard_map`, each device on its own part.
 
     output features split (column-parallel)   no collective forward; backward dh, [tokens, R], is summed
     input features split (row-parallel)       forward h, [tokens, R], is summed before its second half; backward none
     rows split                                none
-    vocabulary split                          forward each token's largest logit, sum and own; backward dx and dh are summed
-    attention heads split                     none: queries lie with the keys they meet
+    vocabulary split                          forward each token's maximum logit, sum, own; backward dx, dh are summed
+    attention heads split                     none: queries are on the device of their keys
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Placement:
-    """Mesh axes of the parts of a LoRA product, of the loss or of attention.  All targets of a call are split alike."""
+    """Mesh axes that split a LoRA product, the loss or attention.  All targets of a call are split alike."""
 
     mesh: Mesh | AbstractMesh
     rows: tuple[str, ...] = ()  # of tokens or lanes
@@ -30,7 +30,7 @@ class Placement:
     heads: str | None = None  # of attention: query heads and kv heads alike
 
     def local[Tree](self, specs: Tree, arrays: Tree) -> Tree:
-        """The shapes that one device sees."""
+        """Returns the shapes that one device sees."""
 
         def part(spec: PartitionSpec, x: jax.Array) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(NamedSharding(self.mesh, spec).shard_shape(x.shape), x.dtype)
@@ -40,5 +40,5 @@ class Placement:
     def on_each[**Args, Out](
         self, body: Callable[Args, Out], in_specs: tuple, out_specs: object
     ) -> Callable[Args, Out]:
-        """The body, run by each device on its part."""
+        """Returns the body wrapped to run on each device's part."""
         return jax.shard_map(body, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)

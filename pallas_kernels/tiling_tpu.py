@@ -1,6 +1,6 @@
-"""Block sizes of the TPU kernels: ONE table, a row per kind of device.
+"""Block sizes of the TPU kernels: ONE table, one row for each kind of device.
 
-The kind is that of the abstract device the program is traced for, else of the default device when it is a TPU, else the
+The kind is that of the abstract device a program is traced for, else of the default device when it is a TPU, else the
 row `any TPU`, whose sizes fit every generation.
 """
 
@@ -19,14 +19,14 @@ TILE_BYTES = 32 * LANES  # 8 rows of 4 bytes, 16 of 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Blocks:
-    """What one kind of TPU has room for."""
+    """Memory and block limits of one kind of TPU."""
 
     vmem_bytes: int  # on-chip memory a kernel may ask for
     tokens: int  # largest block of lane tokens
 
     @property
     def block_bytes(self) -> int:
-        """What the double-buffered blocks of a kernel may take: the rest is for values between them."""
+        """Returns the bytes for a kernel's double-buffered blocks: the rest is for intermediate values."""
         return self.vmem_bytes * 3 // 4
 
 
@@ -39,7 +39,7 @@ TABLE = {
 
 
 def blocks() -> Blocks:
-    """The row of the device that is traced for."""
+    """Returns the row of the device that is traced for."""
     abstract = jax.sharding.get_abstract_mesh().abstract_device
     if abstract is not None:
         return TABLE.get(abstract.device_kind, TABLE["any TPU"])
@@ -48,26 +48,26 @@ def blocks() -> Blocks:
 
 
 def padded_bytes(rows: int, features: int, dtype: jnp.dtype) -> int:
-    """Bytes of a [rows, features] block on the chip, where tiles are whole."""
+    """Returns the bytes of a [rows, features] block on the chip, where tiles are whole."""
     width = jnp.dtype(dtype).itemsize
     tile_rows = TILE_BYTES // (LANES * width)
     return math.ceil(rows / tile_rows) * tile_rows * math.ceil(features / LANES) * LANES * width
 
 
 def token_block(tokens: int, limit: int) -> int:
-    """The largest block of whole tiles, at most `limit`, that divides the tokens of a lane; else all of them."""
+    """Returns the largest block of whole tiles, at most `limit`, that divides a lane's tokens; else all of them."""
     fits = [n for n in range(16, min(tokens, limit) + 1, 16) if tokens % n == 0]
     return max(fits, default=tokens)
 
 
 def feature_splits(sizes: tuple[int, ...]) -> list[int]:
-    """Every number of equal blocks of whole tiles into which all these feature sizes can be cut, 1 first."""
+    """Returns every number of equal blocks of whole tiles that all these feature sizes can be cut into, 1 first."""
     common = math.gcd(*sizes)
     return [1, *(n for n in range(2, common // LANES + 1) if common % (n * LANES) == 0)]
 
 
 def dot(left: jax.Array, right: jax.Array, contract: tuple[int, int]) -> jax.Array:
-    """float32 product of two matrices over these axes: exact for float32, bfloat16 products with float32 sums."""
+    """Returns the float32 product of two matrices over these axes: exact for float32, bfloat16 with float32 sums."""
     wide = jnp.promote_types(left.dtype, right.dtype)
     precision = lax.Precision.HIGHEST if wide == jnp.float32 else lax.Precision.DEFAULT
     return lax.dot_general(

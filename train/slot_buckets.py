@@ -1,6 +1,6 @@
-"""Which slots there are and which adapter fits where: buckets of one largest rank each.
+"""Training slots in buckets of one largest rank each, and which adapter fits where.
 
-Slots are counted on from one bucket to the next.  Shape letters: U due slots of a bucket.
+Slot numbers run on from one bucket to the next.  Shape letters: U due slots of a bucket.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from train.step.state import Due
 
 
 class SlotBuckets:
-    """A tenant always sits in the first bucket that its rank fits, so what it learns does not depend on who is there."""
+    """Assigns a tenant the first bucket that its rank fits, so that what it learns does not depend on other tenants."""
 
     def __init__(self, buckets: Sequence[PoolSpec], lanes: int):
         """Raises ConfigInvalid unless the buckets grow in rank and are alike in all else.
 
-        lanes: of a step, so at most that many slots are due at once.
+        lanes: those of a step; at most that many slots are due at once.
         """
         ranks = [b.rank for b in buckets]
         if not ranks or ranks != sorted(set(ranks)) or len({(b.dtype, b.targets) for b in buckets}) > 1:
@@ -33,7 +33,7 @@ class SlotBuckets:
 
     @property
     def widest(self) -> PoolSpec:
-        """The bucket of the largest rank: what it cannot hold, none can."""
+        """Returns the bucket of the largest rank: an adapter that does not fit it fits none."""
         return self.buckets[-1]
 
     def check(self, spec: LoraSpec) -> None:
@@ -41,20 +41,20 @@ class SlotBuckets:
         self.widest.check(spec)
 
     def bucket_for(self, spec: LoraSpec) -> int:
-        """Where this adapter sits.  Raises AdapterInvalid when it fits no slot."""
+        """Returns the bucket of this adapter.  Raises AdapterInvalid when it fits no slot."""
         self.check(spec)
         return next(b for b, bucket in enumerate(self.buckets) if spec.max_rank <= bucket.rank)
 
     def spec_for(self, spec: LoraSpec) -> PoolSpec:
-        """What this adapter's slot holds.  Raises AdapterInvalid when it fits no slot."""
+        """Returns the specification of this adapter's slot.  Raises AdapterInvalid when it fits no slot."""
         return self.buckets[self.bucket_for(spec)]
 
     def count_free(self, spec: LoraSpec, taken: Collection[int]) -> int:
-        """Free slots for such adapters.  Raises AdapterInvalid."""
+        """Returns the number of free slots for such an adapter.  Raises AdapterInvalid when it fits no slot."""
         return sum(s not in taken for s in self._slots(self.bucket_for(spec)))
 
     def first_free(self, spec: LoraSpec, taken: Collection[int]) -> int:
-        """The slot that such an adapter gets.  Raises AdapterInvalid, StateInvalid when none is free."""
+        """Returns the slot that such an adapter gets.  Raises AdapterInvalid, or StateInvalid when none is free."""
         bucket = self.bucket_for(spec)
         for slot in self._slots(bucket):
             if slot not in taken:
@@ -67,7 +67,7 @@ class SlotBuckets:
         return range(start, start + self.buckets[bucket].slots)
 
     def place(self, slot: int) -> tuple[int, int]:
-        """(bucket, slot counted from the bucket's start) of a slot."""
+        """Returns (bucket, slot counted from the bucket's start) of a slot."""
         bucket = 0
         while slot >= self.buckets[bucket].slots:
             slot -= self.buckets[bucket].slots
@@ -77,7 +77,7 @@ class SlotBuckets:
     def due(
         self, slots: Sequence[int], rows: Sequence[dict[str, float]]
     ) -> tuple[list[tuple[int, int]], tuple[Due, ...]]:
-        """Where the report of each of these slots will stand, (bucket, row), and their updates in NumPy."""
+        """Returns where the report of each of these slots will stand, (bucket, row), and their updates in NumPy."""
         own: list[list[int]] = [[] for _ in self.buckets]
         hyper: list[list[dict[str, float]]] = [[] for _ in self.buckets]
         places = []

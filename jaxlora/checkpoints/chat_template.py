@@ -1,8 +1,8 @@
-"""Chat templates: Jinja in a sandbox, with the settings and helpers Hugging Face templates are written for.
+"""Renders chat templates: Jinja in a sandbox, with the settings and helpers Hugging Face templates are written for.
 
-A template comes from whoever chose the base model; what it may do is still limited: no attribute of Python is within
-reach, nothing is changed in place, the text is bounded, and the time at every piece of output, turn of a loop and call
-of a macro.
+A template comes from whoever chose the base model; what it may do is still limited: it reaches no Python attribute
+and changes nothing in place, the text is bounded, and the time is checked at every piece of output, loop iteration
+and macro call.
 Source of the dialect: https://huggingface.co/docs/transformers/chat_templating
 """
 
@@ -22,14 +22,14 @@ import jinja2.sandbox
 from jaxlora.core.errors import InvalidRequest, ModelInvalid
 
 MAX_TEMPLATE_CHARACTERS = 1 << 20
-MAX_GROWTH_CHARACTERS = 1 << 20  # what a template may add to the messages
-MAX_RENDER_S = 5.0  # looked at between pieces of output, in every turn of a loop and in every macro
+MAX_GROWTH_CHARACTERS = 1 << 20  # characters a template may add to the messages
+MAX_RENDER_S = 5.0  # checked between pieces of output, in every loop iteration and in every macro
 MAX_INTERCEPTED = 1 << 20  # largest result of a repetition, bits of a power
-END_MARK = "<<the last message ends here>> "  # with a space, to see whether the template strips messages
+END_MARK = "<<the last message ends here>> "  # with a space, to detect whether the template strips messages
 
 
 class _GenerationTag(jinja2.ext.Extension):
-    """`{% generation %}…{% endgeneration %}` marks answers for training; here it only keeps its own scope."""
+    """`{% generation %}…{% endgeneration %}` marks the trained text; here it only keeps its own scope."""
 
     tags = {"generation"}  # noqa: RUF012 - the base class types it as a plain set
 
@@ -59,7 +59,7 @@ def _check_time(context: jinja2.runtime.Context) -> None:
 
 
 class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """The immutable sandbox, which also refuses `"x" * 10**9` and `9 ** 9 ** 9`, and looks at the clock in every loop."""
+    """The immutable sandbox, which also refuses `"x" * 10**9` and `9 ** 9 ** 9`, and checks the time in every loop."""
 
     check_time = staticmethod(_check_time)
 
@@ -110,9 +110,9 @@ class ChatTemplate:
         if len(source) > MAX_TEMPLATE_CHARACTERS:
             raise ModelInvalid(f"the chat template has {len(source)} characters, at most {MAX_TEMPLATE_CHARACTERS}")
         sandbox = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols])
-        sandbox.filters["tojson"] = _to_json  # Jinja's own escapes for HTML
+        sandbox.filters["tojson"] = _to_json  # unlike Jinja's own, without HTML escapes
         helpers = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
-        del sandbox.globals["lipsum"]  # text of any length
+        del sandbox.globals["lipsum"]  # it makes text of any length
         try:
             self._template = sandbox.from_string(source, globals=helpers)
         except (jinja2.exceptions.TemplateError, RecursionError, SyntaxError) as error:
@@ -128,7 +128,7 @@ class ChatTemplate:
         tools: Sequence[Turn] | None = None,
         variables: Mapping[str, Scalar] | None = None,
     ) -> str:
-        """The text of the conversation.  tools: JSON as the template shows it.  variables: more that the template may read.
+        """Renders the conversation as text.  tools: JSON for the template.  variables: more that the template may read.
 
         Raises InvalidRequest for messages the template refuses, and for a variable that the server sets.
         """
@@ -192,7 +192,7 @@ class ChatTemplate:
 
 
 def _characters(value: object) -> int:
-    """Characters of all texts in it."""
+    """Returns the number of characters of all texts in the value."""
     todo, count = [value], 0
     while todo:
         one = todo.pop()
@@ -206,7 +206,7 @@ def _characters(value: object) -> int:
 
 
 def _check(messages: Sequence[Turn]) -> list[dict[str, object]]:
-    """Plain copies of the messages.  Raises InvalidRequest, naming the place, for one that is not text by text."""
+    """Returns plain copies of the messages.  Raises InvalidRequest, naming the place, for one that is not all text."""
     if not messages:
         raise InvalidRequest("messages must hold at least one message", param="messages")
     for i, message in enumerate(messages):

@@ -1,4 +1,4 @@
-"""Token ids to text, a piece at a time, and the bytes that a vocabulary's pieces stand for."""
+"""Streaming detokenizer: converts token ids to text incrementally, using a table of the bytes of each token."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SPACE_MARK = "▁"  # how SentencePiece vocabularies write a space
 
 
 class Detokenizer:
-    """Tokens in, text out, one at a time; all texts and the `flush` together are `Tokenizer.decode` of all tokens."""
+    """Converts tokens to text one by one; all texts and the `flush` joined equal `Tokenizer.decode` of all tokens."""
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special: bool):
         self._tokenizer = tokenizer
@@ -30,13 +30,13 @@ class Detokenizer:
         self._strip_next = tokenizer._strip_first
 
     def push(self, token: int) -> str:
-        """The characters this token completes, perhaps none."""
+        """Returns the characters this token completes, perhaps none."""
         if token in self._skip:
             return ""
         return self._out(self._characters.decode(self._tokenizer.token_bytes(token)))
 
     def flush(self) -> str:
-        """What is left of an unfinished character, as U+FFFD.  The stream then starts anew."""
+        """Returns the rest of an unfinished character as U+FFFD, and resets the stream."""
         text = self._out(self._characters.decode(b"", final=True))
         self._characters.reset()
         self._strip_next = self._tokenizer._strip_first
@@ -50,14 +50,14 @@ class Detokenizer:
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """Character → byte of byte-level BPE.  Source: GPT-2; printable bytes stand for themselves, the rest follow 255."""
+    """Returns character → byte of byte-level BPE.  Source: GPT-2; printable bytes map to themselves, others to 256+."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     rest = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(rest)}
 
 
 def byte_table(engine: tokenizers.Tokenizer, added: Mapping[int, str]) -> tuple[list[bytes], bool]:
-    """(bytes of each token id, whether the first space of a text is dropped).  Raises ModelInvalid."""
+    """Returns (bytes of each token id, whether a text's first space is dropped).  Raises ModelInvalid."""
     spec: dict = {"type": "none"} if engine.decoder is None else json.loads(engine.decoder.__getstate__())
     parts = spec["decoders"] if spec["type"] == "Sequence" else [spec]
     kinds: list[str] = [part["type"] for part in parts]
@@ -78,7 +78,7 @@ def byte_table(engine: tokenizers.Tokenizer, added: Mapping[int, str]) -> tuple[
 
 
 def _bytes_of(text: str, alphabet: Mapping[str, int]) -> bytes:
-    """Bytes of a byte-level token; one written in other characters stands for itself."""
+    """Returns the bytes of a byte-level token; one written in other characters is encoded as it is."""
     try:
         return bytes([alphabet[character] for character in text])
     except KeyError:
@@ -86,7 +86,7 @@ def _bytes_of(text: str, alphabet: Mapping[str, int]) -> bytes:
 
 
 def _bytes_of_piece(text: str) -> bytes:
-    """Bytes of a SentencePiece token: <0xNN> is a byte, the mark a space."""
+    """Returns the bytes of a SentencePiece token: <0xNN> is a byte, the mark a space."""
     if BYTE_PIECE.fullmatch(text):
         return bytes.fromhex(text[3:5])
     return text.replace(SPACE_MARK, " ").encode()

@@ -1,7 +1,7 @@
-"""GGUF v3 files: the base model in one, read by the `gguf` library under bounds of our own.
+"""Reads a base model from one GGUF v3 file, through the `gguf` library under our own bounds.
 
-The library trusts a header; `_BoundedReader` checks each of its reads against the file's length and `GgufFile` each tensor
-against its neighbours, so a hostile file costs little memory and time.
+The library trusts a header; `_BoundedReader` checks each of its reads against the file's length and `GgufFile` each
+tensor against its neighbours, so a hostile file costs little memory and time.
 
 Shape letters: L layers, D model, F MLP, N query heads, K kv heads, H head, V vocabulary, X Y features in, out.
 """
@@ -32,9 +32,9 @@ Value = Scalar | list[Scalar]
 
 
 class _BoundedReader(gguf.GGUFReader):
-    """The library's reader, whose every read lies inside the file and is counted.
+    """The library's reader; every read must lie inside the file and is counted.
 
-    It reads headers through `_get` alone, which returns fewer numbers than wanted at the end of a file, for ever.
+    The library reads headers through `_get` alone, which at the end of a file returns too few numbers, for ever.
     """
 
     reads = 0
@@ -53,10 +53,10 @@ class _BoundedReader(gguf.GGUFReader):
 
 
 class GgufFile:
-    """`metadata` by key and `tensors` by name of a little-endian GGUF v3 file, mapped into memory.
+    """A little-endian GGUF v3 file, mapped into memory: `metadata` by key and `tensors` by name.
 
-    Raises ModelInvalid for anything that is not one, does not lie wholly inside the file, or has tensors of other types
-    than PLAIN and QUANTISED.
+    Raises ModelInvalid for anything that is not one, does not lie wholly inside the file, or whose tensors have other
+    types than PLAIN and QUANTISED.
     """
 
     def __init__(self, path: Path):
@@ -66,7 +66,7 @@ class GgufFile:
                 start = file.read(8)
             if start != b"GGUF\3\0\0\0":
                 raise ValueError(f"it should start as little-endian GGUF version 3 does, and starts with {start!r}")
-            with np.errstate(over="raise"):  # of an offset in 64 bits
+            with np.errstate(over="raise"):  # overflow of an offset in 64 bits
                 reader = _BoundedReader(self.path)
             self.metadata = {key: self._value(field) for key, field in reader.fields.items()}
         except OSError as error:
@@ -110,31 +110,31 @@ class GgufFile:
             end = tensor.data_offset + tensor.n_bytes
 
     def scalar(self, key: str) -> Scalar | None:
-        """The metadata value, None when there is none.  Raises ModelInvalid when it is an array."""
+        """Returns the metadata value, None when there is none.  Raises ModelInvalid when it is an array."""
         value = self.metadata.get(key)
         if isinstance(value, list):
             raise ModelInvalid(f"{self.path.name}: metadata {key} must be one value, got an array of {len(value)}")
         return value
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor in float32, dequantised, in numpy's axis order.
+        """Returns the tensor in float32, dequantised, in numpy's axis order.
 
         Raises ModelInvalid when a value is NaN or infinite, KeyError when there is no such tensor.
         """
         tensor = self.tensors[name]
-        with np.errstate(invalid="ignore", over="ignore"):  # an infinite block scale: told below
+        with np.errstate(invalid="ignore", over="ignore"):  # an infinite block scale is reported below
             values = gguf.dequantize(tensor.data, tensor.tensor_type)
         if not np.isfinite(values).all():
             raise ModelInvalid(f"tensor {name} has values that are NaN or infinite")
-        return np.require(values, requirements="W")  # float32 comes back as the file's own bytes: a copy of those
+        return np.require(values, requirements="W")  # float32 is returned as the file's own bytes: copy them
 
 
 def shape_of(tensor: gguf.ReaderTensor) -> tuple[int, ...]:
-    """The shape in numpy's order, slowest axis first."""
+    """Returns the shape in numpy's order, slowest axis first."""
     return tuple(reversed(tensor.shape.tolist()))
 
 
-FAMILIES = ("llama", "qwen2", "qwen3")  # general.architecture, and our family of the same name
+FAMILIES = ("llama", "qwen2", "qwen3")  # general.architecture, equal to our family name
 
 # our name → the file's; {} is the layer
 TENSOR_NAMES = {
@@ -160,7 +160,7 @@ ROPE_FREQS = "rope_freqs.weight"
 
 
 class GgufSource:
-    """The base model in a GGUF file: `config`, and `read(name, layer)` by the names of model.parameters().
+    """The base model in a GGUF file: `config`, and `read(name, layer)` by the names of parameters().
 
     Raises ModelInvalid, naming the key or the tensor, for anything missing, extra, wrong-shaped or unsupported.
     """
@@ -174,13 +174,13 @@ class GgufSource:
 
     @property
     def quantised(self) -> list[str]:
-        """The types of its tensors that are not plain floating point."""
+        """Returns the types of the tensors that are not plain floating point."""
         return sorted({tensor.tensor_type.name for tensor in self.file.tensors.values()} - set(PLAIN))
 
     def read(self, name: str, layer: int | None) -> np.ndarray:
-        """One array of the base in float32: linears [X, Y], embed [V, D], norms and biases flat.
+        """Returns one array of the base in float32: linears [X, Y], embed [V, D], norms and biases flat.
 
-        `layer` is None for embed, norm and head.  Query and key rows come back in the order of half-split rope.
+        layer: None for embed, norm and head.  Query and key rows are returned in the order of half-split rope.
         """
         weight = self.file.read(TENSOR_NAMES[name].format(layer))
         if self.config.family == "llama" and name in ("q_proj", "k_proj"):
@@ -191,7 +191,7 @@ class GgufSource:
 
 
 def to_gguf_rows(config: ModelConfig, target: str, rows: np.ndarray) -> np.ndarray:
-    """Rows [Y, ...] of a linear in the order a GGUF file stores them: what `GgufSource.read` undoes."""
+    """Returns rows [Y, ...] of a linear in the order of a GGUF file: the inverse of what `GgufSource.read` does."""
     if config.family not in ("llama", "mistral") or target not in ("q_proj", "k_proj"):
         return rows
     heads = config.heads if target == "q_proj" else config.kv_heads
@@ -199,7 +199,7 @@ def to_gguf_rows(config: ModelConfig, target: str, rows: np.ndarray) -> np.ndarr
 
 
 def _config(file: GgufFile) -> ModelConfig:
-    """ModelConfig from the metadata."""
+    """Returns the ModelConfig of the metadata."""
     name, family = file.path.name, file.scalar("general.architecture")
     if family not in FAMILIES:
         shown = repr(family)[:60]
@@ -219,7 +219,7 @@ def _config(file: GgufFile) -> ModelConfig:
         require(key, 0)
     d_model, heads = int(number("embedding_length", int)), int(number("attention.head_count", int))
     kv_heads = int(number("attention.head_count_kv", int))
-    head_dim = d_model // heads  # what an absent key_length means in this format
+    head_dim = d_model // heads  # the meaning of an absent key_length in this format
     if file.scalar(f"{family}.attention.key_length") is not None:
         head_dim = int(number("attention.key_length", int))
     for key in ("attention.value_length", "rope.dimension_count"):
@@ -227,7 +227,7 @@ def _config(file: GgufFile) -> ModelConfig:
     for key in ("rope.scaling.factor", "rope.scale_linear"):
         require(key, 1)
     layers = int(number("block_count", int))
-    if layers > len(file.tensors):  # also keeps a false count from making us list tensors for ever
+    if layers > len(file.tensors):  # also bounds the tensor names we list
         raise ModelInvalid(f"{name}: {family}.block_count is {layers}, but the file has {len(file.tensors)} tensors")
     embed = shape_of(file.tensors["token_embd.weight"]) if "token_embd.weight" in file.tensors else ()
     if len(embed) != 2:
@@ -254,7 +254,7 @@ def _config(file: GgufFile) -> ModelConfig:
 
 
 def _rope_scaling(file: GgufFile, family: str, head_dim: int, theta: float) -> Llama3Rope | None:
-    """None, or the Llama-3 scaling whose factors the file stores.  Raises ModelInvalid for any other scaling."""
+    """Returns the Llama-3 scaling whose factors the file stores, or None.  Raises ModelInvalid for another scaling."""
     name, kind = file.path.name, file.scalar(f"{family}.rope.scaling.type")
     if kind not in (None, "none"):
         raise ModelInvalid(f"{name}: {family}.rope.scaling.type {repr(kind)[:60]} is not supported; supported: none")
@@ -263,7 +263,7 @@ def _rope_scaling(file: GgufFile, family: str, head_dim: int, theta: float) -> L
     stored_H = file.read(ROPE_FREQS)
     if stored_H.shape != (head_dim // 2,):
         raise ModelInvalid(f"tensor {ROPE_FREQS} has shape {list(stored_H.shape)}, expected {[head_dim // 2]}")
-    # The file keeps only the result.  Every Llama 3.1, 3.2 and 3.3 has the same limits, so we check that they give it.
+    # The file stores only the factors.  All Llama 3.1, 3.2 and 3.3 have the same limits; we check that these give them.
     rope = Llama3Rope(factor=float(stored_H.max()), low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
     frequency = theta ** -(np.arange(0, head_dim, 2) / head_dim)
     if not np.allclose(stored_H, frequency / rope.scaled(frequency), rtol=1e-4, atol=0):

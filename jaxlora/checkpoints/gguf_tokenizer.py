@@ -1,4 +1,4 @@
-"""The tokenizer that a GGUF file describes."""
+"""Builds a `tokenizers` engine from the vocabulary, merges and flags in a GGUF file's metadata."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from jaxlora.core.errors import ModelInvalid
 
-# How Llama 3 and Qwen2 cut text into words; they differ in how many digits stay together.
+# Regular expressions by which Llama 3 and Qwen2 split text into words; they differ in how many digits stay together.
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -18,7 +18,7 @@ CONTROL, USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type
 
 
 class GgufVocabulary:
-    """The tokenizer.ggml.* keys, checked."""
+    """The tokenizer.ggml.* keys of a GGUF file, checked."""
 
     def __init__(self, metadata: Mapping[str, object]):
         self.metadata = metadata
@@ -62,7 +62,7 @@ class GgufVocabulary:
         return value
 
     def engine(self) -> tokenizers.Tokenizer:
-        """The tokenizer that the `pre` key names.  Raises ModelInvalid for one we do not know."""
+        """Returns the tokenizer that the `pre` key names.  Raises ModelInvalid for an unknown one."""
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=self.pre == "smollm")
         if self.pre == "smollm":
             split = pre_tokenizers.Digits(individual_digits=True)
@@ -91,7 +91,7 @@ class GgufVocabulary:
         return engine
 
     def _add_ends(self, engine: tokenizers.Tokenizer) -> None:
-        """The post-processor for add_bos_token and add_eos_token.  Absent, llama.cpp adds bos for Llama 3 only."""
+        """Sets the post-processor of add_bos_token and add_eos_token; if absent, bos for Llama 3 only, as llama.cpp."""
         ends = {}
         for name, default in (("bos", self.pre == "llama-bpe"), ("eos", False)):
             i = self.token_id(f"{name}_token_id")

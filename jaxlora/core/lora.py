@@ -1,4 +1,4 @@
-"""What a LoRA adapter is: its specification, its identity and its weights on the host.
+"""The types of a LoRA adapter: its specification, its identity and its weights on the host.
 
     y_Y = x_X @ W_XY + scale * (x_X @ A_RX.T) @ B_RY          scale = alpha / rank, or alpha / sqrt(rank) for rsLoRA
 
@@ -28,7 +28,7 @@ NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModuleException:
-    """Rank and alpha of one (target, layer) that differ from the adapter's own; rank 0 means the module is not adapted."""
+    """Rank and alpha of one (target, layer) that differ from the adapter's own; rank 0: the module is not adapted."""
 
     target: str
     layer: int  # 0 for lm_head
@@ -38,9 +38,9 @@ class ModuleException:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoraSpec:
-    """Everything about an adapter but its weights.
+    """Everything about an adapter except its weights.
 
-    Raises AdapterInvalid for a rank below 1, a non-finite or zero alpha, an unknown or repeated target, a dropout outside [0, 1).
+    Raises AdapterInvalid for rank below 1, zero or non-finite alpha, unknown or repeated target, dropout not in [0, 1).
     """
 
     rank: int
@@ -70,11 +70,11 @@ class LoraSpec:
 
     @property
     def max_rank(self) -> int:
-        """Largest rank of any module: what a slot must hold."""
+        """Returns the largest rank of any module, which a slot must hold."""
         return max([self.rank, *(e.rank for e in self.exceptions)])
 
     def module(self, target: str, layer: int) -> tuple[int, float]:
-        """(rank, alpha) of one module; rank 0 where the module is not adapted."""
+        """Returns (rank, alpha) of one module; rank 0 where the module is not adapted."""
         if target not in self.targets:
             return 0, self.alpha
         for e in self.exceptions:
@@ -83,14 +83,14 @@ class LoraSpec:
         return self.rank, self.alpha
 
     def scale(self, target: str, layer: int) -> float:
-        """alpha / rank of the module, with its true rank (never the padded one); 0 where it is not adapted."""
+        """Returns alpha / rank of the module, with its true rank (never the padded one); 0 where it is not adapted."""
         rank, alpha = self.module(target, layer)
         if rank == 0:
             return 0.0
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
     def to_json(self) -> dict[str, object]:
-        """A JSON object that `from_json` turns back into an equal spec."""
+        """Returns a JSON object that `from_json` converts back into an equal spec."""
         return {
             "rank": self.rank,
             "alpha": self.alpha,
@@ -102,7 +102,7 @@ class LoraSpec:
 
     @staticmethod
     def from_json(data: Mapping) -> LoraSpec:
-        """The spec that `to_json` wrote.  Raises AdapterInvalid on impossible values, KeyError on a missing one."""
+        """Parses what `to_json` returned.  Raises AdapterInvalid for impossible values, KeyError for a missing one."""
         return LoraSpec(
             rank=int(data["rank"]),
             alpha=float(data["alpha"]),
@@ -118,7 +118,7 @@ class LoraSpec:
 
 @dataclass(frozen=True, slots=True, order=True)
 class AdapterRef:
-    """Who, what, which: an immutable version of one tenant's adapter.  What every cache is keyed by."""
+    """Identifies an immutable version of one tenant's adapter.  The key of every cache."""
 
     tenant: str
     name: str
@@ -135,7 +135,7 @@ class AdapterRef:
 
 
 def check_name(name: str, what: str) -> str:
-    """The name, if it is 1 to 64 ASCII letters, digits, dots, dashes or underscores and starts with a letter or digit.
+    """Returns the name if it is 1 to 64 ASCII letters, digits, dots, dashes, underscores, the first a letter or digit.
 
     Raises InvalidRequest otherwise.  Such a name is never a path.
     """
@@ -150,7 +150,7 @@ def check_name(name: str, what: str) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterWeights:
-    """What an adapter computes, on the host; it has no name and no version yet.
+    """Weights and specification of an adapter on the host, which has no name and no version yet.
 
     weights: target → (a_LRX, b_LRY) float32, R = spec.max_rank.  Rows past a module's own rank, and modules that are
     not adapted, are zero in both.  L is 1 for lm_head.  lm_head is [1, R, d_model] and [1, R, vocab].
@@ -161,7 +161,7 @@ class AdapterWeights:
     weights: Mapping[str, tuple[np.ndarray, np.ndarray]] = field(repr=False)
 
     def named(self, ref: AdapterRef) -> Adapter:
-        """The same as a version of an adapter."""
+        """Returns these weights as a version of an adapter."""
         return Adapter(ref=ref, spec=self.spec, base_hash=self.base_hash, weights=self.weights)
 
     def check_finite(self) -> None:
@@ -173,7 +173,7 @@ class AdapterWeights:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weights in host memory."""
+        """Returns the bytes of the weights in host memory."""
         return sum(a.nbytes + b.nbytes for a, b in self.weights.values())
 
 

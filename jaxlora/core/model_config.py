@@ -1,4 +1,4 @@
-"""What a checkpoint decides, and the table of base arrays.  Pure: no jax.
+"""ModelConfig, the numbers a checkpoint decides, and the table of base arrays.  Pure: no jax.
 
 Shape letters: T tokens, D model, F MLP, N query heads, K kv heads, H head, L layers, V vocabulary, X Y features in, out.
 """
@@ -23,7 +23,7 @@ class Llama3Rope:
     original_context: int
 
     def scaled(self, frequency: np.ndarray) -> np.ndarray:
-        """The frequencies (radians a token): low ones divided by the factor, high ones kept, a smooth ramp between."""
+        """Returns the frequencies (radians a token): low ones divided by the factor, high ones kept, a ramp between."""
         turns = self.original_context * frequency / (2 * np.pi)
         ramp = np.clip((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0.0, 1.0)
         return (1 - ramp) * frequency / self.factor + ramp * frequency
@@ -31,7 +31,7 @@ class Llama3Rope:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """What a checkpoint decides.  No defaults: a reader that cannot find a number must say so."""
+    """Numbers that a checkpoint decides.  No defaults: a reader that cannot find one raises an error."""
 
     family: str  # llama, mistral, qwen2, qwen3
     layers: int
@@ -59,14 +59,14 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """Shape and logical axes (see mesh.py) of one base array.  A leading "layers" axis means one entry per layer."""
+    """Shape and logical axes (see model/mesh.py) of one base array.  A leading "layers" axis: one entry per layer."""
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
 
 
 def parameters(config: ModelConfig) -> dict[str, Parameter]:
-    """Every array of the base, by our name.  Linear weights are [L, in, out]: y = x @ w."""
+    """Returns every array of the base, by our name.  Linear weights are [L, in, out]: y = x @ w."""
     c, L = config, config.layers
     attn, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
 
@@ -110,9 +110,9 @@ def check_tensors(
     unread: Collection[str],
     where: object,
 ) -> None:
-    """Compares what a checkpoint stores, name → shape, with what this model reads; `names` are its names of ours.
+    """Compares a checkpoint's tensors, name → shape, with those this model reads; `names` maps our names to its names.
 
-    unread: names that may be there and are not read here.
+    unread: names that may exist and are not read here.
     Raises ModelInvalid, naming the tensor, for one that is missing, has another shape or belongs to no such model.
     """
     extra = set(found) - set(unread)
@@ -133,7 +133,7 @@ def check_tensors(
 
 
 def target_features(config: ModelConfig, target: str) -> tuple[int, int]:
-    """(features in, features out) of an adaptable linear: one of lora.ALL_TARGETS."""
+    """Returns (features in, features out) of an adaptable linear: one of lora.ALL_TARGETS."""
     if target == "lm_head":
         return config.d_model, config.vocab
     _, x, y = parameters(config)[target].shape

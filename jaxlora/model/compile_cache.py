@@ -1,4 +1,4 @@
-"""Compiled programs kept on disk between runs, and a counter that shows whether anything compiled."""
+"""On-disk cache of compiled programs, and a counter of what is compiled."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from jaxlora.core.errors import ConfigInvalid
 
-# What jax reports.  A jitted call that finds its program in memory reports nothing.
+# Events that jax reports.  A jitted call that finds its program in memory reports none.
 TRACE_EVENT = "/jax/core/compile/jaxpr_trace_duration"
 LOWER_EVENT = "/jax/core/compile/jaxpr_to_mlir_module_duration"
-COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"  # also around a read from the disk cache
+COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"  # reported also for a read from the disk cache
 DISK_HIT_EVENT = "/jax/compilation_cache/cache_hits"
 
 
 def folder_in_use() -> Path:
-    """Where compiled programs are kept unless a folder is given: $JAXLORA_CACHE, or ~/.cache/jaxlora/xla."""
+    """Returns the default folder of compiled programs: $JAXLORA_CACHE, or ~/.cache/jaxlora/xla."""
     chosen = os.environ.get("JAXLORA_CACHE")
     return Path(chosen) if chosen else Path.home() / ".cache" / "jaxlora" / "xla"
 
 
 def enable(folder: Path | None) -> Path:
-    """The folder where jax keeps compiled programs from now on; None is `folder_in_use()`.
+    """Makes jax keep compiled programs in a folder and returns it; None is `folder_in_use()`.
 
-    jax loads what it finds there as code, so the folder is made mode 0700.  Raises ConfigInvalid when it cannot be made
-    or belongs to someone else.
+    jax loads files from there as code, so the folder gets mode 0700.  Raises ConfigInvalid when it cannot be made
+    or belongs to another user.
     """
     chosen = (folder if folder is not None else folder_in_use()).expanduser().absolute()
     advice = "set JAXLORA_CACHE to a folder of your own"
@@ -63,23 +63,23 @@ class CompileCounter:
         assert not counter.retraced
 
     A program read from the disk cache counts as a compile: it still stalls the step.  Each counter may be entered again
-    and goes on counting.
+    and then continues to count.
     """
 
     traces: int = 0  # Python functions traced, those nested in another jit included
-    lowerings: int = 0  # programs handed to the compiler
+    lowerings: int = 0  # programs passed to the compiler
     compiles: int = 0  # programs compiled or read from disk
     disk_hits: int = 0  # of these, read from disk
     _exit: contextlib.ExitStack | None = None
 
     @property
     def backend_compiles(self) -> int:
-        """Programs XLA really compiled."""
+        """Returns the number of programs XLA actually compiled."""
         return self.compiles - self.disk_hits
 
     @property
     def retraced(self) -> bool:
-        """Whether anything was traced, lowered or compiled: what must not happen after warm-up."""
+        """Returns whether anything was traced, lowered or compiled, which must not happen after warm-up."""
         return bool(self.traces or self.lowerings or self.compiles)
 
     def __enter__(self) -> CompileCounter:

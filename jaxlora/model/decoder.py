@@ -1,6 +1,6 @@
-"""The decoder.  Llama, Mistral, Qwen2 and Qwen3 differ in a few booleans, so they are one file; Flax NNX lives here only.
+"""The decoder of Llama, Mistral, Qwen2 and Qwen3, which differ in a few booleans; the only module with Flax NNX.
 
-`forward` is the one forward pass: training, prefill and decode differ in the attention and the LoRA they hand in.
+`forward` is the one forward pass: training, prefill and decode pass in their own attention and LoRA.
 
 Shape letters: T tokens, D model, F MLP, N query heads, K kv heads, H head, L layers, V vocabulary, G lanes, J tokens
 of a lane, X Y features in, out.
@@ -27,20 +27,20 @@ from jaxlora.model.mesh import check_model, place_array, sharding
 from pallas_kernels import KEPT
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-# What the forward pass keeps of a layer for the backward pass, which computes the rest again.  From most memory to least.
+# What the forward pass saves of a layer for the backward pass, which recomputes the rest.  From most memory to least.
 REMAT = {
     "everything": jax.checkpoint_policies.everything_saveable,
-    "products": jax.checkpoint_policies.save_only_these_names(KEPT),  # what a GEMM or the attention made
-    "nothing": jax.checkpoint_policies.nothing_saveable,  # the layer's input alone
+    "products": jax.checkpoint_policies.save_only_these_names(KEPT),  # outputs of GEMMs and attention
+    "nothing": jax.checkpoint_policies.nothing_saveable,  # only the layer's input
 }
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class TokenBatch:
-    """Packed tokens of many tenants.  Training and serving both speak it.
+    """Packed tokens of many tenants, the input of training and serving alike.
 
-    Tokens stand lane by lane: T = G * J, every token of a lane has the lane's slot.  In a decode step J is 1.
+    Tokens are ordered by lane: T = G * J, every token of a lane has the lane's slot.  In a decode step J is 1.
     """
 
     token_T: jax.Array  # int32 vocabulary ids
@@ -50,30 +50,30 @@ class TokenBatch:
 
 
 class Lora[Layer](Protocol):
-    """How adapted linears are computed.  `per_layer` is scanned over layers together with the weights."""
+    """Computes adapted linears.  `per_layer` is scanned over layers together with the weights."""
 
     @property
     def per_layer(self) -> Layer:
-        """A pytree with a leading axis of layers."""
+        """Returns a pytree with a leading axis of layers."""
         ...
 
     def deltas(self, layer: Layer, targets: tuple[str, ...], x_TX: jax.Array) -> tuple[jax.Array | None, ...]:
-        """What each target's adapter adds, [T, Y]; None where no adapter of this pool has the target."""
+        """Returns each target's delta, [T, Y]; None where no adapter of this pool has the target."""
         ...
 
 
 class NoLora:
-    """The base model alone."""
+    """Lora of the base model alone."""
 
     per_layer: tuple[()] = ()
 
     def deltas(self, layer: object, targets: tuple[str, ...], x_TX: jax.Array) -> tuple[None, ...]:
-        """Nothing is added."""
+        """Returns no deltas."""
         return (None,) * len(targets)
 
 
 class Attend[Cache](Protocol):
-    """Attention over the new tokens and whatever the cache holds; returns the cache with the new keys and values."""
+    """Attends over the new tokens and whatever the cache holds; returns the cache with the new keys and values."""
 
     def __call__(
         self, layer: jax.Array, q_TNH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array, cache: Cache
@@ -81,7 +81,7 @@ class Attend[Cache](Protocol):
 
 
 class Block(nnx.Module):
-    """One layer's weights; stacked over layers when it is stored."""
+    """Weights of one layer; stacked over layers when stored."""
 
     # Set by name from the arrays, as the linears are; a family without a bias or a norm lacks the attribute.
     attn_norm: nnx.Param
@@ -107,7 +107,7 @@ class Block(nnx.Module):
         attend: Attend[Cache],
         cache: Cache,
     ) -> tuple[jax.Array, Cache]:
-        """The residual stream after this layer, and the cache."""
+        """Returns the residual stream after this layer, and the cache."""
         c, T = config, x_TD.shape[0]
 
         def linears(x_TX: jax.Array, *targets: str) -> list[jax.Array]:
@@ -145,7 +145,7 @@ class Decoder(nnx.Module):
     def __call__[Cache, Layer](
         self, batch: TokenBatch, lora: Lora[Layer], attend: Attend[Cache], cache: Cache, remat: str
     ) -> tuple[jax.Array, Cache]:
-        """(hidden [T, D] after the final norm, cache)."""
+        """Returns (hidden [T, D] after the final norm, cache)."""
         x_TD, cache = self.layers(batch, self.embed[...][batch.token_T], lora, attend, cache, remat, None)
         return rms_norm(x_TD, self.norm[...], self.config.norm_eps), cache
 
@@ -159,10 +159,10 @@ class Decoder(nnx.Module):
         remat: str,
         some_L: jax.Array | None,
     ) -> tuple[jax.Array, Cache]:
-        """The residual stream after all layers, which run under `lax.scan` with the cache in the carry; or after these.
+        """Returns the residual stream after all layers (`lax.scan`, the cache in the carry), or after those of some_L.
 
-        These are few and run one after the other.  Each takes its weights by its number inside its checkpoint, so that a
-        gradient that waits keeps the base's own arrays: of a scan it would keep copies.
+        The latter are few and run one by one.  Each takes its weights by its number inside its checkpoint, so that a
+        waiting gradient keeps the base's own arrays: a scan would keep copies.
         """
         config = self.config
         rope = rope_tables(config, jnp.maximum(batch.position_T, 0))
@@ -189,16 +189,16 @@ class Decoder(nnx.Module):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """The frozen base model: device arrays by the names of `parameters`, and what they mean."""
+    """The frozen base model: device arrays by the names of `parameters`, and their configuration."""
 
     arrays: dict[str, jax.Array]
     config: ModelConfig = jax.tree.static()
     precision: str = jax.tree.static()  # of matrix products: default, high or highest
-    mesh: Mesh = jax.tree.static()  # where the arrays lie
+    mesh: Mesh = jax.tree.static()  # the mesh the arrays are placed on
 
     @property
     def dtype(self) -> jnp.dtype:
-        """The dtype of weights, activations and KV."""
+        """Returns the dtype of weights, activations and KV."""
         return self.arrays["embed"].dtype
 
 
@@ -211,16 +211,16 @@ def forward[Cache, Layer](
     *,
     remat: str = "products",
 ) -> tuple[jax.Array, Cache]:
-    """(hidden [T, D] after the final norm, cache): the one forward pass of the project.
+    """Runs the one forward pass of the project: returns (hidden [T, D] after the final norm, cache).
 
-    remat: one of REMAT; it changes what a gradient keeps, and nothing without one.
+    remat: one of REMAT; it changes what a gradient saves, and nothing without a gradient.
     """
     with jax.default_matmul_precision(base.precision):
         return Decoder(base.config, base.arrays)(batch, lora, attend, cache, remat)
 
 
 def embedded(base: Base, batch: TokenBatch) -> jax.Array:
-    """[T, D]: what the first layer reads."""
+    """Returns the input of the first layer, [T, D]."""
     return base.arrays["embed"][batch.token_T]
 
 
@@ -235,21 +235,21 @@ def forward_some[Cache, Layer](
     some_L: jax.Array,
     remat: str,
 ) -> tuple[jax.Array, Cache]:
-    """(what the layer after these reads, cache): `forward` through some layers only, of these numbers.
+    """Runs `forward` through the layers of these numbers only: returns (the input of the next layer, cache).
 
-    `lora.per_layer` is of these layers.
+    `lora.per_layer` holds these layers only.
     """
     with jax.default_matmul_precision(base.precision):
         return Decoder(base.config, base.arrays).layers(batch, x_TD, lora, attend, cache, remat, some_L)
 
 
 def final_norm(base: Base, x_TD: jax.Array) -> jax.Array:
-    """What the head reads of the last layer's output."""
+    """Returns the head's input from the last layer's output."""
     return rms_norm(x_TD, base.arrays["norm"], base.config.norm_eps)
 
 
 def head_weight(base: Base) -> tuple[jax.Array, jax.Array]:
-    """The head's weight as (head_DV, back_VD), the second its transpose; one of them may be a view of the other."""
+    """Returns the head's weight as (head_DV, back_VD), the second its transpose; one may be a view of the other."""
     arrays = base.arrays
     head = arrays["head"] if "head" in arrays else arrays["embed"].T
     return head, arrays["embed"] if base.config.tied else head.T
@@ -261,14 +261,14 @@ class WeightSource(Protocol):
     config: ModelConfig
 
     def read(self, name: str, layer: int | None) -> np.ndarray:
-        """One base array by its name in `parameters`, without the layer axis, in our layout."""
+        """Returns one base array by its name in `parameters`, without the layer axis, in our layout."""
         ...
 
 
 def load_base(source: WeightSource, mesh: Mesh, *, dtype: str, precision: str = "auto") -> Base:
-    """The base on the devices of `mesh`, each array cast and placed with its own sharding.
+    """Loads the base onto the devices of `mesh`, each array cast and placed with its own sharding.
 
-    precision: of matrix products: default, high, highest, or auto, which is highest for float32 and default for bfloat16.
+    precision: of matrix products: default, high, highest, or auto, which is highest for float32, default for bfloat16.
     Raises ModelInvalid for a dtype other than float32 or bfloat16 or a wrong tensor, ConfigInvalid when the mesh does not divide.
     """
     if dtype not in DTYPES:
@@ -301,7 +301,7 @@ def _checked(value: np.ndarray, shape: tuple[int, ...], what: str) -> np.ndarray
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """x / rms(x) * weight over the last axis, in float32, back in x's dtype.  Source: arXiv 1910.07467."""
+    """Returns x / rms(x) * weight over the last axis, in float32, cast to x's dtype.  Source: arXiv 1910.07467."""
     wide = x.astype(jnp.float32)
     wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     weight = weight.reshape((1,) * (x.ndim - 1) + (-1,))
@@ -309,7 +309,7 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 
 
 def rope_tables(config: ModelConfig, position_T: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(cos, sin), float32 [T, H/2], of the rotary embedding.  Source: RoPE (arXiv 2104.09864)."""
+    """Returns (cos, sin), float32 [T, H/2], of the rotary embedding.  Source: RoPE (arXiv 2104.09864)."""
     half = config.head_dim // 2
     frequency = 1.0 / config.rope_theta ** (np.arange(half, dtype=np.float64) / half)
     if config.rope_scaling is not None:
@@ -319,7 +319,7 @@ def rope_tables(config: ModelConfig, position_T: jax.Array) -> tuple[jax.Array, 
 
 
 def rotate(x_TNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Half-split rotary embedding in float32, back in x's dtype."""
+    """Applies the half-split rotary embedding in float32; returns x's dtype."""
     cos, sin = rope[0][:, None, :], rope[1][:, None, :]
     first, second = jnp.split(x_TNH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_TNH.dtype)

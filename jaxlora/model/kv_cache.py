@@ -22,29 +22,29 @@ from jaxlora.model.mesh import sharding
 from pallas_kernels.paged_attention.op import paged_attention
 from pallas_kernels.sharding import Placement
 
-KV_AXES = ("layers", "pages", None, "kv_heads")  # a head's features lie together, so these split as heads do
+KV_AXES = ("layers", "pages", None, "kv_heads")  # a head's features are contiguous, so these split as heads do
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class KVPages:
-    """Keys and values of every running sequence, in pages any sequence may own.  Donated to every step."""
+    """Keys and values of every running sequence, in pages that any sequence may own.  Donated to every step."""
 
     k_LPZF: jax.Array
     v_LPZF: jax.Array
 
 
 def page_format(mesh: Mesh) -> Format:
-    """Where the pages lie and how: rows of features as they are, whatever other layout would pad less.
+    """Returns sharding and layout of the pages: rows of features in order, whatever other layout would pad less.
 
-    Every program that takes or gives pages must keep to it: a TPU's compiler is free to choose otherwise, and copies the
+    Every program that takes or returns pages must use it: a TPU's compiler is free to choose otherwise, and copies the
     cache wherever two choices meet.
     """
     return Format(Layout(major_to_minor=(0, 1, 2, 3)), sharding(mesh, KV_AXES))
 
 
 def empty_pages(config: ModelConfig, mesh: Mesh, *, pages: int, page_tokens: int, dtype: jnp.dtype) -> KVPages:
-    """Pages of zeros, placed on the mesh: kv heads are split over tensor."""
+    """Returns pages of zeros, placed on the mesh: kv heads are split over tensor."""
     shape = (config.layers, pages, page_tokens, config.kv_heads * config.head_dim)
     zeros = jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=page_format(mesh))
     return KVPages(k_LPZF=zeros(), v_LPZF=zeros())
@@ -53,10 +53,10 @@ def empty_pages(config: ModelConfig, mesh: Mesh, *, pages: int, page_tokens: int
 def paged_attend(
     page_GC: jax.Array, position_GJ: jax.Array, window: int | None, placement: Placement | None = None
 ) -> Callable[..., tuple[jax.Array, KVPages]]:
-    """An `Attend` (see model.py) that writes the new keys and values, then attends over the pages.
+    """Returns an `Attend` (see decoder.py) that writes the new keys and values, then attends over the pages.
 
     page_GC: int32 page of each column of the lane's sequence; position_GJ: int32 place in the sequence, -1 is padding,
-    which is written nowhere.  placement: of attention, on a mesh of several devices.  Products are in the pages' dtype.
+    which is not written.  placement: of attention, on a mesh of several devices.  Products are in the pages' dtype.
     """
     G, J = position_GJ.shape
 

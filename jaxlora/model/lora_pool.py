@@ -1,4 +1,4 @@
-"""Adapters on the device: S slots of rows.
+"""The pool of adapters on the device: S slots of rows.
 
 A Pool is a pytree.  For each target it holds a_LSRX, b_LSRY and scale_LS; rank comes before features so that rows are
 contiguous.  A slot is one index of S; an adapter of a smaller rank is padded with zero rows in both halves, which stay
@@ -44,7 +44,7 @@ Rows = dict[str, LoraRows]  # by target
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PoolSpec:
-    """What a pool can hold.  Fixed when it is made; no request and no tenant changes it."""
+    """What a pool can hold.  Fixed at creation; no request and no tenant changes it."""
 
     slots: int
     rank: int  # largest rank of an adapter
@@ -67,42 +67,42 @@ class PoolSpec:
 
 
 def layer_count(config: ModelConfig, target: str) -> int:
-    """Rows a target has: one per layer, one for the head."""
+    """Returns the number of layers of a target's rows: one per layer, one for the head."""
     return 1 if target == HEAD_TARGET else config.layers
 
 
 def adapter_bytes(config: ModelConfig, spec: LoraSpec) -> int:
-    """Bytes of one version of such an adapter: float32, at its largest rank."""
+    """Returns the bytes of one version of such an adapter: float32, at its largest rank."""
     rows = sum(layer_count(config, target) * sum(target_features(config, target)) for target in spec.targets)
     return 4 * spec.max_rank * rows
 
 
 def row_axes(config: ModelConfig, target: str) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
-    """Logical axes of (a_LSRX, b_LSRY): features are split like the base kernel's."""
+    """Returns the logical axes of (a_LSRX, b_LSRY): features are split like the base kernel's."""
     x, y = ("embed", "vocab") if target == HEAD_TARGET else parameters(config)[target].axes[1:]
     return ("layers", "slots", "rank", x), ("layers", "slots", "rank", y)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoraLayout:
-    """How a LoRA product lies on the mesh: what a kernel must be told that XLA cannot split by itself."""
+    """How a LoRA product is split over the mesh: kernels need this, since XLA cannot partition them."""
 
     config: ModelConfig
     mesh: Mesh
 
     def lanes(self, target: str) -> Placement | None:
-        """Of lanes, with rows gathered for them; None on one device.
+        """Returns the placement of lanes with rows gathered for them; None on one device.
 
-        Lanes are split over data x fsdp, features as the base kernel's when it is used: over tensor alone.
+        Lanes are split over data x fsdp, features as the base kernel's in use: over tensor alone.
         """
         x, y = self._features(target)
         lanes = self._lanes()
         return self._placement(lanes, None if x in lanes else x, None if y in lanes else y)
 
     def tokens(self, target: str) -> Placement | None:
-        """Of tokens that read the pool in place; None on one device.
+        """Returns the placement of tokens that read the pool in place; None on one device.
 
-        The pool's features stay split as they are, so tokens are split over what is left.
+        Parses what `to_json` returned.  Raises AdapterInvalid for impossible values, KeyError for a missing one.
         """
         x, y = self._features(target)
         return self._placement(tuple(a for a in self._lanes() if a not in (x, y)), x, y)
@@ -113,7 +113,7 @@ class LoraLayout:
         return axes
 
     def _features(self, target: str) -> tuple[str | None, str | None]:
-        """Mesh axes of features in and out; an axis of one device splits nothing, and no sum is needed over it."""
+        """Returns the mesh axes of features in and out; an axis of one device splits nothing, and needs no sum."""
         split = []
         for axes in row_axes(self.config, target):
             axis = None if axes[-1] is None else RULES[axes[-1]]
@@ -127,7 +127,7 @@ class LoraLayout:
 
 
 def empty_pool(config: ModelConfig, spec: PoolSpec, mesh: Mesh) -> Rows:
-    """A pool of zero rows, placed on the mesh."""
+    """Returns a pool of zero rows, placed on the mesh."""
     pool = {}
     for target in spec.targets:
         L, (x, y) = layer_count(config, target), target_features(config, target)
@@ -141,7 +141,7 @@ def empty_pool(config: ModelConfig, spec: PoolSpec, mesh: Mesh) -> Rows:
 
 
 def host_rows(config: ModelConfig, spec: PoolSpec, adapter: AdapterWeights) -> Rows:
-    """One slot's rows of this adapter as float32 NumPy arrays: every target of the pool, every row, and scale.
+    """Returns one slot's rows of this adapter as float32 NumPy arrays: every target of the pool, every row, and scale.
 
     Raises AdapterInvalid when the adapter does not fit, AdapterNotFinite when a weight is not finite.
     """
@@ -166,7 +166,7 @@ def host_rows(config: ModelConfig, spec: PoolSpec, adapter: AdapterWeights) -> R
 
 
 def _padded(given: np.ndarray, rank: int) -> np.ndarray:
-    """float32 [L, rank, features]: the given rows and zeros after them.  The same array where none are missing."""
+    """Returns float32 [L, rank, features]: the given rows, then zeros.  The same array where none are missing."""
     L, R, features = given.shape
     if rank == R and given.dtype == np.float32:
         return given
@@ -176,12 +176,12 @@ def _padded(given: np.ndarray, rank: int) -> np.ndarray:
 
 
 def scales(config: ModelConfig, spec: LoraSpec, target: str) -> np.ndarray:
-    """float32 [L]: the scale of each layer's module, 0 where it is not adapted."""
+    """Returns float32 [L]: the scale of each layer's module, 0 where it is not adapted."""
     return np.array([spec.scale(target, i) for i in range(layer_count(config, target))], np.float32)
 
 
 def adapter_of_rows(rows: Mapping[str, LoraRows], spec: LoraSpec, base_hash: str) -> AdapterWeights:
-    """The host adapter whose weights are one slot's rows (float32, cut to the adapter's largest rank)."""
+    """Returns the host adapter whose weights are one slot's rows (float32, cut to the adapter's largest rank)."""
     weights = {
         t: (
             np.asarray(rows[t].a_LSRX, np.float32)[:, : spec.max_rank],
@@ -194,9 +194,9 @@ def adapter_of_rows(rows: Mapping[str, LoraRows], spec: LoraSpec, base_hash: str
 
 @functools.partial(jax.jit, donate_argnums=0)
 def write_slot(pool: Rows, slot: jax.Array, rows: Rows) -> Rows:
-    """The pool with one slot replaced whole, cast to the pool's dtype.  Donates the pool.
+    """Returns the pool with one slot replaced whole, cast to the pool's dtype.  Donates the pool.
 
-    Targets that `rows` lacks and rank rows past its own become zero: nothing of the slot's last adapter stays.
+    Targets that `rows` lacks and rank rows past its own become zero: nothing of the slot's last adapter remains.
     """
 
     def put(whole: jax.Array, part: jax.Array | None) -> jax.Array:
@@ -223,27 +223,27 @@ def _all_finite(rows: Rows) -> jax.Array:
 
 
 def read_finite(rows: Rows) -> None:
-    """Raises AdapterNotFinite when one slot's device rows hold a NaN or an infinity."""
+    """Raises AdapterNotFinite when one slot's device rows contain a NaN or an infinity."""
     if not bool(_all_finite(rows)):
         raise AdapterNotFinite("the adapter has non-finite weights; it is not published")
 
 
 class LaneLora:
-    """Adapted linears of tokens in lanes, of rows gathered beforehand (training, which differentiates them)."""
+    """Adapted linears of tokens in lanes, with rows gathered beforehand (training, which differentiates them)."""
 
     def __init__(self, rows_LG: Rows, layout: LoraLayout | None = None):
         self.layout = layout
         self.per_layer = {t: r for t, r in rows_LG.items() if t != HEAD_TARGET}
-        self.targets = frozenset(self.per_layer)  # of the layers
+        self.targets = frozenset(self.per_layer)  # those of the layers
         self.head = rows_LG.get(HEAD_TARGET)
 
     @staticmethod
     def gather(pool: Rows, slot_G: jax.Array) -> Rows:
-        """The rows of each lane's slot, [L, G, ...]; zeros for NO_ADAPTER."""
+        """Returns the rows of each lane's slot, [L, G, ...]; zeros for NO_ADAPTER."""
         return jax.tree.map(lambda p: take_rows(p, slot_G), pool)
 
     def deltas(self, layer: Rows, targets: tuple[str, ...], x_TX: jax.Array) -> tuple[jax.Array | None, ...]:
-        """[T, Y] per target, None where the pool lacks it.  Targets share one read of x: their A rows are concatenated."""
+        """Returns [T, Y] per target, None where the pool lacks it.  Targets share one read of x: A is concatenated."""
         have = [layer[t] for t in targets if t in layer]
         if not have:
             return (None,) * len(targets)
@@ -254,26 +254,26 @@ class LaneLora:
         return tuple(next(got).reshape(x_TX.shape[0], -1) if t in layer else None for t in targets)
 
     def head_rows(self) -> tuple[jax.Array, jax.Array, jax.Array] | None:
-        """(a_GRD, b_GRV, scale_G) of the head, if this pool adapts it."""
+        """Returns (a_GRD, b_GRV, scale_G) of the head, if this pool adapts it."""
         h = self.head
         return None if h is None else (h.a_LSRX[0], h.b_LSRY[0], h.scale_LS[0])
 
     def head_placement(self) -> Placement | None:
-        """How the head's product lies on the mesh."""
+        """Returns how the head's product is split over the mesh."""
         return None if self.layout is None else self.layout.lanes(HEAD_TARGET)
 
 
 class DropoutLora:
-    """Lanes in training: a share of what each lane's A reads is dropped, by its own rate and its own random numbers.
+    """Applies dropout to the input of each lane's A in training, by the lane's own rate and random numbers.
 
-    Targets that share one read of x share what is dropped of it (PEFT draws for each).  Nothing is dropped before the head.
-    A lane of rate 0 keeps its bits, whatever the others drop; when no lane drops, nothing is drawn.
+    Targets that share one read of x share its mask (PEFT draws one for each).  The head's input has no dropout.
+    A lane of rate 0 keeps its bits, whatever other lanes drop; when no lane drops, nothing is drawn.
     """
 
     def __init__(self, lanes: LaneLora, layer_L: jax.Array, rate_G: jax.Array, draw_GN: jax.Array):
-        """`layer_L`: the numbers of the layers that the rows are of.
+        """layer_L: the numbers of the layers of the rows.
 
-        `draw_GN`: int32 numbers that make a lane's random numbers its own: of its tenant, its step, its place there.
+        draw_GN: int32 numbers that seed a lane's random numbers: of its tenant, its step, its place there.
         """
         self.lanes, self.rate_G, self.draw_GN = lanes, rate_G, draw_GN
         self.per_layer = (layer_L, lanes.per_layer)
@@ -281,7 +281,7 @@ class DropoutLora:
     def deltas(
         self, layer: tuple[jax.Array, Rows], targets: tuple[str, ...], x_TX: jax.Array
     ) -> tuple[jax.Array | None, ...]:
-        """As LaneLora's, of x with a share dropped and the rest scaled up."""
+        """Returns a layer's LoRA deltas as LaneLora's, of x with dropout and the rest scaled up."""
         index, rows = layer
         if self.lanes.targets.isdisjoint(targets):
             return (None,) * len(targets)
@@ -302,32 +302,32 @@ class DropoutLora:
 
 
 class _PoolLora(ABC):
-    """Adapted linears that read the pool itself, layer by layer."""
+    """Adapted linears that read the pool directly, layer by layer."""
 
     def __init__(self, pool: Rows, layers: int, layout: LoraLayout | None):
         self.pool, self.layout = pool, layout
         self.per_layer = jnp.arange(layers)
 
     def deltas(self, layer: jax.Array, targets: tuple[str, ...], x_TX: jax.Array) -> tuple[jax.Array | None, ...]:
-        """[T, Y] per target, None where the pool lacks it."""
+        """Returns [T, Y] per target, None where the pool lacks it."""
         have = [t for t in targets if t in self.pool]
         got = dict(zip(have, self.product(layer, have, x_TX), strict=True)) if have else {}
         return tuple(got.get(t) for t in targets)
 
     @abstractmethod
     def product(self, layer: jax.Array, targets: Sequence[str], x_TX: jax.Array) -> tuple[jax.Array, ...]:
-        """[T, Y] per target, all of which the pool has.  The head's layer is 0."""
+        """Returns [T, Y] per target, all of which the pool has.  The head's layer is 0."""
 
 
 class PromptLora(_PoolLora):
-    """Of tokens in lanes with a slot each (prefill): a layer's rows are taken when it runs, and batched over lanes."""
+    """Adapted linears of tokens in lanes with one slot each (prefill): gathers a layer's rows as it runs, by lane."""
 
     def __init__(self, pool: Rows, slot_G: jax.Array, layers: int, layout: LoraLayout | None = None):
         super().__init__(pool, layers, layout)
         self.slot_G = slot_G
 
     def product(self, layer: jax.Array, targets: Sequence[str], x_TX: jax.Array) -> tuple[jax.Array, ...]:
-        """[T, Y] per target, all of which the pool has.  The head's layer is 0."""
+        """Returns [T, Y] per target, all of which the pool has.  The head's layer is 0."""
         taken = [jax.tree.map(lambda p: take_layer_rows(p, layer, self.slot_G), self.pool[t]) for t in targets]
         placement = None if self.layout is None else self.layout.lanes(targets[0])
         x_GJX = x_TX.reshape(self.slot_G.shape[0], -1, x_TX.shape[-1])
@@ -336,16 +336,16 @@ class PromptLora(_PoolLora):
 
 
 class TokenLora(_PoolLora):
-    """Of tokens with a slot each (decode): rows are read in place."""
+    """Adapted linears of tokens with a slot each (decode): rows are read in place."""
 
     def __init__(self, pool: Rows, slot_T: jax.Array, layers: int, layout: LoraLayout | None = None):
         super().__init__(pool, layers, layout)
         self.slot_T = slot_T
-        # Every target splits its features over the same axes, so the tokens of all are split alike.
+        # All targets split their features over the same axes, so the tokens of all are split alike.
         self.visits = visits_by_slot(slot_T, None if layout is None else layout.tokens(next(iter(pool))))
 
     def product(self, layer: jax.Array, targets: Sequence[str], x_TX: jax.Array) -> tuple[jax.Array, ...]:
-        """[T, Y] per target, all of which the pool has.  The head's layer is 0."""
+        """Returns [T, Y] per target, all of which the pool has.  The head's layer is 0."""
         rows = [(self.pool[t].a_LSRX, self.pool[t].b_LSRY, self.pool[t].scale_LS) for t in targets]
         placement = None if self.layout is None else self.layout.tokens(targets[0])
         return gathered_lora(x_TX, rows, layer, self.slot_T, self.visits, placement)

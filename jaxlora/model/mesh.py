@@ -34,9 +34,9 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A data x fsdp x tensor mesh over the first devices, those of one process beside each other.
+    """Returns a data x fsdp x tensor mesh over the first devices, those of one process adjacent.
 
-    Raises ConfigInvalid when there are too few devices, a size is below 1, or a process would have no part in it.
+    Raises ConfigInvalid when there are too few devices, a size is below 1, or a process would have no device in it.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = (data, fsdp, tensor)
@@ -55,17 +55,17 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[j
 
 
 def sharding(mesh: Mesh, axes: Sequence[str | None]) -> NamedSharding:
-    """Where an array with these logical axes lives; None is an axis that is never split."""
+    """Returns the sharding of an array with these logical axes; None is an axis that is never split."""
     return NamedSharding(mesh, PartitionSpec(*(None if a is None else RULES[a] for a in axes)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of a small array that every device holds whole."""
+    """Returns the sharding of a small array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def attention_placement(mesh: Mesh) -> Placement | None:
-    """How attention lies on the mesh, for its kernels: lanes as in a batch, heads over tensor; None on one device."""
+    """Returns how attention is split, for its kernels: lanes as in a batch, heads over tensor; None on one device."""
     lanes, heads = RULES["lanes"], RULES["kv_heads"]
     assert isinstance(lanes, tuple)
     assert isinstance(heads, str)
@@ -73,27 +73,27 @@ def attention_placement(mesh: Mesh) -> Placement | None:
 
 
 def place_array(x: np.ndarray, where: NamedSharding) -> jax.Array:
-    """The array on the devices.  Of several processes, which all have the same array, each feeds its own devices."""
+    """Places the array on the devices.  All processes have the same array, and each feeds its own devices."""
     if where.is_fully_addressable:
         return jax.device_put(x, where)
     return jax.make_array_from_callback(x.shape, where, x.__getitem__)
 
 
 def place[T](tree: T, where: NamedSharding) -> T:
-    """The NumPy arrays on the devices, as `place_array`."""
+    """Places the NumPy arrays on the devices, as `place_array` does."""
     if where.is_fully_addressable:
         return jax.device_put(tree, where)  # all in one call
     return jax.tree.map(lambda x: place_array(x, where), tree)
 
 
 def place_rows[T](mesh: Mesh, batch: T) -> T:
-    """The NumPy batch on the devices: every array's first axis is rows (lanes or sequences), split over data x fsdp."""
+    """Places the NumPy batch on the devices: every array's first axis is rows (lanes, sequences), over data x fsdp."""
     return place(batch, rows_sharding(mesh))
 
 
-@functools.cache  # a step asks for it, and to make it takes longer than to copy a batch
+@functools.cache  # called in every step, and making it takes longer than copying a batch
 def rows_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of an array whose first axis is rows."""
+    """Returns the sharding of an array whose first axis is rows."""
     return NamedSharding(mesh, PartitionSpec(RULES["lanes"]))
 
 
@@ -123,5 +123,5 @@ def check_lanes(mesh: Mesh, lanes: int, what: str) -> None:
 
 
 def describe(mesh: Mesh) -> str:
-    """'1x2x3' for data, fsdp, tensor."""
+    """Returns data, fsdp and tensor as '1x2x3'."""
     return "x".join(str(mesh.shape[a]) for a in MESH_AXES)

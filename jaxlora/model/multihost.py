@@ -1,6 +1,6 @@
-"""Several processes that hold one mesh together, each with the devices of its own machine.
+"""Multi-process runs: several processes hold one mesh together, each with the devices of its own machine.
 
-All run the same program on the same files and decide alike, so that every compiled step is started by all of them in the
+All run the same program on the same files and decide alike, so that all start every compiled step in the
 same order.  One of them, the lead, prints and writes.
 """
 
@@ -16,14 +16,14 @@ from jaxlora.core.errors import ConfigInvalid
 
 PROCESS_ID = "JAX_PROCESS_ID"  # which process this is, from 0
 COORDINATOR = "JAX_COORDINATOR_ADDRESS"  # host:port of process 0; jax reads it
-SILENT_S = 30  # a process that is silent for so long, or has ended in an error, ends the others
+SILENT_S = 30  # seconds after which a silent process, or one that failed, ends the others
 
 
 def join(count: int) -> None:
-    """Meets the other processes; nothing for one.  Before jax touches a device, once in a process.
+    """Connects to the other processes; does nothing for one.  Call it once, before jax touches a device.
 
-    Which process this is and where to meet comes from the environment, or from what jax knows of the cluster.
-    Raises ConfigInvalid when neither says it, or for an impossible number.
+    The process number and the coordinator come from the environment, or from what jax knows of the cluster.
+    Raises ConfigInvalid when neither gives them, or for an impossible number.
     """
     if count == 1:
         return
@@ -47,23 +47,23 @@ def join(count: int) -> None:
             param="mesh.processes",
         ) from e
     if jax.default_backend() == "cpu":
-        # Only process 0 would find its programs on disk, and be at a collective long before the others have compiled
-        # theirs; but CPUs meet at their first collective within 30 s or not at all.
+        # Only process 0 would find its programs on disk, and reach a collective long before the others have compiled
+        # theirs; but on CPUs all must reach their first collective within 30 s.
         jax.config.update("jax_enable_compilation_cache", False)
 
 
 def is_lead() -> bool:
-    """Whether this process prints and writes."""
+    """Returns whether this process prints and writes."""
     return jax.process_index() == 0
 
 
 def any_says(yes: bool) -> bool:
-    """Whether any process says yes.  All must ask, at the same point, and wait for each other there."""
+    """Returns whether `yes` is true in any process.  All must call it at the same point; each waits for the others."""
     if jax.process_count() == 1:
         return yes
     return bool(np.any(multihost_utils.process_allgather(np.array(yes))))
 
 
 def meet() -> None:
-    """Waits until all are here: a process that leaves while the lead writes would end the lead after a while."""
+    """Waits for all processes: one that leaves while the lead writes would end the lead after a while."""
     any_says(False)

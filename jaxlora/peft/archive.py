@@ -1,9 +1,9 @@
-"""The files of a PEFT adapter out of what a stranger uploads: a zip, a tar, a tar.gz, or the files themselves.
+"""Extracts the files of a PEFT adapter from an upload: a zip, a tar, a tar.gz, or the files themselves.
 
     upload ──magic──▶ members, one by one ──name, kind, size──▶ FOLDER/{adapter_config.json, adapter_model.safetensors, …}
 
-Members are copied under names of ours, so no name of theirs becomes a path.  Sizes are counted while bytes are inflated:
-what an archive declares is only a first reason to refuse it.  Pure host code.
+Members are copied under our own names, so none of theirs becomes a path.  Sizes are counted while bytes are inflated:
+the sizes an archive declares are only a first check.  Pure host code.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from jaxlora.peft.folder import CONFIG_FILE, MAX_JSON_BYTES, OWN_FILE, PICKLE_SU
 from jaxlora.peft.targets import linear_modules
 from jaxlora.peft.tensors import MAX_HEADER_BYTES, PICKLE
 
-FILES = (CONFIG_FILE, WEIGHTS_FILE, OWN_FILE)  # what an import reads
-LEFT_OUT = (  # what folders of adapters hold besides; never opened
+FILES = (CONFIG_FILE, WEIGHTS_FILE, OWN_FILE)  # the files an import reads
+LEFT_OUT = (  # other files of adapter folders; never opened
     "README.md",
     "LICENSE",
     "LICENSE.md",
@@ -36,7 +36,7 @@ LEFT_OUT = (  # what folders of adapters hold besides; never opened
     ".gitattributes",
     ".gitignore",
     ".DS_Store",
-    # The tokenizer and the chat template are the base's, whatever an adapter brings.
+    # The tokenizer and the chat template are the base's, whatever files an adapter brings.
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -50,9 +50,9 @@ MAC_FOLDER = "__MACOSX"
 MAX_MEMBERS = 64
 MAX_NAME_CHARS = 256
 CHUNK_BYTES = 64 * 1024
-# No reader of archives needs more at once but to hold a directory or a header that has no end.
+# No archive reader needs more at once, except for a directory or header of unbounded size.
 MAX_READ_BYTES = 256 * 1024
-OVERHEAD_BYTES = 8 * 2**20  # of an archive beside the files that are kept: headers, and what is left out
+OVERHEAD_BYTES = 8 * 2**20  # of an archive besides the files that are kept: headers, and skipped files
 KINDS = "a zip, tar or tar.gz of a PEFT folder"
 DAMAGED = (
     zipfile.BadZipFile,
@@ -70,29 +70,29 @@ DAMAGED = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UploadLimits:
-    """The largest adapter that one base takes, in bytes."""
+    """Size limits, in bytes, of the adapters that one base accepts."""
 
     weights_bytes: int  # of adapter_model.safetensors
 
     @property
     def total_bytes(self) -> int:
-        """Of a whole upload, packed or not."""
+        """Returns the limit of a whole upload, packed or not."""
         return self.weights_bytes + OVERHEAD_BYTES
 
     def of(self, name: str) -> int:
-        """Bytes that one of FILES may have."""
+        """Returns the limit of one of FILES."""
         return self.weights_bytes if name == WEIGHTS_FILE else MAX_JSON_BYTES
 
 
 def upload_limits(config: ModelConfig, max_rank: int) -> UploadLimits:
-    """Room for float32 A and B of this rank on every module, PEFT's copy of the head, and the header."""
+    """Returns limits for float32 A and B of this rank on every module, PEFT's copy of the head, and the header."""
     values = sum(max_rank * (m.features_in + m.features_out) for m in linear_modules(config).values())
     return UploadLimits(weights_bytes=4 * (values + config.vocab * config.d_model) + MAX_HEADER_BYTES + 8)
 
 
 @dataclass(frozen=True, slots=True)
 class _Member:
-    """One member of an archive, with what was checked."""
+    """One member of an archive, with its checked properties."""
 
     name: str
     declared_bytes: int
@@ -100,7 +100,7 @@ class _Member:
 
 
 def file_name(name: str) -> str | None:
-    """Which of FILES a file of this name is; None for one that is left out.  Raises AdapterInvalid for any other."""
+    """Returns which of FILES a name means; None for a file that is skipped.  Raises AdapterInvalid for any other."""
     if name in FILES:
         return name
     if name in LEFT_OUT or name.startswith("._"):
@@ -111,13 +111,13 @@ def file_name(name: str) -> str | None:
 
 
 def unpack(archive: Path, folder: Path, limits: UploadLimits) -> tuple[str, ...]:
-    """Writes the adapter's files of an archive into an empty `folder`; names of the members that were left out.
+    """Writes an archive's adapter files into an empty `folder`; returns the names of the members that were skipped.
 
-    Raises AdapterInvalid for anything but a plain PEFT folder, with at most one folder around its files; OSError when
+    Raises AdapterInvalid unless it is a plain PEFT folder, with at most one folder around its files; OSError when
     `folder` cannot be written.
     """
     left_out: list[str] = []
-    homes: dict[str, str] = {}  # file → the folder in the archive that it came from
+    homes: dict[str, str] = {}  # file → the folder of the archive that holds it
     with archive.open("rb") as file:
         members = _members(file, limits)
         while True:
@@ -154,7 +154,7 @@ def _too_large(name: str, limits: UploadLimits) -> AdapterInvalid:
 
 
 def _copy(data: BinaryIO, path: Path, name: str, limits: UploadLimits) -> None:
-    """Copies a member, and stops where it is larger than it may be."""
+    """Copies a member; raises AdapterInvalid when it is larger than its limit."""
     left = limits.of(name)
     with path.open("xb") as out:
         while True:
@@ -173,7 +173,7 @@ def _copy(data: BinaryIO, path: Path, name: str, limits: UploadLimits) -> None:
 
 
 def _checked_path(name: str) -> str:
-    """The member's path: relative, at most one folder deep.  Raises AdapterInvalid for any other."""
+    """Returns the member's path: relative, at most one folder deep.  Raises AdapterInvalid for any other."""
     parts = [p for p in name.split("/") if p not in ("", ".")]
     strange = len(name) > MAX_NAME_CHARS or "\0" in name or "\\" in name or ":" in name or not name.isprintable()
     if strange or name.startswith("/") or ".." in parts or not parts:
@@ -184,7 +184,7 @@ def _checked_path(name: str) -> str:
 
 
 def _members(file: BinaryIO, limits: UploadLimits) -> Iterator[_Member]:
-    """The files in an archive, in its order.  Raises AdapterInvalid for other kinds of archives and of members."""
+    """Yields the files of an archive, in its order.  Raises AdapterInvalid for other kinds of archives and members."""
     start = file.read(512)
     file.seek(0)
     if start[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
@@ -205,7 +205,7 @@ def _zip_members(reader: _Reader) -> Iterator[_Member]:
         infos = archive.infolist()
         _check_count(len(infos))
         for info in infos:
-            name = info.orig_filename  # as it stands in the file; the other one ends at a NUL
+            name = info.orig_filename  # as stored in the file; the other one ends at a NUL
             kind = stat.S_IFMT(info.external_attr >> 16)
             if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
                 raise _not_plain(name)
@@ -248,16 +248,16 @@ def _not_plain(name: str) -> AdapterInvalid:
 
 
 class _Reader:
-    """A file for the libraries that read archives: never much at once, and never more in all than an upload may have.
+    """A file object for the archive libraries: bounds each read, and all reads together by the upload limit.
 
-    forward: it is inflated as it is read, so going back would begin anew.
+    forward: the file is inflated as it is read, so seeking back would start again.
     """
 
     def __init__(self, file: BinaryIO | gzip.GzipFile, most_bytes: int, *, forward: bool):
         self._file, self._left, self._forward = file, most_bytes, forward
 
     def read(self, size: int = -1) -> bytes:
-        """Bytes from here.  Raises AdapterInvalid for more than an honest archive asks for."""
+        """Reads from here.  Raises AdapterInvalid for more than a valid archive needs."""
         if size > MAX_READ_BYTES:
             raise AdapterInvalid("the archive has a directory or a header that is too large")
         data = self._file.read(min(size, MAX_READ_BYTES) if size >= 0 else MAX_READ_BYTES)
@@ -268,7 +268,7 @@ class _Reader:
         return data
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        """Goes to a place; forwards by reading, so that it counts, where the file is inflated."""
+        """Seeks; forwards by reading where the file is inflated, so that it counts."""
         if not self._forward:
             return self._file.seek(offset, whence)
         ahead = offset - self._file.tell()
@@ -279,12 +279,12 @@ class _Reader:
         return self._file.tell()
 
     def tell(self) -> int:
-        """Where it is."""
+        """Returns the position."""
         return self._file.tell()
 
     def seekable(self) -> bool:
-        """True."""
+        """Returns True."""
         return True
 
     def close(self) -> None:
-        """Nothing: whoever opened the file closes it."""
+        """Does nothing: the caller that opened the file closes it."""

@@ -1,7 +1,7 @@
-"""What a PEFT adapter_config.json says: every field honoured, known to be without effect, or a reason to refuse.
+"""Parses a PEFT adapter_config.json: every field is supported, known to have no effect, or a reason to refuse.
 
-Reasons are collected, not raised one by one: whoever must re-export an adapter wants to hear all of them at once.
-Which modules the config means on a given base is peft_match.py.
+Reasons are collected, not raised one by one, so that one message tells the user everything to fix.
+`targets.py` determines which modules of a given base the config selects.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ BOOKKEEPING = (
     "peft_version",
     "auto_mapping",
     "runtime_config",
-)  # in every folder; means nothing here
+)  # in every folder; has no meaning here
 WITHOUT_EFFECT = (
     "revision",
     "eva_config",
@@ -66,12 +66,12 @@ REFUSED_WHEN_SET = (
     "lora_ga_config",
     "ensure_weight_tying",
 )
-PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")  # the base stays as it is
+PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")  # these leave the base unchanged
 SHIFTING_INITS = re.compile(r"(pissa(_niter_\d+)?|olora|corda|loftq|lora_ga)", re.IGNORECASE)
 
 
 class Reasons:
-    """Why a file is refused.  Equal messages count once; a kind of mismatch shows its first five."""
+    """Reasons to refuse a file.  Equal messages count once; each kind of mismatch shows its first five."""
 
     def __init__(self) -> None:
         self._messages: dict[str, dict[str, None]] = {}  # kind → messages in order
@@ -85,13 +85,13 @@ class Reasons:
         self._errors.add(error)
 
     def extend(self, other: Reasons) -> None:
-        """Adds all of the other's."""
+        """Adds all reasons of the other."""
         for kind, messages in other._messages.items():
             self._messages.setdefault(kind, {}).update(messages)
         self._errors |= other._errors
 
     def raise_if_any(self) -> None:
-        """Raises one error with every reason; BaseMismatch or AdapterNotFinite only where no reason is another."""
+        """Raises one error with every reason; BaseMismatch or AdapterNotFinite only where all reasons are that."""
         if not self._messages:
             return
         parts = []
@@ -105,13 +105,13 @@ class Reasons:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PeftConfig:
-    """The fields that decide what an adapter computes."""
+    """The fields that determine what an adapter computes."""
 
     rank: int
     alpha: float
     rslora: bool
     dropout: float
-    targets: str | tuple[str, ...] | None  # regex, names or full paths, or not stated
+    targets: str | tuple[str, ...] | None  # regex, names or full paths; None: not in the file
     exclude: str | tuple[str, ...]
     layers: tuple[int, ...] | None
     layers_pattern: tuple[str, ...]
@@ -123,9 +123,9 @@ class PeftConfig:
 
 
 def read_config(raw: Mapping[str, object], reasons: Reasons) -> PeftConfig | None:
-    """The config, or None where it is not LoRA or a field of the wrong type leaves unknown which modules are meant.
+    """Returns the config, or None where it is not LoRA or a field of the wrong type leaves the modules unknown.
 
-    Adds to `reasons` every feature we do not hold and every impossible value.
+    Adds to `reasons` every unsupported feature and every impossible value.
     """
     if raw.get("peft_type") != "LORA":
         reasons.add(f"peft_type {shown(raw.get('peft_type'))} is not supported; only LORA")
@@ -209,18 +209,18 @@ TARGET_PARAMETERS = "target_parameters is not supported"
 
 
 def replaces_base(names: object) -> str:
-    """The message for full weight tensors."""
+    """Returns the message for full weight tensors."""
     names = sorted(str(n) for n in names) if isinstance(names, list | tuple | set) else names
     return f"modules_to_save {shown(names)} is not supported: it replaces base weights"
 
 
 def not_linear(path: str) -> str:
-    """The message for a module that this base lacks or that holds no matrix."""
+    """Returns the message for a module that this base lacks or that has no matrix."""
     return f"{path[:200]} is not a linear layer of this base"
 
 
 def shown(value: object) -> str:
-    """A value of the file for a message: strings bare, all else as Python writes it, at most 200 characters."""
+    """Formats a value of the file for a message: strings bare, others as Python writes them, at most 200 characters."""
     text = value if isinstance(value, str) else repr(value)
     return text if len(text) <= 200 else text[:200] + "…"
 
@@ -239,7 +239,7 @@ def _ignored(raw: Mapping[str, object], reasons: Reasons) -> tuple[str, ...]:
 
 def _is_number(value: object) -> TypeGuard[int | float]:
     if isinstance(value, int) and not isinstance(value, bool):
-        return True  # a huge one is no float, but it can be compared
+        return True  # a huge one does not fit a float, but it can be compared
     return isinstance(value, float) and math.isfinite(value)
 
 

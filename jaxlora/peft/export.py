@@ -1,10 +1,10 @@
-"""`jaxlora export`: one adapter, out of a PEFT folder or a store, in a form that others load.
+"""Implements `jaxlora export`: writes one adapter, of a PEFT folder or a store, in a format that other programs load.
 
     peft         a PEFT folder
     merged       the base with the adapter merged in, as a Hugging Face checkpoint
     gguf-lora    adapter.gguf, for llama.cpp beside a GGUF of the same base
 
-The folder is there whole or not at all.  `jaxlora.json` in it says what it holds; only such a folder is ever replaced.
+The folder is complete or absent.  Its `jaxlora.json` describes the contents; only such a folder is ever replaced.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from jaxlora.peft.ingest import read_over
 from jaxlora.peft.merge import unties, write_merged
 from jaxlora.storage.adapter_files import load_version, scan
 
-DTYPES = {  # form → dtypes, the first is what is written when none is asked for
+DTYPES = {  # form → dtypes, the first is the default
     "peft": ("float32", "bfloat16", "float16"),
     "merged": ("float32", "bfloat16"),
     "gguf-lora": ("float32", "float16"),
@@ -44,7 +44,7 @@ DTYPES = {  # form → dtypes, the first is what is written when none is asked f
 
 @dataclass(frozen=True, slots=True)
 class _Base:
-    """A base that is read from its files, on no device."""
+    """A base that is read from its files, without a device."""
 
     name: str
     source: HfSource | GgufSource
@@ -66,7 +66,7 @@ def main(
 ) -> None:
     """Writes the adapter of a PEFT `folder`, or the one called `name` in `store`, into `out`.
 
-    Raises an error of the tree, before anything is written where the cause can be known by then.
+    Raises a JaxLoraError, before anything is written where the cause can be known by then.
     """
     if form not in DTYPES:
         raise InvalidRequest(f"--form must be one of {', '.join(DTYPES)}; got {form!r}", param="form")
@@ -110,7 +110,7 @@ def _check_out(out: Path, replace: bool) -> None:
 def _find(
     base: _Base, folder: Path | None, store: Path | None, name: str | None, say: Callable[[str], None]
 ) -> Adapter:
-    """The adapter that was asked for.  Raises InvalidRequest when it is not clear which."""
+    """Returns the requested adapter.  Raises InvalidRequest when the request is ambiguous."""
     if (folder is None) == (store is None) or (store is None) != (name is None):
         raise InvalidRequest("give a PEFT folder, or --adapters STORE with --name NAME[@VERSION]")
     if store is not None and name is not None:
@@ -122,13 +122,13 @@ def _find(
     weights, report = read_over(base.source, base.hash, folder)
     for note in report.notes:
         say(f"note: {note}")
-    return weights.named(AdapterRef("local", "adapter", 1))  # a folder names no version
+    return weights.named(AdapterRef("local", "adapter", 1))  # a folder has no version
 
 
 def read_stored(store: Path, name: str) -> Adapter:
-    """The adapter `[TENANT/]NAME[@VERSION]`, the newest when no version is given; also of a store that a server has open.
+    """Reads `[TENANT/]NAME[@VERSION]`, by default the newest version; the store may be open in a server.
 
-    Raises AdapterNotFound, InvalidRequest when several tenants have it or the version is no number, StorageFailed.
+    Raises AdapterNotFound, InvalidRequest when several tenants have it or the version is not a number, StorageFailed.
     """
     adapters = store.absolute() / "adapters"
     if not adapters.is_dir():

@@ -1,10 +1,10 @@
-"""PEFT adapter folders in and out: the exchange format with Hugging Face PEFT.
+"""Imports and exports PEFT adapter folders, the exchange format with Hugging Face PEFT.
 
     adapter_config.json          what is adapted, rank, alpha            → LoraSpec
     adapter_model.safetensors    lora_A [R, X] and lora_B [Y, R] a module → a_LRX, b_LRY (B is transposed)
     jaxlora.json                 our own: base hash, version, sha256 of the weights
 
-A file that cannot be held exactly is refused with every reason; nothing is sliced, dropped or assumed.
+A file that cannot be represented exactly is refused with every reason; nothing is sliced, dropped or assumed.
 Shape letters: L layers, R LoRA rank, X features in, Y features out, V vocabulary, D model.
 Source: the file format of Hugging Face PEFT 0.21.
 """
@@ -48,7 +48,7 @@ OWN_FILE = "jaxlora.json"
 OWN_FORMAT = 1
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl")
 MAX_JSON_BYTES = 1_000_000
-# Bound on |scale| * norm(A) * norm(B), which bounds the norm of the change, and on either norm, as one that is huge makes
+# Limit of |scale| * norm(A) * norm(B), which bounds the norm of the change, and of either norm, as a huge one makes
 # infinities on the way to a small product.  A base matrix has a norm in the hundreds.
 MAX_NORM = 1e6
 EXPORT_DTYPES = {
@@ -69,17 +69,17 @@ class ModuleReport:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImportReport:
-    """What an import answers: what was read, what was ignored, what could not be checked."""
+    """Result of an import: what was read, what was ignored, what could not be checked."""
 
     modules: tuple[ModuleReport, ...]
     parameters: int  # values of A and B together
     ignored: tuple[str, ...]  # set fields of the config that have no effect on a loaded adapter
-    notes: tuple[str, ...]  # what the owner should know
+    notes: tuple[str, ...]  # messages for the owner
     base_verified: bool  # the file recorded the hash of this base
-    base_name: str | None  # what the file calls its base
+    base_name: str | None  # the base's name in the file
 
     def to_json(self) -> dict[str, object]:
-        """A JSON object of all fields."""
+        """Returns a JSON object of all fields."""
         return asdict(self)
 
 
@@ -102,13 +102,13 @@ def import_peft(
     read_head: Callable[[], np.ndarray] | None = None,
     any_base: bool = False,
 ) -> tuple[AdapterWeights, ImportReport]:
-    """The adapter in a PEFT folder, float32, and what was read.
+    """Reads the adapter in a PEFT folder; returns it in float32, with a report.
 
-    `path` is the folder, or one that holds it alone.  PEFT saves a copy of the base's lm_head beside a LoRA on it;
-    with `read_head`, which gives the head [V, D] of this base, a true copy is accepted, without it any copy is refused.
-    any_base: takes a file whose record names another base, if names and shapes fit; its user knows better.
+    `path` is the folder, or one that contains only it.  PEFT saves a copy of the base's lm_head beside a LoRA on it;
+    with `read_head`, which returns the head [V, D] of this base, an exact copy is accepted, else any copy is refused.
+    any_base: accepts a file that records another base, if names and shapes fit; the user takes responsibility.
 
-    Raises AdapterInvalid with every reason found; BaseMismatch when all of them say it is for another base;
+    Raises AdapterInvalid with every reason found; BaseMismatch when all of them mean another base;
     AdapterNotFinite when a value is NaN or infinite.
     """
     folder = _find_folder(path)
@@ -138,7 +138,7 @@ def import_peft(
 
 
 def _find_folder(path: Path) -> Path:
-    """The folder that holds the config: `path`, or its only sub-folder that has one."""
+    """Returns the folder that holds the config: `path`, or its only sub-folder that has one."""
     if path.is_file() and path.suffix in PICKLE_SUFFIXES:
         raise AdapterInvalid(PICKLE)
     if (path / CONFIG_FILE).is_file():
@@ -195,7 +195,7 @@ def _check_own_hash(file: BufferedReader, own: dict[str, object]) -> None:
 def _plan(
     peft: PeftConfig, config: ModelConfig, keys: AdapterKeys, max_rank: int, head_supported: bool, reasons: Reasons
 ) -> _Plan | None:
-    """The modules to read, after comparing names and shapes.  Adds a reason for each that does not fit."""
+    """Returns the modules to read, after comparing names and shapes.  Adds a reason for each that does not fit."""
     chosen = choose_modules(peft, config, keys.pairs, reasons)
     modules = linear_modules(config)
     for path in keys.pairs:
@@ -247,7 +247,7 @@ def _check_head_copy(
     base_head_VD = read_head() if head_adapted and read_head is not None else None
     if base_head_VD is not None and entry.shape == base_head_VD.shape:
         copy_VD = read_tensor(file, entry)
-        with np.errstate(all="ignore"):  # a copy with wild values is refused below, not warned about
+        with np.errstate(all="ignore"):  # a copy with extreme values is refused below, without a warning
             in_file = (copy_VD, base_head_VD.astype(copy_VD.dtype))
             in_base = (copy_VD.astype(base_head_VD.dtype), base_head_VD)
         same = any(x.tobytes() == y.tobytes() for x, y in (in_file, in_base))
@@ -258,7 +258,7 @@ def _check_head_copy(
 def _read_weights(
     file: BinaryIO, plan: _Plan, spec: LoraSpec, config: ModelConfig
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """target → (a_LRX, b_LRY).  Raises AdapterNotFinite or AdapterInvalid for values no adapter should have."""
+    """Returns target → (a_LRX, b_LRY).  Raises AdapterNotFinite, or AdapterInvalid for implausible values."""
     weights = empty_weights(spec, config)
     table = linear_modules(config)
     not_finite, too_large = Reasons(), Reasons()
@@ -286,7 +286,7 @@ def _read_weights(
 
 
 def empty_weights(spec: LoraSpec, config: ModelConfig) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """target → (a_LRX, b_LRY) of zeros, the shapes that an Adapter of this spec has."""
+    """Returns target → (a_LRX, b_LRY) of zeros, in the shapes of an Adapter of this spec."""
     weights = {}
     for target in spec.targets:
         L, R = 1 if target == HEAD_TARGET else config.layers, spec.max_rank
@@ -296,7 +296,7 @@ def empty_weights(spec: LoraSpec, config: ModelConfig) -> dict[str, tuple[np.nda
 
 
 def _report(plan: _Plan, spec: LoraSpec, config: ModelConfig, *, base: bool | None) -> ImportReport:
-    """base: whether the file records this base; None: it records none."""
+    """Returns the import report.  base: whether the file records this base; None: it records none."""
     table = linear_modules(config)
     notes = []
     if not plan.keys.prefixed:
@@ -330,13 +330,13 @@ def export_peft(
     dtype: str = "float32",
     replace: bool = False,
 ) -> None:
-    """Writes the adapter as a PEFT folder, which is there whole or not at all.
+    """Writes the adapter as a PEFT folder, which is complete or absent.
 
-    Tensors have their true ranks.  `base_name` is what PEFT will load as the base; `dtype` is one of EXPORT_DTYPES.
-    `replace`: a folder that is there leaves once the new one is complete.
+    Tensors have their true ranks.  base_name: what PEFT will load as the base.  dtype: one of EXPORT_DTYPES.
+    replace: removes an existing folder once the new one is complete.
 
-    Raises AlreadyExists when `folder` does and `replace` is off, AdapterInvalid for an unknown dtype or values that do not
-    fit it, BaseMismatch when the shapes are not those of `config`.
+    Raises AlreadyExists when `folder` exists and `replace` is off, AdapterInvalid for an unknown dtype or values not
+    representable in it, BaseMismatch when the shapes are not those of `config`.
     """
     if dtype not in EXPORT_DTYPES:
         raise AdapterInvalid(f"export dtype must be one of {', '.join(EXPORT_DTYPES)}; got {dtype!r}")
@@ -357,7 +357,7 @@ def export_peft(
 
 
 def check_fits(adapter: Adapter, config: ModelConfig) -> None:
-    """Raises BaseMismatch when an array has not the shape of this base."""
+    """Raises BaseMismatch when an array does not have the shape of this base."""
     for target, expected in empty_weights(adapter.spec, config).items():
         got = adapter.weights.get(target, ())
         if [w.shape for w in got] != [w.shape for w in expected]:
@@ -368,9 +368,9 @@ def check_fits(adapter: Adapter, config: ModelConfig) -> None:
 
 
 def export_tensors(adapter: Adapter, config: ModelConfig, dtype: np.dtype) -> dict[str, np.ndarray]:
-    """PEFT key → contiguous tensor of its true rank, in torch layout.
+    """Returns PEFT key → contiguous tensor of its true rank, in torch layout.
 
-    Raises BaseMismatch when an array has not the shape of this base, AdapterInvalid when a value overflows `dtype`.
+    Raises BaseMismatch when an array does not have this base's shape, AdapterInvalid when a value overflows `dtype`.
     """
     check_fits(adapter, config)
     tensors = {}
@@ -389,9 +389,9 @@ def export_tensors(adapter: Adapter, config: ModelConfig, dtype: np.dtype) -> di
 
 
 def export_config(spec: LoraSpec, config: ModelConfig, base_name: str) -> dict[str, object]:
-    """The adapter_config.json of a spec: short target names where all layers are adapted, else whole paths.
+    """Returns the adapter_config.json of a spec: short target names where all layers are adapted, else whole paths.
 
-    Pattern keys are whole paths with escaped dots, so no key catches a neighbour.
+    Pattern keys are whole paths with escaped dots, so no key matches a neighbour.
     """
     by_target: dict[str, list[tuple[str, int, float]]] = {t: [] for t in spec.targets}
     for module in linear_modules(config).values():
@@ -425,5 +425,5 @@ def export_config(spec: LoraSpec, config: ModelConfig, base_name: str) -> dict[s
 
 
 def _number(value: float) -> int | float:
-    """A whole alpha as an integer, as PEFT writes it."""
+    """Returns a whole alpha as an integer, as PEFT writes it."""
     return int(value) if value == int(value) else value

@@ -1,10 +1,10 @@
-"""A LoRA as a GGUF file, for llama.cpp beside a GGUF of the same base; written by the `gguf` library.
+"""Writes a LoRA as a GGUF file with the `gguf` library, for llama.cpp beside a GGUF of the same base.
 
     general.type = adapter, adapter.type = lora, adapter.lora.alpha
     TENSOR.lora_a [R, X] and TENSOR.lora_b [Y, R] for each adapted TENSOR of the base
 
-llama.cpp computes alpha / R * B A with one alpha for the file and the R of each tensor; where a module's scale is another
-(rsLoRA, exceptions), B takes the rest.  Query and key rows of the llama architecture stand in the order of its rope.
+llama.cpp computes alpha / R * B A with one alpha for the file and the R of each tensor; where a module's scale differs
+(rsLoRA, exceptions), B is scaled by the ratio.  Query and key rows of the llama architecture have its rope's order.
 
 Shape letters: R LoRA rank, X features in, Y features out.
 Source: the adapter files of llama.cpp, https://github.com/ggml-org/llama.cpp/blob/master/src/llama-adapter.cpp
@@ -29,7 +29,7 @@ ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3"
 def write_gguf_lora(path: Path, config: ModelConfig, adapter: Adapter, *, dtype: str) -> None:
     """Writes the adapter as a GGUF file with tensors of this dtype, float32 or float16.
 
-    Raises AdapterInvalid for LoRA on a tied head, which llama.cpp has no tensor for, and for values that `dtype` cannot hold.
+    Raises AdapterInvalid for LoRA on a tied head, for which llama.cpp has no tensor, and for values outside `dtype`.
     """
     if config.tied and HEAD_TARGET in adapter.spec.targets:
         raise AdapterInvalid(
@@ -54,7 +54,7 @@ def write_gguf_lora(path: Path, config: ModelConfig, adapter: Adapter, *, dtype:
 
 
 def _tensors(config: ModelConfig, adapter: Adapter) -> dict[str, np.ndarray]:
-    """Name → float32 tensor of its true rank."""
+    """Returns name → float32 tensor of its true rank."""
     tensors = {}
     for module in linear_modules(config).values():
         rank, _ = adapter.spec.module(module.target, module.layer)
@@ -63,7 +63,7 @@ def _tensors(config: ModelConfig, adapter: Adapter) -> dict[str, np.ndarray]:
         a_LRX, b_LRY = adapter.weights[module.target]
         rest = (
             adapter.spec.scale(module.target, module.layer) * rank / adapter.spec.alpha
-        )  # 1 but for rsLoRA and exceptions
+        )  # 1 except for rsLoRA and exceptions
         b_YR = np.float32(rest) * b_LRY[module.layer, :rank].T
         name = TENSOR_NAMES["head" if module.target == HEAD_TARGET else module.target].format(module.layer)
         tensors[f"{name}.lora_a"] = a_LRX[module.layer, :rank]

@@ -1,6 +1,6 @@
-"""`jaxlora import`: a PEFT folder, or an archive of one, into an adapter store that no server has open.
+"""Implements `jaxlora import`: adds a PEFT folder, or an archive of one, to an adapter store that no server has open.
 
-The counterpart of `jaxlora export`.  A running server takes the same through `jaxlora adapters upload`.
+The counterpart of `jaxlora export`.  `jaxlora adapters upload` does the same with a running server.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from jaxlora.peft.archive import unpack, upload_limits
 from jaxlora.peft.folder import ImportReport, import_peft
 from jaxlora.storage.adapter_store import AdapterStore
 
-LOCAL_TENANT = "local"  # who has what is named without a tenant
+LOCAL_TENANT = "local"  # the tenant of names without a tenant
 
 
 def main(*, model: str, folder: Path, store: Path, name: str, any_base: bool, say: Callable[[str], None]) -> None:
-    """Puts the adapter into `store` as the next version of [TENANT/]NAME.
+    """Adds the adapter to `store` as the next version of [TENANT/]NAME.
 
-    Raises an error of the tree, before the store is touched where the cause can be known by then.
+    Raises a JaxLoraError, before the store is changed where the cause can be known by then.
     """
     tenant, slash, short = name.rpartition("/")
     tenant = tenant if slash else LOCAL_TENANT
@@ -52,7 +52,7 @@ def main(*, model: str, folder: Path, store: Path, name: str, any_base: bool, sa
 def read_over(
     source: HfSource | GgufSource, base: str, folder: Path, *, any_base: bool = False
 ) -> tuple[AdapterWeights, ImportReport]:
-    """The adapter in a PEFT folder, of any rank that its base has room for.  base: its hash.  Raises as `import_peft` does."""
+    """Reads the adapter in a PEFT folder, up to the base's largest rank.  base: its hash.  Raises as `import_peft`."""
     config = source.config
     return import_peft(
         folder,
@@ -66,5 +66,5 @@ def read_over(
 
 
 def largest_rank(config: ModelConfig) -> int:
-    """Above it a LoRA is larger than what it changes."""
+    """Returns the rank above which a LoRA is larger than the weights it changes."""
     return max(config.d_model, config.d_ff)

@@ -1,10 +1,10 @@
-"""A base with one adapter merged in, W + scale * A B, as a Hugging Face checkpoint that transformers loads.
+"""Merges one adapter into a base, W + scale * A B, as a Hugging Face checkpoint that transformers loads.
 
     config.json                  the base's own, or written from ModelConfig when the base is a GGUF file
     model.safetensors            or shards with their index; sums in float32, then cast
     tokenizer files              the base's own, or written from its tokenizer
 
-Tensors are made shard by shard, so that RAM holds one shard and not the model.
+Tensors are computed shard by shard, so that RAM holds one shard and not the model.
 
 Shape letters: L layers, R LoRA rank, X features in, Y features out, V vocabulary, D model.
 """
@@ -46,13 +46,13 @@ class Stored:
     """One tensor of the merged checkpoint."""
 
     key: str  # in the file
-    name: str  # of model_config.parameters; head also where the base has none
+    name: str  # of core.model_config.parameters; head also where the base has none
     layer: int | None
     size: int  # values
 
 
 def unties(config: ModelConfig, adapter: Adapter) -> bool:
-    """Whether the merged head is another than the embedding that it is in the base."""
+    """Returns whether the merged head differs from the embedding, which it equals in the base."""
     return config.tied and HEAD_TARGET in adapter.spec.targets
 
 
@@ -64,9 +64,9 @@ def write_merged(
     dtype: str,
     shard_bytes: int = SHARD_BYTES,
 ) -> int:
-    """Fills an empty folder with the merged checkpoint in one of DTYPES; how many weight files it has.
+    """Fills an empty folder with the merged checkpoint in one of DTYPES; returns the number of weight files.
 
-    A tied head that the adapter changes is stored beside the embedding.
+    A tied head that the adapter changes is stored separately from the embedding.
     Raises AdapterInvalid for a merged value that is not finite in `dtype`.
     """
     config = replace(source.config, tied=source.config.tied and not unties(source.config, adapter))
@@ -98,7 +98,7 @@ def write_merged(
 
 
 def _tensors(config: ModelConfig) -> list[Stored]:
-    """Every tensor of a checkpoint, layer by layer."""
+    """Returns every tensor of a checkpoint, layer by layer."""
     of_layers, others = [], []
     for name, p in parameters(config).items():
         if p.axes[0] == "layers":
@@ -110,7 +110,7 @@ def _tensors(config: ModelConfig) -> list[Stored]:
 
 
 def _shards(tensors: list[Stored], itemsize: int, shard_bytes: int) -> list[list[Stored]]:
-    """The tensors in files of at most `shard_bytes`; one that is larger has a file of its own."""
+    """Groups the tensors into files of at most `shard_bytes`; a larger tensor has a file of its own."""
     shards: list[list[Stored]] = []
     left = 0
     for stored in tensors:
@@ -124,12 +124,12 @@ def _shards(tensors: list[Stored], itemsize: int, shard_bytes: int) -> list[list
 
 
 def _merged(source: HfSource | GgufSource, adapter: Adapter, stored: Stored, dtype: np.dtype) -> np.ndarray:
-    """One tensor in the file's layout: [Y, X] where it is a linear."""
+    """Returns one tensor in the file's layout: [Y, X] where it is a linear."""
     of_embedding = stored.name == "head" and source.config.tied
     value = source.read("embed", None).T if of_embedding else source.read(stored.name, stored.layer)
     target = HEAD_TARGET if stored.name == "head" else stored.name
     layer = stored.layer or 0
-    with np.errstate(over="ignore", invalid="ignore"):  # told below
+    with np.errstate(over="ignore", invalid="ignore"):  # reported below
         if scale := adapter.spec.scale(target, layer):
             a_LRX, b_LRY = adapter.weights[target]
             value = value + np.float32(scale) * (a_LRX[layer].T @ b_LRY[layer])
@@ -140,13 +140,13 @@ def _merged(source: HfSource | GgufSource, adapter: Adapter, stored: Stored, dty
 
 
 def _own_settings(base: Path, config: ModelConfig) -> dict[str, object]:
-    """The base's config.json; only whether the head is tied may have changed."""
+    """Returns the base's config.json; only whether the head is tied may have changed."""
     settings = {k: v for k, v in read_json(base / "config.json").items() if k != "dtype"}
     return settings | {"tie_word_embeddings": config.tied}
 
 
 def _settings(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, object]:
-    """A config.json that says what a ModelConfig does."""
+    """Returns a config.json equivalent to a ModelConfig."""
     settings: dict[str, object] = {
         "architectures": [ARCHITECTURES[config.family]],
         "model_type": config.family,

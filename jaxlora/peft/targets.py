@@ -1,4 +1,4 @@
-"""Which linear layers of a base a PEFT config means, and with which rank and alpha: PEFT's own matching rules.
+"""Selects the linear layers of a base that a PEFT config adapts, with rank and alpha, by PEFT's own matching rules.
 
     target_modules list     the path is the entry, or ends with "." + entry
     target_modules string   a regular expression for the whole path; "all-linear" is every linear but lm_head
@@ -6,7 +6,7 @@
     layers_to_transform     keeps paths by their first number; a target that is a whole path is not filtered
     rank_pattern …          first key with re.match("(.*\\.)?(KEY)$", path) decides
 
-Patterns come from strangers: they have a length, a number, and one clock for all of them.
+Patterns come from users: their length, their number and the total matching time are limited.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from jaxlora.core.model_config import ModelConfig, target_features
 from jaxlora.peft.config import EMBEDDING_LORA, PeftConfig, Reasons, not_linear, shown
 
 MAX_PATTERN_CHARS = 4096
-MAX_PATTERN_KEYS = 512  # or the number of modules, where that is more: exporters write one key a module
+MAX_PATTERN_KEYS = 512  # or the number of modules, where that is more: exporters write one key per module
 MATCH_SECONDS = 1.0
 EMBEDDING = "model.embed_tokens"
 
@@ -42,7 +42,7 @@ class Module:
 
 
 def linear_modules(config: ModelConfig) -> dict[str, Module]:
-    """path → Module of every adaptable linear, layer by layer, then lm_head."""
+    """Returns path → Module of every adaptable linear, layer by layer, then lm_head."""
     table = {}
     for layer in range(config.layers):
         for target in LAYER_TARGETS:
@@ -54,7 +54,7 @@ def linear_modules(config: ModelConfig) -> dict[str, Module]:
 
 
 def other_modules(config: ModelConfig) -> list[str]:
-    """Paths of the modules that are not adaptable linears: a target that matches one is an error, as it is in PEFT."""
+    """Returns the paths of modules that are not adaptable linears: matching one is an error, as in PEFT."""
     parts = ["", ".self_attn", ".mlp", ".mlp.act_fn", ".input_layernorm", ".post_attention_layernorm"]
     if config.qk_norm:
         parts += [".self_attn.q_norm", ".self_attn.k_norm"]
@@ -63,13 +63,13 @@ def other_modules(config: ModelConfig) -> list[str]:
 
 
 class Clock:
-    """One allowance of time for all patterns of one file."""
+    """Time limit shared by all patterns of one file."""
 
     def __init__(self, seconds: float) -> None:
         self._end = time.monotonic() + seconds
 
     def left(self) -> float:
-        """Seconds left.  Raises TimeoutError when there are none."""
+        """Returns the seconds left.  Raises TimeoutError when none are left."""
         left = self._end - time.monotonic()
         if left <= 0:
             raise TimeoutError
@@ -77,7 +77,7 @@ class Clock:
 
 
 def make_spec(peft: PeftConfig, modules: dict[str, tuple[int, float]], config: ModelConfig) -> LoraSpec:
-    """The spec of the adapted modules: the file's own rank and alpha where a module uses them, else the commonest."""
+    """Returns the adapted modules' spec: the file's own rank and alpha where a module uses them, else the commonest."""
     table = linear_modules(config)
     by_place = {(table[p].target, table[p].layer): value for p, value in modules.items()}
     targets = tuple(t for t in ALL_TARGETS if any(target == t for target, _ in by_place))
@@ -106,9 +106,9 @@ def make_spec(peft: PeftConfig, modules: dict[str, tuple[int, float]], config: M
 def choose_modules(
     peft: PeftConfig, config: ModelConfig, present: Iterable[str], reasons: Reasons
 ) -> dict[str, tuple[int, float]] | None:
-    """path → (rank, alpha) of each module that must have tensors, or None where that cannot be told.
+    """Returns path → (rank, alpha) of each module that must have tensors, or None where it cannot be determined.
 
-    `present` are the paths that have tensors: what is meant when the file states no target_modules.
+    present: the paths that have tensors, which are selected when the file has no target_modules.
     """
     modules, clock = linear_modules(config), Clock(MATCH_SECONDS)
     try:
@@ -157,7 +157,7 @@ def _targeted(peft: PeftConfig, paths: list[str], clock: Clock, reasons: Reasons
             return [p for p in paths if p != HEAD_TARGET and p.rpartition(".")[2] in LAYER_TARGETS]
         pattern = _compile(peft.targets, peft.targets, "target_modules", reasons)
         return [p for p in paths if pattern and pattern.fullmatch(p, timeout=clock.left())]
-    assert peft.targets is not None  # None chooses all that is present, without asking here
+    assert peft.targets is not None  # None selects all present modules, before this function
     whole, matched = set(peft.targets), _by_entry(peft.targets, paths)
     endings = {ending for path in paths for ending in _endings(path)}
     for entry in peft.targets:
@@ -167,7 +167,7 @@ def _targeted(peft: PeftConfig, paths: list[str], clock: Clock, reasons: Reasons
         return matched
     keep = []
     for pattern in peft.layers_pattern or (r"[^.]*",):
-        # Without a layers_pattern PEFT wants a segment before the number's own; with one it need not be there.
+        # Without a layers_pattern PEFT requires a segment before the number's own; with one it may be missing.
         prefix = r"(?:^|.*?\.)" if peft.layers_pattern else r".*?\."
         compiled = _compile(pattern, rf"{prefix}{pattern}\.(?P<idx>\d+)\.", "layers_pattern", reasons)
         if compiled:
@@ -190,7 +190,7 @@ def _excluded(peft: PeftConfig, paths: list[str], clock: Clock, reasons: Reasons
 
 
 def _by_entry(entries: tuple[str, ...], paths: list[str]) -> list[str]:
-    """The paths that are an entry or end with "." + entry."""
+    """Returns the paths that are an entry or end with "." + entry."""
     wanted = set(entries)
     return [path for path in paths if not wanted.isdisjoint(_endings(path))]
 
@@ -203,7 +203,7 @@ def _endings(path: str) -> list[str]:
 def _by_pattern[T](
     table: Mapping[str, T], what: str, modules: dict[str, Module], clock: Clock, reasons: Reasons
 ) -> dict[str, T]:
-    """path → value of the first key that matches it."""
+    """Returns path → value of the first key that matches it."""
     limit = max(MAX_PATTERN_KEYS, len(modules))
     if len(table) > limit:
         reasons.add(f"{what} has {len(table)} keys; at most {limit} are read")
@@ -222,7 +222,7 @@ def _by_pattern[T](
 
 
 def _compile(source: str, whole: str, what: str, reasons: Reasons) -> regex.Pattern | None:  # ty: ignore[invalid-type-form]
-    """The pattern, or None and a reason.  `re` says what is valid, as in PEFT; `regex` matches, since it can time out."""
+    """Compiles a pattern; None adds a reason.  `re` decides validity, as in PEFT; `regex` matches: it can time out."""
     if len(source) > MAX_PATTERN_CHARS:
         reasons.add(f"{what} {shown(source)} is longer than {MAX_PATTERN_CHARS} characters")
         return None

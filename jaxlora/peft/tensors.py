@@ -1,6 +1,6 @@
-"""The tensors of a PEFT file: its header, by stricter rules than a base's, and what each key means.
+"""Reads the tensors of a PEFT file: its header, by stricter rules than a base's, and the meaning of each key.
 
-The header is at most 1 MB and every dtype is a float's.
+The header is at most 1 MB and every dtype is floating point.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LORA_KEY = re.compile(r"(?P<path>.+)\.lora_(?P<half>[AB])(?:\.(?P<name>[^.]+))?\
 
 
 def parse_json(text: bytes, what: str) -> dict[str, object]:
-    """The JSON object in `text`.  Raises AdapterInvalid, as `strict_json` does."""
+    """Returns the JSON object in `text`.  Raises AdapterInvalid where `strict_json` raises ValueError."""
     try:
         return strict_json(text)
     except ValueError as e:
@@ -40,12 +40,12 @@ def parse_json(text: bytes, what: str) -> dict[str, object]:
 
 
 def read_tensors(file: BinaryIO, size: int) -> dict[str, StoredTensor]:
-    """name → StoredTensor of a PEFT file of `size` bytes, in file order.
+    """Returns name → StoredTensor of a PEFT file of `size` bytes, in file order.
 
     Raises AdapterInvalid when the file breaks a rule of the format or one of ours.  Reads no values.
     """
     start = file.read(8)
-    # A true length may begin with the byte 0x80 too, so the magic counts only where the length is impossible.
+    # A valid length may begin with the byte 0x80 too, so the magic counts only where the length is impossible.
     impossible = len(start) < 8 or int.from_bytes(start, "little") > size - 8
     if impossible and (start[:1] == b"\x80" or start[:4] == b"PK\x03\x04"):
         raise AdapterInvalid(PICKLE)
@@ -63,7 +63,7 @@ def read_tensors(file: BinaryIO, size: int) -> dict[str, StoredTensor]:
 
 
 def read_tensor(file: BinaryIO, entry: StoredTensor) -> np.ndarray:
-    """The values in the file's own dtype.  Raises AdapterInvalid when the file has shrunk."""
+    """Returns the values in the file's own dtype.  Raises AdapterInvalid when the file has shrunk."""
     file.seek(entry.begin)
     data = file.read(entry.end - entry.begin)
     if len(data) != entry.end - entry.begin:
@@ -73,7 +73,7 @@ def read_tensor(file: BinaryIO, entry: StoredTensor) -> np.ndarray:
 
 @dataclass(slots=True)
 class AdapterKeys:
-    """The keys of a file by what they mean."""
+    """The keys of a file, grouped by meaning."""
 
     pairs: dict[str, dict[str, StoredTensor]] = field(default_factory=dict)  # path → "A" or "B" → tensor
     extra: list[str] = field(default_factory=list)  # keys without a meaning here
@@ -82,9 +82,9 @@ class AdapterKeys:
 
 
 def sort_keys(header: dict[str, StoredTensor], bias: str, reasons: Reasons) -> AdapterKeys:
-    """The A and B of each module path.  Adds a reason for each tensor that belongs to a feature we do not hold.
+    """Groups keys as A and B of each module path.  Adds a reason for each tensor of an unsupported feature.
 
-    The prefix may be missing, but then from every key.  An adapter's name may be left in a key, but only one name.
+    The prefix may be missing, but then from every key.  A key may contain an adapter's name, but only one name.
     """
     keys = AdapterKeys(prefixed=any(name.startswith(PREFIX) for name in header))
     left_over: set[str | None] = set()
@@ -116,7 +116,7 @@ def sort_keys(header: dict[str, StoredTensor], bias: str, reasons: Reasons) -> A
 
 
 def _feature(key: str, bias: str) -> str | None:
-    """The message for a key that another kind of adapter writes."""
+    """Returns the message for a key that another kind of adapter writes."""
     if ".lora_magnitude_vector" in key:
         return DORA
     if re.search(r"\.lora_B(\.[^.]+)?\.bias$", key):

@@ -1,16 +1,16 @@
-"""One adapter version on disk: an Orbax checkpoint whose step is the version.
+"""Reads and writes adapter versions on disk, and the counters that give each version its number.
 
-    adapters/TENANT/NAME/VERSION/weights     target → {"a": a_LRX, "b": b_LRY}
+    adapters/TENANT/NAME/VERSION/weights     Orbax checkpoint, step = version: target → {"a": a_LRX, "b": b_LRY}
     adapters/TENANT/NAME/VERSION/meta        format, spec, base_hash, created, shapes, sha256
 
-Each array is one file of plain float32 (a Zarr array of one chunk, not compressed: random weights do not shrink), so that a
-load is a read and a sha256.  Orbax reads it too, but takes four times the CPU, which a server needs for its tokens; it is
-what reads versions that were written compressed.
+Each array is one file of plain float32 (a Zarr array of one chunk, not compressed: random weights do not compress), so
+that a load is a read and a sha256.  Orbax reads it too, but takes four times the CPU, which a server needs to decode;
+it reads the versions that were written compressed.
 
-A version folder gets its place by a rename after its last byte, so a number is a complete version; what a killed save
-leaves is elsewhere.
+A version folder is renamed into place after its last byte, so a numbered folder is a complete version; the remains of
+a killed save are elsewhere.
 
-The numbers that versions of an adapter have had: one small file a name, on disk before a number is used."""
+A counter holds the highest numbers of one name's versions: one small file, on disk before a number is used."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ from jaxlora.storage.checkpoints import this_process_alone
 
 FORMAT = 1
 VERSION_PATTERN = re.compile(r"[1-9][0-9]{0,17}")
-CHUNK = "0.0.0"  # the file of a Zarr array of three axes and one chunk
+CHUNK = "0.0.0"  # file name of a Zarr array of three axes and one chunk
 STORED = np.dtype("<f4")
 
 
 def scan(adapters: Path) -> dict[tuple[str, str], set[int]]:
-    """(tenant, name) → complete versions.  Reads folders only: ten thousand adapters take a fraction of a second."""
+    """Returns (tenant, name) → complete versions.  Reads names only: 10,000 adapters take a fraction of a second."""
     found = {}
     for tenant in _folders(adapters):
         for name in _folders(adapters / tenant):
@@ -57,7 +57,7 @@ def _folders(path: Path) -> list[str]:
 
 
 def digest(spec: LoraSpec, base_hash: str, weights: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> str:
-    """sha256 over everything that decides what the adapter computes."""
+    """Returns the sha256 over everything that determines what the adapter computes."""
     total = hashlib.sha256(json.dumps([spec.to_json(), base_hash], sort_keys=True).encode())
     for target in sorted(weights):
         for value in weights[target]:
@@ -67,7 +67,7 @@ def digest(spec: LoraSpec, base_hash: str, weights: Mapping[str, tuple[np.ndarra
 
 
 def is_damage(error: StorageFailed) -> bool:
-    """Whether a version's files are wrong, rather than that the system would not read them now."""
+    """Returns whether a version's files are damaged, rather than unreadable for the moment."""
     cause = error.__cause__
     return not isinstance(cause, OSError) or isinstance(cause, FileNotFoundError | NotADirectoryError)
 
@@ -75,8 +75,8 @@ def is_damage(error: StorageFailed) -> bool:
 def save_version(folder: Path, adapter: Adapter, created: float, temporary: Path) -> None:
     """Writes one version under `folder`, the folder of its tenant and name, by way of `temporary` on the same disk.
 
-    Raises what the file system raises.  A version that is there is complete and is left alone: an earlier try may have
-    failed after its rename.
+    Raises what the file system raises.  An existing version is complete and is not rewritten: an earlier attempt may
+    have failed after its rename.
     """
     target, staging = folder / str(adapter.ref.version), temporary / uuid.uuid4().hex
     meta = {
@@ -101,7 +101,7 @@ def save_version(folder: Path, adapter: Adapter, created: float, temporary: Path
 
 
 def _write(folder: Path, version: int, tree: Mapping, meta: Mapping) -> None:
-    """An Orbax checkpoint of a folder of its own: Orbax looks at all that lie beside one."""
+    """Writes an Orbax checkpoint in a folder of its own: Orbax scans all files beside a checkpoint."""
     options = ocp.CheckpointManagerOptions(
         enable_async_checkpointing=False, create=False, multiprocessing_options=this_process_alone()
     )
@@ -116,7 +116,7 @@ def _write(folder: Path, version: int, tree: Mapping, meta: Mapping) -> None:
 
 @contextlib.contextmanager
 def _without_ocdbt() -> Generator[None]:
-    """Inside, Orbax does not warn that it finds no OCDBT files to merge."""
+    """Suppresses Orbax's warning that there are no OCDBT files to merge."""
     absl = logging.getLogger("absl")
 
     def about_else(record: logging.LogRecord) -> bool:
@@ -130,7 +130,7 @@ def _without_ocdbt() -> Generator[None]:
 
 
 def read_meta(folder: Path, ref: AdapterRef) -> Mapping:
-    """The meta of a version.  Raises StorageFailed when it is damaged or of an unknown format."""
+    """Returns the metadata of a version.  Raises StorageFailed when it is damaged or of an unknown format."""
     path = folder / str(ref.version) / "meta"
     try:
         meta = ocp.JsonCheckpointHandler().restore(path, args=ocp.args.JsonRestore())  # ty: ignore[invalid-argument-type]
@@ -142,12 +142,12 @@ def read_meta(folder: Path, ref: AdapterRef) -> Mapping:
     return meta
 
 
-# Of a version: when it was put in epoch seconds, its largest rank, its bytes in memory.
+# Of a version: when it was put (epoch seconds), its largest rank, its bytes in memory.
 type About = tuple[float, int, int]
 
 
 def describe(folder: Path, ref: AdapterRef) -> About:
-    """What its description says; its weights are not read.
+    """Returns what a version's metadata describes, without reading its weights.
 
     Raises StorageFailed as read_meta does.
     """
@@ -161,9 +161,9 @@ def describe(folder: Path, ref: AdapterRef) -> About:
 def load_version(
     folder: Path, ref: AdapterRef, make_room: Callable[[int], None] | None = None
 ) -> tuple[Adapter, float]:
-    """(the adapter, when it was created in epoch seconds).  Raises StorageFailed when any byte of it is wrong.
+    """Returns (the adapter, its creation time in epoch seconds).  Raises StorageFailed when any byte is wrong.
 
-    make_room: is told how many bytes the weights take before they are read, and may wait.
+    make_room: called with the bytes of the weights before they are read; may wait.
     """
     meta = read_meta(folder, ref)
     try:
@@ -176,7 +176,7 @@ def load_version(
             weights = _restore(folder, ref.version, shapes)
         right = digest(spec, meta["base_hash"], weights) == meta["sha256"]
         created = float(meta["created"])
-    except Exception as e:  # whatever a damaged file makes a reader raise
+    except Exception as e:  # any error that a damaged file causes in a reader
         raise StorageFailed(f"{ref}: its files on disk cannot be read ({type(e).__name__})") from e
     if not right:
         raise StorageFailed(f"{ref}: its bytes on disk do not match their checksum; restore it or use another version")
@@ -196,7 +196,7 @@ def _nbytes(shapes: Shapes) -> int:
 
 
 def _read_plain(folder: Path, shapes: Shapes) -> Weights | None:
-    """The arrays in files of their own; None where one is not there in its full size.  Their bytes are not checked."""
+    """Returns the arrays in files of their own; None if one is missing or incomplete.  Does not verify their bytes."""
 
     def read(name: str, shape: tuple[int, ...]) -> np.ndarray | None:
         value = np.empty(shape, STORED)
@@ -217,7 +217,7 @@ def _read_plain(folder: Path, shapes: Shapes) -> Weights | None:
 
 
 def _restore(folder: Path, version: int, shapes: Shapes) -> Weights:
-    """The arrays as Orbax reads them, however it wrote them."""
+    """Returns the arrays as Orbax reads them, in whatever format it wrote them."""
     zero = np.float32(0)
     like = {t: {"a": np.broadcast_to(zero, a), "b": np.broadcast_to(zero, b)} for t, (a, b) in shapes.items()}
     options = ocp.CheckpointManagerOptions(create=False, multiprocessing_options=this_process_alone())
@@ -231,18 +231,18 @@ COUNTER_FORMAT = 1
 
 
 class Counters:
-    """(last minted, last deleted) version of every name, in ROOT/TENANT/NAME.json.  The caller keeps calls apart."""
+    """(last minted, last deleted) version of every name, in ROOT/TENANT/NAME.json.  The caller serialises calls."""
 
     def __init__(self, root: Path):
         self._root = root
-        self._known: dict[tuple[str, str], tuple[int, int]] = {}  # as on disk, for names touched
+        self._known: dict[tuple[str, str], tuple[int, int]] = {}  # as on disk, for names used so far
 
     def known(self, tenant: str, name: str) -> bool:
-        """Whether a number of this name was ever written here."""
+        """Returns whether a number of this name was ever written here."""
         return (tenant, name) in self._known or self._path(tenant, name).exists()
 
     def read(self, tenant: str, name: str, at_least: int) -> tuple[int, int]:
-        """Both numbers; what was minted is never below `at_least`, should the file be lost.  Zeros where there is nothing.
+        """Returns both numbers, zeros without a file; the minted one is at least `at_least`, in case the file was lost.
 
         Raises StorageFailed for a damaged file.
         """
@@ -252,7 +252,7 @@ class Counters:
         return self._known[tenant, name]
 
     def write(self, tenant: str, name: str, minted: int, deleted: int) -> None:
-        """On disk when this returns.  Raises OSError."""
+        """Writes both numbers; they are on disk on return.  Raises OSError."""
         data = {"format": COUNTER_FORMAT, "minted": minted, "deleted": deleted}
         replace_file(self._path(tenant, name), json.dumps(data).encode())
         self._known[tenant, name] = minted, deleted

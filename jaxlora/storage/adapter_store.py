@@ -1,10 +1,10 @@
-"""AdapterStore: every version of every tenant's adapter.  In host RAM at once, on disk a moment later.
+"""AdapterStore: every version of every tenant's adapter, in host RAM immediately and on disk shortly after.
 
-    put ──▶ RAM (pinned) ──background──▶ disk        get ◀── RAM, least recently used leaves first ◀── disk
+    put ──▶ RAM (pinned) ──background──▶ disk        get ◀── RAM, which evicts the least recently used ◀── disk
 
-A version never changes and its number is never used again, also not after delete and restart.
+A version never changes and its number is never reused, not even after a delete or a restart.
 
-What the disk holds, and object storage behind it, is version_files.py's.
+version_files.py implements the disk and the object storage behind it.
 
 Locks are taken in this order: disk (saves and deletes, slow), counters, state (never held over a disk read or write).
 """
@@ -32,11 +32,11 @@ LOG = logging.getLogger("jaxlora")
 
 
 class AdapterStore:
-    """Immutable adapter versions under one folder; safe to call from any thread.
+    """Immutable adapter versions under one folder.  Thread-safe.
 
-    `host_bytes` bounds the weights in RAM, those being read and what `set_aside` was told of included; versions not yet on
-    disk are held in any case.
-    A folder has one store at a time, of all processes: two would give one number to two versions.
+    `host_bytes` limits the weights in RAM, including those being read and those of `set_aside`; versions not yet
+    on disk are held in any case.
+    Only one store, of all processes, may open a folder: two would give one number to two versions.
     """
 
     def __init__(self, root: Path, *, host_bytes: int, remote: RemoteVersions | None = None) -> None:
@@ -49,23 +49,23 @@ class AdapterStore:
         self._disk = threading.Lock()
         self._counters = threading.Lock()
         self._state = threading.Condition()
-        self._versions: dict[tuple[str, str], set[int]] = {}  # what is visible
-        self._tenants: dict[str, set[str]] = {}  # of each name
+        self._versions: dict[tuple[str, str], set[int]] = {}  # the visible versions
+        self._tenants: dict[str, set[str]] = {}  # tenants of each name
         for ref in self._files.found:
             self._versions.setdefault((ref.tenant, ref.name), set()).add(ref.version)
             self._tenants.setdefault(ref.name, set()).add(ref.tenant)
         self._ram = HostTier(host_bytes)
-        # When it was put, its largest rank, its bytes.
+        # Creation time, largest rank, bytes.
         self._about = {ref: about for ref, about in self._files.found.items() if about is not None}
-        self._unsaved: set[AdapterRef] = set()  # kept in RAM
+        self._unsaved: set[AdapterRef] = set()  # pinned in RAM
         self._leaving: set[AdapterRef] = set()  # invisible, but still on disk
-        self._failed: dict[AdapterRef, BaseException] = {}  # unsaved, and the last try failed
+        self._failed: dict[AdapterRef, BaseException] = {}  # unsaved, and the last attempt failed
         self._loads: SingleFlight[AdapterRef, Adapter] = SingleFlight()
         self._work: queue.Queue[AdapterRef | Path | None] = queue.Queue()
         self._open_work = 0
-        self._closed = False  # no more changes
-        self._ended = False  # no more work: the thread is gone or going
-        self._released = False  # its folder is free
+        self._closed = False  # refuses changes
+        self._ended = False  # the thread has ended or is ending
+        self._released = False  # its folder is unlocked
         for leftover in self._files.leftovers:
             self._enqueue(leftover)
         self._thread = threading.Thread(target=self._run, name="adapter-store", daemon=True)
@@ -74,9 +74,9 @@ class AdapterStore:
     # Versions
 
     def mint(self, tenant: str, name: str) -> AdapterRef:
-        """The next version of this adapter: a number that was never given before.  On disk before it is returned.
+        """Returns the next version of this adapter: a number never given before, on disk before this returns.
 
-        Raises StateInvalid when the store is closed, StorageFailed for a damaged counter, OSError as the disk does.
+        Raises StateInvalid when the store is closed, StorageFailed for a damaged counter, OSError from the disk.
         """
         check_name(tenant, "tenant")
         check_name(name, "adapter name")
@@ -87,42 +87,42 @@ class AdapterStore:
             return AdapterRef(tenant, name, minted + 1)
 
     def latest(self, tenant: str, name: str) -> AdapterRef | None:
-        """The newest version that can be loaded, or None."""
+        """Returns the newest version that can be loaded, or None."""
         with self._state:
             versions = self._versions.get((tenant, name))
             return AdapterRef(tenant, name, max(versions)) if versions else None
 
     def versions(self, tenant: str, name: str) -> builtins.list[AdapterRef]:
-        """Every version that can be loaded, oldest first."""
+        """Returns every version that can be loaded, oldest first."""
         with self._state:
             return [AdapterRef(tenant, name, v) for v in sorted(self._versions.get((tenant, name), ()))]
 
     def list(self, tenant: str | None) -> builtins.list[AdapterRef]:
-        """The newest version of each adapter of a tenant, or of all tenants, by name."""
+        """Returns the newest version of each adapter of a tenant, or of all tenants, by name."""
         with self._state:
             return sorted(AdapterRef(t, n, max(v)) for (t, n), v in self._versions.items() if tenant in (None, t))
 
     def named(self, name: str, tenant: str | None) -> builtins.list[AdapterRef]:
-        """The newest version of the adapters of this name: one for each tenant that has it, or the one of `tenant`."""
+        """Returns the newest version of each adapter of this name: one for each tenant that has it, or `tenant`'s."""
         with self._state:
             owners = sorted(self._tenants.get(name, ())) if tenant is None else [tenant]
             newest = [(t, self._versions.get((t, name))) for t in owners]
             return [AdapterRef(t, name, max(versions)) for t, versions in newest if versions]
 
     def created(self, ref: AdapterRef) -> float:
-        """When the version was put, epoch seconds.  Raises AdapterNotFound, or StorageFailed when it is damaged."""
+        """Returns the time of the version's `put`, epoch seconds.  Raises AdapterNotFound, StorageFailed if damaged."""
         return self._describe(ref)[0]
 
     def rank(self, ref: AdapterRef) -> int:
-        """The version's largest rank, without reading its weights.  Raises as `created` does."""
+        """Returns the version's largest rank, without reading its weights.  Raises as `created` does."""
         return self._describe(ref)[1]
 
     def nbytes(self, ref: AdapterRef) -> int:
-        """Bytes of the version's weights, which are not read.  Raises as `created` does."""
+        """Returns the bytes of the version's weights, without reading them.  Raises as `created` does."""
         return self._describe(ref)[2]
 
     def _describe(self, ref: AdapterRef) -> About:
-        """(created, rank, nbytes); from its description on disk the first time."""
+        """Returns (created, rank, nbytes), read from its metadata on disk the first time."""
         with self._state:
             self._check_visible(ref)
             if ref in self._about:
@@ -131,24 +131,24 @@ class AdapterStore:
             about = self._files.describe(ref)
         except StorageFailed:
             with self._state:
-                self._check_visible(ref)  # deleted meanwhile
+                self._check_visible(ref)  # it may have been deleted meanwhile
             raise
         with self._state:
             self._check_visible(ref)
             return self._about.setdefault(ref, about)
 
     def in_memory(self, ref: AdapterRef) -> bool:
-        """Whether `get` needs no disk.  False for a version that does not exist."""
+        """Returns whether `get` needs no disk.  False for a version that does not exist."""
         with self._state:
             return ref in self._ram
 
     def host_memory(self) -> HostMemory:
-        """Bytes of adapters in host memory, and their limit."""
+        """Returns the bytes of adapters in host memory, and their limit."""
         with self._state:
             return self._ram.memory()
 
     def set_aside(self, nbytes: int) -> None:
-        """Counts bytes of adapters that others hold in host memory; negative when they hold them no more."""
+        """Adds bytes of adapters that others hold in host memory to the count; negative to subtract them."""
         with self._state:
             self._ram.set_aside(nbytes)
 
@@ -157,8 +157,8 @@ class AdapterStore:
     def add(self, tenant: str, name: str, weights: AdapterWeights) -> AdapterRef:
         """Makes the weights the next version of an adapter and saves it in the background.
 
-        The store takes the arrays over and marks them read-only.  Raises AdapterNotFinite, which uses up no number, and
-        what `mint` raises.
+        The store takes over the arrays and marks them read-only.  Raises AdapterNotFinite, which uses up no number,
+        and what `mint` raises.
         """
         weights.check_finite()
         ref = self.mint(tenant, name)
@@ -166,9 +166,9 @@ class AdapterStore:
         return ref
 
     def put(self, adapter: Adapter) -> None:
-        """Makes a minted version available now and saves it in the background: this call waits for no disk.
+        """Makes a minted version available now and saves it in the background: this call does not wait for a disk.
 
-        The store takes the arrays over and marks them read-only.  Raises AlreadyExists for a version that was put
+        The store takes over the arrays and marks them read-only.  Raises AlreadyExists for a version that was put
         before, StateInvalid for one that was never minted or is deleted and when the store is closed, AdapterNotFinite
         for NaN or infinity.
         """
@@ -198,14 +198,14 @@ class AdapterStore:
                 self._enqueue(ref)
 
     def get(self, ref: AdapterRef) -> Adapter:
-        """The adapter, from RAM or else from disk with its checksum verified; many askers cause one load.
+        """Returns the adapter, from RAM, else from disk with its checksum verified; concurrent calls cause one load.
 
         Raises AdapterNotFound, or StorageFailed when the version on disk is damaged.
         """
         return self._loads.get(ref, lambda: self._held(ref), lambda: self._load(ref))
 
     def _held(self, ref: AdapterRef) -> Adapter | None:
-        """What RAM has of a version.  Raises AdapterNotFound."""
+        """Returns the version in RAM, or None.  Raises AdapterNotFound."""
         with self._state:
             if (orphan := self._ram.orphan(ref)) is not None:
                 return orphan
@@ -213,27 +213,27 @@ class AdapterStore:
             return self._ram.find(ref)
 
     def borrow(self, ref: AdapterRef) -> None:
-        """Until `give_back`, `get` finds the version though it is deleted meanwhile.  Each borrower borrows once."""
+        """Keeps the version for `get` until `give_back`, even if it is deleted meanwhile.  A borrower borrows once."""
         with self._state:
             self._ram.borrow(ref)
 
     def give_back(self, ref: AdapterRef) -> None:
-        """One who borrowed the version needs it no more."""
+        """Ends one `borrow` of the version."""
         with self._state:
             self._ram.give_back(ref)
 
     def delete(self, tenant: str, name: str) -> None:
-        """Removes every version: gone from memory and listing now, from disk names before this returns.
+        """Removes every version: from memory and listings now, from the names on disk before this returns.
 
-        Versions that are borrowed stay in memory until they are given back.  Waits for at most one save under way, and
-        for those to be read.  Raises AdapterNotFound when there is no such adapter, StateInvalid when
-        the store is closed, StorageAway when object storage cannot be told.
+        Borrowed versions stay in memory until they are given back.  Waits for at most one save in progress, and
+        for loads in progress.  Raises AdapterNotFound when there is no such adapter, StateInvalid when
+        the store is closed, StorageAway when object storage cannot be reached.
         """
         check_name(tenant, "tenant")
         check_name(name, "adapter name")
         for ref in self.versions(tenant, name):
             if self._ram.is_borrowed(ref):
-                with contextlib.suppress(AdapterNotFound, StorageFailed):  # it will be in RAM, or nobody can have it
+                with contextlib.suppress(AdapterNotFound, StorageFailed):  # it will be in RAM, or it cannot be read
                     self.get(ref)
         if self.versions(tenant, name):
             with self._counters:
@@ -254,9 +254,9 @@ class AdapterStore:
                 self._enqueue(trash)
 
     def delete_version(self, ref: AdapterRef) -> None:
-        """Removes one version: gone from memory and listing now, from disk in the background.  Waits for no disk.
+        """Removes one version: from memory and listings now, from disk in the background.  Does not wait for a disk.
 
-        A process that dies before the disk is done finds the version again at its next start.
+        If the process ends before that, the next start finds the version again.
         Raises AdapterNotFound when there is no such version, StateInvalid when the store is closed.
         """
         with self._state:
@@ -269,7 +269,7 @@ class AdapterStore:
     # Persistence
 
     def flush(self) -> None:
-        """Waits until all is stored; tries once more what failed.  Raises StorageFailed, naming what is not saved."""
+        """Waits until all is stored; retries once what failed.  Raises StorageFailed, naming what is not saved."""
         with self._state:
             again = [] if self._ended else list(self._failed)
             for ref in again:
@@ -284,9 +284,9 @@ class AdapterStore:
             raise StorageFailed(f"{len(failed)} versions are not stored ({names}): {last}") from last
 
     def wait_saved(self, ref: AdapterRef) -> None:
-        """Waits until the version is on disk and in object storage, if there is one, or deleted.
+        """Waits until the version is on disk and, if configured, in object storage, or is deleted.
 
-        Raises what the last try raised.
+        Raises what the last attempt raised.
         """
         with self._state:
             self._state.wait_for(lambda: ref not in self._unsaved or ref in self._failed)
@@ -295,7 +295,7 @@ class AdapterStore:
         self._files.wait_sent(ref)
 
     def close(self) -> None:
-        """Flushes, ends the background thread and gives the folder free; what is in RAM can still be read, all changes are
+        """Flushes, ends the background thread and unlocks the folder; RAM can still be read, changes are
         refused.  Raises what flush raises, after ending.
         """
         with self._state:
@@ -303,7 +303,7 @@ class AdapterStore:
         try:
             self.flush()
         finally:
-            with self._disk, self._counters, self._state:  # nobody is in the midst of a change
+            with self._disk, self._counters, self._state:  # no change is in progress
                 self._ended = True
                 self._work.put(None)
             self._thread.join()
@@ -317,13 +317,13 @@ class AdapterStore:
             raise StateInvalid("the adapter store is closed")
 
     def _enqueue(self, item: AdapterRef | Path) -> None:
-        """Work for the background thread: a version to save or, when it is leaving, to remove; trash to empty."""
+        """Queues work for the background thread: a version to save, or to remove when it is leaving; trash to empty."""
         with self._state:
             self._open_work += 1
             self._work.put(item)
 
     def _run(self) -> None:
-        """The background thread: saves versions and empties the trash, one at a time, in order."""
+        """Runs the background thread: saves versions and empties the trash, one at a time, in order."""
         while (item := self._work.get()) is not None:
             try:
                 if isinstance(item, Path):
@@ -355,7 +355,7 @@ class AdapterStore:
                 self._ram.let_go(ref)
 
     def _remove(self, ref: AdapterRef) -> None:
-        """Takes a leaving version off the disk.  Its number counts as deleted first, so that no put brings it back."""
+        """Removes a leaving version from disk.  Its number counts as deleted first, so that no put restores it."""
         with self._disk:
             with self._counters:
                 minted, deleted = self._read_counter(ref.tenant, ref.name)
@@ -372,7 +372,7 @@ class AdapterStore:
         def make_room(nbytes: int) -> None:
             nonlocal room
             with self._state:
-                self._ram.end(room)  # of a first try
+                self._ram.end(room)  # of a first attempt
                 room = 0
                 self._state.wait_for(lambda: self._ram.begin(nbytes))
             room = nbytes
@@ -380,7 +380,7 @@ class AdapterStore:
         def loaded() -> None:
             self._ram.end(room)
             self._state.notify_all()
-            self._check_visible(ref)  # deleted meanwhile
+            self._check_visible(ref)  # it may have been deleted meanwhile
 
         try:
             adapter, created = self._files.load(ref, make_room)
@@ -399,10 +399,10 @@ class AdapterStore:
             self._ram.hold(adapter, keep=False)
         return adapter
 
-    # What is visible; called with the state lock held
+    # Visible versions; these are called with the state lock held
 
     def _hide(self, ref: AdapterRef) -> None:
-        """The version is listed no more and held no more, but for those who borrowed it."""
+        """Removes the version from listings and from memory, except for its borrowers."""
         key = ref.tenant, ref.name
         self._versions[key].discard(ref.version)
         if not self._versions[key]:
@@ -416,7 +416,7 @@ class AdapterStore:
         self._ram.delete(ref)
 
     def _give_way(self, ref: AdapterRef, error: StorageFailed) -> None:
-        """A damaged version leaves its name to the one before, if there is one.  Its files stay for who can repair them."""
+        """Hides a damaged version, so that the one before is the newest, if there is one.  Its files remain."""
         versions = self._versions[ref.tenant, ref.name]
         if len(versions) > 1 and ref.version == max(versions):
             self._hide(ref)
@@ -427,7 +427,7 @@ class AdapterStore:
             raise AdapterNotFound(f"no adapter {ref.name!r} of version {ref.version}", param="name")
 
     def _read_counter(self, tenant: str, name: str, gone: Iterable[int] = ()) -> tuple[int, int]:
-        """(last minted, last deleted) version.  Called with the counter lock held."""
+        """Returns (last minted, last deleted) version.  Called with the counter lock held."""
         with self._state:
             visible = [*self._versions.get((tenant, name), ()), *gone]
         return self._files.counter(tenant, name, visible)

@@ -1,8 +1,8 @@
-"""Training state to disk in the background: the step loop hands a snapshot over and learns later how it went.
+"""Writes training state to disk in the background: the step loop submits a snapshot and reads the outcome later.
 
-Of one key (a tenant) one save is in flight; a snapshot that comes meanwhile waits, and a newer one takes its place, unless
-what waits is the best so far.  So memory is bounded: three snapshots of a key.  What is saved is sent to object storage
-where there is one; a step that could not be sent is sent with the next.
+One save of a key (a tenant) is in flight at a time; a snapshot that arrives meanwhile waits, and a newer one replaces
+it, unless the waiting one is the best so far.  So memory is bounded: three snapshots per key.  What is saved is sent to
+object storage where there is one; a step that could not be sent is sent with the next.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from jaxlora.storage.checkpoints import Tree, save_state
 from jaxlora.storage.remote_states import StateCopies
 
 LOG = logging.getLogger("jaxlora")
-WORKERS = 2  # keys saved side by side
+WORKERS = 2  # keys saved in parallel
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Snapshot:
-    """One step of one tenant, for `save_state`.  The arrays are NumPy and nobody changes them."""
+    """One step of one tenant, for `save_state`.  The arrays are NumPy and must not change."""
 
     folder: Path
     step: int
     arrays: Tree
     meta: Mapping[str, object]
-    keep: int  # newest steps that stay
-    best: int | None  # a step that stays besides
+    keep: int  # number of newest steps to keep
+    best: int | None  # a step to keep besides
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """How a save went."""
+    """Result of a save."""
 
     key: str
     step: int
@@ -45,24 +45,24 @@ class Outcome:
 
 
 class CheckpointWriter:
-    """Saves snapshots.  From any thread; `submit`, `discard` and `outcomes` wait for no disk."""
+    """Saves snapshots.  Thread-safe; `submit`, `discard` and `outcomes` do not wait for a disk."""
 
     def __init__(self, ended: Callable[[], None] = lambda: None, copies: StateCopies | None = None) -> None:
-        """ended: called on a thread of the writer's when there is a new outcome.  copies: gets what is saved."""
+        """ended: called on a writer thread when there is a new outcome.  copies: receives what is saved."""
         self._ended, self._copies = ended, copies
         self._pool = ThreadPoolExecutor(WORKERS, "checkpoint")
         self._changed = threading.Condition()
-        self._waiting: dict[str, list[Snapshot | Path]] = {}  # of keys with a save in flight, too; a path is discarded
+        self._waiting: dict[str, list[Snapshot | Path]] = {}  # even of keys with a save in flight; a path is discarded
         self._outcomes: deque[Outcome] = deque()
 
     def submit(self, key: str, snapshot: Snapshot) -> None:
-        """Saves the snapshot after those of its key that are in flight or stay in line."""
+        """Queues a snapshot behind those of its key that are in flight or stay queued."""
         with self._changed:
             waiting = self._waiting.get(key, [])
             self._line_up(key, [*(s for s in waiting if isinstance(s, Path) or s.step == snapshot.best), snapshot])
 
     def discard(self, key: str, folder: Path) -> None:
-        """Removes a folder of checkpoints, after those of its key that are in flight; what waits is not saved."""
+        """Removes a folder of checkpoints after the save of its key in flight; waiting snapshots are not saved."""
         with self._changed:
             self._line_up(key, [folder])
 
@@ -73,7 +73,7 @@ class CheckpointWriter:
             self._pool.submit(self._run, key)
 
     def outcomes(self) -> list[Outcome]:
-        """What ended since the last call, each once."""
+        """Returns the saves that ended since the last call, each once."""
         with self._changed:
             ended = list(self._outcomes)
             self._outcomes.clear()
@@ -85,7 +85,7 @@ class CheckpointWriter:
             self._changed.wait_for(lambda: not self._waiting)
 
     def close(self) -> None:
-        """Finishes what was submitted; nothing can be submitted afterwards."""
+        """Finishes what was submitted; nothing may be submitted afterwards."""
         self._pool.shutdown()
 
     def _run(self, key: str) -> None:
@@ -104,7 +104,7 @@ class CheckpointWriter:
                     keep=snapshot.keep,
                     best=snapshot.best,
                 )
-            except Exception as e:  # whatever it is, it is the tenant's to know and not this thread's end
+            except Exception as e:  # any error belongs in the tenant's outcome and must not end this thread
                 error = e
             else:
                 self._send(snapshot.folder)

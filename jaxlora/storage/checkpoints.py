@@ -1,10 +1,10 @@
-"""Training state on disk: numbered, whole or not there, never overwritten; comes back bit for bit.
+"""Numbered checkpoints of training state on disk: complete or absent, never overwritten, restored bit for bit.
 
     FOLDER/STEP/arrays     the pytree
     FOLDER/STEP/meta       format, the caller's meta, shape and dtype of each leaf
 
-A step folder gets its number by a rename after its last byte.  What a killed save leaves has another name, is never
-restored and is cleared by the next save.
+A step folder is renamed to its number after its last byte.  The remains of a killed save have another name, are never
+restored and are removed by the next save.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from jaxlora.core.errors import AlreadyExists, StateInvalid, StorageFailed
 
 FORMAT = 1
 
-type Tree = object  # a pytree of arrays, or of the ShapeDtypeStructs of such
+type Tree = object  # a pytree of arrays, or of ShapeDtypeStructs
 
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """What `save_state` was given."""
+    """A restored checkpoint: what `save_state` received."""
 
     step: int
     arrays: Tree
@@ -42,11 +42,11 @@ class Restored:
 def save_state(
     folder: Path, step: int, arrays: Tree, meta: Mapping[str, object], *, keep: int = 2, best: int | None = None
 ) -> None:
-    """Writes step `step` and then removes all but the newest `keep` and step `best`.  On disk, also through a power loss, on return.
+    """Writes step `step`, then removes all but the newest `keep` and step `best`.  On return it survives a power loss.
 
-    `meta` is JSON.  Raises AlreadyExists for a step that is there, StateInvalid for one below the newest, for
+    `meta` is JSON.  Raises AlreadyExists for a step that exists, StateInvalid for one below the newest, for
     `keep` below 1 and for arrays without elements, StorageFailed when the files cannot be written; then the steps before
-    it are as they were.
+    it are unchanged.
     """
     if keep < 1:
         raise StateInvalid(f"keep must be at least 1, got {keep}")
@@ -80,13 +80,13 @@ def save_state(
     except AlreadyExists:
         raise
     except (OSError, ValueError) as e:  # tensorstore raises ValueError for a full disk
-        for left in folder.glob(f"{step}.orbax-checkpoint-tmp*"):  # it takes room that the next save needs
+        for left in folder.glob(f"{step}.orbax-checkpoint-tmp*"):  # it takes space that the next save needs
             shutil.rmtree(left, ignore_errors=True)
         raise StorageFailed(f"step {step} of {folder.name} could not be written: {_why(e)}") from e
 
 
 def this_process_alone() -> ocp.options.MultiprocessingOptions:
-    """Orbax waits for no other process: who of them writes is decided by those who call."""
+    """Returns options by which Orbax waits for no other process: the callers decide which process writes."""
     me = jax.process_index()
     return ocp.options.MultiprocessingOptions(
         primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process{me}"
@@ -94,17 +94,17 @@ def this_process_alone() -> ocp.options.MultiprocessingOptions:
 
 
 def _why(error: OSError | ValueError) -> str:
-    """What the system said, without paths: tensorstore gives its number inside a text."""
+    """Returns the system's error message without paths: tensorstore puts its number inside a text."""
     number = re.search(r"os_error_code='(\d+)'", str(error))
     code = int(number[1]) if number else getattr(error, "errno", None)
     return str(error) if code is None else os.strerror(code)
 
 
 def restore_state(folder: Path, like: Tree, *, step: int | None = None) -> Restored | None:
-    """Step `step`, or the newest, with the structure, dtypes and shardings of `like`; None where it was not saved.
+    """Restores step `step`, or the newest, with structure, dtypes and shardings of `like`; None if it was not saved.
 
-    Leaves of `like` are jax arrays or ShapeDtypeStructs (without a sharding: the default device), or NumPy arrays, which
-    come back as such.  Raises StateInvalid when the saved arrays are not those of `like`, StorageFailed for an unknown
+    Leaves of `like` are jax arrays or ShapeDtypeStructs (without a sharding: the default device), or NumPy arrays,
+    returned as such.  Raises StateInvalid when the saved arrays are not those of `like`, StorageFailed for an unknown
     format or damaged files.
     """
     if not folder.is_dir():
@@ -120,13 +120,13 @@ def restore_state(folder: Path, like: Tree, *, step: int | None = None) -> Resto
         try:
             items = ocp.args.Composite(arrays=ocp.args.StandardRestore(jax.tree.map(_placed, like)))
             arrays = manager.restore(step, args=items)["arrays"]
-        except Exception as e:  # as above; names and shapes are known to be right
+        except Exception as e:  # see above; names and shapes are known to be right
             raise StorageFailed(f"step {step} of {folder.name} cannot be read ({type(e).__name__})") from e
     return Restored(step, arrays, stored["meta"])
 
 
 def read_meta(folder: Path) -> dict | None:
-    """The meta of the newest step, without its arrays; None where nothing was saved.
+    """Returns the meta of the newest step, without its arrays; None where nothing was saved.
 
     Raises StorageFailed for an unknown format or a damaged file.
     """
@@ -139,11 +139,11 @@ def read_meta(folder: Path) -> dict | None:
 
 
 def _stored(manager: ocp.CheckpointManager, step: int, folder: Path) -> dict:
-    """What is saved beside the arrays of a step."""
+    """Returns what is saved besides the arrays of a step."""
     try:
         stored = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
         found = stored["format"]
-    except Exception as e:  # whatever a damaged file makes a reader raise
+    except Exception as e:  # any error that a damaged file causes in a reader
         raise StorageFailed(f"step {step} of {folder.name}: its meta cannot be read ({type(e).__name__})") from e
     if found != FORMAT:
         raise StorageFailed(f"step {step} of {folder.name} has format {found!r}; this build reads format {FORMAT}")
@@ -151,7 +151,7 @@ def _stored(manager: ocp.CheckpointManager, step: int, folder: Path) -> dict:
 
 
 def _describe(tree: Tree) -> dict[str, list]:
-    """path → [shape, dtype] of each leaf."""
+    """Returns path → [shape, dtype] of each leaf."""
     return {
         jax.tree_util.keystr(path): [list(leaf.shape), np.dtype(leaf.dtype).name]
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)

@@ -1,4 +1,4 @@
-"""What of object storage lies on this machine too: brought when it is used, the least recently used leaves first."""
+"""Local copies of files and folders in object storage: fetched on use, evicted least recently used first."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from jaxlora.storage.single_flight import SingleFlight
 
 
 class DiskCopies:
-    """Paths of files and folders that object storage holds, within a number of bytes.  From any thread."""
+    """Local copies of files and folders in object storage, limited to a number of bytes.  Thread-safe."""
 
     def __init__(self, most_bytes: int | None):
-        """most_bytes: of all copies that nobody uses; None: none ever leaves."""
+        """most_bytes: limit of all copies not in use; None: nothing is evicted."""
         self._most_bytes = most_bytes
         self._changed = threading.Condition()
         self._bringing: SingleFlight[Path, Path] = SingleFlight()
-        self._leaving: set[Path] = set()  # being removed; nobody uses them
+        self._leaving: set[Path] = set()  # being removed; not in use
         self._users: Counter[Path] = Counter()
-        self._copies: OrderedDict[Path, tuple[int, Callable[[Path], None]]] = OrderedDict()  # the newest use last
+        self._copies: OrderedDict[Path, tuple[int, Callable[[Path], None]]] = OrderedDict()  # most recently used last
         self._bytes = 0
 
     @contextlib.contextmanager
     def using(self, path: Path, bring: Callable[[Path], None]) -> Generator[None]:
-        """Inside, the path is there and stays.  Raises what `bring` raises, which is called where it is not there."""
+        """Keeps the path on disk inside the block; calls `bring` if it is missing.  Raises what `bring` raises."""
 
         def brought() -> Path:
             bring(path)
@@ -50,12 +50,12 @@ class DiskCopies:
             self._trim()
 
     def add(self, path: Path, remove: Callable[[Path], None]) -> None:
-        """The path may leave from now on: `remove` takes it away whole, so that no part of it is left."""
+        """Allows the path to be evicted from now on: `remove` deletes it completely."""
         if self._most_bytes is None:
             return
         try:
             size = _size(path)
-        except FileNotFoundError:  # it has left already
+        except FileNotFoundError:  # it was evicted already
             return
         with self._changed:
             self._drop(path)
@@ -64,7 +64,7 @@ class DiskCopies:
         self._trim()
 
     def forget(self, path: Path) -> None:
-        """The path is no copy any more."""
+        """Stops treating the path as a copy."""
         with self._changed:
             self._drop(path)
 
@@ -73,7 +73,7 @@ class DiskCopies:
         self._bytes -= size
 
     def _trim(self) -> None:
-        """Removes copies until the rest fits."""
+        """Evicts copies until the rest fits."""
         while (found := self._next()) is not None:
             path, remove = found
             try:
@@ -84,7 +84,7 @@ class DiskCopies:
                     self._changed.notify_all()
 
     def _next(self) -> tuple[Path, Callable[[Path], None]] | None:
-        """A copy that leaves now; nobody can use it until it has left."""
+        """Returns a copy to evict now; it cannot be used until it is removed."""
         if self._most_bytes is None:
             return None
         with self._changed:
@@ -100,14 +100,14 @@ class DiskCopies:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Remote:
-    """Object storage, and what of it lies here."""
+    """Object storage, and the local copies of its objects."""
 
     blobs: Blobs
     copies: DiskCopies
 
 
 def _size(path: Path) -> int:
-    """Bytes of a file, or of all files of a folder."""
+    """Returns the bytes of a file, or of all files of a folder."""
     if path.is_file():
         return path.stat().st_size
     return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())

@@ -1,8 +1,8 @@
-"""Adapters in host RAM under one byte budget, least recently used first.  Pure host code: no jax, no lock of its own.
+"""LRU cache of adapters in host RAM with a byte limit.  Pure host code: no jax, no lock of its own.
 
-    loading ──arrive──▶ held ──(room is needed)──▶ forgotten            aside: what others hold of adapters, always counted
+    loading ──arrive──▶ held ──(room is needed)──▶ forgotten            aside: bytes that others hold, always counted
 
-Room is made before a load begins, so the sum stays within the limit, but for two things that nothing can put off: versions
+Room is made before a load begins, so the sum stays within the limit, with two exceptions that cannot wait: versions
 that are not on disk yet, and one load at a time, however large.
 """
 
@@ -26,31 +26,31 @@ class HostMemory:
 
 
 class HostTier:
-    """What is held, and the room for what comes.  Its owner locks."""
+    """Holds adapters and makes room for new ones.  Not thread-safe: its owner locks."""
 
     def __init__(self, limit_bytes: int):
         self._limit = limit_bytes
         self._held: OrderedDict[AdapterRef, Adapter] = OrderedDict()
-        self._kept: set[AdapterRef] = set()  # must not be forgotten
+        self._kept: set[AdapterRef] = set()  # must not be evicted
         self._borrowed: Counter[AdapterRef] = Counter()
-        self._orphans: dict[AdapterRef, Adapter] = {}  # of the borrowed ones those that are deleted
+        self._orphans: dict[AdapterRef, Adapter] = {}  # those borrowed versions that are deleted
         self._held_bytes = self._loading = self._aside = self._peak = 0
 
     def __contains__(self, ref: AdapterRef) -> bool:
         return ref in self._held
 
     def refs(self) -> list[AdapterRef]:
-        """The versions held, the one that was used longest ago first."""
+        """Returns the versions held, least recently used first."""
         return list(self._held)
 
     def memory(self) -> HostMemory:
-        """What it comes to."""
+        """Returns the bytes in use."""
         return HostMemory(
             held=self._held_bytes, loading=self._loading, aside=self._aside, peak=self._peak, limit=self._limit
         )
 
     def find(self, ref: AdapterRef) -> Adapter | None:
-        """The version, used now; None when it is not held."""
+        """Returns the version and marks it as used now; None when it is not held."""
         if ref in self._held:
             self._held.move_to_end(ref)
         return self._held.get(ref)
@@ -65,27 +65,27 @@ class HostTier:
         self._make_room(0)
 
     def let_go(self, ref: AdapterRef) -> None:
-        """The version may be forgotten from now on."""
+        """Allows the version to be evicted from now on."""
         self._kept.discard(ref)
         self._make_room(0)
 
     def forget(self, ref: AdapterRef) -> None:
-        """Holds the version no more."""
+        """Stops holding the version."""
         self._kept.discard(ref)
         adapter = self._held.pop(ref, None)
         if adapter is not None:
             self._held_bytes -= adapter.nbytes
 
     def borrow(self, ref: AdapterRef) -> None:
-        """Somebody needs the version until `give_back`, though it is deleted meanwhile."""
+        """Keeps the version until `give_back`, even if it is deleted meanwhile."""
         self._borrowed[ref] += 1
 
     def is_borrowed(self, ref: AdapterRef) -> bool:
-        """Whether somebody needs it."""
+        """Returns whether the version is borrowed."""
         return ref in self._borrowed
 
     def give_back(self, ref: AdapterRef) -> None:
-        """One who borrowed the version needs it no more."""
+        """Ends one `borrow` of the version."""
         self._borrowed[ref] -= 1
         if not self._borrowed[ref]:
             del self._borrowed[ref]
@@ -93,11 +93,11 @@ class HostTier:
             self._aside -= 0 if orphan is None else orphan.nbytes
 
     def orphan(self, ref: AdapterRef) -> Adapter | None:
-        """A version that is deleted and borrowed."""
+        """Returns a version that is deleted and borrowed, or None."""
         return self._orphans.get(ref)
 
     def delete(self, ref: AdapterRef) -> None:
-        """Holds the version no more, but for those who borrowed it."""
+        """Stops holding the version, except for its borrowers."""
         held = self._held.get(ref)
         self.forget(ref)
         if held is not None and ref in self._borrowed:
@@ -105,7 +105,7 @@ class HostTier:
             self.set_aside(held.nbytes)
 
     def begin(self, nbytes: int) -> bool:
-        """Makes room for a load; False when it must wait for other loads to end."""
+        """Makes room for a load; returns False when it must wait for other loads to end."""
         kept = sum(self._held[ref].nbytes for ref in self._kept)
         if self._loading and self._aside + self._loading + kept + nbytes > self._limit:
             return False
@@ -115,11 +115,11 @@ class HostTier:
         return True
 
     def end(self, nbytes: int) -> None:
-        """A load that began has ended."""
+        """Ends a load that began."""
         self._loading -= nbytes
 
     def set_aside(self, nbytes: int) -> None:
-        """Counts bytes that others hold; negative when they hold them no more."""
+        """Adds bytes that others hold to the count; negative to subtract them."""
         self._aside += nbytes
         self._make_room(0)
 

@@ -1,8 +1,8 @@
-"""Which process may write to object storage: one at a time, and one that lost its right stops by itself.
+"""A lease that lets one process at a time write to object storage; a process that loses it stops writing by itself.
 
-The object says who has it and until when.  It is made only where there is none, and replaced only as it was read: of two
-that would take it at once, one gets it.  It is renewed three times in its span; a process whose span is over without that
-writes no more until it knows better, so another may take over after it.  Clocks of the machines may differ by CLOCK_S.
+The object records the owner and the end of the lease.  It is created only if absent, and replaced only in the version
+that was read: of two processes that take it at once, one gets it.  It is renewed three times in its span; a process
+whose span ends without that stops writing until it renews, so another may take over.  Clocks may differ by CLOCK_S.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ CLOCK_S = 5.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Found:
-    """The object as it was read."""
+    """The lease object as it was read."""
 
-    owner: str | None  # None: nobody's
+    owner: str | None  # None: no owner
     until: float  # epoch seconds
-    version: Version | None  # None: there is none
+    version: Version | None  # None: the object does not exist
 
 
 class Lease:
-    """The right to write under one URL.  From any thread."""
+    """The right to write under one URL.  Thread-safe."""
 
     def __init__(self, blobs: Blobs, folder: Path, *, waiting: Callable[[str], None] = lambda who: None):
-        """Waits for one that is over soon.  folder: this server's own; who has it may go on at once after a crash.
+        """Takes the lease, waits for one that ends soon.  folder: this server's own; its owner may resume at once.
 
-        waiting: told whom it waits for.  Raises StateInvalid when another server has it, StorageAway, StorageFailed.
+        waiting: called with the owner it waits for.  Raises StateInvalid if another has it, StorageAway, StorageFailed.
         """
         self._blobs, self._owner = blobs, _owner(folder)
         self._until = 0.0
@@ -54,9 +54,9 @@ class Lease:
         self._thread.start()
 
     def check(self) -> None:
-        """Raises StateInvalid when another server has taken over, StorageAway while nobody knows.
+        """Raises StateInvalid when another server has taken over, StorageAway while the owner is unknown.
 
-        Any tenant may read the message; the log says which server.
+        Any tenant may read the message; the log names the server.
         """
         if self._lost:
             raise StateInvalid("object storage was taken over by another server; this one writes nothing more")
@@ -64,7 +64,7 @@ class Lease:
             raise StorageAway("the lease of object storage could not be renewed; try again later")
 
     def close(self) -> None:
-        """Gives it back where it is still this server's, which writes nothing more in any case."""
+        """Releases the lease where it is still this server's, which writes nothing more in any case."""
         self._end.set()
         self._thread.join()
         self._until = 0.0
@@ -87,7 +87,7 @@ class Lease:
             raise self._in_use(self._read())
 
     def _left_s(self, found: _Found) -> float:
-        """How long another has it still; 0 where this server may take it."""
+        """Returns the seconds for which another server still has it; 0 where this server may take it."""
         return 0.0 if found.owner in (None, self._owner) else max(0.0, found.until + CLOCK_S - time.time())
 
     def _in_use(self, found: _Found) -> StateInvalid:
@@ -103,7 +103,7 @@ class Lease:
                 LOG.error("the lease of %s is not renewed: %s", self._blobs.url, error)
 
     def _keep(self) -> None:
-        """Renews it, or finds out who has it."""
+        """Renews the lease, or finds out who has it."""
         while (found := self._read()).owner in (None, self._owner):
             if self._renew(found):
                 return
@@ -111,7 +111,7 @@ class Lease:
         LOG.error("%s was taken over by %s; this server writes nothing more", self._blobs.url, self._lost)
 
     def _renew(self, found: _Found) -> bool:
-        """Has it for another span from now on; False where somebody replaced what was found."""
+        """Extends the lease by another span; returns False where another server replaced what was found."""
         until = time.time() + SPAN_S
         renewed = self._replace(found, until=until)
         if renewed:
@@ -133,11 +133,11 @@ class Lease:
         data = json.dumps({"owner": self._owner, "until": until}).encode()
         if self._blobs.put_if(LEASE, data, found.version) is not None:
             return True
-        return self._blobs.get_bytes(LEASE) == data  # ours, and its answer was lost: it was tried again in vain
+        return self._blobs.get_bytes(LEASE) == data  # ours: the reply was lost, and a retry failed
 
 
 def _owner(folder: Path) -> str:
-    """The name of the server whose data lie in this folder: the same after it has started again."""
+    """Returns the name of the server whose data is in this folder: the same after a restart."""
     path = folder / "lease-owner"
     if not path.exists():
         replace_file(path, f"{socket.gethostname()}-{uuid.uuid4().hex[:12]}".encode())

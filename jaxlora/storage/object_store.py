@@ -1,11 +1,11 @@
-"""Objects under one URL (file, s3, gs, az): whole or not there, checked when they come back, through obstore.
+"""Objects under one URL (file, s3, gs, az): complete or absent, verified when read, through obstore.
 
     URL/KEY            a file, as it is
     URL/KEY.zip        a folder, not compressed: one object, so that all of it appears at once
     URL/lease          which process may write, see lease.py
 
-obstore tries a failed request again, after a random wait that doubles.  A call that does not come back (a file system whose
-server is gone) is given up here: its thread ends when the system lets it.  No call lists but `list`, which is for the start.
+obstore retries a failed request after a random wait that doubles.  A call that does not return (a file system without
+its server) is abandoned here: its thread ends when the system lets it.  Only `list` lists, and only at the start.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ from obstore.exceptions import (
 )
 from obstore.store import LocalStore, from_url
 
-from jaxlora.core.atomic_files import lock_folder, sha256_of, told_of_disk
+from jaxlora.core.atomic_files import disk_errors, lock_folder, sha256_of
 from jaxlora.core.errors import ConfigInvalid, JaxLoraError, NotFound, StorageAway, StorageFailed
 
 if TYPE_CHECKING:
     from obstore import GetResult, ObjectMeta, PutResult, UpdateVersion
     from obstore.store import ClientConfig, ObjectStore
 
-type Version = UpdateVersion  # of an object, by which a store knows whether it was replaced
+type Version = UpdateVersion  # of an object, by which a store detects whether it was replaced
 
 LOG = logging.getLogger("jaxlora")
 FOLDER_SUFFIX = ".zip"
 ATTEMPTS = 4
-FIRST_WAIT_S = 0.25  # about, before the second attempt
-AT_ONCE = 32  # calls under way, those that hang included
-SLOWEST_BYTES_S = 2**20  # of a transfer that still counts as one
+FIRST_WAIT_S = 0.25  # approximate wait before the second attempt
+AT_ONCE = 32  # most calls in progress, those that hang included
+SLOWEST_BYTES_S = 2**20  # slowest transfer that is not treated as hanging
 ENVIRONMENT = {"s3": "AWS_", "s3a": "AWS_", "gs": "GOOGLE_"}
 CLIENT_SETTINGS = ("allow_http", "allow_invalid_certificates", "connect_timeout", "proxy_url", "root_certificate")
 PART_BYTES, PARTS_AT_ONCE = 5 * 2**20, 4  # of an upload
@@ -57,28 +57,28 @@ CHANGED = (AlreadyExistsError, PreconditionError)
 
 
 class Blobs:
-    """The objects under one URL.  From any thread; every call waits for the network.
+    """The objects under one URL.  Thread-safe; every call waits for the network.
 
-    Messages of errors may reach any tenant and name no object; the log does.
+    Any tenant may read an error's message, so it names no object; the log does.
     """
 
     def __init__(self, url: str, *, timeout_s: float, store: ObjectStore | None = None):
-        """timeout_s: of one attempt, besides the time its bytes take.  store: what stands at the URL; None: it is opened.
+        """timeout_s: of one attempt, besides the time its bytes take.  store: the store of the URL; None: opens it.
 
         Writes, replaces, lists and removes an object.  Raises ConfigInvalid for an URL that obstore does not open,
-        StorageAway when nobody answers, StorageFailed when it may not be written or does not keep a second writer out.
+        StorageAway when it does not respond, StorageFailed when it may not be written or excludes no second writer.
         """
         self.url, self._timeout_s = url, timeout_s
         try:
             self._store = _open(url, timeout_s) if store is None else store
         except (BaseError, OSError, ValueError) as error:
             raise ConfigInvalid(
-                f"blobs.url: {url} cannot be opened ({_said(error)}); name an URL such as s3://BUCKET/PREFIX, gs://, az://, "
-                "file:///FOLDER, or a folder",
+                f"blobs.url: {url} cannot be opened ({_first_line(error)}); name an URL such as s3://BUCKET/PREFIX, gs://, "
+                "az://, file:///FOLDER, or a folder",
                 param="blobs.url",
             ) from error
         self._busy = threading.BoundedSemaphore(AT_ONCE)
-        self.may_write: Callable[[], None] = lambda: None  # raises when this process may not, any more
+        self.may_write: Callable[[], None] = lambda: None  # raises when this process may no longer write
         try:
             self._probe()
         except NotFound as error:
@@ -102,12 +102,12 @@ class Blobs:
         self._call(f"{key} was not written", len(data), lambda: self._store.put(key, data))
 
     def get_bytes(self, key: str) -> bytes | None:
-        """A small object, None when it is not there.  Raises StorageAway, StorageFailed."""
+        """Returns a small object, None when it does not exist.  Raises StorageAway, StorageFailed."""
         found = self.get_with_version(key)
         return None if found is None else found[0]
 
     def get_with_version(self, key: str) -> tuple[bytes, Version] | None:
-        """A small object and its version for `put_if`; None when it is not there.  Raises StorageAway, StorageFailed."""
+        """Returns a small object and its version for `put_if`; None when absent.  Raises StorageAway, StorageFailed."""
 
         def read() -> tuple[bytes, Version]:
             result = self._store.get(key)
@@ -119,9 +119,9 @@ class Blobs:
             return None
 
     def put_if(self, key: str, data: bytes, version: Version | None) -> Version | None:
-        """Writes a small object if it still has this version (None: if it is not there), whoever may write.
+        """Writes a small object if it still has this version (None: if it is absent); skips `may_write`.
 
-        Its new version; None where another has changed it, or this very call has, in an attempt whose answer was lost.
+        Returns its new version; None where another has changed it, or this call has, in an attempt without a reply.
         Raises StorageAway, StorageFailed.
         """
         try:
@@ -129,7 +129,7 @@ class Blobs:
         except CHANGED:
             return None
         except NotFound:
-            if version is None:  # there is no bucket
+            if version is None:  # the bucket does not exist
                 raise
             return None
 
@@ -158,16 +158,16 @@ class Blobs:
         )
 
     def get(self, key: str, path: Path, temporary: Path, *, sha256: str | None = None) -> None:
-        """Brings an object to `path`, by a rename out of the folder `temporary` of the same disk.
+        """Fetches an object to `path`, by a rename out of the folder `temporary` of the same disk.
 
-        Raises NotFound, StorageAway, StorageFull, and StorageFailed when what comes is not of this sha256.
+        Raises NotFound, StorageAway, StorageFull, and StorageFailed when its sha256 is not this one.
         """
 
         def check(copy: Path) -> None:
             if sha256 is not None and sha256_of(copy) != sha256:
                 raise ValueError("its sha256 is another")
 
-        with self._brought(key, temporary, check) as copy, told_of_disk("what is brought back"):
+        with self._brought(key, temporary, check) as copy, disk_errors("what is brought back"):
             path.parent.mkdir(parents=True, exist_ok=True)
             copy.rename(path)
 
@@ -176,11 +176,11 @@ class Blobs:
     def put_folder(self, key: str, folder: Path, temporary: Path) -> None:
         """Writes a folder as one object, KEY.zip, by way of a file in `temporary`.
 
-        Raises StorageAway, StorageFailed, StorageFull; FileNotFoundError when the folder is not there.
+        Raises StorageAway, StorageFailed, StorageFull; FileNotFoundError when the folder does not exist.
         """
         packed = temporary / uuid.uuid4().hex
         try:
-            with told_of_disk("what is sent"), zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as archive:
+            with disk_errors("what is sent"), zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as archive:
                 for path in sorted(folder.rglob("*")):
                     archive.write(path, path.relative_to(folder))
             self.put(key + FOLDER_SUFFIX, packed)
@@ -188,7 +188,7 @@ class Blobs:
             packed.unlink(missing_ok=True)
 
     def get_folder(self, key: str, folder: Path, temporary: Path) -> None:
-        """Brings a folder back, by a rename out of the folder `temporary` of the same disk.
+        """Fetches a folder, by a rename out of the folder `temporary` of the same disk.
 
         Raises NotFound, StorageAway, StorageFull, and StorageFailed when its bytes are damaged.
         """
@@ -197,10 +197,10 @@ class Blobs:
         def unpack(copy: Path) -> None:
             shutil.rmtree(unpacked, ignore_errors=True)
             with zipfile.ZipFile(copy) as archive:
-                archive.extractall(unpacked)  # compares each member with its CRC, and leaves no path outside
+                archive.extractall(unpacked)  # verifies each member's CRC, and writes no path outside
 
         try:
-            with self._brought(key + FOLDER_SUFFIX, temporary, unpack), told_of_disk("what is brought back"):
+            with self._brought(key + FOLDER_SUFFIX, temporary, unpack), disk_errors("what is brought back"):
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 unpacked.rename(folder)
         finally:
@@ -208,17 +208,17 @@ class Blobs:
 
     @contextlib.contextmanager
     def _brought(self, key: str, temporary: Path, check: Callable[[Path], None]) -> Generator[Path]:
-        """The bytes of an object in a file that is gone afterwards.  `check` raises ValueError and the like for wrong ones."""
+        """Yields an object's bytes in a temporary file.  `check` raises ValueError or similar for wrong ones."""
         copy = temporary / uuid.uuid4().hex
         try:
-            for attempt in range(2):  # bytes may go wrong on their way
+            for attempt in range(2):  # bytes may be damaged in transit
                 result = self._call(f"{key} was not found", 0, lambda: self._store.get(key))
                 size = result.meta["size"]
                 self._call(f"{key} was not read", size, lambda result=result: _save(result, copy))
                 try:
                     if copy.stat().st_size != size:
                         raise EOFError(f"{copy.stat().st_size} of {size} bytes")
-                    with told_of_disk("what is brought back"):
+                    with disk_errors("what is brought back"):
                         check(copy)
                     break
                 except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
@@ -233,13 +233,13 @@ class Blobs:
     # ---- all ------------------------------------------------------------------------------------------------------
 
     def delete(self, keys: Sequence[str]) -> None:
-        """Removes objects; those that are not there are no error.  Raises StorageAway, StorageFailed."""
+        """Removes objects; a missing one is not an error.  Raises StorageAway, StorageFailed."""
         self.may_write()
 
         def remove() -> None:
             try:
                 self._store.delete(list(keys))
-            except FileNotFoundError:  # of one of them; then each for itself
+            except FileNotFoundError:  # one is missing; then each by itself
                 for key in keys:
                     with contextlib.suppress(FileNotFoundError):
                         self._store.delete(key)
@@ -247,7 +247,7 @@ class Blobs:
         self._call("an object was not removed", 0, remove)
 
     def list(self, prefix: str) -> dict[str, int]:
-        """Key → bytes of every object whose key begins with this folder, as "adapters/".  Raises StorageAway, StorageFailed."""
+        """Returns key → bytes of each object in a folder such as "adapters/".  Raises StorageAway, StorageFailed."""
 
         def find() -> dict[str, int]:
             found = {o["path"]: o["size"] for batch in self._store.list(prefix) for o in batch}
@@ -258,7 +258,7 @@ class Blobs:
     # ---- one call -------------------------------------------------------------------------------------------------
 
     def _call[T](self, failed: str, nbytes: int, call: Callable[[], T]) -> T:
-        """The result of a call of obstore, or why there is none in our words; two of its errors say what is there."""
+        """Returns the result of an obstore call, or raises our error; two of its errors report an object's state."""
         try:
             return self._within(ATTEMPTS * (self._timeout_s + nbytes / SLOWEST_BYTES_S), call)
         except (JaxLoraError, *CHANGED):
@@ -266,14 +266,14 @@ class Blobs:
         except FileNotFoundError as error:
             raise NotFound("object storage has no such object") from error
         except NEVER_BETTER as error:
-            LOG.error("object storage: %s: %s", failed, _said(error))
+            LOG.error("object storage: %s: %s", failed, _first_line(error))
             raise StorageFailed("object storage refuses the server; tell its operator") from error
         except (BaseError, OSError) as error:
-            LOG.warning("object storage: %s: %s", failed, _said(error))
+            LOG.warning("object storage: %s: %s", failed, _first_line(error))
             raise StorageAway("object storage does not answer; try again later") from error
 
     def _within[T](self, limit_s: float, call: Callable[[], T]) -> T:
-        """The result of a call, on a thread that may be left behind.  Raises TimeoutError."""
+        """Returns the result of a call, on a thread that may be abandoned.  Raises TimeoutError."""
         if not self._busy.acquire(timeout=limit_s):
             raise TimeoutError(f"{AT_ONCE} calls hang")
         future: Future[T] = Future()
@@ -291,17 +291,17 @@ class Blobs:
 
 
 def _open(url: str, timeout_s: float) -> ObjectStore:
-    """What obstore has for an URL, or for the path of a folder, which is made.  Raises BaseError, OSError, ValueError."""
+    """Opens the store of an URL, or of a folder's path, creating it.  Raises BaseError, OSError, ValueError."""
     if "://" not in url:
         return LocalStore(url, mkdir=True)
     if url.startswith("file://"):
         return LocalStore.from_url(url, mkdir=True)
-    silence_s = timeout_s + PARTS_AT_ONCE * PART_BYTES / SLOWEST_BYTES_S  # an upload hears nothing until its last byte
+    silence_s = timeout_s + PARTS_AT_ONCE * PART_BYTES / SLOWEST_BYTES_S  # an upload gets no reply until its last byte
     options: dict[str, object] = {
         "read_timeout": timedelta(seconds=silence_s),
-        "timeout": timedelta(days=1),  # of a request with all its bytes, of which there may be any number
+        "timeout": timedelta(days=1),  # limit of a request with all its bytes, which may be many
     }
-    prefix = ENVIRONMENT.get(url.partition("://")[0], "AZURE_")  # obstore reads it, but not beside options
+    prefix = ENVIRONMENT.get(url.partition("://")[0], "AZURE_")  # obstore reads the variable, but not beside options
     options |= {n: os.environ[prefix + n.upper()] for n in CLIENT_SETTINGS if prefix + n.upper() in os.environ}
     return from_url(
         url,
@@ -311,13 +311,13 @@ def _open(url: str, timeout_s: float) -> ObjectStore:
 
 
 def _save(result: GetResult, copy: Path) -> None:
-    with told_of_disk("what is brought back"), copy.open("wb") as file:
+    with disk_errors("what is brought back"), copy.open("wb") as file:
         for chunk in result.stream():
             file.write(chunk)
 
 
 def _version(found: PutResult | ObjectMeta) -> Version:
-    """What `put` takes as a version: a store knows an object by one of the two, or both."""
+    """Returns what `put` takes as a version: a store identifies it by one of the two, or both."""
     version: Version = {}
     if found["e_tag"] is not None:
         version["e_tag"] = found["e_tag"]
@@ -326,7 +326,7 @@ def _version(found: PutResult | ObjectMeta) -> Version:
     return version
 
 
-def _said(error: BaseException) -> str:
-    """One line of what may be many."""
+def _first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message."""
     first = str(error).partition("\n")[0]
     return f"{type(error).__name__}: {first}"[:300] if first else type(error).__name__

@@ -1,10 +1,10 @@
-"""The versions of a store in object storage; its folders on disk are then copies, and what is not sent yet.
+"""Copies of a store's versions in object storage; its folders on disk are then a cache, and versions not yet sent.
 
     adapters/TENANT/NAME/VERSION_CREATED_RANK_BYTES.zip    a version
     deleted/TENANT/NAME/NUMBER                             this and all lower versions of the name are deleted
 
-Two listings at the start tell all that is known of ten thousand adapters; afterwards nothing is listed.  Versions are sent
-by one thread, in order; what fails is tried again until it is sent.
+Two listings at the start describe all of ten thousand adapters; afterwards nothing is listed.  Versions are sent
+by one thread, in order; a failed one is retried until it is sent.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ FLUSH_S = 60.0
 
 
 class RemoteVersions:
-    """What object storage has of one store.  From any thread; `start` first."""
+    """The versions of one store in object storage.  Thread-safe; call `start` first."""
 
     def __init__(self, blobs: Blobs, copies: DiskCopies):
         self._blobs, self._copies = blobs, copies
         self._changed = threading.Condition()
         self._known: dict[AdapterRef, About] = {}  # sent
         self._floors: dict[tuple[str, str], int] = {}  # number of the newest deletion of all versions
-        self._sending: dict[AdapterRef, None] = {}  # in order
-        self._removing: dict[str, None] = {}  # keys, likewise
-        self._errors: dict[AdapterRef | str, Exception] = {}  # of the last try
-        self._found: list[Path] = []  # copies that were here at the start
+        self._sending: dict[AdapterRef, None] = {}  # an ordered set
+        self._removing: dict[str, None] = {}  # keys, an ordered set
+        self._errors: dict[AdapterRef | str, Exception] = {}  # of the last attempt
+        self._found: list[Path] = []  # copies that existed at the start
         self._ended = False
         self._thread = threading.Thread(target=self._run, name="adapter-sender", daemon=True)
 
     def start(self, adapters: Path, trash: Path, local: Mapping[tuple[str, str], set[int]]) -> dict[AdapterRef, About]:
-        """All versions that object storage has.  adapters, trash: folders of the store; local: what is on this disk.
+        """Returns all versions in object storage.  adapters, trash: folders of the store; local: versions on this disk.
 
-        Of `local`, what is not there is sent soon; what belongs to a deleted adapter goes to the trash.
+        Those of `local` that are missing there are sent soon; those of a deleted adapter are moved to the trash.
         Raises StorageAway, StorageFailed.
         """
         self._adapters, self._trash = adapters, trash
@@ -79,24 +79,24 @@ class RemoteVersions:
         return dict(self._known)
 
     def floor(self, tenant: str, name: str) -> int:
-        """The highest number that was deleted with all versions of the name; 0 when it never was."""
+        """Returns the highest number that was deleted with all versions of the name; 0 when it never was."""
         with self._changed:
             return self._floors.get((tenant, name), 0)
 
     def about(self, ref: AdapterRef) -> About | None:
-        """What object storage has of the version, None when it is not there."""
+        """Returns the description of a version in object storage, None when it is not there."""
         with self._changed:
             return self._known.get(ref)
 
     def here(self, ref: AdapterRef) -> AbstractContextManager[None]:
-        """Inside, the version's folder stays on this disk; it is brought first if need be.
+        """Keeps the version's folder on this disk inside the block, fetching it if missing.
 
         Raises NotFound, StorageAway, StorageFull, StorageFailed.
         """
         return self._copies.using(self._folder(ref), lambda folder: self._bring(ref, folder))
 
     def drop_copy(self, ref: AdapterRef) -> bool:
-        """Removes the folder of a version that can be brought again.  False where it cannot."""
+        """Removes the folder of a version that can be fetched again.  Returns False where it cannot."""
         if self.about(ref) is None:
             return False
         self._copies.forget(self._folder(ref))
@@ -104,20 +104,20 @@ class RemoteVersions:
         return True
 
     def send(self, ref: AdapterRef) -> None:
-        """Has a version that is on disk sent soon."""
+        """Queues a version that is on disk for sending."""
         with self._changed:
             self._sending[ref] = None
             self._changed.notify_all()
 
     def wait_sent(self, ref: AdapterRef) -> None:
-        """Waits until the version is sent, or deleted.  Raises what the last try to send it raised."""
+        """Waits until the version is sent, or deleted.  Raises what the last attempt to send it raised."""
         with self._changed:
             self._changed.wait_for(lambda: ref not in self._sending or ref in self._errors or self._ended)
             if ref in self._errors:
                 raise self._errors[ref]
 
     def retire(self, tenant: str, name: str, minted: int) -> None:
-        """Marks all versions of a name up to `minted` as deleted.  That is done when this returns; they are removed soon.
+        """Marks all versions of a name up to `minted` as deleted.  The mark is stored on return; removal follows.
 
         Raises StorageAway, StorageFailed.
         """
@@ -128,7 +128,7 @@ class RemoteVersions:
                 self._remove(f"{DELETED}{tenant}/{name}/{before}")
 
     def forget(self, ref: AdapterRef) -> None:
-        """A version is deleted: it is not sent any more, and removed soon."""
+        """Stops sending a deleted version, and removes it soon."""
         self._copies.forget(self._folder(ref))
         with self._changed:
             self._sending.pop(ref, None)
@@ -139,7 +139,7 @@ class RemoteVersions:
             self._changed.notify_all()
 
     def flush(self) -> dict[AdapterRef, Exception]:
-        """Tries what failed once more, waits at most FLUSH_S, and returns what is still not sent and why."""
+        """Retries once what failed, waits at most FLUSH_S, and returns what is still not sent and why."""
         with self._changed:
             self._errors.clear()
             self._changed.notify_all()
@@ -148,7 +148,7 @@ class RemoteVersions:
             return {ref: self._errors.get(ref, slow) for ref in self._sending}
 
     def close(self) -> None:
-        """Ends the thread, or leaves it in a call that hangs; what is not sent is on disk, and sent after the next start."""
+        """Ends the thread, or abandons it in a hanging call; unsent versions are on disk and sent after a restart."""
         with self._changed:
             self._ended = True
             self._changed.notify_all()
@@ -157,7 +157,7 @@ class RemoteVersions:
     # ---- the thread -----------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        for folder in self._found:  # to look at their sizes takes a while
+        for folder in self._found:  # reading their sizes takes a while
             self._copies.add(folder, self._discard)
         while (item := self._next()) is not None:
             error: Exception | None = None
@@ -179,7 +179,7 @@ class RemoteVersions:
                 self._changed.notify_all()
 
     def _next(self) -> AdapterRef | str | None:
-        """What is to be done now; waits for it.  None at the end."""
+        """Returns the next task, waiting for one.  None at the end."""
         with self._changed:
             while not self._ended:
                 if (item := self._due()) is not None:
@@ -189,7 +189,7 @@ class RemoteVersions:
             return None
 
     def _due(self) -> AdapterRef | str | None:
-        """The first that did not just fail."""
+        """Returns the first task that did not just fail."""
         items = itertools.chain(self._sending, self._removing)
         return next((item for item in items if item not in self._errors), None)
 
@@ -215,17 +215,17 @@ class RemoteVersions:
 
     def _bring(self, ref: AdapterRef, folder: Path) -> None:
         about = self.about(ref)
-        if about is not None:  # else it is on its way to the disk, or was damaged there: the reader will say so
+        if about is not None:  # else it is being written to the disk, or was damaged there: the reader will raise
             self._blobs.get_folder(_key(ref, about), folder, self._trash)
             self._copies.add(folder, self._discard)
 
     def _discard(self, folder: Path) -> None:
-        """Takes a folder away whole."""
+        """Removes a folder completely."""
         if (out := to_trash(folder, self._trash)) is not None:
             shutil.rmtree(out, ignore_errors=True)
 
     def _remove(self, key: str) -> None:
-        """Has an object removed soon.  With the lock held."""
+        """Queues an object for removal.  Called with the lock held."""
         self._removing[key] = None
         self._changed.notify_all()
 

@@ -1,4 +1,4 @@
-"""Checkpoints in object storage: ROOT/…/STEP, a folder of checkpoints.py, as KEY/…/STEP.zip."""
+"""Copies of checkpoints in object storage: ROOT/…/STEP, a folder of checkpoints.py, as KEY/…/STEP.zip."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ STEP_PATTERN = re.compile(r"[0-9]+")  # the name of a step's folder
 
 
 class StateCopies:
-    """The same steps there as here.  From any thread; a folder is one caller's at a time."""
+    """Mirrors the steps of local folders in object storage.  Thread-safe, with one caller per folder at a time."""
 
     def __init__(self, blobs: Blobs, root: Path, key: str):
-        """root: of all folders.  key: where object storage has them.  Lists once.  Raises StorageAway, StorageFailed."""
+        """root: of all folders.  key: prefix in object storage.  Lists once.  Raises StorageAway, StorageFailed."""
         self._blobs, self._root, self._key = blobs, root.absolute(), key
         self._guard = threading.Lock()
-        self._there: dict[str, set[int]] = {}  # steps of a folder, by its path under the root
+        self._there: dict[str, set[int]] = {}  # stored steps of a folder, by its path under the root
         for found in blobs.list(key + "/"):
             name, _, step = found.removeprefix(key + "/").removesuffix(FOLDER_SUFFIX).rpartition("/")
             if STEP_PATTERN.fullmatch(step):
@@ -29,12 +29,12 @@ class StateCopies:
         self._moving.mkdir(parents=True)
 
     def folders(self) -> list[Path]:
-        """Those of which object storage has a step."""
+        """Returns the folders of which object storage has a step."""
         with self._guard:
             return [self._root / name for name, steps in self._there.items() if steps]
 
     def send(self, folder: Path) -> None:
-        """Makes what is there what is here.  Raises StorageAway, StorageFailed, StorageFull."""
+        """Updates object storage to the folder's steps.  Raises StorageAway, StorageFailed, StorageFull."""
         name, steps = self._name(folder), _steps(folder)
         for step in sorted(steps - self._known(name)):
             self._blobs.put_folder(self._at(name, step), folder / str(step), self._moving)
@@ -43,18 +43,18 @@ class StateCopies:
         self._remove(name, self._known(name) - steps)
 
     def bring(self, folder: Path) -> None:
-        """Brings all steps of a folder that is not here; one that nobody has stays away.
+        """Fetches all steps of a folder that is not on disk; one that is not stored either stays absent.
 
         Raises StorageAway, StorageFailed, StorageFull, NotFound.
         """
         if _steps(folder):
             return
         name = self._name(folder)
-        for step in sorted(self._known(name)):  # the newest last, so that it is missed when they are not complete
+        for step in sorted(self._known(name)):  # the newest last, so that an incomplete fetch lacks it
             self._blobs.get_folder(self._at(name, step), folder / str(step), self._moving)
 
     def delete(self, folder: Path) -> None:
-        """Removes what is there.  Raises StorageAway, StorageFailed."""
+        """Removes the stored steps.  Raises StorageAway, StorageFailed."""
         self._remove(self._name(folder), self._known(self._name(folder)))
 
     def _remove(self, name: str, steps: set[int]) -> None:
@@ -74,5 +74,5 @@ class StateCopies:
 
 
 def _steps(folder: Path) -> set[int]:
-    """Steps that are here whole."""
+    """Returns the complete steps on disk."""
     return {int(p.name) for p in folder.glob("*") if STEP_PATTERN.fullmatch(p.name)}

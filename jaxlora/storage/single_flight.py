@@ -1,4 +1,4 @@
-"""One call for all who ask for the same at once.  Pure."""
+"""Merges concurrent calls for the same key into one.  Pure."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from concurrent.futures import Future
 
 
 class SingleFlight[K: Hashable, V]:
-    """Calls under way, by key.  From any thread.  Nothing is kept of a call that has ended, its error neither."""
+    """Calls in progress, by key.  Thread-safe.  A call that ended leaves nothing behind, not even its error."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._calls: dict[K, Future[V]] = {}
 
     def get(self, key: K, find: Callable[[], V | None], make: Callable[[], V]) -> V:
-        """What `find` has, or else what `make` returns, on the thread of who asks first; the others wait for it.
+        """Returns what `find` has, else the result of `make`, run on the first caller's thread; the others wait for it.
 
-        find: quick; None for what is not there.  It is asked once more before `make`, which may have just ended for others.
-        Raises what `make` raised, to all who waited.
+        find: quick; returns None for a missing value.  Called again before `make`: another call may just have ended.
+        Raises what `make` raised, in all waiting callers.
         """
         if (found := find()) is not None:
             return found

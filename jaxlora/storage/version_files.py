@@ -1,8 +1,8 @@
-"""The folder of one AdapterStore, and object storage behind it where there is some.  Who calls keeps changes apart.
+"""The folder of one AdapterStore, and object storage behind it if configured.  The caller serialises changes.
 
-root/adapters/TENANT/NAME/VERSION    see adapter_files.py; with object storage a copy, see remote_versions.py
-root/counters/TENANT/NAME.json       see counters.py
-root/trash/…                         what comes or goes; at the start, what the process before left
+root/adapters/TENANT/NAME/VERSION    see adapter_files.py; with object storage a copy, see remote_adapters.py
+root/counters/TENANT/NAME.json       see adapter_files.Counters
+root/trash/…                         files being written or deleted; at the start, what the last process left
 root/.lock                           held by the process that has the store open
 """
 
@@ -19,8 +19,8 @@ from jaxlora.core.lora import Adapter, AdapterRef
 from jaxlora.storage.adapter_files import About, Counters, describe, is_damage, load_version, save_version, scan
 from jaxlora.storage.remote_adapters import RemoteVersions
 
-# A machine that has lost its counters begins so far above what object storage has: a version that was used but not sent yet
-# had one of the numbers between.
+# After losing its counters a machine starts so far above the numbers in object storage: a version that was used but not
+# sent yet had one of the numbers between.
 GAP = 1000
 
 
@@ -30,10 +30,10 @@ class VersionFiles:
     def __init__(self, root: Path, remote: RemoteVersions | None):
         """remote: not started.
 
-        Raises StorageFailed when the folder cannot be made, StateInvalid, naming it, when another store has it open; what
-        the start of `remote` raises.
+        Raises StorageFailed when the folder cannot be made, StateInvalid, naming it, when another store has it open;
+        and what the start of `remote` raises.
         """
-        self._root, self._remote = root.absolute(), remote  # Orbax takes no other
+        self._root, self._remote = root.absolute(), remote  # Orbax needs an absolute path
         root = self._root
         try:
             for name in ("adapters", "counters", "trash"):
@@ -45,7 +45,7 @@ class VersionFiles:
             raise StateInvalid(f"the adapter store {root} is in use; stop who uses it, or name another folder")
         self._counters = Counters(root / "counters")
         local = scan(root / "adapters")
-        self.found: dict[AdapterRef, About | None] = {  # at the start; None: its description tells
+        self.found: dict[AdapterRef, About | None] = {  # at the start; None: read its metadata
             AdapterRef(t, n, v): None for (t, n), versions in local.items() for v in versions
         }
         if remote is not None:
@@ -55,10 +55,10 @@ class VersionFiles:
                 os.close(self._lock)
                 raise
             self.found = {r: a for r, a in self.found.items() if r.version > remote.floor(r.tenant, r.name)} | there
-        self.leftovers = list((root / "trash").iterdir())  # for `empty`
+        self.leftovers = list((root / "trash").iterdir())  # to be passed to `empty`
 
     def close(self) -> None:
-        """Gives the folder free.  Once; what is there can still be read."""
+        """Unlocks the folder.  Call it once; the files can still be read."""
         if self._remote is not None:
             self._remote.close()
         assert self._lock is not None, "it is locked"
@@ -67,7 +67,7 @@ class VersionFiles:
     # ---- numbers --------------------------------------------------------------------------------------------------
 
     def counter(self, tenant: str, name: str, visible: Iterable[int]) -> tuple[int, int]:
-        """(last minted, last deleted) version; never below a version that exists or did, should the file be lost.
+        """Returns (last minted, last deleted) version; never below a version that exists or did, if the file was lost.
 
         Raises StorageFailed for a damaged file.
         """
@@ -78,25 +78,25 @@ class VersionFiles:
         return self._counters.read(tenant, name, least)
 
     def set_counter(self, tenant: str, name: str, minted: int, deleted: int) -> None:
-        """On disk when this returns."""
+        """Writes the counter, which is on disk on return."""
         self._counters.write(tenant, name, minted, deleted)
 
     # ---- versions -------------------------------------------------------------------------------------------------
 
     def save(self, adapter: Adapter, created: float) -> None:
-        """On disk when this returns, and sent soon.  Raises what the file system raises."""
+        """Writes a version, which is on disk on return, and sends it soon.  Raises what the file system raises."""
         save_version(self._folder(adapter.ref).parent, adapter, created, self._root / "trash")
         if self._remote is not None:
             self._remote.send(adapter.ref)
 
     def describe(self, ref: AdapterRef) -> About:
-        """Of a version that `found` has without.  Raises StorageFailed."""
+        """Describes a version that `found` has as None.  Raises StorageFailed."""
         return describe(self._folder(ref).parent, ref)
 
     def load(self, ref: AdapterRef, make_room: Callable[[int], None]) -> tuple[Adapter, float]:
-        """(the adapter, when it was put), its checksum verified.  make_room: see load_version; it may be called twice.
+        """Returns (the adapter, its time of `put`), its checksum verified.  make_room: see load_version; may run twice.
 
-        A copy that is damaged, or of a version that another machine made since, is brought anew.
+        A copy that is damaged, or of a version that another machine has made since, is fetched again.
         Raises StorageFailed, StorageFull, StorageAway.
         """
         folder, remote = self._folder(ref).parent, self._remote
@@ -123,14 +123,14 @@ class VersionFiles:
         return adapter, created
 
     def delete(self, ref: AdapterRef) -> Path | None:
-        """Takes one version off the disk's names, and has object storage remove it; what `empty` is to remove."""
+        """Removes one version from the disk's names and from object storage; returns what `empty` must remove."""
         out = to_trash(self._folder(ref), self._root / "trash")
         if self._remote is not None:
             self._remote.forget(ref)
         return out
 
     def delete_all(self, tenant: str, name: str, versions: Iterable[int]) -> Path | None:
-        """The same for all versions of a name, of which `retire` was called."""
+        """Does the same for all versions of a name, after `retire` was called."""
         out = to_trash(self._root / "adapters" / tenant / name, self._root / "trash")
         if self._remote is not None:
             for version in versions:
@@ -138,7 +138,7 @@ class VersionFiles:
         return out
 
     def empty(self, trash: Path) -> None:
-        """Removes what was deleted; what stays is tried again at the next start."""
+        """Removes what was deleted; the next start retries what remains."""
         shutil.rmtree(trash, ignore_errors=True)
 
     def _folder(self, ref: AdapterRef) -> Path:
@@ -147,15 +147,15 @@ class VersionFiles:
     # ---- object storage -------------------------------------------------------------------------------------------
 
     def retire(self, tenant: str, name: str, minted: int) -> None:
-        """Tells object storage, if there is one, that all versions up to `minted` are deleted.  Raises StorageAway, StorageFailed."""
+        """Marks all versions up to `minted` deleted in object storage, if any.  Raises StorageAway, StorageFailed."""
         if self._remote is not None:
             self._remote.retire(tenant, name, minted)
 
     def wait_sent(self, ref: AdapterRef) -> None:
-        """Waits until object storage, if there is one, has a saved version.  Raises what the last try raised."""
+        """Waits until a saved version is in object storage, if any.  Raises what the last attempt raised."""
         if self._remote is not None:
             self._remote.wait_sent(ref)
 
     def flush(self) -> dict[AdapterRef, Exception]:
-        """Tries once more what was not sent; what still is not, and why."""
+        """Retries once what was not sent; returns what still is not, and why."""
         return {} if self._remote is None else self._remote.flush()

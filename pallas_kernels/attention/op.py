@@ -1,4 +1,4 @@
-"""Causal attention over packed lanes: a token sees its own segment up to itself.  Training, forward and backward.
+"""Causal attention over packed lanes: a token attends to its own segment up to itself.  Training, forward and backward.
 
 Blocks of queries meet blocks of keys under an online softmax, from the diagonal back to the first block that any lane's
 segments still reach, so packed short examples cost their own length and not the lane's.  The [J, J] scores never exist;
@@ -6,9 +6,9 @@ the backward pass recomputes them from the saved log-sum.
 
 Shape letters: G lanes, J tokens of a lane, N query heads, K kv heads, M queries per kv head (N = K * M), H head,
 I rows of one kv head's query block (M * block), Z keys of a block.
-A masked score is selected away, and so is whatever padding holds.  A lane holds one tenant's segments, so a NaN stays
-with its owner; a block that another lane needs adds exact zeros to this one.
-The above is the XLA body; `dispatch` says where another runs.
+A masked score is removed by selection, and so is whatever padding holds.  A lane holds one tenant's segments, so a NaN
+stays with its owner; a block that another lane needs adds exact zeros to this one.
+This describes the XLA body; `dispatch` states where another runs.
 Source: FlashAttention (arXiv 2205.14135).
 """
 
@@ -29,14 +29,14 @@ from pallas_kernels.dispatch import by_platform, known_dtypes
 from pallas_kernels.shapes import shaped
 from pallas_kernels.sharding import Placement
 
-MASKED = -1e30  # finite, so that a row with nothing to see gives numbers
+MASKED = -1e30  # finite, so that a row without visible keys gives numbers
 
 
 @shaped
 def packed_attention_reference(
     q_GJNH: jax.Array, k_GJKH: jax.Array, v_GJKH: jax.Array, segment_GJ: jax.Array, *, window: int | None
 ) -> jax.Array:
-    """The definition with all scores at once, float32 [G, J, N, H]; zeros for padding (segment 0)."""
+    """Defines the op with all scores at once: returns float32 [G, J, N, H]; zeros for padding (segment 0)."""
     J, N, H = q_GJNH.shape[1:]
     q_GJNH, k_GJKH, v_GJKH = (jnp.where((segment_GJ != 0)[:, :, None, None], x, 0) for x in (q_GJNH, k_GJKH, v_GJKH))
     k, v = (jnp.repeat(x.astype(jnp.float32), N // x.shape[2], axis=2) for x in (k_GJKH, v_GJKH))
@@ -61,13 +61,13 @@ def packed_attention(
     block: int = 32,
     placement: Placement | None = None,
 ) -> jax.Array:
-    """[G, J, N, H] in q's dtype, products and softmax in float32; zeros for padding (segment 0).
+    """Returns [G, J, N, H] in q's dtype, products and softmax in float32; zeros for padding (segment 0).
 
     segment_GJ: int32, non-decreasing runs within a lane apart from padding.
-    `window`: a token sees at most this many tokens, itself included; None is no limit.
-    `block`: tokens of a block of the XLA body; a lane shorter than one is one block.  Must divide J.
-    placement: where the arrays lie, on a mesh of several devices.
-    Raises ValueError when it does not.
+    window: a token attends to at most this many tokens, itself included; None is no limit.
+    block: tokens of a block of the XLA body; a lane shorter than one is one block.  Must divide J.
+    placement: mesh axes that split the arrays, on a mesh of several devices.
+    Raises ValueError when block does not divide J.
     """
     J = q_GJNH.shape[1]
     block = min(block, J)
@@ -78,19 +78,19 @@ def packed_attention(
 
 
 def _by_head(x_GJNH: jax.Array, K: int) -> jax.Array:
-    """float32 [G, K, M, J, H]."""
+    """Returns float32 [G, K, M, J, H]."""
     G, J, N, H = x_GJNH.shape
     return x_GJNH.astype(jnp.float32).reshape(G, J, K, N // K, H).transpose(0, 2, 3, 1, 4)
 
 
 def _by_token(x_GKMJH: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """[G, J, N, H] in `dtype`."""
+    """Returns [G, J, N, H] in `dtype`."""
     G, K, M, J, H = x_GKMJH.shape
     return x_GKMJH.transpose(0, 3, 1, 2, 4).reshape(G, J, K * M, H).astype(dtype)
 
 
 def _first_block(segment_GJ: jax.Array, i: jax.Array, block: int) -> jax.Array:
-    """The first key block that a query of block i sees in any lane: where the segment at its start begins."""
+    """Returns the first key block that a query of block i attends to in any lane: where its first segment begins."""
     start_G = lax.dynamic_index_in_dim(segment_GJ, i * block, 1, keepdims=False)
     same_GJ = (segment_GJ == start_G[:, None]) & (start_G != 0)[:, None]
     first_G = jnp.where(same_GJ.any(1), same_GJ.argmax(1), i * block)
@@ -98,7 +98,7 @@ def _first_block(segment_GJ: jax.Array, i: jax.Array, block: int) -> jax.Array:
 
 
 def _cut(x: jax.Array, i: jax.Array, block: int) -> jax.Array:
-    """Block i of the token axis (the last but one, or the last of [G, J] and [G, K, M, J])."""
+    """Returns block i of the token axis (the last but one, or the last of [G, J] and [G, K, M, J])."""
     axis = x.ndim - 2 if x.ndim in (5,) else x.ndim - 1
     return lax.dynamic_slice_in_dim(x, i * block, block, axis)
 
@@ -111,7 +111,7 @@ def _put(x: jax.Array, part: jax.Array, i: jax.Array, block: int) -> jax.Array:
 def _scores(
     q: jax.Array, k: jax.Array, segment_GJ: jax.Array, i: jax.Array, j: jax.Array, window: int | None, block: int
 ) -> jax.Array:
-    """float32 [G, K, M, block, block] of query block i (already scaled) and key block j, masked."""
+    """Returns the masked float32 [G, K, M, block, block] scores of query block i (already scaled) and key block j."""
     score = jnp.einsum("gkmih,gkzh->gkmiz", q, k[:, :, 0])
     qi, kj = i * block + jnp.arange(block)[:, None], j * block + jnp.arange(block)[None, :]
     seen = kj <= qi if window is None else (kj <= qi) & (kj > qi - window)
@@ -153,7 +153,7 @@ _flash.defvjp(_flash_forward, _flash_backward)
 
 
 def fits_cuda(q: jax.Array, k: jax.Array, v: jax.Array) -> bool:
-    """Whether the Triton bodies of attention are there and take these: heads that have room, of one known dtype."""
+    """Returns whether Triton is installed and its attention takes these: heads that fit, one known dtype."""
     alike = known_dtypes(q) and q.dtype == k.dtype == v.dtype
     return tiling_cuda.installed() and q.shape[3] <= tiling_cuda.HEAD and alike
 
@@ -162,7 +162,7 @@ def fits_cuda(q: jax.Array, k: jax.Array, v: jax.Array) -> bool:
 
 
 def _on_each(body: Callable[..., tuple], placement: Placement | None, ins: str, outs: str) -> Callable[..., tuple]:
-    """The body, run by each device on its lanes and heads.  Letters: h [G, J, heads, H], r [G, J], l [G, heads, M, J]."""
+    """Runs the body on each device's lanes and heads.  Letters: h [G, J, heads, H], r [G, J], l [G, heads, M, J]."""
     if placement is None:
         return body
     rows, heads = placement.rows, placement.heads
@@ -217,7 +217,7 @@ def _backward_xla(window, block, placement, *arrays) -> tuple[jax.Array, jax.Arr
 
 
 def _blocks_forward(window, block, q_GJNH, k_GJKH, v_GJKH, segment_GJ):
-    """The XLA body: ([G, J, N, H], float32 log-sums [G, K, M, J])."""
+    """Runs the XLA body: returns ([G, J, N, H], float32 log-sums [G, K, M, J])."""
     G, J, N, H = q_GJNH.shape
     K = k_GJKH.shape[2]
     q, k, v = _by_head(q_GJNH, K) * H**-0.5, _by_head(k_GJKH, K), _by_head(v_GJKH, K)
@@ -248,7 +248,7 @@ def _blocks_forward(window, block, q_GJNH, k_GJKH, v_GJKH, segment_GJ):
 
 
 def _blocks_backward(window, block, q_GJNH, k_GJKH, v_GJKH, segment_GJ, out_GJNH, lse, d_GJNH):
-    """Gradients of q, k and v."""
+    """Returns the gradients of q, k and v."""
     J, H = q_GJNH.shape[1], q_GJNH.shape[3]
     K = k_GJKH.shape[2]
     q, k, v = _by_head(q_GJNH, K) * H**-0.5, _by_head(k_GJKH, K), _by_head(v_GJKH, K)

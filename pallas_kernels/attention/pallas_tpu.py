@@ -1,8 +1,8 @@
-"""The TPU body of `packed_attention`: JAX's splash attention, lane by lane, with our segments and window.
+"""TPU body of `packed_attention`: JAX's splash attention, lane by lane, with our segments and window.
 
-It takes whole blocks of 128 tokens, so a lane is filled up with padding.  It selects masked scores away, as we do, and skips
-the blocks that no token's causal past or window reaches; of segments it skips none.  Its backward pass is given what our
-own forward pass kept, which its public functions do not offer: `_splash_attention_bwd` is its gradient rule.
+It takes whole blocks of 128 tokens, so a lane is padded.  It masks scores by selection, as we do, and skips the blocks
+outside every token's causal past and window; it skips none for segments.  Its backward pass gets what our
+own forward pass saved, which its public functions do not offer: `_splash_attention_bwd` is its gradient rule.
 
 Shape letters: G lanes, J tokens of a lane, N query heads, K kv heads, M queries per kv head, H head.
 """
@@ -29,7 +29,7 @@ def forward(
     window: int | None,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """([G, J, N, H] in q's dtype, float32 log-sums [G, K, M, J]); rows of padding hold some number."""
+    """Returns ([G, J, N, H] in q's dtype, float32 log-sums [G, K, M, J]); padding rows are undefined numbers."""
     G, J, N, _ = q_GJNH.shape
     K = k_GJKH.shape[2]
     kernel = _kernel(J, N, window, interpret, keep=True)
@@ -50,7 +50,7 @@ def backward(
     window: int | None,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of q, k and v in their dtypes."""
+    """Returns the gradients of q, k and v in their dtypes."""
     G, J, N, H = q_GJNH.shape
     kernel = _kernel(J, N, window, interpret, keep=False)
     lse_GNJ = filled(lse_GKMJ.reshape(G, N, J), LANES, axis=2)
@@ -74,7 +74,7 @@ def backward(
 
 
 def _kernel(J: int, N: int, window: int | None, interpret: bool, *, keep: bool) -> splash.SplashAttentionKernel:
-    """keep: gives the log-sums too."""
+    """Builds the splash kernel.  keep: returns the log-sums too."""
     J = math.ceil(J / LANES) * LANES
     mask = masks.CausalMask((J, J)) if window is None else masks.LocalMask((J, J), (window - 1, 0), 0)
     most = max(blocks().tokens, LANES)
@@ -91,7 +91,7 @@ def _kernel(J: int, N: int, window: int | None, interpret: bool, *, keep: bool) 
 
 
 def _precision(q: jax.Array):
-    """Of the products inside: exact for float32, bfloat16 products with float32 sums."""
+    """Returns the precision of the products: exact for float32, bfloat16 products with float32 sums."""
     return jax.default_matmul_precision("highest" if q.dtype == jnp.float32 else "default")
 
 

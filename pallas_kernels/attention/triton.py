@@ -1,15 +1,15 @@
-"""The CUDA bodies of `packed_attention`, forward and backward: three Triton kernels over blocks of a lane's tokens.
+"""CUDA bodies of `packed_attention`, forward and backward: three Triton kernels over blocks of a lane's tokens.
 
     forward          out, log-sums     a program per block of queries and query head
     queries' part    dq                likewise
-    keys' part       dk, dv            a program per block of keys and kv head: its query heads are summed in turn
+    keys' part       dk, dv            a program per block of keys and kv head, which sums over its query heads
 
-All recompute the scores, of the blocks alone that hold a key which a query of theirs sees: neither later ones nor those
-beyond the window, nor such that hold only other segments.  Products in q's dtype, sums and softmax in float32 and in a
+All recompute the scores, only of blocks with a key that one of their queries attends to: neither later blocks nor those
+beyond the window, nor those of other segments alone.  Products in q's dtype, sums and softmax in float32 and in a
 fixed order.  Lanes are separate programs, so what one lane holds reaches no other; q, k and v hold zeros in padding.
 
-Why no ready one: cuDNN's (`jax.nn.dot_product_attention`) takes one segment a lane and asks the GPU at hand when traced;
-those of `jax.experimental.pallas.ops.gpu` stand on Pallas' deprecated Triton backend or know no segments.
+Why no existing kernel: cuDNN's (`jax.nn.dot_product_attention`) takes one segment a lane and queries the GPU at trace
+time; those of `jax.experimental.pallas.ops.gpu` use Pallas' deprecated Triton backend or know no segments.
 
 Compiled for H100 and checked with Triton's interpreter; never run on a GPU.
 
@@ -29,15 +29,15 @@ import triton.language as tl  # ty: ignore[import-not-found]
 
 from pallas_kernels.tiling_cuda import STAGES, WARPS, power_of_two, row_block
 
-MASKED = tl.constexpr(-1e30)  # as in attention.py
+MASKED = tl.constexpr(-1e30)  # as in attention/op.py
 
 
 @triton.jit
 def absorb(score_IZ, seen_IZ, v_ZH, best_I, total_I, acc_IH):
-    """The state of an online softmax after these keys: (largest score, sum of weights, sum of weighted values)."""
+    """Returns an online softmax's state after these keys: (maximum score, sum of weights, sum of weighted values)."""
     score_IZ = tl.where(seen_IZ, score_IZ, MASKED)
     new_best_I = tl.maximum(best_I, tl.max(score_IZ, 1))
-    # Selected again: a row that has seen nothing yet has no larger score to subtract.
+    # Selected again: a row without visible keys so far has no larger score to subtract.
     weight_IZ = tl.where(seen_IZ, tl.exp(score_IZ - new_best_I[:, None]), 0.0)
     shrink_I = tl.exp(best_I - new_best_I)
     acc_IH = tl.dot(weight_IZ.to(v_ZH.dtype), v_ZH, acc_IH * shrink_I[:, None], input_precision="ieee")
@@ -46,7 +46,7 @@ def absorb(score_IZ, seen_IZ, v_ZH, best_I, total_I, acc_IH):
 
 @triton.jit
 def _place(token, head, J: tl.constexpr, HEADS: tl.constexpr, H: tl.constexpr, HEAD: tl.constexpr):
-    """(offsets, which exist) of the [token, feature] tile of a head in this program's lane of an array [G, J, HEADS, H]."""
+    """Returns (offsets, which exist) of a head's [token, feature] tile in this program's lane of [G, J, HEADS, H]."""
     feature = tl.arange(0, HEAD)
     lane = tl.program_id(2).to(tl.int64) * J
     inside = (token < J)[:, None] & (feature < H)[None, :]
@@ -55,7 +55,7 @@ def _place(token, head, J: tl.constexpr, HEADS: tl.constexpr, H: tl.constexpr, H
 
 @triton.jit
 def _tile(x, token, head, J: tl.constexpr, HEADS: tl.constexpr, H: tl.constexpr, HEAD: tl.constexpr):
-    """That tile; zero where nothing exists."""
+    """Loads that tile; zero where nothing exists."""
     place, inside = _place(token, head, J, HEADS, H, HEAD)
     return tl.load(x + place, mask=inside, other=0.0)
 
@@ -73,13 +73,13 @@ def _segments(segment, token, J: tl.constexpr):
 
 @triton.jit
 def _of_queries(x, token, head, J: tl.constexpr, N: tl.constexpr):
-    """This lane's numbers of an array [G, N, J]."""
+    """Loads this lane's numbers of an array [G, N, J]."""
     return tl.load(x + (tl.program_id(2).to(tl.int64) * N + head) * J + token, mask=token < J, other=0.0)
 
 
 @triton.jit
 def _sees(query, key, query_segment, key_segment, WINDOW: tl.constexpr):
-    """Whether the query sees the key.  Padding may meet padding: all zeros, as is the gradient of its output."""
+    """Returns whether the query sees the key.  Padding may see padding: all zeros, as is its output's gradient."""
     return (key <= query) & (key > query - WINDOW) & (query_segment == key_segment)
 
 
@@ -114,7 +114,7 @@ def _forward(
         segment_Z = _segments(segment, key, J)
         seen_IZ = _sees(query[:, None], key[None, :], segment_I[:, None], segment_Z[None, :], WINDOW)
         best_I, total_I, acc_IH = absorb(score_IZ, seen_IZ, v_ZH, best_I, total_I, acc_IH)
-    total_I = tl.where(segment_I != 0, total_I, 1.0)  # padding, which is selected away later
+    total_I = tl.where(segment_I != 0, total_I, 1.0)  # padding, which is masked later
     _put(out, acc_IH / total_I[:, None], query, n, J, N, H, HEAD)
     place = (tl.program_id(2).to(tl.int64) * N + n) * J + query
     tl.store(lse + place, best_I + tl.log(total_I), mask=query < J)
@@ -208,7 +208,7 @@ def _backward_keys(
 def forward(
     q_GJNH: jax.Array, k_GJKH: jax.Array, v_GJKH: jax.Array, segment_GJ: jax.Array, *, window: int | None
 ) -> tuple[jax.Array, jax.Array]:
-    """([G, J, N, H] in q's dtype, zeros for padding; float32 log-sums [G, K, M, J])."""
+    """Returns ([G, J, N, H] in q's dtype, zeros for padding; float32 log-sums [G, K, M, J])."""
     G, J, N, H = q_GJNH.shape
     K = k_GJKH.shape[2]
     constants = _common(q_GJNH, k_GJKH, window)
@@ -225,7 +225,7 @@ def forward(
         SCALE=H**-0.5,
         **constants,
     )
-    # XLA runs a kernel twice if its own output is both stacked by a scan and used: selected from, none is its own.
+    # XLA runs a kernel twice if its own output is both stacked by a scan and used: the selected copy is not its own.
     out_GJNH = jnp.where((segment_GJ != 0)[:, :, None, None], out_GJNH, 0)
     lse_GNJ = jnp.where((segment_GJ != 0)[:, None, :], lse_GNJ, 0)
     return out_GJNH, lse_GNJ.reshape(G, K, N // K, J)
@@ -242,7 +242,7 @@ def backward(
     *,
     window: int | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of q, k and v in their dtype."""
+    """Returns the gradients of q, k and v in their dtype."""
     G, _, N, H = q_GJNH.shape
     constants = _common(q_GJNH, k_GJKH, window)
     first_GB, last_GB = bounds(segment_GJ, constants["BLOCK"], constants["WINDOW"])
@@ -275,9 +275,9 @@ def backward(
 
 
 def bounds(segment_GJ: jax.Array, block: int, window: int) -> tuple[jax.Array, jax.Array]:
-    """int32 [G, B]: (the first block whose keys each block's queries see, the last whose queries see each block's keys).
+    """Returns int32 [G, B]: (the first block a block's queries attend to, the last whose queries attend to its keys).
 
-    The other end is the block itself; where there is only padding the first is one later, the last -1.
+    The other end is the block itself; for a block of padding only, the first is one later and the last is -1.
     """
     G, J = segment_GJ.shape
     B = math.ceil(J / block)
@@ -293,7 +293,7 @@ def bounds(segment_GJ: jax.Array, block: int, window: int) -> tuple[jax.Array, j
 
 
 def _common(q_GJNH: jax.Array, k_GJKH: jax.Array, window: int | None) -> dict[str, int]:
-    """Constants of all kernels."""
+    """Returns the constants of all kernels."""
     J, N, H = q_GJNH.shape[1:]
     return {
         "J": J,

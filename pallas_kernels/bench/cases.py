@@ -1,6 +1,6 @@
-"""What is timed: every op in the shapes of one layer of a model, beside its base product and other forms of itself.
+"""Benchmark cases: every op in the shapes of one layer of a model, beside its base product and alternatives.
 
-The alternatives of LoRA are what other engines do: gather each token's rows, multiply by all slots and mask, a one-hot
+The LoRA alternatives are those of other engines: gather each token's rows, multiply by all slots and mask, a one-hot
 product over slots, `ragged_dot` over tokens sorted by slot.
 
 Shape letters: T tokens, S slots, R LoRA rank, X Y features in, out, G J lanes and their tokens, N K query and kv heads,
@@ -40,7 +40,7 @@ class Model:
 
     @property
     def reads(self) -> dict[str, tuple[int, tuple[int, ...]]]:
-        """(features in, features out of every target that shares the read)."""
+        """Returns (features in, features out of every target that shares the read)."""
         q, kv = self.heads * self.head, self.kv_heads * self.head
         return {
             "qkv": (self.d, (q, kv, kv)),
@@ -59,10 +59,10 @@ MODELS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sizes:
-    """How much work a case is."""
+    """How much work a case does."""
 
     rows: int  # decoding sequences
-    adapters: int  # distinct ones among them
+    adapters: int  # distinct adapters among them
     slots: int  # of the pool
     rank: int
     lanes: int
@@ -76,21 +76,21 @@ class Sizes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """One line of the report."""
+    """One case, which is one line of the report."""
 
     op: str
     model: str
     shape: str
-    bytes: int  # the least that must be moved: each input once, each output once
-    flops: int  # the least that must be computed
+    bytes: int  # minimum memory traffic: each input once, each output once
+    flops: int  # minimum computation
     forms: Mapping[str, tuple[Callable, tuple]]  # "ours", "base" and alternatives: function, arguments
 
 
-# ---- LoRA by other forms: [T, Y] from x_TX, a_SRX, b_SRY, scale_S, slot_T ----------------------------------------------
+# ---- LoRA alternatives: [T, Y] from x_TX, a_SRX, b_SRY, scale_S, slot_T ----------------------------------------------
 
 
 def by_gather(x_TX, a_SRX, b_SRY, scale_S, slot_T) -> jax.Array:
-    """Each token's rows are copied out of the pool."""
+    """Copies each token's rows out of the pool."""
     safe_T = jnp.maximum(slot_T, 0)
     h_TR = jnp.einsum("tx,trx->tr", x_TX, a_SRX[safe_T], preferred_element_type=jnp.float32) * scale_S[safe_T][:, None]
     y_TY = jnp.einsum("tr,try->ty", h_TR.astype(x_TX.dtype), b_SRY[safe_T], preferred_element_type=jnp.float32)
@@ -98,7 +98,7 @@ def by_gather(x_TX, a_SRX, b_SRY, scale_S, slot_T) -> jax.Array:
 
 
 def by_mask(x_TX, a_SRX, b_SRY, scale_S, slot_T) -> jax.Array:
-    """All slots side by side as one wide adapter; others' h is masked.  A NaN of one reaches all."""
+    """Multiplies by all slots as one wide adapter and masks other slots' h.  A NaN of one slot reaches all."""
     S, R = a_SRX.shape[:2]
     h_TN = jnp.dot(x_TX, a_SRX.reshape(S * R, -1).T, preferred_element_type=jnp.float32)
     own_TS = slot_T[:, None] == jnp.arange(S)[None]
@@ -109,7 +109,7 @@ def by_mask(x_TX, a_SRX, b_SRY, scale_S, slot_T) -> jax.Array:
 
 
 def by_one_hot(x_TX, a_SRX, b_SRY, scale_S, slot_T) -> jax.Array:
-    """Products with a one-hot of the slot.  A NaN of one reaches all."""
+    """Multiplies by a one-hot of the slot.  A NaN of one slot reaches all."""
     own_TS = (slot_T[:, None] == jnp.arange(a_SRX.shape[0])[None]).astype(x_TX.dtype)
     h_TSR = jnp.einsum("tx,srx->tsr", x_TX, a_SRX, preferred_element_type=jnp.float32)
     h_TSR = (h_TSR * scale_S[None, :, None]).astype(x_TX.dtype) * own_TS[..., None]
@@ -117,7 +117,7 @@ def by_one_hot(x_TX, a_SRX, b_SRY, scale_S, slot_T) -> jax.Array:
 
 
 def by_ragged_dot(x_TX, a_SRX, b_SRY, scale_S, slot_T) -> jax.Array:
-    """Tokens sorted by slot, then `lax.ragged_dot` twice; those of the base model are the last group, of zeros."""
+    """Sorts tokens by slot and calls `lax.ragged_dot` twice; base-model tokens are the last group, of zeros."""
     S = a_SRX.shape[0]
     group_T = jnp.where(slot_T == NO_ADAPTER, S, slot_T)
     order_T = jnp.argsort(group_T)
@@ -143,7 +143,7 @@ SEGMENTED_ALTERNATIVES = {name: GATHERED_ALTERNATIVES[name] for name in ("masked
 
 
 class _Draw:
-    """Small random arrays of a dtype."""
+    """Makes small random arrays of a dtype."""
 
     def __init__(self, dtype: str):
         self.rng, self.dtype = np.random.default_rng(0), dtype
@@ -168,7 +168,7 @@ def _over_targets(form: Callable) -> Callable:
 
 
 def gathered_cases(model: str, dtype: str, n: Sizes) -> Iterator[Case]:
-    """Decode: one token a row, of so many distinct adapters."""
+    """Yields decode cases: one token per sequence, with so many distinct adapters."""
     draw = _Draw(dtype)
     distinct = draw.rng.choice(n.slots, n.adapters, replace=False)
     slot_T = jnp.asarray(draw.rng.permutation(np.resize(distinct, n.rows)), jnp.int32)
@@ -193,7 +193,7 @@ def _segmented(model: str, dtype: str, n: Sizes, backward: bool) -> Iterator[Cas
     slot_T = jnp.repeat(jnp.arange(n.lanes, dtype=jnp.int32), n.tokens)
 
     def sums(form: Callable) -> Callable:
-        """Forward, or the gradient by x and rows with the given cotangents."""
+        """Returns the forward pass, or the gradient by x and rows with the given cotangents."""
         if not backward:
             return lambda x, free, rest, ct: form(x, free, rest)
         return lambda x, free, rest, ct: jax.vjp(lambda x, free: form(x, free, rest), x, free)[1](ct)
@@ -230,17 +230,17 @@ def _segmented(model: str, dtype: str, n: Sizes, backward: bool) -> Iterator[Cas
 
 
 def segmented_cases(model: str, dtype: str, n: Sizes) -> Iterator[Case]:
-    """Prefill and the forward pass of training: lanes of one adapter each."""
+    """Yields prefill and training forward cases: lanes of one adapter each."""
     yield from _segmented(model, dtype, n, backward=False)
 
 
 def segmented_grad_cases(model: str, dtype: str, n: Sizes) -> Iterator[Case]:
-    """Training, forward and backward."""
+    """Yields training cases, forward and backward."""
     yield from _segmented(model, dtype, n, backward=True)
 
 
 def attention_cases(model: str, dtype: str, n: Sizes) -> Iterator[Case]:
-    """Packed lanes of one segment, forward.  The base product is q_proj's."""
+    """Yields forward cases of packed lanes of one segment.  The base product is q_proj's."""
     m, draw = MODELS[model], _Draw(dtype)
     q = draw(n.lanes, n.tokens, m.heads, m.head)
     k, v = (draw(n.lanes, n.tokens, m.kv_heads, m.head) for _ in range(2))
@@ -262,7 +262,7 @@ def attention_cases(model: str, dtype: str, n: Sizes) -> Iterator[Case]:
 
 
 def paged_cases(model: str, dtype: str, n: Sizes) -> Iterator[Case]:
-    """Decode over full contexts.  The base product is q_proj's."""
+    """Yields decode cases with full contexts.  The base product is q_proj's."""
     m, draw = MODELS[model], _Draw(dtype)
     columns = -(-n.context // PAGE)
     q = draw(n.rows, 1, m.heads, m.head)
@@ -286,7 +286,7 @@ def paged_cases(model: str, dtype: str, n: Sizes) -> Iterator[Case]:
 
 
 def loss_cases(model: str, dtype: str, n: Sizes) -> Iterator[Case]:
-    """Log-probabilities of every token's target, forward.  The base product is the head's."""
+    """Yields forward cases: log-probabilities of every token's target.  The base product is the head's."""
     m, draw = MODELS[model], _Draw(dtype)
     x_GJD, head_DV = draw(n.lanes, n.tokens, m.d), draw(m.d, m.vocab)
     target_GJK = jnp.asarray(draw.rng.integers(0, m.vocab, (n.lanes, n.tokens, 1)), jnp.int32)
@@ -314,7 +314,7 @@ def loss_cases(model: str, dtype: str, n: Sizes) -> Iterator[Case]:
 
 
 def loss_grad_cases(model: str, dtype: str, n: Sizes) -> Iterator[Case]:
-    """The same forward and backward, with LoRA on the head.  The base product is the head's, there and back."""
+    """Yields the same, forward and backward, with LoRA on the head.  The base product is the head's, in both."""
     m, draw = MODELS[model], _Draw(dtype)
     x_GJD, head_DV = draw(n.lanes, n.tokens, m.d), draw(m.d, m.vocab)
     halves = draw(n.lanes, n.rank, m.d, dtype="float32"), draw(n.lanes, n.rank, m.vocab, dtype="float32")

@@ -1,7 +1,7 @@
-"""Times ops beside ceilings that the same device is measured to have, their base product and their alternatives.
+"""Times ops against the device's measured peak rates, their base product and their alternatives.
 
-Every program is compiled and run before it is timed, then all forms of a case run in turn; the least of all rounds
-counts.  On a CPU the process's own time is what counts (all its threads, no neighbours), elsewhere wall time.
+Every program is compiled and run before it is timed, then all forms of a case run in turn; the minimum over rounds
+counts.  On a CPU the process's own CPU time counts (all its threads, no other processes), elsewhere wall time.
 """
 
 from __future__ import annotations
@@ -18,38 +18,38 @@ import numpy as np
 
 from pallas_kernels.bench.cases import MODELS, OPS, Case, Sizes
 
-SAMPLE_S = 0.02  # of calls between two looks at the clock: a process's CPU time lags by milliseconds
+SAMPLE_S = 0.02  # seconds of calls between two clock readings: a process's CPU time lags by milliseconds
 MOST_CALLS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """A call's time in each round, float64 [rounds]."""
+    """Times of a call in each round, float64 [rounds]."""
 
     cpu_s: np.ndarray
     wall_s: np.ndarray
 
     @property
     def seconds(self) -> np.ndarray:
-        """By the clock that counts on this backend."""
+        """Returns the times of the clock that counts on this backend."""
         return self.cpu_s if jax.default_backend() == "cpu" else self.wall_s
 
     @property
     def best_s(self) -> float:
-        """The least of them."""
+        """Returns the minimum."""
         return float(self.seconds.min())
 
 
 @dataclass(frozen=True, slots=True)
 class Ceilings:
-    """What the device does in programs that do nothing else."""
+    """Peak rates of the device, measured by programs that do nothing else."""
 
-    read_bytes_s: float  # a sum of a large array, or a copy if that is faster
-    flops_s: float  # a square product
+    read_bytes_s: float  # of a sum of a large array, or a copy if that is faster
+    flops_s: float  # of a square product
 
 
 def measure(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
-    """The times of each run, all of them in turn in each round."""
+    """Times each run, all of them in turn in each round."""
     on_cpu = jax.default_backend() == "cpu"
     calls, samples = {}, {name: [] for name in runs}
     for name, run in runs.items():
@@ -63,7 +63,7 @@ def measure(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, 
             out = None
             for _ in range(calls[name]):
                 out = run()
-                if on_cpu:  # where calls in flight would share its cores
+                if on_cpu:  # calls in flight would share its cores
                     jax.block_until_ready(out)
             jax.block_until_ready(out)
             wall_s, cpu_s = time.perf_counter() - wall_s, time.process_time() - cpu_s
@@ -72,7 +72,7 @@ def measure(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, 
 
 
 def ceilings(dtype: str, *, rounds: int, megabytes: int | None = None, side: int | None = None) -> Ceilings:
-    """Of the default device.  The array must not fit its caches."""
+    """Measures the default device's peak rates.  The array must not fit its caches."""
     on_cpu = jax.default_backend() == "cpu"
     megabytes = megabytes or (256 if on_cpu else 1024)
     side = side or (1024 if on_cpu else 8192)
@@ -85,7 +85,7 @@ def ceilings(dtype: str, *, rounds: int, megabytes: int | None = None, side: int
 
 
 def time_case(case: Case, ceiling: Ceilings, rounds: int) -> dict:
-    """The row of one case, as JSON."""
+    """Times one case and returns its row, as JSON."""
     runs = {name: _bound(jax.jit(form), args) for name, (form, args) in case.forms.items()}
     timings = measure(runs, rounds)
     ours_s = timings["ours"].best_s
@@ -110,7 +110,7 @@ def _bound(form: Callable[..., object], args: tuple) -> Callable[[], object]:
 
 
 def as_line(row: Mapping) -> str:
-    """A row for people."""
+    """Formats a row as text."""
     ratios = "  ".join(f"{name} {ratio:.2f}" for name, ratio in row["ratio"].items())
     return (
         f"{row['op']:18} {row['shape']:34} {row['seconds'] * 1e3:9.3f} ms"
@@ -129,7 +129,7 @@ def main(
     as_json: bool,
     say: Callable[[str], None],
 ) -> None:
-    """Times ops (all, if none is named) in the shapes of models, one layer of each.  Raises ValueError for an unknown name."""
+    """Times ops (all, if none is named) in one layer of each model.  Raises ValueError for an unknown name."""
     for names, known, what in ((ops, OPS, "op"), (models, MODELS, "model")):
         unknown = [n for n in names if n not in known]
         if unknown:

@@ -2,7 +2,7 @@
 
 Each lane's wanted positions are packed to its front and visited in chunks; the trip count is that of the lane with the
 most targets, so prompt and padding tokens cost nothing.  The backward pass recomputes a chunk's logits.  LoRA on the
-head is part of the chunk.  `dispatch` says which body runs.
+head is part of the chunk.  `dispatch` states which body runs.
 
 On a mesh that splits the vocabulary each device keeps its part of the head: kernels' statistics of tokens are combined,
 [G, J] and [G, J, K], and backward dx and dh are summed, as of any column-parallel product.
@@ -31,7 +31,7 @@ from pallas_kernels.segmented_lora.op import segmented_lora, shrink
 from pallas_kernels.shapes import shaped
 from pallas_kernels.sharding import Placement
 
-FEW_ROWS = 64  # of tokens in one product with the head, up to which another order of operands is quicker
+FEW_ROWS = 64  # up to so many token rows in a product with the head, another order of operands is faster
 HeadLora = tuple[jax.Array, jax.Array, jax.Array]  # a_GRD, b_GRV, scale_G
 
 
@@ -39,7 +39,7 @@ HeadLora = tuple[jax.Array, jax.Array, jax.Array]  # a_GRD, b_GRV, scale_G
 def target_logprob_reference(
     x_GJD: jax.Array, head_DV: jax.Array, target_GJK: jax.Array, wanted_GJ: jax.Array, lora: HeadLora | None
 ) -> tuple[jax.Array, jax.Array]:
-    """The definition: all logits at once.  Returns what `target_logprob` does."""
+    """Defines the op with all logits at once.  Returns what `target_logprob` does."""
     logits = _logits(jnp.where(wanted_GJ[..., None], x_GJD, 0), head_DV, lora)
     logprob_GJK = jnp.take_along_axis(jax.nn.log_softmax(logits), target_GJK, axis=-1)
     hit_GJK = jnp.take_along_axis(logits, target_GJK, axis=-1) >= logits.max(axis=-1, keepdims=True)
@@ -59,15 +59,15 @@ def target_logprob(
     tied: bool,
     placement: Placement | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """(float32 log-probability of each target, bool: no token is likelier), both [G, J, K]; 0 and False where not wanted.
+    """Returns [G, J, K] (float32 log-probability of each target, bool: no token is likelier); 0, False where unwanted.
 
-    Differentiable in x and in the head's LoRA; the head itself is frozen and gets no gradient.  What x holds where
-    nothing is wanted, NaN too, is selected away.
+    Differentiable in x and in the head's LoRA; the head itself is frozen and gets no gradient.  Values of x where
+    nothing is wanted, NaN too, are masked by selection.
     back_VD: the head's transpose, which the gradient is multiplied by.
-    `chunk`: tokens per lane and trip of the XLA body; must divide J.
-    `tied`: back_VD, the embedding, is the array and head_DV its view, else the other way round; kernels read one of them.
-    placement: where the head and its LoRA lie, on a mesh of several devices.
-    Raises ValueError when chunk does not divide.
+    chunk: tokens per lane and trip of the XLA body; must divide J.
+    tied: back_VD, the embedding, is the array and head_DV its view, else the other way round; kernels read one of them.
+    placement: mesh axes that split the head and its LoRA, on a mesh of several devices.
+    Raises ValueError when chunk does not divide J.
     """
     if x_GJD.shape[1] % chunk:
         raise ValueError(f"target_logprob: chunk {chunk} does not divide the {x_GJD.shape[1]} tokens of a lane")
@@ -83,7 +83,7 @@ def target_logprob(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Form:
-    """What is no array."""
+    """The static arguments of an op."""
 
     chunk: int
     tied: bool
@@ -149,7 +149,7 @@ def _forward_xla(form, x_GJD, lora, head_DV, back_VD, target_GJK, count_G):
 
 
 def _head_transposed(d_GJV: jax.Array, head_DV: jax.Array, back_VD: jax.Array) -> jax.Array:
-    """float32 [G, J, D]: d_GJV times the head's transpose.
+    """Returns float32 [G, J, D]: d_GJV times the head's transpose.
 
     A product with few rows on its left side keeps XLA's CPU backend from splitting its long sum: there the head is on the
     left.
@@ -168,7 +168,7 @@ def _backward_xla(form, x_GJD, lora, head_DV, back_VD, target_GJK, count_G, lse_
         x, target = run_of(x_GJD, trip, chunk), run_of(target_GJK, trip, chunk)
         d, lse = run_of(d_GJK, trip, chunk), run_of(lse_GJ, trip, chunk)
         share = jnp.exp(_logits(x, head_DV, lora, placement) - lse[..., None])
-        # Target by target, so that one loop over the logits does it all: a sum over K would first write all its terms.
+        # Target by target, so that one loop over the logits suffices: a sum over K would first write all its terms.
         d_logits = functools.reduce(
             jnp.add,
             (d[:, :, k, None] * ((vocab_11V == target[:, :, k, None]) - share) for k in range(target.shape[2])),
@@ -189,9 +189,9 @@ def _backward_xla(form, x_GJD, lora, head_DV, back_VD, target_GJK, count_G, lse_
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CrossEntropyKernels:
-    """Statistics of each token's logits, and the gradients of x, h and b."""
+    """Kernels for statistics of each token's logits, and for the gradients of x, h and b."""
 
-    by_word: bool  # they read the head as [V, D]
+    by_word: bool  # whether they read the head as [V, D]
     forward: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
     backward: Callable[..., tuple]  # dx_GJD, dh_GJR, db_GRV
 
@@ -249,26 +249,26 @@ def _fits_cuda(form: _Form, x_GJD, lora, head_DV, back_VD, target_GJK, count_G) 
 
 
 def _known(form: _Form, x_GJD: jax.Array, lora: HeadLora | None, head_DV: jax.Array) -> bool:
-    """Whether kernels compute with these; with features split, logits would have to be summed over devices."""
+    """Returns whether kernels compute with these; with features split, logits would have to be summed over devices."""
     whole = form.placement is None or form.placement.x is None
     return whole and known_dtypes(x_GJD, head_DV, *(() if lora is None else lora[:2]))
 
 
 def _specs(placement: Placement, lora: HeadLora | None, by_word: bool) -> tuple:
-    """Of x, the head's LoRA, the head, targets and counts."""
+    """Returns the specs of x, the head's LoRA, the head, targets and counts."""
     rows, y = P(placement.rows), placement.y
     head = P(y, None) if by_word else P(None, y)
     return rows, None if lora is None else (rows, P(placement.rows, None, y), rows), head, rows, rows
 
 
 def _shrunk(x_GJD: jax.Array, lora: HeadLora) -> tuple[jax.Array, Callable[[jax.Array], tuple]]:
-    """(scaled h_GJR in x's dtype, dh → (dx, da, dscale))"""
+    """Returns (scaled h_GJR in x's dtype, dh → (dx, da, dscale))."""
     a_GRD, _, scale_G = lora
     return jax.vjp(lambda x, a, scale: shrink(x, [(a, scale)]), x_GJD, a_GRD, scale_G)
 
 
 def _own_targets(target_GJK: jax.Array, words: int, axis: str | None) -> jax.Array:
-    """Targets by their place in this device's part of the head; -1 are those of other devices."""
+    """Returns targets as indices into this device's part of the head; -1 for those of other devices."""
     if axis is None:
         return target_GJK
     own_GJK = target_GJK - lax.axis_index(axis) * words

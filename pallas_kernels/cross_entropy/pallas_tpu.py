@@ -1,15 +1,15 @@
-"""The TPU bodies of `target_logprob`, forward and backward: Mosaic kernels over tiles of the vocabulary.
+"""TPU bodies of `target_logprob`, forward and backward: Mosaic kernels over tiles of the vocabulary.
 
 Tokens come packed, wanted ones first.  A trip takes some tokens of every lane, several lanes in one block, so that their
-product with a tile of the head is one; each lane's own rows are added to it.  Logits are on the chip only.
+product with a tile of the head is one; each lane's own rows are added to it.  Logits never leave the chip.
 
     forward    logits = x @ head + h @ b, their running maximum, sum of exponentials and the targets' own
     backward   logits again, d_logits, dx = d_logits @ head.T, dh = d_logits @ b.T, db += h.T @ d_logits
 
-h = scale * (x @ a.T) comes from outside, dh goes there.  Products in x's dtype, sums in float32.  The head is read as it
-lies in memory, by feature [D, V] or by word [V, D]: the other way would be a copy.  The last tile may stick out of the
-vocabulary: what it reads there is selected away.
-tokamax's linear_softmax_cross_entropy_loss takes one label per token, gives their sum or mean, and knows no LoRA.
+h = scale * (x @ a.T) is computed outside, dh is returned.  Products in x's dtype, sums in float32.  The head is read as
+it lies in memory, by feature [D, V] or by word [V, D]: the other way would be a copy.  The last tile may reach past the
+vocabulary: what it reads there is masked by selection.
+tokamax's linear_softmax_cross_entropy_loss takes one label per token, returns their sum or mean, and has no LoRA.
 
 Shape letters: G lanes, J tokens of a lane, C those of a trip, T = G * C, K targets of a token, D model, V vocabulary,
 R LoRA rank.
@@ -31,13 +31,13 @@ from pallas_kernels.loops import filled, run_of, trips, with_run
 from pallas_kernels.tiling_tpu import LANES, blocks, dot, padded_bytes
 
 Halves = tuple[jax.Array, jax.Array]  # h_GJR scaled, b_GRV
-ROW = 16  # tokens of a lane in a trip are a multiple: whole tiles in bfloat16 and float32
-WIDEST = 4  # tiles of LANES words in a block, at most
+ROW = 16  # a lane's tokens per trip are a multiple of it: whole tiles in bfloat16 and float32
+WIDEST = 4  # most tiles of LANES words in a block
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cut:
-    """The block of a grid step."""
+    """Block sizes of a grid step."""
 
     by_word: bool  # the head is read as [V, D]
     lanes: int
@@ -46,9 +46,9 @@ class Cut:
 
 
 def by_word(tied: bool, features: int) -> bool:
-    """Whether the head lies in memory as [V, D]: an embedding, unless XLA would have to fill up its features.
+    """Returns whether the head lies in memory as [V, D]: an embedding, unless XLA would have to pad its features.
 
-    Of a matrix's two layouts XLA chooses the one with less filling.
+    Of a matrix's two layouts XLA chooses the one with less padding.
     """
     return tied and features % LANES == 0
 
@@ -56,7 +56,7 @@ def by_word(tied: bool, features: int) -> bool:
 def cut(
     x_GJD: jax.Array, head: jax.Array, targets: int, b_GRV: jax.Array | None, *, by_word: bool, back: bool
 ) -> Cut | None:
-    """Of the forward or the backward kernel: the most tokens, then words, with room on the chip; None where none have."""
+    """Returns block sizes for one kernel, forward or backward: most tokens, then words, that fit; None if none fit."""
     (G, J, D), V = x_GJD.shape, head.shape[0 if by_word else 1]
     f32 = jnp.float32
 
@@ -72,7 +72,7 @@ def cut(
             held += padded_bytes(T, R, x_GJD.dtype) + lanes * padded_bytes(R, words, b_GRV.dtype)
             if back:
                 held += padded_bytes(T, R, f32) + 2 * lanes * padded_bytes(R, words, f32)
-        copies = 1 if head.dtype == jnp.bfloat16 else 3  # of the tile, for the products: float32 is split in three
+        copies = 1 if head.dtype == jnp.bfloat16 else 3  # copies of the tile for products: float32 is split in three
         return 2 * held + copies * tile
 
     rows = blocks().tokens
@@ -87,7 +87,7 @@ def cut(
 
 
 def fits(x_GJD: jax.Array, head: jax.Array, targets: int, b_GRV: jax.Array | None, *, by_word: bool) -> bool:
-    """Whether both kernels have a cut with room on the chip."""
+    """Returns whether both kernels have a cut that fits the chip."""
     return None not in (cut(x_GJD, head, targets, b_GRV, by_word=by_word, back=back) for back in (False, True))
 
 
@@ -101,9 +101,9 @@ def forward(
     by_word: bool,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """float32 (the targets' logits [G, J, K], the largest of all, sum of exp(logits - largest)), [G, J] of packed tokens.
+    """Returns float32 (the targets' logits [G, J, K], the maximum logit, sum of exp(logits - maximum)), [G, J], packed.
 
-    A target of -1 is in nobody's vocabulary: its logit is 0.  Where nothing is wanted, anything.
+    A target of -1 is in no device's vocabulary: its logit is 0.  Values are undefined where nothing is wanted.
     """
     G, J, K = target_GJK.shape
     size = cut(x_GJD, head, K, None if lora is None else lora[1], by_word=by_word, back=False)
@@ -135,7 +135,7 @@ def backward(
     by_word: bool,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    """float32 (dx_GJD but for LoRA's part, dh_GJR, db_GRV); zeros where nothing is wanted."""
+    """Returns float32 (dx_GJD without LoRA's part, dh_GJR, db_GRV); zeros where nothing is wanted."""
     J = x_GJD.shape[1]
     h_GJR, b_GRV = (None, None) if lora is None else lora
     size = cut(x_GJD, head, target_GJK.shape[2], b_GRV, by_word=by_word, back=True)
@@ -156,7 +156,7 @@ def backward(
 
 
 def _rows(x: jax.Array, i: jax.Array, tokens: int) -> jax.Array:
-    """[T, ·] of a trip."""
+    """Returns [T, ·] of a trip."""
     part = run_of(x, i, tokens)
     return part.reshape(-1, part.shape[2])
 
@@ -169,7 +169,7 @@ def _put(x: jax.Array, part: jax.Array, i: jax.Array, tokens: int) -> jax.Array:
 
 
 def _forward_trip(size: Cut, interpret: bool, x_TD, head, target_TK, h_TR, b_GRV) -> list[jax.Array]:
-    """(the targets' logits [T, K], largest [T, 1], sum [T, 1])"""
+    """Returns (the targets' logits [T, K], maximum [T, 1], sum [T, 1])."""
     V, (T, K) = head.shape[0 if size.by_word else 1], target_TK.shape
     lora = () if h_TR is None else (h_TR, b_GRV)
 
@@ -201,7 +201,7 @@ def _forward_trip(size: Cut, interpret: bool, x_TD, head, target_TK, h_TR, b_GRV
 def _backward_trip(
     size: Cut, interpret: bool, x_TD, head, target_TK, lse_T1, d_TK, h_TR, b_GRV, db_GRV
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    """float32 (dx [T, D], dh [T, R], db_GRV with this trip's added)"""
+    """Returns float32 (dx [T, D], dh [T, R], db_GRV with this trip's added)."""
     V, K = head.shape[0 if size.by_word else 1], target_TK.shape[1]
     lora = () if h_TR is None else (h_TR, b_GRV, db_GRV)
     last = math.ceil(V / size.words) - 1
@@ -216,7 +216,7 @@ def _backward_trip(
                 out[...] = jnp.zeros(out.shape, jnp.float32)
 
         def tile(words: int) -> None:
-            """The first `words` of the tile are in the vocabulary."""
+            """Processes a tile whose first `words` are in the vocabulary."""
             head_tile = _kept(head[...], words, 0 if size.by_word else 1)
             halves = [rows[0][...], _kept(rows[1][...], words, 2)] if lora else []
             logits = _logits(size, x[...], head_tile, halves)
@@ -246,7 +246,7 @@ def _backward_trip(
 
 
 def _backward_rows(size: Cut, d_logits: jax.Array, halves: list[jax.Array], old_db, dh, db) -> None:
-    """Each lane's h and b."""
+    """Adds the gradients of each lane's h and b."""
     h_TR, b_GRV = halves
     for g in range(size.lanes):
         own = slice(g * size.tokens, (g + 1) * size.tokens)
@@ -256,14 +256,14 @@ def _backward_rows(size: Cut, d_logits: jax.Array, halves: list[jax.Array], old_
 
 
 def _kept(tile: jax.Array, words: int, axis: int) -> jax.Array:
-    """The tile with zeros past the vocabulary."""
+    """Returns the tile with zeros past the vocabulary."""
     if words == tile.shape[axis]:
         return tile
     return jnp.where(lax.broadcasted_iota(jnp.int32, tile.shape, axis) < words, tile, 0)
 
 
 def _logits(size: Cut, x_TD: jax.Array, head: jax.Array, lora: list[jax.Array]) -> jax.Array:
-    """float32 [T, words]: each lane with its own rows."""
+    """Returns float32 [T, words]: logits with each lane's own rows."""
     logits = dot(x_TD, head, (1, 1 if size.by_word else 0))
     if not lora:
         return logits
@@ -276,7 +276,7 @@ def _logits(size: Cut, x_TD: jax.Array, head: jax.Array, lora: list[jax.Array]) 
 def _call(
     body: Callable[..., None], size: Cut, inputs: tuple, out: list, *, interpret: bool, name: str, added: dict[int, int]
 ) -> list[jax.Array]:
-    """The kernel over blocks of lanes, then tiles of the vocabulary.  The second input is the head."""
+    """Runs the kernel over blocks of lanes, then tiles of the vocabulary.  The second input is the head."""
     x_TD, head, *rest = inputs
     D, V = head.shape[::-1] if size.by_word else head.shape
     T = size.lanes * size.tokens
@@ -290,7 +290,7 @@ def _call(
         head_spec = pl.BlockSpec((size.words, D), lambda i, v: (v, 0))
     else:
         head_spec = pl.BlockSpec((D, size.words), lambda i, v: (0, v))
-    if not interpret:  # a small head would be copied whole into the chip's memory
+    if not interpret:  # else a small head would be copied whole into the chip's memory
         head = pltpu.with_memory_space_constraint(head, pltpu.HBM)
     return pl.pallas_call(
         body,

@@ -1,4 +1,4 @@
-"""The CUDA bodies of `target_logprob`, forward and backward: Triton kernels over tiles of tokens and words.
+"""CUDA bodies of `target_logprob`, forward and backward: Triton kernels over tiles of tokens and words.
 
     statistics   logits = x @ head + h @ b on the chip, their maximum, sum of exponentials and the targets' own
     gradient     logits again, and from them d_logits of one trip, some tokens of every lane
@@ -7,8 +7,8 @@
 dx needs all words for all features of a token, more than a program can hold; many programs that add to one place would
 add in any order.  So d_logits of a trip, in x's dtype, are in memory: never those of all tokens, and never logits.
 
-Products in x's dtype, sums in float32 and in a fixed order.  Tokens come packed, wanted ones first: tiles of others are
-left out.  A tile belongs to one lane, so what one lane holds reaches no other.
+Products in x's dtype, sums in float32 and in a fixed order.  Tokens come packed, wanted ones first: tiles of unwanted
+tokens are skipped.  A tile belongs to one lane, so what one lane holds reaches no other.
 
 Compiled for H100 and checked with Triton's interpreter; never run on a GPU.
 
@@ -32,7 +32,7 @@ from pallas_kernels.segmented_lora.triton import expand_back, lane_tile
 from pallas_kernels.tiling_cuda import WORD_ROWS, WORD_SPLITS, WORD_TOKENS, WORDS, power_of_two
 
 Halves = tuple[jax.Array, jax.Array]  # h_GJR scaled, b_GRV
-STEP = 64  # features, or ranks, of a product that are fetched at once
+STEP = 64  # features, or ranks, of a product that are loaded at once
 
 
 @triton.jit
@@ -53,7 +53,7 @@ def _logits(
     STEP: tl.constexpr,
     RANK: tl.constexpr,
 ):
-    """float32 [TOKENS, WORDS] of this lane; numbers without a meaning past the ends."""
+    """Returns float32 [TOKENS, WORDS] logits of this lane; undefined past the ends."""
     total = tl.zeros((TOKENS, WORDS), tl.float32)
     for start in range(0, D, STEP):
         feature = start + tl.arange(0, STEP)
@@ -96,7 +96,7 @@ def _statistics(
     PART: tl.constexpr,
     TARGETS: tl.constexpr,
 ):
-    """Of PART words, for tiles of tokens that begin with a wanted one."""
+    """Computes the statistics over PART words, for tiles of tokens that begin with a wanted one."""
     lane, first, part = tl.program_id(0), tl.program_id(1) * TOKENS, tl.program_id(2)
     if first < tl.load(count + lane):
         token, which = first + tl.arange(0, TOKENS), tl.arange(0, TARGETS)
@@ -143,7 +143,7 @@ def _gradient(
     STEP: tl.constexpr,
     RANK: tl.constexpr,
 ):
-    """Zeros for tiles of tokens that begin with one that is not wanted."""
+    """Computes d_logits; zeros for tiles of tokens that begin with an unwanted one."""
     lane, first = tl.program_id(0), tl.program_id(1) * TOKENS
     token, word = first + tl.arange(0, TOKENS), tl.program_id(2) * WORDS + tl.arange(0, WORDS)
     total = tl.zeros((TOKENS, WORDS), tl.float32)
@@ -171,9 +171,9 @@ def forward(
     *,
     by_word: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """float32 (the targets' logits [G, J, K], the largest of all, sum of exp(logits - largest)), [G, J] of packed tokens.
+    """Returns float32 (the targets' logits [G, J, K], the maximum logit, sum of exp(logits - maximum)), [G, J], packed.
 
-    A target of -1 is in nobody's vocabulary: its logit is 0.  Where nothing is wanted, anything.
+    A target of -1 is in no device's vocabulary: its logit is 0.  Values are undefined where nothing is wanted.
     """
     G, J, K = target_GJK.shape
     constants = _constants(x_GJD, head, K, lora, by_word)
@@ -206,7 +206,7 @@ def backward(
     *,
     by_word: bool,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    """float32 (dx_GJD but for LoRA's part, dh_GJR, db_GRV); zeros where nothing is wanted."""
+    """Returns float32 (dx_GJD without LoRA's part, dh_GJR, db_GRV); zeros where nothing is wanted."""
     args, G, lanes = (x_GJD, target_GJK, count_G, lora, lse_GJ, d_GJK), len(count_G), WORD_ROWS // WORD_TOKENS
     if lanes >= G:
         return _backward_lanes(head, by_word, *args)
@@ -218,7 +218,7 @@ def backward(
 def _backward_lanes(
     head: jax.Array, by_word: bool, x_GJD, target_GJK, count_G, lora: Halves | None, lse_GJ, d_GJK
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    """Of lanes whose trips have room in WORD_ROWS."""
+    """Runs lanes whose trips fit WORD_ROWS."""
     G, J = lse_GJ.shape
     C = min(math.ceil(J / WORD_TOKENS), WORD_ROWS // G // WORD_TOKENS) * WORD_TOKENS
     h_GJR, b_GRV = (None, None) if lora is None else lora
@@ -253,7 +253,7 @@ def _d_logits(
     d_GCK: jax.Array,
     by_word: bool,
 ) -> jax.Array:
-    """[G, C, V] in x's dtype."""
+    """Returns d_logits [G, C, V] in x's dtype."""
     G, C, K = target_GCK.shape
     constants = _constants(x_GCD, head, K, lora, by_word)
     V = constants["V"]
@@ -268,12 +268,12 @@ def _d_logits(
 
 
 def _operands(x_GJD: jax.Array, head: jax.Array, lora: Halves | None) -> Halves:
-    """h and b; of rank 0 nothing is read."""
+    """Returns h and b; with rank 0 nothing is read."""
     return (x_GJD, head) if lora is None else lora
 
 
 def _constants(x_GJD: jax.Array, head: jax.Array, targets: int, lora: Halves | None, by_word: bool) -> dict:
-    """Of both kernels."""
+    """Returns the constants of both kernels."""
     rank = 0 if lora is None else lora[1].shape[1]
     return {
         "J": x_GJD.shape[1],

@@ -3,7 +3,7 @@
     y_TY[t] = scale_LS[l, s] * (x_TX[t] @ a_LSRX[l, s].T) @ b_LSRY[l, s]      s = slot_T[t]; zero where s is NO_ADAPTER
 
 Rows are read from the pool in place: nothing of the pool is copied, its number of slots costs nothing, a token of the
-base model reads nothing, and a NaN in one adapter reaches only that adapter's tokens.  `dispatch` says which body runs.
+base model reads nothing, and a NaN in one adapter reaches only that adapter's tokens.  `dispatch` states which runs.
 
 Shape letters: T tokens, L layers, S slots, R LoRA rank, X Y features in, out.
 Source: BGMV, Punica (arXiv 2310.18547).
@@ -34,7 +34,7 @@ TargetRows = tuple[jax.Array, jax.Array, jax.Array]  # a_LSRX, b_LSRY, scale_LS
 def gathered_lora_reference(
     x_TX: jax.Array, a_SRX: jax.Array, b_SRY: jax.Array, scale_S: jax.Array, slot_T: jax.Array
 ) -> jax.Array:
-    """The definition for one layer and target, float32 [T, Y]."""
+    """Defines the op for one layer and target: returns float32 [T, Y]."""
     safe_T = jnp.maximum(slot_T, 0)
     a_TRX, b_TRY = a_SRX[safe_T].astype(jnp.float32), b_SRY[safe_T].astype(jnp.float32)
     h_TR = jnp.einsum("tx,trx->tr", x_TX.astype(jnp.float32), a_TRX, precision="highest")
@@ -45,18 +45,18 @@ def gathered_lora_reference(
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Visits:
-    """The order in which a step's tokens are visited, made once for all its layers and targets.
+    """The order in which a step's tokens are visited, computed once for all its layers and targets.
 
     Where tokens are split over devices, every device has its own.
     """
 
     order_T: jax.Array  # int32 tokens by slot, those of the base model last
     slot_T: jax.Array  # int32 their slots
-    count_1: jax.Array  # int32 how many have an adapter: the rest is not visited
+    count_1: jax.Array  # int32 number of tokens with an adapter: the others are not visited
 
 
 def visits_by_slot(slot_T: jax.Array, placement: Placement | None = None) -> Visits:
-    """Tokens of one slot follow each other, in arrival order."""
+    """Returns the order in which tokens of one slot follow each other, in arrival order."""
     if placement is not None and placement.rows:
         return placement.on_each(visits_by_slot, (P(placement.rows),), _visits_spec(placement))(slot_T)
     key_T = jnp.where(slot_T == NO_ADAPTER, jnp.iinfo(jnp.int32).max, slot_T)
@@ -79,11 +79,11 @@ def gathered_lora(
     visits: Visits | None = None,
     placement: Placement | None = None,
 ) -> tuple[jax.Array, ...]:
-    """One [T, Y] in x's dtype per (a_LSRX, b_LSRY, scale_LS) of `rows`, which share one read of x.
+    """Returns one [T, Y] in x's dtype per (a_LSRX, b_LSRY, scale_LS) of `rows`, which share one read of x.
 
-    visits: `visits_by_slot(slot_T, placement)`, for those who call more than once with the same slots.
-    placement: where the arrays lie, on a mesh of several devices.
-    Sums in float32.  The gradient, should anyone want it, is the definition's: it gathers every token's rows.
+    visits: `visits_by_slot(slot_T, placement)`, for callers that reuse the same slots.
+    placement: mesh axes that split the arrays, on a mesh of several devices.
+    Sums in float32.  The gradient is that of the reference: it gathers every token's rows.
     """
     visits = visits_by_slot(slot_T, placement) if visits is None else visits
     return _gathered(placement, x_TX, tuple(tuple(r) for r in rows), layer, slot_T, visits)
@@ -125,7 +125,7 @@ _gathered.defvjp(_forward, _backward)
 def _by_definition(
     x_TX: jax.Array, rows: tuple[TargetRows, ...], layer: jax.Array, slot_T: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """The reference of each target, with zero rows in place of those that a token of the base model would read."""
+    """Returns the reference of each target; a token of the base model reads zero rows."""
     has_T = slot_T != NO_ADAPTER
     own_T, tokens = jnp.maximum(slot_T, 0), jnp.arange(len(slot_T))
 
@@ -141,7 +141,7 @@ def _by_definition(
 
 
 def _specs(placement: Placement, targets: int) -> tuple:
-    """Of x, rows, layer, slots and visits."""
+    """Returns the specs of x, rows, layer, slots and visits."""
     a, b = P(None, None, None, placement.x), P(None, None, None, placement.y)
     rows = P(placement.rows)
     return P(placement.rows, placement.x), ((a, b, P()),) * targets, P(), rows, _visits_spec(placement)
@@ -149,7 +149,7 @@ def _specs(placement: Placement, targets: int) -> tuple:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GatheredKernels:
-    """The product at one visit of each token, and its halves for those who sum h over devices between them."""
+    """The whole product at one visit of each token, and its halves for meshes that sum h over devices between them."""
 
     both: Callable[..., list[jax.Array]]
     shrink: Callable[..., list[jax.Array]]
@@ -186,7 +186,7 @@ def _visited(
     slot_T: jax.Array,
     visits: Visits,
 ) -> tuple[jax.Array, ...]:
-    """The bodies that visit.  Rows of the output that nobody visited hold anything, so they are selected away."""
+    """Runs the bodies that visit tokens; output rows that were not visited are undefined, so selection masks them."""
 
     def body(x_TX, rows, layer, slot_T, visits) -> tuple[jax.Array, ...]:
         order = visits.order_T, visits.slot_T, visits.count_1[0]

@@ -1,10 +1,10 @@
-"""The TPU body of `gathered_lora`: a Mosaic kernel that visits the step's tokens in the order of their slots.
+"""TPU body of `gathered_lora`: a Mosaic kernel that visits the step's tokens in the order of their slots.
 
 One grid step is one token of an adapter.  The pipeline fetches a block only when its index changes, so an adapter's rows
-come once however many tokens it has; they come from the pool where it lies.  The grid is as long as there are tokens with
-an adapter: a token of the base model is never visited, and its row of the output holds anything.
+are read once however many tokens it has, from the pool in place.  The grid is as long as there are tokens with an
+adapter: a token of the base model is never visited, and its row of the output is undefined.
 
-`both` does the two halves at one visit; `shrink` and `expand` are the halves, for those who sum h over devices between them.
+`both` runs the two halves at one visit; `shrink` and `expand` are the halves, for meshes that sum h between them.
 
 Shape letters: T tokens, L layers, S slots, R LoRA rank, X Y F features in, out, any.
 """
@@ -26,14 +26,14 @@ Rows = Sequence[tuple[jax.Array, jax.Array, jax.Array]]  # a_LSRX, b_LSRY, scale
 
 
 def fits(x_TX: jax.Array, rows: Rows) -> bool:
-    """Whether the rows of one adapter, twice, and a token's input and outputs have room on the chip."""
+    """Returns whether the rows of one adapter, twice, and a token's input and outputs fit the chip."""
     a_and_b = sum(padded_bytes(*half.shape[2:], half.dtype) for a, b, _ in rows for half in (a, b))
     features = [x_TX.shape[1], *(b.shape[-1] for _, b, _ in rows)]
     return 2 * (a_and_b + sum(padded_bytes(1, n, x_TX.dtype) for n in features)) <= blocks().block_bytes
 
 
 def both(x_TX: jax.Array, rows: Rows, layer: jax.Array, visits: Visits, *, interpret: bool) -> list[jax.Array]:
-    """What `gathered_lora` returns, but for the tokens of the base model."""
+    """Returns what `gathered_lora` returns, undefined for tokens of the base model."""
 
     def compute(scales, tokens, halves) -> list[jax.Array]:
         h = [dot(tokens[0], a_RX, (1, 1)) * scale for scale, a_RX in zip(scales, halves[::2], strict=True)]
@@ -46,7 +46,7 @@ def both(x_TX: jax.Array, rows: Rows, layer: jax.Array, visits: Visits, *, inter
 
 
 def shrink(x_TX: jax.Array, rows: Rows, layer: jax.Array, visits: Visits, *, interpret: bool) -> list[jax.Array]:
-    """float32 [T, R] per target: x @ a.T, not scaled."""
+    """Returns float32 [T, R] per target: x @ a.T, not scaled."""
 
     def compute(scales, tokens, a_rows) -> list[jax.Array]:
         return [dot(tokens[0], a_RX, (1, 1)) for a_RX in a_rows]
@@ -58,7 +58,7 @@ def shrink(x_TX: jax.Array, rows: Rows, layer: jax.Array, visits: Visits, *, int
 def expand(
     h_TR: Sequence[jax.Array], rows: Rows, layer: jax.Array, visits: Visits, dtype: jnp.dtype, *, interpret: bool
 ) -> list[jax.Array]:
-    """[T, Y] per target: (scale * h) @ b."""
+    """Returns [T, Y] per target: (scale * h) @ b."""
 
     def compute(scales, tokens, b_rows) -> list[jax.Array]:
         scaled = [(h * scale).astype(b.dtype) for h, scale, b in zip(tokens, scales, b_rows, strict=True)]
@@ -70,7 +70,7 @@ def expand(
 
 
 def _scales(rows: Rows, layer: jax.Array, visits: Visits) -> list[jax.Array]:
-    """float32 [T] per target, in the order of visits; of slot 0 where there is none, for nobody."""
+    """Returns float32 [T] per target, in the order of visits; slot 0's, unused, where there is none."""
     safe_T = jnp.maximum(visits[1], 0)
     return [scale_LS[layer, safe_T] for _, _, scale_LS in rows]
 
@@ -86,14 +86,14 @@ def _visit(
     interpret: bool,
     name: str,
 ) -> list[jax.Array]:
-    """[T, F] per output: compute(scales, [1, F] of each array of tokens, [R, F] of each pool array) at every visit.
+    """Runs compute(scales, [1, F] of each token array, [R, F] of each pool array) at every visit; returns [T, F]s.
 
-    Rows of the outputs that are not visited hold anything.
+    Output rows that are not visited are undefined.
     """
     order_T, slot_T, count = visits
-    slot_T = jnp.maximum(slot_T, 0)  # with nobody to visit, the first fetch may still begin: of a slot that exists
+    slot_T = jnp.maximum(slot_T, 0)  # without visits the first fetch may still begin: of a slot that exists
     T = order_T.shape[0]
-    if not interpret:  # a small pool would be copied whole into the chip's memory
+    if not interpret:  # else a small pool would be copied whole into the chip's memory
         rows = [pltpu.with_memory_space_constraint(r, pltpu.HBM) for r in rows]
     token_spec = functools.partial(pl.BlockSpec, index_map=lambda i, order, slot, *_: (order[i], 0, 0))
     row_spec = functools.partial(pl.BlockSpec, index_map=lambda i, order, slot, layer, *_: (layer[0], slot[i], 0, 0))

@@ -1,15 +1,15 @@
-"""The CUDA body of `gathered_lora`: two Triton kernels that visit the step's tokens in the order of their slots.
+"""CUDA body of `gathered_lora`: two Triton kernels that visit the step's tokens in the order of their slots.
 
     shrink   h = x @ a.T            a program per run of tokens, part of the input features and target
     expand   y = (scale * h) @ b    a program per run of tokens and block of output features of a target
 
-A run is up to 16 tokens that follow each other in the order of visits and share a slot: its adapter's rows are read from
-the pool where it lies, once.  A program whose token does not lead a run ends at once, so a token of the base model reads
-nothing, and its row of the output holds anything.  The parts of h are added up in a fixed order.
+A run is up to 16 tokens that follow each other in the order of visits and share a slot: its adapter's rows are read
+once, from the pool in place.  A program whose token does not lead a run exits, so a token of the base model reads
+nothing, and its row of the output is undefined.  The parts of h are summed in a fixed order.
 
 Compiled for H100 and checked with Triton's interpreter; never run on a GPU.
 
-Shape letters: T tokens, L layers, S slots, R LoRA rank (of all targets together where h is theirs), X Y features in, out,
+Shape letters: T tokens, L layers, S slots, R LoRA rank (summed over targets where h is of all), X Y features in, out,
 P parts of the input features.
 """
 
@@ -29,12 +29,12 @@ from pallas_kernels.tiling_cuda import DOT, feature_block, power_of_two
 
 Visits = tuple[jax.Array, jax.Array, jax.Array]  # order_T, slot_T in that order, count
 Rows = Sequence[tuple[jax.Array, jax.Array, jax.Array]]  # a_LSRX, b_LSRY, scale_LS of each target
-PARTS = 8  # of the input features, at most: one adapter alone should still use several processors
+PARTS = 8  # largest number of parts of the input features: one adapter alone should still use several processors
 
 
 @triton.jit
 def _run(order, slot, T: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr):
-    """(slot, tokens [TILE], which of them are of the run, whether there is a run) of this program's visit."""
+    """Returns (slot, tokens [TILE], which of them are in the run, whether there is a run) of this program's visit."""
     i = tl.program_id(0)
     here = tl.load(slot + i)
     places = tl.arange(0, COLUMNS)
@@ -147,25 +147,25 @@ def _expand(
 
 
 def both(x_TX: jax.Array, rows: Rows, layer: jax.Array, visits: Visits) -> list[jax.Array]:
-    """What `gathered_lora` returns, but for the tokens of the base model."""
+    """Returns what `gathered_lora` returns, undefined for tokens of the base model."""
     return _expand_parts(_shrink_parts(x_TX, rows, layer, visits), rows, layer, visits, x_TX.dtype)
 
 
 def shrink(x_TX: jax.Array, rows: Rows, layer: jax.Array, visits: Visits) -> list[jax.Array]:
-    """float32 [T, R] per target: x @ a.T, not scaled."""
+    """Returns float32 [T, R] per target: x @ a.T, not scaled."""
     return _split(_shrink_parts(x_TX, rows, layer, visits).sum(0), [a.shape[2] for a, _, _ in rows])
 
 
 def expand(
     h_TR: Sequence[jax.Array], rows: Rows, layer: jax.Array, visits: Visits, dtype: jnp.dtype
 ) -> list[jax.Array]:
-    """[T, Y] per target: (scale * h) @ b."""
+    """Returns [T, Y] per target: (scale * h) @ b."""
     return _expand_parts(jnp.concatenate(h_TR, axis=1)[None], rows, layer, visits, dtype)
 
 
 @jax.named_scope("gathered_lora_shrink")
 def _shrink_parts(x_TX: jax.Array, rows: Rows, layer: jax.Array, visits: Visits) -> jax.Array:
-    """float32 [P, T, R] of all targets side by side."""
+    """Returns float32 [P, T, R] of all targets side by side."""
     T, X = x_TX.shape
     ranks = [a.shape[2] for a, _, _ in rows]
     block = feature_block(max(ranks), X)
@@ -216,7 +216,7 @@ def _expand_parts(h_PTR: jax.Array, rows: Rows, layer: jax.Array, visits: Visits
 
 
 def _common(rows: Rows, tokens: int) -> dict[str, int | tuple[int, ...]]:
-    """Constants of both kernels."""
+    """Returns the constants of both kernels."""
     ranks = tuple(a.shape[2] for a, _, _ in rows)
     return {
         "T": tokens,
@@ -230,7 +230,7 @@ def _common(rows: Rows, tokens: int) -> dict[str, int | tuple[int, ...]]:
 
 
 def _starts(sizes: Sequence[int]) -> tuple[int, ...]:
-    """Where each begins when they lie side by side, and the end."""
+    """Returns where each begins when they lie side by side, and the end."""
     return (0, *itertools.accumulate(sizes))
 
 

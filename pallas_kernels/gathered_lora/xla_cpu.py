@@ -1,18 +1,18 @@
-"""The XLA body of `gathered_lora`, for CPUs: a loop over the step's tokens of adapters, two of one slot at a time.
+"""XLA body of `gathered_lora`, for CPUs: a loop over the step's tokens with adapters, two of one slot at a time.
 
-Rows are widened to float32 as they are read and meet both tokens; slots' odd tokens follow, one at a time, with the same
-bits.  What counts is that XLA's CPU compiler makes one kernel of each half, which reads the rows where they lie and uses
+Rows are widened to float32 as they are read and multiply both tokens; slots' odd tokens follow, one at a time, with the
+same bits.  The goal is that XLA's CPU compiler makes one kernel of each half, which reads the rows in place and uses
 whole vectors:
 
-- A slice of the pool that many read is copied first.  So each row of B, and each block of columns of A, is its own slice.
-- Sums over features are not vectorised.  So A's product adds up blocks of columns, side by side, and their sum is the
+- A slice of the pool with many readers is copied first.  So each row of B, each column block of A, is its own slice.
+- Sums over features are not vectorised.  So A's product sums blocks of columns elementwise, and the final sum is the
   second, small kernel.
 - A kernel has one output.  So the two tokens are one complex number, or two 16-bit numbers in one word.
-- A small kernel that fills an array is handed to other threads, which takes longer than the kernel.  One that updates
+- A small kernel that fills an array is run by other threads, which takes longer than the kernel.  One that updates
   a part of an array is not.
-- GatheredKernels of a loop that may run side by side wait for other threads, too.  So each target has a loop of its own.
+- Kernels of a loop that may run in parallel wait for other threads, too.  So each target has a loop of its own.
 
-`both` does the two halves at one visit; `shrink` and `expand` are the halves, for those who sum h over devices between them.
+`both` runs the two halves at one visit; `shrink` and `expand` are the halves, for meshes that sum h between them.
 
 Shape letters: T tokens, L layers, S slots, R LoRA rank, X Y features in, out, C columns of a block.
 """
@@ -28,9 +28,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-UNROLLED_RANK = 64  # of rows whose second product is written out: the program grows with the rank
-COLUMNS = 24  # of a block of A, at least: fewer are slower
-FEWEST, MOST = 8, 64  # blocks of a row of A: a short row is not worth a program that grows with them
+UNROLLED_RANK = 64  # largest rank whose second product is unrolled: the program grows with the rank
+COLUMNS = 24  # smallest block of A's columns: fewer are slower
+FEWEST, MOST = 8, 64  # column blocks of A: a short row does not justify a program that grows with them
 
 Order = tuple[jax.Array, jax.Array, jax.Array]  # order_T, slot_T in that order, count
 Row = tuple[jax.Array, jax.Array, jax.Array]  # a_LSRX, b_LSRY, scale_LS of a target
@@ -52,21 +52,21 @@ class _Visit:
 
 @dataclass(frozen=True, kw_only=True)
 class _Visits:
-    """Which tokens are visited together, and where each token's result lies: pairs first.
+    """Which tokens are visited together (pairs first), and where each token's result lies.
 
-    The same in every layer, so XLA computes it once a step.
+    They are the same in every layer, so XLA computes them once a step.
     """
 
     tokens_2T: jax.Array  # int32 of each visit
     slot_T: jax.Array  # int32 of each visit
-    pairs: jax.Array  # int32 how many visits have two tokens
-    count: jax.Array  # int32 how many visits there are
-    visit_T: jax.Array  # int32 the visit of each token; any for one of the base model
+    pairs: jax.Array  # int32 number of visits with two tokens
+    count: jax.Array  # int32 number of visits
+    visit_T: jax.Array  # int32 the visit of each token; arbitrary for one of the base model
     is_second_T: jax.Array
     alone: bool  # whether a slot's odd token is visited alone, and not as a pair with itself
 
     def at(self, i: jax.Array, tokens: int) -> _Visit:
-        """Visit i, which has so many tokens."""
+        """Returns visit i, which has so many tokens."""
         of_visit = [_slice(self.tokens_2T, (j, i), (1, 1))[0, 0] for j in range(tokens)]
         return _Visit(number=i, tokens=of_visit, slot=_slice(self.slot_T, (i,), (1,))[0])
 
@@ -95,7 +95,7 @@ def _visits(order: Order, alone: bool) -> _Visits:
 
 
 def both(x_TX: jax.Array, rows: Rows, layer: jax.Array, order: Order) -> list[jax.Array]:
-    """What `gathered_lora` returns, but for the tokens of the base model."""
+    """Returns what `gathered_lora` returns, undefined for tokens of the base model."""
     wide_TX, dtype, visits = _wide(x_TX), x_TX.dtype, _visits(order, _has_blocks(x_TX))
 
     def target(row: Row) -> jax.Array:
@@ -109,7 +109,7 @@ def both(x_TX: jax.Array, rows: Rows, layer: jax.Array, order: Order) -> list[ja
 
 
 def shrink(x_TX: jax.Array, rows: Rows, layer: jax.Array, order: Order) -> list[jax.Array]:
-    """float32 [T, R] per target: x @ a.T, not scaled."""
+    """Returns float32 [T, R] per target: x @ a.T, not scaled."""
     wide_TX, visits = _wide(x_TX), _visits(order, _has_blocks(x_TX))
 
     def target(a_LSRX: jax.Array) -> jax.Array:
@@ -123,7 +123,7 @@ def shrink(x_TX: jax.Array, rows: Rows, layer: jax.Array, order: Order) -> list[
 
 
 def expand(h_TR: Sequence[jax.Array], rows: Rows, layer: jax.Array, order: Order, dtype: jnp.dtype) -> list[jax.Array]:
-    """[T, Y] per target: (scale * h) @ b."""
+    """Returns [T, Y] per target: (scale * h) @ b."""
     visits = _visits(order, False)
 
     def target(own_TR: jax.Array, row: Row) -> jax.Array:
@@ -143,9 +143,9 @@ def _visited(
     dtype: jnp.dtype,
     scratch: jax.Array,
 ) -> jax.Array:
-    """[T, features], in arrival order.
+    """Runs `compute` at every visit and returns [T, features], in arrival order.
 
-    compute: (a visit's packed row, the scratch for the next visit).
+    compute: returns (a visit's packed row, the scratch for the next visit).
     """
 
     def step(tokens: int, i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -163,23 +163,23 @@ def _visited(
 
 
 def _wide(x_TX: jax.Array) -> jax.Array:
-    """float32 in memory: every visit and target would widen it again."""
+    """Returns float32 stored in memory: else every visit and target would widen it again."""
     return lax.optimization_barrier(x_TX.astype(jnp.float32))
 
 
 def _columns(features: int) -> int | None:
-    """Of a block: the fewest that divide the features, in whole vectors, if any do."""
+    """Returns a block's columns: the fewest that divide the features, in whole vectors; None if none do."""
     fits = (c for c in range(COLUMNS, features + 1, 8) if features % c == 0 and FEWEST <= features // c <= MOST)
     return next(fits, None)
 
 
 def _has_blocks(x_TX: jax.Array) -> bool:
-    """Whether A's product is one of blocks: only then a loop of its own for odd tokens is worth its time to compile."""
+    """Returns whether A's product is in blocks: only then a separate loop for odd tokens is worth its compile time."""
     return _columns(x_TX.shape[1]) is not None
 
 
 def _scratch(a_LSRX: jax.Array) -> jax.Array:
-    """Of A's product.  Of two visits: the update of a whole array is a new array, which threads would fill."""
+    """Returns the scratch of A's product, for two visits: a fully updated array is a new one, which threads fill."""
     return jnp.zeros((2, a_LSRX.shape[2], _columns(a_LSRX.shape[3]) or 0), jnp.complex64)
 
 
@@ -187,7 +187,7 @@ def _scratch(a_LSRX: jax.Array) -> jax.Array:
 def _shrunk(
     x_TX: jax.Array, a_LSRX: jax.Array, layer: jax.Array, visit: _Visit, scratch_2RC: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """(A's product with the visit's tokens, joined, [R]; the scratch)."""
+    """Returns (A's product with the visit's tokens, joined, [R]; the scratch)."""
     R, X = a_LSRX.shape[2:]
     if not scratch_2RC.size:
         a_RX = _slice(a_LSRX, (layer, visit.slot, 0, 0), (1, 1, R, X))[0, 0].astype(jnp.float32)
@@ -200,18 +200,18 @@ def _shrunk(
         _sum([a_RC * _slice(x_TX, (t, c), (1, C)) for a_RC, c in zip(blocks, starts, strict=True)])
         for t in visit.tokens
     ]
-    # Index `number` means the last from the second visit on.
+    # From the second visit on, index `number` means the last.
     scratch_2RC = _update(scratch_2RC, _joined(sums)[None], (visit.number, 0, 0))
     return _sum([_slice(scratch_2RC, (visit.number, 0, c), (1, R, 1))[0, :, 0] for c in range(C)]), scratch_2RC
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
 def _expanded(h_R: jax.Array, row: Row, layer: jax.Array, visit: _Visit, dtype: jnp.dtype) -> jax.Array:
-    """[1, Y], packed: the tokens' h, scaled, through B's rows."""
+    """Returns [1, Y], packed: the tokens' scaled h times B's rows."""
     _, b_LSRY, scale_LS = row
     R, Y = b_LSRY.shape[2:]
     scale = _slice(scale_LS, (layer, visit.slot), (1, 1))[0, 0]
-    # In memory: B's kernel would compute it for every feature.  A complex product would mix the two tokens.
+    # In memory, else B's kernel would compute it for every feature.  A complex product would mix the two tokens.
     h_R = lax.optimization_barrier(_joined([part * scale for part in _parts(h_R)]))
     if R > UNROLLED_RANK:
         b_RY = _slice(b_LSRY, (layer, visit.slot, 0, 0), (1, 1, R, Y))[0, 0].astype(jnp.float32)
@@ -222,27 +222,27 @@ def _expanded(h_R: jax.Array, row: Row, layer: jax.Array, visit: _Visit, dtype: 
 
 
 def _dots(rows: list[jax.Array], matrix: jax.Array) -> list[jax.Array]:
-    """Each row's product.  One product of two rows either way: of one it would be another kernel, with other bits."""
+    """Returns each row's product.  Always one product of two rows: one row would use another kernel and bits."""
     return list(lax.dot(jnp.stack([rows[0], rows[-1]]), matrix, precision="highest"))[: len(rows)]
 
 
 def _sum(terms: list[jax.Array]) -> jax.Array:
-    """In their order."""
+    """Returns the sum of the terms, in their order."""
     return functools.reduce(operator.add, terms)
 
 
 def _joined(parts: list[jax.Array]) -> jax.Array:
-    """One array of one or two float32 numbers."""
+    """Returns one or two float32 arrays as one array."""
     return parts[0] if len(parts) == 1 else lax.complex(*parts)
 
 
 def _parts(joined: jax.Array) -> list[jax.Array]:
-    """What was joined."""
+    """Returns the arrays that `_joined` joined."""
     return [lax.real(joined), lax.imag(joined)] if jnp.iscomplexobj(joined) else [joined]
 
 
 def _packed(parts: list[jax.Array], dtype: jnp.dtype) -> jax.Array:
-    """One or two float32 in one number of what `_visited` collects, rounded to the dtype if that has 16 bits."""
+    """Packs one or two float32 into one element as `_visited` collects it, rounded to the dtype if that has 16 bits."""
     if dtype.itemsize != 2:
         return _joined(parts).astype(jnp.complex64)
     bits = [lax.bitcast_convert_type(y.astype(dtype), jnp.uint16).astype(jnp.uint32) for y in parts]
@@ -250,7 +250,7 @@ def _packed(parts: list[jax.Array], dtype: jnp.dtype) -> jax.Array:
 
 
 def _parted(packed_TY: jax.Array, visits: _Visits, dtype: jnp.dtype) -> jax.Array:
-    """[T, Y] in arrival order."""
+    """Returns [T, Y] in arrival order."""
     both_TY, is_second_T1 = packed_TY[visits.visit_T], visits.is_second_T[:, None]
     if dtype.itemsize != 2:
         return jnp.where(is_second_T1, lax.imag(both_TY), lax.real(both_TY)).astype(dtype)

@@ -2,7 +2,7 @@
 
 The keys and values of the new tokens are already written.  A lane is a run of tokens of one sequence; several lanes may
 belong to one sequence.  The loop runs over page columns with an online softmax, and its trip count is the pages of the
-longest lane, so one compiled program serves every length.  `dispatch` says which body runs.
+longest lane, so one compiled program serves every length.  `dispatch` states which body runs.
 
 Shape letters: G lanes, J tokens of a lane, N query heads, K kv heads, M queries per kv head, H head,
 L layers, P pages, Z tokens per page, C pages per sequence, F = K * H features of a token's keys.
@@ -37,7 +37,7 @@ def paged_attention_reference(
     *,
     window: int | None,
 ) -> jax.Array:
-    """The definition: gathers every page, then attends.  float32 [G, J, N, H]."""
+    """Defines the op: gathers every page, then attends.  Returns float32 [G, J, N, H]."""
     G, J, N, H = q_GJNH.shape
     Z, K = k_LPZF.shape[2], k_LPZF.shape[3] // H
     k = k_LPZF[layer][page_GC].reshape(G, -1, K, H).astype(jnp.float32)
@@ -63,12 +63,12 @@ def paged_attention(
     window: int | None,
     placement: Placement | None = None,
 ) -> jax.Array:
-    """[G, J, N, H] in q's dtype; zeros where position is -1 (padding).  Softmax in float32.
+    """Returns [G, J, N, H] in q's dtype; zeros where position is -1 (padding).  Softmax in float32.
 
-    page_GC: int32 page of each column of a lane's sequence; entries past its length are read by nobody.
-    position_GJ: int32 place of the token in its sequence, -1 for padding.  Whatever unused pages hold, NaN too,
-    changes nothing: values are selected, not multiplied by a zero weight.
-    placement: where the arrays lie, on a mesh of several devices.
+    page_GC: int32 page of each column of a lane's sequence; entries past its length are never read.
+    position_GJ: int32 place of the token in its sequence, -1 for padding.  The contents of unused pages, NaN too,
+    change nothing: values are selected, not multiplied by a zero weight.
+    placement: mesh axes that split the arrays, on a mesh of several devices.
     """
     args = (q_GJNH, k_LPZF, v_LPZF, layer, page_GC, position_GJ)
     return by_platform(
@@ -103,7 +103,7 @@ def _attend_cuda(window: int | None, placement: Placement | None, *arrays: jax.A
 
 
 def _attend_kernel(attend: Callable[..., jax.Array], placement: Placement | None, *arrays: jax.Array) -> jax.Array:
-    """A kernel's rows of padding hold anything, so they are selected away."""
+    """Runs a kernel; masks its padding rows, which are undefined, by selection."""
 
     def body(q_GJNH, k_LPZF, v_LPZF, layer, page_GC, position_GJ) -> jax.Array:
         out_GJNH = attend(q_GJNH, k_LPZF, v_LPZF, layer, page_GC, position_GJ)
@@ -124,7 +124,7 @@ def _columns(
     page_GC: jax.Array,
     position_GJ: jax.Array,
 ) -> jax.Array:
-    """The XLA body: a loop over page columns, as many as the longest lane has."""
+    """Runs the XLA body: a loop over page columns, as many as the longest lane has."""
     G, J, N, H = q_GJNH.shape
     Z, K = k_LPZF.shape[2], k_LPZF.shape[3] // H
     M = N // K
@@ -158,6 +158,6 @@ def _columns(
 
 
 def _visible(position_GJ: jax.Array, key_Z: jax.Array, window: int | None) -> jax.Array:
-    """bool [G, J, Z]: may the token at this position see the key at that place of its sequence?"""
+    """Returns bool [G, J, Z]: whether the token at this position attends to the key at that place of its sequence."""
     position, key = position_GJ[:, :, None], key_Z[None, None, :]
     return key <= position if window is None else (key <= position) & (key > position - window)

@@ -1,8 +1,8 @@
-"""The TPU body of `paged_attention`: a Mosaic kernel that reads pages from the pool where they lie.
+"""TPU body of `paged_attention`: a Mosaic kernel that reads pages from the pool in place.
 
 One grid step is one run of a lane's tokens with the next few pages of its sequence.  The grid is as long as the pages that
-the runs see together: a lane without tokens is never visited, a short sequence costs its own pages, a window's past nothing.
-JAX's own kernels want pages without a layer axis, keys and values interleaved, and no 3 kv heads: they do not fit.
+the runs attend to together: a lane without tokens is never visited, a short sequence costs its own pages, a window's
+past nothing.  JAX's own kernels need pages without a layer axis, interleaved keys and values, and not 3 kv heads.
 
 Shape letters: G lanes, J tokens of a lane, N query heads, K kv heads, M queries per kv head, H head, L layers, P pages,
 Z tokens per page, C pages per sequence, F = K * H, S runs (G * runs of a lane), I rows of a run's kv head (tokens * M),
@@ -30,14 +30,14 @@ SCALAR_BYTES = 2**18  # of page numbers and visits
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cut:
-    """How a call is cut into visits."""
+    """How a call is divided into visits."""
 
     tokens: int  # of a run
     pages: int  # of a visit
 
 
 def cut(q_GJNH: jax.Array, k_LPZF: jax.Array, page_GC: jax.Array) -> Cut | None:
-    """The largest run that has room on the chip; None where none has, or too many pages for scalar memory."""
+    """Returns the largest run that fits the chip; None where none fits, or with too many pages for scalar memory."""
     (G, J, N, H), (Z, F), C = q_GJNH.shape, k_LPZF.shape[2:], page_GC.shape[1]
     pages = min(C, max(1, KEYS // Z))
     K, M = F // H, N * H // F
@@ -63,7 +63,7 @@ def attend(
     window: int | None,
     interpret: bool,
 ) -> jax.Array:
-    """[G, J, N, H] in q's dtype; rows whose position is -1 hold anything."""
+    """Returns [G, J, N, H] in q's dtype; rows whose position is -1 are undefined."""
     G, J, N, H = q_GJNH.shape
     P, Z, F = k_LPZF.shape[1:]
     C, K = page_GC.shape[1], F // H
@@ -80,7 +80,7 @@ def attend(
     def page_spec(b: int) -> pl.BlockSpec:
         def index(i, layer, run, block, first, last, page) -> tuple:
             column = jnp.minimum(block[i] * size.pages + b, lax.div(jnp.maximum(last[run[i]], 0), Z))
-            # With nobody to visit the first fetch may still begin: of a page that exists.
+            # Without visits the first fetch may still begin: of a page that exists.
             return layer[0], jnp.clip(page[lax.div(run[i], runs) * C + column], 0, P - 1), 0, 0
 
         return pl.BlockSpec((pl.squeezed, pl.squeezed, Z, F), index)
@@ -88,7 +88,7 @@ def attend(
     def run_spec(*shape: int) -> pl.BlockSpec:
         return pl.BlockSpec((pl.squeezed, *shape), lambda i, layer, run, *_: (run[i], *(0,) * len(shape)))
 
-    if not interpret:  # small pools would be copied whole into the chip's memory
+    if not interpret:  # else small pools would be copied whole into the chip's memory
         k_LPZF, v_LPZF = (pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in (k_LPZF, v_LPZF))
     pages = [page_spec(b) for b in range(size.pages)]
     out_SKIH = pl.pallas_call(
@@ -114,7 +114,7 @@ def attend(
 
 
 def _visits(position_SJ: jax.Array, keys: int, most: int, window: int | None) -> tuple[jax.Array, ...]:
-    """(first block of keys and last position of each run, run and block of each visit, how many visits)."""
+    """Returns (first block of keys and last position of each run, run and block of each visit, number of visits)."""
     last_S = position_SJ.max(1)
     first_S = jnp.zeros_like(last_S)
     if window is not None:
@@ -130,8 +130,8 @@ def _visits(position_SJ: jax.Array, keys: int, most: int, window: int | None) ->
 
 
 def _visit(layer, run, block, first, last, page, q_KIH, position_I1, *refs, window: int | None, pages: int) -> None:
-    """One run meets the keys and values of its next pages, under an online softmax."""
-    del layer, page  # of the fetches
+    """Attends with one run to the keys and values of its next pages, under an online softmax."""
+    del layer, page  # used by the fetches
     k_EF, v_EF = (
         jnp.concatenate([page_ZF[...] for page_ZF in half]) for half in (refs[:pages], refs[pages : 2 * pages])
     )

@@ -1,12 +1,12 @@
-"""The CUDA body of `paged_attention`: a Triton kernel that reads pages from the pool where they lie, decode and prompts.
+"""CUDA body of `paged_attention`: a Triton kernel that reads pages from the pool in place, for decode and prompts.
 
 A program is a run of a lane's tokens with all query heads of one kv head: it reads each key and value of that head that
-they see together, once, and nothing else.  In decode, where a lane is one run, its keys are divided among several programs
-(flash-decoding) as evenly as its own length allows, so what a lane gives does not depend on the lanes beside it; XLA joins
+they attend to, once, and nothing else.  In decode, where a lane is one run, its keys are divided among several programs
+(flash-decoding) as evenly as its own length allows, so a lane's result does not depend on its neighbours; XLA joins
 the parts.  Products in q's dtype, sums and softmax in float32 and in a fixed order.
 
-Why no ready one: cuDNN's, private to JAX, wants the pages of one layer alone, which is a copy, and asks the GPU at hand when
-traced; that of `jax.experimental.pallas.ops.gpu` stands on Pallas' deprecated Triton backend and is for decode alone.
+Why no existing kernel: cuDNN's, private to JAX, takes one layer's pages alone, which is a copy, and queries the GPU at
+trace time; that of `jax.experimental.pallas.ops.gpu` uses Pallas' deprecated Triton backend and is for decode alone.
 
 Compiled for H100 and checked with Triton's interpreter; never run on a GPU.
 
@@ -54,7 +54,7 @@ def _attend(
     KEYS: tl.constexpr,
     HEAD: tl.constexpr,
 ):
-    """One run of a lane's rows meets one part of the keys that it sees."""
+    """Attends with one run of a lane's rows to one part of the keys that it sees."""
     g, head, part = tl.program_id(0) // RUNS, tl.program_id(1), tl.program_id(2)
     row = tl.program_id(0) % RUNS * ROWS + tl.arange(0, ROWS)
     token, real_I = row // (N // K), row < J * (N // K)
@@ -102,7 +102,7 @@ def attend(
     *,
     window: int | None,
 ) -> jax.Array:
-    """[G, J, N, H] in q's dtype; rows whose position is -1 hold anything."""
+    """Returns [G, J, N, H] in q's dtype; rows whose position is -1 are undefined."""
     G, J, N, H = q_GJNH.shape
     P, Z, F = k_LPZF.shape[1:]
     C, K = page_GC.shape[1], F // H
@@ -131,7 +131,7 @@ def attend(
         KEYS=keys,
         HEAD=power_of_two(H),
         num_warps=WARPS,
-        num_stages=STAGES + 1,  # which page it is has to be fetched before the page
+        num_stages=STAGES + 1,  # the page number has to be fetched before the page
     )
     share_SGJN = jnp.exp(best_SGJN - best_SGJN.max(0, keepdims=True))
     out_GJNH = (acc_SGJNH * share_SGJN[..., None]).sum(0) / (total_SGJN * share_SGJN).sum(0)[..., None]

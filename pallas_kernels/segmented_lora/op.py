@@ -4,9 +4,9 @@
 
 The rows of a lane's adapter are gathered beforehand, so that the step reads and differentiates only the adapters that are
 present: layer by layer where one program runs all (`take_layer_rows`), which keeps them in the cache, or for all layers at
-once where parts of a step share them (`take_rows`).  The frozen product stays one GEMM over all lanes, only the low-rank
-parts are batched, and a NaN in one adapter stays in its lanes.  The backward pass starts from h, which is kept, and is
-dispatched as the forward is (`dispatch` says which body runs).
+once where microsteps share them (`take_rows`).  The frozen product stays one GEMM over all lanes, only the low-rank
+products are batched, and a NaN in one adapter stays in its lanes.  The backward pass starts from h, which is saved,
+and is dispatched as the forward is (`dispatch` states which body runs).
 
 Shape letters: G lanes, J tokens of a lane, S slots, R LoRA rank, X Y features in, out, L layers.
 Source: SGMV, Punica (arXiv 2310.18547), in a tenant-major layout.
@@ -36,7 +36,7 @@ LaneRows = tuple[jax.Array, jax.Array, jax.Array]  # a_GRX, b_GRY, scale_G
 
 @shaped
 def segmented_lora_reference(x_GJX: jax.Array, a_GRX: jax.Array, b_GRY: jax.Array, scale_G: jax.Array) -> jax.Array:
-    """The definition, float32 [G, J, Y]."""
+    """Defines the op: returns float32 [G, J, Y]."""
     h_GJR = jnp.einsum("gjx,grx->gjr", x_GJX.astype(jnp.float32), a_GRX.astype(jnp.float32), precision="highest")
     y_GJY = jnp.einsum("gjr,gry->gjy", h_GJR, b_GRY.astype(jnp.float32), precision="highest")
     return scale_G[:, None, None] * y_GJY
@@ -46,9 +46,9 @@ def segmented_lora_reference(x_GJX: jax.Array, a_GRX: jax.Array, b_GRY: jax.Arra
 def segmented_lora(
     x_GJX: jax.Array, rows: Sequence[LaneRows], placement: Placement | None = None
 ) -> tuple[jax.Array, ...]:
-    """One [G, J, Y] in x's dtype per (a_GRX, b_GRY, scale_G) of `rows`, which share one read of x.
+    """Returns one [G, J, Y] in x's dtype per (a_GRX, b_GRY, scale_G) of `rows`, which share one read of x.
 
-    placement: where the arrays lie, on a mesh of several devices.
+    placement: mesh axes that split the arrays, on a mesh of several devices.
     Products in x's dtype with float32 sums; scale is applied in float32 between them.
     """
     return _segmented(placement, x_GJX, tuple(tuple(r) for r in rows))
@@ -87,7 +87,7 @@ _segmented.defvjp(_forward, _backward)
 
 
 def _specs(placement: Placement, targets: int) -> tuple:
-    """Of x and rows."""
+    """Returns the specs of x and rows."""
     a, b, scale = P(placement.rows, None, placement.x), P(placement.rows, None, placement.y), P(placement.rows)
     return P(placement.rows, None, placement.x), ((a, b, scale),) * targets
 
@@ -107,7 +107,7 @@ def _known(x_GJX: jax.Array, rows: tuple[LaneRows, ...]) -> bool:
 
 
 def _split(h_GJR: jax.Array, rows: tuple[LaneRows, ...]) -> list[jax.Array]:
-    """h of each target."""
+    """Returns each target's h."""
     return jnp.split(h_GJR, np.cumsum([a.shape[1] for a, _, _ in rows])[:-1].tolist(), axis=2)
 
 
@@ -115,21 +115,21 @@ def _split(h_GJR: jax.Array, rows: tuple[LaneRows, ...]) -> list[jax.Array]:
 
 
 def _shrink_plain(x_GJX: jax.Array, a_rows: Sequence[jax.Array], axis: str | None = None) -> jax.Array:
-    """float32 x @ a.T of all targets side by side, summed over the mesh axis that splits x."""
+    """Returns float32 x @ a.T of all targets side by side, summed over the mesh axis that splits x."""
     a_GRX = jnp.concatenate(a_rows, axis=1).astype(x_GJX.dtype)
     h_GJR = jnp.einsum("gjx,grx->gjr", x_GJX, a_GRX, preferred_element_type=jnp.float32)
     return h_GJR if axis is None else lax.psum(h_GJR, axis)
 
 
 def shrink(x_GJX: jax.Array, a_and_scale: list[tuple[jax.Array, jax.Array]], axis: str | None = None) -> jax.Array:
-    """h of all targets side by side, in x's dtype."""
+    """Returns h of all targets side by side, in x's dtype."""
     scale_GR = jnp.concatenate([jnp.repeat(s[:, None], a.shape[1], axis=1) for a, s in a_and_scale], axis=1)
     h_GJR = _shrink_plain(x_GJX, [a for a, _ in a_and_scale], axis)
     return (h_GJR * scale_GR[:, None, :]).astype(x_GJX.dtype)
 
 
 def _expand(h_GJR: list[jax.Array], b_GRY: list[jax.Array]) -> tuple[jax.Array, ...]:
-    """[G, J, Y] per target, in h's dtype: asked for it, XLA's products sum in float32 and round once."""
+    """Returns [G, J, Y] per target, in h's dtype: with that as output dtype XLA sums in float32 and rounds once."""
     return tuple(
         jnp.einsum("gjr,gry->gjy", h, b.astype(h.dtype), preferred_element_type=h.dtype)
         for h, b in zip(h_GJR, b_GRY, strict=True)
@@ -144,7 +144,7 @@ def _forward_xla(
 
 
 def _expand_back_xla(dy_GJY: jax.Array, h_GJR: jax.Array, b_GRY: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """float32 (dh, db)."""
+    """Returns float32 (dh, db)."""
     dh_GJR = jnp.einsum("gjy,gry->gjr", dy_GJY, b_GRY.astype(dy_GJY.dtype), preferred_element_type=jnp.float32)
     return dh_GJR, jnp.einsum("gjr,gjy->gry", h_GJR, dy_GJY, preferred_element_type=jnp.float32)
 
@@ -152,7 +152,7 @@ def _expand_back_xla(dy_GJY: jax.Array, h_GJR: jax.Array, b_GRY: jax.Array) -> t
 def _shrink_back_xla(
     dh_GJR: jax.Array, x_GJX: jax.Array, a_rows: Sequence[jax.Array]
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """(dx in x's dtype, float32 da of each target)."""
+    """Returns (dx in x's dtype, float32 da of each target)."""
     a_GRX = jnp.concatenate(a_rows, axis=1).astype(x_GJX.dtype)
     dx_GJX = jnp.einsum("gjr,grx->gjx", dh_GJR, a_GRX, preferred_element_type=x_GJX.dtype)
     da_GRX = jnp.einsum("gjr,gjx->grx", dh_GJR, x_GJX, preferred_element_type=jnp.float32)
@@ -164,7 +164,7 @@ def _shrink_back_xla(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SegmentedKernels:
-    """The forward product, and the gradients of its second and first half."""
+    """Kernels for the forward product, and for the gradients of its second and first half."""
 
     forward: Callable[..., tuple[tuple[jax.Array, ...], jax.Array]]
     expand_back: Callable[..., tuple[jax.Array, jax.Array]]
@@ -172,7 +172,7 @@ class SegmentedKernels:
 
 
 def _xla() -> SegmentedKernels:
-    """XLA splits its products over a mesh by itself, so they are told no placement."""
+    """Returns XLA's products, which need no placement: XLA partitions them over a mesh by itself."""
     forward = functools.partial(_forward_xla, axis=None)
     return SegmentedKernels(forward=forward, expand_back=_expand_back_xla, shrink_back=_shrink_back_xla)
 
@@ -211,7 +211,7 @@ def _forward_kernels(kernels: SegmentedKernels, placement: Placement | None, x_G
     def body(x_GJX, rows):
         if placement is None or placement.x is None:
             return kernels.forward(x_GJX, rows)
-        # The sum over devices stands between the halves, so there is nothing to fuse: XLA's products.
+        # The sum over devices separates the halves, so there is nothing to fuse: XLA's products.
         return _forward_xla(x_GJX, rows, placement.x)
 
     if placement is None:
@@ -230,7 +230,7 @@ def _backward_kernels(kernels: SegmentedKernels, placement: Placement | None, x_
         dh = _split(dh_GJR, rows)
         scaled = jnp.concatenate([d * s[:, None, None] for d, s in zip(dh, scale, strict=True)], axis=2)
         dx_GJX, da = kernels.shrink_back(scaled.astype(x_GJX.dtype), x_GJX, a_rows)
-        # Scale is not trained: unless somebody asks for its gradient, XLA drops this product.
+        # Scale is not trained: XLA drops this product unless a caller differentiates by it.
         plain = _split(_shrink_plain(x_GJX, a_rows, None if placement is None else placement.x), rows)
         dscale = [(d * h).sum((1, 2)) for d, h in zip(dh, plain, strict=True)]
         drows = zip(da, (db for _, db in back), dscale, strict=True)
@@ -247,17 +247,17 @@ def _backward_kernels(kernels: SegmentedKernels, placement: Placement | None, x_
 
 
 def take_rows(rows_LSRX: jax.Array, slot_G: jax.Array) -> jax.Array:
-    """[L, G, R, X]: the rows of each lane's slot; zeros, read from nowhere that matters, where the slot is NO_ADAPTER."""
+    """Returns [L, G, R, X]: the rows of each lane's slot; zeros where the slot is NO_ADAPTER."""
     return _taken(rows_LSRX, jnp.arange(rows_LSRX.shape[0])[:, None], slot_G[None])
 
 
 def take_layer_rows(rows_LSRX: jax.Array, layer: jax.Array, slot_G: jax.Array) -> jax.Array:
-    """[G, R, X]: what `take_rows` takes of one layer.  Nothing else of the pool is read."""
+    """Returns [G, R, X]: the rows `take_rows` takes, of one layer.  Nothing else of the pool is read."""
     return _taken(rows_LSRX, layer, slot_G)
 
 
 def _taken(rows_LSRX: jax.Array, layer: jax.Array, slot: jax.Array) -> jax.Array:
-    """By one number for layer and slot: XLA's CPU backend copies such rows whole, and others number by number."""
+    """Indexes layer and slot by one number: XLA's CPU backend copies such rows whole, and others number by number."""
     L, S, *row = rows_LSRX.shape
     taken = rows_LSRX.reshape(L * S, *row).at[layer * S + jnp.maximum(slot, 0)].get(mode="clip")
     has_rows = (slot != NO_ADAPTER).reshape(*slot.shape, *(1 for _ in row))

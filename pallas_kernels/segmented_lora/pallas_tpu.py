@@ -1,4 +1,4 @@
-"""The TPU bodies of `segmented_lora`, forward and backward: Mosaic kernels over blocks of a lane's tokens.
+"""TPU bodies of `segmented_lora`, forward and backward: Mosaic kernels over blocks of a lane's tokens.
 
     forward     h = scale * (x @ a.T), y = h @ b           all targets in one kernel: x is read once, h stays on the chip
     backward 1  dh = dy @ b.T, db = h.T @ dy               one kernel per target: dy is read once
@@ -6,7 +6,7 @@
 
 Products in x's dtype, sums in float32.  Lanes are separate blocks, so what one lane holds reaches no other.
 
-Shape letters: G lanes, J tokens of a lane, R LoRA rank (of all targets together where h is theirs), X Y features in, out.
+Shape letters: G lanes, J tokens of a lane, R LoRA rank (summed over targets where h is of all), X Y features in, out.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Cut = tuple[int, int]  # tokens of a block, number of blocks of the features
 
 
 def forward_cut(x_GJX: jax.Array, rows: Sequence[tuple[jax.Array, jax.Array, jax.Array]]) -> Cut | None:
-    """How the forward kernel cuts tokens and output features; None when no cut has room on the chip."""
+    """Returns how the forward kernel divides tokens and output features; None when nothing fits the chip."""
     J, X = x_GJX.shape[1:]
     ranks = [a.shape[1] for a, _, _ in rows]
 
@@ -45,7 +45,7 @@ def forward_cut(x_GJX: jax.Array, rows: Sequence[tuple[jax.Array, jax.Array, jax
 
 
 def expand_back_cut(tokens_of_lane: int, dtype: jnp.dtype, b_GRY: jax.Array) -> Cut | None:
-    """How the first backward kernel cuts tokens and output features."""
+    """Returns how the first backward kernel divides tokens and output features."""
     J, R = tokens_of_lane, b_GRY.shape[1]
 
     def needed(tokens: int, splits: int) -> int:
@@ -58,7 +58,7 @@ def expand_back_cut(tokens_of_lane: int, dtype: jnp.dtype, b_GRY: jax.Array) -> 
 
 
 def shrink_back_cut(x_GJX: jax.Array, a_rows: Sequence[jax.Array]) -> Cut | None:
-    """How the second backward kernel cuts tokens and input features."""
+    """Returns how the second backward kernel divides tokens and input features."""
     J, X = x_GJX.shape[1:]
     R = sum(a.shape[1] for a in a_rows)
 
@@ -71,7 +71,7 @@ def shrink_back_cut(x_GJX: jax.Array, a_rows: Sequence[jax.Array]) -> Cut | None
 
 
 def _first_cut(tokens: int, features: tuple[int, ...], needed: Callable[[int, int], int]) -> Cut | None:
-    """The largest token block, then the fewest feature blocks, with room."""
+    """Returns the largest token block, then the fewest feature blocks, that fit."""
     limit = blocks().tokens
     while True:
         block = token_block(tokens, limit)
@@ -84,7 +84,7 @@ def _first_cut(tokens: int, features: tuple[int, ...], needed: Callable[[int, in
 
 
 def fits(x_GJX: jax.Array, rows: Sequence[tuple[jax.Array, jax.Array, jax.Array]]) -> bool:
-    """Whether every kernel, forward and backward, has a cut with room on the chip."""
+    """Returns whether every kernel, forward and backward, has a cut that fits the chip."""
     cuts = [forward_cut(x_GJX, rows), shrink_back_cut(x_GJX, [a for a, _, _ in rows])]
     cuts += [expand_back_cut(x_GJX.shape[1], x_GJX.dtype, b) for _, b, _ in rows]
     return None not in cuts
@@ -93,7 +93,7 @@ def fits(x_GJX: jax.Array, rows: Sequence[tuple[jax.Array, jax.Array, jax.Array]
 def forward(
     x_GJX: jax.Array, rows: Sequence[tuple[jax.Array, jax.Array, jax.Array]], *, interpret: bool
 ) -> tuple[tuple[jax.Array, ...], jax.Array]:
-    """([G, J, Y] per target, scaled h_GJR of all targets side by side), in x's dtype."""
+    """Returns ([G, J, Y] per target, scaled h_GJR of all targets side by side), in x's dtype."""
     G, J, X = x_GJX.shape
     dtype = x_GJX.dtype
     cut = forward_cut(x_GJX, rows)
@@ -151,7 +151,7 @@ def forward(
 
 
 def _beside(values: Sequence[jax.Array], ends: Sequence[int]) -> jax.Array:
-    """float32 [1, R]: value k in the columns before ends[k]."""
+    """Returns float32 [1, R]: value k in the columns before ends[k]."""
     column = lax.broadcasted_iota(jnp.int32, (1, ends[-1]), 1)
     out = jnp.full((1, ends[-1]), values[-1], jnp.float32)
     for value, end in list(zip(values, ends, strict=True))[-2::-1]:
@@ -162,7 +162,7 @@ def _beside(values: Sequence[jax.Array], ends: Sequence[int]) -> jax.Array:
 def expand_back(
     dy_GJY: jax.Array, h_GJR: jax.Array, b_GRY: jax.Array, *, interpret: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """(dh_GJR, db_GRY) of y = h @ b, float32."""
+    """Returns float32 (dh_GJR, db_GRY) of y = h @ b."""
     G, J, Y = dy_GJY.shape
     R = h_GJR.shape[2]
     cut = expand_back_cut(J, h_GJR.dtype, b_GRY)
@@ -203,7 +203,7 @@ def expand_back(
 def shrink_back(
     dh_GJR: jax.Array, x_GJX: jax.Array, a_rows: Sequence[jax.Array], *, interpret: bool
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """(dx_GJX, float32 da_GRX per target) of h = x @ a.T for all targets side by side; dh is scaled, in x's dtype."""
+    """Returns (dx_GJX, float32 da_GRX per target) of h = x @ a.T, targets side by side; dh is scaled, in x's dtype."""
     G, J, X = x_GJX.shape
     dtype = x_GJX.dtype
     cut = shrink_back_cut(x_GJX, a_rows)

@@ -1,4 +1,4 @@
-"""The CUDA bodies of `segmented_lora`, forward and backward: Triton kernels over tiles of a lane's tokens.
+"""CUDA bodies of `segmented_lora`, forward and backward: Triton kernels over tiles of a lane's tokens.
 
     shrink        h = x @ a.T                                 all targets at once: x is read once
     expand        y = h @ b                                   a call per target
@@ -6,11 +6,11 @@
     shrink_back   dx = (scale * dh) @ a, da = (scale * dh).T @ x        all targets at once: x is read once
 
 Products in x's dtype, sums in float32 and in a fixed order.  Lanes are separate programs, so what one lane holds reaches
-no other.  Where targets go together XLA lays their a side by side first.
+no other.  Where targets are computed together XLA concatenates their a first.
 
 Compiled for H100 and checked with Triton's interpreter; never run on a GPU.
 
-Shape letters: G lanes, J tokens of a lane, R LoRA rank (of all targets together where h is theirs), X Y F features in,
+Shape letters: G lanes, J tokens of a lane, R LoRA rank (summed over targets where h is of all), X Y F features in,
 out, any.
 """
 
@@ -35,7 +35,7 @@ LaneRows = tuple[jax.Array, jax.Array, jax.Array]  # a_GRX, b_GRY, scale_G
 
 @triton.jit
 def lane_tile(matrix, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The [row, column] tile of this lane's [ROWS, COLUMNS] matrix of an array of such; zero beyond its ends."""
+    """Loads the [row, column] tile of this lane's [ROWS, COLUMNS] matrix of such an array; zero beyond its ends."""
     inside = (row < ROWS)[:, None] & (column < COLUMNS)[None, :]
     lane = tl.program_id(0).to(tl.int64) * ROWS * COLUMNS
     return tl.load(matrix + lane + row[:, None] * COLUMNS + column[None, :], mask=inside, other=0.0)
@@ -105,7 +105,7 @@ def _expand_back(
     BLOCK: tl.constexpr,
     RANK: tl.constexpr,
 ):
-    """dh of this block of features alone; db whole."""
+    """Computes dh of this block of features only, and the whole db."""
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     rank = tl.arange(0, RANK)
     b_RY = lane_tile(b, rank, column, R, Y)
@@ -146,7 +146,7 @@ def _shrink_back(
 
 
 def forward(x_GJX: jax.Array, rows: Sequence[LaneRows]) -> tuple[tuple[jax.Array, ...], jax.Array]:
-    """([G, J, Y] per target, scaled h_GJR of all targets side by side), in x's dtype."""
+    """Returns ([G, J, Y] per target, scaled h_GJR of all targets side by side), in x's dtype."""
     scale_GR = jnp.concatenate([jnp.repeat(s[:, None], a.shape[1], axis=1) for a, _, s in rows], axis=1)
     h_GJR = _shrunk(x_GJX, [a for a, _, _ in rows]) * scale_GR[:, None, :]
     h_GJR = checkpoint_name(h_GJR.astype(x_GJX.dtype), KEPT)
@@ -156,9 +156,9 @@ def forward(x_GJX: jax.Array, rows: Sequence[LaneRows]) -> tuple[tuple[jax.Array
 
 @jax.named_scope("segmented_lora_shrink")
 def _shrunk(x_GJX: jax.Array, a_rows: Sequence[jax.Array]) -> jax.Array:
-    """float32 h_GJR of all targets side by side, not scaled.
+    """Returns float32 h_GJR of all targets side by side, not scaled.
 
-    XLA computes a kernel's result twice if the kernel's own output is both stacked by a scan and used: this one is not.
+    XLA computes a kernel's result twice if the kernel's own output is both stacked by a scan and used: this avoids it.
     """
     G, J, X = x_GJX.shape
     a_GRX = jnp.concatenate([a.astype(x_GJX.dtype) for a in a_rows], axis=1)
@@ -177,7 +177,7 @@ def _shrunk(x_GJX: jax.Array, a_rows: Sequence[jax.Array]) -> jax.Array:
 
 @jax.named_scope("segmented_lora_expand")
 def _expanded(h_GJR: jax.Array, b_GRY: jax.Array) -> jax.Array:
-    """[G, J, Y]"""
+    """Returns [G, J, Y]."""
     G, J, R = h_GJR.shape
     Y = b_GRY.shape[2]
     constants = _common(J, R, Y)
@@ -195,7 +195,7 @@ def _expanded(h_GJR: jax.Array, b_GRY: jax.Array) -> jax.Array:
 
 @jax.named_scope("segmented_lora_expand_back")
 def expand_back(dy_GJY: jax.Array, h_GJR: jax.Array, b_GRY: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(dh_GJR, db_GRY) of y = h @ b, float32."""
+    """Returns float32 (dh_GJR, db_GRY) of y = h @ b."""
     G, J, Y = dy_GJY.shape
     R = h_GJR.shape[2]
     constants = _common(J, R, Y)
@@ -222,7 +222,7 @@ def expand_back(dy_GJY: jax.Array, h_GJR: jax.Array, b_GRY: jax.Array) -> tuple[
 def shrink_back(
     dh_GJR: jax.Array, x_GJX: jax.Array, a_rows: Sequence[jax.Array]
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """(dx_GJX, float32 da_GRX per target) of h = x @ a.T for all targets side by side; dh is scaled, in x's dtype."""
+    """Returns (dx_GJX, float32 da_GRX per target) of h = x @ a.T, targets side by side; dh is scaled, in x's dtype."""
     G, J, X = x_GJX.shape
     a_GRX = jnp.concatenate([a.astype(x_GJX.dtype) for a in a_rows], axis=1)
     R = a_GRX.shape[1]
@@ -245,12 +245,12 @@ def shrink_back(
 
 
 def _split(beside: jax.Array, sizes: Sequence[int], axis: int) -> list[jax.Array]:
-    """The part of each target."""
+    """Returns each target's part."""
     return jnp.split(beside, np.cumsum(sizes)[:-1].tolist(), axis=axis)
 
 
 def _common(tokens: int, rank: int, features: int) -> dict[str, int]:
-    """Constants of all kernels."""
+    """Returns the constants of all kernels."""
     return {
         "J": tokens,
         "R": rank,

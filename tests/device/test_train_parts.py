@@ -274,7 +274,7 @@ def test_the_base_is_not_copied_for_a_gradient_that_waits():
     ],
 )
 def test_sizes_that_do_not_divide_are_refused(sizes):
-    with pytest.raises(ConfigInvalid, match="a part of a training step needs"):
+    with pytest.raises(ConfigInvalid, match="a microstep needs"):
         trainer_of(sizes)
 
 

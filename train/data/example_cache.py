@@ -1,7 +1,7 @@
-"""Training files that were just read, kept for who reads them next.  Pure.
+"""Cache of training files that were parsed a short time ago.  No jax.
 
-A file is read when it is checked, when its examples are counted, when a job is examined and when the job gets a slot, mostly
-soon after each other.
+A file is read when it is checked, when its examples are counted, when a job is examined and when the job gets a slot;
+these reads mostly follow each other closely.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ from pathlib import Path
 from jaxlora.storage.single_flight import SingleFlight
 from train.data.examples import Unit
 
-EXAMPLE_BYTES = 400  # of an example in memory, beside its numbers
+EXAMPLE_BYTES = 400  # memory of an example, besides its numbers
 
-type Key = tuple[Path, int, int, int]  # a file that was written anew is another
+type Key = tuple[Path, int, int, int]  # a rewritten file has another key
 
 
 class KeptExamples:
-    """A reader of training files that keeps what it read last, up to so many bytes.  From any thread."""
+    """Reads training files and keeps the most recently used ones, up to `max_bytes`.  Thread-safe."""
 
     def __init__(self, load: Callable[[Path], Sequence[Unit]], *, max_bytes: int):
         """load: reads a file, and raises DataInvalid for a bad one."""
         self._load, self._max_bytes = load, max_bytes
         self._lock = threading.Lock()
-        self._kept: OrderedDict[Key, tuple[Sequence[Unit], int]] = OrderedDict()  # examples, bytes; the last used last
+        self._kept: OrderedDict[Key, tuple[Sequence[Unit], int]] = OrderedDict()  # examples, bytes; oldest use first
         self._nbytes = 0
         self._readings: SingleFlight[Key, Sequence[Unit]] = SingleFlight()
 
     def __call__(self, path: Path) -> Sequence[Unit]:
-        """The file's examples; who asks for what is being read waits for it.  Raises as `load` does."""
+        """Returns the file's examples; waits when another thread is reading the same file.  Raises as `load` does."""
         key = _key(path)
         if key is None:
-            return self._load(path)  # it says what is wrong
+            return self._load(path)  # this raises the error that explains what is wrong
         return self._readings.get(key, lambda: self._find(key), lambda: self._keep(key, tuple(self._load(path))))
 
     def _find(self, key: Key) -> Sequence[Unit] | None:

@@ -1,4 +1,4 @@
-"""Examples and pairs of them, the order in which they come, and packed lanes.  Pure: no jax here.
+"""Examples, preference pairs, their shuffled order, and packed lanes.  Pure: no jax here.
 
 Shape letters: J positions in a lane.  An Example of n tokens has n - 1 predictions: inputs tokens[:-1], targets tokens[1:].
 """
@@ -17,12 +17,12 @@ PADDING = 0  # segment number of positions that hold no example; real segments c
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Rollout:
-    """What sampling gave each token of an Example, for the losses of reinforcement learning; entry 0 belongs to no prediction.
+    """Sampler's data for each token of an Example, for reinforcement-learning losses; entry 0 belongs to no prediction.
 
     Raises DataInvalid when the arrays disagree or a number is not finite.
     """
 
-    logprobs: np.ndarray  # float32 [n] of token i when it was sampled
+    logprobs: np.ndarray  # float32 [n] log-probability of token i when it was sampled
     advantages: np.ndarray  # float32 [n]
     ratio_mask: np.ndarray  # bool [n]: the token counts in the ratio of the sequence (gspo)
 
@@ -40,7 +40,7 @@ class Rollout:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Example:
-    """One sequence of one tenant.
+    """One training sequence of one tenant.
 
     Raises DataInvalid when the arrays disagree, fewer than two tokens are given, a weight is not finite, or no
     prediction has a weight (then the example would train nothing).
@@ -50,7 +50,7 @@ class Example:
     weights: (
         np.ndarray
     )  # float32 [n]; weights[i] weighs the prediction OF token i; weights[0] is 0, nothing predicts it
-    rollout: Rollout | None = None  # None: nobody sampled it
+    rollout: Rollout | None = None  # None: the sequence was not sampled
 
     def __post_init__(self) -> None:
         _check_flat(self.tokens, "tokens", np.int32)
@@ -77,18 +77,18 @@ class Example:
 
     @property
     def predictions(self) -> int:
-        """Positions the example takes in a lane."""
+        """Returns the number of positions the example takes in a lane."""
         return len(self.tokens) - 1
 
     @property
     def segments(self) -> tuple[Example, ...]:
-        """Itself: the segments it takes in a lane."""
+        """Returns the example itself: the segments it takes in a lane."""
         return (self,)
 
 
 @dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
 class Pair:
-    """Two answers to one prompt, of which the first is preferred.  They lie side by side in one lane.
+    """Two completions of one prompt, of which the first is preferred.  They lie side by side in one lane.
 
     Raises DataInvalid when the two are the same, which would train nothing.
     """
@@ -102,12 +102,12 @@ class Pair:
 
     @property
     def predictions(self) -> int:
-        """Positions the pair takes in a lane."""
+        """Returns the number of positions the pair takes in a lane."""
         return self.chosen.predictions + self.rejected.predictions
 
     @property
     def segments(self) -> tuple[Example, ...]:
-        """Both answers, the preferred one first: the segments it takes in a lane."""
+        """Returns both completions, the preferred one first: the segments the pair takes in a lane."""
         return (self.chosen, self.rejected)
 
 
@@ -121,7 +121,7 @@ KINDS = {
 
 
 def check_kind(unit: Unit, loss: str) -> None:
-    """Raises DataInvalid for data of another kind than the loss trains on."""
+    """Raises DataInvalid when the data is of another kind than the loss trains on."""
     wanted = {"cross_entropy": "example", "dpo": "pair"}.get(loss, "rollout")
     got = "pair" if isinstance(unit, Pair) else "example" if unit.rollout is None else "rollout"
     if got != wanted:
@@ -137,13 +137,13 @@ def _check_flat(array: np.ndarray, name: str, dtype: type) -> None:
 
 
 class ExampleStream:
-    """Endless examples or pairs in a shuffled order that depends on (seed, epoch) only; `cursor` resumes it exactly.
+    """Endless stream of examples or pairs, shuffled by (seed, epoch) only; `cursor` resumes it exactly.
 
     The shuffle sorts raw Philox draws, so it is the same under every NumPy version and on every machine.
     """
 
     def __init__(self, examples: Sequence[Unit], seed: int, cursor: int = 0):
-        """Raises DataInvalid for no examples, a negative seed or a negative cursor."""
+        """Raises DataInvalid when there are no examples, or for a negative seed or cursor."""
         if not examples:
             raise DataInvalid("no examples to train on; give at least one")
         if seed < 0 or cursor < 0:
@@ -156,15 +156,15 @@ class ExampleStream:
 
     @property
     def cursor(self) -> int:
-        """Examples consumed in all, over all epochs."""
+        """Returns the number of examples consumed, over all epochs."""
         return self._cursor
 
     def peek(self, count: int) -> list[Unit]:
-        """The next `count` examples, not consumed."""
+        """Returns the next `count` examples without consuming them."""
         return [self._at(self._cursor + i) for i in range(count)]
 
     def take(self, count: int) -> list[Unit]:
-        """The next `count` examples; the cursor moves past them."""
+        """Returns the next `count` examples and moves the cursor past them."""
         taken = self.peek(count)
         self._cursor += count
         return taken
@@ -181,7 +181,7 @@ class ExampleStream:
 class Lane:
     """One packed row of one tenant: whole examples side by side, each its own segment, then padding (all zeros)."""
 
-    units: tuple[Unit, ...]  # what lies in it, in order
+    units: tuple[Unit, ...]  # its examples and pairs, in order
     number: int  # its place among the lanes of its batch
     token_J: np.ndarray  # int32 input ids
     target_J: np.ndarray  # int32 ids to predict
@@ -191,11 +191,11 @@ class Lane:
     reference_J: np.ndarray  # float32 log-probability when sampled
     advantage_J: np.ndarray  # float32
     ratio_J: np.ndarray  # bool: counts in the ratio of its sequence
-    pair_J: np.ndarray  # int32 1 in a preferred answer, -1 in the other one, the next segment; 0 elsewhere
+    pair_J: np.ndarray  # int32 1 in a preferred completion, -1 in the rejected one (the next segment); 0 elsewhere
 
 
 def first_fit_decreasing(sizes: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices of the sizes, grouped so that each group's sum fits the capacity; largest first, ties in given order."""
+    """Returns indices of the sizes in groups that fit the capacity: first-fit, largest first, ties in given order."""
     groups: list[list[int]] = []
     free: list[int] = []
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
@@ -224,7 +224,7 @@ def check_length(units: Sequence[Unit], length: int) -> None:
 
 
 def fill_lane(units: Sequence[Unit], length: int, number: int = 0) -> Lane:
-    """A lane of `length` positions that holds the examples and pairs in this order; they must fit."""
+    """Returns a lane of `length` positions that holds the examples and pairs in this order; they must fit."""
     lane = Lane(
         units=tuple(units),
         number=number,
@@ -259,7 +259,7 @@ def fill_lane(units: Sequence[Unit], length: int, number: int = 0) -> Lane:
 
 
 def pack(units: Sequence[Unit], length: int) -> list[Lane]:
-    """Examples and pairs in lanes of `length` positions, first-fit decreasing; each once and whole.
+    """Packs whole examples and pairs, each once, into lanes of `length` positions by first-fit decreasing.
 
     Raises DataInvalid when one does not fit a lane.
     """
@@ -269,12 +269,12 @@ def pack(units: Sequence[Unit], length: int) -> list[Lane]:
 
 
 def pair_margins(lane: Lane, logprob_J: np.ndarray, reference_J: np.ndarray) -> np.ndarray:
-    """float64 [pairs]: by how much more than the reference a model prefers the chosen answer of each pair of a lane."""
-    with np.errstate(invalid="ignore"):  # a model that went bad says NaN, and is told so elsewhere
+    """Returns float64 [pairs]: how much more than the reference the model prefers each pair's chosen completion."""
+    with np.errstate(invalid="ignore"):  # a diverged model gives NaN, which is reported elsewhere
         change_J = np.where(lane.weight_J != 0, lane.pair_J * lane.weight_J * (logprob_J - reference_J), 0.0)
     return np.bincount((lane.segment_J - 1) // 2 + 1, change_J, 1 + len(lane.units))[1:]  # 0 is padding
 
 
 def real_tokens(lanes: Sequence[Lane]) -> int:
-    """Positions that hold an example: what a step computes and a tenant pays for."""
+    """Returns the number of positions that hold an example: what a step computes and a tenant is charged for."""
     return sum(int(np.count_nonzero(lane.segment_J != PADDING)) for lane in lanes)

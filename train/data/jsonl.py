@@ -1,4 +1,4 @@
-"""Lines of text to examples: OpenAI's chat and preference lines, prompt and completion, text, token ids.  Pure: no jax here."""
+"""Parses JSONL lines into examples: OpenAI chat and preferences, prompt and completion, text, token ids.  No jax."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jaxlora.core.errors import DataInvalid, JaxLoraError
 from train.data.examples import KINDS, Example, Pair, Rollout, Unit, check_kind
 
 ROLES = ("system", "user", "assistant")
-SHOWN_PROBLEMS = 5  # of a bad file; reading stops there
+SHOWN_PROBLEMS = 5  # problems reported of a bad file; reading stops there
 
 
 class Tokenizer(Protocol):
@@ -24,14 +24,14 @@ class Tokenizer(Protocol):
 
     @property
     def eos_ids(self) -> Collection[int]:
-        """Ids that end a turn or a text; the first one ends a completion."""
+        """Returns the ids that end a turn or a text; the first one ends a completion."""
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest token id."""
+        """Returns one more than the largest token id."""
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text."""
+        """Returns the token ids of a text."""
 
     def chat(
         self,
@@ -40,17 +40,17 @@ class Tokenizer(Protocol):
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
     ) -> list[int]:
-        """Token ids of a conversation under the model's chat template."""
+        """Returns the token ids of a conversation under the model's chat template."""
 
 
 # Examples of each kind.  A problem is a DataInvalid whose `param` is the field.
 
 
 def chat_example(tokenizer: Tokenizer, messages: object, *, max_tokens: int) -> Example:
-    """A conversation; trains every assistant turn whose `weight` is not 0: its content and its end-of-turn token.
+    """Returns the example of a conversation; trains content and end-of-turn token of assistant turns of weight not 0.
 
-    Each trained turn follows exactly the tokens that serving would prompt with.  What comes after the last trained
-    token is dropped: it could change nothing.
+    Each trained turn follows exactly the tokens that serving would prompt with.  Tokens after the last trained one are
+    dropped, since they cannot change the loss.
     Raises DataInvalid for a malformed conversation, one that does not end with the assistant, one over max_tokens, or
     one the chat template cannot train (see `_check_prefix`).
     """
@@ -63,10 +63,10 @@ def chat_example(tokenizer: Tokenizer, messages: object, *, max_tokens: int) -> 
 
 
 def preference_pair(tokenizer: Tokenizer, prompt: object, preferred: object, other: object, *, max_tokens: int) -> Pair:
-    """A conversation, {"messages": […]}, and two ways it goes on, of which the first is preferred.
+    """Returns the pair of a conversation, {"messages": […]}, and two continuations, of which the first is preferred.
 
-    Both are trained like `chat_example`, but nothing of the conversation before them is.
-    Raises DataInvalid for a malformed line, two answers that are the same, or more tokens than a lane of max_tokens - 1
+    Both are trained like `chat_example`; nothing of the conversation before them is trained.
+    Raises DataInvalid for a malformed line, two equal continuations, or more tokens than a lane of max_tokens - 1
     predictions holds of the two together.
     """
     if not isinstance(prompt, dict):
@@ -96,7 +96,7 @@ def preference_pair(tokenizer: Tokenizer, prompt: object, preferred: object, oth
 def _chat_example(
     tokenizer: Tokenizer, turns: list[dict[str, str]], trained: Mapping[int, str], field: str, max_tokens: int
 ) -> Example:
-    """The turns, of which those in `trained` (index → its field) have weight."""
+    """Returns the example of the turns; only those in `trained` (index → its field) have weight."""
     tokens = _render(tokenizer, turns, field, add_generation_prompt=False)
     weights = np.zeros(len(tokens), np.float32)
     for i, turn in trained.items():
@@ -117,9 +117,9 @@ def _chat_example(
 
 
 def completion_example(tokenizer: Tokenizer, prompt: object, completion: object, *, max_tokens: int) -> Example:
-    """A prompt, then a completion and the end-of-sequence token, which are trained.
+    """Returns the example of a prompt (not trained), then a completion and the end-of-sequence token (trained).
 
-    The two are tokenised apart, so that the prompt's tokens are the ones serving sees.
+    The two are tokenised separately, so that the prompt's tokens are the ones serving sees.
     Raises DataInvalid for a field that is not text, and for more than max_tokens tokens.
     """
     before = tokenizer.encode(_text(prompt, "prompt"))
@@ -132,7 +132,7 @@ def completion_example(tokenizer: Tokenizer, prompt: object, completion: object,
 
 
 def text_example(tokenizer: Tokenizer, text: object, *, max_tokens: int) -> Example:
-    """A text, all of it trained but its first token; no end-of-sequence token is added.
+    """Returns the example of a text, all trained except its first token; no end-of-sequence token is added.
 
     Raises DataInvalid when it is not text, has fewer than two tokens or more than max_tokens.
     """
@@ -141,16 +141,16 @@ def text_example(tokenizer: Tokenizer, text: object, *, max_tokens: int) -> Exam
 
 
 def token_example(input_ids: object, weights: object, *, max_tokens: int, vocab: int) -> Example:
-    """Ready token ids with one weight each: weights[i] weighs the prediction of token i, weights[0] is ignored.
+    """Returns the example of given token ids; weights[i] weights the prediction of token i, weights[0] is ignored.
 
-    Raises DataInvalid for an id outside [0, vocab), a weight that is no finite number, or arrays of unequal lengths.
+    Raises DataInvalid for an id outside [0, vocab), a weight that is not a finite number, or arrays of unequal lengths.
     """
     ids = _ids(input_ids, vocab)
     return _example(ids, _numbers(weights, len(ids), "weights"), max_tokens, "input_ids")
 
 
 def rollout_example(line: Mapping[str, object], *, max_tokens: int, vocab: int) -> Example:
-    """A sampled sequence: input_ids, logprobs and advantages, and weights (else 1) and sequence_ratio_mask (else 1).
+    """Returns the example of a sampled sequence: input_ids, logprobs, advantages; weights and sequence_ratio_mask or 1.
 
     Entry i belongs to the prediction of token i, entry 0 is ignored.  A prompt should have weight 0.
     Raises DataInvalid as `token_example` does.
@@ -176,7 +176,7 @@ def _ids(value: object, vocab: int) -> list[int]:
 
 
 def _numbers(value: object, count: int, field: str) -> np.ndarray:
-    """float32 [count]."""
+    """Returns the numbers as float32 [count]."""
     if not isinstance(value, list) or not all(type(x) in (int, float) and _fits_float32(x) for x in value):
         raise DataInvalid("must be a list of finite numbers", param=field)
     if len(value) != count:
@@ -185,7 +185,7 @@ def _numbers(value: object, count: int, field: str) -> np.ndarray:
 
 
 def _read_messages(messages: object, where: str, optional: tuple[str, ...]) -> tuple[list[dict[str, str]], list[int]]:
-    """(messages without their weights, indices of the assistant turns to train)."""
+    """Returns (messages without their weights, indices of the assistant turns to train)."""
     if not isinstance(messages, list) or not messages:
         raise DataInvalid(f"must be a list of at least one message, got {_kind(messages)}", param=where)
     turns: list[dict[str, str]] = []
@@ -213,7 +213,7 @@ def _check_last(turns: Sequence[Mapping[str, str]], where: str) -> None:
 
 
 def _render(tokenizer: Tokenizer, turns: list[dict[str, str]], field: str, *, add_generation_prompt: bool) -> list[int]:
-    """Tokens of the turns.  A refusal by the template (order of roles, no system message) becomes a DataInvalid."""
+    """Returns the turns' tokens.  Raises DataInvalid where the template refuses them (role order, system message)."""
     try:
         return tokenizer.chat(turns, add_generation_prompt=add_generation_prompt)
     except JaxLoraError as error:
@@ -221,7 +221,7 @@ def _render(tokenizer: Tokenizer, turns: list[dict[str, str]], field: str, *, ad
 
 
 def _check_prefix(prefix: list[int], whole: list[int], field: str, when: str) -> None:
-    """Raises DataInvalid unless `whole` starts with `prefix`: else training would see tokens that serving never does."""
+    """Raises DataInvalid unless `whole` starts with `prefix`: training would see tokens that serving never does."""
     if whole[: len(prefix)] != prefix:
         raise DataInvalid(
             f"the tokens of this turn change {when}: the chat template rewrites it, or white space at the start of the "
@@ -252,12 +252,12 @@ def _fits_float32(value: float) -> bool:
 
 
 def _shown(text: str) -> str:
-    """At most 40 characters of it, fit for any output: half surrogates are escaped."""
+    """Returns at most 40 characters of the text, fit for any output: lone surrogates are escaped."""
     return text[:40].encode(errors="backslashreplace").decode()
 
 
 def _kind(value: object) -> str:
-    """The JSON name of a value's type."""
+    """Returns the JSON name of a value's type."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number") + (" of length 0" if value in ([], {}) else "")
 
@@ -282,7 +282,7 @@ def load_jsonl(
     loss: str | None = CROSS_ENTROPY.name,
     name: str | None = None,
 ) -> list[Unit]:
-    """The examples or pairs of a JSONL file, in its order.  Each line is one object of a kind that the loss trains on:
+    """Returns the examples or pairs of a JSONL file, in its order.  A line is one object of a kind the loss trains on:
 
         cross_entropy  {"messages": [{"role", "content", "weight"?: 0 | 1}, …]}      {"prompt": text, "completion": text}
                        {"input_ids": [id, …], "weights": [number, …]}                {"text": text}
@@ -290,8 +290,8 @@ def load_jsonl(
         the others     {"input_ids": [id, …], "logprobs": [number, …], "advantages": [number, …], "weights"?: [number, …],
                         "sequence_ratio_mask"?: [0 | 1, …]}
 
-    loss: None takes lines of all kinds.  name: what errors call the file; None: its path.
-    Raises DataInvalid, naming the file, and line and field of the first problems, also when it cannot be read or holds no
+    loss: None accepts lines of all kinds.  name: what errors call the file; None: its path.
+    Raises DataInvalid, naming the file, and line and field of the first problems, also when it cannot be read or has no
     example.
     """
     name = str(path) if name is None else name
@@ -313,9 +313,9 @@ def load_jsonl(
 def read_examples(
     data: Iterable[Mapping[str, object] | Unit], tokenizer: Tokenizer, *, max_tokens: int, loss: str
 ) -> list[Unit]:
-    """Examples or pairs of objects as the lines of a file hold them, and of ready ones, in their order.
+    """Returns the examples or pairs of objects in the format of a file's lines, or of ready ones, in their order.
 
-    Raises DataInvalid, naming place (from 0) and field of the first problems, also when there is none.
+    Raises DataInvalid, naming index (from 0) and field of the first problems, also when there are none.
     """
 
     def unit(item: object) -> Unit:
@@ -332,7 +332,7 @@ def read_examples(
 
 
 def _collect(source: str, what: str, units: Iterable[tuple[int, Callable[[], Unit]]], loss: str | None) -> list[Unit]:
-    """The units that these calls make.  Raises one DataInvalid for the first problems, each with its number and field."""
+    """Returns the units that these calls make.  Raises one DataInvalid for the first problems, by number and field."""
     examples: list[Unit] = []
     problems: list[str] = []
     for number, make in units:
@@ -353,7 +353,7 @@ def _collect(source: str, what: str, units: Iterable[tuple[int, Callable[[], Uni
 
 
 def _parse_line(raw: bytes, *, first: bool) -> dict[str, object]:
-    """The JSON object of one line."""
+    """Returns the JSON object of one line."""
     if first and raw.startswith(b"\xef\xbb\xbf"):
         raise DataInvalid("the file starts with a byte order mark; save it as UTF-8 without one")
     try:
@@ -384,7 +384,7 @@ def _no_constant(name: str) -> object:
 
 
 def _read_line(line: dict[str, object], tokenizer: Tokenizer, max_tokens: int) -> Unit:
-    """The example or pair of one line; the kind is told by its keys."""
+    """Returns the example or pair of one line; its keys determine the kind."""
     if "input" in line or "preferred_output" in line or "non_preferred_output" in line:
         _check_keys(line, ("input", "preferred_output", "non_preferred_output"), (), "")
         answers = line["preferred_output"], line["non_preferred_output"]

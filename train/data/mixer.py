@@ -1,4 +1,4 @@
-"""Whose examples go into the next training batch: fair shares of tokens between tenants, with a bounded wait.
+"""Chooses whose examples go into the next training batch: fair shares of tokens between tenants, with a bounded wait.
 
 Policy.  A step has G lanes of J positions.  Two rules share them out:
 
@@ -7,8 +7,8 @@ Policy.  A step has G lanes of J positions.  Two rules share them out:
    Next-fit needs at most N = ceil(K / (G - k + 1)) steps for any order, with K the lanes of all tenants together and
    k those of the largest (and never more than one step a tenant).  So deadlines N + slack_steps apart can always be met,
    also after a tenant joins or leaves: next-fit never gets worse when a tenant is taken out (Murgolo 1988).
-2. The shares.  Lanes still free go to the largest deficit: a tenant is credited its weight's share of the tokens of each
-   step and debited the tokens it got.  A tenant that joins starts at zero, so nobody cashes in time spent away.
+2. The shares.  Free lanes go to the largest deficit: a tenant is credited its weight's share of the tokens of each
+   step and debited the tokens it got.  A tenant that joins starts at zero, so no time spent away is credited.
 
 Shape letters: G lanes, J positions in a lane.  Pure: no jax, no clock, no randomness; same calls, same batches.
 Source: deficit round robin (Shreedhar and Varghese 1995); earliest deadline first.
@@ -28,10 +28,10 @@ MAX_BATCH = 4096  # examples of one optimizer step: what the host packs at once
 
 @dataclass(frozen=True, slots=True)
 class MixedBatch:
-    """One step of training.  Every tenant in `due` has the rest of its batch in these lanes: apply its optimizer now."""
+    """The lanes of one training step.  A tenant in `due` has the rest of its batch here: apply its optimizer now."""
 
     lanes: list[tuple[str, Lane]]  # (tenant key, lane); at most G, a tenant's lanes side by side
-    due: list[str]  # tenant keys; one with lanes but not here goes on accumulating (split batches only)
+    due: list[str]  # tenant keys; a tenant with lanes that is not here keeps accumulating (split batches only)
 
 
 @dataclass(slots=True)
@@ -43,19 +43,19 @@ class _Tenant:
     split: bool
     worst: list[list[int]]  # lanes of the largest possible batch: ranks by length
     deadline: int  # step number
-    deficit: float = 0.0  # tokens owed to it
+    deficit: float = 0.0  # tokens owed to the tenant
     waiting: list[Lane] = field(default_factory=list)  # lanes of its current batch, not yet handed out
 
     @property
     def lanes(self) -> int:
-        """Lanes it may need in one step, at worst."""
+        """Returns the number of lanes the tenant may need in one step, at worst."""
         return 1 if self.split else len(self.worst)
 
 
 class Mixer:
     """Mixes the streams of many tenants into steps of `lanes` lanes of `length` positions.
 
-    slack_steps is the room for shares to differ: with 0 everybody takes turns, more lets weights and sizes count more
+    slack_steps is the room for shares to differ: with 0 all tenants take turns; more lets weights and sizes count more
     and a tenant wait longer.
     """
 
@@ -77,7 +77,7 @@ class Mixer:
 
     @property
     def longest_wait(self) -> int:
-        """Steps within which every tenant of now is in a batch, whoever joins or leaves meanwhile.
+        """Returns the steps within which every present tenant is in a batch, whoever joins or leaves meanwhile.
 
         For tenants of one lane: ceil(tenants / lanes) + slack_steps.
         """
@@ -89,9 +89,9 @@ class Mixer:
     def add(
         self, key: str, stream: ExampleStream, *, batch_size: int, weight: float = 1.0, split: bool = False
     ) -> None:
-        """A tenant joins, from the next step on: `batch_size` examples make one optimizer step of it.
+        """Adds a tenant from the next step on; `batch_size` examples make one optimizer step of it.
 
-        The mixer owns the stream from here on: its cursor moves when a batch is due, and is then the place to resume.
+        The mixer owns the stream from here on: its cursor moves when a batch is due; that is the place to resume from.
 
         split: a batch may be spread over several steps, accumulating; it is due with its last lane.
         Raises AlreadyExists for a known key; InvalidRequest for a batch size out of range or a weight that is not positive
@@ -107,7 +107,7 @@ class Mixer:
         tenant.deadline = self._step + self.longest_wait
 
     def check(self, examples: Sequence[Unit], batch_size: int, *, split: bool = False) -> list[list[int]]:
-        """Raises as `add` does for these examples and this batch size, from any thread; else the lanes of the largest batch."""
+        """Returns the lanes of the largest batch of these examples.  Raises as `add` does.  Thread-safe."""
         if not 1 <= batch_size <= MAX_BATCH:
             raise InvalidRequest(f"batch_size must be in [1, {MAX_BATCH}], got {batch_size}", param="batch_size")
         check_length(examples, self.length)
@@ -121,14 +121,14 @@ class Mixer:
         return worst
 
     def set_weight(self, key: str, weight: float) -> None:
-        """The tenant's share from the next step on.  Raises NotFound, InvalidRequest as `add` does."""
+        """Sets the tenant's share from the next step on.  Raises NotFound, and InvalidRequest as `add` does."""
         _check_weight(weight)
         if key not in self._tenants:
             raise NotFound(f"tenant {key} is not training", param="key")
         self._tenants[key].weight = weight
 
     def remove(self, key: str) -> int:
-        """A tenant leaves; returns its stream's cursor.  A split batch that was not yet due is not consumed.
+        """Removes a tenant and returns its stream's cursor.  A split batch that was not yet due is not consumed.
 
         Raises NotFound for an unknown key.
         """
@@ -140,7 +140,7 @@ class Mixer:
         return cursor
 
     def next(self) -> MixedBatch:
-        """The next step's lanes.  Raises StateInvalid when there are no tenants."""
+        """Returns the next step's lanes.  Raises StateInvalid when there are no tenants."""
         if not self._tenants:
             raise StateInvalid("no tenants to train; add one first")
         self._step += 1
@@ -154,7 +154,7 @@ class Mixer:
         return self._hand_out(counts)
 
     def _urgent(self, by_deadline: Sequence[_Tenant]) -> int:
-        """How many of the earliest deadlines must go now, so that the others can still meet theirs."""
+        """Returns how many of the earliest deadlines must go now, so that the others can still meet theirs."""
         room = self.lanes
         for count, tenant in enumerate(by_deadline):
             if self._can_wait(by_deadline[count:]):
@@ -165,7 +165,7 @@ class Mixer:
         return len(by_deadline)
 
     def _can_wait(self, by_deadline: Sequence[_Tenant]) -> bool:
-        """Whether these, next-fit in this order from the step after this one, all meet their deadlines."""
+        """Returns whether these, next-fit in this order from the step after this one, all meet their deadlines."""
         step, room = self._step + 1, self.lanes
         for tenant in by_deadline:
             if tenant.lanes > room:
@@ -176,11 +176,11 @@ class Mixer:
         return True
 
     def _least(self, tenant: _Tenant) -> int:
-        """Lanes that must be free for a tenant to go now."""
+        """Returns the number of lanes that must be free for a tenant to go now."""
         return 1 if tenant.split else len(tenant.waiting)
 
     def _share_out(self, order: Sequence[_Tenant]) -> dict[str, int]:
-        """Lanes of each tenant that goes now.  Everybody in order first; what is left lengthens split batches, in order."""
+        """Returns the lanes of each tenant that goes now: each its minimum, in order; the rest extends split ones."""
         counts: dict[str, int] = {}
         room = self.lanes
         for tenant in order:
@@ -195,7 +195,7 @@ class Mixer:
         return counts
 
     def _hand_out(self, counts: dict[str, int]) -> MixedBatch:
-        """The batch of these lanes; deadlines, deficits and cursors move on."""
+        """Returns the batch of these lanes; moves deadlines, deficits and cursors on."""
         batch = MixedBatch(lanes=[], due=[])
         spent: dict[str, int] = {}
         for key, count in counts.items():
@@ -208,7 +208,7 @@ class Mixer:
                 tenant.stream.take(tenant.batch_size)
                 batch.due.append(key)
         total, weights = sum(spent.values()), sum(t.weight for t in self._tenants.values())
-        limit = self.lanes * self.length * self.longest_wait  # else a tenant the bound favours would owe for ever
+        limit = self.lanes * self.length * self.longest_wait  # bounds the debt of a tenant the bound favours
         for tenant in self._tenants.values():
             owed = tenant.deficit + total * tenant.weight / weights - spent.get(tenant.key, 0)
             tenant.deficit = max(-limit, min(limit, owed))
@@ -221,9 +221,9 @@ def _check_weight(weight: float) -> None:
 
 
 def _worst_batch(examples: Sequence[Unit], batch_size: int, length: int) -> list[list[int]]:
-    """Lanes, as ranks by length, of a batch at least as long, rank by rank, as any that the stream can give.
+    """Returns the lanes, as ranks by length, of a batch at least as long, rank by rank, as any the stream can give.
 
-    A batch may reach into several epochs, and then hold an example once for each.
+    A batch may span several epochs, and then holds an example once for each.
     """
     epochs = math.ceil((batch_size - 1) / len(examples)) + 1
     longest = sorted((e.predictions for e in examples), reverse=True)[:batch_size]
@@ -232,9 +232,9 @@ def _worst_batch(examples: Sequence[Unit], batch_size: int, length: int) -> list
 
 
 def _pack_batch(tenant: _Tenant, length: int) -> list[Lane]:
-    """The lanes of a tenant's next batch, at most as many as its worst one.
+    """Returns the lanes of a tenant's next batch, at most as many as its worst one.
 
-    First-fit decreasing can need one lane more for smaller examples; then they sit where the worst batch's ranks sit,
+    First-fit decreasing can need one lane more for smaller examples; then they take the worst batch's places,
     which always fits.
     """
     examples = sorted(tenant.stream.peek(tenant.batch_size), key=lambda e: -e.predictions)

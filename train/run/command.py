@@ -1,15 +1,15 @@
-"""`jaxlora train CONFIG.toml`: every tenant of a file trains together; states, metrics, adapters and a plot land in `out`.
+"""`jaxlora train CONFIG.toml` trains every tenant of a file together; `out` gets states, metrics, adapters and a plot.
 
-out/TENANT/state/        Orbax checkpoints of its training state; a second run goes on from the newest
-out/TENANT/metrics.csv   a row a step
+out/TENANT/state/        Orbax checkpoints of its training state; a second run resumes from the newest
+out/TENANT/metrics.csv   one row for each step
 out/TENANT/tensorboard/  the same numbers as an event file: `tensorboard --logdir out`
 out/TENANT/peft/         the trained adapter as a PEFT folder
-out/TENANT/adapter.json  which step and which version that is
+out/TENANT/adapter.json  step and version of that adapter
 out/store/               adapter versions, for `jaxlora serve`
 out/loss.png
 
-Several processes (`mesh.processes`) take every step together and read the same files; the lead alone writes and prints.
-What they decide from files they decide before the first step, while nobody writes.
+Several processes (`mesh.processes`) take every step together and read the same files; only the lead writes and prints.
+What they decide from files they decide before the first step, while no process writes.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from train.run.progress import ProgressScreen, progress
 from train.step.state import SlotState
 from train.trainer import MAX_BAD_STEPS, Evaluation, Trainer
 
-HOST_BYTES = 2**30  # of adapter versions kept in RAM
+HOST_BYTES = 2**30  # adapter versions kept in RAM
 
 
 @dataclass(slots=True)
@@ -56,23 +56,23 @@ class Job:
 
     folder: Path  # out/TENANT
     heldout: list[Unit]  # may be empty
-    identity: dict[str, object]  # what its training state was made with
+    identity: dict[str, object]  # what determined its training state
     saved: int | None = None  # step of its newest checkpoint
     delivered: int | None = None  # step of the adapter in the store and in `peft`
-    version: int | None = None  # of that adapter; the lead knows it
+    version: int | None = None  # of that adapter; only the lead knows it
 
     @property
     def states(self) -> Path:
-        """Its checkpoints."""
+        """Returns the folder of the tenant's checkpoints."""
         return (self.folder / "state").absolute()
 
     @property
     def metrics(self) -> Path:
-        """A row a step."""
+        """Returns the path of the metrics file, which has one row for each step."""
         return self.folder / "metrics.csv"
 
     def read_delivery(self) -> None:
-        """Finds what an earlier run delivered."""
+        """Reads which step and version an earlier run delivered."""
         try:
             written = json.loads((self.folder / "adapter.json").read_bytes())
         except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -81,7 +81,7 @@ class Job:
             self.delivered, self.version = written.get("step"), written.get("version")
 
 
-# What differs, in the words of the file, for each key of Job.identity.
+# Text of an error message for a difference in each key of Job.identity.
 IDENTITY = {
     "base": "base model ([model] path)",
     "spec": "rank, alpha, targets, rslora or dropout",
@@ -96,7 +96,7 @@ IDENTITY = {
 def main(config_path: Path) -> None:
     """Trains all tenants of the file to their last step and writes `out`.  Ctrl-C saves all states first.
 
-    Raises an error of the tree, nearly always before anything is written: ConfigInvalid, DataInvalid, ModelInvalid,
+    Raises a JaxLoraError, nearly always before anything is written: ConfigInvalid, DataInvalid, ModelInvalid,
     AdapterInvalid and InvalidRequest for what the file asks for, StateInvalid for tenants that failed, StorageFailed for
     an `out` that cannot be written or read.
     """
@@ -108,7 +108,7 @@ def main(config_path: Path) -> None:
     with console.status("opening the base model"):
         opened = open_base(config.model, config.mesh)
     trainer = make_trainer(config, opened)
-    jobs = seat_tenants(trainer, config, opened)
+    jobs = add_tenants(trainer, config, opened)
     for tenant in trainer.tenants.values():
         if tenant.step:
             say(console, f"{progress(tenant)}, from its checkpoint")
@@ -121,14 +121,14 @@ def main(config_path: Path) -> None:
             trainer.warm_up()
         with console.status("asking the base model for the held-out examples"):
             before = evaluate_all(trainer, jobs, list(jobs), tuned=False)
-        fresh = {name: e.nll for name, e in before.items() if not trainer.tenants[name].step}  # B is zero: as the base
+        fresh = {name: e.nll for name, e in before.items() if not trainer.tenants[name].step}  # B is zero: same as base
         run_steps(trainer, config, opened, jobs, store, console, ProgressScreen(trainer.tenants, fresh))
         finish(trainer, config, jobs, console, before)
 
 
 @contextlib.contextmanager
 def open_store(config: TrainConfig) -> Generator[AdapterStore | None]:
-    """Where adapters go; None in a process that does not write."""
+    """Opens the store that receives adapters; yields None in a process that does not write."""
     if not multihost.is_lead():
         yield None
         return
@@ -137,7 +137,7 @@ def open_store(config: TrainConfig) -> Generator[AdapterStore | None]:
 
 
 def make_trainer(config: TrainConfig, opened: Opened) -> Trainer:
-    """A trainer of the file's sizes, with a head target only where a tenant wants one."""
+    """Returns a trainer of the file's sizes, with a head target only where a tenant wants one."""
     wanted = {target for tenant in config.tenant for target in tenant.targets}
     targets = LAYER_TARGETS + ((HEAD_TARGET,) if HEAD_TARGET in wanted else ())
     buckets = [PoolSpec(slots=n, rank=rank, dtype="float32", targets=targets) for rank, n in config.buckets]
@@ -154,21 +154,21 @@ def make_trainer(config: TrainConfig, opened: Opened) -> Trainer:
 
 
 def readable(path: Path) -> Path:
-    """The same place without `..`, relative to the working folder where it lies in it."""
+    """Returns the path without `..`, relative to the working folder where it lies in it."""
     whole = path.resolve()
     return whole.relative_to(Path.cwd()) if whole.is_relative_to(Path.cwd()) else whole
 
 
 def say(console: Console, line: str) -> None:
-    """Prints a line as it is, however wide the terminal."""
+    """Prints a line without wrapping, however narrow the terminal."""
     console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 # ---- before -----------------------------------------------------------------------------------------------------
 
 
-def seat_tenants(trainer: Trainer, config: TrainConfig, opened: Opened) -> dict[str, Job]:
-    """Reads every tenant's files and seats it, from its checkpoint if it has one; the jobs by tenant."""
+def add_tenants(trainer: Trainer, config: TrainConfig, opened: Opened) -> dict[str, Job]:
+    """Reads every tenant's files and gives it a slot, from its checkpoint if it has one; returns the jobs by tenant."""
     jobs = {}
     limit = config.lane_tokens + 1
     for section in config.tenant:
@@ -187,12 +187,12 @@ def seat_tenants(trainer: Trainer, config: TrainConfig, opened: Opened) -> dict[
         job = jobs[section.name] = Job(config.out / section.name, heldout, identity)
         check_identity(section.name, job)
         job.read_delivery()
-        seat(trainer, config, section, examples, job)
+        add_tenant(trainer, config, section, examples, job)
     return jobs
 
 
 def check_identity(name: str, job: Job) -> None:
-    """Raises ConfigInvalid when the tenant's newest checkpoint was made with something else."""
+    """Raises ConfigInvalid when the tenant's newest checkpoint was made from another identity."""
     saved = read_meta(job.states)
     differs = [] if saved is None else [key for key in IDENTITY if saved.get(key) != job.identity[key]]
     if differs:
@@ -203,8 +203,10 @@ def check_identity(name: str, job: Job) -> None:
         )
 
 
-def seat(trainer: Trainer, config: TrainConfig, section: TenantSection, examples: Sequence[Unit], job: Job) -> None:
-    """The tenant joins, with its newest checkpoint if it has one."""
+def add_tenant(
+    trainer: Trainer, config: TrainConfig, section: TenantSection, examples: Sequence[Unit], job: Job
+) -> None:
+    """Adds the tenant to the trainer, with its newest checkpoint if it has one."""
     name, spec = section.name, section.spec
     optimizer = section.optimizer(default_steps=config.steps, default_lr=default_lr(trainer.base.config))
     try:
@@ -229,7 +231,7 @@ def seat(trainer: Trainer, config: TrainConfig, section: TenantSection, examples
 
 
 def evaluate_all(trainer: Trainer, jobs: dict[str, Job], names: Sequence[str], *, tuned: bool) -> dict[str, Evaluation]:
-    """Held-out loss and accuracy of those of the tenants that have held-out examples, with their adapters or of the base alone."""
+    """Returns held-out results of the tenants with held-out examples, under their adapters or the base alone."""
     names = [name for name in names if jobs[name].heldout]
     work = [(jobs[name].heldout, name) for name in names]
     return dict(zip(names, trainer.evaluate_all(work, tuned=tuned), strict=True))
@@ -247,9 +249,9 @@ def run_steps(
     console: Console,
     screen: ProgressScreen,
 ) -> None:
-    """Steps until every tenant is done or has failed, with a line per tenant, metrics files, checkpoints and adapters.
+    """Runs steps until every tenant is done or has failed; writes progress lines, metrics, checkpoints and adapters.
 
-    With each checkpoint, and when it is done, a tenant's held-out examples are asked.
+    A tenant's held-out examples are evaluated at each checkpoint and when it is done.
     Raises KeyboardInterrupt after a Ctrl-C, when the step is finished and every state is saved.
     """
     for name, job in jobs.items():
@@ -262,10 +264,10 @@ def run_steps(
     stopped = False
     with (
         event_files(trainer, jobs) if store is not None else contextlib.nullcontext({}) as events,
-        ctrl_c_waits() as asked,
+        ctrl_c_waits() as stop_requested,
         Live(screen.table(), console=console, refresh_per_second=4) as live,
     ):
-        while trainer.has_work and not (stopped := multihost.any_says(asked.is_set())):
+        while trainer.has_work and not (stopped := multihost.any_says(stop_requested.is_set())):
             reports = trainer.step()
             marks = [
                 r.tenant
@@ -286,7 +288,7 @@ def run_steps(
                     deliver(trainer, name, job, opened, store)
                     continue
                 save_tenant(trainer, name, job)
-                if not console.is_terminal:  # a log has no table that changes
+                if not console.is_terminal:  # a log cannot show a table that changes
                     say(console, screen.line(name))
             live.update(screen.table())
         for name, job in jobs.items():
@@ -299,7 +301,7 @@ def run_steps(
 
 @contextlib.contextmanager
 def event_files(trainer: Trainer, jobs: dict[str, Job]) -> Generator[dict[str, EventFile]]:
-    """The event files of those who train, with what their metrics files hold already; closed at the end."""
+    """Opens the event files of the tenants that train, with the rows of their metrics files; closes them at the end."""
     with contextlib.ExitStack() as files:
         events = {}
         for name, job in jobs.items():
@@ -311,23 +313,23 @@ def event_files(trainer: Trainer, jobs: dict[str, Job]) -> Generator[dict[str, E
 
 @contextlib.contextmanager
 def ctrl_c_waits() -> Generator[threading.Event]:
-    """The event is set by the first Ctrl-C, which interrupts nothing: a step is never torn.  The second one interrupts."""
-    asked = threading.Event()
+    """Yields an event that the first Ctrl-C sets without interrupting a step.  The second Ctrl-C interrupts."""
+    stop_requested = threading.Event()
 
     def note(signum: int, frame: object) -> None:
-        if asked.is_set():
+        if stop_requested.is_set():
             raise KeyboardInterrupt
-        asked.set()
+        stop_requested.set()
 
     before = signal.signal(signal.SIGINT, note)
     try:
-        yield asked
+        yield stop_requested
     finally:
         signal.signal(signal.SIGINT, before)
 
 
 def save_tenant(trainer: Trainer, name: str, job: Job) -> None:
-    """Writes the tenant's training state as one more numbered checkpoint, unless that step is there."""
+    """Writes the tenant's training state as a new numbered checkpoint, unless that step exists."""
     tenant = trainer.tenants[name]
     if tenant.step and tenant.step != job.saved:
         state = jax.device_get(trainer.unseat(name))  # in every process: it is a program of the whole mesh
@@ -337,7 +339,7 @@ def save_tenant(trainer: Trainer, name: str, job: Job) -> None:
 
 
 def deliver(trainer: Trainer, name: str, job: Job, opened: Opened, store: AdapterStore | None) -> None:
-    """The tenant's adapter becomes a version of the store and its PEFT folder; then its last state is saved."""
+    """Adds the tenant's adapter to the store as a version, writes its PEFT folder, then saves its last state."""
     weights, version = trainer.adapter(name), 1  # in every process, as below
     if store is not None:
         ref = store.add(name, name, weights)
@@ -357,7 +359,7 @@ def deliver(trainer: Trainer, name: str, job: Job, opened: Opened, store: Adapte
 def finish(
     trainer: Trainer, config: TrainConfig, jobs: dict[str, Job], console: Console, before: dict[str, Evaluation]
 ) -> None:
-    """The plot and the table of held-out results.  Raises StateInvalid, naming the tenants that failed."""
+    """Writes the plot and the table of held-out results.  Raises StateInvalid, naming the tenants that failed."""
     if multihost.is_lead():
         plot_curves({name: metrics.losses(job.metrics) for name, job in jobs.items()}, config.out / "loss.png")
     with console.status("asking the adapters for the held-out examples"):

@@ -1,6 +1,6 @@
-"""What a run keeps of its steps, tenant by tenant: metrics.csv, and the same numbers for TensorBoard and as a picture.
+"""Metrics of a training run, one set for each tenant: metrics.csv, a TensorBoard event file and plots of the loss.
 
-metrics.csv has one row for each optimizer step of a tenant.  After a resume all three go on where the checkpoint was.
+metrics.csv has one row for each optimizer step of a tenant.  A resumed run continues all three from its checkpoint.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from train.trainer import StepReport
 
 # The file's header.
 COLUMNS = ("step", "loss", "accuracy", "lr", "grad_norm", "tokens", "finite")
-SCALARS = ("loss", "accuracy", "lr", "grad_norm", "tokens")  # of them, what TensorBoard shows
-FLUSH_S = 5  # after which a row is on disk for TensorBoard
+SCALARS = ("loss", "accuracy", "lr", "grad_norm", "tokens")  # columns that TensorBoard shows
+FLUSH_S = 5  # seconds until a row is on disk for TensorBoard
 
 Curve = tuple[Sequence[int], Sequence[float]]  # optimizer steps, and the loss of each
 
 
 def append(path: Path, report: StepReport) -> None:
-    """Adds the report's row, below a header in a new file."""
+    """Appends the report's row; a new file gets a header first."""
     new = not path.exists()
     with path.open("a", newline="") as file:
         writer = csv.writer(file)
@@ -32,18 +32,18 @@ def append(path: Path, report: StepReport) -> None:
 
 
 def row_of(report: StepReport) -> dict[str, str]:
-    """The report's row, column → what the file holds."""
+    """Returns the report's row: column → text in the file."""
     values = {column: getattr(report, column) for column in COLUMNS}
     return {column: f"{value:.7g}" if isinstance(value, float) else str(value) for column, value in values.items()}
 
 
 def rows(path: Path) -> list[dict[str, str]]:
-    """All rows of a file, column → text; none of one that is not there."""
+    """Returns all rows of a file, column → text; none when the file does not exist."""
     return [dict(zip(COLUMNS, row, strict=True)) for row in _rows(path)]
 
 
 def cut(path: Path, step: int) -> None:
-    """Drops the rows after `step`: what was trained past the last checkpoint is trained again."""
+    """Removes the rows after `step`: steps past the last checkpoint are trained again."""
     if not path.exists():
         return
     kept = io.StringIO(newline="")
@@ -52,13 +52,13 @@ def cut(path: Path, step: int) -> None:
 
 
 def losses(path: Path) -> tuple[list[int], list[float]]:
-    """(steps, the loss of each) of all rows."""
+    """Returns (steps, the loss of each) of all rows."""
     found = rows(path)
     return [int(row["step"]) for row in found], [float(row["loss"]) for row in found]
 
 
 def _rows(path: Path) -> list[list[str]]:
-    """The rows below the header, without one that a crash left half written."""
+    """Returns the rows below the header, without one that a crash left incomplete."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
@@ -66,12 +66,12 @@ def _rows(path: Path) -> list[list[str]]:
 
 
 class EventFile:
-    """An event file of TensorBoard for one tenant: the numbers of its metrics.csv, digit for digit, as scalars by step."""
+    """TensorBoard event file of one tenant: the numbers of its metrics.csv, digit for digit, as scalars by step."""
 
     def __init__(self, folder: Path, rows: Iterable[Mapping[str, str]]):
-        """It starts with these rows of the metrics file, which get the time of now and hide all that earlier files hold.
+        """Starts with these rows of the metrics file, which get the present time and hide all that earlier files hold.
 
-        They are written again because a killed process may have lost some of those it had not flushed.
+        They are written again because a killed process may have lost rows that it had not flushed.
         """
         from tensorboardX import SummaryWriter  # half a second to import, and only needed here
 
@@ -85,12 +85,12 @@ class EventFile:
             self._writer.add_scalar(name, float(row[name]), int(row["step"]))
 
     def close(self) -> None:
-        """Returns when all rows are on disk.  No more may come."""
+        """Returns when all rows are on disk.  No row may be added afterwards."""
         self._writer.close()
 
 
 def plot_losses(losses: Mapping[str, Sequence[float]], path: Path) -> None:
-    """As `plot_curves`, of losses from step 1 on."""
+    """Plots losses from step 1 on, as `plot_curves` does."""
     plot_curves({name: (range(1, len(values) + 1), values) for name, values in losses.items()}, path)
 
 

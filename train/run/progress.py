@@ -1,4 +1,4 @@
-"""What the screen shows of a run: a line per tenant."""
+"""Progress of a training run on the screen: one line per tenant."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from train.trainer import StepReport, Tenant
 
 
 class ProgressScreen:
-    """The newest numbers of each tenant, and how fast it goes."""
+    """Collects the newest numbers and the speed of each tenant, and renders them."""
 
     def __init__(
         self,
@@ -20,7 +20,7 @@ class ProgressScreen:
         heldout: Mapping[str, float],
         clock: Callable[[], float] = time.perf_counter,
     ):
-        """`heldout`: held-out losses that are known from the start; `clock` gives seconds."""
+        """heldout: held-out losses that are known from the start.  clock: returns seconds."""
         self._tenants, self._clock = tenants, clock
         self._heldout = dict(heldout)
         self._reports: dict[str, StepReport] = {}
@@ -29,31 +29,31 @@ class ProgressScreen:
         self._start_s = clock()
 
     def note(self, report: StepReport) -> None:
-        """One more step of a tenant."""
+        """Records one more step of a tenant."""
         self._reports[report.tenant] = report
         self._tokens[report.tenant] += report.tokens
         self._took_s[report.tenant] = self._clock() - self._start_s
 
     def note_heldout(self, name: str, loss: float) -> None:
-        """A held-out loss of the tenant's present weights."""
+        """Records a held-out loss of the tenant's present weights."""
         self._heldout[name] = loss
 
     def _speed(self, name: str) -> str:
-        """Tokens a second since the start, of this tenant."""
+        """Returns the tenant's tokens per second since the start."""
         return f"{self._tokens[name] / max(self._took_s[name], 1e-9):.0f}"
 
     def _heldout_loss(self, name: str) -> str:
         return f"{self._heldout[name]:.3f}" if name in self._heldout else ""
 
     def line(self, name: str) -> str:
-        """The tenant's newest step in words, for a log."""
+        """Returns the tenant's newest step as a line of a log."""
         report, heldout = self._reports[name], self._heldout_loss(name)
         words = [f"{progress(self._tenants[name])}, loss {report.loss:.3f}"]
         words += [f"held-out {heldout}"] if heldout else []
         return ", ".join([*words, f"{self._speed(name)} tokens/s"])
 
     def table(self) -> Table:
-        """All tenants as they are now."""
+        """Returns a table of all tenants as they are now."""
         running = any(tenant.status == "running" for tenant in self._tenants.values())
         caption = "Ctrl-C finishes the step, saves every state and stops" if running else None
         table = Table(caption=caption, collapse_padding=True, pad_edge=False)  # fits 80 columns
@@ -71,5 +71,5 @@ class ProgressScreen:
 
 
 def progress(tenant: Tenant) -> str:
-    """How far a tenant is, in words."""
+    """Returns how far a tenant is, as text."""
     return f"{tenant.name}: step {tenant.step} of {tenant.optimizer.total_steps}"

@@ -1,4 +1,4 @@
-"""What a step trains on, as arrays: lanes packed into a TrainBatch, and their sums.
+"""TrainBatch and LaneSums: the arrays a training step reads and returns, and how lanes are packed into them.
 
 Shape letters: G lanes, J positions of a lane."""
 
@@ -17,40 +17,40 @@ from train.data.examples import Lane
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class TrainBatch:
-    """Lanes of one step.  A lane is one packed row of one tenant; lanes without work have slot NO_ADAPTER and no weight."""
+    """Lanes of one step.  A lane is one packed row of one tenant; an idle lane has slot NO_ADAPTER and no weight."""
 
     token_GJ: jax.Array  # int32
-    target_GJ: jax.Array  # int32 what should follow
+    target_GJ: jax.Array  # int32 id to predict
     weight_GJ: jax.Array  # float32 of that prediction; 0 is not trained
     position_GJ: jax.Array  # int32 place in its segment
     segment_GJ: jax.Array  # int32 example within the lane, from 1; 0 is padding
     reference_GJ: jax.Array  # float32 log-probability of the target when sampled, or under DPO's reference model
     advantage_GJ: jax.Array  # float32
     ratio_GJ: jax.Array  # bool: counts in the ratio of its sequence (gspo)
-    pair_GJ: jax.Array  # int32: 1 in a chosen answer, -1 in the rejected one, which is the next segment; 0: no pair
+    pair_GJ: jax.Array  # int32: 1 in a chosen completion, -1 in the rejected one, which is the next segment; 0: no pair
     low_GJ: jax.Array  # float32 bounds of the ratio (ppo, cispo, gspo)
     high_GJ: jax.Array  # float32
     beta_G: jax.Array  # float32 (dpo, dro)
-    loss_G: jax.Array  # int32 which loss: a place in `config.LOSSES`
-    dropout_G: jax.Array  # float32 share of what A reads that is dropped in training
-    draw_GN: jax.Array  # int32 [G, 3] what its random numbers come from: the tenant's seed, its step, the lane's number
-    slot_G: jax.Array  # int32 whose lane
+    loss_G: jax.Array  # int32 which loss: an index into `config.training.LOSSES`
+    dropout_G: jax.Array  # float32 dropout rate of the inputs of A
+    draw_GN: jax.Array  # int32 [G, 3] seeds of the dropout mask: the tenant's seed, its step, the lane's number
+    slot_G: jax.Array  # int32 slot of the lane's tenant
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class LaneSums:
-    """What each lane's tokens summed to, float32 [G], and each token's log-probability."""
+    """Sums over each lane's tokens, float32 [G], and each target's log-probability."""
 
-    loss_G: jax.Array  # the lane's own loss, weighted
-    weight_G: jax.Array  # weights
-    hit_G: jax.Array  # targets that were the likeliest token
-    count_G: jax.Array  # targets
+    loss_G: jax.Array  # the lane's own weighted loss
+    weight_G: jax.Array  # sum of weights
+    hit_G: jax.Array  # number of targets that were the likeliest token
+    count_G: jax.Array  # number of targets
     logprob_GJ: jax.Array  # float32 of each target; 0 where its weight is 0
 
 
 def idle_batch(lanes: int, length: int) -> TrainBatch:
-    """A NumPy batch of empty lanes, for `put_lane` to fill."""
+    """Returns a NumPy batch of idle lanes, which `put_lane` fills."""
 
     def zeros(*shape: int, dtype: type = np.float32) -> jax.Array:
         return np.zeros(shape, dtype)  # ty: ignore[invalid-explicit-return]
@@ -76,7 +76,7 @@ def idle_batch(lanes: int, length: int) -> TrainBatch:
 
 
 def idle_sums(lanes: int, length: int) -> LaneSums:
-    """The sums of empty lanes, in NumPy, for `put_sums`."""
+    """Returns the sums of idle lanes, in NumPy, which `put_sums` fills."""
 
     def zeros(*shape: int) -> jax.Array:
         return np.zeros(shape, np.float32)  # ty: ignore[invalid-explicit-return]
@@ -91,13 +91,13 @@ def idle_sums(lanes: int, length: int) -> LaneSums:
 
 
 def put_sums(sums: LaneSums, start: int, some: LaneSums) -> None:
-    """Writes the sums of some lanes, from number `start` on, into those of all (NumPy)."""
+    """Writes the sums of some lanes, from lane `start` on, into those of all lanes (NumPy)."""
     for whole, part in zip(jax.tree.leaves(sums), jax.tree.leaves(some), strict=True):
         whole[start : start + len(part)] = part
 
 
 def put_lane(batch: TrainBatch, g: int, lane: Lane, slot: int, loss: Loss, reference_J: np.ndarray) -> None:
-    """Writes lane g of a NumPy batch; `reference_J` are the log-probabilities that its loss compares with."""
+    """Writes lane g of a NumPy batch; `reference_J` holds the log-probabilities that its loss compares with."""
     batch.token_GJ[g], batch.target_GJ[g], batch.weight_GJ[g] = lane.token_J, lane.target_J, lane.weight_J
     batch.position_GJ[g], batch.segment_GJ[g], batch.slot_G[g] = lane.position_J, lane.segment_J, slot
     batch.advantage_GJ[g], batch.ratio_GJ[g], batch.pair_GJ[g] = lane.advantage_J, lane.ratio_J, lane.pair_J
@@ -107,5 +107,5 @@ def put_lane(batch: TrainBatch, g: int, lane: Lane, slot: int, loss: Loss, refer
 
 
 def put_dropout(batch: TrainBatch, g: int, lane: Lane, rate: float, seed: int, step: int) -> None:
-    """Writes what lane g drops: random numbers of this tenant, step and lane, whatever slot and batch they are in."""
+    """Writes lane g's dropout: the mask depends on tenant, step and lane only, whatever slot and batch they are in."""
     batch.dropout_G[g], batch.draw_GN[g] = rate, np.array([seed, step, lane.number], np.uint32).view(np.int32)

@@ -1,8 +1,8 @@
-"""The adapters of a step's lanes: the rows of each lane's slot, out of all buckets.
+"""LoRA rows of a step's lanes: the rows of each lane's slot, taken from all slot buckets.
 
-`lane_rows` takes them, of all layers at once where they are kept for later (`parts`).  `StepLora` takes those of a layer when it
-runs, so no copy of all is made: a gradient of the rows then arrives at *taps*, zeros of their shape that nobody reads.
-
+`lane_rows` gathers those of all layers at once where they are kept for later (`microsteps`).  `StepLora` gathers a
+layer's when the layer runs, so no copy of all is made: a gradient of the rows then arrives at *taps*, zeros of their
+shape that are never read.
 Shape letters: G lanes, L layers, S slots of a bucket, R LoRA rank, X features, T tokens.
 """
 
@@ -21,12 +21,12 @@ from train.step.optimizer import Halves
 
 
 def slots_of(pool: Rows) -> int:
-    """How many slots a bucket has."""
+    """Returns how many slots a bucket has."""
     return next(iter(pool.values())).scale_LS.shape[1]
 
 
 def own_slots(slots: Sequence[int], slot_G: jax.Array) -> list[jax.Array]:
-    """The slots of each bucket of so many, counted from its start; NO_ADAPTER where a slot is another's."""
+    """Returns each bucket's own slots, counted from its start; NO_ADAPTER where a slot is another bucket's."""
     own, start = [], 0
     for count in slots:
         end = start + count
@@ -36,13 +36,13 @@ def own_slots(slots: Sequence[int], slot_G: jax.Array) -> list[jax.Array]:
 
 
 def lane_rows(pools: Sequence[Rows], slot_G: jax.Array, layer: jax.Array | None = None) -> Rows:
-    """Each lane's rows, [L, G, R, X] or of one layer [G, R, X], with the largest rank of all buckets.
+    """Returns each lane's rows, [L, G, R, X] or of one layer [G, R, X], with the largest rank of all buckets.
 
-    Past a slot's own rank, and where a lane has none, they are zero.
+    They are zero past a slot's own rank, and where a lane has no slot.
     """
     own = own_slots([slots_of(pool) for pool in pools], slot_G)
     rank = max(rows.a_LSRX.shape[2] for pool in pools for rows in pool.values())
-    before = 0 if layer is None else 1  # axes that are missing before that of lanes
+    before = 0 if layer is None else 1  # axes missing before that of lanes
 
     def taken(pool: Rows, slot_G: jax.Array) -> Rows:
         if layer is None:
@@ -50,12 +50,12 @@ def lane_rows(pools: Sequence[Rows], slot_G: jax.Array, layer: jax.Array | None 
         return jax.tree.map(lambda x: take_layer_rows(x, layer, slot_G), pool)
 
     def padded(x: jax.Array) -> jax.Array:
-        """With zero rows up to this rank; scales as they are."""
+        """Returns the rows padded with zeros up to this rank; scales as they are."""
         is_scale = x.ndim + before == 2
         return x if is_scale else jnp.pad(x, [*[(0, 0)] * (x.ndim - 2), (0, rank - x.shape[-2]), (0, 0)])
 
     def choose(*of_buckets: jax.Array) -> jax.Array:
-        """Of the arrays of all buckets, each lane's own."""
+        """Returns each lane's own from the arrays of all buckets."""
         chosen = padded(of_buckets[0])
         for slot_G, x in zip(own[1:], of_buckets[1:], strict=True):
             has = (slot_G != NO_ADAPTER).reshape((1,) * (1 - before) + (-1,) + (1,) * (x.ndim + before - 2))
@@ -66,10 +66,10 @@ def lane_rows(pools: Sequence[Rows], slot_G: jax.Array, layer: jax.Array | None 
 
 
 class StepLora(LaneLora):
-    """Adapted linears of lanes that take a layer's rows from the pools when it runs."""
+    """Adapted linears of lanes; takes a layer's rows from the pools when the layer runs."""
 
     def __init__(self, pools: Sequence[Rows], slot_G: jax.Array, layout: LoraLayout, taps_LG: Halves | None = None):
-        """`taps_LG`: of every target, as `lane_rows` gives halves; None where no gradient is asked for."""
+        """taps_LG: halves of every target, shaped as `lane_rows` gives them; None where no gradient is computed."""
         head, rest = (
             [{t: r for t, r in pool.items() if (t == HEAD_TARGET) is wanted} for pool in pools]
             for wanted in (True, False)
@@ -85,7 +85,7 @@ class StepLora(LaneLora):
     def deltas(  # ty: ignore[incompatible-method-override]
         self, layer: tuple[jax.Array, Halves], targets: tuple[str, ...], x_TX: jax.Array
     ) -> tuple[jax.Array | None, ...]:
-        """As LaneLora's."""
+        """Returns a layer's LoRA deltas, as LaneLora.deltas does."""
         index, taps = layer
         pools = [{t: pool[t] for t in targets if t in pool} for pool in self._pools]
         rows = _attached(lane_rows(pools, self._slot_G, index), taps) if pools[0] else {}
@@ -93,7 +93,7 @@ class StepLora(LaneLora):
 
 
 def _attached(rows: Rows, taps: Halves) -> Rows:
-    """The rows; a gradient of theirs is that of the taps, where there are some."""
+    """Returns the rows; where there are taps, the rows' gradient goes to the taps."""
     attached = {}
     for target, row in rows.items():
         a, b = row.a_LSRX, row.b_LSRY

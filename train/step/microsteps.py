@@ -1,4 +1,4 @@
-"""A training step in parts, so that whoever shares the device waits for one of them and not for the step.
+"""A training step split into microsteps, so that other work on the device waits for one microstep and not for the step.
 
 A pass takes a few lanes through the model: some layers at a time forward, some targets at a time through the head, and
 back again.  A pass of all lanes, then an update slot by slot, is what `train_step` does in one program.
@@ -41,21 +41,21 @@ from train.step.step import lane_attend, lane_tokens, lora_layout, summed, targe
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Waiting:
-    """A gradient that waits for its cotangent.  It reads the base's arrays and keeps none: a jitted program returns copies."""
+    """A gradient waiting for its cotangent.  It reads the base's arrays, stores none: jit copies its outputs."""
 
     kept: list[jax.Array]
     form: tuple[jax.tree_util.PyTreeDef, tuple[str | None, ...]] = jax.tree.static()  # which leaves are the base's
 
     @staticmethod
     def of(pull: Callable[[jax.Array], tuple], read: Mapping[str, jax.Array]) -> Waiting:
-        """What `jax.vjp` gave of a function that read these arrays of the base, in the same trace."""
+        """Wraps what `jax.vjp` returned for a function that read these arrays of the base, in the same trace."""
         leaves, form = jax.tree.flatten(pull)
         names = {id(x): name for name, x in read.items()}
         kept = [leaf for leaf in leaves if id(leaf) not in names]
         return Waiting(kept, (form, tuple(names.get(id(leaf)) for leaf in leaves)))
 
     def pull(self, read: Mapping[str, jax.Array], d: jax.Array) -> tuple[jax.Array, Halves]:
-        """The gradients of the function's input and of its adapters' halves."""
+        """Returns the gradients of the function's input and of its adapters' halves."""
         kept, (form, names) = iter(self.kept), self.form
         leaves = [next(kept) if name is None else read[name] for name in names]
         return jax.tree.unflatten(form, leaves)(d)
@@ -63,7 +63,7 @@ class Waiting:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MicrostepSizes:
-    """How small the parts of a step are: what they take is roughly the product of the first two, and the last."""
+    """How small the microsteps are; the time of one is about proportional to lanes * layers, or to lanes * targets."""
 
     lanes: int  # of one pass
     layers: int  # of one group
@@ -74,20 +74,20 @@ class MicrostepSizes:
         divide = min(self.lanes, self.layers) > 0 and lanes % self.lanes == config.layers % self.layers == 0
         if not divide or self.targets < 1 or self.targets % min(self.targets, LANE_BLOCK):
             raise ConfigInvalid(
-                f"a part of a training step needs lanes that divide the step's {lanes}, layers that divide the model's "
+                f"a microstep needs lanes that divide the step's {lanes}, layers that divide the model's "
                 f"{config.layers} and targets below {LANE_BLOCK} or a multiple of it; "
                 f"got {self.lanes}, {self.layers} and {self.targets}"
             )
-        check_lanes(mesh, self.lanes, "training lanes of a part")
+        check_lanes(mesh, self.lanes, "training lanes of a microstep")
 
 
 def small_parts(mesh: Mesh) -> MicrostepSizes:
-    """Microsteps of about the length of a decode step: one lane on each group of devices through one layer."""
+    """Returns sizes for about the time of a decode step: one lane on each group of devices through one layer."""
     return MicrostepSizes(lanes=mesh.shape["data"] * mesh.shape["fsdp"], layers=1, targets=16)
 
 
 class Holder(Protocol):
-    """Who keeps the states between the parts; each part takes them as they are then."""
+    """Keeps the states between the microsteps; each microstep reads them as they are then."""
 
     states: States
 
@@ -125,7 +125,7 @@ def _head(
     found: tuple[jax.Array, jax.Array],
     pick_GC: jax.Array,
 ) -> tuple[tuple[jax.Array, jax.Array], Waiting]:
-    """The log-probabilities at the picked positions among those found before; a pick past the lane is none."""
+    """Writes the log-probabilities at the picked positions into `found`; a pick past the lane is ignored."""
     G, J = batch.target_GJ.shape
     safe_GC, taken_GC = jnp.minimum(pick_GC, J - 1), pick_GC < J
     target_GC = jnp.take_along_axis(batch.target_GJ, safe_GC, axis=1)
@@ -146,7 +146,7 @@ def _head(
 
 
 def _head_arrays(base: Base) -> dict[str, jax.Array]:
-    """What the head's gradient reads of the base."""
+    """Returns the arrays of the base that the head's gradient reads."""
     head_DV, back_VD = head_weight(base)
     return {"head": head_DV, "back": back_VD, "norm": base.arrays["norm"]}
 
@@ -182,18 +182,18 @@ def _backward(
 
 
 def _by_lane(base: Base, x_TD: jax.Array) -> jax.Array:
-    """The array, always placed alike: another placement would be another program."""
+    """Constrains the array to one placement: another placement would be another program."""
     return lax.with_sharding_constraint(x_TD, NamedSharding(base.mesh, PartitionSpec(RULES["lanes"])))
 
 
 @functools.cache
 def _forward_by(layers: int, remat: str) -> Callable:
-    """The same function each time: trainers that are alike share what is compiled."""
+    """Returns the same function each time, so that equal trainers share what is compiled."""
     return functools.partial(_forward, layers=layers, remat=remat)
 
 
 class Microsteps:
-    """The programs of the parts, and the order in which a pass runs them."""
+    """The programs of the microsteps, and the order in which a pass runs them."""
 
     def __init__(self, base: Base, states: States, sizes: MicrostepSizes, remat: str):
         self.base, self.sizes = base, sizes
@@ -208,7 +208,7 @@ class Microsteps:
         self._groups = [place(np.int32(i), small) for i in range(0, base.config.layers, sizes.layers)]
 
     def warm_up(self, batch: TrainBatch, holder: Holder) -> None:
-        """Compiles and runs every program on an idle batch (NumPy) with one target, of no slot."""
+        """Compiles and runs every program on an idle batch (NumPy) with one target and no slot."""
         batch.weight_GJ[0, 0] = 1.0
         for _ in self.gradients(batch, 0, holder, lambda: np.asarray(batch.slot_G[: self.sizes.lanes])):
             pass
@@ -216,10 +216,10 @@ class Microsteps:
     def gradients(
         self, batch: TrainBatch, start: int, holder: Holder, slots: Callable[[], np.ndarray]
     ) -> Generator[str, None, LaneSums]:
-        """One pass, of the lanes from `start` on: adds their gradients to the holder's states; returns their sums (NumPy).
+        """Runs a pass of the lanes from `start` on: adds gradients to the holder's states, returns the sums (NumPy).
 
-        Yields the name of each part before it runs it, and then waits for it.  slots: which slot each lane's gradients
-        are added to, asked before each part that adds; NO_ADAPTER adds them to none.
+        Yields the name of each microstep before it runs it, then waits for it.  slots: called before each microstep
+        that adds gradients, returns the slot of each lane; NO_ADAPTER adds them to none.
         """
         lanes, picks = self._cut(batch, start)
 
@@ -240,7 +240,7 @@ class Microsteps:
         return jax.device_get(sums)
 
     def logprobs(self, batch: TrainBatch, start: int, holder: Holder) -> Generator[str, None, np.ndarray]:
-        """float32 [G, J]: the targets' log-probabilities of the lanes from `start` on.  Yields as `gradients` does."""
+        """Returns float32 [G, J]: target log-probabilities of lanes from `start` on.  Yields as `gradients` does."""
         lanes, picks = self._cut(batch, start)
         *_, (logprob_GJ, _) = yield from self._up(lanes, picks, holder)
         return jax.device_get(logprob_GJ)
@@ -248,7 +248,7 @@ class Microsteps:
     def _up(
         self, lanes: TrainBatch, picks: Sequence[jax.Array], holder: Holder
     ) -> Generator[str, None, tuple[jax.Array, list[Waiting], list[Waiting], tuple[jax.Array, jax.Array]]]:
-        """Forward, from the tokens to their log-probabilities: (last layer's output, what waits of groups and runs, found)."""
+        """Runs forward.  Returns (last layer's output, waiting gradients of groups and of runs, logprobs and hits)."""
         yield "forward"
         rows_LG, x_TD = self._begin(self.base, tuple(s.pool for s in holder.states), lanes)
         groups: list[Waiting] = []
@@ -271,7 +271,7 @@ class Microsteps:
         return place_rows(self.base.mesh, (np.zeros(shape, np.float32), np.zeros(shape, np.bool_)))  # ty: ignore[invalid-explicit-return]
 
     def _cut(self, batch: TrainBatch, start: int) -> tuple[TrainBatch, list[jax.Array]]:
-        """The lanes of a pass, and for each run through the head the positions it visits; on the device."""
+        """Returns the lanes of a pass, and for each run through the head the positions it visits; on the device."""
         lanes = jax.tree.map(lambda x: x[start : start + self.sizes.lanes], batch)
         wanted_GJ = lanes.weight_GJ != 0
         (G, J), C = wanted_GJ.shape, self.sizes.targets

@@ -1,12 +1,12 @@
-"""Moments in 8 bits: codes of a dynamic map, and a float32 scale for each block of 128 features of one rank row.
+"""Optimizer moments in 8 bits: codes of a dynamic map, and a float32 scale for each 128 features of a rank row.
 
 A code stands for a share of its block's scale.  The map has seven decades, each with twice as many levels as the one below:
 decade h = 0 … 6 is the interval from 10^(h-7) to 10^(h-6), and its levels are the midpoints of 2^h equal parts (2^(h+1)
 where no bit goes to the sign); besides there are 0 and 1.  Numbered from the smallest on, decade h begins at number 2^h
-(2^(h+1)), so a level's number says its share: no table is looked up, and nothing is compared with all 256 levels.
+(2^(h+1)), so a level's number gives its share: no table is looked up, and nothing is compared with all 256 levels.
 
-    first moment    the number, and 128 more for a share below zero    code 0 is nothing, 128 is 1
-    second moment   one less than the number                           code 0 is nothing, 255 is 1
+    first moment    the number, and 128 more for a share below zero    code 0 is zero, 128 is 1
+    second moment   one less than the number                           code 0 is zero, 255 is 1
 
 A block reaches over no other row, so rows past a true rank stay zero, and a slot's blocks are its own.
 
@@ -30,38 +30,38 @@ MU_BITS, NU_BITS = 7, 8  # of a level's number; the first moment's eighth bit is
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Blocks:
-    """Half a target's moment, of one slot; of many with an axis S after L.  Of zeros all is zero."""
+    """One moment of half a target, of one slot; of many slots with an axis S after L.  Zero arrays are zero moments."""
 
     code_LRX: jax.Array  # uint8
-    scale_LE: jax.Array  # float32, block after block: of each the number of largest size, with its sign
+    scale_LE: jax.Array  # float32, block after block: the block's number of largest magnitude, with its sign
 
 
 def block_count(features: int) -> int:
-    """Blocks of a row; the last may be shorter."""
+    """Returns the number of blocks of a row; the last may be shorter."""
     return -(-features // BLOCK)
 
 
 def scale_shape(code_shape: tuple[int, ...]) -> tuple[int, ...]:
-    """[…, E] for codes [..., R, X].  Flat, since a TPU pads short last axes to 128."""
+    """Returns […, E] for codes [..., R, X].  Flat, since a TPU pads short last axes to 128."""
     *outer, rank, features = code_shape
     return (*outer, block_count(features) * rank)
 
 
 def quantised_mu(x_LRX: jax.Array) -> Blocks:
-    """The first moment in blocks, rounded to the nearest level: a step moves it by a tenth."""
+    """Returns the first moment in blocks, rounded to the nearest level: a step changes it by a tenth."""
     share_LRX, scale_LE = _shares(x_LRX)
     size = jnp.abs(share_LRX)
     k, low, high = _around(size, MU_BITS)
     k = k + (size - low > high - size)
-    code = jnp.where((share_LRX < 0) & (k > 0), 128 + jnp.minimum(k, 127), k)  # 1 is there with one sign only
+    code = jnp.where((share_LRX < 0) & (k > 0), 128 + jnp.minimum(k, 127), k)  # 1 exists with one sign only
     return Blocks(code.astype(jnp.uint8), scale_LE)
 
 
 def quantised_nu(x_LRX: jax.Array, bits_LRX: jax.Array) -> Blocks:
-    """The second moment in blocks, rounded by the bits (uint32 below 2^16, uniform) so that the mean is x.
+    """Returns the second moment in blocks, rounded by the bits (uint32 below 2^16, uniform) so that the mean is x.
 
-    Rounded to the nearest level it would keep for ever what it has once learned: a step moves it by a thousandth.
-    What is above zero stays so, or the update would be divided by eps alone.
+    Rounded to the nearest level it would never change again: a step changes it by a thousandth.
+    A number above zero stays above zero, or the update would be divided by eps alone.
     """
     share_LRX, scale_LE = _shares(x_LRX)
     k, low, high = _around(share_LRX, NU_BITS)
@@ -71,7 +71,7 @@ def quantised_nu(x_LRX: jax.Array, bits_LRX: jax.Array) -> Blocks:
 
 
 def mu_of(blocks: Blocks) -> jax.Array:
-    """float32 [L, R, X]: what the first moment's blocks stand for."""
+    """Returns float32 [L, R, X]: the decoded first moment."""
     code = blocks.code_LRX.astype(jnp.int32)
     negative = code > 128
     share = _share(jnp.where(negative, code - 128, code), MU_BITS)
@@ -79,13 +79,13 @@ def mu_of(blocks: Blocks) -> jax.Array:
 
 
 def nu_of(blocks: Blocks) -> jax.Array:
-    """float32 [L, R, X]: what the second moment's blocks stand for."""
+    """Returns float32 [L, R, X]: the decoded second moment."""
     share = _share(blocks.code_LRX.astype(jnp.int32) + 1, NU_BITS)
     return share * _spread(blocks.scale_LE, blocks.code_LRX.shape)
 
 
 def _shares(x_LRX: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(shares between -1 and 1 [L, R, X], scales [L, E])."""
+    """Returns (shares between -1 and 1 [L, R, X], scales [L, E])."""
     *outer, R, X = x_LRX.shape
     padded = jnp.pad(x_LRX, [*[(0, 0)] * (x_LRX.ndim - 1), (0, -X % BLOCK)])
     x_LRNQ = padded.reshape(*outer, R, -1, BLOCK)
@@ -97,8 +97,8 @@ def _shares(x_LRX: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _spread(scale_LE: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Each feature's scale, [L, R, X], laid out axis after axis: left to choose, a TPU's compiler puts a slot's axis first, and all
-    that has slots is laid out anew to be like it."""
+    """Returns each feature's scale, [L, R, X], laid out in axis order: else a TPU compiler puts the slot axis first and
+    copies all arrays with slots into that layout."""
     *outer, R, X = shape
     scale_LRN = scale_LE.reshape(*outer, -1, R).swapaxes(-1, -2)
     spread_LRX = jnp.repeat(scale_LRN, BLOCK, axis=-1)[..., :X]
@@ -106,21 +106,21 @@ def _spread(scale_LE: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _share(k: jax.Array, bits: int) -> jax.Array:
-    """float32 share of level number k, rounded once.  The numbers before the first decade's are nothing, 2^bits is 1."""
+    """Returns the float32 share of level k, rounded once.  Numbers before the first decade are zero, 2^bits is 1."""
     h = 31 - jax.lax.clz(jnp.maximum(k, 1))
     share = (18 * k + 9 - (16 << h)).astype(jnp.float32) / _parts(h, bits)
     return jnp.where(k < 1 << (bits - MU_BITS), 0.0, jnp.where(k == 1 << bits, 1.0, share))
 
 
 def _parts(h: jax.Array, bits: int) -> jax.Array:
-    """2 * 10^(bits-h) * 2^h as float32, exactly: a level of the numbers from 2^h on is (18 k + 9 - 16 * 2^h) of so many parts."""
+    """Returns 2 * 10^(bits-h) * 2^h as exact float32: from 2^h on, level k is (18 k + 9 - 16 * 2^h) divided by it."""
     left = bits - h
     fives = [jnp.where(left & n, 5.0**n, 1.0) for n in (1, 2, 4, 8)]
     return fives[0] * fives[1] * fives[2] * fives[3] * 2.0 ** (bits + 1)
 
 
 def _around(share: jax.Array, bits: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(number of the last level that is not above the share, its share, the next one's); below 1 for a share of 1."""
+    """Returns (number of the last level not above the share, its share, the next level's); below 1 for a share of 1."""
     h = jnp.full(share.shape, bits - MU_BITS, jnp.int32)
     for n in range(1, 7):
         h = h + (share >= 10.0**-n)

@@ -1,4 +1,4 @@
-"""AdamW of one tenant: Optax, every number of it a value; `update` maps it over the slots that are due.
+"""AdamW of one tenant in Optax, with every hyper-parameter a value; `update` maps it over the slots that are due.
 
 Changing a learning rate, a beta or a clip never retraces, and nothing is shared between tenants: each has its own norm,
 its own moments, its own step count.
@@ -29,20 +29,20 @@ __all__ = ["IDLE", "NO_CLIP", "Halves", "Hyper", "Moments", "Optimizer", "adamw"
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Hyper:
-    """One row per due slot, float32 [U]."""
+    """Hyper-parameters, one row per due slot, float32 [U]."""
 
-    lr: jax.Array  # of this very step: the schedule is computed on the host
+    lr: jax.Array  # of this step: the schedule is computed on the host
     decay: jax.Array  # decoupled weight decay
     b1: jax.Array
     b2: jax.Array
     eps: jax.Array
-    clip: jax.Array  # limit of the tenant's own global gradient norm; infinity is none
+    clip: jax.Array  # limit of the tenant's own global gradient norm; infinity disables clipping
     b_ratio: jax.Array  # lr of B over lr of A
     divisor: jax.Array  # the summed gradient is divided by this: the window's sum of |weights|
 
     @staticmethod
     def stack(rows: list[dict[str, float]]) -> Hyper:
-        """The rows as NumPy arrays, one per field."""
+        """Returns the rows as NumPy arrays, one per field."""
         columns = {f.name: np.array([r[f.name] for r in rows], np.float32) for f in fields(Hyper)}
         return Hyper(**columns)  # ty: ignore[invalid-argument-type]
 
@@ -51,13 +51,13 @@ IDLE = {"lr": 0.0, "decay": 0.0, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "clip": NO
 
 
 Halves = dict[str, tuple[jax.Array, jax.Array]]  # target → (a, b)
-BlockHalves = dict[str, tuple[Blocks, Blocks]]  # the same of moments in 8 bits
+BlockHalves = dict[str, tuple[Blocks, Blocks]]  # the same in 8 bits
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Moments:
-    """AdamW's state of one slot (or of all, with a slot axis): moments, float32, bfloat16 or Blocks, and the int32 number of updates."""
+    """AdamW's state of one slot (or all, with a slot axis): float32, bfloat16 or Blocks moments, int32 update count."""
 
     mu: Halves | BlockHalves
     nu: Halves | BlockHalves
@@ -67,12 +67,12 @@ class Moments:
 def adamw(
     weight: jax.Array, grad: jax.Array, mu: jax.Array, nu: jax.Array, count: jax.Array, hyper: Hyper, norm: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(what is added to the weight, the new moments), float32, of some numbers of ONE tenant.
+    """Returns (what is added to the weight, the new moments), float32, of some numbers of ONE tenant.
 
-    `grad`: summed over the window; `norm`: of the tenant's whole gradient, divided, before clipping.
+    grad: summed over the window.  norm: of the tenant's whole gradient, divided, before clipping.
     """
     grad = grad / hyper.divisor
-    # Optax's clip_by_global_norm would take these numbers for the whole.
+    # Optax's clip_by_global_norm would take the norm of these numbers alone.
     grad = jnp.where(norm < hyper.clip, grad, grad / norm * hyper.clip)
     chain = optax.chain(
         optax.scale_by_adam(b1=hyper.b1, b2=hyper.b2, eps=hyper.eps),
@@ -86,15 +86,15 @@ def adamw(
 
 
 def in_float32(kept: jax.Array | Blocks, read: Callable[[Blocks], jax.Array]) -> jax.Array:
-    """A moment however it is kept.  read: `mu_of` or `nu_of`."""
+    """Returns a moment in float32, however it is stored.  read: `mu_of` or `nu_of`."""
     return read(kept) if isinstance(kept, Blocks) else kept.astype(jnp.float32)
 
 
 def rounding_bits(count: jax.Array, target: str, half: int, shape: tuple[int, ...]) -> jax.Array:
-    """uint32 random numbers of this update, target and half (0 is A): the lower 16 bits are for the first moment, the rest
-    for the second.
+    """Returns uint32 random numbers of this update, target and half (0 is A): the lower 16 bits for the first moment,
+    the rest for the second.
 
-    They are the same for all tenants, in any slot: what a tenant learns depends on nobody, a resumed one goes on as before.
+    They are the same for all tenants and slots: training depends on no other tenant, and resumes exactly.
     """
     key = jax.random.key(0)
     for number in (count, ALL_TARGETS.index(target), half):
@@ -103,24 +103,24 @@ def rounding_bits(count: jax.Array, target: str, half: int, shape: tuple[int, ..
 
 
 def kept_mu(mu: jax.Array, like: jax.Array | Blocks, bits: jax.Array) -> jax.Array | Blocks:
-    """The first moment as it is kept."""
+    """Returns the first moment in the storage format of `like`."""
     if isinstance(like, Blocks):
-        return quantised_mu(lax.optimization_barrier(mu))  # or XLA computes it again for each block's scale
+        return quantised_mu(lax.optimization_barrier(mu))  # else XLA computes it again for each block's scale
     return stochastic_bfloat16(mu, bits & 0xFFFF) if like.dtype == jnp.bfloat16 else mu
 
 
 def kept_nu(nu: jax.Array, like: jax.Array | Blocks, bits: jax.Array) -> jax.Array | Blocks:
-    """The second moment as it is kept."""
+    """Returns the second moment in the storage format of `like`."""
     if isinstance(like, Blocks):
         return quantised_nu(lax.optimization_barrier(nu), bits >> 16)
     return stochastic_bfloat16(nu, bits >> 16) if like.dtype == jnp.bfloat16 else nu
 
 
 def stochastic_bfloat16(x: jax.Array, bits: jax.Array) -> jax.Array:
-    """bfloat16: of the two neighbours of a finite float32 x the nearer more often, so that the mean is x.
+    """Returns bfloat16: of the two neighbours of a finite float32 x the nearer more often, so that the mean is x.
 
-    `bits`: uint32 below 2^16, uniform.  Rounding to the nearest would lose every change below 0.2 %, and at b2 = 0.999 the
-    second moment changes by 0.1 % of what it is behind.
+    bits: uint32 below 2^16, uniform.  Rounding to the nearest would lose each change below 0.2 %; at b2 = 0.999 the
+    second moment changes by 0.1 % of its distance to the new value.
     """
     whole = lax.bitcast_convert_type(x, jnp.uint32) + bits
     return lax.bitcast_convert_type((whole >> 16).astype(jnp.uint16), jnp.bfloat16)

@@ -1,7 +1,7 @@
-"""What training keeps on the device, by slot: weights, open gradients and moments, and how slots change.
+"""Training state on the device, by slot: weights, open gradients and moments; and how slots are written and read.
 
-Slots come in buckets of one largest rank each, so that a tenant of rank 8 does not keep moments of rank 64.  A step's lanes
-name slots over all buckets, counted on from one bucket to the next; what changes one bucket alone counts its own.
+Slots come in buckets of one largest rank each, so that a tenant of rank 8 does not hold moments of rank 64.  A lane's
+slot number counts over all buckets, running on from one to the next; what changes one bucket alone counts its own.
 A slot that is not written comes back bit for bit, unread.
 
 Shape letters: G lanes, U due slots of a bucket, L layers, S slots of a bucket, R LoRA rank, X features.
@@ -34,7 +34,7 @@ from train.step.update import UpdateReport, update_slots
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """Everything that changes in training in one bucket, O(slots); moments as asked for, the rest float32.  Donated."""
+    """Everything that training changes in one bucket, O(slots); moments in their dtype, the rest float32.  Donated."""
 
     pool: Rows
     grads: Halves  # target → (a_LSRX, b_LSRY) summed gradients of the open window
@@ -47,14 +47,14 @@ States = tuple[TrainState, ...]  # by bucket
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Due:
-    """The slots of one bucket that are updated."""
+    """The slots of one bucket that are updated in this step."""
 
-    hyper: Hyper  # a row for each
-    slot_U: jax.Array  # int32, each once; those that are NO_ADAPTER, none, come last
+    hyper: Hyper  # one row for each
+    slot_U: jax.Array  # int32, each once; the unused ones, NO_ADAPTER, come last
 
 
 def empty_state(base: Base, spec: PoolSpec, mesh: Mesh, moments: str = "float32") -> TrainState:
-    """A state whose slots are all zero, placed on the mesh like the pool it trains.  moments: their dtype."""
+    """Returns a state whose slots are all zero, placed on the mesh like the pool it trains.  moments: their dtype."""
 
     def zeros(dtype: str) -> Halves:
         return halves(empty_pool(base.config, replace(spec, dtype=dtype), mesh))
@@ -68,7 +68,7 @@ def empty_state(base: Base, spec: PoolSpec, mesh: Mesh, moments: str = "float32"
 
 
 def _empty_blocks(code_LSRX: jax.Array) -> Blocks:
-    """Zeros in blocks.  Scales are split over devices as codes are, or lie whole on each where their number does not divide."""
+    """Returns zero blocks.  Scales are sharded as codes are, or replicated where their number does not divide."""
     codes = code_LSRX.sharding
     assert isinstance(codes, NamedSharding)
     axis = codes.spec[-1]
@@ -79,24 +79,24 @@ def _empty_blocks(code_LSRX: jax.Array) -> Blocks:
 
 
 def halves(rows: Rows) -> Halves:
-    """The trained part of some rows: (a, b) by target, without scale."""
+    """Returns the trained part of some rows: (a, b) by target, without scale."""
     return {t: (r.a_LSRX, r.b_LSRY) for t, r in rows.items()}
 
 
 def with_gradients(states: States, grads: Sequence[Halves]) -> States:
-    """The states with other summed gradients."""
+    """Returns the states with other summed gradients."""
     return tuple(replace(state, grads=own) for state, own in zip(states, grads, strict=True))
 
 
 def with_halves(rows: Rows, new: Halves) -> Rows:
-    """The rows with other weights and the same scale."""
+    """Returns the rows with other weights and the same scale."""
     return {t: LoraRows(a_LSRX=new[t][0], b_LSRY=new[t][1], scale_LS=r.scale_LS) for t, r in rows.items()}
 
 
 def add_gradients(
     totals: Sequence[Halves], grads_LG: Halves, slot_G: jax.Array, first: jax.Array | int = 0
 ) -> tuple[Halves, ...]:
-    """The summed gradients of all buckets with each lane's added to its own slot's.
+    """Returns the summed gradients of all buckets with each lane's added to its own slot's.
 
     grads_LG: of some targets and some layers, from number `first` on; the others stay as they are.
     """
@@ -122,7 +122,7 @@ def _add_own(total: Halves, grads_LG: Halves, slot_G: jax.Array, first: jax.Arra
 
 
 def apply(states: States, due: tuple[Due, ...]) -> tuple[States, tuple[UpdateReport, ...]]:
-    """AdamW on the due slots of each bucket."""
+    """Applies AdamW to the due slots of each bucket."""
     done = [_apply_own(state, d) for state, d in zip(states, due, strict=True)]
     return tuple(state for state, _ in done), tuple(report for _, report in done)
 
@@ -136,14 +136,14 @@ def _apply_own(state: TrainState, due: Due) -> tuple[TrainState, UpdateReport]:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class SlotState:
-    """All that training keeps of one tenant between steps: what a checkpoint holds.  No slot axis."""
+    """Training state of one tenant between steps, which is what a checkpoint holds.  No slot axis."""
 
     rows: Rows
     moments: Moments
 
 
 def seat(states: States, bucket: int, slot: jax.Array, new: SlotState) -> States:
-    """The states with one slot of a bucket replaced whole, its open gradients cleared."""
+    """Returns the states with one slot of a bucket replaced whole and its open gradients cleared."""
     return (*states[:bucket], _seat_own(states[bucket], slot, new), *states[bucket + 1 :])
 
 
@@ -162,7 +162,7 @@ def _seat_own(state: TrainState, slot: jax.Array, new: SlotState) -> TrainState:
 
 
 def unseat(states: States, bucket: int, slot: jax.Array) -> SlotState:
-    """A copy of one slot of a bucket."""
+    """Returns a copy of one slot of a bucket."""
     state = states[bucket]
 
     def take(whole: jax.Array) -> jax.Array:
@@ -177,7 +177,7 @@ def unseat(states: States, bucket: int, slot: jax.Array) -> SlotState:
 
 
 def fresh_seat(rows: Rows, moments: str = "float32") -> SlotState:
-    """A tenant that has not trained yet: these rows (NumPy), zero moments of this dtype."""
+    """Returns the state of a tenant that has not trained yet: these rows (NumPy), zero moments of this dtype."""
 
     def zero(weight: np.ndarray) -> np.ndarray | Blocks:
         x = np.zeros(weight.shape, jnp.dtype(moments))
@@ -188,7 +188,7 @@ def fresh_seat(rows: Rows, moments: str = "float32") -> SlotState:
 
 
 def fresh_adapter(config: ModelConfig, spec: LoraSpec, seed: int, base_hash: str) -> AdapterWeights:
-    """An untrained adapter: A uniform in ±1/sqrt(features in), B zero.  A row depends on seed, target and layer alone.
+    """Returns an untrained adapter: A uniform in ±1/sqrt(features in), B zero.  Rows depend on seed, target and layer.
 
     Source: the default initialisation of PEFT.
     """

@@ -1,4 +1,4 @@
-"""The one jitted multi-tenant step, in two halves.
+"""The jitted multi-tenant training step: `accumulate` adds gradients, `apply` updates weights.
 
 `accumulate` runs lanes of many tenants forward and backward and adds each lane's gradient to its own slot's rows;
 `apply` updates the slots that are due.  All other slots come back bit for bit, unread and untouched.  `train_step` is
@@ -43,24 +43,24 @@ from train.step.update import UpdateReport
 def lane_losses(
     base: Base, lanes: LaneLora, batch: TrainBatch, *, dropout: bool, remat: str = "products"
 ) -> tuple[jax.Array, LaneSums]:
-    """(float32 sum of all lanes' losses, each its own, the sums by lane) under each lane's adapter.
+    """Returns (float32 sum of all lanes' losses, each its own, and the sums by lane) under each lane's adapter.
 
-    remat: what a gradient keeps of a layer, one of `model.REMAT`.
+    remat: what a gradient keeps of a layer, one of `decoder.REMAT`.
     """
     lora = with_dropout(lanes, jnp.arange(base.config.layers), batch) if dropout else lanes
-    # Either is a Lora of its own Layer; a union of them is beyond the type variable.
+    # Both implement Lora with their own Layer type; the type variable cannot express their union.
     x_TD, _ = forward(base, lane_tokens(batch), lora, lane_attend(base, batch), (), remat=remat)  # ty: ignore[invalid-argument-type]
     head = head_weight(base)
     return summed(batch, *target_logprobs(base, head, lanes, x_TD, batch.target_GJ, batch.weight_GJ != 0))
 
 
 def with_dropout(lanes: LaneLora, layer_L: jax.Array, batch: TrainBatch) -> DropoutLora:
-    """The lanes' adapters as they train, in layers of these numbers."""
+    """Returns the lanes' adapters with training dropout, in layers of these numbers."""
     return DropoutLora(lanes, layer_L, batch.dropout_G, batch.draw_GN)
 
 
 def lane_tokens(batch: TrainBatch) -> TokenBatch:
-    """The lanes' tokens for the model."""
+    """Returns the lanes' tokens in the model's input format."""
     return TokenBatch(
         token_T=batch.token_GJ.reshape(-1),
         position_T=batch.position_GJ.reshape(-1),
@@ -70,7 +70,7 @@ def lane_tokens(batch: TrainBatch) -> TokenBatch:
 
 
 def lane_attend(base: Base, batch: TrainBatch) -> Attend[tuple[()]]:
-    """Attention within the segments of each lane."""
+    """Returns attention within the segments of each lane."""
 
     def attend(
         layer: jax.Array, q_TNH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array, cache: tuple[()]
@@ -90,9 +90,9 @@ def target_logprobs(
     target_GJ: jax.Array,
     wanted_GJ: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """(float32 log-probability of each wanted target, bool: none is likelier), [G, J], of what the final norm gave.
+    """Returns ([G, J] float32 log-probability of each wanted target, bool: none is likelier) after the final norm.
 
-    head: as `head_weight` gives it.
+    head: as `head_weight` returns it.
     """
     G, J = target_GJ.shape
     with jax.default_matmul_precision(base.precision):
@@ -110,7 +110,7 @@ def target_logprobs(
 
 
 def summed(batch: TrainBatch, logprob_GJ: jax.Array, hit_GJ: jax.Array) -> tuple[jax.Array, LaneSums]:
-    """(float32 sum of all lanes' losses, the sums by lane) of the targets' log-probabilities."""
+    """Returns (float32 sum of all lanes' losses, the sums by lane) of the targets' log-probabilities."""
     loss_G = token_losses(logprob_GJ, batch.loss_G, _loss_inputs(batch)).sum(1)
     sums = LaneSums(
         loss_G=loss_G,
@@ -123,7 +123,7 @@ def summed(batch: TrainBatch, logprob_GJ: jax.Array, hit_GJ: jax.Array) -> tuple
 
 
 def _loss_inputs(batch: TrainBatch) -> LossInputs:
-    """What the losses take of each lane."""
+    """Returns the loss inputs of all lanes."""
     return LossInputs(
         segment_J=batch.segment_GJ,
         weight_J=batch.weight_GJ,
@@ -140,7 +140,7 @@ def _loss_inputs(batch: TrainBatch) -> LossInputs:
 def lane_gradients(
     base: Base, pools: Sequence[Rows], batch: TrainBatch, *, remat: str = "products"
 ) -> tuple[Halves, LaneSums]:
-    """(float32 gradient of each lane's loss by its own rows [L, G, R, X], the sums by lane)."""
+    """Returns (float32 gradient of each lane's loss by its own rows [L, G, R, X], the sums by lane)."""
     rows = jax.eval_shape(lane_rows, pools, batch.slot_G)
     taps = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), halves(rows))
 
@@ -152,7 +152,7 @@ def lane_gradients(
 
 
 def lora_layout(base: Base) -> LoraLayout:
-    """How LoRA products lie on the base's mesh."""
+    """Returns how LoRA products are placed on the base's mesh."""
     return LoraLayout(config=base.config, mesh=base.mesh)
 
 
@@ -176,7 +176,7 @@ def _evaluate(base: Base, pools: tuple[Rows, ...], batch: TrainBatch) -> LaneSum
 
 @dataclass(frozen=True, slots=True)
 class Programs:
-    """The compiled programs of one trainer; states are donated and keep their placement.  A bucket is a Python number."""
+    """Compiled programs of one trainer; states are donated and keep their placement.  A bucket is a Python number."""
 
     accumulate: jax.stages.Wrapped  # (base, states, batch) → states, LaneSums
     apply: jax.stages.Wrapped  # (states, due) → states, reports
@@ -188,12 +188,12 @@ class Programs:
 
 @functools.cache
 def _keeping(remat: str) -> tuple[Callable, Callable]:
-    """(accumulate, train_step), the same functions each time: trainers that are alike share what is compiled."""
+    """Returns (accumulate, train_step), the same functions each time, so that equal trainers share what is compiled."""
     return functools.partial(_accumulate, remat=remat), functools.partial(_train_step, remat=remat)
 
 
 def make_programs(states: States, mesh: Mesh, *, remat: str = "products") -> Programs:
-    """The jitted step for states placed like these.  remat: what it keeps of a layer, one of `model.REMAT`."""
+    """Returns the jitted programs for states placed like these.  remat: what a gradient keeps (`decoder.REMAT`)."""
     placed = jax.tree.map(lambda x: x.sharding, states)
     small = replicated(mesh)
     accumulate, train_step = _keeping(remat)
@@ -203,5 +203,5 @@ def make_programs(states: States, mesh: Mesh, *, remat: str = "products") -> Pro
         train_step=jax.jit(train_step, donate_argnums=1, out_shardings=(placed, small, small)),
         evaluate=jax.jit(_evaluate, out_shardings=small),
         seat=jax.jit(seat, static_argnums=1, donate_argnums=0, out_shardings=placed),
-        unseat=jax.jit(unseat, static_argnums=1, out_shardings=small),  # whole everywhere: any process can read it
+        unseat=jax.jit(unseat, static_argnums=1, out_shardings=small),  # replicated: any process can read it
     )

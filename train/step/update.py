@@ -1,11 +1,11 @@
-"""The update of the slots that are due: slot after slot, half after half, each written where it lies.
+"""Optimizer update of the due slots: slot after slot, half after half, each written in place.
 
-XLA would copy all slots' arrays, for each slot, where it may write before the last read: so the order is a data dependence
-(the barriers).  And a number of the slot that is computed and used in one fusion it first spreads over a whole array: so it is
-computed before (barriers again).
+XLA would copy the arrays of all slots, for each slot, where it may write before the last read: so the barriers make
+the order a data dependence.  XLA also spreads a slot's scalar over a whole array where it is computed and used in one
+fusion: so it is computed before (barriers again).
 
     norm       reads the gradients
-    updates    of a size with one slot's weights; read weights, gradients and moments
+    updates    of the size of one slot's weights; read weights, gradients and moments
     finite?    of both; nothing is written before
     written    weights, then the second moment, the first, the gradient: each needs only those after it
 
@@ -30,7 +30,7 @@ from train.step.optimizer import Halves, Hyper, Moments, adamw, in_float32, kept
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class UpdateReport:
-    """How each due slot's update went, [U]."""
+    """Report on each due slot's update, [U]."""
 
     norm_U: jax.Array  # float32 gradient norm before clipping
     finite_U: jax.Array  # bool; False: the update was skipped
@@ -39,7 +39,7 @@ class UpdateReport:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class _Half:
-    """All that is kept of one half of a target: arrays with slots as axis 1, all or one."""
+    """All arrays of one half of a target, with slots as axis 1: all slots or one."""
 
     weight: jax.Array
     grad: jax.Array
@@ -49,7 +49,7 @@ class _Half:
 
 @dataclass(frozen=True, kw_only=True)
 class _Turn:
-    """What the update of one slot goes by, each a scalar."""
+    """What the update of one slot depends on, each a scalar."""
 
     slot: jax.Array
     count: jax.Array
@@ -57,7 +57,7 @@ class _Turn:
     norm: jax.Array
 
     def next(self, whole: _Half, half: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """(what is added to the weights, the new moments in float32) of the slot.  half: 0 is A."""
+        """Returns (what is added to the weights, the new moments in float32) of the slot.  half: 0 is A."""
         own = _own(whole, self.slot)
         mu, nu = in_float32(own.mu, mu_of), in_float32(own.nu, nu_of)
         update, mu, nu = adamw(own.weight, own.grad, mu, nu, self.count, self.hyper, self.norm)
@@ -65,22 +65,22 @@ class _Turn:
 
 
 def _own[T](whole: T, slot: jax.Array) -> T:
-    """A slot's part of arrays of all slots; the axis of slots stays, with one in it."""
+    """Returns a slot's part of arrays of all slots; the slot axis stays, with length one."""
     return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, slot, 1, 1), whole)
 
 
 def _put[T](whole: T, part: T, slot: jax.Array) -> T:
-    """The arrays of all slots with this part of one."""
+    """Returns the arrays of all slots with this part written at one."""
     return jax.tree.map(lambda x, new: lax.dynamic_update_slice_in_dim(x, new, slot, 1), whole, part)
 
 
 def update_slots(
     weights: Halves, grads: Halves, moments: Moments, hyper: Hyper, slot_U: jax.Array
 ) -> tuple[Halves, Halves, Moments, UpdateReport]:
-    """(weights, grads, moments) after AdamW on the due slots, whose gradients become zero, and how it went.
+    """Applies AdamW to the due slots; returns (weights, grads, moments), grads zeroed, and a report on each slot.
 
-    slot_U: as `Due` has it.  Where loss gradient or update is not finite, weights and moments stay as they were.  Moments that
-    are kept in fewer bits are used in float32 and rounded as they are kept.
+    slot_U: as in `Due`.  Where loss gradient or update is not finite, weights and moments stay as they were.  Moments
+    in fewer bits are used in float32 and rounded again when stored.
     """
     names = [(target, half) for target in weights for half in (0, 1)]
     start = [_Half(weight=weights[t][i], grad=grads[t][i], mu=moments.mu[t][i], nu=moments.nu[t][i]) for t, i in names]
@@ -115,7 +115,7 @@ def update_slots(
 
 
 def _written(turn: _Turn, name: tuple[str, int], half: _Half, update: jax.Array, finite: jax.Array) -> _Half:
-    """The half with this slot's update; its gradient is zero."""
+    """Returns the half with this slot's update; its gradient is zero."""
     (target, i), slot = name, turn.slot
     bits = lax.optimization_barrier(rounding_bits(turn.count + 1, target, i, update.shape))
 

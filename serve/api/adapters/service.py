@@ -23,7 +23,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from jaxlora.core.atomic_files import told_of_disk
+from jaxlora.core.atomic_files import disk_errors
 from jaxlora.core.errors import (
     AdapterInvalid,
     AdapterNotFound,
@@ -180,7 +180,7 @@ class AdapterService:
         """A new folder that is removed afterwards, whatever happens.  Raises StorageFull where the disk is, StorageFailed."""
         folder = self._staging / uuid.uuid4().hex
         try:
-            with told_of_disk("the upload"):
+            with disk_errors("the upload"):
                 folder.mkdir()
                 yield folder
         finally:
@@ -240,7 +240,7 @@ class AdapterService:
             self._quota.check(tenant, weights.nbytes, another=not known)
             if len(known) >= MAX_VERSIONS:
                 raise QuotaExceeded(f"{name} has {len(known)} versions; delete some, or the adapter")
-            with told_of_disk(f"adapter {name}"):
+            with disk_errors(f"adapter {name}"):
                 ref = self._store.add(tenant, name, weights)
         self._announce(ref)
         return Imported(ref, report)
@@ -248,7 +248,7 @@ class AdapterService:
     def _announce(self, ref: AdapterRef) -> None:
         """Waits until the version is on disk, then has the server go on to it."""
         try:
-            with told_of_disk(f"adapter {ref.name}"):
+            with disk_errors(f"adapter {ref.name}"):
                 self._store.wait_saved(ref)
         except BaseException:
             with contextlib.suppress(AdapterNotFound):
@@ -326,7 +326,7 @@ class AdapterService:
             if not alone and self.runner.catalog.jobs.makes(ref.tenant, ref.name):
                 raise StateInvalid(f"a job still trains {ref.name}; cancel the job first")
             refs = [ref] if alone else self._store.versions(ref.tenant, ref.name)
-            with told_of_disk(f"adapter {ref.name}"):
+            with disk_errors(f"adapter {ref.name}"):
                 if alone:
                     self._delete_version(ref)
                 else:

@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import MalformedRangeHeader, RangeNotSatisfiable
 from starlette.types import Receive, Scope, Send
 
-from jaxlora.core.atomic_files import sha256_of, told_of_disk
+from jaxlora.core.atomic_files import disk_errors, sha256_of
 from jaxlora.core.errors import Overloaded
 from serve.access.caller import caller_of
 from serve.access.rate_limit import Limiter
@@ -108,7 +108,7 @@ class FilesRoutes:
         most = self._max_file_bytes if room is None else min(self._max_file_bytes, room)
         rules = FormRules(fields=FORM_FIELDS, files=("file",), max_files=1, max_file_bytes=most)
         try:
-            with told_of_disk("the upload"):
+            with disk_errors("the upload"):
                 return await receive_form(request, folder, rules)
         except HTTPException as error:
             if error.status_code == 413 and room is not None and room == most:

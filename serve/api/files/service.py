@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from jaxlora.config.serving import LimitsSection
-from jaxlora.core.atomic_files import sha256_of, sync, told_of_disk
+from jaxlora.core.atomic_files import disk_errors, sha256_of, sync
 from jaxlora.core.errors import JaxLoraError, NotFound
 from jaxlora.storage.disk_cache import Remote
 from serve.db.files import StoredFiles
@@ -52,7 +52,7 @@ class FileStore:
         self._stored, self._root, self._load, self._limits, self._remote = stored, root, load, limits, remote
         self._checks = ThreadPoolExecutor(1, thread_name_prefix="file-check")
         self._sweeps = ThreadPoolExecutor(1, thread_name_prefix="file-sweep")
-        with told_of_disk("the folder of files"):
+        with disk_errors("the folder of files"):
             root.mkdir(parents=True, exist_ok=True, mode=0o700)
             shutil.rmtree(root / INCOMING, ignore_errors=True)
             (root / INCOMING).mkdir()
@@ -83,7 +83,7 @@ class FileStore:
     def staging(self) -> Path:
         """An empty folder for one upload, the caller's to remove.  Raises StorageFull, StorageFailed."""
         folder = self._root / INCOMING / uuid.uuid4().hex
-        with told_of_disk("the upload"):
+        with disk_errors("the upload"):
             folder.mkdir()
         return folder
 
@@ -100,7 +100,7 @@ class FileStore:
         Raises QuotaExceeded, StorageFull, StorageFailed, Unavailable.
         """
         now_s = time.time()
-        with told_of_disk("the file"):
+        with disk_errors("the file"):
             record = FileRecord(
                 id=new_id("file-"),
                 tenant=tenant,
@@ -137,7 +137,7 @@ class FileStore:
         """A new file of the server's own making.  Raises as `add` does."""
         folder = self.staging()
         try:
-            with told_of_disk("the file"):
+            with disk_errors("the file"):
                 (folder / "content").write_bytes(content)
             return self.add(tenant, folder / "content", filename, purpose=purpose)
         finally:
@@ -173,7 +173,7 @@ class FileStore:
         """Removes the bytes of files that are deleted or past their time."""
         for record in self._stored.removable(time.time()):
             path = self.path(record)
-            with told_of_disk("a deletion"):
+            with disk_errors("a deletion"):
                 path.unlink(missing_ok=True)
             if self._remote is not None:
                 self._remote.copies.forget(path)
