@@ -21,7 +21,7 @@ from jaxlora.core.lora import AdapterRef
 from pallas_kernels import NO_ADAPTER
 from serve.engine.page_cache import PageAllocator
 from serve.engine.request import Request
-from serve.engine.sequence import Chunk, Line, Plan, Sequence
+from serve.engine.sequence import Chunk, Line, Plan, Sequence, Status
 from serve.engine.slot_scheduler import ActiveSet, TokenShares, Work
 from serve.engine.slots import SlotTable
 
@@ -93,14 +93,16 @@ class Scheduler:
 
     def finish(self, sequence: Sequence) -> None:
         """The sequence ends or is cancelled, wherever it is: its row and pages are free.  Repeating it is harmless."""
-        group = self._groups.get(sequence.group, {})
-        if group.pop(sequence.number, None) is None:
+        if sequence.status is Status.FINISHED:
             return
-        if sequence.running:
+        del self._groups[sequence.group][sequence.number]
+        if sequence.status is Status.RUNNING:
             self._leave_row(sequence)
-        elif not sequence.started:
+        elif sequence.status is Status.WAITING:
             self._leave_line(sequence)
-        self._unsave(sequence)
+        elif sequence.status is Status.OFFLOADED:
+            self.host_pages -= self.pages.needed(sequence.done)
+        sequence.status = Status.FINISHED
         self._parked.pop(sequence.number, None)
         self.pages.give_back(sequence.pages)
         sequence.pages = []
@@ -134,7 +136,7 @@ class Scheduler:
             if s.request.follow
         ]
         for old, s in sorted(followers, key=lambda x: x[1].number):
-            if s.running:
+            if s.status is Status.RUNNING:
                 self._park(s, s.since)
             del self._groups[s.group][s.number]
             self._settle_group(s.group, old)
@@ -174,13 +176,16 @@ class Scheduler:
         """Asserts that rows, pages, pins and counts add up."""
         everyone = [s for group in self._groups.values() for s in group.values()]
         assert len(self.running) <= self.limits.rows
-        assert sorted(s.number for s in everyone if s.running) == sorted(s.number for s in self.running)
+        running = {s.number for s in everyone if s.status is Status.RUNNING}
+        assert sorted(running) == sorted(s.number for s in self.running)
         assert all(
             s.slot == NO_ADAPTER if (r := s.adapter) is None else self.slots.find(r) == s.slot for s in self.running
         )
-        assert set(self._parked) == {s.number for s in everyone if not s.running and s.pages}
-        assert self.host_pages == sum(self.pages.needed(s.done) for s in everyone if s.saved) <= self.limits.host_pages
-        new = [_tokens(s.request) for s in everyone if not s.started]
+        assert set(self._parked) == {s.number for s in everyone if s.status is Status.PREEMPTED and s.pages}
+        offloaded = [s for s in everyone if s.status is Status.OFFLOADED]
+        assert not any(s.pages for s in everyone if s.status in (Status.WAITING, Status.OFFLOADED))
+        assert self.host_pages == sum(self.pages.needed(s.done) for s in offloaded) <= self.limits.host_pages
+        new = [_tokens(s.request) for s in everyone if s.status is Status.WAITING]
         assert (self._new["requests"], self._new["tokens"]) == (len(new), sum(new))
         assert self._tenants == Counter(s.request.tenant for s in everyone)
         self.pages.check([p for s in everyone for p in s.pages])
@@ -199,7 +204,7 @@ class Scheduler:
                 self._park(s, now)
         plan.load = exchange.load
         for s in list(self.running):
-            if s.running and s.prompt_left == 0:
+            if s.status is Status.RUNNING and s.prompt_left == 0:
                 self._grow(s, now, plan)
         self._seat(now, plan)
         plan.decode = [s for s in self.running if s.prompt_left == 0]
@@ -238,7 +243,7 @@ class Scheduler:
         if len(self.running) == self._tenants.total():
             return
         lines: dict[Hashable, Iterator[Sequence]] = {
-            group: (s for s in list(self._groups[group].values()) if not s.running)
+            group: (s for s in list(self._groups[group].values()) if s.status is not Status.RUNNING)
             for group in (*self.active.entered, *self._tenants)
             if group in self._groups
         }
@@ -265,7 +270,7 @@ class Scheduler:
             if victim is None:
                 return False
         was_parked = self._parked.pop(s.number, None)  # its own pages are not taken from it
-        if not s.pages and not s.saved and not s.scoring:
+        if not s.pages and s.status is not Status.OFFLOADED and not s.scoring:
             s.pages = [] if (salt := s.salt) is None else self.pages.match(salt, s.tokens)
             s.done = len(s.pages) * self.pages.page_tokens
         need = self.pages.needed(min(len(s.tokens) + 1, _tokens(s.request))) - len(s.pages)
@@ -275,18 +280,19 @@ class Scheduler:
             else:
                 self._drop(s)
             return False
-        if victim is not None and victim.running:
+        if victim is not None and victim.status is Status.RUNNING:
             self._park(victim, now)
         s.pages += self.pages.take(need) or []
-        if s.saved:
-            plan.restore.append((s, s.pages[: self.pages.needed(s.done)]))
-            self._unsave(s)
-        if not s.started:
+        if s.status is Status.OFFLOADED:
+            count = self.pages.needed(s.done)
+            plan.restore.append((s, s.pages[:count]))
+            self.host_pages -= count
+        elif s.status is Status.WAITING:
             self._leave_line(s)
-            s.started, s.found, s.queued_s = True, s.done, now - s.arrived
+            s.found, s.queued_s = s.done, now - s.arrived
         slot = NO_ADAPTER if s.adapter is None else self.slots.find(s.adapter)
         assert slot is not None
-        s.slot, s.since, s.running = slot, now, True
+        s.slot, s.since, s.status = slot, now, Status.RUNNING
         self.running.append(s)
         self._rows[s.group] += 1
         self._tenant_rows[s.request.tenant] += 1
@@ -317,7 +323,7 @@ class Scheduler:
 
     def _leave_row(self, s: Sequence) -> None:
         self.running.remove(s)
-        s.running, s.slot = False, NO_ADAPTER
+        s.slot = NO_ADAPTER
         self._rows[s.group] -= 1
         self._tenant_rows[s.request.tenant] -= 1
         if self._rows[s.group] == 0:
@@ -333,7 +339,7 @@ class Scheduler:
         """Takes the row; the pages stay until somebody needs them."""
         self._leave_row(s)
         self.parks += 1
-        s.since = now
+        s.since, s.status = now, Status.PREEMPTED
         self.computed(s)
         self._parked[s.number] = s
 
@@ -370,7 +376,7 @@ class Scheduler:
         count = self.pages.needed(s.done)
         if 0 < count <= self.limits.host_pages - self.host_pages:
             plan.save.append((s, s.pages[:count]))
-            s.saved = True
+            s.status = Status.OFFLOADED
             self.host_pages += count
             self.pages.give_back(s.pages)
             s.pages = []
@@ -382,13 +388,8 @@ class Scheduler:
         """Its KV is lost, but for what others can find of it."""
         self.pages.give_back(s.pages)
         s.pages = []
-        if not s.saved:
+        if s.status is not Status.OFFLOADED:
             s.lost, s.done = max(s.lost, s.done), 0
-
-    def _unsave(self, s: Sequence) -> None:
-        if s.saved:
-            self.host_pages -= self.pages.needed(s.done)
-            s.saved = False
 
 
 def _tokens(request: Request) -> int:

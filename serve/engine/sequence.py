@@ -4,18 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from enum import Enum
 
 from jaxlora.core.lora import AdapterRef
 from pallas_kernels import NO_ADAPTER
 from serve.engine.request import Request
 
 
+class Status(Enum):
+    """Where a sequence is between its arrival and its end."""
+
+    WAITING = "waiting"  # it has had no row yet
+    RUNNING = "running"  # it has a row
+    PREEMPTED = "preempted"  # it lost its row; its KV is in pages, or dropped
+    OFFLOADED = "offloaded"  # it lost its row; its KV is on the host, and in no page
+    FINISHED = "finished"  # it holds nothing any more
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """A request under way.  `tokens` is the prompt and what was generated; the KV of the first `done` is computed.
 
-    It waits, or runs (it has a row), or is parked: it has run, gave up its row, and goes on at the same token later.
-    A parked sequence keeps its KV in pages, or on the host (`saved`), or nowhere: then it is computed again.
+    A sequence that loses its row goes on at the same token later.  Where its KV was dropped, it is computed again.
     """
 
     request: Request
@@ -27,13 +37,11 @@ class Sequence:
     done: int = 0
     slot: int = NO_ADAPTER
     pages: list[int] = field(default_factory=list)
-    saved: bool = False  # its KV is on the host, and in no page
     lost: int = 0  # tokens it has come to when its KV was last dropped
     found: int = 0  # prompt tokens whose KV was cached when it first ran
     queued_s: float = 0.0  # from its arrival until it first ran
     told: float = 0.0  # when its last token was
-    started: bool = False  # it has had a row
-    running: bool = False
+    status: Status = Status.WAITING
 
     @property
     def salt(self) -> Hashable | None:

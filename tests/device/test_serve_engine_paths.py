@@ -12,7 +12,7 @@ import pytest
 from serve_world import CONFIG, SLOTS, Answer, Ran, ask, read_all, run_all, step, watch_programs, with_pages
 
 from serve.engine.engine import Engine
-from serve.engine.sequence import Plan, Sequence
+from serve.engine.sequence import Plan, Sequence, Status
 
 pytest_plugins = ["serve_fixtures"]
 PROMPT, TOKENS = 19, 10  # three chunks, the last of them short; five pages and a bit
@@ -21,7 +21,7 @@ COLUMN = np.arange(STEPS)
 
 
 def park(engine: Engine, s: Sequence) -> None:
-    if s.running:
+    if s.status is Status.RUNNING:
         engine.scheduler._park(s, engine.clock())
 
 
@@ -32,7 +32,7 @@ def save(engine: Engine, s: Sequence) -> None:
         plan = Plan()
         engine.scheduler._save_or_drop(engine.scheduler._parked.pop(s.number), plan)
         engine._move(plan)
-        assert s.saved
+        assert s.status is Status.OFFLOADED
         engine.scheduler.pages.forget(s.salt)
         poison(engine)
 

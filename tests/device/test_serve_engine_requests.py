@@ -12,7 +12,7 @@ from serve_world import CONFIG, Answer, ask, check_engine, check_idle, run_all, 
 
 from jaxlora.core.errors import AlreadyExists, ContextLengthExceeded, InvalidRequest, Overloaded
 from serve.engine.request import FinishReason
-from serve.engine.sequence import Plan
+from serve.engine.sequence import Plan, Status
 
 pytest_plugins = ["serve_fixtures"]
 
@@ -68,7 +68,7 @@ def test_cancel_in_every_state_gives_everything_back(world, engine, state, monke
     match state:
         case "waiting":
             step(engine, answers)
-            assert not sequence.started
+            assert sequence.status is Status.WAITING
         case "parked" | "saved":
             while len(answers["victim"].tokens) < 5:
                 step(engine, answers)
@@ -86,7 +86,7 @@ def test_cancel_in_every_state_gives_everything_back(world, engine, state, monke
             while len(engine.scheduler.running) < len(others):
                 step(engine, answers)
             assert engine._loads
-            assert not sequence.started
+            assert sequence.status is Status.WAITING
         case "prefill":
             engine.scheduler.limits = replace(engine.scheduler.limits, lanes=3)
             engine.scheduler.prefill_lanes = 3
@@ -111,6 +111,7 @@ def test_cancel_in_every_state_gives_everything_back(world, engine, state, monke
     assert rest["victim"].tokens == []
     for r in others:
         assert answers[r.id].tokens + rest[r.id].tokens == world.greedy(r), r.id
+    assert sequence.status is Status.FINISHED
     check_idle(engine)
 
 
