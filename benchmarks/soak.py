@@ -121,7 +121,7 @@ class Soak:
     def publish_nan(self) -> None:
         """A publication that must be refused.  On the device thread."""
         try:
-            self.runner.publish(LOCAL_TENANT, "counts", LoraSpec(rank=RANK, alpha=16.0), self.not_finite)
+            self.runner.publisher.publish(LOCAL_TENANT, "counts", LoraSpec(rank=RANK, alpha=16.0), self.not_finite)
         except AdapterNotFinite:
             self.counts["not finite, refused"] += 1
         else:

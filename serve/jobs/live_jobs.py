@@ -1,6 +1,6 @@
 """Fine-tuning jobs beside serving: what the device thread runs between decode steps, and what of it becomes a version.
 
-    create ─▶ Jobs ─step─▶ every few steps and at each checkpoint ─▶ DeviceThread.publish ─▶ served from the next request on
+    create ─▶ Jobs ─step─▶ every few steps and at each checkpoint ─▶ Publisher ─▶ served from the next request on
     train_once ─▶ a guest's slot for one update ─▶ its caller
 
 All of it is the device thread's, but for `poke`.
@@ -17,10 +17,10 @@ from typing import Protocol
 import jax
 
 from jaxlora.core.errors import AdapterNotFinite, JaxLoraError, QuotaExceeded, Unavailable
-from jaxlora.core.lora import AdapterRef, AdapterWeights, LoraSpec
+from jaxlora.core.lora import AdapterRef, LoraSpec
 from jaxlora.model.lora_pool import Rows
-from serve.runtime.device_thread import DeviceThread
 from serve.runtime.live_training import KEEP_VERSIONS, PUBLISH
+from serve.runtime.publisher import Publisher
 from train.data.examples import Example
 from train.jobs.job import Job, JobEvent, JobRequest, Progress, State, said
 from train.jobs.runner import Jobs
@@ -88,19 +88,6 @@ class GuestCall:
     caller: GuestCaller
 
 
-class JobShelf:
-    """Where finished adapters go: the store, and to whoever pins or follows them.  Of the device thread."""
-
-    def __init__(self, runner: DeviceThread):
-        self._runner = runner
-
-    def add(self, tenant: str, name: str, weights: AdapterWeights) -> AdapterRef:
-        """Keeps the weights as the next version of this adapter."""
-        ref = self._runner.engine.store.add(tenant, name, weights)
-        self._runner.engine.announce(ref)
-        return ref
-
-
 @dataclass(slots=True)
 class _Live:
     """What is known of a job that has not ended, beside what `Jobs` knows."""
@@ -125,18 +112,21 @@ class LiveJobs:
 
     def __init__(
         self,
-        runner: DeviceThread,
+        publisher: Publisher,
         make_jobs: Callable[[Callable[[], None]], Jobs],
         *,
+        wake: Callable[[], None],
         publish_every: int,
         listener: Listener,
         had_room: Callable[[str, str], bool],
     ):
-        """make_jobs: gets `wake` for Jobs.  publish_every: steps between two versions of a job.
+        """make_jobs: gets `poke` for Jobs.  wake: has the device thread look for work.
 
+        publish_every: steps between two versions of a job.
         had_room: whether one more version of a tenant's adapter of this name may stay; it must not wait.
         """
-        self.runner, self.publish_every, self._listener, self._had_room = runner, publish_every, listener, had_room
+        self._publisher, self._wake, self._listener, self._had_room = publisher, wake, listener, had_room
+        self.publish_every = publish_every
         self.jobs = make_jobs(self.poke)
         self._live: dict[str, _Live] = {}
         self._due: list[str] = []  # jobs that are published next
@@ -160,7 +150,7 @@ class LiveJobs:
     def poke(self) -> None:
         """Something may be done now that could not be before.  Of any thread."""
         self._poked = True
-        self.runner.wake()
+        self._wake()
 
     def advance(self) -> None:
         """The next part of a training step, or a version that one has made due."""
@@ -232,9 +222,9 @@ class LiveJobs:
         if job.id in self.jobs.trainer.tenants:
             self._publish(job.id, checkpoint=stays)
             return
-        shelf, request = JobShelf(self.runner), job.request
+        request = job.request
         try:
-            ref = shelf.add(request.owner, request.name, self.jobs.adapter(request.owner, job.id))
+            ref = self._publisher.add(request.owner, request.name, self.jobs.adapter(request.owner, job.id))
         except (JaxLoraError, OSError) as error:
             job.log.add("problem", f"step {job.progress.step} is not published: {said(error)}", level="warn")
         else:
@@ -270,7 +260,7 @@ class LiveJobs:
         job = live.job
         kept = is_checkpoint(job) and self._may_stay(job) if checkpoint is None else checkpoint
         try:
-            ref = self.runner.publish(
+            ref = self._publisher.publish(
                 job.request.owner,
                 job.request.name,
                 job.request.spec,

@@ -26,9 +26,11 @@ from jaxlora.storage.checkpoints import read_meta, restore_state
 from jaxlora.storage.remote_states import StateCopies
 from serve.access.adapter_quota import AdapterQuota
 from serve.jobs.live_jobs import GuestCall, LiveJobs
+from serve.runtime.device_thread import DeviceThread
+from serve.runtime.publisher import Publisher
 from train.data.examples import Example
 from train.step.state import SlotState, fresh_adapter
-from train.trainer import StepReport
+from train.trainer import StepReport, Trainer
 
 LOG = logging.getLogger("serve")
 KEPT_STATES = 8  # in RAM
@@ -56,17 +58,16 @@ class _Tuned:
 class _Waiting:
     """A caller on an event loop, told by the device thread."""
 
-    def __init__(self, tuner: Tuner, tenant: str, name: str, spec: LoraSpec, keep: int):
+    def __init__(self, publisher: Publisher, tenant: str, name: str, spec: LoraSpec, keep: int):
         """keep: versions of the adapter that stay."""
-        self._tuner, self._tenant, self._name, self._spec, self._keep = tuner, tenant, name, spec, keep
+        self._publisher, self._tenant, self._name, self._spec, self._keep = publisher, tenant, name, spec, keep
         self._loop = asyncio.get_running_loop()
         self.done: asyncio.Future[tuple[FineTuned, SlotState]] = self._loop.create_future()
 
     def updated(self, report: StepReport, rows: Rows, state: SlotState) -> None:
         """Publishes the update; the device thread calls it."""
-        runner = self._tuner.live.runner
         try:
-            ref = runner.publish(self._tenant, self._name, self._spec, rows, keep=self._keep)
+            ref = self._publisher.publish(self._tenant, self._name, self._spec, rows, keep=self._keep)
         except (JaxLoraError, OSError) as error:
             self.failed(error)
             return
@@ -90,9 +91,18 @@ class _Waiting:
 class Tuner:
     """Creates, trains and deletes adapters call by call.  Of one event loop, but for `forget` and `close`."""
 
-    def __init__(self, live: LiveJobs, states: Path, quota: AdapterQuota, copies: StateCopies | None = None):
+    def __init__(
+        self,
+        runner: DeviceThread,
+        live: LiveJobs,
+        trainer: Trainer,
+        states: Path,
+        quota: AdapterQuota,
+        copies: StateCopies | None = None,
+    ):
         """states: folder of the moments.  copies: object storage behind it."""
-        self.live, self._states, self._quota, self._copies = live, states.absolute(), quota, copies
+        self._runner, self._live, self._trainer, self._store = runner, live, trainer, runner.engine.store
+        self._states, self._quota, self._copies = states.absolute(), quota, copies
         self._writer = CheckpointWriter(copies=copies)
         self._kept: OrderedDict[tuple[str, str], _Tuned] = OrderedDict()
         self._guard = threading.Lock()
@@ -106,11 +116,11 @@ class Tuner:
         """
 
         def make() -> AdapterRef:
-            trainer, store = self.live.jobs.trainer, self.live.runner.engine.store
+            trainer = self._trainer
             trainer.seats.check(spec)
             self._quota.check(tenant, adapter_bytes(trainer.base.config, spec), another=True)
-            self.live.runner.catalog.check_name(tenant, name)
-            return store.add(tenant, name, fresh_adapter(trainer.base.config, spec, seed, trainer.base_hash))
+            self._runner.catalog.check_name(tenant, name)
+            return self._store.add(tenant, name, fresh_adapter(trainer.base.config, spec, seed, trainer.base_hash))
 
         return await asyncio.to_thread(make)
 
@@ -128,8 +138,9 @@ class Tuner:
         key = tenant, name
         async with self._turns.setdefault(key, asyncio.Lock()):
             spec, tuned = await asyncio.to_thread(self._state_of, tenant, name)
-            await asyncio.to_thread(self.live.jobs.trainer.check, spec, examples, len(examples), CROSS_ENTROPY)
-            waiting = _Waiting(self, tenant, name, spec, await asyncio.to_thread(self._kept_versions, tenant, name))
+            await asyncio.to_thread(self._trainer.check, spec, examples, len(examples), CROSS_ENTROPY)
+            keep = await asyncio.to_thread(self._kept_versions, tenant, name)
+            waiting = _Waiting(self._runner.publisher, tenant, name, spec, keep)
             call = GuestCall(
                 name=f"call-{uuid.uuid4().hex}",
                 spec=spec,
@@ -139,7 +150,7 @@ class Tuner:
                 step=tuned.calls,
                 caller=waiting,
             )
-            await asyncio.to_thread(self.live.runner.call, lambda: self.live.train_once(call))
+            await asyncio.to_thread(self._runner.call, lambda: self._live.train_once(call))
             done, state = await waiting.done
             self._keep(key, _Tuned(done.ref.version, tuned.calls + 1, state), spec)
             return done
@@ -147,7 +158,7 @@ class Tuner:
     async def delete(self, tenant: str, name: str) -> None:
         """The adapter is gone at once; what runs ends on it.  Raises AdapterNotFound."""
         async with self._turns.setdefault((tenant, name), asyncio.Lock()):
-            await asyncio.to_thread(self.live.runner.engine.store.delete, tenant, name)
+            await asyncio.to_thread(self._store.delete, tenant, name)
             self.forget(tenant, name)
         self._turns.pop((tenant, name), None)
 
@@ -163,30 +174,29 @@ class Tuner:
 
     def _kept_versions(self, tenant: str, name: str) -> int:
         """How many versions there may be after this call; where the tenant's bytes are used up, as many as there are."""
-        versions = self.live.runner.engine.store.versions(tenant, name)
+        versions = self._store.versions(tenant, name)
         if not versions or self._quota.has_room(versions[-1]):
             return KEPT_VERSIONS
         return min(len(versions), KEPT_VERSIONS)
 
     def _state_of(self, tenant: str, name: str) -> tuple[LoraSpec, _Tuned]:
         """(what it is, what it has learned) of the newest version.  Reads the disk."""
-        store, trainer = self.live.runner.engine.store, self.live.jobs.trainer
-        ref = store.latest(tenant, name)
+        ref = self._store.latest(tenant, name)
         if ref is None:
             raise AdapterNotFound(f"no adapter named {name!r}", param="name")
-        adapter = store.get(ref)
+        adapter = self._store.get(ref)
         with self._guard:
             kept = self._kept.get((tenant, name))
         if kept is None:
             kept = self._stored(tenant, name, adapter.spec)
         if kept is None or kept.version != ref.version:
-            kept = _Tuned(ref.version, 0, trainer.seat_of(adapter))
+            kept = _Tuned(ref.version, 0, self._trainer.seat_of(adapter))
         return adapter.spec, kept
 
     def _stored(self, tenant: str, name: str, spec: LoraSpec) -> _Tuned | None:
         """What the disk has of it."""
         self._writer.flush()
-        folder, trainer = self._states / tenant / name, self.live.jobs.trainer
+        folder, trainer = self._states / tenant / name, self._trainer
         wanted = {"base": trainer.base_hash, "spec": spec.to_json(), "moments": trainer.moments}
         try:
             if self._copies is not None:
@@ -206,7 +216,7 @@ class Tuner:
         return _Tuned(int(meta["version"]), int(meta["calls"]), found.arrays)
 
     def _keep(self, key: tuple[str, str], tuned: _Tuned, spec: LoraSpec) -> None:
-        trainer = self.live.jobs.trainer
+        trainer = self._trainer
         with self._guard:
             self._kept[key] = tuned
             self._kept.move_to_end(key)

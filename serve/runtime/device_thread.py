@@ -12,21 +12,20 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from jaxlora.config.serving import Tuning
 from jaxlora.core.errors import AdapterNotFound, DeviceLost, InvalidRequest, JaxLoraError, Unavailable
-from jaxlora.core.lora import AdapterRef, LoraSpec
-from jaxlora.model.lora_pool import Rows, adapter_of_rows, read_finite
+from jaxlora.core.lora import AdapterRef
 from serve.engine.engine import Engine
 from serve.engine.grammar import Grammars
 from serve.engine.request import Delta, Request
-from serve.engine.telemetry import Histogram
 from serve.runtime.backend import ModelCard
 from serve.runtime.budget import Budget, BudgetSettings
 from serve.runtime.catalog import Catalog
+from serve.runtime.publisher import Publisher
 from serve.runtime.watchdog import Watch
 
 
@@ -80,7 +79,6 @@ LOG = logging.getLogger("serve")
 GONE = "the server stopped before the answer was complete; retry when it is up again"
 LOST = "the device thread failed or hung before the answer was complete"
 END_S = 10.0  # for the present step to end, before those who wait are told without the device thread
-FRESHNESS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 
 class Trainer(Protocol):
@@ -97,7 +95,7 @@ class Trainer(Protocol):
         ...
 
     def advance(self) -> None:
-        """The next part of a training step, and waits for it; it may publish through `DeviceThread.publish`."""
+        """The next part of a training step, and waits for it; it may publish through `Publisher`."""
         ...
 
 
@@ -123,10 +121,9 @@ class DeviceThread:
         self.started = time.time()
         self.grammars = Grammars(engine.tokenizer)
         self.catalog = Catalog(engine.store, engine.slots, base_name, self.started)
+        self.publisher = Publisher(engine, self.catalog)
         self.watch = Watch(engine)
         self.trainer: Trainer | None = None
-        self.freshness = Histogram(FRESHNESS_S)  # learned → first token under the new version
-        self._fresh: dict[tuple[str, str], tuple[AdapterRef, float]] = {}  # versions without a token, since when
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._listeners: dict[str, Callable[[Delta], None]] = {}
         self._drain = threading.Lock()  # held to put a message, and to say that no more are read
@@ -276,10 +273,8 @@ class DeviceThread:
             self.budget.served(start, time.monotonic(), decoded=decoded, beside=training)
 
     def _deliver(self, delta: Delta) -> None:
-        ref = delta.adapter
-        if ref is not None and self._fresh.get((ref.tenant, ref.name), (None,))[0] == ref:
-            _, learned_s = self._fresh.pop((ref.tenant, ref.name))
-            self.freshness.observe(time.monotonic() - learned_s)
+        if delta.adapter is not None:
+            self.publisher.observe_token(delta.adapter)
         ended = delta.finish is not None or delta.error is not None
         listener = self._listeners.pop(delta.request_id, None) if ended else self._listeners.get(delta.request_id)
         if listener is not None:
@@ -370,38 +365,6 @@ class DeviceThread:
 
     # ---- adapters -------------------------------------------------------------------------------------------------
 
-    def publish(
-        self,
-        tenant: str,
-        name: str,
-        spec: LoraSpec,
-        rows: Rows,
-        *,
-        keep: int | None = None,
-        spare: Collection[int] = (),
-        learned_s: float | None = None,
-    ) -> AdapterRef:
-        """A new version of the adapter with these device rows, served from the next admission on.  Device thread only.
-
-        Requests in flight keep their version, but for those that follow the adapter.  The store writes the version to
-        disk behind.  With `keep`, versions before the newest `keep` are deleted, but for those that a request still uses
-        and those to `spare`.
-        learned_s: when the weights were learned, on the monotonic clock; `freshness` counts from then.
-        Raises InvalidRequest for the base's name; AdapterNotFinite, and publishes nothing, when a weight is not finite;
-        StorageFailed or OSError when the store cannot give a number.
-        """
-        self.catalog.check_name(tenant, name)
-        read_finite(rows)
-        store = self.engine.store
-        ref = store.add(tenant, name, adapter_of_rows(rows, spec, self.engine.base_hash))
-        self.engine.install(ref, rows)
-        self._fresh[tenant, name] = ref, time.monotonic() if learned_s is None else learned_s
-        if keep is not None:
-            for old in store.versions(tenant, name)[:-keep]:
-                if old.version not in spare and self.engine.release(old):
-                    store.delete_version(old)
-        return ref
-
     def tune(self, tuning: Tuning) -> None:
         """These settings from the next step on.  Device thread only, or before it starts.
 
@@ -419,11 +382,6 @@ class DeviceThread:
         self.engine.tune(tuning, refs.keys())
         # By whole names: another tenant may get an adapter of that name.
         self.tuning = replace(tuning, pin=tuple(f"{ref.tenant}/{ref.name}" for ref in refs))
-
-    def rehearse_publish(self, rows: Rows) -> None:
-        """Compiles what a publication of rows of this shape runs, and publishes nothing.  Device thread only."""
-        read_finite(rows)
-        self.engine.rehearse_install(rows)
 
     # ---- what the wires read ----------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from jaxlora.core.errors import AdapterNotFinite, JaxLoraError
 from jaxlora.core.lora import AdapterRef
-from serve.runtime.device_thread import DeviceThread
+from serve.runtime.publisher import Publisher
 from train.trainer import FIRST_PART, StepReport, Trainer
 
 PUBLISH = "publish"  # a part of training beside serving
@@ -16,11 +16,11 @@ KEEP_VERSIONS = 3  # of a tenant in training: the newest, and time for requests 
 LOG = logging.getLogger("serve")
 
 
-def warm_up(trainer: Trainer, runner: DeviceThread) -> None:
+def warm_up(trainer: Trainer, publisher: Publisher) -> None:
     """Compiles what training runs and what a publication of its adapters runs.  Device thread only."""
     trainer.warm_up()
     for rows in trainer.bucket_rows():
-        runner.rehearse_publish(rows)
+        publisher.rehearse(rows)
 
 
 class LiveTraining:
@@ -32,14 +32,14 @@ class LiveTraining:
     def __init__(
         self,
         trainer: Trainer,
-        runner: DeviceThread,
+        publisher: Publisher,
         *,
         publish_every: int,
         keep: int = KEEP_VERSIONS,
         on_step: Callable[[list[StepReport]], None],
         on_publish: Callable[[AdapterRef, int], None],
     ):
-        self.trainer, self.runner, self.publish_every, self.keep = trainer, runner, publish_every, keep
+        self.trainer, self._publisher, self.publish_every, self.keep = trainer, publisher, publish_every, keep
         self.on_step, self.on_publish = on_step, on_publish
         self._due: list[str] = []  # tenants that are published next
         self._owed: set[str] = set()  # those whose publication failed and is to be tried again with the next one
@@ -76,10 +76,10 @@ class LiveTraining:
             self.advance()
 
     def publish(self, name: str) -> AdapterRef:
-        """A version of the tenant's present weights.  Raises NotFound for an unknown one, and as `DeviceThread.publish` does."""
+        """A version of the tenant's present weights.  Raises NotFound for an unknown one, and as `Publisher.publish` does."""
         rows = self.trainer.rows(name)
         tenant = self.trainer.tenants[name]
-        ref = self.runner.publish(
+        ref = self._publisher.publish(
             name, name, tenant.spec, rows, keep=self.keep, learned_s=self._learned.get(name, time.monotonic())
         )
         self._owed.discard(name)

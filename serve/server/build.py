@@ -113,10 +113,6 @@ KEPT_EXAMPLES_BYTES = 32 * 2**20  # of training files, read again soon after the
 LANE_TOKENS = 2048  # of a server that does not train: the longest example that a file may hold
 
 
-def nothing_more(tenant: str, name: str) -> None:
-    """Nobody else keeps anything of an adapter that is deleted."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Services:
     """What the app needs of them, and the jobs to be started when the runner has."""
@@ -172,7 +168,7 @@ def services(
             staging=config.data / "adapters-staging",
             roots=config.lora_roots,
             quota=quota,
-            deleted=nothing_more if jobs is None else jobs.tuner.forget,
+            deleted=(lambda tenant, name: None) if jobs is None else jobs.tuner.forget,
         )
         once = Once(database)
         files_wire = FilesRoutes(files, database, once, limiter, max_file_bytes=config.limits.max_file_bytes)

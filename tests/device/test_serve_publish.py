@@ -61,7 +61,7 @@ class Publisher:
                 head, a_LSRX=head.a_LSRX + 1.0, b_LSRY=jax.device_put(b), scale_LS=head.scale_LS + 1.0
             )
         }
-        self.newest = self.runner.publish("acme", self.name, SPEC, rows, keep=keep)
+        self.newest = self.runner.publisher.publish("acme", self.name, SPEC, rows, keep=keep)
         assert self.newest.version == version
         return self.newest
 
@@ -133,14 +133,17 @@ def test_freshness_counts_from_the_update_to_the_first_token(publisher, monkeypa
     now = 100.0
     monkeypatch.setattr("serve.runtime.device_thread.time.monotonic", lambda: now)
     for learned_s in (98.0, 99.3):
-        publisher.newest = runner.publish("acme", publisher.name, SPEC, publisher.zero, learned_s=learned_s)
+        publisher.newest = runner.publisher.publish("acme", publisher.name, SPEC, publisher.zero, learned_s=learned_s)
     for id in ("one", "two"):
         engine.submit(publisher.ask(id, False, max_tokens=2))
     now = 100.1
     while engine.has_work:
         for delta in engine.step():
             runner._deliver(delta)
-    assert (runner.freshness.total, runner.freshness.sum) == (1, pytest.approx(0.8))  # of the version that spoke, once
+    assert (runner.publisher.freshness.total, runner.publisher.freshness.sum) == (
+        1,
+        pytest.approx(0.8),
+    )  # of the version that spoke, once
 
 
 def test_a_follower_that_is_in_line_never_gets_less_than_the_newest(publisher):
@@ -188,7 +191,7 @@ def test_following_an_adapter_that_stays_the_same_loses_and_repeats_nothing(worl
 
     def publish(count):
         if count % 4 == 1:
-            runner.publish("acme", "follow-same", adapter.spec, rows, keep=2)
+            runner.publisher.publish("acme", "follow-same", adapter.spec, rows, keep=2)
 
     answers = run_all(engine, requests, publish)
     for r in requests:
@@ -245,7 +248,7 @@ class Trained:
         self.published = []
         self.live = LiveTraining(
             self.trainer,
-            self.runner,
+            self.runner.publisher,
             publish_every=1,
             on_step=lambda _reports: None,
             on_publish=lambda ref, _step: self.published.append(ref),
@@ -278,7 +281,7 @@ def test_serving_publishing_and_following_beside_training_compile_nothing(world)
         it.runner.call(lambda: it.trainer.remove("live-b"))
         it.runner.complete([ask("last", None, 3, 3)])
     assert (counter.compiles, counter.traces) == (0, 0)
-    assert it.runner.freshness.total >= 1
+    assert it.runner.publisher.freshness.total >= 1
     it.runner.stop()
 
 

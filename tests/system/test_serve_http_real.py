@@ -116,7 +116,7 @@ def test_a_version_published_between_two_requests_answers_the_second(world, serv
 
         assert text() == expected(first)
         rows = world.device_rows(second)
-        runner.call(lambda: runner.publish("acme", "fresh", second.spec, rows))
+        runner.call(lambda: runner.publisher.publish("acme", "fresh", second.spec, rows))
         assert text() == expected(second) != expected(first)
         card = client.models.retrieve("fresh").model_extra
         assert (card["version"], card["state"], card["rank"]) == (2, "device", 3)
