@@ -2,7 +2,7 @@
 
 A request's JSON schema, regular expression, choice or grammar is compiled on threads of its own, under limits of size,
 work and time; what is compiled is kept.  Each answer has a state of its own on the host, which stays with it while it is
-parked or computed again, and gives the device one bit a token.  Source: llguidance, which does all of it.
+preempted or computed again, and gives the device one bit a token.  Source: llguidance, which does all of it.
 """
 
 from __future__ import annotations

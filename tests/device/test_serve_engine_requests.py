@@ -53,7 +53,7 @@ def test_an_id_in_use_is_refused_and_harms_nobody(world, engine):
 # --- cancel
 
 
-@pytest.mark.parametrize("state", ["waiting", "loading", "prefill", "decode", "parked", "saved", "ended", "unknown"])
+@pytest.mark.parametrize("state", ["waiting", "loading", "prefill", "decode", "preempted", "saved", "ended", "unknown"])
 def test_cancel_in_every_state_gives_everything_back(world, engine, state, monkeypatch):
     gate = threading.Event()
     others = [ask(f"o{i}", world.adapters[(0, 1, 3)[i]], 4, 12) for i in range(3 if state == "waiting" else 2)]
@@ -69,13 +69,13 @@ def test_cancel_in_every_state_gives_everything_back(world, engine, state, monke
         case "waiting":
             step(engine, answers)
             assert sequence.status is Status.WAITING
-        case "parked" | "saved":
+        case "preempted" | "saved":
             while len(answers["victim"].tokens) < 5:
                 step(engine, answers)
             plan = Plan()
-            engine.scheduler._park(sequence, engine.clock())
+            engine.scheduler._preempt(sequence, engine.clock())
             if state == "saved":
-                engine.scheduler._save_or_drop(engine.scheduler._parked.pop(sequence.number), plan)
+                engine.scheduler._offload_or_drop(engine.scheduler._preempted.pop(sequence.number), plan)
                 engine._move(plan)
                 assert "victim" in engine._saved
         case "loading":

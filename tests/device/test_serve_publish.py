@@ -177,7 +177,7 @@ def test_a_follower_shares_no_prefix_with_anybody(publisher):
     engine.submit(publisher.ask("pinned again", False, prompt=prompt, max_tokens=2))
     again = engine._sequences["pinned again"]
     run_all(engine)
-    assert (first.found, second.found, again.found) == (0, 0, 16)
+    assert (first.cached_tokens, second.cached_tokens, again.cached_tokens) == (0, 0, 16)
 
 
 def test_following_an_adapter_that_stays_the_same_loses_and_repeats_nothing(world):

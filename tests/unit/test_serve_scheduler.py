@@ -41,7 +41,7 @@ class World:
         self.kv: list[list[object]] = [[None] * PAGE_TOKENS for _ in range(pages)]
         self.host: dict[int, list[list[object]]] = {}
         self.on_device: dict[int, AdapterRef] = {}  # what the loads put where
-        self.parked: set[int] = set()  # numbers of those that lost their row at least once
+        self.preempted: set[int] = set()  # numbers of those that lost their row at least once
 
     def add(self, id: str, *args, **kwargs) -> Sequence:
         return self.scheduler.add(ask(id, *args, **kwargs), self.now)
@@ -50,7 +50,7 @@ class World:
         ran = {s.number for s in self.scheduler.running}
         wanted = self.scheduler.wanted(4)
         plan = self.scheduler.plan(self.now, [ref for ref in wanted if ref not in self.slow])
-        self.parked |= ran - {s.number for s in self.scheduler.running}
+        self.preempted |= ran - {s.number for s in self.scheduler.running}
         self.scheduler.check()
         for s, pages in plan.save:
             self.host[s.number] = [list(self.kv[p]) for p in pages]
@@ -248,7 +248,7 @@ def test_an_adapter_past_its_quantum_leaves_and_its_requests_go_on_where_they_we
 
 
 @pytest.mark.parametrize("host_pages", [0, 40])
-def test_parked_kv_gives_way_to_the_host_or_is_computed_again(host_pages):
+def test_preempted_kv_gives_way_to_the_host_or_is_computed_again(host_pages):
     """The pool holds little more than one request: all finish."""
     limits = Limits(rows=4, lanes=3, lane_tokens=5, waiting=9, waiting_tokens=999, host_pages=host_pages)
     world = World(limits, pages=6)
@@ -258,7 +258,7 @@ def test_parked_kv_gives_way_to_the_host_or_is_computed_again(host_pages):
         world.step()
         saves += len(world.host)
     assert world.scheduler.counts() == (0, 0, 0)
-    assert world.parked
+    assert world.preempted
     assert (world.scheduler.recomputed_tokens > 0) == (host_pages == 0)
     assert (saves > 0) == (host_pages > 0)
     alone = World()
@@ -313,7 +313,7 @@ def test_a_prompt_that_was_computed_before_is_not_computed_again():
     version = world.add("version", adapter(0, version=2), prompt=14)
     base = world.add("base", prompt=14)
     world.run(30)
-    assert (again.found, other.found, version.found, base.found) == (12, 0, 0, 0)
+    assert (again.cached_tokens, other.cached_tokens, version.cached_tokens, base.cached_tokens) == (12, 0, 0, 0)
 
 
 def test_a_resident_adapter_is_not_loaded_again_and_the_oldest_leaves():
