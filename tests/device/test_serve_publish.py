@@ -208,8 +208,8 @@ def test_publications_change_no_bit_of_other_tenants_streams(world, publisher):
         ]
 
     def run(between):
-        engine = world.engine()
-        publisher.runner.engine = publisher.engine = engine
+        publisher.runner = DeviceThread(world.engine(), base_name=BASE)
+        engine = publisher.engine = publisher.runner.engine
         with_resident(engine, world.adapters[0], world.store.get(publisher.newest))
         ran = watch_programs(engine)
         requests = [*others(), publisher.ask("follower", True, max_tokens=40)]
