@@ -20,6 +20,8 @@ from serve.engine.request import Delta, FinishReason, PromptLogprob, Request, To
 from serve.engine.sampling import PromptScores, StepOutput
 from serve.engine.step import StepBatch
 
+LOG = logging.getLogger("serve")
+
 
 def failure_table(word: str) -> list[int]:
     """Returns for each prefix, at length - 1, the length of its longest proper suffix that is a prefix of the word."""
@@ -91,9 +93,6 @@ class StopStrings:
                 complete = max(complete, length)
                 self._matched[i] = table[-1]
         return complete
-
-
-LOG = logging.getLogger("serve")
 
 
 class OutputProcessor:

@@ -26,6 +26,8 @@ from serve.engine.telemetry import Histogram
 
 INPUT, OUTPUT = 1.0, 2.0  # cost of a token computed and of a token generated, as in the virtual token counter (VTC)
 
+WAIT_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)  # upper bounds
+
 
 def quotas(demand: Mapping[str, int], weights: Mapping[str, float], slots: int) -> dict[str, int]:
     """Returns each tenant's share of the slots: by weight, never more than it can use, at least one.
@@ -66,9 +68,6 @@ class TokenShares:
     def served(self, tenant: str) -> float:
         """Returns weighted tokens; the tenant with fewer goes first."""
         return self._served.get(tenant, 0.0)
-
-
-WAIT_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)  # upper bounds
 
 
 @dataclass(slots=True)

@@ -28,6 +28,8 @@ from serve.engine.logit_edits import LogitEdits
 from serve.engine.request import MAX_TOP_LOGPROBS
 from serve.engine.sampling import PromptScores, SamplingBatch, StepOutput, sample
 
+SCORED_BYTES = 2**26  # of logits at a time, of all lanes together
+
 
 @dataclass(frozen=True, slots=True)
 class Layout[T]:
@@ -61,9 +63,6 @@ class Layout[T]:
             leaves.append(x != 0 if dtype == "?" else lax.bitcast_convert_type(x, jnp.dtype(dtype)))
             start = end
         return self.tree.unflatten(leaves)
-
-
-SCORED_BYTES = 2**26  # of logits at a time, of all lanes together
 
 
 @jax.tree_util.register_dataclass

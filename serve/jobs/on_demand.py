@@ -1,9 +1,9 @@
-"""One update at a time of adapters that no job trains, by calls that return when the new version can be asked.
+"""On-demand training: calls that make one update of an adapter and return when its new version is served.
 
     fine_tune ─▶ its state (kept, or from disk, or new moments for its newest version) ─▶ LiveJobs.train_once ─▶ version n + 1
 
-The store holds the weights of every version.  The moments are kept in RAM for a few adapters, and written in the background
-for all; those of another version than the newest are of no use, and begin anew.
+The store holds the weights of every version.  The moments are kept in RAM for a few adapters, and written in the
+background for all; where they are of another version than the newest, new ones begin.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ KEPT_VERSIONS = 16  # of an adapter
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FineTuned:
-    """What one call has done."""
+    """The result of one call."""
 
     tokens: int  # trained, target tokens
-    sum_loss: float  # nats of all of them under the weights before, whatever their weights
+    sum_loss: float  # nats of all of them under the weights before the update
     ref: AdapterRef  # the version after
 
 
 @dataclass(frozen=True, slots=True)
 class _Tuned:
-    """What an adapter has learned by calls."""
+    """The optimizer state of an adapter after some calls."""
 
     version: int
     calls: int
@@ -56,7 +56,7 @@ class _Tuned:
 
 
 class _Waiting:
-    """A caller on an event loop, told by the device thread."""
+    """A caller on an event loop, which the device thread resumes."""
 
     def __init__(self, publisher: Publisher, tenant: str, name: str, spec: LoraSpec, keep: int):
         """keep: versions of the adapter that stay."""
@@ -65,7 +65,7 @@ class _Waiting:
         self.done: asyncio.Future[tuple[FineTuned, SlotState]] = self._loop.create_future()
 
     def updated(self, report: StepReport, rows: Rows, state: SlotState) -> None:
-        """Publishes the update; the device thread calls it."""
+        """Publishes the update.  Device thread only."""
         try:
             ref = self._publisher.publish(self._tenant, self._name, self._spec, rows, keep=self._keep)
         except (JaxLoraError, OSError) as error:
@@ -75,7 +75,7 @@ class _Waiting:
         self._loop.call_soon_threadsafe(self._set, (done, state), None)
 
     def failed(self, error: Exception) -> None:
-        """There is no update; the device thread calls it."""
+        """Raises the error at the caller.  Device thread only."""
         self._loop.call_soon_threadsafe(self._set, None, error)
 
     def _set(self, result: tuple[FineTuned, SlotState] | None, error: Exception | None) -> None:
@@ -89,7 +89,7 @@ class _Waiting:
 
 
 class Tuner:
-    """Creates, trains and deletes adapters call by call.  Of one event loop, but for `forget` and `close`."""
+    """Creates, trains and deletes adapters call by call.  On one event loop, but for `forget` and `close`."""
 
     def __init__(
         self,
@@ -109,7 +109,7 @@ class Tuner:
         self._turns: dict[tuple[str, str], asyncio.Lock] = {}
 
     async def create(self, tenant: str, name: str, spec: LoraSpec, seed: int) -> AdapterRef:
-        """A new adapter that changes nothing yet, as version 1.
+        """Creates an adapter that changes nothing yet, as version 1.
 
         Raises AdapterInvalid for a rank or targets that no slot holds, InvalidRequest for a bad name, QuotaExceeded,
         StorageFailed.
@@ -125,9 +125,9 @@ class Tuner:
         return await asyncio.to_thread(make)
 
     async def fine_tune(self, tenant: str, name: str, examples: Sequence[Example], optimizer: Optimizer) -> FineTuned:
-        """One update by all these examples; their loss is divided by the number of their target tokens.
+        """Makes one update by all these examples; their loss is divided by the number of their target tokens.
 
-        Calls for one adapter are made in the order they came.  One whose caller goes away is made all the same.
+        Calls for one adapter run in the order they came.  One whose caller goes away runs all the same.
         optimizer: its numbers; the schedule is constant.
         Raises AdapterNotFound; DataInvalid for examples that cannot be trained on; AdapterNotFinite, and changes
         nothing, when the loss or its gradient is not finite; StorageFailed or OSError when the version cannot be stored.
@@ -156,14 +156,14 @@ class Tuner:
             return done
 
     async def delete(self, tenant: str, name: str) -> None:
-        """The adapter is gone at once; what runs ends on it.  Raises AdapterNotFound."""
+        """Deletes the adapter at once; running requests end on it.  Raises AdapterNotFound."""
         async with self._turns.setdefault((tenant, name), asyncio.Lock()):
             await asyncio.to_thread(self._store.delete, tenant, name)
             self.forget(tenant, name)
         self._turns.pop((tenant, name), None)
 
     def forget(self, tenant: str, name: str) -> None:
-        """Drops what the calls of an adapter that is gone have learned; its files are removed soon.  From any thread."""
+        """Drops the optimizer state of a deleted adapter; its files are removed soon.  From any thread."""
         with self._guard:
             self._kept.pop((tenant, name), None)
         self._writer.discard(f"{tenant}/{name}", self._states / tenant / name)
@@ -173,14 +173,14 @@ class Tuner:
         self._writer.close()
 
     def _kept_versions(self, tenant: str, name: str) -> int:
-        """How many versions there may be after this call; where the tenant's bytes are used up, as many as there are."""
+        """Returns how many versions may stay after this call; where the tenant's bytes are used up, as many as there are."""
         versions = self._store.versions(tenant, name)
         if not versions or self._quota.has_room(versions[-1]):
             return KEPT_VERSIONS
         return min(len(versions), KEPT_VERSIONS)
 
     def _state_of(self, tenant: str, name: str) -> tuple[LoraSpec, _Tuned]:
-        """(what it is, what it has learned) of the newest version.  Reads the disk."""
+        """Returns the spec and the optimizer state of the newest version.  Reads the disk."""
         ref = self._store.latest(tenant, name)
         if ref is None:
             raise AdapterNotFound(f"no adapter named {name!r}", param="name")
@@ -194,7 +194,7 @@ class Tuner:
         return adapter.spec, kept
 
     def _stored(self, tenant: str, name: str, spec: LoraSpec) -> _Tuned | None:
-        """What the disk has of it."""
+        """Reads the optimizer state from the disk; None where there is none of this base and spec."""
         self._writer.flush()
         folder, trainer = self._states / tenant / name, self._trainer
         wanted = {"base": trainer.base_hash, "spec": spec.to_json(), "moments": trainer.moments}

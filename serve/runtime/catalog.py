@@ -18,6 +18,8 @@ from jaxlora.storage.adapter_store import AdapterStore
 from serve.engine.slots import SlotTable
 from serve.runtime.backend import ModelCard
 
+LOG = logging.getLogger("serve")
+RESERVED_NAMES = frozenset({"versions", "download", "pin", "unpin"})
 JOB_PREFIX = "ft-"  # of adapters that jobs make
 FT_NAME = re.compile(r"ft:([^:]+):([^:]+):([^:]*):([0-9a-f]{12})(?::(?:ckpt-step-(\d{1,9})|(latest)))?")
 
@@ -140,10 +142,6 @@ class JobNames:
             newest = job.steps[max(job.steps)] if job.steps else None
             version = job.steps.get(int(step)) if step else job.final if job.final is not None else newest
             return None if version is None else Target(job.tenant, job.adapter, version)
-
-
-LOG = logging.getLogger("serve")
-RESERVED_NAMES = frozenset({"versions", "download", "pin", "unpin"})
 
 
 class Catalog:

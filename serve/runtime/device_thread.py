@@ -28,6 +28,11 @@ from serve.runtime.catalog import Catalog
 from serve.runtime.publisher import Publisher
 from serve.runtime.watchdog import Watch
 
+LOG = logging.getLogger("serve")
+GONE = "the server stopped before the answer was complete; retry when it is up again"
+LOST = "the device thread failed or hung before the answer was complete"
+END_S = 10.0  # for the present step to end, before requests are ended without the device thread
+
 
 class DeltaStream:
     """The async iterator of a request's deltas; it ends after the one with `finish` or `error`."""
@@ -73,12 +78,6 @@ class Submission:
     def __call__(self) -> None:
         """Submits the request.  Device thread only."""
         self.admit(self.request, self.listener)
-
-
-LOG = logging.getLogger("serve")
-GONE = "the server stopped before the answer was complete; retry when it is up again"
-LOST = "the device thread failed or hung before the answer was complete"
-END_S = 10.0  # for the present step to end, before requests are ended without the device thread
 
 
 class Trainer(Protocol):

@@ -1,4 +1,4 @@
-"""From settings to fine-tuning jobs beside a runner: trainer, jobs, calls, scores and what is stored of them."""
+"""Builds the fine-tuning jobs of a server: trainer, recorder, jobs, scorer and on-demand updates."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from train.jobs.states import Parking
 from train.step.microsteps import small_parts
 from train.trainer import Trainer
 
-PARKED_BYTES = 2 * 2**30  # of jobs without a slot in RAM; the rest waits in files
+SPILL_BYTES = 2 * 2**30  # states of jobs without a slot in RAM; the rest waits in files
 
 
 @dataclass(frozen=True, slots=True)
 class JobHost:
-    """All that trains beside a runner."""
+    """The parts of a server that train."""
 
     runner: DeviceThread
     live: LiveJobs
@@ -48,14 +48,14 @@ class JobHost:
     scorer: Scorer
 
     def start(self) -> None:
-        """Compiles what training runs, and goes on with the jobs of an earlier process.  The runner has started."""
+        """Compiles the training programs and resumes the jobs of an earlier process.  Call it after the runner has started."""
         self.runner.call(lambda: warm_up(self.live.jobs.trainer, self.runner.publisher))
         self.runner.watch.training = functools.partial(training_view, self.live.jobs)
         self.runner.trainer = self.live
         self.service.restart()
 
     def close(self) -> None:
-        """Saves what jobs have learned and stores what is left.  After the device thread has ended."""
+        """Saves the jobs' states and stores what is left.  Call it after the device thread has ended."""
         self.scorer.close()
         self.service.close()
         self.tuner.close()
@@ -71,7 +71,7 @@ def make_job_host(
     quota: AdapterQuota,
     remote: Remote | None,
 ) -> JobHost:
-    """Jobs over this base that are not started yet.
+    """Builds the jobs over this base, not started yet.
 
     Raises ConfigInvalid for sizes that do not fit the base; Unavailable, StorageFailed as object storage does.
     """
@@ -96,7 +96,7 @@ def make_job_host(
             trainer,
             JobsConfig(states=folder / "states", quantum_steps=training.quantum_steps, copies=copies),
             shelf=runner.publisher,
-            parking=Parking(folder / "parked", host_bytes=PARKED_BYTES),
+            parking=Parking(folder / "parked", host_bytes=SPILL_BYTES),
             load=files.load,
             wake=wake,
         ),
@@ -127,7 +127,7 @@ def make_job_host(
 
 
 def know_names(names: JobNames, stored: StoredJobs) -> None:
-    """Has the names of all jobs that there ever were mean what they have made."""
+    """Loads the names of all stored jobs and their checkpoints."""
     for record, checkpoints in stored.history():
         suffix = record.request.get("suffix")
         names.add(record.id, record.tenant, suffix if isinstance(suffix, str) else "")
