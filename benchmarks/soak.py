@@ -235,7 +235,7 @@ class Soak:
         scheduler.check()
         rest = {
             "requests": sum(scheduler.counts()),
-            "answers": len(engine._answers),
+            "answers": len(engine._processors),
             "KV on the host": len(engine._saved) + scheduler.host_pages,
             "pages": scheduler.pages.pages - scheduler.pages.free,
             "pins": len(engine.slots.pinned()),

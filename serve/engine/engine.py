@@ -110,7 +110,7 @@ class Engine:
         self.ahead_bytes = self.ahead * one
         store.set_aside(self.ahead_bytes)
         self._sequences: dict[str, Sequence] = {}
-        self._answers: dict[str, OutputProcessor] = {}
+        self._processors: dict[str, OutputProcessor] = {}
         self._saved: dict[str, HostPages] = {}  # KV of preempted requests
         self._mover = PageMover(mesh)
         self.clock = time.monotonic
@@ -158,9 +158,9 @@ class Engine:
             )
         if request.follow and (ref := request.adapter) is not None:  # a version may have come since it was resolved
             request = replace(request, adapter=self.store.latest(ref.tenant, ref.name) or ref)
-        answer = OutputProcessor(request, self.tokenizer, self.base.config.vocab)
+        processor = OutputProcessor(request, self.tokenizer, self.base.config.vocab)
         self._sequences[request.id] = sequence = self.scheduler.add(request, self.clock())
-        self._answers[request.id] = answer
+        self._processors[request.id] = processor
         if sequence.adapter is not None:
             self.store.borrow(sequence.adapter)  # its owner may delete it meanwhile
 
@@ -289,8 +289,8 @@ class Engine:
 
     def _batch(self, lanes: int, tokens: int, sampled: list[Sequence]) -> tuple[StepBatch, LogitEdits]:
         """Makes the arrays to fill, with the logit edits that the sampled sequences need."""
-        answers = [self._answers[s.request.id] for s in sampled]
-        tokens_edited, has_grammar = any(a.edits_tokens for a in answers), any(a.has_grammar for a in answers)
+        processors = [self._processors[s.request.id] for s in sampled]
+        tokens_edited, has_grammar = any(p.edits_tokens for p in processors), any(p.has_grammar for p in processors)
         edits = self._edits.make(lanes, tokens=tokens_edited, allowed=has_grammar)
         return StepBatch.idle(lanes, tokens, self._columns), edits
 
@@ -323,11 +323,11 @@ class Engine:
         batch.slot_G[lane] = sequence.slot
         batch.page_GC[lane, : len(sequence.pages)] = sequence.pages
         batch.last_G[lane] = count - 1
-        answer = self._answers[sequence.request.id]
-        targets = answer.targets(start, count)
+        processor = self._processors[sequence.request.id]
+        targets = processor.targets(start, count)
         batch.target_GJ[lane, : len(targets)] = targets
         if start + count == len(sequence.tokens):
-            answer.fill(batch, edits, lane, start + count)
+            processor.fill(batch, edits, lane, start + count)
 
     def _smallest(self, full: int, needed: int) -> int:
         return next(size for size in self._ladder(full) if size >= needed)
@@ -345,7 +345,7 @@ class Engine:
         deltas = []
         for lane, c in enumerate(chunks):
             if out.scores is not None:
-                self._answers[c.sequence.request.id].score(out.scores, lane, c.start, c.count)
+                self._processors[c.sequence.request.id].score(out.scores, lane, c.start, c.count)
             c.sequence.done = c.start + c.count
             self.prefilled_tokens += c.count
             if c.sequence.prompt_left > 0:
@@ -365,7 +365,7 @@ class Engine:
         batch.last_G[:rows] = 0
         for row, s in enumerate(sequences):
             batch.page_GC[row, : len(s.pages)] = s.pages
-            self._answers[s.request.id].fill(batch, edits, row, s.done + 1)
+            self._processors[s.request.id].fill(batch, edits, row, s.done + 1)
         return self._run(batch, edits)
 
     def _end_decode(self, sequences: list[Sequence], out: StepOutput) -> list[Delta]:
@@ -378,7 +378,7 @@ class Engine:
     def _advance(self, sequence: Sequence, out: StepOutput, row: int) -> Delta:
         """Processes the sequence's new token into what its client gets."""
         cached_tokens = sequence.cached_tokens if sequence.generated == 0 else 0
-        delta = self._answers[sequence.request.id].take(out, row, sequence.adapter, cached_tokens)
+        delta = self._processors[sequence.request.id].take(out, row, sequence.adapter, cached_tokens)
         self.telemetry.took(sequence, delta, self.clock())
         sequence.tokens += delta.tokens
         self.decoded_tokens += len(delta.tokens)
@@ -390,5 +390,5 @@ class Engine:
         self.scheduler.finish(sequence)
         if sequence.adapter is not None:
             self.store.give_back(sequence.adapter)
-        for table in (self._sequences, self._answers, self._saved):
+        for table in (self._sequences, self._processors, self._saved):
             table.pop(sequence.request.id, None)

@@ -215,7 +215,7 @@ def check_engine(engine: Engine) -> None:
     """Rows, pages, pins and the tables of the engine agree."""
     scheduler = engine.scheduler
     scheduler.check()
-    assert set(engine._sequences) == set(engine._answers)
+    assert set(engine._sequences) == set(engine._processors)
     assert len(engine._sequences) == sum(scheduler.counts())
     assert set(engine._saved) == {id for id, s in engine._sequences.items() if s.status is Status.OFFLOADED}
 
