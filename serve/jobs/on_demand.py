@@ -13,7 +13,7 @@ import logging
 import threading
 import uuid
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -72,20 +72,14 @@ class _Waiting:
             self.failed(error)
             return
         done = FineTuned(tokens=report.targets, sum_loss=report.nll, ref=ref)
-        self._loop.call_soon_threadsafe(self._set, (done, state), None)
+        self._settle(self.done.set_result, (done, state))
 
     def failed(self, error: Exception) -> None:
         """Raises the error at the caller.  Device thread only."""
-        self._loop.call_soon_threadsafe(self._set, None, error)
+        self._settle(self.done.set_exception, error)
 
-    def _set(self, result: tuple[FineTuned, SlotState] | None, error: Exception | None) -> None:
-        if self.done.done():
-            return
-        if result is None:
-            assert error is not None
-            self.done.set_exception(error)
-        else:
-            self.done.set_result(result)
+    def _settle[T](self, settle: Callable[[T], None], value: T) -> None:
+        self._loop.call_soon_threadsafe(lambda: None if self.done.done() else settle(value))
 
 
 class Tuner:
