@@ -121,7 +121,7 @@ class Soak:
     def publish_nan(self) -> None:
         """A publication that must be refused.  On the device thread."""
         try:
-            self.runner.publish(LOCAL_TENANT, "counts", LoraSpec(rank=RANK, alpha=16.0), self.not_finite)
+            self.runner.publisher.publish(LOCAL_TENANT, "counts", LoraSpec(rank=RANK, alpha=16.0), self.not_finite)
         except AdapterNotFinite:
             self.counts["not finite, refused"] += 1
         else:
@@ -235,7 +235,7 @@ class Soak:
         scheduler.check()
         rest = {
             "requests": sum(scheduler.counts()),
-            "answers": len(engine._answers),
+            "answers": len(engine._processors),
             "KV on the host": len(engine._saved) + scheduler.host_pages,
             "pages": scheduler.pages.pages - scheduler.pages.free,
             "pins": len(engine.slots.pinned()),

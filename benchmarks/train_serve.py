@@ -200,7 +200,7 @@ def opened_bench(lane_tokens: int, publish_every: int, tokens: int) -> Generator
         )
         live = LiveTraining(
             trainer,
-            runner,
+            runner.publisher,
             publish_every=publish_every,
             on_step=lambda _reports: None,
             on_publish=lambda _ref, _step: None,
@@ -235,7 +235,7 @@ def main() -> None:
             p50, p99 = 1e3 * quantile(seconds, 0.5), 1e3 * quantile(seconds, 0.99)
             print(f"{part:<10} {len(seconds):>6} parts   p50 {p50:6.1f} ms   p99 {p99:6.1f} ms")
         print("learned → first token under the new version:")
-        print("\n".join(bench.runner.freshness.lines()))
+        print("\n".join(bench.runner.publisher.freshness.lines()))
         print(f"compiles after warm-up: {compiles.compiles} (traces {compiles.traces})")
 
 

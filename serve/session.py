@@ -61,7 +61,7 @@ class Session:
         self._ids = itertools.count()
         self._live = LiveTraining(
             trainer,
-            runner,
+            runner.publisher,
             publish_every=publish_every,
             on_step=self._heard,
             on_publish=lambda ref, step: self._published.update({ref.name: step}),
@@ -114,7 +114,7 @@ class Session:
             runner = make_runner(opened, config, shelf)
             end.callback(stop, runner, shelf)
             runner.start()
-            runner.call(lambda: warm_up(trainer, runner))
+            runner.call(lambda: warm_up(trainer, runner.publisher))
             return cls(opened, runner, trainer, end.pop_all(), publish_every)
 
     def close(self) -> None:

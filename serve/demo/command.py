@@ -180,7 +180,11 @@ class Demo:
     def train(self, console: Console) -> float:
         """Trains all tenants to their last step, showing a line per tenant.  Returns seconds."""
         live_training = LiveTraining(
-            self.trainer, self.runner, publish_every=PUBLISH_EVERY, on_step=self.on_step, on_publish=self.on_publish
+            self.trainer,
+            self.runner.publisher,
+            publish_every=PUBLISH_EVERY,
+            on_step=self.on_step,
+            on_publish=self.on_publish,
         )
         start_s = time.perf_counter()
         self.runner.call(lambda: setattr(self.runner, "trainer", live_training))
@@ -279,7 +283,7 @@ def main(*, exit_after: bool, port: int, out: Path | None, seed: int) -> None:
     demo = Demo(opened, runner, trainer, demo_tasks(seed), seed)
     shapes = len(runner.engine.shapes())
     timed(console, f"compiling {shapes} serving programs in {opened.base.dtype.name}", runner.start)
-    timed(console, "compiling the training step", lambda: runner.call(lambda: warm_up(trainer, runner)))
+    timed(console, "compiling the training step", lambda: runner.call(lambda: warm_up(trainer, runner.publisher)))
     http.start()
     console.print(f"answering on {http.url}/v1 from now on")
     runner.call(demo.seat)

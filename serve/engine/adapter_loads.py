@@ -1,4 +1,4 @@
-"""Adapters on their way from the store to host rows, read on threads of their own.  A failure is its askers' alone."""
+"""Reads adapters from the store into host rows, on threads of its own.  A failure ends the adapter's requests alone."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from jaxlora.core.lora import AdapterRef
 from jaxlora.model.lora_pool import Rows
 
 READERS = 4  # threads
-LOAD_WAIT_S = 0.005  # how long a step with nothing else to do waits for one of them; messages wait as long
-FAILED_S = 5.0  # a version that could not be read is not tried again for so long; its askers get the same error
+LOAD_WAIT_S = 0.005  # how long a step without other work waits for a read; messages wait as long
+FAILED_S = 5.0  # before a version that could not be read is tried again; its requests get the same error meanwhile
 
 
 class AdapterLoads:
-    """What is being read, and what has been read and has no slot yet.  Owned by one thread.
+    """The adapters that are being read, or have been read and have no slot yet.  Owned by one thread.
 
     read: the rows of a version.  Called on a thread of its own, as it may read a disk.  clock: seconds.
     """
@@ -27,13 +27,13 @@ class AdapterLoads:
         self._failed: dict[AdapterRef, tuple[float, JaxLoraError]] = {}  # until when, and why; the oldest first
 
     def __bool__(self) -> bool:
-        """Whether anything is read, or waits for a slot."""
+        """Whether an adapter is being read or waits for a slot."""
         return bool(self._loads)
 
     def want(self, refs: Sequence[AdapterRef]) -> list[tuple[AdapterRef, JaxLoraError]]:
-        """These are next in line: starts to read them, forgets all others.  Returns those that cannot be read, and why.
+        """Starts to read the adapters that enter next and forgets all others.  Returns those that cannot be read, and why.
 
-        Raises RuntimeError for an error that is not the adapter's but ours.
+        Raises RuntimeError for an internal error, which is not the adapter's.
         """
         for ref in [ref for ref in self._loads if ref not in refs]:
             self._loads.pop(ref).cancel()
@@ -51,20 +51,20 @@ class AdapterLoads:
                 if not isinstance(error, JaxLoraError):
                     raise RuntimeError(f"reading {ref} failed") from error
                 failed.append((ref, error))
-                if not isinstance(error, AdapterNotFound):  # that takes no disk, and it may be put any time
+                if not isinstance(error, AdapterNotFound):  # that reads no disk, and the version may come at any time
                     self._failed[ref] = now + FAILED_S, error
         return failed
 
     def ready(self) -> list[AdapterRef]:
-        """Those that have been read."""
+        """Returns the adapters that have been read."""
         return [ref for ref in self._loads if self._is_read(ref)]
 
     def take(self, ref: AdapterRef) -> Rows:
-        """The rows of one that has been read; it is on its way no more."""
+        """Removes an adapter that has been read and returns its rows."""
         return self._loads.pop(ref).result()
 
     def wait(self) -> None:
-        """Until one is read, or a moment is over."""
+        """Waits until an adapter is read, at most LOAD_WAIT_S."""
         wait(self._loads.values(), LOAD_WAIT_S, FIRST_COMPLETED)
 
     def _is_read(self, ref: AdapterRef) -> bool:

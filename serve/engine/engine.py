@@ -1,4 +1,4 @@
-"""The engine: plans become arrays, one jitted program per shape runs them, answers take the tokens.
+"""The engine: it turns plans into arrays, runs them with one jitted program per shape and hands out the tokens.
 
 Owned by one thread.  A step is at most one prefill program and one decode program; both are the same function (`step`),
 and every shape it will ever see is compiled by `warm_up`.
@@ -46,7 +46,7 @@ MIN_ROWS = 2  # XLA:CPU has no fast path for a bfloat16 product with one row
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
-    """The shapes that are compiled.  Nothing a request says changes them."""
+    """The shapes that are compiled.  No request changes them."""
 
     rows: int  # sequences that run at once
     prefill_lanes: int  # lanes of a prefill program
@@ -55,14 +55,14 @@ class EngineConfig:
     page_tokens: int
     kv_dtype: str | None = None  # None: the base's
     max_tokens: int  # longest sequence, prompt included
-    max_waiting: int  # requests in line before new ones are refused
+    max_waiting: int  # requests in the queue before new ones are refused
     max_waiting_tokens: int  # tokens they may come to, prompt and max_tokens together
-    host_bytes: int  # of KV that parked requests may keep on the host; what has no room there is computed again
+    host_bytes: int  # of KV that preempted requests may keep on the host; what has no room there is computed again
     quantum_s: float  # how long an adapter keeps its slot while others wait, until `tune` says otherwise
 
 
 class Engine:
-    """All running sequences on one base and one pool.  Not thread-safe: one thread owns it."""
+    """Runs all sequences on one base and one pool.  Not thread-safe: one thread owns it."""
 
     def __init__(
         self,
@@ -110,8 +110,8 @@ class Engine:
         self.ahead_bytes = self.ahead * one
         store.set_aside(self.ahead_bytes)
         self._sequences: dict[str, Sequence] = {}
-        self._answers: dict[str, OutputProcessor] = {}
-        self._saved: dict[str, HostPages] = {}  # KV of parked requests
+        self._processors: dict[str, OutputProcessor] = {}
+        self._saved: dict[str, HostPages] = {}  # KV of preempted requests
         self._mover = PageMover(mesh)
         self.clock = time.monotonic
         self._launched = 0.0  # when the first program under way was; 0 for none
@@ -121,7 +121,7 @@ class Engine:
         self.telemetry = Telemetry()
 
     def shapes(self) -> list[tuple[int, int]]:
-        """Every (lanes, tokens per lane) this engine runs."""
+        """Returns every (lanes, tokens per lane) that this engine runs."""
         return [(g, self.config.prefill_tokens) for g in self._ladder(self.config.prefill_lanes)] + [
             (g, 1) for g in self._ladder(self.config.rows)
         ]
@@ -143,7 +143,7 @@ class Engine:
     # ---- requests -------------------------------------------------------------------------------------------------
 
     def submit(self, request: Request) -> None:
-        """Puts the request in line.
+        """Puts the request in the queue.
 
         Raises ContextLengthExceeded, Overloaded, InvalidRequest when it can never fit, AlreadyExists for an id in use.
         """
@@ -158,14 +158,14 @@ class Engine:
             )
         if request.follow and (ref := request.adapter) is not None:  # a version may have come since it was resolved
             request = replace(request, adapter=self.store.latest(ref.tenant, ref.name) or ref)
-        answer = OutputProcessor(request, self.tokenizer, self.base.config.vocab)
+        processor = OutputProcessor(request, self.tokenizer, self.base.config.vocab)
         self._sequences[request.id] = sequence = self.scheduler.add(request, self.clock())
-        self._answers[request.id] = answer
+        self._processors[request.id] = processor
         if sequence.adapter is not None:
             self.store.borrow(sequence.adapter)  # its owner may delete it meanwhile
 
     def cancel(self, request_id: str) -> None:
-        """Frees all the request holds; does nothing when it has ended."""
+        """Frees everything the request holds; does nothing when it has ended."""
         sequence = self._sequences.get(request_id)
         if sequence is not None:
             self.telemetry.ended["abort"] += 1
@@ -182,15 +182,17 @@ class Engine:
         return self.scheduler.counts()[2] > 0 or any(s.generated == 0 for s in self.scheduler.running)
 
     def step(self) -> list[Delta]:
-        """One step for everyone who can run: adapters that have been read get slots, then prompt chunks, then one token for
-        each decoding sequence.  Waits for a disk only when nobody can run, and then for a moment.
+        """Runs one step and returns its tokens.
+
+        Adapters that have been read are copied into slots; then prompt chunks are computed, and one token for each
+        decoding sequence.  Waits for a disk only when no sequence can run, and then for a moment.
         """
         plan = self.scheduler.plan(self.clock(), self._loads.ready())
         self._move(plan)
         prefill = self._start_prefill(plan.prefill) if plan.prefill else None
         decode = self._start_decode(plan.decode) if plan.decode else None
-        # Both programs are under way; whoever enters next is read meanwhile, and what the first one's tokens mean is found
-        # out while the second one runs.
+        # Both programs are running; the adapters that enter next are read meanwhile, and the first program's tokens are
+        # processed while the second one runs.
         deltas = self._read_ahead()
         if plan.empty and self._loads:
             self._loads.wait()
@@ -201,7 +203,7 @@ class Engine:
         return deltas
 
     def _move(self, plan: Plan) -> None:
-        """Copies of a plan: KV to the host, adapters into slots, KV back."""
+        """Makes the copies of a plan: KV to the host, adapters into slots, KV back."""
         for s, pages in plan.save:
             self._saved[s.request.id] = self._mover.save(self._kv, pages)
         for ref, slot in plan.load:
@@ -212,15 +214,14 @@ class Engine:
     # ---- adapters -------------------------------------------------------------------------------------------------
 
     def install(self, ref: AdapterRef, rows: Rows) -> int | None:
-        """Copies a new version's device rows into a slot: no disk, no host, no compile.  Who follows the adapter goes on
-        under it.
+        """Copies a new version's device rows into a slot and announces it: no disk, no host, no compile.
 
-        The slot, or None when every slot has running requests: the version is then loaded when it is first asked for.
+        Returns the slot, or None when every slot has running requests: the version is then loaded for its first request.
         """
         self.announce(ref)
         slot = self.slots.find(ref)
         if slot is not None:
-            return slot  # a request asked for it first and had it loaded
+            return slot  # a request came first and had it loaded
         self.scheduler.settle()
         slot = self.slots.choose()
         if slot is not None:
@@ -229,18 +230,18 @@ class Engine:
         return slot
 
     def announce(self, ref: AdapterRef) -> None:
-        """A new version is in the store: pins and who follows the adapter go on to it, and it is read when it is needed."""
+        """Moves pins and followers of the adapter to a version that is new in the store; it is read when it is needed."""
         self.scheduler.active.succeed(ref)
         for old in self.scheduler.follow(ref):
             self.store.borrow(ref)
             self.store.give_back(old)
 
     def tune(self, tuning: Tuning, pins: Collection[AdapterRef]) -> None:
-        """Decides by these settings from the next step on; see `serve.engine.scheduler.apply`.  Compiles nothing."""
+        """Applies these settings from the next step on; see `serve.engine.scheduler.apply`.  Compiles nothing."""
         apply(tuning, self.scheduler, slots=self.pool_spec.slots, pins=pins)
 
     def release(self, ref: AdapterRef) -> bool:
-        """Gives up the slot of a version, unless a request uses it or waits for it; whether nobody does."""
+        """Gives up the slot of a version.  Returns False, and does nothing, when a request uses it or waits for it."""
         if any(s.adapter == ref for s in self._sequences.values()):
             return False
         self.scheduler.settle()
@@ -253,7 +254,7 @@ class Engine:
         self._write_slot(empty_pool(self.base.config, self.pool_spec, self.mesh), *self._on_device(0, rows))
 
     def _read_ahead(self) -> list[Delta]:
-        """Has the adapters read that are next in line; ends the requests of those that cannot be."""
+        """Reads the adapters that enter next; ends the requests of those that cannot be read."""
         deltas = []
         for ref, error in self._loads.want(self.scheduler.wanted(self.ahead)):
             users = [s for s in self._sequences.values() if s.adapter == ref]
@@ -261,13 +262,13 @@ class Engine:
                 self.telemetry.ended["error"] += 1
                 self._end(s)
             deltas += [Delta(request_id=s.request.id, error=error) for s in users]
-            if ref in self.scheduler.active.pinned:  # or it would be read again at every step
+            if ref in self.scheduler.active.pinned:  # else it would be read again at every step
                 LOG.error("adapter %s cannot be read, and is pinned no more: %s", ref.name, error.message)
                 self.scheduler.active.unpin(ref)
         return deltas
 
     def _read(self, ref: AdapterRef) -> Rows:
-        """The stored version as a slot's rows on the host.  Runs on a thread of its own: it may read the disk."""
+        """Reads a stored version as a slot's rows on the host.  Runs on a thread of its own: it may read the disk."""
         adapter = self.store.get(ref)
         if adapter.base_hash != self.base_hash:
             raise BaseMismatch(f"adapter {ref.name} was made for another base model; serve it on that one")
@@ -287,19 +288,17 @@ class Engine:
     # ---- programs -------------------------------------------------------------------------------------------------
 
     def _batch(self, lanes: int, tokens: int, sampled: list[Sequence]) -> tuple[StepBatch, LogitEdits]:
-        """Arrays to fill, with the edits that these sequences need, whose next tokens are chosen by them."""
-        answers = [self._answers[s.request.id] for s in sampled]
-        tokens_edited, has_grammar = any(a.edits_tokens for a in answers), any(a.has_grammar for a in answers)
+        """Makes the arrays to fill, with the logit edits that the sampled sequences need."""
+        processors = [self._processors[s.request.id] for s in sampled]
+        tokens_edited, has_grammar = any(p.edits_tokens for p in processors), any(p.has_grammar for p in processors)
         edits = self._edits.make(lanes, tokens=tokens_edited, allowed=has_grammar)
         return StepBatch.idle(lanes, tokens, self._columns), edits
 
     def _run(self, batch: StepBatch, edits: LogitEdits) -> StepOutput:
-        """The step's output, on its way: reading it waits for the device."""
+        """Starts the step and returns its output, which is read with `_read_output`."""
         layout = Layout.of(batch)
         words_GW = layout.pack(batch)
-        if (
-            self.mesh.size > 1
-        ):  # on one device the call itself copies them, in a tenth of the time that device_put takes
+        if self.mesh.size > 1:  # on one device the call copies them itself, in a tenth of the time of device_put
             words_GW = place_rows(self.mesh, words_GW)
         placed = self._edits.place(edits)
         self._launched = self._launched or time.perf_counter()
@@ -308,7 +307,7 @@ class Engine:
         return out
 
     def _read_output(self, out: StepOutput, *, last: bool) -> StepOutput:
-        """A program's output on the host.  last: nothing else is under way, so the device rests from now on."""
+        """Waits for a program's output on the host.  last: no other program is running, so the device is idle afterwards."""
         out = jax.device_get(out)
         if last:
             self.device_s += time.perf_counter() - self._launched
@@ -324,11 +323,11 @@ class Engine:
         batch.slot_G[lane] = sequence.slot
         batch.page_GC[lane, : len(sequence.pages)] = sequence.pages
         batch.last_G[lane] = count - 1
-        answer = self._answers[sequence.request.id]
-        targets = answer.targets(start, count)
+        processor = self._processors[sequence.request.id]
+        targets = processor.targets(start, count)
         batch.target_GJ[lane, : len(targets)] = targets
         if start + count == len(sequence.tokens):
-            answer.fill(batch, edits, lane, start + count)
+            processor.fill(batch, edits, lane, start + count)
 
     def _smallest(self, full: int, needed: int) -> int:
         return next(size for size in self._ladder(full) if size >= needed)
@@ -340,13 +339,13 @@ class Engine:
         for lane, c in enumerate(chunks):
             self._fill(batch, edits, lane, c.sequence, c.start, c.sequence.tokens[c.start : c.start + c.count])
         out = self._run(batch, edits)
-        return out if (batch.target_GJ >= 0).any() else replace(out, scores=None)  # nobody reads them
+        return out if (batch.target_GJ >= 0).any() else replace(out, scores=None)  # they are not read
 
     def _end_prefill(self, chunks: list[Chunk], out: StepOutput) -> list[Delta]:
         deltas = []
         for lane, c in enumerate(chunks):
             if out.scores is not None:
-                self._answers[c.sequence.request.id].score(out.scores, lane, c.start, c.count)
+                self._processors[c.sequence.request.id].score(out.scores, lane, c.start, c.count)
             c.sequence.done = c.start + c.count
             self.prefilled_tokens += c.count
             if c.sequence.prompt_left > 0:
@@ -366,7 +365,7 @@ class Engine:
         batch.last_G[:rows] = 0
         for row, s in enumerate(sequences):
             batch.page_GC[row, : len(s.pages)] = s.pages
-            self._answers[s.request.id].fill(batch, edits, row, s.done + 1)
+            self._processors[s.request.id].fill(batch, edits, row, s.done + 1)
         return self._run(batch, edits)
 
     def _end_decode(self, sequences: list[Sequence], out: StepOutput) -> list[Delta]:
@@ -377,9 +376,9 @@ class Engine:
         return deltas
 
     def _advance(self, sequence: Sequence, out: StepOutput, row: int) -> Delta:
-        """What the sequence's new token means to its client."""
-        found = sequence.found if sequence.generated == 0 else 0
-        delta = self._answers[sequence.request.id].take(out, row, sequence.adapter, found)
+        """Processes the sequence's new token into what its client gets."""
+        cached_tokens = sequence.cached_tokens if sequence.generated == 0 else 0
+        delta = self._processors[sequence.request.id].take(out, row, sequence.adapter, cached_tokens)
         self.telemetry.took(sequence, delta, self.clock())
         sequence.tokens += delta.tokens
         self.decoded_tokens += len(delta.tokens)
@@ -391,5 +390,5 @@ class Engine:
         self.scheduler.finish(sequence)
         if sequence.adapter is not None:
             self.store.give_back(sequence.adapter)
-        for table in (self._sequences, self._answers, self._saved):
+        for table in (self._sequences, self._processors, self._saved):
             table.pop(sequence.request.id, None)

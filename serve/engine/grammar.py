@@ -1,8 +1,8 @@
-"""Structured output: a grammar says which tokens may come next.  Pure: no jax here.
+"""Structured output: a grammar constrains the next tokens.  Pure: no jax here.
 
 A request's JSON schema, regular expression, choice or grammar is compiled on threads of its own, under limits of size,
-work and time; what is compiled is kept.  Each answer has a state of its own on the host, which stays with it while it is
-parked or computed again, and gives the device one bit a token.  Source: llguidance, which does all of it.
+work and time, and cached.  Each answer has a state of its own on the host, which stays with it while it is
+preempted or computed again, and gives the device one bit a token.  Source: llguidance, which does all of it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from jaxlora.core.errors import InvalidRequest, Overloaded
 MAX_SOURCE_BYTES = 2**16  # of a grammar as text
 MAX_MULTIPLE = 10_000  # product of all multipleOf of a schema: so many states the automaton of a number has
 COMPILE_S = 5.0  # a grammar that takes longer is refused
-THREADS = 2  # that compile; one that has been given up ends by the library's limits
+THREADS = 2  # that compile; one whose caller timed out ends by the library's limits
 KEPT = 64  # compiled grammars
 # About a millisecond of work for a token's mask, and tens of megabytes for an answer; far beyond what schemas need.
 LIMITS = LLParserLimits(
@@ -36,7 +36,7 @@ LIMITS = LLParserLimits(
     max_grammar_size=50_000,
     verbose_errors=False,
 )
-# As json.dumps writes: where white space is free, a small model may go on with it for ever.
+# As json.dumps writes: with free white space a small model may generate it for ever.
 JSON_FORM = {
     "item_separator": ", ",
     "key_separator": ": ",
@@ -47,7 +47,7 @@ JSON_FORM = {
 
 
 class GrammarTokenizer(Protocol):
-    """What a grammar needs of a tokenizer.  Thread-safe."""
+    """The tokenizer as grammars use it.  Thread-safe."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -61,7 +61,7 @@ class GrammarTokenizer(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GrammarSource:
-    """What an answer must look like, as the client wrote it."""
+    """The constraint on an answer, as the client wrote it."""
 
     # A JSON schema; all of it; one of these; Lark or GBNF; calls of functions, see `_calls`.
     kind: Literal["json", "regex", "choice", "grammar", "calls"]
@@ -77,30 +77,30 @@ class Grammar:
         self._matcher, self._vocab = matcher, vocab
 
     def start(self) -> GrammarState:
-        """The state before the first token."""
+        """Returns the state before the first token."""
         return GrammarState(self._matcher.deep_copy(), self._vocab)
 
 
 class GrammarState:
-    """How far one answer is in its grammar."""
+    """The state of one answer in its grammar."""
 
     def __init__(self, matcher: LLMatcher, vocab: int):
         self._matcher = matcher
         self._words = -(-vocab // 32)
 
     def allow(self, bits_W: np.ndarray) -> None:
-        """Sets the bits (uint32) of the tokens that may come next, and clears all others.  See `error` after it."""
+        """Sets the bits (uint32) of the allowed tokens, and clears all others.  Check `error` after it."""
         bits_W[self._words :] = 0
         fill_next_token_bitmask(self._matcher, bits_W[None, : self._words].view(np.int32))
 
     def take(self, token: int) -> bool:
-        """Goes on by one token that was allowed; whether that was the last.  See `error` after it."""
+        """Advances by one allowed token.  Returns whether it was the last.  Check `error` after it."""
         self._matcher.consume_token(token)
         return self._matcher.is_stopped()
 
     @property
     def error(self) -> InvalidRequest | None:
-        """Why the grammar cannot go on, if it cannot: some limit was reached."""
+        """The error of a grammar that has reached a limit, or None."""
         if not self._matcher.is_error():
             return None
         return InvalidRequest(
@@ -119,7 +119,7 @@ class Grammars:
         self._kept: OrderedDict[tuple[str, str, bool], Grammar] = OrderedDict()  # the one used last is last
 
     async def compile(self, source: GrammarSource) -> Grammar:
-        """The compiled grammar, off the loop's thread.
+        """Compiles a grammar, off the loop's thread.
 
         Raises InvalidRequest for a bad grammar and one over the limits, Overloaded when others keep the threads busy.
         """
@@ -133,7 +133,7 @@ class Grammars:
             raise InvalidRequest(message, param=source.param) from None
 
     def compile_now(self, source: GrammarSource) -> Grammar:
-        """The compiled grammar, on this thread.  Raises InvalidRequest."""
+        """Compiles a grammar on this thread.  Raises InvalidRequest."""
         key = source.kind, source.text, source.compact
         with self._lock:
             if key in self._kept:
@@ -157,7 +157,7 @@ class Grammars:
 
 
 class _Ours:
-    """What llguidance asks of a tokenizer."""
+    """Our tokenizer under the names that llguidance reads."""
 
     def __init__(self, tokenizer: GrammarTokenizer):
         self._tokenizer = tokenizer
@@ -170,13 +170,13 @@ class _Ours:
 
 
 def llguidance_tokenizer(tokenizer: GrammarTokenizer) -> LLTokenizer:
-    """Our tokenizer as llguidance knows it: the same bytes for every id, special tokens never part of a text."""
+    """Returns our tokenizer for llguidance: the same bytes for every id, special tokens never part of a text."""
     ends = list(tokenizer.eos_ids)
     return LLTokenizer(TokenizerWrapper(_Ours(tokenizer)), n_vocab=tokenizer.vocab_size, eos_token=ends)
 
 
 def _written(source: GrammarSource) -> str:
-    """The source in llguidance's form.  Raises InvalidRequest for what it would take ill."""
+    """Returns the source in llguidance's form.  Raises InvalidRequest for sources that it does not take."""
 
     def refuse(why: str) -> InvalidRequest:
         return InvalidRequest(f"{source.param} {why}", param=source.param)
@@ -211,7 +211,7 @@ def _check_multiples(schema: object, refuse: Callable[[str], InvalidRequest]) ->
 
 
 def _calls(said: dict, refuse: Callable[[str], InvalidRequest]) -> str:
-    """The Lark grammar of calls.
+    """Returns the Lark grammar of calls.
 
     said: `calls`, each with its `opening` up to the arguments and their `schema`; `closing` after them; `begin`, the mark
     that a call begins with, if there is one; `free`, whether text may stand instead of calls and before them; `many`,
@@ -237,7 +237,7 @@ def _calls(said: dict, refuse: Callable[[str], InvalidRequest]) -> str:
 
 
 def _multiples(schema: object) -> int:
-    """The product of all multipleOf in it, each as a whole number of its last decimal."""
+    """Returns the product of all multipleOf in a schema, each as a whole number of its last decimal."""
     found: set[int] = set()
     todo: list[object] = [schema]
     while todo:
@@ -257,5 +257,5 @@ def _multiples(schema: object) -> int:
 
 
 def _said(matcher: LLMatcher) -> str:
-    """The library's reason in one line."""
+    """Returns the library's reason in one line."""
     return matcher.get_error().strip().split("\n")[0][:300]

@@ -1,4 +1,4 @@
-"""Copies KV pages of parked sequences to host memory and back, bit for bit, by two programs of one shape each.
+"""Copies KV pages of preempted sequences to host memory and back, bit for bit, by two programs of one shape each.
 
 A call moves PAGES_A_CALL pages.  Where there are fewer left, the last is moved again, which changes nothing.  The pages are
 copied one by one in a loop: a gather or scatter over the page axis may rearrange the whole cache first.

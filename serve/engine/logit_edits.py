@@ -1,7 +1,7 @@
-"""What requests change in the logits before a token is chosen: penalties, biases, tokens that may not come yet, grammars.
+"""Logit processing before a token is chosen: penalties, biases, min_tokens, grammars.
 
-A row's changed tokens are a list, its allowed tokens bits.  Both are data of fixed shapes, made on the host from what the
-request has said so far.  Steps in which no row has any get arrays that lie on the device already, and skip the work.
+A row's changed tokens are a list, its allowed tokens bits.  Both are data of fixed shapes, made on the host from the
+tokens so far.  Steps in which no row has any get arrays that lie on the device already, and skip the work.
 
 Shape letters: B rows, V vocabulary, K changed tokens of a row, W = V / 32 words of bits.
 """
@@ -51,19 +51,19 @@ class AllowedTokens:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class LogitEdits:
-    """All that rows change in their logits."""
+    """All changes of the rows' logits."""
 
     tokens: TokenEdits
     allowed: AllowedTokens
 
     @property
     def used(self) -> jax.Array:
-        """bool: some row changes something."""
+        """bool: whether some row has an edit."""
         return (self.tokens.used_B | self.allowed.used_B).any()
 
     @staticmethod
     def idle(rows: int, places: int, vocab: int) -> LogitEdits:
-        """NumPy rows that change nothing."""
+        """Returns NumPy rows without edits."""
         arrays = {
             "token_BK": np.full((rows, places), vocab, np.int32),
             "bias_BK": np.zeros((rows, places), np.float32),
@@ -81,7 +81,7 @@ class LogitEdits:
 
 
 def edited(logits_BV: jax.Array, edits: LogitEdits) -> jax.Array:
-    """float32 [B, V]: the logits that tokens are chosen by.  Rows without edits come back bit for bit."""
+    """Returns float32 [B, V]: the edited logits.  Rows without edits come back bit for bit."""
     tokens, allowed = edits.tokens, edits.allowed
     changed_BV = lax.cond(tokens.used_B.any(), lambda x: _change_tokens(x, tokens), lambda x: x, logits_BV)
     return lax.cond(allowed.used_B.any(), lambda x: _keep_allowed(x, allowed), lambda x: x, changed_BV)
@@ -138,11 +138,11 @@ class RowEdits:
 
     @property
     def used(self) -> bool:
-        """Whether the next token is chosen by other logits than the model's."""
+        """Whether the logits are changed before the next token is chosen."""
         return bool(self._place)
 
     def take(self, token: int) -> None:
-        """The request has generated this token."""
+        """Counts a token that the request has generated."""
         self._generated += 1
         if self._penalties:
             at = self._at(token)
@@ -152,7 +152,7 @@ class RowEdits:
                 self._bias_of[self._at(end)] = self._bias.get(end, 0.0)
 
     def fill(self, edits: TokenEdits, row: int, *, must_end: bool) -> None:
-        """Writes the list into one row of a NumPy batch.  must_end: nothing else may come, so min_tokens cannot be kept."""
+        """Writes the list into one row of a NumPy batch.  must_end: the grammar allows no other token, so min_tokens cannot be kept."""
         used = len(self._place)
         for array, values in (
             (edits.token_BK, self._token),
@@ -174,16 +174,16 @@ class RowEdits:
 
 
 class EditArrays:
-    """Makes the edits of a step: NumPy arrays to fill for what some row uses, arrays on the device for what none does."""
+    """Makes the edits of a step: NumPy arrays to fill where some row has edits, idle arrays on the device elsewhere."""
 
     def __init__(self, mesh: Mesh, *, max_tokens: int, vocab: int, ends: int):
         """max_tokens: of a sequence; ends: end-of-sequence tokens that the model has."""
         self._mesh, self._vocab = mesh, vocab
-        self._places = min(vocab, max_tokens + MAX_LOGIT_BIAS + MAX_STOP_TOKEN_IDS + ends)  # no request has more
+        self._places = min(vocab, max_tokens + MAX_LOGIT_BIAS + MAX_STOP_TOKEN_IDS + ends)  # the most of any request
         self._idle: dict[int, LogitEdits] = {}
 
     def make(self, rows: int, *, tokens: bool, allowed: bool) -> LogitEdits:
-        """The edits of so many rows; `tokens` and `allowed`: whether some row will fill that part."""
+        """Returns the edits of so many rows; `tokens` and `allowed`: whether some row will fill that part."""
         if rows not in self._idle:
             self._idle[rows] = place_rows(self._mesh, LogitEdits.idle(rows, self._places, self._vocab))
         idle = self._idle[rows]
@@ -195,5 +195,5 @@ class EditArrays:
         )
 
     def place(self, edits: LogitEdits) -> LogitEdits:
-        """The same on the device; what `make` gave for nobody lies there already."""
+        """Copies the edits to the device; idle ones of `make` lie there already."""
         return edits if edits is self._idle.get(len(edits.tokens.used_B)) else place_rows(self._mesh, edits)

@@ -1,12 +1,7 @@
-"""Stop strings in a stream of text.  Pure.
+"""Output processing of one request: it fills the request's rows of a batch and turns sampled tokens into deltas.
 
-The stop string that is complete first ends the text; of several complete at the same character, the longest.  How the
-text was cut into pieces never matters.  Each character costs amortised constant time for each stop string
-(Knuth, Morris, Pratt 1977).
-
-One request's answer: what its rows ask of the device, and what a sampled token means to its client.
-
-What goes wrong in here is the end of this answer, and of no other."""
+A failure in here ends this request, and no other.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +20,11 @@ from serve.engine.request import Delta, FinishReason, PromptLogprob, Request, To
 from serve.engine.sampling import PromptScores, StepOutput
 from serve.engine.step import StepBatch
 
+LOG = logging.getLogger("serve")
+
 
 def failure_table(word: str) -> list[int]:
-    """For each prefix of the word, by length - 1: the length of its longest proper suffix that is a prefix of the word."""
+    """Returns for each prefix, at length - 1, the length of its longest proper suffix that is a prefix of the word."""
     table = [0] * len(word)
     length = 0
     for i in range(1, len(word)):
@@ -42,6 +39,9 @@ def failure_table(word: str) -> list[int]:
 class StopStrings:
     """Finds the first stop string in text that comes in pieces; holds back only what may still become one.
 
+    The stop string that is complete first ends the text; of several complete at the same character, the longest.  How
+    the text was cut never matters.  A character costs amortised constant time for each stop string.
+    Source: Knuth, Morris, Pratt 1977.
     include: keep the stop string itself.  Nothing is held back then, since nothing already sent is ever cut.
     Raises InvalidRequest for an empty stop string.
     """
@@ -57,7 +57,7 @@ class StopStrings:
         self._hit = False
 
     def push(self, text: str, *, armed: bool = True) -> tuple[str, bool]:
-        """(text that is safe to send, whether a stop string is complete).  After that, all text is dropped.
+        """Returns (text that is safe to send, whether a stop string is complete).  After that, all text is dropped.
 
         armed: a stop string that becomes complete in this text counts; else it is text like any other.
         """
@@ -74,13 +74,13 @@ class StopStrings:
         return seen[: len(seen) - hold], False
 
     def flush(self) -> str:
-        """The text held back; call it at the end of a text that no stop string ended."""
+        """Returns the text held back, at the end of a text that no stop string ended."""
         held, self._held = self._held, ""
         self._matched = [0] * len(self._stops)
         return held
 
     def _step(self, char: str) -> int:
-        """Length of the longest stop string that this character completes, or 0."""
+        """Returns the length of the longest stop string that this character completes, or 0."""
         complete = 0
         for i, (stop, table) in enumerate(zip(self._stops, self._tables, strict=True)):
             length = self._matched[i]
@@ -95,11 +95,8 @@ class StopStrings:
         return complete
 
 
-LOG = logging.getLogger("serve")
-
-
 class OutputProcessor:
-    """How far one answer is.  It is on the host and stays while its sequence is parked, moved or computed again.
+    """The state of one answer.  It is on the host and stays while its sequence is preempted, moved or computed again.
 
     Raises InvalidRequest for a token id that the model does not have.
     """
@@ -115,23 +112,23 @@ class OutputProcessor:
         self._detokenizer = tokenizer.detokenizer()
         self._stops = StopStrings(params.stop, params.include_stop)
         self._generated = 0
-        self._failed = False  # by an error of ours, which the log has; `take` tells it
+        self._failed = False  # by an internal error, which is logged; `take` reports it
         self._prompt_logprobs: dict[int, PromptLogprob] = {}  # by place in the prompt
 
-    # ---- what it asks of a step -----------------------------------------------------------------------------------
+    # ---- inputs of a step -----------------------------------------------------------------------------------
 
     @property
     def edits_tokens(self) -> bool:
-        """Whether the next token is chosen by other logits than the model's."""
+        """Whether the logits are changed before the next token is chosen."""
         return self._edits.used
 
     @property
     def has_grammar(self) -> bool:
-        """Whether a grammar says which tokens may come."""
+        """Whether a grammar constrains the tokens."""
         return self._grammar is not None
 
     def fill(self, batch: StepBatch, edits: LogitEdits, row: int, position: int) -> None:
-        """Says in one row of NumPy arrays how the token at this position is chosen."""
+        """Writes into one row of NumPy arrays how the token at this position is chosen."""
         try:
             batch.sampling.fill(row, self._params, self._seed, position)
             must_end = self._grammar is not None and self._allow(edits.allowed, row, self._grammar)
@@ -141,10 +138,10 @@ class OutputProcessor:
             self._fail()
 
     def _allow(self, allowed: AllowedTokens, row: int, grammar: GrammarState) -> bool:
-        """Writes what the grammar allows into the row; whether that is nothing but the end."""
+        """Writes the tokens that the grammar allows into the row.  Returns whether they only end the answer."""
         bits_W: np.ndarray = np.asarray(allowed.bits_BW)[row]
         grammar.allow(bits_W)
-        if grammar.error is not None:  # `take` tells it
+        if grammar.error is not None:  # `take` reports it
             bits_W[:] = ALL_BITS
         allowed.used_B[row] = True
         rest_W = bits_W.copy()
@@ -153,15 +150,15 @@ class OutputProcessor:
         return not rest_W.any()
 
     def targets(self, start: int, count: int) -> tuple[int, ...]:
-        """Prompt tokens to score, each after the one before it, when so many tokens from this place on are computed."""
+        """Returns the prompt tokens to score when `count` tokens from `start` on are computed."""
         if self._params.prompt_logprobs is None or self._generated:
             return ()
         return self._prompt[start + 1 : start + 1 + count]
 
-    # ---- what comes back ------------------------------------------------------------------------------------------
+    # ---- outputs of a step -----------------------------------------------------------------------------------------
 
     def score(self, scores: PromptScores, lane: int, start: int, count: int) -> None:
-        """Keeps the scores of a lane that computed so many tokens from this place on."""
+        """Keeps the scores of a lane that computed `count` prompt tokens from `start` on."""
         try:
             for j, token in enumerate(self.targets(start, count)):
                 top = _pairs(
@@ -177,7 +174,7 @@ class OutputProcessor:
             self._fail()
 
     def take(self, out: StepOutput, row: int, adapter: AdapterRef | None, cached_tokens: int) -> Delta:
-        """What the token of this row means to the client; numbers that are not finite end the answer with an error.
+        """Returns the delta of this row's token; numbers that are not finite end the answer with an error.
 
         adapter: the version that made it.  cached_tokens: of the prompt, with its first token.
         """
@@ -190,7 +187,7 @@ class OutputProcessor:
         return Delta(request_id=self._id, error=error, adapter=adapter, cached_tokens=cached_tokens)
 
     def _fail(self) -> None:
-        """Called where something was raised.  Anything: a panic of the grammars' library is no Exception."""
+        """Logs the exception that is handled.  Callers catch BaseException: a panic of the grammar library is no Exception."""
         LOG.exception("answer %s failed", self._id)
         self._failed = True
 
@@ -231,7 +228,7 @@ class OutputProcessor:
         )
 
     def _text(self, token: int) -> tuple[str, FinishReason | None]:
-        """(text that may be sent now, why the answer ends with this token)."""
+        """Returns (text that may be sent now, why the answer ends with this token)."""
         ended = token in self._ends
         complete = self._grammar is not None and self._grammar.take(token)
         armed = self._generated > self._params.min_tokens

@@ -1,8 +1,8 @@
-"""Which sequences refer to which KV pages, and which full pages are kept for prompts that begin alike.  Pure host code.
+"""The page allocator and prefix cache of the KV cache.  Pure host code.
 
-A kept page is known by its exact chain: whose it is (the salt: tenant, adapter with its version or none, cache_salt),
-every token before it, and its own.  Only full pages are shared, and a full page is never written again; the page that a
-sequence still writes is its own.  So nothing is ever copied on write.
+A cached page is known by its exact chain: its salt (tenant, adapter with its version or none, cache_salt), every token
+before it, and its own.  Only full pages are shared, and a full page is never written again; the page that a sequence
+still writes is its own.  So nothing is ever copied on write.
 
 Shape letters of what lies on the host: L layers, C pages, Z tokens per page, F features of all kv heads.
 """
@@ -22,7 +22,7 @@ KEY_BYTES = 32
 
 @dataclass(frozen=True, slots=True)
 class _Cached:
-    """What a cached page holds."""
+    """The place of a cached page in its chain."""
 
     salt: Hashable
     parent: bytes  # key of the page before it; of a first page the root of its salt
@@ -38,40 +38,40 @@ class _Salt:
 
 
 def _key(parent: bytes, tokens: Sequence[int]) -> bytes:
-    """The key of the page with these tokens after the page of key `parent`.  No two chains share one."""
+    """Returns the key of the page with these tokens after the page of key `parent`.  No two chains share one."""
     return hashlib.blake2b(parent + array("i", tokens).tobytes(), digest_size=KEY_BYTES).digest()
 
 
 class PageAllocator:
-    """Hands out pages 0 … pages-1, lowest first, and finds those that hold the beginning of a prompt already.
+    """Hands out pages 0 … pages-1, lowest first, and finds cached pages of the beginning of a prompt.
 
-    A page is free, or referred to by sequences, or cached, or the last two.  A cached page that nobody refers to is
-    given away when no free one is left: what was used longest ago first, and the end of a chain before its beginning.
+    A page is free, or referred to by sequences, or cached, or the last two.  A cached page without references is
+    evicted when no free one is left: the least recently used first, and the end of a chain before its beginning.
     """
 
     def __init__(self, pages: int, page_tokens: int):
         self.pages, self.page_tokens = pages, page_tokens
-        self.lookups = 0  # tokens that `match` was asked for
-        self.hits = 0  # those of them that it found
+        self.lookups = 0  # tokens of all calls of `match`
+        self.hits = 0  # those of them that were cached
         self._free = list(range(pages - 1, -1, -1))
         self._references = [0] * pages
         self._cached: dict[int, _Cached] = {}
         self._page_of: dict[bytes, int] = {}  # of a cached page's key
         self._salts: dict[Hashable, _Salt] = {}  # those that have cached pages
         self._roots = 0  # made so far
-        self._idle: OrderedDict[int, None] = OrderedDict()  # cached, not referred to; the next to go is first
+        self._idle: OrderedDict[int, None] = OrderedDict()  # cached, not referred to; the next to be evicted is first
 
     @property
     def free(self) -> int:
-        """Pages that `take` can give: free ones, and cached ones that nobody refers to."""
+        """Pages that `take` can give: free ones, and cached ones without references."""
         return len(self._free) + len(self._idle)
 
     def needed(self, tokens: int) -> int:
-        """Pages that hold this many tokens."""
+        """Returns the number of pages that hold this many tokens."""
         return -(-tokens // self.page_tokens)
 
     def take(self, count: int) -> list[int] | None:
-        """This many pages to write, each with one reference; None when there are not enough."""
+        """Returns this many pages to write, each with one reference; None when there are not enough."""
         if count > self.free:
             return None
         while len(self._free) < count:
@@ -82,7 +82,7 @@ class PageAllocator:
         return pages
 
     def give_back(self, pages: list[int]) -> None:
-        """One reference less on each of these pages of one sequence, which stand in its order.  Cached ones stay cached."""
+        """Removes one reference from each of a sequence's pages, given in order.  Cached ones stay cached."""
         last = None
         for page in reversed(pages):
             assert self._references[page] > 0, f"page {page} is given back, and nobody refers to it"
@@ -97,9 +97,9 @@ class PageAllocator:
         self._touch(last)
 
     def match(self, salt: Hashable, tokens: Sequence[int]) -> list[int]:
-        """The longest chain of cached pages that holds the first of these tokens, with one reference more on each.
+        """Returns the longest chain of cached pages that holds the first of these tokens, and adds a reference to each.
 
-        It never holds the last token: at least one must be computed, or there is nothing to sample from.
+        It never holds the last token: at least one must be computed to sample from.
         """
         pages: list[int] = []
         if salt in self._salts:
@@ -117,7 +117,7 @@ class PageAllocator:
         return pages
 
     def register(self, salt: Hashable, tokens: Sequence[int], pages: list[int]) -> None:
-        """The full ones of a sequence's pages, which hold these computed tokens, can be matched from now on.
+        """Caches the full pages of a sequence, which hold these computed tokens.
 
         A chain that is cached already, in another page, stays in that one.
         """
@@ -145,13 +145,13 @@ class PageAllocator:
 
     @property
     def salts(self) -> list[Hashable]:
-        """Those that have cached pages."""
+        """The salts that have cached pages."""
         return list(self._salts)
 
     def forget(self, salt: Hashable) -> None:
-        """No page of this salt is found any more: its version is deleted, or its adapter changed.
+        """Drops all cached pages of this salt, as its version is deleted or its adapter has changed.
 
-        Sequences that began before and still run must not register what they computed: it would be found.
+        Sequences of the salt that still run must not register their pages afterwards.
         """
         if salt in self._salts:
             for page in list(self._salts[salt].pages):
@@ -175,16 +175,16 @@ class PageAllocator:
             assert rank.get(page, -1) < rank.get(parent, self.pages), f"page {parent} would go before {page}, its next"
 
     def _touch(self, page: int | None) -> None:
-        """A chain was used up to this page: those of it that nobody refers to are the last to go, its beginning very last."""
+        """Makes the chain up to this page the most recently used one, its beginning last of all."""
         while page is not None:
             if page in self._idle:
                 self._idle.move_to_end(page)
             page = self._page_of.get(self._cached[page].parent)
 
     def _drop(self, page: int) -> None:
-        """A page is cached no more, and free if nobody refers to it.
+        """Removes a page from the cache, and frees it if it has no reference.
 
-        Pages that follow it and are in use stay cached, and are found again once their beginning is.
+        Pages after it that are in use stay cached, and match again once their beginning is cached.
         """
         cached = self._cached.pop(page)
         del self._page_of[cached.key]
@@ -206,10 +206,10 @@ class HostPages:
 
     @property
     def count(self) -> int:
-        """Pages."""
+        """The number of pages."""
         return self.k_LCZF.shape[1]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of host memory."""
+        """The bytes of host memory."""
         return self.k_LCZF.nbytes + self.v_LCZF.nbytes

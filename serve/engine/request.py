@@ -1,4 +1,4 @@
-"""What was asked (Request, SamplingParams) and what comes back (Delta, Usage).  Pure: no jax here."""
+"""The engine's input (Request, SamplingParams) and output (Delta).  Pure: no jax here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_TOP_LOGPROBS = 20
 MAX_LOGIT_BIAS = 300  # tokens with a bias
 MAX_STOP_TOKEN_IDS = 64
 MAX_BIAS = 100.0
-LEAST_REPETITION, MOST_REPETITION = 0.01, 100.0  # beyond, every choice is the same or nothing is finite
+LEAST_REPETITION, MOST_REPETITION = 0.01, 100.0  # beyond, all choices are equal or not finite
 
 
 class FinishReason(enum.Enum):
@@ -25,7 +25,7 @@ class FinishReason(enum.Enum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
-    """How to choose tokens and when to stop.  All of it reaches the device as array values: changing it never compiles.
+    """How tokens are chosen and when the request stops.  All of it reaches the device as array values: changing it never compiles.
 
     Raises InvalidRequest, naming the field, for a value out of range.
     """
@@ -43,12 +43,12 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None  # None: none; k: the chosen token's and the top k
     prompt_logprobs: int | None = None  # the same of every prompt token but the first
-    min_tokens: int = 0  # before so many, nothing ends the answer
+    min_tokens: int = 0  # fewer tokens do not end the answer
     presence_penalty: float = 0.0  # [-2, 2], of tokens that were generated
     frequency_penalty: float = 0.0  # [-2, 2], each time
     repetition_penalty: float = 1.0  # of tokens of the prompt and the answer
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its logit)
-    grammar: Grammar | None = None  # what the answer must look like; its end is the answer's, whatever ignore_eos says
+    grammar: Grammar | None = None  # constrains the answer; its end is the answer's, whatever ignore_eos says
 
     def __post_init__(self) -> None:
         def need(ok: bool, name: str, wanted: str) -> None:
@@ -111,21 +111,21 @@ class TokenLogprob:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptLogprob(TokenLogprob):
-    """The same of a prompt token, after the tokens before it."""
+    """The log-probability of a prompt token after the tokens before it."""
 
     rank: int  # 1 is the likeliest token
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Delta:
-    """News of one request.  `finish` is set exactly once, on the last one; `error` ends it instead."""
+    """New output of one request.  `finish` is set exactly once, on the last one; `error` ends it instead."""
 
     request_id: str
     text: str = ""  # whole UTF-8 characters, stop strings held back
     tokens: tuple[int, ...] = ()
     adapter: AdapterRef | None = None  # the version that made these tokens; None: the base, or no tokens
     logprobs: tuple[TokenLogprob, ...] = ()
-    prompt_logprobs: tuple[PromptLogprob, ...] = ()  # of all prompt tokens but the first, on the first news
-    cached_tokens: int = 0  # of the prompt, whose KV was there already; on the first news
+    prompt_logprobs: tuple[PromptLogprob, ...] = ()  # of all prompt tokens but the first, on the first delta
+    cached_tokens: int = 0  # of the prompt, whose KV was cached; on the first delta
     finish: FinishReason | None = None
     error: Exception | None = field(default=None)

@@ -1,4 +1,4 @@
-"""Logits to tokens, on the device, every row with its own parameters as data.
+"""Samples tokens from logits on the device, every row with its own parameters as data.
 
 A filter is a threshold on a row's logits, found by bisection over the ordered bits of float32, so nothing is sorted;
 rows that use none, and steps in which no row does, do not pay for it.
@@ -37,14 +37,14 @@ class SamplingBatch:
 
     @staticmethod
     def idle(rows: int) -> SamplingBatch:
-        """NumPy rows that choose greedily and report nothing, for the host to fill."""
+        """Returns NumPy rows that choose greedily and report nothing, for the host to fill."""
         kinds = {"top_k_B": np.int32, "choice_B": np.uint32, "position_B": np.uint32, "logprobs_B": bool}
         zero = {f.name: np.zeros(rows, kinds.get(f.name, np.float32)) for f in fields(SamplingBatch)}
         special = {"seed_BE": np.zeros((rows, 2), np.uint32), "top_p_B": np.ones(rows, np.float32)}
         return SamplingBatch(**zero | special)  # ty: ignore[invalid-argument-type]
 
     def fill(self, row: int, params: SamplingParams, seed: int, position: int) -> None:
-        """Set one row of a NumPy batch."""
+        """Sets one row of a NumPy batch."""
         values = {
             "temperature_B": params.temperature,
             "top_p_B": params.top_p,
@@ -62,7 +62,7 @@ class SamplingBatch:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class PromptScores:
-    """What the model thought of known tokens (raw float32 log-softmax); zeros in a step where none is wanted."""
+    """Scores of known tokens (raw float32 log-softmax); zeros in a step where none is wanted."""
 
     logprob_GJ: jax.Array  # float32
     rank_GJ: jax.Array  # int32; 1 is the likeliest token
@@ -73,7 +73,7 @@ class PromptScores:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class StepOutput:
-    """One token per row, and what the model thought of it (raw float32 log-softmax, before any edit)."""
+    """One token per row, and its score (raw float32 log-softmax, before any edit)."""
 
     token_B: jax.Array  # int32
     logprob_B: jax.Array  # float32
@@ -84,7 +84,7 @@ class StepOutput:
 
 
 def sample(logits_BV: jax.Array, edits: LogitEdits, batch: SamplingBatch) -> StepOutput:
-    """The next token of each row.  A row's draw depends on its seed, choice, position, logits and edits alone."""
+    """Samples the next token of each row.  A row's draw depends on its seed, choice, position, logits and edits alone."""
     logits_BV = logits_BV.astype(jnp.float32)
 
     def best(x_BV: jax.Array) -> jax.Array:
@@ -139,7 +139,7 @@ def _draw(logits_BV: jax.Array, greedy_B: jax.Array, batch: SamplingBatch) -> ja
 
 
 def _floor(scaled_BV: jax.Array, batch: SamplingBatch) -> jax.Array:
-    """float32 [B]: the smallest scaled logit that top-k, then top-p of what is left, then min-p keep."""
+    """Returns float32 [B]: the smallest scaled logit that top-k, then top-p of the rest, then min-p keep."""
     best_B = scaled_BV.max(axis=-1)
     bits_BV = _ordered(scaled_BV)
     k_B = jnp.where(batch.top_k_B > 0, batch.top_k_B, scaled_BV.shape[1])
@@ -152,19 +152,19 @@ def _floor(scaled_BV: jax.Array, batch: SamplingBatch) -> jax.Array:
 
 
 def _ordered(x: jax.Array) -> jax.Array:
-    """uint32 whose order is that of the floats."""
+    """Returns uint32 numbers in the order of the floats."""
     bits = lax.bitcast_convert_type(x, jnp.uint32)
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
 def _value(bits: jax.Array) -> jax.Array:
-    """The float an ordered number stands for."""
+    """Returns the float of an ordered number."""
     raw = jnp.where(bits >> 31 == 1, bits & jnp.uint32((1 << 31) - 1), ~bits)
     return lax.bitcast_convert_type(raw, jnp.float32)
 
 
 def _largest_with(bits_BV: jax.Array, mass_BV: jax.Array, wanted_B: jax.Array) -> jax.Array:
-    """uint32 [B]: the largest threshold whose entries at or above it hold at least the wanted mass."""
+    """Returns uint32 [B]: the largest threshold whose entries at or above it hold at least the wanted mass."""
 
     def one_bit(i: jax.Array, found_B: jax.Array) -> jax.Array:
         tried_B = found_B | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))

@@ -1,13 +1,14 @@
-"""Who runs in the next step.  Pure host code: state and clock in, plan out.
+"""Decides which requests run in the next step.  Pure host code: state and clock in, plan out.
 
-`ActiveSet` says which adapters are active.  A request runs when its adapter is active (the base model always is) and it
-has a row; pages it takes as it grows.  Rows: every group (an adapter version, or a tenant's requests of the base) has
-one first, then the tenant that was served least.  Whoever has to give way is parked, and goes on at the same token.
+`ActiveSet` decides which adapters are active.  A request runs when its adapter is active (the base model always is) and
+it has a row of the decode batch; it takes KV pages as it grows.  Every group (an adapter version, or a tenant's requests
+of the base) gets one row first; further rows go to the tenant that was served least.  A preempted request goes on at
+the same token.
 
-Pages of parked requests are taken back when running ones need them, first to the host, else they are dropped and their
-KV is computed again; then the request that got its row last is parked.  The first one never is, so somebody always ends.
-
-What an operator changes while the server runs: checked whole, then applied whole, between two steps.  Pure host code."""
+When running requests need pages, those of preempted requests move to the host or, without room there, are dropped and
+computed again.  Then the request that got its row last is preempted.  The first one never is, so some request always
+ends.  `apply` changes the settings of a running scheduler, all or none, between two steps.
+"""
 
 from __future__ import annotations
 
@@ -21,25 +22,25 @@ from jaxlora.core.lora import AdapterRef
 from pallas_kernels import NO_ADAPTER
 from serve.engine.page_cache import PageAllocator
 from serve.engine.request import Request
-from serve.engine.sequence import Chunk, Line, Plan, Sequence
+from serve.engine.sequence import AdapterQueue, Chunk, Plan, Sequence, Status
 from serve.engine.slot_scheduler import ActiveSet, TokenShares, Work
 from serve.engine.slots import SlotTable
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """What a plan may use."""
+    """The resources that a plan may use."""
 
     rows: int  # sequences that run at once
     lanes: int  # prompt chunks of a step
     lane_tokens: int  # tokens of a chunk
     waiting: int  # requests that wait for their first step before new ones are refused
-    waiting_tokens: int  # tokens that they may come to, prompt and max_tokens together
-    host_pages: int  # pages of KV that parked requests may keep on the host
+    waiting_tokens: int  # sum of their prompts and max_tokens
+    host_pages: int  # pages of KV that preempted requests may keep on the host
 
 
 class Scheduler:
-    """All sequences, from the waiting line to their end."""
+    """Schedules all sequences, from the waiting queue to their end."""
 
     def __init__(self, slots: SlotTable, pages: PageAllocator, limits: Limits, *, quantum_s: float, active: int):
         self.active = ActiveSet(slots, quantum_s=quantum_s, limit=active)
@@ -49,7 +50,7 @@ class Scheduler:
         self.running: list[Sequence] = []  # the one that got its row first is first
         self._groups: dict[Hashable, dict[int, Sequence]] = {}  # unfinished ones by arrival
         self._work: dict[AdapterRef, Work] = {}
-        self._parked: dict[int, Sequence] = {}  # those that have pages but no row, the one that was parked last is last
+        self._preempted: dict[int, Sequence] = {}  # those that have pages but no row; the newest is last
         self._rows: Counter[Hashable] = Counter()  # of a group
         self._tenant_rows: Counter[str] = Counter()
         self._tenants: Counter[str] = Counter()  # unfinished requests
@@ -57,14 +58,14 @@ class Scheduler:
         self._number = 0
         self.host_pages = 0  # in use
         self.recomputed_tokens = 0  # whose KV was dropped and is computed once more
-        self.parks = 0  # times that a request lost its row before its end
+        self.preemptions = 0  # times that a request lost its row before its end
 
     # ---- coming and going -----------------------------------------------------------------------------------------
 
     def add(self, request: Request, now: float) -> Sequence:
-        """The request's sequence, at the end of the line.
+        """Puts a request at the end of the queue and returns its sequence.
 
-        Raises InvalidRequest when it can never fit the KV pages, Overloaded when the line is full.
+        Raises InvalidRequest when it can never fit the KV pages, Overloaded when the queue is full.
         """
         tokens = _tokens(request)
         if self.pages.needed(tokens) > self.pages.pages:
@@ -78,7 +79,7 @@ class Scheduler:
         if self._new["requests"] and self._new["tokens"] + tokens > self.limits.waiting_tokens:
             raise Overloaded(
                 f"requests of {self._new['tokens']} tokens are waiting already, with {self.limits.waiting_tokens} the "
-                "line is full; retry later"
+                "queue is full; retry later"
             )
         self._number += 1
         sequence = Sequence(request, list(request.prompt), request.adapter, self._number, now, now)
@@ -92,16 +93,18 @@ class Scheduler:
         return sequence
 
     def finish(self, sequence: Sequence) -> None:
-        """The sequence ends or is cancelled, wherever it is: its row and pages are free.  Repeating it is harmless."""
-        group = self._groups.get(sequence.group, {})
-        if group.pop(sequence.number, None) is None:
+        """Ends a sequence in any state and frees its row and pages.  Idempotent."""
+        if sequence.status is Status.FINISHED:
             return
-        if sequence.running:
+        del self._groups[sequence.group][sequence.number]
+        if sequence.status is Status.RUNNING:
             self._leave_row(sequence)
-        elif not sequence.started:
-            self._leave_line(sequence)
-        self._unsave(sequence)
-        self._parked.pop(sequence.number, None)
+        elif sequence.status is Status.WAITING:
+            self._leave_queue(sequence)
+        elif sequence.status is Status.OFFLOADED:
+            self.host_pages -= self.pages.needed(sequence.done)
+        sequence.status = Status.FINISHED
+        self._preempted.pop(sequence.number, None)
         self.pages.give_back(sequence.pages)
         sequence.pages = []
         self._settle_group(sequence.group, sequence.adapter)
@@ -112,7 +115,7 @@ class Scheduler:
             self.shares.keep(self._tenants)
 
     def _settle_group(self, group: Hashable, ref: AdapterRef | None) -> None:
-        """Who is in the group has changed."""
+        """Updates the tables after a request has entered or left the group."""
         left = self._groups[group]
         if not left:
             del self._groups[group]
@@ -122,10 +125,10 @@ class Scheduler:
             self._work[ref].oldest = next(iter(left.values())).arrived
 
     def follow(self, new: AdapterRef) -> list[AdapterRef]:
-        """The requests that follow this adapter, of any older version, go on under the new one.  Returns what each was of.
+        """Moves the requests that follow this adapter to its new version.  Returns the version each had before.
 
-        They keep their KV and their places in line.  Those that run are parked until the new version is active, which it
-        is in the next plan when it lies in a slot and there is room.
+        They keep their KV and their places in the queue.  Running ones are preempted until the new version is active,
+        which it is in the next plan if it lies in a slot and there is room.
         """
         followers = [
             (ref, s)
@@ -134,53 +137,56 @@ class Scheduler:
             if s.request.follow
         ]
         for old, s in sorted(followers, key=lambda x: x[1].number):
-            if s.running:
-                self._park(s, s.since)
+            if s.status is Status.RUNNING:
+                self._preempt(s, s.since)
             del self._groups[s.group][s.number]
             self._settle_group(s.group, old)
             s.adapter = new
             self._groups.setdefault(new, {})[s.number] = s
             self._work.setdefault(new, Work(s.arrived))
-        if followers:  # some may be older than who asked for the new version already
+        if followers:  # some may be older than requests for the new version
             self._groups[new] = dict(sorted(self._groups[new].items()))
             self._settle_group(new, new)
         return [old for old, _ in followers]
 
     def forget(self, ref: AdapterRef) -> None:
-        """Nobody asks for this version any more: its cached pages must not outlive those that are asked for."""
+        """Drops the cached pages of a version that no request uses any more."""
         for salt in self.pages.salts:
             if isinstance(salt, tuple) and ref in salt:
                 self.pages.forget(salt)
 
     def wanted(self, count: int) -> list[AdapterRef]:
-        """Adapters to read now: those that enter next and are on no slot, at most `count`."""
+        """Returns the adapters to read now: those that enter next and lie in no slot, at most `count`."""
         return self.active.wanted(self._work, count)
 
     def settle(self) -> None:
-        """Gives up the slots of adapters without work, before somebody else chooses one."""
+        """Releases the slots of adapters without work, before another one is chosen."""
         self.active.settle(self._work)
 
     def counts(self) -> tuple[int, int, int]:
-        """(running, parked, waiting) requests."""
+        """Returns the numbers of (running, preempted, waiting) requests."""
         running, waiting = len(self.running), self._new["requests"]
         return running, self._tenants.total() - running - waiting, waiting
 
-    def lines(self) -> dict[AdapterRef, Line]:
-        """The adapters with unfinished requests, in no order."""
+    def queues(self) -> dict[AdapterRef, AdapterQueue]:
+        """Returns the adapters with unfinished requests, in no order."""
         rows = self._rows
-        return {r: Line(work.since, rows[r], len(self._groups[r]) - rows[r]) for r, work in self._work.items()}
+        return {r: AdapterQueue(work.since, rows[r], len(self._groups[r]) - rows[r]) for r, work in self._work.items()}
 
     def check(self) -> None:
         """Asserts that rows, pages, pins and counts add up."""
         everyone = [s for group in self._groups.values() for s in group.values()]
         assert len(self.running) <= self.limits.rows
-        assert sorted(s.number for s in everyone if s.running) == sorted(s.number for s in self.running)
+        running = {s.number for s in everyone if s.status is Status.RUNNING}
+        assert sorted(running) == sorted(s.number for s in self.running)
         assert all(
             s.slot == NO_ADAPTER if (r := s.adapter) is None else self.slots.find(r) == s.slot for s in self.running
         )
-        assert set(self._parked) == {s.number for s in everyone if not s.running and s.pages}
-        assert self.host_pages == sum(self.pages.needed(s.done) for s in everyone if s.saved) <= self.limits.host_pages
-        new = [_tokens(s.request) for s in everyone if not s.started]
+        assert set(self._preempted) == {s.number for s in everyone if s.status is Status.PREEMPTED and s.pages}
+        offloaded = [s for s in everyone if s.status is Status.OFFLOADED]
+        assert not any(s.pages for s in everyone if s.status in (Status.WAITING, Status.OFFLOADED))
+        assert self.host_pages == sum(self.pages.needed(s.done) for s in offloaded) <= self.limits.host_pages
+        new = [_tokens(s.request) for s in everyone if s.status is Status.WAITING]
         assert (self._new["requests"], self._new["tokens"]) == (len(new), sum(new))
         assert self._tenants == Counter(s.request.tenant for s in everyone)
         self.pages.check([p for s in everyone for p in s.pages])
@@ -189,17 +195,17 @@ class Scheduler:
     # ---- the plan -------------------------------------------------------------------------------------------------
 
     def plan(self, now: float, ready: Collection[AdapterRef]) -> Plan:
-        """What the next step does.  ready: adapters that have been read and can be copied into a slot."""
+        """Plans the next step.  ready: adapters that have been read and can be copied into a slot."""
         plan = Plan()
         entered = self.active.entered
         held = {r for s in self.running if s.recovering and (r := s.adapter) and s.since == entered.get(r)}
         exchange = self.active.exchange(now, self._work, ready, held)
         if exchange.leave:
             for s in [s for s in self.running if s.adapter in exchange.leave]:
-                self._park(s, now)
+                self._preempt(s, now)
         plan.load = exchange.load
         for s in list(self.running):
-            if s.running and s.prompt_left == 0:
+            if s.status is Status.RUNNING and s.prompt_left == 0:
                 self._grow(s, now, plan)
         self._seat(now, plan)
         plan.decode = [s for s in self.running if s.prompt_left == 0]
@@ -216,7 +222,7 @@ class Scheduler:
             self.pages.register(salt, sequence.tokens[: sequence.done], sequence.pages)
 
     def _chunks(self, lanes: int) -> list[Chunk]:
-        """Chunks of those who have prompt left: one for each, then more for the first of them."""
+        """Returns chunks of unfinished prompts: one for each sequence, then more for the first of them."""
         needy = [s for s in self.running if s.prompt_left > 0][:lanes]
         count = Counter({s.number: 1 for s in needy})
         free = lanes - len(needy)
@@ -234,16 +240,16 @@ class Scheduler:
     # ---- rows -----------------------------------------------------------------------------------------------------
 
     def _seat(self, now: float, plan: Plan) -> None:
-        """Gives rows to those who may run: to groups that have none, by longest wait, then by what tenants were served."""
+        """Gives rows to requests that may run: first to groups without a row, by wait, then to the tenant served least."""
         if len(self.running) == self._tenants.total():
             return
-        lines: dict[Hashable, Iterator[Sequence]] = {
-            group: (s for s in list(self._groups[group].values()) if not s.running)
+        queues: dict[Hashable, Iterator[Sequence]] = {
+            group: (s for s in list(self._groups[group].values()) if s.status is not Status.RUNNING)
             for group in (*self.active.entered, *self._tenants)
             if group in self._groups
         }
         heads: dict[Hashable, Sequence] = {
-            group: s for group, line in lines.items() if (s := next(line, None)) is not None
+            group: s for group, queue in queues.items() if (s := next(queue, None)) is not None
         }
 
         def turn(group: Hashable) -> tuple:
@@ -253,47 +259,48 @@ class Scheduler:
         while heads:
             group = min(heads, key=turn)
             if not self._start(heads.pop(group), now, plan):
-                continue  # then nor can another of its group
-            if (after := next(lines[group], None)) is not None:
+                continue  # nor can another of its group
+            if (after := next(queues[group], None)) is not None:
                 heads[group] = after
 
     def _start(self, s: Sequence, now: float, plan: Plan) -> bool:
-        """Gives the sequence a row, and pages for all it knows, if it may have them."""
+        """Gives the sequence a row, and pages for all its tokens.  Returns whether there was room."""
         victim = None
         if len(self.running) >= self.limits.rows:
             victim = self._victim(s, now)
             if victim is None:
                 return False
-        was_parked = self._parked.pop(s.number, None)  # its own pages are not taken from it
-        if not s.pages and not s.saved and not s.scoring:
+        was_preempted = self._preempted.pop(s.number, None)  # its own pages are not taken from it
+        if not s.pages and s.status is not Status.OFFLOADED and not s.scoring:
             s.pages = [] if (salt := s.salt) is None else self.pages.match(salt, s.tokens)
             s.done = len(s.pages) * self.pages.page_tokens
         need = self.pages.needed(min(len(s.tokens) + 1, _tokens(s.request))) - len(s.pages)
         if not self._reclaim(need, now, plan, by_turns=self._rows[s.group] == 0):
-            if was_parked is not None:
-                self._parked[s.number] = s
+            if was_preempted is not None:
+                self._preempted[s.number] = s
             else:
                 self._drop(s)
             return False
-        if victim is not None and victim.running:
-            self._park(victim, now)
+        if victim is not None and victim.status is Status.RUNNING:
+            self._preempt(victim, now)
         s.pages += self.pages.take(need) or []
-        if s.saved:
-            plan.restore.append((s, s.pages[: self.pages.needed(s.done)]))
-            self._unsave(s)
-        if not s.started:
-            self._leave_line(s)
-            s.started, s.found, s.queued_s = True, s.done, now - s.arrived
+        if s.status is Status.OFFLOADED:
+            count = self.pages.needed(s.done)
+            plan.restore.append((s, s.pages[:count]))
+            self.host_pages -= count
+        elif s.status is Status.WAITING:
+            self._leave_queue(s)
+            s.cached_tokens, s.queued_s = s.done, now - s.arrived
         slot = NO_ADAPTER if s.adapter is None else self.slots.find(s.adapter)
         assert slot is not None
-        s.slot, s.since, s.running = slot, now, True
+        s.slot, s.since, s.status = slot, now, Status.RUNNING
         self.running.append(s)
         self._rows[s.group] += 1
         self._tenant_rows[s.request.tenant] += 1
         return True
 
     def _victim(self, s: Sequence, now: float) -> Sequence | None:
-        """Whose row the sequence may have: a group without one takes it from the group with the most, else by turns."""
+        """Returns the sequence that gives up its row: of the group with the most rows, else by turns."""
         ripe = self._ripe(now)
         if self._rows[s.group] == 0:
             group, most = self._rows.most_common(1)[0]
@@ -311,13 +318,13 @@ class Scheduler:
         return next((r for r in ripe if r.request.tenant == rich), None)
 
     def _ripe(self, now: float) -> list[Sequence]:
-        """Those who have had their row for a quantum, and something of it."""
+        """Returns the sequences that have had their row for a quantum and can give it up."""
         long_ago = now - self.active.quantum_s
         return [s for s in self.running if s.since <= long_ago and s.since < now and not s.recovering]
 
     def _leave_row(self, s: Sequence) -> None:
         self.running.remove(s)
-        s.running, s.slot = False, NO_ADAPTER
+        s.slot = NO_ADAPTER
         self._rows[s.group] -= 1
         self._tenant_rows[s.request.tenant] -= 1
         if self._rows[s.group] == 0:
@@ -325,52 +332,52 @@ class Scheduler:
         if self._tenant_rows[s.request.tenant] == 0:
             del self._tenant_rows[s.request.tenant]
 
-    def _leave_line(self, s: Sequence) -> None:
+    def _leave_queue(self, s: Sequence) -> None:
         self._new["requests"] -= 1
         self._new["tokens"] -= _tokens(s.request)
 
-    def _park(self, s: Sequence, now: float) -> None:
-        """Takes the row; the pages stay until somebody needs them."""
+    def _preempt(self, s: Sequence, now: float) -> None:
+        """Takes the row; the pages stay until a running sequence needs them."""
         self._leave_row(s)
-        self.parks += 1
-        s.since = now
+        self.preemptions += 1
+        s.since, s.status = now, Status.PREEMPTED
         self.computed(s)
-        self._parked[s.number] = s
+        self._preempted[s.number] = s
 
     # ---- pages ----------------------------------------------------------------------------------------------------
 
     def _grow(self, s: Sequence, now: float, plan: Plan) -> None:
-        """A page for the token that is decoded next, or the sequence is parked."""
+        """Takes a page for the token that is decoded next, or preempts the sequence."""
         if self.pages.needed(s.done + 1) <= len(s.pages):
             return
         while not self._reclaim(1, now, plan, by_turns=False):
             last = self.running[-1]
-            self._park(last, now)
+            self._preempt(last, now)
             if last is s:
                 return
         s.pages += self.pages.take(1) or []
 
     def _reclaim(self, need: int, now: float, plan: Plan, *, by_turns: bool) -> bool:
-        """Makes this many pages free if it can: of parked requests, the last parked first, then by turns of running ones."""
+        """Frees this many pages if it can: of preempted requests, the newest first, then by turns of running ones."""
         ripe = self._ripe(now) if by_turns else []
-        if self.pages.free + sum(len(s.pages) for s in [*self._parked.values(), *ripe]) < need:
+        if self.pages.free + sum(len(s.pages) for s in [*self._preempted.values(), *ripe]) < need:
             return False
         while self.pages.free < need:
-            if self._parked:
-                _, s = self._parked.popitem()
-                self._save_or_drop(s, plan)
+            if self._preempted:
+                _, s = self._preempted.popitem()
+                self._offload_or_drop(s, plan)
                 continue
             if not ripe:
-                return False  # what was parked shares its pages with those that run
-            self._park(ripe.pop(0), now)
+                return False  # preempted requests share their pages with running ones
+            self._preempt(ripe.pop(0), now)
         return True
 
-    def _save_or_drop(self, s: Sequence, plan: Plan) -> None:
-        """Frees a parked sequence's pages; its KV goes to the host if there is room."""
+    def _offload_or_drop(self, s: Sequence, plan: Plan) -> None:
+        """Frees a preempted sequence's pages; its KV goes to the host if there is room."""
         count = self.pages.needed(s.done)
         if 0 < count <= self.limits.host_pages - self.host_pages:
             plan.save.append((s, s.pages[:count]))
-            s.saved = True
+            s.status = Status.OFFLOADED
             self.host_pages += count
             self.pages.give_back(s.pages)
             s.pages = []
@@ -379,27 +386,22 @@ class Scheduler:
             self._drop(s)
 
     def _drop(self, s: Sequence) -> None:
-        """Its KV is lost, but for what others can find of it."""
+        """Drops the KV, but for pages that stay in the prefix cache."""
         self.pages.give_back(s.pages)
         s.pages = []
-        if not s.saved:
+        if s.status is not Status.OFFLOADED:
             s.lost, s.done = max(s.lost, s.done), 0
-
-    def _unsave(self, s: Sequence) -> None:
-        if s.saved:
-            self.host_pages -= self.pages.needed(s.done)
-            s.saved = False
 
 
 def _tokens(request: Request) -> int:
-    """What the request may come to."""
+    """Returns the largest number of tokens that the request can have."""
     return len(request.prompt) + request.params.max_tokens
 
 
 def apply(tuning: Tuning, scheduler: Scheduler, *, slots: int, pins: Collection[AdapterRef]) -> None:
-    """The scheduler decides by these settings from its next plan on.  All of them are data: nothing compiles.
+    """Sets what the scheduler decides by from its next plan on.  All of it is data: nothing compiles.
 
-    slots: those that are compiled.  pins: what the names under `pin` mean now.
+    slots: those that are compiled.  pins: the versions that the names under `pin` mean now.
     Raises InvalidRequest, and changes nothing, for more than the server has.
     """
     try:

@@ -1,21 +1,31 @@
-"""How far each request is, and what a step is to do.  Pure: no jax here."""
+"""The progress of each request, and the plan of a step.  Pure: no jax here."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from enum import Enum
 
 from jaxlora.core.lora import AdapterRef
 from pallas_kernels import NO_ADAPTER
 from serve.engine.request import Request
 
 
+class Status(Enum):
+    """The state of a sequence between its arrival and its end."""
+
+    WAITING = "waiting"  # it has had no row yet
+    RUNNING = "running"  # it has a row
+    PREEMPTED = "preempted"  # it lost its row; its KV is in pages, or dropped
+    OFFLOADED = "offloaded"  # it lost its row; its KV is on the host, and in no page
+    FINISHED = "finished"  # it holds nothing any more
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """A request under way.  `tokens` is the prompt and what was generated; the KV of the first `done` is computed.
+    """A request in progress.  `tokens` is the prompt and what was generated; the KV of the first `done` is computed.
 
-    It waits, or runs (it has a row), or is parked: it has run, gave up its row, and goes on at the same token later.
-    A parked sequence keeps its KV in pages, or on the host (`saved`), or nowhere: then it is computed again.
+    A sequence that loses its row goes on at the same token later.  Where its KV was dropped, it is computed again.
     """
 
     request: Request
@@ -27,17 +37,15 @@ class Sequence:
     done: int = 0
     slot: int = NO_ADAPTER
     pages: list[int] = field(default_factory=list)
-    saved: bool = False  # its KV is on the host, and in no page
-    lost: int = 0  # tokens it has come to when its KV was last dropped
-    found: int = 0  # prompt tokens whose KV was cached when it first ran
+    lost: int = 0  # tokens whose KV was computed when it was last dropped
+    cached_tokens: int = 0  # of the prompt, whose KV was cached when it first ran
     queued_s: float = 0.0  # from its arrival until it first ran
-    told: float = 0.0  # when its last token was
-    started: bool = False  # it has had a row
-    running: bool = False
+    last_token: float = 0.0  # when its newest token was made
+    status: Status = Status.WAITING
 
     @property
     def salt(self) -> Hashable | None:
-        """Whose KV this is: only requests of the same tenant, adapter version and cache_salt may share it.  None: nobody's else.
+        """The key under which the KV is shared: tenant, adapter version and cache_salt.  None: it is not shared.
 
         The KV of one that follows its adapter may be of several versions.
         """
@@ -46,23 +54,23 @@ class Sequence:
 
     @property
     def group(self) -> Hashable:
-        """What is scheduled as one: all requests of an adapter version, or a tenant's requests of the base model."""
+        """The unit of scheduling: all requests of an adapter version, or a tenant's requests of the base model."""
         return self.adapter or self.request.tenant
 
     @property
     def prompt_left(self) -> int:
-        """Tokens to compute before the next one can be sampled or decoded: of the prompt, or of all that was lost."""
+        """Tokens to compute before the next one can be sampled: of the prompt, or of everything that was dropped."""
         known = len(self.request.prompt) if self.generated == 0 else len(self.tokens) - 1
         return max(known - self.done, 0)
 
     @property
     def scoring(self) -> bool:
-        """The log-probabilities of its prompt are wanted and not yet told: cached pages would leave some out."""
+        """Whether the log-probabilities of its prompt are still to be reported: cached pages would leave some out."""
         return self.request.params.prompt_logprobs is not None and self.generated == 0
 
     @property
     def recovering(self) -> bool:
-        """Its KV was dropped, and it is not yet further than it was: parked now, it might never get further."""
+        """Whether dropped KV is not computed again yet: a sequence preempted now might never get further."""
         return 0 < self.lost >= self.done
 
     @property
@@ -72,17 +80,17 @@ class Sequence:
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class AdapterQueue:
     """The unfinished requests of one adapter version."""
 
     since: float  # when its wait for a slot began, if it is not active
     rows: int  # requests that run
-    others: int
+    others: int  # requests that do not
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A run of known tokens of one sequence whose KV is to be computed: `count` of them from place `start`."""
+    """Known tokens of one sequence whose KV a step computes: `count` of them from position `start`."""
 
     sequence: Sequence
     start: int
@@ -91,7 +99,7 @@ class Chunk:
 
 @dataclass(slots=True)
 class Plan:
-    """What the next step does, in this order."""
+    """The work of the next step, in this order."""
 
     save: list[tuple[Sequence, list[int]]] = field(default_factory=list)  # KV to copy from these pages to the host
     load: list[tuple[AdapterRef, int]] = field(default_factory=list)  # adapters to copy into slots
@@ -101,5 +109,5 @@ class Plan:
 
     @property
     def empty(self) -> bool:
-        """Nothing to do."""
+        """Whether there is nothing to do."""
         return not (self.load or self.restore or self.prefill or self.decode)

@@ -1,17 +1,16 @@
-"""What each tenant may have: slots by weight, and tokens by a virtual counter.  Pure host code.
+"""Decides which adapters are active, and which tenant is served next.  Pure host code: state and clock in, decision out.
 
-Which adapters are active: the exchange of slots after a quantum.  Pure host code: state and clock in, exchange out.
-
-At most `limit` adapters are active.  Nothing moves unless somebody waits.  An adapter enters a free slot at once;
+At most `limit` adapters are active.  Nothing moves unless an adapter waits.  An adapter enters a free slot at once;
 otherwise the one that is active longest, past its quantum, leaves for the one that waits longest.  Wait counts from the
 later of its oldest request's arrival and the moment it last left a slot, so that two adapters with long backlogs cannot
 alternate and shut out the rest.
 
-Slots are shared out between tenants first (`quotas`): a tenant below its due takes a slot of one above it, a tenant at
-its due exchanges its own adapters, and with more tenants than slots they take turns.  So a tenant's wait is bounded by
-its own adapters over the slots it is due, whatever others bring: an adapter waits at most
+Slots are divided between tenants first (`quotas`): a tenant below its share takes a slot of one above it, a tenant at
+its share exchanges its own adapters, and with more tenants than slots they take turns.  So a tenant's wait is bounded by
+its own adapters over its share of slots, whatever others bring: an adapter waits at most
 ceil((W - N) / (N - P)) * (quantum + swap) + one step, with W adapters, N slots, P of them pinned.  Where KV had to be
-dropped, a turn lasts until what was dropped has been computed again: a shorter one would bring nobody forward."""
+dropped, a turn lasts until it has been computed again: a shorter one would make no progress.
+"""
 
 from __future__ import annotations
 
@@ -27,11 +26,13 @@ from serve.engine.telemetry import Histogram
 
 INPUT, OUTPUT = 1.0, 2.0  # cost of a token computed and of a token generated, as in the virtual token counter (VTC)
 
+WAIT_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)  # upper bounds
+
 
 def quotas(demand: Mapping[str, int], weights: Mapping[str, float], slots: int) -> dict[str, int]:
-    """Slots each tenant is due: its share by weight, never more than it can use, at least one.
+    """Returns each tenant's share of the slots: by weight, never more than it can use, at least one.
 
-    With more tenants than slots every tenant is due one, and they take turns.  demand: adapters with work.
+    With more tenants than slots every tenant's share is one, and they take turns.  demand: adapters with work.
     """
     due = {tenant: 1 for tenant, wanted in demand.items() if wanted > 0}
     for _ in range(slots - len(due)):
@@ -43,10 +44,10 @@ def quotas(demand: Mapping[str, int], weights: Mapping[str, float], slots: int) 
 
 
 class TokenShares:
-    """The virtual token counter of each tenant: what it was served, over its weight (S-LoRA's fair queue, arXiv 2401.00588).
+    """The virtual token counter of each tenant: the tokens it was served, over its weight.
 
-    Who has work and the smallest counter goes first.  A tenant that comes back starts at the smallest counter of those
-    who are there: time without work is not saved up.
+    Of the tenants with work the one with the smallest counter goes first.  A tenant that comes back starts at the
+    smallest counter of the others: time without work is not saved up.  Source: S-LoRA's fair queue, arXiv 2401.00588.
     """
 
     def __init__(self) -> None:
@@ -54,27 +55,24 @@ class TokenShares:
         self._served: dict[str, float] = {}
 
     def keep(self, tenants: Iterable[str]) -> None:
-        """These have work: newcomers start with the least served of the others, and who left is forgotten."""
+        """Sets the tenants with work: new ones start with the least served of the others, the rest are forgotten."""
         there = {t: self._served[t] for t in tenants if t in self._served}
         least = min(there.values(), default=0.0)
         self._served = {t: there.get(t, least) for t in tenants}
 
     def add(self, tenant: str, inputs: int, outputs: int) -> None:
-        """These many tokens were computed, and generated, for the tenant."""
+        """Adds tokens that were computed, and generated, for the tenant."""
         cost = (INPUT * inputs + OUTPUT * outputs) / self.weights.get(tenant, 1.0)
         self._served[tenant] = self._served.get(tenant, 0.0) + cost
 
     def served(self, tenant: str) -> float:
-        """Weighted tokens; lower goes first."""
+        """Returns weighted tokens; the tenant with fewer goes first."""
         return self._served.get(tenant, 0.0)
-
-
-WAIT_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)  # upper bounds
 
 
 @dataclass(slots=True)
 class Work:
-    """An adapter version that has unfinished requests."""
+    """The wait of an adapter version with unfinished requests."""
 
     oldest: float  # arrival of its oldest unfinished request
     left: float = float("-inf")  # when it last left a slot with work undone
@@ -87,7 +85,7 @@ class Work:
 
 @dataclass(slots=True)
 class Exchange:
-    """Who leaves, who enters which slot, and which of these must be copied into it (the others lie there still)."""
+    """The adapters that leave, those that enter which slot, and which of these must be copied into it."""
 
     leave: list[AdapterRef] = field(default_factory=list)
     enter: list[tuple[AdapterRef, int]] = field(default_factory=list)
@@ -95,7 +93,7 @@ class Exchange:
 
 
 class ActiveSet:
-    """The active adapters.  In the slot table an active adapter is pinned; what is there unpinned may be replaced."""
+    """The active adapters.  Their slots are pinned in the slot table; unpinned ones may be replaced."""
 
     def __init__(self, slots: SlotTable, *, quantum_s: float, limit: int):
         self.slots = slots
@@ -108,32 +106,32 @@ class ActiveSet:
         self.waited_s = Histogram(WAIT_S)  # how long adapters with work waited for a slot
 
     def pin(self, ref: AdapterRef) -> None:
-        """The adapter stays active from the moment it enters.  Raises InvalidRequest where no slot would be left to share."""
+        """Keeps the adapter active from the moment it enters.  Raises InvalidRequest where no slot would be left to share."""
         if len(self.pinned | {ref}) >= self.limit:
             raise InvalidRequest(f"{self.limit} slots take at most {self.limit - 1} pinned adapters; unpin one first")
         self.pinned.add(ref)
 
     def unpin(self, ref: AdapterRef) -> None:
-        """It takes its turns again."""
+        """Makes the adapter take turns again."""
         self.pinned.discard(ref)
 
     def succeed(self, ref: AdapterRef) -> None:
-        """This is the newest version of its adapter now: it is pinned in place of an earlier one that is."""
+        """Pins the newest version of an adapter in place of an earlier one that is pinned."""
         for old in [r for r in self.pinned if (r.tenant, r.name) == (ref.tenant, ref.name)]:
             self.pinned.remove(old)
             self.pinned.add(ref)
 
     def is_active(self, ref: AdapterRef) -> bool:
-        """Whether its requests may run."""
+        """Whether the adapter's requests may run."""
         return ref in self.entered
 
     def wanted(self, work: Mapping[AdapterRef, Work], count: int) -> list[AdapterRef]:
-        """The adapters that enter next and are on no slot, at most `count`: they are to be read meanwhile."""
-        lines: dict[str, list[AdapterRef]] = {}
+        """Returns the adapters that enter next and lie in no slot, at most `count`: they are read meanwhile."""
+        queues: dict[str, list[AdapterRef]] = {}
         for ref in dict.fromkeys([*self.pinned, *work]):
             if self.slots.find(ref) is None:
-                lines.setdefault(ref.tenant, []).append(ref)
-        if not lines:
+                queues.setdefault(ref.tenant, []).append(ref)
+        if not queues:
             return []
         has, due = self._tenants(work)
 
@@ -141,8 +139,8 @@ class ActiveSet:
             return self._turn(ref, work, has, due)
 
         # A tenant with many of them has its first one read with the others' first ones.
-        firsts = [heapq.nsmallest(count, line, key=turn) for line in lines.values()]
-        ranked = [((turn(ref)[0], i, turn(ref)), ref) for line in firsts for i, ref in enumerate(line)]
+        firsts = [heapq.nsmallest(count, queue, key=turn) for queue in queues.values()]
+        ranked = [((turn(ref)[0], i, turn(ref)), ref) for first in firsts for i, ref in enumerate(first)]
         return [ref for _, ref in heapq.nsmallest(count, ranked, key=lambda x: x[0])]
 
     def exchange(
@@ -152,9 +150,9 @@ class ActiveSet:
         ready: Collection[AdapterRef],
         stay: Collection[AdapterRef] = (),
     ) -> Exchange:
-        """Decides, and records it here and in the slot table.
+        """Decides on an exchange, and records it here and in the slot table.
 
-        ready: adapters that have been read.  stay: active ones that stay for now, as their turn has brought them nothing yet.
+        ready: adapters that have been read.  stay: active ones that stay, as their turn has made no progress yet.
         """
         self.settle(work)
         result = Exchange()
@@ -191,9 +189,9 @@ class ActiveSet:
         return result
 
     def settle(self, work: Mapping[AdapterRef, Work]) -> None:
-        """Who has nothing to do is not active any more: its slot may be replaced.
+        """Makes adapters without work inactive: their slots may be replaced.
 
-        Only before a decision, so that an adapter whose next request follows at once does not begin a new quantum.
+        Called only before a decision, so that an adapter whose next request follows at once does not begin a new quantum.
         """
         for ref in [r for r in self.entered if r not in work and r not in self.pinned]:
             del self.entered[ref]
@@ -203,7 +201,7 @@ class ActiveSet:
             self._tenant_left = {t: left for t, left in self._tenant_left.items() if t in busy}
 
     def _tenants(self, work: Mapping[AdapterRef, Work]) -> tuple[Counter[str], dict[str, int]]:
-        """(slots each tenant holds, slots each is due), pinned ones apart."""
+        """Returns (slots each tenant holds, each tenant's share), without pinned ones."""
         free = [ref for ref in self.entered if ref not in self.pinned]
         demand = Counter(ref.tenant for ref in work if ref not in self.pinned)
         due = quotas(demand, self.weights, self.limit - len(self.pinned))
@@ -212,7 +210,7 @@ class ActiveSet:
     def _turn(
         self, ref: AdapterRef, work: Mapping[AdapterRef, Work], has: Counter[str], due: Mapping[str, int]
     ) -> tuple:
-        """Sorts: pinned, then adapters of tenants below their due, the longest waiting tenant and adapter first."""
+        """Sort key: pinned, then adapters of tenants below their share, the longest waiting tenant and adapter first."""
         if ref in self.pinned:
             return (0,)
         since = work[ref].since
@@ -224,7 +222,7 @@ class ActiveSet:
     def _victim(
         self, ref: AdapterRef, ripe: list[AdapterRef], has: Counter[str], due: Mapping[str, int]
     ) -> AdapterRef | None:
-        """The adapter past its quantum that this one may replace: the one active longest."""
+        """Returns the adapter past its quantum that this one may replace: the one active longest."""
         if ref in self.pinned:
             among = ripe
         elif has[ref.tenant] >= due[ref.tenant]:
@@ -236,7 +234,7 @@ class ActiveSet:
         return min(among, key=self._age, default=None)
 
     def _age(self, ref: AdapterRef) -> tuple[float, int]:
-        """Sorts: the one that is active longest first."""
+        """Sort key: the adapter that is active longest first."""
         return self.entered[ref], self._slot(ref)
 
     def _leave(self, ref: AdapterRef, now: float, work: Mapping[AdapterRef, Work], result: Exchange) -> None:

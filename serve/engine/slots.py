@@ -1,4 +1,4 @@
-"""Who sits in which slot.  Pure host code: no jax."""
+"""The table of serving slots and the versions in them.  Pure host code: no jax."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from jaxlora.core.lora import AdapterRef
 
 
 class SlotTable:
-    """Who sits in which serving slot.  A pinned slot is never reused, ties go to the lowest index."""
+    """Maps adapter versions to serving slots.  A pinned slot is never reused; ties go to the lowest index."""
 
     def __init__(self, slots: int):
         self._ref_of: list[AdapterRef | None] = [None] * slots
@@ -17,15 +17,15 @@ class SlotTable:
 
     @property
     def count(self) -> int:
-        """Slots."""
+        """The number of slots."""
         return len(self._ref_of)
 
     def find(self, ref: AdapterRef) -> int | None:
-        """The slot that holds this version, if one does.  Any thread may ask: the map is replaced, never changed."""
+        """Returns the slot that holds this version, or None.  From any thread: the map is replaced, never changed."""
         return self._slot_of.get(ref)
 
     def pin(self, ref: AdapterRef) -> int | None:
-        """The slot that holds this version, with one more user; None when it is not resident."""
+        """Adds a user to the slot that holds this version and returns it; None when the version is not resident."""
         slot = self._slot_of.get(ref)
         if slot is not None:
             self._pins[slot] += 1
@@ -33,18 +33,18 @@ class SlotTable:
         return slot
 
     def unpin(self, slot: int) -> None:
-        """One user less."""
+        """Removes a user of the slot."""
         assert self._pins[slot] > 0, f"slot {slot} is not pinned"
         self._pins[slot] -= 1
         self._touch(slot)
 
     def choose(self) -> int | None:
-        """A slot to load into: an empty one, else the unpinned one used longest ago; None when all are pinned."""
+        """Returns a slot to load into: an empty one, else the unpinned one used longest ago; None when all are pinned."""
         free = [s for s, pins in enumerate(self._pins) if pins == 0]
         return min(free, key=lambda s: (self._ref_of[s] is not None, self._used[s], s), default=None)
 
     def place(self, slot: int, ref: AdapterRef) -> None:
-        """Record that the slot now holds this version."""
+        """Records that the slot holds this version."""
         assert self._pins[slot] == 0, f"slot {slot} is pinned"
         assert self._slot_of.get(ref, slot) == slot, f"{ref} sits in slot {self._slot_of[ref]} already"
         self._slot_of = {r: s for r, s in self._slot_of.items() if s != slot} | {ref: slot}
@@ -52,18 +52,18 @@ class SlotTable:
         self._touch(slot)
 
     def drop(self, ref: AdapterRef) -> None:
-        """Forget a version that nobody uses; does nothing when it is not resident or still pinned."""
+        """Forgets an unused version; does nothing when it is not resident or still pinned."""
         slot = self._slot_of.get(ref)
         if slot is not None and self._pins[slot] == 0:
             self._slot_of = {r: s for r, s in self._slot_of.items() if r != ref}
             self._ref_of[slot] = None
 
     def resident(self) -> dict[AdapterRef, int]:
-        """Every version on the device and its slot."""
+        """Returns every version on the device and its slot."""
         return dict(self._slot_of)
 
     def pinned(self) -> list[AdapterRef]:
-        """The versions whose slots have users."""
+        """Returns the versions whose slots have users."""
         return [ref for ref, slot in self._slot_of.items() if self._pins[slot] > 0]
 
     def check(self) -> None:

@@ -1,12 +1,10 @@
-"""A batch as one array: one transfer to the device in place of one for each field.
+"""The serving step: one function, jitted once a shape.  It computes lanes of known tokens and samples what follows.
 
-All fields have rows as their first axis and elements of four bytes, or bool.
+A batch travels as one array (`Layout`): one transfer to the device in place of one for each field.
 
-Shape letters: G rows, W words of a row.
-
-The serving step: one function, jitted once a shape.  It computes lanes of known tokens and samples what follows.
-
-Shape letters: G lanes, J tokens of a lane, T = G * J, C pages per sequence, D model, V vocabulary, M = 20 best tokens."""
+Shape letters: G lanes, J tokens of a lane, T = G * J, C pages per sequence, D model, V vocabulary, M = 20 best tokens,
+W words of a packed lane.
+"""
 
 from __future__ import annotations
 
@@ -30,29 +28,34 @@ from serve.engine.logit_edits import LogitEdits
 from serve.engine.request import MAX_TOP_LOGPROBS
 from serve.engine.sampling import PromptScores, SamplingBatch, StepOutput, sample
 
+SCORED_BYTES = 2**26  # of logits at a time, of all lanes together
+
 
 @dataclass(frozen=True, slots=True)
 class Layout[T]:
-    """Where the fields of a batch lie in a row.  Hashable, so that a program may depend on it."""
+    """Where the fields of a batch lie in a packed lane.  Hashable: it is a static argument of a program.
+
+    All fields have lanes as their first axis and elements of four bytes, or bool.
+    """
 
     tree: jax.tree_util.PyTreeDef
-    fields: tuple[tuple[tuple[int, ...], str], ...]  # shape of a row and character of the dtype of each
+    fields: tuple[tuple[tuple[int, ...], str], ...]  # of each: shape without its first axis, character of its dtype
 
     @classmethod
     def of(cls, batch: T) -> Layout[T]:
-        """That of batches like this one, whatever their rows."""
+        """Returns the layout of batches like this one, of any number of lanes."""
         leaves, tree = jax.tree.flatten(batch)
         assert all(x.dtype.itemsize == 4 or x.dtype == bool for x in leaves)
         return cls(tree, tuple((x.shape[1:], x.dtype.char) for x in leaves))
 
     def pack(self, batch: T) -> np.ndarray:
-        """int32 [G, W] of a NumPy batch."""
+        """Packs a NumPy batch into int32 [G, W]."""
         leaves = self.tree.flatten_up_to(batch)
         words = [x.astype(np.int32) if x.dtype == bool else x.view(np.int32) for x in leaves]
         return np.concatenate([x.reshape(len(x), -1) for x in words], axis=1)
 
     def unpack(self, words_GW: jax.Array) -> T:
-        """The batch again, bit for bit.  Within a program."""
+        """Unpacks the batch, bit for bit.  Within a program."""
         leaves, start = [], 0
         for shape, dtype in self.fields:
             end = start + math.prod(shape)
@@ -60,9 +63,6 @@ class Layout[T]:
             leaves.append(x != 0 if dtype == "?" else lax.bitcast_convert_type(x, jnp.dtype(dtype)))
             start = end
         return self.tree.unflatten(leaves)
-
-
-SCORED_BYTES = 2**26  # of logits at a time, of all lanes together
 
 
 @jax.tree_util.register_dataclass
@@ -80,7 +80,7 @@ class StepBatch:
 
     @staticmethod
     def idle(lanes: int, tokens: int, pages: int) -> StepBatch:
-        """A NumPy batch of padding, with so many pages a lane, for the host to fill."""
+        """Returns a NumPy batch of padding, with so many pages a lane, for the host to fill."""
         arrays = {
             "token_GJ": np.zeros((lanes, tokens), np.int32),
             "position_GJ": np.full((lanes, tokens), -1, np.int32),
@@ -106,7 +106,7 @@ def _serve_step(base: Base, pool: Rows, kv: KVPages, batch: StepBatch, edits: Lo
     x_TD, kv = forward(base, tokens, lora, attend, kv)
 
     def logits(x_TD: jax.Array) -> jax.Array:
-        """float32 [T, V] of as many tokens of each lane."""
+        """Returns float32 [T, V]."""
         with jax.default_matmul_precision(base.precision):
             logits_TV = jnp.dot(x_TD, head_weight(base)[0], preferred_element_type=jnp.float32)
             if HEAD_TARGET in pool:
@@ -125,7 +125,7 @@ def _serve_step(base: Base, pool: Rows, kv: KVPages, batch: StepBatch, edits: Lo
 def _scores(
     logits: Callable[[jax.Array], jax.Array], x_GJD: jax.Array, target_GJ: jax.Array, vocab: int
 ) -> PromptScores:
-    """Scores of the targets, a few places of all lanes at a time; a step without targets does not compute them."""
+    """Scores the targets, a few positions of all lanes at a time; a step without targets does not compute them."""
     G, J, D = x_GJD.shape
     count = min(MAX_TOP_LOGPROBS, vocab)
     wide = max(w for w in range(1, J + 1) if J % w == 0 and (w == 1 or G * w * vocab * 4 <= SCORED_BYTES))
@@ -166,7 +166,7 @@ def _packed_step(
 
 
 def step_program(mesh: Mesh) -> jax.stages.Wrapped:
-    """The one jitted step: (base, pool, pages, packed batch, edits, layout of the batch) → (pages, output).
+    """Returns the jitted step: (base, pool, pages, packed batch, edits, layout of the batch) → (pages, output).
 
     The pages are donated.
     """

@@ -1,9 +1,9 @@
-"""Fine-tuning jobs beside serving: what the device thread runs between decode steps, and what of it becomes a version.
+"""Fine-tuning jobs beside serving: the device thread runs them between decode steps and publishes their versions.
 
-    create ─▶ Jobs ─step─▶ every few steps and at each checkpoint ─▶ DeviceThread.publish ─▶ served from the next request on
+    create ─▶ Jobs ─step─▶ every few steps and at each checkpoint ─▶ Publisher ─▶ served from the next request on
     train_once ─▶ a guest's slot for one update ─▶ its caller
 
-All of it is the device thread's, but for `poke`.
+Device thread only, but for `poke`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Protocol
 import jax
 
 from jaxlora.core.errors import AdapterNotFinite, JaxLoraError, QuotaExceeded, Unavailable
-from jaxlora.core.lora import AdapterRef, AdapterWeights, LoraSpec
+from jaxlora.core.lora import AdapterRef, LoraSpec
 from jaxlora.model.lora_pool import Rows
-from serve.runtime.device_thread import DeviceThread
 from serve.runtime.live_training import KEEP_VERSIONS, PUBLISH
+from serve.runtime.publisher import Publisher
 from train.data.examples import Example
 from train.jobs.job import Job, JobEvent, JobRequest, Progress, State, said
 from train.jobs.runner import Jobs
@@ -33,7 +33,7 @@ LOG = logging.getLogger("serve")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobNews:
-    """What is to be stored of a job in which something happened: where it stands, and its new events."""
+    """The state of a job that has changed, and its new events, to be stored."""
 
     id: str
     state: State
@@ -47,7 +47,7 @@ class JobNews:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Published:
-    """A version that a job has made."""
+    """A version that a job has published."""
 
     job_id: str
     step: int
@@ -59,20 +59,20 @@ class Published:
 
 
 class Listener(Protocol):
-    """Who stores what happens.  Called on the device thread, and must not wait."""
+    """Stores the changes of jobs.  Called on the device thread, and must not wait."""
 
     def job_changed(self, news: JobNews) -> None: ...
     def job_published(self, published: Published) -> None: ...
 
 
 class GuestCaller(Protocol):
-    """Who asked for one update.  Called on the device thread, and must not wait."""
+    """The caller of one update.  Called on the device thread, and must not wait."""
 
     def updated(self, report: StepReport, rows: Rows, state: SlotState) -> None:
-        """The update is made; rows on the device, the state on the host.  Not called for one that was skipped."""
+        """Takes the result of the update; rows on the device, the state on the host.  Not called for a skipped one."""
 
     def failed(self, error: Exception) -> None:
-        """There is none, and nothing has changed."""
+        """Takes the error of an update that was not made; nothing has changed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,55 +88,45 @@ class GuestCall:
     caller: GuestCaller
 
 
-class JobShelf:
-    """Where finished adapters go: the store, and to whoever pins or follows them.  Of the device thread."""
-
-    def __init__(self, runner: DeviceThread):
-        self._runner = runner
-
-    def add(self, tenant: str, name: str, weights: AdapterWeights) -> AdapterRef:
-        """Keeps the weights as the next version of this adapter."""
-        ref = self._runner.engine.store.add(tenant, name, weights)
-        self._runner.engine.announce(ref)
-        return ref
-
-
 @dataclass(slots=True)
 class _Live:
-    """What is known of a job that has not ended, beside what `Jobs` knows."""
+    """The publications of a job that has not ended."""
 
     job: Job
     publish: bool
     kept: set[int]  # versions that stay
-    seen: int = 0  # events told
+    seen: int = 0  # events reported
     step: int = 0  # of the newest version
     newest: AdapterRef | None = None  # that version, if this process made it
     learned_s: float = field(default_factory=time.monotonic)  # when its newest update was done
 
 
 def is_checkpoint(job: Job) -> bool:
-    """Whether the step that a job has done is one of its checkpoints."""
+    """Whether the newest step of a job is one of its checkpoints."""
     every = job.request.checkpoint_every
     return every is not None and job.progress.step % every == 0
 
 
 class LiveJobs:
-    """What `DeviceThread` needs of a trainer, over the jobs of one and its guests."""
+    """A trainer for `DeviceThread`: the jobs of one trainer, and its guests."""
 
     def __init__(
         self,
-        runner: DeviceThread,
+        publisher: Publisher,
         make_jobs: Callable[[Callable[[], None]], Jobs],
         *,
+        wake: Callable[[], None],
         publish_every: int,
         listener: Listener,
         had_room: Callable[[str, str], bool],
     ):
-        """make_jobs: gets `wake` for Jobs.  publish_every: steps between two versions of a job.
+        """make_jobs: gets `poke` for Jobs.  wake: has the device thread look for work.
 
-        had_room: whether one more version of a tenant's adapter of this name may stay; it must not wait.
+        publish_every: steps between two versions of a job.
+        had_room: whether one more version of a tenant's adapter may stay; it must not wait.
         """
-        self.runner, self.publish_every, self._listener, self._had_room = runner, publish_every, listener, had_room
+        self._publisher, self._wake, self._listener, self._had_room = publisher, wake, listener, had_room
+        self.publish_every = publish_every
         self.jobs = make_jobs(self.poke)
         self._live: dict[str, _Live] = {}
         self._due: list[str] = []  # jobs that are published next
@@ -154,16 +144,16 @@ class LiveJobs:
 
     @property
     def part(self) -> str:
-        """What `advance` does next."""
+        """The name of the part that `advance` runs next."""
         return PUBLISH if self._due else self.jobs.part
 
     def poke(self) -> None:
-        """Something may be done now that could not be before.  Of any thread."""
+        """Reports that there may be work.  From any thread."""
         self._poked = True
-        self.runner.wake()
+        self._wake()
 
     def advance(self) -> None:
-        """The next part of a training step, or a version that one has made due."""
+        """Runs the next part of a training step, or publishes a version that is due."""
         if self._due:
             self._publish(self._due.pop(0))
         else:
@@ -175,21 +165,21 @@ class LiveJobs:
                     self._guest_is_done(report)
                 else:
                     self._note(report)
-        self._tell()
+        self._report_changes()
 
     def close(self) -> None:
-        """Saves what every unfinished job has learned, and waits for the disk.  After the device thread has ended."""
+        """Saves the states of unfinished jobs and waits for the disk.  Call it after the device thread has ended."""
         for call in [*self._waiting, *self._seated.values()]:
             call.caller.failed(Unavailable("the server is stopping; nothing was changed"))
         self.jobs.close()
-        self._tell()
+        self._report_changes()
 
     # ---- jobs -----------------------------------------------------------------------------------------------------
 
     def create(self, id: str, request: JobRequest, *, publish: bool, kept: Sequence[int] = ()) -> None:
-        """A new job, or one of an earlier process that goes on from its newest checkpoint.
+        """Adds a new job, or one of an earlier process that goes on from its newest checkpoint.
 
-        publish: its versions can be used while it runs.  kept: those of its checkpoints, in an earlier process.
+        publish: its versions can be used while it runs.  kept: versions of its checkpoints in an earlier process.
         Raises as `Jobs.create` does.
         """
         job = self.jobs.create(request, id=id)
@@ -197,51 +187,51 @@ class LiveJobs:
         self.poke()
 
     def pause(self, owner: str, id: str) -> None:
-        """The job gives its slot up; what it has learned is a version.  Raises NotFound, StateInvalid."""
+        """Pauses a job, which gives up its slot, and publishes its weights.  Raises NotFound, StateInvalid."""
         self._leave(self.jobs.get(owner, id), "paused")
         self.jobs.pause(owner, id)
-        self._tell()
+        self._report_changes()
         self.poke()
 
     def resume(self, owner: str, id: str) -> None:
-        """A paused job gets in line again.  Raises NotFound, StateInvalid."""
+        """Puts a paused job in the queue again.  Raises NotFound, StateInvalid."""
         self.jobs.resume(owner, id)
-        self._tell()
+        self._report_changes()
         self.poke()
 
     def cancel(self, owner: str, id: str) -> None:
-        """The job ends; what it has learned is a version.  Raises NotFound, StateInvalid."""
+        """Ends a job and publishes its weights.  Raises NotFound, StateInvalid."""
         self._leave(self.jobs.get(owner, id), "cancelled")
         self.jobs.cancel(owner, id)
-        self._tell()
+        self._report_changes()
         self.poke()
 
     def _leave(self, job: Job, to: State) -> None:
-        """Publishes what a job has learned before it goes."""
+        """Publishes the weights of a job before it leaves the trainer."""
         live = self._live.get(job.id)
         if live is None or job.state == to or job.final:
             return
         job.check_move(to)
         if not live.publish or job.progress.step < live.step or job.progress.step == 0:
             return
-        stays = to == "cancelled" or self._may_stay(job)  # what a cancelled job has learned is its result
+        stays = to == "cancelled" or self._may_stay(job)  # the weights of a cancelled job are its result
         if live.newest is not None and job.progress.step == live.step:
             if live.newest.version not in live.kept and stays:  # made for `latest`; now it stays
-                self._is_published(job, live.newest, checkpoint=True)
+                self._record_version(job, live.newest, checkpoint=True)
             return
         if job.id in self.jobs.trainer.tenants:
             self._publish(job.id, checkpoint=stays)
             return
-        shelf, request = JobShelf(self.runner), job.request
+        request = job.request
         try:
-            ref = shelf.add(request.owner, request.name, self.jobs.adapter(request.owner, job.id))
+            ref = self._publisher.add(request.owner, request.name, self.jobs.adapter(request.owner, job.id))
         except (JaxLoraError, OSError) as error:
             job.log.add("problem", f"step {job.progress.step} is not published: {said(error)}", level="warn")
         else:
-            self._is_published(job, ref, checkpoint=stays)
+            self._record_version(job, ref, checkpoint=stays)
 
     def _may_stay(self, job: Job) -> bool:
-        """Whether its newest version may be a checkpoint.  Else the next one takes its place, and the job goes on."""
+        """Whether the newest version may be a checkpoint.  Else the next one takes its place, and the job goes on."""
         room = self._had_room(job.request.owner, job.request.name)
         if not room:
             step, code = job.progress.step, QuotaExceeded.code
@@ -253,24 +243,24 @@ class LiveJobs:
         return room
 
     def _note(self, report: StepReport) -> None:
-        """A step of a job is done: it may be due for a version."""
+        """Notes a step of a job, after which a version may be due."""
         live = self._live.get(report.tenant)
         if live is None or report.tenant not in self.jobs.trainer.tenants:
-            return  # it has left, and left a version
+            return  # it has left, and its version is published
         live.learned_s = time.monotonic()
         due = report.step % self.publish_every == 0 or is_checkpoint(live.job)
         if live.publish and report.finite and due:
             self._due.append(report.tenant)
 
     def _publish(self, id: str, *, checkpoint: bool | None = None) -> None:
-        """A version of the present weights of a job that has a slot.  What hinders it is an event of this job alone."""
+        """Publishes the present weights of a job that has a slot.  A failure is an event of this job alone."""
         trainer, live = self.jobs.trainer, self._live.get(id)
         if live is None or id not in trainer.tenants:
             return
         job = live.job
         kept = is_checkpoint(job) and self._may_stay(job) if checkpoint is None else checkpoint
         try:
-            ref = self.runner.publish(
+            ref = self._publisher.publish(
                 job.request.owner,
                 job.request.name,
                 job.request.spec,
@@ -280,20 +270,20 @@ class LiveJobs:
                 learned_s=live.learned_s,
             )
         except AdapterNotFinite:
-            return  # its steps say so
+            return  # its steps report it
         except (JaxLoraError, OSError) as error:
             job.log.add("problem", f"step {job.progress.step} is not published: {said(error)}", level="warn")
         else:
-            self._is_published(job, ref, checkpoint=kept)
+            self._record_version(job, ref, checkpoint=kept)
 
-    def _is_published(self, job: Job, ref: AdapterRef, *, checkpoint: bool) -> None:
+    def _record_version(self, job: Job, ref: AdapterRef, *, checkpoint: bool) -> None:
         live = self._live[job.id]
         live.step, live.newest = job.progress.step, ref
         if checkpoint:
             live.kept.add(ref.version)
-        self._say_published(job, ref, checkpoint=checkpoint, final=False)
+        self._report_version(job, ref, checkpoint=checkpoint, final=False)
 
-    def _say_published(self, job: Job, ref: AdapterRef, *, checkpoint: bool, final: bool) -> None:
+    def _report_version(self, job: Job, ref: AdapterRef, *, checkpoint: bool, final: bool) -> None:
         best = job.progress.best_step if final and job.request.keep_best else None
         self._listener.job_published(
             Published(
@@ -307,14 +297,14 @@ class LiveJobs:
             )
         )
 
-    def _tell(self) -> None:
-        """Tells the listener what has changed; a job that has ended is forgotten here."""
+    def _report_changes(self) -> None:
+        """Reports changes to the listener, and forgets jobs that have ended."""
         for job in self.jobs.changed():
             live = self._live[job.id]
             events = job.log.after(live.seen)
             live.seen = events[-1].seq if events else live.seen
             if job.result is not None:
-                self._say_published(job, job.result, checkpoint=True, final=True)
+                self._report_version(job, job.result, checkpoint=True, final=True)
             news = JobNews(
                 id=job.id,
                 state=job.state,
@@ -333,7 +323,7 @@ class LiveJobs:
     # ---- guests ---------------------------------------------------------------------------------------------------
 
     def train_once(self, call: GuestCall) -> None:
-        """One update of an adapter, in the next step that has a slot for it: a job gives way if need be."""
+        """Queues one update of an adapter, for the next step with a slot for it: a job gives way if need be."""
         self._waiting.append(call)
         self.poke()
 

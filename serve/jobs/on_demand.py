@@ -1,9 +1,9 @@
-"""One update at a time of adapters that no job trains, by calls that return when the new version can be asked.
+"""On-demand training: calls that make one update of an adapter and return when its new version is served.
 
     fine_tune ─▶ its state (kept, or from disk, or new moments for its newest version) ─▶ LiveJobs.train_once ─▶ version n + 1
 
-The store holds the weights of every version.  The moments are kept in RAM for a few adapters, and written in the background
-for all; those of another version than the newest are of no use, and begin anew.
+The store holds the weights of every version.  The moments are kept in RAM for a few adapters, and written in the
+background for all; where they are of another version than the newest, new ones begin.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import logging
 import threading
 import uuid
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,9 +26,11 @@ from jaxlora.storage.checkpoints import read_meta, restore_state
 from jaxlora.storage.remote_states import StateCopies
 from serve.access.adapter_quota import AdapterQuota
 from serve.jobs.live_jobs import GuestCall, LiveJobs
+from serve.runtime.device_thread import DeviceThread
+from serve.runtime.publisher import Publisher
 from train.data.examples import Example
 from train.step.state import SlotState, fresh_adapter
-from train.trainer import StepReport
+from train.trainer import StepReport, Trainer
 
 LOG = logging.getLogger("serve")
 KEPT_STATES = 8  # in RAM
@@ -37,16 +39,16 @@ KEPT_VERSIONS = 16  # of an adapter
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FineTuned:
-    """What one call has done."""
+    """The result of one call."""
 
     tokens: int  # trained, target tokens
-    sum_loss: float  # nats of all of them under the weights before, whatever their weights
+    sum_loss: float  # nats of all of them under the weights before the update
     ref: AdapterRef  # the version after
 
 
 @dataclass(frozen=True, slots=True)
 class _Tuned:
-    """What an adapter has learned by calls."""
+    """The optimizer state of an adapter after some calls."""
 
     version: int
     calls: int
@@ -54,70 +56,72 @@ class _Tuned:
 
 
 class _Waiting:
-    """A caller on an event loop, told by the device thread."""
+    """A caller on an event loop, which the device thread resumes."""
 
-    def __init__(self, tuner: Tuner, tenant: str, name: str, spec: LoraSpec, keep: int):
+    def __init__(self, publisher: Publisher, tenant: str, name: str, spec: LoraSpec, keep: int):
         """keep: versions of the adapter that stay."""
-        self._tuner, self._tenant, self._name, self._spec, self._keep = tuner, tenant, name, spec, keep
+        self._publisher, self._tenant, self._name, self._spec, self._keep = publisher, tenant, name, spec, keep
         self._loop = asyncio.get_running_loop()
         self.done: asyncio.Future[tuple[FineTuned, SlotState]] = self._loop.create_future()
 
     def updated(self, report: StepReport, rows: Rows, state: SlotState) -> None:
-        """Publishes the update; the device thread calls it."""
-        runner = self._tuner.live.runner
+        """Publishes the update.  Device thread only."""
         try:
-            ref = runner.publish(self._tenant, self._name, self._spec, rows, keep=self._keep)
+            ref = self._publisher.publish(self._tenant, self._name, self._spec, rows, keep=self._keep)
         except (JaxLoraError, OSError) as error:
             self.failed(error)
             return
         done = FineTuned(tokens=report.targets, sum_loss=report.nll, ref=ref)
-        self._loop.call_soon_threadsafe(self._set, (done, state), None)
+        self._settle(self.done.set_result, (done, state))
 
     def failed(self, error: Exception) -> None:
-        """There is no update; the device thread calls it."""
-        self._loop.call_soon_threadsafe(self._set, None, error)
+        """Raises the error at the caller.  Device thread only."""
+        self._settle(self.done.set_exception, error)
 
-    def _set(self, result: tuple[FineTuned, SlotState] | None, error: Exception | None) -> None:
-        if self.done.done():
-            return
-        if result is None:
-            assert error is not None
-            self.done.set_exception(error)
-        else:
-            self.done.set_result(result)
+    def _settle[T](self, settle: Callable[[T], None], value: T) -> None:
+        self._loop.call_soon_threadsafe(lambda: None if self.done.done() else settle(value))
 
 
 class Tuner:
-    """Creates, trains and deletes adapters call by call.  Of one event loop, but for `forget` and `close`."""
+    """Creates, trains and deletes adapters call by call.  On one event loop, but for `forget` and `close`."""
 
-    def __init__(self, live: LiveJobs, states: Path, quota: AdapterQuota, copies: StateCopies | None = None):
+    def __init__(
+        self,
+        runner: DeviceThread,
+        live: LiveJobs,
+        trainer: Trainer,
+        states: Path,
+        quota: AdapterQuota,
+        copies: StateCopies | None = None,
+    ):
         """states: folder of the moments.  copies: object storage behind it."""
-        self.live, self._states, self._quota, self._copies = live, states.absolute(), quota, copies
+        self._runner, self._live, self._trainer, self._store = runner, live, trainer, runner.engine.store
+        self._states, self._quota, self._copies = states.absolute(), quota, copies
         self._writer = CheckpointWriter(copies=copies)
         self._kept: OrderedDict[tuple[str, str], _Tuned] = OrderedDict()
         self._guard = threading.Lock()
         self._turns: dict[tuple[str, str], asyncio.Lock] = {}
 
     async def create(self, tenant: str, name: str, spec: LoraSpec, seed: int) -> AdapterRef:
-        """A new adapter that changes nothing yet, as version 1.
+        """Creates an adapter that changes nothing yet, as version 1.
 
         Raises AdapterInvalid for a rank or targets that no slot holds, InvalidRequest for a bad name, QuotaExceeded,
         StorageFailed.
         """
 
         def make() -> AdapterRef:
-            trainer, store = self.live.jobs.trainer, self.live.runner.engine.store
+            trainer = self._trainer
             trainer.seats.check(spec)
             self._quota.check(tenant, adapter_bytes(trainer.base.config, spec), another=True)
-            self.live.runner.catalog.check_name(tenant, name)
-            return store.add(tenant, name, fresh_adapter(trainer.base.config, spec, seed, trainer.base_hash))
+            self._runner.catalog.check_name(tenant, name)
+            return self._store.add(tenant, name, fresh_adapter(trainer.base.config, spec, seed, trainer.base_hash))
 
         return await asyncio.to_thread(make)
 
     async def fine_tune(self, tenant: str, name: str, examples: Sequence[Example], optimizer: Optimizer) -> FineTuned:
-        """One update by all these examples; their loss is divided by the number of their target tokens.
+        """Makes one update by all these examples; their loss is divided by the number of their target tokens.
 
-        Calls for one adapter are made in the order they came.  One whose caller goes away is made all the same.
+        Calls for one adapter run in the order they came.  One whose caller goes away runs all the same.
         optimizer: its numbers; the schedule is constant.
         Raises AdapterNotFound; DataInvalid for examples that cannot be trained on; AdapterNotFinite, and changes
         nothing, when the loss or its gradient is not finite; StorageFailed or OSError when the version cannot be stored.
@@ -128,8 +132,9 @@ class Tuner:
         key = tenant, name
         async with self._turns.setdefault(key, asyncio.Lock()):
             spec, tuned = await asyncio.to_thread(self._state_of, tenant, name)
-            await asyncio.to_thread(self.live.jobs.trainer.check, spec, examples, len(examples), CROSS_ENTROPY)
-            waiting = _Waiting(self, tenant, name, spec, await asyncio.to_thread(self._kept_versions, tenant, name))
+            await asyncio.to_thread(self._trainer.check, spec, examples, len(examples), CROSS_ENTROPY)
+            keep = await asyncio.to_thread(self._kept_versions, tenant, name)
+            waiting = _Waiting(self._runner.publisher, tenant, name, spec, keep)
             call = GuestCall(
                 name=f"call-{uuid.uuid4().hex}",
                 spec=spec,
@@ -139,20 +144,20 @@ class Tuner:
                 step=tuned.calls,
                 caller=waiting,
             )
-            await asyncio.to_thread(self.live.runner.call, lambda: self.live.train_once(call))
+            await asyncio.to_thread(self._runner.call, lambda: self._live.train_once(call))
             done, state = await waiting.done
             self._keep(key, _Tuned(done.ref.version, tuned.calls + 1, state), spec)
             return done
 
     async def delete(self, tenant: str, name: str) -> None:
-        """The adapter is gone at once; what runs ends on it.  Raises AdapterNotFound."""
+        """Deletes the adapter at once; running requests end on it.  Raises AdapterNotFound."""
         async with self._turns.setdefault((tenant, name), asyncio.Lock()):
-            await asyncio.to_thread(self.live.runner.engine.store.delete, tenant, name)
+            await asyncio.to_thread(self._store.delete, tenant, name)
             self.forget(tenant, name)
         self._turns.pop((tenant, name), None)
 
     def forget(self, tenant: str, name: str) -> None:
-        """Drops what the calls of an adapter that is gone have learned; its files are removed soon.  From any thread."""
+        """Drops the optimizer state of a deleted adapter; its files are removed soon.  From any thread."""
         with self._guard:
             self._kept.pop((tenant, name), None)
         self._writer.discard(f"{tenant}/{name}", self._states / tenant / name)
@@ -162,31 +167,30 @@ class Tuner:
         self._writer.close()
 
     def _kept_versions(self, tenant: str, name: str) -> int:
-        """How many versions there may be after this call; where the tenant's bytes are used up, as many as there are."""
-        versions = self.live.runner.engine.store.versions(tenant, name)
+        """Returns how many versions may stay after this call; where the tenant's bytes are used up, as many as there are."""
+        versions = self._store.versions(tenant, name)
         if not versions or self._quota.has_room(versions[-1]):
             return KEPT_VERSIONS
         return min(len(versions), KEPT_VERSIONS)
 
     def _state_of(self, tenant: str, name: str) -> tuple[LoraSpec, _Tuned]:
-        """(what it is, what it has learned) of the newest version.  Reads the disk."""
-        store, trainer = self.live.runner.engine.store, self.live.jobs.trainer
-        ref = store.latest(tenant, name)
+        """Returns the spec and the optimizer state of the newest version.  Reads the disk."""
+        ref = self._store.latest(tenant, name)
         if ref is None:
             raise AdapterNotFound(f"no adapter named {name!r}", param="name")
-        adapter = store.get(ref)
+        adapter = self._store.get(ref)
         with self._guard:
             kept = self._kept.get((tenant, name))
         if kept is None:
             kept = self._stored(tenant, name, adapter.spec)
         if kept is None or kept.version != ref.version:
-            kept = _Tuned(ref.version, 0, trainer.seat_of(adapter))
+            kept = _Tuned(ref.version, 0, self._trainer.seat_of(adapter))
         return adapter.spec, kept
 
     def _stored(self, tenant: str, name: str, spec: LoraSpec) -> _Tuned | None:
-        """What the disk has of it."""
+        """Reads the optimizer state from the disk; None where there is none of this base and spec."""
         self._writer.flush()
-        folder, trainer = self._states / tenant / name, self.live.jobs.trainer
+        folder, trainer = self._states / tenant / name, self._trainer
         wanted = {"base": trainer.base_hash, "spec": spec.to_json(), "moments": trainer.moments}
         try:
             if self._copies is not None:
@@ -206,7 +210,7 @@ class Tuner:
         return _Tuned(int(meta["version"]), int(meta["calls"]), found.arrays)
 
     def _keep(self, key: tuple[str, str], tuned: _Tuned, spec: LoraSpec) -> None:
-        trainer = self.live.jobs.trainer
+        trainer = self._trainer
         with self._guard:
             self._kept[key] = tuned
             self._kept.move_to_end(key)

@@ -38,24 +38,17 @@ type Change = JobNews | Published | Callable[[], None]
 class JobRecorder:
     """Keeps the record of every job that has not ended, and stores what changes.  Told from any thread, waits for none."""
 
-    def __init__(
-        self,
-        stored: StoredJobs,
-        names: JobNames,
-        *,
-        saved: Callable[[AdapterRef], None],
-        published: Callable[[JobRecord, Published], None],
-        ended: Callable[[JobRecord], None],
-    ):
-        """saved: waits until a version is stored; nobody is told of a checkpoint before.
-
-        published, ended: called on the recorder's thread when that is stored.
-        """
-        self._stored, self._names, self._saved, self._published, self._ended = stored, names, saved, published, ended
+    def __init__(self, stored: StoredJobs, names: JobNames, saved: Callable[[AdapterRef], None]):
+        """saved: waits until a version is stored; nobody is told of a checkpoint before."""
+        self._stored, self._names, self._saved = stored, names, saved
         self._records: dict[str, JobRecord] = {}
         self._changes: queue.SimpleQueue[tuple[str, Change] | None] = queue.SimpleQueue()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="job-recorder", daemon=True)
+
+    def start(self, *, published: Callable[[JobRecord, Published], None], ended: Callable[[JobRecord], None]) -> None:
+        """Begins to store what it is told.  published, ended: called on the recorder's thread when that is stored."""
+        self._published, self._ended = published, ended
         self._thread.start()
 
     def register(self, record: JobRecord) -> None:

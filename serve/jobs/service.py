@@ -11,7 +11,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -36,10 +36,11 @@ from serve.access.caller import Caller
 from serve.db.jobs import StoredJobs
 from serve.db.models import ENDED, EventRecord, FileRecord, JobRecord, JobStatus, JsonObject, NewEvent, new_id
 from serve.jobs import resolve
-from serve.jobs.live_jobs import LiveJobs, Published
+from serve.jobs.live_jobs import LiveJobs
 from serve.jobs.recorder import JobRecorder
 from serve.jobs.resolve import Resolved
-from serve.runtime.catalog import JobNames, adapter_name, short_id
+from serve.runtime.catalog import adapter_name, short_id
+from serve.runtime.device_thread import DeviceThread
 from train.data.examples import Unit
 from train.jobs.job import said
 
@@ -89,21 +90,20 @@ class JobService:
 
     def __init__(
         self,
+        runner: DeviceThread,
         live: LiveJobs,
+        recorder: JobRecorder,
         stored: StoredJobs,
         files: Files,
-        names: JobNames,
         *,
         base_lr: float,
         limits: LimitsSection,
         quota: AdapterQuota,
-        published: Callable[[JobRecord, Published], None],
     ):
-        """base_lr: of a job that names none.  published: told of each version, stored."""
-        self.live, self.stored, self.files, self.names = live, stored, files, names
-        self.recorder = JobRecorder(
-            stored, names, saved=live.runner.engine.store.wait_saved, published=published, ended=self._ended
-        )
+        """base_lr: of a job that names none.  recorder: stores what happens, and tells `ended` of it once it is started."""
+        self.live, self.recorder, self.stored, self.files = live, recorder, stored, files
+        self._runner, self._store, self.names = runner, runner.engine.store, runner.catalog.jobs
+        self._trainer, self._states = live.jobs.trainer, live.jobs.states
         self._base_lr, self._limits, self._quota = base_lr, limits, quota
         self._intake = ThreadPoolExecutor(INTAKE_THREADS, "job-intake")
         self._stopping = threading.Event()
@@ -118,9 +118,8 @@ class JobService:
         """
         resolve.check(request)
         asked = self._asked(caller.sees, request)
-        trainer = self.live.jobs.trainer
-        trainer.seats.check(asked.spec)
-        self._quota.check(caller.owner, adapter_bytes(trainer.base.config, asked.spec), another=True)
+        self._trainer.seats.check(asked.spec)
+        self._quota.check(caller.owner, adapter_bytes(self._trainer.base.config, asked.spec), another=True)
         files = [str(request[name]) for name in ("training_file", "validation_file") if request.get(name)]
         scoring = request.get("evaluation")
         if isinstance(scoring, Mapping):
@@ -157,7 +156,7 @@ class JobService:
         record = self.stored.get(id, caller.sees)
         moves = {"paused": self.live.pause, "queued": self.live.resume, "cancelled": self.live.cancel}
         try:
-            self.live.runner.call(lambda: moves[to](record.tenant, id))
+            self._runner.call(lambda: moves[to](record.tenant, id))
         except NotFound:  # not there yet, not there any more, or paused by an earlier process
             with self._deciding:
                 self._move_stored(record, to)
@@ -167,8 +166,8 @@ class JobService:
     def restart(self) -> None:
         """Goes on with every job that had not ended when the server last did; paused ones wait to be resumed."""
         unfinished = self.stored.unfinished()
-        for id in self.live.jobs.states.stored() - {record.id for record in unfinished}:
-            self.live.jobs.states.discard(id)
+        for id in self._states.stored() - {record.id for record in unfinished}:
+            self._states.discard(id)
         for record in unfinished:
             if record.status == "paused":
                 self.recorder.register(record)
@@ -185,14 +184,14 @@ class JobService:
     # ---- from a request to the device thread ----------------------------------------------------------------------
 
     def _asked(self, sees: str | None, request: JsonObject) -> Asked:
-        ref = self.live.runner.resolve(sees, str(request["model"]))
+        ref = self._runner.resolve(sees, str(request["model"]))
         if ref is None:
             return Asked(None, resolve.spec_of(request))
         if request.get("lora") is not None:
             raise InvalidRequest(
                 "a job that goes on from an adapter has its rank and targets; leave out lora", param="lora"
             )
-        return Asked(ref, self.live.runner.engine.store.get(ref).spec)
+        return Asked(ref, self._store.get(ref).spec)
 
     def _begin(self, record: JobRecord) -> None:
         suffix = record.request.get("suffix")
@@ -235,7 +234,7 @@ class JobService:
         with self._deciding:
             if self.stored.get(record.id, None).status not in ENDED:  # it may be cancelled meanwhile
                 publish = resolved.publish
-                self.live.runner.call(lambda: self.live.create(record.id, request, publish=publish, kept=kept))
+                self._runner.call(lambda: self.live.create(record.id, request, publish=publish, kept=kept))
 
     def _resolve(self, record: JobRecord) -> Resolved:
         if "total_steps" in record.resolved:  # by an earlier process
@@ -244,13 +243,12 @@ class JobService:
         if not examples:
             raise DataInvalid("the training file has no examples; give at least one", param="training_file")
         start = self._start_ref(record)
-        store = self.live.runner.engine.store
         return resolve.resolve(
             record.request,
             examples=len(examples),
             seed=int(str(record.resolved["seed"])),
             base_lr=self._base_lr,
-            spec=resolve.spec_of(record.request) if start is None else store.get(start).spec,
+            spec=resolve.spec_of(record.request) if start is None else self._store.get(start).spec,
         )
 
     def _path(self, record: JobRecord, name: str) -> Path:
@@ -266,9 +264,9 @@ class JobService:
         if ref is None:
             return None
         try:
-            return self.live.runner.engine.store.get(ref)
+            return self._store.get(ref)
         except AdapterNotFound:
-            if self.live.jobs.states.newest(record.id) is None:
+            if self._states.newest(record.id) is None:
                 raise
             return None
 
@@ -310,9 +308,9 @@ class JobService:
 
     # ---- ends -----------------------------------------------------------------------------------------------------
 
-    def _ended(self, record: JobRecord) -> None:
+    def ended(self, record: JobRecord) -> None:
         """Writes the result file of a job that has ended, and needs its checkpoints no more; called on the recorder's thread."""
-        self.live.jobs.states.discard(record.id)
+        self._states.discard(record.id)
         try:
             events: list[EventRecord] = []
             while page := self.stored.events_since(

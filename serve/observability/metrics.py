@@ -145,7 +145,9 @@ class ServerMetrics(Collector):
         yield self._gauge("jaxlora:parked_kv_limit_pages", "KV pages that may lie on the host", now.host_pages_limit)
         yield self._counter("jaxlora:recomputed_tokens", "Tokens whose KV was dropped", now.recomputed_tokens)
         yield self._histogram(
-            "jaxlora:freshness_seconds", "From an update of an adapter to the first token under it", runner.freshness
+            "jaxlora:freshness_seconds",
+            "From an update of an adapter to the first token under it",
+            runner.publisher.freshness,
         )
         yield self._counter("jaxlora:compiles", "Programs compiled since the warm-up", self._compiles())
         yield self._gauge("jaxlora:healthy", "1 while the device thread turns", float(runner.health() == "ok"))

@@ -1,4 +1,4 @@
-"""What the wires need of the server, and no more: the protocol between HTTP and the engine.  Pure: no jax, no HTTP here.
+"""The protocol between the routes and the engine: what HTTP needs of the server, and no more.  Pure: no jax, no HTTP here.
 
 Everything is called on the event loop's thread, except `models` and `model`, which may read the disk, and the tokenizer:
 those are called from any thread.
@@ -74,7 +74,7 @@ class TokenStream(Protocol):
 
 
 class Backend(Protocol):
-    """The server behind the wires."""
+    """The server behind the routes."""
 
     @property
     def base_name(self) -> str: ...

@@ -1,4 +1,4 @@
-"""Who has the device next: serving or training.  Pure host code: clock in, decision out.
+"""Decides whether serving or training has the device next.  Pure host code: clock in, decision out.
 
 A stream's time between two tokens is a serving step and what was trained before it.  A part of a training step runs when
 it fits: when the next token still comes within the target, by what parts and steps have lately taken.  Both sides have a
@@ -15,11 +15,11 @@ from dataclasses import dataclass, fields
 
 from jaxlora.core.errors import InvalidRequest
 
-RECENT = 32  # durations that are looked at
+RECENT = 32  # durations that are kept
 PROBE_EVERY = 16  # serving steps; one of so many has no training before it, to learn what such a step takes
 WINDOW_S = 2.0  # over which shares of the time are counted
 GRACE_S = 0.5  # time that both have had work, before which nobody is below its floor: a short request meets no training
-LIKELY = 0.9  # quantile of the recent durations that is reckoned with
+LIKELY = 0.9  # quantile of the recent durations that decisions use
 
 
 @dataclass(slots=True)
@@ -65,20 +65,20 @@ def _number(value: object) -> bool:
 
 
 class Durations:
-    """What the newest few of a kind took."""
+    """The newest few durations of a kind of work."""
 
     def __init__(self) -> None:
         self._recent: deque[float] = deque(maxlen=RECENT)
 
     def add(self, seconds: float) -> None:
-        """One more."""
+        """Adds a duration."""
         self._recent.append(seconds)
 
     def __len__(self) -> int:
         return len(self._recent)
 
     def quantile(self, share: float) -> float:
-        """What this share of them took at most; 0 before the first."""
+        """Returns the duration that this share of them took at most; 0 before the first."""
         ranked = sorted(self._recent)
         return ranked[min(int(share * len(ranked)), len(ranked) - 1)] if ranked else 0.0
 
@@ -101,7 +101,7 @@ class Budget:
 
     @property
     def target_s(self) -> float | None:
-        """Seconds between two tokens that are aimed at; None while nothing is known to derive it from."""
+        """The target for the seconds between two tokens; None until there are durations to derive it from."""
         if self.settings.target_s is not None:
             return self.settings.target_s
         return self.settings.slowdown * self.alone.quantile(0.5) if len(self.alone) else None
@@ -113,7 +113,7 @@ class Budget:
         return self._sums[True] / total if total else 0.0
 
     def trains(self, now: float, part: str, *, urgent: bool) -> bool:
-        """Whether this part of a training step goes before the next serving step, where both have work.
+        """Returns whether this part of a training step goes before the next serving step, where both have work.
 
         urgent: a request waits for its first token.
         """
@@ -134,7 +134,7 @@ class Budget:
         return waited_s + self._likely(part) + self.steps.quantile(LIKELY) <= target_s
 
     def trained(self, start: float, end: float, part: str, *, beside: bool) -> None:
-        """A part of a training step ran.  beside: serving had work too."""
+        """Records a part of a training step.  beside: serving had work too."""
         self.parts.setdefault(part, Durations()).add(end - start)
         self.parts_done[part] += 1
         self.training_s += end - start
@@ -145,7 +145,7 @@ class Budget:
             self._gap_from = None
 
     def served(self, start: float, end: float, *, decoded: bool, beside: bool) -> None:
-        """A serving step ran.  decoded: it gave tokens and computed no prompts.  beside: training had work too."""
+        """Records a serving step.  decoded: it gave tokens and computed no prompts.  beside: training had work too."""
         self.serving_s += end - start
         if decoded:
             self.steps.add(end - start)

@@ -1,8 +1,8 @@
-"""Names of what jobs make: ft:BASE:ORG:SUFFIX:ID, alone, with :ckpt-step-STEP, or with :latest.  Pure.
+"""The models of a server and their names: the base, adapters and their versions, and results of jobs.
 
-While a job runs its plain name means its newest checkpoint, afterwards its result.  `latest` is the newest version there is.
-
-What models there are and what their names mean: the base, adapters and their versions, and what jobs make."""
+A job's models are ft:BASE:ORG:SUFFIX:ID, alone, with :ckpt-step-STEP, or with :latest.  While the job runs its plain name
+means its newest checkpoint, afterwards its result; `latest` is the newest version.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ from jaxlora.storage.adapter_store import AdapterStore
 from serve.engine.slots import SlotTable
 from serve.runtime.backend import ModelCard
 
+LOG = logging.getLogger("serve")
+RESERVED_NAMES = frozenset({"versions", "download", "pin", "unpin"})
 JOB_PREFIX = "ft-"  # of adapters that jobs make
 FT_NAME = re.compile(r"ft:([^:]+):([^:]+):([^:]*):([0-9a-f]{12})(?::(?:ckpt-step-(\d{1,9})|(latest)))?")
 
 
 @dataclass(slots=True)
 class JobName:
-    """What one job's name means."""
+    """The versions that one job's name stands for."""
 
     tenant: str
     adapter: str  # its name in the store
@@ -36,8 +38,8 @@ class JobName:
 
 
 @dataclass(frozen=True, slots=True)
-class Meant:
-    """The adapter that a name means, and which version; None: its newest."""
+class Target:
+    """The adapter that a name stands for, and its version; None: the newest."""
 
     tenant: str
     adapter: str
@@ -45,23 +47,23 @@ class Meant:
 
 
 def short_id(job_id: str) -> str:
-    """The last part of the model name of a job."""
+    """Returns the last part of the model name of a job."""
     return job_id.removeprefix("ftjob-")[:12]
 
 
 def adapter_name(job_id: str) -> str:
-    """The name in the store of what a job makes."""
+    """Returns the name in the store of a job's adapter."""
     return JOB_PREFIX + short_id(job_id)
 
 
 def names_version(model: str) -> bool:
-    """Whether a model name means one version of an adapter, and not the adapter: NAME@VERSION, or a job's checkpoint."""
+    """Whether a model name means one version of an adapter: NAME@VERSION, or a job's checkpoint."""
     match = FT_NAME.fullmatch(model)
     return "@" in model if match is None else match[5] is not None or match[6] is not None
 
 
 class JobNames:
-    """The names of all jobs of one server.  From any thread."""
+    """The names of all jobs of one server.  Thread-safe."""
 
     def __init__(self, base: str):
         self._base = base.replace("/", "--").replace(":", "-")
@@ -70,7 +72,7 @@ class JobNames:
         self._lock = threading.Lock()
 
     def add(self, job_id: str, tenant: str, suffix: str) -> None:
-        """A job has this name from now on, and no version yet; one that is known keeps its own."""
+        """Adds a job without versions; a job that is known keeps its name."""
         job = JobName(tenant, adapter_name(job_id), suffix, short_id(job_id))
         with self._lock:
             if job.id in self._jobs:
@@ -78,7 +80,7 @@ class JobNames:
             self._jobs[job.id] = self._adapters[tenant, job.adapter] = job
 
     def checkpoint(self, job_id: str, step: int, version: int, *, final: bool) -> None:
-        """A version that stays; final: the job's result."""
+        """Adds a version that stays; final: the job's result."""
         with self._lock:
             job = self._jobs.get(short_id(job_id))
             if job is not None:
@@ -86,7 +88,7 @@ class JobNames:
                 job.final = version if final else job.final
 
     def end(self, job_id: str) -> None:
-        """The job has ended: its adapter is anyone's to delete."""
+        """Marks the job as ended: its adapter may be deleted."""
         with self._lock:
             job = self._jobs.get(short_id(job_id))
             if job is not None:
@@ -99,7 +101,7 @@ class JobNames:
             return job is not None and not job.ended
 
     def drop(self, tenant: str, adapter: str, version: int | None = None) -> None:
-        """A version of an adapter is deleted, or all of it."""
+        """Removes a deleted version of an adapter, or all of them."""
         with self._lock:
             job = self._adapters.get((tenant, adapter))
             if job is None:
@@ -109,13 +111,13 @@ class JobNames:
                 job.final = None
 
     def full(self, job_id: str, step: int | None = None) -> str:
-        """The model name of a job, or of its checkpoint of a step."""
+        """Returns the model name of a job, or of its checkpoint of a step."""
         with self._lock:
             job = self._jobs[short_id(job_id)]
         return self._written(job) + ("" if step is None else f":ckpt-step-{step}")
 
     def shown(self, tenant: str, adapter: str) -> str | None:
-        """The model name of an adapter that a job makes; None: of another."""
+        """Returns the model name of a job's adapter; None for any other adapter."""
         with self._lock:
             job = self._adapters.get((tenant, adapter))
         return None if job is None else self._written(job)
@@ -123,8 +125,8 @@ class JobNames:
     def _written(self, job: JobName) -> str:
         return f"ft:{self._base}:{job.tenant}:{job.suffix}:{job.id}"
 
-    def find(self, sees: str | None, model: str) -> Meant | None:
-        """What a name means to who sees a tenant's objects (None: everyone's); None: nothing."""
+    def find(self, sees: str | None, model: str) -> Target | None:
+        """Returns the target of a name for a caller who sees this tenant's objects (None: everyone's), or None."""
         match = FT_NAME.fullmatch(model)
         if match is None:
             return None
@@ -136,18 +138,14 @@ class JobNames:
             if sees not in (None, job.tenant):
                 return None
             if latest:
-                return Meant(job.tenant, job.adapter, None)
+                return Target(job.tenant, job.adapter, None)
             newest = job.steps[max(job.steps)] if job.steps else None
             version = job.steps.get(int(step)) if step else job.final if job.final is not None else newest
-            return None if version is None else Meant(job.tenant, job.adapter, version)
-
-
-LOG = logging.getLogger("serve")
-RESERVED_NAMES = frozenset({"versions", "download", "pin", "unpin"})
+            return None if version is None else Target(job.tenant, job.adapter, version)
 
 
 class Catalog:
-    """The models of one server.  From any thread."""
+    """The models of one server.  Thread-safe."""
 
     def __init__(self, store: AdapterStore, slots: SlotTable, base_name: str, started: float):
         """started: when the server did, seconds since 1970."""
@@ -155,16 +153,16 @@ class Catalog:
         self.jobs = JobNames(base_name)
 
     def check_name(self, tenant: str, name: str) -> None:
-        """Raises InvalidRequest for an adapter that nobody could ask for: its name means the base model, or what is done."""
+        """Raises InvalidRequest for a name that cannot be requested: it means the base model, or an action of the API."""
         if self._base_name in (name, f"{tenant}/{name}"):
             raise InvalidRequest(f"{self._base_name} is the base model; give the adapter another name", param="name")
         if name in RESERVED_NAMES:  # /v1/adapters/TENANT/NAME would be read as that
             raise InvalidRequest(f"{name} is a word of the API; give the adapter another name", param="name")
 
     def resolve(self, tenant: str | None, model: str) -> AdapterRef | None:
-        """The version a model name means now; None is the base model.
+        """Returns the version that a model name means now; None is the base model.
 
-        Names: NAME, NAME@VERSION, TENANT/NAME, each also as BASE:NAME, and those that jobs make (serve/runtime/catalog.py).
+        Names: NAME, NAME@VERSION, TENANT/NAME, each also as BASE:NAME, and the names of jobs.
         Raises AdapterNotFound for an unknown name, and for one that several tenants have.
         """
         if model == self._base_name:
@@ -187,17 +185,17 @@ class Catalog:
         return found[0]
 
     def _made_by_job(self, tenant: str | None, model: str) -> AdapterRef:
-        """The version that a job's model name means now.  Raises AdapterNotFound."""
-        meant = self.jobs.find(tenant, model)
-        versions = [] if meant is None else self._store.versions(meant.tenant, meant.adapter)
-        if meant is not None and meant.version is not None:
-            versions = [ref for ref in versions if ref.version == meant.version]
+        """Returns the version that a job's model name means now.  Raises AdapterNotFound."""
+        target = self.jobs.find(tenant, model)
+        versions = [] if target is None else self._store.versions(target.tenant, target.adapter)
+        if target is not None and target.version is not None:
+            versions = [ref for ref in versions if ref.version == target.version]
         if not versions:
             raise AdapterNotFound(f"The model `{model}` does not exist.", param="model")
         return versions[-1]
 
     def models(self, tenant: str | None) -> list[ModelCard]:
-        """The base and every adapter this tenant may see, but for those that cannot be read.  Reads the disk."""
+        """Returns the base and every adapter of the tenant, but for those that cannot be read.  Reads the disk."""
         refs = self._store.list(tenant)
         owners = Counter(ref.name for ref in refs)
         cards = [self._base_card()]
@@ -213,7 +211,7 @@ class Catalog:
         return cards
 
     def model(self, tenant: str | None, model: str) -> ModelCard:
-        """The card of one model name.  Reads the disk.  Raises AdapterNotFound, StorageFailed for a damaged version."""
+        """Returns the card of one model name.  Reads the disk.  Raises AdapterNotFound, StorageFailed for a damaged version."""
         ref = self.resolve(tenant, model)
         return self._base_card() if ref is None else self._card(ref, model)
 

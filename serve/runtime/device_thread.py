@@ -1,8 +1,8 @@
-"""From the device thread to an event loop: the deltas of one request, and the message that it has come.  Pure.
+"""The device thread: it alone touches the engine and the trainer; all other threads send it messages.
 
-The device thread: it alone touches the engine and the trainer; everyone else sends it messages.
-
-While sequences run and adapters train, `Budget` says before each engine step whether a part of a training step goes first."""
+While sequences run and adapters train, `Budget` decides before each engine step whether a part of a training step goes
+first.
+"""
 
 from __future__ import annotations
 
@@ -12,39 +12,43 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from jaxlora.config.serving import Tuning
 from jaxlora.core.errors import AdapterNotFound, DeviceLost, InvalidRequest, JaxLoraError, Unavailable
-from jaxlora.core.lora import AdapterRef, LoraSpec
-from jaxlora.model.lora_pool import Rows, adapter_of_rows, read_finite
+from jaxlora.core.lora import AdapterRef
 from serve.engine.engine import Engine
 from serve.engine.grammar import Grammars
 from serve.engine.request import Delta, Request
-from serve.engine.telemetry import Histogram
 from serve.runtime.backend import ModelCard
 from serve.runtime.budget import Budget, BudgetSettings
 from serve.runtime.catalog import Catalog
+from serve.runtime.publisher import Publisher
 from serve.runtime.watchdog import Watch
+
+LOG = logging.getLogger("serve")
+GONE = "the server stopped before the answer was complete; retry when it is up again"
+LOST = "the device thread failed or hung before the answer was complete"
+END_S = 10.0  # for the present step to end, before requests are ended without the device thread
 
 
 class DeltaStream:
-    """The async iterator a wire reads: ends after the delta with `finish` or `error`."""
+    """The async iterator of a request's deltas; it ends after the one with `finish` or `error`."""
 
     def __init__(self, request_id: str, cancel: Callable[[str], None]):
-        """cancel: frees what the request of this id holds; of any thread."""
+        """cancel: frees what the request of this id holds; from any thread."""
         self._id, self._cancel = request_id, cancel
         self._queue: asyncio.Queue[Delta] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._ended = False
 
     def deliver(self, delta: Delta) -> None:
-        """Called on the device thread."""
+        """Passes a delta to the event loop.  Device thread only."""
         try:
             self._loop.call_soon_threadsafe(self._queue.put_nowait, delta)
-        except RuntimeError:  # the loop has closed: nobody reads any more
+        except RuntimeError:  # the loop has closed: nothing reads it any more
             self._cancel(self._id)
 
     def __aiter__(self) -> DeltaStream:
@@ -58,33 +62,26 @@ class DeltaStream:
         return delta
 
     def cancel(self) -> None:
-        """Frees slot and KV within a step; harmless when the stream has ended."""
+        """Frees slot and KV within a step; does nothing when the stream has ended."""
         if not self._ended:
             self._cancel(self._id)
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """The message that a request has come."""
+class Submission:
+    """The message that submits a request."""
 
     request: Request
     listener: Callable[[Delta], None]
     admit: Callable[[Request, Callable[[Delta], None]], None]
 
     def __call__(self) -> None:
-        """Of the device thread."""
+        """Submits the request.  Device thread only."""
         self.admit(self.request, self.listener)
 
 
-LOG = logging.getLogger("serve")
-GONE = "the server stopped before the answer was complete; retry when it is up again"
-LOST = "the device thread failed or hung before the answer was complete"
-END_S = 10.0  # for the present step to end, before those who wait are told without the device thread
-FRESHNESS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
-
-
 class Trainer(Protocol):
-    """What the device thread needs of a trainer."""
+    """What the device thread runs of a trainer."""
 
     @property
     def has_work(self) -> bool:
@@ -93,17 +90,17 @@ class Trainer(Protocol):
 
     @property
     def part(self) -> str:
-        """What `advance` does next: what is alike has one name, and takes about as long."""
+        """The name of the part that `advance` runs next; parts of one name take about as long."""
         ...
 
     def advance(self) -> None:
-        """The next part of a training step, and waits for it; it may publish through `DeviceThread.publish`."""
+        """Runs the next part of a training step and waits for it; it may publish through `Publisher`."""
         ...
 
 
 @dataclass(slots=True)
 class Completion:
-    """All of one answer."""
+    """A complete answer."""
 
     request_id: str
     text: str = ""
@@ -112,34 +109,32 @@ class Completion:
 
 
 class DeviceThread:
-    """The server behind the wires (serve.runtime.backend.Backend), and the device thread under it."""
+    """The server behind the routes (serve.runtime.backend.Backend), and its device thread."""
 
     def __init__(self, engine: Engine, *, base_name: str, budget: BudgetSettings | None = None):
         """budget: how serving and training share the device; `budget.settings` changes it at any time."""
         self.engine, self.base_name, self.budget = engine, base_name, Budget(budget)
-        self.tuning = Tuning(
-            quantum_ms=engine.config.quantum_s * 1000
-        )  # replaced, never changed: any thread may read it
+        # Replaced, never changed: any thread may read it.
+        self.tuning = Tuning(quantum_ms=engine.config.quantum_s * 1000)
         self.started = time.time()
         self.grammars = Grammars(engine.tokenizer)
         self.catalog = Catalog(engine.store, engine.slots, base_name, self.started)
+        self.publisher = Publisher(engine, self.catalog)
         self.watch = Watch(engine)
         self.trainer: Trainer | None = None
-        self.freshness = Histogram(FRESHNESS_S)  # learned → first token under the new version
-        self._fresh: dict[tuple[str, str], tuple[AdapterRef, float]] = {}  # versions without a token, since when
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._listeners: dict[str, Callable[[Delta], None]] = {}
-        self._drain = threading.Lock()  # held to put a message, and to say that no more are read
+        self._drain = threading.Lock()  # held to put a message, and to close the inbox
         self._closed = False
         self._stopping = False
         self._failure: BaseException | None = None
-        self._given_up = False  # it hangs, and nobody waits for it any more
+        self._given_up = False  # it hangs, and no thread waits for it any more
         self._thread = threading.Thread(target=self._run, name="jaxlora-device", daemon=True)
 
     # ---- life -----------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Compiles every program, then runs."""
+        """Starts the thread and waits until every program is compiled."""
         ready = threading.Event()
         self._inbox.put(ready.set)
         self._thread.start()
@@ -153,7 +148,7 @@ class DeviceThread:
         self.engine.store.flush()
 
     def end(self, within_s: float | None) -> bool:
-        """The same without saving anything; False when the device is lost, by an error or by a step that does not end in time."""
+        """Does the same without saving; returns False when the device is lost, by an error or a step that does not end in time."""
         if self._thread.is_alive() and not self._given_up:
             self._inbox.put(self._stop_now)
             self._thread.join(within_s)
@@ -163,11 +158,11 @@ class DeviceThread:
 
     @property
     def lost(self) -> bool:
-        """Whether the device thread has failed, or hung until it was given up: nothing on the device can be read any more."""
+        """Whether the device thread has failed or was given up: nothing on the device can be read any more."""
         return self._failure is not None or self._given_up
 
     def call[R](self, work: Callable[[], R]) -> R:
-        """What `work` returns, run on the device thread between two steps.  Raises what it raises."""
+        """Runs `work` on the device thread between two steps.  Returns what it returns and raises what it raises."""
         if threading.current_thread() is self._thread:
             return work()
         answer: queue.SimpleQueue[tuple[R | None, BaseException | None]] = queue.SimpleQueue()
@@ -191,7 +186,7 @@ class DeviceThread:
         return result  # ty: ignore[invalid-explicit-return]
 
     def wake(self) -> None:
-        """Has the device thread look for work, if it sleeps.  Of any thread."""
+        """Has the device thread look for work, if it sleeps.  From any thread."""
         with contextlib.suppress(Unavailable):  # ended: there is none
             self._send(lambda: None)
 
@@ -214,19 +209,19 @@ class DeviceThread:
             self.engine.warm_up()
             while not self._stopping:
                 self._turn()
-        except BaseException as error:  # everyone who waits must learn of it
+        except BaseException as error:  # every waiting request must learn of it
             LOG.exception("the device thread has ended")
             self._failure = error
         with self._drain:
             self._closed = True
         try:
-            while not self._inbox.empty():  # those who came meanwhile must not wait for ever
+            while not self._inbox.empty():  # messages that came meanwhile must not wait for ever
                 self._inbox.get()()
         finally:
-            self._tell_all()
+            self._end_listeners()
 
     def _give_up(self) -> None:
-        """Tells everyone who waits in place of a device thread that hangs, and has it end should it come back."""
+        """Ends every request in place of a device thread that hangs, and has the thread end should it come back."""
         LOG.error("the device thread hangs; nobody waits for it any more")
         with self._drain:
             self._closed = self._given_up = True
@@ -234,21 +229,21 @@ class DeviceThread:
         with contextlib.suppress(queue.Empty):
             while True:
                 message = self._inbox.get_nowait()
-                if isinstance(message, Asked):  # who waits in `call` and `complete` looks for himself
-                    message.listener(Delta(request_id=message.request.id, error=self._last_word()))
-        self._tell_all()
+                if isinstance(message, Submission):  # `call` and `complete` check by themselves
+                    message.listener(Delta(request_id=message.request.id, error=self._end_error()))
+        self._end_listeners()
 
-    def _last_word(self) -> Unavailable:
+    def _end_error(self) -> Unavailable:
         return DeviceLost(LOST) if self.lost else Unavailable(GONE)
 
-    def _tell_all(self) -> None:
-        """Ends every request under way with an error."""
+    def _end_listeners(self) -> None:
+        """Ends every open request with an error."""
         for request_id, listener in list(self._listeners.items()):
-            listener(Delta(request_id=request_id, error=self._last_word()))
+            listener(Delta(request_id=request_id, error=self._end_error()))
         self._listeners.clear()
 
     def _turn(self) -> None:
-        """Messages, then an engine step or a part of a training step."""
+        """Handles messages, then runs an engine step or a part of a training step."""
         engine, trainer = self.engine, self.trainer
         first = None
         if not engine.has_work and (trainer is None or not trainer.has_work):
@@ -276,10 +271,8 @@ class DeviceThread:
             self.budget.served(start, time.monotonic(), decoded=decoded, beside=training)
 
     def _deliver(self, delta: Delta) -> None:
-        ref = delta.adapter
-        if ref is not None and self._fresh.get((ref.tenant, ref.name), (None,))[0] == ref:
-            _, learned_s = self._fresh.pop((ref.tenant, ref.name))
-            self.freshness.observe(time.monotonic() - learned_s)
+        if delta.adapter is not None:
+            self.publisher.observe_token(delta.adapter)
         ended = delta.finish is not None or delta.error is not None
         listener = self._listeners.pop(delta.request_id, None) if ended else self._listeners.get(delta.request_id)
         if listener is not None:
@@ -288,19 +281,19 @@ class DeviceThread:
     # ---- requests -------------------------------------------------------------------------------------------------
 
     def submit(self, request: Request) -> DeltaStream:
-        """The request's stream.  What cannot be admitted comes as its first and only delta, with `error`."""
+        """Submits a request and returns its stream.  A refusal comes as the first and only delta, with `error`."""
         self._check_alive()
         stream = DeltaStream(request.id, self.cancel)
-        self._send(Asked(request, stream.deliver, self.admit))
+        self._send(Submission(request, stream.deliver, self.admit))
         return stream
 
     def admit(self, request: Request, listener: Callable[[Delta], None]) -> None:
-        """Puts a request in line from the device thread; the listener runs there too and must not wait for it."""
+        """Puts a request in the queue from the device thread; the listener runs there too and must not wait for it."""
         try:
             self.engine.submit(request)
         except JaxLoraError as error:
             listener(Delta(request_id=request.id, error=error))
-        except BaseException:  # of ours, or a panic of the grammars' library; nothing has changed yet
+        except BaseException:  # an internal error, or a panic of the grammar library; nothing has changed yet
             LOG.exception("request %s cannot be admitted", request.id)
             error = JaxLoraError("this request cannot be admitted; the log has the reason")
             listener(Delta(request_id=request.id, error=error))
@@ -308,7 +301,7 @@ class DeviceThread:
             self._listeners[request.id] = listener
 
     def cancel(self, request_id: str) -> None:
-        """Frees all a request holds, between this step and the next."""
+        """Frees everything a request holds, between this step and the next."""
 
         def work() -> None:
             self._listeners.pop(request_id, None)
@@ -318,7 +311,7 @@ class DeviceThread:
             self._send(work)
 
     def end_all(self) -> None:
-        """Ends every request under way with Unavailable, and frees all they hold.  Of any thread but the device's.
+        """Ends every open request with Unavailable, and frees what they hold.  From any thread but the device's.
 
         If the device thread hangs, they end with DeviceLost.
         """
@@ -327,7 +320,7 @@ class DeviceThread:
         def work() -> None:
             for request_id in list(self._listeners):
                 self.engine.cancel(request_id)
-            self._tell_all()
+            self._end_listeners()
             ended.set()
 
         with contextlib.suppress(Unavailable):  # it has ended: so has each of them
@@ -336,7 +329,7 @@ class DeviceThread:
                 self._give_up()
 
     def complete(self, requests: Sequence[Request]) -> list[Completion]:
-        """All answers, in order, for callers without an event loop (not on the device thread).
+        """Runs the requests and returns their answers in order, for callers without an event loop (not on the device thread).
 
         Raises the first request's error, if one failed.
         """
@@ -368,42 +361,8 @@ class DeviceThread:
                 raise answer.last.error
         return list(answers.values())
 
-    # ---- adapters -------------------------------------------------------------------------------------------------
-
-    def publish(
-        self,
-        tenant: str,
-        name: str,
-        spec: LoraSpec,
-        rows: Rows,
-        *,
-        keep: int | None = None,
-        spare: Collection[int] = (),
-        learned_s: float | None = None,
-    ) -> AdapterRef:
-        """A new version of the adapter with these device rows, served from the next admission on.  Device thread only.
-
-        Requests in flight keep their version, but for those that follow the adapter.  The store writes the version to
-        disk behind.  With `keep`, versions before the newest `keep` are deleted, but for those that a request still uses
-        and those to `spare`.
-        learned_s: when the weights were learned, on the monotonic clock; `freshness` counts from then.
-        Raises InvalidRequest for the base's name; AdapterNotFinite, and publishes nothing, when a weight is not finite;
-        StorageFailed or OSError when the store cannot give a number.
-        """
-        self.catalog.check_name(tenant, name)
-        read_finite(rows)
-        store = self.engine.store
-        ref = store.add(tenant, name, adapter_of_rows(rows, spec, self.engine.base_hash))
-        self.engine.install(ref, rows)
-        self._fresh[tenant, name] = ref, time.monotonic() if learned_s is None else learned_s
-        if keep is not None:
-            for old in store.versions(tenant, name)[:-keep]:
-                if old.version not in spare and self.engine.release(old):
-                    store.delete_version(old)
-        return ref
-
     def tune(self, tuning: Tuning) -> None:
-        """These settings from the next step on.  Device thread only, or before it starts.
+        """Applies these settings from the next step on.  Device thread only, or before it starts.
 
         A pinned name is its newest version: of an adapter that is published, the pin goes on to the new one, and the
         old one takes its turns with the requests that still use it.
@@ -420,23 +379,18 @@ class DeviceThread:
         # By whole names: another tenant may get an adapter of that name.
         self.tuning = replace(tuning, pin=tuple(f"{ref.tenant}/{ref.name}" for ref in refs))
 
-    def rehearse_publish(self, rows: Rows) -> None:
-        """Compiles what a publication of rows of this shape runs, and publishes nothing.  Device thread only."""
-        read_finite(rows)
-        self.engine.rehearse_install(rows)
-
-    # ---- what the wires read ----------------------------------------------------------------------------------------
+    # ---- what the routes read ---------------------------------------------------------------------------------------
 
     def resolve(self, tenant: str | None, model: str) -> AdapterRef | None:
-        """As `Catalog.resolve`."""
+        """See `Catalog.resolve`."""
         return self.catalog.resolve(tenant, model)
 
     def models(self, tenant: str | None) -> list[ModelCard]:
-        """As `Catalog.models`."""
+        """See `Catalog.models`."""
         return self.catalog.models(tenant)
 
     def model(self, tenant: str | None, model: str) -> ModelCard:
-        """As `Catalog.model`."""
+        """See `Catalog.model`."""
         return self.catalog.model(tenant, model)
 
     @property

@@ -1,4 +1,4 @@
-"""Training beside serving: what the device thread runs between decode steps, and when it publishes."""
+"""Training beside serving: a trainer that the device thread runs between decode steps, and its publications."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from jaxlora.core.errors import AdapterNotFinite, JaxLoraError
 from jaxlora.core.lora import AdapterRef
-from serve.runtime.device_thread import DeviceThread
+from serve.runtime.publisher import Publisher
 from train.trainer import FIRST_PART, StepReport, Trainer
 
 PUBLISH = "publish"  # a part of training beside serving
@@ -16,33 +16,34 @@ KEEP_VERSIONS = 3  # of a tenant in training: the newest, and time for requests 
 LOG = logging.getLogger("serve")
 
 
-def warm_up(trainer: Trainer, runner: DeviceThread) -> None:
-    """Compiles what training runs and what a publication of its adapters runs.  Device thread only."""
+def warm_up(trainer: Trainer, publisher: Publisher) -> None:
+    """Compiles the programs of training and of its publications.  Device thread only."""
     trainer.warm_up()
     for rows in trainer.bucket_rows():
-        runner.rehearse_publish(rows)
+        publisher.rehearse(rows)
 
 
 class LiveTraining:
-    """A trainer whose tenants are published every few steps, and when they are done.  Lives on the device thread.
+    """Publishes the tenants of a trainer every few steps, and when they are done.  Device thread only.
 
-    A tenant's adapter is published under its own name; its newest `keep` versions stay.  Callbacks run on the device thread and must not wait for it.
+    A tenant's adapter is published under its own name; its newest `keep` versions stay.  Callbacks run on the device
+    thread and must not wait for it.
     """
 
     def __init__(
         self,
         trainer: Trainer,
-        runner: DeviceThread,
+        publisher: Publisher,
         *,
         publish_every: int,
         keep: int = KEEP_VERSIONS,
         on_step: Callable[[list[StepReport]], None],
         on_publish: Callable[[AdapterRef, int], None],
     ):
-        self.trainer, self.runner, self.publish_every, self.keep = trainer, runner, publish_every, keep
+        self.trainer, self._publisher, self.publish_every, self.keep = trainer, publisher, publish_every, keep
         self.on_step, self.on_publish = on_step, on_publish
         self._due: list[str] = []  # tenants that are published next
-        self._owed: set[str] = set()  # those whose publication failed and is to be tried again with the next one
+        self._owed: set[str] = set()  # those whose publication failed; it is tried again with the next one
         self._learned: dict[str, float] = {}  # when their newest update was done, on the monotonic clock
 
     @property
@@ -52,11 +53,11 @@ class LiveTraining:
 
     @property
     def part(self) -> str:
-        """What `advance` does next."""
+        """The name of the part that `advance` runs next."""
         return PUBLISH if self._due else self.trainer.part
 
     def advance(self) -> None:
-        """The next part of a training step, or a publication that one has made due: (version, optimizer steps learned)."""
+        """Runs the next part of a training step, or a publication that is due."""
         if self._due:
             self._publish(self._due.pop(0))
             return
@@ -70,16 +71,16 @@ class LiveTraining:
                 self._due = sorted({*self._due, *self._owed, tenant.name})
 
     def step(self) -> None:
-        """One training step, and the publications that it makes due; finishes a step that is under way."""
+        """Runs one training step, or the rest of one, and the publications that it makes due."""
         self.advance()
         while self.part != FIRST_PART:
             self.advance()
 
     def publish(self, name: str) -> AdapterRef:
-        """A version of the tenant's present weights.  Raises NotFound for an unknown one, and as `DeviceThread.publish` does."""
+        """Publishes the tenant's present weights.  Raises NotFound for an unknown one, and as `Publisher.publish` does."""
         rows = self.trainer.rows(name)
         tenant = self.trainer.tenants[name]
-        ref = self.runner.publish(
+        ref = self._publisher.publish(
             name, name, tenant.spec, rows, keep=self.keep, learned_s=self._learned.get(name, time.monotonic())
         )
         self._owed.discard(name)
@@ -87,7 +88,7 @@ class LiveTraining:
         return ref
 
     def _publish(self, name: str) -> None:
-        """Publishes one tenant that is due.  Whatever hinders it is this tenant's alone; it is tried again with the next publication."""
+        """Publishes one tenant that is due.  A failure is this tenant's alone, and is tried again with the next publication."""
         self._owed.add(name)
         tenant = self.trainer.tenants.get(name)
         if tenant is None or tenant.status == "failed":

@@ -1,4 +1,4 @@
-"""SIGHUP: `[tuning]` of the server's TOML file is read again and applied to the running server."""
+"""Reloads `[tuning]` of the server's TOML file on SIGHUP and applies it to the running server."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ LOG = logging.getLogger("serve")
 
 @contextlib.contextmanager
 def retuned_by_hangup(runner: DeviceThread, file: Path) -> Generator[None]:
-    """While it is entered, `kill -HUP` has the runner take the file's tuning.  Of the main thread.
+    """Applies the file's tuning at each SIGHUP while it is entered.  Main thread only.
 
-    The file is read on a thread of its own: a signal interrupts whoever answers requests.  What is wrong with it is
-    logged, and the server goes on as it was.
+    The file is read on a thread of its own, as a signal interrupts the event loop.  An error is logged, and the server
+    goes on as it was.
     """
     asked: queue.SimpleQueue[bool] = queue.SimpleQueue()  # may be put by a handler that interrupts a put
 
@@ -45,7 +45,7 @@ def retuned_by_hangup(runner: DeviceThread, file: Path) -> Generator[None]:
 
 
 def retune(runner: DeviceThread, file: Path, known: ServeConfig) -> ServeConfig:
-    """The file's settings, of which the runner has the tuning now; or those that were known, and the log says why."""
+    """Applies the file's tuning and returns its settings; on an error logs it and returns the known settings."""
     try:
         config = load(file, ServeConfig)
         runner.call(lambda: runner.tune(config.tuning))

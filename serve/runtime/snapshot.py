@@ -1,6 +1,4 @@
-"""How the server stands at one moment: slots, lines, memory, jobs.  Pure: made on the device thread, read on any.
-
-Training as the server's watch tells it: a function that is called on the device thread."""
+"""The state of the server at one moment: slots, queues, memory, jobs.  Pure: made on the device thread, read on any."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ from serve.engine.scheduler import Scheduler
 from train.jobs.job import NEXT
 from train.jobs.runner import Jobs
 
-MOST_WAITING = 100  # adapters in line that are named; the rest are counted
+MOST_WAITING = 100  # queued adapters that are named; the rest are counted
 MOST_JOBS = 100
 
 
@@ -67,12 +65,12 @@ class Snapshot:
 
     at_s: float  # of the monotonic clock
     running: int  # requests
-    parked: int
+    parked: int  # preempted requests
     waiting: int  # for their first step
     rows: int  # requests that can run at once
     pages: int
     free_pages: int
-    host_pages: int  # of parked KV on the host
+    host_pages: int  # of the KV of preempted requests
     host_pages_limit: int
     queried_tokens: int  # of prompts, looked for in the cache
     found_tokens: int  # of these
@@ -88,31 +86,31 @@ class Snapshot:
 
 
 def take(scheduler: Scheduler, now: float, *, decoded: int, prefilled: int, training: TrainingView | None) -> Snapshot:
-    """How things stand.  On the scheduler's thread.  now: of its clock; decoded, prefilled: tokens since the start."""
+    """Takes a snapshot on the scheduler's thread.  now: of its clock; decoded, prefilled: tokens since the start."""
     active, pages = scheduler.active, scheduler.pages
-    lines = scheduler.lines()
+    queues = scheduler.queues()
     sits = {slot: ref for ref, slot in active.slots.resident().items()}
     slots = []
     for slot in range(active.slots.count):
         ref = sits.get(slot)
-        line = None if ref is None else lines.get(ref)
+        queue = None if ref is None else queues.get(ref)
         entered = None if ref is None else active.entered.get(ref)
         slots.append(
             SlotView(
                 adapter=ref,
                 active_s=None if entered is None else now - entered,
                 pinned=ref in active.pinned,
-                rows=0 if line is None else line.rows,
-                waiting=0 if line is None else line.others,
+                rows=0 if queue is None else queue.rows,
+                waiting=0 if queue is None else queue.others,
             )
         )
-    out = {ref: line for ref, line in lines.items() if ref not in active.entered}
+    out = {ref: queue for ref, queue in queues.items() if ref not in active.entered}
     longest = heapq.nsmallest(MOST_WAITING, out.items(), key=lambda x: x[1].since)
-    running, parked, waiting = scheduler.counts()
+    running, preempted, waiting = scheduler.counts()
     return Snapshot(
         at_s=now,
         running=running,
-        parked=parked,
+        parked=preempted,
         waiting=waiting,
         rows=scheduler.limits.rows,
         pages=pages.pages,
@@ -121,7 +119,7 @@ def take(scheduler: Scheduler, now: float, *, decoded: int, prefilled: int, trai
         host_pages_limit=scheduler.limits.host_pages,
         queried_tokens=pages.lookups,
         found_tokens=pages.hits,
-        parks=scheduler.parks,
+        parks=scheduler.preemptions,
         recomputed_tokens=scheduler.recomputed_tokens,
         swaps=active.swaps,
         decoded_tokens=decoded,
@@ -134,7 +132,7 @@ def take(scheduler: Scheduler, now: float, *, decoded: int, prefilled: int, trai
 
 
 def training_view(jobs: Jobs) -> TrainingView:
-    """What the jobs of a trainer have come to, and the newest of those that have not ended.  On its thread."""
+    """Summarises the jobs of a trainer, with the newest that have not ended.  On its thread."""
     every = jobs.list(None)
     counts = Counter(job.state for job in every)
     views = []

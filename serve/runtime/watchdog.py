@@ -1,6 +1,6 @@
-"""The device thread as others see it: whether it still turns, and a snapshot of the server twice a second.  Pure.
+"""Watches the device thread: whether it still turns, and a snapshot of the server twice a second.  Pure.
 
-Nobody asks the thread for anything: it leaves what it knows where all can read it, also while it is busy for long.
+The thread is never asked: it writes what any thread can read, also while it is busy for long.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from serve.engine.scheduler import Scheduler
 from serve.runtime.snapshot import Snapshot, TrainingView, take
 
 EVERY_S = 0.5  # between two snapshots of a busy thread; one that becomes idle leaves one first
-RATE_S = 10.0  # over which rates are told
-HANG_S = 4.0  # a turn that lasts longer is told as a hang, so that a probe learns of it within five
+RATE_S = 10.0  # over which rates are measured
+HANG_S = 4.0  # a turn that lasts longer counts as a hang, so that a probe learns of it within five
 
 
 class Watched(Protocol):
-    """What is looked at: the engine."""
+    """The engine, as the watch reads it."""
 
     @property
     def clock(self) -> Callable[[], float]: ...
@@ -52,13 +52,15 @@ class Rates:
 
 
 class Watch:
-    """Written by the device thread, read by any."""
+    """Holds the newest turn and snapshot.  The device thread writes, any thread reads."""
 
     def __init__(self, engine: Watched, *, hang_s: float = HANG_S, clock: Callable[[], float] = time.monotonic):
         """clock: of turns."""
         self._engine, self._clock = engine, clock
         self.hang_s = hang_s  # how long a turn may last; may change at any time
-        self.training: Callable[[], TrainingView] | None = None  # told on the device thread; None: nobody trains
+        self.training: Callable[[], TrainingView] | None = (
+            None  # called on the device thread; None: the server does not train
+        )
         self._since: float | None = None  # when the present turn began; None: there is none to end
         self._patient = False  # the present turn may last
         self._due = 0.0  # when the next snapshot is
@@ -68,7 +70,7 @@ class Watch:
     # ---- of the device thread -------------------------------------------------------------------------------------
 
     def turn(self) -> None:
-        """A turn begins, and the one before it has ended."""
+        """Begins a turn; the one before it has ended."""
         now = self._clock()
         if self._since is None:  # it has rested, and left a snapshot then
             self._due = now + EVERY_S
@@ -78,13 +80,13 @@ class Watch:
             self.snapshot = self._take()
 
     def rest(self) -> None:
-        """There is nothing to do until a message comes."""
+        """Begins to wait for a message."""
         self._since = None
         self.snapshot = self._take()
 
     @contextlib.contextmanager
     def patience(self) -> Generator[None]:
-        """What runs in it may take as long as it likes, as compiling does."""
+        """Lets the present turn take any time while it is entered, as compiling does."""
         self._patient = True
         try:
             yield
@@ -111,23 +113,23 @@ class Watch:
         return snapshot
 
     def _before(self, past: tuple[_Tokens, ...], at_s: float) -> int:
-        """The place of the newest that was taken before then, or of the oldest."""
+        """Returns the index of the newest that was taken before then, or of the oldest."""
         return max((i for i, tokens in enumerate(past) if tokens.at_s <= at_s), default=0)
 
     # ---- of any thread --------------------------------------------------------------------------------------------
 
     def hangs_s(self) -> float | None:
-        """How long the present turn has lasted, when that is too long; else None."""
+        """Returns how long the present turn has lasted, when that is too long; else None."""
         since = self._since
         lasted = 0.0 if since is None or self._patient else self._clock() - since
         return lasted if lasted > self.hang_s else None
 
     def age_s(self) -> float:
-        """How old the snapshot is; that of a thread that rests is as new as can be."""
+        """Returns the age of the snapshot; that of an idle thread is 0."""
         return 0.0 if self._since is None else self._engine.clock() - self.snapshot.at_s
 
     def rates(self) -> Rates:
-        """Tokens a second over the last `RATE_S`, or since the start."""
+        """Returns tokens a second over the last `RATE_S`, or since the start."""
         past, now = self._past, self._clock()
         first, last = past[self._before(past, now - RATE_S)], past[-1]
         seconds = max(min(now - first.at_s, RATE_S), EVERY_S)

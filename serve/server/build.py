@@ -1,8 +1,7 @@
-"""What looks at a server, joined: metrics, the log, traces, /v1/stats.
+"""The composition root: it builds a server from its settings and runs it.
 
-What stands beside the runner in a server: database, keys, limits, files, adapters, jobs, and their wires.
-
-From settings to a running server: base, store, engine, device thread, HTTP.  Everything is joined here."""
+settings ─▶ base, store, engine, device thread ─▶ services over a database ─▶ observers ─▶ HTTP
+"""
 
 from __future__ import annotations
 
@@ -68,20 +67,27 @@ from train.data.example_cache import KeptExamples
 from train.data.examples import Unit
 from train.data.jsonl import load_jsonl
 
+LOG = logging.getLogger("serve")
+KEPT_EXAMPLES_BYTES = 32 * 2**20  # of training files, read again soon after they came
+LANE_TOKENS = 2048  # of a server that does not train: the longest example that a file may hold
+LOST_EXIT = 1  # the device is lost: a supervisor starts the server again
+STOP_S = 20.0  # for the present step to end, or the device is lost
+FLUSH_S = 10.0  # for published versions to reach the disk, when it is
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Observers:
-    """What the app is given of it."""
+    """Metrics, log, traces and stats, as the app takes them."""
 
     routers: Sequence[APIRouter]
     listeners: Sequence[Listener]
     open_paths: Collection[str]
-    compiles: CompileCounter  # to be entered when all is compiled: whatever still compiles is told
+    compiles: CompileCounter  # to be entered when all is compiled: it reports whatever still compiles
 
 
 @contextlib.contextmanager
 def observing(runner: DeviceThread, config: ServeConfig) -> Generator[Observers]:
-    """The log goes to stderr from now on, and what the app needs for the rest.
+    """Sends the log to stderr and yields the observers of a runner.
 
     Raises ConfigInvalid for traces without the extra `otel`.
     """
@@ -109,17 +115,9 @@ def observing(runner: DeviceThread, config: ServeConfig) -> Generator[Observers]
         )
 
 
-KEPT_EXAMPLES_BYTES = 32 * 2**20  # of training files, read again soon after they came
-LANE_TOKENS = 2048  # of a server that does not train: the longest example that a file may hold
-
-
-def nothing_more(tenant: str, name: str) -> None:
-    """Nobody else keeps anything of an adapter that is deleted."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Services:
-    """What the app needs of them, and the jobs to be started when the runner has."""
+    """The services of a server as the app takes them, and the jobs, which are started after the runner."""
 
     caller_of: Callable[[HTTPConnection], Caller]
     limiter: Limiter
@@ -128,7 +126,7 @@ class Services:
     error_shapes: Mapping[str, Shape]
     drain: Drain
     jobs: JobHost | None  # None: this server takes none
-    keyless: bool  # whoever reaches the server may do everything
+    keyless: bool  # every client may do everything
 
 
 @contextlib.contextmanager
@@ -139,10 +137,9 @@ def services(
     read_head: Callable[[], np.ndarray],
     remote: Remote | None = None,
 ) -> Generator[Services]:
-    """All of them, over a runner that has not started; leave when it has ended.  read_head: see AdapterService.
+    """Opens all services over a runner that has not started; leave after it has ended.
 
-    remote: object storage for files and checkpoints.
-
+    read_head: see AdapterService.  remote: object storage for files and checkpoints.
     Raises ConfigInvalid for settings that do not go together, Unavailable, StorageFull, StorageFailed.
     """
     with contextlib.ExitStack() as stack:
@@ -172,12 +169,12 @@ def services(
             staging=config.data / "adapters-staging",
             roots=config.lora_roots,
             quota=quota,
-            deleted=nothing_more if jobs is None else jobs.tuner.forget,
+            deleted=(lambda tenant, name: None) if jobs is None else jobs.tuner.forget,
         )
         once = Once(database)
-        files_wire = FilesRoutes(files, database, once, limiter, max_file_bytes=config.limits.max_file_bytes)
-        adapters_wire = AdaptersRoutes(adapters, limiter)
-        routers = [files_wire.router(), adapters_wire.router()]
+        files_routes = FilesRoutes(files, database, once, limiter, max_file_bytes=config.limits.max_file_bytes)
+        adapters_routes = AdaptersRoutes(adapters, limiter)
+        routers = [files_routes.router(), adapters_routes.router()]
         if jobs is not None:
             routers.append(JobsRoutes(jobs.service, once, limiter).router())
         gradient = GradientRoutes(
@@ -197,7 +194,7 @@ def services(
             caller_of=keys.caller_of,
             limiter=limiter,
             routers=routers,
-            body_limits=files_wire.body_limits | adapters_wire.body_limits,
+            body_limits=files_routes.body_limits | adapters_routes.body_limits,
             error_shapes={API: gradient_response},
             drain=drain,
             jobs=jobs,
@@ -205,15 +202,9 @@ def services(
         )
 
 
-LOG = logging.getLogger("serve")
-LOST_EXIT = 1  # the device is lost: whoever keeps the server running starts it again
-STOP_S = 20.0  # for the present step to end, or the device is lost
-FLUSH_S = 10.0  # for published versions to reach the disk, when it is
-
-
 @contextlib.contextmanager
 def opened_remote(config: ServeConfig) -> Generator[Remote | None]:
-    """Object storage, if there is one, with the right to write to it.  Raises as Blobs and Lease do."""
+    """Opens object storage, if there is one, and takes the lease to write to it.  Raises as Blobs and Lease do."""
     if config.blobs is None:
         yield None
         return
@@ -228,13 +219,13 @@ def _tell_waiting(who: str) -> None:
 
 
 def open_store(config: ServeConfig, remote: Remote | None = None) -> AdapterStore:
-    """The server's adapters.  Raises StorageFailed, StateInvalid, Unavailable as AdapterStore does."""
+    """Opens the server's adapters.  Raises StorageFailed, StateInvalid, Unavailable as AdapterStore does."""
     versions = None if remote is None else RemoteVersions(remote.blobs, remote.copies)
     return AdapterStore(config.adapters, host_bytes=int(config.host_adapters_gb * 1e9), remote=versions)
 
 
 def make_runner(opened: Opened, config: ServeConfig, store: AdapterStore) -> DeviceThread:
-    """A runner over this base that is not started yet.  Serves LoRA on all seven projections and on the head."""
+    """Makes a runner over this base, not started yet.  It serves LoRA on all seven projections and on the head."""
     pool_spec = PoolSpec(slots=config.slots, rank=config.max_rank, dtype=opened.base.dtype.name, targets=ALL_TARGETS)
     engine_config = EngineConfig(
         rows=config.rows,
@@ -254,15 +245,15 @@ def make_runner(opened: Opened, config: ServeConfig, store: AdapterStore) -> Dev
 
 
 def read_head(opened: Opened) -> np.ndarray:
-    """The base's head [V, D], copied from the device."""
+    """Copies the base's head [V, D] from the device."""
     arrays = opened.base.arrays
     return np.asarray(arrays["embed"]) if opened.base.config.tied else np.asarray(arrays["head"]).T
 
 
 def load_peft(runner: DeviceThread, opened: Opened, section: AdapterSection) -> AdapterRef:
-    """The adapter of a PEFT folder in the store; a new version only when it differs from the newest one.
+    """Puts the adapter of a PEFT folder into the store, as a new version if it differs from the newest one.
 
-    Logs what its owner should know.  Raises AdapterInvalid when the folder cannot be held exactly, InvalidRequest for
+    Logs the notes of the import.  Raises AdapterInvalid when the folder cannot be held exactly, InvalidRequest for
     the base's name.
     """
     runner.catalog.check_name(LOCAL_TENANT, section.name)
@@ -286,7 +277,7 @@ def load_peft(runner: DeviceThread, opened: Opened, section: AdapterSection) -> 
 
 
 def _same(one: AdapterWeights, other: AdapterWeights) -> bool:
-    """Whether they compute the same."""
+    """Whether two adapters compute the same."""
     return (
         one.spec == other.spec
         and one.base_hash == other.base_hash
@@ -298,9 +289,9 @@ def _same(one: AdapterWeights, other: AdapterWeights) -> bool:
 
 
 def main(config: ServeConfig, file: Path | None) -> None:
-    """`jaxlora serve`: answers until SIGTERM or Ctrl-C, and then until what is open is complete.  file: where the settings came from; SIGHUP has its tuning read again.
+    """`jaxlora serve`: serves until SIGTERM or Ctrl-C, and then until open requests are complete.
 
-    Ends the process itself when the device is lost.
+    file: where the settings came from; SIGHUP has its tuning read again.  Ends the process itself when the device is lost.
     """
     compile_cache.enable(None)
     with opened_remote(config) as remote:
@@ -319,7 +310,7 @@ def _serve(config: ServeConfig, file: Path | None, remote: Remote | None) -> Non
             http = make_server(runner, config, observers, own)
             try:
                 begin(runner, opened, config, own)
-                http.listen()  # who reads the next line may ask at once
+                http.listen()  # requests are taken from the next line on
                 if own.keyless:
                     print("there are no keys: anyone on this machine may do everything (see jaxlora keys --help)")
                 print(f"serving {opened.name} and {len(store.list(None))} adapters on {http.url}/v1", flush=True)
@@ -337,10 +328,10 @@ def _serve(config: ServeConfig, file: Path | None, remote: Remote | None) -> Non
 
 
 def leave(store: AdapterStore) -> NoReturn:
-    """Ends the process as a kill would, but that versions which were published reach the disk.
+    """Ends the process as a kill would, but waits for published versions to reach the disk.
 
-    Jobs go on from their newest checkpoints in the next process: what they have learned since lies on a device that
-    cannot be read, and an update may be half done.
+    Jobs go on from their newest checkpoints in the next process: their later updates lie on a device that cannot be
+    read, and the last may be half done.
     """
     LOG.critical("the device is lost; the server ends with exit code %d, to be started again", LOST_EXIT)
     saving = threading.Thread(target=store.flush, daemon=True)
@@ -352,7 +343,7 @@ def leave(store: AdapterStore) -> NoReturn:
 
 
 def make_server(runner: DeviceThread, config: ServeConfig, observers: Observers, own: Services) -> HttpServer:
-    """Everything behind HTTP.  Raises ConfigInvalid when the address is taken or not ours."""
+    """Makes the HTTP server.  Raises ConfigInvalid when the address is taken or not ours."""
     return make_http(
         runner,
         host=config.host,
@@ -372,7 +363,7 @@ def make_server(runner: DeviceThread, config: ServeConfig, observers: Observers,
 
 
 def begin(runner: DeviceThread, opened: Opened, config: ServeConfig, own: Services) -> None:
-    """Loads what the settings name, compiles all programs and goes on with the jobs of an earlier process."""
+    """Loads the configured adapters, compiles all programs and resumes the jobs of an earlier process."""
     for section in config.load:
         ref = load_peft(runner, opened, section)
         print(f"loaded {section.name} as version {ref.version}")
@@ -385,7 +376,7 @@ def begin(runner: DeviceThread, opened: Opened, config: ServeConfig, own: Servic
 
 
 def stop(runner: DeviceThread, store: AdapterStore) -> None:
-    """Ends the device thread and saves what is not on disk yet, whatever the thread ended with."""
+    """Ends the device thread and saves what is not on disk yet, even if the thread failed."""
     try:
         runner.stop()
     finally:

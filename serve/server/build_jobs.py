@@ -1,4 +1,4 @@
-"""From settings to fine-tuning jobs beside a runner: trainer, jobs, calls, scores and what is stored of them."""
+"""Builds the fine-tuning jobs of a server: trainer, recorder, jobs, scorer and on-demand updates."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from serve.access.adapter_quota import AdapterQuota
 from serve.db.database import Database
 from serve.db.jobs import StoredJobs
 from serve.db.models import ENDED, JobRecord
-from serve.jobs.live_jobs import JobNews, JobShelf, LiveJobs, Published
+from serve.jobs.live_jobs import LiveJobs, Published
 from serve.jobs.on_demand import Tuner
+from serve.jobs.recorder import JobRecorder
 from serve.jobs.scoring import Scorer
 from serve.jobs.service import Files, JobService
 from serve.runtime.catalog import JobNames
@@ -33,27 +34,12 @@ from train.jobs.states import Parking
 from train.step.microsteps import small_parts
 from train.trainer import Trainer
 
-PARKED_BYTES = 2 * 2**30  # of jobs without a slot in RAM; the rest waits in files
-
-
-class _Mailbox:
-    """Passes on what LiveJobs says: it is made before those who listen."""
-
-    def __init__(self) -> None:
-        self.service: JobService | None = None
-
-    def job_changed(self, news: JobNews) -> None:
-        assert self.service is not None, "no job is made before"
-        self.service.recorder.job_changed(news)
-
-    def job_published(self, published: Published) -> None:
-        assert self.service is not None, "no job is made before"
-        self.service.recorder.job_published(published)
+SPILL_BYTES = 2 * 2**30  # states of jobs without a slot in RAM; the rest waits in files
 
 
 @dataclass(frozen=True, slots=True)
 class JobHost:
-    """All that trains beside a runner."""
+    """The parts of a server that train."""
 
     runner: DeviceThread
     live: LiveJobs
@@ -62,14 +48,14 @@ class JobHost:
     scorer: Scorer
 
     def start(self) -> None:
-        """Compiles what training runs, and goes on with the jobs of an earlier process.  The runner has started."""
-        self.runner.call(lambda: warm_up(self.live.jobs.trainer, self.runner))
+        """Compiles the training programs and resumes the jobs of an earlier process.  Call it after the runner has started."""
+        self.runner.call(lambda: warm_up(self.live.jobs.trainer, self.runner.publisher))
         self.runner.watch.training = functools.partial(training_view, self.live.jobs)
         self.runner.trainer = self.live
         self.service.restart()
 
     def close(self) -> None:
-        """Saves what jobs have learned and stores what is left.  After the device thread has ended."""
+        """Saves the jobs' states and stores what is left.  Call it after the device thread has ended."""
         self.scorer.close()
         self.service.close()
         self.tuner.close()
@@ -85,7 +71,7 @@ def make_job_host(
     quota: AdapterQuota,
     remote: Remote | None,
 ) -> JobHost:
-    """Jobs over this base that are not started yet.
+    """Builds the jobs over this base, not started yet.
 
     Raises ConfigInvalid for sizes that do not fit the base; Unavailable, StorageFailed as object storage does.
     """
@@ -101,41 +87,24 @@ def make_job_host(
     )
     folder, tuned = config.data / "jobs", config.data / "tuned"
     copies = None if remote is None else StateCopies(remote.blobs, folder / "states", "jobs")
-    mailbox = _Mailbox()
+    stored, names = StoredJobs(database), runner.catalog.jobs
+    know_names(names, stored)
+    recorder = JobRecorder(stored, names, runner.engine.store.wait_saved)
     live = LiveJobs(
-        runner,
+        runner.publisher,
         lambda wake: Jobs(
             trainer,
             JobsConfig(states=folder / "states", quantum_steps=training.quantum_steps, copies=copies),
-            shelf=JobShelf(runner),
-            parking=Parking(folder / "parked", host_bytes=PARKED_BYTES),
+            shelf=runner.publisher,
+            parking=Parking(folder / "parked", host_bytes=SPILL_BYTES),
             load=files.load,
             wake=wake,
         ),
+        wake=runner.wake,
         publish_every=training.publish_every,
-        listener=mailbox,
+        listener=recorder,
         had_room=quota.had_room,
     )
-    stored = StoredJobs(database)
-    know_names(runner.catalog.jobs, stored)
-    scorer: Scorer | None = None
-
-    def published(record: JobRecord, version: Published) -> None:
-        quota.has_room(version.ref)  # for the next one
-        assert scorer is not None
-        scorer.score(record, version)
-
-    service = JobService(
-        live,
-        stored,
-        files,
-        runner.catalog.jobs,
-        base_lr=default_lr(opened.base.config),
-        limits=config.limits,
-        quota=quota,
-        published=published,
-    )
-    mailbox.service = service
 
     @contextlib.contextmanager
     def opened_file(id: str) -> Generator[Path]:
@@ -143,13 +112,22 @@ def make_job_host(
         with files.here(path):
             yield path
 
-    scorer = Scorer(runner, opened_file, service.recorder.change)
-    tuner = Tuner(live, tuned, quota, None if remote is None else StateCopies(remote.blobs, tuned, "tuned"))
+    scorer = Scorer(runner, opened_file, recorder.change)
+
+    def published(record: JobRecord, version: Published) -> None:
+        quota.has_room(version.ref)  # for the next one
+        scorer.score(record, version)
+
+    base_lr = default_lr(opened.base.config)
+    service = JobService(runner, live, recorder, stored, files, base_lr=base_lr, limits=config.limits, quota=quota)
+    recorder.start(published=published, ended=service.ended)
+    tuned_copies = None if remote is None else StateCopies(remote.blobs, tuned, "tuned")
+    tuner = Tuner(runner, live, trainer, tuned, quota, tuned_copies)
     return JobHost(runner, live, service, tuner, scorer)
 
 
 def know_names(names: JobNames, stored: StoredJobs) -> None:
-    """Has the names of all jobs that there ever were mean what they have made."""
+    """Loads the names of all stored jobs and their checkpoints."""
     for record, checkpoints in stored.history():
         suffix = record.request.get("suffix")
         names.add(record.id, record.tenant, suffix if isinstance(suffix, str) else "")

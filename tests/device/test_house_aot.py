@@ -70,7 +70,7 @@ def test_decode_with_rows_and_features_split():
 
 
 @pytest.mark.parametrize("kind", ["v5e", "v6e"])
-def test_parked_pages_are_moved_without_a_copy_of_the_cache(kind):
+def test_preempted_pages_are_moved_without_a_copy_of_the_cache(kind):
     with chips(kind) as devices:
         mesh = make_mesh(tensor=3, devices=devices)
         pages = jax.ShapeDtypeStruct(PAGES, jnp.bfloat16, sharding=page_format(mesh))

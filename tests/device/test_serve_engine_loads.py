@@ -155,9 +155,9 @@ def test_what_is_read_ahead_counts_in_the_host_budget(world, engine):
     assert world.store.host_memory().aside - aside == other.ahead * sum(x.nbytes for x in jax.tree.leaves(rows))
 
 
-@pytest.mark.parametrize("parked", [False, True])
-def test_an_adapter_that_is_deleted_answers_who_asked_before(world, engine, parked):
-    """A running, or parked and swapped out, request ends on its version; who comes later is told that it is gone."""
+@pytest.mark.parametrize("preempted", [False, True])
+def test_an_adapter_that_is_deleted_answers_who_asked_before(world, engine, preempted):
+    """A running, or preempted and swapped out, request ends on its version; who comes later is told that it is gone."""
     adapter = world.add("doomed", seed=70)
     request = ask("before", adapter, 5, 20)
     expected, aside = world.greedy(request), world.store.host_memory().aside
@@ -165,8 +165,8 @@ def test_an_adapter_that_is_deleted_answers_who_asked_before(world, engine, park
     engine.submit(request)
     while len(answers["before"].tokens) < 3:
         step(engine, answers)
-    if parked:
-        engine.scheduler._park(engine._sequences["before"], engine.clock())
+    if preempted:
+        engine.scheduler._preempt(engine._sequences["before"], engine.clock())
         del engine.scheduler.active.entered[adapter.ref]
         engine.slots.unpin(engine.slots.find(adapter.ref))
         engine.slots.drop(adapter.ref)

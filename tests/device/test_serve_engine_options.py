@@ -31,7 +31,7 @@ def plain_loop(world, request, adapter, ends=()) -> list[int]:
     return said
 
 
-@pytest.mark.parametrize("pages", [64, 12], ids=["room", "parked_and_computed_again"])
+@pytest.mark.parametrize("pages", [64, 12], ids=["room", "preempted_and_computed_again"])
 def test_greedy_with_penalties_is_the_plain_loop_wherever_a_request_goes(world, pages):
     engine = with_pages(world.engine(replace(CONFIG, host_bytes=0)), pages)
     bias = ((7, 2.0), (100, -5.0), (319, 3.0))
@@ -118,8 +118,8 @@ def test_every_prompt_token_is_scored_over_chunks_and_whatever_is_cached(world, 
     def drop(_: int) -> None:
         a = engine._sequences.get("a")
         if dropped and a is not None and 8 <= a.done < 29 and not scheduler.recomputed_tokens:
-            scheduler._park(a, engine.clock())
-            scheduler._save_or_drop(scheduler._parked.pop(a.number), Plan())
+            scheduler._preempt(a, engine.clock())
+            scheduler._offload_or_drop(scheduler._preempted.pop(a.number), Plan())
 
     answers = run_all(engine, requests, drop)
     assert (scheduler.recomputed_tokens > 0) == dropped

@@ -12,7 +12,7 @@ import pytest
 from serve_world import CONFIG, SLOTS, Answer, Ran, ask, read_all, run_all, step, watch_programs, with_pages
 
 from serve.engine.engine import Engine
-from serve.engine.sequence import Plan, Sequence
+from serve.engine.sequence import Plan, Sequence, Status
 
 pytest_plugins = ["serve_fixtures"]
 PROMPT, TOKENS = 19, 10  # three chunks, the last of them short; five pages and a bit
@@ -20,30 +20,30 @@ STEPS = 11  # of the request alone: one of prompt, ten of tokens, and it is gone
 COLUMN = np.arange(STEPS)
 
 
-def park(engine: Engine, s: Sequence) -> None:
-    if s.running:
-        engine.scheduler._park(s, engine.clock())
+def preempt(engine: Engine, s: Sequence) -> None:
+    if s.status is Status.RUNNING:
+        engine.scheduler._preempt(s, engine.clock())
 
 
 def save(engine: Engine, s: Sequence) -> None:
-    """Parks it, and its KV goes to the host; its pages are filled with NaN meanwhile."""
-    park(engine, s)
-    if s.number in engine.scheduler._parked:
+    """Preempts it, and its KV goes to the host; its pages are filled with NaN meanwhile."""
+    preempt(engine, s)
+    if s.number in engine.scheduler._preempted:
         plan = Plan()
-        engine.scheduler._save_or_drop(engine.scheduler._parked.pop(s.number), plan)
+        engine.scheduler._offload_or_drop(engine.scheduler._preempted.pop(s.number), plan)
         engine._move(plan)
-        assert s.saved
+        assert s.status is Status.OFFLOADED
         engine.scheduler.pages.forget(s.salt)
         poison(engine)
 
 
 def drop(engine: Engine, s: Sequence) -> None:
-    """Parks it, and its KV is lost."""
+    """Preempts it, and its KV is lost."""
     limits = engine.scheduler.limits
     engine.scheduler.limits = replace(limits, host_pages=0)
-    park(engine, s)
-    if s.number in engine.scheduler._parked:
-        engine.scheduler._save_or_drop(engine.scheduler._parked.pop(s.number), Plan())
+    preempt(engine, s)
+    if s.number in engine.scheduler._preempted:
+        engine.scheduler._offload_or_drop(engine.scheduler._preempted.pop(s.number), Plan())
         engine.scheduler.pages.forget(s.salt)
         assert s.done == 0
     engine.scheduler.limits = limits
@@ -59,7 +59,7 @@ def poison(engine: Engine) -> None:
     engine._kv = jax.tree.map(lambda x: jax.device_put(x.at[:, free].set(np.nan), format), engine._kv)
 
 
-PATHS: dict[str, Callable[[Engine, Sequence], None]] = {"park": park, "save": save, "drop": drop}
+PATHS: dict[str, Callable[[Engine, Sequence], None]] = {"preempt": preempt, "save": save, "drop": drop}
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ def test_an_answer_stays_with_its_version_when_another_is_published_at_each_posi
 
 @pytest.mark.parametrize("quantum_s", [1000.0, 1e-9])
 def test_bfloat16_pages_change_no_more_than_their_rounding(world, quantum_s):
-    """Parked, saved and restored pages included.  Keys and values keep 8 bits, and these models' logits reach tens."""
+    """Preempted, saved and restored pages included.  Keys and values keep 8 bits, and these models' logits reach tens."""
     requests = [ask(f"r{i}", [None, *world.adapters][i % 6], 12 + i, 8, logprobs=0) for i in range(9)]
     exact = run_all(world.engine(), requests)
     engine = with_pages(world.engine(replace(CONFIG, kv_dtype="bfloat16", quantum_s=quantum_s)), 20)
@@ -182,7 +182,7 @@ def test_an_answer_is_the_same_when_its_beginning_is_found_in_the_cache(world, e
 
 
 def test_nan_in_free_pages_unused_slots_and_padding_changes_no_bit(world, monkeypatch):
-    """Of tokens and of log-probabilities, while requests are parked, saved, found in the cache and adapters exchanged.
+    """Of tokens and of log-probabilities, while requests are preempted, saved, found in the cache and adapters exchanged.
 
     Both runs meet the same programs, as each adapter has been read when the next step is planned.
     """

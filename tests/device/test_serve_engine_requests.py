@@ -12,7 +12,7 @@ from serve_world import CONFIG, Answer, ask, check_engine, check_idle, run_all, 
 
 from jaxlora.core.errors import AlreadyExists, ContextLengthExceeded, InvalidRequest, Overloaded
 from serve.engine.request import FinishReason
-from serve.engine.sequence import Plan
+from serve.engine.sequence import Plan, Status
 
 pytest_plugins = ["serve_fixtures"]
 
@@ -53,7 +53,7 @@ def test_an_id_in_use_is_refused_and_harms_nobody(world, engine):
 # --- cancel
 
 
-@pytest.mark.parametrize("state", ["waiting", "loading", "prefill", "decode", "parked", "saved", "ended", "unknown"])
+@pytest.mark.parametrize("state", ["waiting", "loading", "prefill", "decode", "preempted", "saved", "ended", "unknown"])
 def test_cancel_in_every_state_gives_everything_back(world, engine, state, monkeypatch):
     gate = threading.Event()
     others = [ask(f"o{i}", world.adapters[(0, 1, 3)[i]], 4, 12) for i in range(3 if state == "waiting" else 2)]
@@ -68,14 +68,14 @@ def test_cancel_in_every_state_gives_everything_back(world, engine, state, monke
     match state:
         case "waiting":
             step(engine, answers)
-            assert not sequence.started
-        case "parked" | "saved":
+            assert sequence.status is Status.WAITING
+        case "preempted" | "saved":
             while len(answers["victim"].tokens) < 5:
                 step(engine, answers)
             plan = Plan()
-            engine.scheduler._park(sequence, engine.clock())
+            engine.scheduler._preempt(sequence, engine.clock())
             if state == "saved":
-                engine.scheduler._save_or_drop(engine.scheduler._parked.pop(sequence.number), plan)
+                engine.scheduler._offload_or_drop(engine.scheduler._preempted.pop(sequence.number), plan)
                 engine._move(plan)
                 assert "victim" in engine._saved
         case "loading":
@@ -86,7 +86,7 @@ def test_cancel_in_every_state_gives_everything_back(world, engine, state, monke
             while len(engine.scheduler.running) < len(others):
                 step(engine, answers)
             assert engine._loads
-            assert not sequence.started
+            assert sequence.status is Status.WAITING
         case "prefill":
             engine.scheduler.limits = replace(engine.scheduler.limits, lanes=3)
             engine.scheduler.prefill_lanes = 3
@@ -111,6 +111,7 @@ def test_cancel_in_every_state_gives_everything_back(world, engine, state, monke
     assert rest["victim"].tokens == []
     for r in others:
         assert answers[r.id].tokens + rest[r.id].tokens == world.greedy(r), r.id
+    assert sequence.status is Status.FINISHED
     check_idle(engine)
 
 

@@ -254,7 +254,7 @@ PERSON = {
 }
 
 
-@pytest.mark.parametrize("pages", [64, 14], ids=["room", "parked_and_computed_again"])
+@pytest.mark.parametrize("pages", [64, 14], ids=["room", "preempted_and_computed_again"])
 def test_answers_of_base_and_adapters_parse_wherever_they_go(world, grammars, pages):
     """Greedy and drawn, with every other option: a random model's logits are as random as any."""
     engine = with_pages(world.engine(), pages)

@@ -61,7 +61,7 @@ class Publisher:
                 head, a_LSRX=head.a_LSRX + 1.0, b_LSRY=jax.device_put(b), scale_LS=head.scale_LS + 1.0
             )
         }
-        self.newest = self.runner.publish("acme", self.name, SPEC, rows, keep=keep)
+        self.newest = self.runner.publisher.publish("acme", self.name, SPEC, rows, keep=keep)
         assert self.newest.version == version
         return self.newest
 
@@ -133,14 +133,17 @@ def test_freshness_counts_from_the_update_to_the_first_token(publisher, monkeypa
     now = 100.0
     monkeypatch.setattr("serve.runtime.device_thread.time.monotonic", lambda: now)
     for learned_s in (98.0, 99.3):
-        publisher.newest = runner.publish("acme", publisher.name, SPEC, publisher.zero, learned_s=learned_s)
+        publisher.newest = runner.publisher.publish("acme", publisher.name, SPEC, publisher.zero, learned_s=learned_s)
     for id in ("one", "two"):
         engine.submit(publisher.ask(id, False, max_tokens=2))
     now = 100.1
     while engine.has_work:
         for delta in engine.step():
             runner._deliver(delta)
-    assert (runner.freshness.total, runner.freshness.sum) == (1, pytest.approx(0.8))  # of the version that spoke, once
+    assert (runner.publisher.freshness.total, runner.publisher.freshness.sum) == (
+        1,
+        pytest.approx(0.8),
+    )  # of the version that spoke, once
 
 
 def test_a_follower_that_is_in_line_never_gets_less_than_the_newest(publisher):
@@ -174,7 +177,7 @@ def test_a_follower_shares_no_prefix_with_anybody(publisher):
     engine.submit(publisher.ask("pinned again", False, prompt=prompt, max_tokens=2))
     again = engine._sequences["pinned again"]
     run_all(engine)
-    assert (first.found, second.found, again.found) == (0, 0, 16)
+    assert (first.cached_tokens, second.cached_tokens, again.cached_tokens) == (0, 0, 16)
 
 
 def test_following_an_adapter_that_stays_the_same_loses_and_repeats_nothing(world):
@@ -188,7 +191,7 @@ def test_following_an_adapter_that_stays_the_same_loses_and_repeats_nothing(worl
 
     def publish(count):
         if count % 4 == 1:
-            runner.publish("acme", "follow-same", adapter.spec, rows, keep=2)
+            runner.publisher.publish("acme", "follow-same", adapter.spec, rows, keep=2)
 
     answers = run_all(engine, requests, publish)
     for r in requests:
@@ -205,8 +208,8 @@ def test_publications_change_no_bit_of_other_tenants_streams(world, publisher):
         ]
 
     def run(between):
-        engine = world.engine()
-        publisher.runner.engine = publisher.engine = engine
+        publisher.runner = DeviceThread(world.engine(), base_name=BASE)
+        engine = publisher.engine = publisher.runner.engine
         with_resident(engine, world.adapters[0], world.store.get(publisher.newest))
         ran = watch_programs(engine)
         requests = [*others(), publisher.ask("follower", True, max_tokens=40)]
@@ -245,7 +248,7 @@ class Trained:
         self.published = []
         self.live = LiveTraining(
             self.trainer,
-            self.runner,
+            self.runner.publisher,
             publish_every=1,
             on_step=lambda _reports: None,
             on_publish=lambda ref, _step: self.published.append(ref),
@@ -278,7 +281,7 @@ def test_serving_publishing_and_following_beside_training_compile_nothing(world)
         it.runner.call(lambda: it.trainer.remove("live-b"))
         it.runner.complete([ask("last", None, 3, 3)])
     assert (counter.compiles, counter.traces) == (0, 0)
-    assert it.runner.freshness.total >= 1
+    assert it.runner.publisher.freshness.total >= 1
     it.runner.stop()
 
 

@@ -330,7 +330,7 @@ def test_a_trainer_publishes_between_the_steps_of_a_request(world, runner):
         def advance(self):
             super().advance()
             if self.left < 3:
-                published.append(runner.publish("acme", "trained", new[self.left].spec, rows[self.left]))
+                published.append(runner.publisher.publish("acme", "trained", new[self.left].spec, rows[self.left]))
 
     trainer = Publisher(runner.engine, 6)
     request = ask("keeps", runner.resolve(None, "trained"), 4, 60)

@@ -25,7 +25,7 @@ pytest_plugins = ["serve_fixtures"]
 
 def test_a_published_version_is_on_disk_later(world, runner, tmp_path):
     adapter = world.add("source", seed=80)
-    ref = runner.call(lambda: runner.publish("acme", "kept", adapter.spec, world.device_rows(adapter)))
+    ref = runner.call(lambda: runner.publisher.publish("acme", "kept", adapter.spec, world.device_rows(adapter)))
     assert ref == AdapterRef("acme", "kept", 1)
     world.store.flush()
     stored, _ = load_version(world.store._files._root / "adapters/acme/kept", ref)
@@ -40,7 +40,7 @@ def test_publishing_waits_for_no_storage(world, runner, monkeypatch):
     monkeypatch.setattr(version_files, "save_version", lambda *a: blocked.wait(20) and save(*a))
     adapter = world.adapters[0]
     rows = world.device_rows(adapter)
-    ref = runner.call(lambda: runner.publish("acme", "unsaved", adapter.spec, rows))
+    ref = runner.call(lambda: runner.publisher.publish("acme", "unsaved", adapter.spec, rows))
     request = ask("r", ref, 5, 8)
     assert runner.complete([request])[0].tokens == world.plain.greedy(request.prompt, 8, adapter)
     assert not (world.store._files._root / "adapters/acme/unsaved/1").exists()
@@ -54,7 +54,7 @@ def test_weights_that_are_not_finite_are_never_published(world, runner):
     rows = world.device_rows(good)
     spoilt = dict(rows) | {"q_proj": jax.tree.map(lambda x: x.at[..., 0].set(np.inf), rows["q_proj"])}
     with pytest.raises(AdapterNotFinite):
-        runner.call(lambda: runner.publish("acme", "careful", good.spec, spoilt))
+        runner.call(lambda: runner.publisher.publish("acme", "careful", good.spec, spoilt))
     assert runner.resolve(None, "careful") == good.ref
     assert world.store.versions("acme", "careful") == [good.ref]
 
@@ -172,7 +172,7 @@ def test_old_versions_leave_and_those_in_use_stay(world, runner):
     spec = world.adapters[0].spec
 
     def publish(i):
-        return runner.call(lambda: runner.publish("acme", "kept-short", spec, rows[i], keep=2))
+        return runner.call(lambda: runner.publisher.publish("acme", "kept-short", spec, rows[i], keep=2))
 
     refs = [publish(0)]
     request = ask("long", refs[0], 4, 60)
@@ -241,5 +241,5 @@ def test_an_adapter_that_nobody_could_ask_for_is_not_published(world, base, tena
     runner = DeviceThread(world.engine(), base_name=base)
     adapter = world.adapters[0]
     with pytest.raises(InvalidRequest, match=f"{base} is the base model"):
-        runner.publish(tenant, name, adapter.spec, world.device_rows(adapter))
+        runner.publisher.publish(tenant, name, adapter.spec, world.device_rows(adapter))
     assert world.store.latest(tenant, name) is None

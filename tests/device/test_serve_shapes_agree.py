@@ -1,4 +1,4 @@
-"""One request in each of the four serving programs, after parking and after prefix hits: as close as rounding allows.
+"""One request in each of the four serving programs, after preemption and after prefix hits: as close as rounding allows.
 
 Bits are promised within one program only, and across programs where `dispatch.SHAPE_INDEPENDENT` says so; there they are
 demanded.
@@ -29,6 +29,7 @@ from pallas_kernels.paged_attention.op import paged_attention
 from pallas_kernels.segmented_lora.op import segmented_lora
 from serve.engine.engine import Engine
 from serve.engine.request import Request
+from serve.engine.sequence import Status
 
 pytest_plugins = ["serve_fixtures"]
 PROMPT, TOKENS, TOP = 13, 6, 5  # at most two lanes, also with half of the tokens: a quarter program
@@ -108,7 +109,7 @@ def decoded_alone(world: World, engine: Engine, request: Request) -> Answer:
     return run_all(engine, [request, *company(5, 1)])[request.id]
 
 
-def parked(path: str) -> Callable[[World, Engine, Request], Answer]:
+def preempted(path: str) -> Callable[[World, Engine, Request], Answer]:
     def run(world: World, engine: Engine, request: Request) -> Answer:
         answers: dict[str, Answer] = defaultdict(Answer)
         engine.submit(request)
@@ -116,7 +117,7 @@ def parked(path: str) -> Callable[[World, Engine, Request], Answer]:
         while len(answers[request.id].tokens) < TOKENS // 2:
             step(engine, answers)
         PATHS[path](engine, sequence)
-        assert not sequence.running
+        assert sequence.status in (Status.PREEMPTED, Status.OFFLOADED)
         while engine.has_work:
             step(engine, answers)
         return answers[request.id]
@@ -137,7 +138,7 @@ CASES = {
     "prompt_alone": Case(prompt_alone, QUARTER, CONFIG.rows),
     "decoded_alone": Case(decoded_alone, CONFIG.rows, QUARTER),
     "found_in_cache": Case(found_in_cache, QUARTER, QUARTER),
-    **{path: Case(parked(path), QUARTER, QUARTER) for path in PATHS},
+    **{path: Case(preempted(path), QUARTER, QUARTER) for path in PATHS},
 }
 
 

@@ -35,7 +35,7 @@ class Record:
         self.on_step = lambda _reports: None
         self.live = LiveTraining(
             self.trainer,
-            self.runner,
+            self.runner.publisher,
             publish_every=PUBLISH_EVERY,
             on_step=lambda reports: self.on_step(reports),
             on_publish=lambda ref, step: self.published.append((ref.name, step)),

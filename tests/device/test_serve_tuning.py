@@ -39,7 +39,7 @@ def tuned(world, rows):
     """A runner that is stepped by hand: nothing compiles from here on, and nobody is left over."""
     runner = DeviceThread(world.engine(), base_name=BASE)
     runner.engine.warm_up()
-    runner.rehearse_publish(rows[0])
+    runner.publisher.rehearse(rows[0])
     with CompileCounter() as counter:
         yield runner
     assert not counter.retraced, counter
@@ -195,7 +195,7 @@ def test_a_pin_goes_on_to_a_version_that_is_published(world, rows, tuned, traffi
 
 
 def publish(runner: DeviceThread, adapter, rows) -> AdapterRef:
-    return runner.publish("acme", "pinned", adapter.spec, rows)
+    return runner.publisher.publish("acme", "pinned", adapter.spec, rows)
 
 
 def test_a_pin_without_work_is_on_the_device_after_a_few_steps_of_others(world, tuned, traffic):

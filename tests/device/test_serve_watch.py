@@ -150,7 +150,7 @@ def test_a_snapshot_shows_slots_and_lines(watch, engine, clock):
     assert scheduler.active.waited_s.sum == 1.0  # the first waited
 
 
-def test_a_parked_request_is_told_and_counted(watch, engine, clock):
+def test_a_preempted_request_is_told_and_counted(watch, engine, clock):
     first = add(engine, clock, "first")
     add(engine, clock, "second")
     third = add(engine, clock, "third")

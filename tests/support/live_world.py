@@ -99,7 +99,7 @@ class LiveWorld:
             return Jobs(
                 self.trainer,
                 JobsConfig(states=folder / "states" if states else None, quantum_steps=3),
-                shelf=self.runner.engine.store,
+                shelf=self.runner.publisher,
                 parking=Parking(folder / "parked", host_bytes=2**30),
                 load=lambda path: examples(int(path.read_text())),
                 wake=wake,
@@ -107,8 +107,9 @@ class LiveWorld:
 
         self.full: set[str] = set()  # tenants without room for another version
         self.live = LiveJobs(
-            self.runner,
+            self.runner.publisher,
             make,
+            wake=self.runner.wake,
             publish_every=publish_every,
             listener=self.heard,
             had_room=lambda tenant, name: tenant not in self.full,

@@ -21,6 +21,7 @@ from jaxlora.storage.adapter_store import AdapterStore
 from serve.engine.engine import Engine, EngineConfig
 from serve.engine.page_cache import PageAllocator
 from serve.engine.request import Delta, PromptLogprob, Request, SamplingParams, TokenLogprob
+from serve.engine.sequence import Status
 from serve.runtime.device_thread import DeviceThread
 
 MODEL = "tiny-llama-tied"
@@ -214,9 +215,9 @@ def check_engine(engine: Engine) -> None:
     """Rows, pages, pins and the tables of the engine agree."""
     scheduler = engine.scheduler
     scheduler.check()
-    assert set(engine._sequences) == set(engine._answers)
+    assert set(engine._sequences) == set(engine._processors)
     assert len(engine._sequences) == sum(scheduler.counts())
-    assert set(engine._saved) == {id for id, s in engine._sequences.items() if s.saved}
+    assert set(engine._saved) == {id for id, s in engine._sequences.items() if s.status is Status.OFFLOADED}
 
 
 def check_idle(engine: Engine) -> None:

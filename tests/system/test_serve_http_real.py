@@ -116,7 +116,7 @@ def test_a_version_published_between_two_requests_answers_the_second(world, serv
 
         assert text() == expected(first)
         rows = world.device_rows(second)
-        runner.call(lambda: runner.publish("acme", "fresh", second.spec, rows))
+        runner.call(lambda: runner.publisher.publish("acme", "fresh", second.spec, rows))
         assert text() == expected(second) != expected(first)
         card = client.models.retrieve("fresh").model_extra
         assert (card["version"], card["state"], card["rank"]) == (2, "device", 3)
@@ -222,7 +222,7 @@ def test_any_mixture_of_options_is_answered_and_compiles_nothing(eight, server):
 
 @pytest.fixture
 def crowd(world):
-    """A slow server with clients in every state: running, parked, in line, and waiting for an adapter to be read."""
+    """A slow server with clients in every state: running, preempted, in line, and waiting for an adapter to be read."""
     engine = world.engine(replace(CONFIG, rows=2, prefill_lanes=2, quantum_s=1e-9))
     gate, get, step = threading.Event(), engine.store.get, engine.step
     locked = world.adapters[4].ref
@@ -243,8 +243,8 @@ def crowd(world):
 def everyone(runner: DeviceThread, names: list[str]) -> bool:
     """Whether all are there, and somebody in each state."""
     engine = runner.engine
-    running, parked, waiting = engine.scheduler.counts()
-    return min(running, parked, waiting) > 0 and running + parked + waiting == len(names) and bool(engine._loads)
+    running, preempted, waiting = engine.scheduler.counts()
+    return min(running, preempted, waiting) > 0 and running + preempted + waiting == len(names) and bool(engine._loads)
 
 
 async def crowded(world, runner, url, headers: dict[str, str], then) -> list[httpx2.Response]:

@@ -1,4 +1,4 @@
-"""Parked KV comes back from the host as it was, and moving it copies only what moves."""
+"""Preempted KV comes back from the host as it was, and moving it copies only what moves."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from jaxlora.core.lora import AdapterRef
 from serve.engine.page_cache import PageAllocator
 from serve.engine.request import Request, SamplingParams
 from serve.engine.scheduler import Limits, Scheduler
-from serve.engine.sequence import Plan, Sequence
+from serve.engine.sequence import Plan, Sequence, Status
 from serve.engine.slots import SlotTable
 
 SLOTS, PAGES, PAGE_TOKENS, QUANTUM = 2, 9, 4, 5.0
@@ -41,7 +41,7 @@ class World:
         self.kv: list[list[object]] = [[None] * PAGE_TOKENS for _ in range(pages)]
         self.host: dict[int, list[list[object]]] = {}
         self.on_device: dict[int, AdapterRef] = {}  # what the loads put where
-        self.parked: set[int] = set()  # numbers of those that lost their row at least once
+        self.preempted: set[int] = set()  # numbers of those that lost their row at least once
 
     def add(self, id: str, *args, **kwargs) -> Sequence:
         return self.scheduler.add(ask(id, *args, **kwargs), self.now)
@@ -50,7 +50,7 @@ class World:
         ran = {s.number for s in self.scheduler.running}
         wanted = self.scheduler.wanted(4)
         plan = self.scheduler.plan(self.now, [ref for ref in wanted if ref not in self.slow])
-        self.parked |= ran - {s.number for s in self.scheduler.running}
+        self.preempted |= ran - {s.number for s in self.scheduler.running}
         self.scheduler.check()
         for s, pages in plan.save:
             self.host[s.number] = [list(self.kv[p]) for p in pages]
@@ -132,7 +132,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def add(self, ref, prompt, max_tokens, tenant):
         self.count += 1
         _, _, waiting = self.world.scheduler.counts()
-        line = [s.request for s in self.open if not s.started]
+        line = [s.request for s in self.open if s.status is Status.WAITING]
         tokens = sum(len(r.prompt) + r.params.max_tokens for r in line) + prompt + max_tokens
 
         def add():
@@ -182,7 +182,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def adds_up(self):
         self.world.scheduler.check()
         assert sum(self.world.scheduler.counts()) == len(self.open)
-        saved = {s.number for s in self.open if s.saved}
+        saved = {s.number for s in self.open if s.status is Status.OFFLOADED}
         assert saved == set(self.world.host)
 
 
@@ -223,8 +223,8 @@ def test_requests_of_the_base_overtake_one_that_waits_for_a_slot():
     world.run(2)
     blocked, base = world.add("blocked", adapter(9)), world.add("base")
     world.step()
-    assert base.running
-    assert not blocked.running
+    assert base.status is Status.RUNNING
+    assert blocked.status is Status.WAITING
 
 
 def test_an_adapter_past_its_quantum_leaves_and_its_requests_go_on_where_they_were():
@@ -233,13 +233,14 @@ def test_an_adapter_past_its_quantum_leaves_and_its_requests_go_on_where_they_we
     world.step()
     late = world.add("late", adapter(9), max_tokens=12)
     world.run(int(QUANTUM) - 1)
-    assert not late.running
+    assert late.status is Status.WAITING
     world.step()
-    assert late.running
-    assert [s.running for s in first] == [False, True]  # the lower slot of two that are active equally long
+    assert late.status is Status.RUNNING
+    # The lower slot of two that are active equally long.
+    assert [s.status for s in first] == [Status.PREEMPTED, Status.RUNNING]
     done, generated = first[0].done, first[0].generated
     world.run(int(QUANTUM))
-    assert first[0].running
+    assert first[0].status is Status.RUNNING
     assert (first[0].done, first[0].generated) >= (done, generated)
     assert world.scheduler.recomputed_tokens == 0
     world.run(80)
@@ -247,7 +248,7 @@ def test_an_adapter_past_its_quantum_leaves_and_its_requests_go_on_where_they_we
 
 
 @pytest.mark.parametrize("host_pages", [0, 40])
-def test_parked_kv_gives_way_to_the_host_or_is_computed_again(host_pages):
+def test_preempted_kv_gives_way_to_the_host_or_is_computed_again(host_pages):
     """The pool holds little more than one request: all finish."""
     limits = Limits(rows=4, lanes=3, lane_tokens=5, waiting=9, waiting_tokens=999, host_pages=host_pages)
     world = World(limits, pages=6)
@@ -257,7 +258,7 @@ def test_parked_kv_gives_way_to_the_host_or_is_computed_again(host_pages):
         world.step()
         saves += len(world.host)
     assert world.scheduler.counts() == (0, 0, 0)
-    assert world.parked
+    assert world.preempted
     assert (world.scheduler.recomputed_tokens > 0) == (host_pages == 0)
     assert (saves > 0) == (host_pages > 0)
     alone = World()
@@ -272,11 +273,11 @@ def test_a_group_without_a_row_takes_one_from_the_group_with_the_most():
     world.step()
     one = world.add("one", adapter(1), max_tokens=2)
     world.step()
-    assert one.running
-    assert [s.running for s in many] == [True, True, True, False]
+    assert one.status is Status.RUNNING
+    assert [s.status for s in many] == [*[Status.RUNNING] * 3, Status.PREEMPTED]
     world.run(2)
-    assert not one.running
-    assert all(s.running for s in many)
+    assert one.status is Status.FINISHED
+    assert all(s.status is Status.RUNNING for s in many)
 
 
 def test_rows_go_to_the_tenant_that_was_served_least():
@@ -312,7 +313,7 @@ def test_a_prompt_that_was_computed_before_is_not_computed_again():
     version = world.add("version", adapter(0, version=2), prompt=14)
     base = world.add("base", prompt=14)
     world.run(30)
-    assert (again.found, other.found, version.found, base.found) == (12, 0, 0, 0)
+    assert (again.cached_tokens, other.cached_tokens, version.cached_tokens, base.cached_tokens) == (12, 0, 0, 0)
 
 
 def test_a_resident_adapter_is_not_loaded_again_and_the_oldest_leaves():
