@@ -51,7 +51,7 @@ class Export:
     def write(self, adapter: Adapter) -> list[str]:
         """Writes the adapter and returns what its reader should know.
 
-        Raises AdapterInvalid when the adapter does not fit or holds a value that is not finite, StorageFailed.
+        Raises AdapterInvalid for a value that is not finite, BaseMismatch for the shapes of another base, StorageFailed.
         """
         adapter.check_finite()
         check_fits(adapter, self.base.source.config)

@@ -48,11 +48,8 @@ def opened(config: Path | None, data: Path | None, *, new: bool) -> Generator[St
         url = database_in(where)
     if not new and url == database_in(where) and not Path(url.removeprefix("sqlite:///")).exists():
         raise ConfigInvalid(f"there is no database in {where}; name the server's --config or --data, or create a key")
-    database = Database(url)
-    try:
+    with contextlib.closing(Database(url)) as database:
         yield StoredKeys(database)
-    finally:
-        database.close()
 
 
 @keys.command(epilog="Example:  jaxlora keys create acme --label laptop")
