@@ -1,24 +1,21 @@
-"""Implements `jaxlora export`: writes one adapter, of a PEFT folder or a store, in a format that other programs load.
+"""Writes one adapter, out of a PEFT folder or a store, in a form that others load.
 
     peft         a PEFT folder
     merged       the base with the adapter merged in, as a Hugging Face checkpoint
     gguf-lora    adapter.gguf, for llama.cpp beside a GGUF of the same base
 
-The folder is complete or absent.  Its `jaxlora.json` describes the contents; only such a folder is ever replaced.
+The folder is there whole or not at all.  `jaxlora.json` in it says what it holds; only such a folder is ever replaced.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from jaxlora.checkpoints.gguf import GgufSource
-from jaxlora.checkpoints.hf import HfSource
-from jaxlora.checkpoints.load import base_hash, find_model, open_source
 from jaxlora.core.atomic_files import whole_folder
 from jaxlora.core.errors import (
     AdapterNotFound,
@@ -31,42 +28,69 @@ from jaxlora.core.errors import (
 from jaxlora.core.lora import Adapter, AdapterRef
 from jaxlora.peft.folder import OWN_FILE, OWN_FORMAT, check_fits, export_peft
 from jaxlora.peft.gguf import write_gguf_lora
-from jaxlora.peft.ingest import read_over
+from jaxlora.peft.ingest import BaseFiles, find_base
 from jaxlora.peft.merge import unties, write_merged
 from jaxlora.storage.adapter_files import load_version, scan
 
-DTYPES = {  # form → dtypes, the first is the default
+DTYPES = {  # form → dtypes, the first is what is written when none is asked for
     "peft": ("float32", "bfloat16", "float16"),
     "merged": ("float32", "bfloat16"),
     "gguf-lora": ("float32", "float16"),
 }
 
 
-@dataclass(frozen=True, slots=True)
-class _Base:
-    """A base that is read from its files, without a device."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Export:
+    """A checked request to write some adapter of `base`."""
 
-    name: str
-    source: HfSource | GgufSource
-    hash: str
+    base: BaseFiles
+    form: str  # of DTYPES
+    dtype: str  # one that its form has
+    out: Path  # absolute
+
+    def write(self, adapter: Adapter) -> list[str]:
+        """Writes the adapter and returns what its reader should know.
+
+        Raises AdapterInvalid for a value that is not finite, BaseMismatch for the shapes of another base, StorageFailed.
+        """
+        adapter.check_finite()
+        check_fits(adapter, self.base.source.config)
+        try:
+            return self._write(adapter)
+        except (OSError, SafetensorError) as e:
+            reason = e.strerror if isinstance(e, OSError) else e
+            raise StorageFailed(f"{self.out} cannot be written: {reason}") from e
+
+    def _write(self, adapter: Adapter) -> list[str]:
+        config, notes = self.base.source.config, []
+        if self.form == "peft":
+            export_peft(adapter, self.out, config, base_name=self.base.name, dtype=self.dtype, replace=True)
+            return notes
+        with whole_folder(self.out) as new:
+            if self.form == "merged":
+                write_merged(new, self.base.source, adapter, dtype=self.dtype)
+                if unties(config, adapter):
+                    notes.append(
+                        "the adapter changes lm_head, so the head is no longer the embedding (tie_word_embeddings = false)"
+                    )
+            else:
+                write_gguf_lora(new / "adapter.gguf", config, adapter, dtype=self.dtype)
+            own = {
+                "format": OWN_FORMAT,
+                "form": self.form,
+                "name": adapter.ref.name,
+                "version": adapter.ref.version,
+                "base_hash": self.base.hash,
+            }
+            (new / OWN_FILE).write_text(json.dumps(own, indent=2))
+        return notes
 
 
-def main(
-    *,
-    model: str,
-    folder: Path | None,
-    store: Path | None,
-    name: str | None,
-    form: str,
-    out: Path,
-    dtype: str | None,
-    replace: bool,
-    dequantise: bool,
-    say: Callable[[str], None],
-) -> None:
-    """Writes the adapter of a PEFT `folder`, or the one called `name` in `store`, into `out`.
+def prepare(model: str, *, form: str, dtype: str | None, out: Path, replace: bool, dequantise: bool) -> Export:
+    """Checks all that can be known before an adapter is read.  dtype: None is the first of the form's.
 
-    Raises a JaxLoraError, before anything is written where the cause can be known by then.
+    Raises InvalidRequest for a form or dtype that there is not, AlreadyExists for an `out` that is not to be replaced,
+    ModelInvalid for no base or a quantised one.
     """
     if form not in DTYPES:
         raise InvalidRequest(f"--form must be one of {', '.join(DTYPES)}; got {form!r}", param="form")
@@ -77,23 +101,13 @@ def main(
         )
     out = out.absolute()
     _check_out(out, replace)
-    opened, path = find_model(model)
-    source = open_source(path)
-    base = _Base(opened, source, base_hash(path))
-    if form == "merged" and isinstance(source, GgufSource) and source.quantised and not dequantise:
+    base = find_base(model)
+    if form == "merged" and isinstance(base.source, GgufSource) and base.source.quantised and not dequantise:
         raise ModelInvalid(
-            f"{path.name} is quantised ({', '.join(source.quantised)}); a merged checkpoint holds its weights in {chosen}, "
-            "which is larger and no more exact; pass --dequantise to write that"
+            f"{base.path.name} is quantised ({', '.join(base.source.quantised)}); a merged checkpoint holds its weights in "
+            f"{chosen}, which is larger and no more exact; pass --dequantise to write that"
         )
-    adapter = _find(base, folder, store, name, say)
-    adapter.check_finite()
-    check_fits(adapter, source.config)
-    try:
-        _write(base, adapter, form, out, chosen, say)
-    except (OSError, SafetensorError) as e:
-        reason = e.strerror if isinstance(e, OSError) else e
-        raise StorageFailed(f"{out} cannot be written: {reason}") from e
-    say(f"wrote {adapter.ref} over {base.name} as {form} ({chosen}) into {out}")
+    return Export(base=base, form=form, dtype=chosen, out=out)
 
 
 def _check_out(out: Path, replace: bool) -> None:
@@ -107,28 +121,18 @@ def _check_out(out: Path, replace: bool) -> None:
         )
 
 
-def _find(
-    base: _Base, folder: Path | None, store: Path | None, name: str | None, say: Callable[[str], None]
-) -> Adapter:
-    """Returns the requested adapter.  Raises InvalidRequest when the request is ambiguous."""
-    if (folder is None) == (store is None) or (store is None) != (name is None):
-        raise InvalidRequest("give a PEFT folder, or --adapters STORE with --name NAME[@VERSION]")
-    if store is not None and name is not None:
-        adapter = read_stored(store, name)
-        if adapter.base_hash != base.hash:
-            raise BaseMismatch(f"{adapter.ref} was trained on another base than {base.name}; name its own with --model")
-        return adapter
-    assert folder is not None
-    weights, report = read_over(base.source, base.hash, folder)
-    for note in report.notes:
-        say(f"note: {note}")
-    return weights.named(AdapterRef("local", "adapter", 1))  # a folder has no version
+def read_stored_over(base: BaseFiles, store: Path, name: str) -> Adapter:
+    """The adapter of that name, as `read_stored` finds it.  Raises BaseMismatch when it was trained on another base."""
+    adapter = read_stored(store, name)
+    if adapter.base_hash != base.hash:
+        raise BaseMismatch(f"{adapter.ref} was trained on another base than {base.name}; name its own with --model")
+    return adapter
 
 
 def read_stored(store: Path, name: str) -> Adapter:
-    """Reads `[TENANT/]NAME[@VERSION]`, by default the newest version; the store may be open in a server.
+    """The adapter `[TENANT/]NAME[@VERSION]`, the newest when no version is given; also of a store that a server has open.
 
-    Raises AdapterNotFound, InvalidRequest when several tenants have it or the version is not a number, StorageFailed.
+    Raises AdapterNotFound, InvalidRequest when several tenants have it or the version is no number, StorageFailed.
     """
     adapters = store.absolute() / "adapters"
     if not adapters.is_dir():
@@ -152,27 +156,3 @@ def read_stored(store: Path, name: str) -> Adapter:
         raise AdapterNotFound(f"no version {wanted} of {whole} in {store}; there are: {sorted(versions)}")
     ref = AdapterRef(owners[0], short, wanted)
     return load_version(adapters / ref.tenant / ref.name, ref)[0]
-
-
-def _write(base: _Base, adapter: Adapter, form: str, out: Path, dtype: str, say: Callable[[str], None]) -> None:
-    config = base.source.config
-    if form == "peft":
-        export_peft(adapter, out, config, base_name=base.name, dtype=dtype, replace=True)
-        return
-    with whole_folder(out) as new:
-        if form == "merged":
-            write_merged(new, base.source, adapter, dtype=dtype)
-            if unties(config, adapter):
-                say(
-                    "note: the adapter changes lm_head, so the head is no longer the embedding (tie_word_embeddings = false)"
-                )
-        else:
-            write_gguf_lora(new / "adapter.gguf", config, adapter, dtype=dtype)
-        own = {
-            "format": OWN_FORMAT,
-            "form": form,
-            "name": adapter.ref.name,
-            "version": adapter.ref.version,
-            "base_hash": base.hash,
-        }
-        (new / OWN_FILE).write_text(json.dumps(own, indent=2))

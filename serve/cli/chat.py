@@ -17,8 +17,8 @@ from rich.live import Live
 from rich.text import Text
 
 from jaxlora.core.errors import InvalidRequest, JaxLoraError
-from serve.cli.chat_client import AnswerFailed, Model, Server
 from serve.cli.chat_columns import Columns, beside, clean
+from serve.cli.http_client import AnswerFailed, ApiClient, Model
 
 SHOWN = 30  # adapters of a list
 OURS = ("model", "messages", "stream", "n")  # of a request's fields, those that are not settings
@@ -37,7 +37,7 @@ TEXT                     ask; the conversation so far goes with it
 class Chat:
     """One conversation."""
 
-    server: Server
+    server: ApiClient
     base: str
     model: str  # whom we talk to
     live: bool  # a person at a terminal, not a pipe
@@ -196,13 +196,13 @@ class Conversation:
 
     def adapters(self, part: str) -> None:
         """Prints the base and the adapters with this in their names."""
-        show(self._loop.run(self.chat.server.models()), self.chat.model, part)
+        show(self.chat.server.models(), self.chat.model, part)
 
     def use(self, name: str) -> None:
         """From now on the questions go to this model; the conversation goes on."""
         if not name:
             raise InvalidRequest("/use needs a name; /adapters lists them")
-        self.chat.model = self._loop.run(self.chat.server.model(name)).id
+        self.chat.model = self.chat.server.model(name).id
 
     def system(self, text: str) -> None:
         """What comes before everything else; nothing when it is empty."""
@@ -259,20 +259,16 @@ def main(*, url: str, key: str | None, name: str | None) -> None:
     live = sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
     if live:
         importlib.import_module("readline")  # from now on `input` edits and remembers lines
-    with asyncio.Runner() as loop:
-        server = Server(url, key)
-        try:
-            models = loop.run(server.models())
-            base = models[0].id
-            chosen = name or (pick(models) if live and len(models) > 1 else base)
-            if chosen is None:
-                return
-            chat = Chat(server, base, loop.run(server.model(chosen)).id, live)
-            if live:
-                print("/help lists the commands, Ctrl-D leaves")
-            conversation = Conversation(loop, chat)
-            conversation.run()
-        finally:
-            loop.run(server.close())
+    with asyncio.Runner() as loop, ApiClient(url, key) as server:
+        models = server.models()
+        base = models[0].id
+        chosen = name or (pick(models) if live and len(models) > 1 else base)
+        if chosen is None:
+            return
+        chat = Chat(server, base, server.model(chosen).id, live)
+        if live:
+            print("/help lists the commands, Ctrl-D leaves")
+        conversation = Conversation(loop, chat)
+        conversation.run()
     if conversation.failed and not live:
         raise AnswerFailed(f"{conversation.failed} of the lines failed; each said why")

@@ -5,12 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from jaxlora.core.errors import ConfigInvalid
-from serve.cli.neighbours import check_neighbours
 
 DISTRIBUTIONS = (
     "jaxlora",
@@ -37,15 +36,23 @@ class Finding:
     ok: bool = True
 
 
-def report(home: Path) -> Iterator[Finding]:
-    """One finding a line; `home` is the folder that holds our packages.  Nothing is changed."""
+def report(home: Path, check_neighbours: Callable[[Path], None]) -> Iterator[Finding]:
+    """One finding a line; nothing is changed.
+
+    home: the folder that holds our packages; check_neighbours raises ConfigInvalid when one is imported from elsewhere.
+    """
     yield Finding(f"python            {platform.python_version()} on {platform.system()} {platform.machine()}")
     yield from (_version(name) for name in DISTRIBUTIONS)
     yield _devices()
     yield _kernels()
     yield _cache()
     yield _demo_model()
-    yield _neighbours(home)
+    try:
+        check_neighbours(home)
+    except ConfigInvalid as e:
+        yield Finding(f"neighbours        {e.message}", ok=False)
+    else:
+        yield Finding(f"neighbours        pallas_kernels, train and serve are those of {home}")
 
 
 def _version(name: str) -> Finding:
@@ -90,11 +97,3 @@ def _demo_model() -> Finding:
         for file in sorted(Path(folder).glob("*.gguf")):
             return Finding(f"demo model        {file} ({file.stat().st_size / 1e6:.0f} MB)")
     return Finding(f"demo model        {NOT_INSTALLED}; only the demo needs it")
-
-
-def _neighbours(home: Path) -> Finding:
-    try:
-        check_neighbours(home)
-    except ConfigInvalid as e:
-        return Finding(f"neighbours        {e.message}", ok=False)
-    return Finding(f"neighbours        pallas_kernels, train and serve are those of {home}")

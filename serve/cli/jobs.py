@@ -2,21 +2,100 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
+from urllib.parse import quote
 
 import typer
 
-from serve.cli.adapters import HERE, Json, Key, Url
+from jaxlora.core.errors import AlreadyExists, InvalidRequest
+from serve.cli.options import HERE, Json, Key, Url, connect, print_entry
+
+if TYPE_CHECKING:
+    from serve.cli.http_client import ApiClient
 
 jobs = typer.Typer(help="The fine-tuning jobs of a running server.", no_args_is_help=True)
 files = typer.Typer(help="The training files of a running server.", no_args_is_help=True)
 
 Id = Annotated[str, typer.Argument(metavar="ID")]
+JOBS = "fine_tuning/jobs"
 CREATE_EXAMPLES = """Example:  jaxlora jobs create train.jsonl --model smollm2 --suffix support --follow
 
 Example:  jaxlora jobs create file-0123… --model smollm2 --heldout held.jsonl --rank 8 --lr 1e-3 --steps 60"""
+
+
+def at(id: str) -> str:
+    """An id as part of a path.  Raises InvalidRequest for one that would lead to another path."""
+    if id in ("", ".", ".."):
+        raise InvalidRequest(f"{id!a} is no id")
+    return quote(id, safe="")
+
+
+def when(seconds: float) -> str:
+    """A time for people."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+def job_line(job: Mapping) -> str:
+    """One job for people."""
+    p = job["progress"]
+    steps = f"{p['step']}/{p['total_steps'] or '?'}"
+    loss = "" if p["train_loss"] is None else f"  loss {p['train_loss']:.4f}"
+    held = "" if p["valid_loss"] is None else f"  held out {p['valid_loss']:.4f}"
+    model = job["fine_tuned_model"] or "-"
+    return f"{job['id']}  {job['status']:<16}  {steps:>9}{loss}{held}  {when(job['created_at'])}  {model}"
+
+
+def event_line(event: Mapping) -> str:
+    """One event for people."""
+    mark = "" if event["level"] == "info" else f"{event['level']}: "
+    return f"{when(event['created_at'])}  {mark}{event['message']}"
+
+
+def checkpoint_line(checkpoint: Mapping) -> str:
+    """One checkpoint for people."""
+    numbers = {k: v for k, v in checkpoint["metrics"].items() if k != "step"}
+    shown = "  ".join(f"{k} {v:.4f}" for k, v in numbers.items())
+    return f"step {checkpoint['step_number']:<6}  {checkpoint['fine_tuned_model_checkpoint']}  {shown}"
+
+
+def file_line(file: Mapping) -> str:
+    """One file for people."""
+    wrong = f"  {file['status_details']}" if file.get("status_details") else ""
+    return (
+        f"{file['id']}  {file['status']:<9}  {file['bytes']:>12}  {when(file['created_at'])}  "
+        f"{file['purpose']}  {file['filename']}{wrong}"
+    )
+
+
+def sent(client: ApiClient, path: Path) -> dict:
+    """The file that the server has made of a local one.  Raises InvalidRequest when there is none."""
+    if not path.is_file():
+        raise InvalidRequest(f"{path} is no file; give a JSONL file")
+    return client.upload("files", {"purpose": "fine-tune"}, [path])
+
+
+def file_id(client: ApiClient, given: str) -> str:
+    """The id of a file of the server: itself, or of a local file that is sent now."""
+    if given.startswith("file-") and not Path(given).exists():
+        return given
+    return str(sent(client, Path(given))["id"])
+
+
+def follow_job(client: ApiClient, id: str, as_json: bool) -> None:
+    """Prints all events of a job, and on until it ends."""
+    for event in client.events(f"{JOBS}/{at(id)}/events", {"stream": "true"}):
+        print_entry(event, event_line, as_json)
+
+
+def _given(values: Mapping[str, object]) -> dict[str, object]:
+    """Those that are not None."""
+    return {k: v for k, v in values.items() if v is not None}
+
+
+# ---- jobs
 
 
 @jobs.command(epilog=CREATE_EXAMPLES)
@@ -52,21 +131,32 @@ def create(
         "max_steps": steps,
         "checkpoint_every": checkpoint_every,
     }
-    _ask(
-        "create_job", train=train, heldout=heldout, body=_given(body), follow=follow, url=url, key=key, as_json=as_json
-    )
+    with connect(url, key) as client:
+        body["training_file"] = file_id(client, train)
+        if heldout is not None:
+            body["validation_file"] = file_id(client, heldout)
+        job = client.entry("POST", JOBS, _given(body))
+        print_entry(job, job_line, as_json)
+        if follow:
+            follow_job(client, job["id"], as_json)
 
 
 @jobs.command("list", epilog="Example:  jaxlora jobs list --json")
 def list_jobs(url: Url = HERE, key: Key = None, as_json: Json = False) -> None:
     """Show your jobs, the newest first."""
-    _ask("list_jobs", url=url, key=key, as_json=as_json)
+    with connect(url, key) as client:
+        for job in client.pages(JOBS, {}):
+            print_entry(job, job_line, as_json)
 
 
 @jobs.command("show", epilog="Example:  jaxlora jobs show ftjob-0123…")
 def show_job(id: Id, url: Url = HERE, key: Key = None, as_json: Json = False) -> None:
     """Show one job, and why it failed."""
-    _ask("show_job", id=id, url=url, key=key, as_json=as_json)
+    with connect(url, key) as client:
+        job = client.entry("GET", f"{JOBS}/{at(id)}")
+    print_entry(job, job_line, as_json)
+    if job["error"] is not None and not as_json:
+        typer.echo(f"{job['error']['code']}: {job['error']['message']}")
 
 
 @jobs.command(epilog="Example:  jaxlora jobs events ftjob-0123… --follow")
@@ -78,43 +168,63 @@ def events(
     as_json: Json = False,
 ) -> None:
     """Show what happened to a job, the oldest first."""
-    _ask("show_events", id=id, follow=follow, url=url, key=key, as_json=as_json)
+    with connect(url, key) as client:
+        if follow:
+            follow_job(client, id, as_json)
+            return
+        for event in reversed(list(client.pages(f"{JOBS}/{at(id)}/events", {}))):
+            print_entry(event, event_line, as_json)
 
 
 @jobs.command(epilog="Example:  jaxlora jobs checkpoints ftjob-0123…")
 def checkpoints(id: Id, url: Url = HERE, key: Key = None, as_json: Json = False) -> None:
     """Show the versions of a job that can be asked, the newest first."""
-    _ask("show_checkpoints", id=id, url=url, key=key, as_json=as_json)
+    with connect(url, key) as client:
+        for checkpoint in client.pages(f"{JOBS}/{at(id)}/checkpoints", {}):
+            print_entry(checkpoint, checkpoint_line, as_json)
 
 
 @jobs.command(epilog="Example:  jaxlora jobs cancel ftjob-0123…")
 def cancel(id: Id, url: Url = HERE, key: Key = None, as_json: Json = False) -> None:
     """End a job; what it has learned stays."""
-    _ask("move_job", id=id, move="cancel", url=url, key=key, as_json=as_json)
+    with connect(url, key) as client:
+        job = client.entry("POST", f"{JOBS}/{at(id)}/cancel")
+    print_entry(job, lambda _: f"{id} is cancelled", as_json)
 
 
 @jobs.command(epilog="Example:  jaxlora jobs pause ftjob-0123…")
 def pause(id: Id, url: Url = HERE, key: Key = None, as_json: Json = False) -> None:
     """Have a job wait until it is resumed."""
-    _ask("move_job", id=id, move="pause", url=url, key=key, as_json=as_json)
+    with connect(url, key) as client:
+        job = client.entry("POST", f"{JOBS}/{at(id)}/pause")
+    print_entry(job, lambda _: f"{id} is paused", as_json)
 
 
 @jobs.command(epilog="Example:  jaxlora jobs resume ftjob-0123…")
 def resume(id: Id, url: Url = HERE, key: Key = None, as_json: Json = False) -> None:
     """Have a paused job go on."""
-    _ask("move_job", id=id, move="resume", url=url, key=key, as_json=as_json)
+    with connect(url, key) as client:
+        job = client.entry("POST", f"{JOBS}/{at(id)}/resume")
+    print_entry(job, lambda _: f"{id} is in line again", as_json)
+
+
+# ---- files
 
 
 @files.command("list", epilog="Example:  jaxlora files list --json")
 def list_files(url: Url = HERE, key: Key = None, as_json: Json = False) -> None:
     """Show your files, the newest first."""
-    _ask("list_files", url=url, key=key, as_json=as_json)
+    with connect(url, key) as client:
+        for file in client.pages("files", {}):
+            print_entry(file, file_line, as_json)
 
 
 @files.command("show", epilog="Example:  jaxlora files show file-0123…")
 def show_file(id: Id, url: Url = HERE, key: Key = None, as_json: Json = False) -> None:
     """Show one file, and what is wrong with it."""
-    _ask("show_file", id=id, url=url, key=key, as_json=as_json)
+    with connect(url, key) as client:
+        file = client.entry("GET", f"files/{at(id)}")
+    print_entry(file, file_line, as_json)
 
 
 @files.command(epilog="Example:  jaxlora files upload train.jsonl")
@@ -122,7 +232,9 @@ def upload(
     path: Annotated[Path, typer.Argument(help="A JSONL file.")], url: Url = HERE, key: Key = None, as_json: Json = False
 ) -> None:
     """Send a training file."""
-    _ask("upload_file", path=path, url=url, key=key, as_json=as_json)
+    with connect(url, key) as client:
+        file = sent(client, path)
+    print_entry(file, file_line, as_json)
 
 
 @files.command(epilog="Example:  jaxlora files download file-0123… --out metrics.csv")
@@ -133,22 +245,18 @@ def download(
     key: Key = None,
 ) -> None:
     """Fetch a file, such as the metrics of a job."""
-    _ask("download_file", id=id, out=out, url=url, key=key)
+    with connect(url, key) as client:
+        file = client.entry("GET", f"files/{at(id)}")
+        out = Path(Path(file["filename"]).name or id) if out is None else out
+        if out.exists():
+            raise AlreadyExists(f"{out} exists; name another file with --out")
+        client.download(f"files/{at(id)}/content", {}, out)
+    typer.echo(f"wrote {id} into {out}")
 
 
 @files.command(epilog="Example:  jaxlora files delete file-0123…")
 def delete(id: Id, url: Url = HERE, key: Key = None, as_json: Json = False) -> None:
     """Delete a file that no job needs."""
-    _ask("delete_file", id=id, url=url, key=key, as_json=as_json)
-
-
-def _given(values: Mapping[str, object]) -> dict[str, object]:
-    """Those that are said."""
-    return {k: v for k, v in values.items() if v is not None}
-
-
-def _ask(what: str, **arguments: object) -> None:
-    from serve.cli import main as cli  # which imports this file
-
-    with cli.clean_exit():
-        cli.resolve(f"serve.cli.jobs_client:{what}")(**arguments, say=typer.echo)
+    with connect(url, key) as client:
+        gone = client.entry("DELETE", f"files/{at(id)}")
+    print_entry(gone, lambda _: f"deleted {id}", as_json)

@@ -1,63 +1,71 @@
-"""`jaxlora COMMAND`.  Each command is named "module:function" and imported when it runs, so that help is instant.
+"""`jaxlora COMMAND`.  A command imports what it runs when it runs, so that help is instant.
 
 Exit codes: 0 done; 2 an error the user can act on, one line on stderr; 130 interrupted.
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import importlib.metadata
-from collections.abc import Callable, Generator
+import importlib.util
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.core import TyperGroup
 
 from jaxlora.core.errors import ConfigInvalid, JaxLoraError
-from serve.cli.adapters import HERE, IMPORT_EXAMPLES, Json, Key, Url, adapters, import_adapter
+from serve.cli.adapters import EXPORT_EXAMPLES, IMPORT_EXAMPLES, adapters, export, import_adapter
 from serve.cli.jobs import files, jobs
 from serve.cli.keys import keys
-from serve.cli.neighbours import check_neighbours, own_home
+from serve.cli.options import HERE, Json, Key, Url
 
+HOME = Path(__file__).resolve().parents[2]  # the folder that holds the four packages
+NEIGHBOURS = ("pallas_kernels", "train")  # names that others use, too; jaxlora and serve are imported by now
 ERROR_EXIT, INTERRUPTED_EXIT = 2, 130
 SERVE_EXAMPLES = """Example:  jaxlora serve configs/serve_smollm2.toml
 
 Example:  jaxlora serve --model smollm2 --port 8000"""
 
-EXPORT_EXAMPLES = """Example:  jaxlora export runs/x/acme/peft --model DIR --form merged --out merged
 
-Example:  jaxlora export --adapters runs/x/store --name acme@3 --model smollm2 --form gguf-lora --out lora"""
+class Commands(TyperGroup):
+    """The commands; our errors end in one line on stderr and exit code 2, Ctrl-C in exit code 130."""
+
+    def invoke(self, ctx: typer.Context) -> object:  # ty: ignore[incompatible-method-override]  the base has no public name
+        """Runs the command that is named."""
+        try:
+            return super().invoke(ctx)
+        except JaxLoraError as e:
+            line = " ".join(e.message.split())
+            typer.echo(f"jaxlora: {line}", err=True)
+            raise typer.Exit(ERROR_EXIT) from e
+        except KeyboardInterrupt as e:
+            typer.echo("jaxlora: interrupted", err=True)
+            raise typer.Exit(INTERRUPTED_EXIT) from e
+
+
+def check_neighbours(home: Path) -> None:
+    """Raises ConfigInvalid, naming both folders, when one of our packages would be imported from elsewhere than `home`."""
+    for name in NEIGHBOURS:
+        spec = importlib.util.find_spec(name)  # finds, does not import
+        folders = [] if spec is None else [Path(p) for p in spec.submodule_search_locations or [spec.origin or "?"]]
+        if not folders:
+            raise ConfigInvalid(f"no package {name} was found beside {home / 'jaxlora'}; install jaxlora again")
+        if folders[0].resolve() != (home / name).resolve():
+            raise ConfigInvalid(
+                f"`import {name}` finds {folders[0]}, a stranger; jaxlora's own is {home / name}.  Run from another "
+                f"folder, or uninstall the package that brought the other {name}"
+            )
+
 
 app = typer.Typer(
     name="jaxlora",
+    cls=Commands,
     help="One frozen base model, many tenants: their LoRA adapters train together and are served together.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-
-def resolve(target: str) -> Callable[..., None]:
-    """The function behind "module:function", imported now, from beside us."""
-    check_neighbours(own_home())
-    module, function = target.split(":")
-    return getattr(importlib.import_module(module), function)
-
-
-@contextlib.contextmanager
-def clean_exit() -> Generator[None]:
-    """Turns our errors into one line on stderr and exit code 2, Ctrl-C into exit code 130."""
-    try:
-        yield
-    except JaxLoraError as e:
-        line = " ".join(e.message.split())
-        typer.echo(f"jaxlora: {line}", err=True)
-        raise typer.Exit(ERROR_EXIT) from e
-    except KeyboardInterrupt as e:
-        typer.echo("jaxlora: interrupted", err=True)
-        raise typer.Exit(INTERRUPTED_EXIT) from e
 
 
 def _show_version(wanted: bool) -> None:
@@ -68,11 +76,14 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def common(
+    ctx: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and exit.", callback=_show_version, is_eager=True)
     ] = False,
 ) -> None:
     """One frozen base model, many tenants: their LoRA adapters train together and are served together."""
+    if ctx.invoked_subcommand != "doctor":  # which reports it beside all else
+        check_neighbours(HOME)
 
 
 @app.command(epilog="Example:  jaxlora demo --exit --out runs/demo")
@@ -87,8 +98,9 @@ def demo(
     seed: Annotated[int, typer.Option(help="Of data, first weights and sampling.", min=0)] = 0,
 ) -> None:
     """Train a few tenants' adapters on the demo model in one step, serve them all, and compare."""
-    with clean_exit():
-        resolve("serve.demo.command:main")(exit_after=exit_after, port=port, out=out, seed=seed)
+    from serve.demo.command import main
+
+    main(exit_after=exit_after, port=port, out=out, seed=seed)
 
 
 @app.command(epilog=SERVE_EXAMPLES)
@@ -116,30 +128,31 @@ def serve(
     Give CONFIG.toml, or --model for the defaults of jaxlora.config.serving.serve_defaults.  An option beside CONFIG.toml
     replaces the file's value.
     """
-    with clean_exit():
-        from jaxlora.config.serving import ServeConfig, serve_defaults
-        from jaxlora.config.training import load
+    from jaxlora.config.serving import ServeConfig, serve_defaults
+    from jaxlora.config.training import load
 
-        if supervise:
-            raise ConfigInvalid(
-                "--supervise is gone; leave it out and have the server restarted by systemd, Docker or Kubernetes, "
-                "with the files in deploy/"
-            )
-        if config is not None:
-            settings = load(config, ServeConfig)
-        elif model is not None:
-            settings = serve_defaults(model, Path("adapters") if adapters is None else adapters)
-        else:
-            raise ConfigInvalid("serve needs to know the base; give CONFIG.toml or --model, e.g. --model smollm2")
-        flags = {"host": host, "port": port, "slots": slots, "max_rank": max_rank, "rows": rows, "adapters": adapters}
-        flags |= {"log": log}
-        try:
-            if model is not None:
-                settings = replace(settings, model=replace(settings.model, path=model))
-            settings = replace(settings, **{k: v for k, v in flags.items() if v is not None})
-        except ValueError as e:
-            raise ConfigInvalid(f"an option of serve: {e}") from e
-        resolve("serve.server.build:main")(settings, config)
+    if supervise:
+        raise ConfigInvalid(
+            "--supervise is gone; leave it out and have the server restarted by systemd, Docker or Kubernetes, "
+            "with the files in deploy/"
+        )
+    if config is not None:
+        settings = load(config, ServeConfig)
+    elif model is not None:
+        settings = serve_defaults(model, Path("adapters") if adapters is None else adapters)
+    else:
+        raise ConfigInvalid("serve needs to know the base; give CONFIG.toml or --model, e.g. --model smollm2")
+    flags = {"host": host, "port": port, "slots": slots, "max_rank": max_rank, "rows": rows, "adapters": adapters}
+    flags |= {"log": log}
+    try:
+        if model is not None:
+            settings = replace(settings, model=replace(settings.model, path=model))
+        settings = replace(settings, **{k: v for k, v in flags.items() if v is not None})
+    except ValueError as e:
+        raise ConfigInvalid(f"an option of serve: {e}") from e
+    from serve.server.build import main  # imports JAX, which a wrong option does not wait for
+
+    main(settings, config)
 
 
 @app.command(epilog="Example:  jaxlora chat roman --url http://127.0.0.1:8000")
@@ -149,8 +162,9 @@ def chat(
     key: Key = None,
 ) -> None:
     """Talk to the adapters of a running server, and see one beside the base.  Reads questions from a pipe, too."""
-    with clean_exit():
-        resolve("serve.cli.chat:main")(url=url, key=key, name=name)
+    from serve.cli.chat import main
+
+    main(url=url, key=key, name=name)
 
 
 @app.command(epilog="Example:  jaxlora top --url http://127.0.0.1:8000 --once")
@@ -161,65 +175,33 @@ def top(
     once: Annotated[bool, typer.Option("--once", help="Look once and exit.")] = False,
 ) -> None:
     """See what a running server does: slots, lines, tokens a second, training jobs.  Where keys exist, with an admin's."""
-    with clean_exit():
-        resolve("serve.cli.top:main")(url=url, key=key, as_json=as_json, once=once, say=typer.echo)
+    from serve.cli.top import main
+
+    main(url=url, key=key, as_json=as_json, once=once)
 
 
 @app.command(epilog="Example:  jaxlora train configs/train_two_tenants.toml")
 def train(config: Annotated[Path, typer.Argument(metavar="CONFIG.toml", show_default=False)]) -> None:
     """Train the tenants of a TOML file together; their adapters land in its `out` folder."""
-    with clean_exit():
-        resolve("train.run.command:main")(config)
+    from train.run.command import main
+
+    main(config)
 
 
-@app.command(epilog=EXPORT_EXAMPLES)
-def export(
-    model: Annotated[str, typer.Option(help='The base: "smollm2", a directory, a .gguf file or a hub id.')],
-    form: Annotated[str, typer.Option(help="peft, merged (a whole model, for transformers) or gguf-lora.")],
-    out: Annotated[Path, typer.Option(help="Folder to write, whole or not at all.")],
-    folder: Annotated[Path | None, typer.Argument(metavar="PEFT_FOLDER", show_default=False)] = None,
-    adapters: Annotated[Path | None, typer.Option(help="Root of an adapter store.", show_default=False)] = None,
-    name: Annotated[
-        str | None,
-        typer.Option(help="TENANT/NAME@VERSION in that store; NAME alone is its newest.", show_default=False),
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="float32 (default), bfloat16 (not gguf-lora) or float16 (not merged).", show_default=False),
-    ] = None,
-    replace_out: Annotated[bool, typer.Option("--replace", help="Replace --out if an export wrote it.")] = False,
-    dequantise: Annotated[
-        bool, typer.Option("--dequantise", help="Merge into a quantised base, which is then larger.")
-    ] = False,
-) -> None:
-    """Write one adapter, out of a PEFT folder or a store, in a form that others load."""
-    with clean_exit():
-        resolve("jaxlora.peft.export:main")(
-            model=model,
-            folder=folder,
-            store=adapters,
-            name=name,
-            form=form,
-            out=out,
-            dtype=dtype,
-            replace=replace_out,
-            dequantise=dequantise,
-            say=typer.echo,
-        )
+app.command(epilog=EXPORT_EXAMPLES)(export)
 
 
 @app.command(epilog="Example:  jaxlora doctor")
 def doctor() -> None:
     """Say what is installed, which devices there are, where things are kept, and what is wrong."""
-    with clean_exit():
-        from serve.cli.doctor import report
+    from serve.cli.doctor import report
 
-        healthy = True
-        for line in report(own_home()):
-            typer.echo(line.text)
-            healthy = healthy and line.ok
-        if not healthy:
-            raise typer.Exit(ERROR_EXIT)
+    healthy = True
+    for line in report(HOME, check_neighbours):
+        typer.echo(line.text)
+        healthy = healthy and line.ok
+    if not healthy:
+        raise typer.Exit(ERROR_EXIT)
 
 
 bench = typer.Typer(help="Measure this device.", no_args_is_help=True)
@@ -250,24 +232,24 @@ def kernels(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
     """Time every op beside what this device can do, the base product and other forms of the op."""
-    with clean_exit():
-        if dtype not in ("bfloat16", "float32"):
-            raise ConfigInvalid(f"--dtype must be bfloat16 or float32, got {dtype}")
-        sizes = {"rows": rows, "adapters": adapters, "slots": slots, "rank": rank}
-        sizes |= {"lanes": lanes, "tokens": tokens, "context": context}
-        try:
-            made = resolve("pallas_kernels.bench.cases:Sizes")(**sizes)
-            resolve("pallas_kernels.bench.run:main")(
-                ops=op or [],
-                models=model or [],
-                dtype=dtype,
-                sizes=made,
-                rounds=rounds,
-                as_json=as_json,
-                say=typer.echo,
-            )
-        except ValueError as e:
-            raise ConfigInvalid(f"bench kernels: {e}") from e
+    if dtype not in ("bfloat16", "float32"):
+        raise ConfigInvalid(f"--dtype must be bfloat16 or float32, got {dtype}")
+    from pallas_kernels.bench.cases import Sizes
+    from pallas_kernels.bench.run import main
+
+    try:
+        sizes = Sizes(rows=rows, adapters=adapters, slots=slots, rank=rank, lanes=lanes, tokens=tokens, context=context)
+        main(
+            ops=op or [],
+            models=model or [],
+            dtype=dtype,
+            sizes=sizes,
+            rounds=rounds,
+            as_json=as_json,
+            say=typer.echo,
+        )
+    except ValueError as e:
+        raise ConfigInvalid(f"bench kernels: {e}") from e
 
 
 app.add_typer(adapters, name="adapters")

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
+import typer
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from serve.cli.chat_client import AnswerFailed
-from serve.cli.http_client import ApiServer
-from serve.cli.http_client import server as server_of
+from serve.cli.http_client import AnswerFailed, ApiClient
 
 EVERY_S = 1.0
 MOST_LINES = 15  # of adapters in line, and of jobs
 
 
-def read(server: ApiServer) -> dict:
+def read(server: ApiClient) -> dict:
     """The server's state.  Raises AnswerFailed."""
     stats = server.entry("GET", "stats")
     if not isinstance(stats, dict) or stats.get("object") != "server.stats":
@@ -91,15 +90,15 @@ def jobs_table(training: Mapping) -> Table:
     return table
 
 
-def main(*, url: str, key: str | None, as_json: bool, once: bool, say: Callable[[str], None]) -> None:
+def main(*, url: str, key: str | None, as_json: bool, once: bool) -> None:
     """Shows the server's state each second until Ctrl-C, or once.  Raises AnswerFailed when the first look fails."""
-    with server_of(url, key) as server:
+    with ApiClient(url, key) as server:
         stats = read(server)
         if as_json:
-            say(json.dumps(stats))
+            typer.echo(json.dumps(stats))
             while not once:
                 time.sleep(EVERY_S)
-                say(json.dumps(read(server)))
+                typer.echo(json.dumps(read(server)))
         elif once:
             Console().print(screen(stats))
         else:
@@ -109,7 +108,7 @@ def main(*, url: str, key: str | None, as_json: bool, once: bool, say: Callable[
                     live.update(look(server), refresh=True)
 
 
-def look(server: ApiServer) -> RenderableType:
+def look(server: ApiClient) -> RenderableType:
     """The screen, or why there is none now: a server that restarts comes back."""
     try:
         return screen(read(server))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import configparser
+import contextlib
 import json
 import re
 import shlex
@@ -19,7 +20,10 @@ from typer.testing import CliRunner
 
 from jaxlora.config.serving import ServeConfig
 from jaxlora.config.training import load
+from serve.access.keys import digest
 from serve.cli import main as cli
+from serve.db.database import Database
+from serve.db.keys import StoredKeys
 from serve.server.app import create_app
 from serve.server.build import LOST_EXIT
 
@@ -76,14 +80,12 @@ def settings() -> ServeConfig:
     return load(DEPLOY / "serve.toml", ServeConfig)
 
 
-def told(monkeypatch, arguments: list[str]) -> list:
-    """(entry point, positional, named) of what a command line of ours starts; its settings are the file of deploy/."""
-    calls = []
-    monkeypatch.setattr(cli, "resolve", lambda target: lambda *args, **named: calls.append((target, args, named)))
+def run(arguments: list[str]) -> str:
+    """What a command line of ours prints; its settings are the file of deploy/."""
     words = [a.replace(SETTINGS, str(DEPLOY / "serve.toml")) for a in arguments]
     result = CliRunner().invoke(cli.app, words)
     assert result.exit_code == 0, result.output
-    return calls
+    return result.stdout
 
 
 def is_asked(command: str, path: str) -> bool:
@@ -112,17 +114,22 @@ def test_the_settings_are_whole_and_keep_everything_in_one_folder():
     ],
 )
 def test_the_command_starts_a_server_with_these_settings(monkeypatch, request, command):
-    ((target, (config, file), named),) = told(monkeypatch, command())
+    started = []
+    monkeypatch.setattr("serve.server.build.main", lambda *arguments: started.append(arguments))
+    run(command())
     host = "127.0.0.1" if request.node.callspec.id == "systemd" else "0.0.0.0"
-    assert (target, config, named) == ("serve.server.build:main", replace(settings(), host=host), {})
-    assert file == DEPLOY / "serve.toml"
+    assert started == [(replace(settings(), host=host), DEPLOY / "serve.toml")]
 
 
 @pytest.mark.parametrize("text", ["docker/compose.yaml", "kubernetes/jaxlora.yaml"])
-def test_a_server_that_others_reach_has_a_key_before_it_starts(monkeypatch, text):
+def test_a_server_that_others_reach_has_a_key_before_it_starts(monkeypatch, tmp_path, text):
     words = re.search(r"\bkeys create [^>\n]*", (DEPLOY / text).read_text())[0].split()
-    ((target, _, named),) = told(monkeypatch, words)
-    assert (target, named["role"], named["config"]) == ("serve.cli.key_commands:create", "admin", DEPLOY / "serve.toml")
+    urls = []
+    with contextlib.closing(Database(f"sqlite:///{tmp_path}/keys.sqlite")) as database:
+        monkeypatch.setattr("serve.db.database.Database", lambda url: urls.append(url) or database)
+        key = run(words).strip()
+        (record,) = StoredKeys(database).all()
+    assert (urls, record.digest, record.role) == ([settings().database_url], digest(key), "admin")
 
 
 def test_the_paths_that_are_asked_are_routes_that_need_no_key():

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -16,23 +16,22 @@ from jaxlora.config.serving import serve_defaults
 from jaxlora.core.errors import AdapterInvalid, ConfigInvalid
 from serve.cli import doctor
 from serve.cli import main as cli
-from serve.cli.neighbours import check_neighbours, own_home
 
 ROOT = Path(__file__).resolve().parents[2]
 # pydantic is not in it: typer itself imports it for the help of a command.
-HEAVY = {"jax", "flax", "optax", "numpy", "fastapi", "transformers", "uvicorn", "serve", "train", "pallas_kernels"}
+HEAVY = {"jax", "flax", "optax", "numpy", "fastapi", "transformers", "uvicorn", "sqlalchemy", "httpx2"}
+HEAVY |= {"train", "pallas_kernels"}
 COMMANDS = ("demo", "serve", "chat", "train", "export", "doctor")
+MAINS = ("serve.demo.command", "serve.server.build", "serve.cli.chat", "train.run.command", "pallas_kernels.bench.run")
 
 
 @pytest.fixture
 def entry(monkeypatch):
-    """Stands in for the entry points; a list of (target, positional, named) calls."""
+    """Stands in for what the commands import and run; a list of (module, positional, named) calls."""
     calls = []
-
-    def resolve(target):
-        return lambda *args, **named: calls.append((target, args, named))
-
-    monkeypatch.setattr(cli, "resolve", resolve)
+    for module in MAINS:
+        call = functools.partial(lambda module, *args, **named: calls.append((module, args, named)), module)
+        monkeypatch.setattr(f"{module}.main", call)
     return calls
 
 
@@ -42,17 +41,14 @@ def run(*arguments: str, width: int = 200):
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([c, "--help"] for c in COMMANDS)])
 def test_help_imports_nothing_heavy(arguments):
-    code = (
-        "import sys, serve.cli.main\n"
-        "try: serve.cli.main.main()\n"
-        "finally: print('\\nLOADED', *sorted({m.split('.')[0] for m in sys.modules}))"
-    )
+    code = "import sys, serve.cli.main\ntry: serve.cli.main.main()\nfinally: print('\\nLOADED', *sorted(sys.modules))"
     out = subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True, cwd=ROOT
     ).stdout
     loaded = set(out.split("LOADED")[1].split())
     assert "typer" in loaded
-    assert loaded & HEAVY == set()
+    assert {name.split(".")[0] for name in loaded} & HEAVY == set()
+    assert {name.split(".")[1] for name in loaded if name.startswith("serve.")} == {"cli"}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -73,36 +69,27 @@ def test_demo_hands_on_its_options(entry):
     assert run("demo", "--exit", "--port", "0", "--out", "o", "--seed", "5").exit_code == 0
     assert run("demo").exit_code == 0
     assert entry == [
-        ("serve.demo.command:main", (), {"exit_after": True, "port": 0, "out": Path("o"), "seed": 5}),
-        ("serve.demo.command:main", (), {"exit_after": False, "port": 8000, "out": None, "seed": 0}),
+        ("serve.demo.command", (), {"exit_after": True, "port": 0, "out": Path("o"), "seed": 5}),
+        ("serve.demo.command", (), {"exit_after": False, "port": 8000, "out": None, "seed": 0}),
     ]
 
 
 def test_chat_hands_on_its_options(entry):
     assert run("chat").exit_code == run("chat", "roman@2", "--url", "http://h:1").exit_code == 0
     assert entry == [
-        ("serve.cli.chat:main", (), {"url": "http://127.0.0.1:8000", "key": None, "name": None}),
-        ("serve.cli.chat:main", (), {"url": "http://h:1", "key": None, "name": "roman@2"}),
+        ("serve.cli.chat", (), {"url": "http://127.0.0.1:8000", "key": None, "name": None}),
+        ("serve.cli.chat", (), {"url": "http://h:1", "key": None, "name": "roman@2"}),
     ]
 
 
 def test_train_hands_on_its_path(entry):
     assert run("train", "c.toml").exit_code == 0
-    assert entry == [("train.run.command:main", (Path("c.toml"),), {})]
-
-
-def test_export_hands_on_its_options(entry):
-    options = ["--model", "m", "--form", "merged", "--out", "o", "--adapters", "s", "--name", "a@2", "--replace"]
-    assert run("export", *options).exit_code == 0
-    ((target, _, named),) = entry
-    assert target == "jaxlora.peft.export:main"
-    assert (named["model"], named["form"], named["out"], named["folder"]) == ("m", "merged", Path("o"), None)
-    assert (named["store"], named["name"], named["replace"], named["dequantise"]) == (Path("s"), "a@2", True, False)
+    assert entry == [("train.run.command", (Path("c.toml"),), {})]
 
 
 def test_serve_with_a_model_only(entry):
     assert run("serve", "--model", "smollm2").exit_code == 0
-    assert entry == [("serve.server.build:main", (serve_defaults("smollm2", Path("adapters")), None), {})]
+    assert entry == [("serve.server.build", (serve_defaults("smollm2", Path("adapters")), None), {})]
 
 
 def test_serve_options_replace_what_the_file_says(entry):
@@ -141,7 +128,7 @@ def fails_with(monkeypatch, error: BaseException) -> None:
     def main(config_path: Path) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "resolve", lambda target: main)
+    monkeypatch.setattr("train.run.command.main", main)
 
 
 def test_our_error_is_one_line_and_exit_2(monkeypatch):
@@ -157,11 +144,11 @@ def test_another_error_keeps_its_traceback(monkeypatch):
 
 def test_ctrl_c_is_exit_130():
     code = (
-        "import os, signal, time, serve.cli.main as cli\n"
+        "import os, signal, sys, time, types, serve.cli.main as cli\n"
         "def main(path):\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    time.sleep(30)\n"
-        "cli.resolve = lambda target: main\n"
+        "sys.modules['train.run.command'] = types.SimpleNamespace(main=main)\n"
         "cli.main()"
     )
     done = subprocess.run(
@@ -170,19 +157,12 @@ def test_ctrl_c_is_exit_130():
     assert (done.returncode, done.stderr) == (128 + signal.SIGINT, "jaxlora: interrupted\n")
 
 
-def test_resolve_imports_what_is_named(monkeypatch):
-    module = types.ModuleType("train.made_up")
-    module.main = print  # ty: ignore[missing-attribute]
-    monkeypatch.setitem(sys.modules, "train.made_up", module)
-    assert cli.resolve("train.made_up:main") is print
-
-
 def test_neighbours_are_ours():
-    check_neighbours(own_home())
+    cli.check_neighbours(cli.HOME)
 
 
 @pytest.mark.parametrize("kind", ["package", "module"])
-@pytest.mark.parametrize("name", ["train", "serve", "pallas_kernels"])
+@pytest.mark.parametrize("name", cli.NEIGHBOURS)
 def test_a_stranger_is_refused_before_anything_runs(tmp_path, name, kind):
     stranger = tmp_path / name / "__init__.py" if kind == "package" else tmp_path / f"{name}.py"
     stranger.parent.mkdir(exist_ok=True)
@@ -205,7 +185,7 @@ def test_a_stranger_is_refused_before_anything_runs(tmp_path, name, kind):
 def test_a_missing_neighbour_is_refused(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigInvalid, match="no package pallas_kernels was found beside"):
-        check_neighbours(own_home())
+        cli.check_neighbours(cli.HOME)
 
 
 def test_doctor_is_well_here(monkeypatch, tmp_path):
@@ -225,9 +205,9 @@ def test_doctor_counts_what_is_cached(monkeypatch, tmp_path):
 
 def test_doctor_says_what_is_wrong(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "DISTRIBUTIONS", ("no-such-thing",))
-    findings = {f.text.split()[0]: f for f in doctor.report(tmp_path)}
+    findings = {f.text.split()[0]: f for f in doctor.report(tmp_path, cli.check_neighbours)}
     assert (findings["no-such-thing"].ok, findings["neighbours"].ok, findings["devices"].ok) == (False, False, True)
-    monkeypatch.setattr(doctor, "report", lambda home: findings.values())
+    monkeypatch.setattr(doctor, "report", lambda *_: findings.values())
     assert run("doctor").exit_code == 2
 
 
@@ -238,11 +218,10 @@ def test_bench_kernels_hands_on_its_choice(entry):
         ).exit_code
         == 0
     )
-    (sizes, main) = entry
-    assert sizes[0] == "pallas_kernels.bench.cases:Sizes"
-    assert (sizes[2]["rows"], sizes[2]["adapters"]) == (4, 2)
-    assert main[0] == "pallas_kernels.bench.run:main"
-    assert (main[2]["ops"], main[2]["models"], main[2]["as_json"]) == (["a", "b"], ["m"], True)
+    ((module, _, named),) = entry
+    assert module == "pallas_kernels.bench.run"
+    assert (named["sizes"].rows, named["sizes"].adapters) == (4, 2)
+    assert (named["ops"], named["models"], named["as_json"]) == (["a", "b"], ["m"], True)
 
 
 def test_bench_kernels_refuses_in_one_line():

@@ -21,8 +21,8 @@ from fake_backend import BASE
 
 from jaxlora.core.errors import InvalidRequest
 from serve.cli import chat
-from serve.cli.chat_client import AnswerFailed
 from serve.cli.chat_columns import Columns
+from serve.cli.http_client import AnswerFailed
 
 pytest_plugins = ["wire_fixtures"]
 ROOT = Path(__file__).resolve().parents[2]

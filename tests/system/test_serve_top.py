@@ -17,8 +17,7 @@ from jaxlora.core.lora import AdapterRef
 from serve.access.caller import Caller
 from serve.api.openai.routes import ERRORS
 from serve.api.stats import StatsObject, StatsRoutes
-from serve.cli.chat_client import AnswerFailed
-from serve.cli.http_client import server as server_of
+from serve.cli.http_client import AnswerFailed, ApiClient
 from serve.cli.main import app as cli
 from serve.cli.top import look, read, screen
 from serve.runtime.snapshot import JobView, SlotView, Snapshot, TrainingView, WaitView
@@ -176,7 +175,7 @@ def test_no_server_is_told():
 
 
 def test_a_server_that_goes_away_is_told_on_the_screen():
-    with server_of("http://127.0.0.1:9", None) as server:
+    with ApiClient("http://127.0.0.1:9", None) as server:
         assert "no server answers" in str(look(server))
         with pytest.raises(AnswerFailed):
             read(server)

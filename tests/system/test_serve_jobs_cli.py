@@ -1,0 +1,166 @@
+"""`jaxlora jobs` and `jaxlora files`: what they ask of a server, and what they print of its answers."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from fake_backend import serving
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from typer.testing import CliRunner
+
+from serve.api.jobs.schemas import JobBody
+from serve.cli import main as cli
+
+FILE = {
+    "id": "file-1",
+    "status": "processed",
+    "bytes": 3,
+    "created_at": 0,
+    "purpose": "fine-tune",
+    "filename": "t.jsonl",
+}
+JOB = {
+    "id": "ftjob-1",
+    "status": "running",
+    "created_at": 0,
+    "fine_tuned_model": None,
+    "error": None,
+    "progress": {"step": 2, "total_steps": 9, "train_loss": 1.5, "valid_loss": None},
+}
+FAILED = JOB | {"id": "ftjob-2", "status": "failed", "error": {"code": "bad_file", "message": "no examples"}}
+EVENTS = [
+    {"level": "warn", "message": "second", "created_at": 1},
+    {"level": "info", "message": "first", "created_at": 0},
+]
+CHECKPOINT = {"step_number": 4, "fine_tuned_model_checkpoint": "m:4", "metrics": {"step": 4, "train_loss": 0.25}}
+STREAM = "".join(f"data: {json.dumps(event)}\n\n" for event in reversed(EVENTS)) + ": ping\n\ndata: [DONE]\n\n"
+
+
+class Jobs:
+    """Answers as the routes of jobs and files do, and keeps (method, path, body or None)."""
+
+    def __init__(self):
+        self.requests: list[tuple[str, str, object]] = []
+
+    async def __call__(self, path: str, request: Request) -> Response:
+        is_json = request.headers.get("content-type") == "application/json"
+        body = await request.json() if is_json else None
+        self.requests.append((request.method, path, body))
+        if "stream" in request.query_params:
+            return PlainTextResponse(STREAM, media_type="text/event-stream")
+        if path.endswith("/content"):
+            return PlainTextResponse("abc")
+        entries = {
+            "files": [FILE],
+            "fine_tuning/jobs": [JOB, FAILED],
+            "fine_tuning/jobs/ftjob-1/events": EVENTS,
+            "fine_tuning/jobs/ftjob-1/checkpoints": [CHECKPOINT],
+        }
+        if request.method == "GET" and path in entries:  # a page an entry
+            at = int(request.query_params.get("after", 0))
+            page = entries[path][at : at + 1]
+            return JSONResponse({"data": page, "has_more": at + 1 < len(entries[path]), "last_id": str(at + 1)})
+        return JSONResponse(FILE if path.startswith("files") else FAILED if "ftjob-2" in path else JOB)
+
+
+@pytest.fixture
+def server():
+    return Jobs()
+
+
+@pytest.fixture
+def run(server, tmp_path, monkeypatch):
+    """(command, exit code it ends with) → what it prints."""
+    monkeypatch.chdir(tmp_path)
+    app = FastAPI()
+    app.add_api_route("/v1/{path:path}", server.__call__, methods=["GET", "POST", "DELETE"], response_model=None)
+    with serving(app) as url:
+
+        def invoke(command: str, code: int = 0) -> str:
+            result = CliRunner().invoke(cli.app, [*command.split(), "--url", url])
+            assert result.exit_code == code, result.output
+            return result.output
+
+        yield invoke
+
+
+def test_a_job_is_created_with_every_option_and_followed(run, server, tmp_path):
+    (tmp_path / "train.jsonl").write_text("{}")
+    options = (
+        "--heldout file-9 --suffix s --epochs 2 --batch 4 --lr 0.1 --rank 8 --alpha 16 --checkpoint-every 5 --seed 7"
+    )
+    out = run(f"jobs create train.jsonl --model m {options} --follow")
+    uploaded, (method, path, body), _ = server.requests
+    assert (uploaded[:2], method, path) == (("POST", "files"), "POST", "fine_tuning/jobs")
+    assert body == {
+        "model": "m",
+        "training_file": "file-1",
+        "validation_file": "file-9",
+        "suffix": "s",
+        "seed": 7,
+        "method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": 4}}},
+        "lora": {"r": 8, "alpha": 16.0},
+        "learning_rate": 0.1,
+        "checkpoint_every": 5,
+    }
+    JobBody.model_validate(body)
+    assert [line.split()[-1] for line in out.splitlines()] == ["-", "first", "second"]
+    assert "ftjob-1  running                 2/9  loss 1.5000" in out
+
+
+def test_options_that_are_not_given_are_not_sent(run, server):
+    run("jobs create file-9 --model m --method dpo --steps 3")
+    ((_, _, body),) = server.requests
+    method = {"type": "dpo", "dpo": {"hyperparameters": {}}}
+    assert body == {"model": "m", "training_file": "file-9", "method": method, "max_steps": 3}
+    JobBody.model_validate(body)
+
+
+@pytest.mark.parametrize(
+    ("command", "request_", "words"),
+    [
+        ("jobs cancel ftjob-1", ("POST", "fine_tuning/jobs/ftjob-1/cancel"), "ftjob-1 is cancelled\n"),
+        ("jobs pause ftjob-1", ("POST", "fine_tuning/jobs/ftjob-1/pause"), "ftjob-1 is paused\n"),
+        ("jobs resume ftjob-1", ("POST", "fine_tuning/jobs/ftjob-1/resume"), "ftjob-1 is in line again\n"),
+        ("jobs show ftjob-2", ("GET", "fine_tuning/jobs/ftjob-2"), "\nbad_file: no examples\n"),
+        ("jobs checkpoints ftjob-1", ("GET", "fine_tuning/jobs/ftjob-1/checkpoints"), "m:4  train_loss 0.2500\n"),
+        ("files show file-1", ("GET", "files/file-1"), "fine-tune  t.jsonl\n"),
+        ("files list", ("GET", "files"), "fine-tune  t.jsonl\n"),
+        ("files delete file-1", ("DELETE", "files/file-1"), "deleted file-1\n"),
+    ],
+    ids=lambda x: x.replace(" ", "-") if isinstance(x, str) else "",
+)
+def test_a_command_is_one_request_and_a_line(run, server, command, request_, words):
+    assert run(command).endswith(words)
+    assert [r[:2] for r in server.requests] == [request_]
+
+
+def test_lists_are_read_to_their_end(run):
+    assert [line.split()[0] for line in run("jobs list").splitlines()] == ["ftjob-1", "ftjob-2"]
+    assert [json.loads(line)["id"] for line in run("jobs list --json").splitlines()] == ["ftjob-1", "ftjob-2"]
+
+
+def test_events_are_printed_the_oldest_first(run):
+    for command in ("jobs events ftjob-1", "jobs events ftjob-1 --follow"):
+        assert [line.split("  ")[1] for line in run(command).splitlines()] == ["first", "warn: second"]
+
+
+def test_a_file_is_fetched_under_its_name_and_replaces_none(run, tmp_path):
+    assert run("files download file-1") == "wrote file-1 into t.jsonl\n"
+    assert [p.name for p in tmp_path.iterdir()] == ["t.jsonl"]
+    assert (tmp_path / "t.jsonl").read_text() == "abc"
+    assert run("files download file-1", 2) == "jaxlora: t.jsonl exists; name another file with --out\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("files upload nowhere", "nowhere is no file; give a JSONL file"),
+        ("jobs show ..", "'..' is no id"),
+    ],
+)
+def test_what_is_wrong_is_told_before_the_server_is_asked(run, server, command, words):
+    assert run(command, 2) == f"jaxlora: {words}\n"
+    assert server.requests == []
