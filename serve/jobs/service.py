@@ -141,7 +141,7 @@ class JobService:
             adapter=adapter_name(id),
             request=request,
             resolved=resolved,
-            metadata={str(k): str(v) for k, v in metadata.items()} if isinstance(metadata, Mapping) else {},
+            labels={str(k): str(v) for k, v in metadata.items()} if isinstance(metadata, Mapping) else {},
             created_s=time.time(),
         )
         first = NewEvent(time_s=time.time(), level="info", kind="message", message=f"Created fine-tuning job: {id}")

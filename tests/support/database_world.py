@@ -27,7 +27,7 @@ def job_record(id="ftjob-1", tenant="acme", *, created_s=1.0, metadata=None, **c
         adapter="support",
         request={"model": "org/base", "odd": "\ud800\u0000ü", "seed": None, "nested": {"list": [1, 2.5, True]}},
         resolved={"n_epochs": 3},
-        metadata=metadata or {},
+        labels=metadata or {},
         created_s=created_s,
         **changes,
     )

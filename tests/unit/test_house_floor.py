@@ -59,7 +59,6 @@ ONLY_IN = {  # somebody else's package → the only folders or files that import
     "pydantic": ("jaxlora/config/toml.py", "serve/api/", "serve/http/schema.py"),
     "python_multipart": ("serve/http/multipart.py",),
     "sqlalchemy": ("serve/db/",),
-    "sqlmodel": ("serve/db/",),
     "structlog": ("serve/observability/logs.py",),
     "typer": ("serve/cli/",),
 }

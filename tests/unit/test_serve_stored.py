@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 from database_world import checkpoint_record, event, file_record, gradient_record, job_record, key_record
+from sqlalchemy import inspect
 
 from jaxlora.core.errors import InvalidRequest, NotFound, QuotaExceeded, StateInvalid, Unavailable
 from serve.db.files import StoredFiles
@@ -99,7 +100,7 @@ class TestFiles:
 
     def test_deleted_is_gone_for_clients_and_waits_for_its_bytes_to_go(self, files):
         files.insert(file_record(), most_bytes=None)
-        assert files.delete("file-1", "acme", NOW) == file_record()
+        assert files.delete("file-1", "acme", NOW) == replace(file_record(), deleted_s=NOW)
         with pytest.raises(NotFound):
             files.get("file-1", "acme", NOW)
         with pytest.raises(NotFound):
@@ -129,6 +130,16 @@ class TestFiles:
         jobs.save(replace(job_record(), status="cancelled"))
         assert [f.id for f in files.removable(50.0)] == ["file-1"]
         files.delete("file-1", "acme", 2.0)
+
+    def test_a_record_is_of_its_moment(self, files):
+        """What was handed out or in is no row of a session: no later write reaches it."""
+        given = file_record()
+        files.insert(given, most_bytes=None)
+        found = files.get("file-1", None, NOW)
+        files.judge("file-1", "processed", None)
+        assert (given.status, found.status) == ("uploaded", "uploaded")
+        assert (inspect(given).transient, inspect(found).detached) == (True, True)
+        assert inspect(found).unloaded == set()
 
     def test_check_is_kept_and_what_was_not_checked_is_known(self, files):
         files.insert(file_record("file-1"), most_bytes=None)

@@ -43,7 +43,7 @@ def job_object(record: JobRecord, names: JobNames) -> JsonObject:
         "hyperparameters": numbers,
         "method": {"type": kind, str(kind): {"hyperparameters": numbers | beta}},
         "integrations": [],
-        "metadata": dict(record.metadata) or None,
+        "metadata": dict(record.labels) or None,
         "estimated_finish": None,
         "lora": resolved.get("spec"),
         "learning_rate": resolved.get("learning_rate"),
