@@ -10,7 +10,8 @@ from sqlalchemy.sql import ColumnElement
 
 from jaxlora.core.errors import QuotaExceeded, StateInvalid
 from serve.db.database import Database
-from serve.db.models import ENDED, FileRecord, FileStatus, JobFileRecord, JobRecord, Objects, Page
+from serve.db.models import FileRecord, FileStatus, JobFileRecord, JobRecord, Objects, Page
+from train.jobs.status import ENDED
 
 FILES = Objects("file", FileRecord)
 

@@ -13,7 +13,6 @@ from jaxlora.core.errors import InvalidRequest, QuotaExceeded
 from serve.db.database import Database
 from serve.db.files import FILES, there
 from serve.db.models import (
-    ENDED,
     ID,
     CheckpointRecord,
     EventRecord,
@@ -24,6 +23,7 @@ from serve.db.models import (
     Page,
     new_id,
 )
+from train.jobs.status import ENDED
 
 JOBS = Objects("job", JobRecord)
 # What a job is and what it was asked never changes; all else does.

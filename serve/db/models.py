@@ -33,15 +33,14 @@ from sqlalchemy.sql import ColumnElement
 from sqlalchemy.types import TypeDecorator
 
 from jaxlora.core.errors import InvalidRequest, NotFound
+from train.jobs.status import JobStatus
 
 type Json = bool | int | float | str | list[Json] | dict[str, Json] | None
 type JsonObject = dict[str, Json]
 
 Role = Literal["admin", "tenant"]
 FileStatus = Literal["uploaded", "processed", "error"]
-JobStatus = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
 Level = Literal["info", "warn", "error"]
-ENDED: tuple[JobStatus, ...] = ("succeeded", "failed", "cancelled")
 ID = re.compile(r"[A-Za-z0-9_.:-]{1,100}")  # what no database chokes on; no other text can be an id of ours
 
 
@@ -65,6 +64,21 @@ class JsonText(TypeDecorator[Json]):
         return None if value is None else json.loads(value)
 
 
+class StatusText(TypeDecorator[JobStatus]):
+    """The status of a job as its word."""
+
+    impl = String
+    cache_ok = True
+
+    def process_bind_param(self, value: JobStatus | None, dialect: Dialect) -> str | None:
+        """To the database."""
+        return None if value is None else value.value
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> JobStatus | None:
+        """From it."""
+        return None if value is None else JobStatus(value)
+
+
 class Table(MappedAsDataclass, DeclarativeBase, kw_only=True):
     """A table whose rows are dataclasses."""
 
@@ -74,7 +88,7 @@ class Table(MappedAsDataclass, DeclarativeBase, kw_only=True):
         dict[str, str]: JsonText,
         Role: String,
         FileStatus: String,
-        JobStatus: String,
+        JobStatus: StatusText,
         Level: String,
     }
 
@@ -126,7 +140,7 @@ class JobRecord(Owned):
     request: Mapped[JsonObject]
     resolved: Mapped[JsonObject]
     labels: Mapped[dict[str, str]] = mapped_column("metadata")  # a client's own; `metadata` is SQLAlchemy's on a table
-    status: Mapped[JobStatus] = mapped_column(index=True, default="validating_files")
+    status: Mapped[JobStatus] = mapped_column(index=True, default=JobStatus.VALIDATING_FILES)
     started_s: Mapped[float | None] = mapped_column(default=None)
     finished_s: Mapped[float | None] = mapped_column(default=None)
     progress: Mapped[JsonObject] = mapped_column(default_factory=dict)

@@ -22,8 +22,9 @@ from jaxlora.model.lora_pool import Rows
 from serve.runtime.device_thread import DeviceThread
 from serve.runtime.live_training import KEEP_VERSIONS, PUBLISH
 from train.data.examples import Example
-from train.jobs.job import Job, JobEvent, JobRequest, Progress, State, said
+from train.jobs.job import Job, JobEvent, JobRequest, Progress, said
 from train.jobs.runner import Jobs
+from train.jobs.status import JobStatus
 from train.step.optimizer import Optimizer
 from train.step.state import SlotState
 from train.trainer import FIRST_PART, StepReport
@@ -36,7 +37,7 @@ class JobNews:
     """What is to be stored of a job in which something happened: where it stands, and its new events."""
 
     id: str
-    state: State
+    state: JobStatus
     code: str | None
     reason: str | None
     finished_s: float | None
@@ -198,7 +199,7 @@ class LiveJobs:
 
     def pause(self, owner: str, id: str) -> None:
         """The job gives its slot up; what it has learned is a version.  Raises NotFound, StateInvalid."""
-        self._leave(self.jobs.get(owner, id), "paused")
+        self._leave(self.jobs.get(owner, id), JobStatus.PAUSED)
         self.jobs.pause(owner, id)
         self._tell()
         self.poke()
@@ -211,12 +212,12 @@ class LiveJobs:
 
     def cancel(self, owner: str, id: str) -> None:
         """The job ends; what it has learned is a version.  Raises NotFound, StateInvalid."""
-        self._leave(self.jobs.get(owner, id), "cancelled")
+        self._leave(self.jobs.get(owner, id), JobStatus.CANCELLED)
         self.jobs.cancel(owner, id)
         self._tell()
         self.poke()
 
-    def _leave(self, job: Job, to: State) -> None:
+    def _leave(self, job: Job, to: JobStatus) -> None:
         """Publishes what a job has learned before it goes."""
         live = self._live.get(job.id)
         if live is None or job.state == to or job.final:
@@ -224,7 +225,7 @@ class LiveJobs:
         job.check_move(to)
         if not live.publish or job.progress.step < live.step or job.progress.step == 0:
             return
-        stays = to == "cancelled" or self._may_stay(job)  # what a cancelled job has learned is its result
+        stays = to is JobStatus.CANCELLED or self._may_stay(job)  # what a cancelled job has learned is its result
         if live.newest is not None and job.progress.step == live.step:
             if live.newest.version not in live.kept and stays:  # made for `latest`; now it stays
                 self._is_published(job, live.newest, checkpoint=True)

@@ -14,10 +14,11 @@ from dataclasses import asdict, replace
 from jaxlora.core.errors import JaxLoraError, StorageFull, Unavailable
 from jaxlora.core.lora import AdapterRef
 from serve.db.jobs import StoredJobs
-from serve.db.models import ENDED, CheckpointRecord, JobRecord, JsonObject, NewEvent, new_id
+from serve.db.models import CheckpointRecord, JobRecord, JsonObject, NewEvent, new_id
 from serve.jobs.live_jobs import JobNews, Published
 from serve.runtime.catalog import JobNames
 from train.jobs.job import JobEvent
+from train.jobs.status import ENDED, JobStatus
 
 LOG = logging.getLogger("serve")
 RETRY_S = 1.0  # before a write that failed is tried again
@@ -117,9 +118,9 @@ class JobRecorder:
         if record is None:
             return
         progress: JsonObject = {**record.progress, **renamed(news.numbers), **asdict(news.progress)}
-        stopped = news.state in ("failed", "paused") and news.code is not None
+        stopped = news.state in (JobStatus.FAILED, JobStatus.PAUSED) and news.code is not None
         started = record.started_s
-        if started is None and news.state == "running":
+        if started is None and news.state is JobStatus.RUNNING:
             started = next((e.time_s for e in news.events if e.message.startswith("running")), None)
         total = record.resolved.get("total_steps")
         self._store(

@@ -34,7 +34,7 @@ from jaxlora.model.lora_pool import adapter_bytes
 from serve.access.adapter_quota import AdapterQuota
 from serve.access.caller import Caller
 from serve.db.jobs import StoredJobs
-from serve.db.models import ENDED, EventRecord, FileRecord, JobRecord, JobStatus, JsonObject, NewEvent, new_id
+from serve.db.models import EventRecord, FileRecord, JobRecord, JsonObject, NewEvent, new_id
 from serve.jobs import resolve
 from serve.jobs.live_jobs import LiveJobs, Published
 from serve.jobs.recorder import JobRecorder
@@ -42,15 +42,12 @@ from serve.jobs.resolve import Resolved
 from serve.runtime.catalog import JobNames, adapter_name, short_id
 from train.data.examples import Unit
 from train.jobs.job import said
+from train.jobs.status import ENDED, JobStatus, check_move
 
 LOG = logging.getLogger("serve")
 INTAKE_THREADS = 2
 RETRY_S = 5.0  # when the database or object storage does not answer
 EVENTS_AT_ONCE = 1000  # read when a result file is written
-MOVES: Mapping[JobStatus, tuple[JobStatus, ...]] = {  # for jobs that the device thread does not know
-    "validating_files": ("cancelled",),
-    "paused": ("queued", "cancelled"),
-}
 
 CSV_HEADER = "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
 CSV_COLUMNS = ("step", "train_loss", "train_mean_token_accuracy", "valid_loss", "valid_mean_token_accuracy")
@@ -154,13 +151,17 @@ class JobService:
 
         Raises NotFound; StateInvalid where it cannot go there.
         """
-        record = self.stored.get(id, caller.sees)
-        moves = {"paused": self.live.pause, "queued": self.live.resume, "cancelled": self.live.cancel}
-        try:
-            self.live.runner.call(lambda: moves[to](record.tenant, id))
-        except NotFound:  # not there yet, not there any more, or paused by an earlier process
-            with self._deciding:
-                self._move_stored(record, to)
+        owner = self.stored.get(id, caller.sees).tenant
+        moves = {
+            JobStatus.PAUSED: self.live.pause,
+            JobStatus.QUEUED: self.live.resume,
+            JobStatus.CANCELLED: self.live.cancel,
+        }
+        with self._deciding:
+            try:
+                self.live.runner.call(lambda: moves[to](owner, id))
+            except NotFound:  # not there yet, not there any more, or paused by an earlier process
+                self._move_stored(id, to)
         self.recorder.flush()
         return self.stored.get(id, caller.sees)
 
@@ -170,7 +171,7 @@ class JobService:
         for id in self.live.jobs.states.stored() - {record.id for record in unfinished}:
             self.live.jobs.states.discard(id)
         for record in unfinished:
-            if record.status == "paused":
+            if record.status is JobStatus.PAUSED:
                 self.recorder.register(record)
             else:
                 self._begin(record)
@@ -280,7 +281,7 @@ class JobService:
             id,
             lambda now: replace(
                 now,
-                status="failed",
+                status=JobStatus.FAILED,
                 finished_s=time.time(),
                 error={
                     "code": code,
@@ -291,22 +292,27 @@ class JobService:
             event,
         )
 
-    def _move_stored(self, record: JobRecord, to: JobStatus) -> None:
+    def _move_stored(self, id: str, to: JobStatus) -> None:
         """Moves a job that the device thread does not know.  Raises StateInvalid."""
         self.recorder.flush()
-        record = self.stored.get(record.id, None)
-        if record.status == to or (to == "queued" and record.status in ("validating_files", "running")):
+        record = self.stored.get(id, None)
+        being_read = (JobStatus.VALIDATING_FILES, JobStatus.QUEUED, JobStatus.RUNNING)
+        if record.status == to or (to is JobStatus.QUEUED and record.status in being_read):
             return
-        if to not in MOVES.get(record.status, ()):
-            possible = " or ".join(MOVES.get(record.status, ())) or "nothing else"
-            raise StateInvalid(f"job {record.id} is {record.status} and cannot become {to}; it may become {possible}")
-        if to == "queued":
+        check_move(id, record.status, to)
+        if to is JobStatus.PAUSED:
+            raise StateInvalid(
+                f"the files of job {id} are being read, so it cannot be paused yet; ask again, or cancel it"
+            )
+        if to is JobStatus.QUEUED:
             self._begin(record)
             event = NewEvent(time_s=time.time(), level="info", kind="message", message="queued: resumed")
-            self.recorder.change(record.id, lambda now: replace(now, status="queued", error=None), event)
+            self.recorder.change(record.id, lambda now: replace(now, status=JobStatus.QUEUED, error=None), event)
             return
         event = NewEvent(time_s=time.time(), level="info", kind="message", message="cancelled: its owner asked for it")
-        self.recorder.change(record.id, lambda now: replace(now, status="cancelled", finished_s=time.time()), event)
+        self.recorder.change(
+            record.id, lambda now: replace(now, status=JobStatus.CANCELLED, finished_s=time.time()), event
+        )
 
     # ---- ends -----------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from jaxlora.storage.remote_states import StateCopies
 from serve.access.adapter_quota import AdapterQuota
 from serve.db.database import Database
 from serve.db.jobs import StoredJobs
-from serve.db.models import ENDED, JobRecord
+from serve.db.models import JobRecord
 from serve.jobs.live_jobs import JobNews, JobShelf, LiveJobs, Published
 from serve.jobs.on_demand import Tuner
 from serve.jobs.scoring import Scorer
@@ -30,6 +30,7 @@ from serve.runtime.snapshot import training_view
 from train.jobs.job import JobsConfig
 from train.jobs.runner import Jobs
 from train.jobs.states import Parking
+from train.jobs.status import ENDED
 from train.step.microsteps import small_parts
 from train.trainer import Trainer
 

@@ -10,7 +10,8 @@ from jobs_world import request
 from train_world import examples
 
 from jaxlora.core.errors import InvalidRequest, StateInvalid
-from train.jobs.job import NEXT, EventLog, Job, JobsConfig, Progress
+from train.jobs.job import EventLog, Job, JobsConfig, Progress
+from train.jobs.status import NEXT
 
 LEGAL = {  # written out a second time, from the table of the fine-tuning wire, and our time slices and late failures
     ("validating_files", "queued"),

@@ -13,6 +13,7 @@ from serve.db.idempotency import StoredAnswers
 from serve.db.jobs import StoredJobs
 from serve.db.keys import StoredKeys
 from serve.db.models import StoredAnswer
+from train.jobs.status import JobStatus
 
 pytest_plugins = ["database_fixtures"]
 NOW = 100.0
@@ -100,12 +101,13 @@ class TestFiles:
 
     def test_deleted_is_gone_for_clients_and_waits_for_its_bytes_to_go(self, files):
         files.insert(file_record(), most_bytes=None)
-        assert files.delete("file-1", "acme", NOW) == replace(file_record(), deleted_s=NOW)
+        deleted = replace(file_record(), deleted_s=NOW)
+        assert files.delete("file-1", "acme", NOW) == deleted
         with pytest.raises(NotFound):
             files.get("file-1", "acme", NOW)
         with pytest.raises(NotFound):
             files.delete("file-1", "acme", NOW)
-        assert files.removable(NOW) == [file_record()]
+        assert files.removable(NOW) == [deleted]
         assert files.known() == {"file-1"}
         files.forget("file-1")
         assert files.removable(NOW) == []
@@ -127,7 +129,7 @@ class TestFiles:
         with pytest.raises(StateInvalid, match="ftjob-1"):
             files.delete("file-1", "acme", 2.0)
         assert files.removable(50.0) == []
-        jobs.save(replace(job_record(), status="cancelled"))
+        jobs.save(replace(job_record(), status=JobStatus.CANCELLED))
         assert [f.id for f in files.removable(50.0)] == ["file-1"]
         files.delete("file-1", "acme", 2.0)
 
@@ -165,7 +167,9 @@ class TestJobs:
 
     def test_state_events_and_checkpoints_are_saved_together(self, jobs):
         jobs.insert(job_record(), events=[event("created")])
-        running = replace(job_record(), status="running", started_s=2.0, progress={"step": 10}, error={"code": "x"})
+        running = replace(
+            job_record(), status=JobStatus.RUNNING, started_s=2.0, progress={"step": 10}, error={"code": "x"}
+        )
         made = jobs.save(running, events=[event("step"), event("best")], checkpoints=[checkpoint_record(1)])
         assert [e.seq for e in made] == [2, 3]
         assert jobs.get("ftjob-1", None) == replace(running, next_seq=4)
@@ -178,7 +182,7 @@ class TestJobs:
         before = jobs.get("ftjob-1", None)
         twin = replace(checkpoint_record(1), step=11)
         with pytest.raises(Exception, match=r"(?i)unique"):
-            jobs.save(replace(before, status="running"), events=[event("x")], checkpoints=[twin])
+            jobs.save(replace(before, status=JobStatus.RUNNING), events=[event("x")], checkpoints=[twin])
         assert jobs.get("ftjob-1", None) == before
         assert jobs.events_since("ftjob-1", None, 0, limit=9) == []
 
@@ -235,7 +239,7 @@ class TestJobs:
         with pytest.raises(QuotaExceeded):
             jobs.insert(job_record("ftjob-3"), most=1)
         assert [j.id for j in jobs.unfinished() if j.tenant == "acme"] == ["ftjob-1"]
-        jobs.save(replace(job_record("ftjob-1"), status="failed"))
+        jobs.save(replace(job_record("ftjob-1"), status=JobStatus.FAILED))
         jobs.insert(job_record("ftjob-3", created_s=0.0), most=1)
         assert [j.id for j in jobs.unfinished()] == ["ftjob-3", "ftjob-2"]
 

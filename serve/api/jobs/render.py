@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from serve.db.models import ENDED, CheckpointRecord, EventRecord, JobRecord, JsonObject, Page
+from serve.db.models import CheckpointRecord, EventRecord, JobRecord, JsonObject, Page
 from serve.runtime.catalog import JobNames
+from train.jobs.status import ENDED
 
 CHECKPOINT_METRICS = (
     "step",
