@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -33,6 +34,7 @@ from sqlalchemy.sql import ColumnElement
 from sqlalchemy.types import TypeDecorator
 
 from jaxlora.core.errors import InvalidRequest, NotFound
+from serve.db.job_spec import JobSpec, Resolved
 from train.jobs.status import JobStatus
 
 type Json = bool | int | float | str | list[Json] | dict[str, Json] | None
@@ -79,6 +81,26 @@ class StatusText(TypeDecorator[JobStatus]):
         return None if value is None else JobStatus(value)
 
 
+class JsonOf[Value](TypeDecorator[Value]):
+    """A value as its JSON."""
+
+    impl = JsonText
+    cache_ok = True
+
+    def __init__(self, encode: Callable[[Value], Json], decode: Callable[[JsonObject], Value]):
+        """encode, decode: each other's inverse."""
+        super().__init__()
+        self.encode, self.decode = encode, decode
+
+    def process_bind_param(self, value: Value | None, dialect: Dialect) -> Json:
+        """To the database."""
+        return None if value is None else self.encode(value)
+
+    def process_result_value(self, value: JsonObject | None, dialect: Dialect) -> Value | None:
+        """From it."""
+        return None if value is None else self.decode(value)
+
+
 class Table(MappedAsDataclass, DeclarativeBase, kw_only=True):
     """A table whose rows are dataclasses."""
 
@@ -89,6 +111,8 @@ class Table(MappedAsDataclass, DeclarativeBase, kw_only=True):
         Role: String,
         FileStatus: String,
         JobStatus: StatusText,
+        JobSpec: JsonOf(JobSpec.to_json, JobSpec.from_json),
+        Resolved: JsonOf(Resolved.to_json, Resolved.from_json),
         Level: String,
     }
 
@@ -131,14 +155,14 @@ class FileRecord(Owned):
 
 
 class JobRecord(Owned):
-    """A fine-tuning job, ftjob-….  `request` is what the API got, `resolved` the same with all values filled in."""
+    """A fine-tuning job, ftjob-….  `request` is what a client asked, `resolved` what the server decided."""
 
     __tablename__ = "jobs"
     __table_args__ = (Index("jobs_in_order", "tenant", "created_s", "id"),)
 
     adapter: Mapped[str]  # name of what it makes
-    request: Mapped[JsonObject]
-    resolved: Mapped[JsonObject]
+    request: Mapped[JobSpec]
+    resolved: Mapped[Resolved]
     labels: Mapped[dict[str, str]] = mapped_column("metadata")  # a client's own; `metadata` is SQLAlchemy's on a table
     status: Mapped[JobStatus] = mapped_column(index=True, default=JobStatus.VALIDATING_FILES)
     started_s: Mapped[float | None] = mapped_column(default=None)

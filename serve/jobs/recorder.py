@@ -122,7 +122,7 @@ class JobRecorder:
         started = record.started_s
         if started is None and news.state is JobStatus.RUNNING:
             started = next((e.time_s for e in news.events if e.message.startswith("running")), None)
-        total = record.resolved.get("total_steps")
+        plan = record.resolved.plan
         self._store(
             replace(
                 record,
@@ -132,7 +132,7 @@ class JobRecorder:
                 progress=progress,
                 error={"code": news.code, "message": news.reason, "param": None} if stopped else None,
             ),
-            [told(event, total if isinstance(total, int) else None) for event in news.events],
+            [told(event, None if plan is None else plan.total_steps) for event in news.events],
             [],
         )
 

@@ -152,8 +152,7 @@ def make_job_host(
 def know_names(names: JobNames, stored: StoredJobs) -> None:
     """Has the names of all jobs that there ever were mean what they have made."""
     for record, checkpoints in stored.history():
-        suffix = record.request.get("suffix")
-        names.add(record.id, record.tenant, suffix if isinstance(suffix, str) else "")
+        names.add(record.id, record.tenant, record.request.suffix or "")
         for checkpoint in checkpoints:
             final = checkpoint.version == record.progress.get("final_version")
             names.checkpoint(record.id, checkpoint.step, checkpoint.version, final=final)

@@ -1,5 +1,6 @@
 """What the database keeps of keys, files, jobs, Gradient's adapters and answers, and who sees it."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -7,9 +8,11 @@ from database_world import checkpoint_record, event, file_record, gradient_recor
 from sqlalchemy import inspect
 
 from jaxlora.core.errors import InvalidRequest, NotFound, QuotaExceeded, StateInvalid, Unavailable
+from jaxlora.core.lora import AdapterRef, LoraSpec
 from serve.db.files import StoredFiles
 from serve.db.gradient import StoredGradient
 from serve.db.idempotency import StoredAnswers
+from serve.db.job_spec import EarlyStopping, Hyperparameters, JobSpec, LoraChoice, Resolved
 from serve.db.jobs import StoredJobs
 from serve.db.keys import StoredKeys
 from serve.db.models import StoredAnswer
@@ -253,6 +256,58 @@ class TestJobs:
         jobs.insert(job_record())
         assert jobs.events_since("ftjob-1", None, 0, limit=9) == []
         assert ids(jobs.checkpoints("ftjob-1", None, after=None, limit=9)) == []
+
+
+ASKED = {  # as earlier programs stored a body: with its nulls, its "auto"s and what asks for nothing
+    "model": "org/base",
+    "training_file": "file-1",
+    "validation_file": None,
+    "method": {"type": "dpo", "dpo": {"hyperparameters": {"n_epochs": "auto", "batch_size": 4, "beta": 1}}},
+    "lora": {"r": 8, "target_modules": "all-linear", "init": "default"},
+    "betas": [0.9, 0.95],
+    "integrations": [],
+    "seed": 0,
+    "early_stopping": {"metric": "valid_loss", "patience": 3},
+    "metadata": {"mode": "auto"},
+    "evaluation": {"file": "file-2", "metrics": ["regex"], "samples": None},
+    "publish": False,
+}
+DECIDED = {
+    **{"seed": 7, "start": ["acme", "support", 2], "method": "dpo", "beta": 0.1, "n_epochs": 3, "batch_size": 4},
+    **{"learning_rate_multiplier": 1.0, "learning_rate": 1e-4, "lr_schedule": "linear", "warmup_steps": 0},
+    **{"weight_decay": 0.0, "max_grad_norm": 1.0, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "total_steps": 30},
+    **{"checkpoint_every": 10, "eval_every": None, "weight": 1.0, "publish": True, "patience": None},
+    **{"min_delta": 0.0, "keep_best": False},
+    "spec": {"rank": 2, "alpha": 4.0, "targets": ["q_proj"], "rslora": True, "dropout": 0.0, "exceptions": []},
+}
+
+
+class TestJobSpec:
+    def test_what_was_asked_is_read(self):
+        asked = JobSpec.from_json(ASKED)
+        assert asked.method_name == "dpo"
+        assert asked.numbers == Hyperparameters(batch_size=4, beta=1.0)
+        assert asked.lora == LoraChoice(r=8)
+        assert (asked.seed, asked.betas, asked.publish, asked.keep_best) == (0, (0.9, 0.95), False, None)
+        assert asked.early_stopping == EarlyStopping(patience=3)
+        assert asked.metadata == {"mode": "auto"}
+        assert asked.files == ["file-1", "file-2"]
+        assert JobSpec.from_json(asked.to_json()) == asked
+
+    def test_hyperparameters_in_their_old_place_are_read(self):
+        asked = JobSpec.from_json({"model": "m", "training_file": "f", "hyperparameters": {"n_epochs": 2}})
+        assert (asked.method_name, asked.numbers) == ("supervised", Hyperparameters(n_epochs=2))
+
+    def test_what_was_decided_is_read_and_stored_as_it_was(self):
+        found = Resolved.from_json(DECIDED)
+        assert (found.seed, found.start) == (7, AdapterRef("acme", "support", 2))
+        assert found.plan is not None
+        assert (found.plan.spec, found.plan.total_steps) == (
+            LoraSpec(rank=2, alpha=4.0, targets=("q_proj",), rslora=True, dropout=0.0),
+            30,
+        )
+        assert json.loads(json.dumps(found.to_json())) == DECIDED
+        assert Resolved.from_json({"seed": 7}) == Resolved(seed=7)
 
 
 class TestGradient:

@@ -25,6 +25,7 @@ from serve.api.jobs.schemas import (
     JobsQuery,
     PageQuery,
 )
+from serve.db.job_spec import JobSpec
 from serve.db.models import JobRecord, JsonObject
 from serve.http.errors import ERRORS, WRITE_ERRORS, error_body
 from serve.http.idempotency import Once
@@ -66,9 +67,10 @@ class JobsRoutes:
         refuse_unbuilt(body)
         self._limiter.admit(caller_of(request).owner, tokens=0)
         asked = body.model_dump(mode="json", exclude_unset=True)
+        spec = JobSpec.from_json(asked)
 
         async def make() -> JsonObject:
-            return self._object(await asyncio.to_thread(self._service.create, caller_of(request), asked))
+            return self._object(await asyncio.to_thread(self._service.create, caller_of(request), spec))
 
         return await self._once.answer(request, asked, make)
 
