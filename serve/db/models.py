@@ -51,54 +51,36 @@ def new_id(prefix: str) -> str:
     return prefix + secrets.token_hex(16)
 
 
-class JsonText(TypeDecorator[Json]):
-    """JSON in a text column: ASCII, as PostgreSQL holds neither NUL nor lone surrogates otherwise."""
+class Encoded[Value](TypeDecorator[Value]):
+    """A value as text."""
 
     impl = Text
     cache_ok = True
 
-    def process_bind_param(self, value: Json, dialect: Dialect) -> str | None:
-        """To the database."""
-        return None if value is None else json.dumps(value, allow_nan=False, separators=(",", ":"))
-
-    def process_result_value(self, value: str | None, dialect: Dialect) -> Json:
-        """From it."""
-        return None if value is None else json.loads(value)
-
-
-class StatusText(TypeDecorator[JobStatus]):
-    """The status of a job as its word."""
-
-    impl = String
-    cache_ok = True
-
-    def process_bind_param(self, value: JobStatus | None, dialect: Dialect) -> str | None:
-        """To the database."""
-        return None if value is None else value.value
-
-    def process_result_value(self, value: str | None, dialect: Dialect) -> JobStatus | None:
-        """From it."""
-        return None if value is None else JobStatus(value)
-
-
-class JsonOf[Value](TypeDecorator[Value]):
-    """A value as its JSON."""
-
-    impl = JsonText
-    cache_ok = True
-
-    def __init__(self, encode: Callable[[Value], Json], decode: Callable[[JsonObject], Value]):
+    def __init__(self, encode: Callable[[Value], str], decode: Callable[[str], Value]):
         """encode, decode: each other's inverse."""
         super().__init__()
         self.encode, self.decode = encode, decode
 
-    def process_bind_param(self, value: Value | None, dialect: Dialect) -> Json:
+    def process_bind_param(self, value: Value | None, dialect: Dialect) -> str | None:
         """To the database."""
         return None if value is None else self.encode(value)
 
-    def process_result_value(self, value: JsonObject | None, dialect: Dialect) -> Value | None:
+    def process_result_value(self, value: str | None, dialect: Dialect) -> Value | None:
         """From it."""
         return None if value is None else self.decode(value)
+
+
+class Word[Value](Encoded[Value]):
+    """A value as a short text."""
+
+    impl = String
+    cache_ok = True
+
+
+def to_json(value: Json) -> str:
+    """ASCII, as PostgreSQL holds neither NUL nor lone surrogates otherwise."""
+    return json.dumps(value, allow_nan=False, separators=(",", ":"))
 
 
 class Table(MappedAsDataclass, DeclarativeBase, kw_only=True):
@@ -106,13 +88,13 @@ class Table(MappedAsDataclass, DeclarativeBase, kw_only=True):
 
     type_annotation_map: ClassVar = {
         float: Double,
-        JsonObject: JsonText,
-        dict[str, str]: JsonText,
+        JsonObject: Encoded(to_json, json.loads),
+        dict[str, str]: Encoded(to_json, json.loads),
         Role: String,
         FileStatus: String,
-        JobStatus: StatusText,
-        JobSpec: JsonOf(JobSpec.to_json, JobSpec.from_json),
-        Resolved: JsonOf(Resolved.to_json, Resolved.from_json),
+        JobStatus: Word(str, JobStatus),
+        JobSpec: Encoded(lambda spec: to_json(spec.to_json()), lambda text: JobSpec.from_json(json.loads(text))),
+        Resolved: Encoded(lambda value: to_json(value.to_json()), lambda text: Resolved.from_json(json.loads(text))),
         Level: String,
     }
 

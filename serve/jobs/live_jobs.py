@@ -40,6 +40,7 @@ class JobNews:
     state: JobStatus
     code: str | None
     reason: str | None
+    started_s: float | None  # in this process
     finished_s: float | None
     progress: Progress
     numbers: Mapping[str, float]  # of its newest step and held-out loss
@@ -321,6 +322,7 @@ class LiveJobs:
                 state=job.state,
                 code=job.code,
                 reason=job.reason,
+                started_s=job.started_s,
                 finished_s=job.finished_s,
                 progress=replace(job.progress),
                 numbers=dict(job.numbers),

@@ -119,15 +119,12 @@ class JobRecorder:
             return
         progress: JsonObject = {**record.progress, **renamed(news.numbers), **asdict(news.progress)}
         stopped = news.state in (JobStatus.FAILED, JobStatus.PAUSED) and news.code is not None
-        started = record.started_s
-        if started is None and news.state is JobStatus.RUNNING:
-            started = next((e.time_s for e in news.events if e.message.startswith("running")), None)
         plan = record.resolved.plan
         self._store(
             replace(
                 record,
                 status=news.state,
-                started_s=started,
+                started_s=news.started_s if record.started_s is None else record.started_s,
                 finished_s=news.finished_s,
                 progress=progress,
                 error={"code": news.code, "message": news.reason, "param": None} if stopped else None,

@@ -347,6 +347,8 @@ def test_results_are_a_file(server, acme):
     rows = path.read_text().splitlines()
     assert rows[0].startswith("step,train_loss")
     assert len(rows) == 7
+    record = server[0].host.service.stored.get(job.id, None)
+    assert record.created_s <= record.started_s <= record.finished_s
 
 
 def test_lists_are_the_callers_and_can_be_filtered(server, acme):

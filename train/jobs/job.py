@@ -161,13 +161,16 @@ class EventLog:
         self._clock = clock
         self._count = 0
 
-    def add(self, kind: Kind, message: str, *, level: Level = "info", data: Mapping[str, float] | None = None) -> None:
-        """One more; the oldest of its sort is dropped when there are too many.  Numbers that no JSON holds are left out."""
+    def add(
+        self, kind: Kind, message: str, *, level: Level = "info", data: Mapping[str, float] | None = None
+    ) -> JobEvent:
+        """One more, which it returns; the oldest of its sort is dropped when there are too many.  Numbers that no JSON holds are left out."""
         self._count += 1
         finite = {k: v for k, v in (data or {}).items() if math.isfinite(v)}
         event = JobEvent(seq=self._count, time_s=self._clock(), level=level, kind=kind, message=message, data=finite)
         (self._steps if kind == "step" else self._rest).append(event)
         self._added()
+        return event
 
     def add_step(self, data: Mapping[str, float], *, total: int, finite: bool) -> None:
         """One of `total` steps is done: its numbers, and whether its update was finite."""
@@ -193,6 +196,7 @@ class Job:
     state: JobStatus = JobStatus.VALIDATING_FILES
     code: str | None = None  # why it is paused or failed, for programs
     reason: str | None = None  # the same, for people
+    started_s: float | None = None  # when it first ran
     finished_s: float | None = None
     progress: Progress = field(default_factory=Progress)
     numbers: dict[str, float] = field(default_factory=dict)  # of its newest step and held-out loss, as in their event
@@ -219,7 +223,9 @@ class Job:
         """Goes there, with an event; `code` says why it is paused or failed.  Raises StateInvalid."""
         self.check_move(to)
         self.state, self.code, self.reason = to, code, None if code is None else message
-        self.log.add("state", f"{to}: {message}", level=level)
+        event = self.log.add("state", f"{to}: {message}", level=level)
+        if to is JobStatus.RUNNING and self.started_s is None:
+            self.started_s = event.time_s
 
 
 def said(error: Exception) -> str:
