@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
@@ -12,17 +12,7 @@ from sqlalchemy.sql import ColumnElement
 from jaxlora.core.errors import InvalidRequest, QuotaExceeded
 from serve.db.database import Database
 from serve.db.files import FILES, there
-from serve.db.models import (
-    ID,
-    CheckpointRecord,
-    EventRecord,
-    JobFileRecord,
-    JobRecord,
-    NewEvent,
-    Objects,
-    Page,
-    new_id,
-)
+from serve.db.models import ID, CheckpointRecord, EventRecord, JobFileRecord, JobRecord, NewEvent, Objects, Page, new_id
 from train.jobs.status import ENDED
 
 JOBS = Objects("job", JobRecord)
@@ -105,11 +95,7 @@ class StoredJobs:
         return self.database.read(lambda s: list(s.scalars(select(JobFileRecord.file).where(JobFileRecord.job == id))))
 
     def save(
-        self,
-        record: JobRecord,
-        *,
-        events: Sequence[NewEvent] = (),
-        checkpoints: Sequence[CheckpointRecord] = (),
+        self, record: JobRecord, *, events: Sequence[NewEvent] = (), checkpoints: Sequence[CheckpointRecord] = ()
     ) -> list[EventRecord]:
         """The events as they were numbered; state, events and checkpoints are there together or not at all.
 
@@ -193,17 +179,8 @@ def keep_checkpoint(session: Session, checkpoint: CheckpointRecord) -> None:
 def add_events(session: Session, row: JobRecord, events: Sequence[NewEvent]) -> list[EventRecord]:
     """Numbers the events on from the job's last."""
     records = [
-        EventRecord(
-            id=new_id("ftevent-"),
-            job=row.id,
-            seq=row.next_seq + i,
-            time_s=event.time_s,
-            level=event.level,
-            kind=event.kind,
-            message=event.message,
-            data=event.data,
-        )
-        for i, event in enumerate(events)
+        EventRecord(id=new_id("ftevent-"), job=row.id, seq=seq, **asdict(event))
+        for seq, event in enumerate(events, row.next_seq)
     ]
     row.next_seq += len(events)
     session.add_all(records)

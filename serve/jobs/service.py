@@ -204,7 +204,7 @@ class JobService:
         if self.stored.get(record.id, None).status in ENDED:
             return
         asked, resolved = record.request, record.resolved
-        plan = resolved.plan or self._plan(asked, resolved)  # by an earlier process
+        plan = resolved.plan or self._plan(asked, resolved)  # an earlier process may have made it
         request = resolve.job_request(
             plan,
             owner=record.tenant,

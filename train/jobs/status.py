@@ -29,13 +29,7 @@ class JobStatus(StrEnum):
 NEXT: Mapping[JobStatus, tuple[JobStatus, ...]] = {
     JobStatus.VALIDATING_FILES: (JobStatus.QUEUED, JobStatus.FAILED, JobStatus.CANCELLED),
     JobStatus.QUEUED: (JobStatus.RUNNING, JobStatus.PAUSED, JobStatus.FAILED, JobStatus.CANCELLED),
-    JobStatus.RUNNING: (
-        JobStatus.QUEUED,
-        JobStatus.PAUSED,
-        JobStatus.SUCCEEDED,
-        JobStatus.FAILED,
-        JobStatus.CANCELLED,
-    ),
+    JobStatus.RUNNING: (JobStatus.QUEUED, JobStatus.PAUSED, JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED),
     JobStatus.PAUSED: (JobStatus.QUEUED, JobStatus.CANCELLED),
     JobStatus.SUCCEEDED: (),
     JobStatus.FAILED: (),
