@@ -90,10 +90,6 @@ class StoredJobs:
 
         return self.database.read(work)
 
-    def files(self, id: str) -> list[str]:
-        """Ids of the files that a job reads."""
-        return self.database.read(lambda s: list(s.scalars(select(JobFileRecord.file).where(JobFileRecord.job == id))))
-
     def save(
         self, record: JobRecord, *, events: Sequence[NewEvent] = (), checkpoints: Sequence[CheckpointRecord] = ()
     ) -> list[EventRecord]:
@@ -112,14 +108,6 @@ class StoredJobs:
             return add_events(session, row, events)
 
         return self.database.write(work)
-
-    def append(self, id: str, events: Sequence[NewEvent]) -> list[EventRecord]:
-        """The events as they were numbered.  Raises NotFound, StorageFull."""
-        return self.database.write(lambda s: add_events(s, JOBS.find(s, id, None, lock=True), events))
-
-    def delete(self, id: str, sees: str | None) -> None:
-        """Removes a job with all that belongs to it.  Raises NotFound."""
-        self.database.write(lambda s: s.delete(JOBS.find(s, id, sees)))
 
     def events(self, id: str, sees: str | None, *, after: str | None, limit: int) -> Page[EventRecord]:
         """Events of a job, newest first.  Raises NotFound; InvalidRequest for an unknown `after`."""

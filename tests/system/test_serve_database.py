@@ -120,7 +120,7 @@ class TestTransactions:
         def work(jobs):
             try:
                 for _ in range(20):
-                    jobs.append("ftjob-1", [event("one"), event("two")])
+                    jobs.save(job_record(), events=[event("one"), event("two")])
             except Exception as error:
                 errors.append(error)
 
@@ -291,7 +291,7 @@ class TestSqlite:
 
     def test_a_row_that_belongs_to_no_job_is_refused(self, keys):
         with pytest.raises(NotFound):
-            StoredJobs(keys._database).append("ftjob-none", [event("x")])
+            StoredJobs(keys._database).save(job_record("ftjob-none"), events=[event("x")])
 
     def test_the_folder_is_ours_alone(self, keys, tmp_path):
         assert (tmp_path / "data").stat().st_mode & 0o077 == 0

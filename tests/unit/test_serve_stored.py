@@ -128,7 +128,6 @@ class TestFiles:
     def test_a_file_that_a_job_needs_stays(self, files, jobs):
         files.insert(file_record("file-1", expires_s=50.0), most_bytes=None)
         jobs.insert(job_record(), files=["file-1", "file-1"])
-        assert jobs.files("ftjob-1") == ["file-1"]
         with pytest.raises(StateInvalid, match="ftjob-1"):
             files.delete("file-1", "acme", 2.0)
         assert files.removable(50.0) == []
@@ -218,7 +217,6 @@ class TestJobs:
                 lambda id: jobs.events(id, "other", after=None, limit=9),
                 lambda id: jobs.events_since(id, "other", 0, limit=9),
                 lambda id: jobs.checkpoints(id, "other", after=None, limit=9),
-                lambda id: jobs.delete(id, "other"),
             ):
                 with pytest.raises(NotFound, match=id):
                     call(id)
@@ -245,17 +243,6 @@ class TestJobs:
         jobs.save(replace(job_record("ftjob-1"), status=JobStatus.FAILED))
         jobs.insert(job_record("ftjob-3", created_s=0.0), most=1)
         assert [j.id for j in jobs.unfinished()] == ["ftjob-3", "ftjob-2"]
-
-    def test_delete_takes_all_with_it(self, jobs, files):
-        files.insert(file_record(), most_bytes=None)
-        jobs.insert(job_record(), files=["file-1"], events=[event("x")])
-        jobs.save(job_record(), checkpoints=[checkpoint_record(1)])
-        jobs.delete("ftjob-1", "acme")
-        assert jobs.unfinished() == []
-        files.delete("file-1", "acme", 2.0)
-        jobs.insert(job_record())
-        assert jobs.events_since("ftjob-1", None, 0, limit=9) == []
-        assert ids(jobs.checkpoints("ftjob-1", None, after=None, limit=9)) == []
 
 
 ASKED = {  # as earlier programs stored a body: with its nulls, its "auto"s and what asks for nothing
