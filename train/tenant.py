@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 import numpy as np
 
@@ -62,6 +63,14 @@ class Window:
         self.tokens += tokens
 
 
+class TenantStatus(StrEnum):
+    """Whether a tenant takes part in the next step."""
+
+    RUNNING = "running"
+    DONE = "done"  # its last step is
+    FAILED = "failed"
+
+
 @dataclass(slots=True, eq=False)
 class Tenant:
     """One tenant in training."""
@@ -76,7 +85,7 @@ class Tenant:
     per_target: bool = False  # its loss is divided by the number of its target tokens, not by their weights
     window: Window = field(default_factory=Window)  # its open batch
     bad_steps: int = 0  # in a row
-    status: str = "running"  # running, done or failed
+    status: TenantStatus = TenantStatus.RUNNING
     failure: str = ""  # why it failed
     losses: list[float] = field(default_factory=list)
 

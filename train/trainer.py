@@ -37,6 +37,7 @@ from train.tenant import (
     MixedStep,
     StepReport,
     Tenant,
+    TenantStatus,
     Window,
     batch_weight,
     divisor,
@@ -147,23 +148,23 @@ class Trainer:
             split = len(self._mixer.check(examples, batch_size, split=True)) > self.lanes
             self._mixer.add(name, stream, batch_size=batch_size, weight=weight, split=split)
         self.states = self._programs.seat(self.states, *self._at(slot), self._device(jax.device_get(state)))
-        status = "running" if running else "done"
+        status = TenantStatus.RUNNING if running else TenantStatus.DONE
         self.tenants[name] = Tenant(name, slot, spec, optimizer, stream, loss, step, per_target, status=status)
         return self.tenants[name]
 
     def remove(self, name: str) -> None:
         """The tenant leaves and its slot is free.  Raises NotFound."""
         tenant = self._tenant(name)
-        if tenant.status == "running":
+        if tenant.status is TenantStatus.RUNNING:
             self._mixer.remove(name)
         del self.tenants[name]
 
     def fail(self, name: str, reason: str) -> None:
         """The tenant trains no more; its slot keeps what it learned until it is removed.  Raises NotFound."""
         tenant = self._tenant(name)
-        if tenant.status == "running":
+        if tenant.status is TenantStatus.RUNNING:
             self._mixer.remove(name)
-        tenant.status, tenant.failure = "failed", reason
+        tenant.status, tenant.failure = TenantStatus.FAILED, reason
 
     def _tenant(self, name: str) -> Tenant:
         if name not in self.tenants:
@@ -197,7 +198,7 @@ class Trainer:
         Raises NotFound, StateInvalid when it trains no more, InvalidRequest when it has done so many steps already.
         """
         tenant = self._tenant(name)
-        if tenant.status != "running":
+        if tenant.status is not TenantStatus.RUNNING:
             raise StateInvalid(f"tenant {name} is {tenant.status} and trains no more; only a running one can change")
         if optimizer.total_steps <= tenant.step:
             raise InvalidRequest(
@@ -326,7 +327,7 @@ class Trainer:
 
     def _trains(self, tenant: Tenant) -> bool:
         """Whether it still takes part in a step that was mixed with it."""
-        return self.tenants.get(tenant.name) is tenant and tenant.status == "running"
+        return self.tenants.get(tenant.name) is tenant and tenant.status is TenantStatus.RUNNING
 
     def _slots_of(self, owners: Sequence[Tenant], lanes: int) -> np.ndarray:
         """int32 [lanes]: where the gradients of their lanes go; those of whoever has left go nowhere."""
@@ -363,7 +364,7 @@ class Trainer:
         if tenant.bad_steps >= MAX_BAD_STEPS:
             self.fail(tenant.name, f"{MAX_BAD_STEPS} updates in a row were not finite")
         elif tenant.step >= tenant.optimizer.total_steps:
-            tenant.status = "done"
+            tenant.status = TenantStatus.DONE
             self._mixer.remove(tenant.name)
         self._reports.append(report)
 

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from sqlalchemy import func, or_, select
+from sqlalchemy.orm import Session
 from sqlalchemy.sql import ColumnElement
-from sqlmodel import Session, col, func, or_, select
 
 from jaxlora.core.errors import QuotaExceeded, StateInvalid
 from serve.db.database import Database
-from serve.db.models import ENDED, FileRecord, FileRow, FileStatus, JobFileRow, JobRow, Objects, Page, to_record, to_row
+from serve.db.models import FileRecord, FileStatus, JobFileRecord, JobRecord, Objects, Page
+from train.jobs.status import ENDED
 
-FILES = Objects("file", FileRow, FileRecord)
+FILES = Objects("file", FileRecord)
 
 
 def there(now_s: float) -> list[ColumnElement[bool]]:
     """The condition that a file is neither deleted nor past its time."""
     return [
-        col(FileRow.deleted_s).is_(None),
-        or_(col(FileRow.expires_s).is_(None), col(FileRow.expires_s) > now_s),
+        FileRecord.deleted_s.is_(None),
+        or_(FileRecord.expires_s.is_(None), FileRecord.expires_s > now_s),
     ]
 
 
 def jobs_that_need(file: str) -> list[ColumnElement[bool]]:
     """The condition that a job reads this file and has not ended."""
-    return [col(JobFileRow.file) == file, col(JobFileRow.job) == col(JobRow.id), col(JobRow.status).not_in(ENDED)]
+    return [JobFileRecord.file == file, JobFileRecord.job == JobRecord.id, JobRecord.status.not_in(ENDED)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +42,13 @@ class StoredFiles:
             used = used_bytes(session, record.tenant)
             if most_bytes is not None and used + record.size_bytes > most_bytes:
                 raise over_quota(max(most_bytes - used, 0))
-            session.add(to_row(FileRow, record))
+            session.add(replace(record))
 
         self.database.write(work)
 
     def get(self, id: str, sees: str | None, now_s: float) -> FileRecord:
         """One file.  Raises NotFound."""
-        return self.database.read(lambda s: to_record(FileRecord, FILES.find(s, id, sees, *there(now_s))))
+        return self.database.read(lambda s: FILES.find(s, id, sees, *there(now_s)))
 
     def page(
         self,
@@ -61,7 +63,7 @@ class StoredFiles:
         """Files of the list, newest first.  Raises InvalidRequest for an unknown `after`."""
         where = there(now_s)
         if purpose is not None:
-            where.append(col(FileRow.purpose) == purpose)
+            where.append(FileRecord.purpose == purpose)
         return self.database.read(
             lambda s: FILES.page(s, sees, *where, after=after, limit=limit, oldest_first=oldest_first)
         )
@@ -74,7 +76,7 @@ class StoredFiles:
         """What the check of a file found.  Of one that is gone, nothing is kept."""
 
         def work(session: Session) -> None:
-            row = session.get(FileRow, id)
+            row = session.get(FileRecord, id)
             if row is not None:
                 row.status, row.status_details = status, details
 
@@ -85,31 +87,31 @@ class StoredFiles:
 
         def work(session: Session) -> FileRecord:
             row = FILES.find(session, id, sees, *there(now_s))
-            job = session.exec(select(JobRow.id).where(*jobs_that_need(id)).limit(1)).first()
+            job = session.scalars(select(JobRecord.id).where(*jobs_that_need(id)).limit(1)).first()
             if job is not None:
                 raise StateInvalid(f"job {job} still needs this file; cancel the job, or wait until it has ended")
             row.deleted_s = now_s
-            return to_record(FileRecord, row)
+            return row
 
         return self.database.write(work)
 
     def unchecked(self) -> list[FileRecord]:
         """Files whose check was not done when the server ended."""
-        return self._where(col(FileRow.status) == "uploaded", col(FileRow.deleted_s).is_(None))
+        return self._where(FileRecord.status == "uploaded", FileRecord.deleted_s.is_(None))
 
     def removable(self, now_s: float) -> list[FileRecord]:
         """Files that are deleted, or past their time and needed by no job: their bytes may go, then `forget` them."""
-        needed = select(JobFileRow.file).join(JobRow, col(JobRow.id) == col(JobFileRow.job))
-        needed = needed.where(col(JobRow.status).not_in(ENDED))
+        needed = select(JobFileRecord.file).join(JobRecord, JobRecord.id == JobFileRecord.job)
+        needed = needed.where(JobRecord.status.not_in(ENDED))
         return self._where(
-            or_(col(FileRow.deleted_s).is_not(None), col(FileRow.expires_s) <= now_s), col(FileRow.id).not_in(needed)
+            or_(FileRecord.deleted_s.is_not(None), FileRecord.expires_s <= now_s), FileRecord.id.not_in(needed)
         )
 
     def forget(self, id: str) -> None:
         """Nothing is left of this file."""
 
         def work(session: Session) -> None:
-            row = session.get(FileRow, id)
+            row = session.get(FileRecord, id)
             if row is not None:
                 session.delete(row)
 
@@ -117,16 +119,16 @@ class StoredFiles:
 
     def known(self) -> set[str]:
         """Ids of all files, also of those that nobody sees."""
-        return self.database.read(lambda s: set(s.exec(select(FileRow.id))))
+        return self.database.read(lambda s: set(s.scalars(select(FileRecord.id))))
 
     def _where(self, *where: ColumnElement[bool]) -> list[FileRecord]:
-        return self.database.read(lambda s: [to_record(FileRecord, r) for r in s.exec(select(FileRow).where(*where))])
+        return self.database.read(lambda s: list(s.scalars(select(FileRecord).where(*where))))
 
 
 def used_bytes(session: Session, tenant: str) -> int:
     """Bytes of all files of a tenant that are not deleted."""
-    asked = select(func.coalesce(func.sum(FileRow.size_bytes), 0))
-    return int(session.exec(asked.where(col(FileRow.tenant) == tenant, col(FileRow.deleted_s).is_(None))).one())
+    asked = select(func.coalesce(func.sum(FileRecord.size_bytes), 0))
+    return int(session.scalars(asked.where(FileRecord.tenant == tenant, FileRecord.deleted_s.is_(None))).one())
 
 
 def over_quota(room: int) -> QuotaExceeded:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from sqlmodel import Session, col, func, select
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
 
 from jaxlora.core.errors import QuotaExceeded
 from serve.db.database import Database
-from serve.db.models import GradientRecord, GradientRow, JsonObject, Objects, Page, to_record, to_row
+from serve.db.models import GradientRecord, JsonObject, Objects, Page
 
-ADAPTERS = Objects("adapter", GradientRow, GradientRecord)
+ADAPTERS = Objects("adapter", GradientRecord)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,16 +24,16 @@ class StoredGradient:
         """One more.  most: of its tenant.  Raises QuotaExceeded, StorageFull."""
 
         def work(session: Session) -> None:
-            owned = select(func.count()).select_from(GradientRow).where(col(GradientRow.tenant) == record.tenant)
-            if most is not None and session.exec(owned).one() >= most:
+            owned = select(func.count()).select_from(GradientRecord).where(GradientRecord.tenant == record.tenant)
+            if most is not None and session.scalars(owned).one() >= most:
                 raise QuotaExceeded(f"you may have {most} adapters; delete one")
-            session.add(to_row(GradientRow, record))
+            session.add(replace(record))
 
         self.database.write(work)
 
     def get(self, id: str, sees: str | None) -> GradientRecord:
         """One adapter.  Raises NotFound."""
-        return self.database.read(lambda s: to_record(GradientRecord, ADAPTERS.find(s, id, sees)))
+        return self.database.read(lambda s: ADAPTERS.find(s, id, sees))
 
     def page(self, sees: str | None, *, after: str | None, limit: int) -> Page[GradientRecord]:
         """Adapters of the list, newest first.  Raises InvalidRequest for an unknown `after`."""
@@ -40,8 +41,8 @@ class StoredGradient:
 
     def all(self) -> list[GradientRecord]:
         """Every tenant's, oldest first: what a server that starts goes on with."""
-        asked = select(GradientRow).order_by(col(GradientRow.created_s), col(GradientRow.id))
-        return self.database.read(lambda s: [to_record(GradientRecord, row) for row in s.exec(asked)])
+        asked = select(GradientRecord).order_by(GradientRecord.created_s, GradientRecord.id)
+        return self.database.read(lambda s: list(s.scalars(asked)))
 
     def trained(self, id: str, sees: str | None, now_s: float, settings: JsonObject | None = None) -> GradientRecord:
         """The adapter after one more call of fine_tune; settings: new ones, if any.  Raises NotFound, StorageFull."""
@@ -51,7 +52,7 @@ class StoredGradient:
             row.calls, row.updated_s = row.calls + 1, now_s
             if settings is not None:
                 row.settings = settings
-            return to_record(GradientRecord, row)
+            return row
 
         return self.database.write(work)
 
@@ -61,6 +62,6 @@ class StoredGradient:
         def work(session: Session) -> GradientRecord:
             row = ADAPTERS.find(session, id, sees)
             session.delete(row)
-            return to_record(GradientRecord, row)
+            return row
 
         return self.database.write(work)

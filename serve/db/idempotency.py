@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sqlmodel import Session, col, select
+from sqlalchemy import select
+from sqlalchemy.orm import Session
 
 from jaxlora.core.errors import InvalidRequest, StateInvalid, Unavailable
 from serve.db.database import Database
-from serve.db.models import AnswerRow, StoredAnswer
+from serve.db.models import AnswerRecord, StoredAnswer
 
 KEPT_S = 24 * 3600.0
 MAX_KEY = 255
@@ -30,14 +31,14 @@ class StoredAnswers:
             raise InvalidRequest(f"Idempotency-Key must be 1 to {MAX_KEY} printable ASCII characters")
 
         def work(session: Session) -> StoredAnswer | None:
-            row = session.get(AnswerRow, {"tenant": tenant, "route": route, "key": key})
+            row = session.get(AnswerRecord, {"tenant": tenant, "route": route, "key": key})
             if row is not None and row.created_s < now_s - KEPT_S:
                 session.delete(row)
                 session.flush()
                 row = None
             if row is None:
                 session.add(
-                    AnswerRow(tenant=tenant, route=route, key=key, request_sha256=request_sha256, created_s=now_s)
+                    AnswerRecord(tenant=tenant, route=route, key=key, request_sha256=request_sha256, created_s=now_s)
                 )
                 return None
             if row.request_sha256 != request_sha256:
@@ -52,7 +53,7 @@ class StoredAnswers:
         """From now on the request is answered so.  Raises StorageFull."""
 
         def work(session: Session) -> None:
-            row = session.get(AnswerRow, {"tenant": tenant, "route": route, "key": key})
+            row = session.get(AnswerRecord, {"tenant": tenant, "route": route, "key": key})
             if row is not None:
                 row.status, row.body = answer.status, answer.body
 
@@ -62,7 +63,7 @@ class StoredAnswers:
         """The work failed: the next request with this key is a new one."""
 
         def work(session: Session) -> None:
-            row = session.get(AnswerRow, {"tenant": tenant, "route": route, "key": key})
+            row = session.get(AnswerRecord, {"tenant": tenant, "route": route, "key": key})
             if row is not None and row.status is None:
                 session.delete(row)
 
@@ -72,9 +73,9 @@ class StoredAnswers:
         """Forgets old answers, and requests that a server which is gone had begun.  Of a server that starts."""
 
         def work(session: Session) -> None:
-            for row in session.exec(select(AnswerRow).where(col(AnswerRow.status).is_(None))):
+            for row in session.scalars(select(AnswerRecord).where(AnswerRecord.status.is_(None))):
                 session.delete(row)
-            for row in session.exec(select(AnswerRow).where(col(AnswerRow.created_s) < now_s - KEPT_S)):
+            for row in session.scalars(select(AnswerRecord).where(AnswerRecord.created_s < now_s - KEPT_S)):
                 session.delete(row)
 
         self.database.write(work)

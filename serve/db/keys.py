@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from sqlmodel import Session, col, func, select
+from dataclasses import replace
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
 
 from serve.db.database import Database
-from serve.db.models import KeyRecord, KeyRow, Objects, to_record, to_row
+from serve.db.models import KeyRecord, Objects
 
-KEYS = Objects("key", KeyRow, KeyRecord)
+KEYS = Objects("key", KeyRecord)
 
 
 class StoredKeys:
@@ -20,7 +23,7 @@ class StoredKeys:
         """One more.  Raises Unavailable, StorageFull."""
 
         def work(session: Session) -> None:
-            session.add(to_row(KeyRow, record))
+            session.add(replace(record))
 
         self._database.write(work)
 
@@ -28,8 +31,7 @@ class StoredKeys:
         """Every key, revoked ones too, oldest first.  Raises Unavailable."""
 
         def work(session: Session) -> list[KeyRecord]:
-            rows = session.exec(select(KeyRow).order_by(col(KeyRow.created_s), col(KeyRow.id)))
-            return [to_record(KeyRecord, row) for row in rows]
+            return list(session.scalars(select(KeyRecord).order_by(KeyRecord.created_s, KeyRecord.id)))
 
         return self._database.read(work)
 
@@ -37,7 +39,9 @@ class StoredKeys:
         """(all keys, revoked ones): whoever knows these two numbers knows whether any key has changed.  Raises Unavailable."""
 
         def work(session: Session) -> tuple[int, int]:
-            return session.exec(select(func.count(), func.count(col(KeyRow.revoked_s))).select_from(KeyRow)).one()
+            asked = select(func.count(), func.count(KeyRecord.revoked_s)).select_from(KeyRecord)
+            every, revoked = session.execute(asked).one()
+            return every, revoked
 
         return self._database.read(work)
 
@@ -48,6 +52,6 @@ class StoredKeys:
             row = KEYS.find(session, id, None)
             if row.revoked_s is None:
                 row.revoked_s = now_s
-            return to_record(KeyRecord, row)
+            return row
 
         return self._database.write(work)

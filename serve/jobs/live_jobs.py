@@ -22,8 +22,9 @@ from jaxlora.model.lora_pool import Rows
 from serve.runtime.live_training import KEEP_VERSIONS, PUBLISH
 from serve.runtime.publisher import Publisher
 from train.data.examples import Example
-from train.jobs.job import Job, JobEvent, JobRequest, Progress, State, said
+from train.jobs.job import Job, JobEvent, JobRequest, Progress, said
 from train.jobs.runner import Jobs
+from train.jobs.status import JobStatus
 from train.step.optimizer import Optimizer
 from train.step.state import SlotState
 from train.trainer import FIRST_PART, StepReport
@@ -36,9 +37,10 @@ class JobNews:
     """The state of a job that has changed, and its new events, to be stored."""
 
     id: str
-    state: State
+    state: JobStatus
     code: str | None
     reason: str | None
+    started_s: float | None  # in this process
     finished_s: float | None
     progress: Progress
     numbers: Mapping[str, float]  # of its newest step and held-out loss
@@ -188,7 +190,7 @@ class LiveJobs:
 
     def pause(self, owner: str, id: str) -> None:
         """Pauses a job, which gives up its slot, and publishes its weights.  Raises NotFound, StateInvalid."""
-        self._leave(self.jobs.get(owner, id), "paused")
+        self._leave(self.jobs.get(owner, id), JobStatus.PAUSED)
         self.jobs.pause(owner, id)
         self._report_changes()
         self.poke()
@@ -201,12 +203,12 @@ class LiveJobs:
 
     def cancel(self, owner: str, id: str) -> None:
         """Ends a job and publishes its weights.  Raises NotFound, StateInvalid."""
-        self._leave(self.jobs.get(owner, id), "cancelled")
+        self._leave(self.jobs.get(owner, id), JobStatus.CANCELLED)
         self.jobs.cancel(owner, id)
         self._report_changes()
         self.poke()
 
-    def _leave(self, job: Job, to: State) -> None:
+    def _leave(self, job: Job, to: JobStatus) -> None:
         """Publishes the weights of a job before it leaves the trainer."""
         live = self._live.get(job.id)
         if live is None or job.state == to or job.final:
@@ -214,7 +216,7 @@ class LiveJobs:
         job.check_move(to)
         if not live.publish or job.progress.step < live.step or job.progress.step == 0:
             return
-        stays = to == "cancelled" or self._may_stay(job)  # the weights of a cancelled job are its result
+        stays = to is JobStatus.CANCELLED or self._may_stay(job)  # the weights of a cancelled job are its result
         if live.newest is not None and job.progress.step == live.step:
             if live.newest.version not in live.kept and stays:  # made for `latest`; now it stays
                 self._record_version(job, live.newest, checkpoint=True)
@@ -310,6 +312,7 @@ class LiveJobs:
                 state=job.state,
                 code=job.code,
                 reason=job.reason,
+                started_s=job.started_s,
                 finished_s=job.finished_s,
                 progress=replace(job.progress),
                 numbers=dict(job.numbers),

@@ -14,10 +14,11 @@ from dataclasses import asdict, replace
 from jaxlora.core.errors import JaxLoraError, StorageFull, Unavailable
 from jaxlora.core.lora import AdapterRef
 from serve.db.jobs import StoredJobs
-from serve.db.models import ENDED, CheckpointRecord, JobRecord, JsonObject, NewEvent, new_id
+from serve.db.models import CheckpointRecord, JobRecord, JsonObject, NewEvent, new_id
 from serve.jobs.live_jobs import JobNews, Published
 from serve.runtime.catalog import JobNames
 from train.jobs.job import JobEvent
+from train.jobs.status import ENDED, JobStatus
 
 LOG = logging.getLogger("serve")
 RETRY_S = 1.0  # before a write that failed is tried again
@@ -110,21 +111,18 @@ class JobRecorder:
         if record is None:
             return
         progress: JsonObject = {**record.progress, **renamed(news.numbers), **asdict(news.progress)}
-        stopped = news.state in ("failed", "paused") and news.code is not None
-        started = record.started_s
-        if started is None and news.state == "running":
-            started = next((e.time_s for e in news.events if e.message.startswith("running")), None)
-        total = record.resolved.get("total_steps")
+        stopped = news.state in (JobStatus.FAILED, JobStatus.PAUSED) and news.code is not None
+        plan = record.resolved.plan
         self._store(
             replace(
                 record,
                 status=news.state,
-                started_s=started,
+                started_s=news.started_s if record.started_s is None else record.started_s,
                 finished_s=news.finished_s,
                 progress=progress,
                 error={"code": news.code, "message": news.reason, "param": None} if stopped else None,
             ),
-            [told(event, total if isinstance(total, int) else None) for event in news.events],
+            [told(event, None if plan is None else plan.total_steps) for event in news.events],
             [],
         )
 

@@ -21,11 +21,11 @@ import regex
 
 from jaxlora.core.errors import AdapterNotFound, DataInvalid, JaxLoraError, StorageAway, Unavailable
 from jaxlora.core.lora import AdapterRef
+from serve.db.job_spec import Evaluation
 from serve.db.models import JobRecord, JsonObject, NewEvent
 from serve.engine.grammar import Grammar, GrammarSource
 from serve.engine.request import Request, SamplingParams
 from serve.jobs.live_jobs import Published
-from serve.jobs.resolve import given
 from serve.runtime.device_thread import DeviceThread
 from train.jobs.job import said
 
@@ -113,15 +113,15 @@ class Scorer:
     ):
         """opened: the path of a file, while it is there.  tell: stores a change of a job's record and an event, such as JobRecorder.change."""
         self._runner, self._opened, self._tell = runner, opened, tell
-        self._versions: queue.SimpleQueue[tuple[JobRecord, Published] | None] = queue.SimpleQueue()
+        self._versions: queue.SimpleQueue[tuple[JobRecord, Evaluation, Published] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="job-scores", daemon=True)
         self._stopping = False
         self._thread.start()
 
     def score(self, record: JobRecord, version: Published) -> None:
         """Has a version scored, if its job asked for that.  Returns at once."""
-        if isinstance(record.request.get("evaluation"), Mapping):
-            self._versions.put((record, version))
+        if record.request.evaluation is not None:
+            self._versions.put((record, record.request.evaluation, version))
 
     def close(self) -> None:
         """Ends, and leaves what is not scored yet."""
@@ -131,9 +131,9 @@ class Scorer:
 
     def _run(self) -> None:
         while (item := self._versions.get()) is not None and not self._stopping:
-            record, version = item
+            record, asked, version = item
             try:
-                self._score(record, version)
+                self._score(record, asked, version)
             except StorageAway as error:
                 self._event(record, version, f"step {version.step} is not scored: {why(error)}", {})
             except Unavailable:
@@ -143,20 +143,17 @@ class Scorer:
             except Exception:
                 LOG.exception("job %s: a version is not scored", record.id)
 
-    def _score(self, record: JobRecord, version: Published) -> None:
-        asked = record.request["evaluation"]
-        assert isinstance(asked, Mapping)
+    def _score(self, record: JobRecord, asked: Evaluation, version: Published) -> None:
         tokenizer = self._runner.tokenizer
-        metrics, most = given(asked, "metrics", []), given(asked, "samples", SAMPLES)
-        limit = given(asked, "max_tokens", MAX_TOKENS)
-        with self._opened(str(asked["file"])) as path:
-            found = questions(path, tokenizer.chat, tokenizer.encode, most)
-        free = [m for m in metrics if m != "choice_accuracy"]
+        limit = asked.max_tokens or MAX_TOKENS
+        with self._opened(asked.file) as path:
+            found = questions(path, tokenizer.chat, tokenizer.encode, asked.samples or SAMPLES)
+        free = [m for m in asked.metrics if m != "choice_accuracy"]
         began, scores = time.monotonic(), {}
         if free:
             answers = self._answers(version.ref, found, limit, None)
             scores |= {metric: share(METRICS[metric], answers, found) for metric in free}
-        if "choice_accuracy" in metrics:
+        if "choice_accuracy" in asked.metrics:
             answers = self._answers(version.ref, found, limit, self._choices(found))
             scores["choice_accuracy"] = share(METRICS["choice_accuracy"], answers, found)
         shown = ", ".join(f"{k} {v:.3f}" for k, v in scores.items())

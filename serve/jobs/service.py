@@ -11,10 +11,10 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -33,25 +33,22 @@ from jaxlora.core.lora import Adapter, AdapterRef, LoraSpec
 from jaxlora.model.lora_pool import adapter_bytes
 from serve.access.adapter_quota import AdapterQuota
 from serve.access.caller import Caller
+from serve.db.job_spec import JobSpec, Plan, Resolved
 from serve.db.jobs import StoredJobs
-from serve.db.models import ENDED, EventRecord, FileRecord, JobRecord, JobStatus, JsonObject, NewEvent, new_id
+from serve.db.models import EventRecord, FileRecord, JobRecord, NewEvent, new_id
 from serve.jobs import resolve
 from serve.jobs.live_jobs import LiveJobs
 from serve.jobs.recorder import JobRecorder
-from serve.jobs.resolve import Resolved
 from serve.runtime.catalog import adapter_name, short_id
 from serve.runtime.device_thread import DeviceThread
 from train.data.examples import Unit
 from train.jobs.job import said
+from train.jobs.status import ENDED, JobStatus, check_move
 
 LOG = logging.getLogger("serve")
 INTAKE_THREADS = 2
 RETRY_S = 5.0  # when the database or object storage does not answer
 EVENTS_AT_ONCE = 1000  # read when a result file is written
-MOVES: Mapping[JobStatus, tuple[JobStatus, ...]] = {  # for jobs that the device thread does not know
-    "validating_files": ("cancelled",),
-    "paused": ("queued", "cancelled"),
-}
 
 CSV_HEADER = "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
 CSV_COLUMNS = ("step", "train_loss", "train_mean_token_accuracy", "valid_loss", "valid_mean_token_accuracy")
@@ -75,14 +72,6 @@ class Files(Protocol):
     def keep(self, tenant: str, filename: str, purpose: str, content: bytes) -> FileRecord:
         """A new file of the server's own making."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What a job trains from, as it was meant when it was asked for."""
-
-    start: AdapterRef | None  # the adapter it goes on from
-    spec: LoraSpec
 
 
 class JobService:
@@ -111,40 +100,37 @@ class JobService:
 
     # ---- what clients ask for -------------------------------------------------------------------------------------
 
-    def create(self, caller: Caller, request: JsonObject) -> JobRecord:
+    def create(self, caller: Caller, asked: JobSpec) -> JobRecord:
         """A new job, stored and in line to be read.
 
         Raises InvalidRequest, AdapterInvalid, NotFound for a file or model that is not there, QuotaExceeded.
         """
-        resolve.check(request)
-        asked = self._asked(caller.sees, request)
-        self._trainer.seats.check(asked.spec)
-        self._quota.check(caller.owner, adapter_bytes(self._trainer.base.config, asked.spec), another=True)
-        files = [str(request[name]) for name in ("training_file", "validation_file") if request.get(name)]
-        scoring = request.get("evaluation")
-        if isinstance(scoring, Mapping):
-            files.append(str(scoring["file"]))
-        for id in files:
+        resolve.check(asked)
+        start = self._runner.resolve(caller.sees, asked.model)
+        if start is not None and asked.lora is not None:
+            raise InvalidRequest(
+                "a job that goes on from an adapter has its rank and targets; leave out lora", param="lora"
+            )
+        spec = self._lora_spec(asked, start)
+        self._trainer.seats.check(spec)
+        self._quota.check(caller.owner, adapter_bytes(self._trainer.base.config, spec), another=True)
+        for id in asked.files:
             record, _ = self.files.find(id, caller.sees)
             if record.status == "error":
                 raise InvalidRequest(f"file {id} is not usable: {record.status_details}", param="training_file")
         id = new_id("ftjob-")
-        seed = request.get("seed")
-        resolved: JsonObject = {"seed": secrets.randbelow(2**31) if seed is None else seed}
-        if asked.start is not None:
-            resolved["start"] = [asked.start.tenant, asked.start.name, asked.start.version]
-        metadata = request.get("metadata")
+        seed = secrets.randbelow(2**31) if asked.seed is None else asked.seed
         record = JobRecord(
             id=id,
             tenant=caller.owner,
             adapter=adapter_name(id),
-            request=request,
-            resolved=resolved,
-            metadata={str(k): str(v) for k, v in metadata.items()} if isinstance(metadata, Mapping) else {},
+            request=asked,
+            resolved=Resolved(seed=seed, start=start),
+            labels=asked.metadata or {},
             created_s=time.time(),
         )
         first = NewEvent(time_s=time.time(), level="info", kind="message", message=f"Created fine-tuning job: {id}")
-        self.stored.insert(record, files=files, most=self._limits.of(caller.owner).jobs, events=[first])
+        self.stored.insert(record, files=asked.files, most=self._limits.of(caller.owner).jobs, events=[first])
         self._begin(record)
         return record
 
@@ -153,13 +139,17 @@ class JobService:
 
         Raises NotFound; StateInvalid where it cannot go there.
         """
-        record = self.stored.get(id, caller.sees)
-        moves = {"paused": self.live.pause, "queued": self.live.resume, "cancelled": self.live.cancel}
-        try:
-            self._runner.call(lambda: moves[to](record.tenant, id))
-        except NotFound:  # not there yet, not there any more, or paused by an earlier process
-            with self._deciding:
-                self._move_stored(record, to)
+        owner = self.stored.get(id, caller.sees).tenant
+        moves = {
+            JobStatus.PAUSED: self.live.pause,
+            JobStatus.QUEUED: self.live.resume,
+            JobStatus.CANCELLED: self.live.cancel,
+        }
+        with self._deciding:
+            try:
+                self._runner.call(lambda: moves[to](owner, id))
+            except NotFound:  # not there yet, not there any more, or paused by an earlier process
+                self._move_stored(id, to)
         self.recorder.flush()
         return self.stored.get(id, caller.sees)
 
@@ -169,7 +159,7 @@ class JobService:
         for id in self._states.stored() - {record.id for record in unfinished}:
             self._states.discard(id)
         for record in unfinished:
-            if record.status == "paused":
+            if record.status is JobStatus.PAUSED:
                 self.recorder.register(record)
             else:
                 self._begin(record)
@@ -183,19 +173,11 @@ class JobService:
 
     # ---- from a request to the device thread ----------------------------------------------------------------------
 
-    def _asked(self, sees: str | None, request: JsonObject) -> Asked:
-        ref = self._runner.resolve(sees, str(request["model"]))
-        if ref is None:
-            return Asked(None, resolve.spec_of(request))
-        if request.get("lora") is not None:
-            raise InvalidRequest(
-                "a job that goes on from an adapter has its rank and targets; leave out lora", param="lora"
-            )
-        return Asked(ref, self._store.get(ref).spec)
+    def _lora_spec(self, asked: JobSpec, start: AdapterRef | None) -> LoraSpec:
+        return resolve.spec_of(asked) if start is None else self._store.get(start).spec
 
     def _begin(self, record: JobRecord) -> None:
-        suffix = record.request.get("suffix")
-        self.names.add(record.id, record.tenant, suffix if isinstance(suffix, str) else "")
+        self.names.add(record.id, record.tenant, record.request.suffix or "")
         self.recorder.register(record)
         self._intake.submit(self._take_in, record)
 
@@ -220,47 +202,36 @@ class JobService:
     def _hand_over(self, record: JobRecord) -> None:
         if self.stored.get(record.id, None).status in ENDED:
             return
-        resolved = self._resolve(record)
-        request = resolved.job_request(
+        asked, resolved = record.request, record.resolved
+        plan = resolved.plan or self._plan(asked, resolved)  # an earlier process may have made it
+        request = resolve.job_request(
+            plan,
             owner=record.tenant,
             name=record.adapter,
-            data=self._path(record, "training_file"),
-            heldout=self._path(record, "validation_file") if record.request.get("validation_file") else None,
+            data=self._path(asked.training_file),
+            heldout=None if asked.validation_file is None else self._path(asked.validation_file),
             start=self._start(record),
+            seed=resolved.seed,
         )
         kept = [c.version for c in self.stored.checkpoints(record.id, None, after=None, limit=1000).records]
-        stored = {**record.resolved, **resolved.to_json()}
-        self.recorder.change(record.id, lambda now: replace(now, resolved=stored))
+        self.recorder.change(record.id, lambda now: replace(now, resolved=replace(resolved, plan=plan)))
         with self._deciding:
             if self.stored.get(record.id, None).status not in ENDED:  # it may be cancelled meanwhile
-                publish = resolved.publish
-                self._runner.call(lambda: self.live.create(record.id, request, publish=publish, kept=kept))
+                self._runner.call(lambda: self.live.create(record.id, request, publish=plan.publish, kept=kept))
 
-    def _resolve(self, record: JobRecord) -> Resolved:
-        if "total_steps" in record.resolved:  # by an earlier process
-            return Resolved.from_json(record.resolved)
-        examples = self.files.load(self._path(record, "training_file"))
+    def _plan(self, asked: JobSpec, resolved: Resolved) -> Plan:
+        examples = self.files.load(self._path(asked.training_file))
         if not examples:
             raise DataInvalid("the training file has no examples; give at least one", param="training_file")
-        start = self._start_ref(record)
-        return resolve.resolve(
-            record.request,
-            examples=len(examples),
-            seed=int(str(record.resolved["seed"])),
-            base_lr=self._base_lr,
-            spec=resolve.spec_of(record.request) if start is None else self._store.get(start).spec,
-        )
+        spec = self._lora_spec(asked, resolved.start)
+        return resolve.plan(asked, examples=len(examples), base_lr=self._base_lr, spec=spec)
 
-    def _path(self, record: JobRecord, name: str) -> Path:
-        return self.files.find(str(record.request[name]), None)[1]
-
-    def _start_ref(self, record: JobRecord) -> AdapterRef | None:
-        start = record.resolved.get("start")
-        return AdapterRef(str(start[0]), str(start[1]), int(str(start[2]))) if isinstance(start, list) else None
+    def _path(self, file: str) -> Path:
+        return self.files.find(file, None)[1]
 
     def _start(self, record: JobRecord) -> Adapter | None:
         """The adapter that the job begins with; one that is deleted is missed only by a job without a checkpoint of its own."""
-        ref = self._start_ref(record)
+        ref = record.resolved.start
         if ref is None:
             return None
         try:
@@ -278,7 +249,7 @@ class JobService:
             id,
             lambda now: replace(
                 now,
-                status="failed",
+                status=JobStatus.FAILED,
                 finished_s=time.time(),
                 error={
                     "code": code,
@@ -289,22 +260,27 @@ class JobService:
             event,
         )
 
-    def _move_stored(self, record: JobRecord, to: JobStatus) -> None:
+    def _move_stored(self, id: str, to: JobStatus) -> None:
         """Moves a job that the device thread does not know.  Raises StateInvalid."""
         self.recorder.flush()
-        record = self.stored.get(record.id, None)
-        if record.status == to or (to == "queued" and record.status in ("validating_files", "running")):
+        record = self.stored.get(id, None)
+        being_read = (JobStatus.VALIDATING_FILES, JobStatus.QUEUED, JobStatus.RUNNING)
+        if record.status == to or (to is JobStatus.QUEUED and record.status in being_read):
             return
-        if to not in MOVES.get(record.status, ()):
-            possible = " or ".join(MOVES.get(record.status, ())) or "nothing else"
-            raise StateInvalid(f"job {record.id} is {record.status} and cannot become {to}; it may become {possible}")
-        if to == "queued":
+        check_move(id, record.status, to)
+        if to is JobStatus.PAUSED:
+            raise StateInvalid(
+                f"the files of job {id} are being read, so it cannot be paused yet; ask again, or cancel it"
+            )
+        if to is JobStatus.QUEUED:
             self._begin(record)
             event = NewEvent(time_s=time.time(), level="info", kind="message", message="queued: resumed")
-            self.recorder.change(record.id, lambda now: replace(now, status="queued", error=None), event)
+            self.recorder.change(record.id, lambda now: replace(now, status=JobStatus.QUEUED, error=None), event)
             return
         event = NewEvent(time_s=time.time(), level="info", kind="message", message="cancelled: its owner asked for it")
-        self.recorder.change(record.id, lambda now: replace(now, status="cancelled", finished_s=time.time()), event)
+        self.recorder.change(
+            record.id, lambda now: replace(now, status=JobStatus.CANCELLED, finished_s=time.time()), event
+        )
 
     # ---- ends -----------------------------------------------------------------------------------------------------
 

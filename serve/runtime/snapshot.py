@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from jaxlora.core.lora import AdapterRef
 from serve.engine.scheduler import Scheduler
-from train.jobs.job import NEXT
 from train.jobs.runner import Jobs
+from train.jobs.status import ENDED, JobStatus
 
 MOST_WAITING = 100  # queued adapters that are named; the rest are counted
 MOST_JOBS = 100
@@ -152,6 +152,6 @@ def training_view(jobs: Jobs) -> TrainingView:
     return TrainingView(
         tokens=jobs.trainer.trained_tokens,
         steps=jobs.trainer.updates,
-        jobs={state: counts[state] for state, after in NEXT.items() if after},  # those at their end are forgotten
+        jobs={state: counts[state] for state in JobStatus if state not in ENDED},  # those at their end are forgotten
         open=tuple(views),
     )

@@ -18,7 +18,7 @@ from jaxlora.storage.remote_states import StateCopies
 from serve.access.adapter_quota import AdapterQuota
 from serve.db.database import Database
 from serve.db.jobs import StoredJobs
-from serve.db.models import ENDED, JobRecord
+from serve.db.models import JobRecord
 from serve.jobs.live_jobs import LiveJobs, Published
 from serve.jobs.on_demand import Tuner
 from serve.jobs.recorder import JobRecorder
@@ -31,6 +31,7 @@ from serve.runtime.snapshot import training_view
 from train.jobs.job import JobsConfig
 from train.jobs.runner import Jobs
 from train.jobs.states import Parking
+from train.jobs.status import ENDED
 from train.step.microsteps import small_parts
 from train.trainer import Trainer
 
@@ -129,8 +130,7 @@ def make_job_host(
 def know_names(names: JobNames, stored: StoredJobs) -> None:
     """Loads the names of all stored jobs and their checkpoints."""
     for record, checkpoints in stored.history():
-        suffix = record.request.get("suffix")
-        names.add(record.id, record.tenant, suffix if isinstance(suffix, str) else "")
+        names.add(record.id, record.tenant, record.request.suffix or "")
         for checkpoint in checkpoints:
             final = checkpoint.version == record.progress.get("final_version")
             names.checkpoint(record.id, checkpoint.step, checkpoint.version, final=final)

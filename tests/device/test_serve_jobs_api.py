@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
+from dataclasses import replace
 
 import httpx2
 import openai
@@ -17,6 +19,7 @@ from jaxlora.core.lora import LoraSpec
 from jaxlora.model.lora_pool import adapter_bytes
 from serve.api.adapters.service import AdapterService
 from serve.api.jobs.schemas import CheckpointList, EventList, JobList, JobObject
+from train.jobs.status import JobStatus
 
 pytest_plugins = ["serve_fixtures"]
 ENDED = ("succeeded", "failed", "cancelled")
@@ -213,6 +216,24 @@ def test_pause_resume_and_cancel_take_effect_and_may_be_repeated(server, acme):
     assert caught.value.response.headers["x-should-retry"] == "false"
 
 
+@pytest.mark.parametrize("status", [JobStatus.VALIDATING_FILES, JobStatus.QUEUED])
+def test_a_job_whose_files_are_being_read_can_be_cancelled_but_not_paused(server, acme, monkeypatch, status):
+    """Queued it is after a restart: the database says where it stood, the device thread does not know it yet."""
+    it, hold = server[0], threading.Event()
+    load = it.files.load
+    monkeypatch.setattr(it.files, "load", lambda path: hold.wait(30) and load(path))
+    job = create(server, acme)
+    it.host.service.recorder.change(job.id, lambda now: replace(now, status=status))
+    with pytest.raises(openai.ConflictError):
+        acme.fine_tuning.jobs.pause(job.id)
+    assert acme.fine_tuning.jobs.resume(job.id).status == status
+    assert acme.fine_tuning.jobs.cancel(job.id).status == "cancelled"
+    hold.set()
+    wait_for(acme, create(server, acme).id, "succeeded")  # read after it
+    assert acme.fine_tuning.jobs.retrieve(job.id).status == "cancelled"
+    assert job.id not in [j.id for j in it.runner.call(lambda: it.host.live.jobs.list(None))]
+
+
 def test_a_bad_file_makes_the_job_fail_and_says_why(server, acme, monkeypatch):
     monkeypatch.setattr(server[0].files, "_check", lambda record: None)  # it is asked for before the file is checked
     job = create(server, acme, training_file=file_of(server, acme, wrong=True))
@@ -326,6 +347,8 @@ def test_results_are_a_file(server, acme):
     rows = path.read_text().splitlines()
     assert rows[0].startswith("step,train_loss")
     assert len(rows) == 7
+    record = server[0].host.service.stored.get(job.id, None)
+    assert record.created_s <= record.started_s <= record.finished_s
 
 
 def test_lists_are_the_callers_and_can_be_filtered(server, acme):

@@ -10,7 +10,8 @@ from jobs_world import request
 from train_world import examples
 
 from jaxlora.core.errors import InvalidRequest, StateInvalid
-from train.jobs.job import NEXT, EventLog, Job, JobsConfig, Progress
+from train.jobs.job import EventLog, Job, JobsConfig, Progress
+from train.jobs.status import NEXT, JobStatus
 
 LEGAL = {  # written out a second time, from the table of the fine-tuning wire, and our time slices and late failures
     ("validating_files", "queued"),
@@ -49,6 +50,15 @@ def test_only_legal_moves_are_made(before, after):
 
 def test_final_states_are_those_without_a_way_out():
     assert [state for state in NEXT if job(state).final] == ["succeeded", "failed", "cancelled"]
+
+
+def test_a_job_started_when_it_first_ran():
+    one = job()
+    assert one.started_s is None
+    for to in (JobStatus.RUNNING, JobStatus.QUEUED, JobStatus.RUNNING):
+        one.move(to, "started")
+    assert [e.time_s for e in one.log.after(0)] == [0, 1, 2]
+    assert one.started_s == 0
 
 
 def test_the_log_is_bounded_and_steps_do_not_push_out_the_rest():

@@ -1,5 +1,7 @@
 """Records to keep in a database."""
 
+from jaxlora.core.lora import AdapterRef
+from serve.db.job_spec import JobSpec, LoraChoice, Resolved
 from serve.db.models import CheckpointRecord, FileRecord, GradientRecord, JobRecord, KeyRecord, NewEvent
 
 
@@ -25,9 +27,10 @@ def job_record(id="ftjob-1", tenant="acme", *, created_s=1.0, metadata=None, **c
         id=id,
         tenant=tenant,
         adapter="support",
-        request={"model": "org/base", "odd": "\ud800\u0000ü", "seed": None, "nested": {"list": [1, 2.5, True]}},
-        resolved={"n_epochs": 3},
-        metadata=metadata or {},
+        request=JobSpec(model="org/base", training_file="file-1", betas=(0.9, 0.99), lora=LoraChoice(alpha=2.5)),
+        resolved=Resolved(seed=7, start=AdapterRef(tenant, "support", 2)),
+        progress={"odd": "\ud800\u0000ü", "none": None, "nested": {"list": [1, 2.5, True]}},
+        labels=metadata or {},
         created_s=created_s,
         **changes,
     )

@@ -16,8 +16,7 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from database_world import event, file_record, gradient_record, job_record, key_record
-from sqlalchemy import inspect, text
-from sqlmodel import SQLModel, select
+from sqlalchemy import inspect, select, text
 
 from jaxlora.core.errors import ConfigInvalid, NotFound, StorageFull, Unavailable
 from serve.db.database import Database, parse
@@ -26,13 +25,13 @@ from serve.db.gradient import StoredGradient
 from serve.db.jobs import StoredJobs
 from serve.db.keys import StoredKeys
 from serve.db.migrations import REVISIONS, migrate
-from serve.db.models import FileRow, to_row
+from serve.db.models import FileRecord, Table
 
 pytest_plugins = ["database_fixtures"]
 
 
 def some_row(id, filename="f"):
-    return to_row(FileRow, replace(file_record(id), filename=filename))
+    return replace(file_record(id), filename=filename)
 
 
 def sqlite_file(database_url):
@@ -42,7 +41,7 @@ def sqlite_file(database_url):
 class TestMigrations:
     def test_make_the_tables_that_the_code_names(self, database):
         def differences(session):
-            return compare_metadata(MigrationContext.configure(session.connection()), SQLModel.metadata)
+            return compare_metadata(MigrationContext.configure(session.connection()), Table.metadata)
 
         assert database.read(differences) == []
 
@@ -51,7 +50,7 @@ class TestMigrations:
 
         def differences(session):
             session.connection().execute(text("ALTER TABLE files DROP COLUMN status_details"))
-            return compare_metadata(MigrationContext.configure(session.connection()), SQLModel.metadata)
+            return compare_metadata(MigrationContext.configure(session.connection()), Table.metadata)
 
         assert [d[0] for d in database.write(differences)] == ["add_column"]
 
@@ -111,7 +110,7 @@ class TestTransactions:
 
         with pytest.raises(NotFound):
             database.write(work)
-        assert database.read(lambda s: s.exec(select(FileRow)).all()) == []
+        assert database.read(lambda s: s.scalars(select(FileRecord)).all()) == []
 
     def test_ten_threads_write(self, database, database_url):
         """Two connections pools, as a server and a command have, and a counter that all of them raise."""
@@ -121,7 +120,7 @@ class TestTransactions:
         def work(jobs):
             try:
                 for _ in range(20):
-                    jobs.append("ftjob-1", [event("one"), event("two")])
+                    jobs.save(job_record(), events=[event("one"), event("two")])
             except Exception as error:
                 errors.append(error)
 
@@ -283,7 +282,7 @@ class TestSqlite:
 
         with pytest.raises(StorageFull):
             keys._database.write(fill)
-        assert keys._database.read(lambda s: s.exec(select(FileRow)).all()) == []
+        assert keys._database.read(lambda s: s.scalars(select(FileRecord)).all()) == []
 
     def test_a_file_that_is_no_database_is_told(self, tmp_path):
         (tmp_path / "x.sqlite").write_bytes(b"not a database at all" * 100)
@@ -292,7 +291,7 @@ class TestSqlite:
 
     def test_a_row_that_belongs_to_no_job_is_refused(self, keys):
         with pytest.raises(NotFound):
-            StoredJobs(keys._database).append("ftjob-none", [event("x")])
+            StoredJobs(keys._database).save(job_record("ftjob-none"), events=[event("x")])
 
     def test_the_folder_is_ours_alone(self, keys, tmp_path):
         assert (tmp_path / "data").stat().st_mode & 0o077 == 0
@@ -300,13 +299,12 @@ class TestSqlite:
 
 KILLED = """
 import os, sys
-from sqlmodel import Session
-from serve.database import open_engine, parse
-from serve.tables import FileRow, to_row
+from sqlalchemy.orm import Session
+from serve.db.database import open_engine, parse
 from database_world import file_record
 
 with open_engine(parse(sys.argv[1]), statement_s=9).connect() as connection, connection.begin(), Session(connection) as session:
-    session.add(to_row(FileRow, file_record("half")))
+    session.add(file_record("half"))
     session.flush()
     os.kill(os.getpid(), 9)
 """

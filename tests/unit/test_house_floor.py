@@ -56,10 +56,9 @@ ONLY_IN = {  # somebody else's package → the only folders or files that import
     "obstore": ("jaxlora/storage/",),
     "opentelemetry": ("serve/observability/tracing.py",),
     "prometheus_client": ("serve/observability/metrics.py",),
-    "pydantic": ("jaxlora/config/toml.py", "serve/api/", "serve/http/schema.py"),
+    "pydantic": ("jaxlora/config/toml.py", "serve/api/", "serve/db/job_spec.py", "serve/http/schema.py"),
     "python_multipart": ("serve/http/multipart.py",),
     "sqlalchemy": ("serve/db/",),
-    "sqlmodel": ("serve/db/",),
     "structlog": ("serve/observability/logs.py",),
     "typer": ("serve/cli/",),
 }

@@ -1,17 +1,22 @@
 """What the database keeps of keys, files, jobs, Gradient's adapters and answers, and who sees it."""
 
+import json
 from dataclasses import replace
 
 import pytest
 from database_world import checkpoint_record, event, file_record, gradient_record, job_record, key_record
+from sqlalchemy import inspect
 
 from jaxlora.core.errors import InvalidRequest, NotFound, QuotaExceeded, StateInvalid, Unavailable
+from jaxlora.core.lora import AdapterRef, LoraSpec
 from serve.db.files import StoredFiles
 from serve.db.gradient import StoredGradient
 from serve.db.idempotency import StoredAnswers
+from serve.db.job_spec import EarlyStopping, Hyperparameters, JobSpec, LoraChoice, Resolved
 from serve.db.jobs import StoredJobs
 from serve.db.keys import StoredKeys
 from serve.db.models import StoredAnswer
+from train.jobs.status import JobStatus
 
 pytest_plugins = ["database_fixtures"]
 NOW = 100.0
@@ -99,12 +104,13 @@ class TestFiles:
 
     def test_deleted_is_gone_for_clients_and_waits_for_its_bytes_to_go(self, files):
         files.insert(file_record(), most_bytes=None)
-        assert files.delete("file-1", "acme", NOW) == file_record()
+        deleted = replace(file_record(), deleted_s=NOW)
+        assert files.delete("file-1", "acme", NOW) == deleted
         with pytest.raises(NotFound):
             files.get("file-1", "acme", NOW)
         with pytest.raises(NotFound):
             files.delete("file-1", "acme", NOW)
-        assert files.removable(NOW) == [file_record()]
+        assert files.removable(NOW) == [deleted]
         assert files.known() == {"file-1"}
         files.forget("file-1")
         assert files.removable(NOW) == []
@@ -122,13 +128,22 @@ class TestFiles:
     def test_a_file_that_a_job_needs_stays(self, files, jobs):
         files.insert(file_record("file-1", expires_s=50.0), most_bytes=None)
         jobs.insert(job_record(), files=["file-1", "file-1"])
-        assert jobs.files("ftjob-1") == ["file-1"]
         with pytest.raises(StateInvalid, match="ftjob-1"):
             files.delete("file-1", "acme", 2.0)
         assert files.removable(50.0) == []
-        jobs.save(replace(job_record(), status="cancelled"))
+        jobs.save(replace(job_record(), status=JobStatus.CANCELLED))
         assert [f.id for f in files.removable(50.0)] == ["file-1"]
         files.delete("file-1", "acme", 2.0)
+
+    def test_a_record_is_of_its_moment(self, files):
+        """What was handed out or in is no row of a session: no later write reaches it."""
+        given = file_record()
+        files.insert(given, most_bytes=None)
+        found = files.get("file-1", None, NOW)
+        files.judge("file-1", "processed", None)
+        assert (given.status, found.status) == ("uploaded", "uploaded")
+        assert (inspect(given).transient, inspect(found).detached) == (True, True)
+        assert inspect(found).unloaded == set()
 
     def test_check_is_kept_and_what_was_not_checked_is_known(self, files):
         files.insert(file_record("file-1"), most_bytes=None)
@@ -154,7 +169,9 @@ class TestJobs:
 
     def test_state_events_and_checkpoints_are_saved_together(self, jobs):
         jobs.insert(job_record(), events=[event("created")])
-        running = replace(job_record(), status="running", started_s=2.0, progress={"step": 10}, error={"code": "x"})
+        running = replace(
+            job_record(), status=JobStatus.RUNNING, started_s=2.0, progress={"step": 10}, error={"code": "x"}
+        )
         made = jobs.save(running, events=[event("step"), event("best")], checkpoints=[checkpoint_record(1)])
         assert [e.seq for e in made] == [2, 3]
         assert jobs.get("ftjob-1", None) == replace(running, next_seq=4)
@@ -167,7 +184,7 @@ class TestJobs:
         before = jobs.get("ftjob-1", None)
         twin = replace(checkpoint_record(1), step=11)
         with pytest.raises(Exception, match=r"(?i)unique"):
-            jobs.save(replace(before, status="running"), events=[event("x")], checkpoints=[twin])
+            jobs.save(replace(before, status=JobStatus.RUNNING), events=[event("x")], checkpoints=[twin])
         assert jobs.get("ftjob-1", None) == before
         assert jobs.events_since("ftjob-1", None, 0, limit=9) == []
 
@@ -200,7 +217,6 @@ class TestJobs:
                 lambda id: jobs.events(id, "other", after=None, limit=9),
                 lambda id: jobs.events_since(id, "other", 0, limit=9),
                 lambda id: jobs.checkpoints(id, "other", after=None, limit=9),
-                lambda id: jobs.delete(id, "other"),
             ):
                 with pytest.raises(NotFound, match=id):
                     call(id)
@@ -224,20 +240,61 @@ class TestJobs:
         with pytest.raises(QuotaExceeded):
             jobs.insert(job_record("ftjob-3"), most=1)
         assert [j.id for j in jobs.unfinished() if j.tenant == "acme"] == ["ftjob-1"]
-        jobs.save(replace(job_record("ftjob-1"), status="failed"))
+        jobs.save(replace(job_record("ftjob-1"), status=JobStatus.FAILED))
         jobs.insert(job_record("ftjob-3", created_s=0.0), most=1)
         assert [j.id for j in jobs.unfinished()] == ["ftjob-3", "ftjob-2"]
 
-    def test_delete_takes_all_with_it(self, jobs, files):
-        files.insert(file_record(), most_bytes=None)
-        jobs.insert(job_record(), files=["file-1"], events=[event("x")])
-        jobs.save(job_record(), checkpoints=[checkpoint_record(1)])
-        jobs.delete("ftjob-1", "acme")
-        assert jobs.unfinished() == []
-        files.delete("file-1", "acme", 2.0)
-        jobs.insert(job_record())
-        assert jobs.events_since("ftjob-1", None, 0, limit=9) == []
-        assert ids(jobs.checkpoints("ftjob-1", None, after=None, limit=9)) == []
+
+ASKED = {  # as earlier programs stored a body: with its nulls, its "auto"s and what asks for nothing
+    "model": "org/base",
+    "training_file": "file-1",
+    "validation_file": None,
+    "method": {"type": "dpo", "dpo": {"hyperparameters": {"n_epochs": "auto", "batch_size": 4, "beta": 1}}},
+    "lora": {"r": 8, "target_modules": "all-linear", "init": "default"},
+    "betas": [0.9, 0.95],
+    "integrations": [],
+    "seed": 0,
+    "early_stopping": {"metric": "valid_loss", "patience": 3},
+    "metadata": {"mode": "auto"},
+    "evaluation": {"file": "file-2", "metrics": ["regex"], "samples": None},
+    "publish": False,
+}
+DECIDED = {
+    **{"seed": 7, "start": ["acme", "support", 2], "method": "dpo", "beta": 0.1, "n_epochs": 3, "batch_size": 4},
+    **{"learning_rate_multiplier": 1.0, "learning_rate": 1e-4, "lr_schedule": "linear", "warmup_steps": 0},
+    **{"weight_decay": 0.0, "max_grad_norm": 1.0, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "total_steps": 30},
+    **{"checkpoint_every": 10, "eval_every": None, "weight": 1.0, "publish": True, "patience": None},
+    **{"min_delta": 0.0, "keep_best": False},
+    "spec": {"rank": 2, "alpha": 4.0, "targets": ["q_proj"], "rslora": True, "dropout": 0.0, "exceptions": []},
+}
+
+
+class TestJobSpec:
+    def test_what_was_asked_is_read(self):
+        asked = JobSpec.from_json(ASKED)
+        assert asked.method_name == "dpo"
+        assert asked.numbers == Hyperparameters(batch_size=4, beta=1.0)
+        assert asked.lora == LoraChoice(r=8)
+        assert (asked.seed, asked.betas, asked.publish, asked.keep_best) == (0, (0.9, 0.95), False, None)
+        assert asked.early_stopping == EarlyStopping(patience=3)
+        assert asked.metadata == {"mode": "auto"}
+        assert asked.files == ["file-1", "file-2"]
+        assert JobSpec.from_json(asked.to_json()) == asked
+
+    def test_hyperparameters_in_their_old_place_are_read(self):
+        asked = JobSpec.from_json({"model": "m", "training_file": "f", "hyperparameters": {"n_epochs": 2}})
+        assert (asked.method_name, asked.numbers) == ("supervised", Hyperparameters(n_epochs=2))
+
+    def test_what_was_decided_is_read_and_stored_as_it_was(self):
+        found = Resolved.from_json(DECIDED)
+        assert (found.seed, found.start) == (7, AdapterRef("acme", "support", 2))
+        assert found.plan is not None
+        assert (found.plan.spec, found.plan.total_steps) == (
+            LoraSpec(rank=2, alpha=4.0, targets=("q_proj",), rslora=True, dropout=0.0),
+            30,
+        )
+        assert json.loads(json.dumps(found.to_json())) == DECIDED
+        assert Resolved.from_json({"seed": 7}) == Resolved(seed=7)
 
 
 class TestGradient:

@@ -1,10 +1,4 @@
-"""What a training job is: what was asked for, its states, how far it is, what happened.  Pure: no jax, no clock, no files.
-
-    validating_files ─▶ queued ⇄ running ─▶ succeeded        paused ─▶ queued
-                          └──────┴──▶ paused | failed | cancelled
-
-A running job goes back to queued when its time slice is over; what it learned so far is parked.
-"""
+"""What a training job is: what was asked for, how far it is, what happened.  Pure: no jax, no clock, no files."""
 
 from __future__ import annotations
 
@@ -17,22 +11,11 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from jaxlora.config.training import CROSS_ENTROPY, Loss, Optimizer
-from jaxlora.core.errors import InvalidRequest, JaxLoraError, StateInvalid
+from jaxlora.core.errors import InvalidRequest, JaxLoraError
 from jaxlora.core.lora import AdapterRef, AdapterWeights, LoraSpec, check_name
 from jaxlora.storage.remote_states import StateCopies
 from train.data.examples import Unit
-
-State = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
-
-NEXT: Mapping[State, tuple[State, ...]] = {
-    "validating_files": ("queued", "failed", "cancelled"),
-    "queued": ("running", "paused", "failed", "cancelled"),
-    "running": ("queued", "paused", "succeeded", "failed", "cancelled"),
-    "paused": ("queued", "cancelled"),
-    "succeeded": (),
-    "failed": (),
-    "cancelled": (),
-}
+from train.jobs.status import ENDED, JobStatus, check_move
 
 Source = Path | Sequence[Unit]  # a JSONL file, read when it is needed, or examples that stay in memory
 
@@ -178,13 +161,16 @@ class EventLog:
         self._clock = clock
         self._count = 0
 
-    def add(self, kind: Kind, message: str, *, level: Level = "info", data: Mapping[str, float] | None = None) -> None:
-        """One more; the oldest of its sort is dropped when there are too many.  Numbers that no JSON holds are left out."""
+    def add(
+        self, kind: Kind, message: str, *, level: Level = "info", data: Mapping[str, float] | None = None
+    ) -> JobEvent:
+        """One more, which it returns; the oldest of its sort is dropped when there are too many.  Numbers that no JSON holds are left out."""
         self._count += 1
         finite = {k: v for k, v in (data or {}).items() if math.isfinite(v)}
         event = JobEvent(seq=self._count, time_s=self._clock(), level=level, kind=kind, message=message, data=finite)
         (self._steps if kind == "step" else self._rest).append(event)
         self._added()
+        return event
 
     def add_step(self, data: Mapping[str, float], *, total: int, finite: bool) -> None:
         """One of `total` steps is done: its numbers, and whether its update was finite."""
@@ -207,9 +193,10 @@ class Job:
     request: JobRequest
     created_s: float
     log: EventLog
-    state: State = "validating_files"
+    state: JobStatus = JobStatus.VALIDATING_FILES
     code: str | None = None  # why it is paused or failed, for programs
     reason: str | None = None  # the same, for people
+    started_s: float | None = None  # when it first ran
     finished_s: float | None = None
     progress: Progress = field(default_factory=Progress)
     numbers: dict[str, float] = field(default_factory=dict)  # of its newest step and held-out loss, as in their event
@@ -218,7 +205,7 @@ class Job:
     @property
     def final(self) -> bool:
         """Whether it has ended for good."""
-        return not NEXT[self.state]
+        return self.state in ENDED
 
     def outcome(self, *, best: bool) -> str:
         """How far it came, for people.  best: its weights are those of its best held-out loss."""
@@ -228,17 +215,17 @@ class Job:
             how += f", stopped early: {p.stale} held-out losses in a row were no better"
         return f"{how}; its weights are those of step {p.best_step}" if best else how
 
-    def check_move(self, to: State) -> None:
+    def check_move(self, to: JobStatus) -> None:
         """Raises StateInvalid, saying what is possible, when the job cannot go there from where it is."""
-        if to not in NEXT[self.state]:
-            possible = f"it may become {' or '.join(NEXT[self.state])}" if NEXT[self.state] else "that is final"
-            raise StateInvalid(f"job {self.id} is {self.state} and cannot become {to}; {possible}")
+        check_move(self.id, self.state, to)
 
-    def move(self, to: State, message: str, *, level: Level = "info", code: str | None = None) -> None:
+    def move(self, to: JobStatus, message: str, *, level: Level = "info", code: str | None = None) -> None:
         """Goes there, with an event; `code` says why it is paused or failed.  Raises StateInvalid."""
         self.check_move(to)
         self.state, self.code, self.reason = to, code, None if code is None else message
-        self.log.add("state", f"{to}: {message}", level=level)
+        event = self.log.add("state", f"{to}: {message}", level=level)
+        if to is JobStatus.RUNNING and self.started_s is None:
+            self.started_s = event.time_s
 
 
 def said(error: Exception) -> str:

@@ -28,8 +28,10 @@ from jaxlora.storage.checkpoint_writer import CheckpointWriter
 from train.data.examples import Unit
 from train.jobs.fair_queue import FairQueue
 from train.jobs.inputs import Facts, JobFiles, JobReaders, LiveJob, Material
-from train.jobs.job import EventLog, Job, JobEvent, JobRequest, JobsConfig, Level, Shelf, State, said
+from train.jobs.job import EventLog, Job, JobEvent, JobRequest, JobsConfig, Level, Shelf, said
 from train.jobs.states import JobStates, Parking
+from train.jobs.status import JobStatus
+from train.tenant import TenantStatus
 from train.trainer import FIRST_PART, MAX_BAD_STEPS, Evaluation, StepReport, Trainer
 
 
@@ -113,16 +115,16 @@ class Jobs:
     def pause(self, owner: str, id: str) -> Job:
         """The job gives its slot up and waits for `resume`.  Raises NotFound, StateInvalid."""
         job = self.get(owner, id)
-        if job.state != "paused":
-            job.check_move("paused")
+        if job.state is not JobStatus.PAUSED:
+            job.check_move(JobStatus.PAUSED)
             self._pause(self._live[id], "paused_by_owner", "its owner asked for it")
         return job
 
     def resume(self, owner: str, id: str) -> Job:
         """A paused job gets in line again.  Raises NotFound, StateInvalid."""
         job = self.get(owner, id)
-        if job.state not in ("queued", "running"):
-            job.check_move("queued")
+        if job.state not in (JobStatus.QUEUED, JobStatus.RUNNING):
+            job.check_move(JobStatus.QUEUED)
             job.progress.bad_steps = 0
             self._line_up(self._live[id], "resumed")
         return job
@@ -130,11 +132,11 @@ class Jobs:
     def cancel(self, owner: str, id: str) -> Job:
         """The job ends; its last state becomes a checkpoint.  Raises NotFound, StateInvalid."""
         job = self.get(owner, id)
-        if job.state != "cancelled":
-            job.check_move("cancelled")
+        if job.state is not JobStatus.CANCELLED:
+            job.check_move(JobStatus.CANCELLED)
             live = self._live[id]
             self.states.save(live)
-            self._end(live, "cancelled", "its owner asked for it")
+            self._end(live, JobStatus.CANCELLED, "its owner asked for it")
         return job
 
     def forget(self, owner: str, id: str) -> None:
@@ -160,7 +162,7 @@ class Jobs:
     @property
     def has_work(self) -> bool:
         """Whether a job is neither paused nor at its end."""
-        return any(x.job.state != "paused" for x in self._live.values())
+        return any(x.job.state is not JobStatus.PAUSED for x in self._live.values())
 
     def run(self) -> None:
         """Steps until every job is paused or has ended, and what they saved is on disk."""
@@ -260,7 +262,7 @@ class Jobs:
             job.log.add("problem", reason, level="error", data=data)
             if live is not None and live.saved_step == outcome.step:
                 live.saved_step = 0
-                if job.state in ("queued", "running"):
+                if job.state in (JobStatus.QUEUED, JobStatus.RUNNING):
                     self._pause(live, "storage_failed", f"{reason}; make room and resume it", save=False)
 
     def _hear_readers(self) -> None:
@@ -312,7 +314,7 @@ class Jobs:
 
     def _evaluate(self, reports: Sequence[StepReport]) -> Generator[str, None, dict[str, Evaluation]]:
         """Held-out losses that are due after this step, by job; they share lanes."""
-        done = {r.tenant for r in reports if self.trainer.tenants[r.tenant].status == "done"}
+        done = {r.tenant for r in reports if self.trainer.tenants[r.tenant].status is TenantStatus.DONE}
         asked = [self._live[r.tenant] for r in reports if self._live[r.tenant].evaluates(r.step, r.tenant in done)]
         due = [(live.heldout, live.job.id) for live in asked]
         found = yield from self.trainer.evaluation(due)
@@ -352,7 +354,7 @@ class Jobs:
 
     def _line_up(self, live: LiveJob, message: str) -> None:
         self._await_turn(live)
-        live.job.move("queued", message)
+        live.job.move(JobStatus.QUEUED, message)
 
     def _await_turn(self, live: LiveJob) -> None:
         request = live.job.request
@@ -383,7 +385,7 @@ class Jobs:
             return
         self._parking.discard(live.state_key)
         live.heldout = material.heldout
-        job.move("running", "started" if job.progress.step == 0 else f"goes on from step {job.progress.step}")
+        job.move(JobStatus.RUNNING, "started" if job.progress.step == 0 else f"goes on from step {job.progress.step}")
         self.states.take_best(live, material.best)
         if self._is_over(live):  # it could not be delivered before, or the process died just then
             self._finish(live)
@@ -392,11 +394,11 @@ class Jobs:
         """Whether its last step is done, or no better held-out loss is to be expected."""
         patience = live.job.request.patience
         early = patience is not None and live.job.progress.stale >= patience
-        return early or self.trainer.tenants[live.job.id].status == "done"
+        return early or self.trainer.tenants[live.job.id].status is TenantStatus.DONE
 
     def _vacate(self, live: LiveJob, *, park: bool) -> None:
         """The job leaves its slot, the line, or the reader that it waits for."""
-        if live.job.state == "running":
+        if live.job.state is JobStatus.RUNNING:
             if park:
                 self.states.park(live, live.state_key, jax.device_get(self.trainer.unseat(live.job.id)))
             self.trainer.remove(live.job.id)
@@ -411,7 +413,7 @@ class Jobs:
         if save:
             self.states.save(live)
         self._vacate(live, park=True)
-        live.job.move("paused", reason, level="info" if code == "paused_by_owner" else "warn", code=code)
+        live.job.move(JobStatus.PAUSED, reason, level="info" if code == "paused_by_owner" else "warn", code=code)
 
     def _finish(self, live: LiveJob) -> None:
         """Its adapter goes to the shelf."""
@@ -428,14 +430,14 @@ class Jobs:
             self._pause(live, "storage_failed", f"its adapter was not stored: {said(error)}; resume it to try again")
         else:
             job.result = ref
-            self._end(live, "succeeded", job.outcome(best=best))
+            self._end(live, JobStatus.SUCCEEDED, job.outcome(best=best))
 
     def _fail(self, live: LiveJob, error: JaxLoraError | OSError) -> None:
         code = error.code if isinstance(error, JaxLoraError) else JaxLoraError.code
-        self._end(live, "failed", said(error), level="error", code=code)
+        self._end(live, JobStatus.FAILED, said(error), level="error", code=code)
 
     def _end(
-        self, live: LiveJob, state: State, message: str, *, level: Level = "info", code: str | None = None
+        self, live: LiveJob, state: JobStatus, message: str, *, level: Level = "info", code: str | None = None
     ) -> None:
         """The job ends and lets go of all it held."""
         job = live.job

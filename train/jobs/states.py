@@ -21,6 +21,7 @@ from jaxlora.core.atomic_files import replace_file
 from jaxlora.core.errors import JaxLoraError, NotFound, StorageFailed
 from jaxlora.storage.checkpoint_writer import CheckpointWriter
 from train.jobs.inputs import JobFiles, LiveJob
+from train.jobs.status import JobStatus
 from train.step.state import SlotState
 from train.trainer import Trainer
 
@@ -141,7 +142,7 @@ class JobStates:
 
     def of(self, live: LiveJob) -> SlotState | None:
         """On the host; None before its start."""
-        if live.job.state == "running":
+        if live.job.state is JobStatus.RUNNING:
             return jax.device_get(self._trainer.unseat(live.job.id))
         if live.state_key in self._parking:
             return self._parking.get(live.state_key)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from serve.db.models import ENDED, CheckpointRecord, EventRecord, JobRecord, JsonObject, Page
+from serve.db.models import CheckpointRecord, EventRecord, JobRecord, JsonObject, Page
 from serve.runtime.catalog import JobNames
+from train.jobs.status import ENDED
 
 CHECKPOINT_METRICS = (
     "step",
@@ -18,50 +19,46 @@ CHECKPOINT_METRICS = (
 
 def job_object(record: JobRecord, names: JobNames) -> JsonObject:
     """A job.  `fine_tuned_model` is set as soon as it can be asked: at the first checkpoint."""
-    request, resolved, progress = record.request, record.resolved, record.progress
+    request, plan, progress = record.request, record.resolved.plan, record.progress
     usable = "checkpoint_step" in progress or "final_version" in progress
     numbers: JsonObject = {
-        name: resolved.get(name, "auto") for name in ("n_epochs", "batch_size", "learning_rate_multiplier")
+        "n_epochs": "auto" if plan is None else plan.n_epochs,
+        "batch_size": "auto" if plan is None else plan.batch_size,
+        "learning_rate_multiplier": "auto" if plan is None else plan.learning_rate_multiplier,
     }
-    kind = resolved.get("method", method_type(request))
-    beta = {"beta": resolved.get("beta", "auto")} if kind == "dpo" else {}
+    kind = request.method_name
+    beta: JsonObject = {"beta": "auto" if plan is None else plan.beta} if kind == "dpo" else {}
     return {
         "id": record.id,
         "object": "fine_tuning.job",
         "created_at": int(record.created_s),
         "finished_at": None if record.finished_s is None else int(record.finished_s),
-        "model": request["model"],
+        "model": request.model,
         "organization_id": record.tenant,
         "status": record.status,
-        "training_file": request["training_file"],
-        "validation_file": request.get("validation_file"),
+        "training_file": request.training_file,
+        "validation_file": request.validation_file,
         "result_files": progress.get("results", []),
         "fine_tuned_model": names.full(record.id) if usable else None,
         "trained_tokens": progress.get("tokens") if record.status in ENDED else None,
-        "seed": resolved["seed"],
+        "seed": record.resolved.seed,
         "error": record.error,
         "hyperparameters": numbers,
-        "method": {"type": kind, str(kind): {"hyperparameters": numbers | beta}},
+        "method": {"type": kind, kind: {"hyperparameters": numbers | beta}},
         "integrations": [],
-        "metadata": dict(record.metadata) or None,
+        "metadata": dict(record.labels) or None,
         "estimated_finish": None,
-        "lora": resolved.get("spec"),
-        "learning_rate": resolved.get("learning_rate"),
+        "lora": record.resolved.to_json().get("spec"),
+        "learning_rate": None if plan is None else plan.learning_rate,
         "progress": {
             "step": progress.get("step", 0),
-            "total_steps": resolved.get("total_steps"),
+            "total_steps": None if plan is None else plan.total_steps,
             "tokens": progress.get("tokens", 0),
             "train_loss": progress.get("train_loss"),
             "valid_loss": progress.get("valid_loss"),
             "adapter_version": progress.get("version"),
         },
     }
-
-
-def method_type(request: Mapping[str, object]) -> str:
-    """supervised, unless the request says another."""
-    method = request.get("method")
-    return str(method["type"]) if isinstance(method, Mapping) else "supervised"
 
 
 def event_object(event: EventRecord) -> JsonObject:

@@ -25,12 +25,14 @@ from serve.api.jobs.schemas import (
     JobsQuery,
     PageQuery,
 )
-from serve.db.models import ENDED, JobRecord, JobStatus, JsonObject
+from serve.db.job_spec import JobSpec
+from serve.db.models import JobRecord, JsonObject
 from serve.http.errors import ERRORS, WRITE_ERRORS, error_body
 from serve.http.idempotency import Once
 from serve.http.schema import ok, refuse_unbuilt
 from serve.http.sse import DONE, sse
 from serve.jobs.service import JobService
+from train.jobs.status import ENDED, JobStatus
 
 LIMIT, CHECKPOINTS_LIMIT = 20, 10  # of a list without `limit`
 FOLLOW_S = 0.25  # between two looks for new events
@@ -65,9 +67,10 @@ class JobsRoutes:
         refuse_unbuilt(body)
         self._limiter.admit(caller_of(request).owner, tokens=0)
         asked = body.model_dump(mode="json", exclude_unset=True)
+        spec = JobSpec.from_json(asked)
 
         async def make() -> JsonObject:
-            return self._object(await asyncio.to_thread(self._service.create, caller_of(request), asked))
+            return self._object(await asyncio.to_thread(self._service.create, caller_of(request), spec))
 
         return await self._once.answer(request, asked, make)
 
@@ -88,15 +91,15 @@ class JobsRoutes:
 
     async def cancel(self, request: Request, id: str) -> Response:
         """Ends a job; what it has learned stays."""
-        return await self._move(request, id, "cancelled")
+        return await self._move(request, id, JobStatus.CANCELLED)
 
     async def pause(self, request: Request, id: str) -> Response:
         """Has a job wait until it is resumed."""
-        return await self._move(request, id, "paused")
+        return await self._move(request, id, JobStatus.PAUSED)
 
     async def resume(self, request: Request, id: str) -> Response:
         """Has a paused job go on."""
-        return await self._move(request, id, "queued")
+        return await self._move(request, id, JobStatus.QUEUED)
 
     async def events(self, request: Request, id: str, query: Annotated[EventsQuery, Query()]) -> Response:
         """What happened to a job, newest first; with stream=true all of it, oldest first, and on until the job ends."""

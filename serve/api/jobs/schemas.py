@@ -11,8 +11,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, m
 from pydantic_core import PydanticCustomError
 
 from serve.api.openai.schemas import CLOSED
-from serve.db.models import JobStatus
 from serve.http.schema import Only, Strict, Text, Unbuilt, few_fields
+from train.jobs.status import JobStatus
 
 Auto = Literal["auto"]
 
