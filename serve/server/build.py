@@ -61,8 +61,8 @@ from serve.observability.logs import log_answered, logging_to
 from serve.observability.metrics import METRICS_PATH, HttpMetrics, MetricsRoutes, ServerMetrics
 from serve.runtime.device_thread import DeviceThread
 from serve.runtime.reload import retuned_by_hangup
-from serve.server.app import OPEN_PATHS
 from serve.server.build_jobs import JobHost, make_job_host
+from serve.server.gate import OPEN_PATHS, AppConfig
 from serve.server.uvicorn import HttpServer, make_http
 from train.data.example_cache import KeptExamples
 from train.data.examples import Unit
@@ -353,13 +353,9 @@ def leave(store: AdapterStore) -> NoReturn:
 
 def make_server(runner: DeviceThread, config: ServeConfig, observers: Observers, own: Services) -> HttpServer:
     """Everything behind HTTP.  Raises ConfigInvalid when the address is taken or not ours."""
-    return make_http(
-        runner,
-        host=config.host,
-        port=config.port,
+    app = AppConfig(
         default_max_tokens=config.default_max_tokens,
         max_request_s=config.max_request_s,
-        grace_s=config.grace_s,
         routers=[*observers.routers, *own.routers],
         listeners=observers.listeners,
         open_paths=observers.open_paths,
@@ -369,6 +365,7 @@ def make_server(runner: DeviceThread, config: ServeConfig, observers: Observers,
         error_shapes=own.error_shapes,
         drain=own.drain,
     )
+    return make_http(runner, app, host=config.host, port=config.port, grace_s=config.grace_s)
 
 
 def begin(runner: DeviceThread, opened: Opened, config: ServeConfig, own: Services) -> None:

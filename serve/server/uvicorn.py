@@ -15,22 +15,17 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from types import FrameType
 
 import uvicorn
-from fastapi import APIRouter
-from starlette.requests import HTTPConnection
 
 from jaxlora.core.errors import ConfigInvalid, DeviceLost, Unavailable
-from serve.access.caller import Caller, anyone
-from serve.access.rate_limit import Limiter
 from serve.http.drain import Drain
-from serve.http.errors import Shape
-from serve.http.request_log import Listener
 from serve.runtime.device_thread import GONE, LOST, DeviceThread
-from serve.server.app import NO_SHAPES, OPEN_PATHS, create_app, hosts_for
+from serve.server.app import create_app
+from serve.server.gate import AppConfig, hosts_for
 
 LOG = logging.getLogger("serve")
 BACKLOG = 2048  # connections that may wait to be accepted
@@ -130,27 +125,10 @@ class HttpServer:
             self.thread.join()
 
 
-def make_http(
-    runner: DeviceThread,
-    *,
-    host: str,
-    port: int,
-    default_max_tokens: int,
-    max_request_s: float,
-    grace_s: float,
-    routers: Sequence[APIRouter] = (),
-    listeners: Sequence[Listener] = (),
-    open_paths: Collection[str] = OPEN_PATHS,
-    caller_of: Callable[[HTTPConnection], Caller] = anyone,
-    limiter: Limiter | None = None,
-    body_limits: Mapping[str, int] | None = None,
-    error_shapes: Mapping[str, Shape] = NO_SHAPES,
-    drain: Drain | None = None,
-) -> HttpServer:
+def make_http(runner: DeviceThread, config: AppConfig, *, host: str, port: int, grace_s: float) -> HttpServer:
     """The runner behind HTTP, on a socket that is bound already.  An IPv6 host may stand in brackets.
 
-    routers, listeners, open_paths, caller_of, limiter, body_limits, error_shapes, drain: as `create_app` takes them.
-
+    The hosts that requests may name follow from `host`.  grace_s: for open requests to finish when the server ends.
     Raises ConfigInvalid when the address is taken or not ours.
     """
     host = host.removeprefix("[").removesuffix("]")
@@ -162,21 +140,7 @@ def make_http(
     except OSError as error:
         listening.close()
         raise ConfigInvalid(f"cannot listen on {host} port {port} ({error.strerror}); choose another --port") from error
-    drain = Drain() if drain is None else drain
-    app = create_app(
-        runner,
-        default_max_tokens=default_max_tokens,
-        hosts=hosts_for(host),
-        max_request_s=max_request_s,
-        drain=drain,
-        routers=routers,
-        listeners=listeners,
-        open_paths=open_paths,
-        caller_of=caller_of,
-        limiter=limiter,
-        body_limits=body_limits,
-        error_shapes=error_shapes,
-    )
+    app = create_app(runner, replace(config, hosts=hosts_for(host)))
     settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=LAST_WORDS_S)
-    server = DrainingServer(settings, drain, grace_s, runner.end_all, lambda: runner.lost)
+    server = DrainingServer(settings, config.drain, grace_s, runner.end_all, lambda: runner.lost)
     return HttpServer(server, listening)

@@ -36,6 +36,7 @@ from serve.db.idempotency import StoredAnswers
 from serve.http.idempotency import Once
 from serve.http.schema import DOCUMENT_PATH
 from serve.server.app import create_app
+from serve.server.gate import AppConfig
 
 pytest_plugins = ["serve_fixtures"]
 
@@ -62,7 +63,9 @@ def wires(tmp_path_factory):
                 gradient.router(),
             ]
             shapes = {API: gradient_response}
-            with serving(create_app(backend, default_max_tokens=16, routers=routers, error_shapes=shapes)) as url:
+            with serving(
+                create_app(backend, AppConfig(default_max_tokens=16, routers=routers, error_shapes=shapes))
+            ) as url:
                 yield url
 
 

@@ -20,6 +20,7 @@ from serve.api.gradient.routes import GradientRoutes
 from serve.db.gradient import StoredGradient
 from serve.db.idempotency import StoredAnswers
 from serve.server.app import create_app
+from serve.server.gate import AppConfig
 
 pytest_plugins = ["serve_fixtures"]
 SAMPLES = [{"inputs": "Q: 2+2? A: 4"}, {"inputs": "Q: 3+3? A: 6", "multiplier": 0.5}]
@@ -40,10 +41,12 @@ def server(world, tmp_path_factory):
     )
     app = create_app(
         it.runner,
-        default_max_tokens=8,
-        caller_of=by_key,
-        routers=[wire.router()],
-        error_shapes={API: gradient_response},
+        AppConfig(
+            default_max_tokens=8,
+            caller_of=by_key,
+            routers=[wire.router()],
+            error_shapes={API: gradient_response},
+        ),
     )
     try:
         with serving(app) as url:
