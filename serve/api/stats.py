@@ -12,9 +12,8 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import with_config
 
 from serve.access.caller import caller_of
-from serve.api.openai.schemas import CLOSED
 from serve.http.errors import ERRORS
-from serve.http.schema import ok
+from serve.http.schema import CLOSED, ok
 from serve.runtime.backend import Backend
 from serve.runtime.snapshot import SlotView, TrainingView, WaitView
 from serve.runtime.watchdog import Rates, Watch

@@ -10,16 +10,19 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypedDict
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
+from pydantic import TypeAdapter, with_config
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Scope
 
 from jaxlora.core.errors import InvalidRequest, JaxLoraError, QuotaExceeded, RateLimited
 from serve.http.request_log import note_refused
+from serve.http.schema import CLOSED
 
 RETRY_AFTER_S = 1  # a client waits this long, then asks again; one that reads 0 would hammer
 LOG = logging.getLogger("serve")
@@ -49,23 +52,27 @@ WRITE_STATUSES = {
     409: "what is there does not allow it; asked again, it would end alike",
     507: "the server's disk is full; nothing was changed",
 }
+
+
+@with_config(CLOSED)
+class ErrorDetail(TypedDict):
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorObject(TypedDict):
+    """The body of an error."""
+
+    error: ErrorDetail
+
+
 ERROR_SCHEMA = {
     "type": "object",
     "required": ["error"],
     "additionalProperties": False,
-    "properties": {
-        "error": {
-            "type": "object",
-            "additionalProperties": False,
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-                "code": {"type": "string"},
-            },
-        }
-    },
+    "properties": {"error": TypeAdapter(ErrorDetail).json_schema()},
 }
 
 
@@ -86,7 +93,7 @@ class UnknownParameter(InvalidRequest):
     code = "unknown_parameter"
 
 
-def error_body(error: Exception) -> tuple[int, dict[str, object]]:
+def error_body(error: Exception) -> tuple[int, ErrorObject]:
     """(HTTP status, the JSON object) of an error."""
     if isinstance(error, RequestValidationError):
         error = invalid_request(error.errors(), error.body)

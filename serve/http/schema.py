@@ -63,6 +63,7 @@ def documented(app: FastAPI) -> Callable[[], dict]:
 
 
 MAX_FIELDS = 100  # of one object
+CLOSED = ConfigDict(extra="forbid")  # of a TypedDict that an answer is: it has no other fields
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def create_app(backend: Backend, config: AppConfig) -> FastAPI:
         state = backend.health()
         if state != "ok":
             raise Unavailable(state)
-        return JSONResponse({"status": "ok"})
+        return JSONResponse(Status(status="ok"))
 
     @app.get("/ready", response_model=None, responses=ERRORS | ok(Status))
     async def ready() -> Response:
@@ -61,7 +61,7 @@ def create_app(backend: Backend, config: AppConfig) -> FastAPI:
     @app.get("/version", response_model=None, responses=ERRORS | ok(Version))
     async def read_version() -> Response:
         """The server's version."""
-        return JSONResponse({"version": version("jaxlora")})
+        return JSONResponse(Version(version=version("jaxlora")))
 
     for kind in (JaxLoraError, HTTPException, RequestValidationError, ClientDisconnect):
         app.add_exception_handler(kind, shapes.handle)

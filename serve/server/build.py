@@ -50,7 +50,6 @@ from serve.api.stats import StatsRoutes
 from serve.db.database import Database
 from serve.db.files import StoredFiles
 from serve.db.gradient import StoredGradient
-from serve.db.idempotency import StoredAnswers
 from serve.db.keys import StoredKeys
 from serve.engine.engine import Engine, EngineConfig
 from serve.http.drain import Drain
@@ -186,7 +185,7 @@ def services(
                 default_lr=default_lr(opened.base.config), longest=longest + 1, rank=min(DEFAULT_RANK, most_rank)
             ),
             records=StoredGradient(database),
-            answers=StoredAnswers(database),
+            once=once,
             tuner=None if jobs is None else jobs.tuner,
             limiter=limiter,
         )

@@ -32,7 +32,6 @@ from serve.api.gradient.errors import API, gradient_response
 from serve.api.gradient.routes import GradientRoutes
 from serve.db.database import Database
 from serve.db.gradient import StoredGradient
-from serve.db.idempotency import StoredAnswers
 from serve.http.idempotency import Once
 from serve.http.schema import DOCUMENT_PATH
 from serve.server.app import create_app
@@ -54,7 +53,7 @@ def wires(tmp_path_factory):
             backend,
             GradientConfig(default_lr=3e-4, longest=50),
             records=StoredGradient(database),
-            answers=StoredAnswers(database),
+            once=Once(database),
             tuner=FakeTuner(backend),
         )
         with opened(database, folder / "files") as files:

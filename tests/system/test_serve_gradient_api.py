@@ -371,7 +371,7 @@ def test_a_server_that_does_not_train_says_so(world):
         backend,
         GradientConfig(default_lr=1e-3, longest=9),
         records=records,
-        answers=world.wire._answers,
+        once=world.wire._once,
         tuner=None,
     )
     app = create_app(
@@ -392,7 +392,7 @@ def test_answers_and_training_count_against_the_minute(world):
         backend,
         GradientConfig(default_lr=1e-3, longest=50),
         records=world.wire._records,
-        answers=world.wire._answers,
+        once=world.wire._once,
         tuner=FakeTuner(backend),
         limiter=Limiter(LimitsSection(tokens_per_minute=60)),
     )

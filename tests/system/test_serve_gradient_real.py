@@ -18,7 +18,7 @@ from serve.api.gradient.complete import GradientConfig
 from serve.api.gradient.errors import gradient_response
 from serve.api.gradient.routes import GradientRoutes
 from serve.db.gradient import StoredGradient
-from serve.db.idempotency import StoredAnswers
+from serve.http.idempotency import Once
 from serve.server.app import create_app
 from serve.server.gate import AppConfig
 
@@ -36,7 +36,7 @@ def server(world, tmp_path_factory):
         it.runner,
         GradientConfig(default_lr=0.02, longest=LANE_TOKENS, rank=4),
         records=StoredGradient(it.database),
-        answers=StoredAnswers(it.database),
+        once=Once(it.database),
         tuner=it.host.tuner,
     )
     app = create_app(

@@ -34,12 +34,14 @@ from serve.api.adapters.schemas import (
     ImportedObject,
     ListQuery,
     LoadBody,
-    PageQuery,
     UnloadBody,
+    VersionsQuery,
 )
-from serve.api.adapters.service import AdapterService, Exported, Imported, Page
+from serve.api.adapters.service import AdapterService, Exported, Imported
+from serve.db.models import Page
 from serve.http.errors import ERRORS, WRITE_ERRORS
 from serve.http.multipart import Form, FormRules, receive_form
+from serve.http.pagination import list_object
 from serve.http.schema import Responses, ok, refuse_unbuilt
 from serve.runtime.backend import ModelCard
 
@@ -129,25 +131,17 @@ class AdaptersRoutes:
     async def list_adapters(self, request: Request, query: Annotated[ListQuery, fastapi.Query()]) -> Response:
         """The caller's adapters, the newest first."""
         sees = caller_of(request).sees
-        return JSONResponse(
-            self._list(
-                await asyncio.to_thread(
-                    lambda: self._service.page(sees, prefix=query.prefix, after=query.after, limit=query.limit)
-                )
-            )
+        return self._list(
+            await asyncio.to_thread(self._service.page, sees, prefix=query.prefix, after=query.after, limit=query.limit)
         )
 
     async def list_versions(
-        self, request: Request, name: str, query: Annotated[PageQuery, fastapi.Query()]
+        self, request: Request, name: str, query: Annotated[VersionsQuery, fastapi.Query()]
     ) -> Response:
         """The versions of one adapter, the newest first."""
         sees = caller_of(request).sees
-        return JSONResponse(
-            self._list(
-                await asyncio.to_thread(
-                    lambda: self._service.versions(sees, name, after=query.after, limit=query.limit)
-                )
-            )
+        return self._list(
+            await asyncio.to_thread(self._service.versions, sees, name, after=query.after, limit=query.limit)
         )
 
     async def read(self, request: Request, name: str) -> Response:
@@ -159,7 +153,8 @@ class AdaptersRoutes:
         with self._transfer(caller_of(request)), self._service.staged() as folder:
             name, imported = await self._receive(request, folder)
         card = await asyncio.to_thread(self._service.card, None, str(imported.ref))
-        return JSONResponse(self._object(replace(card, id=f"{name}@{imported.ref.version}")) | _told(imported))
+        card = replace(card, id=f"{name}@{imported.ref.version}")
+        return JSONResponse(imported_object(self._object(card), imported))
 
     async def _receive(self, request: Request, folder: Path) -> tuple[str, Imported]:
         """(the name as the caller says it, what came in)."""
@@ -216,12 +211,12 @@ class AdaptersRoutes:
     async def delete(self, request: Request, name: str) -> Response:
         """Deletes an adapter, or one version of it."""
         await asyncio.to_thread(self._service.delete, caller_of(request).sees, name)
-        return JSONResponse({"id": name, "object": "adapter", "deleted": True})
+        return JSONResponse(DeletedAdapter(id=name, object="adapter", deleted=True))
 
     async def delete_model(self, request: Request, model: str) -> Response:
         """The same, as OpenAI's clients ask for it."""
         await asyncio.to_thread(self._service.delete, caller_of(request).sees, model)
-        return JSONResponse({"id": model, "object": "model", "deleted": True})
+        return JSONResponse(DeletedModel(id=model, object="model", deleted=True))
 
     # ---- how it is said ---------------------------------------------------------------------------------------------
 
@@ -246,7 +241,11 @@ class AdaptersRoutes:
         async with self._work:
             return await asyncio.to_thread(work)
 
-    def _object(self, card: ModelCard) -> dict[str, object]:
+    def _object(self, card: ModelCard) -> AdapterObject:
+        assert card.version is not None
+        assert card.rank is not None
+        assert card.parent is not None
+        assert card.state != "base"
         return {
             "id": card.id,
             "object": "adapter",
@@ -260,14 +259,8 @@ class AdaptersRoutes:
             "pinned": self._service.is_pinned(card.owned_by, card.root),
         }
 
-    def _list(self, page: Page) -> dict[str, object]:
-        return {
-            "object": "list",
-            "data": [self._object(card) for card in page.cards],
-            "has_more": page.has_more,
-            "first_id": page.cards[0].id if page.cards else None,
-            "last_id": page.cards[-1].id if page.cards else None,
-        }
+    def _list(self, page: Page[ModelCard]) -> Response:
+        return JSONResponse(list_object([self._object(card) for card in page.records], more=page.more))
 
 
 def as_bytes(media: str, what: str) -> Responses:
@@ -275,10 +268,11 @@ def as_bytes(media: str, what: str) -> Responses:
     return {200: {"description": what, "content": {media: {"schema": {"type": "string"}}}}}
 
 
-def _told(imported: Imported) -> dict[str, object]:
-    """What an import says of what it read."""
+def imported_object(adapter: AdapterObject, imported: Imported) -> ImportedObject:
+    """The adapter, with what its import has read."""
     report = imported.report
     return {
+        **adapter,
         "parameters": report.parameters,
         "modules": [{"module": m.module, "rank": m.rank, "scale": m.scale} for m in report.modules],
         "base_verified": report.base_verified,

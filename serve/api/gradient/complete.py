@@ -23,11 +23,11 @@ from serve.access.caller import caller_of
 from serve.access.rate_limit import Limiter, cost
 from serve.api.gradient.schemas import CompleteBody, Guidance
 from serve.api.openai.generation import attend
-from serve.api.openai.logprobs import Fan
+from serve.api.openai.logprobs import MergedStreams
 from serve.engine.request import FinishReason, PromptLogprob, SamplingParams
 from serve.engine.request import Request as TokenRequest
 from serve.http.request_log import Generated, note_generated
-from serve.runtime.backend import Backend, TokenStream
+from serve.runtime.backend import Backend
 from train.data.examples import Example
 
 
@@ -74,7 +74,7 @@ class Completer:
 
     async def complete(
         self, request: Request, model: str, ref: AdapterRef | None, body: CompleteBody
-    ) -> tuple[str, str]:
+    ) -> tuple[FinishReason, str]:
         """(why it ended, the new text).  Frees all it holds when the client is gone.
 
         Raises ContextLengthExceeded, InvalidRequest, and what ends a stream.
@@ -95,7 +95,7 @@ class Completer:
         (whole,) = await self._ask(request, ref, [prompt], params)
         assert whole.finish is not None
         note_generated(request.scope, self._generated(model, [prompt], [whole], whole.finish))
-        return whole.finish.value, whole.text
+        return whole.finish, whole.text
 
     async def _choose(
         self,
@@ -105,7 +105,7 @@ class Completer:
         body: CompleteBody,
         guidance: Guidance,
         prompt: Sequence[int],
-    ) -> tuple[str, str]:
+    ) -> tuple[FinishReason, str]:
         """One of the choices, by the log-probability of all its tokens after the prompt."""
         choices = await asyncio.to_thread(self._choices, guidance)
         most = body.max_generated_token_count
@@ -133,7 +133,7 @@ class Completer:
             drawn=self._draw(),
         )
         note_generated(request.scope, self._generated(model, prompts, wholes, FinishReason.STOP))
-        return FinishReason.STOP.value, guidance.value[chosen]
+        return FinishReason.STOP, guidance.value[chosen]
 
     def _prompt(self, body: CompleteBody) -> list[int]:
         """Ids of the query: a user's turn in the base's template, where it has one and that is wanted."""
@@ -157,7 +157,6 @@ class Completer:
         self, request: Request, ref: AdapterRef | None, prompts: Sequence[Sequence[int]], params: SamplingParams
     ) -> list[Whole]:
         """The whole answer to each prompt.  No stream outlives it."""
-        streams: list[TokenStream] = []
         id, tenant = uuid.uuid4().hex, caller_of(request).owner
         requests = [
             TokenRequest(id=f"gradient-{id}-{i}", tenant=tenant, adapter=ref, prompt=tuple(prompt), params=params)
@@ -165,18 +164,11 @@ class Completer:
         ]
         if self._limiter is not None:
             self._limiter.admit(tenant, tokens=cost(requests))
+        streams = MergedStreams.submit(self._backend, requests)
         try:
-            for asked in requests:
-                streams.append(self._backend.submit(asked))
-        except BaseException:
-            for stream in streams:
-                stream.cancel()
-            raise
-        fan = Fan(streams)
-        try:
-            return await attend(request, read_whole(fan, len(streams)))
+            return await attend(request, read_whole(streams, len(requests)))
         finally:
-            fan.cancel()
+            streams.cancel()
 
     def _generated(
         self, model: str, prompts: Sequence[Sequence[int]], wholes: Sequence[Whole], finish: FinishReason
@@ -190,11 +182,11 @@ class Completer:
         )
 
 
-async def read_whole(fan: Fan, count: int) -> list[Whole]:
+async def read_whole(streams: MergedStreams, count: int) -> list[Whole]:
     """All that each of the streams says.  Raises what ends one of them early."""
     wholes = [Whole() for _ in range(count)]
     while any(whole.finish is None for whole in wholes):
-        item = await fan.next()
+        item = await streams.next()
         assert item is not None, "it waits without a limit"
         index, delta = item
         whole = wholes[index]

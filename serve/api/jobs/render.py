@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import Literal, cast
 
-from serve.db.models import ENDED, CheckpointRecord, EventRecord, JobRecord, JsonObject, Page
+from serve.api.jobs.schemas import CheckpointMetrics, CheckpointObject, EventObject, JobObject
+from serve.db.models import ENDED, CheckpointRecord, EventRecord, JobRecord, JsonObject
 from serve.runtime.catalog import JobNames
 
 CHECKPOINT_METRICS = (
@@ -16,7 +18,7 @@ CHECKPOINT_METRICS = (
 )
 
 
-def job_object(record: JobRecord, names: JobNames) -> JsonObject:
+def job_object(record: JobRecord, names: JobNames) -> JobObject:
     """A job.  `fine_tuned_model` is set as soon as it can be asked: at the first checkpoint."""
     request, resolved, progress = record.request, record.resolved, record.progress
     usable = "checkpoint_step" in progress or "final_version" in progress
@@ -25,7 +27,7 @@ def job_object(record: JobRecord, names: JobNames) -> JsonObject:
     }
     kind = resolved.get("method", method_type(request))
     beta = {"beta": resolved.get("beta", "auto")} if kind == "dpo" else {}
-    return {
+    shown: JsonObject = {
         "id": record.id,
         "object": "fine_tuning.job",
         "created_at": int(record.created_s),
@@ -56,6 +58,7 @@ def job_object(record: JobRecord, names: JobNames) -> JsonObject:
             "adapter_version": progress.get("version"),
         },
     }
+    return cast(JobObject, shown)  # its request and progress are JSON of the database's
 
 
 def method_type(request: Mapping[str, object]) -> str:
@@ -64,7 +67,7 @@ def method_type(request: Mapping[str, object]) -> str:
     return str(method["type"]) if isinstance(method, Mapping) else "supervised"
 
 
-def event_object(event: EventRecord) -> JsonObject:
+def event_object(event: EventRecord) -> EventObject:
     """An event of a job."""
     return {
         "id": event.id,
@@ -72,13 +75,14 @@ def event_object(event: EventRecord) -> JsonObject:
         "created_at": int(event.time_s),
         "level": event.level,
         "message": event.message,
-        "type": event.kind,
+        "type": cast(Literal["message", "metrics"], event.kind),
         "data": event.data or None,
     }
 
 
-def checkpoint_object(record: CheckpointRecord, names: JobNames) -> JsonObject:
+def checkpoint_object(record: CheckpointRecord, names: JobNames) -> CheckpointObject:
     """A checkpoint of a job: its model name can be asked."""
+    metrics = {k: record.metrics[k] for k in CHECKPOINT_METRICS if record.metrics.get(k) is not None}
     return {
         "id": record.id,
         "object": "fine_tuning.job.checkpoint",
@@ -86,17 +90,6 @@ def checkpoint_object(record: CheckpointRecord, names: JobNames) -> JsonObject:
         "fine_tuned_model_checkpoint": names.full(record.job, record.step),
         "fine_tuning_job_id": record.job,
         "step_number": record.step,
-        "metrics": {k: record.metrics[k] for k in CHECKPOINT_METRICS if record.metrics.get(k) is not None},
+        "metrics": cast(CheckpointMetrics, metrics),
         "adapter_version": record.version,
-    }
-
-
-def page_object[Record](page: Page[Record], objects: Sequence[JsonObject]) -> JsonObject:
-    """A page of a list."""
-    return {
-        "object": "list",
-        "data": list(objects),
-        "has_more": page.more,
-        "first_id": objects[0]["id"] if objects else None,
-        "last_id": objects[-1]["id"] if objects else None,
     }

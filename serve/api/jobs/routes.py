@@ -14,7 +14,7 @@ from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse
 from jaxlora.core.errors import InvalidRequest, JaxLoraError
 from serve.access.caller import caller_of
 from serve.access.rate_limit import Limiter
-from serve.api.jobs.render import checkpoint_object, event_object, job_object, page_object
+from serve.api.jobs.render import checkpoint_object, event_object, job_object
 from serve.api.jobs.schemas import (
     CheckpointList,
     EventList,
@@ -23,11 +23,12 @@ from serve.api.jobs.schemas import (
     JobList,
     JobObject,
     JobsQuery,
-    PageQuery,
+    LimitedQuery,
 )
-from serve.db.models import ENDED, JobRecord, JobStatus, JsonObject
+from serve.db.models import ENDED, JobRecord, JobStatus
 from serve.http.errors import ERRORS, WRITE_ERRORS, error_body
 from serve.http.idempotency import Once
+from serve.http.pagination import list_object
 from serve.http.schema import ok, refuse_unbuilt
 from serve.http.sse import DONE, sse
 from serve.jobs.service import JobService
@@ -66,7 +67,7 @@ class JobsRoutes:
         self._limiter.admit(caller_of(request).owner, tokens=0)
         asked = body.model_dump(mode="json", exclude_unset=True)
 
-        async def make() -> JsonObject:
+        async def make() -> JobObject:
             return self._object(await asyncio.to_thread(self._service.create, caller_of(request), asked))
 
         return await self._once.answer(request, asked, make)
@@ -80,7 +81,7 @@ class JobsRoutes:
             limit=query.limit or LIMIT,
             metadata=query.metadata,
         )
-        return JSONResponse(page_object(page, [self._object(r) for r in page.records]))
+        return JSONResponse(list_object([self._object(r) for r in page.records], more=page.more))
 
     async def read(self, request: Request, id: str) -> Response:
         """One job."""
@@ -107,9 +108,9 @@ class JobsRoutes:
             await asyncio.to_thread(stored.get, id, sees)
             return EventSourceResponse(self._follow(id, sees), headers={"Cache-Control": "no-cache"})
         page = await asyncio.to_thread(stored.events, id, sees, after=query.after, limit=query.limit or LIMIT)
-        return JSONResponse(page_object(page, [event_object(e) for e in page.records]))
+        return JSONResponse(list_object([event_object(e) for e in page.records], more=page.more))
 
-    async def checkpoints(self, request: Request, id: str, query: Annotated[PageQuery, Query()]) -> Response:
+    async def checkpoints(self, request: Request, id: str, query: Annotated[LimitedQuery, Query()]) -> Response:
         """The versions of a job that can be asked, newest first."""
         page = await asyncio.to_thread(
             self._service.stored.checkpoints,
@@ -118,7 +119,9 @@ class JobsRoutes:
             after=query.after,
             limit=query.limit or CHECKPOINTS_LIMIT,
         )
-        return JSONResponse(page_object(page, [checkpoint_object(c, self._service.names) for c in page.records]))
+        return JSONResponse(
+            list_object([checkpoint_object(c, self._service.names) for c in page.records], more=page.more)
+        )
 
     async def _move(self, request: Request, id: str, to: JobStatus) -> Response:
         return self._answer(await asyncio.to_thread(self._service.move, caller_of(request), id, to))
@@ -145,7 +148,7 @@ class JobsRoutes:
             await asyncio.sleep(0 if events else FOLLOW_S)
         yield DONE
 
-    def _object(self, record: JobRecord) -> JsonObject:
+    def _object(self, record: JobRecord) -> JobObject:
         return job_object(record, self._service.names)
 
     def _answer(self, record: JobRecord) -> Response:

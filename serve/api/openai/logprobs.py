@@ -13,13 +13,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from jaxlora.core.errors import JaxLoraError
-from serve.engine.request import Delta, FinishReason, PromptLogprob, TokenLogprob
-from serve.runtime.backend import Tokenizer, TokenStream
+from serve.engine.request import Delta, FinishReason, PromptLogprob, Request, TokenLogprob
+from serve.runtime.backend import Backend, Tokenizer, TokenStream
 
 LOWEST_LOGPROB = -9999.0  # stands for minus infinity, which JSON does not have
 
 
-class Fan:
+class MergedStreams:
     """The streams of one HTTP request as one: deltas of all choices as they come.
 
     `cancel` ends everything and must be called in the end, whatever happened.
@@ -30,6 +30,22 @@ class Fan:
         # Bounded, so that a client who reads slowly is felt here and not as a growing queue.
         self._queue: asyncio.Queue[tuple[int, Delta]] = asyncio.Queue(maxsize=len(self._streams))
         self._pumps = [asyncio.create_task(self._pump(i, s)) for i, s in enumerate(self._streams)]
+
+    @classmethod
+    def submit(cls, backend: Backend, requests: Sequence[Request]) -> MergedStreams:
+        """Submits all requests and merges their streams.  When one cannot even be sent, cancels those before it.
+
+        A request that is refused later ends its stream with the error.
+        """
+        streams: list[TokenStream] = []
+        try:
+            for request in requests:
+                streams.append(backend.submit(request))
+        except BaseException:
+            for stream in streams:
+                stream.cancel()
+            raise
+        return cls(streams)
 
     async def _pump(self, index: int, stream: TokenStream) -> None:
         error: Exception = JaxLoraError("a token stream ended without a finish")
@@ -62,7 +78,9 @@ class Fan:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Alternative:
+class Candidate:
+    """A token that could have been chosen in the place of another."""
+
     text: str
     raw: bytes
     logprob: float
@@ -78,7 +96,7 @@ class Entry:
     text: str
     raw: bytes
     logprob: float | None
-    top: tuple[Alternative, ...]
+    top: tuple[Candidate, ...]
     offset: int
 
 
@@ -191,7 +209,7 @@ class Choice:
             raw=self._tokenizer.token_bytes(logprob.token),
             logprob=clamp(logprob.logprob),
             top=tuple(
-                Alternative(text=self._name_token(t), raw=self._tokenizer.token_bytes(t), logprob=clamp(p))
+                Candidate(text=self._name_token(t), raw=self._tokenizer.token_bytes(t), logprob=clamp(p))
                 for t, p in logprob.top[:count]
             ),
             offset=offset,

@@ -19,7 +19,7 @@ from serve.access.rate_limit import Limiter
 from serve.api.openai.generation import Admission, ChoiceWriter, Generation, answer
 from serve.api.openai.logprobs import PromptView
 from serve.api.openai.messages import Conversation, ToolUse, chosen, conversation, functions_of, tool_use
-from serve.api.openai.render import ChatShape, CompletionShape, Shape, model_object
+from serve.api.openai.render import ChatRenderer, CompletionRenderer, Renderer, model_object
 from serve.api.openai.sampling import grammar_source
 from serve.api.openai.schemas import (
     ChatBody,
@@ -37,6 +37,7 @@ from serve.api.openai.schemas import (
     Tokens,
 )
 from serve.http.errors import ERRORS
+from serve.http.pagination import page_after
 from serve.http.schema import ok, refuse_unbuilt
 from serve.runtime.backend import Backend
 
@@ -96,14 +97,9 @@ class OpenAIRoutes:
         cards = await asyncio.to_thread(self._backend.models, caller_of(request).sees)
         cards = sorted(cards, key=lambda c: (c.parent is not None, -c.created, c.id))
         cards = [c for c in cards if c.id.startswith(query.prefix)]
-        if query.after is not None:
-            places = [i for i, c in enumerate(cards) if c.id == query.after]
-            if not places:
-                raise InvalidRequest("after must be the id of a model in this list", param="after")
-            cards = cards[places[0] + 1 :]
         limit = query.limit if query.limit is not None else MAX_LISTED + sum(c.parent is None for c in cards)
-        page = [model_object(c) for c in cards[:limit]]
-        return JSONResponse({"object": "list", "data": page, "has_more": len(cards) > limit})
+        page = page_after(cards, lambda c: c.id, after=query.after, limit=limit, kind="a model")
+        return JSONResponse(ModelList(object="list", data=[model_object(c) for c in page.records], has_more=page.more))
 
     async def read_model(self, request: Request, model: str) -> Response:
         """One model, by any name that a completion takes."""
@@ -113,7 +109,7 @@ class OpenAIRoutes:
         """The answer to a conversation."""
         refuse_unbuilt(body)
         adapter = self._backend.resolve(caller_of(request).sees, body.model)
-        asked = chat_max_tokens(body)
+        max_tokens = chat_max_tokens(body)
         if body.top_logprobs and not body.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs: true", param="top_logprobs")
         grammar = grammar_source(body)
@@ -127,11 +123,11 @@ class OpenAIRoutes:
         talk = self._conversation(body, tools)
         ids = tuple(await asyncio.to_thread(talk.ids, self._backend.tokenizer))
         job = Generation(
-            id_prefix=ChatShape.id_prefix,
+            id_prefix=ChatRenderer.id_prefix,
             operation="chat",
             prompts=[PromptView(tokens=ids, echo=None, logprobs=None, ranked=body.prompt_logprobs)],
             adapter=adapter,
-            max_tokens=asked,
+            max_tokens=max_tokens,
             fallback=self._config.default_max_tokens,
             max_tokens_field="max_completion_tokens" if body.max_tokens is None else "max_tokens",
             prompt_field="messages",
@@ -139,13 +135,13 @@ class OpenAIRoutes:
             prompt_logprobs=body.prompt_logprobs,
             grammar=grammar if tools is None else tools.grammar,
         )
-        shape = ChatShape(
+        renderer = ChatRenderer(
             logprobs=bool(body.logprobs),
             prompt_logprobs=body.prompt_logprobs is not None,
             token_ids=bool(body.return_token_ids),
             calls=None if tools is None else tools.parser,
         )
-        return await self._answer(request, body, job, shape)
+        return await self._answer(request, body, job, renderer)
 
     async def complete(self, request: Request, body: CompletionBody) -> Response:
         """The continuation of each prompt."""
@@ -157,7 +153,7 @@ class OpenAIRoutes:
             raise InvalidRequest(f"best_of must be at least n, got {body.best_of} and {body.n}", param="best_of")
         echoed = body.logprobs if body.echo else None
         job = Generation(
-            id_prefix=CompletionShape.id_prefix,
+            id_prefix=CompletionRenderer.id_prefix,
             operation="text_completion",
             prompts=await self._prompts(body),
             adapter=adapter,
@@ -169,12 +165,12 @@ class OpenAIRoutes:
             prompt_logprobs=max((p for p in (body.prompt_logprobs, echoed) if p is not None), default=None),
             grammar=grammar_source(body),
         )
-        shape = CompletionShape(
+        renderer = CompletionRenderer(
             logprobs=body.logprobs is not None,
             prompt_logprobs=body.prompt_logprobs is not None,
             token_ids=bool(body.return_token_ids),
         )
-        return await self._answer(request, body, job, shape)
+        return await self._answer(request, body, job, renderer)
 
     async def tokenize(self, request: Request, body: TokenizeBody) -> Response:
         """Ids of a text or of a conversation."""
@@ -193,21 +189,29 @@ class OpenAIRoutes:
             ids = await asyncio.to_thread(self._backend.tokenizer.encode, body.prompt, add_special_tokens=special)
         else:
             raise InvalidRequest("give either prompt or messages", param="prompt")
-        return JSONResponse({"tokens": list(ids), "count": len(ids), "max_model_len": self._backend.context})
+        return JSONResponse(Tokens(tokens=list(ids), count=len(ids), max_model_len=self._backend.context))
 
     async def detokenize(self, request: Request, body: DetokenizeBody) -> Response:
         """Text of ids."""
         if body.model is not None:
             self._backend.resolve(caller_of(request).sees, body.model)
         self._admission.check_ids(body.tokens, "tokens")
-        return JSONResponse({"prompt": await asyncio.to_thread(self._backend.tokenizer.decode, body.tokens)})
+        return JSONResponse(Detokenized(prompt=await asyncio.to_thread(self._backend.tokenizer.decode, body.tokens)))
 
     async def tokenizer_info(self) -> Response:
         """The base model's special tokens and chat template."""
         tokenizer = self._backend.tokenizer
-        ends = dict.fromkeys(("eos_token", "bos_token", "pad_token")) | dict(tokenizer.special_texts)
-        said = {"chat_template": tokenizer.chat_template, "vocab_size": tokenizer.vocab_size}
-        return JSONResponse(ends | said | {"model_max_length": self._backend.context})
+        special = tokenizer.special_texts
+        return JSONResponse(
+            TokenizerInfo(
+                eos_token=special.get("eos_token"),
+                bos_token=special.get("bos_token"),
+                pad_token=special.get("pad_token"),
+                chat_template=tokenizer.chat_template,
+                vocab_size=tokenizer.vocab_size,
+                model_max_length=self._backend.context,
+            )
+        )
 
     def _conversation(self, body: ChatBody | TokenizeBody, tools: ToolUse | None) -> Conversation:
         return conversation(
@@ -242,10 +246,10 @@ class OpenAIRoutes:
             out.append(PromptView(tokens=tuple(ids), echo=text, logprobs=body.logprobs, ranked=body.prompt_logprobs))
         return out
 
-    async def _answer(self, request: Request, body: SamplingBody, job: Generation, shape: Shape) -> Response:
+    async def _answer(self, request: Request, body: SamplingBody, job: Generation, renderer: Renderer) -> Response:
         run = await self._admission.run(request, body, job)
         usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-        return await answer(request, run, ChoiceWriter(run, shape, usage), bool(body.stream))
+        return await answer(request, run, ChoiceWriter(run, renderer, usage), bool(body.stream))
 
 
 def prompt_list(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:

@@ -16,10 +16,9 @@ from serve.access.rate_limit import Limiter
 from serve.api.openai.generation import Admission, Generation, answer
 from serve.api.openai.logprobs import PromptView
 from serve.api.openai.messages import Conversation, ToolUse, call_turn, need_form, tool_use
-from serve.api.openai.render import Json
 from serve.api.openai.routes import WireConfig
 from serve.api.openai.sampling import ANY_OBJECT
-from serve.api.openai.schemas import ResponseObject, SamplingBody
+from serve.api.openai.schemas import ResponseEcho, ResponseObject, SamplingBody
 from serve.api.openai.tools import Function, ToolChoiceMode
 from serve.api.responses.render import ResponseWriter
 from serve.api.responses.schemas import LOGPROBS, InputItem, InputPart, ResponsesBody, ResponseToolChoice
@@ -85,8 +84,8 @@ class ResponsesRoutes:
             prompt_logprobs=None,
             grammar=grammar if tools is None else tools.grammar,
         )
-        asked = SamplingBody(model=body.model, temperature=body.temperature, top_p=body.top_p)
-        run = await self._admission.run(request, asked, job)
+        sampling = SamplingBody(model=body.model, temperature=body.temperature, top_p=body.top_p)
+        run = await self._admission.run(request, sampling, job)
         writer = ResponseWriter(run, echo(body), None if tools is None else tools.parser())
         return await answer(request, run, writer, bool(body.stream))
 
@@ -95,7 +94,7 @@ class ResponsesRoutes:
         raise NotFound("no such response; this server stores none", param="id")
 
 
-def echo(body: ResponsesBody) -> Json:
+def echo(body: ResponsesBody) -> ResponseEcho:
     """What a response repeats of its request, with the defaults of what was absent."""
     form = None if body.text is None else body.text.format
     return {
@@ -172,8 +171,8 @@ def add_item(turns: list[Turn], item: InputItem, where: str, tokenizer: Tokenize
     for name in sorted(set().union(*OF_TYPE.values())):
         given = getattr(item, name) is not None
         if given and name not in OF_TYPE[kind]:
-            said = f"{where}.{name} has no meaning in an item of type {kind}; leave it out"
-            raise InvalidRequest(said, param=f"{where}.{name}")
+            message = f"{where}.{name} has no meaning in an item of type {kind}; leave it out"
+            raise InvalidRequest(message, param=f"{where}.{name}")
         if not given and name in OF_TYPE[kind] and name != "phase":
             raise InvalidRequest(f"{where}.{name} is required (type: {kind})", param=f"{where}.{name}")
     if kind == "message":
