@@ -11,7 +11,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from jaxlora.core.errors import JaxLoraError, Unavailable
-from serve.api.openai.routes import OpenAIRoutes, WireConfig
+from serve.api.openai.generation import Admission
+from serve.api.openai.routes import OpenAIRoutes
 from serve.api.openai.schemas import Status, Version
 from serve.api.responses.routes import ResponsesRoutes
 from serve.http.errors import ERRORS, ErrorShapes
@@ -21,10 +22,7 @@ from serve.server.gate import AppConfig, Gate
 
 
 def create_app(backend: Backend, config: AppConfig) -> FastAPI:
-    """The server's HTTP application.  It sends no CORS headers, so no other page's script may read it.
-
-    Raises InvalidRequest for an impossible limit.
-    """
+    """The server's HTTP application.  It sends no CORS headers, so no other page's script may read it."""
     shapes = ErrorShapes(config.error_shapes)
     # The pages at /docs load scripts from elsewhere.
     app = FastAPI(
@@ -36,12 +34,10 @@ def create_app(backend: Backend, config: AppConfig) -> FastAPI:
         redirect_slashes=False,
     )
     app.openapi = documented(app)
-    wire = WireConfig(default_max_tokens=config.default_max_tokens, ping_s=config.ping_s)
-    for router in (
-        OpenAIRoutes(backend, wire, config.limiter).router(),
-        ResponsesRoutes(backend, wire, config.limiter).router(),
-        *config.routers,
-    ):
+    admission = Admission(backend, config.ping_s, config.limiter)
+    for routes in (OpenAIRoutes, ResponsesRoutes):
+        app.include_router(routes(backend, admission, config.default_max_tokens).router())
+    for router in config.routers:
         app.include_router(router)
 
     @app.get("/health", response_model=None, responses=ERRORS | ok(Status))

@@ -19,7 +19,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jaxlora.core.errors import ConfigInvalid, InvalidRequest, JaxLoraError
+from jaxlora.config.base import need
+from jaxlora.core.errors import InvalidRequest, JaxLoraError
 from serve.access.caller import Caller, anyone, is_loopback
 from serve.access.rate_limit import Limiter
 from serve.http.drain import Drain
@@ -63,11 +64,9 @@ class AppConfig:
     open_paths: Collection[str] = OPEN_PATHS  # that need no key
 
     def __post_init__(self) -> None:
-        if self.max_body_bytes < 1 or self.body_timeout_s <= 0 or self.max_request_s <= 0:
-            raise ConfigInvalid(
-                "max_body_bytes, body_timeout_s and max_request_s must be positive, got "
-                f"{self.max_body_bytes}, {self.body_timeout_s}, {self.max_request_s}"
-            )
+        need(self.default_max_tokens >= 1, "default_max_tokens", "at least 1", self.default_max_tokens)
+        for name in ("ping_s", "max_body_bytes", "body_timeout_s", "max_request_s"):
+            need(getattr(self, name) > 0, name, "positive", getattr(self, name))
 
     def limit_bytes(self, path: str) -> int:
         """Bytes that the body of a request for this path may have."""

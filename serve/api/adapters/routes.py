@@ -42,7 +42,7 @@ from serve.db.models import Page
 from serve.http.errors import ERRORS, WRITE_ERRORS
 from serve.http.multipart import Form, FormRules, receive_form
 from serve.http.pagination import list_object
-from serve.http.schema import Responses, ok, refuse_unbuilt
+from serve.http.schema import ok, ok_as, refuse_unbuilt
 from serve.runtime.backend import ModelCard
 
 UPLOAD_PATH = "/v1/adapters"
@@ -69,8 +69,7 @@ class AdaptersRoutes:
     def router(self) -> APIRouter:
         """All routes of this wire."""
         router = APIRouter(responses=ERRORS)
-        text = as_bytes("text/plain", "what was done")
-        zipped = as_bytes("application/zip", "a PEFT folder")
+        text, zipped = (ok_as({media: {"schema": {"type": "string"}}}) for media in ("text/plain", "application/zip"))
         # A name may hold a slash, so what stands behind it comes first.
         for method, path, handler, responses in (
             ("POST", "/v1/load_lora_adapter", self.load, text),
@@ -261,11 +260,6 @@ class AdaptersRoutes:
 
     def _list(self, page: Page[ModelCard]) -> Response:
         return JSONResponse(list_object([self._object(card) for card in page.records], more=page.more))
-
-
-def as_bytes(media: str, what: str) -> Responses:
-    """The documented 200 of a route that does not answer JSON."""
-    return {200: {"description": what, "content": {media: {"schema": {"type": "string"}}}}}
 
 
 def imported_object(adapter: AdapterObject, imported: Imported) -> ImportedObject:

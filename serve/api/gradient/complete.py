@@ -164,7 +164,7 @@ class Completer:
         ]
         if self._limiter is not None:
             self._limiter.admit(tenant, tokens=cost(requests))
-        streams = MergedStreams.submit(self._backend, requests)
+        streams = MergedStreams(self._backend, requests)
         try:
             return await attend(request, read_whole(streams, len(requests)))
         finally:
@@ -208,11 +208,6 @@ class FineTuned(Protocol):
     @property
     def sum_loss(self) -> float:
         """Nats of all of them under the weights before the update, whatever their weights in it; finite."""
-        ...
-
-    @property
-    def ref(self) -> AdapterRef:
-        """The version after, which is published."""
         ...
 
 

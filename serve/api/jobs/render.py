@@ -9,14 +9,6 @@ from serve.api.jobs.schemas import CheckpointMetrics, CheckpointObject, EventObj
 from serve.db.models import ENDED, CheckpointRecord, EventRecord, JobRecord, JsonObject
 from serve.runtime.catalog import JobNames
 
-CHECKPOINT_METRICS = (
-    "step",
-    "train_loss",
-    "train_mean_token_accuracy",
-    "valid_loss",
-    "valid_mean_token_accuracy",
-)
-
 
 def job_object(record: JobRecord, names: JobNames) -> JobObject:
     """A job.  `fine_tuned_model` is set as soon as it can be asked: at the first checkpoint."""
@@ -82,7 +74,7 @@ def event_object(event: EventRecord) -> EventObject:
 
 def checkpoint_object(record: CheckpointRecord, names: JobNames) -> CheckpointObject:
     """A checkpoint of a job: its model name can be asked."""
-    metrics = {k: record.metrics[k] for k in CHECKPOINT_METRICS if record.metrics.get(k) is not None}
+    metrics = {k: record.metrics[k] for k in CheckpointMetrics.__annotations__ if record.metrics.get(k) is not None}
     return {
         "id": record.id,
         "object": "fine_tuning.job.checkpoint",

@@ -9,7 +9,7 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -24,14 +24,14 @@ from jaxlora.core.lora import AdapterRef
 from serve.access.caller import caller_of
 from serve.access.rate_limit import Limiter, cost
 from serve.api.openai.logprobs import Choice, MergedStreams, Piece, PromptView
-from serve.api.openai.render import Heading, Renderer, usage_object
+from serve.api.openai.render import Renderer, headed, usage_object
 from serve.api.openai.sampling import sampling
 from serve.api.openai.schemas import (
     MAX_CHOICES,
     ChatChunkChoice,
     ChatCompletion,
     Chunk,
-    ResponseObject,
+    Heading,
     SamplingBody,
     TextChunkChoice,
     TextCompletion,
@@ -89,7 +89,7 @@ class Run:
         status, body = error_body(error)
         note_refused(self.scope, error_code(error))
         if status == 500:
-            LOG.error("stream %s failed", self.heading.id, exc_info=error)
+            LOG.error("stream %s failed", self.heading["id"], exc_info=error)
         self.streams.cancel()
         return body
 
@@ -99,7 +99,7 @@ class Run:
             self.scope,
             Generated(
                 operation=self.operation,
-                model=self.heading.model,
+                model=self.heading["model"],
                 prompt_tokens=sum(map(len, self.prompts)),
                 completion_tokens=sum(c.tokens for c in self.choices),
                 finishes=tuple(c.finish.value for c in self.choices if c.finish is not None),
@@ -120,7 +120,7 @@ class Run:
 class Writer(Protocol):
     """How one endpoint writes a run."""
 
-    async def whole(self) -> ChatCompletion | TextCompletion | ResponseObject:
+    async def whole(self) -> Mapping[str, object]:
         """The answer when the run has ended.  Raises what ended it early."""
         ...
 
@@ -186,7 +186,7 @@ class ChoiceWriter:
     def _chunk(
         self, choices: list[ChatChunkChoice | TextChunkChoice], versions: Sequence[int], usage: Usage | None = None
     ) -> Chunk:
-        heading, object = self._run.heading.fields(versions), self._renderer.chunk_object
+        heading, object = headed(self._run.heading, versions), self._renderer.chunk_object
         chunk: Chunk = {**heading, "object": object, "choices": choices}
         if self._include_usage:
             chunk["usage"] = usage
@@ -266,7 +266,7 @@ class Admission:
             model=body.model,
             adapter_version=job.adapter.version if job.adapter is not None else None,
         )
-        requests = await self._requests(request, body, job, heading.id)
+        requests = await self._requests(request, body, job, heading["id"])
         if self._limiter is not None:
             self._limiter.admit(caller_of(request).owner, tokens=cost(requests))
         tokenizer = self._backend.tokenizer
@@ -275,7 +275,7 @@ class Admission:
         return Run(
             heading=heading,
             prompts=[view.tokens for view in job.prompts],
-            streams=MergedStreams.submit(self._backend, requests),
+            streams=MergedStreams(self._backend, requests),
             choices=choices,
             deadline=request.state.deadline,
             ping_s=self._ping_s,

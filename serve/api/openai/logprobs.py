@@ -25,27 +25,19 @@ class MergedStreams:
     `cancel` ends everything and must be called in the end, whatever happened.
     """
 
-    def __init__(self, streams: Sequence[TokenStream]):
-        self._streams = list(streams)
+    def __init__(self, backend: Backend, requests: Sequence[Request]):
+        """Submits all requests.  When one cannot even be sent, cancels those before it; one refused later ends its stream."""
+        self._streams: list[TokenStream] = []
+        try:
+            for request in requests:
+                self._streams.append(backend.submit(request))
+        except BaseException:
+            for stream in self._streams:
+                stream.cancel()
+            raise
         # Bounded, so that a client who reads slowly is felt here and not as a growing queue.
         self._queue: asyncio.Queue[tuple[int, Delta]] = asyncio.Queue(maxsize=len(self._streams))
         self._pumps = [asyncio.create_task(self._pump(i, s)) for i, s in enumerate(self._streams)]
-
-    @classmethod
-    def submit(cls, backend: Backend, requests: Sequence[Request]) -> MergedStreams:
-        """Submits all requests and merges their streams.  When one cannot even be sent, cancels those before it.
-
-        A request that is refused later ends its stream with the error.
-        """
-        streams: list[TokenStream] = []
-        try:
-            for request in requests:
-                streams.append(backend.submit(request))
-        except BaseException:
-            for stream in streams:
-                stream.cancel()
-            raise
-        return cls(streams)
 
     async def _pump(self, index: int, stream: TokenStream) -> None:
         error: Exception = JaxLoraError("a token stream ended without a finish")

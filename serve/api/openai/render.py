@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from serve.api.openai.logprobs import Candidate, Choice, Entry, Piece
 from serve.api.openai.schemas import (
@@ -17,12 +17,11 @@ from serve.api.openai.schemas import (
     ChatMessage,
     ChunkDelta,
     ChunkObject,
-    HeadingFields,
+    Heading,
     MadeCall,
     Model,
     PromptLogprobs,
     Reason,
-    TextChoice,
     TextChoiceFields,
     TextChunkChoice,
     TextCompletion,
@@ -35,23 +34,10 @@ from serve.engine.request import FinishReason
 from serve.runtime.backend import ModelCard
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Heading:
-    """What every part of one answer repeats."""
-
-    id: str
-    created: int
-    model: str  # as requested
-    adapter_version: int | None  # that the name was resolved to
-
-    def fields(self, versions: Sequence[int]) -> HeadingFields:
-        """The heading as JSON.  versions: of the adapter, that made this part; several are written as a list."""
-        return {
-            "id": self.id,
-            "created": self.created,
-            "model": self.model,
-            "adapter_version": list(versions) if len(versions) > 1 else next(iter(versions), self.adapter_version),
-        }
+def headed(heading: Heading, versions: Sequence[int]) -> Heading:
+    """The heading of an answer or chunk.  versions: of the adapter, that made it; several are written as a list."""
+    version = list(versions) if len(versions) > 1 else next(iter(versions), heading["adapter_version"])
+    return {**heading, "adapter_version": version}
 
 
 class ChatRenderer:
@@ -101,7 +87,7 @@ class ChatRenderer:
     ) -> ChatCompletion:
         """Returns an answer that is not streamed.  choices: the pieces of each."""
         answer: ChatCompletion = {
-            **heading.fields(versions),
+            **headed(heading, versions),
             "object": "chat.completion",
             "choices": [self._choice(i, pieces) for i, pieces in enumerate(choices)],
             "usage": usage,
@@ -166,14 +152,11 @@ class CompletionRenderer:
     ) -> TextCompletion:
         """Returns an answer that is not streamed.  choices: the pieces of each."""
         return {
-            **heading.fields(versions),
+            **headed(heading, versions),
             "object": "text_completion",
-            "choices": [self._choice(i, pieces) for i, pieces in enumerate(choices)],
+            "choices": [{**self._fields(i, p), "finish_reason": finish_of(p).value} for i, p in enumerate(choices)],
             "usage": usage,
         }
-
-    def _choice(self, index: int, pieces: Sequence[Piece]) -> TextChoice:
-        return {**self._fields(index, pieces), "finish_reason": finish_of(pieces).value}
 
     def _fields(self, index: int, pieces: Sequence[Piece]) -> TextChoiceFields:
         fields: TextChoiceFields = {

@@ -7,7 +7,6 @@ name is resolved once, before the prompt is read, so an answer has one adapter v
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
@@ -15,7 +14,6 @@ from fastapi.responses import JSONResponse, Response
 
 from jaxlora.core.errors import InvalidRequest
 from serve.access.caller import caller_of
-from serve.access.rate_limit import Limiter
 from serve.api.openai.generation import Admission, ChoiceWriter, Generation, answer
 from serve.api.openai.logprobs import PromptView
 from serve.api.openai.messages import Conversation, ToolUse, chosen, conversation, functions_of, tool_use
@@ -45,27 +43,11 @@ MAX_LISTED = 1000  # adapters in an answer without `limit`
 COMPLETION_MAX_TOKENS = 16  # the API's default for plain completions
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WireConfig:
-    """Limits of the OpenAI wire."""
-
-    default_max_tokens: int  # cap of a chat answer whose request names no max_tokens
-    ping_s: float = 15.0  # seconds of silence after which a stream gets a comment line
-
-    def __post_init__(self) -> None:
-        if self.default_max_tokens < 1:
-            raise InvalidRequest(f"default_max_tokens must be at least 1, got {self.default_max_tokens}")
-        if self.ping_s <= 0:
-            raise InvalidRequest(f"ping_s must be positive, got {self.ping_s}")
-
-
 class OpenAIRoutes:
-    """The routes, over one backend."""
+    """The routes, over one backend.  default_max_tokens: of a chat answer whose request names no max_tokens."""
 
-    def __init__(self, backend: Backend, config: WireConfig, limiter: Limiter | None = None):
-        self._backend = backend
-        self._config = config
-        self._admission = Admission(backend, config.ping_s, limiter)
+    def __init__(self, backend: Backend, admission: Admission, default_max_tokens: int):
+        self._backend, self._admission, self._default_max_tokens = backend, admission, default_max_tokens
 
     def router(self) -> APIRouter:
         """All routes of this wire."""
@@ -128,7 +110,7 @@ class OpenAIRoutes:
             prompts=[PromptView(tokens=ids, echo=None, logprobs=None, ranked=body.prompt_logprobs)],
             adapter=adapter,
             max_tokens=max_tokens,
-            fallback=self._config.default_max_tokens,
+            fallback=self._default_max_tokens,
             max_tokens_field="max_completion_tokens" if body.max_tokens is None else "max_tokens",
             prompt_field="messages",
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,

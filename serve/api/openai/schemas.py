@@ -148,17 +148,17 @@ class Usage(TypedDict):
     prompt_tokens_details: CachedTokens
 
 
-class HeadingFields(TypedDict):
+class Heading(TypedDict):
     """What every part of one answer repeats."""
 
     id: str
     created: int
-    model: str
-    adapter_version: int | list[int] | None
+    model: str  # as requested
+    adapter_version: int | list[int] | None  # that the name was resolved to, or that made the answer
 
 
 @with_config(CLOSED)
-class ChatCompletion(HeadingFields):
+class ChatCompletion(Heading):
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
     usage: Usage
@@ -192,7 +192,7 @@ class TextChunkChoice(TextChoiceFields):
     finish_reason: Literal["stop", "length"] | None
 
 
-class Chunk(HeadingFields):
+class Chunk(Heading):
     """One event of a streamed chat or plain completion."""
 
     object: ChunkObject
@@ -202,7 +202,7 @@ class Chunk(HeadingFields):
 
 
 @with_config(CLOSED)
-class TextCompletion(HeadingFields):
+class TextCompletion(Heading):
     object: Literal["text_completion"]
     choices: list[TextChoice]
     usage: Usage
@@ -472,9 +472,12 @@ class SamplingBody(Strict):
     return_token_ids: bool | None = None
 
 
-class ContentPart(Strict):
-    type: Annotated[str, Only(("text",))]
+class TextContent(Strict):
     text: Text | None = None
+
+
+class ContentPart(TextContent):
+    type: Annotated[str, Only(("text",))]
     image_url: Unbuilt = None
     input_audio: Unbuilt = None
     file: Unbuilt = None

@@ -14,7 +14,7 @@ from fastapi.sse import KEEPALIVE_COMMENT
 
 from serve.api.openai.generation import Run
 from serve.api.openai.logprobs import Entry, Piece
-from serve.api.openai.render import entry_object, usage_object
+from serve.api.openai.render import entry_object, headed, usage_object
 from serve.api.openai.schemas import (
     ItemStatus,
     OutputCall,
@@ -208,7 +208,7 @@ class ResponseWriter:
         return sse(event, event["type"])
 
     def _response(self, status: ItemStatus | Literal["failed"]) -> ResponseObject:
-        heading = self._run.heading.fields(self._run.versions)
+        heading = headed(self._run.heading, self._run.versions)
         return {
             "id": heading["id"],
             "object": "response",
