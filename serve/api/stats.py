@@ -1,6 +1,4 @@
-"""What GET /v1/stats answers, for the served document alone: a Snapshot, and what is said beside it.
-
-GET /v1/stats: the server at this moment as JSON, for `jaxlora top` and for people."""
+"""GET /v1/stats: the server at this moment as JSON, a Snapshot and a few fields, for `jaxlora top` and for people."""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ from serve.db.idempotency import StoredAnswers
 from serve.db.models import StoredAnswer
 
 HEADER = "idempotency-key"
-# The header in the served document, for `openapi_extra` of a route.
-KEY_PARAMETER = {"parameters": [{"name": HEADER, "in": "header", "required": False, "schema": {"type": "string"}}]}
+# For `openapi_extra` of a route: the header in the served document.
+KEY_PARAMETER = {"parameters": [{"name": HEADER, "in": "header", "schema": {"type": "string"}}]}
 
 
 class Once:
@@ -37,11 +37,11 @@ class Once:
         *,
         route: str | None = None,
     ) -> Response:
-        """Returns what `make` returns, or returned to the first request with this key.  Calls it always without a key.
+        """Answers with what `make` returns, or returned to the first request with this key; without a key it is called.
 
-        content: of the request, to tell it from another with the same key, which raises StateInvalid.  route: within
-        which a tenant's keys are unique; None: the method and the path.  Raises Unavailable while the first request is
-        being answered, InvalidRequest for an impossible key, and what `make` raises, after which the key is new.
+        content: of the request; another with the same key raises StateInvalid.  route: within which a tenant's keys are
+        unique; None: method and path.  Raises Unavailable while the first request is being answered, InvalidRequest for
+        an impossible key, and what `make` raises, after which the key is new.
         """
         key = request.headers.get(HEADER)
         if key is None:

@@ -52,7 +52,7 @@ class AppConfig:
     ping_s: float = 15.0  # seconds of silence after which a stream gets a comment line
     hosts: Collection[str] | None = LOOPBACK_HOSTS  # names allowed in Host and Origin; None: any (see `hosts_for`)
     caller_of: Callable[[HTTPConnection], Caller] = anyone  # by the headers; raises to refuse a caller
-    limiter: Limiter | None = None  # refuses a tenant that asks for too much in a minute
+    limiter: Limiter | None = None  # refuses a tenant that exceeds its rate
     max_body_bytes: int = 4 * 2**20
     body_limits: Mapping[str, int] = field(default_factory=dict)  # path -> bytes uploaded there, form excluded
     body_timeout_s: float = 60.0  # for the whole body to arrive; more where files are uploaded
@@ -90,7 +90,7 @@ def hosts_for(bind: str) -> Collection[str] | None:
 
 
 def answered_of(scope: Scope, request_id: str, status: int, began_s: float, duration_s: float) -> Answered:
-    """What the listeners hear of a request."""
+    """Returns the record of a request for the listeners."""
     state, traceparent = scope.get("state", {}), Headers(scope=scope).get("traceparent")
     caller = state.get("caller")
     return Answered(
@@ -142,7 +142,7 @@ class Gate:
                 hear(answered)
 
     async def _enter(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The app's answer to who may ask it.  Raises as the gate does for all others."""
+        """Passes a request that may enter on to the app.  Raises for all others."""
         headers, path = Headers(scope=scope), scope["path"]
         self._check_hosts(headers)
         self._check_length(headers, path)
@@ -180,15 +180,15 @@ class Gate:
 
     def _limit_s(self, headers: Headers) -> float:
         """Seconds this request may take.  Raises InvalidRequest for a header that is no such number."""
-        asked = headers.get(TIMEOUT_HEADER)
-        if asked is None:
+        value = headers.get(TIMEOUT_HEADER)
+        if value is None:
             return self._config.max_request_s
-        if not SECONDS.fullmatch(asked) or float(asked) <= 0:
+        if not SECONDS.fullmatch(value) or float(value) <= 0:
             raise InvalidRequest(
-                f"{TIMEOUT_HEADER} must be a positive number of seconds, such as 2.5, got {asked[:40]!a}",
+                f"{TIMEOUT_HEADER} must be a positive number of seconds, such as 2.5, got {value[:40]!a}",
                 param=TIMEOUT_HEADER,
             )
-        return min(float(asked), self._config.max_request_s)
+        return min(float(value), self._config.max_request_s)
 
     def _bounded(self, receive: Receive, path: str) -> Receive:
         """`receive`, with the limits of size and time on the body, and none after it."""

@@ -3,7 +3,7 @@
     SIGTERM, Ctrl-C ──▶ the drain closes ──▶ all answers are complete, or the grace time is over, or another signal comes
                     ──▶ what is still open ends with an error event ──▶ the server ends
 
-A device that is lost ends it too: answers have got their errors by then, and nobody is told 503 for ever.
+A lost device ends it too: answers have got their errors by then, and no client gets 503 for ever.
 uvicorn alone closes its socket first, so that clients find nobody, and cuts streams without a word.
 """
 
@@ -29,7 +29,7 @@ from serve.server.gate import AppConfig, hosts_for
 
 LOG = logging.getLogger("serve")
 BACKLOG = 2048  # connections that may wait to be accepted
-TELL_S = 0.2  # for answers to tell their errors
+ERROR_S = 0.2  # for answers to send their errors
 LAST_WORDS_S = 5  # for a client to read how its stream ended
 
 
@@ -65,12 +65,12 @@ class DrainingServer(uvicorn.Server):
         self._drain.close()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal to end."""
+        """Begins the end on a signal."""
         self.interrupted |= sig == signal.SIGINT
         self.drain()
 
     async def on_tick(self, counter: int) -> bool:
-        """Looks, ten times a second, whether the end has come."""
+        """Checks, ten times a second, whether to end."""
         if self._ends is None and self._is_lost():
             self._end_within(LAST_WORDS_S)
         if self._ends is not None and not self.should_exit:
@@ -78,7 +78,7 @@ class DrainingServer(uvicorn.Server):
             if over and self._drain.inside:
                 LOG.warning("%d requests are open when the server ends; each gets an error", self._drain.inside)
                 await asyncio.to_thread(self._end_open)
-                await asyncio.sleep(TELL_S)
+                await asyncio.sleep(ERROR_S)
                 # Those that wait for something else: an upload, a call that trains.
                 self._drain.turn_out(DeviceLost(LOST) if self._is_lost() else Unavailable(GONE))
             self.should_exit = over or not self._drain.inside
@@ -100,7 +100,7 @@ class HttpServer:
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def listen(self) -> None:
-        """From now on a client waits for its answer; before, it is refused."""
+        """Accepts connections from now on; before, they are refused."""
         self.listening.listen(BACKLOG)
 
     def run(self) -> None:

@@ -114,7 +114,7 @@ class AdaptersRoutes:
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
     async def unload(self, request: Request, body: UnloadBody) -> Response:
-        """The adapter is deleted, with all its versions; its folder on the server stays."""
+        """Deletes the adapter with all its versions; its folder on the server stays."""
         caller = caller_of(request)
         caller.need_admin("unloading an adapter")
         refuse_unbuilt(body)
@@ -156,7 +156,7 @@ class AdaptersRoutes:
         return JSONResponse(imported_object(self._object(card), imported))
 
     async def _receive(self, request: Request, folder: Path) -> tuple[str, Imported]:
-        """(the name as the caller says it, what came in)."""
+        """Returns (the name as the caller wrote it, the import)."""
         caller = caller_of(request)
         rules = FormRules(
             fields=UPLOAD_FIELDS,
@@ -196,13 +196,13 @@ class AdaptersRoutes:
             return ZipStream(exported, request.state.deadline, held.pop_all())
 
     async def pin(self, request: Request, name: str) -> Response:
-        """The adapter keeps its slot."""
+        """Pins the adapter to its slot."""
         caller = caller_of(request)
         caller.need_admin("pinning an adapter")
         return JSONResponse(self._object(await asyncio.to_thread(self._service.pin, caller.sees, name)))
 
     async def unpin(self, request: Request, name: str) -> Response:
-        """The adapter takes its turns again."""
+        """Unpins the adapter, which takes its turns again."""
         caller = caller_of(request)
         caller.need_admin("unpinning an adapter")
         return JSONResponse(self._object(await asyncio.to_thread(self._service.unpin, caller.sees, name)))
@@ -213,15 +213,15 @@ class AdaptersRoutes:
         return JSONResponse(DeletedAdapter(id=name, object="adapter", deleted=True))
 
     async def delete_model(self, request: Request, model: str) -> Response:
-        """The same, as OpenAI's clients ask for it."""
+        """Deletes the same, by the route of OpenAI's clients."""
         await asyncio.to_thread(self._service.delete, caller_of(request).sees, model)
         return JSONResponse(DeletedModel(id=model, object="model", deleted=True))
 
-    # ---- how it is said ---------------------------------------------------------------------------------------------
+    # ---- rendering ----------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def _transfer(self, caller: Caller) -> Generator[None]:
-        """One more under way.  Raises Overloaded when there are as many as may be, of this tenant or of all; RateLimited."""
+        """Counts one more transfer.  Raises Overloaded when there are as many as may be, of this tenant or of all; RateLimited."""
         if self._transfers[caller.owner] >= MAX_TRANSFERS_OF_TENANT:
             raise Overloaded(f"{MAX_TRANSFERS_OF_TENANT} of your adapters are on their way in or out; retry later")
         if self._transfers.total() >= MAX_TRANSFERS:
@@ -236,7 +236,7 @@ class AdaptersRoutes:
                 del self._transfers[caller.owner]
 
     async def _at_work[R](self, work: Callable[[], R]) -> R:
-        """What `work` returns, on a worker thread, when its turn has come."""
+        """Returns the result of `work`, run on a worker thread when its turn has come."""
         async with self._work:
             return await asyncio.to_thread(work)
 

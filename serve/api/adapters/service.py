@@ -3,7 +3,7 @@
     upload or server folder ─import_peft─▶ AdapterWeights ─add─▶ store, on disk ─announce─▶ pins and followers go on to it
 
 Everything that is checked is checked before anything changes, so a load that fails changes nothing and evicts nobody.
-All of it blocks, and is called on worker threads: the device thread is asked for closures only.
+All of it blocks, and is called on worker threads: the device thread runs closures only.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ class AdapterService:
     """What may be done with adapters, over one runner.  Of any thread but the device's.
 
     read_head: the base's head [V, D], which a file may hold a copy of.  staging: a folder for uploads and downloads under
-    way, emptied now.  roots: folders that a server folder must lie in.  deleted: told of an adapter
-    of which nothing is left, by its tenant and name.
+    way, emptied now.  roots: folders that a server folder must lie in.  deleted: called with the tenant
+    and name of an adapter of which nothing is left.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class AdapterService:
         return self.runner.model(sees, model)
 
     def page(self, sees: str | None, *, prefix: str, after: str | None, limit: int) -> Page[ModelCard]:
-        """Adapters whose id begins so, after the one of this id.  Reads what disks say of each adapter once.
+        """Adapters whose id begins so, after the one of this id.  Reads each adapter from disk once.
 
         Raises InvalidRequest where `after` is not in the list.
         """
@@ -371,5 +371,5 @@ class AdapterService:
 
 
 def _is_adapter_file(name: str) -> bool:
-    """Whether a single file is meant as one of an adapter's, and not as an archive: it is then judged by its name."""
+    """Whether a single file is meant as one of an adapter's, and not as an archive: it is then checked by its name."""
     return name.endswith((".safetensors", ".json", ".bin", ".pt", ".pth", ".pkl"))

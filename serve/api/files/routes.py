@@ -1,4 +1,4 @@
-"""The files' wire: OpenAI's uploads of training data, straight to disk, and what becomes of them."""
+"""The files' wire: OpenAI's uploads of training data, written straight to disk, and their records."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class FilesRoutes:
     """The routes, over one store."""
 
     def __init__(self, files: FileStore, database: Database, once: Once, limiter: Limiter, *, max_file_bytes: int):
-        """database: on whose threads the store is asked."""
+        """database: runs the store's work on its threads."""
         self._once, self._limiter = once, limiter
         self._files, self._ask, self._run = files, database.ask, database.run
         self._max_file_bytes = max_file_bytes
@@ -82,7 +82,7 @@ class FilesRoutes:
         return router
 
     async def create(self, request: Request) -> Response:
-        """A new file, which is checked soon."""
+        """Adds a file, which is checked soon."""
         tenant = caller_of(request).owner
         with self._uploading():
             self._limiter.admit(tenant, tokens=0)
@@ -118,7 +118,7 @@ class FilesRoutes:
 
     @contextlib.contextmanager
     def _uploading(self) -> Generator[None]:
-        """One more under way.  Raises Overloaded when there are as many as may be."""
+        """Counts one more upload.  Raises Overloaded when there are as many as may be."""
         if self._uploads >= MAX_UPLOADS:
             raise Overloaded(f"{MAX_UPLOADS} files are on their way in already; retry later")
         self._uploads += 1
@@ -157,7 +157,7 @@ class FilesRoutes:
 
 
 class _FileHere(FileResponse):
-    """The bytes of a file that is brought first, and stays until they are sent.
+    """Sends the bytes of a file, which is fetched first and stays until they are sent.
 
     Ranges are as RFC 9110, section 14.2, has them: a header that is none is ignored, where Starlette answers 400, and
     416 is for one of which no range begins in the file.

@@ -1,8 +1,7 @@
-"""Which of the given answers is the one, by what each scored.  Pure.
+"""Answers of the Gradient wire: generated, or one of the given choices by its score.  No routes here.
 
-Answers of the Gradient wire: generated, or one of the given choices by what each scores.  No routes here.
-
-What the Gradient wire needs of the server beside `Backend`: adapters that are trained by calls.  Pure: a protocol."""
+Also the protocol of what the wire needs beside `Backend`: adapters that are trained by calls.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +31,7 @@ from train.data.examples import Example
 
 
 def choose(scores: Sequence[float], *, temperature: float, top_k: int, top_p: float, drawn: float) -> int:
-    """The index of the chosen score, each a log-probability up to a constant.
+    """Returns the index of the chosen score, each a log-probability up to a constant.
 
     temperature: 0 takes the best, the first of equals.  top_k: the best so many (0 or less: all), then top_p: the fewest
     best whose share comes to it.  drawn: a number in [0, 1) that decides.
@@ -66,7 +65,7 @@ class Whole:
 
 
 class Completer:
-    """Asks one backend."""
+    """Completes queries through one backend."""
 
     def __init__(self, backend: Backend, max_tokens: int, draw: Callable[[], float], limiter: Limiter | None):
         """max_tokens: of an answer whose request names none.  draw: numbers in [0, 1).  limiter: as `Admission` takes it."""
@@ -75,7 +74,7 @@ class Completer:
     async def complete(
         self, request: Request, model: str, ref: AdapterRef | None, body: CompleteBody
     ) -> tuple[FinishReason, str]:
-        """(why it ended, the new text).  Frees all it holds when the client is gone.
+        """Returns (why it ended, the new text).  Frees all it holds when the client is gone.
 
         Raises ContextLengthExceeded, InvalidRequest, and what ends a stream.
         """
@@ -156,7 +155,7 @@ class Completer:
     async def _ask(
         self, request: Request, ref: AdapterRef | None, prompts: Sequence[Sequence[int]], params: SamplingParams
     ) -> list[Whole]:
-        """The whole answer to each prompt.  No stream outlives it."""
+        """Returns the whole answer to each prompt.  No stream outlives it."""
         id, tenant = uuid.uuid4().hex, caller_of(request).owner
         requests = [
             TokenRequest(id=f"gradient-{id}-{i}", tenant=tenant, adapter=ref, prompt=tuple(prompt), params=params)
@@ -183,7 +182,7 @@ class Completer:
 
 
 async def read_whole(streams: MergedStreams, count: int) -> list[Whole]:
-    """All that each of the streams says.  Raises what ends one of them early."""
+    """Reads each of the streams to its end.  Raises what ends one of them early."""
     wholes = [Whole() for _ in range(count)]
     while any(whole.finish is None for whole in wholes):
         item = await streams.next()
@@ -215,7 +214,7 @@ class Tuner(Protocol):
     """Creates, trains and deletes adapters.  Called on the event loop."""
 
     async def create(self, tenant: str, name: str, spec: LoraSpec, seed: int) -> AdapterRef:
-        """A new adapter that changes nothing yet.
+        """Creates an adapter that changes nothing yet.
 
         Raises AdapterInvalid for a rank or targets that no slot holds, QuotaExceeded.
         """
@@ -229,7 +228,7 @@ class Tuner(Protocol):
         ...
 
     async def delete(self, tenant: str, name: str) -> None:
-        """The adapter is gone at once; what runs ends on it.  Raises AdapterNotFound."""
+        """Deletes the adapter at once; requests that run end on it.  Raises AdapterNotFound."""
         ...
 
 
@@ -238,7 +237,7 @@ DEFAULT_RANK = 8  # of an adapter whose client names none
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GradientConfig:
-    """What the Gradient wire takes where a client says nothing, and the longest sample it takes."""
+    """Defaults of the Gradient wire, and the longest sample it takes."""
 
     default_lr: float
     longest: int  # tokens of a sample in training

@@ -1,4 +1,4 @@
-"""The Gradient wire, for the official SDK: adapters that are created, trained by synchronous calls and asked in between.
+"""The Gradient wire, for the official SDK: adapters that are created, trained by synchronous calls and completed in between.
 
     POST /api/models ─▶ Tuner.create        …/fine-tune ─▶ Tuner.fine_tune: one update        …/complete ─▶ Backend.submit
 
@@ -76,9 +76,9 @@ class GradientRoutes:
         limiter: Limiter | None = None,
         draw: Callable[[], float] = random.random,
     ):
-        """tuner: None for a server that does not train.  limiter: who counts what each tenant asks for.  draw: numbers in [0, 1), which choose among choices."""
+        """tuner: None for a server that does not train.  limiter: of each tenant's tokens.  draw: numbers in [0, 1) that choose among choices."""
         self._backend, self._config, self._records, self._once = backend, config, records, once
-        self._tuner, self._limiter = tuner, limiter
+        self._tuner, self._limiter, self._ask = tuner, limiter, records.database.ask
         self._completer = Completer(backend, config.max_tokens, draw, limiter)
         self._creating = asyncio.Lock()
         self.base_id = str(uuid.uuid5(NAMESPACE, backend.base_name)) + BASE_END
@@ -116,20 +116,21 @@ class GradientRoutes:
             return JSONResponse(Models(models=[]))
         name = self._backend.base_name
         slug = re.sub(r"[^a-z0-9.]+", "-", name.rpartition("/")[2].lower()).strip("-")
-        base: BaseModelObject = {
-            "type": "baseModel",
-            "id": self.base_id,
-            "name": name,
-            "slug": slug or "base",
-            "capabilities": capabilities,
-        }
-        models: list[BaseModelObject | ModelAdapterObject] = [base]
+        models: list[BaseModelObject | ModelAdapterObject] = [
+            {
+                "type": "baseModel",
+                "id": self.base_id,
+                "name": name,
+                "slug": slug or "base",
+                "capabilities": capabilities,
+            }
+        ]
         if query.only_base == "false":
             models += [adapter_object(r, self.base_id) for r in await self._seen(request, workspace)]
         return JSONResponse(Models(models=models))
 
     async def create(self, request: Request, body: CreateBody, workspace: Workspace) -> Response:
-        """A new adapter, which changes nothing yet and can be asked at once."""
+        """Creates an adapter, which changes nothing yet and can be completed with at once."""
         if body.model.base_model_id != self.base_id:
             raise UnknownBase(NO_BASE, param="model.baseModelId")
         tuner = self._need_tuner()
@@ -169,7 +170,7 @@ class GradientRoutes:
         )
 
     def _settings(self, training: TrainingArguments) -> JsonObject:
-        """What the database keeps of how the adapter learns."""
+        """Returns the optimizer settings, as the database keeps them."""
         return {
             "lr": self._config.default_lr if training.learning_rate is None else training.learning_rate,
             "weight_decay": 0.0 if training.weight_decay is None else training.weight_decay,
@@ -191,7 +192,7 @@ class GradientRoutes:
         return JSONResponse(adapter_object(await self._find(request, id, workspace), self.base_id))
 
     async def delete(self, request: Request, id: str, workspace: Workspace) -> Response:
-        """The adapter is gone at once; requests that run end on it."""
+        """Deletes the adapter at once; requests that run end on it."""
         record = await self._find(request, id, workspace)
         tuner = self._need_tuner()
         try:
@@ -204,9 +205,6 @@ class GradientRoutes:
     async def embeddings(self, request: Request, workspace: Workspace) -> Response:
         """None: the SDK knows one model only, which is not ours."""
         return JSONResponse(EmbeddingsModels(embeddingsModels=[]))
-
-    async def _ask[**P, Result](self, work: Callable[P, Result], *args: P.args, **kwargs: P.kwargs) -> Result:
-        return await self._records.database.ask(work, *args, **kwargs)
 
     def _need_tuner(self) -> Tuner:
         if self._tuner is None:
@@ -241,12 +239,12 @@ class GradientRoutes:
             raise AdapterNotFound(NO_ADAPTER)
         return record
 
-    # ---- training and asking --------------------------------------------------------------------------------------
+    # ---- training and completing ----------------------------------------------------------------------------------
 
     async def fine_tune(self, request: Request, id: str, body: FineTuneBody, workspace: Workspace) -> Response:
-        """One update by all samples.  The answer comes when the new version is asked by whoever asks next.
+        """Makes one update by all samples, and answers when the next request gets the new version.
 
-        It is made also when the client is gone.  With a key that came before, the answer of then.
+        The update is made also when the client is gone.  With a key that came before, repeats the answer.
         """
         if id == self.base_id:
             raise NotTrainable("a base model is not fine-tuned; create an adapter")
@@ -276,7 +274,7 @@ class GradientRoutes:
         return {"numberOfTrainableTokens": done.tokens, "sumLoss": done.sum_loss}
 
     async def complete(self, request: Request, id: str, body: CompleteBody, workspace: Workspace) -> Response:
-        """What the model says to a query."""
+        """Completes a query."""
         if body.rag is not None:
             raise UnknownCollection("no RAG collection of that id: this server has none", param="rag.collectionId")
         ref = None
@@ -290,7 +288,7 @@ class GradientRoutes:
 
 
 async def within[Result](request: Request, work: Awaitable[Result]) -> Result:
-    """What the work gives.  Raises DeadlineExceeded when the time of the request is over first."""
+    """Returns the result of the work.  Raises DeadlineExceeded when the time of the request is over first."""
     limit = asyncio.timeout_at(request.state.deadline)
     try:
         async with limit:

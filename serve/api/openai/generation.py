@@ -58,7 +58,7 @@ class Run:
     choices: Sequence[Choice]
     deadline: float  # of the event loop's clock: what is not complete then ends with an error
     ping_s: float  # silence after which a stream gets a comment line
-    operation: str  # what the request asks for, for who counts them
+    operation: str  # of the request, for metrics and traces
     scope: Scope  # of the HTTP request: what came of it is noted there
 
     async def pieces(self) -> list[list[Piece]]:
@@ -85,7 +85,7 @@ class Run:
         return item
 
     def failed(self, error: Exception) -> ErrorObject:
-        """The error's body, after it has ended the answer: what is left is cancelled, and the log has what is not told."""
+        """Returns the error's body, cancels what is left of the answer and logs an internal error."""
         status, body = error_body(error)
         note_refused(self.scope, error_code(error))
         if status == 500:
@@ -94,7 +94,7 @@ class Run:
         return body
 
     def note(self) -> None:
-        """Has the listeners of the app hear how far it came."""
+        """Reports to the app's listeners how far it came."""
         note_generated(
             self.scope,
             Generated(
@@ -197,7 +197,7 @@ class ChoiceWriter:
 
 
 def versions_of(delta: Delta | None) -> list[int]:
-    """The adapter's version that made a delta, if it says so."""
+    """The adapter's version that made a delta, if it names one."""
     return [] if delta is None or delta.adapter is None else [delta.adapter.version]
 
 
@@ -217,7 +217,7 @@ class EventStream(EventSourceResponse):
 
 
 async def attend[T](request: Request, work: Awaitable[T]) -> T:
-    """The result of the work.  Raises ClientDisconnect, and drops the work, when the client hangs up first."""
+    """Returns the result of the work.  Raises ClientDisconnect, and drops the work, when the client hangs up first."""
 
     async def hung_up() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -236,10 +236,10 @@ async def attend[T](request: Request, work: Awaitable[T]) -> T:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Generation:
-    """What one HTTP request asks of the engine."""
+    """What one HTTP request wants of the engine."""
 
     id_prefix: str
-    operation: str  # what is asked for, for who counts requests
+    operation: str  # for metrics and traces
     prompts: Sequence[PromptView]
     adapter: AdapterRef | None
     max_tokens: int | None  # None: `fallback`, or the rest of the context if that is less
@@ -255,7 +255,7 @@ class Admission:
     """Lets jobs into one backend."""
 
     def __init__(self, backend: Backend, ping_s: float, limiter: Limiter | None):
-        """limiter: who counts what each tenant asks for; None: nobody."""
+        """limiter: of each tenant's tokens; None: no limit."""
         self._backend, self._ping_s, self._limiter = backend, ping_s, limiter
 
     async def run(self, request: Request, body: SamplingBody, job: Generation) -> Run:

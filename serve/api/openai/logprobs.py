@@ -223,7 +223,7 @@ def prompt_offsets(tokenizer: Tokenizer, text: str, tokens: Sequence[int]) -> li
 
 
 def clamp(logprob: float) -> float:
-    """The log-probability, or the lowest number we say for minus infinity.  NaN is our own mistake, told as an error."""
+    """The log-probability, or the lowest number that stands for minus infinity.  Raises JaxLoraError for NaN, our own mistake."""
     if math.isnan(logprob):
         raise JaxLoraError("a log-probability is NaN")
     return max(logprob, LOWEST_LOGPROB)

@@ -122,12 +122,12 @@ def called(call: ToolCall, where: str) -> Turn:
 def call_turn(id: str, name: str, arguments: str, field: str) -> Turn:
     """One call for the template.  field: of the arguments, for messages.  Raises InvalidRequest where they are no object."""
     try:
-        said = json.loads(arguments)
+        parsed = json.loads(arguments)
     except (ValueError, RecursionError):
-        said = None
-    if not isinstance(said, dict):
+        parsed = None
+    if not isinstance(parsed, dict):
         raise InvalidRequest(f"{field} must be a JSON object, written as a string", param=field)
-    return {"id": id, "type": "function", "function": {"name": name, "arguments": said}}
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": parsed}}
 
 
 def need_form(tokenizer: Tokenizer, field: str) -> CallForm:
@@ -224,5 +224,5 @@ def calls_source(form: CallForm, functions: Sequence[Function], *, free: bool, m
         }
         for f in functions
     ]
-    said = {"begin": form.begin, "closing": form.closing, "calls": calls, "free": free, "many": many}
-    return GrammarSource(kind="calls", text=json.dumps(said), param="tools")
+    calls_form = {"begin": form.begin, "closing": form.closing, "calls": calls, "free": free, "many": many}
+    return GrammarSource(kind="calls", text=json.dumps(calls_form), param="tools")

@@ -36,8 +36,8 @@ from serve.runtime.backend import ModelCard
 
 def headed(heading: Heading, versions: Sequence[int]) -> Heading:
     """The heading of an answer or chunk.  versions: of the adapter, that made it; several are written as a list."""
-    version = list(versions) if len(versions) > 1 else next(iter(versions), heading["adapter_version"])
-    return {**heading, "adapter_version": version}
+    one = next(iter(versions), heading["adapter_version"])
+    return {**heading, "adapter_version": list(versions) if len(versions) > 1 else one}
 
 
 class ChatRenderer:

@@ -444,7 +444,7 @@ class SamplingBody(Strict):
     return_tokens_as_token_ids: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: Text | None = None  # says who asks; changes nothing
+    user: Text | None = None  # identifies the client's user; changes nothing
 
     frequency_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
     presence_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
@@ -466,7 +466,7 @@ class SamplingBody(Strict):
     # End on the version of the start, or let later ones reach it.
     adapter_update: Literal["pin", "follow"] | None = None
     priority: Annotated[int | None, Only((0,))] = None
-    # Only requests that say the same share cached prompts.
+    # Only requests with the same salt share cached prompts.
     cache_salt: Annotated[Text | None, Field(min_length=1, max_length=MAX_SALT_CHARS)] = None
     skip_special_tokens: Annotated[bool | None, Only((True,))] = None
     return_token_ids: bool | None = None

@@ -116,7 +116,7 @@ def echo(body: ResponsesBody) -> ResponseEcho:
 
 
 def text_grammar(body: ResponsesBody) -> GrammarSource | None:
-    """What the text must look like, if the body says so.  Raises InvalidRequest where it says so badly."""
+    """Returns the source of the text's grammar, if the body has one.  Raises InvalidRequest for an unclear one."""
     form = None if body.text is None else body.text.format
     if form is None or form.type == "text":
         return None

@@ -100,7 +100,7 @@ class ResponsesBody(Strict):
     stream_options: ResponseStreamOptions | None = None
     # The client's own notes; change nothing.
     metadata: Annotated[dict[Text, Text] | None, Field(max_length=16), BeforeValidator(few_fields)] = None
-    user: Text | None = None  # says who asks; changes nothing
+    user: Text | None = None  # identifies the client's user; changes nothing
     safety_identifier: Text | None = None  # as `user`
 
     store: Annotated[bool | None, Only((False,), "nothing is stored here; leave it out")] = None
