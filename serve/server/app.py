@@ -35,9 +35,8 @@ def create_app(backend: Backend, config: AppConfig) -> FastAPI:
     )
     app.openapi = documented(app)
     admission = Admission(backend, config.ping_s, config.limiter)
-    for routes in (OpenAIRoutes, ResponsesRoutes):
-        app.include_router(routes(backend, admission, config.default_max_tokens).router())
-    for router in config.routers:
+    own = [routes(backend, admission, config.default_max_tokens).router() for routes in (OpenAIRoutes, ResponsesRoutes)]
+    for router in (*own, *config.routers):
         app.include_router(router)
 
     @app.get("/health", response_model=None, responses=ERRORS | ok(Status))

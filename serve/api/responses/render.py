@@ -196,8 +196,7 @@ class ResponseWriter:
         """(the last items' events, the response)."""
         cut = self._run.choices[0].finish is FinishReason.LENGTH
         status: ItemStatus = "incomplete" if cut else "completed"
-        events = self._items.end(status)
-        response = self._response(status)
+        events, response = self._items.end(status), self._response(status)
         response["incomplete_details"] = {"reason": "max_output_tokens"} if cut else None
         response["usage"] = self._usage()
         return events, response
