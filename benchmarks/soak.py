@@ -37,6 +37,7 @@ from jaxlora.core.errors import AdapterNotFinite, AdapterNotFound, StorageFailed
 from jaxlora.core.lora import Adapter, AdapterRef, LoraSpec
 from jaxlora.model.compile_cache import CompileCounter
 from serve.access.caller import LOCAL_TENANT
+from serve.server.gate import AppConfig
 from serve.server.uvicorn import make_http
 from serve.session import Session
 
@@ -272,7 +273,9 @@ def main() -> int:
         for name in soak.open_adapters:
             soak.put(name)
         soak.inject()
-        http = make_http(soak.runner, host="127.0.0.1", port=0, default_max_tokens=16, max_request_s=600, grace_s=5)
+        http = make_http(
+            soak.runner, AppConfig(default_max_tokens=16, max_request_s=600), host="127.0.0.1", port=0, grace_s=5
+        )
         http.start()
         session.start()
         files, threads = open_files(), threading.active_count()

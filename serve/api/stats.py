@@ -1,6 +1,4 @@
-"""What GET /v1/stats answers, for the served document alone: a Snapshot, and what is said beside it.
-
-GET /v1/stats: the server at this moment as JSON, for `jaxlora top` and for people."""
+"""GET /v1/stats: the server at this moment as JSON, a Snapshot and a few fields, for `jaxlora top` and for people."""
 
 from __future__ import annotations
 
@@ -12,9 +10,8 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import with_config
 
 from serve.access.caller import caller_of
-from serve.api.openai.schemas import CLOSED
 from serve.http.errors import ERRORS
-from serve.http.schema import ok
+from serve.http.schema import CLOSED, ok
 from serve.runtime.backend import Backend
 from serve.runtime.snapshot import SlotView, TrainingView, WaitView
 from serve.runtime.watchdog import Rates, Watch

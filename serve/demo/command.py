@@ -30,6 +30,7 @@ from serve.engine.request import Delta, Request, SamplingParams
 from serve.runtime.device_thread import DeviceThread
 from serve.runtime.live_training import LiveTraining, warm_up
 from serve.server.build import make_runner, open_store, stop
+from serve.server.gate import AppConfig
 from serve.server.uvicorn import make_http
 from train.data.examples import Example
 from train.data.jsonl import chat_example
@@ -264,10 +265,9 @@ def main(*, exit_after: bool, port: int, out: Path | None, seed: int) -> None:
     runner = make_runner(opened, config, store)
     http = make_http(
         runner,
+        AppConfig(default_max_tokens=config.default_max_tokens, max_request_s=config.max_request_s),
         host=config.host,
         port=port,
-        default_max_tokens=config.default_max_tokens,
-        max_request_s=config.max_request_s,
         grace_s=config.grace_s,
     )
     pool_spec = PoolSpec(slots=len(demo_tasks(seed)), rank=RANK, dtype="float32")

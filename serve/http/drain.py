@@ -54,7 +54,7 @@ class Drain:
         A stream of events then ends with an error event; anything else raises the error: Unauthorized, or that of `turn_out`.
         """
         events = OpenEvents(send)
-        until = asyncio.timeout(None)  # expires when it is told to
+        until = asyncio.timeout(None)  # rescheduled to expire
         staying = self._staying.setdefault(key_id, set())
         staying.add(until)
         try:

@@ -1,8 +1,8 @@
 """Every error as OpenAI clients read it: {"error": {"message", "type", "param", "code"}}, with a status and headers.
 
-What is not of our error tree, and every 500, is told without details: those are in the log, under the request id.
-
-Every error in the shape of the wire whose path was asked, whoever noticed it: a handler, the framework or the gate."""
+Errors outside our tree, and every 500, are written without details: those are in the log, under the request id.
+ErrorShapes gives each error the shape of its path's wire, whether a handler, the framework or the gate raised it.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypedDict
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
+from pydantic import TypeAdapter, with_config
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Scope
 
 from jaxlora.core.errors import InvalidRequest, JaxLoraError, QuotaExceeded, RateLimited
 from serve.http.request_log import note_refused
+from serve.http.schema import CLOSED
 
-RETRY_AFTER_S = 1  # a client waits this long, then asks again; one that reads 0 would hammer
+RETRY_AFTER_S = 1  # a client waits this long before it retries; one that reads 0 would hammer
 LOG = logging.getLogger("serve")
 
 TYPES = {401: "authentication_error", 403: "permission_error", 409: "conflict_error", 429: "rate_limit_error"}
@@ -49,23 +52,22 @@ WRITE_STATUSES = {
     409: "what is there does not allow it; asked again, it would end alike",
     507: "the server's disk is full; nothing was changed",
 }
+
+
+@with_config(CLOSED)
+class ErrorDetail(TypedDict):
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+ErrorObject = dict[str, ErrorDetail]  # {"error": detail}
 ERROR_SCHEMA = {
     "type": "object",
     "required": ["error"],
     "additionalProperties": False,
-    "properties": {
-        "error": {
-            "type": "object",
-            "additionalProperties": False,
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-                "code": {"type": "string"},
-            },
-        }
-    },
+    "properties": {"error": TypeAdapter(ErrorDetail).json_schema()},
 }
 
 
@@ -86,7 +88,7 @@ class UnknownParameter(InvalidRequest):
     code = "unknown_parameter"
 
 
-def error_body(error: Exception) -> tuple[int, dict[str, object]]:
+def error_body(error: Exception) -> tuple[int, ErrorObject]:
     """(HTTP status, the JSON object) of an error."""
     if isinstance(error, RequestValidationError):
         error = invalid_request(error.errors(), error.body)
@@ -104,7 +106,7 @@ def error_status(error: Exception) -> int:
 
 
 def error_message(error: Exception) -> str:
-    """What a client is told of it, whatever the wire: of a failure of ours no details."""
+    """The message that a client gets, whatever the wire: no details of a failure of ours."""
     if isinstance(error, JaxLoraError) and error.status != 500:
         return error.message
     if isinstance(error, HTTPException):
@@ -122,13 +124,13 @@ def error_response(error: Exception) -> Response:
 
 
 def error_headers(error: Exception, status: int) -> dict[str, str]:
-    """The headers of an answer to an error, whatever its wire: they tell a client whether to try again."""
+    """The headers of an answer to an error, whatever its wire: they say whether a client should retry."""
     headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
     if isinstance(error, RateLimited):
         headers["Retry-After"] = str(math.ceil(error.retry_after_s))
     elif status == 503:
         headers["Retry-After"] = str(RETRY_AFTER_S)
-    if status in (409, 504, 507) or isinstance(error, QuotaExceeded):  # asked again, it would end alike
+    if status in (409, 504, 507) or isinstance(error, QuotaExceeded):  # a retry would end alike
         headers["x-should-retry"] = "false"
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
@@ -147,7 +149,7 @@ def error_code(error: Exception) -> str:
 
 
 def invalid_request(findings: Sequence[dict], body: object) -> InvalidRequest:
-    """The one error to tell of all that pydantic found: the deepest in the body, for the other arms of a union say less."""
+    """Returns one error for all that pydantic found: the deepest in the body, which the arms of a union explain best."""
     placed = [(place(f["loc"][1:], body if f["loc"][0] == "body" else None), f) for f in findings]
     depth = max(len(path) for path, _ in placed)
     path, finding = next((path, f) for path, f in placed if len(path) == depth)
@@ -167,8 +169,8 @@ def invalid_request(findings: Sequence[dict], body: object) -> InvalidRequest:
         return InvalidRequest(f"the body {finding['msg']}")
     if name is None:
         return InvalidRequest("the body must be a JSON object, sent with Content-Type: application/json")
-    said = dict.fromkeys(f["msg"] for p, f in placed if p == path)
-    return InvalidRequest(f"{name}: {', or '.join(said)}; got {shown_type(finding['input'])}", param=name)
+    messages = dict.fromkeys(f["msg"] for p, f in placed if p == path)
+    return InvalidRequest(f"{name}: {', or '.join(messages)}; got {shown_type(finding['input'])}", param=name)
 
 
 def place(loc: Sequence[str | int], body: object) -> tuple[str | int, ...]:

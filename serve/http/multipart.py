@@ -29,7 +29,7 @@ class Upload:
     """One file of a form, on disk."""
 
     field: str
-    filename: str  # as the client says: never a path of ours
+    filename: str  # as the client wrote it: never a path of ours
     path: Path
     nbytes: int
 

@@ -1,4 +1,4 @@
-"""What is known of an HTTP request once it has been answered: for logs, metrics and traces, which hear of each.  Pure.
+"""What is known of an HTTP request once it has been answered, for logs, metrics and traces.  Pure.
 
 Nothing here holds what a client wrote, but for the name of a model that was found.
 """
@@ -15,10 +15,10 @@ GENERATED, REFUSED = "generated", "refused"  # where the wires leave it in a req
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Generated:
-    """What a model was asked for and gave."""
+    """What a model generated for a request."""
 
     operation: str  # as OpenTelemetry calls it: "chat" or "text_completion"
-    model: str  # as it was asked; it exists
+    model: str  # as requested; it exists
     prompt_tokens: int
     completion_tokens: int
     finishes: tuple[str, ...]  # of the choices that have ended
@@ -44,10 +44,10 @@ Listener = Callable[[Answered], None]  # called on the event loop; must not wait
 
 
 def note_generated(scope: Scope, generated: Generated) -> None:
-    """Has the listeners hear what a model gave to this request."""
+    """Records for the listeners what a model generated for this request."""
     scope["state"][GENERATED] = generated
 
 
 def note_refused(scope: Scope, code: str) -> None:
-    """Has the listeners hear by which error this request has ended."""
+    """Records for the listeners by which error this request has ended."""
     scope.setdefault("state", {})[REFUSED] = code

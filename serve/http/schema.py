@@ -3,7 +3,8 @@
 What every request body is made of: strict JSON types, no unknown field, and fields that are known but not built.
 
 A field is honoured or refused, never ignored.  `Only(…)` marks a field that the API knows and we have not built: it may
-be absent, null or one of the values that ask for nothing."""
+be absent, null or one of the values that change nothing.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +56,7 @@ def documented(app: FastAPI) -> Callable[[], dict]:
             for name in (FRAMEWORK_ERROR, "ValidationError"):
                 schemas.pop(name, None)
             made["components"] = {"schemas": schemas, "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}}
-            made["security"] = [{"key": []}, {}]  # a server without keys asks for none
+            made["security"] = [{"key": []}, {}]  # a server without keys needs none
             app.openapi_schema = made
         return app.openapi_schema
 
@@ -63,6 +64,7 @@ def documented(app: FastAPI) -> Callable[[], dict]:
 
 
 MAX_FIELDS = 100  # of one object
+CLOSED = ConfigDict(extra="forbid")  # of a TypedDict that an answer is: it has no other fields
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Only:
     instead: str = "leave it out"
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """The field in the served document: one of the values, and null where that says the same as nothing."""
+        """The field in the served document: one of the values, and null where it means the same as an absent field."""
         return {"enum": [*([] if schema["type"] == "str" else [None]), *self.values]}
 
 
@@ -96,7 +98,7 @@ class Strict(BaseModel):
 
 
 def refuse_unbuilt(body: Strict, prefix: str = "") -> None:
-    """Raises UnsupportedParameter, naming the field, where the body asks for something that is not built."""
+    """Raises UnsupportedParameter, naming the field, where the body uses something that is not built."""
     for name, field in type(body).model_fields.items():
         if name not in body.model_fields_set:
             continue

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from jaxlora.checkpoints.chat_template import Scalar, Turn
 from jaxlora.core.lora import AdapterRef
@@ -27,7 +27,7 @@ class ModelCard:
     root: str
     version: int | None  # of an adapter: the version that `id` means now
     rank: int | None
-    state: str  # "base"; of an adapter "device", "host" or "disk": where its weights are
+    state: Literal["base", "device", "host", "disk"]  # of an adapter: where its weights are
 
 
 class Tokenizer(GrammarTokenizer, Protocol):

@@ -1,132 +1,29 @@
-"""create_app(backend): the wires joined over one backend, behind one gate.
-
-Every request passes the gate before its body is read: it gets an id, its Host and Origin are checked, its caller is
-found and its body is bounded.  What nothing else answered, the gate answers, in the shape all errors have.
-"""
+"""create_app(backend, config): the wires joined over one backend, behind one gate."""
 
 from __future__ import annotations
 
-import asyncio
-import re
-import time
-import uuid
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 from importlib.metadata import version
 
-from fastapi import APIRouter, FastAPI
+from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, HTTPConnection
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.requests import ClientDisconnect
 
-from jaxlora.core.errors import ConfigInvalid, InvalidRequest, JaxLoraError, Unavailable
-from serve.access.caller import Caller, anyone, is_loopback
-from serve.access.rate_limit import Limiter
-from serve.api.openai.routes import OpenAIRoutes, WireConfig
+from jaxlora.core.errors import JaxLoraError, Unavailable
+from serve.api.openai.generation import Admission
+from serve.api.openai.routes import OpenAIRoutes
 from serve.api.openai.schemas import Status, Version
 from serve.api.responses.routes import ResponsesRoutes
-from serve.http.drain import Drain
-from serve.http.errors import ERRORS, LOG, ErrorShapes, Shape
-from serve.http.request_log import GENERATED, REFUSED, Answered, Listener
+from serve.http.errors import ERRORS, ErrorShapes
 from serve.http.schema import DOCUMENT_PATH, documented, ok
-from serve.observability.logs import naming
 from serve.runtime.backend import Backend
-
-OPEN_PATHS = frozenset({"/health", "/ready"})  # answered without a key, also while the server ends
-NO_SHAPES: Mapping[str, Shape] = {}
-LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
-FORM_BYTES = 64 * 1024  # of a form around what is uploaded
-SLOWEST_UPLOAD_BYTES_S = 500_000  # an upload may take as long as its largest body at this rate, beside body_timeout_s
-GONE = 499  # status of a request whose client left before it had one
-TIMEOUT_HEADER = "x-request-timeout-s"
-SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
-AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^:/@\[\]]+)(?::\d+)?")
+from serve.server.gate import AppConfig, Gate
 
 
-class HostRefused(JaxLoraError):
-    """The Host or Origin header names another machine: a web page is talking to a server on this one."""
-
-    status, code = 403, "host_refused"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GateConfig:
-    """What every request must meet."""
-
-    hosts: Collection[str] | None  # names allowed in Host and Origin; None: any (see `hosts_for`)
-    max_body_bytes: int = 4 * 2**20
-    body_limits: Mapping[str, int] = field(
-        default_factory=dict
-    )  # path → bytes of what is uploaded there, its form aside
-    body_timeout_s: float = 60.0  # for the whole body to arrive; more where files are uploaded
-    max_request_s: float = 3600.0  # for the whole answer, from the request's first line
-
-    def __post_init__(self) -> None:
-        if self.max_body_bytes < 1 or self.body_timeout_s <= 0 or self.max_request_s <= 0:
-            raise ConfigInvalid(
-                "max_body_bytes, body_timeout_s and max_request_s must be positive, got "
-                f"{self.max_body_bytes}, {self.body_timeout_s}, {self.max_request_s}"
-            )
-
-    def limit_bytes(self, path: str) -> int:
-        """Bytes that the body of a request for this path may have."""
-        most = self.body_limits.get(path)
-        return self.max_body_bytes if most is None else most + FORM_BYTES
-
-    def too_large(self, path: str) -> HTTPException:
-        """The error of a longer one: it names the bytes that the client counts."""
-        most = self.body_limits.get(path)
-        return HTTPException(
-            413,
-            f"the body may have at most {self.max_body_bytes} bytes"
-            if most is None
-            else f"what is uploaded here may have at most {most} bytes",
-        )
-
-
-def hosts_for(bind: str) -> Collection[str] | None:
-    """Host names to allow for a bind address: the loopback names for a loopback address, else None, which is any."""
-    return LOOPBACK_HOSTS if is_loopback(bind) else None
-
-
-def create_app(
-    backend: Backend,
-    *,
-    default_max_tokens: int,
-    hosts: Collection[str] | None = LOOPBACK_HOSTS,
-    caller_of: Callable[[HTTPConnection], Caller] = anyone,
-    max_body_bytes: int = 4 * 2**20,
-    body_limits: Mapping[str, int] | None = None,
-    body_timeout_s: float = 60.0,
-    max_request_s: float = 3600.0,
-    ping_s: float = 15.0,
-    limiter: Limiter | None = None,
-    drain: Drain | None = None,
-    routers: Sequence[APIRouter] = (),
-    error_shapes: Mapping[str, Shape] = NO_SHAPES,
-    listeners: Sequence[Listener] = (),
-    open_paths: Collection[str] = OPEN_PATHS,
-) -> FastAPI:
-    """The server's HTTP application.  It sends no CORS headers, so no other page's script may read it.
-
-    caller_of: who asks; it sees the request's headers, and raises to refuse it.  limiter: refuses who asks for too much
-    in a minute.  drain: closed when the server ends.
-    routers: the wires beside OpenAI's completions, behind the same gate.  error_shapes: how the wires at these paths
-    tell errors.  listeners: hear of each request when it has been answered.  open_paths: that need no key.
-    body_limits: path → bytes of what is uploaded there, its form aside.
-    Raises ConfigInvalid or InvalidRequest for an impossible limit.
-    """
-    gate = GateConfig(
-        hosts=hosts,
-        max_body_bytes=max_body_bytes,
-        body_limits=body_limits or {},
-        body_timeout_s=body_timeout_s,
-        max_request_s=max_request_s,
-    )
-    drain, shapes = Drain() if drain is None else drain, ErrorShapes(error_shapes)
+def create_app(backend: Backend, config: AppConfig) -> FastAPI:
+    """The server's HTTP application.  It sends no CORS headers, so no other page's script may read it."""
+    shapes = ErrorShapes(config.error_shapes)
     # The pages at /docs load scripts from elsewhere.
     app = FastAPI(
         title="jaxlora",
@@ -137,12 +34,9 @@ def create_app(
         redirect_slashes=False,
     )
     app.openapi = documented(app)
-    wire = WireConfig(default_max_tokens=default_max_tokens, ping_s=ping_s)
-    for router in (
-        OpenAIRoutes(backend, wire, limiter).router(),
-        ResponsesRoutes(backend, wire, limiter).router(),
-        *routers,
-    ):
+    admission = Admission(backend, config.ping_s, config.limiter)
+    own = [routes(backend, admission, config.default_max_tokens).router() for routes in (OpenAIRoutes, ResponsesRoutes)]
+    for router in (*own, *config.routers):
         app.include_router(router)
 
     @app.get("/health", response_model=None, responses=ERRORS | ok(Status))
@@ -151,161 +45,20 @@ def create_app(
         state = backend.health()
         if state != "ok":
             raise Unavailable(state)
-        return JSONResponse({"status": "ok"})
+        return JSONResponse(Status(status="ok"))
 
     @app.get("/ready", response_model=None, responses=ERRORS | ok(Status))
     async def ready() -> Response:
         """Whether the server takes requests; needs no key."""
-        drain.check()
+        config.drain.check()
         return await health()
 
     @app.get("/version", response_model=None, responses=ERRORS | ok(Version))
     async def read_version() -> Response:
         """The server's version."""
-        return JSONResponse({"version": version("jaxlora")})
+        return JSONResponse(Version(version=version("jaxlora")))
 
     for kind in (JaxLoraError, HTTPException, RequestValidationError, ClientDisconnect):
         app.add_exception_handler(kind, shapes.handle)
-    app.add_middleware(
-        Gate, config=gate, caller_of=caller_of, drain=drain, shapes=shapes, listeners=listeners, open_paths=open_paths
-    )
+    app.add_middleware(Gate, config=config, shapes=shapes)
     return app
-
-
-def answered_of(scope: Scope, request_id: str, status: int, began_s: float, duration_s: float) -> Answered:
-    """What the listeners hear of a request."""
-    state, traceparent = scope.get("state", {}), Headers(scope=scope).get("traceparent")
-    caller = state.get("caller")
-    return Answered(
-        request_id=request_id,
-        method=scope["method"],
-        route=getattr(scope.get("route"), "path_format", None),
-        status=status,
-        tenant=None if caller is None else caller.owner,
-        began_s=began_s,
-        duration_s=duration_s,
-        code=state.get(REFUSED),
-        generated=state.get(GENERATED),
-        traceparent=traceparent,
-    )
-
-
-class Gate:
-    """ASGI middleware around the whole app."""
-
-    def __init__(
-        self,
-        app: ASGIApp,
-        config: GateConfig,
-        caller_of: Callable[[HTTPConnection], Caller],
-        drain: Drain,
-        shapes: ErrorShapes,
-        listeners: Sequence[Listener],
-        open_paths: Collection[str],
-    ):
-        self._app = app
-        self._config = config
-        self._caller_of = caller_of
-        self._drain = drain
-        self._shapes, self._listeners, self._open_paths = shapes, listeners, open_paths
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self._app(scope, receive, send)
-        request_id = "req_" + uuid.uuid4().hex
-        status: int | None = None
-        began_s, began = time.time(), time.monotonic()
-
-        async def send_with_id(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
-            await send(message)
-
-        try:
-            with naming(request_id):
-                await self._enter(scope, receive, send_with_id)
-        except Exception as error:
-            if not isinstance(error, JaxLoraError | HTTPException):
-                LOG.exception("request %s failed", request_id)
-            if status is not None:
-                raise  # the server cuts the connection, which no client takes for a whole answer
-            await self._shapes.response(scope, error)(scope, receive, send_with_id)
-        finally:
-            answered = answered_of(scope, request_id, status or GONE, began_s, time.monotonic() - began)
-            for hear in self._listeners:
-                hear(answered)
-
-    async def _enter(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The app's answer to who may ask it.  Raises as the gate does for all others."""
-        headers, path = Headers(scope=scope), scope["path"]
-        self._check_hosts(headers)
-        self._check_length(headers, path)
-        state = scope.setdefault("state", {})
-        state["deadline"] = asyncio.get_running_loop().time() + self._limit_s(headers)
-        if path in self._open_paths:
-            await self._app(scope, self._bounded(receive, path), send)
-        else:
-            with self._drain.entered():
-                state["caller"] = caller = self._caller_of(HTTPConnection(scope))
-                async with self._drain.staying(caller.key_id, send) as send_while_valid:
-                    await self._app(scope, self._bounded(receive, path), send_while_valid)
-
-    def _check_hosts(self, headers: Headers) -> None:
-        """Raises HostRefused for a name that is not ours: DNS rebinding, or another site's script."""
-        if self._config.hosts is None:
-            return
-        origin = headers.get("origin")
-        named = [("Host", headers.get("host", ""))]
-        if origin is not None:
-            named.append(("Origin", origin.partition("://")[2]))
-        for header, authority in named:
-            match = AUTHORITY.fullmatch(authority)
-            if match is None or match[1].lower() not in self._config.hosts:
-                raise HostRefused(
-                    f"the {header} header must name one of {', '.join(sorted(self._config.hosts))}; "
-                    "to serve others, bind the server to another address"
-                )
-
-    def _check_length(self, headers: Headers, path: str) -> None:
-        """Raises 413 for an announced length over the limit, before a byte is read."""
-        length = headers.get("content-length", "")
-        if length.isdecimal() and (len(length) > 18 or int(length) > self._config.limit_bytes(path)):
-            raise self._config.too_large(path)
-
-    def _limit_s(self, headers: Headers) -> float:
-        """Seconds this request may take.  Raises InvalidRequest for a header that is no such number."""
-        asked = headers.get(TIMEOUT_HEADER)
-        if asked is None:
-            return self._config.max_request_s
-        if not SECONDS.fullmatch(asked) or float(asked) <= 0:
-            raise InvalidRequest(
-                f"{TIMEOUT_HEADER} must be a positive number of seconds, such as 2.5, got {asked[:40]!a}",
-                param=TIMEOUT_HEADER,
-            )
-        return min(float(asked), self._config.max_request_s)
-
-    def _bounded(self, receive: Receive, path: str) -> Receive:
-        """`receive`, with the limits of size and time on the body, and none after it."""
-        limit_s, limit_bytes = self._config.body_timeout_s, self._config.limit_bytes(path)
-        if limit_bytes > self._config.max_body_bytes:
-            limit_s += limit_bytes / SLOWEST_UPLOAD_BYTES_S
-        seen_bytes, deadline, whole = 0, asyncio.get_running_loop().time() + limit_s, False
-
-        async def bounded() -> Message:
-            nonlocal seen_bytes, whole
-            if whole:
-                return await receive()
-            try:
-                async with asyncio.timeout_at(deadline):
-                    message = await receive()
-            except TimeoutError:
-                raise HTTPException(408, f"the body took over {limit_s:g} s to arrive") from None
-            seen_bytes += len(message.get("body", b""))
-            whole = not message.get("more_body", False)
-            if seen_bytes > limit_bytes:
-                raise self._config.too_large(path)
-            return message
-
-        return bounded

@@ -49,7 +49,6 @@ from serve.api.stats import StatsRoutes
 from serve.db.database import Database
 from serve.db.files import StoredFiles
 from serve.db.gradient import StoredGradient
-from serve.db.idempotency import StoredAnswers
 from serve.db.keys import StoredKeys
 from serve.engine.engine import Engine, EngineConfig
 from serve.http.drain import Drain
@@ -60,8 +59,8 @@ from serve.observability.logs import log_answered, logging_to
 from serve.observability.metrics import METRICS_PATH, HttpMetrics, MetricsRoutes, ServerMetrics
 from serve.runtime.device_thread import DeviceThread
 from serve.runtime.reload import retuned_by_hangup
-from serve.server.app import OPEN_PATHS
 from serve.server.build_jobs import JobHost, make_job_host
+from serve.server.gate import OPEN_PATHS, AppConfig
 from serve.server.uvicorn import HttpServer, make_http
 from train.data.example_cache import KeptExamples
 from train.data.examples import Unit
@@ -183,7 +182,7 @@ def services(
                 default_lr=default_lr(opened.base.config), longest=longest + 1, rank=min(DEFAULT_RANK, most_rank)
             ),
             records=StoredGradient(database),
-            answers=StoredAnswers(database),
+            once=once,
             tuner=None if jobs is None else jobs.tuner,
             limiter=limiter,
         )
@@ -344,13 +343,9 @@ def leave(store: AdapterStore) -> NoReturn:
 
 def make_server(runner: DeviceThread, config: ServeConfig, observers: Observers, own: Services) -> HttpServer:
     """Makes the HTTP server.  Raises ConfigInvalid when the address is taken or not ours."""
-    return make_http(
-        runner,
-        host=config.host,
-        port=config.port,
+    app = AppConfig(
         default_max_tokens=config.default_max_tokens,
         max_request_s=config.max_request_s,
-        grace_s=config.grace_s,
         routers=[*observers.routers, *own.routers],
         listeners=observers.listeners,
         open_paths=observers.open_paths,
@@ -360,6 +355,7 @@ def make_server(runner: DeviceThread, config: ServeConfig, observers: Observers,
         error_shapes=own.error_shapes,
         drain=own.drain,
     )
+    return make_http(runner, app, host=config.host, port=config.port, grace_s=config.grace_s)
 
 
 def begin(runner: DeviceThread, opened: Opened, config: ServeConfig, own: Services) -> None:

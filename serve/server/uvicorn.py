@@ -3,7 +3,7 @@
     SIGTERM, Ctrl-C ──▶ the drain closes ──▶ all answers are complete, or the grace time is over, or another signal comes
                     ──▶ what is still open ends with an error event ──▶ the server ends
 
-A device that is lost ends it too: answers have got their errors by then, and nobody is told 503 for ever.
+A lost device ends it too: answers have got their errors by then, and no client gets 503 for ever.
 uvicorn alone closes its socket first, so that clients find nobody, and cuts streams without a word.
 """
 
@@ -15,26 +15,21 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from types import FrameType
 
 import uvicorn
-from fastapi import APIRouter
-from starlette.requests import HTTPConnection
 
 from jaxlora.core.errors import ConfigInvalid, DeviceLost, Unavailable
-from serve.access.caller import Caller, anyone
-from serve.access.rate_limit import Limiter
 from serve.http.drain import Drain
-from serve.http.errors import Shape
-from serve.http.request_log import Listener
 from serve.runtime.device_thread import GONE, LOST, DeviceThread
-from serve.server.app import NO_SHAPES, OPEN_PATHS, create_app, hosts_for
+from serve.server.app import create_app
+from serve.server.gate import AppConfig, hosts_for
 
 LOG = logging.getLogger("serve")
 BACKLOG = 2048  # connections that may wait to be accepted
-TELL_S = 0.2  # for answers to tell their errors
+ERROR_S = 0.2  # for answers to send their errors
 LAST_WORDS_S = 5  # for a client to read how its stream ended
 
 
@@ -70,12 +65,12 @@ class DrainingServer(uvicorn.Server):
         self._drain.close()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal to end."""
+        """Begins the end on a signal."""
         self.interrupted |= sig == signal.SIGINT
         self.drain()
 
     async def on_tick(self, counter: int) -> bool:
-        """Looks, ten times a second, whether the end has come."""
+        """Checks, ten times a second, whether to end."""
         if self._ends is None and self._is_lost():
             self._end_within(LAST_WORDS_S)
         if self._ends is not None and not self.should_exit:
@@ -83,7 +78,7 @@ class DrainingServer(uvicorn.Server):
             if over and self._drain.inside:
                 LOG.warning("%d requests are open when the server ends; each gets an error", self._drain.inside)
                 await asyncio.to_thread(self._end_open)
-                await asyncio.sleep(TELL_S)
+                await asyncio.sleep(ERROR_S)
                 # Those that wait for something else: an upload, a call that trains.
                 self._drain.turn_out(DeviceLost(LOST) if self._is_lost() else Unavailable(GONE))
             self.should_exit = over or not self._drain.inside
@@ -105,7 +100,7 @@ class HttpServer:
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def listen(self) -> None:
-        """From now on a client waits for its answer; before, it is refused."""
+        """Accepts connections from now on; before, they are refused."""
         self.listening.listen(BACKLOG)
 
     def run(self) -> None:
@@ -130,27 +125,10 @@ class HttpServer:
             self.thread.join()
 
 
-def make_http(
-    runner: DeviceThread,
-    *,
-    host: str,
-    port: int,
-    default_max_tokens: int,
-    max_request_s: float,
-    grace_s: float,
-    routers: Sequence[APIRouter] = (),
-    listeners: Sequence[Listener] = (),
-    open_paths: Collection[str] = OPEN_PATHS,
-    caller_of: Callable[[HTTPConnection], Caller] = anyone,
-    limiter: Limiter | None = None,
-    body_limits: Mapping[str, int] | None = None,
-    error_shapes: Mapping[str, Shape] = NO_SHAPES,
-    drain: Drain | None = None,
-) -> HttpServer:
+def make_http(runner: DeviceThread, config: AppConfig, *, host: str, port: int, grace_s: float) -> HttpServer:
     """The runner behind HTTP, on a socket that is bound already.  An IPv6 host may stand in brackets.
 
-    routers, listeners, open_paths, caller_of, limiter, body_limits, error_shapes, drain: as `create_app` takes them.
-
+    The hosts that requests may name follow from `host`.  grace_s: for open requests to finish when the server ends.
     Raises ConfigInvalid when the address is taken or not ours.
     """
     host = host.removeprefix("[").removesuffix("]")
@@ -162,21 +140,7 @@ def make_http(
     except OSError as error:
         listening.close()
         raise ConfigInvalid(f"cannot listen on {host} port {port} ({error.strerror}); choose another --port") from error
-    drain = Drain() if drain is None else drain
-    app = create_app(
-        runner,
-        default_max_tokens=default_max_tokens,
-        hosts=hosts_for(host),
-        max_request_s=max_request_s,
-        drain=drain,
-        routers=routers,
-        listeners=listeners,
-        open_paths=open_paths,
-        caller_of=caller_of,
-        limiter=limiter,
-        body_limits=body_limits,
-        error_shapes=error_shapes,
-    )
+    app = create_app(runner, replace(config, hosts=hosts_for(host)))
     settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=LAST_WORDS_S)
-    server = DrainingServer(settings, drain, grace_s, runner.end_all, lambda: runner.lost)
+    server = DrainingServer(settings, config.drain, grace_s, runner.end_all, lambda: runner.lost)
     return HttpServer(server, listening)

@@ -37,6 +37,7 @@ from serve.api.adapters.service import AdapterService
 from serve.engine.engine import Engine, EngineConfig
 from serve.runtime.device_thread import DeviceThread
 from serve.server.app import create_app
+from serve.server.gate import AppConfig
 
 BASE = "owner/tiny"
 BASE_FOLDER = peft_world.base_folder("llama")
@@ -135,11 +136,13 @@ def shelf_at(folder: Path) -> Iterator[Shelf]:
     wire = AdaptersRoutes(service, Limiter(LimitsSection()))
     app = create_app(
         runner,
-        default_max_tokens=16,
-        caller_of=caller_of,
-        max_body_bytes=200_000,
-        body_limits=wire.body_limits,
-        routers=[wire.router()],
+        AppConfig(
+            default_max_tokens=16,
+            caller_of=caller_of,
+            max_body_bytes=200_000,
+            body_limits=wire.body_limits,
+            routers=[wire.router()],
+        ),
     )
     runner.start()
     try:

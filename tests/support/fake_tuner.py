@@ -15,8 +15,8 @@ from serve.api.gradient.complete import GradientConfig
 from serve.api.gradient.routes import GradientRoutes
 from serve.db.database import Database
 from serve.db.gradient import StoredGradient
-from serve.db.idempotency import StoredAnswers
 from serve.db.models import GradientRecord
+from serve.http.idempotency import Once
 
 MAX_RANK = 64
 
@@ -81,7 +81,7 @@ def gradient_over(backend, folder, *, longest=50, **how):
     how = {"tuner": FakeTuner(backend)} | how
     config = GradientConfig(default_lr=3e-4, longest=longest)
     try:
-        yield GradientRoutes(backend, config, records=StoredGradient(database), answers=StoredAnswers(database), **how)
+        yield GradientRoutes(backend, config, records=StoredGradient(database), once=Once(database), **how)
     finally:
         database.close()
 

@@ -17,6 +17,7 @@ from serve.db.database import Database
 from serve.db.files import StoredFiles
 from serve.http.idempotency import Once
 from serve.server.app import create_app
+from serve.server.gate import AppConfig
 from train.data.jsonl import load_jsonl
 
 GOOD = b'{"prompt": "2+2=", "completion": "4"}\n' * 3
@@ -46,11 +47,13 @@ def files_server(database, root, *, limits=LIMITS, load=load, caller_of=by_heade
         wire = FilesRoutes(files, database, Once(database), Limiter(limits), max_file_bytes=limits.max_file_bytes)
         app = create_app(
             FakeBackend(),
-            default_max_tokens=64,
-            caller_of=caller_of,
-            max_body_bytes=2000,
-            body_limits=wire.body_limits,
-            routers=[wire.router()],
+            AppConfig(
+                default_max_tokens=64,
+                caller_of=caller_of,
+                max_body_bytes=2000,
+                body_limits=wire.body_limits,
+                routers=[wire.router()],
+            ),
         )
         with serving(app) as url:
             yield url, files

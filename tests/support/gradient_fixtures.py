@@ -12,6 +12,7 @@ from gradient_world import API, LONGEST, MOST, by_key, gradientai
 
 from serve.api.gradient.errors import gradient_response
 from serve.server.app import create_app
+from serve.server.gate import AppConfig
 
 
 @pytest.fixture(scope="module")
@@ -24,11 +25,13 @@ def gradient(tmp_path_factory):
     with gradient_over(backend, tmp_path_factory.mktemp("gradient"), **how) as wire:
         app = create_app(
             backend,
-            default_max_tokens=64,
-            caller_of=by_key,
-            routers=[wire.router()],
-            error_shapes={API: gradient_response},
-            max_body_bytes=100_000,
+            AppConfig(
+                default_max_tokens=64,
+                caller_of=by_key,
+                routers=[wire.router()],
+                error_shapes={API: gradient_response},
+                max_body_bytes=100_000,
+            ),
         )
         with serving(app) as url:
             yield SimpleNamespace(backend=backend, tuner=tuner, wire=wire, url=url, app=app)

@@ -27,6 +27,7 @@ from serve.http.idempotency import Once
 from serve.runtime.device_thread import DeviceThread
 from serve.server.app import create_app
 from serve.server.build_jobs import JobHost, make_job_host
+from serve.server.gate import AppConfig
 from train.data.jsonl import load_jsonl
 
 BASE = "owner/tiny"
@@ -107,9 +108,11 @@ class Server:
         self.host.start()
         app = create_app(
             self.runner,
-            default_max_tokens=16,
-            caller_of=by_key,
-            routers=[JobsRoutes(self.host.service, Once(self.database), Limiter(self.config.limits)).router()],
+            AppConfig(
+                default_max_tokens=16,
+                caller_of=by_key,
+                routers=[JobsRoutes(self.host.service, Once(self.database), Limiter(self.config.limits)).router()],
+            ),
         )
         try:
             with serving(app) as url:

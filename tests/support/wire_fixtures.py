@@ -6,12 +6,13 @@ import pytest
 from fake_backend import FakeBackend, serving
 
 from serve.server.app import create_app
+from serve.server.gate import AppConfig
 
 
 @pytest.fixture(scope="module")
 def running():
     backend = FakeBackend()
-    with serving(create_app(backend, default_max_tokens=64, ping_s=0.15, max_body_bytes=200_000)) as url:
+    with serving(create_app(backend, AppConfig(default_max_tokens=64, ping_s=0.15, max_body_bytes=200_000))) as url:
         yield backend, url
 
 

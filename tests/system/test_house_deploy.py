@@ -26,6 +26,7 @@ from serve.db.database import Database
 from serve.db.keys import StoredKeys
 from serve.server.app import create_app
 from serve.server.build import LOST_EXIT
+from serve.server.gate import AppConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
@@ -138,7 +139,7 @@ def test_the_paths_that_are_asked_are_routes_that_need_no_key():
 
     probes = [container()[name]["httpGet"] for name in ("startupProbe", "readinessProbe", "livenessProbe")]
     assert [p["path"] for p in probes] == ["/ready", "/ready", "/health"]
-    with serving(create_app(FakeBackend(), default_max_tokens=8, caller_of=nobody)) as url:
+    with serving(create_app(FakeBackend(), AppConfig(default_max_tokens=8, caller_of=nobody))) as url:
         assert [httpx2.get(url + p["path"]).status_code for p in probes] == [200] * 3
     assert is_asked(Unit("jaxlora.service")["Service"]["ExecStartPost"], "/ready")
     assert is_asked(Unit("jaxlora-health.service")["Service"]["ExecStart"], "/health")

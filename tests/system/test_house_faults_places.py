@@ -27,7 +27,7 @@ from adapters_world import (
 )
 
 from jaxlora.core.errors import StorageFailed
-from serve.server.app import FORM_BYTES
+from serve.server.gate import FORM_BYTES
 
 pytest_plugins = ["adapters_fixtures"]
 MIB = 2**20

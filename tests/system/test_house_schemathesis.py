@@ -32,10 +32,10 @@ from serve.api.gradient.errors import API, gradient_response
 from serve.api.gradient.routes import GradientRoutes
 from serve.db.database import Database
 from serve.db.gradient import StoredGradient
-from serve.db.idempotency import StoredAnswers
 from serve.http.idempotency import Once
 from serve.http.schema import DOCUMENT_PATH
 from serve.server.app import create_app
+from serve.server.gate import AppConfig
 
 pytest_plugins = ["serve_fixtures"]
 
@@ -53,7 +53,7 @@ def wires(tmp_path_factory):
             backend,
             GradientConfig(default_lr=3e-4, longest=50),
             records=StoredGradient(database),
-            answers=StoredAnswers(database),
+            once=Once(database),
             tuner=FakeTuner(backend),
         )
         with opened(database, folder / "files") as files:
@@ -62,7 +62,9 @@ def wires(tmp_path_factory):
                 gradient.router(),
             ]
             shapes = {API: gradient_response}
-            with serving(create_app(backend, default_max_tokens=16, routers=routers, error_shapes=shapes)) as url:
+            with serving(
+                create_app(backend, AppConfig(default_max_tokens=16, routers=routers, error_shapes=shapes))
+            ) as url:
                 yield url
 
 

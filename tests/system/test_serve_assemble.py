@@ -19,6 +19,7 @@ from jaxlora.peft.folder import export_peft
 from jaxlora.storage.adapter_store import AdapterStore
 from serve.server import uvicorn
 from serve.server.build import load_peft, make_runner, stop
+from serve.server.gate import AppConfig
 from serve.server.uvicorn import HttpServer, make_http
 
 pytest_plugins = ["serve_fixtures"]
@@ -107,7 +108,7 @@ class FakeSocket:
 def test_an_address_with_colons_stands_in_brackets(runner, monkeypatch, host, family, bound, url):
     fakes = {k: getattr(socket, k) for k in ("AF_INET", "AF_INET6", "SOL_SOCKET", "SO_REUSEADDR")}
     monkeypatch.setattr(uvicorn, "socket", SimpleNamespace(socket=FakeSocket, **fakes))
-    http = make_http(runner, host=host, port=8123, default_max_tokens=4, max_request_s=9.0, grace_s=1.0)
+    http = make_http(runner, AppConfig(default_max_tokens=4, max_request_s=9.0), host=host, port=8123, grace_s=1.0)
     assert isinstance(http, HttpServer)
     assert (http.listening.family, http.listening.address) == (family, (bound, 8123))
     assert http.url == url

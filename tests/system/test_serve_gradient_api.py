@@ -19,6 +19,7 @@ from serve.api.gradient.complete import GradientConfig
 from serve.api.gradient.errors import gradient_response
 from serve.api.gradient.routes import GradientRoutes
 from serve.server.app import create_app
+from serve.server.gate import AppConfig
 
 pytest_plugins = ["gradient_fixtures"]
 
@@ -370,10 +371,12 @@ def test_a_server_that_does_not_train_says_so(world):
         backend,
         GradientConfig(default_lr=1e-3, longest=9),
         records=records,
-        answers=world.wire._answers,
+        once=world.wire._once,
         tuner=None,
     )
-    app = create_app(backend, default_max_tokens=8, routers=[wire.router()], error_shapes={API: gradient_response})
+    app = create_app(
+        backend, AppConfig(default_max_tokens=8, routers=[wire.router()], error_shapes={API: gradient_response})
+    )
     headers = {"x-gradient-workspace-id": "empty"}
     with serving(app) as url, httpx2.Client(base_url=url + API, headers=headers) as http:
         assert http.get("/models").json()["models"][0]["capabilities"] == ["complete"]
@@ -389,12 +392,18 @@ def test_answers_and_training_count_against_the_minute(world):
         backend,
         GradientConfig(default_lr=1e-3, longest=50),
         records=world.wire._records,
-        answers=world.wire._answers,
+        once=world.wire._once,
         tuner=FakeTuner(backend),
         limiter=Limiter(LimitsSection(tokens_per_minute=60)),
     )
     app = create_app(
-        backend, default_max_tokens=8, caller_of=by_key, routers=[wire.router()], error_shapes={API: gradient_response}
+        backend,
+        AppConfig(
+            default_max_tokens=8,
+            caller_of=by_key,
+            routers=[wire.router()],
+            error_shapes={API: gradient_response},
+        ),
     )
     headers = {"authorization": "Bearer counted", "x-gradient-workspace-id": "counted"}
     with serving(app) as url, httpx2.Client(base_url=url + API, headers=headers) as http:

@@ -18,8 +18,9 @@ from serve.api.gradient.complete import GradientConfig
 from serve.api.gradient.errors import gradient_response
 from serve.api.gradient.routes import GradientRoutes
 from serve.db.gradient import StoredGradient
-from serve.db.idempotency import StoredAnswers
+from serve.http.idempotency import Once
 from serve.server.app import create_app
+from serve.server.gate import AppConfig
 
 pytest_plugins = ["serve_fixtures"]
 SAMPLES = [{"inputs": "Q: 2+2? A: 4"}, {"inputs": "Q: 3+3? A: 6", "multiplier": 0.5}]
@@ -35,15 +36,17 @@ def server(world, tmp_path_factory):
         it.runner,
         GradientConfig(default_lr=0.02, longest=LANE_TOKENS, rank=4),
         records=StoredGradient(it.database),
-        answers=StoredAnswers(it.database),
+        once=Once(it.database),
         tuner=it.host.tuner,
     )
     app = create_app(
         it.runner,
-        default_max_tokens=8,
-        caller_of=by_key,
-        routers=[wire.router()],
-        error_shapes={API: gradient_response},
+        AppConfig(
+            default_max_tokens=8,
+            caller_of=by_key,
+            routers=[wire.router()],
+            error_shapes={API: gradient_response},
+        ),
     )
     try:
         with serving(app) as url:

@@ -19,6 +19,7 @@ from serve.engine.engine import Engine
 from serve.runtime.device_thread import DeviceThread
 from serve.runtime.watchdog import HANG_S, Watch
 from serve.server.app import create_app
+from serve.server.gate import AppConfig
 from serve.server.uvicorn import make_http
 
 pytest_plugins = ["serve_fixtures"]
@@ -48,7 +49,7 @@ def stuck(world):
     runner = DeviceThread(engine, base_name=BASE)
     runner.watch = Watch(engine, hang_s=SOON_S)
     runner.start()
-    with serving(create_app(runner, default_max_tokens=8)) as url:
+    with serving(create_app(runner, AppConfig(default_max_tokens=8))) as url:
         yield runner, url
     engine.go_on.set()
     runner.stop()
@@ -133,7 +134,11 @@ def ending(stuck):
         await asyncio.Event().wait()
 
     http = make_http(
-        runner, host="127.0.0.1", port=0, default_max_tokens=8, max_request_s=60, grace_s=60, routers=[router]
+        runner,
+        AppConfig(default_max_tokens=8, max_request_s=60, routers=[router]),
+        host="127.0.0.1",
+        port=0,
+        grace_s=60,
     )
     http.start()
     try:

@@ -19,6 +19,7 @@ from jaxlora.core.lora import ALL_TARGETS, ATTENTION_TARGETS
 from jaxlora.model.compile_cache import CompileCounter
 from serve.runtime.device_thread import DeviceThread
 from serve.server.app import create_app
+from serve.server.gate import AppConfig
 
 pytest_plugins = ["serve_fixtures"]
 BASE = "tiny"
@@ -37,7 +38,7 @@ def server(world, eight):
     runner = DeviceThread(world.engine(), base_name=BASE)
     runner.start()
     try:
-        with serving(create_app(runner, default_max_tokens=16)) as url:
+        with serving(create_app(runner, AppConfig(default_max_tokens=16))) as url:
             yield runner, url
     finally:
         runner.stop()
@@ -231,7 +232,7 @@ def crowd(world):
     runner.start()
     engine.step = lambda: time.sleep(0.05) or step()
     try:
-        with serving(create_app(runner, default_max_tokens=16, max_request_s=60)) as url:
+        with serving(create_app(runner, AppConfig(default_max_tokens=16, max_request_s=60))) as url:
             yield runner, url
     finally:
         gate.set()

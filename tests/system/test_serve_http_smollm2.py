@@ -14,6 +14,7 @@ from serve_world import stream_greedy
 from serve.engine.grammar import llguidance_tokenizer
 from serve.runtime.device_thread import Runner
 from serve.server.app import create_app
+from serve.server.gate import AppConfig
 
 pytest_plugins = ["smollm2_fixtures"]
 BASE, TOKENS = "smollm2", 12
@@ -34,7 +35,7 @@ def url(smol_engine):
     runner = Runner(smol_engine, base_name=BASE)
     runner.start()
     try:
-        with serving(create_app(runner, default_max_tokens=TOKENS)) as root:
+        with serving(create_app(runner, AppConfig(default_max_tokens=TOKENS))) as root:
             yield root + "/v1"
     finally:
         runner.stop()

@@ -22,6 +22,7 @@ from serve.db.database import Database
 from serve.db.keys import StoredKeys
 from serve.http.drain import Drain
 from serve.server.app import create_app
+from serve.server.gate import AppConfig
 
 WITHIN_S = 1.0  # a change holds
 
@@ -48,7 +49,13 @@ class Server:
         self.backend, self.drain = FakeBackend(hang_after=3), Drain()
         self.keys = Keys(stored)
         self.app = create_app(
-            self.backend, default_max_tokens=64, caller_of=self.keys.caller_of, drain=self.drain, ping_s=60
+            self.backend,
+            AppConfig(
+                default_max_tokens=64,
+                caller_of=self.keys.caller_of,
+                drain=self.drain,
+                ping_s=60,
+            ),
         )
 
 

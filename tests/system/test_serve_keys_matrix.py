@@ -24,7 +24,7 @@ from serve.db.gradient import StoredGradient
 from serve.db.jobs import StoredJobs
 from serve.db.keys import StoredKeys
 from serve.http.schema import DOCUMENT_PATH
-from serve.server.app import OPEN_PATHS
+from serve.server.gate import OPEN_PATHS
 
 pytest_plugins = ["serve_fixtures"]
 

@@ -13,6 +13,7 @@ from serve.access.adapter_quota import AdapterQuota
 from serve.access.caller import Caller
 from serve.access.rate_limit import Limiter
 from serve.server.app import create_app
+from serve.server.gate import AppConfig
 
 WHOLE_MINUTE = 1_700_000_040.0  # a multiple of 60
 
@@ -155,7 +156,7 @@ class TestOverHttp:
             return Caller(owner=connection.headers["authorization"].removeprefix("Bearer "), admin=False)
 
         backend = FakeBackend()
-        app = create_app(backend, default_max_tokens=64, caller_of=by_header, limiter=Limiter(limits))
+        app = create_app(backend, AppConfig(default_max_tokens=64, caller_of=by_header, limiter=Limiter(limits)))
         with serving(app) as url, openai.OpenAI(base_url=url + "/v1", api_key="x", max_retries=0) as client:
             yield lambda tenant, **body: client.with_options(api_key=tenant).chat.completions.create(
                 **{"model": BASE, "messages": HI} | body

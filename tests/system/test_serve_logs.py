@@ -15,6 +15,7 @@ from jaxlora.core.errors import Unauthorized
 from serve.access.caller import Caller
 from serve.observability.logs import LOGGERS, log_answered, logging_to
 from serve.server.app import create_app
+from serve.server.gate import AppConfig
 
 
 def by_key(connection):
@@ -27,7 +28,9 @@ def by_key(connection):
 @pytest.fixture(scope="module")
 def running():
     backend = FakeBackend()
-    with serving(create_app(backend, default_max_tokens=64, caller_of=by_key, listeners=[log_answered])) as url:
+    with serving(
+        create_app(backend, AppConfig(default_max_tokens=64, caller_of=by_key, listeners=[log_answered]))
+    ) as url:
         yield backend, url
 
 

@@ -23,6 +23,7 @@ from serve.runtime.device_thread import DeviceThread
 from serve.runtime.snapshot import TrainingView
 from serve.server.app import create_app
 from serve.server.build import observing
+from serve.server.gate import AppConfig
 
 pytest_plugins = ["serve_fixtures"]
 
@@ -81,11 +82,13 @@ def served(world, tmp_path_factory):
         runner.start()
         app = create_app(
             runner,
-            default_max_tokens=8,
-            caller_of=by_key,
-            routers=observers.routers,
-            listeners=observers.listeners,
-            open_paths=observers.open_paths,
+            AppConfig(
+                default_max_tokens=8,
+                caller_of=by_key,
+                routers=observers.routers,
+                listeners=observers.listeners,
+                open_paths=observers.open_paths,
+            ),
         )
         with observers.compiles, serving(app) as url:
             yield url, runner, log
@@ -222,10 +225,12 @@ def test_open_metrics_need_no_key(world):
     wire = MetricsRoutes(HttpMetrics(), is_open=True)
     app = create_app(
         DeviceThread(world.engine(), base_name=BASE),
-        default_max_tokens=8,
-        caller_of=by_key,
-        routers=[wire.router()],
-        open_paths={"/metrics"},
+        AppConfig(
+            default_max_tokens=8,
+            caller_of=by_key,
+            routers=[wire.router()],
+            open_paths={"/metrics"},
+        ),
     )
     with serving(app) as url:
         assert httpx2.get(url + "/metrics").status_code == 200
@@ -235,7 +240,9 @@ def test_open_metrics_need_no_key(world):
 def test_adapters_are_named_only_where_the_operator_says_so(world, tmp_path):
     runner = DeviceThread(with_resident(world.engine(), world.adapters[0]), base_name=BASE)
     with observing(runner, serve_defaults("tiny", tmp_path)) as observers:
-        app = create_app(runner, default_max_tokens=8, routers=observers.routers, listeners=observers.listeners)
+        app = create_app(
+            runner, AppConfig(default_max_tokens=8, routers=observers.routers, listeners=observers.listeners)
+        )
         with serving(app) as url:
             text = httpx2.get(url + "/metrics").text
     assert "lora_requests_info" not in text

@@ -11,6 +11,7 @@ from fake_backend import BASE, HI, events, serving
 
 from jaxlora.core.errors import JaxLoraError, Overloaded, StateInvalid, Unavailable
 from serve.server.app import create_app
+from serve.server.gate import AppConfig
 
 pytest_plugins = ["wire_fixtures"]
 
@@ -75,7 +76,7 @@ def test_a_time_that_is_none_is_refused(http, value):
 def test_the_server_has_a_limit_of_its_own(backend):
     backend.hang_after = 0
     with (
-        serving(create_app(backend, default_max_tokens=5, max_request_s=0.3)) as url,
+        serving(create_app(backend, AppConfig(default_max_tokens=5, max_request_s=0.3))) as url,
         openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=2) as client,
         pytest.raises(openai.InternalServerError) as caught,
     ):

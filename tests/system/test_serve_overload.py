@@ -25,6 +25,7 @@ from serve.access.rate_limit import Limiter
 from serve.engine.engine import Engine
 from serve.runtime.device_thread import DeviceThread
 from serve.server.app import create_app
+from serve.server.gate import AppConfig
 
 pytest_plugins = ["serve_fixtures"]
 PROMPT, TOKENS = 5, 8  # of a request; it takes TOKENS steps
@@ -85,7 +86,7 @@ def server(world, **bounds: int) -> Iterator[tuple[PacedEngine, str]]:
     def caller_of(connection) -> Caller:
         return Caller(owner=connection.headers["x-tenant"], admin=True)
 
-    app = create_app(runner, default_max_tokens=TOKENS, caller_of=caller_of, limiter=Limiter(limits))
+    app = create_app(runner, AppConfig(default_max_tokens=TOKENS, caller_of=caller_of, limiter=Limiter(limits)))
     try:
         with serving(app) as url:
             yield engine, url

@@ -13,6 +13,7 @@ from small_world import tiny_path
 from benchmarks import streams
 from jaxlora.core.errors import Overloaded
 from serve.server.app import create_app
+from serve.server.gate import AppConfig
 
 STREAMS, TOKENS = 500, 20
 
@@ -47,7 +48,7 @@ class CrowdHouse(FakeBackend):
 def test_500_streams_at_once(rows, refused):
     backend = CrowdHouse(rows)
     before = threading.active_count()
-    with serving(create_app(backend, default_max_tokens=64)) as url:
+    with serving(create_app(backend, AppConfig(default_max_tokens=64))) as url:
         port = int(url.rsplit(":", 1)[1])
         outcomes = asyncio.run(streams.crowd("127.0.0.1", port, BASE, STREAMS, TOKENS, again=True))
         told = streams.told(outcomes, TOKENS)

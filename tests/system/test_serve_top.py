@@ -23,6 +23,7 @@ from serve.cli.top import look, read, screen
 from serve.runtime.snapshot import JobView, SlotView, Snapshot, TrainingView, WaitView
 from serve.runtime.watchdog import Rates
 from serve.server.app import create_app
+from serve.server.gate import AppConfig
 
 BOT, CAT = AdapterRef("acme", "bot", 3), AdapterRef("zoo", "cat", 1)
 
@@ -76,7 +77,9 @@ def by_key(connection):
 def url():
     backend = FakeBackend()
     wire = StatsRoutes(backend, Still())
-    with serving(create_app(backend, default_max_tokens=8, caller_of=by_key, routers=[wire.router()])) as url:
+    with serving(
+        create_app(backend, AppConfig(default_max_tokens=8, caller_of=by_key, routers=[wire.router()]))
+    ) as url:
         yield url
 
 
@@ -164,7 +167,7 @@ def test_without_an_admins_key_it_is_one_line_and_exit_2(url):
 def test_what_is_no_such_server_is_told(body, status, words):
     router = APIRouter(responses=ERRORS)
     router.add_api_route("/v1/stats", lambda: JSONResponse(body, status), methods=["GET"], response_model=None)
-    with serving(create_app(FakeBackend(), default_max_tokens=8, routers=[router])) as url:
+    with serving(create_app(FakeBackend(), AppConfig(default_max_tokens=8, routers=[router]))) as url:
         result = top("--url", url, "--once")
     assert (result.exit_code, words in result.output) == (2, True)
 

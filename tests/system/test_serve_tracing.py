@@ -21,6 +21,7 @@ from jaxlora.config.serving import serve_defaults
 from jaxlora.core.errors import ConfigInvalid
 from serve.observability.tracing import Tracing
 from serve.server.app import create_app
+from serve.server.gate import AppConfig
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
@@ -29,7 +30,7 @@ TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 def running():
     backend, exporter = FakeBackend(), InMemorySpanExporter()
     tracing = Tracing(SimpleSpanProcessor(exporter))
-    with serving(create_app(backend, default_max_tokens=64, listeners=[tracing.heard])) as url:
+    with serving(create_app(backend, AppConfig(default_max_tokens=64, listeners=[tracing.heard]))) as url:
         yield backend, url, exporter
     tracing.close()
 

@@ -34,13 +34,15 @@ from serve.api.adapters.schemas import (
     ImportedObject,
     ListQuery,
     LoadBody,
-    PageQuery,
     UnloadBody,
+    VersionsQuery,
 )
-from serve.api.adapters.service import AdapterService, Exported, Imported, Page
+from serve.api.adapters.service import AdapterService, Exported, Imported
+from serve.db.models import Page
 from serve.http.errors import ERRORS, WRITE_ERRORS
 from serve.http.multipart import Form, FormRules, receive_form
-from serve.http.schema import Responses, ok, refuse_unbuilt
+from serve.http.pagination import list_object
+from serve.http.schema import ok, ok_as, refuse_unbuilt
 from serve.runtime.backend import ModelCard
 
 UPLOAD_PATH = "/v1/adapters"
@@ -67,8 +69,7 @@ class AdaptersRoutes:
     def router(self) -> APIRouter:
         """All routes of this wire."""
         router = APIRouter(responses=ERRORS)
-        text = as_bytes("text/plain", "what was done")
-        zipped = as_bytes("application/zip", "a PEFT folder")
+        text, zipped = (ok_as({media: {"schema": {"type": "string"}}}) for media in ("text/plain", "application/zip"))
         # A name may hold a slash, so what stands behind it comes first.
         for method, path, handler, responses in (
             ("POST", "/v1/load_lora_adapter", self.load, text),
@@ -113,7 +114,7 @@ class AdaptersRoutes:
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
     async def unload(self, request: Request, body: UnloadBody) -> Response:
-        """The adapter is deleted, with all its versions; its folder on the server stays."""
+        """Deletes the adapter with all its versions; its folder on the server stays."""
         caller = caller_of(request)
         caller.need_admin("unloading an adapter")
         refuse_unbuilt(body)
@@ -129,25 +130,17 @@ class AdaptersRoutes:
     async def list_adapters(self, request: Request, query: Annotated[ListQuery, fastapi.Query()]) -> Response:
         """The caller's adapters, the newest first."""
         sees = caller_of(request).sees
-        return JSONResponse(
-            self._list(
-                await asyncio.to_thread(
-                    lambda: self._service.page(sees, prefix=query.prefix, after=query.after, limit=query.limit)
-                )
-            )
+        return self._list(
+            await asyncio.to_thread(self._service.page, sees, prefix=query.prefix, after=query.after, limit=query.limit)
         )
 
     async def list_versions(
-        self, request: Request, name: str, query: Annotated[PageQuery, fastapi.Query()]
+        self, request: Request, name: str, query: Annotated[VersionsQuery, fastapi.Query()]
     ) -> Response:
         """The versions of one adapter, the newest first."""
         sees = caller_of(request).sees
-        return JSONResponse(
-            self._list(
-                await asyncio.to_thread(
-                    lambda: self._service.versions(sees, name, after=query.after, limit=query.limit)
-                )
-            )
+        return self._list(
+            await asyncio.to_thread(self._service.versions, sees, name, after=query.after, limit=query.limit)
         )
 
     async def read(self, request: Request, name: str) -> Response:
@@ -159,10 +152,11 @@ class AdaptersRoutes:
         with self._transfer(caller_of(request)), self._service.staged() as folder:
             name, imported = await self._receive(request, folder)
         card = await asyncio.to_thread(self._service.card, None, str(imported.ref))
-        return JSONResponse(self._object(replace(card, id=f"{name}@{imported.ref.version}")) | _told(imported))
+        card = replace(card, id=f"{name}@{imported.ref.version}")
+        return JSONResponse(imported_object(self._object(card), imported))
 
     async def _receive(self, request: Request, folder: Path) -> tuple[str, Imported]:
-        """(the name as the caller says it, what came in)."""
+        """Returns (the name as the caller wrote it, the import)."""
         caller = caller_of(request)
         rules = FormRules(
             fields=UPLOAD_FIELDS,
@@ -202,13 +196,13 @@ class AdaptersRoutes:
             return ZipStream(exported, request.state.deadline, held.pop_all())
 
     async def pin(self, request: Request, name: str) -> Response:
-        """The adapter keeps its slot."""
+        """Pins the adapter to its slot."""
         caller = caller_of(request)
         caller.need_admin("pinning an adapter")
         return JSONResponse(self._object(await asyncio.to_thread(self._service.pin, caller.sees, name)))
 
     async def unpin(self, request: Request, name: str) -> Response:
-        """The adapter takes its turns again."""
+        """Unpins the adapter, which takes its turns again."""
         caller = caller_of(request)
         caller.need_admin("unpinning an adapter")
         return JSONResponse(self._object(await asyncio.to_thread(self._service.unpin, caller.sees, name)))
@@ -216,18 +210,18 @@ class AdaptersRoutes:
     async def delete(self, request: Request, name: str) -> Response:
         """Deletes an adapter, or one version of it."""
         await asyncio.to_thread(self._service.delete, caller_of(request).sees, name)
-        return JSONResponse({"id": name, "object": "adapter", "deleted": True})
+        return JSONResponse(DeletedAdapter(id=name, object="adapter", deleted=True))
 
     async def delete_model(self, request: Request, model: str) -> Response:
-        """The same, as OpenAI's clients ask for it."""
+        """Deletes the same, by the route of OpenAI's clients."""
         await asyncio.to_thread(self._service.delete, caller_of(request).sees, model)
-        return JSONResponse({"id": model, "object": "model", "deleted": True})
+        return JSONResponse(DeletedModel(id=model, object="model", deleted=True))
 
-    # ---- how it is said ---------------------------------------------------------------------------------------------
+    # ---- rendering ----------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def _transfer(self, caller: Caller) -> Generator[None]:
-        """One more under way.  Raises Overloaded when there are as many as may be, of this tenant or of all; RateLimited."""
+        """Counts one more transfer.  Raises Overloaded when there are as many as may be, of this tenant or of all; RateLimited."""
         if self._transfers[caller.owner] >= MAX_TRANSFERS_OF_TENANT:
             raise Overloaded(f"{MAX_TRANSFERS_OF_TENANT} of your adapters are on their way in or out; retry later")
         if self._transfers.total() >= MAX_TRANSFERS:
@@ -242,11 +236,15 @@ class AdaptersRoutes:
                 del self._transfers[caller.owner]
 
     async def _at_work[R](self, work: Callable[[], R]) -> R:
-        """What `work` returns, on a worker thread, when its turn has come."""
+        """Returns the result of `work`, run on a worker thread when its turn has come."""
         async with self._work:
             return await asyncio.to_thread(work)
 
-    def _object(self, card: ModelCard) -> dict[str, object]:
+    def _object(self, card: ModelCard) -> AdapterObject:
+        assert card.version is not None
+        assert card.rank is not None
+        assert card.parent is not None
+        assert card.state != "base"
         return {
             "id": card.id,
             "object": "adapter",
@@ -260,25 +258,15 @@ class AdaptersRoutes:
             "pinned": self._service.is_pinned(card.owned_by, card.root),
         }
 
-    def _list(self, page: Page) -> dict[str, object]:
-        return {
-            "object": "list",
-            "data": [self._object(card) for card in page.cards],
-            "has_more": page.has_more,
-            "first_id": page.cards[0].id if page.cards else None,
-            "last_id": page.cards[-1].id if page.cards else None,
-        }
+    def _list(self, page: Page[ModelCard]) -> Response:
+        return JSONResponse(list_object([self._object(card) for card in page.records], more=page.more))
 
 
-def as_bytes(media: str, what: str) -> Responses:
-    """The documented 200 of a route that does not answer JSON."""
-    return {200: {"description": what, "content": {media: {"schema": {"type": "string"}}}}}
-
-
-def _told(imported: Imported) -> dict[str, object]:
-    """What an import says of what it read."""
+def imported_object(adapter: AdapterObject, imported: Imported) -> ImportedObject:
+    """The adapter, with what its import has read."""
     report = imported.report
     return {
+        **adapter,
         "parameters": report.parameters,
         "modules": [{"module": m.module, "rank": m.rank, "scale": m.scale} for m in report.modules],
         "base_verified": report.base_verified,

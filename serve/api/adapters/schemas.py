@@ -6,7 +6,8 @@ from typing import Annotated, Literal, TypedDict
 
 from pydantic import BaseModel, ConfigDict, Field, with_config
 
-from serve.api.openai.schemas import Only, Strict, Text
+from serve.http.pagination import Listed, PageQuery
+from serve.http.schema import CLOSED, Only, Strict, Text
 
 UPLOAD_FIELDS = ("name", "allow_base_mismatch")
 UPLOAD_FILES = ("file",)
@@ -54,35 +55,26 @@ class UnloadBody(Strict):
     lora_int_id: Annotated[int | None, Only((), "adapters have names here")] = None
 
 
-class Query(BaseModel):
-    """A query is text, so it is not strict, but an unknown key is refused."""
-
-    model_config = ConfigDict(extra="forbid")
-
-
-class PageQuery(Query):
-    """Of a list's page."""
+class VersionsQuery(PageQuery):
+    """Query of the list of an adapter's versions."""
 
     limit: Annotated[int, Field(ge=1, le=1000)] = 100
-    after: Text | None = None
 
 
-class ListQuery(PageQuery):
-    """Of the list of adapters."""
+class ListQuery(VersionsQuery):
+    """Query of the list of adapters."""
 
     prefix: Text = ""
 
 
-class DownloadQuery(Query):
-    """Of a download."""
+class DownloadQuery(BaseModel):
+    """Query of a download; text, so not strict."""
 
+    model_config = ConfigDict(extra="forbid")
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
 
-# ---- what is answered, for the document
-
-
-CLOSED = ConfigDict(extra="forbid")
+# ---- answers
 
 
 @with_config(CLOSED)
@@ -122,15 +114,7 @@ class ImportedObject(AdapterObject):
     notes: list[str]
 
 
-@with_config(CLOSED)
-class AdapterList(TypedDict):
-    """A page."""
-
-    object: Literal["list"]
-    data: list[AdapterObject]
-    has_more: bool
-    first_id: str | None
-    last_id: str | None
+AdapterList = Listed[AdapterObject]
 
 
 @with_config(CLOSED)

@@ -3,7 +3,7 @@
     upload or server folder ─import_peft─▶ AdapterWeights ─add─▶ store, on disk ─announce─▶ pins and followers go on to it
 
 Everything that is checked is checked before anything changes, so a load that fails changes nothing and evicts nobody.
-All of it blocks, and is called on worker threads: the device thread is asked for closures only.
+All of it blocks, and is called on worker threads: the device thread runs closures only.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ from jaxlora.peft.archive import FILES, UploadLimits, file_name, unpack, upload_
 from jaxlora.peft.folder import CONFIG_FILE, ImportReport, export_peft, import_peft
 from serve.access.adapter_quota import AdapterQuota
 from serve.access.caller import Caller
+from serve.db.models import Page
+from serve.http.pagination import page_after
 from serve.runtime.backend import ModelCard
 from serve.runtime.catalog import names_version
 from serve.runtime.device_thread import DeviceThread
@@ -66,20 +68,12 @@ class Exported:
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Page:
-    """A part of a list, newest first."""
-
-    cards: Sequence[ModelCard]
-    has_more: bool
-
-
 class AdapterService:
     """What may be done with adapters, over one runner.  Of any thread but the device's.
 
     read_head: the base's head [V, D], which a file may hold a copy of.  staging: a folder for uploads and downloads under
-    way, emptied now.  roots: folders that a server folder must lie in.  deleted: told of an adapter
-    of which nothing is left, by its tenant and name.
+    way, emptied now.  roots: folders that a server folder must lie in.  deleted: called with the tenant
+    and name of an adapter of which nothing is left.
     """
 
     def __init__(
@@ -116,8 +110,8 @@ class AdapterService:
         self.find(sees, model)
         return self.runner.model(sees, model)
 
-    def page(self, sees: str | None, *, prefix: str, after: str | None, limit: int) -> Page:
-        """Adapters whose id begins so, after the one of this id.  Reads what disks say of each adapter once.
+    def page(self, sees: str | None, *, prefix: str, after: str | None, limit: int) -> Page[ModelCard]:
+        """Adapters whose id begins so, after the one of this id.  Reads each adapter from disk once.
 
         Raises InvalidRequest where `after` is not in the list.
         """
@@ -126,14 +120,14 @@ class AdapterService:
         named = ((ref.name if owners[ref.name] == 1 else f"{ref.tenant}/{ref.name}", ref) for ref in refs)
         return self._page([(id, ref) for id, ref in named if id.startswith(prefix)], after, limit)
 
-    def versions(self, sees: str | None, model: str, *, after: str | None, limit: int) -> Page:
+    def versions(self, sees: str | None, model: str, *, after: str | None, limit: int) -> Page[ModelCard]:
         """The versions of an adapter.  Raises AdapterNotFound, InvalidRequest where `after` is not in the list."""
         ref = self.find(sees, model)
         path = f"{ref.tenant}/{ref.name}" if model.startswith("ft:") else model.partition("@")[0]
         refs = self._store.versions(ref.tenant, ref.name)
         return self._page([(f"{path}@{r.version}", r) for r in refs], after, limit)
 
-    def _page(self, named: Sequence[tuple[str, AdapterRef]], after: str | None, limit: int) -> Page:
+    def _page(self, named: Sequence[tuple[str, AdapterRef]], after: str | None, limit: int) -> Page[ModelCard]:
         """The entries after the one of this id, each an id and what it means."""
         dated = []
         for id, ref in named:
@@ -144,16 +138,12 @@ class AdapterService:
             except StorageFailed as error:
                 LOG.error("not listed: %s", error.message)
         dated.sort()
-        if after is not None:
-            places = [i for i, entry in enumerate(dated) if entry[2] == after]
-            if not places:
-                raise InvalidRequest("after must be the id of an entry in this list", param="after")
-            dated = dated[places[0] + 1 :]
+        page = page_after(dated, lambda entry: entry[2], after=after, limit=limit, kind="an entry")
         cards = []
-        for _, _, id, ref in dated[:limit]:
+        for _, _, id, ref in page.records:
             with contextlib.suppress(AdapterNotFound, StorageFailed):  # deleted or damaged meanwhile
                 cards.append(replace(self.runner.model(None, str(ref)), id=id))
-        return Page(cards, len(dated) > limit)
+        return Page(records=cards, more=page.more)
 
     def is_pinned(self, tenant: str, name: str) -> bool:
         """Whether the adapter keeps its slot, whoever waits."""
@@ -381,5 +371,5 @@ class AdapterService:
 
 
 def _is_adapter_file(name: str) -> bool:
-    """Whether a single file is meant as one of an adapter's, and not as an archive: it is then judged by its name."""
+    """Whether a single file is meant as one of an adapter's, and not as an archive: it is then checked by its name."""
     return name.endswith((".safetensors", ".json", ".bin", ".pt", ".pth", ".pkl"))

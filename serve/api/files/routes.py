@@ -1,4 +1,4 @@
-"""The files' wire: OpenAI's uploads of training data, straight to disk, and what becomes of them."""
+"""The files' wire: OpenAI's uploads of training data, written straight to disk, and their records."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Generator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
@@ -28,16 +28,17 @@ from serve.api.files.schemas import (
     File,
     FileList,
     FilesQuery,
+    Purpose,
     upload_form,
 )
 from serve.api.files.service import FileStore
-from serve.api.jobs.render import page_object
 from serve.db.database import Database
 from serve.db.files import over_quota
-from serve.db.models import FileRecord, JsonObject
+from serve.db.models import FileRecord
 from serve.http.errors import ERRORS, RANGE_ERRORS, WRITE_ERRORS
 from serve.http.idempotency import HEADER, Once
 from serve.http.multipart import Form, FormRules, receive_form
+from serve.http.pagination import list_object
 from serve.http.schema import ok
 
 FILES = "/v1/files"
@@ -48,7 +49,7 @@ class FilesRoutes:
     """The routes, over one store."""
 
     def __init__(self, files: FileStore, database: Database, once: Once, limiter: Limiter, *, max_file_bytes: int):
-        """database: on whose threads the store is asked."""
+        """database: runs the store's work on its threads."""
         self._once, self._limiter = once, limiter
         self._files, self._ask, self._run = files, database.ask, database.run
         self._max_file_bytes = max_file_bytes
@@ -81,7 +82,7 @@ class FilesRoutes:
         return router
 
     async def create(self, request: Request) -> Response:
-        """A new file, which is checked soon."""
+        """Adds a file, which is checked soon."""
         tenant = caller_of(request).owner
         with self._uploading():
             self._limiter.admit(tenant, tokens=0)
@@ -90,17 +91,17 @@ class FilesRoutes:
             try:
                 form = await self._receive(request, folder, room)
                 about, path = upload_form(form), form.files[0].path
-                asked: JsonObject = {**form.fields, "filename": about.filename}
+                content = {**form.fields, "filename": about.filename}
                 if HEADER in request.headers:
-                    asked["sha256"] = await self._run(sha256_of, path)
+                    content["sha256"] = await self._run(sha256_of, path)
 
-                async def make() -> JsonObject:
+                async def make() -> File:
                     add, expires_after_s = self._files.add, about.expires_after_s
                     # Not on the database's threads: object storage may take a while.
                     record = await asyncio.to_thread(add, tenant, path, about.filename, expires_after_s=expires_after_s)
                     return file_object(record)
 
-                return await self._once.answer(request, asked, make)
+                return await self._once.answer(request, content, make)
             finally:
                 await self._run(shutil.rmtree, folder, ignore_errors=True)
 
@@ -117,7 +118,7 @@ class FilesRoutes:
 
     @contextlib.contextmanager
     def _uploading(self) -> Generator[None]:
-        """One more under way.  Raises Overloaded when there are as many as may be."""
+        """Counts one more upload.  Raises Overloaded when there are as many as may be."""
         if self._uploads >= MAX_UPLOADS:
             raise Overloaded(f"{MAX_UPLOADS} files are on their way in already; retry later")
         self._uploads += 1
@@ -136,7 +137,7 @@ class FilesRoutes:
             purpose=query.purpose,
             oldest_first=query.order == "asc",
         )
-        return JSONResponse(page_object(page, [file_object(r) for r in page.records]))
+        return JSONResponse(list_object([file_object(r) for r in page.records], more=page.more))
 
     async def read(self, request: Request, id: str) -> Response:
         """One file, but for its bytes."""
@@ -145,7 +146,7 @@ class FilesRoutes:
     async def delete(self, request: Request, id: str) -> Response:
         """Removes a file that no job needs."""
         record = await self._ask(self._files.delete, id, caller_of(request).sees)
-        return JSONResponse({"id": record.id, "object": "file", "deleted": True})
+        return JSONResponse(DeletedFile(id=record.id, object="file", deleted=True))
 
     async def content(self, request: Request, id: str) -> Response:
         """The bytes of a file, as they came; or ranges of them."""
@@ -156,7 +157,7 @@ class FilesRoutes:
 
 
 class _FileHere(FileResponse):
-    """The bytes of a file that is brought first, and stays until they are sent.
+    """Sends the bytes of a file, which is fetched first and stays until they are sent.
 
     Ranges are as RFC 9110, section 14.2, has them: a header that is none is ignored, where Starlette answers 400, and
     416 is for one of which no range begins in the file.
@@ -189,16 +190,18 @@ class _FileHere(FileResponse):
         return [(start, end) for start, end in ranges if start < file_size] or ranges
 
 
-def file_object(record: FileRecord) -> JsonObject:
+def file_object(record: FileRecord) -> File:
     """A file as OpenAI's clients read it."""
-    shown: JsonObject = {
+    shown: File = {
         "id": record.id,
         "object": "file",
         "bytes": record.size_bytes,
         "created_at": int(record.created_s),
         "filename": record.filename,
-        "purpose": record.purpose,
+        "purpose": cast(Purpose, record.purpose),
         "status": record.status,
         "status_details": record.status_details,
     }
-    return shown if record.expires_s is None else shown | {"expires_at": int(record.expires_s)}
+    if record.expires_s is not None:
+        shown["expires_at"] = int(record.expires_s)
+    return shown

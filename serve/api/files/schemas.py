@@ -6,13 +6,14 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Literal, NotRequired, TypedDict
 
-from pydantic import BaseModel, ConfigDict, Field, with_config
+from pydantic import Field, with_config
 
 from jaxlora.core.errors import InvalidRequest
 from serve.api.files.service import FINE_TUNE
-from serve.api.openai.schemas import CLOSED, Text
+from serve.db.models import FileStatus
 from serve.http.multipart import Form
-from serve.http.schema import Responses
+from serve.http.pagination import Listed, PageQuery
+from serve.http.schema import CLOSED, Responses
 
 MAX_NAME = 255  # characters of a file's name
 LEAST_EXPIRY_S, MOST_EXPIRY_S = 3600, 2_592_000
@@ -40,6 +41,9 @@ FORM_BODY = {  # for the document: the body is read as it arrives, so FastAPI do
 }
 
 
+Purpose = Literal["fine-tune", "fine-tune-results"]
+
+
 @with_config(CLOSED)
 class File(TypedDict):
     id: str
@@ -47,19 +51,13 @@ class File(TypedDict):
     bytes: int
     created_at: int
     filename: str
-    purpose: Literal["fine-tune", "fine-tune-results"]
-    status: Literal["uploaded", "processed", "error"]
+    purpose: Purpose
+    status: FileStatus
     status_details: str | None
     expires_at: NotRequired[int]
 
 
-@with_config(CLOSED)
-class FileList(TypedDict):
-    object: Literal["list"]
-    data: list[File]
-    has_more: bool
-    first_id: str | None
-    last_id: str | None
+FileList = Listed[File]
 
 
 @with_config(CLOSED)
@@ -84,14 +82,12 @@ CONTENT: Responses = {
 }
 
 
-class FilesQuery(BaseModel):
-    """Query of GET /v1/files; text, so not strict."""
+class FilesQuery(PageQuery):
+    """Query of GET /v1/files."""
 
-    model_config = ConfigDict(extra="forbid")
-    after: Text | None = None
     limit: Annotated[int, Field(ge=1, le=10_000)] = 10_000
     order: Literal["asc", "desc"] = "desc"
-    purpose: Literal["fine-tune", "fine-tune-results"] | None = None
+    purpose: Purpose | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

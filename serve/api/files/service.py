@@ -67,7 +67,7 @@ class FileStore:
             self._checks.submit(self._check, record)
 
     def _compare(self, remote: Remote, known: set[str]) -> None:
-        """Object storage holds the files that the database knows, and no others."""
+        """Makes object storage hold the files that the database knows, and no others."""
         there = remote.blobs.list(FILES)
         remote.blobs.delete([key for key in there if key.rsplit("/", 1)[-1] not in known])
         for path in self._root.glob("[!.]*/*"):
@@ -95,7 +95,7 @@ class FileStore:
     def add(
         self, tenant: str, path: Path, filename: str, *, purpose: str = FINE_TUNE, expires_after_s: float | None = None
     ) -> FileRecord:
-        """A new file of the tenant, out of one on the same disk that is moved.  It is checked soon.
+        """Adds a file of the tenant by moving one on the same disk.  It is checked soon.
 
         Raises QuotaExceeded, StorageFull, StorageFailed, Unavailable.
         """
@@ -134,7 +134,7 @@ class FileStore:
         return record
 
     def keep(self, tenant: str, filename: str, purpose: str, content: bytes) -> FileRecord:
-        """A new file of the server's own making.  Raises as `add` does."""
+        """Adds a file of the server's own making.  Raises as `add` does."""
         folder = self.staging()
         try:
             with disk_errors("the file"):
@@ -148,7 +148,7 @@ class FileStore:
         return self._stored.get(id, sees, time.time())
 
     def find(self, id: str, sees: str | None) -> tuple[FileRecord, Path]:
-        """A file and where its bytes are while `here` says so.  Raises NotFound, Unavailable."""
+        """Returns a file and the path of its bytes, which is valid inside `here`.  Raises NotFound, Unavailable."""
         record = self.get(id, sees)
         return record, self.path(record)
 
@@ -161,7 +161,7 @@ class FileStore:
         )
 
     def delete(self, id: str, sees: str | None) -> FileRecord:
-        """The file that is no more.  Raises NotFound, Unavailable; StateInvalid when a job still needs it."""
+        """Removes the file and returns its record.  Raises NotFound, Unavailable; StateInvalid when a job still needs it."""
         record = self._stored.delete(id, sees, time.time())
         if self._remote is None:
             self.sweep()
@@ -185,7 +185,7 @@ class FileStore:
             self._stored.forget(record.id)
 
     def path(self, record: FileRecord) -> Path:
-        """Where its bytes are while `here` says so."""
+        """The path of its bytes, which is valid inside `here`."""
         return self._root / record.tenant / record.id
 
     @contextlib.contextmanager

@@ -1,8 +1,7 @@
-"""Which of the given answers is the one, by what each scored.  Pure.
+"""Answers of the Gradient wire: generated, or one of the given choices by its score.  No routes here.
 
-Answers of the Gradient wire: generated, or one of the given choices by what each scores.  No routes here.
-
-What the Gradient wire needs of the server beside `Backend`: adapters that are trained by calls.  Pure: a protocol."""
+Also the protocol of what the wire needs beside `Backend`: adapters that are trained by calls.
+"""
 
 from __future__ import annotations
 
@@ -23,16 +22,16 @@ from serve.access.caller import caller_of
 from serve.access.rate_limit import Limiter, cost
 from serve.api.gradient.schemas import CompleteBody, Guidance
 from serve.api.openai.generation import attend
-from serve.api.openai.logprobs import Fan
+from serve.api.openai.logprobs import MergedStreams
 from serve.engine.request import FinishReason, PromptLogprob, SamplingParams
 from serve.engine.request import Request as TokenRequest
 from serve.http.request_log import Generated, note_generated
-from serve.runtime.backend import Backend, TokenStream
+from serve.runtime.backend import Backend
 from train.data.examples import Example
 
 
 def choose(scores: Sequence[float], *, temperature: float, top_k: int, top_p: float, drawn: float) -> int:
-    """The index of the chosen score, each a log-probability up to a constant.
+    """Returns the index of the chosen score, each a log-probability up to a constant.
 
     temperature: 0 takes the best, the first of equals.  top_k: the best so many (0 or less: all), then top_p: the fewest
     best whose share comes to it.  drawn: a number in [0, 1) that decides.
@@ -66,7 +65,7 @@ class Whole:
 
 
 class Completer:
-    """Asks one backend."""
+    """Completes queries through one backend."""
 
     def __init__(self, backend: Backend, max_tokens: int, draw: Callable[[], float], limiter: Limiter | None):
         """max_tokens: of an answer whose request names none.  draw: numbers in [0, 1).  limiter: as `Admission` takes it."""
@@ -74,8 +73,8 @@ class Completer:
 
     async def complete(
         self, request: Request, model: str, ref: AdapterRef | None, body: CompleteBody
-    ) -> tuple[str, str]:
-        """(why it ended, the new text).  Frees all it holds when the client is gone.
+    ) -> tuple[FinishReason, str]:
+        """Returns (why it ended, the new text).  Frees all it holds when the client is gone.
 
         Raises ContextLengthExceeded, InvalidRequest, and what ends a stream.
         """
@@ -95,7 +94,7 @@ class Completer:
         (whole,) = await self._ask(request, ref, [prompt], params)
         assert whole.finish is not None
         note_generated(request.scope, self._generated(model, [prompt], [whole], whole.finish))
-        return whole.finish.value, whole.text
+        return whole.finish, whole.text
 
     async def _choose(
         self,
@@ -105,7 +104,7 @@ class Completer:
         body: CompleteBody,
         guidance: Guidance,
         prompt: Sequence[int],
-    ) -> tuple[str, str]:
+    ) -> tuple[FinishReason, str]:
         """One of the choices, by the log-probability of all its tokens after the prompt."""
         choices = await asyncio.to_thread(self._choices, guidance)
         most = body.max_generated_token_count
@@ -133,7 +132,7 @@ class Completer:
             drawn=self._draw(),
         )
         note_generated(request.scope, self._generated(model, prompts, wholes, FinishReason.STOP))
-        return FinishReason.STOP.value, guidance.value[chosen]
+        return FinishReason.STOP, guidance.value[chosen]
 
     def _prompt(self, body: CompleteBody) -> list[int]:
         """Ids of the query: a user's turn in the base's template, where it has one and that is wanted."""
@@ -156,8 +155,7 @@ class Completer:
     async def _ask(
         self, request: Request, ref: AdapterRef | None, prompts: Sequence[Sequence[int]], params: SamplingParams
     ) -> list[Whole]:
-        """The whole answer to each prompt.  No stream outlives it."""
-        streams: list[TokenStream] = []
+        """Returns the whole answer to each prompt.  No stream outlives it."""
         id, tenant = uuid.uuid4().hex, caller_of(request).owner
         requests = [
             TokenRequest(id=f"gradient-{id}-{i}", tenant=tenant, adapter=ref, prompt=tuple(prompt), params=params)
@@ -165,18 +163,11 @@ class Completer:
         ]
         if self._limiter is not None:
             self._limiter.admit(tenant, tokens=cost(requests))
+        streams = MergedStreams(self._backend, requests)
         try:
-            for asked in requests:
-                streams.append(self._backend.submit(asked))
-        except BaseException:
-            for stream in streams:
-                stream.cancel()
-            raise
-        fan = Fan(streams)
-        try:
-            return await attend(request, read_whole(fan, len(streams)))
+            return await attend(request, read_whole(streams, len(requests)))
         finally:
-            fan.cancel()
+            streams.cancel()
 
     def _generated(
         self, model: str, prompts: Sequence[Sequence[int]], wholes: Sequence[Whole], finish: FinishReason
@@ -190,11 +181,11 @@ class Completer:
         )
 
 
-async def read_whole(fan: Fan, count: int) -> list[Whole]:
-    """All that each of the streams says.  Raises what ends one of them early."""
+async def read_whole(streams: MergedStreams, count: int) -> list[Whole]:
+    """Reads each of the streams to its end.  Raises what ends one of them early."""
     wholes = [Whole() for _ in range(count)]
     while any(whole.finish is None for whole in wholes):
-        item = await fan.next()
+        item = await streams.next()
         assert item is not None, "it waits without a limit"
         index, delta = item
         whole = wholes[index]
@@ -218,17 +209,12 @@ class FineTuned(Protocol):
         """Nats of all of them under the weights before the update, whatever their weights in it; finite."""
         ...
 
-    @property
-    def ref(self) -> AdapterRef:
-        """The version after, which is published."""
-        ...
-
 
 class Tuner(Protocol):
     """Creates, trains and deletes adapters.  Called on the event loop."""
 
     async def create(self, tenant: str, name: str, spec: LoraSpec, seed: int) -> AdapterRef:
-        """A new adapter that changes nothing yet.
+        """Creates an adapter that changes nothing yet.
 
         Raises AdapterInvalid for a rank or targets that no slot holds, QuotaExceeded.
         """
@@ -242,7 +228,7 @@ class Tuner(Protocol):
         ...
 
     async def delete(self, tenant: str, name: str) -> None:
-        """The adapter is gone at once; what runs ends on it.  Raises AdapterNotFound."""
+        """Deletes the adapter at once; requests that run end on it.  Raises AdapterNotFound."""
         ...
 
 
@@ -251,7 +237,7 @@ DEFAULT_RANK = 8  # of an adapter whose client names none
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GradientConfig:
-    """What the Gradient wire takes where a client says nothing, and the longest sample it takes."""
+    """Defaults of the Gradient wire, and the longest sample it takes."""
 
     default_lr: float
     longest: int  # tokens of a sample in training

@@ -1,4 +1,4 @@
-"""Errors as the Gradient API tells them: {"type", "message", "payload"?}.  The shape of all answers under /api that are none."""
+"""Errors of the Gradient API, {"type", "message", "payload"?}: the shape of every error under /api."""
 
 from __future__ import annotations
 
@@ -87,9 +87,9 @@ def gradient_response(error: Exception) -> Response:
     kind = gradient_type(error, status)
     if isinstance(error, HTTPException) and error.status_code in (404, 405):
         message = f"{message} is not supported by this server"
-    told: dict[str, object] = {"type": kind, "message": message}
+    body: dict[str, object] = {"type": kind, "message": message}
     if kind in (BODY_ERROR, QUERY_ERROR):
-        told["payload"] = {"formattedValidationError": message}
+        body["payload"] = {"formattedValidationError": message}
     return Response(
-        json.dumps(told), status_code=status, headers=error_headers(error, status), media_type="application/json"
+        json.dumps(body), status_code=status, headers=error_headers(error, status), media_type="application/json"
     )

@@ -23,7 +23,7 @@ def examples_of(tokenizer: Tokenizer, samples: Sequence[Sample], longest: int) -
 
 
 def _example(tokenizer: Tokenizer, sample: Sample, where: str, longest: int, opening: list[int]) -> Example:
-    with np.errstate(over="ignore"):  # told below
+    with np.errstate(over="ignore"):  # reported below
         multiplier = np.float32(sample.multiplier)
     if multiplier == 0 or not np.isfinite(multiplier):
         field = f"{where}.fineTuningParameters.multiplier"

@@ -1,4 +1,4 @@
-"""The Gradient wire, for the official SDK: adapters that are created, trained by synchronous calls and asked in between.
+"""The Gradient wire, for the official SDK: adapters that are created, trained by synchronous calls and completed in between.
 
     POST /api/models ─▶ Tuner.create        …/fine-tune ─▶ Tuner.fine_tune: one update        …/complete ─▶ Backend.submit
 
@@ -8,8 +8,6 @@ An adapter belongs to the caller's tenant, and is seen in the workspace it was c
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 import random
 import re
 import secrets
@@ -32,6 +30,8 @@ from serve.api.gradient.errors import API, GRADIENT_ERRORS, NotTrainable, Unknow
 from serve.api.gradient.examples import examples_of
 from serve.api.gradient.schemas import (
     MAX_NAME,
+    BaseModelObject,
+    Capability,
     CompleteBody,
     Completion,
     CreateBody,
@@ -48,8 +48,8 @@ from serve.api.gradient.schemas import (
     TrainingArguments,
 )
 from serve.db.gradient import StoredGradient
-from serve.db.idempotency import StoredAnswers
-from serve.db.models import GradientRecord, JsonObject, StoredAnswer
+from serve.db.models import GradientRecord, JsonObject
+from serve.http.idempotency import KEY_PARAMETER, Once
 from serve.http.schema import ok
 from serve.runtime.backend import Backend
 from serve.runtime.catalog import JOB_PREFIX, RESERVED_NAMES
@@ -60,7 +60,6 @@ PAGE = 1000
 NO_ADAPTER, NO_BASE = "no model adapter of that id", "no base model of that id"
 
 Workspace = Annotated[str, Header(alias="x-gradient-workspace-id", min_length=1, max_length=MAX_NAME)]
-IdempotencyKey = Annotated[str | None, Header(alias="idempotency-key")]
 
 
 class GradientRoutes:
@@ -72,14 +71,14 @@ class GradientRoutes:
         config: GradientConfig,
         *,
         records: StoredGradient,
-        answers: StoredAnswers,
+        once: Once,
         tuner: Tuner | None,
         limiter: Limiter | None = None,
         draw: Callable[[], float] = random.random,
     ):
-        """tuner: None for a server that does not train.  limiter: who counts what each tenant asks for.  draw: numbers in [0, 1), which choose among choices."""
-        self._backend, self._config, self._records, self._answers = backend, config, records, answers
-        self._tuner, self._limiter = tuner, limiter
+        """tuner: None for a server that does not train.  limiter: of each tenant's tokens.  draw: numbers in [0, 1) that choose among choices."""
+        self._backend, self._config, self._records, self._once = backend, config, records, once
+        self._tuner, self._limiter, self._ask = tuner, limiter, records.database.ask
         self._completer = Completer(backend, config.max_tokens, draw, limiter)
         self._creating = asyncio.Lock()
         self.base_id = str(uuid.uuid5(NAMESPACE, backend.base_name)) + BASE_END
@@ -96,7 +95,14 @@ class GradientRoutes:
             ("POST", "/models/{id}/complete", self.complete, Completion),
             ("GET", "/embeddings", self.embeddings, EmbeddingsModels),
         ):
-            router.add_api_route(path, handler, methods=[method], response_model=None, responses=ok(answer))
+            router.add_api_route(
+                path,
+                handler,
+                methods=[method],
+                response_model=None,
+                responses=ok(answer),
+                openapi_extra=KEY_PARAMETER if handler == self.fine_tune else None,
+            )
         return router
 
     # ---- models ---------------------------------------------------------------------------------------------------
@@ -105,26 +111,26 @@ class GradientRoutes:
         self, request: Request, query: Annotated[ModelsQuery, Query()], workspace: Workspace
     ) -> Response:
         """The base, then the workspace's adapters, newest first; all of them can what the base can."""
-        capabilities = ["complete", *(["fineTune"] if self._tuner is not None else [])]
+        capabilities: list[Capability] = ["complete"] if self._tuner is None else ["complete", "fineTune"]
         if query.capability not in ("any", *capabilities):
-            return JSONResponse({"models": []})
+            return JSONResponse(Models(models=[]))
         name = self._backend.base_name
         slug = re.sub(r"[^a-z0-9.]+", "-", name.rpartition("/")[2].lower()).strip("-")
-        models: list[JsonObject] = [
+        models: list[BaseModelObject | ModelAdapterObject] = [
             {
                 "type": "baseModel",
                 "id": self.base_id,
                 "name": name,
                 "slug": slug or "base",
-                "capabilities": [*capabilities],
+                "capabilities": capabilities,
             }
         ]
         if query.only_base == "false":
             models += [adapter_object(r, self.base_id) for r in await self._seen(request, workspace)]
-        return JSONResponse({"models": models})
+        return JSONResponse(Models(models=models))
 
     async def create(self, request: Request, body: CreateBody, workspace: Workspace) -> Response:
-        """A new adapter, which changes nothing yet and can be asked at once."""
+        """Creates an adapter, which changes nothing yet and can be completed with at once."""
         if body.model.base_model_id != self.base_id:
             raise UnknownBase(NO_BASE, param="model.baseModelId")
         tuner = self._need_tuner()
@@ -152,7 +158,7 @@ class GradientRoutes:
             except BaseException:
                 await self._ask(self._records.delete, id, owner)
                 raise
-        return JSONResponse({"id": id})
+        return JSONResponse(Created(id=id))
 
     def _spec(self, lora: LoraHyperparameters) -> LoraSpec:
         targets = LAYER_TARGETS if lora.target_modules in (None, "all-linear") else tuple(lora.target_modules)
@@ -164,7 +170,7 @@ class GradientRoutes:
         )
 
     def _settings(self, training: TrainingArguments) -> JsonObject:
-        """What the database keeps of how the adapter learns."""
+        """Returns the optimizer settings, as the database keeps them."""
         return {
             "lr": self._config.default_lr if training.learning_rate is None else training.learning_rate,
             "weight_decay": 0.0 if training.weight_decay is None else training.weight_decay,
@@ -186,7 +192,7 @@ class GradientRoutes:
         return JSONResponse(adapter_object(await self._find(request, id, workspace), self.base_id))
 
     async def delete(self, request: Request, id: str, workspace: Workspace) -> Response:
-        """The adapter is gone at once; requests that run end on it."""
+        """Deletes the adapter at once; requests that run end on it."""
         record = await self._find(request, id, workspace)
         tuner = self._need_tuner()
         try:
@@ -194,14 +200,11 @@ class GradientRoutes:
             await tuner.delete(record.tenant, record.adapter)
         except NotFound:
             raise AdapterNotFound(NO_ADAPTER) from None  # somebody was faster
-        return JSONResponse({})
+        return JSONResponse(Nothing())
 
     async def embeddings(self, request: Request, workspace: Workspace) -> Response:
         """None: the SDK knows one model only, which is not ours."""
-        return JSONResponse({"embeddingsModels": []})
-
-    async def _ask[**P, Result](self, work: Callable[P, Result], *args: P.args, **kwargs: P.kwargs) -> Result:
-        return await self._records.database.ask(work, *args, **kwargs)
+        return JSONResponse(EmbeddingsModels(embeddingsModels=[]))
 
     def _need_tuner(self) -> Tuner:
         if self._tuner is None:
@@ -236,26 +239,25 @@ class GradientRoutes:
             raise AdapterNotFound(NO_ADAPTER)
         return record
 
-    # ---- training and asking --------------------------------------------------------------------------------------
+    # ---- training and completing ----------------------------------------------------------------------------------
 
-    async def fine_tune(
-        self, request: Request, id: str, body: FineTuneBody, workspace: Workspace, key: IdempotencyKey = None
-    ) -> Response:
-        """One update by all samples.  The answer comes when the new version is asked by whoever asks next.
+    async def fine_tune(self, request: Request, id: str, body: FineTuneBody, workspace: Workspace) -> Response:
+        """Makes one update by all samples, and answers when the next request gets the new version.
 
-        It is made also when the client is gone.  With a key that came before, the answer of then.
+        The update is made also when the client is gone.  With a key that came before, repeats the answer.
         """
         if id == self.base_id:
             raise NotTrainable("a base model is not fine-tuned; create an adapter")
         self._need_tuner()
         record = await self._find(request, id, workspace)
-        work = (
-            self._train(record, body) if key is None else self._train_once(caller_of(request).owner, record, body, key)
+        # Route and content are those under which the first releases stored their answers.
+        answer = self._once.answer(
+            request, body.model_dump_json(), lambda: self._train(record, body), route=f"{API}/{record.id}"
         )
-        return Response(await within(request, asyncio.shield(work)), media_type="application/json")
+        return await within(request, asyncio.shield(answer))
 
-    async def _train(self, record: GradientRecord, body: FineTuneBody) -> str:
-        """The answer's JSON."""
+    async def _train(self, record: GradientRecord, body: FineTuneBody) -> FineTunedObject:
+        """Trains once and returns what it did."""
         examples = await asyncio.to_thread(examples_of, self._backend.tokenizer, body.samples, self._config.longest)
         if self._limiter is not None:
             self._limiter.admit(record.tenant, tokens=sum(map(len, examples)))
@@ -269,24 +271,10 @@ class GradientRoutes:
         )
         done = await self._need_tuner().fine_tune(record.tenant, record.adapter, examples, optimizer)
         await self._ask(self._records.trained, record.id, record.tenant, time.time())
-        return json.dumps({"numberOfTrainableTokens": done.tokens, "sumLoss": done.sum_loss})
-
-    async def _train_once(self, owner: str, record: GradientRecord, body: FineTuneBody, key: str) -> str:
-        """The same, or what the request with this key was answered before."""
-        route, digest = f"{API}/{record.id}", hashlib.sha256(body.model_dump_json().encode()).hexdigest()
-        known = await self._ask(self._answers.claim, owner, route, key, digest, time.time())
-        if known is not None:
-            return known.body
-        try:
-            told = await self._train(record, body)
-        except BaseException:
-            await self._ask(self._answers.release, owner, route, key)
-            raise
-        await self._ask(self._answers.settle, owner, route, key, StoredAnswer(status=200, body=told))
-        return told
+        return {"numberOfTrainableTokens": done.tokens, "sumLoss": done.sum_loss}
 
     async def complete(self, request: Request, id: str, body: CompleteBody, workspace: Workspace) -> Response:
-        """What the model says to a query."""
+        """Completes a query."""
         if body.rag is not None:
             raise UnknownCollection("no RAG collection of that id: this server has none", param="rag.collectionId")
         ref = None
@@ -296,11 +284,11 @@ class GradientRoutes:
             record = await self._find(request, id, workspace)
             ref = self._backend.resolve(record.tenant, record.adapter)
         finish, text = await within(request, self._completer.complete(request, id, ref, body))
-        return JSONResponse({"finishReason": finish, "generatedOutput": text})
+        return JSONResponse(Completion(finishReason=finish.value, generatedOutput=text))
 
 
 async def within[Result](request: Request, work: Awaitable[Result]) -> Result:
-    """What the work gives.  Raises DeadlineExceeded when the time of the request is over first."""
+    """Returns the result of the work.  Raises DeadlineExceeded when the time of the request is over first."""
     limit = asyncio.timeout_at(request.state.deadline)
     try:
         async with limit:
@@ -311,13 +299,13 @@ async def within[Result](request: Request, work: Awaitable[Result]) -> Result:
         raise DeadlineExceeded("the time of this request is over before its answer; ask for less, or later") from error
 
 
-def adapter_object(record: GradientRecord, base_id: str) -> JsonObject:
+def adapter_object(record: GradientRecord, base_id: str) -> ModelAdapterObject:
     """An adapter as clients read it."""
     updated = datetime.fromtimestamp(record.updated_s, UTC).isoformat(timespec="milliseconds")
     return {
         "type": "modelAdapter",
         "id": record.id,
-        "name": record.settings["name"],
+        "name": cast(str, record.settings["name"]),
         "baseModelId": base_id,
         "latestUpdateTime": updated.replace("+00:00", "Z"),
     }

@@ -7,9 +7,8 @@ from typing import Annotated, Literal, TypedDict
 from pydantic import AliasGenerator, BaseModel, BeforeValidator, ConfigDict, Field, with_config
 from pydantic.alias_generators import to_camel
 
-from serve.http.schema import Strict, Text
+from serve.http.schema import CLOSED, Strict, Text
 
-CLOSED = ConfigDict(extra="forbid")
 MAX_SAMPLES = 4096
 MAX_SPANS = 1024
 MAX_NAME = 256
@@ -112,13 +111,16 @@ class CompleteBody(Camel):
     rag: Rag | None = None
 
 
+Capability = Literal["complete", "fineTune"]
+
+
 @with_config(CLOSED)
 class BaseModelObject(TypedDict):
     type: Literal["baseModel"]
     id: str
     name: str
     slug: str
-    capabilities: list[Literal["complete", "fineTune"]]
+    capabilities: list[Capability]
 
 
 @with_config(CLOSED)

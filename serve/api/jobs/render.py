@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Literal, cast
 
-from serve.db.models import CheckpointRecord, EventRecord, JobRecord, JsonObject, Page
+from serve.api.jobs.schemas import CheckpointMetrics, CheckpointObject, EventObject, JobObject
+from serve.db.models import CheckpointRecord, EventRecord, JobRecord, JsonObject
 from serve.runtime.catalog import JobNames
 from train.jobs.status import ENDED
 
-CHECKPOINT_METRICS = (
-    "step",
-    "train_loss",
-    "train_mean_token_accuracy",
-    "valid_loss",
-    "valid_mean_token_accuracy",
-)
 
-
-def job_object(record: JobRecord, names: JobNames) -> JsonObject:
+def job_object(record: JobRecord, names: JobNames) -> JobObject:
     """A job.  `fine_tuned_model` is set as soon as it can be asked: at the first checkpoint."""
     request, plan, progress = record.request, record.resolved.plan, record.progress
     usable = "checkpoint_step" in progress or "final_version" in progress
@@ -28,7 +21,7 @@ def job_object(record: JobRecord, names: JobNames) -> JsonObject:
     }
     kind = request.method_name
     beta: JsonObject = {"beta": "auto" if plan is None else plan.beta} if kind == "dpo" else {}
-    return {
+    shown: JsonObject = {
         "id": record.id,
         "object": "fine_tuning.job",
         "created_at": int(record.created_s),
@@ -59,9 +52,10 @@ def job_object(record: JobRecord, names: JobNames) -> JsonObject:
             "adapter_version": progress.get("version"),
         },
     }
+    return cast(JobObject, shown)  # its request and progress are JSON of the database's
 
 
-def event_object(event: EventRecord) -> JsonObject:
+def event_object(event: EventRecord) -> EventObject:
     """An event of a job."""
     return {
         "id": event.id,
@@ -69,13 +63,14 @@ def event_object(event: EventRecord) -> JsonObject:
         "created_at": int(event.time_s),
         "level": event.level,
         "message": event.message,
-        "type": event.kind,
+        "type": cast(Literal["message", "metrics"], event.kind),
         "data": event.data or None,
     }
 
 
-def checkpoint_object(record: CheckpointRecord, names: JobNames) -> JsonObject:
+def checkpoint_object(record: CheckpointRecord, names: JobNames) -> CheckpointObject:
     """A checkpoint of a job: its model name can be asked."""
+    metrics = {k: record.metrics[k] for k in CheckpointMetrics.__annotations__ if record.metrics.get(k) is not None}
     return {
         "id": record.id,
         "object": "fine_tuning.job.checkpoint",
@@ -83,17 +78,6 @@ def checkpoint_object(record: CheckpointRecord, names: JobNames) -> JsonObject:
         "fine_tuned_model_checkpoint": names.full(record.job, record.step),
         "fine_tuning_job_id": record.job,
         "step_number": record.step,
-        "metrics": {k: record.metrics[k] for k in CHECKPOINT_METRICS if record.metrics.get(k) is not None},
+        "metrics": cast(CheckpointMetrics, metrics),
         "adapter_version": record.version,
-    }
-
-
-def page_object[Record](page: Page[Record], objects: Sequence[JsonObject]) -> JsonObject:
-    """A page of a list."""
-    return {
-        "object": "list",
-        "data": list(objects),
-        "has_more": page.more,
-        "first_id": objects[0]["id"] if objects else None,
-        "last_id": objects[-1]["id"] if objects else None,
     }

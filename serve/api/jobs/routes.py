@@ -14,7 +14,7 @@ from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse
 from jaxlora.core.errors import InvalidRequest, JaxLoraError
 from serve.access.caller import caller_of
 from serve.access.rate_limit import Limiter
-from serve.api.jobs.render import checkpoint_object, event_object, job_object, page_object
+from serve.api.jobs.render import checkpoint_object, event_object, job_object
 from serve.api.jobs.schemas import (
     CheckpointList,
     EventList,
@@ -23,12 +23,13 @@ from serve.api.jobs.schemas import (
     JobList,
     JobObject,
     JobsQuery,
-    PageQuery,
+    LimitedQuery,
 )
 from serve.db.job_spec import JobSpec
-from serve.db.models import JobRecord, JsonObject
+from serve.db.models import JobRecord
 from serve.http.errors import ERRORS, WRITE_ERRORS, error_body
 from serve.http.idempotency import Once
+from serve.http.pagination import list_object
 from serve.http.schema import ok, refuse_unbuilt
 from serve.http.sse import DONE, sse
 from serve.jobs.service import JobService
@@ -69,7 +70,7 @@ class JobsRoutes:
         asked = body.model_dump(mode="json", exclude_unset=True)
         spec = JobSpec.from_json(asked)
 
-        async def make() -> JsonObject:
+        async def make() -> JobObject:
             return self._object(await asyncio.to_thread(self._service.create, caller_of(request), spec))
 
         return await self._once.answer(request, asked, make)
@@ -83,7 +84,7 @@ class JobsRoutes:
             limit=query.limit or LIMIT,
             metadata=query.metadata,
         )
-        return JSONResponse(page_object(page, [self._object(r) for r in page.records]))
+        return JSONResponse(list_object([self._object(r) for r in page.records], more=page.more))
 
     async def read(self, request: Request, id: str) -> Response:
         """One job."""
@@ -110,9 +111,9 @@ class JobsRoutes:
             await asyncio.to_thread(stored.get, id, sees)
             return EventSourceResponse(self._follow(id, sees), headers={"Cache-Control": "no-cache"})
         page = await asyncio.to_thread(stored.events, id, sees, after=query.after, limit=query.limit or LIMIT)
-        return JSONResponse(page_object(page, [event_object(e) for e in page.records]))
+        return JSONResponse(list_object([event_object(e) for e in page.records], more=page.more))
 
-    async def checkpoints(self, request: Request, id: str, query: Annotated[PageQuery, Query()]) -> Response:
+    async def checkpoints(self, request: Request, id: str, query: Annotated[LimitedQuery, Query()]) -> Response:
         """The versions of a job that can be asked, newest first."""
         page = await asyncio.to_thread(
             self._service.stored.checkpoints,
@@ -121,7 +122,9 @@ class JobsRoutes:
             after=query.after,
             limit=query.limit or CHECKPOINTS_LIMIT,
         )
-        return JSONResponse(page_object(page, [checkpoint_object(c, self._service.names) for c in page.records]))
+        return JSONResponse(
+            list_object([checkpoint_object(c, self._service.names) for c in page.records], more=page.more)
+        )
 
     async def _move(self, request: Request, id: str, to: JobStatus) -> Response:
         return self._answer(await asyncio.to_thread(self._service.move, caller_of(request), id, to))
@@ -148,7 +151,7 @@ class JobsRoutes:
             await asyncio.sleep(0 if events else FOLLOW_S)
         yield DONE
 
-    def _object(self, record: JobRecord) -> JsonObject:
+    def _object(self, record: JobRecord) -> JobObject:
         return job_object(record, self._service.names)
 
     def _answer(self, record: JobRecord) -> Response:

@@ -7,11 +7,11 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal, NotRequired, TypedDict
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator, with_config
+from pydantic import BeforeValidator, ConfigDict, Field, JsonValue, model_validator, with_config
 from pydantic_core import PydanticCustomError
 
-from serve.api.openai.schemas import CLOSED
-from serve.http.schema import Only, Strict, Text, Unbuilt, few_fields
+from serve.http.pagination import Listed, PageQuery
+from serve.http.schema import CLOSED, Only, Strict, Text, Unbuilt, few_fields
 from train.jobs.status import JobStatus
 
 Auto = Literal["auto"]
@@ -131,31 +131,9 @@ class CheckpointObject(TypedDict):
     adapter_version: int
 
 
-@with_config(CLOSED)
-class JobList(TypedDict):
-    object: Literal["list"]
-    data: list[JobObject]
-    has_more: bool
-    first_id: str | None
-    last_id: str | None
-
-
-@with_config(CLOSED)
-class EventList(TypedDict):
-    object: Literal["list"]
-    data: list[EventObject]
-    has_more: bool
-    first_id: str | None
-    last_id: str | None
-
-
-@with_config(CLOSED)
-class CheckpointList(TypedDict):
-    object: Literal["list"]
-    data: list[CheckpointObject]
-    has_more: bool
-    first_id: str | None
-    last_id: str | None
+JobList = Listed[JobObject]
+EventList = Listed[EventObject]
+CheckpointList = Listed[CheckpointObject]
 
 
 Metric = Literal["exact_match", "contains", "regex", "json_equal", "choice_accuracy"]
@@ -243,15 +221,13 @@ class JobBody(Strict):
     evaluation: Scoring | None = None
 
 
-class PageQuery(BaseModel):
-    """Query of the lists; text, so not strict."""
+class LimitedQuery(PageQuery):
+    """Query of the lists."""
 
-    model_config = ConfigDict(extra="forbid")
-    after: Text | None = None
     limit: Annotated[int | None, Field(ge=1, le=100)] = None
 
 
-class JobsQuery(PageQuery):
+class JobsQuery(LimitedQuery):
     """`metadata[KEY]=VALUE` besides: only jobs with that."""
 
     model_config = ConfigDict(extra="allow")
@@ -269,5 +245,5 @@ class JobsQuery(PageQuery):
         return {k[len("metadata[") : -1]: str(v) for k, v in (self.model_extra or {}).items()}
 
 
-class EventsQuery(PageQuery):
+class EventsQuery(LimitedQuery):
     stream: bool | None = None

@@ -9,7 +9,7 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -23,14 +23,24 @@ from jaxlora.core.errors import ContextLengthExceeded, DeadlineExceeded, Invalid
 from jaxlora.core.lora import AdapterRef
 from serve.access.caller import caller_of
 from serve.access.rate_limit import Limiter, cost
-from serve.api.openai.logprobs import Choice, Fan, Piece, PromptView
-from serve.api.openai.render import Heading, Json, Shape, usage
+from serve.api.openai.logprobs import Choice, MergedStreams, Piece, PromptView
+from serve.api.openai.render import Renderer, headed, usage_object
 from serve.api.openai.sampling import sampling
-from serve.api.openai.schemas import MAX_CHOICES, SamplingBody
+from serve.api.openai.schemas import (
+    MAX_CHOICES,
+    ChatChunkChoice,
+    ChatCompletion,
+    Chunk,
+    Heading,
+    SamplingBody,
+    TextChunkChoice,
+    TextCompletion,
+    Usage,
+)
 from serve.engine.grammar import GrammarSource
 from serve.engine.request import Delta
 from serve.engine.request import Request as TokenRequest
-from serve.http.errors import error_body, error_code
+from serve.http.errors import ErrorObject, error_body, error_code
 from serve.http.request_log import Generated, note_generated, note_refused
 from serve.http.sse import DONE, sse
 from serve.runtime.backend import Backend
@@ -44,11 +54,11 @@ class Run:
 
     heading: Heading
     prompts: Sequence[Sequence[int]]
-    fan: Fan
+    streams: MergedStreams
     choices: Sequence[Choice]
     deadline: float  # of the event loop's clock: what is not complete then ends with an error
     ping_s: float  # silence after which a stream gets a comment line
-    operation: str  # what the request asks for, for who counts them
+    operation: str  # of the request, for metrics and traces
     scope: Scope  # of the HTTP request: what came of it is noted there
 
     async def pieces(self) -> list[list[Piece]]:
@@ -61,35 +71,35 @@ class Run:
                     index, delta = item
                     pieces[index].append(self.choices[index].take(delta))
         finally:
-            self.fan.cancel()
+            self.streams.cancel()
         return pieces
 
     async def next(self, timeout_s: float = math.inf) -> tuple[int, Delta] | None:
         """(choice, delta), or None when nothing came in time.  Raises what ended a stream early, DeadlineExceeded included."""
         left = self.deadline - asyncio.get_running_loop().time()
-        item = await self.fan.next(min(timeout_s, left)) if left > 0 else None
+        item = await self.streams.next(min(timeout_s, left)) if left > 0 else None
         if item is None and timeout_s >= left:
             raise DeadlineExceeded(
                 "the time of this request is over before its answer is complete; ask for less, or later"
             )
         return item
 
-    def failed(self, error: Exception) -> Json:
-        """The error's body, after it has ended the answer: what is left is cancelled, and the log has what is not told."""
+    def failed(self, error: Exception) -> ErrorObject:
+        """Returns the error's body, cancels what is left of the answer and logs an internal error."""
         status, body = error_body(error)
         note_refused(self.scope, error_code(error))
         if status == 500:
-            LOG.error("stream %s failed", self.heading.id, exc_info=error)
-        self.fan.cancel()
+            LOG.error("stream %s failed", self.heading["id"], exc_info=error)
+        self.streams.cancel()
         return body
 
     def note(self) -> None:
-        """Has the listeners of the app hear how far it came."""
+        """Reports to the app's listeners how far it came."""
         note_generated(
             self.scope,
             Generated(
                 operation=self.operation,
-                model=self.heading.model,
+                model=self.heading["model"],
                 prompt_tokens=sum(map(len, self.prompts)),
                 completion_tokens=sum(c.tokens for c in self.choices),
                 finishes=tuple(c.finish.value for c in self.choices if c.finish is not None),
@@ -110,7 +120,7 @@ class Run:
 class Writer(Protocol):
     """How one endpoint writes a run."""
 
-    async def whole(self) -> Json:
+    async def whole(self) -> Mapping[str, object]:
         """The answer when the run has ended.  Raises what ended it early."""
         ...
 
@@ -131,58 +141,63 @@ async def answer(request: Request, run: Run, writer: Writer, stream: bool) -> Re
         first = await attend(request, run.next(run.ping_s))
         return EventStream(run, writer.events(first))
     except BaseException:
-        run.fan.cancel()
+        run.streams.cancel()
         raise
 
 
 class ChoiceWriter:
-    """Writes a run as choices, in one of the two shapes."""
+    """Writes a run as choices, through the renderer of its endpoint."""
 
-    def __init__(self, run: Run, shape: Shape, include_usage: bool):
-        self._run, self._shape, self._include_usage = run, shape, include_usage
+    def __init__(self, run: Run, renderer: Renderer, include_usage: bool):
+        self._run, self._renderer, self._include_usage = run, renderer, include_usage
 
-    async def whole(self) -> Json:
-        """The answer when all choices have ended.  Raises what ended one early."""
-        run, shape = self._run, self._shape
-        pieces = await run.pieces()
-        choices = [shape.whole(i, p) for i, p in enumerate(pieces)]
-        whole = run.heading.wrap(shape.whole_object, choices, run.versions)
-        return whole | shape.beside(pieces[0]) | {"usage": self._usage()}
+    async def whole(self) -> ChatCompletion | TextCompletion:
+        """Returns the answer when all choices have ended.  Raises what ended one early."""
+        pieces = await self._run.pieces()
+        return self._renderer.whole(self._run.heading, pieces, self._run.versions, self._usage())
 
     async def events(self, first: tuple[int, Delta] | None) -> AsyncGenerator[bytes]:
         """The stream's bytes.  It ends in one way: the finish of all choices or an error event; then [DONE]."""
-        run, shape, item = self._run, self._shape, first
-        extra = {"usage": None} if self._include_usage else {}
+        run, renderer, item = self._run, self._renderer, first
         try:
             opening = versions_of(None if item is None else item[1])
             for index in range(len(run.choices)):
-                for choice in shape.opening(index):
-                    yield self._chunk([choice], opening, shape.head(run.prompts[0]) | extra)
+                for choice in renderer.opening(index):
+                    chunk = self._chunk([choice], opening)
+                    if renderer.token_ids:
+                        chunk["prompt_token_ids"] = list(run.prompts[0])
+                    yield sse(chunk)
             while True:
                 if item is None:
                     yield KEEPALIVE_COMMENT
                 else:
                     index, delta = item
-                    for choice in shape.chunks(index, run.choices[index].take(delta)):
-                        yield self._chunk([choice], versions_of(delta), extra)
+                    for choice in renderer.chunks(index, run.choices[index].take(delta)):
+                        yield sse(self._chunk([choice], versions_of(delta)))
                 if run.ended:
                     break
                 item = await run.next(run.ping_s)
             if self._include_usage:
-                yield self._chunk([], run.versions, {"usage": self._usage()})
+                yield sse(self._chunk([], run.versions, self._usage()))
         except Exception as error:
             yield sse(run.failed(error))
         yield DONE
 
-    def _chunk(self, choices: Sequence[Json], versions: Sequence[int], beside: Json) -> bytes:
-        return sse(self._run.heading.wrap(self._shape.chunk_object, choices, versions) | beside)
+    def _chunk(
+        self, choices: list[ChatChunkChoice | TextChunkChoice], versions: Sequence[int], usage: Usage | None = None
+    ) -> Chunk:
+        heading, object = headed(self._run.heading, versions), self._renderer.chunk_object
+        chunk: Chunk = {**heading, "object": object, "choices": choices}
+        if self._include_usage:
+            chunk["usage"] = usage
+        return chunk
 
-    def _usage(self) -> Json:
-        return usage([len(p) for p in self._run.prompts], self._run.choices)
+    def _usage(self) -> Usage:
+        return usage_object([len(p) for p in self._run.prompts], self._run.choices)
 
 
 def versions_of(delta: Delta | None) -> list[int]:
-    """The adapter's version that made a delta, if it says so."""
+    """The adapter's version that made a delta, if it names one."""
     return [] if delta is None or delta.adapter is None else [delta.adapter.version]
 
 
@@ -197,12 +212,12 @@ class EventStream(EventSourceResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._run.fan.cancel()
+            self._run.streams.cancel()
             self._run.note()
 
 
 async def attend[T](request: Request, work: Awaitable[T]) -> T:
-    """The result of the work.  Raises ClientDisconnect, and drops the work, when the client hangs up first."""
+    """Returns the result of the work.  Raises ClientDisconnect, and drops the work, when the client hangs up first."""
 
     async def hung_up() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -221,10 +236,10 @@ async def attend[T](request: Request, work: Awaitable[T]) -> T:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Generation:
-    """What one HTTP request asks of the engine."""
+    """What one HTTP request wants of the engine."""
 
     id_prefix: str
-    operation: str  # what is asked for, for who counts requests
+    operation: str  # for metrics and traces
     prompts: Sequence[PromptView]
     adapter: AdapterRef | None
     max_tokens: int | None  # None: `fallback`, or the rest of the context if that is less
@@ -240,18 +255,18 @@ class Admission:
     """Lets jobs into one backend."""
 
     def __init__(self, backend: Backend, ping_s: float, limiter: Limiter | None):
-        """limiter: who counts what each tenant asks for; None: nobody."""
+        """limiter: of each tenant's tokens; None: no limit."""
         self._backend, self._ping_s, self._limiter = backend, ping_s, limiter
 
     async def run(self, request: Request, body: SamplingBody, job: Generation) -> Run:
-        """The job under way; its `fan` must be cancelled in the end.  Raises InvalidRequest and what refuses a request."""
+        """The job under way; its `streams` must be cancelled in the end.  Raises InvalidRequest and what refuses a request."""
         heading = Heading(
             id=job.id_prefix + uuid.uuid4().hex,
             created=int(time.time()),
             model=body.model,
             adapter_version=job.adapter.version if job.adapter is not None else None,
         )
-        requests = await self._requests(request, body, job, heading.id)
+        requests = await self._requests(request, body, job, heading["id"])
         if self._limiter is not None:
             self._limiter.admit(caller_of(request).owner, tokens=cost(requests))
         tokenizer = self._backend.tokenizer
@@ -260,7 +275,7 @@ class Admission:
         return Run(
             heading=heading,
             prompts=[view.tokens for view in job.prompts],
-            fan=self._submit(requests),
+            streams=MergedStreams(self._backend, requests),
             choices=choices,
             deadline=request.state.deadline,
             ping_s=self._ping_s,
@@ -327,15 +342,3 @@ class Admission:
                     )
                 )
         return out
-
-    def _submit(self, requests: Sequence[TokenRequest]) -> Fan:
-        """The streams of all requests.  When one cannot even be sent, none goes on; what is refused later ends its stream."""
-        streams = []
-        try:
-            for r in requests:
-                streams.append(self._backend.submit(r))
-        except BaseException:
-            for stream in streams:
-                stream.cancel()
-            raise
-        return Fan(streams)

@@ -13,20 +13,28 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from jaxlora.core.errors import JaxLoraError
-from serve.engine.request import Delta, FinishReason, PromptLogprob, TokenLogprob
-from serve.runtime.backend import Tokenizer, TokenStream
+from serve.engine.request import Delta, FinishReason, PromptLogprob, Request, TokenLogprob
+from serve.runtime.backend import Backend, Tokenizer, TokenStream
 
 LOWEST_LOGPROB = -9999.0  # stands for minus infinity, which JSON does not have
 
 
-class Fan:
+class MergedStreams:
     """The streams of one HTTP request as one: deltas of all choices as they come.
 
     `cancel` ends everything and must be called in the end, whatever happened.
     """
 
-    def __init__(self, streams: Sequence[TokenStream]):
-        self._streams = list(streams)
+    def __init__(self, backend: Backend, requests: Sequence[Request]):
+        """Submits all requests.  When one cannot even be sent, cancels those before it; one refused later ends its stream."""
+        self._streams: list[TokenStream] = []
+        try:
+            for request in requests:
+                self._streams.append(backend.submit(request))
+        except BaseException:
+            for stream in self._streams:
+                stream.cancel()
+            raise
         # Bounded, so that a client who reads slowly is felt here and not as a growing queue.
         self._queue: asyncio.Queue[tuple[int, Delta]] = asyncio.Queue(maxsize=len(self._streams))
         self._pumps = [asyncio.create_task(self._pump(i, s)) for i, s in enumerate(self._streams)]
@@ -62,7 +70,9 @@ class Fan:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Alternative:
+class Candidate:
+    """A token that could have been chosen in the place of another."""
+
     text: str
     raw: bytes
     logprob: float
@@ -78,7 +88,7 @@ class Entry:
     text: str
     raw: bytes
     logprob: float | None
-    top: tuple[Alternative, ...]
+    top: tuple[Candidate, ...]
     offset: int
 
 
@@ -191,7 +201,7 @@ class Choice:
             raw=self._tokenizer.token_bytes(logprob.token),
             logprob=clamp(logprob.logprob),
             top=tuple(
-                Alternative(text=self._name_token(t), raw=self._tokenizer.token_bytes(t), logprob=clamp(p))
+                Candidate(text=self._name_token(t), raw=self._tokenizer.token_bytes(t), logprob=clamp(p))
                 for t, p in logprob.top[:count]
             ),
             offset=offset,
@@ -213,7 +223,7 @@ def prompt_offsets(tokenizer: Tokenizer, text: str, tokens: Sequence[int]) -> li
 
 
 def clamp(logprob: float) -> float:
-    """The log-probability, or the lowest number we say for minus infinity.  NaN is our own mistake, told as an error."""
+    """The log-probability, or the lowest number that stands for minus infinity.  Raises JaxLoraError for NaN, our own mistake."""
     if math.isnan(logprob):
         raise JaxLoraError("a log-probability is NaN")
     return max(logprob, LOWEST_LOGPROB)

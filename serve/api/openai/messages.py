@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from jaxlora.checkpoints.chat_template import Scalar, Turn
 from jaxlora.core.errors import InvalidRequest, UnsupportedParameter
-from serve.api.openai.schemas import Message
+from serve.api.openai.schemas import Message, TextContent
 from serve.api.openai.tools import CallForm, CallParser, Function, Tool, ToolCall, ToolChoice, ToolChoiceMode, call_form
 from serve.engine.grammar import GrammarSource
 from serve.runtime.backend import Tokenizer
@@ -99,15 +99,17 @@ def text_of(message: Message, where: str, has_calls: bool) -> str:
         if has_calls:
             return ""
         raise InvalidRequest(f"{where}.content is required, as a string or text parts", param=f"{where}.content")
-    if isinstance(message.content, str):
-        return message.content
+    return plain_text(message.content, f"{where}.content")
+
+
+def plain_text(content: str | Sequence[TextContent], where: str) -> str:
+    """Text parts joined with line breaks.  Raises InvalidRequest for a part without text."""
     texts = []
-    for i, part in enumerate(message.content):
+    for i, part in enumerate([] if isinstance(content, str) else content):
         if part.text is None:
-            field = f"{where}.content[{i}].text"
-            raise InvalidRequest(f"{field} is required", param=field)
+            raise InvalidRequest(f"{where}[{i}].text is required", param=f"{where}[{i}].text")
         texts.append(part.text)
-    return "\n".join(texts)
+    return content if isinstance(content, str) else "\n".join(texts)
 
 
 def called(call: ToolCall, where: str) -> Turn:
@@ -120,12 +122,12 @@ def called(call: ToolCall, where: str) -> Turn:
 def call_turn(id: str, name: str, arguments: str, field: str) -> Turn:
     """One call for the template.  field: of the arguments, for messages.  Raises InvalidRequest where they are no object."""
     try:
-        said = json.loads(arguments)
+        parsed = json.loads(arguments)
     except (ValueError, RecursionError):
-        said = None
-    if not isinstance(said, dict):
+        parsed = None
+    if not isinstance(parsed, dict):
         raise InvalidRequest(f"{field} must be a JSON object, written as a string", param=field)
-    return {"id": id, "type": "function", "function": {"name": name, "arguments": said}}
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": parsed}}
 
 
 def need_form(tokenizer: Tokenizer, field: str) -> CallForm:
@@ -222,5 +224,5 @@ def calls_source(form: CallForm, functions: Sequence[Function], *, free: bool, m
         }
         for f in functions
     ]
-    said = {"begin": form.begin, "closing": form.closing, "calls": calls, "free": free, "many": many}
-    return GrammarSource(kind="calls", text=json.dumps(said), param="tools")
+    calls_form = {"begin": form.begin, "closing": form.closing, "calls": calls, "free": free, "many": many}
+    return GrammarSource(kind="calls", text=json.dumps(calls_form), param="tools")

@@ -7,7 +7,6 @@ name is resolved once, before the prompt is read, so an answer has one adapter v
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
@@ -15,11 +14,10 @@ from fastapi.responses import JSONResponse, Response
 
 from jaxlora.core.errors import InvalidRequest
 from serve.access.caller import caller_of
-from serve.access.rate_limit import Limiter
 from serve.api.openai.generation import Admission, ChoiceWriter, Generation, answer
 from serve.api.openai.logprobs import PromptView
 from serve.api.openai.messages import Conversation, ToolUse, chosen, conversation, functions_of, tool_use
-from serve.api.openai.render import ChatShape, CompletionShape, Shape, model_object
+from serve.api.openai.render import ChatRenderer, CompletionRenderer, Renderer, model_object
 from serve.api.openai.sampling import grammar_source
 from serve.api.openai.schemas import (
     ChatBody,
@@ -37,6 +35,7 @@ from serve.api.openai.schemas import (
     Tokens,
 )
 from serve.http.errors import ERRORS
+from serve.http.pagination import page_after
 from serve.http.schema import ok, refuse_unbuilt
 from serve.runtime.backend import Backend
 
@@ -44,27 +43,11 @@ MAX_LISTED = 1000  # adapters in an answer without `limit`
 COMPLETION_MAX_TOKENS = 16  # the API's default for plain completions
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WireConfig:
-    """Limits of the OpenAI wire."""
-
-    default_max_tokens: int  # cap of a chat answer whose request names no max_tokens
-    ping_s: float = 15.0  # seconds of silence after which a stream gets a comment line
-
-    def __post_init__(self) -> None:
-        if self.default_max_tokens < 1:
-            raise InvalidRequest(f"default_max_tokens must be at least 1, got {self.default_max_tokens}")
-        if self.ping_s <= 0:
-            raise InvalidRequest(f"ping_s must be positive, got {self.ping_s}")
-
-
 class OpenAIRoutes:
-    """The routes, over one backend."""
+    """The routes, over one backend.  default_max_tokens: of a chat answer whose request names no max_tokens."""
 
-    def __init__(self, backend: Backend, config: WireConfig, limiter: Limiter | None = None):
-        self._backend = backend
-        self._config = config
-        self._admission = Admission(backend, config.ping_s, limiter)
+    def __init__(self, backend: Backend, admission: Admission, default_max_tokens: int):
+        self._backend, self._admission, self._default_max_tokens = backend, admission, default_max_tokens
 
     def router(self) -> APIRouter:
         """All routes of this wire."""
@@ -96,14 +79,9 @@ class OpenAIRoutes:
         cards = await asyncio.to_thread(self._backend.models, caller_of(request).sees)
         cards = sorted(cards, key=lambda c: (c.parent is not None, -c.created, c.id))
         cards = [c for c in cards if c.id.startswith(query.prefix)]
-        if query.after is not None:
-            places = [i for i, c in enumerate(cards) if c.id == query.after]
-            if not places:
-                raise InvalidRequest("after must be the id of a model in this list", param="after")
-            cards = cards[places[0] + 1 :]
         limit = query.limit if query.limit is not None else MAX_LISTED + sum(c.parent is None for c in cards)
-        page = [model_object(c) for c in cards[:limit]]
-        return JSONResponse({"object": "list", "data": page, "has_more": len(cards) > limit})
+        page = page_after(cards, lambda c: c.id, after=query.after, limit=limit, kind="a model")
+        return JSONResponse(ModelList(object="list", data=[model_object(c) for c in page.records], has_more=page.more))
 
     async def read_model(self, request: Request, model: str) -> Response:
         """One model, by any name that a completion takes."""
@@ -113,7 +91,7 @@ class OpenAIRoutes:
         """The answer to a conversation."""
         refuse_unbuilt(body)
         adapter = self._backend.resolve(caller_of(request).sees, body.model)
-        asked = chat_max_tokens(body)
+        max_tokens = chat_max_tokens(body)
         if body.top_logprobs and not body.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs: true", param="top_logprobs")
         grammar = grammar_source(body)
@@ -127,25 +105,25 @@ class OpenAIRoutes:
         talk = self._conversation(body, tools)
         ids = tuple(await asyncio.to_thread(talk.ids, self._backend.tokenizer))
         job = Generation(
-            id_prefix=ChatShape.id_prefix,
+            id_prefix=ChatRenderer.id_prefix,
             operation="chat",
             prompts=[PromptView(tokens=ids, echo=None, logprobs=None, ranked=body.prompt_logprobs)],
             adapter=adapter,
-            max_tokens=asked,
-            fallback=self._config.default_max_tokens,
+            max_tokens=max_tokens,
+            fallback=self._default_max_tokens,
             max_tokens_field="max_completion_tokens" if body.max_tokens is None else "max_tokens",
             prompt_field="messages",
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             prompt_logprobs=body.prompt_logprobs,
             grammar=grammar if tools is None else tools.grammar,
         )
-        shape = ChatShape(
+        renderer = ChatRenderer(
             logprobs=bool(body.logprobs),
             prompt_logprobs=body.prompt_logprobs is not None,
             token_ids=bool(body.return_token_ids),
             calls=None if tools is None else tools.parser,
         )
-        return await self._answer(request, body, job, shape)
+        return await self._answer(request, body, job, renderer)
 
     async def complete(self, request: Request, body: CompletionBody) -> Response:
         """The continuation of each prompt."""
@@ -157,7 +135,7 @@ class OpenAIRoutes:
             raise InvalidRequest(f"best_of must be at least n, got {body.best_of} and {body.n}", param="best_of")
         echoed = body.logprobs if body.echo else None
         job = Generation(
-            id_prefix=CompletionShape.id_prefix,
+            id_prefix=CompletionRenderer.id_prefix,
             operation="text_completion",
             prompts=await self._prompts(body),
             adapter=adapter,
@@ -169,12 +147,12 @@ class OpenAIRoutes:
             prompt_logprobs=max((p for p in (body.prompt_logprobs, echoed) if p is not None), default=None),
             grammar=grammar_source(body),
         )
-        shape = CompletionShape(
+        renderer = CompletionRenderer(
             logprobs=body.logprobs is not None,
             prompt_logprobs=body.prompt_logprobs is not None,
             token_ids=bool(body.return_token_ids),
         )
-        return await self._answer(request, body, job, shape)
+        return await self._answer(request, body, job, renderer)
 
     async def tokenize(self, request: Request, body: TokenizeBody) -> Response:
         """Ids of a text or of a conversation."""
@@ -193,21 +171,29 @@ class OpenAIRoutes:
             ids = await asyncio.to_thread(self._backend.tokenizer.encode, body.prompt, add_special_tokens=special)
         else:
             raise InvalidRequest("give either prompt or messages", param="prompt")
-        return JSONResponse({"tokens": list(ids), "count": len(ids), "max_model_len": self._backend.context})
+        return JSONResponse(Tokens(tokens=list(ids), count=len(ids), max_model_len=self._backend.context))
 
     async def detokenize(self, request: Request, body: DetokenizeBody) -> Response:
         """Text of ids."""
         if body.model is not None:
             self._backend.resolve(caller_of(request).sees, body.model)
         self._admission.check_ids(body.tokens, "tokens")
-        return JSONResponse({"prompt": await asyncio.to_thread(self._backend.tokenizer.decode, body.tokens)})
+        return JSONResponse(Detokenized(prompt=await asyncio.to_thread(self._backend.tokenizer.decode, body.tokens)))
 
     async def tokenizer_info(self) -> Response:
         """The base model's special tokens and chat template."""
         tokenizer = self._backend.tokenizer
-        ends = dict.fromkeys(("eos_token", "bos_token", "pad_token")) | dict(tokenizer.special_texts)
-        said = {"chat_template": tokenizer.chat_template, "vocab_size": tokenizer.vocab_size}
-        return JSONResponse(ends | said | {"model_max_length": self._backend.context})
+        special = tokenizer.special_texts
+        return JSONResponse(
+            TokenizerInfo(
+                eos_token=special.get("eos_token"),
+                bos_token=special.get("bos_token"),
+                pad_token=special.get("pad_token"),
+                chat_template=tokenizer.chat_template,
+                vocab_size=tokenizer.vocab_size,
+                model_max_length=self._backend.context,
+            )
+        )
 
     def _conversation(self, body: ChatBody | TokenizeBody, tools: ToolUse | None) -> Conversation:
         return conversation(
@@ -242,10 +228,10 @@ class OpenAIRoutes:
             out.append(PromptView(tokens=tuple(ids), echo=text, logprobs=body.logprobs, ranked=body.prompt_logprobs))
         return out
 
-    async def _answer(self, request: Request, body: SamplingBody, job: Generation, shape: Shape) -> Response:
+    async def _answer(self, request: Request, body: SamplingBody, job: Generation, renderer: Renderer) -> Response:
         run = await self._admission.run(request, body, job)
         usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-        return await answer(request, run, ChoiceWriter(run, shape, usage), bool(body.stream))
+        return await answer(request, run, ChoiceWriter(run, renderer, usage), bool(body.stream))
 
 
 def prompt_list(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:

@@ -1,4 +1,4 @@
-"""From a body's fields to what the engine is asked: sampling parameters, and the source of a grammar.  No HTTP here."""
+"""From a body's fields to sampling parameters and the source of a grammar.  No HTTP here."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def sampling(
 
 
 def grammar_source(body: SamplingBody) -> GrammarSource | None:
-    """What the answer must look like, if the body says so.  Raises InvalidRequest when it says so twice, or not clearly."""
+    """Returns the source of the answer's grammar, if the body has one.  Raises InvalidRequest for two, or an unclear one."""
     form, structured = body.response_format, body.structured_outputs
     wanted = None if form is None or form.type == "text" else _of_format(form)
     if structured is None:
@@ -67,27 +67,27 @@ def _of_format(form: ResponseFormat) -> GrammarSource:
     return GrammarSource(kind="json", text=json.dumps(schema), param="response_format.json_schema.schema")
 
 
-def _of_structured(asked: StructuredOutputs) -> GrammarSource:
+def _of_structured(outputs: StructuredOutputs) -> GrammarSource:
     forms: list[GrammarSource] = []
-    compact = bool(asked.disable_any_whitespace)
-    if asked.json_ is not None:
-        text = asked.json_ if isinstance(asked.json_, str) else json.dumps(asked.json_)
+    compact = bool(outputs.disable_any_whitespace)
+    if outputs.json_ is not None:
+        text = outputs.json_ if isinstance(outputs.json_, str) else json.dumps(outputs.json_)
         forms.append(GrammarSource(kind="json", text=text, param="structured_outputs.json", compact=compact))
-    if asked.json_object:
+    if outputs.json_object:
         param = "structured_outputs.json_object"
         forms.append(GrammarSource(kind="json", text=json.dumps(ANY_OBJECT), param=param, compact=compact))
-    if asked.regex is not None:
-        forms.append(GrammarSource(kind="regex", text=asked.regex, param="structured_outputs.regex"))
-    if asked.choice is not None:
-        forms.append(GrammarSource(kind="choice", text=json.dumps(asked.choice), param="structured_outputs.choice"))
-    if asked.grammar is not None:
-        forms.append(GrammarSource(kind="grammar", text=asked.grammar, param="structured_outputs.grammar"))
+    if outputs.regex is not None:
+        forms.append(GrammarSource(kind="regex", text=outputs.regex, param="structured_outputs.regex"))
+    if outputs.choice is not None:
+        forms.append(GrammarSource(kind="choice", text=json.dumps(outputs.choice), param="structured_outputs.choice"))
+    if outputs.grammar is not None:
+        forms.append(GrammarSource(kind="grammar", text=outputs.grammar, param="structured_outputs.grammar"))
     if len(forms) != 1:
         raise InvalidRequest(
             f"structured_outputs needs exactly one of json, json_object, regex, choice and grammar, got {len(forms)}",
             param="structured_outputs",
         )
-    if asked.disable_any_whitespace is not None and forms[0].kind != "json":
+    if outputs.disable_any_whitespace is not None and forms[0].kind != "json":
         raise InvalidRequest(
             "disable_any_whitespace is for JSON; leave it out", param="structured_outputs.disable_any_whitespace"
         )

@@ -1,12 +1,13 @@
-"""What the OpenAI wires answer, for the served document alone: nothing is checked or built with it, the tests hold us to it.
+"""The OpenAI wires' JSON: what they answer, for the builders and the served document, and the bodies they take.
 
-The request bodies of the OpenAI wire, each field's allowed values beside it.  See strict.py for `Only(…)`."""
+Each field of a body has its allowed values beside it.  See serve/http/schema.py for `Only(…)`.
+"""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal, NotRequired, TypedDict
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, JsonValue, with_config
+from pydantic import BeforeValidator, FailFast, Field, JsonValue, with_config
 from pydantic_core import PydanticCustomError
 
 from serve.api.openai.tools import MAX_CALLS, MAX_TOOLS, Tool, ToolCall, ToolChoice, ToolChoiceMode
@@ -18,10 +19,12 @@ from serve.engine.request import (
     MAX_TOP_LOGPROBS,
     MOST_REPETITION,
 )
-from serve.http.schema import Only, Strict, Text, Unbuilt, few_fields
+from serve.http.errors import ErrorDetail
+from serve.http.pagination import PageQuery
+from serve.http.schema import CLOSED, Only, Strict, Text, Unbuilt, few_fields
 
-CLOSED = ConfigDict(extra="forbid")
 Reason = Literal["stop", "length", "tool_calls"]
+ChunkObject = Literal["chat.completion.chunk", "text_completion"]
 
 
 @with_config(CLOSED)
@@ -105,6 +108,33 @@ class ChatChoice(TypedDict):
     token_ids: NotRequired[list[int]]
 
 
+class ArgumentsDelta(TypedDict):
+    arguments: str
+
+
+class CallDelta(TypedDict):
+    """A part of a streamed call.  The first part has an id and a name."""
+
+    index: int
+    id: NotRequired[str]
+    type: NotRequired[Literal["function"]]
+    function: MadeFunction | ArgumentsDelta
+
+
+class ChunkDelta(TypedDict, total=False):
+    role: Literal["assistant"]
+    content: str | None
+    tool_calls: list[CallDelta]
+
+
+class ChatChunkChoice(TypedDict):
+    index: int
+    delta: ChunkDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: Reason | None
+    token_ids: NotRequired[list[int]]
+
+
 @with_config(CLOSED)
 class CachedTokens(TypedDict):
     cached_tokens: int
@@ -118,13 +148,18 @@ class Usage(TypedDict):
     prompt_tokens_details: CachedTokens
 
 
-@with_config(CLOSED)
-class ChatCompletion(TypedDict):
+class Heading(TypedDict):
+    """What every part of one answer repeats."""
+
     id: str
-    object: Literal["chat.completion"]
     created: int
-    model: str
-    adapter_version: int | list[int] | None
+    model: str  # as requested
+    adapter_version: int | list[int] | None  # that the name was resolved to, or that made the answer
+
+
+@with_config(CLOSED)
+class ChatCompletion(Heading):
+    object: Literal["chat.completion"]
     choices: list[ChatChoice]
     usage: Usage
     prompt_token_ids: NotRequired[list[int]]
@@ -139,24 +174,36 @@ class TextLogprobs(TypedDict):
     text_offset: list[int]
 
 
-@with_config(CLOSED)
-class TextChoice(TypedDict):
+class TextChoiceFields(TypedDict):
     index: int
     text: str
     logprobs: TextLogprobs | None
-    finish_reason: Literal["stop", "length"]
     token_ids: NotRequired[list[int]]
     prompt_token_ids: NotRequired[list[int]]
     prompt_logprobs: NotRequired[PromptLogprobs]
 
 
 @with_config(CLOSED)
-class TextCompletion(TypedDict):
-    id: str
+class TextChoice(TextChoiceFields):
+    finish_reason: Literal["stop", "length"]
+
+
+class TextChunkChoice(TextChoiceFields):
+    finish_reason: Literal["stop", "length"] | None
+
+
+class Chunk(Heading):
+    """One event of a streamed chat or plain completion."""
+
+    object: ChunkObject
+    choices: list[ChatChunkChoice | TextChunkChoice]
+    prompt_token_ids: NotRequired[list[int]]
+    usage: NotRequired[Usage | None]
+
+
+@with_config(CLOSED)
+class TextCompletion(Heading):
     object: Literal["text_completion"]
-    created: int
-    model: str
-    adapter_version: int | list[int] | None
     choices: list[TextChoice]
     usage: Usage
 
@@ -191,11 +238,14 @@ class OutputText(TypedDict):
     logprobs: list[TokenLogprob]
 
 
+ItemStatus = Literal["in_progress", "completed", "incomplete"]  # in progress: in events alone
+
+
 @with_config(CLOSED)
 class OutputMessage(TypedDict):
     id: str
     type: Literal["message"]
-    status: Literal["completed", "incomplete"]
+    status: ItemStatus
     role: Literal["assistant"]
     content: list[OutputText]
 
@@ -204,7 +254,7 @@ class OutputMessage(TypedDict):
 class OutputCall(TypedDict):
     id: str
     type: Literal["function_call"]
-    status: Literal["completed", "incomplete"]
+    status: ItemStatus
     call_id: str
     name: str
     arguments: str
@@ -229,18 +279,9 @@ class ResponseUsage(TypedDict):
     total_tokens: int
 
 
-@with_config(CLOSED)
-class ResponseObject(TypedDict):
-    id: str
-    object: Literal["response"]
-    created_at: int
-    status: Literal["completed", "incomplete"]
-    model: str
-    adapter_version: int | list[int] | None
-    output: list[OutputMessage | OutputCall]
-    error: None
-    incomplete_details: Incomplete | None
-    usage: ResponseUsage
+class ResponseEcho(TypedDict):
+    """What a response repeats of its request, with the defaults of what was absent."""
+
     instructions: str | None
     max_output_tokens: int | None
     metadata: dict[str, str]
@@ -257,6 +298,39 @@ class ResponseObject(TypedDict):
     tools: list[dict[str, JsonValue]]
     truncation: Literal["disabled"]
     user: str | None
+
+
+@with_config(CLOSED)
+class ResponseObject(ResponseEcho):
+    """A response, whole or in an event, where it may be in progress or failed."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    status: ItemStatus | Literal["failed"]
+    model: str
+    adapter_version: int | list[int] | None
+    output: list[OutputMessage | OutputCall]
+    error: ErrorDetail | None
+    incomplete_details: Incomplete | None
+    usage: ResponseUsage | None
+
+
+class ResponseEvent(TypedDict):
+    """One event of a streamed response."""
+
+    type: str
+    sequence_number: NotRequired[int]
+    response: NotRequired[ResponseObject]
+    output_index: NotRequired[int]
+    item_id: NotRequired[str]
+    item: NotRequired[OutputMessage | OutputCall]
+    content_index: NotRequired[int]
+    part: NotRequired[OutputText]
+    delta: NotRequired[str]
+    text: NotRequired[str]
+    logprobs: NotRequired[list[TokenLogprob]]
+    arguments: NotRequired[str]
 
 
 @with_config(CLOSED)
@@ -370,7 +444,7 @@ class SamplingBody(Strict):
     return_tokens_as_token_ids: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: Text | None = None  # says who asks; changes nothing
+    user: Text | None = None  # identifies the client's user; changes nothing
 
     frequency_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
     presence_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
@@ -392,15 +466,18 @@ class SamplingBody(Strict):
     # End on the version of the start, or let later ones reach it.
     adapter_update: Literal["pin", "follow"] | None = None
     priority: Annotated[int | None, Only((0,))] = None
-    # Only requests that say the same share cached prompts.
+    # Only requests with the same salt share cached prompts.
     cache_salt: Annotated[Text | None, Field(min_length=1, max_length=MAX_SALT_CHARS)] = None
     skip_special_tokens: Annotated[bool | None, Only((True,))] = None
     return_token_ids: bool | None = None
 
 
-class ContentPart(Strict):
-    type: Annotated[str, Only(("text",))]
+class TextContent(Strict):
     text: Text | None = None
+
+
+class ContentPart(TextContent):
+    type: Annotated[str, Only(("text",))]
     image_url: Unbuilt = None
     input_audio: Unbuilt = None
     file: Unbuilt = None
@@ -489,10 +566,8 @@ class DetokenizeBody(Strict):
     tokens: Annotated[list[int], FailFast()]
 
 
-class ModelQuery(BaseModel):
-    """Query of GET /v1/models; text, so not strict."""
+class ModelQuery(PageQuery):
+    """Query of GET /v1/models."""
 
-    model_config = ConfigDict(extra="forbid")
     limit: Annotated[int | None, Field(ge=1, le=1000)] = None
-    after: Text | None = None
     prefix: Text = ""

@@ -172,13 +172,13 @@ class CallParser:
     def _whole(self, inside: str, tag: str) -> list[Part]:
         """A call in another order of its fields, or else text."""
         try:
-            said = json.loads(inside)
+            parsed = json.loads(inside)
         except (ValueError, RecursionError):
-            said = None
-        if isinstance(said, dict) and said.get("name") in self._names:
-            arguments = said.get("arguments", said.get("parameters", {}))
+            parsed = None
+        if isinstance(parsed, dict) and parsed.get("name") in self._names:
+            arguments = parsed.get("arguments", parsed.get("parameters", {}))
             if isinstance(arguments, dict):
-                return [self._begin(said["name"], json.dumps(arguments, ensure_ascii=False))]
+                return [self._begin(parsed["name"], json.dumps(arguments, ensure_ascii=False))]
         return self._say(self._form.begin + inside + tag)
 
     def _begin(self, name: str, arguments: str) -> CallPart:
@@ -202,8 +202,8 @@ class CallParser:
                 if self._depth == 0:
                     end, self._state = i + 1, _State.TAIL
                     break
-        said, self._buffer = self._buffer[:end], self._buffer[end:]
-        return [CallPart(index=self.calls - 1, name=None, arguments=said)] if said else []
+        text, self._buffer = self._buffer[:end], self._buffer[end:]
+        return [CallPart(index=self.calls - 1, name=None, arguments=text)] if text else []
 
     def _read_tail(self) -> list[Part]:
         if not self._form.end:

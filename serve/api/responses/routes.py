@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -12,17 +11,14 @@ from fastapi.responses import Response
 from jaxlora.checkpoints.chat_template import Turn
 from jaxlora.core.errors import InvalidRequest, NotFound, UnsupportedParameter
 from serve.access.caller import caller_of
-from serve.access.rate_limit import Limiter
 from serve.api.openai.generation import Admission, Generation, answer
 from serve.api.openai.logprobs import PromptView
-from serve.api.openai.messages import Conversation, ToolUse, call_turn, need_form, tool_use
-from serve.api.openai.render import Json
-from serve.api.openai.routes import WireConfig
+from serve.api.openai.messages import Conversation, ToolUse, call_turn, need_form, plain_text, tool_use
 from serve.api.openai.sampling import ANY_OBJECT
-from serve.api.openai.schemas import ResponseObject, SamplingBody
+from serve.api.openai.schemas import ResponseEcho, ResponseObject, SamplingBody
 from serve.api.openai.tools import Function, ToolChoiceMode
 from serve.api.responses.render import ResponseWriter
-from serve.api.responses.schemas import LOGPROBS, InputItem, InputPart, ResponsesBody, ResponseToolChoice
+from serve.api.responses.schemas import LOGPROBS, InputItem, ResponsesBody, ResponseToolChoice
 from serve.engine.grammar import GrammarSource
 from serve.http.errors import ERRORS
 from serve.http.schema import ok, refuse_unbuilt
@@ -36,11 +32,10 @@ OF_TYPE = {
 
 
 class ResponsesRoutes:
-    """The routes, over one backend."""
+    """The routes, over one backend.  default_max_tokens: as `OpenAIRoutes` takes it."""
 
-    def __init__(self, backend: Backend, config: WireConfig, limiter: Limiter | None = None):
-        self._backend, self._config = backend, config
-        self._admission = Admission(backend, config.ping_s, limiter)
+    def __init__(self, backend: Backend, admission: Admission, default_max_tokens: int):
+        self._backend, self._admission, self._default_max_tokens = backend, admission, default_max_tokens
 
     def router(self) -> APIRouter:
         """All routes of this wire."""
@@ -78,15 +73,15 @@ class ResponsesRoutes:
             prompts=[PromptView(tokens=ids, echo=None, logprobs=None, ranked=None)],
             adapter=adapter,
             max_tokens=body.max_output_tokens,
-            fallback=self._config.default_max_tokens,
+            fallback=self._default_max_tokens,
             max_tokens_field="max_output_tokens",
             prompt_field="input",
             logprobs=(body.top_logprobs or 0) if logprobs else None,
             prompt_logprobs=None,
             grammar=grammar if tools is None else tools.grammar,
         )
-        asked = SamplingBody(model=body.model, temperature=body.temperature, top_p=body.top_p)
-        run = await self._admission.run(request, asked, job)
+        sampling = SamplingBody(model=body.model, temperature=body.temperature, top_p=body.top_p)
+        run = await self._admission.run(request, sampling, job)
         writer = ResponseWriter(run, echo(body), None if tools is None else tools.parser())
         return await answer(request, run, writer, bool(body.stream))
 
@@ -95,7 +90,7 @@ class ResponsesRoutes:
         raise NotFound("no such response; this server stores none", param="id")
 
 
-def echo(body: ResponsesBody) -> Json:
+def echo(body: ResponsesBody) -> ResponseEcho:
     """What a response repeats of its request, with the defaults of what was absent."""
     form = None if body.text is None else body.text.format
     return {
@@ -121,7 +116,7 @@ def echo(body: ResponsesBody) -> Json:
 
 
 def text_grammar(body: ResponsesBody) -> GrammarSource | None:
-    """What the text must look like, if the body says so.  Raises InvalidRequest where it says so badly."""
+    """Returns the source of the text's grammar, if the body has one.  Raises InvalidRequest for an unclear one."""
     form = None if body.text is None else body.text.format
     if form is None or form.type == "text":
         return None
@@ -172,17 +167,17 @@ def add_item(turns: list[Turn], item: InputItem, where: str, tokenizer: Tokenize
     for name in sorted(set().union(*OF_TYPE.values())):
         given = getattr(item, name) is not None
         if given and name not in OF_TYPE[kind]:
-            said = f"{where}.{name} has no meaning in an item of type {kind}; leave it out"
-            raise InvalidRequest(said, param=f"{where}.{name}")
+            message = f"{where}.{name} has no meaning in an item of type {kind}; leave it out"
+            raise InvalidRequest(message, param=f"{where}.{name}")
         if not given and name in OF_TYPE[kind] and name != "phase":
             raise InvalidRequest(f"{where}.{name} is required (type: {kind})", param=f"{where}.{name}")
     if kind == "message":
         role = "system" if item.role == "developer" else item.role
-        turns.append({"role": role, "content": plain_text(item.content, f"{where}.content")})
+        turns.append({"role": role, "content": plain_text(item.content or "", f"{where}.content")})
         return
     need_form(tokenizer, f"{where}.type")
     if kind == "function_call_output":
-        content = plain_text(item.output, f"{where}.output")
+        content = plain_text(item.output or "", f"{where}.output")
         turns.append({"role": "tool", "content": content, "tool_call_id": item.call_id})
         return
     call = call_turn(item.call_id or "", item.name or "", item.arguments or "", f"{where}.arguments")
@@ -192,13 +187,3 @@ def add_item(turns: list[Turn], item: InputItem, where: str, tokenizer: Tokenize
         turns[-1] = {**last, "tool_calls": [*(earlier if isinstance(earlier, list) else ()), call]}
     else:
         turns.append({"role": "assistant", "content": "", "tool_calls": [call]})
-
-
-def plain_text(content: str | Sequence[InputPart] | None, where: str) -> str:
-    """Text parts joined with line breaks.  Raises InvalidRequest for a part without text."""
-    texts = []
-    for i, part in enumerate([] if content is None or isinstance(content, str) else content):
-        if part.text is None:
-            raise InvalidRequest(f"{where}[{i}].text is required", param=f"{where}[{i}].text")
-        texts.append(part.text)
-    return content if isinstance(content, str) else "\n".join(texts)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, FailFast, Field, JsonValue
 
-from serve.api.openai.schemas import INT32_MAX, MAX_MESSAGES, MAX_PARTS
+from serve.api.openai.schemas import INT32_MAX, MAX_MESSAGES, MAX_PARTS, TextContent
 from serve.api.openai.tools import MAX_TOOLS, FunctionName, ToolChoiceMode
 from serve.engine.request import MAX_TOP_LOGPROBS
 from serve.http.schema import Only, Strict, Text, Unbuilt, few_fields
@@ -15,11 +15,10 @@ LOGPROBS = "message.output_text.logprobs"
 MAX_INCLUDED = 16
 
 
-class InputPart(Strict):
+class InputPart(TextContent):
     """Text of a message.  A part of an earlier answer may be repeated as it came."""
 
     type: Annotated[str, Only(("input_text", "output_text"))]
-    text: Text | None = None
     annotations: Annotated[JsonValue, Only(([],))] = None
     logprobs: JsonValue = None  # of an earlier answer; they change nothing
     prompt_cache_breakpoint: Unbuilt = None
@@ -29,7 +28,7 @@ class InputPart(Strict):
     refusal: Unbuilt = None
 
 
-Microsteps = Annotated[list[InputPart], Field(max_length=MAX_PARTS), FailFast()]
+InputParts = Annotated[list[InputPart], Field(max_length=MAX_PARTS), FailFast()]
 
 
 class InputItem(Strict):
@@ -39,12 +38,12 @@ class InputItem(Strict):
     id: Text | None = None  # of an item that is repeated; changes nothing
     status: Text | None = None  # likewise
     role: Annotated[str | None, Only(("user", "assistant", "system", "developer"))] = None
-    content: Text | Microsteps | None = None
+    content: Text | InputParts | None = None
     phase: Annotated[str | None, Only(("final_answer",))] = None
     call_id: Text | None = None
     name: FunctionName | None = None
     arguments: Text | None = None
-    output: Text | Microsteps | None = None
+    output: Text | InputParts | None = None
     caller: Unbuilt = None
     namespace: Unbuilt = None
 
@@ -101,7 +100,7 @@ class ResponsesBody(Strict):
     stream_options: ResponseStreamOptions | None = None
     # The client's own notes; change nothing.
     metadata: Annotated[dict[Text, Text] | None, Field(max_length=16), BeforeValidator(few_fields)] = None
-    user: Text | None = None  # says who asks; changes nothing
+    user: Text | None = None  # identifies the client's user; changes nothing
     safety_identifier: Text | None = None  # as `user`
 
     store: Annotated[bool | None, Only((False,), "nothing is stored here; leave it out")] = None
