@@ -8,7 +8,7 @@ import re
 
 import openai
 import pytest
-from fake_house import serving
+from fake_backend import serving
 from serve_world import stream_greedy
 
 from serve.engine.grammar import llguidance_tokenizer
