@@ -256,7 +256,7 @@ def segment_rows(draw):
     return rows
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**32 - 1), segments=segment_rows(), window=st.sampled_from([None, 1, 5]))
 def test_any_segments(seed, segments, window):
     arrays = world(seed)

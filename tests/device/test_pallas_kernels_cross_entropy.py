@@ -276,7 +276,7 @@ def test_bfloat16_sums_in_float32():
     assert_close(dx, hand[2], {"rtol": 0, "atol": 2 * 2**-8 / 8 + 2**-8 / 8})
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 2**32 - 1),
     wanted=st.lists(st.lists(st.booleans(), min_size=J, max_size=J), min_size=G, max_size=G),

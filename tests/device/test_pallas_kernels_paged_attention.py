@@ -254,7 +254,7 @@ def tables(draw):
     return pages, positions
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**32 - 1), table=tables(), window=st.sampled_from([None, 1, 6]))
 def test_any_table(seed, table, window):
     q, k, v = world(seed)

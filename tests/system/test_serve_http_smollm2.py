@@ -12,7 +12,7 @@ from fake_backend import serving
 from serve_world import stream_greedy
 
 from serve.engine.grammar import llguidance_tokenizer
-from serve.runtime.device_thread import Runner
+from serve.runtime.device_thread import DeviceThread
 from serve.server.app import create_app
 
 pytest_plugins = ["smollm2_fixtures"]
@@ -31,7 +31,7 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def url(smol_engine):
-    runner = Runner(smol_engine, base_name=BASE)
+    runner = DeviceThread(smol_engine, base_name=BASE)
     runner.start()
     try:
         with serving(create_app(runner, default_max_tokens=TOKENS)) as root:
