@@ -62,7 +62,7 @@ def test_paged_is_the_definition_whatever_else_the_pages_hold(pages, positions, 
 
 
 @pytest.mark.parametrize("window", [pytest.param(None, marks=pytest.mark.slow), 50])
-@pytest.mark.parametrize("tokens", [1, 40], ids=["decode", "prompt"])
+@pytest.mark.parametrize("tokens", cases_of_a_body({"decode": 1, "prompt": 40}, "prompt"))
 def test_paged_long_sequences_equal_the_oracle_whoever_is_beside(tokens, window):
     """Ragged lanes, more rows and keys than a kernel takes at once, heads that fill no tile."""
     rng = np.random.default_rng(10)

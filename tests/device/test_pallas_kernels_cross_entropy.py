@@ -28,7 +28,9 @@ CASES = {
 }
 named = pytest.mark.parametrize("wanted", CASES.values(), ids=CASES.keys())
 with_and_without_lora = pytest.mark.parametrize("lora", [True, False], ids=["lora", "plain"])
-chunks = pytest.mark.parametrize("chunk", [1, 4, 8])
+chunks = pytest.mark.parametrize(
+    "chunk", [pytest.param(1, marks=pytest.mark.slow), 4, pytest.param(8, marks=pytest.mark.slow)]
+)
 
 
 def by_hand(x, head, target, wanted, a, b, scale, d):

@@ -48,7 +48,7 @@ PREFILL = {
 DECODE = {name: (pages, [[max(p)] for p in positions]) for name, (pages, positions) in PREFILL.items()}
 CASES = {f"{name}, prefill": v for name, v in PREFILL.items()} | {f"{name}, decode": v for name, v in DECODE.items()}
 named = pytest.mark.parametrize(("pages", "positions"), CASES.values(), ids=CASES.keys())
-windows = pytest.mark.parametrize("window", [None, 1, 6])
+windows = pytest.mark.parametrize("window", [None, pytest.param(1, marks=pytest.mark.slow), 6])
 
 
 def by_hand(q, k, v, pages, positions, window):
