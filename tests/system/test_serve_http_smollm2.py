@@ -16,6 +16,7 @@ from serve.runtime.device_thread import DeviceThread
 from serve.server.app import create_app
 
 pytest_plugins = ["smollm2_fixtures"]
+pytestmark = pytest.mark.slow  # by default `test_serve_http_real` and `test_serve_grammar`, with a tiny model
 BASE, TOKENS = "smollm2", 12
 PROMPTS = [
     "The capital of France is",
