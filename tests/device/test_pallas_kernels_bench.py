@@ -36,9 +36,8 @@ def test_alternatives_are_the_same_product(form):
     assert_close(jax.jit(form)(*args), gathered_lora_reference(*map(jnp.asarray, args)), F32)
 
 
-@pytest.mark.parametrize(
-    "op", [pytest.param(op, marks=() if op == "gathered_lora" else pytest.mark.slow) for op in OPS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("op", OPS)
 def test_all_forms_of_a_case_give_what_ours_gives(op):
     """But for the base product.  float32, so that forms agree closely."""
     cases = list(OPS[op]("tiny", "float32", SIZES))

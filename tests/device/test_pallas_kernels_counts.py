@@ -45,7 +45,9 @@ def expected(slot_T) -> tuple[set, int]:
     return {(LAYER, s) for s in active}, len(active)
 
 
-@pytest.mark.parametrize("features", [X, FEWEST * COLUMNS], ids=["one product", "blocks"])
+@pytest.mark.parametrize(
+    "features", [X, pytest.param(FEWEST * COLUMNS, marks=pytest.mark.slow)], ids=["one product", "blocks"]
+)
 @pytest.mark.parametrize("slots", SLOTS)
 def test_xla_reads_the_rows_of_active_tokens_only(slots, features, monkeypatch):
     """Once for every two tokens of an adapter; nobody else's are touched, base tokens read none."""

@@ -357,7 +357,8 @@ def test_accumulating_twice_then_applying_is_one_step_of_both(it):
     assert all(g[:, :3].any() for g in jax.tree.leaves(slot_of(split.grads, 0)))  # slot 0 was not due: it goes on
 
 
-@pytest.mark.parametrize("ways", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3, 6))])
+@pytest.mark.slow
+@pytest.mark.parametrize("ways", [1, 2, 3, 6])
 def test_a_batch_split_over_lanes_or_steps_has_one_gradient(it, ways):
     """Six examples of different lengths, in one lane, in several, and in as many micro-batches."""
     inside = examples(7, 6, 6)
