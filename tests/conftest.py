@@ -1,10 +1,15 @@
-"""What every test shares: no network, Ctrl-C, the kind of CPU in the report.  What compiles is in `compiled` (tests/support)."""
+"""What every test shares: no network, Ctrl-C, bytecode, hypothesis, the kind of CPU in the report.
+
+What compiles is in `compiled` (tests/support).
+"""
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
 
+import hypothesis
 import pytest
 from cpu_kind import this_cpu
 
@@ -17,6 +22,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+# Tests start dozens of Python processes, and each would spend seconds on compiling the sources of jax again.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+# The same examples in every run, whatever is chosen by `-m`; a test says how many of them, where 100 are too many.
+hypothesis.settings.register_profile("jaxlora", derandomize=True, database=None, deadline=None)
+hypothesis.settings.load_profile("jaxlora")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

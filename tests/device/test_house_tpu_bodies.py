@@ -6,6 +6,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from kernel_checks import assert_close
 from serve_world import ask, run_all
 
@@ -46,6 +47,7 @@ def test_an_interpreted_engine_leaves_nothing_to_choose(world):
     assert "platform_index" not in traced
 
 
+@pytest.mark.slow
 def test_training_with_pallas_bodies(world):
     """Losses and gradients; the optimizer has no kernels."""
     rng = np.random.default_rng(0)

@@ -27,6 +27,7 @@ from serve.cli import main as cli
 
 ATOL = 1e-4  # float32, logits of order one to ten
 LENGTH = 64
+MERGED = {("tiny-llama-tied", "head too"), ("tiny-qwen2", "layers")}  # by default: a head that is untied, and biases
 
 
 def run(*arguments) -> str:
@@ -74,8 +75,14 @@ def test_a_merged_peft_folder_gives_the_logits_of_peft(tmp_path, name):
     assert merged.config.tied == (name == "tied")
 
 
-@pytest.mark.parametrize("name", TINY_MODELS)
-@pytest.mark.parametrize("targets", [LAYER_TARGETS, ALL_TARGETS], ids=["layers", "head too"])
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [
+        pytest.param(name, targets, id=f"{name}, {id}", marks=() if (name, id) in MERGED else pytest.mark.slow)
+        for name in TINY_MODELS
+        for id, targets in (("layers", LAYER_TARGETS), ("head too", ALL_TARGETS))
+    ],
+)
 def test_every_family_merged_is_base_and_adapter(tmp_path, name, targets):
     """Biases, q/k norms, tied and untied heads, rope scaling, a window; several shards, so that their index is read."""
     source = open_source(tiny_path(name))
@@ -124,6 +131,7 @@ def test_a_value_that_overflows_is_refused(tmp_path):
         write_merged(tmp_path, source, adapter, dtype="float32")
 
 
+@pytest.mark.slow
 def test_the_demo_model_becomes_a_hugging_face_folder(tmp_path):
     """From a quantised GGUF, so only when that is asked for; tokenizer and template are written too."""
     source = GgufSource(smollm2_path())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from serve_world import Answer, ask
 from small_world import smollm2_prompts
 
@@ -18,6 +19,7 @@ def comparable(margin: np.ndarray) -> int:
     return int(ties[0]) if len(ties) else len(margin)
 
 
+@pytest.mark.slow
 def test_sixty_four_greedy_tokens_are_those_of_transformers(smol_engine):
     prompts, engine = smollm2_prompts(), smol_engine
     answers = [Answer() for _ in prompts]

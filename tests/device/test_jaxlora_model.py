@@ -33,6 +33,12 @@ def largest(got: list[np.ndarray], wanted: list[np.ndarray]) -> float:
     return max(float(np.abs(g - w).max()) for g, w in zip(got, wanted, strict=True))
 
 
+def of_one_family(argument: str, **how: bool) -> pytest.MarkDecorator:
+    """One family by default, the others with `-m slow`."""
+    names = [pytest.param(name, marks=() if name == "tiny-qwen3" else pytest.mark.slow) for name in TINY_MODELS]
+    return pytest.mark.parametrize(argument, names, **how)
+
+
 @pytest.fixture(scope="module", params=TINY_MODELS)
 def tiny(request):
     """(base in float32, four sequences with the logits of transformers)."""
@@ -49,7 +55,7 @@ def test_a_tiny_model_says_what_transformers_says_alone_and_packed(tiny):
     assert largest(other_way_round[::-1], wanted) < TINY_ATOL
 
 
-@pytest.mark.parametrize("name", TINY_MODELS)
+@of_one_family("name")
 def test_a_tiny_model_in_bfloat16(name):
     expected = tiny_expected(name)
     base = base_of(HfSource(tiny_path(name)), "bfloat16")
@@ -84,6 +90,7 @@ def test_smollm2_says_what_transformers_says():
     assert largest([g for g, _ in whole], [w for _, w in whole]) < SMOLLM2_ATOL
 
 
+@pytest.mark.slow
 def test_smollm2_in_bfloat16():
     prompts = smollm2_prompts()
     got = smollm2_logits(smollm2_base("bfloat16"))
@@ -106,6 +113,7 @@ def adapters_of(base: Base, seed: int) -> list[Adapter]:
     ]
 
 
+@of_one_family("tiny", indirect=True)
 @pytest.mark.parametrize("form", FORMS)
 def test_base_rows_do_not_see_the_adapters_beside_them(tiny, form):
     base, expected = tiny

@@ -107,6 +107,7 @@ def import_export(folder, trained):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_eight_adapters_on_the_demo_model_give_the_logits_of_peft(smol, form):
     base, prompts = smol.opened.base, smollm2_prompts()[: len(smol.adapters)]

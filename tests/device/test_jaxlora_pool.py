@@ -254,7 +254,7 @@ def test_an_adapter_comes_back_from_its_rows(rank):
     assert_same_bits(dict(back.weights), dict(adapter.weights))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     loads=st.lists(
         st.tuples(

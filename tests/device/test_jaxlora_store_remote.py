@@ -288,7 +288,8 @@ while True:
 """
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [1, 4])
 def test_killed_while_sending_and_its_disk_lost_nothing_confirmed_is(kills, tmp_path):
     confirmed: set[int] = set()
     for kill in range(kills):

@@ -29,7 +29,7 @@ CASES = {
     "on block borders": [[1] * 4 + [2] * 8 + [3] * 4, [1] * 8 + [2] * 8, [1] * 12 + [2] * 4],
 }
 named = pytest.mark.parametrize("segments", CASES.values(), ids=CASES.keys())
-windows = pytest.mark.parametrize("window", [None, 1, 5])
+windows = pytest.mark.parametrize("window", [None, pytest.param(1, marks=pytest.mark.slow), 5])
 
 
 def by_hand(q, k, v, segment, window, d):
@@ -99,7 +99,7 @@ def test_oracle_is_the_definition_forward_and_backward(segments, window):
 
 @named
 @windows
-@pytest.mark.parametrize("block", [4, 16])
+@pytest.mark.parametrize("block", [4, pytest.param(16, marks=pytest.mark.slow)])
 def test_op_equals_oracle_and_hand_forward_and_backward(segments, window, block):
     q, k, v, d = world(1)
     got = run((q, k, v, d), segments, window, block)
@@ -256,7 +256,7 @@ def segment_rows(draw):
     return rows
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**32 - 1), segments=segment_rows(), window=st.sampled_from([None, 1, 5]))
 def test_any_segments(seed, segments, window):
     arrays = world(seed)

@@ -16,7 +16,16 @@ import test_pallas_kernels_attention as packed
 import test_pallas_kernels_paged_attention as paged
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_checks import BF16, F32, assert_close, assert_no_nan, assert_same_bits, floats, positive
+from kernel_checks import (
+    BF16,
+    F32,
+    assert_close,
+    assert_no_nan,
+    assert_same_bits,
+    cases_of_a_body,
+    floats,
+    positive,
+)
 
 from pallas_kernels import dispatch, tiling_tpu
 from pallas_kernels.attention.op import packed_attention
@@ -40,7 +49,9 @@ def hand(arrays, pages, positions, window):
     return paged.by_hand(q[:, : len(positions[0])], k[1], v[1], pages, positions, window)
 
 
-@paged.named
+@pytest.mark.parametrize(
+    ("pages", "positions"), cases_of_a_body(paged.CASES, "mixed lengths, prefill", "mixed lengths, decode")
+)
 @pytest.mark.parametrize("window", [None, 6])
 def test_paged_is_the_definition_whatever_else_the_pages_hold(pages, positions, window):
     world = paged.world(1)
@@ -50,8 +61,8 @@ def test_paged_is_the_definition_whatever_else_the_pages_hold(pages, positions, 
     assert not np.asarray(got)[np.array(positions) < 0].any()
 
 
-@pytest.mark.parametrize("window", [None, 50])
-@pytest.mark.parametrize("tokens", [1, 40], ids=["decode", "prompt"])
+@pytest.mark.parametrize("window", [pytest.param(None, marks=pytest.mark.slow), 50])
+@pytest.mark.parametrize("tokens", cases_of_a_body({"decode": 1, "prompt": 40}, "prompt"))
 def test_paged_long_sequences_equal_the_oracle_whoever_is_beside(tokens, window):
     """Ragged lanes, more rows and keys than a kernel takes at once, heads that fill no tile."""
     rng = np.random.default_rng(10)
@@ -77,7 +88,7 @@ def flat(arrays):
     return q, *(x.reshape(*x.shape[:3], -1) for x in (k, v))
 
 
-@pytest.mark.parametrize("name", paged.PREFILL)
+@pytest.mark.parametrize("name", cases_of_a_body({name: name for name in paged.PREFILL}, "mixed lengths"))
 def test_paged_in_many_visits_is_the_definition(name, monkeypatch):
     """A run is one token of its lane, a visit one page, and the window's past is not visited."""
     pages, positions = paged.PREFILL[name]
@@ -133,7 +144,7 @@ def test_paged_huge_scores_do_not_overflow():
     assert_no_nan(run((q * 1e3, k * 1e3, v), pages, positions))
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(seed=st.integers(0, 2**32 - 1), table=paged.tables(), window=st.sampled_from([None, 6]))
 def test_paged_any_table(seed, table, window):
     world = paged.world(seed)
@@ -174,7 +185,7 @@ def run_packed(arrays, segments, window=None):
     return program(window)(q, k, v, np.array(segments, np.int32), d)
 
 
-@packed.named
+@pytest.mark.parametrize("segments", cases_of_a_body(packed.CASES, "padding in front and between"))
 @pytest.mark.parametrize("window", [None, 5])
 def test_packed_is_the_definition_whatever_padding_holds(segments, window):
     q, k, v, d = packed.world()
@@ -188,7 +199,10 @@ def test_packed_is_the_definition_whatever_padding_holds(segments, window):
     assert not any(np.asarray(x)[padding].any() for x in got)
 
 
-@pytest.mark.parametrize(("heads", "kv", "features"), [(9, 3, 64), (4, 1, 5), (2, 2, 24)])
+@pytest.mark.parametrize(
+    ("heads", "kv", "features"),
+    [(9, 3, 64), *(pytest.param(*n, marks=pytest.mark.slow) for n in ((4, 1, 5), (2, 2, 24)))],
+)
 def test_packed_of_other_heads_equals_the_reference(heads, kv, features):
     """Query heads that are no power of two, and features that fill no tile; of fewer tokens than a tile has."""
     rng = np.random.default_rng(3)
@@ -202,7 +216,7 @@ def test_packed_of_other_heads_equals_the_reference(heads, kv, features):
     assert_close(run_packed(arrays, segments, 6), jax.jit(definition)(*arrays), F32)
 
 
-@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("window", [pytest.param(None, marks=pytest.mark.slow), 100])
 def test_packed_in_many_blocks_equals_the_xla_body(window, monkeypatch):
     """300 tokens are three blocks of 128, the last not full; segments and the window end inside blocks."""
     monkeypatch.setitem(tiling_tpu.TABLE, "any TPU", tiling_tpu.Blocks(vmem_bytes=2**24, tokens=128))

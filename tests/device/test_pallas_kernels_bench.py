@@ -36,6 +36,7 @@ def test_alternatives_are_the_same_product(form):
     assert_close(jax.jit(form)(*args), gathered_lora_reference(*map(jnp.asarray, args)), F32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", OPS)
 def test_all_forms_of_a_case_give_what_ours_gives(op):
     """But for the base product.  float32, so that forms agree closely."""
@@ -95,7 +96,7 @@ def test_short_calls_are_timed_many_at_a_time_and_long_ones_alone(monkeypatch):
         assert timing.cpu_s == pytest.approx([2 * took_s] * 2, rel=1e-3)
 
 
-@pytest.mark.parametrize("as_json", [True, False], ids=["json", "lines"])
+@pytest.mark.parametrize("as_json", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["json", "lines"])
 def test_the_report_of_tiny_shapes(as_json):
     said = []
     bench.main(

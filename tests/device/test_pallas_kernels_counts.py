@@ -22,7 +22,7 @@ from pallas_kernels.gathered_lora.op import visits_by_slot
 from pallas_kernels.gathered_lora.xla_cpu import COLUMNS, FEWEST
 
 L, R, X, Y, LAYER = 2, 2, 6, 4, 1
-SLOTS = [8, 64, 512]
+SLOTS = [64, *(pytest.param(n, marks=pytest.mark.slow) for n in (8, 512))]
 
 
 def case(slots: int, tokens: int = 12, features: int = X):
@@ -45,7 +45,9 @@ def expected(slot_T) -> tuple[set, int]:
     return {(LAYER, s) for s in active}, len(active)
 
 
-@pytest.mark.parametrize("features", [X, FEWEST * COLUMNS], ids=["one product", "blocks"])
+@pytest.mark.parametrize(
+    "features", [X, pytest.param(FEWEST * COLUMNS, marks=pytest.mark.slow)], ids=["one product", "blocks"]
+)
 @pytest.mark.parametrize("slots", SLOTS)
 def test_xla_reads_the_rows_of_active_tokens_only(slots, features, monkeypatch):
     """Once for every two tokens of an adapter; nobody else's are touched, base tokens read none."""
@@ -116,7 +118,14 @@ def test_visits_are_by_slot_and_skip_the_base():
     assert visits.count_1.tolist() == [4]
 
 
-@pytest.mark.parametrize(("counts", "trips"), [((0, 0), 0), ((1, 0), 1), ((3, 16), 1), ((17, 2), 2), ((40, 40), 3)])
+@pytest.mark.parametrize(
+    ("counts", "trips"),
+    [
+        ((0, 0), 0),
+        ((17, 2), 2),
+        *(pytest.param(*n, marks=pytest.mark.slow) for n in (((1, 0), 1), ((3, 16), 1), ((40, 40), 3))),
+    ],
+)
 def test_pallas_multiplies_by_the_head_for_wanted_tokens_only(counts, trips, monkeypatch):
     """As many trips of 16 tokens of each lane as the lane with the most targets needs, forward and backward."""
     lanes, tokens, features, words = len(counts), 40, 8, 20

@@ -28,7 +28,9 @@ CASES = {
 }
 named = pytest.mark.parametrize("wanted", CASES.values(), ids=CASES.keys())
 with_and_without_lora = pytest.mark.parametrize("lora", [True, False], ids=["lora", "plain"])
-chunks = pytest.mark.parametrize("chunk", [1, 4, 8])
+chunks = pytest.mark.parametrize(
+    "chunk", [pytest.param(1, marks=pytest.mark.slow), 4, pytest.param(8, marks=pytest.mark.slow)]
+)
 
 
 def by_hand(x, head, target, wanted, a, b, scale, d):
@@ -276,7 +278,7 @@ def test_bfloat16_sums_in_float32():
     assert_close(dx, hand[2], {"rtol": 0, "atol": 2 * 2**-8 / 8 + 2**-8 / 8})
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 2**32 - 1),
     wanted=st.lists(st.lists(st.booleans(), min_size=J, max_size=J), min_size=G, max_size=G),

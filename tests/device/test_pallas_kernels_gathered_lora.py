@@ -215,7 +215,7 @@ def test_bfloat16_sums_in_float32():
 
 
 @forms
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     seed=st.integers(0, 2**32 - 1),
     layer=st.integers(0, L - 1),

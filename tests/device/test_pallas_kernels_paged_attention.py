@@ -48,7 +48,7 @@ PREFILL = {
 DECODE = {name: (pages, [[max(p)] for p in positions]) for name, (pages, positions) in PREFILL.items()}
 CASES = {f"{name}, prefill": v for name, v in PREFILL.items()} | {f"{name}, decode": v for name, v in DECODE.items()}
 named = pytest.mark.parametrize(("pages", "positions"), CASES.values(), ids=CASES.keys())
-windows = pytest.mark.parametrize("window", [None, 1, 6])
+windows = pytest.mark.parametrize("window", [None, pytest.param(1, marks=pytest.mark.slow), 6])
 
 
 def by_hand(q, k, v, pages, positions, window):
@@ -254,7 +254,7 @@ def tables(draw):
     return pages, positions
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**32 - 1), table=tables(), window=st.sampled_from([None, 1, 6]))
 def test_any_table(seed, table, window):
     q, k, v = world(seed)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_checks import BF16, F32, assert_close, assert_no_nan, assert_same_bits, floats, positive
+from kernel_checks import BF16, F32, assert_close, assert_no_nan, assert_same_bits, cases_of_a_body, floats, positive
 
 from pallas_kernels import dispatch, tiling_tpu
 from pallas_kernels.gathered_lora.op import gathered_lora, gathered_lora_reference
@@ -30,7 +30,7 @@ SLOTS = {
     "last slot first": [3, 0, 3, 0, 0, 3, 3],
     "last token tuned": [-1, -1, -1, -1, -1, -1, 3],
 }
-named = pytest.mark.parametrize("slots", SLOTS.values(), ids=SLOTS.keys())
+named = pytest.mark.parametrize("slots", cases_of_a_body(SLOTS, "mixed"))
 
 
 @jax.jit
@@ -117,7 +117,7 @@ def test_gathered_bfloat16_sums_in_float32():
     assert_close(got, gathered_lora_reference(x, a[0], b[0], np.ones(1, np.float32), ids([0, 0])), BF16)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(seed=st.integers(0, 2**32 - 1), slots=st.lists(st.integers(-1, S - 1), min_size=T, max_size=T))
 def test_gathered_any_slots(seed, slots):
     x, rows = pool(seed)
@@ -180,7 +180,7 @@ def lanes(seed, tokens=J, features=X):
 SUMS = {"rtol": 1e-5, "atol": 2e-3}
 
 
-@pytest.mark.parametrize("tokens", [1, 5, J], ids=["one token", "odd", "two tiles"])
+@pytest.mark.parametrize("tokens", cases_of_a_body({"one token": 1, "odd": 5, "two tiles": J}, "two tiles"))
 def test_segmented_equals_oracle_forward_and_backward(tokens):
     args = lanes(0, tokens)
     assert_close(run_lanes(*args), oracle_lanes(*args), SUMS)

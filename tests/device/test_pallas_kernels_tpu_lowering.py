@@ -33,7 +33,7 @@ def lowered(function, shapes) -> list[str]:
 
 
 @models
-@pytest.mark.parametrize("rank", [8, 64])
+@pytest.mark.parametrize("rank", [8, pytest.param(64, marks=pytest.mark.slow)])
 def test_decode(model: Model, rank):
     """Four reads in the loop over layers, and the head if its rows have room on every kind of TPU; else XLA's loop."""
     found = lowered(decode, decode_shapes(model, rank))

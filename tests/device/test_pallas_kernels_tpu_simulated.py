@@ -7,6 +7,8 @@ own kernel, and heads that are no whole blocks: the simulator refuses both.
 
 from __future__ import annotations
 
+from types import FunctionType
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,26 +22,37 @@ from jax.experimental.pallas import tpu as pltpu
 
 RACES = interpret_pallas_call.RaceDetectionState
 SIMULATED = pltpu.InterpretParams(dma_execution_mode="on_wait", detect_races=True, uninitialized_memory="nan")
-AGAIN = [
+AGAIN = [  # a test of each body by default, the rest with `-m slow`
+    lora.test_gathered_nan_of_a_base_token_stays_away,
+    lora.test_segmented_bfloat16_sums_in_float32,
+    attention.test_paged_bfloat16_sums_in_float32,
+    head.test_what_unwanted_positions_hold_changes_no_bit,
+]
+AGAIN_SLOWLY = [
     lora.test_gathered_equals_oracle_whatever_the_other_slots_hold,
     lora.test_gathered_nan_of_one_tenant_stays_with_its_tokens,
-    lora.test_gathered_nan_of_a_base_token_stays_away,
     lora.test_gathered_smallest_shapes,
     lora.test_gathered_busy_adapter_and_wide_features,
     lora.test_gathered_bfloat16_sums_in_float32,
     lora.test_segmented_equals_oracle_forward_and_backward,
     lora.test_segmented_in_many_blocks_equals_reference,
     lora.test_segmented_nan_of_a_lane_stays_in_it,
-    lora.test_segmented_bfloat16_sums_in_float32,
     attention.test_paged_is_the_definition_whatever_else_the_pages_hold,
     attention.test_paged_in_many_visits_is_the_definition,
     attention.test_paged_nan_of_one_sequence_stays_with_its_lanes,
-    attention.test_paged_bfloat16_sums_in_float32,
     head.test_more_lanes_than_one_block_equal_the_reference,
-    head.test_what_unwanted_positions_hold_changes_no_bit,
     head.test_nan_of_a_lane_stays_in_it_forward_and_backward,
 ]
-globals().update({test.__name__: test for test in AGAIN})
+
+
+def slow(test: FunctionType) -> FunctionType:
+    """A copy that is slow: the test itself is also that of another module."""
+    copy = FunctionType(test.__code__, test.__globals__, test.__name__, test.__defaults__, test.__closure__)
+    copy.__dict__.update(test.__dict__)
+    return pytest.mark.slow(copy)
+
+
+globals().update({test.__name__: test for test in [*AGAIN, *map(slow, AGAIN_SLOWLY)]})
 
 
 @pytest.fixture

@@ -226,7 +226,7 @@ def valid(value: object, schema: dict) -> bool:
     raise AssertionError(schema)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(schema=schemas, seed=st.integers(0, 2**32 - 1), compact=st.booleans())
 def test_random_answers_to_small_schemas_parse_and_are_valid(schema, seed, compact):
     grammar = BYTES.compile_now(replace(source("json", schema), compact=compact))

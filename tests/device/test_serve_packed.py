@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from serve.engine.step import Layout, StepBatch
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(lanes=st.integers(1, 5), tokens=st.sampled_from([1, 3]), pages=st.integers(1, 4), seed=st.integers(0, 99))
 def test_every_bit_comes_back(lanes, tokens, pages, seed):
     random = np.random.default_rng(seed)

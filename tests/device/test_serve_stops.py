@@ -23,7 +23,7 @@ def reference(text, stops, include):
 small = st.text(alphabet="ab", max_size=12)
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(
     pieces=st.lists(small, max_size=8),
     stops=st.lists(st.text(alphabet="ab", min_size=1, max_size=5), max_size=4),
@@ -68,7 +68,7 @@ def test_an_empty_stop_string_is_refused():
     assert caught.value.param == "stop"
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     early=st.lists(small, max_size=4),
     late=st.lists(small, max_size=4),

@@ -44,6 +44,7 @@ def updates(trainer, name, count):
     return reports
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["cross_entropy", "dpo"])
 def test_accumulated_is_what_one_large_step_is(kind):
     """Over 3 steps of 10 lanes, and in one of 32: only the rounding of another shape differs."""

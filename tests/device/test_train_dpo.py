@@ -45,6 +45,7 @@ def two_models(adapter, data):
     return total / len(data), norm, np.array(margins)
 
 
+@pytest.mark.slow
 def test_loss_gradient_and_accuracy_are_those_of_two_models():
     """At the start, where every margin is 0, and when the policy has moved.
 

@@ -121,7 +121,7 @@ def no_corner(name, logprob, of):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25)
 @given(lane=lanes())
 def test_value_and_gradient_are_those_of_the_definition(name, lane):
     logprob, of = lane

@@ -38,7 +38,11 @@ from train.trainer import Trainer
 BF16 = np.dtype(ml_dtypes.bfloat16)
 F32, U8 = np.dtype(np.float32), np.dtype(np.uint8)
 KINDS = {"float32": {F32}, "bfloat16": {BF16}, "uint8": {U8, F32}}  # dtypes of the arrays that are kept
-FEWER_BITS = ["bfloat16", "uint8"]
+# Each kind compiles steps of its own: by default one that has all there is, blocks and scales.
+kinds = pytest.mark.parametrize(
+    "moments", [pytest.param(m, marks=() if m == "uint8" else pytest.mark.slow) for m in KINDS]
+)
+fewer_bits = pytest.mark.parametrize("moments", [pytest.param("bfloat16", marks=pytest.mark.slow), "uint8"])
 # What all tenants here adapt; few, since these kinds compile steps of their own.
 TARGETS = ("q_proj", "down_proj", "lm_head")
 SPECS = {m: SPEC if m == "float32" else dataclasses.replace(SPEC, targets=TARGETS) for m in KINDS}
@@ -149,7 +153,7 @@ def test_curves_of_100_steps_are_those_of_float32():
             assert np.abs(got - wanted).max() < near, (moments, name)
 
 
-@pytest.mark.parametrize("moments", KINDS)
+@kinds
 def test_together_is_alone_bit_for_bit_in_any_slot(moments):
     together = trainer_of(*reversed(TENANTS), moments=moments)
     for _ in range(4):
@@ -169,7 +173,7 @@ def test_together_is_alone_bit_for_bit_in_any_slot(moments):
             assert by_row[:, rank:].tobytes() == bytes(by_row[:, rank:].nbytes)  # past the true rank all is +0
 
 
-@pytest.mark.parametrize("moments", KINDS)
+@kinds
 def test_a_neighbour_with_nan_changes_nobody_and_keeps_its_own(moments):
     clean, sick = trainer_of(*TENANTS, moments=moments), trainer_of(*TENANTS, moments=moments)
     for trainer in (clean, sick):
@@ -186,7 +190,7 @@ def test_a_neighbour_with_nan_changes_nobody_and_keeps_its_own(moments):
         assert_same_bits(outcome(sick, name), outcome(clean, name))
 
 
-@pytest.mark.parametrize("moments", FEWER_BITS)
+@fewer_bits
 def test_slots_that_are_not_due_come_back_bit_for_bit(moments):
     trainer = trainer_of(*TENANTS, moments=moments)
     trainer.step()
@@ -200,8 +204,8 @@ def test_slots_that_are_not_due_come_back_bit_for_bit(moments):
 # keeping
 
 
-@pytest.mark.parametrize("moments", FEWER_BITS)
-@pytest.mark.parametrize("place", ["checkpoint", "file", "ram"])
+@fewer_bits
+@pytest.mark.parametrize("place", ["checkpoint", "file", pytest.param("ram", marks=pytest.mark.slow)])
 def test_what_goes_on_elsewhere_equals_what_was_never_interrupted(tmp_path, place, moments):
     """Saved after three steps and seated in another slot; nothing compiles."""
     whole, trainer = trainer_of("bee", moments=moments), trainer_of("bee", moments=moments)
@@ -231,7 +235,7 @@ def test_what_goes_on_elsewhere_equals_what_was_never_interrupted(tmp_path, plac
     assert_same_bits(outcome(other, "bee"), outcome(whole, "bee"))
 
 
-@pytest.mark.parametrize("moments", FEWER_BITS)
+@fewer_bits
 def test_a_job_ends_alike_paused_in_a_file_or_gone_on_from_its_checkpoint(tmp_path, moments):
     asked, results = request(3, steps=5, spec=lora(3, TARGETS), checkpoint_every=2), []
     for how in ("alone", "paused", "again"):

@@ -107,8 +107,8 @@ def run_together(trainer: Trainer) -> list[StepReport]:
     ("sizes", "remat"),
     [
         (SIZES, "products"),
-        (MicrostepSizes(lanes=2, layers=2, targets=8), "everything"),
-        (MicrostepSizes(lanes=4, layers=1, targets=32), "nothing"),
+        pytest.param(MicrostepSizes(lanes=2, layers=2, targets=8), "everything", marks=pytest.mark.slow),
+        pytest.param(MicrostepSizes(lanes=4, layers=1, targets=32), "nothing", marks=pytest.mark.slow),
     ],
     ids=["small", "middle", "large"],
 )

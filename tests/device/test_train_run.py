@@ -373,7 +373,7 @@ def test_more_tenants_than_slots(job):
     assert "2 tenants in the file need as many slots" in refused(job)
 
 
-@pytest.mark.parametrize("lane_tokens", [1, 31, 32, 64, 96])
+@pytest.mark.parametrize("lane_tokens", [31, 32, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 64, 96))])
 def test_the_kernels_take_every_lane_that_the_settings_accept(lane_tokens):
     check_lane_tokens(lane_tokens)
     base, batch = small_base(), idle_batch(2, lane_tokens)

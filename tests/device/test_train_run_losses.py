@@ -96,6 +96,7 @@ OTHERS = [
 ]
 
 
+@pytest.mark.slow
 def test_three_losses_train_in_one_run_and_go_on_from_their_states(job):
     result = train(job)
     assert result.exit_code == 0, result.output

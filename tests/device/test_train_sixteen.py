@@ -28,6 +28,8 @@ from jaxlora.model.lora_pool import PoolSpec
 from jaxlora.model.mesh import make_mesh
 from train.trainer import Trainer
 
+pytestmark = pytest.mark.slow  # by default: isolation in one bucket, the mix of losses, and buckets each have tests
+
 STEPS = 4
 BUCKETS = {2: 5, 4: 5, 8: 6}  # slots by rank: full with the sixteen
 LANES = 24

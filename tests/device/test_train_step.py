@@ -180,9 +180,8 @@ def check_slope(it, spec, config, batch, grads, *, slot, seed, step=1e-2, rtol=3
     np.testing.assert_allclose(slope, expected, rtol=rtol)
 
 
-@pytest.mark.parametrize(
-    "name", ["tiny-qwen3", *(pytest.param(n, marks=pytest.mark.slow) for n in ("tiny-mistral", "tiny-qwen2"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tiny-qwen3", "tiny-mistral", "tiny-qwen2"])
 def test_every_family_has_the_loss_transformers_gives_and_its_slope(name):
     """Lanes of 64 tokens: two blocks of attention, two chunks of the head.  A window, biases, q/k norms."""
     source = HfSource(tiny_path(name))
@@ -358,6 +357,7 @@ def test_accumulating_twice_then_applying_is_one_step_of_both(it):
     assert all(g[:, :3].any() for g in jax.tree.leaves(slot_of(split.grads, 0)))  # slot 0 was not due: it goes on
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ways", [1, 2, 3, 6])
 def test_a_batch_split_over_lanes_or_steps_has_one_gradient(it, ways):
     """Six examples of different lengths, in one lane, in several, and in as many micro-batches."""

@@ -12,6 +12,7 @@ from train_world import (
     BASE_HASH,
     LANE_TOKENS,
     LANES,
+    SPEC,
     assert_same_bits,
     examples,
     host,
@@ -32,15 +33,16 @@ from jaxlora.model.mesh import make_mesh
 from train.trainer import Trainer
 
 ACTIONS = 200
-BUCKETS = {2: 3, 4: 2, 8: 2}  # slots by rank; more jobs than these wait in line
+BUCKETS = [  # more jobs than these wait in line
+    PoolSpec(slots=n, rank=rank, dtype="float32", targets=ALL_TARGETS) for rank, n in ((2, 3), (4, 2), (8, 2))
+]
 
 
 class Storm:
     """Jobs over one trainer, and what may happen to them."""
 
-    def __init__(self, folder, seed):
+    def __init__(self, folder, seed, buckets):
         self.random = random.Random(seed)
-        buckets = [PoolSpec(slots=n, rank=rank, dtype="float32", targets=ALL_TARGETS) for rank, n in BUCKETS.items()]
         self.trainer = Trainer(
             small_base(), make_mesh(), buckets, lanes=LANES, lane_tokens=LANE_TOKENS, base_hash=BASE_HASH
         )
@@ -140,9 +142,16 @@ def live_bytes():
     return sum(x.nbytes for x in jax.live_arrays())
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_storm_compiles_nothing_and_leaves_memory_flat(tmp_path, seed):
-    storm = Storm(tmp_path, seed)
+@pytest.mark.parametrize(
+    ("seed", "buckets"),
+    [
+        pytest.param(0, [SPEC], id="one bucket"),  # the programs of the other tests
+        pytest.param(0, BUCKETS, id="three buckets", marks=pytest.mark.slow),
+        pytest.param(1, BUCKETS, id="another draw", marks=pytest.mark.soak),
+    ],
+)
+def test_a_storm_compiles_nothing_and_leaves_memory_flat(tmp_path, seed, buckets):
+    storm = Storm(tmp_path, seed, buckets)
     kinds = [storm.join] * 3 + [storm.leave, storm.pause, storm.resume, storm.set_optimizer, storm.set_weight]
     kinds += [storm.evaluate, storm.export]
     done, states, before = Counter(), set(), live_bytes()

@@ -181,6 +181,7 @@ def test_a_step_reports_the_mean_loss_and_gradient_of_its_batch():
     assert trainer.tenants["a"].losses[-1] == report.loss
 
 
+@pytest.mark.slow
 def test_a_pool_without_the_head_trains_the_layers():
     spec = PoolSpec(slots=1, rank=4, dtype="float32", targets=LAYER_TARGETS)
     trainer = Trainer(small_base(), make_mesh(), [spec], lanes=1, lane_tokens=LANE_TOKENS, base_hash=BASE_HASH)

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import pytest
+from cpu_kind import this_cpu
 
 from jaxlora.model import compile_cache
 
+LOCK = Path(__file__).parents[2] / "uv.lock"
+
+
+def cache_folder() -> Path:
+    """Where the tests keep compiled programs between runs, a folder for each pair of locked packages and kind of CPU.
+
+    jax finds a program in it by what the program computes, so an edit of the code leaves all programs that it does not
+    change; but it does not ask for which CPU the machine code was made, and a home directory may move to another one.
+    """
+    key = hashlib.sha256(LOCK.read_bytes() + this_cpu().encode()).hexdigest()[:16]
+    return Path.home() / ".cache" / "jaxlora" / "tests" / key
+
+
+os.environ.setdefault("JAXLORA_CACHE", str(cache_folder()))  # also of the processes that tests start
 jax.config.update("jax_numpy_rank_promotion", "raise")
 compile_cache.enable(None)
 

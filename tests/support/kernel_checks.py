@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 # float32 has 24 bits.  The sums of these tests have at most a few hundred terms of size about 1, whose rounding errors
 # grow like the root of their number: some 1e-6.  Ten times that passes; a wrong index, mask or scale is off by 0.1.
@@ -17,6 +18,14 @@ F32 = {"rtol": 1e-5, "atol": 1e-5}
 # (h of LoRA, q and the weights of attention), so 3 * 2**-8 for sums without cancellation.
 # A sum in bfloat16 is off by far more: from 256 equal terms on it does not even grow.
 BF16 = {"rtol": 3 * 2**-8, "atol": 1e-6}
+
+
+def cases_of_a_body(cases: Mapping[str, object], *fast: str) -> list:
+    """Parameters of a test that interprets a kernel, which is slow: those named run by default, the rest with `-m slow`."""
+    return [
+        pytest.param(*(v if isinstance(v, tuple) else (v,)), id=name, marks=() if name in fast else pytest.mark.slow)
+        for name, v in cases.items()
+    ]
 
 
 def floats(rng: np.random.Generator, *shape: int) -> np.ndarray:

@@ -70,6 +70,7 @@ def trained(tmp_path_factory) -> Path:
     return folder / "out"
 
 
+@pytest.mark.slow
 def test_the_training_config_trains_both_tenants(trained):
     tenants = load(TRAIN, TrainConfig).tenant
     assert [t.name for t in tenants] == ["roman", "plural"]

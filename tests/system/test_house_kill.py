@@ -129,8 +129,9 @@ def ended(client, id: str) -> tuple[list[int], bytes, object]:
     return sorted(steps), weights(client, job.fine_tuned_model), job
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("kills", "seed"), [(1, 1), (6, 2)])
+@pytest.mark.parametrize(
+    ("kills", "seed"), [pytest.param(1, 1, marks=pytest.mark.slow), pytest.param(6, 2, marks=pytest.mark.soak)]
+)
 def test_a_job_ends_where_it_ends_undisturbed(tmp_path, kills, seed):
     _, wanted, _ = run(tmp_path / "undisturbed", 0, 0)
     steps, got, job = run(tmp_path / "killed", kills, seed)

@@ -216,6 +216,7 @@ def test_an_impossible_place_is_refused(monkeypatch, environment, told):
         multihost.join(2)
 
 
+@pytest.mark.slow
 def test_a_process_that_does_not_know_where_to_meet_is_refused(tmp_path):
     (printed,) = ended([start_one(write_job(tmp_path, 2, 1), 2, 1, {})], 2)
     assert "Set JAX_COORDINATOR_ADDRESS to host:port of process 0" in printed

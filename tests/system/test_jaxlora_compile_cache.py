@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from compiled import cache_folder
 
 from jaxlora.core.errors import ConfigInvalid
 from jaxlora.model import compile_cache
@@ -182,3 +183,15 @@ def test_a_second_process_reads_what_the_first_compiled(tmp_path):
     ]
     assert runs[0][0] == runs[0][1] != "0"
     assert runs[1] == [runs[0][0], "0"]
+
+
+def test_the_tests_keep_programs_for_each_lock_and_cpu(monkeypatch, tmp_path):
+    """Never those of another kind of CPU, which might not run there."""
+    here = cache_folder()
+    assert here == cache_folder()
+    monkeypatch.setattr("compiled.this_cpu", lambda: "another")
+    elsewhere = cache_folder()
+    (tmp_path / "uv.lock").write_text("other packages")
+    monkeypatch.setattr("compiled.LOCK", tmp_path / "uv.lock")
+    assert len({here, elsewhere, cache_folder()}) == 3
+    assert {here.parent, elsewhere.parent, cache_folder().parent} == {Path.home() / ".cache/jaxlora/tests"}

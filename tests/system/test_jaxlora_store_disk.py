@@ -192,7 +192,8 @@ while True:
 """
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [1, 3])
 def test_killed_while_saving_leaves_only_complete_versions(kills, tmp_path):
     """A process that saves without pause is killed; all that is listed loads, and nothing confirmed is lost."""
     confirmed: set[int] = set()

@@ -121,7 +121,8 @@ def test_a_server_that_ends_completes_what_is_open_and_takes_nothing_new(tmp_pat
     assert all("error" not in json.loads(e) for e in events[:-1])
 
 
-@pytest.mark.parametrize("by", ["time", pytest.param("second signal", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("by", ["time", "second signal"])
 def test_what_is_open_when_the_time_is_over_ends_with_an_error_event(tmp_path, by):
     with server(tmp_path, grace_s=1.0 if by == "time" else 600.0, step_s=1.0) as child:
         stream = Stream(child)

@@ -8,15 +8,16 @@ import re
 
 import openai
 import pytest
-from fake_house import serving
+from fake_backend import serving
 from serve_world import stream_greedy
 
 from serve.engine.grammar import llguidance_tokenizer
-from serve.runtime.device_thread import Runner
+from serve.runtime.device_thread import DeviceThread
 from serve.server.app import create_app
 from serve.server.gate import AppConfig
 
 pytest_plugins = ["smollm2_fixtures"]
+pytestmark = pytest.mark.slow  # by default `test_serve_http_real` and `test_serve_grammar`, with a tiny model
 BASE, TOKENS = "smollm2", 12
 PROMPTS = [
     "The capital of France is",
@@ -32,7 +33,7 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def url(smol_engine):
-    runner = Runner(smol_engine, base_name=BASE)
+    runner = DeviceThread(smol_engine, base_name=BASE)
     runner.start()
     try:
         with serving(create_app(runner, AppConfig(default_max_tokens=TOKENS))) as root:

@@ -199,7 +199,10 @@ def ended(process: subprocess.Popen) -> str:
 
 @pytest.mark.parametrize(
     ("kills", "steps"),
-    [pytest.param(2, 24, id="2 kills"), pytest.param(20, 200, id="20 kills", marks=pytest.mark.slow)],
+    [
+        pytest.param(2, 24, id="2 kills", marks=pytest.mark.slow),
+        pytest.param(20, 200, id="20 kills", marks=pytest.mark.soak),
+    ],
 )
 def test_kill_9_at_any_moment_changes_no_bit(tmp_path, kills, steps):
     """Each process lives until a checkpoint is written and then some random time, often amid the next one."""

@@ -204,5 +204,5 @@ class Slots(RuleBasedStateMachine):
             assert not count or slot in self.holder
 
 
-Slots.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+Slots.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
 TestSlots = Slots.TestCase

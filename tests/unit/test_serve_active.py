@@ -63,7 +63,7 @@ def check_bound(slots: int, adapters: int, quantum: int, pins: int) -> None:
 
 
 @given(slots=st.integers(1, 9), adapters=st.integers(1, 24), quantum=st.integers(1, 12), pins=st.integers(0, 3))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_no_adapter_waits_longer_than_the_bound(slots, adapters, quantum, pins):
     check_bound(slots, adapters, quantum, pins)
 

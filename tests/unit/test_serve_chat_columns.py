@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
@@ -30,7 +30,6 @@ def test_rows(text, width, rows):
 
 
 @given(text=TEXT, width=st.integers(2, 12))
-@settings(deadline=None)
 def test_every_row_fits_and_nothing_but_spaces_is_lost(text, width):
     rows = wrap(text, width)
     assert all(cell_len(row) <= width for row in rows)
@@ -38,7 +37,6 @@ def test_every_row_fits_and_nothing_but_spaces_is_lost(text, width):
 
 
 @given(pieces=st.lists(st.tuples(st.integers(0, 1), TEXT), max_size=8), width=st.integers(8, 30), data=st.data())
-@settings(deadline=None)
 def test_settled_rows_never_change_and_in_the_end_all_are(pieces, width, data):
     columns, printed = Columns(width), []
     for side, text in pieces:

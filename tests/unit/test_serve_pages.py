@@ -164,7 +164,7 @@ class PageMachine(RuleBasedStateMachine):
 
 
 TestPageMachine = PageMachine.TestCase
-TestPageMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestPageMachine.settings = settings(max_examples=60, stateful_step_count=40)
 
 
 def allocator_with(tokens, salt="s", pages=PAGES) -> PageAllocator:

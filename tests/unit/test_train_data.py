@@ -69,7 +69,7 @@ def test_stream_order_is_the_written_one():
     assert firsts(ExampleStream(numbered(6), seed=7).take(12)) == [4, 3, 2, 1, 0, 5, 1, 4, 3, 2, 5, 0]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(1, 9), st.integers(0, 2**62), st.lists(st.integers(1, 30), min_size=1, max_size=6))
 def test_stream_resumes_exactly_and_does_not_depend_on_the_takes(count, seed, takes):
     whole = firsts(ExampleStream(numbered(count), seed).take(sum(takes) + 20))
@@ -153,7 +153,7 @@ def test_fill_lane_puts_what_was_sampled_beside_its_target():
     assert not lane.pair_J.any()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(2, 17), max_size=30))
 def test_pack_keeps_every_example_whole(lengths):
     examples = [of_length(n, first=100 * i) for i, n in enumerate(lengths)]

@@ -122,7 +122,7 @@ def test_a_turn_is_renewed_unless_someone_had_less():
     assert queue.take(anyone) == "b0"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     counts=st.lists(st.integers(1, 40), min_size=2, max_size=6),
     slots=st.integers(1, 8),

@@ -306,7 +306,7 @@ def join(mixer, key, plan):
     return True
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.integers(1, 6), st.integers(0, 2), st.lists(plans, min_size=1, max_size=7), changes)
 def test_nothing_is_lost_and_nobody_waits_too_long(lanes, slack, starters, later):
     mixer = Mixer(lanes, LENGTH, slack)
@@ -349,7 +349,7 @@ def test_nothing_is_lost_and_nobody_waits_too_long(lanes, slack, starters, later
                 promise[key] = promised
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 5), st.lists(st.tuples(st.integers(1, LENGTH), st.floats(0.01, 100)), min_size=1, max_size=12))
 def test_tenants_of_one_lane_wait_at_most_tenants_over_lanes_plus_one(lanes, tenants):
     mixer = Mixer(lanes, LENGTH)
@@ -363,7 +363,7 @@ def test_tenants_of_one_lane_wait_at_most_tenants_over_lanes_plus_one(lanes, ten
         assert all(step + 1 - at <= math.ceil(len(tenants) / lanes) + 1 for at in last.values())
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(plans, min_size=1, max_size=6))
 def test_same_calls_same_batches(starters):
     def run():
