@@ -274,10 +274,10 @@ import sys
 sys.path[:0] = {paths!r}
 from pathlib import Path
 from store_world import put
-from jaxlora.blobs import Blobs
-from jaxlora.disk_copies import DiskCopies
-from jaxlora.remote_versions import RemoteVersions
-from jaxlora.store import AdapterStore
+from jaxlora.storage.object_store import Blobs
+from jaxlora.storage.disk_cache import DiskCopies
+from jaxlora.storage.remote_adapters import RemoteVersions
+from jaxlora.storage.adapter_store import AdapterStore
 remote = RemoteVersions(Blobs("file://" + sys.argv[2], timeout_s=20), DiskCopies(1))
 store = AdapterStore(Path(sys.argv[1]), host_bytes=0, remote=remote)
 while True:

@@ -257,6 +257,7 @@ def test_an_installed_version_is_not_read_from_the_store(world, engine, monkeypa
 def test_publishing_while_every_slot_is_in_use_takes_nobodys_slot(world, engine):
     requests = [ask(f"r{i}", world.adapters[i], 5, 20) for i in range(SLOTS)]
     late = world.add("late", seed=24)
+    with_resident(engine, *world.adapters[:SLOTS])
     installed = []
 
     def publish(count):

@@ -16,7 +16,7 @@ NUMBERS = itertools.count()
 
 
 @pytest.fixture(scope="session")
-def running(tmp_path_factory) -> Iterator[Shelf]:
+def adapters_server(tmp_path_factory) -> Iterator[Shelf]:
     with shelf_at(tmp_path_factory.mktemp("shelf")) as it:
         yield it
         settle(it.runner)
@@ -24,13 +24,13 @@ def running(tmp_path_factory) -> Iterator[Shelf]:
 
 
 @pytest.fixture
-def shelf(running) -> Iterator[Shelf]:
+def shelf(adapters_server) -> Iterator[Shelf]:
     """The server without adapters; nothing under way is left over."""
-    yield running
-    for ref in running.store.list(None):
-        running.service.delete(None, f"{ref.tenant}/{ref.name}")
-    running.quota.limits = LimitsSection()
-    assert list((running.service._staging).iterdir()) == []
+    yield adapters_server
+    for ref in adapters_server.store.list(None):
+        adapters_server.service.delete(None, f"{ref.tenant}/{ref.name}")
+    adapters_server.quota.limits = LimitsSection()
+    assert list((adapters_server.service._staging).iterdir()) == []
 
 
 @pytest.fixture

@@ -182,7 +182,7 @@ import sys
 sys.path[:0] = {paths!r}
 from pathlib import Path
 from store_world import put
-from jaxlora.store import AdapterStore
+from jaxlora.storage.adapter_store import AdapterStore
 store = AdapterStore(Path(sys.argv[1]), host_bytes=0)
 while True:
     ref = put(store).ref

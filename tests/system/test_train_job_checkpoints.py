@@ -161,8 +161,8 @@ def test_a_job_that_was_over_is_delivered_and_not_trained_on(tmp_path):
 
 
 def child(folder: Path, steps: int, *more: str) -> subprocess.Popen:
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    command = [sys.executable, "-u", str(ROOT / "tests" / "jobs_child.py"), str(folder), str(steps), *more]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])
+    command = [sys.executable, "-u", str(ROOT / "tests" / "support" / "jobs_child.py"), str(folder), str(steps), *more]
     env = os.environ | {"PYTHONPATH": path}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 
