@@ -5,6 +5,7 @@ What compiles is in `compiled` (tests/support).
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -43,3 +44,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_report_header(config: pytest.Config) -> str:
     perturbed = "; serving programs are perturbed" if config.getoption("--perturb-shapes") else ""
     return f"cpu: {this_cpu()}{perturbed}"
+
+
+def pytest_collection_finish() -> None:
+    """Leaves what is imported out of garbage collection: a worker's heap grows to gigabytes, and each pass visits it all."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)

@@ -24,6 +24,7 @@ pytest_plugins = ["serve_fixtures"]
 STEP = {"rtol": 1e-4, "atol": 1e-5}
 
 
+@pytest.mark.slow
 def test_engine_with_pallas_bodies(world):
     """Prefill and decode, five adapters and the base in one batch, the head adapted too."""
     requests = [ask(f"r{i}", a, max_tokens=3, logprobs=0) for i, a in enumerate([None, *world.adapters[:3]])]

@@ -129,6 +129,7 @@ def test_an_answer_stays_with_its_version_when_another_is_published_at_each_posi
         assert answers[request.id].tokens == world.greedy(request), at
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantum_s", [1000.0, 1e-9])
 def test_bfloat16_pages_change_no_more_than_their_rounding(world, quantum_s):
     """Preempted, saved and restored pages included.  Keys and values keep 8 bits, and these models' logits reach tens."""

@@ -41,7 +41,7 @@ BITS = all(SHAPE_INDEPENDENT[op]["cpu"]["xla"] for op in SERVING)
 # --- one request, in every program
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(scope="module", params=["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def world_of_dtype(world, request) -> Iterator[World]:
     """The world in either dtype: base, pool and KV."""
     if request.param == "float32":

@@ -96,6 +96,7 @@ class Crash(BaseException):
     """Ends a run where a killed process would."""
 
 
+@pytest.mark.slow
 def test_each_tenant_has_its_numbers_once_also_after_a_crash(job, monkeypatch):
     out, append = job.parent / "out", metrics.append
 

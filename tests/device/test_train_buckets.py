@@ -90,6 +90,7 @@ def test_buckets_that_do_not_go_together_are_refused(buckets):
         Trainer(small_base(), make_mesh(), buckets, lanes=2, lane_tokens=8, base_hash="")
 
 
+@pytest.mark.slow
 def test_evaluation_in_a_bucket_is_that_of_the_exported_adapter():
     """The same weights in one bucket of rank 8 predict the same."""
     trainer, wide = trainer_of(), trainer_of({8: 5})

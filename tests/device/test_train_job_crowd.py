@@ -43,7 +43,7 @@ def jain(shares: list[float]) -> float:
 
 @pytest.mark.parametrize(
     ("total", "quantum"),
-    [pytest.param(1000, None, marks=pytest.mark.soak), (200, 1)],
+    [pytest.param(1000, None, marks=pytest.mark.soak), pytest.param(200, 1, marks=pytest.mark.slow)],
     ids=["1000 jobs", "200 jobs in slices"],
 )
 def test_a_flood_of_jobs_finishes_and_shares_stay_equal(tmp_path, total, quantum):

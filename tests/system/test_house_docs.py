@@ -317,7 +317,6 @@ def test_links_resolve(page):
             assert not anchor or anchor in anchors(target.read_text()), link
 
 
-@pytest.mark.xfail(strict=True, reason="documents are written for folders that are being made; then this mark goes")
 def test_files_that_are_named_exist():
     tops = r"serve|train|jaxlora|pallas_kernels|deploy|benchmarks|configs|tests|docs|\.ci|\.github"
     named = {

@@ -46,7 +46,7 @@ def results(world, folder):
 @pytest.mark.parametrize(
     ("world", "mesh", "parts"),
     [
-        ("small", "2x2x2", [1, 2, 4]),
+        pytest.param("small", "2x2x2", [1, 2, 4], marks=pytest.mark.slow),
         pytest.param("uint8", "2x2x2", [1, 2, 4], marks=pytest.mark.slow),
         pytest.param("smollm2-cut", "1x2x3", [1, 2, 3, 6], marks=pytest.mark.slow),
         pytest.param("smollm2", "1x2x3", [1, 2, 3, 6], marks=pytest.mark.slow),

@@ -102,6 +102,7 @@ def test_an_adapter_that_calls_train_goes_on_with_its_moments(old):
     )
 
 
+@pytest.mark.slow
 def test_a_training_run_goes_on_from_its_checkpoint(tmp_path):
     folder = unpack(RUN, tmp_path)
     states = {p.name for p in (folder / "out/one/state").iterdir()}

