@@ -146,7 +146,7 @@ def live_bytes():
     ("seed", "buckets"),
     [
         pytest.param(0, [SPEC], id="one bucket", marks=pytest.mark.slow),  # the programs of the other tests
-        pytest.param(0, BUCKETS, id="three buckets", marks=pytest.mark.slow),
+        pytest.param(0, BUCKETS, id="three buckets", marks=pytest.mark.soak),
         pytest.param(1, BUCKETS, id="another draw", marks=pytest.mark.soak),
     ],
 )

@@ -49,7 +49,7 @@ def results(world, folder):
         pytest.param("small", "2x2x2", [1, 2, 4], marks=pytest.mark.slow),
         pytest.param("uint8", "2x2x2", [1, 2, 4], marks=pytest.mark.slow),
         pytest.param("smollm2-cut", "1x2x3", [1, 2, 3, 6], marks=pytest.mark.slow),
-        pytest.param("smollm2", "1x2x3", [1, 2, 3, 6], marks=pytest.mark.slow),
+        pytest.param("smollm2", "1x2x3", [1, 2, 3, 6], marks=pytest.mark.soak),
     ],
 )
 def test_training_and_decoding_on_a_mesh_are_those_of_one_device(tmp_path, world, mesh, parts):

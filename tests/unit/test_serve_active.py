@@ -25,7 +25,8 @@ def make(slots: int, quantum: float = 10.0, limit: int | None = None) -> ActiveS
 def step(active: ActiveSet, now: float, work: dict[AdapterRef, Work], slow: tuple[AdapterRef, ...] = ()) -> Exchange:
     """An exchange with all but the slow ones read, and every invariant checked."""
     before, pinned = dict(active.entered), set(active.pinned)
-    ready = [ref for ref in active.wanted(work, 8) if ref not in slow]
+    ahead = max(8, active.limit)  # with fewer than there are slots, reading would be what is waited for
+    ready = [ref for ref in active.wanted(work, ahead) if ref not in slow]
     result = active.exchange(now, work, ready)
     active.check()
     assert len(active.entered) <= max(active.limit, len(before))
@@ -71,8 +72,8 @@ def test_no_adapter_waits_longer_than_the_bound(slots, adapters, quantum, pins):
 @pytest.mark.slow
 @pytest.mark.parametrize("slots", range(1, 13))
 def test_no_adapter_waits_longer_than_the_bound_anywhere(slots):
-    """3,600 of them."""
-    for adapters in range(1, 61):
+    """1,200 of them."""
+    for adapters in range(slots % 3 + 1, 61, 3):
         for quantum in (1, 2, 5, 11, 30):
             check_bound(slots, adapters, quantum, pins=(adapters + quantum) % min(slots, 3))
 
