@@ -209,7 +209,7 @@ def interpreter(*command: str) -> str:
         "JAX_PLATFORMS": "cpu",
         "TRITON_INTERPRET": "1",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
+        "PYTHONPATH": os.pathsep.join(map(str, (Path(__file__).parents[2], TESTS, Path(__file__).parent))),
     }
     done = subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

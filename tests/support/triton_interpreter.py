@@ -1,6 +1,6 @@
 """A pytest plugin: every test that interprets a Pallas body runs the Triton body, in Triton's own interpreter, on the CPU.
 
-TRITON_INTERPRET=1 PYTHONPATH=tests/support python -m pytest -n 0 -p triton_interpreter tests/device/test_pallas_kernels_tpu_bodies.py
+TRITON_INTERPRET=1 PYTHONPATH=tests/support:tests/device python -m pytest -n 0 -p triton_interpreter tests/device/test_pallas_kernels_tpu_bodies.py
 
 What stands in for jax-triton hands the kernel the arguments, grid and constants that jax-triton would get, and outputs
 full of NaN.  What a compiler or a GPU does with the kernel is not seen here.
