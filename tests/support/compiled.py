@@ -22,7 +22,8 @@ def cache_folder() -> Path:
     jax finds a program in it by what the program computes, so an edit of the code leaves all programs that it does not
     change; but it does not ask for which CPU the machine code was made, and a home directory may move to another one.
     """
-    key = hashlib.sha256(LOCK.read_bytes() + this_cpu().encode()).hexdigest()[:16]
+    packages = LOCK if LOCK.exists() else LOCK.with_name("pyproject.toml")  # `uv run --isolated` writes no lock
+    key = hashlib.sha256(packages.read_bytes() + this_cpu().encode()).hexdigest()[:16]
     return Path.home() / ".cache" / "jaxlora" / "tests" / key
 
 
