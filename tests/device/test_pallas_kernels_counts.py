@@ -22,7 +22,8 @@ from pallas_kernels.gathered_lora.op import visits_by_slot
 from pallas_kernels.gathered_lora.xla_cpu import COLUMNS, FEWEST
 
 L, R, X, Y, LAYER = 2, 2, 6, 4, 1
-SLOTS = [64, *(pytest.param(n, marks=pytest.mark.slow) for n in (8, 512))]
+SLOTS = [8, 64, 512]
+by_slots = pytest.mark.parametrize("slots", [pytest.param(n, marks=() if n == 64 else pytest.mark.slow) for n in SLOTS])
 
 
 def case(slots: int, tokens: int = 12, features: int = X):
@@ -48,7 +49,7 @@ def expected(slot_T) -> tuple[set, int]:
 @pytest.mark.parametrize(
     "features", [X, pytest.param(FEWEST * COLUMNS, marks=pytest.mark.slow)], ids=["one product", "blocks"]
 )
-@pytest.mark.parametrize("slots", SLOTS)
+@by_slots
 def test_xla_reads_the_rows_of_active_tokens_only(slots, features, monkeypatch):
     """Once for every two tokens of an adapter; nobody else's are touched, base tokens read none."""
     args = case(slots, features=features)
@@ -70,7 +71,7 @@ def test_xla_reads_the_rows_of_active_tokens_only(slots, features, monkeypatch):
         assert sum(numbers for size, _, numbers in read if size == half) == visits * R * half
 
 
-@pytest.mark.parametrize("slots", SLOTS)
+@by_slots
 def test_pallas_fetches_each_adapter_once_and_visits_active_tokens(slots, monkeypatch):
     args = case(slots)
     real, calls = gathered_lora_tpu.pl.pallas_call, []
@@ -100,7 +101,7 @@ def test_pallas_fetches_each_adapter_once_and_visits_active_tokens(slots, monkey
 
 
 @pytest.mark.parametrize("features", [X, FEWEST * COLUMNS], ids=["one product", "blocks"])
-@pytest.mark.parametrize("slots", SLOTS)
+@by_slots
 def test_no_result_of_the_decode_program_has_a_slot_axis(slots, features):
     """On the CPU: rows are cut out of the pool, which is a parameter and stays one."""
     args = case(slots, features=features)
