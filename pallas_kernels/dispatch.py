@@ -76,7 +76,8 @@ _TPU: dict[str, bool | None] = {"pallas": None, "xla": None}
 SHAPE_INDEPENDENT: dict[str, dict[str, dict[str, bool | None]]] = {
     # With AVX-512 the products of few rows use other tiles than those of many.
     "product": {"cpu": {"xla": False}, "cuda": {"xla": None}, "tpu": {"xla": None}},
-    # One or two tokens at a time give the same bits, whatever their number.
+    # One or two tokens at a time with the same bits, whatever their number; measured on an x86 CPU with code for SSE4.2, AVX2
+    # and AVX-512 (`XLA_FLAGS=--xla_cpu_max_isa=...`), not on ARM.
     "gathered_lora": {"cpu": {"xla": True}, "cuda": _CUDA, "tpu": _TPU},
     # Equal in all tests on one kind of CPU: too little for a promise.
     "segmented_lora": {"cpu": {"xla": None}, "cuda": _CUDA, "tpu": _TPU},
