@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 from types import SimpleNamespace
 
@@ -63,6 +64,7 @@ def test_500_streams_at_once(rows, refused):
 
 @pytest.mark.slow
 def test_a_crowd_before_a_real_server_that_ends(capfd):
-    options = ["--rows", "32", "--grace-s", "1", "--signal-s", "1", "--tokens", "8"]
+    options = ["--rows", "16", "--waiting", "100", "--grace-s", "1", "--signal-s", "1", "--tokens", "8"]
     assert streams.main(["--model", str(tiny_path("tiny-llama-tied")), *options]) == 0, capfd.readouterr().out
-    assert "'refusals': 0" not in capfd.readouterr().out.split("SIGTERM")[0]
+    refusals = re.findall(r"'refusals': (\d+)", capfd.readouterr().out.split("SIGTERM")[0])
+    assert sum(map(int, refusals)) > 0
