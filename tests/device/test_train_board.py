@@ -38,7 +38,7 @@ def job(tmp_path) -> Path:
     path = tmp_path / "job.toml"
     path.write_text(f"""
 out = "out"
-lanes = 2
+lanes = 4
 lane_tokens = 96
 slots = 2
 max_rank = 16

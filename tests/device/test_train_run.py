@@ -45,9 +45,9 @@ def job(tmp_path):
     path.write_text(f"""
 out = "out"
 lanes = 4
-lane_tokens = 64
+lane_tokens = 96
 slots = 2
-max_rank = 4
+max_rank = 16
 steps = 6
 save_every = 2
 model = {{path = "{tiny_path("tiny-llama-tied")}", dtype = "float32"}}
@@ -291,7 +291,7 @@ OTHERS = [  # file, what is changed in it, what the refusal says
     ("job.toml", "alpha = 8.0", "alpha = 4.0", "another rank, alpha, targets, rslora or dropout;"),
     (
         "job.toml",
-        "max_rank = 4",
+        "max_rank = 16",
         "max_rank = 8",
         "another max_rank, other buckets, or lm_head in some tenant's targets;",
     ),

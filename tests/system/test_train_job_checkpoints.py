@@ -224,9 +224,9 @@ def test_kill_9_at_any_moment_changes_no_bit(tmp_path, kills, steps):
 
 def test_a_full_disk_pauses_jobs_keeps_the_last_checkpoint_and_changes_no_bit(tmp_path):
     """Files over a few bytes fail in the writing, inside the storage library, as on a full disk."""
-    output = ended(child(tmp_path / "full", 24, "full"))
+    output = ended(child(tmp_path / "full", 12, "full"))
     told = [line for line in output.splitlines() if "was not written" in line]
     assert told
     assert all("could not be written: File too large" in line for line in told), told
     assert "paused: its checkpoint was not written" in output
-    assert adapters(tmp_path / "full") == uninterrupted(24)
+    assert adapters(tmp_path / "full") == uninterrupted(12)
