@@ -321,7 +321,7 @@ def storm(world, engine) -> dict[str, Answer]:
     return answers
 
 
-@pytest.mark.parametrize(("quantum_s", "pages"), [(1000.0, 64), (1e-9, 24)])
+@pytest.mark.parametrize(("quantum_s", "pages"), [pytest.param(1000.0, 64, marks=pytest.mark.slow), (1e-9, 24)])
 def test_nothing_compiles_after_warm_up(world, quantum_s, pages):
     """With a short quantum and few pages adapters are exchanged and KV is saved and restored all the time."""
     # Shapes of its own, so that no other test of this process has compiled them.

@@ -31,7 +31,7 @@ from serve.server.gate import AppConfig
 from train.data.jsonl import load_jsonl
 
 BASE = "owner/tiny"
-LANE_TOKENS = 64
+LANE_TOKENS = 32
 
 
 def lines(count: int = 6, *, wrong: bool = False) -> str:

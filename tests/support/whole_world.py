@@ -38,7 +38,7 @@ def whole_config(folder: Path) -> ServeConfig:
         max_rank=6,
         kv_pages=8,
         data=folder / "data",
-        training=TrainingSection(slots=1, lanes=1, lane_tokens=32),
+        training=TrainingSection(slots=1, lanes=2, lane_tokens=32, max_rank=4),
     )
 
 
