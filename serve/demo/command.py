@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -19,8 +19,8 @@ from rich.live import Live
 from rich.table import Table
 
 from jaxlora.checkpoints.load import Opened, open_base
-from jaxlora.config.base import DEMO_MODEL, ONE_DEVICE, ModelSection
-from jaxlora.config.serving import ServeConfig, Tuning
+from jaxlora.config.base import DEMO_MODEL
+from jaxlora.config.serving import ServeConfig, serve_defaults
 from jaxlora.core.lora import AdapterRef, LoraSpec
 from jaxlora.model import compile_cache
 from jaxlora.model.lora_pool import PoolSpec
@@ -49,28 +49,18 @@ SPARE_TOKENS = 4  # an answer may be this much longer than the longest right one
 
 def demo_serve_config(port: int, adapters: Path) -> ServeConfig:
     """The demo's server: two versions of each tenant fit the device, 32 sequences run at once."""
-    return ServeConfig(
-        model=ModelSection(path=DEMO_MODEL, dtype="auto"),
-        mesh=ONE_DEVICE,
-        host="127.0.0.1",
+    return replace(
+        serve_defaults(DEMO_MODEL, adapters),
         port=port,
         slots=16,
         max_rank=RANK,
         rows=32,
-        kv_pages=128,
-        page_tokens=64,
-        prefill_lanes=8,
         prefill_tokens=24,  # a question of the demo fits one chunk
         default_max_tokens=64,
         max_waiting=4096,
         max_waiting_tokens=1_000_000,
-        max_request_s=3600.0,
         grace_s=10.0,
-        host_adapters_gb=2.0,
-        host_kv_gb=0.5,
-        adapters=adapters,
-        data=adapters.with_name("data"),
-        tuning=Tuning(quantum_ms=200.0),
+        training=None,
     )
 
 
