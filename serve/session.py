@@ -33,11 +33,10 @@ from jaxlora.peft.folder import export_peft
 from serve.access.caller import LOCAL_TENANT
 from serve.engine.request import Request, SamplingParams
 from serve.runtime.device_thread import DeviceThread
-from serve.runtime.live_training import LiveTraining, warm_up
+from serve.runtime.live_training import LiveTraining, small_trainer, warm_up
 from serve.server.build import make_runner, open_store, stop
 from train.data.examples import Unit
 from train.data.jsonl import load_jsonl, read_examples
-from train.step.microsteps import small_parts
 from train.trainer import Evaluation, StepReport, Tenant, Trainer
 
 DEFAULTS = Recipe()
@@ -99,15 +98,7 @@ class Session:
         with contextlib.ExitStack() as end:
             folder = end.enter_context(tempfile.TemporaryDirectory(prefix="jaxlora-")) if store is None else store
             opened = open_base(section, mesh)
-            trainer = Trainer(
-                opened.base,
-                opened.mesh,
-                [pool],
-                lanes=lanes,
-                lane_tokens=lane_tokens,
-                base_hash=opened.base_hash,
-                parts=small_parts(opened.mesh),
-            )
+            trainer = small_trainer(opened, pool, lanes=lanes, lane_tokens=lane_tokens)
             config = replace(serve_defaults(section.path, Path(folder)), slots=slots, max_rank=max_rank)
             shelf = open_store(config)
             end.callback(shelf.close)

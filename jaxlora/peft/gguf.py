@@ -61,9 +61,8 @@ def _tensors(config: ModelConfig, adapter: Adapter) -> dict[str, np.ndarray]:
         if rank == 0:
             continue
         a_LRX, b_LRY = adapter.weights[module.target]
-        rest = (
-            adapter.spec.scale(module.target, module.layer) * rank / adapter.spec.alpha
-        )  # 1 except for rsLoRA and exceptions
+        # 1 except for rsLoRA and exceptions.
+        rest = adapter.spec.scale(module.target, module.layer) * rank / adapter.spec.alpha
         b_YR = np.float32(rest) * b_LRY[module.layer, :rank].T
         name = TENSOR_NAMES["head" if module.target == HEAD_TARGET else module.target].format(module.layer)
         tensors[f"{name}.lora_a"] = a_LRX[module.layer, :rank]

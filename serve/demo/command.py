@@ -28,14 +28,13 @@ from jaxlora.peft.folder import export_peft
 from serve.demo.tasks import Task, constant_baseline, demo_tasks, nearest_baseline
 from serve.engine.request import Delta, Request, SamplingParams
 from serve.runtime.device_thread import DeviceThread
-from serve.runtime.live_training import LiveTraining, warm_up
+from serve.runtime.live_training import LiveTraining, small_trainer, warm_up
 from serve.server.build import make_runner, open_store, stop
 from serve.server.gate import AppConfig
 from serve.server.uvicorn import make_http
 from train.data.examples import Example
 from train.data.jsonl import chat_example
 from train.run.metrics import plot_losses
-from train.step.microsteps import small_parts
 from train.step.optimizer import Optimizer
 from train.trainer import Evaluation, StepReport, Trainer
 
@@ -261,15 +260,7 @@ def main(*, exit_after: bool, port: int, out: Path | None, seed: int) -> None:
         grace_s=config.grace_s,
     )
     pool_spec = PoolSpec(slots=len(demo_tasks(seed)), rank=RANK, dtype="float32")
-    trainer = Trainer(
-        opened.base,
-        opened.mesh,
-        [pool_spec],
-        lanes=LANES,
-        lane_tokens=LANE_TOKENS,
-        base_hash=opened.base_hash,
-        parts=small_parts(opened.mesh),
-    )
+    trainer = small_trainer(opened, pool_spec, lanes=LANES, lane_tokens=LANE_TOKENS)
     demo = Demo(opened, runner, trainer, demo_tasks(seed), seed)
     shapes = len(runner.engine.shapes())
     timed(console, f"compiling {shapes} serving programs in {opened.base.dtype.name}", runner.start)

@@ -12,9 +12,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from jaxlora.checkpoints.tokenizer import Tokenizer
 from jaxlora.core.errors import JaxLoraError
+from serve.api.openai.schemas import PromptPlace
 from serve.engine.request import Delta, FinishReason, PromptLogprob, Request, TokenLogprob
-from serve.runtime.backend import Backend, Tokenizer, TokenStream
+from serve.runtime.backend import Backend, TokenStream
 
 LOWEST_LOGPROB = -9999.0  # stands for minus infinity, which JSON does not have
 
@@ -93,16 +95,6 @@ class Entry:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Ranked:
-    """One token that could stand at a place of the prompt.  `rank`: 1 is the likeliest."""
-
-    token: int
-    text: str
-    logprob: float
-    rank: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class PromptView:
     """What an answer repeats of its prompt."""
 
@@ -120,7 +112,7 @@ class Piece:
     entries: tuple[Entry, ...]
     finish: FinishReason | None
     tokens: tuple[int, ...] = ()
-    prompt: tuple[tuple[Ranked, ...], ...] = ()  # of every prompt token but the first, itself first
+    prompt: tuple[PromptPlace, ...] = ()  # of every prompt token but the first, itself first
     prompt_tokens: tuple[int, ...] = ()  # with the first piece
 
 
@@ -164,7 +156,7 @@ class Choice:
             prompt_tokens=self._prompt.tokens if first else (),
         )
 
-    def _begin(self, delta: Delta) -> tuple[str, tuple[Entry, ...], tuple[tuple[Ranked, ...], ...]]:
+    def _begin(self, delta: Delta) -> tuple[str, tuple[Entry, ...], tuple[PromptPlace, ...]]:
         """(echoed text, its entries, the prompt's log-probabilities)."""
         self._begun = True
         view, scores = self._prompt, delta.prompt_logprobs
@@ -181,13 +173,13 @@ class Choice:
         entries += [self._entry(s, o, view.logprobs) for s, o in zip(scores, offsets[1:], strict=True)]
         return view.echo, tuple(entries), ranked
 
-    def _ranked(self, score: PromptLogprob, count: int) -> tuple[Ranked, ...]:
+    def _ranked(self, score: PromptLogprob, count: int) -> PromptPlace:
         own = (score.token, score.logprob, score.rank)
         best = [(t, p, i) for i, (t, p) in enumerate(score.top[:count], start=1) if t != score.token]
-        return tuple(
-            Ranked(token=t, text=self._tokenizer.token_text(t), logprob=clamp(p), rank=rank)
+        return {
+            str(t): {"logprob": clamp(p), "rank": rank, "decoded_token": self._tokenizer.token_text(t)}
             for t, p, rank in (own, *best)
-        )
+        }
 
     def _next_entry(self, logprob: TokenLogprob) -> Entry:
         entry = self._entry(logprob, self._decoded_chars, len(logprob.top))

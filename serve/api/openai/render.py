@@ -20,7 +20,6 @@ from serve.api.openai.schemas import (
     Heading,
     MadeCall,
     Model,
-    PromptLogprobs,
     Reason,
     TextChoiceFields,
     TextChunkChoice,
@@ -95,7 +94,7 @@ class ChatRenderer:
         if self.token_ids:
             answer["prompt_token_ids"] = list(choices[0][0].prompt_tokens)
         if self._prompt_logprobs:
-            answer["prompt_logprobs"] = ranked(choices[0])
+            answer["prompt_logprobs"] = [None, *choices[0][0].prompt]
         return answer
 
     def _choice(self, index: int, pieces: Sequence[Piece]) -> ChatChoice:
@@ -169,7 +168,7 @@ class CompletionRenderer:
             if pieces[0].prompt_tokens:
                 fields["prompt_token_ids"] = list(pieces[0].prompt_tokens)
         if self._prompt_logprobs:
-            fields["prompt_logprobs"] = ranked(pieces)
+            fields["prompt_logprobs"] = [None, *pieces[0].prompt]
         return fields
 
     def _lists(self, entries: Sequence[Entry]) -> TextLogprobs | None:
@@ -189,14 +188,6 @@ class CompletionRenderer:
 
 
 Renderer = ChatRenderer | CompletionRenderer
-
-
-def ranked(pieces: Sequence[Piece]) -> PromptLogprobs:
-    """prompt_logprobs as vLLM writes them: nothing for the first token, then for each an object by token id."""
-    out: PromptLogprobs = [None]
-    for place in pieces[0].prompt:
-        out.append({str(r.token): {"logprob": r.logprob, "rank": r.rank, "decoded_token": r.text} for r in place})
-    return out
 
 
 def entry_object(entry: Entry) -> TokenLogprob:

@@ -67,7 +67,8 @@ class PromptToken(Closed):
     decoded_token: str
 
 
-PromptLogprobs = list[dict[str, PromptToken] | None]
+PromptPlace = dict[str, PromptToken]  # the tokens that could stand there, by id
+PromptLogprobs = list[PromptPlace | None]  # as vLLM writes them: nothing for the first token
 
 
 class MadeFunction(Closed):
@@ -482,9 +483,8 @@ class ChatBody(SamplingBody):
     top_logprobs: Annotated[int | None, Field(ge=0, le=MAX_TOP_LOGPROBS)] = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    metadata: Annotated[dict[str, str] | None, Field(max_length=16), BeforeValidator(few_fields)] = (
-        None  # the client's own notes; change nothing
-    )
+    # The client's own notes; change nothing.
+    metadata: Annotated[dict[str, str] | None, Field(max_length=16), BeforeValidator(few_fields)] = None
     safety_identifier: Text | None = None  # as `user`
     store: Annotated[bool | None, Only((False,))] = None
 
