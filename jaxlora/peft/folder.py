@@ -16,7 +16,7 @@ import json
 import os
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
@@ -77,10 +77,6 @@ class ImportReport:
     notes: tuple[str, ...]  # messages for the owner
     base_verified: bool  # the file recorded the hash of this base
     base_name: str | None  # the base's name in the file
-
-    def to_json(self) -> dict[str, object]:
-        """Returns a JSON object of all fields."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
