@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from jaxlora.peft.folder import ModuleReport
 from serve.api.document import Closed, form_body
 from serve.http.pagination import Listed, PageQuery
 from serve.http.schema import Only, Strict, Text
@@ -82,19 +83,11 @@ class AdapterObject(Closed):
     pinned: bool
 
 
-class ModuleObject(Closed):
-    """One adapted module of an upload."""
-
-    module: str
-    rank: int
-    scale: float
-
-
 class ImportedObject(AdapterObject):
     """A version that came in, with what was read."""
 
     parameters: int
-    modules: list[ModuleObject]
+    modules: list[ModuleReport]
     base_verified: bool
     ignored: list[str]
     left_out: list[str]
