@@ -30,13 +30,9 @@ class StoredKeys:
 
     def counts(self) -> tuple[int, int]:
         """(all keys, revoked ones): whoever knows these two numbers knows whether any key has changed.  Raises Unavailable."""
-
-        def work(session: Session) -> tuple[int, int]:
-            asked = select(func.count(), func.count(KeyRecord.revoked_s)).select_from(KeyRecord)
-            every, revoked = session.execute(asked).one()
-            return every, revoked
-
-        return self._database.read(work)
+        asked = select(func.count(), func.count(KeyRecord.revoked_s)).select_from(KeyRecord)
+        every, revoked = self._database.read(lambda session: session.execute(asked).one())
+        return every, revoked
 
     def revoke(self, id: str, now_s: float) -> KeyRecord:
         """The key, revoked now or before.  Raises NotFound, Unavailable."""
