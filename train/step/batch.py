@@ -4,6 +4,7 @@ Shape letters: G lanes, J positions of a lane."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 import jax
@@ -56,21 +57,22 @@ KINDS = {"ratio_GJ": np.bool_} | dict.fromkeys(  # of a batch's arrays that are 
 
 def idle_batch(lanes: int, length: int) -> TrainBatch:
     """Returns a NumPy batch of idle lanes, which `put_lane` fills."""
-    batch = _zeros(TrainBatch, lanes, length)
+    batch = _zeros(TrainBatch, lanes, length, KINDS)
     batch.slot_G[:] = NO_ADAPTER
     return batch
 
 
 def idle_sums(lanes: int, length: int) -> LaneSums:
     """Returns the sums of idle lanes, in NumPy, which `put_sums` fills."""
-    return _zeros(LaneSums, lanes, length)
+    return _zeros(LaneSums, lanes, length, {})
 
 
-def _zeros[Arrays: TrainBatch | LaneSums](of: type[Arrays], lanes: int, length: int) -> Arrays:
-    """Returns zeros in NumPy, each field's shaped by its suffix."""
+def _zeros[Arrays: TrainBatch | LaneSums](
+    of: type[Arrays], lanes: int, length: int, kinds: Mapping[str, type]
+) -> Arrays:
+    """Returns zeros in NumPy, each field's shaped by its suffix; float32 where `kinds` names no other."""
     shapes = {"G": (lanes,), "GJ": (lanes, length), "GN": (lanes, 3)}
-    names = [f.name for f in fields(of)]
-    zeros = {name: np.zeros(shapes[name.rpartition("_")[2]], KINDS.get(name, np.float32)) for name in names}
+    zeros = {f.name: np.zeros(shapes[f.name.rpartition("_")[2]], kinds.get(f.name, np.float32)) for f in fields(of)}
     return of(**zeros)  # ty: ignore[invalid-argument-type]
 
 
