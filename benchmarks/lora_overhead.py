@@ -29,7 +29,7 @@ import numpy as np
 from jaxlora.checkpoints.load import open_base
 from jaxlora.config.base import DEMO_MODEL, ONE_DEVICE, ModelSection
 from jaxlora.model import compile_cache
-from jaxlora.model.decoder import Base, Lora, NoLora, TokenBatch, forward, head_weight
+from jaxlora.model.decoder import Base, Lora, TokenBatch, forward, head_weight
 from jaxlora.model.kv_cache import KVPages, empty_pages, paged_attend
 from jaxlora.model.lora_pool import LaneLora, LoraRows, PoolSpec, PromptLora, Rows, TokenLora, empty_pool
 from pallas_kernels.bench import run as bench
@@ -45,6 +45,16 @@ PREFILL, TRAIN = (8, 64), (8, 128)  # lanes, tokens
 PAGE, PAGES_EACH, FILLED = 64, 2, 64  # KV tokens a page, pages a sequence, tokens already there in decode
 STEPS = ("decode", "prefill", "training")
 DECODE_LIMIT, LANES_LIMIT = 2.5, 1.2
+
+
+class NoLora:
+    """Lora of the base model alone."""
+
+    per_layer: tuple[()] = ()
+
+    def deltas(self, layer: object, targets: tuple[str, ...], x_TX: jax.Array) -> tuple[None, ...]:
+        """Returns no deltas."""
+        return (None,) * len(targets)
 
 
 class Alternative:

@@ -101,22 +101,23 @@ def by_platform[*Args, Out](
     op: str,
     *args: *Args,
     xla: Callable[[*Args], Out],
-    pallas: Callable[[*Args, bool], Out] | None,
-    triton: Callable[[*Args], Out] | None,
+    pallas: Callable[[bool], Callable[[*Args], Out]] | None,
+    triton: Callable[[], Callable[[*Args], Out]] | None,
 ) -> Out:
     """Returns the result of the op's body for the platform on these arrays.
 
-    pallas: takes `interpret` besides.  A kernel is None where these shapes do not fit, where it does not support their
-    dtypes, or where it is not installed.  Raises NotImplementedError when lowered for a platform that the table lacks.
+    pallas, triton: make the body; Pallas' takes `interpret`.  One is None where these shapes do not fit, where it does not
+    support their dtypes, or where it is not installed.  Raises NotImplementedError when lowered for a platform that the
+    table lacks.
     """
     if _interpreted.value and pallas is not None:
-        return pallas(*args, True)
+        return pallas(True)(*args)
 
     body: dict[str, Callable[..., Out]] = {"xla": xla}
     if pallas is not None:
-        body["pallas"] = lambda *args: pallas(*args, False)
+        body["pallas"] = lambda *args: pallas(False)(*args)
     if triton is not None:
-        body["triton"] = triton
+        body["triton"] = lambda *args: triton()(*args)
     chosen = {platform: body.get(route.body, body[route.otherwise]) for platform, route in TABLE[op].items()}
     return lax.platform_dependent(*args, **chosen)
 

@@ -18,7 +18,6 @@ import time
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from jaxlora.checkpoints.load import Opened, open_base
@@ -33,11 +32,10 @@ from jaxlora.peft.folder import export_peft
 from serve.access.caller import LOCAL_TENANT
 from serve.engine.request import Request, SamplingParams
 from serve.runtime.device_thread import DeviceThread
-from serve.runtime.live_training import LiveTraining, warm_up
+from serve.runtime.live_training import LiveTraining, small_trainer, warm_up
 from serve.server.build import make_runner, open_store, stop
 from train.data.examples import Unit
 from train.data.jsonl import load_jsonl, read_examples
-from train.step.microsteps import small_parts
 from train.trainer import Evaluation, StepReport, Tenant, Trainer
 
 DEFAULTS = Recipe()
@@ -99,15 +97,7 @@ class Session:
         with contextlib.ExitStack() as end:
             folder = end.enter_context(tempfile.TemporaryDirectory(prefix="jaxlora-")) if store is None else store
             opened = open_base(section, mesh)
-            trainer = Trainer(
-                opened.base,
-                opened.mesh,
-                [pool],
-                lanes=lanes,
-                lane_tokens=lane_tokens,
-                base_hash=opened.base_hash,
-                parts=small_parts(opened.mesh),
-            )
+            trainer = small_trainer(opened, pool, lanes=lanes, lane_tokens=lane_tokens)
             config = replace(serve_defaults(section.path, Path(folder)), slots=slots, max_rank=max_rank)
             shelf = open_store(config)
             end.callback(shelf.close)
@@ -124,9 +114,7 @@ class Session:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     # ---- tenants --------------------------------------------------------------------------------------------------

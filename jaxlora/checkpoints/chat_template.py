@@ -123,13 +123,15 @@ class ChatTemplate:
         self,
         messages: Sequence[Turn],
         *,
-        add_generation_prompt: bool,
-        continue_final_message: bool,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         tools: Sequence[Turn] | None = None,
         variables: Mapping[str, Scalar] | None = None,
     ) -> str:
-        """Renders the conversation as text.  tools: JSON for the template.  variables: more that the template may read.
+        """Renders the conversation as text.
 
+        continue_final_message: leaves the last message open, so that the completion continues it.  tools: functions to
+        call, as JSON.  variables: more that the template may read.
         Raises InvalidRequest for messages the template refuses, and for a variable that the server sets.
         """
         plain, more = _check(messages), dict(variables or {})

@@ -8,11 +8,9 @@ import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from jaxlora.checkpoints.gguf import GgufSource
@@ -21,7 +19,6 @@ from jaxlora.checkpoints.tokenizer import Tokenizer
 from jaxlora.config.base import DEMO_MODEL, MeshSection, ModelSection
 from jaxlora.core.atomic_files import sha256_of
 from jaxlora.core.errors import ModelInvalid
-from jaxlora.core.model_config import ModelConfig
 from jaxlora.model.decoder import Base, load_base
 from jaxlora.model.mesh import make_mesh
 
@@ -39,17 +36,7 @@ TOKENIZER_FILES = (
 HUB_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES, "*.safetensors", "model.safetensors.index.json")
 
 
-class ModelSource(Protocol):
-    """A checkpoint on disk: the common interface of GgufSource and HfSource."""
-
-    config: ModelConfig
-
-    def read(self, name: str, layer: int | None) -> np.ndarray:
-        """Returns one array of parameters(), float32, without the layer axis."""
-        ...
-
-
-def open_model(path: Path) -> tuple[ModelSource, Tokenizer]:
+def open_model(path: Path) -> tuple[HfSource | GgufSource, Tokenizer]:
     """Opens a .gguf file or a Hugging Face directory; returns (checkpoint, tokenizer).  Raises ModelInvalid."""
     path = Path(path)
     source = open_source(path)

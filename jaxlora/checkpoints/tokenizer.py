@@ -137,30 +137,12 @@ class Tokenizer:
         """Returns `token_bytes` as text; a part of a character becomes U+FFFD."""
         return self.token_bytes(id).decode("utf-8", "replace")
 
-    def render(
-        self,
-        messages: Sequence[Turn],
-        *,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        tools: Sequence[Turn] | None = None,
-        variables: Mapping[str, Scalar] | None = None,
-    ) -> str:
-        """Returns the conversation as text in the format the base model was trained on.
-
-        continue_final_message: leaves the last message open, so that the completion continues it.  tools: functions to
-        call, as JSON.  variables: more that the template may read.
-        Raises InvalidRequest for messages the template refuses, and when the base model has no template.
-        """
+    @property
+    def template(self) -> ChatTemplate:
+        """Returns the format the base model was trained on.  Raises InvalidRequest when it has no template."""
         if self._template is None:
             raise InvalidRequest("the base model has no chat template; use text completions", param="messages")
-        return self._template.render(
-            messages,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            tools=tools,
-            variables=variables,
-        )
+        return self._template
 
     def chat(
         self,
@@ -171,8 +153,8 @@ class Tokenizer:
         tools: Sequence[Turn] | None = None,
         variables: Mapping[str, Scalar] | None = None,
     ) -> list[int]:
-        """Returns the token ids of `render`.  Special tokens inside a message are recognised, as in transformers."""
-        text = self.render(
+        """Returns the token ids of `template.render`.  Special tokens inside a message are recognised, as in transformers."""
+        text = self.template.render(
             messages,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,

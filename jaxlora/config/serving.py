@@ -186,9 +186,8 @@ class ServeConfig:
     hang_s: float = 4.0  # longest time of one device step before /health returns 503; more for a slow machine
     metrics_open: bool = False  # /metrics needs no key; else one of the role admin
     metrics_adapters: bool = False  # /metrics names the adapters in the slots, for routers that route by them
-    otel_endpoint: str | None = (
-        None  # of an OTLP collector (extra `otel`), such as http://127.0.0.1:4318; None: no traces
-    )
+    # Of an OTLP collector (extra `otel`), such as http://127.0.0.1:4318; None: no traces.
+    otel_endpoint: str | None = None
     load: tuple[AdapterSection, ...] = field(default=())
     lora_roots: tuple[TomlPath, ...] = ()  # folders from which admins may load PEFT folders over HTTP; none: no loading
 

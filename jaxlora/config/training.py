@@ -284,14 +284,12 @@ class TrainConfig:
     mesh: MeshSection = ONE_DEVICE
     out: TomlPath  # folder of runs: checkpoints, metrics, adapters
     lanes: int  # packed rows in one batch, each of one tenant
-    lane_tokens: (
-        int  # predictions in a lane: whole blocks of 32, or less than one; an example has at most one token more
-    )
+    # Predictions in a lane: whole blocks of 32, or less than one; an example has at most one token more.
+    lane_tokens: int
     slots: int  # adapters of up to max_rank on the device at once
     max_rank: int  # largest rank a slot holds
-    bucket: tuple[
-        BucketSection, ...
-    ] = ()  # more slots, for smaller ranks; a tenant gets one of the first bucket that its rank fits
+    # More slots, for smaller ranks; a tenant gets one of the first bucket that its rank fits.
+    bucket: tuple[BucketSection, ...] = ()
     steps: int  # optimizer steps of each tenant that does not set its own
     moments: MomentsDtype = "float32"  # dtype of the optimizer's moments
     remat: Remat = "products"  # what is saved of a layer for the gradient

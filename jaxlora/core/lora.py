@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
@@ -91,14 +91,8 @@ class LoraSpec:
 
     def to_json(self) -> dict[str, object]:
         """Returns a JSON object that `from_json` converts back into an equal spec."""
-        return {
-            "rank": self.rank,
-            "alpha": self.alpha,
-            "targets": list(self.targets),
-            "rslora": self.rslora,
-            "dropout": self.dropout,
-            "exceptions": [[e.target, e.layer, e.rank, e.alpha] for e in self.exceptions],
-        }
+        exceptions = [[e.target, e.layer, e.rank, e.alpha] for e in self.exceptions]
+        return asdict(self) | {"targets": list(self.targets), "exceptions": exceptions}
 
     @staticmethod
     def from_json(data: Mapping) -> LoraSpec:

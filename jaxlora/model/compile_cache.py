@@ -73,11 +73,6 @@ class CompileCounter:
     _exit: contextlib.ExitStack | None = None
 
     @property
-    def backend_compiles(self) -> int:
-        """Returns the number of programs XLA actually compiled."""
-        return self.compiles - self.disk_hits
-
-    @property
     def retraced(self) -> bool:
         """Returns whether anything was traced, lowered or compiled, which must not happen after warm-up."""
         return bool(self.traces or self.lowerings or self.compiles)

@@ -62,16 +62,6 @@ class Lora[Layer](Protocol):
         ...
 
 
-class NoLora:
-    """Lora of the base model alone."""
-
-    per_layer: tuple[()] = ()
-
-    def deltas(self, layer: object, targets: tuple[str, ...], x_TX: jax.Array) -> tuple[None, ...]:
-        """Returns no deltas."""
-        return (None,) * len(targets)
-
-
 class Attend[Cache](Protocol):
     """Attends over the new tokens and whatever the cache holds; returns the cache with the new keys and values."""
 

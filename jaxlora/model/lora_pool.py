@@ -100,10 +100,7 @@ class LoraLayout:
         return self._placement(lanes, None if x in lanes else x, None if y in lanes else y)
 
     def tokens(self, target: str) -> Placement | None:
-        """Returns the placement of tokens that read the pool in place; None on one device.
-
-        Parses what `to_json` returned.  Raises AdapterInvalid for impossible values, KeyError for a missing one.
-        """
+        """Returns the placement of tokens that read the pool in place; None on one device."""
         x, y = self._features(target)
         return self._placement(tuple(a for a in self._lanes() if a not in (x, y)), x, y)
 
@@ -206,15 +203,8 @@ def write_slot(pool: Rows, slot: jax.Array, rows: Rows) -> Rows:
             full = lax.dynamic_update_slice(full, part.astype(whole.dtype), (0,) * full.ndim)
         return lax.dynamic_update_index_in_dim(whole, full, slot, 1)
 
-    new = {}
-    for target, whole in pool.items():
-        part = rows.get(target)
-        new[target] = LoraRows(
-            a_LSRX=put(whole.a_LSRX, None if part is None else part.a_LSRX),
-            b_LSRY=put(whole.b_LSRY, None if part is None else part.b_LSRY),
-            scale_LS=put(whole.scale_LS, None if part is None else part.scale_LS),
-        )
-    return new
+    nothing = LoraRows(a_LSRX=None, b_LSRY=None, scale_LS=None)  # ty: ignore[invalid-argument-type]
+    return {target: jax.tree.map(put, whole, rows.get(target, nothing)) for target, whole in pool.items()}
 
 
 @jax.jit

@@ -14,7 +14,7 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -120,15 +120,7 @@ def unpack(archive: Path, folder: Path, limits: UploadLimits) -> tuple[str, ...]
     homes: dict[str, str] = {}  # file → the folder of the archive that holds it
     with archive.open("rb") as file:
         members = _members(file, limits)
-        while True:
-            try:
-                member = next(members, None)
-            except JaxLoraError:
-                raise
-            except (*DAMAGED, OSError) as error:
-                raise _damaged(error) from error
-            if member is None:
-                break
+        while (member := _unharmed(lambda: next(members, None))) is not None:
             home, _, last = _checked_path(member.name).rpartition("/")
             name = None if home.startswith(MAC_FOLDER) else file_name(last)
             if name is None:
@@ -145,8 +137,15 @@ def unpack(archive: Path, folder: Path, limits: UploadLimits) -> tuple[str, ...]
     return tuple(left_out)
 
 
-def _damaged(error: Exception) -> AdapterInvalid:
-    return AdapterInvalid(f"the archive is damaged or of an unusual kind ({type(error).__name__}); send {KINDS}")
+def _unharmed[T](read: Callable[[], T]) -> T:
+    """Returns what `read` reads of the archive.  Raises AdapterInvalid for whatever a damaged one causes."""
+    try:
+        return read()
+    except JaxLoraError:
+        raise
+    except (*DAMAGED, OSError) as error:
+        kind = type(error).__name__
+        raise AdapterInvalid(f"the archive is damaged or of an unusual kind ({kind}); send {KINDS}") from error
 
 
 def _too_large(name: str, limits: UploadLimits) -> AdapterInvalid:
@@ -157,15 +156,7 @@ def _copy(data: BinaryIO, path: Path, name: str, limits: UploadLimits) -> None:
     """Copies a member; raises AdapterInvalid when it is larger than its limit."""
     left = limits.of(name)
     with path.open("xb") as out:
-        while True:
-            try:
-                chunk = data.read(CHUNK_BYTES)
-            except JaxLoraError:
-                raise
-            except (*DAMAGED, OSError) as error:
-                raise _damaged(error) from error
-            if not chunk:
-                return
+        while chunk := _unharmed(lambda: data.read(CHUNK_BYTES)):
             left -= len(chunk)
             if left < 0:
                 raise _too_large(name, limits)

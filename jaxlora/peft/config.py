@@ -118,7 +118,6 @@ class PeftConfig:
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
     base_name: str | None
-    bias: str
     ignored: tuple[str, ...]  # fields that are set and have no effect on a loaded adapter
 
 
@@ -162,7 +161,6 @@ def read_config(raw: Mapping[str, object], reasons: Reasons) -> PeftConfig | Non
         rank_pattern=_pattern(raw.get("rank_pattern"), "rank_pattern", _rank, wrong),
         alpha_pattern=_pattern(raw.get("alpha_pattern"), "alpha_pattern", _alpha, wrong),
         base_name=base_name if isinstance(base_name, str) else None,
-        bias=str(raw.get("bias") or "none"),
         ignored=_ignored(raw, reasons),
     )
     reasons.extend(wrong)

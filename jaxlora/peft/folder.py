@@ -15,8 +15,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
@@ -77,10 +77,6 @@ class ImportReport:
     notes: tuple[str, ...]  # messages for the owner
     base_verified: bool  # the file recorded the hash of this base
     base_name: str | None  # the base's name in the file
-
-    def to_json(self) -> dict[str, object]:
-        """Returns a JSON object of all fields."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -373,19 +369,29 @@ def export_tensors(adapter: Adapter, config: ModelConfig, dtype: np.dtype) -> di
     Raises BaseMismatch when an array does not have this base's shape, AdapterInvalid when a value overflows `dtype`.
     """
     check_fits(adapter, config)
-    tensors = {}
+    return {
+        f"{PREFIX}{module.path}.lora_{half}.weight": held(value, dtype, f"lora_{half} of {module.path}")
+        for module, *halves in adapted(adapter, config)
+        for half, value in zip("AB", halves, strict=True)
+    }
+
+
+def adapted(adapter: Adapter, config: ModelConfig) -> Iterator[tuple[Module, np.ndarray, np.ndarray]]:
+    """Yields each adapted module with its A [R, X] and B [Y, R] of its true rank, in torch layout."""
     for module in linear_modules(config).values():
         rank, _ = adapter.spec.module(module.target, module.layer)
-        if rank == 0:
-            continue
-        a_LRX, b_LRY = adapter.weights[module.target]
-        for half, value in (("A", a_LRX[module.layer, :rank]), ("B", b_LRY[module.layer, :rank].T)):
-            with np.errstate(over="ignore"):
-                cast = np.ascontiguousarray(value.astype(dtype))
-            if not np.isfinite(cast).all():
-                raise AdapterInvalid(f"lora_{half} of {module.path} has values that {dtype.name} cannot hold")
-            tensors[f"{PREFIX}{module.path}.lora_{half}.weight"] = cast
-    return tensors
+        if rank:
+            a_LRX, b_LRY = adapter.weights[module.target]
+            yield module, a_LRX[module.layer, :rank], b_LRY[module.layer, :rank].T
+
+
+def held(value: np.ndarray, dtype: np.dtype, what: str) -> np.ndarray:
+    """Returns the contiguous value in `dtype`.  Raises AdapterInvalid, naming `what`, when it overflows."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        cast = np.ascontiguousarray(value.astype(dtype))
+    if not np.isfinite(cast).all():
+        raise AdapterInvalid(f"{what} has values that {dtype.name} cannot hold")
+    return cast
 
 
 def export_config(spec: LoraSpec, config: ModelConfig, base_name: str) -> dict[str, object]:

@@ -21,7 +21,7 @@ from jaxlora.checkpoints.gguf import TENSOR_NAMES, to_gguf_rows
 from jaxlora.core.errors import AdapterInvalid
 from jaxlora.core.lora import HEAD_TARGET, Adapter
 from jaxlora.core.model_config import ModelConfig
-from jaxlora.peft.targets import linear_modules
+from jaxlora.peft.folder import adapted, held
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 
@@ -42,11 +42,7 @@ def write_gguf_lora(path: Path, config: ModelConfig, adapter: Adapter, *, dtype:
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, adapter.spec.alpha)
     writer.add_name(str(adapter.ref))
     for name, value in _tensors(config, adapter).items():
-        with np.errstate(over="ignore"):
-            cast = np.ascontiguousarray(value.astype(dtype))
-        if not np.isfinite(cast).all():
-            raise AdapterInvalid(f"{name} has values that {dtype} cannot hold")
-        writer.add_tensor(name, cast)
+        writer.add_tensor(name, held(value, np.dtype(dtype), name))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -56,16 +52,10 @@ def write_gguf_lora(path: Path, config: ModelConfig, adapter: Adapter, *, dtype:
 def _tensors(config: ModelConfig, adapter: Adapter) -> dict[str, np.ndarray]:
     """Returns name → float32 tensor of its true rank."""
     tensors = {}
-    for module in linear_modules(config).values():
-        rank, _ = adapter.spec.module(module.target, module.layer)
-        if rank == 0:
-            continue
-        a_LRX, b_LRY = adapter.weights[module.target]
-        rest = (
-            adapter.spec.scale(module.target, module.layer) * rank / adapter.spec.alpha
-        )  # 1 except for rsLoRA and exceptions
-        b_YR = np.float32(rest) * b_LRY[module.layer, :rank].T
+    for module, a_RX, b_YR in adapted(adapter, config):
+        # 1 except for rsLoRA and exceptions.
+        rest = adapter.spec.scale(module.target, module.layer) * len(a_RX) / adapter.spec.alpha
         name = TENSOR_NAMES["head" if module.target == HEAD_TARGET else module.target].format(module.layer)
-        tensors[f"{name}.lora_a"] = a_LRX[module.layer, :rank]
-        tensors[f"{name}.lora_b"] = to_gguf_rows(config, module.target, b_YR)
+        tensors[f"{name}.lora_a"] = a_RX
+        tensors[f"{name}.lora_b"] = to_gguf_rows(config, module.target, np.float32(rest) * b_YR)
     return tensors

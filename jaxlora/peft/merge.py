@@ -26,9 +26,9 @@ from jaxlora.checkpoints.gguf import GgufSource
 from jaxlora.checkpoints.hf import FAMILIES, TENSOR_NAMES, HfSource, parse_config, read_json
 from jaxlora.checkpoints.load import TOKENIZER_FILES
 from jaxlora.checkpoints.tokenizer import Tokenizer
-from jaxlora.core.errors import AdapterInvalid
 from jaxlora.core.lora import HEAD_TARGET, Adapter
 from jaxlora.core.model_config import LINEARS, ModelConfig, parameters
+from jaxlora.peft.folder import held
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 SHARD_BYTES = 5 * 10**9
@@ -133,10 +133,7 @@ def _merged(source: HfSource | GgufSource, adapter: Adapter, stored: Stored, dty
         if scale := adapter.spec.scale(target, layer):
             a_LRX, b_LRY = adapter.weights[target]
             value = value + np.float32(scale) * (a_LRX[layer].T @ b_LRY[layer])
-        cast = np.ascontiguousarray((value.T if stored.name in LINEARS else value).astype(dtype))
-    if not np.isfinite(cast).all():
-        raise AdapterInvalid(f"{stored.key} with {adapter.ref} merged in has values that {dtype.name} cannot hold")
-    return cast
+    return held(value.T if stored.name in LINEARS else value, dtype, f"{stored.key} with {adapter.ref} merged in")
 
 
 def _own_settings(base: Path, config: ModelConfig) -> dict[str, object]:

@@ -129,7 +129,7 @@ def _flash_forward(q_GJNH, k_GJKH, v_GJKH, segment_GJ, window, block, placement)
     out_GJNH, lse = by_platform(
         "packed_attention",
         *args,
-        xla=functools.partial(_forward_xla, window, block, placement),
+        xla=_on_each(functools.partial(_blocks_forward, window, block), placement, "hhhr", "hl"),
         pallas=functools.partial(_forward_tpu, window, placement) if known_dtypes(*args[:3]) else None,
         triton=functools.partial(_forward_cuda, window, placement) if fits_cuda(*args[:3]) else None,
     )
@@ -142,7 +142,7 @@ def _flash_backward(window, block, placement, saved, d_GJNH):
         "packed_attention",
         *saved,
         d_GJNH,
-        xla=functools.partial(_backward_xla, window, block, placement),
+        xla=_on_each(functools.partial(_blocks_backward, window, block), placement, "hhhrhlh", "hhh"),
         pallas=functools.partial(_backward_tpu, window, placement) if known_dtypes(*saved[:3]) else None,
         triton=functools.partial(_backward_cuda, window, placement) if fits_cuda(*saved[:3]) else None,
     )
@@ -170,50 +170,36 @@ def _on_each(body: Callable[..., tuple], placement: Placement | None, ins: str, 
     return placement.on_each(body, tuple(spec[i] for i in ins), tuple(spec[o] for o in outs))
 
 
-def _forward_tpu(window: int | None, placement: Placement | None, *args) -> tuple[jax.Array, jax.Array]:
-    *arrays, interpret = args
-
+def _forward_tpu(window: int | None, placement: Placement | None, interpret: bool) -> Callable[..., tuple]:
     def body(q_GJNH, k_GJKH, v_GJKH, segment_GJ):
         out_GJNH, lse = attention_tpu.forward(q_GJNH, k_GJKH, v_GJKH, segment_GJ, window=window, interpret=interpret)
         return jnp.where((segment_GJ != 0)[:, :, None, None], out_GJNH, 0), lse
 
-    return _on_each(body, placement, "hhhr", "hl")(*arrays)
+    return _on_each(body, placement, "hhhr", "hl")
 
 
-def _backward_tpu(window: int | None, placement: Placement | None, *args) -> tuple[jax.Array, jax.Array, jax.Array]:
-    *arrays, interpret = args
-
+def _backward_tpu(window: int | None, placement: Placement | None, interpret: bool) -> Callable[..., tuple]:
     def body(q_GJNH, k_GJKH, v_GJKH, segment_GJ, out_GJNH, lse, d_GJNH):
         d_GJNH = jnp.where((segment_GJ != 0)[:, :, None, None], d_GJNH, 0)
         kept = q_GJNH, k_GJKH, v_GJKH, segment_GJ, out_GJNH, lse
         return attention_tpu.backward(*kept, d_GJNH, window=window, interpret=interpret)
 
-    return _on_each(body, placement, "hhhrhlh", "hhh")(*arrays)
+    return _on_each(body, placement, "hhhrhlh", "hhh")
 
 
-def _forward_cuda(window: int | None, placement: Placement | None, *arrays) -> tuple[jax.Array, jax.Array]:
+def _forward_cuda(window: int | None, placement: Placement | None) -> Callable[..., tuple]:
     from pallas_kernels.attention import triton as attention_cuda  # imports Triton
 
-    body = functools.partial(attention_cuda.forward, window=window)
-    return _on_each(body, placement, "hhhr", "hl")(*arrays)
+    return _on_each(functools.partial(attention_cuda.forward, window=window), placement, "hhhr", "hl")
 
 
-def _backward_cuda(window: int | None, placement: Placement | None, *arrays) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _backward_cuda(window: int | None, placement: Placement | None) -> Callable[..., tuple]:
     from pallas_kernels.attention import triton as attention_cuda  # imports Triton
 
-    body = functools.partial(attention_cuda.backward, window=window)
-    return _on_each(body, placement, "hhhrhlh", "hhh")(*arrays)
+    return _on_each(functools.partial(attention_cuda.backward, window=window), placement, "hhhrhlh", "hhh")
 
 
 # ---- XLA --------------------------------------------------------------------------------------------------------------
-
-
-def _forward_xla(window, block, placement, *arrays) -> tuple[jax.Array, jax.Array]:
-    return _on_each(functools.partial(_blocks_forward, window, block), placement, "hhhr", "hl")(*arrays)
-
-
-def _backward_xla(window, block, placement, *arrays) -> tuple[jax.Array, jax.Array, jax.Array]:
-    return _on_each(functools.partial(_blocks_backward, window, block), placement, "hhhrhlh", "hhh")(*arrays)
 
 
 def _blocks_forward(window, block, q_GJNH, k_GJKH, v_GJKH, segment_GJ):

@@ -9,6 +9,7 @@ H head, Z tokens per page, C pages per sequence.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -78,8 +79,6 @@ class Sizes:
 class Case:
     """One case, which is one line of the report."""
 
-    op: str
-    model: str
     shape: str
     bytes: int  # minimum memory traffic: each input once, each output once
     flops: int  # minimum computation
@@ -183,12 +182,11 @@ def gathered_cases(model: str, dtype: str, n: Sizes) -> Iterator[Case]:
         features, size = sum(x + y for y in ys), x_TX.dtype.itemsize
         moved = n.adapters * n.rank * features * size + n.rows * (x + sum(ys)) * size
         shape = f"{name}: {n.rows} rows, {n.adapters} adapters, rank {n.rank}"
-        yield Case(
-            op="gathered_lora", model=model, shape=shape, bytes=moved, flops=2 * n.rows * n.rank * features, forms=forms
-        )
+        yield Case(shape=shape, bytes=moved, flops=2 * n.rows * n.rank * features, forms=forms)
 
 
-def _segmented(model: str, dtype: str, n: Sizes, backward: bool) -> Iterator[Case]:
+def segmented_cases(model: str, dtype: str, n: Sizes, *, backward: bool) -> Iterator[Case]:
+    """Yields prefill and training cases, lanes of one adapter each: forward, or forward and backward."""
     draw = _Draw(dtype)
     slot_T = jnp.repeat(jnp.arange(n.lanes, dtype=jnp.int32), n.tokens)
 
@@ -219,24 +217,8 @@ def _segmented(model: str, dtype: str, n: Sizes, backward: bool) -> Iterator[Cas
         } | {f: (sums(_over_targets(g)), (x_TX, rows, slot_T, ct)) for f, g in SEGMENTED_ALTERNATIVES.items()}
         features, passes = sum(x + y for y in ys), 3 if backward else 1
         moved = _nbytes(x_TX, *ct, *(half for row in rows for half in row)) * (2 if backward else 1)
-        yield Case(
-            op="segmented_lora_grad" if backward else "segmented_lora",
-            model=model,
-            shape=f"{name}: {n.lanes} lanes x {n.tokens}, rank {n.rank}",
-            bytes=moved,
-            flops=2 * T * n.rank * features * passes,
-            forms=forms,
-        )
-
-
-def segmented_cases(model: str, dtype: str, n: Sizes) -> Iterator[Case]:
-    """Yields prefill and training forward cases: lanes of one adapter each."""
-    yield from _segmented(model, dtype, n, backward=False)
-
-
-def segmented_grad_cases(model: str, dtype: str, n: Sizes) -> Iterator[Case]:
-    """Yields training cases, forward and backward."""
-    yield from _segmented(model, dtype, n, backward=True)
+        shape = f"{name}: {n.lanes} lanes x {n.tokens}, rank {n.rank}"
+        yield Case(shape=shape, bytes=moved, flops=2 * T * n.rank * features * passes, forms=forms)
 
 
 def attention_cases(model: str, dtype: str, n: Sizes) -> Iterator[Case]:
@@ -252,8 +234,6 @@ def attention_cases(model: str, dtype: str, n: Sizes) -> Iterator[Case]:
         "all scores": (lambda *a: packed_attention_reference(*a, window=None), (q, k, v, segment_GJ)),
     }
     yield Case(
-        op="attention",
-        model=model,
         shape=f"{n.lanes} lanes x {n.tokens}",
         bytes=_nbytes(q, q, k, v),
         flops=2 * n.lanes * n.tokens**2 * m.heads * m.head,  # two products over half of the pairs
@@ -276,8 +256,6 @@ def paged_cases(model: str, dtype: str, n: Sizes) -> Iterator[Case]:
         "gather pages": (lambda *a: paged_attention_reference(*a, window=None), args),
     }
     yield Case(
-        op="paged_attention",
-        model=model,
         shape=f"{n.rows} rows, {n.context} tokens of context",
         bytes=_nbytes(q, q) + 2 * n.rows * n.context * m.kv_heads * m.head * q.dtype.itemsize,
         flops=4 * n.rows * n.context * m.heads * m.head,
@@ -285,29 +263,36 @@ def paged_cases(model: str, dtype: str, n: Sizes) -> Iterator[Case]:
     )
 
 
+class _Loss:
+    """Arrays of a loss case, and the op and its reference over them: (x, head, LoRA of the head) → what the op returns."""
+
+    def __init__(self, model: str, dtype: str, n: Sizes):
+        m = self.model = MODELS[model]
+        self.draw = draw = _Draw(dtype)
+        self.x_GJD, self.head_DV = draw(n.lanes, n.tokens, m.d), draw(m.d, m.vocab)
+        self.target_GJK = jnp.asarray(draw.rng.integers(0, m.vocab, (n.lanes, n.tokens, 1)), jnp.int32)
+        self.wanted_GJ = jnp.ones((n.lanes, n.tokens), bool)
+        self.chunk = next(c for c in (32, 16, 8, 4, 2, 1) if n.tokens % c == 0)
+
+    def ours(self, x, w, lora) -> tuple[jax.Array, jax.Array]:
+        return target_logprob(x, w, w.T, self.target_GJK, self.wanted_GJ, lora, chunk=self.chunk, tied=False)
+
+    def all_logits(self, x, w, lora) -> tuple[jax.Array, jax.Array]:
+        return target_logprob_reference(x, w, self.target_GJK, self.wanted_GJ, lora)
+
+
 def loss_cases(model: str, dtype: str, n: Sizes) -> Iterator[Case]:
     """Yields forward cases: log-probabilities of every token's target.  The base product is the head's."""
-    m, draw = MODELS[model], _Draw(dtype)
-    x_GJD, head_DV = draw(n.lanes, n.tokens, m.d), draw(m.d, m.vocab)
-    target_GJK = jnp.asarray(draw.rng.integers(0, m.vocab, (n.lanes, n.tokens, 1)), jnp.int32)
-    wanted_GJ = jnp.ones((n.lanes, n.tokens), bool)
-    chunk = next(c for c in (32, 16, 8, 4, 2, 1) if n.tokens % c == 0)
+    of = _Loss(model, dtype, n)
+    m, args = of.model, (of.x_GJD, of.head_DV, None)
     forms = {
-        "ours": (
-            lambda x, w, t, on: target_logprob(x, w, w.T, t, on, None, chunk=chunk, tied=False),
-            (x_GJD, head_DV, target_GJK, wanted_GJ),
-        ),
-        "base": (_products, (x_GJD.reshape(-1, m.d), [head_DV])),
-        "all logits": (
-            lambda x, w, t, on: target_logprob_reference(x, w, t, on, None),
-            (x_GJD, head_DV, target_GJK, wanted_GJ),
-        ),
+        "ours": (of.ours, args),
+        "base": (_products, (of.x_GJD.reshape(-1, m.d), [of.head_DV])),
+        "all logits": (of.all_logits, args),
     }
     yield Case(
-        op="target_logprob",
-        model=model,
         shape=f"{n.lanes} lanes x {n.tokens}, {m.vocab} words",
-        bytes=_nbytes(x_GJD, head_DV, target_GJK),
+        bytes=_nbytes(of.x_GJD, of.head_DV, of.target_GJK),
         flops=2 * n.lanes * n.tokens * m.d * m.vocab,
         forms=forms,
     )
@@ -315,13 +300,10 @@ def loss_cases(model: str, dtype: str, n: Sizes) -> Iterator[Case]:
 
 def loss_grad_cases(model: str, dtype: str, n: Sizes) -> Iterator[Case]:
     """Yields the same, forward and backward, with LoRA on the head.  The base product is the head's, in both."""
-    m, draw = MODELS[model], _Draw(dtype)
-    x_GJD, head_DV = draw(n.lanes, n.tokens, m.d), draw(m.d, m.vocab)
-    halves = draw(n.lanes, n.rank, m.d, dtype="float32"), draw(n.lanes, n.rank, m.vocab, dtype="float32")
-    scale_G = jnp.ones(n.lanes)
-    target_GJK = jnp.asarray(draw.rng.integers(0, m.vocab, (n.lanes, n.tokens, 1)), jnp.int32)
-    wanted_GJ = jnp.ones((n.lanes, n.tokens), bool)
-    chunk = next(c for c in (32, 16, 8, 4, 2, 1) if n.tokens % c == 0)
+    of = _Loss(model, dtype, n)
+    m, tokens = of.model, n.lanes * n.tokens
+    halves = tuple(of.draw(n.lanes, n.rank, features, dtype="float32") for features in (m.d, m.vocab))
+    args, scale_G = (of.x_GJD, of.head_DV, halves), jnp.ones(n.lanes)
 
     def gradient(op: Callable) -> Callable:
         def run(x, w, halves) -> tuple:
@@ -329,23 +311,14 @@ def loss_grad_cases(model: str, dtype: str, n: Sizes) -> Iterator[Case]:
 
         return run
 
-    def ours(x, w, lora) -> tuple[jax.Array, jax.Array]:
-        return target_logprob(x, w, w.T, target_GJK, wanted_GJ, lora, chunk=chunk, tied=False)
-
-    def all_logits(x, w, lora) -> tuple[jax.Array, jax.Array]:
-        return target_logprob_reference(x, w, target_GJK, wanted_GJ, lora)
-
-    tokens, args = n.lanes * n.tokens, (x_GJD, head_DV, halves)
     forms = {
-        "ours": (gradient(ours), args),
-        "base": (lambda x, w: (x @ w) @ w.T, (x_GJD.reshape(-1, m.d), head_DV)),
-        "all logits": (gradient(all_logits), args),
+        "ours": (gradient(of.ours), args),
+        "base": (lambda x, w: (x @ w) @ w.T, (of.x_GJD.reshape(-1, m.d), of.head_DV)),
+        "all logits": (gradient(of.all_logits), args),
     }
     yield Case(
-        op="target_logprob_grad",
-        model=model,
         shape=f"{n.lanes} lanes x {n.tokens}, {m.vocab} words, rank {n.rank}",
-        bytes=_nbytes(x_GJD, x_GJD, head_DV, target_GJK, *halves, *halves),
+        bytes=_nbytes(of.x_GJD, of.x_GJD, of.head_DV, of.target_GJK, *halves, *halves),
         flops=4 * tokens * m.d * m.vocab + 6 * tokens * n.rank * (m.d + m.vocab),
         forms=forms,
     )
@@ -353,8 +326,8 @@ def loss_grad_cases(model: str, dtype: str, n: Sizes) -> Iterator[Case]:
 
 OPS: dict[str, Callable[[str, str, Sizes], Iterator[Case]]] = {
     "gathered_lora": gathered_cases,
-    "segmented_lora": segmented_cases,
-    "segmented_lora_grad": segmented_grad_cases,
+    "segmented_lora": functools.partial(segmented_cases, backward=False),
+    "segmented_lora_grad": functools.partial(segmented_cases, backward=True),
     "attention": attention_cases,
     "paged_attention": paged_cases,
     "target_logprob": loss_cases,

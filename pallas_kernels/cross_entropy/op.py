@@ -15,7 +15,7 @@ Shape letters: G lanes, J tokens of a lane, K targets of a token, D model, V voc
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -96,31 +96,34 @@ def _packed(form: _Form, x_GJD, lora: HeadLora | None, head_DV, back_VD, target_
 
 
 def _forward(form, *args):
-    logprob_GJK, hit_GJK, lse_GJ = by_platform(
-        "target_logprob",
-        *args,
-        xla=functools.partial(_forward_xla, form),
-        pallas=functools.partial(_forward_tpu, form) if _fits_tpu(form, *args) else None,
-        triton=functools.partial(_forward_cuda, form) if _fits_cuda(form, *args) else None,
-    )
+    logprob_GJK, hit_GJK, lse_GJ = _dispatched(form, _forward_xla, _forward_kernels, args)
     return (logprob_GJK, hit_GJK), (*args, lse_GJ)
 
 
 def _backward(form, saved, cotangent):
-    *args, _ = saved
-    dx_GJD, dlora = by_platform(
-        "target_logprob",
-        *saved,
-        cotangent[0],
-        xla=functools.partial(_backward_xla, form),
-        pallas=functools.partial(_backward_tpu, form) if _fits_tpu(form, *args) else None,
-        triton=functools.partial(_backward_cuda, form) if _fits_cuda(form, *args) else None,
-    )
+    *args, lse_GJ = saved
+    dx_GJD, dlora = _dispatched(form, _backward_xla, _backward_kernels, args, lse_GJ, cotangent[0])
     _, _, head_DV, back_VD, _, _ = args
     return dx_GJD, dlora, jnp.zeros_like(head_DV), jnp.zeros_like(back_VD), None, None
 
 
 _packed.defvjp(_forward, _backward)
+
+
+def _dispatched(form: _Form, xla: Callable[..., tuple], run: Callable[..., tuple], args: Sequence, *more) -> tuple:
+    """Runs the XLA body, or `_forward_kernels` or `_backward_kernels` with the platform's kernels."""
+    by_word = cross_entropy_tpu.by_word(form.tied, args[0].shape[2])
+
+    def placed(kernels: CrossEntropyKernels) -> Callable[..., tuple]:
+        return functools.partial(run, kernels, form.placement)
+
+    return by_platform(
+        "target_logprob",
+        *(*args, *more),
+        xla=functools.partial(xla, form),
+        pallas=(lambda interpret: placed(_tpu(by_word, interpret))) if _fits_tpu(form, *args) else None,
+        triton=(lambda: placed(_cuda(form.tied))) if _fits_cuda(form, *args) else None,
+    )
 
 
 # ---- XLA --------------------------------------------------------------------------------------------------------------
@@ -212,26 +215,6 @@ def _cuda(by_word: bool) -> CrossEntropyKernels:
         forward=functools.partial(cuda.forward, by_word=by_word),
         backward=functools.partial(cuda.backward, by_word=by_word),
     )
-
-
-def _forward_tpu(form, x_GJD, *args):
-    *arrays, interpret = args
-    kernels = _tpu(cross_entropy_tpu.by_word(form.tied, x_GJD.shape[2]), interpret)
-    return _forward_kernels(kernels, form.placement, x_GJD, *arrays)
-
-
-def _backward_tpu(form, x_GJD, *args):
-    *arrays, interpret = args
-    kernels = _tpu(cross_entropy_tpu.by_word(form.tied, x_GJD.shape[2]), interpret)
-    return _backward_kernels(kernels, form.placement, x_GJD, *arrays)
-
-
-def _forward_cuda(form, *arrays):
-    return _forward_kernels(_cuda(form.tied), form.placement, *arrays)
-
-
-def _backward_cuda(form, *arrays):
-    return _backward_kernels(_cuda(form.tied), form.placement, *arrays)
 
 
 def _fits_tpu(form: _Form, x_GJD, lora, head_DV, back_VD, target_GJK, count_G) -> bool:

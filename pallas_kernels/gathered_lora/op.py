@@ -102,11 +102,17 @@ def _gathered(
     part = args if placement is None else placement.local(_specs(placement, len(rows)), args)
     halves = [half for a, b, _ in rows for half in (a, b)]
     known = known_dtypes(x_TX, *halves)
-    pallas = functools.partial(_visited_tpu, placement) if known and gathered_lora_tpu.fits(*part[:2]) else None
-    triton = functools.partial(_visited_cuda, placement) if known and _fits_cuda(*part[:2]) else None
 
-    plain = functools.partial(_visited, GatheredKernels(both=xla.both, shrink=xla.shrink, expand=xla.expand), placement)
-    return by_platform("gathered_lora", *args, xla=plain, pallas=pallas, triton=triton)
+    def run(kernels: GatheredKernels) -> Callable[..., tuple[jax.Array, ...]]:
+        return functools.partial(_visited, kernels, placement)
+
+    return by_platform(
+        "gathered_lora",
+        *args,
+        xla=run(GatheredKernels(both=xla.both, shrink=xla.shrink, expand=xla.expand)),
+        pallas=(lambda interpret: run(_tpu(interpret))) if known and gathered_lora_tpu.fits(*part[:2]) else None,
+        triton=(lambda: run(_cuda())) if known and _fits_cuda(*part[:2]) else None,
+    )
 
 
 def _forward(placement, *args):
@@ -156,20 +162,16 @@ class GatheredKernels:
     expand: Callable[..., list[jax.Array]]
 
 
-def _visited_tpu(placement, x_TX, rows, layer, slot_T, visits, interpret: bool) -> tuple[jax.Array, ...]:
-    kernels = GatheredKernels(
-        both=functools.partial(gathered_lora_tpu.both, interpret=interpret),
-        shrink=functools.partial(gathered_lora_tpu.shrink, interpret=interpret),
-        expand=functools.partial(gathered_lora_tpu.expand, interpret=interpret),
-    )
-    return _visited(kernels, placement, x_TX, rows, layer, slot_T, visits)
+def _tpu(interpret: bool) -> GatheredKernels:
+    tpu = gathered_lora_tpu
+    both, shrink, expand = (functools.partial(half, interpret=interpret) for half in (tpu.both, tpu.shrink, tpu.expand))
+    return GatheredKernels(both=both, shrink=shrink, expand=expand)
 
 
-def _visited_cuda(placement, x_TX, rows, layer, slot_T, visits) -> tuple[jax.Array, ...]:
+def _cuda() -> GatheredKernels:
     from pallas_kernels.gathered_lora import triton as cuda  # imports Triton
 
-    kernels = GatheredKernels(both=cuda.both, shrink=cuda.shrink, expand=cuda.expand)
-    return _visited(kernels, placement, x_TX, rows, layer, slot_T, visits)
+    return GatheredKernels(both=cuda.both, shrink=cuda.shrink, expand=cuda.expand)
 
 
 def _fits_cuda(x_TX: jax.Array, rows: tuple[TargetRows, ...]) -> bool:

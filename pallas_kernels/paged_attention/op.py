@@ -90,16 +90,15 @@ def _fits_tpu(placement: Placement | None, *args: jax.Array) -> bool:
     return known_dtypes(q, k) and paged_attention_tpu.cut(q, k, page) is not None
 
 
-def _attend_tpu(window: int | None, placement: Placement | None, *args) -> jax.Array:
-    *arrays, interpret = args
+def _attend_tpu(window: int | None, placement: Placement | None, interpret: bool) -> Callable[..., jax.Array]:
     attend = functools.partial(paged_attention_tpu.attend, window=window, interpret=interpret)
-    return _attend_kernel(attend, placement, *arrays)
+    return functools.partial(_attend_kernel, attend, placement)
 
 
-def _attend_cuda(window: int | None, placement: Placement | None, *arrays: jax.Array) -> jax.Array:
+def _attend_cuda(window: int | None, placement: Placement | None) -> Callable[..., jax.Array]:
     from pallas_kernels.paged_attention import triton as paged_attention_cuda  # imports Triton
 
-    return _attend_kernel(functools.partial(paged_attention_cuda.attend, window=window), placement, *arrays)
+    return functools.partial(_attend_kernel, functools.partial(paged_attention_cuda.attend, window=window), placement)
 
 
 def _attend_kernel(attend: Callable[..., jax.Array], placement: Placement | None, *arrays: jax.Array) -> jax.Array:

@@ -60,30 +60,30 @@ def _segmented(placement: Placement | None, x_GJX: jax.Array, rows: tuple[LaneRo
 
 
 def _forward(placement, x_GJX, rows):
-    y_GJY, h_GJR = by_platform(
-        "segmented_lora",
-        x_GJX,
-        rows,
-        xla=functools.partial(_forward_kernels, _xla(), None),
-        pallas=functools.partial(_forward_tpu, placement) if _fits_tpu(placement, x_GJX, rows) else None,
-        triton=functools.partial(_forward_cuda, placement) if _fits_cuda(x_GJX, rows) else None,
-    )
+    y_GJY, h_GJR = _dispatched(_forward_kernels, placement, x_GJX, rows)
     return y_GJY, (x_GJX, rows, h_GJR)
 
 
 def _backward(placement, saved, dy_GJY):
-    x_GJX, rows, _ = saved
-    return by_platform(
-        "segmented_lora",
-        *saved,
-        dy_GJY,
-        xla=functools.partial(_backward_kernels, _xla(), None),
-        pallas=functools.partial(_backward_tpu, placement) if _fits_tpu(placement, x_GJX, rows) else None,
-        triton=functools.partial(_backward_cuda, placement) if _fits_cuda(x_GJX, rows) else None,
-    )
+    return _dispatched(_backward_kernels, placement, *saved, dy_GJY)
 
 
 _segmented.defvjp(_forward, _backward)
+
+
+def _dispatched(run: Callable[..., tuple], placement: Placement | None, x_GJX, rows, *more) -> tuple:
+    """Runs `_forward_kernels` or `_backward_kernels` with the platform's kernels."""
+
+    def placed(kernels: SegmentedKernels) -> Callable[..., tuple]:
+        return functools.partial(run, kernels, placement)
+
+    return by_platform(
+        "segmented_lora",
+        *(x_GJX, rows, *more),
+        xla=functools.partial(run, _xla(), None),
+        pallas=(lambda interpret: placed(_tpu(interpret))) if _fits_tpu(placement, x_GJX, rows) else None,
+        triton=(lambda: placed(_cuda())) if _fits_cuda(x_GJX, rows) else None,
+    )
 
 
 def _specs(placement: Placement, targets: int) -> tuple:
@@ -189,22 +189,6 @@ def _cuda() -> SegmentedKernels:
     from pallas_kernels.segmented_lora import triton as cuda  # imports Triton
 
     return SegmentedKernels(forward=cuda.forward, expand_back=cuda.expand_back, shrink_back=cuda.shrink_back)
-
-
-def _forward_tpu(placement, x_GJX, rows, interpret: bool):
-    return _forward_kernels(_tpu(interpret), placement, x_GJX, rows)
-
-
-def _forward_cuda(placement, x_GJX, rows):
-    return _forward_kernels(_cuda(), placement, x_GJX, rows)
-
-
-def _backward_tpu(placement, x_GJX, rows, h_GJR, dy_GJY, interpret: bool):
-    return _backward_kernels(_tpu(interpret), placement, x_GJX, rows, h_GJR, dy_GJY)
-
-
-def _backward_cuda(placement, x_GJX, rows, h_GJR, dy_GJY):
-    return _backward_kernels(_cuda(), placement, x_GJX, rows, h_GJR, dy_GJY)
 
 
 def _forward_kernels(kernels: SegmentedKernels, placement: Placement | None, x_GJX, rows):

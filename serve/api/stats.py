@@ -3,49 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Literal, TypedDict
+from typing import Literal, get_type_hints
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import with_config
+from pydantic import create_model
 
 from serve.access.caller import caller_of
 from serve.http.errors import ERRORS
 from serve.http.schema import CLOSED, ok
 from serve.runtime.backend import Backend
-from serve.runtime.snapshot import SlotView, TrainingView, WaitView
+from serve.runtime.snapshot import Snapshot
 from serve.runtime.watchdog import Rates, Watch
 
-
-@with_config(CLOSED)
-class StatsObject(TypedDict):
-    object: Literal["server.stats"]
-    model: str
-    health: str
-    age_s: float
-    tokens_per_s: Rates
-    running: int
-    parked: int
-    waiting: int
-    rows: int
-    pages: int
-    free_pages: int
-    host_pages: int
-    host_pages_limit: int
-    queried_tokens: int
-    found_tokens: int
-    parks: int
-    recomputed_tokens: int
-    swaps: int
-    decoded_tokens: int
-    prefilled_tokens: int
-    slots: list[SlotView]
-    waits: list[WaitView]
-    waiting_adapters: int
-    training: TrainingView | None
-
-
 STATS_PATH = "/v1/stats"
+StatsObject = create_model(  # for the document: a Snapshot, but for its clock's time
+    "StatsObject",
+    __config__=CLOSED,
+    object=Literal["server.stats"],
+    model=str,
+    health=str,
+    age_s=float,
+    tokens_per_s=Rates,
+    **{name: kind for name, kind in get_type_hints(Snapshot).items() if name != "at_s"},
+)
 
 
 class StatsRoutes:

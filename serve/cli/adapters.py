@@ -12,7 +12,7 @@ from urllib.parse import quote
 import typer
 
 from jaxlora.core.errors import AlreadyExists, InvalidRequest
-from serve.cli.options import HERE, Json, Key, Url, connect, print_entry
+from serve.cli.options import HERE, Json, Key, Url, connect, print_answer, print_entry, print_list
 
 adapters = typer.Typer(help="The adapters of a running server.", no_args_is_help=True)
 
@@ -79,17 +79,13 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Show your adapters, the newest first; with an admin's key everybody's."""
-    with connect(url, key) as client:
-        for entry in client.pages("adapters", {"prefix": prefix}):
-            print_entry(entry, line, as_json)
+    print_list(connect(url, key), "adapters", {"prefix": prefix}, line, as_json)
 
 
 @adapters.command(epilog="Example:  jaxlora adapters versions support")
 def versions(name: Name, url: Url = HERE, key: Key = None, as_json: Json = False) -> None:
     """Show the versions of one adapter, the newest first."""
-    with connect(url, key) as client:
-        for entry in client.pages(f"adapters/{at(name)}/versions", {}):
-            print_entry(entry, line, as_json)
+    print_list(connect(url, key), f"adapters/{at(name)}/versions", {}, line, as_json)
 
 
 @adapters.command(epilog="Example:  jaxlora adapters upload support runs/x/acme/peft")
@@ -133,25 +129,19 @@ def download(
 @adapters.command(epilog="Example:  jaxlora adapters delete support@3")
 def delete(name: Version, url: Url = HERE, key: Key = None, as_json: Json = False) -> None:
     """Delete an adapter with all its versions, or the one version that is named."""
-    with connect(url, key) as client:
-        entry = client.entry("DELETE", f"adapters/{at(name)}")
-    print_entry(entry, lambda _: f"deleted {name}", as_json)
+    print_answer(connect(url, key), "DELETE", f"adapters/{at(name)}", lambda _: f"deleted {name}", as_json)
 
 
 @adapters.command(epilog="Example:  jaxlora adapters pin support")
 def pin(name: Name, url: Url = HERE, key: Key = None, as_json: Json = False) -> None:
     """Keep an adapter on the device, in its newest version, whoever waits.  Needs an admin's key."""
-    with connect(url, key) as client:
-        entry = client.entry("POST", f"adapters/{at(name)}/pin")
-    print_entry(entry, lambda _: f"pinned {name}", as_json)
+    print_answer(connect(url, key), "POST", f"adapters/{at(name)}/pin", lambda _: f"pinned {name}", as_json)
 
 
 @adapters.command(epilog="Example:  jaxlora adapters unpin support")
 def unpin(name: Name, url: Url = HERE, key: Key = None, as_json: Json = False) -> None:
     """Let an adapter take its turns again.  Needs an admin's key."""
-    with connect(url, key) as client:
-        entry = client.entry("POST", f"adapters/{at(name)}/unpin")
-    print_entry(entry, lambda _: f"unpinned {name}", as_json)
+    print_answer(connect(url, key), "POST", f"adapters/{at(name)}/unpin", lambda _: f"unpinned {name}", as_json)
 
 
 @adapters.command(epilog=LOAD_EXAMPLES)

@@ -69,11 +69,8 @@ class Chat:
             raise InvalidRequest("/compare needs a question")
         if self.model == self.base:
             raise InvalidRequest("you are talking to the base; choose an adapter with /use")
-        columns, names, changed = (
-            Columns(shutil.get_terminal_size().columns - 1),
-            (self.base, self.model),
-            asyncio.Event(),
-        )
+        columns = Columns(shutil.get_terminal_size().columns - 1)
+        names, changed = (self.base, self.model), asyncio.Event()
 
         async def read(side: int) -> None:
             try:

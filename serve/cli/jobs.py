@@ -11,7 +11,7 @@ from urllib.parse import quote
 import typer
 
 from jaxlora.core.errors import AlreadyExists, InvalidRequest
-from serve.cli.options import HERE, Json, Key, Url, connect, print_entry
+from serve.cli.options import HERE, Json, Key, Url, connect, print_answer, print_entry, print_list
 
 if TYPE_CHECKING:
     from serve.cli.http_client import ApiClient
@@ -144,9 +144,7 @@ def create(
 @jobs.command("list", epilog="Example:  jaxlora jobs list --json")
 def list_jobs(url: Url = HERE, key: Key = None, as_json: Json = False) -> None:
     """Show your jobs, the newest first."""
-    with connect(url, key) as client:
-        for job in client.pages(JOBS, {}):
-            print_entry(job, job_line, as_json)
+    print_list(connect(url, key), JOBS, {}, job_line, as_json)
 
 
 @jobs.command("show", epilog="Example:  jaxlora jobs show ftjob-0123…")
@@ -179,33 +177,25 @@ def events(
 @jobs.command(epilog="Example:  jaxlora jobs checkpoints ftjob-0123…")
 def checkpoints(id: Id, url: Url = HERE, key: Key = None, as_json: Json = False) -> None:
     """Show the versions of a job that can be asked, the newest first."""
-    with connect(url, key) as client:
-        for checkpoint in client.pages(f"{JOBS}/{at(id)}/checkpoints", {}):
-            print_entry(checkpoint, checkpoint_line, as_json)
+    print_list(connect(url, key), f"{JOBS}/{at(id)}/checkpoints", {}, checkpoint_line, as_json)
 
 
 @jobs.command(epilog="Example:  jaxlora jobs cancel ftjob-0123…")
 def cancel(id: Id, url: Url = HERE, key: Key = None, as_json: Json = False) -> None:
     """End a job; what it has learned stays."""
-    with connect(url, key) as client:
-        job = client.entry("POST", f"{JOBS}/{at(id)}/cancel")
-    print_entry(job, lambda _: f"{id} is cancelled", as_json)
+    print_answer(connect(url, key), "POST", f"{JOBS}/{at(id)}/cancel", lambda _: f"{id} is cancelled", as_json)
 
 
 @jobs.command(epilog="Example:  jaxlora jobs pause ftjob-0123…")
 def pause(id: Id, url: Url = HERE, key: Key = None, as_json: Json = False) -> None:
     """Have a job wait until it is resumed."""
-    with connect(url, key) as client:
-        job = client.entry("POST", f"{JOBS}/{at(id)}/pause")
-    print_entry(job, lambda _: f"{id} is paused", as_json)
+    print_answer(connect(url, key), "POST", f"{JOBS}/{at(id)}/pause", lambda _: f"{id} is paused", as_json)
 
 
 @jobs.command(epilog="Example:  jaxlora jobs resume ftjob-0123…")
 def resume(id: Id, url: Url = HERE, key: Key = None, as_json: Json = False) -> None:
     """Have a paused job go on."""
-    with connect(url, key) as client:
-        job = client.entry("POST", f"{JOBS}/{at(id)}/resume")
-    print_entry(job, lambda _: f"{id} is in line again", as_json)
+    print_answer(connect(url, key), "POST", f"{JOBS}/{at(id)}/resume", lambda _: f"{id} is in line again", as_json)
 
 
 # ---- files
@@ -214,17 +204,13 @@ def resume(id: Id, url: Url = HERE, key: Key = None, as_json: Json = False) -> N
 @files.command("list", epilog="Example:  jaxlora files list --json")
 def list_files(url: Url = HERE, key: Key = None, as_json: Json = False) -> None:
     """Show your files, the newest first."""
-    with connect(url, key) as client:
-        for file in client.pages("files", {}):
-            print_entry(file, file_line, as_json)
+    print_list(connect(url, key), "files", {}, file_line, as_json)
 
 
 @files.command("show", epilog="Example:  jaxlora files show file-0123…")
 def show_file(id: Id, url: Url = HERE, key: Key = None, as_json: Json = False) -> None:
     """Show one file, and what is wrong with it."""
-    with connect(url, key) as client:
-        file = client.entry("GET", f"files/{at(id)}")
-    print_entry(file, file_line, as_json)
+    print_answer(connect(url, key), "GET", f"files/{at(id)}", file_line, as_json)
 
 
 @files.command(epilog="Example:  jaxlora files upload train.jsonl")
@@ -257,6 +243,4 @@ def download(
 @files.command(epilog="Example:  jaxlora files delete file-0123…")
 def delete(id: Id, url: Url = HERE, key: Key = None, as_json: Json = False) -> None:
     """Delete a file that no job needs."""
-    with connect(url, key) as client:
-        gone = client.entry("DELETE", f"files/{at(id)}")
-    print_entry(gone, lambda _: f"deleted {id}", as_json)
+    print_answer(connect(url, key), "DELETE", f"files/{at(id)}", lambda _: f"deleted {id}", as_json)

@@ -27,3 +27,18 @@ def connect(url: str, key: str | None) -> ApiClient:
 def print_entry(entry: Mapping, line: Callable[[Mapping], str], as_json: bool) -> None:
     """Prints an object of the server as JSON, or as the line that `line` makes of it."""
     typer.echo(json.dumps(entry) if as_json else line(entry))
+
+
+def print_answer(client: ApiClient, method: str, path: str, line: Callable[[Mapping], str], as_json: bool) -> None:
+    """Prints the object that one request is answered with, as `print_entry` does; closes the client."""
+    with client:
+        print_entry(client.entry(method, path), line, as_json)
+
+
+def print_list(
+    client: ApiClient, path: str, query: Mapping[str, str], line: Callable[[Mapping], str], as_json: bool
+) -> None:
+    """Prints every entry of a list, as `print_entry` does; closes the client."""
+    with client:
+        for entry in client.pages(path, query):
+            print_entry(entry, line, as_json)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from sqlalchemy import func, or_, select
+from sqlalchemy import delete, func, or_, select, update
 from sqlalchemy.orm import Session
 from sqlalchemy.sql import ColumnElement
 
@@ -74,13 +74,8 @@ class StoredFiles:
 
     def judge(self, id: str, status: FileStatus, details: str | None) -> None:
         """What the check of a file found.  Of one that is gone, nothing is kept."""
-
-        def work(session: Session) -> None:
-            row = session.get(FileRecord, id)
-            if row is not None:
-                row.status, row.status_details = status, details
-
-        self.database.write(work)
+        judged = update(FileRecord).where(FileRecord.id == id).values(status=status, status_details=details)
+        self.database.write(lambda s: s.execute(judged))
 
     def delete(self, id: str, sees: str | None, now_s: float) -> FileRecord:
         """The file, which nobody sees from now on.  Raises NotFound; StateInvalid when a job still needs it."""
@@ -109,13 +104,7 @@ class StoredFiles:
 
     def forget(self, id: str) -> None:
         """Nothing is left of this file."""
-
-        def work(session: Session) -> None:
-            row = session.get(FileRecord, id)
-            if row is not None:
-                session.delete(row)
-
-        self.database.write(work)
+        self.database.write(lambda s: s.execute(delete(FileRecord).where(FileRecord.id == id)))
 
     def known(self) -> set[str]:
         """Ids of all files, also of those that nobody sees."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sqlalchemy import select
+from sqlalchemy import delete, or_, update
 from sqlalchemy.orm import Session
 
 from jaxlora.core.errors import InvalidRequest, StateInvalid, Unavailable
@@ -51,31 +51,15 @@ class StoredAnswers:
 
     def settle(self, tenant: str, route: str, key: str, answer: StoredAnswer) -> None:
         """From now on the request is answered so.  Raises StorageFull."""
-
-        def work(session: Session) -> None:
-            row = session.get(AnswerRecord, {"tenant": tenant, "route": route, "key": key})
-            if row is not None:
-                row.status, row.body = answer.status, answer.body
-
-        self.database.write(work)
+        claimed = update(AnswerRecord).filter_by(tenant=tenant, route=route, key=key)
+        self.database.write(lambda s: s.execute(claimed.values(status=answer.status, body=answer.body)))
 
     def release(self, tenant: str, route: str, key: str) -> None:
         """The work failed: the next request with this key is a new one."""
-
-        def work(session: Session) -> None:
-            row = session.get(AnswerRecord, {"tenant": tenant, "route": route, "key": key})
-            if row is not None and row.status is None:
-                session.delete(row)
-
-        self.database.write(work)
+        claimed = delete(AnswerRecord).filter_by(tenant=tenant, route=route, key=key, status=None)
+        self.database.write(lambda s: s.execute(claimed))
 
     def tidy(self, now_s: float) -> None:
         """Forgets old answers, and requests that a server which is gone had begun.  Of a server that starts."""
-
-        def work(session: Session) -> None:
-            for row in session.scalars(select(AnswerRecord).where(AnswerRecord.status.is_(None))):
-                session.delete(row)
-            for row in session.scalars(select(AnswerRecord).where(AnswerRecord.created_s < now_s - KEPT_S)):
-                session.delete(row)
-
-        self.database.write(work)
+        gone = or_(AnswerRecord.status.is_(None), AnswerRecord.created_s < now_s - KEPT_S)
+        self.database.write(lambda s: s.execute(delete(AnswerRecord).where(gone)))

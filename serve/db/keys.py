@@ -21,29 +21,18 @@ class StoredKeys:
 
     def insert(self, record: KeyRecord) -> None:
         """One more.  Raises Unavailable, StorageFull."""
-
-        def work(session: Session) -> None:
-            session.add(replace(record))
-
-        self._database.write(work)
+        self._database.write(lambda session: session.add(replace(record)))
 
     def all(self) -> list[KeyRecord]:
         """Every key, revoked ones too, oldest first.  Raises Unavailable."""
-
-        def work(session: Session) -> list[KeyRecord]:
-            return list(session.scalars(select(KeyRecord).order_by(KeyRecord.created_s, KeyRecord.id)))
-
-        return self._database.read(work)
+        asked = select(KeyRecord).order_by(KeyRecord.created_s, KeyRecord.id)
+        return self._database.read(lambda session: list(session.scalars(asked)))
 
     def counts(self) -> tuple[int, int]:
         """(all keys, revoked ones): whoever knows these two numbers knows whether any key has changed.  Raises Unavailable."""
-
-        def work(session: Session) -> tuple[int, int]:
-            asked = select(func.count(), func.count(KeyRecord.revoked_s)).select_from(KeyRecord)
-            every, revoked = session.execute(asked).one()
-            return every, revoked
-
-        return self._database.read(work)
+        asked = select(func.count(), func.count(KeyRecord.revoked_s)).select_from(KeyRecord)
+        every, revoked = self._database.read(lambda session: session.execute(asked).one())
+        return every, revoked
 
     def revoke(self, id: str, now_s: float) -> KeyRecord:
         """The key, revoked now or before.  Raises NotFound, Unavailable."""

@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -19,8 +19,8 @@ from rich.live import Live
 from rich.table import Table
 
 from jaxlora.checkpoints.load import Opened, open_base
-from jaxlora.config.base import DEMO_MODEL, ONE_DEVICE, ModelSection
-from jaxlora.config.serving import ServeConfig, Tuning
+from jaxlora.config.base import DEMO_MODEL
+from jaxlora.config.serving import ServeConfig, serve_defaults
 from jaxlora.core.lora import AdapterRef, LoraSpec
 from jaxlora.model import compile_cache
 from jaxlora.model.lora_pool import PoolSpec
@@ -28,14 +28,13 @@ from jaxlora.peft.folder import export_peft
 from serve.demo.tasks import Task, constant_baseline, demo_tasks, nearest_baseline
 from serve.engine.request import Delta, Request, SamplingParams
 from serve.runtime.device_thread import DeviceThread
-from serve.runtime.live_training import LiveTraining, warm_up
+from serve.runtime.live_training import LiveTraining, small_trainer, warm_up
 from serve.server.build import make_runner, open_store, stop
 from serve.server.gate import AppConfig
 from serve.server.uvicorn import make_http
 from train.data.examples import Example
 from train.data.jsonl import chat_example
 from train.run.metrics import plot_losses
-from train.step.microsteps import small_parts
 from train.step.optimizer import Optimizer
 from train.trainer import Evaluation, StepReport, Trainer
 
@@ -49,28 +48,18 @@ SPARE_TOKENS = 4  # an answer may be this much longer than the longest right one
 
 def demo_serve_config(port: int, adapters: Path) -> ServeConfig:
     """The demo's server: two versions of each tenant fit the device, 32 sequences run at once."""
-    return ServeConfig(
-        model=ModelSection(path=DEMO_MODEL, dtype="auto"),
-        mesh=ONE_DEVICE,
-        host="127.0.0.1",
+    return replace(
+        serve_defaults(DEMO_MODEL, adapters),
         port=port,
         slots=16,
         max_rank=RANK,
         rows=32,
-        kv_pages=128,
-        page_tokens=64,
-        prefill_lanes=8,
         prefill_tokens=24,  # a question of the demo fits one chunk
         default_max_tokens=64,
         max_waiting=4096,
         max_waiting_tokens=1_000_000,
-        max_request_s=3600.0,
         grace_s=10.0,
-        host_adapters_gb=2.0,
-        host_kv_gb=0.5,
-        adapters=adapters,
-        data=adapters.with_name("data"),
-        tuning=Tuning(quantum_ms=200.0),
+        training=None,
     )
 
 
@@ -271,15 +260,7 @@ def main(*, exit_after: bool, port: int, out: Path | None, seed: int) -> None:
         grace_s=config.grace_s,
     )
     pool_spec = PoolSpec(slots=len(demo_tasks(seed)), rank=RANK, dtype="float32")
-    trainer = Trainer(
-        opened.base,
-        opened.mesh,
-        [pool_spec],
-        lanes=LANES,
-        lane_tokens=LANE_TOKENS,
-        base_hash=opened.base_hash,
-        parts=small_parts(opened.mesh),
-    )
+    trainer = small_trainer(opened, pool_spec, lanes=LANES, lane_tokens=LANE_TOKENS)
     demo = Demo(opened, runner, trainer, demo_tasks(seed), seed)
     shapes = len(runner.engine.shapes())
     timed(console, f"compiling {shapes} serving programs in {opened.base.dtype.name}", runner.start)

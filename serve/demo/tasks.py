@@ -138,21 +138,9 @@ _NOUNS = _words(
     watch wish witch
     """
 )
-_COLOURS = _words(
-    """
-    black blue brown gold gray green orange pink purple red silver white yellow
-    """
-)
-_ANIMALS = _words(
-    """
-    ant bear bird cat cow deer dog duck fish fox goat horse lion mouse owl pig rabbit sheep tiger wolf
-    """
-)
-_ACTS = _words(
-    """
-    asks calls digs eats falls hides jumps kicks looks naps opens plays runs sings talks waits
-    """
-)
+_COLOURS = _words("black blue brown gold gray green orange pink purple red silver white yellow")
+_ANIMALS = _words("ant bear bird cat cow deer dog duck fish fox goat horse lion mouse owl pig rabbit sheep tiger wolf")
+_ACTS = _words("asks calls digs eats falls hides jumps kicks looks naps opens plays runs sings talks waits")
 _VOWELS = "aeiou"
 
 
@@ -193,17 +181,9 @@ _CITIES = _words(
     Moscow Oslo Oxford Paris Prague Rome Seattle Sydney Tokyo Toronto Venice Vienna Warsaw Zurich
     """
 )
-_FIRST = _words(
-    """
-    add copy drop find get list load move open read send set sort stop test write
-    """
-)
+_FIRST = _words("add copy drop find get list load move open read send set sort stop test write")
 _SECOND = ["all", "best", "first", "last", "long", "main", "new", "next", "old", "open", "raw", "safe", "top", "user"]
-_THIRD = _words(
-    """
-    block book case date file group item key line list name node page path row table task test text time
-    """
-)
+_THIRD = _words("block book case date file group item key line list name node page path row table task test text time")
 
 
 def city_record(person: str, city: str) -> str:

@@ -114,8 +114,6 @@ class Engine:
         self._saved: dict[str, HostPages] = {}  # KV of preempted requests
         self._mover = PageMover(mesh)
         self.clock = time.monotonic
-        self._launched = 0.0  # when the first program under way was; 0 for none
-        self.device_s = 0.0  # from the launch of a step's first program to the end of its last, of all steps
         self.decoded_tokens = 0  # generated since the start
         self.prefilled_tokens = 0
         self.telemetry = Telemetry()
@@ -134,7 +132,7 @@ class Engine:
     def warm_up(self) -> None:
         """Compiles and runs every program once, on padding that is written nowhere, and the loading of an adapter."""
         for lanes, tokens in self.shapes():
-            self._read_output(self._run(*self._batch(lanes, tokens, [])), last=True)
+            jax.device_get(self._run(*self._batch(lanes, tokens, [])))
         self._kv = self._mover.warm_up(self._kv)
         empty = jax.tree.map(lambda p: np.zeros(p.shape[:1] + p.shape[2:], np.float32), self._pool)
         self._write(0, empty)
@@ -197,9 +195,9 @@ class Engine:
         if plan.empty and self._loads:
             self._loads.wait()
         if prefill is not None:
-            deltas += self._end_prefill(plan.prefill, self._read_output(prefill, last=decode is None))
+            deltas += self._end_prefill(plan.prefill, jax.device_get(prefill))
         if decode is not None:
-            deltas += self._end_decode(plan.decode, self._read_output(decode, last=True))
+            deltas += self._end_decode(plan.decode, jax.device_get(decode))
         return deltas
 
     def _move(self, plan: Plan) -> None:
@@ -295,23 +293,14 @@ class Engine:
         return StepBatch.idle(lanes, tokens, self._columns), edits
 
     def _run(self, batch: StepBatch, edits: LogitEdits) -> StepOutput:
-        """Starts the step and returns its output, which is read with `_read_output`."""
+        """Starts the step and returns its output, which is on the device when the step has ended."""
         layout = Layout.of(batch)
         words_GW = layout.pack(batch)
         if self.mesh.size > 1:  # on one device the call copies them itself, in a tenth of the time of device_put
             words_GW = place_rows(self.mesh, words_GW)
         placed = self._edits.place(edits)
-        self._launched = self._launched or time.perf_counter()
         with jax.transfer_guard_host_to_device("allow"):
             self._kv, out = self._program(self.base, self._pool, self._kv, words_GW, placed, layout)
-        return out
-
-    def _read_output(self, out: StepOutput, *, last: bool) -> StepOutput:
-        """Waits for a program's output on the host.  last: no other program is running, so the device is idle afterwards."""
-        out = jax.device_get(out)
-        if last:
-            self.device_s += time.perf_counter() - self._launched
-            self._launched = 0.0
         return out
 
     def _fill(

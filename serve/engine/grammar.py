@@ -11,16 +11,17 @@ import asyncio
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper, grammar_from
 from llguidance.numpy import fill_next_token_bitmask
 
+from jaxlora.checkpoints.tokenizer import Tokenizer
 from jaxlora.core.errors import InvalidRequest, Overloaded
 
 MAX_SOURCE_BYTES = 2**16  # of a grammar as text
@@ -44,19 +45,6 @@ JSON_FORM = {
     "lenient": False,
     "coerce_one_of": False,
 }
-
-
-class GrammarTokenizer(Protocol):
-    """The tokenizer as grammars use it.  Thread-safe."""
-
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def eos_ids(self) -> Collection[int]: ...
-    @property
-    def special_ids(self) -> Collection[int]: ...
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
-    def token_bytes(self, id: int) -> bytes: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,7 +99,7 @@ class GrammarState:
 class Grammars:
     """Compiles grammars over one tokenizer.  Thread-safe."""
 
-    def __init__(self, tokenizer: GrammarTokenizer):
+    def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="grammar")
         self._lock = threading.Lock()  # over the two below
@@ -159,7 +147,7 @@ class Grammars:
 class _Ours:
     """Our tokenizer under the names that llguidance reads."""
 
-    def __init__(self, tokenizer: GrammarTokenizer):
+    def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self.eos_token_id, self.bos_token_id = min(tokenizer.eos_ids), None
         self.tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
@@ -169,7 +157,7 @@ class _Ours:
         return self._tokenizer.encode(text, add_special_tokens=False)
 
 
-def llguidance_tokenizer(tokenizer: GrammarTokenizer) -> LLTokenizer:
+def llguidance_tokenizer(tokenizer: Tokenizer) -> LLTokenizer:
     """Returns our tokenizer for llguidance: the same bytes for every id, special tokens never part of a text."""
     ends = list(tokenizer.eos_ids)
     return LLTokenizer(TokenizerWrapper(_Ours(tokenizer)), n_vocab=tokenizer.vocab_size, eos_token=ends)

@@ -5,8 +5,10 @@ A failure in here ends this request, and no other.
 
 from __future__ import annotations
 
+import functools
 import logging
 import secrets
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -178,54 +180,39 @@ class OutputProcessor:
 
         adapter: the version that made it.  cached_tokens: of the prompt, with its first token.
         """
+        delta = functools.partial(Delta, request_id=self._id, adapter=adapter, cached_tokens=cached_tokens)
         if not self._failed:
             try:
-                return self._take(out, row, adapter, cached_tokens)
+                return self._take(out, row, delta)
             except BaseException:
                 self._fail()
-        error = JaxLoraError("this answer failed; the log has the reason")
-        return Delta(request_id=self._id, error=error, adapter=adapter, cached_tokens=cached_tokens)
+        return delta(error=JaxLoraError("this answer failed; the log has the reason"))
 
     def _fail(self) -> None:
         """Logs the exception that is handled.  Callers catch BaseException: a panic of the grammar library is no Exception."""
         LOG.exception("answer %s failed", self._id)
         self._failed = True
 
-    def _take(self, out: StepOutput, row: int, adapter: AdapterRef | None, cached_tokens: int) -> Delta:
+    def _take(self, out: StepOutput, row: int, delta: Callable[..., Delta]) -> Delta:
         error: Exception | None = None
         if not out.finite_B[row]:
             error = AdapterInvalid("the model gave non-finite numbers for this request; check its adapter")
         elif self._grammar is not None:
             error = self._grammar.error
         if error is not None:
-            return Delta(request_id=self._id, error=error, adapter=adapter, cached_tokens=cached_tokens)
+            return delta(error=error)
         params, token = self._params, int(out.token_B[row])
         prompt_logprobs = ()
         if self._prompt_logprobs:
             prompt_logprobs = tuple(self._prompt_logprobs[i] for i in sorted(self._prompt_logprobs))
             self._prompt_logprobs.clear()
         if params.max_tokens == 0:
-            return Delta(
-                request_id=self._id,
-                adapter=adapter,
-                cached_tokens=cached_tokens,
-                finish=FinishReason.LENGTH,
-                prompt_logprobs=prompt_logprobs,
-            )
+            return delta(finish=FinishReason.LENGTH, prompt_logprobs=prompt_logprobs)
         self._generated += 1
         self._edits.take(token)
         text, finish = self._text(token)
         logprobs = () if params.logprobs is None else (_logprob(out, row, params.logprobs),)
-        return Delta(
-            request_id=self._id,
-            text=text,
-            tokens=(token,),
-            adapter=adapter,
-            cached_tokens=cached_tokens,
-            logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
-            finish=finish,
-        )
+        return delta(text=text, tokens=(token,), logprobs=logprobs, prompt_logprobs=prompt_logprobs, finish=finish)
 
     def _text(self, token: int) -> tuple[str, FinishReason | None]:
         """Returns (text that may be sent now, why the answer ends with this token)."""

@@ -121,9 +121,8 @@ def sample(logits_BV: jax.Array, edits: LogitEdits, batch: SamplingBatch) -> Ste
 def _draw(logits_BV: jax.Array, greedy_B: jax.Array, batch: SamplingBatch) -> jax.Array:
     hot_B = batch.temperature_B > 0
     # The best is 0, so that a tiny temperature cannot make several logits infinite.
-    scaled_BV = (logits_BV - logits_BV.max(axis=-1, keepdims=True)) / jnp.where(hot_B, batch.temperature_B, 1.0)[
-        :, None
-    ]
+    temperature_B = jnp.where(hot_B, batch.temperature_B, 1.0)
+    scaled_BV = (logits_BV - logits_BV.max(axis=-1, keepdims=True)) / temperature_B[:, None]
     filters_B = (batch.top_k_B > 0) | (batch.top_p_B < 1) | (batch.min_p_B > 0)
     floor_B = lax.cond((filters_B & hot_B).any(), _floor, lambda s, b: jnp.full(s.shape[0], -jnp.inf), scaled_BV, batch)
     kept_BV = jnp.where(scaled_BV >= floor_B[:, None], scaled_BV, -jnp.inf)

@@ -121,10 +121,6 @@ class ActiveSet:
             self.pinned.remove(old)
             self.pinned.add(ref)
 
-    def is_active(self, ref: AdapterRef) -> bool:
-        """Whether the adapter's requests may run."""
-        return ref in self.entered
-
     def wanted(self, work: Mapping[AdapterRef, Work], count: int) -> list[AdapterRef]:
         """Returns the adapters that enter next and lie in no slot, at most `count`: they are read meanwhile."""
         queues: dict[str, list[AdapterRef]] = {}

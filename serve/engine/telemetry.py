@@ -34,15 +34,6 @@ class Histogram:
         """The number of observations."""
         return sum(self.counts)
 
-    def quantile(self, share: float) -> float:
-        """Returns the bound that this share of the observations is below; infinity above the last, 0 without any."""
-        total, seen = self.total, 0
-        for bound, count in zip((*self.bounds, float("inf")), self.counts, strict=True):
-            seen += count
-            if total and seen >= share * total:
-                return bound
-        return 0.0
-
     def lines(self, unit: str = "s") -> list[str]:
         """Returns a line of text for each bound with observations: the bound, the count and a bar."""
         most = max(self.counts)

@@ -22,7 +22,7 @@ from jaxlora.model.lora_pool import Rows
 from serve.runtime.live_training import KEEP_VERSIONS, PUBLISH
 from serve.runtime.publisher import Publisher
 from train.data.examples import Example
-from train.jobs.job import Job, JobEvent, JobRequest, Progress, said
+from train.jobs.job import Job, JobEvent, JobRequest, said
 from train.jobs.runner import Jobs
 from train.jobs.status import JobStatus
 from train.step.optimizer import Optimizer
@@ -34,16 +34,9 @@ LOG = logging.getLogger("serve")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobNews:
-    """The state of a job that has changed, and its new events, to be stored."""
+    """A job that has changed, as it was then, and its new events, to be stored."""
 
-    id: str
-    state: JobStatus
-    code: str | None
-    reason: str | None
-    started_s: float | None  # in this process
-    finished_s: float | None
-    progress: Progress
-    numbers: Mapping[str, float]  # of its newest step and held-out loss
+    job: Job
     events: tuple[JobEvent, ...]
 
 
@@ -307,18 +300,8 @@ class LiveJobs:
             live.seen = events[-1].seq if events else live.seen
             if job.result is not None:
                 self._report_version(job, job.result, checkpoint=True, final=True)
-            news = JobNews(
-                id=job.id,
-                state=job.state,
-                code=job.code,
-                reason=job.reason,
-                started_s=job.started_s,
-                finished_s=job.finished_s,
-                progress=replace(job.progress),
-                numbers=dict(job.numbers),
-                events=tuple(events),
-            )
-            self._listener.job_changed(news)
+            now = replace(job, progress=replace(job.progress), numbers=dict(job.numbers))
+            self._listener.job_changed(JobNews(job=now, events=tuple(events)))
             if job.final:
                 del self._live[job.id]
                 self.jobs.forget(job.request.owner, job.id)

@@ -58,7 +58,7 @@ class JobRecorder:
 
     def job_changed(self, news: JobNews) -> None:
         """Where it stands now."""
-        self._changes.put((news.id, news))
+        self._changes.put((news.job.id, news))
 
     def job_published(self, published: Published) -> None:
         """A version that it has made."""
@@ -107,20 +107,21 @@ class JobRecorder:
                 LOG.exception("job %s: what happened is not stored", id)
 
     def _hear(self, news: JobNews) -> None:
-        record = self._records.get(news.id)
+        job = news.job
+        record = self._records.get(job.id)
         if record is None:
             return
-        progress: JsonObject = {**record.progress, **renamed(news.numbers), **asdict(news.progress)}
-        stopped = news.state in (JobStatus.FAILED, JobStatus.PAUSED) and news.code is not None
+        progress: JsonObject = {**record.progress, **renamed(job.numbers), **asdict(job.progress)}
+        stopped = job.state in (JobStatus.FAILED, JobStatus.PAUSED) and job.code is not None
         plan = record.resolved.plan
         self._store(
             replace(
                 record,
-                status=news.state,
-                started_s=news.started_s if record.started_s is None else record.started_s,
-                finished_s=news.finished_s,
+                status=job.state,
+                started_s=job.started_s if record.started_s is None else record.started_s,
+                finished_s=job.finished_s,
                 progress=progress,
-                error={"code": news.code, "message": news.reason, "param": None} if stopped else None,
+                error={"code": job.code, "message": job.reason, "param": None} if stopped else None,
             ),
             [told(event, None if plan is None else plan.total_steps) for event in news.events],
             [],

@@ -95,9 +95,7 @@ class ServerMetrics(Collector):
         info.add_metric([self._runner.base_name, str(self._runner.engine.config.page_tokens), str(now.pages)], 1)
         yield info
         ended = dict.fromkeys(("stop", "length", "abort", "error"), 0) | dict(telemetry.ended)
-        ways = {(self._runner.base_name, way): count for way, count in ended.items()}
-        labels = ("model_name", "finished_reason")
-        yield _counted("vllm:request_success", "Requests that have ended, by how", labels, ways.items())
+        yield self._counters("vllm:request_success", "Requests that have ended, by how", "finished_reason", ended)
         yield self._counter("vllm:prefix_cache_queries", "Prompt tokens looked for in the cache", now.queried_tokens)
         yield self._counter("vllm:prefix_cache_hits", "Prompt tokens found in the cache", now.found_tokens)
         yield self._counter("vllm:num_preemptions", "Times that a running request lost its row", now.parks)
@@ -154,18 +152,14 @@ class ServerMetrics(Collector):
 
     def _training(self, now: Snapshot) -> Iterator[Metric]:
         budget, training = self._runner.budget, now.training
-        sides = {
-            (self._runner.base_name, "serving"): budget.serving_s,
-            (self._runner.base_name, "training"): budget.training_s,
-        }
-        labels = ("model_name", "side")
-        yield _counted("jaxlora:device_seconds", "Time that serving and training have had", labels, sides.items())
+        sides = {"serving": budget.serving_s, "training": budget.training_s}
+        yield self._counters("jaxlora:device_seconds", "Time that serving and training have had", "side", sides)
         if training is None:
             return
         yield self._counter("jaxlora:training_tokens", "Tokens trained", training.tokens)
         yield self._counter("jaxlora:training_steps", "Updates of adapters", training.steps)
-        parts = {(self._runner.base_name, part): count for part, count in dict(budget.parts_done).items()}
-        yield _counted("jaxlora:training_parts", "Microsteps of training steps", ("model_name", "part"), parts.items())
+        parts = dict(budget.parts_done)
+        yield self._counters("jaxlora:training_parts", "Microsteps of training steps", "part", parts)
         yield self._gauges("jaxlora:jobs", "Fine-tuning jobs by state", "state", training.jobs)
 
     def _gauge(self, name: str, what: str, value: float) -> Metric:
@@ -181,6 +175,10 @@ class ServerMetrics(Collector):
 
     def _counter(self, name: str, what: str, value: float) -> Metric:
         return _counted(name, what, tuple(self._model), [(list(self._model.values()), value)])
+
+    def _counters(self, name: str, what: str, label: str, counts: Mapping[str, float]) -> Metric:
+        named = [([*self._model.values(), key], count) for key, count in counts.items()]
+        return _counted(name, what, (*self._model, label), named)
 
     def _histogram(self, name: str, what: str, histogram: Histogram) -> Metric:
         family = HistogramMetricFamily(name, what, labels=tuple(self._model))

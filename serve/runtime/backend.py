@@ -6,13 +6,12 @@ those are called from any thread.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from jaxlora.checkpoints.chat_template import Scalar, Turn
+from jaxlora.checkpoints.tokenizer import Tokenizer
 from jaxlora.core.lora import AdapterRef
-from serve.engine.grammar import Grammars, GrammarTokenizer
+from serve.engine.grammar import Grammars
 from serve.engine.request import Delta, Request
 
 
@@ -28,39 +27,6 @@ class ModelCard:
     version: int | None  # of an adapter: the version that `id` means now
     rank: int | None
     state: Literal["base", "device", "host", "disk"]  # of an adapter: where its weights are
-
-
-class Tokenizer(GrammarTokenizer, Protocol):
-    """Text to ids and back.  Thread-safe."""
-
-    @property
-    def chat_template(self) -> str | None:
-        """Its text; None: there is none, and `chat` does not work."""
-        ...
-
-    @property
-    def special_texts(self) -> Mapping[str, str]:
-        """bos_token, eos_token, pad_token: those there are."""
-        ...
-
-    def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
-        """Ids of a text; parse_special: whether names of special tokens in it are read as these."""
-        ...
-
-    def decode(self, ids: Sequence[int]) -> str: ...
-    def chat(
-        self,
-        messages: Sequence[Turn],
-        *,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        tools: Sequence[Turn] | None = None,
-        variables: Mapping[str, Scalar] | None = None,
-    ) -> list[int]:
-        """Ids of the conversation in the base model's template.  Raises InvalidRequest where the template refuses it."""
-        ...
-
-    def token_text(self, id: int) -> str: ...
 
 
 class TokenStream(Protocol):

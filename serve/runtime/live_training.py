@@ -6,14 +6,30 @@ import logging
 import time
 from collections.abc import Callable
 
+from jaxlora.checkpoints.load import Opened
 from jaxlora.core.errors import AdapterNotFinite, JaxLoraError
 from jaxlora.core.lora import AdapterRef
+from jaxlora.model.lora_pool import PoolSpec
 from serve.runtime.publisher import Publisher
+from train.step.microsteps import small_parts
 from train.trainer import FIRST_PART, StepReport, Trainer
 
 PUBLISH = "publish"  # a part of training beside serving
 KEEP_VERSIONS = 3  # of a tenant in training: the newest, and time for requests that were resolved just before it
 LOG = logging.getLogger("serve")
+
+
+def small_trainer(opened: Opened, pool: PoolSpec, *, lanes: int, lane_tokens: int) -> Trainer:
+    """Returns a trainer over an opened base whose steps come in small parts, between those of serving."""
+    return Trainer(
+        opened.base,
+        opened.mesh,
+        [pool],
+        lanes=lanes,
+        lane_tokens=lane_tokens,
+        base_hash=opened.base_hash,
+        parts=small_parts(opened.mesh),
+    )
 
 
 def warm_up(trainer: Trainer, publisher: Publisher) -> None:

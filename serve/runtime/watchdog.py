@@ -9,27 +9,13 @@ import contextlib
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Protocol
 
-from serve.engine.scheduler import Scheduler
+from serve.engine.engine import Engine
 from serve.runtime.snapshot import Snapshot, TrainingView, take
 
 EVERY_S = 0.5  # between two snapshots of a busy thread; one that becomes idle leaves one first
 RATE_S = 10.0  # over which rates are measured
 HANG_S = 4.0  # a turn that lasts longer counts as a hang, so that a probe learns of it within five
-
-
-class Watched(Protocol):
-    """The engine, as the watch reads it."""
-
-    @property
-    def clock(self) -> Callable[[], float]: ...
-    @property
-    def scheduler(self) -> Scheduler: ...
-    @property
-    def decoded_tokens(self) -> int: ...
-    @property
-    def prefilled_tokens(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +40,12 @@ class Rates:
 class Watch:
     """Holds the newest turn and snapshot.  The device thread writes, any thread reads."""
 
-    def __init__(self, engine: Watched, *, hang_s: float = HANG_S, clock: Callable[[], float] = time.monotonic):
+    def __init__(self, engine: Engine, *, hang_s: float = HANG_S, clock: Callable[[], float] = time.monotonic):
         """clock: of turns."""
         self._engine, self._clock = engine, clock
         self.hang_s = hang_s  # how long a turn may last; may change at any time
-        self.training: Callable[[], TrainingView] | None = (
-            None  # called on the device thread; None: the server does not train
-        )
+        # Called on the device thread; None: the server does not train.
+        self.training: Callable[[], TrainingView] | None = None
         self._since: float | None = None  # when the present turn began; None: there is none to end
         self._patient = False  # the present turn may last
         self._due = 0.0  # when the next snapshot is

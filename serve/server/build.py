@@ -10,14 +10,13 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
 from fastapi import APIRouter
-from starlette.requests import HTTPConnection
 
 from jaxlora.checkpoints.load import Opened, open_base
 from jaxlora.config.serving import AdapterSection, ServeConfig
@@ -34,7 +33,7 @@ from jaxlora.storage.lease import Lease
 from jaxlora.storage.object_store import Blobs
 from jaxlora.storage.remote_adapters import RemoteVersions
 from serve.access.adapter_quota import AdapterQuota
-from serve.access.caller import LOCAL_TENANT, Caller
+from serve.access.caller import LOCAL_TENANT
 from serve.access.keys import Keys
 from serve.access.rate_limit import Limiter
 from serve.api.adapters.routes import AdaptersRoutes
@@ -52,7 +51,6 @@ from serve.db.gradient import StoredGradient
 from serve.db.keys import StoredKeys
 from serve.engine.engine import Engine, EngineConfig
 from serve.http.drain import Drain
-from serve.http.errors import Shape
 from serve.http.idempotency import Once
 from serve.http.request_log import Listener
 from serve.observability.logs import log_answered, logging_to
@@ -61,7 +59,7 @@ from serve.runtime.device_thread import DeviceThread
 from serve.runtime.reload import retuned_by_hangup
 from serve.server.build_jobs import JobHost, make_job_host
 from serve.server.gate import OPEN_PATHS, AppConfig
-from serve.server.uvicorn import HttpServer, make_http
+from serve.server.uvicorn import make_http
 from train.data.example_cache import KeptExamples
 from train.data.examples import Unit
 from train.data.jsonl import load_jsonl
@@ -118,12 +116,7 @@ def observing(runner: DeviceThread, config: ServeConfig) -> Generator[Observers]
 class Services:
     """The services of a server as the app takes them, and the jobs, which are started after the runner."""
 
-    caller_of: Callable[[HTTPConnection], Caller]
-    limiter: Limiter
-    routers: Sequence[APIRouter]
-    body_limits: Mapping[str, int]
-    error_shapes: Mapping[str, Shape]
-    drain: Drain
+    app: AppConfig
     jobs: JobHost | None  # None: this server takes none
     keyless: bool  # every client may do everything
 
@@ -133,6 +126,7 @@ def services(
     runner: DeviceThread,
     opened: Opened,
     config: ServeConfig,
+    observers: Observers,
     read_head: Callable[[], np.ndarray],
     remote: Remote | None = None,
 ) -> Generator[Services]:
@@ -189,16 +183,19 @@ def services(
         routers.append(gradient.router())
         keys.start(drain.shut_out)
         stack.callback(keys.close)
-        yield Services(
+        app = AppConfig(
+            default_max_tokens=config.default_max_tokens,
+            max_request_s=config.max_request_s,
+            routers=[*observers.routers, *routers],
+            listeners=observers.listeners,
+            open_paths=observers.open_paths,
             caller_of=keys.caller_of,
             limiter=limiter,
-            routers=routers,
             body_limits=files_routes.body_limits | adapters_routes.body_limits,
             error_shapes={API: gradient_response},
             drain=drain,
-            jobs=jobs,
-            keyless=keys.keyless,
         )
+        yield Services(app=app, jobs=jobs, keyless=keys.keyless)
 
 
 @contextlib.contextmanager
@@ -304,9 +301,9 @@ def _serve(config: ServeConfig, file: Path | None, remote: Remote | None) -> Non
     try:
         with (
             observing(runner, config) as observers,
-            services(runner, opened, config, lambda: read_head(opened), remote) as own,
+            services(runner, opened, config, observers, lambda: read_head(opened), remote) as own,
         ):
-            http = make_server(runner, config, observers, own)
+            http = make_http(runner, own.app, host=config.host, port=config.port, grace_s=config.grace_s)
             try:
                 begin(runner, opened, config, own)
                 http.listen()  # requests are taken from the next line on
@@ -339,23 +336,6 @@ def leave(store: AdapterStore) -> NoReturn:
     logging.shutdown()
     sys.stdout.flush()
     os._exit(LOST_EXIT)
-
-
-def make_server(runner: DeviceThread, config: ServeConfig, observers: Observers, own: Services) -> HttpServer:
-    """Makes the HTTP server.  Raises ConfigInvalid when the address is taken or not ours."""
-    app = AppConfig(
-        default_max_tokens=config.default_max_tokens,
-        max_request_s=config.max_request_s,
-        routers=[*observers.routers, *own.routers],
-        listeners=observers.listeners,
-        open_paths=observers.open_paths,
-        caller_of=own.caller_of,
-        limiter=own.limiter,
-        body_limits=own.body_limits,
-        error_shapes=own.error_shapes,
-        drain=own.drain,
-    )
-    return make_http(runner, app, host=config.host, port=config.port, grace_s=config.grace_s)
 
 
 def begin(runner: DeviceThread, opened: Opened, config: ServeConfig, own: Services) -> None:

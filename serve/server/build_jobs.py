@@ -26,14 +26,12 @@ from serve.jobs.scoring import Scorer
 from serve.jobs.service import Files, JobService
 from serve.runtime.catalog import JobNames
 from serve.runtime.device_thread import DeviceThread
-from serve.runtime.live_training import warm_up
+from serve.runtime.live_training import small_trainer, warm_up
 from serve.runtime.snapshot import training_view
 from train.jobs.job import JobsConfig
 from train.jobs.runner import Jobs
 from train.jobs.states import Parking
 from train.jobs.status import ENDED
-from train.step.microsteps import small_parts
-from train.trainer import Trainer
 
 SPILL_BYTES = 2 * 2**30  # states of jobs without a slot in RAM; the rest waits in files
 
@@ -77,15 +75,8 @@ def make_job_host(
     Raises ConfigInvalid for sizes that do not fit the base; Unavailable, StorageFailed as object storage does.
     """
     rank = config.max_rank if training.max_rank is None else training.max_rank
-    trainer = Trainer(
-        opened.base,
-        opened.mesh,
-        [PoolSpec(slots=training.slots, rank=rank, dtype="float32", targets=ALL_TARGETS)],
-        lanes=training.lanes,
-        lane_tokens=training.lane_tokens,
-        base_hash=opened.base_hash,
-        parts=small_parts(opened.mesh),
-    )
+    pool = PoolSpec(slots=training.slots, rank=rank, dtype="float32", targets=ALL_TARGETS)
+    trainer = small_trainer(opened, pool, lanes=training.lanes, lane_tokens=training.lane_tokens)
     folder, tuned = config.data / "jobs", config.data / "tuned"
     copies = None if remote is None else StateCopies(remote.blobs, folder / "states", "jobs")
     stored, names = StoredJobs(database), runner.catalog.jobs

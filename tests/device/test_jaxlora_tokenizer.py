@@ -90,10 +90,10 @@ def test_tiny_tokenizer_equals_transformers(tiny):
 def test_chats_of_smollm2_equal_transformers(smollm2):
     for chat in load_json("smollm2.json")["chats"]:
         messages = chat["messages"]
-        assert smollm2.render(messages) == chat["text"]
+        assert smollm2.template.render(messages) == chat["text"]
         assert smollm2.chat(messages) == chat["ids"]
-        assert smollm2.render(messages, add_generation_prompt=False) == chat["text_without_prompt"]
-        continued = smollm2.render(messages, add_generation_prompt=False, continue_final_message=True)
+        assert smollm2.template.render(messages, add_generation_prompt=False) == chat["text_without_prompt"]
+        continued = smollm2.template.render(messages, add_generation_prompt=False, continue_final_message=True)
         assert continued == chat["text_continued"]
 
 
@@ -135,7 +135,7 @@ def test_a_message_that_is_stripped_can_be_continued():
 
 def test_continue_and_generation_prompt_exclude_each_other(smollm2):
     with pytest.raises(InvalidRequest, match="exclude each other"):
-        smollm2.render(USER, continue_final_message=True)
+        smollm2.template.render(USER, continue_final_message=True)
 
 
 def test_no_template(tmp_path):
@@ -149,7 +149,7 @@ def test_no_template(tmp_path):
     named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d{{ bos_token }}"}]
     for value, text in (("x{{ eos_token }}", "x</s>"), (named, "d<s>")):
         settings_file.write_text(json.dumps(settings | {"chat_template": value}))
-        assert Tokenizer.from_hf(folder).render(USER) == text
+        assert Tokenizer.from_hf(folder).template.render(USER) == text
 
 
 BAD_MESSAGES = {

@@ -75,8 +75,8 @@ def test_each_platform_takes_its_body_or_what_the_table_says_otherwise(pallas, t
 
     def op(x):
         bodies = {
-            "pallas": (lambda x, interpret: x * 2) if pallas else None,
-            "triton": (lambda x: x * 3) if triton else None,
+            "pallas": (lambda interpret: lambda x: x * 2) if pallas else None,
+            "triton": (lambda: lambda x: x * 3) if triton else None,
         }
         return by_platform("gathered_lora", x, xla=lambda x: x * 1, **bodies)
 
@@ -166,7 +166,7 @@ def test_the_docstring_shows_the_table():
 
 def test_interpreted_bodies_are_a_configuration_that_jit_sees():
     def op(x):
-        return by_platform("gathered_lora", x, xla=lambda x: x, pallas=lambda x, interpret: x + 1, triton=None)
+        return by_platform("gathered_lora", x, xla=lambda x: x, pallas=lambda interpret: lambda x: x + 1, triton=None)
 
     step = jax.jit(op)
     assert step(0.0) == 0
@@ -188,7 +188,7 @@ def test_a_name_inside_a_body_is_kept_under_checkpoint():
         return jax.grad(lambda x, w: jax.checkpoint(f, policy=policy)(x, w).sum(), argnums=(0, 1))
 
     def op(x, w):
-        return by_platform("segmented_lora", x, w, xla=body, pallas=lambda x, w, _: body(x, w), triton=None)
+        return by_platform("segmented_lora", x, w, xla=body, pallas=lambda interpret: body, triton=None)
 
     compiled = [jax.jit(gradient(f)).lower(x, w).compile() for f in (op, body)]
     assert compiled[0].as_text().count(" dot(") == compiled[1].as_text().count(" dot(") == 3

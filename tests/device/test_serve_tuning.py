@@ -161,18 +161,18 @@ def test_a_pinned_adapter_never_leaves_and_takes_its_turns_again_afterwards(worl
     active, (first, *_) = tuned.engine.scheduler.active, [a.ref for a in world.adapters]
     traffic.come(world.adapters)
     traffic.steps(3)
-    assert active.is_active(first)
+    assert first in active.entered
     tuned.tune(Tuning(quantum_ms=AT_ONCE, pin=(first.name,)))
     swaps = active.swaps
     for _ in range(12):
         traffic.steps(1)
-        assert active.is_active(first)
+        assert first in active.entered
     assert active.swaps > swaps + 4
     tuned.tune(Tuning(quantum_ms=AT_ONCE))
     left = 0
     for _ in range(6):
         traffic.steps(1)
-        left += not active.is_active(first)
+        left += first not in active.entered
     assert left
 
 
@@ -183,13 +183,13 @@ def test_a_pin_goes_on_to_a_version_that_is_published(world, rows, tuned, traffi
     tuned.tune(Tuning(quantum_ms=AT_ONCE, pin=("pinned",)))
     traffic.come([old, *world.adapters])
     traffic.steps(6)
-    assert active.is_active(old)
+    assert old in active.entered
     new = publish(tuned, world.adapters[0], rows[0])
     assert (new.name, new.version) == (old.name, old.version + 1)
     traffic.steps(4)
     for _ in range(8):
         traffic.steps(1)
-        assert active.is_active(new)  # with nothing to do
+        assert new in active.entered  # with nothing to do
     assert active.pinned == {new}
     traffic.come([new], max_tokens=5)
 

@@ -63,7 +63,7 @@ class Heard:
 
     def states(self, id: str) -> list[str]:
         """The states of a job, each once."""
-        return list(dict.fromkeys(n.state for n in self.news if n.id == id))
+        return list(dict.fromkeys(n.job.state for n in self.news if n.job.id == id))
 
     def steps(self, id: str) -> list[tuple[int, bool, bool]]:
         """(step, checkpoint, final) of its versions."""

@@ -16,7 +16,7 @@ import numpy as np
 from jaxlora.checkpoints.gguf import GgufSource
 from jaxlora.checkpoints.load import smollm2_path
 from jaxlora.core.lora import ALL_TARGETS, Adapter
-from jaxlora.model.decoder import Base, NoLora, TokenBatch, WeightSource, forward, head_weight, load_base
+from jaxlora.model.decoder import Base, TokenBatch, WeightSource, forward, head_weight, load_base
 from jaxlora.model.lora_pool import LaneLora, PoolSpec, Rows, TokenLora, empty_pool, host_rows, write_slot
 from jaxlora.model.mesh import make_mesh
 from pallas_kernels import NO_ADAPTER
@@ -25,6 +25,16 @@ from pallas_kernels.gathered_lora.op import gathered_lora
 from pallas_kernels.segmented_lora.op import segmented_lora
 
 FORMS = ("lanes", "tokens")  # LoRA as training and prefill compute it, and as decoding does
+
+
+class NoLora:
+    """Lora of the base model alone."""
+
+    per_layer: tuple[()] = ()
+
+    def deltas(self, layer: object, targets: tuple[str, ...], x_TX: jax.Array) -> tuple[None, ...]:
+        """Returns no deltas."""
+        return (None,) * len(targets)
 
 
 def base_of(source: WeightSource, dtype: str = "float32") -> Base:

@@ -113,7 +113,7 @@ class Builder(interpreter.InterpreterBuilder):
 
 def by_platform(op, *args, xla, pallas, triton):
     """The dispatcher's own, which finds the Triton body where it looks for the Pallas body."""
-    return dispatch.by_platform(op, *args, xla=xla, pallas=triton and (lambda *a: triton(*a[:-1])), triton=None)
+    return dispatch.by_platform(op, *args, xla=xla, pallas=triton and (lambda interpret: triton()), triton=None)
 
 
 def interpret_triton() -> None:

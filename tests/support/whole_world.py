@@ -16,7 +16,8 @@ from jaxlora.checkpoints.load import Opened
 from jaxlora.config.serving import ServeConfig, TrainingSection, serve_defaults
 from jaxlora.storage.adapter_store import AdapterStore
 from serve.runtime.device_thread import DeviceThread
-from serve.server.build import Services, make_runner, make_server, observing, read_head, services
+from serve.server.build import Services, make_runner, observing, read_head, services
+from serve.server.uvicorn import make_http
 
 WORKSPACE = "lab"
 
@@ -56,9 +57,9 @@ def joined(world, settings: ServeConfig, store: AdapterStore) -> Iterator[Joined
     runner = make_runner(opened, settings, store)
     with (
         observing(runner, settings) as observers,
-        services(runner, opened, settings, lambda: read_head(opened)) as own,
+        services(runner, opened, settings, observers, lambda: read_head(opened)) as own,
     ):
-        http = make_server(runner, settings, observers, own)
+        http = make_http(runner, own.app, host=settings.host, port=settings.port, grace_s=settings.grace_s)
         http.listening.close()
         yield Joined(http.server.config.app, runner, own)
 

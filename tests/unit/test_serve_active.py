@@ -45,7 +45,7 @@ def longest_waits(
     for now in range(ticks):
         step(active, float(now), work, slow)
         for ref in work:
-            gone[ref] = 0.0 if active.is_active(ref) else gone[ref] + 1
+            gone[ref] = 0.0 if ref in active.entered else gone[ref] + 1
             worst[ref] = max(worst[ref], gone[ref])
     return worst
 
@@ -185,10 +185,10 @@ def test_pins_leave_one_slot_to_share():
     with pytest.raises(InvalidRequest, match="2 slots take at most 1 pinned"):
         active.pin(adapter(1))
     step(active, 0.0, {})
-    assert active.is_active(adapter(0))  # with nothing to do
+    assert adapter(0) in active.entered  # with nothing to do
     active.unpin(adapter(0))
     step(active, 1.0, {})
-    assert not active.is_active(adapter(0))
+    assert adapter(0) not in active.entered
 
 
 def test_a_tenant_that_comes_back_does_not_cash_in_its_absence():

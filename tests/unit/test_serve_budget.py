@@ -178,11 +178,10 @@ def test_settings_out_of_range_change_nothing(numbers, named):
 
 def test_a_histogram_counts_what_it_is_told():
     times = Histogram((0.1, 1.0))
-    assert (times.total, times.quantile(0.5), times.lines()) == (0, 0.0, [])
+    assert (times.total, times.lines()) == (0, [])
     for value in (0.05, 0.1, 0.5, 7.0):
         times.observe(value)
     assert (times.counts, times.total, times.sum) == ([2, 1, 1], 4, pytest.approx(7.65))
-    assert [times.quantile(q) for q in (0.5, 0.75, 0.99)] == [0.1, 1.0, float("inf")]
     assert [line.split()[:4] for line in times.lines()] == [
         ["<=", "0.1", "s", "2"],
         ["<=", "1", "s", "1"],

@@ -301,20 +301,18 @@ class TestGradient:
     def test_life_of_an_adapter(self, database):
         adapters = StoredGradient(database)
         mine, theirs = gradient_record(), gradient_record("b" * 50, "other", created_s=2.0)
-        adapters.insert(mine, most=1)
-        adapters.insert(theirs, most=1)
-        with pytest.raises(QuotaExceeded):
-            adapters.insert(gradient_record("c" * 50), most=1)
-        assert adapters.all() == [mine, theirs]
+        adapters.insert(mine)
+        adapters.insert(theirs)
+        assert adapters.page(None, after=None, limit=9).records == [theirs, mine]
         assert adapters.page("acme", after=None, limit=9).records == [mine]
-        after = adapters.trained(mine.id, "acme", NOW, settings={"rank": 9})
-        assert after == replace(mine, calls=1, updated_s=NOW, settings={"rank": 9})
+        after = adapters.trained(mine.id, "acme", NOW)
+        assert after == replace(mine, calls=1, updated_s=NOW)
         assert adapters.get(mine.id, "acme") == after
         for call in (adapters.get, adapters.delete):
             with pytest.raises(NotFound):
                 call(mine.id, "other")
         assert adapters.delete(mine.id, "acme") == after
-        assert adapters.all() == [theirs]
+        assert adapters.page(None, after=None, limit=9).records == [theirs]
 
 
 class TestAnswers:

@@ -33,9 +33,8 @@ class JobRequest:
     loss: Loss = CROSS_ENTROPY
     seed: int  # of the first weights and of the order of the examples
     weight: float = 1.0  # of its tokens in its owner's share: one with 2 is charged half
-    start: Path | AdapterWeights | None = (
-        None  # a PEFT folder, the checkpoints of a job, or an adapter to continue from
-    )
+    # A PEFT folder, the checkpoints of a job, or an adapter to continue from.
+    start: Path | AdapterWeights | None = None
     heldout: Source | None = None
     evaluate_every: int | None = None  # steps between held-out losses; None: after the last step only
     checkpoint_every: int | None = None  # steps; None: when it pauses and ends
@@ -145,9 +144,8 @@ class JobEvent:
     level: Level
     kind: Kind
     message: str
-    data: Mapping[
-        str, float
-    ]  # finite; of a step: step, loss, accuracy, lr, grad_norm, tokens, tokens_per_s, heldout_loss, heldout_accuracy
+    # Finite; of a step: step, loss, accuracy, lr, grad_norm, tokens, tokens_per_s, heldout_loss, heldout_accuracy.
+    data: Mapping[str, float]
 
 
 class EventLog:

@@ -4,7 +4,8 @@ Shape letters: G lanes, J positions of a lane."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 
 import jax
 import numpy as np
@@ -49,45 +50,30 @@ class LaneSums:
     logprob_GJ: jax.Array  # float32 of each target; 0 where its weight is 0
 
 
+KINDS = {"ratio_GJ": np.bool_} | dict.fromkeys(  # of a batch's arrays that are not float32
+    ("token_GJ", "target_GJ", "position_GJ", "segment_GJ", "pair_GJ", "loss_G", "draw_GN", "slot_G"), np.int32
+)
+
+
 def idle_batch(lanes: int, length: int) -> TrainBatch:
     """Returns a NumPy batch of idle lanes, which `put_lane` fills."""
-
-    def zeros(*shape: int, dtype: type = np.float32) -> jax.Array:
-        return np.zeros(shape, dtype)  # ty: ignore[invalid-explicit-return]
-
-    return TrainBatch(
-        token_GJ=zeros(lanes, length, dtype=np.int32),
-        target_GJ=zeros(lanes, length, dtype=np.int32),
-        weight_GJ=zeros(lanes, length),
-        position_GJ=zeros(lanes, length, dtype=np.int32),
-        segment_GJ=zeros(lanes, length, dtype=np.int32),
-        reference_GJ=zeros(lanes, length),
-        advantage_GJ=zeros(lanes, length),
-        ratio_GJ=zeros(lanes, length, dtype=np.bool_),
-        pair_GJ=zeros(lanes, length, dtype=np.int32),
-        low_GJ=zeros(lanes, length),
-        high_GJ=zeros(lanes, length),
-        beta_G=zeros(lanes),
-        loss_G=zeros(lanes, dtype=np.int32),
-        dropout_G=zeros(lanes),
-        draw_GN=zeros(lanes, 3, dtype=np.int32),
-        slot_G=zeros(lanes, dtype=np.int32) + NO_ADAPTER,
-    )
+    batch = _zeros(TrainBatch, lanes, length, KINDS)
+    batch.slot_G[:] = NO_ADAPTER
+    return batch
 
 
 def idle_sums(lanes: int, length: int) -> LaneSums:
     """Returns the sums of idle lanes, in NumPy, which `put_sums` fills."""
+    return _zeros(LaneSums, lanes, length, {})
 
-    def zeros(*shape: int) -> jax.Array:
-        return np.zeros(shape, np.float32)  # ty: ignore[invalid-explicit-return]
 
-    return LaneSums(
-        loss_G=zeros(lanes),
-        weight_G=zeros(lanes),
-        hit_G=zeros(lanes),
-        count_G=zeros(lanes),
-        logprob_GJ=zeros(lanes, length),
-    )
+def _zeros[Arrays: TrainBatch | LaneSums](
+    of: type[Arrays], lanes: int, length: int, kinds: Mapping[str, type]
+) -> Arrays:
+    """Returns zeros in NumPy, each field's shaped by its suffix; float32 where `kinds` names no other."""
+    shapes = {"G": (lanes,), "GJ": (lanes, length), "GN": (lanes, 3)}
+    zeros = {f.name: np.zeros(shapes[f.name.rpartition("_")[2]], kinds.get(f.name, np.float32)) for f in fields(of)}
+    return of(**zeros)  # ty: ignore[invalid-argument-type]
 
 
 def put_sums(sums: LaneSums, start: int, some: LaneSums) -> None:

@@ -10,9 +10,9 @@ import contextlib
 import shutil
 from collections import Counter
 from collections.abc import Callable, Generator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import fastapi
 from fastapi import APIRouter, Request
@@ -264,16 +264,8 @@ class AdaptersRoutes:
 
 def imported_object(adapter: AdapterObject, imported: Imported) -> ImportedObject:
     """The adapter, with what its import has read."""
-    report = imported.report
-    return {
-        **adapter,
-        "parameters": report.parameters,
-        "modules": [{"module": m.module, "rank": m.rank, "scale": m.scale} for m in report.modules],
-        "base_verified": report.base_verified,
-        "ignored": list(report.ignored),
-        "left_out": list(imported.left_out),
-        "notes": list(report.notes),
-    }
+    shown = {name: value for name, value in asdict(imported.report).items() if name != "base_name"}
+    return cast(ImportedObject, {**adapter, **shown, "left_out": imported.left_out})
 
 
 class ZipStream(StreamingResponse):

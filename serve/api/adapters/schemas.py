@@ -2,40 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypedDict
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, with_config
+from pydantic import BaseModel, ConfigDict, Field
 
+from jaxlora.peft.folder import ModuleReport
+from serve.api.document import Closed, form_body
 from serve.http.pagination import Listed, PageQuery
-from serve.http.schema import CLOSED, Only, Strict, Text
+from serve.http.schema import Only, Strict, Text
 
 UPLOAD_FIELDS = ("name", "allow_base_mismatch")
 UPLOAD_FILES = ("file",)
-UPLOAD_BODY = {  # for the document: the body is read as it arrives, so FastAPI does not see it
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["name", "file"],
-                    "additionalProperties": False,
-                    "properties": {
-                        "name": {"type": "string", "description": "NAME; of an admin also TENANT/NAME"},
-                        "allow_base_mismatch": {"type": "string", "enum": ["true", "false"]},
-                        "file": {
-                            "description": "a zip, tar or tar.gz of a PEFT folder, or its files one by one",
-                            "type": "array",
-                            "minItems": 1,
-                            "maxItems": 8,
-                            "items": {"type": "string", "format": "binary"},
-                        },
-                    },
-                }
-            }
+UPLOAD_BODY = form_body(
+    {
+        "name": {"type": "string", "description": "NAME; of an admin also TENANT/NAME"},
+        "allow_base_mismatch": {"type": "string", "enum": ["true", "false"]},
+        "file": {
+            "description": "a zip, tar or tar.gz of a PEFT folder, or its files one by one",
+            "type": "array",
+            "minItems": 1,
+            "maxItems": 8,
+            "items": {"type": "string", "format": "binary"},
         },
-    }
-}
+    },
+    required=["name", "file"],
+)
 
 
 class LoadBody(Strict):
@@ -77,8 +68,7 @@ class DownloadQuery(BaseModel):
 # ---- answers
 
 
-@with_config(CLOSED)
-class AdapterObject(TypedDict):
+class AdapterObject(Closed):
     """An adapter, or one version of it."""
 
     id: str
@@ -93,21 +83,11 @@ class AdapterObject(TypedDict):
     pinned: bool
 
 
-@with_config(CLOSED)
-class ModuleObject(TypedDict):
-    """One adapted module of an upload."""
-
-    module: str
-    rank: int
-    scale: float
-
-
-@with_config(CLOSED)
 class ImportedObject(AdapterObject):
     """A version that came in, with what was read."""
 
     parameters: int
-    modules: list[ModuleObject]
+    modules: list[ModuleReport]
     base_verified: bool
     ignored: list[str]
     left_out: list[str]
@@ -117,8 +97,7 @@ class ImportedObject(AdapterObject):
 AdapterList = Listed[AdapterObject]
 
 
-@with_config(CLOSED)
-class DeletedAdapter(TypedDict):
+class DeletedAdapter(Closed):
     """What is gone."""
 
     id: str
@@ -126,8 +105,7 @@ class DeletedAdapter(TypedDict):
     deleted: Literal[True]
 
 
-@with_config(CLOSED)
-class DeletedModel(TypedDict):
+class DeletedModel(Closed):
     """The same, as OpenAI's clients read it."""
 
     id: str

@@ -4,48 +4,37 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Annotated, Literal, NotRequired, TypedDict
+from typing import Annotated, Literal, NotRequired
 
-from pydantic import Field, with_config
+from pydantic import Field
 
 from jaxlora.core.errors import InvalidRequest
+from serve.api.document import Closed, form_body
 from serve.api.files.service import FINE_TUNE
 from serve.db.models import FileStatus
 from serve.http.multipart import Form
 from serve.http.pagination import Listed, PageQuery
-from serve.http.schema import CLOSED, Responses
+from serve.http.schema import Responses
 
 MAX_NAME = 255  # characters of a file's name
 LEAST_EXPIRY_S, MOST_EXPIRY_S = 3600, 2_592_000
 ANCHOR, SECONDS = "expires_after[anchor]", "expires_after[seconds]"
 FORM_FIELDS = ("purpose", ANCHOR, SECONDS)
-FORM_BODY = {  # for the document: the body is read as it arrives, so FastAPI does not see it
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["purpose", "file"],
-                    "additionalProperties": False,
-                    "properties": {
-                        "purpose": {"type": "string", "enum": [FINE_TUNE]},
-                        ANCHOR: {"type": "string", "enum": ["created_at"]},
-                        SECONDS: {"type": "integer", "minimum": LEAST_EXPIRY_S, "maximum": MOST_EXPIRY_S},
-                        "file": {"type": "string", "format": "binary", "description": "JSONL, one example a line"},
-                    },
-                }
-            }
-        },
-    }
-}
+FORM_BODY = form_body(
+    {
+        "purpose": {"type": "string", "enum": [FINE_TUNE]},
+        ANCHOR: {"type": "string", "enum": ["created_at"]},
+        SECONDS: {"type": "integer", "minimum": LEAST_EXPIRY_S, "maximum": MOST_EXPIRY_S},
+        "file": {"type": "string", "format": "binary", "description": "JSONL, one example a line"},
+    },
+    required=["purpose", "file"],
+)
 
 
 Purpose = Literal["fine-tune", "fine-tune-results"]
 
 
-@with_config(CLOSED)
-class File(TypedDict):
+class File(Closed):
     id: str
     object: Literal["file"]
     bytes: int
@@ -60,8 +49,7 @@ class File(TypedDict):
 FileList = Listed[File]
 
 
-@with_config(CLOSED)
-class DeletedFile(TypedDict):
+class DeletedFile(Closed):
     id: str
     object: Literal["file"]
     deleted: Literal[True]

@@ -1,7 +1,4 @@
-"""Answers of the Gradient wire: generated, or one of the given choices by its score.  No routes here.
-
-Also the protocol of what the wire needs beside `Backend`: adapters that are trained by calls.
-"""
+"""Answers of the Gradient wire: generated, or one of the given choices by its score.  No routes here."""
 
 from __future__ import annotations
 
@@ -10,14 +7,12 @@ import math
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from fastapi import Request
 
 from jaxlora.config.base import need
-from jaxlora.config.training import Optimizer
 from jaxlora.core.errors import ContextLengthExceeded, InvalidRequest
-from jaxlora.core.lora import AdapterRef, LoraSpec
+from jaxlora.core.lora import AdapterRef
 from serve.access.caller import caller_of
 from serve.access.rate_limit import Limiter, cost
 from serve.api.gradient.schemas import CompleteBody, Guidance
@@ -27,7 +22,6 @@ from serve.engine.request import FinishReason, PromptLogprob, SamplingParams
 from serve.engine.request import Request as TokenRequest
 from serve.http.request_log import Generated, note_generated
 from serve.runtime.backend import Backend
-from train.data.examples import Example
 
 
 def choose(scores: Sequence[float], *, temperature: float, top_k: int, top_p: float, drawn: float) -> int:
@@ -194,42 +188,6 @@ async def read_whole(streams: MergedStreams, count: int) -> list[Whole]:
         whole.scores += delta.prompt_logprobs
         whole.finish = delta.finish
     return wholes
-
-
-class FineTuned(Protocol):
-    """What one call has done."""
-
-    @property
-    def tokens(self) -> int:
-        """Target tokens of all examples."""
-        ...
-
-    @property
-    def sum_loss(self) -> float:
-        """Nats of all of them under the weights before the update, whatever their weights in it; finite."""
-        ...
-
-
-class Tuner(Protocol):
-    """Creates, trains and deletes adapters.  Called on the event loop."""
-
-    async def create(self, tenant: str, name: str, spec: LoraSpec, seed: int) -> AdapterRef:
-        """Creates an adapter that changes nothing yet.
-
-        Raises AdapterInvalid for a rank or targets that no slot holds, QuotaExceeded.
-        """
-        ...
-
-    async def fine_tune(self, tenant: str, name: str, examples: Sequence[Example], optimizer: Optimizer) -> FineTuned:
-        """One update by all examples, divided by the number of their target tokens; calls of one adapter wait in line.
-
-        Raises AdapterNotFound, DataInvalid; AdapterNotFinite, and nothing has changed then.
-        """
-        ...
-
-    async def delete(self, tenant: str, name: str) -> None:
-        """Deletes the adapter at once; requests that run end on it.  Raises AdapterNotFound."""
-        ...
 
 
 DEFAULT_RANK = 8  # of an adapter whose client names none

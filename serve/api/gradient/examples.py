@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jaxlora.checkpoints.tokenizer import Tokenizer
 from jaxlora.core.errors import InvalidRequest
 from serve.api.gradient.schemas import Sample
-from serve.runtime.backend import Tokenizer
 from train.data.examples import Example
 
 

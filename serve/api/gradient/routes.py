@@ -25,7 +25,7 @@ from jaxlora.core.errors import AdapterNotFound, DeadlineExceeded, NotFound
 from jaxlora.core.lora import LAYER_TARGETS, NAME_PATTERN, LoraSpec
 from serve.access.caller import caller_of
 from serve.access.rate_limit import Limiter
-from serve.api.gradient.complete import Completer, GradientConfig, Tuner
+from serve.api.gradient.complete import Completer, GradientConfig
 from serve.api.gradient.errors import API, GRADIENT_ERRORS, NotTrainable, UnknownBase, UnknownCollection
 from serve.api.gradient.examples import examples_of
 from serve.api.gradient.schemas import (
@@ -51,6 +51,7 @@ from serve.db.gradient import StoredGradient
 from serve.db.models import GradientRecord, JsonObject
 from serve.http.idempotency import KEY_PARAMETER, Once
 from serve.http.schema import ok
+from serve.jobs.on_demand import Tuner
 from serve.runtime.backend import Backend
 from serve.runtime.catalog import JOB_PREFIX, RESERVED_NAMES
 

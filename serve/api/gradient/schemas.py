@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypedDict
+from typing import Annotated, Literal
 
-from pydantic import AliasGenerator, BaseModel, BeforeValidator, ConfigDict, Field, with_config
+from pydantic import AliasGenerator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
-from serve.http.schema import CLOSED, Strict, Text
+from serve.api.document import Closed
+from serve.http.schema import Strict, Text
 
 MAX_SAMPLES = 4096
 MAX_SPANS = 1024
@@ -114,8 +115,7 @@ class CompleteBody(Camel):
 Capability = Literal["complete", "fineTune"]
 
 
-@with_config(CLOSED)
-class BaseModelObject(TypedDict):
+class BaseModelObject(Closed):
     type: Literal["baseModel"]
     id: str
     name: str
@@ -123,8 +123,7 @@ class BaseModelObject(TypedDict):
     capabilities: list[Capability]
 
 
-@with_config(CLOSED)
-class ModelAdapterObject(TypedDict):
+class ModelAdapterObject(Closed):
     type: Literal["modelAdapter"]
     id: str
     name: str
@@ -132,35 +131,29 @@ class ModelAdapterObject(TypedDict):
     latestUpdateTime: str
 
 
-@with_config(CLOSED)
-class Models(TypedDict):
+class Models(Closed):
     models: list[BaseModelObject | ModelAdapterObject]
 
 
-@with_config(CLOSED)
-class Created(TypedDict):
+class Created(Closed):
     id: str
 
 
-@with_config(CLOSED)
-class Nothing(TypedDict):
+class Nothing(Closed):
     """An empty object."""
 
 
-@with_config(CLOSED)
-class FineTunedObject(TypedDict):
+class FineTunedObject(Closed):
     numberOfTrainableTokens: int
     sumLoss: float
 
 
-@with_config(CLOSED)
-class Completion(TypedDict):
+class Completion(Closed):
     finishReason: Literal["stop", "length"]
     generatedOutput: str
 
 
-@with_config(CLOSED)
-class EmbeddingsModels(TypedDict):
+class EmbeddingsModels(Closed):
     embeddingsModels: list[Nothing]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, cast
 
-from serve.api.jobs.schemas import CheckpointMetrics, CheckpointObject, EventObject, JobObject
+from serve.api.jobs.schemas import CheckpointMetrics, CheckpointObject, EventObject, JobObject, Numbers
 from serve.db.models import CheckpointRecord, EventRecord, JobRecord, JsonObject
 from serve.runtime.catalog import JobNames
 from train.jobs.status import ENDED
@@ -14,12 +14,8 @@ def job_object(record: JobRecord, names: JobNames) -> JobObject:
     """A job.  `fine_tuned_model` is set as soon as it can be asked: at the first checkpoint."""
     request, plan, progress = record.request, record.resolved.plan, record.progress
     usable = "checkpoint_step" in progress or "final_version" in progress
-    numbers: JsonObject = {
-        "n_epochs": "auto" if plan is None else plan.n_epochs,
-        "batch_size": "auto" if plan is None else plan.batch_size,
-        "learning_rate_multiplier": "auto" if plan is None else plan.learning_rate_multiplier,
-    }
     kind = request.method_name
+    numbers: JsonObject = {n: "auto" if plan is None else getattr(plan, n) for n in Numbers.__annotations__}
     beta: JsonObject = {"beta": "auto" if plan is None else plan.beta} if kind == "dpo" else {}
     shown: JsonObject = {
         "id": record.id,

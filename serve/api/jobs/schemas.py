@@ -5,49 +5,44 @@ The request bodies of the fine-tuning wire: OpenAI's fields, and ours beside the
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal, NotRequired, TypedDict
+from typing import Annotated, Literal, NotRequired
 
-from pydantic import BeforeValidator, ConfigDict, Field, JsonValue, model_validator, with_config
+from pydantic import BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 from pydantic_core import PydanticCustomError
 
+from serve.api.document import Closed
 from serve.http.pagination import Listed, PageQuery
-from serve.http.schema import CLOSED, Only, Strict, Text, Unbuilt, few_fields
+from serve.http.schema import Only, Strict, Text, Unbuilt, few_fields
 from train.jobs.status import JobStatus
 
 Auto = Literal["auto"]
 
 
-@with_config(CLOSED)
-class Numbers(TypedDict):
+class Numbers(Closed):
     n_epochs: int | Auto
     batch_size: int | Auto
     learning_rate_multiplier: float | Auto
 
 
-@with_config(CLOSED)
 class DpoNumbers(Numbers):
     beta: float | Auto
 
 
-@with_config(CLOSED)
-class SupervisedObject(TypedDict):
+class SupervisedObject(Closed):
     hyperparameters: Numbers
 
 
-@with_config(CLOSED)
-class DpoObject(TypedDict):
+class DpoObject(Closed):
     hyperparameters: DpoNumbers
 
 
-@with_config(CLOSED)
-class MethodObject(TypedDict):
+class MethodObject(Closed):
     type: Literal["supervised", "dpo"]
     supervised: NotRequired[SupervisedObject]
     dpo: NotRequired[DpoObject]
 
 
-@with_config(CLOSED)
-class LoraObject(TypedDict):
+class LoraObject(Closed):
     rank: int
     alpha: float
     targets: list[str]
@@ -56,8 +51,7 @@ class LoraObject(TypedDict):
     exceptions: list[tuple[str, int, int, float]]  # (target, layer, rank, alpha)
 
 
-@with_config(CLOSED)
-class ProgressObject(TypedDict):
+class ProgressObject(Closed):
     step: int
     total_steps: int | None
     tokens: int
@@ -66,15 +60,13 @@ class ProgressObject(TypedDict):
     adapter_version: int | None
 
 
-@with_config(CLOSED)
-class JobError(TypedDict):
+class JobError(Closed):
     code: str
     message: str
     param: str | None
 
 
-@with_config(CLOSED)
-class JobObject(TypedDict):
+class JobObject(Closed):
     id: str
     object: Literal["fine_tuning.job"]
     created_at: int
@@ -99,8 +91,7 @@ class JobObject(TypedDict):
     progress: ProgressObject
 
 
-@with_config(CLOSED)
-class EventObject(TypedDict):
+class EventObject(Closed):
     id: str
     object: Literal["fine_tuning.job.event"]
     created_at: int
@@ -110,8 +101,7 @@ class EventObject(TypedDict):
     data: dict[str, JsonValue] | None
 
 
-@with_config(CLOSED)
-class CheckpointMetrics(TypedDict, total=False):
+class CheckpointMetrics(Closed, total=False):
     step: int
     train_loss: float
     train_mean_token_accuracy: float
@@ -119,8 +109,7 @@ class CheckpointMetrics(TypedDict, total=False):
     valid_mean_token_accuracy: float
 
 
-@with_config(CLOSED)
-class CheckpointObject(TypedDict):
+class CheckpointObject(Closed):
     id: str
     object: Literal["fine_tuning.job.checkpoint"]
     created_at: int

@@ -12,9 +12,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from jaxlora.checkpoints.tokenizer import Tokenizer
 from jaxlora.core.errors import JaxLoraError
-from serve.engine.request import Delta, FinishReason, PromptLogprob, Request, TokenLogprob
-from serve.runtime.backend import Backend, Tokenizer, TokenStream
+from serve.api.openai.schemas import Alternative, PromptPlace, TokenLogprob
+from serve.engine.request import Delta, FinishReason, PromptLogprob, Request
+from serve.engine.request import TokenLogprob as Logprob
+from serve.runtime.backend import Backend, TokenStream
 
 LOWEST_LOGPROB = -9999.0  # stands for minus infinity, which JSON does not have
 
@@ -70,36 +73,11 @@ class MergedStreams:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Candidate:
-    """A token that could have been chosen in the place of another."""
-
-    text: str
-    raw: bytes
-    logprob: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
-    """One token with its log-probability, which the first of an echoed prompt has not.
+    """One token with its log-probability, which the first of an echoed prompt has not."""
 
-    `offset`: characters of the choice's text before it.
-    """
-
-    text: str
-    raw: bytes
-    logprob: float | None
-    top: tuple[Candidate, ...]
-    offset: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Ranked:
-    """One token that could stand at a place of the prompt.  `rank`: 1 is the likeliest."""
-
-    token: int
-    text: str
-    logprob: float
-    rank: int
+    shown: TokenLogprob  # as chats show it
+    offset: int  # characters of the choice's text before it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,7 +98,7 @@ class Piece:
     entries: tuple[Entry, ...]
     finish: FinishReason | None
     tokens: tuple[int, ...] = ()
-    prompt: tuple[tuple[Ranked, ...], ...] = ()  # of every prompt token but the first, itself first
+    prompt: tuple[PromptPlace, ...] = ()  # of every prompt token but the first, itself first
     prompt_tokens: tuple[int, ...] = ()  # with the first piece
 
 
@@ -164,7 +142,7 @@ class Choice:
             prompt_tokens=self._prompt.tokens if first else (),
         )
 
-    def _begin(self, delta: Delta) -> tuple[str, tuple[Entry, ...], tuple[tuple[Ranked, ...], ...]]:
+    def _begin(self, delta: Delta) -> tuple[str, tuple[Entry, ...], tuple[PromptPlace, ...]]:
         """(echoed text, its entries, the prompt's log-probabilities)."""
         self._begun = True
         view, scores = self._prompt, delta.prompt_logprobs
@@ -176,36 +154,31 @@ class Choice:
             return view.echo, (), ranked
         offsets = prompt_offsets(self._tokenizer, view.echo, view.tokens)
         first = view.tokens[0]
-        name, raw = self._name_token(first), self._tokenizer.token_bytes(first)
-        entries = [Entry(text=name, raw=raw, logprob=None, top=(), offset=offsets[0])]
+        entries = [Entry(shown={**self._shown(first, None), "top_logprobs": []}, offset=offsets[0])]
         entries += [self._entry(s, o, view.logprobs) for s, o in zip(scores, offsets[1:], strict=True)]
         return view.echo, tuple(entries), ranked
 
-    def _ranked(self, score: PromptLogprob, count: int) -> tuple[Ranked, ...]:
+    def _ranked(self, score: PromptLogprob, count: int) -> PromptPlace:
         own = (score.token, score.logprob, score.rank)
         best = [(t, p, i) for i, (t, p) in enumerate(score.top[:count], start=1) if t != score.token]
-        return tuple(
-            Ranked(token=t, text=self._tokenizer.token_text(t), logprob=clamp(p), rank=rank)
+        return {
+            str(t): {"logprob": clamp(p), "rank": rank, "decoded_token": self._tokenizer.token_text(t)}
             for t, p, rank in (own, *best)
-        )
+        }
 
-    def _next_entry(self, logprob: TokenLogprob) -> Entry:
+    def _next_entry(self, logprob: Logprob) -> Entry:
         entry = self._entry(logprob, self._decoded_chars, len(logprob.top))
         if self._tokenizer.decode([logprob.token]):  # a special token has a name but no place in the text
-            self._decoded_chars += len(self._decoder.decode(entry.raw))
+            self._decoded_chars += len(self._decoder.decode(bytes(entry.shown["bytes"])))
         return entry
 
-    def _entry(self, logprob: TokenLogprob, offset: int, count: int) -> Entry:
-        return Entry(
-            text=self._name_token(logprob.token),
-            raw=self._tokenizer.token_bytes(logprob.token),
-            logprob=clamp(logprob.logprob),
-            top=tuple(
-                Candidate(text=self._name_token(t), raw=self._tokenizer.token_bytes(t), logprob=clamp(p))
-                for t, p in logprob.top[:count]
-            ),
-            offset=offset,
-        )
+    def _entry(self, logprob: Logprob, offset: int, count: int) -> Entry:
+        top = [self._shown(t, p) for t, p in logprob.top[:count]]
+        return Entry(shown={**self._shown(logprob.token, logprob.logprob), "top_logprobs": top}, offset=offset)
+
+    def _shown(self, token: int, logprob: float | None) -> Alternative:
+        raw, known = self._tokenizer.token_bytes(token), None if logprob is None else clamp(logprob)
+        return {"token": self._name_token(token), "logprob": known, "bytes": list(raw)}
 
 
 def prompt_offsets(tokenizer: Tokenizer, text: str, tokens: Sequence[int]) -> list[int]:

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from jaxlora.checkpoints.chat_template import Scalar, Turn
+from jaxlora.checkpoints.tokenizer import Tokenizer
 from jaxlora.core.errors import InvalidRequest, UnsupportedParameter
 from serve.api.openai.schemas import Message, TextContent
 from serve.api.openai.tools import CallForm, CallParser, Function, Tool, ToolCall, ToolChoice, ToolChoiceMode, call_form
 from serve.engine.grammar import GrammarSource
-from serve.runtime.backend import Tokenizer
 
 NOTHING: dict[str, object] = {"type": "object", "properties": {}, "additionalProperties": False}
 

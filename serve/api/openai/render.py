@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from typing import cast
 
-from serve.api.openai.logprobs import Candidate, Choice, Entry, Piece
+from serve.api.openai.logprobs import Choice, Entry, Piece
 from serve.api.openai.schemas import (
-    Alternative,
     CallDelta,
     ChatChoice,
     ChatChunkChoice,
@@ -20,13 +20,11 @@ from serve.api.openai.schemas import (
     Heading,
     MadeCall,
     Model,
-    PromptLogprobs,
     Reason,
     TextChoiceFields,
     TextChunkChoice,
     TextCompletion,
     TextLogprobs,
-    TokenLogprob,
     Usage,
 )
 from serve.api.openai.tools import CallParser, CallPart, gathered
@@ -95,7 +93,7 @@ class ChatRenderer:
         if self.token_ids:
             answer["prompt_token_ids"] = list(choices[0][0].prompt_tokens)
         if self._prompt_logprobs:
-            answer["prompt_logprobs"] = ranked(choices[0])
+            answer["prompt_logprobs"] = [None, *choices[0][0].prompt]
         return answer
 
     def _choice(self, index: int, pieces: Sequence[Piece]) -> ChatChoice:
@@ -125,7 +123,7 @@ class ChatRenderer:
         return chunk
 
     def _entries(self, entries: Sequence[Entry]) -> ChatLogprobs | None:
-        return {"content": [entry_object(e) for e in entries], "refusal": None} if self._logprobs else None
+        return {"content": [e.shown for e in entries], "refusal": None} if self._logprobs else None
 
 
 class CompletionRenderer:
@@ -169,44 +167,28 @@ class CompletionRenderer:
             if pieces[0].prompt_tokens:
                 fields["prompt_token_ids"] = list(pieces[0].prompt_tokens)
         if self._prompt_logprobs:
-            fields["prompt_logprobs"] = ranked(pieces)
+            fields["prompt_logprobs"] = [None, *pieces[0].prompt]
         return fields
 
     def _lists(self, entries: Sequence[Entry]) -> TextLogprobs | None:
         if not self._logprobs:
             return None
+        shown = [e.shown for e in entries]
         # Ids with one text collide here; the better one stays, and the chosen token always has its own value.
-        tops = [
-            None if e.logprob is None else {t.text: t.logprob for t in reversed(e.top)} | {e.text: e.logprob}
-            for e in entries
-        ]
+        tops: list[dict[str, float] | None] = []
+        for e in shown:
+            all_of_them = (*reversed(e["top_logprobs"]), e)
+            named = {t["token"]: p for t in all_of_them if (p := t["logprob"]) is not None}
+            tops.append(None if e["logprob"] is None else named)
         return {
-            "tokens": [e.text for e in entries],
-            "token_logprobs": [e.logprob for e in entries],
+            "tokens": [e["token"] for e in shown],
+            "token_logprobs": [e["logprob"] for e in shown],
             "top_logprobs": tops,
             "text_offset": [e.offset for e in entries],
         }
 
 
 Renderer = ChatRenderer | CompletionRenderer
-
-
-def ranked(pieces: Sequence[Piece]) -> PromptLogprobs:
-    """prompt_logprobs as vLLM writes them: nothing for the first token, then for each an object by token id."""
-    out: PromptLogprobs = [None]
-    for place in pieces[0].prompt:
-        out.append({str(r.token): {"logprob": r.logprob, "rank": r.rank, "decoded_token": r.text} for r in place})
-    return out
-
-
-def entry_object(entry: Entry) -> TokenLogprob:
-    """A token of the answer with its log-probability and its alternatives."""
-    return {**token_object(entry), "top_logprobs": [token_object(t) for t in entry.top]}
-
-
-def token_object(token: Entry | Candidate) -> Alternative:
-    """A token with its log-probability."""
-    return {"token": token.text, "logprob": token.logprob, "bytes": list(token.raw)}
 
 
 def finish_of(pieces: Sequence[Piece]) -> FinishReason:
@@ -249,14 +231,4 @@ def usage_object(prompt_tokens: Sequence[int], choices: Sequence[Choice]) -> Usa
 
 def model_object(card: ModelCard) -> Model:
     """A model as the list and the single read show it."""
-    return {
-        "id": card.id,
-        "object": "model",
-        "created": card.created,
-        "owned_by": card.owned_by,
-        "root": card.root,
-        "parent": card.parent,
-        "version": card.version,
-        "rank": card.rank,
-        "state": card.state,
-    }
+    return cast(Model, {**asdict(card), "object": "model"})

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, NotRequired, TypedDict
 
-from pydantic import BeforeValidator, FailFast, Field, JsonValue, with_config
+from pydantic import BeforeValidator, FailFast, Field, JsonValue
 from pydantic_core import PydanticCustomError
 
+from serve.api.document import Closed
 from serve.api.openai.tools import MAX_CALLS, MAX_TOOLS, Tool, ToolCall, ToolChoice, ToolChoiceMode
 from serve.engine.request import (
     LEAST_REPETITION,
@@ -21,14 +22,13 @@ from serve.engine.request import (
 )
 from serve.http.errors import ErrorDetail
 from serve.http.pagination import PageQuery
-from serve.http.schema import CLOSED, Only, Strict, Text, Unbuilt, few_fields
+from serve.http.schema import Only, Strict, Text, Unbuilt, few_fields
 
 Reason = Literal["stop", "length", "tool_calls"]
 ChunkObject = Literal["chat.completion.chunk", "text_completion"]
 
 
-@with_config(CLOSED)
-class Model(TypedDict):
+class Model(Closed):
     id: str
     object: Literal["model"]
     created: int
@@ -40,67 +40,56 @@ class Model(TypedDict):
     state: Literal["base", "device", "host", "disk"]
 
 
-@with_config(CLOSED)
-class ModelList(TypedDict):
+class ModelList(Closed):
     object: Literal["list"]
     data: list[Model]
     has_more: bool
 
 
-@with_config(CLOSED)
-class Alternative(TypedDict):
+class Alternative(Closed):
     token: str
     logprob: float | None
     bytes: list[int]
 
 
-@with_config(CLOSED)
-class TokenLogprob(TypedDict):
-    token: str
-    logprob: float | None
-    bytes: list[int]
+class TokenLogprob(Alternative):
     top_logprobs: list[Alternative]
 
 
-@with_config(CLOSED)
-class ChatLogprobs(TypedDict):
+class ChatLogprobs(Closed):
     content: list[TokenLogprob]
     refusal: None
 
 
-@with_config(CLOSED)
-class PromptToken(TypedDict):
+class PromptToken(Closed):
     logprob: float
     rank: int
     decoded_token: str
 
 
-PromptLogprobs = list[dict[str, PromptToken] | None]
+PromptPlace = dict[str, PromptToken]  # the tokens that could stand there, by id
+PromptLogprobs = list[PromptPlace | None]  # as vLLM writes them: nothing for the first token
 
 
-@with_config(CLOSED)
-class MadeFunction(TypedDict):
+class MadeFunction(Closed):
     name: str
     arguments: str
 
 
-@with_config(CLOSED)
-class MadeCall(TypedDict):
+class MadeCall(Closed):
     id: str
     type: Literal["function"]
     function: MadeFunction
 
 
-@with_config(CLOSED)
-class ChatMessage(TypedDict):
+class ChatMessage(Closed):
     role: Literal["assistant"]
     content: str | None
     refusal: None
     tool_calls: NotRequired[list[MadeCall]]
 
 
-@with_config(CLOSED)
-class ChatChoice(TypedDict):
+class ChatChoice(Closed):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None
@@ -135,13 +124,11 @@ class ChatChunkChoice(TypedDict):
     token_ids: NotRequired[list[int]]
 
 
-@with_config(CLOSED)
-class CachedTokens(TypedDict):
+class CachedTokens(Closed):
     cached_tokens: int
 
 
-@with_config(CLOSED)
-class Usage(TypedDict):
+class Usage(Closed):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
@@ -157,8 +144,7 @@ class Heading(TypedDict):
     adapter_version: int | list[int] | None  # that the name was resolved to, or that made the answer
 
 
-@with_config(CLOSED)
-class ChatCompletion(Heading):
+class ChatCompletion(Closed, Heading):
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
     usage: Usage
@@ -166,8 +152,7 @@ class ChatCompletion(Heading):
     prompt_logprobs: NotRequired[PromptLogprobs]
 
 
-@with_config(CLOSED)
-class TextLogprobs(TypedDict):
+class TextLogprobs(Closed):
     tokens: list[str]
     token_logprobs: list[float | None]
     top_logprobs: list[dict[str, float] | None]
@@ -183,8 +168,7 @@ class TextChoiceFields(TypedDict):
     prompt_logprobs: NotRequired[PromptLogprobs]
 
 
-@with_config(CLOSED)
-class TextChoice(TextChoiceFields):
+class TextChoice(Closed, TextChoiceFields):
     finish_reason: Literal["stop", "length"]
 
 
@@ -201,27 +185,23 @@ class Chunk(Heading):
     usage: NotRequired[Usage | None]
 
 
-@with_config(CLOSED)
-class TextCompletion(Heading):
+class TextCompletion(Closed, Heading):
     object: Literal["text_completion"]
     choices: list[TextChoice]
     usage: Usage
 
 
-@with_config(CLOSED)
-class Tokens(TypedDict):
+class Tokens(Closed):
     tokens: list[int]
     count: int
     max_model_len: int
 
 
-@with_config(CLOSED)
-class Detokenized(TypedDict):
+class Detokenized(Closed):
     prompt: str
 
 
-@with_config(CLOSED)
-class TokenizerInfo(TypedDict):
+class TokenizerInfo(Closed):
     eos_token: str | None
     bos_token: str | None
     pad_token: str | None
@@ -230,8 +210,7 @@ class TokenizerInfo(TypedDict):
     model_max_length: int
 
 
-@with_config(CLOSED)
-class OutputText(TypedDict):
+class OutputText(Closed):
     type: Literal["output_text"]
     text: str
     annotations: list[JsonValue]
@@ -241,8 +220,7 @@ class OutputText(TypedDict):
 ItemStatus = Literal["in_progress", "completed", "incomplete"]  # in progress: in events alone
 
 
-@with_config(CLOSED)
-class OutputMessage(TypedDict):
+class OutputMessage(Closed):
     id: str
     type: Literal["message"]
     status: ItemStatus
@@ -250,8 +228,7 @@ class OutputMessage(TypedDict):
     content: list[OutputText]
 
 
-@with_config(CLOSED)
-class OutputCall(TypedDict):
+class OutputCall(Closed):
     id: str
     type: Literal["function_call"]
     status: ItemStatus
@@ -260,18 +237,15 @@ class OutputCall(TypedDict):
     arguments: str
 
 
-@with_config(CLOSED)
-class Incomplete(TypedDict):
+class Incomplete(Closed):
     reason: Literal["max_output_tokens"]
 
 
-@with_config(CLOSED)
-class ReasoningTokens(TypedDict):
+class ReasoningTokens(Closed):
     reasoning_tokens: int
 
 
-@with_config(CLOSED)
-class ResponseUsage(TypedDict):
+class ResponseUsage(Closed):
     input_tokens: int
     input_tokens_details: CachedTokens
     output_tokens: int
@@ -300,8 +274,7 @@ class ResponseEcho(TypedDict):
     user: str | None
 
 
-@with_config(CLOSED)
-class ResponseObject(ResponseEcho):
+class ResponseObject(Closed, ResponseEcho):
     """A response, whole or in an event, where it may be in progress or failed."""
 
     id: str
@@ -333,13 +306,11 @@ class ResponseEvent(TypedDict):
     arguments: NotRequired[str]
 
 
-@with_config(CLOSED)
-class Status(TypedDict):
+class Status(Closed):
     status: Literal["ok"]
 
 
-@with_config(CLOSED)
-class Version(TypedDict):
+class Version(Closed):
     version: str
 
 
@@ -512,9 +483,8 @@ class ChatBody(SamplingBody):
     top_logprobs: Annotated[int | None, Field(ge=0, le=MAX_TOP_LOGPROBS)] = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    metadata: Annotated[dict[str, str] | None, Field(max_length=16), BeforeValidator(few_fields)] = (
-        None  # the client's own notes; change nothing
-    )
+    # The client's own notes; change nothing.
+    metadata: Annotated[dict[str, str] | None, Field(max_length=16), BeforeValidator(few_fields)] = None
     safety_identifier: Text | None = None  # as `user`
     store: Annotated[bool | None, Only((False,))] = None
 

@@ -14,7 +14,7 @@ from fastapi.sse import KEEPALIVE_COMMENT
 
 from serve.api.openai.generation import Run
 from serve.api.openai.logprobs import Entry, Piece
-from serve.api.openai.render import entry_object, headed, usage_object
+from serve.api.openai.render import headed, usage_object
 from serve.api.openai.schemas import (
     ItemStatus,
     OutputCall,
@@ -71,7 +71,7 @@ class OutputItems:
 
     def take(self, parts: Sequence[Part], entries: Sequence[Entry]) -> list[ResponseEvent]:
         """Adds text and calls, and returns their events."""
-        self._waiting += [entry_object(e) for e in entries]
+        self._waiting += [e.shown for e in entries]
         out: list[ResponseEvent] = []
         for part in parts:
             if isinstance(part, TextPart):

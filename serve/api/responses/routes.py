@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from jaxlora.checkpoints.chat_template import Turn
+from jaxlora.checkpoints.tokenizer import Tokenizer
 from jaxlora.core.errors import InvalidRequest, NotFound, UnsupportedParameter
 from serve.access.caller import caller_of
 from serve.api.openai.generation import Admission, Generation, answer
@@ -22,7 +23,7 @@ from serve.api.responses.schemas import LOGPROBS, InputItem, ResponsesBody, Resp
 from serve.engine.grammar import GrammarSource
 from serve.http.errors import ERRORS
 from serve.http.schema import ok, refuse_unbuilt
-from serve.runtime.backend import Backend, Tokenizer
+from serve.runtime.backend import Backend
 
 OF_TYPE = {
     "message": {"role", "content", "phase"},
