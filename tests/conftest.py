@@ -1,4 +1,4 @@
-"""What every test shares: no network, Ctrl-C, bytecode, hypothesis, the kind of CPU in the report.
+"""What every test shares: no other machine, Ctrl-C, bytecode, hypothesis, the kind of CPU in the report.
 
 What compiles is in `compiled` (tests/support).
 """
@@ -13,6 +13,7 @@ import sys
 import hypothesis
 import pytest
 from cpu_kind import this_cpu
+from loopback import stay_here
 
 if (
     signal.getsignal(signal.SIGINT) is signal.SIG_IGN
@@ -20,7 +21,8 @@ if (
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["HF_HUB_OFFLINE"] = "1"
+stay_here()
+os.environ["HF_HUB_OFFLINE"] = "1"  # also in processes that a test starts
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 

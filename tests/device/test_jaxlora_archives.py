@@ -155,8 +155,9 @@ REFUSED = {
 }
 
 
+@pytest.mark.fault("A6")
 @pytest.mark.parametrize("name", REFUSED)
-def test_an_archive_that_is_refused_A6(name, tmp_path):
+def test_an_archive_that_is_refused(name, tmp_path):
     """Quickly, in little memory, and with nothing outside its folder; two that hold nothing of ours give nothing."""
     make, message = REFUSED[name]
     data = make()

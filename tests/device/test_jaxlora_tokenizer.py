@@ -183,6 +183,7 @@ HOSTILE_TEMPLATES = {
 }
 
 
+@pytest.mark.fault("A9")
 @pytest.mark.parametrize("source", HOSTILE_TEMPLATES.values(), ids=HOSTILE_TEMPLATES)
 def test_hostile_templates_end_soon_and_with_our_error(source):
     start_s = time.monotonic()

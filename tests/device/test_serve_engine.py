@@ -58,6 +58,7 @@ def test_prompts_over_several_chunks_lanes_and_steps(world, engine):
     assert engine.decoded_tokens == sum(r.params.max_tokens for r in requests)
 
 
+@pytest.mark.fault("T6")
 def test_more_requests_than_rows_slots_and_pages(world):
     engine = with_pages(world.engine(), 20)
     requests = [ask(f"{i}", [None, *world.adapters][i % 6], 1 + i * 7 % 23, 3 + i % 9) for i in range(40)]
@@ -88,6 +89,7 @@ def test_joining_and_leaving_between_any_two_steps(world, engine):
             assert tokens == world.greedy(r), r.id
 
 
+@pytest.mark.fault("T12")
 def test_adapters_leave_and_come_back(world, engine):
     """5 adapters through 3 slots, twice round, under one long generation of the base and one of adapter 0."""
     keep = [ask("base", None, 5, 59), ask("tuned", world.adapters[0], 5, 59)]
@@ -153,6 +155,7 @@ def test_a_request_feels_neither_its_neighbours_nor_its_row(world):
     assert all(s == seen[0] for s in seen)
 
 
+@pytest.mark.fault("A3")
 @pytest.mark.parametrize("when", ["prefill", "decode"])
 def test_a_nan_adapter_ends_only_its_own_requests(world, when):
     def mix(bad):
@@ -227,6 +230,7 @@ def test_empty_slots_full_of_nan_change_nothing(world):
 # --- versions
 
 
+@pytest.mark.fault("T3")
 def test_a_running_request_keeps_its_version_and_the_next_gets_the_new_one(world, engine):
     old = world.add("published", seed=21)
     first = ask("first", old, 5, 30)

@@ -77,6 +77,7 @@ def bad(request, world, grammar, monkeypatch):
     return ask("bad", world.adapters[0], 5, 20), 0
 
 
+@pytest.mark.fault("C4")
 def test_an_answer_that_fails_fails_alone(world, engine, bad, caplog):
     request, tokens = bad
     good = [ask(f"good{i}", [None, *world.adapters][i], 4 + 3 * i, 12) for i in range(3)]

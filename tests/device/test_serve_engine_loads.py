@@ -20,6 +20,7 @@ from serve.engine.request import FinishReason
 pytest_plugins = ["serve_fixtures"]
 
 
+@pytest.mark.fault("R8")
 def test_failing_loads_cost_nobody_a_slot(world, engine):
     """Fifty adapters that cannot be loaded, under traffic: what is on the device stays there."""
     others = [ask(f"o{i}", world.adapters[i], 4, 40) for i in range(2)]
@@ -34,6 +35,7 @@ def test_failing_loads_cost_nobody_a_slot(world, engine):
         assert answers[r.id].tokens == world.greedy(r), r.id
 
 
+@pytest.mark.fault("R8")
 def test_a_slow_load_stops_nobody_who_runs(world, engine, monkeypatch):
     """One adapter takes as long to read as a running request takes to end."""
     gate, get = threading.Event(), engine.store.get
@@ -110,6 +112,7 @@ def test_an_adapter_that_is_not_finite_on_disk_is_refused_at_load(world, engine,
     assert answers["o"].error is None
 
 
+@pytest.mark.fault("R8")
 def test_a_failure_is_kept_for_a_moment_so_that_many_askers_cost_one_read(world, engine, monkeypatch):
     foreign = world.add("elsewhere", seed=1, base_hash="another").ref
     reads, get, now = [], engine.store.get, [100.0]

@@ -92,6 +92,7 @@ def test_an_answer_is_the_same_after_each_path_at_each_position(world, shared, p
     assert all(neighbour_answers)
 
 
+@pytest.mark.fault("T12")
 def test_an_answer_is_the_same_when_every_step_exchanges_adapters(world):
     """Six groups over three slots, and the longest active leaves at every step."""
     engine = world.engine(replace(CONFIG, quantum_s=1e-9))
@@ -102,6 +103,7 @@ def test_an_answer_is_the_same_when_every_step_exchanges_adapters(world):
     assert engine.scheduler.active.swaps >= 15
 
 
+@pytest.mark.fault("R11")
 @pytest.mark.parametrize("host_bytes", [0, 10**6])
 def test_an_answer_is_the_same_when_pages_hold_little_more_than_one_request(world, host_bytes):
     engine = with_pages(world.engine(replace(CONFIG, quantum_s=1e-9, host_bytes=host_bytes)), 9)
@@ -112,6 +114,7 @@ def test_an_answer_is_the_same_when_pages_hold_little_more_than_one_request(worl
     assert (engine.scheduler.recomputed_tokens > 0) >= (host_bytes == 0)
 
 
+@pytest.mark.fault("T4")
 def test_an_answer_stays_with_its_version_when_another_is_published_at_each_position(world, engine):
     rows = world.device_rows(world.adapters[1])
     first = world.add("republished", seed=0)

@@ -19,6 +19,7 @@ pytest_plugins = ["serve_fixtures"]
 # --- admission
 
 
+@pytest.mark.fault("R3")
 def test_what_does_not_fit_is_refused_with_the_numbers(engine):
     engine.submit(ask("fits", None, 60, 4))
     with pytest.raises(ContextLengthExceeded, match=r"60 tokens .* 5; .* at most 64") as caught:
@@ -53,6 +54,7 @@ def test_an_id_in_use_is_refused_and_harms_nobody(world, engine):
 # --- cancel
 
 
+@pytest.mark.fault("R5")
 @pytest.mark.parametrize("state", ["waiting", "loading", "prefill", "decode", "preempted", "saved", "ended", "unknown"])
 def test_cancel_in_every_state_gives_everything_back(world, engine, state, monkeypatch):
     gate = threading.Event()

@@ -39,6 +39,7 @@ def test_repeated_it_is_answered_as_the_first_time(server, root):
     assert len(on_disk(root)) == 4
 
 
+@pytest.mark.fault("C5")
 @pytest.mark.parametrize("changed", [{"content": GOOD + b"\n"}, {"name": "b.jsonl"}], ids=["content", "name"])
 def test_another_request_with_the_same_key_is_refused_for_good(server, root, changed):
     post(server[0], "k")
@@ -47,6 +48,7 @@ def test_another_request_with_the_same_key_is_refused_for_good(server, root, cha
     assert len(on_disk(root)) == 1
 
 
+@pytest.mark.fault("C5")
 def test_at_the_same_time_it_is_done_once_and_the_others_come_again(server, root, monkeypatch):
     begun, go = threading.Event(), threading.Event()
     add = server[1].add

@@ -138,6 +138,7 @@ def test_answers_are_what_the_document_says(server, acme, method):
     assert (shown["error"] is None) is (method == "supervised")
 
 
+@pytest.mark.fault("C5")
 def test_a_repeated_request_makes_one_job(server, acme):
     file = file_of(server, acme)
     jobs = [

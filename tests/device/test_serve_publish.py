@@ -83,6 +83,7 @@ def publisher(world, request):
     check_idle(it.engine)
 
 
+@pytest.mark.fault("T4")
 @pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.slow)])
 def test_no_answer_mixes_versions_and_followers_state_what_the_log_says(publisher, count):
     rng, asked, live = np.random.default_rng(0), {}, {}
@@ -285,6 +286,7 @@ def test_serving_publishing_and_following_beside_training_compile_nothing(world)
     it.runner.stop()
 
 
+@pytest.mark.fault("N8")
 def test_sampling_any_version_changes_no_byte_of_the_training_state(world):
     it = Trained(world)
     it.add("state-a")

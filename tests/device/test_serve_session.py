@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import re
 import threading
@@ -97,6 +98,51 @@ def test_every_setting_reaches_the_trainer(session):
     assert (tenant.spec, tenant.loss, tenant.stream.seed) == (recipe.spec, recipe.objective, 11)
     assert tenant.optimizer == recipe.optimizer(default_steps=1, default_lr=1.0)
     assert [r.lr for r in session.step(2)] == [0.25, 0.5]
+
+
+OTHERWISE = {
+    "rank": 3,
+    "alpha": 5.0,
+    "targets": ("q_proj",),
+    "rslora": True,
+    "dropout": 0.5,
+    "lr": 0.5,
+    "schedule": "cosine",
+    "warmup_steps": 2,
+    "weight_decay": 0.5,
+    "clip": 1e-3,
+    "loraplus_ratio": 4.0,
+    "batch": 1,
+    "steps": 5,
+    "seed": 11,
+}
+REFUSED = {
+    "loss": ("dpo", "preference"),
+    "beta": (0.2, "beta"),
+    "clip_low": (0.5, "clip_low"),
+    "clip_high": (2.0, "clip_high"),
+}
+
+
+@pytest.mark.fault("N6")
+def test_no_setting_is_accepted_and_ignored(session):
+    """Each, changed alone, teaches other weights, or is refused by name; without a change they are the same bits."""
+
+    def learned(name: str, **changed) -> dict[str, tuple[bytes, bytes]]:
+        session.add_tenant(name, LINES, **({"batch": 4, "lr": 0.1, "steps": 4} | changed))
+        session.step(4)
+        weights = session._trainer.adapter(name).weights
+        session.remove(name)
+        return {target: (a.tobytes(), b.tobytes()) for target, (a, b) in weights.items()}
+
+    plain = learned("plain")
+    assert learned("same") == plain
+    assert [field for field, value in OTHERWISE.items() if learned(field, **{field: value}) == plain] == []
+    for field, (value, word) in REFUSED.items():
+        with pytest.raises(JaxLoraError, match=word):
+            session.add_tenant(field, LINES, **{field: value})
+    settings = inspect.signature(session.add_tenant).parameters.keys() - {"name", "data", "heldout"}
+    assert settings == OTHERWISE.keys() | REFUSED.keys(), "a setting that nobody tries"
 
 
 def test_tenants_learn_together_and_answer_while_they_do(session):

@@ -100,6 +100,7 @@ def test_other_slots_other_order_and_turns_change_nothing(alone):
 # a slot that is not in the batch
 
 
+@pytest.mark.fault("N1")
 @pytest.mark.parametrize("value", [None, np.nan, -0.0], ids=["noise", "nan", "minus zero"])
 def test_a_slot_that_is_not_in_the_batch_comes_back_bit_for_bit(alone, value):
     """Slot 0, which safe indices of idle lanes also point to, and the last slot, which index -1 would reach."""
@@ -159,6 +160,7 @@ def poison_gradient(trainer, name):
     trainer.states = (dataclasses.replace(state, grads=grads),)
 
 
+@pytest.mark.fault("A3")
 @pytest.mark.parametrize("sick", ["r4", "wide"])
 @pytest.mark.parametrize("how", ["data", "adapter a", "adapter b"])
 def test_a_tenant_with_nan_changes_nobody_and_stops(alone, how, sick):

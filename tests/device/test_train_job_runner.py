@@ -252,6 +252,7 @@ def test_a_cancelled_job_lets_go_of_everything(tmp_path, state):
     assert len(shelf.adapters) == (1 if first is None else 2)
 
 
+@pytest.mark.fault("A2")
 def test_updates_that_are_not_finite_pause_the_job_which_can_go_on(tmp_path):
     jobs, shelf = make_jobs(tmp_path)
     good = request(1, steps=12)

@@ -142,6 +142,7 @@ def live_bytes():
     return sum(x.nbytes for x in jax.live_arrays())
 
 
+@pytest.mark.fault("R10")
 @pytest.mark.parametrize(
     ("seed", "buckets"),
     [

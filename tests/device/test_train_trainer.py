@@ -140,6 +140,7 @@ def test_unknown_tenants_are_not_found():
         trainer.step()
 
 
+@pytest.mark.fault("N2")
 @pytest.mark.parametrize("after", ["a bigger tenant", "nobody"])
 def test_a_name_and_a_slot_are_as_new_after_someone_left(after):
     """No weight, moment, count, scale or shuffle of the last tenant in the slot remains."""
@@ -206,6 +207,7 @@ def test_training_learns_its_examples():
     assert after.accuracy == 1
 
 
+@pytest.mark.fault("N4")
 def test_every_target_moves_and_nothing_else():
     """B from the first step, A from the second, since B starts at zero; rows past the rank never."""
     trainer = make_trainer()

@@ -232,6 +232,7 @@ def test_one_replica_has_the_disk():
     assert labels == stateful["selector"]["matchLabels"] == objects()["Service"]["spec"]["selector"]
 
 
+@pytest.mark.fault("S4")
 def test_nobody_is_root():
     user = instruction("USER")
     assert int(user) > 0
@@ -239,6 +240,16 @@ def test_nobody_is_root():
     assert pod()["securityContext"]["runAsNonRoot"] is True
     assert pod()["securityContext"]["runAsUser"] == int(user)
     assert Unit("jaxlora.service")["Service"]["User"] not in ("", "root")
+
+
+@pytest.mark.fault("S4")
+def test_a_server_may_write_to_its_state_only():
+    assert (compose()["read_only"], compose()["cap_drop"]) == (True, ["ALL"])
+    for one in (*pod()["initContainers"], container()):
+        confined = one["securityContext"]
+        assert (confined["readOnlyRootFilesystem"], confined["allowPrivilegeEscalation"]) == (True, False)
+        assert confined["capabilities"]["drop"] == ["ALL"]
+    assert Unit("jaxlora.service")["Service"]["ProtectSystem"] == "strict"
 
 
 def test_the_image_is_made_of_files_that_there_are():

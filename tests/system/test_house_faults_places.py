@@ -46,7 +46,8 @@ def exchange(url: str, method: str, path: str, headers: Mapping[str, str] | None
 # ---- A6: archives, over HTTP
 
 
-def test_an_archive_that_leads_out_of_its_folder_leaves_nothing_A6(shelf, acme, unchanged, tmp_path):
+@pytest.mark.fault("A6")
+def test_an_archive_that_leads_out_of_its_folder_leaves_nothing(shelf, acme, unchanged, tmp_path):
     out = shelf.service._staging.parent
     status, code, message = error_of(upload(acme, "x", zip_of(adapter_files() | {"../../escaped": b"x"})))
     assert (status, code) == (400, "adapter_invalid")
@@ -54,7 +55,8 @@ def test_an_archive_that_leads_out_of_its_folder_leaves_nothing_A6(shelf, acme, 
     assert [p.name for p in out.iterdir()] == ["staging"]
 
 
-def test_more_bytes_than_an_adapter_of_this_base_has_are_refused_A6(shelf, acme, unchanged):
+@pytest.mark.fault("A6")
+def test_more_bytes_than_an_adapter_of_this_base_has_are_refused(shelf, acme, unchanged):
     limit = shelf.service.limits.total_bytes
     pieces = (bytes(MIB) for _ in range(limit // MIB + 2))  # no length is announced
     head = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.zip"\r\n\r\n'
@@ -110,8 +112,9 @@ ID_ROUTES = [
 ]
 
 
+@pytest.mark.fault("A7")
 @pytest.mark.parametrize("name", HOSTILE_NAMES)
-def test_a_strange_name_is_the_404_of_an_unknown_one_in_every_route_A7(shelf, acme, name):
+def test_a_strange_name_is_the_404_of_an_unknown_one_in_every_route(shelf, acme, name):
     """Sent as it stands: a client's own normalising would hide it."""
     upload(acme, "bot", zip_of(seeded(1)))
     files = set(shelf.store._files._root.parent.rglob("*"))
@@ -125,6 +128,7 @@ def test_a_strange_name_is_the_404_of_an_unknown_one_in_every_route_A7(shelf, ac
     assert [r.name for r in shelf.store.list(None)] == ["bot"]
 
 
+@pytest.mark.fault("A7")
 @pytest.mark.parametrize(
     "name",
     [
@@ -149,7 +153,7 @@ def test_a_strange_name_is_the_404_of_an_unknown_one_in_every_route_A7(shelf, ac
         BASE,
     ],
 )
-def test_no_adapter_gets_a_name_that_is_a_path_or_a_word_of_the_api_A7(shelf, root, name):
+def test_no_adapter_gets_a_name_that_is_a_path_or_a_word_of_the_api(shelf, root, name):
     for response in (
         upload(root, name, zip_of(seeded(1))),
         root.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": str(shelf.root)}),
@@ -181,7 +185,8 @@ def spy():
     server.server_close()
 
 
-def test_nothing_is_fetched_that_a_path_names_A8(shelf, root, acme, spy):
+@pytest.mark.fault("A8")
+def test_nothing_is_fetched_that_a_path_names(shelf, root, acme, spy):
     url, seen = spy
     paths = [
         f"{url}/adapter",
@@ -201,10 +206,11 @@ def test_nothing_is_fetched_that_a_path_names_A8(shelf, root, acme, spy):
     assert seen == []
 
 
+@pytest.mark.fault("A8")
 @pytest.mark.parametrize(
     "path", ["outside", "link to outside", "file link to outside", "parent", "file", "NUL", "long"]
 )
-def test_a_server_folder_lies_inside_a_root_with_every_link_followed_A8(shelf, root, tmp_path, path):
+def test_a_server_folder_lies_inside_a_root_with_every_link_followed(shelf, root, tmp_path, path):
     outside = write_files(tmp_path / "outside", seeded(1))
     inside = write_files(shelf.root / f"in-{path.replace(' ', '-')}", seeded(1))
     made = {
@@ -235,7 +241,8 @@ def _link_file(inside, outside):
     return inside
 
 
-def test_a_link_that_stays_inside_is_followed_and_without_roots_nothing_loads_A8(shelf, root, bot, monkeypatch):
+@pytest.mark.fault("A8")
+def test_a_link_that_stays_inside_is_followed_and_without_roots_nothing_loads(shelf, root, bot, monkeypatch):
     folder = write_files(shelf.root / "real", seeded(1))
     link = _link(shelf.root / "alias", folder)
     body = {"lora_name": bot, "lora_path": str(link)}
@@ -249,7 +256,8 @@ def test_a_link_that_stays_inside_is_followed_and_without_roots_nothing_loads_A8
 # ---- T5: slots in use
 
 
-def test_adapters_come_and_go_under_requests_that_are_cancelled_T5(shelf, acme, bot):
+@pytest.mark.fault("T5")
+def test_adapters_come_and_go_under_requests_that_are_cancelled(shelf, acme, bot):
     """Three slots, twelve adapters, clients that leave in the middle, versions that come and go: every answer is its own."""
     names = [f"{bot}-{i}" for i in range(12)]
     for i, name in enumerate(names):
@@ -278,7 +286,8 @@ def test_adapters_come_and_go_under_requests_that_are_cancelled_T5(shelf, acme, 
 # ---- R9, C2: the disk
 
 
-def test_a_full_disk_is_told_and_leaves_nothing_R9(shelf, acme, unchanged, monkeypatch):
+@pytest.mark.fault("R9")
+def test_a_full_disk_is_told_and_leaves_nothing(shelf, acme, unchanged, monkeypatch):
     def full(*_args, **_named):
         raise OSError(28, "No space left on device")
 
@@ -307,8 +316,9 @@ def test_a_client_that_leaves_in_the_middle_of_an_upload_leaves_nothing(shelf, u
         time.sleep(0.01)
 
 
+@pytest.mark.fault("C2")
 @pytest.mark.slow
-def test_what_a_killed_upload_left_is_gone_at_the_next_start_C2(tmp_path):
+def test_what_a_killed_upload_left_is_gone_at_the_next_start(tmp_path):
     staging = tmp_path / "data" / "staging"
     write_files(staging / "0123", {"0": b"half an archive"})
     with shelf_at(tmp_path) as shelf:
@@ -325,11 +335,10 @@ DAMAGE = {
 }
 
 
+@pytest.mark.fault("C12")
 @pytest.mark.parametrize("kind", DAMAGE)
 @pytest.mark.filterwarnings("ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning")
-def test_a_damaged_version_leaves_its_name_to_the_one_before_and_the_operator_is_told_C12(
-    shelf, acme, bot, caplog, kind
-):
+def test_a_damaged_version_leaves_its_name_to_the_one_before_and_the_operator_is_told(shelf, acme, bot, caplog, kind):
     """Its first asker gets an error to retry on; a client that retries does not even notice."""
     for i in (1, 2):
         upload(acme, bot, zip_of(seeded(i)))
@@ -352,7 +361,8 @@ def test_a_damaged_version_leaves_its_name_to_the_one_before_and_the_operator_is
     assert upload(acme, bot, zip_of(seeded(3))).json()["version"] == 3
 
 
-def test_what_the_system_will_not_read_now_is_no_damage_C12(shelf, acme, bot, monkeypatch):
+@pytest.mark.fault("C12")
+def test_what_the_system_will_not_read_now_is_no_damage(shelf, acme, bot, monkeypatch):
     for i in (1, 2):
         upload(acme, bot, zip_of(seeded(i)))
     newest = shelf.store.latest("acme", bot)

@@ -129,6 +129,7 @@ def ended(client, id: str) -> tuple[list[int], bytes, object]:
     return sorted(steps), weights(client, job.fine_tuned_model), job
 
 
+@pytest.mark.fault("C1")
 @pytest.mark.parametrize(
     ("kills", "seed"), [pytest.param(1, 1, marks=pytest.mark.slow), pytest.param(6, 2, marks=pytest.mark.soak)]
 )

@@ -73,6 +73,7 @@ def await_bad_health(url: str) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.fault("C4")
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["fail", "hang"])
 def test_a_server_whose_device_is_lost_exits_with_1_and_the_next_one_goes_on_with_its_job(tmp_path, how):

@@ -69,6 +69,7 @@ def test_jobs_that_had_ended_or_waited_are_as_they_were(old):
     assert (done["training_file"], done["progress"]["step"]) == (EXPECTED["files"]["acme"]["id"], 5)
 
 
+@pytest.mark.fault("C11")
 def test_a_job_that_was_interrupted_goes_on_from_its_checkpoint(old):
     id = JOBS["running"]
     done = old.job(ACME, id, "succeeded")
@@ -102,6 +103,7 @@ def test_an_adapter_that_calls_train_goes_on_with_its_moments(old):
     )
 
 
+@pytest.mark.fault("C11")
 @pytest.mark.slow
 def test_a_training_run_goes_on_from_its_checkpoint(tmp_path):
     folder = unpack(RUN, tmp_path)

@@ -162,6 +162,7 @@ def wait_for_steps(job: Path, started: list[subprocess.Popen]) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.fault("C9")
 @pytest.mark.slow
 @pytest.mark.parametrize("dead", [0, 1])
 def test_a_process_that_is_killed_ends_the_other(tmp_path, dead):

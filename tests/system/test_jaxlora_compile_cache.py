@@ -121,12 +121,14 @@ def test_entering_twice_is_refused():
         pass
 
 
+@pytest.mark.fault("S2")
 def test_enabled_folder_is_private_and_filled(cache):
     assert cache.stat().st_mode & 0o777 == 0o700
     fresh_program()(ready(3))
     assert any(cache.iterdir())
 
 
+@pytest.mark.fault("S2")
 def test_an_open_folder_is_closed(tmp_path, cache):
     folder = tmp_path / "open"
     folder.mkdir(mode=0o777)
@@ -159,6 +161,7 @@ def test_a_file_in_the_way_is_refused(tmp_path):
         compile_cache.enable(tmp_path / "file")
 
 
+@pytest.mark.fault("S2")
 def test_a_folder_of_someone_else_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr("os.geteuid", lambda: os.getuid() + 1)
     before = jax.config.jax_compilation_cache_dir

@@ -105,6 +105,7 @@ def test_changed_description_is_found(open_store, tmp_path):
 
 
 # A read that fails leaves sibling reads of tensorstore without an event loop to report to; they say so on stderr.
+@pytest.mark.fault("C12")
 @pytest.mark.filterwarnings("ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning")
 def test_flipped_bytes_are_found_and_others_unharmed(open_store, tmp_path):
     store = open_store()
@@ -192,6 +193,7 @@ while True:
 """
 
 
+@pytest.mark.fault("C2")
 @pytest.mark.slow
 @pytest.mark.parametrize("kills", [1, 3])
 def test_killed_while_saving_leaves_only_complete_versions(kills, tmp_path):
@@ -209,6 +211,7 @@ def test_killed_while_saving_leaves_only_complete_versions(kills, tmp_path):
         store.close()
 
 
+@pytest.mark.fault("C2")
 def test_leftovers_of_a_killed_save_are_invisible_and_cleared(open_store, tmp_path, monkeypatch):
     ref, _ = saved_folder(open_store, tmp_path)
     store = open_store()

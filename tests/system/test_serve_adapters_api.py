@@ -259,8 +259,9 @@ OF_ONE = [
 ]
 
 
+@pytest.mark.fault("T1")
 @pytest.mark.parametrize(("method", "path"), OF_ONE)
-def test_another_tenant_s_adapter_is_the_404_of_an_unknown_one_T1(shelf, acme, zoo, method, path, bot):
+def test_another_tenant_s_adapter_is_the_404_of_an_unknown_one(shelf, acme, zoo, method, path, bot):
     upload(acme, bot, zip_of(seeded(1)))
     for name, unknown in ((bot, "none"), (f"acme/{bot}", "acme/none")):
         theirs, nobodys = (zoo.request(method, path.format(n)) for n in (name, unknown))

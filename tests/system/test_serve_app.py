@@ -94,6 +94,7 @@ def test_bad_bodies_are_400(http, content, kind, words):
     assert len(answer.text) < 600
 
 
+@pytest.mark.fault("T8")
 def test_an_unexpected_error_is_500_without_details(http, running, caplog):
     running[0].submit_error = RuntimeError("/secret/path")
     answer = http.post("/v1/chat/completions", json=CHAT)
@@ -103,6 +104,7 @@ def test_an_unexpected_error_is_500_without_details(http, running, caplog):
     assert answer.headers["x-request-id"] in caplog.text
 
 
+@pytest.mark.fault("R1")
 def test_a_body_over_the_limit_is_413(http, running):
     at = json.dumps(CHAT | {"user": ""}).encode()
     at = at.replace(b'"user": ""', b'"user": "' + b"x" * (2000 - len(at)) + b'"')
@@ -122,6 +124,7 @@ def test_a_body_over_the_limit_is_413(http, running):
         assert caught.value.code == "body_too_large"
 
 
+@pytest.mark.fault("R1")
 def test_a_slow_body_times_out(running):
     port = int(running[1].rsplit(":", 1)[1])
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer k\r\n"
@@ -162,6 +165,7 @@ def test_the_tenant_of_the_key_is_the_one_who_asks(running):
         assert bodies[0] == bodies[1]
 
 
+@pytest.mark.fault("T11")
 @pytest.mark.parametrize(
     ("headers", "status"),
     [

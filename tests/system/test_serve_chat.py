@@ -128,6 +128,7 @@ def test_an_error_in_the_middle_of_an_answer_is_told_after_what_was_said(talk, b
     assert told(backend.requests[1]) == "user:oneassistant:alluser:twoassistant:"
 
 
+@pytest.mark.fault("T11")
 def test_an_answer_cannot_steer_the_terminal(talk, backend):
     backend.reply = lambda request: "a\x1b[2J\x07b"
     assert talk("hi") == "a�[2J�b\n"

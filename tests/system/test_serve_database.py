@@ -54,6 +54,7 @@ class TestMigrations:
 
         assert [d[0] for d in database.write(differences)] == ["add_column"]
 
+    @pytest.mark.fault("C11")
     def test_down_and_up_again_keeps_what_the_older_tables_hold(self, database):
         files, adapters = StoredFiles(database), StoredGradient(database)
         files.insert(file_record(), most_bytes=None)
@@ -252,6 +253,7 @@ class TestSqlite:
             other.execute("COMMIT")
         keys.insert(key_record())
 
+    @pytest.mark.fault("C6")
     def test_a_lock_that_ends_in_time_is_not_noticed(self, url, monkeypatch):
         monkeypatch.setattr("serve.db.database.BUSY_S", 0.02)  # so that our own retries do it
         with closing(Database(url, patience_s=5)) as database:
@@ -273,6 +275,7 @@ class TestSqlite:
             assert time.monotonic() - start > 0.2
             thread.join()
 
+    @pytest.mark.fault("R9")
     def test_a_full_disk_is_told_and_changes_nothing(self, keys):
         def fill(session):
             session.connection().exec_driver_sql("PRAGMA max_page_count = 1")

@@ -103,6 +103,7 @@ def check_refused(answer: httpx2.Response) -> None:
     assert "stopping" in error["message"]
 
 
+@pytest.mark.fault("C3")
 def test_a_server_that_ends_completes_what_is_open_and_takes_nothing_new(tmp_path):
     with server(tmp_path, grace_s=60) as child:
         assert child.get("/ready").json() == child.get("/health").json() == {"status": "ok"}
@@ -121,6 +122,7 @@ def test_a_server_that_ends_completes_what_is_open_and_takes_nothing_new(tmp_pat
     assert all("error" not in json.loads(e) for e in events[:-1])
 
 
+@pytest.mark.fault("C3")
 @pytest.mark.slow
 @pytest.mark.parametrize("by", ["time", "second signal"])
 def test_what_is_open_when_the_time_is_over_ends_with_an_error_event(tmp_path, by):

@@ -247,6 +247,7 @@ class TestRefused:
 
 
 class TestFaults:
+    @pytest.mark.fault("R9")
     @pytest.mark.parametrize("place", ["write", "move", "database"])
     def test_a_full_disk_leaves_nothing_and_is_over_when_there_is_room(
         self, client, database, root, monkeypatch, place

@@ -76,6 +76,7 @@ def test_the_limit_is_told_in_time():
     assert HANG_S < 5.0
 
 
+@pytest.mark.fault("C4")
 def test_a_step_that_does_not_end_is_503_and_health_returns_with_it(stuck):
     runner, url = stuck
     time.sleep(2 * SOON_S)
@@ -179,6 +180,7 @@ def check_failed(told):
     assert "device" not in body
 
 
+@pytest.mark.fault("C4")
 def test_a_thread_that_dies_ends_the_server_after_open_requests_have_got_their_errors(stuck, monkeypatch, caplog):
     monkeypatch.setattr("serve.server.uvicorn.LAST_WORDS_S", 0.5)
     with ending(stuck) as (runner, http, url):

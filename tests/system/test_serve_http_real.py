@@ -100,6 +100,7 @@ def test_text_goes_through_the_tokenizer(world, server):
     assert back["prompt"] == "hello slot"
 
 
+@pytest.mark.fault("T3")
 def test_a_version_published_between_two_requests_answers_the_second(world, server):
     runner, url = server
     first = world.add("fresh", seed=300)
@@ -168,6 +169,7 @@ def test_the_prompt_tokens_that_were_cached_are_told(server):
         assert cached(extra_body={"prompt_logprobs": 0}) == 0
 
 
+@pytest.mark.fault("R7")
 def test_any_mixture_of_options_is_answered_and_compiles_nothing(eight, server):
     """Eight clients at once, each field drawn; answers with a form parse."""
     draw = np.random.default_rng(17)
@@ -261,6 +263,7 @@ async def crowded(world, runner, url, headers: dict[str, str], then) -> list[htt
         return await asyncio.gather(*tasks, return_exceptions=True)
 
 
+@pytest.mark.fault("R5")
 def test_clients_that_hang_up_free_what_they_hold_wherever_they_are(world, crowd):
     runner, url = crowd
     asyncio.run(crowded(world, runner, url, {}, lambda tasks: [t.cancel() for t in tasks]))

@@ -106,6 +106,7 @@ class Reader(threading.Thread):
 
 
 class TestCreate:
+    @pytest.mark.fault("T9")
     def test_the_key_is_told_once_and_only_its_digest_is_kept(self, stored):
         record, key = create_key(stored, "acme", role="admin", label="a laptop")
         assert key.startswith(PREFIX)
@@ -166,6 +167,7 @@ class TestWithKeys:
         assert (caller(boss).owner, caller(boss).sees) == ("ops", None)
         assert caller(key) != LOCAL
 
+    @pytest.mark.fault("T9")
     def test_every_other_key_is_told_the_same(self, server, stored):
         _, key = create_key(stored, "acme")
         gone, revoked = create_key(stored, "acme")
@@ -197,6 +199,7 @@ class TestWithKeys:
         with pytest.raises(Exception, match="valid API key"):
             keys.caller_of(httpx2.Request("GET", "http://x", headers=bearer("jl-other")))
 
+    @pytest.mark.fault("T9")
     def test_revoked_by_another_process_ends_open_streams_and_no_others(self, server, stored, database, tmp_path):
         first, key = create_key(stored, "acme")
         _, other = create_key(stored, "acme")
@@ -232,6 +235,7 @@ class TestWithKeys:
         assert answers[0].status_code == 401
         assert server.backend.streams[0].cancelled.is_set()
 
+    @pytest.mark.fault("C6")
     def test_a_database_that_is_away_shuts_nobody_out(self, server, stored, monkeypatch, caplog):
         _, key = create_key(stored, "acme")
         assert soon(lambda: status(server, {}) == 401)

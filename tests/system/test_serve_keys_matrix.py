@@ -163,6 +163,7 @@ def routes(whole):
     return sorted(set(found))
 
 
+@pytest.mark.fault("T10")
 def test_every_route_needs_a_key_but_health(whole):
     assert len(routes(whole)) > 25
     open_ones = set()
@@ -176,6 +177,7 @@ def test_every_route_needs_a_key_but_health(whole):
     assert httpx2.get(whole.url + "/no/such/route").status_code == 401
 
 
+@pytest.mark.fault("T1")
 @pytest.mark.parametrize(
     "row", MATRIX, ids=lambda r: f"{r[0]} {r[1]} {'' if r[2] is None else next(iter(r[2].values()))}"
 )
@@ -204,6 +206,7 @@ def test_the_document_types_every_answer(whole):
     assert [k for k, schema in answers.items() if k[2] == "application/json" and "$ref" not in schema] == []
 
 
+@pytest.mark.fault("T1")
 def test_lists_have_nothing_of_another_tenants(whole):
     secrets = [ids[0] for ids in whole.ids.values()]
     for path in LISTS:
@@ -212,6 +215,7 @@ def test_lists_have_nothing_of_another_tenants(whole):
         assert [s for s in secrets if s in owners] != []
 
 
+@pytest.mark.fault("T1")
 def test_every_route_with_an_id_has_a_row(whole):
     rows = set()
     for method, path, _ in MATRIX:

@@ -117,6 +117,7 @@ def test_an_error_in_a_stream_is_told_though_its_status_was_200(http, running, l
     assert failed["request_id"] == answered["request_id"]
 
 
+@pytest.mark.fault("T8")
 def test_a_traceback_holds_no_local_variables(http, running, log):
     secret = "canary-in-a-local"
     running[0].submit_error = RuntimeError("of our own")

@@ -260,6 +260,7 @@ def test_what_a_client_invents_makes_no_series(http):
     assert 'method="other"' in text
 
 
+@pytest.mark.fault("T8")
 def test_no_prompt_and_no_key_is_ever_logged_or_counted(http, served, world):
     """Canaries in every place that a client can fill, in answers that end well and badly."""
     _, _, log = served

@@ -201,6 +201,7 @@ COMPLETION_TABLE = {
 }
 
 
+@pytest.mark.fault("R2")
 @pytest.mark.parametrize("name", COMPLETION_TABLE)
 def test_bad_completion_bodies(http, backend, name):
     change, code, param = COMPLETION_TABLE[name]
@@ -246,6 +247,7 @@ def test_every_field_of_the_client_is_known():
     assert set(plain) - set(CompletionBody.model_fields) == set()
 
 
+@pytest.mark.fault("R2", "R3")
 def test_caps_and_numbers_are_named(client, backend):
     with pytest.raises(openai.BadRequestError, match="16"):
         client.chat.completions.create(model=BASE, messages=HI, n=17)
@@ -264,6 +266,7 @@ def test_what_replaces_a_field_is_named(http):
     assert "use structured_outputs" in answer.json()["error"]["message"]
 
 
+@pytest.mark.fault("T8")
 def test_errors_never_quote_the_prompt(http):
     for body in ({"prompt": ["canary", 5]}, {"prompt": "canary", "suffix": "x"}, {"prompt": "canary" * 60}):
         assert "canary" not in http.post("/v1/completions", json={"model": BASE, "max_tokens": 9} | body).text

@@ -162,6 +162,7 @@ def step(engine: PacedEngine) -> Awaitable[None]:
     return until(lambda: engine.taken > taken or not engine.has_work)
 
 
+@pytest.mark.fault("R4")
 @pytest.mark.parametrize("choices", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("bound", ["requests", "tokens"])
 def test_three_times_the_load_completes_as_much_as_the_load_itself(world, bound, choices):

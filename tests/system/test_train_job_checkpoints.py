@@ -197,6 +197,7 @@ def ended(process: subprocess.Popen) -> str:
     return out
 
 
+@pytest.mark.fault("C1")
 @pytest.mark.parametrize(
     ("kills", "steps"),
     [
@@ -222,6 +223,7 @@ def test_kill_9_at_any_moment_changes_no_bit(tmp_path, kills, steps):
     assert adapters(tmp_path / "killed") == uninterrupted(steps)
 
 
+@pytest.mark.fault("R9")
 def test_a_full_disk_pauses_jobs_keeps_the_last_checkpoint_and_changes_no_bit(tmp_path):
     """Files over a few bytes fail in the writing, inside the storage library, as on a full disk."""
     output = ended(child(tmp_path / "full", 12, "full"))

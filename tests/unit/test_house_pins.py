@@ -57,6 +57,7 @@ def project(tmp_path):
     return make
 
 
+@pytest.mark.fault("S3")
 def test_the_pins_are_those_of_the_lock():
     if not (ROOT / "uv.lock").exists():
         pytest.skip("uv.lock is written by `uv sync`")

@@ -97,6 +97,7 @@ def _fifo(path):
     return path
 
 
+@pytest.mark.fault("C8")
 def test_what_fails_is_tried_again_and_given_up(there, monkeypatch):
     with s3(monkeypatch) as server:
         blobs = Blobs("s3://bucket/some/prefix", timeout_s=20)
@@ -192,6 +193,7 @@ def test_a_place_that_lets_a_second_writer_in_is_refused():
         Blobs("careless://", timeout_s=1, store=Careless())
 
 
+@pytest.mark.fault("C8")
 @pytest.mark.parametrize("fault", ["cut", "flip"])
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_damage_on_the_way_is_read_again_and_lasting_damage_refused(fault, kind, there):
@@ -215,6 +217,7 @@ def test_damage_on_the_way_is_read_again_and_lasting_damage_refused(fault, kind,
     assert not list((there / "moving").iterdir())
 
 
+@pytest.mark.fault("C8")
 def test_calls_that_hang_are_given_up_and_do_not_pile_up(there, monkeypatch):
     monkeypatch.setattr(blobs_module, "AT_ONCE", 3)
     blobs = faulty("hangs", timeout_s=0.05)

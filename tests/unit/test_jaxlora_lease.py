@@ -96,6 +96,7 @@ def refuse(_who: str) -> None:
     raise Busy
 
 
+@pytest.mark.fault("C7")
 @pytest.mark.parametrize("kind", ["memory", "file"])
 def test_of_two_that_take_it_at_once_one_has_it(kind, request, tmp_path):
     """A hundred times: at first it is not there, then it is free, and both have seen so before one writes."""
@@ -134,6 +135,7 @@ def test_of_two_that_take_it_at_once_one_has_it(kind, request, tmp_path):
         Lease(blobs["one"], tmp_path, waiting=refuse)
 
 
+@pytest.mark.fault("C7")
 def test_an_owner_that_was_paused_finds_that_it_lost_it_and_writes_nothing(machine, monkeypatch):
     """It had read its own name and was about to renew it when it was paused; another took over meanwhile."""
     one, paused = machine("one")

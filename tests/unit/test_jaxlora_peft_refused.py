@@ -342,6 +342,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.fault("A5")
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_weights_file(name, tmp_path):
     data, message = HOSTILE[name]

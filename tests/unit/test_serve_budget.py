@@ -105,6 +105,7 @@ def test_training_keeps_its_floor_where_no_part_fits():
     assert 0.38 <= device.trained_s / 30 <= 0.5
 
 
+@pytest.mark.fault("T7")
 def test_serving_keeps_its_floor_where_everything_fits():
     device = Device(Budget(BudgetSettings(target_s=60.0, serving_floor=0.3)))
     device.run(30)

@@ -280,6 +280,7 @@ def test_a_group_without_a_row_takes_one_from_the_group_with_the_most():
     assert all(s.status is Status.RUNNING for s in many)
 
 
+@pytest.mark.fault("T7")
 def test_rows_go_to_the_tenant_that_was_served_least():
     """Fifty adapters of one tenant against one of another, both with work without end."""
     limits = Limits(rows=8, lanes=8, lane_tokens=5, waiting=999, waiting_tokens=99999, host_pages=0)
@@ -314,6 +315,17 @@ def test_a_prompt_that_was_computed_before_is_not_computed_again():
     base = world.add("base", prompt=14)
     world.run(30)
     assert (again.cached_tokens, other.cached_tokens, version.cached_tokens, base.cached_tokens) == (12, 0, 0, 0)
+
+
+@pytest.mark.fault("T2")
+def test_what_one_tenant_asked_the_base_no_other_finds():
+    world = World(pages=30)
+    world.add("secret", prompt=14, max_tokens=2)
+    world.run(6)
+    own, probe = world.add("own", prompt=14), world.add("probe", prompt=14, tenant="bolt")
+    world.run(30)
+    assert own.request.prompt == probe.request.prompt
+    assert (own.cached_tokens, probe.cached_tokens) == (12, 0)
 
 
 def test_a_resident_adapter_is_not_loaded_again_and_the_oldest_leaves():
