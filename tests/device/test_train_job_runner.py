@@ -296,7 +296,8 @@ def test_time_slices_share_one_slot_and_change_no_weight(tmp_path):
 
 def test_an_owners_share_of_a_step_grows_neither_with_its_jobs_nor_with_their_weights(tmp_path):
     jobs, _ = make_jobs(tmp_path, owner_weight=lambda owner: {"b": 2.0}.get(owner, 1.0))
-    asked = [request(i, owner="a", weight=w) for i, w in enumerate([100.0, 50.0, 50.0])] + [request(3, owner="b")]
+    asked = [request(i, owner="a", weight=w, steps=9) for i, w in enumerate([100.0, 50.0, 50.0])]
+    asked.append(request(3, owner="b", steps=9))
     made = [jobs.create(r) for r in asked]
     jobs.step()
     in_mixer = jobs.trainer._mixer._tenants

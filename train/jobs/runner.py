@@ -66,6 +66,7 @@ class Jobs:
         self.states = JobStates(trainer, self._files, parking, self._writer, keep=config.keep)
         self._owner_weight = owner_weight
         self._queue = FairQueue(owner_weight)
+        self._vacated = False  # a slot has become free, and nobody has looked who waits for it
         self._guests: dict[str, str] = {}  # name in the trainer → owner
         self._jobs: dict[str, Job] = {}  # in order of creation
         self._live: dict[str, LiveJob] = {}
@@ -206,6 +207,7 @@ class Jobs:
         A step is complete when its held-out loss is known, if one is due after it.
         """
         if self._step is None:
+            self._vacated = False
             self._hear_writer()
             self._hear_readers()
             self._slice()
@@ -225,8 +227,9 @@ class Jobs:
 
     @property
     def under_way(self) -> bool:
-        """Whether somebody trains, or has a held-out loss under way."""
-        return self.trainer.has_work or any(live.is_held for live in self._live.values())
+        """Whether somebody trains, has a held-out loss under way, or may have a slot that has become free."""
+        held = any(live.is_held for live in self._live.values())
+        return self.trainer.has_work or held or (self._vacated and len(self._queue) > 0)
 
     def _run_step(self) -> Generator[str, None, builtins.list[StepReport]]:
         """A training step of all who are not held, then a few lanes of held-out examples; yields each part's name before it."""
@@ -501,6 +504,7 @@ class Jobs:
             if park:
                 self.states.park(live, live.state_key, jax.device_get(self.trainer.unseat(live.job.id)))
             self.trainer.remove(live.job.id)
+            self._vacated = True
         if self._queue.has_turn(live.job.id):
             self._queue.end_turn(live.job.id)
         elif live.job.id in self._queue:
