@@ -396,6 +396,7 @@ class Jobs:
         p.step, p.cursor, p.tokens = report.step, tenant.stream.cursor, p.tokens + report.tokens
         p.skipped += not report.finite
         p.bad_steps = 0 if report.finite else p.bad_steps + 1
+        job.numbers |= _numbers(report, took_s)
         p.heldout_due = live.evaluates(report.step, tenant.status is TenantStatus.DONE)
         live.judgement = Judgement(report, took_s, EvaluationSums() if p.heldout_due else None)
         if p.heldout_due:
@@ -429,10 +430,7 @@ class Jobs:
     def _record(self, live: LiveJob, report: StepReport | None, heldout: Evaluation | None, took_s: float) -> None:
         """Notes a step, which no report tells of if an earlier process made it, and does what follows from it."""
         job, p, request = live.job, live.job.progress, live.job.request
-        data: dict[str, float] = {"step": p.step}
-        if report is not None:
-            data |= {k: getattr(report, k) for k in ("loss", "accuracy", "lr", "grad_norm", "tokens")}
-            data["tokens_per_s"] = report.tokens / took_s
+        data: dict[str, float] = {"step": p.step} if report is None else _numbers(report, took_s)
         if heldout is not None:
             data |= {"heldout_loss": heldout.nll, "heldout_accuracy": heldout.accuracy}
         job.numbers |= data
@@ -551,3 +549,9 @@ class Jobs:
         job.move(state, message, level=level, code=code)
         del self._live[job.id], self._labels[job.request.owner, job.request.name]
         job.request = job.request.without_examples()
+
+
+def _numbers(report: StepReport, took_s: float) -> dict[str, float]:
+    """What an event says of a step."""
+    data = {k: getattr(report, k) for k in ("step", "loss", "accuracy", "lr", "grad_norm", "tokens")}
+    return data | {"tokens_per_s": report.tokens / took_s}
