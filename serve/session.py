@@ -181,13 +181,14 @@ class Session:
     def _add(self, name: str, recipe: Recipe, examples: list[Unit], heldout: list[Unit]) -> Tenant:
         passes = math.ceil(PASSES * len(examples) / recipe.batch)
         optimizer = recipe.optimizer(default_steps=passes, default_lr=default_lr(self.opened.base.config))
+        batches = self._trainer.check(recipe.spec, examples, recipe.batch, recipe.objective)
 
         def join() -> Tenant:
             tenant = self._trainer.add(
                 name,
                 recipe.spec,
                 optimizer,
-                examples,
+                batches,
                 batch_size=recipe.batch,
                 seed=recipe.seed,
                 loss=recipe.objective,

@@ -6,6 +6,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+import jax
 import numpy as np
 
 from jaxlora.config.training import Loss
@@ -87,6 +88,7 @@ class Tenant:
     bad_steps: int = 0  # in a row
     status: TenantStatus = TenantStatus.RUNNING
     failure: str = ""  # why it failed
+    fault: Exception | None = None  # what was raised for it alone, if that is why
     losses: list[float] = field(default_factory=list)
 
 
@@ -98,6 +100,38 @@ class MixedStep:
     owners: list[Tenant]  # of each lane
     batch: TrainBatch  # the lanes, in NumPy
     due: list[tuple[Tenant, dict[str, float]]]
+
+
+def is_device_loss(error: BaseException) -> bool:
+    """Whether an error is nobody's: a device program failed, and with it what it was given.
+
+    Every other exception that the host raises for one tenant or job is that one's end, and the others go on.
+    """
+    return isinstance(error, jax.errors.JaxRuntimeError) or not isinstance(error, Exception)
+
+
+@dataclass(slots=True)
+class EvaluationSums:
+    """What the lanes of one set of examples have summed to so far."""
+
+    sums: np.ndarray = field(default_factory=lambda: np.zeros(4))  # loss, targets, hits and what they are counted among
+    weights: list[float] = field(default_factory=list)  # of each lane; what the loss is divided by is their sum
+
+    @property
+    def lanes(self) -> int:
+        """Returns the number of lanes that are in."""
+        return len(self.weights)
+
+    def add(self, lane: Lane, loss: Loss, sums: tuple[float, float, float, float]) -> None:
+        """Adds a lane."""
+        self.sums += sums
+        self.weights.append(batch_weight([lane], loss))
+
+    def result(self) -> Evaluation:
+        """Returns what they say, once all lanes are in."""
+        total, targets, hits, count = self.sums
+        nll = total / divisor(sum(self.weights))
+        return Evaluation(nll=float(nll), accuracy=float(hits / max(count, 1.0)), tokens=int(targets))
 
 
 def batch_weight(lanes: Sequence[Lane], loss: Loss) -> float:

@@ -9,8 +9,11 @@ Shape letters: G lanes, J positions of a lane, U due slots, L layers, R LoRA ran
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Generator, Sequence
+import logging
+from collections import Counter
+from collections.abc import Generator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -23,9 +26,9 @@ from jaxlora.model.decoder import Base
 from jaxlora.model.lora_pool import PoolSpec, Rows, adapter_of_rows, host_rows
 from jaxlora.model.mesh import check_lanes, place, place_rows, replicated
 from pallas_kernels import NO_ADAPTER
-from train.data.examples import ExampleStream, Unit, check_kind, real_tokens
-from train.data.mixer import Mixer
-from train.evaluate import Evaluator
+from train.data.examples import CheckedExamples, ExampleStream, Unit, real_tokens
+from train.data.mixer import Batches, Mixer
+from train.evaluate import EvaluatedLane, Evaluator, HeldLanes
 from train.slot_buckets import SlotBuckets
 from train.step.batch import LaneSums, idle_batch, idle_sums, put_dropout, put_sums
 from train.step.microsteps import Microsteps, MicrostepSizes
@@ -41,11 +44,13 @@ from train.tenant import (
     Window,
     batch_weight,
     divisor,
+    is_device_loss,
     target_count,
     whole,
 )
 
 FIRST_PART = "mix"  # of a step
+LOG = logging.getLogger("train")
 
 
 class Trainer:
@@ -110,7 +115,7 @@ class Trainer:
 
     @property
     def has_work(self) -> bool:
-        """Whether a tenant is training."""
+        """Whether a step would train a tenant: those who are held wait."""
         return len(self._mixer) > 0
 
     # ---- tenants --------------------------------------------------------------------------------------------------
@@ -120,7 +125,7 @@ class Trainer:
         name: str,
         spec: LoraSpec,
         optimizer: Optimizer,
-        examples: Sequence[Unit],
+        examples: Sequence[Unit] | Batches,
         *,
         batch_size: int,
         seed: int,
@@ -130,6 +135,7 @@ class Trainer:
         resume: tuple[SlotState, int, int] | None = None,
     ) -> Tenant:
         """A tenant joins from the next step on, with fresh weights drawn from its seed, or with (state, step, cursor).
+        examples: those that `check` returned take no time in proportion to their number.
         per_target: its loss is divided by the number of its target tokens instead of the sum of their weights' sizes.
         One that comes back after its last step is `done` and trains no more.
         Raises AlreadyExists, AdapterInvalid (rank or targets), DataInvalid (no examples, one too long, or of another kind
@@ -138,15 +144,13 @@ class Trainer:
         if name in self.tenants:
             raise AlreadyExists(f"tenant {name} is already training; remove it first", param="name")
         self.seats.check(spec)
-        for unit in examples:
-            check_kind(unit, loss.name)
+        batches = examples if isinstance(examples, Batches) else self.check(spec, examples, batch_size, loss)
         slot = self.seats.first_free(spec, self._taken)
         state, step, cursor = resume if resume is not None else (self.fresh(spec, seed), 0, 0)
-        stream = ExampleStream(examples, seed, cursor)
+        stream = ExampleStream(batches.examples.units, seed, cursor)
         running = step < optimizer.total_steps
         if running:
-            split = len(self._mixer.check(examples, batch_size, split=True)) > self.lanes
-            self._mixer.add(name, stream, batch_size=batch_size, weight=weight, split=split)
+            self._mixer.add(name, batches, stream, weight=weight, split=len(batches.worst) > self.lanes)
         self.states = self._programs.seat(self.states, *self._at(slot), self._device(jax.device_get(state)))
         status = TenantStatus.RUNNING if running else TenantStatus.DONE
         self.tenants[name] = Tenant(name, slot, spec, optimizer, stream, loss, step, per_target, status=status)
@@ -155,16 +159,21 @@ class Trainer:
     def remove(self, name: str) -> None:
         """The tenant leaves and its slot is free.  Raises NotFound."""
         tenant = self._tenant(name)
+        self._mixer.release(name)
         if tenant.status is TenantStatus.RUNNING:
             self._mixer.remove(name)
         del self.tenants[name]
 
-    def fail(self, name: str, reason: str) -> None:
-        """The tenant trains no more; its slot keeps what it learned until it is removed.  Raises NotFound."""
+    def fail(self, name: str, reason: str, fault: Exception | None = None) -> None:
+        """The tenant trains no more; its slot keeps what it learned until it is removed.  Raises NotFound.
+
+        fault: what was raised for this tenant alone.
+        """
         tenant = self._tenant(name)
+        self._mixer.release(name)
         if tenant.status is TenantStatus.RUNNING:
             self._mixer.remove(name)
-        tenant.status, tenant.failure = TenantStatus.FAILED, reason
+        tenant.status, tenant.failure, tenant.fault = TenantStatus.FAILED, reason, fault
 
     def _tenant(self, name: str) -> Tenant:
         if name not in self.tenants:
@@ -179,14 +188,12 @@ class Trainer:
         """How many tenants with such adapters may join."""
         return self.seats.count_free(spec, self._taken)
 
-    def check(self, spec: LoraSpec, examples: Sequence[Unit], batch_size: int, loss: Loss) -> None:
-        """Raises as `add` would for these, whoever sits here now.  From any thread."""
+    def check(self, spec: LoraSpec, examples: Sequence[Unit], batch_size: int, loss: Loss) -> Batches:
+        """Returns the examples as `add` takes them.  Raises as `add` would, whoever sits here now.  From any thread."""
         self.seats.check(spec)
         if not examples:
             raise DataInvalid("no examples to train on; give at least one")
-        for unit in examples:
-            check_kind(unit, loss.name)
-        self._mixer.check(examples, batch_size, split=True)
+        return Batches(CheckedExamples(examples, loss.name, self.lane_tokens), batch_size)
 
     def set_weight(self, name: str, weight: float) -> None:
         """A running tenant's share of the tokens, from the next step on.  Raises NotFound, InvalidRequest."""
@@ -282,11 +289,17 @@ class Trainer:
     def _run_step(self) -> Generator[str]:
         """One step; yields the name of each part before it runs."""
         mixed = self._mixer.next()
+        for name, error in mixed.faults:
+            with self._answers(self.tenants[name]):
+                raise error
         lanes, owners = [lane for _, lane in mixed.lanes], [self.tenants[name] for name, _ in mixed.lanes]
+        due: list[tuple[Tenant, dict[str, float]]] = []
         for tenant in dict.fromkeys(owners):
             own = [lane for lane, owner in zip(lanes, owners, strict=True) if owner is tenant]
-            tenant.window.weight += target_count(own) if tenant.per_target else batch_weight(own, tenant.loss)
-        due = [(t, t.optimizer.row(t.step, divisor(t.window.weight))) for t in map(self.tenants.__getitem__, mixed.due)]
+            with self._answers(tenant):
+                tenant.window.weight += target_count(own) if tenant.per_target else batch_weight(own, tenant.loss)
+                if tenant.name in mixed.due:
+                    due.append((tenant, tenant.optimizer.row(tenant.step, divisor(tenant.window.weight))))
         drawn = [(tenant.stream.seed, tenant.step) for tenant in owners]
         yield from self.evaluator.learn(lanes)
         batch = self.evaluator.batch([(lane, t.slot, t.loss) for lane, t in zip(lanes, owners, strict=True)])
@@ -294,6 +307,17 @@ class Trainer:
             put_dropout(batch, g, lane, tenant.spec.dropout, *drawn[g])
         step = MixedStep(lanes, owners, batch, due)
         yield from self._run_whole(step) if self._parts is None else self._run_parts(self._parts, step)
+
+    @contextlib.contextmanager
+    def _answers(self, tenant: Tenant) -> Generator[None]:
+        """Inside, the host works for one tenant, which answers for what is raised: it fails, its lanes go nowhere."""
+        try:
+            yield
+        except Exception as error:
+            if is_device_loss(error):
+                raise
+            LOG.error("tenant %s fails", tenant.name, exc_info=error)
+            self.fail(tenant.name, f"an internal error ({type(error).__name__})", error)
 
     def _run_whole(self, step: MixedStep) -> Generator[str]:
         """The step in one program."""
@@ -306,7 +330,8 @@ class Trainer:
         sums, updates = jax.device_get(news)
         self._count(step, sums)
         for (tenant, hyper), (bucket, u) in zip(due, places, strict=True):
-            self._report(tenant, hyper, updates[bucket], u)
+            with self._answers(tenant):
+                self._report(tenant, hyper, updates[bucket], u)
 
     def _run_parts(self, parts: Microsteps, step: MixedStep) -> Generator[str]:
         """The step in parts: a pass of all lanes, then one update after the other."""
@@ -323,7 +348,8 @@ class Trainer:
             if self._trains(tenant):  # still
                 [(bucket, u)], due = self.seats.due([tenant.slot], [hyper])
                 self.states, updates = self._programs.apply(self.states, self._device(due))
-                self._report(tenant, hyper, jax.device_get(updates)[bucket], u)
+                with self._answers(tenant):
+                    self._report(tenant, hyper, jax.device_get(updates)[bucket], u)
 
     def _trains(self, tenant: Tenant) -> bool:
         """Whether it still takes part in a step that was mixed with it."""
@@ -339,9 +365,10 @@ class Trainer:
         """Adds what the lanes summed to (NumPy) to their tenants' windows."""
         for tenant in filter(self._trains, dict.fromkeys(step.owners)):
             gs = [g for g, owner in enumerate(step.owners) if owner is tenant]
-            hits = np.sum([self.evaluator.hits(step.lanes[g], tenant.loss, sums, g) for g in gs], axis=0)
-            tenant.window.add(sums, gs, hits, tokens := real_tokens([step.lanes[g] for g in gs]))
-            self.trained_tokens += tokens
+            with self._answers(tenant):
+                hits = np.sum([self.evaluator.hits(step.lanes[g], tenant.loss, sums, g) for g in gs], axis=0)
+                tenant.window.add(sums, gs, hits, tokens := real_tokens([step.lanes[g] for g in gs]))
+                self.trained_tokens += tokens
 
     def _report(self, tenant: Tenant, hyper: dict[str, float], update: UpdateReport, u: int) -> None:
         """The tenant's window has become an update."""
@@ -395,6 +422,48 @@ class Trainer:
             slot, loss = (NO_ADAPTER, CROSS_ENTROPY) if tenant is None else (tenant.slot, tenant.loss)
             asked.append((examples, slot, loss))
         return (yield from self.evaluator.evaluation(asked, tuned=tuned))
+
+    # ---- evaluations between steps --------------------------------------------------------------------------------
+
+    def hold(self, name: str) -> None:
+        """The tenant takes no part in steps until `release`, so its weights stay; its share goes on.  Raises NotFound."""
+        self._tenant(name)
+        self._mixer.hold(name)
+
+    def release(self, name: str) -> None:
+        """The tenant goes on."""
+        self._mixer.release(name)
+
+    def held_turn(self) -> list[str]:
+        """Names of the held tenants, first come first, if one of them goes before the next step; else none."""
+        return self._mixer.held_turn()
+
+    def evaluate_held(self, work: Sequence[HeldLanes]) -> Generator[str, None, Mapping[str, int]]:
+        """Evaluates the next lanes of tenants who are held, as many as a step has; returns what each is charged, in tokens.
+
+        What lanes the first does not take go to the next.  Pairs whose references are not known are learned first, in
+        place of lanes.  Yields the name of each part before it runs; between two parts a tenant may leave.
+        """
+        rows: list[tuple[HeldLanes, EvaluatedLane]] = []
+        for held in work:
+            tenant = self._tenant(held.name)
+            last = min(len(held.packed), held.sums.lanes + self.lanes - len(rows))
+            with self._answers(tenant):
+                for number in range(held.sums.lanes, last):
+                    rows.append((held, EvaluatedLane(held.packed.lane(number), tenant.slot, tenant.loss, held.sums)))
+        if not rows:
+            return {}
+        owner = {unit: held.name for held, row in rows for unit in row.lane.units}
+        asks = self.evaluator.references.asks([row.lane for _, row in rows])
+        if asks:
+            yield from self.evaluator.learn_pairs(asks[0])
+        else:
+            yield from self.evaluator.evaluate([row for _, row in rows])
+        spent: Counter[str] = Counter()
+        for lane in asks[0] if asks else [row.lane for _, row in rows]:
+            spent[owner[lane.units[0]]] += real_tokens([lane])
+        self._mixer.charge(spent)
+        return spent
 
     def _device[T](self, tree: T) -> T:
         """NumPy arrays, whole on every device."""

@@ -131,10 +131,11 @@ class TrainingSection:
     quantum_steps: int = 50  # steps after which a job gives its slot to a tenant that had less
     publish_every: int = 5  # steps between two published versions of a running job; `latest` refers to them
     max_rank: int | None = None  # of the adapters trained; None: the server's
+    call_tokens: int = 65_536  # most tokens that one call which trains at once (Gradient's fine-tune) may have
 
     def __post_init__(self) -> None:
         need(self.max_rank is None or self.max_rank >= 1, "max_rank", "at least 1", self.max_rank)
-        need_counts(self, "slots", "lanes", "lane_tokens", "quantum_steps", "publish_every")
+        need_counts(self, "slots", "lanes", "lane_tokens", "quantum_steps", "publish_every", "call_tokens")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

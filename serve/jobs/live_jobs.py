@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -21,12 +22,13 @@ from jaxlora.core.lora import AdapterRef, LoraSpec
 from jaxlora.model.lora_pool import Rows
 from serve.runtime.live_training import KEEP_VERSIONS, PUBLISH
 from serve.runtime.publisher import Publisher
-from train.data.examples import Example
+from train.data.mixer import Batches
 from train.jobs.job import Job, JobEvent, JobRequest, said
 from train.jobs.runner import Jobs
 from train.jobs.status import JobStatus
 from train.step.optimizer import Optimizer
 from train.step.state import SlotState
+from train.tenant import is_device_loss
 from train.trainer import FIRST_PART, StepReport
 
 LOG = logging.getLogger("serve")
@@ -75,9 +77,10 @@ class GuestCall:
     """One update of an adapter that no job trains."""
 
     name: str  # its own in the trainer
+    owner: str  # whose share of the device pays for it
     spec: LoraSpec
     optimizer: Optimizer
-    examples: Sequence[Example]  # all of them are the batch
+    examples: Batches  # all of them are the batch
     state: SlotState  # before, in NumPy
     step: int  # updates before
     caller: GuestCaller
@@ -125,7 +128,7 @@ class LiveJobs:
         self.jobs = make_jobs(self.poke)
         self._live: dict[str, _Live] = {}
         self._due: list[str] = []  # jobs that are published next
-        self._waiting: list[GuestCall] = []
+        self._waiting: dict[str, deque[GuestCall]] = {}  # by owner; whose turn it is comes first
         self._seated: dict[str, GuestCall] = {}
         self._poked = False
 
@@ -134,7 +137,7 @@ class LiveJobs:
     @property
     def has_work(self) -> bool:
         """Whether `advance` would do anything."""
-        under_way = self.jobs.trainer.has_work or self.jobs.part != FIRST_PART
+        under_way = self.jobs.under_way or self.jobs.part != FIRST_PART
         return under_way or self._poked or bool(self._due)
 
     @property
@@ -160,11 +163,12 @@ class LiveJobs:
                     self._guest_is_done(report)
                 else:
                     self._note(report)
+            self._end_failed_guests()
         self._report_changes()
 
     def close(self) -> None:
         """Saves the states of unfinished jobs and waits for the disk.  Call it after the device thread has ended."""
-        for call in [*self._waiting, *self._seated.values()]:
+        for call in [*(call for calls in self._waiting.values() for call in calls), *self._seated.values()]:
             call.caller.failed(Unavailable("the server is stopping; nothing was changed"))
         self.jobs.close()
         self._report_changes()
@@ -268,6 +272,8 @@ class LiveJobs:
             return  # its steps report it
         except (JaxLoraError, OSError) as error:
             job.log.add("problem", f"step {job.progress.step} is not published: {said(error)}", level="warn")
+        except Exception as error:
+            self.jobs.fail(id, error)
         else:
             self._record_version(job, ref, checkpoint=kept)
 
@@ -310,30 +316,70 @@ class LiveJobs:
 
     def train_once(self, call: GuestCall) -> None:
         """Queues one update of an adapter, for the next step with a slot for it: a job gives way if need be."""
-        self._waiting.append(call)
+        self._waiting.setdefault(call.owner, deque()).append(call)
         self.poke()
 
     def _seat_guests(self) -> None:
-        for call in list(self._waiting):
+        """Seats the calls whose turn it is: one of each owner at a time, owners in turn.
+
+        A call of more lanes than a step has stays for several steps: such calls leave every second slot to the others.
+        """
+        if not self._waiting:
+            return
+        trainer = self.jobs.trainer
+        self.jobs.fill()
+        for owner in list(self._waiting):
+            call = self._waiting[owner][0]
+            if any(seated.owner == owner for seated in self._seated.values()):
+                continue
+            if self._is_long(call):
+                slots = trainer.seats.buckets[trainer.seats.bucket_for(call.spec)].slots
+                if sum(map(self._is_long, self._seated.values())) >= max(1, slots // 2):
+                    continue
             try:
                 if not self.jobs.make_room(call.spec):
                     continue
-                self.jobs.trainer.add(
+                trainer.add(
                     call.name,
                     call.spec,
                     call.optimizer,
                     call.examples,
-                    batch_size=len(call.examples),
+                    batch_size=call.examples.batch_size,
                     seed=0,
                     per_target=True,
                     resume=(call.state, call.step, 0),
                 )
-            except JaxLoraError as error:
-                self._waiting.remove(call)
-                call.caller.failed(error)
+            except Exception as error:
+                self._refuse(call, error)
             else:
-                self._waiting.remove(call)
                 self._seated[call.name] = call
+                self.jobs.add_guest(call.name, owner)
+            calls = self._waiting.pop(owner)
+            calls.popleft()
+            if calls:
+                self._waiting[owner] = calls  # behind the others
+
+    def _is_long(self, call: GuestCall) -> bool:
+        """Whether a call takes several steps."""
+        return len(call.examples.worst) > self.jobs.trainer.lanes
+
+    def _refuse(self, call: GuestCall, error: Exception) -> None:
+        """Tells a caller of the error of its call alone.  Raises one that is nobody's."""
+        if is_device_loss(error):
+            raise error
+        if not isinstance(error, JaxLoraError):
+            LOG.error("a call of %s fails", call.owner, exc_info=error)
+            error = JaxLoraError(
+                "an internal error ended this call; nothing was changed, and the server's log says more"
+            )
+        call.caller.failed(error)
+
+    def _end_failed_guests(self) -> None:
+        for name in list(self._seated):
+            fault = self.jobs.trainer.tenants[name].fault
+            if fault is not None:
+                self._refuse(self._seated.pop(name), fault)
+                self._leave_slot(name, 0)
 
     def _guest_is_done(self, report: StepReport) -> None:
         call, trainer = self._seated.pop(report.tenant), self.jobs.trainer
@@ -343,6 +389,11 @@ class LiveJobs:
                 call.caller.updated(report, state.rows, jax.device_get(state))
             else:
                 call.caller.failed(AdapterNotFinite("the loss or its gradient is not finite; nothing was changed"))
+        except Exception as error:
+            self._refuse(call, error)
         finally:
-            trainer.remove(call.name)
-            self.poke()  # its slot is free
+            self._leave_slot(call.name, report.tokens)
+
+    def _leave_slot(self, name: str, tokens: int) -> None:
+        self.jobs.remove_guest(name, tokens)
+        self.poke()  # its slot is free

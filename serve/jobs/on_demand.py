@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jaxlora.config.training import CROSS_ENTROPY, Optimizer
-from jaxlora.core.errors import AdapterNotFound, JaxLoraError, StorageAway
+from jaxlora.core.errors import AdapterNotFound, InvalidRequest, JaxLoraError, StorageAway
 from jaxlora.core.lora import AdapterRef, LoraSpec
 from jaxlora.model.lora_pool import Rows, adapter_bytes
 from jaxlora.storage.checkpoint_writer import CheckpointWriter, Snapshot
@@ -29,6 +29,7 @@ from serve.jobs.live_jobs import GuestCall, LiveJobs
 from serve.runtime.device_thread import DeviceThread
 from serve.runtime.publisher import Publisher
 from train.data.examples import Example
+from train.data.mixer import Batches
 from train.step.state import SlotState, fresh_adapter
 from train.trainer import StepReport, Trainer
 
@@ -93,10 +94,13 @@ class Tuner:
         states: Path,
         quota: AdapterQuota,
         copies: StateCopies | None = None,
+        *,
+        call_tokens: int,
     ):
-        """states: folder of the moments.  copies: object storage behind it."""
+        """states: folder of the moments.  copies: object storage behind it.  call_tokens: most that one call trains on."""
         self._runner, self._live, self._trainer, self._store = runner, live, trainer, runner.engine.store
         self._states, self._quota, self._copies = states.absolute(), quota, copies
+        self._call_tokens = call_tokens
         self._writer = CheckpointWriter(copies=copies)
         self._kept: OrderedDict[tuple[str, str], _Tuned] = OrderedDict()
         self._guard = threading.Lock()
@@ -123,7 +127,7 @@ class Tuner:
 
         Calls for one adapter run in the order they came.  One whose caller goes away runs all the same.
         optimizer: its numbers; the schedule is constant.
-        Raises AdapterNotFound; DataInvalid for examples that cannot be trained on; AdapterNotFinite, and changes
+        Raises AdapterNotFound; InvalidRequest for too many tokens; DataInvalid for examples that cannot be trained on; AdapterNotFinite, and changes
         nothing, when the loss or its gradient is not finite; StorageFailed or OSError when the version cannot be stored.
         """
         return await asyncio.shield(self._in_turn(tenant, name, examples, optimizer))
@@ -132,14 +136,15 @@ class Tuner:
         key = tenant, name
         async with self._turns.setdefault(key, asyncio.Lock()):
             spec, tuned = await asyncio.to_thread(self._state_of, tenant, name)
-            await asyncio.to_thread(self._trainer.check, spec, examples, len(examples), CROSS_ENTROPY)
+            batches = await asyncio.to_thread(self._checked, spec, examples)
             keep = await asyncio.to_thread(self._kept_versions, tenant, name)
             waiting = _Waiting(self._runner.publisher, tenant, name, spec, keep)
             call = GuestCall(
                 name=f"call-{uuid.uuid4().hex}",
+                owner=tenant,
                 spec=spec,
                 optimizer=replace(optimizer, schedule="constant", warmup_steps=0, total_steps=tuned.calls + 1),
-                examples=examples,
+                examples=batches,
                 state=tuned.state,
                 step=tuned.calls,
                 caller=waiting,
@@ -148,6 +153,17 @@ class Tuner:
             done, state = await waiting.done
             self._keep(key, _Tuned(done.ref.version, tuned.calls + 1, state), spec)
             return done
+
+    def _checked(self, spec: LoraSpec, examples: Sequence[Example]) -> Batches:
+        """Returns the examples of a call as one batch.  Raises InvalidRequest, DataInvalid."""
+        tokens = sum(example.predictions for example in examples)
+        if tokens > self._call_tokens:
+            raise InvalidRequest(
+                f"this call trains on {tokens} tokens, this server takes at most {self._call_tokens} in one call "
+                "(training.call_tokens); send fewer samples",
+                param="samples",
+            )
+        return self._trainer.check(spec, examples, len(examples), CROSS_ENTROPY)
 
     async def delete(self, tenant: str, name: str) -> None:
         """Deletes the adapter at once; running requests end on it.  Raises AdapterNotFound."""

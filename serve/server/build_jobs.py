@@ -91,6 +91,7 @@ def make_job_host(
             parking=Parking(folder / "parked", host_bytes=SPILL_BYTES),
             load=files.load,
             wake=wake,
+            owner_weight=lambda owner: runner.tuning.weights.get(owner, 1.0),
         ),
         wake=runner.wake,
         publish_every=training.publish_every,
@@ -114,7 +115,7 @@ def make_job_host(
     service = JobService(runner, live, recorder, stored, files, base_lr=base_lr, limits=config.limits, quota=quota)
     recorder.start(published=published, ended=service.ended)
     tuned_copies = None if remote is None else StateCopies(remote.blobs, tuned, "tuned")
-    tuner = Tuner(runner, live, trainer, tuned, quota, tuned_copies)
+    tuner = Tuner(runner, live, trainer, tuned, quota, tuned_copies, call_tokens=training.call_tokens)
     return JobHost(runner, live, service, tuner, scorer)
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import jax
 import numpy as np
 import pytest
 from live_world import LiveWorld, job
 from train_world import assert_same_bits
 
-from jaxlora.core.errors import AdapterNotFinite
+from jaxlora.core.errors import AdapterNotFinite, JaxLoraError
 from serve.runtime.live_training import PUBLISH
 
 pytest_plugins = ["serve_fixtures"]
@@ -155,7 +157,7 @@ def test_all_lanes_of_a_long_call_are_one_update(live):
     caller, call = live.call(93, count=40)
     live.run()
     report, _, _ = caller.done.get()
-    assert report.targets == sum(e.predictions for e in call.examples)
+    assert report.targets == call.examples.examples.size_N.sum()
     assert report.step == 1
 
 
@@ -166,3 +168,97 @@ def test_who_does_nothing_costs_nothing(live):
     live.live.poke()
     assert live.live.has_work
     assert live.run() == 1
+
+
+# Calls and jobs of several owners.
+
+
+def parts_until(live, done, most: int = 4000) -> int:
+    """Parts that run until it is so."""
+    for parts in range(most):
+        if done():
+            return parts
+        live.live.advance()
+    raise AssertionError(f"not within {most} parts")
+
+
+def test_long_calls_hold_neither_jobs_nor_the_calls_of_others(world, tmp_path):
+    """Three owners' calls of 300 samples over two slots: a job and a fourth owner's call go on beside the first."""
+    live = LiveWorld(world, tmp_path, slots=2)
+    live.live.create("ftjob-k", job(13, owner="nine", steps=400), publish=False)
+    running = live.live.jobs.get("nine", "ftjob-k")
+    parts_until(live, lambda: running.progress.step >= 2)
+    long = [live.call(60 + i, owner=f"long-{i}", count=300)[0] for i in range(3)]
+    parts_until(live, lambda: live.live._seated)
+    parts_until(live, lambda: running.progress.step >= 6)
+    short, _ = live.call(70, owner="short", count=1)
+    parts_until(live, lambda: not short.done.empty())
+    assert all(caller.done.empty() for caller in long)
+    seen = running.progress.step
+    parts_until(live, lambda: running.progress.step >= seen + 3)
+    assert all(caller.done.empty() for caller in long)
+    live.live.cancel("nine", "ftjob-k")
+    live.run()
+    for i, caller in enumerate(long):
+        report, _, _ = caller.done.get_nowait()
+        assert report.step == 1, i
+
+
+def test_an_owner_has_one_call_at_a_time_and_owners_take_turns(world, tmp_path):
+    live = LiveWorld(world, tmp_path, slots=2)
+    order = []
+    for seed, owner in ((80, "many"), (81, "many"), (82, "many"), (83, "many"), (84, "few"), (85, "other")):
+        caller, _ = live.call(seed, owner=owner, count=1)
+        caller.updated = lambda *_, owner=owner: order.append(owner)
+    while live.live.has_work:
+        seated = [call.owner for call in live.live._seated.values()]
+        assert len(set(seated)) == len(seated)
+        live.live.advance()
+    assert Counter(order) == {"many": 4, "few": 1, "other": 1}
+    assert set(order[:3]) == {"many", "few", "other"}
+
+
+def test_calls_without_end_leave_a_job_its_steps(live):
+    """One slot, and a new call as soon as one is done: the job has a step between any two of them."""
+    live.live.create("ftjob-l", job(14, owner="ten", steps=5), publish=False)
+    calls = 0
+    caller, _ = live.call(50, owner="a", count=1)
+    other, _ = live.call(51, owner="b", count=1)
+    while "succeeded" not in live.heard.states("ftjob-l"):
+        live.live.advance()
+        for owner in "ab":
+            if owner == "a" and not caller.done.empty():
+                caller, calls = live.call(100 + calls, owner="a", count=1)[0], calls + 1
+            if owner == "b" and not other.done.empty():
+                other, calls = live.call(100 + calls, owner="b", count=1)[0], calls + 1
+        assert calls < 40
+    assert calls >= 4
+
+
+def test_a_call_is_paid_for_by_its_owner(live, monkeypatch):
+    live.live.create("ftjob-m", job(15, owner="eleven", steps=3), publish=False)
+    paid = []
+    monkeypatch.setattr(live.live.jobs._queue, "charge", lambda *what: paid.append(what))
+    calls = [live.call(seed, owner=owner, count=count)[1] for seed, owner, count in ((52, "a", 2), (54, "b", 30))]
+    live.run()
+    assert sorted(paid) == [(call.owner, call.examples.examples.size_N.sum()) for call in calls]
+
+
+def test_an_error_of_one_call_or_publication_is_its_owners_alone(live, monkeypatch):
+    """Neither ends the device's thread: the caller is told, the job fails, another job goes on."""
+    caller, call = live.call(53, owner="broken")
+    monkeypatch.setattr(caller, "updated", lambda *_: {}["somebody's data"])
+    live.run()
+    error = caller.done.get_nowait()
+    assert (type(error), error.code) == (JaxLoraError, "internal_error")
+    assert call.name not in live.trainer.tenants
+    live.live.create("ftjob-n", job(16, owner="broken", steps=6), publish=True)
+    live.live.create("ftjob-o", job(17, owner="whole", steps=6), publish=True)
+    publish = live.live._publisher.publish
+    monkeypatch.setattr(
+        live.live._publisher,
+        "publish",
+        lambda owner, *args, **how: {}["somebody's data"] if owner == "broken" else publish(owner, *args, **how),
+    )
+    live.run()
+    assert [live.heard.states(f"ftjob-{x}")[-1] for x in "no"] == ["failed", "succeeded"]

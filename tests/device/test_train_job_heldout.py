@@ -44,13 +44,13 @@ def test_it_is_taken_every_n_steps_and_after_the_last(tmp_path):
 
 def test_several_jobs_share_one_evaluation(tmp_path, monkeypatch):
     jobs, _ = make_jobs(tmp_path)
-    calls = []
-    evaluation = jobs.trainer.evaluation
-    monkeypatch.setattr(jobs.trainer, "evaluation", lambda work: calls.append(len(work)) or evaluation(work))
+    calls, evaluator = [], jobs.trainer.evaluator
+    evaluate = evaluator.evaluate
+    monkeypatch.setattr(evaluator, "evaluate", lambda rows: calls.append(len(rows)) or evaluate(rows))
     for i in range(3):
         jobs.create(request(i, steps=2, heldout=examples(i, 2), evaluate_every=1))
     jobs.run()
-    assert [n for n in calls if n] == [3, 3]
+    assert calls == [3, 3]
 
 
 def test_the_best_weights_are_delivered(tmp_path):

@@ -295,15 +295,21 @@ def test_time_slices_share_one_slot_and_change_no_weight(tmp_path):
         assert weights(shelf.adapters[job.result]) == alone(asked[name], trainer_of(1, lanes=2, lane_tokens=32))
 
 
-def test_an_owners_share_of_a_step_does_not_grow_with_its_jobs(tmp_path):
-    jobs, _ = make_jobs(tmp_path)
-    made = [jobs.create(request(i, owner="a", weight=6.0)) for i in range(3)] + [jobs.create(request(3, owner="b"))]
+def test_an_owners_share_of_a_step_grows_neither_with_its_jobs_nor_with_their_weights(tmp_path):
+    jobs, _ = make_jobs(tmp_path, owner_weight=lambda owner: {"b": 2.0}.get(owner, 1.0))
+    asked = [request(i, owner="a", weight=w, steps=9) for i, w in enumerate([100.0, 50.0, 50.0])]
+    asked.append(request(3, owner="b", steps=9))
+    made = [jobs.create(r) for r in asked]
     jobs.step()
     in_mixer = jobs.trainer._mixer._tenants
-    assert [in_mixer[job.id].weight for job in made] == [2.0, 2.0, 2.0, 1.0]
+    assert [in_mixer[job.id].share.weight for job in made] == [0.5, 0.25, 0.25, 2.0]
     jobs.pause("a", made[0].id)
     jobs.step()
-    assert [in_mixer[job.id].weight for job in made[1:]] == [3.0, 3.0, 1.0]
+    assert [in_mixer[job.id].share.weight for job in made[1:]] == [0.5, 0.5, 2.0]
+    jobs.trainer.add("guest", lora(2, LAYER_TARGETS), optimizer(), examples(9, 3), batch_size=1, seed=1)
+    jobs.add_guest("guest", "b")
+    jobs.step()
+    assert [in_mixer[name].share.weight for name in (made[3].id, "guest")] == [1.0, 1.0]
 
 
 def test_no_job_moves_for_its_time_slice_when_nobody_waits(tmp_path):

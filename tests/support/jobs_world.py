@@ -42,7 +42,16 @@ def trainer_of(slots: int, *, lanes: int, lane_tokens: int, rank: int = 4) -> Tr
     return Trainer(small_base(), make_mesh(), [spec], lanes=lanes, lane_tokens=lane_tokens, base_hash=BASE_HASH)
 
 
-def make_jobs(folder: Path, trainer: Trainer | None = None, *, load=no_files, host_bytes=2**30, shelf=None, **config):
+def make_jobs(
+    folder: Path,
+    trainer: Trainer | None = None,
+    *,
+    load=no_files,
+    host_bytes=2**30,
+    shelf=None,
+    owner_weight=lambda owner: 1.0,
+    **config,
+):
     """(jobs, shelf): without checkpoints unless `states` is given."""
     shelf = DictShelf() if shelf is None else shelf
     jobs = Jobs(
@@ -51,6 +60,7 @@ def make_jobs(folder: Path, trainer: Trainer | None = None, *, load=no_files, ho
         shelf=shelf,
         parking=Parking(folder / "parked", host_bytes=host_bytes),
         load=load,
+        owner_weight=owner_weight,
     )
     return jobs, shelf
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from serve_world import RANK, World
 
-from jaxlora.config.training import Optimizer
+from jaxlora.config.training import CROSS_ENTROPY, Optimizer
 from jaxlora.core.lora import LoraSpec
 from jaxlora.model.lora_pool import PoolSpec
 from serve.jobs.live_jobs import GuestCall, JobNews, LiveJobs, Published
@@ -125,7 +125,7 @@ class LiveWorld:
         return parts
 
     def call(
-        self, seed: int, *, state=None, step: int = 0, bad: bool = False, count: int = 3
+        self, seed: int, *, owner: str = "caller", state=None, step: int = 0, bad: bool = False, count: int = 3
     ) -> tuple[Call, GuestCall]:
         """A guest waits: of a fresh adapter, or of a state."""
         caller = Call()
@@ -134,9 +134,10 @@ class LiveWorld:
             given = [Example(e.tokens, np.where(e.weights > 0, np.float32(3e38), 0)) for e in given]
         call = GuestCall(
             name=f"call-{seed}-{step}",
+            owner=owner,
             spec=SPEC,
             optimizer=Optimizer(lr=0.05, total_steps=step + 1, schedule="constant"),
-            examples=given,
+            examples=self.trainer.check(SPEC, given, count, CROSS_ENTROPY),
             state=self.trainer.fresh(SPEC, seed) if state is None else state,
             step=step,
             caller=caller,

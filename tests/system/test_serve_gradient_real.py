@@ -190,3 +190,16 @@ def test_a_negative_multiplier_pushes_away(server, sdk):
     losses = [httpx2.post(url, json={"samples": [sample]}, headers=headers).json()["sumLoss"] for _ in range(3)]
     assert 0 < losses[0] < losses[1] < losses[2]
     adapter.delete()
+
+
+def test_a_call_of_too_many_tokens_is_refused_and_names_the_setting(server, sdk, monkeypatch):
+    base = sdk.get_base_model(base_model_slug=BASE.rpartition("/")[2])
+    adapter = base.create_model_adapter(name="large")
+    tokens = adapter.fine_tune(samples=SAMPLES).number_of_trainable_tokens
+    tuner = server[0].host.tuner
+    monkeypatch.setattr(tuner, "_call_tokens", tokens)
+    adapter.fine_tune(samples=SAMPLES)
+    monkeypatch.setattr(tuner, "_call_tokens", tokens - 1)
+    with pytest.raises(told.BadRequestException, match=rf"{tokens} tokens.*at most {tokens - 1}.*training.call_tokens"):
+        adapter.fine_tune(samples=SAMPLES)
+    assert server[0].runner.engine.store.latest("acme", "large").version == 3

@@ -1,6 +1,7 @@
 """Examples and pairs, the order of a stream, and packing."""
 
 import dataclasses
+import time
 
 import numpy as np
 import pytest
@@ -8,7 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxlora.core.errors import DataInvalid
-from train.data.examples import Example, ExampleStream, Pair, Rollout, fill_lane, pack, pair_margins, real_tokens
+from train.data.examples import (
+    CheckedExamples,
+    Example,
+    ExampleStream,
+    PackedExamples,
+    Pair,
+    Rollout,
+    fill_lane,
+    first_fit_decreasing,
+    pack,
+    pair_margins,
+    real_tokens,
+)
 
 
 def of_length(n, first=0):
@@ -103,6 +116,55 @@ def test_pack_lays_out_by_hand():
     assert real_tokens(lanes) == 6
     assert {lane.token_J.dtype, lane.target_J.dtype, lane.position_J.dtype, lane.segment_J.dtype} == {np.dtype("i4")}
     assert lane.weight_J.dtype == np.float32
+
+
+def first_fit_by_hand(sizes, capacity):
+    """Each, the largest first, into the first group with room."""
+    groups, room = [], []
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        g = next((g for g, free in enumerate(room) if free >= sizes[i]), len(groups))
+        if g == len(groups):
+            groups.append([])
+            room.append(capacity)
+        groups[g].append(i)
+        room[g] -= sizes[i]
+    return groups
+
+
+@settings(max_examples=200)
+@given(st.integers(1, 40).flatmap(lambda c: st.tuples(st.lists(st.integers(1, c), max_size=60), st.just(c))))
+def test_packing_is_first_fit_by_hand(case):
+    sizes, capacity = case
+    assert [group.tolist() for group in first_fit_decreasing(sizes, capacity)] == first_fit_by_hand(sizes, capacity)
+
+
+@pytest.mark.parametrize("sizes", [[17], [3, 17, 40, 251]], ids=["all alike", "of few lengths"])
+def test_packing_many_examples_costs_little_more_for_each(sizes):
+    """CPU time of sixteen times as many is far from 256 times as much."""
+
+    def seconds(count):
+        given = np.resize(sizes, count)
+        began = time.process_time()
+        groups = first_fit_decreasing(given, 256)
+        took = time.process_time() - began
+        assert sum(map(len, groups)) == count
+        return took
+
+    few, many = (min(seconds(count) for _ in range(3)) for count in (5_000, 80_000))
+    assert many < 64 * few, (few, many)
+
+
+def test_examples_are_checked_once_and_packed_as_pack_does():
+    units = [of_length(n) for n in (3, 9, 5, 8, 2, 4)]
+    packed = PackedExamples(CheckedExamples(units, "cross_entropy", 8))
+    for number, lane in enumerate(pack(units, 8)):
+        assert packed.lane(number).units == lane.units
+        assert packed.lane(number).token_J.tobytes() == lane.token_J.tobytes()
+    assert len(packed) == len(pack(units, 8))
+    with pytest.raises(DataInvalid, match="example 1 has 9 tokens"):
+        CheckedExamples(units, "cross_entropy", 7)
+    with pytest.raises(DataInvalid, match="loss dpo trains on preference pairs"):
+        CheckedExamples(units, "dpo", 8)
 
 
 def test_pack_is_first_fit_decreasing():

@@ -53,12 +53,36 @@ def test_a_hundred_times_the_jobs_give_no_larger_share():
     assert serve(queue, slots=4, turns=15) == {"a": 5, "b": 5, "c": 5}
 
 
-def test_a_weight_is_a_share():
-    queue = FairQueue()
-    fill(queue, {"a": 40})
-    fill(queue, {"b": 40}, weight=3.0)
+def test_the_weight_of_an_owner_is_a_share():
+    queue = FairQueue(lambda owner: {"b": 3.0}.get(owner, 1.0))
+    fill(queue, {"a": 40, "b": 40})
     served = serve(queue, slots=2, turns=40)
     assert served["b"] == pytest.approx(30, abs=1)
+
+
+def test_the_weight_of_a_job_buys_nothing_from_other_owners():
+    queue = FairQueue()
+    fill(queue, {"a": 40})
+    fill(queue, {"b": 40}, weight=100.0)
+    assert serve(queue, slots=2, turns=40) == {"a": 20, "b": 20}
+
+
+def test_the_weight_of_a_job_orders_the_jobs_of_its_owner():
+    queue = FairQueue()
+    for key, weight in (("a-low", 1.0), ("a-high", 9.0), ("a-also-high", 9.0), ("b0", 1.0)):
+        queue.add(key, key[0], weight=weight, tokens=10)
+    assert [queue.take(anyone) for _ in range(5)] == ["a-high", "b0", "a-also-high", "a-low", None]
+
+
+def test_what_an_owner_was_given_beside_its_jobs_is_charged_while_somebody_waits():
+    queue = FairQueue()
+    fill(queue, {"a": 4, "b": 4})
+    queue.charge("a", 25)
+    assert [queue.take(anyone) for _ in range(5)] == ["b0", "b1", "b2", "a0", "b3"]
+    alone = FairQueue()
+    alone.charge("a", 1000)
+    fill(alone, {"a": 1, "b": 1})
+    assert alone.take(anyone) == "a0"  # it took nothing from anybody
 
 
 def test_what_was_used_counts_and_not_what_was_expected():

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from jaxlora.core.errors import AlreadyExists, DataInvalid, InvalidRequest, NotFound, StateInvalid
 from train.data import mixer as mixer_module
-from train.data.examples import Example, ExampleStream
-from train.data.mixer import MAX_BATCH, Mixer
+from train.data.examples import CheckedExamples, Example, ExampleStream
+from train.data.mixer import MAX_BATCH, Batches, Mixer
 
 LENGTH = 12
 
@@ -25,6 +25,12 @@ def stream_of(predictions, seed=0, cursor=0):
         weights[0] = 0
         examples.append(Example(tokens, weights))
     return ExampleStream(examples, seed, cursor)
+
+
+def add(mixer, key, stream, *, batch_size, **options):
+    """A tenant joins with the examples of a stream."""
+    examples = CheckedExamples(stream.examples, "cross_entropy", mixer.length)
+    mixer.add(key, Batches(examples, batch_size), stream, **options)
 
 
 def inside(lanes):
@@ -51,7 +57,7 @@ def shares(mixer, steps):
 
 
 def one_lane(mixer, key, tokens=LENGTH, weight=1.0):
-    mixer.add(key, stream_of([tokens]), batch_size=1, weight=weight)
+    add(mixer, key, stream_of([tokens]), batch_size=1, weight=weight)
 
 
 # single cases
@@ -67,7 +73,7 @@ def test_everybody_fits_everybody_goes():
 
 def test_a_batch_of_several_lanes_comes_whole():
     mixer = Mixer(4, LENGTH)
-    mixer.add("big", stream_of([10] * 9), batch_size=3)
+    add(mixer, "big", stream_of([10] * 9), batch_size=3)
     one_lane(mixer, "a")
     one_lane(mixer, "b")
     for _ in range(12):
@@ -79,8 +85,8 @@ def test_a_batch_of_several_lanes_comes_whole():
 
 def test_a_batch_that_does_not_fit_comes_later_and_others_fill_the_gap():
     mixer = Mixer(3, LENGTH)
-    mixer.add("x", stream_of([10] * 4), batch_size=2)
-    mixer.add("y", stream_of([10] * 4), batch_size=2)
+    add(mixer, "x", stream_of([10] * 4), batch_size=2)
+    add(mixer, "y", stream_of([10] * 4), batch_size=2)
     one_lane(mixer, "z")
     dues = [set(mixer.next().due) for _ in range(6)]
     assert all(len(due & {"x", "y"}) == 1 and "z" in due for due in dues)
@@ -89,7 +95,7 @@ def test_a_batch_that_does_not_fit_comes_later_and_others_fill_the_gap():
 
 def test_equal_weights_share_tokens_whatever_the_batch_size():
     mixer = Mixer(4, LENGTH)
-    mixer.add("big", stream_of([LENGTH] * 8), batch_size=4)
+    add(mixer, "big", stream_of([LENGTH] * 8), batch_size=4)
     for i in range(7):
         one_lane(mixer, f"small{i}")
     got = list(shares(mixer, 400).values())
@@ -149,7 +155,7 @@ def test_who_joins_late_does_not_catch_up():
 def test_split_batch_accumulates_and_is_due_with_its_last_lane():
     mixer = Mixer(2, LENGTH)
     stream = stream_of([10] * 7)
-    mixer.add("huge", stream, batch_size=5, split=True)
+    add(mixer, "huge", stream, batch_size=5, split=True)
     reference = stream_of([10] * 7)
     for round_ in range(1, 5):
         lanes = []
@@ -165,7 +171,7 @@ def test_split_batch_accumulates_and_is_due_with_its_last_lane():
 
 def test_split_batch_keeps_nobody_waiting():
     mixer = Mixer(2, LENGTH)
-    mixer.add("huge", stream_of([10] * 50), batch_size=40, split=True)
+    add(mixer, "huge", stream_of([10] * 50), batch_size=40, split=True)
     for key in "abc":
         one_lane(mixer, key)
     assert mixer.longest_wait == 3
@@ -178,7 +184,7 @@ def test_split_batch_keeps_nobody_waiting():
 
 def test_remove_in_the_middle_of_a_split_batch_does_not_consume_it():
     mixer = Mixer(1, LENGTH)
-    mixer.add("huge", stream_of([10] * 7), batch_size=3, split=True)
+    add(mixer, "huge", stream_of([10] * 7), batch_size=3, split=True)
     for _ in range(5):
         mixer.next()
     assert mixer.remove("huge") == 3
@@ -187,18 +193,18 @@ def test_remove_in_the_middle_of_a_split_batch_does_not_consume_it():
 def test_resume_from_the_cursor_goes_on_with_the_same_batches():
     whole, first = Mixer(2, LENGTH), Mixer(2, LENGTH)
     for mixer in (whole, first):
-        mixer.add("a", stream_of([3, 4, 5, 6, 7], seed=9), batch_size=2)
+        add(mixer, "a", stream_of([3, 4, 5, 6, 7], seed=9), batch_size=2)
     wanted = [inside(lane for _, lane in whole.next().lanes) for _ in range(9)]
     got = [inside(lane for _, lane in first.next().lanes) for _ in range(4)]
     second = Mixer(2, LENGTH)
-    second.add("a", stream_of([3, 4, 5, 6, 7], seed=9, cursor=first.remove("a")), batch_size=2)
+    add(second, "a", stream_of([3, 4, 5, 6, 7], seed=9, cursor=first.remove("a")), batch_size=2)
     assert got + [inside(lane for _, lane in second.next().lanes) for _ in range(5)] == wanted
 
 
 def test_a_packing_worse_than_the_promised_lanes_is_replaced(monkeypatch):
     """First-fit decreasing may need more lanes for smaller examples; the promise of `add` must hold all the same."""
     mixer = Mixer(2, LENGTH)
-    mixer.add("a", stream_of([4, 5, 6, 5]), batch_size=4)
+    add(mixer, "a", stream_of([4, 5, 6, 5]), batch_size=4)
     monkeypatch.setattr(mixer_module, "first_fit_decreasing", lambda sizes, length: [[i] for i in range(len(sizes))])
     batch = mixer.next()
     assert len(batch.lanes) == 2
@@ -220,7 +226,7 @@ def test_a_packing_worse_than_the_promised_lanes_is_replaced(monkeypatch):
 def test_longest_wait_by_hand(lanes, needs, wait):
     mixer = Mixer(lanes, LENGTH)
     for i, need in enumerate(needs):
-        mixer.add(str(i), stream_of([LENGTH] * 20), batch_size=need)
+        add(mixer, str(i), stream_of([LENGTH] * 20), batch_size=need)
     assert mixer.longest_wait == wait
 
 
@@ -253,7 +259,7 @@ def test_impossible_mixer(lanes, length, slack):
 def test_add_refuses(predictions, options, error, says):
     mixer = Mixer(2, LENGTH)
     with pytest.raises(error, match=says):
-        mixer.add("a", stream_of(predictions), **options)
+        add(mixer, "a", stream_of(predictions), **options)
     assert len(mixer) == 0
 
 
@@ -264,6 +270,82 @@ def test_add_twice_and_remove_unknown():
         one_lane(mixer, "a")
     with pytest.raises(NotFound):
         mixer.remove("b")
+
+
+# tenants that are held while they are evaluated
+
+
+def evaluate(mixer, steps, tokens):
+    """The order of steps ("." and how many tenants) and of evaluations (the key) of so many tokens each."""
+    order = []
+    for _ in range(steps):
+        turn = mixer.held_turn()
+        if turn:
+            mixer.charge({turn[0]: tokens})
+            order.append(turn[0])
+        if len(mixer):
+            order.append(len(mixer.next().due))
+    return order
+
+
+def test_who_is_held_has_no_lanes_and_pays_for_its_evaluation_like_for_training():
+    """Half the tokens each: an evaluation of three steps' tokens comes after each third step of the other."""
+    mixer = Mixer(1, LENGTH, slack_steps=50)
+    one_lane(mixer, "held")
+    one_lane(mixer, "busy")
+    mixer.hold("held")
+    assert len(mixer) == 1
+    order = evaluate(mixer, 60, 3 * LENGTH)
+    assert order == ["held", 1, 1, 1] * 20
+
+
+def test_who_is_held_waits_no_longer_than_who_trains():
+    mixer = Mixer(1, LENGTH)
+    for key in ("held", "a", "b"):
+        one_lane(mixer, key)
+    mixer.hold("held")
+    order = evaluate(mixer, 40, 100 * LENGTH)  # so much that its share would be used up for long
+    places = [i for i, x in enumerate(order) if x == "held"]
+    assert all(b - a <= 1 + mixer.longest_wait for a, b in itertools.pairwise(places))
+    assert len(places) >= 40 // mixer.longest_wait
+
+
+def test_a_larger_weight_is_evaluated_more():
+    mixer = Mixer(1, LENGTH, slack_steps=100)
+    for key, weight in (("heavy", 3.0), ("light", 1.0), ("busy", 1.0)):
+        one_lane(mixer, key, weight=weight)
+    for key in ("heavy", "light"):
+        mixer.hold(key)
+    order = evaluate(mixer, 100, LENGTH)
+    assert order.count("heavy") == pytest.approx(3 * order.count("light"), abs=3)
+
+
+def test_who_was_held_goes_on_where_it_was_and_who_was_done_leaves():
+    mixer = Mixer(2, LENGTH)
+    one_lane(mixer, "a")
+    mixer.hold("a")
+    mixer.hold("done")  # it has no batches here any more
+    with pytest.raises(StateInvalid):
+        mixer.next()
+    assert set(mixer.held_turn()) == {"a", "done"}
+    mixer.release("a")
+    mixer.release("done")
+    mixer.release("nobody")
+    assert (mixer.held_turn(), mixer.next().due) == ([], ["a"])
+    mixer.hold("a")
+    assert mixer.remove("a") == 1
+    assert (len(mixer), mixer.held_turn()) == (0, [])
+
+
+def test_a_batch_that_cannot_be_made_is_that_tenants_alone(monkeypatch):
+    mixer = Mixer(3, LENGTH)
+    for key in "abc":
+        one_lane(mixer, key)
+    broken = mixer._tenants["b"].stream
+    monkeypatch.setattr(broken, "peek", lambda count: [][count])
+    batch = mixer.next()
+    assert sorted(batch.due) == ["a", "c"]
+    assert [(key, type(error)) for key, error in batch.faults] == [("b", IndexError)]
 
 
 # properties
@@ -293,7 +375,8 @@ changes = st.lists(st.one_of(st.none(), st.none(), plans, st.integers(0, 9)), mi
 def join(mixer, key, plan):
     """True when the mixer took the tenant."""
     try:
-        mixer.add(
+        add(
+            mixer,
             key,
             stream_of(plan.predictions, plan.seed),
             batch_size=plan.batch_size,

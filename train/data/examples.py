@@ -6,7 +6,7 @@ Shape letters: J positions in a lane.  An Example of n tokens has n - 1 predicti
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -194,20 +194,37 @@ class Lane:
     pair_J: np.ndarray  # int32 1 in a preferred completion, -1 in the rejected one (the next segment); 0 elsewhere
 
 
-def first_fit_decreasing(sizes: Sequence[int], capacity: int) -> list[list[int]]:
-    """Returns indices of the sizes in groups that fit the capacity: first-fit, largest first, ties in given order."""
-    groups: list[list[int]] = []
-    free: list[int] = []
-    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        for g, room in enumerate(free):
-            if sizes[i] <= room:
-                groups[g].append(i)
-                free[g] -= sizes[i]
-                break
-        else:
-            groups.append([i])
-            free.append(capacity - sizes[i])
-    return groups
+def first_fit_decreasing(sizes: Sequence[int] | np.ndarray, capacity: int) -> list[np.ndarray]:
+    """Returns the indices of the sizes, int64, in groups that fit the capacity: first-fit, largest first, ties in given order.
+
+    One size after the other: where one of a size does not fit, no later one of that size does.  Costs a sort and, for
+    each different size, a look at the groups that still have room; never a look at every group for every item.
+    """
+    size_N = np.asarray(sizes, np.int64)
+    rank_N = np.argsort(-size_N, kind="stable")
+    values, counts = np.unique(size_N, return_counts=True)
+    smallest = int(values[0]) if len(values) else 0
+    group_O, room_O = np.empty(0, np.int64), np.empty(0, np.int64)  # of the O groups that are open: number, room left
+    placed: list[np.ndarray] = []  # the group of each item, in the order of rank_N
+    groups = 0
+    for value, count in zip(values[::-1].tolist(), counts[::-1].tolist(), strict=True):
+        fits_O = room_O // value
+        taken_O = np.minimum(fits_O, np.maximum(count - (np.cumsum(fits_O) - fits_O), 0))
+        room_O -= taken_O * value
+        rest, each = count - int(taken_O.sum()), capacity // value
+        opened = -(-rest // each)
+        new = np.full(opened, each, np.int64)
+        new[opened - 1 :] = rest - each * (opened - 1)
+        number = np.arange(groups, groups + opened)
+        placed += [np.repeat(group_O, taken_O), np.repeat(number, new)]
+        groups += opened
+        group_O, room_O = np.concatenate([group_O, number]), np.concatenate([room_O, capacity - new * value])
+        group_O, room_O = group_O[room_O >= smallest], room_O[room_O >= smallest]
+    if not groups:
+        return []
+    placed_N = np.concatenate(placed)
+    order = np.argsort(placed_N, kind="stable")
+    return np.split(rank_N[order], np.cumsum(np.bincount(placed_N, minlength=groups))[:-1])
 
 
 def check_length(units: Sequence[Unit], length: int) -> None:
@@ -266,6 +283,49 @@ def pack(units: Sequence[Unit], length: int) -> list[Lane]:
     check_length(units, length)
     groups = first_fit_decreasing([u.predictions for u in units], length)
     return [fill_lane([units[i] for i in group], length) for group in groups]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class CheckedExamples:
+    """Examples or pairs that `loss` trains on and lanes of `length` positions hold.  To make one is to check them.
+
+    It takes time in proportion to the examples, so it is made where they are read, and passed on.
+    Raises DataInvalid for one that is too long or of another kind.
+    """
+
+    units: Sequence[Unit]  # a tuple once it is made
+    loss: str
+    length: int
+    size_N: np.ndarray = field(init=False)  # int64 predictions of each
+
+    def __post_init__(self) -> None:
+        check_length(self.units, self.length)
+        for unit in self.units:
+            check_kind(unit, self.loss)
+        object.__setattr__(self, "units", tuple(self.units))
+        object.__setattr__(self, "size_N", np.fromiter((u.predictions for u in self.units), np.int64, len(self.units)))
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class PackedExamples:
+    """Checked examples, and which of them share a lane, as `pack` has it; a lane is filled when it is needed."""
+
+    examples: CheckedExamples
+    groups: list[np.ndarray] = field(init=False)  # int64 indices of the examples of each lane
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "groups", first_fit_decreasing(self.examples.size_N, self.examples.length))
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def lane(self, number: int) -> Lane:
+        """Returns one of the lanes."""
+        units = self.examples.units
+        return fill_lane([units[i] for i in self.groups[number]], self.examples.length)
 
 
 def pair_margins(lane: Lane, logprob_J: np.ndarray, reference_J: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Which job gets the next slot: shares of tokens between owners, whatever the number of their jobs.  Pure.
 
-Each owner has a tag: the tokens it was given, each divided by its job's weight.  A free slot goes to the waiting owner with
-the lowest tag, and there to the job that came first.  An owner is charged for a whole turn when it begins, so slots that
+Each owner has a tag: the tokens it was given, divided by the owner's weight, which is the server's.  A free slot goes to the
+waiting owner with the lowest tag, and there to the job of the largest weight, its owner's wish, that came first.  An owner is charged for a whole turn when it begins, so slots that
 come free together are shared as well, and the difference when the turn ends.  An owner who comes back from having no jobs
 starts at the tag of those being served: time away is not saved up, and a debt is not forgotten.
 
@@ -10,38 +10,44 @@ Source: start-time fair queueing (Goyal, Vin and Cheng 1996).
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Job:
     """A job that waits or has a turn."""
 
+    key: str
     owner: _Owner
-    weight: float
+    weight: float  # among the jobs of its owner
     arrival: int
     charged: float  # tokens of its next turn, or of the one that it has
+    rate: float = 1.0  # the owner's weight when it was charged
     used: int = 0  # tokens of this turn
     steps: int = 0  # of this turn
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Owner:
+    name: str
     tag: float
-    waiting: dict[str, _Job] = field(default_factory=dict)
+    waiting: list[_Job] = field(default_factory=list)  # in the order of their turns
     turns: dict[str, _Job] = field(default_factory=dict)
 
-    def first(self, fits: Callable[[str], bool]) -> str | None:
-        """The job that has waited longest of those that fit."""
-        return next((key for key in self.waiting if fits(key)), None)
+    def first(self, fits: Callable[[str], bool]) -> _Job | None:
+        """The job whose turn is next of those that fit."""
+        return next((job for job in self.waiting if fits(job.key)), None)
 
 
 class FairQueue:
     """Jobs that wait for a slot, and the turns of those that have one."""
 
-    def __init__(self) -> None:
+    def __init__(self, weight_of: Callable[[str], float] = lambda owner: 1.0) -> None:
+        """weight_of: an owner's share relative to the others'; it may change."""
+        self._weight_of = weight_of
         self._owners: dict[str, _Owner] = {}
         self._waiting: dict[str, _Job] = {}
         self._turns: dict[str, _Job] = {}
@@ -55,32 +61,40 @@ class FairQueue:
         return key in self._waiting
 
     def add(self, key: str, owner: str, *, weight: float, tokens: float) -> None:
-        """A job waits for a turn of so many tokens."""
-        record = self._owners.setdefault(owner, _Owner(self._clock))
+        """A job waits for a turn of so many tokens.  weight: its rank among the jobs of its owner."""
+        record = self._owner(owner)
+        job = self._waiting[key] = _Job(key, record, weight, next(self._arrivals), tokens)
+        bisect.insort(record.waiting, job, key=lambda job: (-job.weight, job.arrival))
+
+    def _owner(self, name: str) -> _Owner:
+        record = self._owners.setdefault(name, _Owner(name, self._clock))
         if not record.waiting and not record.turns:
             record.tag = max(record.tag, self._clock)
-        job = _Job(record, weight, next(self._arrivals), tokens)
-        self._waiting[key] = record.waiting[key] = job
+        return record
+
+    def charge(self, owner: str, tokens: int) -> None:
+        """An owner was given tokens beside its jobs' turns.  It pays for them if somebody waits."""
+        if self._waiting:
+            self._owner(owner).tag += tokens / self._weight_of(owner)
 
     def remove(self, key: str) -> None:
         """A waiting job waits no more."""
         job = self._waiting.pop(key)
-        del job.owner.waiting[key]
+        job.owner.waiting.remove(job)
         self._forget_idle()
 
     def take(self, fits: Callable[[str], bool]) -> str | None:
         """The job whose turn begins; its owner is charged.  None when nobody waits whom a free slot fits."""
-        firsts = [(owner, owner.first(fits)) for owner in self._owners.values()]
-        waiting = [(owner, key) for owner, key in firsts if key is not None]
-        if not waiting:
+        firsts = [job for owner in self._owners.values() if (job := owner.first(fits)) is not None]
+        if not firsts:
             return None
-        owner, key = min(waiting, key=lambda w: (w[0].tag, w[0].waiting[w[1]].arrival))
-        job = owner.waiting[key]
-        del owner.waiting[key], self._waiting[key]
-        self._turns[key] = owner.turns[key] = job
-        self._clock = max(self._clock, owner.tag)
-        owner.tag += job.charged / job.weight
-        return key
+        job = min(firsts, key=lambda job: (job.owner.tag, job.arrival))
+        job.owner.waiting.remove(job)
+        del self._waiting[job.key]
+        self._turns[job.key] = job.owner.turns[job.key] = job
+        self._clock = max(self._clock, job.owner.tag)
+        self._begin(job, job.charged)
+        return job.key
 
     def has_turn(self, key: str) -> bool:
         """Whether the job's turn has begun and not ended."""
@@ -109,12 +123,16 @@ class FairQueue:
         self._settle(job)
         if any(o.tag < job.owner.tag and o.first(fits) is not None for o in self._owners.values()):
             return False
-        job.charged, job.used, job.steps = tokens, 0, 0
-        job.owner.tag += tokens / job.weight
+        self._begin(job, tokens)
         return True
 
+    def _begin(self, job: _Job, tokens: float) -> None:
+        """Charges a turn of so many tokens ahead."""
+        job.charged, job.used, job.steps, job.rate = tokens, 0, 0, self._weight_of(job.owner.name)
+        job.owner.tag += tokens / job.rate
+
     def _settle(self, job: _Job) -> None:
-        job.owner.tag += (job.used - job.charged) / job.weight
+        job.owner.tag += (job.used - job.charged) / job.rate
         job.charged = job.used
 
     def _forget_idle(self) -> None:

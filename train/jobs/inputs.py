@@ -14,16 +14,18 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from jaxlora.core.errors import AdapterInvalid, BaseMismatch, DataInvalid, JaxLoraError, StateInvalid, StorageAway
+from jaxlora.core.errors import AdapterInvalid, BaseMismatch, DataInvalid, StateInvalid, StorageAway
 from jaxlora.core.lora import HEAD_TARGET, AdapterWeights, LoraSpec
 from jaxlora.peft.folder import import_peft
 from jaxlora.storage.checkpoint_writer import Snapshot
 from jaxlora.storage.checkpoints import read_meta, restore_state
 from jaxlora.storage.remote_states import StateCopies
-from train.data.examples import Unit, check_kind, check_length
+from train.data.examples import PackedExamples, Unit
+from train.data.mixer import Batches
 from train.jobs.job import Job, JobRequest, Progress, Source
 from train.step.state import SlotState
-from train.trainer import Trainer
+from train.tenant import EvaluationSums
+from train.trainer import StepReport, Trainer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,11 +40,20 @@ class Facts:
 class Material:
     """What a job brings to its slot."""
 
-    examples: Sequence[Unit]
-    heldout: Sequence[Unit]
+    batches: Batches
+    heldout: PackedExamples | None
     state: SlotState | None  # NumPy; None: it has been here before, and its state is parked
     progress: Progress
     best: SlotState | None  # of the best held-out loss, if a checkpoint holds it
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """A step that is done, and its held-out loss, as far as it is evaluated."""
+
+    report: StepReport | None  # None: an earlier process made the step
+    took_s: float  # the step
+    sums: EvaluationSums | None  # None: no held-out loss is due after it
 
 
 @dataclass(slots=True)
@@ -53,13 +64,27 @@ class LiveJob:
     facts: Facts | None = None  # None: still validating
     examining: Future[Facts] | None = None
     opening: Future[Material] | None = None
-    heldout: Sequence[Unit] = ()  # while it runs
+    heldout: PackedExamples | None = None  # while it runs
+    judgement: Judgement | None = (
+        None  # of its newest step, while its held-out loss is not known; it stays when it gives way
+    )
     saved_step: int = 0  # handed to the writer, or restored
 
     def evaluates(self, step: int, last: bool) -> bool:
         """Whether its held-out loss is due after this step."""
         every = self.job.request.evaluate_every
-        return bool(self.heldout) and (last or (every is not None and step % every == 0))
+        return self.heldout is not None and (last or (every is not None and step % every == 0))
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it is in a slot and waits for a held-out loss."""
+        return self.heldout is not None and self.judgement is not None
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether the held-out loss that is due is known."""
+        sums = None if self.judgement is None else self.judgement.sums
+        return sums is not None and self.heldout is not None and sums.lanes == len(self.heldout)
 
     def turn_tokens(self, quantum_steps: int | None) -> float:
         """Tokens of its next turn: of so many steps, or of all that are left."""
@@ -113,9 +138,9 @@ class JobFiles:
         StorageFailed.
         """
         examples = self._read(request.data)
-        self.trainer.check(request.spec, examples, request.batch_size, request.loss)
+        batches = self.trainer.check(request.spec, examples, request.batch_size, request.loss)
         self._read_heldout(request)
-        tokens = sum(e.predictions for e in examples) / len(examples) * request.batch_size
+        tokens = int(batches.examples.size_N.sum()) / len(examples) * request.batch_size
         facts = Facts(examples=digest(examples), step_tokens=tokens)
         if self._checkpoint(job_id, request, facts) is None and request.start is not None:
             self._started(request, request.start)
@@ -129,6 +154,7 @@ class JobFiles:
         examples = self._read(request.data)
         if isinstance(request.data, Path) and digest(examples) != facts.examples:
             raise DataInvalid(f"the examples of {request.name} changed while it waited; create the job anew")
+        batches = self.trainer.check(request.spec, examples, request.batch_size, request.loss)
         heldout = self._read_heldout(request)
         state, progress, best = None, Progress(), None
         if not parked:
@@ -142,7 +168,7 @@ class JobFiles:
                 state = self._started(request, request.start)
             else:
                 state = self.trainer.fresh(request.spec, request.seed)
-        return Material(examples=examples, heldout=heldout, state=state, progress=progress, best=best)
+        return Material(batches=batches, heldout=heldout, state=state, progress=progress, best=best)
 
     def newest(self, job_id: str) -> dict | None:
         """Meta of the job's newest checkpoint, which is brought here if need be.  Raises StorageFailed, Unavailable."""
@@ -180,16 +206,13 @@ class JobFiles:
     def _read(self, source: Source) -> Sequence[Unit]:
         return self.load(source) if isinstance(source, Path) else source
 
-    def _read_heldout(self, request: JobRequest) -> Sequence[Unit]:
+    def _read_heldout(self, request: JobRequest) -> PackedExamples | None:
         if request.heldout is None:
-            return ()
+            return None
         heldout = self._read(request.heldout)
         if not heldout:
             raise DataInvalid("no held-out examples; give at least one, or leave them out", param="heldout")
-        check_length(heldout, self.trainer.lane_tokens)
-        for unit in heldout:
-            check_kind(unit, request.loss.name)
-        return heldout
+        return self.trainer.evaluator.packed(heldout, request.loss)
 
     def _checkpoint(self, job_id: str, request: JobRequest, facts: Facts) -> dict | None:
         """Meta of the job's own newest checkpoint: it goes on from there."""
@@ -294,7 +317,7 @@ class JobReaders:
         """The jobs that a slot is kept free for."""
         return (live for live in self._reading.values() if live.opening is not None)
 
-    def hear(self) -> Iterator[tuple[LiveJob, Facts | Material | None, JaxLoraError | OSError | None]]:
+    def hear(self) -> Iterator[tuple[LiveJob, Facts | Material | None, Exception | None]]:
         """What was read since the last call: (job, what it is, None) or (job, None, what is wrong with it)."""
         for live in list(self._reading.values()):
             for future in (live.examining, live.opening):
@@ -303,7 +326,7 @@ class JobReaders:
                 self.forget(live)
                 try:
                     yield live, future.result(), None
-                except (JaxLoraError, OSError) as error:
+                except Exception as error:
                     yield live, None, error
 
     def forget(self, live: LiveJob) -> None:

@@ -32,7 +32,7 @@ class JobRequest:
     batch_size: int  # examples of a step
     loss: Loss = CROSS_ENTROPY
     seed: int  # of the first weights and of the order of the examples
-    weight: float = 1.0  # of its tokens in its owner's share: one with 2 is charged half
+    weight: float = 1.0  # its share of its owner's tokens, and its rank among its owner's jobs that wait
     # A PEFT folder, the checkpoints of a job, or an adapter to continue from.
     start: Path | AdapterWeights | None = None
     heldout: Source | None = None
@@ -108,6 +108,7 @@ class Progress:
     best_step: int | None = None  # with the best held-out loss so far
     best_loss: float | None = None
     stale: int = 0  # held-out losses since then
+    heldout_due: bool = False  # the held-out loss of the newest step is not known yet
 
     def to_json(self) -> dict[str, object]:
         """For a checkpoint's meta."""
@@ -115,8 +116,9 @@ class Progress:
 
     @staticmethod
     def from_json(meta: Mapping[str, object]) -> Progress:
-        """What `to_json` gave, out of a meta that holds more."""
-        return Progress(**{f.name: meta[f.name] for f in fields(Progress)})  # ty: ignore[invalid-argument-type]
+        """What `to_json` gave, out of a meta that holds more; the first releases knew of no loss that is due."""
+        known = {"heldout_due": False, **meta}
+        return Progress(**{f.name: known[f.name] for f in fields(Progress)})  # ty: ignore[invalid-argument-type]
 
     def judge(self, loss: float, min_delta: float = 0.0) -> bool:
         """Takes in the held-out loss of this step; whether it is the best so far by `min_delta` or more (a NaN never is)."""
@@ -172,7 +174,12 @@ class EventLog:
 
     def add_step(self, data: Mapping[str, float], *, total: int, finite: bool) -> None:
         """One of `total` steps is done: its numbers, and whether its update was finite."""
-        self.add("step", f"step {data['step']} of {total}: loss {data['loss']:.4f}", data=data)
+        name = "loss" if "loss" in data else "heldout_loss"  # of a step of an earlier process
+        self.add(
+            "step",
+            f"step {data['step']} of {total}: {name.replace('heldout_', 'held-out ')} {data[name]:.4f}",
+            data=data,
+        )
         if not finite:
             message = f"the update of step {data['step']} was not finite and is skipped"
             self.add("skipped", message, level="warn", data={"step": data["step"]})
@@ -230,4 +237,6 @@ def said(error: Exception) -> str:
     """What a tenant may read of it: no path of ours."""
     if isinstance(error, JaxLoraError):
         return error.message
-    return (error.strerror if isinstance(error, OSError) else None) or type(error).__name__
+    if isinstance(error, OSError):
+        return error.strerror or type(error).__name__
+    return f"an internal error ({type(error).__name__}); the server's log says more"

@@ -12,10 +12,12 @@ those ids; each goes on from its newest checkpoint.
 from __future__ import annotations
 
 import builtins
+import contextlib
 import functools
+import logging
 import time
 import uuid
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
@@ -26,13 +28,16 @@ from jaxlora.core.lora import AdapterWeights, LoraSpec, check_name
 from jaxlora.model.lora_pool import adapter_of_rows
 from jaxlora.storage.checkpoint_writer import CheckpointWriter
 from train.data.examples import Unit
+from train.evaluate import HeldLanes
 from train.jobs.fair_queue import FairQueue
-from train.jobs.inputs import Facts, JobFiles, JobReaders, LiveJob, Material
+from train.jobs.inputs import Facts, JobFiles, JobReaders, Judgement, LiveJob, Material
 from train.jobs.job import EventLog, Job, JobEvent, JobRequest, JobsConfig, Level, Shelf, said
 from train.jobs.states import JobStates, Parking
 from train.jobs.status import JobStatus
-from train.tenant import TenantStatus
+from train.tenant import EvaluationSums, TenantStatus, is_device_loss
 from train.trainer import FIRST_PART, MAX_BAD_STEPS, Evaluation, StepReport, Trainer
+
+LOG = logging.getLogger("train")
 
 
 class Jobs:
@@ -48,8 +53,9 @@ class Jobs:
         load: Callable[[Path], Sequence[Unit]],
         clock: Callable[[], float] = time.time,
         wake: Callable[[], None] = lambda: None,
+        owner_weight: Callable[[str], float] = lambda owner: 1.0,
     ):
-        """`load` reads a JSONL file, on another thread; `clock` gives the seconds since 1970; `wake` is called on another
+        """`owner_weight`: an owner's share relative to the others', which no job changes.  `load` reads a JSONL file, on another thread; `clock` gives the seconds since 1970; `wake` is called on another
         thread when something is read or written, so that `advance` has something to do."""
         self.trainer, self.config = trainer, config
         self.part = FIRST_PART  # what `advance` runs next
@@ -58,7 +64,10 @@ class Jobs:
         self._readers = JobReaders(self._files, wake)
         self._writer = CheckpointWriter(wake, config.copies)
         self.states = JobStates(trainer, self._files, parking, self._writer, keep=config.keep)
-        self._queue = FairQueue()
+        self._owner_weight = owner_weight
+        self._queue = FairQueue(owner_weight)
+        self._vacated = False  # a slot has become free, and nobody has looked who waits for it
+        self._guests: dict[str, str] = {}  # name in the trainer → owner
         self._jobs: dict[str, Job] = {}  # in order of creation
         self._live: dict[str, LiveJob] = {}
         self._labels: dict[tuple[str, str], str] = {}  # (owner, name) → id, of those
@@ -167,7 +176,7 @@ class Jobs:
     def run(self) -> None:
         """Steps until every job is paused or has ended, and what they saved is on disk."""
         while self.has_work:
-            if not self.step():
+            if not self.step() and not self.under_way:
                 self._readers.wait()
         self._writer.flush()
         self._hear_writer()
@@ -193,13 +202,17 @@ class Jobs:
         return reports
 
     def advance(self) -> builtins.list[StepReport]:
-        """The next part of the same, `part`: the reports of the step that it completes, those of guests among them."""
+        """The next part of the same, `part`: the reports of the steps that it completes, those of guests among them.
+
+        A step is complete when its held-out loss is known, if one is due after it.
+        """
         if self._step is None:
+            self._vacated = False
             self._hear_writer()
             self._hear_readers()
             self._slice()
-            self._fill()
-            if not self.trainer.has_work:
+            self.fill()
+            if not self.under_way:
                 return []
             self._reweigh()
             self._step = self._run_step()
@@ -212,19 +225,59 @@ class Jobs:
             return end.value
         return []
 
+    @property
+    def under_way(self) -> bool:
+        """Whether somebody trains, has a held-out loss under way, or may have a slot that has become free."""
+        held = any(live.is_held for live in self._live.values())
+        return self.trainer.has_work or held or (self._vacated and len(self._queue) > 0)
+
     def _run_step(self) -> Generator[str, None, builtins.list[StepReport]]:
-        """A training step and the held-out losses that are due after it; yields the name of each part before it runs."""
-        began = time.perf_counter()
-        reports = self.trainer.advance()
-        while self.trainer.part != FIRST_PART:
-            yield self.trainer.part
+        """A training step of all who are not held, then a few lanes of held-out examples; yields each part's name before it."""
+        reports: builtins.list[StepReport] = []
+        if self.trainer.has_work:
+            began = time.perf_counter()
             reports += self.trainer.advance()
-        took_s = time.perf_counter() - began
-        heldout = yield from self._evaluate([r for r in reports if self._runs(r.tenant)])
-        for report in reports:
-            if self._runs(report.tenant):
-                self._record(self._live[report.tenant], report, heldout.get(report.tenant), took_s)
+            while self.trainer.part != FIRST_PART:
+                yield self.trainer.part
+                reports += self.trainer.advance()
+            took_s = time.perf_counter() - began
+            for report in reports:
+                if self._runs(report.tenant):
+                    with self._answers(live := self._live[report.tenant]):
+                        self._took_step(live, report, took_s)
+        complete = [report for report in reports if report.tenant not in self._live] + self._complete()
+        yield from self._evaluate()
+        return complete + self._complete()
+
+    def _complete(self) -> builtins.list[StepReport]:
+        """Does what follows from the newest steps of jobs whose held-out loss is known, or not due: their reports."""
+        reports: builtins.list[StepReport] = []
+        for live in [live for live in self._live.values() if live.job.state is JobStatus.RUNNING]:
+            with self._answers(live):
+                fault = self.trainer.tenants[live.job.id].fault
+                if fault is not None:
+                    raise fault
+                report = self._judge(live)
+                if report is not None:
+                    reports.append(report)
         return reports
+
+    @contextlib.contextmanager
+    def _answers(self, live: LiveJob) -> Generator[None]:
+        """Inside, the host works for one job, which answers for what is raised: it fails, and the others go on."""
+        try:
+            yield
+        except Exception as error:
+            self.fail(live.job.id, error)
+
+    def fail(self, id: str, error: Exception) -> None:
+        """Ends a job by an error of the work for it.  Raises the error if no job is to blame (`is_device_loss`)."""
+        if is_device_loss(error):
+            raise error
+        if not isinstance(error, JaxLoraError | OSError):
+            LOG.error("job %s fails", id, exc_info=error)
+        if id in self._live:
+            self._fail(self._live[id], error)
 
     def _runs(self, name: str) -> bool:
         """Whether the tenant of a report is a job that still has its slot: guests are none, and one may have left meanwhile."""
@@ -233,22 +286,42 @@ class Jobs:
     def make_room(self, spec: LoraSpec) -> bool:
         """Whether a slot for such an adapter is free; if need be the job gives way that has had its own longest.
 
-        For a guest, a tenant that someone else adds to the trainer between two steps, for a few steps.
+        For a guest, a tenant that someone else adds to the trainer between two steps, for a few steps.  Call `fill`
+        before: a job that waits gets a slot, and at least one step, before a guest may have that.
         """
         bucket_for = self.trainer.seats.bucket_for
-        for name in builtins.list(self.trainer.tenants):
-            live = None if self.trainer.free_slots(spec) else self._live.get(name)
-            if live is not None and bucket_for(live.job.request.spec) == bucket_for(spec):
-                self._vacate(live, park=True)
-                self._line_up(live, "gives way to a call that waits")
-        return self.trainer.free_slots(spec) > 0
+        kept = sum(bucket_for(live.job.request.spec) == bucket_for(spec) for live in self._readers.opening())
+        for name in builtins.list(self._queue.over(1)):
+            live = self._live[name]
+            if self.trainer.free_slots(spec) > kept:
+                break
+            if name in self.trainer.tenants and bucket_for(live.job.request.spec) == bucket_for(spec):
+                with self._answers(live):
+                    self._vacate(live, park=True)
+                    self._line_up(live, "gives way to a call that waits")
+        return self.trainer.free_slots(spec) > kept
+
+    def add_guest(self, name: str, owner: str) -> None:
+        """Has an owner's share pay for a tenant of the trainer that is no job."""
+        self._guests[name] = owner
+
+    def remove_guest(self, name: str, tokens: int) -> None:
+        """Takes a guest out of the trainer.  tokens: it was given."""
+        self.trainer.remove(name)
+        self._queue.charge(self._guests.pop(name), tokens)
 
     def _reweigh(self) -> None:
-        """An owner's share of the coming step does not grow with the number of its jobs in it."""
-        requests = {name: self._live[name].job.request for name in self.trainer.tenants if name in self._live}
-        jobs_of = Counter(request.owner for request in requests.values())
-        for name, request in requests.items():
-            self.trainer.set_weight(name, request.weight / jobs_of[request.owner])
+        """An owner's share of the coming step is the server's; its jobs and guests divide it by their weights."""
+        weights: defaultdict[str, dict[str, float]] = defaultdict(dict)
+        for name in self.trainer.tenants:
+            if name in self._live:
+                request = self._live[name].job.request
+                weights[request.owner][name] = request.weight
+            elif name in self._guests:
+                weights[self._guests[name]][name] = 1.0
+        for owner, own in weights.items():
+            for name, weight in own.items():
+                self.trainer.set_weight(name, self._owner_weight(owner) * weight / sum(own.values()))
 
     def _hear_writer(self) -> None:
         for outcome in self._writer.outcomes():
@@ -263,17 +336,19 @@ class Jobs:
             if live is not None and live.saved_step == outcome.step:
                 live.saved_step = 0
                 if job.state in (JobStatus.QUEUED, JobStatus.RUNNING):
-                    self._pause(live, "storage_failed", f"{reason}; make room and resume it", save=False)
+                    with self._answers(live):
+                        self._pause(live, "storage_failed", f"{reason}; make room and resume it", save=False)
 
     def _hear_readers(self) -> None:
         for live, found, error in self._readers.hear():
             if error is not None:
-                self._fail(live, error)
+                self.fail(live.job.id, error)
             elif isinstance(found, Facts):
                 live.facts = found
                 self._line_up(live, "its files are good")
             elif found is not None and self.trainer.free_slots(live.job.request.spec):
-                self._seat(live, found)
+                with self._answers(live):
+                    self._seat(live, found)
             else:  # a guest has the slot that was kept for it
                 self._queue.end_turn(live.job.id)
                 self._await_turn(live)
@@ -284,14 +359,15 @@ class Jobs:
             return
         for job_id in builtins.list(self._queue.over(self.config.quantum_steps)):
             live = self._live[job_id]
-            if not self._queue.renew(
-                job_id, live.turn_tokens(self.config.quantum_steps), functools.partial(self._alike, job_id)
-            ):
-                self._vacate(live, park=True)
-                self._line_up(live, "its time slice is over; others wait")
-                self._fill()
+            with self._answers(live):
+                if not self._queue.renew(
+                    job_id, live.turn_tokens(self.config.quantum_steps), functools.partial(self._alike, job_id)
+                ):
+                    self._vacate(live, park=True)
+                    self._line_up(live, "its time slice is over; others wait")
+                    self.fill()
 
-    def _fill(self) -> None:
+    def fill(self) -> None:
         """Free slots go to those whose turn it is; one whose files must be read keeps its slot free meanwhile."""
         while (job_id := self._queue.take(self._has_room)) is not None:
             live = self._live[job_id]
@@ -300,7 +376,8 @@ class Jobs:
             if self._files.needs_disk(job_id, request, parked=parked):
                 self._readers.open(live, parked=parked)
             else:
-                self._seat(live, self._files.open(job_id, request, live.facts, parked=parked))
+                with self._answers(live):
+                    self._seat(live, self._files.open(job_id, request, live.facts, parked=parked))
 
     def _alike(self, one: str, other: str) -> bool:
         """Whether two jobs want slots of the same bucket."""
@@ -312,28 +389,52 @@ class Jobs:
         kept = sum(self._alike(job_id, x.job.id) for x in self._readers.opening())
         return self.trainer.free_slots(self._live[job_id].job.request.spec) > kept
 
-    def _evaluate(self, reports: Sequence[StepReport]) -> Generator[str, None, dict[str, Evaluation]]:
-        """Held-out losses that are due after this step, by job; they share lanes."""
-        done = {r.tenant for r in reports if self.trainer.tenants[r.tenant].status is TenantStatus.DONE}
-        asked = [self._live[r.tenant] for r in reports if self._live[r.tenant].evaluates(r.step, r.tenant in done)]
-        due = [(live.heldout, live.job.id) for live in asked]
-        found = yield from self.trainer.evaluation(due)
-        return dict(zip([name for _, name in due], found, strict=True))
-
-    def _record(self, live: LiveJob, report: StepReport, heldout: Evaluation | None, took_s: float) -> None:
-        """What one step means for one job."""
-        job, p, request = live.job, live.job.progress, live.job.request
-        tenant = self.trainer.tenants[job.id]
+    def _took_step(self, live: LiveJob, report: StepReport, took_s: float) -> None:
+        """Counts a step of a job, which is held until its held-out loss is known, if one is due."""
+        job, p, tenant = live.job, live.job.progress, self.trainer.tenants[live.job.id]
         self._queue.serve(job.id, report.tokens)
         p.step, p.cursor, p.tokens = report.step, tenant.stream.cursor, p.tokens + report.tokens
         p.skipped += not report.finite
         p.bad_steps = 0 if report.finite else p.bad_steps + 1
-        data = {k: getattr(report, k) for k in ("step", "loss", "accuracy", "lr", "grad_norm", "tokens")}
-        data["tokens_per_s"] = report.tokens / took_s
+        job.numbers |= _numbers(report, took_s)
+        p.heldout_due = live.evaluates(report.step, tenant.status is TenantStatus.DONE)
+        live.judgement = Judgement(report, took_s, EvaluationSums() if p.heldout_due else None)
+        if p.heldout_due:
+            self.trainer.hold(job.id)
+
+    def _evaluate(self) -> Generator[str]:
+        """Evaluates the next lanes of held-out examples, if it is their turn; yields the name of each part before it runs."""
+        turn: builtins.list[HeldLanes] = []
+        for name in self.trainer.held_turn():
+            live = self._live[name]
+            if live.judgement is not None and live.judgement.sums is not None and live.heldout is not None:
+                turn.append(HeldLanes(name, live.heldout, live.judgement.sums))
+        if not turn:
+            return
+        spent = yield from self.trainer.evaluate_held(turn)
+        for name, tokens in spent.items():
+            if self._queue.has_turn(name):
+                self._queue.serve(name, tokens)
+
+    def _judge(self, live: LiveJob) -> StepReport | None:
+        """What its newest step means for a job whose held-out loss is known, or not due; the report of the step."""
+        judgement = live.judgement
+        if judgement is None or (judgement.sums is not None and not live.is_evaluated):
+            return None
+        live.judgement, live.job.progress.heldout_due = None, False
+        self.trainer.release(live.job.id)
+        heldout = None if judgement.sums is None else judgement.sums.result()
+        self._record(live, judgement.report, heldout, judgement.took_s)
+        return judgement.report
+
+    def _record(self, live: LiveJob, report: StepReport | None, heldout: Evaluation | None, took_s: float) -> None:
+        """Notes a step, which no report tells of if an earlier process made it, and does what follows from it."""
+        job, p, request = live.job, live.job.progress, live.job.request
+        data: dict[str, float] = {"step": p.step} if report is None else _numbers(report, took_s)
         if heldout is not None:
             data |= {"heldout_loss": heldout.nll, "heldout_accuracy": heldout.accuracy}
         job.numbers |= data
-        job.log.add_step(data, total=request.optimizer.total_steps, finite=report.finite)
+        job.log.add_step(data, total=request.optimizer.total_steps, finite=report is None or report.finite)
         better = heldout is not None and p.judge(heldout.nll, request.min_delta)
         if better:
             assert heldout is not None
@@ -364,30 +465,29 @@ class Jobs:
 
     def _seat(self, live: LiveJob, material: Material) -> None:
         job, request = live.job, live.job.request
-        try:
-            state = material.state
-            if state is None:
-                state = self._parking.get(live.state_key)
-            else:
-                job.progress, live.saved_step = material.progress, material.progress.step
-            self.trainer.add(
-                job.id,
-                request.spec,
-                request.optimizer,
-                material.examples,
-                batch_size=request.batch_size,
-                seed=request.seed,
-                loss=request.loss,
-                resume=(state, job.progress.step, job.progress.cursor),
-            )
-        except JaxLoraError as error:
-            self._fail(live, error)
-            return
+        state = material.state
+        if state is None:
+            state = self._parking.get(live.state_key)
+        else:
+            job.progress, live.saved_step, live.judgement = material.progress, material.progress.step, None
+        self.trainer.add(
+            job.id,
+            request.spec,
+            request.optimizer,
+            material.batches,
+            batch_size=request.batch_size,
+            seed=request.seed,
+            loss=request.loss,
+            resume=(state, job.progress.step, job.progress.cursor),
+        )
         self._parking.discard(live.state_key)
         live.heldout = material.heldout
         job.move(JobStatus.RUNNING, "started" if job.progress.step == 0 else f"goes on from step {job.progress.step}")
         self.states.take_best(live, material.best)
-        if self._is_over(live):  # it could not be delivered before, or the process died just then
+        if job.progress.heldout_due and live.heldout is not None:  # it gave way meanwhile, or the process ended
+            live.judgement = live.judgement or Judgement(None, 0.0, EvaluationSums())
+            self.trainer.hold(job.id)
+        elif self._is_over(live):  # it could not be delivered before, or the process died just then
             self._finish(live)
 
     def _is_over(self, live: LiveJob) -> bool:
@@ -402,12 +502,13 @@ class Jobs:
             if park:
                 self.states.park(live, live.state_key, jax.device_get(self.trainer.unseat(live.job.id)))
             self.trainer.remove(live.job.id)
+            self._vacated = True
         if self._queue.has_turn(live.job.id):
             self._queue.end_turn(live.job.id)
         elif live.job.id in self._queue:
             self._queue.remove(live.job.id)
         self._readers.forget(live)
-        live.heldout = ()
+        live.heldout = None
 
     def _pause(self, live: LiveJob, code: str, reason: str, *, save: bool = True) -> None:
         if save:
@@ -432,7 +533,7 @@ class Jobs:
             job.result = ref
             self._end(live, JobStatus.SUCCEEDED, job.outcome(best=best))
 
-    def _fail(self, live: LiveJob, error: JaxLoraError | OSError) -> None:
+    def _fail(self, live: LiveJob, error: Exception) -> None:
         code = error.code if isinstance(error, JaxLoraError) else JaxLoraError.code
         self._end(live, JobStatus.FAILED, said(error), level="error", code=code)
 
@@ -448,3 +549,9 @@ class Jobs:
         job.move(state, message, level=level, code=code)
         del self._live[job.id], self._labels[job.request.owner, job.request.name]
         job.request = job.request.without_examples()
+
+
+def _numbers(report: StepReport, took_s: float) -> dict[str, float]:
+    """What an event says of a step."""
+    data = {k: getattr(report, k) for k in ("step", "loss", "accuracy", "lr", "grad_norm", "tokens")}
+    return data | {"tokens_per_s": report.tokens / took_s}

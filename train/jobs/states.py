@@ -95,7 +95,7 @@ class Parking:
         if parked.checksum is None:
             self.ram_bytes -= parked.nbytes
         else:
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):  # what stays is removed by the next process
                 os.unlink(self._path(key))
 
     def _path(self, key: str) -> Path:
