@@ -64,7 +64,7 @@ from serve.server.gate import OPEN_PATHS, AppConfig
 from serve.server.uvicorn import HttpServer, make_http
 from train.data.example_cache import KeptExamples
 from train.data.examples import Unit
-from train.data.jsonl import load_jsonl
+from train.data.file_readers import FileReaders, ReaderLimits
 
 LOG = logging.getLogger("serve")
 KEPT_EXAMPLES_BYTES = 32 * 2**20  # of training files, read again soon after they came
@@ -149,8 +149,16 @@ def services(
         training, store, drain = config.training, runner.engine.store, Drain()
         longest = LANE_TOKENS if training is None else training.lane_tokens
 
+        readers = FileReaders(
+            opened.tokenizer,
+            config.data / "tokenizer",
+            max_tokens=longest + 1,
+            limits=ReaderLimits(memory_bytes=config.limits.read_memory_bytes, cpu_s=config.limits.read_cpu_s),
+        )
+        stack.callback(readers.close)
+
         def read(path: Path) -> Sequence[Unit]:
-            return load_jsonl(path, opened.tokenizer, max_tokens=longest + 1, loss=None, name="the file")
+            return readers.load(path, tenant=path.parent.name)
 
         load = KeptExamples(read, max_bytes=KEPT_EXAMPLES_BYTES)
         files = FileStore(StoredFiles(database), config.data / "files", load=load, limits=config.limits, remote=remote)
@@ -189,6 +197,7 @@ def services(
         routers.append(gradient.router())
         keys.start(drain.shut_out)
         stack.callback(keys.close)
+        stack.callback(readers.close)  # first: the other services wait for what they have asked
         yield Services(
             caller_of=keys.caller_of,
             limiter=limiter,

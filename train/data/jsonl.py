@@ -104,7 +104,7 @@ def preference_pair(tokenizer: Tokenizer, prompt: object, preferred: object, oth
 
 
 def _chat_example(
-    tokenizer: Tokenizer, turns: list[dict[str, str]], trained: Mapping[int, str], field: str, max_tokens: int
+    tokenizer: Tokenizer, turns: list[dict[str, str]], trained: dict[int, str], field: str, max_tokens: int
 ) -> Example:
     """Returns the example of the turns; only those in `trained` (index → its field, in order) have weight."""
     text = _render(tokenizer, turns, field, add_generation_prompt=False)
