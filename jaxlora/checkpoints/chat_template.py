@@ -1,15 +1,12 @@
 """Renders chat templates: Jinja in a sandbox, with the settings and helpers Hugging Face templates are written for.
 
-A template comes from whoever chose the base model; what it may do is still limited: it reaches no Python attribute
-and changes nothing in place, the text is bounded, and the time is checked at every piece of output, loop iteration
-and macro call.
+A template comes from whoever chose the base model; what it may do is still limited (`template_sandbox`): it reaches no
+Python attribute and changes nothing in place, and its time, what it makes and what it writes are bounded.
 Source of the dialect: https://huggingface.co/docs/transformers/chat_templating
 """
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 
@@ -17,14 +14,15 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
-import jinja2.sandbox
 
+from jaxlora.checkpoints.template_sandbox import METER, Meter, Sandbox
 from jaxlora.core.errors import InvalidRequest, ModelInvalid
 
 MAX_TEMPLATE_CHARACTERS = 1 << 20
 MAX_GROWTH_CHARACTERS = 1 << 20  # characters a template may add to the messages
-MAX_RENDER_S = 5.0  # checked between pieces of output, in every loop iteration and in every macro
-MAX_INTERCEPTED = 1 << 20  # largest result of a repetition, bits of a power
+MAX_MADE_CHARACTERS = 1 << 24  # that a template may make on the way, and MADE_TIMES those of the messages
+MADE_TIMES = 64
+MAX_RENDER_S = 5.0
 END_MARK = "<<the last message ends here>> "  # with a space, to detect whether the template strips messages
 
 
@@ -44,44 +42,11 @@ class _GenerationTag(jinja2.ext.Extension):
 
 Scalar = str | int | float | bool | None
 Turn = Mapping[str, object]  # role and content as text; tool_call_id as text, tool_calls as JSON
-DEADLINE = "deadline_s"  # of a rendering, time.monotonic(); in the context's parent, which no template can change
 
 RESERVED = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "bos_token", "eos_token"}
-    | {"pad_token", "raise_exception", "strftime_now", DEADLINE}
+    | {"pad_token", "raise_exception", "strftime_now"}
 )
-
-
-@jinja2.pass_context
-def _check_time(context: jinja2.runtime.Context) -> None:
-    if time.monotonic() > context.parent[DEADLINE]:
-        raise jinja2.exceptions.SecurityError(f"it took longer than {MAX_RENDER_S:g} seconds")
-
-
-class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """The immutable sandbox, which also refuses `"x" * 10**9` and `9 ** 9 ** 9`, and checks the time in every loop."""
-
-    check_time = staticmethod(_check_time)
-
-    def _parse(self, source: str, name: str | None, filename: str | None) -> jinja2.nodes.Template:
-        template = super()._parse(source, name, filename)
-        for place in template.find_all((jinja2.nodes.For, jinja2.nodes.Macro, jinja2.nodes.CallBlock)):
-            check = jinja2.nodes.Call(jinja2.nodes.EnvironmentAttribute("check_time"), [], [], None, None)
-            place.body.insert(0, jinja2.nodes.ExprStmt(check).set_lineno(place.lineno))
-        return template
-
-    intercepted_binops = frozenset({"*", "**"})
-
-    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: object, right: object) -> object:
-        too_big = False
-        if operator == "**" and isinstance(left, int) and isinstance(right, int):
-            too_big = left.bit_length() * abs(right) > MAX_INTERCEPTED
-        for one, other in ((left, right), (right, left)):
-            if operator == "*" and isinstance(one, (str, list, tuple)) and isinstance(other, int):
-                too_big = len(one) * other > MAX_INTERCEPTED
-        if too_big:
-            raise jinja2.exceptions.SecurityError(f"the result of {operator} is too large")
-        return super().call_binop(context, operator, left, right)
 
 
 def _raise_exception(message: str) -> None:
@@ -92,16 +57,6 @@ def _strftime_now(format: str) -> str:
     return datetime.now().strftime(format)
 
 
-def _to_json(
-    value: object,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
 class ChatTemplate:
     """A compiled template and the special tokens it may name."""
 
@@ -109,10 +64,8 @@ class ChatTemplate:
         """Raises ModelInvalid for a template that is not Jinja or too long."""
         if len(source) > MAX_TEMPLATE_CHARACTERS:
             raise ModelInvalid(f"the chat template has {len(source)} characters, at most {MAX_TEMPLATE_CHARACTERS}")
-        sandbox = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols])
-        sandbox.filters["tojson"] = _to_json  # unlike Jinja's own, without HTML escapes
+        sandbox = Sandbox([_GenerationTag, jinja2.ext.loopcontrols])
         helpers = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
-        del sandbox.globals["lipsum"]  # it makes text of any length
         try:
             self._template = sandbox.from_string(source, globals=helpers)
         except (jinja2.exceptions.TemplateError, RecursionError, SyntaxError) as error:
@@ -166,9 +119,10 @@ class ChatTemplate:
     ) -> str:
         size = _characters([*messages, *(tools or ()), variables])
         limit = MAX_GROWTH_CHARACTERS + 4 * size
-        deadline_s = time.monotonic() + MAX_RENDER_S
+        meter = Meter(characters=MAX_MADE_CHARACTERS + MADE_TIMES * size, seconds=MAX_RENDER_S)
         pieces: list[str] = []
         length = 0
+        running = METER.set(meter)
         try:
             known = {
                 "messages": messages,
@@ -176,11 +130,11 @@ class ChatTemplate:
                 "documents": None,
                 "add_generation_prompt": add_generation_prompt,
             }
-            for piece in self._template.generate({**variables, **self._special, **known, DEADLINE: deadline_s}):
+            for piece in self._template.generate({**variables, **self._special, **known}):
                 pieces.append(piece)
                 length += len(piece)
-                if length > limit or time.monotonic() > deadline_s:
-                    raise InvalidRequest(f"the chat template wrote more than {limit} characters or took too long")
+                if length > limit:
+                    raise InvalidRequest(f"the chat template wrote more than {limit} characters")
         except InvalidRequest:
             raise
         except jinja2.exceptions.TemplateError as error:
@@ -190,6 +144,8 @@ class ChatTemplate:
         except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
             reason = f"{type(error).__name__}: {str(error)[:500]}"
             raise InvalidRequest(f"the chat template fails on these messages: {reason}", param="messages") from error
+        finally:
+            METER.reset(running)
         return "".join(pieces)
 
 

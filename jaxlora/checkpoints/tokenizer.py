@@ -106,6 +106,14 @@ class Tokenizer:
         return len(self._bytes)
 
     @functools.cached_property
+    def max_token_bytes(self) -> int:
+        """Returns the length of the longest token: a text of n bytes has at least n / max_token_bytes tokens.
+
+        A vocabulary that writes several unknown characters as one token may have fewer.
+        """
+        return max(map(len, self._bytes))
+
+    @functools.cached_property
     def _plain_engine(self) -> tokenizers.Tokenizer:
         engine = tokenizers.Tokenizer.from_str(self._engine.to_str())  # a copy: the engine is shared by all threads
         engine.encode_special_tokens = True

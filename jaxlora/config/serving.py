@@ -109,11 +109,14 @@ class LimitsSection(TenantLimits):
     """Limits of each tenant, and the tenants that have other limits."""
 
     max_file_bytes: int = 512 * 2**20  # limit of one file, for every tenant
+    read_memory_bytes: int = 2 * 2**30  # to read one file, in a process of its own
+    read_cpu_s: float = 3600.0  # of processor time to read one file, of which a small one gets less
     tenant: tuple[NamedLimits, ...] = ()
 
     def __post_init__(self) -> None:
         TenantLimits.__post_init__(self)
-        need_counts(self, "max_file_bytes")
+        need_counts(self, "max_file_bytes", "read_memory_bytes")
+        need(0 < self.read_cpu_s < math.inf, "read_cpu_s", "positive", self.read_cpu_s)
         need_distinct([t.name for t in self.tenant], "names under [[limits.tenant]]")
 
     def of(self, tenant: str) -> TenantLimits:

@@ -12,7 +12,6 @@ import secrets
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +29,7 @@ from jaxlora.core.errors import (
     Unavailable,
 )
 from jaxlora.core.lora import Adapter, AdapterRef, LoraSpec
+from jaxlora.core.tenant_threads import TenantThreads
 from jaxlora.model.lora_pool import adapter_bytes
 from serve.access.adapter_quota import AdapterQuota
 from serve.access.caller import Caller
@@ -94,7 +94,7 @@ class JobService:
         self._runner, self._store, self.names = runner, runner.engine.store, runner.catalog.jobs
         self._trainer, self._states = live.jobs.trainer, live.jobs.states
         self._base_lr, self._limits, self._quota = base_lr, limits, quota
-        self._intake = ThreadPoolExecutor(INTAKE_THREADS, "job-intake")
+        self._intake = TenantThreads(INTAKE_THREADS, "job-intake")
         self._stopping = threading.Event()
         self._deciding = threading.Lock()  # held from a look at a stored job to what follows from it
 
@@ -167,7 +167,7 @@ class JobService:
     def close(self) -> None:
         """Stores what is left.  After the device thread has ended."""
         self._stopping.set()
-        self._intake.shutdown(cancel_futures=True)
+        self._intake.shutdown()
         self.live.close()
         self.recorder.close()
 
@@ -179,7 +179,7 @@ class JobService:
     def _begin(self, record: JobRecord) -> None:
         self.names.add(record.id, record.tenant, record.request.suffix or "")
         self.recorder.register(record)
-        self._intake.submit(self._take_in, record)
+        self._intake.submit(record.tenant, self._take_in, record)
 
     def _take_in(self, record: JobRecord) -> None:
         """Reads what the job brings and hands it to the device thread; what is wrong with it is the job's end."""

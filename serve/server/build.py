@@ -62,7 +62,7 @@ from serve.server.gate import OPEN_PATHS, AppConfig
 from serve.server.uvicorn import make_http
 from train.data.example_cache import KeptExamples
 from train.data.examples import Unit
-from train.data.jsonl import load_jsonl
+from train.data.file_readers import FileReaders, ReaderLimits
 
 LOG = logging.getLogger("serve")
 KEPT_EXAMPLES_BYTES = 32 * 2**20  # of training files, read again soon after they came
@@ -143,8 +143,16 @@ def services(
         training, store, drain = config.training, runner.engine.store, Drain()
         longest = LANE_TOKENS if training is None else training.lane_tokens
 
+        readers = FileReaders(
+            opened.tokenizer,
+            config.data / "tokenizer",
+            max_tokens=longest + 1,
+            limits=ReaderLimits(memory_bytes=config.limits.read_memory_bytes, cpu_s=config.limits.read_cpu_s),
+        )
+        stack.callback(readers.close)
+
         def read(path: Path) -> Sequence[Unit]:
-            return load_jsonl(path, opened.tokenizer, max_tokens=longest + 1, loss=None, name="the file")
+            return readers.load(path, tenant=path.parent.name)
 
         load = KeptExamples(read, max_bytes=KEPT_EXAMPLES_BYTES)
         files = FileStore(StoredFiles(database), config.data / "files", load=load, limits=config.limits, remote=remote)
@@ -183,6 +191,7 @@ def services(
         routers.append(gradient.router())
         keys.start(drain.shut_out)
         stack.callback(keys.close)
+        stack.callback(readers.close)  # first: the other services wait for what they have asked
         app = AppConfig(
             default_max_tokens=config.default_max_tokens,
             max_request_s=config.max_request_s,

@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+import tracemalloc
 
 import pytest
 import tokenizers
@@ -181,6 +182,99 @@ HOSTILE_TEMPLATES = {
     "wrong type": "{{ messages + 1 }}",
     "endless recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
 }
+
+DOUBLING = "{%% set n = namespace(x='abcdefgh') %%}{%% for i in range(99) %%}{%% set n.x = %s %%}{%% endfor %%}{{ n.x | length }}"
+LISTS = "{%% set n = namespace(x=[], y='ab' * 9999) %%}{%% for i in range(9999) %%}{%% set n.x = n.x + [%s] %%}{%% endfor %%}{{ n.x | length }}"
+LARGE_TEMPLATES = {
+    "doubled by +": DOUBLING % "n.x + n.x",
+    "doubled by ~": DOUBLING % "n.x ~ n.x",
+    "doubled by *": DOUBLING % "n.x * 2",
+    "doubled by %": DOUBLING % "'%s%s' % (n.x, n.x)",
+    "doubled by format": DOUBLING % "'{0}{0}'.format(n.x)",
+    "doubled by the filter format": DOUBLING % "'%s%s' | format(n.x, n.x)",
+    "doubled by join": DOUBLING % "[n.x, n.x] | join",
+    "doubled by a separator": DOUBLING % "n.x.join(['', '', ''])",
+    "doubled by replace": DOUBLING % "n.x | replace('a', n.x)",
+    "doubled by the method replace": DOUBLING % "n.x.replace('a', n.x)",
+    "doubled by the method replace of nothing": DOUBLING % "n.x.replace('', n.x)",
+    "doubled by a macro": "{% macro f(x) %}{{ x }}{{ x }}{% endmacro %}" + DOUBLING % "f(n.x)",
+    "doubled by a block": DOUBLING.replace(
+        "{%% set n.x = %s %%}", "{%% set x %%}{{ n.x }}{{ n.x }}{%% endset %%}{%% set n.x = x %%}"
+    )
+    % (),
+    "doubled by JSON": DOUBLING % "[n.x, n.x] | tojson",
+    "doubled by indent": DOUBLING % "('\\n' ~ n.x) | indent(n.x)",
+    "wide by %": "{{ ('%999999999d' % 1) | length }}",
+    "wide by a value": "{{ ('%*d' % (999999999, 1)) | length }}",
+    "wide by a key in brackets": "{{ ('%(a(b)c)999999999d' % {'a(b)c': 1}) | length }}",
+    "wide by format": "{{ '{:999999999}'.format(1) | length }}",
+    "wide by format of a value": "{{ '{:{w}}'.format(1, w=999999999) | length }}",
+    "wide by ljust": "{{ 'x'.ljust(999999999) | length }}",
+    "wide by zfill": "{{ 'x'.zfill(999999999) | length }}",
+    "wide by tabs": "{{ '\t'.expandtabs(999999999) | length }}",
+    "wide by indent": "{{ 'a\nb' | indent(999999999) | length }}",
+    "wide by JSON": "{{ [1] | tojson(indent=999999999) | length }}",
+    "wide by JSON's separator": "{% set x = 'x' * 999999 %}{{ (range(9999) | list | tojson(separators=(x, x))) | length }}",
+    "bytes": "{{ ('x'.encode() * 999999999) | length }}",
+    "bytes of a number": "{{ (1).to_bytes(999999999, 'big') | length }}",
+    "a number": "{% set n = namespace(x=9**99) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}",
+    "many batches": "{{ [1] | batch(999999999, 0) | list | length }}",
+    "many slices": "{{ [1] | slice(999999999) | list | length }}",
+    "sums of lists": "{{ ([range(9999) | list] * 9999) | sum(start=[]) | length }}",
+    "nested lists as text": DOUBLING.replace("'abcdefgh'", "[1]").replace("n.x | length", "n.x") % "[n.x, n.x]",
+    "nested lists through a filter": DOUBLING.replace("'abcdefgh'", "[1]").replace("n.x | length", "n.x | upper")
+    % "[n.x, n.x]",
+    "a namespace as text": "{% set n = namespace(y='ab' * 9999) %}{{ [n] * 9999 }}",
+    "kept by +": LISTS % "n.y + 'x'",
+    "kept by ~": LISTS % "n.y ~ i",
+    "kept slices": LISTS % "n.y[1:]",
+    "kept pieces": LISTS % "n.y.split('a')",
+    "kept upper": LISTS % "n.y | upper",
+    "kept lists": LISTS % "range(9999) | list",
+    "kept by JSON": LISTS % "n.y | tojson",
+    "kept by macros": "{% macro f(y) %}{{ y }}x{% endmacro %}" + LISTS % "f(n.y)",
+    "pieces of a macro": "{% macro f() %}{% for i in range(99999) %}{% for j in range(99999) %}{% if 1 %}x{% endif %}{% endfor %}{% endfor %}{% endmacro %}{{ f() | length }}",
+}
+
+
+@pytest.mark.parametrize("source", LARGE_TEMPLATES.values(), ids=LARGE_TEMPLATES)
+def test_a_template_that_makes_much_without_writing_it_is_refused_before_it_takes_memory(monkeypatch, source):
+    """Python's allocations, a few times the limit of characters; the limit of time is not what ends it."""
+    monkeypatch.setattr(chat_template, "MAX_MADE_CHARACTERS", 2**22)
+    template = ChatTemplate(source, {})
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidRequest, match="chat template") as caught:
+            template.render(USER, add_generation_prompt=True, continue_final_message=False)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 3 * 2**22
+    assert "longer than" not in caught.value.message
+
+
+def test_what_a_template_may_make_grows_with_the_messages():
+    """As templates do that collect the conversation in a variable."""
+    collects = "{% set n = namespace(x='') %}{% for m in messages %}{% set n.x = n.x ~ m.content ~ '\n' %}{% endfor %}{{ n.x }}"
+    for count, size in ((100, 10_000), (1000, 30)):
+        messages = [{"role": "user", "content": "é" * size}] * count
+        text = ChatTemplate(collects, {}).render(messages, add_generation_prompt=False, continue_final_message=False)
+        assert text == ("é" * size + "\n") * count
+
+
+def test_what_templates_use_of_jinja_is_all_there():
+    uses = {
+        "{{ [1, 2] | join(d='-') }}{{ [{'a': 1}] | join(attribute='a') }}{{ ['a', 'b'] | map('upper') | join(', ') }}": "1-21A, B",
+        "{{ 'a\nb' | indent(width=2, first=true) }}{{ 'aa' | replace(old='a', new='b', count=1) }}": "  a\n  bba",
+        "{{ '%s in 2024: %03d%%' % ('x', 7) }}{{ '%(a)s' % {'a': 1} }}{{ '{} {a:>3}'.format(1, a=2) }}": "x in 2024: 007%11   2",
+        "{{ {'b': [1], 'a': 'é'} | tojson(indent=2, sort_keys=true) }}": '{\n  "a": "é",\n  "b": [\n    1\n  ]\n}',
+        "{{ messages[::-1] | length ~ messages[0].content[:1] ~ 2 ** 3 ~ ([1] + [2]) }}": "1h8[1, 2]",
+        "{{ [[1, 2], [3]] | sum(start=0) if false else [1, 2] | sum }}{{ 'ab' * 2 }}{{ 'x'.ljust(3) }}|": "3ababx  |",
+        "{{ [3, 1] | sort | batch(1) | list }}{{ (1, 'a') ~ none ~ true }}{{ range(3) | list | last }}": "[[1], [3]](1, 'a')NoneTrue2",
+    }
+    for source, text in uses.items():
+        hi = [{"role": "user", "content": "hi"}]
+        assert ChatTemplate(source, {}).render(hi, add_generation_prompt=False, continue_final_message=False) == text
 
 
 @pytest.mark.fault("A9")

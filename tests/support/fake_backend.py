@@ -31,6 +31,7 @@ class ByteTokenizer:
     eos_ids = frozenset({EOS})
     special_ids = frozenset({EOS, BOS, MARK})
     names = ("<eos>", "<bos>", "<turn>")
+    max_token_bytes = max(map(len, names))
 
     def encode(self, text, *, add_special_tokens=True, parse_special=True):
         ids = list(text.encode())

@@ -44,6 +44,7 @@ class FakeTokenizer:
         self.bos = bos
         self.eos_ids = (END,)
         self.vocab_size = VOCAB
+        self.max_token_bytes = max(map(len, SPECIALS))
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         ids = [START] if self.bos and add_special_tokens else []
@@ -55,12 +56,8 @@ class FakeTokenizer:
         names = {i: name.encode() for name, i in SPECIALS.items()}
         return b"".join(names[i] if i in names else bytes([i - FIRST_BYTE]) for i in ids).decode()
 
-    def chat(
-        self, messages: Messages, *, add_generation_prompt: bool = True, continue_final_message: bool = False
-    ) -> list[int]:
-        text = self.template(messages)
-        if continue_final_message:
-            text = text.removesuffix("</s>\n")
-        elif add_generation_prompt:
-            text += "<s>assistant\n"
-        return self.encode(text, add_special_tokens=False)
+    def render(self, messages: Messages, *, add_generation_prompt: bool = True) -> str:
+        return self.template(messages) + "<s>assistant\n" * add_generation_prompt
+
+    def chat(self, messages: Messages) -> list[int]:
+        return self.encode(self.render(messages), add_special_tokens=False)

@@ -2,6 +2,8 @@
 
 import json
 import re
+import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -133,7 +135,54 @@ def test_chat_length_limit_is_exact():
         chat_example(FakeTokenizer(), [ASK, ANSWER], max_tokens=length - 1)
 
 
+class Counting(FakeTokenizer):
+    """Counts what it is asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.renders, self.encoded = 0, 0
+
+    def render(self, messages, **how):
+        self.renders += 1
+        return super().render(messages, **how)
+
+    def encode(self, text, **how):
+        self.encoded += len(text)
+        return super().encode(text, **how)
+
+
+@pytest.mark.parametrize(("max_tokens", "renders"), [(600, 1), (2000, 3)], ids=["bytes", "tokens"])
+def test_a_conversation_that_is_too_long_is_rendered_a_few_times_however_many_turns_it_has(max_tokens, renders):
+    tokenizer = Counting()
+    with pytest.raises(DataInvalid, match=f"tokens, more than the {max_tokens} allowed"):
+        chat_example(tokenizer, [ASK, ANSWER] * 100, max_tokens=max_tokens)
+    assert tokenizer.renders == renders
+    assert (tokenizer.encoded == 0) is (renders == 1)
+
+
+def test_a_conversation_of_very_many_turns_to_train_is_refused_before_they_are_rendered():
+    """The cost grows with their square."""
+    tokenizer = Counting()
+    with pytest.raises(
+        DataInvalid, match=r"each of its 500 turns to train is .* about \d+ bytes, more than the 16777216"
+    ):
+        chat_example(tokenizer, [ASK, ANSWER] * 500, max_tokens=10**6)
+    assert tokenizer.renders == 1
+    few = [ASK, dict(ANSWER, weight=0)] * 499 + [ASK, ANSWER]
+    assert trained_text(tokenizer, chat_example(tokenizer, few, max_tokens=10**6)) == "two</s>"
+
+
 # the other kinds
+
+
+@pytest.mark.parametrize("make", [text_example, lambda t, text, **how: completion_example(t, "", text, **how)])
+def test_a_text_that_cannot_fit_is_not_tokenised(make):
+    tokenizer = Counting()
+    with pytest.raises(DataInvalid, match="41 bytes of text are at least 11 tokens, more than the 10 allowed"):
+        make(tokenizer, "é" * 20 + "x", max_tokens=10)
+    assert tokenizer.encoded == 0
+    with pytest.raises(DataInvalid, match=r"4[01] tokens, more than the 10 allowed"):
+        make(tokenizer, "x" * 40, max_tokens=10)
 
 
 def test_completion_is_prompt_then_trained_completion_and_end():
@@ -347,3 +396,33 @@ def test_jsonl_refuses_byte_order_mark_and_emptiness(tmp_path):
         load(tmp_path, b"\xef\xbb\xbf" + CHAT_LINE.encode())
     with pytest.raises(DataInvalid, match="no examples"):
         load(tmp_path, "\n \n")
+
+
+def test_a_line_that_is_too_long_is_not_held_and_not_parsed(tmp_path):
+    most, path = MAX * 128 + 2**16, tmp_path / "data.jsonl"
+    path.write_bytes(b"\n{" + b" " * 2**23 + b'"text": "x"}\n' + b'{"text": "' + b"x" * most + b'"}')
+    tracemalloc.start()
+    with pytest.raises(DataInvalid) as caught:
+        load_jsonl(path, FakeTokenizer(), max_tokens=MAX)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    for line, size in ((2, 2**23 + 13), (3, most + 12)):
+        assert f"line {line}: {size} bytes, more than the {most} that a line of at most 500" in str(caught.value)
+    assert peak < 8 * most
+
+
+def test_a_line_may_be_as_long_as_its_tokens_need(tmp_path):
+    escaped = "".join(f"\\u{ord(c):04x}" for c in "x" * MAX)
+    ids = json.dumps({"input_ids": [99] * MAX, "weights": [0.12345678901234567] * MAX}, indent=None)
+    assert [len(e) for e in load(tmp_path, f'{{"text": "{escaped}"}}\n{ids}')] == [MAX, MAX]
+
+
+def test_many_keys_of_which_one_is_given_twice_cost_no_more_than_many_keys(tmp_path):
+    def seconds(names):
+        began = time.process_time()
+        with pytest.raises(DataInvalid, match=r"given twice|no known kind"):
+            load(tmp_path, "{" + ",".join(f'"{name}": 0' for name in names) + "}")
+        return time.process_time() - began
+
+    names = [f"k{i}" for i in range(8000)]
+    assert seconds([*names, names[-1]]) < 10 * min(seconds(names) for _ in range(3))

@@ -1,10 +1,16 @@
-"""Parses JSONL lines into examples: OpenAI chat and preferences, prompt and completion, text, token ids.  No jax."""
+"""Parses JSONL lines into examples: OpenAI chat and preferences, prompt and completion, text, token ids.  No jax.
+
+A line costs work and memory in proportion to the longest example: its bytes are counted before it is parsed, the bytes of
+its text before they are tokenised, and the conversations that its turns are rendered with before they are rendered.
+"""
 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +23,12 @@ from train.data.examples import KINDS, Example, Pair, Rollout, Unit, check_kind
 
 ROLES = ("system", "user", "assistant")
 SHOWN_PROBLEMS = 5  # problems reported of a bad file; reading stops there
+ESCAPE_BYTES = 6  # of JSON for one byte of text, at most: \u0041
+NUMBERS_BYTES = 128  # of JSON for all numbers of one token
+FRAME_BYTES = 2**16  # of JSON for keys, roles and white space
+MAX_RENDERED_BYTES = 2**24  # of all conversations that one line's trained turns are rendered with
+TURN_BYTES = 32  # what a turn costs to render, in bytes of text
+PART_BYTES = 2**16  # read at once of a line that is too long
 
 
 class Tokenizer(Protocol):
@@ -30,17 +42,15 @@ class Tokenizer(Protocol):
     def vocab_size(self) -> int:
         """Returns one more than the largest token id."""
 
+    @property
+    def max_token_bytes(self) -> int:
+        """Returns the length of the longest token: a text of n bytes has at least n / max_token_bytes tokens."""
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Returns the token ids of a text."""
 
-    def chat(
-        self,
-        messages: Sequence[Mapping[str, str]],
-        *,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-    ) -> list[int]:
-        """Returns the token ids of a conversation under the model's chat template."""
+    def render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
+        """Returns a conversation as text under the model's chat template, whose tokens serving would prompt with."""
 
 
 # Examples of each kind.  A problem is a DataInvalid whose `param` is the field.
@@ -94,14 +104,25 @@ def preference_pair(tokenizer: Tokenizer, prompt: object, preferred: object, oth
 
 
 def _chat_example(
-    tokenizer: Tokenizer, turns: list[dict[str, str]], trained: Mapping[int, str], field: str, max_tokens: int
+    tokenizer: Tokenizer, turns: list[dict[str, str]], trained: dict[int, str], field: str, max_tokens: int
 ) -> Example:
-    """Returns the example of the turns; only those in `trained` (index → its field) have weight."""
-    tokens = _render(tokenizer, turns, field, add_generation_prompt=False)
+    """Returns the example of the turns; only those in `trained` (index → its field, in order) have weight."""
+    text = _render(tokenizer, turns, field, add_generation_prompt=False)
+    _check_text(tokenizer, text, max_tokens, field)
+    cost = len(trained) * (len(text.encode()) + TURN_BYTES * len(turns))
+    if len(trained) > 1 and cost > MAX_RENDERED_BYTES:
+        raise DataInvalid(
+            f"each of its {len(trained)} turns to train is rendered with all turns before it, about {cost} bytes, more than "
+            f"the {MAX_RENDERED_BYTES} allowed; train fewer of them (weight 0), or divide the conversation",
+            param=field,
+        )
+    tokens = tokenizer.encode(text, add_special_tokens=False)
     weights = np.zeros(len(tokens), np.float32)
-    for i, turn in trained.items():
-        prompt = _render(tokenizer, turns[:i], field, add_generation_prompt=True)
-        through = _render(tokenizer, turns[: i + 1], field, add_generation_prompt=False)
+    last = 0
+    for i, turn in reversed(trained.items()):  # the last one first: it says how long the example is
+        before = _render(tokenizer, turns[:i], field, add_generation_prompt=True)
+        after = _render(tokenizer, turns[: i + 1], field, add_generation_prompt=False)
+        prompt, through = (tokenizer.encode(one, add_special_tokens=False) for one in (before, after))
         _check_prefix(prompt, through, turn, "of its own prompt")
         _check_prefix(through, tokens, turn, "when later turns follow")
         ends = [at for at in range(len(prompt), len(through)) if through[at] in tokenizer.eos_ids]
@@ -112,7 +133,8 @@ def _chat_example(
                 param=turn,
             )
         weights[len(prompt) : ends[-1] + 1] = 1.0
-    last = int(np.flatnonzero(weights)[-1]) + 1
+        last = last or ends[-1] + 1
+        _check_count(last, max_tokens, field)
     return _example(tokens[:last], weights[:last], max_tokens, field)
 
 
@@ -122,8 +144,10 @@ def completion_example(tokenizer: Tokenizer, prompt: object, completion: object,
     The two are tokenised separately, so that the prompt's tokens are the ones serving sees.
     Raises DataInvalid for a field that is not text, and for more than max_tokens tokens.
     """
-    before = tokenizer.encode(_text(prompt, "prompt"))
-    after = tokenizer.encode(_text(completion, "completion"), add_special_tokens=False)
+    given, wanted = _text(prompt, "prompt"), _text(completion, "completion")
+    _check_text(tokenizer, given + wanted, max_tokens, "completion")
+    before = tokenizer.encode(given)
+    after = tokenizer.encode(wanted, add_special_tokens=False)
     if not tokenizer.eos_ids:
         raise DataInvalid("the tokenizer has no end-of-sequence token to end a completion with", param="completion")
     after.append(next(iter(tokenizer.eos_ids)))
@@ -136,7 +160,9 @@ def text_example(tokenizer: Tokenizer, text: object, *, max_tokens: int) -> Exam
 
     Raises DataInvalid when it is not text, has fewer than two tokens or more than max_tokens.
     """
-    tokens = tokenizer.encode(_text(text, "text"))
+    given = _text(text, "text")
+    _check_text(tokenizer, given, max_tokens, "text")
+    tokens = tokenizer.encode(given)
     return _example(tokens, np.ones(len(tokens), np.float32), max_tokens, "text")
 
 
@@ -212,10 +238,10 @@ def _check_last(turns: Sequence[Mapping[str, str]], where: str) -> None:
         raise DataInvalid("the last message must be an assistant's", param=f"{where}[{len(turns) - 1}].role")
 
 
-def _render(tokenizer: Tokenizer, turns: list[dict[str, str]], field: str, *, add_generation_prompt: bool) -> list[int]:
-    """Returns the turns' tokens.  Raises DataInvalid where the template refuses them (role order, system message)."""
+def _render(tokenizer: Tokenizer, turns: list[dict[str, str]], field: str, *, add_generation_prompt: bool) -> str:
+    """Returns the turns as text.  Raises DataInvalid where the template refuses them (role order, system message)."""
     try:
-        return tokenizer.chat(turns, add_generation_prompt=add_generation_prompt)
+        return tokenizer.render(turns, add_generation_prompt=add_generation_prompt)
     except JaxLoraError as error:
         raise DataInvalid(f"the chat template refuses it: {error.message}", param=field) from error
 
@@ -230,9 +256,24 @@ def _check_prefix(prefix: list[int], whole: list[int], field: str, when: str) ->
         )
 
 
+def _check_text(tokenizer: Tokenizer, text: str, max_tokens: int, field: str) -> None:
+    """Raises DataInvalid for a text that has too many tokens however it is tokenised."""
+    size = len(text.encode())
+    least = -(-size // tokenizer.max_token_bytes)
+    if least > max_tokens:
+        raise DataInvalid(
+            f"{size} bytes of text are at least {least} tokens, more than the {max_tokens} allowed; shorten it",
+            param=field,
+        )
+
+
+def _check_count(tokens: int, max_tokens: int, field: str) -> None:
+    if tokens > max_tokens:
+        raise DataInvalid(f"{tokens} tokens, more than the {max_tokens} allowed; shorten it", param=field)
+
+
 def _example(tokens: Sequence[int], weights: np.ndarray, max_tokens: int, field: str) -> Example:
-    if len(tokens) > max_tokens:
-        raise DataInvalid(f"{len(tokens)} tokens, more than the {max_tokens} allowed; shorten it", param=field)
+    _check_count(len(tokens), max_tokens, field)
     weights[:1] = 0.0
     return Example(np.asarray(tokens, np.int32), weights)
 
@@ -295,19 +336,38 @@ def load_jsonl(
     example.
     """
     name = str(path) if name is None else name
-    try:
-        lines = Path(path).read_bytes().split(b"\n")
-    except OSError as error:
-        raise DataInvalid(f"{name} cannot be read ({error.strerror}); give the path of a JSONL file") from error
+    most = max_tokens * max(ESCAPE_BYTES * tokenizer.max_token_bytes, NUMBERS_BYTES) + FRAME_BYTES
 
-    def unit(raw: bytes, number: int) -> Unit:
+    def unit(raw: bytes, size: int, number: int) -> Unit:
+        if size > most:
+            raise DataInvalid(
+                f"{size} bytes, more than the {most} that a line of at most {max_tokens} tokens may take; shorten it"
+            )
         return _read_line(_parse_line(raw, first=number == 1), tokenizer, max_tokens)
 
-    numbered = ((n, functools.partial(unit, raw, n)) for n, raw in enumerate(lines, start=1) if raw.strip())
-    examples = _collect(name, "line", numbered, loss)
+    try:
+        lines = ((n, functools.partial(unit, raw, size, n)) for n, raw, size in _lines(Path(path), most))
+        examples = _collect(name, "line", lines, loss)
+    except OSError as error:
+        raise DataInvalid(f"{name} cannot be read ({error.strerror}); give the path of a JSONL file") from error
     if not examples:
         raise DataInvalid(f"{name} has no examples; give one JSON object a line")
     return examples
+
+
+def _lines(path: Path, most: int) -> Iterator[tuple[int, bytes, int]]:
+    """Yields (number from 1, bytes, size) of each line that is not blank; of one larger than `most` only its beginning."""
+    with path.open("rb") as file:
+        for number in itertools.count(1):
+            part = file.readline(most + 1)
+            if not part:
+                return
+            raw, size = part.removesuffix(b"\n"), len(part)
+            while not part.endswith(b"\n") and (part := file.readline(PART_BYTES)):
+                size += len(part)
+            size -= part.endswith(b"\n")
+            if size > most or raw.strip():
+                yield number, raw, size
 
 
 def read_examples(
@@ -374,8 +434,8 @@ def _parse_line(raw: bytes, *, first: bool) -> dict[str, object]:
 def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     got = dict(pairs)
     if len(got) != len(pairs):
-        names = [key for key, _ in pairs]
-        raise DataInvalid("the key is given twice", param=_shown(next(k for k in names if names.count(k) > 1)))
+        counts = Counter(key for key, _ in pairs)
+        raise DataInvalid("the key is given twice", param=_shown(next(k for k, n in counts.items() if n > 1)))
     return got
 
 

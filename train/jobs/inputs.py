@@ -10,12 +10,13 @@ import hashlib
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jaxlora.core.errors import AdapterInvalid, BaseMismatch, DataInvalid, StateInvalid, StorageAway
 from jaxlora.core.lora import HEAD_TARGET, AdapterWeights, LoraSpec
+from jaxlora.core.tenant_threads import TenantThreads
 from jaxlora.peft.folder import import_peft
 from jaxlora.storage.checkpoint_writer import Snapshot
 from jaxlora.storage.checkpoints import read_meta, restore_state
@@ -274,7 +275,7 @@ class JobReaders:
 
     def __init__(self, files: JobFiles, done: Callable[[], None]):
         self._files, self._done = files, done
-        self._pool = ThreadPoolExecutor(FILE_THREADS, "job-files")
+        self._pool = TenantThreads(FILE_THREADS, "job-files")
         self._reading: dict[str, LiveJob] = {}
         self._ended = threading.Event()
 
@@ -285,7 +286,7 @@ class JobReaders:
         def examine() -> Facts:
             return self._patiently(lambda: self._files.examine(job.id, job.request))
 
-        live.examining = self._pool.submit(examine)
+        live.examining = self._pool.submit(job.request.owner, examine)
         self._await(live, live.examining)
 
     def open(self, live: LiveJob, *, parked: bool) -> None:
@@ -296,7 +297,7 @@ class JobReaders:
         def open_() -> Material:
             return self._patiently(lambda: self._files.open(job.id, job.request, facts, parked=parked))
 
-        live.opening = self._pool.submit(open_)
+        live.opening = self._pool.submit(job.request.owner, open_)
         self._await(live, live.opening)
 
     def _patiently[T](self, read: Callable[[], T]) -> T:
@@ -342,4 +343,4 @@ class JobReaders:
     def close(self) -> None:
         """Waits for what is being read, and reads no more."""
         self._ended.set()
-        self._pool.shutdown(cancel_futures=True)
+        self._pool.shutdown()

@@ -19,7 +19,8 @@ from pathlib import Path
 
 from jaxlora.config.serving import LimitsSection
 from jaxlora.core.atomic_files import disk_errors, sha256_of, sync
-from jaxlora.core.errors import JaxLoraError, NotFound
+from jaxlora.core.errors import JaxLoraError, NotFound, Unavailable
+from jaxlora.core.tenant_threads import TenantThreads
 from jaxlora.storage.disk_cache import Remote
 from serve.db.files import StoredFiles
 from serve.db.models import FileRecord, FileStatus, Page, new_id
@@ -29,6 +30,7 @@ LOG = logging.getLogger("serve")
 FINE_TUNE = "fine-tune"  # purpose of what clients upload
 INCOMING = ".incoming"  # no tenant's name begins with a dot
 FILES = "files/"  # in object storage
+CHECK_THREADS = 2  # of which a tenant has one
 MAX_DETAILS = 2000  # characters of what is wrong with a file
 
 
@@ -50,7 +52,7 @@ class FileStore:
         Unavailable.
         """
         self._stored, self._root, self._load, self._limits, self._remote = stored, root, load, limits, remote
-        self._checks = ThreadPoolExecutor(1, thread_name_prefix="file-check")
+        self._checks = TenantThreads(CHECK_THREADS, "file-check")
         self._sweeps = ThreadPoolExecutor(1, thread_name_prefix="file-sweep")
         with disk_errors("the folder of files"):
             root.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -64,7 +66,7 @@ class FileStore:
             self._compare(remote, known)
         self.sweep()
         for record in stored.unchecked():
-            self._checks.submit(self._check, record)
+            self._checks.submit(record.tenant, self._check, record)
 
     def _compare(self, remote: Remote, known: set[str]) -> None:
         """Makes object storage hold the files that the database knows, and no others."""
@@ -77,7 +79,7 @@ class FileStore:
 
     def close(self) -> None:
         """Ends the checks; those that have not begun are done at the next start."""
-        self._checks.shutdown(cancel_futures=True)
+        self._checks.shutdown()
         self._sweeps.shutdown(cancel_futures=True)
 
     def staging(self) -> Path:
@@ -130,7 +132,7 @@ class FileStore:
         if self._remote is not None:
             self._remote.copies.add(target, _unlink)
         if record.status == "uploaded":
-            self._checks.submit(self._check, record)
+            self._checks.submit(record.tenant, self._check, record)
         return record
 
     def keep(self, tenant: str, filename: str, purpose: str, content: bytes) -> FileRecord:
@@ -224,6 +226,9 @@ class FileStore:
         try:
             self.load(path)
             status, details = "processed", None
+        except Unavailable as error:
+            LOG.warning("file %s is not checked before the next start: %s", record.id, error.message)
+            return
         except JaxLoraError as error:
             # A path of ours is nobody's business.
             details = error.message.replace(str(path), record.filename)[:MAX_DETAILS]

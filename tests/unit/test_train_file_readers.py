@@ -1,0 +1,162 @@
+"""Files read in other processes: what comes back, and what becomes of one that takes too much."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from small_world import tiny_path
+
+from jaxlora.checkpoints.tokenizer import Tokenizer
+from jaxlora.core.errors import DataInvalid, Unavailable
+from train.data.file_readers import FileReaders, ReaderLimits
+from train.data.jsonl import load_jsonl
+from train.data.reader_process import read_units, write_units
+
+ASK, ANSWER = {"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}
+TEXT = {"text": "so much for that"}
+KINDS = [
+    {"messages": [ASK, ANSWER]},
+    {"input": {"messages": [ASK]}, "preferred_output": [ANSWER], "non_preferred_output": [dict(ANSWER, content="no")]},
+    {"input_ids": [4, 5], "logprobs": [0, -1], "advantages": [0, 1], "sequence_ratio_mask": [0, 1]},
+    {"prompt": "añ", "completion": "b"},
+    {"input_ids": [4, 5, 6], "weights": [0, 1.5, -1]},
+    {"input_ids": [7, 5, 6], "logprobs": [0, -1, -2], "advantages": [0, 1, 3]},
+    TEXT,
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.from_hf(tiny_path("tiny-llama-tied"))
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name, *lines):
+        path = tmp_path / name
+        path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def readers(tokenizer, tmp_path):
+    with contextlib.ExitStack() as stack:
+
+        def start(*, max_tokens=64, memory_bytes=2**30, cpu_s=60.0):
+            limits = ReaderLimits(memory_bytes=memory_bytes, cpu_s=cpu_s)
+            made = FileReaders(tokenizer, tmp_path / "tokenizer", max_tokens=max_tokens, limits=limits)
+            stack.callback(made.close)
+            return made
+
+        yield start
+
+
+def plain(units):
+    """All that they hold, comparable."""
+    rows = []
+    for unit in units:
+        for e in unit.segments:
+            rollout = e.rollout and [
+                x.tolist() for x in (e.rollout.logprobs, e.rollout.advantages, e.rollout.ratio_mask)
+            ]
+            rows.append((type(unit).__name__, e.tokens.tolist(), e.weights.tolist(), rollout))
+    return rows
+
+
+def test_units_come_out_as_they_went_in(tokenizer, write):
+    units = load_jsonl(write("all", *KINDS), tokenizer, max_tokens=64, loss=None)
+    for some in (units, units[:1], units[2:3], []):
+        stream = io.BytesIO()
+        write_units(some, stream)
+        stream.seek(0)
+        assert plain(read_units(json.loads(stream.readline()), stream)) == plain(some)
+        assert stream.read() == b""
+    stream.truncate(len(stream.getvalue()) - 1)
+    write_units(units, stream := io.BytesIO())
+    cut = io.BytesIO(stream.getvalue()[:-1])
+    with pytest.raises(EOFError):
+        read_units(json.loads(cut.readline()), cut)
+
+
+def test_a_file_is_read_as_in_this_process_whatever_it_holds(tokenizer, readers, write):
+    there, good, bad = readers(), write("good", *KINDS), write("bad", TEXT, "{", {"text": "x " * 500})
+    assert plain(there.load(good, "a")) == plain(load_jsonl(good, tokenizer, max_tokens=64, loss=None))
+    for path in (bad, bad.parent / "gone"):
+        says = []
+        for load in (lambda p: there.load(p, "a"), lambda p: load_jsonl(p, tokenizer, max_tokens=64, name="the file")):
+            with pytest.raises(DataInvalid) as caught:
+                load(path)
+            says.append(caught.value.message)
+        assert says[0] == says[1]
+    assert np.concatenate([e.tokens for e in there.load(write("more", TEXT), "b")]).dtype == np.int32
+
+
+def test_a_file_that_takes_too_much_memory_ends_its_reader_and_nothing_else(readers, write):
+    there, good = readers(max_tokens=10**5, memory_bytes=2**25), write("good", TEXT)
+    bomb = write("bomb", '{"text": [' + "[]," * 10**6 + "[]]}")
+    for _ in range(2):
+        with pytest.raises(DataInvalid, match="more than 32 MiB of memory; divide it"):
+            there.load(bomb, "a")
+        assert len(there.load(good, "b")) == 1
+
+
+def test_a_file_that_takes_too_long_ends_its_reader_and_nothing_else(readers, write):
+    there, good = readers(max_tokens=10**6, cpu_s=0.5), write("good", TEXT)
+    with pytest.raises(DataInvalid, match=r"more than 0 s of processor time|more than 1 s of processor time"):
+        there.load(write("slow", {"messages": [ASK, ANSWER] * 300}), "a")
+    assert len(there.load(good, "a")) == 1
+
+
+def test_a_tenant_of_many_files_leaves_a_reader_to_others(readers, write, tmp_path):
+    """Its files are pipes, which are read for as long as the test wants."""
+    there, pipe = readers(), tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(3) as pool:
+        busy = [pool.submit(there.load, pipe, "busy") for _ in range(3)]
+        assert len(there.load(write("good", TEXT, TEXT), "quiet")) == 2
+        assert not any(future.done() for future in busy)
+        for future in busy:
+            pipe.write_text(json.dumps(TEXT))  # returns when somebody reads it
+            assert len(future.result(10)) == 1
+
+
+def test_a_server_that_ends_does_not_wait_for_a_file(readers, tmp_path):
+    there, pipe, ended = readers(), tmp_path / "pipe", threading.Event()
+    os.mkfifo(pipe)
+    says = []
+
+    def read():
+        try:
+            there.load(pipe, "a")
+        except Unavailable as error:
+            says.append(error.message)
+        ended.set()
+
+    threads = [threading.Thread(target=read) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    with pipe.open("w"):  # opens when the reader has begun
+        there.close()
+        for thread in threads:
+            thread.join(10)
+    assert says == ["the server is stopping"] * 2
+    with pytest.raises(Unavailable):
+        there.load(pipe, "a")
+
+
+def test_a_reader_killed_while_idle_is_replaced(readers, write):
+    there, good = readers(), write("good", TEXT)
+    there.load(good, "a")
+    for process in list(there._processes):
+        process.kill()
+        process.wait()
+    assert len(there.load(good, "a")) == 1

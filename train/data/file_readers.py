@@ -1,0 +1,166 @@
+"""Reads a server's training files in processes with limits of memory and processor time.  No jax."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import CancelledError
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from jaxlora.core.errors import DataInvalid, Unavailable
+from jaxlora.core.tenant_threads import TenantThreads
+from train.data import reader_process
+from train.data.examples import Unit
+
+CPU_S = 60.0  # of processor time that any file may take, and again for each MiB of it
+KEPT_BYTES = 2**23  # a process that read a larger file gives its memory back by ending
+STOPPING = "the server is stopping"
+MEMORY_ENDS = (reader_process.MEMORY_EXIT, -signal.SIGABRT, -signal.SIGKILL, -signal.SIGSEGV)
+
+
+class SavedTokenizer(Protocol):
+    """A tokenizer that a process can open."""
+
+    def save(self, folder: Path) -> None:
+        """Writes the files that `Tokenizer.from_hf` reads."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReaderLimits:
+    """Limits of reading one file."""
+
+    memory_bytes: int  # besides what the process has before it reads
+    cpu_s: float  # however large the file is
+
+
+class FileReaders:
+    """A few processes, started when they are needed; tenants take turns, and of one tenant one file is read at a time."""
+
+    def __init__(
+        self, tokenizer: SavedTokenizer, folder: Path, *, max_tokens: int, limits: ReaderLimits, processes: int = 2
+    ):
+        """folder: for the tokenizer, in place of one there.  max_tokens: of the longest example."""
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        tokenizer.save(folder)
+        settings = {"tokenizer": str(folder), "max_tokens": max_tokens, "memory_bytes": limits.memory_bytes}
+        self._command = [sys.executable, "-P", "-m", reader_process.__name__, json.dumps(settings)]
+        self._limits = limits
+        self._threads = TenantThreads(processes, "file-reader")
+        self._of_thread = threading.local()  # `process` of each of our threads
+        self._lock = threading.Lock()
+        self._processes: set[subprocess.Popen[bytes]] = set()
+        self._closed = False
+
+    def load(self, path: Path, tenant: str) -> list[Unit]:
+        """Returns the examples of a tenant's file.
+
+        Raises DataInvalid for a bad one, and for one that takes too much to read; Unavailable after `close`.
+        """
+        try:
+            return self._threads.submit(tenant, self._load, path).result()
+        except (RuntimeError, CancelledError):
+            if self._closed:
+                raise Unavailable(STOPPING) from None
+            raise
+
+    def close(self) -> None:
+        """Ends the processes, whatever they are reading.  May be called twice."""
+        with self._lock:
+            self._closed = True
+            for process in self._processes:
+                process.kill()
+        self._threads.shutdown()
+        for process in list(self._processes):
+            self._end(process)
+
+    def _load(self, path: Path) -> list[Unit]:
+        size_bytes = path.stat().st_size if path.exists() else 0
+        cpu_s = min(CPU_S * (1 + size_bytes / 2**20), self._limits.cpu_s)
+        process = self._process()
+        try:
+            units = _ask(process, path, cpu_s)
+        except DataInvalid:
+            raise
+        except (BrokenPipeError, EOFError):
+            self._end(process)
+            raise self._why(process.returncode, cpu_s) from None
+        except BaseException:
+            self._end(process)
+            raise
+        if size_bytes > KEPT_BYTES:
+            self._end(process)
+        return units
+
+    def _process(self) -> subprocess.Popen[bytes]:
+        """Returns this thread's process, a new one when it has none that lives.  Raises RuntimeError after `close`."""
+        process: subprocess.Popen[bytes] | None = getattr(self._of_thread, "process", None)
+        if process is not None and process.poll() is None:
+            return process
+        if process is not None:
+            self._end(process)
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("closed")
+            alone = {"TOKENIZERS_PARALLELISM": "false", "OPENBLAS_NUM_THREADS": "1"}
+            process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=os.environ | alone,
+                start_new_session=True,  # Ctrl-C is the server's
+            )
+            self._processes.add(process)
+        self._of_thread.process = process
+        return process
+
+    def _end(self, process: subprocess.Popen[bytes]) -> None:
+        """Kills it, unless it has ended."""
+        process.kill()
+        process.wait()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+        process.stdout.close()
+        with self._lock:
+            self._processes.discard(process)
+
+    def _why(self, code: int, cpu_s: float) -> Exception:
+        """Returns what the end of a process while it read a file says of the file."""
+        if self._closed:
+            return Unavailable(STOPPING)
+        if code == -signal.SIGXCPU:
+            return DataInvalid(
+                f"reading the file took more than {cpu_s:.0f} s of processor time; divide it into several files"
+            )
+        if code in MEMORY_ENDS:
+            most = self._limits.memory_bytes / 2**20
+            return DataInvalid(
+                f"reading the file took more than {most:.0f} MiB of memory; divide it into several files"
+            )
+        return RuntimeError(f"the process that reads files ended with exit code {code}")
+
+
+def _ask(process: subprocess.Popen[bytes], path: Path, cpu_s: float) -> list[Unit]:
+    """Returns the examples that the process reads.  Raises DataInvalid; BrokenPipeError or EOFError when it has ended."""
+    assert process.stdin is not None
+    assert isinstance(process.stdout, io.BufferedReader)
+    process.stdin.write(json.dumps({"path": str(path), "cpu_s": cpu_s}).encode() + b"\n")
+    process.stdin.flush()
+    answer = process.stdout.readline()
+    if not answer.endswith(b"\n"):
+        raise EOFError
+    counts = json.loads(answer)
+    if "invalid" in counts:
+        raise DataInvalid(counts["invalid"])
+    return reader_process.read_units(counts, process.stdout)
