@@ -152,6 +152,10 @@ class Tokenizer:
             raise InvalidRequest("the base model has no chat template; use text completions", param="messages")
         return self._template
 
+    def render(self, messages: Sequence[Turn], *, add_generation_prompt: bool = True) -> str:
+        """Returns a conversation as text in that format."""
+        return self.template.render(messages, add_generation_prompt=add_generation_prompt)
+
     def chat(
         self,
         messages: Sequence[Turn],
