@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxlora.core.atomic_files import replace_file, sync, sync_tree
+from jaxlora.core.atomic_files import make_folders, replace_file, sync, sync_tree
 from jaxlora.core.errors import StorageFailed
 from jaxlora.core.lora import NAME_PATTERN, Adapter, AdapterRef, LoraSpec
 from jaxlora.storage.checkpoints import this_process_alone
@@ -88,7 +88,7 @@ def save_version(folder: Path, adapter: Adapter, created: float, temporary: Path
         "sha256": digest(adapter.spec, adapter.base_hash, adapter.weights),
     }
     tree = {name: {"a": a_LRX, "b": b_LRY} for name, (a_LRX, b_LRY) in adapter.weights.items()}
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folders(folder)
     if not target.is_dir():
         staging.mkdir()
         try:
@@ -154,7 +154,7 @@ def describe(folder: Path, ref: AdapterRef) -> About:
     meta = read_meta(folder, ref)
     try:
         return float(meta["created"]), LoraSpec.from_json(meta["spec"]).max_rank, _nbytes(_shapes(meta))
-    except (KeyError, TypeError, ValueError) as e:
+    except Exception as e:  # any error that a damaged file causes in a reader
         raise StorageFailed(f"{ref}: its description on disk lacks its specification, date or shapes") from e
 
 
@@ -273,3 +273,30 @@ class Counters:
                 f"the version counter of {whose} has format {found!r}; this build reads {COUNTER_FORMAT}"
             )
         return minted, deleted
+
+
+class Tombstones:
+    """Versions whose deletion is promised but not complete: an empty file ROOT/TENANT/NAME/VERSION each."""
+
+    def __init__(self, root: Path):
+        self._root = root
+
+    def all(self) -> list[AdapterRef]:
+        """Returns the versions, of an earlier process at the start."""
+        found = [path for path in self._root.glob("*/*/*") if VERSION_PATTERN.fullmatch(path.name)]
+        return [AdapterRef(path.parts[-3], path.parts[-2], int(path.name)) for path in found]
+
+    def add(self, ref: AdapterRef) -> None:
+        """Promises a deletion; it is on disk on return.  Raises OSError."""
+        path = self._path(ref)
+        make_folders(path.parent)
+        path.touch()
+        sync(path)
+        sync(path.parent)
+
+    def remove(self, ref: AdapterRef) -> None:
+        """Ends a promise that is kept, if there is one."""
+        self._path(ref).unlink(missing_ok=True)
+
+    def _path(self, ref: AdapterRef) -> Path:
+        return self._root / ref.tenant / ref.name / str(ref.version)
