@@ -21,7 +21,14 @@ from pathlib import Path
 
 import jax
 
-from jaxlora.core.errors import AdapterNotFinite, AlreadyExists, JaxLoraError, NotFound, StateInvalid
+from jaxlora.core.errors import (
+    AdapterNotFinite,
+    AlreadyExists,
+    JaxLoraError,
+    NotFound,
+    StateInvalid,
+    StorageFailed,
+)
 from jaxlora.core.lora import AdapterWeights, LoraSpec, check_name
 from jaxlora.model.lora_pool import adapter_of_rows
 from jaxlora.storage.checkpoint_writer import CheckpointWriter
@@ -31,6 +38,7 @@ from train.jobs.inputs import Facts, JobFiles, JobReaders, LiveJob, Material
 from train.jobs.job import EventLog, Job, JobEvent, JobRequest, JobsConfig, Level, Shelf, said
 from train.jobs.states import JobStates, Parking
 from train.jobs.status import JobStatus
+from train.step.state import SlotState
 from train.tenant import TenantStatus
 from train.trainer import FIRST_PART, MAX_BAD_STEPS, Evaluation, StepReport, Trainer
 
@@ -267,7 +275,9 @@ class Jobs:
 
     def _hear_readers(self) -> None:
         for live, found, error in self._readers.hear():
-            if error is not None:
+            if isinstance(error, StorageFailed) and live.facts is not None:  # its files stay as they are
+                self._pause(live, "storage_failed", f"{said(error)}; resume it to try again", save=False)
+            elif error is not None:
                 self._fail(live, error)
             elif isinstance(found, Facts):
                 live.facts = found
@@ -367,8 +377,10 @@ class Jobs:
         try:
             state = material.state
             if state is None:
-                state = self._parking.get(live.state_key)
-            else:
+                state = self._unparked(live)
+            if state is None:
+                return
+            if material.state is not None:
                 job.progress, live.saved_step = material.progress, material.progress.step
             self.trainer.add(
                 job.id,
@@ -384,11 +396,25 @@ class Jobs:
             self._fail(live, error)
             return
         self._parking.discard(live.state_key)
+        for message in material.damaged:
+            job.log.add("problem", message, level="warn")
         live.heldout = material.heldout
         job.move(JobStatus.RUNNING, "started" if job.progress.step == 0 else f"goes on from step {job.progress.step}")
         self.states.take_best(live, material.best)
         if self._is_over(live):  # it could not be delivered before, or the process died just then
             self._finish(live)
+
+    def _unparked(self, live: LiveJob) -> SlotState | None:
+        """What it has learned so far; None when that is damaged: then it takes another turn, from its newest checkpoint."""
+        try:
+            return self._parking.get(live.state_key)
+        except StorageFailed as error:
+            message = f"{said(error)}; the job goes on from its newest checkpoint"
+            live.job.log.add("problem", message, level="warn")
+            self._parking.discard(live.state_key)
+            self._queue.end_turn(live.job.id)
+            self._await_turn(live)
+            return None
 
     def _is_over(self, live: LiveJob) -> bool:
         """Whether its last step is done, or no better held-out loss is to be expected."""
@@ -421,7 +447,14 @@ class Jobs:
         self.states.save(live)
         best = live.best_key in self._parking
         try:
-            rows = self._parking.get(live.best_key).rows if best else jax.device_get(self.trainer.rows(job.id))
+            kept = self._parking.get(live.best_key) if best else None
+        except StorageFailed as error:
+            self._pause(live, "storage_failed", f"{said(error)}; resume it to go on from its newest checkpoint")
+            for key in (live.state_key, live.best_key):
+                self._parking.discard(key)
+            return
+        try:
+            rows = jax.device_get(self.trainer.rows(job.id)) if kept is None else kept.rows
             weights = adapter_of_rows(rows, request.spec, self.trainer.base_hash)
             ref = self._shelf.add(request.owner, request.name, weights)
         except AdapterNotFinite as error:
