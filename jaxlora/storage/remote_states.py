@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import threading
 from pathlib import Path
 
-from jaxlora.storage.checkpoints import STEP_PATTERN, set_aside, steps_of
+from jaxlora.storage.checkpoints import set_aside
 from jaxlora.storage.object_store import FOLDER_SUFFIX, Blobs
+
+STEP_PATTERN = re.compile(r"[0-9]+")  # the name of a step's folder
 
 
 class StateCopies:
@@ -33,7 +36,7 @@ class StateCopies:
 
     def send(self, folder: Path) -> None:
         """Updates object storage to the folder's steps.  Raises StorageAway, StorageFailed, StorageFull."""
-        name, steps = self._name(folder), set(steps_of(folder))
+        name, steps = self._name(folder), _steps(folder)
         for step in sorted(steps - self._known(name)):
             self._blobs.put_folder(self._at(name, step), folder / str(step), self._moving)
             with self._guard:
@@ -45,7 +48,7 @@ class StateCopies:
 
         Raises StorageAway, StorageFailed, StorageFull, NotFound.
         """
-        if steps_of(folder):
+        if _steps(folder):
             return
         name = self._name(folder)
         for step in sorted(self._known(name)):  # the newest last, so that an incomplete fetch lacks it
@@ -78,3 +81,8 @@ class StateCopies:
 
     def _at(self, name: str, step: int) -> str:
         return f"{self._key}/{name}/{step}"
+
+
+def _steps(folder: Path) -> set[int]:
+    """Returns the complete steps on disk."""
+    return {int(p.name) for p in folder.glob("*") if STEP_PATTERN.fullmatch(p.name)}

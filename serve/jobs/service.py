@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Protocol
 
 from jaxlora.config.serving import LimitsSection
 from jaxlora.core.errors import (
@@ -169,7 +169,8 @@ class JobService:
 
     def _blamed(self, record: JobRecord) -> JobRecord:
         """The record of a job that ran when the server died; after a few times it is paused, as it may be the cause."""
-        deaths = cast(int, record.progress.get(DEATHS, 0)) + 1
+        before = record.progress.get(DEATHS)
+        deaths = before + 1 if isinstance(before, int) else 1
         if deaths < MAX_DEATHS:
             blamed = replace(record, progress={**record.progress, DEATHS: deaths})
             self.stored.save(blamed)
