@@ -32,9 +32,17 @@ def sync_tree(folder: Path) -> None:
         sync(Path(path))
 
 
+def make_folders(folder: Path) -> None:
+    """Makes a folder and its missing parents; their names are on disk on return."""
+    if not folder.is_dir():
+        make_folders(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync(folder.parent)
+
+
 def replace_file(path: Path, data: bytes) -> None:
     """Writes or replaces a file; a reader sees the old bytes or the new ones."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folders(path.parent)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         temporary.write_bytes(data)

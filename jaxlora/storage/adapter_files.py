@@ -23,13 +23,14 @@ import os
 import re
 import shutil
 import uuid
+import zlib
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxlora.core.atomic_files import replace_file, sync, sync_tree
+from jaxlora.core.atomic_files import make_folders, replace_file, sync, sync_tree
 from jaxlora.core.errors import StorageFailed
 from jaxlora.core.lora import NAME_PATTERN, Adapter, AdapterRef, LoraSpec
 from jaxlora.storage.checkpoints import this_process_alone
@@ -88,7 +89,7 @@ def save_version(folder: Path, adapter: Adapter, created: float, temporary: Path
         "sha256": digest(adapter.spec, adapter.base_hash, adapter.weights),
     }
     tree = {name: {"a": a_LRX, "b": b_LRY} for name, (a_LRX, b_LRY) in adapter.weights.items()}
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folders(folder)
     if not target.is_dir():
         staging.mkdir()
         try:
@@ -154,7 +155,7 @@ def describe(folder: Path, ref: AdapterRef) -> About:
     meta = read_meta(folder, ref)
     try:
         return float(meta["created"]), LoraSpec.from_json(meta["spec"]).max_rank, _nbytes(_shapes(meta))
-    except (KeyError, TypeError, ValueError) as e:
+    except Exception as e:  # any error that a damaged file causes in a reader
         raise StorageFailed(f"{ref}: its description on disk lacks its specification, date or shapes") from e
 
 
@@ -253,7 +254,7 @@ class Counters:
 
     def write(self, tenant: str, name: str, minted: int, deleted: int) -> None:
         """Writes both numbers; they are on disk on return.  Raises OSError."""
-        data = {"format": COUNTER_FORMAT, "minted": minted, "deleted": deleted}
+        data = {"format": COUNTER_FORMAT, "minted": minted, "deleted": deleted, "crc32": _crc32(minted, deleted)}
         replace_file(self._path(tenant, name), json.dumps(data).encode())
         self._known[tenant, name] = minted, deleted
 
@@ -266,10 +267,44 @@ class Counters:
         try:
             data = json.loads(path.read_bytes())
             found, minted, deleted = data["format"], int(data["minted"]), int(data["deleted"])
-        except (ValueError, KeyError, TypeError) as e:
+            wanted = _crc32(minted, deleted)
+            if data.get("crc32", wanted) != wanted:  # none in those of the first releases
+                raise ValueError("its numbers do not match their checksum")
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise StorageFailed(f"the version counter of {whose} is damaged: {e}") from e
         if found != COUNTER_FORMAT:
             raise StorageFailed(
                 f"the version counter of {whose} has format {found!r}; this build reads {COUNTER_FORMAT}"
             )
         return minted, deleted
+
+
+def _crc32(minted: int, deleted: int) -> int:
+    return zlib.crc32(f"{minted} {deleted}".encode())
+
+
+class Tombstones:
+    """Versions whose deletion is promised but not complete: an empty file ROOT/TENANT/NAME/VERSION each."""
+
+    def __init__(self, root: Path):
+        self._root = root
+
+    def all(self) -> list[AdapterRef]:
+        """Returns the versions, of an earlier process at the start."""
+        found = [path for path in self._root.glob("*/*/*") if VERSION_PATTERN.fullmatch(path.name)]
+        return [AdapterRef(path.parts[-3], path.parts[-2], int(path.name)) for path in found]
+
+    def add(self, ref: AdapterRef) -> None:
+        """Promises a deletion; it is on disk on return.  Raises OSError."""
+        path = self._path(ref)
+        make_folders(path.parent)
+        path.touch()
+        sync(path)
+        sync(path.parent)
+
+    def remove(self, ref: AdapterRef) -> None:
+        """Ends a promise that is kept, if there is one."""
+        self._path(ref).unlink(missing_ok=True)
+
+    def _path(self, ref: AdapterRef) -> Path:
+        return self._root / ref.tenant / ref.name / str(ref.version)

@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from jaxlora.core.errors import AdapterNotFound, AlreadyExists, StateInvalid, StorageFailed
+from jaxlora.core.errors import AdapterNotFound, AlreadyExists, StateInvalid, StorageAway, StorageFailed
 from jaxlora.core.lora import Adapter, AdapterRef, AdapterWeights, check_name
 from jaxlora.storage.adapter_files import About, is_damage
 from jaxlora.storage.host_cache import HostMemory, HostTier
@@ -29,6 +29,7 @@ from jaxlora.storage.single_flight import SingleFlight
 from jaxlora.storage.version_files import VersionFiles
 
 LOG = logging.getLogger("jaxlora")
+RETRY_S, LONGEST_RETRY_S = 1.0, 60.0  # before a save that failed is tried again; twice as long after each failure
 
 
 class AdapterStore:
@@ -60,6 +61,7 @@ class AdapterStore:
         self._unsaved: set[AdapterRef] = set()  # pinned in RAM
         self._leaving: set[AdapterRef] = set()  # invisible, but still on disk
         self._failed: dict[AdapterRef, BaseException] = {}  # unsaved, and the last attempt failed
+        self._retry_s, self._retry_at = RETRY_S, 0.0  # their next attempt, monotonic
         self._loads: SingleFlight[AdapterRef, Adapter] = SingleFlight()
         self._work: queue.Queue[AdapterRef | Path | None] = queue.Queue()
         self._open_work = 0
@@ -142,6 +144,10 @@ class AdapterStore:
         with self._state:
             return ref in self._ram
 
+    def is_here(self, ref: AdapterRef) -> bool:
+        """Returns whether `get` needs no network."""
+        return self.in_memory(ref) or self._files.is_here(ref)
+
     def host_memory(self) -> HostMemory:
         """Returns the bytes of adapters in host memory, and their limit."""
         with self._state:
@@ -154,15 +160,15 @@ class AdapterStore:
 
     # Weights
 
-    def add(self, tenant: str, name: str, weights: AdapterWeights) -> AdapterRef:
+    def add(self, tenant: str, name: str, weights: AdapterWeights, *, after: AdapterRef | None = None) -> AdapterRef:
         """Makes the weights the next version of an adapter and saves it in the background.
 
-        The store takes over the arrays and marks them read-only.  Raises AdapterNotFinite, which uses up no number,
-        and what `mint` raises.
+        The store takes over the arrays and marks them read-only.  after: a version of it that must still exist.
+        Raises AdapterNotFinite, which uses up no number, AdapterNotFound when `after` is deleted, and what `mint` raises.
         """
         weights.check_finite()
         ref = self.mint(tenant, name)
-        self._put(weights.named(ref))
+        self._put(weights.named(ref), after)
         return ref
 
     def put(self, adapter: Adapter) -> None:
@@ -175,12 +181,14 @@ class AdapterStore:
         adapter.check_finite()
         self._put(adapter)
 
-    def _put(self, adapter: Adapter) -> None:
+    def _put(self, adapter: Adapter, after: AdapterRef | None = None) -> None:
         ref = adapter.ref
         with self._counters:
             minted, deleted = self._read_counter(ref.tenant, ref.name)
             with self._state:
                 self._check_open()
+                if after is not None:
+                    self._check_visible(after)
                 if ref.version > minted:
                     raise StateInvalid(f"{ref} was never minted: call mint() and put the version it returns")
                 if ref.version in self._versions.get((ref.tenant, ref.name), ()):
@@ -235,29 +243,49 @@ class AdapterStore:
             if self._ram.is_borrowed(ref):
                 with contextlib.suppress(AdapterNotFound, StorageFailed):  # it will be in RAM, or it cannot be read
                     self.get(ref)
-        if self.versions(tenant, name):
+        retired = None
+        while retired is None or not self._delete_all(tenant, name, retired):
             with self._counters:
                 self._check_open()
-                minted, _ = self._read_counter(tenant, name)
-            self._files.retire(tenant, name, minted)  # without a lock, as it waits for the network
+                retired, _ = self._read_counter(tenant, name)
+            if self.versions(tenant, name):
+                self._files.retire(tenant, name, retired)  # without a lock, as it waits for the network
+
+    def _delete_all(self, tenant: str, name: str, retired: int) -> bool:
+        """Deletes the versions of a name; returns False when there are some above `retired`, the highest marked one."""
         with self._disk, self._counters:
             with self._state:
                 self._check_open()
                 versions = set(self._versions.get((tenant, name), ()))
                 if not versions:
                     raise AdapterNotFound(f"no adapter named {name!r}", param="name")
+                if max(versions) > retired:
+                    return False
                 for version in versions:
                     self._hide(AdapterRef(tenant, name, version))
             minted, _ = self._read_counter(tenant, name, versions)
             self._files.set_counter(tenant, name, minted, minted)
             if (trash := self._files.delete_all(tenant, name, versions)) is not None:
                 self._enqueue(trash)
+            return True
 
     def delete_version(self, ref: AdapterRef) -> None:
-        """Removes one version: from memory and listings now, from disk in the background.  Does not wait for a disk.
+        """Removes one version: from memory and listings now, from disk in the background, for good on return.
 
-        If the process ends before that, the next start finds the version again.
-        Raises AdapterNotFound when there is no such version, StateInvalid when the store is closed.
+        Waits for a small file and, with object storage, for the network, but for no save.
+        Raises AdapterNotFound when there is no such version, StateInvalid when the store is closed, StorageAway when
+        object storage cannot be reached, OSError from the disk; then the version is as it was.
+        """
+        with self._state:
+            self._check_open()
+            self._check_visible(ref)
+        self._files.promise_deletion(ref)
+        self.prune(ref)
+
+    def prune(self, ref: AdapterRef) -> None:
+        """Removes one version that nobody asked to delete, as `delete_version` does, but waits for nothing.
+
+        If the process ends too soon, the next start finds the version again.
         """
         with self._state:
             self._check_open()
@@ -271,10 +299,8 @@ class AdapterStore:
     def flush(self) -> None:
         """Waits until all is stored; retries once what failed.  Raises StorageFailed, naming what is not saved."""
         with self._state:
-            again = [] if self._ended else list(self._failed)
-            for ref in again:
-                del self._failed[ref]
-                self._enqueue(ref)
+            if not self._ended:
+                self._retry()
             self._state.wait_for(lambda: self._open_work == 0)
             failed = dict(self._failed)
         failed |= self._files.flush()
@@ -283,16 +309,22 @@ class AdapterStore:
             last = list(failed.values())[-1]
             raise StorageFailed(f"{len(failed)} versions are not stored ({names}): {last}") from last
 
-    def wait_saved(self, ref: AdapterRef) -> None:
+    def wait_saved(self, ref: AdapterRef, timeout_s: float | None = None) -> None:
         """Waits until the version is on disk and, if configured, in object storage, or is deleted.
 
-        Raises what the last attempt raised.
+        Raises what the last attempt raised, StorageAway after `timeout_s`, twice that with object storage.
         """
         with self._state:
-            self._state.wait_for(lambda: ref not in self._unsaved or ref in self._failed)
+            if not self._state.wait_for(lambda: ref not in self._unsaved or ref in self._failed, timeout_s):
+                raise StorageAway(f"{ref} is still on its way to the disk")
             if ref in self._failed:
                 raise self._failed[ref]
-        self._files.wait_sent(ref)
+        self._files.wait_sent(ref, timeout_s)
+
+    def unsaved(self) -> int:
+        """Returns how many versions are in memory alone because the last attempt to save them failed."""
+        with self._state:
+            return len(self._failed)
 
     def close(self) -> None:
         """Flushes, ends the background thread and unlocks the folder; RAM can still be read, changes are
@@ -324,7 +356,7 @@ class AdapterStore:
 
     def _run(self) -> None:
         """Runs the background thread: saves versions and empties the trash, one at a time, in order."""
-        while (item := self._work.get()) is not None:
+        while (item := self._next()) is not None:
             try:
                 if isinstance(item, Path):
                     self._files.empty(item)
@@ -333,14 +365,33 @@ class AdapterStore:
                 else:
                     self._save(item)
             except Exception as e:
-                LOG.error("adapter store: %s: %s", item, e)
                 with self._state:
-                    if item in self._unsaved:
+                    LOG.error("adapter store: %s: %s; tried again in %.0f s", item, e, self._retry_s)
+                    if isinstance(item, AdapterRef) and item in self._unsaved:
                         self._failed[item] = e
+                    self._retry_at = time.monotonic() + self._retry_s
+                    self._retry_s = min(2 * self._retry_s, LONGEST_RETRY_S)
             finally:
                 with self._state:
                     self._open_work -= 1
                     self._state.notify_all()
+
+    def _next(self) -> AdapterRef | Path | None:
+        """Returns the next work, waiting for one; None at the end.  What failed is queued again when its time has come."""
+        while True:
+            with self._state:
+                wait_s = max(self._retry_at - time.monotonic(), 0.0) if self._failed else None
+                if wait_s == 0.0 and not self._ended:
+                    self._retry()
+                    wait_s = None
+            with contextlib.suppress(queue.Empty):
+                return self._work.get(timeout=wait_s)
+
+    def _retry(self) -> None:
+        """Queues again what failed.  Called with the state lock held."""
+        self._retry_at = time.monotonic() + self._retry_s
+        for ref in self._failed:
+            self._enqueue(ref)
 
     def _save(self, ref: AdapterRef) -> None:
         with self._disk:
@@ -352,6 +403,8 @@ class AdapterStore:
             self._files.save(adapter, created)
             with self._state:
                 self._unsaved.discard(ref)
+                self._failed.pop(ref, None)
+                self._retry_s = RETRY_S
                 self._ram.let_go(ref)
 
     def _remove(self, ref: AdapterRef) -> None:

@@ -1,7 +1,8 @@
 """Numbered checkpoints of training state on disk: complete or absent, never overwritten, restored bit for bit.
 
     FOLDER/STEP/arrays     the pytree
-    FOLDER/STEP/meta       format, the caller's meta, shape and dtype of each leaf
+    FOLDER/STEP/meta       format, the caller's meta, shape and dtype of each leaf, sha256 of the arrays and of all this
+    FOLDER/.damaged-STEP   one that could not be read, put aside for who wants to look at it
 
 A step folder is renamed to its number after its last byte.  The remains of a killed save have another name, are never
 restored and are removed by the next save.
@@ -9,6 +10,7 @@ restored and are removed by the next save.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -26,6 +28,7 @@ from jaxlora.core.atomic_files import sync, sync_tree
 from jaxlora.core.errors import AlreadyExists, StateInvalid, StorageFailed
 
 FORMAT = 1
+STEP_PATTERN = re.compile(r"0|[1-9][0-9]*")  # the name of a step's folder
 
 type Tree = object  # a pytree of arrays, or of ShapeDtypeStructs
 
@@ -55,6 +58,8 @@ def save_state(
     if empty or not leaves:
         raise StateInvalid(f"arrays without elements cannot be saved: {', '.join(empty[:5]) or 'the tree is empty'}")
     stored = {"format": FORMAT, "meta": json.loads(json.dumps(dict(meta))), "leaves": leaves}
+    stored |= {"arrays_sha256": _digest(arrays)}
+    stored |= {"sha256": _digest_of_meta(stored)}
     policy = AnyPreservationPolicy([LatestN(keep), CustomSteps([] if best is None else [best])])
     options = ocp.CheckpointManagerOptions(
         preservation_policy=policy,
@@ -122,20 +127,37 @@ def restore_state(folder: Path, like: Tree, *, step: int | None = None) -> Resto
             arrays = manager.restore(step, args=items)["arrays"]
         except Exception as e:  # see above; names and shapes are known to be right
             raise StorageFailed(f"step {step} of {folder.name} cannot be read ({type(e).__name__})") from e
+    wanted = stored.get("arrays_sha256")  # none in checkpoints of the first releases
+    if wanted is not None and _digest(arrays) not in (None, wanted):
+        raise StorageFailed(f"step {step} of {folder.name} is damaged: its arrays do not match their checksum")
     return Restored(step, arrays, stored["meta"])
 
 
-def read_meta(folder: Path) -> dict | None:
-    """Returns the meta of the newest step, without its arrays; None where nothing was saved.
+def read_meta(folder: Path, *, step: int | None = None) -> dict | None:
+    """Returns the meta of step `step`, or of the newest, without its arrays; None where nothing was saved.
 
     Raises StorageFailed for an unknown format or a damaged file.
     """
-    if not folder.is_dir():
+    if step is None:
+        step = max(steps_of(folder), default=None)
+    if step is None:
         return None
     options = ocp.CheckpointManagerOptions(create=False, multiprocessing_options=this_process_alone())
     with ocp.CheckpointManager(folder, options=options, item_names=("arrays", "meta")) as manager:
-        step = manager.latest_step()
-        return None if step is None else _stored(manager, step, folder)["meta"]
+        return _stored(manager, step, folder)["meta"]
+
+
+def steps_of(folder: Path) -> list[int]:
+    """Returns the complete steps in a folder, oldest first; of damaged ones too."""
+    return sorted(int(path.name) for path in folder.glob("*") if STEP_PATTERN.fullmatch(path.name))
+
+
+def set_aside(folder: Path, step: int) -> None:
+    """Renames a damaged step, so that it is neither restored nor in the way of the next save.  Raises OSError."""
+    aside = folder / f".damaged-{step}"
+    shutil.rmtree(aside, ignore_errors=True)
+    (folder / str(step)).rename(aside)
+    sync(folder)
 
 
 def _stored(manager: ocp.CheckpointManager, step: int, folder: Path) -> dict:
@@ -147,7 +169,32 @@ def _stored(manager: ocp.CheckpointManager, step: int, folder: Path) -> dict:
         raise StorageFailed(f"step {step} of {folder.name}: its meta cannot be read ({type(e).__name__})") from e
     if found != FORMAT:
         raise StorageFailed(f"step {step} of {folder.name} has format {found!r}; this build reads format {FORMAT}")
+    if _digest_of_meta(stored) != stored.get("sha256", _digest_of_meta(stored)) or not _has_form(stored):
+        raise StorageFailed(f"step {step} of {folder.name} is damaged: its meta does not match its checksum")
     return stored
+
+
+def _has_form(stored: dict) -> bool:
+    """Returns whether what the first releases wrote without a checksum is what they wrote, as far as types tell."""
+    leaves = stored.get("leaves")
+    return isinstance(stored.get("meta"), dict) and isinstance(leaves, dict) and bool(leaves)
+
+
+def _digest_of_meta(stored: dict) -> str:
+    """Returns the sha256 of all that is stored besides the arrays."""
+    rest = {key: value for key, value in stored.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _digest(arrays: Tree) -> str | None:
+    """Returns the sha256 of a tree's bytes; None where a part of it is on another process's devices."""
+    total = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(arrays):
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return None
+        total.update(jax.tree_util.keystr(path).encode())
+        total.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
+    return total.hexdigest()
 
 
 def _describe(tree: Tree) -> dict[str, list]:

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import shutil
 import threading
+import time
 import uuid
 import zipfile
 import zlib
@@ -210,11 +212,13 @@ class Blobs:
     def _brought(self, key: str, temporary: Path, check: Callable[[Path], None]) -> Generator[Path]:
         """Yields an object's bytes in a temporary file.  `check` raises ValueError or similar for wrong ones."""
         copy = temporary / uuid.uuid4().hex
+        ends = time.monotonic() + ATTEMPTS * self._timeout_s  # of all of it, besides the time its bytes take
         try:
             for attempt in range(2):  # bytes may be damaged in transit
-                result = self._call(f"{key} was not found", 0, lambda: self._store.get(key))
+                result = self._call(f"{key} was not found", 0, lambda: self._store.get(key), ends=ends)
                 size = result.meta["size"]
-                self._call(f"{key} was not read", size, lambda result=result: _save(result, copy))
+                ends += size / SLOWEST_BYTES_S
+                self._call(f"{key} was not read", size, lambda result=result: _save(result, copy), ends=ends)
                 try:
                     if copy.stat().st_size != size:
                         raise EOFError(f"{copy.stat().st_size} of {size} bytes")
@@ -257,10 +261,14 @@ class Blobs:
 
     # ---- one call -------------------------------------------------------------------------------------------------
 
-    def _call[T](self, failed: str, nbytes: int, call: Callable[[], T]) -> T:
-        """Returns the result of an obstore call, or raises our error; two of its errors report an object's state."""
+    def _call[T](self, failed: str, nbytes: int, call: Callable[[], T], *, ends: float = math.inf) -> T:
+        """Returns the result of an obstore call, or raises our error; two of its errors report an object's state.
+
+        ends: at the latest, monotonic.
+        """
+        limit_s = min(ATTEMPTS * (self._timeout_s + nbytes / SLOWEST_BYTES_S), ends - time.monotonic())
         try:
-            return self._within(ATTEMPTS * (self._timeout_s + nbytes / SLOWEST_BYTES_S), call)
+            return self._within(max(limit_s, 0.0), call)
         except (JaxLoraError, *CHANGED):
             raise
         except FileNotFoundError as error:

@@ -2,6 +2,7 @@
 
     adapters/TENANT/NAME/VERSION_CREATED_RANK_BYTES.zip    a version
     deleted/TENANT/NAME/NUMBER                             this and all lower versions of the name are deleted
+    deleted/TENANT/NAME/VERSION.only                       this one is
 
 Two listings at the start describe all of ten thousand adapters; afterwards nothing is listed.  Versions are sent
 by one thread, in order; a failed one is retried until it is sent.
@@ -28,7 +29,7 @@ from jaxlora.storage.object_store import FOLDER_SUFFIX, Blobs
 LOG = logging.getLogger("jaxlora")
 VERSIONS, DELETED = "adapters/", "deleted/"
 KEY_PATTERN = re.compile(r"adapters/([^/]+)/([^/]+)/([1-9][0-9]*)_([0-9.e+]+)_([1-9][0-9]*)_([0-9]+)\.zip")
-DELETED_PATTERN = re.compile(r"deleted/([^/]+)/([^/]+)/([1-9][0-9]*)")
+DELETED_PATTERN = re.compile(r"deleted/([^/]+)/([^/]+)/([1-9][0-9]*)(\.only)?")
 RETRY_S = 20.0
 FLUSH_S = 60.0
 
@@ -41,6 +42,7 @@ class RemoteVersions:
         self._changed = threading.Condition()
         self._known: dict[AdapterRef, About] = {}  # sent
         self._floors: dict[tuple[str, str], int] = {}  # number of the newest deletion of all versions
+        self._deleted: set[AdapterRef] = set()  # one by one
         self._sending: dict[AdapterRef, None] = {}  # an ordered set
         self._removing: dict[str, None] = {}  # keys, an ordered set
         self._errors: dict[AdapterRef | str, Exception] = {}  # of the last attempt
@@ -56,20 +58,22 @@ class RemoteVersions:
         """
         self._adapters, self._trash = adapters, trash
         for key in self._blobs.list(DELETED):
-            if match := DELETED_PATTERN.fullmatch(key):
+            if (match := DELETED_PATTERN.fullmatch(key)) and match[4]:
+                self._deleted.add(AdapterRef(match[1], match[2], int(match[3])))
+            elif match:
                 owner = match[1], match[2]
                 self._floors[owner] = max(self._floors.get(owner, 0), int(match[3]))
         for key in self._blobs.list(VERSIONS):
             if match := KEY_PATTERN.fullmatch(key):
                 ref = AdapterRef(match[1], match[2], int(match[3]))
-                if self._is_deleted(ref):
+                if self.is_deleted(ref):
                     self._removing[key] = None
                 else:
                     self._known[ref] = float(match[4]), int(match[5]), int(match[6])
         for (tenant, name), versions in local.items():
             for version in sorted(versions):
                 ref = AdapterRef(tenant, name, version)
-                if self._is_deleted(ref):
+                if self.is_deleted(ref):
                     self._discard(self._folder(ref))
                 elif ref in self._known:
                     self._found.append(self._folder(ref))
@@ -82,6 +86,10 @@ class RemoteVersions:
         """Returns the highest number that was deleted with all versions of the name; 0 when it never was."""
         with self._changed:
             return self._floors.get((tenant, name), 0)
+
+    def is_deleted(self, ref: AdapterRef) -> bool:
+        """Returns whether the version is marked as deleted, alone or with all of its name."""
+        return ref in self._deleted or ref.version <= self._floors.get((ref.tenant, ref.name), 0)
 
     def about(self, ref: AdapterRef) -> About | None:
         """Returns the description of a version in object storage, None when it is not there."""
@@ -109,10 +117,18 @@ class RemoteVersions:
             self._sending[ref] = None
             self._changed.notify_all()
 
-    def wait_sent(self, ref: AdapterRef) -> None:
-        """Waits until the version is sent, or deleted.  Raises what the last attempt to send it raised."""
+    def wait_sent(self, ref: AdapterRef, timeout_s: float | None) -> None:
+        """Waits until the version is sent, or deleted.
+
+        Raises what the last attempt to send it raised, StorageAway after `timeout_s`.
+        """
+
+        def decided() -> bool:
+            return ref not in self._sending or ref in self._errors or self._ended
+
         with self._changed:
-            self._changed.wait_for(lambda: ref not in self._sending or ref in self._errors or self._ended)
+            if not self._changed.wait_for(decided, timeout_s):
+                raise StorageAway(f"{ref} is still on its way to object storage")
             if ref in self._errors:
                 raise self._errors[ref]
 
@@ -126,6 +142,18 @@ class RemoteVersions:
             before, self._floors[tenant, name] = self._floors.get((tenant, name)), minted
             if before not in (None, minted):
                 self._remove(f"{DELETED}{tenant}/{name}/{before}")
+            for ref in [r for r in self._deleted if (r.tenant, r.name) == (tenant, name) and r.version <= minted]:
+                self._deleted.discard(ref)
+                self._remove(_mark(ref))
+
+    def retire_version(self, ref: AdapterRef) -> None:
+        """Marks one version as deleted, for good.  The mark is stored on return; removal follows.
+
+        Raises StorageAway, StorageFailed.
+        """
+        self._blobs.put_bytes(_mark(ref), b"deleted")
+        with self._changed:
+            self._deleted.add(ref)
 
     def forget(self, ref: AdapterRef) -> None:
         """Stops sending a deleted version, and removes it soon."""
@@ -232,10 +260,11 @@ class RemoteVersions:
     def _folder(self, ref: AdapterRef) -> Path:
         return self._adapters / ref.tenant / ref.name / str(ref.version)
 
-    def _is_deleted(self, ref: AdapterRef) -> bool:
-        return ref.version <= self._floors.get((ref.tenant, ref.name), 0)
-
 
 def _key(ref: AdapterRef, about: About) -> str:
     created, rank, nbytes = about
     return f"{VERSIONS}{ref.tenant}/{ref.name}/{ref.version}_{created!r}_{rank}_{nbytes}"
+
+
+def _mark(ref: AdapterRef) -> str:
+    return f"{DELETED}{ref.tenant}/{ref.name}/{ref.version}.only"

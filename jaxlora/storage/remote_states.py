@@ -7,6 +7,7 @@ import shutil
 import threading
 from pathlib import Path
 
+from jaxlora.storage.checkpoints import set_aside
 from jaxlora.storage.object_store import FOLDER_SUFFIX, Blobs
 
 STEP_PATTERN = re.compile(r"[0-9]+")  # the name of a step's folder
@@ -52,6 +53,15 @@ class StateCopies:
         name = self._name(folder)
         for step in sorted(self._known(name)):  # the newest last, so that an incomplete fetch lacks it
             self._blobs.get_folder(self._at(name, step), folder / str(step), self._moving)
+
+    def bring_again(self, folder: Path, step: int) -> bool:
+        """Replaces a damaged step by its copy; returns False where there is none.  Raises as `bring` does."""
+        name = self._name(folder)
+        if step not in self._known(name):
+            return False
+        set_aside(folder, step)
+        self._blobs.get_folder(self._at(name, step), folder / str(step), self._moving)
+        return True
 
     def delete(self, folder: Path) -> None:
         """Removes the stored steps.  Raises StorageAway, StorageFailed."""

@@ -2,6 +2,7 @@
 
 root/adapters/TENANT/NAME/VERSION    see adapter_files.py; with object storage a copy, see remote_adapters.py
 root/counters/TENANT/NAME.json       see adapter_files.Counters
+root/deleted/TENANT/NAME/VERSION     see adapter_files.Tombstones
 root/trash/…                         files being written or deleted; at the start, what the last process left
 root/.lock                           held by the process that has the store open
 """
@@ -16,7 +17,16 @@ from pathlib import Path
 from jaxlora.core.atomic_files import lock_folder, to_trash
 from jaxlora.core.errors import NotFound, StateInvalid, StorageFailed
 from jaxlora.core.lora import Adapter, AdapterRef
-from jaxlora.storage.adapter_files import About, Counters, describe, is_damage, load_version, save_version, scan
+from jaxlora.storage.adapter_files import (
+    About,
+    Counters,
+    Tombstones,
+    describe,
+    is_damage,
+    load_version,
+    save_version,
+    scan,
+)
 from jaxlora.storage.remote_adapters import RemoteVersions
 
 # After losing its counters a machine starts so far above the numbers in object storage: a version that was used but not
@@ -44,6 +54,10 @@ class VersionFiles:
         if self._lock is None:
             raise StateInvalid(f"the adapter store {root} is in use; stop who uses it, or name another folder")
         self._counters = Counters(root / "counters")
+        self._tombstones = Tombstones(root / "deleted")
+        for ref in self._tombstones.all():  # the last process had no time to delete them
+            to_trash(self._folder(ref), root / "trash")
+            self._tombstones.remove(ref)
         local = scan(root / "adapters")
         self.found: dict[AdapterRef, About | None] = {  # at the start; None: read its metadata
             AdapterRef(t, n, v): None for (t, n), versions in local.items() for v in versions
@@ -54,7 +68,7 @@ class VersionFiles:
             except BaseException:
                 os.close(self._lock)
                 raise
-            self.found = {r: a for r, a in self.found.items() if r.version > remote.floor(r.tenant, r.name)} | there
+            self.found = {r: a for r, a in self.found.items() if not remote.is_deleted(r)} | there
         self.leftovers = list((root / "trash").iterdir())  # to be passed to `empty`
 
     def close(self) -> None:
@@ -122,11 +136,21 @@ class VersionFiles:
             raise StorageFailed(f"{ref}: the copy on disk is of another version")
         return adapter, created
 
+    def promise_deletion(self, ref: AdapterRef) -> None:
+        """Marks one version as deleted, also for the next start and for other machines; the marks are stored on return.
+
+        Waits for the network.  Raises StorageAway, StorageFailed, OSError; then the version is as it was.
+        """
+        if self._remote is not None:
+            self._remote.retire_version(ref)
+        self._tombstones.add(ref)
+
     def delete(self, ref: AdapterRef) -> Path | None:
         """Removes one version from the disk's names and from object storage; returns what `empty` must remove."""
         out = to_trash(self._folder(ref), self._root / "trash")
         if self._remote is not None:
             self._remote.forget(ref)
+        self._tombstones.remove(ref)
         return out
 
     def delete_all(self, tenant: str, name: str, versions: Iterable[int]) -> Path | None:
@@ -151,10 +175,17 @@ class VersionFiles:
         if self._remote is not None:
             self._remote.retire(tenant, name, minted)
 
-    def wait_sent(self, ref: AdapterRef) -> None:
-        """Waits until a saved version is in object storage, if any.  Raises what the last attempt raised."""
+    def wait_sent(self, ref: AdapterRef, timeout_s: float | None) -> None:
+        """Waits until a saved version is in object storage, if any.
+
+        Raises what the last attempt raised, StorageAway after `timeout_s`.
+        """
         if self._remote is not None:
-            self._remote.wait_sent(ref)
+            self._remote.wait_sent(ref, timeout_s)
+
+    def is_here(self, ref: AdapterRef) -> bool:
+        """Returns whether the version is read without the network."""
+        return self._remote is None or self._folder(ref).is_dir()
 
     def flush(self) -> dict[AdapterRef, Exception]:
         """Retries once what was not sent; returns what still is not, and why."""

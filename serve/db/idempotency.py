@@ -1,10 +1,14 @@
-"""Answers to requests with an Idempotency-Key, so that a repeated request is done once."""
+"""Answers to requests with an Idempotency-Key, so that a repeated request is done once.
+
+A request that is being answered is a claim: a row without a status, whose body names its owner and whose time its owner
+renews.  One that is not renewed is dead, whoever made it, and the next request with its key takes it over.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sqlalchemy import delete, or_, update
+from sqlalchemy import extract, func, select
 from sqlalchemy.orm import Session
 
 from jaxlora.core.errors import InvalidRequest, StateInvalid, Unavailable
@@ -12,18 +16,20 @@ from serve.db.database import Database
 from serve.db.models import AnswerRecord, StoredAnswer
 
 KEPT_S = 24 * 3600.0
+CLAIM_S = 30.0  # a claim lives so long after it was made or renewed, by the database's clock
 MAX_KEY = 255
 
 
 @dataclass(frozen=True, slots=True)
 class StoredAnswers:
-    """`claim` before the work, then `settle` or `release`.  All raise Unavailable."""
+    """`claim` before the work, `renew` during it, then `settle` or `release`.  All raise Unavailable."""
 
     database: Database
 
-    def claim(self, tenant: str, route: str, key: str, request_sha256: str, now_s: float) -> StoredAnswer | None:
+    def claim(self, tenant: str, route: str, key: str, request_sha256: str, owner: str) -> StoredAnswer | None:
         """What this request was answered before; None: it is new, and the caller's to answer.
 
+        owner: a text of this claim alone.
         Raises StateInvalid for a key that came with another request, Unavailable while the first one is being answered,
         InvalidRequest for a key that is no such text.
         """
@@ -31,15 +37,16 @@ class StoredAnswers:
             raise InvalidRequest(f"Idempotency-Key must be 1 to {MAX_KEY} printable ASCII characters")
 
         def work(session: Session) -> StoredAnswer | None:
-            row = session.get(AnswerRecord, {"tenant": tenant, "route": route, "key": key})
-            if row is not None and row.created_s < now_s - KEPT_S:
+            row, now_s = session.get(AnswerRecord, {"tenant": tenant, "route": route, "key": key}), clock(session)
+            if row is not None and row.created_s < now_s - (CLAIM_S if row.status is None else KEPT_S):
                 session.delete(row)
                 session.flush()
                 row = None
             if row is None:
-                session.add(
-                    AnswerRecord(tenant=tenant, route=route, key=key, request_sha256=request_sha256, created_s=now_s)
+                record = AnswerRecord(
+                    tenant=tenant, route=route, key=key, request_sha256=request_sha256, created_s=now_s, body=owner
                 )
+                session.add(record)
                 return None
             if row.request_sha256 != request_sha256:
                 raise StateInvalid("this Idempotency-Key came with another request before; take a new one")
@@ -49,17 +56,53 @@ class StoredAnswers:
 
         return self.database.write(work)
 
-    def settle(self, tenant: str, route: str, key: str, answer: StoredAnswer) -> None:
-        """From now on the request is answered so.  Raises StorageFull."""
-        claimed = update(AnswerRecord).filter_by(tenant=tenant, route=route, key=key)
-        self.database.write(lambda s: s.execute(claimed.values(status=answer.status, body=answer.body)))
+    def renew(self, tenant: str, route: str, key: str, owner: str) -> None:
+        """The claim lives on, if it is still this owner's."""
 
-    def release(self, tenant: str, route: str, key: str) -> None:
+        def work(session: Session) -> None:
+            if (row := claimed(session, tenant, route, key, owner)) is not None:
+                row.created_s = clock(session)
+
+        self.database.write(work)
+
+    def settle(self, tenant: str, route: str, key: str, owner: str, answer: StoredAnswer) -> None:
+        """From now on the request is answered so, if the claim is still this owner's.  Raises StorageFull."""
+
+        def work(session: Session) -> None:
+            if (row := claimed(session, tenant, route, key, owner)) is not None:
+                row.status, row.body = answer.status, answer.body
+
+        self.database.write(work)
+
+    def release(self, tenant: str, route: str, key: str, owner: str) -> None:
         """The work failed: the next request with this key is a new one."""
-        claimed = delete(AnswerRecord).filter_by(tenant=tenant, route=route, key=key, status=None)
-        self.database.write(lambda s: s.execute(claimed))
 
-    def tidy(self, now_s: float) -> None:
+        def work(session: Session) -> None:
+            if (row := claimed(session, tenant, route, key, owner)) is not None:
+                session.delete(row)
+
+        self.database.write(work)
+
+    def tidy(self) -> None:
         """Forgets old answers, and requests that a server which is gone had begun.  Of a server that starts."""
-        gone = or_(AnswerRecord.status.is_(None), AnswerRecord.created_s < now_s - KEPT_S)
-        self.database.write(lambda s: s.execute(delete(AnswerRecord).where(gone)))
+
+        def work(session: Session) -> None:
+            for row in session.scalars(select(AnswerRecord).where(AnswerRecord.status.is_(None))):
+                session.delete(row)
+            for row in session.scalars(select(AnswerRecord).where(AnswerRecord.created_s < clock(session) - KEPT_S)):
+                session.delete(row)
+
+        self.database.write(work)
+
+
+def claimed(session: Session, tenant: str, route: str, key: str, owner: str) -> AnswerRecord | None:
+    """The claim, if it is this owner's."""
+    row = session.get(AnswerRecord, {"tenant": tenant, "route": route, "key": key})
+    return row if row is not None and row.status is None and row.body == owner else None
+
+
+def clock(session: Session) -> float:
+    """The database's time, seconds since 1970: the same for all who share it."""
+    if session.get_bind().dialect.name == "postgresql":
+        return float(session.scalars(select(extract("epoch", func.clock_timestamp()))).one())
+    return float(session.scalars(select((func.julianday("now") - 2440587.5) * 86400.0)).one())

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
-from sqlalchemy import func, select
+from sqlalchemy import Select, func, select
 from sqlalchemy.orm import Session
 from sqlalchemy.sql import ColumnElement
 
-from jaxlora.core.errors import InvalidRequest, QuotaExceeded
+from jaxlora.core.errors import InvalidRequest, JaxLoraError, QuotaExceeded
 from serve.db.database import Database
 from serve.db.files import FILES, there
 from serve.db.models import ID, CheckpointRecord, EventRecord, JobFileRecord, JobRecord, NewEvent, Objects, Page, new_id
@@ -18,6 +19,9 @@ from train.jobs.status import ENDED
 JOBS = Objects("job", JobRecord)
 # What a job is and what it was asked never changes; all else does.
 CHANGING = ("adapter", "resolved", "status", "started_s", "finished_s", "progress", "error")
+# What a row raises whose text is not what was written there.
+DAMAGE = (JaxLoraError, ValueError, KeyError, TypeError, AttributeError)
+LOG = logging.getLogger("serve")
 SCAN = 500  # rows read at a time where metadata is looked through
 
 
@@ -76,16 +80,18 @@ class StoredJobs:
     def unfinished(self) -> list[JobRecord]:
         """Jobs of all tenants that have not ended, oldest first: what a server that starts goes on with."""
         asked = select(JobRecord).where(JobRecord.status.not_in(ENDED)).order_by(JobRecord.created_s, JobRecord.id)
-        return self.database.read(lambda s: list(s.scalars(asked)))
+        return self.database.read(lambda s: readable(s, JobRecord, asked))
 
     def history(self) -> list[tuple[JobRecord, list[CheckpointRecord]]]:
         """Every job of every tenant, oldest first, with its checkpoints, oldest first."""
 
         def work(session: Session) -> list[tuple[JobRecord, list[CheckpointRecord]]]:
-            jobs = session.scalars(select(JobRecord).order_by(JobRecord.created_s, JobRecord.id))
+            jobs = readable(session, JobRecord, select(JobRecord).order_by(JobRecord.created_s, JobRecord.id))
             found = {row.id: (row, list[CheckpointRecord]()) for row in jobs}
-            for row in session.scalars(select(CheckpointRecord).order_by(CheckpointRecord.version)):
-                found[row.job][1].append(row)
+            checkpoints = select(CheckpointRecord).order_by(CheckpointRecord.version)
+            for row in readable(session, CheckpointRecord, checkpoints):
+                if row.job in found:
+                    found[row.job][1].append(row)
             return list(found.values())
 
         return self.database.read(work)
@@ -146,6 +152,22 @@ class StoredJobs:
             return cut(session.scalars(asked.limit(limit + 1)).all(), limit)
 
         return self.database.read(work)
+
+
+def readable[Record: JobRecord | CheckpointRecord](
+    session: Session, record: type[Record], asked: Select[Record]
+) -> list[Record]:
+    """The records of a query but for damaged ones, which the log names: one row keeps no server from starting."""
+    try:
+        return list(session.scalars(asked))
+    except DAMAGE:
+        found = []
+    for id in session.scalars(asked.with_only_columns(record.id)).all():
+        try:
+            found += session.scalars(select(record).where(record.id == id))
+        except DAMAGE as error:
+            LOG.error("row %s of %s is damaged and left out: %s", id, record.__tablename__, type(error).__name__)
+    return found
 
 
 def unfinished(session: Session, tenant: str) -> int:

@@ -71,13 +71,21 @@ def to_json(value: Json) -> str:
     return json.dumps(value, allow_nan=False, separators=(",", ":"))
 
 
+def to_object(text: str) -> dict:
+    """What `to_json` made of an object.  Raises ValueError for any other text."""
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(f"a JSON object was stored, and now it is {type(value).__name__}")
+    return value
+
+
 class Table(MappedAsDataclass, DeclarativeBase, kw_only=True):
     """A table whose rows are dataclasses."""
 
     type_annotation_map: ClassVar = {
         float: Double,
-        JsonObject: Encoded(to_json, json.loads),
-        dict[str, str]: Encoded(to_json, json.loads),
+        JsonObject: Encoded(to_json, to_object),
+        dict[str, str]: Encoded(to_json, to_object),
         Role: String,
         FileStatus: String,
         JobStatus: Word(str, JobStatus),

@@ -9,7 +9,7 @@ from jaxlora.core.errors import AdapterNotFound, JaxLoraError
 from jaxlora.core.lora import AdapterRef
 from jaxlora.model.lora_pool import Rows
 
-READERS = 4  # threads
+READERS = 4  # threads for adapters in RAM or on this disk, and as many for those in object storage, which may hang
 LOAD_WAIT_S = 0.005  # how long a step without other work waits for a read; messages wait as long
 FAILED_S = 5.0  # before a version that could not be read is tried again; its requests get the same error meanwhile
 
@@ -17,12 +17,16 @@ FAILED_S = 5.0  # before a version that could not be read is tried again; its re
 class AdapterLoads:
     """The adapters that are being read, or have been read and have no slot yet.  Owned by one thread.
 
-    read: the rows of a version.  Called on a thread of its own, as it may read a disk.  clock: seconds.
+    read: the rows of a version.  Called on a thread of its own, as it may read a disk.  is_here: whether that needs no
+    network.  clock: seconds.
     """
 
-    def __init__(self, read: Callable[[AdapterRef], Rows], clock: Callable[[], float]):
-        self._read, self._clock = read, clock
-        self._reader = ThreadPoolExecutor(READERS, thread_name_prefix="adapter-load")
+    def __init__(
+        self, read: Callable[[AdapterRef], Rows], is_here: Callable[[AdapterRef], bool], clock: Callable[[], float]
+    ):
+        self._read, self._is_here, self._clock = read, is_here, clock
+        self._near = ThreadPoolExecutor(READERS, thread_name_prefix="adapter-load")
+        self._far = ThreadPoolExecutor(READERS, thread_name_prefix="adapter-fetch")
         self._loads: dict[AdapterRef, Future[Rows]] = {}
         self._failed: dict[AdapterRef, tuple[float, JaxLoraError]] = {}  # until when, and why; the oldest first
 
@@ -45,7 +49,7 @@ class AdapterLoads:
             if ref in self._failed:
                 failed.append((ref, self._failed[ref][1]))
             elif ref not in self._loads:
-                self._loads[ref] = self._reader.submit(self._read, ref)
+                self._loads[ref] = (self._near if self._is_here(ref) else self._far).submit(self._read, ref)
             elif self._loads[ref].done() and not self._is_read(ref):
                 error = self._loads.pop(ref).exception()
                 if not isinstance(error, JaxLoraError):

@@ -103,7 +103,7 @@ class Engine:
         self._program = step_program(mesh)
         ends = len(tokenizer.eos_ids)
         self._edits = EditArrays(mesh, max_tokens=config.max_tokens, vocab=base.config.vocab, ends=ends)
-        self._loads = AdapterLoads(self._read, lambda: self.clock())
+        self._loads = AdapterLoads(self._read, store.is_here, lambda: self.clock())
         one = sum(4 * x.size // pool_spec.slots for x in jax.tree.leaves(self._pool))
         # An exchange may replace every adapter at once: their successors are read by then, as far as memory allows.
         self.ahead = max(READERS, min(pool_spec.slots, store.host_memory().limit // 2 // one))

@@ -59,16 +59,17 @@ class _Tuned:
 class _Waiting:
     """A caller on an event loop, which the device thread resumes."""
 
-    def __init__(self, publisher: Publisher, tenant: str, name: str, spec: LoraSpec, keep: int):
-        """keep: versions of the adapter that stay."""
-        self._publisher, self._tenant, self._name, self._spec, self._keep = publisher, tenant, name, spec, keep
+    def __init__(self, publisher: Publisher, before: AdapterRef, spec: LoraSpec, keep: int):
+        """before: the version that is updated.  keep: versions of the adapter that stay."""
+        self._publisher, self._before, self._spec, self._keep = publisher, before, spec, keep
         self._loop = asyncio.get_running_loop()
         self.done: asyncio.Future[tuple[FineTuned, SlotState]] = self._loop.create_future()
 
     def updated(self, report: StepReport, rows: Rows, state: SlotState) -> None:
-        """Publishes the update.  Device thread only."""
+        """Publishes the update, unless the adapter was deleted meanwhile.  Device thread only."""
+        tenant, name = self._before.tenant, self._before.name
         try:
-            ref = self._publisher.publish(self._tenant, self._name, self._spec, rows, keep=self._keep)
+            ref = self._publisher.publish(tenant, name, self._spec, rows, keep=self._keep, after=self._before)
         except (JaxLoraError, OSError) as error:
             self.failed(error)
             return
@@ -127,7 +128,8 @@ class Tuner:
 
         Calls for one adapter run in the order they came.  One whose caller goes away runs all the same.
         optimizer: its numbers; the schedule is constant.
-        Raises AdapterNotFound; InvalidRequest for too many tokens; DataInvalid for examples that cannot be trained on; AdapterNotFinite, and changes
+        Raises AdapterNotFound, also when it is deleted meanwhile; InvalidRequest for too many tokens; DataInvalid for
+        examples that cannot be trained on; AdapterNotFinite, and changes
         nothing, when the loss or its gradient is not finite; StorageFailed or OSError when the version cannot be stored.
         """
         return await asyncio.shield(self._in_turn(tenant, name, examples, optimizer))
@@ -138,7 +140,8 @@ class Tuner:
             spec, tuned = await asyncio.to_thread(self._state_of, tenant, name)
             batches = await asyncio.to_thread(self._checked, spec, examples)
             keep = await asyncio.to_thread(self._kept_versions, tenant, name)
-            waiting = _Waiting(self._runner.publisher, tenant, name, spec, keep)
+            before = AdapterRef(tenant, name, tuned.version)
+            waiting = _Waiting(self._runner.publisher, before, spec, keep)
             call = GuestCall(
                 name=f"call-{uuid.uuid4().hex}",
                 owner=tenant,
@@ -152,6 +155,8 @@ class Tuner:
             await asyncio.to_thread(self._runner.call, lambda: self._live.train_once(call))
             done, state = await waiting.done
             self._keep(key, _Tuned(done.ref.version, tuned.calls + 1, state), spec)
+            if self._store.latest(tenant, name) is None:  # deleted just now
+                self.forget(tenant, name)
             return done
 
     def _checked(self, spec: LoraSpec, examples: Sequence[Example]) -> Batches:

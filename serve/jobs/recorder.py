@@ -1,6 +1,9 @@
 """What the device thread says of jobs, stored by a thread of its own: a database that is slow or away delays no step.
 
 LiveJobs ─JobNews, Published─▶ queue ─▶ one transaction a job: where it stands, its new events and checkpoints
+
+A version is told when it is saved.  One whose save fails is late: it is told when it is saved after all, and until then its
+job has not succeeded; other jobs do not wait for it.
 """
 
 from __future__ import annotations
@@ -8,10 +11,12 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from typing import cast
 
-from jaxlora.core.errors import JaxLoraError, StorageFull, Unavailable
+from jaxlora.core.errors import JaxLoraError, StorageFailed, StorageFull, Unavailable
 from jaxlora.core.lora import AdapterRef
 from serve.db.jobs import StoredJobs
 from serve.db.models import CheckpointRecord, JobRecord, JsonObject, NewEvent, new_id
@@ -21,7 +26,9 @@ from train.jobs.job import JobEvent
 from train.jobs.status import ENDED, JobStatus
 
 LOG = logging.getLogger("serve")
-RETRY_S = 1.0  # before a write that failed is tried again
+RETRY_S = 1.0  # before a write that failed is tried again, or a late version is looked for
+SAVE_WAIT_S = 2.0  # for a version on its way to the disk, before it is late
+DEATHS = "deaths"  # in a job's progress: of servers while it ran, since its newest checkpoint
 NAMES = {  # of a step's numbers, as they are called in OpenAI's events and checkpoints
     "loss": "train_loss",
     "accuracy": "train_mean_token_accuracy",
@@ -39,10 +46,12 @@ type Change = JobNews | Published | Callable[[], None]
 class JobRecorder:
     """Keeps the record of every job that has not ended, and stores what changes.  Told from any thread, waits for none."""
 
-    def __init__(self, stored: StoredJobs, names: JobNames, saved: Callable[[AdapterRef], None]):
-        """saved: waits until a version is stored; nobody is told of a checkpoint before."""
+    def __init__(self, stored: StoredJobs, names: JobNames, saved: Callable[[AdapterRef, float], None]):
+        """saved: waits so many seconds until a version is saved, and raises when it is not."""
         self._stored, self._names, self._saved = stored, names, saved
         self._records: dict[str, JobRecord] = {}
+        self._late: dict[str, list[Published | JobNews]] = {}  # by job: versions, and the success that follows them
+        self._late_at = 0.0  # when they are looked at again, monotonic
         self._changes: queue.SimpleQueue[tuple[str, Change] | None] = queue.SimpleQueue()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="job-recorder", daemon=True)
@@ -88,23 +97,76 @@ class JobRecorder:
         done.wait()
 
     def close(self) -> None:
-        """Stores what is left, each once more if need be, and ends."""
+        """Stores what is left, each once more if need be, and that running jobs wait for the next start; ends."""
         self._closing.set()
         self._changes.put(None)
         self._thread.join()
 
     def _run(self) -> None:
-        while (item := self._changes.get()) is not None:
-            id, change = item
+        while (item := self._next()) is not None:
+            self._do(*item)
+        self._do("", self._tell_late)
+        for record in [r for r in self._records.values() if r.status is JobStatus.RUNNING]:
+            queued = replace(record, status=JobStatus.QUEUED)
+            self._do(record.id, lambda queued=queued: self._store(queued, [], []))
+
+    def _next(self) -> tuple[str, Change] | None:
+        """Returns what happened next, waiting for it; None at the end."""
+        while True:
+            wait_s = max(self._late_at - time.monotonic(), 0.0) if self._late else None
+            if wait_s == 0.0:
+                self._late_at = time.monotonic() + RETRY_S
+                return "", self._tell_late
             try:
-                if isinstance(change, JobNews):
-                    self._hear(change)
-                elif isinstance(change, Published):
-                    self._hear_version(change)
+                return self._changes.get(timeout=wait_s)
+            except queue.Empty:
+                pass
+
+    def _do(self, id: str, change: Change) -> None:
+        try:
+            if isinstance(change, JobNews):
+                if change.job.state is JobStatus.SUCCEEDED and id in self._late:
+                    self._late[id].append(change)
                 else:
-                    change()
-            except Exception:
-                LOG.exception("job %s: what happened is not stored", id)
+                    self._hear(change)
+            elif isinstance(change, Published):
+                if self._is_saved(change, SAVE_WAIT_S):
+                    self._hear_version(change)
+            else:
+                change()
+        except Exception:
+            LOG.exception("job %s: what happened is not stored", id)
+
+    def _is_saved(self, version: Published, wait_s: float) -> bool:
+        """Whether a version may be told; a late one is kept, with an event of its job."""
+        if not version.checkpoint:
+            return True
+        id, late = version.job_id, self._late.get(version.job_id, [])
+        try:
+            self._saved(version.ref, wait_s)
+        except Exception as error:
+            record = self._records.get(id)
+            if record is not None and version not in late:
+                self._late.setdefault(id, []).append(version)
+                why = error.message if isinstance(error, JaxLoraError) else type(error).__name__
+                message = f"version {version.ref.version} is not saved yet: {why}; it is tried again"
+                LOG.error("job %s: %s", id, message)
+                event = NewEvent(time_s=time.time(), level="warn", kind="message", message=message)
+                stopped: JsonObject = {"code": StorageFailed.code, "message": message, "param": None}
+                self._store(replace(record, error=stopped) if version.final else record, [event], [])
+            return False
+        return True
+
+    def _tell_late(self) -> None:
+        """Tells the late versions that are saved by now."""
+        for id, late in list(self._late.items()):
+            for change in list(late) if id in self._records else ():
+                if isinstance(change, Published) and not self._is_saved(change, 0.0):
+                    break
+                late.remove(change)
+                self._hear_version(change) if isinstance(change, Published) else self._hear(change)
+            if not late or id not in self._records:
+                del self._late[id]
 
     def _hear(self, news: JobNews) -> None:
         job = news.job
@@ -112,6 +174,8 @@ class JobRecorder:
         if record is None:
             return
         progress: JsonObject = {**record.progress, **renamed(job.numbers), **asdict(job.progress)}
+        if any(event.kind == "checkpoint" for event in news.events):
+            progress[DEATHS] = 0
         stopped = job.state in (JobStatus.FAILED, JobStatus.PAUSED) and job.code is not None
         plan = record.resolved.plan
         self._store(
@@ -131,12 +195,12 @@ class JobRecorder:
         record = self._records.get(said.job_id)
         if record is None:
             return
-        progress: JsonObject = {**record.progress, "version": said.ref.version}
+        newest = max(said.ref.version, cast(int, record.progress.get("version", 0)))  # a late one is not the newest
+        progress: JsonObject = {**record.progress, "version": newest}
         if said.final:
             progress["final_version"] = said.ref.version
         events, checkpoints = [], []
         if said.checkpoint:
-            self._await_saved(said.ref)
             progress["checkpoint_step"] = said.step
             checkpoints.append(
                 CheckpointRecord(
@@ -158,12 +222,6 @@ class JobRecorder:
         if said.checkpoint:
             self._names.checkpoint(record.id, said.step, said.ref.version, final=said.final)
         self._published(self._records.get(record.id, record), said)
-
-    def _await_saved(self, ref: AdapterRef) -> None:
-        try:
-            self._saved(ref)
-        except (JaxLoraError, OSError) as error:  # it is in memory, and tried again
-            LOG.error("%s is not stored yet: %s", ref, error)
 
     def _store(self, record: JobRecord, events: list[NewEvent], checkpoints: list[CheckpointRecord]) -> None:
         """Tries until it is stored; while the recorder closes, once."""

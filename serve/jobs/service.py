@@ -38,7 +38,7 @@ from serve.db.jobs import StoredJobs
 from serve.db.models import EventRecord, FileRecord, JobRecord, NewEvent, new_id
 from serve.jobs import resolve
 from serve.jobs.live_jobs import LiveJobs
-from serve.jobs.recorder import JobRecorder
+from serve.jobs.recorder import DEATHS, JobRecorder
 from serve.runtime.catalog import adapter_name, short_id
 from serve.runtime.device_thread import DeviceThread
 from train.data.examples import Unit
@@ -48,6 +48,7 @@ from train.jobs.status import ENDED, JobStatus, check_move
 LOG = logging.getLogger("serve")
 INTAKE_THREADS = 2
 RETRY_S = 5.0  # when the database or object storage does not answer
+MAX_DEATHS = 3  # of the server, while a job ran and wrote no checkpoint; then the job is paused
 EVENTS_AT_ONCE = 1000  # read when a result file is written
 
 CSV_HEADER = "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
@@ -159,10 +160,32 @@ class JobService:
         for id in self._states.stored() - {record.id for record in unfinished}:
             self._states.discard(id)
         for record in unfinished:
+            if record.status is JobStatus.RUNNING:
+                record = self._blamed(record)
             if record.status is JobStatus.PAUSED:
                 self.recorder.register(record)
             else:
                 self._begin(record)
+
+    def _blamed(self, record: JobRecord) -> JobRecord:
+        """The record of a job that ran when the server died; after a few times it is paused, as it may be the cause."""
+        before = record.progress.get(DEATHS)
+        deaths = before + 1 if isinstance(before, int) else 1
+        if deaths < MAX_DEATHS:
+            blamed = replace(record, progress={**record.progress, DEATHS: deaths})
+            self.stored.save(blamed)
+            return blamed
+        reason = f"the server died {deaths} times while this job ran; resume it to try again"
+        blamed = replace(
+            record,
+            status=JobStatus.PAUSED,
+            error={"code": "server_died", "message": reason, "param": None},
+            progress={**record.progress, DEATHS: 0},
+        )
+        event = NewEvent(time_s=time.time(), level="warn", kind="message", message=f"paused: {reason}")
+        self.stored.save(blamed, events=[event])
+        LOG.error("job %s is paused: %s", record.id, reason)
+        return blamed
 
     def close(self) -> None:
         """Stores what is left.  After the device thread has ended."""
@@ -237,7 +260,7 @@ class JobService:
         try:
             return self._store.get(ref)
         except AdapterNotFound:
-            if self._states.newest(record.id) is None:
+            if not self._states.has_any(record.id):
                 raise
             return None
 

@@ -26,12 +26,21 @@ class Publisher:
         self.freshness = Histogram(FRESHNESS_S)  # learned → first token under the new version
         self._fresh: dict[tuple[str, str], tuple[AdapterRef, float]] = {}  # versions without a token, since when
 
-    def add(self, tenant: str, name: str, weights: AdapterWeights, rows: Rows | None = None) -> AdapterRef:
-        """Stores the weights as the adapter's next version.  rows: the same weights on the device, if they lie there.
+    def add(
+        self,
+        tenant: str,
+        name: str,
+        weights: AdapterWeights,
+        rows: Rows | None = None,
+        *,
+        after: AdapterRef | None = None,
+    ) -> AdapterRef:
+        """Stores the weights as the adapter's next version.
 
-        Raises StorageFailed or OSError when the store cannot give a number.
+        rows: the same weights on the device, if they lie there.  after: a version of it that must still exist.
+        Raises AdapterNotFound when `after` is deleted, StorageFailed or OSError when the store cannot give a number.
         """
-        ref = self._engine.store.add(tenant, name, weights)
+        ref = self._engine.store.add(tenant, name, weights, after=after)
         if rows is None:
             self._engine.announce(ref)
         else:
@@ -48,6 +57,7 @@ class Publisher:
         keep: int | None = None,
         spare: Collection[int] = (),
         learned_s: float | None = None,
+        after: AdapterRef | None = None,
     ) -> AdapterRef:
         """Makes a new version of these device rows, which is served from the next admission on.
 
@@ -55,18 +65,19 @@ class Publisher:
         disk behind.  With `keep`, versions before the newest `keep` are deleted, but for those that a request still uses
         and those to `spare`.
         learned_s: when the weights were learned, on the monotonic clock; `freshness` counts from then.
+        after: as `add` takes it.
         Raises InvalidRequest for the base's name; AdapterNotFinite, and publishes nothing, when a weight is not finite;
         StorageFailed or OSError when the store cannot give a number.
         """
         self._catalog.check_name(tenant, name)
         read_finite(rows)
-        ref = self.add(tenant, name, adapter_of_rows(rows, spec, self._engine.base_hash), rows)
+        ref = self.add(tenant, name, adapter_of_rows(rows, spec, self._engine.base_hash), rows, after=after)
         self._fresh[tenant, name] = ref, time.monotonic() if learned_s is None else learned_s
         if keep is not None:
             store = self._engine.store
             for old in store.versions(tenant, name)[:-keep]:
                 if old.version not in spare and self._engine.release(old):
-                    store.delete_version(old)
+                    store.prune(old)
         return ref
 
     def observe_token(self, ref: AdapterRef) -> None:

@@ -8,7 +8,10 @@ import openai
 import pytest
 from files_world import GOOD, files_server, on_disk
 
-from jaxlora.core.errors import StorageFull
+from jaxlora.core.errors import StorageAway, StorageFull, Unavailable
+from serve.db import idempotency
+from serve.db.idempotency import StoredAnswers
+from serve.http import idempotency as once
 
 pytest_plugins = ["database_fixtures"]
 
@@ -96,3 +99,78 @@ def test_it_holds_over_a_restart(database, root):
 def test_a_key_must_be_plain_text(server):
     answer = post(server[0], "x" * 256)
     assert (answer.status_code, "Idempotency-Key" in answer.json()["error"]["message"]) == (400, True)
+
+
+def test_a_claim_that_timed_out_is_dead_soon_and_the_key_works_again(server, root, monkeypatch):
+    """Its client was told 503 while the claim was made all the same: nobody is at work on it."""
+    monkeypatch.setattr(idempotency, "CLAIM_S", 0.3)
+    claim = StoredAnswers.claim
+
+    def slow(self, *args):
+        claim(self, *args)
+        raise StorageAway("the server's database does not answer; try again later")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(StoredAnswers, "claim", slow)
+        assert post(server[0], "k").status_code == 503
+    assert on_disk(root) == []
+    answers = []
+    while not answers or answers[-1].status_code == 503:
+        answers.append(post(server[0], "k"))
+        assert len(answers) < 1000
+    assert (answers[0].status_code, answers[-1].status_code) == (503, 200)
+    assert len(on_disk(root)) == 1
+
+
+def test_a_long_answer_keeps_its_claim(server, root, monkeypatch):
+    for module in (idempotency, once):
+        monkeypatch.setattr(module, "CLAIM_S", 0.3)
+    begun, go, renewed = threading.Event(), threading.Event(), threading.Semaphore(0)
+    add, renew, claim, digests = server[1].add, StoredAnswers.renew, StoredAnswers.claim, []
+
+    def slow(*args, **kwargs):
+        begun.set()
+        assert go.wait(10)
+        return add(*args, **kwargs)
+
+    def counted(self, *args):
+        renew(self, *args)
+        renewed.release()
+
+    def noted(self, tenant, route, key, digest, owner):
+        digests.append(digest)
+        return claim(self, tenant, route, key, digest, owner)
+
+    monkeypatch.setattr(StoredAnswers, "claim", noted)
+    monkeypatch.setattr(server[1], "add", slow)
+    monkeypatch.setattr(StoredAnswers, "renew", counted)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(post, server[0], "k")
+        assert begun.wait(10)
+        for _ in range(6):  # twice its life
+            assert renewed.acquire(timeout=10)
+        with pytest.raises(Unavailable):  # as another server of this database would find it
+            StoredAnswers(server[1]._stored.database).claim("acme", "POST /v1/files", "k", digests[0], "another")
+        go.set()
+        assert first.result(10).status_code == 200
+    assert len(on_disk(root)) == 1
+
+
+def test_an_answer_that_could_not_be_stored_is_stored_later_and_not_made_again(server, root, monkeypatch):
+    monkeypatch.setattr(once, "RETRY_S", 0.02)
+    settle, failures = StoredAnswers.settle, [True, True]
+
+    def broken(self, *args):
+        if failures:
+            failures.pop()
+            raise StorageAway("the server's database does not answer; try again later")
+        settle(self, *args)
+
+    monkeypatch.setattr(StoredAnswers, "settle", broken)
+    answers = [post(server[0], "k")]
+    assert answers[0].status_code == 503
+    while answers[-1].status_code == 503:
+        answers.append(post(server[0], "k"))
+        assert len(answers) < 1000
+    assert answers[-1].status_code == 200
+    assert len(on_disk(root)) == 1

@@ -1,6 +1,7 @@
 """What the database keeps of keys, files, jobs, Gradient's adapters and answers, and who sees it."""
 
 import json
+import time
 from dataclasses import replace
 
 import pytest
@@ -9,9 +10,10 @@ from sqlalchemy import inspect
 
 from jaxlora.core.errors import InvalidRequest, NotFound, QuotaExceeded, StateInvalid, Unavailable
 from jaxlora.core.lora import AdapterRef, LoraSpec
+from serve.db import idempotency
 from serve.db.files import StoredFiles
 from serve.db.gradient import StoredGradient
-from serve.db.idempotency import StoredAnswers
+from serve.db.idempotency import CLAIM_S, StoredAnswers
 from serve.db.job_spec import EarlyStopping, Hyperparameters, JobSpec, LoraChoice, Resolved
 from serve.db.jobs import StoredJobs
 from serve.db.keys import StoredKeys
@@ -316,41 +318,73 @@ class TestGradient:
 
 
 class TestAnswers:
+    @pytest.fixture
+    def clock(self, monkeypatch):
+        """A list of the database's time."""
+        now = [NOW]
+        monkeypatch.setattr(idempotency, "clock", lambda session: now[0])
+        return now
+
     def test_a_repeated_request_gets_the_first_answer(self, database):
         answers = StoredAnswers(database)
         claim = ("acme", "POST /v1/files", "k")
-        assert answers.claim(*claim, "sha", NOW) is None
+        assert answers.claim(*claim, "sha", "first") is None
         with pytest.raises(Unavailable):
-            answers.claim(*claim, "sha", NOW)
-        answers.settle(*claim, StoredAnswer(status=200, body="{}"))
-        assert answers.claim(*claim, "sha", NOW) == StoredAnswer(status=200, body="{}")
+            answers.claim(*claim, "sha", "second")
+        answers.settle(*claim, "first", StoredAnswer(status=200, body="{}"))
+        assert answers.claim(*claim, "sha", "second") == StoredAnswer(status=200, body="{}")
         with pytest.raises(StateInvalid):
-            answers.claim(*claim, "another", NOW)
+            answers.claim(*claim, "another", "second")
         for other in (("other", *claim[1:]), ("acme", "POST /v1/jobs", "k"), (*claim[:2], "l")):
-            assert answers.claim(*other, "another", NOW) is None
+            assert answers.claim(*other, "another", "second") is None
 
     def test_a_failed_one_is_new_again(self, database):
         answers = StoredAnswers(database)
-        answers.claim("acme", "r", "k", "sha", NOW)
-        answers.release("acme", "r", "k")
-        assert answers.claim("acme", "r", "k", "another", NOW) is None
+        answers.claim("acme", "r", "k", "sha", "first")
+        answers.release("acme", "r", "k", "first")
+        assert answers.claim("acme", "r", "k", "another", "second") is None
 
-    def test_is_kept_for_a_day(self, database):
+    def test_is_kept_for_a_day(self, database, clock):
         answers = StoredAnswers(database)
-        answers.claim("acme", "r", "k", "sha", NOW)
-        answers.settle("acme", "r", "k", StoredAnswer(status=200, body="x"))
-        assert answers.claim("acme", "r", "k", "another", NOW + 24 * 3600 + 1) is None
+        answers.claim("acme", "r", "k", "sha", "first")
+        answers.settle("acme", "r", "k", "first", StoredAnswer(status=200, body="x"))
+        clock[0] += 24 * 3600 - 1
+        assert answers.claim("acme", "r", "k", "sha", "second") == StoredAnswer(status=200, body="x")
+        clock[0] += 2
+        assert answers.claim("acme", "r", "k", "another", "second") is None
+
+    def test_a_dead_claim_is_taken_over_and_its_owner_changes_nothing_any_more(self, database, clock):
+        answers = StoredAnswers(database)
+        answers.claim("acme", "r", "k", "sha", "first")
+        clock[0] += CLAIM_S - 1
+        answers.renew("acme", "r", "k", "first")
+        clock[0] += CLAIM_S - 1
+        with pytest.raises(Unavailable):
+            answers.claim("acme", "r", "k", "sha", "second")
+        clock[0] += 2
+        assert answers.claim("acme", "r", "k", "sha", "second") is None
+        answers.renew("acme", "r", "k", "first")
+        answers.release("acme", "r", "k", "first")
+        answers.settle("acme", "r", "k", "first", StoredAnswer(status=200, body="old"))
+        with pytest.raises(Unavailable):
+            answers.claim("acme", "r", "k", "sha", "third")
+        answers.settle("acme", "r", "k", "second", StoredAnswer(status=200, body="new"))
+        assert answers.claim("acme", "r", "k", "sha", "third") == StoredAnswer(status=200, body="new")
+
+    def test_the_clock_is_the_database_s(self, database):
+        before = time.time()
+        assert before - 5 < database.read(idempotency.clock) < time.time() + 5
 
     def test_a_server_that_starts_tidies(self, database):
         answers = StoredAnswers(database)
-        answers.claim("acme", "r", "begun", "sha", NOW)
-        answers.claim("acme", "r", "done", "sha", NOW)
-        answers.settle("acme", "r", "done", StoredAnswer(status=200, body="x"))
-        answers.tidy(NOW + 1)
-        assert answers.claim("acme", "r", "begun", "another", NOW) is None
-        assert answers.claim("acme", "r", "done", "sha", NOW) == StoredAnswer(status=200, body="x")
+        answers.claim("acme", "r", "begun", "sha", "first")
+        answers.claim("acme", "r", "done", "sha", "first")
+        answers.settle("acme", "r", "done", "first", StoredAnswer(status=200, body="x"))
+        answers.tidy()
+        assert answers.claim("acme", "r", "begun", "another", "second") is None
+        assert answers.claim("acme", "r", "done", "sha", "second") == StoredAnswer(status=200, body="x")
 
     @pytest.mark.parametrize("key", ["", "a" * 256, "\x00", "é"], ids=ascii)
     def test_a_key_must_be_plain_text(self, database, key):
         with pytest.raises(InvalidRequest, match="Idempotency-Key"):
-            StoredAnswers(database).claim("acme", "r", key, "sha", NOW)
+            StoredAnswers(database).claim("acme", "r", key, "sha", "first")

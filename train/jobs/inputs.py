@@ -6,20 +6,29 @@ Threads that read and check what jobs bring, and the jobs that wait for them."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from jaxlora.core.errors import AdapterInvalid, BaseMismatch, DataInvalid, StateInvalid, StorageAway
+from jaxlora.core.errors import (
+    AdapterInvalid,
+    BaseMismatch,
+    DataInvalid,
+    JaxLoraError,
+    StateInvalid,
+    StorageAway,
+    StorageFailed,
+)
 from jaxlora.core.lora import HEAD_TARGET, AdapterWeights, LoraSpec
 from jaxlora.core.tenant_threads import TenantThreads
 from jaxlora.peft.folder import import_peft
 from jaxlora.storage.checkpoint_writer import Snapshot
-from jaxlora.storage.checkpoints import read_meta, restore_state
+from jaxlora.storage.checkpoints import read_meta, restore_state, set_aside, steps_of
 from jaxlora.storage.remote_states import StateCopies
 from train.data.examples import PackedExamples, Unit
 from train.data.mixer import Batches
@@ -46,6 +55,7 @@ class Material:
     state: SlotState | None  # NumPy; None: it has been here before, and its state is parked
     progress: Progress
     best: SlotState | None  # of the best held-out loss, if a checkpoint holds it
+    damaged: Sequence[str] = ()  # newer checkpoints that could not be read
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,39 +153,40 @@ class JobFiles:
         self._read_heldout(request)
         tokens = int(batches.examples.size_N.sum()) / len(examples) * request.batch_size
         facts = Facts(examples=digest(examples), step_tokens=tokens)
-        if self._checkpoint(job_id, request, facts) is None and request.start is not None:
+        if not self._has_own(job_id, request, facts) and request.start is not None:
             self._started(request, request.start)
         return facts
 
     def open(self, job_id: str, request: JobRequest, facts: Facts, *, parked: bool) -> Material:
         """Everything the job needs in its slot; with `parked` no state, and no progress either.
 
-        Raises DataInvalid when the examples are not those that were examined; else as `examine`.
+        Raises DataInvalid when the examples are not those that were examined; StorageFailed when no checkpoint of the job
+        can be read; else as `examine`.
         """
         examples = self._read(request.data)
         if isinstance(request.data, Path) and digest(examples) != facts.examples:
             raise DataInvalid(f"the examples of {request.name} changed while it waited; create the job anew")
         batches = self.trainer.check(request.spec, examples, request.batch_size, request.loss)
         heldout = self._read_heldout(request)
-        state, progress, best = None, Progress(), None
+        state, progress, best, damaged = None, Progress(), None, []
         if not parked:
-            meta = self._checkpoint(job_id, request, facts)
-            if meta is not None:
-                progress = Progress.from_json(meta)
-                state = self._restored(self.folder(job_id), request.spec, progress.step)
+            found, damaged = self._newest_good(job_id, request, facts)
+            if found is not None:
+                progress, state = found
                 if request.keep_best and progress.best_step is not None:
-                    best = self._restored(self.folder(job_id), request.spec, progress.best_step)
+                    with contextlib.suppress(StorageFailed):
+                        best = self._restored(self.folder(job_id), request.spec, progress.best_step)
             elif request.start is not None:
                 state = self._started(request, request.start)
             else:
                 state = self.trainer.fresh(request.spec, request.seed)
-        return Material(batches=batches, heldout=heldout, state=state, progress=progress, best=best)
+        return Material(batches=batches, heldout=heldout, state=state, progress=progress, best=best, damaged=damaged)
 
-    def newest(self, job_id: str) -> dict | None:
-        """Meta of the job's newest checkpoint, which is brought here if need be.  Raises StorageFailed, Unavailable."""
+    def steps(self, job_id: str) -> list[int]:
+        """The job's checkpoints, oldest first, which are brought here if need be.  Raises StorageFailed, Unavailable."""
         if self.copies is not None:
             self.copies.bring(self.folder(job_id))
-        return None if self.states is None else read_meta(self.folder(job_id))
+        return [] if self.states is None else steps_of(self.folder(job_id))
 
     def snapshot(self, job: Job, facts: Facts, state: SlotState, *, keep: int) -> Snapshot:
         """A checkpoint of the job, to be written."""
@@ -215,16 +226,68 @@ class JobFiles:
             raise DataInvalid("no held-out examples; give at least one, or leave them out", param="heldout")
         return self.trainer.evaluator.packed(heldout, request.loss)
 
-    def _checkpoint(self, job_id: str, request: JobRequest, facts: Facts) -> dict | None:
-        """Meta of the job's own newest checkpoint: it goes on from there."""
-        meta = self.newest(job_id)
-        differs = [k for k, v in self._identity(request, facts).items() if meta is not None and meta.get(k) != v]
+    def _has_own(self, job_id: str, request: JobRequest, facts: Facts) -> bool:
+        """Whether it has checkpoints.  Raises StateInvalid when those that can be read are of another job."""
+        steps, error = self.steps(job_id), None
+        for step in reversed(steps):
+            try:
+                self._check_own(job_id, request, facts, read_meta(self.folder(job_id), step=step) or {})
+                return True
+            except StorageFailed:
+                pass
+            except StateInvalid as other:
+                error = error or other
+        if error is not None:
+            raise error
+        return bool(steps)
+
+    def _newest_good(
+        self, job_id: str, request: JobRequest, facts: Facts
+    ) -> tuple[tuple[Progress, SlotState] | None, list[str]]:
+        """The job's own newest checkpoint that can be read, None without any; and what is wrong with newer ones.
+
+        A damaged one is replaced by its copy in object storage, else put aside when an older one is good.
+        """
+        folder, bad = self.folder(job_id) if self.states is not None else Path(), dict[int, JaxLoraError]()
+        for step in reversed(self.steps(job_id)):
+            try:
+                found = self._read_checkpoint(job_id, request, facts, step)
+            except (StorageFailed, StateInvalid) as error:
+                bad[step] = error
+                continue
+            for damaged in bad:
+                set_aside(folder, damaged)
+            return found, [f"{error.message}; the job goes on from step {step}" for error in bad.values()]
+        if bad:
+            raise next(iter(bad.values()))
+        return None, []
+
+    def _read_checkpoint(self, job_id: str, request: JobRequest, facts: Facts, step: int) -> tuple[Progress, SlotState]:
+        folder = self.folder(job_id)
+
+        def read() -> tuple[Progress, SlotState]:
+            meta = read_meta(folder, step=step) or {}
+            self._check_own(job_id, request, facts, meta)
+            state = self._restored(folder, request.spec, step)
+            if state is None:
+                raise StorageFailed(f"step {step} of {job_id} is gone")
+            return Progress.from_json(meta), state
+
+        try:
+            return read()
+        except StorageFailed:
+            if self.copies is None or not self.copies.bring_again(folder, step):
+                raise
+            return read()
+
+    def _check_own(self, job_id: str, request: JobRequest, facts: Facts, meta: Mapping[str, object]) -> None:
+        """Raises StateInvalid for a checkpoint of another job."""
+        differs = [k for k, v in self._identity(request, facts).items() if meta.get(k) != v]
         if differs:
             raise StateInvalid(
                 f"the checkpoints of job {job_id} were made with another {', another '.join(differs)}; "
                 "create a new job instead"
             )
-        return meta
 
     def _restored(self, folder: Path, spec: LoraSpec, step: int | None) -> SlotState | None:
         found = restore_state(folder, self.trainer.fresh(spec, 0), step=step)

@@ -8,10 +8,10 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, cast
 
 from jaxlora.config.training import CROSS_ENTROPY, Loss, Optimizer
-from jaxlora.core.errors import InvalidRequest, JaxLoraError
+from jaxlora.core.errors import InvalidRequest, JaxLoraError, StorageFailed
 from jaxlora.core.lora import AdapterRef, AdapterWeights, LoraSpec, check_name
 from jaxlora.storage.remote_states import StateCopies
 from train.data.examples import Unit
@@ -116,9 +116,21 @@ class Progress:
 
     @staticmethod
     def from_json(meta: Mapping[str, object]) -> Progress:
-        """What `to_json` gave, out of a meta that holds more; the first releases knew of no loss that is due."""
-        known = {"heldout_due": False, **meta}
-        return Progress(**{f.name: known[f.name] for f in fields(Progress)})  # ty: ignore[invalid-argument-type]
+        """What `to_json` gave, out of a meta that holds more; the first releases knew of no loss that is due.
+
+        Raises StorageFailed for anything else.
+        """
+        values = {f.name: meta.get(f.name) for f in fields(Progress)}
+        if values["heldout_due"] is None:
+            values["heldout_due"] = False
+        kinds = {"best_loss": (int, float), "heldout_due": (bool,)}
+        numbers = {name: value for name, value in values.items() if value is not None}
+        bad = [n for n, v in numbers.items() if type(v) not in kinds.get(n, (int,))]
+        bad += [n for n, v in numbers.items() if n not in kinds and n not in bad and cast(int, v) < 0]
+        bad += [n for n in values.keys() - numbers.keys() if n not in ("best_step", "best_loss")]
+        if bad:
+            raise StorageFailed(f"a checkpoint's progress is damaged: {', '.join(sorted(bad))}")
+        return Progress(**values)  # ty: ignore[invalid-argument-type]
 
     def judge(self, loss: float, min_delta: float = 0.0) -> bool:
         """Takes in the held-out loss of this step; whether it is the best so far by `min_delta` or more (a NaN never is)."""

@@ -23,7 +23,14 @@ from pathlib import Path
 
 import jax
 
-from jaxlora.core.errors import AdapterNotFinite, AlreadyExists, JaxLoraError, NotFound, StateInvalid
+from jaxlora.core.errors import (
+    AdapterNotFinite,
+    AlreadyExists,
+    JaxLoraError,
+    NotFound,
+    StateInvalid,
+    StorageFailed,
+)
 from jaxlora.core.lora import AdapterWeights, LoraSpec, check_name
 from jaxlora.model.lora_pool import adapter_of_rows
 from jaxlora.storage.checkpoint_writer import CheckpointWriter
@@ -34,6 +41,7 @@ from train.jobs.inputs import Facts, JobFiles, JobReaders, Judgement, LiveJob, M
 from train.jobs.job import EventLog, Job, JobEvent, JobRequest, JobsConfig, Level, Shelf, said
 from train.jobs.states import JobStates, Parking
 from train.jobs.status import JobStatus
+from train.step.state import SlotState
 from train.tenant import EvaluationSums, TenantStatus, is_device_loss
 from train.trainer import FIRST_PART, MAX_BAD_STEPS, Evaluation, StepReport, Trainer
 
@@ -341,7 +349,9 @@ class Jobs:
 
     def _hear_readers(self) -> None:
         for live, found, error in self._readers.hear():
-            if error is not None:
+            if isinstance(error, StorageFailed) and live.facts is not None:  # its files stay as they are
+                self._pause(live, "storage_failed", f"{said(error)}; resume it to try again", save=False)
+            elif error is not None:
                 self.fail(live.job.id, error)
             elif isinstance(found, Facts):
                 live.facts = found
@@ -466,10 +476,10 @@ class Jobs:
     def _seat(self, live: LiveJob, material: Material) -> None:
         job, request = live.job, live.job.request
         state = material.state
-        if state is None:
-            state = self._parking.get(live.state_key)
-        else:
+        if state is not None:
             job.progress, live.saved_step, live.judgement = material.progress, material.progress.step, None
+        elif (state := self._unparked(live)) is None:
+            return
         self.trainer.add(
             job.id,
             request.spec,
@@ -481,6 +491,8 @@ class Jobs:
             resume=(state, job.progress.step, job.progress.cursor),
         )
         self._parking.discard(live.state_key)
+        for message in material.damaged:
+            job.log.add("problem", message, level="warn")
         live.heldout = material.heldout
         job.move(JobStatus.RUNNING, "started" if job.progress.step == 0 else f"goes on from step {job.progress.step}")
         self.states.take_best(live, material.best)
@@ -489,6 +501,18 @@ class Jobs:
             self.trainer.hold(job.id)
         elif self._is_over(live):  # it could not be delivered before, or the process died just then
             self._finish(live)
+
+    def _unparked(self, live: LiveJob) -> SlotState | None:
+        """What it has learned so far; None when that is damaged: then it takes another turn, from its newest checkpoint."""
+        try:
+            return self._parking.get(live.state_key)
+        except StorageFailed as error:
+            message = f"{said(error)}; the job goes on from its newest checkpoint"
+            live.job.log.add("problem", message, level="warn")
+            self._parking.discard(live.state_key)
+            self._queue.end_turn(live.job.id)
+            self._await_turn(live)
+            return None
 
     def _is_over(self, live: LiveJob) -> bool:
         """Whether its last step is done, or no better held-out loss is to be expected."""
@@ -522,7 +546,14 @@ class Jobs:
         self.states.save(live)
         best = live.best_key in self._parking
         try:
-            rows = self._parking.get(live.best_key).rows if best else jax.device_get(self.trainer.rows(job.id))
+            kept = self._parking.get(live.best_key) if best else None
+        except StorageFailed as error:
+            self._pause(live, "storage_failed", f"{said(error)}; resume it to go on from its newest checkpoint")
+            for key in (live.state_key, live.best_key):
+                self._parking.discard(key)
+            return
+        try:
+            rows = jax.device_get(self.trainer.rows(job.id)) if kept is None else kept.rows
             weights = adapter_of_rows(rows, request.spec, self.trainer.base_hash)
             ref = self._shelf.add(request.owner, request.name, weights)
         except AdapterNotFinite as error:

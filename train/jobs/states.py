@@ -167,9 +167,9 @@ class JobStates:
         live.saved_step = step
         self._writer.submit(live.job.id, self._files.snapshot(live.job, live.facts, state, keep=self._keep))
 
-    def newest(self, job_id: str) -> dict | None:
-        """Meta of a job's newest checkpoint.  Reads the disk, of any thread.  Raises StorageFailed, Unavailable."""
-        return self._files.newest(job_id)
+    def has_any(self, job_id: str) -> bool:
+        """Whether a job has checkpoints.  Reads the disk, of any thread.  Raises StorageFailed, Unavailable."""
+        return bool(self._files.steps(job_id))
 
     def stored(self) -> set[str]:
         """Ids of all jobs that have checkpoints.  Of any thread."""

@@ -27,9 +27,7 @@ from jaxlora.core.atomic_files import disk_errors
 from jaxlora.core.errors import (
     AdapterInvalid,
     AdapterNotFound,
-    Forbidden,
     InvalidRequest,
-    NotFound,
     QuotaExceeded,
     StateInvalid,
     StorageFailed,
@@ -37,9 +35,10 @@ from jaxlora.core.errors import (
 from jaxlora.core.lora import HEAD_TARGET, AdapterRef, check_name
 from jaxlora.core.model_config import ModelConfig
 from jaxlora.peft.archive import FILES, UploadLimits, file_name, unpack, upload_limits
-from jaxlora.peft.folder import CONFIG_FILE, ImportReport, export_peft, import_peft
+from jaxlora.peft.folder import ImportReport, export_peft, import_peft
 from serve.access.adapter_quota import AdapterQuota
 from serve.access.caller import Caller
+from serve.api.adapters.server_folder import copy_inside
 from serve.db.models import Page
 from serve.http.pagination import page_after
 from serve.runtime.backend import ModelCard
@@ -203,12 +202,13 @@ class AdapterService:
     def add_folder(self, place: tuple[str, str], path: str, *, in_place: bool, any_base: bool) -> Imported:
         """A new version out of a folder of this machine.  in_place: the name may be taken.
 
-        Raises InvalidRequest for a name that is taken and for a path that is none, Forbidden for one outside the roots,
-        NotFound where nothing is, and what `import_peft` raises.
+        Raises InvalidRequest for a name that is taken, and what `copy_inside` and `import_peft` raise.
         """
         if not in_place:
             self._check_free(place)
-        return self.add(place, self._inside_roots(path), any_base=any_base, in_place=in_place)
+        with self.staged() as folder:
+            copy_inside(path, self._roots, folder, self.limits)
+            return self.add(place, folder, any_base=any_base, in_place=in_place)
 
     def add(self, place: tuple[str, str], folder: Path, *, any_base: bool = False, in_place: bool = True) -> Imported:
         """A new version out of a PEFT folder, on disk and served from now on.  Raises as `add_folder` does."""
@@ -242,7 +242,7 @@ class AdapterService:
                 self._store.wait_saved(ref)
         except BaseException:
             with contextlib.suppress(AdapterNotFound):
-                self._store.delete_version(ref)
+                self._store.prune(ref)
             raise
 
         def go_on() -> None:
@@ -258,30 +258,6 @@ class AdapterService:
                 "version, set 'load_inplace' to true.",
                 param="lora_name",
             )
-
-    def _inside_roots(self, path: str) -> Path:
-        """The folder, with every link followed and no file of it outside the roots."""
-        if not self._roots:
-            raise Forbidden("this server loads no folders; its operator may name some under lora_roots")
-        if not os.path.isabs(path) or "\0" in path or "://" in path:
-            raise InvalidRequest(
-                "lora_path must be the absolute path of a folder on the server; no address and no hub id is fetched",
-                param="lora_path",
-            )
-        try:
-            folder = Path(path).resolve()
-            root = next((r for r in self._roots if folder.is_relative_to(r)), None)
-            if root is None:
-                raise Forbidden("lora_path must lie inside one of the server's lora_roots")
-            if not folder.is_dir():
-                raise NotFound("there is no folder at lora_path", param="lora_path")
-            inner = [] if (folder / CONFIG_FILE).exists() else [p for p in folder.iterdir() if p.is_dir()]
-            found = [f for home in (folder, *inner) for name in FILES if os.path.lexists(f := home / name)]
-            if any(not f.resolve().is_relative_to(root) for f in found):
-                raise Forbidden("lora_path holds a link that leads out of the server's lora_roots")
-        except OSError as error:  # a name that is too long, a folder that may not be read
-            raise NotFound("there is no folder at lora_path that can be read", param="lora_path") from error
-        return folder
 
     # ---- out --------------------------------------------------------------------------------------------------------
 
@@ -306,21 +282,21 @@ class AdapterService:
         Requests that use it end as if nothing had happened.  Raises AdapterNotFound, InvalidRequest for the base,
         StateInvalid while a job makes the adapter.
         """
+        if self.runner.resolve(sees, model) is None:
+            raise InvalidRequest(
+                f"{self.runner.base_name} is the base model, which stays; name an adapter", param="model"
+            )
+        ref = self.find(sees, model)
+        alone = names_version(model)
+        if not alone and self.runner.catalog.jobs.makes(ref.tenant, ref.name):
+            raise StateInvalid(f"a job still trains {ref.name}; cancel the job first")
+        refs = [ref] if alone else self._store.versions(ref.tenant, ref.name)
+        with disk_errors(f"adapter {ref.name}"):  # without the lock, as it waits for the network
+            if alone:
+                self._delete_version(ref)
+            else:
+                self._store.delete(ref.tenant, ref.name)
         with self._changes:
-            if self.runner.resolve(sees, model) is None:
-                raise InvalidRequest(
-                    f"{self.runner.base_name} is the base model, which stays; name an adapter", param="model"
-                )
-            ref = self.find(sees, model)
-            alone = names_version(model)
-            if not alone and self.runner.catalog.jobs.makes(ref.tenant, ref.name):
-                raise StateInvalid(f"a job still trains {ref.name}; cancel the job first")
-            refs = [ref] if alone else self._store.versions(ref.tenant, ref.name)
-            with disk_errors(f"adapter {ref.name}"):
-                if alone:
-                    self._delete_version(ref)
-                else:
-                    self._store.delete(ref.tenant, ref.name)
             self.runner.catalog.jobs.drop(ref.tenant, ref.name, ref.version if alone else None)
             if self.is_pinned(ref.tenant, ref.name):
                 self._tune_pins(lambda pins: pins)
