@@ -15,6 +15,7 @@ from starlette.routing import BaseRoute, Route
 from jaxlora.checkpoints.load import Opened
 from jaxlora.config.serving import ServeConfig, TrainingSection, serve_defaults
 from jaxlora.storage.adapter_store import AdapterStore
+from serve.db.database import Database
 from serve.runtime.device_thread import DeviceThread
 from serve.server.build import Services, make_runner, make_server, observing, read_head, services
 
@@ -50,13 +51,15 @@ def joined(world, settings: ServeConfig, store: AdapterStore) -> Iterator[Joined
         path=tiny_path(MODEL),
         base=world.base,
         base_hash=world.base_hash,
+        weights_hash="",
         mesh=world.mesh,
         tokenizer=world.tokenizer,
     )
     runner = make_runner(opened, settings, store)
     with (
         observing(runner, settings) as observers,
-        services(runner, opened, settings, lambda: read_head(opened)) as own,
+        contextlib.closing(Database(settings.database_url)) as database,
+        services(runner, opened, settings, database, lambda: read_head(opened)) as own,
     ):
         http = make_server(runner, settings, observers, own)
         http.listening.close()
