@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import signal
 import sqlite3
+import subprocess
+import sys
 import tarfile
 import threading
 import time
@@ -18,6 +21,7 @@ from files_world import opened as opened_files
 from serve_world import MODEL
 from small_world import FIXTURES, tiny_path
 from sqlalchemy import text
+from test_house_kill import server
 from typer.testing import CliRunner
 from whole_world import whole_config
 
@@ -432,3 +436,33 @@ def test_the_command_ends_with_2_and_one_line_that_says_what_to_do(wrong, base, 
     assert says in line
     kept = {name: data for name, data in files_below(tmp_path).items() if name in before and RECORD not in name}
     assert kept == {name: data for name, data in before.items() if RECORD not in name}
+
+
+@pytest.mark.slow
+def test_a_second_process_is_refused_and_a_lost_database_deletes_nothing(tmp_path):
+    """Real processes: one serves, one is refused; after a kill one with an empty database is refused, and then all is as it was."""
+
+    def refused() -> str:
+        command = [sys.executable, "-m", "serve.cli.main", "serve", str(tmp_path / "serve.toml")]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert ended.returncode == 2, ended.stderr
+        (line,) = [line for line in ended.stderr.splitlines() if line.startswith("jaxlora: ")]
+        return line
+
+    content = b'{"prompt": "2+2=", "completion": "4"}\n'
+    with server(tmp_path) as (process, client):
+        file = client.files.create(file=("a.jsonl", content), purpose="fine-tune")
+        assert "in use by another server; stop that one" in refused()
+        assert client.files.retrieve(file.id).id == file.id
+        process.send_signal(signal.SIGKILL)
+    aside = tmp_path / "aside"
+    aside.mkdir()
+    for path in (tmp_path / "data").glob("*.sqlite*"):
+        path.rename(aside / path.name)
+    assert "is new, but" in refused()
+    for path in (tmp_path / "data").glob("*.sqlite*"):
+        path.unlink()
+    for path in aside.iterdir():
+        path.rename(tmp_path / "data" / path.name)
+    with server(tmp_path) as (_, client):
+        assert client.files.content(file.id).content == content
