@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxlora.checkpoints.gguf import GgufSource
-from jaxlora.checkpoints.hf import HfSource
+from jaxlora.checkpoints.gguf import GgufFile, GgufSource, shape_of
+from jaxlora.checkpoints.hf import HfSource, read_json
 from jaxlora.checkpoints.tokenizer import Tokenizer
 from jaxlora.config.base import DEMO_MODEL, MeshSection, ModelSection
 from jaxlora.core.atomic_files import sha256_of
@@ -109,16 +111,45 @@ def base_hash(path: Path) -> str:
 
     Raises ModelInvalid when there is nothing to hash.
     """
-    path = Path(path)
+    return sha256_of(path) if path.is_file() else _total(_described(path))
+
+
+def base_hashes(path: Path) -> tuple[str, str]:
+    """Returns base_hash, and one that no chat template changes: while it is the same, adapters and checkpoints fit.
+
+    Raises ModelInvalid when there is nothing to hash.
+    """
     if path.is_file():
-        return sha256_of(path)
+        return sha256_of(path), _gguf_without_template(path)
+    files = _described(path)
+    weights = {name: line for name, line in files.items() if name != "chat_template.jinja"}
+    if "tokenizer_config.json" in files:
+        settings = read_json(path / "tokenizer_config.json")
+        settings.pop("chat_template", None)
+        weights["tokenizer_config.json"] = json.dumps(settings, sort_keys=True)
+    return _total(files), _total(weights)
+
+
+def _described(path: Path) -> dict[str, str]:
+    """Returns a line for each file of a directory that belongs to its base model, in order."""
     weights = sorted(path.glob("*.safetensors"))
     files = [path / name for name in ("config.json", *TOKENIZER_FILES) if (path / name).is_file()] + weights
     if not weights or not (path / "config.json").is_file():
         raise ModelInvalid(f"{path} holds no config.json with safetensors files")
-    total = hashlib.sha256()
-    for file in files:
-        total.update(f"{file.name} {file.stat().st_size} {sha256_of(file)}\n".encode())
+    return {file.name: f"{file.name} {file.stat().st_size} {sha256_of(file)}" for file in files}
+
+
+def _total(lines: Mapping[str, str]) -> str:
+    return hashlib.sha256("".join(f"{line}\n" for line in lines.values()).encode()).hexdigest()
+
+
+def _gguf_without_template(path: Path) -> str:
+    file = GgufFile(path)
+    settings = {k: v for k, v in file.metadata.items() if not k.startswith("tokenizer.chat_template")}
+    total = hashlib.sha256(repr(sorted(settings.items())).encode())
+    for tensor in sorted(file.tensors.values(), key=lambda tensor: tensor.data_offset):
+        total.update(f"{tensor.name} {tensor.tensor_type.name} {shape_of(tensor)}\n".encode())
+        total.update(tensor.data)
     return total.hexdigest()
 
 
@@ -132,7 +163,8 @@ class Opened:
     name: str  # the base's name for clients
     path: Path
     base: Base
-    base_hash: str
+    base_hash: str  # as what is stored names it
+    weights_hash: str  # the same whatever the chat template
     mesh: Mesh
     tokenizer: Tokenizer
 
@@ -146,11 +178,13 @@ def open_base(model: ModelSection, mesh: MeshSection) -> Opened:
     devices = make_mesh(mesh.data, mesh.fsdp, mesh.tensor)
     source, tokenizer = open_model(path)
     dtype = fastest_dtype() if model.dtype == "auto" else model.dtype
+    whole, weights = base_hashes(path)
     return Opened(
         name=name,
         path=path,
         base=load_base(source, devices, dtype=dtype, precision=model.precision),
-        base_hash=base_hash(path),
+        base_hash=whole,
+        weights_hash=weights,
         mesh=devices,
         tokenizer=tokenizer,
     )

@@ -111,13 +111,20 @@ class LimitsSection(TenantLimits):
     max_file_bytes: int = 512 * 2**20  # limit of one file, for every tenant
     read_memory_bytes: int = 2 * 2**30  # to read one file, in a process of its own
     read_cpu_s: float = 3600.0  # of processor time to read one file, of which a small one gets less
+    keep_days: float = 7.0  # for which checkpoints of failed jobs stay, and what the database does not know
     tenant: tuple[NamedLimits, ...] = ()
 
     def __post_init__(self) -> None:
         TenantLimits.__post_init__(self)
         need_counts(self, "max_file_bytes", "read_memory_bytes")
         need(0 < self.read_cpu_s < math.inf, "read_cpu_s", "positive", self.read_cpu_s)
+        need(0 <= self.keep_days < math.inf, "keep_days", "0 or more", self.keep_days)
         need_distinct([t.name for t in self.tenant], "names under [[limits.tenant]]")
+
+    @property
+    def keep_s(self) -> float:
+        """Returns keep_days in seconds."""
+        return self.keep_days * 86400
 
     def of(self, tenant: str) -> TenantLimits:
         """Returns the limits of one tenant."""

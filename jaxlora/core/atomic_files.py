@@ -83,12 +83,12 @@ def replace_folder(new: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def lock_folder(folder: Path, *, wait: bool = False) -> int | None:
-    """Locks FOLDER/.lock; returns a descriptor that holds it until closed or the process ends.  None when it is held.
+def lock_folder(folder: Path, *, name: str = ".lock", wait: bool = False) -> int | None:
+    """Locks FOLDER/NAME; returns a descriptor that holds it until closed or the process ends.  None when it is held.
 
     wait: waits until the lock is free.
     """
-    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+    descriptor = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError:

@@ -1,8 +1,9 @@
 """A lease that lets one process at a time write to object storage; a process that loses it stops writing by itself.
 
-The object records the owner and the end of the lease.  It is created only if absent, and replaced only in the version
-that was read: of two processes that take it at once, one gets it.  It is renewed three times in its span; a process
-whose span ends without that stops writing until it renews, so another may take over.  Clocks may differ by CLOCK_S.
+The object records the owner, the place that it runs at, and an epoch that grows by one whenever another process takes it.
+It is created only if absent, and replaced only in the version that was read: of two processes that take it at once, one gets
+it.  It is renewed three times in its span.  Nobody's clock is compared with another's: who would take it over watches it for
+a whole span, in which its owner would have renewed it; the owner stops CLOCK_S before its own span is over.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxlora.core.atomic_files import replace_file
 from jaxlora.core.errors import JaxLoraError, StateInvalid, StorageAway
 from jaxlora.storage.object_store import Blobs, Version
 
@@ -25,31 +25,38 @@ LOG = logging.getLogger("jaxlora")
 LEASE = "lease"
 SPAN_S = 60.0
 CLOCK_S = 5.0
+LOOKS = 20  # at somebody else's lease, in a span
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # goes on while the machine sleeps, where there is one
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Found:
     """The lease object as it was read."""
 
-    owner: str | None  # None: no owner
-    until: float  # epoch seconds
-    version: Version | None  # None: the object does not exist
+    owner: str = ""  # empty: nobody
+    place: str = ""
+    epoch: int = 0
+    held: bool = False  # not given back
+    version: Version | None = None  # None: the object does not exist
 
 
 class Lease:
     """The right to write under one URL.  Thread-safe."""
 
     def __init__(self, blobs: Blobs, folder: Path, *, waiting: Callable[[str], None] = lambda who: None):
-        """Takes the lease, waits for one that ends soon.  folder: this server's own; its owner may resume at once.
+        """Takes the lease; watches one that another has not given back until it is over.
 
+        folder: this server's own, which this process has locked: whoever took the lease from there has ended.
         waiting: called with the owner it waits for.  Raises StateInvalid if another has it, StorageAway, StorageFailed.
         """
-        self._blobs, self._owner = blobs, _owner(folder)
-        self._until = 0.0
+        self._blobs, self._place = blobs, place_of(folder)
+        self._owner = f"{socket.gethostname()}-{uuid.uuid4().hex[:12]}"
+        self._until = self._until_wall = 0.0
         self._lost = ""
         self._end = threading.Event()
-        self._take(waiting)
-        blobs.may_write = self.check
+        self.epoch = self._take(waiting)
+        blobs.may_write, blobs.epoch = self.check, self.epoch
         self._thread = threading.Thread(target=self._run, name="lease", daemon=True)
         self._thread.start()
 
@@ -60,7 +67,7 @@ class Lease:
         """
         if self._lost:
             raise StateInvalid("object storage was taken over by another server; this one writes nothing more")
-        if time.time() > self._until:
+        if time.clock_gettime(CLOCK) > self._until or time.time() > self._until_wall:
             raise StorageAway("the lease of object storage could not be renewed; try again later")
 
     def close(self) -> None:
@@ -71,24 +78,36 @@ class Lease:
         try:
             found = self._read()
             if found.owner == self._owner:
-                self._replace(found, until=0.0)
+                self._replace(found, self.epoch, held=False)
         except JaxLoraError as error:
             LOG.warning("the lease of %s was not given back and ends by itself: %s", self._blobs.url, error)
 
-    def _take(self, waiting: Callable[[str], None]) -> None:
+    def _take(self, waiting: Callable[[str], None]) -> int:
+        """Returns the epoch under which this process has the lease."""
         found = self._read()
-        if (left_s := self._left_s(found)) > 0:
-            waiting(str(found.owner))
-            time.sleep(min(left_s, SPAN_S + CLOCK_S))
-            before, found = found, self._read()
-            if found.version != before.version and self._left_s(found) > 0:
-                raise self._in_use(found)
-        if not self._renew(found):
+        if not self._is_free(found):
+            waiting(found.owner)
+            found = self._watched(found)
+        epoch = found.epoch + 1
+        if not self._renew(found, epoch):
             raise self._in_use(self._read())
+        return epoch
 
-    def _left_s(self, found: _Found) -> float:
-        """Returns the seconds for which another server still has it; 0 where this server may take it."""
-        return 0.0 if found.owner in (None, self._owner) else max(0.0, found.until + CLOCK_S - time.time())
+    def _watched(self, found: _Found) -> _Found:
+        """Returns the lease of another once it is over.  Raises StateInvalid when it is renewed."""
+        ends = time.clock_gettime(CLOCK) + SPAN_S + CLOCK_S
+        while time.clock_gettime(CLOCK) < ends:
+            time.sleep(SPAN_S / LOOKS)
+            now = self._read()
+            if self._is_free(now):
+                return now
+            if now.version != found.version:
+                raise self._in_use(now)
+        return found
+
+    def _is_free(self, found: _Found) -> bool:
+        """Whether the process that had it has given it back, or must have ended."""
+        return not found.held or found.place == self._place
 
     def _in_use(self, found: _Found) -> StateInvalid:
         return StateInvalid(
@@ -104,41 +123,48 @@ class Lease:
 
     def _keep(self) -> None:
         """Renews the lease, or finds out who has it."""
-        while (found := self._read()).owner in (None, self._owner):
-            if self._renew(found):
+        while (found := self._read()).owner in ("", self._owner):
+            if self._renew(found, self.epoch):
                 return
-        self._lost = str(found.owner)
+        self._lost = found.owner
         LOG.error("%s was taken over by %s; this server writes nothing more", self._blobs.url, self._lost)
 
-    def _renew(self, found: _Found) -> bool:
+    def _renew(self, found: _Found, epoch: int) -> bool:
         """Extends the lease by another span; returns False where another server replaced what was found."""
-        until = time.time() + SPAN_S
-        renewed = self._replace(found, until=until)
+        began, wall = time.clock_gettime(CLOCK), time.time()
+        renewed = self._replace(found, epoch, held=True)
         if renewed:
-            self._until = until
+            self._until, self._until_wall = began + SPAN_S - CLOCK_S, wall + SPAN_S - CLOCK_S
         return renewed
 
     def _read(self) -> _Found:
         read = self._blobs.get_with_version(LEASE)
         if read is None:
-            return _Found(owner=None, until=0.0, version=None)
+            return _Found()
         data, version = read
         try:
             found = json.loads(data)
-            return _Found(owner=str(found["owner"]), until=float(found["until"]), version=version)
-        except (ValueError, KeyError, TypeError):
-            return _Found(owner=None, until=0.0, version=version)
+            return _Found(
+                owner=str(found["owner"]),
+                place=str(found.get("place", "")),
+                epoch=int(found.get("epoch", 0)),
+                held=float(found["until"]) > 0,
+                version=version,
+            )
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return _Found(version=version)
 
-    def _replace(self, found: _Found, *, until: float) -> bool:
-        data = json.dumps({"owner": self._owner, "until": until}).encode()
+    def _replace(self, found: _Found, epoch: int, *, held: bool) -> bool:
+        until = time.time() + SPAN_S if held else 0.0  # for people, and for older versions
+        data = json.dumps({"owner": self._owner, "place": self._place, "epoch": epoch, "until": until}).encode()
         if self._blobs.put_if(LEASE, data, found.version) is not None:
             return True
         return self._blobs.get_bytes(LEASE) == data  # ours: the reply was lost, and a retry failed
 
 
-def _owner(folder: Path) -> str:
-    """Returns the name of the server whose data is in this folder: the same after a restart."""
-    path = folder / "lease-owner"
-    if not path.exists():
-        replace_file(path, f"{socket.gethostname()}-{uuid.uuid4().hex[:12]}".encode())
-    return path.read_text()
+def place_of(folder: Path) -> str:
+    """Returns a name for a folder of this machine since it was booted, which no copy of the folder has."""
+    folder.mkdir(parents=True, exist_ok=True)
+    boot = BOOT_ID.read_text().strip() if BOOT_ID.exists() else uuid.uuid4().hex
+    found = folder.stat()
+    return f"{boot}/{found.st_dev}-{found.st_ino}"

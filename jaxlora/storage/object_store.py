@@ -81,6 +81,7 @@ class Blobs:
             ) from error
         self._busy = threading.BoundedSemaphore(AT_ONCE)
         self.may_write: Callable[[], None] = lambda: None  # raises when this process may no longer write
+        self.epoch = 0  # of the lease: objects that are written again under their name have it in the name
         try:
             self._probe()
         except NotFound as error:
@@ -101,7 +102,7 @@ class Blobs:
     def put_bytes(self, key: str, data: bytes) -> None:
         """Writes or replaces a small object.  Raises StorageAway, StorageFailed."""
         self.may_write()
-        self._call(f"{key} was not written", len(data), lambda: self._store.put(key, data))
+        self._write(f"{key} was not written", len(data), lambda: self._store.put(key, data))
 
     def get_bytes(self, key: str) -> bytes | None:
         """Returns a small object, None when it does not exist.  Raises StorageAway, StorageFailed."""
@@ -153,7 +154,7 @@ class Blobs:
     def put(self, key: str, path: Path) -> None:
         """Writes or replaces an object with the bytes of a file.  Raises StorageAway, StorageFailed."""
         self.may_write()
-        self._call(
+        self._write(
             f"{key} was not written",
             path.stat().st_size,
             lambda: self._store.put(key, path, chunk_size=PART_BYTES, max_concurrency=PARTS_AT_ONCE),
@@ -248,7 +249,7 @@ class Blobs:
                     with contextlib.suppress(FileNotFoundError):
                         self._store.delete(key)
 
-        self._call("an object was not removed", 0, remove)
+        self._write("an object was not removed", 0, remove)
 
     def list(self, prefix: str) -> dict[str, int]:
         """Returns key → bytes of each object in a folder such as "adapters/".  Raises StorageAway, StorageFailed."""
@@ -260,6 +261,15 @@ class Blobs:
         return self._call("the objects were not listed", 0, find)
 
     # ---- one call -------------------------------------------------------------------------------------------------
+
+    def _write[T](self, failed: str, nbytes: int, call: Callable[[], T]) -> T:
+        """Returns the result of a call that changes something, if this process may still write when its turn has come."""
+
+        def checked() -> T:
+            self.may_write()
+            return call()
+
+        return self._call(failed, nbytes, checked)
 
     def _call[T](self, failed: str, nbytes: int, call: Callable[[], T], *, ends: float = math.inf) -> T:
         """Returns the result of an obstore call, or raises our error; two of its errors report an object's state.

@@ -1,4 +1,8 @@
-"""Copies of checkpoints in object storage: ROOT/…/STEP, a folder of checkpoints.py, as KEY/…/STEP.zip."""
+"""Copies of checkpoints in object storage: ROOT/…/STEP, a folder of checkpoints.py, as KEY/…/STEP.EPOCH.zip.
+
+EPOCH is that of the lease under which it was written (none: by an older version), so a process that lost the lease touches
+no object of who took over.  Of a step with several the newest epoch's counts.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ from jaxlora.storage.checkpoints import set_aside
 from jaxlora.storage.object_store import FOLDER_SUFFIX, Blobs
 
 STEP_PATTERN = re.compile(r"[0-9]+")  # the name of a step's folder
+KEY_PATTERN = re.compile(r"(.+)/([0-9]+)(?:\.([0-9]+))?\.zip")
 
 
 class StateCopies:
@@ -20,11 +25,10 @@ class StateCopies:
         """root: of all folders.  key: prefix in object storage.  Lists once.  Raises StorageAway, StorageFailed."""
         self._blobs, self._root, self._key = blobs, root.absolute(), key
         self._guard = threading.Lock()
-        self._there: dict[str, set[int]] = {}  # stored steps of a folder, by its path under the root
+        self._there: dict[str, dict[int, list[int]]] = {}  # epochs of the steps of a folder, by its path under the root
         for found in blobs.list(key + "/"):
-            name, _, step = found.removeprefix(key + "/").removesuffix(FOLDER_SUFFIX).rpartition("/")
-            if STEP_PATTERN.fullmatch(step):
-                self._there.setdefault(name, set()).add(int(step))
+            if match := KEY_PATTERN.fullmatch(found.removeprefix(key + "/")):
+                self._there.setdefault(match[1], {}).setdefault(int(match[2]), []).append(int(match[3] or 0))
         self._moving = self._root / ".moving"
         shutil.rmtree(self._moving, ignore_errors=True)
         self._moving.mkdir(parents=True)
@@ -38,9 +42,10 @@ class StateCopies:
         """Updates object storage to the folder's steps.  Raises StorageAway, StorageFailed, StorageFull."""
         name, steps = self._name(folder), _steps(folder)
         for step in sorted(steps - self._known(name)):
-            self._blobs.put_folder(self._at(name, step), folder / str(step), self._moving)
+            epoch = self._blobs.epoch
+            self._blobs.put_folder(self._at(name, step, epoch), folder / str(step), self._moving)
             with self._guard:
-                self._there.setdefault(name, set()).add(step)
+                self._there.setdefault(name, {})[step] = [epoch]
         self._remove(name, self._known(name) - steps)
 
     def bring(self, folder: Path) -> None:
@@ -52,7 +57,7 @@ class StateCopies:
             return
         name = self._name(folder)
         for step in sorted(self._known(name)):  # the newest last, so that an incomplete fetch lacks it
-            self._blobs.get_folder(self._at(name, step), folder / str(step), self._moving)
+            self._fetch(name, folder, step)
 
     def bring_again(self, folder: Path, step: int) -> bool:
         """Replaces a damaged step by its copy; returns False where there is none.  Raises as `bring` does."""
@@ -60,17 +65,26 @@ class StateCopies:
         if step not in self._known(name):
             return False
         set_aside(folder, step)
-        self._blobs.get_folder(self._at(name, step), folder / str(step), self._moving)
+        self._fetch(name, folder, step)
         return True
+
+    def _fetch(self, name: str, folder: Path, step: int) -> None:
+        with self._guard:
+            epoch = max(self._there[name][step])
+        self._blobs.get_folder(self._at(name, step, epoch), folder / str(step), self._moving)
 
     def delete(self, folder: Path) -> None:
         """Removes the stored steps.  Raises StorageAway, StorageFailed."""
         self._remove(self._name(folder), self._known(self._name(folder)))
 
     def _remove(self, name: str, steps: set[int]) -> None:
-        self._blobs.delete([self._at(name, step) + FOLDER_SUFFIX for step in steps])
         with self._guard:
-            self._there.get(name, set()).difference_update(steps)
+            there = self._there.get(name, {})
+            keys = [self._at(name, step, epoch) + FOLDER_SUFFIX for step in steps for epoch in there.get(step, ())]
+        self._blobs.delete(keys)
+        with self._guard:
+            for step in steps:
+                there.pop(step, None)
 
     def _known(self, name: str) -> set[int]:
         with self._guard:
@@ -79,8 +93,8 @@ class StateCopies:
     def _name(self, folder: Path) -> str:
         return folder.absolute().relative_to(self._root).as_posix()
 
-    def _at(self, name: str, step: int) -> str:
-        return f"{self._key}/{name}/{step}"
+    def _at(self, name: str, step: int, epoch: int) -> str:
+        return f"{self._key}/{name}/{step}.{epoch}" if epoch else f"{self._key}/{name}/{step}"
 
 
 def _steps(folder: Path) -> set[int]:

@@ -121,6 +121,16 @@ def serve(
     log: Annotated[
         str | None, typer.Option(help="human, or json: one object a line, on stderr.", show_default=False)
     ] = None,
+    adopt: Annotated[
+        bool,
+        typer.Option(
+            "--adopt", help="Start although files, adapters or bucket are of another server, or a newer start."
+        ),
+    ] = False,
+    new_base: Annotated[
+        bool,
+        typer.Option("--new-base", help="Start although unfinished jobs began with another base or chat template."),
+    ] = False,
     supervise: Annotated[bool, typer.Option("--supervise", hidden=True)] = False,  # refused, for one version
 ) -> None:
     """Serve a base and its adapters over HTTP.
@@ -152,7 +162,7 @@ def serve(
         raise ConfigInvalid(f"an option of serve: {e}") from e
     from serve.server.build import main  # imports JAX, which a wrong option does not wait for
 
-    main(settings, config)
+    main(settings, config, adopt=adopt, new_base=new_base)
 
 
 @app.command(epilog="Example:  jaxlora chat roman --url http://127.0.0.1:8000")

@@ -19,7 +19,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, SQLAlche
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
-from jaxlora.core.errors import ConfigInvalid, StorageAway, StorageFull
+from jaxlora.core.errors import ConfigInvalid, StorageAway, StorageFailed, StorageFull
 from serve.db.migrations import migrate
 
 BUSY_S = 1.0  # SQLite itself waits so long for another writer
@@ -27,7 +27,7 @@ CONNECT_S = 2  # PostgreSQL's driver waits so long for a connection; its least
 PAUSE_S = 0.05  # before a transaction is run again
 THREADS = 8  # of `ask`: their waits for a slow database block nobody else
 
-Verdict = Literal["again", "down", "full", "ours"]
+Verdict = Literal["again", "down", "full", "damaged", "ours"]
 
 # SQLite's primary result codes, and PostgreSQL's SQLSTATEs.
 SQLITE_VERDICTS: dict[int, Verdict] = {
@@ -37,8 +37,8 @@ SQLITE_VERDICTS: dict[int, Verdict] = {
     sqlite3.SQLITE_IOERR: "down",
     sqlite3.SQLITE_CANTOPEN: "down",
     sqlite3.SQLITE_READONLY: "down",
-    sqlite3.SQLITE_CORRUPT: "down",
-    sqlite3.SQLITE_NOTADB: "down",
+    sqlite3.SQLITE_CORRUPT: "damaged",
+    sqlite3.SQLITE_NOTADB: "damaged",
 }
 POSTGRES_VERDICTS: dict[str, Verdict] = {
     "40001": "again",  # serialization failure
@@ -59,18 +59,33 @@ class Database:
         """Opens the database and brings its tables up to date.
 
         patience_s: how long one call tries again while others hold the database or it is away.
-        Raises ConfigInvalid for a URL it cannot open, Unavailable, StorageFull.
+        Raises ConfigInvalid for a URL it cannot open, Unavailable, StorageFull, StorageFailed for a damaged file.
         """
         self._patience_s = patience_s
+        self.may_write: Callable[[Session], None] = lambda session: None  # raises when another server writes here
         self._engine = open_engine(parse(url), statement_s=patience_s)
         # A database that is away is asked once a call, not for seconds, until it answers again.
         self._away = False
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="database")
         try:
+            if self._engine.dialect.name == "sqlite":  # before anything is written to it
+                self._run(check_pages, writes=False)
             self._run(lambda session: migrate(session.connection()), writes=True)
+        except StorageFailed as error:
+            self.close()
+            found = " ".join(str(getattr(error.__cause__, "orig", error)).split())
+            raise StorageFailed(
+                f"the database {self.name} is damaged ({found}); nothing was changed: put its newest backup in its place"
+            ) from error
         except BaseException:
             self.close()
             raise
+
+    @property
+    def name(self) -> str:
+        """The database's file, or its URL without a password."""
+        url = self._engine.url
+        return str(url.database) if url.get_backend_name() == "sqlite" else url.render_as_string(hide_password=True)
 
     def close(self) -> None:
         """Closes every connection, once what runs has ended."""
@@ -96,7 +111,7 @@ class Database:
     def write[Result](self, work: Callable[[Session], Result]) -> Result:
         """What `work` gives, once all that it wrote is on disk; when it raises, nothing of it is.
 
-        Raises Unavailable, StorageFull.
+        Raises Unavailable, also when another server has taken the database over, and StorageFull.
         """
         return self._run(work, writes=True)
 
@@ -111,6 +126,8 @@ class Database:
                 verdict = judge(error)
                 if verdict == "ours":
                     raise
+                if verdict == "damaged":
+                    raise StorageFailed("the server's database is damaged; tell its operator") from error
                 if verdict == "full":
                     raise StorageFull("the server's disk is full; nothing was changed") from error
                 # A connection that broke in the middle may have done its work: it is not for us to do it twice.
@@ -133,6 +150,8 @@ class Database:
             if writes:
                 connection = as_writer(connection)
             with connection.begin(), Session(connection, expire_on_commit=False) as session:
+                if writes:
+                    self.may_write(session)
                 result = work(session)
                 session.flush()
                 return result
@@ -188,6 +207,13 @@ def set_up_sqlite(connection: sqlite3.Connection, record: object) -> None:
         connection.execute(f"PRAGMA {setting}")
 
 
+def check_pages(session: Session) -> None:
+    """Raises StorageFailed when a page of SQLite's file is damaged."""
+    found = session.connection().exec_driver_sql("PRAGMA quick_check(1)").scalar()
+    if found != "ok":
+        raise StorageFailed(str(found))
+
+
 def as_writer(connection: Connection) -> Connection:
     """The connection, whose next transaction takes its turn among writers."""
     if connection.dialect.name == "sqlite":
@@ -201,7 +227,7 @@ def begin_sqlite(connection: Connection) -> None:
 
 
 def judge(error: NotConnected | SQLAlchemyError | sqlite3.Error) -> Verdict:
-    """What an error means: try again, the database is away, its disk is full, or the mistake is ours."""
+    """What an error means: try again, the database is away or damaged, its disk is full, or the mistake is ours."""
     if isinstance(error, NotConnected):
         return "down"
     if isinstance(error, PoolTimeout):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from sqlalchemy import delete, func, or_, select, update
@@ -10,6 +11,7 @@ from sqlalchemy.sql import ColumnElement
 
 from jaxlora.core.errors import QuotaExceeded, StateInvalid
 from serve.db.database import Database
+from serve.db.instance import StoredInstance
 from serve.db.models import FileRecord, FileStatus, JobFileRecord, JobRecord, Objects, Page
 from train.jobs.status import ENDED
 
@@ -109,6 +111,10 @@ class StoredFiles:
     def known(self) -> set[str]:
         """Ids of all files, also of those that nobody sees."""
         return self.database.read(lambda s: set(s.scalars(select(FileRecord.id))))
+
+    def overdue(self, unknown: Collection[str], *, now_s: float, keep_s: float) -> set[str]:
+        """Which of these files, which the database does not know, may go.  Raises StorageFull."""
+        return StoredInstance(self.database).overdue("lost/files", unknown, now_s=now_s, keep_s=keep_s)
 
     def _where(self, *where: ColumnElement[bool]) -> list[FileRecord]:
         return self.database.read(lambda s: list(s.scalars(select(FileRecord).where(*where))))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, replace
 
 from sqlalchemy import Select, func, select
@@ -13,8 +13,9 @@ from sqlalchemy.sql import ColumnElement
 from jaxlora.core.errors import InvalidRequest, JaxLoraError, QuotaExceeded
 from serve.db.database import Database
 from serve.db.files import FILES, there
+from serve.db.instance import StoredInstance
 from serve.db.models import ID, CheckpointRecord, EventRecord, JobFileRecord, JobRecord, NewEvent, Objects, Page, new_id
-from train.jobs.status import ENDED
+from train.jobs.status import ENDED, JobStatus
 
 JOBS = Objects("job", JobRecord)
 # What a job is and what it was asked never changes; all else does.
@@ -81,6 +82,17 @@ class StoredJobs:
         """Jobs of all tenants that have not ended, oldest first: what a server that starts goes on with."""
         asked = select(JobRecord).where(JobRecord.status.not_in(ENDED)).order_by(JobRecord.created_s, JobRecord.id)
         return self.database.read(lambda s: readable(s, JobRecord, asked))
+
+    def need_no_states(self, ids: Set[str], *, now_s: float, keep_s: float) -> set[str]:
+        """Which of these jobs need their checkpoints no more: those that have ended; that failed, or are not known, long ago.
+
+        Raises StorageFull.
+        """
+        asked = select(JobRecord.id, JobRecord.status, JobRecord.finished_s)
+        rows = self.database.read(lambda s: s.execute(asked.where(JobRecord.id.in_(ids))).all())
+        known = {id: (status, at_s) for id, status, at_s in rows}
+        unknown = StoredInstance(self.database).overdue("lost/jobs", ids - known.keys(), now_s=now_s, keep_s=keep_s)
+        return unknown | {id for id in ids & known.keys() if is_over(*known[id], now_s - keep_s)}
 
     def history(self) -> list[tuple[JobRecord, list[CheckpointRecord]]]:
         """Every job of every tenant, oldest first, with its checkpoints, oldest first."""
@@ -168,6 +180,11 @@ def readable[Record: JobRecord | CheckpointRecord](
         except DAMAGE as error:
             LOG.error("row %s of %s is damaged and left out: %s", id, record.__tablename__, type(error).__name__)
     return found
+
+
+def is_over(status: JobStatus, finished_s: float | None, before_s: float) -> bool:
+    """Whether a job has ended; if it failed, before this time."""
+    return status in ENDED and (status is not JobStatus.FAILED or finished_s is None or finished_s <= before_s)
 
 
 def unfinished(session: Session, tenant: str) -> int:

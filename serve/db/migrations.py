@@ -138,6 +138,20 @@ def drop_gradient(op: Operations) -> None:
     op.drop_table("gradient_adapters")
 
 
+def create_instance(op: Operations) -> None:
+    """What a server knows of itself."""
+    op.create_table(
+        "instance",
+        sa.Column("key", sa.String(), primary_key=True),
+        sa.Column("value", sa.Text(), nullable=False),
+    )
+
+
+def drop_instance(op: Operations) -> None:
+    """Back to a database of no server in particular."""
+    op.drop_table("instance")
+
+
 def owned() -> tuple[sa.Column, ...]:
     """The columns of every table of tenants' objects."""
     return (
@@ -150,6 +164,7 @@ def owned() -> tuple[sa.Column, ...]:
 REVISIONS = (
     Revision(id="0001", upgrade=create_first, downgrade=drop_first),
     Revision(id="0002", upgrade=create_gradient, downgrade=drop_gradient),
+    Revision(id="0003", upgrade=create_instance, downgrade=drop_instance),
 )
 VERSION_TABLE = sa.Table(
     "alembic_version",
@@ -162,7 +177,7 @@ VERSION_TABLE = sa.Table(
 def migrate(connection: sa.Connection, *, to: int = len(REVISIONS)) -> None:
     """Brings the tables to the first `to` revisions, up or down, in the connection's transaction.
 
-    Raises ConfigInvalid for a database that a newer program has changed.
+    Raises ConfigInvalid for a database that a newer program has changed, and for another program's.
     """
     if connection.dialect.name == "postgresql":
         connection.execute(sa.select(sa.func.pg_advisory_xact_lock(POSTGRES_LOCK)))
@@ -173,6 +188,10 @@ def migrate(connection: sa.Connection, *, to: int = len(REVISIONS)) -> None:
         raise ConfigInvalid(
             f"the database is of the revision {current}, which this program does not know (its last is {ids[-1]}); "
             "use the program that made it, or a newer one"
+        )
+    if current is None and "jobs" in (tables := sa.inspect(connection).get_table_names()):
+        raise ConfigInvalid(
+            f"the database holds tables of another program ({', '.join(sorted(tables)[:5])}); name one of jaxlora's own"
         )
     VERSION_TABLE.create(connection, checkfirst=True)
     at, op = ids.index(current), Operations(context)

@@ -236,6 +236,15 @@ class AnswerRecord(Table):
     body: Mapped[str | None] = mapped_column(Text, default=None)
 
 
+class FactRecord(Table):
+    """What a server knows of itself, by a name of its own."""
+
+    __tablename__ = "instance"
+
+    key: Mapped[str] = mapped_column(primary_key=True)
+    value: Mapped[JsonObject]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Page[Record]:
     """Some records in the order of the list, and whether more come after them."""

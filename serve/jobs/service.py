@@ -157,8 +157,7 @@ class JobService:
     def restart(self) -> None:
         """Goes on with every job that had not ended when the server last did; paused ones wait to be resumed."""
         unfinished = self.stored.unfinished()
-        for id in self._states.stored() - {record.id for record in unfinished}:
-            self._states.discard(id)
+        self._sweep()
         for record in unfinished:
             if record.status is JobStatus.RUNNING:
                 record = self._blamed(record)
@@ -307,10 +306,20 @@ class JobService:
 
     # ---- ends -----------------------------------------------------------------------------------------------------
 
+    def _sweep(self) -> None:
+        """Removes the checkpoints of jobs that have ended; those of failed and of unknown ones after `keep_days`."""
+        for id in self.stored.need_no_states(self._states.stored(), now_s=time.time(), keep_s=self._limits.keep_s):
+            self._states.discard(id)
+
     def ended(self, record: JobRecord) -> None:
-        """Writes the result file of a job that has ended, and needs its checkpoints no more; called on the recorder's thread."""
-        self._states.discard(record.id)
+        """Writes the result file of a job that has ended; one that failed keeps its checkpoints for a while.
+
+        Called on the recorder's thread.
+        """
+        if record.status is not JobStatus.FAILED:
+            self._states.discard(record.id)
         try:
+            self._sweep()
             events: list[EventRecord] = []
             while page := self.stored.events_since(
                 record.id, None, events[-1].seq if events else 0, limit=EVENTS_AT_ONCE

@@ -28,9 +28,7 @@ from jaxlora.model.compile_cache import CompileCounter
 from jaxlora.model.lora_pool import PoolSpec
 from jaxlora.peft.folder import import_peft
 from jaxlora.storage.adapter_store import AdapterStore
-from jaxlora.storage.disk_cache import DiskCopies, Remote
-from jaxlora.storage.lease import Lease
-from jaxlora.storage.object_store import Blobs
+from jaxlora.storage.disk_cache import Remote
 from jaxlora.storage.remote_adapters import RemoteVersions
 from serve.access.adapter_quota import AdapterQuota
 from serve.access.caller import LOCAL_TENANT
@@ -59,6 +57,7 @@ from serve.runtime.device_thread import DeviceThread
 from serve.runtime.reload import retuned_by_hangup
 from serve.server.build_jobs import JobHost, make_job_host
 from serve.server.gate import OPEN_PATHS, AppConfig
+from serve.server.instance import Instance, opened_instance, same_base
 from serve.server.uvicorn import make_http
 from train.data.example_cache import KeptExamples
 from train.data.examples import Unit
@@ -126,6 +125,7 @@ def services(
     runner: DeviceThread,
     opened: Opened,
     config: ServeConfig,
+    database: Database,
     observers: Observers,
     read_head: Callable[[], np.ndarray],
     remote: Remote | None = None,
@@ -136,8 +136,6 @@ def services(
     Raises ConfigInvalid for settings that do not go together, Unavailable, StorageFull, StorageFailed.
     """
     with contextlib.ExitStack() as stack:
-        database = Database(config.database_url)
-        stack.callback(database.close)
         keys = Keys(StoredKeys(database))
         keys.check_bind(config.host)
         training, store, drain = config.training, runner.engine.store, Drain()
@@ -205,22 +203,6 @@ def services(
             drain=drain,
         )
         yield Services(app=app, jobs=jobs, keyless=keys.keyless)
-
-
-@contextlib.contextmanager
-def opened_remote(config: ServeConfig) -> Generator[Remote | None]:
-    """Opens object storage, if there is one, and takes the lease to write to it.  Raises as Blobs and Lease do."""
-    if config.blobs is None:
-        yield None
-        return
-    most_bytes = None if config.blobs.disk_gb is None else int(config.blobs.disk_gb * 1e9)
-    blobs = Blobs(config.blobs.url, timeout_s=config.blobs.timeout_s)
-    with contextlib.closing(Lease(blobs, config.data, waiting=_tell_waiting)):
-        yield Remote(blobs=blobs, copies=DiskCopies(most_bytes))
-
-
-def _tell_waiting(who: str) -> None:
-    print(f"object storage was written by {who} a moment ago; waiting until that is over", flush=True)
 
 
 def open_store(config: ServeConfig, remote: Remote | None = None) -> AdapterStore:
@@ -293,24 +275,27 @@ def _same(one: AdapterWeights, other: AdapterWeights) -> bool:
     )
 
 
-def main(config: ServeConfig, file: Path | None) -> None:
+def main(config: ServeConfig, file: Path | None, *, adopt: bool = False, new_base: bool = False) -> None:
     """`jaxlora serve`: serves until SIGTERM or Ctrl-C, and then until open requests are complete.
 
-    file: where the settings came from; SIGHUP has its tuning read again.  Ends the process itself when the device is lost.
+    file: where the settings came from; SIGHUP has its tuning read again.  adopt: see opened_instance.  new_base: see
+    same_base.  Ends the process itself when the device is lost.
     """
     compile_cache.enable(None)
-    with opened_remote(config) as remote:
-        _serve(config, file, remote)
+    with opened_instance(config, adopt=adopt) as instance:
+        opened = same_base(instance.database, config, open_base(config.model, config.mesh), take=new_base)
+        _serve(config, file, instance, opened)
 
 
-def _serve(config: ServeConfig, file: Path | None, remote: Remote | None) -> None:
-    opened = open_base(config.model, config.mesh)
-    store = open_store(config, remote)
+def _serve(config: ServeConfig, file: Path | None, instance: Instance, opened: Opened) -> None:
+    store = open_store(config, instance.remote)
     runner = make_runner(opened, config, store)
     try:
         with (
             observing(runner, config) as observers,
-            services(runner, opened, config, observers, lambda: read_head(opened), remote) as own,
+            services(
+                runner, opened, config, instance.database, observers, lambda: read_head(opened), instance.remote
+            ) as own,
         ):
             http = make_http(runner, own.app, host=config.host, port=config.port, grace_s=config.grace_s)
             try:

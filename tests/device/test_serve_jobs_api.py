@@ -433,3 +433,23 @@ def test_jobs_go_on_after_a_restart(world, tmp_path):
     for target, pair in results[0].items():
         for x, y in zip(pair, results[1][target], strict=True):
             assert x.tobytes() == y.tobytes()
+
+
+def test_a_job_that_failed_keeps_its_checkpoints_for_days(world, tmp_path):
+    """Its file reads as other examples after a restart, as it would with another chat template."""
+    first = Server(world, tmp_path)
+    with first.running() as url, client_of(url, "acme") as client:
+        job = create((first, url), client, extra={"max_steps": 2000, "checkpoint_every": 2})
+        while not client.fine_tuning.jobs.checkpoints.list(job.id).data:
+            time.sleep(0.01)
+    saved = first.config.data / "jobs/states" / job.id
+    assert list(saved.iterdir())
+    path = first.files.path(first.files.get(job.training_file, None))
+    path.write_text(lines(5))
+    for keep_days, is_there in ((7, True), (7, True), (0, False)):
+        server = Server(world, tmp_path)
+        server.host.service._limits = LimitsSection(keep_days=keep_days)
+        with server.running() as url, client_of(url, "acme") as client:
+            assert "another examples" in wait_for(client, job.id, "failed").error.message
+            server.host.service.recorder.flush()
+        assert saved.exists() == is_there

@@ -14,6 +14,7 @@ from files_world import GOOD, files_server, on_disk, opened
 from jobs_api_world import Server
 from test_serve_jobs_api import client_of, create, file_of, wait_for
 
+from jaxlora.config.serving import LimitsSection
 from jaxlora.core.errors import NotFound, StorageFailed, Unavailable
 from jaxlora.storage import object_store as blobs_module
 from jaxlora.storage.adapter_store import AdapterStore
@@ -74,7 +75,7 @@ def test_an_upload_that_object_storage_refuses_leaves_nothing(database, remote, 
         FAULTS.down = False
         files.keep("acme", "a.jsonl", "fine-tune", GOOD)
     remote.blobs.put_bytes("files/acme/file-left", b"of a killed upload")
-    with store_of(database, tmp_path / "one", remote):
+    with opened(database, tmp_path / "one", remote=remote, limits=LimitsSection(keep_days=0)):
         assert len(remote.blobs.list("files/")) == 1
 
 

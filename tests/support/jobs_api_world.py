@@ -78,6 +78,7 @@ class Server:
             mesh=world.mesh,
             tokenizer=world.tokenizer,
             base_hash=world.base_hash,
+            weights_hash="",
         )
         self.quota = AdapterQuota(self.config.limits, self.runner.engine.store)
         self.host: JobHost = make_job_host(

@@ -15,6 +15,7 @@ from starlette.routing import BaseRoute, Route
 from jaxlora.checkpoints.load import Opened
 from jaxlora.config.serving import ServeConfig, TrainingSection, serve_defaults
 from jaxlora.storage.adapter_store import AdapterStore
+from serve.db.database import Database
 from serve.runtime.device_thread import DeviceThread
 from serve.server.build import Services, make_runner, observing, read_head, services
 from serve.server.uvicorn import make_http
@@ -51,13 +52,15 @@ def joined(world, settings: ServeConfig, store: AdapterStore) -> Iterator[Joined
         path=tiny_path(MODEL),
         base=world.base,
         base_hash=world.base_hash,
+        weights_hash="",
         mesh=world.mesh,
         tokenizer=world.tokenizer,
     )
     runner = make_runner(opened, settings, store)
     with (
         observing(runner, settings) as observers,
-        services(runner, opened, settings, observers, lambda: read_head(opened)) as own,
+        contextlib.closing(Database(settings.database_url)) as database,
+        services(runner, opened, settings, database, observers, lambda: read_head(opened)) as own,
     ):
         http = make_http(runner, own.app, host=settings.host, port=settings.port, grace_s=settings.grace_s)
         http.listening.close()

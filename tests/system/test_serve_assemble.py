@@ -32,6 +32,7 @@ def opened(world) -> Opened:
         path=tiny_path(MODEL),
         base=world.base,
         base_hash=world.base_hash,
+        weights_hash="",
         mesh=world.mesh,
         tokenizer=world.tokenizer,
     )

@@ -18,7 +18,7 @@ from alembic.migration import MigrationContext
 from database_world import event, file_record, gradient_record, job_record, key_record
 from sqlalchemy import inspect, select, text
 
-from jaxlora.core.errors import ConfigInvalid, NotFound, StorageFull, Unavailable
+from jaxlora.core.errors import ConfigInvalid, NotFound, StorageFailed, StorageFull, Unavailable
 from serve.db.database import Database, parse
 from serve.db.files import StoredFiles
 from serve.db.gradient import StoredGradient
@@ -83,7 +83,7 @@ class TestMigrations:
 
     def test_a_newer_database_is_refused(self, database, database_url):
         database.write(lambda s: s.connection().execute(text("UPDATE alembic_version SET version_num = '9999'")))
-        with pytest.raises(ConfigInvalid, match=r"9999.*0002"):
+        with pytest.raises(ConfigInvalid, match=r"9999.*0003"):
             Database(database_url)
 
     def test_a_step_that_fails_leaves_nothing(self, database, database_url, monkeypatch):
@@ -289,8 +289,9 @@ class TestSqlite:
 
     def test_a_file_that_is_no_database_is_told(self, tmp_path):
         (tmp_path / "x.sqlite").write_bytes(b"not a database at all" * 100)
-        with pytest.raises(Unavailable):
+        with pytest.raises(StorageFailed, match=r"x\.sqlite is damaged .*; nothing was changed: put its newest backup"):
             Database(f"sqlite:///{tmp_path}/x.sqlite")
+        assert (tmp_path / "x.sqlite").read_bytes() == b"not a database at all" * 100
 
     def test_a_row_that_belongs_to_no_job_is_refused(self, keys):
         with pytest.raises(NotFound):

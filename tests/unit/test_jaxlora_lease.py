@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -9,11 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from blobs_world import FAULTS, faulty, s3
 
-from jaxlora.core.errors import StateInvalid, Unavailable
+from jaxlora.core.errors import StateInvalid, StorageAway, Unavailable
 from jaxlora.storage import lease as lease_module
 from jaxlora.storage import object_store as blobs_module
 from jaxlora.storage.lease import LEASE, Lease
 from jaxlora.storage.object_store import Blobs
+from jaxlora.storage.remote_states import StateCopies
 
 
 @pytest.fixture(autouse=True)
@@ -141,10 +143,10 @@ def test_an_owner_that_was_paused_finds_that_it_lost_it_and_writes_nothing(machi
     one, paused = machine("one")
     reached, gate, replace = threading.Event(), threading.Event(), paused._replace
 
-    def late(found, *, until):
+    def late(found, epoch, *, held):
         reached.set()
         gate.wait(10)
-        return replace(found, until=until)
+        return replace(found, epoch, held=held)
 
     monkeypatch.setattr(paused, "_replace", late)
     assert reached.wait(5)
@@ -194,3 +196,96 @@ def test_a_short_outage_passes_and_a_long_one_stops_the_writing_until_it_is_over
         except Unavailable:
             time.sleep(0.05)
     assert blobs.get_bytes("a") == b"x"
+
+
+@pytest.mark.parametrize("off_s", [-86400.0, 86400.0])
+def test_a_wrong_clock_takes_no_lease_and_keeps_none(machine, monkeypatch, off_s):
+    one, lease = machine("one")
+    now = time.time
+    monkeypatch.setattr(lease_module.time, "time", lambda: now() + off_s)
+    with pytest.raises(StateInvalid, match="in use by"):
+        machine("two")
+    monkeypatch.setattr(lease_module.time, "time", now)
+    crash(lease)
+    monkeypatch.setattr(lease_module.time, "time", lambda: now() - 86400)  # set back after the last renewal
+    time.sleep(1.0)
+    with pytest.raises(Unavailable, match="could not be renewed"):
+        one.put_bytes("a", b"old")
+
+
+def test_a_copied_folder_gets_no_lease_at_once(machine, tmp_path):
+    machine("one")
+    shutil.copytree(tmp_path / "one", tmp_path / "copy")
+    with pytest.raises(StateInvalid, match="in use by"):
+        machine("copy")
+
+
+def test_each_who_takes_it_has_a_higher_epoch(machine):
+    epochs = []
+    for name in ("one", "two", "one"):
+        blobs, lease = machine(name)
+        lease.close()
+        epochs.append((lease.epoch, blobs.epoch))
+    assert epochs == [(1, 1), (2, 2), (3, 3)]
+
+
+@pytest.mark.parametrize("change", ["put_bytes", "put", "delete"])
+def test_a_writer_that_wakes_after_its_span_writes_nothing(machine, monkeypatch, tmp_path, change):
+    """It had checked the lease and was paused before its call; another took over and wrote."""
+    one, lease = machine("one")
+    reached, gate, within, errors = threading.Event(), threading.Event(), one._within, []
+
+    def paused(limit_s, call):
+        reached.set()
+        gate.wait(10)
+        return within(limit_s, call)
+
+    monkeypatch.setattr(one, "_within", paused)
+    (tmp_path / "file").write_bytes(b"old")
+    changes = {
+        "put_bytes": lambda: one.put_bytes("a", b"old"),
+        "put": lambda: one.put("a", tmp_path / "file"),
+        "delete": lambda: one.delete(["a"]),
+    }
+
+    def write() -> None:
+        try:
+            changes[change]()
+        except Exception as error:
+            errors.append(error)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    assert reached.wait(5)
+    lease._end.set()
+    two, _ = machine("two")
+    two.put_bytes("a", b"new")
+    gate.set()
+    writer.join(10)
+    assert two.get_bytes("a") == b"new"
+    assert [type(error) for error in errors] == [StorageAway]
+
+
+def test_a_checkpoint_of_a_lost_epoch_stands_in_nobodys_place(machine, tmp_path):
+    """Both wrote step 5; the one that lost the lease removes its own, and the newest epoch's is brought."""
+    copies, folders = {}, {}
+    for name in ("one", "two"):
+        blobs, lease = machine(name)
+        folders[name] = tmp_path / name / "states/job"
+        (folders[name] / "5").mkdir(parents=True)
+        (folders[name] / "5/meta").write_text(name)
+        copies[name] = StateCopies(blobs, tmp_path / name / "states", "jobs")
+        if name == "one":
+            copies[name].send(folders[name])
+            blobs.put_bytes("jobs/job/4.zip", b"of an older version")
+            copies[name] = StateCopies(blobs, tmp_path / name / "states", "jobs")
+            blobs.delete(["jobs/job/5.1.zip"])  # so that the other, too, sends it
+            lease.close()
+    copies["two"].send(folders["two"])
+    blobs.put_bytes("jobs/job/5.1.zip", b"late, of the first")
+    assert sorted(blobs.list("jobs/")) == ["jobs/job/5.1.zip", "jobs/job/5.2.zip"]
+    found = StateCopies(blobs, tmp_path / "three", "jobs")
+    found.bring(tmp_path / "three/job")
+    assert (tmp_path / "three/job/5/meta").read_text() == "two"
+    found.delete(tmp_path / "three/job")
+    assert blobs.list("jobs/") == {}

@@ -1,7 +1,8 @@
 """Uploaded files: their bytes in a folder, all else in the database; checked in the background.  Pure.
 
 ROOT/.incoming/…   uploads under way, and what a killed server left of them: emptied at the start
-ROOT/TENANT/ID     whole files.  One that the database does not know was being added or removed: removed at the start
+ROOT/TENANT/ID     whole files.  One that the database does not know was being added or removed, or the database is a wrong
+                   one: it is removed at a start when it has not been known for `keep_days`
 
 With object storage that is where the bytes are, under files/TENANT/ID, and the folder holds copies.
 """
@@ -58,24 +59,30 @@ class FileStore:
             root.mkdir(parents=True, exist_ok=True, mode=0o700)
             shutil.rmtree(root / INCOMING, ignore_errors=True)
             (root / INCOMING).mkdir()
-            known = stored.known()
-            for path in root.glob("[!.]*/*"):
-                if path.name not in known:
-                    path.unlink()
-        if remote is not None:
-            self._compare(remote, known)
+        self._compare(stored.known(), set() if remote is None else set(remote.blobs.list(FILES)))
         self.sweep()
         for record in stored.unchecked():
             self._checks.submit(record.tenant, self._check, record)
 
-    def _compare(self, remote: Remote, known: set[str]) -> None:
-        """Makes object storage hold the files that the database knows, and no others."""
-        there = remote.blobs.list(FILES)
-        remote.blobs.delete([key for key in there if key.rsplit("/", 1)[-1] not in known])
-        for path in self._root.glob("[!.]*/*"):
-            if self._key(path) not in there:  # this server had no object storage before
-                remote.blobs.put(self._key(path), path)
-            remote.copies.add(path, _unlink)
+    def _compare(self, known: set[str], there: set[str]) -> None:
+        """Removes what the database has long not known; has object storage, which holds `there`, hold all it knows."""
+        here = {self._key(path): path for path in self._root.glob("[!.]*/*")}
+        unknown = {key for key in here.keys() | there if key.rsplit("/", 1)[-1] not in known}
+        if unknown:
+            LOG.warning(
+                "the database does not know %d files; they stay for %s days", len(unknown), self._limits.keep_days
+            )
+        overdue = self._stored.overdue(unknown, now_s=time.time(), keep_s=self._limits.keep_s)
+        with disk_errors("a deletion"):
+            for key in overdue & here.keys():
+                here[key].unlink()
+        if self._remote is None:
+            return
+        self._remote.blobs.delete(sorted(overdue & there))
+        for key in here.keys() - unknown:
+            if key not in there:  # this server had no object storage before
+                self._remote.blobs.put(key, here[key])
+            self._remote.copies.add(here[key], _unlink)
 
     def close(self) -> None:
         """Ends the checks; those that have not begun are done at the next start."""
@@ -126,7 +133,7 @@ class FileStore:
         except BaseException:
             target.unlink(missing_ok=True)
             if self._remote is not None:
-                with contextlib.suppress(JaxLoraError):  # else the next start removes it
+                with contextlib.suppress(JaxLoraError):  # else a later start removes it
                     self._remote.blobs.delete([self._key(target)])
             raise
         if self._remote is not None:
