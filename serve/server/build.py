@@ -34,7 +34,7 @@ from jaxlora.storage.lease import Lease
 from jaxlora.storage.object_store import Blobs
 from jaxlora.storage.remote_adapters import RemoteVersions
 from serve.access.adapter_quota import AdapterQuota
-from serve.access.caller import LOCAL_TENANT, Caller
+from serve.access.caller import LOCAL_TENANT, Caller, is_loopback
 from serve.access.keys import Keys
 from serve.access.rate_limit import Limiter
 from serve.api.adapters.routes import AdaptersRoutes
@@ -69,6 +69,7 @@ from train.data.jsonl import load_jsonl
 LOG = logging.getLogger("serve")
 KEPT_EXAMPLES_BYTES = 32 * 2**20  # of training files, read again soon after they came
 LANE_TOKENS = 2048  # of a server that does not train: the longest example that a file may hold
+PRIVATE = 0o077  # what others may not do with any file or folder that a server makes
 LOST_EXIT = 1  # the device is lost: a supervisor starts the server again
 STOP_S = 20.0  # for the present step to end, or the device is lost
 FLUSH_S = 10.0  # for published versions to reach the disk, when it is
@@ -144,8 +145,7 @@ def services(
     with contextlib.ExitStack() as stack:
         database = Database(config.database_url)
         stack.callback(database.close)
-        keys = Keys(StoredKeys(database))
-        keys.check_bind(config.host)
+        keys = Keys(StoredKeys(database), needed=needs_keys(config))
         training, store, drain = config.training, runner.engine.store, Drain()
         longest = LANE_TOKENS if training is None else training.lane_tokens
 
@@ -199,6 +199,11 @@ def services(
             jobs=jobs,
             keyless=keys.keyless,
         )
+
+
+def needs_keys(config: ServeConfig) -> bool:
+    """Whether nobody may come in without a key."""
+    return config.keys == "required" or not is_loopback(config.host)
 
 
 @contextlib.contextmanager
@@ -292,6 +297,7 @@ def main(config: ServeConfig, file: Path | None) -> None:
 
     file: where the settings came from; SIGHUP has its tuning read again.  Ends the process itself when the device is lost.
     """
+    os.umask(PRIVATE)
     compile_cache.enable(None)
     with opened_remote(config) as remote:
         _serve(config, file, remote)
@@ -351,6 +357,8 @@ def make_server(runner: DeviceThread, config: ServeConfig, observers: Observers,
         open_paths=observers.open_paths,
         caller_of=own.caller_of,
         limiter=own.limiter,
+        limits=config.limits,
+        http=config.http,
         body_limits=own.body_limits,
         error_shapes=own.error_shapes,
         drain=own.drain,
