@@ -12,6 +12,7 @@ from jaxlora.config.toml import TomlPath
 from jaxlora.core.lora import check_name
 
 LogForm = Literal["human", "json"]
+KeysNeeded = Literal["auto", "required"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,6 +87,9 @@ class TenantLimits:
     adapter_bytes: int | None = None  # all versions of its adapters together
     file_bytes: int | None = None  # all its files together
     jobs: int | None = None  # jobs that have not ended
+    open_requests: int | None = None  # being answered at once; None: half of all, and any number without keys
+    uploads: int | None = 4  # files on their way in at once
+    followers: int | None = 64  # streams of job events at once
 
     def __post_init__(self) -> None:
         for f in fields(TenantLimits):
@@ -129,6 +133,25 @@ class LimitsSection(TenantLimits):
     def of(self, tenant: str) -> TenantLimits:
         """Returns the limits of one tenant."""
         return next((t for t in self.tenant if t.name == tenant), self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HttpSection:
+    """Limits of connections, heads and bodies, whoever sends them."""
+
+    connections: int = 10_000  # open at once; fewer where the process may have fewer file descriptors
+    # Requests being answered at once for one address.  None: half of all, and any number for this machine.
+    requests_per_address: int | None = None
+    header_timeout_s: float = 10.0  # for a request's line and headers to arrive
+    least_body_bytes_s: int = 4096  # a body that comes more slowly is refused,
+    body_patience_s: float = 10.0  # once the server has waited for it so long beyond the time its bytes may take
+
+    def __post_init__(self) -> None:
+        need_counts(self, "connections", "least_body_bytes_s")
+        most = self.requests_per_address
+        need(most is None or most >= 1, "requests_per_address", "at least 1, or absent", most)
+        for name in ("header_timeout_s", "body_patience_s"):
+            need(0 < getattr(self, name) < math.inf, name, "positive", getattr(self, name))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,6 +214,10 @@ class ServeConfig:
     database: str | None = None  # SQLAlchemy's URL; None: SQLite in `data`
     blobs: BlobsSection | None = None  # None: the contents of `adapters` and `data` exist on this machine only
     limits: LimitsSection = LimitsSection()
+    http: HttpSection = HttpSection()
+    keys: KeysNeeded = (
+        "auto"  # required: no start without keys; auto: the same where others than this machine can reach it
+    )
     training: TrainingSection | None = None  # None: no fine-tuning jobs
     kv_dtype: Dtype = "auto"  # of keys and values; auto: the base's
     log: LogForm = "human"  # human, or one JSON object per line
@@ -212,6 +239,7 @@ class ServeConfig:
         need(self.host_kv_gb >= 0, "host_kv_gb", "0 or more", self.host_kv_gb)
         need(self.mesh.processes == 1, "mesh.processes", "1, as only training runs in several", self.mesh.processes)
         need(self.log in get_args(LogForm), "log", "human or json", self.log)
+        need(self.keys in get_args(KeysNeeded), "keys", "auto or required", self.keys)
         need(bool(self.host.strip()), "host", "an address such as 127.0.0.1", self.host)
         need(0 <= self.port < 2**16, "port", "in [0, 65535]", self.port)
         need_distinct([a.name for a in self.load], "names under [[load]]")

@@ -20,7 +20,7 @@ from starlette.requests import HTTPConnection
 
 from jaxlora.core.errors import ConfigInvalid, InvalidRequest, JaxLoraError, Unauthorized
 from jaxlora.core.lora import check_name
-from serve.access.caller import LOCAL, Caller, is_loopback
+from serve.access.caller import LOCAL, Caller
 from serve.db.keys import StoredKeys
 from serve.db.models import KeyRecord, Role, new_id
 
@@ -69,15 +69,27 @@ HALF = 32  # hex digits of a digest that keys are looked up by; the other half i
 
 
 class Keys:
-    """The callers' keys, followed in the background from `start` to `close`."""
+    """The callers' keys, followed in the background from `start` to `close`.
 
-    def __init__(self, stored: StoredKeys):
-        """The keys as they are now.  Raises Unavailable."""
+    Once there has been a key nobody comes in without one, whatever becomes of the database.
+    """
+
+    def __init__(self, stored: StoredKeys, *, needed: bool = False):
+        """The keys as they are now.  needed: whether nobody may ever come in without one.
+
+        Raises Unavailable; ConfigInvalid where a key is needed and there is none.
+        """
         self._stored = stored
         self._known = Known()
+        self._needed = needed
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._refresh(ended=None)
+        if needed and not self._known.any:
+            raise ConfigInvalid(
+                'without keys a server may listen on this machine only, and with keys = "required" not at all; make a key '
+                "with `jaxlora keys create TENANT`, or listen on 127.0.0.1"
+            )
 
     def start(self, ended: Callable[[str | None], None]) -> None:
         """From now on changes are noticed.
@@ -94,23 +106,15 @@ class Keys:
         if self._thread is not None:
             self._thread.join()
 
-    def check_bind(self, host: str) -> None:
-        """Raises ConfigInvalid for a server without keys that others than this machine could reach."""
-        if not self._known.any and not is_loopback(host):
-            raise ConfigInvalid(
-                f"without keys a server may listen on this machine only, got the address {host}; make a key with "
-                "`jaxlora keys create TENANT`, or listen on 127.0.0.1"
-            )
-
     @property
     def keyless(self) -> bool:
         """Whether anyone may do everything."""
-        return not self._known.any
+        return not self._needed
 
     def caller_of(self, connection: HTTPConnection) -> Caller:
         """Who asks.  Raises Unauthorized without a valid key, once there has ever been one."""
         known = self._known
-        if not known.any:
+        if self.keyless:
             return LOCAL
         scheme, _, key = connection.headers.get("authorization", "").partition(" ")
         record = self._find(known, digest(key.strip())) if scheme.lower() == "bearer" else None
@@ -125,20 +129,23 @@ class Keys:
 
     def _refresh(self, ended: Callable[[str | None], None] | None) -> None:
         """Looks at the database.  Raises Unavailable."""
-        before = self._known
+        before, keyless = self._known, self.keyless
         if self._stored.counts() == before.counts:
             return
         records = self._stored.all()
         valid = [r for r in records if r.revoked_s is None]
+        self._needed |= bool(records)
         self._known = Known(
             counts=(len(records), len(records) - len(valid)),
             valid={r.digest[:HALF]: r for r in valid},
             ids=frozenset(r.id for r in valid),
         )
+        if before.any and not self._known.any:
+            LOG.error("the database has no API keys any more; nobody is let in until it has")
         if ended is not None:
             for id in before.ids - self._known.ids:
                 ended(id)
-            if not before.any:
+            if keyless and not self.keyless:
                 ended(None)
 
     def _follow(self, ended: Callable[[str | None], None]) -> None:

@@ -13,7 +13,7 @@ from limits import RateLimitItem, RateLimitItemPerMinute
 from limits.storage import MemoryStorage
 from limits.strategies import SlidingWindowCounterRateLimiter
 
-from jaxlora.config.serving import LimitsSection
+from jaxlora.config.serving import LimitsSection, TenantLimits
 from jaxlora.core.errors import QuotaExceeded, RateLimited
 from serve.engine.request import Request
 
@@ -31,6 +31,7 @@ class Limiter:
     def admit(self, tenant: str, *, tokens: int) -> None:
         """Lets one request in, which may come to so many tokens, and counts it; one that is refused counts nothing.
 
+        One that is let in has counted, also when the server then has no room for it (503): the attempt is what costs.
         Raises RateLimited, which says when to come again, or QuotaExceeded for more tokens than any minute has.
         """
         own = self._limits.of(tenant)
@@ -59,6 +60,10 @@ class Limiter:
                 )
         for item, cost, what in asked:
             self._window.hit(item, tenant, what, cost=cost)
+
+    def of(self, tenant: str) -> TenantLimits:
+        """The limits of one tenant."""
+        return self._limits.of(tenant)
 
     def _wait_s(self, item: RateLimitItem, tenant: str, what: str, cost: int) -> float:
         """Seconds until this cost fits, if nothing else comes."""

@@ -124,9 +124,15 @@ class ApiClient:
     def events(self, path: str, query: Mapping[str, str]) -> Iterator[dict]:
         """Each event of a stream as it comes."""
         with reported(self.url), self._http.stream("GET", path, params=query) as response:
+            if response.is_error:
+                response.read()
+                raise refusal(response)
             for line in response.iter_lines():
                 if line.startswith("data: {"):
-                    yield json.loads(line.removeprefix("data: "))
+                    event = json.loads(line.removeprefix("data: "))
+                    if "error" in event:
+                        raise AnswerFailed(event["error"]["message"])
+                    yield event
 
     async def answer(
         self, model: str, messages: Sequence[Mapping[str, str]], settings: Mapping[str, object]

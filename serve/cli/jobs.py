@@ -12,6 +12,7 @@ import typer
 
 from jaxlora.core.errors import AlreadyExists, InvalidRequest
 from serve.cli.options import HERE, Json, Key, Url, connect, print_answer, print_entry, print_list
+from train.jobs.status import ENDED
 
 if TYPE_CHECKING:
     from serve.cli.http_client import ApiClient
@@ -85,9 +86,14 @@ def file_id(client: ApiClient, given: str) -> str:
 
 
 def follow_job(client: ApiClient, id: str, as_json: bool) -> None:
-    """Prints all events of a job, and on until it ends."""
-    for event in client.events(f"{JOBS}/{at(id)}/events", {"stream": "true"}):
-        print_entry(event, event_line, as_json)
+    """Prints all events of a job, and on until it ends, however often a stream of them does."""
+    query = {"stream": "true"}
+    while True:
+        for event in client.events(f"{JOBS}/{at(id)}/events", query):
+            print_entry(event, event_line, as_json)
+            query["after"] = event["id"]
+        if client.entry("GET", f"{JOBS}/{at(id)}")["status"] in ENDED:
+            return
 
 
 def _given(values: Mapping[str, object]) -> dict[str, object]:

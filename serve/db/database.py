@@ -7,6 +7,8 @@ Either way a transaction may be run again, so what it does must be in the databa
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import sqlite3
 import time
 from collections.abc import Callable
@@ -194,11 +196,21 @@ def open_engine(url: URL, *, statement_s: float) -> Engine:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
         raise ConfigInvalid(f"cannot make the folder of the database {path} ({error.strerror})") from error
+    keep_private(path)
     # Python would begin a transaction only at its first write, too late to wait for another writer.
     engine = create_engine(url, pool_size=THREADS, connect_args={"timeout": BUSY_S, "isolation_level": None})
     event.listen(engine, "connect", set_up_sqlite)
     event.listen(engine, "begin", begin_sqlite)
     return engine
+
+
+def keep_private(path: Path) -> None:
+    """Makes SQLite's file if there is none; lets nobody but its owner read it and those beside it, which take after it."""
+    with contextlib.suppress(OSError):  # told when it is opened
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        for name in (path, path.with_name(path.name + "-wal"), path.with_name(path.name + "-shm")):
+            if name.exists():
+                name.chmod(0o600)
 
 
 def set_up_sqlite(connection: sqlite3.Connection, record: object) -> None:

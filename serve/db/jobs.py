@@ -150,6 +150,15 @@ class StoredJobs:
 
         return self.database.read(work)
 
+    def seq(self, id: str, sees: str | None, event: str | None) -> int:
+        """The number of a job's event; None: 0.  Raises NotFound; InvalidRequest for an event that is not the job's."""
+
+        def work(session: Session) -> int:
+            JOBS.find(session, id, sees)
+            return 0 if event is None else beyond(session, EventRecord, event, id, "event").seq
+
+        return self.database.read(work)
+
     def checkpoints(self, id: str, sees: str | None, *, after: str | None, limit: int) -> Page[CheckpointRecord]:
         """Checkpoints of a job, newest first.  Raises NotFound; InvalidRequest for an unknown `after`."""
 

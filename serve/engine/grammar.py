@@ -232,7 +232,7 @@ def _multiples(schema: object) -> int:
         value = todo.pop()
         if isinstance(value, dict):
             number = value.get("multipleOf")
-            if isinstance(number, int | float) and number > 0:
+            if isinstance(number, int | float) and not isinstance(number, bool) and number > 0:
                 share = Fraction(str(number))
                 found.add(share.numerator * share.denominator)
             todo += value.values()

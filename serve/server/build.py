@@ -31,7 +31,7 @@ from jaxlora.storage.adapter_store import AdapterStore
 from jaxlora.storage.disk_cache import Remote
 from jaxlora.storage.remote_adapters import RemoteVersions
 from serve.access.adapter_quota import AdapterQuota
-from serve.access.caller import LOCAL_TENANT
+from serve.access.caller import LOCAL_TENANT, is_loopback
 from serve.access.keys import Keys
 from serve.access.rate_limit import Limiter
 from serve.api.adapters.routes import AdaptersRoutes
@@ -66,6 +66,7 @@ from train.data.file_readers import FileReaders, ReaderLimits
 LOG = logging.getLogger("serve")
 KEPT_EXAMPLES_BYTES = 32 * 2**20  # of training files, read again soon after they came
 LANE_TOKENS = 2048  # of a server that does not train: the longest example that a file may hold
+PRIVATE = 0o077  # what others may not do with any file or folder that a server makes
 LOST_EXIT = 1  # the device is lost: a supervisor starts the server again
 STOP_S = 20.0  # for the present step to end, or the device is lost
 FLUSH_S = 10.0  # for published versions to reach the disk, when it is
@@ -136,8 +137,7 @@ def services(
     Raises ConfigInvalid for settings that do not go together, Unavailable, StorageFull, StorageFailed.
     """
     with contextlib.ExitStack() as stack:
-        keys = Keys(StoredKeys(database))
-        keys.check_bind(config.host)
+        keys = Keys(StoredKeys(database), needed=needs_keys(config))
         training, store, drain = config.training, runner.engine.store, Drain()
         longest = LANE_TOKENS if training is None else training.lane_tokens
 
@@ -198,11 +198,18 @@ def services(
             open_paths=observers.open_paths,
             caller_of=keys.caller_of,
             limiter=limiter,
+            limits=config.limits,
+            http=config.http,
             body_limits=files_routes.body_limits | adapters_routes.body_limits,
             error_shapes={API: gradient_response},
             drain=drain,
         )
         yield Services(app=app, jobs=jobs, keyless=keys.keyless)
+
+
+def needs_keys(config: ServeConfig) -> bool:
+    """Whether nobody may come in without a key."""
+    return config.keys == "required" or not is_loopback(config.host)
 
 
 def open_store(config: ServeConfig, remote: Remote | None = None) -> AdapterStore:
@@ -281,6 +288,7 @@ def main(config: ServeConfig, file: Path | None, *, adopt: bool = False, new_bas
     file: where the settings came from; SIGHUP has its tuning read again.  adopt: see opened_instance.  new_base: see
     same_base.  Ends the process itself when the device is lost.
     """
+    os.umask(PRIVATE)
     compile_cache.enable(None)
     with opened_instance(config, adopt=adopt) as instance:
         opened = same_base(instance.database, config, open_base(config.model, config.mesh), take=new_base)

@@ -20,8 +20,10 @@ from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxlora.config.base import need
+from jaxlora.config.serving import HttpSection, LimitsSection
 from jaxlora.core.errors import InvalidRequest, JaxLoraError
 from serve.access.caller import Caller, anyone, is_loopback
+from serve.access.places import Places
 from serve.access.rate_limit import Limiter
 from serve.http.drain import Drain
 from serve.http.errors import LOG, ErrorShapes, Shape
@@ -53,6 +55,9 @@ class AppConfig:
     hosts: Collection[str] | None = LOOPBACK_HOSTS  # names allowed in Host and Origin; None: any (see `hosts_for`)
     caller_of: Callable[[HTTPConnection], Caller] = anyone  # by the headers; raises to refuse a caller
     limiter: Limiter | None = None  # refuses a tenant that exceeds its rate
+    limits: LimitsSection = field(default_factory=LimitsSection)  # the gate's: each tenant's open requests
+    http: HttpSection = field(default_factory=HttpSection)  # of each address, and of bodies that come slowly
+    most_requests: int | None = None  # answered at once; None: any number
     max_body_bytes: int = 4 * 2**20
     body_limits: Mapping[str, int] = field(default_factory=dict)  # path -> bytes uploaded there, form excluded
     body_timeout_s: float = 60.0  # for the whole body to arrive; more where files are uploaded
@@ -112,6 +117,8 @@ class Gate:
 
     def __init__(self, app: ASGIApp, config: AppConfig, shapes: ErrorShapes):
         self._app, self._config, self._shapes = app, config, shapes
+        self._of_addresses = Places("requests open", config.most_requests)
+        self._of_tenants = Places("requests open", None)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -151,10 +158,27 @@ class Gate:
         if path in self._config.open_paths:
             await self._app(scope, self._bounded(receive, path), send)
         else:
-            with self._config.drain.entered():
+            address = (scope.get("client") or ("",))[0]
+            with self._config.drain.entered(), self._of_addresses.held(address, self._most_of_address(address)):
                 state["caller"] = caller = self._config.caller_of(HTTPConnection(scope))
-                async with self._config.drain.staying(caller.key_id, send) as send_while_valid:
-                    await self._app(scope, self._bounded(receive, path), send_while_valid)
+                with self._of_tenants.held(caller.owner, self._most_of_tenant(caller)):
+                    async with self._config.drain.staying(caller.key_id, send) as send_while_valid:
+                        await self._app(scope, self._bounded(receive, path), send_while_valid)
+
+    def _most_of_address(self, address: str) -> int | None:
+        """Requests that one address may have open; None: any number."""
+        most = self._config.http.requests_per_address
+        return self._half if most is None and not is_loopback(address) else most
+
+    def _most_of_tenant(self, caller: Caller) -> int | None:
+        """Requests that a tenant may have open; None: any number."""
+        most = self._config.limits.of(caller.owner).open_requests
+        return self._half if most is None and caller.key_id is not None else most
+
+    @property
+    def _half(self) -> int | None:
+        """Half of the requests that may be open, so that nobody has them all."""
+        return None if self._config.most_requests is None else max(self._config.most_requests // 2, 1)
 
     def _check_hosts(self, headers: Headers) -> None:
         """Raises HostRefused for a name that is not ours: DNS rebinding, or another site's script."""
@@ -191,22 +215,34 @@ class Gate:
         return min(float(value), self._config.max_request_s)
 
     def _bounded(self, receive: Receive, path: str) -> Receive:
-        """`receive`, with the limits of size and time on the body, and none after it."""
+        """`receive`, with the limits of size, time and pace on the body, and none after it.
+
+        Only the time counts for which the server waits.  Patience is used up by it, and comes back with each byte.
+        """
+        http, clock = self._config.http, asyncio.get_running_loop().time
         limit_s, limit_bytes = self._config.body_timeout_s, self._config.limit_bytes(path)
         if limit_bytes > self._config.max_body_bytes:
             limit_s += limit_bytes / SLOWEST_UPLOAD_BYTES_S
-        seen_bytes, deadline, whole = 0, asyncio.get_running_loop().time() + limit_s, False
+        seen_bytes, deadline, patience_s, whole = 0, clock() + limit_s, http.body_patience_s, False
 
         async def bounded() -> Message:
-            nonlocal seen_bytes, whole
+            nonlocal seen_bytes, patience_s, whole
             if whole:
                 return await receive()
+            began = clock()
             try:
-                async with asyncio.timeout_at(deadline):
+                async with asyncio.timeout_at(min(deadline, began + patience_s)):
                     message = await receive()
             except TimeoutError:
+                if clock() < deadline:
+                    raise HTTPException(
+                        408, f"the body came at less than {http.least_body_bytes_s} bytes/s; send it faster"
+                    ) from None
                 raise HTTPException(408, f"the body took over {limit_s:g} s to arrive") from None
-            seen_bytes += len(message.get("body", b""))
+            came_bytes = len(message.get("body", b""))
+            seen_bytes += came_bytes
+            waited_s = clock() - began
+            patience_s = min(patience_s - waited_s + came_bytes / http.least_body_bytes_s, http.body_patience_s)
             whole = not message.get("more_body", False)
             if seen_bytes > limit_bytes:
                 raise self._config.too_large(path)

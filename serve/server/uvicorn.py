@@ -25,10 +25,12 @@ from jaxlora.core.errors import ConfigInvalid, DeviceLost, Unavailable
 from serve.http.drain import Drain
 from serve.runtime.device_thread import GONE, LOST, DeviceThread
 from serve.server.app import create_app
+from serve.server.connections import SPARE, Connection, Connections, connections_within
 from serve.server.gate import AppConfig, hosts_for
 
 LOG = logging.getLogger("serve")
 BACKLOG = 2048  # connections that may wait to be accepted
+ACCEPTED_AT_ONCE = 16  # of them, before one of ours is closed: each takes a descriptor
 ERROR_S = 0.2  # for answers to send their errors
 LAST_WORDS_S = 5  # for a client to read how its stream ended
 
@@ -43,15 +45,23 @@ class DrainingServer(uvicorn.Server):
     def __init__(
         self,
         config: uvicorn.Config,
+        connections: Connections,
         drain: Drain,
         grace_s: float,
         end_open: Callable[[], None],
         is_lost: Callable[[], bool],
     ):
         super().__init__(config)
+        self.server_state = self._connections = connections
         self._drain, self._grace_s, self._end_open, self._is_lost = drain, grace_s, end_open, is_lost
         self._ends: float | None = None  # time.monotonic() when nothing is waited for any more
         self.interrupted = False  # by Ctrl-C
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begins to accept."""
+        await super().startup(sockets)
+        for listening in sockets or ():
+            listening.listen(BACKLOG)  # uvicorn's number is also how many are accepted at once
 
     def drain(self) -> None:
         """Begins the end; a second time, waits for nobody.  Of any thread, or a signal handler."""
@@ -70,7 +80,8 @@ class DrainingServer(uvicorn.Server):
         self.drain()
 
     async def on_tick(self, counter: int) -> bool:
-        """Checks, ten times a second, whether to end."""
+        """Closes, ten times a second, connections that are overdue, and checks whether to end."""
+        self._connections.close_overdue(asyncio.get_running_loop().time())
         if self._ends is None and self._is_lost():
             self._end_within(LAST_WORDS_S)
         if self._ends is not None and not self.should_exit:
@@ -140,7 +151,16 @@ def make_http(runner: DeviceThread, config: AppConfig, *, host: str, port: int, 
     except OSError as error:
         listening.close()
         raise ConfigInvalid(f"cannot listen on {host} port {port} ({error.strerror}); choose another --port") from error
-    app = create_app(runner, replace(config, hosts=hosts_for(host)))
-    settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=LAST_WORDS_S)
-    server = DrainingServer(settings, config.drain, grace_s, runner.end_all, lambda: runner.lost)
+    most = connections_within(config.http.connections)
+    app = create_app(runner, replace(config, hosts=hosts_for(host), most_requests=most - SPARE))
+    settings = uvicorn.Config(
+        app,
+        http=Connection,
+        ws="none",
+        backlog=ACCEPTED_AT_ONCE,
+        log_level="warning",
+        timeout_graceful_shutdown=LAST_WORDS_S,
+    )
+    connections = Connections(most, config.http.header_timeout_s)
+    server = DrainingServer(settings, connections, config.drain, grace_s, runner.end_all, lambda: runner.lost)
     return HttpServer(server, listening)

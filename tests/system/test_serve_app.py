@@ -9,6 +9,7 @@ import openai
 import pytest
 from fake_backend import BASE, FakeBackend, serving
 
+from jaxlora.config.serving import HttpSection, LimitsSection, NamedLimits
 from jaxlora.core.errors import Unauthorized
 from serve.access.caller import Caller
 from serve.server.app import create_app
@@ -136,6 +137,51 @@ def test_a_slow_body_times_out(running):
         first = connection.recv(4000)
     assert first.startswith(b"HTTP/1.1 408")
     assert time.monotonic() - began < 2
+
+
+def test_a_body_that_comes_too_slowly_is_cut_long_before_its_time_is_over_and_a_steady_one_is_not():
+    config = AppConfig(default_max_tokens=5, http=HttpSection(least_body_bytes_s=1000, body_patience_s=0.3))
+    body = json.dumps({"model": BASE, "prompt": "x" * 1500, "max_tokens": 1}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(body)}\r\n\r\n".encode()
+
+    def first_line(port, size, pause_s):
+        """Of the answer to a body that comes in pieces."""
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+            connection.sendall(head)
+            connection.setblocking(False)
+            for i in range(0, len(body), size):
+                try:
+                    return connection.recv(4000)
+                except BlockingIOError:
+                    connection.send(body[i : i + size])
+                    time.sleep(pause_s)
+            connection.settimeout(30)
+            return connection.recv(4000)
+
+    with serving(create_app(FakeBackend(context=4000), config)) as url:
+        port = int(url.rsplit(":", 1)[1])
+        slow, steady = first_line(port, 1, 0.02), first_line(port, 100, 0.02)
+    assert slow.startswith(b"HTTP/1.1 408")
+    assert b"1000 bytes/s" in slow
+    assert steady.startswith(b"HTTP/1.1 200")
+
+
+def test_an_address_and_a_tenant_have_their_own_limits_of_open_requests_and_health_has_none():
+    limits = LimitsSection(tenant=(NamedLimits(name="few", open_requests=1),))
+    settings = {"caller_of": by_header, "limits": limits, "default_max_tokens": 64}
+    for own, who, code in (({}, "few", 429), ({"http": HttpSection(requests_per_address=1)}, "acme", 429)):
+        with serving(create_app(FakeBackend(hang_after=1), AppConfig(**settings, **own))) as url:
+            asked = {"url": url + "/v1/chat/completions", "json": CHAT | {"stream": True}}
+            with httpx2.stream("POST", **asked, headers={"authorization": f"Bearer {who}"}) as first:
+                assert first.status_code == 200
+                answer = httpx2.post(**asked, headers={"authorization": f"Bearer {who}"})
+                assert (answer.status_code, answer.headers["retry-after"]) == (code, "1")
+                assert error_of(answer)["code"] == "rate_limit_exceeded"
+                assert httpx2.get(url + "/health").status_code == 200
+                if not own:
+                    with httpx2.stream("POST", **asked, headers={"authorization": "Bearer acme"}) as other:
+                        assert other.status_code == 200
 
 
 def test_no_key_is_401_before_the_body_is_read(running):

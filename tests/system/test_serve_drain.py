@@ -119,6 +119,9 @@ def test_a_server_that_ends_completes_what_is_open_and_takes_nothing_new(tmp_pat
     assert events[-1] == "[DONE]"
     assert json.loads(events[-2])["choices"][0]["finish_reason"] == "length"
     assert (tmp_path / ".lock").exists()
+    made = [path for folder in (tmp_path, tmp_path.with_name("data")) for path in folder.rglob("*")]
+    assert {"jaxlora.sqlite", ".lock"} <= {path.name for path in made}
+    assert [path for path in made if path.stat().st_mode & 0o077] == []  # whatever this process's umask
     assert all("error" not in json.loads(e) for e in events[:-1])
 
 

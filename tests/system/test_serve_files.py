@@ -1,5 +1,6 @@
 """The files' wire over real HTTP with OpenAI's client: uploads, checks, quotas, faults of disk and process."""
 
+import contextlib
 import errno
 import os
 import signal
@@ -341,10 +342,28 @@ class TestFaults:
         assert (done.status, "a bug" in done.status_details) == ("error", False)
         assert "could not be checked" in caplog.text
 
-    def test_more_uploads_at_once_than_there_may_be(self, server, monkeypatch):
+    def test_a_tenant_at_its_uploads_waits_and_others_get_in(self, server):
+        """The hostile one's bodies never end; the server's places are not its own to fill."""
+        with contextlib.ExitStack() as held:
+            for _ in range(20):
+                held.enter_context(half_an_upload(server[0]))
+            soon(lambda: post(server[0], **FORM).status_code == 429)
+            answer = post(server[0], **FORM)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+            assert answer.headers["retry-after"] == "1"
+            assert post(server[0], **FORM, tenant="other").status_code == 200
+        soon(lambda: post(server[0], **FORM).status_code == 200)
+
+    def test_all_places_taken_is_the_servers_own_want(self, database, root, monkeypatch):
         monkeypatch.setattr("serve.api.files.routes.MAX_UPLOADS", 0)
-        answer = post(server[0], **FORM)
+        with files_server(database, root) as (url, _):
+            answer = post(url, **FORM)
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+
+    def test_an_upload_that_is_refused_for_want_of_room_counts_as_a_request(self, database, root, monkeypatch):
+        monkeypatch.setattr("serve.api.files.routes.MAX_UPLOADS", 0)
+        with files_server(database, root, limits=LimitsSection(requests_per_minute=2)) as (url, _):
+            assert [post(url, **FORM).status_code for _ in range(3)] == [503, 503, 429]
 
 
 def half_an_upload(url):

@@ -31,11 +31,10 @@ JOB = {
 }
 FAILED = JOB | {"id": "ftjob-2", "status": "failed", "error": {"code": "bad_file", "message": "no examples"}}
 EVENTS = [
-    {"level": "warn", "message": "second", "created_at": 1},
-    {"level": "info", "message": "first", "created_at": 0},
+    {"id": "ftevent-2", "level": "warn", "message": "second", "created_at": 1},
+    {"id": "ftevent-1", "level": "info", "message": "first", "created_at": 0},
 ]
 CHECKPOINT = {"step_number": 4, "fine_tuned_model_checkpoint": "m:4", "metrics": {"step": 4, "train_loss": 0.25}}
-STREAM = "".join(f"data: {json.dumps(event)}\n\n" for event in reversed(EVENTS)) + ": ping\n\ndata: [DONE]\n\n"
 
 
 class Jobs:
@@ -43,13 +42,19 @@ class Jobs:
 
     def __init__(self):
         self.requests: list[tuple[str, str, object]] = []
+        self.followed = 0
 
     async def __call__(self, path: str, request: Request) -> Response:
         is_json = request.headers.get("content-type") == "application/json"
         body = await request.json() if is_json else None
         self.requests.append((request.method, path, body))
         if "stream" in request.query_params:
-            return PlainTextResponse(STREAM, media_type="text/event-stream")
+            # Each stream ends before the job does, but for the last.
+            if self.followed:
+                assert request.query_params["after"] == EVENTS[-self.followed]["id"]
+            self.followed += 1
+            data = f"data: {json.dumps(EVENTS[-self.followed])}\n\n: ping\n\ndata: [DONE]\n\n"
+            return PlainTextResponse(data, media_type="text/event-stream")
         if path.endswith("/content"):
             return PlainTextResponse("abc")
         entries = {
@@ -62,7 +67,10 @@ class Jobs:
             at = int(request.query_params.get("after", 0))
             page = entries[path][at : at + 1]
             return JSONResponse({"data": page, "has_more": at + 1 < len(entries[path]), "last_id": str(at + 1)})
-        return JSONResponse(FILE if path.startswith("files") else FAILED if "ftjob-2" in path else JOB)
+        return JSONResponse(FILE if path.startswith("files") else FAILED if "ftjob-2" in path else self.job())
+
+    def job(self) -> dict:
+        return JOB | {"status": "succeeded"} if self.followed == len(EVENTS) else JOB
 
 
 @pytest.fixture
@@ -92,7 +100,7 @@ def test_a_job_is_created_with_every_option_and_followed(run, server, tmp_path):
         "--heldout file-9 --suffix s --epochs 2 --batch 4 --lr 0.1 --rank 8 --alpha 16 --checkpoint-every 5 --seed 7"
     )
     out = run(f"jobs create train.jsonl --model m {options} --follow")
-    uploaded, (method, path, body), _ = server.requests
+    uploaded, (method, path, body), *_ = server.requests
     assert (uploaded[:2], method, path) == (("POST", "files"), "POST", "fine_tuning/jobs")
     assert body == {
         "model": "m",

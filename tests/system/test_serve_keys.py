@@ -12,16 +12,20 @@ import openai
 import pytest
 from database_world import key_record
 from fake_backend import BASE, HI, FakeBackend, serving
+from sqlalchemy import delete
 from typer.testing import CliRunner
 
+from jaxlora.config.serving import serve_defaults
 from jaxlora.core.errors import ConfigInvalid, InvalidRequest, Unavailable
 from serve.access.caller import LOCAL
 from serve.access.keys import HALF, PREFIX, Keys, create_key, digest
 from serve.cli import main as cli
 from serve.db.database import Database
 from serve.db.keys import StoredKeys
+from serve.db.models import KeyRecord
 from serve.http.drain import Drain
 from serve.server.app import create_app
+from serve.server.build import needs_keys
 from serve.server.gate import AppConfig
 
 WITHIN_S = 1.0  # a change holds
@@ -126,15 +130,24 @@ class TestCreate:
 
 
 class TestWithoutKeys:
-    def test_anyone_may_come_in_on_this_machine_only(self, stored):
-        keys = Keys(stored)
-        for host in ("127.0.0.1", "localhost", "[::1]"):
-            keys.check_bind(host)
-        for host in ("0.0.0.0", "192.168.1.2", "::", "example.org"):
-            with pytest.raises(ConfigInvalid, match="jaxlora keys create"):
-                keys.check_bind(host)
+    def test_anyone_may_come_in_unless_keys_are_needed(self, stored):
+        assert Keys(stored).keyless
+        with pytest.raises(ConfigInvalid, match="jaxlora keys create"):
+            Keys(stored, needed=True)
         create_key(stored, "acme")
-        Keys(stored).check_bind("0.0.0.0")
+        assert not Keys(stored, needed=True).keyless
+
+    @pytest.mark.parametrize(
+        ("host", "keys", "needed"),
+        [
+            *((host, "auto", False) for host in ("127.0.0.1", "localhost", "[::1]")),
+            *((host, "auto", True) for host in ("0.0.0.0", "192.168.1.2", "::", "example.org")),
+            ("127.0.0.1", "required", True),
+        ],
+    )
+    def test_where_others_reach_the_server_or_the_settings_say_so_keys_are_needed(self, tmp_path, host, keys, needed):
+        config = replace(serve_defaults("tiny", tmp_path / "store"), host=host, keys=keys)
+        assert needs_keys(config) is needed
 
     def test_the_first_key_shuts_out_who_has_none(self, server, stored):
         assert status(server, {}) == 200
@@ -144,6 +157,22 @@ class TestWithoutKeys:
         assert status(server, bearer(key)) == 200
         reader.join(WITHIN_S)
         assert reader.error is not None
+
+    def test_a_key_table_that_is_emptied_lets_nobody_in(self, server, stored, database, caplog):
+        """As by another process, or when another file is put in the database's place."""
+        _, key = create_key(stored, "acme")
+        assert soon(lambda: status(server, {}) == 401)
+        reader = Reader(server, key)
+        with caplog.at_level(logging.ERROR, "serve"):
+            database.write(lambda session: session.execute(delete(KeyRecord)))
+            assert soon(lambda: status(server, bearer(key)) == 401)
+        assert status(server, {}) == 401
+        assert not server.keys.keyless
+        assert "has no API keys any more" in caplog.text
+        reader.join(WITHIN_S)
+        assert reader.error is not None
+        _, new = create_key(stored, "acme")
+        assert soon(lambda: status(server, bearer(new)) == 200)
 
     def test_revoking_the_last_key_lets_nobody_in(self, stored):
         record, _ = create_key(stored, "acme")

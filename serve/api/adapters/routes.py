@@ -43,6 +43,7 @@ from serve.http.errors import ERRORS, WRITE_ERRORS
 from serve.http.multipart import Form, FormRules, receive_form
 from serve.http.pagination import list_object
 from serve.http.schema import ok, ok_as, refuse_unbuilt
+from serve.http.strict_json import JsonRoute
 from serve.runtime.backend import ModelCard
 
 UPLOAD_PATH = "/v1/adapters"
@@ -68,7 +69,7 @@ class AdaptersRoutes:
 
     def router(self) -> APIRouter:
         """All routes of this wire."""
-        router = APIRouter(responses=ERRORS)
+        router = APIRouter(responses=ERRORS, route_class=JsonRoute)
         text, zipped = (ok_as({media: {"schema": {"type": "string"}}}) for media in ("text/plain", "application/zip"))
         # A name may hold a slash, so what stands behind it comes first.
         for method, path, handler, responses in (

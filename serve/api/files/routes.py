@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
-from collections.abc import Generator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, cast
@@ -17,8 +16,8 @@ from starlette.responses import MalformedRangeHeader, RangeNotSatisfiable
 from starlette.types import Receive, Scope, Send
 
 from jaxlora.core.atomic_files import disk_errors, sha256_of
-from jaxlora.core.errors import Overloaded
 from serve.access.caller import caller_of
+from serve.access.places import Places
 from serve.access.rate_limit import Limiter
 from serve.api.files.schemas import (
     CONTENT,
@@ -53,7 +52,7 @@ class FilesRoutes:
         self._once, self._limiter = once, limiter
         self._files, self._ask, self._run = files, database.ask, database.run
         self._max_file_bytes = max_file_bytes
-        self._uploads = 0
+        self._uploads = Places("uploads", MAX_UPLOADS)
 
     @property
     def body_limits(self) -> dict[str, int]:
@@ -84,8 +83,8 @@ class FilesRoutes:
     async def create(self, request: Request) -> Response:
         """Adds a file, which is checked soon."""
         tenant = caller_of(request).owner
-        with self._uploading():
-            self._limiter.admit(tenant, tokens=0)
+        self._limiter.admit(tenant, tokens=0)
+        with self._uploads.held(tenant, self._limiter.of(tenant).uploads):
             room = await self._ask(self._files.room, tenant)
             folder = await self._ask(self._files.staging)
             try:
@@ -115,17 +114,6 @@ class FilesRoutes:
             if error.status_code == 413 and room is not None and room == most:
                 raise over_quota(room) from None
             raise
-
-    @contextlib.contextmanager
-    def _uploading(self) -> Generator[None]:
-        """Counts one more upload.  Raises Overloaded when there are as many as may be."""
-        if self._uploads >= MAX_UPLOADS:
-            raise Overloaded(f"{MAX_UPLOADS} files are on their way in already; retry later")
-        self._uploads += 1
-        try:
-            yield
-        finally:
-            self._uploads -= 1
 
     async def list(self, request: Request, query: Annotated[FilesQuery, Query()]) -> Response:
         """The caller's files, newest first unless order is asc."""

@@ -51,6 +51,7 @@ from serve.db.gradient import StoredGradient
 from serve.db.models import GradientRecord, JsonObject
 from serve.http.idempotency import KEY_PARAMETER, Once
 from serve.http.schema import ok
+from serve.http.strict_json import JsonRoute
 from serve.jobs.on_demand import Tuner
 from serve.runtime.backend import Backend
 from serve.runtime.catalog import JOB_PREFIX, RESERVED_NAMES
@@ -86,7 +87,7 @@ class GradientRoutes:
 
     def router(self) -> APIRouter:
         """All routes of this wire."""
-        router = APIRouter(prefix=API, responses=GRADIENT_ERRORS)
+        router = APIRouter(prefix=API, responses=GRADIENT_ERRORS, route_class=JsonRoute)
         for method, path, handler, answer in (
             ("GET", "/models", self.list_models, Models),
             ("POST", "/models", self.create, Created),

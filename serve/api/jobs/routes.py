@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
+import contextlib
 from collections.abc import AsyncGenerator
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse
+from starlette.types import Receive, Scope, Send
 
 from jaxlora.core.errors import InvalidRequest, JaxLoraError
 from serve.access.caller import caller_of
+from serve.access.places import Places
 from serve.access.rate_limit import Limiter
+from serve.api.jobs.follow import Feeds
 from serve.api.jobs.render import checkpoint_object, event_object, job_object
 from serve.api.jobs.schemas import (
     CheckpointList,
@@ -32,12 +34,12 @@ from serve.http.idempotency import Once
 from serve.http.pagination import list_object
 from serve.http.schema import ok, refuse_unbuilt
 from serve.http.sse import DONE, sse
+from serve.http.strict_json import JsonRoute
 from serve.jobs.service import JobService
-from train.jobs.status import ENDED, JobStatus
+from train.jobs.status import JobStatus
 
 LIMIT, CHECKPOINTS_LIMIT = 20, 10  # of a list without `limit`
-FOLLOW_S = 0.25  # between two looks for new events
-PING_S = 15.0
+MAX_FOLLOWERS = 512  # streams of events at once
 JOBS = "/v1/fine_tuning/jobs"
 
 
@@ -46,10 +48,13 @@ class JobsRoutes:
 
     def __init__(self, service: JobService, once: Once, limiter: Limiter):
         self._service, self._once, self._limiter = service, once, limiter
+        self._feeds, self._followers = Feeds(service.stored), Places("streams of job events", MAX_FOLLOWERS)
+        # On the database's threads, which alone wait for a slow one; `run` where the device thread is waited for, too.
+        self._ask, self._run = service.stored.database.ask, service.stored.database.run
 
     def router(self) -> APIRouter:
         """All routes of this wire."""
-        router = APIRouter(responses=ERRORS)
+        router = APIRouter(responses=ERRORS, route_class=JsonRoute)
         for method, path, handler, responses in (
             ("POST", JOBS, self.create, ok(JobObject) | WRITE_ERRORS),
             ("GET", JOBS, self.list, ok(JobList)),
@@ -71,13 +76,13 @@ class JobsRoutes:
         spec = JobSpec.from_json(asked)
 
         async def make() -> JobObject:
-            return self._object(await asyncio.to_thread(self._service.create, caller_of(request), spec))
+            return self._object(await self._run(self._service.create, caller_of(request), spec))
 
         return await self._once.answer(request, asked, make)
 
     async def list(self, request: Request, query: Annotated[JobsQuery, Query()]) -> Response:
         """The caller's jobs, newest first."""
-        page = await asyncio.to_thread(
+        page = await self._ask(
             self._service.stored.page,
             caller_of(request).sees,
             after=query.after,
@@ -88,7 +93,7 @@ class JobsRoutes:
 
     async def read(self, request: Request, id: str) -> Response:
         """One job."""
-        return self._answer(await asyncio.to_thread(self._service.stored.get, id, caller_of(request).sees))
+        return self._answer(await self._ask(self._service.stored.get, id, caller_of(request).sees))
 
     async def cancel(self, request: Request, id: str) -> Response:
         """Ends a job; what it has learned stays."""
@@ -103,19 +108,25 @@ class JobsRoutes:
         return await self._move(request, id, JobStatus.QUEUED)
 
     async def events(self, request: Request, id: str, query: Annotated[EventsQuery, Query()]) -> Response:
-        """What happened to a job, newest first; with stream=true all of it, oldest first, and on until the job ends."""
-        sees, stored = caller_of(request).sees, self._service.stored
+        """What happened to a job, newest first; with stream=true oldest first, from after `after`, and on until the job ends.
+
+        A stream also ends, with [DONE], when the request's time is over: whoever goes on names the last event in `after`.
+        """
+        caller, stored = caller_of(request), self._service.stored
+        sees = caller.sees
         if query.stream:
-            if query.after is not None or query.limit is not None:
-                raise InvalidRequest("a stream has all events; leave out after and limit", param="stream")
-            await asyncio.to_thread(stored.get, id, sees)
-            return EventSourceResponse(self._follow(id, sees), headers={"Cache-Control": "no-cache"})
-        page = await asyncio.to_thread(stored.events, id, sees, after=query.after, limit=query.limit or LIMIT)
+            if query.limit is not None:
+                raise InvalidRequest("a stream has all events; leave out limit", param="stream")
+            with contextlib.ExitStack() as held:
+                held.enter_context(self._followers.held(caller.owner, self._limiter.of(caller.owner).followers))
+                seen = await self._ask(stored.seq, id, sees, query.after)
+                return Followed(self._events(id, seen, request.state.deadline), held.pop_all())
+        page = await self._ask(stored.events, id, sees, after=query.after, limit=query.limit or LIMIT)
         return JSONResponse(list_object([event_object(e) for e in page.records], more=page.more))
 
     async def checkpoints(self, request: Request, id: str, query: Annotated[LimitedQuery, Query()]) -> Response:
         """The versions of a job that can be asked, newest first."""
-        page = await asyncio.to_thread(
+        page = await self._ask(
             self._service.stored.checkpoints,
             id,
             caller_of(request).sees,
@@ -127,28 +138,19 @@ class JobsRoutes:
         )
 
     async def _move(self, request: Request, id: str, to: JobStatus) -> Response:
-        return self._answer(await asyncio.to_thread(self._service.move, caller_of(request), id, to))
+        return self._answer(await self._run(self._service.move, caller_of(request), id, to))
 
-    async def _follow(self, id: str, sees: str | None) -> AsyncGenerator[bytes]:
-        """Events as they come.  It ends when the job has, or when it is gone."""
-        stored, seen, quiet_since = self._service.stored, 0, time.monotonic()
-        while True:
-            try:
-                # Asked before the events: then the last ones are not missed.
-                over = (await asyncio.to_thread(stored.get, id, sees)).status in ENDED
-                events = await asyncio.to_thread(stored.events_since, id, sees, seen, limit=100)
-            except JaxLoraError as error:
-                yield sse(error_body(error)[1])
-                break
-            for event in events:
-                yield sse(event_object(event))
-                seen, quiet_since = event.seq, time.monotonic()
-            if over and not events:
-                break
-            if time.monotonic() - quiet_since > PING_S:
-                yield KEEPALIVE_COMMENT
-                quiet_since = time.monotonic()
-            await asyncio.sleep(0 if events else FOLLOW_S)
+    async def _events(self, id: str, seen: int, deadline: float) -> AsyncGenerator[bytes]:
+        """The bytes of a stream of events."""
+        try:
+            async with contextlib.aclosing(self._feeds.follow(id, seen, deadline)) as news:
+                async for events in news:
+                    for event in events:
+                        yield sse(event_object(event))
+                    if not events:
+                        yield KEEPALIVE_COMMENT
+        except JaxLoraError as error:
+            yield sse(error_body(error)[1])
         yield DONE
 
     def _object(self, record: JobRecord) -> JobObject:
@@ -156,3 +158,17 @@ class JobsRoutes:
 
     def _answer(self, record: JobRecord) -> Response:
         return JSONResponse(self._object(record))
+
+
+class Followed(EventSourceResponse):
+    """A stream of events, which gives its place back when it ends, even before the first byte."""
+
+    def __init__(self, events: AsyncGenerator[bytes], held: contextlib.ExitStack):
+        super().__init__(events, headers={"Cache-Control": "no-cache"})
+        self._events, self._held = events, held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends them."""
+        with self._held:
+            async with contextlib.aclosing(self._events):
+                await super().__call__(scope, receive, send)

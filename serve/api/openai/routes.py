@@ -37,6 +37,7 @@ from serve.api.openai.schemas import (
 from serve.http.errors import ERRORS
 from serve.http.pagination import page_after
 from serve.http.schema import ok, refuse_unbuilt
+from serve.http.strict_json import JsonRoute
 from serve.runtime.backend import Backend
 
 MAX_LISTED = 1000  # adapters in an answer without `limit`
@@ -51,7 +52,7 @@ class OpenAIRoutes:
 
     def router(self) -> APIRouter:
         """All routes of this wire."""
-        router = APIRouter(responses=ERRORS)
+        router = APIRouter(responses=ERRORS, route_class=JsonRoute)
         for method, path, handler, responses in (
             ("GET", "/v1/models", self.list_models, ok(ModelList)),
             ("GET", "/v1/models/{model:path}", self.read_model, ok(Model)),

@@ -23,6 +23,7 @@ from serve.api.responses.schemas import LOGPROBS, InputItem, ResponsesBody, Resp
 from serve.engine.grammar import GrammarSource
 from serve.http.errors import ERRORS
 from serve.http.schema import ok, refuse_unbuilt
+from serve.http.strict_json import JsonRoute
 from serve.runtime.backend import Backend
 
 OF_TYPE = {
@@ -40,7 +41,7 @@ class ResponsesRoutes:
 
     def router(self) -> APIRouter:
         """All routes of this wire."""
-        router = APIRouter(responses=ERRORS)
+        router = APIRouter(responses=ERRORS, route_class=JsonRoute)
         created = ok(ResponseObject, events="events from response.created to response.completed, incomplete or failed")
         router.add_api_route("/v1/responses", self.create, methods=["POST"], response_model=None, responses=created)
         for method in ("GET", "DELETE"):
