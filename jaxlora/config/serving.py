@@ -109,11 +109,12 @@ class LimitsSection(TenantLimits):
     """Limits of each tenant, and the tenants that have other limits."""
 
     max_file_bytes: int = 512 * 2**20  # limit of one file, for every tenant
+    json_bytes_per_second: int = 4 * 2**20  # of request bodies, for every tenant; uploads are not among them
     tenant: tuple[NamedLimits, ...] = ()
 
     def __post_init__(self) -> None:
         TenantLimits.__post_init__(self)
-        need_counts(self, "max_file_bytes")
+        need_counts(self, "max_file_bytes", "json_bytes_per_second")
         need_distinct([t.name for t in self.tenant], "names under [[limits.tenant]]")
 
     def of(self, tenant: str) -> TenantLimits:
@@ -135,6 +136,18 @@ class TrainingSection:
     def __post_init__(self) -> None:
         need(self.max_rank is None or self.max_rank >= 1, "max_rank", "at least 1", self.max_rank)
         need_counts(self, "slots", "lanes", "lane_tokens", "quantum_steps", "publish_every")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RetentionSection:
+    """For how long the database keeps what no object depends on; a day for answers to requests with an Idempotency-Key."""
+
+    job_events_days: float = 30.0  # after its end, the events of a job
+    jobs_days: float = 90.0  # after its end, a job that made no version
+
+    def __post_init__(self) -> None:
+        for name in ("job_events_days", "jobs_days"):
+            need(0 < getattr(self, name) < math.inf, name, "positive", getattr(self, name))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -180,6 +193,7 @@ class ServeConfig:
     database: str | None = None  # SQLAlchemy's URL; None: SQLite in `data`
     blobs: BlobsSection | None = None  # None: the contents of `adapters` and `data` exist on this machine only
     limits: LimitsSection = LimitsSection()
+    retention: RetentionSection = RetentionSection()
     training: TrainingSection | None = None  # None: no fine-tuning jobs
     kv_dtype: Dtype = "auto"  # of keys and values; auto: the base's
     log: LogForm = "human"  # human, or one JSON object per line

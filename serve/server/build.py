@@ -50,6 +50,7 @@ from serve.db.database import Database
 from serve.db.files import StoredFiles
 from serve.db.gradient import StoredGradient
 from serve.db.keys import StoredKeys
+from serve.db.retention import Retention
 from serve.engine.engine import Engine, EngineConfig
 from serve.http.drain import Drain
 from serve.http.errors import Shape
@@ -144,6 +145,7 @@ def services(
     with contextlib.ExitStack() as stack:
         database = Database(config.database_url)
         stack.callback(database.close)
+        stack.callback(Retention(database, config.retention).close)
         keys = Keys(StoredKeys(database))
         keys.check_bind(config.host)
         training, store, drain = config.training, runner.engine.store, Drain()
