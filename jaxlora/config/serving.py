@@ -116,11 +116,12 @@ class LimitsSection(TenantLimits):
     read_memory_bytes: int = 2 * 2**30  # to read one file, in a process of its own
     read_cpu_s: float = 3600.0  # of processor time to read one file, of which a small one gets less
     keep_days: float = 7.0  # for which checkpoints of failed jobs stay, and what the database does not know
+    json_bytes_per_second: int = 4 * 2**20  # of request bodies, for every tenant; uploads are not among them
     tenant: tuple[NamedLimits, ...] = ()
 
     def __post_init__(self) -> None:
         TenantLimits.__post_init__(self)
-        need_counts(self, "max_file_bytes", "read_memory_bytes")
+        need_counts(self, "max_file_bytes", "read_memory_bytes", "json_bytes_per_second")
         need(0 < self.read_cpu_s < math.inf, "read_cpu_s", "positive", self.read_cpu_s)
         need(0 <= self.keep_days < math.inf, "keep_days", "0 or more", self.keep_days)
         need_distinct([t.name for t in self.tenant], "names under [[limits.tenant]]")
@@ -172,6 +173,18 @@ class TrainingSection:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RetentionSection:
+    """For how long the database keeps what no object depends on; a day for answers to requests with an Idempotency-Key."""
+
+    job_events_days: float = 30.0  # after its end, the events of a job
+    jobs_days: float = 90.0  # after its end, a job that made no version
+
+    def __post_init__(self) -> None:
+        for name in ("job_events_days", "jobs_days"):
+            need(0 < getattr(self, name) < math.inf, name, "positive", getattr(self, name))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class BlobsSection:
     """Object storage for adapters, files and checkpoints; this machine's disk then holds copies."""
 
@@ -218,6 +231,7 @@ class ServeConfig:
     keys: KeysNeeded = (
         "auto"  # required: no start without keys; auto: the same where others than this machine can reach it
     )
+    retention: RetentionSection = RetentionSection()
     training: TrainingSection | None = None  # None: no fine-tuning jobs
     kv_dtype: Dtype = "auto"  # of keys and values; auto: the base's
     log: LogForm = "human"  # human, or one JSON object per line

@@ -15,6 +15,7 @@ from limits.strategies import SlidingWindowCounterRateLimiter
 
 from jaxlora.config.serving import LimitsSection, TenantLimits
 from jaxlora.core.errors import QuotaExceeded, RateLimited
+from serve.access.body_rate import BodyRate
 from serve.engine.request import Request
 
 LEAST_WAIT_S = 0.01
@@ -25,8 +26,13 @@ class Limiter:
 
     def __init__(self, limits: LimitsSection):
         self._limits = limits
+        self.bodies = BodyRate(limits.json_bytes_per_second)  # of one event loop
         self._storage = MemoryStorage()
         self._window = SlidingWindowCounterRateLimiter(self._storage)
+
+    def check(self, tenant: str, *, tokens: int) -> None:
+        """Raises as `admit` does, and counts nothing: before work is done for a request that would be refused."""
+        self._asked(tenant, tokens)
 
     def admit(self, tenant: str, *, tokens: int) -> None:
         """Lets one request in, which may come to so many tokens, and counts it; one that is refused counts nothing.
@@ -34,8 +40,13 @@ class Limiter:
         One that is let in has counted, also when the server then has no room for it (503): the attempt is what costs.
         Raises RateLimited, which says when to come again, or QuotaExceeded for more tokens than any minute has.
         """
+        for item, cost, what in self._asked(tenant, tokens):
+            self._window.hit(item, tenant, what, cost=cost)
+
+    def _asked(self, tenant: str, tokens: int) -> list[tuple[RateLimitItem, int, str]]:
+        """What a request is counted as.  Raises as `admit`."""
         own = self._limits.of(tenant)
-        asked = [
+        asked: list[tuple[RateLimitItem, int, str]] = [
             (RateLimitItemPerMinute(most), cost, what)
             for most, cost, what in (
                 (own.requests_per_minute, 1, "requests"),
@@ -58,8 +69,7 @@ class Limiter:
                     else f"you may send {item.amount} requests a minute; try again in {wait_s:.1f} s",
                     retry_after_s=wait_s,
                 )
-        for item, cost, what in asked:
-            self._window.hit(item, tenant, what, cost=cost)
+        return asked
 
     def of(self, tenant: str) -> TenantLimits:
         """The limits of one tenant."""

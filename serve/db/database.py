@@ -26,6 +26,7 @@ from serve.db.migrations import migrate
 
 BUSY_S = 1.0  # SQLite itself waits so long for another writer
 CONNECT_S = 2  # PostgreSQL's driver waits so long for a connection; its least
+KEEPALIVES = 3  # of TCP, CONNECT_S apart, before PostgreSQL's connection is given up
 PAUSE_S = 0.05  # before a transaction is run again
 THREADS = 8  # of `ask`: their waits for a slow database block nobody else
 
@@ -186,7 +187,15 @@ def open_engine(url: URL, *, statement_s: float) -> Engine:
     Raises ConfigInvalid when SQLite's folder or PostgreSQL's driver is missing.
     """
     if url.get_backend_name() == "postgresql":
-        settings = {"connect_timeout": CONNECT_S, "options": f"-c statement_timeout={round(statement_s * 1000)}"}
+        settings = {
+            "connect_timeout": CONNECT_S,
+            "options": f"-c statement_timeout={round(statement_s * 1000)}",
+            # A host that is gone is noticed within statement_s, or keepalives in vain.
+            "tcp_user_timeout": round(statement_s * 1000),
+            "keepalives_idle": CONNECT_S,
+            "keepalives_interval": CONNECT_S,
+            "keepalives_count": KEEPALIVES,
+        }
         try:
             return create_engine(url, pool_pre_ping=True, pool_size=THREADS, connect_args=settings)
         except ModuleNotFoundError as error:

@@ -143,7 +143,8 @@ class Engine:
     def submit(self, request: Request) -> None:
         """Puts the request in the queue.
 
-        Raises ContextLengthExceeded, Overloaded, InvalidRequest when it can never fit, AlreadyExists for an id in use.
+        Raises ContextLengthExceeded, Overloaded, RateLimited for more than a tenant's share of the queue, InvalidRequest
+        when it can never fit, AlreadyExists for an id in use.
         """
         if request.id in self._sequences:
             raise AlreadyExists(f"a request of the id {request.id} is under way; give each its own")

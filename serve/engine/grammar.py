@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,9 @@ MAX_MULTIPLE = 10_000  # product of all multipleOf of a schema: so many states t
 COMPILE_S = 5.0  # a grammar that takes longer is refused
 THREADS = 2  # that compile; one whose caller timed out ends by the library's limits
 KEPT = 64  # compiled grammars
+MASK_S = 0.002  # of the device thread for a token's mask, on average over some tokens
+TOO_SLOW = f"takes over {MASK_S * 1000:g} ms of every token, for all who are served here; simplify it"
+MASKS_OVER_S = 0.05  # beyond that: first masks take longer, as they build what the next ones use
 # About a millisecond of work for a token's mask, and tens of megabytes for an answer; far beyond what schemas need.
 LIMITS = LLParserLimits(
     step_lexer_fuel=50_000,
@@ -59,27 +63,38 @@ class GrammarSource:
 
 
 class Grammar:
-    """A compiled grammar.  It never changes; each answer starts its own state."""
+    """A compiled grammar; each answer starts its own state."""
 
     def __init__(self, matcher: LLMatcher, vocab: int):
-        self._matcher, self._vocab = matcher, vocab
+        self.matcher, self.vocab = matcher, vocab
+        self.slow = False  # an answer of it has kept the device thread too long
 
     def start(self) -> GrammarState:
         """Returns the state before the first token."""
-        return GrammarState(self._matcher.deep_copy(), self._vocab)
+        return GrammarState(self)
 
 
 class GrammarState:
-    """The state of one answer in its grammar."""
+    """The state of one answer in its grammar.
 
-    def __init__(self, matcher: LLMatcher, vocab: int):
-        self._matcher = matcher
-        self._words = -(-vocab // 32)
+    Masks are made on the device thread, and every answer waits for them: they may take MASK_S each, and MASKS_OVER_S more.
+    """
+
+    def __init__(self, grammar: Grammar):
+        self._grammar, self._matcher = grammar, grammar.matcher.deep_copy()
+        self._over_s = 0.0  # what the masks took beyond MASK_S each, the last ones in a row
+        self._slow = grammar.slow
+        self._words = -(-grammar.vocab // 32)
 
     def allow(self, bits_W: np.ndarray) -> None:
         """Sets the bits (uint32) of the allowed tokens, and clears all others.  Check `error` after it."""
+        if self._slow:
+            return
         bits_W[self._words :] = 0
+        began = time.thread_time()  # what other threads take of the processor is not the grammar's
         fill_next_token_bitmask(self._matcher, bits_W[None, : self._words].view(np.int32))
+        self._over_s = max(self._over_s + time.thread_time() - began - MASK_S, 0.0)
+        self._slow = self._grammar.slow = self._grammar.slow or self._over_s > MASKS_OVER_S
 
     def take(self, token: int) -> bool:
         """Advances by one allowed token.  Returns whether it was the last.  Check `error` after it."""
@@ -88,7 +103,9 @@ class GrammarState:
 
     @property
     def error(self) -> InvalidRequest | None:
-        """The error of a grammar that has reached a limit, or None."""
+        """The error of a grammar that has reached a limit, or takes too long, or None."""
+        if self._slow:
+            return InvalidRequest(f"the answer's grammar {TOO_SLOW}")
         if not self._matcher.is_error():
             return None
         return InvalidRequest(
@@ -126,6 +143,8 @@ class Grammars:
         with self._lock:
             if key in self._kept:
                 self._kept.move_to_end(key)
+                if self._kept[key].slow:
+                    raise InvalidRequest(f"{source.param} {TOO_SLOW}", param=source.param)
                 return self._kept[key]
             self._built = self._built or llguidance_tokenizer(self._tokenizer)
         matcher = LLMatcher(self._built, _written(source), log_level=0, limits=LIMITS)

@@ -17,7 +17,7 @@ from collections.abc import Collection, Hashable, Iterator
 from dataclasses import dataclass
 
 from jaxlora.config.serving import Tuning
-from jaxlora.core.errors import InvalidRequest, Overloaded
+from jaxlora.core.errors import InvalidRequest, Overloaded, RateLimited
 from jaxlora.core.lora import AdapterRef
 from pallas_kernels import NO_ADAPTER
 from serve.engine.page_cache import PageAllocator
@@ -39,6 +39,58 @@ class Limits:
     host_pages: int  # pages of KV that preempted requests may keep on the host
 
 
+class WaitingLine:
+    """Counts the requests that have not run yet: they are bounded, and no tenant keeps the others out.
+
+    A tenant may hold at most SHARE times what is still free for everyone, so the fuller the line, the less of it is one's.
+    """
+
+    SHARE = 2  # one tenant alone fills two thirds of the line
+    RETRY_S = 1.0
+
+    def __init__(self, limits: Limits):
+        self._limits = limits
+        self.requests, self.tokens = 0, 0
+        self._requests: Counter[str] = Counter()  # of a tenant
+        self._tokens: Counter[str] = Counter()
+
+    def enter(self, tenant: str, tokens: int) -> None:
+        """Counts one more request.  Raises Overloaded when the line is full, RateLimited for more than the tenant's share."""
+        free, free_tokens = self._limits.waiting - self.requests, self._limits.waiting_tokens - self.tokens
+        if free <= 0:
+            raise Overloaded(f"{self._limits.waiting} requests are waiting already; retry later")
+        if self.requests and tokens > free_tokens:
+            raise Overloaded(
+                f"requests of {self.tokens} tokens are waiting already, with {self._limits.waiting_tokens} the "
+                "queue is full; retry later"
+            )
+        own, own_tokens = self._requests[tenant], self._tokens[tenant]
+        if own > self.SHARE * free or own_tokens > self.SHARE * free_tokens:
+            raise RateLimited(
+                f"{own} of your requests, of {own_tokens} tokens, are waiting already, which is your share of the queue; "
+                "retry when some have begun",
+                retry_after_s=self.RETRY_S,
+            )
+        self._count(tenant, 1, tokens)
+
+    def leave(self, tenant: str, tokens: int) -> None:
+        """Counts one less."""
+        self._count(tenant, -1, -tokens)
+
+    def _count(self, tenant: str, requests: int, tokens: int) -> None:
+        self.requests += requests
+        self.tokens += tokens
+        self._requests[tenant] += requests
+        self._tokens[tenant] += tokens
+        if self._requests[tenant] == 0:
+            del self._requests[tenant], self._tokens[tenant]
+
+    def check(self, waiting: list[Request]) -> None:
+        """Asserts that exactly these requests are counted."""
+        assert (self.requests, self.tokens) == (len(waiting), sum(map(_tokens, waiting)))
+        assert self._requests == Counter(r.tenant for r in waiting)
+
+
 class Scheduler:
     """Schedules all sequences, from the waiting queue to their end."""
 
@@ -54,7 +106,7 @@ class Scheduler:
         self._rows: Counter[Hashable] = Counter()  # of a group
         self._tenant_rows: Counter[str] = Counter()
         self._tenants: Counter[str] = Counter()  # unfinished requests
-        self._new: Counter[str] = Counter()  # "requests" and "tokens" that have not run yet
+        self.line = WaitingLine(limits)
         self._number = 0
         self.host_pages = 0  # in use
         self.recomputed_tokens = 0  # whose KV was dropped and is computed once more
@@ -65,7 +117,7 @@ class Scheduler:
     def add(self, request: Request, now: float) -> Sequence:
         """Puts a request at the end of the queue and returns its sequence.
 
-        Raises InvalidRequest when it can never fit the KV pages, Overloaded when the queue is full.
+        Raises InvalidRequest when it can never fit the KV pages, Overloaded and RateLimited as `WaitingLine.enter` does.
         """
         tokens = _tokens(request)
         if self.pages.needed(tokens) > self.pages.pages:
@@ -74,16 +126,9 @@ class Scheduler:
                 f"prompt and max_tokens are {tokens} tokens, this server holds {limit}; ask for fewer",
                 param="max_tokens",
             )
-        if self._new["requests"] >= self.limits.waiting:
-            raise Overloaded(f"{self.limits.waiting} requests are waiting already; retry later")
-        if self._new["requests"] and self._new["tokens"] + tokens > self.limits.waiting_tokens:
-            raise Overloaded(
-                f"requests of {self._new['tokens']} tokens are waiting already, with {self.limits.waiting_tokens} the "
-                "queue is full; retry later"
-            )
+        self.line.enter(request.tenant, tokens)
         self._number += 1
         sequence = Sequence(request, list(request.prompt), request.adapter, self._number, now, now)
-        self._new.update(requests=1, tokens=tokens)
         self._groups.setdefault(sequence.group, {})[sequence.number] = sequence
         if request.adapter is not None:
             self._work.setdefault(request.adapter, Work(now))
@@ -165,7 +210,7 @@ class Scheduler:
 
     def counts(self) -> tuple[int, int, int]:
         """Returns the numbers of (running, preempted, waiting) requests."""
-        running, waiting = len(self.running), self._new["requests"]
+        running, waiting = len(self.running), self.line.requests
         return running, self._tenants.total() - running - waiting, waiting
 
     def queues(self) -> dict[AdapterRef, AdapterQueue]:
@@ -186,8 +231,7 @@ class Scheduler:
         offloaded = [s for s in everyone if s.status is Status.OFFLOADED]
         assert not any(s.pages for s in everyone if s.status in (Status.WAITING, Status.OFFLOADED))
         assert self.host_pages == sum(self.pages.needed(s.done) for s in offloaded) <= self.limits.host_pages
-        new = [_tokens(s.request) for s in everyone if s.status is Status.WAITING]
-        assert (self._new["requests"], self._new["tokens"]) == (len(new), sum(new))
+        self.line.check([s.request for s in everyone if s.status is Status.WAITING])
         assert self._tenants == Counter(s.request.tenant for s in everyone)
         self.pages.check([p for s in everyone for p in s.pages])
         self.active.check()
@@ -333,8 +377,7 @@ class Scheduler:
             del self._tenant_rows[s.request.tenant]
 
     def _leave_queue(self, s: Sequence) -> None:
-        self._new["requests"] -= 1
-        self._new["tokens"] -= _tokens(s.request)
+        self.line.leave(s.request.tenant, _tokens(s.request))
 
     def _preempt(self, s: Sequence, now: float) -> None:
         """Takes the row; the pages stay until a running sequence needs them."""

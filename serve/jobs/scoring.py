@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import queue
 import threading
 import time
 import uuid
@@ -102,6 +101,49 @@ def questions(
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A version to score."""
+
+    record: JobRecord
+    asked: Evaluation
+    version: Published
+
+
+class Turns:
+    """What is to be scored: of each job the newest version alone, and tenants take turns.  From any thread."""
+
+    def __init__(self) -> None:
+        self._some = threading.Condition()
+        self._waiting: dict[str, dict[str, Task]] = {}  # tenant, job; the tenant whose turn it is comes first
+        self._closed = False
+
+    def put(self, task: Task) -> None:
+        """Adds a version, in place of an older one of its job."""
+        with self._some:
+            self._waiting.setdefault(task.record.tenant, {})[task.record.id] = task
+            self._some.notify()
+
+    def take(self) -> Task | None:
+        """The next version, once there is one.  None: closed."""
+        with self._some:
+            self._some.wait_for(lambda: self._waiting or self._closed)
+            if self._closed:
+                return None
+            tenant = next(iter(self._waiting))
+            jobs = self._waiting.pop(tenant)
+            task = jobs.pop(next(iter(jobs)))
+            if jobs:
+                self._waiting[tenant] = jobs  # behind the others
+            return task
+
+    def close(self) -> None:
+        """Leaves what is not taken yet."""
+        with self._some:
+            self._closed = True
+            self._some.notify_all()
+
+
 class Scorer:
     """One thread that asks.  Told from any thread."""
 
@@ -113,7 +155,7 @@ class Scorer:
     ):
         """opened: the path of a file, while it is there.  tell: stores a change of a job's record and an event, such as JobRecorder.change."""
         self._runner, self._opened, self._tell = runner, opened, tell
-        self._versions: queue.SimpleQueue[tuple[JobRecord, Evaluation, Published] | None] = queue.SimpleQueue()
+        self._turns = Turns()
         self._thread = threading.Thread(target=self._run, name="job-scores", daemon=True)
         self._stopping = False
         self._thread.start()
@@ -121,17 +163,17 @@ class Scorer:
     def score(self, record: JobRecord, version: Published) -> None:
         """Has a version scored, if its job asked for that.  Returns at once."""
         if record.request.evaluation is not None:
-            self._versions.put((record, record.request.evaluation, version))
+            self._turns.put(Task(record, record.request.evaluation, version))
 
     def close(self) -> None:
         """Ends, and leaves what is not scored yet."""
         self._stopping = True
-        self._versions.put(None)
+        self._turns.close()
         self._thread.join()
 
     def _run(self) -> None:
-        while (item := self._versions.get()) is not None and not self._stopping:
-            record, asked, version = item
+        while (task := self._turns.take()) is not None:
+            record, asked, version = task.record, task.asked, task.version
             try:
                 self._score(record, asked, version)
             except StorageAway as error:

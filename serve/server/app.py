@@ -16,9 +16,12 @@ from serve.api.openai.routes import OpenAIRoutes
 from serve.api.openai.schemas import Status, Version
 from serve.api.responses.routes import ResponsesRoutes
 from serve.http.errors import ERRORS, ErrorShapes
+from serve.http.json_bodies import JsonBodies
 from serve.http.schema import DOCUMENT_PATH, documented, ok
 from serve.runtime.backend import Backend
 from serve.server.gate import AppConfig, Gate
+
+MOST_VALUES, CONTEXTS = 2**18, 8  # of a JSON body: so many, or the ids of so many whole contexts
 
 
 def create_app(backend: Backend, config: AppConfig) -> FastAPI:
@@ -60,5 +63,10 @@ def create_app(backend: Backend, config: AppConfig) -> FastAPI:
 
     for kind in (JaxLoraError, HTTPException, RequestValidationError, ClientDisconnect):
         app.add_exception_handler(kind, shapes.handle)
+    if config.limiter is not None:
+        most_values = max(MOST_VALUES, CONTEXTS * backend.context)
+        app.add_middleware(
+            JsonBodies, rate=config.limiter.bodies, uploads=config.body_limits.keys(), most_values=most_values
+        )
     app.add_middleware(Gate, config=config, shapes=shapes)
     return app

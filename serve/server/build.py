@@ -47,6 +47,7 @@ from serve.db.database import Database
 from serve.db.files import StoredFiles
 from serve.db.gradient import StoredGradient
 from serve.db.keys import StoredKeys
+from serve.db.retention import Retention
 from serve.engine.engine import Engine, EngineConfig
 from serve.http.drain import Drain
 from serve.http.idempotency import Once
@@ -137,6 +138,7 @@ def services(
     Raises ConfigInvalid for settings that do not go together, Unavailable, StorageFull, StorageFailed.
     """
     with contextlib.ExitStack() as stack:
+        stack.callback(Retention(database, config.retention).close)
         keys = Keys(StoredKeys(database), needed=needs_keys(config))
         training, store, drain = config.training, runner.engine.store, Drain()
         longest = LANE_TOKENS if training is None else training.lane_tokens

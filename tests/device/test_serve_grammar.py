@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -139,6 +140,67 @@ def test_a_grammar_that_is_too_complex_in_the_middle_says_so():
     state.allow(bits_W)
     assert isinstance(state.error, InvalidRequest)
     assert "simplify" in state.error.message
+
+
+def ambiguous(rules: int) -> GrammarSource:
+    """Lark: any text of a's, in as many ways as there are rules for each of them."""
+    names = " | ".join(f"r{i}" for i in range(rules))
+    return source("grammar", "\n".join([f"start: ({names})+"] + [f'r{i}: "a" | "a" r{i}' for i in range(rules)]))
+
+
+def slowest_mask_s(grammars: Grammars, asked: GrammarSource, tokens: int = 40) -> tuple[float, bool]:
+    """(the time of the slowest of some masks, whether the grammar came to an error before the last)."""
+    try:
+        state = grammars.compile_now(asked).start()
+    except InvalidRequest:
+        return 0.0, True
+    bits_W, slowest = np.zeros(9, np.uint32), 0.0
+    for _ in range(tokens):
+        began = time.thread_time()
+        state.allow(bits_W)
+        slowest = max(slowest, time.thread_time() - began)
+        if state.error is not None:
+            return slowest, True
+        state.take(ord("a"))
+    return slowest, False
+
+
+def test_six_hundred_ambiguous_rules_end_their_own_answer_soon():
+    """The masks before that are no slower than a few of a plain grammar's of its size are together."""
+    slowest, ended = slowest_mask_s(Grammars(ByteTokenizer()), ambiguous(600))
+    assert ended
+    assert slowest < 10 * grammar.MASK_S
+
+
+def test_a_grammar_whose_masks_take_too_long_ends_its_answers_and_is_refused_from_then_on(monkeypatch):
+    grammars, text = Grammars(ByteTokenizer()), source("regex", "[ab]*")
+    bits_W = np.zeros(9, np.uint32)
+    state = grammars.compile_now(text).start()
+    monkeypatch.setattr(grammar, "MASK_S", -1.0)  # every mask takes too long
+    monkeypatch.setattr(grammar, "MASKS_OVER_S", 3.5)
+    for _ in range(3):
+        state.allow(bits_W)
+        assert state.error is None
+        state.take(ord("a"))
+    state.allow(bits_W)
+    assert isinstance(state.error, InvalidRequest)
+    assert "simplify" in state.error.message
+    monkeypatch.undo()
+    with pytest.raises(InvalidRequest, match="the_field takes over") as caught:
+        grammars.compile_now(text)
+    assert caught.value.param == "the_field"
+    assert grammars.compile_now(source("regex", "[abc]*")).start().error is None
+
+
+def test_a_slow_mask_now_and_then_is_no_error(monkeypatch):
+    ticks = iter([0.0, 0.04, 0.04, 0.041] + [0.041] * 200)  # the first takes 40 ms, as one that builds tables may
+    monkeypatch.setattr(grammar.time, "thread_time", lambda: next(ticks))
+    state = BYTES.compile_now(source("regex", "[xy]*")).start()
+    bits_W = np.zeros(9, np.uint32)
+    for _ in range(40):
+        state.allow(bits_W)
+        assert state.error is None
+        state.take(ord("x"))
 
 
 # --- what comes out

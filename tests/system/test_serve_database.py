@@ -19,7 +19,7 @@ from database_world import event, file_record, gradient_record, job_record, key_
 from sqlalchemy import inspect, select, text
 
 from jaxlora.core.errors import ConfigInvalid, NotFound, StorageFailed, StorageFull, Unavailable
-from serve.db.database import Database, parse
+from serve.db.database import Database, open_engine, parse
 from serve.db.files import StoredFiles
 from serve.db.gradient import StoredGradient
 from serve.db.jobs import StoredJobs
@@ -323,3 +323,13 @@ def test_killed_in_a_transaction_leaves_nothing(tmp_path):
     assert killed.returncode == -9
     with closing(Database(url)) as database:
         assert StoredFiles(database).known() == set()
+
+
+def test_postgresql_is_given_up_by_the_client_too(monkeypatch):
+    """A server whose host is gone answers nothing, so its own statement_timeout ends nothing."""
+    asked = {}
+    monkeypatch.setattr("serve.db.database.create_engine", lambda url, **how: asked.update(how))
+    open_engine(parse("postgresql://host/x"), statement_s=10.0)
+    settings = asked["connect_args"]
+    assert settings["tcp_user_timeout"] == 10_000
+    assert settings["keepalives_idle"] + settings["keepalives_count"] * settings["keepalives_interval"] <= 10

@@ -67,6 +67,7 @@ class Seen:
 
     statuses: Counter[int] = field(default_factory=Counter)
     refusals: list[httpx2.Response] = field(default_factory=list)
+    over_quota: int = 0  # refused by the limiter, before the line
     tokens: int = 0  # of whole answers
     left: int = 0  # clients, before their answers were whole
     waiting: int = 0  # at most
@@ -117,6 +118,7 @@ async def offer(world, engine: PacedEngine, url: str, *, times: int, choices: in
                 seen.tokens += answer.json()["usage"]["completion_tokens"]
             else:
                 seen.refusals.append(answer)
+                seen.over_quota += "requests a minute" in answer.text
 
         tasks: list[asyncio.Task] = []
         began: list[int] = []  # at which step each was sent
@@ -124,7 +126,7 @@ async def offer(world, engine: PacedEngine, url: str, *, times: int, choices: in
 
         def settled() -> bool:
             """All that was sent is in line or refused, and all that has ended has been read."""
-            asked = choices * (len(tasks) - seen.statuses[429])
+            asked = choices * (len(tasks) - seen.over_quota)
             return engine.asked == asked and engine.answers == sum(not task.done() for task in tasks)
 
         async def leave(now: int) -> None:
@@ -146,9 +148,9 @@ async def offer(world, engine: PacedEngine, url: str, *, times: int, choices: in
             began += [now] * (len(tasks) - len(began))
             await leave(now)
             await until(settled)
-            line = engine.scheduler._new
-            seen.waiting = max(seen.waiting, line["requests"])
-            seen.waiting_tokens = max(seen.waiting_tokens, line["tokens"])
+            line = engine.scheduler.line
+            seen.waiting = max(seen.waiting, line.requests)
+            seen.waiting_tokens = max(seen.waiting_tokens, line.tokens)
             await step(engine)
             await until(settled)
         for task in tasks:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from jaxlora.core.errors import InvalidRequest, Overloaded
+from jaxlora.core.errors import InvalidRequest, Overloaded, RateLimited
 from jaxlora.core.lora import AdapterRef
 from serve.engine.page_cache import PageAllocator
 from serve.engine.request import Request, SamplingParams
@@ -144,9 +146,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         elif len(line) == LIMITS.waiting or (line and tokens > LIMITS.waiting_tokens):
             with pytest.raises(Overloaded):
                 add()
+        elif self.holds_its_share(line, tenant if ref is None else ref.tenant):
+            with pytest.raises(RateLimited):
+                add()
         else:
             self.open.append(add())
             assert self.world.scheduler.counts()[2] == waiting + 1
+
+    def holds_its_share(self, line, tenant) -> bool:
+        own = [r for r in line if r.tenant == tenant]
+        tokens, own_tokens = (sum(len(r.prompt) + r.params.max_tokens for r in some) for some in (line, own))
+        return len(own) > 2 * (LIMITS.waiting - len(line)) or own_tokens > 2 * (LIMITS.waiting_tokens - tokens)
 
     @rule()
     def step(self):
@@ -203,7 +213,7 @@ def test_a_request_that_can_never_fit_is_refused_and_leaves_nothing():
 def test_the_line_is_bounded_by_requests_and_by_tokens():
     world = World()
     for i in range(LIMITS.waiting):
-        world.add(str(i))
+        world.add(str(i), tenant=("acme", "bolt")[i % 2])
     with pytest.raises(Overloaded, match=f"{LIMITS.waiting} requests"):
         world.add("more")
     world.step()  # some start, so the line moves
@@ -212,8 +222,35 @@ def test_the_line_is_bounded_by_requests_and_by_tokens():
     for i in range(3):
         world.add(str(i), prompt=20, max_tokens=12)
     with pytest.raises(Overloaded, match="96 tokens are waiting already, with 100"):
-        world.add("more", prompt=3, max_tokens=2)
-    world.add("small", prompt=3, max_tokens=1)
+        world.add("more", prompt=3, max_tokens=2, tenant="bolt")
+    world.add("small", prompt=3, max_tokens=1, tenant="bolt")
+
+
+def test_a_tenant_that_floods_the_line_leaves_room_for_every_other():
+    """300 of one tenant come first, and again whenever one has begun; another's request still enters at once."""
+    limits = Limits(rows=4, lanes=3, lane_tokens=5, waiting=90, waiting_tokens=9999, host_pages=4)
+    world, refusals = World(limits), []
+    for step in range(20):
+        for i in range(300):
+            try:
+                world.add(f"flood-{step}-{i}", tenant="flood")
+            except RateLimited as error:
+                refusals.append(error)
+        assert world.scheduler.line.requests <= 2 / 3 * limits.waiting + 2 + step
+        world.add(f"quiet-{step}", tenant="quiet")
+        world.step()
+    assert len(refusals) > 20 * 200
+    assert all(error.retry_after_s > 0 for error in refusals)
+
+
+def test_a_tenant_of_long_requests_leaves_tokens_of_the_line_to_others():
+    limits = Limits(rows=4, lanes=3, lane_tokens=5, waiting=90, waiting_tokens=300, host_pages=4)
+    world = World(limits)
+    for i in range(7):  # 224 of 300 tokens
+        world.add(f"long-{i}", prompt=20, max_tokens=12, tenant="long")
+    with pytest.raises(RateLimited, match="7 of your requests, of 224 tokens"):
+        world.add("one-more", prompt=20, max_tokens=12, tenant="long")
+    world.add("other", prompt=20, max_tokens=12, tenant="other")
 
 
 def test_requests_of_the_base_overtake_one_that_waits_for_a_slot():
@@ -268,7 +305,7 @@ def test_preempted_kv_gives_way_to_the_host_or_is_computed_again(host_pages):
 
 
 def test_a_group_without_a_row_takes_one_from_the_group_with_the_most():
-    world = World(pages=60)
+    world = World(replace(LIMITS, waiting_tokens=200), pages=60)
     many = [world.add(str(i), adapter(0), max_tokens=20) for i in range(LIMITS.rows)]
     world.step()
     one = world.add("one", adapter(1), max_tokens=2)

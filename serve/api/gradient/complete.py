@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import uuid
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from serve.access.rate_limit import Limiter, cost
 from serve.api.gradient.schemas import CompleteBody, Guidance
 from serve.api.openai.generation import attend
 from serve.api.openai.logprobs import MergedStreams
+from serve.api.openai.tokenizing import Tokenizing
 from serve.engine.request import FinishReason, PromptLogprob, SamplingParams
 from serve.engine.request import Request as TokenRequest
 from serve.http.request_log import Generated, note_generated
@@ -61,9 +61,17 @@ class Whole:
 class Completer:
     """Completes queries through one backend."""
 
-    def __init__(self, backend: Backend, max_tokens: int, draw: Callable[[], float], limiter: Limiter | None):
+    def __init__(
+        self,
+        backend: Backend,
+        tokenizing: Tokenizing,
+        max_tokens: int,
+        draw: Callable[[], float],
+        limiter: Limiter | None,
+    ):
         """max_tokens: of an answer whose request names none.  draw: numbers in [0, 1).  limiter: as `Admission` takes it."""
-        self._backend, self._max_tokens, self._draw, self._limiter = backend, max_tokens, draw, limiter
+        self._backend, self._tokenizing = backend, tokenizing
+        self._max_tokens, self._draw, self._limiter = max_tokens, draw, limiter
 
     async def complete(
         self, request: Request, model: str, ref: AdapterRef | None, body: CompleteBody
@@ -72,7 +80,9 @@ class Completer:
 
         Raises ContextLengthExceeded, InvalidRequest, and what ends a stream.
         """
-        prompt = await asyncio.to_thread(self._prompt, body)
+        prompt = await self._tokenizing.run(
+            caller_of(request).owner, lambda: self._prompt(body), field="query", chars=[len(body.query)]
+        )
         if body.guidance is not None:
             return await self._choose(request, model, ref, body, body.guidance, prompt)
         room = self._backend.context - len(prompt)
@@ -100,7 +110,12 @@ class Completer:
         prompt: Sequence[int],
     ) -> tuple[FinishReason, str]:
         """One of the choices, by the log-probability of all its tokens after the prompt."""
-        choices = await asyncio.to_thread(self._choices, guidance)
+        choices = await self._tokenizing.run(
+            caller_of(request).owner,
+            lambda: self._choices(guidance),
+            field="guidance.value",
+            chars=[len(text) for text in guidance.value],
+        )
         most = body.max_generated_token_count
         for choice, ids in zip(guidance.value, choices, strict=True):
             if not ids:

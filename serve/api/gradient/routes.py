@@ -47,6 +47,7 @@ from serve.api.gradient.schemas import (
     Nothing,
     TrainingArguments,
 )
+from serve.api.openai.tokenizing import Tokenizing
 from serve.db.gradient import StoredGradient
 from serve.db.models import GradientRecord, JsonObject
 from serve.http.idempotency import KEY_PARAMETER, Once
@@ -81,7 +82,8 @@ class GradientRoutes:
         """tuner: None for a server that does not train.  limiter: of each tenant's tokens.  draw: numbers in [0, 1) that choose among choices."""
         self._backend, self._config, self._records, self._once = backend, config, records, once
         self._tuner, self._limiter, self._ask = tuner, limiter, records.database.ask
-        self._completer = Completer(backend, config.max_tokens, draw, limiter)
+        self._tokenizing = Tokenizing(backend, limiter)
+        self._completer = Completer(backend, self._tokenizing, config.max_tokens, draw, limiter)
         self._creating = asyncio.Lock()
         self.base_id = str(uuid.uuid5(NAMESPACE, backend.base_name)) + BASE_END
 
@@ -260,7 +262,14 @@ class GradientRoutes:
 
     async def _train(self, record: GradientRecord, body: FineTuneBody) -> FineTunedObject:
         """Trains once and returns what it did."""
-        examples = await asyncio.to_thread(examples_of, self._backend.tokenizer, body.samples, self._config.longest)
+        tokenizer, longest = self._backend.tokenizer, self._config.longest
+        examples = await self._tokenizing.run(
+            record.tenant,
+            lambda: examples_of(tokenizer, body.samples, longest),
+            field="samples",
+            chars=[sum(len(span.value) for span in sample.spans) for sample in body.samples],
+            most=longest,
+        )
         if self._limiter is not None:
             self._limiter.admit(record.tenant, tokens=sum(map(len, examples)))
         settings = record.settings

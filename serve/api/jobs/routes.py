@@ -15,6 +15,7 @@ from jaxlora.core.errors import InvalidRequest, JaxLoraError
 from serve.access.caller import caller_of
 from serve.access.places import Places
 from serve.access.rate_limit import Limiter
+from serve.access.worker_pool import WorkerPool
 from serve.api.jobs.follow import Feeds
 from serve.api.jobs.render import checkpoint_object, event_object, job_object
 from serve.api.jobs.schemas import (
@@ -40,6 +41,7 @@ from train.jobs.status import JobStatus
 
 LIMIT, CHECKPOINTS_LIMIT = 20, 10  # of a list without `limit`
 MAX_FOLLOWERS = 512  # streams of events at once
+CHANGE_S = 60.0  # more than a change that waits for database and device takes: one that was given up may be done yet
 JOBS = "/v1/fine_tuning/jobs"
 
 
@@ -49,8 +51,9 @@ class JobsRoutes:
     def __init__(self, service: JobService, once: Once, limiter: Limiter):
         self._service, self._once, self._limiter = service, once, limiter
         self._feeds, self._followers = Feeds(service.stored), Places("streams of job events", MAX_FOLLOWERS)
-        # On the database's threads, which alone wait for a slow one; `run` where the device thread is waited for, too.
-        self._ask, self._run = service.stored.database.ask, service.stored.database.run
+        self._ask = service.stored.database.ask
+        # Not on the database's threads: these wait for the device too, and for files.
+        self._changing = WorkerPool("jobs", threads=4, waiting=64, timeout_s=CHANGE_S)
 
     def router(self) -> APIRouter:
         """All routes of this wire."""
@@ -76,7 +79,8 @@ class JobsRoutes:
         spec = JobSpec.from_json(asked)
 
         async def make() -> JobObject:
-            return self._object(await self._run(self._service.create, caller_of(request), spec))
+            caller = caller_of(request)
+            return self._object(await self._changing.run(caller.owner, lambda: self._service.create(caller, spec)))
 
         return await self._once.answer(request, asked, make)
 
@@ -138,7 +142,8 @@ class JobsRoutes:
         )
 
     async def _move(self, request: Request, id: str, to: JobStatus) -> Response:
-        return self._answer(await self._run(self._service.move, caller_of(request), id, to))
+        caller = caller_of(request)
+        return self._answer(await self._changing.run(caller.owner, lambda: self._service.move(caller, id, to)))
 
     async def _events(self, id: str, seen: int, deadline: float) -> AsyncGenerator[bytes]:
         """The bytes of a stream of events."""

@@ -37,6 +37,7 @@ from serve.api.openai.schemas import (
     TextCompletion,
     Usage,
 )
+from serve.api.openai.tokenizing import Tokenizing
 from serve.engine.grammar import GrammarSource
 from serve.engine.request import Delta
 from serve.engine.request import Request as TokenRequest
@@ -257,6 +258,7 @@ class Admission:
     def __init__(self, backend: Backend, ping_s: float, limiter: Limiter | None):
         """limiter: of each tenant's tokens; None: no limit."""
         self._backend, self._ping_s, self._limiter = backend, ping_s, limiter
+        self.tokenizing = Tokenizing(backend, limiter)
 
     async def run(self, request: Request, body: SamplingBody, job: Generation) -> Run:
         """The job under way; its `streams` must be cancelled in the end.  Raises InvalidRequest and what refuses a request."""
@@ -286,9 +288,9 @@ class Admission:
     def check_ids(self, ids: Sequence[int], field: str) -> None:
         """Raises InvalidRequest for an id outside the vocabulary: on the device it would read another row."""
         vocab = self._backend.tokenizer.vocab_size
-        for i in ids:
-            if not 0 <= i < vocab:
-                raise InvalidRequest(f"{field} has the token id {i}; ids go from 0 to {vocab - 1}", param=field)
+        if ids and not 0 <= min(ids) <= max(ids) < vocab:
+            wrong = next(i for i in ids if not 0 <= i < vocab)
+            raise InvalidRequest(f"{field} has the token id {wrong}; ids go from 0 to {vocab - 1}", param=field)
 
     def _max_tokens(self, job: Generation, prompt: Sequence[int]) -> int:
         """Tokens this prompt may generate.  Raises ContextLengthExceeded when prompt and max_tokens do not fit."""

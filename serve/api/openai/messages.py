@@ -40,6 +40,11 @@ class Conversation:
     add_generation_prompt: bool
     continue_final: bool
 
+    @property
+    def chars(self) -> int:
+        """Characters of all turns' texts."""
+        return sum(len(text) for turn in self.turns if isinstance(text := turn["content"], str))
+
     def ids(self, tokenizer: Tokenizer) -> list[int]:
         """Token ids.  Not on the event loop: a long text takes a second.  Raises InvalidRequest."""
         return tokenizer.chat(

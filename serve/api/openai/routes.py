@@ -6,7 +6,6 @@ name is resolved once, before the prompt is read, so an answer has one adapter v
 
 from __future__ import annotations
 
-import asyncio
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
@@ -14,6 +13,7 @@ from fastapi.responses import JSONResponse, Response
 
 from jaxlora.core.errors import InvalidRequest
 from serve.access.caller import caller_of
+from serve.access.worker_pool import WorkerPool
 from serve.api.openai.generation import Admission, ChoiceWriter, Generation, answer
 from serve.api.openai.logprobs import PromptView
 from serve.api.openai.messages import Conversation, ToolUse, chosen, conversation, functions_of, tool_use
@@ -41,6 +41,7 @@ from serve.http.strict_json import JsonRoute
 from serve.runtime.backend import Backend
 
 MAX_LISTED = 1000  # adapters in an answer without `limit`
+LISTING_S = 30.0  # for a look at the adapters, which may be on a disk
 COMPLETION_MAX_TOKENS = 16  # the API's default for plain completions
 
 
@@ -49,6 +50,8 @@ class OpenAIRoutes:
 
     def __init__(self, backend: Backend, admission: Admission, default_max_tokens: int):
         self._backend, self._admission, self._default_max_tokens = backend, admission, default_max_tokens
+        self._tokenizing = admission.tokenizing
+        self._listing = WorkerPool("list of models", threads=2, waiting=64, timeout_s=LISTING_S)
 
     def router(self) -> APIRouter:
         """All routes of this wire."""
@@ -77,7 +80,8 @@ class OpenAIRoutes:
 
     async def list_models(self, request: Request, query: Annotated[ModelQuery, Query()]) -> Response:
         """The base models, then the caller's adapters, newest first."""
-        cards = await asyncio.to_thread(self._backend.models, caller_of(request).sees)
+        caller = caller_of(request)
+        cards = await self._listing.run(caller.owner, lambda: self._backend.models(caller.sees))
         cards = sorted(cards, key=lambda c: (c.parent is not None, -c.created, c.id))
         cards = [c for c in cards if c.id.startswith(query.prefix)]
         limit = query.limit if query.limit is not None else MAX_LISTED + sum(c.parent is None for c in cards)
@@ -86,7 +90,9 @@ class OpenAIRoutes:
 
     async def read_model(self, request: Request, model: str) -> Response:
         """One model, by any name that a completion takes."""
-        return JSONResponse(model_object(await asyncio.to_thread(self._backend.model, caller_of(request).sees, model)))
+        caller = caller_of(request)
+        card = await self._listing.run(caller.owner, lambda: self._backend.model(caller.sees, model))
+        return JSONResponse(model_object(card))
 
     async def chat(self, request: Request, body: ChatBody) -> Response:
         """The answer to a conversation."""
@@ -104,7 +110,7 @@ class OpenAIRoutes:
             None if grammar is None else grammar.param.partition(".")[0],
         )
         talk = self._conversation(body, tools)
-        ids = tuple(await asyncio.to_thread(talk.ids, self._backend.tokenizer))
+        ids = await self._talk_ids(request, talk)
         job = Generation(
             id_prefix=ChatRenderer.id_prefix,
             operation="chat",
@@ -138,7 +144,7 @@ class OpenAIRoutes:
         job = Generation(
             id_prefix=CompletionRenderer.id_prefix,
             operation="text_completion",
-            prompts=await self._prompts(body),
+            prompts=await self._prompts(request, body),
             adapter=adapter,
             max_tokens=body.max_tokens,
             fallback=COMPLETION_MAX_TOKENS,
@@ -163,13 +169,20 @@ class OpenAIRoutes:
         if body.messages is not None and body.prompt is None:
             refuse_given(body, "messages", "add_special_tokens")
             tools = tool_use(functions_of(body.tools or ()), chosen(None), None, self._backend.tokenizer, None)
-            ids = await asyncio.to_thread(self._conversation(body, tools).ids, self._backend.tokenizer)
+            ids = await self._talk_ids(request, self._conversation(body, tools), generates=False)
         elif body.prompt is not None and body.messages is None:
             refuse_given(
                 body, "prompt", "add_generation_prompt", "continue_final_message", "tools", "chat_template_kwargs"
             )
             special = body.add_special_tokens is not False
-            ids = await asyncio.to_thread(self._backend.tokenizer.encode, body.prompt, add_special_tokens=special)
+            text, tokenizer = body.prompt, self._backend.tokenizer
+            ids = await self._tokenizing.run(
+                caller_of(request).owner,
+                lambda: tokenizer.encode(text, add_special_tokens=special),
+                field="prompt",
+                chars=[len(text)],
+                generates=False,
+            )
         else:
             raise InvalidRequest("give either prompt or messages", param="prompt")
         return JSONResponse(Tokens(tokens=list(ids), count=len(ids), max_model_len=self._backend.context))
@@ -178,8 +191,13 @@ class OpenAIRoutes:
         """Text of ids."""
         if body.model is not None:
             self._backend.resolve(caller_of(request).sees, body.model)
+        self._tokenizing.check_length(len(body.tokens), "tokens")
         self._admission.check_ids(body.tokens, "tokens")
-        return JSONResponse(Detokenized(prompt=await asyncio.to_thread(self._backend.tokenizer.decode, body.tokens)))
+        tokenizer = self._backend.tokenizer
+        text = await self._tokenizing.run(
+            caller_of(request).owner, lambda: tokenizer.decode(body.tokens), field="tokens", chars=[], generates=False
+        )
+        return JSONResponse(Detokenized(prompt=text))
 
     async def tokenizer_info(self) -> Response:
         """The base model's special tokens and chat template."""
@@ -206,28 +224,48 @@ class OpenAIRoutes:
             variables=body.chat_template_kwargs,
         )
 
-    async def _prompts(self, body: CompletionBody) -> list[PromptView]:
+    async def _talk_ids(self, request: Request, talk: Conversation, *, generates: bool = True) -> tuple[int, ...]:
+        tokenizer = self._backend.tokenizer
+        return await self._tokenizing.run(
+            caller_of(request).owner,
+            lambda: tuple(talk.ids(tokenizer)),
+            field="messages",
+            chars=[talk.chars],
+            generates=generates,
+        )
+
+    async def _prompts(self, request: Request, body: CompletionBody) -> list[PromptView]:
         """Ids of each prompt; those given as ids stay as they are."""
         prompts = prompt_list(body.prompt)
         if not prompts or not all(prompts):
             raise InvalidRequest("prompt must not be empty, and no prompt of a list may be", param="prompt")
-        tokenizer, out = self._backend.tokenizer, []
         for prompt in prompts:
             if isinstance(prompt, str):
-                special = body.add_special_tokens is not False
-                ids = await asyncio.to_thread(tokenizer.encode, prompt, add_special_tokens=special)
-            elif body.add_special_tokens is None:
-                ids = prompt
-                self._admission.check_ids(ids, "prompt")
-            else:
+                continue
+            if body.add_special_tokens is not None:
                 raise InvalidRequest(
                     "add_special_tokens is for text prompts; ids stay as they are", param="add_special_tokens"
                 )
-            text = None
-            if body.echo:
-                text = prompt if isinstance(prompt, str) else await asyncio.to_thread(tokenizer.decode, ids)
-            out.append(PromptView(tokens=tuple(ids), echo=text, logprobs=body.logprobs, ranked=body.prompt_logprobs))
-        return out
+            self._tokenizing.check_length(len(prompt), "prompt")
+            self._admission.check_ids(prompt, "prompt")
+        texts = [len(prompt) for prompt in prompts if isinstance(prompt, str)]
+        if texts or body.echo:
+            return await self._tokenizing.run(
+                caller_of(request).owner,
+                lambda: [self._view(body, prompt) for prompt in prompts],
+                field="prompt",
+                chars=texts,
+            )
+        return [self._view(body, prompt) for prompt in prompts]
+
+    def _view(self, body: CompletionBody, prompt: str | list[int]) -> PromptView:
+        tokenizer = self._backend.tokenizer
+        special = body.add_special_tokens is not False
+        ids = tokenizer.encode(prompt, add_special_tokens=special) if isinstance(prompt, str) else prompt
+        echo = None
+        if body.echo:
+            echo = prompt if isinstance(prompt, str) else tokenizer.decode(ids)
+        return PromptView(tokens=tuple(ids), echo=echo, logprobs=body.logprobs, ranked=body.prompt_logprobs)
 
     async def _answer(self, request: Request, body: SamplingBody, job: Generation, renderer: Renderer) -> Response:
         run = await self._admission.run(request, body, job)

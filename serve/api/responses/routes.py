@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 
 from fastapi import APIRouter, Request
@@ -68,7 +67,10 @@ class ResponsesRoutes:
             tokenizer,
             None if grammar is None else "text.format",
         )
-        ids = tuple(await asyncio.to_thread(input_conversation(body, tools, tokenizer).ids, tokenizer))
+        talk = input_conversation(body, tools, tokenizer)
+        ids = await self._admission.tokenizing.run(
+            caller_of(request).owner, lambda: tuple(talk.ids(tokenizer)), field="input", chars=[talk.chars]
+        )
         job = Generation(
             id_prefix="resp_",
             operation="responses",
