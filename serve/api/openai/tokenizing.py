@@ -20,8 +20,6 @@ class Tokenizing:
     def __init__(self, backend: Backend, limiter: Limiter | None):
         """limiter: of each tenant's requests and tokens; None: no limit."""
         self._backend, self._limiter = backend, limiter
-        tokenizer = backend.tokenizer
-        self._longest = max(len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size))
         self._pool = WorkerPool("tokenizer", threads=THREADS, waiting=WAITING, timeout_s=TIMEOUT_S)
 
     async def run[Result](
@@ -41,7 +39,7 @@ class Tokenizing:
         Raises ContextLengthExceeded for a text that cannot fit, RateLimited and QuotaExceeded for a tenant at its limit,
         all before a text is read; and as `WorkerPool.run`.
         """
-        least = [-(-n // self._longest) for n in chars]  # no token is longer
+        least = [-(-n // self._backend.tokenizer.max_token_bytes) for n in chars]
         for n in least:
             self.check_length(n, field, most)
         limiter, tokens = self._limiter, max(sum(least), 1) if generates else 0
