@@ -116,7 +116,7 @@ OTHERWISE = {
     "steps": 5,
     "seed": 11,
 }
-REFUSED = {
+OF_ANOTHER_LOSS = {
     "loss": ("dpo", "preference"),
     "beta": (0.2, "beta"),
     "clip_low": (0.5, "clip_low"),
@@ -138,11 +138,11 @@ def test_no_setting_is_accepted_and_ignored(session):
     plain = learned("plain")
     assert learned("same") == plain
     assert [field for field, value in OTHERWISE.items() if learned(field, **{field: value}) == plain] == []
-    for field, (value, word) in REFUSED.items():
+    for field, (value, word) in OF_ANOTHER_LOSS.items():
         with pytest.raises(JaxLoraError, match=word):
             session.add_tenant(field, LINES, **{field: value})
     settings = inspect.signature(session.add_tenant).parameters.keys() - {"name", "data", "heldout"}
-    assert settings == OTHERWISE.keys() | REFUSED.keys(), "a setting that nobody tries"
+    assert settings == OTHERWISE.keys() | OF_ANOTHER_LOSS.keys(), "a setting that nobody tries"
 
 
 def test_tenants_learn_together_and_answer_while_they_do(session):
