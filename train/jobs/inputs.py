@@ -20,7 +20,7 @@ from jaxlora.peft.folder import import_peft
 from jaxlora.storage.checkpoint_writer import Snapshot
 from jaxlora.storage.checkpoints import read_meta, restore_state
 from jaxlora.storage.remote_states import StateCopies
-from train.data.examples import PackedExamples, Unit
+from train.data.examples import ExampleStream, PackedExamples, Unit
 from train.data.mixer import Batches
 from train.jobs.job import Job, JobRequest, Progress, Source
 from train.step.state import SlotState
@@ -41,6 +41,7 @@ class Material:
     """What a job brings to its slot."""
 
     batches: Batches
+    stream: ExampleStream
     heldout: PackedExamples | None
     state: SlotState | None  # NumPy; None: it has been here before, and its state is parked
     progress: Progress
@@ -146,8 +147,8 @@ class JobFiles:
             self._started(request, request.start)
         return facts
 
-    def open(self, job_id: str, request: JobRequest, facts: Facts, *, parked: bool) -> Material:
-        """Everything the job needs in its slot; with `parked` no state, and no progress either.
+    def open(self, job_id: str, request: JobRequest, facts: Facts, *, parked: bool, progress: Progress) -> Material:
+        """Everything the job needs in its slot; with `parked` no state, and its progress is this one.
 
         Raises DataInvalid when the examples are not those that were examined; else as `examine`.
         """
@@ -156,8 +157,9 @@ class JobFiles:
             raise DataInvalid(f"the examples of {request.name} changed while it waited; create the job anew")
         batches = self.trainer.check(request.spec, examples, request.batch_size, request.loss)
         heldout = self._read_heldout(request)
-        state, progress, best = None, Progress(), None
+        state, best = None, None
         if not parked:
+            progress = Progress()
             meta = self._checkpoint(job_id, request, facts)
             if meta is not None:
                 progress = Progress.from_json(meta)
@@ -168,7 +170,8 @@ class JobFiles:
                 state = self._started(request, request.start)
             else:
                 state = self.trainer.fresh(request.spec, request.seed)
-        return Material(batches=batches, heldout=heldout, state=state, progress=progress, best=best)
+        stream = ExampleStream(batches.examples.units, request.seed, progress.cursor).shuffled()
+        return Material(batches=batches, stream=stream, heldout=heldout, state=state, progress=progress, best=best)
 
     def newest(self, job_id: str) -> dict | None:
         """Meta of the job's newest checkpoint, which is brought here if need be.  Raises StorageFailed, Unavailable."""
@@ -294,7 +297,9 @@ class JobReaders:
         job, facts = live.job, live.facts
 
         def open_() -> Material:
-            return self._patiently(lambda: self._files.open(job.id, job.request, facts, parked=parked))
+            return self._patiently(
+                lambda: self._files.open(job.id, job.request, facts, parked=parked, progress=job.progress)
+            )
 
         live.opening = self._pool.submit(open_)
         self._await(live, live.opening)

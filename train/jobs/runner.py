@@ -377,7 +377,8 @@ class Jobs:
                 self._readers.open(live, parked=parked)
             else:
                 with self._answers(live):
-                    self._seat(live, self._files.open(job_id, request, live.facts, parked=parked))
+                    progress = live.job.progress
+                    self._seat(live, self._files.open(job_id, request, live.facts, parked=parked, progress=progress))
 
     def _alike(self, one: str, other: str) -> bool:
         """Whether two jobs want slots of the same bucket."""
@@ -479,6 +480,7 @@ class Jobs:
             seed=request.seed,
             loss=request.loss,
             resume=(state, job.progress.step, job.progress.cursor),
+            stream=material.stream,
         )
         self._parking.discard(live.state_key)
         live.heldout = material.heldout
