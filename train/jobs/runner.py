@@ -55,8 +55,9 @@ class Jobs:
         wake: Callable[[], None] = lambda: None,
         owner_weight: Callable[[str], float] = lambda owner: 1.0,
     ):
-        """`owner_weight`: an owner's share relative to the others', which no job changes.  `load` reads a JSONL file, on another thread; `clock` gives the seconds since 1970; `wake` is called on another
-        thread when something is read or written, so that `advance` has something to do."""
+        """`load` reads a JSONL file, on another thread; `clock` gives the seconds since 1970; `wake` is called on another
+        thread when something is read or written, so that `advance` has something to do; `owner_weight` is an owner's
+        share relative to the others', which no job changes."""
         self.trainer, self.config = trainer, config
         self.part = FIRST_PART  # what `advance` runs next
         self._shelf, self._parking, self._clock = shelf, parking, clock
