@@ -133,9 +133,11 @@ class Trainer:
         loss: Loss = CROSS_ENTROPY,
         per_target: bool = False,
         resume: tuple[SlotState, int, int] | None = None,
+        stream: ExampleStream | None = None,
     ) -> Tenant:
         """A tenant joins from the next step on, with fresh weights drawn from its seed, or with (state, step, cursor).
         examples: those that `check` returned take no time in proportion to their number.
+        stream: of these examples from this seed and cursor on, where it is made already.
         per_target: its loss is divided by the number of its target tokens instead of the sum of their weights' sizes.
         One that comes back after its last step is `done` and trains no more.
         Raises AlreadyExists, AdapterInvalid (rank or targets), DataInvalid (no examples, one too long, or of another kind
@@ -147,7 +149,8 @@ class Trainer:
         batches = examples if isinstance(examples, Batches) else self.check(spec, examples, batch_size, loss)
         slot = self.seats.first_free(spec, self._taken)
         state, step, cursor = resume if resume is not None else (self.fresh(spec, seed), 0, 0)
-        stream = ExampleStream(batches.examples.units, seed, cursor)
+        if stream is None:
+            stream = ExampleStream(batches.examples.units, seed, cursor)
         running = step < optimizer.total_steps
         if running:
             self._mixer.add(name, batches, stream, weight=weight, split=len(batches.worst) > self.lanes)

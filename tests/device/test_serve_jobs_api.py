@@ -13,7 +13,7 @@ import pytest
 from jobs_api_world import BASE, Server, lines
 from pydantic import TypeAdapter
 
-from jaxlora.config.serving import LimitsSection
+from jaxlora.config.serving import LimitsSection, TenantWeight
 from jaxlora.core.errors import StateInvalid
 from jaxlora.core.lora import LoraSpec
 from jaxlora.model.lora_pool import adapter_bytes
@@ -453,3 +453,15 @@ def test_a_job_that_failed_keeps_its_checkpoints_for_days(world, tmp_path):
             assert "another examples" in wait_for(client, job.id, "failed").error.message
             server.host.service.recorder.flush()
         assert saved.exists() == is_there
+
+
+def test_a_weight_of_a_tenant_means_the_same_for_training_as_for_serving(server):
+    """The server's, as it is now: what the file says when it is read again counts from the next step on."""
+    it = server[0]
+    before, heavy = it.runner.tuning, TenantWeight(name="heavy", weight=3.0)
+    try:
+        it.runner.call(lambda: it.runner.tune(replace(before, tenant=(heavy,))))
+        assert [it.host.live.jobs._owner_weight(owner) for owner in ("heavy", "other")] == [3.0, 1.0]
+    finally:
+        it.runner.call(lambda: it.runner.tune(before))
+    assert it.host.live.jobs._owner_weight("heavy") == 1.0

@@ -211,8 +211,18 @@ def test_an_error_of_a_device_program_is_nobodys(tmp_path):
 
 
 def test_examples_are_looked_at_where_their_files_are_read(tmp_path, monkeypatch):
-    """Neither a check of each example nor their packing runs on the trainer's thread."""
+    """Neither a check of each example nor their packing or shuffling runs on the trainer's thread."""
     seen = Counter()
+    at = examples_module.ExampleStream._at
+
+    def noted_at(stream, place):
+        before = stream._epoch
+        unit = at(stream, place)
+        if stream._epoch != before:
+            seen["shuffle", threading.current_thread() is threading.main_thread()] += 1
+        return unit
+
+    monkeypatch.setattr(examples_module.ExampleStream, "_at", noted_at)
     for name in ("check_kind", "check_length", "first_fit_decreasing"):
         inner = getattr(examples_module, name)
 
@@ -227,5 +237,5 @@ def test_examples_are_looked_at_where_their_files_are_read(tmp_path, monkeypatch
     job = jobs.create(request(1, spec=lora(2, LAYER_TARGETS), optimizer=optimizer(total_steps=2), **files))
     jobs.run()
     assert job.state == "succeeded"
-    assert {name for name, _ in seen} == {"check_kind", "check_length", "first_fit_decreasing"}
+    assert {name for name, _ in seen} == {"check_kind", "check_length", "first_fit_decreasing", "shuffle"}
     assert not any(on_main for _, on_main in seen)

@@ -154,6 +154,11 @@ class ExampleStream:
         self._epoch: int | None = None
         self._order: np.ndarray = np.empty(0, np.int64)
 
+    def shuffled(self) -> ExampleStream:
+        """Returns the stream with its present epoch in order: that takes time in proportion to the examples, once an epoch."""
+        self.peek(1)
+        return self
+
     @property
     def cursor(self) -> int:
         """Returns the number of examples consumed, over all epochs."""

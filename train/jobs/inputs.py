@@ -30,7 +30,7 @@ from jaxlora.peft.folder import import_peft
 from jaxlora.storage.checkpoint_writer import Snapshot
 from jaxlora.storage.checkpoints import read_meta, restore_state, set_aside, steps_of
 from jaxlora.storage.remote_states import StateCopies
-from train.data.examples import PackedExamples, Unit
+from train.data.examples import ExampleStream, PackedExamples, Unit
 from train.data.mixer import Batches
 from train.jobs.job import Job, JobRequest, Progress, Source
 from train.step.state import SlotState
@@ -51,6 +51,7 @@ class Material:
     """What a job brings to its slot."""
 
     batches: Batches
+    stream: ExampleStream
     heldout: PackedExamples | None
     state: SlotState | None  # NumPy; None: it has been here before, and its state is parked
     progress: Progress
@@ -157,8 +158,8 @@ class JobFiles:
             self._started(request, request.start)
         return facts
 
-    def open(self, job_id: str, request: JobRequest, facts: Facts, *, parked: bool) -> Material:
-        """Everything the job needs in its slot; with `parked` no state, and no progress either.
+    def open(self, job_id: str, request: JobRequest, facts: Facts, *, parked: bool, progress: Progress) -> Material:
+        """Everything the job needs in its slot; with `parked` no state, and its progress is this one.
 
         Raises DataInvalid when the examples are not those that were examined; StorageFailed when no checkpoint of the job
         can be read; else as `examine`.
@@ -168,8 +169,9 @@ class JobFiles:
             raise DataInvalid(f"the examples of {request.name} changed while it waited; create the job anew")
         batches = self.trainer.check(request.spec, examples, request.batch_size, request.loss)
         heldout = self._read_heldout(request)
-        state, progress, best, damaged = None, Progress(), None, []
+        state, best, damaged = None, None, []
         if not parked:
+            progress = Progress()
             found, damaged = self._newest_good(job_id, request, facts)
             if found is not None:
                 progress, state = found
@@ -180,7 +182,16 @@ class JobFiles:
                 state = self._started(request, request.start)
             else:
                 state = self.trainer.fresh(request.spec, request.seed)
-        return Material(batches=batches, heldout=heldout, state=state, progress=progress, best=best, damaged=damaged)
+        stream = ExampleStream(batches.examples.units, request.seed, progress.cursor).shuffled()
+        return Material(
+            batches=batches,
+            stream=stream,
+            heldout=heldout,
+            state=state,
+            progress=progress,
+            best=best,
+            damaged=damaged,
+        )
 
     def steps(self, job_id: str) -> list[int]:
         """The job's checkpoints, oldest first, which are brought here if need be.  Raises StorageFailed, Unavailable."""
@@ -358,7 +369,9 @@ class JobReaders:
         job, facts = live.job, live.facts
 
         def open_() -> Material:
-            return self._patiently(lambda: self._files.open(job.id, job.request, facts, parked=parked))
+            return self._patiently(
+                lambda: self._files.open(job.id, job.request, facts, parked=parked, progress=job.progress)
+            )
 
         live.opening = self._pool.submit(job.request.owner, open_)
         self._await(live, live.opening)

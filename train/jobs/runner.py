@@ -63,8 +63,9 @@ class Jobs:
         wake: Callable[[], None] = lambda: None,
         owner_weight: Callable[[str], float] = lambda owner: 1.0,
     ):
-        """`owner_weight`: an owner's share relative to the others', which no job changes.  `load` reads a JSONL file, on another thread; `clock` gives the seconds since 1970; `wake` is called on another
-        thread when something is read or written, so that `advance` has something to do."""
+        """`load` reads a JSONL file, on another thread; `clock` gives the seconds since 1970; `wake` is called on another
+        thread when something is read or written, so that `advance` has something to do; `owner_weight` is an owner's
+        share relative to the others', which no job changes."""
         self.trainer, self.config = trainer, config
         self.part = FIRST_PART  # what `advance` runs next
         self._shelf, self._parking, self._clock = shelf, parking, clock
@@ -387,7 +388,8 @@ class Jobs:
                 self._readers.open(live, parked=parked)
             else:
                 with self._answers(live):
-                    self._seat(live, self._files.open(job_id, request, live.facts, parked=parked))
+                    progress = live.job.progress
+                    self._seat(live, self._files.open(job_id, request, live.facts, parked=parked, progress=progress))
 
     def _alike(self, one: str, other: str) -> bool:
         """Whether two jobs want slots of the same bucket."""
@@ -489,6 +491,7 @@ class Jobs:
             seed=request.seed,
             loss=request.loss,
             resume=(state, job.progress.step, job.progress.cursor),
+            stream=material.stream,
         )
         self._parking.discard(live.state_key)
         for message in material.damaged:
