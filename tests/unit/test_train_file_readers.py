@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
+import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,7 +16,7 @@ import pytest
 from small_world import tiny_path
 
 from jaxlora.checkpoints.tokenizer import Tokenizer
-from jaxlora.core.errors import DataInvalid, Unavailable
+from jaxlora.core.errors import DataInvalid, StorageAway, Unavailable
 from train.data.file_readers import FileReaders, ReaderLimits
 from train.data.jsonl import load_jsonl
 from train.data.reader_process import read_units, write_units
@@ -80,7 +82,6 @@ def test_units_come_out_as_they_went_in(tokenizer, write):
         stream.seek(0)
         assert plain(read_units(json.loads(stream.readline()), stream)) == plain(some)
         assert stream.read() == b""
-    stream.truncate(len(stream.getvalue()) - 1)
     write_units(units, stream := io.BytesIO())
     cut = io.BytesIO(stream.getvalue()[:-1])
     with pytest.raises(EOFError):
@@ -151,6 +152,19 @@ def test_a_server_that_ends_does_not_wait_for_a_file(readers, tmp_path):
     assert says == ["the server is stopping"] * 2
     with pytest.raises(Unavailable):
         there.load(pipe, "a")
+
+
+def test_a_machine_that_starts_no_process_says_nothing_of_the_file(monkeypatch, readers, write):
+    there, good = readers(), write("good", TEXT)
+
+    def full(*args, **how):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(subprocess, "Popen", full)
+        with pytest.raises(StorageAway, match="Too many open files"):
+            there.load(good, "a")
+    assert len(there.load(good, "a")) == 1
 
 
 def test_a_reader_killed_while_idle_is_replaced(readers, write):

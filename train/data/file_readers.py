@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from jaxlora.core.errors import DataInvalid, Unavailable
+from jaxlora.core.atomic_files import disk_errors
+from jaxlora.core.errors import DataInvalid, StorageAway, Unavailable
 from jaxlora.core.tenant_threads import TenantThreads
 from train.data import reader_process
 from train.data.examples import Unit
@@ -48,10 +49,14 @@ class FileReaders:
     def __init__(
         self, tokenizer: SavedTokenizer, folder: Path, *, max_tokens: int, limits: ReaderLimits, processes: int = 2
     ):
-        """folder: for the tokenizer, in place of one there.  max_tokens: of the longest example."""
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        tokenizer.save(folder)
+        """folder: for the tokenizer, in place of one there.  max_tokens: of the longest example.
+
+        Raises StorageFull, StorageFailed.
+        """
+        with disk_errors("the tokenizer of the readers"):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            tokenizer.save(folder)
         settings = {"tokenizer": str(folder), "max_tokens": max_tokens, "memory_bytes": limits.memory_bytes}
         self._command = [sys.executable, "-P", "-m", reader_process.__name__, json.dumps(settings)]
         self._limits = limits
@@ -64,7 +69,8 @@ class FileReaders:
     def load(self, path: Path, tenant: str) -> list[Unit]:
         """Returns the examples of a tenant's file.
 
-        Raises DataInvalid for a bad one, and for one that takes too much to read; Unavailable after `close`.
+        Raises DataInvalid for a bad one, and for one that takes too much to read; StorageAway when the machine cannot
+        start a process, Unavailable after `close`.
         """
         try:
             return self._threads.submit(tenant, self._load, path).result()
@@ -112,13 +118,16 @@ class FileReaders:
             if self._closed:
                 raise RuntimeError("closed")
             alone = {"TOKENIZERS_PARALLELISM": "false", "OPENBLAS_NUM_THREADS": "1"}
-            process = subprocess.Popen(
-                self._command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env=os.environ | alone,
-                start_new_session=True,  # Ctrl-C is the server's
-            )
+            try:
+                process = subprocess.Popen(
+                    self._command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    env=os.environ | alone,
+                    start_new_session=True,  # Ctrl-C is the server's
+                )
+            except OSError as error:
+                raise StorageAway(f"no process can be started to read files ({error.strerror}); retry later") from error
             self._processes.add(process)
         self._of_thread.process = process
         return process

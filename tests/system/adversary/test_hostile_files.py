@@ -25,8 +25,8 @@ from train.data.file_readers import FileReaders, ReaderLimits
 pytest_plugins = ["serve_fixtures"]
 
 LINE = b'{"text": "abc"}\n'
-MEMORY_BYTES = 24 * 2**20
-BOMB = LINE * 150_000  # its examples take twice as much
+MEMORY_BYTES = 12 * 2**20
+BOMB = LINE * 80_000  # its examples take twice as much
 
 
 def test_a_flood_of_files_leaves_another_tenants_file_its_turn_and_a_bomb_ends_only_itself(world, tmp_path):
@@ -49,13 +49,13 @@ def test_a_flood_of_files_leaves_another_tenants_file_its_turn_and_a_bomb_ends_o
                 time.sleep(0.02)
             return found
 
-        flood = [upload("hostile", LINE * 30_000) for _ in range(4)] + [upload("hostile", BOMB)]
+        flood = [upload("hostile", LINE * 15_000) for _ in range(3)] + [upload("hostile", BOMB)]
         assert wait(upload("quiet", LINE))["status"] == "processed"
         assert [status(*file)["status"] for file in flood[1:]] == [
             "uploaded"
-        ] * 4  # one at a time, and its turn came before
-        assert [wait(file)["status"] for file in flood] == ["processed"] * 4 + ["error"]
-        assert "took more than 24 MiB of memory; divide it" in status(*flood[-1])["status_details"]
+        ] * 3  # one at a time, and its turn came before
+        assert [wait(file)["status"] for file in flood] == ["processed"] * 3 + ["error"]
+        assert "took more than 12 MiB of memory; divide it" in status(*flood[-1])["status_details"]
         assert wait(upload("hostile", LINE))["status"] == "processed"
 
 
