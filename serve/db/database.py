@@ -55,6 +55,10 @@ class NotConnected(Exception):
     """No connection was made, so nothing was done."""
 
 
+class Damaged(StorageAway):
+    """The database's file is damaged: what fails for it may be done once its operator has put a backup in its place."""
+
+
 class Database:
     """Runs functions of a session as transactions.  From any thread; from an event loop through `ask`."""
 
@@ -74,7 +78,7 @@ class Database:
             if self._engine.dialect.name == "sqlite":  # before anything is written to it
                 self._run(check_pages, writes=False)
             self._run(lambda session: migrate(session.connection()), writes=True)
-        except StorageFailed as error:
+        except Damaged as error:
             self.close()
             found = " ".join(str(getattr(error.__cause__, "orig", error)).split())
             raise StorageFailed(
@@ -130,7 +134,7 @@ class Database:
                 if verdict == "ours":
                     raise
                 if verdict == "damaged":
-                    raise StorageFailed("the server's database is damaged; tell its operator") from error
+                    raise Damaged("the server's database is damaged; tell its operator") from error
                 if verdict == "full":
                     raise StorageFull("the server's disk is full; nothing was changed") from error
                 # A connection that broke in the middle may have done its work: it is not for us to do it twice.
@@ -229,10 +233,10 @@ def set_up_sqlite(connection: sqlite3.Connection, record: object) -> None:
 
 
 def check_pages(session: Session) -> None:
-    """Raises StorageFailed when a page of SQLite's file is damaged."""
+    """Raises Damaged when a page of SQLite's file is damaged."""
     found = session.connection().exec_driver_sql("PRAGMA quick_check(1)").scalar()
     if found != "ok":
-        raise StorageFailed(str(found))
+        raise Damaged(str(found))
 
 
 def as_writer(connection: Connection) -> Connection:

@@ -89,7 +89,13 @@ def test_train_hands_on_its_path(entry):
 
 def test_serve_with_a_model_only(entry):
     assert run("serve", "--model", "smollm2").exit_code == 0
-    assert entry == [("serve.server.build", (serve_defaults("smollm2", Path("adapters")), None), {})]
+    told = {"adopt": False, "new_base": False}
+    assert entry == [("serve.server.build", (serve_defaults("smollm2", Path("adapters")), None), told)]
+
+
+def test_serve_is_told_what_it_may_take_over(entry):
+    assert run("serve", "--model", "smollm2", "--adopt", "--new-base").exit_code == 0
+    assert entry[0][2] == {"adopt": True, "new_base": True}
 
 
 def test_serve_options_replace_what_the_file_says(entry):

@@ -298,7 +298,7 @@ class TestDamage:
             def read(session):
                 raise sqlite3_error(sqlite3.SQLITE_CORRUPT)
 
-            with pytest.raises(StorageFailed, match="damaged; tell its operator"):
+            with pytest.raises(Unavailable, match="damaged; tell its operator"):
                 database.read(read)
 
     def test_another_programs_database_is_refused(self, tmp_path):
