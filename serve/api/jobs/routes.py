@@ -14,7 +14,6 @@ from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse
 from jaxlora.core.errors import InvalidRequest, JaxLoraError
 from serve.access.caller import caller_of
 from serve.access.rate_limit import Limiter
-from serve.access.worker_pool import WorkerPool
 from serve.api.jobs.render import checkpoint_object, event_object, job_object
 from serve.api.jobs.schemas import (
     CheckpointList,
@@ -39,7 +38,6 @@ from train.jobs.status import ENDED, JobStatus
 LIMIT, CHECKPOINTS_LIMIT = 20, 10  # of a list without `limit`
 FOLLOW_S = 0.25  # between two looks for new events
 PING_S = 15.0
-CHANGE_S = 60.0  # more than a change that waits for database and device takes: one that was given up may be done yet
 JOBS = "/v1/fine_tuning/jobs"
 
 
@@ -48,9 +46,6 @@ class JobsRoutes:
 
     def __init__(self, service: JobService, once: Once, limiter: Limiter):
         self._service, self._once, self._limiter = service, once, limiter
-        self._ask = service.stored.database.ask
-        # Not on the database's threads: these wait for the device too, and for files.
-        self._changing = WorkerPool("jobs", threads=4, waiting=64, timeout_s=CHANGE_S)
 
     def router(self) -> APIRouter:
         """All routes of this wire."""
@@ -76,14 +71,13 @@ class JobsRoutes:
         spec = JobSpec.from_json(asked)
 
         async def make() -> JobObject:
-            caller = caller_of(request)
-            return self._object(await self._changing.run(caller.owner, lambda: self._service.create(caller, spec)))
+            return self._object(await asyncio.to_thread(self._service.create, caller_of(request), spec))
 
         return await self._once.answer(request, asked, make)
 
     async def list(self, request: Request, query: Annotated[JobsQuery, Query()]) -> Response:
         """The caller's jobs, newest first."""
-        page = await self._ask(
+        page = await asyncio.to_thread(
             self._service.stored.page,
             caller_of(request).sees,
             after=query.after,
@@ -94,7 +88,7 @@ class JobsRoutes:
 
     async def read(self, request: Request, id: str) -> Response:
         """One job."""
-        return self._answer(await self._ask(self._service.stored.get, id, caller_of(request).sees))
+        return self._answer(await asyncio.to_thread(self._service.stored.get, id, caller_of(request).sees))
 
     async def cancel(self, request: Request, id: str) -> Response:
         """Ends a job; what it has learned stays."""
@@ -114,14 +108,14 @@ class JobsRoutes:
         if query.stream:
             if query.after is not None or query.limit is not None:
                 raise InvalidRequest("a stream has all events; leave out after and limit", param="stream")
-            await self._ask(stored.get, id, sees)
+            await asyncio.to_thread(stored.get, id, sees)
             return EventSourceResponse(self._follow(id, sees), headers={"Cache-Control": "no-cache"})
-        page = await self._ask(stored.events, id, sees, after=query.after, limit=query.limit or LIMIT)
+        page = await asyncio.to_thread(stored.events, id, sees, after=query.after, limit=query.limit or LIMIT)
         return JSONResponse(list_object([event_object(e) for e in page.records], more=page.more))
 
     async def checkpoints(self, request: Request, id: str, query: Annotated[LimitedQuery, Query()]) -> Response:
         """The versions of a job that can be asked, newest first."""
-        page = await self._ask(
+        page = await asyncio.to_thread(
             self._service.stored.checkpoints,
             id,
             caller_of(request).sees,
@@ -133,8 +127,7 @@ class JobsRoutes:
         )
 
     async def _move(self, request: Request, id: str, to: JobStatus) -> Response:
-        caller = caller_of(request)
-        return self._answer(await self._changing.run(caller.owner, lambda: self._service.move(caller, id, to)))
+        return self._answer(await asyncio.to_thread(self._service.move, caller_of(request), id, to))
 
     async def _follow(self, id: str, sees: str | None) -> AsyncGenerator[bytes]:
         """Events as they come.  It ends when the job has, or when it is gone."""
@@ -142,8 +135,8 @@ class JobsRoutes:
         while True:
             try:
                 # Asked before the events: then the last ones are not missed.
-                over = (await self._ask(stored.get, id, sees)).status in ENDED
-                events = await self._ask(stored.events_since, id, sees, seen, limit=100)
+                over = (await asyncio.to_thread(stored.get, id, sees)).status in ENDED
+                events = await asyncio.to_thread(stored.events_since, id, sees, seen, limit=100)
             except JaxLoraError as error:
                 yield sse(error_body(error)[1])
                 break
