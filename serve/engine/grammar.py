@@ -30,9 +30,9 @@ MAX_MULTIPLE = 10_000  # product of all multipleOf of a schema: so many states t
 COMPILE_S = 5.0  # a grammar that takes longer is refused
 THREADS = 2  # that compile; one whose caller timed out ends by the library's limits
 KEPT = 64  # compiled grammars
-MASK_S = 0.002  # of the device thread for a token's mask, on average over some tokens
-TOO_SLOW = f"takes over {MASK_S * 1000:g} ms of every token, for all who are served here; simplify it"
-MASKS_OVER_S = 0.05  # beyond that: first masks take longer, as they build what the next ones use
+TOKEN_S = 0.002  # of the device thread for a token, on average over some of them
+TOO_SLOW = f"takes over {TOKEN_S * 1000:g} ms of every token, for all who are served here; simplify it"
+TOKENS_OVER_S = 0.05  # beyond that: the first ones take longer, as they build what the next ones use
 # About a millisecond of work for a token's mask, and tens of megabytes for an answer; far beyond what schemas need.
 LIMITS = LLParserLimits(
     step_lexer_fuel=50_000,
@@ -41,6 +41,9 @@ LIMITS = LLParserLimits(
     max_grammar_size=50_000,
     verbose_errors=False,
 )
+HEADER = "%llguidance {}"  # of a grammar that was GBNF
+# The library looks ahead for text that must come, and some grammars of two endless terminals have it look for ever.
+NO_FORCING = '%llguidance {"no_forcing": true}\n'
 # As json.dumps writes: with free white space a small model may generate it for ever.
 JSON_FORM = {
     "item_separator": ", ",
@@ -77,12 +80,12 @@ class Grammar:
 class GrammarState:
     """The state of one answer in its grammar.
 
-    Masks are made on the device thread, and every answer waits for them: they may take MASK_S each, and MASKS_OVER_S more.
+    It works on the device thread, and every answer waits for it: it may take TOKEN_S a token, and TOKENS_OVER_S more.
     """
 
     def __init__(self, grammar: Grammar):
         self._grammar, self._matcher = grammar, grammar.matcher.deep_copy()
-        self._over_s = 0.0  # what the masks took beyond MASK_S each, the last ones in a row
+        self._over_s = 0.0  # what the last tokens in a row took beyond TOKEN_S each
         self._slow = grammar.slow
         self._words = -(-grammar.vocab // 32)
 
@@ -93,13 +96,18 @@ class GrammarState:
         bits_W[self._words :] = 0
         began = time.thread_time()  # what other threads take of the processor is not the grammar's
         fill_next_token_bitmask(self._matcher, bits_W[None, : self._words].view(np.int32))
-        self._over_s = max(self._over_s + time.thread_time() - began - MASK_S, 0.0)
-        self._slow = self._grammar.slow = self._grammar.slow or self._over_s > MASKS_OVER_S
+        self._took(time.thread_time() - began - TOKEN_S)
 
     def take(self, token: int) -> bool:
         """Advances by one allowed token.  Returns whether it was the last.  Check `error` after it."""
+        began = time.thread_time()
         self._matcher.consume_token(token)
+        self._took(time.thread_time() - began)
         return self._matcher.is_stopped()
+
+    def _took(self, over_s: float) -> None:
+        self._over_s = max(self._over_s + over_s, 0.0)
+        self._slow = self._grammar.slow = self._grammar.slow or self._over_s > TOKENS_OVER_S
 
     @property
     def error(self) -> InvalidRequest | None:
@@ -192,13 +200,14 @@ def _written(source: GrammarSource) -> str:
         raise refuse(f"has {size} bytes; at most {MAX_SOURCE_BYTES} are compiled")
     if source.kind == "regex":
         return LLMatcher.grammar_from_regex(source.text)
-    if source.kind == "grammar" and "%json" in source.text:
-        raise refuse("must not hold %json; give a JSON schema by itself")
+    for word, instead in (("%json", "give a JSON schema by itself"), ("%llguidance", "leave it out")):
+        if source.kind == "grammar" and word in source.text:
+            raise refuse(f"must not hold {word}; {instead}")
     if source.kind == "calls":
         return _calls(json.loads(source.text), refuse)
     if source.kind != "json":
         try:
-            return grammar_from(source.kind, source.text)
+            return NO_FORCING * (source.kind == "grammar") + grammar_from(source.kind, source.text).removeprefix(HEADER)
         except ValueError as error:
             raise refuse(f"cannot be used: {str(error)[:200]}") from None
     try:

@@ -195,10 +195,8 @@ def test_loops_of_the_largest_bodies_leave_anothers_stream_half_of_its_tokens(wh
             return count
 
         alone = tokens()
-        with flood(f"{post.client.base_url}v1/completions", content) as answers:
+        with flood(f"{post.client.base_url}/v1/completions", content) as answers:
             beside = tokens()
-    assert answers["429"] > 0, answers
-    print(alone, beside, dict(answers))
     assert beside >= alone / 2, (alone, beside, answers)
 
 
