@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
@@ -49,6 +49,10 @@ POSTGRES_VERDICTS: dict[str, Verdict] = {
     "53100": "full",
 }
 POSTGRES_AWAY = ("08", "57")  # classes: no connection; the server stops or starts
+CLOCKS = {
+    "sqlite": "SELECT (julianday('now') - 2440587.5) * 86400.0",
+    "postgresql": "SELECT CAST(extract(epoch FROM clock_timestamp()) AS double precision)",
+}
 
 
 class NotConnected(Exception):
@@ -266,3 +270,9 @@ def judge(error: NotConnected | SQLAlchemyError | sqlite3.Error) -> Verdict:
     if state is None:
         return "down" if isinstance(error, OperationalError) else "ours"
     return "down" if state[:2] in POSTGRES_AWAY else POSTGRES_VERDICTS.get(state, "ours")
+
+
+def clock_s(session: Session) -> float:
+    """Seconds since 1970 by the database's clock."""
+    connection = session.connection()
+    return float(connection.execute(text(CLOCKS[connection.dialect.name])).scalar_one())

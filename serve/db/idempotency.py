@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sqlalchemy import extract, func, select
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from jaxlora.core.errors import InvalidRequest, StateInvalid, Unavailable
-from serve.db.database import Database
+from serve.db.database import Database, clock_s
 from serve.db.models import AnswerRecord, StoredAnswer
 
 KEPT_S = 24 * 3600.0
@@ -37,7 +37,7 @@ class StoredAnswers:
             raise InvalidRequest(f"Idempotency-Key must be 1 to {MAX_KEY} printable ASCII characters")
 
         def work(session: Session) -> StoredAnswer | None:
-            row, now_s = session.get(AnswerRecord, {"tenant": tenant, "route": route, "key": key}), clock(session)
+            row, now_s = session.get(AnswerRecord, {"tenant": tenant, "route": route, "key": key}), clock_s(session)
             if row is not None and row.created_s < now_s - (CLAIM_S if row.status is None else KEPT_S):
                 session.delete(row)
                 session.flush()
@@ -61,7 +61,7 @@ class StoredAnswers:
 
         def work(session: Session) -> None:
             if (row := claimed(session, tenant, route, key, owner)) is not None:
-                row.created_s = clock(session)
+                row.created_s = clock_s(session)
 
         self.database.write(work)
 
@@ -89,7 +89,7 @@ class StoredAnswers:
         def work(session: Session) -> None:
             for row in session.scalars(select(AnswerRecord).where(AnswerRecord.status.is_(None))):
                 session.delete(row)
-            for row in session.scalars(select(AnswerRecord).where(AnswerRecord.created_s < clock(session) - KEPT_S)):
+            for row in session.scalars(select(AnswerRecord).where(AnswerRecord.created_s < clock_s(session) - KEPT_S)):
                 session.delete(row)
 
         self.database.write(work)
@@ -99,10 +99,3 @@ def claimed(session: Session, tenant: str, route: str, key: str, owner: str) -> 
     """The claim, if it is this owner's."""
     row = session.get(AnswerRecord, {"tenant": tenant, "route": route, "key": key})
     return row if row is not None and row.status is None and row.body == owner else None
-
-
-def clock(session: Session) -> float:
-    """The database's time, seconds since 1970: the same for all who share it."""
-    if session.get_bind().dialect.name == "postgresql":
-        return float(session.scalars(select(extract("epoch", func.clock_timestamp()))).one())
-    return float(session.scalars(select((func.julianday("now") - 2440587.5) * 86400.0)).one())

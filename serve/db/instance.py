@@ -15,21 +15,17 @@ import uuid
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from sqlalchemy import exists, select, text
+from sqlalchemy import exists, select
 from sqlalchemy.orm import Session
 
 from jaxlora.core.errors import JaxLoraError, StateInvalid, Unavailable
-from serve.db.database import Database
+from serve.db.database import Database, clock_s
 from serve.db.models import FactRecord, FileRecord, GradientRecord, JobRecord, JsonObject
 
 LOG = logging.getLogger("serve")
 SERVER, HOLDER = "server", "holder"  # keys of facts: the identity, and who has claimed the database until when
 SPAN_S = 30.0
 POLL_S = 1.0  # between two looks at a claim that may end
-CLOCKS = {
-    "sqlite": "SELECT (julianday('now') - 2440587.5) * 86400.0",
-    "postgresql": "SELECT CAST(extract(epoch FROM clock_timestamp()) AS double precision)",
-}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -169,9 +165,3 @@ def put(session: Session, key: str, value: JsonObject) -> None:
         session.add(FactRecord(key=key, value=value))
     else:
         row.value = value
-
-
-def clock_s(session: Session) -> float:
-    """Seconds since 1970 by the database's clock."""
-    connection = session.connection()
-    return float(connection.execute(text(CLOCKS[connection.dialect.name])).scalar_one())
