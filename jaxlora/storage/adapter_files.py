@@ -23,6 +23,7 @@ import os
 import re
 import shutil
 import uuid
+import zlib
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 
@@ -253,7 +254,7 @@ class Counters:
 
     def write(self, tenant: str, name: str, minted: int, deleted: int) -> None:
         """Writes both numbers; they are on disk on return.  Raises OSError."""
-        data = {"format": COUNTER_FORMAT, "minted": minted, "deleted": deleted}
+        data = {"format": COUNTER_FORMAT, "minted": minted, "deleted": deleted, "crc32": _crc32(minted, deleted)}
         replace_file(self._path(tenant, name), json.dumps(data).encode())
         self._known[tenant, name] = minted, deleted
 
@@ -266,13 +267,20 @@ class Counters:
         try:
             data = json.loads(path.read_bytes())
             found, minted, deleted = data["format"], int(data["minted"]), int(data["deleted"])
-        except (ValueError, KeyError, TypeError) as e:
+            wanted = _crc32(minted, deleted)
+            if data.get("crc32", wanted) != wanted:  # none in those of the first releases
+                raise ValueError("its numbers do not match their checksum")
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise StorageFailed(f"the version counter of {whose} is damaged: {e}") from e
         if found != COUNTER_FORMAT:
             raise StorageFailed(
                 f"the version counter of {whose} has format {found!r}; this build reads {COUNTER_FORMAT}"
             )
         return minted, deleted
+
+
+def _crc32(minted: int, deleted: int) -> int:
+    return zlib.crc32(f"{minted} {deleted}".encode())
 
 
 class Tombstones:

@@ -126,6 +126,57 @@ def test_a_deletion_that_object_storage_cannot_hear_changes_nothing(machine):
     assert machine("two").list(None) == []
 
 
+def test_one_version_is_deleted_everywhere_before_its_object_is(machine, monkeypatch):
+    """The process ends, and its machine with it, before the sender has removed anything."""
+    store = machine("one")
+    kept, gone = put(store), put(store)
+    store.flush()
+    monkeypatch.setattr(RemoteVersions, "forget", lambda self, ref: None)
+    store.delete_version(gone.ref)
+    monkeypatch.undo()
+    lose(store)
+    assert len(machine.blobs.list("adapters/")) == 2
+    store = machine("two")
+    assert store.versions("acme", "bot") == [kept.ref]
+    store.flush()
+    assert len(machine.blobs.list("adapters/")) == 1
+    store.delete("acme", "bot")
+    store.flush()
+    assert machine.blobs.list("adapters/") == {}
+    assert list(machine.blobs.list("deleted/")) == ["deleted/acme/bot/2"], "one mark says it all"
+
+
+def test_a_deletion_of_one_version_that_object_storage_cannot_hear_changes_nothing(machine):
+    store = machine("one")
+    first, second = put(store), put(store)
+    store.flush()
+    FAULTS.down = True
+    with pytest.raises(Unavailable):
+        store.delete_version(second.ref)
+    assert store.versions("acme", "bot") == [first.ref, second.ref]
+    FAULTS.down = False
+    store.delete_version(second.ref)
+    assert machine("one").versions("acme", "bot") == [first.ref]
+
+
+def test_a_version_that_comes_while_all_are_deleted_is_marked_too(machine, monkeypatch):
+    store = machine("one")
+    put(store)
+    store.flush()
+    retire, came = RemoteVersions.retire, []
+
+    def slow(self, tenant, name, minted):
+        retire(self, tenant, name, minted)
+        if not came:
+            came.append(put(store).ref)
+
+    monkeypatch.setattr(RemoteVersions, "retire", slow)
+    store.delete("acme", "bot")
+    assert store.list(None) == []
+    assert "deleted/acme/bot/2" in machine.blobs.list("deleted/")
+    assert machine("two").list(None) == []
+
+
 def test_a_deletion_that_was_killed_half_way_is_complete_after_the_next_start(machine, monkeypatch):
     store = machine("one")
     put(store), put(store)
@@ -203,6 +254,18 @@ def test_what_an_ended_process_had_not_sent_is_sent_after_the_next_start(machine
     store = machine("one")
     store.wait_saved(adapter.ref)
     assert same(machine("two").get(adapter.ref), adapter)
+
+
+def test_an_adapter_is_here_unless_it_must_be_fetched(machine):
+    store = machine("one", host_bytes=0)
+    ref = put(store).ref
+    assert store.is_here(ref)
+    store.flush()
+    assert store.is_here(ref)
+    store = machine("two", host_bytes=0)
+    assert not store.is_here(ref)
+    store.get(ref)
+    assert store.is_here(ref)
 
 
 def test_a_missing_object_storage_fails_only_who_needs_it(machine):

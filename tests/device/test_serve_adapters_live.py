@@ -128,7 +128,7 @@ def test_of_two_versions_that_come_at_once_the_newer_one_is_pinned(shelf, root, 
     upload(acme, bot, zip_of(seeded(1)))
     root.post(f"/v1/adapters/acme/{bot}/pin")
     wait, held = shelf.store.wait_saved, threading.Event()
-    monkeypatch.setattr(shelf.store, "wait_saved", lambda ref: (ref.version == 2 and held.wait(20), wait(ref)))
+    monkeypatch.setattr(shelf.store, "wait_saved", lambda ref, *_: (ref.version == 2 and held.wait(20), wait(ref)))
     with shelf.client("acme") as other:
         slow = threading.Thread(target=upload, args=(other, bot, zip_of(seeded(2))))
         slow.start()
@@ -140,3 +140,27 @@ def test_of_two_versions_that_come_at_once_the_newer_one_is_pinned(shelf, root, 
         held.set()
         slow.join(20)
     assert {str(r) for r in shelf.runner.engine.scheduler.active.pinned} == {f"acme/{bot}@3"}
+
+
+def test_a_deletion_that_hangs_in_object_storage_holds_up_no_upload(shelf, acme, bot, monkeypatch):
+    upload(acme, bot, zip_of(seeded(1)))
+    delete, hanging, held = shelf.store.delete, threading.Event(), threading.Event()
+
+    def hang(tenant, name):
+        hanging.set()
+        held.wait(30)
+        delete(tenant, name)
+
+    monkeypatch.setattr(shelf.store, "delete", hang)
+    deleting = threading.Thread(target=shelf.service.delete, args=("acme", bot))
+    deleting.start()
+    assert hanging.wait(10)
+    try:
+        with shelf.client("other") as other:
+            other.timeout = 10
+            assert upload(other, "theirs", zip_of(seeded(2))).status_code == 200
+        assert deleting.is_alive()
+    finally:
+        held.set()
+        deleting.join()
+    assert shelf.store.versions("acme", bot) == []

@@ -14,7 +14,7 @@ from serve_world import SLOTS, Answer, ask, random_weights, run_all, step, with_
 from jaxlora.core.errors import AdapterInvalid, AdapterNotFinite, AdapterNotFound, BaseMismatch
 from jaxlora.core.lora import ALL_TARGETS, AdapterRef
 from jaxlora.model.lora_pool import host_rows
-from serve.engine.adapter_loads import FAILED_S, READERS
+from serve.engine.adapter_loads import FAILED_S, READERS, AdapterLoads
 from serve.engine.request import FinishReason
 
 pytest_plugins = ["serve_fixtures"]
@@ -181,3 +181,17 @@ def test_an_adapter_that_is_deleted_answers_who_asked_before(world, engine, pree
     assert world.store.host_memory().aside == aside
     with_resident(engine, *world.adapters[:SLOTS])
     assert isinstance(run_all(engine, [ask("late", adapter)])["late"].error, AdapterNotFound)
+
+
+def test_loads_that_hang_in_object_storage_hold_up_none_from_the_disk():
+    """As many as there are threads, and more; those from the disk are read all the same, in the order of their coming."""
+    held, near = threading.Event(), [AdapterRef("acme", f"near{i}", 1) for i in range(3)]
+    far = [AdapterRef("acme", f"far{i}", 1) for i in range(2 * READERS)]
+    loads = AdapterLoads(lambda ref: ref in near or held.wait(30), lambda ref: ref in near, lambda: 0.0)
+    try:
+        loads.want([*far, *near])
+        while len(loads.ready()) < len(near):
+            loads.wait()
+        assert loads.ready() == near
+    finally:
+        held.set()

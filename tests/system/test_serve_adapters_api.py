@@ -14,6 +14,7 @@ import peft_world
 import pytest
 from adapters_world import (
     BASE,
+    MEMBERS,
     adapter_files,
     answer,
     error_of,
@@ -27,6 +28,7 @@ from adapters_world import (
 from safetensors.numpy import load
 
 from jaxlora.config.serving import LimitsSection, NamedLimits
+from serve.api.adapters import server_folder, service
 
 pytest_plugins = ["adapters_fixtures"]
 ON_LLAMA = [n for n in peft_world.ACCEPTED if peft_world.load_fixture(n).base == "llama"]
@@ -226,6 +228,53 @@ def test_a_reload_in_place_is_a_new_version_and_one_that_fails_changes_nothing(s
     assert answer(root, bot) != before  # the prompt's pages were cached under the old version
     assert answer(root, f"{bot}@1") == before
     assert [r.version for r in shelf.store.versions("acme", bot)] == [1, 2]
+
+
+def test_what_is_swapped_for_a_link_after_the_check_is_not_read(shelf, root, tmp_path, monkeypatch):
+    """Who may write below a root puts a link to another's file there, just before the file is opened or read."""
+    folder, outside = shelf.root / "swap", write_files(tmp_path / "outside", seeded(2))
+    weights = folder / MEMBERS[1]
+
+    def swap() -> None:
+        weights.unlink()
+        weights.symlink_to(outside / MEMBERS[1])
+
+    def loaded(name: str) -> dict:
+        body = {"lora_name": name, "lora_path": str(folder)}
+        assert root.post("/v1/load_lora_adapter", json=body).status_code == 200
+        return shelf.store.get(shelf.store.latest("root", name)).weights
+
+    write_files(folder, seeded(1))
+    wanted = loaded("plain")
+    with monkeypatch.context() as patched:
+        read = service.import_peft
+        patched.setattr(service, "import_peft", lambda *a, **k: (swap(), read(*a, **k))[1])
+        got = loaded("read")
+    assert all(np.array_equal(x, y) for t in wanted for x, y in zip(wanted[t], got[t], strict=True))
+    weights.unlink()
+    write_files(folder, seeded(1))
+    opened = server_folder.open_inside
+    monkeypatch.setattr(server_folder, "open_inside", lambda r, p: (p == weights and swap(), opened(r, p))[1])
+    assert load_lora(root, lora_name="opened", lora_path=str(folder))[0] == 404
+    assert shelf.store.latest("root", "opened") is None
+
+
+@pytest.mark.parametrize("part", ["folder", "file"])
+def test_a_way_with_a_link_in_it_is_not_opened(tmp_path, part):
+    inside, outside = tmp_path / "root" / "a" / "b", tmp_path / "outside"
+    for place in (inside, outside):
+        place.mkdir(parents=True)
+        (place / "file").write_bytes(place.name.encode())
+    with open(server_folder.open_inside(tmp_path / "root", inside / "file"), "rb") as file:
+        assert file.read() == b"b"
+    if part == "file":
+        (inside / "file").unlink()
+        (inside / "file").symlink_to(outside / "file")
+    else:
+        inside.rename(tmp_path / "away")
+        inside.symlink_to(outside)
+    with pytest.raises(OSError, match=r"symbolic link|Not a directory"):
+        server_folder.open_inside(tmp_path / "root", inside / "file")
 
 
 # ---- who may

@@ -13,6 +13,7 @@ from gradientai.openapi.client import exceptions as told
 from jobs_api_world import BASE, LANE_TOKENS, Server, by_key
 
 from jaxlora.config.serving import LimitsSection
+from jaxlora.core.lora import AdapterWeights
 from serve.api.adapters.service import AdapterService
 from serve.api.gradient.complete import GradientConfig
 from serve.api.gradient.errors import gradient_response
@@ -131,6 +132,28 @@ def test_what_its_calls_have_learned_goes_with_an_adapter(server, sdk, tmp_path,
     assert store.latest("acme", name) is None
     assert not moments.exists()
     assert ("acme", name) not in tuner._kept
+
+
+@pytest.mark.parametrize("anew", [False, True], ids=["it is gone", "another has its name"])
+def test_a_call_publishes_nothing_for_an_adapter_that_is_deleted_meanwhile(server, sdk, tmp_path, monkeypatch, anew):
+    """The deletion comes by another wire, when the update is made and its version is not given yet."""
+    it = server[0]
+    store, publisher, name = it.runner.engine.store, it.runner.publisher, f"meanwhile-{anew}"
+    adapter = sdk.get_base_model(base_model_slug=BASE.rpartition("/")[2]).create_model_adapter(name=name)
+    adapter.fine_tune(samples=SAMPLES)
+    kept = store.get(store.latest("acme", name)).weights
+    spec, add = store.get(store.latest("acme", name)).spec, publisher.add
+
+    def deleted_first(tenant, name, weights, *args, **how):
+        store.delete(tenant, name)
+        if anew:
+            store.add(tenant, name, AdapterWeights(spec=spec, base_hash="another", weights=dict(kept)))
+        return add(tenant, name, weights, *args, **how)
+
+    monkeypatch.setattr(publisher, "add", deleted_first)
+    with pytest.raises(told.NotFoundException):
+        adapter.fine_tune(samples=SAMPLES)
+    assert [ref.version for ref in store.versions("acme", name)] == ([3] if anew else [])
 
 
 def test_without_room_for_more_versions_a_call_replaces_the_oldest(server, sdk, monkeypatch):

@@ -215,6 +215,25 @@ def test_damage_on_the_way_is_read_again_and_lasting_damage_refused(fault, kind,
     assert not list((there / "moving").iterdir())
 
 
+def test_what_one_read_may_take_is_bounded_however_many_calls_it_makes(there, monkeypatch):
+    """Each call takes most of what one may; together they may take no more than one, and the time of the bytes."""
+    blobs, clock, limits = faulty("bounded", timeout_s=1.0), [0.0], []
+    blobs.put_folder("a", there / "folder", there / "moving")
+    size = sum(blobs.list("a").values()) or sum(blobs.list("").values())
+    monkeypatch.setattr(blobs_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def within(self, limit_s, call):
+        limits.append(limit_s)
+        clock[0] += 0.9 * limit_s
+        return call()
+
+    monkeypatch.setattr(Blobs, "_within", within)
+    FAULTS.flip = 1  # so that it is read twice
+    blobs.get_folder("a", there / "back", there / "moving")
+    assert len(limits) == 4
+    assert clock[0] <= ATTEMPTS * 1.0 + 2 * size / blobs_module.SLOWEST_BYTES_S
+
+
 def test_calls_that_hang_are_given_up_and_do_not_pile_up(there, monkeypatch):
     monkeypatch.setattr(blobs_module, "AT_ONCE", 3)
     blobs = faulty("hangs", timeout_s=0.05)
