@@ -40,8 +40,8 @@ def test_a_failed_save_is_tried_again_by_itself_ever_later(open_store, tmp_path,
     assert store._retry_s == 0.01
     assert "acme/bot@1: disk full; tried again in" in caplog.text
     store.wait_saved(ref)
-    shutil.copytree(tmp_path, tmp_path.parent / "killed")  # as a kill would leave it
-    assert AdapterStore(tmp_path.parent / "killed", host_bytes=LARGE).versions("acme", "bot") == [ref]
+    shutil.copytree(tmp_path, tmp_path.with_suffix(".killed"))  # as a kill would leave it
+    assert AdapterStore(tmp_path.with_suffix(".killed"), host_bytes=LARGE).versions("acme", "bot") == [ref]
 
 
 def test_other_versions_are_saved_while_one_cannot_be(open_store, monkeypatch):
@@ -79,7 +79,7 @@ def test_one_version_is_deleted_for_good_before_its_files_are(open_store, tmp_pa
     kept, gone = put(store), put(store)
     store.flush()
     store.delete_version(gone.ref)
-    killed = tmp_path.parent / "killed"
+    killed = tmp_path.with_suffix(".killed")
     shutil.copytree(tmp_path, killed)  # as a kill would leave it
     assert (killed / "adapters/acme/bot/2").is_dir()
     again = AdapterStore(killed, host_bytes=LARGE)
@@ -113,9 +113,9 @@ def test_a_version_that_is_deleted_while_it_is_saved_does_not_come_back(open_sto
     store.delete_version(ref)
     gate.set()
     until((tmp_path / "adapters/acme/bot/1/meta").exists)
-    shutil.copytree(tmp_path, tmp_path.parent / "killed")
+    shutil.copytree(tmp_path, tmp_path.with_suffix(".killed"))
     remove.set()
-    again = AdapterStore(tmp_path.parent / "killed", host_bytes=LARGE)
+    again = AdapterStore(tmp_path.with_suffix(".killed"), host_bytes=LARGE)
     assert again.list(None) == []
     again.close()
 

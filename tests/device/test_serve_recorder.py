@@ -16,7 +16,7 @@ from serve.db.jobs import StoredJobs
 from serve.jobs import recorder as module
 from serve.jobs.live_jobs import JobNews, Published
 from serve.jobs.recorder import DEATHS, JobRecorder
-from serve.jobs.service import MAX_DEATHS
+from serve.jobs.service import MAX_DEATHS, JobService
 from serve.runtime.catalog import JobNames
 from train.jobs.job import JobEvent, Progress
 from train.jobs.status import JobStatus
@@ -134,15 +134,11 @@ def test_a_clean_end_says_that_running_jobs_wait(told):
 # ---- a job that kills servers
 
 
-def restarted(world, folder, database) -> Server:
-    """A server that starts after the one before was killed."""
-    server = Server(world, folder, database=database)
-    server.host.service.recorder.register = lambda record: None
-    server.host.service.restart()
-    return server
-
-
-def test_a_job_that_ran_at_three_deaths_of_the_server_is_paused_and_others_go_on(world, tmp_path, database_url):
+def test_a_job_that_ran_at_three_deaths_of_the_server_is_paused_and_others_go_on(
+    world, tmp_path, database_url, monkeypatch
+):
+    begun: list[str] = []
+    monkeypatch.setattr(JobService, "_begin", lambda self, record: begun.append(record.id))
     server = Server(world, tmp_path, database=database_url)
     stored = server.host.service.stored
     for id, state in (("ftjob-pill", JobStatus.RUNNING), ("ftjob-line", JobStatus.QUEUED)):
@@ -150,12 +146,11 @@ def test_a_job_that_ran_at_three_deaths_of_the_server_is_paused_and_others_go_on
     deaths = []
     for _ in range(MAX_DEATHS):
         server.stop(hard=True)
-        server = restarted(world, tmp_path, database_url)
+        server = Server(world, tmp_path, database=database_url)
+        server.host.service.restart()
         stored = server.host.service.stored
         record = stored.get("ftjob-pill", None)
         deaths.append((record.status, record.progress[DEATHS]))
-        if record.status is JobStatus.RUNNING:  # it starts to run again, and so on
-            assert stored.get("ftjob-line", None).progress.get(DEATHS) is None
     assert deaths == [(JobStatus.RUNNING, 1), (JobStatus.RUNNING, 2), (JobStatus.PAUSED, 0)]
     assert record.error == {
         "code": "server_died",
@@ -163,6 +158,7 @@ def test_a_job_that_ran_at_three_deaths_of_the_server_is_paused_and_others_go_on
         "param": None,
     }
     assert stored.get("ftjob-line", None).status is JobStatus.QUEUED
+    assert sorted(begun) == ["ftjob-line"] * 3 + ["ftjob-pill"] * 2
     server.stop(hard=True)
 
 
