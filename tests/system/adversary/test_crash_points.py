@@ -73,7 +73,7 @@ def check_adapters(folder: Path, said: list, *, remote: bool = False) -> None:
         store.flush()
         assert not [p for p in (folder / machine / "trash").iterdir() if p.is_dir()], "what went stays in the way"
         store.close()
-    store = open_store(folder / machines[-1], remote)
+    store = open_store(folder / "store", remote)
     for name in "ab":
         assert put(store, name=name).ref.version > max((v for n, v in tried if n == name), default=0)
     store.close()

@@ -26,6 +26,8 @@ from jaxlora.storage.remote_states import StateCopies
 from train.jobs.inputs import JobFiles
 from train.jobs.runner import Jobs
 
+# Orbax leaves futures of a failed read to an event loop that it has closed.
+QUIET = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 ONE_OR_TEN = [pytest.param(1, id="one edit"), pytest.param(10, id="ten edits", marks=pytest.mark.slow)]
 
 
@@ -102,6 +104,7 @@ def without(folder: Path, step: int, work: Callable[[], tuple[int, bytes]]) -> t
         (folder / "away").rename(folder / "job" / str(step))
 
 
+@QUIET
 @pytest.mark.parametrize("count", ONE_OR_TEN)
 def test_a_damaged_checkpoint_gives_way_to_the_one_before_bit_for_bit(trainer, states, count):
     newest = opened(trainer, states)
@@ -116,6 +119,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_bit_for_bit(trainer, s
     assert before in found
 
 
+@QUIET
 @pytest.mark.parametrize("count", ONE_OR_TEN)
 def test_a_damaged_only_checkpoint_is_refused_and_stays(trainer, states, count):
     shutil.rmtree(states / "job" / "2")
