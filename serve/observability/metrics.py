@@ -140,6 +140,11 @@ class ServerMetrics(Collector):
         kinds = {"held": memory.held, "loading": memory.loading, "aside": memory.aside}
         yield self._gauges("jaxlora:host_adapter_bytes", "Host memory that adapters take", "kind", kinds)
         yield self._gauge("jaxlora:host_adapter_limit_bytes", "Host memory that adapters may take", memory.limit)
+        yield self._gauge(
+            "jaxlora:versions_unsaved",
+            "Versions in memory alone, as their last save failed",
+            runner.engine.store.unsaved(),
+        )
         yield self._gauge("jaxlora:requests_parked", "Requests that have begun and have no row", now.parked)
         yield self._gauge("jaxlora:parked_kv_pages", "KV pages of parked requests on the host", now.host_pages)
         yield self._gauge("jaxlora:parked_kv_limit_pages", "KV pages that may lie on the host", now.host_pages_limit)

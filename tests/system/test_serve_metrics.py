@@ -51,6 +51,7 @@ PROMISED = {
     "jaxlora:adapter_swaps": "counter",
     "jaxlora:adapter_loads": "counter",
     "jaxlora:host_adapter_bytes": "gauge",
+    "jaxlora:versions_unsaved": "gauge",
     "jaxlora:parked_kv_pages": "gauge",
     "jaxlora:freshness_seconds": "histogram",
     "jaxlora:device_seconds": "counter",
