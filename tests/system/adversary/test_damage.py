@@ -27,7 +27,7 @@ from train.jobs.inputs import JobFiles
 from train.jobs.runner import Jobs
 
 # Orbax leaves futures of a failed read to an event loop that it has closed.
-QUIET = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+QUIET = pytest.mark.filterwarnings("ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning")
 ONE_OR_TEN = [pytest.param(1, id="one edit"), pytest.param(10, id="ten edits", marks=pytest.mark.slow)]
 
 
@@ -232,6 +232,7 @@ def test_a_damaged_best_state_pauses_its_job_which_then_delivers_it_from_the_che
     assert run(tmp_path / "whole", damage=False)[1] == run(tmp_path / "damaged", damage=True)[1]
 
 
+@QUIET
 @pytest.mark.parametrize("count", ONE_OR_TEN)
 def test_a_damaged_version_is_refused_or_right_and_others_are_served(tmp_path, count):
     store = AdapterStore(tmp_path / "store", host_bytes=0)
