@@ -26,9 +26,9 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, CustomSt
 
 from jaxlora.core.atomic_files import sync, sync_tree
 from jaxlora.core.errors import AlreadyExists, StateInvalid, StorageFailed
+from jaxlora.storage.step_folders import steps_of
 
 FORMAT = 1
-STEP_PATTERN = re.compile(r"0|[1-9][0-9]*")  # the name of a step's folder
 
 type Tree = object  # a pytree of arrays, or of ShapeDtypeStructs
 
@@ -145,19 +145,6 @@ def read_meta(folder: Path, *, step: int | None = None) -> dict | None:
     options = ocp.CheckpointManagerOptions(create=False, multiprocessing_options=this_process_alone())
     with ocp.CheckpointManager(folder, options=options, item_names=("arrays", "meta")) as manager:
         return _stored(manager, step, folder)["meta"]
-
-
-def steps_of(folder: Path) -> list[int]:
-    """Returns the complete steps in a folder, oldest first; of damaged ones too."""
-    return sorted(int(path.name) for path in folder.glob("*") if STEP_PATTERN.fullmatch(path.name))
-
-
-def set_aside(folder: Path, step: int) -> None:
-    """Renames a damaged step, so that it is neither restored nor in the way of the next save.  Raises OSError."""
-    aside = folder / f".damaged-{step}"
-    shutil.rmtree(aside, ignore_errors=True)
-    (folder / str(step)).rename(aside)
-    sync(folder)
 
 
 def _stored(manager: ocp.CheckpointManager, step: int, folder: Path) -> dict:

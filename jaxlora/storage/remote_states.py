@@ -7,8 +7,8 @@ import shutil
 import threading
 from pathlib import Path
 
-from jaxlora.storage.checkpoints import set_aside
 from jaxlora.storage.object_store import FOLDER_SUFFIX, Blobs
+from jaxlora.storage.step_folders import set_aside
 
 STEP_PATTERN = re.compile(r"[0-9]+")  # the name of a step's folder
 

@@ -27,8 +27,9 @@ from jaxlora.core.errors import (
 from jaxlora.core.lora import HEAD_TARGET, AdapterWeights, LoraSpec
 from jaxlora.peft.folder import import_peft
 from jaxlora.storage.checkpoint_writer import Snapshot
-from jaxlora.storage.checkpoints import read_meta, restore_state, set_aside, steps_of
+from jaxlora.storage.checkpoints import read_meta, restore_state
 from jaxlora.storage.remote_states import StateCopies
+from jaxlora.storage.step_folders import set_aside, steps_of
 from train.data.examples import Unit, check_kind, check_length
 from train.jobs.job import Job, JobRequest, Progress, Source
 from train.step.state import SlotState
