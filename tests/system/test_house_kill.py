@@ -88,6 +88,9 @@ def job_of(client, folder: Path):
 def finished(client, id: str):
     end = time.monotonic() + 120
     while (job := client.fine_tuning.jobs.retrieve(id)).status != "succeeded":
+        if job.status == "paused":  # it ran at three deaths of the server
+            assert job.error.code == "server_died", job
+            job = client.fine_tuning.jobs.resume(id)
         assert job.status in ("validating_files", "queued", "running"), job
         assert time.monotonic() < end, job
         time.sleep(0.05)
