@@ -18,7 +18,6 @@ from train.data.examples import (
     Rollout,
     fill_lane,
     first_fit_decreasing,
-    pack,
     pair_margins,
     real_tokens,
 )
@@ -104,6 +103,13 @@ def test_stream_refuses(count, seed, cursor):
 # packing
 
 
+def pack(units, length):
+    """All lanes of these examples or pairs."""
+    loss = "dpo" if any(isinstance(unit, Pair) for unit in units) else "cross_entropy"
+    packed = PackedExamples(CheckedExamples(units, loss, length))
+    return [packed.lane(number) for number in range(len(packed))]
+
+
 def test_pack_lays_out_by_hand():
     lanes = pack([of_length(3, first=10), of_length(5, first=20)], 7)
     assert len(lanes) == 1
@@ -154,13 +160,11 @@ def test_packing_many_examples_costs_little_more_for_each(sizes):
     assert many < 64 * few, (few, many)
 
 
-def test_examples_are_checked_once_and_packed_as_pack_does():
+def test_examples_are_checked_once_and_packed_first_fit():
     units = [of_length(n) for n in (3, 9, 5, 8, 2, 4)]
     packed = PackedExamples(CheckedExamples(units, "cross_entropy", 8))
-    for number, lane in enumerate(pack(units, 8)):
-        assert packed.lane(number).units == lane.units
-        assert packed.lane(number).token_J.tobytes() == lane.token_J.tobytes()
-    assert len(packed) == len(pack(units, 8))
+    wanted = first_fit_by_hand([n - 1 for n in (3, 9, 5, 8, 2, 4)], 8)
+    assert [packed.lane(number).units for number in range(len(packed))] == [tuple(units[i] for i in g) for g in wanted]
     with pytest.raises(DataInvalid, match="example 1 has 9 tokens"):
         CheckedExamples(units, "cross_entropy", 7)
     with pytest.raises(DataInvalid, match="loss dpo trains on preference pairs"):

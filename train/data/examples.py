@@ -280,16 +280,6 @@ def fill_lane(units: Sequence[Unit], length: int, number: int = 0) -> Lane:
     return lane
 
 
-def pack(units: Sequence[Unit], length: int) -> list[Lane]:
-    """Packs whole examples and pairs, each once, into lanes of `length` positions by first-fit decreasing.
-
-    Raises DataInvalid when one does not fit a lane.
-    """
-    check_length(units, length)
-    groups = first_fit_decreasing([u.predictions for u in units], length)
-    return [fill_lane([units[i] for i in group], length) for group in groups]
-
-
 @dataclass(frozen=True, eq=False, slots=True)
 class CheckedExamples:
     """Examples or pairs that `loss` trains on and lanes of `length` positions hold.  To make one is to check them.
@@ -316,7 +306,7 @@ class CheckedExamples:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class PackedExamples:
-    """Checked examples, and which of them share a lane, as `pack` has it; a lane is filled when it is needed."""
+    """Checked examples, each once, in lanes by first-fit decreasing; a lane is filled when it is needed."""
 
     examples: CheckedExamples
     groups: list[np.ndarray] = field(init=False)  # int64 indices of the examples of each lane
