@@ -12,7 +12,6 @@ import typer
 
 from jaxlora.core.errors import AlreadyExists, InvalidRequest
 from serve.cli.options import HERE, Json, Key, Url, connect, print_answer, print_entry, print_list
-from train.jobs.status import ENDED
 
 if TYPE_CHECKING:
     from serve.cli.http_client import ApiClient
@@ -87,6 +86,8 @@ def file_id(client: ApiClient, given: str) -> str:
 
 def follow_job(client: ApiClient, id: str, as_json: bool) -> None:
     """Prints all events of a job, and on until it ends, however often a stream of them does."""
+    from train.jobs.status import ENDED  # not for commands that ask for help: `train` may be a folder of the user's
+
     query = {"stream": "true"}
     while True:
         for event in client.events(f"{JOBS}/{at(id)}/events", query):

@@ -47,17 +47,8 @@ def told(database, monkeypatch):
 
 
 def news(id: str, state: JobStatus, *events: JobEvent) -> JobNews:
-    return JobNews(
-        id=id,
-        state=state,
-        code=None,
-        reason=None,
-        started_s=1.0,
-        finished_s=None,
-        progress=Progress(step=4),
-        numbers={},
-        events=events,
-    )
+    told = {"code": None, "reason": None, "started_s": 1.0, "finished_s": None, "progress": Progress(step=4)}
+    return JobNews(job=SimpleNamespace(id=id, state=state, numbers={}, **told), events=events)
 
 
 def version(id: str, number: int, *, final: bool) -> Published:

@@ -116,7 +116,7 @@ def test_the_settings_are_whole_and_keep_everything_in_one_folder():
 )
 def test_the_command_starts_a_server_with_these_settings(monkeypatch, request, command):
     started = []
-    monkeypatch.setattr("serve.server.build.main", lambda *arguments: started.append(arguments))
+    monkeypatch.setattr("serve.server.build.main", lambda *arguments, **told: started.append(arguments))
     run(command())
     host = "127.0.0.1" if request.node.callspec.id == "systemd" else "0.0.0.0"
     assert started == [(replace(settings(), host=host), DEPLOY / "serve.toml")]

@@ -8,11 +8,12 @@ from dataclasses import replace
 
 import pytest
 from database_world import checkpoint_record, event, job_record
-from sqlalchemy import func, select
+from sqlalchemy import func, select, update
 
 from jaxlora.config.serving import RetentionSection
 from jaxlora.core.errors import NotFound
 from serve.db import retention
+from serve.db.database import Database
 from serve.db.idempotency import KEPT_S, StoredAnswers
 from serve.db.jobs import StoredJobs
 from serve.db.models import AnswerRecord, EventRecord, JobFileRecord, StoredAnswer
@@ -72,13 +73,19 @@ def test_what_belongs_to_a_forgotten_job_goes_with_it(database):
     assert count(database, JobFileRecord) == 0
 
 
+def age(database: Database, created_s: float) -> None:
+    """All answers are of that time."""
+    database.write(lambda s: s.execute(update(AnswerRecord).values(created_s=created_s)))
+
+
 def test_answers_go_after_a_day_in_transactions_of_a_few_rows(database, monkeypatch):
     monkeypatch.setattr(retention, "MOST", 2)
     answers = StoredAnswers(database)
     for i in range(7):
-        answers.claim("acme", "POST /x", f"old-{i}", "", NOW_S - KEPT_S - 1)
-        answers.settle("acme", "POST /x", f"old-{i}", StoredAnswer(status=200, body="{}"))
-    answers.claim("acme", "POST /x", "new", "", NOW_S - KEPT_S + 60)
+        answers.claim("acme", "POST /x", f"old-{i}", "", "me")
+        answers.settle("acme", "POST /x", f"old-{i}", "me", StoredAnswer(status=200, body="{}"))
+    age(database, NOW_S - KEPT_S - 1)
+    answers.claim("acme", "POST /x", "new", "", "me")
     largest, write = 0, database.write
 
     def watched(work):
@@ -96,7 +103,8 @@ def test_a_running_server_forgets_without_being_started_again(database, monkeypa
     monkeypatch.setattr(retention, "PERIOD_S", 0.01)
     with closing(Retention(database, KEEP)):
         time.sleep(0.03)  # it has looked, and there was nothing
-        StoredAnswers(database).claim("acme", "POST /x", "key", "", time.time() - KEPT_S - 1)
+        StoredAnswers(database).claim("acme", "POST /x", "key", "", "me")
+        age(database, time.time() - KEPT_S - 1)
         ends = time.monotonic() + 10
         while count(database, AnswerRecord):
             assert time.monotonic() < ends

@@ -92,7 +92,7 @@ def result(trainer, tmp_path_factory) -> dict[str, bytes]:
 def opened(trainer, folder: Path) -> tuple[int, bytes]:
     """(step, state) from which the job would go on."""
     files = JobFiles(trainer=trainer, load=no_files, states=folder)
-    material = files.open("job", ASKED, files.examine("job", ASKED), parked=False)
+    material = files.open("job", ASKED, files.examine("job", ASKED), parked=False, progress=Progress())
     return material.progress.step, b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(material.state))
 
 
@@ -178,7 +178,7 @@ def test_a_damaged_checkpoint_is_replaced_by_its_copy(trainer, states):
     wanted = opened(trainer, states)
     next((states / "job" / "4" / "meta").rglob("metadata")).write_bytes(b"{}")
     files = JobFiles(trainer=trainer, load=no_files, states=states, copies=copies)
-    material = files.open("job", ASKED, files.examine("job", ASKED), parked=False)
+    material = files.open("job", ASKED, files.examine("job", ASKED), parked=False, progress=Progress())
     assert material.progress.step == 4
     assert list(material.damaged) == []
     assert opened(trainer, states) == wanted
