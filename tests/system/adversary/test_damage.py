@@ -24,6 +24,7 @@ from jaxlora.core.lora import AdapterRef
 from jaxlora.storage.adapter_store import AdapterStore
 from jaxlora.storage.remote_states import StateCopies
 from train.jobs.inputs import JobFiles
+from train.jobs.job import Progress
 from train.jobs.runner import Jobs
 
 # Orbax leaves futures of a failed read to an event loop that it has closed.
