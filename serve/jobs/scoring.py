@@ -32,6 +32,7 @@ LOG = logging.getLogger("serve")
 AT_ONCE = 2  # questions in flight: clients keep the other rows
 YIELD_S = 0.05  # between two looks whether clients wait
 MAX_TOKENS, SAMPLES = 128, 64  # of a job that names none
+LINE_BYTES = 2**20  # of one line of a file
 MOST_CHOICES = 64  # distinct answers of a file that choice_accuracy chooses among
 REGEX_S = 0.1  # a pattern that takes longer does not match
 
@@ -74,15 +75,20 @@ def questions(
 ) -> list[Question]:
     """The first lines of a file: conversations whose last turn is the answer, or prompts with their completions.
 
-    Raises DataInvalid for a line that is neither.
+    Raises DataInvalid for a line that is neither, or longer than LINE_BYTES.
     """
     found: list[Question] = []
-    with path.open(encoding="utf-8") as lines:
-        for number, text in enumerate(lines, 1):
+    with path.open("rb") as lines:
+        for number, text in enumerate(iter(lambda: lines.readline(LINE_BYTES + 1), b""), 1):
             if len(found) == most:
                 break
             if not text.strip():
                 continue
+            if len(text) > LINE_BYTES:
+                raise DataInvalid(
+                    f"line {number} of the evaluation file has more than {LINE_BYTES} bytes; shorten it",
+                    param="evaluation.file",
+                )
             try:
                 line = json.loads(text)
                 if "messages" in line:

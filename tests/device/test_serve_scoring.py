@@ -5,13 +5,17 @@ from __future__ import annotations
 import threading
 from dataclasses import replace
 
+import pytest
 from database_world import job_record
 
+from jaxlora.core.errors import DataInvalid
 from jaxlora.core.lora import AdapterRef
 from serve.db.job_spec import Evaluation
+from serve.jobs import scoring
 from serve.jobs.live_jobs import Published
 from serve.jobs.scoring import Task, Turns
 
+LINE = b'{"prompt": "say a", "completion": "a"}\n'
 ASKED = Evaluation(file="file-1", metrics=("exact_match",))
 
 
@@ -61,3 +65,19 @@ def test_one_that_waits_hears_of_a_version_and_of_the_end():
     thread.join(10)
     assert not thread.is_alive()
     assert got[-1] is None
+
+
+def test_a_line_of_an_evaluation_file_is_measured_before_it_is_parsed(tmp_path, monkeypatch):
+    monkeypatch.setattr(scoring, "LINE_BYTES", len(LINE))
+    path = tmp_path / "held.jsonl"
+    path.write_bytes(LINE + b"\n" + LINE.replace(b"say a", b"say aa") + LINE)
+    tokens: list[str] = []
+
+    def encode(text: str) -> list[int]:
+        tokens.append(text)
+        return [1]
+
+    assert len(scoring.questions(path, lambda turns: [1], encode, 1)) == 1
+    with pytest.raises(DataInvalid, match=f"line 3 of the evaluation file has more than {len(LINE)} bytes"):
+        scoring.questions(path, lambda turns: [1], encode, 9)
+    assert tokens == ["say a"] * 2

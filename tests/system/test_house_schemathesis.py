@@ -144,8 +144,10 @@ def test_a_few_cases_of_every_route(wires):
     assert {200, 400, 404} <= seen.keys()
 
 
-@pytest.mark.slow
-def test_thousands_of_cases_of_every_route(whole):
-    seen = fuzz(whole, "tiny", 5000)
-    assert seen.total() >= 5000
+@pytest.mark.parametrize(
+    "total", [pytest.param(n, marks=m) for n, m in ((5000, pytest.mark.slow), (20_000, pytest.mark.soak))]
+)
+def test_thousands_of_cases_of_every_route(whole, total):
+    seen = fuzz(whole, "tiny", total)
+    assert seen.total() >= total
     print(dict(seen))

@@ -14,6 +14,7 @@ import httpx2
 import pytest
 from database_world import checkpoint_record, event, gradient_record, job_record
 from fake_backend import serving
+from fastapi.routing import APIRoute
 from starlette.routing import Route
 from whole_world import WORKSPACE, bearer, joined, leaves, whole_config
 
@@ -25,6 +26,7 @@ from serve.db.job_spec import JobSpec, Resolved
 from serve.db.jobs import StoredJobs
 from serve.db.keys import StoredKeys
 from serve.http.schema import DOCUMENT_PATH
+from serve.http.strict_json import JsonRoute
 from serve.server.gate import OPEN_PATHS
 
 pytest_plugins = ["serve_fixtures"]
@@ -161,6 +163,13 @@ def routes(whole):
     """(method, path as the route is written) of the whole server."""
     found = [(m, r.path) for r in whole.routes for m in r.methods or ()]
     return sorted(set(found))
+
+
+def test_every_body_is_read_as_strict_json(whole):
+    """Else NaN, lone surrogates and bottomless nesting reach what is behind the route."""
+    reading = [route for route in whole.routes if isinstance(route, APIRoute) and route.body_field is not None]
+    assert len(reading) > 8
+    assert [route.path for route in reading if not isinstance(route, JsonRoute)] == []
 
 
 @pytest.mark.fault("T10")

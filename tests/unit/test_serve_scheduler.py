@@ -226,6 +226,7 @@ def test_the_line_is_bounded_by_requests_and_by_tokens():
     world.add("small", prompt=3, max_tokens=1, tenant="bolt")
 
 
+@pytest.mark.fault("R4", "T7")
 def test_a_tenant_that_floods_the_line_leaves_room_for_every_other():
     """300 of one tenant come first, and again whenever one has begun; another's request still enters at once."""
     limits = Limits(rows=4, lanes=3, lane_tokens=5, waiting=90, waiting_tokens=9999, host_pages=4)

@@ -143,6 +143,7 @@ CHECKS = {
 }
 
 
+@pytest.mark.fault("C2")
 @pytest.mark.parametrize("case", CHECKS)
 @pytest.mark.parametrize("points", [4, pytest.param(40, marks=pytest.mark.slow)])
 def test_kill_9_between_two_writes_loses_nothing_that_was_confirmed(order, tmp_path, case, points):

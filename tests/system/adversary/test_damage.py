@@ -105,6 +105,7 @@ def without(folder: Path, step: int, work: Callable[[], tuple[int, bytes]]) -> t
         (folder / "away").rename(folder / "job" / str(step))
 
 
+@pytest.mark.fault("C12")
 @QUIET
 @pytest.mark.parametrize("count", ONE_OR_TEN)
 def test_a_damaged_checkpoint_gives_way_to_the_one_before_bit_for_bit(trainer, states, count):
@@ -233,6 +234,7 @@ def test_a_damaged_best_state_pauses_its_job_which_then_delivers_it_from_the_che
     assert run(tmp_path / "whole", damage=False)[1] == run(tmp_path / "damaged", damage=True)[1]
 
 
+@pytest.mark.fault("C12")
 @QUIET
 @pytest.mark.parametrize("count", ONE_OR_TEN)
 def test_a_damaged_version_is_refused_or_right_and_others_are_served(tmp_path, count):

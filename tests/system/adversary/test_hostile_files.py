@@ -61,6 +61,7 @@ def test_a_flood_of_files_leaves_another_tenants_file_its_turn_and_a_bomb_ends_o
         assert wait(upload("hostile", LINE))["status"] == "processed"
 
 
+@pytest.mark.fault("R1")
 def test_a_start_that_finds_a_bomb_unchecked_survives_it(tmp_path):
     """As it would each time, when the server itself had read it and been killed."""
 

@@ -123,6 +123,7 @@ def test_tokenize_and_detokenize_count_as_requests():
         assert post("acme", "/tokenize", {"prompt": "hi"}).status_code == 429
 
 
+@pytest.mark.fault("T7")
 def test_a_crowd_of_slow_texts_of_one_tenant_keeps_nobody_elses_waiting():
     backend = FakeBackend(tokenizer=WatchedTokenizer())
     with server(backend) as post, ThreadPoolExecutor(CROWD) as crowd:
@@ -147,6 +148,7 @@ class HeldJobs(StoredJobs):
         return super().get(id, sees)
 
 
+@pytest.mark.fault("C6")
 def test_a_crowd_that_waits_for_the_database_keeps_no_chat_waiting(tmp_path):
     database = Database(f"sqlite:///{tmp_path}/jobs.sqlite")
     service = SimpleNamespace(stored=HeldJobs(database), names=None)
@@ -168,6 +170,7 @@ def test_a_crowd_that_waits_for_the_database_keeps_no_chat_waiting(tmp_path):
         database.close()
 
 
+@pytest.mark.fault("R1", "T7")
 @pytest.mark.parametrize("what", ["values", "too many values", "text", "of no model"])
 def test_loops_of_the_largest_bodies_leave_anothers_stream_half_of_its_tokens(what):
     """Eight loops of one tenant; tokens are counted in two spans of one length, alone and beside them."""
