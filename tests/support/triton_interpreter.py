@@ -198,5 +198,5 @@ def count_pages() -> int:
 
 if __name__ == "__main__":
     interpret_triton()
-    placement_world.main()
+    placement_world.main(interpreted=True)
     print(count_reads(), count_blocks(), count_pages())
