@@ -100,7 +100,7 @@ async def ask(host: str, port: int, model: str, number: int, tokens: int, *, aga
             rest = await reader.read()
         finally:
             writer.close()
-        if not answer.startswith(b"HTTP/1.1 503"):
+        if not answer.startswith((b"HTTP/1.1 429", b"HTTP/1.1 503")):  # its share of the queue is full, or all of it
             read_stream(answer, rest, out)
             return out
         out.refused += 1

@@ -130,12 +130,19 @@ class Engine:
         return [small, full] if small >= MIN_ROWS and small % parts == 0 else [full]
 
     def warm_up(self) -> None:
-        """Compiles and runs every program once, on padding that is written nowhere, and the loading of an adapter."""
+        """Compiles and runs every program once, on padding that is written nowhere, and the loading of an adapter.
+
+        The adapters that lie in slots, and the KV of requests, stay as they are.
+        """
         for lanes, tokens in self.shapes():
             jax.device_get(self._run(*self._batch(lanes, tokens, [])))
         self._kv = self._mover.warm_up(self._kv)
         empty = jax.tree.map(lambda p: np.zeros(p.shape[:1] + p.shape[2:], np.float32), self._pool)
-        self._write(0, empty)
+        free = set(range(self.slots.count)) - set(self.slots.resident().values())
+        if free:
+            self._write(min(free), empty)
+        else:
+            self.rehearse_install(empty)
         jax.block_until_ready(self._pool)
 
     # ---- requests -------------------------------------------------------------------------------------------------

@@ -353,6 +353,16 @@ def test_a_first_publication_compiles_nothing_though_every_slot_was_in_use(world
     assert not counter.retraced
 
 
+@pytest.mark.parametrize("count", [1, SLOTS])
+def test_a_warm_up_leaves_what_is_in_the_slots(world, count):
+    """A device thread warms its engine, which may have been another's."""
+    engine = with_resident(world.engine(), *world.adapters[:count])
+    requests = [ask(f"again{i}", adapter, 4, 6) for i, adapter in enumerate(world.adapters[:count])]
+    engine.warm_up()
+    answers = run_all(engine, requests)
+    assert [answers[r.id].tokens for r in requests] == [world.greedy(r) for r in requests]
+
+
 def test_a_write_keeps_the_place_of_the_pool(world, engine):
     """Else, on a mesh, the first step after a load would compile anew."""
     placed = jax.tree.map(lambda x: x.sharding, engine._pool)
