@@ -13,7 +13,6 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
@@ -24,6 +23,7 @@ from llguidance.numpy import fill_next_token_bitmask
 
 from jaxlora.checkpoints.tokenizer import Tokenizer
 from jaxlora.core.errors import InvalidRequest, Overloaded
+from jaxlora.core.tenant_threads import TenantThreads
 
 MAX_SOURCE_BYTES = 2**16  # of a grammar as text
 MAX_MULTIPLE = 10_000  # product of all multipleOf of a schema: so many states the automaton of a number has
@@ -126,17 +126,17 @@ class Grammars:
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="grammar")
+        self._threads = TenantThreads(THREADS, "grammar")
         self._lock = threading.Lock()  # over the two below
         self._built: LLTokenizer | None = None
         self._kept: OrderedDict[tuple[str, str, bool], Grammar] = OrderedDict()  # the one used last is last
 
-    async def compile(self, source: GrammarSource) -> Grammar:
-        """Compiles a grammar, off the loop's thread.
+    async def compile(self, source: GrammarSource, tenant: str) -> Grammar:
+        """Compiles a grammar, off the loop's thread; one of each tenant at a time.
 
         Raises InvalidRequest for a bad grammar and one over the limits, Overloaded when others keep the threads busy.
         """
-        work = self._threads.submit(self.compile_now, source)
+        work = self._threads.submit(tenant, self.compile_now, source)
         try:
             return await asyncio.wait_for(asyncio.wrap_future(work), COMPILE_S)
         except TimeoutError:

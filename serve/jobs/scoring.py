@@ -202,7 +202,7 @@ class Scorer:
             answers = self._answers(version.ref, found, limit, None)
             scores |= {metric: share(METRICS[metric], answers, found) for metric in free}
         if "choice_accuracy" in asked.metrics:
-            answers = self._answers(version.ref, found, limit, self._choices(found))
+            answers = self._answers(version.ref, found, limit, self._choices(found, version.ref.tenant))
             scores["choice_accuracy"] = share(METRICS["choice_accuracy"], answers, found)
         shown = ", ".join(f"{k} {v:.3f}" for k, v in scores.items())
         data: JsonObject = {
@@ -214,7 +214,7 @@ class Scorer:
         data["seconds"] = round(time.monotonic() - began, 2)
         self._event(record, version, f"step {version.step}: {shown}", data)
 
-    def _choices(self, found: Sequence[Question]) -> Grammar:
+    def _choices(self, found: Sequence[Question], tenant: str) -> Grammar:
         """Any answer of the file.  Raises DataInvalid for too many."""
         choices = sorted({q.wanted for q in found})
         if len(choices) > MOST_CHOICES:
@@ -223,7 +223,7 @@ class Scorer:
                 param="evaluation.metrics",
             )
         source = GrammarSource(kind="choice", text=json.dumps(choices), param="evaluation.metrics")
-        return asyncio.run(self._runner.grammars.compile(source))
+        return asyncio.run(self._runner.grammars.compile(source, tenant))
 
     def _answers(
         self, ref: AdapterRef, found: Sequence[Question], max_tokens: int, grammar: Grammar | None

@@ -127,12 +127,30 @@ def test_a_grammar_that_takes_too_long_is_refused_and_one_that_waits_for_it_is_t
     monkeypatch.setattr(grammar, "MAX_MULTIPLE", 10**8)
     grammars = Grammars(ByteTokenizer())
     with pytest.raises(InvalidRequest, match=r"over 0.1 s") as caught:
-        asyncio.run(grammars.compile(source("json", {"type": "integer", "multipleOf": 99991})))
+        asyncio.run(grammars.compile(source("json", {"type": "integer", "multipleOf": 99991}), "acme"))
     assert caught.value.param == "the_field"
-    with pytest.raises(Overloaded):
-        asyncio.run(grammars.compile(source("regex", "a")))
+    for tenant in ("acme", "globex"):
+        with pytest.raises(Overloaded):
+            asyncio.run(grammars.compile(source("regex", "a"), tenant))
     monkeypatch.setattr(grammar, "COMPILE_S", 60.0)
-    assert asyncio.run(grammars.compile(source("regex", "a")))
+    assert asyncio.run(grammars.compile(source("regex", "a"), "acme"))
+
+
+def test_one_grammar_of_a_tenant_is_compiled_at_a_time(monkeypatch):
+    monkeypatch.setattr(grammar, "COMPILE_S", 0.2)
+    monkeypatch.setattr(grammar, "MAX_MULTIPLE", 10**8)
+    grammars = Grammars(ByteTokenizer())
+    slow, quick = source("json", {"type": "integer", "multipleOf": 99991}), source("regex", "a")
+
+    async def both() -> list:
+        first = asyncio.create_task(grammars.compile(slow, "acme"))
+        await asyncio.sleep(0)
+        others = [grammars.compile(quick, tenant) for tenant in ("acme", "globex")]
+        return await asyncio.gather(first, *others, return_exceptions=True)
+
+    first, own, other = asyncio.run(both())
+    assert [type(first), type(own)] == [InvalidRequest, Overloaded]
+    assert not isinstance(other, BaseException)
 
 
 @pytest.mark.fault("R6")

@@ -327,7 +327,9 @@ class Admission:
         if body.prompt_logprobs is not None and body.stream:
             raise InvalidRequest("prompt_logprobs are not streamed; leave out one of them", param="prompt_logprobs")
         limits = [self._max_tokens(job, view.tokens) for view in job.prompts]
-        grammar = None if job.grammar is None else await self._backend.grammars.compile(job.grammar)
+        grammar = (
+            None if job.grammar is None else await self._backend.grammars.compile(job.grammar, caller_of(request).owner)
+        )
         out = []
         for view, max_tokens in zip(job.prompts, limits, strict=True):
             params = sampling(body, max_tokens, job.logprobs, job.prompt_logprobs, grammar)
