@@ -8,6 +8,7 @@ import io
 import json
 import os
 import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,6 +18,7 @@ from small_world import tiny_path
 
 from jaxlora.checkpoints.tokenizer import Tokenizer
 from jaxlora.core.errors import DataInvalid, StorageAway, Unavailable
+from train.data import file_readers
 from train.data.file_readers import FileReaders, ReaderLimits
 from train.data.jsonl import load_jsonl
 from train.data.reader_process import read_units, write_units
@@ -174,3 +176,17 @@ def test_a_reader_killed_while_idle_is_replaced(readers, write):
         process.kill()
         process.wait()
     assert len(there.load(good, "a")) == 1
+
+
+def test_a_reader_that_stands_still_is_ended_and_replaced(monkeypatch, readers, write):
+    """As one does whose library waits for memory that it never gets."""
+    monkeypatch.setattr(file_readers, "POLL_S", 0.02)
+    monkeypatch.setattr(file_readers, "STUCK_S", 0.2)
+    readers = readers()
+    command = readers._command
+    monkeypatch.setattr(readers, "_command", [sys.executable, "-c", "import time; time.sleep(60)"])
+    with pytest.raises(DataInvalid, match="of memory; divide it"):
+        readers.load(write("a.jsonl", TEXT), "acme")
+    monkeypatch.setattr(readers, "_command", command)
+    monkeypatch.setattr(file_readers, "STUCK_S", 10.0)
+    assert len(readers.load(write("b.jsonl", TEXT), "acme")) == 1

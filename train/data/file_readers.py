@@ -6,11 +6,13 @@ import contextlib
 import io
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ from train.data import reader_process
 from train.data.examples import Unit
 
 CPU_S = 60.0  # of processor time that any file may take, and again for each MiB of it
+POLL_S, STUCK_S = 0.5, 10.0  # between two looks at a process; without any processor time until it is ended
 KEPT_BYTES = 2**23  # a process that read a larger file gives its memory back by ending
 STOPPING = "the server is stopping"
 MEMORY_ENDS = (reader_process.MEMORY_EXIT, -signal.SIGABRT, -signal.SIGKILL, -signal.SIGSEGV)
@@ -160,12 +163,32 @@ class FileReaders:
         return RuntimeError(f"the process that reads files ended with exit code {code}")
 
 
+def _end_if_stuck(process: subprocess.Popen[bytes]) -> None:
+    """Returns when the process answers or has ended; kills one that computes nothing: without memory a library may wait for ever."""
+    before, since = -1, time.monotonic()
+    assert process.stdout is not None
+    while not select.select([process.stdout], [], [], POLL_S)[0]:
+        if (used := _ticks(process.pid)) != before:
+            before, since = used, time.monotonic()
+        elif time.monotonic() - since > STUCK_S:
+            process.kill()
+
+
+def _ticks(pid: int) -> int:
+    """Returns the processor time that a process has taken; another number each time where the system does not say."""
+    try:
+        return sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
+    except OSError:
+        return time.monotonic_ns()
+
+
 def _ask(process: subprocess.Popen[bytes], path: Path, cpu_s: float) -> list[Unit]:
     """Returns the examples that the process reads.  Raises DataInvalid; BrokenPipeError or EOFError when it has ended."""
     assert process.stdin is not None
     assert isinstance(process.stdout, io.BufferedReader)
     process.stdin.write(json.dumps({"path": str(path), "cpu_s": cpu_s}).encode() + b"\n")
     process.stdin.flush()
+    _end_if_stuck(process)
     answer = process.stdout.readline()
     if not answer.endswith(b"\n"):
         raise EOFError
