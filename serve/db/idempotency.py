@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sqlalchemy import select
+from sqlalchemy import delete, or_, update
 from sqlalchemy.orm import Session
+from sqlalchemy.sql import ColumnElement
 
 from jaxlora.core.errors import InvalidRequest, StateInvalid, Unavailable
 from serve.db.database import Database, clock_s
@@ -58,44 +59,30 @@ class StoredAnswers:
 
     def renew(self, tenant: str, route: str, key: str, owner: str) -> None:
         """The claim lives on, if it is still this owner's."""
-
-        def work(session: Session) -> None:
-            if (row := claimed(session, tenant, route, key, owner)) is not None:
-                row.created_s = clock_s(session)
-
-        self.database.write(work)
+        mine = held(tenant, route, key, owner)
+        self.database.write(lambda s: s.execute(update(AnswerRecord).where(*mine).values(created_s=clock_s(s))))
 
     def settle(self, tenant: str, route: str, key: str, owner: str, answer: StoredAnswer) -> None:
         """From now on the request is answered so, if the claim is still this owner's.  Raises StorageFull."""
-
-        def work(session: Session) -> None:
-            if (row := claimed(session, tenant, route, key, owner)) is not None:
-                row.status, row.body = answer.status, answer.body
-
-        self.database.write(work)
+        mine, said = held(tenant, route, key, owner), {"status": answer.status, "body": answer.body}
+        self.database.write(lambda s: s.execute(update(AnswerRecord).where(*mine).values(said)))
 
     def release(self, tenant: str, route: str, key: str, owner: str) -> None:
         """The work failed: the next request with this key is a new one."""
-
-        def work(session: Session) -> None:
-            if (row := claimed(session, tenant, route, key, owner)) is not None:
-                session.delete(row)
-
-        self.database.write(work)
+        mine = held(tenant, route, key, owner)
+        self.database.write(lambda s: s.execute(delete(AnswerRecord).where(*mine)))
 
     def tidy(self) -> None:
         """Forgets old answers, and requests that a server which is gone had begun.  Of a server that starts."""
 
         def work(session: Session) -> None:
-            for row in session.scalars(select(AnswerRecord).where(AnswerRecord.status.is_(None))):
-                session.delete(row)
-            for row in session.scalars(select(AnswerRecord).where(AnswerRecord.created_s < clock_s(session) - KEPT_S)):
-                session.delete(row)
+            old = AnswerRecord.created_s < clock_s(session) - KEPT_S
+            session.execute(delete(AnswerRecord).where(or_(AnswerRecord.status.is_(None), old)))
 
         self.database.write(work)
 
 
-def claimed(session: Session, tenant: str, route: str, key: str, owner: str) -> AnswerRecord | None:
-    """The claim, if it is this owner's."""
-    row = session.get(AnswerRecord, {"tenant": tenant, "route": route, "key": key})
-    return row if row is not None and row.status is None and row.body == owner else None
+def held(tenant: str, route: str, key: str, owner: str) -> tuple[ColumnElement[bool], ...]:
+    """The condition that a row is this owner's claim."""
+    row = AnswerRecord
+    return row.tenant == tenant, row.route == route, row.key == key, row.status.is_(None), row.body == owner
