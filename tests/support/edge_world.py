@@ -70,33 +70,38 @@ def jobs_wire(database: Database, limits: LimitsSection) -> JobsRoutes:
     return JobsRoutes(StoredOnly(StoredJobs(database)), Once(database), Limiter(limits))
 
 
+def gradient_wire(backend: FakeBackend, database: Database) -> GradientRoutes:
+    return GradientRoutes(
+        backend,
+        GradientConfig(default_lr=3e-4, longest=50),
+        records=StoredGradient(database),
+        once=Once(database),
+        tuner=FakeTuner(backend),
+    )
+
+
 @contextlib.contextmanager
 def every_wire(folder: Path) -> Iterator[str]:
     """The URL of a server whose caller is everybody."""
     backend, limits = FakeBackend(context=4000), LimitsSection()
-    with contextlib.closing(Database(f"sqlite:///{folder}/db.sqlite")) as database:
-        gradient = GradientRoutes(
-            backend,
-            GradientConfig(default_lr=3e-4, longest=50),
-            records=StoredGradient(database),
-            once=Once(database),
-            tuner=FakeTuner(backend),
+    with (
+        contextlib.closing(Database(f"sqlite:///{folder}/db.sqlite")) as database,
+        opened(database, folder / "files") as files,
+    ):
+        wires = [
+            FilesRoutes(files, database, Once(database), Limiter(limits), max_file_bytes=2**20),
+            gradient_wire(backend, database),
+            jobs_wire(database, limits),
+            AdaptersRoutes(NoAdapters(), Limiter(limits)),
+        ]
+        config = AppConfig(
+            default_max_tokens=16,
+            routers=[wire.router() for wire in wires],
+            error_shapes={API: gradient_response},
+            max_body_bytes=2**18,
         )
-        with opened(database, folder / "files") as files:
-            wires = [
-                FilesRoutes(files, database, Once(database), Limiter(limits), max_file_bytes=2**20),
-                gradient,
-                jobs_wire(database, limits),
-                AdaptersRoutes(NoAdapters(), Limiter(limits)),
-            ]
-            config = AppConfig(
-                default_max_tokens=16,
-                routers=[wire.router() for wire in wires],
-                error_shapes={API: gradient_response},
-                max_body_bytes=2**18,
-            )
-            with serving(create_app(backend, config)) as url:
-                yield url
+        with serving(create_app(backend, config)) as url:
+            yield url
 
 
 class Device(FakeBackend):

@@ -10,8 +10,8 @@ import hypothesis
 import pytest
 import requests
 import schemathesis
+from edge_world import gradient_wire
 from fake_backend import BASE, FakeBackend, serving
-from fake_tuner import FakeTuner
 from files_world import opened
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
@@ -27,11 +27,8 @@ from jaxlora.config.serving import LimitsSection
 from jaxlora.storage.adapter_store import AdapterStore
 from serve.access.rate_limit import Limiter
 from serve.api.files.routes import FilesRoutes
-from serve.api.gradient.complete import GradientConfig
 from serve.api.gradient.errors import API, gradient_response
-from serve.api.gradient.routes import GradientRoutes
 from serve.db.database import Database
-from serve.db.gradient import StoredGradient
 from serve.http.idempotency import Once
 from serve.http.schema import DOCUMENT_PATH
 from serve.server.app import create_app
@@ -48,24 +45,19 @@ SHAPES = {"/api/": {"type", "message", "payload"}}  # of the errors of routes th
 def wires(tmp_path_factory):
     """Every wire that needs no model behind it."""
     folder, backend = tmp_path_factory.mktemp("wires"), FakeBackend(context=4000)
-    with contextlib.closing(Database(f"sqlite:///{folder}/db.sqlite")) as database:
-        gradient = GradientRoutes(
-            backend,
-            GradientConfig(default_lr=3e-4, longest=50),
-            records=StoredGradient(database),
-            once=Once(database),
-            tuner=FakeTuner(backend),
-        )
-        with opened(database, folder / "files") as files:
-            routers = [
-                FilesRoutes(files, database, Once(database), Limiter(LimitsSection()), max_file_bytes=2**20).router(),
-                gradient.router(),
-            ]
-            shapes = {API: gradient_response}
-            with serving(
-                create_app(backend, AppConfig(default_max_tokens=16, routers=routers, error_shapes=shapes))
-            ) as url:
-                yield url
+    with (
+        contextlib.closing(Database(f"sqlite:///{folder}/db.sqlite")) as database,
+        opened(database, folder / "files") as files,
+    ):
+        routers = [
+            FilesRoutes(files, database, Once(database), Limiter(LimitsSection()), max_file_bytes=2**20).router(),
+            gradient_wire(backend, database).router(),
+        ]
+        shapes = {API: gradient_response}
+        with serving(
+            create_app(backend, AppConfig(default_max_tokens=16, routers=routers, error_shapes=shapes))
+        ) as url:
+            yield url
 
 
 @pytest.fixture(scope="module")
