@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 import jax
@@ -187,11 +187,13 @@ class Engine:
         """Whether a request waits for its first token."""
         return self.scheduler.counts()[2] > 0 or any(s.generated == 0 for s in self.scheduler.running)
 
-    def step(self) -> list[Delta]:
+    def step(self, deliver: Callable[[Delta], None] | None = None) -> list[Delta]:
         """Runs one step and returns its tokens.
 
         Adapters that have been read are copied into slots; then prompt chunks are computed, and one token for each
         decoding sequence.  Waits for a disk only when no sequence can run, and then for a moment.
+
+        deliver: takes what is there before the decode program has ended, first tokens above all; the rest is returned.
         """
         plan = self.scheduler.plan(self.clock(), self._loads.ready())
         self._move(plan)
@@ -205,6 +207,10 @@ class Engine:
         if prefill is not None:
             deltas += self._end_prefill(plan.prefill, jax.device_get(prefill))
         if decode is not None:
+            if deliver is not None:
+                for delta in deltas:
+                    deliver(delta)
+                deltas = []
             deltas += self._end_decode(plan.decode, jax.device_get(decode))
         return deltas
 

@@ -33,6 +33,7 @@ KEPT = 64  # compiled grammars
 TOKEN_S = 0.002  # of the device thread for a token, on average over some of them
 TOO_SLOW = f"takes over {TOKEN_S * 1000:g} ms of every token, for all who are served here; simplify it"
 TOKENS_OVER_S = 0.05  # beyond that: the first ones take longer, as they build what the next ones use
+MOST_S = 0.01  # that one token counts: a machine that stands still for a moment is not the grammar's work
 # About a millisecond of work for a token's mask, and tens of megabytes for an answer; far beyond what schemas need.
 LIMITS = LLParserLimits(
     step_lexer_fuel=50_000,
@@ -106,7 +107,7 @@ class GrammarState:
         return self._matcher.is_stopped()
 
     def _took(self, over_s: float) -> None:
-        self._over_s = max(self._over_s + over_s, 0.0)
+        self._over_s = max(self._over_s + min(over_s, MOST_S), 0.0)
         self._slow = self._grammar.slow = self._grammar.slow or self._over_s > TOKENS_OVER_S
 
     @property

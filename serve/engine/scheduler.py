@@ -25,6 +25,7 @@ from serve.engine.request import Request
 from serve.engine.sequence import AdapterQueue, Chunk, Plan, Sequence, Status
 from serve.engine.slot_scheduler import ActiveSet, TokenShares, Work
 from serve.engine.slots import SlotTable
+HELD_BACK = 3  # steps; a prefill program takes about as long as so many of decode
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,6 +109,7 @@ class Scheduler:
         self._tenants: Counter[str] = Counter()  # unfinished requests
         self.line = WaitingLine(limits)
         self._number = 0
+        self._held_back = 0  # steps in a row that left prompts out, see `_prompts`
         self.host_pages = 0  # in use
         self.recomputed_tokens = 0  # whose KV was dropped and is computed once more
         self.preemptions = 0  # times that a request lost its row before its end
@@ -253,7 +255,8 @@ class Scheduler:
                 self._grow(s, now, plan)
         self._seat(now, plan)
         plan.decode = [s for s in self.running if s.prompt_left == 0]
-        plan.prefill = self._chunks(self.prefill_lanes if plan.decode else self.limits.lanes)
+        lanes = self.prefill_lanes if plan.decode else self.limits.lanes
+        plan.prefill = self._chunks(self._prompts()[:lanes], lanes)
         for chunk in plan.prefill:
             self.shares.add(chunk.sequence.request.tenant, chunk.count, 0)
         for s in plan.decode:
@@ -265,9 +268,32 @@ class Scheduler:
         if (salt := sequence.salt) is not None:
             self.pages.register(salt, sequence.tokens[: sequence.done], sequence.pages)
 
-    def _chunks(self, lanes: int) -> list[Chunk]:
+    def _prompts(self) -> list[Sequence]:
+        """Returns the sequences whose prompts are computed in this step, of the tenant that was served least first.
+
+        Decoding waits for them, and so do the prompts beside them.  Those of a tenant that has more rows than one that
+        was served no more are therefore computed only after HELD_BACK steps without them: no flood of prompts keeps its
+        neighbours from decoding or beginning.
+        """
+        prompts = [s for s in self.running if s.prompt_left > 0]
+        if not prompts:
+            return prompts
+        order = {t: (self.shares.served(t), self._row_share(t)) for t in self._tenant_rows}
+        fewest, modest = float("inf"), set()
+        for tenant in sorted(order, key=order.__getitem__):
+            fewest = min(fewest, order[tenant][1])
+            if order[tenant][1] <= fewest:
+                modest.add(tenant)
+        prompts.sort(key=lambda s: order[s.request.tenant])
+        owed = [s for s in prompts if s.request.tenant in modest]
+        if len(owed) < len(prompts) and self._held_back < HELD_BACK:
+            self._held_back += 1
+            return owed
+        self._held_back = 0
+        return prompts
+
+    def _chunks(self, needy: list[Sequence], lanes: int) -> list[Chunk]:
         """Returns chunks of unfinished prompts: one for each sequence, then more for the first of them."""
-        needy = [s for s in self.running if s.prompt_left > 0][:lanes]
         count = Counter({s.number: 1 for s in needy})
         free = lanes - len(needy)
         for s in needy:
@@ -351,15 +377,14 @@ class Scheduler:
             if most > 1:
                 return next((r for r in reversed(self.running) if r.group == group), None)
             return ripe[0] if ripe else None
-        weights = self.shares.weights
-
-        def share(tenant: str, more: int) -> float:
-            return (self._tenant_rows[tenant] + more) / weights.get(tenant, 1.0)
-
-        rich = max(self._tenant_rows, key=lambda t: (share(t, 0), t))
-        if share(rich, -1) < share(s.request.tenant, 1):
+        rich = max(self._tenant_rows, key=lambda t: (self._row_share(t), t))
+        if self._row_share(rich, -1) < self._row_share(s.request.tenant, 1):
             return None
         return next((r for r in ripe if r.request.tenant == rich), None)
+
+    def _row_share(self, tenant: str, more: int = 0) -> float:
+        """Returns the tenant's rows, and so many more, over its weight."""
+        return (self._tenant_rows[tenant] + more) / self.shares.weights.get(tenant, 1.0)
 
     def _ripe(self, now: float) -> list[Sequence]:
         """Returns the sequences that have had their row for a quantum and can give it up."""

@@ -265,7 +265,7 @@ class DeviceThread:
                 return
         if serving:
             decoded, prefilled = engine.decoded_tokens, engine.prefilled_tokens
-            for delta in engine.step():
+            for delta in engine.step(self._deliver):
                 self._deliver(delta)
             decoded = engine.decoded_tokens > decoded and engine.prefilled_tokens == prefilled
             self.budget.served(start, time.monotonic(), decoded=decoded, beside=training)

@@ -38,12 +38,12 @@ class Failing(Engine):
     def prepare(self) -> None:
         self.fail, self.entered, self.go_on = False, threading.Event(), threading.Event()
 
-    def step(self):
+    def step(self, deliver=None):
         if self.fail:
             self.entered.set()
             assert self.go_on.wait(10)
             raise RuntimeError("the device is gone")
-        return super().step()
+        return super().step(deliver)
 
 
 def failing_runner(world: World) -> DeviceThread:
@@ -235,7 +235,7 @@ class FakeTrainer:
     def __init__(self, engine, steps):
         self.log, self.left = [], steps
         step = engine.step
-        engine.step = lambda: self.log.append("s") or step()
+        engine.step = lambda deliver: self.log.append("s") or step(deliver)
 
     @property
     def has_work(self):

@@ -32,12 +32,12 @@ class Stuck(Engine):
     def prepare(self) -> None:
         self.go_on, self.entered, self.fail = threading.Event(), threading.Event(), False
 
-    def step(self):
+    def step(self, deliver=None):
         self.entered.set()
         assert self.go_on.wait(20)
         if self.fail:
             raise RuntimeError("the device is gone")
-        return super().step()
+        return super().step(deliver)
 
 
 @pytest.fixture

@@ -51,12 +51,12 @@ class PacedEngine(Engine):
         """HTTP requests that it works for."""
         return len({id.rpartition("-")[0] for id in list(self._sequences)})
 
-    def step(self):
+    def step(self, deliver=None):
         if self.granted == 0:
             time.sleep(0.001)  # messages are read in between
             return []
         self.granted = 0
-        deltas = super().step()
+        deltas = super().step(deliver)
         self.taken += 1
         return deltas
 

@@ -402,6 +402,43 @@ def test_lanes_go_round_before_a_long_prompt_gets_a_second_one():
     assert world.plan().decode == [short]
 
 
+def test_one_tenants_prompts_make_anothers_decoding_wait_in_every_fourth_step_only():
+    limits = replace(LIMITS, rows=4, lanes=2, waiting=60, waiting_tokens=10_000)
+    world = World(limits, pages=200)
+    quiet = world.add("quiet", tenant="quiet", prompt=3, max_tokens=40)
+    world.step()
+    for i in range(40):
+        world.add(f"flood{i}", tenant="loud", prompt=20 + i, max_tokens=1)
+    for _ in range(3):
+        world.step()  # served alike at first; from then on the loud one is ahead
+    computed, plan = [], world.plan
+
+    def recorded() -> Plan:
+        made = plan()
+        assert quiet in made.decode
+        computed.append(bool(made.prefill))
+        return made
+
+    world.plan = recorded
+    for _ in range(12):
+        world.step()
+    began = computed.index(True)
+    assert computed == [i % 4 == began for i in range(12)]
+
+
+def test_the_prompt_of_the_tenant_that_was_served_least_has_the_first_lane_of_every_step():
+    limits = replace(LIMITS, rows=4, lanes=2, lane_tokens=4, waiting=60, waiting_tokens=10_000)
+    for before in range(2):  # whether or not the loud one's prompts are left out of the step
+        world = World(limits, pages=200)
+        world.add("decodes", tenant="loud", prompt=9, max_tokens=60)
+        for i in range(8):
+            world.add(f"flood{i}", tenant="loud", prompt=40 + i, max_tokens=2)
+        for _ in range(6 + before):
+            world.step()
+        newcomer = world.add("quiet", tenant="quiet", prompt=4, max_tokens=4)
+        assert world.plan().prefill[0].sequence is newcomer
+
+
 def test_the_same_history_gives_the_same_plans():
     def plans() -> list[str]:
         world, out = World(), []
