@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from database_world import event, job_record
+from database_world import checkpoint_record, event, job_record
 from files_world import GOOD, opened
 from sqlalchemy.engine.default import DefaultDialect
 from store_world import LARGE, make
@@ -128,7 +128,7 @@ def files(folder: Path, draw: random.Random, say: Say) -> None:
 
 
 def jobs(folder: Path, draw: random.Random, say: Say) -> None:
-    """Jobs are created and run; each change comes with an event."""
+    """Jobs are created, run and evaluated; each change comes with an event."""
     database = Database(f"sqlite:///{folder}/records.sqlite")
     stored = StoredJobs(database)
     for i in range(4):
@@ -138,8 +138,14 @@ def jobs(folder: Path, draw: random.Random, say: Say) -> None:
         say("done", "create", record.id)
         if draw.random() < 0.6:
             say("try", "run", record.id)
-            stored.save(replace(record, status=JobStatus.RUNNING), events=[event("running")])
+            record = replace(record, status=JobStatus.RUNNING)
+            stored.save(record, events=[event("running")])
             say("done", "run", record.id)
+            if draw.random() < 0.6:
+                say("try", "evaluate", record.id)
+                scored = replace(checkpoint_record(1, job=record.id), id=f"ftckpt-{i}")
+                stored.save(record, events=[event("evaluated")], checkpoints=[scored])
+                say("done", "evaluate", record.id)
     database.close()
 
 

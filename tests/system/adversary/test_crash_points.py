@@ -1,4 +1,4 @@
-"""kill -9 between any two writes of publish, delete, upload, job and checkpoint, then a start: nothing that was confirmed is
+"""kill -9 between any two writes of publish, delete, upload, job, evaluation and checkpoint, then a start: nothing that was confirmed is
 lost, nothing whose deletion was confirmed is back, and nothing is half there.
 """
 
@@ -113,7 +113,10 @@ def check_jobs(folder: Path, said: list) -> None:
         runs = record.status is JobStatus.RUNNING
         assert runs or (id,) not in words(said, "done", "run")
         events = [e.message for e in stored.events_since(id, None, 0, limit=9)]
-        assert events == ["created", "running"][: 1 + runs], "an event without its change, or the other way round"
+        scored = stored.checkpoints(id, None, after=None, limit=9).records
+        assert len(scored) == 1 or (id,) not in words(said, "done", "evaluate"), "an evaluation is gone"
+        expected = ["created", "running", "evaluated"][: 1 + runs + len(scored)]
+        assert events == expected, "an event without its change, or the other way round"
     database.close()
 
 
