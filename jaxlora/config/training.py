@@ -6,14 +6,16 @@ feature (a held-out file) is None by default.
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from jaxlora.config.base import ONE_DEVICE, MeshSection, ModelSection, need, need_counts, need_distinct
-from jaxlora.config.toml import TomlPath, load
+from jaxlora.config.base import ONE_DEVICE, Checks, MeshSection, ModelSection, completed
+from jaxlora.config.toml import TomlPath, TomlPathByDefault, load
 from jaxlora.core.errors import ConfigInvalid
 from jaxlora.core.lora import LAYER_TARGETS, LoraSpec, check_name
 from jaxlora.core.model_config import ModelConfig
@@ -90,9 +92,10 @@ class Optimizer:
             "loraplus_ratio": (tiny <= self.loraplus_ratio <= top, "positive and finite"),
             "clip": (self.clip is None or tiny <= self.clip <= top, "positive or absent"),
         }
-        for name, (fine, wanted) in checks.items():
-            if not fine:
-                raise ConfigInvalid(f"{name} must be {wanted}, got {getattr(self, name)}", param=name)
+        with Checks() as check:
+            for name, (fine, wanted) in checks.items():
+                if not fine:
+                    check.refuse(name, f"{name} must be {wanted}, got {getattr(self, name)}")
 
     def lr_at(self, step: int) -> float:
         """Returns the learning rate of optimizer step `step`, counted from 0."""
@@ -144,19 +147,20 @@ class Loss:
     def __post_init__(self) -> None:
         if self.name not in LOSSES:
             raise ConfigInvalid(f"loss must be one of {', '.join(LOSSES)}; got {self.name!r}", param="loss")
-        for knob in ("beta", "clip_low", "clip_high"):
-            if getattr(self, knob) is not None and knob not in LOSSES[self.name]:
-                takes = " and ".join(LOSSES[self.name]) or "no numbers"
-                raise ConfigInvalid(f"loss {self.name} has no {knob}; it takes {takes}", param=knob)
-        row = self.row()
-        if "beta" in LOSSES[self.name] and not FLOAT32.tiny <= row["beta"] <= FLOAT32.max:
-            raise ConfigInvalid(f"beta must be positive and finite, got {row['beta']}", param="beta")
-        if not 0 <= row["clip_low"] <= row["clip_high"] <= FLOAT32.max:
-            raise ConfigInvalid(
-                f"clip_low and clip_high must be finite and 0 <= clip_low <= clip_high, got {row['clip_low']} and "
-                f"{row['clip_high']}",
-                param="clip_low",
-            )
+        with Checks() as check:
+            for knob in ("beta", "clip_low", "clip_high"):
+                if getattr(self, knob) is not None and knob not in LOSSES[self.name]:
+                    takes = " and ".join(LOSSES[self.name]) or "no numbers"
+                    check.refuse(knob, f"loss {self.name} has no {knob}; it takes {takes}")
+            row = self.row()
+            if "beta" in LOSSES[self.name] and not FLOAT32.tiny <= row["beta"] <= FLOAT32.max:
+                check.refuse("beta", f"beta must be positive and finite, got {row['beta']}")
+            if "clip_low" in LOSSES[self.name] and not 0 <= row["clip_low"] <= row["clip_high"] <= FLOAT32.max:
+                check.refuse(
+                    "clip_low",
+                    f"clip_low and clip_high must be finite and 0 <= clip_low <= clip_high, got {row['clip_low']} and "
+                    f"{row['clip_high']}",
+                )
 
     def row(self) -> dict[str, float]:
         """Returns its numbers with defaults filled in; 0 for those it does not take."""
@@ -192,7 +196,8 @@ class Recipe:
     three passes, betas, eps and clip: the Trainer of transformers.
     """
 
-    loss: LossName = "cross_entropy"  # dpo takes preference lines; those after it, lines with logprobs and advantages
+    # Else dpo, which takes preference lines, or importance_sampling, ppo, cispo, dro or gspo, which take rollouts.
+    loss: LossName = "cross_entropy"
     beta: float | None = None  # of dpo (default 0.1) and dro (0.05)
     clip_low: float | None = None  # bounds of the ratio in ppo and gspo (default 0.8 and 1.2) and cispo (0 and 4)
     clip_high: float | None = None
@@ -200,8 +205,8 @@ class Recipe:
     alpha: float = 32.0  # the adapter's output is scaled by alpha / rank
     targets: tuple[str, ...] = LAYER_TARGETS
     rslora: bool = False  # scale by alpha / sqrt(rank) instead
-    lr: float | None = None  # peak learning rate, reached after the warm-up; None: `default_lr` of the base
-    schedule: Schedule = "linear"
+    lr: float | None = None  # peak learning rate, after the warm-up; None: by the width of the base
+    schedule: Schedule = "linear"  # of lr after the warm-up: constant, linear or cosine
     warmup_steps: int | None = None  # steps of this tenant in which lr rises from 0; 0 is none; None: 3 % of its steps
     weight_decay: float = OPTIMIZER.weight_decay  # AdamW, per step, multiplied by lr
     b1: float = OPTIMIZER.b1
@@ -211,17 +216,20 @@ class Recipe:
     loraplus_ratio: float = OPTIMIZER.loraplus_ratio  # lr of B over lr of A; LoRA+ suggests 16
     dropout: float = 0.0  # dropout rate of the inputs of A in training; never applied to lm_head
     batch: int = 8  # examples per step; a batch that does not fit a step is accumulated over several
-    steps: int | None = None  # optimizer steps of this tenant; None: those of the file, or PASSES over its data
+    steps: int | None = None  # optimizer steps of this tenant; None: those of the file, or 3 passes over its data
     seed: int = 0  # seed of the adapter's initial weights and of the order of its examples
 
     def __post_init__(self) -> None:
-        _ = self.spec  # LoraSpec checks rank, alpha and targets
-        _ = self.objective  # Loss checks its numbers
-        need_counts(self, "batch")
-        need(self.steps is None or self.steps >= 1, "steps", "at least 1, or left out", self.steps)
-        # checks its numbers; without steps the warm-up is checked where they are known
-        self.optimizer(default_steps=max(self.warmup_steps or 0, 1), default_lr=OPTIMIZER.lr)
-        need(0 <= self.seed < 2**32, "seed", "in [0, 2^32)", self.seed)
+        with Checks() as check:
+            for name in ("rank", "alpha", "targets", "dropout"):
+                check.call(name, functools.partial(replace, LoraSpec(rank=1, alpha=1.0), **{name: getattr(self, name)}))
+            check.call("loss", lambda: self.objective)
+            check.counts(self, "batch")
+            check.need(self.steps is None or self.steps >= 1, "steps", "at least 1, or left out", self.steps)
+            # without steps the warm-up is checked where they are known
+            steps = max(self.warmup_steps or 0, 1) if self.steps is None or self.steps < 1 else self.steps
+            check.call("lr", lambda: self._optimizer(steps, OPTIMIZER.lr))
+            check.need(0 <= self.seed < 2**32, "seed", "in [0, 2^32)", self.seed)
 
     @property
     def spec(self) -> LoraSpec:
@@ -237,7 +245,9 @@ class Recipe:
 
     def optimizer(self, *, default_steps: int, default_lr: float) -> Optimizer:
         """Returns its optimizer settings, with these defaults.  Raises ConfigInvalid for an impossible value."""
-        steps = default_steps if self.steps is None else self.steps
+        return self._optimizer(default_steps if self.steps is None else self.steps, default_lr)
+
+    def _optimizer(self, steps: int, default_lr: float) -> Optimizer:
         return Optimizer(
             lr=default_lr if self.lr is None else self.lr,
             schedule=self.schedule,
@@ -261,8 +271,9 @@ class TenantSection(Recipe):
     heldout: TomlPath | None = None  # JSONL; None: no held-out loss is reported
 
     def __post_init__(self) -> None:
-        check_name(self.name, "name")
-        Recipe.__post_init__(self)
+        with Checks() as check:
+            check.call("name", lambda: check_name(self.name, "name"))
+            check.call("", lambda: Recipe.__post_init__(self))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -273,7 +284,8 @@ class BucketSection:
     slots: int
 
     def __post_init__(self) -> None:
-        need_counts(self, "rank", "slots")
+        with Checks() as check:
+            check.counts(self, "rank", "slots")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -282,50 +294,90 @@ class TrainConfig:
 
     model: ModelSection
     mesh: MeshSection = ONE_DEVICE
-    out: TomlPath  # folder of runs: checkpoints, metrics, adapters
-    lanes: int  # packed rows in one batch, each of one tenant
+    out: TomlPathByDefault = Path("runs")  # folder of runs: checkpoints, metrics, adapters
+    memory_gb: float | None = None  # most memory of the device that the run may take; None: what is available
+    memory_share: float = 0.9  # of that memory, what is planned with
+    # Left out, these four are chosen from that memory, the base and the tenants.
+    lanes: int | None = None  # packed rows in one batch, each of one tenant
     # Predictions in a lane: whole blocks of 32, or less than one; an example has at most one token more.
-    lane_tokens: int
-    slots: int  # adapters of up to max_rank on the device at once
-    max_rank: int  # largest rank a slot holds
+    lane_tokens: int | None = None
+    slots: int | None = None  # adapters of up to max_rank on the device at once
+    max_rank: int | None = None  # largest rank a slot holds
     # More slots, for smaller ranks; a tenant gets one of the first bucket that its rank fits.
     bucket: tuple[BucketSection, ...] = ()
-    steps: int  # optimizer steps of each tenant that does not set its own
+    steps: int | None = None  # optimizer steps of each tenant that does not set its own; None: 3 passes over its data
     moments: MomentsDtype = "float32"  # dtype of the optimizer's moments
     remat: Remat = "products"  # what is saved of a layer for the gradient
-    save_every: int  # optimizer steps of a tenant between its checkpoints
+    save_every: int = 50  # optimizer steps of a tenant between its checkpoints
     tenant: tuple[TenantSection, ...]
+
+    def __post_init__(self) -> None:
+        with Checks() as check:
+            check.counts(self, "lanes", "lane_tokens", "slots", "max_rank", "steps", "save_every")
+            check.positive(self, "memory_gb")
+            check.need(0 < self.memory_share <= 1, "memory_share", "in (0, 1]", self.memory_share)
+            if self.lane_tokens is not None and self.lane_tokens >= 1:
+                lane_tokens = self.lane_tokens
+                check.call("lane_tokens", lambda: check_lane_tokens(lane_tokens))
+            check.need(bool(self.tenant), "tenant", "at least one [[tenant]] table", self.tenant)
+            check.distinct([t.name for t in self.tenant], "tenant names", "tenant[{}].name")
+            self.check_ranks(check)
+            self.check_warmups(check)
+
+    def check_ranks(self, check: Checks) -> None:
+        """Notes buckets and tenants that do not go with max_rank, and more tenants than slots whose number is known."""
+        ranks, most = [b.rank for b in self.bucket], math.inf if self.max_rank is None else self.max_rank
+        for i, rank in enumerate(ranks):
+            if rank >= most or rank in ranks[:i]:
+                wanted = f"must be its own and less than max_rank = {self.max_rank}, got {ranks}"
+                others = [f"bucket[{j}].rank" for j in range(len(ranks))]
+                check.refuse(f"bucket[{i}].rank", f"the rank of each [[bucket]] {wanted}", *others)
+        for i, t in enumerate(self.tenant):
+            if t.rank > most:
+                wanted = f"more than max_rank = {self.max_rank}; raise max_rank or lower it"
+                check.refuse(f"tenant[{i}].rank", f"tenant {t.name} has rank {t.rank}, {wanted}")
+        if any(t.rank > most for t in self.tenant):
+            return
+        below = 0
+        for rank, slots in [*sorted((b.rank, b.slots) for b in self.bucket), (most, self.slots)]:
+            sitting = [t.name for t in self.tenant if below < t.rank <= rank]
+            if slots is not None and len(sitting) > slots:
+                where = f"of rank {below + 1} to {rank}" if self.bucket else "in the file"
+                wanted = f"need as many slots, but there are {slots}; raise `slots`"
+                ranks_of_all = [f"tenant[{i}].rank" for i in range(len(self.tenant))]
+                check.refuse("slots", f"{len(sitting)} tenants {where} {wanted}", *ranks_of_all)
+            below = rank
+
+    def check_warmups(self, check: Checks) -> None:
+        """Notes tenants whose warm-up is longer than the steps of the file."""
+        for i, t in enumerate(self.tenant):
+            if self.steps is not None and self.steps >= 1 and t.steps is None:
+                try:
+                    t.optimizer(default_steps=self.steps, default_lr=OPTIMIZER.lr)
+                except ConfigInvalid as e:
+                    key = f"tenant[{i}].warmup_steps"
+                    check.refuse(key, f"tenant {t.name}: {e.message}", "steps", f"tenant[{i}].steps")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SizedTrainConfig(TrainConfig):
+    """Settings of a training run whose sizes are known: what a trainer is built from."""
+
+    lanes: int
+    lane_tokens: int
+    slots: int
+    max_rank: int
 
     @property
     def buckets(self) -> list[tuple[int, int]]:
         """Returns (largest rank, slots) of all slots, from the smallest rank on."""
         return sorted([(b.rank, b.slots) for b in self.bucket] + [(self.max_rank, self.slots)])
 
-    def __post_init__(self) -> None:
-        need_counts(self, "lanes", "lane_tokens", "slots", "max_rank", "steps", "save_every")
-        check_lane_tokens(self.lane_tokens)
-        need(bool(self.tenant), "tenant", "at least one [[tenant]] table", self.tenant)
-        need_distinct([t.name for t in self.tenant], "tenant names")
-        ranks = [b.rank for b in self.bucket]
-        if any(rank >= self.max_rank for rank in ranks) or len(set(ranks)) < len(ranks):
-            raise ValueError(
-                f"the rank of each [[bucket]] must be its own and less than max_rank = {self.max_rank}, got {ranks}"
-            )
-        for t in self.tenant:
-            if t.rank > self.max_rank:
-                raise ValueError(
-                    f"tenant {t.name} has rank {t.rank}, more than max_rank = {self.max_rank}; raise max_rank or lower it"
-                )
-            try:
-                t.optimizer(default_steps=self.steps, default_lr=OPTIMIZER.lr)
-            except ConfigInvalid as e:
-                raise ValueError(f"tenant {t.name}: {e.message}") from e
-        below = 0
-        for rank, slots in self.buckets:
-            sitting = [t.name for t in self.tenant if below < t.rank <= rank]
-            if len(sitting) > slots:
-                where = f"of rank {below + 1} to {rank}" if self.bucket else "in the file"
-                raise ValueError(
-                    f"{len(sitting)} tenants {where} need as many slots, but there are {slots}; raise `slots`"
-                )
-            below = rank
+
+def filled(config: TrainConfig) -> SizedTrainConfig:
+    """Returns the settings with the sizes that were left out: ranks and slots that the tenants need, lanes for a laptop."""
+    ranks = [t.rank for t in config.tenant]
+    small = max((b.rank for b in config.bucket), default=0)
+    rank = max(*ranks, small + 1) if config.max_rank is None else config.max_rank
+    sizes = {"lanes": 4, "lane_tokens": 256, "max_rank": rank, "slots": max(sum(r > small for r in ranks), 1)}
+    return completed(SizedTrainConfig, config, sizes)
