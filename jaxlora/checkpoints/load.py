@@ -150,6 +150,7 @@ def _gguf_without_template(path: Path) -> str:
     for tensor in sorted(file.tensors.values(), key=lambda tensor: tensor.data_offset):
         total.update(f"{tensor.name} {tensor.tensor_type.name} {shape_of(tensor)}\n".encode())
         total.update(tensor.data)
+        file.let_go(tensor.name)
     return total.hexdigest()
 
 
