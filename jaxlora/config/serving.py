@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
-from jaxlora.config.base import ONE_DEVICE, Dtype, MeshSection, ModelSection, need, need_counts, need_distinct
-from jaxlora.config.toml import TomlPath
+from pydantic import BeforeValidator
+
+from jaxlora.config.base import (
+    ONE_DEVICE,
+    Dtype,
+    MeshSection,
+    ModelSection,
+    completed,
+    need,
+    need_counts,
+    need_distinct,
+)
+from jaxlora.config.toml import TomlPath, TomlPathByDefault
 from jaxlora.core.lora import check_name
 
 LogForm = Literal["human", "json"]
@@ -31,7 +42,7 @@ class TenantWeight:
     """A tenant's share of slots and tokens relative to the other tenants; a tenant that is not named has 1."""
 
     name: str
-    weight: float
+    weight: float = 1.0
 
     def __post_init__(self) -> None:
         check_name(self.name, "name")
@@ -42,7 +53,7 @@ class TenantWeight:
 class Tuning:
     """Settings that may change while the server runs."""
 
-    quantum_ms: float  # how long an adapter keeps its slot while others wait for one
+    quantum_ms: float = 200.0  # how long an adapter keeps its slot while others wait for one
     active_slots: int | None = None  # adapters active at once; None: as many as there are slots
     # Prompt chunks in a step that also decodes: fewer give steadier tokens, more give earlier first tokens and more
     # tokens in all.  None: as many as in a step of prompts alone.
@@ -67,13 +78,13 @@ class Tuning:
         """Returns the weights of the tenants that are named."""
         return {t.name: t.weight for t in self.tenant}
 
-    def check_fits(self, slots: int, prefill_lanes: int) -> None:
-        """Raises ValueError for more than a server of these sizes has."""
+    def check_fits(self, slots: int | None, prefill_lanes: int | None) -> None:
+        """Raises ValueError for more than a server of these sizes has; None: a size that is not known yet."""
         for name, most in (("active_slots", slots), ("prefill_lanes_while_decoding", prefill_lanes)):
-            given = getattr(self, name)
-            need(given is None or 1 <= given <= most, name, f"in [1, {most}]", given)
-        active = self.active_slots or slots
-        if len(self.pin) >= active:
+            given, top = getattr(self, name), math.inf if most is None else most
+            need(given is None or 1 <= given <= top, name, "at least 1" if most is None else f"in [1, {most}]", given)
+        active = slots if self.active_slots is None else self.active_slots
+        if active is not None and len(self.pin) >= active:
             raise ValueError(f"pin takes at most {active - 1} adapters of {active} active slots, got {len(self.pin)}")
 
 
@@ -159,17 +170,21 @@ class HttpSection:
 class TrainingSection:
     """Fine-tuning jobs that run beside serving, on the same device."""
 
-    slots: int  # adapters trained at once; other jobs wait in a queue
-    lanes: int  # packed rows of one batch, each of one tenant
-    lane_tokens: int  # tokens of a row: the longest example
+    # None, of these four: chosen from the device's memory and the base.
+    slots: int | None = None  # adapters trained at once; other jobs wait in a queue
+    lanes: int | None = None  # packed rows of one batch, each of one tenant
+    lane_tokens: int | None = None  # tokens of a row: the longest example
+    max_rank: int | None = None  # of the adapters trained; at most the server's
     quantum_steps: int = 50  # steps after which a job gives its slot to a tenant that had less
     publish_every: int = 5  # steps between two published versions of a running job; `latest` refers to them
-    max_rank: int | None = None  # of the adapters trained; None: the server's
     call_tokens: int = 65_536  # most tokens that one call which trains at once (Gradient's fine-tune) may have
 
     def __post_init__(self) -> None:
-        need(self.max_rank is None or self.max_rank >= 1, "max_rank", "at least 1", self.max_rank)
-        need_counts(self, "slots", "lanes", "lane_tokens", "quantum_steps", "publish_every", "call_tokens")
+        need_counts(self, "slots", "lanes", "lane_tokens", "max_rank", "quantum_steps", "publish_every", "call_tokens")
+
+
+# The section, or `training = false` in a file, which is None here: no jobs.
+Training = Annotated[TrainingSection | None, BeforeValidator(lambda given: None if given is False else given)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -204,26 +219,30 @@ class ServeConfig:
 
     model: ModelSection
     mesh: MeshSection = ONE_DEVICE
-    host: str  # address to listen on; 127.0.0.1 is this machine only
-    port: int  # 0: any free port
-    slots: int  # adapters on the device at once
-    max_rank: int  # largest rank a slot holds
-    rows: int  # sequences decoded in one step
-    kv_pages: int  # pages of the key/value cache, all sequences together
-    page_tokens: int  # tokens in a page
-    prefill_lanes: int  # prompt chunks in one prefill step
-    prefill_tokens: int  # tokens in a prompt chunk
-    default_max_tokens: int  # of a request that sets none
-    max_waiting: int  # requests in the queue before new ones get 503
-    max_waiting_tokens: int  # limit of their tokens, prompt and max_tokens together
+    host: str = "127.0.0.1"  # address to listen on; 127.0.0.1 is this machine only
+    port: int = 8000  # 0: any free port
+    memory_gb: float | None = None  # most memory of the device that the server may take; None: what is available
+    memory_share: float = 0.9  # of that memory, what is planned with
+    # None, of these nine: chosen from that memory and the base.
+    slots: int | None = None  # adapters on the device at once
+    max_rank: int | None = None  # largest rank a slot holds
+    rows: int | None = None  # sequences decoded in one step
+    kv_pages: int | None = None  # pages of the key/value cache, all sequences together
+    prefill_lanes: int | None = None  # prompt chunks in one prefill step; a long prompt takes several
+    prefill_tokens: int | None = None  # tokens in a prompt chunk
+    max_waiting_tokens: int | None = None  # limit of waiting requests' tokens, prompt and max_tokens together
+    # Adapter versions in host memory: recently used, being read, on their way to the device.
+    host_adapters_gb: float | None = None
+    host_kv_gb: float | None = None  # host memory for the KV of preempted requests; KV that does not fit is recomputed
+    page_tokens: int = 64  # tokens in a page; large pages are nearly free on a CPU, small ones are not
+    default_max_tokens: int = 256  # of a request that sets none
+    max_waiting: int = 256  # requests in the queue before new ones get 503
     # Longest time of a request, queueing included; one that is not complete then ends with an error.
-    max_request_s: float
-    grace_s: float  # how long open requests may continue after a signal to stop
-    host_adapters_gb: float  # adapter versions in host memory: recently used, being read, on their way to the device
-    host_kv_gb: float  # host memory for the KV of preempted requests; KV that does not fit is recomputed
-    adapters: TomlPath  # root of the adapter store
-    data: TomlPath  # root of the server's own files: uploads, jobs, and the database unless `database` is set
-    tuning: Tuning
+    max_request_s: float = 3600.0
+    grace_s: float = 30.0  # how long open requests may continue after a signal to stop
+    adapters: TomlPathByDefault = Path("adapters")  # root of the adapter store
+    data: TomlPathByDefault = Path("data")  # root of the server's own files: uploads, jobs, and the database unless set
+    tuning: Tuning = Tuning()
     database: str | None = None  # SQLAlchemy's URL; None: SQLite in `data`
     blobs: BlobsSection | None = None  # None: the contents of `adapters` and `data` exist on this machine only
     limits: LimitsSection = LimitsSection()
@@ -232,7 +251,7 @@ class ServeConfig:
         "auto"  # required: no start without keys; auto: the same where others than this machine can reach it
     )
     retention: RetentionSection = RetentionSection()
-    training: TrainingSection | None = None  # None: no fine-tuning jobs
+    training: Training = TrainingSection()  # false: no fine-tuning jobs
     kv_dtype: Dtype = "auto"  # of keys and values; auto: the base's
     log: LogForm = "human"  # human, or one JSON object per line
     hang_s: float = 4.0  # longest time of one device step before /health returns 503; more for a slow machine
@@ -249,16 +268,19 @@ class ServeConfig:
         need(self.max_request_s > 0, "max_request_s", "positive", self.max_request_s)
         need(self.hang_s > 0, "hang_s", "positive", self.hang_s)
         need(self.grace_s >= 0, "grace_s", "0 or more", self.grace_s)
-        need(self.host_adapters_gb > 0, "host_adapters_gb", "positive", self.host_adapters_gb)
-        need(self.host_kv_gb >= 0, "host_kv_gb", "0 or more", self.host_kv_gb)
+        for name in ("memory_gb", "host_adapters_gb"):
+            value = getattr(self, name)
+            need(value is None or 0 < value < math.inf, name, "positive, or absent", value)
+        need(0 < self.memory_share <= 1, "memory_share", "in (0, 1]", self.memory_share)
+        need(self.host_kv_gb is None or self.host_kv_gb >= 0, "host_kv_gb", "0 or more", self.host_kv_gb)
         need(self.mesh.processes == 1, "mesh.processes", "1, as only training runs in several", self.mesh.processes)
         need(self.log in get_args(LogForm), "log", "human or json", self.log)
         need(self.keys in get_args(KeysNeeded), "keys", "auto or required", self.keys)
         need(bool(self.host.strip()), "host", "an address such as 127.0.0.1", self.host)
         need(0 <= self.port < 2**16, "port", "in [0, 65535]", self.port)
         need_distinct([a.name for a in self.load], "names under [[load]]")
-        if self.training is not None and self.training.max_rank is not None:
-            most = self.max_rank
+        most = self.max_rank
+        if self.training is not None and self.training.max_rank is not None and most is not None:
             need(
                 self.training.max_rank <= most,
                 "training.max_rank",
@@ -278,32 +300,56 @@ def database_in(data: Path) -> str:
     return f"sqlite:///{data / 'jaxlora.sqlite'}"
 
 
-def serve_defaults(model: str, adapters: Path) -> ServeConfig:
-    """Returns the settings of `jaxlora serve --model`, the one place of the server's defaults: this machine only.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SizedTraining(TrainingSection):
+    """Fine-tuning jobs of a known size."""
 
-    Sized for the demo model on a laptop: with SmolLM2-135M in float32, 8 slots of rank 32 are about 0.36 GB (all seven
-    projections and the head) and 128 pages of 64 tokens about 0.4 GB.  A larger machine is worth a TOML file.
+    slots: int
+    lanes: int
+    lane_tokens: int
+    max_rank: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SizedConfig(ServeConfig):
+    """Settings of a server whose sizes are known: what it is built from."""
+
+    slots: int
+    max_rank: int
+    rows: int
+    kv_pages: int
+    prefill_lanes: int
+    prefill_tokens: int
+    max_waiting_tokens: int
+    host_adapters_gb: float
+    host_kv_gb: float
+    training: SizedTraining | None
+
+
+def filled(config: ServeConfig) -> SizedConfig:
+    """Returns the settings with the sizes that were left out: those of the demo model on a laptop.
+
+    With SmolLM2-135M in float32, 8 slots of rank 32 are about 0.36 GB (all seven projections and the head) and 128
+    pages of 64 tokens about 0.4 GB.
     """
-    return ServeConfig(
-        model=ModelSection(path=model, dtype="auto"),
-        host="127.0.0.1",
-        port=8000,
-        slots=8,
-        max_rank=32,
-        rows=8,
-        kv_pages=128,
-        page_tokens=64,
-        prefill_lanes=8,
-        prefill_tokens=32,
-        default_max_tokens=256,
-        max_waiting=256,
-        max_waiting_tokens=131_072,
-        max_request_s=3600.0,
-        grace_s=30.0,
-        host_adapters_gb=2.0,
-        host_kv_gb=0.5,
-        adapters=adapters,
-        data=adapters.with_name("data"),
-        tuning=Tuning(quantum_ms=200.0),
-        training=TrainingSection(slots=4, lanes=4, lane_tokens=256),
-    )
+    sizes = {
+        "slots": 8,
+        "max_rank": 32,
+        "rows": 8,
+        "kv_pages": 128,
+        "prefill_lanes": 8,
+        "prefill_tokens": 32,
+        "max_waiting_tokens": 131_072,
+        "host_adapters_gb": 2.0,
+        "host_kv_gb": 0.5,
+    }
+    training = config.training
+    if training is not None:
+        most = sizes["max_rank"] if config.max_rank is None else config.max_rank
+        training = completed(SizedTraining, training, {"slots": 4, "lanes": 4, "lane_tokens": 256, "max_rank": most})
+    return replace(completed(SizedConfig, config, sizes), training=training)
+
+
+def serve_defaults(model: str, adapters: Path) -> SizedConfig:
+    """Returns the settings of `jaxlora serve --model`, whose own files lie beside the adapter store."""
+    return filled(ServeConfig(model=ModelSection(path=model), adapters=adapters, data=adapters.with_name("data")))

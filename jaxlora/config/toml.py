@@ -12,7 +12,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Union, get_args, get_origin, get_type_hints
 
-from pydantic import AfterValidator, BeforeValidator, TypeAdapter, ValidationError, ValidationInfo
+from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError, ValidationInfo
 from pydantic_core import ErrorDetails
 
 from jaxlora.core.errors import ConfigInvalid
@@ -48,6 +48,8 @@ def load[T](path: Path, cls: type[T]) -> T:
 
 
 def _beside_file(text: object, info: ValidationInfo[Path]) -> object:
+    if isinstance(text, Path):  # a default
+        return str(info.context / text)
     if not isinstance(text, str):
         return text  # pydantic refuses it
     if not text:
@@ -65,6 +67,8 @@ def _path_or_name(text: str, info: ValidationInfo[Path]) -> object:
 
 # A path; a relative one is resolved against the file's folder.
 TomlPath = Annotated[Path, BeforeValidator(_beside_file)]
+# Such a path with a default, which is resolved likewise.
+TomlPathByDefault = Annotated[TomlPath, Field(validate_default=True)]
 # A name, or such a path: a text that begins with ./, ../, / or ~, ends in .gguf, or exists in the file's folder.
 PathOrName = Annotated[str, AfterValidator(_path_or_name)]
 

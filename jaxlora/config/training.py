@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from jaxlora.config.base import ONE_DEVICE, MeshSection, ModelSection, need, need_counts, need_distinct
-from jaxlora.config.toml import TomlPath, load
+from jaxlora.config.base import ONE_DEVICE, MeshSection, ModelSection, completed, need, need_counts, need_distinct
+from jaxlora.config.toml import TomlPath, TomlPathByDefault, load
 from jaxlora.core.errors import ConfigInvalid
 from jaxlora.core.lora import LAYER_TARGETS, LoraSpec, check_name
 from jaxlora.core.model_config import ModelConfig
@@ -282,50 +283,83 @@ class TrainConfig:
 
     model: ModelSection
     mesh: MeshSection = ONE_DEVICE
-    out: TomlPath  # folder of runs: checkpoints, metrics, adapters
-    lanes: int  # packed rows in one batch, each of one tenant
+    out: TomlPathByDefault = Path("runs")  # folder of runs: checkpoints, metrics, adapters
+    memory_gb: float | None = None  # most memory of the device that the run may take; None: what is available
+    memory_share: float = 0.9  # of that memory, what is planned with
+    # None, of these four: chosen from that memory, the base and the tenants.
+    lanes: int | None = None  # packed rows in one batch, each of one tenant
     # Predictions in a lane: whole blocks of 32, or less than one; an example has at most one token more.
-    lane_tokens: int
-    slots: int  # adapters of up to max_rank on the device at once
-    max_rank: int  # largest rank a slot holds
+    lane_tokens: int | None = None
+    slots: int | None = None  # adapters of up to max_rank on the device at once
+    max_rank: int | None = None  # largest rank a slot holds
     # More slots, for smaller ranks; a tenant gets one of the first bucket that its rank fits.
     bucket: tuple[BucketSection, ...] = ()
-    steps: int  # optimizer steps of each tenant that does not set its own
+    steps: int | None = None  # optimizer steps of each tenant that does not set its own; None: 3 passes over its data
     moments: MomentsDtype = "float32"  # dtype of the optimizer's moments
     remat: Remat = "products"  # what is saved of a layer for the gradient
-    save_every: int  # optimizer steps of a tenant between its checkpoints
+    save_every: int = 50  # optimizer steps of a tenant between its checkpoints
     tenant: tuple[TenantSection, ...]
+
+    def __post_init__(self) -> None:
+        need_counts(self, "lanes", "lane_tokens", "slots", "max_rank", "steps", "save_every")
+        need(
+            self.memory_gb is None or 0 < self.memory_gb < math.inf, "memory_gb", "positive, or absent", self.memory_gb
+        )
+        need(0 < self.memory_share <= 1, "memory_share", "in (0, 1]", self.memory_share)
+        if self.lane_tokens is not None:
+            check_lane_tokens(self.lane_tokens)
+        need(bool(self.tenant), "tenant", "at least one [[tenant]] table", self.tenant)
+        need_distinct([t.name for t in self.tenant], "tenant names")
+        ranks = [b.rank for b in self.bucket]
+        most = math.inf if self.max_rank is None else self.max_rank
+        if any(rank >= most for rank in ranks) or len(set(ranks)) < len(ranks):
+            raise ValueError(
+                f"the rank of each [[bucket]] must be its own and less than max_rank = {self.max_rank}, got {ranks}"
+            )
+        for t in self.tenant:
+            if t.rank > most:
+                raise ValueError(
+                    f"tenant {t.name} has rank {t.rank}, more than max_rank = {self.max_rank}; raise max_rank or lower it"
+                )
+            if self.steps is not None:
+                try:
+                    t.optimizer(default_steps=self.steps, default_lr=OPTIMIZER.lr)
+                except ConfigInvalid as e:
+                    raise ValueError(f"tenant {t.name}: {e.message}") from e
+        self.check_seats()
+
+    def check_seats(self) -> None:
+        """Raises ValueError for more tenants than slots, of those whose number is known."""
+        below, last = 0, (math.inf if self.max_rank is None else self.max_rank, self.slots)
+        for rank, slots in [*sorted((b.rank, b.slots) for b in self.bucket), last]:
+            sitting = [t.name for t in self.tenant if below < t.rank <= rank]
+            if slots is not None and len(sitting) > slots:
+                where = f"of rank {below + 1} to {rank}" if self.bucket else "in the file"
+                raise ValueError(
+                    f"{len(sitting)} tenants {where} need as many slots, but there are {slots}; raise `slots`"
+                )
+            below = rank
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SizedTrainConfig(TrainConfig):
+    """Settings of a training run whose sizes are known: what a trainer is built from."""
+
+    lanes: int
+    lane_tokens: int
+    slots: int
+    max_rank: int
 
     @property
     def buckets(self) -> list[tuple[int, int]]:
         """Returns (largest rank, slots) of all slots, from the smallest rank on."""
         return sorted([(b.rank, b.slots) for b in self.bucket] + [(self.max_rank, self.slots)])
 
-    def __post_init__(self) -> None:
-        need_counts(self, "lanes", "lane_tokens", "slots", "max_rank", "steps", "save_every")
-        check_lane_tokens(self.lane_tokens)
-        need(bool(self.tenant), "tenant", "at least one [[tenant]] table", self.tenant)
-        need_distinct([t.name for t in self.tenant], "tenant names")
-        ranks = [b.rank for b in self.bucket]
-        if any(rank >= self.max_rank for rank in ranks) or len(set(ranks)) < len(ranks):
-            raise ValueError(
-                f"the rank of each [[bucket]] must be its own and less than max_rank = {self.max_rank}, got {ranks}"
-            )
-        for t in self.tenant:
-            if t.rank > self.max_rank:
-                raise ValueError(
-                    f"tenant {t.name} has rank {t.rank}, more than max_rank = {self.max_rank}; raise max_rank or lower it"
-                )
-            try:
-                t.optimizer(default_steps=self.steps, default_lr=OPTIMIZER.lr)
-            except ConfigInvalid as e:
-                raise ValueError(f"tenant {t.name}: {e.message}") from e
-        below = 0
-        for rank, slots in self.buckets:
-            sitting = [t.name for t in self.tenant if below < t.rank <= rank]
-            if len(sitting) > slots:
-                where = f"of rank {below + 1} to {rank}" if self.bucket else "in the file"
-                raise ValueError(
-                    f"{len(sitting)} tenants {where} need as many slots, but there are {slots}; raise `slots`"
-                )
-            below = rank
+
+def filled(config: TrainConfig) -> SizedTrainConfig:
+    """Returns the settings with the sizes that were left out: ranks and slots that the tenants need, lanes for a laptop."""
+    ranks = [t.rank for t in config.tenant]
+    small = max((b.rank for b in config.bucket), default=0)
+    rank = max(*ranks, small + 1) if config.max_rank is None else config.max_rank
+    sizes = {"lanes": 4, "lane_tokens": 256, "max_rank": rank, "slots": max(sum(r > small for r in ranks), 1)}
+    return completed(SizedTrainConfig, config, sizes)

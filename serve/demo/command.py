@@ -20,7 +20,7 @@ from rich.table import Table
 
 from jaxlora.checkpoints.load import Opened, open_base
 from jaxlora.config.base import DEMO_MODEL
-from jaxlora.config.serving import ServeConfig, serve_defaults
+from jaxlora.config.serving import SizedConfig, serve_defaults
 from jaxlora.core.lora import AdapterRef, LoraSpec
 from jaxlora.model import compile_cache
 from jaxlora.model.lora_pool import PoolSpec
@@ -46,7 +46,7 @@ HELDOUT = 32  # examples of each tenant that are generated
 SPARE_TOKENS = 4  # an answer may be this much longer than the longest right one
 
 
-def demo_serve_config(port: int, adapters: Path) -> ServeConfig:
+def demo_serve_config(port: int, adapters: Path) -> SizedConfig:
     """The demo's server: two versions of each tenant fit the device, 32 sequences run at once."""
     return replace(
         serve_defaults(DEMO_MODEL, adapters),

@@ -19,7 +19,7 @@ import numpy as np
 from fastapi import APIRouter
 
 from jaxlora.checkpoints.load import Opened, open_base
-from jaxlora.config.serving import AdapterSection, ServeConfig
+from jaxlora.config.serving import AdapterSection, ServeConfig, SizedConfig, filled
 from jaxlora.config.training import default_lr
 from jaxlora.core.errors import ConfigInvalid
 from jaxlora.core.lora import ALL_TARGETS, HEAD_TARGET, AdapterRef, AdapterWeights
@@ -126,7 +126,7 @@ class Services:
 def services(
     runner: DeviceThread,
     opened: Opened,
-    config: ServeConfig,
+    config: SizedConfig,
     database: Database,
     observers: Observers,
     read_head: Callable[[], np.ndarray],
@@ -158,7 +158,7 @@ def services(
         files = FileStore(StoredFiles(database), config.data / "files", load=load, limits=config.limits, remote=remote)
         stack.callback(files.close)
         limiter = Limiter(config.limits)
-        most_rank = config.max_rank if training is None or training.max_rank is None else training.max_rank
+        most_rank = config.max_rank if training is None else training.max_rank
         quota, jobs = AdapterQuota(config.limits, store), None
         if training is not None:
             jobs = make_job_host(opened, config, training, runner, database, files, quota, remote)
@@ -214,13 +214,13 @@ def needs_keys(config: ServeConfig) -> bool:
     return config.keys == "required" or not is_loopback(config.host)
 
 
-def open_store(config: ServeConfig, remote: Remote | None = None) -> AdapterStore:
+def open_store(config: SizedConfig, remote: Remote | None = None) -> AdapterStore:
     """Opens the server's adapters.  Raises StorageFailed, StateInvalid, Unavailable as AdapterStore does."""
     versions = None if remote is None else RemoteVersions(remote.blobs, remote.copies)
     return AdapterStore(config.adapters, host_bytes=int(config.host_adapters_gb * 1e9), remote=versions)
 
 
-def make_runner(opened: Opened, config: ServeConfig, store: AdapterStore) -> DeviceThread:
+def make_runner(opened: Opened, config: SizedConfig, store: AdapterStore) -> DeviceThread:
     """Makes a runner over this base, not started yet.  It serves LoRA on all seven projections and on the head."""
     pool_spec = PoolSpec(slots=config.slots, rank=config.max_rank, dtype=opened.base.dtype.name, targets=ALL_TARGETS)
     engine_config = EngineConfig(
@@ -294,10 +294,10 @@ def main(config: ServeConfig, file: Path | None, *, adopt: bool = False, new_bas
     compile_cache.enable(None)
     with opened_instance(config, adopt=adopt) as instance:
         opened = same_base(instance.database, config, open_base(config.model, config.mesh), take=new_base)
-        _serve(config, file, instance, opened)
+        _serve(filled(config), file, instance, opened)
 
 
-def _serve(config: ServeConfig, file: Path | None, instance: Instance, opened: Opened) -> None:
+def _serve(config: SizedConfig, file: Path | None, instance: Instance, opened: Opened) -> None:
     store = open_store(config, instance.remote)
     runner = make_runner(opened, config, store)
     try:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxlora.checkpoints.load import Opened
-from jaxlora.config.serving import ServeConfig, TrainingSection
+from jaxlora.config.serving import SizedConfig, SizedTraining
 from jaxlora.config.training import default_lr
 from jaxlora.core.lora import ALL_TARGETS
 from jaxlora.model.lora_pool import PoolSpec
@@ -62,8 +62,8 @@ class JobHost:
 
 def make_job_host(
     opened: Opened,
-    config: ServeConfig,
-    training: TrainingSection,
+    config: SizedConfig,
+    training: SizedTraining,
     runner: DeviceThread,
     database: Database,
     files: Files,
@@ -74,8 +74,7 @@ def make_job_host(
 
     Raises ConfigInvalid for sizes that do not fit the base; Unavailable, StorageFailed as object storage does.
     """
-    rank = config.max_rank if training.max_rank is None else training.max_rank
-    pool = PoolSpec(slots=training.slots, rank=rank, dtype="float32", targets=ALL_TARGETS)
+    pool = PoolSpec(slots=training.slots, rank=training.max_rank, dtype="float32", targets=ALL_TARGETS)
     trainer = small_trainer(opened, pool, lanes=training.lanes, lane_tokens=training.lane_tokens)
     folder, tuned = config.data / "jobs", config.data / "tuned"
     copies = None if remote is None else StateCopies(remote.blobs, folder / "states", "jobs")

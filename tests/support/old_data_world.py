@@ -115,7 +115,7 @@ def server(folder: Path) -> Iterator[Server]:
         max_rank=4,
         rows=2,
         prefill_lanes=2,
-        training=TrainingSection(slots=1, lanes=2, lane_tokens=32, publish_every=30),
+        training=TrainingSection(slots=1, lanes=2, lane_tokens=32, max_rank=4, publish_every=30),
     )
     with (
         contextlib.closing(AdapterStore(settings.adapters, host_bytes=10**8)) as store,

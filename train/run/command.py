@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import signal
 import threading
 from collections.abc import Generator, Sequence
@@ -29,7 +30,7 @@ from rich.live import Live
 from rich.table import Table
 
 from jaxlora.checkpoints.load import Opened, open_base
-from jaxlora.config.training import TenantSection, TrainConfig, default_lr, load
+from jaxlora.config.training import PASSES, SizedTrainConfig, TenantSection, TrainConfig, default_lr, filled, load
 from jaxlora.core.atomic_files import replace_file
 from jaxlora.core.errors import ConfigInvalid, InvalidRequest, StateInvalid
 from jaxlora.core.lora import HEAD_TARGET, LAYER_TARGETS
@@ -101,7 +102,7 @@ def main(config_path: Path) -> None:
     an `out` that cannot be written or read.
     """
     compile_cache.enable(None)
-    config = load(config_path, TrainConfig)
+    config = filled(load(config_path, TrainConfig))
     config = replace(config, out=readable(config.out))
     multihost.join(config.mesh.processes)
     console = Console(quiet=not multihost.is_lead())
@@ -127,7 +128,7 @@ def main(config_path: Path) -> None:
 
 
 @contextlib.contextmanager
-def open_store(config: TrainConfig) -> Generator[AdapterStore | None]:
+def open_store(config: SizedTrainConfig) -> Generator[AdapterStore | None]:
     """Opens the store that receives adapters; yields None in a process that does not write."""
     if not multihost.is_lead():
         yield None
@@ -136,7 +137,7 @@ def open_store(config: TrainConfig) -> Generator[AdapterStore | None]:
         yield store
 
 
-def make_trainer(config: TrainConfig, opened: Opened) -> Trainer:
+def make_trainer(config: SizedTrainConfig, opened: Opened) -> Trainer:
     """Returns a trainer of the file's sizes, with a head target only where a tenant wants one."""
     wanted = {target for tenant in config.tenant for target in tenant.targets}
     targets = LAYER_TARGETS + ((HEAD_TARGET,) if HEAD_TARGET in wanted else ())
@@ -167,7 +168,7 @@ def say(console: Console, line: str) -> None:
 # ---- before -----------------------------------------------------------------------------------------------------
 
 
-def add_tenants(trainer: Trainer, config: TrainConfig, opened: Opened) -> dict[str, Job]:
+def add_tenants(trainer: Trainer, config: SizedTrainConfig, opened: Opened) -> dict[str, Job]:
     """Reads every tenant's files and gives it a slot, from its checkpoint if it has one; returns the jobs by tenant."""
     jobs = {}
     limit = config.lane_tokens + 1
@@ -204,11 +205,12 @@ def check_identity(name: str, job: Job) -> None:
 
 
 def add_tenant(
-    trainer: Trainer, config: TrainConfig, section: TenantSection, examples: Sequence[Unit], job: Job
+    trainer: Trainer, config: SizedTrainConfig, section: TenantSection, examples: Sequence[Unit], job: Job
 ) -> None:
     """Adds the tenant to the trainer, with its newest checkpoint if it has one."""
     name, spec = section.name, section.spec
-    optimizer = section.optimizer(default_steps=config.steps, default_lr=default_lr(trainer.base.config))
+    steps = math.ceil(PASSES * len(examples) / section.batch) if config.steps is None else config.steps
+    optimizer = section.optimizer(default_steps=steps, default_lr=default_lr(trainer.base.config))
     try:
         state, step, cursor = trainer.fresh(spec, section.seed), 0, 0
         found = restore_state(job.states, state)
@@ -242,7 +244,7 @@ def evaluate_all(trainer: Trainer, jobs: dict[str, Job], names: Sequence[str], *
 
 def run_steps(
     trainer: Trainer,
-    config: TrainConfig,
+    config: SizedTrainConfig,
     opened: Opened,
     jobs: dict[str, Job],
     store: AdapterStore | None,
@@ -357,7 +359,7 @@ def deliver(trainer: Trainer, name: str, job: Job, opened: Opened, store: Adapte
 
 
 def finish(
-    trainer: Trainer, config: TrainConfig, jobs: dict[str, Job], console: Console, before: dict[str, Evaluation]
+    trainer: Trainer, config: SizedTrainConfig, jobs: dict[str, Job], console: Console, before: dict[str, Evaluation]
 ) -> None:
     """Writes the plot and the table of held-out results.  Raises StateInvalid, naming the tenants that failed."""
     if multihost.is_lead():
