@@ -170,24 +170,45 @@ class Opened:
     tokenizer: Tokenizer
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """A base model whose files have been found and described; nothing of its weights is in memory."""
+
+    name: str  # for clients
+    path: Path
+    source: HfSource | GgufSource
+    tokenizer: Tokenizer
+    dtype: str  # float32 or bfloat16, as the settings say or else as this device is fastest in
+
+
+def find_base(model: ModelSection) -> Found:
+    """Finds a base model and reads its header and tokenizer.  Raises ModelInvalid for a checkpoint we cannot read."""
+    name, path = find_model(model.path)
+    source, tokenizer = open_model(path)
+    dtype = fastest_dtype() if model.dtype == "auto" else model.dtype
+    return Found(name=name, path=path, source=source, tokenizer=tokenizer, dtype=dtype)
+
+
 def open_base(model: ModelSection, mesh: MeshSection) -> Opened:
     """Loads a base model onto a mesh.
 
     Raises ModelInvalid for a checkpoint we cannot read, ConfigInvalid when the mesh does not fit devices or model.
     """
-    name, path = find_model(model.path)
+    return load_found(find_base(model), model, mesh)
+
+
+def load_found(found: Found, model: ModelSection, mesh: MeshSection) -> Opened:
+    """Loads a base model that was found onto a mesh.  Raises as `open_base` does."""
     devices = make_mesh(mesh.data, mesh.fsdp, mesh.tensor)
-    source, tokenizer = open_model(path)
-    dtype = fastest_dtype() if model.dtype == "auto" else model.dtype
-    whole, weights = base_hashes(path)
+    whole, weights = base_hashes(found.path)
     return Opened(
-        name=name,
-        path=path,
-        base=load_base(source, devices, dtype=dtype, precision=model.precision),
+        name=found.name,
+        path=found.path,
+        base=load_base(found.source, devices, dtype=found.dtype, precision=model.precision),
         base_hash=whole,
         weights_hash=weights,
         mesh=devices,
-        tokenizer=tokenizer,
+        tokenizer=found.tokenizer,
     )
 
 

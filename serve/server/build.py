@@ -19,7 +19,7 @@ import numpy as np
 from fastapi import APIRouter
 
 from jaxlora.checkpoints.load import Opened, open_base
-from jaxlora.config.serving import AdapterSection, ServeConfig, SizedConfig, filled
+from jaxlora.config.serving import READ_MEMORY_BYTES, AdapterSection, ServeConfig, SizedConfig, filled
 from jaxlora.config.training import default_lr
 from jaxlora.core.errors import ConfigInvalid
 from jaxlora.core.lora import ALL_TARGETS, HEAD_TARGET, AdapterRef, AdapterWeights
@@ -147,7 +147,9 @@ def services(
             opened.tokenizer,
             config.data / "tokenizer",
             max_tokens=longest + 1,
-            limits=ReaderLimits(memory_bytes=config.limits.read_memory_bytes, cpu_s=config.limits.read_cpu_s),
+            limits=ReaderLimits(
+                memory_bytes=config.limits.read_memory_bytes or READ_MEMORY_BYTES, cpu_s=config.limits.read_cpu_s
+            ),
         )
         stack.callback(readers.close)
 
