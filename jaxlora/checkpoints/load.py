@@ -7,8 +7,8 @@ import importlib.util
 import json
 import re
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -20,8 +20,9 @@ from jaxlora.checkpoints.hf import HfSource, read_json
 from jaxlora.checkpoints.tokenizer import Tokenizer
 from jaxlora.config.base import DEMO_MODEL, MeshSection, ModelSection
 from jaxlora.core.atomic_files import sha256_of
-from jaxlora.core.errors import ModelInvalid
+from jaxlora.core.errors import ConfigInvalid, ModelInvalid
 from jaxlora.model.decoder import Base, load_base
+from jaxlora.model.memory_plan import BaseShape
 from jaxlora.model.mesh import make_mesh
 
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -187,6 +188,24 @@ def find_base(model: ModelSection) -> Found:
     source, tokenizer = open_model(path)
     dtype = fastest_dtype() if model.dtype == "auto" else model.dtype
     return Found(name=name, path=path, source=source, tokenizer=tokenizer, dtype=dtype)
+
+
+def fitted[P](found: Found, model: ModelSection, kv_dtype: str, plan: Callable[[BaseShape], P]) -> tuple[Found, P]:
+    """Returns the base and its plan; a dtype that nobody gave becomes bfloat16 where float32 does not fit.
+
+    Raises ConfigInvalid as `plan` does.
+    """
+
+    def shape(dtype: str) -> BaseShape:
+        kv = dtype if kv_dtype == "auto" else kv_dtype
+        return BaseShape(config=found.source.config, dtype=dtype, kv_dtype=kv, name=found.name)
+
+    try:
+        return found, plan(shape(found.dtype))
+    except ConfigInvalid:
+        if model.dtype != "auto" or found.dtype == "bfloat16":
+            raise
+    return replace(found, dtype="bfloat16"), plan(shape("bfloat16"))
 
 
 def open_base(model: ModelSection, mesh: MeshSection) -> Opened:

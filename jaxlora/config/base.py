@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
-from jaxlora.config.toml import PathOrName
+from jaxlora.config.toml import Mistakes, PathOrName
+from jaxlora.core.errors import ConfigInvalid, JaxLoraError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -16,21 +18,54 @@ Dtype = Literal["float32", "bfloat16", "auto"]  # auto: bfloat16 where it is cle
 Precision = Literal["auto", "default", "high", "highest"]  # of matrix products; auto: highest in float32, else default
 
 
-def need(ok: bool, name: str, wanted: str, got: object) -> None:
-    if not ok:
-        raise ValueError(f"{name} must be {wanted}, got {got!r}")
+class Checks:
+    """Collects what is wrong with a section in a `with`, which ends with one error: the mistake, or Mistakes."""
 
+    def __init__(self) -> None:
+        self.found: list[JaxLoraError] = []
 
-def need_counts(section: object, *names: str) -> None:
-    for name in names:
-        value = getattr(section, name)
-        need(value is None or value >= 1, name, "at least 1", value)
+    def __enter__(self) -> Self:
+        return self
 
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None and self.found:
+            raise self.found[0] if len(self.found) == 1 else Mistakes(self.found)
 
-def need_distinct(names: list[str], what: str) -> None:
-    twice = sorted({n for n in names if names.count(n) > 1})
-    if twice:
-        raise ValueError(f"{what} must be distinct; more than one is called {', '.join(twice)}")
+    def need(self, ok: bool, name: str, wanted: str, got: object) -> None:
+        """Notes a value that is not what it must be."""
+        if not ok:
+            self.refuse(name, f"{name} must be {wanted}, got {got!r}")
+
+    def counts(self, section: object, *names: str) -> None:
+        """Notes the settings of these names that are below 1; one that is None is fine."""
+        for name in names:
+            value = getattr(section, name)
+            self.need(value is None or value >= 1, name, "at least 1", value)
+
+    def positive(self, section: object, *names: str) -> None:
+        """Notes the settings of these names that are not positive and finite; one that is None is fine."""
+        for name in names:
+            value = getattr(section, name)
+            self.need(value is None or 0 < value < math.inf, name, "positive and finite", value)
+
+    def distinct(self, names: Sequence[str], what: str, key: str) -> None:
+        """Notes names that occur twice; key: of the second one, with {} for its index."""
+        for i, name in enumerate(names):
+            if name in names[:i]:
+                self.refuse(key.format(i), f"{what} must be distinct; more than one is called {name}")
+
+    def refuse(self, key: str, message: str) -> None:
+        """Notes a mistake."""
+        self.found.append(ConfigInvalid(message, param=key))
+
+    def call(self, key: str, check: Callable[[], object], *, section: str = "") -> None:
+        """Calls another check and notes what it raises, under this key unless the error names one; keys are the section's."""
+        try:
+            check()
+        except JaxLoraError as e:
+            for error in e.found if isinstance(e, Mistakes) else [e]:
+                error.param = section + (error.param or key)
+                self.found.append(error)
 
 
 def completed[T](cls: type[T], section: DataclassInstance, sizes: Mapping[str, object]) -> T:
@@ -48,7 +83,9 @@ class ModelSection:
     precision: Precision = "auto"
 
     def __post_init__(self) -> None:
-        need(bool(self.path.strip()), "path", '"smollm2", a directory, a .gguf file or a hub id', self.path)
+        with Checks() as check:
+            wanted = f'"{DEMO_MODEL}", a directory, a .gguf file or a hub id'
+            check.need(bool(self.path.strip()), "path", wanted, self.path)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,7 +98,8 @@ class MeshSection:
     processes: int = 1  # that hold the devices together; each is started with this file (model/multihost.py)
 
     def __post_init__(self) -> None:
-        need_counts(self, "data", "fsdp", "tensor", "processes")
+        with Checks() as check:
+            check.counts(self, "data", "fsdp", "tensor", "processes")
 
 
 ONE_DEVICE = MeshSection()

@@ -9,16 +9,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import BeforeValidator
 
-from jaxlora.config.base import (
-    ONE_DEVICE,
-    Dtype,
-    MeshSection,
-    ModelSection,
-    completed,
-    need,
-    need_counts,
-    need_distinct,
-)
+from jaxlora.config.base import ONE_DEVICE, Checks, Dtype, MeshSection, ModelSection, completed
 from jaxlora.config.toml import TomlPath, TomlPathByDefault
 from jaxlora.core.lora import check_name
 
@@ -46,8 +37,9 @@ class TenantWeight:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        check_name(self.name, "name")
-        need(0 < self.weight < math.inf, "weight", "positive", self.weight)
+        with Checks() as check:
+            check.call("name", lambda: check_name(self.name, "name"))
+            check.positive(self, "weight")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,15 +56,12 @@ class Tuning:
     tenant: tuple[TenantWeight, ...] = ()
 
     def __post_init__(self) -> None:
-        need(0 < self.quantum_ms < math.inf, "quantum_ms", "positive", self.quantum_ms)
-        need(
-            not any("@" in name for name in self.pin),
-            "pin",
-            "names without @VERSION, as the newest is pinned",
-            self.pin,
-        )
-        need_distinct(list(self.pin), "names under pin")
-        need_distinct([t.name for t in self.tenant], "names under [[tuning.tenant]]")
+        with Checks() as check:
+            check.positive(self, "quantum_ms")
+            plain = not any("@" in name for name in self.pin)
+            check.need(plain, "pin", "names without @VERSION, as the newest is pinned", self.pin)
+            check.distinct(self.pin, "names under pin", "pin[{}]")
+            check.distinct([t.name for t in self.tenant], "names under [[tuning.tenant]]", "tenant[{}].name")
 
     @property
     def weights(self) -> dict[str, float]:
@@ -81,12 +70,16 @@ class Tuning:
 
     def check_fits(self, slots: int | None, prefill_lanes: int | None) -> None:
         """Raises ValueError for more than a server of these sizes has; None: a size that is not known yet."""
-        for name, most in (("active_slots", slots), ("prefill_lanes_while_decoding", prefill_lanes)):
-            given, top = getattr(self, name), math.inf if most is None else most
-            need(given is None or 1 <= given <= top, name, "at least 1" if most is None else f"in [1, {most}]", given)
-        active = slots if self.active_slots is None else self.active_slots
-        if active is not None and len(self.pin) >= active:
-            raise ValueError(f"pin takes at most {active - 1} adapters of {active} active slots, got {len(self.pin)}")
+        with Checks() as check:
+            for name, most in (("active_slots", slots), ("prefill_lanes_while_decoding", prefill_lanes)):
+                given, top = getattr(self, name), math.inf if most is None else most
+                wanted = "at least 1" if most is None else f"in [1, {most}]"
+                check.need(given is None or 1 <= given <= top, name, wanted, given)
+            active = slots if self.active_slots is None else self.active_slots
+            if active is not None and len(self.pin) >= active >= 1:
+                check.refuse(
+                    "pin", f"pin takes at most {active - 1} adapters of {active} active slots, got {len(self.pin)}"
+                )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,9 +97,8 @@ class TenantLimits:
     followers: int | None = 64  # streams of job events at once
 
     def __post_init__(self) -> None:
-        for f in fields(TenantLimits):
-            name, value = f.name, getattr(self, f.name)
-            need(value is None or value >= 1, name, "at least 1, or absent", value)
+        with Checks() as check:
+            check.counts(self, *(f.name for f in fields(TenantLimits)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,8 +108,9 @@ class NamedLimits(TenantLimits):
     name: str
 
     def __post_init__(self) -> None:
-        TenantLimits.__post_init__(self)
-        check_name(self.name, "name")
+        with Checks() as check:
+            check.call("", lambda: TenantLimits.__post_init__(self))
+            check.call("name", lambda: check_name(self.name, "name"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,11 +125,12 @@ class LimitsSection(TenantLimits):
     tenant: tuple[NamedLimits, ...] = ()
 
     def __post_init__(self) -> None:
-        TenantLimits.__post_init__(self)
-        need_counts(self, "max_file_bytes", "read_memory_bytes", "json_bytes_per_second")
-        need(0 < self.read_cpu_s < math.inf, "read_cpu_s", "positive", self.read_cpu_s)
-        need(0 <= self.keep_days < math.inf, "keep_days", "0 or more", self.keep_days)
-        need_distinct([t.name for t in self.tenant], "names under [[limits.tenant]]")
+        with Checks() as check:
+            check.call("", lambda: TenantLimits.__post_init__(self))
+            check.counts(self, "max_file_bytes", "read_memory_bytes", "json_bytes_per_second")
+            check.positive(self, "read_cpu_s")
+            check.need(0 <= self.keep_days < math.inf, "keep_days", "0 or more", self.keep_days)
+            check.distinct([t.name for t in self.tenant], "names under [[limits.tenant]]", "tenant[{}].name")
 
     @property
     def keep_s(self) -> float:
@@ -160,11 +154,9 @@ class HttpSection:
     body_patience_s: float = 10.0  # once the server has waited for it so long beyond the time its bytes may take
 
     def __post_init__(self) -> None:
-        need_counts(self, "connections", "least_body_bytes_s")
-        most = self.requests_per_address
-        need(most is None or most >= 1, "requests_per_address", "at least 1, or absent", most)
-        for name in ("header_timeout_s", "body_patience_s"):
-            need(0 < getattr(self, name) < math.inf, name, "positive", getattr(self, name))
+        with Checks() as check:
+            check.counts(self, "connections", "least_body_bytes_s", "requests_per_address")
+            check.positive(self, "header_timeout_s", "body_patience_s")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -181,7 +173,9 @@ class TrainingSection:
     call_tokens: int = 65_536  # most tokens that one call which trains at once (Gradient's fine-tune) may have
 
     def __post_init__(self) -> None:
-        need_counts(self, "slots", "lanes", "lane_tokens", "max_rank", "quantum_steps", "publish_every", "call_tokens")
+        with Checks() as check:
+            check.counts(self, "slots", "lanes", "lane_tokens", "max_rank")
+            check.counts(self, "quantum_steps", "publish_every", "call_tokens")
 
 
 # The section, or `training = false` in a file, which is None here: no jobs.
@@ -196,8 +190,8 @@ class RetentionSection:
     jobs_days: float = 90.0  # after its end, a job that made no version
 
     def __post_init__(self) -> None:
-        for name in ("job_events_days", "jobs_days"):
-            need(0 < getattr(self, name) < math.inf, name, "positive", getattr(self, name))
+        with Checks() as check:
+            check.positive(self, "job_events_days", "jobs_days")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -209,9 +203,9 @@ class BlobsSection:
     timeout_s: float = 30.0  # of one attempt, besides the time its bytes take
 
     def __post_init__(self) -> None:
-        need(bool(self.url.strip()), "url", "an URL such as s3://BUCKET/PREFIX", self.url)
-        need(self.disk_gb is None or 0 < self.disk_gb < math.inf, "disk_gb", "positive, or absent", self.disk_gb)
-        need(0 < self.timeout_s < math.inf, "timeout_s", "positive", self.timeout_s)
+        with Checks() as check:
+            check.need(bool(self.url.strip()), "url", "an URL such as s3://BUCKET/PREFIX", self.url)
+            check.positive(self, "disk_gb", "timeout_s")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -265,33 +259,30 @@ class ServeConfig:
     lora_roots: tuple[TomlPath, ...] = ()  # folders from which admins may load PEFT folders over HTTP; none: no loading
 
     def __post_init__(self) -> None:
-        need_counts(self, "slots", "max_rank", "rows", "kv_pages", "page_tokens", "prefill_lanes", "prefill_tokens")
-        need_counts(self, "default_max_tokens", "max_waiting", "max_waiting_tokens")
-        need(self.max_request_s > 0, "max_request_s", "positive", self.max_request_s)
-        need(self.hang_s > 0, "hang_s", "positive", self.hang_s)
-        need(self.grace_s >= 0, "grace_s", "0 or more", self.grace_s)
-        for name in ("memory_gb", "host_adapters_gb"):
-            value = getattr(self, name)
-            need(value is None or 0 < value < math.inf, name, "positive, or absent", value)
-        need(0 < self.memory_share <= 1, "memory_share", "in (0, 1]", self.memory_share)
-        for name in ("host_kv_gb", "host_states_gb"):
-            value = getattr(self, name)
-            need(value is None or 0 <= value < math.inf, name, "0 or more, or absent", value)
-        need(self.mesh.processes == 1, "mesh.processes", "1, as only training runs in several", self.mesh.processes)
-        need(self.log in get_args(LogForm), "log", "human or json", self.log)
-        need(self.keys in get_args(KeysNeeded), "keys", "auto or required", self.keys)
-        need(bool(self.host.strip()), "host", "an address such as 127.0.0.1", self.host)
-        need(0 <= self.port < 2**16, "port", "in [0, 65535]", self.port)
-        need_distinct([a.name for a in self.load], "names under [[load]]")
-        most = self.max_rank
-        if self.training is not None and self.training.max_rank is not None and most is not None:
-            need(
-                self.training.max_rank <= most,
-                "training.max_rank",
-                f"at most max_rank = {most}",
-                self.training.max_rank,
+        with Checks() as check:
+            check.counts(
+                self, "slots", "max_rank", "rows", "kv_pages", "page_tokens", "prefill_lanes", "prefill_tokens"
             )
-        self.tuning.check_fits(self.slots, self.prefill_lanes)
+            check.counts(self, "default_max_tokens", "max_waiting", "max_waiting_tokens")
+            check.positive(self, "memory_gb", "host_adapters_gb")
+            check.need(self.max_request_s > 0, "max_request_s", "positive", self.max_request_s)
+            check.need(self.hang_s > 0, "hang_s", "positive", self.hang_s)
+            check.need(0 < self.memory_share <= 1, "memory_share", "in (0, 1]", self.memory_share)
+            check.need(self.grace_s >= 0, "grace_s", "0 or more", self.grace_s)
+            for name in ("host_kv_gb", "host_states_gb"):
+                value = getattr(self, name)
+                check.need(value is None or 0 <= value < math.inf, name, "0 or more, or absent", value)
+            processes = self.mesh.processes
+            check.need(processes == 1, "mesh.processes", "1, as only training runs in several", processes)
+            check.need(self.log in get_args(LogForm), "log", "human or json", self.log)
+            check.need(self.keys in get_args(KeysNeeded), "keys", "auto or required", self.keys)
+            check.need(bool(self.host.strip()), "host", "an address such as 127.0.0.1", self.host)
+            check.need(0 <= self.port < 2**16, "port", "in [0, 65535]", self.port)
+            check.distinct([a.name for a in self.load], "names under [[load]]", "load[{}].name")
+            most, trained = self.max_rank, None if self.training is None else self.training.max_rank
+            if most is not None and trained is not None:
+                check.need(trained <= most, "training.max_rank", f"at most max_rank = {most}", trained)
+            check.call("", lambda: self.tuning.check_fits(self.slots, self.prefill_lanes), section="tuning.")
 
     @property
     def database_url(self) -> str:

@@ -6,14 +6,15 @@ feature (a held-out file) is None by default.
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from jaxlora.config.base import ONE_DEVICE, MeshSection, ModelSection, completed, need, need_counts, need_distinct
+from jaxlora.config.base import ONE_DEVICE, Checks, MeshSection, ModelSection, completed
 from jaxlora.config.toml import TomlPath, TomlPathByDefault, load
 from jaxlora.core.errors import ConfigInvalid
 from jaxlora.core.lora import LAYER_TARGETS, LoraSpec, check_name
@@ -91,9 +92,10 @@ class Optimizer:
             "loraplus_ratio": (tiny <= self.loraplus_ratio <= top, "positive and finite"),
             "clip": (self.clip is None or tiny <= self.clip <= top, "positive or absent"),
         }
-        for name, (fine, wanted) in checks.items():
-            if not fine:
-                raise ConfigInvalid(f"{name} must be {wanted}, got {getattr(self, name)}", param=name)
+        with Checks() as check:
+            for name, (fine, wanted) in checks.items():
+                if not fine:
+                    check.refuse(name, f"{name} must be {wanted}, got {getattr(self, name)}")
 
     def lr_at(self, step: int) -> float:
         """Returns the learning rate of optimizer step `step`, counted from 0."""
@@ -145,19 +147,20 @@ class Loss:
     def __post_init__(self) -> None:
         if self.name not in LOSSES:
             raise ConfigInvalid(f"loss must be one of {', '.join(LOSSES)}; got {self.name!r}", param="loss")
-        for knob in ("beta", "clip_low", "clip_high"):
-            if getattr(self, knob) is not None and knob not in LOSSES[self.name]:
-                takes = " and ".join(LOSSES[self.name]) or "no numbers"
-                raise ConfigInvalid(f"loss {self.name} has no {knob}; it takes {takes}", param=knob)
-        row = self.row()
-        if "beta" in LOSSES[self.name] and not FLOAT32.tiny <= row["beta"] <= FLOAT32.max:
-            raise ConfigInvalid(f"beta must be positive and finite, got {row['beta']}", param="beta")
-        if not 0 <= row["clip_low"] <= row["clip_high"] <= FLOAT32.max:
-            raise ConfigInvalid(
-                f"clip_low and clip_high must be finite and 0 <= clip_low <= clip_high, got {row['clip_low']} and "
-                f"{row['clip_high']}",
-                param="clip_low",
-            )
+        with Checks() as check:
+            for knob in ("beta", "clip_low", "clip_high"):
+                if getattr(self, knob) is not None and knob not in LOSSES[self.name]:
+                    takes = " and ".join(LOSSES[self.name]) or "no numbers"
+                    check.refuse(knob, f"loss {self.name} has no {knob}; it takes {takes}")
+            row = self.row()
+            if "beta" in LOSSES[self.name] and not FLOAT32.tiny <= row["beta"] <= FLOAT32.max:
+                check.refuse("beta", f"beta must be positive and finite, got {row['beta']}")
+            if "clip_low" in LOSSES[self.name] and not 0 <= row["clip_low"] <= row["clip_high"] <= FLOAT32.max:
+                check.refuse(
+                    "clip_low",
+                    f"clip_low and clip_high must be finite and 0 <= clip_low <= clip_high, got {row['clip_low']} and "
+                    f"{row['clip_high']}",
+                )
 
     def row(self) -> dict[str, float]:
         """Returns its numbers with defaults filled in; 0 for those it does not take."""
@@ -216,13 +219,16 @@ class Recipe:
     seed: int = 0  # seed of the adapter's initial weights and of the order of its examples
 
     def __post_init__(self) -> None:
-        _ = self.spec  # LoraSpec checks rank, alpha and targets
-        _ = self.objective  # Loss checks its numbers
-        need_counts(self, "batch")
-        need(self.steps is None or self.steps >= 1, "steps", "at least 1, or left out", self.steps)
-        # checks its numbers; without steps the warm-up is checked where they are known
-        self.optimizer(default_steps=max(self.warmup_steps or 0, 1), default_lr=OPTIMIZER.lr)
-        need(0 <= self.seed < 2**32, "seed", "in [0, 2^32)", self.seed)
+        with Checks() as check:
+            for name in ("rank", "alpha", "targets", "dropout"):
+                check.call(name, functools.partial(replace, LoraSpec(rank=1, alpha=1.0), **{name: getattr(self, name)}))
+            check.call("loss", lambda: self.objective)
+            check.counts(self, "batch")
+            check.need(self.steps is None or self.steps >= 1, "steps", "at least 1, or left out", self.steps)
+            # without steps the warm-up is checked where they are known
+            steps = max(self.warmup_steps or 0, 1) if self.steps is None or self.steps < 1 else self.steps
+            check.call("lr", lambda: self._optimizer(steps, OPTIMIZER.lr))
+            check.need(0 <= self.seed < 2**32, "seed", "in [0, 2^32)", self.seed)
 
     @property
     def spec(self) -> LoraSpec:
@@ -238,7 +244,9 @@ class Recipe:
 
     def optimizer(self, *, default_steps: int, default_lr: float) -> Optimizer:
         """Returns its optimizer settings, with these defaults.  Raises ConfigInvalid for an impossible value."""
-        steps = default_steps if self.steps is None else self.steps
+        return self._optimizer(default_steps if self.steps is None else self.steps, default_lr)
+
+    def _optimizer(self, steps: int, default_lr: float) -> Optimizer:
         return Optimizer(
             lr=default_lr if self.lr is None else self.lr,
             schedule=self.schedule,
@@ -262,8 +270,9 @@ class TenantSection(Recipe):
     heldout: TomlPath | None = None  # JSONL; None: no held-out loss is reported
 
     def __post_init__(self) -> None:
-        check_name(self.name, "name")
-        Recipe.__post_init__(self)
+        with Checks() as check:
+            check.call("name", lambda: check_name(self.name, "name"))
+            check.call("", lambda: Recipe.__post_init__(self))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -274,7 +283,8 @@ class BucketSection:
     slots: int
 
     def __post_init__(self) -> None:
-        need_counts(self, "rank", "slots")
+        with Checks() as check:
+            check.counts(self, "rank", "slots")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -301,44 +311,46 @@ class TrainConfig:
     tenant: tuple[TenantSection, ...]
 
     def __post_init__(self) -> None:
-        need_counts(self, "lanes", "lane_tokens", "slots", "max_rank", "steps", "save_every")
-        need(
-            self.memory_gb is None or 0 < self.memory_gb < math.inf, "memory_gb", "positive, or absent", self.memory_gb
-        )
-        need(0 < self.memory_share <= 1, "memory_share", "in (0, 1]", self.memory_share)
-        if self.lane_tokens is not None:
-            check_lane_tokens(self.lane_tokens)
-        need(bool(self.tenant), "tenant", "at least one [[tenant]] table", self.tenant)
-        need_distinct([t.name for t in self.tenant], "tenant names")
-        ranks = [b.rank for b in self.bucket]
-        most = math.inf if self.max_rank is None else self.max_rank
-        if any(rank >= most for rank in ranks) or len(set(ranks)) < len(ranks):
-            raise ValueError(
-                f"the rank of each [[bucket]] must be its own and less than max_rank = {self.max_rank}, got {ranks}"
-            )
-        for t in self.tenant:
-            if t.rank > most:
-                raise ValueError(
-                    f"tenant {t.name} has rank {t.rank}, more than max_rank = {self.max_rank}; raise max_rank or lower it"
-                )
-            if self.steps is not None:
-                try:
-                    t.optimizer(default_steps=self.steps, default_lr=OPTIMIZER.lr)
-                except ConfigInvalid as e:
-                    raise ValueError(f"tenant {t.name}: {e.message}") from e
-        self.check_seats()
+        with Checks() as check:
+            check.counts(self, "lanes", "lane_tokens", "slots", "max_rank", "steps", "save_every")
+            check.positive(self, "memory_gb")
+            check.need(0 < self.memory_share <= 1, "memory_share", "in (0, 1]", self.memory_share)
+            if self.lane_tokens is not None and self.lane_tokens >= 1:
+                lane_tokens = self.lane_tokens
+                check.call("lane_tokens", lambda: check_lane_tokens(lane_tokens))
+            check.need(bool(self.tenant), "tenant", "at least one [[tenant]] table", self.tenant)
+            check.distinct([t.name for t in self.tenant], "tenant names", "tenant[{}].name")
+            self.check_ranks(check)
+            self.check_warmups(check)
 
-    def check_seats(self) -> None:
-        """Raises ValueError for more tenants than slots, of those whose number is known."""
-        below, last = 0, (math.inf if self.max_rank is None else self.max_rank, self.slots)
-        for rank, slots in [*sorted((b.rank, b.slots) for b in self.bucket), last]:
+    def check_ranks(self, check: Checks) -> None:
+        """Notes buckets and tenants that do not go with max_rank, and more tenants than slots whose number is known."""
+        ranks, most = [b.rank for b in self.bucket], math.inf if self.max_rank is None else self.max_rank
+        for i, rank in enumerate(ranks):
+            if rank >= most or rank in ranks[:i]:
+                wanted = f"must be its own and less than max_rank = {self.max_rank}, got {ranks}"
+                check.refuse(f"bucket[{i}].rank", f"the rank of each [[bucket]] {wanted}")
+        for i, t in enumerate(self.tenant):
+            if t.rank > most:
+                wanted = f"more than max_rank = {self.max_rank}; raise max_rank or lower it"
+                check.refuse(f"tenant[{i}].rank", f"tenant {t.name} has rank {t.rank}, {wanted}")
+        below = 0
+        for rank, slots in [*sorted((b.rank, b.slots) for b in self.bucket), (most, self.slots)]:
             sitting = [t.name for t in self.tenant if below < t.rank <= rank]
             if slots is not None and len(sitting) > slots:
                 where = f"of rank {below + 1} to {rank}" if self.bucket else "in the file"
-                raise ValueError(
-                    f"{len(sitting)} tenants {where} need as many slots, but there are {slots}; raise `slots`"
-                )
+                wanted = f"need as many slots, but there are {slots}; raise `slots`"
+                check.refuse("slots", f"{len(sitting)} tenants {where} {wanted}")
             below = rank
+
+    def check_warmups(self, check: Checks) -> None:
+        """Notes tenants whose warm-up is longer than the steps of the file."""
+        for i, t in enumerate(self.tenant):
+            if self.steps is not None and self.steps >= 1 and t.steps is None:
+                try:
+                    t.optimizer(default_steps=self.steps, default_lr=OPTIMIZER.lr)
+                except ConfigInvalid as e:
+                    check.refuse(f"tenant[{i}].warmup_steps", f"tenant {t.name}: {e.message}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

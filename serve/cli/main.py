@@ -1,6 +1,6 @@
 """`jaxlora COMMAND`.  A command imports what it runs when it runs, so that help is instant.
 
-Exit codes: 0 done; 2 an error the user can act on, one line on stderr; 130 interrupted.
+Exit codes: 0 done; 2 an error the user can act on, told on stderr; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -29,15 +29,14 @@ Example:  jaxlora serve --model smollm2 --port 8000"""
 
 
 class Commands(TyperGroup):
-    """The commands; our errors end in one line on stderr and exit code 2, Ctrl-C in exit code 130."""
+    """The commands; our errors are told on stderr, without a traceback, with exit code 2, Ctrl-C in exit code 130."""
 
     def invoke(self, ctx: typer.Context) -> object:  # ty: ignore[incompatible-method-override]  the base has no public name
         """Runs the command that is named."""
         try:
             return super().invoke(ctx)
         except JaxLoraError as e:
-            line = " ".join(e.message.split())
-            typer.echo(f"jaxlora: {line}", err=True)
+            typer.echo(f"jaxlora: {e.message.strip()}", err=True)
             raise typer.Exit(ERROR_EXIT) from e
         except KeyboardInterrupt as e:
             typer.echo("jaxlora: interrupted", err=True)
@@ -114,6 +113,10 @@ def serve(
     slots: Annotated[int | None, typer.Option(help="Adapters on the device at once.", show_default=False)] = None,
     max_rank: Annotated[int | None, typer.Option(help="Largest rank a slot holds.", show_default=False)] = None,
     rows: Annotated[int | None, typer.Option(help="Sequences decoded in one step.", show_default=False)] = None,
+    memory_gb: Annotated[
+        float | None,
+        typer.Option(help="Most memory to take; sizes that are not given are chosen from it.", show_default=False),
+    ] = None,
     adapters: Annotated[
         Path | None,
         typer.Option(help="Root of the adapter store (without CONFIG.toml: ./adapters)", show_default=False),
@@ -135,11 +138,12 @@ def serve(
 ) -> None:
     """Serve a base and its adapters over HTTP.
 
-    Give CONFIG.toml, or --model for the defaults of jaxlora.config.serving.serve_defaults.  An option beside CONFIG.toml
-    replaces the file's value.
+    Give CONFIG.toml (`jaxlora init serve` writes one), or --model alone: every setting has a default.  An option beside
+    CONFIG.toml replaces the file's value.
     """
-    from jaxlora.config.serving import ServeConfig, serve_defaults
-    from jaxlora.config.training import load
+    from jaxlora.config.base import ModelSection
+    from jaxlora.config.serving import ServeConfig
+    from jaxlora.config.toml import load
 
     if supervise:
         raise ConfigInvalid(
@@ -149,11 +153,13 @@ def serve(
     if config is not None:
         settings = load(config, ServeConfig)
     elif model is not None:
-        settings = serve_defaults(model, Path("adapters") if adapters is None else adapters)
+        settings = ServeConfig(model=ModelSection(path=model))
+        if adapters is not None:
+            settings = replace(settings, data=adapters.with_name("data"))
     else:
         raise ConfigInvalid("serve needs to know the base; give CONFIG.toml or --model, e.g. --model smollm2")
     flags = {"host": host, "port": port, "slots": slots, "max_rank": max_rank, "rows": rows, "adapters": adapters}
-    flags |= {"log": log}
+    flags |= {"log": log, "memory_gb": memory_gb}
     try:
         if model is not None:
             settings = replace(settings, model=replace(settings.model, path=model))
@@ -193,9 +199,12 @@ def top(
 @app.command(epilog="Example:  jaxlora train configs/train_two_tenants.toml")
 def train(config: Annotated[Path, typer.Argument(metavar="CONFIG.toml", show_default=False)]) -> None:
     """Train the tenants of a TOML file together; their adapters land in its `out` folder."""
-    from train.run.command import main
+    from jaxlora.config.training import TrainConfig, load
 
-    main(config)
+    settings = load(config, TrainConfig)
+    from train.run.command import main  # imports JAX, which a wrong file does not wait for
+
+    main(settings)
 
 
 app.command(epilog=EXPORT_EXAMPLES)(export)

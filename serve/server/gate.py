@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jaxlora.config.base import need
+from jaxlora.config.base import Checks
 from jaxlora.config.serving import HttpSection, LimitsSection
 from jaxlora.core.errors import InvalidRequest, JaxLoraError
 from serve.access.caller import Caller, anyone, is_loopback
@@ -69,9 +69,10 @@ class AppConfig:
     open_paths: Collection[str] = OPEN_PATHS  # that need no key
 
     def __post_init__(self) -> None:
-        need(self.default_max_tokens >= 1, "default_max_tokens", "at least 1", self.default_max_tokens)
-        for name in ("ping_s", "max_body_bytes", "body_timeout_s", "max_request_s"):
-            need(getattr(self, name) > 0, name, "positive", getattr(self, name))
+        with Checks() as check:
+            check.counts(self, "default_max_tokens")
+            check.positive(self, "ping_s", "max_body_bytes", "body_timeout_s")
+            check.need(self.max_request_s > 0, "max_request_s", "positive", self.max_request_s)
 
     def limit_bytes(self, path: str) -> int:
         """Bytes that the body of a request for this path may have."""

@@ -30,7 +30,7 @@ from rich.live import Live
 from rich.table import Table
 
 from jaxlora.checkpoints.load import Opened, open_base
-from jaxlora.config.training import PASSES, SizedTrainConfig, TenantSection, TrainConfig, default_lr, filled, load
+from jaxlora.config.training import PASSES, SizedTrainConfig, TenantSection, TrainConfig, default_lr, filled
 from jaxlora.core.atomic_files import replace_file
 from jaxlora.core.errors import ConfigInvalid, InvalidRequest, StateInvalid
 from jaxlora.core.lora import HEAD_TARGET, LAYER_TARGETS
@@ -94,7 +94,7 @@ IDENTITY = {
 }
 
 
-def main(config_path: Path) -> None:
+def main(settings: TrainConfig) -> None:
     """Trains all tenants of the file to their last step and writes `out`.  Ctrl-C saves all states first.
 
     Raises a JaxLoraError, nearly always before anything is written: ConfigInvalid, DataInvalid, ModelInvalid,
@@ -102,7 +102,7 @@ def main(config_path: Path) -> None:
     an `out` that cannot be written or read.
     """
     compile_cache.enable(None)
-    config = filled(load(config_path, TrainConfig))
+    config = filled(settings)
     config = replace(config, out=readable(config.out))
     multihost.join(config.mesh.processes)
     console = Console(quiet=not multihost.is_lead())

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from fastapi import Request
 
-from jaxlora.config.base import need
+from jaxlora.config.base import Checks
 from jaxlora.core.errors import ContextLengthExceeded, InvalidRequest
 from jaxlora.core.lora import AdapterRef
 from serve.access.caller import caller_of
@@ -219,5 +219,6 @@ class GradientConfig:
     max_tokens: int = 128  # of an answer
 
     def __post_init__(self) -> None:
-        need(0 < self.default_lr < 1, "default_lr", "between 0 and 1", self.default_lr)
-        need(self.longest >= 2, "longest", "at least 2", self.longest)
+        with Checks() as check:
+            check.need(0 < self.default_lr < 1, "default_lr", "between 0 and 1", self.default_lr)
+            check.need(self.longest >= 2, "longest", "at least 2", self.longest)
