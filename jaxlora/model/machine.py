@@ -35,7 +35,9 @@ def machine_of(mesh: MeshSection, memory_gb: float | None) -> Machine:
     if memory_gb is not None:
         device = MemoryLimit(nbytes=round(memory_gb * GB), origin="memory_gb", own=True)
     elif not device.nbytes:
-        raise ConfigInvalid(f"{first.device_kind} does not say how much memory it has; set memory_gb", param="memory_gb")
+        raise ConfigInvalid(
+            f"{first.device_kind} does not say how much memory it has; set memory_gb", param="memory_gb"
+        )
     return Machine(
         platform=first.platform,
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 
 from jaxlora.config.base import completed
 from jaxlora.config.serving import READ_MEMORY_BYTES, ServeConfig, SizedConfig, SizedTraining
+from jaxlora.config.training import SizedTrainConfig, TrainConfig, filled
 from jaxlora.core.errors import ConfigInvalid
 from jaxlora.core.host_memory import MemoryLimit
 from jaxlora.core.lora import ALL_TARGETS, HEAD_TARGET
@@ -27,12 +28,12 @@ GB = 1e9
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
 
 # ---- what was measured: Python, JAX and XLA with all programs compiled, without a base's arrays -------------------
-PROCESS_BYTES = 600 * 10**6
+PROCESS_BYTES = 700 * 10**6
 READER_BYTES = 130 * 10**6  # a process that reads training files, before it reads one
 READERS = 2
 
 # Copies of logits in float32: of a row that is sampled, and of a tile of scored prompt tokens or of a lane's loss.
-LOGIT_COPIES, SCORED_COPIES, HEAD_COPIES = 6, 4, 4
+LOGIT_COPIES, SCORED_COPIES, HEAD_COPIES = 6, 4, 2
 SCORED_BYTES = 2**26  # a tile at most, as in serve/engine/step.py
 HEAD_TARGETS = 32  # targets of a tile of the loss
 LANE_ROWS = 3  # a training lane's own rows: as they are, their gradients, and in work
@@ -73,7 +74,9 @@ class Sizes:
     row_tokens: int  # KV tokens of each row at least
 
 
-def _sizes(rows: int, prefill: tuple[int, int], slots: tuple[int, int], training: tuple[int, int, int], kv: int) -> Sizes:
+def _sizes(
+    rows: int, prefill: tuple[int, int], slots: tuple[int, int], training: tuple[int, int, int], kv: int
+) -> Sizes:
     return Sizes(
         rows=rows,
         prefill_lanes=prefill[0],
@@ -167,7 +170,7 @@ def serving_needs(config: SizedConfig, base: BaseShape, machine: Machine) -> Nee
 def host_needs(config: SizedConfig) -> Needs:
     """Returns what a server takes of the host besides what a CPU computes with."""
     caches = config.host_adapters_gb + config.host_kv_gb + config.host_states_gb
-    readers = READERS * (READER_BYTES + (config.limits.read_memory_bytes or 0))
+    readers = READERS * READER_BYTES + (config.limits.read_memory_bytes or 0)  # two large files at once are rare
     return {"caches": round(caches * GB), "readers": readers, "process": PROCESS_BYTES}
 
 
@@ -274,11 +277,21 @@ def plan_server(config: ServeConfig, base: BaseShape, machine: Machine) -> Plan[
     sized = least(config)
     if sized is None:
         smallest = with_sizes(config, ladder[-1], base, machine, usable)
-        needs = serving_needs(smallest, base, machine)
-        raise _too_large(config, needs, base, machine, usable, lambda config: least(config) is not None)
+        raise _too_large(
+            serving_needs(smallest, base, machine),
+            base,
+            machine.device,
+            config.memory_share,
+            list(_given_to_serve(config)),
+            lambda config: least(config) is not None,
+            _without_sizes(config),
+        )
     sized = with_the_rest(config, sized, base, machine, usable)
     return Plan(
-        config=sized, needs=serving_needs(sized, base, machine), limit=machine.device, sizes=_sizes_in_words(sized, base)
+        config=sized,
+        needs=serving_needs(sized, base, machine),
+        limit=machine.device,
+        sizes=_sizes_in_words(sized, base),
     )
 
 
@@ -334,7 +347,9 @@ def with_the_rest(
     own = machine.device.own if machine.host is None else machine.host.own
     more: dict[str, float] = {}
     for name, share, most_gb in (
-        ("host_adapters_gb", 0.1, 2.0), ("host_kv_gb", 0.04, 0.5), ("host_states_gb", 0.04, 2.0)
+        ("host_adapters_gb", 0.1, 2.0),
+        ("host_kv_gb", 0.04, 0.5),
+        ("host_states_gb", 0.04, 2.0),
     ):
         if getattr(config, name) is None:
             most = math.inf if own else max(most_gb - getattr(sized, name), 0)
@@ -377,52 +392,54 @@ SERVING_KEYS = ("kv_pages", "rows", "slots", "max_rank", "prefill_lanes", "prefi
 TRAINING_KEYS = ("slots", "lanes", "lane_tokens", "max_rank")
 CACHE_KEYS = ("host_adapters_gb", "host_kv_gb", "host_states_gb")
 
+type Given[Config] = tuple[str, float, Callable[[float], Config]]  # key, value, the settings with another value
 
-def _too_large(
-    config: ServeConfig,
+
+def _too_large[Config](
     needs: Needs,
     base: BaseShape,
-    machine: Machine,
-    usable: int,
-    fits: Callable[[ServeConfig], bool],
+    limit: MemoryLimit,
+    share: float,
+    given: Sequence[Given[Config]],
+    fits: Callable[[Config], bool],
+    free: Config,
 ) -> ConfigInvalid:
-    """Returns the error that names one setting to lower, the one that has to give way least."""
+    """Returns the error that names one setting to lower, the one that has to give way least.
+
+    needs: of the least sizes beside those given.  free: the settings without any size.
+    """
     best: tuple[float, str, float] | None = None
-    for key, value, with_value in _given(config):
-        found = _largest(value, lambda v, with_value=with_value: _fits(with_value, v, fits))
+    for key, value, with_value in given:
+        found = _largest(value, lambda v, with_value=with_value: _possible(fits, with_value, v))
         if found is not None and (best is None or found / value > best[0]):
             best = (found / value, key, found)
-    limit = machine.device
     total = sum(needs.values())
-    parts = " + ".join(f"{name} {nbytes / GB:.2f}" for name, nbytes in _by_size(needs))
+    parts = " + ".join(f"{name} {nbytes / GB:.2f}" for name, nbytes in _by_size(needs) if nbytes)
     told = (
-        f"this does not fit: at least {parts} = {total / GB:.2f} GB, and {usable / GB:.2f} GB may be planned with "
-        f"(memory_share {config.memory_share:g} of {limit.nbytes / GB:.2f} GB, {limit.origin})"
+        f"{base.name} in {base.dtype} does not fit: {parts} = {total / GB:.2f} GB at least, and "
+        f"{usable_bytes(limit, share) / GB:.2f} GB may be planned with (memory_share {share:g} of "
+        f"{limit.nbytes / GB:.2f} GB, {limit.origin})"
     )
     if best is not None:
-        _, key, found = best
-        return ConfigInvalid(f"{told}; lower {key} to at most {found:g}", param=key)
-    given = [key for key, *_ in _given(config)]
-    if given and fits(_free(config)):
-        return ConfigInvalid(f"{told}; leave out {', '.join(given)}, and what fits is chosen", param=given[0])
-    wanted = math.ceil(total / config.memory_share / GB * 100) / 100
-    smaller = ' or choose [model] dtype = "bfloat16",' if base.dtype == "float32" else " or"
-    return ConfigInvalid(f"{told}; set memory_gb to {wanted:g} or more where there is so much,{smaller} choose a smaller base", param="memory_gb")
+        return ConfigInvalid(f"{told}; lower {best[1]} to at most {best[2]:g}", param=best[1])
+    if given and fits(free):
+        keys = [key for key, *_ in given]
+        return ConfigInvalid(f"{told}; leave out {', '.join(keys)}, and what fits is chosen", param=keys[0])
+    wanted = math.ceil(total / share / GB * 100) / 100
+    other = '[model] dtype = "bfloat16" or ' if base.dtype == "float32" else ""
+    return ConfigInvalid(
+        f"{told}; give it {wanted:g} GB (memory_gb), or choose {other}a smaller base", param="memory_gb"
+    )
 
 
-type _Given = tuple[str, float, Callable[[float], ServeConfig]]
-
-
-def _given(config: ServeConfig) -> Iterator[_Given]:
-    """Yields (key, value, the settings with another value) of the sizes that are given."""
+def _given_to_serve(config: ServeConfig) -> Iterator[Given[ServeConfig]]:
     for key in (*SERVING_KEYS, *CACHE_KEYS):
-        value = getattr(config, key)
-        if value:
+        if value := getattr(config, key):
             yield key, value, lambda v, key=key: replace(config, **{key: v})
-    training = config.training
-    for key in TRAINING_KEYS if training is not None else ():
-        value = getattr(training, key)
-        if value:
+    if (training := config.training) is None:
+        return
+    for key in TRAINING_KEYS:
+        if value := getattr(training, key):
             yield (
                 f"training.{key}",
                 value,
@@ -430,8 +447,7 @@ def _given(config: ServeConfig) -> Iterator[_Given]:
             )
 
 
-def _free(config: ServeConfig) -> ServeConfig:
-    """Returns the settings without any size."""
+def _without_sizes(config: ServeConfig) -> ServeConfig:
     training = config.training
     if training is not None:
         training = replace(training, **dict.fromkeys(TRAINING_KEYS))
@@ -444,12 +460,77 @@ def _largest(value: float, fits: Callable[[float], bool]) -> float | None:
     low, high = 0, math.ceil(value * scale)  # low fits, or is nothing; high does not
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle / scale if scale > 1 else middle) else (low, middle)
-    return None if low == 0 else low / scale if scale > 1 else low
+        low, high = (middle, high) if fits(middle if scale == 1 else middle / scale) else (low, middle)
+    return None if low == 0 else low if scale == 1 else low / scale
 
 
-def _fits(with_value: Callable[[float], ServeConfig], value: float, fits: Callable[[ServeConfig], bool]) -> bool:
+def _possible[Config](fits: Callable[[Config], bool], with_value: Callable[[float], Config], value: float) -> bool:
     try:
         return fits(with_value(value))
-    except ValueError:  # no setting of its own, such as max_rank below that of training
+    except ValueError:  # such as max_rank below that of training
         return False
+
+
+# ---- a training run ---------------------------------------------------------------------------------------------------
+
+LANES = {"cpu": (), "accelerator": ((8, 1024), (8, 512))}  # lanes and their tokens, before those of every machine
+SMALL_LANES = ((4, 256), (2, 256), (1, 256), (1, 128), (1, 64), (1, 32))
+MOMENT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "uint8": 1.04}  # of one number; blocks of uint8 have a scale each
+
+
+def training_needs(config: SizedTrainConfig, targets: Sequence[str], base: BaseShape, machine: Machine) -> Needs:
+    """Returns what a training run of these sizes takes, whose step is one program."""
+    slots = sum(
+        n * slot_bytes(base, machine, rank, targets, MOMENT_BYTES[config.moments]) for rank, n in config.buckets
+    )
+    lanes = -(-config.lanes // machine.rows)
+    rows = config.max_rank * base.rank_bytes(machine, targets)
+    vocab = _part((base.config.vocab,), ("vocab",), machine)
+    head = HEAD_COPIES * 4 * min(HEAD_TARGETS, config.lane_tokens) * vocab
+    lane = config.lane_tokens * kept_bytes(base, machine, config.remat) + 2 * rows + head
+    work = lanes * config.lane_tokens * token_work(base, machine)
+    needs = {"weights": base.weights_bytes(machine), "slots": slots, "lanes": lanes * lane + work}
+    return needs | ({"process": PROCESS_BYTES} if machine.host is None else {})
+
+
+def plan_training(
+    config: TrainConfig, targets: Sequence[str], base: BaseShape, machine: Machine
+) -> Plan[SizedTrainConfig]:
+    """Returns the plan of a training run.  targets: those that a slot holds.  Raises ConfigInvalid as `plan_server` does."""
+    usable = usable_bytes(machine.device, config.memory_share)
+    ladder = (*LANES["cpu" if machine.platform == "cpu" else "accelerator"], *SMALL_LANES)
+
+    def sized(config: TrainConfig, lanes: int, lane_tokens: int) -> SizedTrainConfig:
+        whole = -(-lanes // machine.rows) * machine.rows
+        return filled(
+            replace(
+                config,
+                lanes=whole if config.lanes is None else config.lanes,
+                lane_tokens=lane_tokens if config.lane_tokens is None else config.lane_tokens,
+            )
+        )
+
+    def least(config: TrainConfig) -> SizedTrainConfig | None:
+        for step in ladder:
+            found = sized(config, *step)
+            if sum(training_needs(found, targets, base, machine).values()) <= usable:
+                return found
+        return None
+
+    found = least(config)
+    if found is None:
+        needs = training_needs(sized(config, *ladder[-1]), targets, base, machine)
+        given = [
+            (key, value, lambda v, key=key: replace(config, **{key: v}))
+            for key in TRAINING_KEYS
+            if (value := getattr(config, key))
+        ]
+        free = replace(config, lanes=None, lane_tokens=None)
+        raise _too_large(
+            needs, base, machine.device, config.memory_share, given, lambda config: least(config) is not None, free
+        )
+    sizes = (
+        f"{found.slots} slots of rank {found.max_rank} (slots, max_rank); {found.lanes} lanes x {found.lane_tokens} "
+        "tokens (lanes, lane_tokens)"
+    )
+    return Plan(config=found, needs=training_needs(found, targets, base, machine), limit=machine.device, sizes=sizes)

@@ -159,7 +159,7 @@ def serve(
     else:
         raise ConfigInvalid("serve needs to know the base; give CONFIG.toml or --model, e.g. --model smollm2")
     flags = {"host": host, "port": port, "slots": slots, "max_rank": max_rank, "rows": rows, "adapters": adapters}
-    flags |= {"log": log, "memory_gb": memory_gb}
+    flags = flags | {"log": log, "memory_gb": memory_gb}
     try:
         if model is not None:
             settings = replace(settings, model=replace(settings.model, path=model))

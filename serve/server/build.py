@@ -305,8 +305,8 @@ def main(config: ServeConfig, file: Path | None, *, adopt: bool = False, new_bas
         _serve(sized, file, instance, opened)
 
 
-def planned(config: ServeConfig) -> tuple[Found, SizedConfig]:
-    """Finds the base, chooses the sizes that the settings leave out, and prints the plan; loads nothing.
+def planned(config: ServeConfig, say: Callable[[str], None] = print) -> tuple[Found, SizedConfig]:
+    """Finds the base, chooses the sizes that the settings leave out, and says the plan; loads nothing.
 
     Raises ModelInvalid, and ConfigInvalid for what does not fit.
     """
@@ -315,7 +315,7 @@ def planned(config: ServeConfig) -> tuple[Found, SizedConfig]:
         find_base(config.model), config.model, config.kv_dtype, lambda base: plan_server(config, base, machine)
     )
     for line in plan.lines():
-        print(line, flush=True)
+        say(line)
     return found, plan.config
 
 
