@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 from jaxlora.config.base import completed
 from jaxlora.config.serving import READ_MEMORY_BYTES, ServeConfig, SizedConfig, SizedTraining
-from jaxlora.config.training import SizedTrainConfig, TrainConfig, filled
+from jaxlora.config.training import LANE_BLOCK, SizedTrainConfig, TrainConfig, filled
 from jaxlora.core.errors import ConfigInvalid
 from jaxlora.core.host_memory import MemoryLimit
 from jaxlora.core.lora import ALL_TARGETS, HEAD_TARGET
@@ -410,7 +410,8 @@ def _too_large[Config](
     """
     best: tuple[float, str, float] | None = None
     for key, value, with_value in given:
-        found = _largest(value, lambda v, with_value=with_value: _possible(fits, with_value, v))
+        unit = LANE_BLOCK if key.endswith("lane_tokens") else 0.01 if isinstance(value, float) else 1
+        found = _largest(value, unit, lambda v, with_value=with_value: _possible(fits, with_value, v))
         if found is not None and (best is None or found / value > best[0]):
             best = (found / value, key, found)
     total = sum(needs.values())
@@ -454,14 +455,17 @@ def _without_sizes(config: ServeConfig) -> ServeConfig:
     return replace(config, **dict.fromkeys((*SERVING_KEYS, *CACHE_KEYS)), training=training)
 
 
-def _largest(value: float, fits: Callable[[float], bool]) -> float | None:
-    """Returns the largest value below this one that fits: a count, or hundredths of a GB; None: not even the least."""
-    scale = 1 if isinstance(value, int) else 100
-    low, high = 0, math.ceil(value * scale)  # low fits, or is nothing; high does not
+def _largest(value: float, unit: float, fits: Callable[[float], bool]) -> float | None:
+    """Returns the largest multiple of `unit` below the value that fits; None: not even the least."""
+
+    def at(count: int) -> float:
+        return round(count * unit, 2) if isinstance(unit, float) else count * unit
+
+    low, high = 0, math.ceil(value / unit)  # low fits, or is nothing; high does not
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle if scale == 1 else middle / scale) else (low, middle)
-    return None if low == 0 else low if scale == 1 else low / scale
+        low, high = (middle, high) if fits(at(middle)) else (low, middle)
+    return at(low) if low else None
 
 
 def _possible[Config](fits: Callable[[Config], bool], with_value: Callable[[float], Config], value: float) -> bool:
