@@ -16,25 +16,25 @@ import math
 import tempfile
 import time
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
-from jaxlora.checkpoints.load import Opened, open_base
+from jaxlora.checkpoints.load import Opened, load_found
 from jaxlora.config.base import DEMO_MODEL, ONE_DEVICE, Dtype, MeshSection, ModelSection
-from jaxlora.config.serving import serve_defaults
+from jaxlora.config.serving import ServeConfig, TrainingSection
 from jaxlora.config.training import PASSES, LossName, Recipe, Schedule, default_lr
 from jaxlora.config.words import in_our_words
 from jaxlora.core.errors import InvalidRequest, JaxLoraError, NotFound
 from jaxlora.core.lora import LAYER_TARGETS, AdapterRef, check_name
 from jaxlora.model import compile_cache
 from jaxlora.model.lora_pool import PoolSpec
+from jaxlora.model.machine import memory_errors
 from jaxlora.peft.folder import export_peft
 from serve.access.caller import LOCAL_TENANT
 from serve.engine.request import Request, SamplingParams
 from serve.runtime.device_thread import DeviceThread
 from serve.runtime.live_training import LiveTraining, small_trainer, warm_up
-from serve.server.build import make_runner, open_store, stop
+from serve.server.build import make_runner, open_store, planned, stop
 from train.data.examples import Unit
 from train.data.jsonl import load_jsonl, read_examples
 from train.trainer import Evaluation, StepReport, Tenant, Trainer
@@ -81,13 +81,15 @@ class Session:
         lane_tokens: int = 256,
         publish_every: int = 10,
         store: str | Path | None = None,
+        memory_gb: float | None = None,
     ) -> Session:
         """Loads a base and compiles all that training and serving need: "smollm2", a directory, a .gguf file or a hub id.
 
         slots, max_rank, targets: of the adapters that train at once.  lanes, lane_tokens: rows of a training step and
         their tokens, whose cost does not depend on how many tenants there are.  publish_every: steps of a tenant between
         the versions that it makes by itself.  store: the folder that keeps the versions, for `jaxlora serve`; None: a
-        temporary one.  The server's other sizes are those of `serve_defaults`.
+        temporary one.  memory_gb: the most memory to take; None: what is available.
+        The server's other sizes are chosen from it, as those of `jaxlora serve` are.
         Raises ModelInvalid, ConfigInvalid, AdapterInvalid, InvalidRequest; StorageFailed or StateInvalid for the store.
         """
         if publish_every < 1:
@@ -98,15 +100,27 @@ class Session:
         compile_cache.enable(None)
         with contextlib.ExitStack() as end:
             folder = end.enter_context(tempfile.TemporaryDirectory(prefix="jaxlora-")) if store is None else store
-            opened = open_base(section, mesh)
-            trainer = small_trainer(opened, pool, lanes=lanes, lane_tokens=lane_tokens)
-            config = replace(serve_defaults(section.path, Path(folder)), slots=slots, max_rank=max_rank)
-            shelf = open_store(config)
-            end.callback(shelf.close)
-            runner = make_runner(opened, config, shelf)
-            end.callback(stop, runner, shelf)
-            runner.start()
-            runner.call(lambda: warm_up(trainer, runner.publisher))
+            found, config = planned(
+                ServeConfig(
+                    model=section,
+                    mesh=mesh,
+                    memory_gb=memory_gb,
+                    slots=slots,
+                    max_rank=max_rank,
+                    adapters=Path(folder),
+                    training=TrainingSection(slots=slots, max_rank=max_rank, lanes=lanes, lane_tokens=lane_tokens),
+                ),
+                say=lambda line: None,
+            )
+            with memory_errors(f"opening {found.name}", "slots, max_rank, lanes or lane_tokens"):
+                opened = load_found(found, section, mesh)
+                trainer = small_trainer(opened, pool, lanes=lanes, lane_tokens=lane_tokens)
+                shelf = open_store(config)
+                end.callback(shelf.close)
+                runner = make_runner(opened, config, shelf)
+                end.callback(stop, runner, shelf)
+                runner.start()
+                runner.call(lambda: warm_up(trainer, runner.publisher))
             return cls(opened, runner, trainer, end.pop_all(), publish_every)
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ Shape letters: L layers, D model, F MLP, N query heads, K kv heads, H head, V vo
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -17,6 +18,7 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
+from jaxlora.checkpoints.safetensors import release
 from jaxlora.core.errors import ModelInvalid
 from jaxlora.core.model_config import LINEARS, Llama3Rope, ModelConfig, check_tensors
 
@@ -74,6 +76,7 @@ class GgufFile:
         except (ValueError, LookupError, ArithmeticError, RecursionError) as error:  # what the library raises
             raise self._fail(str(error)) from error
         self.tensors = {tensor.name: tensor for tensor in reader.tensors}
+        self._map = reader.data.base
         self._check_tensors(reader)
 
     def _fail(self, what: str) -> ModelInvalid:
@@ -126,7 +129,15 @@ class GgufFile:
             values = gguf.dequantize(tensor.data, tensor.tensor_type)
         if not np.isfinite(values).all():
             raise ModelInvalid(f"tensor {name} has values that are NaN or infinite")
-        return np.require(values, requirements="W")  # float32 is returned as the file's own bytes: copy them
+        values = np.require(values, requirements="W")  # float32 is returned as the file's own bytes: copy them
+        self.let_go(name)
+        return values
+
+    def let_go(self, name: str) -> None:
+        """Gives back the memory of the pages of a tensor that has been read; another `read` reads the file again."""
+        tensor = self.tensors[name]
+        assert isinstance(self._map, mmap.mmap)
+        release(self._map, tensor.data_offset, tensor.data_offset + tensor.n_bytes)
 
 
 def shape_of(tensor: gguf.ReaderTensor) -> tuple[int, ...]:
@@ -187,7 +198,7 @@ class GgufSource:
             heads = self.config.heads if name == "q_proj" else self.config.kv_heads
             out, x = weight.shape
             weight = weight.reshape(heads, out // heads // 2, 2, x).swapaxes(1, 2).reshape(out, x)
-        return np.ascontiguousarray(weight.T) if name in LINEARS else weight
+        return weight.T if name in LINEARS else weight
 
 
 def to_gguf_rows(config: ModelConfig, target: str, rows: np.ndarray) -> np.ndarray:

@@ -128,9 +128,10 @@ class HfSource:
                 raise ModelInvalid(f"config.json ties the head to the embedding, but {HEAD} differs from {stored}")
         with np.errstate(invalid="ignore"):  # a signalling NaN is reported below
             weight = weight.astype(np.float32)
+        self._home[stored].let_go(stored)
         if not np.isfinite(weight).all():
             raise ModelInvalid(f"tensor {stored} has values that are NaN or infinite")
-        return np.ascontiguousarray(weight.T) if name in LINEARS else weight
+        return weight.T if name in LINEARS else weight
 
 
 def _tensor_files(path: Path) -> dict[str, SafetensorsMap]:

@@ -7,8 +7,8 @@ import importlib.util
 import json
 import re
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -20,8 +20,9 @@ from jaxlora.checkpoints.hf import HfSource, read_json
 from jaxlora.checkpoints.tokenizer import Tokenizer
 from jaxlora.config.base import DEMO_MODEL, MeshSection, ModelSection
 from jaxlora.core.atomic_files import sha256_of
-from jaxlora.core.errors import ModelInvalid
+from jaxlora.core.errors import ConfigInvalid, ModelInvalid
 from jaxlora.model.decoder import Base, load_base
+from jaxlora.model.memory_plan import BaseShape
 from jaxlora.model.mesh import make_mesh
 
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -150,6 +151,7 @@ def _gguf_without_template(path: Path) -> str:
     for tensor in sorted(file.tensors.values(), key=lambda tensor: tensor.data_offset):
         total.update(f"{tensor.name} {tensor.tensor_type.name} {shape_of(tensor)}\n".encode())
         total.update(tensor.data)
+        file.let_go(tensor.name)
     return total.hexdigest()
 
 
@@ -169,24 +171,63 @@ class Opened:
     tokenizer: Tokenizer
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """A base model whose files have been found and described; nothing of its weights is in memory."""
+
+    name: str  # for clients
+    path: Path
+    source: HfSource | GgufSource
+    tokenizer: Tokenizer
+    dtype: str  # float32 or bfloat16, as the settings say or else as this device is fastest in
+
+
+def find_base(model: ModelSection) -> Found:
+    """Finds a base model and reads its header and tokenizer.  Raises ModelInvalid for a checkpoint we cannot read."""
+    name, path = find_model(model.path)
+    source, tokenizer = open_model(path)
+    dtype = fastest_dtype() if model.dtype == "auto" else model.dtype
+    return Found(name=name, path=path, source=source, tokenizer=tokenizer, dtype=dtype)
+
+
+def fitted[P](found: Found, model: ModelSection, kv_dtype: str, plan: Callable[[BaseShape], P]) -> tuple[Found, P]:
+    """Returns the base and its plan; a dtype that nobody gave becomes bfloat16 where float32 does not fit.
+
+    Raises ConfigInvalid as `plan` does.
+    """
+
+    def shape(dtype: str) -> BaseShape:
+        kv = dtype if kv_dtype == "auto" else kv_dtype
+        return BaseShape(config=found.source.config, dtype=dtype, kv_dtype=kv, name=found.name)
+
+    try:
+        return found, plan(shape(found.dtype))
+    except ConfigInvalid:
+        if model.dtype != "auto" or found.dtype == "bfloat16":
+            raise
+    return replace(found, dtype="bfloat16"), plan(shape("bfloat16"))
+
+
 def open_base(model: ModelSection, mesh: MeshSection) -> Opened:
     """Loads a base model onto a mesh.
 
     Raises ModelInvalid for a checkpoint we cannot read, ConfigInvalid when the mesh does not fit devices or model.
     """
-    name, path = find_model(model.path)
+    return load_found(find_base(model), model, mesh)
+
+
+def load_found(found: Found, model: ModelSection, mesh: MeshSection) -> Opened:
+    """Loads a base model that was found onto a mesh.  Raises as `open_base` does."""
     devices = make_mesh(mesh.data, mesh.fsdp, mesh.tensor)
-    source, tokenizer = open_model(path)
-    dtype = fastest_dtype() if model.dtype == "auto" else model.dtype
-    whole, weights = base_hashes(path)
+    whole, weights = base_hashes(found.path)
     return Opened(
-        name=name,
-        path=path,
-        base=load_base(source, devices, dtype=dtype, precision=model.precision),
+        name=found.name,
+        path=found.path,
+        base=load_base(found.source, devices, dtype=found.dtype, precision=model.precision),
         base_hash=whole,
         weights_hash=weights,
         mesh=devices,
-        tokenizer=tokenizer,
+        tokenizer=found.tokenizer,
     )
 
 

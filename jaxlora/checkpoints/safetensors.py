@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -129,7 +130,8 @@ class SafetensorsMap:
             size = self.path.stat().st_size
             with self.path.open("rb") as file:
                 self.tensors = read_header(file, size, max_bytes=MAX_HEADER_BYTES)
-            self._data = np.asarray(np.memmap(self.path, dtype=np.uint8, mode="r"))
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._data = np.frombuffer(self._map, np.uint8)
         except OSError as error:
             raise ModelInvalid(f"cannot open {self.path}: {error.strerror}") from error
         except ValueError as error:
@@ -144,3 +146,16 @@ class SafetensorsMap:
         if tensor.dtype not in DTYPES:
             raise ModelInvalid(f"tensor {name} has dtype {tensor.dtype[:20]}; supported: {', '.join(DTYPES)}")
         return self._data[tensor.begin : tensor.end].view(DTYPES[tensor.dtype]).reshape(tensor.shape)
+
+    def let_go(self, name: str) -> None:
+        """Gives back the memory of the pages of a tensor that has been read; another `read` reads the file again."""
+        tensor = self.tensors[name]
+        release(self._map, tensor.begin, tensor.end)
+
+
+def release(mapped: mmap.mmap, begin: int, end: int) -> None:
+    """Drops the pages of a file's mapping that lie wholly in these bytes from this process's memory."""
+    begin = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = end // mmap.PAGESIZE * mmap.PAGESIZE
+    if begin < end and hasattr(mmap, "MADV_DONTNEED"):  # absent on Windows
+        mapped.madvise(mmap.MADV_DONTNEED, begin, end - begin)

@@ -13,6 +13,7 @@ from jaxlora.config.base import ONE_DEVICE, Checks, Dtype, MeshSection, ModelSec
 from jaxlora.config.toml import TomlPath, TomlPathByDefault
 from jaxlora.core.lora import check_name
 
+READ_MEMORY_BYTES = 2 * 2**30  # to read one training file, where nothing else is said or planned
 LogForm = Literal["human", "json"]
 KeysNeeded = Literal["auto", "required"]
 
@@ -117,7 +118,7 @@ class LimitsSection(TenantLimits):
     """Limits of each tenant, and the tenants that have other limits."""
 
     max_file_bytes: int = 512 * 2**20  # limit of one file, for every tenant
-    read_memory_bytes: int = 2 * 2**30  # to read one file, in a process of its own
+    read_memory_bytes: int | None = None  # to read one file, in a process of its own; None: a small part of the memory
     read_cpu_s: float = 3600.0  # of processor time to read one file, of which a small one gets less
     keep_days: float = 7.0  # for which checkpoints of failed jobs stay, and what the database does not know
     json_bytes_per_second: int = 4 * 2**20  # of request bodies, for every tenant; uploads are not among them
@@ -217,7 +218,7 @@ class ServeConfig:
     port: int = 8000  # 0: any free port
     memory_gb: float | None = None  # most memory of the device that the server may take; None: what is available
     memory_share: float = 0.9  # of that memory, what is planned with
-    # Left out, these nine are chosen from that memory and the base.
+    # None, of these ten: chosen from that memory and the base.
     slots: int | None = None  # adapters on the device at once
     max_rank: int | None = None  # largest rank a slot holds
     rows: int | None = None  # sequences decoded in one step
@@ -227,6 +228,7 @@ class ServeConfig:
     max_waiting_tokens: int | None = None  # limit of waiting requests' tokens, prompt and max_tokens together
     # Adapter versions in host memory: recently used, being read, on their way to the device.
     host_adapters_gb: float | None = None
+    host_states_gb: float | None = None  # host memory for states of jobs without a slot; the others wait in files
     host_kv_gb: float | None = None  # host memory for the KV of preempted requests; KV that does not fit is recomputed
     page_tokens: int = 64  # tokens in a page; large pages are nearly free on a CPU, small ones are not
     default_max_tokens: int = 256  # of a request that sets none
@@ -267,7 +269,9 @@ class ServeConfig:
             check.need(self.hang_s > 0, "hang_s", "positive", self.hang_s)
             check.need(0 < self.memory_share <= 1, "memory_share", "in (0, 1]", self.memory_share)
             check.need(self.grace_s >= 0, "grace_s", "0 or more", self.grace_s)
-            check.need(self.host_kv_gb is None or self.host_kv_gb >= 0, "host_kv_gb", "0 or more", self.host_kv_gb)
+            for name in ("host_kv_gb", "host_states_gb"):
+                value = getattr(self, name)
+                check.need(value is None or 0 <= value < math.inf, name, "0 or more, or absent", value)
             processes = self.mesh.processes
             check.need(processes == 1, "mesh.processes", "1, as only training runs in several", processes)
             check.need(self.log in get_args(LogForm), "log", "human or json", self.log)
@@ -314,7 +318,8 @@ class SizedConfig(ServeConfig):
     max_waiting_tokens: int
     host_adapters_gb: float
     host_kv_gb: float
-    training: SizedTraining | None = None
+    host_states_gb: float
+    training: SizedTraining | None
 
 
 def filled(config: ServeConfig) -> SizedConfig:
@@ -333,6 +338,7 @@ def filled(config: ServeConfig) -> SizedConfig:
         "max_waiting_tokens": 131_072,
         "host_adapters_gb": 2.0,
         "host_kv_gb": 0.5,
+        "host_states_gb": 2.0,
     }
     training = config.training
     if training is not None:

@@ -9,6 +9,7 @@ of a lane, X Y features in, out.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -27,6 +28,7 @@ from jaxlora.model.mesh import check_model, place_array, sharding
 from pallas_kernels import KEPT
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+ALIGNMENT = 64  # bytes; of the arrays that XLA's CPU client takes over
 # What the forward pass saves of a layer for the backward pass, which recomputes the rest.  From most memory to least.
 REMAT = {
     "everything": jax.checkpoint_policies.everything_saveable,
@@ -258,6 +260,8 @@ class WeightSource(Protocol):
 def load_base(source: WeightSource, mesh: Mesh, *, dtype: str, precision: str = "auto") -> Base:
     """Loads the base onto the devices of `mesh`, each array cast and placed with its own sharding.
 
+    The host holds one array at a time besides what a CPU device keeps.
+
     precision: of matrix products: default, high, highest, or auto, which is highest for float32, default for bfloat16.
     Raises ModelInvalid for a dtype other than float32 or bfloat16 or a wrong tensor, ConfigInvalid when the mesh does not divide.
     """
@@ -266,22 +270,37 @@ def load_base(source: WeightSource, mesh: Mesh, *, dtype: str, precision: str = 
     config = source.config
     check_model(mesh, config)
     arrays: dict[str, jax.Array] = {}
-    host_embed = np.empty(0)
-    for name, p in parameters(config).items():
+    read_transposed = config.tied and mesh.devices.flat[0].platform == "cpu"
+    # The largest first: reading one takes several times its bytes, and least is held by then.
+    for name, p in sorted(parameters(config).items(), key=lambda item: item[1].axes[0] == "layers"):
+        host = device_ready(p.shape, DTYPES[dtype])
         if p.axes[0] == "layers":
-            host = np.empty(p.shape, DTYPES[dtype])
             for layer in range(config.layers):
                 host[layer] = _checked(source.read(name, layer), p.shape[1:], f"{name} of layer {layer}")
         else:
-            host = _checked(source.read(name, None), p.shape, name).astype(DTYPES[dtype])
-            host_embed = host if name == "embed" else host_embed
+            host[...] = _checked(source.read(name, None), p.shape, name)
         arrays[name] = place_array(host, sharding(mesh, p.axes))
-    if config.tied and mesh.devices.flat[0].platform == "cpu":
-        # XLA's CPU backend multiplies bfloat16 by a row-major right-hand side at twice the speed of a transposed one.
-        arrays["head"] = place_array(np.ascontiguousarray(host_embed.T), sharding(mesh, ("embed", "vocab")))
+        if name == "embed" and read_transposed:
+            # XLA's CPU backend multiplies bfloat16 by a row-major right-hand side at twice the speed of a transposed one.
+            host_DV = device_ready(p.shape[::-1], DTYPES[dtype])
+            host_DV[...] = host.T
+            arrays["head"] = place_array(host_DV, sharding(mesh, ("embed", "vocab")))
+            del host_DV
+        del host
     if precision == "auto":
         precision = "highest" if dtype == "float32" else "default"
     return Base(arrays=arrays, config=config, precision=precision, mesh=mesh)
+
+
+def device_ready(shape: tuple[int, ...], dtype: jnp.dtype) -> np.ndarray:
+    """Returns an uninitialised host array that a CPU device takes over without a copy, as XLA wants it aligned.
+
+    Its owner fills it before it is placed and never writes it again.
+    """
+    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+    room = np.empty(nbytes + ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % ALIGNMENT
+    return room[start : start + nbytes].view(dtype).reshape(shape)
 
 
 def _checked(value: np.ndarray, shape: tuple[int, ...], what: str) -> np.ndarray:

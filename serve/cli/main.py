@@ -114,6 +114,10 @@ def serve(
     slots: Annotated[int | None, typer.Option(help="Adapters on the device at once.", show_default=False)] = None,
     max_rank: Annotated[int | None, typer.Option(help="Largest rank a slot holds.", show_default=False)] = None,
     rows: Annotated[int | None, typer.Option(help="Sequences decoded in one step.", show_default=False)] = None,
+    memory_gb: Annotated[
+        float | None,
+        typer.Option(help="Most memory to take; sizes that are not given are chosen from it.", show_default=False),
+    ] = None,
     adapters: Annotated[
         Path | None,
         typer.Option(help="Root of the adapter store (without CONFIG.toml: ./adapters)", show_default=False),
@@ -156,7 +160,7 @@ def serve(
     else:
         raise ConfigInvalid("serve needs to know the base; give CONFIG.toml or --model, e.g. --model smollm2")
     flags = {"host": host, "port": port, "slots": slots, "max_rank": max_rank, "rows": rows, "adapters": adapters}
-    flags |= {"log": log}
+    flags = flags | {"log": log, "memory_gb": memory_gb}
     try:
         if model is not None:
             settings = replace(settings, model=replace(settings.model, path=model))

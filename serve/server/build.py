@@ -18,14 +18,16 @@ from typing import NoReturn
 import numpy as np
 from fastapi import APIRouter
 
-from jaxlora.checkpoints.load import Opened, open_base
-from jaxlora.config.serving import AdapterSection, ServeConfig, SizedConfig, filled
+from jaxlora.checkpoints.load import Found, Opened, find_base, fitted, load_found
+from jaxlora.config.serving import READ_MEMORY_BYTES, AdapterSection, ServeConfig, SizedConfig
 from jaxlora.config.training import default_lr
 from jaxlora.core.errors import ConfigInvalid
 from jaxlora.core.lora import ALL_TARGETS, HEAD_TARGET, AdapterRef, AdapterWeights
 from jaxlora.model import compile_cache
 from jaxlora.model.compile_cache import CompileCounter
 from jaxlora.model.lora_pool import PoolSpec
+from jaxlora.model.machine import machine_of, memory_errors
+from jaxlora.model.memory_plan import plan_server
 from jaxlora.peft.folder import import_peft
 from jaxlora.storage.adapter_store import AdapterStore
 from jaxlora.storage.disk_cache import Remote
@@ -65,6 +67,7 @@ from train.data.examples import Unit
 from train.data.file_readers import FileReaders, ReaderLimits
 
 LOG = logging.getLogger("serve")
+SIZE_KEYS = "kv_pages, slots, max_rank, rows or the sizes of [training]"
 KEPT_EXAMPLES_BYTES = 32 * 2**20  # of training files, read again soon after they came
 LANE_TOKENS = 2048  # of a server that does not train: the longest example that a file may hold
 PRIVATE = 0o077  # what others may not do with any file or folder that a server makes
@@ -147,7 +150,9 @@ def services(
             opened.tokenizer,
             config.data / "tokenizer",
             max_tokens=longest + 1,
-            limits=ReaderLimits(memory_bytes=config.limits.read_memory_bytes, cpu_s=config.limits.read_cpu_s),
+            limits=ReaderLimits(
+                memory_bytes=config.limits.read_memory_bytes or READ_MEMORY_BYTES, cpu_s=config.limits.read_cpu_s
+            ),
         )
         stack.callback(readers.close)
 
@@ -293,14 +298,32 @@ def main(config: ServeConfig, file: Path | None, *, adopt: bool = False, new_bas
     os.umask(PRIVATE)
     compile_cache.enable(None)
     with opened_instance(config, adopt=adopt) as instance:
-        opened = same_base(instance.database, config, open_base(config.model, config.mesh), take=new_base)
-        _serve(filled(config), file, instance, opened)
+        found, sized = planned(config)
+        with memory_errors(f"starting with {found.name}", SIZE_KEYS):
+            opened = load_found(found, config.model, config.mesh)
+            opened = same_base(instance.database, config, opened, take=new_base)
+        _serve(sized, file, instance, opened)
+
+
+def planned(config: ServeConfig, say: Callable[[str], None] = print) -> tuple[Found, SizedConfig]:
+    """Finds the base, chooses the sizes that the settings leave out, and says the plan; loads nothing.
+
+    Raises ModelInvalid, and ConfigInvalid for what does not fit.
+    """
+    machine = machine_of(config.mesh, config.memory_gb)
+    found, plan = fitted(
+        find_base(config.model), config.model, config.kv_dtype, lambda base: plan_server(config, base, machine)
+    )
+    for line in plan.lines():
+        say(line)
+    return found, plan.config
 
 
 def _serve(config: SizedConfig, file: Path | None, instance: Instance, opened: Opened) -> None:
     store = open_store(config, instance.remote)
-    runner = make_runner(opened, config, store)
     try:
+        with memory_errors(f"starting with {opened.name}", SIZE_KEYS):
+            runner = make_runner(opened, config, store)
         with (
             observing(runner, config) as observers,
             services(
@@ -309,7 +332,8 @@ def _serve(config: SizedConfig, file: Path | None, instance: Instance, opened: O
         ):
             http = make_http(runner, own.app, host=config.host, port=config.port, grace_s=config.grace_s)
             try:
-                begin(runner, opened, config, own)
+                with memory_errors(f"starting with {opened.name}", SIZE_KEYS):
+                    begin(runner, opened, config, own)
                 http.listen()  # requests are taken from the next line on
                 if own.keyless:
                     print("there are no keys: anyone on this machine may do everything (see jaxlora keys --help)")

@@ -33,8 +33,6 @@ from train.jobs.runner import Jobs
 from train.jobs.states import Parking
 from train.jobs.status import ENDED
 
-SPILL_BYTES = 2 * 2**30  # states of jobs without a slot in RAM; the rest waits in files
-
 
 @dataclass(frozen=True, slots=True)
 class JobHost:
@@ -87,7 +85,7 @@ def make_job_host(
             trainer,
             JobsConfig(states=folder / "states", quantum_steps=training.quantum_steps, copies=copies),
             shelf=runner.publisher,
-            parking=Parking(folder / "parked", host_bytes=SPILL_BYTES),
+            parking=Parking(folder / "parked", host_bytes=int(config.host_states_gb * 1e9)),
             load=files.load,
             wake=wake,
             owner_weight=lambda owner: runner.tuning.weights.get(owner, 1.0),

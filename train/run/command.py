@@ -29,13 +29,15 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from jaxlora.checkpoints.load import Opened, open_base
+from jaxlora.checkpoints.load import Found, Opened, find_base, fitted, load_found
 from jaxlora.config.training import PASSES, SizedTrainConfig, TenantSection, TrainConfig, default_lr, filled
 from jaxlora.core.atomic_files import replace_file
 from jaxlora.core.errors import ConfigInvalid, InvalidRequest, StateInvalid
 from jaxlora.core.lora import HEAD_TARGET, LAYER_TARGETS
 from jaxlora.model import compile_cache, multihost
 from jaxlora.model.lora_pool import PoolSpec
+from jaxlora.model.machine import machine_of, memory_errors
+from jaxlora.model.memory_plan import plan_training
 from jaxlora.peft.folder import export_peft
 from jaxlora.storage.adapter_store import AdapterStore
 from jaxlora.storage.checkpoints import read_meta, restore_state, save_state
@@ -83,6 +85,7 @@ class Job:
 
 
 # Text of an error message for a difference in each key of Job.identity.
+SIZE_KEYS = "lanes, lane_tokens, slots or max_rank"
 IDENTITY = {
     "base": "base model ([model] path)",
     "spec": "rank, alpha, targets, rslora or dropout",
@@ -102,13 +105,14 @@ def main(settings: TrainConfig) -> None:
     an `out` that cannot be written or read.
     """
     compile_cache.enable(None)
-    config = filled(settings)
-    config = replace(config, out=readable(config.out))
-    multihost.join(config.mesh.processes)
+    settings = replace(settings, out=readable(settings.out))
+    multihost.join(settings.mesh.processes)
     console = Console(quiet=not multihost.is_lead())
     with console.status("opening the base model"):
-        opened = open_base(config.model, config.mesh)
-    trainer = make_trainer(config, opened)
+        found, config = planned(settings, console)
+        with memory_errors(f"opening {found.name}", SIZE_KEYS):
+            opened = load_found(found, config.model, config.mesh)
+            trainer = make_trainer(config, opened)
     jobs = add_tenants(trainer, config, opened)
     for tenant in trainer.tenants.values():
         if tenant.step:
@@ -118,13 +122,29 @@ def main(settings: TrainConfig) -> None:
         say(console, "to train on, raise `steps`; to train anew, name another `out` or remove this one")
         return
     with open_store(config) as store:
-        with console.status("compiling the step"):
+        with console.status("compiling the step"), memory_errors("compiling the step", SIZE_KEYS):
             trainer.warm_up()
         with console.status("asking the base model for the held-out examples"):
             before = evaluate_all(trainer, jobs, list(jobs), tuned=False)
         fresh = {name: e.nll for name, e in before.items() if not trainer.tenants[name].step}  # B is zero: same as base
         run_steps(trainer, config, opened, jobs, store, console, ProgressScreen(trainer.tenants, fresh))
         finish(trainer, config, jobs, console, before)
+
+
+def planned(settings: TrainConfig, console: Console) -> tuple[Found, SizedTrainConfig]:
+    """Finds the base, chooses the sizes that the file leaves out, and prints the plan; loads nothing.
+
+    Several processes must choose alike, whatever memory each has: theirs are `filled`.
+    """
+    found = find_base(settings.model)
+    if settings.mesh.processes > 1:
+        return found, filled(settings)
+    machine = machine_of(settings.mesh, settings.memory_gb)
+    targets = slot_targets(settings)
+    found, plan = fitted(found, settings.model, "auto", lambda base: plan_training(settings, targets, base, machine))
+    for line in plan.lines():
+        say(console, line)
+    return found, plan.config
 
 
 @contextlib.contextmanager
@@ -137,10 +157,15 @@ def open_store(config: SizedTrainConfig) -> Generator[AdapterStore | None]:
         yield store
 
 
-def make_trainer(config: SizedTrainConfig, opened: Opened) -> Trainer:
-    """Returns a trainer of the file's sizes, with a head target only where a tenant wants one."""
+def slot_targets(config: TrainConfig) -> tuple[str, ...]:
+    """Returns what a slot holds: all linears of the layers, and the head only where a tenant wants it."""
     wanted = {target for tenant in config.tenant for target in tenant.targets}
-    targets = LAYER_TARGETS + ((HEAD_TARGET,) if HEAD_TARGET in wanted else ())
+    return LAYER_TARGETS + ((HEAD_TARGET,) if HEAD_TARGET in wanted else ())
+
+
+def make_trainer(config: SizedTrainConfig, opened: Opened) -> Trainer:
+    """Returns a trainer of the file's sizes."""
+    targets = slot_targets(config)
     buckets = [PoolSpec(slots=n, rank=rank, dtype="float32", targets=targets) for rank, n in config.buckets]
     return Trainer(
         opened.base,

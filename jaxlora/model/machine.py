@@ -1,0 +1,64 @@
+"""What a memory plan must know of this machine, and what is said when memory is short after all."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Generator
+
+import jax
+
+from jaxlora.config.base import MeshSection
+from jaxlora.core.errors import ConfigInvalid
+from jaxlora.core.host_memory import MemoryLimit, host_limit
+from jaxlora.model.memory_plan import GB, Machine
+from jaxlora.model.mesh import RULES
+
+EXHAUSTED = "RESOURCE_EXHAUSTED"  # how XLA's errors begin when an allocation fails
+
+
+def machine_of(mesh: MeshSection, memory_gb: float | None) -> Machine:
+    """Returns this machine as a plan sees it.  memory_gb: the most that one device, or a CPU's process, may take."""
+    sizes = {"data": mesh.data, "fsdp": mesh.fsdp, "tensor": mesh.tensor}
+
+    def split(axes: str | tuple[str, ...] | None) -> int:
+        names = () if axes is None else (axes,) if isinstance(axes, str) else axes
+        return math.prod(sizes[name] for name in names)
+
+    devices, first = math.prod(sizes.values()), jax.local_devices()[0]
+    host = host_limit()
+    device = host
+    if first.platform != "cpu":
+        stats = first.memory_stats() or {}
+        device = MemoryLimit(nbytes=stats.get("bytes_limit", 0), origin=f"the {first.device_kind}'s", own=True)
+    if memory_gb is not None:
+        device = MemoryLimit(nbytes=round(memory_gb * GB), origin="memory_gb", own=True)
+    elif not device.nbytes:
+        raise ConfigInvalid(
+            f"{first.device_kind} does not say how much memory it has; set memory_gb", param="memory_gb"
+        )
+    return Machine(
+        platform=first.platform,
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        device=device,
+        host=None if first.platform == "cpu" else host,
+        devices=devices,
+        parts={name: split(axes) for name, axes in RULES.items()},
+        rows=split(RULES["lanes"]),
+    )
+
+
+@contextlib.contextmanager
+def memory_errors(what: str, keys: str) -> Generator[None]:
+    """Turns an allocation that fails into ConfigInvalid: one line, which names the settings to lower."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not isinstance(error, MemoryError) and EXHAUSTED not in str(error):
+            raise
+        reason = " ".join(str(error).split())[:200] or "the system has none left"
+        raise ConfigInvalid(
+            f"memory ran out while {what} ({reason}); lower {keys}, or memory_gb so that smaller ones are chosen",
+            param="memory_gb",
+        ) from error

@@ -1,0 +1,540 @@
+"""Chooses the sizes of a server or a training run from its base and the memory there is.  Pure host code: no jax.
+
+    what a base needs ─┐
+    sizes given ───────┼─▶ the largest of a few steps that fits ─▶ KV and caches take what is left ─▶ Plan
+    memory there is ───┘
+
+A plan counts everything that takes memory: weights, slots, KV pages, training, the arrays of a step, caches of the host,
+the processes that read files, and Python with XLA.
+
+Shape letters: L layers, R LoRA rank, X Y features in, out, J tokens of a lane, V vocabulary, D model, F MLP.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from jaxlora.config.base import completed
+from jaxlora.config.serving import READ_MEMORY_BYTES, ServeConfig, SizedConfig, SizedTraining
+from jaxlora.config.training import LANE_BLOCK, SizedTrainConfig, TrainConfig, filled
+from jaxlora.core.errors import ConfigInvalid
+from jaxlora.core.host_memory import MemoryLimit
+from jaxlora.core.lora import ALL_TARGETS, HEAD_TARGET
+from jaxlora.core.model_config import ModelConfig, parameters
+
+GB = 1e9
+ITEMSIZE = {"float32": 4, "bfloat16": 2}
+
+# ---- what was measured: Python, JAX and XLA with all programs compiled, without a base's arrays -------------------
+PROCESS_BYTES = 700 * 10**6
+READER_BYTES = 130 * 10**6  # a process that reads training files, before it reads one
+READERS = 2
+
+# Copies of logits in float32: of a row that is sampled, and of a tile of scored prompt tokens or of a lane's loss.
+LOGIT_COPIES, SCORED_COPIES, HEAD_COPIES = 6, 4, 2
+SCORED_BYTES = 2**26  # a tile at most, as in serve/engine/step.py
+HEAD_TARGETS = 32  # targets of a tile of the loss
+LANE_ROWS = 3  # a training lane's own rows: as they are, their gradients, and in work
+
+# ---- what is chosen besides the ladder ----
+ADAPTERS_HELD = 4  # versions that the host has room for at least
+WAITING_TOKENS = 131_072
+READ_PART = 32  # of the memory: what a process may take to read one file
+KV_FULL = 16  # times all rows at the whole context: more KV pages are of no use, however much memory there is
+SHARED_ROW_TOKENS = 2048  # KV tokens of a row on a machine that others use
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """Where a base is to run."""
+
+    platform: str  # cpu, or an accelerator's
+    cores: int
+    device: MemoryLimit  # of one device; on a CPU of the whole process
+    host: MemoryLimit | None  # of the process, where devices have a memory of their own
+    devices: int  # of the mesh
+    parts: Mapping[str, int]  # logical axis → devices that split it, as model/mesh.py has it
+    rows: int  # devices that split the rows of a batch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sizes:
+    """A step of the ladder: sizes that go together."""
+
+    rows: int
+    prefill_lanes: int
+    prefill_tokens: int
+    slots: int
+    max_rank: int
+    training_slots: int
+    lanes: int
+    lane_tokens: int
+    row_tokens: int  # KV tokens of each row at least
+
+
+def _sizes(
+    rows: int, prefill: tuple[int, int], slots: tuple[int, int], training: tuple[int, int, int], kv: int
+) -> Sizes:
+    return Sizes(
+        rows=rows,
+        prefill_lanes=prefill[0],
+        prefill_tokens=prefill[1],
+        slots=slots[0],
+        max_rank=slots[1],
+        training_slots=training[0],
+        lanes=training[1],
+        lane_tokens=training[2],
+        row_tokens=kv,
+    )
+
+
+# The one place of what is chosen, largest first.  A CPU computes a step of 8 rows as fast as it should be, an
+# accelerator's step takes hardly longer with many: memory is not all that bounds these.
+ACCELERATOR = (
+    _sizes(64, (16, 64), (32, 64), (8, 8, 1024), 1024),
+    _sizes(32, (8, 64), (16, 32), (8, 8, 512), 1024),
+    _sizes(16, (8, 32), (16, 16), (4, 4, 512), 512),
+)
+CPU = (
+    _sizes(8, (8, 32), (8, 32), (4, 4, 256), 1024),
+    _sizes(8, (8, 32), (8, 16), (4, 4, 256), 512),
+    _sizes(8, (4, 32), (4, 16), (2, 2, 256), 256),
+    _sizes(4, (2, 32), (4, 16), (1, 1, 256), 256),
+    _sizes(4, (2, 32), (2, 8), (1, 1, 128), 256),
+    _sizes(2, (2, 16), (2, 8), (1, 1, 64), 256),
+    _sizes(2, (2, 16), (2, 4), (1, 1, 32), 128),
+)
+MANY_CORES = 16  # of a CPU that decodes more rows at once
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BaseShape:
+    """What of a base decides how much memory it takes."""
+
+    config: ModelConfig
+    dtype: str  # float32 or bfloat16, of weights, activations and serving slots
+    kv_dtype: str
+    name: str  # for a reader
+
+    def weights_bytes(self, machine: Machine) -> int:
+        """Returns the bytes of all arrays on one device, the second head that a CPU keeps of a tied base included."""
+        table = [(p.shape, p.axes) for p in parameters(self.config).values()]
+        if self.config.tied and machine.platform == "cpu":
+            table.append(((self.config.d_model, self.config.vocab), ("embed", "vocab")))
+        return sum(_part(shape, axes, machine) for shape, axes in table) * ITEMSIZE[self.dtype]
+
+    def rank_bytes(self, machine: Machine, targets: Sequence[str] = ALL_TARGETS, itemsize: int = 4) -> int:
+        """Returns the bytes on one device of one rank row of an adapter of these targets: A and B of all layers."""
+        total = 0
+        for target in targets:
+            if target == HEAD_TARGET:
+                L, (x, y), axes = 1, (self.config.d_model, self.config.vocab), ("embed", "vocab")
+            else:
+                p = parameters(self.config)[target]
+                (L, x, y), axes = p.shape, p.axes[1:]
+            total += L * sum(_part((n,), (axis,), machine) for n, axis in zip((x, y), axes, strict=True))
+        return total * itemsize
+
+    def token_bytes(self, machine: Machine) -> int:
+        """Returns the bytes on one device of one token's keys and values."""
+        kv = _part((self.config.kv_heads * self.config.head_dim,), ("kv_heads",), machine)
+        return 2 * self.config.layers * kv * ITEMSIZE[self.kv_dtype]
+
+
+def _part(shape: Sequence[int], axes: Sequence[str | None], machine: Machine) -> int:
+    """Returns the elements of an array that one device holds."""
+    split = math.prod(machine.parts.get(axis, 1) for axis in axes if axis is not None)
+    return -(-math.prod(shape) // split)
+
+
+# ---- what each thing takes --------------------------------------------------------------------------------------------
+
+type Needs = dict[str, int]  # what → bytes of one device
+
+
+def serving_needs(config: SizedConfig, base: BaseShape, machine: Machine) -> Needs:
+    """Returns what a server of these sizes takes: of one device, and on a CPU of the host as well."""
+    needs = {
+        "weights": base.weights_bytes(machine),
+        "slots": config.slots * config.max_rank * base.rank_bytes(machine, itemsize=ITEMSIZE[base.dtype]),
+        "KV": config.kv_pages * config.page_tokens * base.token_bytes(machine),
+        "steps": step_bytes(config, base, machine),
+    }
+    if config.training is not None:
+        needs["training"] = live_training_bytes(config.training, base, machine)
+    return needs | (host_needs(config) if machine.host is None else {})
+
+
+def host_needs(config: SizedConfig) -> Needs:
+    """Returns what a server takes of the host besides what a CPU computes with."""
+    caches = config.host_adapters_gb + config.host_kv_gb + config.host_states_gb
+    readers = READERS * READER_BYTES + (config.limits.read_memory_bytes or 0)  # two large files at once are rare
+    return {"caches": round(caches * GB), "readers": readers, "process": PROCESS_BYTES}
+
+
+def step_bytes(config: SizedConfig, base: BaseShape, machine: Machine) -> int:
+    """Returns the bytes of the arrays that a decode step and a prefill step hold for a moment.
+
+    Most are logits in float32: as they are, edited, scaled and with noise (`serve.engine.sampling`).
+    """
+    model, lanes = base.config, -(-config.prefill_lanes // machine.rows)
+    rows, vocab = -(-config.rows // machine.rows), _part((model.vocab,), ("vocab",), machine)
+    tokens = lanes * config.prefill_tokens
+    layer = sum(_part(p.shape[1:], p.axes[1:], machine) for p in parameters(model).values() if p.axes[0] == "layers")
+    decode = LOGIT_COPIES * 4 * rows * vocab + 4 * layer
+    prefill = LOGIT_COPIES * 4 * lanes * vocab + tokens * token_work(base, machine)
+    scored = SCORED_COPIES * max(min(SCORED_BYTES, 4 * tokens * vocab), 4 * lanes * vocab)
+    return decode + prefill + scored
+
+
+def token_work(base: BaseShape, machine: Machine) -> int:
+    """Returns the bytes that one token of a layer's forward pass holds, most of them of the MLP in float32."""
+    model = base.config
+    wide = 3 * _part((model.d_ff,), ("mlp",), machine) + 3 * _part((model.heads * model.head_dim,), ("heads",), machine)
+    return 4 * (wide + 4 * model.d_model)
+
+
+def kept_bytes(base: BaseShape, machine: Machine, remat: str) -> int:
+    """Returns the bytes that one token keeps of all layers for the backward pass, by `remat`."""
+    model = base.config
+    attn, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
+    kept = {
+        "nothing": model.d_model,
+        "products": 3 * model.d_model + 2 * attn + 2 * kv + 2 * model.d_ff,
+        "everything": 8 * model.d_model + 6 * attn + 4 * kv + 8 * model.d_ff,
+    }[remat]
+    return model.layers * kept * ITEMSIZE[base.dtype]
+
+
+def slot_bytes(base: BaseShape, machine: Machine, rank: int, targets: Sequence[str], moment_bytes: float) -> int:
+    """Returns the bytes of one training slot: weights, open gradients and two moments."""
+    return round(rank * base.rank_bytes(machine, targets, itemsize=1) * (4 + 4 + 2 * moment_bytes))
+
+
+def live_training_bytes(training: SizedTraining, base: BaseShape, machine: Machine) -> int:
+    """Returns the bytes of training slots and of a step in parts, whose passes take a lane of each group of devices."""
+    slots = training.slots * slot_bytes(base, machine, training.max_rank, ALL_TARGETS, 4)
+    rows = training.max_rank * base.rank_bytes(machine)  # of one lane, beside the slots
+    kept = training.lane_tokens * kept_bytes(base, machine, "products")
+    lanes = -(-training.lanes // machine.rows)
+    head = HEAD_COPIES * 4 * min(HEAD_TARGETS, training.lane_tokens) * _part((base.config.vocab,), ("vocab",), machine)
+    evaluated = lanes * training.lane_tokens * token_work(base, machine)
+    return slots + LANE_ROWS * rows + kept + lanes * head + evaluated
+
+
+# ---- the plan ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan[Config]:
+    """Sizes that fit, and what they take."""
+
+    config: Config
+    needs: Needs  # of one device; on a CPU of the host as well
+    limit: MemoryLimit  # of which memory_share may be used
+    sizes: str  # in words, with the keys that change them
+
+    def lines(self) -> tuple[str, str]:
+        """Returns what a start prints: where the memory goes, and the sizes."""
+        parts = " + ".join(f"{name} {nbytes / GB:.1f}" for name, nbytes in _by_size(self.needs))
+        total = sum(self.needs.values()) / GB
+        return (
+            f"memory: {parts} = {total:.1f} of {self.limit.nbytes / GB:.1f} GB, {self.limit.origin} "
+            "(memory_gb, memory_share)",
+            f"sizes: {self.sizes}",
+        )
+
+
+def _by_size(needs: Needs) -> list[tuple[str, int]]:
+    return sorted(needs.items(), key=lambda item: -item[1])
+
+
+def usable_bytes(limit: MemoryLimit, share: float) -> int:
+    """Returns the bytes that may be planned with."""
+    return math.floor(limit.nbytes * share + 0.5)
+
+
+def plan_server(config: ServeConfig, base: BaseShape, machine: Machine) -> Plan[SizedConfig]:
+    """Returns the plan of a server: what is left out is chosen, what is given stays.
+
+    Raises ConfigInvalid, naming a setting to lower and the largest value that fits, when it cannot be.
+    """
+    usable = usable_bytes(machine.device, config.memory_share)
+    ladder = CPU if machine.platform == "cpu" else ACCELERATOR + CPU
+    if machine.cores >= MANY_CORES:
+        ladder = (ACCELERATOR[-1], *ladder)
+
+    def least(config: ServeConfig) -> SizedConfig | None:
+        """Returns the largest step of the ladder that fits with the least KV and caches."""
+        for step in ladder:
+            sized = with_sizes(config, step, base, machine, usable)
+            if sum(serving_needs(sized, base, machine).values()) <= usable:
+                return sized
+        return None
+
+    sized = least(config)
+    if sized is None:
+        smallest = with_sizes(config, ladder[-1], base, machine, usable)
+        raise _too_large(
+            serving_needs(smallest, base, machine),
+            base,
+            machine.device,
+            config.memory_share,
+            list(_given_to_serve(config)),
+            lambda config: least(config) is not None,
+            _without_sizes(config),
+        )
+    sized = with_the_rest(config, sized, base, machine, usable)
+    return Plan(
+        config=sized,
+        needs=serving_needs(sized, base, machine),
+        limit=machine.device,
+        sizes=_sizes_in_words(sized, base),
+    )
+
+
+def with_sizes(config: ServeConfig, step: Sizes, base: BaseShape, machine: Machine, usable: int) -> SizedConfig:
+    """Returns the settings with a step's sizes where none are given, and the least KV and caches."""
+
+    def whole(rows: int) -> int:
+        return -(-rows // machine.rows) * machine.rows
+
+    rows = whole(step.rows) if config.rows is None else config.rows
+    rank = step.max_rank if config.max_rank is None else config.max_rank
+    tokens = rows * min(step.row_tokens, base.config.context)
+    least_gb = ADAPTERS_HELD * rank * base.rank_bytes(machine) * machine.devices / GB
+    host_bytes = usable if machine.host is None else usable_bytes(machine.host, config.memory_share)
+    sizes = {
+        "slots": step.slots,
+        "max_rank": rank,
+        "rows": rows,
+        "kv_pages": -(-tokens // config.page_tokens),
+        "prefill_lanes": whole(step.prefill_lanes),
+        "prefill_tokens": step.prefill_tokens,
+        "max_waiting_tokens": WAITING_TOKENS,
+        "host_adapters_gb": least_gb,
+        "host_kv_gb": 0.0,
+        "host_states_gb": 0.0,
+    }
+    training = config.training
+    if training is not None:
+        sized = {
+            "slots": step.training_slots,
+            "lanes": whole(step.lanes),
+            "lane_tokens": step.lane_tokens,
+            "max_rank": min(step.max_rank, rank),
+        }
+        training = completed(SizedTraining, training, sized)
+    limits = config.limits
+    if limits.read_memory_bytes is None:
+        limits = replace(limits, read_memory_bytes=min(READ_MEMORY_BYTES, host_bytes // READ_PART))
+    return replace(completed(SizedConfig, config, sizes), training=training, limits=limits)
+
+
+def with_the_rest(
+    config: ServeConfig, sized: SizedConfig, base: BaseShape, machine: Machine, usable: int
+) -> SizedConfig:
+    """Returns the settings whose KV and caches take what is left, as far as they were left out.
+
+    On memory of our own all of it; on a machine that others use no more than is of use.
+    """
+    left = usable - sum(serving_needs(sized, base, machine).values())
+    host = left
+    if machine.host is not None:
+        host = usable_bytes(machine.host, config.memory_share) - sum(host_needs(sized).values())
+    own = machine.device.own if machine.host is None else machine.host.own
+    more: dict[str, float] = {}
+    for name, share, most_gb in (
+        ("host_adapters_gb", 0.1, 2.0),
+        ("host_kv_gb", 0.04, 0.5),
+        ("host_states_gb", 0.04, 2.0),
+    ):
+        if getattr(config, name) is None:
+            most = math.inf if own else max(most_gb - getattr(sized, name), 0)
+            more[name] = getattr(sized, name) + math.floor(max(min(host * share / GB, most), 0) * 1e3) / 1e3
+    sized = replace(sized, **more)
+    if config.kv_pages is None:
+        left = usable - sum(serving_needs(sized, base, machine).values())
+        page = config.page_tokens * base.token_bytes(machine)
+        full = sized.rows * -(-base.config.context // config.page_tokens)  # every row at the whole context
+        most = KV_FULL * full if machine.device.own else min(full, sized.rows * SHARED_ROW_TOKENS // config.page_tokens)
+        pages = min(sized.kv_pages + max(left, 0) // page, max(most, sized.kv_pages))
+        sized = replace(sized, kv_pages=pages)
+    if config.max_waiting_tokens is None:
+        sized = replace(sized, max_waiting_tokens=max(WAITING_TOKENS, 4 * sized.kv_pages * sized.page_tokens))
+    return sized
+
+
+def _sizes_in_words(sized: SizedConfig, base: BaseShape) -> str:
+    tokens = sized.kv_pages * sized.page_tokens
+    words = [
+        f"{sized.rows} rows x {tokens // sized.rows:,} tokens (rows, kv_pages)",
+        f"{sized.slots} slots of rank {sized.max_rank} (slots, max_rank)",
+        f"prompts {sized.prefill_lanes} x {sized.prefill_tokens} (prefill_lanes, prefill_tokens)",
+    ]
+    if (t := sized.training) is not None:
+        words.append(
+            f"training {t.slots} slots of rank {t.max_rank}, {t.lanes} lanes x {t.lane_tokens} tokens "
+            "([training] slots, max_rank, lanes, lane_tokens)"
+        )
+    caches = (sized.host_adapters_gb, sized.host_kv_gb, sized.host_states_gb)
+    words.append(
+        f"caches {caches[0]:.1f} + {caches[1]:.1f} + {caches[2]:.1f} GB (host_adapters_gb, host_kv_gb, host_states_gb)"
+    )
+    return "; ".join(words)
+
+
+# ---- what cannot be ---------------------------------------------------------------------------------------------------
+
+SERVING_KEYS = ("kv_pages", "rows", "slots", "max_rank", "prefill_lanes", "prefill_tokens")
+TRAINING_KEYS = ("slots", "lanes", "lane_tokens", "max_rank")
+CACHE_KEYS = ("host_adapters_gb", "host_kv_gb", "host_states_gb")
+
+type Given[Config] = tuple[str, float, Callable[[float], Config]]  # key, value, the settings with another value
+
+
+def _too_large[Config](
+    needs: Needs,
+    base: BaseShape,
+    limit: MemoryLimit,
+    share: float,
+    given: Sequence[Given[Config]],
+    fits: Callable[[Config], bool],
+    free: Config,
+) -> ConfigInvalid:
+    """Returns the error that names one setting to lower, the one that has to give way least.
+
+    needs: of the least sizes beside those given.  free: the settings without any size.
+    """
+    best: tuple[float, str, float] | None = None
+    for key, value, with_value in given:
+        unit = LANE_BLOCK if key.endswith("lane_tokens") else 0.01 if isinstance(value, float) else 1
+        found = _largest(value, unit, lambda v, with_value=with_value: _possible(fits, with_value, v))
+        if found is not None and (best is None or found / value > best[0]):
+            best = (found / value, key, found)
+    total = sum(needs.values())
+    parts = " + ".join(f"{name} {nbytes / GB:.2f}" for name, nbytes in _by_size(needs) if nbytes)
+    told = (
+        f"{base.name} in {base.dtype} does not fit: {parts} = {total / GB:.2f} GB at least, and "
+        f"{usable_bytes(limit, share) / GB:.2f} GB may be planned with (memory_share {share:g} of "
+        f"{limit.nbytes / GB:.2f} GB, {limit.origin})"
+    )
+    if best is not None:
+        return ConfigInvalid(f"{told}; lower {best[1]} to at most {best[2]:g}", param=best[1])
+    if given and fits(free):
+        keys = [key for key, *_ in given]
+        return ConfigInvalid(f"{told}; leave out {', '.join(keys)}, and what fits is chosen", param=keys[0])
+    wanted = math.ceil(total / share / GB * 100) / 100
+    other = '[model] dtype = "bfloat16" or ' if base.dtype == "float32" else ""
+    return ConfigInvalid(
+        f"{told}; give it {wanted:g} GB (memory_gb), or choose {other}a smaller base", param="memory_gb"
+    )
+
+
+def _given_to_serve(config: ServeConfig) -> Iterator[Given[ServeConfig]]:
+    for key in (*SERVING_KEYS, *CACHE_KEYS):
+        if value := getattr(config, key):
+            yield key, value, lambda v, key=key: replace(config, **{key: v})
+    if (training := config.training) is None:
+        return
+    for key in TRAINING_KEYS:
+        if value := getattr(training, key):
+            yield (
+                f"training.{key}",
+                value,
+                lambda v, key=key: replace(config, training=replace(training, **{key: v})),
+            )
+
+
+def _without_sizes(config: ServeConfig) -> ServeConfig:
+    training = config.training
+    if training is not None:
+        training = replace(training, **dict.fromkeys(TRAINING_KEYS))
+    return replace(config, **dict.fromkeys((*SERVING_KEYS, *CACHE_KEYS)), training=training)
+
+
+def _largest(value: float, unit: float, fits: Callable[[float], bool]) -> float | None:
+    """Returns the largest multiple of `unit` below the value that fits; None: not even the least."""
+
+    def at(count: int) -> float:
+        return round(count * unit, 2) if isinstance(unit, float) else count * unit
+
+    low, high = 0, math.ceil(value / unit)  # low fits, or is nothing; high does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(at(middle)) else (low, middle)
+    return at(low) if low else None
+
+
+def _possible[Config](fits: Callable[[Config], bool], with_value: Callable[[float], Config], value: float) -> bool:
+    try:
+        return fits(with_value(value))
+    except ValueError:  # such as max_rank below that of training
+        return False
+
+
+# ---- a training run ---------------------------------------------------------------------------------------------------
+
+LANES = {"cpu": (), "accelerator": ((8, 1024), (8, 512))}  # lanes and their tokens, before those of every machine
+SMALL_LANES = ((4, 256), (2, 256), (1, 256), (1, 128), (1, 64), (1, 32))
+MOMENT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "uint8": 1.04}  # of one number; blocks of uint8 have a scale each
+
+
+def training_needs(config: SizedTrainConfig, targets: Sequence[str], base: BaseShape, machine: Machine) -> Needs:
+    """Returns what a training run of these sizes takes, whose step is one program."""
+    slots = sum(
+        n * slot_bytes(base, machine, rank, targets, MOMENT_BYTES[config.moments]) for rank, n in config.buckets
+    )
+    lanes = -(-config.lanes // machine.rows)
+    rows = config.max_rank * base.rank_bytes(machine, targets)
+    vocab = _part((base.config.vocab,), ("vocab",), machine)
+    head = HEAD_COPIES * 4 * min(HEAD_TARGETS, config.lane_tokens) * vocab
+    lane = config.lane_tokens * kept_bytes(base, machine, config.remat) + 2 * rows + head
+    work = lanes * config.lane_tokens * token_work(base, machine)
+    needs = {"weights": base.weights_bytes(machine), "slots": slots, "lanes": lanes * lane + work}
+    return needs | ({"process": PROCESS_BYTES} if machine.host is None else {})
+
+
+def plan_training(
+    config: TrainConfig, targets: Sequence[str], base: BaseShape, machine: Machine
+) -> Plan[SizedTrainConfig]:
+    """Returns the plan of a training run.  targets: those that a slot holds.  Raises ConfigInvalid as `plan_server` does."""
+    usable = usable_bytes(machine.device, config.memory_share)
+    ladder = (*LANES["cpu" if machine.platform == "cpu" else "accelerator"], *SMALL_LANES)
+
+    def sized(config: TrainConfig, lanes: int, lane_tokens: int) -> SizedTrainConfig:
+        whole = -(-lanes // machine.rows) * machine.rows
+        return filled(
+            replace(
+                config,
+                lanes=whole if config.lanes is None else config.lanes,
+                lane_tokens=lane_tokens if config.lane_tokens is None else config.lane_tokens,
+            )
+        )
+
+    def least(config: TrainConfig) -> SizedTrainConfig | None:
+        for step in ladder:
+            found = sized(config, *step)
+            if sum(training_needs(found, targets, base, machine).values()) <= usable:
+                return found
+        return None
+
+    found = least(config)
+    if found is None:
+        needs = training_needs(sized(config, *ladder[-1]), targets, base, machine)
+        given = [
+            (key, value, lambda v, key=key: replace(config, **{key: v}))
+            for key in TRAINING_KEYS
+            if (value := getattr(config, key))
+        ]
+        free = replace(config, lanes=None, lane_tokens=None)
+        raise _too_large(
+            needs, base, machine.device, config.memory_share, given, lambda config: least(config) is not None, free
+        )
+    sizes = (
+        f"{found.slots} slots of rank {found.max_rank} (slots, max_rank); {found.lanes} lanes x {found.lane_tokens} "
+        "tokens (lanes, lane_tokens)"
+    )
+    return Plan(config=found, needs=training_needs(found, targets, base, machine), limit=machine.device, sizes=sizes)
