@@ -121,6 +121,47 @@ def test_a_file_that_takes_too_much_memory_ends_its_reader_and_nothing_else(read
         assert len(there.load(good, "b").units) == 1
 
 
+@pytest.mark.parametrize("bomb", ["cell", "rows"])
+def test_a_parquet_file_that_unpacks_to_too_much_ends_its_reader_and_nothing_else(readers, write, tmp_path, bomb):
+    """What it takes to import pyarrow is no file's: a good one is read within the same limit."""
+    pyarrow = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    there = readers(memory_bytes=2**25)
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    pq.write_table(pyarrow.table({"text": [TEXT["text"]]}), good)
+    texts = pyarrow.array(["x" * 2**26]) if bomb == "cell" else pyarrow.repeat("so much for that", 2 * 10**5)
+    pq.write_table(pyarrow.table({"text": texts}), bad, compression="zstd")
+    assert bad.stat().st_size < 2**20
+    for _ in range(2):
+        assert plain(there.load(good, "a").units) == plain(there.load(write("line", TEXT), "a").units)
+        with pytest.raises(DataInvalid, match="more than 32 MiB of memory; divide it"):
+            there.load(bad, "a")
+
+
+def test_a_table_of_one_huge_cell_is_refused_in_little_memory(readers, write):
+    there = readers(memory_bytes=2**25)
+    for start, end in (
+        ('prompt,completion\na,"', ""),
+        ('prompt,completion\na,"', '"\nc,d'),
+        ("prompt,completion\na,", ""),
+    ):
+        path = write("huge", start + ("x" * 1000 + "\n") * 2**15 + end if '"' in start else start + "x" * 2**25 + end)
+        with pytest.raises(DataInvalid, match="line 2: [0-9]+ bytes, more than the"):
+            there.load(path, "a")
+        if end:
+            assert len(there.load(path, "a", "skip").units) == 1
+
+
+def test_what_becomes_of_long_examples_and_what_is_said_of_them_comes_back(tokenizer, readers, write):
+    there, path = readers(), write("long", TEXT, {"text": "x y " * 200}, TEXT)
+    for how in ("skip", "truncate"):
+        came, wanted = there.load(path, "a", how), here(path, tokenizer, too_long=how)
+        assert (plain(came.units), came.note) == (plain(wanted.units), wanted.note)
+        assert "training.lane_tokens = 63" in came.note
+    with pytest.raises(DataInvalid, match=r"training.lane_tokens = \d+ or more would hold all"):
+        there.load(path, "a")
+
+
 def test_a_file_that_takes_too_long_ends_its_reader_and_nothing_else(readers, write):
     there, good = readers(lane_tokens=10**6, cpu_s=0.5), write("good", TEXT)
     with pytest.raises(DataInvalid, match=r"more than 0 s of processor time|more than 1 s of processor time"):
