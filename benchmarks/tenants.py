@@ -28,7 +28,7 @@ from jaxlora.core.lora import LoraSpec
 from jaxlora.model.compile_cache import CompileCounter
 from serve.session import Session
 from train.data.examples import ExampleStream
-from train.data.jsonl import load_jsonl
+from train.data.load import LengthLimit, load_file
 from train.step.state import fresh_adapter
 
 REFERENCE = {
@@ -67,7 +67,9 @@ def exact(session: Session, model: str, lines: list[dict]) -> int:
 def peft_nll(opened: Opened, path: Path, seed: int, steps: int) -> float:
     """Held-out loss of PEFT, trained alone from our first weights on our batches."""
     train, heldout = (
-        load_jsonl(path.with_suffix(f".{part}.jsonl"), opened.tokenizer, max_tokens=LANE_TOKENS + 1)
+        load_file(
+            path.with_suffix(f".{part}.jsonl"), opened.tokenizer, limit=LengthLimit(lane_tokens=LANE_TOKENS)
+        ).units
         for part in ("train", "heldout")
     )
     spec = LoraSpec(rank=RANK, alpha=ALPHA)

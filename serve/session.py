@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import math
 import tempfile
 import time
@@ -22,7 +23,7 @@ from typing import Self
 from jaxlora.checkpoints.load import Opened, load_found
 from jaxlora.config.base import DEMO_MODEL, ONE_DEVICE, Dtype, MeshSection, ModelSection
 from jaxlora.config.serving import ServeConfig, TrainingSection
-from jaxlora.config.training import PASSES, LossName, Recipe, Schedule, default_lr
+from jaxlora.config.training import PASSES, LossName, Recipe, Schedule, TooLong, default_lr
 from jaxlora.config.words import in_our_words
 from jaxlora.core.errors import InvalidRequest, JaxLoraError, NotFound
 from jaxlora.core.lora import LAYER_TARGETS, AdapterRef, check_name
@@ -36,13 +37,14 @@ from serve.runtime.device_thread import DeviceThread
 from serve.runtime.live_training import LiveTraining, small_trainer, warm_up
 from serve.server.build import make_runner, open_store, planned, stop
 from train.data.examples import Unit
-from train.data.jsonl import load_jsonl, read_examples
+from train.data.load import LengthLimit, load_file, load_records
 from train.trainer import Evaluation, StepReport, Tenant, Trainer
 
 DEFAULTS = Recipe()
 POLL_S = 0.2  # how often `wait` looks
 
-Data = str | Path | Iterable[Mapping[str, object] | Unit]  # a JSONL file, or what its lines hold
+LOG = logging.getLogger("serve")
+Data = str | Path | Iterable[Mapping[str, object] | Unit]  # a file, or a list of records as its lines hold
 
 
 class Session:
@@ -56,7 +58,7 @@ class Session:
         self._runner, self._trainer, self._end = runner, trainer, end
         self._reports: list[StepReport] | None = None  # of the step that `step` waits for
         self._published: dict[str, int] = {}  # tenant → step of its newest version
-        self._heldout: dict[str, list[Unit]] = {}
+        self._heldout: dict[str, Sequence[Unit]] = {}
         self._ids = itertools.count()
         self._live = LiveTraining(
             trainer,
@@ -164,6 +166,7 @@ class Session:
         loraplus_ratio: float = DEFAULTS.loraplus_ratio,
         batch: int = DEFAULTS.batch,
         steps: int | None = DEFAULTS.steps,
+        too_long: TooLong = DEFAULTS.too_long,
         seed: int = DEFAULTS.seed,
     ) -> Tenant:
         """A tenant joins from the next step on, whoever trains.  The settings, and what they are if not given, are Recipe's.
@@ -192,12 +195,13 @@ class Session:
                 loraplus_ratio=loraplus_ratio,
                 batch=batch,
                 steps=steps,
+                too_long=too_long,
                 seed=seed,
             )
-        held = [] if heldout is None else self._read(heldout, loss)
-        return self._add(name, recipe, self._read(data, loss), held)
+        held = [] if heldout is None else self._read(heldout, loss, too_long)
+        return self._add(name, recipe, self._read(data, loss, too_long), held)
 
-    def _add(self, name: str, recipe: Recipe, examples: list[Unit], heldout: list[Unit]) -> Tenant:
+    def _add(self, name: str, recipe: Recipe, examples: Sequence[Unit], heldout: Sequence[Unit]) -> Tenant:
         passes = math.ceil(PASSES * len(examples) / recipe.batch)
         optimizer = recipe.optimizer(default_steps=passes, default_lr=default_lr(self.opened.base.config))
         batches = self._trainer.check(recipe.spec, examples, recipe.batch, recipe.objective)
@@ -218,11 +222,15 @@ class Session:
 
         return self._runner.call(join)
 
-    def _read(self, data: Data, loss: str) -> list[Unit]:
-        limit = self._trainer.lane_tokens + 1
+    def _read(self, data: Data, loss: str, too_long: TooLong) -> Sequence[Unit]:
+        limit = LengthLimit(lane_tokens=self._trainer.lane_tokens, too_long=too_long)
         if isinstance(data, str | Path):
-            return load_jsonl(data, self.opened.tokenizer, max_tokens=limit, loss=loss)
-        return read_examples(data, self.opened.tokenizer, max_tokens=limit, loss=loss)
+            loaded = load_file(data, self.opened.tokenizer, limit=limit, loss=loss)
+        else:
+            loaded = load_records(data, self.opened.tokenizer, limit=limit, loss=loss)
+        if loaded.note is not None:
+            LOG.warning("%s: %s", data if isinstance(data, str | Path) else "data", loaded.note)
+        return loaded.units
 
     def remove(self, name: str) -> None:
         """The tenant leaves and its slot is free; the versions it has published stay.  Raises NotFound."""
@@ -285,7 +293,7 @@ class Session:
         """
         if name not in self.tenants:
             raise NotFound(f"no tenant {name} in training", param="name")
-        examples = self._heldout[name] if data is None else self._read(data, self.tenants[name].loss.name)
+        examples = self._heldout[name] if data is None else self._read(data, self.tenants[name].loss.name, "error")
         if not examples:
             raise InvalidRequest(f"tenant {name} has no held-out examples; give `data`", param="data")
         return self._runner.call(lambda: self._trainer.evaluate_all([(examples, name)], tuned=tuned)[0])

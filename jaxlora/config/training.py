@@ -10,7 +10,7 @@ import functools
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -35,6 +35,7 @@ __all__ = [
 
 Schedule = Literal["constant", "linear", "cosine"]  # of the learning rate after the warm-up; the last two end at 0
 LossName = Literal["cross_entropy", "dpo", "importance_sampling", "ppo", "cispo", "dro", "gspo"]
+TooLong = Literal["error", "skip", "truncate"]  # what becomes of examples that a lane does not hold
 
 # What a training step saves of a layer for its gradient and need not recompute: the outputs of GEMMs and attention, the
 # layer's input alone (the least memory), or all.
@@ -217,6 +218,7 @@ class Recipe:
     dropout: float = 0.0  # dropout rate of the inputs of A in training; never applied to lm_head
     batch: int = 8  # examples per step; a batch that does not fit a step is accumulated over several
     steps: int | None = None  # optimizer steps of this tenant; None: those of the file, or 3 passes over its data
+    too_long: TooLong = "error"  # of examples that a lane does not hold: refuse the file, leave them out, or cut them
     seed: int = 0  # seed of the adapter's initial weights and of the order of its examples
 
     def __post_init__(self) -> None:
@@ -230,6 +232,7 @@ class Recipe:
             steps = max(self.warmup_steps or 0, 1) if self.steps is None or self.steps < 1 else self.steps
             check.call("lr", lambda: self._optimizer(steps, OPTIMIZER.lr))
             check.need(0 <= self.seed < 2**32, "seed", "in [0, 2^32)", self.seed)
+            check.need(self.too_long in get_args(TooLong), "too_long", "error, skip or truncate", self.too_long)
 
     @property
     def spec(self) -> LoraSpec:

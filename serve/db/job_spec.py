@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, TypeAdapter
 
+from jaxlora.config.training import TooLong
 from jaxlora.core.lora import AdapterRef, LoraSpec
 
 type MethodName = Literal["supervised", "dpo"]
@@ -103,6 +104,7 @@ class JobSpec:
     keep_best: bool | None = None
     priority: float | None = None
     evaluation: Evaluation | None = None
+    too_long: TooLong | None = None  # what becomes of examples that a lane does not hold
 
     @property
     def method_name(self) -> MethodName:

@@ -33,7 +33,7 @@ from serve.server.build import make_runner, open_store, stop
 from serve.server.gate import AppConfig
 from serve.server.uvicorn import make_http
 from train.data.examples import Example
-from train.data.jsonl import chat_example
+from train.data.records import chat_example
 from train.run.metrics import plot_losses
 from train.step.optimizer import Optimizer
 from train.trainer import Evaluation, StepReport, Trainer

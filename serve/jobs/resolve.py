@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from jaxlora.config.training import LOSSES, PASSES, Loss, Optimizer, Recipe
+from jaxlora.config.training import LOSSES, PASSES, Loss, Optimizer, Recipe, TooLong
 from jaxlora.core.errors import InvalidRequest
 from jaxlora.core.lora import ALL_TARGETS, Adapter, LoraSpec
 from serve.db.job_spec import JobSpec, LoraChoice, Plan
@@ -17,6 +17,11 @@ DEFAULT = Recipe()  # of a job that names none; but for the warm-up, which OpenA
 def chosen[T](value: T | None, default: T) -> T:
     """The value, or the default where the server decides."""
     return default if value is None else value
+
+
+def too_long(asked: JobSpec) -> TooLong:
+    """What becomes of examples that a lane does not hold."""
+    return chosen(asked.too_long, DEFAULT.too_long)
 
 
 def check(asked: JobSpec) -> None:
@@ -101,7 +106,15 @@ def plan(asked: JobSpec, *, examples: int, base_lr: float, spec: LoraSpec) -> Pl
 
 
 def job_request(
-    plan: Plan, *, owner: str, name: str, data: Path, heldout: Path | None, start: Adapter | None, seed: int
+    plan: Plan,
+    *,
+    owner: str,
+    name: str,
+    data: Path,
+    heldout: Path | None,
+    start: Adapter | None,
+    seed: int,
+    too_long: TooLong,
 ) -> JobRequest:
     """The job of these files.  Raises InvalidRequest, ConfigInvalid for values that no base could make right."""
     return JobRequest(
@@ -131,4 +144,5 @@ def job_request(
         patience=plan.patience,
         min_delta=plan.min_delta,
         keep_best=plan.keep_best,
+        too_long=too_long,
     )

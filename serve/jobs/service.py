@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Protocol
 
 from jaxlora.config.serving import LimitsSection
+from jaxlora.config.training import TooLong
 from jaxlora.core.errors import (
     AdapterNotFound,
-    DataInvalid,
     InvalidRequest,
     JaxLoraError,
     NotFound,
@@ -41,7 +41,7 @@ from serve.jobs.live_jobs import LiveJobs
 from serve.jobs.recorder import DEATHS, JobRecorder
 from serve.runtime.catalog import adapter_name, short_id
 from serve.runtime.device_thread import DeviceThread
-from train.data.examples import Unit
+from train.data.load import Loaded
 from train.jobs.job import said
 from train.jobs.status import ENDED, JobStatus, check_move
 
@@ -66,7 +66,7 @@ class Files(Protocol):
         """Inside, the bytes are there.  Raises NotFound, Unavailable, StorageFailed."""
         ...
 
-    def load(self, path: Path) -> Sequence[Unit]:
+    def load(self, path: Path, too_long: TooLong) -> Loaded:
         """The examples of a file.  Raises DataInvalid, and as `here`."""
         ...
 
@@ -225,7 +225,7 @@ class JobService:
         if self.stored.get(record.id, None).status in ENDED:
             return
         asked, resolved = record.request, record.resolved
-        plan = resolved.plan or self._plan(asked, resolved)  # an earlier process may have made it
+        plan = resolved.plan or self._plan(record)  # an earlier process may have made it
         request = resolve.job_request(
             plan,
             owner=record.tenant,
@@ -234,6 +234,7 @@ class JobService:
             heldout=None if asked.validation_file is None else self._path(asked.validation_file),
             start=self._start(record),
             seed=resolved.seed,
+            too_long=resolve.too_long(asked),
         )
         kept = [c.version for c in self.stored.checkpoints(record.id, None, after=None, limit=1000).records]
         self.recorder.change(record.id, lambda now: replace(now, resolved=replace(resolved, plan=plan)))
@@ -241,12 +242,19 @@ class JobService:
             if self.stored.get(record.id, None).status not in ENDED:  # it may be cancelled meanwhile
                 self._runner.call(lambda: self.live.create(record.id, request, publish=plan.publish, kept=kept))
 
-    def _plan(self, asked: JobSpec, resolved: Resolved) -> Plan:
-        examples = self.files.load(self._path(asked.training_file))
-        if not examples:
-            raise DataInvalid("the training file has no examples; give at least one", param="training_file")
-        spec = self._lora_spec(asked, resolved.start)
-        return resolve.plan(asked, examples=len(examples), base_lr=self._base_lr, spec=spec)
+    def _plan(self, record: JobRecord) -> Plan:
+        """All that decides the job.  Its events say which examples of its files are too long, and what becomes of them."""
+        asked, policy = record.request, resolve.too_long(record.request)
+        examples = self.files.load(self._path(asked.training_file), policy)
+        notes = {asked.training_file: examples.note}
+        if asked.validation_file is not None:
+            notes[asked.validation_file] = self.files.load(self._path(asked.validation_file), policy).note
+        for id, note in notes.items():
+            if note is not None:
+                event = NewEvent(time_s=time.time(), level="warn", kind="message", message=f"{id}: {note}")
+                self.recorder.change(record.id, lambda now: now, event)
+        spec = self._lora_spec(asked, record.resolved.start)
+        return resolve.plan(asked, examples=len(examples.units), base_lr=self._base_lr, spec=spec)
 
     def _path(self, file: str) -> Path:
         return self.files.find(file, None)[1]

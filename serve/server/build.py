@@ -20,7 +20,7 @@ from fastapi import APIRouter
 
 from jaxlora.checkpoints.load import Found, Opened, find_base, fitted, load_found
 from jaxlora.config.serving import READ_MEMORY_BYTES, AdapterSection, ServeConfig, SizedConfig
-from jaxlora.config.training import default_lr
+from jaxlora.config.training import TooLong, default_lr
 from jaxlora.core.errors import ConfigInvalid
 from jaxlora.core.lora import ALL_TARGETS, HEAD_TARGET, AdapterRef, AdapterWeights
 from jaxlora.model import compile_cache
@@ -63,8 +63,8 @@ from serve.server.gate import OPEN_PATHS, AppConfig
 from serve.server.instance import Instance, opened_instance, same_base
 from serve.server.uvicorn import make_http
 from train.data.example_cache import KeptExamples
-from train.data.examples import Unit
 from train.data.file_readers import FileReaders, ReaderLimits
+from train.data.load import Loaded
 
 LOG = logging.getLogger("serve")
 SIZE_KEYS = "kv_pages, slots, max_rank, rows or the sizes of [training]"
@@ -149,15 +149,15 @@ def services(
         readers = FileReaders(
             opened.tokenizer,
             config.data / "tokenizer",
-            max_tokens=longest + 1,
+            lane_tokens=longest,
             limits=ReaderLimits(
                 memory_bytes=config.limits.read_memory_bytes or READ_MEMORY_BYTES, cpu_s=config.limits.read_cpu_s
             ),
         )
         stack.callback(readers.close)
 
-        def read(path: Path) -> Sequence[Unit]:
-            return readers.load(path, tenant=path.parent.name)
+        def read(path: Path, too_long: TooLong) -> Loaded:
+            return readers.load(path, path.parent.name, too_long)
 
         load = KeptExamples(read, max_bytes=KEPT_EXAMPLES_BYTES)
         files = FileStore(StoredFiles(database), config.data / "files", load=load, limits=config.limits, remote=remote)

@@ -1,7 +1,6 @@
 """A server of files without a model; run as a script it serves until it is killed: `files_world.py URL ROOT`."""
 
 import contextlib
-import functools
 import sys
 import time
 from pathlib import Path
@@ -18,11 +17,15 @@ from serve.db.files import StoredFiles
 from serve.http.idempotency import Once
 from serve.server.app import create_app
 from serve.server.gate import AppConfig
-from train.data.jsonl import load_jsonl
+from train.data.load import LengthLimit, load_file
 
 GOOD = b'{"prompt": "2+2=", "completion": "4"}\n' * 3
 LIMITS = LimitsSection(max_file_bytes=1_000_000)
-load = functools.partial(load_jsonl, tokenizer=ByteTokenizer(), max_tokens=64)
+
+
+def load(path, too_long="error"):
+    """As the readers of a server."""
+    return load_file(path, ByteTokenizer(), limit=LengthLimit(lane_tokens=63, too_long=too_long))
 
 
 def by_header(connection):

@@ -28,7 +28,7 @@ from serve.runtime.device_thread import DeviceThread
 from serve.server.app import create_app
 from serve.server.build_jobs import JobHost, make_job_host
 from serve.server.gate import AppConfig
-from train.data.jsonl import load_jsonl
+from train.data.load import LengthLimit, load_file
 
 BASE = "owner/tiny"
 LANE_TOKENS = 32
@@ -64,8 +64,12 @@ class Server:
         self.files = FileStore(
             StoredFiles(self.database),
             folder / "files",
-            load=lambda path: load_jsonl(
-                path, world.tokenizer, max_tokens=LANE_TOKENS + 1, loss=None, name="the training file"
+            load=lambda path, too_long: load_file(
+                path,
+                world.tokenizer,
+                limit=LengthLimit(lane_tokens=LANE_TOKENS, too_long=too_long),
+                loss=None,
+                name="the training file",
             ),
             limits=LimitsSection(),
             remote=remote,

@@ -14,6 +14,7 @@ from jaxlora.model.lora_pool import PoolSpec
 from serve.jobs.live_jobs import GuestCall, JobNews, LiveJobs, Published
 from serve.runtime.device_thread import DeviceThread
 from train.data.examples import Example
+from train.data.load import Loaded
 from train.jobs.job import JobRequest, JobsConfig
 from train.jobs.runner import Jobs
 from train.jobs.states import Parking
@@ -101,7 +102,7 @@ class LiveWorld:
                 JobsConfig(states=folder / "states" if states else None, quantum_steps=3),
                 shelf=self.runner.publisher,
                 parking=Parking(folder / "parked", host_bytes=2**30),
-                load=lambda path: examples(int(path.read_text())),
+                load=lambda path, too_long: Loaded(examples(int(path.read_text()))),
                 wake=wake,
             )
 

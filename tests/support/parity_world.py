@@ -13,7 +13,7 @@ from jaxlora.config.training import Optimizer
 from jaxlora.core.lora import ATTENTION_TARGETS, LoraSpec
 from jaxlora.model.lora_pool import PoolSpec
 from train.data.examples import Unit
-from train.data.jsonl import load_jsonl
+from train.data.load import LengthLimit, load_file
 from train.trainer import Trainer
 
 FIXTURE = FIXTURES / "parity.json"  # tenant → the losses of PyTorch and PEFT
@@ -54,7 +54,7 @@ def opened() -> Opened:
 
 def examples(recipe: Recipe, base: Opened) -> list[Unit]:
     """The tenant's data."""
-    return load_jsonl(DATA / recipe.data, base.tokenizer, max_tokens=LANE_TOKENS + 1)
+    return load_file(DATA / recipe.data, base.tokenizer, limit=LengthLimit(lane_tokens=LANE_TOKENS)).units
 
 
 def trainer_of(base: Opened) -> Trainer:

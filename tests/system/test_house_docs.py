@@ -27,7 +27,7 @@ from jaxlora.config.serving import ServeConfig
 from jaxlora.config.training import TrainConfig, load
 from jaxlora.storage.adapter_store import AdapterStore
 from serve.cli import main as cli
-from train.data.jsonl import load_jsonl
+from train.data.load import LengthLimit, load_file
 
 pytest_plugins = ["serve_fixtures"]
 ROOT = Path(__file__).parents[2]
@@ -196,7 +196,10 @@ def test_settings_are_taken_by_the_loader(block, tmp_path):
 def test_lines_of_data_are_read_as_training_reads_them(world, tmp_path):
     (block,) = of("jsonl")
     (tmp_path / "it.jsonl").write_text(block.text)
-    assert len(load_jsonl(tmp_path / "it.jsonl", world.tokenizer, max_tokens=64, loss=None)) == block.text.count("\n")
+    for i, line in enumerate(lines := block.text.splitlines()):
+        (tmp_path / "it.jsonl").write_text(line)
+        limit = LengthLimit(lane_tokens=63)
+        assert len(load_file(tmp_path / "it.jsonl", world.tokenizer, limit=limit, loss=None).units) == 1, lines[i]
 
 
 def test_the_error_that_is_shown_is_the_servers(url):

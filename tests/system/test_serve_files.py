@@ -334,7 +334,7 @@ class TestFaults:
             assert StoredFiles(database).known() == set()
 
     def test_a_reader_that_breaks_is_told_as_such(self, database, root, caplog):
-        def broken(path):
+        def broken(path, too_long):
             raise RuntimeError("a bug")
 
         with files_server(database, root, load=broken) as (url, _), client_of(url) as client:

@@ -129,7 +129,9 @@ def test_what_is_given_stays():
 
 def test_the_start_says_where_memory_goes_and_which_keys_change_it():
     where, sizes = plan_server(EMPTY, shape(), machine(8e9)).lines()
-    assert re.fullmatch(r"memory: (\w+ \d+\.\d \+ )+\w+ \d+\.\d = 7\.2 of 8\.0 GB, memory_gb \(memory_gb, memory_share\)", where)
+    assert re.fullmatch(
+        r"memory: (\w+ \d+\.\d \+ )+\w+ \d+\.\d = 7\.2 of 8\.0 GB, memory_gb \(memory_gb, memory_share\)", where
+    )
     assert {"weights", "slots", "KV", "training", "steps", "caches", "readers", "process"} <= set(where.split())
     for words in ("8 rows x ", "(rows, kv_pages)", "8 slots of rank 32 (slots, max_rank)", "4 lanes x 256 tokens"):
         assert words in sizes
@@ -217,7 +219,11 @@ def test_lanes_of_a_training_run_come_from_memory():
 
 def test_less_is_kept_and_more_fits():
     def lanes(**settings: object) -> int:
-        return sum(plan_training(run(lanes=8, lane_tokens=512, **settings), LAYER_TARGETS, shape(), machine(64e9)).needs.values())
+        return sum(
+            plan_training(
+                run(lanes=8, lane_tokens=512, **settings), LAYER_TARGETS, shape(), machine(64e9)
+            ).needs.values()
+        )
 
     assert lanes(remat="nothing") < lanes() < lanes(remat="everything")
     assert lanes(moments="uint8") < lanes(moments="bfloat16") < lanes()

@@ -136,7 +136,7 @@ def test_tokens_stay_within_the_budget_of_the_demo():
         pytest.importorskip("jaxlora.checkpoints.gguf"),
         pytest.importorskip("jaxlora.checkpoints.tokenizer"),
     )
-    from train.data.jsonl import chat_example
+    from train.data.records import chat_example
 
     tokenizer = tokenizers.Tokenizer.from_gguf(gguf.GgufSource(base_files.smollm2_path()).metadata)
     total = 0

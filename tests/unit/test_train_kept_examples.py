@@ -11,6 +11,7 @@ import pytest
 from jaxlora.core.errors import DataInvalid
 from train.data.example_cache import EXAMPLE_BYTES, KeptExamples
 from train.data.examples import Example, Pair, Rollout
+from train.data.load import Loaded
 
 
 class Loader:
@@ -22,14 +23,14 @@ class Loader:
         self.hold.set()
         self.begun = threading.Event()
 
-    def __call__(self, path):
+    def __call__(self, path, too_long):
         self.begun.set()
         assert self.hold.wait(10)
         self.read.append(path.name)
         text = path.read_text()
         if not text.isdigit():
             raise DataInvalid("no number")
-        return [example(int(text))]
+        return Loaded([example(int(text))], too_long)
 
 
 def example(tokens, **more):
@@ -61,7 +62,13 @@ def test_a_file_is_read_once_until_it_is_written_anew(loader, file):
     assert kept(path) is kept(path)
     assert loader.read == ["a"]
     file("a", 12)
-    assert [len(e) for e in kept(path)] == [12]
+    assert [len(e) for e in kept(path).units] == [12]
+    assert loader.read == ["a", "a"]
+
+
+def test_what_becomes_of_long_examples_is_part_of_what_is_kept(loader, file):
+    kept, path = KeptExamples(loader, max_bytes=10**6), file("a", 5)
+    assert [kept(path, how).note for how in ("skip", "error", "skip")] == ["skip", "error", "skip"]
     assert loader.read == ["a", "a"]
 
 
@@ -91,14 +98,14 @@ def test_all_numbers_of_a_file_count(loader, file):
     whole = bytes_of(4) + bytes_of(5) + bytes_of(4) + 4 * 9
     path, read = file("a", 1), []
 
-    def load(path):
+    def load(path, too_long):
         read.append(path)
-        return units
+        return Loaded(units)
 
     for room, times in ((whole, 1), (whole - 1, 2)):
         kept = KeptExamples(load, max_bytes=room)
         read.clear()
-        assert [list(kept(path)) for _ in range(2)] == [units, units]
+        assert [list(kept(path).units) for _ in range(2)] == [units, units]
         assert len(read) == times
 
 

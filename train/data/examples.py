@@ -114,16 +114,22 @@ class Pair:
 type Unit = Example | Pair  # what is shuffled, packed and counted in a batch
 
 KINDS = {
-    "example": "examples (messages; prompt and completion; text; input_ids and weights)",
-    "pair": "preference pairs (input, preferred_output and non_preferred_output)",
+    "example": "examples (messages; conversations; instruction and output; prompt and completion; text; input_ids and "
+    "weights)",
+    "pair": "preference pairs (input, preferred_output and non_preferred_output; prompt, chosen and rejected)",
     "rollout": "sampled sequences (input_ids, logprobs and advantages)",
 }
+
+
+def kind_of_unit(unit: Unit) -> str:
+    """Returns the key of KINDS that the data is of."""
+    return "pair" if isinstance(unit, Pair) else "example" if unit.rollout is None else "rollout"
 
 
 def check_kind(unit: Unit, loss: str) -> None:
     """Raises DataInvalid when the data is of another kind than the loss trains on."""
     wanted = {"cross_entropy": "example", "dpo": "pair"}.get(loss, "rollout")
-    got = "pair" if isinstance(unit, Pair) else "example" if unit.rollout is None else "rollout"
+    got = kind_of_unit(unit)
     if got != wanted:
         raise DataInvalid(f"loss {loss} trains on {KINDS[wanted]}, but this is one of the {KINDS[got]}", param="loss")
 

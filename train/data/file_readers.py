@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from jaxlora.config.training import TooLong
 from jaxlora.core.atomic_files import disk_errors
 from jaxlora.core.errors import DataInvalid, StorageAway, Unavailable
 from jaxlora.core.tenant_threads import TenantThreads
 from train.data import reader_process
-from train.data.examples import Unit
+from train.data.load import Loaded
 
 CPU_S = 60.0  # of processor time that any file may take, and again for each MiB of it
 POLL_S, STUCK_S = 0.5, 10.0  # between two looks at a process; without any processor time until it is ended
@@ -50,9 +51,16 @@ class FileReaders:
     """A few processes, started when they are needed; tenants take turns, and of one tenant one file is read at a time."""
 
     def __init__(
-        self, tokenizer: SavedTokenizer, folder: Path, *, max_tokens: int, limits: ReaderLimits, processes: int = 2
+        self,
+        tokenizer: SavedTokenizer,
+        folder: Path,
+        *,
+        lane_tokens: int,
+        setting: str = "training.lane_tokens",
+        limits: ReaderLimits,
+        processes: int = 2,
     ):
-        """folder: for the tokenizer, in place of one there.  max_tokens: of the longest example.
+        """folder: for the tokenizer, in place of one there.  lane_tokens: of a lane; setting: what messages call them.
 
         Raises StorageFull, StorageFailed.
         """
@@ -60,7 +68,8 @@ class FileReaders:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             tokenizer.save(folder)
-        settings = {"tokenizer": str(folder), "max_tokens": max_tokens, "memory_bytes": limits.memory_bytes}
+        settings: dict[str, object] = {"tokenizer": str(folder), "lane_tokens": lane_tokens, "setting": setting}
+        settings["memory_bytes"] = limits.memory_bytes
         self._command = [sys.executable, "-P", "-m", reader_process.__name__, json.dumps(settings)]
         self._limits = limits
         self._threads = TenantThreads(processes, "file-reader")
@@ -69,14 +78,14 @@ class FileReaders:
         self._processes: set[subprocess.Popen[bytes]] = set()
         self._closed = False
 
-    def load(self, path: Path, tenant: str) -> list[Unit]:
+    def load(self, path: Path, tenant: str, too_long: TooLong = "error") -> Loaded:
         """Returns the examples of a tenant's file.
 
         Raises DataInvalid for a bad one, and for one that takes too much to read; StorageAway when the machine cannot
         start a process, Unavailable after `close`.
         """
         try:
-            return self._threads.submit(tenant, self._load, path).result()
+            return self._threads.submit(tenant, self._load, path, too_long).result()
         except (RuntimeError, CancelledError):
             if self._closed:
                 raise Unavailable(STOPPING) from None
@@ -92,12 +101,12 @@ class FileReaders:
         for process in list(self._processes):
             self._end(process)
 
-    def _load(self, path: Path) -> list[Unit]:
+    def _load(self, path: Path, too_long: TooLong) -> Loaded:
         size_bytes = path.stat().st_size if path.exists() else 0
         cpu_s = min(CPU_S * (1 + size_bytes / 2**20), self._limits.cpu_s)
         process = self._process()
         try:
-            units = _ask(process, path, cpu_s)
+            loaded = _ask(process, path, cpu_s, too_long)
         except DataInvalid:
             raise
         except (BrokenPipeError, EOFError):
@@ -108,7 +117,7 @@ class FileReaders:
             raise
         if size_bytes > KEPT_BYTES:
             self._end(process)
-        return units
+        return loaded
 
     def _process(self) -> subprocess.Popen[bytes]:
         """Returns this thread's process, a new one when it has none that lives.  Raises RuntimeError after `close`."""
@@ -120,7 +129,11 @@ class FileReaders:
         with self._lock:
             if self._closed:
                 raise RuntimeError("closed")
-            alone = {"TOKENIZERS_PARALLELISM": "false", "OPENBLAS_NUM_THREADS": "1"}
+            alone = {
+                "TOKENIZERS_PARALLELISM": "false",
+                "OPENBLAS_NUM_THREADS": "1",
+                "ARROW_DEFAULT_MEMORY_POOL": "system",
+            }
             try:
                 process = subprocess.Popen(
                     self._command,
@@ -182,11 +195,11 @@ def _ticks(pid: int) -> int:
         return time.monotonic_ns()
 
 
-def _ask(process: subprocess.Popen[bytes], path: Path, cpu_s: float) -> list[Unit]:
+def _ask(process: subprocess.Popen[bytes], path: Path, cpu_s: float, too_long: TooLong) -> Loaded:
     """Returns the examples that the process reads.  Raises DataInvalid; BrokenPipeError or EOFError when it has ended."""
     assert process.stdin is not None
     assert isinstance(process.stdout, io.BufferedReader)
-    process.stdin.write(json.dumps({"path": str(path), "cpu_s": cpu_s}).encode() + b"\n")
+    process.stdin.write(json.dumps({"path": str(path), "cpu_s": cpu_s, "too_long": too_long}).encode() + b"\n")
     process.stdin.flush()
     _end_if_stuck(process)
     answer = process.stdout.readline()

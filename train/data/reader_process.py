@@ -4,9 +4,9 @@ A file comes from whoever may upload one; what it costs to read is this process'
 the machine and ends when it needs more memory or processor time than a file may have.  `train.data.file_readers` starts it
 and asks it:
 
-    settings       one argument, JSON: {"tokenizer": folder, "max_tokens", "memory_bytes"}
-    standard input  a line a file, JSON: {"path", "cpu_s"}
-    standard output for each file a line of JSON, {"invalid": what is wrong with it} or counts, then arrays (`write_units`)
+    settings       one argument, JSON: {"tokenizer": folder, "lane_tokens", "setting", "memory_bytes"}
+    standard input  a line a file, JSON: {"path", "cpu_s", "too_long"}
+    standard output for each file a line of JSON, {"invalid": what is wrong with it} or counts and a note, then arrays (`write_units`)
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ import os
 import queue
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from jaxlora.core.errors import JaxLoraError
+from jaxlora.core.errors import DataInvalid, JaxLoraError
+from train.data import parquet
 from train.data.examples import Example, Pair, Rollout, Unit
-from train.data.jsonl import load_jsonl
+from train.data.file_formats import is_parquet
+from train.data.load import LengthLimit, Loaded, load_file
 
 MEMORY_EXIT = 81  # its memory was not enough
 NICENESS = 10
@@ -35,11 +37,13 @@ FIRST_VICTIM = "1000"  # of the kernel, when the machine has no memory left
 ROLLOUT_COLUMNS = {"logprobs": np.float32, "advantages": np.float32, "ratio_mask": np.bool_}
 
 
-def write_units(units: Sequence[Unit], out: io.BufferedIOBase) -> None:
+def write_units(loaded: Loaded, out: io.BufferedIOBase) -> None:
     """Writes the examples or pairs: a line of counts, then flat arrays over all of their segments."""
+    units = loaded.units
     segments = [segment for unit in units for segment in unit.segments]
     rollouts = [segment.rollout for segment in segments if segment.rollout is not None]
     counts = {
+        "note": loaded.note,
         "units": len(units),
         "segments": len(segments),
         "tokens": sum(map(len, segments)),
@@ -58,7 +62,7 @@ def write_units(units: Sequence[Unit], out: io.BufferedIOBase) -> None:
             out.write(getattr(rollout, name))
 
 
-def read_units(counts: Mapping[str, int], source: io.BufferedIOBase) -> list[Unit]:
+def read_units(counts: Mapping, source: io.BufferedIOBase) -> Loaded:
     """Returns what `write_units` wrote after this line of counts.  Raises EOFError when it ends early."""
     is_pair = _read(source, counts["units"], np.bool_)
     lengths = _read(source, counts["segments"], np.int32)
@@ -69,7 +73,8 @@ def read_units(counts: Mapping[str, int], source: io.BufferedIOBase) -> list[Uni
     rows = zip(*(_split(column, lengths[has_rollout]) for column in columns), strict=True)
     rollouts = (Rollout(*next(rows)) if has else None for has in has_rollout)
     segments = (Example(*parts) for parts in zip(tokens, weights, rollouts, strict=True))
-    return [Pair(next(segments), next(segments)) if pair else next(segments) for pair in is_pair]
+    units: list[Unit] = [Pair(next(segments), next(segments)) if pair else next(segments) for pair in is_pair]
+    return Loaded(units, counts["note"])
 
 
 def _read(source: io.BufferedIOBase, count: int, dtype: type[np.generic]) -> np.ndarray:
@@ -97,27 +102,44 @@ def main(settings: Mapping[str, object]) -> None:
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(FIRST_VICTIM)
     tokenizer = Tokenizer.from_hf(Path(str(settings["tokenizer"])))
-    max_tokens, memory_bytes = int(str(settings["max_tokens"])), int(str(settings["memory_bytes"]))
+    lane_tokens, memory_bytes = int(str(settings["lane_tokens"])), int(str(settings["memory_bytes"]))
     asked: queue.SimpleQueue[dict] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(asked,), daemon=True).start()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if sys.platform == "linux":
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        most = pages * resource.getpagesize() + memory_bytes
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    _limit_memory(memory_bytes)
+    ready_for_parquet = False
     while True:
         task = asked.get()
         used = resource.getrusage(resource.RUSAGE_SELF)
         cpu_s = math.ceil(used.ru_utime + used.ru_stime + task["cpu_s"])
         resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, resource.getrlimit(resource.RLIMIT_CPU)[1]))
+        if not ready_for_parquet and is_parquet(task["path"]):
+            ready_for_parquet = True
+            _limit_memory(None)  # what a library takes is not the file's
+            with contextlib.suppress(DataInvalid):  # it is not installed: `load_file` says so
+                parquet.prepare()
+            _limit_memory(memory_bytes)
+        limit = LengthLimit(lane_tokens=lane_tokens, too_long=task["too_long"], setting=str(settings["setting"]))
         try:
-            units = load_jsonl(task["path"], tokenizer, max_tokens=max_tokens, loss=None, name="the file")
+            loaded = load_file(task["path"], tokenizer, limit=limit, loss=None, name="the file")
         except JaxLoraError as error:
             out.write(json.dumps({"invalid": error.message}).encode() + b"\n")
         else:
-            write_units(units, out)
-            del units
+            write_units(loaded, out)
+            del loaded
         out.flush()
+
+
+def _limit_memory(more_bytes: int | None) -> None:
+    """Lets the process have so much more than it has now; None: any."""
+    import resource
+
+    if sys.platform != "linux":
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    most = hard if more_bytes is None else pages * resource.getpagesize() + more_bytes
+    resource.setrlimit(resource.RLIMIT_AS, (most, hard))
 
 
 def _listen(asked: queue.SimpleQueue[dict]) -> None:

@@ -15,6 +15,7 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from jaxlora.config.training import TooLong
 from jaxlora.core.errors import (
     AdapterInvalid,
     BaseMismatch,
@@ -32,6 +33,7 @@ from jaxlora.storage.checkpoints import read_meta, restore_state
 from jaxlora.storage.remote_states import StateCopies
 from jaxlora.storage.step_folders import set_aside, steps_of
 from train.data.examples import ExampleStream, PackedExamples, Unit
+from train.data.load import Loaded
 from train.data.mixer import Batches
 from train.jobs.job import Job, JobRequest, Progress, Source
 from train.step.state import SlotState
@@ -133,7 +135,7 @@ class JobFiles:
     """The readers of one trainer's jobs."""
 
     trainer: Trainer  # asked only what any thread may ask
-    load: Callable[[Path], Sequence[Unit]]  # a JSONL file; raises DataInvalid
+    load: Callable[[Path, TooLong], Loaded]  # a file of examples; raises DataInvalid
     states: Path | None  # a folder of checkpoints for each job id
     copies: StateCopies | None = None  # object storage behind it
 
@@ -150,7 +152,7 @@ class JobFiles:
         Raises DataInvalid, InvalidRequest, AdapterInvalid, BaseMismatch, StateInvalid (a checkpoint of another job),
         StorageFailed.
         """
-        examples = self._read(request.data)
+        examples = self._read(request, request.data)
         batches = self.trainer.check(request.spec, examples, request.batch_size, request.loss)
         self._read_heldout(request)
         tokens = int(batches.examples.size_N.sum()) / len(examples) * request.batch_size
@@ -165,7 +167,7 @@ class JobFiles:
         Raises DataInvalid when the examples are not those that were examined; StorageFailed when no checkpoint of the job
         can be read; else as `examine`.
         """
-        examples = self._read(request.data)
+        examples = self._read(request, request.data)
         if isinstance(request.data, Path) and digest(examples) != facts.examples:
             raise DataInvalid(f"the examples of {request.name} changed while it waited; create the job anew")
         batches = self.trainer.check(request.spec, examples, request.batch_size, request.loss)
@@ -227,13 +229,13 @@ class JobFiles:
         assert self.states is not None
         return (self.states / job_id).absolute()
 
-    def _read(self, source: Source) -> Sequence[Unit]:
-        return self.load(source) if isinstance(source, Path) else source
+    def _read(self, request: JobRequest, source: Source) -> Sequence[Unit]:
+        return self.load(source, request.too_long).units if isinstance(source, Path) else source
 
     def _read_heldout(self, request: JobRequest) -> PackedExamples | None:
         if request.heldout is None:
             return None
-        heldout = self._read(request.heldout)
+        heldout = self._read(request, request.heldout)
         if not heldout:
             raise DataInvalid("no held-out examples; give at least one, or leave them out", param="heldout")
         return self.trainer.evaluator.packed(heldout, request.loss)

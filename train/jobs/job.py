@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal, Protocol, cast
 
-from jaxlora.config.training import CROSS_ENTROPY, Loss, Optimizer
+from jaxlora.config.training import CROSS_ENTROPY, Loss, Optimizer, TooLong
 from jaxlora.core.errors import InvalidRequest, JaxLoraError, StorageFailed
 from jaxlora.core.lora import AdapterRef, AdapterWeights, LoraSpec, check_name
 from jaxlora.storage.remote_states import StateCopies
@@ -41,6 +41,7 @@ class JobRequest:
     patience: int | None = None  # held-out losses in a row without a better one, after which it ends early
     min_delta: float = 0.0  # nats by which a held-out loss must be better to count as better
     keep_best: bool = False  # deliver the weights of the best held-out loss instead of the last ones
+    too_long: TooLong = "error"  # of examples in files that a lane does not hold
 
     def __post_init__(self) -> None:
         check_name(self.owner, "owner")

@@ -18,11 +18,12 @@ import logging
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import jax
 
+from jaxlora.config.training import TooLong
 from jaxlora.core.errors import (
     AdapterNotFinite,
     AlreadyExists,
@@ -34,7 +35,7 @@ from jaxlora.core.errors import (
 from jaxlora.core.lora import AdapterWeights, LoraSpec, check_name
 from jaxlora.model.lora_pool import adapter_of_rows
 from jaxlora.storage.checkpoint_writer import CheckpointWriter
-from train.data.examples import Unit
+from train.data.load import Loaded
 from train.evaluate import HeldLanes
 from train.jobs.fair_queue import FairQueue
 from train.jobs.inputs import Facts, JobFiles, JobReaders, Judgement, LiveJob, Material
@@ -58,12 +59,12 @@ class Jobs:
         *,
         shelf: Shelf,
         parking: Parking,
-        load: Callable[[Path], Sequence[Unit]],
+        load: Callable[[Path, TooLong], Loaded],
         clock: Callable[[], float] = time.time,
         wake: Callable[[], None] = lambda: None,
         owner_weight: Callable[[str], float] = lambda owner: 1.0,
     ):
-        """`load` reads a JSONL file, on another thread; `clock` gives the seconds since 1970; `wake` is called on another
+        """`load` reads a file of examples, on another thread; `clock` gives the seconds since 1970; `wake` is called on another
         thread when something is read or written, so that `advance` has something to do; `owner_weight` is an owner's
         share relative to the others', which no job changes."""
         self.trainer, self.config = trainer, config

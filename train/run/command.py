@@ -15,7 +15,6 @@ What they decide from files they decide before the first step, while no process 
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import math
 import signal
@@ -42,7 +41,7 @@ from jaxlora.peft.folder import export_peft
 from jaxlora.storage.adapter_store import AdapterStore
 from jaxlora.storage.checkpoints import read_meta, restore_state, save_state
 from train.data.examples import Unit
-from train.data.jsonl import load_jsonl
+from train.data.load import LengthLimit, load_file
 from train.jobs.inputs import digest
 from train.run import metrics
 from train.run.metrics import EventFile, plot_curves
@@ -58,7 +57,7 @@ class Job:
     """One tenant of the file: its data, its files, and what its checkpoints must agree with."""
 
     folder: Path  # out/TENANT
-    heldout: list[Unit]  # may be empty
+    heldout: Sequence[Unit]  # may be empty
     identity: dict[str, object]  # what determined its training state
     saved: int | None = None  # step of its newest checkpoint
     delivered: int | None = None  # step of the adapter in the store and in `peft`
@@ -113,7 +112,7 @@ def main(settings: TrainConfig) -> None:
         with memory_errors(f"opening {found.name}", SIZE_KEYS):
             opened = load_found(found, config.model, config.mesh)
             trainer = make_trainer(config, opened)
-    jobs = add_tenants(trainer, config, opened)
+    jobs = add_tenants(trainer, config, opened, console)
     for tenant in trainer.tenants.values():
         if tenant.step:
             say(console, f"{progress(tenant)}, from its checkpoint")
@@ -193,12 +192,18 @@ def say(console: Console, line: str) -> None:
 # ---- before -----------------------------------------------------------------------------------------------------
 
 
-def add_tenants(trainer: Trainer, config: SizedTrainConfig, opened: Opened) -> dict[str, Job]:
+def add_tenants(trainer: Trainer, config: SizedTrainConfig, opened: Opened, console: Console) -> dict[str, Job]:
     """Reads every tenant's files and gives it a slot, from its checkpoint if it has one; returns the jobs by tenant."""
     jobs = {}
-    limit = config.lane_tokens + 1
     for section in config.tenant:
-        read = functools.partial(load_jsonl, tokenizer=opened.tokenizer, max_tokens=limit, loss=section.loss)
+        limit = LengthLimit(lane_tokens=config.lane_tokens, too_long=section.too_long)
+
+        def read(path: Path, section: TenantSection = section, limit: LengthLimit = limit) -> Sequence[Unit]:
+            loaded = load_file(path, opened.tokenizer, limit=limit, loss=section.loss)
+            if loaded.note is not None:
+                say(console, f"{section.name}: {path.name}: {loaded.note}")
+            return loaded.units
+
         examples = read(section.train)
         heldout = [] if section.heldout is None else read(section.heldout)
         identity: dict[str, object] = {

@@ -14,18 +14,19 @@ import logging
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from jaxlora.config.serving import LimitsSection
+from jaxlora.config.training import TooLong
 from jaxlora.core.atomic_files import disk_errors, sha256_of, sync
 from jaxlora.core.errors import JaxLoraError, NotFound, Unavailable
 from jaxlora.core.tenant_threads import TenantThreads
 from jaxlora.storage.disk_cache import Remote
 from serve.db.files import StoredFiles
 from serve.db.models import FileRecord, FileStatus, Page, new_id
-from train.data.examples import Unit
+from train.data.load import Loaded
 
 LOG = logging.getLogger("serve")
 FINE_TUNE = "fine-tune"  # purpose of what clients upload
@@ -43,11 +44,12 @@ class FileStore:
         stored: StoredFiles,
         root: Path,
         *,
-        load: Callable[[Path], Sequence[Unit]],
+        load: Callable[[Path, TooLong], Loaded],
         limits: LimitsSection,
         remote: Remote | None = None,
     ):
-        """load: reads a file of examples, and raises DataInvalid for a bad one; called on a thread of ours.
+        """load: reads a file of examples, and raises DataInvalid for a bad one; called on a thread of ours.  What it says of
+        examples that are too long becomes the details of the file.
 
         Removes what a server before left behind, and checks what it had not checked.  Raises StorageFull, StorageFailed,
         Unavailable.
@@ -211,10 +213,10 @@ class FileStore:
         with self._remote.copies.using(path, self._bring):
             yield
 
-    def load(self, path: Path) -> Sequence[Unit]:
+    def load(self, path: Path, too_long: TooLong) -> Loaded:
         """The examples of a file.  Raises DataInvalid for a bad one, and as `here`."""
         with self.here(path):
-            return self._load(path)
+            return self._load(path, too_long)
 
     def _bring(self, path: Path) -> None:
         assert self._remote is not None
@@ -226,13 +228,16 @@ class FileStore:
         return FILES + path.relative_to(self._root).as_posix()
 
     def _check(self, record: FileRecord) -> None:
-        """Reads a file as a job would, and keeps what is wrong with it."""
+        """Reads a file as a job would, and keeps what is wrong with it, or too long in it."""
         path = self.path(record)
         status: FileStatus = "error"
         details: str | None
         try:
-            self.load(path)
+            # A job decides what becomes of examples that are too long; the others must be good.
+            loaded = self.load(path, "skip")
             status, details = "processed", None
+            if loaded.note is not None:
+                details = f'{loaded.note}.  A job needs too_long = "skip" or "truncate" to train with this file'
         except Unavailable as error:
             LOG.warning("file %s is not checked before the next start: %s", record.id, error.message)
             return

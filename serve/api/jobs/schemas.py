@@ -10,6 +10,7 @@ from typing import Annotated, Literal, NotRequired
 from pydantic import BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 from pydantic_core import PydanticCustomError
 
+from jaxlora.config.training import TooLong
 from serve.api.document import Closed
 from serve.http.pagination import Listed, PageQuery
 from serve.http.schema import Only, Strict, Text, Unbuilt, few_fields
@@ -208,6 +209,8 @@ class JobBody(Strict):
     keep_best: bool | None = None  # deliver the weights of the best held-out loss
     priority: Annotated[float | None, Field(gt=0, le=100)] = None
     evaluation: Scoring | None = None
+    # What becomes of examples that a lane does not hold: the job fails, they are left out, or cut.
+    too_long: TooLong | None = None
 
 
 class LimitedQuery(PageQuery):

@@ -65,7 +65,7 @@ def test_a_flood_of_files_leaves_another_tenants_file_its_turn_and_a_bomb_ends_o
 def test_a_start_that_finds_a_bomb_unchecked_survives_it(tmp_path):
     """As it would each time, when the server itself had read it and been killed."""
 
-    def away(path):
+    def away(path, too_long):
         raise Unavailable("the server is stopping")
 
     def checked(load):
@@ -82,7 +82,7 @@ def test_a_start_that_finds_a_bomb_unchecked_survives_it(tmp_path):
 
     limits = ReaderLimits(memory_bytes=MEMORY_BYTES, cpu_s=60)
     tokenizer = Tokenizer.from_hf(tiny_path("tiny-llama-tied"))
-    readers = FileReaders(tokenizer, tmp_path / "tokenizer", max_tokens=32, limits=limits)
+    readers = FileReaders(tokenizer, tmp_path / "tokenizer", lane_tokens=31, limits=limits)
     with closing(Database(f"sqlite:///{tmp_path}/db.sqlite")) as database, closing(readers):
         assert checked(away) == "uploaded"
-        assert checked(lambda path: readers.load(path, path.parent.name)) == "error"
+        assert checked(lambda path, too_long: readers.load(path, path.parent.name, too_long)) == "error"

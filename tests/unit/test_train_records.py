@@ -1,4 +1,4 @@
-"""JSONL: what each kind of line becomes, and that every problem names its line and field."""
+"""Records: what each kind becomes, and that every problem of a JSONL file names its line and field."""
 
 import json
 import re
@@ -11,10 +11,10 @@ from fake_tokenizer import END, START, FakeTokenizer, endless, forgetful, strict
 
 from jaxlora.config.training import LOSSES
 from jaxlora.core.errors import DataInvalid
-from train.data.jsonl import (
+from train.data.load import LengthLimit, load_file
+from train.data.records import (
     chat_example,
     completion_example,
-    load_jsonl,
     preference_pair,
     rollout_example,
     text_example,
@@ -305,7 +305,7 @@ ROLLOUT_LINE = json.dumps({"input_ids": [4, 5], "logprobs": [0, -1], "advantages
 def load(tmp_path, content, max_tokens=MAX, loss="cross_entropy"):
     path = tmp_path / "data.jsonl"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return load_jsonl(path, FakeTokenizer(), max_tokens=max_tokens, loss=loss)
+    return load_file(path, FakeTokenizer(), limit=LengthLimit(lane_tokens=max_tokens - 1), loss=loss).units
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -377,11 +377,14 @@ def test_jsonl_problem_names_line_and_field(tmp_path, line, says):
 
 
 def test_jsonl_names_the_file(tmp_path):
-    for content, says in ((b"", "data.jsonl has no examples"), (b"[1]", "data.jsonl is not valid:\nline 1: must be")):
+    for content, says in (
+        (b"", "data.jsonl has no examples"),
+        (b"[1]", "data.jsonl is not valid:\nelement 1: must be"),
+    ):
         with pytest.raises(DataInvalid, match=says):
             load(tmp_path, content)
     with pytest.raises(DataInvalid, match=r"cannot be read \(Is a directory\)"):
-        load_jsonl(tmp_path, FakeTokenizer(), max_tokens=MAX)
+        load_file(tmp_path, FakeTokenizer(), limit=LengthLimit(lane_tokens=MAX - 1))
 
 
 def test_jsonl_shows_the_first_five_problems(tmp_path):
@@ -391,11 +394,11 @@ def test_jsonl_shows_the_first_five_problems(tmp_path):
     assert str(caught.value).endswith("reading stopped here")
 
 
-def test_jsonl_refuses_byte_order_mark_and_emptiness(tmp_path):
-    with pytest.raises(DataInvalid, match="line 1: the file starts with a byte order mark"):
-        load(tmp_path, b"\xef\xbb\xbf" + CHAT_LINE.encode())
-    with pytest.raises(DataInvalid, match="no examples"):
-        load(tmp_path, "\n \n")
+def test_jsonl_refuses_emptiness_and_passes_over_a_byte_order_mark(tmp_path):
+    assert len(load(tmp_path, b"\xef\xbb\xbf" + CHAT_LINE.encode())) == 1
+    for nothing in ("\n \n", "\ufeff"):
+        with pytest.raises(DataInvalid, match="no examples"):
+            load(tmp_path, nothing)
 
 
 def test_a_line_that_is_too_long_is_not_held_and_not_parsed(tmp_path):
@@ -403,11 +406,11 @@ def test_a_line_that_is_too_long_is_not_held_and_not_parsed(tmp_path):
     path.write_bytes(b"\n{" + b" " * 2**23 + b'"text": "x"}\n' + b'{"text": "' + b"x" * most + b'"}')
     tracemalloc.start()
     with pytest.raises(DataInvalid) as caught:
-        load_jsonl(path, FakeTokenizer(), max_tokens=MAX)
+        load_file(path, FakeTokenizer(), limit=LengthLimit(lane_tokens=MAX - 1))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     for line, size in ((2, 2**23 + 13), (3, most + 12)):
-        assert f"line {line}: {size} bytes, more than the {most} that a line of at most 500" in str(caught.value)
+        assert f"line {line}: {size} bytes, more than the {most} that the longest example may take" in str(caught.value)
     assert peak < 8 * most
 
 

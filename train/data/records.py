@@ -1,34 +1,33 @@
-"""Parses JSONL lines into examples: OpenAI chat and preferences, prompt and completion, text, token ids.  No jax.
+"""Turns records into examples: chats, preferences, prompt and completion, text, token ids, and what `shapes` converts.  No jax.
 
-A line costs work and memory in proportion to the longest example: its bytes are counted before it is parsed, the bytes of
-its text before they are tokenised, and the conversations that its turns are rendered with before they are rendered.
+A record costs work and memory in proportion to the longest example: the bytes of its text are counted before it is
+tokenised, and the conversations that its turns are rendered with before they are rendered.
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
-import json
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from jaxlora.config.training import CROSS_ENTROPY
 from jaxlora.core.errors import DataInvalid, JaxLoraError
-from train.data.examples import KINDS, Example, Pair, Rollout, Unit, check_kind
+from train.data.examples import Example, Pair, Rollout, Unit
+from train.data.shapes import check_keys, converted, json_kind, shaped, shown
 
 ROLES = ("system", "user", "assistant")
-SHOWN_PROBLEMS = 5  # problems reported of a bad file; reading stops there
-ESCAPE_BYTES = 6  # of JSON for one byte of text, at most: \u0041
-NUMBERS_BYTES = 128  # of JSON for all numbers of one token
-FRAME_BYTES = 2**16  # of JSON for keys, roles and white space
-MAX_RENDERED_BYTES = 2**24  # of all conversations that one line's trained turns are rendered with
+MAX_RENDERED_BYTES = 2**24  # of all conversations that one record's trained turns are rendered with
 TURN_BYTES = 32  # what a turn costs to render, in bytes of text
-PART_BYTES = 2**16  # read at once of a line that is too long
+
+
+class ExampleTooLong(DataInvalid):
+    """An example has more tokens than a lane holds."""
+
+    def __init__(self, message: str, *, param: str | None, predictions: int, exact: bool = True):
+        """predictions: tokens of the lane that would hold it.  Not exact: at least so many."""
+        super().__init__(message, param=param)
+        self.predictions, self.exact = predictions, exact
 
 
 class Tokenizer(Protocol):
@@ -80,8 +79,8 @@ def preference_pair(tokenizer: Tokenizer, prompt: object, preferred: object, oth
     predictions holds of the two together.
     """
     if not isinstance(prompt, dict):
-        raise DataInvalid(f"must be an object with messages, got {_kind(prompt)}", param="input")
-    _check_keys(prompt, ("messages",), (), "input.")
+        raise DataInvalid(f"must be an object with messages, got {json_kind(prompt)}", param="input")
+    check_keys(prompt, ("messages",), (), "input.")
     before, _ = _read_messages(prompt["messages"], "input.messages", ())
     if before[-1]["role"] == "assistant":
         raise DataInvalid(
@@ -95,10 +94,11 @@ def preference_pair(tokenizer: Tokenizer, prompt: object, preferred: object, oth
         sides.append(_chat_example(tokenizer, before + after, fields, field, max_tokens))
     pair = Pair(*sides)
     if pair.predictions >= max_tokens:
-        raise DataInvalid(
+        raise ExampleTooLong(
             f"the two answers with their prompt take {pair.predictions} predictions together, more than the "
             f"{max_tokens - 1} allowed; shorten them",
             param="input",
+            predictions=pair.predictions,
         )
     return pair
 
@@ -213,17 +213,17 @@ def _numbers(value: object, count: int, field: str) -> np.ndarray:
 def _read_messages(messages: object, where: str, optional: tuple[str, ...]) -> tuple[list[dict[str, str]], list[int]]:
     """Returns (messages without their weights, indices of the assistant turns to train)."""
     if not isinstance(messages, list) or not messages:
-        raise DataInvalid(f"must be a list of at least one message, got {_kind(messages)}", param=where)
+        raise DataInvalid(f"must be a list of at least one message, got {json_kind(messages)}", param=where)
     turns: list[dict[str, str]] = []
     trained: list[int] = []
     for i, message in enumerate(messages):
         field = f"{where}[{i}]"
         if not isinstance(message, dict):
-            raise DataInvalid(f"must be an object with role and content, got {_kind(message)}", param=field)
-        _check_keys(message, ("role", "content"), optional, field + ".")
+            raise DataInvalid(f"must be an object with role and content, got {json_kind(message)}", param=field)
+        check_keys(message, ("role", "content"), optional, field + ".")
         role = message["role"]
         if role not in ROLES:
-            raise DataInvalid(f"must be one of {', '.join(ROLES)}, got {_shown(str(role))!r}", param=f"{field}.role")
+            raise DataInvalid(f"must be one of {', '.join(ROLES)}, got {shown(str(role))!r}", param=f"{field}.role")
         turns.append({"role": role, "content": _text(message["content"], f"{field}.content")})
         weight = message.get("weight", 1)
         if type(weight) is not int or weight not in (0, 1) or ("weight" in message and role != "assistant"):
@@ -261,15 +261,19 @@ def _check_text(tokenizer: Tokenizer, text: str, max_tokens: int, field: str) ->
     size = len(text.encode())
     least = -(-size // tokenizer.max_token_bytes)
     if least > max_tokens:
-        raise DataInvalid(
+        raise ExampleTooLong(
             f"{size} bytes of text are at least {least} tokens, more than the {max_tokens} allowed; shorten it",
             param=field,
+            predictions=least - 1,
+            exact=False,
         )
 
 
 def _check_count(tokens: int, max_tokens: int, field: str) -> None:
     if tokens > max_tokens:
-        raise DataInvalid(f"{tokens} tokens, more than the {max_tokens} allowed; shorten it", param=field)
+        raise ExampleTooLong(
+            f"{tokens} tokens, more than the {max_tokens} allowed; shorten it", param=field, predictions=tokens - 1
+        )
 
 
 def _example(tokens: Sequence[int], weights: np.ndarray, max_tokens: int, field: str) -> Example:
@@ -280,7 +284,7 @@ def _example(tokens: Sequence[int], weights: np.ndarray, max_tokens: int, field:
 
 def _text(value: object, field: str) -> str:
     if not isinstance(value, str):
-        raise DataInvalid(f"must be a string, got {_kind(value)}", param=field)
+        raise DataInvalid(f"must be a string, got {json_kind(value)}", param=field)
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -292,178 +296,54 @@ def _fits_float32(value: float) -> bool:
     return abs(value) <= float(np.finfo(np.float32).max)  # false for NaN; no overflow for a huge whole number
 
 
-def _shown(text: str) -> str:
-    """Returns at most 40 characters of the text, fit for any output: lone surrogates are escaped."""
-    return text[:40].encode(errors="backslashreplace").decode()
+# Records.
 
 
-def _kind(value: object) -> str:
-    """Returns the JSON name of a value's type."""
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number") + (" of length 0" if value in ([], {}) else "")
+def read_record(record: Mapping[str, object], tokenizer: Tokenizer, max_tokens: int) -> Unit:
+    """Returns the example or pair of a record, whose keys determine its shape.
 
-
-def _check_keys(got: Mapping[str, object], needed: tuple[str, ...], optional: tuple[str, ...], prefix: str) -> None:
-    for key in got:
-        if key not in needed + optional:
-            raise DataInvalid(f"unknown key; known are {', '.join(needed + optional)}", param=f"{prefix}{_shown(key)}")
-    for key in needed:
-        if key not in got:
-            raise DataInvalid("is missing", param=prefix + key)
-
-
-# JSONL files.
-
-
-def load_jsonl(
-    path: Path | str,
-    tokenizer: Tokenizer,
-    *,
-    max_tokens: int,
-    loss: str | None = CROSS_ENTROPY.name,
-    name: str | None = None,
-) -> list[Unit]:
-    """Returns the examples or pairs of a JSONL file, in its order.  A line is one object of a kind the loss trains on:
-
-        cross_entropy  {"messages": [{"role", "content", "weight"?: 0 | 1}, …]}      {"prompt": text, "completion": text}
-                       {"input_ids": [id, …], "weights": [number, …]}                {"text": text}
-        dpo            {"input": {"messages": […]}, "preferred_output": [message, …], "non_preferred_output": [message, …]}
-        the others     {"input_ids": [id, …], "logprobs": [number, …], "advantages": [number, …], "weights"?: [number, …],
-                        "sequence_ratio_mask"?: [0 | 1, …]}
-
-    loss: None accepts lines of all kinds.  name: what errors call the file; None: its path.
-    Raises DataInvalid, naming the file, and line and field of the first problems, also when it cannot be read or has no
-    example.
+    Raises DataInvalid, with the record's own name of a field; ExampleTooLong for more than max_tokens.
     """
-    name = str(path) if name is None else name
-    most = max_tokens * max(ESCAPE_BYTES * tokenizer.max_token_bytes, NUMBERS_BYTES) + FRAME_BYTES
-
-    def unit(raw: bytes, size: int, number: int) -> Unit:
-        if size > most:
-            raise DataInvalid(
-                f"{size} bytes, more than the {most} that a line of at most {max_tokens} tokens may take; shorten it"
-            )
-        return _read_line(_parse_line(raw, first=number == 1), tokenizer, max_tokens)
-
+    shape, kept = shaped(record)
+    ours, rename = converted(shape, kept)
     try:
-        lines = ((n, functools.partial(unit, raw, size, n)) for n, raw, size in _lines(Path(path), most))
-        examples = _collect(name, "line", lines, loss)
-    except OSError as error:
-        raise DataInvalid(f"{name} cannot be read ({error.strerror}); give the path of a JSONL file") from error
-    if not examples:
-        raise DataInvalid(f"{name} has no examples; give one JSON object a line")
-    return examples
-
-
-def _lines(path: Path, most: int) -> Iterator[tuple[int, bytes, int]]:
-    """Yields (number from 1, bytes, size) of each line that is not blank; of one larger than `most` only its beginning."""
-    with path.open("rb") as file:
-        for number in itertools.count(1):
-            part = file.readline(most + 1)
-            if not part:
-                return
-            raw, size = part.removesuffix(b"\n"), len(part)
-            while not part.endswith(b"\n") and (part := file.readline(PART_BYTES)):
-                size += len(part)
-            size -= part.endswith(b"\n")
-            if size > most or raw.strip():
-                yield number, raw, size
-
-
-def read_examples(
-    data: Iterable[Mapping[str, object] | Unit], tokenizer: Tokenizer, *, max_tokens: int, loss: str
-) -> list[Unit]:
-    """Returns the examples or pairs of objects in the format of a file's lines, or of ready ones, in their order.
-
-    Raises DataInvalid, naming index (from 0) and field of the first problems, also when there are none.
-    """
-
-    def unit(item: object) -> Unit:
-        if isinstance(item, Example | Pair):
-            return item
-        if not isinstance(item, dict) or not all(isinstance(key, str) for key in item):
-            raise DataInvalid(f"must be an object, such as a line of a JSONL file holds, got {type(item).__name__}")
-        return _read_line(item, tokenizer, max_tokens)
-
-    examples = _collect("data", "example", ((i, functools.partial(unit, item)) for i, item in enumerate(data)), loss)
-    if not examples:
-        raise DataInvalid("data has no examples; give at least one")
-    return examples
-
-
-def _collect(source: str, what: str, units: Iterable[tuple[int, Callable[[], Unit]]], loss: str | None) -> list[Unit]:
-    """Returns the units that these calls make.  Raises one DataInvalid for the first problems, by number and field."""
-    examples: list[Unit] = []
-    problems: list[str] = []
-    for number, make in units:
-        try:
-            unit = make()
-            if loss is not None:
-                check_kind(unit, loss)
-            examples.append(unit)
-        except DataInvalid as error:
-            field = f", {error.param}" if error.param else ""
-            problems.append(f"{what} {number}{field}: {error.message}")
-            if len(problems) == SHOWN_PROBLEMS:
-                problems.append("reading stopped here")
-                break
-    if problems:
-        raise DataInvalid(f"{source} is not valid:\n" + ";\n".join(problems))
-    return examples
-
-
-def _parse_line(raw: bytes, *, first: bool) -> dict[str, object]:
-    """Returns the JSON object of one line."""
-    if first and raw.startswith(b"\xef\xbb\xbf"):
-        raise DataInvalid("the file starts with a byte order mark; save it as UTF-8 without one")
-    try:
-        value = json.loads(raw.decode(), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
-    except UnicodeDecodeError as error:
-        raise DataInvalid(f"not UTF-8: byte {error.start + 1} of the line; save the file as UTF-8") from error
-    except RecursionError as error:
-        raise DataInvalid("nested too deeply to be an example") from error
-    except DataInvalid:
+        return _built(ours, tokenizer, max_tokens)
+    except DataInvalid as error:
+        error.param = None if error.param is None else rename(error.param)
         raise
-    except ValueError as error:  # also a number of too many digits
-        raise DataInvalid(f"not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise DataInvalid(f"must be an object, got {_kind(value)}")
-    return value
 
 
-def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    got = dict(pairs)
-    if len(got) != len(pairs):
-        counts = Counter(key for key, _ in pairs)
-        raise DataInvalid("the key is given twice", param=_shown(next(k for k, n in counts.items() if n > 1)))
-    return got
+def _built(record: Mapping[str, object], tokenizer: Tokenizer, max_tokens: int) -> Unit:
+    if "preferred_output" in record:
+        answers = record["preferred_output"], record["non_preferred_output"]
+        return preference_pair(tokenizer, record["input"], *answers, max_tokens=max_tokens)
+    if "messages" in record:
+        return chat_example(tokenizer, record["messages"], max_tokens=max_tokens)
+    if "prompt" in record:
+        return completion_example(tokenizer, record["prompt"], record["completion"], max_tokens=max_tokens)
+    if "logprobs" in record:
+        return rollout_example(record, max_tokens=max_tokens, vocab=tokenizer.vocab_size)
+    if "input_ids" in record:
+        vocab = tokenizer.vocab_size
+        return token_example(record["input_ids"], record["weights"], max_tokens=max_tokens, vocab=vocab)
+    return text_example(tokenizer, record["text"], max_tokens=max_tokens)
 
 
-def _no_constant(name: str) -> object:
-    raise DataInvalid(f"{name} is not JSON; give a finite number")
+def cut(unit: Unit, max_tokens: int) -> Unit:
+    """Returns the beginning of an example, or of both sides of a pair, that a lane of max_tokens - 1 predictions holds.
+
+    Raises DataInvalid when nothing to train is left of it.
+    """
+    if isinstance(unit, Example):
+        return _beginning(unit, max_tokens)
+    room, first, second = max_tokens - 1, unit.chosen.predictions, unit.rejected.predictions
+    half = room // 2
+    kept = (first, room - first) if first <= half else (room - second, second) if second <= half else (half, half)
+    return Pair(*(_beginning(side, count + 1) for side, count in zip(unit.segments, kept, strict=True)))
 
 
-def _read_line(line: dict[str, object], tokenizer: Tokenizer, max_tokens: int) -> Unit:
-    """Returns the example or pair of one line; its keys determine the kind."""
-    if "input" in line or "preferred_output" in line or "non_preferred_output" in line:
-        _check_keys(line, ("input", "preferred_output", "non_preferred_output"), (), "")
-        answers = line["preferred_output"], line["non_preferred_output"]
-        return preference_pair(tokenizer, line["input"], *answers, max_tokens=max_tokens)
-    if "messages" in line:
-        _check_keys(line, ("messages",), (), "")
-        return chat_example(tokenizer, line["messages"], max_tokens=max_tokens)
-    if "prompt" in line or "completion" in line:
-        _check_keys(line, ("prompt", "completion"), (), "")
-        return completion_example(tokenizer, line["prompt"], line["completion"], max_tokens=max_tokens)
-    if "logprobs" in line or "advantages" in line:
-        _check_keys(line, ("input_ids", "logprobs", "advantages"), ("weights", "sequence_ratio_mask"), "")
-        return rollout_example(line, max_tokens=max_tokens, vocab=tokenizer.vocab_size)
-    if "input_ids" in line or "weights" in line:
-        _check_keys(line, ("input_ids", "weights"), (), "")
-        return token_example(line["input_ids"], line["weights"], max_tokens=max_tokens, vocab=tokenizer.vocab_size)
-    if "text" in line:
-        _check_keys(line, ("text",), (), "")
-        return text_example(tokenizer, line["text"], max_tokens=max_tokens)
-    raise DataInvalid(
-        f"keys {', '.join(_shown(k) for k in list(line)[:5]) or '(none)'} are of no known kind; give {'; or '.join(KINDS.values())}"
-    )
+def _beginning(example: Example, tokens: int) -> Example:
+    rollout = example.rollout
+    if rollout is not None:
+        rollout = Rollout(rollout.logprobs[:tokens], rollout.advantages[:tokens], rollout.ratio_mask[:tokens])
+    return Example(example.tokens[:tokens], example.weights[:tokens], rollout)
