@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
+import sys
 import time
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 from urllib.parse import quote
@@ -21,7 +25,10 @@ files = typer.Typer(help="The training files of a running server.", no_args_is_h
 
 Id = Annotated[str, typer.Argument(metavar="ID")]
 JOBS = "fine_tuning/jobs"
-CREATE_EXAMPLES = """Example:  jaxlora jobs create train.jsonl --model smollm2 --suffix support --follow
+FAILED_EXIT = 1  # of a command that followed a job to another end than success
+MOST_EVENTS = 3000  # the newest ones, of which a chart is drawn
+CHART_WIDTH = 80  # columns at most
+CREATE_EXAMPLES = """Example:  jaxlora jobs create train.jsonl --model smollm2 --name support --follow
 
 Example:  jaxlora jobs create file-0123… --model smollm2 --heldout held.jsonl --rank 8 --lr 1e-3 --steps 60"""
 
@@ -44,8 +51,7 @@ def job_line(job: Mapping) -> str:
     steps = f"{p['step']}/{p['total_steps'] or '?'}"
     loss = "" if p["train_loss"] is None else f"  loss {p['train_loss']:.4f}"
     held = "" if p["valid_loss"] is None else f"  held out {p['valid_loss']:.4f}"
-    model = job["fine_tuned_model"] or "-"
-    return f"{job['id']}  {job['status']:<16}  {steps:>9}{loss}{held}  {when(job['created_at'])}  {model}"
+    return f"{job['id']}  {job['status']:<16}  {steps:>9}{loss}{held}  {when(job['created_at'])}  {job['adapter']}"
 
 
 def event_line(event: Mapping) -> str:
@@ -58,7 +64,7 @@ def checkpoint_line(checkpoint: Mapping) -> str:
     """One checkpoint for people."""
     numbers = {k: v for k, v in checkpoint["metrics"].items() if k != "step"}
     shown = "  ".join(f"{k} {v:.4f}" for k, v in numbers.items())
-    return f"step {checkpoint['step_number']:<6}  {checkpoint['fine_tuned_model_checkpoint']}  {shown}"
+    return f"step {checkpoint['step_number']:<6}  {checkpoint['adapter']}@{checkpoint['adapter_version']}  {shown}"
 
 
 def file_line(file: Mapping) -> str:
@@ -85,16 +91,62 @@ def file_id(client: ApiClient, given: str) -> str:
 
 
 def follow_job(client: ApiClient, id: str, as_json: bool) -> None:
-    """Prints all events of a job, and on until it ends, however often a stream of them does."""
+    """Prints all events of a job until it ends, and the next command when it has succeeded.
+
+    Raises typer.Exit with FAILED_EXIT when it failed or was cancelled; KeyboardInterrupt, after saying how to go on.
+    """
+    try:
+        job = followed(client, id, as_json)
+    except KeyboardInterrupt:
+        typer.echo(
+            f"\n{id} goes on; {hint(client, f'jobs events {id} --follow')} follows it again, ", err=True, nl=False
+        )
+        typer.echo(f"{hint(client, f'jobs cancel {id}')} ends it", err=True)
+        raise
+    if job["status"] != "succeeded":
+        error = job["error"]
+        typer.echo(f"jaxlora: {id} {job['status']}" + ("" if error is None else f": {error['message']}"), err=True)
+        raise typer.Exit(FAILED_EXIT)
+    if not as_json:
+        typer.echo(f"now: {hint(client, f'chat {shlex.quote(job["adapter"])}')}")
+
+
+def followed(client: ApiClient, id: str, as_json: bool) -> dict:
+    """Prints all events of a job until it ends, however often a stream of them does.  Returns the job."""
     from train.jobs.status import ENDED  # not for commands that ask for help: `train` may be a folder of the user's
 
     query = {"stream": "true"}
     while True:
+        job = client.entry("GET", f"{JOBS}/{at(id)}")  # before the events: after those of a job at its end come none
         for event in client.events(f"{JOBS}/{at(id)}/events", query):
             print_entry(event, event_line, as_json)
             query["after"] = event["id"]
-        if client.entry("GET", f"{JOBS}/{at(id)}")["status"] in ENDED:
-            return
+        if job["status"] in ENDED:
+            return job
+
+
+def hint(client: ApiClient, command: str) -> str:
+    """A command as the user would type it for the same server."""
+    return f"jaxlora {command}" + ("" if client.url == HERE else f" --url {shlex.quote(client.url)}")
+
+
+def loss_lines(events: list[dict]) -> list[str]:
+    """A chart of the losses that these events tell of, the newest first; in ASCII where the output is no terminal, or an old one."""
+    from serve.cli.loss_chart import UNICODE, chart
+
+    numbers = [event["data"] for event in reversed(events) if event["type"] == "metrics" and event["data"]]
+    train, heldout = (
+        [(data["step"], data[name]) for data in numbers if "step" in data and data.get(name) is not None]
+        for name in ("train_loss", "valid_loss")
+    )
+    try:
+        UNICODE.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        ascii_only = True
+    else:
+        ascii_only = not sys.stdout.isatty()
+    width = min(shutil.get_terminal_size().columns, CHART_WIDTH)
+    return chart(train, heldout, width=width, ascii_only=ascii_only)
 
 
 def _given(values: Mapping[str, object]) -> dict[str, object]:
@@ -110,7 +162,9 @@ def create(
     train: Annotated[str, typer.Argument(metavar="TRAIN", help="A JSONL file, or the id of one on the server.")],
     model: Annotated[str, typer.Option(help="The base, or an adapter to go on from.")],
     heldout: Annotated[str | None, typer.Option(help="For held-out losses, likewise.", show_default=False)] = None,
-    suffix: Annotated[str | None, typer.Option(help="In the name of the model.", show_default=False)] = None,
+    name: Annotated[
+        str | None, typer.Option("--name", "--suffix", help="Of the adapter it makes.", show_default=False)
+    ] = None,
     method: Annotated[str, typer.Option(help="supervised or dpo.")] = "supervised",
     epochs: Annotated[int | None, typer.Option(help="Passes over the file.", show_default=False)] = None,
     steps: Annotated[int | None, typer.Option(help="Steps, instead of epochs.", show_default=False)] = None,
@@ -125,12 +179,15 @@ def create(
     key: Key = None,
     as_json: Json = False,
 ) -> None:
-    """Start a job.  A local file is sent first."""
+    """Start a job.  A local file is sent first.
+
+    With --follow, exit code 1 says that the job failed or was cancelled; Ctrl-C leaves it running.
+    """
     numbers = {"n_epochs": epochs, "batch_size": batch}
     lora = {"r": rank, "alpha": alpha}
     body = {
         "model": model,
-        "suffix": suffix,
+        "suffix": name,
         "seed": seed,
         "method": {"type": method, method: {"hyperparameters": _given(numbers)}},
         "lora": _given(lora) or None,
@@ -156,11 +213,15 @@ def list_jobs(url: Url = HERE, key: Key = None, as_json: Json = False) -> None:
 
 @jobs.command("show", epilog="Example:  jaxlora jobs show ftjob-0123…")
 def show_job(id: Id, url: Url = HERE, key: Key = None, as_json: Json = False) -> None:
-    """Show one job, and why it failed."""
+    """Show one job: how far it is, its losses as a chart, and why it failed."""
     with connect(url, key) as client:
         job = client.entry("GET", f"{JOBS}/{at(id)}")
-    print_entry(job, job_line, as_json)
-    if job["error"] is not None and not as_json:
+        print_entry(job, job_line, as_json)
+        if as_json:
+            return
+        for line in loss_lines(list(islice(client.pages(f"{JOBS}/{at(id)}/events", {}), MOST_EVENTS))):
+            typer.echo(line)
+    if job["error"] is not None:
         typer.echo(f"{job['error']['code']}: {job['error']['message']}")
 
 
@@ -172,7 +233,7 @@ def events(
     key: Key = None,
     as_json: Json = False,
 ) -> None:
-    """Show what happened to a job, the oldest first."""
+    """Show what happened to a job, the oldest first.  With --follow, exit code 1 says that it did not succeed."""
     with connect(url, key) as client:
         if follow:
             follow_job(client, id, as_json)

@@ -1,6 +1,7 @@
 """`jaxlora COMMAND`.  A command imports what it runs when it runs, so that help is instant.
 
-Exit codes: 0 done; 2 an error the user can act on, told on stderr; 130 interrupted.
+Exit codes: 0 done; 1 a job that was followed, or a file, is not good; 2 an error the user can act on, told on stderr; 130
+interrupted.
 """
 
 from __future__ import annotations

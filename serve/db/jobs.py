@@ -10,10 +10,11 @@ from sqlalchemy import Select, func, select
 from sqlalchemy.orm import Session
 from sqlalchemy.sql import ColumnElement
 
-from jaxlora.core.errors import InvalidRequest, JaxLoraError, QuotaExceeded
+from jaxlora.core.errors import InvalidRequest, JaxLoraError, NotFound, QuotaExceeded, StorageFailed
 from serve.db.database import Database
 from serve.db.files import FILES, there
 from serve.db.instance import StoredInstance
+from serve.db.job_spec import JobSpec, Resolved
 from serve.db.models import ID, CheckpointRecord, EventRecord, JobFileRecord, JobRecord, NewEvent, Objects, Page, new_id
 from train.jobs.status import ENDED, JobStatus
 
@@ -57,19 +58,35 @@ class StoredJobs:
         """One job.  Raises NotFound."""
         return self.database.read(lambda s: JOBS.find(s, id, sees))
 
+    def shown(self, id: str, sees: str | None) -> JobRecord:
+        """One job as its owner is shown it: a damaged one as `damaged_job` says.  Raises NotFound."""
+
+        def work(session: Session) -> JobRecord:
+            try:
+                return JOBS.find(session, id, sees)
+            except NotFound:
+                raise
+            except DAMAGE:
+                return damaged_job(session, id)
+
+        return self.database.read(work)
+
     def page(
         self, sees: str | None, *, after: str | None, limit: int, metadata: Mapping[str, str] | None = None
     ) -> Page[JobRecord]:
-        """Jobs of the list, newest first.  metadata: only those with all of these.  Raises InvalidRequest for an unknown `after`."""
+        """Jobs of the list as `shown`, newest first.  metadata: only those with all of these.
+
+        Raises InvalidRequest for an unknown `after`.
+        """
         wanted = dict(metadata or {}).items()
         if not wanted:
-            return self.database.read(lambda s: JOBS.page(s, sees, after=after, limit=limit))
+            return self.database.read(lambda s: page_of(s, sees, after, limit))
 
         def work(session: Session) -> Page[JobRecord]:
             found: list[JobRecord] = []
             at = after
             while len(found) <= limit:
-                page = JOBS.page(session, sees, after=at, limit=SCAN)
+                page = page_of(session, sees, at, SCAN)
                 found += [r for r in page.records if wanted <= r.labels.items()]
                 if not page.more:
                     break
@@ -173,6 +190,39 @@ class StoredJobs:
             return cut(session.scalars(asked.limit(limit + 1)).all(), limit)
 
         return self.database.read(work)
+
+
+def page_of(session: Session, sees: str | None, after: str | None, limit: int) -> Page[JobRecord]:
+    """A page of jobs, newest first, with damaged ones as `damaged_job` says."""
+    asked = JOBS.ordered(session, sees, after=after).limit(limit + 1)
+    try:
+        return cut(session.scalars(asked).all(), limit)
+    except DAMAGE:
+        found = []
+    for id in session.scalars(asked.with_only_columns(JobRecord.id)).all():
+        try:
+            found += session.scalars(select(JobRecord).where(JobRecord.id == id))
+        except DAMAGE:
+            found.append(damaged_job(session, id))
+    return cut(found, limit)
+
+
+def damaged_job(session: Session, id: str) -> JobRecord:
+    """What can still be said of a job whose row is damaged: that it failed, and why.  Not to be stored."""
+    whole = select(JobRecord.tenant, JobRecord.adapter, JobRecord.created_s).where(JobRecord.id == id)
+    tenant, adapter, created_s = session.execute(whole).one()
+    reason = "the server's record of this job is damaged, and it does not go on; create another, and tell the operator"
+    return JobRecord(
+        id=id,
+        tenant=tenant,
+        adapter=adapter,
+        created_s=created_s,
+        request=JobSpec(model="", training_file=""),
+        resolved=Resolved(seed=0),
+        labels={},
+        status=JobStatus.FAILED,
+        error={"code": StorageFailed.code, "message": reason, "param": None},
+    )
 
 
 def readable[Record: JobRecord | CheckpointRecord](

@@ -16,7 +16,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from sqlalchemy import BigInteger, Dialect, Double, ForeignKey, Index, String, Text, UniqueConstraint, and_, or_, select
+from sqlalchemy import (
+    BigInteger,
+    Dialect,
+    Double,
+    ForeignKey,
+    Index,
+    Select,
+    String,
+    Text,
+    UniqueConstraint,
+    and_,
+    or_,
+    select,
+)
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, Session, mapped_column
 from sqlalchemy.sql import ColumnElement
 from sqlalchemy.types import TypeDecorator
@@ -286,21 +299,31 @@ class Objects[Record: Owned]:
         limit: int,
         oldest_first: bool = False,
     ) -> Page[Record]:
-        """Up to `limit` of them after the one with the id `after`, newest first.  Raises InvalidRequest for an unknown `after`.
+        """Up to `limit` of them after the one with the id `after`, newest first.  Raises InvalidRequest for an unknown `after`."""
+        asked = self.ordered(session, sees, *where, after=after, oldest_first=oldest_first)
+        records = session.scalars(asked.limit(limit + 1)).all()
+        return Page(records=list(records[:limit]), more=len(records) > limit)
+
+    def ordered(
+        self,
+        session: Session,
+        sees: str | None,
+        *where: ColumnElement[bool],
+        after: str | None,
+        oldest_first: bool = False,
+    ) -> Select[Record]:
+        """The query of all of them after the one with the id `after`, newest first.  Raises InvalidRequest for an unknown `after`.
 
         Equal times are ordered by id, so pages neither repeat nor lose one.
         """
         created, id = self.record.created_s, self.record.id
         asked = select(self.record).where(*self.visible(sees), *where)
         if after is not None:
-            try:
-                last = self.find(session, after, sees)
-            except NotFound:
-                raise InvalidRequest(f"after must be the id of a {self.kind} in this list", param="after") from None
-            beyond = (
-                (created > last.created_s, id > last.id) if oldest_first else (created < last.created_s, id < last.id)
-            )
-            asked = asked.where(or_(beyond[0], and_(created == last.created_s, beyond[1])))
+            known = select(created).where(id == after, *self.visible(sees))
+            last_s = session.scalars(known).one_or_none() if ID.fullmatch(after) else None
+            if last_s is None:
+                raise InvalidRequest(f"after must be the id of a {self.kind} in this list", param="after")
+            beyond = (created > last_s, id > after) if oldest_first else (created < last_s, id < after)
+            asked = asked.where(or_(beyond[0], and_(created == last_s, beyond[1])))
         order = (created.asc(), id.asc()) if oldest_first else (created.desc(), id.desc())
-        records = session.scalars(asked.order_by(*order).limit(limit + 1)).all()
-        return Page(records=list(records[:limit]), more=len(records) > limit)
+        return asked.order_by(*order)

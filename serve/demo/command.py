@@ -34,7 +34,7 @@ from serve.server.gate import AppConfig
 from serve.server.uvicorn import make_http
 from train.data.examples import Example
 from train.data.records import chat_example
-from train.run.metrics import plot_losses
+from train.run.loss_curves import LossCurves, write_pictures
 from train.step.optimizer import Optimizer
 from train.trainer import Evaluation, StepReport, Trainer
 
@@ -302,7 +302,8 @@ def write_files(demo: Demo, folder: Path) -> None:
         if ref is not None:
             target = folder / "peft" / task.name
             export_peft(store.get(ref), target, opened.base.config, base_name=opened.name, replace=True)
-    plot_losses({name: tenant.losses for name, tenant in demo.trainer.tenants.items()}, folder / "loss.png")
+    tenants = demo.trainer.tenants.items()
+    write_pictures({n: LossCurves(train=(range(1, len(t.losses) + 1), t.losses)) for n, t in tenants}, folder)
 
 
 def wait(console: Console, url: str, task: Task) -> None:

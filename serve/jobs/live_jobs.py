@@ -304,9 +304,12 @@ class LiveJobs:
             live = self._live[job.id]
             events = job.log.after(live.seen)
             live.seen = events[-1].seq if events else live.seen
-            if job.result is not None:
-                self._report_version(job, job.result, checkpoint=True, final=True)
             now = replace(job, progress=replace(job.progress), numbers=dict(job.numbers))
+            if job.result is not None:  # its last step, then its result, then that it has succeeded
+                before = replace(now, state=JobStatus.RUNNING, finished_s=None)
+                self._listener.job_changed(JobNews(job=before, events=tuple(events[:-1])))
+                self._report_version(job, job.result, checkpoint=True, final=True)
+                events = events[-1:]
             self._listener.job_changed(JobNews(job=now, events=tuple(events)))
             if job.final:
                 del self._live[job.id]

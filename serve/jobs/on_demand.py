@@ -107,6 +107,10 @@ class Tuner:
         self._guard = threading.Lock()
         self._turns: dict[tuple[str, str], asyncio.Lock] = {}
 
+    def is_made_by_job(self, tenant: str, name: str) -> bool:
+        """Returns whether an unfinished job makes the tenant's adapter of this name.  Waits for nothing."""
+        return self._runner.catalog.jobs.makes(tenant, name)
+
     async def create(self, tenant: str, name: str, spec: LoraSpec, seed: int) -> AdapterRef:
         """Creates an adapter that changes nothing yet, as version 1.
 

@@ -75,20 +75,20 @@ class JobRecorder:
 
     def change(self, id: str, change: Callable[[JobRecord], JobRecord], *events: NewEvent) -> None:
         """Stores another record of a job, and events, after all that was told before.  Returns when it is tried."""
-        done = threading.Event()
+        self.post(id, change, *events)
+        self.flush()
+
+    def post(self, id: str, change: Callable[[JobRecord], JobRecord], *events: NewEvent) -> None:
+        """Stores another record of a job, and events, after all that was told before.  Returns at once."""
 
         def work() -> None:
-            try:
-                known = self._records.get(id)
-                if known is not None:
-                    self._store(change(known), list(events), [])
-                else:
-                    self._stored.save(change(self._stored.get(id, None)), events=events)
-            finally:
-                done.set()
+            known = self._records.get(id)
+            if known is not None:
+                self._store(change(known), list(events), [])
+            else:
+                self._stored.save(change(self._stored.get(id, None)), events=events)
 
         self._changes.put((id, work))
-        done.wait()
 
     def flush(self) -> None:
         """Returns when all that was told before is stored, or was tried."""
@@ -212,12 +212,11 @@ class JobRecorder:
                     created_s=said.time_s,
                 )
             )
-            name = self._names.full(record.id) if said.final else self._names.full(record.id, said.step)
+            alias = self._names.full(record.id) if said.final else self._names.full(record.id, said.step)
             what = "Fine-tuned model created" if said.final else f"Checkpoint created at step {said.step}"
-            data: JsonObject = {"step": said.step, "adapter_version": said.ref.version, "model": name}
-            events.append(
-                NewEvent(time_s=said.time_s, level="info", kind="message", message=f"{what}: {name}", data=data)
-            )
+            message = f"{what}: {said.ref.name}@{said.ref.version}"
+            data: JsonObject = {"step": said.step, "adapter_version": said.ref.version, "model": alias}
+            events.append(NewEvent(time_s=said.time_s, level="info", kind="message", message=message, data=data))
         self._store(replace(record, progress=progress), events, checkpoints)
         if said.checkpoint:
             self._names.checkpoint(record.id, said.step, said.ref.version, final=said.final)

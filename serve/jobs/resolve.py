@@ -54,11 +54,14 @@ def check(asked: JobSpec) -> None:
         )
 
 
-def spec_of(asked: JobSpec) -> LoraSpec:
-    """The adapter that is asked for.  Raises InvalidRequest or AdapterInvalid for one that cannot be."""
+def spec_of(asked: JobSpec, max_rank: int) -> LoraSpec:
+    """The adapter that is asked for.  max_rank: of the server, and of a job that asks for none where it is below the usual.
+
+    Raises InvalidRequest or AdapterInvalid for one that cannot be.
+    """
     lora = asked.lora or LoraChoice()
     return LoraSpec(
-        rank=chosen(lora.r, DEFAULT.rank),
+        rank=chosen(lora.r, min(DEFAULT.rank, max_rank)),
         alpha=chosen(lora.alpha, DEFAULT.alpha),
         rslora=chosen(lora.use_rslora, DEFAULT.rslora),
         dropout=chosen(lora.dropout, DEFAULT.dropout),

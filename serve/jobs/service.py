@@ -7,7 +7,9 @@ Every call may wait for a file, the database or the device thread: not for an ev
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import re
 import secrets
 import threading
 import time
@@ -35,24 +37,25 @@ from serve.access.adapter_quota import AdapterQuota
 from serve.access.caller import Caller
 from serve.db.job_spec import JobSpec, Plan, Resolved
 from serve.db.jobs import StoredJobs
-from serve.db.models import EventRecord, FileRecord, JobRecord, NewEvent, new_id
-from serve.jobs import resolve
+from serve.db.models import EventRecord, FileRecord, JobRecord, Json, NewEvent, new_id
+from serve.jobs import resolve, results
 from serve.jobs.live_jobs import LiveJobs
 from serve.jobs.recorder import DEATHS, JobRecorder
-from serve.runtime.catalog import adapter_name, short_id
+from serve.jobs.results import Draw
+from serve.runtime.catalog import short_id
 from serve.runtime.device_thread import DeviceThread
 from train.data.load import Loaded
 from train.jobs.job import said
 from train.jobs.status import ENDED, JobStatus, check_move
+from train.run.loss_curves import LossCurves
 
 LOG = logging.getLogger("serve")
 INTAKE_THREADS = 2
 RETRY_S = 5.0  # when the database or object storage does not answer
 MAX_DEATHS = 3  # of the server, while a job ran and wrote no checkpoint; then the job is paused
 EVENTS_AT_ONCE = 1000  # read when a result file is written
-
-CSV_HEADER = "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
-CSV_COLUMNS = ("step", "train_loss", "train_mean_token_accuracy", "valid_loss", "valid_mean_token_accuracy")
+MAX_STEM, NAME_DIGITS = 32, 6  # of a name that nobody chose
+RESULTS = "fine-tune-results"  # purpose of result files
 
 
 class Files(Protocol):
@@ -95,6 +98,8 @@ class JobService:
         self._runner, self._store, self.names = runner, runner.engine.store, runner.catalog.jobs
         self._trainer, self._states = live.jobs.trainer, live.jobs.states
         self._base_lr, self._limits, self._quota = base_lr, limits, quota
+        self.draw: Draw = results.draw_apart  # may wait
+        self._pictures = TenantThreads(1, "job-pictures")
         self._intake = TenantThreads(INTAKE_THREADS, "job-intake")
         self._stopping = threading.Event()
         self._deciding = threading.Lock()  # held from a look at a stored job to what follows from it
@@ -102,9 +107,10 @@ class JobService:
     # ---- what clients ask for -------------------------------------------------------------------------------------
 
     def create(self, caller: Caller, asked: JobSpec) -> JobRecord:
-        """A new job, stored and in line to be read.
+        """A new job, stored and in line to be read.  Its adapter has the name that is asked for, or one of `free_name`.
 
-        Raises InvalidRequest, AdapterInvalid, NotFound for a file or model that is not there, QuotaExceeded.
+        Raises InvalidRequest, AdapterInvalid, NotFound for a file or model that is not there, AlreadyExists for a name that
+        is taken, QuotaExceeded.
         """
         resolve.check(asked)
         start = self._runner.resolve(caller.sees, asked.model)
@@ -115,23 +121,30 @@ class JobService:
         spec = self._lora_spec(asked, start)
         self._trainer.seats.check(spec)
         self._quota.check(caller.owner, adapter_bytes(self._trainer.base.config, spec), another=True)
-        for id in asked.files:
-            record, _ = self.files.find(id, caller.sees)
-            if record.status == "error":
-                raise InvalidRequest(f"file {id} is not usable: {record.status_details}", param="training_file")
+        read = [self.files.find(id, caller.sees)[0] for id in asked.files]
+        for file in read:
+            if file.status == "error":
+                raise InvalidRequest(f"file {file.id} is not usable: {file.status_details}", param="training_file")
         id = new_id("ftjob-")
         seed = secrets.randbelow(2**31) if asked.seed is None else asked.seed
+        adapter = free_name(read[0].filename, id) if asked.suffix is None else asked.suffix
+        self._runner.catalog.check_free(caller.owner, adapter, param="suffix")
         record = JobRecord(
             id=id,
             tenant=caller.owner,
-            adapter=adapter_name(id),
+            adapter=adapter,
             request=asked,
             resolved=Resolved(seed=seed, start=start),
             labels=asked.metadata or {},
             created_s=time.time(),
         )
         first = NewEvent(time_s=time.time(), level="info", kind="message", message=f"Created fine-tuning job: {id}")
-        self.stored.insert(record, files=asked.files, most=self._limits.of(caller.owner).jobs, events=[first])
+        self.names.claim(id, record.tenant, adapter, asked.suffix or "")
+        try:
+            self.stored.insert(record, files=asked.files, most=self._limits.of(caller.owner).jobs, events=[first])
+        except BaseException:
+            self.names.forget(id)
+            raise
         self._begin(record)
         return record
 
@@ -191,15 +204,18 @@ class JobService:
         self._stopping.set()
         self._intake.shutdown()
         self.live.close()
+        self._pictures.shutdown()  # each tells the recorder
         self.recorder.close()
 
     # ---- from a request to the device thread ----------------------------------------------------------------------
 
     def _lora_spec(self, asked: JobSpec, start: AdapterRef | None) -> LoraSpec:
-        return resolve.spec_of(asked) if start is None else self._store.get(start).spec
+        if start is not None:
+            return self._store.get(start).spec
+        return resolve.spec_of(asked, max(bucket.rank for bucket in self._trainer.seats.buckets))
 
     def _begin(self, record: JobRecord) -> None:
-        self.names.add(record.id, record.tenant, record.request.suffix or "")
+        self.names.add(record.id, record.tenant, record.adapter, record.request.suffix or "")
         self.recorder.register(record)
         self._intake.submit(record.tenant, self._take_in, record)
 
@@ -320,7 +336,7 @@ class JobService:
             self._states.discard(id)
 
     def ended(self, record: JobRecord) -> None:
-        """Writes the result file of a job that has ended; one that failed keeps its checkpoints for a while.
+        """Writes the result files of a job that has ended; one that failed keeps its checkpoints for a while.
 
         Called on the recorder's thread.
         """
@@ -333,21 +349,38 @@ class JobService:
                 record.id, None, events[-1].seq if events else 0, limit=EVENTS_AT_ONCE
             ):
                 events += page
-            if any("train_loss" in e.data for e in events):
-                content = results_csv(events).encode()
-                made = self.files.keep(record.tenant, results_name(record.id), "fine-tune-results", content)
+            if rows := results.step_rows(events):
+                name = f"step_metrics-{short_id(record.id)}.csv"
+                made = self.files.keep(record.tenant, name, RESULTS, results.results_csv(rows).encode())
                 self.stored.save(replace(record, progress={**record.progress, "results": [made.id]}))
+                with contextlib.suppress(RuntimeError):  # the server ends: this job has no pictures
+                    self._pictures.submit(record.tenant, self._add_pictures, record, results.curves(rows))
         except (JaxLoraError, OSError) as error:
             LOG.error("job %s has no result file: %s", record.id, error)
 
+    def _add_pictures(self, record: JobRecord, curves: LossCurves) -> None:
+        """Draws the losses of a job that has ended, as further result files."""
+        made: list[Json] = []
+        try:
+            for form, content in self.draw({record.adapter: curves}).items():
+                name = f"loss-{short_id(record.id)}.{form}"
+                made.append(self.files.keep(record.tenant, name, RESULTS, content).id)
+        except Exception as error:
+            known = isinstance(error, JaxLoraError | OSError)
+            LOG.error("job %s has no pictures: %s", record.id, error, exc_info=not known)
+        if made:
+            self.recorder.post(record.id, lambda now: with_results(now, made))
 
-def results_csv(events: Sequence[EventRecord]) -> str:
-    """The result file of a job: a line for each step, from its metrics events, oldest first."""
-    rows = [e.data for e in events if e.kind == "metrics" and "train_loss" in e.data]
-    lines = [",".join("" if row.get(c) is None else str(row[c]) for c in CSV_COLUMNS) for row in rows]
-    return "\n".join([CSV_HEADER, *lines]) + "\n"
+
+def with_results(record: JobRecord, files: list[Json]) -> JobRecord:
+    """Returns the record with more result files."""
+    known = record.progress.get("results")
+    return replace(
+        record, progress={**record.progress, "results": [*(known if isinstance(known, list) else []), *files]}
+    )
 
 
-def results_name(job_id: str) -> str:
-    """The file name of it."""
-    return f"step_metrics-{short_id(job_id)}.csv"
+def free_name(filename: str, job_id: str) -> str:
+    """Returns a name for the adapter of a job without one: what its training file is called, and digits of the job's id."""
+    stem = re.sub(r"[^A-Za-z0-9]+", "-", filename.partition(".")[0]).strip("-")[:MAX_STEM].rstrip("-")
+    return f"{stem.lower() or 'job'}-{short_id(job_id)[:NAME_DIGITS]}"

@@ -1,7 +1,8 @@
 """The models of a server and their names: the base, adapters and their versions, and results of jobs.
 
-A job's models are ft:BASE:ORG:SUFFIX:ID, alone, with :ckpt-step-STEP, or with :latest.  While the job runs its plain name
-means its newest checkpoint, afterwards its result; `latest` is the newest version.
+A job makes an adapter under a name of its tenant's, such as any other adapter has.  OpenAI's names for it are aliases:
+ft:BASE:ORG:SUFFIX:ID, alone, with :ckpt-step-STEP, or with :latest.  While the job runs the plain alias means its newest
+checkpoint, afterwards its result; `latest` is the newest version.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import threading
 from collections import Counter
 from dataclasses import dataclass, field
 
-from jaxlora.core.errors import AdapterNotFound, InvalidRequest, StorageFailed
+from jaxlora.core.errors import AdapterNotFound, AlreadyExists, InvalidRequest, StorageFailed
 from jaxlora.core.lora import AdapterRef
 from jaxlora.storage.adapter_store import AdapterStore
 from serve.engine.slots import SlotTable
@@ -20,7 +21,7 @@ from serve.runtime.backend import ModelCard
 
 LOG = logging.getLogger("serve")
 RESERVED_NAMES = frozenset({"versions", "download", "pin", "unpin"})
-JOB_PREFIX = "ft-"  # of adapters that jobs make
+JOB_PREFIX = "ft-"  # of adapters that jobs of the first releases made, whose names nobody chose
 FT_NAME = re.compile(r"ft:([^:]+):([^:]+):([^:]*):([0-9a-f]{12})(?::(?:ckpt-step-(\d{1,9})|(latest)))?")
 
 
@@ -31,10 +32,15 @@ class JobName:
     tenant: str
     adapter: str  # its name in the store
     suffix: str
-    id: str  # the last part of the name
+    job_id: str
     steps: dict[int, int] = field(default_factory=dict)  # of each checkpoint → version
     final: int | None = None
     ended: bool = False
+
+    @property
+    def id(self) -> str:
+        """Returns the last part of the name."""
+        return short_id(self.job_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +55,6 @@ class Target:
 def short_id(job_id: str) -> str:
     """Returns the last part of the model name of a job."""
     return job_id.removeprefix("ftjob-")[:12]
-
-
-def adapter_name(job_id: str) -> str:
-    """Returns the name in the store of a job's adapter."""
-    return JOB_PREFIX + short_id(job_id)
 
 
 def names_version(model: str) -> bool:
@@ -71,13 +72,29 @@ class JobNames:
         self._adapters: dict[tuple[str, str], JobName] = {}
         self._lock = threading.Lock()
 
-    def add(self, job_id: str, tenant: str, suffix: str) -> None:
-        """Adds a job without versions; a job that is known keeps its name."""
-        job = JobName(tenant, adapter_name(job_id), suffix, short_id(job_id))
+    def add(self, job_id: str, tenant: str, adapter: str, suffix: str) -> None:
+        """Adds a job without versions, the newest that makes this adapter; a job that is known keeps its name."""
+        job = JobName(tenant, adapter, suffix, job_id)
         with self._lock:
-            if job.id in self._jobs:
-                return
-            self._jobs[job.id] = self._adapters[tenant, job.adapter] = job
+            if job.id not in self._jobs:
+                self._jobs[job.id] = self._adapters[tenant, adapter] = job
+
+    def claim(self, job_id: str, tenant: str, adapter: str, suffix: str) -> None:
+        """Adds a new job.  Raises AlreadyExists, and adds none, while another job makes an adapter of this name."""
+        job = JobName(tenant, adapter, suffix, job_id)
+        with self._lock:
+            other = self._adapters.get((tenant, adapter))
+            if other is not None and not other.ended:
+                raise AlreadyExists(
+                    f"job {other.job_id} makes {adapter}; choose another name, or cancel that job", param="suffix"
+                )
+            self._jobs[job.id] = self._adapters[tenant, adapter] = job
+
+    def forget(self, job_id: str) -> None:
+        """Removes a job that was claimed and not made after all."""
+        with self._lock:
+            job = self._jobs.pop(short_id(job_id))
+            del self._adapters[job.tenant, job.adapter]  # one that made it before has no version any more
 
     def checkpoint(self, job_id: str, step: int, version: int, *, final: bool) -> None:
         """Adds a version that stays; final: the job's result."""
@@ -116,11 +133,16 @@ class JobNames:
             job = self._jobs[short_id(job_id)]
         return self._written(job) + ("" if step is None else f":ckpt-step-{step}")
 
+    def adapter(self, job_id: str) -> str:
+        """Returns the name of the adapter that a job makes."""
+        with self._lock:
+            return self._jobs[short_id(job_id)].adapter
+
     def shown(self, tenant: str, adapter: str) -> str | None:
-        """Returns the model name of a job's adapter; None for any other adapter."""
+        """Returns the alias of an adapter whose own name nobody chose; None for any other."""
         with self._lock:
             job = self._adapters.get((tenant, adapter))
-        return None if job is None else self._written(job)
+        return None if job is None or adapter != JOB_PREFIX + job.id else self._written(job)
 
     def _written(self, job: JobName) -> str:
         return f"ft:{self._base}:{job.tenant}:{job.suffix}:{job.id}"
@@ -137,8 +159,9 @@ class JobNames:
                 return None
             if sees not in (None, job.tenant):
                 return None
-            if latest:
-                return Target(job.tenant, job.adapter, None)
+            if latest:  # not of another job that made an adapter of this name when this one's was deleted
+                makes = self._adapters.get((job.tenant, job.adapter)) is job
+                return Target(job.tenant, job.adapter, None) if makes else None
             newest = job.steps[max(job.steps)] if job.steps else None
             version = job.steps.get(int(step)) if step else job.final if job.final is not None else newest
             return None if version is None else Target(job.tenant, job.adapter, version)
@@ -152,12 +175,18 @@ class Catalog:
         self._store, self._slots, self._base_name, self._started = store, slots, base_name, started
         self.jobs = JobNames(base_name)
 
-    def check_name(self, tenant: str, name: str) -> None:
+    def check_free(self, tenant: str, name: str, *, param: str) -> None:
+        """Raises AlreadyExists when the tenant has an adapter of this name, and as `check_name` does."""
+        self.check_name(tenant, name, param=param)
+        if self._store.latest(tenant, name) is not None:
+            raise AlreadyExists(f"you have an adapter {name}; choose another name, or delete it first", param=param)
+
+    def check_name(self, tenant: str, name: str, *, param: str = "name") -> None:
         """Raises InvalidRequest for a name that cannot be requested: it means the base model, or an action of the API."""
         if self._base_name in (name, f"{tenant}/{name}"):
-            raise InvalidRequest(f"{self._base_name} is the base model; give the adapter another name", param="name")
+            raise InvalidRequest(f"{self._base_name} is the base model; give the adapter another name", param=param)
         if name in RESERVED_NAMES:  # /v1/adapters/TENANT/NAME would be read as that
-            raise InvalidRequest(f"{name} is a word of the API; give the adapter another name", param="name")
+            raise InvalidRequest(f"{name} is a word of the API; give the adapter another name", param=param)
 
     def resolve(self, tenant: str | None, model: str) -> AdapterRef | None:
         """Returns the version that a model name means now; None is the base model.
@@ -180,6 +209,8 @@ class Catalog:
         if found and at:
             versions = store.versions(found[0].tenant, found[0].name)
             found = [ref for ref in versions if str(ref.version) == number]
+        if not found and asked is not None and tenant in (None, asked) and self.jobs.makes(asked, name):
+            raise AdapterNotFound(f"The model `{model}` has no version yet: its job has made none.", param="model")
         if not found:
             raise AdapterNotFound(f"The model `{model}` does not exist.", param="model")
         return found[0]

@@ -119,7 +119,7 @@ def make_job_host(
 def know_names(names: JobNames, stored: StoredJobs) -> None:
     """Loads the names of all stored jobs and their checkpoints."""
     for record, checkpoints in stored.history():
-        names.add(record.id, record.tenant, record.request.suffix or "")
+        names.add(record.id, record.tenant, record.adapter, record.request.suffix or "")
         for checkpoint in checkpoints:
             final = checkpoint.version == record.progress.get("final_version")
             names.checkpoint(record.id, checkpoint.step, checkpoint.version, final=final)

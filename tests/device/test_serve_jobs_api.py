@@ -14,11 +14,13 @@ from jobs_api_world import BASE, Server, lines
 from pydantic import TypeAdapter
 
 from jaxlora.config.serving import LimitsSection, TenantWeight
-from jaxlora.core.errors import StateInvalid
+from jaxlora.core.errors import InvalidRequest, QuotaExceeded, StateInvalid
 from jaxlora.core.lora import LoraSpec
 from jaxlora.model.lora_pool import adapter_bytes
+from serve.access.caller import Caller
 from serve.api.adapters.service import AdapterService
 from serve.api.jobs.schemas import CheckpointList, EventList, JobList, JobObject
+from serve.jobs.results import draw_apart
 from train.jobs.status import JobStatus
 
 pytest_plugins = ["serve_fixtures"]
@@ -109,7 +111,108 @@ def test_a_job_becomes_a_model(server, acme):
     assert checkpoints[1].metrics.train_loss > checkpoints[0].metrics.train_loss
     assert ask(acme, checkpoints[1].fine_tuned_model_checkpoint).adapter_version == checkpoints[1].adapter_version
     assert ask(acme, done.fine_tuned_model + ":latest").adapter_version == answer.adapter_version
-    assert done.fine_tuned_model in [m.id for m in acme.models.list()]
+    assert (done.adapter, {c.adapter for c in checkpoints}) == ("bot", {"bot"})
+    assert ask(acme, "bot").adapter_version == answer.adapter_version
+    assert ask(acme, f"bot@{checkpoints[1].adapter_version}").adapter_version == checkpoints[1].adapter_version
+    assert [m.id for m in acme.models.list()] == [BASE, "bot"]
+    assert acme.models.retrieve(done.fine_tuned_model).root == "bot"
+
+
+def test_a_job_without_a_name_is_called_as_its_file_is(server, acme):
+    file = server[0].files.keep(acme.api_key, "Our notes, v2.jsonl", "fine-tune", lines().encode()).id
+    jobs = [create(server, acme, training_file=file) for _ in range(2)]
+    assert [j.adapter for j in jobs] == [f"our-notes-v2-{j.id[6:12]}" for j in jobs]
+    for job in jobs:
+        wait_for(acme, job.id, "succeeded")
+        assert ask(acme, job.adapter).choices
+
+
+def test_a_name_that_is_taken_is_refused_before_anything_is_made(server, acme, adapters):
+    running = create(server, acme, suffix="harbor", extra={"max_steps": 5000})
+    for taken, error, says in (
+        ("harbor", openai.ConflictError, f"job {running.id} makes harbor; choose another name, or cancel that job"),
+        ("pin", openai.BadRequestError, "pin is a word of the API"),
+    ):
+        with pytest.raises(error, match=says) as caught:
+            create(server, acme, suffix=taken)
+        assert caught.value.param == "suffix"
+    with pytest.raises(StateInvalid, match="a job trains harbor"):
+        adapters.place(Caller(owner=acme.api_key, admin=False, key_id="k"), "harbor")
+    with client_of(server[1], "another-harbor") as other:
+        wait_for(other, create(server, other, suffix="harbor").id, "succeeded")
+    wait_for(acme, running.id, "running")
+    while acme.fine_tuning.jobs.retrieve(running.id).progress["step"] < 3:
+        time.sleep(0.01)
+    acme.fine_tuning.jobs.cancel(running.id)
+    with pytest.raises(
+        openai.ConflictError, match="you have an adapter harbor; choose another name, or delete it first"
+    ):
+        create(server, acme, suffix="harbor")
+    assert [j.id for j in acme.fine_tuning.jobs.list()] == [running.id]
+    adapters.delete(acme.api_key, "harbor")
+    again = wait_for(acme, create(server, acme, suffix="harbor").id, "succeeded")
+    assert ask(acme, "harbor").adapter_version == ask(acme, again.fine_tuned_model).adapter_version
+    for old in (running.id, running.id + ":latest"):
+        with pytest.raises(openai.NotFoundError):  # its adapter is deleted; this one is another's
+            ask(acme, again.fine_tuned_model.replace(again.id[6:18], old[6:18]) + old[len(running.id) :])
+
+
+def test_a_job_that_was_not_stored_leaves_its_name_free(server, acme, monkeypatch):
+    def fails(*args, **how):
+        raise QuotaExceeded("no more")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(server[0].host.service.stored), "insert", fails)
+        with pytest.raises(openai.RateLimitError):
+            create(server, acme, suffix="second")
+    wait_for(acme, create(server, acme, suffix="second").id, "succeeded")
+
+
+def test_the_base_has_its_name_alone(server):
+    base = server[0].runner.catalog
+    with pytest.raises(InvalidRequest, match="is the base model"):
+        base.check_free("owner", "tiny", param="suffix")
+
+
+def test_a_model_that_has_no_version_yet_says_so(server, acme, monkeypatch):
+    it, hold = server[0], threading.Event()
+    load = it.files.load
+    monkeypatch.setattr(it.files, "load", lambda path: hold.wait(30) and load(path))
+    job = create(server, acme, suffix="later")
+    with pytest.raises(openai.NotFoundError, match="`later` has no version yet"):
+        ask(acme, "later")
+    with client_of(server[1], "stranger") as other, pytest.raises(openai.NotFoundError, match="does not exist"):
+        ask(other, "later")
+    hold.set()
+    wait_for(acme, job.id, "succeeded")
+
+
+def test_a_rank_of_nobodys_choice_fits_the_server(server, acme):
+    """Of which the usual is four times too large."""
+    job = create(server, acme, extra={"lora": {"target_modules": ["q_proj"]}})
+    assert wait_for(acme, job.id, "succeeded").lora["rank"] == 4
+
+
+def test_a_damaged_job_is_marked_and_the_others_are_listed(server, acme):
+    jobs = [create(server, acme, metadata={"n": str(i)}).id for i in range(3)]
+    for job in jobs:
+        wait_for(acme, job, "succeeded")
+
+    def damage(session):
+        session.connection().exec_driver_sql(f"UPDATE jobs SET request = '{{' WHERE id = '{jobs[1]}'")
+
+    server[0].database.write(damage)
+    listed = list(acme.fine_tuning.jobs.list(limit=1))  # a page ends with it, and the next begins behind it
+    assert [j.id for j in listed] == jobs[::-1]
+    assert [j.status for j in listed] == ["succeeded", "failed", "succeeded"]
+    assert [j.id for j in acme.fine_tuning.jobs.list(metadata={"n": "0"})] == [jobs[0]]
+    marked = acme.fine_tuning.jobs.retrieve(jobs[1])
+    assert (marked.error.code, marked.adapter) == ("storage_failed", listed[1].adapter)
+    assert "record of this job is damaged" in marked.error.message
+    answer = httpx2.get(f"{server[1]}/v1/fine_tuning/jobs/{jobs[1]}", headers=acme.auth_headers)
+    TypeAdapter(JobObject).validate_json(answer.text, strict=True)
+    with client_of(server[1], "stranger") as other, pytest.raises(openai.NotFoundError):
+        other.fine_tuning.jobs.retrieve(jobs[1])
 
 
 @pytest.mark.parametrize("method", ["supervised", "dpo"])
@@ -169,6 +272,10 @@ def test_events_are_paged_newest_first_and_can_be_followed(server, acme):
     assert [e["data"]["step"] for e in steps] == [1, 2, 3, 4, 5, 6]
     assert steps[0]["data"].keys() >= {"train_loss", "learning_rate", "grad_norm", "tokens", "total_steps"}
     assert followed[0]["message"].startswith("Created fine-tuning job")
+    told = [e["message"].partition(":")[0] for e in followed]
+    assert told[-3:] == ["step 6 of 6", "Fine-tuned model created", "succeeded"]
+    assert told.index("step 3 of 6") < told.index("Checkpoint created at step 3") < told.index("step 4 of 6")
+    assert [e["created_at"] for e in followed] == sorted(e["created_at"] for e in followed)
 
 
 def test_a_model_answers_while_its_job_runs(server, acme):
@@ -338,16 +445,27 @@ def test_held_out_losses_and_scores_are_a_curve(server, acme):
 
 
 def test_results_are_a_file(server, acme):
-    job = create(server, acme)
-    wait_for(acme, job.id, "succeeded")
-    end = time.monotonic() + 10
-    while not (files := acme.fine_tuning.jobs.retrieve(job.id).result_files):
-        assert time.monotonic() < end
-        time.sleep(0.05)
-    _, path = server[0].files.find(files[0], acme.api_key)
-    rows = path.read_text().splitlines()
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server[0].host.service, "draw", lambda curves: drawn.append(curves) or draw_apart(curves))
+        job = create(server, acme, validation_file=file_of(server, acme, count=3), extra={"eval_every": 3})
+        wait_for(acme, job.id, "succeeded")
+        end = time.monotonic() + 60
+        while len(files := acme.fine_tuning.jobs.retrieve(job.id).result_files) < 3:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+    found = [server[0].files.find(file, acme.api_key) for file in files]
+    assert [record.filename.partition("-")[0] for record, _ in found] == ["step_metrics", "loss", "loss"]
+    assert {record.purpose for record, _ in found} == {"fine-tune-results"}
+    table, png, svg = (path for _, path in found)
+    rows = table.read_text().splitlines()
     assert rows[0].startswith("step,train_loss")
     assert len(rows) == 7
+    ((name, curves),) = drawn[0].items()
+    assert (name, list(curves.train[0]), list(curves.heldout[0])) == (job.adapter, [1, 2, 3, 4, 5, 6], [3, 6])
+    assert [float(row.split(",")[3]) for row in (rows[3], rows[6])] == list(curves.heldout[1])
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert b"<svg" in svg.read_bytes()
     record = server[0].host.service.stored.get(job.id, None)
     assert record.created_s <= record.started_s <= record.finished_s
 

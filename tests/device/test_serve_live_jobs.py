@@ -7,7 +7,7 @@ from collections import Counter
 import jax
 import numpy as np
 import pytest
-from live_world import LiveWorld, job
+from live_world import LiveWorld, examples, job
 from train_world import assert_same_bits
 
 from jaxlora.core.errors import AdapterNotFinite, JaxLoraError
@@ -85,6 +85,24 @@ def test_events_are_told_once_and_in_order(live):
     seqs = [e.seq for n in live.heard.news for e in n.events]
     assert seqs == list(range(1, len(seqs) + 1))
     assert live.live.jobs.list(None) == []  # forgotten here: what is told is stored elsewhere
+
+
+def test_what_happened_is_told_in_its_order(live):
+    """A step and its held-out loss come before its version, and all of them before the next step."""
+    live.live.create(
+        "ftjob-p", job(18, owner="twelve", steps=4, heldout=examples(3, 2), evaluate_every=2), publish=True
+    )
+    live.run()
+    told = [message.partition(":")[0] for message in live.heard.told if "is saved" not in message]
+    steps = [message for message in told if message.startswith(("step", "version", "best", "succeeded"))]
+    best = "best held-out loss so far"
+    expected = ["step 1 of 4", "step 2 of 4", best, "version of step 2", "step 3 of 4", "step 4 of 4", best]
+    assert [m for m in steps if m != best] == [
+        m for m in [*expected, "version of step 4, the result", "succeeded"] if m != best
+    ]
+    assert steps[2] == best
+    times = [event.time_s for news in live.heard.news for event in news.events]
+    assert times == sorted(times)
 
 
 @pytest.mark.parametrize("step", [3, 4], ids=["between two versions", "just published for latest"])

@@ -40,7 +40,7 @@ def told(database, monkeypatch):
     for id in ("ftjob-1", "ftjob-2"):
         record = job_record(id, status=JobStatus.RUNNING)
         stored.insert(record)
-        names.add(id, "acme", "")
+        names.add(id, "acme", "support", "")
         recorder.register(record)
     yield SimpleNamespace(recorder=recorder, stored=stored, disk=disk, ended=ended)
     recorder.close()

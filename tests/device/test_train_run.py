@@ -160,6 +160,14 @@ def test_a_run_leaves_states_metrics_adapters_and_a_picture(job):
         assert f"{name}: step 2 of {steps}, loss " in shown
     assert f"jaxlora serve --model {tiny_path('tiny-llama-tied')} --adapters {out}/store\n" in shown
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert b"<svg" in (out / "loss.svg").read_bytes()
+    with (out / "one/heldout.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == [0, 2, 4, 6]
+    last = [line for line in shown.splitlines() if "│ one " in line and " done " in line][-1]
+    assert f"{float(rows[0]['loss']):.3f}" in last, "the base's"
+    assert f"{float(rows[-1]['loss']):.3f}" in last
+    assert not (out / "two/heldout.csv").exists()
 
 
 def test_a_run_from_its_own_folder_shows_short_paths(job, monkeypatch):
@@ -169,7 +177,7 @@ def test_a_run_from_its_own_folder_shows_short_paths(job, monkeypatch):
     for file in job.parent.glob("*.*"):
         file.rename(job.parent / "configs" / file.name)
     shown = trained(Path("configs/job.toml"))
-    assert "adapters: out/TENANT/peft; loss curves: out/loss.png\n" in shown
+    assert "adapters: out/TENANT/peft; loss curves: out/loss.png and loss.svg\n" in shown
     assert "nothing to do: every tenant has trained its last step and its adapter is in out\n" in trained(
         Path("configs/job.toml")
     )
@@ -219,11 +227,13 @@ def test_a_crash_costs_the_steps_since_the_checkpoint_and_nothing_else(job, monk
             train(job)
     assert steps_of(job, "one") == [1, 2, 3, 4, 5]
     curves = {}
-    monkeypatch.setattr(run, "plot_curves", lambda given, path: curves.update(given))
+    monkeypatch.setattr(run, "write_pictures", lambda given, folder: curves.update(given))
     assert "one: step 4 of 6, from its checkpoint" in trained(job)
     for name, steps in STEPS.items():
         assert_same(weights(job, name), whole[name])
-        assert (list(curves[name][0]), len(curves[name][1])) == (list(range(1, steps + 1)), steps)
+        found, losses = curves[name].train
+        assert (list(found), len(losses)) == (list(range(1, steps + 1)), steps)
+    assert (curves["one"].heldout[0], curves["two"].heldout[0]) == ([0, 2, 4, 6], [])
     assert (job.parent / "out/one/metrics.csv").read_text() == rows
 
 
@@ -256,6 +266,7 @@ def test_ctrl_c_finishes_the_step_saves_and_goes_on_later(job, monkeypatch):
     assert "the same command goes on" in result.stdout
     assert result.stderr == "jaxlora: interrupted\n"
     assert steps_of(job, "one") == [1, 2, 3]
+    assert (job.parent / "out/loss.svg").exists(), "what is there so far is drawn"
     assert (job.parent / "out/one/state/3").is_dir()
     assert not (job.parent / "out/one/peft").exists()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -277,6 +288,7 @@ def test_the_old_peft_folder_stays_until_the_new_one_is_whole(job, monkeypatch):
     assert any((weights(job, "one")[name] != value).any() for name, value in before.items())
     assert sorted(p.name for p in (job.parent / "out/one").iterdir()) == [
         "adapter.json",
+        "heldout.csv",
         "metrics.csv",
         "peft",
         "state",

@@ -48,7 +48,7 @@ class StoredOnly:
     def create(self, caller, asked):
         record = job_record(f"ftjob-{len(self.stored.unfinished())}", caller.owner)
         self.stored.insert(record)
-        self.names.add(record.id, record.tenant, "")
+        self.names.add(record.id, record.tenant, record.adapter, "")
         return record
 
 

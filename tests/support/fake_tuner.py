@@ -41,6 +41,9 @@ class FakeTuner:
     created: list = field(default_factory=list)
     calls: list = field(default_factory=list)
 
+    def is_made_by_job(self, tenant, name):
+        return False
+
     async def create(self, tenant, name, spec, seed):
         if spec.rank > MAX_RANK:
             raise AdapterInvalid(f"rank {spec.rank}, at most {MAX_RANK}")

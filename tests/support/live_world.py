@@ -55,12 +55,15 @@ class Heard:
     def __init__(self):
         self.news: list[JobNews] = []
         self.published: list[Published] = []
+        self.told: list[str] = []  # all of it for people, in the order it was told
 
     def job_changed(self, news: JobNews) -> None:
         self.news.append(news)
+        self.told += [event.message for event in news.events]
 
     def job_published(self, published: Published) -> None:
         self.published.append(published)
+        self.told.append(f"version of step {published.step}{', the result' if published.final else ''}")
 
     def states(self, id: str) -> list[str]:
         """The states of a job, each once."""

@@ -96,8 +96,9 @@ def test_null_asks_for_the_default(http, world, tuner, hyper):
     http.delete(f"/models/{id}")
 
 
-def test_a_name_that_is_taken_or_no_name_gives_way_to_the_id(http, world, tuner):
-    names = ["mine", "mine", "a name with spaces", BASE, "versions", "ft-0123456789ab"]
+def test_a_name_that_is_taken_or_no_name_gives_way_to_the_id(http, world, tuner, monkeypatch):
+    names = ["mine", "mine", "a name with spaces", BASE, "versions", "ft-0123456789ab", "harbor"]
+    monkeypatch.setattr(tuner, "is_made_by_job", lambda tenant, name: name == "harbor")  # and has no version yet
     ids = [create(http, world, name).json()["id"] for name in names]
     assert [name for _, name, _, _ in tuner.created] == ["mine", *ids[1:]]
     assert [http.get(f"/models/{id}").json()["name"] for id in ids] == names

@@ -2,11 +2,12 @@
 
 out/TENANT/state/        Orbax checkpoints of its training state; a second run resumes from the newest
 out/TENANT/metrics.csv   one row for each step
+out/TENANT/heldout.csv   one row for each held-out loss
 out/TENANT/tensorboard/  the same numbers as an event file: `tensorboard --logdir out`
 out/TENANT/peft/         the trained adapter as a PEFT folder
 out/TENANT/adapter.json  step and version of that adapter
 out/store/               adapter versions, for `jaxlora serve`
-out/loss.png
+out/loss.png, loss.svg   training and held-out losses of all
 
 Several processes (`mesh.processes`) take every step together and read the same files; only the lead writes and prints.
 What they decide from files they decide before the first step, while no process writes.
@@ -44,7 +45,8 @@ from train.data.examples import Unit
 from train.data.load import LengthLimit, load_file
 from train.jobs.inputs import digest
 from train.run import metrics
-from train.run.metrics import EventFile, plot_curves
+from train.run.loss_curves import LossCurves, write_pictures
+from train.run.metrics import HELDOUT_COLUMNS, EventFile
 from train.run.progress import ProgressScreen, progress
 from train.step.state import SlotState
 from train.trainer import MAX_BAD_STEPS, Evaluation, Trainer
@@ -72,6 +74,24 @@ class Job:
     def metrics(self) -> Path:
         """Returns the path of the metrics file, which has one row for each step."""
         return self.folder / "metrics.csv"
+
+    @property
+    def heldout_losses(self) -> Path:
+        """Returns the path of the file of held-out losses."""
+        return self.folder / "heldout.csv"
+
+    def begin_files(self, step: int, before: Evaluation | None) -> None:
+        """Cuts the files to the step that the tenant goes on from; before: the held-out result of a new one."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        metrics.cut(self.metrics, step)
+        metrics.cut(self.heldout_losses, step if before is None else -1, HELDOUT_COLUMNS)
+        if before is not None:
+            metrics.append_heldout(self.heldout_losses, step, before)
+
+    def curves(self) -> LossCurves:
+        """Reads the losses so far."""
+        heldout = metrics.losses(self.heldout_losses, HELDOUT_COLUMNS)
+        return LossCurves(train=metrics.losses(self.metrics), heldout=heldout)
 
     def read_delivery(self) -> None:
         """Reads which step and version an earlier run delivered."""
@@ -125,8 +145,12 @@ def main(settings: TrainConfig) -> None:
             trainer.warm_up()
         with console.status("asking the base model for the held-out examples"):
             before = evaluate_all(trainer, jobs, list(jobs), tuned=False)
-        fresh = {name: e.nll for name, e in before.items() if not trainer.tenants[name].step}  # B is zero: same as base
-        run_steps(trainer, config, opened, jobs, store, console, ProgressScreen(trainer.tenants, fresh))
+        fresh = {name: e for name, e in before.items() if not trainer.tenants[name].step}  # B is zero: same as base
+        if store is not None:
+            for name, job in jobs.items():
+                job.begin_files(trainer.tenants[name].step, fresh.get(name))
+        screen = ProgressScreen(trainer.tenants, {name: e.nll for name, e in fresh.items()})
+        run_steps(trainer, config, opened, jobs, store, console, screen)
         finish(trainer, config, jobs, console, before)
 
 
@@ -288,9 +312,6 @@ def run_steps(
     """
     for name, job in jobs.items():
         tenant = trainer.tenants[name]
-        if store is not None:
-            job.folder.mkdir(parents=True, exist_ok=True)
-            metrics.cut(job.metrics, tenant.step)
         if tenant.status == "done" and job.delivered != tenant.step:
             deliver(trainer, name, job, opened, store)
     stopped = False
@@ -308,6 +329,8 @@ def run_steps(
             ]
             for name, evaluation in evaluate_all(trainer, jobs, marks, tuned=True).items():
                 screen.note_heldout(name, evaluation.nll)
+                if store is not None:
+                    metrics.append_heldout(jobs[name].heldout_losses, trainer.tenants[name].step, evaluation)
             for report in reports:
                 name, job = report.tenant, jobs[report.tenant]
                 screen.note(report)
@@ -327,6 +350,7 @@ def run_steps(
             save_tenant(trainer, name, job)
     multihost.meet()
     if stopped:
+        draw(config, jobs)
         say(console, f"stopped; every state is saved in {config.out}, and the same command goes on from there")
         raise KeyboardInterrupt
 
@@ -388,12 +412,17 @@ def deliver(trainer: Trainer, name: str, job: Job, opened: Opened, store: Adapte
 # ---- after ------------------------------------------------------------------------------------------------------
 
 
+def draw(config: TrainConfig, jobs: dict[str, Job]) -> None:
+    """Writes the pictures of all losses so far."""
+    if multihost.is_lead():
+        write_pictures({name: job.curves() for name, job in jobs.items()}, config.out)
+
+
 def finish(
     trainer: Trainer, config: SizedTrainConfig, jobs: dict[str, Job], console: Console, before: dict[str, Evaluation]
 ) -> None:
-    """Writes the plot and the table of held-out results.  Raises StateInvalid, naming the tenants that failed."""
-    if multihost.is_lead():
-        plot_curves({name: metrics.losses(job.metrics) for name, job in jobs.items()}, config.out / "loss.png")
+    """Writes the pictures and the table of held-out results.  Raises StateInvalid, naming the tenants that failed."""
+    draw(config, jobs)
     with console.status("asking the adapters for the held-out examples"):
         after = evaluate_all(trainer, jobs, list(jobs), tuned=True)
     columns = ("tenant", "status", "loss: base", "adapter", "accuracy: base", "adapter", "version")
@@ -406,7 +435,7 @@ def finish(
         version = str(jobs[name].version) if tenant.status == "done" else ""
         table.add_row(name, tenant.status, *numbers, version)
     console.print(table)
-    say(console, f"adapters: {config.out}/TENANT/peft; loss curves: {config.out}/loss.png")
+    say(console, f"adapters: {config.out}/TENANT/peft; loss curves: {config.out}/loss.png and loss.svg")
     say(console, f"to serve them: jaxlora serve --model {config.model.path} --adapters {config.out}/store")
     multihost.meet()
     failed = [name for name, tenant in trainer.tenants.items() if tenant.status == "failed"]

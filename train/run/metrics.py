@@ -1,6 +1,7 @@
-"""Metrics of a training run, one set for each tenant: metrics.csv, a TensorBoard event file and plots of the loss.
+"""Metrics of a training run, one set for each tenant: metrics.csv, heldout.csv and a TensorBoard event file.
 
-metrics.csv has one row for each optimizer step of a tenant.  A resumed run continues all three from its checkpoint.
+metrics.csv has one row for each optimizer step of a tenant, heldout.csv one for each held-out loss.  A resumed run continues
+all three from its checkpoint.
 """
 
 from __future__ import annotations
@@ -11,58 +12,71 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from jaxlora.core.atomic_files import replace_file
-from train.trainer import StepReport
+from train.run.loss_curves import Curve
+from train.trainer import Evaluation, StepReport
 
-# The file's header.
+# The files' headers.
 COLUMNS = ("step", "loss", "accuracy", "lr", "grad_norm", "tokens", "finite")
+HELDOUT_COLUMNS = ("step", "loss", "accuracy")
 SCALARS = ("loss", "accuracy", "lr", "grad_norm", "tokens")  # columns that TensorBoard shows
 FLUSH_S = 5  # seconds until a row is on disk for TensorBoard
 
-Curve = tuple[Sequence[int], Sequence[float]]  # optimizer steps, and the loss of each
-
 
 def append(path: Path, report: StepReport) -> None:
-    """Appends the report's row; a new file gets a header first."""
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow(COLUMNS)
-        writer.writerow(row_of(report).values())
+    """Appends the report's row to a metrics.csv; a new file gets a header first."""
+    _append(path, row_of(report))
+
+
+def append_heldout(path: Path, step: int, evaluation: Evaluation) -> None:
+    """Appends a held-out loss to a heldout.csv; a new file gets a header first."""
+    values = step, evaluation.nll, evaluation.accuracy
+    _append(path, {column: _text(value) for column, value in zip(HELDOUT_COLUMNS, values, strict=True)})
 
 
 def row_of(report: StepReport) -> dict[str, str]:
     """Returns the report's row: column → text in the file."""
-    values = {column: getattr(report, column) for column in COLUMNS}
-    return {column: f"{value:.7g}" if isinstance(value, float) else str(value) for column, value in values.items()}
+    return {column: _text(getattr(report, column)) for column in COLUMNS}
 
 
-def rows(path: Path) -> list[dict[str, str]]:
-    """Returns all rows of a file, column → text; none when the file does not exist."""
-    return [dict(zip(COLUMNS, row, strict=True)) for row in _rows(path)]
+def rows(path: Path, columns: Sequence[str] = COLUMNS) -> list[dict[str, str]]:
+    """Returns all rows of a file of these columns, column → text; none when the file does not exist."""
+    return [dict(zip(columns, row, strict=True)) for row in _rows(path, columns)]
 
 
-def cut(path: Path, step: int) -> None:
+def cut(path: Path, step: int, columns: Sequence[str] = COLUMNS) -> None:
     """Removes the rows after `step`: steps past the last checkpoint are trained again."""
     if not path.exists():
         return
     kept = io.StringIO(newline="")
-    csv.writer(kept).writerows([COLUMNS, *(row for row in _rows(path) if int(row[0]) <= step)])
+    csv.writer(kept).writerows([columns, *(row for row in _rows(path, columns) if int(row[0]) <= step)])
     replace_file(path, kept.getvalue().encode())
 
 
-def losses(path: Path) -> tuple[list[int], list[float]]:
+def losses(path: Path, columns: Sequence[str] = COLUMNS) -> Curve:
     """Returns (steps, the loss of each) of all rows."""
-    found = rows(path)
+    found = rows(path, columns)
     return [int(row["step"]) for row in found], [float(row["loss"]) for row in found]
 
 
-def _rows(path: Path) -> list[list[str]]:
+def _append(path: Path, row: Mapping[str, str]) -> None:
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file)
+        if new:
+            writer.writerow(row)
+        writer.writerow(row.values())
+
+
+def _text(value: float | bool) -> str:
+    return f"{value:.7g}" if isinstance(value, float) else str(value)
+
+
+def _rows(path: Path, columns: Sequence[str]) -> list[list[str]]:
     """Returns the rows below the header, without one that a crash left incomplete."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        return [row for row in csv.reader(file) if len(row) == len(COLUMNS) and row[0].isdigit()]
+        return [row for row in csv.reader(file) if len(row) == len(columns) and row[0].isdigit()]
 
 
 class EventFile:
@@ -87,25 +101,3 @@ class EventFile:
     def close(self) -> None:
         """Returns when all rows are on disk.  No row may be added afterwards."""
         self._writer.close()
-
-
-def plot_losses(losses: Mapping[str, Sequence[float]], path: Path) -> None:
-    """Plots losses from step 1 on, as `plot_curves` does."""
-    plot_curves({name: (range(1, len(values) + 1), values) for name, values in losses.items()}, path)
-
-
-def plot_curves(curves: Mapping[str, Curve], path: Path) -> None:
-    """Writes one curve per tenant (mean loss per target token, nats, by optimizer step) as PNG or SVG, by the suffix."""
-    import matplotlib  # a second to import, and only needed here
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 5))
-    for name, (steps, losses) in curves.items():
-        axes.plot(steps, losses, label=name)
-    axes.set(xlabel="optimizer step", ylabel="training loss, nats per token", yscale="log")
-    axes.legend(fontsize="small")
-    figure.tight_layout()
-    figure.savefig(path)
-    pyplot.close(figure)

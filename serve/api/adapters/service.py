@@ -153,7 +153,8 @@ class AdapterService:
     def place(self, caller: Caller, model: str) -> tuple[str, str]:
         """(tenant, name) of a new adapter that the caller calls NAME or TENANT/NAME.
 
-        Raises InvalidRequest for a name that no adapter may have, Forbidden for another tenant's.
+        Raises InvalidRequest for a name that no adapter may have, StateInvalid for one that a job makes, Forbidden for
+        another tenant's.
         """
         tenant, slash, name = model.rpartition("/")
         tenant = tenant if slash else caller.owner
@@ -162,6 +163,8 @@ class AdapterService:
         if tenant != caller.owner:
             caller.need_admin("naming another tenant's adapter")
         self.runner.catalog.check_name(tenant, name)
+        if self.runner.catalog.jobs.makes(tenant, name):
+            raise StateInvalid(f"a job trains {name}; give another name, or cancel the job first")
         return tenant, name
 
     @contextlib.contextmanager

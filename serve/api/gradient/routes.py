@@ -188,7 +188,7 @@ class GradientRoutes:
         try:
             self._backend.resolve(owner, wanted)
         except AdapterNotFound:
-            return wanted
+            return id if self._need_tuner().is_made_by_job(owner, wanted) else wanted
         return id
 
     async def read(self, request: Request, id: str, workspace: Workspace) -> Response:

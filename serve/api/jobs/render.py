@@ -11,7 +11,7 @@ from train.jobs.status import ENDED
 
 
 def job_object(record: JobRecord, names: JobNames) -> JobObject:
-    """A job.  `fine_tuned_model` is set as soon as it can be asked: at the first checkpoint."""
+    """A job.  `adapter` is the name of what it makes; `fine_tuned_model`, an alias, is set at the first checkpoint."""
     request, plan, progress = record.request, record.resolved.plan, record.progress
     usable = "checkpoint_step" in progress or "final_version" in progress
     kind = request.method_name
@@ -29,6 +29,7 @@ def job_object(record: JobRecord, names: JobNames) -> JobObject:
         "validation_file": request.validation_file,
         "result_files": progress.get("results", []),
         "fine_tuned_model": names.full(record.id) if usable else None,
+        "adapter": record.adapter,
         "trained_tokens": progress.get("tokens") if record.status in ENDED else None,
         "seed": record.resolved.seed,
         "error": record.error,
@@ -75,5 +76,6 @@ def checkpoint_object(record: CheckpointRecord, names: JobNames) -> CheckpointOb
         "fine_tuning_job_id": record.job,
         "step_number": record.step,
         "metrics": cast(CheckpointMetrics, metrics),
+        "adapter": names.adapter(record.job),
         "adapter_version": record.version,
     }

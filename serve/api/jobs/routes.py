@@ -97,7 +97,7 @@ class JobsRoutes:
 
     async def read(self, request: Request, id: str) -> Response:
         """One job."""
-        return self._answer(await self._ask(self._service.stored.get, id, caller_of(request).sees))
+        return self._answer(await self._ask(self._service.stored.shown, id, caller_of(request).sees))
 
     async def cancel(self, request: Request, id: str) -> Response:
         """Ends a job; what it has learned stays."""

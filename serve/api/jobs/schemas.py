@@ -79,6 +79,7 @@ class JobObject(Closed):
     validation_file: str | None
     result_files: list[str]
     fine_tuned_model: str | None
+    adapter: str
     trained_tokens: int | None
     seed: int
     error: JobError | None
@@ -118,6 +119,7 @@ class CheckpointObject(Closed):
     fine_tuning_job_id: str
     step_number: int
     metrics: CheckpointMetrics
+    adapter: str
     adapter_version: int
 
 
