@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import sys
 import tempfile
 import time
 from collections.abc import Generator, Iterable, Mapping, Sequence
@@ -26,6 +27,7 @@ from jaxlora.config.serving import serve_defaults
 from jaxlora.config.training import PASSES, LossName, Recipe, Schedule, default_lr
 from jaxlora.core.errors import InvalidRequest, JaxLoraError, NotFound
 from jaxlora.core.lora import LAYER_TARGETS, AdapterRef, check_name
+from jaxlora.core.progress import Progress, screen_on
 from jaxlora.model import compile_cache
 from jaxlora.model.lora_pool import PoolSpec
 from jaxlora.peft.folder import export_peft
@@ -79,13 +81,15 @@ class Session:
         lane_tokens: int = 256,
         publish_every: int = 10,
         store: str | Path | None = None,
+        progress: bool | None = None,
     ) -> Session:
         """Loads a base and compiles all that training and serving need: "smollm2", a directory, a .gguf file or a hub id.
 
         slots, max_rank, targets: of the adapters that train at once.  lanes, lane_tokens: rows of a training step and
         their tokens, whose cost does not depend on how many tenants there are.  publish_every: steps of a tenant between
         the versions that it makes by itself.  store: the folder that keeps the versions, for `jaxlora serve`; None: a
-        temporary one.  The server's other sizes are those of `serve_defaults`.
+        temporary one.  progress: whether stderr tells how far this is; None: in a notebook and on a terminal.  The
+        server's other sizes are those of `serve_defaults`.
         Raises ModelInvalid, ConfigInvalid, AdapterInvalid, InvalidRequest; StorageFailed or StateInvalid for the store.
         """
         if publish_every < 1:
@@ -94,17 +98,21 @@ class Session:
             section = ModelSection(path=str(model), dtype=dtype)
             pool = PoolSpec(slots=slots, rank=max_rank, dtype="float32", targets=targets)
         compile_cache.enable(None)
+        told = Progress(screen_on(sys.stderr) if (is_watched() if progress is None else progress) else None)
         with contextlib.ExitStack() as end:
             folder = end.enter_context(tempfile.TemporaryDirectory(prefix="jaxlora-")) if store is None else store
-            opened = open_base(section, mesh)
+            with told.stage(f"opening {section.path}"):
+                opened = open_base(section, mesh)
             trainer = small_trainer(opened, pool, lanes=lanes, lane_tokens=lane_tokens)
             config = replace(serve_defaults(section.path, Path(folder)), slots=slots, max_rank=max_rank)
             shelf = open_store(config)
             end.callback(shelf.close)
             runner = make_runner(opened, config, shelf)
             end.callback(stop, runner, shelf)
-            runner.start()
-            runner.call(lambda: warm_up(trainer, runner.publisher))
+            with told.stage("compiling", unit="serving programs") as stage:
+                runner.start(stage.at)
+            with told.stage("compiling", unit="training programs") as stage:
+                runner.call(lambda: warm_up(trainer, runner.publisher, stage.at))
             return cls(opened, runner, trainer, end.pop_all(), publish_every)
 
     def close(self) -> None:
@@ -333,6 +341,11 @@ class Session:
             return self._runner.resolve(model, model)
 
         return self._runner.call(find)
+
+
+def is_watched() -> bool:
+    """Whether somebody sees stderr: at a terminal, or in a notebook."""
+    return sys.stderr.isatty() or "ipykernel" in sys.modules
 
 
 @contextlib.contextmanager

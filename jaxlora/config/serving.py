@@ -12,6 +12,7 @@ from jaxlora.config.toml import TomlPath
 from jaxlora.core.lora import check_name
 
 LogForm = Literal["human", "json"]
+LogLevel = Literal["debug", "info", "warning", "error"]
 KeysNeeded = Literal["auto", "required"]
 
 
@@ -235,6 +236,7 @@ class ServeConfig:
     training: TrainingSection | None = None  # None: no fine-tuning jobs
     kv_dtype: Dtype = "auto"  # of keys and values; auto: the base's
     log: LogForm = "human"  # human, or one JSON object per line
+    log_level: LogLevel = "info"  # the least that is logged; polls of health, metrics and stats are debug
     hang_s: float = 4.0  # longest time of one device step before /health returns 503; more for a slow machine
     metrics_open: bool = False  # /metrics needs no key; else one of the role admin
     metrics_adapters: bool = False  # /metrics names the adapters in the slots, for routers that route by them
@@ -253,6 +255,7 @@ class ServeConfig:
         need(self.host_kv_gb >= 0, "host_kv_gb", "0 or more", self.host_kv_gb)
         need(self.mesh.processes == 1, "mesh.processes", "1, as only training runs in several", self.mesh.processes)
         need(self.log in get_args(LogForm), "log", "human or json", self.log)
+        need(self.log_level in get_args(LogLevel), "log_level", "debug, info, warning or error", self.log_level)
         need(self.keys in get_args(KeysNeeded), "keys", "auto or required", self.keys)
         need(bool(self.host.strip()), "host", "an address such as 127.0.0.1", self.host)
         need(0 <= self.port < 2**16, "port", "in [0, 65535]", self.port)

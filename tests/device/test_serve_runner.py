@@ -190,7 +190,7 @@ def test_stop_ends_open_requests_with_an_error(world):
 
 def test_a_failure_at_the_start_is_raised_there(world, caplog):
     runner = DeviceThread(world.engine(), base_name=BASE)
-    runner.engine.warm_up = lambda: 1 / 0
+    runner.engine.warm_up = lambda _: 1 / 0
     with pytest.raises(ZeroDivisionError):
         runner.start()
     assert runner.health() != "ok"
