@@ -89,7 +89,8 @@ class DrainingServer(uvicorn.Server):
             self._end_within(LAST_WORDS_S)
         if self._ends is not None and not self._told:
             self._told = True
-            self._ending(self._drain.inside)
+            if not self._is_lost():  # which the log tells
+                self._ending(self._drain.inside)
         if self._ends is not None and not self.should_exit:
             over = time.monotonic() >= self._ends
             if over and self._drain.inside:
