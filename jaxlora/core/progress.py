@@ -19,7 +19,7 @@ from rich.live import Live
 from rich.spinner import Spinner
 from rich.text import Text
 
-EVERY_S = 5.0  # between two lines of a stage where none can move
+EVERY_S = 4.0  # between two lines of a stage where none can move: with a look, less than five
 LOOK_S = 0.5  # between two looks at how long a stage has lasted
 
 Counted = Callable[[int, int], None]  # called with (number of the one that begins, how many there are)
