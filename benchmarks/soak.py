@@ -38,7 +38,7 @@ from jaxlora.core.lora import Adapter, AdapterRef, LoraSpec
 from jaxlora.model.compile_cache import CompileCounter
 from serve.access.caller import LOCAL_TENANT
 from serve.server.gate import AppConfig
-from serve.server.uvicorn import make_http
+from serve.server.uvicorn import bound, make_http
 from serve.session import Session
 
 CLIENTS, ADAPTERS, RANK, SLOTS = 12, 24, 8, 4
@@ -274,7 +274,7 @@ def main() -> int:
             soak.put(name)
         soak.inject()
         http = make_http(
-            soak.runner, AppConfig(default_max_tokens=16, max_request_s=600), host="127.0.0.1", port=0, grace_s=5
+            soak.runner, AppConfig(default_max_tokens=16, max_request_s=600), listening=bound("127.0.0.1", 0), grace_s=5
         )
         http.start()
         session.start()

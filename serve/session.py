@@ -14,6 +14,7 @@ import contextlib
 import itertools
 import logging
 import math
+import sys
 import tempfile
 import time
 from collections.abc import Generator, Iterable, Mapping, Sequence
@@ -27,6 +28,7 @@ from jaxlora.config.training import PASSES, LossName, Recipe, Schedule, TooLong,
 from jaxlora.config.words import in_our_words
 from jaxlora.core.errors import InvalidRequest, JaxLoraError, NotFound
 from jaxlora.core.lora import LAYER_TARGETS, AdapterRef, check_name
+from jaxlora.core.progress import Progress, screen_on
 from jaxlora.model import compile_cache
 from jaxlora.model.lora_pool import PoolSpec
 from jaxlora.model.machine import memory_errors
@@ -84,14 +86,16 @@ class Session:
         publish_every: int = 10,
         store: str | Path | None = None,
         memory_gb: float | None = None,
+        progress: bool | None = None,
     ) -> Session:
         """Loads a base and compiles all that training and serving need: "smollm2", a directory, a .gguf file or a hub id.
 
         slots, max_rank, targets: of the adapters that train at once.  lanes, lane_tokens: rows of a training step and
         their tokens, whose cost does not depend on how many tenants there are.  publish_every: steps of a tenant between
         the versions that it makes by itself.  store: the folder that keeps the versions, for `jaxlora serve`; None: a
-        temporary one.  memory_gb: the most memory to take; None: what is available.
-        The server's other sizes are chosen from it, as those of `jaxlora serve` are.
+        temporary one.  memory_gb: the most memory to take; None: what is available.  progress: whether stderr tells how
+        far this is; None: in a notebook and on a terminal.
+        The server's other sizes are chosen from the memory, as those of `jaxlora serve` are.
         Raises ModelInvalid, ConfigInvalid, AdapterInvalid, InvalidRequest; StorageFailed or StateInvalid for the store.
         """
         if publish_every < 1:
@@ -100,6 +104,7 @@ class Session:
             section = ModelSection(path=str(model), dtype=dtype)
             pool = PoolSpec(slots=slots, rank=max_rank, dtype="float32", targets=targets)
         compile_cache.enable(None)
+        told = Progress(screen_on(sys.stderr) if (is_watched() if progress is None else progress) else None)
         with contextlib.ExitStack() as end:
             folder = end.enter_context(tempfile.TemporaryDirectory(prefix="jaxlora-")) if store is None else store
             found, config = planned(
@@ -115,14 +120,17 @@ class Session:
                 say=lambda line: None,
             )
             with memory_errors(f"opening {found.name}", "slots, max_rank, lanes or lane_tokens"):
-                opened = load_found(found, section, mesh)
+                with told.stage(f"opening {found.name}"):
+                    opened = load_found(found, section, mesh)
                 trainer = small_trainer(opened, pool, lanes=lanes, lane_tokens=lane_tokens)
                 shelf = open_store(config)
                 end.callback(shelf.close)
                 runner = make_runner(opened, config, shelf)
                 end.callback(stop, runner, shelf)
-                runner.start()
-                runner.call(lambda: warm_up(trainer, runner.publisher))
+                with told.stage("compiling", unit="serving programs") as stage:
+                    runner.start(stage.at)
+                with told.stage("compiling", unit="training programs") as stage:
+                    runner.call(lambda: warm_up(trainer, runner.publisher, stage.at))
             return cls(opened, runner, trainer, end.pop_all(), publish_every)
 
     def close(self) -> None:
@@ -360,6 +368,11 @@ class Session:
             return self._runner.resolve(model, model)
 
         return self._runner.call(find)
+
+
+def is_watched() -> bool:
+    """Whether somebody sees stderr: at a terminal, or in a notebook."""
+    return sys.stderr.isatty() or "ipykernel" in sys.modules
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
@@ -22,6 +23,7 @@ from jax.sharding import Mesh
 from jaxlora.config.training import CROSS_ENTROPY, Loss, MomentsDtype, Optimizer, Remat, check_lane_tokens
 from jaxlora.core.errors import AlreadyExists, DataInvalid, InvalidRequest, NotFound, StateInvalid
 from jaxlora.core.lora import AdapterWeights, LoraSpec
+from jaxlora.core.progress import Counted, uncounted
 from jaxlora.model.decoder import Base
 from jaxlora.model.lora_pool import PoolSpec, Rows, adapter_of_rows, host_rows
 from jaxlora.model.mesh import check_lanes, place, place_rows, replicated
@@ -31,7 +33,7 @@ from train.data.mixer import Batches, Mixer
 from train.evaluate import EvaluatedLane, Evaluator, HeldLanes
 from train.slot_buckets import SlotBuckets
 from train.step.batch import LaneSums, idle_batch, idle_sums, put_dropout, put_sums
-from train.step.microsteps import Microsteps, MicrostepSizes
+from train.step.microsteps import KINDS, Microsteps, MicrostepSizes
 from train.step.state import SlotState, States, UpdateReport, empty_state, fresh_adapter, fresh_seat
 from train.step.step import make_programs
 from train.tenant import (
@@ -98,19 +100,32 @@ class Trainer:
         self._reports: list[StepReport] = []  # of the part that runs
         self.part = FIRST_PART  # what `advance` runs next
 
-    def warm_up(self) -> None:
-        """Compiles and runs what `add`, `step`, `evaluate` and `unseat` run, once, on idle lanes."""
+    def warm_up(self, compiling: Counted = uncounted) -> None:
+        """Compiles and runs what `add`, `step`, `evaluate` and `unseat` run, once, on idle lanes.
+
+        compiling: called before each of these programs.
+        """
+        of = (1 if self._parts is None else len(KINDS) + 1) + len(self.seats.buckets) + 1
+        numbers = itertools.count(1)
+
+        def begins() -> None:
+            compiling(next(numbers), of)
+
         batch = place_rows(self.mesh, idle_batch(self.lanes, self.lane_tokens))
         due = self._device(self.seats.due([], [])[1])
         if self._parts is None:
+            begins()
             self.states, *_ = self._programs.train_step(self.base, self.states, batch, due)
         else:
-            self._parts.warm_up(idle_batch(self.lanes, self.lane_tokens), self)
+            self._parts.warm_up(idle_batch(self.lanes, self.lane_tokens), self, begins)
+            begins()
             self.states, _ = self._programs.apply(self.states, due)
         slot = self._device(np.int32(0))
         for bucket in range(len(self.seats.buckets)):
+            begins()
             seat = self._device(jax.device_get(self._programs.unseat(self.states, bucket, slot)))
             self.states = self._programs.seat(self.states, bucket, slot, seat)
+        begins()
         jax.block_until_ready(self._programs.evaluate(self.base, self._pools(), batch))
 
     @property

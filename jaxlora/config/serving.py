@@ -15,6 +15,7 @@ from jaxlora.core.lora import check_name
 
 READ_MEMORY_BYTES = 2 * 2**30  # to read one training file, where nothing else is said or planned
 LogForm = Literal["human", "json"]
+LogLevel = Literal["debug", "info", "warning", "error"]
 KeysNeeded = Literal["auto", "required"]
 
 
@@ -250,6 +251,7 @@ class ServeConfig:
     training: Training = TrainingSection()
     kv_dtype: Dtype = "auto"  # of keys and values; auto: the base's
     log: LogForm = "human"  # human, or one JSON object per line
+    log_level: LogLevel = "info"  # the least that is logged; polls of health, metrics and stats are debug
     hang_s: float = 4.0  # longest time of one device step before /health returns 503; more for a slow machine
     metrics_open: bool = False  # /metrics needs no key; else one of the role admin
     metrics_adapters: bool = False  # /metrics names the adapters in the slots, for routers that route by them
@@ -275,6 +277,8 @@ class ServeConfig:
             processes = self.mesh.processes
             check.need(processes == 1, "mesh.processes", "1, as only training runs in several", processes)
             check.need(self.log in get_args(LogForm), "log", "human or json", self.log)
+            levels = "debug, info, warning or error"
+            check.need(self.log_level in get_args(LogLevel), "log_level", levels, self.log_level)
             check.need(self.keys in get_args(KeysNeeded), "keys", "auto or required", self.keys)
             check.need(bool(self.host.strip()), "host", "an address such as 127.0.0.1", self.host)
             check.need(0 <= self.port < 2**16, "port", "in [0, 65535]", self.port)

@@ -11,12 +11,12 @@ from pydantic import create_model
 
 from serve.access.caller import caller_of
 from serve.http.errors import ERRORS
+from serve.http.request_log import STATS_PATH
 from serve.http.schema import CLOSED, ok
 from serve.runtime.backend import Backend
 from serve.runtime.snapshot import Snapshot
 from serve.runtime.watchdog import Rates, Watch
 
-STATS_PATH = "/v1/stats"
 StatsObject = create_model(  # for the document: a Snapshot, but for its clock's time
     "StatsObject",
     __config__=CLOSED,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import difflib
 import importlib
 import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rich.console import Console
@@ -22,15 +23,25 @@ from serve.cli.http_client import AnswerFailed, ApiClient, Model
 
 SHOWN = 30  # adapters of a list
 OURS = ("model", "messages", "stream", "n")  # of a request's fields, those that are not settings
+# What a small model answers best with; of all that it could say next, a server's own default takes too much.
+DEFAULTS = {"temperature": 0.3, "top_p": 0.9}
 HELP = """\
 TEXT                     ask; the conversation so far goes with it
 /adapters [TEXT]         the adapters, or those with TEXT in their names
 /use NAME[@VERSION]      talk to this adapter, or to the base
 /compare TEXT            ask the base and the adapter, side by side; the conversation stays as it is
 /system [TEXT]           what the conversation begins with
-/set NAME=VALUE ...      of each request, e.g. temperature=0.3 max_tokens=200; NAME= takes it back
+/set NAME=VALUE ...      of each request, e.g. temperature=1 max_tokens=500 seed=1; NAME= leaves it to the server
+/set                     what is set
 /reset                   forget the conversation
+/help                    this
 /quit                    leave; so does Ctrl-D.  Ctrl-C stops an answer"""
+
+PICK_HELP = """\
+NUMBER or NAME[@VERSION]   talk to this one; nothing means the base
+/adapters [TEXT]           the list again, or those with TEXT in their names
+/quit                      leave; so does Ctrl-D.  More commands follow when you have chosen"""
+QUIT = "/quit"
 
 
 @dataclass(slots=True)
@@ -43,7 +54,7 @@ class Chat:
     live: bool  # a person at a terminal, not a pipe
     system: str = ""
     messages: list[dict[str, str]] = field(default_factory=list)
-    settings: dict[str, object] = field(default_factory=dict)
+    settings: dict[str, object] = field(default_factory=lambda: dict(DEFAULTS))
 
     def spoken(self, text: str) -> list[dict[str, str]]:
         """The messages that ask this."""
@@ -52,15 +63,18 @@ class Chat:
 
     async def say(self, text: str) -> None:
         """Asks, and prints the answer as it comes.  A question of which nothing was answered is not kept."""
-        answer = ""
+        answer, ends = "", []
         try:
-            async with contextlib.aclosing(self.server.answer(self.model, self.spoken(text), self.settings)) as pieces:
+            answering = self.server.answer(self.model, self.spoken(text), self.settings, ends.append)
+            async with contextlib.aclosing(answering) as pieces:
                 async for piece in pieces:
                     answer += piece
                     print(clean(piece), end="", flush=True)
         finally:
             if answer:
                 print()
+                if self.live and "length" in ends:
+                    print("(cut off here; /set max_tokens=NUMBER allows more)")
                 self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
 
     async def compare(self, text: str) -> None:
@@ -134,6 +148,7 @@ class Conversation:
     def __init__(self, loop: asyncio.Runner, chat: Chat):
         self._loop, self.chat = loop, chat
         self.failed = 0
+        self._told = False  # what /compare is for
         self._commands: dict[str, Callable[[str], None]] = {
             "/adapters": self.adapters,
             "/use": self.use,
@@ -147,6 +162,7 @@ class Conversation:
     def run(self) -> None:
         """Until /quit or the end of the input."""
         while True:
+            self._tell_of_compare()
             try:
                 line = input(f"{self.chat.model}> " if self.chat.live else "")
             except EOFError:
@@ -159,7 +175,7 @@ class Conversation:
                 print()  # as a shell does: the line is given up
                 continue
             line = line.encode(errors="replace").decode().strip()
-            if line == "/quit":
+            if line == QUIT:
                 return
             if line:
                 self.take(line)
@@ -173,7 +189,7 @@ class Conversation:
             elif word in self._commands:
                 self._commands[word](rest.strip())
             else:
-                raise InvalidRequest(f"there is no command {word}; /help lists them")
+                raise InvalidRequest(unknown(word, [*self._commands, QUIT]))
         except KeyboardInterrupt:
             if not self.chat.live:
                 raise
@@ -185,6 +201,12 @@ class Conversation:
             self._tell(errors[0])
         except JaxLoraError as error:
             self._tell(error)
+
+    def _tell_of_compare(self) -> None:
+        """Says once, to a person who talks to an adapter, how to see it beside the base."""
+        if self.chat.live and not self._told and self.chat.model != self.chat.base:
+            self._told = True
+            print(f"/compare QUESTION asks {clean(self.chat.base)} and {clean(self.chat.model)} side by side")
 
     def _tell(self, error: JaxLoraError) -> None:
         self.failed += 1
@@ -221,11 +243,16 @@ class Conversation:
         merged = self.chat.settings | changes
         self.chat.settings = {name: value for name, value in merged.items() if value is not None}
         if not text:
-            print(" ".join(f"{n}={json.dumps(v)}" for n, v in self.chat.settings.items()) or "nothing is set")
+            print(shown(self.chat.settings) or "nothing is set")
 
     def reset(self, _: str) -> None:
         """Nothing has been said."""
         self.chat.messages = []
+
+
+def shown(settings: Mapping[str, object]) -> str:
+    """The settings as /set takes them."""
+    return " ".join(f"{name}={json.dumps(value)}" for name, value in settings.items())
 
 
 def show(models: list[Model], current: str, part: str = "") -> None:
@@ -238,17 +265,34 @@ def show(models: list[Model], current: str, part: str = "") -> None:
         print(f"  and {len(found) - SHOWN} more; /adapters TEXT lists those with TEXT in their names")
 
 
+def unknown(word: str, commands: Sequence[str]) -> str:
+    """What is said of a command that is none."""
+    near = difflib.get_close_matches(word, commands, n=1)
+    return f"there is no command {word}; {f'did you mean {near[0]}? ' if near else ''}/help lists them"
+
+
 def pick(models: list[Model]) -> str | None:
     """Asks which one: a number, a name, or the base when nothing is said; None at the end of the input."""
     show(models, models[0].id)
-    try:
-        said = input("which one? [0] ").strip()
-    except (EOFError, KeyboardInterrupt):
-        print()
-        return None
-    if said.isdecimal() and int(said) < len(models):
-        return models[int(said)].id
-    return said or models[0].id
+    while True:
+        try:
+            said = input("which one? [0] ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return None
+        word, _, rest = said.partition(" ")
+        if word == QUIT:
+            return None
+        if word == "/help":
+            print(PICK_HELP)
+        elif word == "/adapters":
+            show(models, models[0].id, rest.strip())
+        elif word.startswith("/"):
+            print(clean(unknown(word, ["/adapters", "/help", QUIT])))
+        elif said.isdecimal() and int(said) >= len(models):
+            print(f"there is no number {said}; the last is {len(models) - 1}")
+        else:
+            return models[int(said)].id if said.isdecimal() else said or models[0].id
 
 
 def main(*, url: str, key: str | None, name: str | None) -> None:
@@ -264,7 +308,7 @@ def main(*, url: str, key: str | None, name: str | None) -> None:
             return
         chat = Chat(server, base, server.model(chosen).id, live)
         if live:
-            print("/help lists the commands, Ctrl-D leaves")
+            print(f"/help lists the commands, Ctrl-D leaves; {shown(chat.settings)} (/set changes them)")
         conversation = Conversation(loop, chat)
         conversation.run()
     if conversation.failed and not live:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import AsyncGenerator, Generator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -135,11 +135,15 @@ class ApiClient:
                     yield event
 
     async def answer(
-        self, model: str, messages: Sequence[Mapping[str, str]], settings: Mapping[str, object]
+        self,
+        model: str,
+        messages: Sequence[Mapping[str, str]],
+        settings: Mapping[str, object],
+        finished: Callable[[str], None] = lambda reason: None,
     ) -> AsyncGenerator[str]:
         """The answer of a model, piece by piece.  Leaving it early cancels it on the server.
 
-        On a connection of its own, so that two answers may run on one event loop.
+        finished: called with why it ended, such as "stop" or "length".  On a connection of its own, so that two answers may run on one event loop.
         """
         body = {**settings, "model": model, "messages": list(messages), "stream": True}
         timeout = httpx2.Timeout(CONNECT_S, read=SILENT_S)
@@ -163,6 +167,8 @@ class ApiClient:
                     if "error" in event:
                         raise AnswerFailed(str(event["error"]["message"]))
                     for choice in event["choices"]:
+                        if choice.get("finish_reason"):
+                            finished(str(choice["finish_reason"]))
                         yield choice["delta"].get("content") or ""
         raise AnswerFailed("the server broke off in the middle of the answer")
 

@@ -6,6 +6,7 @@ interrupted.
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import importlib.util
 from dataclasses import replace
@@ -25,6 +26,7 @@ from serve.cli.options import HERE, Json, Key, Url
 HOME = Path(__file__).resolve().parents[2]  # the folder that holds the four packages
 NEIGHBOURS = ("pallas_kernels", "train")  # names that others use, too; jaxlora and serve are imported by now
 ERROR_EXIT, INTERRUPTED_EXIT = 2, 130
+FULL = (errno.ENOSPC, errno.EDQUOT)  # no room on a disk, or none for this user
 SERVE_EXAMPLES = """Example:  jaxlora serve configs/serve_smollm2.toml
 
 Example:  jaxlora serve --model smollm2 --port 8000"""
@@ -39,6 +41,12 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
         except JaxLoraError as e:
             typer.echo(f"jaxlora: {e.message.strip()}", err=True)
+            raise typer.Exit(ERROR_EXIT) from e
+        except OSError as e:
+            if e.errno not in FULL:
+                raise
+            where = "" if e.filename is None else f" ({e.filename})"
+            typer.echo(f"jaxlora: the disk is full{where}; free some space and start again", err=True)
             raise typer.Exit(ERROR_EXIT) from e
         except KeyboardInterrupt as e:
             typer.echo("jaxlora: interrupted", err=True)
@@ -64,7 +72,6 @@ app = typer.Typer(
     cls=Commands,
     help="One frozen base model, many tenants: their LoRA adapters train together and are served together.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -126,6 +133,7 @@ def serve(
     log: Annotated[
         str | None, typer.Option(help="human, or json: one object a line, on stderr.", show_default=False)
     ] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.", show_default=False)] = None,
     adopt: Annotated[
         bool,
         typer.Option(
@@ -161,7 +169,7 @@ def serve(
     else:
         raise ConfigInvalid("serve needs to know the base; give CONFIG.toml or --model, e.g. --model smollm2")
     flags = {"host": host, "port": port, "slots": slots, "max_rank": max_rank, "rows": rows, "adapters": adapters}
-    flags = flags | {"log": log, "memory_gb": memory_gb}
+    flags = flags | {"log": log, "log_level": log_level, "memory_gb": memory_gb}
     try:
         if model is not None:
             settings = replace(settings, model=replace(settings.model, path=model))

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import itertools
 import signal
+import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from jaxlora.checkpoints.load import Opened, open_base
 from jaxlora.config.base import DEMO_MODEL
 from jaxlora.config.serving import SizedConfig, serve_defaults
 from jaxlora.core.lora import AdapterRef, LoraSpec
+from jaxlora.core.progress import Progress, Stage, screen_on
 from jaxlora.model import compile_cache
 from jaxlora.model.lora_pool import PoolSpec
 from jaxlora.peft.folder import export_peft
@@ -31,7 +33,7 @@ from serve.runtime.device_thread import DeviceThread
 from serve.runtime.live_training import LiveTraining, small_trainer, warm_up
 from serve.server.build import make_runner, open_store, stop
 from serve.server.gate import AppConfig
-from serve.server.uvicorn import make_http
+from serve.server.uvicorn import bound, make_http
 from train.data.examples import Example
 from train.data.records import chat_example
 from train.run.loss_curves import LossCurves, write_pictures
@@ -122,15 +124,19 @@ class Demo:
                 seed=self.seed + i,
             )
 
-    def score(self, tuned: bool) -> dict[str, Score]:
-        """Held-out loss and exact match of every tenant, all tenants' questions answered in the same steps."""
+    def score(self, tuned: bool, stage: Stage) -> dict[str, Score]:
+        """Held-out loss and exact match of every tenant, all tenants' questions answered in the same steps.
+
+        stage: is told how many of the questions are answered.
+        """
         store = self.runner.engine.store
         jobs = [
             (task, wanted, self.request(task, user, store.latest(task.name, task.name) if tuned else None))
             for task in self.tasks
             for user, wanted in task.heldout[:HELDOUT]
         ]
-        answers = self.runner.complete([request for _, _, request in jobs])
+        stage.at(0, len(jobs))
+        answers = self.runner.complete([request for _, _, request in jobs], stage.at)
         work = [(self.examples(task, heldout=True), task.name if tuned else None) for task in self.tasks]
         evaluations = self.runner.call(lambda: self.trainer.evaluate_all(work))
         scores = {}
@@ -230,16 +236,6 @@ def result_table(tasks: Sequence[Task], base: dict[str, Score], tuned: dict[str,
     return table
 
 
-def timed[R](console: Console, what: str, work: Callable[[], R]) -> tuple[R, float]:
-    """What `work` returns and how many seconds it took, with a line on the screen."""
-    start_s = time.perf_counter()
-    with console.status(what):
-        result = work()
-    took_s = time.perf_counter() - start_s
-    console.print(f"{what}: {took_s:.1f} s", highlight=False)
-    return result, took_s
-
-
 def main(*, exit_after: bool, port: int, out: Path | None, seed: int) -> None:
     """Runs the demo; goes on serving on loopback unless `exit_after`.
 
@@ -249,30 +245,36 @@ def main(*, exit_after: bool, port: int, out: Path | None, seed: int) -> None:
     compile_cache.enable(None)
     folder = out if out is not None else Path(tempfile.mkdtemp(prefix="jaxlora-demo-"))
     config = demo_serve_config(port, folder / "store")
-    opened, _ = timed(console, "opening SmolLM2-135M-Instruct", lambda: open_base(config.model, config.mesh))
+    listening = bound(config.host, port)
+    progress = Progress(screen_on(sys.stdout))
+    with progress.stage("opening SmolLM2-135M-Instruct"):
+        opened = open_base(config.model, config.mesh)
     store = open_store(config)
     runner = make_runner(opened, config, store)
     http = make_http(
         runner,
         AppConfig(default_max_tokens=config.default_max_tokens, max_request_s=config.max_request_s),
-        host=config.host,
-        port=port,
+        listening=listening,
         grace_s=config.grace_s,
     )
     pool_spec = PoolSpec(slots=len(demo_tasks(seed)), rank=RANK, dtype="float32")
     trainer = small_trainer(opened, pool_spec, lanes=LANES, lane_tokens=LANE_TOKENS)
     demo = Demo(opened, runner, trainer, demo_tasks(seed), seed)
-    shapes = len(runner.engine.shapes())
-    timed(console, f"compiling {shapes} serving programs in {opened.base.dtype.name}", runner.start)
-    timed(console, "compiling the training step", lambda: runner.call(lambda: warm_up(trainer, runner.publisher)))
+    with progress.stage("compiling", unit=f"serving programs in {opened.base.dtype.name}") as stage:
+        runner.start(stage.at)
+    with progress.stage("compiling", unit="training programs") as stage:
+        runner.call(lambda: warm_up(trainer, runner.publisher, stage.at))
     http.start()
     console.print(f"answering on {http.url}/v1 from now on")
     runner.call(demo.seat)
     with compile_cache.CompileCounter() as compiles:
-        base, _ = timed(console, "asking the base model", lambda: demo.score(tuned=False))
+        with progress.stage("asking the base model", unit="questions") as stage:
+            base = demo.score(False, stage)
         train_s = demo.train(console)
         decoded = runner.call(lambda: runner.engine.decoded_tokens)
-        tuned, decode_s = timed(console, "asking the eight adapters together", lambda: demo.score(tuned=True))
+        with progress.stage("asking the eight adapters", unit="questions together") as stage:
+            tuned = demo.score(True, stage)
+            decode_s = stage.lasted_s
     decoded = runner.call(lambda: runner.engine.decoded_tokens) - decoded
     console.print(result_table(demo.tasks, base, tuned))
     learned = sum(base[t.name].exact <= 0.2 and tuned[t.name].exact >= 0.7 for t in demo.tasks)
@@ -313,7 +315,8 @@ def wait(console: Console, url: str, task: Task) -> None:
         f"\nserving until Ctrl-C.  Ask any of them, for example:\n"
         f"  curl {url}/v1/chat/completions -H 'content-type: application/json' -d "
         f'\'{{"model": "{task.name}", "temperature": 0, "messages": '
-        f'[{{"role": "system", "content": "{task.system}"}}, {{"role": "user", "content": "{user}"}}]}}\'',
+        f'[{{"role": "system", "content": "{task.system}"}}, {{"role": "user", "content": "{user}"}}]}}\'\n'
+        f"or, in another terminal: jaxlora chat {task.name} --url {url}",
         highlight=False,
         soft_wrap=True,
         markup=False,

@@ -20,6 +20,7 @@ from jaxlora.checkpoints.tokenizer import Tokenizer
 from jaxlora.config.serving import Tuning
 from jaxlora.core.errors import AlreadyExists, BaseMismatch, ContextLengthExceeded
 from jaxlora.core.lora import AdapterRef
+from jaxlora.core.progress import Counted, uncounted
 from jaxlora.model.decoder import Base
 from jaxlora.model.kv_cache import empty_pages
 from jaxlora.model.lora_pool import PoolSpec, Rows, empty_pool, host_rows, write_slot
@@ -129,13 +130,18 @@ class Engine:
         small = full // SHORT_LANES
         return [small, full] if small >= MIN_ROWS and small % parts == 0 else [full]
 
-    def warm_up(self) -> None:
+    def warm_up(self, compiling: Counted = uncounted) -> None:
         """Compiles and runs every program once, on padding that is written nowhere, and the loading of an adapter.
 
         The adapters that lie in slots, and the KV of requests, stay as they are.
+        compiling: called before each shape of the step; the copies of KV and adapters count as one more.
         """
-        for lanes, tokens in self.shapes():
+        shapes = self.shapes()
+        of = len(shapes) + 1
+        for number, (lanes, tokens) in enumerate(shapes, 1):
+            compiling(number, of)
             jax.device_get(self._run(*self._batch(lanes, tokens, [])))
+        compiling(of, of)
         self._kv = self._mover.warm_up(self._kv)
         empty = jax.tree.map(lambda p: np.zeros(p.shape[:1] + p.shape[2:], np.float32), self._pool)
         free = set(range(self.slots.count)) - set(self.slots.resident().values())

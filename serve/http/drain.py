@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
 
 from starlette.datastructures import Headers
 from starlette.types import Message, Send
@@ -14,13 +14,21 @@ from serve.http.errors import error_body
 from serve.http.sse import DONE, sse
 
 
+class Starting(Unavailable):
+    """The server is not ready yet; the message says what it waits for."""
+
+    code = "starting"
+
+
 class Drain:
-    """Lets requests in until it is closed, and knows who is inside.
+    """Lets requests in from the time that the server is ready until it is closed, and knows who is inside.
 
     Of the event loop's thread, but for `close` and `shut_out`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, waits_for: Callable[[], str] | None = None) -> None:
+        """waits_for: says what a server does that is not ready; it is until this is None."""
+        self.waits_for = waits_for
         self.open = True
         self.inside = 0
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -31,14 +39,21 @@ class Drain:
         """From now on nobody comes in."""
         self.open = False
 
+    def check_started(self) -> None:
+        """Raises Starting while the server is not ready yet."""
+        waits_for = self.waits_for
+        if waits_for is not None:
+            raise Starting(f"the server is starting: {waits_for() or 'almost ready'}; retry when /ready answers 200")
+
     def check(self) -> None:
-        """Raises Unavailable when it is closed."""
+        """Raises Starting while the server is not ready yet, Unavailable when it is closed."""
+        self.check_started()
         if not self.open:
             raise Unavailable("the server is stopping; ask another one, or this one when it is up again")
 
     @contextlib.contextmanager
     def entered(self) -> Generator[None]:
-        """One more inside.  Raises Unavailable when it is closed."""
+        """One more inside.  Raises as `check` does."""
         self.check()
         self._loop = asyncio.get_running_loop()
         self.inside += 1

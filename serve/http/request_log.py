@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from starlette.types import Scope
 
 GENERATED, REFUSED = "generated", "refused"  # where the wires leave it in a request's state
+HEALTH_PATH, READY_PATH, METRICS_PATH, STATS_PATH = "/health", "/ready", "/metrics", "/v1/stats"
+POLLED = frozenset({HEALTH_PATH, READY_PATH, METRICS_PATH, STATS_PATH})  # by programs, again and again
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

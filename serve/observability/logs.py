@@ -6,6 +6,7 @@ What is logged of a request is its id, tenant, route, status, duration and token
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import sys
 from collections.abc import Generator
@@ -15,7 +16,9 @@ import structlog
 from structlog.stdlib import ProcessorFormatter
 from structlog.typing import Processor
 
-from serve.http.request_log import Answered
+from jaxlora.config.serving import LogLevel
+from serve.http.drain import Starting
+from serve.http.request_log import POLLED, Answered
 
 LOGGERS = ("serve", "jaxlora")  # ours; those of libraries stay as they are
 ACCESS = logging.getLogger("serve.access")
@@ -27,27 +30,44 @@ def naming(request_id: str) -> contextlib.AbstractContextManager[None]:
 
 
 def log_answered(answered: Answered) -> None:
-    """A line for this request; a listener of the app.  Probes that were told that all is well are for debugging."""
+    """A line for this request; a listener of the app.  Polls that were told that all is well, or goes well, are for debugging."""
     generated = answered.generated
     fields = {
-        "request_id": answered.request_id,
-        "tenant": answered.tenant,
         "method": answered.method,
         "route": answered.route,
         "status": answered.status,
-        "duration_ms": round(answered.duration_s * 1000, 1),
         "code": answered.code,
+        "tenant": answered.tenant,
+        "model": None if generated is None else generated.model,
         "prompt_tokens": None if generated is None else generated.prompt_tokens,
         "completion_tokens": None if generated is None else generated.completion_tokens,
+        "duration_ms": round(answered.duration_s * 1000, 1),
+        "request_id": answered.request_id,
     }
-    is_probe = answered.tenant is None and answered.status < 400
+    is_poll = answered.route in POLLED and (answered.status < 400 or answered.code == Starting.code)
     told = {name: value for name, value in fields.items() if value is not None}
-    ACCESS.log(logging.DEBUG if is_probe else logging.INFO, "answered", extra=told)
+    ACCESS.log(logging.DEBUG if is_poll else logging.INFO, "answered", extra=told)
+
+
+class Stderr(io.TextIOBase):
+    """sys.stderr as it is when something is written: a line that moves puts itself in its place."""
+
+    def write(self, text: str) -> int:
+        """Writes the text."""
+        return sys.stderr.write(text)
+
+    def flush(self) -> None:
+        """Sends it on."""
+        sys.stderr.flush()
+
+    def isatty(self) -> bool:
+        """Whether it is a terminal."""
+        return sys.stderr.isatty()
 
 
 @contextlib.contextmanager
-def logging_to(stream: TextIO | None = None, *, as_json: bool) -> Generator[None]:
-    """Writes what our loggers say to the stream (stderr), from INFO on; it ends as it was before."""
+def logging_to(stream: TextIO | None = None, *, as_json: bool, level: LogLevel = "info") -> Generator[None]:
+    """Writes what our loggers say to the stream (stderr), from this level on; it ends as it was before."""
     both: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
@@ -55,15 +75,15 @@ def logging_to(stream: TextIO | None = None, *, as_json: bool) -> Generator[None
         structlog.stdlib.ExtraAdder(),
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
-    stream = sys.stderr if stream is None else stream
+    to = Stderr() if stream is None else stream
     # Tracebacks as plain text: the richer forms tell local variables, and with them prompts and keys.
     last: list[Processor]
     if as_json:
         last = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     else:
         plain = structlog.dev.plain_traceback
-        last = [structlog.dev.ConsoleRenderer(colors=stream.isatty(), exception_formatter=plain)]
-    handler = logging.StreamHandler(stream)
+        last = [structlog.dev.ConsoleRenderer(colors=to.isatty(), exception_formatter=plain, sort_keys=False)]
+    handler = logging.StreamHandler(to)
     handler.setFormatter(
         ProcessorFormatter(foreign_pre_chain=both, processors=[ProcessorFormatter.remove_processors_meta, *last])
     )
@@ -71,13 +91,13 @@ def logging_to(stream: TextIO | None = None, *, as_json: bool) -> Generator[None
     for name in LOGGERS:
         logger = logging.getLogger(name)
         logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
+        logger.setLevel(level.upper())
         logger.propagate = False
     try:
         yield
     finally:
-        for name, (level, propagate) in before.items():
+        for name, (old_level, propagate) in before.items():
             logger = logging.getLogger(name)
             logger.removeHandler(handler)
-            logger.setLevel(level)
+            logger.setLevel(old_level)
             logger.propagate = propagate

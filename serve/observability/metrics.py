@@ -21,12 +21,11 @@ from prometheus_client.registry import Collector
 from serve.access.caller import caller_of
 from serve.engine.telemetry import Histogram
 from serve.http.errors import ERRORS
-from serve.http.request_log import Answered
+from serve.http.request_log import METRICS_PATH, Answered
 from serve.http.schema import ok_as
 from serve.runtime.device_thread import DeviceThread
 from serve.runtime.snapshot import Snapshot
 
-METRICS_PATH = "/metrics"
 METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"})  # others are a client's invention
 
 

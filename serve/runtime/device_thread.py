@@ -19,6 +19,7 @@ from typing import Protocol
 from jaxlora.config.serving import Tuning
 from jaxlora.core.errors import AdapterNotFound, DeviceLost, InvalidRequest, JaxLoraError, Unavailable
 from jaxlora.core.lora import AdapterRef
+from jaxlora.core.progress import Counted, uncounted
 from serve.engine.engine import Engine
 from serve.engine.grammar import Grammars
 from serve.engine.request import Delta, Request
@@ -129,12 +130,18 @@ class DeviceThread:
         self._stopping = False
         self._failure: BaseException | None = None
         self._given_up = False  # it hangs, and no thread waits for it any more
+        self._compiled = False  # every program
+        self._compiling: Counted = uncounted
         self._thread = threading.Thread(target=self._run, name="jaxlora-device", daemon=True)
 
     # ---- life -----------------------------------------------------------------------------------------------------
 
-    def start(self) -> None:
-        """Starts the thread and waits until every program is compiled."""
+    def start(self, compiling: Counted = uncounted) -> None:
+        """Starts the thread and waits until every program is compiled.  compiling: see `Engine.warm_up`.
+
+        Raises Unavailable when it is ended meanwhile.
+        """
+        self._compiling = compiling
         ready = threading.Event()
         self._inbox.put(ready.set)
         self._thread.start()
@@ -150,6 +157,7 @@ class DeviceThread:
     def end(self, within_s: float | None) -> bool:
         """Does the same without saving; returns False when the device is lost, by an error or a step that does not end in time."""
         if self._thread.is_alive() and not self._given_up:
+            self._stopping |= not self._compiled
             self._inbox.put(self._stop_now)
             self._thread.join(within_s)
             if self._thread.is_alive():
@@ -204,13 +212,21 @@ class DeviceThread:
     def _stop_now(self) -> None:
         self._stopping = True
 
+    def _before_program(self, number: int, of: int) -> None:
+        """Tells who started the thread; raises Unavailable, before a program is compiled, when the thread is to end."""
+        if self._stopping:
+            raise Unavailable(GONE)
+        self._compiling(number, of)
+
     def _run(self) -> None:
         try:
-            self.engine.warm_up()
+            self.engine.warm_up(self._before_program)
+            self._compiled = True
             while not self._stopping:
                 self._turn()
         except BaseException as error:  # every waiting request must learn of it
-            LOG.exception("the device thread has ended")
+            if self._compiled or not self._stopping:
+                LOG.exception("the device thread has ended")
             self._failure = error
         with self._drain:
             self._closed = True
@@ -328,9 +344,12 @@ class DeviceThread:
             if not ended.wait(max(END_S, self.watch.hang_s)):
                 self._give_up()
 
-    def complete(self, requests: Sequence[Request]) -> list[Completion]:
+    def complete(
+        self, requests: Sequence[Request], answered: Callable[[int], None] = lambda count: None
+    ) -> list[Completion]:
         """Runs the requests and returns their answers in order, for callers without an event loop (not on the device thread).
 
+        answered: called with how many are complete, whenever one more is.
         Raises the first request's error, if one failed.
         """
         assert threading.current_thread() is not self._thread
@@ -356,6 +375,7 @@ class DeviceThread:
             if delta.finish is not None or delta.error is not None:
                 answer.last = delta
                 open_ids.discard(delta.request_id)
+                answered(len(answers) - len(open_ids))
         for answer in answers.values():
             if answer.last is not None and answer.last.error is not None:
                 raise answer.last.error

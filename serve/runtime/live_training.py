@@ -9,6 +9,7 @@ from collections.abc import Callable
 from jaxlora.checkpoints.load import Opened
 from jaxlora.core.errors import AdapterNotFinite, JaxLoraError
 from jaxlora.core.lora import AdapterRef
+from jaxlora.core.progress import Counted, uncounted
 from jaxlora.model.lora_pool import PoolSpec
 from serve.runtime.publisher import Publisher
 from train.step.microsteps import small_parts
@@ -32,9 +33,9 @@ def small_trainer(opened: Opened, pool: PoolSpec, *, lanes: int, lane_tokens: in
     )
 
 
-def warm_up(trainer: Trainer, publisher: Publisher) -> None:
-    """Compiles the programs of training and of its publications.  Device thread only."""
-    trainer.warm_up()
+def warm_up(trainer: Trainer, publisher: Publisher, compiling: Counted = uncounted) -> None:
+    """Compiles the programs of training and of its publications.  Device thread only.  compiling: see `Trainer.warm_up`."""
+    trainer.warm_up(compiling)
     for rows in trainer.bucket_rows():
         publisher.rehearse(rows)
 

@@ -17,9 +17,11 @@ from serve.api.openai.schemas import Status, Version
 from serve.api.responses.routes import ResponsesRoutes
 from serve.http.errors import ERRORS, ErrorShapes
 from serve.http.json_bodies import JsonBodies
+from serve.http.request_log import HEALTH_PATH, READY_PATH
 from serve.http.schema import DOCUMENT_PATH, documented, ok
 from serve.runtime.backend import Backend
 from serve.server.gate import AppConfig, Gate
+from serve.server.pages import pages
 
 MOST_VALUES, CONTEXTS = 2**18, 8  # of a JSON body: so many, or the ids of so many whole contexts
 
@@ -27,7 +29,7 @@ MOST_VALUES, CONTEXTS = 2**18, 8  # of a JSON body: so many, or the ids of so ma
 def create_app(backend: Backend, config: AppConfig) -> FastAPI:
     """The server's HTTP application.  It sends no CORS headers, so no other page's script may read it."""
     shapes = ErrorShapes(config.error_shapes)
-    # The pages at /docs load scripts from elsewhere.
+    # FastAPI's pages load scripts from elsewhere; ours are in serve/server/pages.py.
     app = FastAPI(
         title="jaxlora",
         version=version("jaxlora"),
@@ -42,19 +44,29 @@ def create_app(backend: Backend, config: AppConfig) -> FastAPI:
     for router in (*own, *config.routers):
         app.include_router(router)
 
-    @app.get("/health", response_model=None, responses=ERRORS | ok(Status))
-    async def health() -> Response:
-        """Whether the server can serve; needs no key."""
+    def check_health() -> None:
+        config.drain.check_started()
         state = backend.health()
         if state != "ok":
             raise Unavailable(state)
+
+    def check_ready() -> None:
+        config.drain.check()
+        check_health()
+
+    @app.get(HEALTH_PATH, response_model=None, responses=ERRORS | ok(Status))
+    async def health() -> Response:
+        """Whether the server can serve; needs no key."""
+        check_health()
         return JSONResponse(Status(status="ok"))
 
-    @app.get("/ready", response_model=None, responses=ERRORS | ok(Status))
+    @app.get(READY_PATH, response_model=None, responses=ERRORS | ok(Status))
     async def ready() -> Response:
-        """Whether the server takes requests; needs no key."""
-        config.drain.check()
-        return await health()
+        """Whether the server takes requests, or what it waits for; needs no key."""
+        check_ready()
+        return JSONResponse(Status(status="ok"))
+
+    app.include_router(pages(app.openapi, check_ready), include_in_schema=False)
 
     @app.get("/version", response_model=None, responses=ERRORS | ok(Version))
     async def read_version() -> Response:

@@ -6,8 +6,10 @@ settings ─▶ base, store, engine, device thread ─▶ services over a databa
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
+import socket
 import sys
 import threading
 from collections.abc import Callable, Collection, Generator, Sequence
@@ -23,6 +25,7 @@ from jaxlora.config.serving import READ_MEMORY_BYTES, AdapterSection, ServeConfi
 from jaxlora.config.training import TooLong, default_lr
 from jaxlora.core.errors import ConfigInvalid
 from jaxlora.core.lora import ALL_TARGETS, HEAD_TARGET, AdapterRef, AdapterWeights
+from jaxlora.core.progress import Progress
 from jaxlora.model import compile_cache
 from jaxlora.model.compile_cache import CompileCounter
 from jaxlora.model.lora_pool import PoolSpec
@@ -53,15 +56,16 @@ from serve.db.retention import Retention
 from serve.engine.engine import Engine, EngineConfig
 from serve.http.drain import Drain
 from serve.http.idempotency import Once
-from serve.http.request_log import Listener
+from serve.http.request_log import METRICS_PATH, Listener
 from serve.observability.logs import log_answered, logging_to
-from serve.observability.metrics import METRICS_PATH, HttpMetrics, MetricsRoutes, ServerMetrics
+from serve.observability.metrics import HttpMetrics, MetricsRoutes, ServerMetrics
 from serve.runtime.device_thread import DeviceThread
 from serve.runtime.reload import retuned_by_hangup
+from serve.server.announcer import Announcer
 from serve.server.build_jobs import JobHost, make_job_host
 from serve.server.gate import OPEN_PATHS, AppConfig
 from serve.server.instance import Instance, opened_instance, same_base
-from serve.server.uvicorn import make_http
+from serve.server.uvicorn import bound, make_http
 from train.data.example_cache import KeptExamples
 from train.data.file_readers import FileReaders, ReaderLimits
 from train.data.load import Loaded
@@ -88,7 +92,7 @@ class Observers:
 
 @contextlib.contextmanager
 def observing(runner: DeviceThread, config: ServeConfig) -> Generator[Observers]:
-    """Sends the log to stderr and yields the observers of a runner.
+    """Yields the observers of a runner.
 
     Raises ConfigInvalid for traces without the extra `otel`.
     """
@@ -107,7 +111,6 @@ def observing(runner: DeviceThread, config: ServeConfig) -> Generator[Observers]
                 raise ConfigInvalid("otel_endpoint needs the extra `otel`; install jaxlora[otel]") from error
             stack.callback(tracing.close)
             listeners.append(tracing.heard)
-        stack.enter_context(logging_to(as_json=config.log == "json"))
         yield Observers(
             routers=[metrics.router(), StatsRoutes(runner, runner.watch).router()],
             listeners=listeners,
@@ -122,7 +125,7 @@ class Services:
 
     app: AppConfig
     jobs: JobHost | None  # None: this server takes none
-    keyless: bool  # every client may do everything
+    is_keyless: Callable[[], bool]  # whether every client may do everything
 
 
 @contextlib.contextmanager
@@ -134,16 +137,17 @@ def services(
     observers: Observers,
     read_head: Callable[[], np.ndarray],
     remote: Remote | None = None,
+    drain: Drain | None = None,
 ) -> Generator[Services]:
     """Opens all services over a runner that has not started; leave after it has ended.
 
-    read_head: see AdapterService.  remote: object storage for files and checkpoints.
+    read_head: see AdapterService.  remote: object storage for files and checkpoints.  drain: None takes requests at once.
     Raises ConfigInvalid for settings that do not go together, Unavailable, StorageFull, StorageFailed.
     """
     with contextlib.ExitStack() as stack:
         stack.callback(Retention(database, config.retention).close)
         keys = Keys(StoredKeys(database), needed=needs_keys(config))
-        training, store, drain = config.training, runner.engine.store, Drain()
+        training, store, drain = config.training, runner.engine.store, drain or Drain()
         longest = LANE_TOKENS if training is None else training.lane_tokens
 
         readers = FileReaders(
@@ -211,7 +215,7 @@ def services(
             error_shapes={API: gradient_response},
             drain=drain,
         )
-        yield Services(app=app, jobs=jobs, keyless=keys.keyless)
+        yield Services(app=app, jobs=jobs, is_keyless=lambda: keys.keyless)
 
 
 def needs_keys(config: ServeConfig) -> bool:
@@ -297,15 +301,21 @@ def main(config: ServeConfig, file: Path | None, *, adopt: bool = False, new_bas
     """
     os.umask(PRIVATE)
     compile_cache.enable(None)
-    with opened_instance(config, adopt=adopt) as instance:
-        found, sized = planned(config)
+    with (
+        logging_to(as_json=config.log == "json", level=config.log_level),
+        contextlib.closing(bound(config.host, config.port)) as listening,  # a port that is taken is told at once
+        Announcer(grace_s=config.grace_s, as_json=config.log == "json").until_stopped() as announcer,
+        opened_instance(config, adopt=adopt) as instance,
+    ):
+        found, sized = planned(config, announcer.say)
         with memory_errors(f"starting with {found.name}", SIZE_KEYS):
-            opened = load_found(found, config.model, config.mesh)
+            with announcer.progress.stage(f"opening {found.name}"):
+                opened = load_found(found, config.model, config.mesh)
             opened = same_base(instance.database, config, opened, take=new_base)
-        _serve(sized, file, instance, opened)
+        _serve(sized, file, instance, opened, listening, announcer)
 
 
-def planned(config: ServeConfig, say: Callable[[str], None] = print) -> tuple[Found, SizedConfig]:
+def planned(config: ServeConfig, say: Callable[[str], None]) -> tuple[Found, SizedConfig]:
     """Finds the base, chooses the sizes that the settings leave out, and says the plan; loads nothing.
 
     Raises ModelInvalid, and ConfigInvalid for what does not fit.
@@ -319,33 +329,46 @@ def planned(config: ServeConfig, say: Callable[[str], None] = print) -> tuple[Fo
     return found, plan.config
 
 
-def _serve(config: SizedConfig, file: Path | None, instance: Instance, opened: Opened) -> None:
+def _serve(
+    config: SizedConfig,
+    file: Path | None,
+    instance: Instance,
+    opened: Opened,
+    listening: socket.socket,
+    announcer: Announcer,
+) -> None:
     store = open_store(config, instance.remote)
+    runner = make_runner(opened, config, store)
+    drain = Drain(waits_for=lambda: str(announcer.progress))
+    head = functools.partial(read_head, opened)
     try:
         with memory_errors(f"starting with {opened.name}", SIZE_KEYS):
             runner = make_runner(opened, config, store)
         with (
             observing(runner, config) as observers,
-            services(
-                runner, opened, config, instance.database, observers, lambda: read_head(opened), instance.remote
-            ) as own,
+            services(runner, opened, config, instance.database, observers, head, instance.remote, drain) as own,
         ):
-            http = make_http(runner, own.app, host=config.host, port=config.port, grace_s=config.grace_s)
+            ending = functools.partial(announcer.ending, runner.watch)
+            http = make_http(runner, own.app, listening=listening, grace_s=config.grace_s, ending=ending)
             try:
+                http.start()  # from now on /ready says what it waits for
                 with memory_errors(f"starting with {opened.name}", SIZE_KEYS):
-                    begin(runner, opened, config, own)
-                http.listen()  # requests are taken from the next line on
-                if own.keyless:
-                    print("there are no keys: anyone on this machine may do everything (see jaxlora keys --help)")
-                print(f"serving {opened.name} and {len(store.list(None))} adapters on {http.url}/v1", flush=True)
+                    begin(runner, opened, config, own, announcer.progress)
+                announcer.ready()
                 retuned = contextlib.nullcontext() if file is None else retuned_by_hangup(runner, file)
-                with observers.compiles, retuned:
+                with observers.compiles, retuned, http.ended_by_signals():
+                    drain.waits_for = None  # requests are taken from the next line on
+                    if own.is_keyless():
+                        print("there are no keys: anyone on this machine may do everything (see jaxlora keys --help)")
+                    print(f"serving {opened.name} and {len(store.list(None))} adapters on {http.url}/v1", flush=True)
+                    announcer.say(f"now: jaxlora chat --url {http.url}")
                     try:
-                        http.run()
+                        http.wait()
                     finally:
                         if not runner.end(STOP_S):
                             leave(store)
             finally:
+                http.stop()
                 runner.stop()
     finally:
         store.close()
@@ -366,17 +389,19 @@ def leave(store: AdapterStore) -> NoReturn:
     os._exit(LOST_EXIT)
 
 
-def begin(runner: DeviceThread, opened: Opened, config: ServeConfig, own: Services) -> None:
+def begin(runner: DeviceThread, opened: Opened, config: ServeConfig, own: Services, progress: Progress) -> None:
     """Loads the configured adapters, compiles all programs and resumes the jobs of an earlier process."""
-    for section in config.load:
-        ref = load_peft(runner, opened, section)
-        print(f"loaded {section.name} as version {ref.version}")
+    if config.load:
+        with progress.stage("loading", of=len(config.load), unit="adapters") as stage:
+            for number, section in enumerate(config.load, 1):
+                stage.at(number)
+                ref = load_peft(runner, opened, section)
+                print(f"loaded {section.name} as version {ref.version}", flush=True)
     runner.tune(config.tuning)
-    print(f"compiling {len(runner.engine.shapes())} programs for {opened.name} ({opened.base.dtype.name})", flush=True)
-    runner.start()
+    with progress.stage("compiling", unit=f"serving programs in {opened.base.dtype.name}") as stage:
+        runner.start(stage.at)
     if own.jobs is not None:
-        print("compiling the training step", flush=True)
-        own.jobs.start()
+        own.jobs.start(progress)
 
 
 def stop(runner: DeviceThread, store: AdapterStore) -> None:

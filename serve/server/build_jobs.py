@@ -12,6 +12,7 @@ from jaxlora.checkpoints.load import Opened
 from jaxlora.config.serving import SizedConfig, SizedTraining
 from jaxlora.config.training import default_lr
 from jaxlora.core.lora import ALL_TARGETS
+from jaxlora.core.progress import Progress
 from jaxlora.model.lora_pool import PoolSpec
 from jaxlora.storage.disk_cache import Remote
 from jaxlora.storage.remote_states import StateCopies
@@ -44,12 +45,14 @@ class JobHost:
     tuner: Tuner
     scorer: Scorer
 
-    def start(self) -> None:
+    def start(self, progress: Progress) -> None:
         """Compiles the training programs and resumes the jobs of an earlier process.  Call it after the runner has started."""
-        self.runner.call(lambda: warm_up(self.live.jobs.trainer, self.runner.publisher))
-        self.runner.watch.training = functools.partial(training_view, self.live.jobs)
-        self.runner.trainer = self.live
-        self.service.restart()
+        with progress.stage("compiling", unit="training programs") as stage:
+            self.runner.call(lambda: warm_up(self.live.jobs.trainer, self.runner.publisher, stage.at))
+        with progress.stage("resuming jobs"):
+            self.runner.watch.training = functools.partial(training_view, self.live.jobs)
+            self.runner.trainer = self.live
+            self.service.restart()
 
     def close(self) -> None:
         """Saves the jobs' states and stores what is left.  Call it after the device thread has ended."""

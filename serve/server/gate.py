@@ -27,10 +27,13 @@ from serve.access.places import Places
 from serve.access.rate_limit import Limiter
 from serve.http.drain import Drain
 from serve.http.errors import LOG, ErrorShapes, Shape
-from serve.http.request_log import GENERATED, REFUSED, Answered, Listener
+from serve.http.request_log import GENERATED, HEALTH_PATH, READY_PATH, REFUSED, Answered, Listener
+from serve.http.schema import DOCUMENT_PATH
 from serve.observability.logs import naming
+from serve.server.pages import DOCS_PATH, ROOT_PATH
 
-OPEN_PATHS = frozenset({"/health", "/ready"})  # answered without a key, also while the server ends
+# Answered without a key, also before the server is ready and while it ends.  They show nothing that is anybody's.
+OPEN_PATHS = frozenset({HEALTH_PATH, READY_PATH, ROOT_PATH, DOCS_PATH, DOCUMENT_PATH})
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
 FORM_BYTES = 64 * 1024  # of the form around an uploaded file
 SLOWEST_UPLOAD_BYTES_S = 500_000  # an upload may take as long as its largest body at this rate, beside body_timeout_s

@@ -10,12 +10,13 @@ uvicorn alone closes its socket first, so that clients find nobody, and cuts str
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from types import FrameType
 
@@ -39,7 +40,7 @@ class DrainingServer(uvicorn.Server):
     """Ends in two steps.
 
     end_open: ends every open answer with an error; called on a thread of its own.  is_lost: whether there is no use in
-    going on; looked at often.
+    going on; looked at often.  ending: called once when the end begins, with how many requests are open.
     """
 
     def __init__(
@@ -50,10 +51,12 @@ class DrainingServer(uvicorn.Server):
         grace_s: float,
         end_open: Callable[[], None],
         is_lost: Callable[[], bool],
+        ending: Callable[[int], None],
     ):
         super().__init__(config)
         self.server_state = self._connections = connections
         self._drain, self._grace_s, self._end_open, self._is_lost = drain, grace_s, end_open, is_lost
+        self._ending, self._told = ending, False
         self._ends: float | None = None  # time.monotonic() when nothing is waited for any more
         self.interrupted = False  # by Ctrl-C
 
@@ -84,6 +87,10 @@ class DrainingServer(uvicorn.Server):
         self._connections.close_overdue(asyncio.get_running_loop().time())
         if self._ends is None and self._is_lost():
             self._end_within(LAST_WORDS_S)
+        if self._ends is not None and not self._told:
+            self._told = True
+            if not self._is_lost():  # which the log tells
+                self._ending(self._drain.inside)
         if self._ends is not None and not self.should_exit:
             over = time.monotonic() >= self._ends
             if over and self._drain.inside:
@@ -103,6 +110,7 @@ class HttpServer:
     server: DrainingServer
     listening: socket.socket
     thread: threading.Thread | None = None
+    failure: BaseException | None = None  # of the thread
 
     @property
     def url(self) -> str:
@@ -110,24 +118,43 @@ class HttpServer:
         host, port = self.listening.getsockname()[:2]
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
-    def listen(self) -> None:
-        """Accepts connections from now on; before, they are refused."""
-        self.listening.listen(BACKLOG)
+    def start(self) -> None:
+        """Answers in the background, from now on; before, connections are refused.
 
-    def run(self) -> None:
-        """Answers until SIGTERM, then until all open answers are complete; or until the device is lost.
-
-        Raises KeyboardInterrupt when it was Ctrl-C.
+        Raises ConfigInvalid when another server has come to listen there first.
         """
-        self.server.run(sockets=[self.listening])
+        with named_address(*self.listening.getsockname()[:2]):
+            self.listening.listen(BACKLOG)
+        self.thread = threading.Thread(target=self._run, name="jaxlora-http", daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.server.run(sockets=[self.listening])
+        except BaseException as error:
+            self.failure = error
+
+    @contextlib.contextmanager
+    def ended_by_signals(self) -> Generator[None]:
+        """Has SIGTERM and Ctrl-C begin the end while it is entered.  Main thread only."""
+        before = {sig: signal.signal(sig, self.server.handle_exit) for sig in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for sig, handler in before.items():
+                signal.signal(sig, handler)
+
+    def wait(self) -> None:
+        """Returns when the end has begun and all open answers are complete, or when the device is lost.
+
+        Raises KeyboardInterrupt when it was Ctrl-C, and what ended the background server.
+        """
+        assert self.thread is not None
+        self.thread.join()
+        if self.failure is not None:
+            raise self.failure
         if self.server.interrupted:
             raise KeyboardInterrupt
-
-    def start(self) -> None:
-        """Answers in the background, from now on."""
-        self.listen()
-        self.thread = threading.Thread(target=self.run, name="jaxlora-http", daemon=True)
-        self.thread.start()
 
     def stop(self) -> None:
         """Ends the background server when all open answers are complete, or the grace time is over."""
@@ -136,10 +163,18 @@ class HttpServer:
             self.thread.join()
 
 
-def make_http(runner: DeviceThread, config: AppConfig, *, host: str, port: int, grace_s: float) -> HttpServer:
-    """The runner behind HTTP, on a socket that is bound already.  An IPv6 host may stand in brackets.
+@contextlib.contextmanager
+def named_address(host: str, port: int) -> Generator[None]:
+    """Raises ConfigInvalid, naming the address, where it cannot be used."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigInvalid(f"cannot listen on {host} port {port} ({error.strerror}); choose another --port") from error
 
-    The hosts that requests may name follow from `host`.  grace_s: for open requests to finish when the server ends.
+
+def bound(host: str, port: int) -> socket.socket:
+    """A socket with this address, which does not listen yet.  An IPv6 host may stand in brackets.
+
     Raises ConfigInvalid when the address is taken or not ours.
     """
     host = host.removeprefix("[").removesuffix("]")
@@ -147,10 +182,27 @@ def make_http(runner: DeviceThread, config: AppConfig, *, host: str, port: int, 
     listening = socket.socket(family)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listening.bind((host, port))
-    except OSError as error:
+        with named_address(host, port):
+            listening.bind((host, port))
+    except ConfigInvalid:
         listening.close()
-        raise ConfigInvalid(f"cannot listen on {host} port {port} ({error.strerror}); choose another --port") from error
+        raise
+    return listening
+
+
+def make_http(
+    runner: DeviceThread,
+    config: AppConfig,
+    *,
+    listening: socket.socket,
+    grace_s: float,
+    ending: Callable[[int], None] = lambda inside: None,
+) -> HttpServer:
+    """The runner behind HTTP on a socket that is bound already, whose address says which hosts requests may name.
+
+    grace_s: for open requests to finish when the server ends.  ending: see DrainingServer.
+    """
+    host = listening.getsockname()[0]
     most = connections_within(config.http.connections)
     app = create_app(runner, replace(config, hosts=hosts_for(host), most_requests=most - SPARE))
     settings = uvicorn.Config(
@@ -162,5 +214,5 @@ def make_http(runner: DeviceThread, config: AppConfig, *, host: str, port: int, 
         timeout_graceful_shutdown=LAST_WORDS_S,
     )
     connections = Connections(most, config.http.header_timeout_s)
-    server = DrainingServer(settings, connections, config.drain, grace_s, runner.end_all, lambda: runner.lost)
+    server = DrainingServer(settings, connections, config.drain, grace_s, runner.end_all, lambda: runner.lost, ending)
     return HttpServer(server, listening)

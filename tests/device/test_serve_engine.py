@@ -333,7 +333,9 @@ def test_nothing_compiles_after_warm_up(world, quantum_s, pages):
     engine = world.engine(
         replace(CONFIG, rows=3, prefill_lanes=lanes, prefill_tokens=6, quantum_s=quantum_s, pages=pages)
     )
-    engine.warm_up()
+    begun = []
+    engine.warm_up(lambda *told: begun.append(told))
+    assert begun == [(i + 1, len(engine.shapes()) + 1) for i in range(len(engine.shapes()) + 1)]
     storm(world, engine)
     assert (engine.scheduler.active.swaps > 10) == (pages == 24)
 

@@ -190,11 +190,35 @@ def test_stop_ends_open_requests_with_an_error(world):
 
 def test_a_failure_at_the_start_is_raised_there(world, caplog):
     runner = DeviceThread(world.engine(), base_name=BASE)
-    runner.engine.warm_up = lambda: 1 / 0
+    runner.engine.warm_up = lambda _: 1 / 0
     with pytest.raises(ZeroDivisionError):
         runner.start()
     assert runner.health() != "ok"
     assert "the device thread has ended" in caplog.text
+
+
+def test_an_end_while_programs_are_compiled_waits_for_one_of_them_alone(world, caplog):
+    runner = DeviceThread(world.engine(), base_name=BASE)
+    under_way, go_on, begun = threading.Event(), threading.Event(), []
+
+    def warm_up(compiling):
+        for number in (1, 2, 3):
+            compiling(number, 3)
+            under_way.set()
+            assert go_on.wait(10)
+
+    runner.engine.warm_up = warm_up
+    with ThreadPoolExecutor(2) as pool:
+        starting = pool.submit(runner.start, lambda *told: begun.append(told))
+        assert under_way.wait(10)
+        ending = pool.submit(runner.end, None)
+        while not runner._stopping:
+            time.sleep(0.001)
+        go_on.set()
+        ending.result(10)
+        assert isinstance(starting.exception(10), Unavailable)
+    assert begun == [(1, 3)]
+    assert caplog.text == ""
 
 
 def test_a_dead_thread_gives_errors_to_all_who_wait_and_all_who_come(world, caplog):

@@ -232,7 +232,10 @@ def test_when_the_last_tenant_leaves_the_step_is_dropped():
 
 def test_nothing_compiles_after_the_warm_up():
     trainer = trainer_of(SIZES)
-    trainer.warm_up()
+    begun = []
+    trainer.warm_up(lambda *told: begun.append(told))
+    assert len(begun) == 4 + 1 + len(trainer.seats.buckets) + 1  # microsteps, update, slots, evaluation
+    assert begun == [(i + 1, len(begun)) for i in range(len(begun))]
     ant(trainer)  # uploads what is new in NumPy, once
     trainer.step()
     with CompileCounter() as counter:

@@ -23,9 +23,9 @@ def main(store: Path, grace_s: float, step_s: float) -> None:
     """Serves until a signal."""
     step = Engine.step
 
-    def slow(engine: Engine):
+    def slow(engine: Engine, deliver=None):
         time.sleep(step_s)
-        return step(engine)
+        return step(engine, deliver)
 
     Engine.step = slow
     config = replace(

@@ -35,7 +35,7 @@ from serve.http.idempotency import Once
 from serve.runtime.catalog import JobNames
 from serve.server.app import create_app
 from serve.server.gate import AppConfig
-from serve.server.uvicorn import make_http
+from serve.server.uvicorn import bound, make_http
 
 
 @dataclass
@@ -120,8 +120,7 @@ def main(descriptors: int, header_timeout_s: float) -> None:
     http = make_http(
         Device(pace_s=0.2, reply=lambda request: "x" * 100, context=20_000),
         config,
-        host="127.0.0.1",
-        port=0,
+        listening=bound("127.0.0.1", 0),
         grace_s=0,
     )
     http.start()

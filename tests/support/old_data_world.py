@@ -19,6 +19,7 @@ from whole_world import bearer, joined, whole_config
 from jaxlora.checkpoints.load import open_base
 from jaxlora.config.base import ONE_DEVICE, ModelSection
 from jaxlora.config.serving import TrainingSection
+from jaxlora.core.progress import Progress
 from jaxlora.storage.adapter_store import AdapterStore
 
 FOLDER = FIXTURES / "data_before_move"
@@ -123,7 +124,7 @@ def server(folder: Path) -> Iterator[Server]:
     ):
         try:
             it.runner.start()
-            it.own.jobs.start()
+            it.own.jobs.start(Progress(None))
             with serving(it.app) as url:
                 yield Server(url)
         finally:

@@ -18,7 +18,7 @@ from jaxlora.storage.adapter_store import AdapterStore
 from serve.db.database import Database
 from serve.runtime.device_thread import DeviceThread
 from serve.server.build import Services, make_runner, observing, read_head, services
-from serve.server.uvicorn import make_http
+from serve.server.uvicorn import bound, make_http
 
 WORKSPACE = "lab"
 
@@ -62,7 +62,7 @@ def joined(world, settings: ServeConfig, store: AdapterStore) -> Iterator[Joined
         contextlib.closing(Database(settings.database_url)) as database,
         services(runner, opened, settings, database, observers, lambda: read_head(opened)) as own,
     ):
-        http = make_http(runner, own.app, host=settings.host, port=settings.port, grace_s=settings.grace_s)
+        http = make_http(runner, own.app, listening=bound(settings.host, settings.port), grace_s=settings.grace_s)
         http.listening.close()
         yield Joined(http.server.config.app, runner, own)
 

@@ -25,6 +25,7 @@ from whole_world import joined, whole_config
 
 from jaxlora.config.serving import ServeConfig
 from jaxlora.config.training import TrainConfig, load
+from jaxlora.core.progress import Progress
 from jaxlora.storage.adapter_store import AdapterStore
 from serve.cli import main as cli
 from train.data.load import LengthLimit, load_file
@@ -96,7 +97,7 @@ def url(world, tmp_path_factory) -> Iterator[str]:
         for name in ("dates", "roman"):
             store.put(replace(world.adapters[0], ref=store.mint("local", name)))
         server.runner.start()
-        server.own.jobs.start()
+        server.own.jobs.start(Progress(None))
         try:
             with serving(server.app) as it:
                 yield it

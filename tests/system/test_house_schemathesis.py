@@ -24,6 +24,7 @@ from schemathesis.specs.openapi.checks import (
 from whole_world import joined, whole_config
 
 from jaxlora.config.serving import LimitsSection
+from jaxlora.core.progress import Progress
 from jaxlora.storage.adapter_store import AdapterStore
 from serve.access.rate_limit import Limiter
 from serve.api.files.routes import FilesRoutes
@@ -67,7 +68,7 @@ def whole(world, tmp_path_factory):
     store = AdapterStore(settings.adapters, host_bytes=10**8)
     with contextlib.closing(store), joined(world, settings, store) as server:
         server.runner.start()
-        server.own.jobs.start()
+        server.own.jobs.start(Progress(None))
         try:
             with serving(server.app) as url:
                 yield url

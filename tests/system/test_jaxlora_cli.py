@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -198,6 +200,44 @@ def test_our_error_is_shown_as_it_is_and_exit_2(monkeypatch):
     fails_with(monkeypatch, AdapterInvalid("two\n  lines"))
     result = run("train", TRAIN)
     assert (result.exit_code, result.stderr) == (2, "jaxlora: two\n  lines\n")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_one_line_and_exit_2(monkeypatch, number):
+    def main(*_, **__):
+        raise OSError(number, os.strerror(number), "/srv/data/x")
+
+    monkeypatch.setattr("serve.server.build.main", main)
+    result = run("serve", "--model", "smollm2")
+    assert (result.exit_code, result.output) == (
+        2,
+        "jaxlora: the disk is full (/srv/data/x); free some space and start again\n",
+    )
+
+
+def test_a_port_that_is_taken_is_told_before_anything_is_opened(tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxlora.model.compile_cache.enable", lambda folder: folder)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = run(
+            "serve", "--model", "/no/such/model", "--port", str(port), "--adapters", str(tmp_path / "adapters")
+        )
+    assert (result.exit_code, result.output) == (
+        2,
+        f"jaxlora: cannot listen on 127.0.0.1 port {port} (Address already in use); choose another --port\n",
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_is_there_for_every_shell(shell):
+    """typer asks which shell runs it unless it is told so."""
+    environment = os.environ | {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    command = [sys.executable, "-c", "from serve.cli.main import main; main()"]
+    script = subprocess.run(
+        [*command, "--show-completion", shell], capture_output=True, text=True, check=True, cwd=ROOT, env=environment
+    ).stdout
+    assert "_COMPLETE=complete_" + shell in script.replace("\n", " ")
 
 
 def test_another_error_keeps_its_traceback(monkeypatch):

@@ -67,7 +67,6 @@ def test_health_and_version(http, running):
         pytest.param("GET", "/nowhere", 404, "not_found", id="route"),
         pytest.param("GET", "/v1/models/", 404, "model_not_found", id="empty_id"),
         pytest.param("DELETE", "/v1/chat/completions", 405, "method_not_allowed", id="method"),
-        pytest.param("GET", "/docs", 404, "not_found", id="no_docs"),
     ],
 )
 def test_the_frameworks_errors_have_our_shape(http, method, path, status, code):

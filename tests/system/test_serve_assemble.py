@@ -109,7 +109,8 @@ class FakeSocket:
 def test_an_address_with_colons_stands_in_brackets(runner, monkeypatch, host, family, bound, url):
     fakes = {k: getattr(socket, k) for k in ("AF_INET", "AF_INET6", "SOL_SOCKET", "SO_REUSEADDR")}
     monkeypatch.setattr(uvicorn, "socket", SimpleNamespace(socket=FakeSocket, **fakes))
-    http = make_http(runner, AppConfig(default_max_tokens=4, max_request_s=9.0), host=host, port=8123, grace_s=1.0)
+    config = AppConfig(default_max_tokens=4, max_request_s=9.0)
+    http = make_http(runner, config, listening=uvicorn.bound(host, 8123), grace_s=1.0)
     assert isinstance(http, HttpServer)
     assert (http.listening.family, http.listening.address) == (family, (bound, 8123))
     assert http.url == url

@@ -22,7 +22,7 @@ from fake_backend import BASE
 from jaxlora.core.errors import InvalidRequest
 from serve.cli import chat
 from serve.cli.chat_columns import Columns
-from serve.cli.http_client import AnswerFailed
+from serve.cli.http_client import AnswerFailed, Model
 
 pytest_plugins = ["wire_fixtures"]
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,8 +76,45 @@ def test_settings_and_system_text_go_with_every_request(talk, backend):
     assert (first.params.temperature, first.params.max_tokens, first.params.stop) == (0.25, 9, ("Z",))
     assert (second.params.temperature, second.params.seed, second.params.stop) == (0.25, 4, ())
     assert told(first) == "system:Be briefuser:aassistant:"
-    assert 'temperature=0.25 max_tokens=9 stop="Z"\n' in out
-    assert out.endswith("temperature=0.25 max_tokens=9 seed=4\n")
+    assert 'temperature=0.25 top_p=0.9 max_tokens=9 stop="Z"\n' in out
+    assert out.endswith("temperature=0.25 top_p=0.9 max_tokens=9 seed=4\n")
+
+
+def test_what_nobody_sets_suits_a_small_model_and_can_be_left_to_the_server(talk, backend):
+    assert talk("/set", "a", "/set temperature= top_p=", "/set", "b").startswith("temperature=0.3 top_p=0.9\n")
+    assert "nothing is set\n" in talk.out
+    assert [(r.params.temperature, r.params.top_p) for r in backend.requests] == [(0.3, 0.9), (1.0, 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("said", "chosen"),
+    [
+        (["/help", ""], BASE),
+        (["/adapters support", "2"], ADAPTER),
+        (["/hepl", "3", "0"], BASE),
+        (["support@3"], "support@3"),
+        (["/help", "/quit"], None),
+        (["/what"], None),  # and then the end of the input
+    ],
+)
+def test_help_is_there_before_anything_is_chosen(said, chosen, monkeypatch, capsys):
+    models = [Model(BASE, None, None, None, ""), Model("a", BASE, 1, 8, "host"), Model(ADAPTER, BASE, 7, 8, "host")]
+    answers = iter(said)
+
+    def read(prompt):
+        try:
+            return next(answers)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", read)
+    assert chat.pick(models) == chosen
+    out = capsys.readouterr().out
+    assert ("nothing means the base" in out) == ("/help" in said)
+    assert ("there is no command /hepl; did you mean /help? /help lists them\n" in out) == ("/hepl" in said)
+    assert ("there is no command /what; /help lists them\n" in out) == ("/what" in said)
+    assert ("there is no number 3; the last is 2\n" in out) == ("3" in said)
+    assert out.count(f"  2  {ADAPTER}") == 1 + ("/adapters support" in said)
 
 
 def test_the_adapters_are_listed(talk, backend, monkeypatch):
@@ -97,6 +134,7 @@ def test_the_adapters_are_listed(talk, backend, monkeypatch):
         ("/use nobody", "error: The model `nobody` does not exist.\n"),
         ("/use", "error: /use needs a name; /adapters lists them\n"),
         ("/nonsense x", "error: there is no command /nonsense; /help lists them\n"),
+        ("/comapre x", "error: there is no command /comapre; did you mean /compare? /help lists them\n"),
         ("/set temperature", "error: /set takes NAME=VALUE, got temperature\n"),
         ("/set model=x", "error: model is not a setting; /help lists what changes it\n"),
         ("/compare", "error: /compare needs a question\n"),
@@ -249,10 +287,17 @@ def test_a_conversation_in_a_terminal(terminal, backend):
     prompt = f"{ADAPTER}> "
     backend.reply = lambda request: "from the base" if request.adapter is None else "from support"
     assert f"0  {BASE}" in terminal.wait_for("which one? [0] ")
+    terminal.type("/help\n")
+    terminal.wait_for("nothing means the base")
     terminal.type("2\n")
+    terminal.wait_for("temperature=0.3 top_p=0.9 (/set changes them)")
+    terminal.wait_for(f"/compare QUESTION asks {BASE} and")  # the terminal breaks the line
     terminal.wait_for(prompt)
     terminal.type("hello\n")
     terminal.wait_for("from support")
+    assert "/compare" not in terminal.wait_for(prompt)  # it is told once
+    terminal.type("/help\n")
+    terminal.wait_for("forget the conversation")
     terminal.wait_for(prompt)
     terminal.type("/compare both?\n")
     terminal.wait_for("from the base" + " " * 15 + " │ from support")

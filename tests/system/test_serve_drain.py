@@ -116,6 +116,9 @@ def test_a_server_that_ends_completes_what_is_open_and_takes_nothing_new(tmp_pat
         events = stream.end()
         assert child.ended() == 0
         assert [line for line in child.process.stderr if "[info" not in line] == []
+        told = child.process.stdout.read().splitlines()
+        waits = "stopping: 1 open requests have 60 s to end, or until another signal"
+        assert told == [f"now: jaxlora chat --url {child.url}", waits, "stopped"]
     assert events[-1] == "[DONE]"
     assert json.loads(events[-2])["choices"][0]["finish_reason"] == "length"
     assert (tmp_path / ".lock").exists()

@@ -20,7 +20,7 @@ from serve.runtime.device_thread import DeviceThread
 from serve.runtime.watchdog import HANG_S, Watch
 from serve.server.app import create_app
 from serve.server.gate import AppConfig
-from serve.server.uvicorn import make_http
+from serve.server.uvicorn import bound, make_http
 
 pytest_plugins = ["serve_fixtures"]
 SOON_S = 0.2
@@ -137,8 +137,7 @@ def ending(stuck):
     http = make_http(
         runner,
         AppConfig(default_max_tokens=8, max_request_s=60, routers=[router]),
-        host="127.0.0.1",
-        port=0,
+        listening=bound("127.0.0.1", 0),
         grace_s=60,
     )
     http.start()

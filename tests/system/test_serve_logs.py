@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import sys
 import time
 
 import httpx2
@@ -13,6 +14,7 @@ from fake_backend import BASE, HI, FakeBackend, serving
 
 from jaxlora.core.errors import Unauthorized
 from serve.access.caller import Caller
+from serve.http.request_log import Answered
 from serve.observability.logs import LOGGERS, log_answered, logging_to
 from serve.server.app import create_app
 from serve.server.gate import AppConfig
@@ -73,6 +75,7 @@ def test_an_answer_has_a_line_with_its_tokens(http, log, stream):
         "logger": "serve.access",
         "request_id": answer.headers["x-request-id"],
         "tenant": "acme",
+        "model": BASE,
         "method": "POST",
         "route": "/v1/chat/completions",
         "status": 200,
@@ -127,6 +130,43 @@ def test_a_traceback_holds_no_local_variables(http, running, log):
     assert secret not in log.getvalue()
 
 
+def answered(route, status, code=None):
+    """One of an admin's key."""
+    return Answered(
+        request_id="req_1",
+        method="GET",
+        route=route,
+        status=status,
+        tenant="ops",
+        began_s=0.0,
+        duration_s=0.001,
+        code=code,
+        generated=None,
+        traceparent=None,
+    )
+
+
+@pytest.mark.parametrize("route", ["/health", "/ready", "/metrics", "/v1/stats"])
+@pytest.mark.parametrize(
+    ("level", "told"), [("debug", ["debug", "debug", "info"]), ("info", ["info"]), ("warning", [])]
+)
+def test_polls_are_told_at_debug_unless_they_fail(route, level, told):
+    stream = io.StringIO()
+    with logging_to(stream, as_json=True, level=level):
+        log_answered(answered(route, 200))
+        log_answered(answered(route, 503, "starting"))
+        log_answered(answered(route, 503, "unavailable"))
+    assert [json.loads(line)["level"] for line in stream.getvalue().splitlines()] == told
+
+
+def test_a_line_goes_where_stderr_is_now(monkeypatch):
+    """A line that moves on the terminal takes the place of stderr while it does."""
+    with logging_to(as_json=False):
+        monkeypatch.setattr(sys, "stderr", io.StringIO())
+        logging.getLogger("serve").info("above it")
+        assert "above it" in sys.stderr.getvalue()
+
+
 def test_probes_are_told_only_when_they_fail(running, log):
     httpx2.get(running[1] + "/health")
     running[0].state = "it hangs"
@@ -145,7 +185,7 @@ def test_people_read_lines_without_colour_codes_in_a_file(http):
     first, second = stream.getvalue().splitlines()
     assert "\x1b" not in first
     assert "answered" in first
-    assert "route=/v1/models" in first
+    assert "method=GET route=/v1/models status=200 tenant=acme duration_ms=" in first
     assert "adapter bot: odd" in second
 
 

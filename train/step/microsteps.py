@@ -37,6 +37,8 @@ from train.step.optimizer import Halves
 from train.step.state import States, add_gradients, halves, with_gradients, with_halves
 from train.step.step import lane_attend, lane_tokens, lora_layout, summed, target_logprobs, with_dropout
 
+KINDS = ("forward", "head", "head back", "backward")  # of the microsteps of a pass
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -207,11 +209,17 @@ class Microsteps:
         self._backward = jax.jit(_backward, donate_argnums=(4, 5), out_shardings=(placed, lanes))
         self._groups = [place(np.int32(i), small) for i in range(0, base.config.layers, sizes.layers)]
 
-    def warm_up(self, batch: TrainBatch, holder: Holder) -> None:
-        """Compiles and runs every program on an idle batch (NumPy) with one target and no slot."""
+    def warm_up(self, batch: TrainBatch, holder: Holder, begins: Callable[[], None]) -> None:
+        """Compiles and runs every program on an idle batch (NumPy) with one target and no slot.
+
+        begins: called before the first of each of the `KINDS`.
+        """
         batch.weight_GJ[0, 0] = 1.0
-        for _ in self.gradients(batch, 0, holder, lambda: np.asarray(batch.slot_G[: self.sizes.lanes])):
-            pass
+        seen = set()
+        for kind in self.gradients(batch, 0, holder, lambda: np.asarray(batch.slot_G[: self.sizes.lanes])):
+            if kind not in seen:
+                seen.add(kind)
+                begins()
 
     def gradients(
         self, batch: TrainBatch, start: int, holder: Holder, slots: Callable[[], np.ndarray]
