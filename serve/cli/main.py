@@ -6,7 +6,6 @@ Exit codes: 0 done; 2 an error the user can act on, one line on stderr; 130 inte
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -15,13 +14,12 @@ import typer
 from typer.core import TyperGroup
 
 from jaxlora.core.errors import ConfigInvalid, JaxLoraError
-from serve.cli.adapters import EXPORT_EXAMPLES, IMPORT_EXAMPLES, adapters, export, import_adapter
+from jaxlora.neighbours import HOME, check_neighbours
+from serve.cli.adapters import EXPORT_EXAMPLES, IMPORT_EXAMPLES, Verbose, adapters, export, import_adapter, mistakes
 from serve.cli.jobs import files, jobs
 from serve.cli.keys import keys
 from serve.cli.options import HERE, Json, Key, Url
 
-HOME = Path(__file__).resolve().parents[2]  # the folder that holds the four packages
-NEIGHBOURS = ("pallas_kernels", "train")  # names that others use, too; jaxlora and serve are imported by now
 ERROR_EXIT, INTERRUPTED_EXIT = 2, 130
 SERVE_EXAMPLES = """Example:  jaxlora serve configs/serve_smollm2.toml
 
@@ -37,25 +35,11 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
         except JaxLoraError as e:
             line = " ".join(e.message.split())
-            typer.echo(f"jaxlora: {line}", err=True)
+            typer.echo("\n".join((f"jaxlora: {line}", *mistakes(ctx, e))), err=True)
             raise typer.Exit(ERROR_EXIT) from e
         except KeyboardInterrupt as e:
             typer.echo("jaxlora: interrupted", err=True)
             raise typer.Exit(INTERRUPTED_EXIT) from e
-
-
-def check_neighbours(home: Path) -> None:
-    """Raises ConfigInvalid, naming both folders, when one of our packages would be imported from elsewhere than `home`."""
-    for name in NEIGHBOURS:
-        spec = importlib.util.find_spec(name)  # finds, does not import
-        folders = [] if spec is None else [Path(p) for p in spec.submodule_search_locations or [spec.origin or "?"]]
-        if not folders:
-            raise ConfigInvalid(f"no package {name} was found beside {home / 'jaxlora'}; install jaxlora again")
-        if folders[0].resolve() != (home / name).resolve():
-            raise ConfigInvalid(
-                f"`import {name}` finds {folders[0]}, a stranger; jaxlora's own is {home / name}.  Run from another "
-                f"folder, or uninstall the package that brought the other {name}"
-            )
 
 
 app = typer.Typer(
@@ -131,6 +115,7 @@ def serve(
         bool,
         typer.Option("--new-base", help="Start although unfinished jobs began with another base or chat template."),
     ] = False,
+    verbose: Verbose = False,
     supervise: Annotated[bool, typer.Option("--supervise", hidden=True)] = False,  # refused, for one version
 ) -> None:
     """Serve a base and its adapters over HTTP.
