@@ -1,5 +1,7 @@
 """Many tenants in a notebook: `Session` puts a trainer and a server over one base and gives both a few plain calls.
 
+    from jaxlora import Session
+
     with Session.open("smollm2") as session:
         session.add_tenant("dates", examples)
         session.step(20)
@@ -20,6 +22,12 @@ import time
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Self
+
+from jaxlora.core.errors import PackageHidden
+from jaxlora.neighbours import hidden_neighbours
+
+if why := hidden_neighbours():  # else the imports below run a train.py of the user's, and fail with a riddle
+    raise PackageHidden(why)
 
 from jaxlora.checkpoints.load import Opened, load_found
 from jaxlora.config.base import DEMO_MODEL, ONE_DEVICE, Dtype, MeshSection, ModelSection

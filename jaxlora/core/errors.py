@@ -13,6 +13,7 @@
     │   └── AdapterNotFinite        400 adapter_not_finite
     ├── ModelInvalid                400 model_invalid          a checkpoint we cannot read
     ├── ConfigInvalid               400 config_invalid         a TOML file or an option
+    │   └── PackageHidden           400 config_invalid         another module stands where one of our packages should
     ├── DataInvalid                 400 invalid_training_file  names line and field
     ├── AlreadyExists               409 already_exists
     ├── StateInvalid                409 invalid_state          no slot, wrong phase
@@ -33,15 +34,20 @@ from __future__ import annotations
 
 
 class JaxLoraError(Exception):
-    """Root of the hierarchy.  `param` names the offending field where one exists."""
+    """Root of the hierarchy.
+
+    `message` is a sentence, `details` are all mistakes one by one where the message does not say them; `param` names the
+    offending field where one exists.
+    """
 
     status: int = 500
     code: str = "internal_error"
 
-    def __init__(self, message: str, *, param: str | None = None):
+    def __init__(self, message: str, *, param: str | None = None, details: tuple[str, ...] = ()):
         super().__init__(message)
         self.message = message
         self.param = param
+        self.details = details
 
 
 class InvalidRequest(JaxLoraError, ValueError):
@@ -114,6 +120,10 @@ class ConfigInvalid(JaxLoraError, ValueError):
     """A setting is unknown, missing or impossible; names file and key."""
 
     status, code = 400, "config_invalid"
+
+
+class PackageHidden(ConfigInvalid, ImportError):
+    """A module that is not ours would be imported by the name of one of our packages; names both."""
 
 
 class DataInvalid(JaxLoraError, ValueError):

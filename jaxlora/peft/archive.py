@@ -21,8 +21,8 @@ from typing import BinaryIO
 
 from jaxlora.core.errors import AdapterInvalid, JaxLoraError
 from jaxlora.core.model_config import ModelConfig
-from jaxlora.peft.config import shown
 from jaxlora.peft.folder import CONFIG_FILE, MAX_JSON_BYTES, OWN_FILE, PICKLE_SUFFIXES, WEIGHTS_FILE
+from jaxlora.peft.reasons import shown
 from jaxlora.peft.targets import linear_modules
 from jaxlora.peft.tensors import MAX_HEADER_BYTES, PICKLE
 

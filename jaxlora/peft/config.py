@@ -1,6 +1,5 @@
 """Parses a PEFT adapter_config.json: every field is supported, known to have no effect, or a reason to refuse.
 
-Reasons are collected, not raised one by one, so that one message tells the user everything to fix.
 `targets.py` determines which modules of a given base the config selects.
 """
 
@@ -12,9 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeGuard
 
-from jaxlora.core.errors import AdapterInvalid
+from jaxlora.peft.reasons import Reasons, shown
 
-SHOWN = 5  # mismatches of one kind that a message lists
 MAX_ALPHA = 1e6
 MAX_RANK = 2**20  # beyond any base's features; a server's own limit is lower
 
@@ -70,39 +68,6 @@ PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")  # these leave the base 
 SHIFTING_INITS = re.compile(r"(pissa(_niter_\d+)?|olora|corda|loftq|lora_ga)", re.IGNORECASE)
 
 
-class Reasons:
-    """Reasons to refuse a file.  Equal messages count once; each kind of mismatch shows its first five."""
-
-    def __init__(self) -> None:
-        self._messages: dict[str, dict[str, None]] = {}  # kind → messages in order
-        self._errors: set[type[AdapterInvalid]] = set()
-
-    def __bool__(self) -> bool:
-        return bool(self._messages)
-
-    def add(self, message: str, *, kind: str | None = None, error: type[AdapterInvalid] = AdapterInvalid) -> None:
-        self._messages.setdefault(kind or message, {})[message] = None
-        self._errors.add(error)
-
-    def extend(self, other: Reasons) -> None:
-        """Adds all reasons of the other."""
-        for kind, messages in other._messages.items():
-            self._messages.setdefault(kind, {}).update(messages)
-        self._errors |= other._errors
-
-    def raise_if_any(self) -> None:
-        """Raises one error with every reason; BaseMismatch or AdapterNotFinite only where all reasons are that."""
-        if not self._messages:
-            return
-        parts = []
-        for messages in self._messages.values():
-            shown = list(messages)[:SHOWN]
-            more = len(messages) - len(shown)
-            parts.append("; ".join(shown) + (f" (and {more} more)" if more else ""))
-        error = self._errors.pop() if len(self._errors) == 1 else AdapterInvalid
-        raise error("adapter refused: " + "; ".join(parts))
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PeftConfig:
     """The fields that determine what an adapter computes."""
@@ -127,7 +92,7 @@ def read_config(raw: Mapping[str, object], reasons: Reasons) -> PeftConfig | Non
     Adds to `reasons` every unsupported feature and every impossible value.
     """
     if raw.get("peft_type") != "LORA":
-        reasons.add(f"peft_type {shown(raw.get('peft_type'))} is not supported; only LORA")
+        reasons.unsupported(f"peft_type {shown(raw.get('peft_type'))} is not supported; only LORA")
         return None
     _refuse_features(raw, reasons)
     wrong = Reasons()
@@ -170,32 +135,32 @@ def read_config(raw: Mapping[str, object], reasons: Reasons) -> PeftConfig | Non
 def _refuse_features(raw: Mapping[str, object], reasons: Reasons) -> None:
     """Adds a reason for each feature that changes more than A and B of linear layers."""
     if raw.get("task_type") not in (None, "CAUSAL_LM"):
-        reasons.add(f"task_type {shown(raw.get('task_type'))} is not supported; only CAUSAL_LM")
+        reasons.unsupported(f"task_type {shown(raw.get('task_type'))} is not supported; only CAUSAL_LM")
     if raw.get("use_dora"):
-        reasons.add(DORA)
+        reasons.unsupported(DORA)
     if raw.get("lora_bias"):
-        reasons.add(LORA_BIAS)
+        reasons.unsupported(LORA_BIAS)
     if raw.get("bias") not in (None, "none"):
-        reasons.add(f"trained biases are not supported (bias={shown(raw['bias'])})")
+        reasons.unsupported(f"trained biases are not supported (bias={shown(raw['bias'])})")
     if raw.get("modules_to_save"):
-        reasons.add(replaces_base(raw["modules_to_save"]))
+        reasons.unsupported(replaces_base(raw["modules_to_save"]))
     if raw.get("trainable_token_indices"):
-        reasons.add(TRAINABLE_TOKENS)
+        reasons.unsupported(TRAINABLE_TOKENS)
     if raw.get("target_parameters"):
-        reasons.add(TARGET_PARAMETERS)
+        reasons.unsupported(TARGET_PARAMETERS)
     if raw.get("fan_in_fan_out"):
-        reasons.add("fan_in_fan_out is not supported for this base")
+        reasons.unsupported("fan_in_fan_out is not supported for this base")
     init = raw.get("init_lora_weights", True)
     if isinstance(init, str) and SHIFTING_INITS.fullmatch(init):
-        reasons.add(
+        reasons.unsupported(
             f"init_lora_weights={init} changes the base weights; re-save the adapter with "
             "path_initial_model_for_weight_conversion"
         )
     elif not (init is None or isinstance(init, bool) or (isinstance(init, str) and init.lower() in PLAIN_INITS)):
-        reasons.add(f"init_lora_weights={shown(init)} is not known; it may change the base weights")
+        reasons.unsupported(f"init_lora_weights={shown(init)} is not known; it may change the base weights")
     for name in REFUSED_WHEN_SET:
         if raw.get(name):
-            reasons.add(f"{name} is not supported")
+            reasons.unsupported(f"{name} is not supported")
 
 
 DORA = "DoRA adapters are not supported (use_dora)"
@@ -217,12 +182,6 @@ def not_linear(path: str) -> str:
     return f"{path[:200]} is not a linear layer of this base"
 
 
-def shown(value: object) -> str:
-    """Formats a value of the file for a message: strings bare, others as Python writes them, at most 200 characters."""
-    text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= 200 else text[:200] + "…"
-
-
 def _ignored(raw: Mapping[str, object], reasons: Reasons) -> tuple[str, ...]:
     ignored = []
     for name, value in raw.items():
@@ -231,7 +190,7 @@ def _ignored(raw: Mapping[str, object], reasons: Reasons) -> tuple[str, ...]:
         if name in WITHOUT_EFFECT or name.startswith("megatron_"):
             ignored.append(name)
         else:
-            reasons.add(f"{shown(name)} is not a known field of a LoRA config, and it is set", kind="unknown field")
+            reasons.add(f"{shown(name)} is not a known field of a LoRA config, and it is set")
     return tuple(sorted(ignored))
 
 

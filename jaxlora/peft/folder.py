@@ -30,7 +30,9 @@ from jaxlora.core.atomic_files import sha256_of, whole_folder
 from jaxlora.core.errors import AdapterInvalid, AdapterNotFinite, AlreadyExists, BaseMismatch
 from jaxlora.core.lora import HEAD_TARGET, Adapter, AdapterWeights, LoraSpec
 from jaxlora.core.model_config import ModelConfig, target_features
-from jaxlora.peft.config import HEAD_LORA, PeftConfig, Reasons, not_linear, read_config, replaces_base
+from jaxlora.peft.config import HEAD_LORA, PeftConfig, not_linear, read_config, replaces_base
+from jaxlora.peft.misfit import another_base
+from jaxlora.peft.reasons import Reasons
 from jaxlora.peft.targets import Module, choose_modules, linear_modules, make_spec
 from jaxlora.peft.tensors import (
     PICKLE,
@@ -93,6 +95,7 @@ def import_peft(
     config: ModelConfig,
     *,
     base_hash: str,
+    base_name: str = "",
     max_rank: int,
     head_supported: bool,
     read_head: Callable[[], np.ndarray] | None = None,
@@ -100,12 +103,14 @@ def import_peft(
 ) -> tuple[AdapterWeights, ImportReport]:
     """Reads the adapter in a PEFT folder; returns it in float32, with a report.
 
-    `path` is the folder, or one that contains only it.  PEFT saves a copy of the base's lm_head beside a LoRA on it;
-    with `read_head`, which returns the head [V, D] of this base, an exact copy is accepted, else any copy is refused.
+    `path` is the folder, or one that contains only it.  base_name: what a refusal calls the base.  PEFT saves a copy of
+    the base's lm_head beside a LoRA on it; with `read_head`, which returns the head [V, D] of this base, an exact copy
+    is accepted, else any copy is refused.
     any_base: accepts a file that records another base, if names and shapes fit; the user takes responsibility.
 
-    Raises AdapterInvalid with every reason found; BaseMismatch when all of them mean another base;
-    AdapterNotFinite when a value is NaN or infinite.
+    Raises AdapterInvalid, whose message says the most telling reason in a sentence and whose details are all reasons:
+    first what is not supported; then BaseMismatch for another base; then all else, AdapterNotFinite when that is a
+    value that is NaN or infinite.
     """
     folder = _find_folder(path)
     reasons = Reasons()
@@ -117,11 +122,15 @@ def import_peft(
     with _open_weights(folder, reasons) as file:
         header = _header(file, reasons)
         keys = sort_keys(header or {}, str(raw.get("bias") or "none"), reasons)
+        _check_features(config, keys, reasons)
         plan = None
         if peft is not None and header is not None:
             plan = _plan(peft, config, keys, max_rank, head_supported, reasons)
             if plan is not None and keys.head_copy is not None:
                 _check_head_copy(file, keys.head_copy, HEAD_TARGET in plan.modules, read_head, reasons)
+        if mismatches := reasons.another_base:
+            made_for = raw.get("base_model_name_or_path")
+            reasons.raise_if_any(another_base(keys.pairs, made_for, mismatches, config, base_name))
         reasons.raise_if_any()
         if plan is None:
             raise RuntimeError("no plan and no reason: a check above forgot to say why")
@@ -176,7 +185,7 @@ def _check_own(own: dict[str, object], base_hash: str | None, reasons: Reasons) 
     if own.get("format") != OWN_FORMAT:
         reasons.add(f"{OWN_FILE} has format {own.get('format')!r}; this build reads format {OWN_FORMAT}")
     elif base_hash not in (None, own.get("base_hash")):
-        reasons.add("adapter was trained on another base", error=BaseMismatch)
+        reasons.add("it was trained on other weights than those of the base here", error=BaseMismatch)
 
 
 def _check_own_hash(file: BufferedReader, own: dict[str, object]) -> None:
@@ -193,42 +202,48 @@ def _plan(
 ) -> _Plan | None:
     """Returns the modules to read, after comparing names and shapes.  Adds a reason for each that does not fit."""
     chosen = choose_modules(peft, config, keys.pairs, reasons)
-    modules = linear_modules(config)
-    for path in keys.pairs:
-        if path not in modules:
-            reasons.add(not_linear(path), kind="unknown module", error=BaseMismatch)
     if chosen is None:
         return None
     if HEAD_TARGET in chosen and not head_supported:
-        reasons.add(HEAD_LORA)
-    extra = keys.extra + [
-        e.name for p, pair in keys.pairs.items() if p in modules and p not in chosen for e in pair.values()
-    ]
-    missing = [f"{p}.lora_{h}.weight" for p in chosen for h in "AB" if h not in keys.pairs.get(p, {})]
-    for what, names in (("unexpected", extra), ("missing", missing)):
-        if names:
-            more = f" (and {len(names) - 5} more)" if len(names) > 5 else ""
-            reasons.add(f"{what} tensors: {', '.join(n[:200] for n in names[:5])}{more}")
-    if not chosen and not reasons:
-        reasons.add(f"{WEIGHTS_FILE} holds no LoRA tensors")
+        reasons.unsupported(HEAD_LORA)
     for path, (rank, _) in chosen.items():
         if rank > max_rank:
-            reasons.add(f"rank {rank} of {path} exceeds the limit {max_rank}", kind="rank limit")
-        _check_shapes(modules[path], rank, keys.pairs.get(path, {}), reasons)
+            reasons.add(f"rank {rank} of {path} exceeds the limit {max_rank}")
+        _check_rank(path, rank, keys.pairs.get(path, {}), reasons)
+        for half in "AB":
+            if half not in keys.pairs.get(path, {}):
+                reasons.add(f"missing tensor: {path}.lora_{half}.weight")
+    modules = linear_modules(config)
+    passed_over = [pair for path, pair in keys.pairs.items() if path in modules and path not in chosen]
+    for name in (*keys.extra, *(entry.name for pair in passed_over for entry in pair.values())):
+        reasons.add(f"unexpected tensor: {name[:200]}")
+    if not chosen and not reasons:
+        reasons.add(f"{WEIGHTS_FILE} holds no LoRA tensors")
     return _Plan(peft, chosen, keys)
 
 
-def _check_shapes(module: Module, rank: int, pair: dict[str, StoredTensor], reasons: Reasons) -> None:
-    for half, need in (("A", (rank, module.features_in)), ("B", (module.features_out, rank))):
-        if half not in pair:
+def _check_features(config: ModelConfig, keys: AdapterKeys, reasons: Reasons) -> None:
+    """Adds a reason for each module that this base lacks, and for each tensor that does not have its features."""
+    modules = linear_modules(config)
+    for path, pair in keys.pairs.items():
+        if path not in modules:
+            reasons.add(not_linear(path), error=BaseMismatch)
             continue
-        got = pair[half].shape
-        along, across = (0, 1) if half == "A" else (1, 0)
-        if len(got) != 2 or got[across] != need[across]:
-            message = f"{module.path}: lora_{half} is {list(got)}, this base needs {list(need)}"
-            reasons.add(message, kind="shape", error=BaseMismatch)
-        elif got[along] != rank:
-            reasons.add(f"{module.path}: tensors have rank {got[along]}, config says {rank}", kind="rank")
+        module = modules[path]
+        for half, axis, need in (("A", 1, module.features_in), ("B", 0, module.features_out)):
+            if half not in pair:
+                continue
+            got = pair[half].shape
+            if len(got) != 2 or got[axis] != need:
+                rank = got[1 - axis] if len(got) == 2 else "rank"
+                wanted = f"[{rank}, {need}]" if half == "A" else f"[{need}, {rank}]"
+                reasons.add(f"{path}: lora_{half} is {list(got)}, this base needs {wanted}", error=BaseMismatch)
+
+
+def _check_rank(path: str, rank: int, pair: dict[str, StoredTensor], reasons: Reasons) -> None:
+    for half, axis in (("A", 0), ("B", 1)):
+        if half in pair and len(pair[half].shape) == 2 and pair[half].shape[axis] != rank:
+            reasons.add(f"{path}: tensors have rank {pair[half].shape[axis]}, config says {rank}")
 
 
 def _check_head_copy(
@@ -248,7 +263,7 @@ def _check_head_copy(
             in_base = (copy_VD.astype(base_head_VD.dtype), base_head_VD)
         same = any(x.tobytes() == y.tobytes() for x, y in (in_file, in_base))
     if not same:
-        reasons.add(replaces_base([HEAD_TARGET]))
+        reasons.unsupported(replaces_base([HEAD_TARGET]))
 
 
 def _read_weights(
@@ -257,7 +272,7 @@ def _read_weights(
     """Returns target → (a_LRX, b_LRY).  Raises AdapterNotFinite, or AdapterInvalid for implausible values."""
     weights = empty_weights(spec, config)
     table = linear_modules(config)
-    not_finite, too_large = Reasons(), Reasons()
+    wrong = Reasons()
     for path, (rank, _) in plan.modules.items():
         module = table[path]
         a_LRX, b_LRY = weights[module.target]
@@ -266,7 +281,7 @@ def _read_weights(
             entry = plan.keys.pairs[path][half]
             value = read_tensor(file, entry).astype(np.float32)
             if not np.isfinite(value).all():
-                not_finite.add(f"{entry.name} has non-finite values", kind="finite", error=AdapterNotFinite)
+                wrong.add(f"{entry.name} has non-finite values", error=AdapterNotFinite)
             if half == "A":
                 a_LRX[module.layer, :rank] = value
             else:
@@ -275,9 +290,8 @@ def _read_weights(
         change = abs(spec.scale(module.target, module.layer)) * norms[0] * norms[1]
         for what, norm in (("scale * norm(A) * norm(B)", change), ("norm(A)", norms[0]), ("norm(B)", norms[1])):
             if norm > MAX_NORM:
-                too_large.add(f"{path}: {what} is {norm:.3g}, more than {MAX_NORM:g}", kind="norm")
-    not_finite.raise_if_any()
-    too_large.raise_if_any()
+                wrong.add(f"{path}: {what} is {norm:.3g}, more than {MAX_NORM:g}")
+    wrong.raise_if_any()
     return weights
 
 

@@ -47,6 +47,7 @@ def read_over(base: BaseFiles, folder: Path, *, any_base: bool = False) -> tuple
         folder,
         config,
         base_hash=base.hash,
+        base_name=base.name,
         max_rank=largest_rank(config),
         head_supported=True,
         read_head=lambda: source.read("embed", None) if config.tied else source.read("head", None).T,

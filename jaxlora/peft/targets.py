@@ -22,7 +22,8 @@ import regex
 from jaxlora.core.errors import BaseMismatch
 from jaxlora.core.lora import ALL_TARGETS, ATTENTION_TARGETS, HEAD_TARGET, LAYER_TARGETS, LoraSpec, ModuleException
 from jaxlora.core.model_config import ModelConfig, target_features
-from jaxlora.peft.config import EMBEDDING_LORA, PeftConfig, Reasons, not_linear, shown
+from jaxlora.peft.config import EMBEDDING_LORA, PeftConfig, not_linear
+from jaxlora.peft.reasons import Reasons, shown
 
 MAX_PATTERN_CHARS = 4096
 MAX_PATTERN_KEYS = 512  # or the number of modules, where that is more: exporters write one key per module
@@ -127,7 +128,7 @@ def _choose(
         for layer in dict.fromkeys(peft.layers):
             if not 0 <= layer < config.layers:
                 message = not_linear(f"model.layers.{layer} (layers_to_transform)")
-                wrong.add(message, kind="layers", error=BaseMismatch)
+                wrong.add(message, error=BaseMismatch)
     if peft.targets is None:
         chosen = [path for path in modules if path in present]
     else:
@@ -138,9 +139,9 @@ def _choose(
             if path in excluded:
                 continue
             if path == EMBEDDING:
-                wrong.add(EMBEDDING_LORA)
+                wrong.unsupported(EMBEDDING_LORA)
             elif path not in modules:
-                wrong.add(not_linear(path), kind="not linear", error=BaseMismatch)
+                wrong.add(not_linear(path), error=BaseMismatch)
             else:
                 chosen.append(path)
         if not chosen and not wrong:
@@ -162,7 +163,7 @@ def _targeted(peft: PeftConfig, paths: list[str], clock: Clock, reasons: Reasons
     endings = {ending for path in paths for ending in _endings(path)}
     for entry in peft.targets:
         if entry not in endings:
-            reasons.add(not_linear(entry), kind="not linear", error=BaseMismatch)
+            reasons.add(not_linear(entry), error=BaseMismatch)
     if peft.layers is None:
         return matched
     keep = []
@@ -215,7 +216,7 @@ def _by_pattern[T](
             continue
         matched = [p for p in modules if pattern.match(p, timeout=clock.left())]
         if not matched:
-            reasons.add(f"{what} key {shown(key)} matches no module", kind=f"{what} unmatched")
+            reasons.add(f"{what} key {shown(key)} matches no module")
         for path in matched:
             found.setdefault(path, value)
     return found
@@ -230,5 +231,5 @@ def _compile(source: str, whole: str, what: str, reasons: Reasons) -> regex.Patt
         re.compile(whole)
         return regex.compile(whole)
     except (re.error, regex.error, RecursionError, OverflowError, ValueError) as e:
-        reasons.add(f"{what} {shown(source)} is not a valid pattern: {str(e)[:100]}", kind=f"{what} invalid")
+        reasons.add(f"{what} {shown(source)} is not a valid pattern: {str(e)[:100]}")
         return None

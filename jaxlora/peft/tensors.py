@@ -19,10 +19,9 @@ from jaxlora.peft.config import (
     LORA_BIAS,
     TARGET_PARAMETERS,
     TRAINABLE_TOKENS,
-    Reasons,
     replaces_base,
-    shown,
 )
+from jaxlora.peft.reasons import Reasons, shown
 
 MAX_HEADER_BYTES = 1_000_000
 PICKLE = "pickle weights are not accepted; convert to adapter_model.safetensors"
@@ -96,7 +95,7 @@ def sort_keys(header: dict[str, StoredTensor], bias: str, reasons: Reasons) -> A
         key = name.removeprefix(PREFIX)
         match = LORA_KEY.fullmatch(key)
         if reason := _feature(key, bias):
-            reasons.add(reason)
+            reasons.unsupported(reason)
         elif key == HEAD_COPY:
             keys.head_copy = entry
         elif match:
@@ -111,7 +110,7 @@ def sort_keys(header: dict[str, StoredTensor], bias: str, reasons: Reasons) -> A
         else:
             keys.extra.append(name)
     if full:
-        reasons.add(replaces_base(full))
+        reasons.unsupported(replaces_base(full))
     return keys
 
 

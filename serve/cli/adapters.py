@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 import typer
 
-from jaxlora.core.errors import AlreadyExists, InvalidRequest
+from jaxlora.core.errors import AlreadyExists, InvalidRequest, JaxLoraError
 from serve.cli.options import HERE, Json, Key, Url, connect, print_answer, print_entry, print_list
 
 adapters = typer.Typer(help="The adapters of a running server.", no_args_is_help=True)
@@ -22,6 +22,17 @@ Base = Annotated[str, typer.Option(help='The base: "smollm2", a directory, a .gg
 AnyBase = Annotated[
     bool, typer.Option("--any-base", help="Take a file that records another base, if names and shapes fit.")
 ]
+VERBOSE = "jaxlora.verbose"  # in the context that commands share
+
+
+def _note_verbose(ctx: typer.Context, wanted: bool) -> bool:
+    ctx.meta[VERBOSE] = wanted
+    return wanted
+
+
+Verbose = Annotated[
+    bool, typer.Option("--verbose", help="Of a refused adapter, list every mistake.", callback=_note_verbose)
+]  # its value is noted for `mistakes`, which comes after the command
 LOCAL_TENANT = "local"  # the owner of an adapter that is named without one
 LOAD_EXAMPLES = """Example:  jaxlora adapters load support /srv/adapters/support
 
@@ -68,6 +79,15 @@ def print_notes(notes: Collection[str], ignored: Collection[str] = ()) -> None:
         typer.echo(f"note: these settings have no effect here: {', '.join(ignored)}")
 
 
+def mistakes(ctx: typer.Context, error: JaxLoraError) -> tuple[str, ...]:
+    """The lines that follow an error's message: all its mistakes under --verbose, else how to see them where one can."""
+    if not error.details or VERBOSE not in ctx.meta:
+        return ()
+    if not ctx.meta[VERBOSE]:
+        return (f"jaxlora: --verbose lists all {len(error.details)} mistakes",)
+    return tuple("  " + " ".join(detail.split()) for detail in error.details)
+
+
 # ---- of a running server
 
 
@@ -93,6 +113,7 @@ def upload(
     name: Name,
     path: Annotated[Path, typer.Argument(help="A PEFT folder, or a zip, tar or tar.gz of one.")],
     any_base: AnyBase = False,
+    verbose: Verbose = False,
     url: Url = HERE,
     key: Key = None,
     as_json: Json = False,
@@ -150,6 +171,7 @@ def load(
     path: Annotated[str, typer.Argument(help="A PEFT folder on the server, inside its lora_roots.")],
     in_place: Annotated[bool, typer.Option("--in-place", help="As the next version, if the name is taken.")] = False,
     any_base: AnyBase = False,
+    verbose: Verbose = False,
     url: Url = HERE,
     key: Key = None,
 ) -> None:
@@ -175,6 +197,7 @@ def import_adapter(
     store: Annotated[Path, typer.Option("--adapters", help="Root of the adapter store.")],
     model: Base,
     any_base: AnyBase = False,
+    verbose: Verbose = False,
 ) -> None:
     """Put a PEFT adapter into a store that no server has open, as the next version of its name."""
     from jaxlora.core.lora import check_name
@@ -212,6 +235,7 @@ def export(
     dequantise: Annotated[
         bool, typer.Option("--dequantise", help="Merge into a quantised base, which is then larger.")
     ] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Write one adapter, out of a PEFT folder or a store, in a form that others load."""
     from jaxlora.core.lora import AdapterRef

@@ -196,10 +196,10 @@ def check(response: httpx2.Response) -> None:
 def refusal(response: httpx2.Response) -> AnswerFailed:
     """The error that the server reports, in its words where it has some."""
     try:
-        message = str(response.json()["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        message = f"the server answered HTTP {response.status_code}"
-    return AnswerFailed(message)
+        error = response.json()["error"]
+        return AnswerFailed(str(error["message"]), details=tuple(map(str, error.get("details", ()))))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return AnswerFailed(f"the server answered HTTP {response.status_code}")
 
 
 def _model(body: Mapping) -> Model:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import importlib.metadata
-import importlib.util
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -17,14 +16,13 @@ import typer
 from typer.core import TyperGroup
 
 from jaxlora.core.errors import ConfigInvalid, JaxLoraError
-from serve.cli.adapters import EXPORT_EXAMPLES, IMPORT_EXAMPLES, adapters, export, import_adapter
+from jaxlora.neighbours import HOME, check_neighbours
+from serve.cli.adapters import EXPORT_EXAMPLES, IMPORT_EXAMPLES, Verbose, adapters, export, import_adapter, mistakes
 from serve.cli.init import init
 from serve.cli.jobs import files, jobs
 from serve.cli.keys import keys
 from serve.cli.options import HERE, Json, Key, Url
 
-HOME = Path(__file__).resolve().parents[2]  # the folder that holds the four packages
-NEIGHBOURS = ("pallas_kernels", "train")  # names that others use, too; jaxlora and serve are imported by now
 ERROR_EXIT, INTERRUPTED_EXIT = 2, 130
 FULL = (errno.ENOSPC, errno.EDQUOT)  # no room on a disk, or none for this user
 SERVE_EXAMPLES = """Example:  jaxlora serve configs/serve_smollm2.toml
@@ -40,7 +38,7 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except JaxLoraError as e:
-            typer.echo(f"jaxlora: {e.message.strip()}", err=True)
+            typer.echo("\n".join((f"jaxlora: {e.message.strip()}", *mistakes(ctx, e))), err=True)
             raise typer.Exit(ERROR_EXIT) from e
         except OSError as e:
             if e.errno not in FULL:
@@ -51,20 +49,6 @@ class Commands(TyperGroup):
         except KeyboardInterrupt as e:
             typer.echo("jaxlora: interrupted", err=True)
             raise typer.Exit(INTERRUPTED_EXIT) from e
-
-
-def check_neighbours(home: Path) -> None:
-    """Raises ConfigInvalid, naming both folders, when one of our packages would be imported from elsewhere than `home`."""
-    for name in NEIGHBOURS:
-        spec = importlib.util.find_spec(name)  # finds, does not import
-        folders = [] if spec is None else [Path(p) for p in spec.submodule_search_locations or [spec.origin or "?"]]
-        if not folders:
-            raise ConfigInvalid(f"no package {name} was found beside {home / 'jaxlora'}; install jaxlora again")
-        if folders[0].resolve() != (home / name).resolve():
-            raise ConfigInvalid(
-                f"`import {name}` finds {folders[0]}, a stranger; jaxlora's own is {home / name}.  Run from another "
-                f"folder, or uninstall the package that brought the other {name}"
-            )
 
 
 app = typer.Typer(
@@ -144,6 +128,7 @@ def serve(
         bool,
         typer.Option("--new-base", help="Start although unfinished jobs began with another base or chat template."),
     ] = False,
+    verbose: Verbose = False,
     supervise: Annotated[bool, typer.Option("--supervise", hidden=True)] = False,  # refused, for one version
 ) -> None:
     """Serve a base and its adapters over HTTP.

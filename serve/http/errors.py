@@ -1,5 +1,7 @@
 """Every error as OpenAI clients read it: {"error": {"message", "type", "param", "code"}}, with a status and headers.
 
+One whose message does not say all mistakes has them one by one in "details", which is ours.
+
 Errors outside our tree, and every 500, are written without details: those are in the log, under the request id.
 ErrorShapes gives each error the shape of its path's wire, whether a handler, the framework or the gate raised it.
 """
@@ -10,7 +12,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
@@ -60,6 +62,7 @@ class ErrorDetail(TypedDict):
     type: str
     param: str | None
     code: str
+    details: NotRequired[list[str]]  # every mistake, where the message does not say all
 
 
 ErrorObject = dict[str, ErrorDetail]  # {"error": detail}
@@ -95,7 +98,10 @@ def error_body(error: Exception) -> tuple[int, ErrorObject]:
     status, param = error_status(error), error.param if isinstance(error, JaxLoraError) else None
     code, message = JaxLoraError.code if status == 500 else error_code(error), error_message(error)
     kind = TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    return status, {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    detail: ErrorDetail = {"message": message, "type": kind, "param": param, "code": code}
+    if isinstance(error, JaxLoraError) and error.details and status != 500:
+        detail["details"] = list(error.details)
+    return status, {"error": detail}
 
 
 def error_status(error: Exception) -> int:

@@ -23,7 +23,7 @@ from fastapi import APIRouter
 from jaxlora.checkpoints.load import Found, Opened, find_base, fitted, load_found
 from jaxlora.config.serving import READ_MEMORY_BYTES, AdapterSection, ServeConfig, SizedConfig
 from jaxlora.config.training import TooLong, default_lr
-from jaxlora.core.errors import ConfigInvalid
+from jaxlora.core.errors import AdapterInvalid, ConfigInvalid, InvalidRequest, JaxLoraError
 from jaxlora.core.lora import ALL_TARGETS, HEAD_TARGET, AdapterRef, AdapterWeights
 from jaxlora.core.progress import Progress
 from jaxlora.model import compile_cache
@@ -258,8 +258,8 @@ def read_head(opened: Opened) -> np.ndarray:
 def load_peft(runner: DeviceThread, opened: Opened, section: AdapterSection) -> AdapterRef:
     """Puts the adapter of a PEFT folder into the store, as a new version if it differs from the newest one.
 
-    Logs the notes of the import.  Raises AdapterInvalid when the folder cannot be held exactly, InvalidRequest for
-    the base's name.
+    Logs the notes of the import.  Raises what `import_peft` does when the folder cannot be held exactly, InvalidRequest
+    for the base's name.
     """
     runner.catalog.check_name(LOCAL_TENANT, section.name)
     engine = runner.engine
@@ -268,6 +268,7 @@ def load_peft(runner: DeviceThread, opened: Opened, section: AdapterSection) -> 
         section.path,
         opened.base.config,
         base_hash=opened.base_hash,
+        base_name=opened.name,
         max_rank=engine.pool_spec.rank,
         head_supported=HEAD_TARGET in engine.pool_spec.targets,
         read_head=lambda: read_head(opened),
@@ -279,6 +280,26 @@ def load_peft(runner: DeviceThread, opened: Opened, section: AdapterSection) -> 
     if newest is not None and _same(engine.store.get(newest), weights):
         return newest
     return engine.store.add(LOCAL_TENANT, section.name, weights)
+
+
+def load_all(
+    runner: DeviceThread, opened: Opened, sections: Sequence[AdapterSection], at: Callable[[int], None]
+) -> None:
+    """Loads the configured adapters; `at` hears the number of each.  Raises AdapterInvalid for all that cannot be loaded."""
+    refused: list[tuple[str, JaxLoraError]] = []
+    for number, section in enumerate(sections, 1):
+        at(number)
+        try:
+            ref = load_peft(runner, opened, section)
+        except (AdapterInvalid, InvalidRequest) as error:
+            refused.append((f"[[load]] {section.name} ({section.path})", error))
+        else:
+            print(f"loaded {section.name} as version {ref.version}", flush=True)
+    if refused:
+        more = f"; so are {len(refused) - 1} more of [[load]]" if len(refused) > 1 else ""
+        what, first = refused[0]
+        details = [f"{what}: {detail}" for what, error in refused for detail in error.details or (error.message,)]
+        raise AdapterInvalid(f"{what}: {first.message}{more}", details=tuple(details) if len(details) > 1 else ())
 
 
 def _same(one: AdapterWeights, other: AdapterWeights) -> bool:
@@ -393,10 +414,7 @@ def begin(runner: DeviceThread, opened: Opened, config: ServeConfig, own: Servic
     """Loads the configured adapters, compiles all programs and resumes the jobs of an earlier process."""
     if config.load:
         with progress.stage("loading", of=len(config.load), unit="adapters") as stage:
-            for number, section in enumerate(config.load, 1):
-                stage.at(number)
-                ref = load_peft(runner, opened, section)
-                print(f"loaded {section.name} as version {ref.version}", flush=True)
+            load_all(runner, opened, config.load, stage.at)
     runner.tune(config.tuning)
     with progress.stage("compiling", unit=f"serving programs in {opened.base.dtype.name}") as stage:
         runner.start(stage.at)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import zipfile
 
+import numpy as np
+import openai
 import pytest
-from adapters_world import BASE_FOLDER, adapter_files, answer, seeded, write_files, zip_of
+from adapters_world import BASE_FOLDER, adapter_files, answer, seeded, upload, write_files, zip_of
+from peft_world import plain_tensors
 from typer.testing import CliRunner
 
 from jaxlora.peft.export import read_stored
@@ -93,6 +96,34 @@ def test_what_is_wrong_is_one_line(run, tmp_path, monkeypatch, arguments, messag
     assert error.count("\n") == 1
 
 
+def test_an_adapter_that_does_not_fit_is_one_sentence_and_under_verbose_every_mistake(shelf, run, acme, tmp_path):
+    """The wire carries both: `message` is the sentence, `details` are the mistakes."""
+    config = {"base_model_name_or_path": "Qwen/Qwen3-0.6B"}
+    tensors = {k: np.zeros([1024 if n == 32 else n for n in v.shape], v.dtype) for k, v in plain_tensors().items()}
+    files = adapter_files(tensors=tensors, **config)
+    sentence = (
+        "adapter refused: it was made for Qwen3-0.6B (hidden 1024), the base here is owner/tiny (hidden 32); "
+        "serve it over its own base"
+    )
+    error = upload(acme, "x", files).json()["error"]
+    assert (error["message"], error["code"], error["param"]) == (sentence, "base_mismatch", None)
+    folder = str(write_files(tmp_path / "peft", files))
+    short, long = (run("upload", "x", folder, *more) for more in ([], ["--verbose"]))
+    assert short == (2, "", f"jaxlora: {sentence}\njaxlora: --verbose lists all {len(error['details'])} mistakes\n")
+    assert long == (2, "", "\n  ".join([f"jaxlora: {sentence}", *error["details"]]) + "\n")
+    with pytest.raises(openai.BadRequestError, match="it was made for Qwen3") as caught:
+        openai_client(shelf, "root").post(
+            "/load_lora_adapter",
+            body={"lora_name": "x", "lora_path": str(write_files(shelf.root / "misfit", files))},
+            cast_to=str,
+        )
+    assert caught.value.body["details"] == error["details"]  # the official client keeps what it does not know
+
+
+def openai_client(shelf, who):
+    return openai.OpenAI(base_url=shelf.url + "/v1", api_key=who, max_retries=0)
+
+
 def test_a_server_that_is_not_there_is_told(monkeypatch):
     monkeypatch.setattr(cli, "check_neighbours", lambda home: None)
     result = CliRunner(env={}).invoke(cli.app, ["adapters", "list", "--url", "http://127.0.0.1:9"])
@@ -137,7 +168,7 @@ def test_a_folder_and_an_archive_become_versions_of_a_store(bring, tmp_path):
 def test_an_import_that_fails_leaves_the_store_as_it_was(bring, tmp_path):
     bad = bring(write_files(tmp_path / "bad", adapter_files(use_dora=True)))
     assert bad.exit_code == 2
-    assert "DoRA adapters are not supported" in bad.stderr
+    assert bad.stderr == "jaxlora: adapter refused: DoRA adapters are not supported (use_dora)\n"
     assert not (tmp_path / "store").exists()
     good = write_files(tmp_path / "good", adapter_files())
     assert bring(good, "../x").exit_code == 2

@@ -85,12 +85,15 @@ def stored_logits(path: Path) -> tuple[list[np.ndarray], list[np.ndarray]]:
     return [stored[f"tokens_{i}"] for i in range(count)], [stored[f"logits_{i}"] for i in range(count)]
 
 
-def read_folder(folder: Path, base: str = "llama", *, max_rank: int = 8, head_supported: bool = True, head=None):
+def read_folder(
+    folder: Path, base: str = "llama", *, max_rank: int = 8, head_supported: bool = True, head=None, base_name: str = ""
+):
     """import_peft with the arguments that most tests share."""
     weights, report = import_peft(
         folder,
         base_config(base),
         base_hash=BASE_HASH,
+        base_name=base_name,
         max_rank=max_rank,
         head_supported=head_supported,
         read_head=None if head is None else lambda: head,

@@ -14,11 +14,11 @@ from small_world import tiny_path
 
 from jaxlora.checkpoints.load import Opened
 from jaxlora.config.serving import AdapterSection, serve_defaults
-from jaxlora.core.errors import InvalidRequest
+from jaxlora.core.errors import AdapterInvalid, InvalidRequest
 from jaxlora.peft.folder import export_peft
 from jaxlora.storage.adapter_store import AdapterStore
 from serve.server import uvicorn
-from serve.server.build import load_peft, make_runner, stop
+from serve.server.build import load_all, load_peft, make_runner, stop
 from serve.server.gate import AppConfig
 from serve.server.uvicorn import HttpServer, make_http
 
@@ -77,6 +77,26 @@ def test_what_an_import_notes_is_told(world, opened, runner, tmp_path, caplog):
 def test_the_name_of_the_base_is_refused_before_anything_is_read(opened, runner, tmp_path):
     with pytest.raises(InvalidRequest, match="tiny is the base model; give the adapter another name"):
         load_peft(runner, opened, AdapterSection(name="tiny", path=tmp_path / "nowhere"))
+
+
+def test_every_folder_that_does_not_fit_is_told_at_once(world, opened, runner, tmp_path, capsys):
+    sections = [
+        AdapterSection(name=n, path=export(world, world.adapters[0], tmp_path / n)) for n in ("dora", "good", "rank")
+    ]
+    for section, change in zip(sections, ({"use_dora": True, "bias": "all"}, {}, {"r": 5}), strict=True):
+        config = json.loads((section.path / "adapter_config.json").read_text())
+        (section.path / "adapter_config.json").write_text(json.dumps(config | change))
+    with pytest.raises(AdapterInvalid) as caught:
+        load_all(runner, opened, sections)
+    dora, _, rank = (f"[[load]] {s.name} ({s.path})" for s in sections)
+    assert caught.value.message == (
+        f"{dora}: adapter refused: DoRA adapters are not supported (use_dora); trained biases are not supported "
+        "(bias=all); so are 1 more of [[load]]"
+    )
+    assert caught.value.details[0] == f"{dora}: DoRA adapters are not supported (use_dora)"
+    assert {d.partition(": ")[0] for d in caught.value.details} == {dora, rank}
+    assert all("tensors have rank 3, config says 5" in d for d in caught.value.details[2:])
+    assert capsys.readouterr().out == "loaded good as version 1\n"
 
 
 # --- addresses

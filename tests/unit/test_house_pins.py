@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -113,3 +115,25 @@ def test_a_package_of_two_versions_has_no_pin(project):
     result = pins(root, "--check")
     assert result.returncode == 1
     assert "several versions of numpy" in result.stderr
+
+
+def test_every_client_has_a_pin_and_a_script():
+    """The oldest `openai` is the one that docs/api.md names, the newest the one of our own tests."""
+    clients = runpy.run_path(str(ROOT / ".ci/clients"))
+    pins = {name: clients["requirement"](name) for name in clients["PINS"]}
+    assert {name: pin for name, pin in pins.items() if not re.fullmatch(r"[a-z-]+==[0-9.]+", pin)} == {}
+    scripts = {script for _, script in clients["PINS"].values()}
+    assert scripts == {path.name for path in (ROOT / "tests/clients").glob("use_*.py")}
+    oldest, newest = (pins[f"openai-{age}"].removeprefix("openai==") for age in ("oldest", "newest"))
+    assert f"`openai` clients from {oldest} to {newest}" in (ROOT / "docs/api.md").read_text()
+    command = [sys.executable, str(ROOT / ".ci/clients"), "--requirement", "openai-oldest"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == f"openai=={oldest}\n"
+
+
+def test_a_client_that_cannot_be_installed_is_told(tmp_path, monkeypatch):
+    """uv stands in here: it makes the environment, and finds no package."""
+    clients = runpy.run_path(str(ROOT / ".ci/clients"))
+    (tmp_path / "uv").write_text("#!/bin/sh\n[ $1 = venv ] && exit\necho 'No solution' >&2\nexit 1\n")
+    (tmp_path / "uv").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert clients["installed"]("llm", tmp_path) == (None, "No solution")

@@ -96,7 +96,7 @@ def accelerator(nbytes: float, **split: int) -> Machine:
 )
 def test_a_limit_is_used_and_kept(config, dtype, least, gb):
     if gb < least:
-        with pytest.raises(ConfigInvalid, match=rf"does not fit: .*give it [\d.]+ GB \(memory_gb\)"):
+        with pytest.raises(ConfigInvalid, match=r"does not fit: .*give it [\d.]+ GB \(memory_gb\)"):
             plan_server(EMPTY, shape(config, dtype), machine(gb * 1e9))
         return
     plan = plan_server(EMPTY, shape(config, dtype), machine(gb * 1e9))

@@ -168,7 +168,7 @@ def test_our_export_remembers_its_base(tmp_path):
     own = json.loads((folder / "jaxlora.json").read_text())
     assert (own["format"], own["base_hash"], own["version"]) == (1, adapter.base_hash, 3)
     (folder / "jaxlora.json").write_text(json.dumps(own | {"base_hash": "other"}))
-    with pytest.raises(BaseMismatch, match="adapter was trained on another base"):
+    with pytest.raises(BaseMismatch, match="it was trained on other weights than those of the base here"):
         world.read_folder(folder)
     (folder / "jaxlora.json").write_text(json.dumps(own | {"format": 2}))
     with pytest.raises(AdapterInvalid, match="format 2; this build reads format 1"):

@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from jaxlora.core.errors import AdapterInvalid, AdapterNotFinite
+from jaxlora.peft.reasons import MAX_DETAILS
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 
@@ -43,7 +44,7 @@ REFUSED_BY_PEFT_NAME = {
 def test_refused_file_of_real_peft(name):
     with pytest.raises(AdapterInvalid) as error:
         world.read_folder(world.FIXTURES / "refused" / name)
-    assert REFUSED_BY_PEFT_NAME[name] in error.value.message
+    assert REFUSED_BY_PEFT_NAME[name] in error.value.message  # first, whatever its tensors are
     assert (error.value.status, error.value.code) == (400, "adapter_invalid")
 
 
@@ -169,31 +170,31 @@ REFUSED_BY_HAND = {
     "extra": (
         {"target_modules": ["q_proj"]},
         None,
-        "unexpected tensors: base_model.model.model.layers.0.self_attn.v_proj.lora_A.weight",
+        "unexpected tensor: base_model.model.model.layers.0.self_attn.v_proj.lora_A.weight",
         "adapter_invalid",
     ),
     "half_a_pair": (
         {},
         without(f"{Q0}.lora_B.weight"),
-        "missing tensors: model.layers.0.self_attn.q_proj.lora_B.weight",
+        "missing tensor: model.layers.0.self_attn.q_proj.lora_B.weight",
         "adapter_invalid",
     ),
     "missing_module": (
         {"target_modules": ["q_proj", "v_proj", "k_proj"]},
         None,
-        "missing tensors: model.layers.0.self_attn.k_proj.lora_A.weight",
+        "missing tensor: model.layers.0.self_attn.k_proj.lora_A.weight",
         "adapter_invalid",
     ),
     "mixed_prefix": (
         {},
         with_tensor("model.layers.0.x.lora_A.weight", shaped(2)),
-        "unexpected tensors",
+        "unexpected tensor: ",
         "adapter_invalid",
     ),
     "two_names": (
         {},
         with_tensor(f"{Q0}.lora_A.default.weight", shaped(2, 32)),
-        "unexpected tensors",
+        "unexpected tensor: ",
         "adapter_invalid",
     ),
     "full_weight": (
@@ -255,26 +256,110 @@ def test_refused_by_hand(name, tmp_path, monkeypatch):
     started = time.monotonic()
     with pytest.raises(AdapterInvalid) as error:
         world.read_folder(folder, head_supported=name != "head")
-    assert message in error.value.message
+    assert any(message in text for text in (error.value.message, *error.value.details))
     assert (error.value.status, error.value.code) == (400, code)
     assert time.monotonic() - started < 5
 
 
-def test_all_reasons_in_one_message(tmp_path):
-    config = world.PLAIN | {"use_dora": True, "lora_alpha": "8", "bias": "all"}
+def refusal(tmp_path, config, tensors=None, **options) -> AdapterInvalid:
+    """The error of a folder made by hand over the llama base: hidden 32, two layers."""
+    folder = world.write_folder(tmp_path, world.PLAIN | config, world.plain_tensors() if tensors is None else tensors)
     with pytest.raises(AdapterInvalid) as error:
-        world.read_folder(world.write_folder(tmp_path, config, world.plain_tensors()))
-    for part in ("DoRA", "bias=all", "lora_alpha must be a number"):
-        assert part in error.value.message
+        world.read_folder(folder, **options)
+    return error.value
 
 
-def test_first_five_mismatches_and_a_count(tmp_path):
-    tensors = world.plain_tensors(("q_proj", "k_proj", "v_proj", "o_proj"))
-    config = world.PLAIN | {"r": 3, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
-    with pytest.raises(AdapterInvalid) as error:
-        world.read_folder(world.write_folder(tmp_path, config, tensors))
-    assert error.value.message.count("config says 3") == 5
-    assert "(and 3 more)" in error.value.message
+def test_what_is_not_supported_comes_first_and_all_else_is_in_the_details(tmp_path):
+    strange = shaped(2, 48)
+    error = refusal(
+        tmp_path,
+        {"lora_alpha": "8", "use_dora": True, "bias": "all", "modules_to_save": ["embed_tokens"]},
+        with_tensor(f"{Q0}.lora_A.weight", strange),
+    )
+    kinds = (
+        "DoRA adapters are not supported (use_dora)",
+        "trained biases are not supported (bias=all)",
+        "modules_to_save ['embed_tokens'] is not supported: it replaces base weights",
+    )
+    assert error.message == f"adapter refused: {'; '.join(kinds)} (and 2 more)"
+    assert error.details == (
+        *kinds,
+        "model.layers.0.self_attn.q_proj: lora_A is [2, 48], this base needs [2, 32]",
+        "lora_alpha must be a number of at most 1e+06, got 8",
+    )
+    assert type(error) is AdapterInvalid
+
+
+def test_one_reason_is_the_message_and_has_no_details(tmp_path):
+    error = refusal(tmp_path, {"use_dora": True})
+    assert (error.message, error.details) == ("adapter refused: DoRA adapters are not supported (use_dora)", ())
+
+
+def scaled(tensors, hidden):
+    """The tensors of an adapter over a base of another hidden size."""
+    return {k: np.zeros([hidden if n == 32 else n for n in v.shape], v.dtype) for k, v in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("made_for", "theirs"),
+    [
+        ("Qwen/Qwen3-0.6B", "Qwen3-0.6B"),
+        ("/root/.cache/huggingface/hub/models--Qwen--Qwen3-0.6B/snapshots/c189", "Qwen3-0.6B"),
+        ("C:\\models\\Qwen3-0.6B", "Qwen3-0.6B"),
+        ("models/Qwen3-0.6B/", "Qwen3-0.6B"),
+        (None, "another base"),
+        (7, "another base"),
+    ],
+)
+def test_an_adapter_of_another_base_is_told_by_name_and_size(made_for, theirs, tmp_path):
+    tensors = scaled(world.plain_tensors(layers=(0, 1, 2)), 1024)
+    error = refusal(tmp_path, {"base_model_name_or_path": made_for}, tensors, base_name="SmolLM2-135M")
+    assert error.message == (
+        f"adapter refused: it was made for {theirs} (hidden 1024), the base here is SmolLM2-135M (hidden 32); "
+        "serve it over its own base"
+    )
+    assert error.code == "base_mismatch"
+    assert "model.layers.2.self_attn.v_proj is not a linear layer of this base" in error.details
+    # Both halves of q_proj in two layers, and A of v_proj, whose features out are not the hidden size.
+    assert sum("this base needs" in detail for detail in error.details) == 6
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "sentence"),
+    [
+        ("layers", world.plain_tensors(layers=range(4)), "(layers 4), the base here is tiny (layers 2)"),
+        (
+            "key width",
+            world.plain_tensors(("q_proj",)) | {f"{Q0[:-6]}v_proj.lora_B.weight": shaped(64, 2)},
+            "(key width 64), the base here is tiny (key width 16)",
+        ),
+    ],
+)
+def test_the_size_that_differs_is_told(name, tensors, sentence, tmp_path):
+    assert sentence in refusal(tmp_path, {}, tensors, base_name="tiny").message
+
+
+def test_one_strange_tensor_does_not_make_another_base(tmp_path):
+    message = "model.layers.0.self_attn.q_proj: lora_A is [2, 48], this base needs [2, 32]"
+    error = refusal(tmp_path, {}, with_tensor(f"{Q0}.lora_A.weight", shaped(2, 48)), base_name="tiny")
+    assert (error.message, error.details) == (f"adapter refused: {message}", ())
+    named = {"base_model_name_or_path": "meta/Llama-9"}
+    error = refusal(tmp_path, named, with_tensor(f"{Q0}.lora_A.weight", shaped(2, 48)), base_name="tiny")
+    assert error.message == f"adapter refused: {message}; its file names Llama-9 as its base, the base here is tiny"
+
+
+def test_every_mismatch_is_a_detail(tmp_path):
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    error = refusal(tmp_path, {"r": 3, "target_modules": targets}, world.plain_tensors(targets))
+    assert sum("config says 3" in detail for detail in error.details) == 8
+    assert error.message == f"adapter refused: {error.details[0]} (and 7 more)"
+
+
+def test_details_of_a_hostile_file_have_an_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxlora.peft.reasons.MAX_DETAILS", 3)
+    error = refusal(tmp_path, {}, world.plain_tensors() | {f"x{i}": shaped(1) for i in range(5)})
+    assert len(error.details) == 4
+    assert error.details[-1] == "and 2 more"
 
 
 def test_a_changed_copy_of_the_head_is_refused():
@@ -337,7 +422,7 @@ HOSTILE = {
         raw_file(
             b"{" + b",".join(b'"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}' % i for i in range(15_000)) + b"}"
         ),
-        "unexpected tensors",
+        "unexpected tensor: ",
     ),
 }
 
@@ -351,8 +436,9 @@ def test_hostile_weights_file(name, tmp_path):
     started = time.thread_time()
     with pytest.raises(AdapterInvalid) as error:
         world.read_folder(tmp_path)
-    assert message in error.value.message
+    assert any(message in text for text in (error.value.message, *error.value.details))
     assert len(error.value.message) < 3000
+    assert len(error.value.details) <= MAX_DETAILS + 1
     assert time.thread_time() - started < 2
 
 

@@ -221,6 +221,7 @@ class AdapterService:
             folder,
             self._config,
             base_hash=engine.base_hash,
+            base_name=self.runner.base_name,
             max_rank=engine.pool_spec.rank,
             head_supported=HEAD_TARGET in engine.pool_spec.targets,
             read_head=self._read_head,
