@@ -42,12 +42,12 @@ PAGE = (ROOT / "docs/deploy.md").read_text()
 
 
 class Unit(configparser.RawConfigParser):
-    """A systemd unit: its keys keep their case."""
+    """A systemd unit: its keys keep their case, and none is given twice but the devices, which are left out."""
 
     def __init__(self, name: str):
         super().__init__(strict=True)
         self.optionxform = str  # ty: ignore[invalid-assignment]
-        self.read_string((DEPLOY / "systemd" / name).read_text())
+        self.read_string(re.sub(r"(?m)^DeviceAllow=.*\n", "", (DEPLOY / "systemd" / name).read_text()))
 
 
 def instructions() -> list[tuple[str, str]]:
