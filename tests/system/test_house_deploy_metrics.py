@@ -1,0 +1,194 @@
+"""The dashboard and the alert rules ask for what the server exports: names, labels, their values and units."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+from prometheus_client import CollectorRegistry, ProcessCollector
+from serve_world import BASE, with_resident
+
+from serve.http.request_log import Answered
+from serve.observability.metrics import HttpMetrics, ServerMetrics
+from serve.runtime.device_thread import DeviceThread
+from serve.runtime.snapshot import TrainingView
+from train.jobs.status import ENDED, JobStatus
+
+pytest_plugins = ["serve_fixtures"]
+DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
+DASHBOARD = json.loads((DEPLOY / "grafana/dashboards/jaxlora.json").read_text())
+PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
+(GROUP,) = yaml.safe_load((DEPLOY / "prometheus/alerts.yml").read_text())["groups"]
+SCRAPED = {"instance", "job"}  # labels that Prometheus adds
+WORDS = {"and", "or", "unless"}  # of PromQL, between series
+GROUPING = r"\b(?:by|without|on|ignoring)\s*\(([^)]*)\)"
+type Series = dict[str, dict[str, set[str]]]  # sample → label → its values
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A series that an expression asks for."""
+
+    name: str
+    matchers: tuple[tuple[str, str, str], ...]  # label, operator, value
+
+
+def asked(expression: str) -> list[Asked]:
+    """The series of an expression of PromQL, in order."""
+    text = re.sub(GROUPING + r"|\[[^\]]*\]", " ", expression)
+    found = re.findall(r"([a-zA-Z_:][\w:]*)\s*(\(|\{[^}]*\})?", text)
+    return [
+        Asked(name=name, matchers=tuple(re.findall(r'(\w+)\s*(=~|!~|!=|=)\s*"([^"]*)"', rest)))
+        for name, rest in found
+        if rest != "(" and name not in WORDS
+    ]
+
+
+def grouped(expression: str) -> set[str]:
+    """The labels that an expression sums or joins by."""
+    return {label.strip() for labels in re.findall(GROUPING, expression) for label in labels.split(",")}
+
+
+@pytest.fixture(scope="module")
+def series(world) -> Series:
+    """What a small server tells: it has answered, refused and trained, and nothing is compiled for it."""
+    runner = DeviceThread(with_resident(world.engine(), world.adapters[0]), base_name=BASE)
+    jobs = {state: 1 for state in JobStatus if state not in ENDED}
+    runner.watch.training = lambda: TrainingView(tokens=1, steps=1, jobs=jobs)
+    runner.watch.rest()
+    http = HttpMetrics()
+    for status, code in ((200, None), (503, "overloaded")):
+        http.heard(
+            Answered(
+                request_id="one",
+                method="GET",
+                route="/health",
+                status=status,
+                tenant=None,
+                began_s=0.0,
+                duration_s=0.1,
+                code=code,
+                generated=None,
+                traceparent=None,
+            )
+        )
+    registry = CollectorRegistry()
+    for collector in (ServerMetrics(runner, adapters=False, compiles=lambda: 0), http):
+        registry.register(collector)
+    ProcessCollector(registry=registry)
+    found: Series = {"up": {"job": {"jaxlora"}}}  # which Prometheus makes
+    for family in registry.collect():
+        for sample in family.samples:
+            labels = found.setdefault(sample.name, defaultdict(set))
+            for label, value in sample.labels.items():
+                labels[label].add(value)
+    return found
+
+
+def mistakes(expression: str, series: Series) -> list[str]:
+    """What an expression asks for that the server does not tell."""
+    wrong, known = [], set(SCRAPED)
+    for one in asked(expression):
+        if one.name not in series:
+            wrong.append(f"no {one.name}")
+            continue
+        labels = series[one.name]
+        known |= set(labels)
+        for label, operator, value in one.matchers:
+            if label in SCRAPED:
+                continue
+            values = labels.get(label, set())
+            matched = [v for v in values if (v == value if operator in "!=" else re.fullmatch(value, v))]
+            if not matched:
+                wrong.append(f"no {one.name}{{{label}{operator}{value!r}}} among {sorted(values)}")
+    return wrong + [f"no label {label}" for label in sorted(grouped(expression) - known)]
+
+
+@pytest.mark.parametrize(
+    ("expression", "wrong"),
+    [
+        ("sum by (state) (rate(jaxlora:slots{state='idle'}[5m]))", []),
+        ('rate(vllm:tokens_total{instance="a"}[5m]) > 0 and on (instance) up == 1', ["no vllm:tokens_total"]),
+        ('jaxlora:jobs{state="runing"}', ["no jaxlora:jobs{state='runing'}"]),
+        ("sum by (tenant) (jaxlora:slots)", ["no label tenant"]),
+    ],
+)
+def test_a_wrong_expression_would_be_found(series, expression, wrong):
+    found = mistakes(expression, series)
+    assert len(found) == len(wrong)
+    assert all(a.startswith(b[:-1]) for a, b in zip(found, wrong, strict=True)), found
+
+
+@pytest.mark.parametrize("rule", GROUP["rules"], ids=lambda rule: rule["alert"])
+def test_each_rule_asks_for_what_is_exported(series, rule):
+    assert asked(rule["expr"])
+    assert mistakes(rule["expr"], series) == []
+    told = set(re.findall(r"\$labels\.(\w+)", json.dumps(rule["annotations"])))
+    assert told <= SCRAPED
+
+
+@pytest.mark.parametrize("panel", PANELS, ids=lambda panel: panel["title"])
+def test_each_panel_asks_for_what_is_exported(series, panel):
+    for target in panel["targets"]:
+        expression = target["expr"].replace("$__rate_interval", "5m").replace("$instance", ".*")
+        assert asked(expression)
+        assert mistakes(expression, series) == []
+        shown = set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]))
+        assert shown <= grouped(expression) | SCRAPED
+        assert all(("instance", "=~", ".*") in one.matchers for one in asked(expression))
+
+
+def unit(expression: str) -> set[str]:
+    """The units that fit the value of an expression, by the suffixes of Prometheus' names."""
+    names = [one.name for one in asked(expression)]
+    counter = names[0].removesuffix("_total")
+    if "histogram_quantile" in expression:
+        assert names[0].endswith("_seconds_bucket")
+        return {"s"}
+    if " / " in expression or counter.endswith("_perc"):
+        return {"percentunit"}
+    if "rate(" not in expression:
+        return {"bytes"} if counter.endswith("_bytes") else {"short", "none"}
+    assert names[0].endswith("_total"), "a rate is of a counter"
+    if counter.endswith("_seconds"):
+        return {"percentunit", "suffix: cores"}  # seconds of a second
+    return {"suffix: tokens/s"} if counter.endswith("tokens") else {"reqps", "ops"}
+
+
+@pytest.mark.parametrize("panel", PANELS, ids=lambda panel: panel["title"])
+def test_each_panel_has_the_unit_of_its_metric(panel):
+    for target in panel["targets"]:
+        assert panel["fieldConfig"]["defaults"]["unit"] in unit(target["expr"])
+
+
+def test_the_dashboard_is_one_that_grafana_takes():
+    """The fields that its schema requires; ids are distinct, and no panel lies over another or outside the 24 columns."""
+    assert {"uid", "title", "schemaVersion", "templating", "time", "panels"} <= set(DASHBOARD)
+    ids = [panel["id"] for panel in DASHBOARD["panels"]]
+    assert len(set(ids)) == len(ids)
+    taken: set[tuple[int, int]] = set()
+    for panel in DASHBOARD["panels"]:
+        at = panel["gridPos"]
+        cells = {(x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])}
+        assert not cells & taken
+        assert max(x for x, _ in cells) < 24
+        taken |= cells
+    for panel in PANELS:
+        assert panel["type"] in ("timeseries", "stat")
+        assert panel["description"].endswith(".")
+        assert panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
+        assert len({target["refId"] for target in panel["targets"]}) == len(panel["targets"])
+    variables = {variable["name"] for variable in DASHBOARD["templating"]["list"]}
+    used = set(re.findall(r"\$\{?(\w+)", json.dumps(DASHBOARD))) - {"__rate_interval", "__all"}
+    assert used == variables
+
+
+def test_the_dashboard_shows_whatever_the_rules_look_at():
+    shown = {one.name for panel in PANELS for target in panel["targets"] for one in asked(target["expr"])}
+    watched = {one.name for rule in GROUP["rules"] for one in asked(rule["expr"])} - {"up"}
+    assert watched <= shown
