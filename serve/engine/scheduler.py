@@ -25,6 +25,7 @@ from serve.engine.request import Request
 from serve.engine.sequence import AdapterQueue, Chunk, Plan, Sequence, Status
 from serve.engine.slot_scheduler import ActiveSet, TokenShares, Work
 from serve.engine.slots import SlotTable
+
 HELD_BACK = 3  # steps; a prefill program takes about as long as so many of decode
 
 
