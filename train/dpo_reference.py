@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from train.data.examples import Lane, Pair, fill_lane
+from train.data.examples import Lane, Pair, fill_lane, fitting_length
 
 
 class DpoReferences:
@@ -16,16 +16,27 @@ class DpoReferences:
     A pair is evaluated alone in its lane, so that its reference depends on nothing else: a resumed run gets the same.
     """
 
-    def __init__(self, lanes: int, lane_tokens: int):
-        """lanes: how many the base evaluates at once."""
-        self._lanes, self._lane_tokens = lanes, lane_tokens
+    def __init__(self, lanes: Mapping[int, int]):
+        """lanes: how many of each length the base evaluates at once, in rising order of length."""
+        self._lanes = lanes
         self._known: weakref.WeakKeyDictionary[Pair, np.ndarray] = weakref.WeakKeyDictionary()
 
     def asks(self, lanes: Sequence[Lane]) -> list[list[Lane]]:
-        """Returns the lanes, one new pair each, that the base must evaluate before these lanes can be trained."""
+        """Returns the lanes, one new pair each, that the base must evaluate before these lanes can be trained.
+
+        Each pair lies in the shortest lane that holds it; those of one group have one length.
+        """
         pairs = dict.fromkeys(u for lane in lanes for u in lane.units if isinstance(u, Pair))
-        new = [fill_lane([pair], self._lane_tokens) for pair in pairs if pair not in self._known]
-        return [new[start : start + self._lanes] for start in range(0, len(new), self._lanes)]
+        new: dict[int, list[Lane]] = {length: [] for length in self._lanes}
+        for pair in pairs:
+            if pair not in self._known:
+                length = fitting_length([*self._lanes], [pair])
+                new[length].append(fill_lane([pair], length))
+        return [
+            some[start : start + self._lanes[length]]
+            for length, some in new.items()
+            for start in range(0, len(some), self._lanes[length])
+        ]
 
     def know(self, lanes: Sequence[Lane], logprob_GJ: np.ndarray) -> None:
         """Stores the base's float32 [n, J] log-probabilities of the targets of such lanes."""

@@ -20,7 +20,7 @@ from jaxlora.model.decoder import Base
 from jaxlora.model.lora_pool import Rows
 from jaxlora.model.mesh import place_rows
 from pallas_kernels import NO_ADAPTER
-from train.data.examples import CheckedExamples, Lane, PackedExamples, Unit, pair_margins
+from train.data.examples import CheckedExamples, Lane, PackedExamples, Unit, fitting_length, pair_margins
 from train.dpo_reference import DpoReferences
 from train.step.batch import LaneSums, TrainBatch, idle_batch, put_lane
 from train.step.microsteps import Holder, Microsteps
@@ -61,12 +61,23 @@ class Evaluator:
         microsteps: Microsteps | None,
         *,
         lanes: int,
-        lane_tokens: int,
+        lengths: Sequence[int],
     ):
-        """evaluate: the jitted program.  holder: has the adapters.  microsteps: None where a step is one program."""
-        self.base, self.lanes, self.lane_tokens = base, lanes, lane_tokens
+        """evaluate: the jitted program.  holder: has the adapters.  microsteps: None where a step is one program.
+
+        lanes: of the shortest of these lengths; of longer ones as many as come to its tokens, and a lane a device group.
+        """
+        self.base, self.lanes, self.lengths = base, lanes, lengths
         self._evaluate, self._holder, self._microsteps = evaluate, holder, microsteps
-        self.references = DpoReferences(lanes, lane_tokens)
+        groups = base.mesh.shape["data"] * base.mesh.shape["fsdp"]
+        self._lanes = {n: max(lanes * lengths[0] // n // groups, 1) * groups for n in lengths}
+        self.references = DpoReferences(self._lanes)
+
+    def warm_up(self, begins: Callable[[], None]) -> None:
+        """Compiles and runs the program of each length, once, on idle lanes; `begins` is called before each."""
+        for length, lanes in self._lanes.items():
+            begins()
+            self._sums(idle_batch(lanes, length))
 
     def evaluation(
         self, work: Sequence[tuple[Sequence[Unit], int, Loss]], *, tuned: bool = True
@@ -97,22 +108,27 @@ class Evaluator:
 
     def packed(self, examples: Sequence[Unit], loss: Loss) -> PackedExamples:
         """Returns the examples in lanes.  Raises DataInvalid.  From any thread."""
-        return PackedExamples(CheckedExamples(examples, loss.name, self.lane_tokens))
+        return PackedExamples(CheckedExamples(examples, loss.name, fitting_length(self.lengths, examples)))
 
     def evaluate(self, rows: Sequence[EvaluatedLane]) -> Generator[str]:
         """Adds what at most as many lanes as a step has sum to; yields the name of each part before it runs."""
         yield from self.learn([row.lane for row in rows])
-        yield EVALUATE
-        sums = self._sums(self.batch([(row.lane, row.slot, row.loss) for row in rows]))
-        for g, row in enumerate(rows):
-            hits = self.hits(row.lane, row.loss, sums, g)
-            row.sums.add(row.lane, row.loss, (float(sums.loss_G[g]), float(sums.count_G[g]), *hits))
+        for length, lanes in self._lanes.items():
+            same = [row for row in rows if len(row.lane.token_J) == length]
+            for start in range(0, len(same), lanes):
+                yield EVALUATE
+                some = same[start : start + lanes]
+                sums = self._sums(self.batch([(row.lane, row.slot, row.loss) for row in some], lanes, length))
+                for g, row in enumerate(some):
+                    hits = self.hits(row.lane, row.loss, sums, g)
+                    row.sums.add(row.lane, row.loss, (float(sums.loss_G[g]), float(sums.count_G[g]), *hits))
 
     def hits(self, lane: Lane, loss: Loss, sums: LaneSums, g: int) -> tuple[float, float]:
         """(targets of lane g that were the likeliest, targets); of pairs: (those whose margin is positive, pairs)."""
         if loss.name != "dpo":
             return float(sums.hit_G[g]), float(sums.count_G[g])
-        margins = pair_margins(lane, np.asarray(sums.logprob_GJ[g]), self.references.of(lane))
+        logprob_J = np.asarray(sums.logprob_GJ[g])[: len(lane.token_J)]  # other lanes may be longer
+        margins = pair_margins(lane, logprob_J, self.references.of(lane))
         return float((margins > 0).sum()), float(len(margins))
 
     def learn(self, lanes: Sequence[Lane]) -> Generator[str]:
@@ -121,21 +137,22 @@ class Evaluator:
             yield from self.learn_pairs(asked)
 
     def learn_pairs(self, asked: Sequence[Lane]) -> Generator[str]:
-        """Computes those of one pair in each of at most as many lanes as a step has (`DpoReferences.asks`)."""
-        batch = idle_batch(self.lanes, self.lane_tokens)
-        for g, lane in enumerate(asked):
-            put_lane(batch, g, lane, NO_ADAPTER, CROSS_ENTROPY, lane.reference_J)
-        if self._microsteps is None:
-            found = [self._sums(batch).logprob_GJ]
-        else:
-            found = []
-            for start in range(0, len(asked), self._microsteps.sizes.lanes):
-                found.append((yield from self._microsteps.logprobs(batch, start, self._holder)))
-        self.references.know(asked, np.concatenate(found)[: len(asked)])
+        """Computes those of one pair in each lane of a group (`DpoReferences.asks`)."""
+        length = len(asked[0].token_J)
+        size = self._lanes[length] if self._microsteps is None else self._microsteps.sizes.lanes
+        for start in range(0, len(asked), size):
+            some, batch = asked[start : start + size], idle_batch(size, length)
+            for g, lane in enumerate(some):
+                put_lane(batch, g, lane, NO_ADAPTER, CROSS_ENTROPY, lane.reference_J)
+            if self._microsteps is None:
+                logprob_GJ = np.asarray(self._sums(batch).logprob_GJ)
+            else:
+                logprob_GJ = yield from self._microsteps.logprobs(batch, self._holder)
+            self.references.know(some, logprob_GJ[: len(some)])
 
-    def batch(self, rows: Sequence[tuple[Lane, int, Loss]]) -> TrainBatch:
-        """Lanes with their slots and losses, in NumPy; the references of their pairs must be known."""
-        batch = idle_batch(self.lanes, self.lane_tokens)
+    def batch(self, rows: Sequence[tuple[Lane, int, Loss]], lanes: int, length: int) -> TrainBatch:
+        """So many lanes of one length with their slots and losses, in NumPy; the references of their pairs must be known."""
+        batch = idle_batch(lanes, length)
         for g, (lane, slot, loss) in enumerate(rows):
             put_lane(batch, g, lane, slot, loss, self.references.of(lane))
         return batch

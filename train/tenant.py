@@ -12,7 +12,7 @@ import numpy as np
 from jaxlora.config.training import Loss
 from jaxlora.core.lora import LoraSpec
 from train.data.examples import ExampleStream, Lane
-from train.step.batch import LaneSums, TrainBatch
+from train.step.batch import LaneSums
 from train.step.optimizer import Optimizer
 
 MAX_BAD_STEPS = 5  # skipped updates in a row after which a tenant stops
@@ -98,7 +98,7 @@ class MixedStep:
 
     lanes: list[Lane]
     owners: list[Tenant]  # of each lane
-    batch: TrainBatch  # the lanes, in NumPy
+    draws: list[tuple[int, int]]  # (seed, step) of each lane's dropout
     due: list[tuple[Tenant, dict[str, float]]]
 
 

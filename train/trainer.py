@@ -21,18 +21,18 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxlora.config.training import CROSS_ENTROPY, Loss, MomentsDtype, Optimizer, Remat, check_lane_tokens
-from jaxlora.core.errors import AlreadyExists, DataInvalid, InvalidRequest, NotFound, StateInvalid
+from jaxlora.core.errors import AlreadyExists, ConfigInvalid, DataInvalid, InvalidRequest, NotFound, StateInvalid
 from jaxlora.core.lora import AdapterWeights, LoraSpec
 from jaxlora.core.progress import Counted, uncounted
 from jaxlora.model.decoder import Base
 from jaxlora.model.lora_pool import PoolSpec, Rows, adapter_of_rows, host_rows
 from jaxlora.model.mesh import check_lanes, place, place_rows, replicated
 from pallas_kernels import NO_ADAPTER
-from train.data.examples import CheckedExamples, ExampleStream, Unit, real_tokens
+from train.data.examples import CheckedExamples, ExampleStream, Unit, fitting_length, real_tokens
 from train.data.mixer import Batches, Mixer
 from train.evaluate import EvaluatedLane, Evaluator, HeldLanes
 from train.slot_buckets import SlotBuckets
-from train.step.batch import LaneSums, idle_batch, idle_sums, put_dropout, put_sums
+from train.step.batch import LaneSums, TrainBatch, idle_batch, idle_sums, put_dropout, put_sums
 from train.step.microsteps import KINDS, Microsteps, MicrostepSizes
 from train.step.state import SlotState, States, UpdateReport, empty_state, fresh_adapter, fresh_seat
 from train.step.step import make_programs
@@ -65,7 +65,7 @@ class Trainer:
         buckets: Sequence[PoolSpec],
         *,
         lanes: int,
-        lane_tokens: int,
+        lane_tokens: int | Sequence[int],
         base_hash: str,
         moments: MomentsDtype = "float32",
         remat: Remat = "products",
@@ -73,6 +73,8 @@ class Trainer:
     ):
         """`buckets`: slots by largest rank, from the smallest on.  A tenant sits in the first bucket that its rank fits.
 
+        lane_tokens: positions of a lane, or of short, longer, ... and the longest lanes: a tenant's lanes all have the first
+        length that its examples fit, and what one of them computes depends on nothing else.
         moments: the dtype that AdamW's moments are kept in (see `train.step.optimizer`, for uint8 `train.step.moments_8bit`).
         remat: what a step keeps of a layer for its gradient (see `jaxlora.model.decoder.REMAT`).
         parts: how small the parts of a step are, for a trainer that shares its device; None: a step is one program.
@@ -80,22 +82,25 @@ class Trainer:
         parts that do not divide lanes or layers and for buckets that do not grow in rank or differ in more;
         InvalidRequest for fewer than one lane.
         """
-        check_lane_tokens(lane_tokens)
+        self.lengths = (lane_tokens,) if isinstance(lane_tokens, int) else tuple(sorted(set(lane_tokens)))
+        for length in self.lengths:
+            check_lane_tokens(length)
+        if len(self.lengths) > 1 and parts is None:
+            raise ConfigInvalid("a step in one program has lanes of one length; give one", param="lane_tokens")
         check_lanes(mesh, lanes, "training lanes")
         self.seats = SlotBuckets(buckets, lanes)
         self.base, self.mesh, self.base_hash = base, mesh, base_hash
-        self.lanes, self.lane_tokens, self.moments = lanes, lane_tokens, moments
+        self.lanes, self.lane_tokens, self.moments = lanes, self.lengths[-1], moments
         self.tenants: dict[str, Tenant] = {}
         self.trained_tokens = self.updates = 0  # since the start
-        self._mixer = Mixer(lanes, lane_tokens)
+        self._mixer = Mixer(lanes, self.lane_tokens)
         self.states: States = tuple(empty_state(base, spec, mesh, moments) for spec in self.seats.buckets)
         self._programs = make_programs(self.states, mesh, remat=remat)
         if parts is not None:
             parts.check(base.config, mesh, lanes)
-        self._parts = None if parts is None else Microsteps(base, self.states, parts, remat)
-        self.evaluator = Evaluator(
-            base, self._programs.evaluate, self, self._parts, lanes=lanes, lane_tokens=lane_tokens
-        )
+        shortest = self.lengths[0]
+        self._parts = None if parts is None else Microsteps(base, self.states, parts, remat, shortest=shortest)
+        self.evaluator = Evaluator(base, self._programs.evaluate, self, self._parts, lanes=lanes, lengths=self.lengths)
         self._step: Generator[str] | None = None  # under way
         self._reports: list[StepReport] = []  # of the part that runs
         self.part = FIRST_PART  # what `advance` runs next
@@ -105,19 +110,21 @@ class Trainer:
 
         compiling: called before each of these programs.
         """
-        of = (1 if self._parts is None else len(KINDS) + 1) + len(self.seats.buckets) + 1
+        of = 1 if self._parts is None else len(KINDS) * len(self.lengths) + 1
+        of += len(self.seats.buckets) + len(self.lengths)
         numbers = itertools.count(1)
 
         def begins() -> None:
             compiling(next(numbers), of)
 
-        batch = place_rows(self.mesh, idle_batch(self.lanes, self.lane_tokens))
         due = self._device(self.seats.due([], [])[1])
         if self._parts is None:
             begins()
+            batch = place_rows(self.mesh, idle_batch(self.lanes, self.lane_tokens))
             self.states, *_ = self._programs.train_step(self.base, self.states, batch, due)
         else:
-            self._parts.warm_up(idle_batch(self.lanes, self.lane_tokens), self, begins)
+            for length in self.lengths:
+                self._parts.warm_up(length, self, begins)
             begins()
             self.states, _ = self._programs.apply(self.states, due)
         slot = self._device(np.int32(0))
@@ -125,8 +132,7 @@ class Trainer:
             begins()
             seat = self._device(jax.device_get(self._programs.unseat(self.states, bucket, slot)))
             self.states = self._programs.seat(self.states, bucket, slot, seat)
-        begins()
-        jax.block_until_ready(self._programs.evaluate(self.base, self._pools(), batch))
+        self.evaluator.warm_up(begins)
 
     @property
     def has_work(self) -> bool:
@@ -211,7 +217,7 @@ class Trainer:
         self.seats.check(spec)
         if not examples:
             raise DataInvalid("no examples to train on; give at least one")
-        return Batches(CheckedExamples(examples, loss.name, self.lane_tokens), batch_size)
+        return Batches(CheckedExamples(examples, loss.name, fitting_length(self.lengths, examples)), batch_size)
 
     def set_weight(self, name: str, weight: float) -> None:
         """A running tenant's share of the tokens, from the next step on.  Raises NotFound, InvalidRequest."""
@@ -318,12 +324,9 @@ class Trainer:
                 tenant.window.weight += target_count(own) if tenant.per_target else batch_weight(own, tenant.loss)
                 if tenant.name in mixed.due:
                     due.append((tenant, tenant.optimizer.row(tenant.step, divisor(tenant.window.weight))))
-        drawn = [(tenant.stream.seed, tenant.step) for tenant in owners]
+        draws = [(tenant.stream.seed, tenant.step) for tenant in owners]
         yield from self.evaluator.learn(lanes)
-        batch = self.evaluator.batch([(lane, t.slot, t.loss) for lane, t in zip(lanes, owners, strict=True)])
-        for g, (lane, tenant) in enumerate(zip(lanes, owners, strict=True)):
-            put_dropout(batch, g, lane, tenant.spec.dropout, *drawn[g])
-        step = MixedStep(lanes, owners, batch, due)
+        step = MixedStep(lanes, owners, draws, due)
         yield from self._run_whole(step) if self._parts is None else self._run_parts(self._parts, step)
 
     @contextlib.contextmanager
@@ -337,14 +340,23 @@ class Trainer:
             LOG.error("tenant %s fails", tenant.name, exc_info=error)
             self.fail(tenant.name, f"an internal error ({type(error).__name__})", error)
 
+    def _batch(self, step: MixedStep, some: Sequence[int], lanes: int, length: int) -> TrainBatch:
+        """These lanes of a step, all of one length, among so many, in NumPy."""
+        rows = [(step.lanes[g], step.owners[g].slot, step.owners[g].loss) for g in some]
+        batch = self.evaluator.batch(rows, lanes, length)
+        for row, g in enumerate(some):
+            put_dropout(batch, row, step.lanes[g], step.owners[g].spec.dropout, *step.draws[g])
+        return batch
+
     def _run_whole(self, step: MixedStep) -> Generator[str]:
         """The step in one program."""
+        batch = self._batch(step, range(len(step.lanes)), self.lanes, self.lane_tokens)
         yield "step"
-        step.batch.slot_G[:] = self._slots_of(step.owners, self.lanes)
+        batch.slot_G[:] = self._slots_of(step.owners, self.lanes)
         due = [(tenant, hyper) for tenant, hyper in step.due if self._trains(tenant)]
         places, updates_due = self.seats.due([t.slot for t, _ in due], [hyper for _, hyper in due])
-        batch = place_rows(self.mesh, step.batch)
-        self.states, *news = self._programs.train_step(self.base, self.states, batch, self._device(updates_due))
+        placed = place_rows(self.mesh, batch)
+        self.states, *news = self._programs.train_step(self.base, self.states, placed, self._device(updates_due))
         sums, updates = jax.device_get(news)
         self._count(step, sums)
         for (tenant, hyper), (bucket, u) in zip(due, places, strict=True):
@@ -352,13 +364,16 @@ class Trainer:
                 self._report(tenant, hyper, updates[bucket], u)
 
     def _run_parts(self, parts: Microsteps, step: MixedStep) -> Generator[str]:
-        """The step in parts: a pass of all lanes, then one update after the other."""
-        sums = idle_sums(self.lanes, self.lane_tokens)
-        for start in range(0, len(step.lanes), parts.sizes.lanes):
-            owners = step.owners[start : start + parts.sizes.lanes]
-            if any(map(self._trains, owners)):
-                ask = functools.partial(self._slots_of, owners, parts.sizes.lanes)
-                put_sums(sums, start, (yield from parts.gradients(step.batch, start, self, ask)))
+        """The step in parts: passes of all lanes, each of lanes of one length, then one update after the other."""
+        sums, size = idle_sums(self.lanes, self.lane_tokens), parts.sizes.lanes
+        for length in self.lengths:
+            same = [g for g, lane in enumerate(step.lanes) if len(lane.token_J) == length]
+            for start in range(0, len(same), size):
+                some = same[start : start + size]
+                owners = [step.owners[g] for g in some]
+                if any(map(self._trains, owners)):
+                    ask = functools.partial(self._slots_of, owners, size)
+                    put_sums(sums, some, (yield from parts.gradients(self._batch(step, some, size, length), self, ask)))
         self._count(step, sums)
         for tenant, hyper in step.due:
             if self._trains(tenant):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from jaxlora.checkpoints.load import Opened
 from jaxlora.core.errors import AdapterNotFinite, JaxLoraError
@@ -20,7 +20,7 @@ KEEP_VERSIONS = 3  # of a tenant in training: the newest, and time for requests 
 LOG = logging.getLogger("serve")
 
 
-def small_trainer(opened: Opened, pool: PoolSpec, *, lanes: int, lane_tokens: int) -> Trainer:
+def small_trainer(opened: Opened, pool: PoolSpec, *, lanes: int, lane_tokens: int | Sequence[int]) -> Trainer:
     """Returns a trainer over an opened base whose steps come in small parts, between those of serving."""
     return Trainer(
         opened.base,

@@ -20,7 +20,7 @@ from train_world import (
 )
 
 from jaxlora.config.training import Loss
-from jaxlora.core.errors import ConfigInvalid, StateInvalid
+from jaxlora.core.errors import ConfigInvalid, DataInvalid, StateInvalid
 from jaxlora.core.lora import ALL_TARGETS
 from jaxlora.model.compile_cache import CompileCounter
 from jaxlora.model.lora_pool import PoolSpec
@@ -291,3 +291,68 @@ def test_lanes_without_a_target_and_a_whole_step_that_loses_a_tenant():
     assert [r.tenant for r in trainer.advance()] == ["ant"]
     assert_same_bits(host(trainer.unseat("dog")), before)
     assert np.isfinite(trainer.tenants["ant"].losses).all()
+
+
+# ---- lanes of several lengths
+
+
+LENGTHS = (LANE_TOKENS // 2, LANE_TOKENS)
+
+
+def lengths_of(lane_tokens: int | tuple[int, ...], lanes: int = 1) -> Trainer:
+    """A trainer with slots for four, and passes of so many lanes."""
+    sizes = MicrostepSizes(lanes=lanes, layers=1, targets=16)
+    return Trainer(
+        small_base(), make_mesh(), BUCKETS, lanes=LANES, lane_tokens=lane_tokens, base_hash=BASE_HASH, parts=sizes
+    )
+
+
+def short(trainer: Trainer) -> None:
+    trainer.add("short", lora(3), optimizer(), examples(1, 6, LENGTHS[0] // 2), batch_size=3, seed=1)
+
+
+def long(trainer: Trainer) -> None:
+    trainer.add("long", lora(4), optimizer(), examples(2, 4, LANE_TOKENS + 1, LANE_TOKENS - 4), batch_size=2, seed=2)
+
+
+def short_pairs(trainer: Trainer) -> None:
+    trainer.add("pairs", lora(2), optimizer(), pairs(3, 4), batch_size=2, seed=3, loss=Loss(name="dpo"))
+
+
+@pytest.mark.parametrize("lanes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_tenant_has_the_shortest_lanes_that_hold_its_examples_whoever_trains_beside_it(lanes):
+    """What it becomes is what a trainer with lanes of that length alone makes of it, to the bit."""
+    together = lengths_of(LENGTHS, lanes)
+    together.warm_up()
+    with CompileCounter() as compiles:
+        for join in (short, long, short_pairs):
+            join(together)
+        held = {"short": examples(7, 5, LENGTHS[0] // 2), "long": examples(8, 3, LANE_TOKENS + 1, LANE_TOKENS - 4)}
+        for _ in range(4):
+            together.step()
+        got = together.evaluate_all([(units, name) for name, units in held.items()])
+    assert compiles.compiles == 0
+    for join, name, length in ((short, "short", LENGTHS[0]), (long, "long", LENGTHS[1])):
+        alone = lengths_of(length, lanes)
+        join(alone)
+        while alone.tenants[name].step < together.tenants[name].step:
+            alone.step()
+        assert alone.tenants[name].losses == together.tenants[name].losses
+        assert_same_bits(host(alone.unseat(name)), host(together.unseat(name)))
+        assert alone.evaluate(held[name], name) == got[[*held].index(name)]
+    names, step = set(), together.tenants["long"].step
+    while together.tenants["long"].step == step:
+        together.advance()
+        names.add(together.part)
+    assert {name for name in names if name.endswith(f" {LANE_TOKENS}")} == {
+        f"{name} {LANE_TOKENS}" for name in KINDS - {"update"}
+    }
+
+
+def test_an_example_longer_than_the_longest_lanes_is_refused_and_a_whole_step_has_one_length():
+    trainer = lengths_of(LENGTHS)
+    with pytest.raises(DataInvalid, match=f"a lane of {LANE_TOKENS} positions"):
+        trainer.add("x", lora(3), optimizer(), examples(1, 1, LANE_TOKENS + 2, LANE_TOKENS + 2), batch_size=1, seed=1)
+    shape = {"lanes": LANES, "base_hash": BASE_HASH}
+    with pytest.raises(ConfigInvalid, match="lanes of one length"):
+        Trainer(small_base(), make_mesh(), BUCKETS, lane_tokens=LENGTHS, **shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -107,7 +108,7 @@ def test_a_limit_is_used_and_kept(config, dtype, least, gb):
 
 def test_more_memory_never_gives_less():
     plans = [plan_server(EMPTY, shape(), machine(gb * 1e9)).config for gb in (2.1, 2.5, 3, 4, 6, 8, 16)]
-    for less, more in zip(plans, plans[1:], strict=False):
+    for less, more in itertools.pairwise(plans):
         for key in ("rows", "slots", "max_rank", "prefill_lanes"):
             assert getattr(less, key) <= getattr(more, key)
         assert less.training.lane_tokens <= more.training.lane_tokens

@@ -251,6 +251,12 @@ def check_length(units: Sequence[Unit], length: int) -> None:
             )
 
 
+def fitting_length(lengths: Sequence[int], units: Sequence[Unit]) -> int:
+    """Returns the first of these lane lengths, in rising order, that holds each of the units; the last where none does."""
+    longest = max((unit.predictions for unit in units), default=0)
+    return next((length for length in lengths if longest <= length), lengths[-1])
+
+
 def fill_lane(units: Sequence[Unit], length: int, number: int = 0) -> Lane:
     """Returns a lane of `length` positions that holds the examples and pairs in this order; they must fit."""
     lane = Lane(

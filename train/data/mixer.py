@@ -7,6 +7,7 @@ Policy.  A step has G lanes of J positions.  Two rules share them out:
    Next-fit needs at most N = ceil(K / (G - k + 1)) steps for any order, with K the lanes of all tenants together and
    k those of the largest (and never more than one step a tenant).  So deadlines N + slack_steps apart can always be met,
    also after a tenant joins or leaves: next-fit never gets worse when a tenant is taken out (Murgolo 1988).
+   Lanes of one step may differ in length: each tenant's have the length that its examples were checked for.
 2. The shares.  Free lanes go to the largest deficit: a tenant is credited its weight's share of the tokens of each
    step and debited the tokens it got.  A tenant that joins starts at zero, so no time spent away is credited.
 
@@ -91,7 +92,7 @@ class _Held:
 
 
 class Mixer:
-    """Mixes the streams of many tenants into steps of `lanes` lanes of `length` positions.
+    """Mixes the streams of many tenants into steps of `lanes` lanes of at most `length` positions.
 
     slack_steps is the room for shares to differ: with 0 all tenants take turns; more lets weights and sizes count more
     and a tenant wait longer.
@@ -144,7 +145,7 @@ class Mixer:
         _check_weight(weight)
         if len(batches.worst) > self.lanes and not split:
             raise InvalidRequest(
-                f"a batch of {batches.batch_size} of these examples can need {len(batches.worst)} lanes of {self.length} "
+                f"a batch of {batches.batch_size} of these examples can need {len(batches.worst)} lanes of {batches.examples.length} "
                 f"positions, but a step has {self.lanes}; use a smaller batch, or let it be split over steps",
                 param="batch_size",
             )
@@ -221,7 +222,7 @@ class Mixer:
         faults: list[tuple[str, Exception]] = []
         for tenant in self._tenants.values():
             try:
-                tenant.waiting = tenant.waiting or _pack_batch(tenant, self.length)
+                tenant.waiting = tenant.waiting or _pack_batch(tenant)
             except Exception as error:
                 faults.append((tenant.key, error))
         by_deadline = sorted((t for t in self._tenants.values() if t.waiting), key=lambda t: t.share.deadline)
@@ -278,7 +279,8 @@ class Mixer:
         for key, count in counts.items():
             tenant = self._tenants[key]
             taken, tenant.waiting = tenant.waiting[:count], tenant.waiting[count:]
-            batch.lanes.extend((key, fill_lane(units, self.length, number)) for number, units in taken)
+            length = tenant.batches.examples.length
+            batch.lanes.extend((key, fill_lane(units, length, number)) for number, units in taken)
             spent[key] = sum(unit.predictions for _, units in taken for unit in units)
             tenant.share.deadline = self._step + self.longest_wait
             if not tenant.waiting:
@@ -313,14 +315,14 @@ def _worst_batch(examples: CheckedExamples, batch_size: int) -> list[np.ndarray]
     return first_fit_decreasing(sizes, examples.length)
 
 
-def _pack_batch(tenant: _Tenant, length: int) -> list[tuple[int, list[Unit]]]:
+def _pack_batch(tenant: _Tenant) -> list[tuple[int, list[Unit]]]:
     """Returns the lanes of a tenant's next batch, (number, what it holds), at most as many as its worst one has.
 
     First-fit decreasing can need one lane more for smaller examples; then they take the worst batch's places,
     which always fits.
     """
     examples = sorted(tenant.stream.peek(tenant.batches.batch_size), key=lambda e: -e.predictions)
-    groups = first_fit_decreasing([e.predictions for e in examples], length)
+    groups = first_fit_decreasing([e.predictions for e in examples], tenant.batches.examples.length)
     if len(groups) > len(tenant.batches.worst):
         groups = tenant.batches.worst
     return [(n, [examples[i] for i in group]) for n, group in enumerate(groups)]

@@ -4,7 +4,7 @@ Shape letters: G lanes, J positions of a lane."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import jax
@@ -76,10 +76,10 @@ def _zeros[Arrays: TrainBatch | LaneSums](
     return of(**zeros)  # ty: ignore[invalid-argument-type]
 
 
-def put_sums(sums: LaneSums, start: int, some: LaneSums) -> None:
-    """Writes the sums of some lanes, from lane `start` on, into those of all lanes (NumPy)."""
+def put_sums(sums: LaneSums, lanes: Sequence[int], some: LaneSums) -> None:
+    """Writes the sums of the first of some lanes into those of all, which may be longer, at these numbers (NumPy)."""
     for whole, part in zip(jax.tree.leaves(sums), jax.tree.leaves(some), strict=True):
-        whole[start : start + len(part)] = part
+        whole[(list(lanes), *map(slice, part.shape[1:]))] = part[: len(lanes)]
 
 
 def put_lane(batch: TrainBatch, g: int, lane: Lane, slot: int, loss: Loss, reference_J: np.ndarray) -> None:

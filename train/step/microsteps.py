@@ -31,7 +31,7 @@ from jaxlora.core.model_config import ModelConfig
 from jaxlora.model.decoder import Base, embedded, final_norm, forward_some, head_weight
 from jaxlora.model.lora_pool import LaneLora, Rows
 from jaxlora.model.mesh import RULES, check_lanes, place, place_rows, replicated
-from train.step.batch import LaneSums, TrainBatch
+from train.step.batch import LaneSums, TrainBatch, idle_batch
 from train.step.lane_lora import lane_rows
 from train.step.optimizer import Halves
 from train.step.state import States, add_gradients, halves, with_gradients, with_halves
@@ -197,8 +197,9 @@ def _forward_by(layers: int, remat: str) -> Callable:
 class Microsteps:
     """The programs of the microsteps, and the order in which a pass runs them."""
 
-    def __init__(self, base: Base, states: States, sizes: MicrostepSizes, remat: str):
-        self.base, self.sizes = base, sizes
+    def __init__(self, base: Base, states: States, sizes: MicrostepSizes, remat: str, *, shortest: int):
+        """shortest: positions of the shortest lanes; the names of microsteps of longer ones say their length."""
+        self.base, self.sizes, self._shortest = base, sizes, shortest
         placed = jax.tree.map(lambda x: x.sharding, tuple(s.grads for s in states))
         lanes, small = NamedSharding(base.mesh, PartitionSpec(RULES["lanes"])), replicated(base.mesh)
         self._begin = jax.jit(_begin)
@@ -209,27 +210,28 @@ class Microsteps:
         self._backward = jax.jit(_backward, donate_argnums=(4, 5), out_shardings=(placed, lanes))
         self._groups = [place(np.int32(i), small) for i in range(0, base.config.layers, sizes.layers)]
 
-    def warm_up(self, batch: TrainBatch, holder: Holder, begins: Callable[[], None]) -> None:
-        """Compiles and runs every program on an idle batch (NumPy) with one target and no slot.
+    def warm_up(self, length: int, holder: Holder, begins: Callable[[], None]) -> None:
+        """Compiles and runs every program on idle lanes of `length` positions, with one target and no slot.
 
         begins: called before the first of each of the `KINDS`.
         """
+        batch = idle_batch(self.sizes.lanes, length)
         batch.weight_GJ[0, 0] = 1.0
         seen = set()
-        for kind in self.gradients(batch, 0, holder, lambda: np.asarray(batch.slot_G[: self.sizes.lanes])):
+        for kind in self.gradients(batch, holder, lambda: np.asarray(batch.slot_G)):
             if kind not in seen:
                 seen.add(kind)
                 begins()
 
     def gradients(
-        self, batch: TrainBatch, start: int, holder: Holder, slots: Callable[[], np.ndarray]
+        self, batch: TrainBatch, holder: Holder, slots: Callable[[], np.ndarray]
     ) -> Generator[str, None, LaneSums]:
-        """Runs a pass of the lanes from `start` on: adds gradients to the holder's states, returns the sums (NumPy).
+        """Runs a pass of `sizes.lanes` lanes (NumPy): adds gradients to the holder's states, returns the sums (NumPy).
 
         Yields the name of each microstep before it runs it, then waits for it.  slots: called before each microstep
         that adds gradients, returns the slot of each lane; NO_ADAPTER adds them to none.
         """
-        lanes, picks = self._cut(batch, start)
+        lanes, picks = self._placed(batch)
 
         def add(program: jax.stages.Wrapped, dx_TD: jax.Array, *args: object) -> jax.Array:
             slot_G, grads = place_rows(self.base.mesh, slots()), tuple(s.grads for s in holder.states)
@@ -237,19 +239,20 @@ class Microsteps:
             holder.states = with_gradients(holder.states, grads)
             return jax.block_until_ready(dx_TD)
 
+        at = self._length_name(batch)
         x_TD, groups, runs, found = yield from self._up(lanes, picks, holder)
         d_GJ, dx_TD, sums = self._losses(lanes, found, x_TD)
         for pick_GC in picks:
-            yield "head back"
+            yield "head back" + at
             dx_TD = add(self._head_back, dx_TD, self.base, runs.pop(0), d_GJ, pick_GC)
         for first in reversed(self._groups):
-            yield "backward"
+            yield "backward" + at
             dx_TD = add(self._backward, dx_TD, self.base, groups.pop(), first)
         return jax.device_get(sums)
 
-    def logprobs(self, batch: TrainBatch, start: int, holder: Holder) -> Generator[str, None, np.ndarray]:
-        """Returns float32 [G, J]: target log-probabilities of lanes from `start` on.  Yields as `gradients` does."""
-        lanes, picks = self._cut(batch, start)
+    def logprobs(self, batch: TrainBatch, holder: Holder) -> Generator[str, None, np.ndarray]:
+        """Returns float32 [G, J]: target log-probabilities of the lanes of a pass.  Yields as `gradients` does."""
+        lanes, picks = self._placed(batch)
         *_, (logprob_GJ, _) = yield from self._up(lanes, picks, holder)
         return jax.device_get(logprob_GJ)
 
@@ -257,31 +260,35 @@ class Microsteps:
         self, lanes: TrainBatch, picks: Sequence[jax.Array], holder: Holder
     ) -> Generator[str, None, tuple[jax.Array, list[Waiting], list[Waiting], tuple[jax.Array, jax.Array]]]:
         """Runs forward.  Returns (last layer's output, waiting gradients of groups and of runs, logprobs and hits)."""
-        yield "forward"
+        at = self._length_name(lanes)
+        yield "forward" + at
         rows_LG, x_TD = self._begin(self.base, tuple(s.pool for s in holder.states), lanes)
         groups: list[Waiting] = []
         for first in self._groups:
             if groups:
-                yield "forward"
+                yield "forward" + at
             x_TD, group = self._forward(self.base, rows_LG, lanes, x_TD, first)
             groups.append(group)
             jax.block_until_ready(x_TD)
         runs: list[Waiting] = []
         found = self._nothing_found(lanes.target_GJ.shape)
         for pick_GC in picks:
-            yield "head"
+            yield "head" + at
             found, run = self._head(self.base, rows_LG, lanes, x_TD, found, pick_GC)
             runs.append(run)
             jax.block_until_ready(found)
         return x_TD, groups, runs, found
 
+    def _length_name(self, lanes: TrainBatch) -> str:
+        length = lanes.target_GJ.shape[1]
+        return "" if length == self._shortest else f" {length}"
+
     def _nothing_found(self, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
         return place_rows(self.base.mesh, (np.zeros(shape, np.float32), np.zeros(shape, np.bool_)))  # ty: ignore[invalid-explicit-return]
 
-    def _cut(self, batch: TrainBatch, start: int) -> tuple[TrainBatch, list[jax.Array]]:
+    def _placed(self, batch: TrainBatch) -> tuple[TrainBatch, list[jax.Array]]:
         """Returns the lanes of a pass, and for each run through the head the positions it visits; on the device."""
-        lanes = jax.tree.map(lambda x: x[start : start + self.sizes.lanes], batch)
-        wanted_GJ = lanes.weight_GJ != 0
+        wanted_GJ = batch.weight_GJ != 0
         (G, J), C = wanted_GJ.shape, self.sizes.targets
         order_GJ = np.argsort(~wanted_GJ, axis=1, stable=True)
         count_G = wanted_GJ.sum(1)
@@ -289,4 +296,4 @@ class Microsteps:
         pick_GJ = np.full((G, max(runs * C, J)), J, np.int32)
         pick_GJ[:, :J] = np.where(np.arange(J)[None] < count_G[:, None], order_GJ, J)
         picks = [pick_GJ[:, i * C : (i + 1) * C] for i in range(runs)]
-        return place_rows(self.base.mesh, (lanes, picks))  # ty: ignore[invalid-explicit-return]
+        return place_rows(self.base.mesh, (batch, picks))  # ty: ignore[invalid-explicit-return]
