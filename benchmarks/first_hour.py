@@ -23,7 +23,6 @@ import sys
 import tempfile
 import termios
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -140,10 +139,18 @@ class Hour:
         self.env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), self.env["PATH"]])
         self.pages: list[str] = []
         self.wrong: list[str] = []
+        self.started: list[Terminal] = []
 
     def start(self, *words: str) -> Terminal:
         """A command that goes on."""
-        return Terminal(["jaxlora", *words], self.folder, self.env)
+        self.started.append(Terminal(["jaxlora", *words], self.folder, self.env))
+        return self.started[-1]
+
+    def close(self) -> None:
+        """Ends what still runs."""
+        for terminal in self.started:
+            if terminal.process.poll() is None:
+                terminal.process.kill()
 
     def keep(self, terminal: Terminal, code: int | None, wanted: int | None, note: str = "") -> None:
         """Writes a command down and judges it."""
@@ -230,7 +237,7 @@ def the_hour(hour: Hour) -> None:
     hour.title("A job by name, and its model asked while it trains")
     job = hour.start("jobs", "create", "harbor.jsonl", "--heldout", "harbor.held.jsonl", "--model", model, "--name", "harbor",
                      "--steps", "60", "--lr", "2e-3", "--follow", *at)  # fmt: skip
-    job.until(r"(?i)version|step", 120)
+    job.until(r"version \d", 120)
     chat = hour.start("chat", "harbor", *at)
     chat.until(r"[>»:] ?$", 60)
     chat.send("berth 3 dock B\n")
@@ -285,10 +292,10 @@ def main() -> int:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="first-") as folder:
         hour = Hour(Path(folder), args.model)
-        running: Callable[[Hour], None] = the_hour
         try:
-            running(hour)
+            the_hour(hour)
         finally:
+            hour.close()
             if args.out is not None:
                 head = "# The first hour, as it was typed\n\nWritten by `benchmarks/first_hour.py`; every command is run as it stands here.\n"
                 args.out.write_text("\n".join([head, *hour.pages]))
