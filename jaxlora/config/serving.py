@@ -7,10 +7,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from pydantic import BeforeValidator
-
 from jaxlora.config.base import ONE_DEVICE, Checks, Dtype, MeshSection, ModelSection, completed
-from jaxlora.config.toml import TomlPath, TomlPathByDefault
+from jaxlora.config.toml import NoneIfFalse, TomlPath, TomlPathByDefault
 from jaxlora.core.lora import check_name
 
 LogForm = Literal["human", "json"]
@@ -178,7 +176,7 @@ class TrainingSection:
 
 
 # The section, or `training = false` in a file, which is None here: no jobs.
-Training = Annotated[TrainingSection | None, BeforeValidator(lambda given: None if given is False else given)]
+Training = Annotated[TrainingSection | None, NoneIfFalse]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
