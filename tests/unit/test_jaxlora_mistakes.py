@@ -185,6 +185,16 @@ def test_every_mistake_is_told_at_once_with_its_line(name, tmp_path):
     assert e.value.message.splitlines() == [*head, *(f"{tmp_path}/c.toml:{line}" for line in wanted)]
 
 
+def test_the_page_shows_what_is_told(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs/serving.md").read_text()
+    text = 'slot = 4\nport = 80000\nmodel.path = "smollm2"\n[tuning]\nquantum_ms = 0\n'
+    monkeypatch.chdir(tmp_path)
+    Path("server.toml").write_text(text)
+    with pytest.raises(ConfigInvalid) as e:
+        load(Path("server.toml"), ServeConfig)
+    assert f"```\njaxlora: {e.value.message}\n```\n" in page
+
+
 @pytest.mark.parametrize(
     ("text", "line"),
     [("a = 1\nb = \n", 2), ("a = 1\n\na = 2\n", 3), ('a = "x\n', 1), ('a = 1\nb = """x\ny\n', 3), ("[a\n", 1)],
