@@ -340,5 +340,6 @@ def filled(config: ServeConfig) -> SizedConfig:
 
 
 def serve_defaults(model: str, adapters: Path) -> SizedConfig:
-    """Returns the settings of `jaxlora serve --model`, whose own files lie beside the adapter store."""
-    return filled(ServeConfig(model=ModelSection(path=model), adapters=adapters, data=adapters.with_name("data")))
+    """Returns the settings of a server of those sizes that takes no jobs, and whose own files lie beside the adapter store."""
+    base = ModelSection(path=model)
+    return filled(ServeConfig(model=base, adapters=adapters, data=adapters.with_name("data"), training=None))

@@ -160,7 +160,8 @@ def test_a_config_of_the_other_command_has_a_line_for_each_mistake():
     first, *lines = result.stderr.splitlines()
     assert first == f"jaxlora: {SERVE}: {len(lines)} mistakes"
     assert all(line.startswith(f"{SERVE}:") for line in lines)
-    assert any(": kv_pages: unknown key; known here: model, " in line for line in lines)
+    assert ": host: unknown key; known here: model, " in result.stderr
+    assert any(line.endswith(": port: unknown key") for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -179,5 +180,5 @@ def test_a_wrong_value_names_its_key_and_writes_nothing(key, value, message, tmp
     result = run("train", str(path))
     assert result.exit_code == 2, result.output
     assert message in result.stderr
-    assert result.stderr.count("\n") == 1
+    assert "Traceback" not in result.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["train.toml"]
