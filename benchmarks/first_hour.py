@@ -162,7 +162,7 @@ class Hour:
             lines = [*lines[:28], f"… ({len(lines) - 36} lines)", *lines[-8:]]
         said = f"exit code {code}, " if code is not None else ""
         self.pages.append(
-            f"```console\n$ {typed}\n" + "\n".join(lines).replace(str(self.folder), "~/first") + "\n```\n\n"
+            f"```\n$ {typed}\n" + "\n".join(lines).replace(str(self.folder), "~/first") + "\n```\n\n"
             f"_{said}{took:.1f} s, longest silence {terminal.silent:.1f} s{note}_\n"
         )
         print(f"$ {typed}\n{text}\n  [{said}{took:.1f} s, longest silence {terminal.silent:.1f} s]\n", flush=True)
