@@ -175,18 +175,24 @@ def host_needs(config: SizedConfig) -> Needs:
 
 
 def step_bytes(config: SizedConfig, base: BaseShape, machine: Machine) -> int:
-    """Returns the bytes of the arrays that a decode step and a prefill step hold for a moment.
+    """Returns the bytes of the arrays that a decode step and a prefill step hold for a moment."""
+    lanes = -(-config.prefill_lanes // machine.rows)
+    decode = decode_bytes(-(-config.rows // machine.rows), base, machine)
+    return decode + prefill_bytes(lanes, config.prefill_tokens, base, machine)
 
-    Most are logits in float32: as they are, edited, scaled and with noise (`serve.engine.sampling`).
-    """
-    model, lanes = base.config, -(-config.prefill_lanes // machine.rows)
-    rows, vocab = -(-config.rows // machine.rows), _part((model.vocab,), ("vocab",), machine)
-    tokens = lanes * config.prefill_tokens
-    layer = sum(_part(p.shape[1:], p.axes[1:], machine) for p in parameters(model).values() if p.axes[0] == "layers")
-    decode = LOGIT_COPIES * 4 * rows * vocab + 4 * layer
-    prefill = LOGIT_COPIES * 4 * lanes * vocab + tokens * token_work(base, machine)
-    scored = SCORED_COPIES * max(min(SCORED_BYTES, 4 * tokens * vocab), 4 * lanes * vocab)
-    return decode + prefill + scored
+
+def decode_bytes(rows: int, base: BaseShape, machine: Machine) -> int:
+    """Returns the bytes of a decode step's arrays: logits, and a layer's weights in another layout."""
+    table = parameters(base.config).values()
+    layer = sum(_part(p.shape[1:], p.axes[1:], machine) for p in table if p.axes[0] == "layers")
+    return LOGIT_COPIES * 4 * rows * _part((base.config.vocab,), ("vocab",), machine) + 4 * layer
+
+
+def prefill_bytes(lanes: int, tokens: int, base: BaseShape, machine: Machine) -> int:
+    """Returns the bytes of a prefill step's arrays, a tile of scored prompt tokens the largest."""
+    vocab = _part((base.config.vocab,), ("vocab",), machine)
+    tile = max(min(SCORED_BYTES, 4 * lanes * tokens * vocab), 4 * lanes * vocab)
+    return LOGIT_COPIES * 4 * lanes * vocab + lanes * tokens * token_work(base, machine) + SCORED_COPIES * tile
 
 
 def token_work(base: BaseShape, machine: Machine) -> int:
