@@ -23,6 +23,7 @@ from jaxlora.checkpoints.load import Opened, load_found
 from jaxlora.config.base import DEMO_MODEL, ONE_DEVICE, Dtype, MeshSection, ModelSection
 from jaxlora.config.serving import ServeConfig, TrainingSection
 from jaxlora.config.training import PASSES, LossName, Recipe, Schedule, default_lr
+from jaxlora.config.words import in_our_words
 from jaxlora.core.errors import InvalidRequest, JaxLoraError, NotFound
 from jaxlora.core.lora import LAYER_TARGETS, AdapterRef, check_name
 from jaxlora.model import compile_cache
@@ -66,6 +67,7 @@ class Session:
         )
 
     @classmethod
+    @in_our_words
     def open(
         cls,
         model: str | Path = DEMO_MODEL,
@@ -138,6 +140,7 @@ class Session:
         """Those who have a seat, as they are now: status, step, losses and more."""
         return self._trainer.tenants
 
+    @in_our_words
     def add_tenant(
         self,
         name: str,
@@ -164,6 +167,8 @@ class Session:
         seed: int = DEFAULTS.seed,
     ) -> Tenant:
         """A tenant joins from the next step on, whoever trains.  The settings, and what they are if not given, are Recipe's.
+
+        Others' words for the same are accepted, such as learning_rate, r and lora_alpha (`jaxlora.config.words`).
 
         Raises DataInvalid, AdapterInvalid, ConfigInvalid, InvalidRequest, AlreadyExists; StateInvalid when no slot is free.
         """

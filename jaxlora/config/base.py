@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal, Self
 
-from jaxlora.config.toml import Mistakes, PathOrName
-from jaxlora.core.errors import ConfigInvalid, JaxLoraError
+from jaxlora.config.toml import DoNotGoTogether, Mistakes, PathOrName
+from jaxlora.core.errors import JaxLoraError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -54,9 +54,9 @@ class Checks:
             if name in names[:i]:
                 self.refuse(key.format(i), f"{what} must be distinct; more than one is called {name}")
 
-    def refuse(self, key: str, message: str) -> None:
-        """Notes a mistake."""
-        self.found.append(ConfigInvalid(message, param=key))
+    def refuse(self, key: str, message: str, *others: str) -> None:
+        """Notes a mistake, which is also one of other keys."""
+        self.found.append(DoNotGoTogether(message, param=key, others=others))
 
     def call(self, key: str, check: Callable[[], object], *, section: str = "") -> None:
         """Calls another check and notes what it raises, under this key unless the error names one; keys are the section's."""
@@ -76,11 +76,11 @@ def completed[T](cls: type[T], section: DataclassInstance, sizes: Mapping[str, o
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSection:
-    """Which frozen base model is used, its dtype and the precision of its products."""
+    """Which frozen base model is used, and how it computes."""
 
     path: PathOrName  # "smollm2", a directory, a .gguf file or a hub id
-    dtype: Dtype = "auto"
-    precision: Precision = "auto"
+    dtype: Dtype = "auto"  # float32 or bfloat16; auto: bfloat16 where it is clearly faster
+    precision: Precision = "auto"  # of matrix products: default, high or highest; auto: highest in float32
 
     def __post_init__(self) -> None:
         with Checks() as check:
@@ -95,7 +95,7 @@ class MeshSection:
     data: int = 1  # batch rows or lanes are split
     fsdp: int = 1  # weights are split and gathered when used
     tensor: int = 1  # heads and features are split
-    processes: int = 1  # that hold the devices together; each is started with this file (model/multihost.py)
+    processes: int = 1  # processes that hold the devices together, each started with this file
 
     def __post_init__(self) -> None:
         with Checks() as check:

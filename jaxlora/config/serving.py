@@ -150,8 +150,8 @@ class HttpSection:
     # Requests being answered at once for one address.  None: half of all, and any number for this machine.
     requests_per_address: int | None = None
     header_timeout_s: float = 10.0  # for a request's line and headers to arrive
-    least_body_bytes_s: int = 4096  # a body that comes more slowly is refused,
-    body_patience_s: float = 10.0  # once the server has waited for it so long beyond the time its bytes may take
+    least_body_bytes_s: int = 4096  # pace below which a body is refused
+    body_patience_s: float = 10.0  # after the server has waited so long beyond the time that its bytes may take
 
     def __post_init__(self) -> None:
         with Checks() as check:
@@ -163,7 +163,7 @@ class HttpSection:
 class TrainingSection:
     """Fine-tuning jobs that run beside serving, on the same device."""
 
-    # None, of these four: chosen from the device's memory and the base.
+    # Left out, these four are chosen from the device's memory and the base.
     slots: int | None = None  # adapters trained at once; other jobs wait in a queue
     lanes: int | None = None  # packed rows of one batch, each of one tenant
     lane_tokens: int | None = None  # tokens of a row: the longest example
@@ -218,7 +218,7 @@ class ServeConfig:
     port: int = 8000  # 0: any free port
     memory_gb: float | None = None  # most memory of the device that the server may take; None: what is available
     memory_share: float = 0.9  # of that memory, what is planned with
-    # None, of these ten: chosen from that memory and the base.
+    # Left out, these ten are chosen from that memory and the base.
     slots: int | None = None  # adapters on the device at once
     max_rank: int | None = None  # largest rank a slot holds
     rows: int | None = None  # sequences decoded in one step
@@ -240,14 +240,14 @@ class ServeConfig:
     data: TomlPathByDefault = Path("data")  # root of the server's own files: uploads, jobs, and the database unless set
     tuning: Tuning = Tuning()
     database: str | None = None  # SQLAlchemy's URL; None: SQLite in `data`
-    blobs: BlobsSection | None = None  # None: the contents of `adapters` and `data` exist on this machine only
+    blobs: BlobsSection | None = None  # None: all of it is on this machine only
     limits: LimitsSection = LimitsSection()
     http: HttpSection = HttpSection()
-    keys: KeysNeeded = (
-        "auto"  # required: no start without keys; auto: the same where others than this machine can reach it
-    )
+    # `required`: no start without keys; `auto`: the same where others than this machine can reach it.
+    keys: KeysNeeded = "auto"
     retention: RetentionSection = RetentionSection()
-    training: Training = TrainingSection()  # false: no fine-tuning jobs
+    # With `training = false` at the top, in place of this section, the server takes no jobs.
+    training: Training = TrainingSection()
     kv_dtype: Dtype = "auto"  # of keys and values; auto: the base's
     log: LogForm = "human"  # human, or one JSON object per line
     hang_s: float = 4.0  # longest time of one device step before /health returns 503; more for a slow machine
@@ -318,8 +318,7 @@ class SizedConfig(ServeConfig):
     max_waiting_tokens: int
     host_adapters_gb: float
     host_kv_gb: float
-    host_states_gb: float
-    training: SizedTraining | None
+    training: SizedTraining | None = None
 
 
 def filled(config: ServeConfig) -> SizedConfig:

@@ -27,6 +27,14 @@ from jaxlora.config.words import did_you_mean, meant, our_word
 from jaxlora.core.errors import ConfigInvalid, JaxLoraError
 
 
+class DoNotGoTogether(ConfigInvalid):
+    """A setting that others make impossible; `others` names their keys: while one of those is wrong, it says nothing."""
+
+    def __init__(self, message: str, *, param: str, others: tuple[str, ...]):
+        super().__init__(message, param=param)
+        self.others = others
+
+
 class Mistakes(ConfigInvalid):
     """Several mistakes in one section, each an error whose `param` names its key from there, such as tenant[1].rank."""
 
@@ -83,14 +91,13 @@ class _Reader:
         self.folder, self.cls, self.written = folder, cls, lines
         self.lines: dict[Loc, int] = {(): 1}  # of the keys in our words
         self.mistakes: list[Mistake] = []
-        self.wrong: list[Loc] = []  # places that have a mistake
+        self.wrong: list[Loc] = []  # places whose values are wrong, and are replaced
         self.stand_ins = 0
 
     def note(self, loc: Loc, message: str, *, key: Loc | None = None) -> None:
         """Notes a mistake at a place; key: what to call it, if not by the place."""
         near = next(loc[:n] for n in range(len(loc), -1, -1) if loc[:n] in self.lines)
         self.mistakes.append(Mistake(self.lines[near], _key(loc if key is None else key), message))
-        self.wrong.append(loc)
 
     def in_our_words(self, value: object, kind: object, loc: Loc, written: Loc) -> object:
         """Returns a value of the file in our words, without unknown keys, which it notes.
@@ -100,12 +107,12 @@ class _Reader:
         if written in self.written:
             self.lines[loc] = self.written[written]
         if isinstance(value, list):
-            item = _item(kind)
+            item = item_of(kind)
             return [self.in_our_words(v, item, (*loc, i), (*written, i)) for i, v in enumerate(value)]
-        section = _section(kind)
+        section = section_of(kind)
         if not isinstance(value, dict) or section is None:
             return value
-        known, table = _fields(section), {}
+        known, table = types_of(section), {}
         for word, content in value.items():
             ours, place = our_word(word, known), (*written, word)
             if ours in table or (ours != word and ours in value):
@@ -123,11 +130,11 @@ class _Reader:
 
     def where_it_belongs(self, word: str, loc: Loc, known: Mapping[str, object]) -> str:
         """Returns what to do about a key that is unknown in the table at `loc`."""
-        if loc and our_word(word, _fields(self.cls)) in _fields(self.cls):
+        if loc and our_word(word, types_of(self.cls)) in types_of(self.cls):
             return "it belongs to the top of the file, above the first [table]"
-        for name, kind in _fields(self.cls).items():
-            section = _section(kind)
-            if (name,) != loc and section is not None and our_word(word, _fields(section)) in _fields(section):
+        for name, kind in types_of(self.cls).items():
+            section = section_of(kind)
+            if (name,) != loc and section is not None and our_word(word, types_of(section)) in types_of(section):
                 return f"it belongs under [{name}]"
         return did_you_mean(word, known)
 
@@ -142,9 +149,10 @@ class _Reader:
             except ValidationError as e:
                 before = list(self.wrong)
                 for error in e.errors(include_url=False):
-                    for loc, message in _mistakes(error, self.cls):
-                        if not any(_related(loc, other) for other in before):
+                    for loc, message, others in _mistakes(error, self.cls):
+                        if not any(_related(place, known) for place in (loc, *others) for known in before):
                             self.note(loc, message, key=error["loc"])
+                            self.wrong.append(loc)
                 new = self.wrong[len(before) :]
                 if not new or () in new:
                     return None
@@ -157,14 +165,14 @@ class _Reader:
         for i, part in enumerate(loc):
             last = i + 1 == len(loc)
             if isinstance(table, list) and isinstance(part, int) and part < len(table):
-                kind = _item(kind)
+                kind = item_of(kind)
                 if last:
                     table[part] = self.stand_in(kind)
                     return
                 table = table[part]
-            elif isinstance(table, dict) and isinstance(part, str) and (section := _section(kind)) is not None:
-                kind = _fields(section)[part]
-                holds = _section(kind) is not None or _section(_item(kind)) is not None
+            elif isinstance(table, dict) and isinstance(part, str) and (section := section_of(kind)) is not None:
+                kind = types_of(section)[part]
+                holds = section_of(kind) is not None or section_of(item_of(kind)) is not None
                 if last or not holds or part not in table:
                     table.pop(part, None)
                     if part in _required(section):
@@ -174,10 +182,10 @@ class _Reader:
 
     def stand_in(self, kind: object) -> object:
         """Returns a value that a field of this type accepts, and that no other is."""
-        kind, section = _plain(kind), _section(kind)
+        kind, section = _plain(kind), section_of(kind)
         self.stand_ins += 1
         if section is not None:
-            return {name: self.stand_in(_fields(section)[name]) for name in _required(section)}
+            return {name: self.stand_in(types_of(section)[name]) for name in _required(section)}
         if get_origin(kind) is Literal:
             return get_args(kind)[0]
         if get_origin(kind) is tuple:
@@ -228,30 +236,37 @@ def _related(one: Loc, other: Loc) -> bool:
     return one[:shorter] == other[:shorter]
 
 
-def _mistakes(error: ErrorDetails, cls: type) -> list[tuple[Loc, str]]:
-    """Returns place and description, in TOML's terms, of what pydantic has found."""
+def _mistakes(error: ErrorDetails, cls: type) -> list[tuple[Loc, str, list[Loc]]]:
+    """Returns place and description, in TOML's terms, of what pydantic has found, and what other places it is about."""
     loc, shown = error["loc"], repr(error["input"])
     shown = shown if len(shown) <= 80 else shown[:77] + "..."
     match error["type"]:
         case "missing":
-            return [(loc, f"missing; wanted {_described(_kind_at(cls, loc), loc)}")]
+            return [(loc, f"missing; wanted {_described(_kind_at(cls, loc), loc)}", [])]
         case "value_error":
             own = error["ctx"]["error"]
             found = own.found if isinstance(own, Mistakes) else [own]
-            return [((*loc, *_loc(getattr(e, "param", None))), getattr(e, "message", str(e))) for e in found]
+            return [
+                (
+                    (*loc, *_loc(e.param if isinstance(e, JaxLoraError) else None)),
+                    e.message if isinstance(e, JaxLoraError) else str(e),
+                    [(*loc, *_loc(other)) for other in e.others] if isinstance(e, DoNotGoTogether) else [],
+                )
+                for e in found
+            ]
         case "literal_error" | "enum" if isinstance(error["input"], str):
             known = re.findall(r"'(.*?)'", error["ctx"]["expected"])
             close = meant(error["input"], known)
             shown += f"; did you mean '{close}'?" if close else ""
     wanted = error["msg"].replace("Input should be", "must be").replace("an object", "a table")
-    return [(loc, f"{wanted}, got {shown}")]
+    return [(loc, f"{wanted}, got {shown}", [])]
 
 
 def _described(kind: object, loc: Loc) -> str:
     """Describes the values of a type in TOML's terms."""
-    if (section := _section(kind)) is not None:
+    if (section := section_of(kind)) is not None:
         return f"a table [{_key(loc)}] with {', '.join(_required(section)) or 'any of its keys'}"
-    if (section := _section(_item(kind))) is not None:
+    if (section := section_of(item_of(kind))) is not None:
         return f"at least one [[{_key(loc)}]] table with {', '.join(_required(section))}"
     names: dict[object, str] = {
         str: "a string",
@@ -270,20 +285,20 @@ def _plain(kind: object) -> object:
     return kind
 
 
-def _section(kind: object) -> type | None:
+def section_of(kind: object) -> type | None:
     """Returns the dataclass that a type is."""
     kind = _plain(kind)
     return kind if isinstance(kind, type) and is_dataclass(kind) else None
 
 
-def _item(kind: object) -> object:
+def item_of(kind: object) -> object:
     """Returns the type of an array's items; None: it is no array's."""
     kind = _plain(kind)
     return get_args(kind)[0] if get_origin(kind) is tuple else None
 
 
 @functools.cache
-def _fields(section: type) -> dict[str, object]:
+def types_of(section: type) -> dict[str, object]:
     """Returns name → type of the fields of a dataclass."""
     return get_type_hints(section)
 
@@ -297,6 +312,6 @@ def _required(section: type) -> list[str]:
 def _kind_at(kind: object, parts: Loc) -> object:
     """Returns the type of what stands at a place."""
     for part in parts:
-        section = _section(kind)
-        kind = _item(kind) if isinstance(part, int) or section is None else _fields(section)[part]
+        section = section_of(kind)
+        kind = item_of(kind) if isinstance(part, int) or section is None else types_of(section)[part]
     return kind

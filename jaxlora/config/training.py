@@ -196,7 +196,8 @@ class Recipe:
     three passes, betas, eps and clip: the Trainer of transformers.
     """
 
-    loss: LossName = "cross_entropy"  # dpo takes preference lines; those after it, lines with logprobs and advantages
+    # Else dpo, which takes preference lines, or importance_sampling, ppo, cispo, dro or gspo, which take rollouts.
+    loss: LossName = "cross_entropy"
     beta: float | None = None  # of dpo (default 0.1) and dro (0.05)
     clip_low: float | None = None  # bounds of the ratio in ppo and gspo (default 0.8 and 1.2) and cispo (0 and 4)
     clip_high: float | None = None
@@ -204,8 +205,8 @@ class Recipe:
     alpha: float = 32.0  # the adapter's output is scaled by alpha / rank
     targets: tuple[str, ...] = LAYER_TARGETS
     rslora: bool = False  # scale by alpha / sqrt(rank) instead
-    lr: float | None = None  # peak learning rate, reached after the warm-up; None: `default_lr` of the base
-    schedule: Schedule = "linear"
+    lr: float | None = None  # peak learning rate, after the warm-up; None: by the width of the base
+    schedule: Schedule = "linear"  # of lr after the warm-up: constant, linear or cosine
     warmup_steps: int | None = None  # steps of this tenant in which lr rises from 0; 0 is none; None: 3 % of its steps
     weight_decay: float = OPTIMIZER.weight_decay  # AdamW, per step, multiplied by lr
     b1: float = OPTIMIZER.b1
@@ -215,7 +216,7 @@ class Recipe:
     loraplus_ratio: float = OPTIMIZER.loraplus_ratio  # lr of B over lr of A; LoRA+ suggests 16
     dropout: float = 0.0  # dropout rate of the inputs of A in training; never applied to lm_head
     batch: int = 8  # examples per step; a batch that does not fit a step is accumulated over several
-    steps: int | None = None  # optimizer steps of this tenant; None: those of the file, or PASSES over its data
+    steps: int | None = None  # optimizer steps of this tenant; None: those of the file, or 3 passes over its data
     seed: int = 0  # seed of the adapter's initial weights and of the order of its examples
 
     def __post_init__(self) -> None:
@@ -296,7 +297,7 @@ class TrainConfig:
     out: TomlPathByDefault = Path("runs")  # folder of runs: checkpoints, metrics, adapters
     memory_gb: float | None = None  # most memory of the device that the run may take; None: what is available
     memory_share: float = 0.9  # of that memory, what is planned with
-    # None, of these four: chosen from that memory, the base and the tenants.
+    # Left out, these four are chosen from that memory, the base and the tenants.
     lanes: int | None = None  # packed rows in one batch, each of one tenant
     # Predictions in a lane: whole blocks of 32, or less than one; an example has at most one token more.
     lane_tokens: int | None = None
@@ -329,18 +330,22 @@ class TrainConfig:
         for i, rank in enumerate(ranks):
             if rank >= most or rank in ranks[:i]:
                 wanted = f"must be its own and less than max_rank = {self.max_rank}, got {ranks}"
-                check.refuse(f"bucket[{i}].rank", f"the rank of each [[bucket]] {wanted}")
+                others = [f"bucket[{j}].rank" for j in range(len(ranks))]
+                check.refuse(f"bucket[{i}].rank", f"the rank of each [[bucket]] {wanted}", *others)
         for i, t in enumerate(self.tenant):
             if t.rank > most:
                 wanted = f"more than max_rank = {self.max_rank}; raise max_rank or lower it"
                 check.refuse(f"tenant[{i}].rank", f"tenant {t.name} has rank {t.rank}, {wanted}")
+        if any(t.rank > most for t in self.tenant):
+            return
         below = 0
         for rank, slots in [*sorted((b.rank, b.slots) for b in self.bucket), (most, self.slots)]:
             sitting = [t.name for t in self.tenant if below < t.rank <= rank]
             if slots is not None and len(sitting) > slots:
                 where = f"of rank {below + 1} to {rank}" if self.bucket else "in the file"
                 wanted = f"need as many slots, but there are {slots}; raise `slots`"
-                check.refuse("slots", f"{len(sitting)} tenants {where} {wanted}")
+                ranks_of_all = [f"tenant[{i}].rank" for i in range(len(self.tenant))]
+                check.refuse("slots", f"{len(sitting)} tenants {where} {wanted}", *ranks_of_all)
             below = rank
 
     def check_warmups(self, check: Checks) -> None:
@@ -350,7 +355,8 @@ class TrainConfig:
                 try:
                     t.optimizer(default_steps=self.steps, default_lr=OPTIMIZER.lr)
                 except ConfigInvalid as e:
-                    check.refuse(f"tenant[{i}].warmup_steps", f"tenant {t.name}: {e.message}")
+                    key = f"tenant[{i}].warmup_steps"
+                    check.refuse(key, f"tenant {t.name}: {e.message}", "steps", f"tenant[{i}].steps")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -58,7 +58,7 @@ def in_our_words[**P, R](function: Callable[P, R]) -> Callable[P, R]:
 
     It then raises TypeError, as Python does, also for two words for the same.
     """
-    known = [name for name in inspect.signature(function).parameters if name != "self"]
+    known = [name for name in inspect.signature(function).parameters if name not in ("self", "cls")]
 
     @functools.wraps(function)
     def called(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from jaxlora.core.errors import ConfigInvalid, JaxLoraError
 from serve.cli.adapters import EXPORT_EXAMPLES, IMPORT_EXAMPLES, adapters, export, import_adapter
+from serve.cli.init import init
 from serve.cli.jobs import files, jobs
 from serve.cli.keys import keys
 from serve.cli.options import HERE, Json, Key, Url
@@ -276,6 +277,7 @@ def kernels(
         raise ConfigInvalid(f"bench kernels: {e}") from e
 
 
+app.add_typer(init, name="init")
 app.add_typer(adapters, name="adapters")
 app.command("import", epilog=IMPORT_EXAMPLES)(import_adapter)
 app.add_typer(keys, name="keys")

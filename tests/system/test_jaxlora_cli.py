@@ -12,16 +12,19 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from jaxlora.config.serving import serve_defaults
+from jaxlora.config.base import ModelSection
+from jaxlora.config.serving import ServeConfig
+from jaxlora.config.training import TrainConfig, load
 from jaxlora.core.errors import AdapterInvalid, ConfigInvalid
 from serve.cli import doctor
 from serve.cli import main as cli
 
 ROOT = Path(__file__).resolve().parents[2]
+TRAIN = str(ROOT / "configs/train_two_tenants.toml")
 # pydantic is not in it: typer itself imports it for the help of a command.
 HEAVY = {"jax", "flax", "optax", "numpy", "fastapi", "transformers", "uvicorn", "sqlalchemy", "httpx2"}
 HEAVY |= {"train", "pallas_kernels"}
-COMMANDS = ("demo", "serve", "chat", "train", "export", "doctor")
+COMMANDS = ("demo", "serve", "chat", "train", "export", "doctor", "init serve", "init train")
 MAINS = ("serve.demo.command", "serve.server.build", "serve.cli.chat", "train.run.command", "pallas_kernels.bench.run")
 
 
@@ -39,7 +42,7 @@ def run(*arguments: str, width: int = 200):
     return CliRunner(env={"COLUMNS": str(width), "NO_COLOR": "1"}).invoke(cli.app, list(arguments))
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([c, "--help"] for c in COMMANDS)])
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([*c.split(), "--help"] for c in COMMANDS)])
 def test_help_imports_nothing_heavy(arguments):
     code = "import sys, serve.cli.main\ntry: serve.cli.main.main()\nfinally: print('\\nLOADED', *sorted(sys.modules))"
     out = subprocess.run(
@@ -53,12 +56,12 @@ def test_help_imports_nothing_heavy(arguments):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_each_help_shows_an_example(command):
-    assert f"Example:  jaxlora {command}" in run(command, "--help").output
+    assert f"Example:  jaxlora {command}" in run(*command.split(), "--help").output
 
 
 def test_help_names_every_command():
     output = run("--help").output
-    assert [c for c in COMMANDS if c not in output] == []
+    assert [c for c in COMMANDS if c.split()[0] not in output] == []
 
 
 def test_version():
@@ -83,14 +86,14 @@ def test_chat_hands_on_its_options(entry):
 
 
 def test_train_hands_on_its_path(entry):
-    assert run("train", "c.toml").exit_code == 0
-    assert entry == [("train.run.command", (Path("c.toml"),), {})]
+    assert run("train", TRAIN).exit_code == 0
+    assert entry == [("train.run.command", (load(Path(TRAIN), TrainConfig),), {})]
 
 
 def test_serve_with_a_model_only(entry):
     assert run("serve", "--model", "smollm2").exit_code == 0
     told = {"adopt": False, "new_base": False}
-    assert entry == [("serve.server.build", (serve_defaults("smollm2", Path("adapters")), None), told)]
+    assert entry == [("serve.server.build", (ServeConfig(model=ModelSection(path="smollm2")), None), told)]
 
 
 def test_serve_is_told_what_it_may_take_over(entry):
@@ -121,6 +124,9 @@ def test_serve_options_replace_what_the_file_says(entry):
         ),
         pytest.param(["demo", "--port", "x"], "Invalid value for '--port'", id="not-a-number"),
         pytest.param(["nonsense"], "No such command 'nonsense'", id="no-command"),
+        pytest.param(["srve"], "Did you mean 'serve'?", id="close-to-a-command"),
+        pytest.param(["jobs", "creat"], "Did you mean 'create'?", id="close-to-a-command-of-jobs"),
+        pytest.param(["serve", "--modl", "m"], "Possible options: --model", id="close-to-an-option"),
     ],
 )
 def test_bad_input_is_exit_2_and_a_line(entry, arguments, message):
@@ -130,35 +136,86 @@ def test_bad_input_is_exit_2_and_a_line(entry, arguments, message):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize("command", ["serve", "train"])
+def test_a_wrong_file_is_told_before_jax_is_imported(command, tmp_path):
+    """Importing JAX is most of a start; without it, the answer comes at once."""
+    (tmp_path / "c.toml").write_text("slot = 1\nmax_rank = 0\n")
+    code = "import sys, serve.cli.main\ntry: serve.cli.main.main()\nfinally: print('LOADED', *sorted(sys.modules))"
+    command_line = [sys.executable, "-c", code, command, str(tmp_path / "c.toml")]
+    done = subprocess.run(command_line, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 2
+    assert f"{tmp_path}/c.toml:1: slot: unknown key; did you mean slots?\n" in done.stderr
+    assert f"{tmp_path}/c.toml:2: max_rank must be at least 1, got 0\n" in done.stderr
+    loaded = {name.split(".")[0] for name in done.stdout.split("LOADED")[1].split()}
+    assert "jaxlora" in loaded
+    assert loaded & {"jax", "jaxlib", "flax", "train", "transformers"} == set()
+
+
+@pytest.mark.parametrize(("command", "cls"), [("serve", ServeConfig), ("train", TrainConfig)])
+def test_init_writes_a_file_that_the_command_takes(command, cls, tmp_path, monkeypatch, entry):
+    monkeypatch.chdir(tmp_path)
+    written = run("init", command)
+    assert written.exit_code == 0, written.output
+    file = tmp_path / f"{command}.toml"
+    assert written.stdout.splitlines()[0] == f"wrote {file.name}"
+    assert written.stdout.splitlines()[-1].split(": ")[-1] == f"jaxlora {command} {file.name}"
+    assert run(command, file.name).exit_code == 0
+    assert entry[0][1][0] == load(Path(file.name), cls)
+
+
+def test_init_replaces_a_file_only_if_forced(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text("mine")
+    refused = run("init", "serve", str(file))
+    assert (refused.exit_code, file.read_text()) == (2, "mine")
+    assert refused.stderr == f"jaxlora: {file} is there; name another file, or add --force to replace it\n"
+    assert run("init", "serve", str(file), "--force").exit_code == 0
+    assert load(file, ServeConfig)
+
+
+def test_init_shows_the_file_on_the_screen(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shown = run("init", "train", "-")
+    assert (shown.exit_code, list(tmp_path.iterdir())) == (0, [])
+    (tmp_path / "shown.toml").write_text(shown.stdout)
+    assert load(tmp_path / "shown.toml", TrainConfig)
+
+
+def test_init_says_where_it_cannot_write(tmp_path):
+    refused = run("init", "serve", str(tmp_path / "none" / "serve.toml"))
+    assert (refused.exit_code, refused.stderr.count("\n")) == (2, 1)
+    assert "cannot be written (No such file or directory)" in refused.stderr
+
+
 def fails_with(monkeypatch, error: BaseException) -> None:
-    def main(config_path: Path) -> None:
+    def main(config: TrainConfig) -> None:
         raise error
 
     monkeypatch.setattr("train.run.command.main", main)
 
 
-def test_our_error_is_one_line_and_exit_2(monkeypatch):
+def test_our_error_is_shown_as_it_is_and_exit_2(monkeypatch):
     fails_with(monkeypatch, AdapterInvalid("two\n  lines"))
-    result = run("train", "c.toml")
-    assert (result.exit_code, result.stderr) == (2, "jaxlora: two lines\n")
+    result = run("train", TRAIN)
+    assert (result.exit_code, result.stderr) == (2, "jaxlora: two\n  lines\n")
 
 
 def test_another_error_keeps_its_traceback(monkeypatch):
     fails_with(monkeypatch, ZeroDivisionError("ours"))
-    assert isinstance(run("train", "c.toml").exception, ZeroDivisionError)
+    assert isinstance(run("train", TRAIN).exception, ZeroDivisionError)
 
 
 def test_ctrl_c_is_exit_130():
     code = (
         "import os, signal, sys, time, types, serve.cli.main as cli\n"
-        "def main(path):\n"
+        "def main(config):\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    time.sleep(30)\n"
         "sys.modules['train.run.command'] = types.SimpleNamespace(main=main)\n"
         "cli.main()"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, "train", "c.toml"], capture_output=True, text=True, check=False, cwd=ROOT
+        [sys.executable, "-c", code, "train", TRAIN], capture_output=True, text=True, check=False, cwd=ROOT
     )
     assert (done.returncode, done.stderr) == (128 + signal.SIGINT, "jaxlora: interrupted\n")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args, get_type_hints
@@ -13,8 +14,8 @@ import pytest
 from small_world import tiny_path
 
 from jaxlora.checkpoints.hf import HfSource
-from jaxlora.config.serving import ServeConfig, serve_defaults
-from jaxlora.config.toml import PathOrName, TomlPath
+from jaxlora.config.serving import ServeConfig, filled, serve_defaults
+from jaxlora.config.toml import PathOrName, TomlPath, TomlPathByDefault
 from jaxlora.config.training import LOSSES, Loss, Optimizer, Recipe, TrainConfig, default_lr, load
 from jaxlora.core.errors import ConfigInvalid
 from jaxlora.core.lora import LAYER_TARGETS, LoraSpec
@@ -76,8 +77,9 @@ def written(folder: Path, **changed: str | None) -> Path:
 def refusal(path: Path, cls: type = Outer) -> str:
     with pytest.raises(ConfigInvalid) as e:
         load(path, cls)
-    assert str(path) in e.value.message
-    return e.value.message.removeprefix(f"{path}: ")
+    message = re.sub(rf"^{re.escape(str(path))}(:\d+)?: ", "", e.value.message)
+    assert message != e.value.message
+    return message
 
 
 def test_every_kind_of_field(tmp_path):
@@ -123,12 +125,10 @@ def test_path_or_name_that_is_there(tmp_path):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        pytest.param({"extra": "1"}, "extra: unknown key (known here: count, ratio, ", id="unknown"),
-        pytest.param(
-            {"inner": "{size = 1, depth = 2}"}, "inner.depth: unknown key (known here: size)", id="unknown-in"
-        ),
-        pytest.param({"count": None}, "count: missing (wanted int)", id="missing"),
-        pytest.param({"inner": "{}"}, "inner.size: missing (wanted int)", id="missing-in-table"),
+        pytest.param({"extra": "1"}, "extra: unknown key; known here: count, ratio, ", id="unknown"),
+        pytest.param({"inner": "{size = 1, depth = 2}"}, "inner.depth: unknown key; known here: size", id="unknown-in"),
+        pytest.param({"count": None}, "count: missing; wanted an integer", id="missing"),
+        pytest.param({"inner": "{}"}, "inner.size: missing; wanted an integer", id="missing-in-table"),
         pytest.param({"rows": "[{size = 2}, {}]"}, "rows[1].size: missing", id="missing-in-array"),
         pytest.param({"count": "1.0"}, "count: must be a valid integer, got 1.0", id="int-float"),
         pytest.param({"count": "true"}, "count: must be a valid integer, got True", id="int-bool"),
@@ -187,17 +187,15 @@ def test_the_mistakes_of_a_file_are_told_at_once(tmp_path):
     path = written(tmp_path, count="1.5", inner="{size = 0, depth = 1}", rows="[{size = 1}, {}]", text=None)
     with pytest.raises(ConfigInvalid) as e:
         load(path, Outer)
-    assert e.value.param == "inner.depth"
-    assert e.value.message == (
-        f"{path}: inner.depth: unknown key (known here: size); count: must be a valid integer, got 1.5; "
-        "text: missing (wanted str); rows[1].size: missing (wanted int)"
-    )
-
-
-def test_of_many_mistakes_the_first_are_told(tmp_path):
-    path = written(tmp_path, **{f"x{i}": "1" for i in range(8)})
-    assert refusal(path).count("unknown key") == 5
-    assert refusal(path).endswith("; and 3 more mistakes")
+    assert e.value.param == "count"
+    assert e.value.message.splitlines() == [
+        f"{path}: 5 mistakes",
+        f"{path}:1: count: must be a valid integer, got 1.5",
+        f"{path}:1: text: missing; wanted a string",
+        f"{path}:8: inner: size must be at least 1, got 0",
+        f"{path}:8: inner.depth: unknown key; known here: size",
+        f"{path}:9: rows[1].size: missing; wanted an integer",
+    ]
 
 
 @pytest.mark.parametrize("cls", [TrainConfig, ServeConfig])
@@ -208,7 +206,7 @@ def test_every_path_of_the_settings_starts_at_their_file(cls):
         found = todo.pop()
         if isinstance(found, type) and dataclasses.is_dataclass(found):
             todo += get_type_hints(found, include_extras=True).values()
-        elif found == TomlPath:
+        elif found in (TomlPath, TomlPathByDefault):
             seen.append(found)
         else:
             assert found is not Path
@@ -329,7 +327,7 @@ def test_example_train_and_heldout_lines_differ(file):
 
 def test_example_serve_config_equals_the_defaults():
     c = load(ROOT / "configs/serve_smollm2.toml", ServeConfig)
-    assert c == serve_defaults("smollm2", c.adapters)
+    assert filled(c) == serve_defaults("smollm2", c.adapters)
     assert c.adapters.resolve() == ROOT / "runs/adapters"
 
 
@@ -381,7 +379,7 @@ def changed_example(tmp_path: Path, name: str, old: str, new: str) -> Path:
         ),
         ("save_every = 20", "save_every = 0", "save_every must be at least 1"),
         ("[model]", "[mesh]\ndata = 0\nfsdp = 1\ntensor = 1\n[model]", "mesh: data must be at least 1"),
-        ("[model]", "[mesh]\ndata = 2\n[model]", "mesh.fsdp: missing"),
+        ("[model]", "[mesh]\nfsdp = 0\n[model]", "mesh: fsdp must be at least 1"),
         ('path = "smollm2"', 'path = " "', "model: path must be"),
         ('dtype = "auto"', 'dtype = "float16"', "model.dtype: must be 'float32', 'bfloat16' or 'auto'"),
         ('dtype = "auto"', 'dtype = "auto"\nprecision = "max"', "model.precision: must be 'auto', 'default'"),
