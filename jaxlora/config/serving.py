@@ -318,6 +318,7 @@ class SizedConfig(ServeConfig):
     max_waiting_tokens: int
     host_adapters_gb: float
     host_kv_gb: float
+    host_states_gb: float
     training: SizedTraining | None = None
 
 

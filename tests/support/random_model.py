@@ -42,9 +42,7 @@ class Shape:
         return found
 
 
-QWEN3_06B = Shape(
-    layers=28, d_model=1024, d_ff=3072, heads=16, kv_heads=8, head_dim=128, vocab=151_936, context=40_960
-)
+QWEN3_06B = Shape(layers=28, d_model=1024, d_ff=3072, heads=16, kv_heads=8, head_dim=128, vocab=151_936, context=40_960)
 SCALED = Shape(layers=8, d_model=512, d_ff=1536, heads=8, kv_heads=4, head_dim=64, vocab=32_000, context=2048)
 
 

@@ -270,7 +270,12 @@ def test_doctor_shows_memory_and_the_plan_of_a_model():
     tiny = str(ROOT / "tests/fixtures/tiny-llama-tied")
     result = run("doctor", "--model", tiny, "--memory-gb", "3", width=500)
     assert result.exit_code == 0
-    for part in ("memory            3.0 GB, memory_gb", "plan: memory      process 0.7 + ", "of 3.0 GB", "8 rows x 2,048 tokens"):
+    for part in (
+        "memory            3.0 GB, memory_gb",
+        "plan: memory      process 0.7 + ",
+        "of 3.0 GB",
+        "8 rows x 2,048 tokens",
+    ):
         assert part in result.output
     assert [line for line in run("doctor").output.splitlines() if line.startswith("plan")] == []
     short = run("doctor", "--model", tiny, "--memory-gb", "0.5", width=500)

@@ -113,9 +113,9 @@ def test_the_start_prints_the_plan(capsys):
 
 
 def test_an_allocation_that_fails_is_one_line():
-    with pytest.raises(ConfigInvalid, match=r"memory ran out while starting .*; lower kv_pages"):
-        with memory_errors("starting", "kv_pages"):
-            jax.block_until_ready(jax.jit(lambda: jnp.zeros((2**50,), jnp.int8))())
+    told = r"memory ran out while starting .*; lower kv_pages"
+    with pytest.raises(ConfigInvalid, match=told), memory_errors("starting", "kv_pages"):
+        jax.block_until_ready(jax.jit(lambda: jnp.zeros((2**50,), jnp.int8))())
     with pytest.raises(ConfigInvalid, match="memory ran out"), memory_errors("starting", "kv_pages"):
         raise MemoryError
     with pytest.raises(jax.errors.JaxRuntimeError), memory_errors("starting", "kv_pages"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -96,7 +97,7 @@ def accelerator(nbytes: float, **split: int) -> Machine:
 )
 def test_a_limit_is_used_and_kept(config, dtype, least, gb):
     if gb < least:
-        with pytest.raises(ConfigInvalid, match=rf"does not fit: .*give it [\d.]+ GB \(memory_gb\)"):
+        with pytest.raises(ConfigInvalid, match=r"does not fit: .*give it [\d.]+ GB \(memory_gb\)"):
             plan_server(EMPTY, shape(config, dtype), machine(gb * 1e9))
         return
     plan = plan_server(EMPTY, shape(config, dtype), machine(gb * 1e9))
@@ -107,7 +108,7 @@ def test_a_limit_is_used_and_kept(config, dtype, least, gb):
 
 def test_more_memory_never_gives_less():
     plans = [plan_server(EMPTY, shape(), machine(gb * 1e9)).config for gb in (2.1, 2.5, 3, 4, 6, 8, 16)]
-    for less, more in zip(plans, plans[1:], strict=False):
+    for less, more in itertools.pairwise(plans):
         for key in ("rows", "slots", "max_rank", "prefill_lanes"):
             assert getattr(less, key) <= getattr(more, key)
         assert less.training.lane_tokens <= more.training.lane_tokens
@@ -129,7 +130,9 @@ def test_what_is_given_stays():
 
 def test_the_start_says_where_memory_goes_and_which_keys_change_it():
     where, sizes = plan_server(EMPTY, shape(), machine(8e9)).lines()
-    assert re.fullmatch(r"memory: (\w+ \d+\.\d \+ )+\w+ \d+\.\d = 7\.2 of 8\.0 GB, memory_gb \(memory_gb, memory_share\)", where)
+    assert re.fullmatch(
+        r"memory: (\w+ \d+\.\d \+ )+\w+ \d+\.\d = 7\.2 of 8\.0 GB, memory_gb \(memory_gb, memory_share\)", where
+    )
     assert {"weights", "slots", "KV", "training", "steps", "caches", "readers", "process"} <= set(where.split())
     for words in ("8 rows x ", "(rows, kv_pages)", "8 slots of rank 32 (slots, max_rank)", "4 lanes x 256 tokens"):
         assert words in sizes
@@ -217,7 +220,11 @@ def test_lanes_of_a_training_run_come_from_memory():
 
 def test_less_is_kept_and_more_fits():
     def lanes(**settings: object) -> int:
-        return sum(plan_training(run(lanes=8, lane_tokens=512, **settings), LAYER_TARGETS, shape(), machine(64e9)).needs.values())
+        return sum(
+            plan_training(
+                run(lanes=8, lane_tokens=512, **settings), LAYER_TARGETS, shape(), machine(64e9)
+            ).needs.values()
+        )
 
     assert lanes(remat="nothing") < lanes() < lanes(remat="everything")
     assert lanes(moments="uint8") < lanes(moments="bfloat16") < lanes()
