@@ -29,7 +29,7 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2}
 
 # ---- what was measured: Python, JAX and XLA with all programs compiled, without a base's arrays -------------------
 PROCESS_BYTES = 700 * 10**6
-READER_BYTES = 130 * 10**6  # a process that reads training files, before it reads one
+READER_BYTES = 95 * 10**6  # a process that reads training files, before it reads one
 READERS = 2
 
 # Copies of logits in float32: of a row that is sampled, and of a tile of scored prompt tokens or of a lane's loss.
