@@ -299,10 +299,9 @@ def main(config: ServeConfig, file: Path | None, *, adopt: bool = False, new_bas
     compile_cache.enable(None)
     with opened_instance(config, adopt=adopt) as instance:
         found, sized = planned(config)
-        with memory_errors(f"starting with {found.name}", SIZE_KEYS):
+        with memory_errors(f"serving {found.name}", SIZE_KEYS):
             opened = load_found(found, config.model, config.mesh)
-            opened = same_base(instance.database, config, opened, take=new_base)
-        _serve(sized, file, instance, opened)
+            _serve(sized, file, instance, same_base(instance.database, config, opened, take=new_base))
 
 
 def planned(config: ServeConfig, say: Callable[[str], None] = print) -> tuple[Found, SizedConfig]:
@@ -322,8 +321,7 @@ def planned(config: ServeConfig, say: Callable[[str], None] = print) -> tuple[Fo
 def _serve(config: SizedConfig, file: Path | None, instance: Instance, opened: Opened) -> None:
     store = open_store(config, instance.remote)
     try:
-        with memory_errors(f"starting with {opened.name}", SIZE_KEYS):
-            runner = make_runner(opened, config, store)
+        runner = make_runner(opened, config, store)
         with (
             observing(runner, config) as observers,
             services(
@@ -332,8 +330,7 @@ def _serve(config: SizedConfig, file: Path | None, instance: Instance, opened: O
         ):
             http = make_http(runner, own.app, host=config.host, port=config.port, grace_s=config.grace_s)
             try:
-                with memory_errors(f"starting with {opened.name}", SIZE_KEYS):
-                    begin(runner, opened, config, own)
+                begin(runner, opened, config, own)
                 http.listen()  # requests are taken from the next line on
                 if own.keyless:
                     print("there are no keys: anyone on this machine may do everything (see jaxlora keys --help)")

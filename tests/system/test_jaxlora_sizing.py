@@ -24,6 +24,7 @@ from jaxlora.config.base import ONE_DEVICE, MeshSection, ModelSection
 from jaxlora.config.serving import ServeConfig
 from jaxlora.config.training import TenantSection, TrainConfig, filled
 from jaxlora.core.errors import ConfigInvalid
+from jaxlora.core.host_memory import MemoryLimit
 from jaxlora.core.lora import ALL_TARGETS, LAYER_TARGETS
 from jaxlora.model.kv_cache import empty_pages
 from jaxlora.model.lora_pool import PoolSpec, empty_pool
@@ -64,6 +65,14 @@ def test_a_machine_knows_its_devices_and_its_limit():
     assert (machine.device.nbytes, machine.device.own, machine.devices, machine.rows) == (1.5e9, True, 6, 2)
     assert (machine.parts["embed"], machine.parts["kv_heads"], machine.parts["layers"]) == (2, 3, 1)
     assert 0 < machine_of(ONE_DEVICE, None).device.nbytes < 2**50
+
+
+@pytest.mark.parametrize(("own", "gb"), [(True, 1.0), (False, 2.0)], ids=["a limit", "what is available"])
+def test_memory_gb_yields_to_a_limit_alone(monkeypatch, own, gb):
+    limit = MemoryLimit(nbytes=10**9, origin="the limit of the control group", own=own)
+    monkeypatch.setattr("jaxlora.model.machine.host_limit", lambda: limit)
+    assert machine_of(ONE_DEVICE, 2.0).device.nbytes == gb * 1e9
+    assert machine_of(ONE_DEVICE, 0.5).device.nbytes == 0.5e9
 
 
 def test_a_dtype_that_nobody_gave_gives_way(monkeypatch):
@@ -118,6 +127,8 @@ def test_an_allocation_that_fails_is_one_line():
         jax.block_until_ready(jax.jit(lambda: jnp.zeros((2**50,), jnp.int8))())
     with pytest.raises(ConfigInvalid, match="memory ran out"), memory_errors("starting", "kv_pages"):
         raise MemoryError
+    with pytest.raises(ConfigInvalid, match="Out of memory allocating"), memory_errors("starting", "kv_pages"):
+        raise ValueError("RESOURCE_EXHAUSTED: Out of memory allocating 271319040 bytes.")
     with pytest.raises(jax.errors.JaxRuntimeError), memory_errors("starting", "kv_pages"):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
