@@ -1,3 +1,3 @@
 """Settings as frozen dataclasses, each checked once, and the strict TOML loader.
 May import core; no jax.
-Recipe and serve_defaults are the only places of defaults; nothing that a checkpoint decides has one."""
+The fields are the only places of defaults; nothing that a checkpoint decides has one."""

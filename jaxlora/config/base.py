@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
 from jaxlora.config.toml import DoNotGoTogether, Mistakes, PathOrName
+from jaxlora.config.words import meant
 from jaxlora.core.errors import JaxLoraError
 
 if TYPE_CHECKING:
@@ -86,6 +88,8 @@ class ModelSection:
         with Checks() as check:
             wanted = f'"{DEMO_MODEL}", a directory, a .gguf file or a hub id'
             check.need(bool(self.path.strip()), "path", wanted, self.path)
+            if self.path != DEMO_MODEL and meant(self.path, [DEMO_MODEL]) and not Path(self.path).exists():
+                check.refuse("path", f"path must be {wanted}, got {self.path!r}; did you mean {DEMO_MODEL}?")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,10 +7,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from pydantic import BeforeValidator
-
 from jaxlora.config.base import ONE_DEVICE, Checks, Dtype, MeshSection, ModelSection, completed
-from jaxlora.config.toml import TomlPath, TomlPathByDefault
+from jaxlora.config.toml import NoneIfFalse, TomlPath, TomlPathByDefault
 from jaxlora.core.lora import check_name
 
 READ_MEMORY_BYTES = 2 * 2**30  # to read one training file, where nothing else is said or planned
@@ -179,7 +177,7 @@ class TrainingSection:
 
 
 # The section, or `training = false` in a file, which is None here: no jobs.
-Training = Annotated[TrainingSection | None, BeforeValidator(lambda given: None if given is False else given)]
+Training = Annotated[TrainingSection | None, NoneIfFalse]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -348,5 +346,6 @@ def filled(config: ServeConfig) -> SizedConfig:
 
 
 def serve_defaults(model: str, adapters: Path) -> SizedConfig:
-    """Returns the settings of `jaxlora serve --model`, whose own files lie beside the adapter store."""
-    return filled(ServeConfig(model=ModelSection(path=model), adapters=adapters, data=adapters.with_name("data")))
+    """Returns the settings of a server of those sizes that takes no jobs, and whose own files lie beside the adapter store."""
+    base = ModelSection(path=model)
+    return filled(ServeConfig(model=base, adapters=adapters, data=adapters.with_name("data"), training=None))

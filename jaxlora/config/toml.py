@@ -93,6 +93,7 @@ class _Reader:
         self.mistakes: list[Mistake] = []
         self.wrong: list[Loc] = []  # places whose values are wrong, and are replaced
         self.stand_ins = 0
+        self.told: set[Loc] = set()  # tables whose known keys have been told
 
     def note(self, loc: Loc, message: str, *, key: Loc | None = None) -> None:
         """Notes a mistake at a place; key: what to call it, if not by the place."""
@@ -121,7 +122,9 @@ class _Reader:
                 continue
             if ours not in known:
                 self.lines[(*loc, word)] = self.written[place]
-                self.note((*loc, word), f"unknown key; {self.where_it_belongs(word, loc, known)}")
+                self.note(
+                    (*loc, word), "; ".join(filter(None, ["unknown key", self.where_it_belongs(word, loc, known)]))
+                )
                 ours = meant(word, known) or word
                 if ours not in known or ours in table or ours in value:
                     continue
@@ -129,13 +132,17 @@ class _Reader:
         return table
 
     def where_it_belongs(self, word: str, loc: Loc, known: Mapping[str, object]) -> str:
-        """Returns what to do about a key that is unknown in the table at `loc`."""
+        """Returns what to do about a key that is unknown in the table at `loc`; tells once what is known there."""
         if loc and our_word(word, types_of(self.cls)) in types_of(self.cls):
             return "it belongs to the top of the file, above the first [table]"
         for name, kind in types_of(self.cls).items():
             section = section_of(kind)
             if (name,) != loc and section is not None and our_word(word, types_of(section)) in types_of(section):
                 return f"it belongs under [{name}]"
+        if meant(word, known) is None:
+            if loc in self.told:
+                return ""
+            self.told.add(loc)
         return did_you_mean(word, known)
 
     def read(self, table: object) -> object:
@@ -212,6 +219,8 @@ def _path_or_name(text: str, info: ValidationInfo[Path]) -> object:
     return _beside_file(text, info) if text and is_path else text
 
 
+# `false` in a file in place of a table: None.
+NoneIfFalse = BeforeValidator(lambda given: None if given is False else given)
 # A path; a relative one is resolved against the file's folder.
 TomlPath = Annotated[Path, BeforeValidator(_beside_file)]
 # Such a path with a default, which is resolved likewise.

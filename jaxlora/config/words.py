@@ -7,6 +7,8 @@ import inspect
 from collections.abc import Callable, Collection, Iterable
 from difflib import get_close_matches
 
+from jaxlora.core.errors import InvalidRequest
+
 # Documented word → words of other libraries that are accepted in its place.
 OTHERS = {
     "alpha": ("lora_alpha",),
@@ -56,7 +58,7 @@ def did_you_mean(word: str, known: Collection[str]) -> str:
 def in_our_words[**P, R](function: Callable[P, R]) -> Callable[P, R]:
     """Has a function accept others' words for its keyword arguments, and say of an unknown one which are known.
 
-    It then raises TypeError, as Python does, also for two words for the same.
+    It then raises InvalidRequest, also for two words for the same.
     """
     known = [name for name in inspect.signature(function).parameters if name not in ("self", "cls")]
 
@@ -65,9 +67,9 @@ def in_our_words[**P, R](function: Callable[P, R]) -> Callable[P, R]:
         for word in [word for word in kwargs if word not in known]:
             ours = our_word(word, known)
             if ours not in known:
-                raise TypeError(f"no argument is called {word}; {did_you_mean(word, known)}")
+                raise InvalidRequest(f"no argument is called {word}; {did_you_mean(word, known)}", param=word)
             if ours in kwargs:
-                raise TypeError(f"{word} means the same as {ours}, which is given, too; leave one out")
+                raise InvalidRequest(f"{word} means the same as {ours}, which is given, too; leave one out", param=word)
             kwargs[ours] = kwargs.pop(word)  # ty: ignore[invalid-assignment]  it is a dict
         return function(*args, **kwargs)
 

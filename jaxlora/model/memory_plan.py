@@ -291,6 +291,7 @@ def plan_server(config: ServeConfig, base: BaseShape, machine: Machine) -> Plan[
             list(_given_to_serve(config)),
             lambda config: least(config) is not None,
             _without_sizes(config),
+            None if config.training is None else replace(config, training=None),
         )
     sized = with_the_rest(config, sized, base, machine, usable)
     return Plan(
@@ -409,10 +410,12 @@ def _too_large[Config](
     given: Sequence[Given[Config]],
     fits: Callable[[Config], bool],
     free: Config,
+    alone: Config | None = None,
 ) -> ConfigInvalid:
     """Returns the error that names one setting to lower, the one that has to give way least.
 
     needs: of the least sizes beside those given.  free: the settings without any size.
+    alone: those of a server that does not train.
     """
     best: tuple[float, str, float] | None = None
     for key, value, with_value in given:
@@ -433,6 +436,11 @@ def _too_large[Config](
         keys = [key for key, *_ in given]
         return ConfigInvalid(f"{told}; leave out {', '.join(keys)}, and what fits is chosen", param=keys[0])
     wanted = math.ceil(total / share / GB * 100) / 100
+    if alone is not None and fits(alone):
+        return ConfigInvalid(
+            f"{told}; give it {wanted:g} GB (memory_gb), or set training = false: then it fits, and takes no jobs",
+            param="training",
+        )
     other = '[model] dtype = "bfloat16" or ' if base.dtype == "float32" else ""
     return ConfigInvalid(
         f"{told}; give it {wanted:g} GB (memory_gb), or choose {other}a smaller base", param="memory_gb"

@@ -6,15 +6,16 @@ import contextlib
 import json
 from collections.abc import AsyncGenerator, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Self
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import httpx2
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from jaxlora.core.errors import JaxLoraError, StorageFailed
+from jaxlora.core.errors import AdapterNotFound, JaxLoraError, StorageFailed
 
 CONNECT_S = 5.0
 ANSWER_S = 600.0  # a large upload is checked and written before the answer comes
@@ -63,8 +64,16 @@ class ApiClient:
     ) -> dict:
         """The object that a request is answered with; body: in JSON."""
         timeout = httpx2.Timeout(within_s, connect=CONNECT_S)
-        with reported(self.url):
-            return self._http.request(method, path, json=body, timeout=timeout).json()
+        try:
+            with reported(self.url):
+                return self._http.request(method, path, json=body, timeout=timeout).json()
+        except AnswerFailed as error:
+            kind, _, name = path.partition("/")
+            if error.code == AdapterNotFound.code and kind in ("adapters", "models") and name:
+                name = unquote(name).partition("/")[0].partition("@")[0]
+                if close := get_close_matches(name, [m.id for m in self.models()], n=1):
+                    raise AnswerFailed(f"{error.message} Did you mean {close[0]}?") from error
+            raise
 
     def text(self, path: str, body: Mapping[str, object]) -> str:
         """The plain text that a body in JSON is answered with."""
@@ -190,10 +199,12 @@ def check(response: httpx2.Response) -> None:
 def refusal(response: httpx2.Response) -> AnswerFailed:
     """The error that the server reports, in its words where it has some."""
     try:
-        message = str(response.json()["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        message = f"the server answered HTTP {response.status_code}"
-    return AnswerFailed(message)
+        told = response.json()["error"]
+        failed = AnswerFailed(str(told["message"]))
+        failed.code = str(told.get("code"))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return AnswerFailed(f"the server answered HTTP {response.status_code}")
+    return failed
 
 
 def _model(body: Mapping) -> Model:

@@ -280,10 +280,14 @@ REFUSED = [
     ("lr", {"lr": -1.0}, ConfigInvalid, "lr must be finite and not negative, got -1.0"),
     ("loss", {"loss": "sft"}, ConfigInvalid, "loss must be one of cross_entropy"),
     ("beta", {"beta": 0.1}, ConfigInvalid, "loss cross_entropy has no beta"),
-    ("batch", {"batch": 0}, InvalidRequest, "batch must be at least 1, got 0"),
+    ("batch", {"batch": 0}, ConfigInvalid, "batch must be at least 1, got 0"),
     ("large batch", {"batch": 4097}, InvalidRequest, "batch_size must be in [1, 4096]"),
-    ("steps", {"steps": 0}, InvalidRequest, "steps must be at least 1"),
-    ("seed", {"seed": -1}, InvalidRequest, "seed must be in"),
+    ("steps", {"steps": 0}, ConfigInvalid, "steps must be at least 1"),
+    ("seed", {"seed": -1}, ConfigInvalid, "seed must be in"),
+    ("others' word", {"learning_rate": -1.0}, ConfigInvalid, "lr must be finite and not negative, got -1.0"),
+    ("two words", {"learning_rate": 1.0, "lr": 1.0}, InvalidRequest, "learning_rate means the same as lr"),
+    ("misspelt", {"learning_rat": 1.0}, InvalidRequest, "no argument is called learning_rat; did you mean lr?"),
+    ("several", {"batch": 0, "seed": -1}, ConfigInvalid, "batch must be at least 1, got 0; seed must be in"),
     ("warm-up", {"warmup_steps": 5, "batch": 8}, ConfigInvalid, "warmup_steps must be in [0, 3]"),
 ]
 
@@ -327,7 +331,7 @@ def test_calls_about_nobody_say_so(session, tmp_path):
     ("changed", "error"),
     [
         ({"model": "no-such-model"}, ModelInvalid),
-        ({"model": " "}, InvalidRequest),
+        ({"model": " "}, ConfigInvalid),
         ({"slots": 0}, AdapterInvalid),
         ({"lanes": 0}, InvalidRequest),
         ({"publish_every": 0}, InvalidRequest),

@@ -95,6 +95,7 @@ def test_the_adapters_are_listed(talk, backend, monkeypatch):
     ("line", "error"),
     [
         ("/use nobody", "error: The model `nobody` does not exist.\n"),
+        ("/use suport", "error: The model `suport` does not exist. Did you mean support?\n"),
         ("/use", "error: /use needs a name; /adapters lists them\n"),
         ("/nonsense x", "error: there is no command /nonsense; /help lists them\n"),
         ("/set temperature", "error: /set takes NAME=VALUE, got temperature\n"),

@@ -202,6 +202,25 @@ def test_where_no_single_setting_helps_all_are_named():
         plan_server(both, shape(), machine(8e9))
 
 
+def test_a_server_that_fits_without_jobs_is_told_so():
+    needs = plan_server(GIVEN, shape(), machine(8e9)).needs
+    bare = replace(EMPTY, training=None)
+    least = next(n for n in range(10**9, 3 * 10**9, 10**7) if _fits(bare, n))
+    assert not _fits(EMPTY, least)
+    with pytest.raises(ConfigInvalid, match="or set training = false: then it fits"):
+        plan_server(EMPTY, shape(), machine(least))
+    assert "training" not in plan_server(bare, shape(), machine(least)).needs
+    assert "training" in needs
+
+
+def _fits(config: ServeConfig, nbytes: int) -> bool:
+    try:
+        plan_server(config, shape(), machine(nbytes))
+    except ConfigInvalid:
+        return False
+    return True
+
+
 # ---- a training run -----------------------------------------------------------------------------------------------
 
 

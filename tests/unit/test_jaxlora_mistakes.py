@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxlora.config.base import ModelSection
 from jaxlora.config.key_lines import key_lines
 from jaxlora.config.serving import NamedLimits, ServeConfig, Tuning, filled
 from jaxlora.config.template import EXAMPLES, template
@@ -16,7 +17,7 @@ from jaxlora.config.toml import item_of, load, section_of, types_of
 from jaxlora.config.training import Recipe, TrainConfig
 from jaxlora.config.training import filled as filled_training
 from jaxlora.config.words import OTHERS, did_you_mean, in_our_words, meant
-from jaxlora.core.errors import ConfigInvalid
+from jaxlora.core.errors import ConfigInvalid, InvalidRequest
 
 
 def load_text(folder: Path, text: str, cls: type = ServeConfig):
@@ -184,6 +185,16 @@ def test_every_mistake_is_told_at_once_with_its_line(name, tmp_path):
     assert e.value.message.splitlines() == [*head, *(f"{tmp_path}/c.toml:{line}" for line in wanted)]
 
 
+def test_the_page_shows_what_is_told(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs/serving.md").read_text()
+    text = 'slot = 4\nport = 80000\nmodel.path = "smollm2"\n[tuning]\nquantum_ms = 0\n'
+    monkeypatch.chdir(tmp_path)
+    Path("server.toml").write_text(text)
+    with pytest.raises(ConfigInvalid) as e:
+        load(Path("server.toml"), ServeConfig)
+    assert f"```\njaxlora: {e.value.message}\n```\n" in page
+
+
 @pytest.mark.parametrize(
     ("text", "line"),
     [("a = 1\nb = \n", 2), ("a = 1\n\na = 2\n", 3), ('a = "x\n', 1), ('a = 1\nb = """x\ny\n', 3), ("[a\n", 1)],
@@ -305,16 +316,28 @@ def test_python_says_what_is_known():
         return name, lr, rank
 
     assert add("a", learning_rate=0.5, r=2) == ("a", 0.5, 2)
-    with pytest.raises(TypeError, match=r"no argument is called learning_rat; did you mean lr\?"):
+    with pytest.raises(InvalidRequest, match=r"no argument is called learning_rat; did you mean lr\?"):
         add("a", learning_rat=0.5)
-    with pytest.raises(TypeError, match="no argument is called zzz; known here: name, lr, rank"):
+    with pytest.raises(InvalidRequest, match="no argument is called zzz; known here: name, lr, rank"):
         add("a", zzz=0.5)
-    with pytest.raises(TypeError, match="r means the same as rank, which is given, too"):
+    with pytest.raises(InvalidRequest, match="r means the same as rank, which is given, too"):
         add("a", r=1, rank=1)
 
 
 def test_nothing_close_tells_all_that_is_known():
     assert did_you_mean("zzz", ["lr", "rank"]) == "known here: lr, rank"
+
+
+@pytest.mark.parametrize("name", ["smolm2", "SmolLM2", "smollm"])
+def test_a_name_close_to_the_demo_model_is_not_looked_up(name):
+    with pytest.raises(ConfigInvalid, match="did you mean smollm2"):
+        ModelSection(path=name)
+
+
+def test_a_folder_may_have_a_name_close_to_the_demo_model(tmp_path, monkeypatch):
+    (tmp_path / "smollm").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert ModelSection(path="smollm").path == "smollm"
 
 
 # ---- files to begin with
