@@ -92,7 +92,7 @@ def accelerator(nbytes: float, **split: int) -> Machine:
 @pytest.mark.parametrize("gb", [2, 4, 8, 24])
 @pytest.mark.parametrize(
     ("config", "dtype", "least"),
-    [(SMOLLM2, "float32", 4), (SMOLLM2, "bfloat16", 2), (QWEN3, "bfloat16", 4), (QWEN3, "float32", 8)],
+    [(SMOLLM2, "float32", 2), (SMOLLM2, "bfloat16", 2), (QWEN3, "bfloat16", 4), (QWEN3, "float32", 8)],
     ids=["smollm2-float32", "smollm2-bfloat16", "qwen3-bfloat16", "qwen3-float32"],
 )
 def test_a_limit_is_used_and_kept(config, dtype, least, gb):
