@@ -111,22 +111,21 @@ class Session:
         with named_errors():
             section = ModelSection(path=str(model), dtype=dtype)
             pool = PoolSpec(slots=slots, rank=max_rank, dtype="float32", targets=targets)
+            training = TrainingSection(slots=slots, max_rank=max_rank, lanes=lanes, lane_tokens=lane_tokens)
         compile_cache.enable(None)
         told = Progress(screen_on(sys.stderr) if (is_watched() if progress is None else progress) else None)
         with contextlib.ExitStack() as end:
             folder = end.enter_context(tempfile.TemporaryDirectory(prefix="jaxlora-")) if store is None else store
-            found, config = planned(
-                ServeConfig(
-                    model=section,
-                    mesh=mesh,
-                    memory_gb=memory_gb,
-                    slots=slots,
-                    max_rank=max_rank,
-                    adapters=Path(folder),
-                    training=TrainingSection(slots=slots, max_rank=max_rank, lanes=lanes, lane_tokens=lane_tokens),
-                ),
-                say=lambda line: None,
+            settings = ServeConfig(
+                model=section,
+                mesh=mesh,
+                memory_gb=memory_gb,
+                slots=slots,
+                max_rank=max_rank,
+                adapters=Path(folder),
+                training=training,
             )
+            found, config = planned(settings, say=lambda line: None)
             with memory_errors(f"opening {found.name}", "slots, max_rank, lanes or lane_tokens"):
                 with told.stage(f"opening {found.name}"):
                     opened = load_found(found, section, mesh)

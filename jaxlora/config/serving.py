@@ -217,7 +217,7 @@ class ServeConfig:
     port: int = 8000  # 0: any free port
     memory_gb: float | None = None  # most memory of the device that the server may take; None: what is available
     memory_share: float = 0.9  # of that memory, what is planned with
-    # None, of these ten: chosen from that memory and the base.
+    # Left out, these ten are chosen from that memory and the base.
     slots: int | None = None  # adapters on the device at once
     max_rank: int | None = None  # largest rank a slot holds
     rows: int | None = None  # sequences decoded in one step
@@ -321,7 +321,7 @@ class SizedConfig(ServeConfig):
     host_adapters_gb: float
     host_kv_gb: float
     host_states_gb: float
-    training: SizedTraining | None
+    training: SizedTraining | None = None
 
 
 def filled(config: ServeConfig) -> SizedConfig:

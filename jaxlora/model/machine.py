@@ -10,12 +10,12 @@ from collections.abc import Generator
 import jax
 
 from jaxlora.config.base import MeshSection
-from jaxlora.core.errors import ConfigInvalid
+from jaxlora.core.errors import ConfigInvalid, JaxLoraError
 from jaxlora.core.host_memory import MemoryLimit, host_limit
 from jaxlora.model.memory_plan import GB, Machine
 from jaxlora.model.mesh import RULES
 
-EXHAUSTED = "RESOURCE_EXHAUSTED"  # how XLA's errors begin when an allocation fails
+EXHAUSTED = ("RESOURCE_EXHAUSTED", "bad_alloc")  # what errors say, of several classes, when XLA gets no memory
 
 
 def machine_of(mesh: MeshSection, memory_gb: float | None) -> Machine:
@@ -33,7 +33,9 @@ def machine_of(mesh: MeshSection, memory_gb: float | None) -> Machine:
         stats = first.memory_stats() or {}
         device = MemoryLimit(nbytes=stats.get("bytes_limit", 0), origin=f"the {first.device_kind}'s", own=True)
     if memory_gb is not None:
-        device = MemoryLimit(nbytes=round(memory_gb * GB), origin="memory_gb", own=True)
+        asked = MemoryLimit(nbytes=round(memory_gb * GB), origin="memory_gb", own=True)
+        held = device.own and 0 < device.nbytes < asked.nbytes  # by a limit that more than it would kill us
+        device = device if held else asked
     elif not device.nbytes:
         raise ConfigInvalid(
             f"{first.device_kind} does not say how much memory it has; set memory_gb", param="memory_gb"
@@ -54,8 +56,10 @@ def memory_errors(what: str, keys: str) -> Generator[None]:
     """Turns an allocation that fails into ConfigInvalid: one line, which names the settings to lower."""
     try:
         yield
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if not isinstance(error, MemoryError) and EXHAUSTED not in str(error):
+    except JaxLoraError:
+        raise
+    except Exception as error:
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in EXHAUSTED):
             raise
         reason = " ".join(str(error).split())[:200] or "the system has none left"
         raise ConfigInvalid(

@@ -29,7 +29,7 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2}
 
 # ---- what was measured: Python, JAX and XLA with all programs compiled, without a base's arrays -------------------
 PROCESS_BYTES = 700 * 10**6
-READER_BYTES = 130 * 10**6  # a process that reads training files, before it reads one
+READER_BYTES = 95 * 10**6  # a process that reads training files, before it reads one
 READERS = 2
 
 # Copies of logits in float32: of a row that is sampled, and of a tile of scored prompt tokens or of a lane's loss.
@@ -175,18 +175,24 @@ def host_needs(config: SizedConfig) -> Needs:
 
 
 def step_bytes(config: SizedConfig, base: BaseShape, machine: Machine) -> int:
-    """Returns the bytes of the arrays that a decode step and a prefill step hold for a moment.
+    """Returns the bytes of the arrays that a decode step and a prefill step hold for a moment."""
+    lanes = -(-config.prefill_lanes // machine.rows)
+    decode = decode_bytes(-(-config.rows // machine.rows), base, machine)
+    return decode + prefill_bytes(lanes, config.prefill_tokens, base, machine)
 
-    Most are logits in float32: as they are, edited, scaled and with noise (`serve.engine.sampling`).
-    """
-    model, lanes = base.config, -(-config.prefill_lanes // machine.rows)
-    rows, vocab = -(-config.rows // machine.rows), _part((model.vocab,), ("vocab",), machine)
-    tokens = lanes * config.prefill_tokens
-    layer = sum(_part(p.shape[1:], p.axes[1:], machine) for p in parameters(model).values() if p.axes[0] == "layers")
-    decode = LOGIT_COPIES * 4 * rows * vocab + 4 * layer
-    prefill = LOGIT_COPIES * 4 * lanes * vocab + tokens * token_work(base, machine)
-    scored = SCORED_COPIES * max(min(SCORED_BYTES, 4 * tokens * vocab), 4 * lanes * vocab)
-    return decode + prefill + scored
+
+def decode_bytes(rows: int, base: BaseShape, machine: Machine) -> int:
+    """Returns the bytes of a decode step's arrays: logits, and a layer's weights in another layout."""
+    table = parameters(base.config).values()
+    layer = sum(_part(p.shape[1:], p.axes[1:], machine) for p in table if p.axes[0] == "layers")
+    return LOGIT_COPIES * 4 * rows * _part((base.config.vocab,), ("vocab",), machine) + 4 * layer
+
+
+def prefill_bytes(lanes: int, tokens: int, base: BaseShape, machine: Machine) -> int:
+    """Returns the bytes of a prefill step's arrays, a tile of scored prompt tokens the largest."""
+    vocab = _part((base.config.vocab,), ("vocab",), machine)
+    tile = max(min(SCORED_BYTES, 4 * lanes * tokens * vocab), 4 * lanes * vocab)
+    return LOGIT_COPIES * 4 * lanes * vocab + lanes * tokens * token_work(base, machine) + SCORED_COPIES * tile
 
 
 def token_work(base: BaseShape, machine: Machine) -> int:
@@ -285,6 +291,7 @@ def plan_server(config: ServeConfig, base: BaseShape, machine: Machine) -> Plan[
             list(_given_to_serve(config)),
             lambda config: least(config) is not None,
             _without_sizes(config),
+            None if config.training is None else replace(config, training=None),
         )
     sized = with_the_rest(config, sized, base, machine, usable)
     return Plan(
@@ -403,10 +410,12 @@ def _too_large[Config](
     given: Sequence[Given[Config]],
     fits: Callable[[Config], bool],
     free: Config,
+    alone: Config | None = None,
 ) -> ConfigInvalid:
     """Returns the error that names one setting to lower, the one that has to give way least.
 
     needs: of the least sizes beside those given.  free: the settings without any size.
+    alone: those of a server that does not train.
     """
     best: tuple[float, str, float] | None = None
     for key, value, with_value in given:
@@ -427,6 +436,11 @@ def _too_large[Config](
         keys = [key for key, *_ in given]
         return ConfigInvalid(f"{told}; leave out {', '.join(keys)}, and what fits is chosen", param=keys[0])
     wanted = math.ceil(total / share / GB * 100) / 100
+    if alone is not None and fits(alone):
+        return ConfigInvalid(
+            f"{told}; give it {wanted:g} GB (memory_gb), or set training = false: then it fits, and takes no jobs",
+            param="training",
+        )
     other = '[model] dtype = "bfloat16" or ' if base.dtype == "float32" else ""
     return ConfigInvalid(
         f"{told}; give it {wanted:g} GB (memory_gb), or choose {other}a smaller base", param="memory_gb"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxlora.core.errors import ConfigInvalid
+from jaxlora.core.errors import ConfigInvalid, JaxLoraError
 
 DISTRIBUTIONS = (
     "jaxlora",
@@ -36,14 +36,24 @@ class Finding:
     ok: bool = True
 
 
-def report(home: Path, check_neighbours: Callable[[Path], None]) -> Iterator[Finding]:
+def report(
+    home: Path,
+    check_neighbours: Callable[[Path], None],
+    *,
+    model: str | None = None,
+    memory_gb: float | None = None,
+) -> Iterator[Finding]:
     """One finding a line; nothing is changed.
 
     home: the folder that holds our packages; check_neighbours raises ConfigInvalid when one is imported from elsewhere.
+    model: a base whose plan is shown, as `jaxlora serve --model` would make it; memory_gb: with so much memory.
     """
     yield Finding(f"python            {platform.python_version()} on {platform.system()} {platform.machine()}")
     yield from (_version(name) for name in DISTRIBUTIONS)
-    yield _devices()
+    devices = _devices()
+    yield devices
+    if devices.ok:
+        yield _memory(memory_gb)
     yield _kernels()
     yield _cache()
     yield _demo_model()
@@ -53,6 +63,8 @@ def report(home: Path, check_neighbours: Callable[[Path], None]) -> Iterator[Fin
         yield Finding(f"neighbours        {e.message}", ok=False)
     else:
         yield Finding(f"neighbours        pallas_kernels, train and serve are those of {home}")
+    if model is not None and devices.ok:
+        yield from _plan(model, memory_gb)
 
 
 def _version(name: str) -> Finding:
@@ -70,6 +82,33 @@ def _devices() -> Finding:
     except (ImportError, RuntimeError) as e:
         return Finding(f"devices           NONE: {' '.join(str(e).split())}", ok=False)
     return Finding(f"devices           {len(found)} x {found[0].platform} ({found[0].device_kind})")
+
+
+def _memory(memory_gb: float | None) -> Finding:
+    from jaxlora.config.base import ONE_DEVICE
+    from jaxlora.model.machine import machine_of  # imports JAX
+
+    try:
+        machine = machine_of(ONE_DEVICE, memory_gb)
+    except ConfigInvalid as e:
+        return Finding(f"memory            {e.message}", ok=False)
+    told = [f"{limit.nbytes / 1e9:.1f} GB, {limit.origin}" for limit in (machine.device, machine.host) if limit]
+    return Finding(f"memory            {'; and of the host '.join(told)}")
+
+
+def _plan(model: str, memory_gb: float | None) -> Iterator[Finding]:
+    from jaxlora.config.base import ModelSection
+    from jaxlora.config.serving import ServeConfig
+    from serve.server.build import planned  # imports JAX
+
+    lines: list[str] = []
+    try:
+        planned(ServeConfig(model=ModelSection(path=model), memory_gb=memory_gb), lines.append)
+    except JaxLoraError as e:
+        yield Finding(f"{'plan':<17} {e.message}", ok=False)
+    for line in lines:
+        name, _, rest = line.partition(": ")
+        yield Finding(f"{'plan: ' + name:<17} {rest}")
 
 
 def _kernels() -> Finding:

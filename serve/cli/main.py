@@ -205,13 +205,18 @@ def train(config: Annotated[Path, typer.Argument(metavar="CONFIG.toml", show_def
 app.command(epilog=EXPORT_EXAMPLES)(export)
 
 
-@app.command(epilog="Example:  jaxlora doctor")
-def doctor() -> None:
-    """Say what is installed, which devices there are, where things are kept, and what is wrong."""
+@app.command(epilog="Example:  jaxlora doctor --model smollm2")
+def doctor(
+    model: Annotated[
+        str | None, typer.Option(help="Show the sizes that a server of this base would have.", show_default=False)
+    ] = None,
+    memory_gb: Annotated[float | None, typer.Option(help="With so much memory.", show_default=False)] = None,
+) -> None:
+    """Say what is installed, which devices and how much memory there are, where things are kept, and what is wrong."""
     from serve.cli.doctor import report
 
     healthy = True
-    for line in report(HOME, check_neighbours):
+    for line in report(HOME, check_neighbours, model=model, memory_gb=memory_gb):
         typer.echo(line.text)
         healthy = healthy and line.ok
     if not healthy:

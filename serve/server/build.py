@@ -329,11 +329,11 @@ def main(config: ServeConfig, file: Path | None, *, adopt: bool = False, new_bas
         opened_instance(config, adopt=adopt) as instance,
     ):
         found, sized = planned(config, announcer.say)
-        with memory_errors(f"starting with {found.name}", SIZE_KEYS):
+        with memory_errors(f"serving {found.name}", SIZE_KEYS):
             with announcer.progress.stage(f"opening {found.name}"):
                 opened = load_found(found, config.model, config.mesh)
             opened = same_base(instance.database, config, opened, take=new_base)
-        _serve(sized, file, instance, opened, listening, announcer)
+            _serve(sized, file, instance, opened, listening, announcer)
 
 
 def planned(config: ServeConfig, say: Callable[[str], None]) -> tuple[Found, SizedConfig]:
@@ -363,8 +363,7 @@ def _serve(
     drain = Drain(waits_for=lambda: str(announcer.progress))
     head = functools.partial(read_head, opened)
     try:
-        with memory_errors(f"starting with {opened.name}", SIZE_KEYS):
-            runner = make_runner(opened, config, store)
+        runner = make_runner(opened, config, store)
         with (
             observing(runner, config) as observers,
             services(runner, opened, config, instance.database, observers, head, instance.remote, drain) as own,
@@ -373,8 +372,7 @@ def _serve(
             http = make_http(runner, own.app, listening=listening, grace_s=config.grace_s, ending=ending)
             try:
                 http.start()  # from now on /ready says what it waits for
-                with memory_errors(f"starting with {opened.name}", SIZE_KEYS):
-                    begin(runner, opened, config, own, announcer.progress)
+                begin(runner, opened, config, own, announcer.progress)
                 announcer.ready()
                 retuned = contextlib.nullcontext() if file is None else retuned_by_hangup(runner, file)
                 with observers.compiles, retuned, http.ended_by_signals():

@@ -296,11 +296,29 @@ def test_doctor_counts_what_is_cached(monkeypatch, tmp_path):
     assert f"{tmp_path} (1 files, 3 MB)" in run("doctor").output
 
 
+def test_doctor_shows_memory_and_the_plan_of_a_model():
+    tiny = str(ROOT / "tests/fixtures/tiny-llama-tied")
+    result = run("doctor", "--model", tiny, "--memory-gb", "3", width=500)
+    assert result.exit_code == 0
+    for part in (
+        "memory            3.0 GB, memory_gb",
+        "plan: memory      process 0.7 + ",
+        "of 3.0 GB",
+        "8 rows x 2,048 tokens",
+    ):
+        assert part in result.output
+    assert [line for line in run("doctor").output.splitlines() if line.startswith("plan")] == []
+    short = run("doctor", "--model", tiny, "--memory-gb", "0.5", width=500)
+    assert short.exit_code == 2
+    assert "tiny-llama-tied in" in short.output.splitlines()[-1]
+    assert "does not fit" in short.output.splitlines()[-1]
+
+
 def test_doctor_says_what_is_wrong(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "DISTRIBUTIONS", ("no-such-thing",))
     findings = {f.text.split()[0]: f for f in doctor.report(tmp_path, cli.check_neighbours)}
     assert (findings["no-such-thing"].ok, findings["neighbours"].ok, findings["devices"].ok) == (False, False, True)
-    monkeypatch.setattr(doctor, "report", lambda *_: findings.values())
+    monkeypatch.setattr(doctor, "report", lambda *_, **__: findings.values())
     assert run("doctor").exit_code == 2
 
 

@@ -92,7 +92,7 @@ def accelerator(nbytes: float, **split: int) -> Machine:
 @pytest.mark.parametrize("gb", [2, 4, 8, 24])
 @pytest.mark.parametrize(
     ("config", "dtype", "least"),
-    [(SMOLLM2, "float32", 4), (SMOLLM2, "bfloat16", 2), (QWEN3, "bfloat16", 4), (QWEN3, "float32", 8)],
+    [(SMOLLM2, "float32", 2), (SMOLLM2, "bfloat16", 2), (QWEN3, "bfloat16", 4), (QWEN3, "float32", 8)],
     ids=["smollm2-float32", "smollm2-bfloat16", "qwen3-bfloat16", "qwen3-float32"],
 )
 def test_a_limit_is_used_and_kept(config, dtype, least, gb):
@@ -200,6 +200,25 @@ def test_where_no_single_setting_helps_all_are_named():
     both = replace(EMPTY, kv_pages=5000, slots=1000)
     with pytest.raises(ConfigInvalid, match="leave out kv_pages, slots, and what fits is chosen"):
         plan_server(both, shape(), machine(8e9))
+
+
+def test_a_server_that_fits_without_jobs_is_told_so():
+    needs = plan_server(GIVEN, shape(), machine(8e9)).needs
+    bare = replace(EMPTY, training=None)
+    least = next(n for n in range(10**9, 3 * 10**9, 10**7) if _fits(bare, n))
+    assert not _fits(EMPTY, least)
+    with pytest.raises(ConfigInvalid, match="or set training = false: then it fits"):
+        plan_server(EMPTY, shape(), machine(least))
+    assert "training" not in plan_server(bare, shape(), machine(least)).needs
+    assert "training" in needs
+
+
+def _fits(config: ServeConfig, nbytes: int) -> bool:
+    try:
+        plan_server(config, shape(), machine(nbytes))
+    except ConfigInvalid:
+        return False
+    return True
 
 
 # ---- a training run -----------------------------------------------------------------------------------------------

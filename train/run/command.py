@@ -128,7 +128,7 @@ def main(settings: TrainConfig) -> None:
     multihost.join(settings.mesh.processes)
     console = Console(quiet=not multihost.is_lead())
     with console.status("opening the base model"):
-        found, config = planned(settings, console)
+        found, config, lines = planned(settings)
         with memory_errors(f"opening {found.name}", SIZE_KEYS):
             opened = load_found(found, config.model, config.mesh)
             trainer = make_trainer(config, opened)
@@ -140,6 +140,8 @@ def main(settings: TrainConfig) -> None:
         say(console, f"nothing to do: every tenant has trained its last step and its adapter is in {config.out}")
         say(console, "to train on, raise `steps`; to train anew, name another `out` or remove this one")
         return
+    for line in lines:
+        say(console, line)
     with open_store(config) as store:
         with console.status("compiling the step"), memory_errors("compiling the step", SIZE_KEYS):
             trainer.warm_up()
@@ -154,20 +156,18 @@ def main(settings: TrainConfig) -> None:
         finish(trainer, config, jobs, console, before)
 
 
-def planned(settings: TrainConfig, console: Console) -> tuple[Found, SizedTrainConfig]:
-    """Finds the base, chooses the sizes that the file leaves out, and prints the plan; loads nothing.
+def planned(settings: TrainConfig) -> tuple[Found, SizedTrainConfig, Sequence[str]]:
+    """Finds the base and chooses the sizes that the file leaves out; loads nothing.  Returns also the plan in words.
 
-    Several processes must choose alike, whatever memory each has: theirs are `filled`.
+    Several processes must choose alike, whatever memory each has: theirs are `filled`, and there is no plan.
+    Raises ModelInvalid, and ConfigInvalid for what does not fit.
     """
     found = find_base(settings.model)
     if settings.mesh.processes > 1:
-        return found, filled(settings)
-    machine = machine_of(settings.mesh, settings.memory_gb)
-    targets = slot_targets(settings)
+        return found, filled(settings), ()
+    machine, targets = machine_of(settings.mesh, settings.memory_gb), slot_targets(settings)
     found, plan = fitted(found, settings.model, "auto", lambda base: plan_training(settings, targets, base, machine))
-    for line in plan.lines():
-        say(console, line)
-    return found, plan.config
+    return found, plan.config, plan.lines()
 
 
 @contextlib.contextmanager
