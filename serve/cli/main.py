@@ -16,7 +16,8 @@ from typer.core import TyperGroup
 
 from jaxlora.core.errors import ConfigInvalid, JaxLoraError
 from serve.cli.adapters import EXPORT_EXAMPLES, IMPORT_EXAMPLES, adapters, export, import_adapter
-from serve.cli.jobs import files, jobs
+from serve.cli.files import files
+from serve.cli.jobs import jobs
 from serve.cli.keys import keys
 from serve.cli.options import HERE, Json, Key, Url
 

@@ -146,7 +146,7 @@ def test_a_table_of_one_huge_cell_is_refused_in_little_memory(readers, write):
         ("prompt,completion\na,", ""),
     ):
         path = write("huge", start + ("x" * 1000 + "\n") * 2**15 + end if '"' in start else start + "x" * 2**25 + end)
-        with pytest.raises(DataInvalid, match="line 2: [0-9]+ bytes, more than the"):
+        with pytest.raises(DataInvalid, match=r"line 2: [0-9]+ bytes, more than the"):
             there.load(path, "a")
         if end:
             assert len(there.load(path, "a", "skip").units) == 1
