@@ -183,7 +183,7 @@ def report_lines(path: Path, report: FileCheck, *, coloured: bool) -> list[str]:
     if report.problems:
         lines += [
             "",
-            f"{len(report.problems)}{' or more' if report.stopped else ''} problems:",
+            f"problems: {len(report.problems)}{' or more' if report.stopped else ''}",
             *(f"  {problem}" for problem in report.problems),
         ]
     lines += [

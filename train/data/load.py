@@ -148,7 +148,7 @@ def scan_file(
 
     Raises OSError when it cannot be read.
     """
-    found = Scan(limit=limit, unit="line")
+    found = Scan(limit=limit, format="an unknown format", unit="line")
     try:
         with open_records(path, limit.most_bytes(tokenizer)) as opened:
             found.format, found.unit = opened.format, opened.unit
