@@ -51,6 +51,11 @@ def open_model(path: Path) -> tuple[HfSource | GgufSource, Tokenizer]:
     return source, tokenizer
 
 
+def open_tokenizer(path: Path) -> Tokenizer:
+    """Opens the tokenizer of a .gguf file or a Hugging Face directory alone.  Raises ModelInvalid."""
+    return Tokenizer.from_hf(path) if path.is_dir() else Tokenizer.from_gguf(GgufFile(path).metadata)
+
+
 def open_source(path: Path) -> HfSource | GgufSource:
     """Opens the checkpoint alone.  Raises ModelInvalid."""
     return HfSource(path) if path.is_dir() else GgufSource(path)

@@ -36,6 +36,7 @@ __all__ = [
 Schedule = Literal["constant", "linear", "cosine"]  # of the learning rate after the warm-up; the last two end at 0
 LossName = Literal["cross_entropy", "dpo", "importance_sampling", "ppo", "cispo", "dro", "gspo"]
 TooLong = Literal["error", "skip", "truncate"]  # what becomes of examples that a lane does not hold
+TOO_LONG: tuple[TooLong, ...] = get_args(TooLong)
 
 # What a training step saves of a layer for its gradient and need not recompute: the outputs of GEMMs and attention, the
 # layer's input alone (the least memory), or all.
@@ -232,7 +233,7 @@ class Recipe:
             steps = max(self.warmup_steps or 0, 1) if self.steps is None or self.steps < 1 else self.steps
             check.call("lr", lambda: self._optimizer(steps, OPTIMIZER.lr))
             check.need(0 <= self.seed < 2**32, "seed", "in [0, 2^32)", self.seed)
-            check.need(self.too_long in get_args(TooLong), "too_long", "error, skip or truncate", self.too_long)
+            check.need(self.too_long in TOO_LONG, "too_long", "error, skip or truncate", self.too_long)
 
     @property
     def spec(self) -> LoraSpec:

@@ -1,4 +1,4 @@
-"""`jaxlora jobs …` and `jaxlora files …`: fine-tuning on a running server."""
+"""`jaxlora jobs …`: fine-tuning on a running server."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from urllib.parse import quote
 
 import typer
 
-from jaxlora.core.errors import AlreadyExists, InvalidRequest
+from jaxlora.core.errors import InvalidRequest
 from serve.cli.options import HERE, Json, Key, Url, connect, print_answer, print_entry, print_list
 
 if TYPE_CHECKING:
     from serve.cli.http_client import ApiClient
 
 jobs = typer.Typer(help="The fine-tuning jobs of a running server.", no_args_is_help=True)
-files = typer.Typer(help="The training files of a running server.", no_args_is_help=True)
 
 Id = Annotated[str, typer.Argument(metavar="ID")]
 JOBS = "fine_tuning/jobs"
@@ -67,19 +66,10 @@ def checkpoint_line(checkpoint: Mapping) -> str:
     return f"step {checkpoint['step_number']:<6}  {checkpoint['adapter']}@{checkpoint['adapter_version']}  {shown}"
 
 
-def file_line(file: Mapping) -> str:
-    """One file for people."""
-    wrong = f"  {file['status_details']}" if file.get("status_details") else ""
-    return (
-        f"{file['id']}  {file['status']:<9}  {file['bytes']:>12}  {when(file['created_at'])}  "
-        f"{file['purpose']}  {file['filename']}{wrong}"
-    )
-
-
 def sent(client: ApiClient, path: Path) -> dict:
     """The file that the server has made of a local one.  Raises InvalidRequest when there is none."""
     if not path.is_file():
-        raise InvalidRequest(f"{path} is no file; give a JSONL file")
+        raise InvalidRequest(f"{path} is no file; give one of training data")
     return client.upload("files", {"purpose": "fine-tune"}, [path])
 
 
@@ -159,7 +149,7 @@ def _given(values: Mapping[str, object]) -> dict[str, object]:
 
 @jobs.command(epilog=CREATE_EXAMPLES)
 def create(
-    train: Annotated[str, typer.Argument(metavar="TRAIN", help="A JSONL file, or the id of one on the server.")],
+    train: Annotated[str, typer.Argument(metavar="TRAIN", help="A file of examples, or the id of one on the server.")],
     model: Annotated[str, typer.Option(help="The base, or an adapter to go on from.")],
     heldout: Annotated[str | None, typer.Option(help="For held-out losses, likewise.", show_default=False)] = None,
     name: Annotated[
@@ -174,6 +164,10 @@ def create(
     alpha: Annotated[float | None, typer.Option(help="Of the adapter.", show_default=False)] = None,
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.", show_default=False)] = None,
     seed: Annotated[int | None, typer.Option(help="Of first weights and order.", show_default=False)] = None,
+    too_long: Annotated[
+        str | None,
+        typer.Option(help="Of examples that a lane does not hold: error, skip or truncate.", show_default=False),
+    ] = None,
     follow: Annotated[bool, typer.Option("--follow", help="Show its events until it ends.")] = False,
     url: Url = HERE,
     key: Key = None,
@@ -194,6 +188,7 @@ def create(
         "learning_rate": lr,
         "max_steps": steps,
         "checkpoint_every": checkpoint_every,
+        "too_long": too_long,
     }
     with connect(url, key) as client:
         body["training_file"] = file_id(client, train)
@@ -264,51 +259,3 @@ def pause(id: Id, url: Url = HERE, key: Key = None, as_json: Json = False) -> No
 def resume(id: Id, url: Url = HERE, key: Key = None, as_json: Json = False) -> None:
     """Have a paused job go on."""
     print_answer(connect(url, key), "POST", f"{JOBS}/{at(id)}/resume", lambda _: f"{id} is in line again", as_json)
-
-
-# ---- files
-
-
-@files.command("list", epilog="Example:  jaxlora files list --json")
-def list_files(url: Url = HERE, key: Key = None, as_json: Json = False) -> None:
-    """Show your files, the newest first."""
-    print_list(connect(url, key), "files", {}, file_line, as_json)
-
-
-@files.command("show", epilog="Example:  jaxlora files show file-0123…")
-def show_file(id: Id, url: Url = HERE, key: Key = None, as_json: Json = False) -> None:
-    """Show one file, and what is wrong with it."""
-    print_answer(connect(url, key), "GET", f"files/{at(id)}", file_line, as_json)
-
-
-@files.command(epilog="Example:  jaxlora files upload train.jsonl")
-def upload(
-    path: Annotated[Path, typer.Argument(help="A JSONL file.")], url: Url = HERE, key: Key = None, as_json: Json = False
-) -> None:
-    """Send a training file."""
-    with connect(url, key) as client:
-        file = sent(client, path)
-    print_entry(file, file_line, as_json)
-
-
-@files.command(epilog="Example:  jaxlora files download file-0123… --out metrics.csv")
-def download(
-    id: Id,
-    out: Annotated[Path | None, typer.Option(help="File to write (default: its name)", show_default=False)] = None,
-    url: Url = HERE,
-    key: Key = None,
-) -> None:
-    """Fetch a file, such as the metrics of a job."""
-    with connect(url, key) as client:
-        file = client.entry("GET", f"files/{at(id)}")
-        out = Path(Path(file["filename"]).name or id) if out is None else out
-        if out.exists():
-            raise AlreadyExists(f"{out} exists; name another file with --out")
-        client.download(f"files/{at(id)}/content", {}, out)
-    typer.echo(f"wrote {id} into {out}")
-
-
-@files.command(epilog="Example:  jaxlora files delete file-0123…")
-def delete(id: Id, url: Url = HERE, key: Key = None, as_json: Json = False) -> None:
-    """Delete a file that no job needs."""
-    print_answer(connect(url, key), "DELETE", f"files/{at(id)}", lambda _: f"deleted {id}", as_json)

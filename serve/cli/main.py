@@ -18,8 +18,9 @@ from typer.core import TyperGroup
 from jaxlora.core.errors import ConfigInvalid, JaxLoraError
 from jaxlora.neighbours import HOME, check_neighbours
 from serve.cli.adapters import EXPORT_EXAMPLES, IMPORT_EXAMPLES, Verbose, adapters, export, import_adapter, mistakes
+from serve.cli.files import files
 from serve.cli.init import init
-from serve.cli.jobs import files, jobs
+from serve.cli.jobs import jobs
 from serve.cli.keys import keys
 from serve.cli.options import HERE, Json, Key, Url
 

@@ -215,6 +215,27 @@ def test_a_damaged_job_is_marked_and_the_others_are_listed(server, acme):
         other.fine_tuning.jobs.retrieve(jobs[1])
 
 
+def test_what_becomes_of_examples_that_are_too_long_is_the_jobs_choice_and_is_told(server, acme):
+    long = json.dumps({"prompt": "say 1 " * 40, "completion": "one"})
+    id = server[0].files.keep(acme.api_key, "t.jsonl", "fine-tune", f"{lines()}\n{long}\n".encode()).id
+    while (file := server[0].files.find(id, acme.api_key)[0]).status == "uploaded":
+        time.sleep(0.02)
+    assert (file.status, "1 of 7 is longer than" in file.status_details) == ("processed", True)
+    refused = wait_for(acme, create(server, acme, training_file=id).id, "failed")
+    assert refused.error.code == "invalid_training_file"
+    assert "is longer than lane_tokens = 32 holds (line 7)" in refused.error.message
+    assert 'set too_long = "skip" or "truncate"' in refused.error.message
+    told = {}
+    for choice in ("skip", "truncate"):
+        extra = {"too_long": choice, "max_steps": 1, "publish": False}
+        job = create(server, acme, training_file=id, validation_file=id, extra=extra)
+        wait_for(acme, job.id, "succeeded")
+        told[choice] = [e.message for e in acme.fine_tuning.jobs.list_events(job.id, limit=50) if e.level == "warn"]
+    assert [len(events) for events in told.values()] == [1, 1]
+    assert "1 of 7 is longer than lane_tokens = 32 holds and was left out (line 7)" in told["skip"][0]
+    assert "and was cut (line 7); of 1 nothing to train remained" in told["truncate"][0]
+
+
 @pytest.mark.parametrize("method", ["supervised", "dpo"])
 def test_answers_are_what_the_document_says(server, acme, method):
     """Of a job that has just come, of one that has ended, of their events and checkpoints; types are checked strictly."""

@@ -125,11 +125,11 @@ OF_ANOTHER_LOSS = {
 
 
 @pytest.mark.fault("N6")
-def test_no_setting_is_accepted_and_ignored(session):
+def test_no_setting_is_accepted_and_ignored(session, caplog):
     """Each, changed alone, teaches other weights, or is refused by name; without a change they are the same bits."""
 
-    def learned(name: str, **changed) -> dict[str, tuple[bytes, bytes]]:
-        session.add_tenant(name, LINES, **({"batch": 4, "lr": 0.1, "steps": 4} | changed))
+    def learned(name: str, lines=LINES, **changed) -> dict[str, tuple[bytes, bytes]]:
+        session.add_tenant(name, lines, **({"batch": 4, "lr": 0.1, "steps": 4} | changed))
         session.step(4)
         weights = session._trainer.adapter(name).weights
         session.remove(name)
@@ -141,7 +141,16 @@ def test_no_setting_is_accepted_and_ignored(session):
     for field, (value, word) in OF_ANOTHER_LOSS.items():
         with pytest.raises(JaxLoraError, match=word):
             session.add_tenant(field, LINES, **{field: value})
-    settings = inspect.signature(session.add_tenant).parameters.keys() - {"name", "data", "heldout"}
+    longer = [{"text": "so much " * 60}, *LINES]
+    with pytest.raises(DataInvalid, match=r"lane_tokens = 64 holds \(example 0\); lane_tokens = \d+ .* too_long = "):
+        session.add_tenant("too_long", longer)
+    with caplog.at_level("WARNING", logger="serve"):
+        assert learned("skip", longer, too_long="skip") == plain
+        assert learned("truncate", longer, too_long="truncate") != plain
+    assert ["left out (example 0)" in caplog.text, "cut (example 0)" in caplog.text] == [True, True]
+    with pytest.raises(ConfigInvalid, match="too_long must be error, skip or truncate"):
+        session.add_tenant("too_long", LINES, too_long="cut")
+    settings = inspect.signature(session.add_tenant).parameters.keys() - {"name", "data", "heldout", "too_long"}
     assert settings == OTHERWISE.keys() | OF_ANOTHER_LOSS.keys(), "a setting that nobody tries"
 
 

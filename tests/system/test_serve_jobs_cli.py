@@ -237,7 +237,7 @@ def test_a_file_is_fetched_under_its_name_and_replaces_none(run, tmp_path):
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("files upload nowhere", "nowhere is no file; give a JSONL file"),
+        ("files upload nowhere", "nowhere is no file; give one of training data"),
         ("jobs show ..", "'..' is no id"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from jaxlora.core.errors import DataInvalid
 from train.data.examples import KINDS, Example, Pair, Unit, check_kind, kind_of_unit
 from train.data.file_formats import ACCEPTED, open_records
 from train.data.records import ExampleTooLong, Tokenizer, cut, read_record
+from train.data.shapes import shape_of
 
 SHOWN_PROBLEMS = 5  # problems reported of a bad file; reading stops there
 SHOWN_NUMBERS = 10  # lines named of those that are too long
@@ -88,6 +90,7 @@ class Scan:
     format: str = "a list"
     unit: str = "example"  # what is counted
     read: int = 0  # records
+    shapes: Counter[str] = field(default_factory=Counter)  # of the records that are of one
     units: list[Unit] = field(default_factory=list)
     numbers: list[int] = field(default_factory=list)  # of each unit
     problems: list[Problem] = field(default_factory=list)
@@ -145,7 +148,7 @@ def scan_file(
 
     Raises OSError when it cannot be read.
     """
-    found = Scan(limit=limit, unit="line")
+    found = Scan(limit=limit, format="an unknown format", unit="line")
     try:
         with open_records(path, limit.most_bytes(tokenizer)) as opened:
             found.format, found.unit = opened.format, opened.unit
@@ -242,6 +245,8 @@ def _fitted(found: Scan, number: int, record: Mapping[str, object] | Unit, token
     limit = found.limit
     if isinstance(record, Example | Pair):
         return record  # whoever gives examples has them checked where they are trained
+    shape = shape_of(record.keys())
+    found.shapes.update([] if shape is None else [shape.name])
     try:
         return read_record(record, tokenizer, limit.max_tokens)
     except ExampleTooLong as error:
