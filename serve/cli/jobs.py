@@ -88,14 +88,13 @@ def follow_job(client: ApiClient, id: str, as_json: bool) -> None:
     try:
         job = followed(client, id, as_json)
     except KeyboardInterrupt:
-        typer.echo(
-            f"\n{id} goes on; {hint(client, f'jobs events {id} --follow')} follows it again, ", err=True, nl=False
-        )
-        typer.echo(f"{hint(client, f'jobs cancel {id}')} ends it", err=True)
+        typer.echo(f"\n{id} goes on", err=True)
+        typer.echo(f"  follow it again:  {hint(client, f'jobs events {id} --follow')}", err=True)
+        typer.echo(f"  end it:  {hint(client, f'jobs cancel {id}')}", err=True)
         raise
     if job["status"] != "succeeded":
-        error = job["error"]
-        typer.echo(f"jaxlora: {id} {job['status']}" + ("" if error is None else f": {error['message']}"), err=True)
+        why = "" if job["error"] is None else ": " + " ".join(job["error"]["message"].split())
+        typer.echo(f"jaxlora: {id} {job['status']}{why}", err=True)
         raise typer.Exit(FAILED_EXIT)
     if not as_json:
         typer.echo(f"now: {hint(client, f'chat {shlex.quote(job["adapter"])}')}")
@@ -198,6 +197,8 @@ def create(
         print_entry(job, job_line, as_json)
         if follow:
             follow_job(client, job["id"], as_json)
+        elif not as_json:
+            typer.echo(f"to follow it: {hint(client, f'jobs events {job["id"]} --follow')}")
 
 
 @jobs.command("list", epilog="Example:  jaxlora jobs list --json")

@@ -138,8 +138,6 @@ def test_a_name_that_is_taken_is_refused_before_anything_is_made(server, acme, a
         assert caught.value.param == "suffix"
     with pytest.raises(StateInvalid, match="a job trains harbor"):
         adapters.place(Caller(owner=acme.api_key, admin=False, key_id="k"), "harbor")
-    with client_of(server[1], "another-harbor") as other:
-        wait_for(other, create(server, other, suffix="harbor").id, "succeeded")
     wait_for(acme, running.id, "running")
     while acme.fine_tuning.jobs.retrieve(running.id).progress["step"] < 3:
         time.sleep(0.01)
@@ -149,6 +147,8 @@ def test_a_name_that_is_taken_is_refused_before_anything_is_made(server, acme, a
     ):
         create(server, acme, suffix="harbor")
     assert [j.id for j in acme.fine_tuning.jobs.list()] == [running.id]
+    with client_of(server[1], "another-harbor") as other:
+        wait_for(other, create(server, other, suffix="harbor").id, "succeeded")
     adapters.delete(acme.api_key, "harbor")
     again = wait_for(acme, create(server, acme, suffix="harbor").id, "succeeded")
     assert ask(acme, "harbor").adapter_version == ask(acme, again.fine_tuned_model).adapter_version

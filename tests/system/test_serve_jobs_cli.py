@@ -163,8 +163,9 @@ def test_ctrl_c_leaves_the_job_that_is_followed_alone_and_says_how_to_go_on(run,
     url = out.partition("--url ")[2].split()[0]
     assert out.splitlines() == [
         "",
-        f"ftjob-1 goes on; jaxlora jobs events ftjob-1 --follow --url {url} follows it again, "
-        f"jaxlora jobs cancel ftjob-1 --url {url} ends it",
+        "ftjob-1 goes on",
+        f"  follow it again:  jaxlora jobs events ftjob-1 --follow --url {url}",
+        f"  end it:  jaxlora jobs cancel ftjob-1 --url {url}",
         "jaxlora: interrupted",
     ]
     assert [method for method, _, _ in server.requests] == ["POST", "GET", "GET"]
@@ -189,7 +190,8 @@ def test_a_job_is_shown_with_its_losses(run):
 
 
 def test_options_that_are_not_given_are_not_sent(run, server):
-    run("jobs create file-9 --model m --method dpo --steps 3")
+    out = run("jobs create file-9 --model m --method dpo --steps 3")
+    assert "\nto follow it: jaxlora jobs events ftjob-1 --follow --url http://127.0.0.1:" in out
     ((_, _, body),) = server.requests
     method = {"type": "dpo", "dpo": {"hyperparameters": {}}}
     assert body == {"model": "m", "training_file": "file-9", "method": method, "max_steps": 3}
