@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx2
 import pytest
@@ -20,6 +21,9 @@ from rich.console import Console
 
 from serve.demo import command as demo
 from serve.demo.tasks import demo_tasks
+from serve.observability.logs import logging_to
+from serve.runtime.snapshot import TrainingView
+from serve.server.announcer import Announcer
 
 TESTS = Path(__file__).parents[1] / "support"
 TOKENS = 24
@@ -117,7 +121,7 @@ def test_a_server_that_ends_completes_what_is_open_and_takes_nothing_new(tmp_pat
         assert child.ended() == 0
         assert [line for line in child.process.stderr if "[info" not in line] == []
         told = child.process.stdout.read().splitlines()
-        waits = "stopping: 1 open requests have 60 s to end, or until another signal"
+        waits = "stopping: 1 open request may take 60 s, or until another signal"
         assert told == [f"now: jaxlora chat --url {child.url}", waits, "stopped"]
     assert events[-1] == "[DONE]"
     assert json.loads(events[-2])["choices"][0]["finish_reason"] == "length"
@@ -181,6 +185,44 @@ def test_a_full_queue_is_refused_with_retry_after(tmp_path):
         assert child.ended() == 0
         for row in rows:
             row.end()
+
+
+@pytest.mark.parametrize(
+    ("inside", "jobs", "told"),
+    [
+        (0, None, "stopping: nothing is open"),
+        (0, {"paused": 3}, "stopping: nothing is open"),
+        (2, {"running": 0}, "stopping: 2 open requests may take 30 s, or until another signal"),
+        (
+            1,
+            {"running": 1, "queued": 2, "validating_files": 1, "paused": 5},
+            "stopping: 1 open request may take 30 s, or until another signal; "
+            "4 jobs will stop at a checkpoint and go on at the next start",
+        ),
+    ],
+)
+@pytest.mark.parametrize("as_json", [False, True])
+def test_who_stops_a_server_is_told_what_becomes_of_all_that_is_open(inside, jobs, told, as_json, capsys):
+    training = None if jobs is None else TrainingView(jobs=jobs)
+    watch = SimpleNamespace(snapshot=SimpleNamespace(training=training))
+    announcer = Announcer(grace_s=30.0, as_json=as_json)
+    with logging_to(as_json=as_json), announcer.until_stopped():
+        announcer.ending(watch, 0)
+        announcer.ready()
+        announcer.ending(watch, inside)
+    out, err = capsys.readouterr()
+    lines = [json.loads(line)["event"] for line in err.splitlines()] if as_json else out.splitlines()
+    assert lines == ["stopping before it is ready; what compiles now ends first", told, "stopped"]
+    assert (out if as_json else err) == ""
+
+
+def test_sigterm_ends_a_start_with_exit_code_0_and_leaves_the_handler_as_it_was(capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as end, Announcer(grace_s=30.0, as_json=False).until_stopped():
+        signal.raise_signal(signal.SIGTERM)
+    assert end.value.code == 0
+    assert capsys.readouterr().out == "stopped\n"
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_the_demo_goes_on_to_its_end_after_sigterm():
