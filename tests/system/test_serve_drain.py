@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import httpx2
 import pytest
 from rich.console import Console
+from serve_world import MODEL
+from small_world import tiny_path
 
+from jaxlora.config.base import ModelSection
+from jaxlora.config.serving import serve_defaults
 from serve.demo import command as demo
 from serve.demo.tasks import demo_tasks
 from serve.observability.logs import logging_to
 from serve.runtime.snapshot import TrainingView
+from serve.server import build
 from serve.server.announcer import Announcer
 
 TESTS = Path(__file__).parents[1] / "support"
@@ -223,6 +230,38 @@ def test_sigterm_ends_a_start_with_exit_code_0_and_leaves_the_handler_as_it_was(
     assert end.value.code == 0
     assert capsys.readouterr().out == "stopped\n"
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_server_answers_while_it_starts_and_lets_nobody_in(tmp_path, monkeypatch):
+    """Ctrl-C comes while it compiles; in this process, whose umask and cache of programs stay."""
+    out = io.StringIO()
+    monkeypatch.setattr("sys.stdout", out)  # stderr stays: uvicorn's logging would close what absl took for it
+    monkeypatch.setattr("os.umask", lambda mask: 0)
+    monkeypatch.setattr("jaxlora.model.compile_cache.enable", lambda folder: folder)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    answers = []
+
+    def begin(runner, opened, config, own, progress):
+        with progress.stage("compiling", of=4, unit="programs") as stage:
+            stage.at(2)
+            answers.extend(httpx2.get(f"http://127.0.0.1:{port}{path}") for path in ("/ready", "/health", "/v1/models"))
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(build, "begin", begin)
+    model = ModelSection(path=str(tiny_path(MODEL)), dtype="float32")
+    config = replace(serve_defaults("tiny", tmp_path / "store"), model=model, port=port, kv_pages=8, training=None)
+    with pytest.raises(KeyboardInterrupt):
+        build.main(config, None)
+    for answer in answers:
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"]) == (503, "starting")
+        assert "the server is starting: compiling 2 of 4 programs, " in error["message"]
+    opened, *ended = out.getvalue().splitlines()
+    assert opened.startswith(f"opening {model.path}: ")
+    assert ended == ["stopping before it is ready; what compiles now ends first", "stopped"]
+    with pytest.raises(httpx2.ConnectError):
+        httpx2.get(f"http://127.0.0.1:{port}/ready")
 
 
 def test_the_demo_goes_on_to_its_end_after_sigterm():
