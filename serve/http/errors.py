@@ -47,7 +47,7 @@ ERROR_STATUSES = {
     413: "the body is too large",
     429: "over your limit; see Retry-After",
     500: "internal error; the log has it under the request id",
-    503: "overloaded, or stopping; see Retry-After",
+    503: "starting, overloaded or stopping; see Retry-After",
     504: "it took longer than x-request-timeout-s, or than this server allows",
 }
 WRITE_STATUSES = {

@@ -57,9 +57,20 @@ class Announcer:
             return
         training = watch.snapshot.training
         jobs = 0 if training is None else sum(training.jobs.get(state, 0) for state in GO_ON)
-        words = f"{inside} open requests have {self._grace_s:g} s to end, or until another signal" if inside else ""
-        then = f"{jobs} jobs stop at a checkpoint and go on at the next start" if jobs else ""
-        self.say(f"stopping: {'; '.join(part for part in (words, then) if part) or 'nothing is open'}")
+        words = [
+            *(
+                [f"{some(inside, 'open request')} may take {self._grace_s:g} s, or until another signal"]
+                if inside
+                else []
+            ),
+            *([f"{some(jobs, 'job')} will stop at a checkpoint and go on at the next start"] if jobs else []),
+        ]
+        self.say(f"stopping: {'; '.join(words) or 'nothing is open'}")
+
+
+def some(count: int, what: str) -> str:
+    """So many of them in words."""
+    return f"{count} {what}" + ("" if count == 1 else "s")
 
 
 def _end(*_: object) -> NoReturn:

@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import json
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +34,7 @@ from jaxlora.core.errors import (
 from jaxlora.core.lora import AdapterRef
 from jaxlora.model.compile_cache import CompileCounter
 from jaxlora.storage.adapter_store import AdapterStore
-from serve.session import Session
+from serve.session import Session, is_watched
 from train.data.examples import Example
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -352,8 +353,23 @@ def test_what_cannot_be_opened(changed, error):
         Session.open(**{"model": tiny_path(MODEL)} | SIZES | changed)
 
 
-def test_a_store_keeps_the_versions_and_a_closed_session_says_that_it_is(tmp_path):
-    session = Session.open(tiny_path(MODEL), store=tmp_path / "store", **SIZES)
+def test_somebody_watches_at_a_terminal_and_in_a_notebook(monkeypatch):
+    assert not is_watched()
+    monkeypatch.setitem(sys.modules, "ipykernel", object())
+    assert is_watched()
+    monkeypatch.delitem(sys.modules, "ipykernel")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert is_watched()
+
+
+def test_a_store_keeps_the_versions_and_a_closed_session_says_that_it_is(tmp_path, capsys):
+    session = Session.open(tiny_path(MODEL), store=tmp_path / "store", progress=True, **SIZES)
+    told = [line for line in capsys.readouterr().err.splitlines() if ": " in line]  # the last line of each stage
+    assert [re.sub(r"\d+(\.\d)?", "N", line) for line in told] == [
+        f"opening {tiny_path(MODEL)}: N s",
+        "compiling N serving programs: N s",
+        "compiling N training programs: N s",
+    ]
     session.add_tenant("kept", LINES)
     session.step(1)
     ref = session.publish("kept")

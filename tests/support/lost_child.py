@@ -18,7 +18,7 @@ def break_steps(folder: Path) -> None:
 
     step = Engine.step
 
-    def breaking(engine: Engine):
+    def breaking(engine: Engine, deliver=None):
         time.sleep(0.02)  # or an answer is complete before it can be broken
         for name in ("fail", "hang"):
             if (folder / name).exists():
@@ -26,7 +26,7 @@ def break_steps(folder: Path) -> None:
                 if name == "fail":
                     raise RuntimeError("the device is gone")
                 time.sleep(10_000)
-        return step(engine)
+        return step(engine, deliver)
 
     Engine.step = breaking
 

@@ -81,9 +81,9 @@ def test_settings_and_system_text_go_with_every_request(talk, backend):
 
 
 def test_what_nobody_sets_suits_a_small_model_and_can_be_left_to_the_server(talk, backend):
-    assert talk("/set", "a", "/set temperature= top_p=", "/set", "b").startswith("temperature=0.3 top_p=0.9\n")
+    assert talk("/set", "a", "/set temperature= top_p=", "/set", "b").startswith("temperature=0.2 top_p=0.9\n")
     assert "nothing is set\n" in talk.out
-    assert [(r.params.temperature, r.params.top_p) for r in backend.requests] == [(0.3, 0.9), (1.0, 1.0)]
+    assert [(r.params.temperature, r.params.top_p) for r in backend.requests] == [(0.2, 0.9), (1.0, 1.0)]
 
 
 @pytest.mark.parametrize(
@@ -291,7 +291,7 @@ def test_a_conversation_in_a_terminal(terminal, backend):
     terminal.type("/help\n")
     terminal.wait_for("nothing means the base")
     terminal.type("2\n")
-    terminal.wait_for("temperature=0.3 top_p=0.9 (/set changes them)")
+    terminal.wait_for("temperature=0.2 top_p=0.9 (/set changes them)")
     terminal.wait_for(f"/compare QUESTION asks {BASE} and")  # the terminal breaks the line
     terminal.wait_for(prompt)
     terminal.type("hello\n")

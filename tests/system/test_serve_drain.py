@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx2
 import pytest
 from rich.console import Console
+from serve_world import MODEL
+from small_world import tiny_path
 
+from jaxlora.config.base import ModelSection
+from jaxlora.config.serving import serve_defaults
 from serve.demo import command as demo
 from serve.demo.tasks import demo_tasks
+from serve.observability.logs import logging_to
+from serve.runtime.snapshot import TrainingView
+from serve.server import build
+from serve.server.announcer import Announcer
 
 TESTS = Path(__file__).parents[1] / "support"
 TOKENS = 24
@@ -117,7 +128,7 @@ def test_a_server_that_ends_completes_what_is_open_and_takes_nothing_new(tmp_pat
         assert child.ended() == 0
         assert [line for line in child.process.stderr if "[info" not in line] == []
         told = child.process.stdout.read().splitlines()
-        waits = "stopping: 1 open requests have 60 s to end, or until another signal"
+        waits = "stopping: 1 open request may take 60 s, or until another signal"
         assert told == [f"now: jaxlora chat --url {child.url}", waits, "stopped"]
     assert events[-1] == "[DONE]"
     assert json.loads(events[-2])["choices"][0]["finish_reason"] == "length"
@@ -181,6 +192,76 @@ def test_a_full_queue_is_refused_with_retry_after(tmp_path):
         assert child.ended() == 0
         for row in rows:
             row.end()
+
+
+@pytest.mark.parametrize(
+    ("inside", "jobs", "told"),
+    [
+        (0, None, "stopping: nothing is open"),
+        (0, {"paused": 3}, "stopping: nothing is open"),
+        (2, {"running": 0}, "stopping: 2 open requests may take 30 s, or until another signal"),
+        (
+            1,
+            {"running": 1, "queued": 2, "validating_files": 1, "paused": 5},
+            "stopping: 1 open request may take 30 s, or until another signal; "
+            "4 jobs will stop at a checkpoint and go on at the next start",
+        ),
+    ],
+)
+@pytest.mark.parametrize("as_json", [False, True])
+def test_who_stops_a_server_is_told_what_becomes_of_all_that_is_open(inside, jobs, told, as_json, capsys):
+    training = None if jobs is None else TrainingView(jobs=jobs)
+    watch = SimpleNamespace(snapshot=SimpleNamespace(training=training))
+    announcer = Announcer(grace_s=30.0, as_json=as_json)
+    with logging_to(as_json=as_json), announcer.until_stopped():
+        announcer.ending(watch, 0)
+        announcer.ready()
+        announcer.ending(watch, inside)
+    out, err = capsys.readouterr()
+    lines = [json.loads(line)["event"] for line in err.splitlines()] if as_json else out.splitlines()
+    assert lines == ["stopping before it is ready; what compiles now ends first", told, "stopped"]
+    assert (out if as_json else err) == ""
+
+
+def test_sigterm_ends_a_start_with_exit_code_0_and_leaves_the_handler_as_it_was(capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as end, Announcer(grace_s=30.0, as_json=False).until_stopped():
+        signal.raise_signal(signal.SIGTERM)
+    assert end.value.code == 0
+    assert capsys.readouterr().out == "stopped\n"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_server_answers_while_it_starts_and_lets_nobody_in(tmp_path, monkeypatch):
+    """Ctrl-C comes while it compiles; in this process, whose umask and cache of programs stay."""
+    out = io.StringIO()
+    monkeypatch.setattr("sys.stdout", out)  # stderr stays: uvicorn's logging would close what absl took for it
+    monkeypatch.setattr("os.umask", lambda mask: 0)
+    monkeypatch.setattr("jaxlora.model.compile_cache.enable", lambda folder: folder)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    answers = []
+
+    def begin(runner, opened, config, own, progress):
+        with progress.stage("compiling", of=4, unit="programs") as stage:
+            stage.at(2)
+            answers.extend(httpx2.get(f"http://127.0.0.1:{port}{path}") for path in ("/ready", "/health", "/v1/models"))
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(build, "begin", begin)
+    model = ModelSection(path=str(tiny_path(MODEL)), dtype="float32")
+    config = replace(serve_defaults("tiny", tmp_path / "store"), model=model, port=port, kv_pages=8, training=None)
+    with pytest.raises(KeyboardInterrupt):
+        build.main(config, None)
+    for answer in answers:
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"]) == (503, "starting")
+        assert "the server is starting: compiling 2 of 4 programs, " in error["message"]
+    opened, *ended = out.getvalue().splitlines()
+    assert opened.startswith(f"opening {model.path}: ")
+    assert ended == ["stopping before it is ready; what compiles now ends first", "stopped"]
+    with pytest.raises(httpx2.ConnectError):
+        httpx2.get(f"http://127.0.0.1:{port}/ready")
 
 
 def test_the_demo_goes_on_to_its_end_after_sigterm():
