@@ -287,6 +287,8 @@ def _read_weights(
             else:
                 b_LRY[module.layer, :rank] = value.T
             norms.append(float(np.sqrt(np.square(value, dtype=np.float64).sum())))
+        if not np.isfinite(norms).all():
+            continue  # said above: float64 holds the norm of any finite float32 values
         change = abs(spec.scale(module.target, module.layer)) * norms[0] * norms[1]
         for what, norm in (("scale * norm(A) * norm(B)", change), ("norm(A)", norms[0]), ("norm(B)", norms[1])):
             if norm > MAX_NORM:

@@ -47,7 +47,7 @@ class Reasons:
         if not self:
             return
         mismatches = self.another_base
-        others = [message for message in self._found if message not in mismatches]
+        others = [message for message, error in self._found.items() if error is not BaseMismatch]
         details = [*self._unsupported, *mismatches, *others]
         if self._unsupported:
             error, said, told = AdapterInvalid, "; ".join(self._unsupported), len(self._unsupported)
