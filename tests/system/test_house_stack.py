@@ -173,11 +173,13 @@ def test_a_file_is_in_the_object_storage_and_its_record_in_the_database(client, 
 
 def test_prometheus_sees_what_was_asked_and_knows_the_rules(client, prometheus, folder):
     base = client.models.list().data[0].id
-    answer = client.completions.create(model=base, prompt="one two three", max_tokens=5, extra_body={"ignore_eos": True})
+    answer = client.completions.create(
+        model=base, prompt="one two three", max_tokens=5, extra_body={"ignore_eos": True}
+    )
     assert answer.usage.completion_tokens == 5
     log = folder / "prometheus.log"
     counted = 'sum(vllm:request_success_total{finished_reason="length"})'
-    until(lambda: [r for r in query(prometheus, counted) if float(r["value"][1]) >= 1], log)
+    until(lambda: [r for r in query(prometheus, counted) if float(r["value"][1]) >= 1], log, within_s=60)
     (target,) = httpx2.get(f"{prometheus}/api/v1/targets").json()["data"]["activeTargets"]
     assert (target["health"], target["labels"]["job"], target["lastError"]) == ("up", "jaxlora", "")
 
@@ -196,8 +198,12 @@ def test_each_panel_of_the_dashboard_has_data(client, prometheus, folder):
     """But the refusals, of which there may be none yet, are asked for first; ratios of nothing are no number."""
     with contextlib.suppress(openai.NotFoundError):
         client.models.retrieve("nobody")
-    panels = [p for p in json.loads((DEPLOY / "grafana/dashboards/jaxlora.json").read_text())["panels"] if "targets" in p]
-    wanted = [t["expr"].replace("$__rate_interval", "1m").replace("$instance", ".*") for p in panels for t in p["targets"]]
+    panels = [
+        p for p in json.loads((DEPLOY / "grafana/dashboards/jaxlora.json").read_text())["panels"] if "targets" in p
+    ]
+    wanted = [
+        t["expr"].replace("$__rate_interval", "1m").replace("$instance", ".*") for p in panels for t in p["targets"]
+    ]
     for expression in wanted:
         until(lambda expression=expression: query(prometheus, expression), folder / "prometheus.log", within_s=60)
 
