@@ -10,12 +10,15 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.openmetrics import exposition as openmetrics
+from prometheus_client.openmetrics.exposition import ALLOWUTF8
 from prometheus_client.registry import Collector
 
 from serve.access.caller import caller_of
@@ -26,6 +29,7 @@ from serve.http.schema import ok_as
 from serve.runtime.device_thread import DeviceThread
 from serve.runtime.snapshot import Snapshot
 
+OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"})  # others are a client's invention
 
 
@@ -226,4 +230,7 @@ class MetricsRoutes:
         if not self._open:
             caller_of(request).need_admin("reading metrics")
         encode, kind = choose_encoder(request.headers.get("accept", ""))
+        if kind.startswith(OPENMETRICS):
+            # Our names need no escape; the library's default one, which Prometheus asks for, writes _ for their colons.
+            encode, kind = partial(openmetrics.generate_latest, escaping=ALLOWUTF8), OPENMETRICS
         return Response(await asyncio.to_thread(encode, self._registry), headers={"content-type": kind})

@@ -6,9 +6,12 @@ import ast
 import configparser
 import contextlib
 import json
+import os
 import re
 import shlex
+import shutil
 import subprocess
+import sys
 import tomllib
 from dataclasses import replace
 from importlib.metadata import version
@@ -434,6 +437,42 @@ def test_the_image_is_made_of_files_that_there_are():
     assert (DEPLOY / "docker" / build["context"]).resolve() == ROOT
     assert ROOT / build["dockerfile"] == DOCKERFILE
     assert json.loads(instruction("ENTRYPOINT")) == ["jaxlora"]
+
+
+@pytest.mark.slow
+def test_the_first_stage_of_the_image_makes_a_server_without_docker(tmp_path):
+    """Its COPY and RUN lines in order, in a folder with nothing else; pip's line brings uv, which is here."""
+    starts = [i for i, (word, _) in enumerate(instructions()) if word == "FROM"]
+    stage = instructions()[starts[0] : starts[1]]
+    extras = next(shlex.split(rest)[0].partition("=")[2] for word, rest in stage if word == "ARG")
+    env = {k: v for k, v in os.environ.items() if k != "VIRTUAL_ENV"} | {"EXTRAS": extras, "UV_PYTHON": sys.executable}
+    ignored = shutil.ignore_patterns("__pycache__")
+    for word, rest in stage:
+        if word == "COPY":
+            *sources, target = rest.split()
+            for source in sources:
+                if source.endswith("/"):
+                    shutil.copytree(ROOT / source, tmp_path / target, ignore=ignored)
+                else:
+                    shutil.copy(ROOT / source, tmp_path / target)
+        elif word == "RUN" and not rest.startswith("pip "):
+            done = subprocess.run(rest, shell=True, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+    python = tmp_path / ".venv/bin/python"
+    for package in ("jaxlora", "psycopg", "serve.cli.main"):
+        found = subprocess.run(
+            [python, "-c", f"import {package}; print({package.split('.')[0]}.__file__)"],
+            cwd="/",
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert str(tmp_path / ".venv") in found.stdout, found.stderr
+    (entry,) = json.loads(instruction("ENTRYPOINT"))
+    assert (
+        subprocess.run([tmp_path / ".venv/bin" / entry, "--help"], cwd="/", capture_output=True, check=False).returncode
+        == 0
+    )
 
 
 def test_the_health_check_of_the_image_is_a_program():

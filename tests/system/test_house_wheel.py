@@ -1,11 +1,14 @@
-"""The wheel holds every module, and `jaxlora` answers from it in an empty directory."""
+"""The wheel holds every module, and `jaxlora` answers from it in an empty directory and in an empty environment."""
 
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -18,13 +21,19 @@ NOT_SHIPPED = {"__pycache__"}
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """A wheel of a copy of the sources, so that nothing built before can slip in."""
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+def source(tmp_path_factory):
+    """A copy of the sources, so that nothing built before can slip in."""
+    source = tmp_path_factory.mktemp("source")
     for name in PACKAGES:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns(*NOT_SHIPPED))
-    for name in ("pyproject.toml", "README.md"):
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
+    return source
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory):
+    out = tmp_path_factory.mktemp("wheel")
     run = subprocess.run(
         [sys.executable, "-c", BUILD, str(out)], cwd=source, capture_output=True, text=True, check=False
     )
@@ -56,3 +65,34 @@ def test_jaxlora_answers_from_an_empty_directory(wheel, tmp_path):
         )
         assert run.returncode == 0, run.stderr
     assert "serve" in run.stdout
+
+
+@pytest.mark.slow
+def test_the_page_makes_an_empty_environment_that_answers_the_demo(source, tmp_path):
+    """The commands of docs/deploy.md in order, with a folder of here for /opt/jaxlora and the versions that were tested."""
+    section = re.search(r"^## A wheel\n\n```sh\n(.*?)^```$", (ROOT / "docs/deploy.md").read_text(), re.M | re.S)[1]
+    pins = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["uv"]["constraint-dependencies"]
+    (tmp_path / "pins.txt").write_text("\n".join(pins))
+    environment = tmp_path / "jaxlora"
+    env = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "PYTHONPATH")}
+    env |= {"UV_CONSTRAINT": str(tmp_path / "pins.txt"), "UV_PYTHON": sys.executable, "JAX_PLATFORMS": "cpu"}
+
+    def run(words: list[str], cwd: Path) -> str:
+        done = subprocess.run(words, cwd=cwd, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    *install, demo = [shlex.split(line.replace("/opt/jaxlora", str(environment))) for line in section.splitlines()]
+    jaxlora = demo[0]
+    for words in install:
+        if "--no-deps" in words:  # until then the demo says what it wants
+            asked = subprocess.run([*demo], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+            assert asked.returncode == 2
+            assert " ".join(words[words.index("--no-deps") :]) in asked.stderr
+            assert "Traceback" not in asked.stderr
+        run(words, source)
+    assert "serve" in run([jaxlora, "--help"], tmp_path)
+    findings = run([jaxlora, "doctor"], tmp_path)
+    assert str(environment) in findings
+    assert "MISSING" not in findings
+    assert "8 of 8 tenants went from at most 0.20 to at least 0.70" in run(demo, tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
 import threading
 from dataclasses import replace
 
@@ -131,10 +132,22 @@ def test_every_promised_name_is_there_in_a_format_that_parses(http):
     assert {own["model_name"] for own in ours} == {BASE}
 
 
-def test_openmetrics_is_told_to_who_asks_for_it(http):
-    answer = http.get("/metrics", headers={"accept": "application/openmetrics-text; version=1.0.0"})
-    assert answer.headers["content-type"].startswith("application/openmetrics-text")
+@pytest.mark.parametrize(
+    "accept",
+    [
+        "application/openmetrics-text; version=1.0.0",
+        "application/openmetrics-text;version=1.0.0;q=0.5,application/openmetrics-text;version=0.0.1;q=0.4,*/*;q=0.2",
+        "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,text/plain;version=0.0.4;q=0.3",
+    ],
+    ids=["bare", "Prometheus 2", "Prometheus 3"],
+)
+def test_openmetrics_is_told_to_who_asks_for_it_with_the_same_names(http, accept):
+    answer = http.get("/metrics", headers={"accept": accept})
+    assert answer.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
     assert answer.text.endswith("# EOF\n")
+    told = set(re.findall(r"^([a-zA-Z_:][\w:]*)", answer.text, re.M))
+    plain = {name for name, _ in scrape(http)[0]}
+    assert plain <= told
 
 
 def test_counts_grow_by_what_was_asked(http, world, served):
