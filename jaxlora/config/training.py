@@ -271,8 +271,8 @@ class TenantSection(Recipe):
     """Training job of one tenant: its data and its hyper-parameters."""
 
     name: str  # 1 to 64 letters, digits, '.', '_', '-'
-    train: TomlPath  # JSONL, one example per line, of the kind that the loss takes
-    heldout: TomlPath | None = None  # JSONL; None: no held-out loss is reported
+    train: TomlPath  # examples of the kind that the loss takes: JSONL, a JSON array, CSV, TSV or Parquet
+    heldout: TomlPath | None = None  # likewise; None: no held-out loss is reported
 
     def __post_init__(self) -> None:
         with Checks() as check:

@@ -149,7 +149,7 @@ def test_no_setting_is_accepted_and_ignored(session, caplog):
         assert learned("skip", longer, too_long="skip") == plain
         assert learned("truncate", longer, too_long="truncate") != plain
     assert ["left out (example 0)" in caplog.text, "cut (example 0)" in caplog.text] == [True, True]
-    with pytest.raises(ConfigInvalid, match="too_long must be error, skip or truncate"):
+    with pytest.raises(JaxLoraError, match="too_long must be error, skip or truncate"):
         session.add_tenant("too_long", LINES, too_long="cut")
     settings = inspect.signature(session.add_tenant).parameters.keys() - {"name", "data", "heldout", "too_long"}
     assert settings == OTHERWISE.keys() | OF_ANOTHER_LOSS.keys(), "a setting that nobody tries"

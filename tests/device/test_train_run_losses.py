@@ -155,3 +155,20 @@ def test_digest_depends_on_all_that_a_pair_and_a_rollout_hold():
     ]
     digests = {digest([u]) for u in [*units, *examples(0, 1)]}
     assert len(digests) == len(units) + 1
+
+
+@pytest.mark.slow
+def test_examples_that_are_too_long_are_left_out_or_cut_and_told(job):
+    long = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b " * 200}]}
+    path = job.parent / "chats.jsonl"
+    path.write_text(path.read_text() + json.dumps(long) + "\n")
+    before = job.read_text()
+    refused = train(job)
+    assert refused.exit_code == 2
+    assert "lane_tokens = 64 holds (line 7); lane_tokens = " in refused.stderr
+    for choice, what in (("skip", "was left out (line 7)"), ("truncate", "was cut (line 7)")):
+        text = before.replace("[[tenant]]", f'[[tenant]]\ntoo_long = "{choice}"').replace('"out"', f'"out-{choice}"')
+        job.write_text(text)
+        result = train(job)
+        assert result.exit_code == 0, result.output
+        assert f"chats: chats.jsonl: 1 of 7 is longer than lane_tokens = 64 holds and {what}" in result.output

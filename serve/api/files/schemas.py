@@ -25,7 +25,7 @@ FORM_BODY = form_body(
         "purpose": {"type": "string", "enum": [FINE_TUNE]},
         ANCHOR: {"type": "string", "enum": ["created_at"]},
         SECONDS: {"type": "integer", "minimum": LEAST_EXPIRY_S, "maximum": MOST_EXPIRY_S},
-        "file": {"type": "string", "format": "binary", "description": "JSONL, one example a line"},
+        "file": {"type": "string", "format": "binary", "description": "JSONL, a JSON array, CSV, TSV or Parquet"},
     },
     required=["purpose", "file"],
 )
