@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 
 from jaxlora.core.errors import ConfigInvalid, JaxLoraError
 from jaxlora.neighbours import HOME, check_neighbours
-from serve.cli.adapters import EXPORT_EXAMPLES, IMPORT_EXAMPLES, Verbose, adapters, export, import_adapter, mistakes
+from serve.cli.adapters import EXPORT_EXAMPLES, IMPORT_EXAMPLES, Verbose, adapters, export, import_adapter, told
 from serve.cli.jobs import files, jobs
 from serve.cli.keys import keys
 from serve.cli.options import HERE, Json, Key, Url
@@ -34,8 +34,7 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except JaxLoraError as e:
-            line = " ".join(e.message.split())
-            typer.echo("\n".join((f"jaxlora: {line}", *mistakes(ctx, e))), err=True)
+            typer.echo(f"jaxlora: {told(ctx, e)}", err=True)
             raise typer.Exit(ERROR_EXIT) from e
         except KeyboardInterrupt as e:
             typer.echo("jaxlora: interrupted", err=True)
