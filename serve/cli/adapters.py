@@ -32,7 +32,7 @@ def _note_verbose(ctx: typer.Context, wanted: bool) -> bool:
 
 Verbose = Annotated[
     bool, typer.Option("--verbose", help="Of a refused adapter, list every mistake.", callback=_note_verbose)
-]  # its value is noted for `mistakes`, which comes after the command
+]  # its value is noted for `told`, which comes after the command
 LOCAL_TENANT = "local"  # the owner of an adapter that is named without one
 LOAD_EXAMPLES = """Example:  jaxlora adapters load support /srv/adapters/support
 
@@ -79,13 +79,14 @@ def print_notes(notes: Collection[str], ignored: Collection[str] = ()) -> None:
         typer.echo(f"note: these settings have no effect here: {', '.join(ignored)}")
 
 
-def mistakes(ctx: typer.Context, error: JaxLoraError) -> tuple[str, ...]:
-    """The lines that follow an error's message: all its mistakes under --verbose, else how to see them where one can."""
+def told(ctx: typer.Context, error: JaxLoraError) -> str:
+    """An error's message in one line, with how to see all mistakes where one can; under --verbose each in a line more."""
+    line = " ".join(error.message.split())
     if not error.details or VERBOSE not in ctx.meta:
-        return ()
+        return line
     if not ctx.meta[VERBOSE]:
-        return (f"jaxlora: --verbose lists all {len(error.details)} mistakes",)
-    return tuple("  " + " ".join(detail.split()) for detail in error.details)
+        return f"{line} (--verbose lists all {len(error.details)} mistakes)"
+    return "\n  ".join([line, *(" ".join(detail.split()) for detail in error.details)])
 
 
 # ---- of a running server

@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 
 from jaxlora.core.errors import ConfigInvalid, JaxLoraError
 from jaxlora.neighbours import HOME, check_neighbours
-from serve.cli.adapters import EXPORT_EXAMPLES, IMPORT_EXAMPLES, Verbose, adapters, export, import_adapter, mistakes
+from serve.cli.adapters import EXPORT_EXAMPLES, IMPORT_EXAMPLES, Verbose, adapters, export, import_adapter, told
 from serve.cli.files import files
 from serve.cli.init import init
 from serve.cli.jobs import jobs
@@ -39,7 +39,7 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except JaxLoraError as e:
-            typer.echo("\n".join((f"jaxlora: {e.message.strip()}", *mistakes(ctx, e))), err=True)
+            typer.echo(f"jaxlora: {told(ctx, e)}", err=True)
             raise typer.Exit(ERROR_EXIT) from e
         except OSError as e:
             if e.errno not in FULL:

@@ -231,7 +231,7 @@ PLAIN = world.FIXTURES / "accepted" / "plain"
         ({"--dtype": "float16"}, "--dtype of merged must be one of float32, bfloat16; got 'float16'"),
         ({"--name": "tone"}, "give a PEFT folder, or --adapters STORE with --name"),
         ({"--adapters": "store"}, "give a PEFT folder, or --adapters STORE with --name"),
-        ({"--model": world.base_folder("qwen3")}, "this base needs"),
+        ({"--model": world.base_folder("qwen3")}, "made for llama (query width 32), the base here is qwen3"),
         ({"--model": "nowhere"}, "no such directory or .gguf file"),
     ],
     ids=lambda x: x if isinstance(x, str) else "".join(x),

@@ -109,7 +109,7 @@ def test_an_adapter_that_does_not_fit_is_one_sentence_and_under_verbose_every_mi
     assert (error["message"], error["code"], error["param"]) == (sentence, "base_mismatch", None)
     folder = str(write_files(tmp_path / "peft", files))
     short, long = (run("upload", "x", folder, *more) for more in ([], ["--verbose"]))
-    assert short == (2, "", f"jaxlora: {sentence}\njaxlora: --verbose lists all {len(error['details'])} mistakes\n")
+    assert short == (2, "", f"jaxlora: {sentence} (--verbose lists all {len(error['details'])} mistakes)\n")
     assert long == (2, "", "\n  ".join([f"jaxlora: {sentence}", *error["details"]]) + "\n")
     with pytest.raises(openai.BadRequestError, match="it was made for Qwen3") as caught:
         openai_client(shelf, "root").post(

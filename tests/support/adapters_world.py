@@ -227,8 +227,9 @@ def answer(client: httpx2.Client, model: str, tokens: int = 8, prompt: tuple[int
 
 
 def error_of(response: httpx2.Response) -> tuple[int, str, str]:
-    """(status, code, message) of a refusal in the shape that all errors have."""
+    """(status, code, message) of a refusal in the shape that all errors have; with details, the message and these."""
     assert set(response.json()) == {"error"}, response.text
     error = response.json()["error"]
+    details = error.pop("details", [])
     assert set(error) == {"message", "type", "param", "code"}
-    return response.status_code, error["code"], error["message"]
+    return response.status_code, error["code"], "\n".join([error["message"], *details])
