@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SUPPORT = ROOT / "tests/support"
 PAGE = (ROOT / "docs/deploy.md").read_text()
 NEEDED = ("unshare", "nsenter", "ip", "runuser", "useradd", "curl", "uv", "/lib/systemd/systemd", "/usr/bin/python3")
-WAIT_S = 600.0
+WAIT_S = 1800.0  # no test is of the speed
 
 
 def missing() -> str:
@@ -179,7 +179,7 @@ def test_a_reload_reads_the_tuning_again(machine):
     machine.run("sed -i 's/quantum_ms = 200/quantum_ms = 150/' /etc/jaxlora/serve.toml")
     machine.run(steps()[5][4])
     log = machine.folder / "etc/jaxlora/server.log"
-    machine.until(lambda: "quantum_ms" in log.read_text())
+    machine.until(lambda: "tuned by /etc/jaxlora/serve.toml" in log.read_text())
 
 
 def test_a_stop_ends_within_its_time_and_is_no_failure(machine):
@@ -192,4 +192,4 @@ def test_a_wrong_setting_is_not_tried_again(machine):
     machine.run("systemctl start jaxlora.service", ok=False)
     assert (machine.property("ExecMainStatus"), machine.property("ActiveState")) == ("2", "failed")
     assert machine.property("NRestarts") == "0"
-    assert "slots must be" in machine.log()
+    assert re.search("slots.* at least 1", machine.log())
