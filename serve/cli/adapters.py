@@ -80,8 +80,8 @@ def print_notes(notes: Collection[str], ignored: Collection[str] = ()) -> None:
 
 
 def told(ctx: typer.Context, error: JaxLoraError) -> str:
-    """An error's message in one line, with how to see all mistakes where one can; under --verbose each in a line more."""
-    line = " ".join(error.message.split())
+    """An error's message, with how to see all mistakes where one can; under --verbose each in a line more."""
+    line = error.message.strip()
     if not error.details or VERBOSE not in ctx.meta:
         return line
     if not ctx.meta[VERBOSE]:
