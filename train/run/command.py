@@ -220,7 +220,7 @@ def add_tenants(trainer: Trainer, config: SizedTrainConfig, opened: Opened, cons
     """Reads every tenant's files and gives it a slot, from its checkpoint if it has one; returns the jobs by tenant."""
     jobs = {}
     for section in config.tenant:
-        limit = LengthLimit(lane_tokens=config.lane_tokens, too_long=section.too_long)
+        limit = LengthLimit(lane_tokens=trainer.lane_tokens, too_long=section.too_long)
 
         def read(path: Path, section: TenantSection = section, limit: LengthLimit = limit) -> Sequence[Unit]:
             loaded = load_file(path, opened.tokenizer, limit=limit, loss=section.loss)
