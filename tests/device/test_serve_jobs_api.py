@@ -10,7 +10,7 @@ from dataclasses import replace
 import httpx2
 import openai
 import pytest
-from jobs_api_world import BASE, Server, lines
+from jobs_api_world import BASE, ENDED, LORA, Server, ask, client_of, create, file_of, lines, wait_for
 from pydantic import TypeAdapter
 
 from jaxlora.config.serving import LimitsSection, TenantWeight
@@ -24,8 +24,6 @@ from serve.jobs.results import draw_apart
 from train.jobs.status import JobStatus
 
 pytest_plugins = ["serve_fixtures"]
-ENDED = ("succeeded", "failed", "cancelled")
-LORA = {"r": 2, "alpha": 4, "target_modules": ["q_proj", "down_proj"]}
 
 
 @pytest.fixture(scope="module")
@@ -50,47 +48,12 @@ def adapters(server, tmp_path_factory):
     )
 
 
-def client_of(url, key, **options):
-    return openai.OpenAI(base_url=url + "/v1", api_key=key, timeout=20, **{"max_retries": 0} | options)
-
-
 @pytest.fixture
 def acme(server, request):
     """A tenant of the test's own."""
     name = request.node.originalname.removeprefix("test_").replace("_", "-")[:40].strip("-")
     with client_of(server[1], name) as client:
         yield client
-
-
-def file_of(server, client, **how) -> str:
-    return server[0].files.keep(client.api_key, "train.jsonl", "fine-tune", lines(**how).encode()).id
-
-
-def create(server, client, **changes):
-    settings = {
-        "model": BASE,
-        "training_file": changes.get("training_file") or file_of(server, client),
-        "seed": 7,
-        "method": {
-            "type": "supervised",
-            "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": 2, "learning_rate_multiplier": 1.0}},
-        },
-        "extra_body": {"lora": LORA, "checkpoint_every": 3} | changes.pop("extra", {}),
-    }
-    return client.fine_tuning.jobs.create(**settings | changes)
-
-
-def wait_for(client, id, *states, timeout_s=60):
-    end = time.monotonic() + timeout_s
-    while (job := client.fine_tuning.jobs.retrieve(id)).status not in states:
-        assert time.monotonic() < end, job
-        assert job.status not in ENDED, job
-        time.sleep(0.05)
-    return job
-
-
-def ask(client, model):
-    return client.completions.create(model=model, prompt="say 1", max_tokens=3, temperature=0)
 
 
 def test_a_job_becomes_a_model(server, acme):
@@ -507,91 +470,6 @@ def test_lists_are_the_callers_and_can_be_filtered(server, acme):
         assert len(bodies) == 1
     for job in jobs:
         wait_for(acme, job.id, "succeeded")
-
-
-def test_a_job_that_saved_nothing_begins_at_its_adapter_again(world, tmp_path):
-    """Interrupted before its first checkpoint, a job that goes on from an adapter ends where an undisturbed one ends."""
-    results = []
-    for interrupted in (False, True):
-        folder = tmp_path / str(interrupted)
-        folder.mkdir()
-        tenant = f"again-{interrupted}"
-        first = Server(world, folder)
-        with first.running(hard=interrupted) as url, client_of(url, tenant) as client:
-            start = wait_for(client, create((first, url), client).id, "succeeded").fine_tuned_model
-            how = {"lora": None, "max_steps": 30, "checkpoint_every": 30}
-            job = create((first, url), client, model=start, extra=how)
-            if interrupted:
-                while client.fine_tuning.jobs.retrieve(job.id).progress["step"] < 3:
-                    time.sleep(0.005)
-            else:
-                wait_for(client, job.id, "succeeded")
-        second = Server(world, folder)
-        with second.running() as url, client_of(url, tenant) as client:
-            done = wait_for(client, job.id, "succeeded")
-            results.append(second.runner.engine.store.get(second.runner.resolve(tenant, done.fine_tuned_model)).weights)
-    for target, pair in results[0].items():
-        for x, y in zip(pair, results[1][target], strict=True):
-            assert x.tobytes() == y.tobytes()
-
-
-def test_jobs_go_on_after_a_restart(world, tmp_path):
-    """What ran goes on and ends where an uninterrupted job ends; what was paused waits; names mean what they did."""
-    results = []
-    for interrupted in (False, True):
-        folder = tmp_path / str(interrupted)
-        folder.mkdir()
-        tenant = f"restart-{interrupted}"
-        first = Server(world, folder)
-        with first.running() as url, client_of(url, tenant) as client:
-            how = {"max_steps": 40, "checkpoint_every": 8}
-            job = create((first, url), client, suffix="again", extra=how)
-            if interrupted:
-                while not client.fine_tuning.jobs.checkpoints.list(job.id).data:
-                    time.sleep(0.01)
-                resting = create((first, url), client, extra=how)
-                wait_for(client, resting.id, "queued", "running")
-                client.fine_tuning.jobs.pause(resting.id)
-            else:
-                wait_for(client, job.id, "succeeded")
-        second = Server(world, folder)
-        with second.running() as url, client_of(url, tenant) as client:
-            done = wait_for(client, job.id, "succeeded")
-            steps = [
-                e.data["step"] for e in client.fine_tuning.jobs.list_events(job.id, limit=50) if e.type == "metrics"
-            ]
-            assert steps == list(range(40, 0, -1)), "no step is lost and none is done twice"
-            assert ask(client, done.fine_tuned_model).choices
-            assert ask(client, done.fine_tuned_model + ":ckpt-step-8").choices
-            if interrupted:
-                assert client.fine_tuning.jobs.retrieve(resting.id).status == "paused"
-                client.fine_tuning.jobs.resume(resting.id)
-                wait_for(client, resting.id, "succeeded")
-            ref = second.runner.resolve(tenant, done.fine_tuned_model)
-            results.append(second.runner.engine.store.get(ref).weights)
-    for target, pair in results[0].items():
-        for x, y in zip(pair, results[1][target], strict=True):
-            assert x.tobytes() == y.tobytes()
-
-
-def test_a_job_that_failed_keeps_its_checkpoints_for_days(world, tmp_path):
-    """Its file reads as other examples after a restart, as it would with another chat template."""
-    first = Server(world, tmp_path)
-    with first.running() as url, client_of(url, "acme") as client:
-        job = create((first, url), client, extra={"max_steps": 2000, "checkpoint_every": 2})
-        while not client.fine_tuning.jobs.checkpoints.list(job.id).data:
-            time.sleep(0.01)
-    saved = first.config.data / "jobs/states" / job.id
-    assert list(saved.iterdir())
-    path = first.files.path(first.files.get(job.training_file, None))
-    path.write_text(lines(5))
-    for keep_days, is_there in ((7, True), (7, True), (0, False)):
-        server = Server(world, tmp_path)
-        server.host.service._limits = LimitsSection(keep_days=keep_days)
-        with server.running() as url, client_of(url, "acme") as client:
-            assert "another examples" in wait_for(client, job.id, "failed").error.message
-            server.host.service.recorder.flush()
-        assert saved.exists() == is_there
 
 
 def test_a_weight_of_a_tenant_means_the_same_for_training_as_for_serving(server):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import openai
 from fake_backend import serving
 from serve_world import MODEL, World
 from small_world import tiny_path
@@ -32,6 +34,8 @@ from train.data.load import LengthLimit, load_file
 
 BASE = "owner/tiny"
 LANE_TOKENS = 32
+ENDED = ("succeeded", "failed", "cancelled")
+LORA = {"r": 2, "alpha": 4, "target_modules": ["q_proj", "down_proj"]}
 
 
 def lines(count: int = 6, *, wrong: bool = False) -> str:
@@ -125,3 +129,38 @@ class Server:
                 yield url
         finally:
             self.stop(hard=hard)
+
+
+def client_of(url, key, **options):
+    return openai.OpenAI(base_url=url + "/v1", api_key=key, timeout=20, **{"max_retries": 0} | options)
+
+
+def file_of(server, client, **how) -> str:
+    return server[0].files.keep(client.api_key, "train.jsonl", "fine-tune", lines(**how).encode()).id
+
+
+def create(server, client, **changes):
+    settings = {
+        "model": BASE,
+        "training_file": changes.get("training_file") or file_of(server, client),
+        "seed": 7,
+        "method": {
+            "type": "supervised",
+            "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": 2, "learning_rate_multiplier": 1.0}},
+        },
+        "extra_body": {"lora": LORA, "checkpoint_every": 3} | changes.pop("extra", {}),
+    }
+    return client.fine_tuning.jobs.create(**settings | changes)
+
+
+def wait_for(client, id, *states, timeout_s=60):
+    end = time.monotonic() + timeout_s
+    while (job := client.fine_tuning.jobs.retrieve(id)).status not in states:
+        assert time.monotonic() < end, job
+        assert job.status not in ENDED, job
+        time.sleep(0.05)
+    return job
+
+
+def ask(client, model):
+    return client.completions.create(model=model, prompt="say 1", max_tokens=3, temperature=0)
