@@ -91,6 +91,7 @@ class Session:
         targets: tuple[str, ...] = LAYER_TARGETS,
         lanes: int = 4,
         lane_tokens: int = 256,
+        longest_tokens: int | None = None,
         publish_every: int = 10,
         store: str | Path | None = None,
         memory_gb: float | None = None,
@@ -99,7 +100,8 @@ class Session:
         """Loads a base and compiles all that training and serving need: "smollm2", a directory, a .gguf file or a hub id.
 
         slots, max_rank, targets: of the adapters that train at once.  lanes, lane_tokens: rows of a training step and
-        their tokens, whose cost does not depend on how many tenants there are.  publish_every: steps of a tenant between
+        their tokens, whose cost does not depend on how many tenants there are.  longest_tokens: of an example; tenants with
+        examples longer than a row get longer rows, which compile programs of their own; None: lane_tokens.  publish_every: steps of a tenant between
         the versions that it makes by itself.  store: the folder that keeps the versions, for `jaxlora serve`; None: a
         temporary one.  memory_gb: the most memory to take; None: what is available.  progress: whether stderr tells how
         far this is; None: in a notebook and on a terminal.
@@ -111,7 +113,9 @@ class Session:
         with named_errors():
             section = ModelSection(path=str(model), dtype=dtype)
             pool = PoolSpec(slots=slots, rank=max_rank, dtype="float32", targets=targets)
-            training = TrainingSection(slots=slots, max_rank=max_rank, lanes=lanes, lane_tokens=lane_tokens)
+            training = TrainingSection(
+                slots=slots, max_rank=max_rank, lanes=lanes, lane_tokens=lane_tokens, longest_tokens=longest_tokens
+            )
         compile_cache.enable(None)
         told = Progress(screen_on(sys.stderr) if (is_watched() if progress is None else progress) else None)
         with contextlib.ExitStack() as end:
@@ -126,10 +130,11 @@ class Session:
                 training=training,
             )
             found, config = planned(settings, say=lambda line: None)
-            with memory_errors(f"opening {found.name}", "slots, max_rank, lanes or lane_tokens"):
+            with memory_errors(f"opening {found.name}", "slots, max_rank, lanes, lane_tokens or longest_tokens"):
                 with told.stage(f"opening {found.name}"):
                     opened = load_found(found, section, mesh)
-                trainer = small_trainer(opened, pool, lanes=lanes, lane_tokens=lane_tokens)
+                assert config.training is not None
+                trainer = small_trainer(opened, pool, lanes=lanes, lane_tokens=config.training.lengths)
                 shelf = open_store(config)
                 end.callback(shelf.close)
                 runner = make_runner(opened, config, shelf)

@@ -162,10 +162,13 @@ class HttpSection:
 class TrainingSection:
     """Fine-tuning jobs that run beside serving, on the same device."""
 
-    # Left out, these four are chosen from the device's memory and the base.
+    # Left out, these five are chosen from the device's memory and the base.
     slots: int | None = None  # adapters trained at once; other jobs wait in a queue
     lanes: int | None = None  # packed rows of one batch, each of one tenant
-    lane_tokens: int | None = None  # tokens of a row: the longest example
+    lane_tokens: int | None = None  # tokens of a row
+    # Tokens of the longest example: jobs with examples longer than a row get rows of 4, 16, … times its length, each of
+    # which compiles programs of its own.  Left out beside a lane_tokens: that.
+    longest_tokens: int | None = None
     max_rank: int | None = None  # of the adapters trained; at most the server's
     quantum_steps: int = 50  # steps after which a job gives its slot to a tenant that had less
     publish_every: int = 5  # steps between two published versions of a running job; `latest` refers to them
@@ -173,7 +176,10 @@ class TrainingSection:
 
     def __post_init__(self) -> None:
         with Checks() as check:
-            check.counts(self, "slots", "lanes", "lane_tokens", "max_rank")
+            check.counts(self, "slots", "lanes", "lane_tokens", "longest_tokens", "max_rank")
+            if self.lane_tokens is not None and self.longest_tokens is not None:
+                wanted = f"at least lane_tokens = {self.lane_tokens}"
+                check.need(self.longest_tokens >= self.lane_tokens, "longest_tokens", wanted, self.longest_tokens)
             check.counts(self, "quantum_steps", "publish_every", "call_tokens")
 
 
@@ -297,6 +303,9 @@ def database_in(data: Path) -> str:
     return f"sqlite:///{data / 'jaxlora.sqlite'}"
 
 
+LONGER = 4  # times the length of the rows before
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SizedTraining(TrainingSection):
     """Fine-tuning jobs of a known size."""
@@ -304,7 +313,16 @@ class SizedTraining(TrainingSection):
     slots: int
     lanes: int
     lane_tokens: int
+    longest_tokens: int
     max_rank: int
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Returns the lengths of rows, from the shortest on."""
+        found = [self.lane_tokens]
+        while found[-1] < self.longest_tokens:
+            found.append(min(LONGER * found[-1], self.longest_tokens))
+        return tuple(found)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -345,7 +363,9 @@ def filled(config: ServeConfig) -> SizedConfig:
     training = config.training
     if training is not None:
         most = sizes["max_rank"] if config.max_rank is None else config.max_rank
-        training = completed(SizedTraining, training, {"slots": 4, "lanes": 4, "lane_tokens": 256, "max_rank": most})
+        lane = 256 if training.lane_tokens is None else training.lane_tokens
+        sized = {"slots": 4, "lanes": 4, "lane_tokens": lane, "longest_tokens": lane, "max_rank": most}
+        training = completed(SizedTraining, training, sized)
     return replace(completed(SizedConfig, config, sizes), training=training)
 
 

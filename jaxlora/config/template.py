@@ -40,6 +40,7 @@ EXAMPLES: dict[str, object] = {
     "jobs": 20,
     "kv_pages": 128,
     "lane_tokens": 256,
+    "longest_tokens": 1024,
     "lanes": 4,
     "lora_roots": ("/srv/adapters",),
     "lr": 1e-3,

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from jaxlora.config.base import completed
-from jaxlora.config.serving import READ_MEMORY_BYTES, ServeConfig, SizedConfig, SizedTraining
+from jaxlora.config.serving import READ_MEMORY_BYTES, ServeConfig, SizedConfig, SizedTraining, TrainingSection
 from jaxlora.config.training import LANE_BLOCK, SizedTrainConfig, TrainConfig, filled
 from jaxlora.core.errors import ConfigInvalid
 from jaxlora.core.host_memory import MemoryLimit
@@ -43,6 +43,7 @@ ADAPTERS_HELD = 4  # versions that the host has room for at least
 WAITING_TOKENS = 131_072
 READ_PART = 32  # of the memory: what a process may take to read one file
 KV_FULL = 16  # times all rows at the whole context: more KV pages are of no use, however much memory there is
+LONGEST = {"cpu": 1024, "accelerator": 4096}  # tokens of a training example: longer lanes make neighbours wait longer
 SHARED_ROW_TOKENS = 2048  # KV tokens of a row on a machine that others use
 
 
@@ -223,10 +224,10 @@ def live_training_bytes(training: SizedTraining, base: BaseShape, machine: Machi
     """Returns the bytes of training slots and of a step in parts, whose passes take a lane of each group of devices."""
     slots = training.slots * slot_bytes(base, machine, training.max_rank, ALL_TARGETS, 4)
     rows = training.max_rank * base.rank_bytes(machine)  # of one lane, beside the slots
-    kept = training.lane_tokens * kept_bytes(base, machine, "products")
+    kept = training.longest_tokens * kept_bytes(base, machine, "products")
     lanes = -(-training.lanes // machine.rows)
     head = HEAD_COPIES * 4 * min(HEAD_TARGETS, training.lane_tokens) * _part((base.config.vocab,), ("vocab",), machine)
-    evaluated = lanes * training.lane_tokens * token_work(base, machine)
+    evaluated = max(lanes * training.lane_tokens, training.longest_tokens) * token_work(base, machine)
     return slots + LANE_ROWS * rows + kept + lanes * head + evaluated
 
 
@@ -330,9 +331,10 @@ def with_sizes(config: ServeConfig, step: Sizes, base: BaseShape, machine: Machi
         sized = {
             "slots": step.training_slots,
             "lanes": whole(step.lanes),
-            "lane_tokens": step.lane_tokens,
+            "lane_tokens": min(step.lane_tokens, training.longest_tokens or step.lane_tokens),
             "max_rank": min(step.max_rank, rank),
         }
+        sized["longest_tokens"] = training.lane_tokens or sized["lane_tokens"]
         training = completed(SizedTraining, training, sized)
     limits = config.limits
     if limits.read_memory_bytes is None:
@@ -343,11 +345,14 @@ def with_sizes(config: ServeConfig, step: Sizes, base: BaseShape, machine: Machi
 def with_the_rest(
     config: ServeConfig, sized: SizedConfig, base: BaseShape, machine: Machine, usable: int
 ) -> SizedConfig:
-    """Returns the settings whose KV and caches take what is left, as far as they were left out.
+    """Returns the settings whose longest training lanes, KV and caches take what is left, as far as they were left out.
 
     On memory of our own all of it; on a machine that others use no more than is of use.
     """
     left = usable - sum(serving_needs(sized, base, machine).values())
+    if sized.training is not None and config.training is not None and config.training.lane_tokens is None:
+        sized = replace(sized, training=_with_longer_lanes(config.training, sized.training, base, machine, left // 2))
+        left = usable - sum(serving_needs(sized, base, machine).values())
     host = left
     if machine.host is not None:
         host = usable_bytes(machine.host, config.memory_share) - sum(host_needs(sized).values())
@@ -374,6 +379,20 @@ def with_the_rest(
     return sized
 
 
+def _with_longer_lanes(
+    given: TrainingSection, sized: SizedTraining, base: BaseShape, machine: Machine, left: int
+) -> SizedTraining:
+    """Returns the training whose longest examples are as long as this memory has room for, if that was left out."""
+    longest = min(LONGEST["cpu" if machine.platform == "cpu" else "accelerator"], base.config.context)
+    while given.longest_tokens is None and longest > sized.lane_tokens:
+        longer = replace(sized, longest_tokens=longest)
+        more = live_training_bytes(longer, base, machine) - live_training_bytes(sized, base, machine)
+        if more <= left:
+            return longer
+        longest //= 2
+    return sized
+
+
 def _sizes_in_words(sized: SizedConfig, base: BaseShape) -> str:
     tokens = sized.kv_pages * sized.page_tokens
     words = [
@@ -383,8 +402,8 @@ def _sizes_in_words(sized: SizedConfig, base: BaseShape) -> str:
     ]
     if (t := sized.training) is not None:
         words.append(
-            f"training {t.slots} slots of rank {t.max_rank}, {t.lanes} lanes x {t.lane_tokens} tokens "
-            "([training] slots, max_rank, lanes, lane_tokens)"
+            f"training {t.slots} slots of rank {t.max_rank}, {t.lanes} lanes x {t.lane_tokens} tokens, examples of "
+            f"{t.longest_tokens} at most ([training] slots, max_rank, lanes, lane_tokens, longest_tokens)"
         )
     caches = (sized.host_adapters_gb, sized.host_kv_gb, sized.host_states_gb)
     words.append(
@@ -396,7 +415,7 @@ def _sizes_in_words(sized: SizedConfig, base: BaseShape) -> str:
 # ---- what cannot be ---------------------------------------------------------------------------------------------------
 
 SERVING_KEYS = ("kv_pages", "rows", "slots", "max_rank", "prefill_lanes", "prefill_tokens")
-TRAINING_KEYS = ("slots", "lanes", "lane_tokens", "max_rank")
+TRAINING_KEYS = ("slots", "lanes", "lane_tokens", "longest_tokens", "max_rank")
 CACHE_KEYS = ("host_adapters_gb", "host_kv_gb", "host_states_gb")
 
 type Given[Config] = tuple[str, float, Callable[[float], Config]]  # key, value, the settings with another value
@@ -419,7 +438,9 @@ def _too_large[Config](
     """
     best: tuple[float, str, float] | None = None
     for key, value, with_value in given:
-        unit = LANE_BLOCK if key.endswith("lane_tokens") else 0.01 if isinstance(value, float) else 1
+        unit = (
+            LANE_BLOCK if key.endswith(("lane_tokens", "longest_tokens")) else 0.01 if isinstance(value, float) else 1
+        )
         found = _largest(value, unit, lambda v, with_value=with_value: _possible(fits, with_value, v))
         if found is not None and (best is None or found / value > best[0]):
             best = (found / value, key, found)
@@ -541,7 +562,7 @@ def plan_training(
         given = [
             (key, value, lambda v, key=key: replace(config, **{key: v}))
             for key in TRAINING_KEYS
-            if (value := getattr(config, key))
+            if (value := getattr(config, key, None))
         ]
         free = replace(config, lanes=None, lane_tokens=None)
         raise _too_large(

@@ -116,7 +116,7 @@ def check(
         str | None, typer.Option(help="That the examples are for, such as dpo (default: any).", show_default=False)
     ] = None,
     lane_tokens: Annotated[
-        int, typer.Option(help="Tokens of a training lane: lane_tokens, or a server's training.lane_tokens.", min=1)
+        int, typer.Option(help="Tokens of a training lane: lane_tokens, or a server's training.longest_tokens.", min=1)
     ] = 256,
     too_long: Annotated[
         str, typer.Option(help="Of examples that a lane does not hold: error, skip or truncate.")

@@ -148,7 +148,7 @@ def services(
         stack.callback(Retention(database, config.retention).close)
         keys = Keys(StoredKeys(database), needed=needs_keys(config))
         training, store, drain = config.training, runner.engine.store, drain or Drain()
-        longest = LANE_TOKENS if training is None else training.lane_tokens
+        longest = LANE_TOKENS if training is None else training.longest_tokens
 
         readers = FileReaders(
             opened.tokenizer,

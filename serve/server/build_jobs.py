@@ -76,7 +76,7 @@ def make_job_host(
     Raises ConfigInvalid for sizes that do not fit the base; Unavailable, StorageFailed as object storage does.
     """
     pool = PoolSpec(slots=training.slots, rank=training.max_rank, dtype="float32", targets=ALL_TARGETS)
-    trainer = small_trainer(opened, pool, lanes=training.lanes, lane_tokens=training.lane_tokens)
+    trainer = small_trainer(opened, pool, lanes=training.lanes, lane_tokens=training.lengths)
     folder, tuned = config.data / "jobs", config.data / "tuned"
     copies = None if remote is None else StateCopies(remote.blobs, folder / "states", "jobs")
     stored, names = StoredJobs(database), runner.catalog.jobs

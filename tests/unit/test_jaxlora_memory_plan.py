@@ -106,6 +106,25 @@ def test_a_limit_is_used_and_kept(config, dtype, least, gb):
     assert plan.config.kv_pages * plan.config.page_tokens >= plan.config.rows * 128
 
 
+def test_training_lanes_are_as_long_as_was_asked_or_as_memory_holds():
+    def lengths(gb: float = 64, **given: int) -> tuple[int, ...]:
+        settings = replace(EMPTY, training=TrainingSection(**given))
+        training = plan_server(settings, shape(), machine(gb * 1e9)).config.training
+        assert training is not None
+        return training.lengths
+
+    assert lengths(lane_tokens=128) == (128,)
+    assert lengths(lane_tokens=128, longest_tokens=2048) == (128, 512, 2048)
+    assert lengths(longest_tokens=640) == (256, 640)
+    assert lengths(longest_tokens=64) == (64,)
+    assert lengths() == (256, 1024)
+    assert lengths(gb=2)[-1] < 1024
+    with pytest.raises(ConfigInvalid, match="lower training.longest_tokens to at most"):
+        lengths(gb=2, longest_tokens=8192)
+    with pytest.raises(ConfigInvalid, match="longest_tokens must be at least lane_tokens = 128, got 64"):
+        TrainingSection(lane_tokens=128, longest_tokens=64)
+
+
 def test_more_memory_never_gives_less():
     plans = [plan_server(EMPTY, shape(), machine(gb * 1e9)).config for gb in (2.1, 2.5, 3, 4, 6, 8, 16)]
     for less, more in itertools.pairwise(plans):
@@ -118,6 +137,7 @@ def test_on_a_machine_that_others_use_it_stays_about_what_it_was():
     sized = plan_server(EMPTY, shape(), machine(15e9, own=False)).config
     assert (sized.rows, sized.prefill_lanes, sized.prefill_tokens, sized.slots, sized.max_rank) == (8, 8, 32, 8, 32)
     assert (sized.training.slots, sized.training.lanes, sized.training.lane_tokens) == (4, 4, 256)
+    assert sized.training.lengths == (256, 1024)
     assert sized.kv_pages * sized.page_tokens == 8 * 2048
     assert sized.host_adapters_gb <= 2
 

@@ -56,7 +56,7 @@ class FileReaders:
         folder: Path,
         *,
         lane_tokens: int,
-        setting: str = "training.lane_tokens",
+        setting: str = "training.longest_tokens",
         limits: ReaderLimits,
         processes: int = 2,
     ):
