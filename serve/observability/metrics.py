@@ -30,7 +30,6 @@ from serve.runtime.device_thread import DeviceThread
 from serve.runtime.snapshot import Snapshot
 
 METRICS_PATH = "/metrics"
-OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"})  # others are a client's invention
 
 
@@ -206,6 +205,9 @@ def _counted(
     for values, count in counts:
         family.add_metric(values, count)
     return family
+
+
+OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 
 
 class MetricsRoutes:
