@@ -119,7 +119,7 @@ def test_training_lanes_are_as_long_as_was_asked_or_as_memory_holds():
     assert lengths(longest_tokens=64) == (64,)
     assert lengths() == (256, 1024)
     assert lengths(gb=2)[-1] < 1024
-    with pytest.raises(ConfigInvalid, match="lower training.longest_tokens to at most"):
+    with pytest.raises(ConfigInvalid, match=r"lower training\.longest_tokens to at most"):
         lengths(gb=2, longest_tokens=8192)
     with pytest.raises(ConfigInvalid, match="longest_tokens must be at least lane_tokens = 128, got 64"):
         TrainingSection(lane_tokens=128, longest_tokens=64)
