@@ -53,7 +53,7 @@ class Stream(threading.Thread):
 def slow(shelf):
     """A step takes a while, so that an answer is under way when something happens."""
     step = shelf.runner.engine.step
-    shelf.runner.engine.step = lambda: time.sleep(0.02) or step()
+    shelf.runner.engine.step = lambda deliver: time.sleep(0.02) or step(deliver)
     yield
     shelf.runner.engine.step = step
 

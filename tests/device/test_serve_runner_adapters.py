@@ -178,7 +178,7 @@ def test_old_versions_leave_and_those_in_use_stay(world, runner):
     refs = [publish(0)]
     request = ask("long", refs[0], 4, 60)
     gate, step = threading.Event(), runner.engine.step
-    runner.engine.step = lambda: step() if gate.is_set() else []  # it is under way until we say so
+    runner.engine.step = lambda deliver: step(deliver) if gate.is_set() else []  # it is under way until we say so
     runner.call(lambda: runner.admit(request, lambda _delta: None))
     refs += [publish(i) for i in range(1, 5)]
     assert world.store.versions("acme", "kept-short") == [refs[0], *refs[3:]]

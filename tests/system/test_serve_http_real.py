@@ -232,7 +232,7 @@ def crowd(world):
     world.store.get = lambda ref: gate.wait(30) and get(ref) if ref == locked else get(ref)
     runner = DeviceThread(engine, base_name=BASE)
     runner.start()
-    engine.step = lambda: time.sleep(0.05) or step()
+    engine.step = lambda deliver: time.sleep(0.05) or step(deliver)
     try:
         with serving(create_app(runner, AppConfig(default_max_tokens=16, max_request_s=60))) as url:
             yield runner, url
@@ -293,7 +293,9 @@ def test_a_client_that_hangs_up_frees_what_it_held(server):
     body = {"model": "tenant0", "prompt": prompt_of(0), "max_tokens": 60, "stream": True, "ignore_eos": True}
     body["seed"] = 1  # whose first tokens are text; bytes that are none yet would be held back
     slow = runner.engine.step
-    runner.engine.step = lambda: time.sleep(0.15) or slow()  # nine seconds of tokens: not over before we look
+    runner.engine.step = lambda deliver: (
+        time.sleep(0.15) or slow(deliver)
+    )  # nine seconds of tokens: not over before we look
     try:
         with (
             httpx2.Client(base_url=url, timeout=10) as client,

@@ -47,10 +47,10 @@ def test_eight_adapters_at_once_say_what_each_says_alone(smol, smol_engine, url)
     most_running = 0
     step = smol_engine.step
 
-    def counted():
+    def counted(deliver=None):
         nonlocal most_running
         most_running = max(most_running, len(smol_engine.scheduler.running))
-        return step()
+        return step(deliver)
 
     async def scenario():
         async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=120) as client:
