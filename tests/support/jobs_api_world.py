@@ -15,7 +15,7 @@ from serve_world import MODEL, World
 from small_world import tiny_path
 
 from jaxlora.checkpoints.load import Opened
-from jaxlora.config.serving import LimitsSection, ServeConfig, TrainingSection, serve_defaults
+from jaxlora.config.serving import LimitsSection, ServeConfig, SizedTraining, serve_defaults
 from jaxlora.core.errors import Unauthorized
 from jaxlora.storage.disk_cache import Remote
 from serve.access.adapter_quota import AdapterQuota
@@ -57,7 +57,8 @@ class Server:
 
     def __init__(self, world: World, folder: Path, *, remote: Remote | None = None, database: str = "", **training):
         sizes = {"slots": 1, "max_rank": 4, "lanes": 2, "lane_tokens": LANE_TOKENS, "publish_every": 2}
-        section = TrainingSection(**sizes | training)
+        sizes["longest_tokens"] = LANE_TOKENS
+        section = SizedTraining(**sizes | training)
         self.config: ServeConfig = replace(
             serve_defaults("tiny", folder / "adapters"),
             training=section,

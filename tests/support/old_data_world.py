@@ -18,7 +18,7 @@ from whole_world import bearer, joined, whole_config
 
 from jaxlora.checkpoints.load import open_base
 from jaxlora.config.base import ONE_DEVICE, ModelSection
-from jaxlora.config.serving import TrainingSection
+from jaxlora.config.serving import SizedTraining
 from jaxlora.core.progress import Progress
 from jaxlora.storage.adapter_store import AdapterStore
 
@@ -116,7 +116,7 @@ def server(folder: Path) -> Iterator[Server]:
         max_rank=4,
         rows=2,
         prefill_lanes=2,
-        training=TrainingSection(slots=1, lanes=2, lane_tokens=32, max_rank=4, publish_every=30),
+        training=SizedTraining(slots=1, lanes=2, lane_tokens=32, longest_tokens=32, max_rank=4, publish_every=30),
     )
     with (
         contextlib.closing(AdapterStore(settings.adapters, host_bytes=10**8)) as store,

@@ -13,7 +13,7 @@ from small_world import tiny_path
 from starlette.routing import BaseRoute, Route
 
 from jaxlora.checkpoints.load import Opened
-from jaxlora.config.serving import ServeConfig, TrainingSection, serve_defaults
+from jaxlora.config.serving import ServeConfig, SizedTraining, serve_defaults
 from jaxlora.storage.adapter_store import AdapterStore
 from serve.db.database import Database
 from serve.runtime.device_thread import DeviceThread
@@ -40,7 +40,7 @@ def whole_config(folder: Path) -> ServeConfig:
         max_rank=6,
         kv_pages=8,
         data=folder / "data",
-        training=TrainingSection(slots=1, lanes=2, lane_tokens=32, max_rank=4),
+        training=SizedTraining(slots=1, lanes=2, lane_tokens=32, longest_tokens=32, max_rank=4),
     )
 
 

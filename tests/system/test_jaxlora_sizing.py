@@ -114,7 +114,7 @@ def test_what_does_not_fit_is_one_line_before_anything_is_loaded(tmp_path, monke
 
 def test_the_start_prints_the_plan(capsys):
     config = ServeConfig(model=ModelSection(path=str(tiny_path("tiny-llama-tied"))), memory_gb=2.0)
-    found, sized = planned(config)
+    found, sized = planned(config, print)
     memory, sizes = capsys.readouterr().out.splitlines()
     assert memory.endswith("of 2.0 GB, memory_gb (memory_gb, memory_share)")
     assert f"{sized.slots} slots of rank {sized.max_rank} (slots, max_rank)" in sizes

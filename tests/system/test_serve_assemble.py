@@ -87,7 +87,7 @@ def test_every_folder_that_does_not_fit_is_told_at_once(world, opened, runner, t
         config = json.loads((section.path / "adapter_config.json").read_text())
         (section.path / "adapter_config.json").write_text(json.dumps(config | change))
     with pytest.raises(AdapterInvalid) as caught:
-        load_all(runner, opened, sections)
+        load_all(runner, opened, sections, at=[].append)
     dora, _, rank = (f"[[load]] {s.name} ({s.path})" for s in sections)
     assert caught.value.message == (
         f"{dora}: adapter refused: DoRA adapters are not supported (use_dora); trained biases are not supported "

@@ -257,7 +257,8 @@ def test_a_server_answers_while_it_starts_and_lets_nobody_in(tmp_path, monkeypat
         error = answer.json()["error"]
         assert (answer.status_code, error["code"]) == (503, "starting")
         assert "the server is starting: compiling 2 of 4 programs, " in error["message"]
-    opened, *ended = out.getvalue().splitlines()
+    memory, sizes, opened, *ended = out.getvalue().splitlines()
+    assert (memory.split(":")[0], sizes.split(":")[0]) == ("memory", "sizes")
     assert opened.startswith(f"opening {model.path}: ")
     assert ended == ["stopping before it is ready; what compiles now ends first", "stopped"]
     with pytest.raises(httpx2.ConnectError):
