@@ -66,7 +66,7 @@ def readers(tokenizer, tmp_path):
 
 def here(path, tokenizer, **how):
     """As `FileReaders.load` reads it, in this process."""
-    limit = LengthLimit(lane_tokens=63, setting="training.lane_tokens", **how)
+    limit = LengthLimit(lane_tokens=63, setting="training.longest_tokens", **how)
     return load_file(path, tokenizer, limit=limit, loss=None, name="the file")
 
 
@@ -157,8 +157,8 @@ def test_what_becomes_of_long_examples_and_what_is_said_of_them_comes_back(token
     for how in ("skip", "truncate"):
         came, wanted = there.load(path, "a", how), here(path, tokenizer, too_long=how)
         assert (plain(came.units), came.note) == (plain(wanted.units), wanted.note)
-        assert "training.lane_tokens = 63" in came.note
-    with pytest.raises(DataInvalid, match=r"training.lane_tokens = \d+ or more would hold all"):
+        assert "training.longest_tokens = 63" in came.note
+    with pytest.raises(DataInvalid, match=r"training.longest_tokens = \d+ or more would hold all"):
         there.load(path, "a")
 
 
