@@ -357,10 +357,10 @@ def test_a_tenant_that_fails_is_an_error_and_the_others_keep_theirs(job):
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda path: path.unlink(), "cannot be read (No such file or directory); give the path of a JSONL file"),
+        (lambda path: path.unlink(), "cannot be read (No such file or directory); give the path of a file"),
         (lambda path: (path.unlink(), path.mkdir()), "cannot be read (Is a directory)"),
-        (lambda path: path.write_bytes(b""), "has no examples; give one JSON object a line"),
-        (lambda path: path.write_bytes(b"\xff\xfe"), "is not valid: line 1: not UTF-8: byte 1 of the line"),
+        (lambda path: path.write_bytes(b""), "has no examples; give JSONL (a JSON object a line), a JSON array"),
+        (lambda path: path.write_bytes(b"\xff\xfe"), "is not valid: the file is text in UTF-16; save it as UTF-8"),
         (lambda path: path.write_text("{}\n"), "is not valid: line 1: keys (none) are of no known kind"),
     ],
 )

@@ -17,6 +17,7 @@ from small_world import tiny_path
 from jaxlora.checkpoints.load import Opened
 from jaxlora.config.serving import LimitsSection, ServeConfig, SizedTraining, serve_defaults
 from jaxlora.core.errors import Unauthorized
+from jaxlora.core.progress import Progress
 from jaxlora.storage.disk_cache import Remote
 from serve.access.adapter_quota import AdapterQuota
 from serve.access.caller import Caller
@@ -116,7 +117,7 @@ class Server:
     def running(self, *, hard: bool = False) -> Iterator[str]:
         """Its URL.  hard: as `stop` takes it."""
         self.runner.start()
-        self.host.start()
+        self.host.start(Progress(None))
         app = create_app(
             self.runner,
             AppConfig(

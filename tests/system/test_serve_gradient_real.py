@@ -14,6 +14,7 @@ from jobs_api_world import BASE, LANE_TOKENS, Server, by_key
 
 from jaxlora.config.serving import LimitsSection
 from jaxlora.core.lora import AdapterWeights
+from jaxlora.core.progress import Progress
 from serve.api.adapters.service import AdapterService
 from serve.api.gradient.complete import GradientConfig
 from serve.api.gradient.errors import gradient_response
@@ -32,7 +33,7 @@ def server(world, tmp_path_factory):
     """(server, url)."""
     it = Server(world, tmp_path_factory.mktemp("gradient"))
     it.runner.start()
-    it.host.start()
+    it.host.start(Progress(None))
     wire = GradientRoutes(
         it.runner,
         GradientConfig(default_lr=0.02, longest=LANE_TOKENS, rank=4),
