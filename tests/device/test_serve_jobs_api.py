@@ -140,7 +140,7 @@ def test_the_base_has_its_name_alone(server):
 def test_a_model_that_has_no_version_yet_says_so(server, acme, monkeypatch):
     it, hold = server[0], threading.Event()
     load = it.files.load
-    monkeypatch.setattr(it.files, "load", lambda path: hold.wait(30) and load(path))
+    monkeypatch.setattr(it.files, "load", lambda path, too_long: hold.wait(30) and load(path, too_long))
     job = create(server, acme, suffix="later")
     with pytest.raises(openai.NotFoundError, match="`later` has no version yet"):
         ask(acme, "later")
@@ -313,7 +313,7 @@ def test_a_job_whose_files_are_being_read_can_be_cancelled_but_not_paused(server
     """Queued it is after a restart: the database says where it stood, the device thread does not know it yet."""
     it, hold = server[0], threading.Event()
     load = it.files.load
-    monkeypatch.setattr(it.files, "load", lambda path: hold.wait(30) and load(path))
+    monkeypatch.setattr(it.files, "load", lambda path, too_long: hold.wait(30) and load(path, too_long))
     job = create(server, acme)
     it.host.service.recorder.change(job.id, lambda now: replace(now, status=status))
     with pytest.raises(openai.ConflictError):

@@ -57,7 +57,7 @@ def test_another_machine_has_every_file(database, remote, tmp_path):
         assert on_disk(tmp_path / "two") == []
         for i in (0, 2):
             path = files.find(kept[i].id, "acme")[1]
-            assert len(files.load(path)) == 3 * (i + 1)
+            assert len(files.load(path, "error").units) == 3 * (i + 1)
             with files.here(path):
                 assert path.read_bytes() == GOOD * (i + 1)
         with pytest.raises(NotFound):
@@ -100,7 +100,7 @@ def test_files_of_before_are_sent_and_other_bytes_are_refused(database, remote, 
         assert remote.blobs.list("files/") == {f"files/acme/{record.id}": len(GOOD)}
     remote.blobs.put_bytes(f"files/acme/{record.id}", GOOD.replace(b"4", b"5"))
     with store_of(database, tmp_path / "two", remote) as files, pytest.raises(StorageFailed, match="sha256"):
-        files.load(files.path(record))
+        files.load(files.path(record), "error")
 
 
 def test_copies_leave_and_downloads_bring_them_back(database, tmp_path):

@@ -143,9 +143,9 @@ class HeldJobs(StoredJobs):
 
     gate = threading.Event()
 
-    def get(self, id, sees):
+    def shown(self, id, sees):
         assert self.gate.wait(20)
-        return super().get(id, sees)
+        return super().shown(id, sees)
 
 
 @pytest.mark.fault("C6")
