@@ -29,6 +29,7 @@ from pathlib import Path
 MOST_SILENT_S = 5.0
 COLUMNS, LINES = 100, 40
 ESCAPE = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]|\x1b[()][AB0]|\x1b[=>]|\x1b\][^\x07]*\x07")
+SPINNER = re.compile(r"[\u2801-\u28ff] \w")  # a line that moved, as it last was
 SERVING = r"serving .* on (http://[0-9.:]+)/v1"
 
 
@@ -125,7 +126,7 @@ def plain(raw: bytes) -> str:
     lines = []
     for line in ESCAPE.sub(b"", raw).decode(errors="replace").replace("\r\n", "\n").split("\n"):
         lines.append(line.rstrip("\r").split("\r")[-1].rstrip())
-    return "\n".join(lines)
+    return "\n".join(line for line in lines if not SPINNER.match(line))
 
 
 class Hour:
@@ -236,8 +237,8 @@ def the_hour(hour: Hour) -> None:
 
     hour.title("A job by name, and its model asked while it trains")
     job = hour.start("jobs", "create", "harbor.jsonl", "--heldout", "harbor.held.jsonl", "--model", model, "--name", "harbor",
-                     "--steps", "60", "--lr", "2e-3", "--follow", *at)  # fmt: skip
-    job.until(r"version \d", 120)
+                     "--steps", "24", "--lr", "2e-3", "--follow", *at)  # fmt: skip
+    job.until(r"Checkpoint created", 120)
     chat = hour.start("chat", "harbor", *at)
     chat.until(r"[>»:] ?$", 60)
     chat.send("berth 3 dock B\n")

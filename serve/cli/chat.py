@@ -41,7 +41,7 @@ PICK_HELP = """\
 NUMBER or NAME[@VERSION]   talk to this one; nothing means the base
 /adapters [TEXT]           the list again, or those with TEXT in their names
 /quit                      leave; so does Ctrl-D.  More commands follow when you have chosen"""
-QUIT = "/quit"
+QUIT = ("/quit", "/exit")
 
 
 @dataclass(slots=True)
@@ -175,7 +175,7 @@ class Conversation:
                 print()  # as a shell does: the line is given up
                 continue
             line = line.encode(errors="replace").decode().strip()
-            if line == QUIT:
+            if line in QUIT:
                 return
             if line:
                 self.take(line)
@@ -189,7 +189,7 @@ class Conversation:
             elif word in self._commands:
                 self._commands[word](rest.strip())
             else:
-                raise InvalidRequest(unknown(word, [*self._commands, QUIT]))
+                raise InvalidRequest(unknown(word, [*self._commands, *QUIT]))
         except KeyboardInterrupt:
             if not self.chat.live:
                 raise
@@ -281,14 +281,14 @@ def pick(models: list[Model]) -> str | None:
             print()
             return None
         word, _, rest = said.partition(" ")
-        if word == QUIT:
+        if word in QUIT:
             return None
         if word == "/help":
             print(PICK_HELP)
         elif word == "/adapters":
             show(models, models[0].id, rest.strip())
         elif word.startswith("/"):
-            print(clean(unknown(word, ["/adapters", "/help", QUIT])))
+            print(clean(unknown(word, ["/adapters", "/help", *QUIT])))
         elif said.isdecimal() and int(said) >= len(models):
             print(f"there is no number {said}; the last is {len(models) - 1}")
         else:

@@ -138,7 +138,7 @@ def test_a_check_for_another_loss_refuses_the_lines(run, tmp_path):
     ("content", "code", "says"),
     [
         ("hello\n", 1, "begins with 'hello', which is none of what is read"),
-        ("", 1, "0 examples"),
+        ("", 1, "no example is in it"),
         (None, 2, "t.jsonl is no file; give one of training data"),
     ],
 )

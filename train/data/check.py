@@ -93,7 +93,8 @@ def describe(found: Scan, tokenizer: Spelling) -> FileCheck:
         histogram=_histogram(sizes),
         long=found.long_text,
         long_numbers=found.long.numbers,
-        problems=[problem.text(found.unit) for problem in found.problems],
+        problems=[problem.text(found.unit) for problem in found.problems]
+        or ["no example is in it"] * (found.read == 0),
         stopped=found.stopped,
         rendered=[_rendered(found.numbers[i], found.units[i], tokenizer) for i in places[:RENDERED]],
     )
