@@ -22,14 +22,16 @@ import subprocess
 import sys
 import tempfile
 import termios
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
 MOST_SILENT_S = 5.0
 COLUMNS, LINES = 100, 40
-ESCAPE = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]|\x1b[()][AB0]|\x1b[=>]|\x1b\][^\x07]*\x07")
-SPINNER = re.compile(r"[\u2801-\u28ff] \w")  # a line that moved, as it last was
+# What a terminal does not print: moves up (1), erased lines (2), other escapes; ends of lines and their beginnings are texts.
+ESCAPE = re.compile(r"\x1b\[([0-9]*)A|(\x1b\[2K)|\x1b\[[0-9;?]*[A-Za-z]|\x1b[()][AB0]|\x1b[=>]|\x1b\][^\x07]*\x07")
 SERVING = r"serving .* on (http://[0-9.:]+)/v1"
 
 
@@ -46,6 +48,8 @@ class Terminal:
     began: float = 0.0
     heard: float = 0.0  # when it last printed
     silent: float = 0.0  # the longest it printed nothing while it worked
+    typed: int = 0  # what had been printed when something was last typed
+    reading: threading.Thread = field(init=False)
 
     def __post_init__(self) -> None:
         self.master, slave = pty.openpty()
@@ -55,39 +59,47 @@ class Terminal:
         )
         os.close(slave)
         self.began = self.heard = time.monotonic()
+        self.reading = threading.Thread(target=self.read, daemon=True)
+        self.reading.start()
 
-    def read(self, wait_s: float) -> None:
-        """Takes what it prints within so long."""
-        readable, _, _ = select.select([self.master], [], [], wait_s)
-        now = time.monotonic()
-        self.silent = max(self.silent, now - self.heard)
-        if readable:
+    def read(self) -> None:
+        """Takes what it prints until its end, on a thread of its own."""
+        while True:
+            readable, _, _ = select.select([self.master], [], [], 0.1)
+            now = time.monotonic()
+            self.silent = max(self.silent, now - self.heard)
+            if not readable:
+                continue
             try:
-                self.raw += os.read(self.master, 2**16)
+                more = os.read(self.master, 2**16)
             except OSError:  # its end
-                time.sleep(0.05)
+                return
+            if not more:
+                return
+            self.raw += more
             self.heard = now
 
     def until(self, pattern: str, within_s: float) -> re.Match[str]:
-        """Waits until the text, from here on, has the pattern."""
-        start, end = len(self.raw), time.monotonic() + within_s
+        """Waits until the text since something was typed has the pattern."""
+        end = time.monotonic() + within_s
         while time.monotonic() < end:
-            found = re.search(pattern, plain(bytes(self.raw[start:])))
+            found = re.search(pattern, plain(bytes(self.raw[self.typed :])))
             if found:
                 return found
-            if self.process.poll() is not None:
-                self.drain()
-                found = re.search(pattern, plain(bytes(self.raw[start:])))
-                if found:
-                    return found
+            if not self.reading.is_alive():
                 raise SystemExit(f"{self.command} ended without {pattern!r}:\n{self.text}")
-            self.read(0.2)
+            time.sleep(0.1)
         raise SystemExit(f"{self.command} did not say {pattern!r} in {within_s:.0f} s:\n{self.text}")
 
     def send(self, text: str) -> None:
         """Types.  Waiting for a person is no silence."""
+        self.typed = len(self.raw)
         os.write(self.master, text.encode())
         self.heard = time.monotonic()
+
+    def rest(self) -> None:
+        """What it does from now on is measured; a server that nobody asks may be silent."""
+        self.heard, self.silent = time.monotonic(), 0.0
 
     def interrupt(self) -> None:
         """Ctrl-C."""
@@ -95,25 +107,13 @@ class Terminal:
 
     def end(self, within_s: float) -> int:
         """Waits for its end; returns the exit code."""
-        end = time.monotonic() + within_s
-        while self.process.poll() is None:
-            if time.monotonic() > end:
-                self.process.kill()
-                raise SystemExit(f"{self.command} did not end in {within_s:.0f} s:\n{self.text}")
-            self.read(0.1)
-        self.drain()
+        try:
+            self.process.wait(within_s)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise SystemExit(f"{self.command} did not end in {within_s:.0f} s:\n{self.text}") from None
+        self.reading.join(5)
         return self.process.returncode
-
-    def drain(self) -> None:
-        """Takes what is left."""
-        while select.select([self.master], [], [], 0)[0]:
-            try:
-                more = os.read(self.master, 2**16)
-            except OSError:
-                return
-            if not more:
-                return
-            self.raw += more
 
     @property
     def text(self) -> str:
@@ -122,11 +122,29 @@ class Terminal:
 
 
 def plain(raw: bytes) -> str:
-    """Text without escapes; of lines that were written over, the last form."""
-    lines = []
-    for line in ESCAPE.sub(b"", raw).decode(errors="replace").replace("\r\n", "\n").split("\n"):
-        lines.append(line.rstrip("\r").split("\r")[-1].rstrip())
-    return "\n".join(line for line in lines if not SPINNER.match(line))
+    """What a terminal shows in the end: without escapes, and of what was written over the last form."""
+    lines, row, column, text = [""], 0, 0, raw.decode(errors="replace")
+    place = 0
+    while place < len(text):
+        escape = ESCAPE.match(text, place)
+        if escape:
+            place = escape.end()
+            if escape[1] is not None:
+                row = max(row - int(escape[1] or 1), 0)
+            elif escape[2]:
+                lines[row] = ""
+            continue
+        letter, place = text[place], place + 1
+        if letter == "\n":
+            row, column = row + 1, 0
+            if row == len(lines):
+                lines.append("")
+        elif letter == "\r":
+            column = 0
+        elif letter >= " ":
+            lines[row] = lines[row].ljust(column)[:column] + letter + lines[row][column + 1 :]
+            column += 1
+    return "\n".join(line.rstrip() for line in lines)
 
 
 class Hour:
@@ -163,7 +181,9 @@ class Hour:
             lines = [*lines[:28], f"… ({len(lines) - 36} lines)", *lines[-8:]]
         said = f"exit code {code}, " if code is not None else ""
         self.pages.append(
-            f"```\n$ {typed}\n" + "\n".join(lines).replace(str(self.folder), "~/first") + "\n```\n\n"
+            f"```\n$ {typed}\n"
+            + "\n".join(lines).replace(str(self.folder), "~/first").replace(str(ROOT), "~/jaxlora")
+            + "\n```\n\n"
             f"_{said}{took:.1f} s, longest silence {terminal.silent:.1f} s{note}_\n"
         )
         print(f"$ {typed}\n{text}\n  [{said}{took:.1f} s, longest silence {terminal.silent:.1f} s]\n", flush=True)
@@ -231,7 +251,6 @@ def the_hour(hour: Hour) -> None:
     server = hour.start("serve", "server.toml", "--port", "0")
     at = ["--url", server.until(SERVING, 300)[1]]
     hour.keep(server, None, None, " so far")
-    server.silent = 0.0
     hour.run("files", "upload", "harbor.jsonl", *at)
     hour.run("files", "upload", "broken.jsonl", *at, wanted=1)
 
@@ -240,13 +259,11 @@ def the_hour(hour: Hour) -> None:
                      "--steps", "24", "--lr", "2e-3", "--follow", *at)  # fmt: skip
     job.until(r"Checkpoint created", 120)
     chat = hour.start("chat", "harbor", *at)
-    chat.until(r"[>»:] ?$", 60)
+    chat.until(r"harbor>$", 60)
     chat.send("berth 3 dock B\n")
-    time.sleep(4)
-    chat.read(0.5)
+    chat.until(r"\nharbor>$", 30)
     chat.send("/help\n")
-    time.sleep(1)
-    chat.read(0.5)
+    chat.until(r"\nharbor>$", 30)
     chat.send("/exit\n")
     hour.keep(chat, chat.end(30), 0)
     hour.keep(job, job.end(300), 0)
@@ -263,13 +280,15 @@ def the_hour(hour: Hour) -> None:
     hour.keep(more, more.end(60), 0)
     time.sleep(5)
     server.raw.clear()
+    server.rest()
     server.interrupt()
-    hour.keep(server, server.end(90), 0, " (Ctrl-C)")
+    hour.keep(server, server.end(90), 130, " (Ctrl-C)")
     server = hour.start("serve", "server.toml", "--port", "0")
     at = ["--url", server.until(SERVING, 300)[1]]
     hour.run("jobs", "list", *at)
+    server.rest()
     server.interrupt()
-    hour.keep(server, server.end(90), 0, " (Ctrl-C)")
+    hour.keep(server, server.end(90), 130, " (Ctrl-C)")
 
     hour.title("Train from a file, stop, go on")
     hour.run("init", "train", "train.toml")
@@ -278,11 +297,10 @@ def the_hour(hour: Hour) -> None:
         'heldout = "harbor.held.jsonl"\nlr = 2e-3\n'
     )
     train = hour.start("train", "mine.toml")
-    train.until(r"(?i)step +\d|\d+ ?/ ?40", 240)
+    train.until(r"[4-9]/40", 240)
     train.interrupt()
     hour.keep(train, train.end(90), 130, " (Ctrl-C)")
     hour.run("train", "mine.toml")
-    hour.run("export", "runs/store", "harbor", "--out", "harbor-peft", wanted=0)
 
 
 def main() -> int:

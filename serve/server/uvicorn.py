@@ -33,6 +33,7 @@ LOG = logging.getLogger("serve")
 BACKLOG = 2048  # connections that may wait to be accepted
 ACCEPTED_AT_ONCE = 16  # of them, before one of ours is closed: each takes a descriptor
 ERROR_S = 0.2  # for answers to send their errors
+LOOK_S = 0.2  # how often the main thread looks whether a signal has come
 LAST_WORDS_S = 5  # for a client to read how its stream ended
 
 
@@ -150,7 +151,8 @@ class HttpServer:
         Raises KeyboardInterrupt when it was Ctrl-C, and what ended the background server.
         """
         assert self.thread is not None
-        self.thread.join()
+        while self.thread.is_alive():
+            self.thread.join(LOOK_S)  # without a limit CPython may sleep through a signal
         if self.failure is not None:
             raise self.failure
         if self.server.interrupted:

@@ -31,6 +31,7 @@ from serve.observability.logs import logging_to
 from serve.runtime.snapshot import TrainingView
 from serve.server import build
 from serve.server.announcer import Announcer
+from serve.server.uvicorn import HttpServer
 
 TESTS = Path(__file__).parents[1] / "support"
 TOKENS = 24
@@ -263,6 +264,15 @@ def test_a_server_answers_while_it_starts_and_lets_nobody_in(tmp_path, monkeypat
     assert ended == ["stopping before it is ready; what compiles now ends first", "stopped"]
     with pytest.raises(httpx2.ConnectError):
         httpx2.get(f"http://127.0.0.1:{port}/ready")
+
+
+def test_the_main_thread_never_sleeps_so_long_that_it_misses_a_signal():
+    """A join without a limit may: a signal that comes at the wrong moment wakes nobody."""
+    limits, alive = [], iter([True, True, True, False])
+    thread = SimpleNamespace(is_alive=lambda: next(alive), join=lambda limit=None: limits.append(limit))
+    HttpServer(SimpleNamespace(interrupted=False), listening=None, thread=thread).wait()
+    assert len(limits) == 3
+    assert all(limit is not None and limit <= 1 for limit in limits)
 
 
 def test_the_demo_goes_on_to_its_end_after_sigterm():
