@@ -260,7 +260,7 @@ def test_a_server_answers_while_it_starts_and_lets_nobody_in(tmp_path, monkeypat
         assert "the server is starting: compiling 2 of 4 programs, " in error["message"]
     memory, sizes, opened, *ended = out.getvalue().splitlines()
     assert (memory.split(":")[0], sizes.split(":")[0]) == ("memory", "sizes")
-    assert opened.startswith(f"opening {model.path}: ")
+    assert opened.startswith(f"opening {MODEL}: ")
     assert ended == ["stopping before it is ready; what compiles now ends first", "stopped"]
     with pytest.raises(httpx2.ConnectError):
         httpx2.get(f"http://127.0.0.1:{port}/ready")
