@@ -91,6 +91,7 @@ class Engine:
             Limits(
                 rows=config.rows,
                 lanes=config.prefill_lanes,
+                few_lanes=self._ladder(config.prefill_lanes)[0],
                 lane_tokens=config.prefill_tokens,
                 waiting=config.max_waiting,
                 waiting_tokens=config.max_waiting_tokens,

@@ -26,7 +26,7 @@ from serve.engine.sequence import AdapterQueue, Chunk, Plan, Sequence, Status
 from serve.engine.slot_scheduler import ActiveSet, TokenShares, Work
 from serve.engine.slots import SlotTable
 
-HELD_BACK = 3  # steps; a prefill program takes about as long as so many of decode
+HELD_BACK = 3  # steps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +35,7 @@ class Limits:
 
     rows: int  # sequences that run at once
     lanes: int  # prompt chunks of a step
+    few_lanes: int  # of the smallest prefill program
     lane_tokens: int  # tokens of a chunk
     waiting: int  # requests that wait for their first step before new ones are refused
     waiting_tokens: int  # sum of their prompts and max_tokens
@@ -110,7 +111,7 @@ class Scheduler:
         self._tenants: Counter[str] = Counter()  # unfinished requests
         self.line = WaitingLine(limits)
         self._number = 0
-        self._held_back = 0  # steps in a row that left prompts out, see `_prompts`
+        self._held_back = 0  # steps in a row that left prompts out, see `_prefill`
         self.host_pages = 0  # in use
         self.recomputed_tokens = 0  # whose KV was dropped and is computed once more
         self.preemptions = 0  # times that a request lost its row before its end
@@ -257,7 +258,7 @@ class Scheduler:
         self._seat(now, plan)
         plan.decode = [s for s in self.running if s.prompt_left == 0]
         lanes = self.prefill_lanes if plan.decode else self.limits.lanes
-        plan.prefill = self._chunks(self._prompts()[:lanes], lanes)
+        plan.prefill = self._prefill(lanes)
         for chunk in plan.prefill:
             self.shares.add(chunk.sequence.request.tenant, chunk.count, 0)
         for s in plan.decode:
@@ -269,16 +270,16 @@ class Scheduler:
         if (salt := sequence.salt) is not None:
             self.pages.register(salt, sequence.tokens[: sequence.done], sequence.pages)
 
-    def _prompts(self) -> list[Sequence]:
-        """Returns the sequences whose prompts are computed in this step, of the tenant that was served least first.
+    def _prefill(self, lanes: int) -> list[Chunk]:
+        """Returns the chunks of prompts of the next step, of the tenant that was served least first.
 
-        Decoding waits for them, and so do the prompts beside them.  Those of a tenant that has more rows than one that
-        was served no more are therefore computed only after HELD_BACK steps without them: no flood of prompts keeps its
-        neighbours from decoding or beginning.
+        Decoding waits for them, and so do the prompts beside them.  A tenant that has more rows than one that was served
+        no more therefore has its prompts computed in what the others leave of the smallest program; where that is
+        nothing for HELD_BACK steps, in a lane of the next.  No flood of prompts keeps its neighbours from decoding or beginning.
         """
         prompts = [s for s in self.running if s.prompt_left > 0]
         if not prompts:
-            return prompts
+            return []
         order = {t: (self.shares.served(t), self._row_share(t)) for t in self._tenant_rows}
         fewest, modest = float("inf"), set()
         for tenant in sorted(order, key=order.__getitem__):
@@ -286,15 +287,17 @@ class Scheduler:
             if order[tenant][1] <= fewest:
                 modest.add(tenant)
         prompts.sort(key=lambda s: order[s.request.tenant])
-        owed = [s for s in prompts if s.request.tenant in modest]
-        if len(owed) < len(prompts) and self._held_back < HELD_BACK:
-            self._held_back += 1
-            return owed
-        self._held_back = 0
-        return prompts
+        theirs = [s for s in prompts if s.request.tenant in modest]
+        others = [s for s in prompts if s.request.tenant not in modest]
+        due = bool(others) and self._held_back >= HELD_BACK
+        chunks = self._chunks(theirs, lanes - due)
+        room = max(min(self.limits.few_lanes, lanes) - len(chunks), int(due))
+        self._held_back = self._held_back + 1 if others and room == 0 else 0
+        return chunks + self._chunks(others, room)
 
     def _chunks(self, needy: list[Sequence], lanes: int) -> list[Chunk]:
-        """Returns chunks of unfinished prompts: one for each sequence, then more for the first of them."""
+        """Returns at most so many chunks of unfinished prompts: one for each sequence, then more for the first of them."""
+        needy = needy[:lanes]
         count = Counter({s.number: 1 for s in needy})
         free = lanes - len(needy)
         for s in needy:

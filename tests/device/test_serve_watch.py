@@ -14,7 +14,7 @@ from serve.engine.slots import SlotTable
 from serve.runtime.snapshot import TrainingView
 from serve.runtime.watchdog import EVERY_S, HANG_S, RATE_S, Rates, Watch
 
-LIMITS = Limits(rows=2, lanes=2, lane_tokens=4, waiting=9, waiting_tokens=900, host_pages=0)
+LIMITS = Limits(rows=2, lanes=2, few_lanes=1, lane_tokens=4, waiting=9, waiting_tokens=900, host_pages=0)
 
 
 @pytest.fixture

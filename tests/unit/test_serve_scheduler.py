@@ -13,12 +13,12 @@ from jaxlora.core.errors import InvalidRequest, Overloaded, RateLimited
 from jaxlora.core.lora import AdapterRef
 from serve.engine.page_cache import PageAllocator
 from serve.engine.request import Request, SamplingParams
-from serve.engine.scheduler import Limits, Scheduler
+from serve.engine.scheduler import HELD_BACK, Limits, Scheduler
 from serve.engine.sequence import Plan, Sequence, Status
 from serve.engine.slots import SlotTable
 
 SLOTS, PAGES, PAGE_TOKENS, QUANTUM = 2, 9, 4, 5.0
-LIMITS = Limits(rows=4, lanes=3, lane_tokens=5, waiting=6, waiting_tokens=100, host_pages=4)
+LIMITS = Limits(rows=4, lanes=3, few_lanes=1, lane_tokens=5, waiting=6, waiting_tokens=100, host_pages=4)
 
 
 def adapter(number: int, tenant: str = "acme", version: int = 1) -> AdapterRef:
@@ -229,7 +229,7 @@ def test_the_line_is_bounded_by_requests_and_by_tokens():
 @pytest.mark.fault("R4", "T7")
 def test_a_tenant_that_floods_the_line_leaves_room_for_every_other():
     """300 of one tenant come first, and again whenever one has begun; another's request still enters at once."""
-    limits = Limits(rows=4, lanes=3, lane_tokens=5, waiting=90, waiting_tokens=9999, host_pages=4)
+    limits = Limits(rows=4, lanes=3, few_lanes=1, lane_tokens=5, waiting=90, waiting_tokens=9999, host_pages=4)
     world, refusals = World(limits), []
     for step in range(20):
         for i in range(300):
@@ -245,7 +245,7 @@ def test_a_tenant_that_floods_the_line_leaves_room_for_every_other():
 
 
 def test_a_tenant_of_long_requests_leaves_tokens_of_the_line_to_others():
-    limits = Limits(rows=4, lanes=3, lane_tokens=5, waiting=90, waiting_tokens=300, host_pages=4)
+    limits = Limits(rows=4, lanes=3, few_lanes=1, lane_tokens=5, waiting=90, waiting_tokens=300, host_pages=4)
     world = World(limits)
     for i in range(7):  # 224 of 300 tokens
         world.add(f"long-{i}", prompt=20, max_tokens=12, tenant="long")
@@ -288,7 +288,7 @@ def test_an_adapter_past_its_quantum_leaves_and_its_requests_go_on_where_they_we
 @pytest.mark.parametrize("host_pages", [0, 40])
 def test_preempted_kv_gives_way_to_the_host_or_is_computed_again(host_pages):
     """The pool holds little more than one request: all finish."""
-    limits = Limits(rows=4, lanes=3, lane_tokens=5, waiting=9, waiting_tokens=999, host_pages=host_pages)
+    limits = Limits(rows=4, lanes=3, few_lanes=1, lane_tokens=5, waiting=9, waiting_tokens=999, host_pages=host_pages)
     world = World(limits, pages=6)
     open_ = [world.add(str(i), adapter(i), prompt=8, max_tokens=12) for i in range(5)]
     saves = 0
@@ -321,7 +321,7 @@ def test_a_group_without_a_row_takes_one_from_the_group_with_the_most():
 @pytest.mark.fault("T7")
 def test_rows_go_to_the_tenant_that_was_served_least():
     """Fifty adapters of one tenant against one of another, both with work without end."""
-    limits = Limits(rows=8, lanes=8, lane_tokens=5, waiting=999, waiting_tokens=99999, host_pages=0)
+    limits = Limits(rows=8, lanes=8, few_lanes=1, lane_tokens=5, waiting=999, waiting_tokens=99999, host_pages=0)
     world = World(limits, pages=400, slots=4)
     count = 0
     tokens = {"hoard": 0, "small": 0}
@@ -402,28 +402,41 @@ def test_lanes_go_round_before_a_long_prompt_gets_a_second_one():
     assert world.plan().decode == [short]
 
 
-def test_one_tenants_prompts_make_anothers_decoding_wait_in_every_fourth_step_only():
-    limits = replace(LIMITS, rows=4, lanes=2, waiting=60, waiting_tokens=10_000)
+@pytest.mark.parametrize("decodes", [True, False])
+def test_one_tenants_prompts_take_the_smallest_program_while_another_decodes(decodes):
+    limits = replace(LIMITS, rows=4, lanes=3, waiting=60, waiting_tokens=10_000)
     world = World(limits, pages=200)
-    quiet = world.add("quiet", tenant="quiet", prompt=3, max_tokens=40)
+    if decodes:
+        world.add("quiet", tenant="quiet", prompt=3, max_tokens=40)
     world.step()
     for i in range(40):
         world.add(f"flood{i}", tenant="loud", prompt=20 + i, max_tokens=1)
     for _ in range(3):
         world.step()  # served alike at first; from then on the loud one is ahead
-    computed, plan = [], world.plan
-
-    def recorded() -> Plan:
-        made = plan()
-        assert quiet in made.decode
-        computed.append(bool(made.prefill))
-        return made
-
-    world.plan = recorded
+    lanes = []
     for _ in range(12):
+        plan = world.plan
+        world.plan = lambda plan=plan: lanes.append(made := plan()) or made
         world.step()
-    began = computed.index(True)
-    assert computed == [i % 4 == began for i in range(12)]
+        world.plan = plan
+    assert {len(made.prefill) for made in lanes} == {1 if decodes else 3}
+
+
+def test_a_stream_of_small_prompts_keeps_no_large_tenant_waiting_for_ever():
+    limits = replace(LIMITS, rows=8, lanes=2, lane_tokens=4, waiting=90, waiting_tokens=10_000)
+    world, waited, longest = World(limits, pages=400), 0, 0
+    for i in range(8):
+        world.add(f"flood{i}", tenant="loud", prompt=60 + i, max_tokens=2)
+    for i in range(24):
+        world.add(f"small{i}", tenant=f"small{i}", prompt=6, max_tokens=1)
+        plan, plans = world.plan, []
+        world.plan = lambda plan=plan, plans=plans: plans.append(made := plan()) or made
+        world.step()
+        world.plan = plan
+        served = any(chunk.sequence.request.tenant == "loud" for chunk in plans[0].prefill)
+        waited = 0 if served else waited + 1
+        longest = max(longest, waited)
+    assert 1 <= longest <= HELD_BACK
 
 
 def test_the_prompt_of_the_tenant_that_was_served_least_has_the_first_lane_of_every_step():
