@@ -439,7 +439,7 @@ def test_the_image_is_made_of_files_that_there_are():
     assert json.loads(instruction("ENTRYPOINT")) == ["jaxlora"]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_first_stage_of_the_image_makes_a_server_without_docker(tmp_path):
     """Its COPY and RUN lines in order, in a folder with nothing else; pip's line brings uv, which is here."""
     starts = [i for i, (word, _) in enumerate(instructions()) if word == "FROM"]

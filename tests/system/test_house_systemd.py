@@ -53,7 +53,7 @@ def missing() -> str:
     return can.stderr.strip()
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missing())]
+pytestmark = [pytest.mark.soak, pytest.mark.skipif(bool(missing()), reason=missing())]
 
 
 def steps() -> dict[int, list[str]]:

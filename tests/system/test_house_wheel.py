@@ -67,7 +67,7 @@ def test_jaxlora_answers_from_an_empty_directory(wheel, tmp_path):
     assert "serve" in run.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_page_makes_an_empty_environment_that_answers_the_demo(source, tmp_path):
     """The commands of docs/deploy.md in order, with a folder of here for /opt/jaxlora and the versions that were tested."""
     section = re.search(r"^## A wheel\n\n```sh\n(.*?)^```$", (ROOT / "docs/deploy.md").read_text(), re.M | re.S)[1]
