@@ -119,6 +119,7 @@ def test_the_serving_config_serves_the_base_and_what_was_trained(trained, tmp_pa
                 names = [m["id"] for m in client.get("models").json()["data"]]
                 answers = [client.post("chat/completions", json=ASK | {"model": m}).json() for m in sorted(names)]
             path.write_text(path.read_text().replace("quantum_ms = 200", 'pin = ["imported"]\nquantum_ms = 50'))
+            assert process.stdout.readline().startswith("now: jaxlora chat")
             process.send_signal(signal.SIGHUP)
             assert process.stdout.readline() == f"tuned by {path}\n"
             process.send_signal(signal.SIGINT)
