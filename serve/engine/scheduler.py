@@ -26,7 +26,7 @@ from serve.engine.sequence import AdapterQueue, Chunk, Plan, Sequence, Status
 from serve.engine.slot_scheduler import ActiveSet, TokenShares, Work
 from serve.engine.slots import SlotTable
 
-HELD_BACK = 3  # steps
+HELD_BACK = 3  # steps in a row in which the smallest prefill program has no room for a large tenant's prompts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -275,7 +275,8 @@ class Scheduler:
 
         Decoding waits for them, and so do the prompts beside them.  A tenant that has more rows than one that was served
         no more therefore has its prompts computed in what the others leave of the smallest program; where that is
-        nothing for HELD_BACK steps, in a lane of the next.  No flood of prompts keeps its neighbours from decoding or beginning.
+        nothing for HELD_BACK steps, in a lane of the next.  No flood of prompts keeps its neighbours from decoding or
+        beginning.
         """
         prompts = [s for s in self.running if s.prompt_left > 0]
         if not prompts:

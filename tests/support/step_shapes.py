@@ -8,10 +8,11 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+from base_shapes import SMOLLM2
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kernel_shapes import made_as_large_as
 
-from jaxlora.core.model_config import ModelConfig, parameters, target_features
+from jaxlora.core.model_config import parameters, target_features
 from jaxlora.model.decoder import Base
 from jaxlora.model.kv_cache import KVPages, page_format
 from jaxlora.model.lora_pool import LoraRows, PoolSpec, Rows, layer_count, row_axes
@@ -24,24 +25,6 @@ from train.step.optimizer import IDLE, Hyper, Moments
 from train.step.state import Due, TrainState, apply, halves
 from train.step.step import _accumulate
 
-SMOLLM2 = ModelConfig(
-    family="llama",
-    layers=30,
-    d_model=576,
-    d_ff=1536,
-    heads=9,
-    kv_heads=3,
-    head_dim=64,
-    vocab=49152,
-    context=8192,
-    norm_eps=1e-5,
-    rope_theta=1e5,
-    rope_scaling=None,
-    window=None,
-    qkv_bias=False,
-    qk_norm=False,
-    tied=True,
-)
 ROWS, LANES, TOKENS, RANK = 32, 4, 256, 16
 PAGES = (30, 200, 64, 192)  # a compiler that may choose would put 200 last: it pads to 256 as 192 does, and less
 

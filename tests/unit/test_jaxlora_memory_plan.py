@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from base_shapes import SMOLLM2
 
 from jaxlora.config.base import ModelSection
 from jaxlora.config.serving import ServeConfig, TrainingSection
@@ -19,24 +20,6 @@ from jaxlora.core.model_config import ModelConfig
 from jaxlora.model.memory_plan import BaseShape, Machine, plan_server, plan_training
 
 GIB = 2**30
-SMOLLM2 = ModelConfig(
-    family="llama",
-    layers=30,
-    d_model=576,
-    d_ff=1536,
-    heads=9,
-    kv_heads=3,
-    head_dim=64,
-    vocab=49152,
-    context=8192,
-    norm_eps=1e-5,
-    rope_theta=1e5,
-    rope_scaling=None,
-    window=None,
-    qkv_bias=False,
-    qk_norm=False,
-    tied=True,
-)
 QWEN3 = replace(
     SMOLLM2,
     family="qwen3",

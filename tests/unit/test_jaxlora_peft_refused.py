@@ -304,7 +304,7 @@ def scaled(tensors, hidden):
     ("made_for", "theirs"),
     [
         ("Qwen/Qwen3-0.6B", "Qwen3-0.6B"),
-        ("/root/.cache/huggingface/hub/models--Qwen--Qwen3-0.6B/snapshots/c189", "Qwen3-0.6B"),
+        ("/home/ana/.cache/huggingface/hub/models--Qwen--Qwen3-0.6B/snapshots/c189", "Qwen3-0.6B"),
         ("C:\\models\\Qwen3-0.6B", "Qwen3-0.6B"),
         ("models/Qwen3-0.6B/", "Qwen3-0.6B"),
         (None, "another base"),
