@@ -73,9 +73,9 @@ def test_a_wait_for_a_save_may_end_before_it(open_store, monkeypatch):
 
 
 def test_one_version_is_deleted_for_good_before_its_files_are(open_store, tmp_path, monkeypatch):
-    gate, delete = threading.Event(), VersionFiles.delete
-    monkeypatch.setattr(VersionFiles, "delete", lambda self, ref: (gate.wait(10), delete(self, ref))[1])
-    store = open_store()
+    gate, store = threading.Event(), open_store()
+    remove = store._remove
+    monkeypatch.setattr(store, "_remove", lambda ref: (gate.wait(10), remove(ref))[1])  # nothing is written meanwhile
     kept, gone = put(store), put(store)
     store.flush()
     store.delete_version(gone.ref)
