@@ -120,10 +120,15 @@ class JobSpec:
         return (None if part is None else part.hyperparameters) or Hyperparameters()
 
     @property
-    def files(self) -> list[str]:
-        """Ids of the files that the job reads."""
+    def files(self) -> dict[str, str]:
+        """Ids of the files that the job reads, by the field that names them."""
         scored = None if self.evaluation is None else self.evaluation.file
-        return [file for file in (self.training_file, self.validation_file, scored) if file]
+        given = {
+            "training_file": self.training_file,
+            "validation_file": self.validation_file,
+            "evaluation.file": scored,
+        }
+        return {field: id for field, id in given.items() if id is not None}
 
     def to_json(self) -> dict:
         """For the database: what `from_json` makes an equal one of."""

@@ -120,13 +120,10 @@ class JobService:
         spec = self._lora_spec(asked, start)
         self._trainer.seats.check(spec)
         self._quota.check(caller.owner, adapter_bytes(self._trainer.base.config, spec), another=True)
-        read = [self.files.find(id, caller.sees)[0] for id in asked.files]
-        for file in read:
-            if file.status == "error":
-                raise InvalidRequest(f"file {file.id} is not usable: {file.status_details}", param="training_file")
+        read = {field: self._usable(id, caller, field) for field, id in asked.files.items()}
         id = new_id("ftjob-")
         seed = secrets.randbelow(2**31) if asked.seed is None else asked.seed
-        adapter = free_name(read[0].filename, id) if asked.suffix is None else asked.suffix
+        adapter = free_name(read["training_file"].filename, id) if asked.suffix is None else asked.suffix
         self._runner.catalog.check_free(caller.owner, adapter, param="suffix")
         record = JobRecord(
             id=id,
@@ -140,12 +137,24 @@ class JobService:
         first = NewEvent(time_s=time.time(), level="info", kind="message", message=f"Created fine-tuning job: {id}")
         self.names.claim(id, record.tenant, adapter, asked.suffix or "")
         try:
-            self.stored.insert(record, files=asked.files, most=self._limits.of(caller.owner).jobs, events=[first])
+            self.stored.insert(
+                record, files=list(asked.files.values()), most=self._limits.of(caller.owner).jobs, events=[first]
+            )
         except BaseException:
             self.names.forget(id)
             raise
         self._begin(record)
         return record
+
+    def _usable(self, id: str, caller: Caller, field: str) -> FileRecord:
+        """A file that a field of the request names.  Raises NotFound, InvalidRequest."""
+        try:
+            file, _ = self.files.find(id, caller.sees)
+        except NotFound as error:
+            raise NotFound(str(error), param=field) from error
+        if file.status == "error":
+            raise InvalidRequest(f"file {id} is not usable: {file.status_details}", param=field)
+        return file
 
     def move(self, caller: Caller, id: str, to: JobStatus) -> JobRecord:
         """The job, which is paused, queued again or cancelled from the next step boundary on; as it is when it was already.

@@ -199,6 +199,23 @@ def test_what_becomes_of_examples_that_are_too_long_is_the_jobs_choice_and_is_to
     assert "and was cut (line 7); of 1 nothing to train remained" in told["truncate"][0]
 
 
+@pytest.mark.parametrize("field", ["training_file", "validation_file", "evaluation.file"])
+@pytest.mark.parametrize("id", ["", "file-of-nobody"])
+def test_a_file_that_is_not_there_makes_no_job(server, acme, field, id):
+    given = {"evaluation": {"file": id, "metrics": ["exact_match"]}} if field == "evaluation.file" else {field: id}
+    known = {} if field == "training_file" else {"training_file": file_of(server, acme)}
+    body = {"model": BASE, **known, **given}
+    answer = httpx2.post(f"{server[1]}/v1/fine_tuning/jobs", json=body, headers=acme.auth_headers)
+    error = {
+        "message": f"there is no file {id!r}",
+        "type": "invalid_request_error",
+        "param": field,
+        "code": "not_found",
+    }
+    assert (answer.status_code, answer.json()["error"]) == (404, error)
+    assert list(acme.fine_tuning.jobs.list()) == []
+
+
 @pytest.mark.parametrize("method", ["supervised", "dpo"])
 def test_answers_are_what_the_document_says(server, acme, method):
     """Of a job that has just come, of one that has ended, of their events and checkpoints; types are checked strictly."""

@@ -280,7 +280,7 @@ class TestJobSpec:
         assert (asked.seed, asked.betas, asked.publish, asked.keep_best) == (0, (0.9, 0.95), False, None)
         assert asked.early_stopping == EarlyStopping(patience=3)
         assert asked.metadata == {"mode": "auto"}
-        assert asked.files == ["file-1", "file-2"]
+        assert asked.files == {"training_file": "file-1", "evaluation.file": "file-2"}
         assert JobSpec.from_json(asked.to_json()) == asked
 
     def test_hyperparameters_in_their_old_place_are_read(self):
