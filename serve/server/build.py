@@ -359,7 +359,6 @@ def _serve(
     announcer: Announcer,
 ) -> None:
     store = open_store(config, instance.remote)
-    runner = make_runner(opened, config, store)
     drain = Drain(waits_for=lambda: str(announcer.progress))
     head = functools.partial(read_head, opened)
     try:
