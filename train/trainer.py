@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 
 from jaxlora.config.training import CROSS_ENTROPY, Loss, MomentsDtype, Optimizer, Remat, check_lane_tokens
 from jaxlora.core.errors import AlreadyExists, ConfigInvalid, DataInvalid, InvalidRequest, NotFound, StateInvalid
+from jaxlora.core.host_memory import give_back
 from jaxlora.core.lora import AdapterWeights, LoraSpec
 from jaxlora.core.progress import Counted, uncounted
 from jaxlora.model.decoder import Base
@@ -133,6 +134,7 @@ class Trainer:
             seat = self._device(jax.device_get(self._programs.unseat(self.states, bucket, slot)))
             self.states = self._programs.seat(self.states, bucket, slot, seat)
         self.evaluator.warm_up(begins)
+        give_back()
 
     @property
     def has_work(self) -> bool:

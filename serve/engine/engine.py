@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from jaxlora.checkpoints.tokenizer import Tokenizer
 from jaxlora.config.serving import Tuning
 from jaxlora.core.errors import AlreadyExists, BaseMismatch, ContextLengthExceeded
+from jaxlora.core.host_memory import give_back
 from jaxlora.core.lora import AdapterRef
 from jaxlora.core.progress import Counted, uncounted
 from jaxlora.model.decoder import Base
@@ -151,6 +152,7 @@ class Engine:
         else:
             self.rehearse_install(empty)
         jax.block_until_ready(self._pool)
+        give_back()
 
     # ---- requests -------------------------------------------------------------------------------------------------
 

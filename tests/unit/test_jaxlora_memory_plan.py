@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import re
 from dataclasses import replace
@@ -14,7 +15,7 @@ from jaxlora.config.base import ModelSection
 from jaxlora.config.serving import ServeConfig, TrainingSection
 from jaxlora.config.training import TenantSection, TrainConfig
 from jaxlora.core.errors import ConfigInvalid
-from jaxlora.core.host_memory import MemoryLimit, host_limit
+from jaxlora.core.host_memory import MemoryLimit, give_back, host_limit
 from jaxlora.core.lora import LAYER_TARGETS
 from jaxlora.core.model_config import ModelConfig
 from jaxlora.model.memory_plan import BaseShape, Machine, plan_server, plan_training
@@ -303,3 +304,22 @@ def test_resource_limits_count(root):
     text = f"Limit  Soft Limit  Hard Limit  Units\nMax data size   {2 * GIB}  unlimited  bytes\nMax address space unlimited unlimited bytes\n"
     limit = host_limit(root("proc/self/limits", text))
     assert (limit.nbytes, limit.origin) == (2 * GIB - 600 * 10**6, "ulimit -d less 0.6 GB reserved")
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="not glibc")
+def test_what_was_freed_is_given_back():
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+
+    def held() -> int:
+        return int(re.findall(r"^RssAnon:\s+(\d+)", Path("/proc/self/status").read_text(), re.MULTILINE)[0]) * 1024
+
+    blocks = [libc.malloc(60_000) for _ in range(4000)]
+    for block in blocks:
+        ctypes.memset(block, 1, 60_000)
+    for block in blocks[:-1]:  # the last one keeps the heap from shrinking by itself
+        libc.free(block)
+    before = held()
+    give_back()
+    assert before - held() > 200 * 10**6
+    libc.free(blocks[-1])
