@@ -241,14 +241,20 @@ def test_a_server_answers_while_it_starts_and_lets_nobody_in(tmp_path, monkeypat
     monkeypatch.setattr("jaxlora.model.compile_cache.enable", lambda folder: folder)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    answers = []
+    answers, runners, make_runner = [], [], build.make_runner
+
+    def make(*arguments):
+        runners.append(make_runner(*arguments))
+        return runners[-1]
 
     def begin(runner, opened, config, own, progress):
+        assert runners == [runner], "each has KV pages and slots of its own"
         with progress.stage("compiling", of=4, unit="programs") as stage:
             stage.at(2)
             answers.extend(httpx2.get(f"http://127.0.0.1:{port}{path}") for path in ("/ready", "/health", "/v1/models"))
             raise KeyboardInterrupt
 
+    monkeypatch.setattr(build, "make_runner", make)
     monkeypatch.setattr(build, "begin", begin)
     model = ModelSection(path=str(tiny_path(MODEL)), dtype="float32")
     config = replace(serve_defaults("tiny", tmp_path / "store"), model=model, port=port, kv_pages=8, training=None)
