@@ -222,7 +222,8 @@ def slot_bytes(base: BaseShape, machine: Machine, rank: int, targets: Sequence[s
 
 def live_training_bytes(training: SizedTraining, base: BaseShape, machine: Machine) -> int:
     """Returns the bytes of training slots and of a step in parts, whose passes take a lane of each group of devices."""
-    slots = training.slots * slot_bytes(base, machine, training.max_rank, ALL_TARGETS, 4)
+    copies = training.slots + 1  # one leaves its slot, for a checkpoint or another job's turn
+    slots = copies * slot_bytes(base, machine, training.max_rank, ALL_TARGETS, 4)
     rows = training.max_rank * base.rank_bytes(machine)  # of one lane, beside the slots
     kept = training.longest_tokens * kept_bytes(base, machine, "products")
     lanes = -(-training.lanes // machine.rows)
