@@ -45,7 +45,7 @@ from random_model import QWEN3_06B, write_random
 
 MODELS = ("smollm2", "qwen3-0.6b")
 LEAST, MOST = 0.70, 0.95
-ANSWER = 64  # tokens
+ANSWER = 64  # tokens, and those of a short prompt
 IDS = (100, 40_000)  # of prompts; both vocabularies have them
 ENDED_S, SAMPLE_S = 60.0, 0.05
 PLAN = re.compile(
@@ -158,7 +158,7 @@ def archive(folder: Path, config: ModelConfig, rank: int) -> bytes:
 async def ask(http: httpx2.AsyncClient, number: int, model: str, tokens: int, seen: Seen) -> None:
     """One client's requests, one after the other, without end."""
     draw = np.random.default_rng(number)
-    count = tokens - ANSWER if number % 2 == 0 else max(tokens // 8, 1)
+    count = tokens - ANSWER if number % 2 == 0 else ANSWER
     body = {"model": model, "max_tokens": ANSWER, "ignore_eos": True, "logprobs": 5, "echo": number % 4 < 2}
     while True:
         asked = body | {"prompt": draw.integers(*IDS, count).tolist()}
