@@ -32,7 +32,7 @@ from rich.live import Live
 from rich.table import Table
 
 from jaxlora.checkpoints.load import Found, Opened, find_base, fitted, load_found
-from jaxlora.config.training import PASSES, SizedTrainConfig, TenantSection, TrainConfig, default_lr, filled
+from jaxlora.config.training import PASSES, SizedTrainConfig, TenantSection, TrainConfig, default_lr
 from jaxlora.core.atomic_files import replace_file
 from jaxlora.core.errors import ConfigInvalid, InvalidRequest, StateInvalid
 from jaxlora.core.lora import HEAD_TARGET, LAYER_TARGETS
@@ -168,13 +168,10 @@ def main(settings: TrainConfig) -> None:
 def planned(settings: TrainConfig) -> tuple[Found, SizedTrainConfig, Sequence[str]]:
     """Finds the base and chooses the sizes that the file leaves out; loads nothing.  Returns also the plan in words.
 
-    Several processes must choose alike, whatever memory each has: theirs are `filled`, and there is no plan.
     Raises ModelInvalid, and ConfigInvalid for what does not fit.
     """
-    found = find_base(settings.model)
-    if settings.mesh.processes > 1:
-        return found, filled(settings), ()
     machine, targets = machine_of(settings.mesh, settings.memory_gb), slot_targets(settings)
+    found = find_base(settings.model)
     found, plan = fitted(found, settings.model, "auto", lambda base: plan_training(settings, targets, base, machine))
     return found, plan.config, plan.lines()
 
