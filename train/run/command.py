@@ -232,7 +232,7 @@ def add_tenants(
     jobs, notes, numbers = {}, [], itertools.count(1)
     files = sum(1 if section.heldout is None else 2 for section in config.tenant)
     for section in config.tenant:
-        limit = LengthLimit(lane_tokens=trainer.lane_tokens, too_long=section.too_long)
+        limit = LengthLimit(lane_tokens=trainer.lane_tokens, too_long=section.too_long, measured=True)
 
         def read(path: Path, section: TenantSection = section, limit: LengthLimit = limit) -> Sequence[Unit]:
             stage.at(next(numbers), files)
