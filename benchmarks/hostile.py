@@ -28,41 +28,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx2
+from streams import address, write_settings
 
-PORT_LINE = re.compile(r"^serving .* on http://([^:]+):(\d+)/v1$")
 TOKENS = 24  # of one stream of the quiet tenant
 SETTLE_S = 2.0  # from the start of an attack until it is measured
 # A fair share beside one other is half of what there is; half of that is the bound.
 LEAST_TOKENS, MOST_FIRST, MOST_HEALTH_S, MOST_MEMORY = 0.25, 3.0, 1.0, 1.5
-CONFIG = """
-host = "127.0.0.1"
-port = 0
-slots = 4
-max_rank = 16
-rows = 8
-kv_pages = 128
-page_tokens = 32
-prefill_lanes = 8
-prefill_tokens = 32
-default_max_tokens = 64
-max_waiting = 64
-max_waiting_tokens = 65536
-max_request_s = 600.0
-grace_s = 1.0
-host_adapters_gb = 0.5
-host_kv_gb = 0.1
-adapters = "{folder}/adapters"
-data = "{folder}/data"
-[model]
-path = "{model}"
-dtype = "float32"
-[tuning]
-quantum_ms = 200.0
-[training]
-slots = 2
-lanes = 2
-lane_tokens = 64
-"""
 
 
 @dataclass(slots=True)
@@ -356,27 +327,25 @@ def main() -> int:
     parser.add_argument("--span", type=float, default=10.0, help="seconds that each is measured for")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        config = Path(folder) / "serve.toml"
-        config.write_text(CONFIG.format(model=args.model, folder=folder))
+        queue = {"max_waiting": 64, "max_waiting_tokens": 65536, "grace_s": 1.0}
+        config = write_settings(folder, args.model, rows=8, kv_pages=128, **queue)
         command = [sys.executable, "-m", "serve.cli.main"]
         quiet, hostile = (
             subprocess.run(
-                [*command, "keys", "create", name, "--config", str(config)], capture_output=True, text=True, check=True
+                [*command, "keys", "create", name, "--config", config], capture_output=True, text=True, check=True
             ).stdout.split()[-1]
             for name in ("quiet", "hostile")
         )
         with (
             (Path(folder) / "log").open("w") as log,
-            subprocess.Popen([*command, "serve", str(config)], stdout=subprocess.PIPE, stderr=log, text=True) as server,
+            subprocess.Popen([*command, "serve", config], stdout=subprocess.PIPE, stderr=log, text=True) as server,
         ):
             try:
                 assert server.stdout is not None
-                line = next(line for line in server.stdout if line.startswith("serving ")).strip()
-                found = PORT_LINE.match(line)
-                assert found is not None, line
+                found = address(next(line for line in server.stdout if line.startswith("serving ")))
 
                 async def measure() -> bool:
-                    async with client(found[1], int(found[2]), line.split()[1], quiet) as place:
+                    async with client(*found, quiet) as place:
                         return await run(place, server.pid, args.surface or list(ATTACKS), args.span, hostile)
 
                 return int(not asyncio.run(measure()))

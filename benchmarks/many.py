@@ -36,17 +36,17 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-from serving import adapter, request
+from serving import SIZES, adapter, request
 
-from jaxlora.checkpoints.load import Opened, open_base
+from jaxlora.checkpoints.load import Opened, load_found, open_base
 from jaxlora.config.base import DEMO_MODEL, ONE_DEVICE, ModelSection
-from jaxlora.config.serving import ServeConfig, Tuning, serve_defaults
+from jaxlora.config.serving import ServeConfig, SizedConfig, Tuning
 from jaxlora.core.lora import AdapterRef
 from jaxlora.model import compile_cache
 from jaxlora.storage.adapter_files import save_version
 from jaxlora.storage.adapter_store import AdapterStore
 from serve.engine.engine import Engine
-from serve.server.build import make_runner, open_store
+from serve.server.build import make_runner, open_store, planned
 
 REGISTERED, DISTINCT, FEW = 10_000, 2_000, 64
 RANK, PROMPT, ANSWER = 8, 32, (24, 41)
@@ -100,17 +100,15 @@ def make_store(store: Path) -> None:
 
 def settings(store: Path, dtype: str, quantum_ms: float) -> ServeConfig:
     """The server of this benchmark."""
-    return dataclasses.replace(
-        serve_defaults(DEMO_MODEL, store),
+    sizes = {"slots": FEW, "rows": 64, "kv_pages": FEW * 2 + UNDER_WAY, "prefill_tokens": PROMPT}
+    return ServeConfig(
         model=ModelSection(path=DEMO_MODEL, dtype=dtype),
+        adapters=store,
         port=0,
-        slots=FEW,
         max_rank=RANK,
-        rows=64,
-        kv_pages=FEW * 2 + UNDER_WAY,
-        prefill_tokens=PROMPT,
         tuning=Tuning(quantum_ms=quantum_ms),
         host_adapters_gb=1.0,
+        **(SIZES | sizes),
     )
 
 
@@ -201,7 +199,7 @@ def trace(kind: str) -> Iterator[int]:
 
 
 def compare(
-    kind: str, opened: Opened, config: ServeConfig, stores: list[AdapterStore], options: argparse.Namespace
+    kind: str, opened: Opened, config: SizedConfig, stores: list[AdapterStore], options: argparse.Namespace
 ) -> bool:
     """Runs a trace over many and over few; whether the ratio holds."""
     sides = []
@@ -251,11 +249,12 @@ def main() -> None:
             flush=True,
         )
         compile_cache.enable(None)
-        opened = open_base(config.model, ONE_DEVICE)
+        found, sized = planned(config, say=lambda line: None)
+        opened = load_found(found, sized.model, sized.mesh)
         print(f"in {opened.base.dtype.name}", flush=True)
-        configs = [config, dataclasses.replace(config, adapters=root / "few")]
+        configs = [sized, dataclasses.replace(sized, adapters=root / "few")]
         stores = [end.enter_context(contextlib.closing(open_store(c))) for c in configs]
-        right = [compare(kind, opened, config, stores, options) for kind in ("zipf", "uniform")]
+        right = [compare(kind, opened, sized, stores, options) for kind in ("zipf", "uniform")]
         memory = stores[0].host_memory()
         peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         print(

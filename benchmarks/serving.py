@@ -6,23 +6,25 @@ import contextlib
 import itertools
 import tempfile
 from collections.abc import Generator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from jaxlora.checkpoints.load import Opened, open_base
-from jaxlora.config.base import DEMO_MODEL, ONE_DEVICE, Dtype, ModelSection
-from jaxlora.config.serving import ServeConfig, serve_defaults
+from jaxlora.checkpoints.load import Opened, load_found
+from jaxlora.config.base import DEMO_MODEL, Dtype, ModelSection
+from jaxlora.config.serving import ServeConfig
 from jaxlora.core.lora import LAYER_TARGETS, Adapter, AdapterRef, LoraSpec
 from jaxlora.core.model_config import target_features
 from jaxlora.model import compile_cache
 from jaxlora.model.lora_pool import layer_count
 from serve.engine.request import Request, SamplingParams
 from serve.runtime.device_thread import DeviceThread
-from serve.server.build import make_runner, open_store
+from serve.server.build import make_runner, open_store, planned
 
 IDS = itertools.count()
+# Of a server that takes no jobs; the same on every machine.
+SIZES = {"slots": 8, "rows": 8, "kv_pages": 128, "prefill_lanes": 8, "prefill_tokens": 32, "training": None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +53,11 @@ def adapter(opened: Opened, ref: AdapterRef, rank: int) -> Adapter:
 def server(adapters: int, *, rank: int = 8, dtype: Dtype = "auto", **settings: object) -> Generator[Server]:
     """A server with so many random adapters in a store of its own, of one tenant each.  settings: of ServeConfig."""
     compile_cache.enable(None)
-    opened = open_base(ModelSection(path=DEMO_MODEL, dtype=dtype), ONE_DEVICE)
     with tempfile.TemporaryDirectory() as folder:
-        config: ServeConfig = replace(serve_defaults(DEMO_MODEL, Path(folder)), max_rank=rank, **settings)
+        model = ModelSection(path=DEMO_MODEL, dtype=dtype)
+        asked = ServeConfig(model=model, adapters=Path(folder), max_rank=rank, **(SIZES | settings))
+        found, config = planned(asked, say=lambda line: None)
+        opened = load_found(found, config.model, config.mesh)
         store = open_store(config)
         runner = make_runner(opened, config, store)
         refs = [

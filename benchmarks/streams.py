@@ -26,30 +26,27 @@ from pathlib import Path
 TOKENS_FROM, TOKENS_TO = 100, 200  # ids that streams are told apart by; every vocabulary has them
 MIB = 2**20
 GROWTH = 1.05  # of the second crowd's peak memory over the first one's
-CONFIG = """
-host = "127.0.0.1"
+SERVER = """
 port = 0
-slots = 2
-max_rank = 8
-rows = {rows}
-kv_pages = {pages}
+slots = 4
+max_rank = 16
 page_tokens = 32
 prefill_lanes = 8
 prefill_tokens = 32
 default_max_tokens = 64
-max_waiting = {waiting}
-max_waiting_tokens = 1000000
 max_request_s = 600.0
-grace_s = {grace_s}
 host_adapters_gb = 0.5
 host_kv_gb = 0.1
 adapters = "{folder}/adapters"
 data = "{folder}/data"
+{own}
 [model]
 path = "{model}"
 dtype = "float32"
-[tuning]
-quantum_ms = 200.0
+[training]
+slots = 2
+lanes = 2
+lane_tokens = 64
 """
 
 
@@ -186,6 +183,21 @@ def run(process: subprocess.Popen, host: str, port: int, model: str, args: argpa
     return not (bad or wrong(what, {"length", "error", "refused"}) or code)
 
 
+def write_settings(folder: str, model: str, **own: float) -> str:
+    """Writes the settings of a server whose files are in the folder, and returns their path.  own: what is this one's."""
+    path = Path(folder) / "serve.toml"
+    lines = "\n".join(f"{key} = {value}" for key, value in own.items())
+    path.write_text(SERVER.format(folder=folder, model=model, own=lines))
+    return str(path)
+
+
+def address(line: str) -> tuple[str, int, str]:
+    """Returns (host, port, name of the base) from the line that a server prints when it is ready."""
+    found = re.match(r"serving (\S+) .* on http://([^:]+):(\d+)/v1$", line)
+    assert found is not None, line
+    return found[2], int(found[3]), found[1]
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -198,16 +210,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--signal-s", type=float, default=3.0, help="from the third crowd's start to SIGTERM")
     args = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        config = Path(folder) / "serve.toml"
-        sizes = {"rows": args.rows, "pages": 8 * args.rows, "waiting": args.waiting, "grace_s": args.grace_s}
-        config.write_text(CONFIG.format(model=args.model, folder=folder, **sizes))
-        command = [sys.executable, "-m", "serve.cli.main", "serve", str(config)]
+        queue = {"max_waiting": args.waiting, "max_waiting_tokens": 1_000_000, "grace_s": args.grace_s}
+        config = write_settings(folder, args.model, rows=args.rows, kv_pages=8 * args.rows, **queue)
+        command = [sys.executable, "-m", "serve.cli.main", "serve", config]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             try:
                 assert process.stdout is not None
                 line = next(line for line in process.stdout if line.startswith("serving "))
-                host, port = re.findall(r"http://([^:]+):(\d+)", line)[0]
-                return int(not run(process, host, int(port), line.split()[1], args))
+                return int(not run(process, *address(line), args))
             finally:
                 process.kill()
 

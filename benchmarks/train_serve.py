@@ -18,14 +18,15 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from serving import SIZES
 
-from jaxlora.checkpoints.load import open_base
-from jaxlora.config.base import DEMO_MODEL, ONE_DEVICE, ModelSection
-from jaxlora.config.serving import serve_defaults
+from jaxlora.checkpoints.load import load_found
+from jaxlora.config.base import DEMO_MODEL, ModelSection
+from jaxlora.config.serving import ServeConfig
 from jaxlora.config.training import Optimizer
 from jaxlora.core.lora import LoraSpec
 from jaxlora.model import compile_cache
@@ -33,7 +34,7 @@ from jaxlora.model.lora_pool import PoolSpec
 from serve.engine.request import Delta, Request, SamplingParams
 from serve.runtime.device_thread import DeviceThread
 from serve.runtime.live_training import LiveTraining
-from serve.server.build import make_runner, open_store, stop
+from serve.server.build import make_runner, open_store, planned, stop
 from train.data.examples import Example
 from train.step.microsteps import small_parts
 from train.trainer import Trainer
@@ -184,9 +185,11 @@ def seat(trainer: Trainer, lane_tokens: int) -> None:
 @contextlib.contextmanager
 def opened_bench(lane_tokens: int, publish_every: int, tokens: int) -> Generator[Bench]:
     """A warm server and a warm trainer, with everything published once."""
-    opened = open_base(ModelSection(path=DEMO_MODEL, dtype="bfloat16"), ONE_DEVICE)
     with tempfile.TemporaryDirectory() as folder:
-        config = replace(serve_defaults(DEMO_MODEL, Path(folder)), max_rank=RANK)
+        model = ModelSection(path=DEMO_MODEL, dtype="bfloat16")
+        asked = ServeConfig(model=model, adapters=Path(folder), max_rank=RANK, **SIZES)
+        found, config = planned(asked, say=lambda line: None)
+        opened = load_found(found, config.model, config.mesh)
         store = open_store(config)
         runner = make_runner(opened, config, store)
         trainer = Trainer(

@@ -243,7 +243,7 @@ class Session:
         return self._runner.call(join)
 
     def _read(self, data: Data, loss: str, too_long: TooLong) -> Sequence[Unit]:
-        limit = LengthLimit(lane_tokens=self._trainer.lane_tokens, too_long=too_long)
+        limit = LengthLimit(lane_tokens=self._trainer.lane_tokens, too_long=too_long, measured=True)
         if isinstance(data, str | Path):
             loaded = load_file(data, self.opened.tokenizer, limit=limit, loss=loss)
         else:

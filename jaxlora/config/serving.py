@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from jaxlora.config.base import ONE_DEVICE, Checks, Dtype, MeshSection, ModelSection, completed
+from jaxlora.config.base import ONE_DEVICE, Checks, Dtype, MeshSection, ModelSection
 from jaxlora.config.toml import NoneIfFalse, TomlPath, TomlPathByDefault
 from jaxlora.core.lora import check_name
 
@@ -340,36 +340,3 @@ class SizedConfig(ServeConfig):
     host_kv_gb: float
     host_states_gb: float
     training: SizedTraining | None = None
-
-
-def filled(config: ServeConfig) -> SizedConfig:
-    """Returns the settings with the sizes that were left out: those of the demo model on a laptop.
-
-    With SmolLM2-135M in float32, 8 slots of rank 32 are about 0.36 GB (all seven projections and the head) and 128
-    pages of 64 tokens about 0.4 GB.
-    """
-    sizes = {
-        "slots": 8,
-        "max_rank": 32,
-        "rows": 8,
-        "kv_pages": 128,
-        "prefill_lanes": 8,
-        "prefill_tokens": 32,
-        "max_waiting_tokens": 131_072,
-        "host_adapters_gb": 2.0,
-        "host_kv_gb": 0.5,
-        "host_states_gb": 2.0,
-    }
-    training = config.training
-    if training is not None:
-        most = sizes["max_rank"] if config.max_rank is None else config.max_rank
-        lane = 256 if training.lane_tokens is None else training.lane_tokens
-        sized = {"slots": 4, "lanes": 4, "lane_tokens": lane, "longest_tokens": lane, "max_rank": most}
-        training = completed(SizedTraining, training, sized)
-    return replace(completed(SizedConfig, config, sizes), training=training)
-
-
-def serve_defaults(model: str, adapters: Path) -> SizedConfig:
-    """Returns the settings of a server of those sizes that takes no jobs, and whose own files lie beside the adapter store."""
-    base = ModelSection(path=model)
-    return filled(ServeConfig(model=base, adapters=adapters, data=adapters.with_name("data"), training=None))

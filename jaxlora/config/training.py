@@ -14,7 +14,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from jaxlora.config.base import ONE_DEVICE, Checks, MeshSection, ModelSection, completed
+from jaxlora.config.base import ONE_DEVICE, Checks, MeshSection, ModelSection
 from jaxlora.config.toml import TomlPath, TomlPathByDefault, load
 from jaxlora.core.errors import ConfigInvalid
 from jaxlora.core.lora import LAYER_TARGETS, LoraSpec, check_name
@@ -376,12 +376,3 @@ class SizedTrainConfig(TrainConfig):
     def buckets(self) -> list[tuple[int, int]]:
         """Returns (largest rank, slots) of all slots, from the smallest rank on."""
         return sorted([(b.rank, b.slots) for b in self.bucket] + [(self.max_rank, self.slots)])
-
-
-def filled(config: TrainConfig) -> SizedTrainConfig:
-    """Returns the settings with the sizes that were left out: ranks and slots that the tenants need, lanes for a laptop."""
-    ranks = [t.rank for t in config.tenant]
-    small = max((b.rank for b in config.bucket), default=0)
-    rank = max(*ranks, small + 1) if config.max_rank is None else config.max_rank
-    sizes = {"lanes": 4, "lane_tokens": 256, "max_rank": rank, "slots": max(sum(r > small for r in ranks), 1)}
-    return completed(SizedTrainConfig, config, sizes)

@@ -173,9 +173,14 @@ class Progress:
                 self._screen.end(line)
 
 
+def moves(stream: TextIO) -> bool:
+    """Whether the stream is a terminal that can draw a line anew."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
 def screen_on(stream: TextIO) -> Screen:
     """A moving line where the stream is a terminal that can move one, else lines."""
-    if stream.isatty() and os.environ.get("TERM") != "dumb":
+    if moves(stream):
         return MovingLine(Console(file=stream))
     return Lines(lambda line: print(line, file=stream, flush=True))
 

@@ -6,12 +6,14 @@ import contextlib
 import math
 import os
 from collections.abc import Generator
+from dataclasses import replace
 
 import jax
 
 from jaxlora.config.base import MeshSection
 from jaxlora.core.errors import ConfigInvalid, JaxLoraError
 from jaxlora.core.host_memory import MemoryLimit, host_limit
+from jaxlora.model import multihost
 from jaxlora.model.memory_plan import GB, Machine
 from jaxlora.model.mesh import RULES
 
@@ -19,7 +21,10 @@ EXHAUSTED = ("RESOURCE_EXHAUSTED", "bad_alloc")  # what errors say, of several c
 
 
 def machine_of(mesh: MeshSection, memory_gb: float | None) -> Machine:
-    """Returns this machine as a plan sees it.  memory_gb: the most that one device, or a CPU's process, may take."""
+    """Returns this machine as a plan sees it.  memory_gb: the most that one device, or a CPU's process, may take.
+
+    Several processes must choose alike: each gets the least device memory of all, and waits here for the others.
+    """
     sizes = {"data": mesh.data, "fsdp": mesh.fsdp, "tensor": mesh.tensor}
 
     def split(axes: str | tuple[str, ...] | None) -> int:
@@ -40,6 +45,7 @@ def machine_of(mesh: MeshSection, memory_gb: float | None) -> Machine:
         raise ConfigInvalid(
             f"{first.device_kind} does not say how much memory it has; set memory_gb", param="memory_gb"
         )
+    device = replace(device, nbytes=multihost.least(device.nbytes))
     return Machine(
         platform=first.platform,
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 from jaxlora.config.base import completed
 from jaxlora.config.serving import READ_MEMORY_BYTES, ServeConfig, SizedConfig, SizedTraining, TrainingSection
-from jaxlora.config.training import LANE_BLOCK, SizedTrainConfig, TrainConfig, filled
+from jaxlora.config.training import LANE_BLOCK, SizedTrainConfig, TrainConfig
 from jaxlora.core.errors import ConfigInvalid
 from jaxlora.core.host_memory import MemoryLimit
 from jaxlora.core.lora import ALL_TARGETS, HEAD_TARGET
@@ -536,19 +536,23 @@ def training_needs(config: SizedTrainConfig, targets: Sequence[str], base: BaseS
 def plan_training(
     config: TrainConfig, targets: Sequence[str], base: BaseShape, machine: Machine
 ) -> Plan[SizedTrainConfig]:
-    """Returns the plan of a training run.  targets: those that a slot holds.  Raises ConfigInvalid as `plan_server` does."""
+    """Returns the plan of a training run: ranks and slots that the tenants need, and lanes for which there is memory.
+
+    targets: those that a slot holds.  Raises ConfigInvalid as `plan_server` does.
+    """
     usable = usable_bytes(machine.device, config.memory_share)
     ladder = (*LANES["cpu" if machine.platform == "cpu" else "accelerator"], *SMALL_LANES)
 
     def sized(config: TrainConfig, lanes: int, lane_tokens: int) -> SizedTrainConfig:
-        whole = -(-lanes // machine.rows) * machine.rows
-        return filled(
-            replace(
-                config,
-                lanes=whole if config.lanes is None else config.lanes,
-                lane_tokens=lane_tokens if config.lane_tokens is None else config.lane_tokens,
-            )
-        )
+        ranks = [t.rank for t in config.tenant]
+        small = max((b.rank for b in config.bucket), default=0)
+        sizes = {
+            "lanes": -(-lanes // machine.rows) * machine.rows,
+            "lane_tokens": lane_tokens,
+            "max_rank": max(*ranks, small + 1),
+            "slots": max(sum(rank > small for rank in ranks), 1),
+        }
+        return completed(SizedTrainConfig, config, sizes)
 
     def least(config: TrainConfig) -> SizedTrainConfig | None:
         for step in ladder:

@@ -64,6 +64,13 @@ def any_says(yes: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.array(yes))))
 
 
+def least(nbytes: int) -> int:
+    """Returns the least that any process gives, in whole MiB.  All must call it at the same point, as `any_says`."""
+    if jax.process_count() == 1:
+        return nbytes
+    return int(np.min(multihost_utils.process_allgather(np.array(nbytes >> 20, np.int32)))) << 20
+
+
 def meet() -> None:
     """Waits for all processes: one that leaves while the lead writes would end the lead after a while."""
     any_says(False)

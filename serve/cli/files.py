@@ -139,7 +139,7 @@ def check(
     from jaxlora.checkpoints.load import find_model, open_tokenizer
 
     tokenizer = open_tokenizer(find_model(model)[1])
-    limit = LengthLimit(lane_tokens=lane_tokens, too_long=choice)
+    limit = LengthLimit(lane_tokens=lane_tokens, too_long=choice, measured=True)
     try:
         found = scan_file(path, tokenizer, limit=limit, loss=loss, most_problems=MOST_PROBLEMS)
     except OSError as error:

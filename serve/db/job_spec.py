@@ -73,7 +73,7 @@ class Evaluation:
     file: str
     metrics: tuple[str, ...]
     max_tokens: int | None = None
-    samples: int | None = None  # the first so many lines
+    samples: int | None = None  # the first so many examples
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

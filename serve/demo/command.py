@@ -12,16 +12,16 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from jaxlora.checkpoints.load import Opened, open_base
-from jaxlora.config.base import DEMO_MODEL
-from jaxlora.config.serving import SizedConfig, serve_defaults
+from jaxlora.checkpoints.load import Opened, load_found
+from jaxlora.config.base import DEMO_MODEL, ModelSection
+from jaxlora.config.serving import ServeConfig, TrainingSection
 from jaxlora.core.lora import AdapterRef, LoraSpec
 from jaxlora.core.progress import Progress, Stage, screen_on
 from jaxlora.model import compile_cache
@@ -31,7 +31,7 @@ from serve.demo.tasks import Task, constant_baseline, demo_tasks, nearest_baseli
 from serve.engine.request import Delta, Request, SamplingParams
 from serve.runtime.device_thread import DeviceThread
 from serve.runtime.live_training import LiveTraining, small_trainer, warm_up
-from serve.server.build import make_runner, open_store, stop
+from serve.server.build import make_runner, open_store, planned, stop
 from serve.server.gate import AppConfig
 from serve.server.uvicorn import bound, make_http
 from train.data.examples import Example
@@ -48,20 +48,23 @@ HELDOUT = 32  # examples of each tenant that are generated
 SPARE_TOKENS = 4  # an answer may be this much longer than the longest right one
 
 
-def demo_serve_config(port: int, adapters: Path) -> SizedConfig:
+def demo_serve_config(port: int, adapters: Path, tenants: int) -> ServeConfig:
     """The demo's server: two versions of each tenant fit the device, 32 sequences run at once."""
-    return replace(
-        serve_defaults(DEMO_MODEL, adapters),
+    return ServeConfig(
+        model=ModelSection(path=DEMO_MODEL),
+        adapters=adapters,
         port=port,
-        slots=16,
+        slots=2 * tenants,
         max_rank=RANK,
         rows=32,
+        kv_pages=128,
+        prefill_lanes=8,
         prefill_tokens=24,  # a question of the demo fits one chunk
         default_max_tokens=64,
         max_waiting=4096,
         max_waiting_tokens=1_000_000,
         grace_s=10.0,
-        training=None,
+        training=TrainingSection(slots=tenants, max_rank=RANK, lanes=LANES, lane_tokens=LANE_TOKENS),
     )
 
 
@@ -244,11 +247,13 @@ def main(*, exit_after: bool, port: int, out: Path | None, seed: int) -> None:
     console = Console()
     compile_cache.enable(None)
     folder = out if out is not None else Path(tempfile.mkdtemp(prefix="jaxlora-demo-"))
-    config = demo_serve_config(port, folder / "store")
-    listening = bound(config.host, port)
+    tasks = demo_tasks(seed)
+    settings = demo_serve_config(port, folder / "store", len(tasks))
+    listening = bound(settings.host, port)
     progress = Progress(screen_on(sys.stdout))
     with progress.stage("opening SmolLM2-135M-Instruct"):
-        opened = open_base(config.model, config.mesh)
+        found, config = planned(settings, say=lambda line: None)
+        opened = load_found(found, config.model, config.mesh)
     store = open_store(config)
     runner = make_runner(opened, config, store)
     http = make_http(
@@ -257,9 +262,9 @@ def main(*, exit_after: bool, port: int, out: Path | None, seed: int) -> None:
         listening=listening,
         grace_s=config.grace_s,
     )
-    pool_spec = PoolSpec(slots=len(demo_tasks(seed)), rank=RANK, dtype="float32")
+    pool_spec = PoolSpec(slots=len(tasks), rank=RANK, dtype="float32")
     trainer = small_trainer(opened, pool_spec, lanes=LANES, lane_tokens=LANE_TOKENS)
-    demo = Demo(opened, runner, trainer, demo_tasks(seed), seed)
+    demo = Demo(opened, runner, trainer, tasks, seed)
     with progress.stage("compiling", unit=f"serving programs in {opened.base.dtype.name}") as stage:
         runner.start(stage.at)
     with progress.stage("compiling", unit="training programs") as stage:

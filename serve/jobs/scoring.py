@@ -11,28 +11,30 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from typing import Protocol
 
 import regex
 
+from jaxlora.config.training import TooLong
 from jaxlora.core.errors import AdapterNotFound, DataInvalid, JaxLoraError, StorageAway, Unavailable
 from jaxlora.core.lora import AdapterRef
 from serve.db.job_spec import Evaluation
 from serve.db.models import JobRecord, JsonObject, NewEvent
 from serve.engine.grammar import Grammar, GrammarSource
 from serve.engine.request import Request, SamplingParams
+from serve.jobs import resolve
 from serve.jobs.live_jobs import Published
 from serve.runtime.device_thread import DeviceThread
+from train.data.examples import Example, Unit
+from train.data.load import Loaded
 from train.jobs.job import said
 
 LOG = logging.getLogger("serve")
 AT_ONCE = 2  # questions in flight: clients keep the other rows
 YIELD_S = 0.05  # between two looks whether clients wait
 MAX_TOKENS, SAMPLES = 128, 64  # of a job that names none
-LINE_BYTES = 2**20  # of one line of a file
 MOST_CHOICES = 64  # distinct answers of a file that choice_accuracy chooses among
 REGEX_S = 0.1  # a pattern that takes longer does not match
 
@@ -70,40 +72,42 @@ METRICS: Mapping[str, Callable[[str, str], bool]] = {
 }
 
 
-def questions(
-    path: Path, chat: Callable[[Sequence[Mapping[str, str]]], list[int]], encode: Callable[[str], list[int]], most: int
-) -> list[Question]:
-    """The first lines of a file: conversations whose last turn is the answer, or prompts with their completions.
+class Spelling(Protocol):
+    """A tokenizer that spells tokens and knows those that end an answer."""
 
-    Raises DataInvalid for a line that is neither, or longer than LINE_BYTES.
+    @property
+    def eos_ids(self) -> Collection[int]:
+        """Returns the ids that end a turn or a text."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of the ids."""
+
+
+def question(example: Unit, tokenizer: Spelling) -> Question:
+    """Returns what an example asks: the answer is its last trained tokens up to the one that ends it, the prompt all before.
+
+    Raises DataInvalid for an example of another kind.
     """
+    if isinstance(example, Example) and example.rollout is None:
+        trained = example.weights > 0
+        end = len(trained) - int(trained[::-1].argmax())
+        begin = end - int((~trained[:end])[::-1].argmax())
+        if trained.any() and int(example.tokens[end - 1]) in tokenizer.eos_ids:
+            wanted = tokenizer.decode(example.tokens[begin : end - 1].tolist())
+            return Question(prompt=tuple(example.tokens[:begin].tolist()), wanted=wanted)
+    raise DataInvalid("has no prompt with an answer; give conversations, or prompts with completions")
+
+
+def questions(loaded: Loaded, tokenizer: Spelling, most: int) -> list[Question]:
+    """Returns the questions of the first examples of a file.  Raises DataInvalid, which says what is wrong with which."""
     found: list[Question] = []
-    with path.open("rb") as lines:
-        for number, text in enumerate(iter(lambda: lines.readline(LINE_BYTES + 1), b""), 1):
-            if len(found) == most:
-                break
-            if not text.strip():
-                continue
-            if len(text) > LINE_BYTES:
-                raise DataInvalid(
-                    f"line {number} of the evaluation file has more than {LINE_BYTES} bytes; shorten it",
-                    param="evaluation.file",
-                )
-            try:
-                line = json.loads(text)
-                if "messages" in line:
-                    *before, last = line["messages"]
-                    turns = [{"role": m["role"], "content": m["content"]} for m in before]
-                    found.append(Question(prompt=tuple(chat(turns)), wanted=str(last["content"])))
-                else:
-                    found.append(Question(prompt=tuple(encode(line["prompt"])), wanted=str(line["completion"])))
-            except (ValueError, KeyError, TypeError) as error:
-                raise DataInvalid(
-                    f"line {number} of the evaluation file has neither messages nor prompt and completion",
-                    param="evaluation.file",
-                ) from error
-    if not found:
-        raise DataInvalid("the evaluation file has no lines; give at least one", param="evaluation.file")
+    for number, example in enumerate(loaded.units[:most], 1):
+        try:
+            found.append(question(example, tokenizer))
+        except DataInvalid as error:
+            raise DataInvalid(
+                f"example {number} of the evaluation file {error.message}", param="evaluation.file"
+            ) from error
     return found
 
 
@@ -156,11 +160,11 @@ class Scorer:
     def __init__(
         self,
         runner: DeviceThread,
-        opened: Callable[[str], AbstractContextManager[Path]],
+        load: Callable[[str, TooLong], Loaded],
         tell: Callable[[str, Callable[[JobRecord], JobRecord], NewEvent], None],
     ):
-        """opened: the path of a file, while it is there.  tell: stores a change of a job's record and an event, such as JobRecorder.change."""
-        self._runner, self._opened, self._tell = runner, opened, tell
+        """load: the examples of a file.  tell: stores a change of a job's record and an event, such as JobRecorder.change."""
+        self._runner, self._load, self._tell = runner, load, tell
         self._turns = Turns()
         self._thread = threading.Thread(target=self._run, name="job-scores", daemon=True)
         self._stopping = False
@@ -186,16 +190,16 @@ class Scorer:
                 self._event(record, version, f"step {version.step} is not scored: {why(error)}", {})
             except Unavailable:
                 return  # the server ends
-            except (JaxLoraError, OSError, UnicodeDecodeError) as error:
+            except (JaxLoraError, OSError) as error:
                 self._event(record, version, f"step {version.step} is not scored: {why(error)}", {})
             except Exception:
                 LOG.exception("job %s: a version is not scored", record.id)
 
     def _score(self, record: JobRecord, asked: Evaluation, version: Published) -> None:
-        tokenizer = self._runner.tokenizer
         limit = asked.max_tokens or MAX_TOKENS
-        with self._opened(asked.file) as path:
-            found = questions(path, tokenizer.chat, tokenizer.encode, asked.samples or SAMPLES)
+        # An answer that is cut has no end: what may be cut of training examples is left out here.
+        loaded = self._load(asked.file, "error" if resolve.too_long(record.request) == "error" else "skip")
+        found = questions(loaded, self._runner.tokenizer, asked.samples or SAMPLES)
         free = [m for m in asked.metrics if m != "choice_accuracy"]
         began, scores = time.monotonic(), {}
         if free:
@@ -254,11 +258,9 @@ class Scorer:
         self._tell(record.id, lambda now: with_score(now, data), event)
 
 
-def why(error: JaxLoraError | OSError | UnicodeDecodeError) -> str:
+def why(error: JaxLoraError | OSError) -> str:
     """Why a version is not scored, for its owner."""
-    if isinstance(error, AdapterNotFound):
-        return "newer versions came first"
-    return "its file is not UTF-8" if isinstance(error, UnicodeDecodeError) else said(error)
+    return "newer versions came first" if isinstance(error, AdapterNotFound) else said(error)
 
 
 def with_score(record: JobRecord, data: JsonObject) -> JobRecord:

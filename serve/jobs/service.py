@@ -13,7 +13,6 @@ import re
 import secrets
 import threading
 import time
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -64,12 +63,8 @@ class Files(Protocol):
         """A file and where its bytes are.  Raises NotFound."""
         ...
 
-    def here(self, path: Path) -> AbstractContextManager[None]:
-        """Inside, the bytes are there.  Raises NotFound, Unavailable, StorageFailed."""
-        ...
-
     def load(self, path: Path, too_long: TooLong) -> Loaded:
-        """The examples of a file.  Raises DataInvalid, and as `here`."""
+        """The examples of a file.  Raises DataInvalid, NotFound, Unavailable, StorageFailed."""
         ...
 
     def keep(self, tenant: str, filename: str, purpose: str, content: bytes) -> FileRecord:

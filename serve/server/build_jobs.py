@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Generator
 from dataclasses import dataclass
-from pathlib import Path
 
 from jaxlora.checkpoints.load import Opened
 from jaxlora.config.serving import SizedConfig, SizedTraining
-from jaxlora.config.training import default_lr
+from jaxlora.config.training import TooLong, default_lr
 from jaxlora.core.lora import ALL_TARGETS
 from jaxlora.core.progress import Progress
 from jaxlora.model.lora_pool import PoolSpec
@@ -29,6 +26,7 @@ from serve.runtime.catalog import JobNames
 from serve.runtime.device_thread import DeviceThread
 from serve.runtime.live_training import small_trainer, warm_up
 from serve.runtime.snapshot import training_view
+from train.data.load import Loaded
 from train.jobs.job import JobsConfig
 from train.jobs.runner import Jobs
 from train.jobs.states import Parking
@@ -99,13 +97,10 @@ def make_job_host(
         had_room=quota.had_room,
     )
 
-    @contextlib.contextmanager
-    def opened_file(id: str) -> Generator[Path]:
-        _, path = files.find(id, None)
-        with files.here(path):
-            yield path
+    def load(id: str, too_long: TooLong) -> Loaded:
+        return files.load(files.find(id, None)[1], too_long)
 
-    scorer = Scorer(runner, opened_file, recorder.change)
+    scorer = Scorer(runner, load, recorder.change)
 
     def published(record: JobRecord, version: Published) -> None:
         quota.has_room(version.ref)  # for the next one

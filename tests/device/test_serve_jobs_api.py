@@ -427,7 +427,9 @@ def test_a_job_goes_on_from_an_adapter(server, acme):
 
 def test_held_out_losses_and_scores_are_a_curve(server, acme):
     heldout = file_of(server, acme, count=3)
-    scoring = {"file": heldout, "metrics": ["exact_match", "choice_accuracy"], "max_tokens": 4, "samples": 2}
+    table = "prompt,completion\n" + "".join(f"say {i}, word{i}\n" for i in range(3))
+    asked = server[0].files.keep(acme.api_key, "asked.csv", "fine-tune", table.encode()).id
+    scoring = {"file": asked, "metrics": ["exact_match", "choice_accuracy"], "max_tokens": 4, "samples": 2}
     job = create(server, acme, validation_file=heldout, extra={"eval_every": 3, "evaluation": scoring})
     done = wait_for(acme, job.id, "succeeded")
     assert done.progress["valid_loss"] > 0

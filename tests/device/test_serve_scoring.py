@@ -1,12 +1,16 @@
-"""The scorer's line: of each job the newest version waits, and tenants take turns."""
+"""The scorer's line, in which of each job the newest version waits and tenants take turns; and what a file asks."""
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 import threading
 from dataclasses import replace
 
 import pytest
 from database_world import job_record
+from fake_tokenizer import FakeTokenizer
 
 from jaxlora.core.errors import DataInvalid
 from jaxlora.core.lora import AdapterRef
@@ -14,8 +18,11 @@ from serve.db.job_spec import Evaluation
 from serve.jobs import scoring
 from serve.jobs.live_jobs import Published
 from serve.jobs.scoring import Task, Turns
+from train.data.load import LengthLimit, load_file
 
-LINE = b'{"prompt": "say a", "completion": "a"}\n'
+pyarrow = pytest.importorskip("pyarrow", reason="the group `test` brings pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
+
 ASKED = Evaluation(file="file-1", metrics=("exact_match",))
 
 
@@ -67,17 +74,96 @@ def test_one_that_waits_hears_of_a_version_and_of_the_end():
     assert got[-1] is None
 
 
-def test_a_line_of_an_evaluation_file_is_measured_before_it_is_parsed(tmp_path, monkeypatch):
-    monkeypatch.setattr(scoring, "LINE_BYTES", len(LINE))
-    path = tmp_path / "held.jsonl"
-    path.write_bytes(LINE + b"\n" + LINE.replace(b"say a", b"say aa") + LINE)
-    tokens: list[str] = []
+ASK, ANSWER = "Say ä, b", ' "x"; y'
+CHAT = {"messages": [{"role": "user", "content": ASK}, {"role": "assistant", "content": ANSWER}]}
+SHARED = {"conversations": [{"from": "human", "value": ASK}, {"from": "gpt", "value": ANSWER}]}
+ALPACA = {"instruction": ASK, "output": ANSWER}
+PLAIN = {"prompt": ASK, "completion": ANSWER}
 
-    def encode(text: str) -> list[int]:
-        tokens.append(text)
-        return [1]
 
-    assert len(scoring.questions(path, lambda turns: [1], encode, 1)) == 1
-    with pytest.raises(DataInvalid, match=f"line 3 of the evaluation file has more than {len(LINE)} bytes"):
-        scoring.questions(path, lambda turns: [1], encode, 9)
-    assert tokens == ["say a"] * 2
+def jsonl(*rows) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def csv_of(row: dict[str, str]) -> bytes:
+    out = io.StringIO(newline="")
+    csv.writer(out).writerows([row.keys(), row.values()])
+    return out.getvalue().encode()
+
+
+def parquet_of(row) -> bytes:
+    out = io.BytesIO()
+    pq.write_table(pyarrow.Table.from_pylist([row]), out)
+    return out.getvalue()
+
+
+@pytest.fixture
+def questions(tmp_path):
+    """The questions of a file of these bytes."""
+
+    def questions(content: bytes, most: int = 9):
+        (tmp_path / "held").write_bytes(content)
+        limit = LengthLimit(lane_tokens=200)
+        loaded = load_file(tmp_path / "held", FakeTokenizer(), limit=limit, loss=None, name="the file")  # ty: ignore[invalid-argument-type]
+        return scoring.questions(loaded, FakeTokenizer(), most)
+
+    return questions
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        jsonl(CHAT),
+        b"\xef\xbb\xbf" + json.dumps([CHAT], indent=1).encode(),
+        jsonl(ALPACA),
+        csv_of(ALPACA),
+        jsonl(SHARED),
+        parquet_of(SHARED),
+        parquet_of(CHAT),
+    ],
+    ids=["chat", "array", "alpaca", "csv", "sharegpt", "parquet-sharegpt", "parquet-chat"],
+)
+def test_a_conversation_asks_the_same_in_every_format(questions, content):
+    (found,) = questions(content)
+    assert found.prompt == tuple(FakeTokenizer().chat(CHAT["messages"][:1])), "as serving would prompt"
+    assert found.wanted == ANSWER
+
+
+@pytest.mark.parametrize("content", [jsonl(PLAIN), csv_of(PLAIN), parquet_of(PLAIN)], ids=["jsonl", "csv", "parquet"])
+def test_a_completion_asks_the_same_in_every_format(questions, content):
+    (found,) = questions(content)
+    assert (found.prompt, found.wanted) == (tuple(FakeTokenizer().encode(ASK)), ANSWER)
+
+
+def test_the_last_trained_turn_is_the_answer(questions):
+    turns = [*CHAT["messages"], {"role": "user", "content": "and"}, {"role": "assistant", "content": "more"}]
+    muted = [*turns[:3], turns[3] | {"weight": 0}]
+    last, before = questions(jsonl({"messages": turns}, {"messages": muted}))
+    assert (last.prompt, last.wanted) == (tuple(FakeTokenizer().chat(turns[:3])), "more")
+    assert (before.prompt, before.wanted) == (tuple(FakeTokenizer().chat(turns[:1])), ANSWER)
+
+
+def test_the_first_examples_are_asked(questions):
+    assert [q.wanted for q in questions(jsonl(*[PLAIN | {"completion": str(i)} for i in range(5)]), most=2)] == [
+        "0",
+        "1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        ([PLAIN, {"prompt": 3, "completion": "x"}], r"the file is not valid:\nline 2, prompt: must be a string"),
+        ([PLAIN, CHAT | {"x": 1}], r"the file is not valid:\nline 2, x: unknown key"),
+        ([{"text": ASK}], "example 1 of the evaluation file has no prompt with an answer; give conversations"),
+        (
+            [{"input_ids": [4, 5], "weights": [0, 1]}],
+            "example 1 of the evaluation file has no prompt with an answer",
+        ),
+        ([{"prompt": ASK, "chosen": "a", "rejected": "b"}], "example 1 of the evaluation file has no prompt with an"),
+    ],
+    ids=["field", "key", "text", "no-end", "preference"],
+)
+def test_a_file_that_asks_nothing_says_so(questions, rows, says):
+    with pytest.raises(DataInvalid, match=says):
+        questions(jsonl(*rows))

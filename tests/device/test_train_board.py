@@ -23,7 +23,7 @@ from serve.cli import main as cli
 from train.run import command as run
 from train.run import metrics
 from train.run.metrics import SCALARS, EventFile
-from train.run.progress import ProgressScreen
+from train.run.progress import LINE_S, ProgressScreen
 from train.trainer import StepReport, Tenant
 
 MODEL = "tiny-llama-tied"
@@ -188,13 +188,10 @@ def test_a_run_shows_speed_and_held_out_losses(job, monkeypatch):
     )
 
 
-def test_the_table_cuts_no_number_in_a_narrow_window():
-    tenant = Tenant("a-tenant-with-a-long-name", 0, lora(4), optimizer(total_steps=1000), None, Loss(), step=999)  # ty: ignore[invalid-argument-type]
-    ticks = iter([0.0, 2.0])
-    screen = ProgressScreen({tenant.name: tenant}, {}, clock=lambda: next(ticks))
-    report = StepReport(
+def report_of(tenant: Tenant, step: int) -> StepReport:
+    return StepReport(
         tenant=tenant.name,
-        step=999,
+        step=step,
         nll=1.0,
         targets=1,
         loss=12.3456,
@@ -204,7 +201,26 @@ def test_the_table_cuts_no_number_in_a_narrow_window():
         tokens=123456,
         finite=True,
     )
-    screen.note(report)
+
+
+def test_a_tenant_is_due_a_line_when_its_last_one_is_old():
+    tenant = Tenant("one", 0, lora(4), optimizer(total_steps=1000), None, Loss())  # ty: ignore[invalid-argument-type]
+    now_s = [50.0]
+    screen = ProgressScreen({tenant.name: tenant}, {}, clock=lambda: now_s[0])
+    due = []
+    for step, now_s[0] in enumerate([60.0, 79.9, 80.0, 109.9, 110.1], 1):
+        screen.note(report_of(tenant, step))
+        due.append(screen.is_due("one"))
+        if due[-1]:
+            screen.line("one")
+    assert due == [False, False, True, False, True], f"after {LINE_S:g} s"
+
+
+def test_the_table_cuts_no_number_in_a_narrow_window():
+    tenant = Tenant("a-tenant-with-a-long-name", 0, lora(4), optimizer(total_steps=1000), None, Loss(), step=999)  # ty: ignore[invalid-argument-type]
+    ticks = iter([0.0, 2.0])
+    screen = ProgressScreen({tenant.name: tenant}, {}, clock=lambda: next(ticks))
+    screen.note(report_of(tenant, 999))
     screen.note_heldout(tenant.name, 11.25)
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(screen.table())

@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import jax
@@ -18,6 +20,7 @@ from train_world import SPEC, examples, lora, make_trainer, optimizer, small_bas
 from typer.testing import CliRunner
 
 from jaxlora.config.training import check_lane_tokens
+from jaxlora.core import progress as core_progress
 from jaxlora.core.errors import ConfigInvalid
 from jaxlora.core.lora import AdapterRef
 from jaxlora.model.lora_pool import empty_pool
@@ -27,6 +30,7 @@ from serve.cli import main as cli
 from train.data.examples import Example
 from train.run import command as run
 from train.run import metrics
+from train.run import progress as run_progress
 from train.step.batch import idle_batch
 from train.step.step import lane_gradients
 from train.trainer import Trainer
@@ -169,6 +173,45 @@ def test_a_run_leaves_states_metrics_adapters_and_a_picture(job):
     assert f"{float(rows[0]['loss']):.3f}" in last, "the base's"
     assert f"{float(rows[-1]['loss']):.3f}" in last
     assert not (out / "two/heldout.csv").exists()
+
+
+def test_where_no_line_can_move_each_part_of_a_run_says_how_far_it_is_and_how_long_it_took(job, monkeypatch):
+    monkeypatch.setattr(core_progress, "EVERY_S", 0.0)  # a line at each look
+    monkeypatch.setattr(run_progress, "LINE_S", 0.0)
+    change(job, "save_every = 2", "save_every = 100")
+    shown = trained(job)
+    parts = [
+        "opening the base model",
+        r"reading 3 files",
+        r"compiling \d+ training programs",
+        "asking the base model for the held-out examples",
+        "training 10 steps",
+        "drawing the loss curves",
+        "asking the adapters for the held-out examples",
+    ]
+    ends = [re.search(f"^{part}: \\d+\\.\\d s$", shown, re.MULTILINE) for part in parts]
+    assert all(ends), shown
+    assert [end.start() for end in ends] == sorted(end.start() for end in ends)
+    assert "reading files, 0 s\n" in shown
+    assert "training 0 of 10 steps, 0 s\n" in shown
+    for name, steps in STEPS.items():
+        assert [int(n) for n in re.findall(rf"^{name}: step (\d) of {steps}, loss ", shown, re.MULTILINE)] == list(
+            range(1, steps + 1)
+        )
+
+
+def test_a_long_part_of_a_run_is_not_silent(job, monkeypatch):
+    monkeypatch.setattr(core_progress, "EVERY_S", 0.6)
+    step = Trainer.step
+
+    def slow(self):
+        time.sleep(1.2)  # while whoever looks does so
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "step", slow)
+    change(job, "steps = 6", "steps = 1")
+    change(job, "steps = 4", "steps = 1")
+    assert re.search(r"^training 0 of 2 steps, 1 s$", trained(job), re.MULTILINE)
 
 
 def test_a_run_from_its_own_folder_shows_short_paths(job, monkeypatch):

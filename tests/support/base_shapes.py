@@ -1,8 +1,13 @@
-"""What bases of known sizes look like.  Pure: no jax."""
+"""What bases of known sizes look like, and the sizes of servers and runs over them.  Pure: no jax."""
 
 from __future__ import annotations
 
+from jaxlora.config.serving import ServeConfig, SizedConfig
+from jaxlora.config.training import SizedTrainConfig, TrainConfig
+from jaxlora.core.host_memory import MemoryLimit
+from jaxlora.core.lora import LAYER_TARGETS
 from jaxlora.core.model_config import ModelConfig
+from jaxlora.model.memory_plan import BaseShape, Machine, plan_server, plan_training
 
 SMOLLM2 = ModelConfig(
     family="llama",
@@ -22,3 +27,24 @@ SMOLLM2 = ModelConfig(
     qk_norm=False,
     tied=True,
 )
+
+SHAPE = BaseShape(config=SMOLLM2, dtype="float32", kv_dtype="float32", name="base")
+LARGE = Machine(
+    platform="cpu",
+    cores=2,
+    device=MemoryLimit(nbytes=128 * 10**9, origin="a test's", own=False),
+    host=None,
+    devices=1,
+    parts={},
+    rows=1,
+)
+
+
+def sized(config: ServeConfig) -> SizedConfig:
+    """The settings with the sizes that a machine with memory for all of it would choose."""
+    return plan_server(config, SHAPE, LARGE).config
+
+
+def sized_run(config: TrainConfig) -> SizedTrainConfig:
+    """The same of a training run."""
+    return plan_training(config, LAYER_TARGETS, SHAPE, LARGE).config

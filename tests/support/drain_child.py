@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from serve_world import MODEL
 from small_world import tiny_path
 
 from jaxlora.config.base import ModelSection
-from jaxlora.config.serving import serve_defaults
+from jaxlora.config.serving import ServeConfig
 from serve.engine.engine import Engine
 from serve.server import build as assemble
 
@@ -28,8 +27,9 @@ def main(store: Path, grace_s: float, step_s: float) -> None:
         return step(engine, deliver)
 
     Engine.step = slow
-    config = replace(
-        serve_defaults("tiny", store),
+    config = ServeConfig(
+        adapters=store,
+        data=store.with_name("data"),
         model=ModelSection(path=str(tiny_path(MODEL)), dtype="float32"),
         port=0,
         slots=2,

@@ -6,16 +6,17 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import openai
+from base_shapes import sized
 from fake_backend import serving
 from serve_world import MODEL, World
 from small_world import tiny_path
 
 from jaxlora.checkpoints.load import Opened
-from jaxlora.config.serving import LimitsSection, ServeConfig, SizedTraining, serve_defaults
+from jaxlora.config.base import ModelSection
+from jaxlora.config.serving import LimitsSection, ServeConfig, TrainingSection
 from jaxlora.core.errors import Unauthorized
 from jaxlora.core.progress import Progress
 from jaxlora.storage.disk_cache import Remote
@@ -58,14 +59,17 @@ class Server:
 
     def __init__(self, world: World, folder: Path, *, remote: Remote | None = None, database: str = "", **training):
         sizes = {"slots": 1, "max_rank": 4, "lanes": 2, "lane_tokens": LANE_TOKENS, "publish_every": 2}
-        sizes["longest_tokens"] = LANE_TOKENS
-        section = SizedTraining(**sizes | training)
-        self.config: ServeConfig = replace(
-            serve_defaults("tiny", folder / "adapters"),
-            training=section,
-            limits=LimitsSection(jobs=4),
-            max_rank=world.spec.rank,
+        self.config = sized(
+            ServeConfig(
+                model=ModelSection(path="tiny"),
+                adapters=folder / "adapters",
+                data=folder / "data",
+                training=TrainingSection(**sizes | training),
+                limits=LimitsSection(jobs=4),
+                max_rank=world.spec.rank,
+            )
         )
+        section = self.config.training
         self.database = Database(database or f"sqlite:///{folder}/jaxlora.sqlite")
         self.files = FileStore(
             StoredFiles(self.database),

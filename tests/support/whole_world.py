@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
+from base_shapes import sized
 from fastapi import FastAPI
 from serve_world import MODEL
 from small_world import tiny_path
 from starlette.routing import BaseRoute, Route
 
 from jaxlora.checkpoints.load import Opened
-from jaxlora.config.serving import ServeConfig, SizedTraining, serve_defaults
+from jaxlora.config.base import ModelSection
+from jaxlora.config.serving import ServeConfig, SizedConfig, TrainingSection
 from jaxlora.storage.adapter_store import AdapterStore
 from serve.db.database import Database
 from serve.runtime.device_thread import DeviceThread
@@ -32,15 +34,18 @@ class Joined:
     own: Services
 
 
-def whole_config(folder: Path) -> ServeConfig:
+def whole_config(folder: Path) -> SizedConfig:
     """A small server whose files are in the folder."""
-    return replace(
-        serve_defaults("tiny", folder / "store"),
-        port=0,
-        max_rank=6,
-        kv_pages=8,
-        data=folder / "data",
-        training=SizedTraining(slots=1, lanes=2, lane_tokens=32, longest_tokens=32, max_rank=4),
+    return sized(
+        ServeConfig(
+            model=ModelSection(path="tiny"),
+            adapters=folder / "store",
+            data=folder / "data",
+            port=0,
+            max_rank=6,
+            kv_pages=8,
+            training=TrainingSection(slots=1, lanes=2, lane_tokens=32, max_rank=4),
+        )
     )
 
 

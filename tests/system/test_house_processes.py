@@ -4,7 +4,6 @@ Tolerances are those of test_house_mesh: losses 1e-5 of the largest, weights 2e-
 """
 
 import csv
-import dataclasses
 import json
 import os
 import signal
@@ -21,8 +20,8 @@ from safetensors.numpy import load_file
 from small_world import tiny_path
 from test_train_run_losses import CHATS, PAIRS, ROLLOUTS
 
-from jaxlora.config.base import MeshSection
-from jaxlora.config.serving import serve_defaults
+from jaxlora.config.base import MeshSection, ModelSection
+from jaxlora.config.serving import ServeConfig
 from jaxlora.core.errors import ConfigInvalid
 from jaxlora.model import multihost
 from jaxlora.model.mesh import make_mesh
@@ -152,6 +151,7 @@ def test_two_processes_train_as_one_does_and_the_lead_alone_prints_and_writes(tm
     ended(start(one, 1), 0)
     compare(two, one, 4)
     assert "held-out examples" in lead
+    assert "memory: " in lead, "the plan that both made"
     assert all(name in lead and name not in other for name in TENANTS)
 
 
@@ -234,4 +234,4 @@ def test_a_mesh_must_hold_devices_of_every_process():
 def test_a_server_runs_in_one_process():
     mesh = MeshSection(data=2, fsdp=1, tensor=1, processes=2)
     with pytest.raises(ValueError, match=r"mesh\.processes must be 1"):
-        dataclasses.replace(serve_defaults("smollm2", Path("adapters")), mesh=mesh)
+        ServeConfig(model=ModelSection(path="smollm2"), mesh=mesh)

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import step_shapes
+from base_shapes import sized_run
 from model_world import base_of
 from random_model import QWEN3_06B, SCALED, write_random
 from small_world import tiny_path
@@ -22,10 +24,11 @@ from jaxlora.checkpoints import load
 from jaxlora.checkpoints.hf import HfSource
 from jaxlora.config.base import ONE_DEVICE, MeshSection, ModelSection
 from jaxlora.config.serving import ServeConfig
-from jaxlora.config.training import TenantSection, TrainConfig, filled
+from jaxlora.config.training import TenantSection, TrainConfig
 from jaxlora.core.errors import ConfigInvalid
 from jaxlora.core.host_memory import MemoryLimit
 from jaxlora.core.lora import ALL_TARGETS, LAYER_TARGETS
+from jaxlora.model import multihost
 from jaxlora.model.kv_cache import empty_pages
 from jaxlora.model.lora_pool import PoolSpec, empty_pool
 from jaxlora.model.machine import machine_of, memory_errors
@@ -156,6 +159,16 @@ def test_loading_holds_the_weights_once(tmp_path, size, dtype):
     assert told["peak"] <= 1.3 * told["stays"]
 
 
+def test_several_processes_plan_with_the_least_memory_that_one_of_them_has(monkeypatch):
+    alone = machine_of(ONE_DEVICE, 8.0)
+    monkeypatch.setattr(multihost.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost.multihost_utils, "process_allgather", lambda own: np.array([own, 3 << 10], own.dtype))
+    assert machine_of(ONE_DEVICE, 8.0) == dataclasses.replace(
+        alone, device=dataclasses.replace(alone.device, nbytes=3 << 30)
+    )
+    assert machine_of(ONE_DEVICE, 2.0).device.nbytes == 2_000_000_000 >> 20 << 20
+
+
 @pytest.mark.slow
 def test_the_arrays_of_a_step_are_about_what_the_plan_says(monkeypatch):
     """Programs of SmolLM2, compiled on shapes alone; a plan may say more, and hardly less."""
@@ -178,7 +191,7 @@ def test_the_arrays_of_a_step_are_about_what_the_plan_says(monkeypatch):
     run = TrainConfig(
         model=ModelSection(path="base"), tenant=(tenant,), lanes=step_shapes.LANES, lane_tokens=step_shapes.TOKENS
     )
-    lanes = training_needs(filled(run), LAYER_TARGETS, shape, machine)["lanes"]
+    lanes = training_needs(sized_run(run), LAYER_TARGETS, shape, machine)["lanes"]
     assert 0.7 < _temporary(step_shapes.train(mesh)) / lanes < 1.1
 
 

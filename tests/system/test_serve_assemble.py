@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import socket
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from base_shapes import sized
 from serve_world import MODEL, World
 from small_world import tiny_path
 
 from jaxlora.checkpoints.load import Opened
-from jaxlora.config.serving import AdapterSection, serve_defaults
+from jaxlora.config.base import ModelSection
+from jaxlora.config.serving import AdapterSection, ServeConfig
 from jaxlora.core.errors import AdapterInvalid, InvalidRequest
 from jaxlora.peft.folder import export_peft
 from jaxlora.storage.adapter_store import AdapterStore
@@ -42,7 +43,7 @@ def opened(world) -> Opened:
 def runner(opened, tmp_path):
     """A server that is not started, over a store of its own."""
     store = AdapterStore(tmp_path / "store", host_bytes=10**8)
-    yield make_runner(opened, replace(serve_defaults("tiny", tmp_path / "store"), kv_pages=8), store)
+    yield make_runner(opened, sized(ServeConfig(model=ModelSection(path="tiny"), kv_pages=8)), store)
     store.close()
 
 

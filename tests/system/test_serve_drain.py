@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +24,7 @@ from serve_world import MODEL
 from small_world import tiny_path
 
 from jaxlora.config.base import ModelSection
-from jaxlora.config.serving import serve_defaults
+from jaxlora.config.serving import ServeConfig
 from serve.demo import command as demo
 from serve.demo.tasks import demo_tasks
 from serve.observability.logs import logging_to
@@ -257,7 +257,8 @@ def test_a_server_answers_while_it_starts_and_lets_nobody_in(tmp_path, monkeypat
     monkeypatch.setattr(build, "make_runner", make)
     monkeypatch.setattr(build, "begin", begin)
     model = ModelSection(path=str(tiny_path(MODEL)), dtype="float32")
-    config = replace(serve_defaults("tiny", tmp_path / "store"), model=model, port=port, kv_pages=8, training=None)
+    folders = {"adapters": tmp_path / "store", "data": tmp_path / "data"}
+    config = ServeConfig(model=model, port=port, kv_pages=8, host_adapters_gb=0.1, training=None, **folders)
     with pytest.raises(KeyboardInterrupt):
         build.main(config, None)
     for answer in answers:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import subprocess
 import sys
 
@@ -97,6 +98,15 @@ def test_a_check_shows_counts_lengths_and_what_is_trained(run, tmp_path):
     assert [text.startswith(row["completion"]) for text, row in zip(trained, GOOD, strict=True)] == [True, True]
     assert any("[[three" in line for line in rest)
     assert rest[-1] == "good: this file can be trained with"
+
+
+def test_a_check_says_which_lane_would_just_hold_a_text_however_long_it_is(run, tmp_path):
+    (tmp_path / "t.jsonl").write_text(jsonl({"text": "word, " * 3000}))
+    out, _ = run(f"files check t.jsonl --model {MODEL} --lane-tokens 64", 1)
+    least = int(re.search(r"lane_tokens = (\d+) would hold all", out)[1])
+    run(f"files check t.jsonl --model {MODEL} --lane-tokens {least - 32}", 1)
+    out, _ = run(f"files check t.jsonl --model {MODEL} --lane-tokens {least}", 0)
+    assert "too long" not in out
 
 
 def test_a_check_names_every_problem_and_every_long_line(run, tmp_path):

@@ -15,7 +15,8 @@ from fake_backend import BASE, HI, FakeBackend, serving
 from sqlalchemy import delete
 from typer.testing import CliRunner
 
-from jaxlora.config.serving import serve_defaults
+from jaxlora.config.base import ModelSection
+from jaxlora.config.serving import ServeConfig
 from jaxlora.core.errors import ConfigInvalid, InvalidRequest, Unavailable
 from serve.access.caller import LOCAL
 from serve.access.keys import HALF, PREFIX, Keys, create_key, digest
@@ -145,8 +146,8 @@ class TestWithoutKeys:
             ("127.0.0.1", "required", True),
         ],
     )
-    def test_where_others_reach_the_server_or_the_settings_say_so_keys_are_needed(self, tmp_path, host, keys, needed):
-        config = replace(serve_defaults("tiny", tmp_path / "store"), host=host, keys=keys)
+    def test_where_others_reach_the_server_or_the_settings_say_so_keys_are_needed(self, host, keys, needed):
+        config = ServeConfig(model=ModelSection(path="tiny"), host=host, keys=keys)
         assert needs_keys(config) is needed
 
     def test_the_first_key_shuts_out_who_has_none(self, server, stored):

@@ -7,7 +7,6 @@ import json
 import logging
 import re
 import threading
-from dataclasses import replace
 
 import httpx2
 import pytest
@@ -15,7 +14,8 @@ from fake_backend import serving
 from prometheus_client.parser import text_string_to_metric_families
 from serve_world import BASE, ask, with_resident
 
-from jaxlora.config.serving import serve_defaults
+from jaxlora.config.base import ModelSection
+from jaxlora.config.serving import ServeConfig
 from jaxlora.core.errors import Unauthorized
 from serve.access.caller import Caller
 from serve.observability.logs import logging_to
@@ -75,11 +75,11 @@ def by_key(connection):
 
 
 @pytest.fixture(scope="module")
-def served(world, tmp_path_factory):
+def served(world):
     """(url, runner, what was logged as JSON lines)."""
     runner, log = DeviceThread(world.engine(), base_name=BASE), io.StringIO()
     runner.watch.training = lambda: TrainingView(tokens=70, steps=7, jobs={"running": 1, "failed": 0})
-    config = replace(serve_defaults("tiny", tmp_path_factory.mktemp("adapters")), metrics_adapters=True)
+    config = ServeConfig(model=ModelSection(path="tiny"), metrics_adapters=True)
     with observing(runner, config) as observers, logging_to(log, as_json=True):
         runner.start()
         app = create_app(
@@ -251,9 +251,9 @@ def test_open_metrics_need_no_key(world):
         assert httpx2.get(url + "/v1/models").status_code == 401
 
 
-def test_adapters_are_named_only_where_the_operator_says_so(world, tmp_path):
+def test_adapters_are_named_only_where_the_operator_says_so(world):
     runner = DeviceThread(with_resident(world.engine(), world.adapters[0]), base_name=BASE)
-    with observing(runner, serve_defaults("tiny", tmp_path)) as observers:
+    with observing(runner, ServeConfig(model=ModelSection(path="tiny"))) as observers:
         app = create_app(
             runner, AppConfig(default_max_tokens=8, routers=observers.routers, listeners=observers.listeners)
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +16,8 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode
 
 import serve
-from jaxlora.config.serving import serve_defaults
+from jaxlora.config.base import ModelSection
+from jaxlora.config.serving import ServeConfig
 from jaxlora.core.errors import ConfigInvalid
 from serve.observability.tracing import Tracing
 from serve.server.app import create_app
@@ -112,7 +112,7 @@ def test_without_the_extra_the_setting_is_refused(tmp_path, monkeypatch):
     from serve.server.build import observing
 
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
-    config = replace(serve_defaults("tiny", tmp_path), otel_endpoint="http://127.0.0.1:4318")
+    config = ServeConfig(model=ModelSection(path="tiny"), otel_endpoint="http://127.0.0.1:4318")
     with pytest.raises(ConfigInvalid, match="extra `otel`"), observing(SimpleRunner(), config):
         pass
 

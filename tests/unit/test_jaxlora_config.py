@@ -11,14 +11,18 @@ from pathlib import Path
 from typing import Literal, get_args, get_type_hints
 
 import pytest
+from base_shapes import LARGE, SHAPE, sized
 from small_world import tiny_path
 
 from jaxlora.checkpoints.hf import HfSource
-from jaxlora.config.serving import ServeConfig, filled, serve_defaults
+from jaxlora.config.base import ModelSection
+from jaxlora.config.serving import ServeConfig
 from jaxlora.config.toml import PathOrName, TomlPath, TomlPathByDefault
 from jaxlora.config.training import LOSSES, Loss, Optimizer, Recipe, TrainConfig, default_lr, load
 from jaxlora.core.errors import ConfigInvalid
+from jaxlora.core.host_memory import MemoryLimit
 from jaxlora.core.lora import LAYER_TARGETS, LoraSpec
+from jaxlora.model.memory_plan import plan_server
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -325,10 +329,18 @@ def test_example_train_and_heldout_lines_differ(file):
         assert not set(tenant.train.read_text().splitlines()) & set(tenant.heldout.read_text().splitlines())
 
 
-def test_example_serve_config_equals_the_defaults():
+def test_example_serve_config_equals_the_defaults_and_fits_the_machine_that_it_names():
     c = load(ROOT / "configs/serve_smollm2.toml", ServeConfig)
-    assert dataclasses.replace(filled(c), training=None) == serve_defaults("smollm2", c.adapters)
-    assert filled(c) == filled(ServeConfig(model=c.model, adapters=c.adapters, data=c.data))
+    sizes = ("slots", "max_rank", "rows", "kv_pages", "prefill_lanes", "prefill_tokens", "max_waiting_tokens")
+    training = dataclasses.replace(c.training, **dict.fromkeys(("slots", "lanes", "lane_tokens")))
+    rest = dataclasses.replace(c, training=training, **dict.fromkeys(sizes))
+    assert rest == ServeConfig(model=ModelSection(path="smollm2"), adapters=c.adapters, data=c.data)
+    free = MemoryLimit(nbytes=4 * 10**9, origin="the machine's available memory", own=False)
+    plan = plan_server(c, SHAPE, dataclasses.replace(LARGE, device=free))
+    given = [getattr(sized(rest), name) for name in sizes if name != "kv_pages"]
+    assert given == [getattr(plan.config, name) for name in sizes if name != "kv_pages"], (
+        "what much memory would choose"
+    )
     assert c.adapters.resolve() == ROOT / "runs/adapters"
 
 
@@ -426,4 +438,4 @@ def test_serve_config_loads_adapters_beside_the_file(tmp_path):
 
 def test_configs_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        serve_defaults("smollm2", Path("a")).port = 1  # ty: ignore[invalid-assignment]
+        ServeConfig(model=ModelSection(path="smollm2")).port = 1  # ty: ignore[invalid-assignment]

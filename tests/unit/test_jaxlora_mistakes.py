@@ -8,14 +8,14 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from base_shapes import sized, sized_run
 
 from jaxlora.config.base import ModelSection
 from jaxlora.config.key_lines import key_lines
-from jaxlora.config.serving import NamedLimits, ServeConfig, Tuning, filled
+from jaxlora.config.serving import NamedLimits, ServeConfig, Tuning
 from jaxlora.config.template import EXAMPLES, template
 from jaxlora.config.toml import item_of, load, section_of, types_of
 from jaxlora.config.training import Recipe, TrainConfig
-from jaxlora.config.training import filled as filled_training
 from jaxlora.config.words import OTHERS, did_you_mean, in_our_words, meant
 from jaxlora.core.errors import ConfigInvalid, InvalidRequest
 
@@ -33,32 +33,32 @@ def test_a_server_starts_from_a_base_alone(tmp_path):
     config = load_text(tmp_path, '[model]\npath = "smollm2"\n')
     assert (config.adapters, config.data) == (tmp_path / "adapters", tmp_path / "data")
     assert (config.slots, config.training.lanes, config.tuning) == (None, None, Tuning())
-    sized = filled(config)
-    assert None not in [getattr(sized, f.name) for f in dataclasses.fields(sized) if f.type in ("int", "float")]
-    assert None not in (sized.training.slots, sized.training.lanes, sized.training.lane_tokens, sized.training.max_rank)
+    whole = sized(config)
+    assert None not in [getattr(whole, f.name) for f in dataclasses.fields(whole) if f.type in ("int", "float")]
+    assert None not in (whole.training.slots, whole.training.lanes, whole.training.lane_tokens, whole.training.max_rank)
 
 
 def test_training_starts_from_a_base_and_data_alone(tmp_path):
     text = '[model]\npath = "smollm2"\n[[tenant]]\nname = "a"\ntrain = "a.jsonl"\n[[tenant]]\nname = "b"\ntrain = "b"\nr = 4\n'
     config = load_text(tmp_path, text, TrainConfig)
     assert (config.out, config.slots, config.steps) == (tmp_path / "runs", None, None)
-    assert filled_training(config).buckets == [(16, 2)]
+    assert sized_run(config).buckets == [(16, 2)]
 
 
 def test_slots_of_buckets_are_not_counted_again(tmp_path):
     text = '[model]\npath = "m"\n[[bucket]]\nrank = 8\nslots = 1\n'
     tenants = "".join(f'[[tenant]]\nname = "t{r}"\ntrain = "a"\nrank = {r}\n' for r in (4, 16, 32))
-    assert filled_training(load_text(tmp_path, text + tenants, TrainConfig)).buckets == [(8, 1), (32, 2)]
+    assert sized_run(load_text(tmp_path, text + tenants, TrainConfig)).buckets == [(8, 1), (32, 2)]
 
 
 def test_sizes_that_are_given_stay(tmp_path):
-    config = filled(load_text(tmp_path, 'slots = 3\n[model]\npath = "m"\n[training]\nlanes = 7\n'))
+    config = sized(load_text(tmp_path, 'slots = 3\n[model]\npath = "m"\n[training]\nlanes = 7\n'))
     assert (config.slots, config.training.lanes) == (3, 7)
 
 
 def test_a_server_may_take_no_jobs(tmp_path):
     config = load_text(tmp_path, 'training = false\n[model]\npath = "m"\n')
-    assert config.training is filled(config).training is None
+    assert config.training is sized(config).training is None
     with pytest.raises(ConfigInvalid, match=r"c.toml:1: training: must be a table, got True"):
         load_text(tmp_path, 'training = true\n[model]\npath = "m"\n')
 

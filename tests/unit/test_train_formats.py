@@ -325,6 +325,17 @@ def test_a_long_rollout_is_cut_in_all_of_its_columns(load):
     assert (len(unit), len(unit.rollout.logprobs), unit.rollout.advantages[-1]) == (MAX, MAX, MAX - 1)
 
 
+def test_the_lane_that_would_hold_a_text_is_exact_where_it_is_measured_or_cut(load):
+    """By its bytes a text of 2000 one-byte tokens has at least 500."""
+    content = jsonl([{"text": "ab"}, {"text": "x" * 2000}])
+    assert "lane_tokens = 512 or more would hold all" in refusal(load, content)
+    assert "lane_tokens = 2016 would hold all" in refusal(load, content, measured=True)
+    assert "lane_tokens = 512 or more would hold all" in load(content, too_long="skip").note
+    assert "lane_tokens = 2016 would hold all" in load(content, too_long="skip", measured=True).note
+    cut = load(content, too_long="truncate")
+    assert ([len(unit) for unit in cut.units], "lane_tokens = 2016 would hold all" in cut.note) == ([2, MAX], True)
+
+
 @pytest.mark.parametrize("form", ["jsonl", "array", "csv"])
 def test_a_record_that_is_too_large_to_be_read_is_passed_over(load, form):
     """It is longer than any text of so many tokens; the records after it are read."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,6 +30,7 @@ class LengthLimit:
     lane_tokens: int  # predictions that a lane holds: an example has at most one token more
     too_long: TooLong = "error"
     setting: str = "lane_tokens"  # what messages call that limit
+    measured: bool = False  # texts too long to have so few tokens are tokenised all the same, to say how many they have
 
     @property
     def max_tokens(self) -> int:
@@ -247,18 +249,24 @@ def _fitted(found: Scan, number: int, record: Mapping[str, object] | Unit, token
         return record  # whoever gives examples has them checked where they are trained
     shape = shape_of(record.keys())
     found.shapes.update([] if shape is None else [shape.name])
+    whole: Unit | None = None
     try:
         return read_record(record, tokenizer, limit.max_tokens)
     except ExampleTooLong as error:
-        if limit.too_long != "truncate":
-            raise
-        found.long.add(number, error)
-    try:
-        # A record has no more tokens than bytes.
-        return cut(read_record(record, tokenizer, limit.most_bytes(tokenizer)), limit.max_tokens)
-    except DataInvalid:
-        found.long.dropped += 1
-        return None
+        too_long = error
+    if limit.too_long == "truncate" or (limit.measured and not too_long.exact):
+        with contextlib.suppress(DataInvalid):
+            # A record has no more tokens than bytes.
+            whole = read_record(record, tokenizer, limit.most_bytes(tokenizer))
+            too_long.predictions, too_long.exact = whole.predictions, True
+    if limit.too_long != "truncate":
+        raise too_long
+    found.long.add(number, too_long)
+    if whole is not None:
+        with contextlib.suppress(DataInvalid):
+            return cut(whole, limit.max_tokens)
+    found.long.dropped += 1
+    return None
 
 
 def _check_alike(unit: Unit, first: Unit, where: str) -> None:

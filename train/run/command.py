@@ -16,9 +16,11 @@ What they decide from files they decide before the first step, while no process 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import signal
+import sys
 import threading
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
@@ -30,10 +32,11 @@ from rich.live import Live
 from rich.table import Table
 
 from jaxlora.checkpoints.load import Found, Opened, find_base, fitted, load_found
-from jaxlora.config.training import PASSES, SizedTrainConfig, TenantSection, TrainConfig, default_lr, filled
+from jaxlora.config.training import PASSES, SizedTrainConfig, TenantSection, TrainConfig, default_lr
 from jaxlora.core.atomic_files import replace_file
 from jaxlora.core.errors import ConfigInvalid, InvalidRequest, StateInvalid
 from jaxlora.core.lora import HEAD_TARGET, LAYER_TARGETS
+from jaxlora.core.progress import Progress, Stage, moves, screen_on
 from jaxlora.model import compile_cache, multihost
 from jaxlora.model.lora_pool import PoolSpec
 from jaxlora.model.machine import machine_of, memory_errors
@@ -127,12 +130,16 @@ def main(settings: TrainConfig) -> None:
     settings = replace(settings, out=readable(settings.out))
     multihost.join(settings.mesh.processes)
     console = Console(quiet=not multihost.is_lead())
-    with console.status("opening the base model"):
+    told = Progress(screen_on(sys.stdout) if multihost.is_lead() else None)
+    with told.stage("opening the base model"):
         found, config, lines = planned(settings)
         with memory_errors(f"opening {found.name}", SIZE_KEYS):
             opened = load_found(found, config.model, config.mesh)
             trainer = make_trainer(config, opened)
-    jobs = add_tenants(trainer, config, opened, console)
+    with told.stage("reading", unit="files") as stage:
+        jobs, notes = add_tenants(trainer, config, opened, stage)
+    for note in notes:
+        say(console, note)
     for tenant in trainer.tenants.values():
         if tenant.step:
             say(console, f"{progress(tenant)}, from its checkpoint")
@@ -143,29 +150,28 @@ def main(settings: TrainConfig) -> None:
     for line in lines:
         say(console, line)
     with open_store(config) as store:
-        with console.status("compiling the step"), memory_errors("compiling the step", SIZE_KEYS):
-            trainer.warm_up()
-        with console.status("asking the base model for the held-out examples"):
-            before = evaluate_all(trainer, jobs, list(jobs), tuned=False)
+        with (
+            told.stage("compiling", unit="training programs") as stage,
+            memory_errors("compiling the step", SIZE_KEYS),
+        ):
+            trainer.warm_up(stage.at)
+        before = asked(trainer, jobs, told, tuned=False)
         fresh = {name: e for name, e in before.items() if not trainer.tenants[name].step}  # B is zero: same as base
         if store is not None:
             for name, job in jobs.items():
                 job.begin_files(trainer.tenants[name].step, fresh.get(name))
         screen = ProgressScreen(trainer.tenants, {name: e.nll for name, e in fresh.items()})
-        run_steps(trainer, config, opened, jobs, store, console, screen)
-        finish(trainer, config, jobs, console, before)
+        run_steps(trainer, config, opened, jobs, store, console, told, screen)
+        finish(trainer, config, jobs, console, told, before)
 
 
 def planned(settings: TrainConfig) -> tuple[Found, SizedTrainConfig, Sequence[str]]:
     """Finds the base and chooses the sizes that the file leaves out; loads nothing.  Returns also the plan in words.
 
-    Several processes must choose alike, whatever memory each has: theirs are `filled`, and there is no plan.
     Raises ModelInvalid, and ConfigInvalid for what does not fit.
     """
-    found = find_base(settings.model)
-    if settings.mesh.processes > 1:
-        return found, filled(settings), ()
     machine, targets = machine_of(settings.mesh, settings.memory_gb), slot_targets(settings)
+    found = find_base(settings.model)
     found, plan = fitted(found, settings.model, "auto", lambda base: plan_training(settings, targets, base, machine))
     return found, plan.config, plan.lines()
 
@@ -216,16 +222,23 @@ def say(console: Console, line: str) -> None:
 # ---- before -----------------------------------------------------------------------------------------------------
 
 
-def add_tenants(trainer: Trainer, config: SizedTrainConfig, opened: Opened, console: Console) -> dict[str, Job]:
-    """Reads every tenant's files and gives it a slot, from its checkpoint if it has one; returns the jobs by tenant."""
-    jobs = {}
+def add_tenants(
+    trainer: Trainer, config: SizedTrainConfig, opened: Opened, stage: Stage
+) -> tuple[dict[str, Job], Sequence[str]]:
+    """Reads every tenant's files and gives it a slot, from its checkpoint if it has one.
+
+    stage: is told which file of how many is read.  Returns the jobs by tenant, and what is to be said of the files.
+    """
+    jobs, notes, numbers = {}, [], itertools.count(1)
+    files = sum(1 if section.heldout is None else 2 for section in config.tenant)
     for section in config.tenant:
-        limit = LengthLimit(lane_tokens=trainer.lane_tokens, too_long=section.too_long)
+        limit = LengthLimit(lane_tokens=trainer.lane_tokens, too_long=section.too_long, measured=True)
 
         def read(path: Path, section: TenantSection = section, limit: LengthLimit = limit) -> Sequence[Unit]:
+            stage.at(next(numbers), files)
             loaded = load_file(path, opened.tokenizer, limit=limit, loss=section.loss)
             if loaded.note is not None:
-                say(console, f"{section.name}: {path.name}: {loaded.note}")
+                notes.append(f"{section.name}: {path.name}: {loaded.note}")
             return loaded.units
 
         examples = read(section.train)
@@ -243,7 +256,7 @@ def add_tenants(trainer: Trainer, config: SizedTrainConfig, opened: Opened, cons
         check_identity(section.name, job)
         job.read_delivery()
         add_tenant(trainer, config, section, examples, job)
-    return jobs
+    return jobs, notes
 
 
 def check_identity(name: str, job: Job) -> None:
@@ -293,6 +306,14 @@ def evaluate_all(trainer: Trainer, jobs: dict[str, Job], names: Sequence[str], *
     return dict(zip(names, trainer.evaluate_all(work, tuned=tuned), strict=True))
 
 
+def asked(trainer: Trainer, jobs: dict[str, Job], told: Progress, *, tuned: bool) -> dict[str, Evaluation]:
+    """Returns `evaluate_all` of every tenant, as a stage where there is something to ask."""
+    if not any(job.heldout for job in jobs.values()):
+        return {}
+    with told.stage(f"asking the {'adapters' if tuned else 'base model'} for the held-out examples"):
+        return evaluate_all(trainer, jobs, list(jobs), tuned=tuned)
+
+
 # ---- steps ------------------------------------------------------------------------------------------------------
 
 
@@ -303,25 +324,30 @@ def run_steps(
     jobs: dict[str, Job],
     store: AdapterStore | None,
     console: Console,
+    told: Progress,
     screen: ProgressScreen,
 ) -> None:
     """Runs steps until every tenant is done or has failed; writes progress lines, metrics, checkpoints and adapters.
 
-    A tenant's held-out examples are evaluated at each checkpoint and when it is done.
+    A tenant's held-out examples are evaluated at each checkpoint and when it is done.  Where no table can move, lines
+    say how far all are, and each tenant at its checkpoints and now and then.
     Raises KeyboardInterrupt after a Ctrl-C, when the step is finished and every state is saved.
     """
     for name, job in jobs.items():
         tenant = trainer.tenants[name]
         if tenant.status == "done" and job.delivered != tenant.step:
             deliver(trainer, name, job, opened, store)
-    stopped = False
+    stopped, in_lines, steps = False, not moves(sys.stdout), 0
     with (
         event_files(trainer, jobs) if store is not None else contextlib.nullcontext({}) as events,
         ctrl_c_waits() as stop_requested,
         Live(screen.table(), console=console, refresh_per_second=4) as live,
+        (told if in_lines else Progress(None)).stage("training", of=steps_left(trainer), unit="steps") as stage,
     ):
         while trainer.has_work and not (stopped := multihost.any_says(stop_requested.is_set())):
             reports = trainer.step()
+            steps += len(reports)
+            stage.at(steps)
             marks = [
                 r.tenant
                 for r in reports
@@ -337,15 +363,14 @@ def run_steps(
                 if store is not None:
                     metrics.append(job.metrics, report)
                     events[name].add(metrics.row_of(report))
-                if name not in marks:
-                    continue
                 if trainer.tenants[name].status == "done":
                     deliver(trainer, name, job, opened, store)
-                    continue
-                save_tenant(trainer, name, job)
-                if not console.is_terminal:  # a log cannot show a table that changes
+                elif name in marks:
+                    save_tenant(trainer, name, job)
+                if in_lines and (name in marks or screen.is_due(name)):
                     say(console, screen.line(name))
             live.update(screen.table())
+        stage.at(steps, steps)
         for name, job in jobs.items():
             save_tenant(trainer, name, job)
     multihost.meet()
@@ -353,6 +378,11 @@ def run_steps(
         draw(config, jobs)
         say(console, f"stopped; every state is saved in {config.out}, and the same command goes on from there")
         raise KeyboardInterrupt
+
+
+def steps_left(trainer: Trainer) -> int:
+    """Returns how many steps all tenants together have before them."""
+    return sum(t.optimizer.total_steps - t.step for t in trainer.tenants.values() if t.status == "running")
 
 
 @contextlib.contextmanager
@@ -419,12 +449,17 @@ def draw(config: TrainConfig, jobs: dict[str, Job]) -> None:
 
 
 def finish(
-    trainer: Trainer, config: SizedTrainConfig, jobs: dict[str, Job], console: Console, before: dict[str, Evaluation]
+    trainer: Trainer,
+    config: SizedTrainConfig,
+    jobs: dict[str, Job],
+    console: Console,
+    told: Progress,
+    before: dict[str, Evaluation],
 ) -> None:
     """Writes the pictures and the table of held-out results.  Raises StateInvalid, naming the tenants that failed."""
-    draw(config, jobs)
-    with console.status("asking the adapters for the held-out examples"):
-        after = evaluate_all(trainer, jobs, list(jobs), tuned=True)
+    with told.stage("drawing the loss curves"):
+        draw(config, jobs)
+    after = asked(trainer, jobs, told, tuned=True)
     columns = ("tenant", "status", "loss: base", "adapter", "accuracy: base", "adapter", "version")
     table = Table(*columns, title="held-out examples, by token (dpo: by pair)")
     for name, tenant in trainer.tenants.items():

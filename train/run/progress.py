@@ -1,4 +1,4 @@
-"""Progress of a training run on the screen: one line per tenant."""
+"""Progress of a training run: a table of all tenants on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from rich.table import Table
 
 from train.trainer import StepReport, Tenant
+
+LINE_S = 30.0  # between two lines of one tenant where no table moves, checkpoints aside
 
 
 class ProgressScreen:
@@ -26,6 +28,7 @@ class ProgressScreen:
         self._reports: dict[str, StepReport] = {}
         self._tokens: Counter[str] = Counter()
         self._took_s: dict[str, float] = {}  # from the start to the tenant's newest step
+        self._told_s: dict[str, float] = {}  # from the start to the step of its newest line
         self._start_s = clock()
 
     def note(self, report: StepReport) -> None:
@@ -45,8 +48,13 @@ class ProgressScreen:
     def _heldout_loss(self, name: str) -> str:
         return f"{self._heldout[name]:.3f}" if name in self._heldout else ""
 
+    def is_due(self, name: str) -> bool:
+        """Returns whether the tenant's newest step is so long after that of its last line that it is worth another."""
+        return self._took_s[name] - self._told_s.get(name, 0.0) >= LINE_S
+
     def line(self, name: str) -> str:
         """Returns the tenant's newest step as a line of a log."""
+        self._told_s[name] = self._took_s[name]
         report, heldout = self._reports[name], self._heldout_loss(name)
         words = [f"{progress(self._tenants[name])}, loss {report.loss:.3f}"]
         words += [f"held-out {heldout}"] if heldout else []

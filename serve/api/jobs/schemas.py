@@ -181,7 +181,7 @@ class Scoring(Strict):
     file: Text
     metrics: Annotated[list[Metric], Field(min_length=1, max_length=5)]
     max_tokens: Annotated[int | None, Field(ge=1, le=4096)] = None
-    samples: Annotated[int | None, Field(ge=1, le=1000)] = None  # the first so many lines
+    samples: Annotated[int | None, Field(ge=1, le=1000)] = None  # the first so many examples
 
 
 class JobBody(Strict):
