@@ -53,6 +53,7 @@ class Answer:
     ended_s: float
     prompt_tokens: int | None  # by the server's usage; None: it told none
     tokens: int  # generated, by the server's usage, else the number of pieces
+    text: str
     error: str | None  # why it is not whole
 
 
@@ -66,7 +67,9 @@ async def ask(server: Server, path: str, body: Mapping[str, object], timeout_s: 
     Never raises for what the network or the server does: that is the answer's `error`.
     """
     asked = {**body, "stream": True, "stream_options": {"include_usage": True}}
-    began_s, pieces_s, error = time.perf_counter(), [], None
+    began_s, error = time.perf_counter(), None
+    pieces_s: list[float] = []
+    text: list[str] = []
     usage: Mapping[str, int] = {}
     finished = False
     try:
@@ -75,8 +78,9 @@ async def ask(server: Server, path: str, body: Mapping[str, object], timeout_s: 
                 if "error" in event:
                     raise _Refused(str(event["error"].get("message", event["error"])))
                 for choice in event.get("choices", ()):
-                    if choice.get("text") or (choice.get("delta") or {}).get("content"):
+                    if piece := choice.get("text") or (choice.get("delta") or {}).get("content"):
                         pieces_s.append(time.perf_counter())
+                        text.append(piece)
                     finished |= choice.get("finish_reason") is not None
                 usage = event.get("usage") or usage
         if not finished:
@@ -92,6 +96,7 @@ async def ask(server: Server, path: str, body: Mapping[str, object], timeout_s: 
         ended_s=time.perf_counter(),
         prompt_tokens=usage.get("prompt_tokens"),
         tokens=usage.get("completion_tokens", len(pieces_s)),
+        text="".join(text),
         error=error,
     )
 

@@ -75,7 +75,7 @@ def test_percentile_of_one_value():
 def answer(model, began_s, pieces_s, ended_s, **other):
     return Answer(
         **{"model": model, "began_s": began_s, "pieces_s": pieces_s, "ended_s": ended_s, "prompt_tokens": 5}
-        | {"tokens": 4, "error": None}
+        | {"tokens": 4, "text": "", "error": None}
         | other
     )
 
@@ -165,6 +165,7 @@ def test_an_event_cut_by_chunks_is_read_whole():
         CHUNKED, chunk(PIECE[:9]), chunk(PIECE[9:] + b": ping\n\n"), chunk(LAST + b"data: [DONE]\n\n"), b"0\r\n\r\n"
     )
     assert (found.error, found.tokens, len(found.pieces_s), found.prompt_tokens) == (None, 1, 1, None)
+    assert found.text == "x"
 
 
 def test_usage_counts_before_pieces():

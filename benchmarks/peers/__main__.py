@@ -1,0 +1,114 @@
+"""Compares jaxlora with what people would use instead.
+
+    uv run python -m benchmarks.peers [--peers jaxlora llama.cpp peft ...] [--cases base-32 ...] [--rounds 7] [--out DIR]
+    uv run python -m benchmarks.peers --teams 3        32 teams: one jaxlora against a process each (3 measured)
+    uv run python -m benchmarks.peers --rounds 1 --answer 4 --peers jaxlora     a smoke run
+
+Every peer is up at once; in each round each does each case once, in a new order, after a round that warms up.  Environments
+are made in --cache on demand ($XDG_CACHE_HOME/jaxlora-peers); a peer that cannot be installed is skipped with the reason.
+DIR gets samples.json and table.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from benchmarks.peers.cases import CASES, TEAM, TEAMS, Sample, shortened
+from benchmarks.peers.environments import Unavailable, default_cache
+from benchmarks.peers.measure import Prepared, prepare, rounds, team_rounds
+from benchmarks.peers.peer import Peer
+from benchmarks.peers.report import OURS, machine, markdown, teams_markdown
+from benchmarks.peers.servers import Jaxlora, LlamaCpp, Vllm
+from benchmarks.peers.workers import JaxloraTrainer, Peft
+from benchmarks.peers.world import World, make_world
+
+
+def every_peer(python: str) -> list[Peer]:
+    """Returns all peers.  python: of those that are Python packages, version or path."""
+    return [
+        Jaxlora(OURS, "bfloat16"),
+        JaxloraTrainer("jaxlora-trainer", "bfloat16"),
+        JaxloraTrainer("jaxlora-trainer-float32", "float32"),
+        LlamaCpp("llama.cpp", "BF16"),
+        LlamaCpp("llama.cpp-q8_0", "Q8_0"),
+        Peft("peft", "bfloat16", python),
+        Peft("peft-float32", "float32", python),
+        Vllm(python),
+    ]
+
+
+def say(text: str) -> None:
+    """Tells a person what goes on."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def teams(prepared: Prepared, processes: int, answer: int, count: int, world: World, logs: Path) -> list[Sample]:
+    """Measures ours with all teams, each other peer with so many processes of one team each."""
+    samples: list[Sample] = []
+    for peer in prepared.peers:
+        if not peer.takes(TEAMS):
+            continue
+        try:
+            if peer.name == OURS:
+                ours = Prepared([peer], prepared.versions, prepared.skipped)
+                samples += rounds(ours, [shortened(TEAMS, answer)], world, logs, count, say)
+            else:
+                case = shortened(TEAM, answer)
+                samples += team_rounds(peer, case, processes, world, logs, count, say)
+        except Unavailable as error:
+            prepared.skipped[peer.name] = str(error)
+            say(f"skipped {peer.name}: {error}")
+    return samples
+
+
+def main() -> int:
+    """Runs it; 1 when ours failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [peer.name for peer in every_peer(sys.executable)]
+    parser.add_argument("--peers", nargs="+", choices=names, default=names, metavar="PEER", help=", ".join(names))
+    cases = [case.name for case in CASES]
+    parser.add_argument("--cases", nargs="+", choices=cases, default=cases, metavar="CASE", help=", ".join(cases))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--answer", type=int, default=64, help="tokens of an answer")
+    parser.add_argument("--teams", type=int, metavar="PROCESSES", help="measure teams, not the cases")
+    parser.add_argument("--python", default=sys.executable, help="version or path of the Python of PyTorch's peers")
+    parser.add_argument("--cache", type=Path, default=default_cache())
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    world = make_world(args.cache.absolute())
+    peers = [peer for peer in every_peer(args.python) if peer.name in args.peers]
+    prepared = prepare(peers, args.cache.absolute(), world, say)
+    about = machine() | {
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "command": shlex.join(["uv", "run", "python", "-m", "benchmarks.peers", *sys.argv[1:]]),
+        "load before": round(os.getloadavg()[0], 1),
+    }
+    with tempfile.TemporaryDirectory() as logs:
+        if args.teams:
+            samples = teams(prepared, args.teams, args.answer, args.rounds, world, Path(logs))
+        else:
+            chosen = [shortened(case, args.answer) for case in CASES if case.name in args.cases]
+            samples = list(rounds(prepared, chosen, world, Path(logs), args.rounds, say))
+    about["load after"] = round(os.getloadavg()[0], 1)
+    text = markdown(samples, about=about, versions=prepared.versions, skipped=prepared.skipped)
+    if args.teams:
+        text += "\n" + teams_markdown(samples, args.teams)
+    print(text)
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        whole = {"about": about, "versions": prepared.versions, "skipped": prepared.skipped}
+        (args.out / "samples.json").write_text(json.dumps({**whole, "samples": [asdict(s) for s in samples]}))
+        (args.out / "table.md").write_text(text)
+    return int(OURS in prepared.skipped)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

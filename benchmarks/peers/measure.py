@@ -1,0 +1,147 @@
+"""Interleaved rounds: in each, every peer does every case once, in a new order; the first round warms all up."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.peers.cases import Case, Sample, Serving, Work
+from benchmarks.peers.environments import Unavailable
+from benchmarks.peers.peer import Peer, Running, Size
+from benchmarks.peers.world import World
+
+type Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Peers that can be had, with their versions, and why the others cannot."""
+
+    peers: list[Peer]
+    versions: dict[str, str]
+    skipped: dict[str, str]
+
+
+def prepare(peers: Sequence[Peer], cache: Path, world: World, say: Say) -> Prepared:
+    """Installs every peer that can be installed."""
+    found = Prepared([], {}, {})
+    for peer in peers:
+        try:
+            found.versions[peer.name] = peer.prepare(cache, world)
+            found.peers.append(peer)
+        except Unavailable as error:
+            found.skipped[peer.name] = str(error)
+            say(f"skipped {peer.name}: {error}")
+    return found
+
+
+def measure(running: Running, peer: str, case: Case, world: World, round: int) -> Sample:
+    """Has a peer do a case; raises Unavailable when a request of it failed."""
+    tree, load = running.tree, os.getloadavg()[0]
+    tree.reset_peak()
+    cpu_s, own_s = tree.cpu_s(), time.process_time()
+    work = running.work(case, world, round)
+    cpu_s, own_s = tree.cpu_s() - cpu_s, time.process_time() - own_s
+    if work.failed:
+        raise Unavailable(f"{len(work.failed)} requests of {case.name} failed: {work.failed[0]}")
+    return _sample([work], peer, case, round, cpu_s, own_s, [running], load)
+
+
+def _sample(
+    works: Sequence[Work],
+    peer: str,
+    case: Case,
+    round: int,
+    cpu_s: float,
+    own_s: float,
+    running: Sequence[Running],
+    load: float,
+) -> Sample:
+    memory = [one.tree.memory() for one in running]
+    wall_s, tokens = max(work.wall_s for work in works), sum(work.tokens for work in works)
+    return Sample(
+        peer=peer,
+        case=case.name,
+        round=round,
+        wall_s=wall_s,
+        cpu_s=cpu_s,
+        client_cpu_s=own_s,
+        tokens=tokens,
+        tokens_s=tokens / wall_s,
+        tokens_cpu_s=tokens / max(cpu_s, 0.01),  # what the kernel counts in
+        peak_bytes=sum(m.peak for m in memory),
+        private_bytes=sum(m.private for m in memory),
+        shared_bytes=sum(m.shared for m in memory),
+        first_s=[t for work in works for t in work.first_s],
+        between_s=[t for work in works for t in work.between_s],
+        texts=[text for work in works for text in work.texts],
+        load=load,
+    )
+
+
+def rounds(
+    prepared: Prepared, cases: Sequence[Case], world: World, logs: Path, count: int, say: Say
+) -> Iterator[Sample]:
+    """Yields the samples of so many rounds after the first, which is not counted.  A peer that fails leaves."""
+    size = Size(
+        adapters=max((case.adapters for case in cases if isinstance(case, Serving)), default=1),
+        rows=max((case.clients for case in cases if isinstance(case, Serving)), default=1),
+    )
+    size = Size(adapters=max(1, size.adapters), rows=size.rows)
+    with contextlib.ExitStack() as stack:
+        up: dict[str, tuple[Peer, Running]] = {}
+        for peer in prepared.peers:
+            if not any(peer.takes(case) for case in cases):
+                continue
+            say(f"starting {peer.name} {prepared.versions[peer.name]}")
+            try:
+                up[peer.name] = peer, stack.enter_context(peer.start(size, world, logs))
+            except Unavailable as error:
+                prepared.skipped[peer.name] = str(error)
+                say(f"skipped {peer.name}: {error}")
+        source = random.Random(0)
+        for round in range(count + 1):
+            for case in cases:
+                for name, (peer, running) in source.sample(sorted(up.items()), len(up)):
+                    if not peer.takes(case):
+                        continue
+                    try:
+                        sample = measure(running, name, case, world, round)
+                    except Unavailable as error:
+                        del up[name]
+                        prepared.skipped[name] = str(error)
+                        say(f"{name} leaves: {error}")
+                        continue
+                    what = f"{sample.tokens_s:8.1f} tokens/s, {sample.tokens_cpu_s:8.1f} per CPU second"
+                    say(f"{'warm-up' if round == 0 else f'round {round}'} {case.name:11} {name:16} {what}")
+                    if round:
+                        yield sample
+
+
+def team_rounds(
+    peer: Peer, case: Serving, processes: int, world: World, logs: Path, count: int, say: Say
+) -> Iterator[Sample]:
+    """Yields samples of so many processes of one peer, each with one adapter and one request at a time, all at once."""
+    with contextlib.ExitStack() as stack:
+        start = [peer.start(Size(adapters=1, rows=1), world, logs) for _ in range(processes)]
+        running = [stack.enter_context(one) for one in start]
+        with ThreadPoolExecutor(processes) as pool:
+            for round in range(count + 1):
+                load, cpu_s, own_s = os.getloadavg()[0], sum(r.tree.cpu_s() for r in running), time.process_time()
+                for one in running:
+                    one.tree.reset_peak()
+                works = list(pool.map(lambda one, n=round: one.work(case, world, n), running))
+                cpu_s, own_s = sum(r.tree.cpu_s() for r in running) - cpu_s, time.process_time() - own_s
+                failed = [why for work in works for why in work.failed]
+                if failed:
+                    raise Unavailable(f"{len(failed)} requests failed: {failed[0]}")
+                sample = _sample(works, f"{peer.name} x {processes}", case, round, cpu_s, own_s, running, load)
+                say(f"teams {sample.peer:20} {sample.tokens_cpu_s:8.1f} tokens per CPU second")
+                if round:
+                    yield sample
