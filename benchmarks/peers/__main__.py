@@ -50,8 +50,8 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def teams(prepared: Prepared, processes: int, answer: int, count: int, world: World, logs: Path) -> list[Sample]:
-    """Measures ours with all teams, each other peer with so many processes of one team each."""
+def teams(prepared: Prepared, args: argparse.Namespace, world: World, logs: Path) -> list[Sample]:
+    """Measures ours with all teams, each other peer with `args.teams` processes of one team each."""
     samples: list[Sample] = []
     for peer in prepared.peers:
         if not peer.takes(TEAMS):
@@ -59,10 +59,10 @@ def teams(prepared: Prepared, processes: int, answer: int, count: int, world: Wo
         try:
             if peer.name == OURS:
                 ours = Prepared([peer], prepared.versions, prepared.skipped)
-                samples += rounds(ours, [shortened(TEAMS, answer)], world, logs, count, say)
+                samples += rounds(ours, [shortened(TEAMS, args.answer)], world, logs, args.rounds, args.wait_s, say)
             else:
-                case = shortened(TEAM, answer)
-                samples += team_rounds(peer, case, processes, world, logs, count, say)
+                case = shortened(TEAM, args.answer)
+                samples += team_rounds(peer, case, args.teams, world, logs, args.rounds, args.wait_s, say)
         except Unavailable as error:
             prepared.skipped[peer.name] = str(error)
             say(f"skipped {peer.name}: {error}")
@@ -80,6 +80,7 @@ def main() -> int:
     parser.add_argument("--answer", type=int, default=64, help="tokens of an answer")
     parser.add_argument("--teams", type=int, metavar="PROCESSES", help="measure teams, not the cases")
     parser.add_argument("--python", default=sys.executable, help="version or path of the Python of PyTorch's peers")
+    parser.add_argument("--wait-s", type=float, default=60, help="longest wait before each sample for a quiet machine")
     parser.add_argument("--cache", type=Path, default=default_cache())
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -93,10 +94,10 @@ def main() -> int:
     }
     with tempfile.TemporaryDirectory() as logs:
         if args.teams:
-            samples = teams(prepared, args.teams, args.answer, args.rounds, world, Path(logs))
+            samples = teams(prepared, args, world, Path(logs))
         else:
             chosen = [shortened(case, args.answer) for case in CASES if case.name in args.cases]
-            samples = list(rounds(prepared, chosen, world, Path(logs), args.rounds, say))
+            samples = list(rounds(prepared, chosen, world, Path(logs), args.rounds, args.wait_s, say))
     about["load after"] = round(os.getloadavg()[0], 1)
     text = markdown(samples, about=about, versions=prepared.versions, skipped=prepared.skipped)
     if args.teams:

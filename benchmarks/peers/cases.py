@@ -47,7 +47,7 @@ TEAMS = Serving(name="teams", clients=32, adapters=32, requests=32)
 TEAM = Serving(name="teams", clients=1, adapters=1, requests=1)
 
 
-def shortened(case: Case, answer: int) -> Case:
+def shortened[C: Serving | Training](case: C, answer: int) -> C:
     """Returns the case with answers of so many tokens, and one step of training for a smoke run's few."""
     if isinstance(case, Serving):
         return replace(case, answer=answer)
@@ -85,4 +85,4 @@ class Sample:
     first_s: list[float]
     between_s: list[float]
     texts: list[str]
-    load: float  # the machine's load average before it
+    others_cpu_s: float  # of all other processes meanwhile: above some hundredths of wall_s it was not alone

@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.peers.world import ALPHA, RANK
 from jaxlora.checkpoints.load import open_base
-from jaxlora.config.base import ONE_DEVICE, ModelSection
+from jaxlora.config.base import ONE_DEVICE, Dtype, ModelSection
 from jaxlora.config.training import Optimizer
 from jaxlora.core.lora import LoraSpec
 from jaxlora.model import compile_cache
@@ -24,7 +24,7 @@ HOW = Optimizer(lr=1e-4, schedule="constant", total_steps=10**6)
 class Worker:
     """A base, and a warm trainer for each shape that was asked for."""
 
-    def __init__(self, base: str, dtype: str) -> None:
+    def __init__(self, base: str, dtype: Dtype) -> None:
         compile_cache.enable(None)
         self.opened = open_base(ModelSection(path=base, dtype=dtype), ONE_DEVICE)
         self.trainers: dict[tuple[int, int, int], Trainer] = {}

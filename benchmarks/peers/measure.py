@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,10 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.peers.cases import Case, Sample, Serving, Work
+from benchmarks.peers.cases import Case, Sample, Serving
 from benchmarks.peers.environments import Unavailable
 from benchmarks.peers.peer import Peer, Running, Size
+from benchmarks.peers.processes import machine_cpu_s, wait_quiet
 from benchmarks.peers.world import World
+
+QUIET = 0.1  # of one core, by everybody
 
 type Say = Callable[[str], None]
 
@@ -41,28 +43,20 @@ def prepare(peers: Sequence[Peer], cache: Path, world: World, say: Say) -> Prepa
     return found
 
 
-def measure(running: Running, peer: str, case: Case, world: World, round: int) -> Sample:
-    """Has a peer do a case; raises Unavailable when a request of it failed."""
-    tree, load = running.tree, os.getloadavg()[0]
-    tree.reset_peak()
-    cpu_s, own_s = tree.cpu_s(), time.process_time()
-    work = running.work(case, world, round)
-    cpu_s, own_s = tree.cpu_s() - cpu_s, time.process_time() - own_s
-    if work.failed:
-        raise Unavailable(f"{len(work.failed)} requests of {case.name} failed: {work.failed[0]}")
-    return _sample([work], peer, case, round, cpu_s, own_s, [running], load)
+def measure(running: Sequence[Running], peer: str, case: Case, world: World, round: int, wait_s: float) -> Sample:
+    """Has processes of a peer do a case, all at once; first waits for a quiet machine, as long as `wait_s` at most.
 
-
-def _sample(
-    works: Sequence[Work],
-    peer: str,
-    case: Case,
-    round: int,
-    cpu_s: float,
-    own_s: float,
-    running: Sequence[Running],
-    load: float,
-) -> Sample:
+    Raises Unavailable when a request failed.
+    """
+    wait_quiet(QUIET, wait_s)
+    for one in running:
+        one.tree.reset_peak()
+    before = _clocks(running)
+    with ThreadPoolExecutor(len(running)) as pool:
+        works = list(pool.map(lambda one: one.work(case, world, round), running))
+    cpu_s, own_s, all_s = (after - b for after, b in zip(_clocks(running), before, strict=True))
+    if failed := [why for work in works for why in work.failed]:
+        raise Unavailable(f"{len(failed)} requests of {case.name} failed: {failed[0]}")
     memory = [one.tree.memory() for one in running]
     wall_s, tokens = max(work.wall_s for work in works), sum(work.tokens for work in works)
     return Sample(
@@ -72,6 +66,7 @@ def _sample(
         wall_s=wall_s,
         cpu_s=cpu_s,
         client_cpu_s=own_s,
+        others_cpu_s=max(0.0, all_s - cpu_s - own_s),
         tokens=tokens,
         tokens_s=tokens / wall_s,
         tokens_cpu_s=tokens / max(cpu_s, 0.01),  # what the kernel counts in
@@ -81,12 +76,16 @@ def _sample(
         first_s=[t for work in works for t in work.first_s],
         between_s=[t for work in works for t in work.between_s],
         texts=[text for work in works for text in work.texts],
-        load=load,
     )
 
 
+def _clocks(running: Sequence[Running]) -> tuple[float, float, float]:
+    """CPU seconds of these processes, of this one, of the machine."""
+    return sum(one.tree.cpu_s() for one in running), time.process_time(), machine_cpu_s()
+
+
 def rounds(
-    prepared: Prepared, cases: Sequence[Case], world: World, logs: Path, count: int, say: Say
+    prepared: Prepared, cases: Sequence[Case], world: World, logs: Path, count: int, wait_s: float, say: Say
 ) -> Iterator[Sample]:
     """Yields the samples of so many rounds after the first, which is not counted.  A peer that fails leaves."""
     size = Size(
@@ -112,7 +111,7 @@ def rounds(
                     if not peer.takes(case):
                         continue
                     try:
-                        sample = measure(running, name, case, world, round)
+                        sample = measure([running], name, case, world, round, wait_s)
                     except Unavailable as error:
                         del up[name]
                         prepared.skipped[name] = str(error)
@@ -125,23 +124,14 @@ def rounds(
 
 
 def team_rounds(
-    peer: Peer, case: Serving, processes: int, world: World, logs: Path, count: int, say: Say
+    peer: Peer, case: Serving, processes: int, world: World, logs: Path, count: int, wait_s: float, say: Say
 ) -> Iterator[Sample]:
     """Yields samples of so many processes of one peer, each with one adapter and one request at a time, all at once."""
     with contextlib.ExitStack() as stack:
-        start = [peer.start(Size(adapters=1, rows=1), world, logs) for _ in range(processes)]
-        running = [stack.enter_context(one) for one in start]
-        with ThreadPoolExecutor(processes) as pool:
-            for round in range(count + 1):
-                load, cpu_s, own_s = os.getloadavg()[0], sum(r.tree.cpu_s() for r in running), time.process_time()
-                for one in running:
-                    one.tree.reset_peak()
-                works = list(pool.map(lambda one, n=round: one.work(case, world, n), running))
-                cpu_s, own_s = sum(r.tree.cpu_s() for r in running) - cpu_s, time.process_time() - own_s
-                failed = [why for work in works for why in work.failed]
-                if failed:
-                    raise Unavailable(f"{len(failed)} requests failed: {failed[0]}")
-                sample = _sample(works, f"{peer.name} x {processes}", case, round, cpu_s, own_s, running, load)
-                say(f"teams {sample.peer:20} {sample.tokens_cpu_s:8.1f} tokens per CPU second")
-                if round:
-                    yield sample
+        size = Size(adapters=1, rows=1)
+        running = [stack.enter_context(peer.start(size, world, logs)) for _ in range(processes)]
+        for round in range(count + 1):
+            sample = measure(running, f"{peer.name} x {processes}", case, world, round, wait_s)
+            say(f"teams {sample.peer:20} {sample.tokens_cpu_s:8.1f} tokens per CPU second")
+            if round:
+                yield sample

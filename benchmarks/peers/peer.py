@@ -23,7 +23,10 @@ class Size:
 class Running(Protocol):
     """A peer that is ready."""
 
-    tree: Tree  # all of its processes
+    @property
+    def tree(self) -> Tree:
+        """All of its processes."""
+        ...
 
     def work(self, case: Case, world: World, round: int) -> Work:
         """Does a case."""
@@ -33,7 +36,10 @@ class Running(Protocol):
 class Peer(Protocol):
     """One of those that are compared."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What it is called in the tables."""
+        ...
 
     def takes(self, case: Case) -> bool:
         """Says whether it can do a case."""

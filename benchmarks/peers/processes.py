@@ -67,6 +67,24 @@ class Tree:
         return Memory(peak * 1024, private * 1024, max(0, proportional - private) * 1024)
 
 
+def machine_cpu_s() -> float:
+    """Returns the CPU seconds that all cores together have worked since the machine started."""
+    user, nice, system, _idle, _wait, irq, softirq, *_ = map(
+        int, Path("/proc/stat").read_text().split("\n")[0].split()[1:]
+    )
+    return (user + nice + system + irq + softirq) / TICKS
+
+
+def wait_quiet(share: float, limit_s: float) -> None:
+    """Returns once less than this share of one core has worked for a second, or after so long."""
+    until = time.monotonic() + limit_s
+    while time.monotonic() < until:
+        before = machine_cpu_s()
+        time.sleep(1)
+        if machine_cpu_s() - before < share:
+            return
+
+
 def _stat(pid: int) -> list[str] | None:
     """The fields of a process from its state on; None: it has ended."""
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,12 +15,14 @@ from serve.bench.report import percentile
 OURS = "jaxlora"  # what the ratios are of: it, or its trainer
 GB, MS = 1e9, 1e3
 TEAMS = 32
+DISTURBED = 0.1  # cores
+AGREE = 12  # characters: two or three tokens; later ones part where two tokens are nearly as likely
 
 
 def machine() -> dict[str, object]:
     """Returns what is said of the machine."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    fields = dict(map(str.strip, line.split(":", 1)) for line in info.split("\n\n")[0].splitlines() if ":" in line)
+    fields = dict(re.findall(r"^(.+?)\s*: (.*)$", info.split("\n\n")[0], re.M))
     flags = set(fields.get("flags", "").split())
     kinds = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
     return {
@@ -57,6 +60,16 @@ def paired_ratios(samples: Sequence[Sample], peer: str, case: str, value: Callab
     return [value(s) / theirs[s.round] for s in ours if s.round in theirs]
 
 
+def others_told(samples: Sequence[Sample]) -> str:
+    """Returns how much the rest of the machine worked beside the samples."""
+    cores = [s.others_cpu_s / s.wall_s for s in samples] or [0.0]
+    disturbed = sum(c > DISTURBED for c in cores)
+    return (
+        f"Beside the samples other processes kept {statistics.median(cores):.2f} cores busy (median; most {max(cores):.2f}); "
+        f"{disturbed} of {len(cores)} samples had more than {DISTURBED} beside them."
+    )
+
+
 def agreement(samples: Sequence[Sample], peer: str, case: str) -> float | None:
     """Returns the share of requests whose answer begins with the same characters as ours; None: nothing to compare."""
     pairs = []
@@ -65,9 +78,6 @@ def agreement(samples: Sequence[Sample], peer: str, case: str) -> float | None:
             if ours.round == theirs.round and theirs.texts:
                 pairs += [a[:AGREE] == b[:AGREE] for a, b in zip(ours.texts, theirs.texts, strict=True)]
     return sum(pairs) / len(pairs) if pairs else None
-
-
-AGREE = 12  # characters: two or three tokens; later ones part where two tokens are nearly as likely
 
 
 def _median(cells: list[float], form: str) -> str:
@@ -94,6 +104,7 @@ def markdown(
     others = [peer for peer in peers if peer.split("-")[0] != OURS or "float32" in peer]
     parts = ["\n".join(f"- {key}: {value}" for key, value in about.items())]
     parts.append("\n".join(f"- {peer}: {told}" for peer, told in versions.items()))
+    parts.append(others_told(samples))
 
     def grid(title: str, cell: Callable[[str, str], str], rows: Sequence[str] = peers) -> None:
         if rows:

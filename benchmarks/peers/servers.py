@@ -67,7 +67,10 @@ class Asked:
 class ServerPeer(ABC):
     """A peer whose process answers over HTTP."""
 
-    name: str
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What it is called in the tables."""
 
     def takes(self, case: Case) -> bool:
         """All that is served."""

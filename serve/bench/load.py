@@ -97,15 +97,15 @@ def bodies(
 async def closed_loop(
     server: Server, path: str, asked: Sequence[Mapping[str, object]], clients: int, timeout_s: float
 ) -> list[Answer]:
-    """Has so many clients ask one request after another until all are answered."""
-    left, answers = iter(asked), []
+    """Has so many clients ask one request after another until all are answered; returns the answers in the order asked."""
+    left, answers = iter(enumerate(asked)), {}
 
     async def client() -> None:
-        for body in left:
-            answers.append(await ask(server, path, body, timeout_s))
+        for place, body in left:
+            answers[place] = await ask(server, path, body, timeout_s)
 
     await asyncio.gather(*[client() for _ in range(clients)])
-    return answers
+    return [answers[place] for place in range(len(asked))]
 
 
 async def open_loop(

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import itertools
+import json
 import re
 from collections import Counter
 
@@ -231,6 +232,25 @@ def test_how_many_wait_at_once(run, at_once):
     answers = asyncio.run(load())
     assert [a.error for a in answers] == [None] * 6
     assert most == at_once
+
+
+def test_answers_come_in_the_order_of_the_requests():
+    async def told(reader, writer):
+        """The first who asks waits longest."""
+        head = await reader.readuntil(b"\r\n\r\n")
+        body = json.loads(await reader.readexactly(int(re.search(rb"Content-Length: (\d+)", head)[1])))
+        await asyncio.sleep(0.1 - 0.02 * int(body["model"]))
+        writer.write(PLAIN + PIECE + LAST)
+        writer.close()
+
+    async def load():
+        async with await asyncio.start_server(told, "127.0.0.1", 0) as listening:
+            server = Server.at(f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}")
+            return await closed_loop(server, "completions", [{"model": str(n)} for n in range(4)], 4, 5.0)
+
+    answers = asyncio.run(load())
+    assert [a.model for a in answers] == ["0", "1", "2", "3"]
+    assert answers[0].ended_s > answers[3].ended_s
 
 
 def test_an_open_loop_keeps_its_rate():
