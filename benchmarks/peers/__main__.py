@@ -27,7 +27,7 @@ from benchmarks.peers.measure import Prepared, prepare, rounds, team_rounds
 from benchmarks.peers.peer import Peer
 from benchmarks.peers.report import OURS, machine, markdown, teams_markdown
 from benchmarks.peers.servers import Jaxlora, LlamaCpp, Vllm
-from benchmarks.peers.workers import JaxloraTrainer, Peft
+from benchmarks.peers.workers import JaxloraTrainer, Peft, Skyrl
 from benchmarks.peers.world import World, make_world
 
 
@@ -42,6 +42,7 @@ def every_peer(python: str) -> list[Peer]:
         Peft("peft", "bfloat16", python),
         Peft("peft-float32", "float32", python),
         Vllm(python),
+        Skyrl(sys.executable),
     ]
 
 

