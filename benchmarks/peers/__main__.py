@@ -23,7 +23,7 @@ from pathlib import Path
 
 from benchmarks.peers.cases import CASES, TEAM, TEAMS, Sample, shortened
 from benchmarks.peers.environments import Unavailable, default_cache
-from benchmarks.peers.measure import Prepared, prepare, rounds, team_rounds
+from benchmarks.peers.measure import Prepared, prepare, rounds, size_of, team_rounds
 from benchmarks.peers.peer import Peer
 from benchmarks.peers.report import OURS, machine, markdown, teams_markdown
 from benchmarks.peers.servers import Jaxlora, LlamaCpp, Vllm
@@ -85,7 +85,8 @@ def main() -> int:
     parser.add_argument("--cache", type=Path, default=default_cache())
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    world = make_world(args.cache.absolute())
+    chosen = [shortened(case, args.answer) for case in CASES if case.name in args.cases]
+    world = make_world(args.cache.absolute(), size_of([TEAMS] if args.teams else chosen).adapters)
     peers = [peer for peer in every_peer(args.python) if peer.name in args.peers]
     prepared = prepare(peers, args.cache.absolute(), world, say)
     about = machine() | {
@@ -97,7 +98,6 @@ def main() -> int:
         if args.teams:
             samples = teams(prepared, args, world, Path(logs))
         else:
-            chosen = [shortened(case, args.answer) for case in CASES if case.name in args.cases]
             samples = list(rounds(prepared, chosen, world, Path(logs), args.rounds, args.wait_s, say))
     about["load after"] = round(os.getloadavg()[0], 1)
     text = markdown(samples, about=about, versions=prepared.versions, skipped=prepared.skipped)

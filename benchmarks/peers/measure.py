@@ -84,15 +84,18 @@ def _clocks(running: Sequence[Running]) -> tuple[float, float, float]:
     return sum(one.tree.cpu_s() for one in running), time.process_time(), machine_cpu_s()
 
 
+def size_of(cases: Sequence[Case]) -> Size:
+    """Returns for what a peer is started that does these cases."""
+    serving = [case for case in cases if isinstance(case, Serving)]
+    most = max((case.adapters for case in serving), default=1)
+    return Size(adapters=max(1, most), rows=max((case.clients for case in serving), default=1))
+
+
 def rounds(
     prepared: Prepared, cases: Sequence[Case], world: World, logs: Path, count: int, wait_s: float, say: Say
 ) -> Iterator[Sample]:
     """Yields the samples of so many rounds after the first, which is not counted.  A peer that fails leaves."""
-    size = Size(
-        adapters=max((case.adapters for case in cases if isinstance(case, Serving)), default=1),
-        rows=max((case.clients for case in cases if isinstance(case, Serving)), default=1),
-    )
-    size = Size(adapters=max(1, size.adapters), rows=size.rows)
+    size = size_of(cases)
     with contextlib.ExitStack() as stack:
         up: dict[str, tuple[Peer, Running]] = {}
         for peer in prepared.peers:

@@ -23,7 +23,7 @@ from jaxlora.peft.gguf import write_gguf_lora
 from jaxlora.peft.ingest import find_base
 from jaxlora.peft.merge import write_merged
 
-ADAPTERS, RANK, ALPHA = 32, 16, 32.0
+RANK, ALPHA = 16, 32.0
 SPREAD = 0.02  # standard deviation of the random weights: enough to change what is answered
 FIRST_ID = 1000  # below are control tokens and single bytes
 
@@ -66,28 +66,23 @@ def adapter_names(count: int) -> list[str]:
     return [f"a{n:02}" for n in range(count)]
 
 
-def make_world(cache: Path) -> World:
-    """Writes the files, where they are not there."""
-    folder = cache / "world"
-    if not folder.exists():
-        with whole_folder(folder) as new:
-            _write(new)
-    return World(folder, find_base(str(folder / "base")).source.config.vocab)
-
-
-def _write(folder: Path) -> None:
+def make_world(cache: Path, adapters: int) -> World:
+    """Writes the base and the first so many adapters, where they are not there."""
     original = find_base(str(smollm2_path()))
     config = original.source.config
-    (folder / "base").mkdir()
-    nothing = _adapter(config, "nothing", original.hash, spread=0.0)
-    write_merged(folder / "base", original.source, nothing, dtype="bfloat16")
-    base = find_base(str(folder / "base"))
-    (folder / "adapters").mkdir()
-    (folder / "gguf").mkdir()
-    for name in adapter_names(ADAPTERS):
-        adapter = _adapter(config, name, base.hash, spread=SPREAD)
-        export_peft(adapter, folder / "adapters" / name, config, base_name="base")
-        write_gguf_lora(folder / "gguf" / f"{name}.gguf", config, adapter, dtype="float16")
+    world = World(cache / "world", config.vocab)
+    if not world.base.exists():
+        nothing = _adapter(config, "nothing", original.hash, spread=0.0)
+        with whole_folder(world.base) as new:
+            write_merged(new, original.source, nothing, dtype="bfloat16")
+    base = find_base(str(world.base))
+    world.gguf("a").parent.mkdir(exist_ok=True)
+    for name in adapter_names(adapters):
+        if not world.peft(name).exists():
+            adapter = _adapter(config, name, base.hash, spread=SPREAD)
+            write_gguf_lora(world.gguf(name), config, adapter, dtype="float16")
+            export_peft(adapter, world.peft(name), config, base_name="base")
+    return world
 
 
 def _adapter(config: ModelConfig, name: str, base_hash: str, *, spread: float) -> Adapter:
