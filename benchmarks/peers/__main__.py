@@ -25,7 +25,7 @@ from benchmarks.peers.cases import CASES, TEAM, TEAMS, Sample, shortened
 from benchmarks.peers.environments import Unavailable, default_cache
 from benchmarks.peers.measure import Prepared, prepare, rounds, size_of, team_rounds
 from benchmarks.peers.peer import Peer
-from benchmarks.peers.report import OURS, machine, markdown, teams_markdown
+from benchmarks.peers.report import OURS, Run, machine
 from benchmarks.peers.servers import Jaxlora, LlamaCpp, Vllm
 from benchmarks.peers.workers import JaxloraTrainer, Peft, Skyrl
 from benchmarks.peers.world import World, make_world
@@ -100,14 +100,12 @@ def main() -> int:
         else:
             samples = list(rounds(prepared, chosen, world, Path(logs), args.rounds, args.wait_s, say))
     about["load after"] = round(os.getloadavg()[0], 1)
-    text = markdown(samples, about=about, versions=prepared.versions, skipped=prepared.skipped)
-    if args.teams:
-        text += "\n" + teams_markdown(samples, args.teams)
+    done = Run(about=about, versions=prepared.versions, skipped=prepared.skipped, samples=samples)
+    text = done.teams_markdown(args.teams) if args.teams else done.markdown()
     print(text)
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
-        whole = {"about": about, "versions": prepared.versions, "skipped": prepared.skipped}
-        (args.out / "samples.json").write_text(json.dumps({**whole, "samples": [asdict(s) for s in samples]}))
+        (args.out / "samples.json").write_text(json.dumps(asdict(done)))
         (args.out / "table.md").write_text(text)
     return int(OURS in prepared.skipped)
 

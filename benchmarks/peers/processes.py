@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import socket
 import subprocess
 import time
@@ -118,11 +119,15 @@ def running(
     try:
         yield process
     finally:
+        below = Tree(process.pid).pids()[1:]
         process.terminate()
         try:
             process.wait(STOP_S)
         except subprocess.TimeoutExpired:
             process.kill()
+        for pid in below:  # whom a killed parent leaves behind
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         if pipes:
             process.communicate()
 

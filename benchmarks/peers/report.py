@@ -7,6 +7,7 @@ import platform
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.peers.cases import Sample
@@ -91,57 +92,69 @@ def _ratio(ratios: list[float]) -> str:
     return f"**{statistics.median(ratios):.2f}** ({low:.2f}–{high:.2f})"
 
 
+def _share(found: float | None) -> str:
+    return "–" if found is None else f"{found:.2f}"
+
+
 def _times(samples: list[Sample], field: Callable[[Sample], list[float]]) -> str:
     times_s = [t for s in samples for t in field(s)]
     return f"{percentile(times_s, 50) * MS:.0f} / {percentile(times_s, 99) * MS:.0f}" if times_s else "–"
 
 
-def markdown(
-    samples: Sequence[Sample], *, about: Mapping[str, object], versions: Mapping[str, str], skipped: Mapping[str, str]
-) -> str:
-    """Returns the report."""
-    peers = _names(samples, lambda s: s.peer)
-    others = [peer for peer in peers if peer.split("-")[0] != OURS or "float32" in peer]
-    parts = ["\n".join(f"- {key}: {value}" for key, value in about.items())]
-    parts.append("\n".join(f"- {peer}: {told}" for peer, told in versions.items()))
-    parts.append(others_told(samples))
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """A run of the harness, for its tables."""
 
-    def grid(title: str, cell: Callable[[str, str], str], rows: Sequence[str] = peers) -> None:
-        if rows:
-            parts.append(f"### {title}\n\n{_grid(samples, rows, cell)}")
+    about: Mapping[str, object]  # the machine, the date, the command
+    versions: Mapping[str, str]  # of each peer that was there
+    skipped: Mapping[str, str]  # why others were not
+    samples: Sequence[Sample]
 
-    grid("Tokens a second", lambda p, c: _median([s.tokens_s for s in _of(samples, p, c)], ".0f"))
-    grid("Tokens a CPU second", lambda p, c: _median([s.tokens_cpu_s for s in _of(samples, p, c)], ".0f"))
-    grid(
-        "Ours / theirs, tokens a second: median of the rounds (quartiles)",
-        lambda p, c: _ratio(paired_ratios(samples, p, c, lambda s: s.tokens_s)),
-        others,
-    )
-    grid(
-        "Ours / theirs, tokens a CPU second",
-        lambda p, c: _ratio(paired_ratios(samples, p, c, lambda s: s.tokens_cpu_s)),
-        others,
-    )
-    grid("First token, ms, p50 / p99", lambda p, c: _times(_of(samples, p, c), lambda s: s.first_s))
-    grid("Between tokens, ms, p50 / p99", lambda p, c: _times(_of(samples, p, c), lambda s: s.between_s))
-    grid("Peak memory, GB", lambda p, c: _median([s.peak_bytes / GB for s in _of(samples, p, c)], ".2f"))
-    shares = lambda p, c: "–" if (found := agreement(samples, p, c)) is None else f"{found:.2f}"  # noqa: E731
-    grid(f"Answers whose first {AGREE} characters are ours", shares, others)
-    if skipped:
-        parts.append("### Skipped\n\n" + "\n".join(f"- {peer}: {why}" for peer, why in skipped.items()))
-    return "\n\n".join(parts) + "\n"
+    def _document(self, parts: Sequence[str]) -> str:
+        about = "\n".join(f"- {key}: {value}" for key, value in self.about.items())
+        versions = "\n".join(f"- {peer}: {told}" for peer, told in self.versions.items())
+        skipped = "\n".join(f"- {peer}: {why}" for peer, why in self.skipped.items())
+        end = [f"### Skipped\n\n{skipped}"] if skipped else []
+        return "\n\n".join([about, versions, others_told(self.samples), *parts, *end]) + "\n"
 
+    def markdown(self) -> str:
+        """Returns what the peers made of the cases."""
+        samples = self.samples
+        peers = [peer for peer in self.versions if any(s.peer == peer for s in samples)]
+        others = [peer for peer in peers if peer.split("-")[0] != OURS or "float32" in peer]
+        parts = []
 
-def teams_markdown(samples: Sequence[Sample], processes: int) -> str:
-    """Returns what 32 teams take: one server of ours, or a process each, of which `processes` were measured."""
-    rows = []
-    for peer in _names(samples, lambda s: s.peer):
-        own = [s for s in samples if s.peer == peer]
-        shared = statistics.median(s.shared_bytes for s in own)
-        private = statistics.median(s.private_bytes for s in own)
-        whole = private + shared if peer == OURS else TEAMS * private / processes + shared
-        speed = statistics.median(s.tokens_cpu_s for s in own)
-        rows.append([peer, f"{private / GB:.2f}", f"{shared / GB:.2f}", f"{whole / GB:.2f}", f"{speed:.1f}"])
-    head = ["", "private GB, measured", "shared GB, measured", f"GB for {TEAMS} teams", "tokens a CPU second"]
-    note = f"A process a team: {processes} measured at once; for {TEAMS}, private memory x {TEAMS} / {processes}, shared once."
-    return f"### {TEAMS} teams, one request each at a time\n\n{table(head, rows)}\n\n{note}\n"
+        def grid(title: str, cell: Callable[[str, str], str], rows: Sequence[str] = peers) -> None:
+            if rows:
+                parts.append(f"### {title}\n\n{_grid(samples, rows, cell)}")
+
+        def ratio(title: str, value: Callable[[Sample], float]) -> None:
+            title = f"Ours / theirs, {title}: median of the rounds (quartiles)"
+            grid(title, lambda p, c: _ratio(paired_ratios(samples, p, c, value)), others)
+
+        grid("Tokens a second", lambda p, c: _median([s.tokens_s for s in _of(samples, p, c)], ".0f"))
+        grid("Tokens a CPU second", lambda p, c: _median([s.tokens_cpu_s for s in _of(samples, p, c)], ".0f"))
+        ratio("tokens a second", lambda s: s.tokens_s)
+        ratio("tokens a CPU second", lambda s: s.tokens_cpu_s)
+        grid("First token, ms, p50 / p99", lambda p, c: _times(_of(samples, p, c), lambda s: s.first_s))
+        grid("Between tokens, ms, p50 / p99", lambda p, c: _times(_of(samples, p, c), lambda s: s.between_s))
+        grid("Peak memory, GB", lambda p, c: _median([s.peak_bytes / GB for s in _of(samples, p, c)], ".2f"))
+        grid(f"Answers whose first {AGREE} characters are ours", lambda p, c: _share(agreement(samples, p, c)), others)
+        return self._document(parts)
+
+    def teams_markdown(self, processes: int) -> str:
+        """Returns what TEAMS teams take: one server of ours, or a process each, of which `processes` were measured."""
+        rows, ours = [], None
+        for peer in _names(self.samples, lambda s: s.peer):
+            own = [s for s in self.samples if s.peer == peer]
+            shared = statistics.median(s.shared_bytes for s in own)
+            private = statistics.median(s.private_bytes for s in own)
+            whole = private + shared if peer == OURS else TEAMS * private / processes + shared
+            speed = statistics.median(s.tokens_cpu_s for s in own)
+            ours = (whole, speed) if peer == OURS else ours
+            ratios = ["–", "–"] if ours is None else [f"{ours[0] / whole:.3f}", f"{ours[1] / speed:.2f}"]
+            rows.append([peer, *(f"{n / GB:.2f}" for n in (private, shared, whole)), f"{speed:.1f}", *ratios])
+        head = ["", "private GB", "shared GB", f"GB for {TEAMS} teams", "tokens a CPU second"]
+        head += ["ours / theirs, memory", "ours / theirs, tokens"]
+        note = f"A process a team: {processes} measured at once; for {TEAMS}, private memory x {TEAMS} / {processes}, shared once."
+        return self._document([f"### {TEAMS} teams, one request each at a time\n\n{table(head, rows)}\n\n{note}"])

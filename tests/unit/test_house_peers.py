@@ -17,7 +17,7 @@ from benchmarks.peers.environments import Unavailable, run
 from benchmarks.peers.measure import prepare, rounds, team_rounds
 from benchmarks.peers.processes import Tree, machine_cpu_s, wait_quiet, wait_ready
 from benchmarks.peers.processes import running as started
-from benchmarks.peers.report import agreement, markdown, others_told, paired_ratios, teams_markdown
+from benchmarks.peers.report import Run, agreement, others_told, paired_ratios
 from benchmarks.peers.servers import Asked, Jaxlora, LlamaCpp
 from benchmarks.peers.workers import Peft, Worker
 from benchmarks.peers.world import World
@@ -67,6 +67,17 @@ def test_a_server_that_ends_is_unavailable_with_its_last_words(tmp_path):
         pytest.raises(Unavailable, match="no such flag"),
     ):
         wait_ready(process, "http://127.0.0.1:1/", tmp_path / "log")
+
+
+def test_nobody_below_a_process_is_left_behind(tmp_path):
+    code = "import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']).wait()"
+    with started([sys.executable, "-c", code], tmp_path / "log") as process:
+        while len(pids := Tree(process.pid).pids()) < 2:
+            time.sleep(0.01)
+    until = time.monotonic() + 5
+    while Path(f"/proc/{pids[1]}/cmdline").exists() and Path(f"/proc/{pids[1]}/cmdline").read_bytes():
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 def test_a_command_that_fails_is_unavailable_with_its_last_words(tmp_path):
@@ -202,7 +213,7 @@ def test_who_cannot_be_had_is_skipped_with_the_reason():
     assert {s.peer for s in samples} == {"a"}
     assert set(prepared.versions) == {"a", "c", "d"}
     assert prepared.skipped == {"b": "no wheel", "c": "died", "d": "1 requests of base-8 failed: HTTP 503"}
-    text = markdown(samples, about={"cpu": "x"}, versions=prepared.versions, skipped=prepared.skipped)
+    text = Run(about={"cpu": "x"}, versions=prepared.versions, skipped=prepared.skipped, samples=samples).markdown()
     assert "- b: no wheel\n" in text
     assert "- cpu: x\n" in text
 
@@ -238,10 +249,14 @@ SAMPLE = Sample(
 THEIRS = replace(SAMPLE, peer="other", tokens_s=50.0, texts=["the same answer", "two answers"])
 
 
+def told(samples):
+    return Run(about={}, versions={s.peer: "1" for s in samples}, skipped={}, samples=samples)
+
+
 def test_ratios_are_of_the_same_round():
     samples = [SAMPLE, replace(SAMPLE, round=2, tokens_s=40.0), THEIRS, replace(THEIRS, round=2, tokens_s=80.0)]
     assert paired_ratios(samples, "other", "base-8", lambda s: s.tokens_s) == [2.0, 0.5]
-    assert "**1.25** (0.88–1.62)" in markdown(samples, about={}, versions={}, skipped={})
+    assert "**1.25** (0.88–1.62)" in told(samples).markdown()
 
 
 def test_training_is_compared_with_the_trainer_in_bfloat16():
@@ -257,12 +272,14 @@ def test_agreement_compares_answers_of_one_request():
 
 
 def test_samples_with_others_beside_them_are_told():
-    told = others_told([SAMPLE, replace(SAMPLE, others_cpu_s=0.5)])
-    assert "0.25 cores busy (median; most 0.50); 1 of 2 samples" in told
+    line = others_told([SAMPLE, replace(SAMPLE, others_cpu_s=0.5)])
+    assert "0.25 cores busy (median; most 0.50); 1 of 2 samples" in line
+    assert line in told([SAMPLE, replace(SAMPLE, others_cpu_s=0.5)]).markdown()
 
 
 def test_memory_of_teams_is_private_times_teams_and_shared_once():
     """Ours is what one server has; three processes of another hold 0.8 GB of their own and 0.1 together."""
-    text = teams_markdown([SAMPLE, replace(THEIRS, peer="other x 3")], 3)
-    assert "| jaxlora | 0.80 | 0.10 | 0.90 | 50.0 |" in text
-    assert f"| other x 3 | 0.80 | 0.10 | {0.8 * 32 / 3 + 0.1:.2f} | 50.0 |" in text
+    text = told([SAMPLE, replace(THEIRS, peer="other x 3", tokens_cpu_s=5.0)]).teams_markdown(3)
+    whole = 0.8 * 32 / 3 + 0.1
+    assert "| jaxlora | 0.80 | 0.10 | 0.90 | 50.0 | 1.000 | 1.00 |" in text
+    assert f"| other x 3 | 0.80 | 0.10 | {whole:.2f} | 5.0 | {0.9 / whole:.3f} | 10.00 |" in text
