@@ -81,10 +81,13 @@ def main() -> int:
     parser.add_argument("--answer", type=int, default=64, help="tokens of an answer")
     parser.add_argument("--teams", type=int, metavar="PROCESSES", help="measure teams, not the cases")
     parser.add_argument("--python", default=sys.executable, help="version or path of the Python of PyTorch's peers")
+    parser.add_argument("--cores", type=int, help="have all, the asking process too, on so many cores only")
     parser.add_argument("--wait-s", type=float, default=60, help="longest wait before each sample for a quiet machine")
     parser.add_argument("--cache", type=Path, default=default_cache())
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    if args.cores:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.cores])
     chosen = [shortened(case, args.answer) for case in CASES if case.name in args.cases]
     world = make_world(args.cache.absolute(), size_of([TEAMS] if args.teams else chosen).adapters)
     peers = [peer for peer in every_peer(args.python) if peer.name in args.peers]

