@@ -88,7 +88,7 @@ def test_a_command_that_fails_is_unavailable_with_its_last_words(tmp_path):
 
 
 def test_a_command_without_end_ends_with_its_children(tmp_path):
-    child = "import time\nopen('child', 'w').close()\ntime.sleep(1)\nopen('late', 'w').close()"
+    child = "import time\nopen('child', 'w').close()\ntime.sleep(0.7)\nopen('late', 'w').close()"
     code = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {child!r}])"
     with pytest.raises(Unavailable, match=r"no end after 0\.5 s"):
         run(sys.executable, "-c", code, cwd=tmp_path, limit_s=0.5)
