@@ -12,12 +12,14 @@ DIR gets samples.json and table.md.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
 import sys
 import tempfile
 import time
+from collections.abc import Generator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -51,23 +53,21 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def teams(prepared: Prepared, args: argparse.Namespace, world: World, logs: Path) -> list[Sample]:
-    """Measures ours with all teams, each other peer with `args.teams` processes of one team each."""
-    samples: list[Sample] = []
+def teams(prepared: Prepared, args: argparse.Namespace, world: World, logs: Path) -> Generator[Sample]:
+    """Yields samples of ours with all teams, and of each other peer with `args.teams` processes of one team each."""
     for peer in prepared.peers:
         if not peer.takes(TEAMS):
             continue
         try:
             if peer.name == OURS:
                 ours = Prepared([peer], prepared.versions, prepared.skipped)
-                samples += rounds(ours, [shortened(TEAMS, args.answer)], world, logs, args.rounds, args.wait_s, say)
+                yield from rounds(ours, [shortened(TEAMS, args.answer)], world, logs, args.rounds, args.wait_s, say)
             else:
                 case = shortened(TEAM, args.answer)
-                samples += team_rounds(peer, case, args.teams, world, logs, args.rounds, args.wait_s, say)
+                yield from team_rounds(peer, case, args.teams, world, logs, args.rounds, args.wait_s, say)
         except Unavailable as error:
             prepared.skipped[peer.name] = str(error)
             say(f"skipped {peer.name}: {error}")
-    return samples
 
 
 def main() -> int:
@@ -97,11 +97,15 @@ def main() -> int:
         "command": shlex.join(["uv", "run", "python", "-m", "benchmarks.peers", *sys.argv[1:]]),
         "load before": round(os.getloadavg()[0], 1),
     }
+    samples: list[Sample] = []
     with tempfile.TemporaryDirectory() as logs:
         if args.teams:
-            samples = teams(prepared, args, world, Path(logs))
+            measured = teams(prepared, args, world, Path(logs))
         else:
-            samples = list(rounds(prepared, chosen, world, Path(logs), args.rounds, args.wait_s, say))
+            measured = rounds(prepared, chosen, world, Path(logs), args.rounds, args.wait_s, say)
+        with contextlib.closing(measured), contextlib.suppress(KeyboardInterrupt):  # what there is then is shown
+            for sample in measured:
+                samples.append(sample)
     about["load after"] = round(os.getloadavg()[0], 1)
     done = Run(about=about, versions=prepared.versions, skipped=prepared.skipped, samples=samples)
     text = done.teams_markdown(args.teams) if args.teams else done.markdown()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 
 import numpy as np
 
+from benchmarks.peers.lines import answer_lines
 from benchmarks.peers.world import ALPHA, RANK
 from jaxlora.checkpoints.load import open_base
 from jaxlora.config.base import ONE_DEVICE, Dtype, ModelSection
@@ -67,18 +66,5 @@ class Worker:
         return {"wall_s": wall_s, "tokens": steps * tenants * lanes * tokens}
 
 
-def main() -> None:
-    """Answers lines."""
-    worker: Worker | None = None
-    answers, sys.stdout = sys.stdout, sys.stderr
-    for text in sys.stdin:
-        line = json.loads(text)
-        if worker is None:
-            worker, answer = Worker(**line), {"ready": True}
-        else:
-            answer = getattr(worker, line.pop("do"))(**line)
-        print(json.dumps(answer), file=answers, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    answer_lines(Worker)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +93,7 @@ def size_of(cases: Sequence[Case]) -> Size:
 
 def rounds(
     prepared: Prepared, cases: Sequence[Case], world: World, logs: Path, count: int, wait_s: float, say: Say
-) -> Iterator[Sample]:
+) -> Generator[Sample]:
     """Yields the samples of so many rounds after the first, which is not counted.  A peer that fails leaves."""
     size = size_of(cases)
     with contextlib.ExitStack() as stack:
@@ -128,7 +128,7 @@ def rounds(
 
 def team_rounds(
     peer: Peer, case: Serving, processes: int, world: World, logs: Path, count: int, wait_s: float, say: Say
-) -> Iterator[Sample]:
+) -> Generator[Sample]:
     """Yields samples of so many processes of one peer, each with one adapter and one request at a time, all at once."""
     with contextlib.ExitStack() as stack:
         size = Size(adapters=1, rows=1)

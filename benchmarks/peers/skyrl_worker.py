@@ -1,4 +1,4 @@
-"""SkyRL's JAX backend, for workers.py: its own environment, which has nothing of ours.
+"""SkyRL's JAX backend, for workers.py: in its own environment, which has none of our packages.
 
 The engine alone, called as SkyRL's server calls it, without that server: its newest release takes no current client.
 It has 32 adapters at most, of which the base is one.  Adapters that are served get no optimizer here, and training has an
@@ -7,8 +7,6 @@ engine of its own: an optimizer of theirs holds moments for all adapters of its 
 
 from __future__ import annotations
 
-import json
-import sys
 import tarfile
 import tempfile
 import time
@@ -17,6 +15,8 @@ from pathlib import Path
 import numpy as np
 from skyrl.backends.jax import JaxBackend, JaxBackendConfig
 from skyrl.tinker import types
+
+from benchmarks.peers.lines import answer_lines
 
 RANK, ALPHA, MOST = 16, 32.0, 31
 TRAINED = "trained"
@@ -94,18 +94,5 @@ def _input(tokens: list[int]) -> types.ModelInput:
     return types.ModelInput(chunks=[types.EncodedTextChunk(tokens=tokens)])
 
 
-def main() -> None:
-    """Answers lines."""
-    answers, sys.stdout = sys.stdout, sys.stderr
-    worker: Worker | None = None
-    for text in sys.stdin:
-        line = json.loads(text)
-        if worker is None:
-            worker, answer = Worker(**line), {"ready": True}
-        else:
-            answer = getattr(worker, line.pop("do"))(**line)
-        print(json.dumps(answer), file=answers, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    answer_lines(Worker)

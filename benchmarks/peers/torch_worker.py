@@ -1,14 +1,14 @@
-"""transformers and PEFT, for workers.py: PyTorch's environment, which has nothing of ours."""
+"""transformers and PEFT, for workers.py: in PyTorch's environment, which has none of our packages."""
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.peers.lines import answer_lines
 
 BASE = "__base__"  # PEFT's name, in a batch of several adapters, for none
 TRAINED = "trained"
@@ -97,18 +97,5 @@ class Worker:
         return {"wall_s": wall_s, "tokens": steps * lanes * tokens}
 
 
-def main() -> None:
-    """Answers lines."""
-    answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print does not mix with answers
-    worker: Worker | None = None
-    for text in sys.stdin:
-        line = json.loads(text)
-        if worker is None:
-            worker, answer = Worker(**line), {"ready": True}
-        else:
-            answer = getattr(worker, line.pop("do"))(**line)
-        print(json.dumps(answer), file=answers, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    answer_lines(Worker)
