@@ -16,6 +16,7 @@ import contextlib
 import json
 import os
 import shlex
+import signal
 import sys
 import tempfile
 import time
@@ -88,6 +89,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.cores:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.cores])
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that the peers end too
     chosen = [shortened(case, args.answer) for case in CASES if case.name in args.cases]
     world = make_world(args.cache.absolute(), size_of([TEAMS] if args.teams else chosen).adapters)
     peers = [peer for peer in every_peer(args.python) if peer.name in args.peers]

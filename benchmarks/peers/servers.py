@@ -165,8 +165,8 @@ class LlamaCpp(ServerPeer):
         return Command(words, "/health", {})
 
     def request(self, adapter: str | None) -> dict[str, object]:
-        """Names the adapter by its place."""
-        lora = [] if adapter is None else [{"id": int(adapter.removeprefix("a")), "scale": 1.0}]
+        """Names the adapter by its place; those not named have scale 0, but a body that names none gets all of them."""
+        lora = [{"id": 0, "scale": 0.0} if adapter is None else {"id": int(adapter.removeprefix("a")), "scale": 1.0}]
         return {"model": adapter or "base", "lora": lora, "cache_prompt": False}
 
 

@@ -150,6 +150,12 @@ def test_a_server_is_asked_for_whole_answers(running, backend, peer, monkeypatch
     }
 
 
+def test_llama_cpp_is_told_for_the_base_too_which_adapters_not_to_apply():
+    peer = LlamaCpp("llama.cpp", "BF16")
+    assert peer.request(None)["lora"] == [{"id": 0, "scale": 0.0}]
+    assert peer.request("a07")["lora"] == [{"id": 7, "scale": 1.0}]
+
+
 ECHO = """
 import json, sys
 for line in sys.stdin:
