@@ -52,8 +52,11 @@ def measure(running: Sequence[Running], peer: str, case: Case, world: World, rou
     for one in running:
         one.tree.reset_peak()
     before = _clocks(running)
-    with ThreadPoolExecutor(len(running)) as pool:
+    pool = ThreadPoolExecutor(len(running))
+    try:
         works = list(pool.map(lambda one: one.work(case, world, round), running))
+    finally:
+        pool.shutdown(wait=False)  # after an interruption threads end when their peers are ended
     cpu_s, own_s, all_s = (after - b for after, b in zip(_clocks(running), before, strict=True))
     if failed := [why for work in works for why in work.failed]:
         raise Unavailable(f"{len(failed)} requests of {case.name} failed: {failed[0]}")

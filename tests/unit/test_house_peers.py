@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -231,6 +233,29 @@ def test_who_cannot_be_had_is_skipped_with_the_reason():
     text = Run(about={"cpu": "x"}, versions=prepared.versions, skipped=prepared.skipped, samples=samples).markdown()
     assert "- b: no wheel\n" in text
     assert "- cpu: x\n" in text
+
+
+def test_an_interruption_ends_the_peers_and_what_they_do():
+    class Slow(Fake):
+        ended = threading.Event()
+
+        @contextlib.contextmanager
+        def start(self, size, world, logs):
+            try:
+                yield self
+            finally:
+                self.ended.set()
+
+        def work(self, case, world, round):
+            to_main = threading.main_thread().ident, signal.SIGINT
+            threading.Timer(0.1, signal.pthread_kill, to_main).start()
+            self.ended.wait(30)
+            raise Unavailable("the server has gone")
+
+    began_s = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        go(Slow("a"))
+    assert time.monotonic() - began_s < 10
 
 
 def test_teams_run_at_once_and_are_summed():
