@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 from jaxlora.core.errors import ConfigInvalid, JaxLoraError
 from jaxlora.neighbours import HOME, check_neighbours
 from serve.cli.adapters import EXPORT_EXAMPLES, IMPORT_EXAMPLES, Verbose, adapters, export, import_adapter, told
+from serve.cli.bench import bench
 from serve.cli.files import files
 from serve.cli.init import init
 from serve.cli.jobs import jobs
@@ -224,54 +225,7 @@ def doctor(
         raise typer.Exit(ERROR_EXIT)
 
 
-bench = typer.Typer(help="Measure this device.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
-
-
-@bench.command(epilog="Example:  jaxlora bench kernels --op gathered_lora --model smollm2-135m --json")
-def kernels(
-    op: Annotated[
-        list[str] | None, typer.Option(help="An op; may be repeated (default: all).", show_default=False)
-    ] = None,
-    model: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="smollm2-135m, qwen3-4b or llama-3.1-8b, one layer; may be repeated (default: all).",
-            show_default=False,
-        ),
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
-    rows: Annotated[int, typer.Option(help="Sequences of a decode step.", min=1)] = 32,
-    adapters: Annotated[int, typer.Option(help="Distinct adapters among them.", min=1)] = 16,
-    slots: Annotated[int, typer.Option(help="Slots of the pool.", min=1)] = 64,
-    rank: Annotated[int, typer.Option(help="Rank of every adapter.", min=1)] = 16,
-    lanes: Annotated[int, typer.Option(help="Lanes of training and prefill.", min=1)] = 8,
-    tokens: Annotated[int, typer.Option(help="Tokens of a lane.", min=1)] = 128,
-    context: Annotated[int, typer.Option(help="Tokens in the KV pages of a sequence.", min=1)] = 512,
-    rounds: Annotated[int, typer.Option(help="The least of so many timings counts.", min=1)] = 7,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
-) -> None:
-    """Time every op beside what this device can do, the base product and other forms of the op."""
-    if dtype not in ("bfloat16", "float32"):
-        raise ConfigInvalid(f"--dtype must be bfloat16 or float32, got {dtype}")
-    from pallas_kernels.bench.cases import Sizes
-    from pallas_kernels.bench.run import main
-
-    try:
-        sizes = Sizes(rows=rows, adapters=adapters, slots=slots, rank=rank, lanes=lanes, tokens=tokens, context=context)
-        main(
-            ops=op or [],
-            models=model or [],
-            dtype=dtype,
-            sizes=sizes,
-            rounds=rounds,
-            as_json=as_json,
-            say=typer.echo,
-        )
-    except ValueError as e:
-        raise ConfigInvalid(f"bench kernels: {e}") from e
-
-
 app.add_typer(init, name="init")
 app.add_typer(adapters, name="adapters")
 app.command("import", epilog=IMPORT_EXAMPLES)(import_adapter)

@@ -1,0 +1,3 @@
+"""A load generator for any OpenAI-compatible server: who is asked, by whom and when, and what the answers took.
+Imports asyncio and the standard library only, so that it leaves a shared machine's cores to the server.
+`jaxlora bench serve` and benchmarks/peers drive it; nothing here imports the server."""

@@ -1,0 +1,127 @@
+"""`jaxlora bench ...`: measures this device, and any server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from jaxlora.core.errors import ConfigInvalid
+from serve.cli.options import Json, Key, connect
+
+bench = typer.Typer(help="Measure this device, or a server.", no_args_is_help=True)
+
+
+@bench.command(epilog="Example:  jaxlora bench kernels --op gathered_lora --model smollm2-135m --json")
+def kernels(
+    op: Annotated[
+        list[str] | None, typer.Option(help="An op; may be repeated (default: all).", show_default=False)
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="smollm2-135m, qwen3-4b or llama-3.1-8b, one layer; may be repeated (default: all).",
+            show_default=False,
+        ),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    rows: Annotated[int, typer.Option(help="Sequences of a decode step.", min=1)] = 32,
+    adapters: Annotated[int, typer.Option(help="Distinct adapters among them.", min=1)] = 16,
+    slots: Annotated[int, typer.Option(help="Slots of the pool.", min=1)] = 64,
+    rank: Annotated[int, typer.Option(help="Rank of every adapter.", min=1)] = 16,
+    lanes: Annotated[int, typer.Option(help="Lanes of training and prefill.", min=1)] = 8,
+    tokens: Annotated[int, typer.Option(help="Tokens of a lane.", min=1)] = 128,
+    context: Annotated[int, typer.Option(help="Tokens in the KV pages of a sequence.", min=1)] = 512,
+    rounds: Annotated[int, typer.Option(help="The least of so many timings counts.", min=1)] = 7,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """Time every op beside what this device can do, the base product and other forms of the op."""
+    if dtype not in ("bfloat16", "float32"):
+        raise ConfigInvalid(f"--dtype must be bfloat16 or float32, got {dtype}")
+    from pallas_kernels.bench.cases import Sizes
+    from pallas_kernels.bench.run import main
+
+    try:
+        sizes = Sizes(rows=rows, adapters=adapters, slots=slots, rank=rank, lanes=lanes, tokens=tokens, context=context)
+        main(
+            ops=op or [],
+            models=model or [],
+            dtype=dtype,
+            sizes=sizes,
+            rounds=rounds,
+            as_json=as_json,
+            say=typer.echo,
+        )
+    except ValueError as e:
+        raise ConfigInvalid(f"bench kernels: {e}") from e
+
+
+@bench.command("serve", epilog="Example:  jaxlora bench serve http://127.0.0.1:8000 --clients 32 --popularity zipf:1")
+def bench_server(
+    url: Annotated[str, typer.Argument(metavar="URL", show_default=False)],
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="Whom to ask; may be repeated (default: all adapters, else the base).", show_default=False),
+    ] = None,
+    popularity: Annotated[str, typer.Option(help="uniform, zipf:S or trace:FILE, a model a line.")] = "uniform",
+    clients: Annotated[
+        int | None, typer.Option(help="Closed loop: so many wait for their answers (8).", min=1, show_default=False)
+    ] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="Open loop: so many requests a second.", min=0.001, show_default=False)
+    ] = None,
+    requests: Annotated[int, typer.Option(help="Requests that are measured.", min=1)] = 64,
+    warm_up: Annotated[int, typer.Option(help="Requests before them that are not.", min=0)] = 8,
+    prompt_tokens: Annotated[int, typer.Option(help="About so many, of random words.", min=1)] = 64,
+    max_tokens: Annotated[int, typer.Option(help="Of an answer.", min=1)] = 64,
+    early_stop: Annotated[
+        bool, typer.Option("--early-stop", help="Answers may end before that; needed where ignore_eos is refused.")
+    ] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask chat/completions, not completions.")] = False,
+    timeout_s: Annotated[float, typer.Option(help="Longest wait for a whole answer.", min=0.001)] = 600.0,
+    seed: Annotated[int, typer.Option(help="Of prompts, popularity and arrivals.", min=0)] = 0,
+    key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """Load an OpenAI-compatible server with greedy streams; say tokens a second and how long people wait.
+
+    Exit code 1 when a request failed.
+    """
+    if clients is not None and rate is not None:
+        raise ConfigInvalid("give --clients for a closed loop or --rate for an open one, not both")
+    from serve.bench.client import Server
+    from serve.bench.load import bodies, closed_loop, open_loop
+    from serve.bench.popularity import draw
+    from serve.bench.report import LoadReport
+
+    server, path = Server.at(url, key), "chat/completions" if chat else "completions"
+    if not model:
+        with connect(url, key) as api:
+            listed = api.models()
+        model = [m.id for m in listed if m.parent is not None] or [m.id for m in listed[:1]]
+    if not model:
+        raise ConfigInvalid(f"{url} lists no model; name one with --model")
+    asked = bodies(
+        draw(popularity, model, seed),
+        warm_up + requests,
+        chat=chat,
+        prompt_tokens=prompt_tokens,
+        max_tokens=max_tokens,
+        early_stop=early_stop,
+        seed=seed,
+    )
+    at_once = clients or 8
+    asyncio.run(closed_loop(server, path, asked[:warm_up], at_once, timeout_s))
+    measured = asked[warm_up:]
+    if rate is None:
+        answers = asyncio.run(closed_loop(server, path, measured, at_once, timeout_s))
+    else:
+        answers = asyncio.run(open_loop(server, path, measured, rate, timeout_s, seed))
+    report = LoadReport.of(answers)
+    for line in [json.dumps(asdict(report))] if as_json else report.lines():
+        typer.echo(line)
+    if report.failed:
+        raise typer.Exit(1)
