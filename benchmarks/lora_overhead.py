@@ -29,7 +29,7 @@ import numpy as np
 from jaxlora.checkpoints.load import open_base
 from jaxlora.config.base import DEMO_MODEL, ONE_DEVICE, ModelSection
 from jaxlora.model import compile_cache
-from jaxlora.model.decoder import Base, Lora, TokenBatch, forward, head_weight
+from jaxlora.model.decoder import Base, Lora, TokenBatch, forward, head_logits
 from jaxlora.model.kv_cache import KVPages, empty_pages, paged_attend
 from jaxlora.model.lora_pool import LaneLora, LoraRows, PoolSpec, PromptLora, Rows, TokenLora, empty_pool
 from pallas_kernels.bench import run as bench
@@ -107,7 +107,7 @@ def serve_step(
     )
     lora = make_lora(pool, slot_G, base.config.layers)
     x_TD, kv = forward(base, batch, lora, paged_attend(page_GC, place_GJ, base.config.window), kv)
-    logits_GV = jnp.dot(x_TD.reshape(G, tokens, -1)[:, -1], head_weight(base)[0], preferred_element_type=jnp.float32)
+    logits_GV = head_logits(base, x_TD.reshape(G, tokens, -1)[:, -1])
     edits = jax.tree.map(jnp.asarray, LogitEdits.idle(G, 1, base.config.vocab))
     return kv, sample(logits_GV, edits, jax.tree.map(jnp.asarray, SamplingBatch.idle(G))).token_B
 

@@ -143,13 +143,17 @@ class Seen:
         return answer.status_code == 200
 
 
-def archive(folder: Path, config: ModelConfig, rank: int) -> bytes:
+def archive(folder: Path, config: ModelConfig, rank: int, draw: np.random.Generator) -> bytes:
     """Returns an adapter for all targets as a client uploads it: a tar of a PEFT folder."""
+
+    def half(*shape: int) -> np.ndarray:
+        return 0.02 * draw.standard_normal(shape, np.float32)
+
     spec, weights = LoraSpec(rank=rank, alpha=float(rank), targets=ALL_TARGETS), {}
     for target in ALL_TARGETS:
         x, y = target_features(config, target)
         layers = 1 if target == HEAD_TARGET else config.layers
-        weights[target] = (np.full((layers, rank, x), 1e-3, np.float32), np.full((layers, rank, y), 1e-3, np.float32))
+        weights[target] = half(layers, rank, x), half(layers, rank, y)
     adapter = Adapter(ref=AdapterRef("any", "any", 1), spec=spec, base_hash="", weights=weights)
     export_peft(adapter, folder / "peft", config, base_name="any")
     return Path(shutil.make_archive(str(folder / "peft"), "tar", folder / "peft")).read_bytes()
@@ -196,7 +200,10 @@ async def load(url: str, model: str, said: str, seconds: float, folder: Path, se
     assert found is not None, said
     plan = {key: int(found[key].replace(",", "")) for key in PLAN.groupindex if key != "cache_gb"}
     config = find_base(ModelSection(path=model)).source.config
-    tokens, adapter = min(plan["tokens"], config.context), archive(folder, config, plan["rank"])
+    tokens, adapter = (
+        min(plan["tokens"], config.context),
+        archive(folder, config, plan["rank"], np.random.default_rng(0)),
+    )
     names = [f"a{n}" for n in range(plan["slots"] + round((float(found["cache_gb"]) + 0.05) * 1e9 / len(adapter)))]
     async with httpx2.AsyncClient(base_url=url, timeout=None, limits=httpx2.Limits(max_connections=None)) as http:
         for name in names:

@@ -5,7 +5,16 @@ traced, so lowering for a TPU on a machine without one selects the TPU's body.  
 lacks raises an error.
 
     op               platform   body     why
-    gathered_lora    cpu        xla      a loop over pairs of an adapter's tokens: the fastest form measured there
+    product          cpu        native   weights packed once, when they are loaded
+                                xla      without the native bodies: no compiler, another CPU than x86 with AVX2
+                     cuda       xla      weights are never packed there
+                     tpu        xla      weights are never packed there
+    product_back     cpu        native   few rows: weights are read packed
+                                xla      many rows, whose products are worth unpacking for; without the native bodies
+                     cuda       xla      weights are never packed there
+                     tpu        xla      weights are never packed there
+    gathered_lora    cpu        native   an adapter's rows are read once for four of its tokens, base tokens cost nothing
+                                xla      a loop over pairs of an adapter's tokens; for odd features, on several devices
                      cuda       triton   an adapter's rows are read once for 16 of its tokens, base tokens cost nothing
                                 xla      without the extra `triton`, for more tokens or rank than it takes, other dtypes
                      tpu        pallas   an adapter's rows are fetched once, base tokens cost nothing
@@ -20,17 +29,27 @@ lacks raises an error.
                                 xla      without the extra `triton`, for heads above 256, for other or mixed dtypes
                      tpu        pallas   JAX's splash attention
                                 xla      for other dtypes
-    paged_attention  cpu        xla      a loop over page columns, measured best
+    paged_attention  cpu        native   each sequence has its own loop over its own places
+                                xla      without the native bodies, for other heads than they take, on several devices
                      cuda       triton   reads pages in place, once for all queries of a kv head
                                 xla      without the extra `triton`, for heads above 256, for other or mixed dtypes
                      tpu        pallas   reads pages in place, each sequence its own
                                 xla      where no run of tokens has room on the chip, and for other dtypes
+    rms_norm         cpu        native   a row's sum has one order
+                                xla      without the native bodies
+                     cuda       xla      elementwise and one sum: XLA fuses them
+                     tpu        xla      elementwise and one sum: XLA fuses them
+    logsumexp        cpu        native   a row's sum has one order
+                                xla      without the native bodies
+                     cuda       xla      elementwise and one sum: XLA fuses them
+                     tpu        xla      elementwise and one sum: XLA fuses them
     target_logprob   cpu        xla      chunks of tokens, measured best
                      cuda       triton   logits stay on the chip, their gradient is in memory for some tokens at a time
                                 xla      without the extra `triton`, for more rank than it takes, features split, other dtypes
                      tpu        pallas   logits stay on the chip, the head is read where it lies
                                 xla      where no tile has room on the chip, where features are split, for other dtypes
 
+The native bodies are compiled when the package is built, where there is a compiler (`native.library`); `cpu_body` reports on them.
 The Triton bodies were compiled and interpreted, never run on a GPU: installing the extra enables them.  `cuda_body` and
 `jaxlora doctor` report whether it is installed.
 """
@@ -46,6 +65,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import tiling_cuda
+from pallas_kernels.native import library
 
 DTYPES = (jnp.bfloat16, jnp.float32)  # dtypes of activations and rows in the kernels
 
@@ -54,36 +74,45 @@ DTYPES = (jnp.bfloat16, jnp.float32)  # dtypes of activations and rows in the ke
 class Route:
     """The body of an op on a platform, and the fallback for what the first cannot do."""
 
-    body: str  # xla, pallas or triton
+    body: str  # xla, native, pallas or triton
     otherwise: str
 
 
-XLA, PALLAS, TRITON = Route("xla", "xla"), Route("pallas", "xla"), Route("triton", "xla")
+XLA, NATIVE, PALLAS, TRITON = (Route(body, "xla") for body in ("xla", "native", "pallas", "triton"))
 TABLE = {
-    "gathered_lora": {"cpu": XLA, "cuda": TRITON, "tpu": PALLAS},
+    "product": {"cpu": NATIVE, "cuda": XLA, "tpu": XLA},
+    "product_back": {"cpu": NATIVE, "cuda": XLA, "tpu": XLA},
+    "gathered_lora": {"cpu": NATIVE, "cuda": TRITON, "tpu": PALLAS},
     "segmented_lora": {"cpu": XLA, "cuda": TRITON, "tpu": PALLAS},
     "packed_attention": {"cpu": XLA, "cuda": TRITON, "tpu": PALLAS},
-    "paged_attention": {"cpu": XLA, "cuda": TRITON, "tpu": PALLAS},
+    "paged_attention": {"cpu": NATIVE, "cuda": TRITON, "tpu": PALLAS},
+    "rms_norm": {"cpu": NATIVE, "cuda": XLA, "tpu": XLA},
+    "logsumexp": {"cpu": NATIVE, "cuda": XLA, "tpu": XLA},
     "target_logprob": {"cpu": XLA, "cuda": TRITON, "tpu": PALLAS},
 }
 
 # Whether a row of the result has the same bits whatever the program's rows and lanes, by platform and body.  True:
 # measured, and a test requires it.  False: measured to differ in the last bits.  None: not measured.  Callers that mix
 # programs of several shapes may rely on equal bits only where all that runs is True.
-# "product" is not an op of this package: a product with the base's frozen weights, which XLA makes on every platform.
+# "product" is one with the base's frozen weights, packed or not.
 _CUDA: dict[str, bool | None] = {"triton": None, "xla": None}
 _TPU: dict[str, bool | None] = {"pallas": None, "xla": None}
 SHAPE_INDEPENDENT: dict[str, dict[str, dict[str, bool | None]]] = {
     # With AVX-512 the products of few rows use other tiles than those of many.
-    "product": {"cpu": {"xla": False}, "cuda": {"xla": None}, "tpu": {"xla": None}},
+    "product": {"cpu": {"native": True, "xla": False}, "cuda": {"xla": None}, "tpu": {"xla": None}},
+    # More rows are XLA's.
+    "product_back": {"cpu": {"native": False, "xla": None}, "cuda": {"xla": None}, "tpu": {"xla": None}},
     # One or two tokens at a time with the same bits, whatever their number; measured on an x86 CPU with code for SSE4.2, AVX2
     # and AVX-512 (`XLA_FLAGS=--xla_cpu_max_isa=...`), not on ARM.
-    "gathered_lora": {"cpu": {"xla": True}, "cuda": _CUDA, "tpu": _TPU},
+    "gathered_lora": {"cpu": {"native": True, "xla": True}, "cuda": _CUDA, "tpu": _TPU},
     # Equal in all tests on one kind of CPU: too little for a promise.
     "segmented_lora": {"cpu": {"xla": None}, "cuda": _CUDA, "tpu": _TPU},
     # Differ in float32 with 64 features per head.
     "packed_attention": {"cpu": {"xla": False}, "cuda": _CUDA, "tpu": _TPU},
-    "paged_attention": {"cpu": {"xla": False}, "cuda": _CUDA, "tpu": _TPU},
+    "paged_attention": {"cpu": {"native": True, "xla": False}, "cuda": _CUDA, "tpu": _TPU},
+    # Sums over few features, or of few rows, take another order.
+    "rms_norm": {"cpu": {"native": True, "xla": False}, "cuda": {"xla": None}, "tpu": {"xla": None}},
+    "logsumexp": {"cpu": {"native": True, "xla": False}, "cuda": {"xla": None}, "tpu": {"xla": None}},
     "target_logprob": {"cpu": {"xla": None}, "cuda": _CUDA, "tpu": _TPU},
 }
 
@@ -101,19 +130,24 @@ def by_platform[*Args, Out](
     op: str,
     *args: *Args,
     xla: Callable[[*Args], Out],
-    pallas: Callable[[bool], Callable[[*Args], Out]] | None,
-    triton: Callable[[], Callable[[*Args], Out]] | None,
+    native: Callable[[*Args], Out] | None = None,
+    pallas: Callable[[bool], Callable[[*Args], Out]] | None = None,
+    triton: Callable[[], Callable[[*Args], Out]] | None = None,
 ) -> Out:
     """Returns the result of the op's body for the platform on these arrays.
 
-    pallas, triton: make the body; Pallas' takes `interpret`.  One is None where these shapes do not fit, where it does not
-    support their dtypes, or where it is not installed.  Raises NotImplementedError when lowered for a platform that the
+    native: the C++ body; used where it is built.  pallas, triton: make the body; Pallas' takes `interpret`.  One is None where
+    these shapes do not fit, where it does not support their dtypes, or where it is not installed.  Raises NotImplementedError when lowered for a platform that the
     table lacks.
     """
     if _interpreted.value and pallas is not None:
         return pallas(True)(*args)
+    if _interpreted.value and TABLE[op]["tpu"] is XLA:
+        return xla(*args)
 
     body: dict[str, Callable[..., Out]] = {"xla": xla}
+    if native is not None and library.instruction_set() is not None:
+        body["native"] = native
     if pallas is not None:
         body["pallas"] = lambda *args: pallas(False)(*args)
     if triton is not None:
@@ -125,6 +159,12 @@ def by_platform[*Args, Out](
 def known_dtypes(*arrays: jax.Array) -> bool:
     """Returns whether the kernels support these dtypes."""
     return all(x.dtype in DTYPES for x in arrays)
+
+
+def cpu_body() -> str:
+    """Returns what runs the table's ops on this CPU, for a reader."""
+    chosen = library.instruction_set()
+    return "XLA; native bodies were not built, or are for other CPUs" if chosen is None else f"native, with {chosen}"
 
 
 def cuda_body() -> str:

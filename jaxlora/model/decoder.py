@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import jax
@@ -24,8 +24,11 @@ from jax.sharding import Mesh
 
 from jaxlora.core.errors import ModelInvalid
 from jaxlora.core.model_config import ModelConfig, parameters
-from jaxlora.model.mesh import check_model, place_array, sharding
+from jaxlora.model.mesh import check_model, place_array, replicated, sharding
 from pallas_kernels import KEPT
+from pallas_kernels.native.library import instruction_set
+from pallas_kernels.product.op import Packed, pack, packed_shape, product, unpacked_back
+from pallas_kernels.rows import op as rows
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 ALIGNMENT = 64  # bytes; of the arrays that XLA's CPU client takes over
@@ -73,7 +76,7 @@ class Attend[Cache](Protocol):
 
 
 class Block(nnx.Module):
-    """Weights of one layer; stacked over layers when stored."""
+    """Weights of one layer but for packed ones; stacked over layers when stored."""
 
     # Set by name from the arrays, as the linears are; a family without a bias or a norm lacks the attribute.
     attn_norm: nnx.Param
@@ -91,6 +94,7 @@ class Block(nnx.Module):
     def __call__[Cache, Layer](
         self,
         config: ModelConfig,
+        packed: Mapping[str, Packed],
         layer: jax.Array,
         x_TD: jax.Array,
         rope: tuple[jax.Array, jax.Array],
@@ -104,7 +108,10 @@ class Block(nnx.Module):
 
         def linears(x_TX: jax.Array, *targets: str) -> list[jax.Array]:
             deltas = lora.deltas(lora_layer, targets, x_TX)
-            out = [x_TX @ getattr(self, target)[...] for target in targets]
+            if packed:
+                out = product(x_TX, [packed[target] for target in targets], layer)
+            else:
+                out = [x_TX @ getattr(self, target)[...] for target in targets]
             return [y if d is None else y + d.astype(y.dtype) for y, d in zip(out, deltas, strict=True)]
 
         h_TD = rms_norm(x_TD, self.attn_norm[...], c.norm_eps)
@@ -128,11 +135,13 @@ class Block(nnx.Module):
 class Decoder(nnx.Module):
     """Embedding, stacked layers and final norm; the head is applied where it is needed (see `head_weight`)."""
 
-    def __init__(self, config: ModelConfig, arrays: Mapping[str, jax.Array]):
-        self.config = config
-        self.embed = nnx.Param(arrays["embed"])
-        self.norm = nnx.Param(arrays["norm"])
-        self.blocks = Block({name: value for name, value in arrays.items() if name not in ("embed", "norm", "head")})
+    def __init__(self, base: Base):
+        self.config = base.config
+        self.embed = nnx.Param(base.arrays["embed"])
+        self.norm = nnx.Param(base.arrays["norm"])
+        self.blocks = Block({name: x for name, x in base.arrays.items() if name not in ("embed", "norm", "head")})
+        linears = {name: x for name, x in base.packed.items() if name != "head"}
+        self.packed = nnx.data(linears)  # of all layers: a scan over them would copy each layer's
 
     def __call__[Cache, Layer](
         self, batch: TokenBatch, lora: Lora[Layer], attend: Attend[Cache], cache: Cache, remat: str
@@ -156,7 +165,7 @@ class Decoder(nnx.Module):
         The latter are few and run one by one.  Each takes its weights by its number inside its checkpoint, so that a
         waiting gradient keeps the base's own arrays: a scan would keep copies.
         """
-        config = self.config
+        config, packed = self.config, self.packed
         rope = rope_tables(config, jnp.maximum(batch.position_T, 0))
         graph, weights = nnx.split(self.blocks)
 
@@ -167,7 +176,7 @@ class Decoder(nnx.Module):
             if some_L is not None:
                 weight = jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, layer, keepdims=False), weight)
             block = nnx.merge(graph, weight)
-            return block(config, layer, x_TD, rope, lora, lora_layer, attend, cache), None
+            return block(config, packed, layer, x_TD, rope, lora, lora_layer, attend, cache), None
 
         if some_L is None:
             index = jnp.arange(config.layers)
@@ -184,6 +193,9 @@ class Base:
     """The frozen base model: device arrays by the names of `parameters`, and their configuration."""
 
     arrays: dict[str, jax.Array]
+    packed: dict[str, Packed] = field(
+        default_factory=dict
+    )  # all linears and the head, or none, which are in `arrays` then
     config: ModelConfig = jax.tree.static()
     precision: str = jax.tree.static()  # of matrix products: default, high or highest
     mesh: Mesh = jax.tree.static()  # the mesh the arrays are placed on
@@ -208,7 +220,7 @@ def forward[Cache, Layer](
     remat: one of REMAT; it changes what a gradient saves, and nothing without a gradient.
     """
     with jax.default_matmul_precision(base.precision):
-        return Decoder(base.config, base.arrays)(batch, lora, attend, cache, remat)
+        return Decoder(base)(batch, lora, attend, cache, remat)
 
 
 def embedded(base: Base, batch: TokenBatch) -> jax.Array:
@@ -232,7 +244,7 @@ def forward_some[Cache, Layer](
     `lora.per_layer` holds these layers only.
     """
     with jax.default_matmul_precision(base.precision):
-        return Decoder(base.config, base.arrays).layers(batch, x_TD, lora, attend, cache, remat, some_L)
+        return Decoder(base).layers(batch, x_TD, lora, attend, cache, remat, some_L)
 
 
 def final_norm(base: Base, x_TD: jax.Array) -> jax.Array:
@@ -240,11 +252,23 @@ def final_norm(base: Base, x_TD: jax.Array) -> jax.Array:
     return rms_norm(x_TD, base.arrays["norm"], base.config.norm_eps)
 
 
-def head_weight(base: Base) -> tuple[jax.Array, jax.Array]:
+def head_weight(base: Base) -> tuple[jax.Array | Packed, jax.Array]:
     """Returns the head's weight as (head_DV, back_VD), the second its transpose; one may be a view of the other."""
-    arrays = base.arrays
-    head = arrays["head"] if "head" in arrays else arrays["embed"].T
-    return head, arrays["embed"] if base.config.tied else head.T
+    embed = base.arrays["embed"]
+    if base.packed:
+        head = base.packed["head"]
+        return head, embed if base.config.tied else unpacked_back(head, 0)
+    head_DV = base.arrays.get("head", embed.T)
+    return head_DV, embed if base.config.tied else head_DV.T
+
+
+def head_logits(base: Base, x_TD: jax.Array) -> jax.Array:
+    """Returns float32 logits of the base's head, [T, V]."""
+    head, _ = head_weight(base)
+    if isinstance(head, Packed):
+        return product(x_TD, [head], jnp.int32(0), dtype=jnp.float32)[0]
+    with jax.default_matmul_precision(base.precision):
+        return jnp.dot(x_TD, head, preferred_element_type=jnp.float32)
 
 
 class WeightSource(Protocol):
@@ -270,9 +294,15 @@ def load_base(source: WeightSource, mesh: Mesh, *, dtype: str, precision: str = 
     config = source.config
     check_model(mesh, config)
     arrays: dict[str, jax.Array] = {}
-    read_transposed = config.tied and mesh.devices.flat[0].platform == "cpu"
+    packed: dict[str, Packed] = {}
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    packs = on_cpu and mesh.size == 1 and instruction_set() is not None
     # The largest first: reading one takes several times its bytes, and least is held by then.
     for name, p in sorted(parameters(config).items(), key=lambda item: item[1].axes[0] == "layers"):
+        if packs and (name == "head" or (p.axes[0] == "layers" and len(p.shape) == 3)):
+            shape = p.shape if p.axes[0] == "layers" else (1, *p.shape)
+            packed[name] = _packed(source, name, shape, mesh, DTYPES[dtype])
+            continue
         host = device_ready(p.shape, DTYPES[dtype])
         if p.axes[0] == "layers":
             for layer in range(config.layers):
@@ -280,7 +310,9 @@ def load_base(source: WeightSource, mesh: Mesh, *, dtype: str, precision: str = 
         else:
             host[...] = _checked(source.read(name, None), p.shape, name)
         arrays[name] = place_array(host, sharding(mesh, p.axes))
-        if name == "embed" and read_transposed:
+        if name == "embed" and config.tied and packs:
+            packed["head"] = _packed_head(host, mesh)
+        elif name == "embed" and config.tied and on_cpu:
             # XLA's CPU backend multiplies bfloat16 by a row-major right-hand side at twice the speed of a transposed one.
             host_DV = device_ready(p.shape[::-1], DTYPES[dtype])
             host_DV[...] = host.T
@@ -289,7 +321,26 @@ def load_base(source: WeightSource, mesh: Mesh, *, dtype: str, precision: str = 
         del host
     if precision == "auto":
         precision = "highest" if dtype == "float32" else "default"
-    return Base(arrays=arrays, config=config, precision=precision, mesh=mesh)
+    return Base(arrays=arrays, packed=packed, config=config, precision=precision, mesh=mesh)
+
+
+def _packed(source: WeightSource, name: str, shape: tuple[int, ...], mesh: Mesh, dtype: jnp.dtype) -> Packed:
+    """Returns the linear of this name, read layer by layer.  shape: [L, X, Y]."""
+    L, X, Y = shape
+    host = device_ready((L, *packed_shape(X, Y, dtype)), dtype)
+    for layer in range(L):
+        number = None if name == "head" else layer
+        what = name if number is None else f"{name} of layer {number}"
+        pack(_checked(source.read(name, number), (X, Y), what), host[layer])
+    return Packed(blocks=place_array(host, replicated(mesh)), features_in=X, features_out=Y)
+
+
+def _packed_head(embed_VD: np.ndarray, mesh: Mesh) -> Packed:
+    """Returns the head of a tied base."""
+    V, D = embed_VD.shape
+    host = device_ready((1, *packed_shape(D, V, embed_VD.dtype)), embed_VD.dtype)
+    pack(embed_VD.T, host[0])
+    return Packed(blocks=place_array(host, replicated(mesh)), features_in=D, features_out=V)
 
 
 def device_ready(shape: tuple[int, ...], dtype: jnp.dtype) -> np.ndarray:
@@ -310,11 +361,8 @@ def _checked(value: np.ndarray, shape: tuple[int, ...], what: str) -> np.ndarray
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """Returns x / rms(x) * weight over the last axis, in float32, cast to x's dtype.  Source: arXiv 1910.07467."""
-    wide = x.astype(jnp.float32)
-    wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    weight = weight.reshape((1,) * (x.ndim - 1) + (-1,))
-    return wide.astype(x.dtype) * weight
+    """Returns x / rms(x) * weight over the last axis, in float32, cast to x's dtype."""
+    return rows.rms_norm(x.reshape(-1, x.shape[-1]), weight, eps).reshape(x.shape)
 
 
 def rope_tables(config: ModelConfig, position_T: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -24,7 +24,8 @@ from jaxlora.core.errors import AdapterInvalid, AdapterNotFinite
 from jaxlora.core.lora import ALL_TARGETS, HEAD_TARGET, LAYER_TARGETS, AdapterWeights, LoraSpec
 from jaxlora.core.model_config import ModelConfig, parameters, target_features
 from jaxlora.model.mesh import RULES, sharding
-from pallas_kernels.gathered_lora.op import gathered_lora, visits_by_slot
+from pallas_kernels.gathered_lora.op import fits_native, gathered_lora, visits_by_slot, visits_of_lanes
+from pallas_kernels.native import library
 from pallas_kernels.segmented_lora.op import segmented_lora, take_layer_rows, take_rows
 from pallas_kernels.sharding import Placement
 
@@ -310,16 +311,26 @@ class _PoolLora(ABC):
 
 
 class PromptLora(_PoolLora):
-    """Adapted linears of tokens in lanes with one slot each (prefill): gathers a layer's rows as it runs, by lane."""
+    """Adapted linears of tokens in lanes with one slot each (prefill).
+
+    Reads rows in place, token by token as decode does and with the same bits, where a body does that well; else gathers a
+    layer's rows as it runs, by lane.
+    """
 
     def __init__(self, pool: Rows, slot_G: jax.Array, layers: int, layout: LoraLayout | None = None):
         super().__init__(pool, layers, layout)
         self.slot_G = slot_G
+        self.visits = visits_by_slot(slot_G)
 
     def product(self, layer: jax.Array, targets: Sequence[str], x_TX: jax.Array) -> tuple[jax.Array, ...]:
         """Returns [T, Y] per target, all of which the pool has.  The head's layer is 0."""
-        taken = [jax.tree.map(lambda p: take_layer_rows(p, layer, self.slot_G), self.pool[t]) for t in targets]
         placement = None if self.layout is None else self.layout.lanes(targets[0])
+        rows = [(self.pool[t].a_LSRX, self.pool[t].b_LSRY, self.pool[t].scale_LS) for t in targets]
+        if library.instruction_set() is not None and fits_native(placement, x_TX, rows):
+            tokens = x_TX.shape[0] // self.slot_G.shape[0]
+            slot_T = jnp.repeat(self.slot_G, tokens)
+            return gathered_lora(x_TX, rows, layer, slot_T, visits_of_lanes(self.visits, tokens))
+        taken = [jax.tree.map(lambda p: take_layer_rows(p, layer, self.slot_G), self.pool[t]) for t in targets]
         x_GJX = x_TX.reshape(self.slot_G.shape[0], -1, x_TX.shape[-1])
         got = segmented_lora(x_GJX, [(r.a_LSRX, r.b_LSRY, r.scale_LS) for r in taken], placement)
         return tuple(y.reshape(x_TX.shape[0], -1) for y in got)

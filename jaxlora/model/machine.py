@@ -16,6 +16,7 @@ from jaxlora.core.host_memory import MemoryLimit, host_limit
 from jaxlora.model import multihost
 from jaxlora.model.memory_plan import GB, Machine
 from jaxlora.model.mesh import RULES
+from pallas_kernels.native.library import instruction_set
 
 EXHAUSTED = ("RESOURCE_EXHAUSTED", "bad_alloc")  # what errors say, of several classes, when XLA gets no memory
 
@@ -54,6 +55,7 @@ def machine_of(mesh: MeshSection, memory_gb: float | None) -> Machine:
         devices=devices,
         parts={name: split(axes) for name, axes in RULES.items()},
         rows=split(RULES["lanes"]),
+        packed=first.platform == "cpu" and devices == 1 and instruction_set() is not None,
     )
 
 

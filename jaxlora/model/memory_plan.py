@@ -22,7 +22,7 @@ from jaxlora.config.training import LANE_BLOCK, SizedTrainConfig, TrainConfig
 from jaxlora.core.errors import ConfigInvalid
 from jaxlora.core.host_memory import MemoryLimit
 from jaxlora.core.lora import ALL_TARGETS, HEAD_TARGET
-from jaxlora.core.model_config import ModelConfig, parameters
+from jaxlora.core.model_config import LINEARS, ModelConfig, parameters
 
 GB = 1e9
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
@@ -33,6 +33,7 @@ READER_BYTES = 95 * 10**6  # a process that reads training files, before it read
 READERS = 2
 
 # Copies of logits in float32: of a row that is sampled, and of a tile of scored prompt tokens or of a lane's loss.
+PACKED_PART = 32  # of which packed features are a whole multiple: pallas_kernels.product.op's
 LOGIT_COPIES, SCORED_COPIES, HEAD_COPIES = 6, 4, 2
 SCORED_BYTES = 2**26  # a tile at most, as in serve/engine/step.py
 HEAD_TARGETS = 32  # targets of a tile of the loss
@@ -58,6 +59,7 @@ class Machine:
     devices: int  # of the mesh
     parts: Mapping[str, int]  # logical axis → devices that split it, as model/mesh.py has it
     rows: int  # devices that split the rows of a batch
+    packed: bool = False  # whether linears are packed for native bodies
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,10 +123,16 @@ class BaseShape:
 
     def weights_bytes(self, machine: Machine) -> int:
         """Returns the bytes of all arrays on one device, the second head that a CPU keeps of a tied base included."""
-        table = [(p.shape, p.axes) for p in parameters(self.config).values()]
+        table = [(_stored(name, p.shape, machine), p.axes) for name, p in parameters(self.config).items()]
         if self.config.tied and machine.platform == "cpu":
-            table.append(((self.config.d_model, self.config.vocab), ("embed", "vocab")))
+            table.append((_stored("head", (self.config.d_model, self.config.vocab), machine), ("embed", "vocab")))
         return sum(_part(shape, axes, machine) for shape, axes in table) * ITEMSIZE[self.dtype]
+
+    def unpacked_bytes(self, machine: Machine) -> int:
+        """Returns the bytes of what training unpacks of packed weights: the transposed head of a base that is not tied."""
+        return (
+            (machine.packed and not self.config.tied) * self.config.d_model * self.config.vocab * ITEMSIZE[self.dtype]
+        )
 
     def rank_bytes(self, machine: Machine, targets: Sequence[str] = ALL_TARGETS, itemsize: int = 4) -> int:
         """Returns the bytes on one device of one rank row of an adapter of these targets: A and B of all layers."""
@@ -148,6 +156,13 @@ def _part(shape: Sequence[int], axes: Sequence[str | None], machine: Machine) ->
     """Returns the elements of an array that one device holds."""
     split = math.prod(machine.parts.get(axis, 1) for axis in axes if axis is not None)
     return -(-math.prod(shape) // split)
+
+
+def _stored(name: str, shape: Sequence[int], machine: Machine) -> Sequence[int]:
+    """Returns the shape as it is stored, with what packing fills up."""
+    if not machine.packed or name not in LINEARS:
+        return shape
+    return (*shape[:-2], *(-(-size // PACKED_PART) * PACKED_PART for size in shape[-2:]))
 
 
 # ---- what each thing takes --------------------------------------------------------------------------------------------
@@ -229,7 +244,7 @@ def live_training_bytes(training: SizedTraining, base: BaseShape, machine: Machi
     lanes = -(-training.lanes // machine.rows)
     head = HEAD_COPIES * 4 * min(HEAD_TARGETS, training.lane_tokens) * _part((base.config.vocab,), ("vocab",), machine)
     evaluated = max(lanes * training.lane_tokens, training.longest_tokens) * token_work(base, machine)
-    return slots + LANE_ROWS * rows + kept + lanes * head + evaluated
+    return slots + LANE_ROWS * rows + kept + lanes * head + evaluated + base.unpacked_bytes(machine)
 
 
 # ---- the plan ---------------------------------------------------------------------------------------------------------
@@ -529,7 +544,11 @@ def training_needs(config: SizedTrainConfig, targets: Sequence[str], base: BaseS
     head = HEAD_COPIES * 4 * min(HEAD_TARGETS, config.lane_tokens) * vocab
     lane = config.lane_tokens * kept_bytes(base, machine, config.remat) + 2 * rows + head
     work = lanes * config.lane_tokens * token_work(base, machine)
-    needs = {"weights": base.weights_bytes(machine), "slots": slots, "lanes": lanes * lane + work}
+    needs = {
+        "weights": base.weights_bytes(machine),
+        "slots": slots,
+        "lanes": lanes * lane + work + base.unpacked_bytes(machine),
+    }
     return needs | ({"process": PROCESS_BYTES} if machine.host is None else {})
 
 

@@ -27,12 +27,14 @@ from pallas_kernels import tiling_cuda
 from pallas_kernels.cross_entropy import pallas_tpu as cross_entropy_tpu
 from pallas_kernels.dispatch import by_platform, known_dtypes
 from pallas_kernels.loops import run_of, trips, with_run
+from pallas_kernels.product.op import Packed, product, product_back
 from pallas_kernels.segmented_lora.op import segmented_lora, shrink
 from pallas_kernels.shapes import shaped
 from pallas_kernels.sharding import Placement
 
 FEW_ROWS = 64  # up to so many token rows in a product with the head, another order of operands is faster
 HeadLora = tuple[jax.Array, jax.Array, jax.Array]  # a_GRD, b_GRV, scale_G
+Head = jax.Array | Packed
 
 
 @shaped
@@ -49,7 +51,7 @@ def target_logprob_reference(
 @shaped
 def target_logprob(
     x_GJD: jax.Array,
-    head_DV: jax.Array,
+    head_DV: Head,
     back_VD: jax.Array,
     target_GJK: jax.Array,
     wanted_GJ: jax.Array,
@@ -63,6 +65,7 @@ def target_logprob(
 
     Differentiable in x and in the head's LoRA; the head itself is frozen and gets no gradient.  Values of x where
     nothing is wanted, NaN too, are masked by selection.
+    head_DV: plain, or packed for a CPU.
     back_VD: the head's transpose, which the gradient is multiplied by.
     chunk: tokens per lane and trip of the XLA body; must divide J.
     tied: back_VD, the embedding, is the array and head_DV its view, else the other way round; kernels read one of them.
@@ -104,7 +107,7 @@ def _backward(form, saved, cotangent):
     *args, lse_GJ = saved
     dx_GJD, dlora = _dispatched(form, _backward_xla, _backward_kernels, args, lse_GJ, cotangent[0])
     _, _, head_DV, back_VD, _, _ = args
-    return dx_GJD, dlora, jnp.zeros_like(head_DV), jnp.zeros_like(back_VD), None, None
+    return dx_GJD, dlora, jax.tree.map(jnp.zeros_like, head_DV), jnp.zeros_like(back_VD), None, None
 
 
 _packed.defvjp(_forward, _backward)
@@ -129,10 +132,12 @@ def _dispatched(form: _Form, xla: Callable[..., tuple], run: Callable[..., tuple
 # ---- XLA --------------------------------------------------------------------------------------------------------------
 
 
-def _logits(
-    x_GJD: jax.Array, head_DV: jax.Array, lora: HeadLora | None, placement: Placement | None = None
-) -> jax.Array:
-    logits = jnp.einsum("gjd,dv->gjv", x_GJD, head_DV, preferred_element_type=jnp.float32)
+def _logits(x_GJD: jax.Array, head_DV: Head, lora: HeadLora | None, placement: Placement | None = None) -> jax.Array:
+    if isinstance(head_DV, Packed):
+        (logits_TV,) = product(x_GJD.reshape(-1, x_GJD.shape[2]), [head_DV], jnp.int32(0), dtype=jnp.float32)
+        logits = logits_TV.reshape(*x_GJD.shape[:2], -1)
+    else:
+        logits = jnp.einsum("gjd,dv->gjv", x_GJD, head_DV, preferred_element_type=jnp.float32)
     return logits if lora is None else logits + segmented_lora(x_GJD, [lora], placement)[0].astype(jnp.float32)
 
 
@@ -151,7 +156,7 @@ def _forward_xla(form, x_GJD, lora, head_DV, back_VD, target_GJK, count_G):
     return lax.fori_loop(0, trips(count_G, chunk), body, tuple(start))
 
 
-def _head_transposed(d_GJV: jax.Array, head_DV: jax.Array, back_VD: jax.Array) -> jax.Array:
+def _head_transposed(d_GJV: jax.Array, head_DV: Head, back_VD: jax.Array) -> jax.Array:
     """Returns float32 [G, J, D]: d_GJV times the head's transpose.
 
     A product with few rows on its left side keeps XLA's CPU backend from splitting its long sum: there the head is on the
@@ -159,6 +164,8 @@ def _head_transposed(d_GJV: jax.Array, head_DV: jax.Array, back_VD: jax.Array) -
     """
     if d_GJV.shape[0] * d_GJV.shape[1] > FEW_ROWS:
         return jnp.einsum("gjv,vd->gjd", d_GJV, back_VD, preferred_element_type=jnp.float32)
+    if isinstance(head_DV, Packed):
+        return product_back(d_GJV.reshape(-1, d_GJV.shape[2]), head_DV, jnp.int32(0)).reshape(*d_GJV.shape[:2], -1)
     return jnp.einsum("dv,gjv->dgj", head_DV, d_GJV, preferred_element_type=jnp.float32).transpose(1, 2, 0)
 
 
@@ -231,10 +238,11 @@ def _fits_cuda(form: _Form, x_GJD, lora, head_DV, back_VD, target_GJK, count_G) 
     return tiling_cuda.installed() and rank <= tiling_cuda.RANK and _known(form, x_GJD, lora, head_DV)
 
 
-def _known(form: _Form, x_GJD: jax.Array, lora: HeadLora | None, head_DV: jax.Array) -> bool:
+def _known(form: _Form, x_GJD: jax.Array, lora: HeadLora | None, head_DV: Head) -> bool:
     """Returns whether kernels compute with these; with features split, logits would have to be summed over devices."""
     whole = form.placement is None or form.placement.x is None
-    return whole and known_dtypes(x_GJD, head_DV, *(() if lora is None else lora[:2]))
+    plain = not isinstance(head_DV, Packed)
+    return whole and plain and known_dtypes(x_GJD, head_DV, *(() if lora is None else lora[:2]))
 
 
 def _specs(placement: Placement, lora: HeadLora | None, by_word: bool) -> tuple:

@@ -24,9 +24,14 @@ from pallas_kernels import NO_ADAPTER, tiling_cuda
 from pallas_kernels.dispatch import by_platform, known_dtypes
 from pallas_kernels.gathered_lora import pallas_tpu as gathered_lora_tpu
 from pallas_kernels.gathered_lora import xla_cpu as xla
+from pallas_kernels.native import library
 from pallas_kernels.shapes import shaped
 from pallas_kernels.sharding import Placement
 
+NATIVE_PART, NATIVE_RANK = (
+    16,
+    512,
+)  # features that divide those of every target, and the rank, that the native body takes
 TargetRows = tuple[jax.Array, jax.Array, jax.Array]  # a_LSRX, b_LSRY, scale_LS
 
 
@@ -63,6 +68,13 @@ def visits_by_slot(slot_T: jax.Array, placement: Placement | None = None) -> Vis
     order_T = jnp.argsort(key_T, stable=True).astype(jnp.int32)
     count_1 = (slot_T != NO_ADAPTER).sum(keepdims=True, dtype=jnp.int32)
     return Visits(order_T=order_T, slot_T=slot_T[order_T], count_1=count_1)
+
+
+def visits_of_lanes(visits: Visits, tokens: int) -> Visits:
+    """Returns the order in which the tokens of lanes are visited, of that of the lanes, all of which have so many."""
+    order_T = visits.order_T[:, None] * tokens + jnp.arange(tokens, dtype=jnp.int32)[None]
+    slot_T = jnp.repeat(visits.slot_T, tokens)
+    return Visits(order_T=order_T.reshape(-1), slot_T=slot_T, count_1=visits.count_1 * tokens)
 
 
 def _visits_spec(placement: Placement) -> Visits:
@@ -110,6 +122,7 @@ def _gathered(
         "gathered_lora",
         *args,
         xla=run(GatheredKernels(both=xla.both, shrink=xla.shrink, expand=xla.expand)),
+        native=_native if known and fits_native(placement, x_TX, rows) else None,
         pallas=(lambda interpret: run(_tpu(interpret))) if known and gathered_lora_tpu.fits(*part[:2]) else None,
         triton=(lambda: run(_cuda())) if known and _fits_cuda(*part[:2]) else None,
     )
@@ -172,6 +185,22 @@ def _cuda() -> GatheredKernels:
     from pallas_kernels.gathered_lora import triton as cuda  # imports Triton
 
     return GatheredKernels(both=cuda.both, shrink=cuda.shrink, expand=cuda.expand)
+
+
+def fits_native(placement: Placement | None, x_TX: jax.Array, rows: Sequence[TargetRows]) -> bool:
+    """Returns whether the native body takes these, where it is built.  It does for many tokens of a slot as well as for one."""
+    features = [size for a, b, _ in rows for size in (a.shape[3], b.shape[3])]
+    same = all(a.dtype == b.dtype for a, b, _ in rows) and (
+        x_TX.dtype == jnp.bfloat16 or rows[0][0].dtype == x_TX.dtype
+    )
+    return placement is None and same and not any(size % NATIVE_PART for size in features)
+
+
+def _native(*args) -> tuple[jax.Array, ...]:
+    x_TX, rows, layer, _, visits = args
+    results = [((x_TX.shape[0], b.shape[3]), x_TX.dtype) for _, b, _ in rows]
+    order = visits.order_T, visits.slot_T, visits.count_1
+    return tuple(library.call("jaxlora_lora", results, x_TX, layer, *order, *(x for row in rows for x in row)))
 
 
 def _fits_cuda(x_TX: jax.Array, rows: tuple[TargetRows, ...]) -> bool:

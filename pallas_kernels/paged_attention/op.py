@@ -16,14 +16,18 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.attention.op import MASKED, fits_cuda
 from pallas_kernels.dispatch import by_platform, known_dtypes
+from pallas_kernels.native import library
 from pallas_kernels.paged_attention import pallas_tpu as paged_attention_tpu
 from pallas_kernels.shapes import shaped
 from pallas_kernels.sharding import Placement
+
+HEAD_PART, HEAD_MOST = 8, 256  # features of a head that the native body takes: a multiple of a vector, and at most
 
 
 @shaped
@@ -75,6 +79,7 @@ def paged_attention(
         "paged_attention",
         *args,
         xla=functools.partial(_columns, window),
+        native=functools.partial(_attend_native, window) if _fits_native(placement, *args) else None,
         pallas=functools.partial(_attend_tpu, window, placement) if _fits_tpu(placement, *args) else None,
         triton=functools.partial(_attend_cuda, window, placement) if fits_cuda(*args[:3]) else None,
     )
@@ -83,6 +88,19 @@ def paged_attention(
 def _specs(placement: Placement) -> tuple:
     rows, pages = P(placement.rows), P(None, None, None, placement.heads)
     return P(placement.rows, None, placement.heads), pages, pages, P(), rows, rows
+
+
+def _fits_native(placement: Placement | None, *args: jax.Array) -> bool:
+    q, k, v, *_ = args
+    same = known_dtypes(q, k, v) and q.dtype == k.dtype == v.dtype
+    return placement is None and same and q.shape[3] % HEAD_PART == 0 and q.shape[3] <= HEAD_MOST
+
+
+def _attend_native(window: int | None, *args: jax.Array) -> jax.Array:
+    (out_GJNH,) = library.call(
+        "jaxlora_attention", [(args[0].shape, args[0].dtype)], *args, window=np.int64(window or 0)
+    )
+    return out_GJNH
 
 
 def _fits_tpu(placement: Placement | None, *args: jax.Array) -> bool:

@@ -112,10 +112,10 @@ def _plan(model: str, memory_gb: float | None) -> Iterator[Finding]:
 
 
 def _kernels() -> Finding:
-    from pallas_kernels.dispatch import cuda_body  # imports JAX
+    from pallas_kernels.dispatch import cpu_body, cuda_body  # imports JAX
 
     cuda = {"triton": "Triton kernels, which no GPU has run yet", "xla": "XLA; kernels come with the extra `triton`"}
-    return Finding(f"kernels           tpu: Pallas; cuda: {cuda[cuda_body()]}")
+    return Finding(f"kernels           cpu: {cpu_body()}; tpu: Pallas; cuda: {cuda[cuda_body()]}")
 
 
 def _cache() -> Finding:

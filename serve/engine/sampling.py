@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_kernels.rows.op import logsumexp
 from serve.engine.logit_edits import LogitEdits, edited
 from serve.engine.request import MAX_TOP_LOGPROBS, SamplingParams
 
@@ -87,16 +88,13 @@ def sample(logits_BV: jax.Array, edits: LogitEdits, batch: SamplingBatch) -> Ste
     """Samples the next token of each row.  A row's draw depends on its seed, choice, position, logits and edits alone."""
     logits_BV = logits_BV.astype(jnp.float32)
 
-    def best(x_BV: jax.Array) -> jax.Array:
-        return jnp.argmax(x_BV, axis=-1).astype(jnp.int32)
-
     # Edited logits are no value of their own here: a branch that gives back what it got would copy it.
-    greedy_B = lax.cond(edits.used, lambda x_BV: best(edited(x_BV, edits)), best, logits_BV)
+    greedy_B = lax.cond(edits.used, lambda x_BV: _best(edited(x_BV, edits)), _best, logits_BV)
     hot = (batch.temperature_B > 0).any()
     token_B = lax.cond(
         hot, lambda x_BV, g_B: _draw(edited(x_BV, edits), g_B, batch), lambda _, g_B: g_B, logits_BV, greedy_B
     )
-    total_B = jax.nn.logsumexp(logits_BV, axis=-1)
+    total_B = logsumexp(logits_BV)
     chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]
     count = min(MAX_TOP_LOGPROBS, logits_BV.shape[1])
     shape = (logits_BV.shape[0], count)
@@ -118,6 +116,17 @@ def sample(logits_BV: jax.Array, edits: LogitEdits, batch: SamplingBatch) -> Ste
     )
 
 
+def _best(x_BV: jax.Array) -> jax.Array:
+    """Returns int32 [B]: the first of each row's largest entries; any where one is NaN.
+
+    Two plain reductions over float32: XLA's CPU backend computes `argmax` element by element.  Indices are exact below 2**24.
+    """
+    V = x_BV.shape[1]
+    is_best_BV = x_BV == x_BV.max(axis=-1, keepdims=True)
+    first_B = jnp.where(is_best_BV, jnp.arange(V, dtype=jnp.float32), float(V - 1)).min(axis=-1)
+    return first_B.astype(jnp.int32)
+
+
 def _draw(logits_BV: jax.Array, greedy_B: jax.Array, batch: SamplingBatch) -> jax.Array:
     hot_B = batch.temperature_B > 0
     # The best is 0, so that a tiny temperature cannot make several logits infinite.
@@ -133,7 +142,7 @@ def _draw(logits_BV: jax.Array, greedy_B: jax.Array, batch: SamplingBatch) -> ja
         return jax.random.gumbel(key, (scaled_BV.shape[1],), jnp.float32)
 
     noise_BV = jax.vmap(noise)(batch.seed_BE, batch.choice_B, batch.position_B)
-    drawn_B = jnp.argmax(kept_BV + noise_BV, axis=-1).astype(jnp.int32)
+    drawn_B = _best(kept_BV + noise_BV)
     return jnp.where(hot_B, drawn_B, greedy_B)
 
 

@@ -19,11 +19,12 @@ from jax import lax
 from jax.sharding import Mesh
 
 from jaxlora.core.lora import HEAD_TARGET
-from jaxlora.model.decoder import Base, TokenBatch, forward, head_weight
+from jaxlora.model.decoder import Base, TokenBatch, forward, head_logits
 from jaxlora.model.kv_cache import KVPages, page_format, paged_attend
 from jaxlora.model.lora_pool import LoraLayout, PromptLora, Rows, TokenLora
 from jaxlora.model.mesh import attention_placement, replicated
 from pallas_kernels import NO_ADAPTER
+from pallas_kernels.rows.op import logsumexp
 from serve.engine.logit_edits import LogitEdits
 from serve.engine.request import MAX_TOP_LOGPROBS
 from serve.engine.sampling import PromptScores, SamplingBatch, StepOutput, sample
@@ -108,7 +109,7 @@ def _serve_step(base: Base, pool: Rows, kv: KVPages, batch: StepBatch, edits: Lo
     def logits(x_TD: jax.Array) -> jax.Array:
         """Returns float32 [T, V]."""
         with jax.default_matmul_precision(base.precision):
-            logits_TV = jnp.dot(x_TD, head_weight(base)[0], preferred_element_type=jnp.float32)
+            logits_TV = head_logits(base, x_TD)
             if HEAD_TARGET in pool:
                 (delta_TV,) = lora.product(jnp.int32(0), (HEAD_TARGET,), x_TD)
                 logits_TV = logits_TV + delta_TV.astype(jnp.float32)
@@ -132,8 +133,8 @@ def _scores(
 
     def some(_: None, of: tuple[jax.Array, jax.Array]) -> tuple[None, PromptScores]:
         x_GwD, target_Gw = of
-        logits_GwV = logits(x_GwD.reshape(G * wide, D)).reshape(G, wide, vocab)
-        total_Gw1 = jax.nn.logsumexp(logits_GwV, axis=-1, keepdims=True)
+        logits_TV = logits(x_GwD.reshape(G * wide, D))
+        logits_GwV, total_Gw1 = logits_TV.reshape(G, wide, vocab), logsumexp(logits_TV).reshape(G, wide, 1)
         own_Gw1 = jnp.take_along_axis(logits_GwV, jnp.maximum(target_Gw, 0)[:, :, None], axis=-1)
         value_GwM, token_GwM = lax.top_k(logits_GwV, count)
         return None, PromptScores(

@@ -28,6 +28,7 @@ from jaxlora.core.lora import ALL_TARGETS, HEAD_TARGET, AdapterRef, AdapterWeigh
 from jaxlora.core.progress import Progress
 from jaxlora.model import compile_cache
 from jaxlora.model.compile_cache import CompileCounter
+from jaxlora.model.decoder import head_weight
 from jaxlora.model.lora_pool import PoolSpec
 from jaxlora.model.machine import machine_of, memory_errors
 from jaxlora.model.memory_plan import plan_server
@@ -251,8 +252,7 @@ def make_runner(opened: Opened, config: SizedConfig, store: AdapterStore) -> Dev
 
 def read_head(opened: Opened) -> np.ndarray:
     """Copies the base's head [V, D] from the device."""
-    arrays = opened.base.arrays
-    return np.asarray(arrays["embed"]) if opened.base.config.tied else np.asarray(arrays["head"]).T
+    return np.asarray(head_weight(opened.base)[1])
 
 
 def load_peft(runner: DeviceThread, opened: Opened, section: AdapterSection) -> AdapterRef:

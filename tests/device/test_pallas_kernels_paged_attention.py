@@ -15,7 +15,7 @@ from kernel_checks import BF16, F32, assert_close, assert_no_nan, assert_same_bi
 from jaxlora.model.compile_cache import CompileCounter
 from pallas_kernels.paged_attention.op import paged_attention, paged_attention_reference
 
-L, P, Z, C, G, J, N, K, H = 2, 14, 4, 3, 4, 3, 9, 3, 4  # 9 query heads over 3 kv heads, 12 tokens at most
+L, P, Z, C, G, J, N, K, H = 2, 14, 4, 3, 4, 3, 9, 3, 16  # 9 query heads over 3 kv heads, 12 tokens at most
 
 # name: (pages of each lane, positions of each lane); -1 is padding, or a column that the sequence does not reach
 PREFILL = {

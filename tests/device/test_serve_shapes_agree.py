@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from unittest.mock import patch
 
 import jax
@@ -25,7 +26,10 @@ from pallas_kernels.attention.op import packed_attention
 from pallas_kernels.cross_entropy.op import target_logprob
 from pallas_kernels.dispatch import SHAPE_INDEPENDENT, TABLE
 from pallas_kernels.gathered_lora.op import gathered_lora
+from pallas_kernels.native.library import instruction_set
 from pallas_kernels.paged_attention.op import paged_attention
+from pallas_kernels.product.op import Packed, pack, packed_shape, product, product_back
+from pallas_kernels.rows.op import logsumexp, rms_norm
 from pallas_kernels.segmented_lora.op import segmented_lora
 from serve.engine.engine import Engine
 from serve.engine.request import Request
@@ -35,7 +39,9 @@ pytest_plugins = ["serve_fixtures"]
 PROMPT, TOKENS, TOP = 13, 6, 5  # at most two lanes, also with half of the tokens: a quarter program
 QUARTER = CONFIG.rows // 4
 SERVING = ("product", "gathered_lora", "segmented_lora", "paged_attention")  # what a step computes with
-BITS = all(SHAPE_INDEPENDENT[op]["cpu"]["xla"] for op in SERVING)
+NATIVE = instruction_set() is not None
+# Natively, prompts take `gathered_lora` too.
+BITS = NATIVE or all(SHAPE_INDEPENDENT[op]["cpu"]["xla"] for op in SERVING)
 
 
 # --- one request, in every program
@@ -258,9 +264,16 @@ def op_case(name: str, dtype: str, draw: np.random.Generator) -> Op:
 
     scale = jnp.ones((2, 4), jnp.float32)
     match name:
-        case "product":
-            w = some(Y, D).T
-            return Op((some(64, D),), lambda x: jnp.dot(x, w, preferred_element_type=jnp.float32))
+        case "product" | "product_back":
+            w_YD = some(Y, D)
+            blocks = np.empty((1, *packed_shape(D, Y, dtype)), jnp.dtype(dtype))
+            pack(np.asarray(w_YD).T, blocks[0])
+            packed = Packed(blocks=jnp.asarray(blocks), features_in=D, features_out=Y)
+            if name == "product_back":
+                return Op((some(64, Y),), partial(product_back, weight=packed, layer=jnp.int32(0)))
+            native = partial(product, weights=[packed], layer=jnp.int32(0), dtype=jnp.float32)
+            plain = partial(jnp.dot, b=w_YD.T, preferred_element_type=jnp.float32)
+            return Op((some(64, D),), native if NATIVE else plain)
         case "gathered_lora":
             rows = [(some(2, 4, R, D), some(2, 4, R, Y), scale)]
             return Op((some(64, D), places(64, top=5) - 1), lambda x, slot: gathered_lora(x, rows, jnp.int32(1), slot))
@@ -278,6 +291,11 @@ def op_case(name: str, dtype: str, draw: np.random.Generator) -> Op:
         case "packed_attention":
             arrays = some(G, J, 3 * K, H), some(G, J, K, H), some(G, J, K, H), np.sort(places(G, J, top=3), 1)
             return Op(arrays, lambda q, k, v, segment: packed_attention(q, k, v, segment, window=None))
+        case "rms_norm":
+            weight = some(32)
+            return Op((some(64, 32),), lambda x: rms_norm(x, weight, 1e-5))
+        case "logsumexp":
+            return Op((some(64, V).astype(jnp.float32),), logsumexp)
         case "target_logprob":
             head = some(V, D)
             return Op(
@@ -296,7 +314,7 @@ def test_an_op_has_the_bits_that_the_table_promises_of_fewer_rows(name, dtype):
     for count in (len(op.rows[0]) // 4, 2):
         some = jax.jit(op.run)(*(x[:count] for x in op.rows))
         head = jax.tree.map(lambda x, count=count: x[:count], whole)
-        if SHAPE_INDEPENDENT[name]["cpu"]["xla"]:
+        if SHAPE_INDEPENDENT[name]["cpu"][TABLE[name]["cpu"].body if NATIVE else "xla"]:
             assert_same_bits(some, head)
         else:
             assert_close(some, head, {"float32": F32, "bfloat16": BF16 | {"atol": F32["atol"]}}[dtype])
@@ -304,5 +322,4 @@ def test_an_op_has_the_bits_that_the_table_promises_of_fewer_rows(name, dtype):
 
 def test_the_table_has_every_body_of_every_op():
     bodies = {op: {p: {r.body, r.otherwise} for p, r in routes.items()} for op, routes in TABLE.items()}
-    bodies["product"] = {p: {"xla"} for p in TABLE["gathered_lora"]}
     assert {op: {p: set(b) for p, b in platforms.items()} for op, platforms in SHAPE_INDEPENDENT.items()} == bodies

@@ -24,6 +24,6 @@ if __name__ == "__main__":
     jnp.ones(3).block_until_ready()
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     before = status("VmRSS")
-    arrays = jax.block_until_ready(open_base(model, ONE_DEVICE).base.arrays)
-    peak, stays = status("VmHWM") - before, sum(x.nbytes for x in arrays.values())
+    arrays = jax.block_until_ready(jax.tree.leaves(open_base(model, ONE_DEVICE).base))
+    peak, stays = status("VmHWM") - before, sum(x.nbytes for x in arrays)
     print(json.dumps({"peak": peak, "stays": stays}))

@@ -16,7 +16,7 @@ import numpy as np
 from jaxlora.checkpoints.gguf import GgufSource
 from jaxlora.checkpoints.load import smollm2_path
 from jaxlora.core.lora import ALL_TARGETS, Adapter
-from jaxlora.model.decoder import Base, TokenBatch, WeightSource, forward, head_weight, load_base
+from jaxlora.model.decoder import Base, TokenBatch, WeightSource, forward, head_logits, load_base
 from jaxlora.model.lora_pool import LaneLora, PoolSpec, Rows, TokenLora, empty_pool, host_rows, write_slot
 from jaxlora.model.mesh import make_mesh
 from pallas_kernels import NO_ADAPTER
@@ -96,7 +96,7 @@ def _logits_GJV(base: Base, pool: Rows | None, tokens: TokenBatch, lane: jax.Arr
         lora = TokenLora(pool, tokens.slot_T, base.config.layers)
     x_TD, _ = forward(base, tokens, lora, attend, ())
     with jax.default_matmul_precision(base.precision):
-        logits_TV = jnp.dot(x_TD, head_weight(base)[0], preferred_element_type=jnp.float32)
+        logits_TV = head_logits(base, x_TD)
         if isinstance(lora, LaneLora):
             (delta,) = segmented_lora(x_TD.reshape(G, J, -1), [lora.head_rows()])
             logits_TV += delta.reshape(logits_TV.shape)

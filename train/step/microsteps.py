@@ -14,7 +14,7 @@ Shape letters: G lanes of a pass, J tokens of a lane, T = G * J, C targets of a 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -31,6 +31,7 @@ from jaxlora.core.model_config import ModelConfig
 from jaxlora.model.decoder import Base, embedded, final_norm, forward_some, head_weight
 from jaxlora.model.lora_pool import LaneLora, Rows
 from jaxlora.model.mesh import RULES, check_lanes, place, place_rows, replicated
+from pallas_kernels.product.op import Packed
 from train.step.batch import LaneSums, TrainBatch, idle_batch
 from train.step.lane_lora import lane_rows
 from train.step.optimizer import Halves
@@ -46,20 +47,20 @@ class Waiting:
     """A gradient waiting for its cotangent.  It reads the base's arrays, stores none: jit copies its outputs."""
 
     kept: list[jax.Array]
-    form: tuple[jax.tree_util.PyTreeDef, tuple[str | None, ...]] = jax.tree.static()  # which leaves are the base's
+    form: tuple[jax.tree_util.PyTreeDef, tuple[int | None, ...]] = jax.tree.static()  # which leaves are the base's
 
     @staticmethod
-    def of(pull: Callable[[jax.Array], tuple], read: Mapping[str, jax.Array]) -> Waiting:
+    def of(pull: Callable[[jax.Array], tuple], read: object) -> Waiting:
         """Wraps what `jax.vjp` returned for a function that read these arrays of the base, in the same trace."""
         leaves, form = jax.tree.flatten(pull)
-        names = {id(x): name for name, x in read.items()}
-        kept = [leaf for leaf in leaves if id(leaf) not in names]
-        return Waiting(kept, (form, tuple(names.get(id(leaf)) for leaf in leaves)))
+        place = {id(x): i for i, x in enumerate(jax.tree.leaves(read))}
+        kept = [leaf for leaf in leaves if id(leaf) not in place]
+        return Waiting(kept, (form, tuple(place.get(id(leaf)) for leaf in leaves)))
 
-    def pull(self, read: Mapping[str, jax.Array], d: jax.Array) -> tuple[jax.Array, Halves]:
+    def pull(self, read: object, d: jax.Array) -> tuple[jax.Array, Halves]:
         """Returns the gradients of the function's input and of its adapters' halves."""
-        kept, (form, names) = iter(self.kept), self.form
-        leaves = [next(kept) if name is None else read[name] for name in names]
+        kept, bases, (form, places) = iter(self.kept), jax.tree.leaves(read), self.form
+        leaves = [next(kept) if i is None else bases[i] for i in places]
         return jax.tree.unflatten(form, leaves)(d)
 
 
@@ -116,7 +117,7 @@ def _forward(
         return forward_some(base, lane_tokens(batch), x_TD, lora, attend, (), some_L=some_L, remat=remat)[0]
 
     x_TD, pull = jax.vjp(group, x_TD, halves(rows))
-    return _by_lane(base, x_TD), Waiting.of(pull, base.arrays)
+    return _by_lane(base, x_TD), Waiting.of(pull, base)
 
 
 def _head(
@@ -137,7 +138,7 @@ def _head(
         x_GCD = jnp.take_along_axis(x_TD.reshape(G, J, -1), safe_GC[..., None], axis=1)
         x_XD = final_norm(base, x_GCD.reshape(-1, x_GCD.shape[-1]))
         lanes = LaneLora(with_halves(rows, trained), lora_layout(base))
-        return target_logprobs(base, (read["head"], read["back"]), lanes, x_XD, target_GC, taken_GC)
+        return target_logprobs(base, read[0], lanes, x_XD, target_GC, taken_GC)
 
     logprob_GC, pull, hit_GC = jax.vjp(run, x_TD, halves(rows), has_aux=True)
     at = jnp.arange(G)[:, None], pick_GC
@@ -147,10 +148,9 @@ def _head(
     return (_by_lane(base, logprob_GJ), _by_lane(base, hit_GJ)), Waiting.of(pull, read)
 
 
-def _head_arrays(base: Base) -> dict[str, jax.Array]:
-    """Returns the arrays of the base that the head's gradient reads."""
-    head_DV, back_VD = head_weight(base)
-    return {"head": head_DV, "back": back_VD, "norm": base.arrays["norm"]}
+def _head_arrays(base: Base) -> tuple[tuple[jax.Array | Packed, jax.Array], jax.Array]:
+    """Returns what of the base the head's gradient reads: the head as `head_weight` has it, the final norm."""
+    return head_weight(base), base.arrays["norm"]
 
 
 def _losses(
@@ -179,7 +179,7 @@ def _head_back(
 def _backward(
     base: Base, waiting: Waiting, first: jax.Array, slot_G: jax.Array, grads: tuple[Halves, ...], dx_TD: jax.Array
 ) -> tuple[tuple[Halves, ...], jax.Array]:
-    dx_TD, dhalves = waiting.pull(base.arrays, dx_TD)
+    dx_TD, dhalves = waiting.pull(base, dx_TD)
     return add_gradients(grads, dhalves, slot_G, first), _by_lane(base, dx_TD)
 
 

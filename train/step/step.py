@@ -23,6 +23,7 @@ from jaxlora.model.lora_pool import DropoutLora, LaneLora, LoraLayout, Rows
 from jaxlora.model.mesh import attention_placement, replicated
 from pallas_kernels.attention.op import packed_attention
 from pallas_kernels.cross_entropy.op import target_logprob
+from pallas_kernels.product.op import Packed
 from train.step.batch import LaneSums, TrainBatch
 from train.step.lane_lora import StepLora, lane_rows
 from train.step.losses import LossInputs, token_losses
@@ -84,7 +85,7 @@ def lane_attend(base: Base, batch: TrainBatch) -> Attend[tuple[()]]:
 
 def target_logprobs(
     base: Base,
-    head: tuple[jax.Array, jax.Array],
+    head: tuple[jax.Array | Packed, jax.Array],
     lanes: LaneLora,
     x_TD: jax.Array,
     target_GJ: jax.Array,

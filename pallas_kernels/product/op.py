@@ -1,0 +1,161 @@
+"""Products of tokens with frozen weights that were packed once, when they were loaded.
+
+    y_TY = x_TX @ w_XY      summed in float32
+
+A block of BLOCK output features is contiguous; within it lie, for each input feature, the block's weights side by side: for
+bfloat16 those of two input features alternate, as instructions for pairs want them.  Both numbers of features are filled up
+with zeros.  The array of all layers is passed with the layer's number, so that no layer is copied for a product.
+`dispatch` states which body runs.
+
+Shape letters: T tokens, X Y features in, out, L layers, B blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pallas_kernels.dispatch import by_platform, known_dtypes
+from pallas_kernels.native import library
+from pallas_kernels.shapes import shaped
+
+BLOCK = 32  # kernels.cc's
+DEPTH = 32  # of input features there are a whole multiple
+FEW_ROWS, TILED_ROWS = 24, 128  # up to so many, with AMX in bfloat16 more, a gradient is the native body's
+SOME = 128  # blocks that are packed at a time
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """One linear of all layers, packed."""
+
+    blocks: jax.Array  # [L, B, X / 2, BLOCK, 2] of bfloat16, [L, B, X, BLOCK] of float32, X filled up
+    features_in: int = jax.tree.static()
+    features_out: int = jax.tree.static()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Returns (features in, features out): that of one layer's weights."""
+        return self.features_in, self.features_out
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Returns the dtype of the weights."""
+        return self.blocks.dtype
+
+
+def packed_shape(features_in: int, features_out: int, dtype: jax.typing.DTypeLike) -> tuple[int, ...]:
+    """Returns the shape of one layer's blocks."""
+    X, B = -(-features_in // DEPTH) * DEPTH, -(-features_out // BLOCK)
+    return (B, X // 2, BLOCK, 2) if jnp.dtype(dtype).itemsize == 2 else (B, X, BLOCK)
+
+
+def pack(w_XY: np.ndarray, blocks: np.ndarray) -> None:
+    """Writes one layer's weights, cast, into its blocks on the host (`packed_shape`); some at a time, as a head is large."""
+    X, Y = w_XY.shape
+    B, rows, _, *pair = blocks.shape
+    P = pair[0] if pair else 1
+    for start in range(0, B, SOME):
+        count = min(SOME, B - start)
+        first, last = start * BLOCK, min((start + count) * BLOCK, Y)
+        some = np.zeros((rows * P, count * BLOCK), blocks.dtype)
+        some[:X, : last - first] = w_XY[:, first:last]
+        parts = some.reshape(rows, P, count, BLOCK).transpose(2, 0, 3, 1)
+        blocks[start : start + count] = parts.reshape(count, *blocks.shape[1:])
+
+
+def unpacked(weight: Packed, layer: jax.Array | int) -> jax.Array:
+    """Returns one layer's weights, [X, Y]."""
+    parts_BXDP = _parts(weight, layer)
+    whole = parts_BXDP.transpose(1, 3, 0, 2)
+    return whole.reshape(-1, parts_BXDP.shape[0] * BLOCK)[: weight.features_in, : weight.features_out]
+
+
+def unpacked_back(weight: Packed, layer: jax.Array | int) -> jax.Array:
+    """Returns one layer's weights for the gradient, [Y, X]."""
+    parts_BXDP = _parts(weight, layer)
+    whole = parts_BXDP.transpose(0, 2, 1, 3)
+    return whole.reshape(parts_BXDP.shape[0] * BLOCK, -1)[: weight.features_out, : weight.features_in]
+
+
+def _parts(weight: Packed, layer: jax.Array | int) -> jax.Array:
+    """Returns [B, X / P, BLOCK, P], P the input features that alternate."""
+    blocks = lax.dynamic_index_in_dim(weight.blocks, layer, keepdims=False)
+    return blocks.reshape(*blocks.shape[:2], BLOCK, -1)
+
+
+@shaped
+def product_reference(x_TX: jax.Array, weights: Sequence[Packed], layer: jax.Array) -> tuple[jax.Array, ...]:
+    """Defines the op: returns float32 [T, Y] of each weight."""
+    wide_TX = x_TX.astype(jnp.float32)
+    return tuple(jnp.dot(wide_TX, unpacked(w, layer).astype(jnp.float32), precision="highest") for w in weights)
+
+
+@shaped
+def product(
+    x_TX: jax.Array, weights: Sequence[Packed], layer: jax.Array, *, dtype: jax.typing.DTypeLike | None = None
+) -> tuple[jax.Array, ...]:
+    """Returns [T, Y] of each weight, of x's dtype or of `dtype`, float32.  They share one read of x.
+
+    Differentiable in x; the gradient unpacks one layer.  A token's result has the same bits in any row and beside any others
+    where the native body runs.
+    """
+    return _products(jnp.dtype(dtype or x_TX.dtype), x_TX, tuple(weights), layer)
+
+
+def _forward(dtype, x_TX, weights, layer):
+    return _products(dtype, x_TX, weights, layer), (weights, layer)
+
+
+def _backward(dtype, saved, cotangents):
+    weights, layer = saved
+    kind = weights[0].dtype
+    back = [product_back(d.astype(kind), w, layer) for w, d in zip(weights, cotangents, strict=True)]
+    return sum(back[1:], back[0]), None, None
+
+
+@shaped
+def product_back_reference(d_TY: jax.Array, weight: Packed, layer: jax.Array) -> jax.Array:
+    """Defines the transposed product: returns float32 [T, X]."""
+    wide_TY = d_TY.astype(jnp.float32)
+    return jnp.dot(wide_TY, unpacked_back(weight, layer).astype(jnp.float32), precision="highest")
+
+
+@shaped
+def product_back(d_TY: jax.Array, weight: Packed, layer: jax.Array) -> jax.Array:
+    """Returns [T, X] in d's dtype: d times the transposed weights.  Many rows are worth unpacking the layer for XLA."""
+
+    def xla(d_TY: jax.Array, weight: Packed, layer: jax.Array) -> jax.Array:
+        return d_TY @ unpacked_back(weight, layer)
+
+    def native(d_TY: jax.Array, weight: Packed, layer: jax.Array) -> jax.Array:
+        results = [((d_TY.shape[0], weight.features_in), d_TY.dtype)]
+        return library.call("jaxlora_back", results, d_TY, layer, weight.blocks)[0]
+
+    tiles = d_TY.dtype == jnp.bfloat16 and library.instruction_set() == "amx"
+    few = d_TY.shape[0] <= (TILED_ROWS if tiles else FEW_ROWS)
+    fits = few and known_dtypes(d_TY) and weight.dtype == d_TY.dtype
+    return by_platform("product_back", d_TY, weight, layer, xla=xla, native=native if fits else None)
+
+
+def _body(dtype, x_TX, weights, layer):
+    def xla(x_TX: jax.Array, weights: tuple[Packed, ...], layer: jax.Array) -> tuple[jax.Array, ...]:
+        product = (jnp.dot(x_TX, unpacked(w, layer), preferred_element_type=jnp.float32) for w in weights)
+        return tuple(y_TY.astype(dtype) for y_TY in product)
+
+    def native(x_TX: jax.Array, weights: tuple[Packed, ...], layer: jax.Array) -> tuple[jax.Array, ...]:
+        results = [((x_TX.shape[0], w.features_out), dtype) for w in weights]
+        return tuple(library.call("jaxlora_product", results, x_TX, layer, *(w.blocks for w in weights)))
+
+    fits = known_dtypes(x_TX) and all(w.dtype == x_TX.dtype for w in weights)
+    return by_platform("product", x_TX, weights, layer, xla=xla, native=native if fits else None)
+
+
+_products = jax.custom_vjp(_body, nondiff_argnums=(0,))
+_products.defvjp(_forward, _backward)

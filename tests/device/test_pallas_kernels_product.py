@@ -1,0 +1,178 @@
+"""Products with packed weights: against a loop, against XLA's body, and row by row the same bits whatever the company."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from kernel_checks import BF16, F32, assert_close, assert_same_bits, floats
+
+from pallas_kernels.native import library
+from pallas_kernels.paged_attention.op import paged_attention
+from pallas_kernels.product.op import (
+    FEW_ROWS,
+    TILED_ROWS,
+    Packed,
+    pack,
+    packed_shape,
+    product,
+    product_back,
+    product_back_reference,
+    product_reference,
+    unpacked,
+    unpacked_back,
+)
+
+L = 3
+SHAPES = [(64, 96), (32, 1), (1, 33), (70, 31), (576, 192)]  # features in, out
+TOLERANCE = {"float32": F32, "bfloat16": BF16}
+native = pytest.mark.skipif(
+    library.instruction_set() is None, reason="the native bodies are not built or not for this CPU"
+)
+
+
+def packed(w_LXY: np.ndarray, dtype: str) -> Packed:
+    count, X, Y = w_LXY.shape
+    host = np.empty((count, *packed_shape(X, Y, dtype)), jnp.dtype(dtype))
+    for layer in range(count):
+        pack(w_LXY[layer], host[layer])
+    return Packed(blocks=jnp.asarray(host), features_in=X, features_out=Y)
+
+
+def made(rows: int, X: int, *outs: int, dtype: str) -> tuple[jax.Array, list[np.ndarray], list[Packed]]:
+    """x, and weights of L layers as they are rounded to the dtype, plain and packed."""
+    rng = np.random.default_rng(X + rows)
+    weights = [np.asarray(jnp.asarray(floats(rng, L, X, Y) / np.sqrt(X), dtype).astype(jnp.float32)) for Y in outs]
+    return jnp.asarray(floats(rng, rows, X), dtype), weights, [packed(w, dtype) for w in weights]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_packing_loses_nothing(shape, dtype):
+    _, (w_LXY,), (weight,) = made(1, *shape, dtype=dtype)
+    for layer in range(L):
+        assert_same_bits(unpacked(weight, layer).astype(jnp.float32), w_LXY[layer])
+        assert_same_bits(unpacked_back(weight, layer).astype(jnp.float32), w_LXY[layer].T)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("rows", [1, 2, 5, 16, 33, 70])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_product_is_a_loops(shape, rows, dtype):
+    x_TX, (w_LXY,), weights = made(rows, *shape, dtype=dtype)
+    for layer in range(L):
+        want = np.zeros((rows, shape[1]))
+        for t in range(rows):
+            want[t] = np.asarray(x_TX[t], np.float64) @ w_LXY[layer].astype(np.float64)
+        for kind in (dtype, "float32"):
+            (got,) = jax.jit(product, static_argnames="dtype")(x_TX, weights, jnp.int32(layer), dtype=kind)
+            assert got.dtype == kind
+            assert_close(got, want, TOLERANCE[kind])
+        assert_close(product_reference(x_TX, weights, jnp.int32(layer))[0], want, F32)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("rows", [1, 3, 16, FEW_ROWS, FEW_ROWS + 1, TILED_ROWS, TILED_ROWS + 1])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_transposed_product_is_numpys(shape, rows, dtype):
+    _, (w_LXY,), (weight,) = made(1, *shape, dtype=dtype)
+    d_TY = jnp.asarray(floats(np.random.default_rng(rows), rows, shape[1]), dtype)
+    want = np.asarray(d_TY, np.float64) @ w_LXY[2].T.astype(np.float64)
+    for op in (jax.jit(product_back), product_back_reference):
+        assert_close(op(d_TY, weight, jnp.int32(2)), want, TOLERANCE[dtype] | {"atol": 1e-5})
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_targets_share_one_read(dtype):
+    x_TX, plain, weights = made(9, 64, 96, 1, 40, dtype=dtype)
+    got = product(x_TX, weights, jnp.int32(1))
+    for y_TY, w_LXY in zip(got, plain, strict=True):
+        assert_close(y_TY, np.asarray(x_TX, np.float64) @ w_LXY[1], TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_the_gradient_is_the_transposed_product(dtype):
+    x_TX, plain, weights = made(5, 64, 96, 33, dtype=dtype)
+    d = [floats(np.random.default_rng(1), 5, w.shape[2]) for w in plain]
+    d = [jnp.asarray(y, dtype) for y in d]
+    _, pull = jax.vjp(lambda x: tuple(product(x, weights, jnp.int32(2))), x_TX)
+    want = sum(np.asarray(y, np.float64) @ w[2].T.astype(np.float64) for y, w in zip(d, plain, strict=True))
+    rounded = {"rtol": 0.02, "atol": 0.02} if dtype == "bfloat16" else F32  # each target's part is rounded on its own
+    assert_close(pull(tuple(d))[0], want, rounded)
+
+
+@native
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(64, 96), (70, 31)])
+def test_a_rows_bits_do_not_depend_on_its_company(shape, dtype):
+    x_TX, _, weights = made(70, *shape, dtype=dtype)
+    run = jax.jit(lambda x: product(x, weights, jnp.int32(1))[0])
+    whole = run(x_TX)
+    for rows in (1, 2, 3, 8, 17, 33, 64):
+        for start in (0, 5, 70 - rows):
+            if start + rows <= 70:
+                assert_same_bits(run(x_TX[start : start + rows]), whole[start : start + rows])
+    assert_same_bits(run(x_TX.at[3].set(jnp.nan))[4:], whole[4:])
+
+
+@native
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_a_scan_over_layers_copies_no_weights(dtype):
+    x_TX, _, weights = made(4, 576, 576, dtype=dtype)
+
+    @jax.jit
+    def layers(x_TX: jax.Array, weight: Packed) -> jax.Array:
+        return lax.scan(lambda x, layer: (product(x, [weight], layer)[0], None), x_TX, jnp.arange(L))[0]
+
+    used = layers.lower(x_TX, weights[0]).compile().memory_analysis()
+    assert used.temp_size_in_bytes < weights[0].blocks.nbytes / L / 2
+
+
+@native
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("window", [None, 9])
+def test_a_querys_bits_do_not_depend_on_lane_chunk_or_company(dtype, window):
+    G, J, N, K, H, Z, C = 3, 8, 4, 2, 32, 4, 10
+    rng = np.random.default_rng(0)
+    pages = jnp.asarray(rng.permutation(G * C).reshape(G, C), jnp.int32)
+    k, v = (jnp.asarray(floats(rng, 1, G * C, Z, K * H), dtype) for _ in range(2))
+    q = jnp.asarray(floats(rng, G, J, N, H), dtype)
+    position = jnp.asarray(np.array([[0], [13], [31]]) + np.arange(J), jnp.int32)
+    run = jax.jit(lambda q, page, position: paged_attention(q, k, v, jnp.int32(0), page, position, window=window))
+    whole = run(q, pages, position)
+    for g in range(G):
+        for j in range(J):
+            one = run(q[g : g + 1, j : j + 1], pages[g : g + 1], position[g : g + 1, j : j + 1])
+            assert_same_bits(one[0, 0], whole[g, j])
+
+
+@native
+@pytest.mark.slow
+@pytest.mark.parametrize("most", library.INSTRUCTION_SETS[:-1])
+def test_every_instruction_set_passes_these(most):
+    """In a process of its own, as it is chosen once."""
+    tests = ("product", "paged_attention")
+    files = [os.path.join(os.path.dirname(__file__), f"test_pallas_kernels_{name}.py") for name in tests]
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "-m", "not slow", *files]
+    ran = subprocess.run(
+        command, env=os.environ | {library.VARIABLE: most}, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stdout[-4000:]
+
+
+def test_an_unknown_instruction_set_is_told():
+    code = "from pallas_kernels.native.library import instruction_set; instruction_set()"
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {library.VARIABLE: "sse"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "JAXLORA_NATIVE must be one of off, avx2, avx512, avx512_bf16, amx, got 'sse'" in ran.stderr
