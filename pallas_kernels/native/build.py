@@ -26,5 +26,5 @@ class BuildNative(build_ext):
         ext.include_dirs.append(str(Path(jaxlib.origin).parent / "include"))
         source = sha256(Path(ext.sources[0]).read_bytes()).hexdigest()
         ext.define_macros.append(("JAXLORA_SOURCE", f'"{source}"'))
-        ext.extra_compile_args += ["-O3", "-std=c++17", "-ffp-contract=off"]
+        ext.extra_compile_args += ["-O3", "-g0", "-std=c++17", "-ffp-contract=off"]
         super().build_extension(ext)

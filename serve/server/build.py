@@ -36,6 +36,7 @@ from jaxlora.peft.folder import import_peft
 from jaxlora.storage.adapter_store import AdapterStore
 from jaxlora.storage.disk_cache import Remote
 from jaxlora.storage.remote_adapters import RemoteVersions
+from pallas_kernels.dispatch import cpu_body
 from serve.access.adapter_quota import AdapterQuota
 from serve.access.caller import LOCAL_TENANT, is_loopback
 from serve.access.keys import Keys
@@ -332,6 +333,8 @@ def main(config: ServeConfig, file: Path | None, *, adopt: bool = False, new_bas
         with memory_errors(f"serving {found.name}", SIZE_KEYS):
             with announcer.progress.stage(f"opening {found.name}"):
                 opened = load_found(found, config.model, config.mesh)
+            if opened.mesh.devices.flat[0].platform == "cpu":
+                announcer.say(f"kernels: {cpu_body()}")
             opened = same_base(instance.database, config, opened, take=new_base)
             _serve(sized, file, instance, opened, listening, announcer)
 
