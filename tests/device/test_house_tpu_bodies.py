@@ -3,14 +3,18 @@ GPU's) do what the XLA bodies do."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from unittest.mock import patch
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from kernel_checks import assert_close
-from serve_world import ask, run_all
+from serve_world import World, ask, run_all
 
 from jaxlora.core.lora import ALL_TARGETS
+from jaxlora.model.decoder import load_base
 from jaxlora.model.lora_pool import PoolSpec
 from pallas_kernels import dispatch
 from serve.engine.step import Layout
@@ -22,6 +26,13 @@ pytest_plugins = ["serve_fixtures"]
 
 # Two layers of sums with at most 100 terms in float32, in another order.
 STEP = {"rtol": 1e-4, "atol": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def world(world: World) -> World:
+    """The world with plain weights, as a device has them."""
+    with patch("jaxlora.model.decoder.instruction_set", lambda: None):
+        return replace(world, base=load_base(world.source, world.mesh, dtype="float32"))
 
 
 @pytest.mark.slow

@@ -111,9 +111,11 @@ class Builder(interpreter.InterpreterBuilder):
         return interpreter.TensorHandle(src.data.astype(jnp.bfloat16).view(np.uint16), tl.bfloat16)
 
 
-def by_platform(op, *args, xla, pallas, triton):
+def by_platform(op, *args, xla, native=None, pallas=None, triton=None):
     """The dispatcher's own, which finds the Triton body where it looks for the Pallas body."""
-    return dispatch.by_platform(op, *args, xla=xla, pallas=triton and (lambda interpret: triton()), triton=None)
+    return dispatch.by_platform(
+        op, *args, xla=xla, native=native, pallas=triton and (lambda interpret: triton()), triton=None
+    )
 
 
 def interpret_triton() -> None:
