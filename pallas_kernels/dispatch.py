@@ -164,7 +164,11 @@ def known_dtypes(*arrays: jax.Array) -> bool:
 def cpu_body() -> str:
     """Returns what runs the table's ops on this CPU, for a reader."""
     chosen = library.instruction_set()
-    return "XLA's, as none were built (no C++ compiler, another CPU, or off)" if chosen is None else f"native, with {chosen}"
+    return (
+        "XLA's, as none were built (no C++ compiler, another CPU, or off)"
+        if chosen is None
+        else f"native, with {chosen}"
+    )
 
 
 def cuda_body() -> str:
