@@ -334,7 +334,7 @@ def main(config: ServeConfig, file: Path | None, *, adopt: bool = False, new_bas
             with announcer.progress.stage(f"opening {found.name}"):
                 opened = load_found(found, config.model, config.mesh)
             if opened.mesh.devices.flat[0].platform == "cpu":
-                announcer.say(f"kernels: {cpu_body()}")
+                LOG.info("kernels: %s", cpu_body())
             opened = same_base(instance.database, config, opened, take=new_base)
             _serve(sized, file, instance, opened, listening, announcer)
 
