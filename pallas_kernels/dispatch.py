@@ -13,7 +13,7 @@ lacks raises an error.
                                 xla      many rows, whose products are worth unpacking for; without the native bodies
                      cuda       xla      weights are never packed there
                      tpu        xla      weights are never packed there
-    gathered_lora    cpu        native   an adapter's rows are read once for four of its tokens, base tokens cost nothing
+    gathered_lora    cpu        native   an adapter's rows are read once for eight of its tokens, base tokens cost nothing
                                 xla      a loop over pairs of an adapter's tokens; for odd features, on several devices
                      cuda       triton   an adapter's rows are read once for 16 of its tokens, base tokens cost nothing
                                 xla      without the extra `triton`, for more tokens or rank than it takes, other dtypes

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -23,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from jaxlora.core.errors import ModelInvalid
-from jaxlora.core.model_config import ModelConfig, parameters
+from jaxlora.core.model_config import LINEARS, ModelConfig, parameters
 from jaxlora.model.mesh import check_model, place_array, replicated, sharding
 from pallas_kernels import KEPT
 from pallas_kernels.native.library import instruction_set
@@ -193,9 +193,7 @@ class Base:
     """The frozen base model: device arrays by the names of `parameters`, and their configuration."""
 
     arrays: dict[str, jax.Array]
-    packed: dict[str, Packed] = field(
-        default_factory=dict
-    )  # all linears and the head, or none, which are in `arrays` then
+    packed: dict[str, Packed] = field(default_factory=dict)  # all linears and the head, or none: then `arrays` has them
     config: ModelConfig = jax.tree.static()
     precision: str = jax.tree.static()  # of matrix products: default, high or highest
     mesh: Mesh = jax.tree.static()  # the mesh the arrays are placed on
@@ -264,9 +262,10 @@ def head_weight(base: Base) -> tuple[jax.Array | Packed, jax.Array]:
 
 def head_logits(base: Base, x_TD: jax.Array) -> jax.Array:
     """Returns float32 logits of the base's head, [T, V]."""
+    if base.packed:
+        return product(x_TD, [base.packed["head"]], jnp.int32(0), dtype=jnp.float32)[0]
     head, _ = head_weight(base)
-    if isinstance(head, Packed):
-        return product(x_TD, [head], jnp.int32(0), dtype=jnp.float32)[0]
+    assert isinstance(head, jax.Array)
     with jax.default_matmul_precision(base.precision):
         return jnp.dot(x_TD, head, preferred_element_type=jnp.float32)
 
@@ -299,9 +298,14 @@ def load_base(source: WeightSource, mesh: Mesh, *, dtype: str, precision: str = 
     packs = on_cpu and mesh.size == 1 and instruction_set() is not None
     # The largest first: reading one takes several times its bytes, and least is held by then.
     for name, p in sorted(parameters(config).items(), key=lambda item: item[1].axes[0] == "layers"):
-        if packs and (name == "head" or (p.axes[0] == "layers" and len(p.shape) == 3)):
-            shape = p.shape if p.axes[0] == "layers" else (1, *p.shape)
-            packed[name] = _packed(source, name, shape, mesh, DTYPES[dtype])
+        if packs and name in LINEARS:
+            layered = p.axes[0] == "layers"
+
+            def read(layer: int, name: str = name, layered: bool = layered, shape: tuple = p.shape[-2:]) -> np.ndarray:
+                what = f"{name} of layer {layer}" if layered else name
+                return _checked(source.read(name, layer if layered else None), shape, what)
+
+            packed[name] = _packed(read, p.shape if layered else (1, *p.shape), mesh, DTYPES[dtype])
             continue
         host = device_ready(p.shape, DTYPES[dtype])
         if p.axes[0] == "layers":
@@ -311,7 +315,7 @@ def load_base(source: WeightSource, mesh: Mesh, *, dtype: str, precision: str = 
             host[...] = _checked(source.read(name, None), p.shape, name)
         arrays[name] = place_array(host, sharding(mesh, p.axes))
         if name == "embed" and config.tied and packs:
-            packed["head"] = _packed_head(host, mesh)
+            packed["head"] = _packed(lambda _, host=host: host.T, (1, *p.shape[::-1]), mesh, DTYPES[dtype])
         elif name == "embed" and config.tied and on_cpu:
             # XLA's CPU backend multiplies bfloat16 by a row-major right-hand side at twice the speed of a transposed one.
             host_DV = device_ready(p.shape[::-1], DTYPES[dtype])
@@ -324,23 +328,13 @@ def load_base(source: WeightSource, mesh: Mesh, *, dtype: str, precision: str = 
     return Base(arrays=arrays, packed=packed, config=config, precision=precision, mesh=mesh)
 
 
-def _packed(source: WeightSource, name: str, shape: tuple[int, ...], mesh: Mesh, dtype: jnp.dtype) -> Packed:
-    """Returns the linear of this name, read layer by layer.  shape: [L, X, Y]."""
+def _packed(read: Callable[[int], np.ndarray], shape: tuple[int, ...], mesh: Mesh, dtype: jnp.dtype) -> Packed:
+    """Returns one linear, packed layer by layer.  read: returns a layer's weights, [X, Y].  shape: [L, X, Y]."""
     L, X, Y = shape
     host = device_ready((L, *packed_shape(X, Y, dtype)), dtype)
     for layer in range(L):
-        number = None if name == "head" else layer
-        what = name if number is None else f"{name} of layer {number}"
-        pack(_checked(source.read(name, number), (X, Y), what), host[layer])
+        pack(read(layer), host[layer])
     return Packed(blocks=place_array(host, replicated(mesh)), features_in=X, features_out=Y)
-
-
-def _packed_head(embed_VD: np.ndarray, mesh: Mesh) -> Packed:
-    """Returns the head of a tied base."""
-    V, D = embed_VD.shape
-    host = device_ready((1, *packed_shape(D, V, embed_VD.dtype)), embed_VD.dtype)
-    pack(embed_VD.T, host[0])
-    return Packed(blocks=place_array(host, replicated(mesh)), features_in=D, features_out=V)
 
 
 def device_ready(shape: tuple[int, ...], dtype: jnp.dtype) -> np.ndarray:

@@ -32,6 +32,10 @@ def machine_of(mesh: MeshSection, memory_gb: float | None) -> Machine:
         names = () if axes is None else (axes,) if isinstance(axes, str) else axes
         return math.prod(sizes[name] for name in names)
 
+    try:
+        native = instruction_set() is not None
+    except ValueError as error:  # of the environment variable
+        raise ConfigInvalid(str(error)) from error
     devices, first = math.prod(sizes.values()), jax.local_devices()[0]
     host = host_limit()
     device = host
@@ -55,7 +59,7 @@ def machine_of(mesh: MeshSection, memory_gb: float | None) -> Machine:
         devices=devices,
         parts={name: split(axes) for name, axes in RULES.items()},
         rows=split(RULES["lanes"]),
-        packed=first.platform == "cpu" and devices == 1 and instruction_set() is not None,
+        packed=first.platform == "cpu" and devices == 1 and native,
     )
 
 

@@ -43,7 +43,7 @@ def instruction_set() -> str | None:
         LOG.warning("%s cannot be loaded (%s): XLA's bodies run", built[0].name, error)
         return None
     library.jaxlora_source.restype = ctypes.c_char_p
-    source = Path(__file__).with_name("kernels.cc")  # not in a wheel
+    source = Path(__file__).with_name("kernels.cc")
     if source.exists() and library.jaxlora_source() != sha256(source.read_bytes()).hexdigest().encode():
         LOG.warning("%s was built from another kernels.cc, which may not compile: XLA's bodies run", built[0].name)
         return None

@@ -115,7 +115,11 @@ def _kernels() -> Finding:
     from pallas_kernels.dispatch import cpu_body, cuda_body  # imports JAX
 
     cuda = {"triton": "Triton kernels, which no GPU has run yet", "xla": "XLA; kernels come with the extra `triton`"}
-    return Finding(f"kernels           cpu: {cpu_body()}; tpu: Pallas; cuda: {cuda[cuda_body()]}")
+    try:
+        cpu = cpu_body()
+    except ValueError as error:  # of the environment variable
+        return Finding(f"kernels           {error}", ok=False)
+    return Finding(f"kernels           cpu: {cpu}; tpu: Pallas; cuda: {cuda[cuda_body()]}")
 
 
 def _cache() -> Finding:

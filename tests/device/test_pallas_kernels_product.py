@@ -176,3 +176,11 @@ def test_an_unknown_instruction_set_is_told():
         check=False,
     )
     assert "JAXLORA_NATIVE must be one of off, avx2, avx512, avx512_bf16, amx, got 'sse'" in ran.stderr
+
+
+def test_a_server_says_so_in_one_line(tmp_path):
+    command = [sys.executable, "-m", "serve.cli.main", "serve", "--model", "smollm2", "--port", "0"]
+    env = os.environ | {library.VARIABLE: "sse"}
+    ran = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr.count("\n")) == (2, 1), ran.stderr
+    assert "JAXLORA_NATIVE must be one of" in ran.stderr
