@@ -41,13 +41,16 @@ constexpr int64_t TOGETHER = 8;         // tokens of one slot that share a read 
 enum Isa { NONE, AVX2, AVX512, AVX512_BF16, AMX };
 Isa isa = NONE;  // what runs; set once, when the library is loaded
 
-// y[M, N] = x[M, K] @ w.  w is packed: [N / BLOCK, K / 2, BLOCK, 2] of bfloat16, [N / BLOCK, K, BLOCK] of float32.
+// y[M, N] = (x[M, K] @ w) * scale.  w is packed: [N / BLOCK, K / 2, BLOCK, 2] of bfloat16 or of 8 bits, which are widened to it
+// a block at a time, [N / BLOCK, K, BLOCK] of float32.
 struct Product {
-  const void* x;    // of w's dtype; float32 where products are
-  const void* w;
+  const void* x;       // bfloat16 where products are, else float32
+  const char* w;
+  const float* scale;  // [N / BLOCK, BLOCK], or none
   void* y;
-  int64_t M, K, N;  // K as w is padded
-  bool wide;        // y is float32
+  int64_t M, K, N;     // K as w is padded
+  int64_t size;        // bytes of a weight
+  bool wide;           // y is float32, else bfloat16
 };
 
 // Attention of one run of a lane's tokens with one kv head, over the lane's pages.
@@ -138,7 +141,16 @@ inline bool is_half(const Any& x) { return x.element_type() == ffi::BF16; }
 #include "kernels.cc"
 #undef TARGET
 
+#define WIDEST(fits, ...) (isa >= AVX512 && (fits) ? avx512::__VA_ARGS__ : avx2::__VA_ARGS__)
 namespace {
+
+// Returns the weights as bfloat16, which has room for 8 bits, until the next call in this thread.
+const Half* widened(const int8_t* w, int64_t count) {
+  static thread_local std::vector<Half> halves;
+  if (int64_t(halves.size()) < count) halves.resize(count);
+  WIDEST(true, widen(w, halves.data(), count));
+  return halves.data();
+}
 
 // ---- bfloat16 with AVX512-BF16: two k at a time -----------------------------------------------------------------------
 
@@ -146,6 +158,10 @@ namespace {
 
 TARGET inline void store(const Product& p, int64_t row, int64_t block, __m512 low, __m512 high) {
   const int64_t at = row * p.N + block * BLOCK, left = p.N - block * BLOCK;
+  if (p.scale) {
+    low = _mm512_mul_ps(low, _mm512_loadu_ps(p.scale + block * BLOCK));
+    high = _mm512_mul_ps(high, _mm512_loadu_ps(p.scale + block * BLOCK + 16));
+  }
   const __mmask32 some = left >= BLOCK ? 0xffffffffu : (1u << left) - 1;
   if (p.wide) {
     auto* y = static_cast<float*>(p.y) + at;
@@ -157,9 +173,8 @@ TARGET inline void store(const Product& p, int64_t row, int64_t block, __m512 lo
 }
 
 template <int COUNT>
-TARGET void pair_rows(const Product& p, int64_t row, int64_t block) {
+TARGET void pair_rows(const Product& p, int64_t row, int64_t block, const Half* w) {
   const auto* x = static_cast<const Half*>(p.x) + row * p.K;
-  const auto* w = static_cast<const Half*>(p.w) + block * BLOCK * p.K;
   __m512 sum[COUNT][2];
   for (auto& of : sum) of[0] = of[1] = _mm512_setzero_ps();
   for (int64_t k = 0; k < p.K; k += 2, w += 2 * BLOCK) {
@@ -175,11 +190,11 @@ TARGET void pair_rows(const Product& p, int64_t row, int64_t block) {
   for (int i = 0; i < COUNT; ++i) store(p, row + i, block, sum[i][0], sum[i][1]);
 }
 
-TARGET void pair_block(const Product& p, int64_t block) {
+TARGET void pair_block(const Product& p, int64_t block, const Half* w) {
   int64_t row = 0;
-  for (; row + 8 <= p.M; row += 8) pair_rows<8>(p, row, block);
-  for (; row + 4 <= p.M; row += 4) pair_rows<4>(p, row, block);
-  for (; row < p.M; ++row) pair_rows<1>(p, row, block);
+  for (; row + 8 <= p.M; row += 8) pair_rows<8>(p, row, block, w);
+  for (; row + 4 <= p.M; row += 4) pair_rows<4>(p, row, block, w);
+  for (; row < p.M; ++row) pair_rows<1>(p, row, block, w);
 }
 
 #undef TARGET
@@ -203,41 +218,34 @@ TARGET void configure(int64_t rows) {  // 0 to 3 are sums, 4 and 5 rows of x, 6 
   _tile_loadconfig(&tiles);
 }
 
-// Fetches what is read three tiles later: the processor does not see what a tile's load will want.
-TARGET inline void ahead(const Half* w) {
-  for (int line = 0; line < 32; ++line) _mm_prefetch(reinterpret_cast<const char*>(w + 96 * BLOCK) + 64 * line, _MM_HINT_T0);
-}
-
-TARGET void tiled_blocks(const Product& p, int64_t first, int64_t last) {
+// The processor does not see what a tile's load will want: each step fetches `lines` of what is read later.
+TARGET void tiled_block(const Product& p, int64_t block, const Half* w, const char* later, int lines) {
   alignas(64) float sum[32][BLOCK];
   for (int64_t row = 0; row < p.M; row += 32) {
     const int64_t rows = std::min<int64_t>(32, p.M - row);
     const auto* x = static_cast<const Half*>(p.x) + row * p.K;
-    configure(rows);
-    for (int64_t block = first; block < last; ++block) {
-      const auto* w = static_cast<const Half*>(p.w) + block * BLOCK * p.K;
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
-      for (int64_t k = 0; k < p.K; k += 32, w += 32 * BLOCK) {
-        ahead(w);
-        _tile_loadd(4, x + k, 2 * p.K);
-        _tile_loadd(6, w, 4 * BLOCK);
-        _tile_loadd(7, w + BLOCK, 4 * BLOCK);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        if (rows <= 16) continue;
-        _tile_loadd(5, x + 16 * p.K + k, 2 * p.K);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-      }
-      _tile_stored(0, sum[0], 4 * BLOCK);
-      _tile_stored(1, sum[0] + 16, 4 * BLOCK);
-      _tile_stored(2, sum[16], 4 * BLOCK);
-      _tile_stored(3, sum[16] + 16, 4 * BLOCK);
-      for (int64_t i = 0; i < rows; ++i) store(p, row + i, block, _mm512_load_ps(sum[i]), _mm512_load_ps(sum[i] + 16));
+    if (row == 0 || rows < 32) configure(rows);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t k = 0; k < p.K; k += 32) {
+      for (int line = 0; line < (row ? 0 : lines); ++line) _mm_prefetch(later + (k / 32 * lines + line) * 64, _MM_HINT_T0);
+      _tile_loadd(4, x + k, 2 * p.K);
+      _tile_loadd(6, w + k * BLOCK, 4 * BLOCK);
+      _tile_loadd(7, w + k * BLOCK + BLOCK, 4 * BLOCK);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      if (rows <= 16) continue;
+      _tile_loadd(5, x + 16 * p.K + k, 2 * p.K);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
     }
+    _tile_stored(0, sum[0], 4 * BLOCK);
+    _tile_stored(1, sum[0] + 16, 4 * BLOCK);
+    _tile_stored(2, sum[16], 4 * BLOCK);
+    _tile_stored(3, sum[16] + 16, 4 * BLOCK);
+    for (int64_t i = 0; i < rows; ++i) store(p, row + i, block, _mm512_load_ps(sum[i]), _mm512_load_ps(sum[i] + 16));
   }
   _tile_release();
 }
@@ -268,7 +276,8 @@ TARGET void tiled_back(const Product& p, const std::vector<uint32_t>& words, int
       _tile_zero(2);
       _tile_zero(3);
       for (int64_t n = 0; n < p.N; n += BLOCK) {
-        const auto* w = static_cast<const Half*>(p.w) + (n / BLOCK * p.K + k) * BLOCK;
+        const auto* w = reinterpret_cast<const Half*>(p.w + (n / BLOCK * p.K + k) * BLOCK * p.size);
+        if (p.size == 1) w = widened(reinterpret_cast<const int8_t*>(w), 32 * BLOCK);
         for (int i = 0; i < 16; ++i) {
           const __m512i low = _mm512_loadu_si512(w + 2 * i * BLOCK), high = _mm512_loadu_si512(w + (2 * i + 1) * BLOCK);
           _mm512_store_si512(left[2 * i], _mm512_permutex2var_epi16(low, evens, high));
@@ -287,7 +296,7 @@ TARGET void tiled_back(const Product& p, const std::vector<uint32_t>& words, int
       _tile_stored(1, sum[0] + 16, 128);
       _tile_stored(2, sum[16], 128);
       _tile_stored(3, sum[16] + 16, 128);
-      const Product y{nullptr, nullptr, p.y, p.M, 0, X, p.wide};
+      const Product y{nullptr, nullptr, nullptr, p.y, p.M, 0, X, 0, p.wide};
       for (int64_t i = 0; i < std::min<int64_t>(32, p.M - m); ++i)
         store(y, m + i, k / BLOCK, _mm512_i32gather_ps(rows16, sum[0] + i, 4), _mm512_i32gather_ps(rows16, sum[16] + i, 4));
     }
@@ -298,15 +307,16 @@ TARGET void tiled_back(const Product& p, const std::vector<uint32_t>& words, int
 
 // ---- what XLA calls ---------------------------------------------------------------------------------------------------
 
-#define WIDEST(fits, ...) (isa >= AVX512 && (fits) ? avx512::__VA_ARGS__ : avx2::__VA_ARGS__)
-
 void product_blocks(const Product& p, bool half, int64_t first, int64_t last) {
-  if (half && isa == AMX) return tiled_blocks(p, first, last);
   for (int64_t block = first; block < last; ++block) {
-    if (half && isa == AVX512_BF16) {
-      pair_block(p, block);
+    const char* stored = p.w + block * BLOCK * p.K * p.size;
+    const auto* w = p.size == 1 ? widened(reinterpret_cast<const int8_t*>(stored), p.K * BLOCK) : reinterpret_cast<const Half*>(stored);
+    if (half && isa == AMX) {
+      p.size == 1 ? tiled_block(p, block, w, stored + p.K * BLOCK, 16) : tiled_block(p, block, w, stored + 6 * 32 * BLOCK, 32);
+    } else if (half && isa == AVX512_BF16) {
+      pair_block(p, block, w);
     } else {
-      typed(half, [&](auto kind) { WIDEST(true, wide_block<decltype(kind)>(p, block)); });
+      p.size == 4 ? WIDEST(true, wide_block(p, block, reinterpret_cast<const float*>(stored))) : WIDEST(true, wide_block(p, block, w));
     }
   }
 }
@@ -326,25 +336,38 @@ std::vector<char> widened_rows(const void* x, int64_t M, int64_t X, int64_t K, i
   return rows;
 }
 
-// Takes x [M, X], the layer, and of each target its weights; returns each target's product.
+// Points p to the layer's weights, [L, blocks, K or K / 2, ...]; returns the number of its blocks.
+int64_t layer_of(Product& p, const Any& w, const Index& layer) {
+  const auto axes = w.dimensions();
+  p.size = ffi::ByteWidth(w.element_type());
+  p.K = axes[2] * (p.size == 4 ? 1 : 2);
+  p.w = static_cast<const char*>(w.untyped_data()) + layer.typed_data()[0] * axes[1] * BLOCK * p.K * p.size;
+  return axes[1];
+}
+
+// Takes x [M, X], the layer, and of each target its weights, in 8 bits also their scale; returns each target's product.
 ffi::Error product(ffi::ThreadPool pool, Any x, Index layer, ffi::RemainingArgs weights, ffi::RemainingRets results) {
   const bool half = is_half(x), floats = half && isa < AVX512_BF16;
-  const int64_t M = x.dimensions()[0], X = x.dimensions()[1], size = half ? 2 : 4;
+  const int64_t M = x.dimensions()[0], X = x.dimensions()[1], each = weights.size() / results.size();
   std::vector<Product> products;
   std::vector<int64_t> ends;  // of each target's blocks, counted through
   std::vector<char> copy;     // of x, with w's columns
   int64_t count = 0, nbytes = 0;
-  for (size_t i = 0; i < weights.size(); ++i) {
-    const auto w = weights.get<Any>(i);
+  for (size_t i = 0; i < results.size(); ++i) {
+    const auto w = weights.get<Any>(i * each);
     const auto y = results.get<Any>(i);
     if (!w.has_value() || !y.has_value()) return ffi::Error::InvalidArgument("product: not an array");
-    const auto axes = w->dimensions();  // [L, blocks, ...]
-    Product p{x.untyped_data(), nullptr, (*y)->untyped_data(), M, axes[2] * (half ? 2 : 1), (*y)->dimensions()[1], !is_half(**y)};
-    p.w = static_cast<const char*>(w->untyped_data()) + layer.typed_data()[0] * axes[1] * BLOCK * p.K * size;
-    if (copy.empty() && (p.K != X || floats)) copy = widened_rows(p.x, M, X, p.K, size, floats);
+    Product p{x.untyped_data(), nullptr, nullptr, (*y)->untyped_data(), M, 0, (*y)->dimensions()[1], 0, !is_half(**y)};
+    const int64_t blocks = layer_of(p, *w, layer);
+    if (each == 2) {
+      const auto scale = weights.get<ffi::Buffer<ffi::F32>>(2 * i + 1);
+      if (!scale.has_value()) return ffi::Error::InvalidArgument("product: not a scale");
+      p.scale = scale->typed_data() + layer.typed_data()[0] * blocks * BLOCK;
+    }
+    if (copy.empty() && (p.K != X || floats)) copy = widened_rows(p.x, M, X, p.K, half ? 2 : 4, floats);
     if (!copy.empty()) p.x = copy.data();
-    ends.push_back(count += axes[1]);
-    nbytes += axes[1] * BLOCK * p.K * size;
+    ends.push_back(count += blocks);
+    nbytes += blocks * BLOCK * p.K * p.size;
     products.push_back(p);
   }
   divided(pool, count, nbytes < SMALL, [&products, &ends, half](int64_t first, int64_t last) {
@@ -356,24 +379,23 @@ ffi::Error product(ffi::ThreadPool pool, Any x, Index layer, ffi::RemainingArgs 
   return ffi::Error::Success();
 }
 
-// Takes d [M, Y], the layer and packed weights; returns d @ w.T.  For few rows: each reads all weights.
+// Takes d [M, Y], scaled where weights are, the layer and packed weights; returns d @ w.T.  For few rows: each reads all weights.
 ffi::Error back(ffi::ThreadPool pool, Any d, Index layer, Any w, ffi::Result<Any> y) {
-  const bool half = is_half(d);
-  const auto axes = w.dimensions();  // [L, blocks, ...]
-  const int64_t M = d.dimensions()[0], N = axes[1] * BLOCK, K = axes[2] * (half ? 2 : 1), size = half ? 2 : 4;
-  const bool tiles = half && isa == AMX;
-  const auto rows = widened_rows(d.untyped_data(), M, d.dimensions()[1], N, size, half && !tiles);
-  const Product p{rows.data(), static_cast<const char*>(w.untyped_data()) + layer.typed_data()[0] * N * K * size,
-                  y->untyped_data(), M, K, N, !is_half(*y)};
+  const bool half = is_half(d), tiles = half && isa == AMX;
+  const int64_t M = d.dimensions()[0], X = y->dimensions()[1];
+  Product p{nullptr, nullptr, nullptr, y->untyped_data(), M, 0, 0, 0, !is_half(*y)};
+  p.N = layer_of(p, w, layer) * BLOCK;
+  const auto rows = widened_rows(d.untyped_data(), M, d.dimensions()[1], p.N, half ? 2 : 4, half && !tiles);
+  p.x = rows.data();
+  const bool few = p.N * p.K * p.size < SMALL;
   if (tiles) {
-    const auto words = pairs_of(reinterpret_cast<const Half*>(rows.data()), M, N, (M + 31) / 32 * 32);
-    divided(pool, K / 32, N * K * size < SMALL, [&p, &words, X = y->dimensions()[1]](int64_t first, int64_t last) {
-      tiled_back(p, words, X, first * 32, last * 32);
-    });
+    const auto words = pairs_of(reinterpret_cast<const Half*>(rows.data()), M, p.N, (M + 31) / 32 * 32);
+    divided(pool, p.K / 32, few, [&](int64_t first, int64_t last) { tiled_back(p, words, X, first * 32, last * 32); });
     return ffi::Error::Success();
   }
-  divided(pool, K / FEATURES, N * K * size < SMALL, [&p, half, X = y->dimensions()[1]](int64_t first, int64_t last) {
-    typed(half, [&](auto kind) { WIDEST(true, back_features<decltype(kind)>(p, X, first * FEATURES, last * FEATURES)); });
+  divided(pool, p.K / FEATURES, few, [&](int64_t first, int64_t last) {
+    first *= FEATURES, last *= FEATURES;
+    p.size == 4 ? WIDEST(true, back_features<float>(p, X, first, last)) : p.size == 2 ? WIDEST(true, back_features<Half>(p, X, first, last)) : WIDEST(true, back_features<int8_t>(p, X, first, last));
   });
   return ffi::Error::Success();
 }
@@ -504,6 +526,8 @@ typedef float Vector __attribute__((vector_size(4 * WIDTH), aligned(4)));
 typedef int32_t Ints __attribute__((vector_size(4 * WIDTH), aligned(4)));
 typedef uint32_t Bits __attribute__((vector_size(4 * WIDTH), aligned(4)));
 typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH), aligned(2)));
+typedef int16_t Shorts __attribute__((vector_size(2 * WIDTH), aligned(1)));
+typedef int8_t Bytes __attribute__((vector_size(WIDTH), aligned(1)));
 constexpr int PARTS = BLOCK / WIDTH;
 
 TARGET inline Vector load(const float* x) { return *reinterpret_cast<const Vector*>(x); }
@@ -557,57 +581,72 @@ TARGET inline float total(Vector x) {
 
 // ---- products ---------------------------------------------------------------------------------------------------------
 
-template <typename T, int COUNT>
-TARGET void wide_rows(const Product& p, int64_t row, int64_t block) {
-  constexpr int PAIR = sizeof(T) == 2 ? 2 : 1;  // input features that alternate in w
+// Widens weights of 8 bits to bfloat16: exactly, so their first 16 bits are all.
+TARGET void widen(const int8_t* w, Half* to, int64_t count) {
+  for (int64_t i = 0; i < count; i += WIDTH) {
+    const Ints whole = __builtin_convertvector(*reinterpret_cast<const Bytes*>(w + i), Ints);
+    *reinterpret_cast<Halves*>(to + i) = __builtin_convertvector((Bits)__builtin_convertvector(whole, Vector) >> 16, Halves);
+  }
+}
+
+// Reads weights of WIDTH output features: of two input features where they alternate, else of one.
+TARGET inline void read_pair(const float* w, Vector* pair) { pair[0] = load(w); }
+TARGET inline void read_pair(const Half* w, Vector* pair) {
+  const Bits bits = *reinterpret_cast<const Bits*>(w);
+  pair[0] = (Vector)(bits << 16);
+  pair[1] = (Vector)(bits & 0xffff0000u);
+}
+TARGET inline void read_pair(const int8_t* w, Vector* pair) {
+  const Ints both = __builtin_convertvector(*reinterpret_cast<const Shorts*>(w), Ints);
+  pair[0] = __builtin_convertvector(both << 24 >> 24, Vector);
+  pair[1] = __builtin_convertvector(both >> 8, Vector);
+}
+
+template <int COUNT, typename T>
+TARGET void wide_rows(const Product& p, int64_t row, int64_t block, const T* w) {
+  constexpr int PAIR = sizeof(T) == 4 ? 1 : 2;  // input features that alternate in w
   const auto* x = static_cast<const float*>(p.x) + row * p.K;
-  const auto* w = static_cast<const T*>(p.w) + block * BLOCK * p.K;
   Vector sum[COUNT][PARTS] = {};
   for (int64_t k = 0; k < p.K; k += PAIR, w += PAIR * BLOCK)
     for (int part = 0; part < PARTS; ++part) {
-      const Bits bits = *reinterpret_cast<const Bits*>(w + PAIR * part * WIDTH);
-      const Vector even = (Vector)(PAIR == 2 ? bits << 16 : bits), odd = (Vector)(bits & 0xffff0000u);
-      for (int i = 0; i < COUNT; ++i) {
-        sum[i][part] = fused(x[i * p.K + k], even, sum[i][part]);
-        if (PAIR == 2) sum[i][part] = fused(x[i * p.K + k + 1], odd, sum[i][part]);
-      }
+      Vector pair[PAIR];
+      read_pair(w + PAIR * part * WIDTH, pair);
+      for (int i = 0; i < COUNT; ++i)
+        for (int odd = 0; odd < PAIR; ++odd) sum[i][part] = fused(x[i * p.K + k + odd], pair[odd], sum[i][part]);
     }
   for (int i = 0; i < COUNT; ++i)
     for (int part = 0; part < PARTS; ++part) {
       const int64_t column = block * BLOCK + part * WIDTH, at = (row + i) * p.N + column, left = p.N - column;
-      p.wide ? store(static_cast<float*>(p.y) + at, sum[i][part], left) : store(static_cast<T*>(p.y) + at, sum[i][part], left);
+      if (p.scale) sum[i][part] *= load(p.scale + column);
+      p.wide ? store(static_cast<float*>(p.y) + at, sum[i][part], left) : store(static_cast<Half*>(p.y) + at, sum[i][part], left);
     }
 }
 
 template <typename T>
-TARGET void wide_block(const Product& p, int64_t block) {
+TARGET void wide_block(const Product& p, int64_t block, const T* w) {
   int64_t row = 0;
-  for (; row + ROWS <= p.M; row += ROWS) wide_rows<T, ROWS>(p, row, block);
-  for (; row < p.M; ++row) wide_rows<T, 1>(p, row, block);
+  for (; row + ROWS <= p.M; row += ROWS) wide_rows<ROWS>(p, row, block, w);
+  for (; row < p.M; ++row) wide_rows<1>(p, row, block, w);
 }
 
 // Input features [first, last) of x @ w.T, x [M, N] of float32, FEATURES and COUNT rows at a time; y has X columns.
 template <typename T, int COUNT>
 TARGET void back_rows(const Product& p, int64_t X, int64_t row, int64_t first, int64_t last) {
-  constexpr int PAIR = sizeof(T) == 2 ? 2 : 1;
+  constexpr int PAIR = sizeof(T) == 4 ? 1 : 2;
   const auto* x = static_cast<const float*>(p.x) + row * p.N;
   for (int64_t k = first; k < last; k += FEATURES) {
     Vector sum[COUNT][FEATURES] = {};
     for (int64_t n = 0; n < p.N; n += WIDTH) {
-      const auto* w = static_cast<const T*>(p.w) + (n / BLOCK * p.K + k) * BLOCK + n % BLOCK * PAIR;
+      const auto* w = reinterpret_cast<const T*>(p.w) + (n / BLOCK * p.K + k) * BLOCK + n % BLOCK * PAIR;
       Vector some[FEATURES];
-      for (int f = 0; f < FEATURES; f += PAIR) {
-        const Bits bits = *reinterpret_cast<const Bits*>(w + f * BLOCK);
-        some[f] = (Vector)(PAIR == 2 ? bits << 16 : bits);
-        if (PAIR == 2) some[f + 1] = (Vector)(bits & 0xffff0000u);
-      }
+      for (int f = 0; f < FEATURES; f += PAIR) read_pair(w + f * BLOCK, some + f);
       for (int i = 0; i < COUNT; ++i)
         for (int f = 0; f < FEATURES; ++f) sum[i][f] = fused(load(x + i * p.N + n), some[f], sum[i][f]);
     }
     for (int i = 0; i < COUNT; ++i)
       for (int64_t f = 0; f < FEATURES && k + f < X; ++f) {
         const int64_t at = (row + i) * X + k + f;
-        p.wide ? write(static_cast<float*>(p.y) + at, total(sum[i][f])) : write(static_cast<T*>(p.y) + at, total(sum[i][f]));
+        p.wide ? write(static_cast<float*>(p.y) + at, total(sum[i][f])) : write(static_cast<Half*>(p.y) + at, total(sum[i][f]));
       }
   }
 }

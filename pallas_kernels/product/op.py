@@ -1,10 +1,11 @@
 """Products of tokens with frozen weights that were packed once, when they were loaded.
 
-    y_TY = x_TX @ w_XY      summed in float32
+    y_TY = (x_TX @ w_XY) * scale_Y      summed in float32
 
-A block of BLOCK output features is contiguous; within it lie, for each input feature, the block's weights side by side: for
-bfloat16 those of two input features alternate, as instructions for pairs want them.  Both numbers of features are filled up
-with zeros.  The array of all layers is passed with the layer's number, so that no layer is copied for a product.
+A block of BLOCK output features is contiguous; within it lie, for each input feature, the block's weights side by side: of
+16 and 8 bits those of two input features alternate, as instructions for pairs want them.  Both numbers of features are filled
+up with zeros.  The array of all layers is passed with the layer's number, so that no layer is copied for a product.
+Weights of 8 bits are whole numbers in [-127, 127] with a scale for each output feature; other weights have none.
 `dispatch` states which body runs.
 
 Shape letters: T tokens, X Y features in, out, L layers, B blocks.
@@ -27,6 +28,7 @@ from pallas_kernels.shapes import shaped
 BLOCK = 32  # kernels.cc's
 DEPTH = 32  # of input features there are a whole multiple
 FEW_ROWS, TILED_ROWS = 24, 128  # up to so many, with AMX in bfloat16 more, a gradient is the native body's
+MOST = 127  # of weights of 8 bits
 SOME = 128  # blocks that are packed at a time
 
 
@@ -35,7 +37,8 @@ SOME = 128  # blocks that are packed at a time
 class Packed:
     """One linear of all layers, packed."""
 
-    blocks: jax.Array  # [L, B, X / 2, BLOCK, 2] of bfloat16, [L, B, X, BLOCK] of float32, X filled up
+    blocks: jax.Array  # [L, B, X / 2, BLOCK, 2] of bfloat16 and int8, [L, B, X, BLOCK] of float32, X filled up
+    scale: jax.Array | None = None  # float32 [L, B, BLOCK], of int8
     features_in: int = jax.tree.static()
     features_out: int = jax.tree.static()
 
@@ -46,42 +49,64 @@ class Packed:
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Returns the dtype of the weights."""
+        """Returns the dtype of the stored weights."""
         return self.blocks.dtype
 
 
 def packed_shape(features_in: int, features_out: int, dtype: jax.typing.DTypeLike) -> tuple[int, ...]:
     """Returns the shape of one layer's blocks."""
     X, B = -(-features_in // DEPTH) * DEPTH, -(-features_out // BLOCK)
-    return (B, X // 2, BLOCK, 2) if jnp.dtype(dtype).itemsize == 2 else (B, X, BLOCK)
+    return (B, X, BLOCK) if jnp.dtype(dtype).itemsize == 4 else (B, X // 2, BLOCK, 2)
 
 
-def pack(w_XY: np.ndarray, blocks: np.ndarray) -> None:
-    """Writes one layer's weights, cast, into its blocks on the host (`packed_shape`); some at a time, as a head is large."""
+def pack(w_XY: np.ndarray, blocks: np.ndarray, scale: np.ndarray | None = None) -> None:
+    """Writes one layer's weights, cast, into its blocks on the host (`packed_shape`); some at a time, as a head is large.
+
+    scale: float32 [B, BLOCK], written; the weights are then rounded to 8 bits, the largest of an output feature to MOST.
+    """
     X, Y = w_XY.shape
     B, rows, _, *pair = blocks.shape
     P = pair[0] if pair else 1
     for start in range(0, B, SOME):
         count = min(SOME, B - start)
         first, last = start * BLOCK, min((start + count) * BLOCK, Y)
-        some = np.zeros((rows * P, count * BLOCK), blocks.dtype)
+        some = np.zeros((rows * P, count * BLOCK), blocks.dtype if scale is None else np.float32)
         some[:X, : last - first] = w_XY[:, first:last]
+        if scale is not None:
+            most = np.abs(some).max(axis=0)
+            scale[start : start + count] = (most / MOST).reshape(count, BLOCK)
+            np.rint(some * (MOST / np.where(most == 0, 1, most)), out=some)
         parts = some.reshape(rows, P, count, BLOCK).transpose(2, 0, 3, 1)
         blocks[start : start + count] = parts.reshape(count, *blocks.shape[1:])
 
 
 def unpacked(weight: Packed, layer: jax.Array | int) -> jax.Array:
-    """Returns one layer's weights, [X, Y]."""
+    """Returns one layer's weights as they are stored, [X, Y]."""
     parts_BXDP = _parts(weight, layer)
     whole = parts_BXDP.transpose(1, 3, 0, 2)
     return whole.reshape(-1, parts_BXDP.shape[0] * BLOCK)[: weight.features_in, : weight.features_out]
 
 
 def unpacked_back(weight: Packed, layer: jax.Array | int) -> jax.Array:
-    """Returns one layer's weights for the gradient, [Y, X]."""
+    """Returns the transpose of one layer's weights as they are stored, [Y, X]."""
     parts_BXDP = _parts(weight, layer)
     whole = parts_BXDP.transpose(0, 2, 1, 3)
     return whole.reshape(parts_BXDP.shape[0] * BLOCK, -1)[: weight.features_out, : weight.features_in]
+
+
+def outputs(weight: Packed, feature_T: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Returns the weights of these output features, one layer's, [T, X]: of a tied head, the embeddings of tokens."""
+    parts_BXDP = _parts(weight, 0)
+    found = parts_BXDP[feature_T // BLOCK, :, feature_T % BLOCK].reshape(feature_T.shape[0], -1)[:, : weight.features_in]
+    return (found.astype(jnp.float32) * _scale(weight, 0)[0, feature_T, None]).astype(dtype)
+
+
+def _scale(weight: Packed, layer: jax.Array | int) -> jax.Array:
+    """Returns one layer's scale, [1, Y]; one for weights without."""
+    if weight.scale is None:
+        return jnp.ones((1, weight.features_out), jnp.float32)
+    scale = lax.dynamic_index_in_dim(weight.scale, layer, keepdims=False)
+    return scale.reshape(1, -1)[:, : weight.features_out]
 
 
 def _parts(weight: Packed, layer: jax.Array | int) -> jax.Array:
@@ -94,7 +119,8 @@ def _parts(weight: Packed, layer: jax.Array | int) -> jax.Array:
 def product_reference(x_TX: jax.Array, weights: Sequence[Packed], layer: jax.Array) -> tuple[jax.Array, ...]:
     """Defines the op: returns float32 [T, Y] of each weight."""
     wide_TX = x_TX.astype(jnp.float32)
-    return tuple(jnp.dot(wide_TX, unpacked(w, layer).astype(jnp.float32), precision="highest") for w in weights)
+    products = (jnp.dot(wide_TX, unpacked(w, layer).astype(jnp.float32), precision="highest") for w in weights)
+    return tuple(y_TY * _scale(w, layer) for w, y_TY in zip(weights, products, strict=True))
 
 
 @shaped
@@ -110,12 +136,11 @@ def product(
 
 
 def _forward(dtype, x_TX, weights, layer):
-    return _products(dtype, x_TX, weights, layer), (weights, layer)
+    return _products(dtype, x_TX, weights, layer), (weights, layer, x_TX[:0])
 
 
 def _backward(dtype, saved, cotangents):
-    weights, layer = saved
-    kind = weights[0].dtype
+    weights, layer, kind = saved[0], saved[1], saved[2].dtype
     back = [product_back(d.astype(kind), w, layer) for w, d in zip(weights, cotangents, strict=True)]
     return sum(back[1:], back[0]), None, None
 
@@ -123,16 +148,21 @@ def _backward(dtype, saved, cotangents):
 @shaped
 def product_back_reference(d_TY: jax.Array, weight: Packed, layer: jax.Array) -> jax.Array:
     """Defines the transposed product: returns float32 [T, X]."""
-    wide_TY = d_TY.astype(jnp.float32)
+    wide_TY = d_TY.astype(jnp.float32) * _scale(weight, layer)
     return jnp.dot(wide_TY, unpacked_back(weight, layer).astype(jnp.float32), precision="highest")
 
 
 @shaped
 def product_back(d_TY: jax.Array, weight: Packed, layer: jax.Array) -> jax.Array:
-    """Returns [T, X] in d's dtype: d times the transposed weights.  Many rows are worth unpacking the layer for XLA."""
+    """Returns [T, X] in d's dtype: d times the transposed weights.  Many rows are worth unpacking the layer for XLA.
+
+    A scale is d's: so weights of 8 bits are never held in another form, but for a layer of XLA's body.
+    """
+    if weight.scale is not None:
+        d_TY = (d_TY.astype(jnp.float32) * _scale(weight, layer)).astype(d_TY.dtype)
 
     def xla(d_TY: jax.Array, weight: Packed, layer: jax.Array) -> jax.Array:
-        return d_TY @ unpacked_back(weight, layer)
+        return d_TY @ unpacked_back(weight, layer).astype(d_TY.dtype)
 
     def native(d_TY: jax.Array, weight: Packed, layer: jax.Array) -> jax.Array:
         results = [((d_TY.shape[0], weight.features_in), d_TY.dtype)]
@@ -140,20 +170,25 @@ def product_back(d_TY: jax.Array, weight: Packed, layer: jax.Array) -> jax.Array
 
     tiles = d_TY.dtype == jnp.bfloat16 and library.instruction_set() == "amx"
     few = d_TY.shape[0] <= (TILED_ROWS if tiles else FEW_ROWS)
-    fits = few and known_dtypes(d_TY) and weight.dtype == d_TY.dtype
+    fits = few and known_dtypes(d_TY) and weight.dtype in (d_TY.dtype, jnp.int8)
     return by_platform("product_back", d_TY, weight, layer, xla=xla, native=native if fits else None)
 
 
 def _body(dtype, x_TX, weights, layer):
     def xla(x_TX: jax.Array, weights: tuple[Packed, ...], layer: jax.Array) -> tuple[jax.Array, ...]:
-        product = (jnp.dot(x_TX, unpacked(w, layer), preferred_element_type=jnp.float32) for w in weights)
-        return tuple(y_TY.astype(dtype) for y_TY in product)
+        found = []
+        for w in weights:
+            y_TY = jnp.dot(x_TX, unpacked(w, layer).astype(x_TX.dtype), preferred_element_type=jnp.float32)
+            found.append((y_TY if w.scale is None else y_TY * _scale(w, layer)).astype(dtype))
+        return tuple(found)
 
     def native(x_TX: jax.Array, weights: tuple[Packed, ...], layer: jax.Array) -> tuple[jax.Array, ...]:
         results = [((x_TX.shape[0], w.features_out), dtype) for w in weights]
-        return tuple(library.call("jaxlora_product", results, x_TX, layer, *(w.blocks for w in weights)))
+        # Each target's blocks, and where weights have 8 bits its scale after them.
+        arrays = (x for w in weights for x in (w.blocks, w.scale) if x is not None)
+        return tuple(library.call("jaxlora_product", results, x_TX, layer, *arrays))
 
-    fits = known_dtypes(x_TX) and all(w.dtype == x_TX.dtype for w in weights)
+    fits = known_dtypes(x_TX) and all(w.dtype == weights[0].dtype in (x_TX.dtype, jnp.int8) for w in weights)
     return by_platform("product", x_TX, weights, layer, xla=xla, native=native if fits else None)
 
 

@@ -16,9 +16,11 @@ from kernel_checks import BF16, F32, assert_close, assert_same_bits, floats
 from pallas_kernels.native import library
 from pallas_kernels.paged_attention.op import paged_attention
 from pallas_kernels.product.op import (
+    BLOCK,
     FEW_ROWS,
     TILED_ROWS,
     Packed,
+    outputs,
     pack,
     packed_shape,
     product,
@@ -32,6 +34,9 @@ from pallas_kernels.product.op import (
 L = 3
 SHAPES = [(64, 96), (32, 1), (1, 33), (70, 31), (576, 192)]  # features in, out
 TOLERANCE = {"float32": F32, "bfloat16": BF16}
+SUMMED = {"rtol": 0.02, "atol": 0.02}  # where what is summed was rounded to bfloat16
+KINDS = [(dtype, bits) for dtype in TOLERANCE for bits in ("as x", "int8")]  # x, weights
+kinds = pytest.mark.parametrize(("dtype", "bits"), KINDS)
 native = pytest.mark.skipif(
     library.instruction_set() is None, reason="the native bodies are not built or not for this CPU"
 )
@@ -40,16 +45,40 @@ native = pytest.mark.skipif(
 def packed(w_LXY: np.ndarray, dtype: str) -> Packed:
     count, X, Y = w_LXY.shape
     host = np.empty((count, *packed_shape(X, Y, dtype)), jnp.dtype(dtype))
+    scale = np.empty((*host.shape[:2], BLOCK), np.float32) if dtype == "int8" else None
     for layer in range(count):
-        pack(w_LXY[layer], host[layer])
-    return Packed(blocks=jnp.asarray(host), features_in=X, features_out=Y)
+        pack(w_LXY[layer], host[layer], None if scale is None else scale[layer])
+    return Packed(
+        blocks=jnp.asarray(host),
+        scale=None if scale is None else jnp.asarray(scale),
+        features_in=X,
+        features_out=Y,
+    )
 
 
-def made(rows: int, X: int, *outs: int, dtype: str) -> tuple[jax.Array, list[np.ndarray], list[Packed]]:
-    """x, and weights of L layers as they are rounded to the dtype, plain and packed."""
+def stored(w_LXY: np.ndarray, dtype: str) -> np.ndarray:
+    """Weights as they are rounded to the dtype, in float32."""
+    if dtype != "int8":
+        return np.asarray(jnp.asarray(w_LXY, dtype).astype(jnp.float32))
+    scale = np.abs(w_LXY).max(axis=1, keepdims=True) / np.float32(127)
+    whole = np.zeros_like(w_LXY)
+    for layer, feature in np.ndindex(w_LXY.shape[0], w_LXY.shape[2]):
+        column = w_LXY[layer, :, feature]
+        if np.any(column):
+            whole[layer, :, feature] = np.round(column * (np.float32(127) / np.abs(column).max()))
+    return whole * scale
+
+
+def made(
+    rows: int, X: int, *outs: int, dtype: str, bits: str = "as x"
+) -> tuple[jax.Array, list[np.ndarray], list[Packed]]:
+    """x, and weights of L layers as they are rounded, plain and packed."""
     rng = np.random.default_rng(X + rows)
-    weights = [np.asarray(jnp.asarray(floats(rng, L, X, Y) / np.sqrt(X), dtype).astype(jnp.float32)) for Y in outs]
-    return jnp.asarray(floats(rng, rows, X), dtype), weights, [packed(w, dtype) for w in weights]
+    kind = dtype if bits == "as x" else bits
+    weights = [floats(rng, L, X, Y) / np.float32(np.sqrt(X)) for Y in outs]
+    for w in weights:
+        w[..., 0] = 0  # an output feature without weights
+    return jnp.asarray(floats(rng, rows, X), dtype), [stored(w, kind) for w in weights], [packed(w, kind) for w in weights]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -62,10 +91,25 @@ def test_packing_loses_nothing(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_eight_bits_are_the_nearest_of_255(shape, dtype):
+    w_LXY = floats(np.random.default_rng(0), L, *shape)
+    weight = packed(w_LXY, "int8")
+    most = np.abs(w_LXY).max(axis=1, keepdims=True)
+    got = np.stack([np.asarray(unpacked(weight, layer)) for layer in range(L)])
+    scale = np.asarray(weight.scale).reshape(L, 1, -1)[..., : shape[1]]
+    assert got.dtype == np.int8
+    assert np.abs(got).max() == 127
+    assert np.all(np.abs(got * scale - w_LXY) <= most / 254 * (1 + 1e-5))
+    rows = jnp.asarray([shape[1] - 1, 0])
+    assert_close(outputs(weight, rows, dtype), (got[0] * scale[0])[:, rows].T, TOLERANCE[dtype])
+
+
+@kinds
 @pytest.mark.parametrize("rows", [1, 2, 5, 16, 33, 70])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_product_is_a_loops(shape, rows, dtype):
-    x_TX, (w_LXY,), weights = made(rows, *shape, dtype=dtype)
+def test_the_product_is_a_loops(shape, rows, dtype, bits):
+    x_TX, (w_LXY,), weights = made(rows, *shape, dtype=dtype, bits=bits)
     for layer in range(L):
         want = np.zeros((rows, shape[1]))
         for t in range(rows):
@@ -77,41 +121,41 @@ def test_the_product_is_a_loops(shape, rows, dtype):
         assert_close(product_reference(x_TX, weights, jnp.int32(layer))[0], want, F32)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@kinds
 @pytest.mark.parametrize("rows", [1, 3, 16, FEW_ROWS, FEW_ROWS + 1, TILED_ROWS, TILED_ROWS + 1])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_transposed_product_is_numpys(shape, rows, dtype):
-    _, (w_LXY,), (weight,) = made(1, *shape, dtype=dtype)
+def test_the_transposed_product_is_numpys(shape, rows, dtype, bits):
+    _, (w_LXY,), (weight,) = made(1, *shape, dtype=dtype, bits=bits)
     d_TY = jnp.asarray(floats(np.random.default_rng(rows), rows, shape[1]), dtype)
     want = np.asarray(d_TY, np.float64) @ w_LXY[2].T.astype(np.float64)
-    for op in (jax.jit(product_back), product_back_reference):
-        assert_close(op(d_TY, weight, jnp.int32(2)), want, TOLERANCE[dtype] | {"atol": 1e-5})
+    assert_close(product_back_reference(d_TY, weight, jnp.int32(2)), want, F32 | {"atol": 1e-5})
+    limit = SUMMED if (dtype, bits) == ("bfloat16", "int8") else TOLERANCE[dtype] | {"atol": 1e-5}  # d * scale is rounded
+    assert_close(jax.jit(product_back)(d_TY, weight, jnp.int32(2)), want, limit)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-def test_targets_share_one_read(dtype):
-    x_TX, plain, weights = made(9, 64, 96, 1, 40, dtype=dtype)
+@kinds
+def test_targets_share_one_read(dtype, bits):
+    x_TX, plain, weights = made(9, 64, 96, 1, 40, dtype=dtype, bits=bits)
     got = product(x_TX, weights, jnp.int32(1))
     for y_TY, w_LXY in zip(got, plain, strict=True):
         assert_close(y_TY, np.asarray(x_TX, np.float64) @ w_LXY[1], TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-def test_the_gradient_is_the_transposed_product(dtype):
-    x_TX, plain, weights = made(5, 64, 96, 33, dtype=dtype)
+@kinds
+def test_the_gradient_is_the_transposed_product(dtype, bits):
+    x_TX, plain, weights = made(5, 64, 96, 33, dtype=dtype, bits=bits)
     d = [floats(np.random.default_rng(1), 5, w.shape[2]) for w in plain]
     d = [jnp.asarray(y, dtype) for y in d]
     _, pull = jax.vjp(lambda x: tuple(product(x, weights, jnp.int32(2))), x_TX)
     want = sum(np.asarray(y, np.float64) @ w[2].T.astype(np.float64) for y, w in zip(d, plain, strict=True))
-    rounded = {"rtol": 0.02, "atol": 0.02} if dtype == "bfloat16" else F32  # each target's part is rounded on its own
-    assert_close(pull(tuple(d))[0], want, rounded)
+    assert_close(pull(tuple(d))[0], want, SUMMED if dtype == "bfloat16" else F32)  # each target's part is rounded on its own
 
 
 @native
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@kinds
 @pytest.mark.parametrize("shape", [(64, 96), (70, 31)])
-def test_a_rows_bits_do_not_depend_on_its_company(shape, dtype):
-    x_TX, _, weights = made(70, *shape, dtype=dtype)
+def test_a_rows_bits_do_not_depend_on_its_company(shape, dtype, bits):
+    x_TX, _, weights = made(70, *shape, dtype=dtype, bits=bits)
     run = jax.jit(lambda x: product(x, weights, jnp.int32(1))[0])
     whole = run(x_TX)
     for rows in (1, 2, 3, 8, 17, 33, 64):
@@ -122,9 +166,9 @@ def test_a_rows_bits_do_not_depend_on_its_company(shape, dtype):
 
 
 @native
-@pytest.mark.parametrize("dtype", TOLERANCE)
-def test_a_scan_over_layers_copies_no_weights(dtype):
-    x_TX, _, weights = made(4, 576, 576, dtype=dtype)
+@kinds
+def test_a_scan_over_layers_copies_no_weights(dtype, bits):
+    x_TX, _, weights = made(4, 576, 576, dtype=dtype, bits=bits)
 
     @jax.jit
     def layers(x_TX: jax.Array, weight: Packed) -> jax.Array:
