@@ -30,7 +30,7 @@ if why := hidden_neighbours():  # else the imports below run a train.py of the u
     raise PackageHidden(why)
 
 from jaxlora.checkpoints.load import Opened, load_found
-from jaxlora.config.base import DEMO_MODEL, ONE_DEVICE, Dtype, MeshSection, ModelSection
+from jaxlora.config.base import DEMO_MODEL, ONE_DEVICE, Dtype, MeshSection, ModelSection, Quantization
 from jaxlora.config.serving import ServeConfig, TrainingSection
 from jaxlora.config.training import PASSES, LossName, Recipe, Schedule, TooLong, default_lr
 from jaxlora.config.words import in_our_words
@@ -85,6 +85,7 @@ class Session:
         model: str | Path = DEMO_MODEL,
         *,
         dtype: Dtype = "auto",
+        quantization: Quantization = "none",
         mesh: MeshSection = ONE_DEVICE,
         slots: int = 8,
         max_rank: int = DEFAULTS.rank,
@@ -103,7 +104,7 @@ class Session:
         their tokens, whose cost does not depend on how many tenants there are.  longest_tokens: of an example; tenants with
         examples longer than a row get longer rows, which compile programs of their own; None: lane_tokens.  publish_every: steps of a tenant between
         the versions that it makes by itself.  store: the folder that keeps the versions, for `jaxlora serve`; None: a
-        temporary one.  memory_gb: the most memory to take; None: what is available.  progress: whether stderr tells how
+        temporary one.  quantization: int8 keeps the weights in 8 bits, on a CPU.  memory_gb: the most memory to take; None: what is available.  progress: whether stderr tells how
         far this is; None: in a notebook and on a terminal.
         The server's other sizes are chosen from the memory, as those of `jaxlora serve` are.
         Raises ModelInvalid, ConfigInvalid, AdapterInvalid, InvalidRequest; StorageFailed or StateInvalid for the store.
@@ -111,7 +112,7 @@ class Session:
         if publish_every < 1:
             raise InvalidRequest(f"publish_every must be at least 1, got {publish_every}", param="publish_every")
         with named_errors():
-            section = ModelSection(path=str(model), dtype=dtype)
+            section = ModelSection(path=str(model), dtype=dtype, quantization=quantization)
             pool = PoolSpec(slots=slots, rank=max_rank, dtype="float32", targets=targets)
             training = TrainingSection(
                 slots=slots, max_rank=max_rank, lanes=lanes, lane_tokens=lane_tokens, longest_tokens=longest_tokens

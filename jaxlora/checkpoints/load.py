@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxlora.checkpoints.gguf import GgufFile, GgufSource, shape_of
@@ -176,6 +177,11 @@ class Opened:
     tokenizer: Tokenizer
 
 
+def head_of(source: HfSource | GgufSource) -> np.ndarray:
+    """Reads a checkpoint's head, [V, D]."""
+    return source.read("embed", None) if source.config.tied else source.read("head", None).T
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Found:
     """A base model whose files have been found and described; nothing of its weights is in memory."""
@@ -203,7 +209,13 @@ def fitted[P](found: Found, model: ModelSection, kv_dtype: str, plan: Callable[[
 
     def shape(dtype: str) -> BaseShape:
         kv = dtype if kv_dtype == "auto" else kv_dtype
-        return BaseShape(config=found.source.config, dtype=dtype, kv_dtype=kv, name=found.name)
+        return BaseShape(
+            config=found.source.config,
+            dtype=dtype,
+            kv_dtype=kv,
+            quantized=model.quantization == "int8",
+            name=found.name,
+        )
 
     try:
         return found, plan(shape(found.dtype))
@@ -228,7 +240,9 @@ def load_found(found: Found, model: ModelSection, mesh: MeshSection) -> Opened:
     return Opened(
         name=found.name,
         path=found.path,
-        base=load_base(found.source, devices, dtype=found.dtype, precision=model.precision),
+        base=load_base(
+            found.source, devices, dtype=found.dtype, precision=model.precision, quantization=model.quantization
+        ),
         base_hash=whole,
         weights_hash=weights,
         mesh=devices,

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 DEMO_MODEL = "smollm2"  # the installed demo model
 Dtype = Literal["float32", "bfloat16", "auto"]  # auto: bfloat16 where it is clearly faster (checkpoints/load.py)
+Quantization = Literal["none", "int8"]
 Precision = Literal["auto", "default", "high", "highest"]  # of matrix products; auto: highest in float32, else default
 
 
@@ -83,6 +84,8 @@ class ModelSection:
     path: PathOrName  # "smollm2", a directory, a .gguf file or a hub id
     dtype: Dtype = "auto"  # float32 or bfloat16; auto: bfloat16 where it is clearly faster
     precision: Precision = "auto"  # of matrix products: default, high or highest; auto: highest in float32
+    # int8, on one CPU device: linears and head in 8 bits, a scale for each output feature; half of bfloat16's memory.
+    quantization: Quantization = "none"
 
     def __post_init__(self) -> None:
         with Checks() as check:

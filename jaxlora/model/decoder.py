@@ -22,12 +22,12 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
-from jaxlora.core.errors import ModelInvalid
+from jaxlora.core.errors import ConfigInvalid, ModelInvalid
 from jaxlora.core.model_config import LINEARS, ModelConfig, parameters
 from jaxlora.model.mesh import check_model, place_array, replicated, sharding
 from pallas_kernels import KEPT
 from pallas_kernels.native.library import instruction_set
-from pallas_kernels.product.op import Packed, pack, packed_shape, product, unpacked_back
+from pallas_kernels.product.op import BLOCK, Packed, outputs, pack, packed_shape, product
 from pallas_kernels.rows import op as rows
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -133,21 +133,20 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Embedding, stacked layers and final norm; the head is applied where it is needed (see `head_weight`)."""
+    """Stacked layers and final norm; the head is applied where it is needed (see `head_weight`)."""
 
     def __init__(self, base: Base):
         self.config = base.config
-        self.embed = nnx.Param(base.arrays["embed"])
         self.norm = nnx.Param(base.arrays["norm"])
         self.blocks = Block({name: x for name, x in base.arrays.items() if name not in ("embed", "norm", "head")})
         linears = {name: x for name, x in base.packed.items() if name != "head"}
         self.packed = nnx.data(linears)  # of all layers: a scan over them would copy each layer's
 
     def __call__[Cache, Layer](
-        self, batch: TokenBatch, lora: Lora[Layer], attend: Attend[Cache], cache: Cache, remat: str
+        self, batch: TokenBatch, x_TD: jax.Array, lora: Lora[Layer], attend: Attend[Cache], cache: Cache, remat: str
     ) -> tuple[jax.Array, Cache]:
         """Returns (hidden [T, D] after the final norm, cache)."""
-        x_TD, cache = self.layers(batch, self.embed[...][batch.token_T], lora, attend, cache, remat, None)
+        x_TD, cache = self.layers(batch, x_TD, lora, attend, cache, remat, None)
         return rms_norm(x_TD, self.norm[...], self.config.norm_eps), cache
 
     def layers[Cache, Layer](
@@ -190,7 +189,10 @@ class Decoder(nnx.Module):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """The frozen base model: device arrays by the names of `parameters`, and their configuration."""
+    """The frozen base model: device arrays by the names of `parameters`, and their configuration.
+
+    A base of 8 bits has them in its linears and its head, and in its embeddings where they are the head.
+    """
 
     arrays: dict[str, jax.Array]
     packed: dict[str, Packed] = field(default_factory=dict)  # all linears and the head, or none: then `arrays` has them
@@ -200,8 +202,8 @@ class Base:
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Returns the dtype of weights, activations and KV."""
-        return self.arrays["embed"].dtype
+        """Returns the dtype of activations, KV and what is not in 8 bits."""
+        return self.arrays["norm"].dtype
 
 
 def forward[Cache, Layer](
@@ -218,11 +220,13 @@ def forward[Cache, Layer](
     remat: one of REMAT; it changes what a gradient saves, and nothing without a gradient.
     """
     with jax.default_matmul_precision(base.precision):
-        return Decoder(base)(batch, lora, attend, cache, remat)
+        return Decoder(base)(batch, embedded(base, batch), lora, attend, cache, remat)
 
 
 def embedded(base: Base, batch: TokenBatch) -> jax.Array:
     """Returns the input of the first layer, [T, D]."""
+    if "embed" not in base.arrays:
+        return outputs(base.packed["head"], batch.token_T, base.dtype)
     return base.arrays["embed"][batch.token_T]
 
 
@@ -252,10 +256,13 @@ def final_norm(base: Base, x_TD: jax.Array) -> jax.Array:
 
 def head_weight(base: Base) -> tuple[jax.Array | Packed, jax.Array]:
     """Returns the head's weight as (head_DV, back_VD), the second its transpose; one may be a view of the other."""
-    embed = base.arrays["embed"]
+    embed = base.arrays.get("embed")
     if base.packed:
         head = base.packed["head"]
-        return head, embed if base.config.tied else unpacked_back(head, 0)
+        if base.config.tied and embed is not None:
+            return head, embed
+        return head, outputs(head, jnp.arange(base.config.vocab), base.dtype)
+    assert embed is not None
     head_DV = base.arrays.get("head", embed.T)
     return head_DV, embed if base.config.tied else head_DV.T
 
@@ -280,13 +287,17 @@ class WeightSource(Protocol):
         ...
 
 
-def load_base(source: WeightSource, mesh: Mesh, *, dtype: str, precision: str = "auto") -> Base:
+def load_base(
+    source: WeightSource, mesh: Mesh, *, dtype: str, precision: str = "auto", quantization: str = "none"
+) -> Base:
     """Loads the base onto the devices of `mesh`, each array cast and placed with its own sharding.
 
     The host holds one array at a time besides what a CPU device keeps.
 
     precision: of matrix products: default, high, highest, or auto, which is highest for float32, default for bfloat16.
-    Raises ModelInvalid for a dtype other than float32 or bfloat16 or a wrong tensor, ConfigInvalid when the mesh does not divide.
+    quantization: of the linears and the head: none, or int8 on one CPU device.
+    Raises ModelInvalid for a dtype other than float32 or bfloat16 or a wrong tensor, ConfigInvalid when the mesh does not divide
+    and for 8 bits elsewhere than on one CPU device.
     """
     if dtype not in DTYPES:
         raise ModelInvalid(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
@@ -295,7 +306,12 @@ def load_base(source: WeightSource, mesh: Mesh, *, dtype: str, precision: str = 
     arrays: dict[str, jax.Array] = {}
     packed: dict[str, Packed] = {}
     on_cpu = mesh.devices.flat[0].platform == "cpu"
-    packs = on_cpu and mesh.size == 1 and instruction_set() is not None
+    if quantization == "int8" and not (on_cpu and mesh.size == 1):
+        raise ConfigInvalid(
+            f"quantization = int8 is for one CPU device, got {mesh.size} of {mesh.devices.flat[0].platform}; leave it out"
+        )
+    packs = on_cpu and mesh.size == 1 and (quantization == "int8" or instruction_set() is not None)
+    kind = jnp.int8 if quantization == "int8" else DTYPES[dtype]
     # The largest first: reading one takes several times its bytes, and least is held by then.
     for name, p in sorted(parameters(config).items(), key=lambda item: item[1].axes[0] == "layers"):
         if packs and name in LINEARS:
@@ -305,7 +321,7 @@ def load_base(source: WeightSource, mesh: Mesh, *, dtype: str, precision: str = 
                 what = f"{name} of layer {layer}" if layered else name
                 return _checked(source.read(name, layer if layered else None), shape, what)
 
-            packed[name] = _packed(read, p.shape if layered else (1, *p.shape), mesh, DTYPES[dtype])
+            packed[name] = _packed(read, p.shape if layered else (1, *p.shape), mesh, kind)
             continue
         host = device_ready(p.shape, DTYPES[dtype])
         if p.axes[0] == "layers":
@@ -313,10 +329,13 @@ def load_base(source: WeightSource, mesh: Mesh, *, dtype: str, precision: str = 
                 host[layer] = _checked(source.read(name, layer), p.shape[1:], f"{name} of layer {layer}")
         else:
             host[...] = _checked(source.read(name, None), p.shape, name)
+        tied = name == "embed" and config.tied
+        if tied and packs:
+            packed["head"] = _packed(lambda _, host=host: host.T, (1, *p.shape[::-1]), mesh, kind)
+        if tied and quantization == "int8":
+            continue  # embeddings are the packed head's
         arrays[name] = place_array(host, sharding(mesh, p.axes))
-        if name == "embed" and config.tied and packs:
-            packed["head"] = _packed(lambda _, host=host: host.T, (1, *p.shape[::-1]), mesh, DTYPES[dtype])
-        elif name == "embed" and config.tied and on_cpu:
+        if tied and on_cpu and not packs:
             # XLA's CPU backend multiplies bfloat16 by a row-major right-hand side at twice the speed of a transposed one.
             host_DV = device_ready(p.shape[::-1], DTYPES[dtype])
             host_DV[...] = host.T
@@ -332,9 +351,15 @@ def _packed(read: Callable[[int], np.ndarray], shape: tuple[int, ...], mesh: Mes
     """Returns one linear, packed layer by layer.  read: returns a layer's weights, [X, Y].  shape: [L, X, Y]."""
     L, X, Y = shape
     host = device_ready((L, *packed_shape(X, Y, dtype)), dtype)
+    scale = device_ready((*host.shape[:2], BLOCK), jnp.float32) if dtype == jnp.int8 else None
     for layer in range(L):
-        pack(read(layer), host[layer])
-    return Packed(blocks=place_array(host, replicated(mesh)), features_in=X, features_out=Y)
+        pack(read(layer), host[layer], None if scale is None else scale[layer])
+    return Packed(
+        blocks=place_array(host, replicated(mesh)),
+        scale=None if scale is None else place_array(scale, replicated(mesh)),
+        features_in=X,
+        features_out=Y,
+    )
 
 
 def device_ready(shape: tuple[int, ...], dtype: jnp.dtype) -> np.ndarray:

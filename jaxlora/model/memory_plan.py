@@ -119,20 +119,31 @@ class BaseShape:
     config: ModelConfig
     dtype: str  # float32 or bfloat16, of weights, activations and serving slots
     kv_dtype: str
+    quantized: bool = False  # linears and head have 8 bits, on one CPU device
     name: str  # for a reader
 
     def weights_bytes(self, machine: Machine) -> int:
         """Returns the bytes of all arrays on one device, the second head that a CPU keeps of a tied base included."""
-        table = [(_stored(name, p.shape, machine), p.axes) for name, p in parameters(self.config).items()]
+        table = [(name, p.shape, p.axes) for name, p in parameters(self.config).items()]
         if self.config.tied and machine.platform == "cpu":
-            table.append((_stored("head", (self.config.d_model, self.config.vocab), machine), ("embed", "vocab")))
-        return sum(_part(shape, axes, machine) for shape, axes in table) * ITEMSIZE[self.dtype]
+            table.append(("head", (self.config.d_model, self.config.vocab), ("embed", "vocab")))
+        if self.quantized and self.config.tied:
+            table = [entry for entry in table if entry[0] != "embed"]  # they are the head's
+        return sum(self._stored_bytes(name, shape, axes, machine) for name, shape, axes in table)
+
+    def _stored_bytes(self, name: str, shape: Sequence[int], axes: Sequence[str | None], machine: Machine) -> int:
+        """Returns the bytes on one device of an array as it is stored, with what packing fills up."""
+        if name in LINEARS and (machine.packed or self.quantized):
+            *layers, X, Y = (*shape[:-2], *(-(-size // PACKED_PART) * PACKED_PART for size in shape[-2:]))
+            if self.quantized:
+                return math.prod(layers) * (X * Y + 4 * Y)
+            shape = (*layers, X, Y)
+        return _part(shape, axes, machine) * ITEMSIZE[self.dtype]
 
     def unpacked_bytes(self, machine: Machine) -> int:
-        """Returns the bytes of what training unpacks of packed weights: the transposed head of a base that is not tied."""
-        return (
-            (machine.packed and not self.config.tied) * self.config.d_model * self.config.vocab * ITEMSIZE[self.dtype]
-        )
+        """Returns the bytes of the transposed head, which training unpacks unless it is there as embeddings."""
+        unpacks = self.quantized or (machine.packed and not self.config.tied)
+        return unpacks * self.config.d_model * self.config.vocab * ITEMSIZE[self.dtype]
 
     def rank_bytes(self, machine: Machine, targets: Sequence[str] = ALL_TARGETS, itemsize: int = 4) -> int:
         """Returns the bytes on one device of one rank row of an adapter of these targets: A and B of all layers."""
@@ -156,13 +167,6 @@ def _part(shape: Sequence[int], axes: Sequence[str | None], machine: Machine) ->
     """Returns the elements of an array that one device holds."""
     split = math.prod(machine.parts.get(axis, 1) for axis in axes if axis is not None)
     return -(-math.prod(shape) // split)
-
-
-def _stored(name: str, shape: Sequence[int], machine: Machine) -> Sequence[int]:
-    """Returns the shape as it is stored, with what packing fills up."""
-    if not machine.packed or name not in LINEARS:
-        return shape
-    return (*shape[:-2], *(-(-size // PACKED_PART) * PACKED_PART for size in shape[-2:]))
 
 
 # ---- what each thing takes --------------------------------------------------------------------------------------------
@@ -463,7 +467,7 @@ def _too_large[Config](
     total = sum(needs.values())
     parts = " + ".join(f"{name} {nbytes / GB:.2f}" for name, nbytes in _by_size(needs) if nbytes)
     told = (
-        f"{base.name} in {base.dtype} does not fit: {parts} = {total / GB:.2f} GB at least, and "
+        f"{base.name} in {base.dtype}{' with weights of 8 bits' * base.quantized} does not fit: {parts} = {total / GB:.2f} GB at least, and "
         f"{usable_bytes(limit, share) / GB:.2f} GB may be planned with (memory_share {share:g} of "
         f"{limit.nbytes / GB:.2f} GB, {limit.origin})"
     )
@@ -478,10 +482,10 @@ def _too_large[Config](
             f"{told}; give it {wanted:g} GB (memory_gb), or set training = false: then it fits, and takes no jobs",
             param="training",
         )
-    other = '[model] dtype = "bfloat16" or ' if base.dtype == "float32" else ""
-    return ConfigInvalid(
-        f"{told}; give it {wanted:g} GB (memory_gb), or choose {other}a smaller base", param="memory_gb"
-    )
+    others = ['[model] dtype = "bfloat16"'] * (base.dtype == "float32")
+    others += ['on a CPU [model] quantization = "int8"'] * (not base.quantized)
+    choices = ", ".join([*others, "a smaller base"])
+    return ConfigInvalid(f"{told}; give it {wanted:g} GB (memory_gb), or choose {choices}", param="memory_gb")
 
 
 def _given_to_serve(config: ServeConfig) -> Iterator[Given[ServeConfig]]:

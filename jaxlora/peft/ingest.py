@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jaxlora.checkpoints.gguf import GgufSource
 from jaxlora.checkpoints.hf import HfSource
-from jaxlora.checkpoints.load import base_hash, find_model, open_source
+from jaxlora.checkpoints.load import base_hash, find_model, head_of, open_source
 from jaxlora.core.lora import AdapterWeights
 from jaxlora.core.model_config import ModelConfig
 from jaxlora.peft.archive import unpack, upload_limits
@@ -50,7 +50,7 @@ def read_over(base: BaseFiles, folder: Path, *, any_base: bool = False) -> tuple
         base_name=base.name,
         max_rank=largest_rank(config),
         head_supported=True,
-        read_head=lambda: source.read("embed", None) if config.tied else source.read("head", None).T,
+        read_head=lambda: head_of(source),
         any_base=any_base,
     )
 

@@ -106,8 +106,7 @@ def _forward(form, *args):
 def _backward(form, saved, cotangent):
     *args, lse_GJ = saved
     dx_GJD, dlora = _dispatched(form, _backward_xla, _backward_kernels, args, lse_GJ, cotangent[0])
-    _, _, head_DV, back_VD, _, _ = args
-    return dx_GJD, dlora, jax.tree.map(jnp.zeros_like, head_DV), jnp.zeros_like(back_VD), None, None
+    return dx_GJD, dlora, None, None, None, None
 
 
 _packed.defvjp(_forward, _backward)

@@ -97,7 +97,9 @@ def unpacked_back(weight: Packed, layer: jax.Array | int) -> jax.Array:
 def outputs(weight: Packed, feature_T: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     """Returns the weights of these output features, one layer's, [T, X]: of a tied head, the embeddings of tokens."""
     parts_BXDP = _parts(weight, 0)
-    found = parts_BXDP[feature_T // BLOCK, :, feature_T % BLOCK].reshape(feature_T.shape[0], -1)[:, : weight.features_in]
+    found = parts_BXDP[feature_T // BLOCK, :, feature_T % BLOCK].reshape(feature_T.shape[0], -1)[
+        :, : weight.features_in
+    ]
     return (found.astype(jnp.float32) * _scale(weight, 0)[0, feature_T, None]).astype(dtype)
 
 

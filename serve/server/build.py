@@ -20,7 +20,7 @@ from typing import NoReturn
 import numpy as np
 from fastapi import APIRouter
 
-from jaxlora.checkpoints.load import Found, Opened, find_base, fitted, load_found
+from jaxlora.checkpoints.load import Found, Opened, find_base, fitted, head_of, load_found, open_source
 from jaxlora.config.serving import READ_MEMORY_BYTES, AdapterSection, ServeConfig, SizedConfig
 from jaxlora.config.training import TooLong, default_lr
 from jaxlora.core.errors import AdapterInvalid, ConfigInvalid, InvalidRequest, JaxLoraError
@@ -28,7 +28,6 @@ from jaxlora.core.lora import ALL_TARGETS, HEAD_TARGET, AdapterRef, AdapterWeigh
 from jaxlora.core.progress import Progress
 from jaxlora.model import compile_cache
 from jaxlora.model.compile_cache import CompileCounter
-from jaxlora.model.decoder import head_weight
 from jaxlora.model.lora_pool import PoolSpec
 from jaxlora.model.machine import machine_of, memory_errors
 from jaxlora.model.memory_plan import plan_server
@@ -252,8 +251,8 @@ def make_runner(opened: Opened, config: SizedConfig, store: AdapterStore) -> Dev
 
 
 def read_head(opened: Opened) -> np.ndarray:
-    """Copies the base's head [V, D] from the device."""
-    return np.asarray(head_weight(opened.base)[1])
+    """Reads the base's head [V, D] as its checkpoint has it."""
+    return head_of(open_source(opened.path))
 
 
 def load_peft(runner: DeviceThread, opened: Opened, section: AdapterSection) -> AdapterRef:

@@ -78,7 +78,11 @@ def made(
     weights = [floats(rng, L, X, Y) / np.float32(np.sqrt(X)) for Y in outs]
     for w in weights:
         w[..., 0] = 0  # an output feature without weights
-    return jnp.asarray(floats(rng, rows, X), dtype), [stored(w, kind) for w in weights], [packed(w, kind) for w in weights]
+    return (
+        jnp.asarray(floats(rng, rows, X), dtype),
+        [stored(w, kind) for w in weights],
+        [packed(w, kind) for w in weights],
+    )
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -129,7 +133,9 @@ def test_the_transposed_product_is_numpys(shape, rows, dtype, bits):
     d_TY = jnp.asarray(floats(np.random.default_rng(rows), rows, shape[1]), dtype)
     want = np.asarray(d_TY, np.float64) @ w_LXY[2].T.astype(np.float64)
     assert_close(product_back_reference(d_TY, weight, jnp.int32(2)), want, F32 | {"atol": 1e-5})
-    limit = SUMMED if (dtype, bits) == ("bfloat16", "int8") else TOLERANCE[dtype] | {"atol": 1e-5}  # d * scale is rounded
+    limit = (
+        SUMMED if (dtype, bits) == ("bfloat16", "int8") else TOLERANCE[dtype] | {"atol": 1e-5}
+    )  # d * scale is rounded
     assert_close(jax.jit(product_back)(d_TY, weight, jnp.int32(2)), want, limit)
 
 
@@ -148,7 +154,9 @@ def test_the_gradient_is_the_transposed_product(dtype, bits):
     d = [jnp.asarray(y, dtype) for y in d]
     _, pull = jax.vjp(lambda x: tuple(product(x, weights, jnp.int32(2))), x_TX)
     want = sum(np.asarray(y, np.float64) @ w[2].T.astype(np.float64) for y, w in zip(d, plain, strict=True))
-    assert_close(pull(tuple(d))[0], want, SUMMED if dtype == "bfloat16" else F32)  # each target's part is rounded on its own
+    assert_close(
+        pull(tuple(d))[0], want, SUMMED if dtype == "bfloat16" else F32
+    )  # each target's part is rounded on its own
 
 
 @native
