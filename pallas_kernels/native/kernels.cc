@@ -41,16 +41,19 @@ constexpr int64_t TOGETHER = 8;         // tokens of one slot that share a read 
 enum Isa { NONE, AVX2, AVX512, AVX512_BF16, AMX };
 Isa isa = NONE;  // what runs; set once, when the library is loaded
 
-// y[M, N] = (x[M, K] @ w) * scale.  w is packed: [N / BLOCK, K / 2, BLOCK, 2] of bfloat16 or of 8 bits, which are widened to it
-// a block at a time, [N / BLOCK, K, BLOCK] of float32.
+// y[M, N] = x[M, K] @ w.  w is packed, [N / BLOCK, K / P, BLOCK, P]: P is 1 of float32, 2 of bfloat16, 4 of int8, which has a
+// scale for each output feature; there a row of x is digit[0] * 128 + digit[1] times the row's own scale, so that sums are whole
+// numbers.
 struct Product {
-  const void* x;       // bfloat16 where products are, else float32
+  const void* x;           // bfloat16 where products are, else float32
   const char* w;
-  const float* scale;  // [N / BLOCK, BLOCK], or none
   void* y;
-  int64_t M, K, N;     // K as w is padded
-  int64_t size;        // bytes of a weight
-  bool wide;           // y is float32, else bfloat16
+  int64_t M, K, N;         // K as w is padded
+  int64_t size;            // bytes of a weight
+  bool wide;               // y is float32, else bfloat16
+  const float* scale;      // [N / BLOCK, BLOCK]
+  const int8_t* digit[2];  // [M, K]
+  const float* row_scale;  // [M]
 };
 
 // Attention of one run of a lane's tokens with one kv head, over the lane's pages.
@@ -144,24 +147,12 @@ inline bool is_half(const Any& x) { return x.element_type() == ffi::BF16; }
 #define WIDEST(fits, ...) (isa >= AVX512 && (fits) ? avx512::__VA_ARGS__ : avx2::__VA_ARGS__)
 namespace {
 
-// Returns the weights as bfloat16, which has room for 8 bits, until the next call in this thread.
-const Half* widened(const int8_t* w, int64_t count) {
-  static thread_local std::vector<Half> halves;
-  if (int64_t(halves.size()) < count) halves.resize(count);
-  WIDEST(true, widen(w, halves.data(), count));
-  return halves.data();
-}
-
 // ---- bfloat16 with AVX512-BF16: two k at a time -----------------------------------------------------------------------
 
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")))
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,fma")))
 
 TARGET inline void store(const Product& p, int64_t row, int64_t block, __m512 low, __m512 high) {
   const int64_t at = row * p.N + block * BLOCK, left = p.N - block * BLOCK;
-  if (p.scale) {
-    low = _mm512_mul_ps(low, _mm512_loadu_ps(p.scale + block * BLOCK));
-    high = _mm512_mul_ps(high, _mm512_loadu_ps(p.scale + block * BLOCK + 16));
-  }
   const __mmask32 some = left >= BLOCK ? 0xffffffffu : (1u << left) - 1;
   if (p.wide) {
     auto* y = static_cast<float*>(p.y) + at;
@@ -173,8 +164,9 @@ TARGET inline void store(const Product& p, int64_t row, int64_t block, __m512 lo
 }
 
 template <int COUNT>
-TARGET void pair_rows(const Product& p, int64_t row, int64_t block, const Half* w) {
+TARGET void pair_rows(const Product& p, int64_t row, int64_t block) {
   const auto* x = static_cast<const Half*>(p.x) + row * p.K;
+  const auto* w = reinterpret_cast<const Half*>(p.w) + block * BLOCK * p.K;
   __m512 sum[COUNT][2];
   for (auto& of : sum) of[0] = of[1] = _mm512_setzero_ps();
   for (int64_t k = 0; k < p.K; k += 2, w += 2 * BLOCK) {
@@ -190,18 +182,50 @@ TARGET void pair_rows(const Product& p, int64_t row, int64_t block, const Half* 
   for (int i = 0; i < COUNT; ++i) store(p, row + i, block, sum[i][0], sum[i][1]);
 }
 
-TARGET void pair_block(const Product& p, int64_t block, const Half* w) {
+TARGET void pair_block(const Product& p, int64_t block) {
   int64_t row = 0;
-  for (; row + 8 <= p.M; row += 8) pair_rows<8>(p, row, block, w);
-  for (; row + 4 <= p.M; row += 4) pair_rows<4>(p, row, block, w);
-  for (; row < p.M; ++row) pair_rows<1>(p, row, block, w);
+  for (; row + 8 <= p.M; row += 8) pair_rows<8>(p, row, block);
+  for (; row + 4 <= p.M; row += 4) pair_rows<4>(p, row, block);
+  for (; row < p.M; ++row) pair_rows<1>(p, row, block);
+}
+
+// 8 bits, four k at a time.  The instruction wants digits without a sign: 128 are added, and what they add is taken off.
+template <int COUNT>
+TARGET void quad_rows(const Product& p, int64_t row, int64_t block) {
+  const auto* w = reinterpret_cast<const int8_t*>(p.w) + block * BLOCK * p.K;
+  const __m512i more = _mm512_set1_epi8(char(128));
+  __m512i sum[COUNT][2][2], added[2] = {};
+  for (auto& of : sum) of[0][0] = of[0][1] = of[1][0] = of[1][1] = _mm512_setzero_si512();
+  for (int64_t k = 0; k < p.K; k += 4, w += 4 * BLOCK)
+    for (int part = 0; part < 2; ++part) {
+      const __m512i some = _mm512_loadu_si512(w + 64 * part);
+      added[part] = _mm512_dpbusd_epi32(added[part], more, some);
+      for (int i = 0; i < COUNT; ++i)
+        for (int d = 0; d < 2; ++d) {
+          int32_t quad;
+          std::memcpy(&quad, p.digit[d] + (row + i) * p.K + k, 4);
+          sum[i][d][part] = _mm512_dpbusd_epi32(sum[i][d][part], _mm512_set1_epi32(quad ^ int32_t(0x80808080)), some);
+        }
+    }
+  for (int i = 0; i < COUNT; ++i) {
+    alignas(64) int32_t whole[2][BLOCK];
+    for (int d = 0; d < 2; ++d)
+      for (int part = 0; part < 2; ++part) _mm512_store_si512(whole[d] + 16 * part, _mm512_sub_epi32(sum[i][d][part], added[part]));
+    avx512::store_whole(p, row + i, block, whole[0], whole[1]);
+  }
+}
+
+TARGET void quad_block(const Product& p, int64_t block) {
+  int64_t row = 0;
+  for (; row + 4 <= p.M; row += 4) quad_rows<4>(p, row, block);
+  for (; row < p.M; ++row) quad_rows<1>(p, row, block);
 }
 
 #undef TARGET
 
 // ---- bfloat16 with AMX: tiles of 16 rows by 16 features, 32 k at a time -----------------------------------------------
 
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16,fma")))
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16,amx-int8,fma")))
 
 struct alignas(64) Tiles {
   uint8_t palette = 1, start = 0, unused[14] = {};
@@ -209,43 +233,83 @@ struct alignas(64) Tiles {
   uint8_t rows[16] = {};
 };
 
-TARGET void configure(int64_t rows) {  // 0 to 3 are sums, 4 and 5 rows of x, 6 and 7 weights
+TARGET void configure(int64_t some, int64_t others) {  // 0 to 3 are sums, 4 and 5 rows of x, 6 and 7 weights
   Tiles tiles;
-  const auto first = uint8_t(std::min<int64_t>(rows, 16)), second = uint8_t(std::max<int64_t>(rows - 16, 1));
+  const auto first = uint8_t(some), second = uint8_t(others);
   for (int t : {0, 1, 4}) tiles.rows[t] = first;
   for (int t : {2, 3, 5}) tiles.rows[t] = second;
   tiles.rows[6] = tiles.rows[7] = 16;
   _tile_loadconfig(&tiles);
 }
 
-// The processor does not see what a tile's load will want: each step fetches `lines` of what is read later.
-TARGET void tiled_block(const Product& p, int64_t block, const Half* w, const char* later, int lines) {
+// Fetches what is read three tiles later: the processor does not see what a tile's load will want.
+TARGET inline void ahead(const char* w) {
+  for (int line = 0; line < 32; ++line) _mm_prefetch(w + 6 * 32 * BLOCK + 64 * line, _MM_HINT_T0);
+}
+
+TARGET void tiled_blocks(const Product& p, int64_t first, int64_t last) {
   alignas(64) float sum[32][BLOCK];
   for (int64_t row = 0; row < p.M; row += 32) {
     const int64_t rows = std::min<int64_t>(32, p.M - row);
     const auto* x = static_cast<const Half*>(p.x) + row * p.K;
-    if (row == 0 || rows < 32) configure(rows);
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int64_t k = 0; k < p.K; k += 32) {
-      for (int line = 0; line < (row ? 0 : lines); ++line) _mm_prefetch(later + (k / 32 * lines + line) * 64, _MM_HINT_T0);
-      _tile_loadd(4, x + k, 2 * p.K);
-      _tile_loadd(6, w + k * BLOCK, 4 * BLOCK);
-      _tile_loadd(7, w + k * BLOCK + BLOCK, 4 * BLOCK);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-      if (rows <= 16) continue;
-      _tile_loadd(5, x + 16 * p.K + k, 2 * p.K);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
+    configure(std::min<int64_t>(rows, 16), std::max<int64_t>(rows - 16, 1));
+    for (int64_t block = first; block < last; ++block) {
+      const auto* w = reinterpret_cast<const Half*>(p.w) + block * BLOCK * p.K;
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+      for (int64_t k = 0; k < p.K; k += 32, w += 32 * BLOCK) {
+        ahead(reinterpret_cast<const char*>(w));
+        _tile_loadd(4, x + k, 2 * p.K);
+        _tile_loadd(6, w, 4 * BLOCK);
+        _tile_loadd(7, w + BLOCK, 4 * BLOCK);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        if (rows <= 16) continue;
+        _tile_loadd(5, x + 16 * p.K + k, 2 * p.K);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+      _tile_stored(0, sum[0], 4 * BLOCK);
+      _tile_stored(1, sum[0] + 16, 4 * BLOCK);
+      _tile_stored(2, sum[16], 4 * BLOCK);
+      _tile_stored(3, sum[16] + 16, 4 * BLOCK);
+      for (int64_t i = 0; i < rows; ++i) store(p, row + i, block, _mm512_load_ps(sum[i]), _mm512_load_ps(sum[i] + 16));
     }
-    _tile_stored(0, sum[0], 4 * BLOCK);
-    _tile_stored(1, sum[0] + 16, 4 * BLOCK);
-    _tile_stored(2, sum[16], 4 * BLOCK);
-    _tile_stored(3, sum[16] + 16, 4 * BLOCK);
-    for (int64_t i = 0; i < rows; ++i) store(p, row + i, block, _mm512_load_ps(sum[i]), _mm512_load_ps(sum[i] + 16));
+  }
+  _tile_release();
+}
+
+// 8 bits: 16 rows' first digits on the left, and their second ones; 64 k at a time.
+TARGET void tiled_bytes(const Product& p, int64_t first, int64_t last) {
+  alignas(64) int32_t sum[2][16][BLOCK];
+  for (int64_t row = 0; row < p.M; row += 16) {
+    const int64_t rows = std::min<int64_t>(16, p.M - row);
+    configure(rows, rows);
+    for (int64_t block = first; block < last; ++block) {
+      const auto* w = reinterpret_cast<const int8_t*>(p.w) + block * BLOCK * p.K;
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+      for (int64_t k = 0; k < p.K; k += 64, w += 64 * BLOCK) {
+        ahead(reinterpret_cast<const char*>(w));
+        _tile_loadd(4, p.digit[0] + row * p.K + k, p.K);
+        _tile_loadd(5, p.digit[1] + row * p.K + k, p.K);
+        _tile_loadd(6, w, 4 * BLOCK);
+        _tile_loadd(7, w + 2 * BLOCK, 4 * BLOCK);
+        _tile_dpbssd(0, 4, 6);
+        _tile_dpbssd(1, 4, 7);
+        _tile_dpbssd(2, 5, 6);
+        _tile_dpbssd(3, 5, 7);
+      }
+      _tile_stored(0, sum[0][0], 4 * BLOCK);
+      _tile_stored(1, sum[0][0] + 16, 4 * BLOCK);
+      _tile_stored(2, sum[1][0], 4 * BLOCK);
+      _tile_stored(3, sum[1][0] + 16, 4 * BLOCK);
+      for (int64_t i = 0; i < rows; ++i) avx512::store_whole(p, row + i, block, sum[0][i], sum[1][i]);
+    }
   }
   _tile_release();
 }
@@ -268,7 +332,7 @@ TARGET void tiled_back(const Product& p, const std::vector<uint32_t>& words, int
   const __m512i evens = _mm512_load_si512(even), odds = _mm512_add_epi16(evens, _mm512_set1_epi16(1));
   const __m512i rows16 = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(32));
   const int64_t width = words.size() / (p.N / 2);
-  configure(32);
+  configure(16, 16);
   for (int64_t k = first; k < last; k += 32)
     for (int64_t m = 0; m < p.M; m += 32) {
       _tile_zero(0);
@@ -276,10 +340,16 @@ TARGET void tiled_back(const Product& p, const std::vector<uint32_t>& words, int
       _tile_zero(2);
       _tile_zero(3);
       for (int64_t n = 0; n < p.N; n += BLOCK) {
-        const auto* w = reinterpret_cast<const Half*>(p.w + (n / BLOCK * p.K + k) * BLOCK * p.size);
-        if (p.size == 1) w = widened(reinterpret_cast<const int8_t*>(w), 32 * BLOCK);
-        for (int i = 0; i < 16; ++i) {
-          const __m512i low = _mm512_loadu_si512(w + 2 * i * BLOCK), high = _mm512_loadu_si512(w + (2 * i + 1) * BLOCK);
+        const char* stored = p.w + (n / BLOCK * p.K + k) * BLOCK * p.size;
+        for (int i = 0; p.size == 1 && i < 32; ++i) {
+          const __m512i low = _mm512_loadu_si512(stored + i / 4 * 4 * BLOCK), high = _mm512_loadu_si512(stored + i / 4 * 4 * BLOCK + 64);
+          const __m128i by = _mm_cvtsi32_si128(24 - i % 4 * 8);
+          const __m512 first16 = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_sll_epi32(low, by), 24));
+          const __m512 last16 = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_sll_epi32(high, by), 24));
+          _mm512_store_si512(left[i], (__m512i)_mm512_cvtne2ps_pbh(last16, first16));
+        }
+        for (int i = 0; p.size == 2 && i < 16; ++i) {
+          const __m512i low = _mm512_loadu_si512(stored + 4 * i * BLOCK), high = _mm512_loadu_si512(stored + (4 * i + 2) * BLOCK);
           _mm512_store_si512(left[2 * i], _mm512_permutex2var_epi16(low, evens, high));
           _mm512_store_si512(left[2 * i + 1], _mm512_permutex2var_epi16(low, odds, high));
         }
@@ -296,7 +366,7 @@ TARGET void tiled_back(const Product& p, const std::vector<uint32_t>& words, int
       _tile_stored(1, sum[0] + 16, 128);
       _tile_stored(2, sum[16], 128);
       _tile_stored(3, sum[16] + 16, 128);
-      const Product y{nullptr, nullptr, nullptr, p.y, p.M, 0, X, 0, p.wide};
+      const Product y{nullptr, nullptr, p.y, p.M, 0, X, 0, p.wide, nullptr, {}, nullptr};
       for (int64_t i = 0; i < std::min<int64_t>(32, p.M - m); ++i)
         store(y, m + i, k / BLOCK, _mm512_i32gather_ps(rows16, sum[0] + i, 4), _mm512_i32gather_ps(rows16, sum[16] + i, 4));
     }
@@ -308,17 +378,34 @@ TARGET void tiled_back(const Product& p, const std::vector<uint32_t>& words, int
 // ---- what XLA calls ---------------------------------------------------------------------------------------------------
 
 void product_blocks(const Product& p, bool half, int64_t first, int64_t last) {
+  if (p.size == 1 && isa == AMX) return tiled_bytes(p, first, last);
+  if (half && p.size == 2 && isa == AMX) return tiled_blocks(p, first, last);
   for (int64_t block = first; block < last; ++block) {
-    const char* stored = p.w + block * BLOCK * p.K * p.size;
-    const auto* w = p.size == 1 ? widened(reinterpret_cast<const int8_t*>(stored), p.K * BLOCK) : reinterpret_cast<const Half*>(stored);
-    if (half && isa == AMX) {
-      p.size == 1 ? tiled_block(p, block, w, stored + p.K * BLOCK, 16) : tiled_block(p, block, w, stored + 6 * 32 * BLOCK, 32);
+    if (p.size == 1) {
+      isa == AVX512_BF16 ? quad_block(p, block) : avx2::whole_block(p, block);
     } else if (half && isa == AVX512_BF16) {
-      pair_block(p, block, w);
+      pair_block(p, block);
     } else {
-      p.size == 4 ? WIDEST(true, wide_block(p, block, reinterpret_cast<const float*>(stored))) : WIDEST(true, wide_block(p, block, w));
+      typed(p.size == 2, [&](auto kind) { WIDEST(true, wide_block<decltype(kind)>(p, block)); });
     }
   }
+}
+
+// Rows of x as two digits in base 128 with a scale: x = (digit[0] * 128 + digit[1]) * scale, to 1 / 32512 of the row's largest.
+struct Digits {
+  std::vector<int8_t> digit[2];
+  std::vector<float> scale;
+};
+
+Digits digits_of(const Any& x, int64_t K) {
+  const int64_t M = x.dimensions()[0], X = x.dimensions()[1];
+  Digits found{{std::vector<int8_t>(M * K), std::vector<int8_t>(M * K)}, std::vector<float>(M)};
+  typed(is_half(x), [&](auto kind) {
+    const auto* rows = static_cast<const decltype(kind)*>(x.untyped_data());
+    for (int64_t m = 0; m < M; ++m)
+      found.scale[m] = WIDEST(true, split(rows + m * X, X, found.digit[0].data() + m * K, found.digit[1].data() + m * K));
+  });
+  return found;
 }
 
 // Returns x's rows of X columns as rows of K, the others zero; `floats`: bfloat16 as float32.
@@ -336,11 +423,11 @@ std::vector<char> widened_rows(const void* x, int64_t M, int64_t X, int64_t K, i
   return rows;
 }
 
-// Points p to the layer's weights, [L, blocks, K or K / 2, ...]; returns the number of its blocks.
+// Points p to the layer's weights, [L, blocks, K / P, ...]; returns the number of its blocks.
 int64_t layer_of(Product& p, const Any& w, const Index& layer) {
   const auto axes = w.dimensions();
   p.size = ffi::ByteWidth(w.element_type());
-  p.K = axes[2] * (p.size == 4 ? 1 : 2);
+  p.K = axes[2] * 4 / p.size;
   p.w = static_cast<const char*>(w.untyped_data()) + layer.typed_data()[0] * axes[1] * BLOCK * p.K * p.size;
   return axes[1];
 }
@@ -352,19 +439,24 @@ ffi::Error product(ffi::ThreadPool pool, Any x, Index layer, ffi::RemainingArgs 
   std::vector<Product> products;
   std::vector<int64_t> ends;  // of each target's blocks, counted through
   std::vector<char> copy;     // of x, with w's columns
+  Digits digits;
   int64_t count = 0, nbytes = 0;
   for (size_t i = 0; i < results.size(); ++i) {
     const auto w = weights.get<Any>(i * each);
     const auto y = results.get<Any>(i);
     if (!w.has_value() || !y.has_value()) return ffi::Error::InvalidArgument("product: not an array");
-    Product p{x.untyped_data(), nullptr, nullptr, (*y)->untyped_data(), M, 0, (*y)->dimensions()[1], 0, !is_half(**y)};
+    Product p{x.untyped_data(), nullptr, (*y)->untyped_data(), M, 0, (*y)->dimensions()[1], 0, !is_half(**y), nullptr, {}, nullptr};
     const int64_t blocks = layer_of(p, *w, layer);
     if (each == 2) {
       const auto scale = weights.get<ffi::Buffer<ffi::F32>>(2 * i + 1);
       if (!scale.has_value()) return ffi::Error::InvalidArgument("product: not a scale");
       p.scale = scale->typed_data() + layer.typed_data()[0] * blocks * BLOCK;
+      if (!i) digits = digits_of(x, p.K);
+      for (int d = 0; d < 2; ++d) p.digit[d] = digits.digit[d].data();
+      p.row_scale = digits.scale.data();
+    } else if (copy.empty() && (p.K != X || floats)) {
+      copy = widened_rows(p.x, M, X, p.K, half ? 2 : 4, floats);
     }
-    if (copy.empty() && (p.K != X || floats)) copy = widened_rows(p.x, M, X, p.K, half ? 2 : 4, floats);
     if (!copy.empty()) p.x = copy.data();
     ends.push_back(count += blocks);
     nbytes += blocks * BLOCK * p.K * p.size;
@@ -379,21 +471,21 @@ ffi::Error product(ffi::ThreadPool pool, Any x, Index layer, ffi::RemainingArgs 
   return ffi::Error::Success();
 }
 
-// Takes d [M, Y], scaled where weights are, the layer and packed weights; returns d @ w.T.  For few rows: each reads all weights.
+// Takes d [M, Y], with the scale of 8 bits, the layer and packed weights; returns d @ w.T.  For few rows: each reads all weights.
 ffi::Error back(ffi::ThreadPool pool, Any d, Index layer, Any w, ffi::Result<Any> y) {
   const bool half = is_half(d), tiles = half && isa == AMX;
   const int64_t M = d.dimensions()[0], X = y->dimensions()[1];
-  Product p{nullptr, nullptr, nullptr, y->untyped_data(), M, 0, 0, 0, !is_half(*y)};
+  Product p{nullptr, nullptr, y->untyped_data(), M, 0, 0, 0, !is_half(*y), nullptr, {}, nullptr};
   p.N = layer_of(p, w, layer) * BLOCK;
   const auto rows = widened_rows(d.untyped_data(), M, d.dimensions()[1], p.N, half ? 2 : 4, half && !tiles);
   p.x = rows.data();
   const bool few = p.N * p.K * p.size < SMALL;
   if (tiles) {
     const auto words = pairs_of(reinterpret_cast<const Half*>(rows.data()), M, p.N, (M + 31) / 32 * 32);
-    divided(pool, p.K / 32, few, [&](int64_t first, int64_t last) { tiled_back(p, words, X, first * 32, last * 32); });
+    divided(pool, (X + 31) / 32, few, [&](int64_t first, int64_t last) { tiled_back(p, words, X, first * 32, last * 32); });
     return ffi::Error::Success();
   }
-  divided(pool, p.K / FEATURES, few, [&](int64_t first, int64_t last) {
+  divided(pool, (X + FEATURES - 1) / FEATURES, few, [&](int64_t first, int64_t last) {
     first *= FEATURES, last *= FEATURES;
     p.size == 4 ? WIDEST(true, back_features<float>(p, X, first, last)) : p.size == 2 ? WIDEST(true, back_features<Half>(p, X, first, last)) : WIDEST(true, back_features<int8_t>(p, X, first, last));
   });
@@ -523,11 +615,9 @@ namespace {
 namespace AT {
 
 typedef float Vector __attribute__((vector_size(4 * WIDTH), aligned(4)));
-typedef int32_t Ints __attribute__((vector_size(4 * WIDTH), aligned(4)));
+typedef int32_t Ints __attribute__((vector_size(4 * WIDTH), aligned(1)));
 typedef uint32_t Bits __attribute__((vector_size(4 * WIDTH), aligned(4)));
 typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH), aligned(2)));
-typedef int16_t Shorts __attribute__((vector_size(2 * WIDTH), aligned(1)));
-typedef int8_t Bytes __attribute__((vector_size(WIDTH), aligned(1)));
 constexpr int PARTS = BLOCK / WIDTH;
 
 TARGET inline Vector load(const float* x) { return *reinterpret_cast<const Vector*>(x); }
@@ -581,65 +671,115 @@ TARGET inline float total(Vector x) {
 
 // ---- products ---------------------------------------------------------------------------------------------------------
 
-// Widens weights of 8 bits to bfloat16: exactly, so their first 16 bits are all.
-TARGET void widen(const int8_t* w, Half* to, int64_t count) {
-  for (int64_t i = 0; i < count; i += WIDTH) {
-    const Ints whole = __builtin_convertvector(*reinterpret_cast<const Bytes*>(w + i), Ints);
-    *reinterpret_cast<Halves*>(to + i) = __builtin_convertvector((Bits)__builtin_convertvector(whole, Vector) >> 16, Halves);
+// Reads weights of WIDTH output features: of as many input features as alternate.
+TARGET inline void read_some(const float* w, Vector* some) { some[0] = load(w); }
+TARGET inline void read_some(const Half* w, Vector* some) {
+  const Bits bits = *reinterpret_cast<const Bits*>(w);
+  some[0] = (Vector)(bits << 16);
+  some[1] = (Vector)(bits & 0xffff0000u);
+}
+TARGET inline void read_some(const int8_t* w, Vector* some) {
+  const Ints bits = *reinterpret_cast<const Ints*>(w);
+  for (int i = 0; i < 4; ++i) some[i] = __builtin_convertvector(bits << (24 - 8 * i) >> 24, Vector);
+}
+
+TARGET void store_block(const Product& p, int64_t row, int64_t block, const Vector* sum) {
+  for (int part = 0; part < PARTS; ++part) {
+    const int64_t column = block * BLOCK + part * WIDTH, at = row * p.N + column, left = p.N - column;
+    p.wide ? store(static_cast<float*>(p.y) + at, sum[part], left) : store(static_cast<Half*>(p.y) + at, sum[part], left);
   }
 }
 
-// Reads weights of WIDTH output features: of two input features where they alternate, else of one.
-TARGET inline void read_pair(const float* w, Vector* pair) { pair[0] = load(w); }
-TARGET inline void read_pair(const Half* w, Vector* pair) {
-  const Bits bits = *reinterpret_cast<const Bits*>(w);
-  pair[0] = (Vector)(bits << 16);
-  pair[1] = (Vector)(bits & 0xffff0000u);
-}
-TARGET inline void read_pair(const int8_t* w, Vector* pair) {
-  const Ints both = __builtin_convertvector(*reinterpret_cast<const Shorts*>(w), Ints);
-  pair[0] = __builtin_convertvector(both << 24 >> 24, Vector);
-  pair[1] = __builtin_convertvector(both >> 8, Vector);
-}
-
-template <int COUNT, typename T>
-TARGET void wide_rows(const Product& p, int64_t row, int64_t block, const T* w) {
-  constexpr int PAIR = sizeof(T) == 4 ? 1 : 2;  // input features that alternate in w
+template <typename T, int COUNT>
+TARGET void wide_rows(const Product& p, int64_t row, int64_t block) {
+  constexpr int SOME = 4 / sizeof(T);  // input features that alternate in w
   const auto* x = static_cast<const float*>(p.x) + row * p.K;
+  const auto* w = reinterpret_cast<const T*>(p.w) + block * BLOCK * p.K;
   Vector sum[COUNT][PARTS] = {};
-  for (int64_t k = 0; k < p.K; k += PAIR, w += PAIR * BLOCK)
+  for (int64_t k = 0; k < p.K; k += SOME, w += SOME * BLOCK)
     for (int part = 0; part < PARTS; ++part) {
-      Vector pair[PAIR];
-      read_pair(w + PAIR * part * WIDTH, pair);
+      Vector some[SOME];
+      read_some(w + SOME * part * WIDTH, some);
       for (int i = 0; i < COUNT; ++i)
-        for (int odd = 0; odd < PAIR; ++odd) sum[i][part] = fused(x[i * p.K + k + odd], pair[odd], sum[i][part]);
+        for (int odd = 0; odd < SOME; ++odd) sum[i][part] = fused(x[i * p.K + k + odd], some[odd], sum[i][part]);
     }
-  for (int i = 0; i < COUNT; ++i)
-    for (int part = 0; part < PARTS; ++part) {
-      const int64_t column = block * BLOCK + part * WIDTH, at = (row + i) * p.N + column, left = p.N - column;
-      if (p.scale) sum[i][part] *= load(p.scale + column);
-      p.wide ? store(static_cast<float*>(p.y) + at, sum[i][part], left) : store(static_cast<Half*>(p.y) + at, sum[i][part], left);
-    }
+  for (int i = 0; i < COUNT; ++i) store_block(p, row + i, block, sum[i]);
 }
 
 template <typename T>
-TARGET void wide_block(const Product& p, int64_t block, const T* w) {
+TARGET void wide_block(const Product& p, int64_t block) {
   int64_t row = 0;
-  for (; row + ROWS <= p.M; row += ROWS) wide_rows<ROWS>(p, row, block, w);
-  for (; row < p.M; ++row) wide_rows<1>(p, row, block, w);
+  for (; row + ROWS <= p.M; row += ROWS) wide_rows<T, ROWS>(p, row, block);
+  for (; row < p.M; ++row) wide_rows<T, 1>(p, row, block);
+}
+
+// Stores sums of both digits.
+TARGET void store_whole(const Product& p, int64_t row, int64_t block, const int32_t* first, const int32_t* second) {
+  Vector sum[PARTS];
+  for (int part = 0; part < PARTS; ++part) {
+    const auto load_ints = [part](const int32_t* x) { return *reinterpret_cast<const Ints*>(x + part * WIDTH); };
+    const Vector high = __builtin_convertvector(load_ints(first), Vector), low = __builtin_convertvector(load_ints(second), Vector);
+    sum[part] = (high * 128.0f + low) * p.row_scale[row] * load(p.scale + block * BLOCK + part * WIDTH);
+  }
+  store_block(p, row, block, sum);
+}
+
+#if WIDTH == 8
+// 8 bits: sums of two products have 16 bits, as |digit| and |weight| are 127 at most.
+TARGET void whole_block(const Product& p, int64_t block) {
+  const auto* w = reinterpret_cast<const __m256i*>(p.w + block * BLOCK * p.K);
+  for (int64_t row = 0; row < p.M; ++row) {
+    alignas(32) int32_t whole[2][BLOCK];
+    for (int d = 0; d < 2; ++d) {
+      __m256i sum[PARTS] = {};
+      for (int64_t k = 0; k < p.K; k += 4) {
+        int32_t quad;
+        std::memcpy(&quad, p.digit[d] + row * p.K + k, 4);
+        const __m256i x = _mm256_set1_epi32(quad), size = _mm256_abs_epi8(x);
+        for (int part = 0; part < PARTS; ++part) {
+          const __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(_mm256_loadu_si256(w + k + part), x));
+          sum[part] = _mm256_add_epi32(sum[part], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+        }
+      }
+      for (int part = 0; part < PARTS; ++part) _mm256_store_si256(reinterpret_cast<__m256i*>(whole[d]) + part, sum[part]);
+    }
+    store_whole(p, row, block, whole[0], whole[1]);
+  }
+}
+#endif
+
+// Splits a row of x into digits in base 128, and returns their scale; NaN where an element is not finite.
+template <typename T>
+TARGET float split(const T* x, int64_t X, int8_t* high, int8_t* low) {
+  Vector most = {}, zero = {};
+  int64_t k = 0;
+  for (; k + WIDTH <= X; k += WIDTH) {
+    const Vector value = load(x + k), size = (Vector)((Bits)value & 0x7fffffffu);
+    most = size > most ? size : most;
+    zero += value * 0.0f;
+  }
+  float best = largest(most), nothing = total(zero);
+  for (; k < X; ++k) best = std::max(best, std::fabs(read(x + k))), nothing += read(x + k) * 0.0f;
+  const float by = best > 0 ? 16256.0f / best : 0;
+  for (k = 0; k < X; ++k) {
+    const int32_t whole = int32_t(std::nearbyint(read(x + k) * by)), first = (whole + 64) >> 7;
+    high[k] = int8_t(first);
+    low[k] = int8_t(whole - 128 * first);
+  }
+  return best / 16256.0f + nothing;
 }
 
 // Input features [first, last) of x @ w.T, x [M, N] of float32, FEATURES and COUNT rows at a time; y has X columns.
 template <typename T, int COUNT>
 TARGET void back_rows(const Product& p, int64_t X, int64_t row, int64_t first, int64_t last) {
-  constexpr int PAIR = sizeof(T) == 4 ? 1 : 2;
+  constexpr int SOME = 4 / sizeof(T);
   const auto* x = static_cast<const float*>(p.x) + row * p.N;
   for (int64_t k = first; k < last; k += FEATURES) {
     Vector sum[COUNT][FEATURES] = {};
     for (int64_t n = 0; n < p.N; n += WIDTH) {
-      const auto* w = reinterpret_cast<const T*>(p.w) + (n / BLOCK * p.K + k) * BLOCK + n % BLOCK * PAIR;
+      const auto* w = reinterpret_cast<const T*>(p.w) + (n / BLOCK * p.K + k) * BLOCK + n % BLOCK * SOME;
       Vector some[FEATURES];
-      for (int f = 0; f < FEATURES; f += PAIR) read_pair(w + f * BLOCK, some + f);
+      for (int f = 0; f < FEATURES; f += SOME) read_some(w + f * BLOCK, some + f);
       for (int i = 0; i < COUNT; ++i)
         for (int f = 0; f < FEATURES; ++f) sum[i][f] = fused(load(x + i * p.N + n), some[f], sum[i][f]);
     }

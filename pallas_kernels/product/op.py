@@ -2,9 +2,9 @@
 
     y_TY = (x_TX @ w_XY) * scale_Y      summed in float32
 
-A block of BLOCK output features is contiguous; within it lie, for each input feature, the block's weights side by side: of
-16 and 8 bits those of two input features alternate, as instructions for pairs want them.  Both numbers of features are filled
-up with zeros.  The array of all layers is passed with the layer's number, so that no layer is copied for a product.
+A block of BLOCK output features is contiguous; within it lie, for each input feature, the block's weights side by side: those
+of two input features alternate in 16 bits, of four in 8, as instructions want them.  Both numbers of features are filled up
+with zeros.  The array of all layers is passed with the layer's number, so that no layer is copied for a product.
 Weights of 8 bits are whole numbers in [-127, 127] with a scale for each output feature; other weights have none.
 `dispatch` states which body runs.
 
@@ -26,7 +26,7 @@ from pallas_kernels.native import library
 from pallas_kernels.shapes import shaped
 
 BLOCK = 32  # kernels.cc's
-DEPTH = 32  # of input features there are a whole multiple
+DEPTH = 64  # of input features there are a whole multiple
 FEW_ROWS, TILED_ROWS = 24, 128  # up to so many, with AMX in bfloat16 more, a gradient is the native body's
 MOST = 127  # of weights of 8 bits
 SOME = 128  # blocks that are packed at a time
@@ -37,7 +37,7 @@ SOME = 128  # blocks that are packed at a time
 class Packed:
     """One linear of all layers, packed."""
 
-    blocks: jax.Array  # [L, B, X / 2, BLOCK, 2] of bfloat16 and int8, [L, B, X, BLOCK] of float32, X filled up
+    blocks: jax.Array  # [L, B, X / P, BLOCK, P], X filled up; P is 1 of float32, 2 of bfloat16, 4 of int8
     scale: jax.Array | None = None  # float32 [L, B, BLOCK], of int8
     features_in: int = jax.tree.static()
     features_out: int = jax.tree.static()
@@ -56,7 +56,8 @@ class Packed:
 def packed_shape(features_in: int, features_out: int, dtype: jax.typing.DTypeLike) -> tuple[int, ...]:
     """Returns the shape of one layer's blocks."""
     X, B = -(-features_in // DEPTH) * DEPTH, -(-features_out // BLOCK)
-    return (B, X, BLOCK) if jnp.dtype(dtype).itemsize == 4 else (B, X // 2, BLOCK, 2)
+    P = 4 // jnp.dtype(dtype).itemsize
+    return B, X // P, BLOCK, P
 
 
 def pack(w_XY: np.ndarray, blocks: np.ndarray, scale: np.ndarray | None = None) -> None:
@@ -65,8 +66,7 @@ def pack(w_XY: np.ndarray, blocks: np.ndarray, scale: np.ndarray | None = None) 
     scale: float32 [B, BLOCK], written; the weights are then rounded to 8 bits, the largest of an output feature to MOST.
     """
     X, Y = w_XY.shape
-    B, rows, _, *pair = blocks.shape
-    P = pair[0] if pair else 1
+    B, rows, _, P = blocks.shape
     for start in range(0, B, SOME):
         count = min(SOME, B - start)
         first, last = start * BLOCK, min((start + count) * BLOCK, Y)
@@ -76,8 +76,8 @@ def pack(w_XY: np.ndarray, blocks: np.ndarray, scale: np.ndarray | None = None) 
             most = np.abs(some).max(axis=0)
             scale[start : start + count] = (most / MOST).reshape(count, BLOCK)
             np.rint(some * (MOST / np.where(most == 0, 1, most)), out=some)
-        parts = some.reshape(rows, P, count, BLOCK).transpose(2, 0, 3, 1)
-        blocks[start : start + count] = parts.reshape(count, *blocks.shape[1:])
+        parts = some.reshape(rows, P, count, BLOCK).transpose(2, 0, 3, 1)  # [count, X / P, BLOCK, P]
+        blocks[start : start + count] = parts
 
 
 def unpacked(weight: Packed, layer: jax.Array | int) -> jax.Array:
@@ -113,8 +113,7 @@ def _scale(weight: Packed, layer: jax.Array | int) -> jax.Array:
 
 def _parts(weight: Packed, layer: jax.Array | int) -> jax.Array:
     """Returns [B, X / P, BLOCK, P], P the input features that alternate."""
-    blocks = lax.dynamic_index_in_dim(weight.blocks, layer, keepdims=False)
-    return blocks.reshape(*blocks.shape[:2], BLOCK, -1)
+    return lax.dynamic_index_in_dim(weight.blocks, layer, keepdims=False)
 
 
 @shaped
