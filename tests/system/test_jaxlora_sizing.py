@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import step_shapes
 from base_shapes import sized_run
-from model_world import base_of
 from random_model import QWEN3_06B, SCALED, write_random
 from small_world import tiny_path
 from typer.testing import CliRunner
@@ -29,6 +28,7 @@ from jaxlora.core.errors import ConfigInvalid
 from jaxlora.core.host_memory import MemoryLimit
 from jaxlora.core.lora import ALL_TARGETS, LAYER_TARGETS
 from jaxlora.model import multihost
+from jaxlora.model.decoder import load_base
 from jaxlora.model.kv_cache import empty_pages
 from jaxlora.model.lora_pool import PoolSpec, empty_pool
 from jaxlora.model.machine import machine_of, memory_errors
@@ -44,11 +44,14 @@ CHILD = Path(__file__).parents[1] / "support" / "load_child.py"
 TINY = [tiny_path(name) for name in ("tiny-llama-tied", "tiny-qwen2", "tiny-qwen3")]
 
 
+@pytest.mark.parametrize("quantization", ["none", "int8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("path", TINY, ids=lambda path: path.name)
-def test_what_a_plan_counts_is_what_is_allocated(path, dtype):
-    base, mesh = base_of(HfSource(path), dtype), make_mesh()
-    shape = BaseShape(config=base.config, dtype=dtype, kv_dtype=dtype, name="tiny")
+def test_what_a_plan_counts_is_what_is_allocated(path, dtype, quantization):
+    mesh = make_mesh()
+    base = load_base(HfSource(path), mesh, dtype=dtype, quantization=quantization)
+    quantized = quantization == "int8"
+    shape = BaseShape(config=base.config, dtype=dtype, kv_dtype=dtype, quantized=quantized, name="tiny")
     machine = machine_of(ONE_DEVICE, 2.0)
     assert shape.weights_bytes(machine) == sum(x.nbytes for x in jax.tree.leaves(base))
     pool = empty_pool(base.config, PoolSpec(slots=3, rank=4, dtype=dtype, targets=ALL_TARGETS), mesh)
