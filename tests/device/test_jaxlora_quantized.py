@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from train_world import SPEC, OneBucket, RandomSource, batch_of, examples, host,
 from jaxlora.checkpoints.hf import HfSource
 from jaxlora.checkpoints.load import head_of, open_base
 from jaxlora.config.base import ONE_DEVICE, ModelSection
+from jaxlora.core.errors import ConfigInvalid
 from jaxlora.core.model_config import LINEARS
 from jaxlora.model.decoder import load_base
 from jaxlora.model.mesh import make_mesh
@@ -99,3 +101,11 @@ def test_a_head_to_compare_with_is_the_checkpoints():
     opened = open_base(ModelSection(path=str(path), dtype="bfloat16", quantization="int8"), ONE_DEVICE)
     assert opened.base.dtype == jnp.bfloat16
     np.testing.assert_array_equal(read_head(opened), head_of(HfSource(path)))
+
+
+@pytest.mark.parametrize(("platform", "fsdp"), [("cpu", 2), ("gpu", 1)])
+def test_elsewhere_than_on_one_cpu_device_it_is_refused(platform, fsdp):
+    devices = np.array([SimpleNamespace(platform=platform)] * fsdp)
+    mesh = SimpleNamespace(shape={"data": 1, "fsdp": fsdp, "tensor": 1}, size=fsdp, devices=devices)
+    with pytest.raises(ConfigInvalid, match=f"int8 is for one CPU device, got {fsdp} of {platform}; leave it out"):
+        load_base(RandomSource(), mesh, dtype="float32", quantization="int8")

@@ -136,11 +136,6 @@ def test_a_model_that_does_not_divide_is_refused_by_name(changes, mesh, wrong):
     assert re.findall(r"does not divide ([^;]+)", caught.value.message) == wrong
 
 
-def test_eight_bits_on_several_devices_are_refused():
-    with pytest.raises(ConfigInvalid, match="quantization = int8 is for one CPU device, got 2 of cpu; leave it out"):
-        load_base(RandomSource(), mesh_of(fsdp=2), dtype="float32", quantization="int8")
-
-
 def test_smollm2_divides_by_three_and_not_by_two():
     check_model(mesh_of(2, 2, 3), SMOLLM2_CUT)
     with pytest.raises(ConfigInvalid, match="tensor 2 does not divide 9 query heads; tensor 2 does not divide 3 kv"):
