@@ -28,7 +28,7 @@ from benchmarks.peers.cases import CASES, TEAM, TEAMS, Sample, shortened
 from benchmarks.peers.environments import Unavailable, default_cache
 from benchmarks.peers.measure import Prepared, prepare, rounds, size_of, team_rounds
 from benchmarks.peers.peer import Peer
-from benchmarks.peers.report import OURS, Run, machine
+from benchmarks.peers.report import OURS, TRAINER, Run, machine
 from benchmarks.peers.servers import Jaxlora, LlamaCpp, Vllm
 from benchmarks.peers.workers import JaxloraTrainer, Peft, Skyrl
 from benchmarks.peers.world import World, make_world
@@ -38,7 +38,8 @@ def every_peer(python: str) -> list[Peer]:
     """Returns all peers.  python: of those that are Python packages, version or path."""
     return [
         Jaxlora(OURS, "bfloat16"),
-        JaxloraTrainer("jaxlora-trainer", "bfloat16"),
+        Jaxlora("jaxlora-int8", "bfloat16", "int8"),
+        JaxloraTrainer(TRAINER, "bfloat16"),
         JaxloraTrainer("jaxlora-trainer-float32", "float32"),
         LlamaCpp("llama.cpp", "BF16"),
         LlamaCpp("llama.cpp-q8_0", "Q8_0"),

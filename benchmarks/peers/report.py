@@ -13,7 +13,8 @@ from pathlib import Path
 from benchmarks.peers.cases import Sample
 from serve.bench.report import percentile
 
-OURS = "jaxlora"  # what the ratios are of: it, or its trainer
+OURS, TRAINER = "jaxlora", "jaxlora-trainer"  # what the ratios are of
+OURS_IN = {"llama.cpp-q8_0": "jaxlora-int8"}  # but of these where it was measured: both in 8 bits
 GB, MS = 1e9, 1e3
 TEAMS = 32
 DISTURBED = 0.1  # cores
@@ -57,7 +58,8 @@ def _grid(samples: Sequence[Sample], peers: Sequence[str], cell: Callable[[str, 
 def paired_ratios(samples: Sequence[Sample], peer: str, case: str, value: Callable[[Sample], float]) -> list[float]:
     """Returns ours / the peer's, for each round that has both."""
     theirs = {s.round: value(s) for s in _of(samples, peer, case)}
-    ours = [s for s in samples if s.case == case and s.peer.split("-")[0] == OURS and "float32" not in s.peer]
+    alike = _of(samples, OURS_IN.get(peer, ""), case)
+    ours = alike or [*_of(samples, OURS, case), *_of(samples, TRAINER, case)]
     return [value(s) / theirs[s.round] for s in ours if s.round in theirs]
 
 
@@ -121,7 +123,7 @@ class Run:
         """Returns what the peers made of the cases."""
         samples = self.samples
         peers = [peer for peer in self.versions if any(s.peer == peer for s in samples)]
-        others = [peer for peer in peers if peer.split("-")[0] != OURS or "float32" in peer]
+        others = [peer for peer in peers if peer not in (OURS, TRAINER)]
         parts = []
 
         def grid(title: str, cell: Callable[[str, str], str], rows: Sequence[str] = peers) -> None:

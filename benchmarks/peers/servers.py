@@ -106,6 +106,7 @@ training = false
 [model]
 path = "{base}"
 dtype = "{dtype}"
+quantization = "{quantization}"
 """
 
 
@@ -115,6 +116,7 @@ class Jaxlora(ServerPeer):
 
     name: str
     dtype: str
+    quantization: str = "none"
 
     def prepare(self, cache: Path, world: World) -> str:
         """Returns the version; this environment holds it."""
@@ -123,7 +125,9 @@ class Jaxlora(ServerPeer):
     def command(self, size: Size, world: World, port: int, folder: Path) -> Command:
         """Writes a config and returns how to serve it."""
         sizes = {"rows": size.rows, "slots": max(1, size.adapters), "rank": RANK, "pages": size.rows * CONTEXT // 64}
-        text = JAXLORA.format(port=port, folder=folder, base=world.base, dtype=self.dtype, **sizes)
+        text = JAXLORA.format(
+            port=port, folder=folder, base=world.base, dtype=self.dtype, quantization=self.quantization, **sizes
+        )
         for name in adapter_names(size.adapters):
             text += f"[[load]]\nname = {json.dumps(name)}\npath = {json.dumps(str(world.peft(name)))}\n"
         (folder / "serve.toml").write_text(text)
