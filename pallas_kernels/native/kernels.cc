@@ -42,8 +42,8 @@ enum Isa { NONE, AVX2, AVX512, AVX512_BF16, AMX };
 Isa isa = NONE;  // what runs; set once, when the library is loaded
 
 // y[M, N] = x[M, K] @ w.  w is packed, [N / BLOCK, K / P, BLOCK, P]: P is 1 of float32, 2 of bfloat16, 4 of int8, which has a
-// scale for each output feature; there a row of x is digit[0] * 128 + digit[1] times the row's own scale, so that sums are whole
-// numbers.
+// scale for each output feature.  Where a processor multiplies 8 bits, a row of x is digit[0] * 128 + digit[1] times the row's own
+// scale, and sums are whole numbers.
 struct Product {
   const void* x;           // bfloat16 where products are, else float32
   const char* w;
@@ -242,6 +242,21 @@ TARGET void configure(int64_t some, int64_t others) {  // 0 to 3 are sums, 4 and
   _tile_loadconfig(&tiles);
 }
 
+TARGET inline void no_sums() {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+}
+
+template <typename T>
+TARGET inline void store_sums(T* to) {  // [32, BLOCK]
+  _tile_stored(0, to, 4 * BLOCK);
+  _tile_stored(1, to + 16, 4 * BLOCK);
+  _tile_stored(2, to + 16 * BLOCK, 4 * BLOCK);
+  _tile_stored(3, to + 16 * BLOCK + 16, 4 * BLOCK);
+}
+
 // Fetches what is read three tiles later: the processor does not see what a tile's load will want.
 TARGET inline void ahead(const char* w) {
   for (int line = 0; line < 32; ++line) _mm_prefetch(w + 6 * 32 * BLOCK + 64 * line, _MM_HINT_T0);
@@ -255,10 +270,7 @@ TARGET void tiled_blocks(const Product& p, int64_t first, int64_t last) {
     configure(std::min<int64_t>(rows, 16), std::max<int64_t>(rows - 16, 1));
     for (int64_t block = first; block < last; ++block) {
       const auto* w = reinterpret_cast<const Half*>(p.w) + block * BLOCK * p.K;
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
+      no_sums();
       for (int64_t k = 0; k < p.K; k += 32, w += 32 * BLOCK) {
         ahead(reinterpret_cast<const char*>(w));
         _tile_loadd(4, x + k, 2 * p.K);
@@ -271,10 +283,7 @@ TARGET void tiled_blocks(const Product& p, int64_t first, int64_t last) {
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
       }
-      _tile_stored(0, sum[0], 4 * BLOCK);
-      _tile_stored(1, sum[0] + 16, 4 * BLOCK);
-      _tile_stored(2, sum[16], 4 * BLOCK);
-      _tile_stored(3, sum[16] + 16, 4 * BLOCK);
+      store_sums(sum[0]);
       for (int64_t i = 0; i < rows; ++i) store(p, row + i, block, _mm512_load_ps(sum[i]), _mm512_load_ps(sum[i] + 16));
     }
   }
@@ -289,10 +298,7 @@ TARGET void tiled_bytes(const Product& p, int64_t first, int64_t last) {
     configure(rows, rows);
     for (int64_t block = first; block < last; ++block) {
       const auto* w = reinterpret_cast<const int8_t*>(p.w) + block * BLOCK * p.K;
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
+      no_sums();
       for (int64_t k = 0; k < p.K; k += 64, w += 64 * BLOCK) {
         ahead(reinterpret_cast<const char*>(w));
         _tile_loadd(4, p.digit[0] + row * p.K + k, p.K);
@@ -304,10 +310,7 @@ TARGET void tiled_bytes(const Product& p, int64_t first, int64_t last) {
         _tile_dpbssd(2, 5, 6);
         _tile_dpbssd(3, 5, 7);
       }
-      _tile_stored(0, sum[0][0], 4 * BLOCK);
-      _tile_stored(1, sum[0][0] + 16, 4 * BLOCK);
-      _tile_stored(2, sum[1][0], 4 * BLOCK);
-      _tile_stored(3, sum[1][0] + 16, 4 * BLOCK);
+      store_sums(sum[0][0]);
       for (int64_t i = 0; i < rows; ++i) avx512::store_whole(p, row + i, block, sum[0][i], sum[1][i]);
     }
   }
@@ -335,10 +338,7 @@ TARGET void tiled_back(const Product& p, const std::vector<uint32_t>& words, int
   configure(16, 16);
   for (int64_t k = first; k < last; k += 32)
     for (int64_t m = 0; m < p.M; m += 32) {
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
+      no_sums();
       for (int64_t n = 0; n < p.N; n += BLOCK) {
         const char* stored = p.w + (n / BLOCK * p.K + k) * BLOCK * p.size;
         for (int i = 0; p.size == 1 && i < 32; ++i) {
@@ -362,10 +362,7 @@ TARGET void tiled_back(const Product& p, const std::vector<uint32_t>& words, int
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
       }
-      _tile_stored(0, sum[0], 128);
-      _tile_stored(1, sum[0] + 16, 128);
-      _tile_stored(2, sum[16], 128);
-      _tile_stored(3, sum[16] + 16, 128);
+      store_sums(sum[0]);
       const Product y{nullptr, nullptr, p.y, p.M, 0, X, 0, p.wide, nullptr, {}, nullptr};
       for (int64_t i = 0; i < std::min<int64_t>(32, p.M - m); ++i)
         store(y, m + i, k / BLOCK, _mm512_i32gather_ps(rows16, sum[0] + i, 4), _mm512_i32gather_ps(rows16, sum[16] + i, 4));
@@ -381,10 +378,10 @@ void product_blocks(const Product& p, bool half, int64_t first, int64_t last) {
   if (p.size == 1 && isa == AMX) return tiled_bytes(p, first, last);
   if (half && p.size == 2 && isa == AMX) return tiled_blocks(p, first, last);
   for (int64_t block = first; block < last; ++block) {
-    if (p.size == 1) {
-      isa == AVX512_BF16 ? quad_block(p, block) : avx2::whole_block(p, block);
-    } else if (half && isa == AVX512_BF16) {
-      pair_block(p, block);
+    if (isa == AVX512_BF16 && (half || p.size == 1)) {
+      p.size == 1 ? quad_block(p, block) : pair_block(p, block);
+    } else if (p.size == 1) {
+      WIDEST(true, wide_block<int8_t>(p, block));
     } else {
       typed(p.size == 2, [&](auto kind) { WIDEST(true, wide_block<decltype(kind)>(p, block)); });
     }
@@ -436,6 +433,7 @@ int64_t layer_of(Product& p, const Any& w, const Index& layer) {
 ffi::Error product(ffi::ThreadPool pool, Any x, Index layer, ffi::RemainingArgs weights, ffi::RemainingRets results) {
   const bool half = is_half(x), floats = half && isa < AVX512_BF16;
   const int64_t M = x.dimensions()[0], X = x.dimensions()[1], each = weights.size() / results.size();
+  const bool whole = each == 2 && isa >= AVX512_BF16;  // x in digits
   std::vector<Product> products;
   std::vector<int64_t> ends;  // of each target's blocks, counted through
   std::vector<char> copy;     // of x, with w's columns
@@ -451,6 +449,8 @@ ffi::Error product(ffi::ThreadPool pool, Any x, Index layer, ffi::RemainingArgs 
       const auto scale = weights.get<ffi::Buffer<ffi::F32>>(2 * i + 1);
       if (!scale.has_value()) return ffi::Error::InvalidArgument("product: not a scale");
       p.scale = scale->typed_data() + layer.typed_data()[0] * blocks * BLOCK;
+    }
+    if (whole) {
       if (!i) digits = digits_of(x, p.K);
       for (int d = 0; d < 2; ++d) p.digit[d] = digits.digit[d].data();
       p.row_scale = digits.scale.data();
@@ -581,9 +581,9 @@ Isa best() {
   if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl") ||
       !__builtin_cpu_supports("avx512dq"))
     return AVX2;
-  if (!__builtin_cpu_supports("avx512bf16")) return AVX512;
+  if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512vnni")) return AVX512;
   constexpr long ASK = 0x1023, TILE_DATA = 18;  // Linux wants to be asked for the tiles' memory
-  if (!__builtin_cpu_supports("amx-bf16") || syscall(SYS_arch_prctl, ASK, TILE_DATA) != 0) return AVX512_BF16;
+  if (!__builtin_cpu_supports("amx-bf16") || !__builtin_cpu_supports("amx-int8") || syscall(SYS_arch_prctl, ASK, TILE_DATA) != 0) return AVX512_BF16;
   return AMX;
 }
 
@@ -686,7 +686,8 @@ TARGET inline void read_some(const int8_t* w, Vector* some) {
 TARGET void store_block(const Product& p, int64_t row, int64_t block, const Vector* sum) {
   for (int part = 0; part < PARTS; ++part) {
     const int64_t column = block * BLOCK + part * WIDTH, at = row * p.N + column, left = p.N - column;
-    p.wide ? store(static_cast<float*>(p.y) + at, sum[part], left) : store(static_cast<Half*>(p.y) + at, sum[part], left);
+    const Vector y = p.scale ? sum[part] * load(p.scale + column) : sum[part];
+    p.wide ? store(static_cast<float*>(p.y) + at, y, left) : store(static_cast<Half*>(p.y) + at, y, left);
   }
 }
 
@@ -719,34 +720,10 @@ TARGET void store_whole(const Product& p, int64_t row, int64_t block, const int3
   for (int part = 0; part < PARTS; ++part) {
     const auto load_ints = [part](const int32_t* x) { return *reinterpret_cast<const Ints*>(x + part * WIDTH); };
     const Vector high = __builtin_convertvector(load_ints(first), Vector), low = __builtin_convertvector(load_ints(second), Vector);
-    sum[part] = (high * 128.0f + low) * p.row_scale[row] * load(p.scale + block * BLOCK + part * WIDTH);
+    sum[part] = (high * 128.0f + low) * p.row_scale[row];
   }
   store_block(p, row, block, sum);
 }
-
-#if WIDTH == 8
-// 8 bits: sums of two products have 16 bits, as |digit| and |weight| are 127 at most.
-TARGET void whole_block(const Product& p, int64_t block) {
-  const auto* w = reinterpret_cast<const __m256i*>(p.w + block * BLOCK * p.K);
-  for (int64_t row = 0; row < p.M; ++row) {
-    alignas(32) int32_t whole[2][BLOCK];
-    for (int d = 0; d < 2; ++d) {
-      __m256i sum[PARTS] = {};
-      for (int64_t k = 0; k < p.K; k += 4) {
-        int32_t quad;
-        std::memcpy(&quad, p.digit[d] + row * p.K + k, 4);
-        const __m256i x = _mm256_set1_epi32(quad), size = _mm256_abs_epi8(x);
-        for (int part = 0; part < PARTS; ++part) {
-          const __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(_mm256_loadu_si256(w + k + part), x));
-          sum[part] = _mm256_add_epi32(sum[part], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-        }
-      }
-      for (int part = 0; part < PARTS; ++part) _mm256_store_si256(reinterpret_cast<__m256i*>(whole[d]) + part, sum[part]);
-    }
-    store_whole(p, row, block, whole[0], whole[1]);
-  }
-}
-#endif
 
 // Splits a row of x into digits in base 128, and returns their scale; NaN where an element is not finite.
 template <typename T>

@@ -5,7 +5,8 @@
 A block of BLOCK output features is contiguous; within it lie, for each input feature, the block's weights side by side: those
 of two input features alternate in 16 bits, of four in 8, as instructions want them.  Both numbers of features are filled up
 with zeros.  The array of all layers is passed with the layer's number, so that no layer is copied for a product.
-Weights of 8 bits are whole numbers in [-127, 127] with a scale for each output feature; other weights have none.
+Weights of 8 bits are whole numbers in [-127, 127] with a scale for each output feature; other weights have none.  With AVX512-VNNI or AMX the native body rounds x to 16 bits of its
+row's largest number for them, and sums whole numbers.
 `dispatch` states which body runs.
 
 Shape letters: T tokens, X Y features in, out, L layers, B blocks.
