@@ -24,7 +24,10 @@ class BuildNative(build_ext):
         if platform.machine() not in ("x86_64", "AMD64") or jaxlib is None or jaxlib.origin is None:
             raise CompileError("the native bodies are for x86 and need jaxlib's headers: XLA's bodies will run")
         ext.include_dirs.append(str(Path(jaxlib.origin).parent / "include"))
-        source = sha256(Path(ext.sources[0]).read_bytes()).hexdigest()
+        folder = Path(ext.sources[0]).parent
+        source = sha256(
+            b"".join(p.read_bytes() for p in sorted([*folder.glob("*.cc"), *folder.glob("*.h")]))
+        ).hexdigest()
         ext.define_macros.append(("JAXLORA_SOURCE", f'"{source}"'))
         ext.extra_compile_args += ["-O3", "-g0", "-std=c++17", "-ffp-contract=off"]
         super().build_extension(ext)

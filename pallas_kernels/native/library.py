@@ -43,9 +43,10 @@ def instruction_set() -> str | None:
         LOG.warning("%s cannot be loaded (%s): XLA's bodies run", built[0].name, error)
         return None
     library.jaxlora_source.restype = ctypes.c_char_p
-    source = Path(__file__).with_name("kernels.cc")
-    if source.exists() and library.jaxlora_source() != sha256(source.read_bytes()).hexdigest().encode():
-        LOG.warning("%s was built from another kernels.cc, which may not compile: XLA's bodies run", built[0].name)
+    folder = Path(__file__).parent
+    source = b"".join(p.read_bytes() for p in sorted([*folder.glob("*.cc"), *folder.glob("*.h")]))  # as build.py
+    if source and library.jaxlora_source() != sha256(source).hexdigest().encode():
+        LOG.warning("%s was built from other sources, which may not compile: XLA's bodies run", built[0].name)
         return None
     chosen = INSTRUCTION_SETS[library.jaxlora_choose(INSTRUCTION_SETS.index(most))]
     if chosen == "off":
