@@ -89,6 +89,33 @@ def bench_train(
         raise typer.Exit(1)
 
 
+@bench.command(epilog="Example:  jaxlora bench roofline --model smollm2 --dtype bfloat16 --json")
+def roofline(
+    model: Model = DEMO_MODEL,
+    dtype: Weights = "auto",
+    rows: Annotated[
+        list[int] | None,
+        typer.Option(help="Of a decode step; may be repeated (1, 8 and 32).", min=1, show_default=False),
+    ] = None,
+    adapters: Annotated[int, typer.Option(help="Distinct adapters in a decode step of the most rows.", min=1)] = 16,
+    rank: Annotated[int, typer.Option(help="Rank of every adapter.", min=1)] = 16,
+    context: Annotated[int, typer.Option(help="Tokens of a decoding sequence.", min=1)] = 512,
+    lanes: Annotated[int, typer.Option(help="Lanes of prefill and training, each of its own adapter.", min=1)] = 8,
+    tokens: Annotated[int, typer.Option(help="Tokens of such a lane.", min=1)] = 128,
+    rounds: Rounds = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Measure what this device can do, and how near the steps of serving and training come to it."""
+    from serve.bench.roofline import RooflineSizes, report
+
+    sizes = RooflineSizes(
+        rows=tuple(rows or (1, 8, 32)), adapters=adapters, rank=rank, context=context, lanes=lanes, tokens=tokens
+    )
+    found = report(ModelSection(path=model, dtype=dtype), sizes, rounds)
+    for line in [json.dumps(asdict(found))] if as_json else found.lines():
+        typer.echo(line)
+
+
 @bench.command("serve", epilog="Example:  jaxlora bench serve http://127.0.0.1:8000 --clients 32 --popularity zipf:1")
 def bench_server(
     url: Annotated[str, typer.Argument(metavar="URL", show_default=False)],

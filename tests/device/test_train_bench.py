@@ -82,7 +82,9 @@ def test_a_compile_after_the_warm_up_is_counted_and_fails(known_times, monkeypat
 def test_lanes_that_are_not_whole_blocks_are_refused_in_one_line():
     got = run("--tokens", "33")
     assert got.exit_code == cli.ERROR_EXIT
-    assert got.stderr == "jaxlora: lane_tokens must be a multiple of 32 or smaller than that, such as 32 or 64; got 33\n"
+    assert (
+        got.stderr == "jaxlora: lane_tokens must be a multiple of 32 or smaller than that, such as 32 or 64; got 33\n"
+    )
 
 
 def test_an_accelerator_has_no_cpu_time(monkeypatch):
