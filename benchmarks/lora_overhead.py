@@ -20,7 +20,6 @@ import functools
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -31,13 +30,14 @@ from jaxlora.config.base import DEMO_MODEL, ONE_DEVICE, ModelSection
 from jaxlora.model import compile_cache
 from jaxlora.model.decoder import Base, Lora, TokenBatch, forward, head_logits
 from jaxlora.model.kv_cache import KVPages, empty_pages, paged_attend
-from jaxlora.model.lora_pool import LaneLora, LoraRows, PoolSpec, PromptLora, Rows, TokenLora, empty_pool
+from jaxlora.model.lora_pool import LoraRows, PoolSpec, PromptLora, Rows, TokenLora, empty_pool
 from pallas_kernels.bench import run as bench
 from pallas_kernels.bench.cases import GATHERED_ALTERNATIVES
 from serve.engine.logit_edits import LogitEdits
 from serve.engine.sampling import SamplingBatch, sample
-from train.step.batch import TrainBatch, idle_batch
-from train.step.step import lane_gradients, lane_losses
+from train.bench import TrainingSizes, base_pass, examples_of, full_lanes
+from train.step.batch import TrainBatch
+from train.step.step import lane_gradients
 
 RANK, SLOTS, ROWS = 16, 40, 32
 DECODE_ROUNDS = 8  # of decode in one of prefill and training
@@ -110,33 +110,6 @@ def serve_step(
     logits_GV = head_logits(base, x_TD.reshape(G, tokens, -1)[:, -1])
     edits = jax.tree.map(jnp.asarray, LogitEdits.idle(G, 1, base.config.vocab))
     return kv, sample(logits_GV, edits, jax.tree.map(jnp.asarray, SamplingBatch.idle(G))).token_B
-
-
-def train_batch(vocab: int) -> TrainBatch:
-    """Full lanes, lane g of slot g."""
-    lanes, tokens = TRAIN
-    ids = (np.arange(lanes * tokens, dtype=np.int32).reshape(TRAIN) * 37) % vocab
-    batch = replace(
-        idle_batch(lanes, tokens),
-        token_GJ=ids,
-        target_GJ=np.roll(ids, -1, 1),
-        weight_GJ=np.ones(TRAIN, np.float32),
-        position_GJ=np.tile(np.arange(tokens, dtype=np.int32), (lanes, 1)),
-        segment_GJ=np.ones(TRAIN, np.int32),
-        slot_G=np.arange(lanes, dtype=np.int32),
-    )
-    return jax.device_put(batch)
-
-
-def base_gradient(base: Base, batch: TrainBatch) -> jax.Array:
-    """Of the first norms: what it takes is the backward pass of the whole base."""
-
-    def loss(norm: jax.Array) -> jax.Array:
-        return lane_losses(
-            replace(base, arrays={**base.arrays, "attn_norm": norm}), LaneLora({}), batch, dropout=False
-        )[0]
-
-    return jax.grad(loss)(base.arrays["attn_norm"])
 
 
 def lora_gradient(base: Base, pool: Rows, batch: TrainBatch) -> object:
@@ -216,9 +189,10 @@ def main() -> int:
         }
         show("prefill 8 x 64", bench.measure(runs, args.rounds), None, LANES_LIMIT)
     if "training" in args.steps:
-        batch = train_batch(base.config.vocab)
-        base_step, lora_step = jax.jit(base_gradient), jax.jit(lora_gradient)
-        runs = {"base": lambda: base_step(base, batch), "ours": lambda: lora_step(base, trained, batch)}
+        sizes = TrainingSizes(tenants=1, lanes=TRAIN[0], tokens=TRAIN[1], rank=RANK)
+        batch = full_lanes(examples_of(0, sizes, base.config.vocab), range(TRAIN[0]))
+        lora_step = jax.jit(lora_gradient)
+        runs = {"base": base_pass(base, batch), "ours": lambda: lora_step(base, trained, batch)}
         show("training 8 x 128", bench.measure(runs, args.rounds), None, LANES_LIMIT)
     return int(failed > 0)
 

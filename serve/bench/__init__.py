@@ -1,3 +1,3 @@
-"""A load generator for any OpenAI-compatible server: who is asked, by whom and when, and what the answers took.
-Imports asyncio and the standard library only, so that it leaves a shared machine's cores to the server.
-`jaxlora bench serve` and benchmarks/peers drive it; nothing here imports the server."""
+"""What `jaxlora bench` measures of a server or of whole steps; nothing of the server imports it.
+client, load, popularity and report are a load generator for any OpenAI-compatible server, of the standard library only, so that
+it leaves a shared machine's cores to the server; benchmarks/peers drives it too. roofline times the engine's and the trainer's steps."""

@@ -9,8 +9,13 @@ from typing import Annotated
 
 import typer
 
+from jaxlora.config.base import DEMO_MODEL, Dtype, ModelSection
 from jaxlora.core.errors import ConfigInvalid
 from serve.cli.options import Json, Key, connect
+
+Model = Annotated[str, typer.Option(help='"smollm2", a directory, a .gguf file or a hub id.')]
+Weights = Annotated[Dtype, typer.Option(help="Of the base; auto: bfloat16 where it is clearly faster.")]
+Rounds = Annotated[int, typer.Option(help="The least of so many timings counts.", min=1)]
 
 bench = typer.Typer(help="Measure this device, or a server.", no_args_is_help=True)
 
@@ -35,7 +40,7 @@ def kernels(
     lanes: Annotated[int, typer.Option(help="Lanes of training and prefill.", min=1)] = 8,
     tokens: Annotated[int, typer.Option(help="Tokens of a lane.", min=1)] = 128,
     context: Annotated[int, typer.Option(help="Tokens in the KV pages of a sequence.", min=1)] = 512,
-    rounds: Annotated[int, typer.Option(help="The least of so many timings counts.", min=1)] = 7,
+    rounds: Rounds = 7,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
     """Time every op beside what this device can do, the base product and other forms of the op."""
@@ -57,6 +62,58 @@ def kernels(
         )
     except ValueError as e:
         raise ConfigInvalid(f"bench kernels: {e}") from e
+
+
+@bench.command("train", epilog="Example:  jaxlora bench train --tenants 16 --tokens 64 --dtype bfloat16")
+def bench_train(
+    model: Model = DEMO_MODEL,
+    dtype: Weights = "auto",
+    tenants: Annotated[int, typer.Option(help="Tenants in one step.", min=1)] = 16,
+    lanes: Annotated[int, typer.Option(help="Lanes of each tenant in a step.", min=1)] = 1,
+    tokens: Annotated[int, typer.Option(help="Tokens of a lane.", min=1)] = 128,
+    rank: Annotated[int, typer.Option(help="Rank of every adapter.", min=1)] = 16,
+    rounds: Rounds = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Time a training step: tenants together, one of them alone, and the base's forward and backward pass below both.
+
+    Exit code 1 when something compiled after the warm-up.
+    """
+    from train.bench import TrainingSizes, report
+
+    sizes = TrainingSizes(tenants=tenants, lanes=lanes, tokens=tokens, rank=rank)
+    found = report(ModelSection(path=model, dtype=dtype), sizes, rounds)
+    for line in [json.dumps(asdict(found))] if as_json else found.lines():
+        typer.echo(line)
+    if found.compiles:
+        raise typer.Exit(1)
+
+
+@bench.command(epilog="Example:  jaxlora bench roofline --model smollm2 --dtype bfloat16 --json")
+def roofline(
+    model: Model = DEMO_MODEL,
+    dtype: Weights = "auto",
+    rows: Annotated[
+        list[int] | None,
+        typer.Option(help="Of a decode step; may be repeated (1, 8 and 32).", min=1, show_default=False),
+    ] = None,
+    adapters: Annotated[int, typer.Option(help="Distinct adapters in a decode step of the most rows.", min=1)] = 16,
+    rank: Annotated[int, typer.Option(help="Rank of every adapter.", min=1)] = 16,
+    context: Annotated[int, typer.Option(help="Tokens of a decoding sequence.", min=1)] = 512,
+    lanes: Annotated[int, typer.Option(help="Lanes of prefill and training, each of its own adapter.", min=1)] = 8,
+    tokens: Annotated[int, typer.Option(help="Tokens of such a lane.", min=1)] = 128,
+    rounds: Rounds = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Measure what this device can do, and how near the steps of serving and training come to it."""
+    from serve.bench.roofline import RooflineSizes, report
+
+    sizes = RooflineSizes(
+        rows=tuple(rows or (1, 8, 32)), adapters=adapters, rank=rank, context=context, lanes=lanes, tokens=tokens
+    )
+    found = report(ModelSection(path=model, dtype=dtype), sizes, rounds)
+    for line in [json.dumps(asdict(found))] if as_json else found.lines():
+        typer.echo(line)
 
 
 @bench.command("serve", epilog="Example:  jaxlora bench serve http://127.0.0.1:8000 --clients 32 --popularity zipf:1")

@@ -26,7 +26,8 @@ TRAIN = str(ROOT / "configs/train_two_tenants.toml")
 # pydantic is not in it: typer itself imports it for the help of a command.
 HEAVY = {"jax", "flax", "optax", "numpy", "fastapi", "transformers", "uvicorn", "sqlalchemy", "httpx2"}
 HEAVY |= {"train", "pallas_kernels"}
-COMMANDS = ("demo", "serve", "chat", "train", "export", "doctor", "init serve", "init train", "bench serve")
+COMMANDS = ("demo", "serve", "chat", "train", "export", "doctor", "init serve", "init train")
+COMMANDS += ("bench serve", "bench train", "bench roofline")
 MAINS = ("serve.demo.command", "serve.server.build", "serve.cli.chat", "train.run.command", "pallas_kernels.bench.run")
 
 

@@ -1,0 +1,281 @@
+"""What this device can do, and how near the steps of serving and training come to it.
+
+The floor of a step is the longer of two times: its least memory traffic at the measured bandwidth, and its least
+computation at the measured rate of a product.  Beside it stands the program that the engine or the trainer runs.
+
+Shape letters: G lanes (rows of a decode step), J tokens of a lane, C KV pages of a sequence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlora.checkpoints.load import Opened, open_base
+from jaxlora.config.base import ONE_DEVICE, ModelSection
+from jaxlora.core.errors import ConfigInvalid
+from jaxlora.core.lora import LoraSpec
+from jaxlora.core.model_config import LINEARS, parameters
+from jaxlora.model import compile_cache
+from jaxlora.model.decoder import Base
+from jaxlora.model.kv_cache import KVPages, empty_pages
+from jaxlora.model.lora_pool import PoolSpec, Rows, adapter_bytes, empty_pool
+from jaxlora.model.mesh import place_rows
+from pallas_kernels.bench.run import Ceilings, Timing, ceilings, measure
+from serve.engine.engine import MIN_ROWS
+from serve.engine.logit_edits import EditArrays
+from serve.engine.step import Layout, StepBatch, step_program
+from train.bench import TrainingSizes, warm_trainer
+
+PAGE = 64  # tokens of a KV page
+STATE = 4  # arrays of a tenant that an update reads and writes: weights, gradient, two moments
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RooflineSizes:
+    """Which steps are looked at."""
+
+    rows: tuple[int, ...]  # of the decode steps
+    adapters: int  # distinct ones in a decode step of the most rows
+    rank: int  # of every adapter, on all seven projections
+    context: int  # tokens of a decoding sequence
+    lanes: int  # of a prefill step and of a training step, each of its own adapter
+    tokens: int  # of such a lane
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.adapters <= max(self.rows):
+            raise ConfigInvalid(f"{self.adapters} adapters are not between 1 and {max(self.rows)}, the most rows")
+
+    @property
+    def spec(self) -> LoraSpec:
+        """Returns the specification of every adapter."""
+        return LoraSpec(rank=self.rank, alpha=2.0 * self.rank)
+
+    @property
+    def serving(self) -> dict[str, ServingStep]:
+        """Returns the serving steps by their names."""
+        filled, most = self.context - 1, max(self.rows)
+        steps = {
+            f"decode, rows {n}": ServingStep(lanes=n, tokens=1, filled=filled, adapters=0)
+            for n in sorted(set(self.rows))
+        }
+        steps[f"decode, rows {most}, adapters {self.adapters}"] = ServingStep(
+            lanes=most, tokens=1, filled=filled, adapters=self.adapters
+        )
+        steps[f"prefill, lanes {self.lanes} x {self.tokens}, adapters {self.lanes}"] = ServingStep(
+            lanes=self.lanes, tokens=self.tokens, filled=0, adapters=self.lanes
+        )
+        return steps
+
+    @property
+    def training(self) -> TrainingSizes:
+        """Returns the sizes of the training step, a tenant a lane."""
+        return TrainingSizes(tenants=self.lanes, lanes=1, tokens=self.tokens, rank=self.rank)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServingStep:
+    """One serving step."""
+
+    lanes: int
+    tokens: int  # of a lane; 1 decodes
+    filled: int  # tokens of each sequence whose KV is in its pages already
+    adapters: int  # distinct ones, lanes take turns; 0: the base alone
+
+    def pages_of_lane(self) -> int:
+        """Returns the KV pages of each sequence."""
+        return -(-(self.filled + self.tokens) // PAGE)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """The least that a step must move and compute."""
+
+    bytes: int
+    flops: int
+
+    def floor_s(self, device: Ceilings) -> float:
+        """Returns the least time on a device that can do so much."""
+        return max(self.bytes / device.read_bytes_s, self.flops / device.flops_s)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepReport:
+    """One step beside its floor."""
+
+    step: str
+    bytes: int  # the least traffic
+    flops: int  # the least computation
+    bound: str  # bytes or flops: which of them is the floor
+    floor_s: float
+    measured_s: float  # CPU time on a CPU, else wall time
+    wall_s: float
+    ratio: float  # measured / floor
+
+    @classmethod
+    def of(cls, step: str, work: Work, device: Ceilings, timing: Timing) -> StepReport:
+        """Compares the least time of all rounds with the floor."""
+        floor_s = work.floor_s(device)
+        return cls(
+            step=step,
+            bytes=work.bytes,
+            flops=work.flops,
+            bound="bytes" if floor_s == work.bytes / device.read_bytes_s else "flops",
+            floor_s=floor_s,
+            measured_s=timing.best_s,
+            wall_s=float(timing.wall_s.min()),
+            ratio=timing.best_s / floor_s,
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"{self.step:36} {self.bytes / 1e6:9.1f} MB {self.flops / 1e9:9.2f} GFLOP"
+            f" {self.floor_s * 1e3:9.2f} ({self.bound}) {self.measured_s * 1e3:9.2f} {self.ratio:7.2f}"
+            f" {self.wall_s * 1e3:9.2f}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RooflineReport:
+    """What this device can do, and the steps of one base on it."""
+
+    device: str
+    clock: str  # CPU or wall: of the ceilings and of what is measured
+    model: str
+    dtype: str
+    sizes: RooflineSizes
+    rounds: int
+    read_bytes_s: float
+    flops_s: float
+    steps: list[StepReport]
+
+    def lines(self) -> list[str]:
+        """Returns the report as a table for people."""
+        return [
+            f"{self.device}, {self.model}, {self.dtype}: {self.clock} time, least of {self.rounds}; rank "
+            f"{self.sizes.rank}, contexts of {self.sizes.context} tokens",
+            f"this device: {self.read_bytes_s / 1e9:.1f} GB/s, {self.flops_s / 1e9:.1f} GFLOP/s",
+            f"{'step':36} {'moved':>12} {'computed':>15} {'floor, ms':>17} {'measured':>9} {'ratio':>7} {'wall, ms':>9}",
+            *map(str, self.steps),
+        ]
+
+
+# ---- floors -----------------------------------------------------------------------------------------------------------
+
+
+def weights_bytes(base: Base) -> int:
+    """Returns the bytes of the base that every step reads, as they lie in memory; of an embedding beside a head, few rows."""
+    is_head = not base.packed and "head" not in base.arrays
+    read = [x.nbytes for name, x in base.arrays.items() if name != "embed" or is_head]
+    return sum(read) + sum(x.nbytes for x in jax.tree.leaves(base.packed))
+
+
+def products(base: Base) -> tuple[int, int]:
+    """Returns the weights that a token is multiplied by: (in all layers, in the head)."""
+    table = parameters(base.config)
+    layers = sum(math.prod(table[name].shape) for name in LINEARS if name in table and name != "head")
+    return layers, base.config.d_model * base.config.vocab
+
+
+def pairs(base: Base, tokens: int, filled: int) -> int:
+    """Returns how many (query, key) pairs attention computes of a lane, in each layer and head."""
+    window = base.config.window or filled + tokens
+    return sum(min(place + 1, window) for place in range(filled, filled + tokens))
+
+
+def serving_work(base: Base, step: ServingStep, spec: LoraSpec) -> Work:
+    """Returns what a serving step must do: each weight, adapter, key and value once; the head for one token of a lane."""
+    c, T = base.config, step.lanes * step.tokens
+    layers, head = products(base)
+    token_bytes = 2 * c.layers * c.kv_heads * c.head_dim * base.dtype.itemsize
+    adapter = adapter_bytes(c, spec) // 4  # elements: it counts float32
+    attention = 4 * c.layers * c.heads * c.head_dim * step.lanes * pairs(base, step.tokens, step.filled)
+    kept = min(step.filled, c.window or step.filled)
+    return Work(
+        bytes=weights_bytes(base)
+        + token_bytes * step.lanes * (kept + step.tokens)
+        + step.adapters * adapter * base.dtype.itemsize,
+        flops=2 * T * layers + 2 * step.lanes * head + attention + 2 * T * adapter * (step.adapters > 0),
+    )
+
+
+def training_work(base: Base, sizes: TrainingSizes) -> Work:
+    """Returns what a training step must do: weights read forward and backward; no gradient of them; AdamW in place."""
+    c, G = base.config, sizes.tenants * sizes.lanes
+    layers, head = products(base)
+    adapter = adapter_bytes(c, sizes.spec)
+    attention = 4 * c.layers * c.heads * c.head_dim * G * pairs(base, sizes.tokens, 0)
+    return Work(
+        bytes=2 * weights_bytes(base) + 2 * STATE * sizes.tenants * adapter,
+        flops=4 * G * sizes.tokens * (layers + head) + 3 * attention + 6 * G * sizes.tokens * adapter // 4,
+    )
+
+
+# ---- what is measured -------------------------------------------------------------------------------------------------
+
+
+def serving_call(opened: Opened, step: ServingStep, pool: Rows, kv: list[KVPages]) -> Callable[[], jax.Array]:
+    """Returns a call of the engine's program for this step, which gives its tokens, int32 [G].
+
+    kv: the pages, which each call takes and puts back.  The program has MIN_ROWS lanes at least, as an engine's.
+    """
+    base, mesh, vocab = opened.base, opened.mesh, opened.base.config.vocab
+    lanes, J, C = max(step.lanes, MIN_ROWS), step.tokens, step.pages_of_lane()
+    batch, G = StepBatch.idle(lanes, J, C), slice(step.lanes)
+    batch.token_GJ[G] = np.arange(step.lanes * J).reshape(-1, J) * 37 % vocab
+    batch.position_GJ[G] = step.filled + np.arange(J)
+    batch.page_GC[G] = np.arange(step.lanes * C).reshape(-1, C)
+    batch.last_G[G] = J - 1
+    if step.adapters:
+        batch.slot_G[G] = np.arange(step.lanes) % step.adapters
+    ends = len(opened.tokenizer.eos_ids)
+    edits = EditArrays(mesh, max_tokens=step.filled + J, vocab=vocab, ends=ends)
+    idle = edits.make(lanes, tokens=False, allowed=False)
+    layout, program = Layout.of(batch), step_program(mesh)
+    words_GW = place_rows(mesh, layout.pack(batch))
+
+    def run() -> jax.Array:
+        kv[0], out = program(base, pool, kv[0], words_GW, idle, layout)
+        return out.token_B
+
+    return run
+
+
+def time_steps(opened: Opened, sizes: RooflineSizes, rounds: int) -> RooflineReport:
+    """Times all steps in turn.  Raises ConfigInvalid for training lanes that are not whole blocks."""
+    base, serving = opened.base, sizes.serving
+    spec = PoolSpec(slots=max(sizes.adapters, sizes.lanes), rank=sizes.rank, dtype=base.dtype.name)
+    pool = jax.tree.map(lambda x: jnp.full_like(x, 0.01), empty_pool(base.config, spec, opened.mesh))
+    pages = max(step.lanes * step.pages_of_lane() for step in serving.values())
+    kv = [empty_pages(base.config, opened.mesh, pages=pages, page_tokens=PAGE, dtype=base.dtype)]
+    training = f"training, tenants {sizes.lanes} x {sizes.tokens}"
+    works = {name: serving_work(base, step, sizes.spec) for name, step in serving.items()}
+    works[training] = training_work(base, sizes.training)
+    runs: dict[str, Callable[[], object]] = {
+        name: serving_call(opened, step, pool, kv) for name, step in serving.items()
+    }
+    runs[training] = warm_trainer(opened, sizes.training).step
+    device = ceilings(base.dtype.name, rounds=rounds)
+    timings = measure(runs, rounds)
+    return RooflineReport(
+        device=f"{jax.default_backend()}: {jax.devices()[0].device_kind}",
+        clock="CPU" if jax.default_backend() == "cpu" else "wall",
+        model=opened.name,
+        dtype=base.dtype.name,
+        sizes=sizes,
+        rounds=rounds,
+        read_bytes_s=device.read_bytes_s,
+        flops_s=device.flops_s,
+        steps=[StepReport.of(name, work, device, timings[name]) for name, work in works.items()],
+    )
+
+
+def report(model: ModelSection, sizes: RooflineSizes, rounds: int) -> RooflineReport:
+    """Opens the base on one device and times its steps.  Raises as `open_base` and `time_steps` do."""
+    compile_cache.enable(None)
+    return time_steps(open_base(model, ONE_DEVICE), sizes, rounds)
