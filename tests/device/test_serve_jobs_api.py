@@ -14,9 +14,9 @@ from jobs_api_world import BASE, ENDED, LORA, Server, ask, client_of, create, fi
 from pydantic import TypeAdapter
 
 from jaxlora.config.serving import LimitsSection, TenantWeight
+from jaxlora.core.adapter_size import adapter_size
 from jaxlora.core.errors import InvalidRequest, QuotaExceeded, StateInvalid
 from jaxlora.core.lora import LoraSpec
-from jaxlora.model.lora_pool import adapter_bytes
 from serve.access.caller import Caller
 from serve.api.adapters.service import AdapterService
 from serve.api.jobs.schemas import CheckpointList, EventList, JobList, JobObject
@@ -391,10 +391,8 @@ def test_too_many_jobs_are_over_the_quota(server, acme):
 
 def test_a_job_whose_versions_have_no_room_goes_on_and_the_next_job_is_refused(server, acme, monkeypatch):
     it = server[0]
-    each = adapter_bytes(
-        it.host.live.jobs.trainer.base.config,
-        LoraSpec(rank=LORA["r"], alpha=1.0, targets=tuple(LORA["target_modules"])),
-    )
+    spec = LoraSpec(rank=LORA["r"], alpha=1.0, targets=tuple(LORA["target_modules"]))
+    each = adapter_size(it.host.live.jobs.trainer.base.config, spec).nbytes
     monkeypatch.setattr(it.quota, "limits", LimitsSection(adapter_bytes=3 * each))
     job = create(server, acme, extra={"checkpoint_every": 1, "max_steps": 30})
     done = wait_for(acme, job.id, "succeeded")
