@@ -200,7 +200,7 @@ def quantum(
     server, points = Server.at(url, key), []
     with connect(url, key) as api:
         slots = api.entry("GET", "tuning")["active_slots"] or len(read(api)["slots"])
-        asked = model or [m.id for m in api.models() if m.parent is not None]
+        asked = list(dict.fromkeys(model or [m.id for m in api.models() if m.parent is not None]))
         if len(asked) <= slots:
             raise ConfigInvalid(
                 f"a quantum matters where adapters wait for slots; {url} has {slots} for the {len(asked)} that are asked"
