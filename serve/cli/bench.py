@@ -228,6 +228,6 @@ def quantum(
                 points.append(curve.Point(quantum_ms=ms, swaps_s=swaps_s, load=report))
                 typer.echo(json.dumps(asdict(points[-1])) if as_json else points[-1].line())
     if picture is not None:
-        replace_file(picture, curve.picture(points))
+        replace_file(picture, curve.picture(points).encode())
     if any(point.load.failed for point in points):
         raise typer.Exit(1)

@@ -147,10 +147,10 @@ def test_a_table_and_a_picture(swapping, tmp_path):
     assert head.split()[:3] == ["quantum", "ms", "tokens/s"]
     assert [line.split()[0] for line in lines] == ["50", "800"]
     text = (tmp_path / "curve.svg").read_text()
-    ET.fromstring(text)
     shown = [node.text for node in ET.fromstring(text).iter("{http://www.w3.org/2000/svg}text")]
     assert [shown.count(label) for label in ("50 ms", "800 ms")] == [2, 2]  # of the median and of the 99th percentile
-    assert {"seconds to the first token", "tokens a second"} <= set(shown)
+    assert "tokens a second" in shown
+    assert text.count("://") == 1  # the name of SVG itself: it fetches nothing
 
 
 def test_without_a_list_the_quanta_double(swapping):
