@@ -1,17 +1,19 @@
 """What one adapter more costs: bytes in a slot, in RAM and on disk; its share of the parameters; the speed of a server.
 
-    uv run python -m benchmarks.cost [--parts bytes ranks speed] [--dtype bfloat16] [--rounds 3] [--requests 64] [--out DIR]
+    uv run python -m benchmarks.cost [--parts bytes ranks speed] [--dtype bfloat16] [--rounds 3] [--out DIR]
 
-bytes   Adapters of the demo model by rank and targets.  Each is stored by the server's store and its folder counted, its
-        arrays in RAM, and pools are made: of its own targets and rank, and of a server of its rank, whose slots hold
-        every target and the head whatever lies in them.  Share: trainable / all parameters, as PEFT counts.
+bytes   Adapters of the demo model by rank and targets.  Each is stored by the server's store and its folder counted,
+        its arrays in RAM, and pools are made: of its own targets and rank, and of a server of its rank, whose slots
+        hold every target and the head whatever lies in them.  Share: trainable / all parameters, as PEFT counts.
 ranks   Arithmetic on public shapes: the largest rank of which less than 0.1 % of the parameters train.
-speed   One `jaxlora serve` without training per case: the base alone beside one slot, 16 adapters in 16 slots, 64 in 64, 2,000 over
-        64.  All run; in each round each gets the load once, in a new order, and the first round is not counted.  Closed
-        loop of 32 clients, prompts of about 32 tokens, answers of 16, every adapter as likely as another.  --distinct files are
-        written and hard-linked under the other names, so what is read of them comes from the system's cache.
+speed   One `jaxlora serve` without training per case: the base alone beside one slot, 16 adapters in 16 slots, 64 in
+        64, 2,000 over 64.  All run; in each round each gets the load once, in a new order; the first round fills the
+        slots and is not counted.  Closed loop of 32 clients, prompts of about 32 tokens, answers of 16, every adapter
+        as likely as another.  --distinct files are written and hard-linked under the other names, so what is read of
+        them comes from the system's cache.
 
-Five minutes; --rounds 1 --requests 16 takes one less, --parts bytes ranks half a minute.  DIR gets cost.md and cost.json.
+Five minutes on two cores; --rounds 1 --requests 16 takes two, --parts bytes ranks a few seconds.  DIR gets cost.md and
+cost.json.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -197,17 +200,20 @@ def ranks() -> list[Rank]:
     return found
 
 
-def load(server: Server, tree: Tree, case: Case, requests: int, seed: int) -> Sample:
-    """Has clients ask a server, and counts.  Raises RuntimeError when a request failed."""
+def load(server: Server, tree: Tree, case: Case, requests: int, round: int) -> Sample:
+    """Has clients ask a server, and counts; in round 0 as many adapters as have slots, one after another.
+
+    Raises RuntimeError when a request failed.
+    """
     names = [ref_of(number).name for number in range(case.adapters)] or [DEMO_MODEL]
     asked = bodies(
-        draw("uniform", names, seed),
-        requests,
+        draw("uniform", names, round) if round else itertools.cycle(names),
+        requests if round else max(requests, case.slots),
         chat=False,
         prompt_tokens=PROMPT,
         max_tokens=ANSWER,
         early_stop=False,
-        seed=seed,
+        seed=round,
     )
     before = tree.cpu_s()
     report = LoadReport.of(asyncio.run(closed_loop(server, "completions", asked, CLIENTS, ANSWER_S)))
@@ -246,7 +252,7 @@ def speeds(cases: Sequence[Case], dtype: str, rounds: int, requests: int, distin
             say(f"{case.name} is up")
         for round in range(rounds + 1):
             for case in source.sample(list(up), len(up)):
-                sample = load(*up[case], case, requests, seed=round)
+                sample = load(*up[case], case, requests, round)
                 say(f"round {round}: {case.name}: {sample.tokens_s:.1f} tokens/s, {sample.tokens_cpu_s:.1f} a CPU s")
                 samples += [sample] if round else []
     return samples

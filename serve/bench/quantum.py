@@ -1,4 +1,4 @@
-"""What a server does at one quantum: a line of a table, JSON; all of them as a picture, tokens a second against waiting."""
+"""What a server does at each quantum, as lines of a table and as a picture: tokens a second against waiting."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class Point:
 
 
 def picture(points: Sequence[Point]) -> str:
-    """Returns an SVG that fetches nothing: tokens a second over seconds to the first token, each point with its quantum.
+    """Returns an SVG that fetches nothing: tokens a second over seconds to the first token.
 
-    A point without an answer is left out.
+    Each point has its quantum beside it; one without an answer is left out.
     """
     told = [(point, point.load.first_token) for point in points if point.load.first_token is not None]
     waits_s = [wait for _, first in told for wait in (first.p50_s, first.p99_s)] or [1.0]

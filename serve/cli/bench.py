@@ -203,7 +203,7 @@ def quantum(
         asked = list(dict.fromkeys(model or [m.id for m in api.models() if m.parent is not None]))
         if len(asked) <= slots:
             raise ConfigInvalid(
-                f"a quantum matters where adapters wait for slots; {url} has {slots} for the {len(asked)} that are asked"
+                f"a quantum matters where adapters wait for slots; {url} has {slots} for the {len(asked)} asked"
             )
         if not as_json:
             typer.echo(curve.HEAD)

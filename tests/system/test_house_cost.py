@@ -53,11 +53,14 @@ def test_public_shapes_have_their_published_parameters_and_ranks_are_the_largest
 def test_a_load_asks_the_adapters_and_counts_cpu_time(running, backend):
     backend.adapters, backend.context = {"a0": 1, "a1": 1}, 400  # a letter is a token
     tree = Tree(os.getpid())  # the server is a thread of this process
-    sample = cost.load(Server.at(running[1]), tree, CASE, requests=6, seed=3)
+    sample = cost.load(Server.at(running[1]), tree, CASE, requests=6, round=3)
     assert {r.adapter.name for r in backend.requests} == {"a0", "a1"}
     assert {r.params.max_tokens for r in backend.requests} == {cost.ANSWER}
     assert len(backend.requests) == 6
     assert min(sample.tokens_s, sample.tokens_cpu_s, sample.first_p50_s) > 0
+    backend.requests.clear()
+    cost.load(Server.at(running[1]), tree, CASE, requests=1, round=0)
+    assert [r.adapter.name for r in backend.requests] in (["a0", "a1"], ["a1", "a0"])  # both slots are filled
     first, second = cost.CASES[:2]
     told = cost.speeds_table(
         [
@@ -72,4 +75,4 @@ def test_a_load_asks_the_adapters_and_counts_cpu_time(running, backend):
 def test_a_load_with_failures_is_no_sample(running, backend):
     backend.adapters, backend.context = {"a0": 1}, 400
     with pytest.raises(RuntimeError, match="a1"):
-        cost.load(Server.at(running[1]), Tree(os.getpid()), CASE, requests=6, seed=3)
+        cost.load(Server.at(running[1]), Tree(os.getpid()), CASE, requests=6, round=3)

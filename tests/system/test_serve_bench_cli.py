@@ -179,8 +179,8 @@ def test_an_interrupted_run_puts_the_quantum_back(swapping, monkeypatch, error):
 @pytest.mark.parametrize(
     ("arguments", "slots", "told"),
     [
-        (["--model", "a0", "--model", "a1", "--model", "a0"], None, "has 3 for the 2 that are asked"),
-        ([], 4, "has 4 for the 4 that are asked"),
+        (["--model", "a0", "--model", "a1", "--model", "a0"], None, "has 3 for the 2 asked"),
+        ([], 4, "has 4 for the 4 asked"),
         (["--quantum-ms", "0"], None, "positive"),
         (["--picture", "/no/such/folder/x.svg"], None, "is no folder"),
     ],
