@@ -33,8 +33,7 @@ from tenants import ANSWER, ASKED, BATCH, HELDOUT, exact
 from jaxlora.checkpoints.load import Opened
 from jaxlora.config.base import DEMO_MODEL
 from jaxlora.config.training import WARMUP, Optimizer, Recipe, default_lr
-from jaxlora.core.model_config import ModelConfig, parameters
-from jaxlora.model.lora_pool import adapter_bytes
+from jaxlora.core.adapter_size import adapter_size
 from serve.session import Session
 from train.data.examples import ExampleStream
 from train.data.load import LengthLimit, load_file
@@ -66,12 +65,6 @@ class Outcome:
 
     def __str__(self) -> str:
         return f"{self.nll:.3f}" if self.hits is None else f"{self.nll:.3f}, {self.hits}"
-
-
-def share(config: ModelConfig, rank: int) -> float:
-    """Weights of an adapter of all default targets / weights of the base."""
-    of_base = sum(math.prod(p.shape) for p in parameters(config).values())
-    return adapter_bytes(config, Recipe(rank=rank).spec) / 4 / of_base  # float32
 
 
 def adapters(session: Session, tasks: list[Task], ranks: list[int], steps: int) -> dict[int | None, dict[str, Outcome]]:
@@ -157,7 +150,9 @@ def main() -> int:
         f"\n| trained | share of weights | {' | '.join(t.name for t in tasks)} |\n| --- {'| --: ' * (len(tasks) + 1)}|"
     )
     table = {"nothing": (0.0, rows[None])}
-    table |= {f"rank {rank}": (share(config, rank), rows[rank]) for rank in args.ranks}
+    table |= {
+        f"rank {n}": (adapter_size(config, Recipe(rank=n).spec).trainable_percent / 100, rows[n]) for n in args.ranks
+    }
     table["all weights"] = (1.0, {name: outcome for name, (outcome, _) in full.items()})
     for what, (part, outcomes) in table.items():
         print(f"| {what} | {part:.2%} | {' | '.join(str(outcomes[t.name]) for t in tasks)} |")

@@ -1,6 +1,6 @@
 """What ten thousand adapters cost: 2,000 of them over 64 slots against 64 that are always there; start-up; host memory.
 
-    uv run python benchmarks/many.py [--rounds 10] [--steps 10] [--quantum-ms 120000] [--dtype auto] [--store DIR]
+    uv run python -m benchmarks.many [--rounds 10] [--steps 10] [--quantum-ms 120000] [--dtype auto] [--store DIR]
 
 store   10,000 rank-8 adapters on disk: 2,000 random ones that the store's own writer wrote, 8,000 hard links of them.
         With --store it is made in DIR once and stays there; else in a temporary folder that is removed (20 GB).
@@ -36,13 +36,14 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-from serving import SIZES, adapter, request
 
-from jaxlora.checkpoints.load import Opened, load_found, open_base
-from jaxlora.config.base import DEMO_MODEL, ONE_DEVICE, ModelSection
+from benchmarks.serving import SIZES, adapter, request
+from jaxlora.checkpoints.load import Opened, load_found
+from jaxlora.config.base import DEMO_MODEL, ModelSection
 from jaxlora.config.serving import ServeConfig, SizedConfig, Tuning
 from jaxlora.core.lora import AdapterRef
 from jaxlora.model import compile_cache
+from jaxlora.peft.ingest import find_base
 from jaxlora.storage.adapter_files import save_version
 from jaxlora.storage.adapter_store import AdapterStore
 from serve.engine.engine import Engine
@@ -67,13 +68,27 @@ def folder_of(store: Path, number: int) -> Path:
     return store / "adapters" / ref.tenant / ref.name
 
 
-def write(store: Path, numbers: range) -> None:
+def write(store: Path, numbers: range, rank: int) -> None:
     """Writes adapters; in a process of its own."""
-    opened = open_base(ModelSection(path=DEMO_MODEL, dtype="bfloat16"), ONE_DEVICE)
+    base = find_base(DEMO_MODEL)
     trash = store / "trash"
     trash.mkdir(parents=True, exist_ok=True)
     for number in numbers:
-        save_version(folder_of(store, number), adapter(opened, ref_of(number), RANK), time.time(), trash)
+        made = adapter(base.source.config, base.hash, ref_of(number), rank)
+        save_version(folder_of(store, number), made, time.time(), trash)
+
+
+def write_all(store: Path, count: int, rank: int) -> None:
+    """Writes the first so many adapters, in two processes."""
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        for part in [pool.submit(write, store, range(start, count, 2), rank) for start in range(2)]:
+            part.result()
+
+
+def link(store: Path, distinct: int, into: Path, numbers: range) -> None:
+    """Gives a store these adapters: hard links, over and over, of the first so many of `store`."""
+    for number in numbers:
+        shutil.copytree(folder_of(store, number % distinct), folder_of(into, number), copy_function=os.link)
 
 
 def make_store(store: Path) -> None:
@@ -82,15 +97,10 @@ def make_store(store: Path) -> None:
     if done.exists():
         return
     started = time.perf_counter()
-    parts = [range(start, DISTINCT, 2) for start in range(2)]
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        for part in [pool.submit(write, store, part) for part in parts]:
-            part.result()
+    write_all(store, DISTINCT, RANK)
     written = time.perf_counter()
-    for number in range(DISTINCT, REGISTERED):
-        shutil.copytree(folder_of(store, number % DISTINCT), folder_of(store, number), copy_function=os.link)
-    for number in range(FEW):
-        shutil.copytree(folder_of(store, number), folder_of(store / "few", number), copy_function=os.link)
+    link(store, DISTINCT, store, range(DISTINCT, REGISTERED))
+    link(store, DISTINCT, store / "few", range(FEW))
     done.touch()
     linked = time.perf_counter()
     print(

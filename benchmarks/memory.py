@@ -36,8 +36,8 @@ import numpy as np
 
 from jaxlora.checkpoints.load import find_base
 from jaxlora.config.base import ModelSection
-from jaxlora.core.lora import ALL_TARGETS, HEAD_TARGET, Adapter, AdapterRef, LoraSpec
-from jaxlora.core.model_config import ModelConfig, target_features
+from jaxlora.core.lora import ALL_TARGETS, Adapter, AdapterRef, LoraSpec
+from jaxlora.core.model_config import ModelConfig, layer_count, target_features
 from jaxlora.peft.folder import export_peft
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
@@ -152,7 +152,7 @@ def archive(folder: Path, config: ModelConfig, rank: int, draw: np.random.Genera
     spec, weights = LoraSpec(rank=rank, alpha=float(rank), targets=ALL_TARGETS), {}
     for target in ALL_TARGETS:
         x, y = target_features(config, target)
-        layers = 1 if target == HEAD_TARGET else config.layers
+        layers = layer_count(config, target)
         weights[target] = half(layers, rank, x), half(layers, rank, y)
     adapter = Adapter(ref=AdapterRef("any", "any", 1), spec=spec, base_hash="", weights=weights)
     export_peft(adapter, folder / "peft", config, base_name="any")

@@ -15,9 +15,8 @@ from jaxlora.checkpoints.load import Opened, load_found
 from jaxlora.config.base import DEMO_MODEL, Dtype, ModelSection
 from jaxlora.config.serving import ServeConfig
 from jaxlora.core.lora import LAYER_TARGETS, Adapter, AdapterRef, LoraSpec
-from jaxlora.core.model_config import target_features
+from jaxlora.core.model_config import ModelConfig, layer_count, target_features
 from jaxlora.model import compile_cache
-from jaxlora.model.lora_pool import layer_count
 from serve.engine.request import Request, SamplingParams
 from serve.runtime.device_thread import DeviceThread
 from serve.server.build import make_runner, open_store, planned
@@ -36,17 +35,19 @@ class Server:
     adapters: list[AdapterRef]
 
 
-def adapter(opened: Opened, ref: AdapterRef, rank: int) -> Adapter:
-    """Small random weights on all seven projections; equal for equal refs."""
-    spec = LoraSpec(rank=rank, alpha=2.0 * rank)
+def adapter(
+    config: ModelConfig, base_hash: str, ref: AdapterRef, rank: int, targets: tuple[str, ...] = LAYER_TARGETS
+) -> Adapter:
+    """Small random weights, as a rule on all seven projections; equal for equal refs."""
+    spec = LoraSpec(rank=rank, alpha=2.0 * rank, targets=targets)
     random = np.random.default_rng([ref.version, *ref.name.encode()])
     weights = {}
-    for target in LAYER_TARGETS:
-        x, y = target_features(opened.base.config, target)
-        layers = layer_count(opened.base.config, target)
+    for target in targets:
+        x, y = target_features(config, target)
+        layers = layer_count(config, target)
         a, b = (random.standard_normal((layers, rank, n), np.float32) * 0.01 for n in (x, y))
         weights[target] = (a, b)
-    return Adapter(ref=ref, spec=spec, base_hash=opened.base_hash, weights=weights)
+    return Adapter(ref=ref, spec=spec, base_hash=base_hash, weights=weights)
 
 
 @contextlib.contextmanager
@@ -60,8 +61,9 @@ def server(adapters: int, *, rank: int = 8, dtype: Dtype = "auto", **settings: o
         opened = load_found(found, config.model, config.mesh)
         store = open_store(config)
         runner = make_runner(opened, config, store)
+        named = [AdapterRef(f"team{n}", "a", 1) for n in range(adapters)]
         refs = [
-            store.add(f"team{n}", "a", adapter(opened, AdapterRef(f"team{n}", "a", 1), rank)) for n in range(adapters)
+            store.add(ref.tenant, ref.name, adapter(opened.base.config, opened.base_hash, ref, rank)) for ref in named
         ]
         store.flush()
         try:

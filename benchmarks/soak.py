@@ -73,7 +73,8 @@ class Soak:
 
     def put(self, name: str, *, scale: float = 1.0) -> AdapterRef:
         """A new version of the adapter."""
-        made = adapter(self.session.opened, AdapterRef(name, f"seed{next(self._seeds)}", 1), RANK)
+        opened = self.session.opened
+        made = adapter(opened.base.config, opened.base_hash, AdapterRef(name, f"seed{next(self._seeds)}", 1), RANK)
         weights = {t: (a * np.float32(scale), b * np.float32(scale)) for t, (a, b) in made.weights.items()}
         return self.store.add(LOCAL_TENANT, name, replace(made, weights=weights))
 

@@ -34,6 +34,7 @@ from jaxlora.config.base import DEMO_MODEL, ONE_DEVICE, Dtype, MeshSection, Mode
 from jaxlora.config.serving import ServeConfig, TrainingSection
 from jaxlora.config.training import PASSES, LossName, Recipe, Schedule, TooLong, default_lr
 from jaxlora.config.words import in_our_words
+from jaxlora.core.adapter_size import AdapterSize, adapter_size
 from jaxlora.core.errors import InvalidRequest, JaxLoraError, NotFound
 from jaxlora.core.lora import LAYER_TARGETS, AdapterRef, check_name
 from jaxlora.core.progress import Progress, screen_on
@@ -312,12 +313,16 @@ class Session:
         Not tuned: of the base in place of its adapter.
         Raises NotFound, DataInvalid; InvalidRequest when it has no held-out examples and none are given.
         """
-        if name not in self.tenants:
-            raise NotFound(f"no tenant {name} in training", param="name")
-        examples = self._heldout[name] if data is None else self._read(data, self.tenants[name].loss.name, "error")
+        tenant = self._tenant(name)
+        examples = self._heldout[name] if data is None else self._read(data, tenant.loss.name, "error")
         if not examples:
             raise InvalidRequest(f"tenant {name} has no held-out examples; give `data`", param="data")
         return self._runner.call(lambda: self._trainer.evaluate_all([(examples, name)], tuned=tuned)[0])
+
+    def _tenant(self, name: str) -> Tenant:
+        if name not in self.tenants:
+            raise NotFound(f"no tenant {name} in training", param="name")
+        return self.tenants[name]
 
     # ---- answers --------------------------------------------------------------------------------------------------
 
@@ -357,8 +362,12 @@ class Session:
         """
         return self._runner.call(lambda: self._live.publish(name))
 
-    def save(self, model: str, folder: str | Path, *, replace: bool = False) -> None:
-        """Writes what `sample` would ask as a PEFT folder; `replace`: in place of one that is there.
+    def size(self, name: str) -> AdapterSize:
+        """How large a tenant's adapter is: trainable parameters, their share, bytes.  Raises NotFound."""
+        return adapter_size(self.opened.base.config, self._tenant(name).spec)
+
+    def save(self, model: str, folder: str | Path, *, replace: bool = False) -> AdapterSize:
+        """Writes what `sample` would ask as a PEFT folder and returns its size; `replace`: in place of one that is there.
 
         Raises AdapterNotFound, InvalidRequest for the base, AlreadyExists.
         """
@@ -367,7 +376,7 @@ class Session:
             raise InvalidRequest(f"{model} is the base model; name a tenant", param="model")
         adapter = self._runner.engine.store.get(ref)
         config = self.opened.base.config
-        export_peft(adapter, Path(folder), config, base_name=self.opened.name, replace=replace)
+        return export_peft(adapter, Path(folder), config, base_name=self.opened.name, replace=replace)
 
     def _newest(self, model: str) -> AdapterRef | None:
         """The version a name means now, with what its tenant has learned since the last one; None is the base."""

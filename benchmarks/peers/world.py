@@ -16,8 +16,7 @@ from benchmarks.peers.cases import PROMPT_TOKENS, Serving
 from jaxlora.checkpoints.load import smollm2_path
 from jaxlora.core.atomic_files import whole_folder
 from jaxlora.core.lora import LAYER_TARGETS, Adapter, AdapterRef, LoraSpec
-from jaxlora.core.model_config import ModelConfig, target_features
-from jaxlora.model.lora_pool import layer_count
+from jaxlora.core.model_config import ModelConfig, layer_count, target_features
 from jaxlora.peft.folder import export_peft
 from jaxlora.peft.gguf import write_gguf_lora
 from jaxlora.peft.ingest import find_base

@@ -5,12 +5,14 @@ Shape letters: T tokens, D model, F MLP, N query heads, K kv heads, H head, L la
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from jaxlora.core.errors import ModelInvalid
+from jaxlora.core.lora import HEAD_TARGET
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,6 +100,11 @@ def parameters(config: ModelConfig) -> dict[str, Parameter]:
     return table
 
 
+def parameter_count(config: ModelConfig) -> int:
+    """Returns the number of values in the base; a tied head is the embedding and counts once."""
+    return sum(math.prod(parameter.shape) for parameter in parameters(config).values())
+
+
 # Checkpoints store these [out, in].
 LINEARS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "head"})
 
@@ -134,7 +141,12 @@ def check_tensors(
 
 def target_features(config: ModelConfig, target: str) -> tuple[int, int]:
     """Returns (features in, features out) of an adaptable linear: one of lora.ALL_TARGETS."""
-    if target == "lm_head":
+    if target == HEAD_TARGET:
         return config.d_model, config.vocab
     _, x, y = parameters(config)[target].shape
     return x, y
+
+
+def layer_count(config: ModelConfig, target: str) -> int:
+    """Returns the number of layers of a target's rows: one per layer, one for the head."""
+    return 1 if target == HEAD_TARGET else config.layers

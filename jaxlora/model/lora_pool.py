@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from jaxlora.core.errors import AdapterInvalid, AdapterNotFinite
 from jaxlora.core.lora import ALL_TARGETS, HEAD_TARGET, LAYER_TARGETS, AdapterWeights, LoraSpec
-from jaxlora.core.model_config import ModelConfig, parameters, target_features
+from jaxlora.core.model_config import ModelConfig, layer_count, parameters, target_features
 from jaxlora.model.mesh import RULES, sharding
 from pallas_kernels.gathered_lora.op import fits_native, gathered_lora, visits_by_slot, visits_of_lanes
 from pallas_kernels.native import library
@@ -65,17 +65,6 @@ class PoolSpec:
         missing = [t for t in spec.targets if t not in self.targets]
         if missing:
             raise AdapterInvalid(f"LoRA on {', '.join(missing)} is not supported by this server")
-
-
-def layer_count(config: ModelConfig, target: str) -> int:
-    """Returns the number of layers of a target's rows: one per layer, one for the head."""
-    return 1 if target == HEAD_TARGET else config.layers
-
-
-def adapter_bytes(config: ModelConfig, spec: LoraSpec) -> int:
-    """Returns the bytes of one version of such an adapter: float32, at its largest rank."""
-    rows = sum(layer_count(config, target) * sum(target_features(config, target)) for target in spec.targets)
-    return 4 * spec.max_rank * rows
 
 
 def row_axes(config: ModelConfig, target: str) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
@@ -136,6 +125,11 @@ def empty_pool(config: ModelConfig, spec: PoolSpec, mesh: Mesh) -> Rows:
             scale_LS=jnp.zeros((L, spec.slots), jnp.float32, device=sharding(mesh, ("layers", "slots"))),
         )
     return pool
+
+
+def slot_bytes(pool: Rows) -> int:
+    """Returns the bytes of one slot of a pool on all devices together, whatever lies in it."""
+    return sum(x.nbytes // x.shape[1] for x in jax.tree.leaves(pool))
 
 
 def host_rows(config: ModelConfig, spec: PoolSpec, adapter: AdapterWeights) -> Rows:

@@ -9,13 +9,13 @@ The folder is there whole or not at all.  `jaxlora.json` in it says what it hold
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from jaxlora.checkpoints.gguf import GgufSource
+from jaxlora.core.adapter_size import AdapterSize
 from jaxlora.core.atomic_files import whole_folder
 from jaxlora.core.errors import (
     AdapterNotFound,
@@ -26,7 +26,7 @@ from jaxlora.core.errors import (
     StorageFailed,
 )
 from jaxlora.core.lora import Adapter, AdapterRef
-from jaxlora.peft.folder import OWN_FILE, OWN_FORMAT, check_fits, export_peft
+from jaxlora.peft.folder import OWN_FILE, check_fits, describe, export_peft
 from jaxlora.peft.gguf import write_gguf_lora
 from jaxlora.peft.ingest import BaseFiles, find_base
 from jaxlora.peft.merge import unties, write_merged
@@ -48,8 +48,8 @@ class Export:
     dtype: str  # one that its form has
     out: Path  # absolute
 
-    def write(self, adapter: Adapter) -> list[str]:
-        """Writes the adapter and returns what its reader should know.
+    def write(self, adapter: Adapter) -> tuple[AdapterSize, list[str]]:
+        """Writes the adapter and returns (its size, as jaxlora.json says it; notes for its reader).
 
         Raises AdapterInvalid for a value that is not finite, BaseMismatch for the shapes of another base, StorageFailed.
         """
@@ -61,11 +61,11 @@ class Export:
             reason = e.strerror if isinstance(e, OSError) else e
             raise StorageFailed(f"{self.out} cannot be written: {reason}") from e
 
-    def _write(self, adapter: Adapter) -> list[str]:
+    def _write(self, adapter: Adapter) -> tuple[AdapterSize, list[str]]:
         config, notes = self.base.source.config, []
         if self.form == "peft":
-            export_peft(adapter, self.out, config, base_name=self.base.name, dtype=self.dtype, replace=True)
-            return notes
+            size = export_peft(adapter, self.out, config, base_name=self.base.name, dtype=self.dtype, replace=True)
+            return size, notes
         with whole_folder(self.out) as new:
             if self.form == "merged":
                 write_merged(new, self.base.source, adapter, dtype=self.dtype)
@@ -75,15 +75,7 @@ class Export:
                     )
             else:
                 write_gguf_lora(new / "adapter.gguf", config, adapter, dtype=self.dtype)
-            own = {
-                "format": OWN_FORMAT,
-                "form": self.form,
-                "name": adapter.ref.name,
-                "version": adapter.ref.version,
-                "base_hash": self.base.hash,
-            }
-            (new / OWN_FILE).write_text(json.dumps(own, indent=2))
-        return notes
+            return describe(new, adapter, config, {"form": self.form}), notes
 
 
 def prepare(model: str, *, form: str, dtype: str | None, out: Path, replace: bool, dequantise: bool) -> Export:

@@ -2,7 +2,7 @@
 
     adapter_config.json          what is adapted, rank, alpha            → LoraSpec
     adapter_model.safetensors    lora_A [R, X] and lora_B [Y, R] a module → a_LRX, b_LRY (B is transposed)
-    jaxlora.json                 our own: base hash, version, sha256 of the weights
+    jaxlora.json                 our own: base hash, version, sha256 of the weights, the adapter's size
 
 A file that cannot be represented exactly is refused with every reason; nothing is sliced, dropped or assumed.
 Shape letters: L layers, R LoRA rank, X features in, Y features out, V vocabulary, D model.
@@ -11,11 +11,12 @@ Source: the file format of Hugging Face PEFT 0.21.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -26,10 +27,11 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jaxlora.checkpoints.safetensors import StoredTensor
+from jaxlora.core.adapter_size import AdapterSize, adapter_size
 from jaxlora.core.atomic_files import sha256_of, whole_folder
 from jaxlora.core.errors import AdapterInvalid, AdapterNotFinite, AlreadyExists, BaseMismatch
 from jaxlora.core.lora import HEAD_TARGET, Adapter, AdapterWeights, LoraSpec
-from jaxlora.core.model_config import ModelConfig, target_features
+from jaxlora.core.model_config import ModelConfig, layer_count, target_features
 from jaxlora.peft.config import HEAD_LORA, PeftConfig, not_linear, read_config, replaces_base
 from jaxlora.peft.misfit import another_base
 from jaxlora.peft.reasons import Reasons
@@ -301,7 +303,7 @@ def empty_weights(spec: LoraSpec, config: ModelConfig) -> dict[str, tuple[np.nda
     """Returns target → (a_LRX, b_LRY) of zeros, in the shapes of an Adapter of this spec."""
     weights = {}
     for target in spec.targets:
-        L, R = 1 if target == HEAD_TARGET else config.layers, spec.max_rank
+        L, R = layer_count(config, target), spec.max_rank
         x, y = target_features(config, target)
         weights[target] = np.zeros((L, R, x), np.float32), np.zeros((L, R, y), np.float32)
     return weights
@@ -322,10 +324,9 @@ def _report(plan: _Plan, spec: LoraSpec, config: ModelConfig, *, base: bool | No
         ModuleReport(path, rank, spec.scale(table[path].target, table[path].layer))
         for path, (rank, _) in plan.modules.items()
     )
-    parameters = sum(rank * (table[p].features_in + table[p].features_out) for p, (rank, _) in plan.modules.items())
     return ImportReport(
         modules=modules,
-        parameters=parameters,
+        parameters=adapter_size(config, spec).trainable_parameters,
         ignored=plan.peft.ignored,
         notes=tuple(notes),
         base_verified=base is True,
@@ -341,8 +342,8 @@ def export_peft(
     base_name: str,
     dtype: str = "float32",
     replace: bool = False,
-) -> None:
-    """Writes the adapter as a PEFT folder, which is complete or absent.
+) -> AdapterSize:
+    """Writes the adapter as a PEFT folder, which is complete or absent; returns its size, as jaxlora.json says it.
 
     Tensors have their true ranks.  base_name: what PEFT will load as the base.  dtype: one of EXPORT_DTYPES.
     replace: removes an existing folder once the new one is complete.
@@ -357,15 +358,24 @@ def export_peft(
     tensors = export_tensors(adapter, config, EXPORT_DTYPES[dtype])
     with whole_folder(folder) as temporary:
         save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
-        own = {
-            "format": OWN_FORMAT,
-            "name": adapter.ref.name,
-            "version": adapter.ref.version,
-            "base_hash": adapter.base_hash,
-            "sha256": sha256_of(temporary / WEIGHTS_FILE),
-        }
         (temporary / CONFIG_FILE).write_text(json.dumps(export_config(adapter.spec, config, base_name), indent=2))
-        (temporary / OWN_FILE).write_text(json.dumps(own, indent=2))
+        return describe(temporary, adapter, config, {"sha256": sha256_of(temporary / WEIGHTS_FILE)})
+
+
+def describe(folder: Path, adapter: Adapter, config: ModelConfig, about: Mapping[str, str]) -> AdapterSize:
+    """Writes jaxlora.json beside the files of an export, which are all there; returns the size that it says."""
+    size = adapter_size(config, adapter.spec)
+    size = dataclasses.replace(size, nbytes=sum(file.stat().st_size for file in folder.iterdir()))
+    own = {
+        "format": OWN_FORMAT,
+        "name": adapter.ref.name,
+        "version": adapter.ref.version,
+        "base_hash": adapter.base_hash,
+        **about,
+        **size.to_json(),
+    }
+    (folder / OWN_FILE).write_text(json.dumps(own, indent=2))
+    return size
 
 
 def check_fits(adapter: Adapter, config: ModelConfig) -> None:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import time
+import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 from urllib.parse import quote
 
 import typer
 
 from jaxlora.core.errors import AlreadyExists, InvalidRequest, JaxLoraError
 from serve.cli.options import HERE, Json, Key, Url, connect, print_answer, print_entry, print_list
+
+if TYPE_CHECKING:
+    from jaxlora.core.adapter_size import AdapterSize
 
 adapters = typer.Typer(help="The adapters of a running server.", no_args_is_help=True)
 
@@ -69,6 +74,15 @@ def line(entry: Mapping) -> str:
     made = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry["created"]))
     pinned = "  pinned" if entry["pinned"] else ""
     return f"{entry['id']:<32}  version {entry['version']:<5}  rank {entry['rank']:<4}  {entry['state']:<6}  {made}{pinned}"
+
+
+def exported_size(archive: Path) -> AdapterSize:
+    """The size of the adapter in a server's zip of a PEFT folder, as its jaxlora.json says it."""
+    from jaxlora.core.adapter_size import AdapterSize
+    from jaxlora.peft.folder import OWN_FILE  # imports NumPy
+
+    with zipfile.ZipFile(archive) as files:
+        return AdapterSize.from_json(json.loads(files.read(OWN_FILE)))
 
 
 def print_notes(notes: Collection[str], ignored: Collection[str] = ()) -> None:
@@ -145,7 +159,7 @@ def download(
         if out.exists():
             raise AlreadyExists(f"{out} exists; name another file with --out")
         client.download(f"adapters/{at(name)}/download", {"dtype": dtype}, out)
-    typer.echo(f"wrote {name}, version {entry['version']}, into {out}")
+    typer.echo(f"wrote {name}, version {entry['version']}, into {out}; {exported_size(out)}")
 
 
 @adapters.command(epilog="Example:  jaxlora adapters delete support@3")
@@ -252,5 +266,6 @@ def export(
         adapter = read_stored_over(plan.base, store, name)
     else:
         raise InvalidRequest("give a PEFT folder, or --adapters STORE with --name NAME[@VERSION]")
-    print_notes(plan.write(adapter))
-    typer.echo(f"wrote {adapter.ref} over {plan.base.name} as {form} ({plan.dtype}) into {plan.out}")
+    size, notes = plan.write(adapter)
+    print_notes(notes)
+    typer.echo(f"wrote {adapter.ref} over {plan.base.name} as {form} ({plan.dtype}) into {plan.out}; {size}")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+from collections.abc import Callable, Generator
 from dataclasses import asdict
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +19,23 @@ from serve.cli.options import Json, Key, connect
 Model = Annotated[str, typer.Option(help='"smollm2", a directory, a .gguf file or a hub id.')]
 Weights = Annotated[Dtype, typer.Option(help="Of the base; auto: bfloat16 where it is clearly faster.")]
 Rounds = Annotated[int, typer.Option(help="The least of so many timings counts.", min=1)]
+if TYPE_CHECKING:
+    from serve.cli.http_client import ApiClient
+
+ServerUrl = Annotated[str, typer.Argument(metavar="URL", show_default=False)]
+Models = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model", help="Whom to ask; may be repeated (default: all adapters, else the base).", show_default=False
+    ),
+]
+Popularity = Annotated[str, typer.Option(help="uniform, zipf:S or trace:FILE, a model a line.")]
+Requests = Annotated[int, typer.Option(help="Requests that are measured.", min=1)]
+WarmUp = Annotated[int, typer.Option(help="Requests before them that are not.", min=0)]
+PromptTokens = Annotated[int, typer.Option(help="About so many, of random words.", min=1)]
+MaxTokens = Annotated[int, typer.Option(help="Of an answer.", min=1)]
+TimeoutS = Annotated[float, typer.Option(help="Longest wait for a whole answer.", min=0.001)]
+Seed = Annotated[int, typer.Option(help="Of prompts, popularity and arrivals.", min=0)]
 
 bench = typer.Typer(help="Measure this device, or a server.", no_args_is_help=True)
 
@@ -118,28 +138,25 @@ def roofline(
 
 @bench.command("serve", epilog="Example:  jaxlora bench serve http://127.0.0.1:8000 --clients 32 --popularity zipf:1")
 def bench_server(
-    url: Annotated[str, typer.Argument(metavar="URL", show_default=False)],
-    model: Annotated[
-        list[str] | None,
-        typer.Option(help="Whom to ask; may be repeated (default: all adapters, else the base).", show_default=False),
-    ] = None,
-    popularity: Annotated[str, typer.Option(help="uniform, zipf:S or trace:FILE, a model a line.")] = "uniform",
+    url: ServerUrl,
+    model: Models = None,
+    popularity: Popularity = "uniform",
     clients: Annotated[
         int | None, typer.Option(help="Closed loop: so many wait for their answers (8).", min=1, show_default=False)
     ] = None,
     rate: Annotated[
         float | None, typer.Option(help="Open loop: so many requests a second.", min=0.001, show_default=False)
     ] = None,
-    requests: Annotated[int, typer.Option(help="Requests that are measured.", min=1)] = 64,
-    warm_up: Annotated[int, typer.Option(help="Requests before them that are not.", min=0)] = 8,
-    prompt_tokens: Annotated[int, typer.Option(help="About so many, of random words.", min=1)] = 64,
-    max_tokens: Annotated[int, typer.Option(help="Of an answer.", min=1)] = 64,
+    requests: Requests = 64,
+    warm_up: WarmUp = 8,
+    prompt_tokens: PromptTokens = 64,
+    max_tokens: MaxTokens = 64,
     early_stop: Annotated[
         bool, typer.Option("--early-stop", help="Answers may end before that; needed where ignore_eos is refused.")
     ] = False,
     chat: Annotated[bool, typer.Option("--chat", help="Ask chat/completions, not completions.")] = False,
-    timeout_s: Annotated[float, typer.Option(help="Longest wait for a whole answer.", min=0.001)] = 600.0,
-    seed: Annotated[int, typer.Option(help="Of prompts, popularity and arrivals.", min=0)] = 0,
+    timeout_s: TimeoutS = 600.0,
+    seed: Seed = 0,
     key: Key = None,
     as_json: Json = False,
 ) -> None:
@@ -181,4 +198,92 @@ def bench_server(
     for line in [json.dumps(asdict(report))] if as_json else report.lines():
         typer.echo(line)
     if report.failed:
+        raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def quantum_kept(api: ApiClient) -> Generator[Callable[[float], None]]:
+    """Yields what sets the quantum, in ms; at the end, however it comes, the server has the one that it had."""
+
+    def tune(quantum_ms: float) -> None:
+        api.entry("POST", "tuning", {"quantum_ms": quantum_ms})
+
+    before = api.entry("GET", "tuning")["quantum_ms"]
+    try:
+        yield tune
+    finally:
+        tune(before)
+
+
+@bench.command(epilog="Example:  jaxlora bench quantum http://127.0.0.1:8000 --quantum-ms 50 --quantum-ms 400 --json")
+def quantum(
+    url: ServerUrl,
+    quantum_ms: Annotated[
+        list[float] | None,
+        typer.Option(help="Milliseconds; may be repeated (default: 25 to 1600, doubled).", show_default=False),
+    ] = None,
+    model: Models = None,
+    popularity: Popularity = "uniform",
+    clients: Annotated[int, typer.Option(help="So many wait for their answers.", min=1)] = 16,
+    requests: Requests = 64,
+    warm_up: WarmUp = 16,
+    prompt_tokens: PromptTokens = 32,
+    max_tokens: MaxTokens = 32,
+    timeout_s: TimeoutS = 600.0,
+    seed: Seed = 0,
+    picture: Annotated[
+        Path | None, typer.Option(help="An SVG of tokens a second against waiting.", show_default=False)
+    ] = None,
+    key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """Load a jaxlora server with more adapters than slots at one quantum after another, and put its own back.
+
+    Needs an admin's key where there are keys.  Exit code 1 when a request failed.
+    """
+    from jaxlora.core.atomic_files import replace_file
+    from serve.bench import quantum as curve
+    from serve.bench.client import Server
+    from serve.bench.load import bodies, closed_loop
+    from serve.bench.popularity import draw
+    from serve.bench.report import LoadReport
+    from serve.cli.top import read
+
+    if bad := [ms for ms in quantum_ms or () if not 0 < ms < float("inf")]:
+        raise ConfigInvalid(f"--quantum-ms must be positive and finite, got {bad[0]:g}")
+    if picture is not None and not picture.parent.is_dir():
+        raise ConfigInvalid(f"--picture: {picture.parent} is no folder")
+    server, points = Server.at(url, key), []
+    with connect(url, key) as api:
+        slots = api.entry("GET", "tuning")["active_slots"] or len(read(api)["slots"])
+        asked = list(dict.fromkeys(model or [m.id for m in api.models() if m.parent is not None]))
+        if len(asked) <= slots:
+            raise ConfigInvalid(
+                f"a quantum matters where adapters wait for slots; {url} has {slots} for the {len(asked)} asked"
+            )
+        if not as_json:
+            typer.echo(curve.HEAD)
+        with quantum_kept(api) as tune:
+            for number, ms in enumerate(quantum_ms or curve.SERIES_MS):
+                tune(ms)
+                load = bodies(
+                    draw(popularity, asked, seed),
+                    warm_up + requests,
+                    chat=False,
+                    prompt_tokens=prompt_tokens,
+                    max_tokens=max_tokens,
+                    early_stop=False,
+                    seed=seed + number,  # new prompts, as the server keeps the pages of old ones
+                )
+                asyncio.run(closed_loop(server, "completions", load[:warm_up], clients, timeout_s))
+                before = read(api)["swaps"]
+                report = LoadReport.of(
+                    asyncio.run(closed_loop(server, "completions", load[warm_up:], clients, timeout_s))
+                )
+                swaps_s = (read(api)["swaps"] - before) / report.wall_s
+                points.append(curve.Point(quantum_ms=ms, swaps_s=swaps_s, load=report))
+                typer.echo(json.dumps(asdict(points[-1])) if as_json else points[-1].line())
+    if picture is not None:
+        replace_file(picture, curve.picture(points).encode())
+    if any(point.load.failed for point in points):
         raise typer.Exit(1)

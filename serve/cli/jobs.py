@@ -53,6 +53,13 @@ def job_line(job: Mapping) -> str:
     return f"{job['id']}  {job['status']:<16}  {steps:>9}{loss}{held}  {when(job['created_at'])}  {job['adapter']}"
 
 
+def size_line(size: Mapping) -> str:
+    """The size of a job's adapter for people."""
+    from jaxlora.core.adapter_size import AdapterSize  # imports NumPy
+
+    return f"{AdapterSize.from_json(size)}, {size['slot_bytes']:,} in a slot"
+
+
 def event_line(event: Mapping) -> str:
     """One event for people."""
     mark = "" if event["level"] == "info" else f"{event['level']}: "
@@ -209,12 +216,14 @@ def list_jobs(url: Url = HERE, key: Key = None, as_json: Json = False) -> None:
 
 @jobs.command("show", epilog="Example:  jaxlora jobs show ftjob-0123…")
 def show_job(id: Id, url: Url = HERE, key: Key = None, as_json: Json = False) -> None:
-    """Show one job: how far it is, its losses as a chart, and why it failed."""
+    """Show one job: how far it is, how large its adapter is, its losses as a chart, and why it failed."""
     with connect(url, key) as client:
         job = client.entry("GET", f"{JOBS}/{at(id)}")
         print_entry(job, job_line, as_json)
         if as_json:
             return
+        if job["size"] is not None:
+            typer.echo(size_line(job["size"]))
         for line in loss_lines(list(islice(client.pages(f"{JOBS}/{at(id)}/events", {}), MOST_EVENTS))):
             typer.echo(line)
     if job["error"] is not None:

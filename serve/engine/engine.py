@@ -24,7 +24,7 @@ from jaxlora.core.lora import AdapterRef
 from jaxlora.core.progress import Counted, uncounted
 from jaxlora.model.decoder import Base
 from jaxlora.model.kv_cache import empty_pages
-from jaxlora.model.lora_pool import PoolSpec, Rows, empty_pool, host_rows, write_slot
+from jaxlora.model.lora_pool import PoolSpec, Rows, empty_pool, host_rows, slot_bytes, write_slot
 from jaxlora.model.mesh import check_lanes, place_rows
 from jaxlora.storage.adapter_store import AdapterStore
 from serve.engine.adapter_loads import READERS, AdapterLoads
@@ -84,6 +84,7 @@ class Engine:
         allocator = PageAllocator(config.pages, config.page_tokens)
         self._columns = allocator.needed(config.max_tokens)
         self._pool = empty_pool(base.config, pool_spec, mesh)
+        self.slot_bytes = slot_bytes(self._pool)
         kv_dtype = base.dtype if config.kv_dtype is None else jnp.dtype(config.kv_dtype)
         self._kv = empty_pages(base.config, mesh, pages=config.pages, page_tokens=config.page_tokens, dtype=kv_dtype)
         self.scheduler = Scheduler(

@@ -17,6 +17,7 @@ from typing import Protocol
 
 import jax
 
+from jaxlora.core.adapter_size import AdapterSize, adapter_size
 from jaxlora.core.errors import AdapterNotFinite, JaxLoraError, QuotaExceeded, Unavailable
 from jaxlora.core.lora import AdapterRef, LoraSpec
 from jaxlora.model.lora_pool import Rows
@@ -52,6 +53,7 @@ class Published:
     time_s: float  # since 1970
     checkpoint: bool  # it stays; others are deleted when there are newer ones
     final: bool  # it is the job's result
+    size: AdapterSize
     numbers: Mapping[str, float]
 
 
@@ -294,6 +296,7 @@ class LiveJobs:
                 time_s=time.time(),
                 checkpoint=checkpoint,
                 final=final,
+                size=adapter_size(self.jobs.trainer.base.config, job.request.spec),
                 numbers=dict(job.numbers),
             )
         )

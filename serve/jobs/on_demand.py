@@ -18,9 +18,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jaxlora.config.training import CROSS_ENTROPY, Optimizer
+from jaxlora.core.adapter_size import adapter_size
 from jaxlora.core.errors import AdapterNotFound, InvalidRequest, JaxLoraError, StorageAway
 from jaxlora.core.lora import AdapterRef, LoraSpec
-from jaxlora.model.lora_pool import Rows, adapter_bytes
+from jaxlora.model.lora_pool import Rows
 from jaxlora.storage.checkpoint_writer import CheckpointWriter, Snapshot
 from jaxlora.storage.checkpoints import read_meta, restore_state
 from jaxlora.storage.remote_states import StateCopies
@@ -121,7 +122,7 @@ class Tuner:
         def make() -> AdapterRef:
             trainer = self._trainer
             trainer.seats.check(spec)
-            self._quota.check(tenant, adapter_bytes(trainer.base.config, spec), another=True)
+            self._quota.check(tenant, adapter_size(trainer.base.config, spec).nbytes, another=True)
             self._runner.catalog.check_name(tenant, name)
             return self._store.add(tenant, name, fresh_adapter(trainer.base.config, spec, seed, trainer.base_hash))
 

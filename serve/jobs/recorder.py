@@ -216,6 +216,8 @@ class JobRecorder:
             what = "Fine-tuned model created" if said.final else f"Checkpoint created at step {said.step}"
             message = f"{what}: {said.ref.name}@{said.ref.version}"
             data: JsonObject = {"step": said.step, "adapter_version": said.ref.version, "model": alias}
+            if said.final:
+                message, data["size"] = f"{message}; {said.size}", said.size.to_json()
             events.append(NewEvent(time_s=said.time_s, level="info", kind="message", message=message, data=data))
         self._store(replace(record, progress=progress), events, checkpoints)
         if said.checkpoint:

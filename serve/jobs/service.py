@@ -19,6 +19,7 @@ from typing import Protocol
 
 from jaxlora.config.serving import LimitsSection
 from jaxlora.config.training import TooLong
+from jaxlora.core.adapter_size import AdapterSize, adapter_size
 from jaxlora.core.errors import (
     AdapterNotFound,
     InvalidRequest,
@@ -30,7 +31,6 @@ from jaxlora.core.errors import (
 )
 from jaxlora.core.lora import Adapter, AdapterRef, LoraSpec
 from jaxlora.core.tenant_threads import TenantThreads
-from jaxlora.model.lora_pool import adapter_bytes
 from serve.access.adapter_quota import AdapterQuota
 from serve.access.caller import Caller
 from serve.db.job_spec import JobSpec, Plan, Resolved
@@ -92,6 +92,7 @@ class JobService:
         self._runner, self._store, self.names = runner, runner.engine.store, runner.catalog.jobs
         self._trainer, self._states = live.jobs.trainer, live.jobs.states
         self._base_lr, self._limits, self._quota = base_lr, limits, quota
+        self.slot_bytes = runner.engine.slot_bytes  # that any adapter takes while it is served
         self.draw: Draw = results.draw_apart  # may wait
         self._pictures = TenantThreads(1, "job-pictures")
         self._intake = TenantThreads(INTAKE_THREADS, "job-intake")
@@ -114,7 +115,7 @@ class JobService:
             )
         spec = self._lora_spec(asked, start)
         self._trainer.seats.check(spec)
-        self._quota.check(caller.owner, adapter_bytes(self._trainer.base.config, spec), another=True)
+        self._quota.check(caller.owner, adapter_size(self._trainer.base.config, spec).nbytes, another=True)
         read = {field: self._usable(id, caller, field) for field, id in asked.files.items()}
         id = new_id("ftjob-")
         seed = secrets.randbelow(2**31) if asked.seed is None else asked.seed
@@ -169,6 +170,11 @@ class JobService:
                 self._move_stored(id, to)
         self.recorder.flush()
         return self.stored.get(id, caller.sees)
+
+    def size(self, record: JobRecord) -> AdapterSize | None:
+        """How large the adapter is that a job makes; None until its files are read."""
+        plan = record.resolved.plan
+        return None if plan is None else adapter_size(self._trainer.base.config, plan.spec)
 
     def restart(self) -> None:
         """Goes on with every job that had not ended when the server last did; paused ones wait to be resumed."""

@@ -49,6 +49,7 @@ from serve.api.gradient.errors import API, gradient_response
 from serve.api.gradient.routes import GradientRoutes
 from serve.api.jobs.routes import JobsRoutes
 from serve.api.stats import StatsRoutes
+from serve.api.tuning import TuningRoutes
 from serve.db.database import Database
 from serve.db.files import StoredFiles
 from serve.db.gradient import StoredGradient
@@ -185,7 +186,7 @@ def services(
         once = Once(database)
         files_routes = FilesRoutes(files, database, once, limiter, max_file_bytes=config.limits.max_file_bytes)
         adapters_routes = AdaptersRoutes(adapters, limiter)
-        routers = [files_routes.router(), adapters_routes.router()]
+        routers = [files_routes.router(), adapters_routes.router(), TuningRoutes(runner).router()]
         if jobs is not None:
             routers.append(JobsRoutes(jobs.service, once, limiter).router())
         gradient = GradientRoutes(

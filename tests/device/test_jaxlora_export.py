@@ -10,6 +10,7 @@ import numpy as np
 import peft_world as world
 import pytest
 from model_world import Lane, base_of, logits_alone, logits_of, pool_of
+from safetensors.numpy import load_file
 from small_world import TINY_MODELS, smollm2_prompts, tiny_expected, tiny_path
 from typer.testing import CliRunner
 
@@ -71,6 +72,20 @@ def test_a_merged_peft_folder_gives_the_logits_of_peft(tmp_path, name):
     assert largest(logits_alone(base_of(merged), fixture.tokens, 32), fixture.logits) < ATOL
     own = json.loads((tmp_path / "m" / "jaxlora.json").read_text())
     assert own["base_hash"] == base_hash(world.base_folder(fixture.base))
+    adapter = load_file(fixture.folder / "adapter_model.safetensors")
+    trainable = sum(value.size for key, value in adapter.items() if ".lora_" in key)
+    frozen = sum(value.size for value in load_file(world.base_folder(fixture.base) / "model.safetensors").values())
+    written = sum(file.stat().st_size for file in (tmp_path / "m").iterdir() if file.name != "jaxlora.json")
+    assert (own["trainable_parameters"], own["all_parameters"], own["bytes"]) == (
+        trainable,
+        frozen + trainable,
+        written,
+    )
+    assert own["trainable_percent"] == pytest.approx(100 * trainable / (frozen + trainable))
+    assert says.endswith(
+        f"into {tmp_path / 'm'}; trainable params: {trainable:,} || all params: {frozen + trainable:,} || "
+        f"trainable%: {own['trainable_percent']:.4f} || bytes: {written:,}\n"
+    )
     assert ("the head is no longer the embedding" in says) == (name == "lm-head-tied")
     assert merged.config.tied == (name == "tied")
 

@@ -51,9 +51,13 @@ def test_an_adapter_goes_up_is_listed_pinned_fetched_and_deleted(shelf, run, acm
     assert "pinned" in run("list")[1]
     assert run("unpin", f"acme/{bot}", who="root")[0] == 0
     assert "pinned" not in run("list")[1]
-    assert run("download", f"{bot}@1")[0] == 0
+    code, out, _ = run("download", f"{bot}@1")
+    assert code == 0
     with zipfile.ZipFile(tmp_path / f"{bot}-1.zip") as archive:
-        assert "adapter_model.safetensors" in archive.namelist()
+        sizes = {member.filename: member.file_size for member in archive.infolist()}
+    written = sizes["adapter_model.safetensors"] + sizes["adapter_config.json"]
+    assert out.startswith(f"wrote {bot}@1, version 1, into {bot}-1.zip; trainable params: 448 || all params: ")
+    assert out.endswith(f" || bytes: {written:,}\n")
     code, _, error = run("download", f"{bot}@1")
     assert (code, error) == (2, f"jaxlora: {bot}-1.zip exists; name another file with --out\n")
     assert json.loads(run("delete", f"{bot}@2", "--json")[1])["deleted"] is True

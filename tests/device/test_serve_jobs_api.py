@@ -8,15 +8,19 @@ import time
 from dataclasses import replace
 
 import httpx2
+import jax
 import openai
 import pytest
 from jobs_api_world import BASE, ENDED, LORA, Server, ask, client_of, create, file_of, lines, wait_for
 from pydantic import TypeAdapter
+from safetensors.numpy import load_file
+from serve_world import MODEL
+from small_world import tiny_path
 
 from jaxlora.config.serving import LimitsSection, TenantWeight
+from jaxlora.core.adapter_size import adapter_size
 from jaxlora.core.errors import InvalidRequest, QuotaExceeded, StateInvalid
 from jaxlora.core.lora import LoraSpec
-from jaxlora.model.lora_pool import adapter_bytes
 from serve.access.caller import Caller
 from serve.api.adapters.service import AdapterService
 from serve.api.jobs.schemas import CheckpointList, EventList, JobList, JobObject
@@ -59,6 +63,7 @@ def acme(server, request):
 def test_a_job_becomes_a_model(server, acme):
     job = create(server, acme, suffix="bot", metadata={"team": "a"})
     assert (job.status, job.object, job.fine_tuned_model) == ("validating_files", "fine_tuning.job", None)
+    assert job.size is None
     assert job.organization_id == acme.api_key
     done = wait_for(acme, job.id, "succeeded")
     assert done.fine_tuned_model == f"ft:owner--tiny:{acme.api_key}:bot:{job.id[6:18]}"
@@ -79,6 +84,30 @@ def test_a_job_becomes_a_model(server, acme):
     assert ask(acme, f"bot@{checkpoints[1].adapter_version}").adapter_version == checkpoints[1].adapter_version
     assert [m.id for m in acme.models.list()] == [BASE, "bot"]
     assert acme.models.retrieve(done.fine_tuned_model).root == "bot"
+
+
+def test_a_job_says_how_large_its_adapter_is(server, acme):
+    """By the tensors of the base's file: rank 2 on two projections of each layer."""
+    done = wait_for(acme, create(server, acme, suffix="small").id, "succeeded")
+    base = load_file(tiny_path(MODEL) / "model.safetensors")
+    trainable = sum(2 * sum(v.shape) for k, v in base.items() if k.endswith(("q_proj.weight", "down_proj.weight")))
+    whole = sum(v.size for v in base.values()) + trainable
+    engine = server[0].runner.engine
+    assert done.size == {
+        "trainable_parameters": trainable,
+        "all_parameters": whole,
+        "trainable_percent": pytest.approx(100 * trainable / whole),
+        "bytes": 4 * trainable,
+        "slot_bytes": sum(x.nbytes for x in jax.tree.leaves(engine._pool)) // engine.pool_spec.slots,
+    }
+    (told,) = [
+        e for e in acme.fine_tuning.jobs.list_events(done.id, limit=50) if e.message.startswith("Fine-tuned model")
+    ]
+    assert told.message.endswith(
+        f"; trainable params: {trainable:,} || all params: {whole:,} || trainable%: {100 * trainable / whole:.4f} || "
+        f"bytes: {4 * trainable:,}"
+    )
+    assert told.data["size"] == {k: v for k, v in done.size.items() if k != "slot_bytes"}
 
 
 def test_a_job_without_a_name_is_called_as_its_file_is(server, acme):
@@ -391,10 +420,8 @@ def test_too_many_jobs_are_over_the_quota(server, acme):
 
 def test_a_job_whose_versions_have_no_room_goes_on_and_the_next_job_is_refused(server, acme, monkeypatch):
     it = server[0]
-    each = adapter_bytes(
-        it.host.live.jobs.trainer.base.config,
-        LoraSpec(rank=LORA["r"], alpha=1.0, targets=tuple(LORA["target_modules"])),
-    )
+    spec = LoraSpec(rank=LORA["r"], alpha=1.0, targets=tuple(LORA["target_modules"]))
+    each = adapter_size(it.host.live.jobs.trainer.base.config, spec).nbytes
     monkeypatch.setattr(it.quota, "limits", LimitsSection(adapter_bytes=3 * each))
     job = create(server, acme, extra={"checkpoint_every": 1, "max_steps": 30})
     done = wait_for(acme, job.id, "succeeded")

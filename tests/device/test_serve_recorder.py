@@ -10,6 +10,7 @@ import pytest
 from database_world import job_record
 from jobs_api_world import Server
 
+from jaxlora.core.adapter_size import AdapterSize
 from jaxlora.core.errors import NotFound
 from jaxlora.core.lora import AdapterRef
 from serve.db.jobs import StoredJobs
@@ -54,7 +55,14 @@ def news(id: str, state: JobStatus, *events: JobEvent) -> JobNews:
 def version(id: str, number: int, *, final: bool) -> Published:
     ref = AdapterRef("acme", "support", number)
     return Published(
-        job_id=id, step=4, ref=ref, time_s=1.0, checkpoint=True, final=final, numbers={"loss": float(number)}
+        job_id=id,
+        step=4,
+        ref=ref,
+        time_s=1.0,
+        checkpoint=True,
+        final=final,
+        size=AdapterSize(trainable_parameters=25, all_parameters=1000, nbytes=128),
+        numbers={"loss": float(number)},
     )
 
 

@@ -228,9 +228,12 @@ def test_threads_may_ask_while_another_steps(session):
 def test_save_writes_what_is_sampled(session, tmp_path):
     session.add_tenant("kept", LINES, rank=4, steps=9)
     session.step(2)
-    session.save("kept", tmp_path / "out")
+    written = session.save("kept", tmp_path / "out")
     assert json.loads((tmp_path / "out/adapter_config.json").read_text())["r"] == 4
     first = load_file(tmp_path / "out/adapter_model.safetensors")
+    trained = session.size("kept")
+    assert trained.trainable_parameters == written.trainable_parameters == sum(v.size for v in first.values())
+    assert trained.nbytes == sum(v.nbytes for v in first.values()) < written.nbytes
     session.step(1)
     with pytest.raises(AlreadyExists):
         session.save("kept", tmp_path / "out")
@@ -326,6 +329,8 @@ def test_calls_about_nobody_say_so(session, tmp_path):
         session.save("tiny-llama-tied", tmp_path / "x")
     with pytest.raises(StateInvalid):
         session.step()
+    with pytest.raises(NotFound, match="no tenant here in training"):
+        session.size("here")
     session.add_tenant("here", LINES)
     with pytest.raises(InvalidRequest, match="tenant here has no held-out examples; give `data`"):
         session.evaluate("here")

@@ -18,8 +18,8 @@ from train_world import (
 
 from jaxlora.core.errors import AdapterInvalid, ConfigInvalid, StateInvalid
 from jaxlora.core.lora import ALL_TARGETS
-from jaxlora.core.model_config import target_features
-from jaxlora.model.lora_pool import PoolSpec, layer_count
+from jaxlora.core.model_config import layer_count, target_features
+from jaxlora.model.lora_pool import PoolSpec
 from jaxlora.model.mesh import make_mesh
 from train.trainer import Trainer
 

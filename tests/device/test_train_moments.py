@@ -24,9 +24,8 @@ from train_world import (
 )
 
 from jaxlora.core.errors import StateInvalid
-from jaxlora.core.model_config import target_features
+from jaxlora.core.model_config import layer_count, target_features
 from jaxlora.model.compile_cache import CompileCounter
-from jaxlora.model.lora_pool import layer_count
 from jaxlora.model.mesh import make_mesh
 from jaxlora.storage.checkpoints import restore_state, save_state
 from train.jobs.states import Parking

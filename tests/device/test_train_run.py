@@ -222,6 +222,10 @@ def test_a_run_from_its_own_folder_shows_short_paths(job, monkeypatch):
         file.rename(job.parent / "configs" / file.name)
     shown = trained(Path("configs/job.toml"))
     assert "adapters: out/TENANT/peft; loss curves: out/loss.png and loss.svg\n" in shown
+    for name, rank in (("one", 4), ("two", 2)):
+        saved = load_file(f"out/{name}/peft/adapter_model.safetensors")
+        assert f"{name}: trainable params: {sum(v.size for v in saved.values()):,} || all params: " in shown
+        assert {min(v.shape) for v in saved.values()} == {rank}
     assert "nothing to do: every tenant has trained its last step and its adapter is in out\n" in trained(
         Path("configs/job.toml")
     )

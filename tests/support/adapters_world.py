@@ -34,6 +34,7 @@ from serve.access.caller import Caller
 from serve.access.rate_limit import Limiter
 from serve.api.adapters.routes import AdaptersRoutes
 from serve.api.adapters.service import AdapterService
+from serve.api.tuning import TuningRoutes
 from serve.engine.engine import Engine, EngineConfig
 from serve.runtime.device_thread import DeviceThread
 from serve.server.app import create_app
@@ -141,7 +142,7 @@ def shelf_at(folder: Path) -> Iterator[Shelf]:
             caller_of=caller_of,
             max_body_bytes=200_000,
             body_limits=wire.body_limits,
-            routers=[wire.router()],
+            routers=[wire.router(), TuningRoutes(runner).router()],
         ),
     )
     runner.start()

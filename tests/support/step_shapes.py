@@ -12,10 +12,10 @@ from base_shapes import SMOLLM2
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kernel_shapes import made_as_large_as
 
-from jaxlora.core.model_config import parameters, target_features
+from jaxlora.core.model_config import layer_count, parameters, target_features
 from jaxlora.model.decoder import Base
 from jaxlora.model.kv_cache import KVPages, page_format
-from jaxlora.model.lora_pool import LoraRows, PoolSpec, Rows, layer_count, row_axes
+from jaxlora.model.lora_pool import LoraRows, PoolSpec, Rows, row_axes
 from jaxlora.model.mesh import RULES, replicated, sharding
 from serve.engine.logit_edits import LogitEdits
 from serve.engine.step import Layout, StepBatch, step_program

@@ -17,9 +17,9 @@ from jax.sharding import Mesh
 
 from jaxlora.config.training import CROSS_ENTROPY, MomentsDtype
 from jaxlora.core.lora import ALL_TARGETS, Adapter, AdapterRef, LoraSpec
-from jaxlora.core.model_config import ModelConfig, parameters, target_features
+from jaxlora.core.model_config import ModelConfig, layer_count, parameters, target_features
 from jaxlora.model.decoder import Base, load_base
-from jaxlora.model.lora_pool import PoolSpec, Rows, host_rows, layer_count
+from jaxlora.model.lora_pool import PoolSpec, Rows, host_rows
 from jaxlora.model.mesh import make_mesh
 from train.data.examples import Example, Pair, Rollout, fill_lane
 from train.step.batch import TrainBatch, idle_batch, put_lane

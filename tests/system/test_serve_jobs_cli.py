@@ -29,9 +29,21 @@ JOB = {
     "fine_tuned_model": None,
     "adapter": "harbor",
     "error": None,
+    "size": {
+        "trainable_parameters": 250,
+        "all_parameters": 20000,
+        "trainable_percent": 1.25,
+        "bytes": 1000,
+        "slot_bytes": 4096,
+    },
     "progress": {"step": 2, "total_steps": 9, "train_loss": 1.5, "valid_loss": None},
 }
-FAILED = JOB | {"id": "ftjob-2", "status": "failed", "error": {"code": "bad_file", "message": "no examples"}}
+FAILED = JOB | {
+    "id": "ftjob-2",
+    "status": "failed",
+    "size": None,
+    "error": {"code": "bad_file", "message": "no examples"},
+}
 METRICS = {"type": "metrics", "level": "info", "created_at": 0}
 EVENTS = [
     METRICS | {"id": "ftevent-2", "level": "warn", "message": "second", "data": {"step": 2, "train_loss": 1.5}},
@@ -181,7 +193,10 @@ def test_a_job_is_shown_with_its_losses(run):
     """In ASCII: this output is no terminal."""
     out = run("jobs show ftjob-1")
     assert out.isascii()
-    _, *lines = out.splitlines()
+    _, size, *lines = out.splitlines()
+    assert size == (
+        "trainable params: 250 || all params: 20,000 || trainable%: 1.2500 || bytes: 1,000, 4,096 in a slot"
+    )
     assert [line.strip() for line in lines[-2:]] == ["1" + " " * 66 + "2", "loss by step:  . training  o held out"]
     assert lines[0].startswith("       2.5 |.")
     assert lines[7].startswith("       1.5 |")

@@ -16,7 +16,7 @@ from whole_world import bearer, joined, leaves, whole_config
 
 from jaxlora.config.serving import LimitsSection, NamedLimits, ServeConfig
 from jaxlora.config.toml import load
-from jaxlora.model.lora_pool import adapter_bytes
+from jaxlora.core.adapter_size import adapter_size
 from jaxlora.peft.folder import export_peft
 from jaxlora.storage.adapter_store import AdapterStore
 from serve.access.keys import create_key
@@ -69,7 +69,7 @@ class Whole:
 def whole(world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     spec = replace(world.adapters[0].spec, targets=("q_proj",), rank=2, exceptions=())
-    each = adapter_bytes(world.base.config, spec)
+    each = adapter_size(world.base.config, spec).nbytes
     limits = LimitsSection(
         max_file_bytes=MAX_FILE_BYTES,
         tenant=(

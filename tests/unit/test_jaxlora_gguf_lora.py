@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import gguf
@@ -162,4 +163,6 @@ def test_the_command_writes_a_folder_with_the_file(tmp_path):
     result = CliRunner().invoke(cli.app, ["export", str(fixture), *options])
     assert result.exit_code == 0, result.output
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["adapter.gguf", "jaxlora.json"]
+    own = json.loads((tmp_path / "out/jaxlora.json").read_text())
+    assert own["bytes"] == (tmp_path / "out/adapter.gguf").stat().st_size
     assert len(changes(tmp_path / "out" / "adapter.gguf")) == 14

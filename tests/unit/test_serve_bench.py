@@ -4,7 +4,9 @@ import asyncio
 import contextlib
 import itertools
 import json
+import math
 import re
+import xml.etree.ElementTree as ET
 from collections import Counter
 
 import pytest
@@ -13,6 +15,7 @@ from jaxlora.core.errors import ConfigInvalid
 from serve.bench.client import Answer, Server, ask
 from serve.bench.load import bodies, closed_loop, open_loop
 from serve.bench.popularity import draw
+from serve.bench.quantum import HEAD, Point, picture
 from serve.bench.report import LoadReport, percentile
 
 NAMES = [f"a{n}" for n in range(4)]
@@ -261,3 +264,49 @@ def test_an_open_loop_keeps_its_rate():
     answers = asyncio.run(load())
     took_s = max(a.began_s for a in answers) - min(a.began_s for a in answers)
     assert took_s > 0.5 * 40 / 200  # a late machine takes longer, none less: the sum of 39 exponential gaps
+
+
+# ---- the curve of the quantum
+
+
+def point(quantum_ms, speed, p50_s, p99_s):
+    """Answers whose first tokens took p50_s, but for the last two, which took p99_s."""
+    waits = [p50_s] * 98 + [p99_s] * 2
+    answers = [answer("a", 0.0, (w, 100.0), 100.0, tokens=speed) for w in waits]
+    return Point(quantum_ms=quantum_ms, swaps_s=0.5, load=LoadReport.of(answers))
+
+
+def test_a_point_is_a_line_under_its_head():
+    heads = HEAD.replace("quantum ms", "quantum").replace("first token ms: p50", "p50").split()
+    values = point(200, 80, 0.5, 2.0).line().split()
+    assert dict(zip(heads, values, strict=True)) == {
+        "quantum": "200",
+        "tokens/s": "80.0",
+        "swaps/s": "0.50",
+        "p50": "500.0",
+        "p99": "2000.0",
+        "failed": "0",
+    }
+
+
+def test_the_picture_has_each_point_where_its_axes_say():
+    svg = ET.fromstring(picture([point(25, 50, 0.2, 0.5), point(400, 100, 1.0, 4.0)]))
+    name = "{http://www.w3.org/2000/svg}"
+    texts = {t.text: (float(t.get("x")), float(t.get("y"))) for t in svg.findall(f"{name}text")}
+    for kind, waits in (("median", (0.2, 1.0)), ("tail", (0.5, 4.0))):
+        (group,) = [g for g in svg.findall(f"{name}g") if g.get("class") == kind]
+        dots = [(float(c.get("cx")), float(c.get("cy"))) for c in group.findall(f"{name}circle")]
+        assert [t.text for t in group.findall(f"{name}text")] == ["25 ms", "400 ms"]
+        for (x, _), wait in zip(dots, waits, strict=True):
+            share = math.log(wait / 0.2) / math.log(5 / 0.2)  # between the ticks 0.2 and 5
+            assert x == pytest.approx(texts["0.2"][0] + share * (texts["5"][0] - texts["0.2"][0]), abs=0.1)
+        for (_, y), speed in zip(dots, (50, 100), strict=True):
+            bottom, top = texts["0"][1], texts["100"][1]
+            assert y == pytest.approx(bottom - 4 + speed / 100 * (top - bottom), abs=0.1)
+
+
+def test_a_picture_of_failures_has_axes_alone():
+    nothing = LoadReport.of([answer("a", 0.0, (), 1.0, error="refused", tokens=0)])
+    svg = picture([Point(quantum_ms=25, swaps_s=0.0, load=nothing)])
+    assert "circle cx" not in svg
+    assert ET.fromstring(svg).tag.endswith("svg")

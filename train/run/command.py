@@ -33,6 +33,7 @@ from rich.table import Table
 
 from jaxlora.checkpoints.load import Found, Opened, find_base, fitted, load_found
 from jaxlora.config.training import PASSES, SizedTrainConfig, TenantSection, TrainConfig, default_lr
+from jaxlora.core.adapter_size import AdapterSize, adapter_size
 from jaxlora.core.atomic_files import replace_file
 from jaxlora.core.errors import ConfigInvalid, InvalidRequest, StateInvalid
 from jaxlora.core.lora import HEAD_TARGET, LAYER_TARGETS
@@ -470,6 +471,8 @@ def finish(
         version = str(jobs[name].version) if tenant.status == "done" else ""
         table.add_row(name, tenant.status, *numbers, version)
     console.print(table)
+    for size, names in by_size(trainer).items():
+        say(console, f"{', '.join(names)}: {size}")
     say(console, f"adapters: {config.out}/TENANT/peft; loss curves: {config.out}/loss.png and loss.svg")
     say(console, f"to serve them: jaxlora serve --model {config.model.path} --adapters {config.out}/store")
     multihost.meet()
@@ -479,3 +482,11 @@ def finish(
             f"{', '.join(failed)} failed: {MAX_BAD_STEPS} updates in a row were not finite and were skipped; "
             "lower lr or look at the weights in the train file, then run the same command again"
         )
+
+
+def by_size(trainer: Trainer) -> dict[AdapterSize, list[str]]:
+    """Returns the tenants whose adapters are of each size, in the order of the file."""
+    groups: dict[AdapterSize, list[str]] = {}
+    for name, tenant in trainer.tenants.items():
+        groups.setdefault(adapter_size(trainer.base.config, tenant.spec), []).append(name)
+    return groups

@@ -20,9 +20,9 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlora.core.lora import ALL_TARGETS, AdapterWeights, LoraSpec
-from jaxlora.core.model_config import ModelConfig, target_features
+from jaxlora.core.model_config import ModelConfig, layer_count, target_features
 from jaxlora.model.decoder import Base
-from jaxlora.model.lora_pool import LoraRows, PoolSpec, Rows, empty_pool, layer_count
+from jaxlora.model.lora_pool import LoraRows, PoolSpec, Rows, empty_pool
 from jaxlora.model.mesh import replicated
 from pallas_kernels import NO_ADAPTER
 from train.step.lane_lora import own_slots

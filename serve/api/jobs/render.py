@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from typing import Literal, cast
 
+from jaxlora.core.adapter_size import AdapterSize
 from serve.api.jobs.schemas import CheckpointMetrics, CheckpointObject, EventObject, JobObject, Numbers
 from serve.db.models import CheckpointRecord, EventRecord, JobRecord, JsonObject
 from serve.runtime.catalog import JobNames
 from train.jobs.status import ENDED
 
 
-def job_object(record: JobRecord, names: JobNames) -> JobObject:
-    """A job.  `adapter` is the name of what it makes; `fine_tuned_model`, an alias, is set at the first checkpoint."""
+def job_object(record: JobRecord, names: JobNames, size: AdapterSize | None, slot_bytes: int) -> JobObject:
+    """A job.  `adapter` is the name of what it makes; `fine_tuned_model`, an alias, is set at the first checkpoint.
+
+    size: of its adapter; None until its files are read.  slot_bytes: of any adapter on the device.
+    """
     request, plan, progress = record.request, record.resolved.plan, record.progress
     usable = "checkpoint_step" in progress or "final_version" in progress
     kind = request.method_name
@@ -39,6 +43,7 @@ def job_object(record: JobRecord, names: JobNames) -> JobObject:
         "metadata": dict(record.labels) or None,
         "estimated_finish": None,
         "lora": record.resolved.to_json().get("spec"),
+        "size": None if size is None else {**size.to_json(), "slot_bytes": slot_bytes},
         "learning_rate": None if plan is None else plan.learning_rate,
         "progress": {
             "step": progress.get("step", 0),

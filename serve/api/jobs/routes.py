@@ -159,7 +159,8 @@ class JobsRoutes:
         yield DONE
 
     def _object(self, record: JobRecord) -> JobObject:
-        return job_object(record, self._service.names)
+        service = self._service
+        return job_object(record, service.names, service.size(record), service.slot_bytes)
 
     def _answer(self, record: JobRecord) -> Response:
         return JSONResponse(self._object(record))

@@ -52,6 +52,14 @@ class LoraObject(Closed):
     exceptions: list[tuple[str, int, int, float]]  # (target, layer, rank, alpha)
 
 
+class SizeObject(Closed):
+    trainable_parameters: int
+    all_parameters: int  # of the base and the adapter
+    trainable_percent: float
+    bytes: int  # of a version, in host memory and on disk
+    slot_bytes: int  # that it takes on the device while it is served
+
+
 class ProgressObject(Closed):
     step: int
     total_steps: int | None
@@ -89,6 +97,7 @@ class JobObject(Closed):
     metadata: dict[str, str] | None
     estimated_finish: None
     lora: LoraObject | None
+    size: SizeObject | None
     learning_rate: float | None
     progress: ProgressObject
 
