@@ -33,7 +33,7 @@ READER_BYTES = 95 * 10**6  # a process that reads training files, before it read
 READERS = 2
 
 # Copies of logits in float32: of a row that is sampled, and of a tile of scored prompt tokens or of a lane's loss.
-PACKED_PARTS = (64, 32)  # of which packed features, in and out, are a whole multiple: pallas_kernels.product.op's
+PACKED_PART = 32  # of which packed features are a whole multiple, those in of 8 bits of twice that: product/op.py's
 LOGIT_COPIES, SCORED_COPIES, HEAD_COPIES = 6, 4, 2
 SCORED_BYTES = 2**26  # a tile at most, as in serve/engine/step.py
 HEAD_TARGETS = 32  # targets of a tile of the loss
@@ -134,10 +134,8 @@ class BaseShape:
     def _stored_bytes(self, name: str, shape: Sequence[int], axes: Sequence[str | None], machine: Machine) -> int:
         """Returns the bytes on one device of an array as it is stored, with what packing fills up."""
         if name in LINEARS and (machine.packed or self.quantized):
-            layers, (X, Y) = (
-                shape[:-2],
-                (-(-n // part) * part for n, part in zip(shape[-2:], PACKED_PARTS, strict=True)),
-            )
+            parts = PACKED_PART * (1 + self.quantized), PACKED_PART
+            layers, (X, Y) = shape[:-2], (-(-n // part) * part for n, part in zip(shape[-2:], parts, strict=True))
             if self.quantized:
                 return math.prod(layers) * (X * Y + 4 * Y)
             shape = (*layers, X, Y)

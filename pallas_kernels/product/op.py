@@ -27,7 +27,7 @@ from pallas_kernels.native import library
 from pallas_kernels.shapes import shaped
 
 BLOCK = 32  # kernels.cc's
-DEPTH = 64  # of input features there are a whole multiple
+DEPTH = 32  # of input features there are a whole multiple, in 8 bits of twice that
 FEW_ROWS, TILED_ROWS = 24, 128  # up to so many, with AMX in bfloat16 more, a gradient is the native body's
 MOST = 127  # of weights of 8 bits
 SOME = 128  # blocks that are packed at a time
@@ -56,8 +56,9 @@ class Packed:
 
 def packed_shape(features_in: int, features_out: int, dtype: jax.typing.DTypeLike) -> tuple[int, ...]:
     """Returns the shape of one layer's blocks."""
-    X, B = -(-features_in // DEPTH) * DEPTH, -(-features_out // BLOCK)
     P = 4 // jnp.dtype(dtype).itemsize
+    depth = 2 * DEPTH if P == 4 else DEPTH
+    X, B = -(-features_in // depth) * depth, -(-features_out // BLOCK)
     return B, X // P, BLOCK, P
 
 

@@ -18,13 +18,14 @@ import numpy as np
 
 from jaxlora.checkpoints.load import Opened, open_base
 from jaxlora.config.base import ONE_DEVICE, ModelSection
+from jaxlora.core.adapter_size import adapter_size
 from jaxlora.core.errors import ConfigInvalid
 from jaxlora.core.lora import LoraSpec
 from jaxlora.core.model_config import LINEARS, parameters
 from jaxlora.model import compile_cache
 from jaxlora.model.decoder import Base
 from jaxlora.model.kv_cache import KVPages, empty_pages
-from jaxlora.model.lora_pool import PoolSpec, Rows, adapter_bytes, empty_pool
+from jaxlora.model.lora_pool import PoolSpec, Rows, empty_pool
 from jaxlora.model.mesh import place_rows
 from pallas_kernels.bench.run import Ceilings, Timing, ceilings, measure
 from serve.engine.engine import MIN_ROWS
@@ -193,7 +194,7 @@ def serving_work(base: Base, step: ServingStep, spec: LoraSpec) -> Work:
     c, T = base.config, step.lanes * step.tokens
     layers, head = products(base)
     token_bytes = 2 * c.layers * c.kv_heads * c.head_dim * base.dtype.itemsize
-    adapter = adapter_bytes(c, spec) // 4  # elements: it counts float32
+    adapter = adapter_size(c, spec).trainable_parameters
     attention = 4 * c.layers * c.heads * c.head_dim * step.lanes * pairs(base, step.tokens, step.filled)
     kept = min(step.filled, c.window or step.filled)
     return Work(
@@ -208,7 +209,7 @@ def training_work(base: Base, sizes: TrainingSizes) -> Work:
     """Returns what a training step must do: weights read forward and backward; no gradient of them; AdamW in place."""
     c, G = base.config, sizes.tenants * sizes.lanes
     layers, head = products(base)
-    adapter = adapter_bytes(c, sizes.spec)
+    adapter = adapter_size(c, sizes.spec).nbytes
     attention = 4 * c.layers * c.heads * c.head_dim * G * pairs(base, sizes.tokens, 0)
     return Work(
         bytes=2 * weights_bytes(base) + 2 * STATE * sizes.tenants * adapter,
