@@ -183,53 +183,90 @@ TARGET inline Vector exponential(Vector x) {
   return x < -87.0f ? Vector{} : p * (Vector)power;
 }
 
-// One query over the places [low, high] of its sequence, WIDTH at a time: softmax with the largest score so far.
-template <typename T>
-TARGET void attend_one(const Attention& a, const T* q, const int32_t* page, int64_t head, int64_t low, int64_t high, T* out) {
+// Returns the places whose sums lie in blocks of 2 * STEP lanes of a and b, added to blocks of STEP: a's first, then b's.
+template <int STEP, int... I>
+TARGET inline Vector halved(Vector a, Vector b, std::integer_sequence<int, I...>) {
+  const Vector low = __builtin_shufflevector(a, b, (I / (2 * STEP) * 2 * STEP + I % STEP + (I & STEP ? WIDTH : 0))...);
+  const Vector high = __builtin_shufflevector(a, b, (I / (2 * STEP) * 2 * STEP + I % STEP + STEP + (I & STEP ? WIDTH : 0))...);
+  return low + high;
+}
+
+// Returns the total of each of WIDTH vectors, with the additions of `total`.
+template <int STEP = WIDTH / 2>
+TARGET inline Vector totals(Vector* of) {
+  for (int i = 0; i < STEP; ++i) of[i] = halved<STEP>(of[i], of[i + STEP], std::make_integer_sequence<int, WIDTH>());
+  if constexpr (STEP > 1) return totals<STEP / 2>(of);
+  return of[0];
+}
+
+// COUNT queries of one kv head over the places [low, high] of their sequence, WIDTH at a time: softmax with the largest score so
+// far.
+template <typename T, int COUNT>
+TARGET void attend_some(const Attention& a, const T* q, const int32_t* page, int64_t head, int64_t low, int64_t high, T* out) {
   const int64_t parts = a.H / WIDTH;
-  Vector query[MAX_HEAD / WIDTH], sum[MAX_HEAD / WIDTH] = {};
-  const float scale = 1.0f / std::sqrt(float(a.H));
-  for (int64_t part = 0; part < parts; ++part) query[part] = load(q + part * WIDTH);
-  float best = -std::numeric_limits<float>::infinity(), weight = 0;
+  Vector query[COUNT][MAX_HEAD / WIDTH], sum[COUNT][MAX_HEAD / WIDTH];
+  const float scale = 1.0f / std::sqrt(float(a.H)), nothing = -std::numeric_limits<float>::infinity();
+  float best[COUNT], weight[COUNT];
+  for (int i = 0; i < COUNT; ++i) {
+    best[i] = nothing, weight[i] = 0;
+    for (int64_t part = 0; part < parts; ++part) query[i][part] = load(q + i * a.H + part * WIDTH), sum[i][part] = Vector{};
+  }
+  Ints lane;
+  for (int i = 0; i < WIDTH; ++i) lane[i] = i;
   for (int64_t start = low - low % WIDTH; start <= high; start += WIDTH) {
     const int64_t from = std::max(start, low), to = std::min<int64_t>(start + WIDTH - 1, high);
-    Vector score = Vector{} - std::numeric_limits<float>::infinity();
+    Vector dots[COUNT][WIDTH] = {};
     int64_t row[WIDTH];
     for (int64_t place = from; place <= to; ++place) {
       row[place - start] = (page[place / a.Z] * a.Z + place % a.Z) * a.F + head * a.H;
       const T* k = static_cast<const T*>(a.k) + row[place - start];
-      Vector dot = query[0] * load(k);
-      for (int64_t part = 1; part < parts; ++part) dot = fused(query[part], load(k + part * WIDTH), dot);
-      score[place - start] = total(dot) * scale;
+      Vector dot[COUNT];
+      for (int64_t part = 0; part < parts; ++part) {
+        const Vector key = load(k + part * WIDTH);
+        for (int i = 0; i < COUNT; ++i) dot[i] = part ? fused(query[i][part], key, dot[i]) : query[i][part] * key;
+      }
+      for (int i = 0; i < COUNT; ++i) dots[i][place - start] = dot[i];
     }
-    const float most = std::max(best, largest(score));
-    const float kept = best == most ? 1.0f : exponential(Vector{} + (best - most))[0];
-    const Vector share = exponential(score - most);
-    weight = weight * kept + total(share);
-    best = most;
-    for (int64_t part = 0; part < parts; ++part) sum[part] *= kept;
+    const Ints read = (lane >= int32_t(from - start)) & (lane <= int32_t(to - start));
+    alignas(64) float share[COUNT][WIDTH];
+    for (int i = 0; i < COUNT; ++i) {
+      const Vector score = read ? totals(dots[i]) * scale : Vector{} + nothing;
+      const float most = std::max(best[i], largest(score));
+      const float kept = best[i] == most ? 1.0f : exponential(Vector{} + (best[i] - most))[0];
+      const Vector shares = exponential(score - most);
+      weight[i] = weight[i] * kept + total(shares);
+      best[i] = most;
+      for (int64_t part = 0; part < parts; ++part) sum[i][part] *= kept;
+      store_all(share[i], shares);
+    }
     for (int64_t place = from; place <= to; ++place) {
       const T* v = static_cast<const T*>(a.v) + row[place - start];
-      for (int64_t part = 0; part < parts; ++part) sum[part] = fused(share[place - start], load(v + part * WIDTH), sum[part]);
+      for (int64_t part = 0; part < parts; ++part) {
+        const Vector value = load(v + part * WIDTH);
+        for (int i = 0; i < COUNT; ++i) sum[i][part] = fused(share[i][place - start], value, sum[i][part]);
+      }
     }
   }
-  for (int64_t part = 0; part < parts; ++part) store(out + part * WIDTH, sum[part] / weight, WIDTH);
+  for (int i = 0; i < COUNT; ++i)
+    for (int64_t part = 0; part < parts; ++part) store(out + i * a.H + part * WIDTH, sum[i][part] / weight[i], WIDTH);
 }
 
 template <typename T>
 TARGET void attend(const Attention& a, int64_t lane, int64_t head, int64_t first, int64_t last) {
   for (int64_t token = first; token < last; ++token) {
-    const int64_t position = a.position[lane * a.J + token];
-    for (int64_t n = head * a.M; n < (head + 1) * a.M; ++n) {
-      const int64_t at = ((lane * a.J + token) * a.N + n) * a.H;
-      T* out = static_cast<T*>(a.out) + at;
-      if (position < 0) {
-        std::fill(out, out + a.H, T(0));
-      } else {
-        const int64_t low = a.window ? std::max<int64_t>(0, position - a.window + 1) : 0;
-        attend_one(a, static_cast<const T*>(a.q) + at, a.page + lane * a.C, head, low, position, out);
-      }
+    const int64_t position = a.position[lane * a.J + token], low = a.window ? std::max<int64_t>(0, position - a.window + 1) : 0;
+    const int64_t at = ((lane * a.J + token) * a.N + head * a.M) * a.H;
+    const int32_t* page = a.page + lane * a.C;
+    const T* q = static_cast<const T*>(a.q) + at;
+    T* out = static_cast<T*>(a.out) + at;
+    if (position < 0) {
+      std::fill(out, out + a.M * a.H, T(0));
+      continue;
     }
+    int64_t n = 0;
+    for (; n + 3 <= a.M; n += 3) attend_some<T, 3>(a, q + n * a.H, page, head, low, position, out + n * a.H);
+    for (; n + 2 <= a.M; n += 2) attend_some<T, 2>(a, q + n * a.H, page, head, low, position, out + n * a.H);
+    for (; n < a.M; ++n) attend_some<T, 1>(a, q + n * a.H, page, head, low, position, out + n * a.H);
   }
 }
 
