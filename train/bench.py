@@ -143,14 +143,17 @@ def full_lanes(examples: Sequence[Example], slots: Sequence[int]) -> TrainBatch:
 
 def base_pass(base: Base, batch: TrainBatch) -> Callable[[], jax.Array]:
     """Returns a compiled call of the base's loss, forward and backward pass on these lanes: the first norms' gradient."""
+    step = jax.jit(_first_norms_gradient)
+    jax.block_until_ready(step(base, batch))
+    return lambda: step(base, batch)
 
+
+def _first_norms_gradient(base: Base, batch: TrainBatch) -> jax.Array:
     def loss(norm: jax.Array) -> jax.Array:
         of = replace(base, arrays={**base.arrays, "attn_norm": norm})
         return lane_losses(of, LaneLora({}), batch, dropout=False)[0]
 
-    step = jax.jit(jax.grad(loss))
-    jax.block_until_ready(step(base.arrays["attn_norm"]))
-    return lambda: step(base.arrays["attn_norm"])
+    return jax.grad(loss)(base.arrays["attn_norm"])
 
 
 def time_training(opened: Opened, sizes: TrainingSizes, rounds: int) -> TrainingReport:

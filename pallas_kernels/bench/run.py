@@ -17,6 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.bench.cases import MODELS, OPS, Case, Sizes
+from pallas_kernels.native.library import instruction_set
+from pallas_kernels.product.op import Packed, pack, packed_shape
+from pallas_kernels.product.op import product as packed_product
 
 SAMPLE_S = 0.02  # seconds of calls between two clock readings: a process's CPU time lags by milliseconds
 MOST_CALLS = 64
@@ -45,7 +48,7 @@ class Ceilings:
     """Peak rates of the device, measured by programs that do nothing else."""
 
     read_bytes_s: float  # of a sum of a large array, or a copy if that is faster
-    flops_s: float  # of a square product
+    flops_s: float  # of a square product, or with packed weights if that is faster
 
 
 def measure(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
@@ -80,8 +83,20 @@ def ceilings(dtype: str, *, rounds: int, megabytes: int | None = None, side: int
     total, copy = jax.jit(jnp.sum), jax.jit(lambda x: x + 1)
     product = jax.jit(lambda x: jnp.dot(x, x, preferred_element_type=jnp.float32).astype(x.dtype))
     runs = {"read": lambda: total(large), "copy": lambda: copy(large), "gemm": lambda: product(square)}
+    if on_cpu and instruction_set() is not None:
+        runs["packed"] = _packed_product(square)
     took = {name: t.best_s for name, t in measure(runs, rounds).items()}
-    return Ceilings(max(large.nbytes / took["read"], 2 * large.nbytes / took["copy"]), 2 * side**3 / took["gemm"])
+    product_s = min(took["gemm"], took.get("packed", math.inf))
+    return Ceilings(max(large.nbytes / took["read"], 2 * large.nbytes / took["copy"]), 2 * side**3 / product_s)
+
+
+def _packed_product(square: jax.Array) -> Callable[[], object]:
+    """Returns a call of the native product of a square array with itself, packed."""
+    side = len(square)
+    blocks = np.zeros((1, *packed_shape(side, side, square.dtype)), square.dtype)
+    pack(np.asarray(square), blocks[0])
+    weight = Packed(blocks=jnp.asarray(blocks), features_in=side, features_out=side)
+    return _bound(jax.jit(lambda x, w: packed_product(x, [w], jnp.int32(0))), (square, weight))
 
 
 def time_case(case: Case, ceiling: Ceilings, rounds: int) -> dict:

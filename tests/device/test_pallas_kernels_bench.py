@@ -138,3 +138,20 @@ def test_the_ceilings_are_of_this_device(monkeypatch):
     assert 1e7 < got.read_bytes_s < 1e13
     assert 1e7 < got.flops_s < 1e16
     assert list(MODELS) == ["smollm2-135m", "qwen3-4b", "llama-3.1-8b"]
+
+
+@pytest.mark.parametrize(("native", "product_s"), [("avx2", 0.5), (None, 2.0)])
+def test_the_rate_is_that_of_the_faster_product(monkeypatch, native, product_s):
+    monkeypatch.undo()
+    seconds = {"read": 1.0, "copy": 4.0, "gemm": 2.0, "packed": 0.5}
+    square = []
+
+    def measure(runs, rounds):
+        square.extend(np.asarray(jax.tree.leaves(run())[0]) for name, run in runs.items() if name in ("gemm", "packed"))
+        return {name: bench.Timing(np.array([seconds[name]]), np.array([seconds[name]])) for name in runs}
+
+    monkeypatch.setattr(bench, "measure", measure)
+    monkeypatch.setattr(bench, "instruction_set", lambda: native)
+    got = bench.ceilings("float32", rounds=1, megabytes=1, side=64)
+    assert got == bench.Ceilings(read_bytes_s=2**20, flops_s=2 * 64**3 / product_s)
+    assert [(x.shape, set(x.ravel().tolist())) for x in square] == [((64, 64), {64.0})] * (1 if native is None else 2)
