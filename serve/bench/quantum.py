@@ -56,12 +56,13 @@ def picture(points: Sequence[Point]) -> str:
     def y(speed: float) -> float:
         return BOTTOM - (BOTTOM - TOP) * speed / (ticks * step)
 
-    def curve(kind: str, title: str, wait: Callable[[Percentiles], float], above: int) -> list[str]:
+    def curve(kind: str, title: str, wait: Callable[[Percentiles], float], below: Sequence[int]) -> list[str]:
+        """below: where labels are, in turn, as neighbours may lie close."""
         places = [(x(wait(first)), y(point.load.tokens_s), point.quantum_ms) for point, first in told]
         line = " ".join(f"{px:.1f},{py:.1f}" for px, py, _ in places)
         dots = [
-            f'<circle cx="{px:.1f}" cy="{py:.1f}" r="4"/><text x="{px:.1f}" y="{py - above:.1f}">{ms:g} ms</text>'
-            for px, py, ms in places
+            f'<circle cx="{px:.1f}" cy="{py:.1f}" r="4"/><text x="{px:.1f}" y="{py + below[n % 2]:.1f}">{ms:g} ms</text>'
+            for n, (px, py, ms) in enumerate(places)
         ]
         return [f'<g class="{kind}"><title>{title}</title><polyline points="{line}"/>', *dots, "</g>"]
 
@@ -78,8 +79,8 @@ def picture(points: Sequence[Point]) -> str:
             f'<text x="{(LEFT + RIGHT) / 2}" y="{BOTTOM + 42}">seconds to the first token: median (left), '
             "99th percentile (right)</text>",
             f'<text x="{LEFT}" y="{TOP - 12}">tokens a second</text>',
-            *curve("median", "median", lambda first: first.p50_s, 10),
-            *curve("tail", "99th percentile", lambda first: first.p99_s, -20),
+            *curve("median", "median", lambda first: first.p50_s, (-10, -23)),
+            *curve("tail", "99th percentile", lambda first: first.p99_s, (20, 33)),
             "</svg>\n",
         ]
     )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
-import pytest
 from safetensors.numpy import load_file
 from small_world import tiny_path
 
 from benchmarks import cost
+from benchmarks.peers.cases import Serving
+from benchmarks.peers.measure import measure
 from benchmarks.peers.processes import Tree
 from jaxlora.core.adapter_size import adapter_size
 from jaxlora.core.lora import LoraSpec
@@ -17,7 +19,6 @@ from jaxlora.peft.ingest import find_base
 from serve.bench.client import Server
 
 pytest_plugins = ["wire_fixtures"]
-CASE = cost.Case(name="2 adapters", slots=2, adapters=2)
 
 
 def test_an_adapter_is_stored_and_counted():
@@ -50,29 +51,15 @@ def test_public_shapes_have_their_published_parameters_and_ranks_are_the_largest
     assert f"| Llama-3.1-8B | 8,030,261,248 | q, v | {rows[2].largest_rank} |" in cost.ranks_table(rows)
 
 
-def test_a_load_asks_the_adapters_and_counts_cpu_time(running, backend):
+def test_a_load_asks_the_adapters_and_is_measured(running, backend):
     backend.adapters, backend.context = {"a0": 1, "a1": 1}, 400  # a letter is a token
     tree = Tree(os.getpid())  # the server is a thread of this process
-    sample = cost.load(Server.at(running[1]), tree, CASE, requests=6, round=3)
+    one = cost.Loaded(cost.Setup(name="2 over 2", slots=2, adapters=2), tree, Server.at(running[1]))
+    case = Serving(name="2 over 2", clients=3, adapters=2, requests=6, answer=5)
+    sample = measure([one], "jaxlora", case, None, 3, 0.0)
     assert {r.adapter.name for r in backend.requests} == {"a0", "a1"}
-    assert {r.params.max_tokens for r in backend.requests} == {cost.ANSWER}
-    assert len(backend.requests) == 6
-    assert min(sample.tokens_s, sample.tokens_cpu_s, sample.first_p50_s) > 0
+    assert {r.params.max_tokens for r in backend.requests} == {5}
+    assert (len(backend.requests), sample.tokens, len(sample.first_s)) == (6, 30, 6)
     backend.requests.clear()
-    cost.load(Server.at(running[1]), tree, CASE, requests=1, round=0)
-    assert [r.adapter.name for r in backend.requests] in (["a0", "a1"], ["a1", "a0"])  # both slots are filled
-    first, second = cost.CASES[:2]
-    told = cost.speeds_table(
-        [
-            cost.Sample(case=first.name, tokens_s=s, tokens_cpu_s=9.0, first_p50_s=0.25, first_p99_s=0.5)
-            for s in (1.0, 7.0, 3.0)
-        ]
-    )
-    assert f"| {first.name} | 3 | 9 | 250 / 500 |" in told
-    assert second.name not in told
-
-
-def test_a_load_with_failures_is_no_sample(running, backend):
-    backend.adapters, backend.context = {"a0": 1}, 400
-    with pytest.raises(RuntimeError, match="a1"):
-        cost.load(Server.at(running[1]), Tree(os.getpid()), CASE, requests=6, round=3)
+    one.work(replace(case, requests=1), None, 0)
+    assert sorted(r.adapter.name for r in backend.requests) == ["a0", "a1"]  # both slots are filled
