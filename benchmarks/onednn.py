@@ -97,7 +97,8 @@ def ours(rows: Sequence[int]) -> dict[str, dict[int, tuple[float, float]]]:
         def layer(x_MD: jax.Array, weights: list[list[jax.Array]]) -> tuple[jax.Array, list[jax.Array]]:
             qkv, (o,), gate_up, (down,) = weights
             q, k, v = (x_MD @ w for w in qkv)
-            gate, up = (q @ o @ w for w in gate_up)
+            out_MD = q @ o
+            gate, up = (out_MD @ w for w in gate_up)
             return gate @ down, [k, v, up]  # so that no product is left out
 
         x_MD, kept = lax.scan(layer, x_MD, linears)
