@@ -3,7 +3,7 @@
     uv run python benchmarks/quantized.py DATA --text FILE ... [--only NAME ...] [--steps 40] [--dtype bfloat16]
 
 DATA holds NAME.train.jsonl and NAME.heldout.jsonl, as of tenants.py, whose recipe each task gets, in one session.  The texts are
-cut into examples of as many words as a row surely holds.  Said: bytes of the weights, perplexity of all tokens of the texts, and
+cut into examples that fill a row.  Said: bytes of the weights, perplexity of all tokens of the texts, and
 of each task the nats per answer token of the first 32 held-out examples, of the base and of the adapter.
 
 Exit code 1 when the perplexity is more than 1 % or a trained loss more than 2 % above that of floats.
@@ -21,10 +21,10 @@ from pathlib import Path
 import jax
 from tenants import ALPHA, BATCH, HELDOUT, LANE_TOKENS, LR, RANK, WARMUP
 
+from jaxlora.checkpoints.tokenizer import Tokenizer
 from jaxlora.config.base import Quantization
 from serve.session import Session
 
-WORDS = LANE_TOKENS // 4
 MOST = {"perplexity": 0.01, "loss": 0.02}
 
 
@@ -38,10 +38,11 @@ class Found:
     trained: dict[str, float]
 
 
-def chunks(texts: list[Path]) -> list[dict[str, str]]:
-    """Returns the texts in pieces."""
-    words = [word for path in texts for word in path.read_text().split()]
-    return [{"text": " ".join(words[i : i + WORDS])} for i in range(0, len(words), WORDS)]
+def chunks(tokenizer: Tokenizer, texts: list[Path]) -> list[dict[str, list[int]]]:
+    """Returns the texts in pieces that fill a row."""
+    tokens = tokenizer.encode("\n".join(path.read_text() for path in texts), parse_special=False)
+    pieces = [tokens[i : i + LANE_TOKENS] for i in range(0, len(tokens) - 1, LANE_TOKENS)]
+    return [{"input_ids": piece, "weights": [0] + [1] * (len(piece) - 1)} for piece in pieces]
 
 
 def measure(args: argparse.Namespace, names: list[str], quantization: Quantization) -> Found:
@@ -54,7 +55,7 @@ def measure(args: argparse.Namespace, names: list[str], quantization: Quantizati
             recipe = {"rank": RANK, "alpha": ALPHA, "lr": LR, "clip": float("inf"), "batch": BATCH, "seed": seed}
             recipe |= {"steps": args.steps, "warmup_steps": min(WARMUP, args.steps)}
             session.add_tenant(name, args.data / f"{name}.train.jsonl", heldout=held, **recipe)
-        text = session.evaluate(names[0], chunks(args.text), tuned=False).nll
+        text = session.evaluate(names[0], chunks(session.opened.tokenizer, args.text), tuned=False).nll
         base = {name: session.evaluate(name, tuned=False).nll for name in names}
         while session.has_work:
             session.step()
