@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -91,7 +92,8 @@ def size_of(cases: Sequence[Case]) -> Size:
     """Returns for what a peer is started that does these cases."""
     serving = [case for case in cases if isinstance(case, Serving)]
     most = max((case.adapters for case in serving), default=1)
-    return Size(adapters=max(1, most), rows=max((case.clients for case in serving), default=1))
+    cores = len(os.sched_getaffinity(0))
+    return Size(adapters=max(1, most), rows=max((case.clients for case in serving), default=1), threads=cores)
 
 
 def rounds(
@@ -134,7 +136,8 @@ def team_rounds(
 ) -> Generator[Sample]:
     """Yields samples of so many processes of one peer, each with one adapter and one request at a time, all at once."""
     with contextlib.ExitStack() as stack:
-        size = Size(adapters=1, rows=1)
+        # More threads than cores wait for each other, and those of llama.cpp and PyTorch spin while they do.
+        size = Size(adapters=1, rows=1, threads=max(1, len(os.sched_getaffinity(0)) // processes))
         running = [stack.enter_context(peer.start(size, world, logs)) for _ in range(processes)]
         for round in range(count + 1):
             sample = measure(running, f"{peer.name} x {processes}", case, world, round, wait_s)

@@ -18,6 +18,7 @@ class Size:
 
     adapters: int  # the first so many of the world
     rows: int  # requests at once
+    threads: int  # of one process
 
 
 class Running(Protocol):

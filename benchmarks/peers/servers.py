@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import itertools
 import json
-import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping, Sequence
@@ -163,10 +162,10 @@ class LlamaCpp(ServerPeer):
         return f"of llama-cpp-python {LLAMA_CPP}"
 
     def command(self, size: Size, world: World, port: int, folder: Path) -> Command:
-        """Returns the server's options: a slot a row, no prompt kept, as many threads as there are cores."""
+        """Returns the server's options: a slot a row, no prompt kept."""
         words: list[str | Path] = [self.programs / "llama-server", "--model", self.model, "--port", str(port)]
         words += ["--host", "127.0.0.1", "--parallel", str(size.rows), "--ctx-size", str(CONTEXT * size.rows)]
-        words += ["--threads", str(len(os.sched_getaffinity(0))), "--no-ui", "--cache-ram", "0", "--no-cache-prompt"]
+        words += ["--threads", str(size.threads), "--no-ui", "--cache-ram", "0", "--no-cache-prompt"]
         names = adapter_names(size.adapters)
         if names:
             words += ["--lora-init-without-apply", "--lora", ",".join(str(world.gguf(name)) for name in names)]

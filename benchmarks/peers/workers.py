@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Generator
@@ -90,8 +89,7 @@ class Peft:
     def start(self, size: Size, world: World, logs: Path) -> contextlib.AbstractContextManager[Running]:
         """Loads the base and adapters."""
         adapters = {name: str(world.peft(name)) for name in adapter_names(size.adapters)}
-        threads = len(os.sched_getaffinity(0))
-        setup = {"base": str(world.base), "adapters": adapters, "dtype": self.dtype, "threads": threads}
+        setup = {"base": str(world.base), "adapters": adapters, "dtype": self.dtype, "threads": size.threads}
         return _worker(self.name, self.program, "torch_worker.py", setup, logs)
 
 
