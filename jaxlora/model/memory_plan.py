@@ -31,10 +31,8 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2}
 PROCESS_BYTES = 700 * 10**6
 READER_BYTES = 95 * 10**6  # a process that reads training files, before it reads one
 READERS = 2
-
-# Copies of logits in float32: of a row that is sampled, and of a tile of scored prompt tokens or of a lane's loss.
 PACKED_PART = 32  # of which packed features are a whole multiple, those in of 8 bits of twice that: product/op.py's
-LOGIT_COPIES, SCORED_COPIES, HEAD_COPIES = 6, 4, 2
+LOGIT_COPIES, SCORED_COPIES, HEAD_COPIES = 6, 4, 2  # of logits in float32: sampled rows, scored tiles, tiles of a loss
 SCORED_BYTES = 2**26  # a tile at most, as in serve/engine/step.py
 HEAD_TARGETS = 32  # targets of a tile of the loss
 LANE_ROWS = 3  # a training lane's own rows: as they are, their gradients, and in work
@@ -124,22 +122,20 @@ class BaseShape:
 
     def weights_bytes(self, machine: Machine) -> int:
         """Returns the bytes of all arrays on one device, the second head that a CPU keeps of a tied base included."""
-        table = [(name, p.shape, p.axes) for name, p in parameters(self.config).items()]
+        table = {name: (p.shape, p.axes) for name, p in parameters(self.config).items()}
         if self.config.tied and machine.platform == "cpu":
-            table.append(("head", (self.config.d_model, self.config.vocab), ("embed", "vocab")))
-        if self.quantized and self.config.tied:
-            table = [entry for entry in table if entry[0] != "embed"]  # they are the head's
-        return sum(self._stored_bytes(name, shape, axes, machine) for name, shape, axes in table)
+            table["head"] = (self.config.d_model, self.config.vocab), ("embed", "vocab")
+        if self.config.tied and self.quantized:
+            del table["embed"]  # they are the head's
+        return sum(self._stored_bytes(name, *of, machine) for name, of in table.items())
 
     def _stored_bytes(self, name: str, shape: Sequence[int], axes: Sequence[str | None], machine: Machine) -> int:
         """Returns the bytes on one device of an array as it is stored, with what packing fills up."""
-        if name in LINEARS and (machine.packed or self.quantized):
-            parts = PACKED_PART * (1 + self.quantized), PACKED_PART
-            layers, (X, Y) = shape[:-2], (-(-n // part) * part for n, part in zip(shape[-2:], parts, strict=True))
-            if self.quantized:
-                return math.prod(layers) * (X * Y + 4 * Y)
-            shape = (*layers, X, Y)
-        return _part(shape, axes, machine) * ITEMSIZE[self.dtype]
+        if name not in LINEARS or not (machine.packed or self.quantized):
+            return _part(shape, axes, machine) * ITEMSIZE[self.dtype]
+        depth = PACKED_PART * (1 + self.quantized)
+        X, Y = -(-shape[-2] // depth) * depth, -(-shape[-1] // PACKED_PART) * PACKED_PART
+        return math.prod(shape[:-2]) * Y * (X + 4 if self.quantized else X * ITEMSIZE[self.dtype])
 
     def unpacked_bytes(self, machine: Machine) -> int:
         """Returns the bytes of the transposed head, which training unpacks unless it is there as embeddings."""
@@ -483,10 +479,10 @@ def _too_large[Config](
             f"{told}; give it {wanted:g} GB (memory_gb), or set training = false: then it fits, and takes no jobs",
             param="training",
         )
-    others = ['[model] dtype = "bfloat16"'] * (base.dtype == "float32")
-    others += ['on a CPU [model] quantization = "int8"'] * (not base.quantized)
-    choices = ", ".join([*others, "a smaller base"])
-    return ConfigInvalid(f"{told}; give it {wanted:g} GB (memory_gb), or choose {choices}", param="memory_gb")
+    others = '[model] dtype = "bfloat16", ' * (base.dtype == "float32")
+    others += 'on a CPU [model] quantization = "int8", ' * (not base.quantized)
+    told = f"{told}; give it {wanted:g} GB (memory_gb), or choose {others}a smaller base"
+    return ConfigInvalid(told, param="memory_gb")
 
 
 def _given_to_serve(config: ServeConfig) -> Iterator[Given[ServeConfig]]:

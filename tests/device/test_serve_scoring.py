@@ -12,6 +12,7 @@ import pytest
 from database_world import job_record
 from fake_tokenizer import FakeTokenizer
 
+from jaxlora.core.adapter_size import AdapterSize
 from jaxlora.core.errors import DataInvalid
 from jaxlora.core.lora import AdapterRef
 from serve.db.job_spec import Evaluation
@@ -30,7 +31,14 @@ def task(tenant: str, job: str, version: int) -> Task:
     record = replace(job_record(f"ftjob-{job}", tenant))
     ref = AdapterRef(tenant, "bot", version)
     published = Published(
-        job_id=record.id, step=version, ref=ref, time_s=0.0, checkpoint=False, final=False, numbers={}
+        job_id=record.id,
+        step=version,
+        ref=ref,
+        time_s=0.0,
+        checkpoint=False,
+        final=False,
+        size=AdapterSize(trainable_parameters=1, all_parameters=2, nbytes=4),
+        numbers={},
     )
     return Task(record, ASKED, published)
 

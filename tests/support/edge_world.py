@@ -44,12 +44,16 @@ class StoredOnly:
 
     stored: StoredJobs
     names: JobNames = field(default_factory=lambda: JobNames("base"))
+    slot_bytes: int = 4
 
     def create(self, caller, asked):
         record = job_record(f"ftjob-{len(self.stored.unfinished())}", caller.owner)
         self.stored.insert(record)
         self.names.add(record.id, record.tenant, record.adapter, "")
         return record
+
+    def size(self, record):
+        return None
 
 
 class NoAdapters:

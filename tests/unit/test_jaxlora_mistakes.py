@@ -80,7 +80,7 @@ TEN = {
         [
             "1: quantum_ms: unknown key; it belongs under [tuning]",
             "4: model.port: unknown key; it belongs to the top of the file, above the first [table]",
-            "5: model.zzz: unknown key; known here: path, dtype, precision",
+            "5: model.zzz: unknown key; known here: path, dtype, precision, quantization",
         ],
     ),
     "four sections, each with its own": (
