@@ -219,7 +219,8 @@ def started(setup: Setup, dtype: str, files: Path, distinct: int, folder: Path) 
     (folder / "adapters").mkdir(parents=True, exist_ok=True)
     port = free_port()
     sizes = {"rows": CLIENTS, "slots": setup.slots, "rank": RANK, "pages": PAGES}
-    (folder / "serve.toml").write_text(JAXLORA.format(port=port, folder=folder, base=DEMO_MODEL, dtype=dtype, **sizes))
+    how = {"dtype": dtype, "quantization": "none"}
+    (folder / "serve.toml").write_text(JAXLORA.format(port=port, folder=folder, base=DEMO_MODEL, **how, **sizes))
     command = [sys.executable, "-m", "serve.cli.main", "serve", folder / "serve.toml"]
     with running(command, folder / "log") as process:
         wait_ready(process, f"http://127.0.0.1:{port}/ready", folder / "log")

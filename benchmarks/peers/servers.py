@@ -128,9 +128,8 @@ class Jaxlora(ServerPeer):
     def command(self, size: Size, world: World, port: int, folder: Path) -> Command:
         """Writes a config and returns how to serve it."""
         sizes = {"rows": size.rows, "slots": max(1, size.adapters), "rank": RANK, "pages": size.rows * CONTEXT // 64}
-        text = JAXLORA.format(
-            port=port, folder=folder, base=world.base, dtype=self.dtype, quantization=self.quantization, **sizes
-        )
+        how = {"dtype": self.dtype, "quantization": self.quantization}
+        text = JAXLORA.format(port=port, folder=folder, base=world.base, **how, **sizes)
         for name in adapter_names(size.adapters):
             text += f"[[load]]\nname = {json.dumps(name)}\npath = {json.dumps(str(world.peft(name)))}\n"
         (folder / "serve.toml").write_text(text)

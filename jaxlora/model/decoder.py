@@ -27,7 +27,7 @@ from jaxlora.core.model_config import LINEARS, ModelConfig, parameters
 from jaxlora.model.mesh import check_model, place_array, replicated, sharding
 from pallas_kernels import KEPT
 from pallas_kernels.native.library import instruction_set
-from pallas_kernels.product.op import BLOCK, Packed, outputs, pack, packed_shape, product
+from pallas_kernels.product.op import BLOCK, Packed, outputs, pack, packed_shape, plain_back, product
 from pallas_kernels.rows import op as rows
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -261,7 +261,7 @@ def head_weight(base: Base) -> tuple[jax.Array | Packed, jax.Array]:
         head = base.packed["head"]
         if base.config.tied and embed is not None:
             return head, embed
-        return head, outputs(head, jnp.arange(base.config.vocab), base.dtype)
+        return head, plain_back(head, 0, base.dtype)
     assert embed is not None
     head_DV = base.arrays.get("head", embed.T)
     return head_DV, embed if base.config.tied else head_DV.T

@@ -96,6 +96,14 @@ def unpacked_back(weight: Packed, layer: jax.Array | int) -> jax.Array:
     return whole.reshape(parts_BXDP.shape[0] * BLOCK, -1)[: weight.features_out, : weight.features_in]
 
 
+def plain_back(weight: Packed, layer: jax.Array | int, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Returns the transpose of one layer's weights with their scale, [Y, X]."""
+    back_YX = unpacked_back(weight, layer)
+    if weight.scale is None:
+        return back_YX
+    return (back_YX.astype(jnp.float32) * _scale(weight, layer).T).astype(dtype)
+
+
 def outputs(weight: Packed, feature_T: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     """Returns the weights of these output features, one layer's, [T, X]: of a tied head, the embeddings of tokens."""
     parts_BXDP = _parts(weight, 0)
