@@ -27,7 +27,8 @@ from pallas_kernels import tiling_cuda
 from pallas_kernels.cross_entropy import pallas_tpu as cross_entropy_tpu
 from pallas_kernels.dispatch import by_platform, known_dtypes
 from pallas_kernels.loops import run_of, trips, with_run
-from pallas_kernels.product.op import Packed, product, product_back
+from pallas_kernels.product.op import Packed, many_rows_fit, product, product_back
+from pallas_kernels.rows.op import logsumexp
 from pallas_kernels.segmented_lora.op import segmented_lora, shrink
 from pallas_kernels.shapes import shaped
 from pallas_kernels.sharding import Placement
@@ -147,7 +148,7 @@ def _forward_xla(form, x_GJD, lora, head_DV, back_VD, target_GJK, count_G):
         logits = _logits(run_of(x_GJD, trip, chunk), head_DV, lora, placement)
         best = logits.max(axis=-1)
         chosen = jnp.take_along_axis(logits, run_of(target_GJK, trip, chunk), axis=-1)
-        lse = best + jnp.log(jnp.exp(logits - best[..., None]).sum(-1))
+        lse = logsumexp(logits.reshape(-1, logits.shape[-1])).reshape(best.shape)
         new = (chosen - lse[..., None], chosen >= best[..., None], lse)
         return tuple(with_run(o, n, trip) for o, n in zip(out, new, strict=True))
 
@@ -161,10 +162,11 @@ def _head_transposed(d_GJV: jax.Array, head_DV: Head, back_VD: jax.Array) -> jax
     A product with few rows on its left side keeps XLA's CPU backend from splitting its long sum: there the head is on the
     left.
     """
-    if d_GJV.shape[0] * d_GJV.shape[1] > FEW_ROWS:
-        return jnp.einsum("gjv,vd->gjd", d_GJV, back_VD, preferred_element_type=jnp.float32)
-    if isinstance(head_DV, Packed):
+    few = d_GJV.shape[0] * d_GJV.shape[1] <= FEW_ROWS
+    if isinstance(head_DV, Packed) and (few or many_rows_fit(d_GJV.dtype)):
         return product_back(d_GJV.reshape(-1, d_GJV.shape[2]), head_DV, jnp.int32(0)).reshape(*d_GJV.shape[:2], -1)
+    if not few:
+        return jnp.einsum("gjv,vd->gjd", d_GJV, back_VD, preferred_element_type=jnp.float32)
     return jnp.einsum("dv,gjv->dgj", head_DV, d_GJV, preferred_element_type=jnp.float32).transpose(1, 2, 0)
 
 

@@ -245,18 +245,21 @@ ffi::Error product(ffi::ThreadPool pool, Any x, Index layer, ffi::RemainingArgs 
   return ffi::Error::Success();
 }
 
-// Takes d [M, Y], with the scale of 8 bits, the layer and packed weights; returns d @ w.T.  For few rows: each reads all weights.
+// Takes d [M, Y], with the scale of 8 bits, the layer and packed weights; returns d @ w.T.  Without tiles each of its rows reads all weights.
 ffi::Error back(ffi::ThreadPool pool, Any d, Index layer, Any w, ffi::Result<Any> y) {
   const bool half = is_half(d), tiles = half && isa == AMX;
   const int64_t M = d.dimensions()[0], X = y->dimensions()[1];
   Product p{nullptr, nullptr, y->untyped_data(), M, 0, 0, 0, !is_half(*y), nullptr, {}, nullptr};
   p.N = layer_of(p, w, layer) * BLOCK;
-  const auto rows = widened_rows(d.untyped_data(), M, d.dimensions()[1], p.N, half ? 2 : 4, half && !tiles);
-  p.x = rows.data();
+  std::vector<char> copy;  // of d, with w's columns
+  p.x = d.untyped_data();
+  if (const bool floats = half && !tiles; floats || p.N != d.dimensions()[1]) {
+    copy = widened_rows(p.x, M, d.dimensions()[1], p.N, half ? 2 : 4, floats);
+    p.x = copy.data();
+  }
   const bool few = p.N * p.K * p.size < SMALL;
   if (tiles) {
-    const auto words = pairs_of(reinterpret_cast<const Half*>(rows.data()), M, p.N, (M + 31) / 32 * 32);
-    divided(pool, (X + 31) / 32, few, [&](int64_t first, int64_t last) { tiled_back(p, words, X, first * 32, last * 32); });
+    divided(pool, (X + 31) / 32, few, [&](int64_t first, int64_t last) { tiled_back(p, X, first * 32, last * 32); });
     return ffi::Error::Success();
   }
   divided(pool, (X + FEATURES - 1) / FEATURES, few, [&](int64_t first, int64_t last) {

@@ -81,6 +81,8 @@ TARGET void quad_block(const Product& p, int64_t block) {
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16,amx-int8,fma")))
 
+typedef uint32_t Words __attribute__((vector_size(64)));
+
 struct alignas(64) Tiles {
   uint8_t palette = 1, start = 0, unused[14] = {};
   uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -171,56 +173,74 @@ TARGET void tiled_bytes(const Product& p, int64_t first, int64_t last) {
   _tile_release();
 }
 
-// Returns d [M, N] as tiles want it on the right: [N / 2, rows of 16], each word two neighbours of a row.
-std::vector<uint32_t> pairs_of(const Half* d, int64_t M, int64_t N, int64_t width) {
-  std::vector<uint32_t> words(N / 2 * width);
-  for (int64_t some = 0; some < M; some += 16)  // whole lines of the cache
-    for (int64_t n = 0; n < N / 2; ++n)
-      for (int64_t m = some; m < std::min(M, some + 16); ++m) std::memcpy(&words[n * width + m], d + m * N + 2 * n, 4);
-  return words;
+// Transposes 16 rows of 16 words.
+template <int STEP = 8, int... I>
+TARGET inline void transpose(Words* of, std::integer_sequence<int, I...> lanes) {
+  for (int i = 0; i < 16; ++i) {
+    if (i & STEP) continue;
+    const Words a = of[i], b = of[i + STEP];
+    of[i] = __builtin_shufflevector(a, b, (I & STEP ? 16 + I - STEP : I)...);
+    of[i + STEP] = __builtin_shufflevector(a, b, (I & STEP ? 16 + I : I + STEP)...);
+  }
+  if constexpr (STEP > 1) transpose<STEP / 2>(of, lanes);
 }
 
-// Input features [first, last) of d @ w.T, by tiles of their transpose: 32 features of w on the left, 32 rows of d on the right.
-TARGET void tiled_back(const Product& p, const std::vector<uint32_t>& words, int64_t X, int64_t first, int64_t last) {
-  alignas(64) Half left[32][32];
-  alignas(64) float sum[32][32];
+// Writes the weights of 32 input features from k on as tiles want their transpose on the right: [N / 2, 32], each word those of
+// two neighbouring output features.
+TARGET void turned(const Product& p, int64_t k, uint32_t* right) {
   alignas(64) Half even[32];
   for (int i = 0; i < 32; ++i) even[i] = Half(2 * i);
   const __m512i evens = _mm512_load_si512(even), odds = _mm512_add_epi16(evens, _mm512_set1_epi16(1));
-  const __m512i rows16 = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(32));
-  const int64_t width = words.size() / (p.N / 2);
-  configure(16, 16);
-  for (int64_t k = first; k < last; k += 32)
-    for (int64_t m = 0; m < p.M; m += 32) {
+  for (int64_t n = 0; n < p.N; n += BLOCK, right += 16 * 32) {
+    const char* stored = p.w + (n / BLOCK * p.K + k) * BLOCK * p.size;
+    Words feature[32];
+    for (int i = 0; p.size == 1 && i < 32; ++i) {
+      const __m512i low = _mm512_loadu_si512(stored + i / 4 * 4 * BLOCK), high = _mm512_loadu_si512(stored + i / 4 * 4 * BLOCK + 64);
+      const __m128i by = _mm_cvtsi32_si128(24 - i % 4 * 8);
+      const __m512 first16 = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_sll_epi32(low, by), 24));
+      const __m512 last16 = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_sll_epi32(high, by), 24));
+      feature[i] = (Words)_mm512_cvtne2ps_pbh(last16, first16);
+    }
+    for (int i = 0; p.size == 2 && i < 16; ++i) {
+      const __m512i low = _mm512_loadu_si512(stored + 4 * i * BLOCK), high = _mm512_loadu_si512(stored + (4 * i + 2) * BLOCK);
+      feature[2 * i] = (Words)_mm512_permutex2var_epi16(low, evens, high);
+      feature[2 * i + 1] = (Words)_mm512_permutex2var_epi16(low, odds, high);
+    }
+    for (int half = 0; half < 2; ++half) {
+      transpose(feature + 16 * half, std::make_integer_sequence<int, 16>());
+      for (int i = 0; i < 16; ++i) _mm512_storeu_si512(right + 32 * i + 16 * half, (__m512i)feature[16 * half + i]);
+    }
+  }
+}
+
+// Input features [first, last) of x @ w.T, x [M, N], 32 at a time, whose weights are turned once for all rows; y has X columns.
+TARGET void tiled_back(const Product& p, int64_t X, int64_t first, int64_t last) {
+  static thread_local std::vector<uint32_t> right;
+  right.resize(p.N / 2 * 32);
+  alignas(64) float sum[32][BLOCK];
+  const Product y{nullptr, nullptr, p.y, p.M, 0, X, 0, p.wide, nullptr, {}, nullptr};
+  for (int64_t k = first; k < last; k += 32) {
+    turned(p, k, right.data());
+    for (int64_t row = 0; row < p.M; row += 32) {
+      const int64_t rows = std::min<int64_t>(32, p.M - row);
+      const auto* x = static_cast<const Half*>(p.x) + row * p.N;
+      configure(std::min<int64_t>(rows, 16), std::max<int64_t>(rows - 16, 1));
       no_sums();
-      for (int64_t n = 0; n < p.N; n += BLOCK) {
-        const char* stored = p.w + (n / BLOCK * p.K + k) * BLOCK * p.size;
-        for (int i = 0; p.size == 1 && i < 32; ++i) {
-          const __m512i low = _mm512_loadu_si512(stored + i / 4 * 4 * BLOCK), high = _mm512_loadu_si512(stored + i / 4 * 4 * BLOCK + 64);
-          const __m128i by = _mm_cvtsi32_si128(24 - i % 4 * 8);
-          const __m512 first16 = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_sll_epi32(low, by), 24));
-          const __m512 last16 = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_sll_epi32(high, by), 24));
-          _mm512_store_si512(left[i], (__m512i)_mm512_cvtne2ps_pbh(last16, first16));
-        }
-        for (int i = 0; p.size == 2 && i < 16; ++i) {
-          const __m512i low = _mm512_loadu_si512(stored + 4 * i * BLOCK), high = _mm512_loadu_si512(stored + (4 * i + 2) * BLOCK);
-          _mm512_store_si512(left[2 * i], _mm512_permutex2var_epi16(low, evens, high));
-          _mm512_store_si512(left[2 * i + 1], _mm512_permutex2var_epi16(low, odds, high));
-        }
-        _tile_loadd(4, left[0], 64);
-        _tile_loadd(5, left[16], 64);
-        _tile_loadd(6, words.data() + n / 2 * width + m, 4 * width);
-        _tile_loadd(7, words.data() + n / 2 * width + m + 16, 4 * width);
+      for (int64_t n = 0; n < p.N; n += 32) {
+        _tile_loadd(4, x + n, 2 * p.N);
+        _tile_loadd(6, right.data() + n / 2 * 32, 128);
+        _tile_loadd(7, right.data() + n / 2 * 32 + 16, 128);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
+        if (rows <= 16) continue;
+        _tile_loadd(5, x + 16 * p.N + n, 2 * p.N);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
       }
       store_sums(sum[0]);
-      const Product y{nullptr, nullptr, p.y, p.M, 0, X, 0, p.wide, nullptr, {}, nullptr};
-      for (int64_t i = 0; i < std::min<int64_t>(32, p.M - m); ++i)
-        store(y, m + i, k / BLOCK, _mm512_i32gather_ps(rows16, sum[0] + i, 4), _mm512_i32gather_ps(rows16, sum[16] + i, 4));
+      for (int64_t i = 0; i < rows; ++i) store(y, row + i, k / BLOCK, _mm512_load_ps(sum[i]), _mm512_load_ps(sum[i] + 16));
     }
+  }
   _tile_release();
 }
 

@@ -28,7 +28,7 @@ from pallas_kernels.shapes import shaped
 
 BLOCK = 32  # kernels.cc's
 DEPTH = 32  # of input features there are a whole multiple, in 8 bits of twice that
-FEW_ROWS, TILED_ROWS = 24, 128  # up to so many, with AMX in bfloat16 more, a gradient is the native body's
+FEW_ROWS = 24  # up to so many a gradient is the native body's; with AMX in bfloat16 any number
 MOST = 127  # of weights of 8 bits
 SOME = 128  # blocks that are packed at a time
 
@@ -163,6 +163,11 @@ def product_back_reference(d_TY: jax.Array, weight: Packed, layer: jax.Array) ->
     return jnp.dot(wide_TY, unpacked_back(weight, layer).astype(jnp.float32), precision="highest")
 
 
+def many_rows_fit(dtype: jax.typing.DTypeLike) -> bool:
+    """Returns whether a transposed product of many rows of this dtype reads the packed weights in place, on a CPU."""
+    return dtype == jnp.bfloat16 and library.instruction_set() == "amx"
+
+
 @shaped
 def product_back(d_TY: jax.Array, weight: Packed, layer: jax.Array) -> jax.Array:
     """Returns [T, X] in d's dtype: d times the transposed weights.  Many rows are worth unpacking the layer for XLA.
@@ -179,8 +184,7 @@ def product_back(d_TY: jax.Array, weight: Packed, layer: jax.Array) -> jax.Array
         results = [((d_TY.shape[0], weight.features_in), d_TY.dtype)]
         return library.call("jaxlora_back", results, d_TY, layer, weight.blocks)[0]
 
-    tiles = d_TY.dtype == jnp.bfloat16 and library.instruction_set() == "amx"
-    few = d_TY.shape[0] <= (TILED_ROWS if tiles else FEW_ROWS)
+    few = d_TY.shape[0] <= FEW_ROWS or many_rows_fit(d_TY.dtype)
     fits = few and known_dtypes(d_TY) and weight.dtype in (d_TY.dtype, jnp.int8)
     return by_platform("product_back", d_TY, weight, layer, xla=xla, native=native if fits else None)
 

@@ -23,7 +23,6 @@ from jaxlora.config.training import check_lane_tokens
 from jaxlora.core import progress as core_progress
 from jaxlora.core.errors import ConfigInvalid
 from jaxlora.core.lora import AdapterRef
-from jaxlora.model.lora_pool import empty_pool
 from jaxlora.model.mesh import make_mesh
 from jaxlora.storage.adapter_store import AdapterStore
 from serve.cli import main as cli
@@ -32,7 +31,8 @@ from train.run import command as run
 from train.run import metrics
 from train.run import progress as run_progress
 from train.step.batch import idle_batch
-from train.step.step import lane_gradients
+from train.step.state import empty_state
+from train.step.step import accumulate
 from train.trainer import Trainer
 
 LINES = [{"messages": [{"role": "user", "content": f"say {w}"}, {"role": "assistant", "content": w}]} for w in "abcdef"]
@@ -437,7 +437,7 @@ def test_more_tenants_than_slots(job):
 def test_the_kernels_take_every_lane_that_the_settings_accept(lane_tokens):
     check_lane_tokens(lane_tokens)
     base, batch = small_base(), idle_batch(2, lane_tokens)
-    jax.eval_shape(lambda *args: lane_gradients(base, *args), [empty_pool(base.config, SPEC, make_mesh())], batch)
+    jax.eval_shape(lambda *args: accumulate(base, *args), (empty_state(base, SPEC, make_mesh()),), batch)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ agree to 1e-5 of themselves, gradients to 2e-5 of the largest gradient of their 
 """
 
 import dataclasses
-import functools
 import math
 import re
 from types import SimpleNamespace
@@ -41,7 +40,6 @@ from train.data.examples import Example
 from train.step.batch import idle_batch
 from train.step.optimizer import IDLE, Hyper
 from train.step.state import SlotState, empty_state, fresh_seat, halves
-from train.step.step import lane_gradients
 
 LOSS, GRAD = 1e-5, 2e-5
 SPECS = {0: lora(3), 2: lora(8), 5: lora(2, ("q_proj", "lm_head")), 8: lora(1, ("down_proj",))}  # by slot
@@ -110,13 +108,14 @@ def same_length(seed, count, n=9):
 
 
 def test_a_gradient_takes_the_rows_of_one_layer_at_a_time(it):
-    """Of five lanes, a number that nothing else has: what there is of all layers and lanes is gradients alone."""
+    """Of five lanes, a number that nothing else has: nothing that is held is of all layers and lanes."""
     batch = jax.device_put(idle_batch(5, 32))
-    gradient = jax.jit(functools.partial(lane_gradients, it.base))
-    text = gradient.lower([it.state.pool], batch).compile().as_text()
+    program = it.programs.all.accumulate.lower(it.base, (it.state,), batch)
+    text = program.compile().as_text()
     taken = [[int(n) for n in shape.split(",")] for shape in re.findall(r" = f32\[([0-9,]+)\]\S* gather\(", text)]
     lanes = {math.prod(shape[:-2]) for shape in taken if shape[-2:] == [SPEC.rank, it.base.config.d_model]}
     assert lanes == {5}
+    assert f"[{it.base.config.layers},5,{SPEC.rank}," not in text
 
 
 def test_gradients_of_many_tenants_are_those_of_merged_weights(it):

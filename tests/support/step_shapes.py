@@ -23,7 +23,7 @@ from train.step.batch import idle_batch
 from train.step.moments_8bit import Blocks, scale_shape
 from train.step.optimizer import IDLE, Hyper, Moments
 from train.step.state import Due, TrainState, apply, halves
-from train.step.step import _accumulate
+from train.step.step import accumulate
 
 ROWS, LANES, TOKENS, RANK = 32, 4, 256, 16
 PAGES = (30, 200, 64, 192)  # a compiler that may choose would put 200 last: it pads to 256 as 192 does, and less
@@ -88,7 +88,7 @@ def train(mesh: Mesh) -> jax.stages.Compiled:
     state = TrainState(pool=rows, grads=halves(rows), moments=Moments(mu=halves(rows), nu=halves(rows), count=count))
     states = (state,)
     out = (jax.tree.map(lambda v: v.sharding, states), replicated(mesh))
-    step = jax.jit(functools.partial(_accumulate, remat="products"), donate_argnums=1, out_shardings=out)
+    step = jax.jit(functools.partial(accumulate, remat="products"), donate_argnums=1, out_shardings=out)
     return step.lower(base(mesh), states, lanes(mesh, idle_batch(LANES, TOKENS))).compile()
 
 

@@ -1,17 +1,19 @@
-"""LoRA rows of a step's lanes: the rows of each lane's slot, taken from all slot buckets.
+"""LoRA rows of a step's lanes: the rows of each lane's slot, taken from all slot buckets, and their gradients, added there.
 
 `lane_rows` gathers those of all layers at once where they are kept for later (`microsteps`).  `StepLora` gathers a
-layer's when the layer runs, so no copy of all is made: a gradient of the rows then arrives at *taps*, zeros of their
-shape that are never read.
+layer's when the layer runs, and adds their gradient to the slots as the backward pass leaves the layer: neither the rows
+of all layers nor their gradients are ever held for the lanes.
 Shape letters: G lanes, L layers, S slots of a bucket, R LoRA rank, X features, T tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxlora.core.lora import HEAD_TARGET
 from jaxlora.model.lora_pool import LaneLora, LoraLayout, LoraRows, Rows
@@ -65,47 +67,104 @@ def lane_rows(pools: Sequence[Rows], slot_G: jax.Array, layer: jax.Array | None 
     return jax.tree.map(choose, *(taken(pool, slots) for pool, slots in zip(pools, own, strict=True)))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gradients:
+    """The summed gradients of all buckets while a backward pass adds to them."""
+
+    totals: Sequence[dict[str, tuple[jax.Ref, jax.Ref]]]  # by bucket: target → (a_LSRX, b_LSRY), changed in place
+    by: jax.Array  # float32 scalar that the loss is differentiated by: rows have a gradient only if something has
+
+
 class StepLora(LaneLora):
     """Adapted linears of lanes; takes a layer's rows from the pools when the layer runs."""
 
-    def __init__(self, pools: Sequence[Rows], slot_G: jax.Array, layout: LoraLayout, taps_LG: Halves | None = None):
-        """taps_LG: halves of every target, shaped as `lane_rows` gives them; None where no gradient is computed."""
+    def __init__(
+        self, pools: Sequence[Rows], slot_G: jax.Array, layout: LoraLayout, gradients: Gradients | None = None
+    ):
+        """gradients: where the rows' gradients are added; None where none is computed."""
         head, rest = (
             [{t: r for t, r in pool.items() if (t == HEAD_TARGET) is wanted} for pool in pools]
             for wanted in (True, False)
         )
         super().__init__({}, layout)
         self.targets = frozenset(rest[0])
-        self._pools, self._slot_G = rest, slot_G
-        taps = {} if taps_LG is None else taps_LG
-        self.per_layer = jnp.arange(layout.config.layers), {t: tap for t, tap in taps.items() if t != HEAD_TARGET}
+        self._pools, self._slot_G, self._gradients = rest, slot_G, gradients
+        self.per_layer = jnp.arange(layout.config.layers)
         if head[0]:
-            self.head = _attached(lane_rows(head, slot_G), taps)[HEAD_TARGET]
+            self.head = self._followed(lane_rows(head, slot_G), 0)[HEAD_TARGET]
 
-    def deltas(  # ty: ignore[incompatible-method-override]
-        self, layer: tuple[jax.Array, Halves], targets: tuple[str, ...], x_TX: jax.Array
+    def deltas(  # ty: ignore[invalid-method-override]
+        self, layer: jax.Array, targets: tuple[str, ...], x_TX: jax.Array
     ) -> tuple[jax.Array | None, ...]:
         """Returns a layer's LoRA deltas, as LaneLora.deltas does."""
-        index, taps = layer
         pools = [{t: pool[t] for t in targets if t in pool} for pool in self._pools]
-        rows = _attached(lane_rows(pools, self._slot_G, index), taps) if pools[0] else {}
+        rows = self._followed(lane_rows(pools, self._slot_G, layer), layer) if pools[0] else {}
         return super().deltas(rows, targets, x_TX)
 
+    def _followed(self, rows: Rows, layer: jax.Array | int) -> Rows:
+        """Returns a layer's rows, whose gradients are added to the totals."""
+        if self._gradients is None:
+            return rows
+        totals, by = self._gradients.totals, self._gradients.by
+        followed = {}
+        for target, row in rows.items():
+            own = [total[target] for total in totals]
+            a, b = _follow((row.a_LSRX, row.b_LSRY), by, own, jnp.int32(layer), self._slot_G)
+            followed[target] = LoraRows(a_LSRX=a, b_LSRY=b, scale_LS=row.scale_LS)
+        return followed
 
-def _attached(rows: Rows, taps: Halves) -> Rows:
-    """Returns the rows; where there are taps, the rows' gradient goes to the taps."""
-    attached = {}
-    for target, row in rows.items():
-        a, b = row.a_LSRX, row.b_LSRY
-        if target in taps:
-            a, b = _attach((a, b), taps[target])
-        attached[target] = LoraRows(a_LSRX=a, b_LSRY=b, scale_LS=row.scale_LS)
-    return attached
+
+Pair = tuple[jax.Array, jax.Array]
 
 
 @jax.custom_vjp
-def _attach(halves: tuple[jax.Array, jax.Array], taps: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+def _follow(
+    halves: Pair, by: jax.Array, totals: list[tuple[jax.Ref, jax.Ref]], layer: jax.Array, slot_G: jax.Array
+) -> Pair:
     return halves
 
 
-_attach.defvjp(lambda halves, taps: (halves, None), lambda _, gradient: (None, gradient))
+def _follow_forward(halves, by, totals, layer, slot_G):
+    return halves, (totals, layer, slot_G)
+
+
+def _follow_backward(saved, gradient):
+    totals, layer, slot_G = saved
+    layers = [x if x.ndim == 4 else x[None] for x in gradient]
+    before = [{"": tuple(half[...] for half in total)} for total in totals]
+    after = add_gradients(before, {"": tuple(layers)}, slot_G, layer)
+    for total, new in zip(totals, after, strict=True):
+        for half, value in zip(total, new[""], strict=True):
+            half[...] = value
+    return None, jnp.zeros((), jnp.float32), None, None, None
+
+
+_follow.defvjp(_follow_forward, _follow_backward)
+
+
+def add_gradients(
+    totals: Sequence[Halves], grads_LG: Halves, slot_G: jax.Array, first: jax.Array | int = 0
+) -> tuple[Halves, ...]:
+    """Returns the summed gradients of all buckets with each lane's added to its own slot's.
+
+    grads_LG: of some targets and some layers, from number `first` on; the others stay as they are.
+    """
+    own = own_slots([next(iter(total.values()))[0].shape[1] for total in totals], slot_G)
+    return tuple(_add_own(total, grads_LG, slot_G, first) for total, slot_G in zip(totals, own, strict=True))
+
+
+def _add_own(total: Halves, grads_LG: Halves, slot_G: jax.Array, first: jax.Array | int) -> Halves:
+    def add_lane(g: jax.Array, total: Halves) -> Halves:
+        slot = slot_G[g]
+        safe = jnp.maximum(slot, 0)
+
+        def add(total_LSRX: jax.Array, grad_LGRX: jax.Array) -> jax.Array:
+            new = lax.dynamic_index_in_dim(grad_LGRX[:, :, : total_LSRX.shape[2]], g, 1)
+            at = (first, safe, 0, 0)
+            old = lax.dynamic_slice(total_LSRX, at, new.shape)
+            return lax.dynamic_update_slice(total_LSRX, jnp.where(slot != NO_ADAPTER, old + new, old), at)
+
+        return jax.tree.map(add, total, grads_LG)
+
+    some = {target: total[target] for target in grads_LG}
+    return total | lax.fori_loop(0, slot_G.shape[0], add_lane, some)

@@ -33,9 +33,9 @@ from jaxlora.model.lora_pool import LaneLora, Rows
 from jaxlora.model.mesh import RULES, check_lanes, place, place_rows, replicated
 from pallas_kernels.product.op import Packed
 from train.step.batch import LaneSums, TrainBatch, idle_batch
-from train.step.lane_lora import lane_rows
+from train.step.lane_lora import add_gradients, lane_rows
 from train.step.optimizer import Halves
-from train.step.state import States, add_gradients, halves, with_gradients, with_halves
+from train.step.state import States, halves, with_gradients, with_halves
 from train.step.step import lane_attend, lane_tokens, lora_layout, summed, target_logprobs, with_dropout
 
 KINDS = ("forward", "head", "head back", "backward")  # of the microsteps of a pass

@@ -24,8 +24,6 @@ from jaxlora.core.model_config import ModelConfig, layer_count, target_features
 from jaxlora.model.decoder import Base
 from jaxlora.model.lora_pool import LoraRows, PoolSpec, Rows, empty_pool
 from jaxlora.model.mesh import replicated
-from pallas_kernels import NO_ADAPTER
-from train.step.lane_lora import own_slots
 from train.step.moments_8bit import Blocks, block_count, scale_shape
 from train.step.optimizer import BlockHalves, Halves, Hyper, Moments
 from train.step.update import UpdateReport, update_slots
@@ -91,34 +89,6 @@ def with_gradients(states: States, grads: Sequence[Halves]) -> States:
 def with_halves(rows: Rows, new: Halves) -> Rows:
     """Returns the rows with other weights and the same scale."""
     return {t: LoraRows(a_LSRX=new[t][0], b_LSRY=new[t][1], scale_LS=r.scale_LS) for t, r in rows.items()}
-
-
-def add_gradients(
-    totals: Sequence[Halves], grads_LG: Halves, slot_G: jax.Array, first: jax.Array | int = 0
-) -> tuple[Halves, ...]:
-    """Returns the summed gradients of all buckets with each lane's added to its own slot's.
-
-    grads_LG: of some targets and some layers, from number `first` on; the others stay as they are.
-    """
-    own = own_slots([next(iter(total.values()))[0].shape[1] for total in totals], slot_G)
-    return tuple(_add_own(total, grads_LG, slot_G, first) for total, slot_G in zip(totals, own, strict=True))
-
-
-def _add_own(total: Halves, grads_LG: Halves, slot_G: jax.Array, first: jax.Array | int) -> Halves:
-    def add_lane(g: jax.Array, total: Halves) -> Halves:
-        slot = slot_G[g]
-        safe = jnp.maximum(slot, 0)
-
-        def add(total_LSRX: jax.Array, grad_LGRX: jax.Array) -> jax.Array:
-            new = lax.dynamic_index_in_dim(grad_LGRX[:, :, : total_LSRX.shape[2]], g, 1)
-            at = (first, safe, 0, 0)
-            old = lax.dynamic_slice(total_LSRX, at, new.shape)
-            return lax.dynamic_update_slice(total_LSRX, jnp.where(slot != NO_ADAPTER, old + new, old), at)
-
-        return jax.tree.map(add, total, grads_LG)
-
-    some = {target: total[target] for target in grads_LG}
-    return total | lax.fori_loop(0, slot_G.shape[0], add_lane, some)
 
 
 def apply(states: States, due: tuple[Due, ...]) -> tuple[States, tuple[UpdateReport, ...]]:

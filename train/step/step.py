@@ -10,7 +10,7 @@ Shape letters: G lanes, J tokens of a lane, U due slots, S slots, T = G * J toke
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -25,15 +25,12 @@ from pallas_kernels.attention.op import packed_attention
 from pallas_kernels.cross_entropy.op import target_logprob
 from pallas_kernels.product.op import Packed
 from train.step.batch import LaneSums, TrainBatch
-from train.step.lane_lora import StepLora, lane_rows
+from train.step.lane_lora import Gradients, StepLora
 from train.step.losses import LossInputs, token_losses
-from train.step.optimizer import Halves
 from train.step.state import (
     Due,
     States,
-    add_gradients,
     apply,
-    halves,
     seat,
     unseat,
     with_gradients,
@@ -138,35 +135,28 @@ def _loss_inputs(batch: TrainBatch) -> LossInputs:
     )
 
 
-def lane_gradients(
-    base: Base, pools: Sequence[Rows], batch: TrainBatch, *, remat: str = "products"
-) -> tuple[Halves, LaneSums]:
-    """Returns (float32 gradient of each lane's loss by its own rows [L, G, R, X], the sums by lane)."""
-    rows = jax.eval_shape(lane_rows, pools, batch.slot_G)
-    taps = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), halves(rows))
-
-    def loss(taps_LG: Halves) -> tuple[jax.Array, LaneSums]:
-        lanes = StepLora(pools, batch.slot_G, lora_layout(base), taps_LG)
-        return lane_losses(base, lanes, batch, dropout=True, remat=remat)
-
-    return jax.grad(loss, has_aux=True)(taps)
-
-
 def lora_layout(base: Base) -> LoraLayout:
     """Returns how LoRA products are placed on the base's mesh."""
     return LoraLayout(config=base.config, mesh=base.mesh)
 
 
-def _accumulate(base: Base, states: States, batch: TrainBatch, *, remat: str) -> tuple[States, LaneSums]:
-    grads_LG, sums = lane_gradients(base, [s.pool for s in states], batch, remat=remat)
-    grads = add_gradients([s.grads for s in states], grads_LG, batch.slot_G)
-    return with_gradients(states, grads), sums
+def accumulate(base: Base, states: States, batch: TrainBatch, *, remat: str = "products") -> tuple[States, LaneSums]:
+    """Returns the states, each lane's gradient of its loss added to those of its slot, and the sums by lane."""
+    totals = jax.tree.map(jax.new_ref, [state.grads for state in states])
+    pools = [state.pool for state in states]
+
+    def loss(by: jax.Array) -> tuple[jax.Array, LaneSums]:
+        lanes = StepLora(pools, batch.slot_G, lora_layout(base), Gradients(totals=totals, by=by))
+        return lane_losses(base, lanes, batch, dropout=True, remat=remat)
+
+    _, sums = jax.grad(loss, has_aux=True)(jnp.float32(0))
+    return with_gradients(states, jax.tree.map(jax.freeze, totals)), sums
 
 
 def _train_step(
     base: Base, states: States, batch: TrainBatch, due: tuple[Due, ...], *, remat: str
 ) -> tuple[States, LaneSums, tuple[UpdateReport, ...]]:
-    states, sums = _accumulate(base, states, batch, remat=remat)
+    states, sums = accumulate(base, states, batch, remat=remat)
     states, reports = apply(states, due)
     return states, sums, reports
 
@@ -190,16 +180,16 @@ class Programs:
 @functools.cache
 def _keeping(remat: str) -> tuple[Callable, Callable]:
     """Returns (accumulate, train_step), the same functions each time, so that equal trainers share what is compiled."""
-    return functools.partial(_accumulate, remat=remat), functools.partial(_train_step, remat=remat)
+    return functools.partial(accumulate, remat=remat), functools.partial(_train_step, remat=remat)
 
 
 def make_programs(states: States, mesh: Mesh, *, remat: str = "products") -> Programs:
     """Returns the jitted programs for states placed like these.  remat: what a gradient keeps (`decoder.REMAT`)."""
     placed = jax.tree.map(lambda x: x.sharding, states)
     small = replicated(mesh)
-    accumulate, train_step = _keeping(remat)
+    adding, train_step = _keeping(remat)
     return Programs(
-        accumulate=jax.jit(accumulate, donate_argnums=1, out_shardings=(placed, small)),
+        accumulate=jax.jit(adding, donate_argnums=1, out_shardings=(placed, small)),
         apply=jax.jit(apply, donate_argnums=0, out_shardings=(placed, small)),
         train_step=jax.jit(train_step, donate_argnums=1, out_shardings=(placed, small, small)),
         evaluate=jax.jit(_evaluate, out_shardings=small),
