@@ -214,6 +214,21 @@ class BlobsSection:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterSection:
+    """The servers that `jaxlora up` runs behind one address, beside the one that trains and keeps everything."""
+
+    replicas: int = 2  # servers that answer requests, and read the adapters and keys of that one
+    cpus: float = 1.0  # of Ray's, that each of all these servers takes
+    gpus: float = 0.0
+
+    def __post_init__(self) -> None:
+        with Checks() as check:
+            check.counts(self, "replicas")
+            check.positive(self, "cpus")
+            check.need(0 <= self.gpus < math.inf, "gpus", "0 or more", self.gpus)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ServeConfig:
     """Settings of one server: one base, many adapters, one compiled decode step."""
 
@@ -262,6 +277,7 @@ class ServeConfig:
     # Of an OTLP collector (extra `otel`), such as http://127.0.0.1:4318; None: no traces.
     otel_endpoint: str | None = None
     load: tuple[AdapterSection, ...] = field(default=())
+    cluster: ClusterSection = ClusterSection()
     lora_roots: tuple[TomlPath, ...] = ()  # folders from which admins may load PEFT folders over HTTP; none: no loading
 
     def __post_init__(self) -> None:

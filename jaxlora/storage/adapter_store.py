@@ -2,7 +2,7 @@
 
     put ──▶ RAM (pinned) ──background──▶ disk        get ◀── RAM, which evicts the least recently used ◀── disk
 
-A version never changes and its number is never reused, not even after a delete or a restart.
+One process writes; others may read the same folder and see what is on its disk, at their next question.  A version never changes and its number is never reused, not even after a delete or a restart.
 
 version_files.py implements the disk and the object storage behind it.
 
@@ -37,24 +37,27 @@ class AdapterStore:
 
     `host_bytes` limits the weights in RAM, including those being read and those of `set_aside`; versions not yet
     on disk are held in any case.
-    Only one store, of all processes, may open a folder: two would give one number to two versions.
+    Only one store, of all processes, may write to a folder: two would give one number to two versions.
     """
 
-    def __init__(self, root: Path, *, host_bytes: int, remote: RemoteVersions | None = None) -> None:
+    def __init__(
+        self, root: Path, *, host_bytes: int, remote: RemoteVersions | None = None, reads: bool = False
+    ) -> None:
         """remote: object storage behind the folder, not started; the store starts and closes it.
 
-        Raises StorageFailed when the folder cannot be made, StateInvalid, naming it, when another store has it open; with
-        `remote` StorageAway when object storage does not answer.
+        reads: follows the store of another process, and refuses every change.
+        Raises StorageFailed when the folder cannot be made, StateInvalid, naming it, when another store has it open, or
+        when it is to be read and none ever had; with `remote` StorageAway when object storage does not answer.
         """
-        self._files = VersionFiles(root, remote)
+        self._files, self._reads = VersionFiles(root, remote, reads=reads), reads
         self._disk = threading.Lock()
         self._counters = threading.Lock()
         self._state = threading.Condition()
         self._versions: dict[tuple[str, str], set[int]] = {}  # the visible versions
         self._tenants: dict[str, set[str]] = {}  # tenants of each name
+        self._came: list[AdapterRef] = []  # of another process, until `take_news`
         for ref in self._files.found:
-            self._versions.setdefault((ref.tenant, ref.name), set()).add(ref.version)
-            self._tenants.setdefault(ref.name, set()).add(ref.tenant)
+            self._show(ref)
         self._ram = HostTier(host_bytes)
         # Creation time, largest rank, bytes.
         self._about = {ref: about for ref, about in self._files.found.items() if about is not None}
@@ -65,7 +68,7 @@ class AdapterStore:
         self._loads: SingleFlight[AdapterRef, Adapter] = SingleFlight()
         self._work: queue.Queue[AdapterRef | Path | None] = queue.Queue()
         self._open_work = 0
-        self._closed = False  # refuses changes
+        self._closed = reads  # refuses changes
         self._ended = False  # the thread has ended or is ending
         self._released = False  # its folder is unlocked
         for leftover in self._files.leftovers:
@@ -88,24 +91,59 @@ class AdapterStore:
             self._files.set_counter(tenant, name, minted + 1, deleted)
             return AdapterRef(tenant, name, minted + 1)
 
+    def take_news(self) -> builtins.list[AdapterRef]:
+        """Returns the versions that another process has made since the last call, for a store that reads.
+
+        Raises StorageFailed.
+        """
+        self._look()
+        with self._state:
+            came, self._came = self._came, []
+            return came
+
+    def _look(self) -> None:
+        """Takes in what the process that writes has changed.  A `stat` where it has changed nothing."""
+        if not self._reads:
+            return
+        with self._counters:
+            changes = self._files.news()
+            if changes == []:
+                return
+            with self._state:
+                if changes is None:
+                    known = {AdapterRef(t, n, v) for (t, n), versions in self._versions.items() for v in versions}
+                    gone = [(False, ref) for ref in known - self._files.found.keys()]
+                    changes = gone + [(True, ref) for ref in self._files.found if ref not in known]
+                for came, ref in changes:
+                    is_known = ref.version in self._versions.get((ref.tenant, ref.name), ())
+                    if came and not is_known:
+                        self._show(ref)
+                        self._came.append(ref)
+                    elif is_known and not came:
+                        self._hide(ref)
+
     def latest(self, tenant: str, name: str) -> AdapterRef | None:
         """Returns the newest version that can be loaded, or None."""
+        self._look()
         with self._state:
             versions = self._versions.get((tenant, name))
             return AdapterRef(tenant, name, max(versions)) if versions else None
 
     def versions(self, tenant: str, name: str) -> builtins.list[AdapterRef]:
         """Returns every version that can be loaded, oldest first."""
+        self._look()
         with self._state:
             return [AdapterRef(tenant, name, v) for v in sorted(self._versions.get((tenant, name), ()))]
 
     def list(self, tenant: str | None) -> builtins.list[AdapterRef]:
         """Returns the newest version of each adapter of a tenant, or of all tenants, by name."""
+        self._look()
         with self._state:
             return sorted(AdapterRef(t, n, max(v)) for (t, n), v in self._versions.items() if tenant in (None, t))
 
     def named(self, name: str, tenant: str | None) -> builtins.list[AdapterRef]:
         """Returns the newest version of each adapter of this name: one for each tenant that has it, or `tenant`'s."""
+        self._look()
         with self._state:
             owners = sorted(self._tenants.get(name, ())) if tenant is None else [tenant]
             newest = [(t, self._versions.get((t, name))) for t in owners]
@@ -198,8 +236,7 @@ class AdapterStore:
                 for pair in adapter.weights.values():
                     for value in pair:
                         value.setflags(write=False)
-                self._versions.setdefault((ref.tenant, ref.name), set()).add(ref.version)
-                self._tenants.setdefault(ref.name, set()).add(ref.tenant)
+                self._show(ref)
                 self._about[ref] = time.time(), adapter.spec.max_rank, adapter.nbytes
                 self._unsaved.add(ref)
                 self._ram.hold(adapter, keep=True)
@@ -346,7 +383,7 @@ class AdapterStore:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise StateInvalid("the adapter store is closed")
+            raise StateInvalid(f"the adapter store is {'only read here' if self._reads else 'closed'}")
 
     def _enqueue(self, item: AdapterRef | Path) -> None:
         """Queues work for the background thread: a version to save, or to remove when it is leaving; trash to empty."""
@@ -453,6 +490,11 @@ class AdapterStore:
         return adapter
 
     # Visible versions; these are called with the state lock held
+
+    def _show(self, ref: AdapterRef) -> None:
+        """Adds the version to listings."""
+        self._versions.setdefault((ref.tenant, ref.name), set()).add(ref.version)
+        self._tenants.setdefault(ref.name, set()).add(ref.tenant)
 
     def _hide(self, ref: AdapterRef) -> None:
         """Removes the version from listings and from memory, except for its borrowers."""

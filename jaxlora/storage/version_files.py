@@ -3,6 +3,7 @@
 root/adapters/TENANT/NAME/VERSION    see adapter_files.py; with object storage a copy, see remote_adapters.py
 root/counters/TENANT/NAME.json       see adapter_files.Counters
 root/deleted/TENANT/NAME/VERSION     see adapter_files.Tombstones
+root/changes                         see change_log.py
 root/trash/…                         files being written or deleted; at the start, what the last process left
 root/.lock                           held by the process that has the store open
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 
 from jaxlora.core.atomic_files import lock_folder, to_trash
@@ -27,24 +28,39 @@ from jaxlora.storage.adapter_files import (
     save_version,
     scan,
 )
+from jaxlora.storage.change_log import Change, ChangeLog, ChangeReader
 from jaxlora.storage.remote_adapters import RemoteVersions
 
 # After losing its counters a machine starts so far above the numbers in object storage: a version that was used but not
 # sent yet had one of the numbers between.
 GAP = 1000
+CHANGES = "changes"
 
 
 class VersionFiles:
-    """Versions, counters and trash under one root, which no other process has open."""
+    """Versions, counters and trash under one root, which no other process changes."""
 
-    def __init__(self, root: Path, remote: RemoteVersions | None):
-        """remote: not started.
+    def __init__(self, root: Path, remote: RemoteVersions | None, *, reads: bool = False):
+        """remote: not started.  reads: another process changes the folder; only what changes nothing may be called.
 
-        Raises StorageFailed when the folder cannot be made, StateInvalid, naming it, when another store has it open;
-        and what the start of `remote` raises.
+        Raises StorageFailed when the folder cannot be made, StateInvalid, naming it, when another store has it open, or
+        when it is to be read and none ever had; and what the start of `remote` raises.
         """
         self._root, self._remote = root.absolute(), remote  # Orbax needs an absolute path
-        root = self._root
+        self._counters = Counters(self._root / "counters")
+        self._tombstones = Tombstones(self._root / "deleted")
+        self.found: dict[AdapterRef, About | None] = {}  # at the start; None: read its metadata
+        self.leftovers: list[Path] = []  # to be passed to `empty`
+        self._lock: int | None = None
+        self._changes: ChangeLog | ChangeReader = ChangeReader(self._root / CHANGES)
+        if reads:
+            self.news()
+        else:
+            self._take()
+
+    def _take(self) -> None:
+        """Locks the folder and completes what the last process had no time for."""
+        root, remote = self._root, self._remote
         try:
             for name in ("adapters", "counters", "trash"):
                 (root / name).mkdir(parents=True, exist_ok=True)
@@ -53,15 +69,11 @@ class VersionFiles:
             raise StorageFailed(f"the adapter store {root} cannot be made ({e.strerror}); choose another folder") from e
         if self._lock is None:
             raise StateInvalid(f"the adapter store {root} is in use; stop who uses it, or name another folder")
-        self._counters = Counters(root / "counters")
-        self._tombstones = Tombstones(root / "deleted")
         for ref in self._tombstones.all():  # the last process had no time to delete them
             to_trash(self._folder(ref), root / "trash")
             self._tombstones.remove(ref)
         local = scan(root / "adapters")
-        self.found: dict[AdapterRef, About | None] = {  # at the start; None: read its metadata
-            AdapterRef(t, n, v): None for (t, n), versions in local.items() for v in versions
-        }
+        self.found = dict.fromkeys(_refs(local))
         if remote is not None:
             try:
                 there = remote.start(root / "adapters", root / "trash", local)
@@ -69,14 +81,36 @@ class VersionFiles:
                 os.close(self._lock)
                 raise
             self.found = {r: a for r, a in self.found.items() if not remote.is_deleted(r)} | there
-        self.leftovers = list((root / "trash").iterdir())  # to be passed to `empty`
+        self.leftovers = list((root / "trash").iterdir())
+        self._changes = ChangeLog(root / CHANGES)
+
+    def news(self) -> list[Change] | None:
+        """Returns what the process that writes has changed since the last call; None: `found` is read again.
+
+        Raises StateInvalid when no store of this version ever had the folder open, StorageFailed.
+        """
+        assert isinstance(self._changes, ChangeReader), "it reads"
+        try:
+            changes = self._changes.news()
+            if changes is None:
+                promised = set(self._tombstones.all())
+                self.found = dict.fromkeys(r for r in _refs(scan(self._root / "adapters")) if r not in promised)
+            return changes
+        except FileNotFoundError as error:
+            raise StateInvalid(f"no server keeps the adapter store {self._root} yet") from error
+        except OSError as error:
+            raise StorageFailed(f"the adapter store {self._root} cannot be read ({error.strerror})") from error
+
+    def _tell(self, refs: Iterable[AdapterRef], *, came: bool) -> None:
+        assert isinstance(self._changes, ChangeLog), "it writes"
+        self._changes.add(refs, came=came)
 
     def close(self) -> None:
         """Unlocks the folder.  Call it once; the files can still be read."""
         if self._remote is not None:
             self._remote.close()
-        assert self._lock is not None, "it is locked"
-        os.close(self._lock)
+        if self._lock is not None:
+            os.close(self._lock)
 
     # ---- numbers --------------------------------------------------------------------------------------------------
 
@@ -100,6 +134,7 @@ class VersionFiles:
     def save(self, adapter: Adapter, created: float) -> None:
         """Writes a version, which is on disk on return, and sends it soon.  Raises what the file system raises."""
         save_version(self._folder(adapter.ref).parent, adapter, created, self._root / "trash")
+        self._tell([adapter.ref], came=True)
         if self._remote is not None:
             self._remote.send(adapter.ref)
 
@@ -144,17 +179,20 @@ class VersionFiles:
         if self._remote is not None:
             self._remote.retire_version(ref)
         self._tombstones.add(ref)
+        self._tell([ref], came=False)
 
     def delete(self, ref: AdapterRef) -> Path | None:
         """Removes one version from the disk's names and from object storage; returns what `empty` must remove."""
+        self._tell([ref], came=False)
         out = to_trash(self._folder(ref), self._root / "trash")
         if self._remote is not None:
             self._remote.forget(ref)
         self._tombstones.remove(ref)
         return out
 
-    def delete_all(self, tenant: str, name: str, versions: Iterable[int]) -> Path | None:
+    def delete_all(self, tenant: str, name: str, versions: Collection[int]) -> Path | None:
         """Does the same for all versions of a name, after `retire` was called."""
+        self._tell([AdapterRef(tenant, name, version) for version in versions], came=False)
         out = to_trash(self._root / "adapters" / tenant / name, self._root / "trash")
         if self._remote is not None:
             for version in versions:
@@ -190,3 +228,7 @@ class VersionFiles:
     def flush(self) -> dict[AdapterRef, Exception]:
         """Retries once what was not sent; returns what still is not, and why."""
         return {} if self._remote is None else self._remote.flush()
+
+
+def _refs(found: Mapping[tuple[str, str], Collection[int]]) -> Iterable[AdapterRef]:
+    return (AdapterRef(t, n, v) for (t, n), versions in found.items() for v in versions)

@@ -222,6 +222,20 @@ class Scheduler:
         rows = self._rows
         return {r: AdapterQueue(work.since, rows[r], len(self._groups[r]) - rows[r]) for r, work in self._work.items()}
 
+    def left(self) -> dict[AdapterRef | None, tuple[int, int]]:
+        """Returns the tokens still to be computed at most for each adapter: of requests that run, and of all others.
+
+        Those of the base are under None.
+        """
+        left: dict[AdapterRef | None, tuple[int, int]] = {}
+        for group in self._groups.values():
+            for s in group.values():
+                tokens = s.prompt_left + s.request.params.max_tokens - s.generated
+                running, others = left.get(s.adapter, (0, 0))
+                is_running = s.status is Status.RUNNING
+                left[s.adapter] = (running + tokens, others) if is_running else (running, others + tokens)
+        return left
+
     def check(self) -> None:
         """Asserts that rows, pages, pins and counts add up."""
         everyone = [s for group in self._groups.values() for s in group.values()]

@@ -12,7 +12,7 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -21,7 +21,7 @@ import numpy as np
 from fastapi import APIRouter
 
 from jaxlora.checkpoints.load import Found, Opened, find_base, fitted, head_of, load_found, open_source
-from jaxlora.config.serving import READ_MEMORY_BYTES, AdapterSection, ServeConfig, SizedConfig
+from jaxlora.config.serving import READ_MEMORY_BYTES, AdapterSection, ServeConfig, SizedConfig, SizedTraining
 from jaxlora.config.training import TooLong, default_lr
 from jaxlora.core.errors import AdapterInvalid, ConfigInvalid, InvalidRequest, JaxLoraError
 from jaxlora.core.lora import ALL_TARGETS, HEAD_TARGET, AdapterRef, AdapterWeights
@@ -59,6 +59,7 @@ from serve.engine.engine import Engine, EngineConfig
 from serve.http.drain import Drain
 from serve.http.idempotency import Once
 from serve.http.request_log import METRICS_PATH, Listener
+from serve.jobs.on_demand import Tuner
 from serve.observability.logs import log_answered, logging_to
 from serve.observability.metrics import HttpMetrics, MetricsRoutes, ServerMetrics
 from serve.runtime.device_thread import DeviceThread
@@ -150,12 +151,11 @@ def services(
         stack.callback(Retention(database, config.retention).close)
         keys = Keys(StoredKeys(database), needed=needs_keys(config))
         training, store, drain = config.training, runner.engine.store, drain or Drain()
-        longest = LANE_TOKENS if training is None else training.longest_tokens
 
         readers = FileReaders(
             opened.tokenizer,
             config.data / "tokenizer",
-            lane_tokens=longest,
+            lane_tokens=longest_tokens(training),
             limits=ReaderLimits(
                 memory_bytes=config.limits.read_memory_bytes or READ_MEMORY_BYTES, cpu_s=config.limits.read_cpu_s
             ),
@@ -169,7 +169,6 @@ def services(
         files = FileStore(StoredFiles(database), config.data / "files", load=load, limits=config.limits, remote=remote)
         stack.callback(files.close)
         limiter = Limiter(config.limits)
-        most_rank = config.max_rank if training is None else training.max_rank
         quota, jobs = AdapterQuota(config.limits, store), None
         if training is not None:
             jobs = make_job_host(opened, config, training, runner, database, files, quota, remote)
@@ -189,35 +188,96 @@ def services(
         routers = [files_routes.router(), adapters_routes.router(), TuningRoutes(runner).router()]
         if jobs is not None:
             routers.append(JobsRoutes(jobs.service, once, limiter).router())
-        gradient = GradientRoutes(
-            runner,
-            GradientConfig(
-                default_lr=default_lr(opened.base.config), longest=longest + 1, rank=min(DEFAULT_RANK, most_rank)
-            ),
-            records=StoredGradient(database),
-            once=once,
-            tuner=None if jobs is None else jobs.tuner,
-            limiter=limiter,
-        )
-        routers.append(gradient.router())
+        tuner = None if jobs is None else jobs.tuner
+        routers.append(gradient_routes(runner, opened, config, database, once, limiter, tuner).router())
         keys.start(drain.shut_out)
         stack.callback(keys.close)
         stack.callback(readers.close)  # first: the other services wait for what they have asked
-        app = AppConfig(
-            default_max_tokens=config.default_max_tokens,
-            max_request_s=config.max_request_s,
-            routers=[*observers.routers, *routers],
-            listeners=observers.listeners,
-            open_paths=observers.open_paths,
-            caller_of=keys.caller_of,
-            limiter=limiter,
-            limits=config.limits,
-            http=config.http,
+        app = app_config(
+            config,
+            observers,
+            keys,
+            limiter,
+            drain,
+            routers=routers,
             body_limits=files_routes.body_limits | adapters_routes.body_limits,
-            error_shapes={API: gradient_response},
-            drain=drain,
         )
         yield Services(app=app, jobs=jobs, is_keyless=lambda: keys.keyless)
+
+
+@contextlib.contextmanager
+def reading_services(
+    runner: DeviceThread, opened: Opened, config: SizedConfig, database: Database, observers: Observers, drain: Drain
+) -> Generator[Services]:
+    """Opens the services of a server that answers requests and changes nothing: those over keys and adapters of another.
+
+    Raises ConfigInvalid where a key is needed and there is none, Unavailable.
+    """
+    keys, limiter = Keys(StoredKeys(database), needed=needs_keys(config)), Limiter(config.limits)
+    gradient = gradient_routes(runner, opened, config, database, Once(database), limiter, None)
+    keys.start(drain.shut_out)
+    try:
+        app = app_config(config, observers, keys, limiter, drain, routers=[gradient.router()], body_limits={})
+        yield Services(app=app, jobs=None, is_keyless=lambda: keys.keyless)
+    finally:
+        keys.close()
+
+
+def gradient_routes(
+    runner: DeviceThread,
+    opened: Opened,
+    config: SizedConfig,
+    database: Database,
+    once: Once,
+    limiter: Limiter,
+    tuner: Tuner | None,
+) -> GradientRoutes:
+    """Makes Gradient's wire; without a tuner it trains nothing."""
+    training = config.training
+    return GradientRoutes(
+        runner,
+        GradientConfig(
+            default_lr=default_lr(opened.base.config),
+            longest=longest_tokens(training) + 1,
+            rank=min(DEFAULT_RANK, config.max_rank if training is None else training.max_rank),
+        ),
+        records=StoredGradient(database),
+        once=once,
+        tuner=tuner,
+        limiter=limiter,
+    )
+
+
+def longest_tokens(training: SizedTraining | None) -> int:
+    """Returns the tokens of the longest example that a file may hold."""
+    return LANE_TOKENS if training is None else training.longest_tokens
+
+
+def app_config(
+    config: ServeConfig,
+    observers: Observers,
+    keys: Keys,
+    limiter: Limiter,
+    drain: Drain,
+    *,
+    routers: Sequence[APIRouter],
+    body_limits: Mapping[str, int],
+) -> AppConfig:
+    """Makes the settings of the app over these services."""
+    return AppConfig(
+        default_max_tokens=config.default_max_tokens,
+        max_request_s=config.max_request_s,
+        routers=[*observers.routers, *routers],
+        listeners=observers.listeners,
+        open_paths=observers.open_paths,
+        caller_of=keys.caller_of,
+        limiter=limiter,
+        limits=config.limits,
+        http=config.http,
+        body_limits=body_limits,
+        error_shapes={API: gradient_response},
+        drain=drain,
+    )
 
 
 def needs_keys(config: ServeConfig) -> bool:
@@ -225,10 +285,10 @@ def needs_keys(config: ServeConfig) -> bool:
     return config.keys == "required" or not is_loopback(config.host)
 
 
-def open_store(config: SizedConfig, remote: Remote | None = None) -> AdapterStore:
-    """Opens the server's adapters.  Raises StorageFailed, StateInvalid, Unavailable as AdapterStore does."""
+def open_store(config: SizedConfig, remote: Remote | None = None, *, reads: bool = False) -> AdapterStore:
+    """Opens the server's adapters; reads: see AdapterStore.  Raises StorageFailed, StateInvalid, Unavailable as it does."""
     versions = None if remote is None else RemoteVersions(remote.blobs, remote.copies)
-    return AdapterStore(config.adapters, host_bytes=int(config.host_adapters_gb * 1e9), remote=versions)
+    return AdapterStore(config.adapters, host_bytes=int(config.host_adapters_gb * 1e9), remote=versions, reads=reads)
 
 
 def make_runner(opened: Opened, config: SizedConfig, store: AdapterStore) -> DeviceThread:
@@ -353,6 +413,39 @@ def planned(config: ServeConfig, say: Callable[[str], None]) -> tuple[Found, Siz
     return found, plan.config
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Server:
+    """A server without HTTP, which `begin` starts."""
+
+    store: AdapterStore
+    runner: DeviceThread
+    own: Services
+    compiles: CompileCounter  # to be entered once it has begun
+
+
+@contextlib.contextmanager
+def assembled(config: SizedConfig, instance: Instance, opened: Opened, drain: Drain) -> Generator[Server]:
+    """Joins a server over what is open; ends its device thread and saves what is not on disk yet on leaving.
+
+    Raises as `open_store` and `services` do.
+    """
+    store = open_store(config, instance.remote, reads=instance.reads)
+    try:
+        runner = make_runner(opened, config, store)
+        with contextlib.ExitStack() as stack:
+            observers = stack.enter_context(observing(runner, config))
+            if instance.reads:
+                joined = reading_services(runner, opened, config, instance.database, observers, drain)
+            else:
+                head = functools.partial(read_head, opened)
+                joined = services(runner, opened, config, instance.database, observers, head, instance.remote, drain)
+            own = stack.enter_context(joined)
+            stack.callback(runner.stop)
+            yield Server(store=store, runner=runner, own=own, compiles=observers.compiles)
+    finally:
+        store.close()
+
+
 def _serve(
     config: SizedConfig,
     file: Path | None,
@@ -361,38 +454,30 @@ def _serve(
     listening: socket.socket,
     announcer: Announcer,
 ) -> None:
-    store = open_store(config, instance.remote)
     drain = Drain(waits_for=lambda: str(announcer.progress))
-    head = functools.partial(read_head, opened)
-    try:
-        runner = make_runner(opened, config, store)
-        with (
-            observing(runner, config) as observers,
-            services(runner, opened, config, instance.database, observers, head, instance.remote, drain) as own,
-        ):
-            ending = functools.partial(announcer.ending, runner.watch)
-            http = make_http(runner, own.app, listening=listening, grace_s=config.grace_s, ending=ending)
-            try:
-                http.start()  # from now on /ready says what it waits for
-                begin(runner, opened, config, own, announcer.progress)
-                announcer.ready()
-                retuned = contextlib.nullcontext() if file is None else retuned_by_hangup(runner, file)
-                with observers.compiles, retuned, http.ended_by_signals():
-                    drain.waits_for = None  # requests are taken from the next line on
-                    if own.is_keyless():
-                        print("there are no keys: anyone on this machine may do everything (see jaxlora keys --help)")
-                    print(f"serving {opened.name} and {len(store.list(None))} adapters on {http.url}/v1", flush=True)
-                    announcer.say(f"now: jaxlora chat --url {http.url}")
-                    try:
-                        http.wait()
-                    finally:
-                        if not runner.end(STOP_S):
-                            leave(store)
-            finally:
-                http.stop()
-                runner.stop()
-    finally:
-        store.close()
+    with assembled(config, instance, opened, drain) as server:
+        runner, own = server.runner, server.own
+        ending = functools.partial(announcer.ending, runner.watch)
+        http = make_http(runner, own.app, listening=listening, grace_s=config.grace_s, ending=ending)
+        try:
+            http.start()  # from now on /ready says what it waits for
+            begin(runner, opened, config, own, announcer.progress)
+            announcer.ready()
+            retuned = contextlib.nullcontext() if file is None else retuned_by_hangup(runner, file)
+            with server.compiles, retuned, http.ended_by_signals():
+                drain.waits_for = None  # requests are taken from the next line on
+                if own.is_keyless():
+                    print("there are no keys: anyone on this machine may do everything (see jaxlora keys --help)")
+                count = len(server.store.list(None))
+                print(f"serving {opened.name} and {count} adapters on {http.url}/v1", flush=True)
+                announcer.say(f"now: jaxlora chat --url {http.url}")
+                try:
+                    http.wait()
+                finally:
+                    if not runner.end(STOP_S):
+                        leave(server.store)
+        finally:
+            http.stop()
 
 
 def leave(store: AdapterStore) -> NoReturn:

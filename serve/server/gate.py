@@ -37,6 +37,7 @@ OPEN_PATHS = frozenset({HEALTH_PATH, READY_PATH, ROOT_PATH, DOCS_PATH, DOCUMENT_
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
 FORM_BYTES = 64 * 1024  # of the form around an uploaded file
 SLOWEST_UPLOAD_BYTES_S = 500_000  # an upload may take as long as its largest body at this rate, beside body_timeout_s
+REQUEST_ID = "request_id"  # in a request's state; there already where a front has let the request in
 GONE = 499  # status of a request whose client left before it had one
 TIMEOUT_HEADER = "x-request-timeout-s"
 SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
@@ -127,7 +128,8 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        request_id = "req_" + uuid.uuid4().hex
+        request_id = scope.setdefault("state", {}).get(REQUEST_ID) or "req_" + uuid.uuid4().hex
+        scope["state"][REQUEST_ID] = request_id
         status: int | None = None
         began_s, began = time.time(), time.monotonic()
 
@@ -157,7 +159,7 @@ class Gate:
         headers, path = Headers(scope=scope), scope["path"]
         self._check_hosts(headers)
         self._check_length(headers, path)
-        state = scope.setdefault("state", {})
+        state = scope["state"]
         state["deadline"] = asyncio.get_running_loop().time() + self._limit_s(headers)
         if path in self._config.open_paths:
             await self._app(scope, self._bounded(receive, path), send)

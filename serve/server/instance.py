@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NoReturn
 
 from jaxlora.checkpoints.load import Opened
 from jaxlora.config.serving import ServeConfig
@@ -39,10 +40,11 @@ BASE = "base"  # key of the fact which base the last start had
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Instance:
-    """What a server has alone."""
+    """What a server has alone, or what it reads of another's."""
 
     database: Database
     remote: Remote | None
+    reads: bool = False  # it changes nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +138,37 @@ def opened_instance(config: ServeConfig, *, adopt: bool = False) -> Generator[In
         for place in places:
             place.write(record)
         yield Instance(database=database, remote=remote)
+
+
+@contextlib.contextmanager
+def followed_instance(config: ServeConfig) -> Generator[Instance]:
+    """Opens what the server of the same settings keeps, to read it while that one changes it.
+
+    Raises StateInvalid while that server has not started; ConfigInvalid, Unavailable, StorageFailed.
+    """
+
+    def refuse(session: object) -> NoReturn:
+        raise StateInvalid("this server only reads; another one of its cluster changes the database")
+
+    with contextlib.closing(Database(config.database_url)) as database:
+        database.may_write = refuse
+        mine, its = StoredInstance(database).identity(), _identity(_Folder(config.adapters, ()))
+        if mine is None or its is None or its.id != mine.id:
+            raise StateInvalid(
+                f"the server that keeps {config.adapters} and the database {database.name} must start first"
+            )
+        yield Instance(database=database, remote=None, reads=True)
+
+
+def followed_base(database: Database, opened: Opened) -> Opened:
+    """Returns the base under the hash that the server's adapters name, as `same_base` does for the server itself.
+
+    Raises StateInvalid when that server has another base; Unavailable.
+    """
+    known = StoredInstance(database).fact(f"{BASE}/{opened.weights_hash}")
+    if known is None:
+        raise StateInvalid(f"the server that keeps {database.name} has not started with the base {opened.path}")
+    return replace(opened, base_hash=str(known["hash"]))
 
 
 def _tell_waiting(what: str, who: str) -> None:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from types import FrameType
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from jaxlora.core.errors import ConfigInvalid, DeviceLost, Unavailable
 from serve.http.drain import Drain
@@ -204,9 +205,35 @@ def make_http(
 
     grace_s: for open requests to finish when the server ends.  ending: see DrainingServer.
     """
-    host = listening.getsockname()[0]
-    most = connections_within(config.http.connections)
-    app = create_app(runner, replace(config, hosts=hosts_for(host), most_requests=most - SPARE))
+    config = config_on(listening, config)
+    return http_over(
+        create_app(runner, config),
+        config,
+        listening=listening,
+        grace_s=grace_s,
+        end_open=runner.end_all,
+        is_lost=lambda: runner.lost,
+        ending=ending,
+    )
+
+
+def config_on(listening: socket.socket, config: AppConfig) -> AppConfig:
+    """Returns the settings with the hosts that requests to this socket may name, and as many as may be answered at once."""
+    most = connections_within(config.http.connections) - SPARE
+    return replace(config, hosts=hosts_for(listening.getsockname()[0]), most_requests=most)
+
+
+def http_over(
+    app: ASGIApp,
+    config: AppConfig,
+    *,
+    listening: socket.socket,
+    grace_s: float,
+    end_open: Callable[[], None],
+    is_lost: Callable[[], bool],
+    ending: Callable[[int], None],
+) -> HttpServer:
+    """An app behind HTTP on a socket that is bound already.  config: of `config_on`; the rest as DrainingServer takes it."""
     settings = uvicorn.Config(
         app,
         http=Connection,
@@ -215,6 +242,6 @@ def make_http(
         log_level="warning",
         timeout_graceful_shutdown=LAST_WORDS_S,
     )
-    connections = Connections(most, config.http.header_timeout_s)
-    server = DrainingServer(settings, connections, config.drain, grace_s, runner.end_all, lambda: runner.lost, ending)
+    connections = Connections(connections_within(config.http.connections), config.http.header_timeout_s)
+    server = DrainingServer(settings, connections, config.drain, grace_s, end_open, is_lost, ending)
     return HttpServer(server, listening)
