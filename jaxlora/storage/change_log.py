@@ -2,7 +2,7 @@
 
     ID            drawn whenever the file is begun: at each start of the store that writes, and when the file has grown
     +TENANT/NAME/VERSION    the version is complete on disk
-    -TENANT/NAME/VERSION    it is deleted, or about to be
+    -TENANT/NAME/VERSION    it is deleted, or its deletion is promised
 
 A reader that finds another ID than before reads the folder itself again; else the lines that are new to it.  A look at a
 file that has not changed is one `stat`.
@@ -11,6 +11,7 @@ file that has not changed is one `stat`.
 from __future__ import annotations
 
 import os
+import threading
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,22 +26,23 @@ type Change = tuple[bool, AdapterRef]  # whether the version came, else it left
 
 
 class ChangeLog:
-    """The file as the store writes it.  The caller serialises calls."""
+    """The file as the store writes it.  Thread-safe."""
 
     def __init__(self, path: Path):
         """Begins the file.  Raises OSError."""
-        self._path = path
+        self._path, self._lock = path, threading.Lock()
         self._begin()
 
     def add(self, refs: Iterable[AdapterRef], *, came: bool) -> None:
-        """Adds a line for each version.  Raises OSError."""
+        """Adds a line for each version, once the folder is as it says.  Raises OSError."""
         sign = "+" if came else "-"
         lines = "".join(f"{sign}{ref.tenant}/{ref.name}/{ref.version}\n" for ref in refs)
-        with open(self._path, "ab", buffering=0) as file:
-            file.write(lines.encode())
-            grown = file.tell() > MOST_BYTES
-        if grown:
-            self._begin()
+        with self._lock:
+            with open(self._path, "ab", buffering=0) as file:
+                file.write(lines.encode())
+                grown = file.tell() > MOST_BYTES
+            if grown:
+                self._begin()
 
     def _begin(self) -> None:
         replace_file(self._path, f"{uuid.uuid4().hex}\n".encode())

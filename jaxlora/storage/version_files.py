@@ -183,8 +183,8 @@ class VersionFiles:
 
     def delete(self, ref: AdapterRef) -> Path | None:
         """Removes one version from the disk's names and from object storage; returns what `empty` must remove."""
-        self._tell([ref], came=False)
         out = to_trash(self._folder(ref), self._root / "trash")
+        self._tell([ref], came=False)
         if self._remote is not None:
             self._remote.forget(ref)
         self._tombstones.remove(ref)
@@ -192,8 +192,8 @@ class VersionFiles:
 
     def delete_all(self, tenant: str, name: str, versions: Collection[int]) -> Path | None:
         """Does the same for all versions of a name, after `retire` was called."""
-        self._tell([AdapterRef(tenant, name, version) for version in versions], came=False)
         out = to_trash(self._root / "adapters" / tenant / name, self._root / "trash")
+        self._tell([AdapterRef(tenant, name, version) for version in versions], came=False)
         if self._remote is not None:
             for version in versions:
                 self._remote.forget(AdapterRef(tenant, name, version))

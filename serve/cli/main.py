@@ -168,6 +168,31 @@ def serve(
     main(settings, config, adopt=adopt, new_base=new_base)
 
 
+@app.command(epilog="Example:  jaxlora up configs/serve_smollm2.toml")
+def up(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.toml", show_default=False)],
+    address: Annotated[
+        str | None, typer.Option(help="Of a Ray cluster; without it one is made on this machine.", show_default=False)
+    ] = None,
+) -> None:
+    """Serve with several processes behind one address, as [cluster] of CONFIG.toml says.  Needs the extra `ray`."""
+    from jaxlora.config.serving import ServeConfig
+    from jaxlora.config.toml import load
+
+    settings = load(config, ServeConfig)
+    from serve.cluster.ray_environment import set_environment
+
+    set_environment(address)
+    try:
+        from serve.cluster.up import main
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        raise ConfigInvalid("up needs the extra `ray`; install jaxlora[ray]") from error
+
+    main(settings, address=address)
+
+
 @app.command(epilog="Example:  jaxlora chat roman --url http://127.0.0.1:8000")
 def chat(
     name: Annotated[str | None, typer.Argument(metavar="ADAPTER[@VERSION]", show_default=False)] = None,

@@ -26,6 +26,11 @@ from serve.server.pages import pages
 MOST_VALUES, CONTEXTS = 2**18, 8  # of a JSON body: so many, or the ids of so many whole contexts
 
 
+def most_values(backend: Backend) -> int:
+    """Returns how many values a JSON body may have."""
+    return max(MOST_VALUES, CONTEXTS * backend.context)
+
+
 def create_app(backend: Backend, config: AppConfig) -> FastAPI:
     """The server's HTTP application.  It sends no CORS headers, so no other page's script may read it."""
     shapes = ErrorShapes(config.error_shapes)
@@ -76,9 +81,11 @@ def create_app(backend: Backend, config: AppConfig) -> FastAPI:
     for kind in (JaxLoraError, HTTPException, RequestValidationError, ClientDisconnect):
         app.add_exception_handler(kind, shapes.handle)
     if config.limiter is not None:
-        most_values = max(MOST_VALUES, CONTEXTS * backend.context)
         app.add_middleware(
-            JsonBodies, rate=config.limiter.bodies, uploads=config.body_limits.keys(), most_values=most_values
+            JsonBodies,
+            rate=config.limiter.bodies,
+            uploads=config.body_limits.keys(),
+            most_values=most_values(backend),
         )
     app.add_middleware(Gate, config=config, shapes=shapes)
     return app

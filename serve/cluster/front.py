@@ -1,0 +1,224 @@
+"""What clients reach: one socket, the gate, and behind it the servers of the cluster.
+
+It has no model and no jobs.  It knows the keys, counts what each address and tenant has open, finds the servers by their
+names and asks each, a few times a second, what it has to do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+import os
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from jaxlora.config.serving import ServeConfig
+from jaxlora.core.errors import Unavailable
+from serve.access.keys import Keys
+from serve.access.rate_limit import Limiter
+from serve.api.gradient.errors import API, gradient_response
+from serve.cluster.peer import About, Chunk, Load, Peer, PeerGone
+from serve.cluster.relay import Ask, Peers, Relay, Sent
+from serve.db.database import Database
+from serve.db.keys import StoredKeys
+from serve.http.drain import Drain
+from serve.http.errors import ErrorShapes
+from serve.http.json_bodies import JsonBodies
+from serve.http.request_log import METRICS_PATH
+from serve.observability.logs import logging_to
+from serve.server.build import PRIVATE, needs_keys
+from serve.server.gate import OPEN_PATHS, AppConfig, Gate
+from serve.server.uvicorn import bound, config_on, http_over
+
+LOG = logging.getLogger("serve")
+TRAINER, REPLICA = "trainer", "replica-"  # names of servers; a number follows the second
+NAMES_S = 0.5  # between two looks at which servers there are
+REPORT_S = 0.25  # between two questions to one
+HANGS_S = 5.0  # a server that has not answered for so long is asked for nothing else
+
+
+class Servers(Protocol):
+    """The servers of a cluster, as what carries calls to them knows them."""
+
+    def names(self) -> Collection[str]:
+        """Returns the names of those whose processes are there or are being started.  May wait for the network."""
+        ...
+
+    def peer(self, name: str) -> Peer:
+        """Returns the server that has this name now.  Raises PeerGone."""
+        ...
+
+    async def keep(self, data: bytes) -> Chunk:
+        """Puts a part of a body where every server can read it."""
+        ...
+
+
+class Front:
+    """The HTTP server in front of the others, which answers on a thread of its own until `stop`."""
+
+    def __init__(self, config: ServeConfig, folder: Path, about: About, servers: Servers):
+        """folder: that relative paths of the settings begin from.  about: the servers.
+
+        Raises ConfigInvalid for an address that cannot be used, and as the keys do; Unavailable, StorageFailed.
+        """
+        os.umask(PRIVATE)
+        os.chdir(folder)
+        drain, limiter = Drain(), Limiter(config.limits)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(logging_to(as_json=config.log == "json", level=config.log_level))
+            listening = stack.enter_context(contextlib.closing(bound(config.host, config.port)))
+            database = stack.enter_context(contextlib.closing(Database(config.database_url)))
+            keys = Keys(StoredKeys(database), needed=needs_keys(config))
+            settings = config_on(
+                listening,
+                AppConfig(
+                    default_max_tokens=config.default_max_tokens,
+                    max_request_s=config.max_request_s,
+                    caller_of=keys.caller_of,
+                    limits=config.limits,
+                    http=config.http,
+                    body_limits=about.body_limits,
+                    drain=drain,
+                    open_paths=OPEN_PATHS | {METRICS_PATH} if config.metrics_open else OPEN_PATHS,
+                ),
+            )
+            peers = Peers(LeastLoaded())
+            relay = Relay(
+                peers, base_name=about.base_name, default_max_tokens=config.default_max_tokens, keep=servers.keep
+            )
+            bodies = JsonBodies(
+                relay, rate=limiter.bodies, uploads=about.body_limits.keys(), most_values=about.most_values
+            )
+            gate = Gate(bodies, settings, ErrorShapes({API: gradient_response}))
+            self._http = http_over(
+                Followed(gate, servers, peers),
+                settings,
+                listening=listening,
+                grace_s=config.grace_s,
+                end_open=lambda: None,  # they end when the gate turns them out
+                is_lost=lambda: False,
+                ending=lambda inside: LOG.info("stopping: %d requests are open", inside),
+            )
+            keys.start(drain.shut_out)
+            stack.callback(keys.close)
+            self._http.start()
+            stack.callback(self._http.stop)
+            self._end = stack.pop_all()
+
+    def url(self) -> str:
+        """Returns where it answers."""
+        return self._http.url
+
+    def stop(self) -> None:
+        """Ends when all open answers are complete, or the grace time is over."""
+        self._end.close()
+
+
+class Followed[S: Sent]:
+    """ASGI application that knows which servers there are for as long as the HTTP server around it runs."""
+
+    def __init__(self, app: ASGIApp, servers: Servers, peers: Peers[S]):
+        self._app, self._servers, self._peers = app, servers, peers
+        self._asking: dict[str, asyncio.Task[None]] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request, or lives as long as the HTTP server."""
+        if scope["type"] != "lifespan":
+            await self._app(scope, receive, send)
+            return
+        await receive()  # it starts
+        finding = asyncio.create_task(self._find())
+        await send({"type": "lifespan.startup.complete"})
+        await receive()  # it ends
+        for task in (finding, *self._asking.values()):
+            task.cancel()
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async def _find(self) -> None:
+        """Begins to ask each server that appears."""
+        while True:
+            try:
+                names = await asyncio.to_thread(self._servers.names)
+            except PeerGone as error:
+                LOG.error("which servers there are is not known: %s", error.message)
+                names = ()
+            for name in names:
+                if name not in self._asking and (name == TRAINER or name.startswith(REPLICA)):
+                    self._asking[name] = asyncio.create_task(self._ask(name))
+                    self._asking[name].add_done_callback(functools.partial(self._asked, name))
+            await asyncio.sleep(NAMES_S)
+
+    def _asked(self, name: str, task: asyncio.Task[None]) -> None:
+        """The server of this name is gone; another of the same name may come."""
+        del self._asking[name]
+        self._leave(name)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            LOG.error("%s is asked no more", name, exc_info=error)
+
+    async def _ask(self, name: str) -> None:
+        """Asks one server what it has to do, until it is gone."""
+        with contextlib.suppress(PeerGone):
+            peer = await asyncio.to_thread(self._servers.peer, name)
+            while True:
+                asked_s = self._peers.clock()
+                answer = asyncio.ensure_future(peer.load())
+                if not (await asyncio.wait((answer,), timeout=HANGS_S))[0]:
+                    self._leave(name)
+                load = await answer
+                if name == TRAINER:
+                    self._peers.trainer = peer
+                else:
+                    self._peers.report(name, peer, load, asked_s)
+                await asyncio.sleep(REPORT_S)
+
+    def _leave(self, name: str) -> None:
+        if name == TRAINER:
+            self._peers.trainer = None
+        else:
+            self._peers.leave(name)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A request that was given to a replica."""
+
+    replica: str
+
+
+class LeastLoaded:
+    """Chooses the replica with the fewest requests open."""
+
+    def __init__(self) -> None:
+        self._open: Counter[str] = Counter()
+
+    def join(self, name: str, load: Load, asked_s: float, now_s: float) -> None:
+        """Adds a replica."""
+        self._open[name] = 0
+
+    def report(self, name: str, load: Load, asked_s: float, now_s: float) -> None:
+        """Does nothing: what was sent is known."""
+
+    def leave(self, name: str, now_s: float) -> None:
+        """Forgets a replica."""
+        del self._open[name]
+
+    def send(self, ask: Ask, now_s: float, tried: Collection[str]) -> Choice:
+        """Chooses a replica that was not tried.  Raises Unavailable when none is left."""
+        left = self._open.keys() - set(tried)
+        if not left:
+            raise Unavailable("no server can take the request now; retry soon")
+        name = min(left, key=lambda n: (self._open[n], n))
+        self._open[name] += 1
+        return Choice(name)
+
+    def end(self, sent: Choice, now_s: float) -> None:
+        """Takes note that a request has ended."""
+        if sent.replica in self._open:
+            self._open[sent.replica] -= 1

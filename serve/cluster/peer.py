@@ -1,0 +1,49 @@
+"""What whoever stands before several servers knows of one, wherever its process is.  Pure."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from starlette.types import Message, Scope
+
+from jaxlora.core.errors import Unavailable
+
+type Chunk = bytes | Awaitable[bytes]  # of a body; the second lies where every process can read it
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Load:
+    """What a server has to do, for whoever chooses among several."""
+
+    rows: int
+    running_rows: int
+    running_tokens: int  # still to be computed
+    waiting_tokens: int
+    adapters: Mapping[tuple[str, str], int]  # tenant and name, in a slot or waiting for one: the tokens left for each
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class About:
+    """What does not change of a server."""
+
+    base_name: str
+    most_values: int  # of a JSON body
+    body_limits: Mapping[str, int]  # path → bytes uploaded there
+
+
+class PeerGone(Unavailable):
+    """The server's process has ended, or cannot be reached."""
+
+
+class Peer(Protocol):
+    """A server."""
+
+    def answer(self, scope: Scope, body: Sequence[Chunk]) -> AsyncGenerator[list[Message]]:
+        """Yields the messages of its answer; closed early, it frees what the request holds.  Raises PeerGone."""
+        ...
+
+    async def load(self) -> Load:
+        """Returns what it has to do.  Raises PeerGone; it may wait long for a server that starts or hangs."""
+        ...

@@ -1,0 +1,23 @@
+"""What Ray reads from the environment as it is imported, and its processes after it."""
+
+from __future__ import annotations
+
+import os
+import secrets
+
+USAGE_STATS, AUTH_MODE, AUTH_TOKEN = "RAY_USAGE_STATS_ENABLED", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"
+# Whether other machines may join; without them all of Ray listens on 127.0.0.1.  It works on Linux too.
+JOINS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+
+
+def set_environment(address: str | None) -> None:
+    """Has Ray tell nobody that it runs, and a cluster of our own answer on this machine alone, and to who knows a token.
+
+    Before `import ray`.
+
+    address: of a cluster that is there, whose token is for its operator to set; None: one is made.
+    """
+    os.environ.setdefault(USAGE_STATS, "0")
+    if address is None:
+        os.environ[JOINS] = "0"
+        os.environ[AUTH_MODE], os.environ[AUTH_TOKEN] = "token", secrets.token_hex(32)

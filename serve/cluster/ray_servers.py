@@ -1,0 +1,133 @@
+"""Servers that are actors of a Ray cluster: an actor's name is the server's, and calls go from process to process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, Collection, Generator, Mapping, Sequence
+from dataclasses import dataclass
+
+import ray  # ty: ignore[import-not-found]
+import ray.util  # ty: ignore[import-not-found]
+from ray.actor import ActorHandle  # ty: ignore[import-not-found]
+from ray.exceptions import ActorAlreadyExistsError, RayError, RayTaskError  # ty: ignore[import-not-found]
+from starlette.types import Message, Scope
+
+from jaxlora.core.errors import ConfigInvalid
+from serve.cluster.peer import Chunk, Load, PeerGone
+
+LOG = logging.getLogger("serve")
+NAMESPACE = "jaxlora"
+STORE_BYTES = 2**28  # of shared memory, for parts of large bodies; what does not fit lies in files
+CALLS = 4096  # at once, to one actor
+
+
+@contextlib.contextmanager
+def connected(address: str | None, *, cpus: float) -> Generator[None]:
+    """Is on a cluster while it is entered: that at an address, or one of its own, which only this machine reaches.
+
+    cpus: that one of its own offers; they are a count, not a measurement.  Raises ConfigInvalid when none answers there.
+    """
+    own: Mapping[str, object] = {}
+    if address is None:
+        own = {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": STORE_BYTES}
+    try:
+        ray.init(address or "local", namespace=NAMESPACE, logging_level=logging.WARNING, **own)
+    except (ConnectionError, ValueError) as error:
+        raise ConfigInvalid(f"no Ray cluster answers at {address} ({error})") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@dataclass(frozen=True, slots=True)
+class RayServers:
+    """The actors of this cluster by name, as `Front` asks for them."""
+
+    def names(self) -> Collection[str]:
+        """Returns the names of the actors."""
+        try:
+            return ray.util.list_named_actors()
+        except RayError as error:
+            raise PeerGone(f"the cluster does not answer: {error}") from error
+
+    def peer(self, name: str) -> RayPeer:
+        """Returns the actor that has this name now.  Raises PeerGone."""
+        try:
+            return RayPeer(ray.get_actor(name))
+        except (ValueError, RayError) as error:
+            raise PeerGone(f"{name} is not there") from error
+
+    async def keep(self, data: bytes) -> Chunk:
+        """Puts a part of a body where every process can read it."""
+        return await asyncio.to_thread(ray.put, data)
+
+
+class RayPeer:
+    """A `Replica` in another process."""
+
+    def __init__(self, actor: ActorHandle):
+        self._actor = actor
+        self._answer = actor.answer.options(num_returns="streaming")
+
+    async def answer(self, scope: Scope, body: Sequence[Chunk]) -> AsyncGenerator[list[Message]]:
+        """Yields the messages of its answer; see `Peer`."""
+        whole = False
+        stream = self._answer.remote(scope, body)
+        try:
+            with gone():
+                async for part in stream:
+                    yield await part
+            whole = True
+        finally:
+            if not whole:
+                ray.cancel(stream)
+
+    async def load(self) -> Load:
+        """Returns what it has to do; see `Peer`."""
+        with gone():
+            return await self._actor.load.remote()
+
+
+@contextlib.contextmanager
+def gone() -> Generator[None]:
+    """Raises PeerGone where an actor's process has ended; what the actor itself raises comes as it is."""
+    try:
+        yield
+    except RayTaskError:
+        raise
+    except RayError as error:
+        LOG.debug("a call was not answered: %s", error)
+        raise PeerGone("the server stopped before the answer was complete; retry") from error
+
+
+class Kept:
+    """An actor that is to be there: `repair` makes it again when its process has ended."""
+
+    def __init__(self, name: str, make: type, *arguments: object, cpus: float, gpus: float, calls: int):
+        """make: its class, of which another process makes one with these arguments.  calls: that it takes at once."""
+        self.name = name
+        self._make, self._arguments = ray.remote(make), arguments
+        self._options = {"name": name, "num_cpus": cpus, "num_gpus": gpus, "max_concurrency": calls}
+        self._actor: ActorHandle | None = None
+
+    def start(self) -> None:
+        """Begins to make it."""
+        self._actor = self._make.options(**self._options).remote(*self._arguments)
+
+    def call(self, method: str, within_s: float | None = None) -> object:
+        """Returns what a method returns, once the actor is made.  Raises PeerGone, also when it takes too long."""
+        assert self._actor is not None, "it was started"
+        try:
+            return ray.get(getattr(self._actor, method).remote(), timeout=within_s)
+        except RayError as error:
+            raise PeerGone(f"{self.name}: {str(error).strip().splitlines()[-1]}") from error
+
+    def repair(self, names: Collection[str]) -> None:
+        """Begins to make it again if it is none of these, which are there."""
+        if self.name not in names:
+            with contextlib.suppress(ActorAlreadyExistsError):  # its name is not free yet
+                self.start()
+                LOG.error("%s has ended; it is started again", self.name)

@@ -1,0 +1,156 @@
+"""One server of a cluster: what `jaxlora serve` builds, without HTTP, in a process that answers calls.
+
+The one that writes has the claim to the database and the lock of the adapters, and trains.  The others read both, see a
+version as soon as it is on the disk, and answer requests only.  This module knows nothing of what carries the calls.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+import os
+import threading
+import time
+from collections.abc import AsyncGenerator, Generator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from starlette.types import Message, Scope
+
+from jaxlora.checkpoints.load import load_found
+from jaxlora.config.serving import ServeConfig
+from jaxlora.core.errors import JaxLoraError, Unavailable
+from jaxlora.core.progress import Lines, Progress
+from jaxlora.model import compile_cache
+from jaxlora.model.machine import memory_errors
+from serve.cluster.answers import answered
+from serve.cluster.peer import About, Chunk, Load
+from serve.http.drain import Drain
+from serve.observability.logs import logging_to
+from serve.server.app import create_app, most_values
+from serve.server.build import PRIVATE, SIZE_KEYS, STOP_S, Server, assembled, begin, leave, planned
+from serve.server.instance import followed_base, followed_instance, opened_instance, same_base
+
+LOG = logging.getLogger("serve")
+NEWS_S = 0.25  # between two looks at what the writing server has made, for requests that follow an adapter and for pins
+ENDING_S = 0.05  # between two looks whether requests are open
+
+
+class Replica:
+    """The server.  Its methods are of one event loop, which is not the thread that makes it."""
+
+    def __init__(self, config: ServeConfig, folder: Path, reads: bool):
+        """Builds the server and compiles its programs.  folder: that relative paths of the settings begin from.
+
+        reads: whether another one writes, which has started before.  Raises what a start of `jaxlora serve` raises, and
+        StateInvalid where there is nothing to read yet.
+        """
+        os.umask(PRIVATE)
+        os.chdir(folder)
+        compile_cache.enable(None)
+        self._config = replace(config, training=None, load=()) if reads else config
+        self._drain = Drain()
+        with contextlib.ExitStack() as stack:
+            self._server = self._assembled(stack, reads=reads)
+            if reads:
+                stack.enter_context(following(self._server))
+            self._app = create_app(self._server.runner, replace(self._server.own.app, hosts=None))
+            self._end = stack.pop_all()
+
+    def _assembled(self, stack: contextlib.ExitStack, *, reads: bool) -> Server:
+        config = self._config
+        stack.enter_context(logging_to(as_json=config.log == "json", level=config.log_level))
+        instance = stack.enter_context(followed_instance(config) if reads else opened_instance(config))
+        progress = Progress(Lines(LOG.info))
+        found, sized = planned(config, LOG.info)
+        with memory_errors(f"serving {found.name}", SIZE_KEYS):
+            with progress.stage(f"opening {found.name}"):
+                opened = load_found(found, config.model, config.mesh)
+            database = instance.database
+            opened = followed_base(database, opened) if reads else same_base(database, config, opened)
+            server = stack.enter_context(assembled(sized, instance, opened, self._drain))
+            begin(server.runner, opened, sized, server.own, progress)
+        stack.enter_context(server.compiles)
+        return server
+
+    async def about(self) -> About:
+        """Describes the server."""
+        return About(
+            base_name=self._server.runner.base_name,
+            most_values=most_values(self._server.runner),
+            body_limits=self._server.own.app.body_limits,
+        )
+
+    async def load(self) -> Load:
+        """Tells what the server has to do, between two steps.  Ends the process when the device is lost."""
+        server = self._server
+        if server.runner.lost:
+            leave(server.store)
+
+        def measured() -> Load:
+            return server.runner.call(lambda: load_of(server))
+
+        return await asyncio.to_thread(measured)
+
+    async def answer(self, scope: Scope, body: Sequence[Chunk]) -> AsyncGenerator[list[Message]]:
+        """Yields the app's answer to a request; see `answered`."""
+        async with contextlib.aclosing(answered(self._app, scope, body)) as answer:
+            async for messages in answer:
+                yield messages
+
+    async def stop(self) -> None:
+        """Ends the server: what is open is complete, or `grace_s` are over; jobs stop at a checkpoint; all is saved."""
+        self._drain.close()
+        ends = time.monotonic() + self._config.grace_s
+        while self._drain.inside and time.monotonic() < ends:
+            await asyncio.sleep(ENDING_S)
+        runner = self._server.runner
+        await asyncio.to_thread(runner.end_all)
+        self._drain.turn_out(Unavailable("the server is stopping; ask another one"))
+        if not await asyncio.to_thread(runner.end, STOP_S):
+            leave(self._server.store)
+        await asyncio.to_thread(self._end.close)
+
+
+def load_of(server: Server) -> Load:
+    """Returns what the server has to do.  Device thread only."""
+    scheduler = server.runner.engine.scheduler
+    left = scheduler.left()
+    adapters = {(ref.tenant, ref.name): 0 for ref in scheduler.slots.resident()}
+    for ref, tokens in left.items():
+        if ref is not None:
+            adapters[ref.tenant, ref.name] = adapters.get((ref.tenant, ref.name), 0) + sum(tokens)
+    return Load(
+        rows=scheduler.limits.rows,
+        running_rows=len(scheduler.running),
+        running_tokens=sum(running for running, _ in left.values()),
+        waiting_tokens=sum(waiting for _, waiting in left.values()),
+        adapters=adapters,
+    )
+
+
+@contextlib.contextmanager
+def following(server: Server) -> Generator[None]:
+    """Has pins and followers go on to the versions that the writing server makes, while it is entered."""
+    over = threading.Event()
+
+    def follow() -> None:
+        while not over.wait(NEWS_S):
+            try:
+                for ref in server.store.take_news():
+                    if ref == server.store.latest(ref.tenant, ref.name):
+                        server.runner.call(functools.partial(server.runner.engine.announce, ref))
+            except Unavailable:
+                return  # the server ends
+            except JaxLoraError as error:
+                LOG.error("new versions are not seen: %s", error.message)
+
+    thread = threading.Thread(target=follow, name="adapter-news", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
