@@ -225,13 +225,14 @@ class Relay[S: Sent]:
         model = match["id"] or _text(fields.get("model"), 512).removeprefix(f"{self._base_name}:")
         if model.startswith(JOB_NAMES):
             return None
-        owner, slash, name = model.partition("@")[0].rpartition("/")
+        is_base = model == self._base_name
+        owner, slash, name = ("", "", "") if is_base else model.partition("@")[0].rpartition("/")
         asked = [fields.get(field) for field in ("max_completion_tokens", "max_output_tokens", "max_tokens")]
         most = next((n for n in asked if isinstance(n, int)), self._default_max_tokens)
         prompt = next((p for f in ("messages", "prompt", "input", "query") if (p := fields.get(f)) is not None), "")
         return Ask(
             tenant=owner if slash else tenant,
-            adapter=None if model == self._base_name else name,
+            adapter=None if is_base else name,
             tokens=len(text) // CHARS_PER_TOKEN + max(most, 0),
             beginning=_text(prompt, BEGINNING),
         )
