@@ -73,6 +73,7 @@ class Front:
         drain, limiter = Drain(), Limiter(config.limits)
         with contextlib.ExitStack() as stack:
             stack.enter_context(logging_to(as_json=config.log == "json", level=config.log_level))
+            LOG.info("this process answers clients")
             listening = stack.enter_context(contextlib.closing(bound(config.host, config.port)))
             database = stack.enter_context(contextlib.closing(Database(config.database_url)))
             keys = Keys(StoredKeys(database), needed=needs_keys(config))

@@ -53,6 +53,8 @@ class Replica:
         self._config = replace(config, training=None, load=()) if reads else config
         self._drain = Drain()
         with contextlib.ExitStack() as stack:
+            stack.enter_context(logging_to(as_json=config.log == "json", level=config.log_level))
+            LOG.info("this process %s", "reads and answers requests" if reads else "writes, and trains")
             self._server = self._assembled(stack, reads=reads)
             if reads:
                 stack.enter_context(following(self._server))
@@ -61,7 +63,6 @@ class Replica:
 
     def _assembled(self, stack: contextlib.ExitStack, *, reads: bool) -> Server:
         config = self._config
-        stack.enter_context(logging_to(as_json=config.log == "json", level=config.log_level))
         instance = stack.enter_context(followed_instance(config) if reads else opened_instance(config))
         progress = Progress(Lines(LOG.info))
         found, sized = planned(config, LOG.info)

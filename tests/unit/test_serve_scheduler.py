@@ -226,6 +226,19 @@ def test_the_line_is_bounded_by_requests_and_by_tokens():
     world.add("small", prompt=3, max_tokens=1, tenant="bolt")
 
 
+def test_what_is_left_to_compute_is_counted_for_each_adapter():
+    world = World(slots=1)
+    first, second = adapter(0), adapter(1)
+    for id, ref in (("base", None), ("one", first), ("other", first), ("waits", second)):
+        world.add(id, ref, prompt=3, max_tokens=4)
+    assert world.scheduler.left() == {None: (0, 7), first: (0, 14), second: (0, 7)}
+    world.step()  # a prompt each, and the first token
+    assert world.scheduler.left() == {None: (3, 0), first: (6, 0), second: (0, 7)}
+    for _ in range(10):
+        world.step()
+    assert world.scheduler.left() == {}
+
+
 @pytest.mark.fault("R4", "T7")
 def test_a_tenant_that_floods_the_line_leaves_room_for_every_other():
     """300 of one tenant come first, and again whenever one has begun; another's request still enters at once."""
