@@ -24,7 +24,7 @@ from jaxlora.core.errors import Unavailable
 from serve.access.keys import Keys
 from serve.access.rate_limit import Limiter
 from serve.api.gradient.errors import API, gradient_response
-from serve.cluster.peer import About, Chunk, Load, Peer, PeerGone
+from serve.cluster.peer import About, Chunk, Peer, PeerGone, Report
 from serve.cluster.relay import Ask, Peers, Relay, Sent
 from serve.db.database import Database
 from serve.db.keys import StoredKeys
@@ -168,15 +168,14 @@ class Followed[S: Sent]:
         with contextlib.suppress(PeerGone):
             peer = await asyncio.to_thread(self._servers.peer, name)
             while True:
-                asked_s = self._peers.clock()
-                answer = asyncio.ensure_future(peer.load())
+                answer = asyncio.ensure_future(peer.report(self._peers.clock()))
                 if not (await asyncio.wait((answer,), timeout=HANGS_S))[0]:
                     self._leave(name)
-                load = await answer
+                report = await answer
                 if name == TRAINER:
                     self._peers.trainer = peer
                 else:
-                    self._peers.report(name, peer, load, asked_s)
+                    self._peers.report(name, peer, report)
                 await asyncio.sleep(REPORT_S)
 
     def _leave(self, name: str) -> None:
@@ -199,11 +198,11 @@ class LeastLoaded:
     def __init__(self) -> None:
         self._open: Counter[str] = Counter()
 
-    def join(self, name: str, load: Load, asked_s: float, now_s: float) -> None:
+    def join(self, name: str, weight: float, report: Report, now_s: float) -> None:
         """Adds a replica."""
         self._open[name] = 0
 
-    def report(self, name: str, load: Load, asked_s: float, now_s: float) -> None:
+    def report(self, name: str, report: Report, now_s: float) -> None:
         """Does nothing: what was sent is known."""
 
     def leave(self, name: str, now_s: float) -> None:

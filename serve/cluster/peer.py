@@ -14,9 +14,11 @@ type Chunk = bytes | Awaitable[bytes]  # of a body; the second lies where every 
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Load:
-    """What a server has to do, for whoever chooses among several."""
+class Report:
+    """What a server says of itself, for whoever chooses among several."""
 
+    asked_s: float  # when it was asked, on the clock of who asks
+    slots: int
     rows: int
     running_rows: int
     running_tokens: int  # still to be computed
@@ -44,6 +46,6 @@ class Peer(Protocol):
         """Yields the messages of its answer; closed early, it frees what the request holds.  Raises PeerGone."""
         ...
 
-    async def load(self) -> Load:
-        """Returns what it has to do.  Raises PeerGone; it may wait long for a server that starts or hangs."""
+    async def report(self, asked_s: float) -> Report:
+        """Returns what it has to do, asked at this time of who asks.  Raises PeerGone; it may wait long for a server that starts or hangs."""
         ...

@@ -15,7 +15,7 @@ from ray.exceptions import ActorAlreadyExistsError, RayError, RayTaskError  # ty
 from starlette.types import Message, Scope
 
 from jaxlora.core.errors import ConfigInvalid
-from serve.cluster.peer import Chunk, Load, PeerGone
+from serve.cluster.peer import Chunk, PeerGone, Report
 
 LOG = logging.getLogger("serve")
 NAMESPACE = "jaxlora"
@@ -85,10 +85,10 @@ class RayPeer:
             if not whole:
                 ray.cancel(stream)
 
-    async def load(self) -> Load:
+    async def report(self, asked_s: float) -> Report:
         """Returns what it has to do; see `Peer`."""
         with gone():
-            return await self._actor.load.remote()
+            return await self._actor.report.remote(asked_s)
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from jaxlora.core.errors import Unavailable
 from serve.access.caller import Caller
-from serve.cluster.peer import Chunk, Load, Peer, PeerGone
+from serve.cluster.peer import Chunk, Peer, PeerGone, Report
 from serve.http.drain import OpenEvents
 from serve.http.errors import error_body
 from serve.http.request_log import HEALTH_PATH, READY_PATH
@@ -62,11 +62,11 @@ class Sent(Protocol):
 class Policy[S: Sent](Protocol):
     """Chooses replicas by what they have to do.  Times are of one monotonic clock; a thread at a time."""
 
-    def join(self, name: str, load: Load, asked_s: float, now_s: float) -> None:
-        """Adds a replica, or one that has started again, with what it says, which was asked for at `asked_s`."""
+    def join(self, name: str, weight: float, report: Report, now_s: float) -> None:
+        """Adds a replica, or one that has started again; it is sent requests in proportion to its weight."""
         ...
 
-    def report(self, name: str, load: Load, asked_s: float, now_s: float) -> None:
+    def report(self, name: str, report: Report, now_s: float) -> None:
         """Takes in what a replica says."""
         ...
 
@@ -91,13 +91,13 @@ class Peers[S: Sent]:
         self.replicas: dict[str, Peer] = {}
         self.trainer: Peer | None = None
 
-    def report(self, name: str, peer: Peer, load: Load, asked_s: float) -> None:
-        """Takes in what a replica says, which was asked for at `asked_s`; one that is not known joins."""
+    def report(self, name: str, peer: Peer, report: Report) -> None:
+        """Takes in what a replica says; one that is not known joins."""
         if self.replicas.get(name) is not peer:
             self.replicas[name] = peer
-            self.policy.join(name, load, asked_s, self.clock())
+            self.policy.join(name, 1.0, report, self.clock())
         else:
-            self.policy.report(name, load, asked_s, self.clock())
+            self.policy.report(name, report, self.clock())
 
     def leave(self, name: str) -> None:
         """Asks a replica no more until it reports."""

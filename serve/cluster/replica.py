@@ -26,7 +26,7 @@ from jaxlora.core.progress import Lines, Progress
 from jaxlora.model import compile_cache
 from jaxlora.model.machine import memory_errors
 from serve.cluster.answers import answered
-from serve.cluster.peer import About, Chunk, Load
+from serve.cluster.peer import About, Chunk, Report
 from serve.http.drain import Drain
 from serve.observability.logs import logging_to
 from serve.server.app import create_app, most_values
@@ -84,14 +84,14 @@ class Replica:
             body_limits=self._server.own.app.body_limits,
         )
 
-    async def load(self) -> Load:
-        """Tells what the server has to do, between two steps.  Ends the process when the device is lost."""
+    async def report(self, asked_s: float) -> Report:
+        """Tells what the server has to do, between two steps; see `Peer`.  Ends the process when the device is lost."""
         server = self._server
         if server.runner.lost:
             leave(server.store)
 
-        def measured() -> Load:
-            return server.runner.call(lambda: load_of(server))
+        def measured() -> Report:
+            return server.runner.call(lambda: report_of(server, asked_s))
 
         return await asyncio.to_thread(measured)
 
@@ -115,7 +115,7 @@ class Replica:
         await asyncio.to_thread(self._end.close)
 
 
-def load_of(server: Server) -> Load:
+def report_of(server: Server, asked_s: float) -> Report:
     """Returns what the server has to do.  Device thread only."""
     scheduler = server.runner.engine.scheduler
     left = scheduler.left()
@@ -123,7 +123,9 @@ def load_of(server: Server) -> Load:
     for ref, tokens in left.items():
         if ref is not None:
             adapters[ref.tenant, ref.name] = adapters.get((ref.tenant, ref.name), 0) + sum(tokens)
-    return Load(
+    return Report(
+        asked_s=asked_s,
+        slots=scheduler.slots.count,
         rows=scheduler.limits.rows,
         running_rows=len(scheduler.running),
         running_tokens=sum(running for running, _ in left.values()),

@@ -45,14 +45,17 @@ def main(config: ServeConfig, *, address: str | None) -> None:
     if address is None and not cluster.gpus:  # they share this machine's memory
         config = replace(config, memory_share=config.memory_share / (cluster.replicas + 1))
     folder, cpus = Path.cwd(), math.ceil(cluster.cpus * (cluster.replicas + 1)) + 1
-    server = {"cpus": cluster.cpus, "gpus": cluster.gpus, "calls": CALLS}
+
+    def server(name: str, *, reads: bool) -> Kept:
+        return Kept(name, Replica, config, folder, reads, cpus=cluster.cpus, gpus=cluster.gpus, calls=CALLS)
+
     with (
         logging_to(as_json=config.log == "json", level=config.log_level),
         Announcer(grace_s=config.grace_s, as_json=config.log == "json").until_stopped() as announcer,
         connected(address, cpus=cpus),
     ):
-        trainer = Kept(TRAINER, Replica, config, folder, False, **server)
-        replicas = [Kept(f"{REPLICA}{n}", Replica, config, folder, True, **server) for n in range(cluster.replicas)]
+        trainer = server(TRAINER, reads=False)
+        replicas = [server(f"{REPLICA}{n}", reads=True) for n in range(cluster.replicas)]
         with announcer.progress.stage("starting the trainer"):
             trainer.start()
             about = cast(About, trainer.call("about"))

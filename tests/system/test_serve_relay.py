@@ -17,13 +17,13 @@ from fake_backend import BASE, HI, FakeBackend, events, serving
 from jaxlora.core.errors import Overloaded, Unavailable
 from serve.cluster.answers import answered
 from serve.cluster.front import LeastLoaded
-from serve.cluster.peer import Load, PeerGone
+from serve.cluster.peer import PeerGone, Report
 from serve.cluster.relay import CHUNK_BYTES, Ask, Peers, Relay
 from serve.http.errors import ErrorShapes
 from serve.server.app import create_app
 from serve.server.gate import AppConfig, Gate
 
-IDLE = Load(rows=4, running_rows=0, running_tokens=0, waiting_tokens=0, adapters={})
+IDLE = Report(asked_s=0.0, slots=2, rows=4, running_rows=0, running_tokens=0, waiting_tokens=0, adapters={})
 CONFIG = AppConfig(default_max_tokens=64)
 CHAT = {"model": BASE, "messages": HI}
 
@@ -76,7 +76,7 @@ def front(*replicas, trainer=None):
     """(the app in front of them, its policy); the replicas are called a, b, …"""
     peers = Peers(Order())
     for name, peer in zip("abc", replicas, strict=False):
-        peers.report(name, peer, IDLE, 0.0)
+        peers.report(name, peer, IDLE)
     peers.trainer = trainer
 
     async def keep(data):
@@ -374,7 +374,7 @@ def test_an_app_that_fails_after_it_began_is_cut():
 def test_the_placeholder_takes_the_least_loaded():
     policy = LeastLoaded()
     for name in "ab":
-        policy.join(name, IDLE, 0.0, 0.0)
+        policy.join(name, 1.0, IDLE, 0.0)
     ask = SimpleNamespace()
     first, second, third = (policy.send(ask, 0.0, []) for _ in range(3))
     assert (first.replica, second.replica, third.replica) == ("a", "b", "a")
