@@ -107,6 +107,8 @@ class Front:
                 is_lost=lambda: False,
                 ending=lambda inside: LOG.info("stopping: %d requests are open", inside),
             )
+            if keys.keyless:
+                LOG.warning("there are no keys: anyone on this machine may do everything (see jaxlora keys --help)")
             keys.start(drain.shut_out)
             stack.callback(keys.close)
             self._http.start()

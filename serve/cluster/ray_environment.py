@@ -6,6 +6,7 @@ import os
 import secrets
 
 USAGE_STATS, AUTH_MODE, AUTH_TOKEN = "RAY_USAGE_STATS_ENABLED", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"
+DEDUPLICATES = "RAY_DEDUP_LOGS"  # leaves out what several processes log alike
 # Whether other machines may join; without them all of Ray listens on 127.0.0.1.  It works on Linux too.
 JOINS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
@@ -18,6 +19,7 @@ def set_environment(address: str | None) -> None:
     address: of a cluster that is there, whose token is for its operator to set; None: one is made.
     """
     os.environ.setdefault(USAGE_STATS, "0")
+    os.environ.setdefault(DEDUPLICATES, "0")
     if address is None:
         os.environ[JOINS] = "0"
         os.environ[AUTH_MODE], os.environ[AUTH_TOKEN] = "token", secrets.token_hex(32)

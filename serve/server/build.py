@@ -214,7 +214,7 @@ def reading_services(
     Raises ConfigInvalid where a key is needed and there is none, Unavailable.
     """
     keys, limiter = Keys(StoredKeys(database), needed=needs_keys(config)), Limiter(config.limits)
-    gradient = gradient_routes(runner, opened, config, database, Once(database), limiter, None)
+    gradient = gradient_routes(runner, opened, config, database, None, limiter, None)
     keys.start(drain.shut_out)
     try:
         app = app_config(config, observers, keys, limiter, drain, routers=[gradient.router()], body_limits={})
@@ -228,7 +228,7 @@ def gradient_routes(
     opened: Opened,
     config: SizedConfig,
     database: Database,
-    once: Once,
+    once: Once | None,
     limiter: Limiter,
     tuner: Tuner | None,
 ) -> GradientRoutes:

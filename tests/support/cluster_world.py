@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -86,6 +87,7 @@ def running(command: str, folder: Path, model: Path) -> Iterator[Running]:
                 if found := re.search(r"on (http://\S+)/v1", line):
                     break
             assert found is not None, told + (folder / "log.txt").read_text()[-4000:]
+            threading.Thread(target=log.writelines, args=(process.stdout,), daemon=True).start()
             yield Running(process, found[1].rstrip(","), folder / "log.txt")
         finally:
             process.kill()

@@ -12,13 +12,13 @@ from small_world import tiny_path
 from typer.testing import CliRunner
 
 from serve.cli.main import app
-from serve.cluster.ray_environment import AUTH_MODE, AUTH_TOKEN, JOINS, USAGE_STATS, set_environment
+from serve.cluster.ray_environment import AUTH_MODE, AUTH_TOKEN, DEDUPLICATES, JOINS, USAGE_STATS, set_environment
 
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
     """Is as it was at the end, and without Ray's settings meanwhile."""
-    for name in (AUTH_MODE, AUTH_TOKEN, JOINS, USAGE_STATS):
+    for name in (AUTH_MODE, AUTH_TOKEN, DEDUPLICATES, JOINS, USAGE_STATS):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
 

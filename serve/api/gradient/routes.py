@@ -74,12 +74,15 @@ class GradientRoutes:
         config: GradientConfig,
         *,
         records: StoredGradient,
-        once: Once,
+        once: Once | None,
         tuner: Tuner | None,
         limiter: Limiter | None = None,
         draw: Callable[[], float] = random.random,
     ):
-        """tuner: None for a server that does not train.  limiter: of each tenant's tokens.  draw: numbers in [0, 1) that choose among choices."""
+        """once, tuner: None for a server that does not train, or only reads.  limiter: of each tenant's tokens.
+
+        draw: numbers in [0, 1) that choose among choices.
+        """
         self._backend, self._config, self._records, self._once = backend, config, records, once
         self._tuner, self._limiter, self._ask = tuner, limiter, records.database.ask
         self._tokenizing = Tokenizing(backend, limiter)
@@ -254,6 +257,7 @@ class GradientRoutes:
             raise NotTrainable("a base model is not fine-tuned; create an adapter")
         self._need_tuner()
         record = await self._find(request, id, workspace)
+        assert self._once is not None, "a server with a tuner has it"
         # Route and content are those under which the first releases stored their answers.
         answer = self._once.answer(
             request, body.model_dump_json(), lambda: self._train(record, body), route=f"{API}/{record.id}"
