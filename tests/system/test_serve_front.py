@@ -1,0 +1,143 @@
+"""The front learns which servers there are: those that come, go, hang, and come again under the same name."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from dataclasses import replace
+
+import pytest
+
+from serve.cluster import front
+from serve.cluster.front import REPLICA, TRAINER, Followed, LeastLoaded
+from serve.cluster.peer import PeerGone, Report
+from serve.cluster.relay import Peers
+
+IDLE = Report(asked_s=0.0, slots=2, rows=4, running_rows=0, running_tokens=0, waiting_tokens=0, adapters={})
+
+
+class FakePeer:
+    """A server that reports unless it hangs or is gone."""
+
+    def __init__(self):
+        self.gone, self.may_answer = False, asyncio.Event()
+        self.may_answer.set()
+        self.asked = 0
+
+    async def report(self, asked_s):
+        self.asked += 1
+        await self.may_answer.wait()
+        if self.gone:
+            raise PeerGone("its process has ended")
+        return replace(IDLE, asked_s=asked_s)
+
+
+class FakeServers(dict):
+    """Servers by name; `away`: nobody knows which there are."""
+
+    away = False
+
+    def names(self):
+        if self.away:
+            raise PeerGone("the cluster does not answer")
+        return list(self)
+
+    def peer(self, name):
+        if name not in self:
+            raise PeerGone(f"{name} is not there")
+        return self[name]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(front, "NAMES_S", 0.01)
+    monkeypatch.setattr(front, "REPORT_S", 0.01)
+    monkeypatch.setattr(front, "HANGS_S", 0.1)
+
+
+@contextlib.asynccontextmanager
+async def living(servers):
+    """(the servers that can be asked) while an HTTP server around the front runs."""
+    peers, messages, told = Peers(LeastLoaded()), asyncio.Queue(), []
+
+    async def send(message):
+        told.append(message["type"])
+
+    messages.put_nowait({"type": "lifespan.startup"})
+    life = asyncio.create_task(Followed(None, servers, peers)({"type": "lifespan"}, messages.get, send))
+    yield peers
+    messages.put_nowait({"type": "lifespan.shutdown"})
+    async with asyncio.timeout(5):
+        await life
+    assert told == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
+    assert len(asyncio.all_tasks()) == 1
+
+
+async def until(holds):
+    async with asyncio.timeout(5):
+        while not holds():
+            await asyncio.sleep(0.005)
+
+
+def run(work):
+    asyncio.run(work())
+
+
+def test_servers_come_and_go():
+    async def work():
+        servers = FakeServers({TRAINER: FakePeer(), f"{REPLICA}0": FakePeer(), "front": FakePeer()})
+        async with living(servers) as peers:
+            await until(lambda: peers.trainer is servers[TRAINER] and set(peers.replicas) == {"replica-0"})
+            servers["replica-1"] = FakePeer()
+            await until(lambda: set(peers.replicas) == {"replica-0", "replica-1"})
+            servers["replica-0"].gone = servers[TRAINER].gone = True
+            await until(lambda: set(peers.replicas) == {"replica-1"} and peers.trainer is None)
+            new = servers["replica-0"] = FakePeer()
+            await until(lambda: peers.replicas.get("replica-0") is new)
+            assert servers["front"].asked == 0
+
+    run(work)
+
+
+def test_one_that_hangs_is_left_out_until_it_answers():
+    async def work():
+        servers = FakeServers({"replica-0": FakePeer()})
+        async with living(servers) as peers:
+            await until(lambda: peers.replicas)
+            servers["replica-0"].may_answer.clear()
+            await until(lambda: not peers.replicas)
+            asked = servers["replica-0"].asked
+            await asyncio.sleep(0.2)
+            assert servers["replica-0"].asked == asked
+            servers["replica-0"].may_answer.set()
+            await until(lambda: peers.replicas)
+
+    run(work)
+
+
+def test_one_that_a_request_found_gone_joins_again_by_its_next_report():
+    async def work():
+        servers = FakeServers({"replica-0": FakePeer()})
+        async with living(servers) as peers:
+            await until(lambda: peers.replicas)
+            peers.leave("replica-0")
+            assert not peers.replicas
+            await until(lambda: peers.replicas)
+
+    run(work)
+
+
+def test_servers_stay_known_while_nobody_knows_which_there_are():
+    async def work():
+        servers = FakeServers({"replica-0": FakePeer()})
+        async with living(servers) as peers:
+            await until(lambda: peers.replicas)
+            servers.away = True
+            asked = servers["replica-0"].asked
+            await until(lambda: servers["replica-0"].asked > asked + 3)
+            assert peers.replicas
+            servers.away = False
+            servers["replica-1"] = FakePeer()
+            await until(lambda: len(peers.replicas) == 2)
+
+    run(work)
