@@ -37,8 +37,9 @@ from jaxlora.core.errors import AdapterNotFinite, AdapterNotFound, StorageFailed
 from jaxlora.core.lora import Adapter, AdapterRef, LoraSpec
 from jaxlora.model.compile_cache import CompileCounter
 from serve.access.caller import LOCAL_TENANT
+from serve.server.app import make_http
 from serve.server.gate import AppConfig
-from serve.server.uvicorn import bound, make_http
+from serve.server.uvicorn import bound
 from serve.session import Session
 
 CLIENTS, ADAPTERS, RANK, SLOTS = 12, 24, 8, 4

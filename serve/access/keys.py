@@ -18,9 +18,10 @@ from dataclasses import dataclass, field
 
 from starlette.requests import HTTPConnection
 
+from jaxlora.config.serving import ServeConfig
 from jaxlora.core.errors import ConfigInvalid, InvalidRequest, JaxLoraError, Unauthorized
 from jaxlora.core.lora import check_name
-from serve.access.caller import LOCAL, Caller
+from serve.access.caller import LOCAL, Caller, is_loopback
 from serve.db.keys import StoredKeys
 from serve.db.models import KeyRecord, Role, new_id
 
@@ -63,6 +64,11 @@ class Known:
     def any(self) -> bool:
         """Whether there has ever been a key."""
         return self.counts[0] > 0
+
+
+def needs_keys(config: ServeConfig) -> bool:
+    """Whether nobody may come in without a key."""
+    return config.keys == "required" or not is_loopback(config.host)
 
 
 HALF = 32  # hex digits of a digest that keys are looked up by; the other half is compared in constant time

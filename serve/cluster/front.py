@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jaxlora.config.serving import ServeConfig
 from jaxlora.core.errors import Unavailable
-from serve.access.keys import Keys
+from serve.access.keys import Keys, needs_keys
 from serve.access.rate_limit import Limiter
 from serve.api.gradient.errors import API, gradient_response
 from serve.cluster.peer import About, Chunk, Peer, PeerGone, Report
@@ -33,7 +33,6 @@ from serve.http.errors import ErrorShapes
 from serve.http.json_bodies import JsonBodies
 from serve.http.request_log import METRICS_PATH
 from serve.observability.logs import logging_to
-from serve.server.build import PRIVATE, needs_keys
 from serve.server.gate import OPEN_PATHS, AppConfig, Gate
 from serve.server.uvicorn import bound, config_on, http_over
 
@@ -68,7 +67,6 @@ class Front:
 
         Raises ConfigInvalid for an address that cannot be used, and as the keys do; Unavailable, StorageFailed.
         """
-        os.umask(PRIVATE)
         os.chdir(folder)
         drain, limiter = Drain(), Limiter(config.limits)
         with contextlib.ExitStack() as stack:
@@ -103,7 +101,10 @@ class Front:
                 settings,
                 listening=listening,
                 grace_s=config.grace_s,
-                end_open=lambda: None,  # they end when the gate turns them out
+                end_open=lambda: None,
+                end_error=lambda: Unavailable(
+                    "the server stopped before the answer was complete; retry when it is up again"
+                ),
                 is_lost=lambda: False,
                 ending=lambda inside: LOG.info("stopping: %d requests are open", inside),
             )

@@ -31,9 +31,10 @@ from serve.demo.tasks import Task, constant_baseline, demo_tasks, nearest_baseli
 from serve.engine.request import Delta, Request, SamplingParams
 from serve.runtime.device_thread import DeviceThread
 from serve.runtime.live_training import LiveTraining, small_trainer, warm_up
+from serve.server.app import make_http
 from serve.server.build import make_runner, open_store, planned, stop
 from serve.server.gate import AppConfig
-from serve.server.uvicorn import bound, make_http
+from serve.server.uvicorn import bound
 from train.data.examples import Example
 from train.data.records import chat_example
 from train.run.loss_curves import LossCurves, write_pictures

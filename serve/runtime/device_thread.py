@@ -246,16 +246,17 @@ class DeviceThread:
             while True:
                 message = self._inbox.get_nowait()
                 if isinstance(message, Submission):  # `call` and `complete` check by themselves
-                    message.listener(Delta(request_id=message.request.id, error=self._end_error()))
+                    message.listener(Delta(request_id=message.request.id, error=self.end_error()))
         self._end_listeners()
 
-    def _end_error(self) -> Unavailable:
+    def end_error(self) -> Unavailable:
+        """Returns the error of requests that are open when the server ends."""
         return DeviceLost(LOST) if self.lost else Unavailable(GONE)
 
     def _end_listeners(self) -> None:
         """Ends every open request with an error."""
         for request_id, listener in list(self._listeners.items()):
-            listener(Delta(request_id=request_id, error=self._end_error()))
+            listener(Delta(request_id=request_id, error=self.end_error()))
         self._listeners.clear()
 
     def _turn(self) -> None:

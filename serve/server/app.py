@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Callable
 from importlib.metadata import version
 
 from fastapi import FastAPI
@@ -20,8 +22,10 @@ from serve.http.json_bodies import JsonBodies
 from serve.http.request_log import HEALTH_PATH, READY_PATH
 from serve.http.schema import DOCUMENT_PATH, documented, ok
 from serve.runtime.backend import Backend
+from serve.runtime.device_thread import DeviceThread
 from serve.server.gate import AppConfig, Gate
 from serve.server.pages import pages
+from serve.server.uvicorn import HttpServer, config_on, http_over
 
 MOST_VALUES, CONTEXTS = 2**18, 8  # of a JSON body: so many, or the ids of so many whole contexts
 
@@ -89,3 +93,28 @@ def create_app(backend: Backend, config: AppConfig) -> FastAPI:
         )
     app.add_middleware(Gate, config=config, shapes=shapes)
     return app
+
+
+def make_http(
+    runner: DeviceThread,
+    config: AppConfig,
+    *,
+    listening: socket.socket,
+    grace_s: float,
+    ending: Callable[[int], None] = lambda inside: None,
+) -> HttpServer:
+    """The runner behind HTTP on a socket that is bound already, whose address says which hosts requests may name.
+
+    grace_s: for open requests to finish when the server ends.  ending: see DrainingServer.
+    """
+    config = config_on(listening, config)
+    return http_over(
+        create_app(runner, config),
+        config,
+        listening=listening,
+        grace_s=grace_s,
+        end_open=runner.end_all,
+        end_error=runner.end_error,
+        is_lost=lambda: runner.lost,
+        ending=ending,
+    )

@@ -37,8 +37,8 @@ from jaxlora.storage.disk_cache import Remote
 from jaxlora.storage.remote_adapters import RemoteVersions
 from pallas_kernels.dispatch import cpu_body
 from serve.access.adapter_quota import AdapterQuota
-from serve.access.caller import LOCAL_TENANT, is_loopback
-from serve.access.keys import Keys
+from serve.access.caller import LOCAL_TENANT
+from serve.access.keys import Keys, needs_keys
 from serve.access.rate_limit import Limiter
 from serve.api.adapters.routes import AdaptersRoutes
 from serve.api.adapters.service import AdapterService
@@ -65,10 +65,11 @@ from serve.observability.metrics import HttpMetrics, MetricsRoutes, ServerMetric
 from serve.runtime.device_thread import DeviceThread
 from serve.runtime.reload import retuned_by_hangup
 from serve.server.announcer import Announcer
+from serve.server.app import make_http
 from serve.server.build_jobs import JobHost, make_job_host
 from serve.server.gate import OPEN_PATHS, AppConfig
 from serve.server.instance import Instance, opened_instance, same_base
-from serve.server.uvicorn import bound, make_http
+from serve.server.uvicorn import bound
 from train.data.example_cache import KeptExamples
 from train.data.file_readers import FileReaders, ReaderLimits
 from train.data.load import Loaded
@@ -278,11 +279,6 @@ def app_config(
         error_shapes={API: gradient_response},
         drain=drain,
     )
-
-
-def needs_keys(config: ServeConfig) -> bool:
-    """Whether nobody may come in without a key."""
-    return config.keys == "required" or not is_loopback(config.host)
 
 
 def open_store(config: SizedConfig, remote: Remote | None = None, *, reads: bool = False) -> AdapterStore:

@@ -23,10 +23,8 @@ from types import FrameType
 import uvicorn
 from starlette.types import ASGIApp
 
-from jaxlora.core.errors import ConfigInvalid, DeviceLost, Unavailable
+from jaxlora.core.errors import ConfigInvalid, JaxLoraError
 from serve.http.drain import Drain
-from serve.runtime.device_thread import GONE, LOST, DeviceThread
-from serve.server.app import create_app
 from serve.server.connections import SPARE, Connection, Connections, connections_within
 from serve.server.gate import AppConfig, hosts_for
 
@@ -41,8 +39,9 @@ LAST_WORDS_S = 5  # for a client to read how its stream ended
 class DrainingServer(uvicorn.Server):
     """Ends in two steps.
 
-    end_open: ends every open answer with an error; called on a thread of its own.  is_lost: whether there is no use in
-    going on; looked at often.  ending: called once when the end begins, with how many requests are open.
+    end_open: ends every open answer with an error; called on a thread of its own.  end_error: for those it does not end.
+    is_lost: whether there is no use in going on; looked at often.  ending: called once when the end begins, with how
+    many requests are open.
     """
 
     def __init__(
@@ -52,12 +51,14 @@ class DrainingServer(uvicorn.Server):
         drain: Drain,
         grace_s: float,
         end_open: Callable[[], None],
+        end_error: Callable[[], JaxLoraError],
         is_lost: Callable[[], bool],
         ending: Callable[[int], None],
     ):
         super().__init__(config)
         self.server_state = self._connections = connections
-        self._drain, self._grace_s, self._end_open, self._is_lost = drain, grace_s, end_open, is_lost
+        self._drain, self._grace_s, self._is_lost = drain, grace_s, is_lost
+        self._end_open, self._end_error = end_open, end_error
         self._ending, self._told = ending, False
         self._ends: float | None = None  # time.monotonic() when nothing is waited for any more
         self.interrupted = False  # by Ctrl-C
@@ -100,7 +101,7 @@ class DrainingServer(uvicorn.Server):
                 await asyncio.to_thread(self._end_open)
                 await asyncio.sleep(ERROR_S)
                 # Those that wait for something else: an upload, a call that trains.
-                self._drain.turn_out(DeviceLost(LOST) if self._is_lost() else Unavailable(GONE))
+                self._drain.turn_out(self._end_error())
             self.should_exit = over or not self._drain.inside
         return await super().on_tick(counter)
 
@@ -193,30 +194,6 @@ def bound(host: str, port: int) -> socket.socket:
     return listening
 
 
-def make_http(
-    runner: DeviceThread,
-    config: AppConfig,
-    *,
-    listening: socket.socket,
-    grace_s: float,
-    ending: Callable[[int], None] = lambda inside: None,
-) -> HttpServer:
-    """The runner behind HTTP on a socket that is bound already, whose address says which hosts requests may name.
-
-    grace_s: for open requests to finish when the server ends.  ending: see DrainingServer.
-    """
-    config = config_on(listening, config)
-    return http_over(
-        create_app(runner, config),
-        config,
-        listening=listening,
-        grace_s=grace_s,
-        end_open=runner.end_all,
-        is_lost=lambda: runner.lost,
-        ending=ending,
-    )
-
-
 def config_on(listening: socket.socket, config: AppConfig) -> AppConfig:
     """Returns the settings with the hosts that requests to this socket may name, and as many as may be answered at once."""
     most = connections_within(config.http.connections) - SPARE
@@ -230,6 +207,7 @@ def http_over(
     listening: socket.socket,
     grace_s: float,
     end_open: Callable[[], None],
+    end_error: Callable[[], JaxLoraError],
     is_lost: Callable[[], bool],
     ending: Callable[[int], None],
 ) -> HttpServer:
@@ -243,5 +221,5 @@ def http_over(
         timeout_graceful_shutdown=LAST_WORDS_S,
     )
     connections = Connections(connections_within(config.http.connections), config.http.header_timeout_s)
-    server = DrainingServer(settings, connections, config.drain, grace_s, end_open, is_lost, ending)
+    server = DrainingServer(settings, connections, config.drain, grace_s, end_open, end_error, is_lost, ending)
     return HttpServer(server, listening)

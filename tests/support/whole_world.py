@@ -19,8 +19,9 @@ from jaxlora.config.serving import ServeConfig, SizedConfig, TrainingSection
 from jaxlora.storage.adapter_store import AdapterStore
 from serve.db.database import Database
 from serve.runtime.device_thread import DeviceThread
+from serve.server.app import make_http
 from serve.server.build import Services, make_runner, observing, read_head, services
-from serve.server.uvicorn import bound, make_http
+from serve.server.uvicorn import bound
 
 WORKSPACE = "lab"
 

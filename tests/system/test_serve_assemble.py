@@ -19,9 +19,10 @@ from jaxlora.core.errors import AdapterInvalid, InvalidRequest
 from jaxlora.peft.folder import export_peft
 from jaxlora.storage.adapter_store import AdapterStore
 from serve.server import uvicorn
+from serve.server.app import make_http
 from serve.server.build import load_all, load_peft, make_runner, stop
 from serve.server.gate import AppConfig
-from serve.server.uvicorn import HttpServer, make_http
+from serve.server.uvicorn import HttpServer
 
 pytest_plugins = ["serve_fixtures"]
 

@@ -46,7 +46,11 @@ def test_up_names_the_extra(monkeypatch, settings):
 def test_a_mistake_in_the_settings_is_told_before(settings):
     settings.write_text(settings.read_text().replace("replicas = 2", "replicas = 0"))
     result = CliRunner().invoke(app, ["up", str(settings)])
-    assert (result.exit_code, "cluster: replicas must be at least 1" in result.output, os.environ.get(AUTH_MODE)) == (2, True, None)
+    assert (result.exit_code, "cluster: replicas must be at least 1" in result.output, os.environ.get(AUTH_MODE)) == (
+        2,
+        True,
+        None,
+    )
 
 
 def test_a_cluster_of_our_own_has_a_token_that_nobody_knows():

@@ -18,9 +18,9 @@ from jaxlora.core.errors import Unavailable
 from serve.engine.engine import Engine
 from serve.runtime.device_thread import DeviceThread
 from serve.runtime.watchdog import HANG_S, Watch
-from serve.server.app import create_app
+from serve.server.app import create_app, make_http
 from serve.server.gate import AppConfig
-from serve.server.uvicorn import bound, make_http
+from serve.server.uvicorn import bound
 
 pytest_plugins = ["serve_fixtures"]
 SOON_S = 0.2

@@ -19,14 +19,13 @@ from jaxlora.config.base import ModelSection
 from jaxlora.config.serving import ServeConfig
 from jaxlora.core.errors import ConfigInvalid, InvalidRequest, Unavailable
 from serve.access.caller import LOCAL
-from serve.access.keys import HALF, PREFIX, Keys, create_key, digest
+from serve.access.keys import HALF, PREFIX, Keys, create_key, digest, needs_keys
 from serve.cli import main as cli
 from serve.db.database import Database
 from serve.db.keys import StoredKeys
 from serve.db.models import KeyRecord
 from serve.http.drain import Drain
 from serve.server.app import create_app
-from serve.server.build import needs_keys
 from serve.server.gate import AppConfig
 
 WITHIN_S = 1.0  # a change holds
