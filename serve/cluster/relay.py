@@ -31,6 +31,7 @@ from serve.http.sse import DONE, sse
 CHUNK_BYTES = 4 * 2**20  # of a body, that travel at once; every JSON body is one part
 BEGINNING = 256  # characters of a prompt that are looked at
 CHARS_PER_TOKEN = 4
+MOST_TOKENS = 2**20  # that a request is believed to ask for
 MOST_TRIED = 2  # replicas, for one request
 # method and path of what any replica answers as well as the trainer
 READS = re.compile(r"GET (/v1/models(/.*)?|/tokenizer_info|/version)")
@@ -233,7 +234,7 @@ class Relay[S: Sent]:
         return Ask(
             tenant=owner if slash else tenant,
             adapter=None if is_base else name,
-            tokens=len(text) // CHARS_PER_TOKEN + max(most, 0),
+            tokens=len(text) // CHARS_PER_TOKEN + min(max(most, 0), MOST_TOKENS),
             beginning=_text(prompt, BEGINNING),
         )
 

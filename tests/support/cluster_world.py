@@ -59,6 +59,17 @@ class Running:
         found = re.findall(rf"pid=(\d+)\)\S* .*this process {role}", self.log.read_text())
         return [pid for pid in map(int, found) if Path(f"/proc/{pid}").exists()]
 
+    def below(self) -> set[int]:
+        """It and all processes that it has started, and those that these have."""
+        parents: dict[int, int] = {}
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):  # it has ended
+                parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+        found = {self.process.pid}
+        while more := {pid for pid, parent in parents.items() if parent in found} - found:
+            found |= more
+        return found
+
     def stop(self, within_s: float = 120) -> int:
         """The exit code after SIGTERM."""
         self.process.send_signal(signal.SIGTERM)

@@ -9,7 +9,6 @@ import os
 import re
 import signal
 import statistics
-import subprocess
 import threading
 import time
 from pathlib import Path
@@ -103,16 +102,7 @@ def latency(client: httpx2.Client) -> float:
 
 def test_it_listens_on_this_machine_alone(cluster):
     """Every process below: the front, the servers and all of Ray's."""
-    parents: dict[int, int] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            text = stat.read_text()
-        except OSError:
-            continue
-        parents[int(stat.parent.name)] = int(text.rpartition(")")[2].split()[1])
-    ours = {cluster.process.pid}
-    while more := {pid for pid, parent in parents.items() if parent in ours} - ours:
-        ours |= more
+    ours = cluster.below()
     assert len(ours) > 6
     inodes = set()
     for pid in ours:
@@ -272,7 +262,7 @@ def test_a_front_that_is_killed_comes_back_where_it_was(cluster, client, direct)
 
 def test_it_ends_in_order(cluster, client):
     """The last test: an answer that is open is complete, and no process is left."""
-    base = client.get("/v1/models").json()["data"][0]["id"]
+    base, ours = client.get("/v1/models").json()["data"][0]["id"], cluster.below()
     body = {"model": base, "prompt": [5], "max_tokens": 100, "ignore_eos": True, "stream": True}
     with client.stream("POST", "/v1/completions", json=body) as response:
         data = response.iter_text()
@@ -282,5 +272,4 @@ def test_it_ends_in_order(cluster, client):
     assert text.endswith("data: [DONE]\n\n")
     assert '"finish_reason":"length"' in text
     assert cluster.process.wait(120) == 0
-    left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    assert str(cluster.log.parent) not in left
+    assert [pid for pid in ours if Path(f"/proc/{pid}").exists()] == []

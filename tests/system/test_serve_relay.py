@@ -204,6 +204,11 @@ def test_who_answers(method, path, body, by_trainer):
             {"model": 5, "messages": "x"},
             Ask(tenant="local", adapter="", tokens=64, beginning="x"),
         ),
+        (
+            "/v1/completions",
+            {"model": "bot", "prompt": "x", "max_tokens": 10**30},
+            Ask(tenant="local", adapter="bot", tokens=2**20, beginning="x"),
+        ),
         ("/v1/chat/completions", [1, 2], Ask(tenant="local", adapter="", tokens=64, beginning="")),
     ],
 )
