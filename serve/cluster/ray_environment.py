@@ -6,20 +6,20 @@ import os
 import secrets
 
 USAGE_STATS, AUTH_MODE, AUTH_TOKEN = "RAY_USAGE_STATS_ENABLED", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"
+UV = "RAY_ENABLE_UV_RUN_RUNTIME_ENV"  # under `uv run` makes environments of its own for workers, without our extras
 DEDUPLICATES = "RAY_DEDUP_LOGS"  # leaves out what several processes log alike
 # Whether other machines may join; without them all of Ray listens on 127.0.0.1.  It works on Linux too.
 JOINS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 
 def set_environment(address: str | None) -> None:
-    """Has Ray tell nobody that it runs, and a cluster of our own answer on this machine alone, and to who knows a token.
+    """Has Ray tell nobody that it runs, run workers as we run and pass on all that they log.  Before `import ray`.
 
-    Before `import ray`.
-
+    A cluster of our own answers on this machine alone, and to who knows a token.
     address: of a cluster that is there, whose token is for its operator to set; None: one is made.
     """
-    os.environ.setdefault(USAGE_STATS, "0")
-    os.environ.setdefault(DEDUPLICATES, "0")
+    for name in (USAGE_STATS, DEDUPLICATES, UV):
+        os.environ.setdefault(name, "0")
     if address is None:
         os.environ[JOINS] = "0"
         os.environ[AUTH_MODE], os.environ[AUTH_TOKEN] = "token", secrets.token_hex(32)

@@ -12,13 +12,13 @@ from small_world import tiny_path
 from typer.testing import CliRunner
 
 from serve.cli.main import app
-from serve.cluster.ray_environment import AUTH_MODE, AUTH_TOKEN, DEDUPLICATES, JOINS, USAGE_STATS, set_environment
+from serve.cluster.ray_environment import AUTH_MODE, AUTH_TOKEN, DEDUPLICATES, JOINS, USAGE_STATS, UV, set_environment
 
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
     """Is as it was at the end, and without Ray's settings meanwhile."""
-    for name in (AUTH_MODE, AUTH_TOKEN, DEDUPLICATES, JOINS, USAGE_STATS):
+    for name in (AUTH_MODE, AUTH_TOKEN, DEDUPLICATES, JOINS, USAGE_STATS, UV):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
 
@@ -60,7 +60,8 @@ def test_a_cluster_of_our_own_has_a_token_that_nobody_knows():
         tokens.add(os.environ[AUTH_TOKEN])
     assert len(tokens) == 2
     assert min(map(len, tokens)) >= 64
-    assert (os.environ[AUTH_MODE], os.environ[JOINS], os.environ[USAGE_STATS]) == ("token", "0", "0")
+    assert os.environ[AUTH_MODE] == "token"
+    assert [os.environ[name] for name in (JOINS, USAGE_STATS, DEDUPLICATES, UV)] == ["0"] * 4
 
 
 def test_a_cluster_that_is_there_keeps_its_own(monkeypatch):
