@@ -11,8 +11,9 @@ import contextlib
 import functools
 import logging
 import os
+import threading
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -44,14 +45,14 @@ HANGS_S = 5.0  # a server that has not answered for so long is asked for nothing
 
 
 class Servers(Protocol):
-    """The servers of a cluster, as what carries calls to them knows them."""
+    """The servers of a cluster, as what carries calls to them knows them: SERVER.1 is its first process, and so on."""
 
     def names(self) -> Collection[str]:
-        """Returns the names of those whose processes are there or are being started.  May wait for the network."""
+        """Returns the names of the processes that are there or are being started.  May wait for the network."""
         ...
 
     def peer(self, name: str) -> Peer:
-        """Returns the server that has this name now.  Raises PeerGone."""
+        """Returns the server of this process.  Raises PeerGone."""
         ...
 
     async def keep(self, data: bytes) -> Chunk:
@@ -88,7 +89,7 @@ class Front:
                     open_paths=OPEN_PATHS | {METRICS_PATH} if config.metrics_open else OPEN_PATHS,
                 ),
             )
-            peers = Peers(LeastLoaded())
+            peers, self._found = Peers(LeastLoaded()), threading.Event()
             relay = Relay(
                 peers, base_name=about.base_name, default_max_tokens=config.default_max_tokens, keep=servers.keep
             )
@@ -97,7 +98,7 @@ class Front:
             )
             gate = Gate(bodies, settings, ErrorShapes({API: gradient_response}))
             self._http = http_over(
-                Followed(gate, servers, peers),
+                Followed(gate, servers, peers, self._found.set),
                 settings,
                 listening=listening,
                 grace_s=config.grace_s,
@@ -117,7 +118,8 @@ class Front:
             self._end = stack.pop_all()
 
     def url(self) -> str:
-        """Returns where it answers."""
+        """Returns where it answers, once it has found the trainer and a replica."""
+        self._found.wait()
         return self._http.url
 
     def stop(self) -> None:
@@ -128,8 +130,9 @@ class Front:
 class Followed[S: Sent]:
     """ASGI application that knows which servers there are for as long as the HTTP server around it runs."""
 
-    def __init__(self, app: ASGIApp, servers: Servers, peers: Peers[S]):
-        self._app, self._servers, self._peers = app, servers, peers
+    def __init__(self, app: ASGIApp, servers: Servers, peers: Peers[S], found: Callable[[], None]):
+        """found: called when there are a trainer and a replica to ask, again and again."""
+        self._app, self._servers, self._peers, self._found = app, servers, peers, found
         self._asking: dict[str, asyncio.Task[None]] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -154,38 +157,38 @@ class Followed[S: Sent]:
                 LOG.error("which servers there are is not known: %s", error.message)
                 names = ()
             for name in names:
-                if name not in self._asking and (name == TRAINER or name.startswith(REPLICA)):
+                if name not in self._asking and name.startswith((TRAINER, REPLICA)):
                     self._asking[name] = asyncio.create_task(self._ask(name))
                     self._asking[name].add_done_callback(functools.partial(self._asked, name))
             await asyncio.sleep(NAMES_S)
 
     def _asked(self, name: str, task: asyncio.Task[None]) -> None:
-        """The server of this name is gone; another of the same name may come."""
+        """The process of this name is gone."""
         del self._asking[name]
-        self._leave(name)
         if not task.cancelled() and (error := task.exception()) is not None:
             LOG.error("%s is asked no more", name, exc_info=error)
 
     async def _ask(self, name: str) -> None:
-        """Asks one server what it has to do, until it is gone."""
-        with contextlib.suppress(PeerGone):
+        """Asks one server what it has to do, until its process is gone."""
+        server = name.partition(".")[0]
+        try:
             peer = await asyncio.to_thread(self._servers.peer, name)
+        except PeerGone:
+            return
+        with contextlib.suppress(PeerGone):
             while True:
                 answer = asyncio.ensure_future(peer.report(self._peers.clock()))
                 if not (await asyncio.wait((answer,), timeout=HANGS_S))[0]:
-                    self._leave(name)
+                    self._peers.leave(server, peer)
                 report = await answer
-                if name == TRAINER:
+                if server == TRAINER:
                     self._peers.trainer = peer
                 else:
-                    self._peers.report(name, peer, report)
+                    self._peers.report(server, peer, report)
+                if self._peers.trainer is not None and self._peers.replicas:
+                    self._found()
                 await asyncio.sleep(REPORT_S)
-
-    def _leave(self, name: str) -> None:
-        if name == TRAINER:
-            self._peers.trainer = None
-        else:
-            self._peers.leave(name)
+        self._peers.leave(server, peer)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Servers that are actors of a Ray cluster: an actor's name is the server's, and calls go from process to process."""
+"""Servers that are actors of a Ray cluster: NAME.1 is the first process of the server NAME; calls go between processes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import ray  # ty: ignore[import-not-found]
 import ray.util  # ty: ignore[import-not-found]
 from ray.actor import ActorHandle  # ty: ignore[import-not-found]
-from ray.exceptions import ActorAlreadyExistsError, RayError, RayTaskError  # ty: ignore[import-not-found]
+from ray.exceptions import RayError, RayTaskError  # ty: ignore[import-not-found]
 from starlette.types import Message, Scope
 
 from jaxlora.core.errors import ConfigInvalid
@@ -104,18 +104,24 @@ def gone() -> Generator[None]:
 
 
 class Kept:
-    """An actor that is to be there: `repair` makes it again when its process has ended."""
+    """An actor that is to be there: `repair` makes it again when its process has ended.
+
+    Each gets a name of its own, NAME.1 and so on, as Ray keeps the name of one that has ended.
+    """
 
     def __init__(self, name: str, make: type, *arguments: object, cpus: float, gpus: float, calls: int):
         """make: its class, of which another process makes one with these arguments.  calls: that it takes at once."""
         self.name = name
         self._make, self._arguments = ray.remote(make), arguments
-        self._options = {"name": name, "num_cpus": cpus, "num_gpus": gpus, "max_concurrency": calls}
+        self._options = {"num_cpus": cpus, "num_gpus": gpus, "max_concurrency": calls}
         self._actor: ActorHandle | None = None
+        self._started = 0
 
     def start(self) -> None:
         """Begins to make it."""
-        self._actor = self._make.options(**self._options).remote(*self._arguments)
+        self._started += 1
+        named = self._make.options(name=f"{self.name}.{self._started}", **self._options)
+        self._actor = named.remote(*self._arguments)
 
     def call(self, method: str, within_s: float | None = None) -> object:
         """Returns what a method returns, once the actor is made.  Raises PeerGone, also when it takes too long."""
@@ -127,7 +133,6 @@ class Kept:
 
     def repair(self, names: Collection[str]) -> None:
         """Begins to make it again if it is none of these, which are there."""
-        if self.name not in names:
-            with contextlib.suppress(ActorAlreadyExistsError):  # its name is not free yet
-                self.start()
-                LOG.error("%s has ended; it is started again", self.name)
+        if f"{self.name}.{self._started}" not in names:
+            LOG.error("%s has ended; it is started again", self.name)
+            self.start()

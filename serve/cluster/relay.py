@@ -100,9 +100,12 @@ class Peers[S: Sent]:
         else:
             self.policy.report(name, report, self.clock())
 
-    def leave(self, name: str) -> None:
-        """Asks a replica no more until it reports."""
-        if self.replicas.pop(name, None) is not None:
+    def leave(self, name: str, peer: Peer) -> None:
+        """Asks a server no more until it reports, unless another process has taken its name."""
+        if self.trainer is peer:
+            self.trainer = None
+        elif self.replicas.get(name) is peer:
+            del self.replicas[name]
             self.policy.leave(name, self.clock())
 
     def send(self, ask: Ask, tried: Collection[str]) -> S:
@@ -190,10 +193,9 @@ class Relay[S: Sent]:
                 await _send_all(refusal, send)
                 return
             tried.append(sent.replica)
+            peer = self._peers.replicas[sent.replica]
             try:
-                async with contextlib.aclosing(
-                    self._peers.replicas[sent.replica].answer(relayed(scope), body)
-                ) as answer:
+                async with contextlib.aclosing(peer.answer(relayed(scope), body)) as answer:
                     async for messages in answer:
                         if not began and _refuses(messages[0]) and len(tried) < MOST_TRIED:
                             refusal = [*messages, *[message async for more in answer for message in more]]
@@ -203,7 +205,7 @@ class Relay[S: Sent]:
                     else:
                         return
             except PeerGone:
-                self._peers.leave(sent.replica)
+                self._peers.leave(sent.replica, peer)
                 if began or len(tried) == MOST_TRIED:
                     raise
             finally:

@@ -58,17 +58,18 @@ def quick(monkeypatch):
 @contextlib.asynccontextmanager
 async def living(servers):
     """(the servers that can be asked) while an HTTP server around the front runs."""
-    peers, messages, told = Peers(LeastLoaded()), asyncio.Queue(), []
+    peers, messages, told, found = Peers(LeastLoaded()), asyncio.Queue(), [], asyncio.Event()
 
     async def send(message):
         told.append(message["type"])
 
     messages.put_nowait({"type": "lifespan.startup"})
-    life = asyncio.create_task(Followed(None, servers, peers)({"type": "lifespan"}, messages.get, send))
+    life = asyncio.create_task(Followed(None, servers, peers, found.set)({"type": "lifespan"}, messages.get, send))
     yield peers
     messages.put_nowait({"type": "lifespan.shutdown"})
     async with asyncio.timeout(5):
         await life
+    assert found.is_set() == (f"{TRAINER}.1" in servers)
     assert told == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
     assert len(asyncio.all_tasks()) == 1
 
@@ -85,31 +86,31 @@ def run(work):
 
 def test_servers_come_and_go():
     async def work():
-        servers = FakeServers({TRAINER: FakePeer(), f"{REPLICA}0": FakePeer(), "front": FakePeer()})
+        servers = FakeServers({f"{TRAINER}.1": FakePeer(), f"{REPLICA}0.1": FakePeer(), "front.1": FakePeer()})
         async with living(servers) as peers:
-            await until(lambda: peers.trainer is servers[TRAINER] and set(peers.replicas) == {"replica-0"})
-            servers["replica-1"] = FakePeer()
+            await until(lambda: peers.trainer is servers[f"{TRAINER}.1"] and set(peers.replicas) == {"replica-0"})
+            servers["replica-1.1"] = FakePeer()
             await until(lambda: set(peers.replicas) == {"replica-0", "replica-1"})
-            servers["replica-0"].gone = servers[TRAINER].gone = True
+            servers["replica-0.1"].gone = servers[f"{TRAINER}.1"].gone = True
             await until(lambda: set(peers.replicas) == {"replica-1"} and peers.trainer is None)
-            new = servers["replica-0"] = FakePeer()
+            new = servers["replica-0.2"] = FakePeer()
             await until(lambda: peers.replicas.get("replica-0") is new)
-            assert servers["front"].asked == 0
+            assert servers["front.1"].asked == 0
 
     run(work)
 
 
 def test_one_that_hangs_is_left_out_until_it_answers():
     async def work():
-        servers = FakeServers({"replica-0": FakePeer()})
+        servers = FakeServers({"replica-0.1": FakePeer()})
         async with living(servers) as peers:
             await until(lambda: peers.replicas)
-            servers["replica-0"].may_answer.clear()
+            servers["replica-0.1"].may_answer.clear()
             await until(lambda: not peers.replicas)
-            asked = servers["replica-0"].asked
+            asked = servers["replica-0.1"].asked
             await asyncio.sleep(0.2)
-            assert servers["replica-0"].asked == asked
-            servers["replica-0"].may_answer.set()
+            assert servers["replica-0.1"].asked == asked
+            servers["replica-0.1"].may_answer.set()
             await until(lambda: peers.replicas)
 
     run(work)
@@ -117,10 +118,10 @@ def test_one_that_hangs_is_left_out_until_it_answers():
 
 def test_one_that_a_request_found_gone_joins_again_by_its_next_report():
     async def work():
-        servers = FakeServers({"replica-0": FakePeer()})
+        servers = FakeServers({"replica-0.1": FakePeer()})
         async with living(servers) as peers:
             await until(lambda: peers.replicas)
-            peers.leave("replica-0")
+            peers.leave("replica-0", servers["replica-0.1"])
             assert not peers.replicas
             await until(lambda: peers.replicas)
 
@@ -129,15 +130,15 @@ def test_one_that_a_request_found_gone_joins_again_by_its_next_report():
 
 def test_servers_stay_known_while_nobody_knows_which_there_are():
     async def work():
-        servers = FakeServers({"replica-0": FakePeer()})
+        servers = FakeServers({"replica-0.1": FakePeer()})
         async with living(servers) as peers:
             await until(lambda: peers.replicas)
             servers.away = True
-            asked = servers["replica-0"].asked
-            await until(lambda: servers["replica-0"].asked > asked + 3)
+            asked = servers["replica-0.1"].asked
+            await until(lambda: servers["replica-0.1"].asked > asked + 3)
             assert peers.replicas
             servers.away = False
-            servers["replica-1"] = FakePeer()
+            servers["replica-1.1"] = FakePeer()
             await until(lambda: len(peers.replicas) == 2)
 
     run(work)
