@@ -19,6 +19,7 @@ import pytest
 from adapters_world import answer, seeded, upload, zip_of
 from cluster_world import running, until
 from small_world import tiny_path
+from test_house_kill import STEPS, finished, job_of
 
 from benchmarks import streams
 
@@ -48,8 +49,9 @@ ASKED = (
 
 
 def plain(response: httpx2.Response):
-    """What a client reads, but for ids and times."""
-    text = re.sub(r'("(?:id|created|created_at)": ?)("(?:cmpl|chatcmpl|req)[^"]*"|[0-9.]+)', r"\1…", response.text)
+    """What a client reads, but for ids, times, and where the server that answers has an adapter just now."""
+    text = re.sub(r'"state":"(device|host|disk)"', '"state":…', response.text)
+    text = re.sub(r'("(?:id|created|created_at)": ?)("(?:cmpl|chatcmpl|req)[^"]*"|[0-9.]+)', r"\1…", text)
     headers = {k: v for k, v in response.headers.items() if k not in ("date", "x-request-id", "content-length")}
     return response.status_code, headers, text
 
@@ -244,6 +246,21 @@ def test_answers_go_on_without_the_trainer_which_comes_back(cluster, client, dir
     assert asking.right > 10
     assert upload(client, "later", zip_of(seeded(4))).status_code == 200
     assert answer(client, "later")
+
+
+def test_a_job_goes_on_after_the_trainer_was_killed(cluster, folder):
+    """Its client asks again as long as it is told to; its model is asked by the name that only the trainer knows."""
+    with openai.OpenAI(base_url=cluster.url + "/v1", api_key="none", timeout=60, max_retries=60) as client:
+        job = job_of(client, folder)
+        until(lambda: client.fine_tuning.jobs.retrieve(job.id).status == "running", 60)
+        for pid in cluster.pids("writes"):
+            os.kill(pid, signal.SIGKILL)
+        job = finished(client, job.id)
+        steps = {e.data["step"] for e in client.fine_tuning.jobs.list_events(job.id, limit=100) if e.type == "metrics"}
+        assert max(steps) == STEPS
+        assert client.completions.create(model=job.fine_tuned_model, prompt="say 3", max_tokens=4).usage is not None
+        (listed,) = [card.id for card in client.models.list() if job.id.removeprefix("ftjob-")[:12] in card.id]
+        assert client.completions.create(model=listed, prompt="say 3", max_tokens=4).usage is not None
 
 
 def test_a_front_that_is_killed_comes_back_where_it_was(cluster, client, direct):
