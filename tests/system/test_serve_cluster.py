@@ -299,6 +299,7 @@ def test_nothing_is_left_of_one_that_is_killed(folder, direct):
     with running("up", folder, MODEL) as up:
         ours = up.below()
         assert len(up.pids("reads")) >= 2
-    until(lambda: not [pid for pid in ours if Path(f"/proc/{pid}").exists()], 60)
+    # Two of Ray's try for a minute to tell the others that they end.
+    until(lambda: not [pid for pid in ours if Path(f"/proc/{pid}").exists()], 120)
     with running("serve", folder, MODEL) as one:
         assert one.stop() == 0
