@@ -9,6 +9,8 @@ import os
 import re
 import signal
 import statistics
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -17,7 +19,7 @@ import httpx2
 import openai
 import pytest
 from adapters_world import answer, seeded, upload, zip_of
-from cluster_world import running, until
+from cluster_world import CONFIG, running, until
 from small_world import tiny_path
 from test_house_kill import STEPS, finished, job_of
 
@@ -302,4 +304,20 @@ def test_nothing_is_left_of_one_that_is_killed(folder, direct):
     # Two of Ray's try for a minute to tell the others that they end.
     until(lambda: not [pid for pid in ours if Path(f"/proc/{pid}").exists()], 120)
     with running("serve", folder, MODEL) as one:
+        refused = up_on(folder)
         assert one.stop() == 0
+    assert (refused.returncode, refused.stdout.count("Traceback")) == (2, 0)
+    assert "is in use by another server; stop that one" in refused.stderr
+
+
+def up_on(folder: Path) -> subprocess.CompletedProcess[str]:
+    """`jaxlora up` on settings that are in the folder, which are refused."""
+    command = [sys.executable, "-m", "serve.cli.main", "up", str(folder / "serve.toml")]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=environment)
+
+
+def test_object_storage_is_refused(tmp_path):
+    (tmp_path / "serve.toml").write_text(CONFIG.format(model=MODEL) + '[blobs]\nurl = "s3://bucket/x"\n')
+    refused = up_on(tmp_path)
+    assert (refused.returncode, "leave out [blobs]" in refused.stderr) == (2, True)
