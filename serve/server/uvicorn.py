@@ -215,6 +215,7 @@ def http_over(
     settings = uvicorn.Config(
         app,
         http=Connection,
+        loop="asyncio",  # not whatever happens to be installed: another one accepts and buffers otherwise
         ws="none",
         backlog=ACCEPTED_AT_ONCE,
         log_level="warning",

@@ -219,7 +219,11 @@ def serving(app):
     """The app under uvicorn on an ephemeral loopback port; yields its root URL."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1, lifespan="off"))
+        server = uvicorn.Server(
+            uvicorn.Config(
+                app, http="h11", loop="asyncio", log_level="warning", timeout_graceful_shutdown=1, lifespan="off"
+            )
+        )
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         deadline = time.monotonic() + 10
