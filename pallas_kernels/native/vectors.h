@@ -213,12 +213,23 @@ TARGET void attend_some(const Attention& a, const T* q, const int32_t* page, int
   }
   Ints lane;
   for (int i = 0; i < WIDTH; ++i) lane[i] = i;
+  const auto row_of = [&](int64_t place) { return (page[place / a.Z] * a.Z + place % a.Z) * a.F + head * a.H; };
+  int64_t row[WIDTH], next[WIDTH];  // where the keys and values of these places lie, and those of the ones after them
+  const auto fetch = [&](const void* of, int64_t at) {  // ahead: the processor does not see where the next page is
+    const char* line = static_cast<const char*>(of) + at * sizeof(T);
+    for (int64_t b = 0; b < a.H * int64_t(sizeof(T)); b += 64) _mm_prefetch(line + b, _MM_HINT_T0);
+  };
+  for (int64_t place = low, i = low % WIDTH; i < WIDTH && place <= high; ++place, ++i) next[i] = row_of(place);
   for (int64_t start = low - low % WIDTH; start <= high; start += WIDTH) {
     const int64_t from = std::max(start, low), to = std::min<int64_t>(start + WIDTH - 1, high);
+    std::copy(next, next + WIDTH, row);
+    for (int64_t place = start + WIDTH; place < start + 2 * WIDTH && place <= high; ++place) {
+      next[place - start - WIDTH] = row_of(place);
+      fetch(a.k, next[place - start - WIDTH]);
+    }
     Vector dots[COUNT][WIDTH] = {};
-    int64_t row[WIDTH];
     for (int64_t place = from; place <= to; ++place) {
-      row[place - start] = (page[place / a.Z] * a.Z + place % a.Z) * a.F + head * a.H;
+      fetch(a.v, row[place - start]);
       const T* k = static_cast<const T*>(a.k) + row[place - start];
       Vector dot[COUNT];
       for (int64_t part = 0; part < parts; ++part) {
