@@ -43,6 +43,10 @@ lacks raises an error.
                                 xla      without the native bodies
                      cuda       xla      elementwise and one sum: XLA fuses them
                      tpu        xla      elementwise and one sum: XLA fuses them
+    draw             cpu        native   a row's sums have one order, thresholds are found by three histograms
+                                xla      without the native bodies
+                     cuda       xla      sums of blocks, thresholds by bisection
+                     tpu        xla      sums of blocks, thresholds by bisection
     target_logprob   cpu        xla      chunks of tokens, measured best
                      cuda       triton   logits stay on the chip, their gradient is in memory for some tokens at a time
                                 xla      without the extra `triton`, for more rank than it takes, features split, other dtypes
@@ -88,6 +92,7 @@ TABLE = {
     "paged_attention": {"cpu": NATIVE, "cuda": TRITON, "tpu": PALLAS},
     "rms_norm": {"cpu": NATIVE, "cuda": XLA, "tpu": XLA},
     "logsumexp": {"cpu": NATIVE, "cuda": XLA, "tpu": XLA},
+    "draw": {"cpu": NATIVE, "cuda": XLA, "tpu": XLA},
     "target_logprob": {"cpu": XLA, "cuda": TRITON, "tpu": PALLAS},
 }
 
@@ -113,6 +118,8 @@ SHAPE_INDEPENDENT: dict[str, dict[str, dict[str, bool | None]]] = {
     # Sums over few features, or of few rows, take another order.
     "rms_norm": {"cpu": {"native": True, "xla": False}, "cuda": {"xla": None}, "tpu": {"xla": None}},
     "logsumexp": {"cpu": {"native": True, "xla": False}, "cuda": {"xla": None}, "tpu": {"xla": None}},
+    # Which of two tokens is drawn hangs on a sum.
+    "draw": {"cpu": {"native": True, "xla": False}, "cuda": {"xla": None}, "tpu": {"xla": None}},
     "target_logprob": {"cpu": {"xla": None}, "cuda": _CUDA, "tpu": _TPU},
 }
 
