@@ -1,0 +1,89 @@
+"""What the router is told of a request and by a replica, and what it knows of the replica between two reports."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+type AdapterKey = tuple[str, str]  # tenant and name; all versions of an adapter go the same way
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ask:
+    """What the router must know of a request."""
+
+    tenant: str
+    adapter: str | None  # None: the base
+    tokens: int  # of the prompt, and those expected to be generated
+    beginning: str  # of the prompt's text
+
+    @property
+    def key(self) -> AdapterKey | None:
+        """The adapter that has to be in a slot."""
+        return None if self.adapter is None else (self.tenant, self.adapter)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """What a replica says of itself."""
+
+    asked_s: float  # when it was asked, on the router's clock: what was sent before is counted
+    rows: int
+    running_rows: int
+    running_tokens: int  # still to be computed
+    waiting_tokens: int
+    adapters: Mapping[AdapterKey, int]  # in its slots, or waiting for one: the tokens that wait and run for each
+
+    def __post_init__(self) -> None:
+        if self.rows < 1:
+            raise ValueError(f"a replica must have at least 1 row, got {self.rows}")
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """A request that a replica was given."""
+
+    number: int
+    replica: str
+    ask: Ask
+    at_s: float
+
+
+@dataclass(slots=True, eq=False)
+class ReplicaView:
+    """What is known of a replica."""
+
+    name: str
+    weight: float
+    report: Report
+    draining: bool = False
+    place: int | None = None  # in the router's arrays; None: it is sent nothing
+    open: dict[int, Sent] = field(default_factory=dict)  # what the report does not count
+    adapters: dict[AdapterKey, int] = field(default_factory=dict)  # the report's, and what is open
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight < math.inf:
+            raise ValueError(f"a replica's weight must be positive, got {self.weight}")
+
+    @property
+    def open_tokens(self) -> int:
+        """The tokens that the report does not count."""
+        return sum(sent.ask.tokens for sent in self.open.values())
+
+    @property
+    def load(self) -> float:
+        """Waiting and running tokens a row."""
+        return (self.report.waiting_tokens + self.report.running_tokens + self.open_tokens) / self.report.rows
+
+    @property
+    def waiting(self) -> float:
+        """Waiting tokens a row; of what is open, as many requests run as rows were free."""
+        beyond = max(0, len(self.open) - max(0, self.report.rows - self.report.running_rows))
+        waiting = self.open_tokens * beyond / len(self.open) if beyond else 0
+        return (self.report.waiting_tokens + waiting) / self.report.rows
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a request for an adapter that it holds would run at once."""
+        return self.report.waiting_tokens == 0 and self.report.running_rows + len(self.open) < self.report.rows
