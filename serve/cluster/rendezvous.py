@@ -15,6 +15,9 @@ import hashlib
 import numpy as np
 import numpy.typing as npt
 
+S30, S27, S31, S11 = np.uint64(30), np.uint64(27), np.uint64(31), np.uint64(11)
+M1, M2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+
 type Places = npt.NDArray[np.int64]  # numbers of nodes in the arrays
 
 
@@ -27,12 +30,12 @@ def stable_hash(*parts: str) -> int:
 def draw(key: int, hashes: npt.NDArray[np.uint64], weights: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Returns a number for each node, distributed exponentially with the node's weight as its rate."""
     mixed = hashes ^ np.uint64(key)
-    mixed ^= mixed >> np.uint64(30)
-    mixed *= np.uint64(0xBF58476D1CE4E5B9)
-    mixed ^= mixed >> np.uint64(27)
-    mixed *= np.uint64(0x94D049BB133111EB)
-    mixed ^= mixed >> np.uint64(31)
-    uniform = ((mixed >> np.uint64(11)) + 0.5) * 2.0**-53  # in (0, 1)
+    mixed ^= mixed >> S30
+    mixed *= M1
+    mixed ^= mixed >> S27
+    mixed *= M2
+    mixed ^= mixed >> S31
+    uniform = ((mixed >> S11) + 0.5) * 2.0**-53  # in (0, 1)
     return -np.log(uniform) / weights
 
 

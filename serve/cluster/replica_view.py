@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from serve.cluster.rendezvous import stable_hash
+
 type AdapterKey = tuple[str, str]  # tenant and name; all versions of an adapter go the same way
 
 
@@ -29,6 +31,7 @@ class Report:
     """What a replica says of itself."""
 
     asked_s: float  # when it was asked, on the router's clock: what was sent before is counted
+    slots: int
     rows: int
     running_rows: int
     running_tokens: int  # still to be computed
@@ -57,6 +60,7 @@ class ReplicaView:
     name: str
     weight: float
     report: Report
+    hash: int = field(init=False)
     draining: bool = False
     place: int | None = None  # in the router's arrays; None: it is sent nothing
     open: dict[int, Sent] = field(default_factory=dict)  # what the report does not count
@@ -65,6 +69,7 @@ class ReplicaView:
     def __post_init__(self) -> None:
         if not 0 < self.weight < math.inf:
             raise ValueError(f"a replica's weight must be positive, got {self.weight}")
+        self.hash = stable_hash(self.name)
 
     @property
     def open_tokens(self) -> int:
@@ -82,6 +87,11 @@ class ReplicaView:
         beyond = max(0, len(self.open) - max(0, self.report.rows - self.report.running_rows))
         waiting = self.open_tokens * beyond / len(self.open) if beyond else 0
         return (self.report.waiting_tokens + waiting) / self.report.rows
+
+    @property
+    def is_full(self) -> bool:
+        """Whether another adapter would have to wait for a slot."""
+        return sum(tokens > 0 for tokens in self.adapters.values()) >= self.report.slots
 
     @property
     def has_room(self) -> bool:

@@ -30,13 +30,13 @@ KEPT = 0.7  # a copy goes when one fewer would have less than this of what a cop
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RouterConfig:
-    """How much load outweighs where an adapter lies."""
+    """How much load outweighs where an adapter lies.  Tokens are those of a replica, over its rows."""
 
-    copy_tokens: float = 2048.0  # that wait or run for one adapter: worth a copy
+    copy_tokens: float = 128.0  # that wait and run for one adapter: worth a copy
+    margin_tokens: float = 64.0  # loads that differ by less are alike
+    spill_tokens: float = 128.0  # where more wait, a replica is overloaded
     rise_s: float = 1.0  # time constant of an adapter's smoothed load while it rises
     fall_s: float = 30.0  # and while it falls
-    margin_tokens: float = 64.0  # a row: loads that differ by less are alike
-    spill_tokens: float = 256.0  # a row: where more wait, a replica is overloaded
     prefix_chars: int = 256  # of a prompt that decide where it goes
 
     def __post_init__(self) -> None:
@@ -54,14 +54,14 @@ class _Demand:
     smoothed: float = 0.0
     copies: int = 1
 
-    def settle(self, now_s: float, config: RouterConfig) -> None:
-        """Goes on to this moment."""
+    def settle(self, now_s: float, config: RouterConfig, rows: float) -> None:
+        """Goes on to this moment.  rows: of a replica."""
         passed_s = max(0.0, now_s - self.at_s)
         span_s = config.rise_s if self.tokens > self.smoothed else config.fall_s
         self.at_s += passed_s
         self.smoothed += (self.tokens - self.smoothed) * -math.expm1(-passed_s / span_s)
-        least = math.ceil(self.smoothed / config.copy_tokens)
-        most = math.floor(self.smoothed / (KEPT * config.copy_tokens)) + 1
+        wanted = self.smoothed / (config.copy_tokens * rows)
+        least, most = math.ceil(wanted), math.floor(wanted / KEPT) + 1
         self.copies = min(max(self.copies, least), most)
 
 
@@ -140,21 +140,31 @@ class Router:
 
     def _choose(self, ask: Ask, own: Places, rest: Places, tried: Collection[str]) -> ReplicaView:
         """Returns one of the request's own replicas, or of the others that hold its adapter, or one of the rest."""
-        held = set() if ask.key is None else self._holders.get(ask.key, set())
-        fit = own[self._waiting[own] <= self.config.spill_tokens]
-        if fit.size:
-            chosen = self._placed[self._nearest(ask, fit)]
+        held = self._holders.get(ask.key, set()) if ask.key else set()
+        able = self._able(own, ask, held)
+        if able.size:
+            chosen = self._placed[self._nearest(able, ask)]
             if ask.key is None or chosen in held:
                 return chosen
             others = [r for r in held if r.has_room]
         else:
-            cool = rest[self._waiting[rest] <= self.config.spill_tokens]
-            chosen = self._placed[cool[0] if cool.size else own[np.argmin(self._loads[own])]]
+            able = self._able(rest, ask, held)
+            loads = self._loads[own]
+            if held:  # in a crowd one more copy would cost somebody a slot
+                loads += self.config.spill_tokens * np.array([self._placed[place] not in held for place in own])
+            chosen = self._placed[able[0] if able.size else own[np.argmin(loads)]]
             others = [r for r in held if r.waiting <= self.config.spill_tokens]
         others = [r for r in others if r.place is not None and r.name not in tried]
         return min(others, key=lambda r: (r.load, r.name), default=chosen)
 
-    def _nearest(self, ask: Ask, places: Places) -> int:
+    def _able(self, places: Places, ask: Ask, held: Collection[ReplicaView]) -> Places:
+        """Returns the places that are not overloaded, and where the adapter has a slot or would get one at once."""
+        able = places[self._waiting[places] <= self.config.spill_tokens]
+        if ask.key is None or not self._full[able].any():
+            return able
+        return able[[not self._full[place] or self._placed[place] in held for place in able]]
+
+    def _nearest(self, places: Places, ask: Ask) -> int:
         """Returns the place that the prompt's beginning draws, of those about as little loaded as the least loaded."""
         loads = self._loads[places]
         near = places[loads <= loads.min() + self.config.margin_tokens]
@@ -167,7 +177,7 @@ class Router:
         """Returns how many replicas are the adapter's own."""
         if (demand := self._demand.get(key)) is None:
             return 1
-        demand.settle(now_s, self.config)
+        demand.settle(now_s, self.config, self._rows)
         return demand.copies
 
     def _add(self, replica: ReplicaView, key: AdapterKey | None, tokens: int, now_s: float) -> None:
@@ -196,13 +206,13 @@ class Router:
             if len(self._demand) >= self._demand_limit:
                 self._forget(now_s)
             demand = self._demand.setdefault(key, _Demand(now_s))
-            demand.settle(now_s, self.config)
+            demand.settle(now_s, self.config, self._rows)
             demand.tokens += more
 
     def _forget(self, now_s: float) -> None:
         """Drops the adapters without a load; so seldom that it costs next to nothing for each that came."""
         for demand in self._demand.values():
-            demand.settle(now_s, self.config)
+            demand.settle(now_s, self.config, self._rows)
         self._demand = {key: d for key, d in self._demand.items() if d.tokens or d.smoothed >= 1}
         self._demand_limit = 1024 + 2 * len(self._demand)
 
@@ -210,6 +220,7 @@ class Router:
         """Brings a replica's load into the arrays."""
         if replica.place is not None:
             self._waiting[replica.place], self._loads[replica.place] = replica.waiting, replica.load
+            self._full[replica.place] = replica.is_full
 
     def _place(self) -> None:
         """Gives the replicas that are sent requests their places; draining ones only if there are no others."""
@@ -219,7 +230,9 @@ class Router:
             replica.place = None
         for place, replica in enumerate(self._placed):
             replica.place = place
-        self._hashes = np.array([stable_hash(r.name) for r in self._placed], np.uint64)
+        self._rows = sum(r.report.rows for r in named) / max(1, len(named))
+        self._hashes = np.array([r.hash for r in self._placed], np.uint64)
         self._weights = np.array([r.weight for r in self._placed])
         self._waiting = np.array([r.waiting for r in self._placed])
         self._loads = np.array([r.load for r in self._placed])
+        self._full = np.array([r.is_full for r in self._placed], bool)
