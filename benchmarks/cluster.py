@@ -361,6 +361,7 @@ class Result:
     loads: int = 0
     rerouted: int = 0
     cut: int = 0
+    failed: int = 0
     restarted: int = 0
     span_s: float = 0.0
     decide_s: list[float] = field(default_factory=list)
@@ -450,6 +451,7 @@ class World:
 
     def fail(self, machine: Machine) -> None:
         """A replica dies."""
+        self.result.failed += 1
         for job in self.leave(machine):
             self.result.rerouted += 1
             self.send(job)

@@ -86,8 +86,8 @@ class Router:
 
     def drain(self, name: str) -> None:
         """Sends a replica nothing more while there are others."""
-        if name in self._replicas:
-            self._replicas[name].draining = True
+        if (replica := self._replicas.get(name)) is not None and not replica.draining:
+            replica.draining = True
             self._place()
 
     def leave(self, name: str, now_s: float) -> None:
