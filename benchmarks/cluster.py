@@ -1,29 +1,30 @@
 """Many replicas behind the router, simulated: a million adapters over a thousand replicas, failures, rollouts, a hot adapter.
 
-    uv run python benchmarks/cluster.py [--parts cluster small hot] [--replicas 1000 --adapters 1000000 --slots 16 --rows 8
-                                        --requests 80000 --load 0.7 --fronts 1] [--trace FILE] [--seed 0]
+    uv run python benchmarks/cluster.py [--parts cluster small hot] [--replicas 1000] [--adapters 1000000] [--slots 16] [--rows 8]
+                                        [--requests 120000] [--load 0.6] [--mean-tokens 96] [--fronts 1] [--trace FILE] [--seed 0]
 
-cluster  Requests for adapters by Zipf's law (exponents 1.0 and 0.8), then, with 1.0, while one replica in a hundred dies and
-         comes back, and while all replicas restart in five groups.  --trace takes them from a CSV file with a head of
-         tenant,adapter,time,tokens in place of these laws (seconds; tokens as --mean-tokens).
-small    64 adapters (Zipf 1.0) over 3 replicas of 4 slots: which share of what lies in slots lies there twice.
-hot      4 replicas, one adapter for 40 s with the load of 2.2: how many replicas serve it before, meanwhile and after.
+cluster  Requests for adapters by Zipf's law (exponents 1.0 and 0.8); then, with 1.0, while one replica in a hundred dies and
+         comes back, and while all restart, a quarter at a time.  --trace takes them from a CSV file in place of these laws:
+         a head, and lines of tenant,adapter,time,tokens with the time in seconds.
+small    64 adapters (Zipf 1.0) over 3 replicas of 4 slots: how much of what lies in slots lies there twice.
+hot      4 replicas, one adapter with the load of 2.2 for 40 s: how many serve it before, meanwhile and after.
 
-The router is serve.cluster.router, which a front uses.  Beside it: round robin; the less busy of two drawn at random; the
-hash of the adapter modulo the replicas.  These know what the front has sent and what has ended; the router knows no more
-of other fronts' than reports say, each up to a second old.
+The router is serve.cluster.router, which fronts use.  Beside it: round robin; the less busy of two drawn at random; the
+hash of the adapter modulo the replicas.  The router knows of a replica what it said last, up to a second ago, and what
+this front has sent since; the others know what this front has sent that has not ended.
 
-A replica is a queue of requests, rows and slots.  A token takes a row 25 ms, whatever other rows do.  A request runs when it
-has a row and its adapter a slot; the one that waits longest goes first.  An adapter enters a free slot, or that of the idle
-one used least recently; past a quantum of 0.2 s the one longest in its slot lets nobody in until it is idle and leaves, if
-others wait.  Loading takes 5 ms from host memory (256 adapters) and 150 ms from the store.  A replica that dies loses
-slots, host memory and running requests (*cut*); those that waited are sent again (*re-routed*).  It is back 5 s later.
+A replica is rows, slots and who waits for them.  A token takes a row 25 ms, whatever other rows do.  A request runs when
+it has a row and its adapter a slot; the one that waits longest goes first.  An adapter enters a free slot, or that of the
+idle one used least recently; if none is idle, the one longest in its slot, past a quantum of 0.2 s, lets nobody in and
+leaves once it is idle.  Loading takes 5 ms from host memory (256 adapters) and 150 ms from the store.  A replica that dies
+loses slots, host memory and running requests (*cut*); those that waited are sent again (*re-routed*).  It is back after 3 s.
 
-The first half of the requests fills slots and is not counted.  hits: the adapter lay in a slot, or was on its way, when
-the request came.  twice: (adapters in slots - different ones) / adapters in slots, each second.  wait: from the request's
-arrival until it has a row.  busiest: tokens of the busiest replica over the mean.  us: wall time of a decision.
+The first third of the requests fills slots and is not counted.  hits: the adapter lay in a slot, or was on its way, when
+the request came.  twice: (adapters in slots - different ones) / adapters in slots, each second.  wait: from a request's
+arrival until it has a row, or until the end.  busiest: tokens of the busiest replica over the mean.  us: wall time of a
+decision, median.
 
-Two minutes on one core.  Exit code 1 when a bound is missed: small at most 10 % twice; hot from 1 to at least 3 and back.
+Three minutes on one core.  Exit code 1 when a bound is missed: small at most 10 % twice; hot from 1 to at least 3 and back.
 """
 
 from __future__ import annotations
