@@ -1,11 +1,11 @@
 """Many replicas behind the router, simulated: a million adapters over a thousand replicas, failures, rollouts, a hot adapter.
 
-    uv run python benchmarks/cluster.py [--parts cluster small hot] [--replicas 1000] [--adapters 1000000] [--slots 16] [--rows 8]
-                                        [--requests 120000] [--load 0.6] [--mean-tokens 96] [--fronts 1] [--trace FILE] [--seed 0]
+    uv run python benchmarks/cluster.py [--parts cluster small hot] [--replicas 1000] [--adapters 1000000] [--slots 16]
+            [--rows 8] [--requests 120000] [--load 0.6] [--mean-tokens 96] [--fronts 1] [--trace FILE] [--seed 0]
 
-cluster  Requests for adapters by Zipf's law (exponents 1.0 and 0.8); then, with 1.0, while one replica in a hundred dies and
-         comes back, and while all restart, a quarter at a time.  --trace takes them from a CSV file in place of these laws:
-         a head, and lines of tenant,adapter,time,tokens with the time in seconds.
+cluster  Requests for adapters by Zipf's law (exponents 1.0 and 0.8); then, with 1.0, while one replica in a hundred
+         dies and comes back, and while all restart, a quarter at a time.  In place of these laws --trace takes a CSV
+         file: a head, and lines of tenant,adapter,time,tokens with the time in seconds.
 small    64 adapters (Zipf 1.0) over 3 replicas of 4 slots: how much of what lies in slots lies there twice.
 hot      4 replicas, one adapter with the load of 2.2 for 40 s: how many serve it before, meanwhile and after.
 
@@ -13,18 +13,19 @@ The router is serve.cluster.router, which fronts use.  Beside it: round robin; t
 hash of the adapter modulo the replicas.  The router knows of a replica what it said last, up to a second ago, and what
 this front has sent since; the others know what this front has sent that has not ended.
 
-A replica is rows, slots and who waits for them.  A token takes a row 25 ms, whatever other rows do.  A request runs when
-it has a row and its adapter a slot; the one that waits longest goes first.  An adapter enters a free slot, or that of the
-idle one used least recently; if none is idle, the one longest in its slot, past a quantum of 0.2 s, lets nobody in and
-leaves once it is idle.  Loading takes 5 ms from host memory (256 adapters) and 150 ms from the store.  A replica that dies
-loses slots, host memory and running requests (*cut*); those that waited are sent again (*re-routed*).  It is back after 3 s.
+A replica is rows, slots and who waits for them.  A token takes a row 25 ms, whatever other rows do.  A request runs
+when it has a row and its adapter a slot; the one that waits longest goes first.  An adapter enters a free slot, or that
+of the idle one used least recently; if none is idle, the one longest in its slot, past a quantum of 0.2 s, lets nobody
+in and leaves once it is idle.  Loading takes 5 ms from host memory (256 adapters), 150 ms from the store.  A replica
+that dies loses slots, host memory and running requests (*cut*); those that waited are sent again (*re-routed*).  It is
+back after 3 s.
 
-The first third of the requests fills slots and is not counted.  hits: the adapter lay in a slot, or was on its way, when
-the request came.  twice: (adapters in slots - different ones) / adapters in slots, each second.  wait: from a request's
-arrival until it has a row, or until the end.  busiest: tokens of the busiest replica over the mean.  us: wall time of a
-decision, median.
+The first third of the requests fills slots and is not counted.  hits: the adapter lay in a slot, or was on its way,
+when the request came.  twice: (adapters in slots - different ones) / adapters in slots, each second.  wait: from a
+request's arrival until it has a row, or until the end.  busiest: tokens of the busiest replica over the mean.  us: wall
+time of a decision, median.
 
-Three minutes on one core.  Exit code 1 when a bound is missed: small at most 10 % twice; hot from 1 to at least 3 and back.
+Three minutes on one core.  Exit code 1 when a bound is missed: small 10 % twice; hot from 1 to at least 3 and back.
 """
 
 from __future__ import annotations
@@ -228,7 +229,8 @@ class Machine:
     def take(self, job: Job) -> None:
         """Queues a request."""
         if job.counted:
-            self.world.result.count_arrival(job.key in self.slots)
+            self.world.result.arrivals += 1
+            self.world.result.hits += job.key in self.slots
         self.waiting_tokens += job.tokens
         self.queues.setdefault(job.key, deque()).append(job)
         if job.key not in self.slots:
@@ -353,6 +355,9 @@ class Trouble(StrEnum):
     ROLLOUT = "rollout"
 
 
+SCENARIOS = ((1.0, Trouble.NONE), (0.8, Trouble.NONE), (1.0, Trouble.FAILURES), (1.0, Trouble.ROLLOUT))
+
+
 @dataclass(slots=True)
 class Result:
     """What was counted."""
@@ -369,10 +374,6 @@ class Result:
     waits_s: list[float] = field(default_factory=list)
     twice: list[float] = field(default_factory=list)
     busiest: float = 0.0
-
-    def count_arrival(self, hit: bool) -> None:
-        self.arrivals += 1
-        self.hits += hit
 
     def row(self) -> list[str]:
         """The cells of a table's row."""
@@ -528,16 +529,11 @@ def compared(name: str, jobs: Callable[[], Iterator[Job]], sizes: Sizes, trouble
 
 def cluster(sizes: Sizes, trace: Path | None) -> str:
     """The large table."""
-    rows = []
     if trace is not None:
-        rows += compared(trace.name, lambda: by_trace(trace, sizes), sizes, Trouble.NONE)
+        rows = compared(trace.name, lambda: by_trace(trace, sizes), sizes, Trouble.NONE)
     else:
-        for exponent, trouble in [
-            (1.0, Trouble.NONE),
-            (0.8, Trouble.NONE),
-            (1.0, Trouble.FAILURES),
-            (1.0, Trouble.ROLLOUT),
-        ]:
+        rows = []
+        for exponent, trouble in SCENARIOS:
             name = f"Zipf {exponent}" + ("" if trouble is Trouble.NONE else f", {trouble}")
             rows += compared(name, lambda exponent=exponent: by_zipf(sizes, exponent), sizes, trouble)
     return table(["requests", "routing", *COLUMNS], rows)
@@ -552,24 +548,21 @@ def small(sizes: Sizes) -> tuple[str, bool]:
 
 
 def hot(sizes: Sizes) -> tuple[str, bool]:
-    """Which replicas serve an adapter before, while and after many ask for it, and whether these are as many as they should."""
+    """The table of replicas that serve one adapter, and whether they become more and few again."""
     sizes = replace(sizes, replicas=4, slots=8, rows=8, adapters=64, load=0.3, requests=700)
-    rng = random.Random(sizes.seed)
-    jobs = list(by_zipf(sizes, 1.0))
-    ends_s = jobs[-1].arrived_s
+    rng, at_s, jobs = random.Random(sizes.seed), 0.0, list(by_zipf(sizes, 1.0))
     burst = 2.2 * sizes.rows / (sizes.mean_tokens * STEP_S)
     asked: list[Job] = []
-    at_s = 0.0
-    while (at_s := at_s + rng.expovariate(burst if 20 <= at_s < 60 else 0.5)) < ends_s:
+    while (at_s := at_s + rng.expovariate(burst if 20 <= at_s < 60 else 0.5)) < jobs[-1].arrived_s:
         asked.append(Job(("t", "hot"), sizes.mean_tokens, f"prefix {len(asked) % PREFIXES}", at_s, True, 0))
     World(sizes, ROUTINGS["router"]).run(sorted([*jobs, *asked], key=lambda job: job.arrived_s), Trouble.NONE)
     windows: dict[int, Counter[str]] = {}
     for job in asked:
         if job.sent is not None:
             windows.setdefault(int(job.arrived_s // 10), Counter())[job.sent.replica] += 1
-    rows = [[f"{10 * i} to {10 * i + 10}", str(w.total()), str(len(w))] for i, w in sorted(windows.items())]
-    copies = [len(w) for _, w in sorted(windows.items())]
-    good = max(copies[:2]) == 1 and max(copies[2:6]) >= HOT_COPIES and copies[-1] == 1
+    rows = [[f"{10 * i} to {10 * i + 10}", str(w.total()), str(len(w))] for i, w in windows.items()]
+    served = [len(w) for w in windows.values()]
+    good = max(served[:2]) == 1 and max(served[2:6]) >= HOT_COPIES and served[-1] == 1
     return table(["seconds", "requests for the hot adapter", "replicas that served it"], rows), good
 
 
@@ -577,16 +570,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=("cluster", "small", "hot"), default=("cluster", "small", "hot"))
-    for name, default in {
-        "replicas": 1000,
-        "slots": 16,
-        "rows": 8,
-        "adapters": 1_000_000,
-        "requests": 120_000,
-        "mean-tokens": 96,
-        "fronts": 1,
-        "seed": 0,
-    }.items():
+    counts = {"replicas": 1000, "slots": 16, "rows": 8, "adapters": 1_000_000, "requests": 120_000}
+    for name, default in {**counts, "mean-tokens": 96, "fronts": 1, "seed": 0}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--load", type=float, default=0.6)
     parser.add_argument("--trace", type=Path)

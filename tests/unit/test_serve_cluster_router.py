@@ -255,7 +255,7 @@ def test_nobody_loads_what_another_holds_and_has_room_for():
 
 
 def test_the_router_knows_what_it_has_sent_for_loading():
-    """Between two reports a second request follows the first, though nobody has said yet that the adapter lies there."""
+    """Between two reports a second request follows the first, though no report says yet that the adapter lies there."""
     router = router_of(NAMES)
     for i in range(20):
         sent = router.send(ask(f"a{i}"), 1.0)
