@@ -96,4 +96,4 @@ class ReplicaView:
     @property
     def has_room(self) -> bool:
         """Whether a request for an adapter that it holds would run at once."""
-        return self.report.waiting_tokens == 0 and self.report.running_rows + len(self.open) < self.report.rows
+        return self.report.running_rows + len(self.open) < self.report.rows

@@ -79,8 +79,9 @@ class Router:
 
     def join(self, name: str, weight: float, report: Report, now_s: float) -> None:
         """Adds a replica, or one that has started again; adapters come to it in proportion to its weight."""
+        replica = ReplicaView(name, weight, report)
         self.leave(name, now_s)
-        self._replicas[name] = ReplicaView(name, weight, report)
+        self._replicas[name] = replica
         self.report(name, report, now_s)
         self._place()
 
@@ -230,7 +231,7 @@ class Router:
             replica.place = None
         for place, replica in enumerate(self._placed):
             replica.place = place
-        self._rows = sum(r.report.rows for r in named) / max(1, len(named))
+        self._rows = sum(r.report.rows for r in named) / len(named) if named else 1.0
         self._hashes = np.array([r.hash for r in self._placed], np.uint64)
         self._weights = np.array([r.weight for r in self._placed])
         self._waiting = np.array([r.waiting for r in self._placed])

@@ -250,8 +250,10 @@ def test_nobody_loads_what_another_holds_and_has_room_for():
     router.end(sent, 0.0)
     router.leave(first, 0.0)  # and what it was loading
     assert router.send(ask(), 0.0).replica == third
-    router.report(third, says(1.0, waiting=1, adapters=held), 1.0)
-    assert router.send(ask(), 1.0).replica == second
+    router.report(third, says(1.0, running=ROWS - 1, waiting=1, adapters=held), 1.0)  # somebody waits for a slot
+    assert router.send(ask(), 1.0).replica == third
+    router.report(third, says(2.0, running=ROWS, adapters=held), 2.0)
+    assert router.send(ask(), 2.0).replica == second
 
 
 def test_the_router_knows_what_it_has_sent_for_loading():
@@ -401,6 +403,16 @@ def test_one_that_left_is_forgotten_until_it_joins_again():
     router.join(second, 1.0, says(3.0), 3.0)
     router.join(first, 1.0, says(3.0), 3.0)
     assert router.send(ask(), 3.0).replica == first
+
+
+def test_the_last_one_may_leave():
+    router = router_of("a")
+    router.send(ask(), 0.0)
+    router.leave("a", 5.0)
+    with pytest.raises(Unavailable):
+        router.send(ask(), 6.0)
+    router.join("a", 1.0, says(7.0), 7.0)
+    assert router.send(ask(), 7.0).replica == "a"
 
 
 ACTIONS = st.lists(st.tuples(st.sampled_from(["send", "send", "send", "end", "report", "leave", "drain"]), WORDS))
