@@ -11,7 +11,7 @@ hot      4 replicas, one adapter with the load of 2.2 for 40 s: how many serve i
 
 The router is serve.cluster.router, which fronts use.  Beside it: round robin; the less busy of two drawn at random; the
 hash of the adapter modulo the replicas.  The router knows of a replica what it said last, up to a second ago, and what
-this front has sent since; the others know what this front has sent that has not ended.
+its front has sent since; the others know what their front has sent that has not ended.
 
 A replica is rows, slots and who waits for them.  A token takes a row 25 ms, whatever other rows do.  A request runs
 when it has a row and its adapter a slot; the one that waits longest goes first.  An adapter enters a free slot, or that
@@ -81,9 +81,8 @@ class Sizes:
     @property
     def router(self) -> RouterConfig:
         """A copy for half of what a replica's rows hold; overloaded is a replica where half a request a row waits."""
-        return RouterConfig(
-            copy_tokens=self.mean_tokens / 2, margin_tokens=self.mean_tokens / 4, spill_tokens=self.mean_tokens / 2
-        )
+        mean = self.mean_tokens
+        return RouterConfig(copy_tokens=mean / 2, margin_tokens=mean / 4, spill_tokens=mean / 2, fronts=self.fronts)
 
 
 @dataclass(slots=True, eq=False)

@@ -59,6 +59,7 @@ class ReplicaView:
 
     name: str
     weight: float
+    fronts: int  # each is taken to have sent as much since the report as this one
     report: Report
     hash: int = field(init=False)
     draining: bool = False
@@ -72,21 +73,21 @@ class ReplicaView:
         self.hash = stable_hash(self.name)
 
     @property
-    def open_tokens(self) -> int:
-        """The tokens that the report does not count."""
-        return sum(sent.ask.tokens for sent in self.open.values())
+    def unseen(self) -> tuple[int, int]:
+        """Requests and their tokens that the report does not count, of all fronts."""
+        return self.fronts * len(self.open), self.fronts * sum(sent.ask.tokens for sent in self.open.values())
 
     @property
     def load(self) -> float:
         """Waiting and running tokens a row."""
-        return (self.report.waiting_tokens + self.report.running_tokens + self.open_tokens) / self.report.rows
+        return (self.report.waiting_tokens + self.report.running_tokens + self.unseen[1]) / self.report.rows
 
     @property
     def waiting(self) -> float:
-        """Waiting tokens a row; of what is open, as many requests run as rows were free."""
-        beyond = max(0, len(self.open) - max(0, self.report.rows - self.report.running_rows))
-        waiting = self.open_tokens * beyond / len(self.open) if beyond else 0
-        return (self.report.waiting_tokens + waiting) / self.report.rows
+        """Waiting tokens a row; of what the report does not count, as many requests run as rows were free."""
+        requests, tokens = self.unseen
+        beyond = max(0, requests - max(0, self.report.rows - self.report.running_rows))
+        return (self.report.waiting_tokens + (tokens * beyond / requests if beyond else 0)) / self.report.rows
 
     @property
     def is_full(self) -> bool:
@@ -96,4 +97,4 @@ class ReplicaView:
     @property
     def has_room(self) -> bool:
         """Whether a request for an adapter that it holds would run at once."""
-        return self.report.running_rows + len(self.open) < self.report.rows
+        return self.report.running_rows + self.unseen[0] < self.report.rows

@@ -6,8 +6,8 @@ The least loaded of its own gets a request; of all within a margin of that one, 
 beginning draw, as it may hold the KV of that prefix.  But nobody loads an adapter that another replica holds and has
 room for; and where all of its own are overloaded, a request goes to another holder, else to the next in the order.
 
-What is known of a replica is its last report, and what was sent to it since.  Replicas take places in arrays by name,
-so that routers which know the same decide the same.
+What is known of a replica is its last report, and what was sent to it since; other fronts are taken to have sent as
+much.  Replicas take places in arrays by name, so that routers which know the same decide the same.
 
 Source of passing over the overloaded: consistent hashing with bounded loads, arXiv 1608.01350.
 """
@@ -38,6 +38,7 @@ class RouterConfig:
     rise_s: float = 1.0  # time constant of an adapter's smoothed load while it rises
     fall_s: float = 30.0  # and while it falls
     prefix_chars: int = 256  # of a prompt that decide where it goes
+    fronts: int = 1  # that send to the same replicas
 
     def __post_init__(self) -> None:
         for one in fields(self):
@@ -79,7 +80,7 @@ class Router:
 
     def join(self, name: str, weight: float, report: Report, now_s: float) -> None:
         """Adds a replica, or one that has started again; adapters come to it in proportion to its weight."""
-        replica = ReplicaView(name, weight, report)
+        replica = ReplicaView(name, weight, self.config.fronts, report)
         self.leave(name, now_s)
         self._replicas[name] = replica
         self.report(name, report, now_s)

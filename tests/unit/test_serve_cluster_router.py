@@ -361,6 +361,18 @@ def test_requests_beyond_the_free_rows_wait():
     assert router.send(ask(tokens=100), 0.0).replica == second
 
 
+def test_what_other_fronts_have_sent_is_taken_to_be_as_much():
+    """Of two fronts' eight requests four wait: 400 tokens over four rows."""
+    first, second, *_ = order(NAMES, "bot")
+    config = RouterConfig(copy_tokens=10**9, margin_tokens=10, spill_tokens=99, fronts=2)
+    router = router_of(NAMES, config=config)
+    sent = [router.send(ask(tokens=100), 0.0).replica for _ in range(ROWS + 1)]
+    assert sent == [first] * ROWS + [second]
+    router = router_of(NAMES, config=config)
+    router.report(second, says(1.0, adapters={("acme", "bot"): 0}), 1.0)
+    assert [router.send(ask(), 1.0).replica for _ in range(3)] == [second, second, first]
+
+
 # ---- replicas come and go
 
 
@@ -463,7 +475,9 @@ def test_routers_that_know_the_same_decide_the_same(actions):
     assert play(router_of(NAMES), actions) == play(router_of(reversed(NAMES)), actions)
 
 
-@pytest.mark.parametrize("name", ["copy_tokens", "margin_tokens", "spill_tokens", "rise_s", "fall_s", "prefix_chars"])
+@pytest.mark.parametrize(
+    "name", ["copy_tokens", "margin_tokens", "spill_tokens", "rise_s", "fall_s", "prefix_chars", "fronts"]
+)
 def test_numbers_that_mean_nothing_are_refused(name):
     with pytest.raises(ValueError, match=f"router.{name} must be positive, got 0"):
         RouterConfig(**{name: 0})
@@ -497,7 +511,7 @@ def test_every_simulated_request_is_answered_cut_or_under_way(trouble):
         assert all(len(m.slots) <= SIZES.slots and len(m.running) <= SIZES.rows for m in world.machines.values())
 
 
-def test_the_router_loads_less_and_twice_less_than_round_robin():
+def test_the_router_loads_less_and_less_twice_than_round_robin():
     def run(routing: str) -> cluster.Result:
         return cluster.World(SIZES, cluster.ROUTINGS[routing]).run(
             list(cluster.by_zipf(SIZES, 1.0)), cluster.Trouble.NONE
@@ -505,8 +519,8 @@ def test_the_router_loads_less_and_twice_less_than_round_robin():
 
     ours, theirs = run("router"), run("round robin")
     assert ours.hits > 1.5 * theirs.hits
-    assert ours.loads < 0.7 * theirs.loads
-    assert np.mean(ours.twice) < 0.5 * np.mean(theirs.twice)
+    assert ours.loads < 0.75 * theirs.loads
+    assert np.mean(ours.twice) < 0.6 * np.mean(theirs.twice)
 
 
 def test_few_slots_and_a_hot_adapter_keep_their_bounds(capsys):
