@@ -405,7 +405,8 @@ class World:
         self.machines = {name: Machine(name, sizes, self) for name in (f"replica-{i}" for i in range(sizes.replicas))}
         for i, machine in enumerate(self.machines.values()):
             self.join(machine)
-            self.after(REPORT_S * i / sizes.replicas, self.ask, machine)
+            if isinstance(self.fronts[0], Router):  # others would not listen
+                self.after(REPORT_S * i / sizes.replicas, self.ask, machine)
 
     def after(self, delay_s: float, function: Callable[..., None], *args: object) -> None:
         """Calls a function later."""

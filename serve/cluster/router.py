@@ -21,7 +21,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from jaxlora.core.errors import Unavailable
-from serve.cluster.rendezvous import Places, draw, smallest, stable_hash
+from serve.cluster.rendezvous import Drawn, Places, draw, smallest, stable_hash
 from serve.cluster.replica_view import AdapterKey, Ask, ReplicaView, Report, Sent
 
 SPILL = 8  # replicas after its own that an adapter may spill to
@@ -118,16 +118,17 @@ class Router:
         Raises Unavailable when none is left.
         """
         if ask.adapter is None:
-            copies, order = len(self._placed), np.arange(len(self._placed))
+            copies, drawn = len(self._placed), np.zeros(len(self._placed))
         else:
             copies = self._copies((ask.tenant, ask.adapter), now_s)
             drawn = draw(stable_hash(ask.tenant, ask.adapter), self._hashes, self._weights)
-            order = smallest(drawn, copies + SPILL + len(tried))
         if tried:
-            order = np.array([place for place in order if self._placed[place].name not in tried], np.int64)
-        if not order.size:
+            drawn[[place for place, replica in enumerate(self._placed) if replica.name in tried]] = np.inf
+        own = smallest(drawn, copies)
+        own = own[drawn[own] < np.inf]
+        if not own.size:
             raise Unavailable("no replica can take the request now; try again in some seconds")
-        replica = self._choose(ask, order[:copies], order[copies:], tried)
+        replica = self._choose(ask, own, drawn, tried)
         self._sent += 1
         sent = Sent(self._sent, replica.name, ask, now_s)
         replica.open[sent.number] = sent
@@ -140,7 +141,7 @@ class Router:
         if replica is not None and replica.open.pop(sent.number, None) is not None:
             self._add(replica, sent.ask.key, -sent.ask.tokens, now_s)
 
-    def _choose(self, ask: Ask, own: Places, rest: Places, tried: Collection[str]) -> ReplicaView:
+    def _choose(self, ask: Ask, own: Places, drawn: Drawn, tried: Collection[str]) -> ReplicaView:
         """Returns one of the request's own replicas, or of the others that hold its adapter, or one of the rest."""
         held = self._holders.get(ask.key, set()) if ask.key else set()
         able = self._able(own, ask, held)
@@ -150,7 +151,8 @@ class Router:
                 return chosen
             others = [r for r in held if r.has_room]
         else:
-            able = self._able(rest, ask, held)
+            rest = smallest(drawn, own.size + SPILL)[own.size :]
+            able = self._able(rest[drawn[rest] < np.inf], ask, held)
             loads = self._loads[own]
             if held:  # in a crowd one more copy would cost somebody a slot
                 loads += self.config.spill_tokens * np.array([self._placed[place] not in held for place in own])

@@ -75,10 +75,9 @@ def order(names: Iterable[str], adapter: str) -> list[str]:
 
 
 def drawn_by_hand(key: int, node: int, weight: float) -> float:
-    mixed = key ^ node
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        mixed = (mixed ^ mixed >> shift) * factor % 2**64
-    return -math.log(((mixed ^ mixed >> 31) // 2**11 + 0.5) / 2**53) / weight
+    mixed = (key ^ node) * 0xBF58476D1CE4E5B9 % 2**64
+    mixed = (mixed ^ mixed >> 32) * 0x94D049BB133111EB % 2**64
+    return -math.log((mixed | 1) / 2**64) / weight
 
 
 WORDS = st.integers(0, 2**64 - 1)
