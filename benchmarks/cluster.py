@@ -1,10 +1,10 @@
 """Many replicas behind the router, simulated: a million adapters over a thousand replicas, failures, rollouts, a hot adapter.
 
     uv run python benchmarks/cluster.py [--parts cluster small hot] [--replicas 1000] [--adapters 1000000] [--slots 16]
-            [--rows 8] [--requests 120000] [--load 0.6] [--mean-tokens 96] [--fronts 1] [--trace FILE] [--seed 0]
+            [--rows 8] [--requests 100000] [--load 0.6] [--mean-tokens 96] [--fronts 1] [--trace FILE] [--seed 0]
 
 cluster  Requests for adapters by Zipf's law (exponents 1.0 and 0.8); then, with 1.0, while one replica in a hundred
-         dies and comes back, and while all restart, a quarter at a time.  In place of these laws --trace takes a CSV
+         dies and comes back, and while they restart, a quarter at a time.  In place of these laws --trace takes a CSV
          file: a head, and lines of tenant,adapter,time,tokens with the time in seconds.
 small    64 adapters (Zipf 1.0) over 3 replicas of 4 slots: how much of what lies in slots lies there twice.
 hot      4 replicas, one adapter with the load of 2.2 for 40 s: how many serve it before, meanwhile and after.
@@ -570,7 +570,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=("cluster", "small", "hot"), default=("cluster", "small", "hot"))
-    counts = {"replicas": 1000, "slots": 16, "rows": 8, "adapters": 1_000_000, "requests": 120_000}
+    counts = {"replicas": 1000, "slots": 16, "rows": 8, "adapters": 1_000_000, "requests": 100_000}
     for name, default in {**counts, "mean-tokens": 96, "fronts": 1, "seed": 0}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--load", type=float, default=0.6)

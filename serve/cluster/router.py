@@ -125,7 +125,8 @@ class Router:
         if tried:
             drawn[[place for place, replica in enumerate(self._placed) if replica.name in tried]] = np.inf
         own = smallest(drawn, copies)
-        own = own[drawn[own] < np.inf]
+        if tried:
+            own = own[drawn[own] < np.inf]
         if not own.size:
             raise Unavailable("no replica can take the request now; try again in some seconds")
         replica = self._choose(ask, own, drawn, tried)
@@ -170,6 +171,8 @@ class Router:
 
     def _nearest(self, places: Places, ask: Ask) -> int:
         """Returns the place that the prompt's beginning draws, of those about as little loaded as the least loaded."""
+        if places.size == 1:
+            return int(places[0])
         loads = self._loads[places]
         near = places[loads <= loads.min() + self.config.margin_tokens]
         if near.size > 1:
