@@ -1,8 +1,8 @@
 """Weighted rendezvous hashing: every (key, node) draws a number, and the smallest is the key's first node.
 
 Whoever knows the same nodes finds the same order, without speaking to anybody; a node that leaves or joins moves only
-the keys it is first for, in proportion to its weight.  A key's numbers are drawn at once in NumPy, 10 us for 1,000
-nodes, so nothing has to be kept for a key, however many there are.
+the keys it is first for, in proportion to its weight.  A key's numbers are drawn at once in NumPy, so cheaply for a
+thousand nodes that nothing has to be kept for a key, however many there are.
 
 Source: Thaler and Ravishankar, "A name-based mapping scheme for rendezvous", 1996; weights as in Schindelhauer and
 Schomaker, "Weighted distributed hash tables", 2005.
