@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 from pathlib import Path
@@ -103,10 +104,29 @@ def test_every_folder_that_does_not_fit_is_told_at_once(world, opened, runner, t
 # --- addresses
 
 
+def test_small_writes_are_sent_at_once():
+    """asyncio switches Nagle's algorithm off on connections that it knows to be TCP."""
+
+    async def accepted() -> int:
+        found = asyncio.get_running_loop().create_future()
+
+        def connected(reader, writer):
+            found.set_result(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        listening = uvicorn.bound("127.0.0.1", 0)
+        async with await asyncio.start_server(connected, sock=listening):
+            _, writer = await asyncio.open_connection(*listening.getsockname())
+            writer.close()
+            return await found
+
+    assert asyncio.run(accepted()) != 0
+
+
 class FakeSocket:
     """Remembers where it was bound; not every machine has IPv6."""
 
-    def __init__(self, family):
+    def __init__(self, family, *_):
         self.family, self.address = family, None
 
     def setsockopt(self, *_):
@@ -128,7 +148,8 @@ class FakeSocket:
     ],
 )
 def test_an_address_with_colons_stands_in_brackets(runner, monkeypatch, host, family, bound, url):
-    fakes = {k: getattr(socket, k) for k in ("AF_INET", "AF_INET6", "SOL_SOCKET", "SO_REUSEADDR")}
+    names = ("AF_INET", "AF_INET6", "SOCK_STREAM", "IPPROTO_TCP", "SOL_SOCKET", "SO_REUSEADDR")
+    fakes = {k: getattr(socket, k) for k in names}
     monkeypatch.setattr(uvicorn, "socket", SimpleNamespace(socket=FakeSocket, **fakes))
     config = AppConfig(default_max_tokens=4, max_request_s=9.0)
     http = make_http(runner, config, listening=uvicorn.bound(host, 8123), grace_s=1.0)
