@@ -284,8 +284,8 @@ class DropoutLora:
 
 
 def _layer_keys(draw_GN: jax.Array, layer_L: jax.Array) -> jax.Array:
-    """Returns [L, G] keys of the lanes' random numbers in each layer.  Made once: a program with five of them in each linear
-    compiles half as long again."""
+    """Returns [L, G] keys of the lanes' random numbers in each layer: made once, not in each linear, as a program compiles
+    longer for each."""
 
     def of(layer: jax.Array, draw_N: jax.Array) -> jax.Array:
         key = jax.random.key(0)
