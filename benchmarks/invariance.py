@@ -1,6 +1,6 @@
 """Does an answer depend on its company?  The same requests over HTTP, alone and beside others, compared bit by bit.
 
-    uv run python benchmarks/invariance.py [--repeats 50] [--dtype float32 bfloat16] [--seed 0]
+    uv run python benchmarks/invariance.py [--repeats 50] [--weights float32 bfloat16 int8] [--seed 0]
 
 20 requests to the demo model and six adapters over four slots: greedy and sampled, some with a common beginning, which is found
 in the cache.  Each is asked alone first.  Then they are asked again and again, so many at once as a draw says, in any order, with
@@ -39,9 +39,11 @@ prefill_tokens = 32
 [model]
 path = "{model}"
 dtype = "{dtype}"
+quantization = "{quantization}"
 [tuning]
 quantum_ms = 100.0
 """
+WEIGHTS = {"float32": ("float32", "none"), "bfloat16": ("bfloat16", "none"), "int8": ("bfloat16", "int8")}
 REQUESTS, ADAPTERS, RANK, IDS = 20, 6, 8, (100, 20_000)
 
 
@@ -81,8 +83,8 @@ async def run(url: str, repeats: int, seed: int) -> tuple[int, int]:
             some = order[asked : asked + int(draw.integers(1, 25))]
             others = [bodies[n] | {"prompt": draw.integers(*IDS, 50).tolist()} for n in draw.integers(0, REQUESTS, 3)]
             answers = await asyncio.gather(*(ask(http, bodies[n]) for n in some), *(ask(http, b) for b in others))
-            different = {int(n) for n, answer in zip(some, answers, strict=False) if answer != first[n]}
-            asked, wrong = asked + len(some), wrong + len(different)
+            asked += len(some)
+            wrong += sum(answer != first[n] for n, answer in zip(some, answers, strict=False))
     return asked, wrong
 
 
@@ -90,14 +92,15 @@ def main() -> int:
     """Runs it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=50, help="of each request")
-    parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
+    parser.add_argument("--weights", nargs="+", choices=WEIGHTS, default=list(WEIGHTS))
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     failed = False
-    for dtype in args.dtype:
+    for weights in args.weights:
+        dtype, quantization = WEIGHTS[weights]
         with tempfile.TemporaryDirectory(prefix="invariance-") as folder:
             settings = Path(folder) / "serve.toml"
-            settings.write_text(SETTINGS.format(model=DEMO_MODEL, dtype=dtype))
+            settings.write_text(SETTINGS.format(model=DEMO_MODEL, dtype=dtype, quantization=quantization))
             command = [sys.executable, "-m", "serve.cli.main", "serve", str(settings), "--port", "0"]
             with subprocess.Popen(command, cwd=folder, env=os.environ, stdout=subprocess.PIPE, text=True) as process:
                 try:
@@ -106,7 +109,7 @@ def main() -> int:
                     asked, wrong = asyncio.run(run(url.removesuffix("/v1"), args.repeats, args.seed))
                 finally:
                     process.send_signal(signal.SIGINT)
-        print(f"{dtype}, bodies {instruction_set() or 'XLA'}: {wrong} of {asked} answers differ", flush=True)
+        print(f"{weights}, bodies {instruction_set() or 'XLA'}: {wrong} of {asked} answers differ", flush=True)
         failed |= wrong > 0
     return int(failed)
 

@@ -9,8 +9,8 @@ lacks raises an error.
                                 xla      without the native bodies: no compiler, another CPU than x86 with AVX2
                      cuda       xla      weights are never packed there
                      tpu        xla      weights are never packed there
-    product_back     cpu        native   few rows: weights are read packed
-                                xla      many rows, whose products are worth unpacking for; without the native bodies
+    product_back     cpu        native   few rows, with AMX any in bfloat16: weights are read packed
+                                xla      other rows, whose products are worth unpacking for; without the native bodies
                      cuda       xla      weights are never packed there
                      tpu        xla      weights are never packed there
     gathered_lora    cpu        native   an adapter's rows are read once for eight of its tokens, base tokens cost nothing
@@ -43,6 +43,10 @@ lacks raises an error.
                                 xla      without the native bodies
                      cuda       xla      elementwise and one sum: XLA fuses them
                      tpu        xla      elementwise and one sum: XLA fuses them
+    draw             cpu        native   a row's sums have one order, thresholds are found by three histograms
+                                xla      without the native bodies
+                     cuda       xla      sums of blocks, thresholds by bisection
+                     tpu        xla      sums of blocks, thresholds by bisection
     target_logprob   cpu        xla      chunks of tokens, measured best
                      cuda       triton   logits stay on the chip, their gradient is in memory for some tokens at a time
                                 xla      without the extra `triton`, for more rank than it takes, features split, other dtypes
@@ -88,6 +92,7 @@ TABLE = {
     "paged_attention": {"cpu": NATIVE, "cuda": TRITON, "tpu": PALLAS},
     "rms_norm": {"cpu": NATIVE, "cuda": XLA, "tpu": XLA},
     "logsumexp": {"cpu": NATIVE, "cuda": XLA, "tpu": XLA},
+    "draw": {"cpu": NATIVE, "cuda": XLA, "tpu": XLA},
     "target_logprob": {"cpu": XLA, "cuda": TRITON, "tpu": PALLAS},
 }
 
@@ -100,7 +105,7 @@ _TPU: dict[str, bool | None] = {"pallas": None, "xla": None}
 SHAPE_INDEPENDENT: dict[str, dict[str, dict[str, bool | None]]] = {
     # With AVX-512 the products of few rows use other tiles than those of many.
     "product": {"cpu": {"native": True, "xla": False}, "cuda": {"xla": None}, "tpu": {"xla": None}},
-    # More rows are XLA's.
+    # More rows are XLA's, but with AMX.
     "product_back": {"cpu": {"native": False, "xla": None}, "cuda": {"xla": None}, "tpu": {"xla": None}},
     # One or two tokens at a time with the same bits, whatever their number; measured on an x86 CPU with code for SSE4.2, AVX2
     # and AVX-512 (`XLA_FLAGS=--xla_cpu_max_isa=...`), not on ARM.
@@ -113,6 +118,8 @@ SHAPE_INDEPENDENT: dict[str, dict[str, dict[str, bool | None]]] = {
     # Sums over few features, or of few rows, take another order.
     "rms_norm": {"cpu": {"native": True, "xla": False}, "cuda": {"xla": None}, "tpu": {"xla": None}},
     "logsumexp": {"cpu": {"native": True, "xla": False}, "cuda": {"xla": None}, "tpu": {"xla": None}},
+    # Which of two tokens is drawn hangs on a sum.
+    "draw": {"cpu": {"native": True, "xla": False}, "cuda": {"xla": None}, "tpu": {"xla": None}},
     "target_logprob": {"cpu": {"xla": None}, "cuda": _CUDA, "tpu": _TPU},
 }
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 from jaxlora.config.base import ONE_DEVICE, Checks, Dtype, MeshSection, ModelSection
+from jaxlora.config.cluster import ClusterSection
 from jaxlora.config.toml import NoneIfFalse, TomlPath, TomlPathByDefault
 from jaxlora.core.lora import check_name
 
@@ -211,21 +212,6 @@ class BlobsSection:
         with Checks() as check:
             check.need(bool(self.url.strip()), "url", "an URL such as s3://BUCKET/PREFIX", self.url)
             check.positive(self, "disk_gb", "timeout_s")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ClusterSection:
-    """The servers that `jaxlora up` runs behind one address, beside the one that trains and keeps everything."""
-
-    replicas: int = 2  # servers that answer requests, and read the adapters and keys of that one
-    cpus: float = 1.0  # of Ray's, that each of all these servers takes
-    gpus: float = 0.0
-
-    def __post_init__(self) -> None:
-        with Checks() as check:
-            check.counts(self, "replicas")
-            check.positive(self, "cpus")
-            check.need(0 <= self.gpus < math.inf, "gpus", "0 or more", self.gpus)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -260,30 +260,40 @@ class DropoutLora:
 
         draw_GN: int32 numbers that seed a lane's random numbers: of its tenant, its step, its place there.
         """
-        self.lanes, self.rate_G, self.draw_GN = lanes, rate_G, draw_GN
-        self.per_layer = (layer_L, lanes.per_layer)
+        self.lanes, self.rate_G = lanes, rate_G
+        self.per_layer = (_layer_keys(draw_GN, layer_L), lanes.per_layer)
 
     def deltas(
         self, layer: tuple[jax.Array, Rows], targets: tuple[str, ...], x_TX: jax.Array
     ) -> tuple[jax.Array | None, ...]:
         """Returns a layer's LoRA deltas as LaneLora's, of x with dropout and the rest scaled up."""
-        index, rows = layer
+        key_G, rows = layer
         if self.lanes.targets.isdisjoint(targets):
             return (None,) * len(targets)
-        drop = functools.partial(self._dropped, index, ALL_TARGETS.index(targets[0]))
+        drop = functools.partial(self._dropped, key_G, ALL_TARGETS.index(targets[0]))
         return self.lanes.deltas(rows, targets, lax.cond((self.rate_G > 0).any(), drop, lambda x: x, x_TX))
 
-    def _dropped(self, layer: jax.Array, target: int, x_TX: jax.Array) -> jax.Array:
+    def _dropped(self, key_G: jax.Array, target: int, x_TX: jax.Array) -> jax.Array:
         x_GJX = x_TX.reshape(self.rate_G.shape[0], -1, x_TX.shape[-1])
 
-        def of_lane(x_JX: jax.Array, rate: jax.Array, draw_N: jax.Array) -> jax.Array:
-            key = jax.random.key(0)
-            for number in (*draw_N, layer, target):
-                key = jax.random.fold_in(key, number)
-            keep_JX = jax.random.uniform(key, x_JX.shape) >= rate
+        def of_lane(x_JX: jax.Array, rate: jax.Array, key: jax.Array) -> jax.Array:
+            keep_JX = jax.random.uniform(jax.random.fold_in(key, target), x_JX.shape) >= rate
             return jnp.where(keep_JX, x_JX.astype(jnp.float32) / (1 - rate), 0).astype(x_JX.dtype)
 
-        return jax.vmap(of_lane)(x_GJX, self.rate_G, self.draw_GN).reshape(x_TX.shape)
+        return jax.vmap(of_lane)(x_GJX, self.rate_G, key_G).reshape(x_TX.shape)
+
+
+def _layer_keys(draw_GN: jax.Array, layer_L: jax.Array) -> jax.Array:
+    """Returns [L, G] keys of the lanes' random numbers in each layer: made once, not in each linear, as a program compiles
+    longer for each."""
+
+    def of(layer: jax.Array, draw_N: jax.Array) -> jax.Array:
+        key = jax.random.key(0)
+        for number in (*draw_N, layer):
+            key = jax.random.fold_in(key, number)
+        return key
+
+    return jax.vmap(jax.vmap(of, (None, 0)), (0, None))(layer_L, draw_GN)
 
 
 class _PoolLora(ABC):

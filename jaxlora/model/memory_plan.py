@@ -543,7 +543,7 @@ def training_needs(config: SizedTrainConfig, targets: Sequence[str], base: BaseS
     rows = config.max_rank * base.rank_bytes(machine, targets)
     vocab = _part((base.config.vocab,), ("vocab",), machine)
     head = HEAD_COPIES * 4 * min(HEAD_TARGETS, config.lane_tokens) * vocab
-    lane = config.lane_tokens * kept_bytes(base, machine, config.remat) + 2 * rows + head
+    lane = config.lane_tokens * kept_bytes(base, machine, config.remat) + rows + head
     work = lanes * config.lane_tokens * token_work(base, machine)
     needs = {
         "weights": base.weights_bytes(machine),

@@ -71,6 +71,46 @@ struct Lora {
   bool wide;  // a and b are float32
 };
 
+// The draw of a token from a row's logits (sampling/op.py).
+struct Draw {
+  const float* x;
+  int64_t V;
+  float temperature, top_p, min_p, uniform;
+  int64_t top_k;
+};
+
+// Returns a number in the order of the floats, and the float of one.
+inline uint32_t ordered(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits >> 31 ? ~bits : bits | 1u << 31;
+}
+inline float unordered(uint32_t number) {
+  const uint32_t bits = number >> 31 ? number & 0x7fffffffu : ~number;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+// Returns the largest float of which those of x at or above it have at least the wanted mass (`mass` of each; null: one each).
+inline float largest_with(const float* x, const float* mass, int64_t V, double wanted) {
+  uint32_t found = 0;
+  double above = 0;
+  std::vector<double> bin;
+  for (int shift = 21, bits = 11; bits; bits = shift ? std::min(shift, 11) : 0, shift -= bits) {
+    bin.assign(1 << bits, 0.0);
+    const uint32_t low = (1u << bits) - 1;
+    for (int64_t v = 0; v < V; ++v) {
+      const uint32_t number = ordered(x[v]);
+      if (uint64_t(number) >> (shift + bits) == found) bin[number >> shift & low] += mass ? mass[v] : 1.0f;
+    }
+    uint32_t b = low;
+    for (; b && above + bin[b] < wanted; --b) above += bin[b];
+    found = found << bits | b;
+  }
+  return unordered(found);
+}
+
 inline float widened(Half bits) {
   const uint32_t wide = uint32_t(bits) << 16;
   float value;
@@ -352,6 +392,20 @@ ffi::Error logsumexp(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::ResultB
   return ffi::Error::Success();
 }
 
+// Takes logits x [B, V] and of each row its temperature, top-p, top-k, min-p and a number in [0, 1); returns the tokens drawn.
+ffi::Error draw(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> temperature, ffi::Buffer<ffi::F32> top_p,
+                Index top_k, ffi::Buffer<ffi::F32> min_p, ffi::Buffer<ffi::F32> uniform, ffi::ResultBuffer<ffi::S32> token) {
+  const int64_t B = x.dimensions()[0], V = x.dimensions()[1];
+  divided(pool, B, B * V < FEW, [=, to = token->typed_data()](int64_t first, int64_t last) {
+    for (int64_t b = first; b < last; ++b) {
+      const Draw d{x.typed_data() + b * V, V, temperature.typed_data()[b], top_p.typed_data()[b], min_p.typed_data()[b],
+                   uniform.typed_data()[b], top_k.typed_data()[b]};
+      to[b] = d.temperature > 0 ? WIDEST(true, draw(d)) : 0;
+    }
+  });
+  return ffi::Error::Success();
+}
+
 Isa best() {
   __builtin_cpu_init();
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return NONE;
@@ -376,6 +430,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxlora_lora, lora,
                               BIND.Arg<Any>().Arg<Index>().Arg<Index>().Arg<Index>().Arg<Index>().RemainingArgs().RemainingRets());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxlora_norm, norm, BIND.Arg<Any>().Arg<Any>().Ret<Any>().Attr<float>("eps"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxlora_logsumexp, logsumexp, BIND.Arg<ffi::Buffer<ffi::F32>>().Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxlora_draw, draw,
+                              BIND.Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::Buffer<ffi::F32>>().Arg<Index>()
+                                  .Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::Buffer<ffi::F32>>().Ret<ffi::Buffer<ffi::S32>>());
 
 // Returns the hash of the sources, so that nothing runs that was built from another.
 extern "C" const char* jaxlora_source() { return JAXLORA_SOURCE; }

@@ -22,7 +22,15 @@ import numpy as np
 LOG = logging.getLogger("pallas_kernels")
 VARIABLE = "JAXLORA_NATIVE"
 INSTRUCTION_SETS = ("off", "avx2", "avx512", "avx512_bf16", "amx")  # in the order of the C++ enumeration
-TARGETS = ("jaxlora_product", "jaxlora_back", "jaxlora_attention", "jaxlora_lora", "jaxlora_norm", "jaxlora_logsumexp")
+TARGETS = (
+    "jaxlora_product",
+    "jaxlora_back",
+    "jaxlora_attention",
+    "jaxlora_lora",
+    "jaxlora_norm",
+    "jaxlora_logsumexp",
+    "jaxlora_draw",
+)
 
 
 @functools.cache

@@ -213,12 +213,23 @@ TARGET void attend_some(const Attention& a, const T* q, const int32_t* page, int
   }
   Ints lane;
   for (int i = 0; i < WIDTH; ++i) lane[i] = i;
+  const auto row_of = [&](int64_t place) { return (page[place / a.Z] * a.Z + place % a.Z) * a.F + head * a.H; };
+  int64_t row[WIDTH], next[WIDTH];  // where the keys and values of these places lie, and those of the ones after them
+  const auto fetch = [&](const void* of, int64_t at) {  // ahead: the processor does not see where the next page is
+    const char* line = static_cast<const char*>(of) + at * sizeof(T);
+    for (int64_t b = 0; b < a.H * int64_t(sizeof(T)); b += 64) _mm_prefetch(line + b, _MM_HINT_T0);
+  };
+  for (int64_t place = low, i = low % WIDTH; i < WIDTH && place <= high; ++place, ++i) next[i] = row_of(place);
   for (int64_t start = low - low % WIDTH; start <= high; start += WIDTH) {
     const int64_t from = std::max(start, low), to = std::min<int64_t>(start + WIDTH - 1, high);
+    std::copy(next, next + WIDTH, row);
+    for (int64_t place = start + WIDTH; place < start + 2 * WIDTH && place <= high; ++place) {
+      next[place - start - WIDTH] = row_of(place);
+      fetch(a.k, next[place - start - WIDTH]);
+    }
     Vector dots[COUNT][WIDTH] = {};
-    int64_t row[WIDTH];
     for (int64_t place = from; place <= to; ++place) {
-      row[place - start] = (page[place / a.Z] * a.Z + place % a.Z) * a.F + head * a.H;
+      fetch(a.v, row[place - start]);
       const T* k = static_cast<const T*>(a.k) + row[place - start];
       Vector dot[COUNT];
       for (int64_t part = 0; part < parts; ++part) {
@@ -340,6 +351,57 @@ TARGET float logsumexp(const float* x, int64_t V) {
   float all = total(sum);
   for (; v < V; ++v) all += exponential(Vector{} + (x[v] - best))[0];
   return best + std::log(all);
+}
+
+// Draws a token; see sampling/op.py.
+TARGET int32_t draw(const Draw& d) {
+  constexpr int64_t SOME = 256;  // tokens of a block, of which only one is looked at alone
+  static thread_local std::vector<float> scaled, share, sum;
+  const int64_t blocks = (d.V + SOME - 1) / SOME;
+  const float nothing = -std::numeric_limits<float>::infinity();
+  scaled.assign(blocks * SOME, nothing);
+  share.resize(blocks * SOME);
+  sum.resize(blocks);
+  Vector most = Vector{} + nothing;
+  int64_t v = 0;
+  for (; v + WIDTH <= d.V; v += WIDTH) most = load(d.x + v) > most ? load(d.x + v) : most;
+  float best = largest(most);
+  for (; v < d.V; ++v) best = std::max(best, d.x[v]);
+  for (v = 0; v + WIDTH <= d.V; v += WIDTH) store_all(scaled.data() + v, (load(d.x + v) - best) / (Vector{} + d.temperature));
+  for (; v < d.V; ++v) scaled[v] = (d.x[v] - best) / d.temperature;
+  // Returns the total of the shares of those that are kept, and writes them, and the sums of blocks.
+  const auto keep = [&](float floor) TARGET {
+    double all = 0;
+    for (int64_t block = 0; block < blocks; ++block) {
+      Vector some = {};
+      for (int64_t i = block * SOME; i < (block + 1) * SOME; i += WIDTH) {
+        const Vector s = load(scaled.data() + i), kept = s >= floor ? exponential(s) : Vector{};
+        store_all(share.data() + i, kept);
+        some += kept;
+      }
+      all += sum[block] = total(some);
+    }
+    return all;
+  };
+  float floor = d.top_k > 0 && d.top_k < d.V ? largest_with(scaled.data(), nullptr, d.V, double(d.top_k)) : nothing;
+  double all = keep(floor);
+  const float before = floor;
+  if (d.top_p < 1) floor = std::max(floor, largest_with(scaled.data(), share.data(), d.V, d.top_p * all));
+  if (d.min_p > 0) floor = std::max(floor, std::log(d.min_p));
+  if (floor > before) all = keep(floor);
+  double left = d.uniform * all;
+  int64_t block = 0, last = 0;
+  for (; block < blocks && left >= sum[block]; ++block) left -= sum[block];
+  if (block == blocks) {  // rounded up to the whole: the last one that is kept
+    for (v = 0; v < d.V; ++v) last = share[v] > 0 ? v : last;
+    return int32_t(last);
+  }
+  for (v = block * SOME; v < std::min(d.V, (block + 1) * SOME); ++v) {
+    if (share[v] > 0) last = v;
+    if (left < share[v]) break;
+    left -= share[v];
+  }
+  return int32_t(last);
 }
 
 }  // namespace AT

@@ -140,7 +140,7 @@ def product(
 ) -> tuple[jax.Array, ...]:
     """Returns [T, Y] of each weight, of x's dtype or of `dtype`, float32.  They share one read of x.
 
-    Differentiable in x; the gradient unpacks one layer.  A token's result has the same bits in any row and beside any others
+    Differentiable in x.  A token's result has the same bits in any row and beside any others
     where the native body runs.
     """
     return _products(jnp.dtype(dtype or x_TX.dtype), x_TX, tuple(weights), layer)
@@ -170,7 +170,8 @@ def many_rows_fit(dtype: jax.typing.DTypeLike) -> bool:
 
 @shaped
 def product_back(d_TY: jax.Array, weight: Packed, layer: jax.Array) -> jax.Array:
-    """Returns [T, X] in d's dtype: d times the transposed weights.  Many rows are worth unpacking the layer for XLA.
+    """Returns [T, X] in d's dtype: d times the transposed weights.  Rows that are many, unless `many_rows_fit`, are
+    worth unpacking the layer for XLA.
 
     A scale is d's: so weights of 8 bits are never held in another form, but for a layer of XLA's body.
     """

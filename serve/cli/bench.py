@@ -19,6 +19,8 @@ from serve.cli.options import Json, Key, connect
 Model = Annotated[str, typer.Option(help='"smollm2", a directory, a .gguf file or a hub id.')]
 Weights = Annotated[Dtype, typer.Option(help="Of the base; auto: bfloat16 where it is clearly faster.")]
 Rounds = Annotated[int, typer.Option(help="The least of so many timings counts.", min=1)]
+Rank = Annotated[int, typer.Option(help="Rank of every adapter.", min=1)]
+Whole = Annotated[bool, typer.Option("--json", help="One JSON object.")]
 if TYPE_CHECKING:
     from serve.cli.http_client import ApiClient
 
@@ -56,7 +58,7 @@ def kernels(
     rows: Annotated[int, typer.Option(help="Sequences of a decode step.", min=1)] = 32,
     adapters: Annotated[int, typer.Option(help="Distinct adapters among them.", min=1)] = 16,
     slots: Annotated[int, typer.Option(help="Slots of the pool.", min=1)] = 64,
-    rank: Annotated[int, typer.Option(help="Rank of every adapter.", min=1)] = 16,
+    rank: Rank = 16,
     lanes: Annotated[int, typer.Option(help="Lanes of training and prefill.", min=1)] = 8,
     tokens: Annotated[int, typer.Option(help="Tokens of a lane.", min=1)] = 128,
     context: Annotated[int, typer.Option(help="Tokens in the KV pages of a sequence.", min=1)] = 512,
@@ -91,9 +93,9 @@ def bench_train(
     tenants: Annotated[int, typer.Option(help="Tenants in one step.", min=1)] = 16,
     lanes: Annotated[int, typer.Option(help="Lanes of each tenant in a step.", min=1)] = 1,
     tokens: Annotated[int, typer.Option(help="Tokens of a lane.", min=1)] = 128,
-    rank: Annotated[int, typer.Option(help="Rank of every adapter.", min=1)] = 16,
+    rank: Rank = 16,
     rounds: Rounds = 5,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    as_json: Whole = False,
 ) -> None:
     """Time a training step: tenants together, one of them alone, and the base's forward and backward pass below both.
 
@@ -118,12 +120,12 @@ def roofline(
         typer.Option(help="Of a decode step; may be repeated (1, 8 and 32).", min=1, show_default=False),
     ] = None,
     adapters: Annotated[int, typer.Option(help="Distinct adapters in a decode step of the most rows.", min=1)] = 16,
-    rank: Annotated[int, typer.Option(help="Rank of every adapter.", min=1)] = 16,
+    rank: Rank = 16,
     context: Annotated[int, typer.Option(help="Tokens of a decoding sequence.", min=1)] = 512,
     lanes: Annotated[int, typer.Option(help="Lanes of prefill and training, each of its own adapter.", min=1)] = 8,
     tokens: Annotated[int, typer.Option(help="Tokens of such a lane.", min=1)] = 128,
     rounds: Rounds = 5,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    as_json: Whole = False,
 ) -> None:
     """Measure what this device can do, and how near the steps of serving and training come to it."""
     from serve.bench.roofline import RooflineSizes, report

@@ -1,3 +1,3 @@
-"""Many replicas behind one address: which of them answers a request.
+"""Several servers behind one address: the front, the replicas and the trainer, and which of them answers a request.
 May import serve/server and everything below it; only serve/cli imports it.
-The router is pure host code: state and clock in, decision out."""
+The router and the relay are pure host code; only `ray_*` and `up` import ray."""

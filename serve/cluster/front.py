@@ -12,9 +12,7 @@ import functools
 import logging
 import os
 import threading
-from collections import Counter
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -25,8 +23,9 @@ from jaxlora.core.errors import Unavailable
 from serve.access.keys import Keys, needs_keys
 from serve.access.rate_limit import Limiter
 from serve.api.gradient.errors import API, gradient_response
-from serve.cluster.peer import About, Chunk, Peer, PeerGone, Report
-from serve.cluster.relay import Ask, Peers, Relay, Sent
+from serve.cluster.peer import About, Chunk, Peer, PeerGone
+from serve.cluster.relay import Peers, Relay
+from serve.cluster.router import Router
 from serve.db.database import Database
 from serve.db.keys import StoredKeys
 from serve.http.drain import Drain
@@ -89,7 +88,7 @@ class Front:
                     open_paths=OPEN_PATHS | {METRICS_PATH} if config.metrics_open else OPEN_PATHS,
                 ),
             )
-            peers, self._found = Peers(LeastLoaded()), threading.Event()
+            peers, self._found = Peers(Router(config.cluster.router)), threading.Event()
             relay = Relay(
                 peers, base_name=about.base_name, default_max_tokens=config.default_max_tokens, keep=servers.keep
             )
@@ -127,10 +126,10 @@ class Front:
         self._end.close()
 
 
-class Followed[S: Sent]:
+class Followed:
     """ASGI application that knows which servers there are for as long as the HTTP server around it runs."""
 
-    def __init__(self, app: ASGIApp, servers: Servers, peers: Peers[S], found: Callable[[], None]):
+    def __init__(self, app: ASGIApp, servers: Servers, peers: Peers, found: Callable[[], None]):
         """found: called when there are a trainer and a replica to ask, again and again."""
         self._app, self._servers, self._peers, self._found = app, servers, peers, found
         self._asking: dict[str, asyncio.Task[None]] = {}
@@ -189,42 +188,3 @@ class Followed[S: Sent]:
                     self._found()
                 await asyncio.sleep(REPORT_S)
         self._peers.leave(server, peer)
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """A request that was given to a replica."""
-
-    replica: str
-
-
-class LeastLoaded:
-    """Chooses the replica with the fewest requests open."""
-
-    def __init__(self) -> None:
-        self._open: Counter[str] = Counter()
-
-    def join(self, name: str, weight: float, report: Report, now_s: float) -> None:
-        """Adds a replica."""
-        self._open[name] = 0
-
-    def report(self, name: str, report: Report, now_s: float) -> None:
-        """Does nothing: what was sent is known."""
-
-    def leave(self, name: str, now_s: float) -> None:
-        """Forgets a replica."""
-        del self._open[name]
-
-    def send(self, ask: Ask, now_s: float, tried: Collection[str]) -> Choice:
-        """Chooses a replica that was not tried.  Raises Unavailable when none is left."""
-        left = self._open.keys() - set(tried)
-        if not left:
-            raise Unavailable("no server can take the request now; retry soon")
-        name = min(left, key=lambda n: (self._open[n], n))
-        self._open[name] += 1
-        return Choice(name)
-
-    def end(self, sent: Choice, now_s: float) -> None:
-        """Takes note that a request has ended."""
-        if sent.replica in self._open:
-            self._open[sent.replica] -= 1

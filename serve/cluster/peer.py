@@ -9,21 +9,9 @@ from typing import Protocol
 from starlette.types import Message, Scope
 
 from jaxlora.core.errors import Unavailable
+from serve.cluster.replica_view import Report
 
 type Chunk = bytes | Awaitable[bytes]  # of a body; the second lies where every process can read it
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Report:
-    """What a server says of itself, for whoever chooses among several."""
-
-    asked_s: float  # when it was asked, on the clock of who asks
-    slots: int
-    rows: int
-    running_rows: int
-    running_tokens: int  # still to be computed
-    waiting_tokens: int
-    adapters: Mapping[tuple[str, str], int]  # tenant and name, in a slot or waiting for one: the tokens left for each
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

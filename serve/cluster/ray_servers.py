@@ -15,7 +15,8 @@ from ray.exceptions import RayError, RayTaskError  # ty: ignore[import-not-found
 from starlette.types import Message, Scope
 
 from jaxlora.core.errors import ConfigInvalid
-from serve.cluster.peer import Chunk, PeerGone, Report
+from serve.cluster.peer import Chunk, PeerGone
+from serve.cluster.replica_view import Report
 
 LOG = logging.getLogger("serve")
 NAMESPACE = "jaxlora"

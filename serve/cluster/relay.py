@@ -1,6 +1,6 @@
 """The application in front of several servers: each request is answered by one of them, unchanged.
 
-    request ─▶ the body is read ─▶ who answers? ─┬─ generates, or reads what all know ─▶ the policy's choice of the replicas
+    request ─▶ the body is read ─▶ who answers? ─┬─ generates, or reads what all know ─▶ the router's choice of the replicas
                                                  └─ everything else ────────────────▶ the trainer, which alone writes
 
 Of a body it looks for the model and where the prompt begins; whether it is right is for the server to say.  A replica that
@@ -15,14 +15,14 @@ import json
 import re
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 from starlette.types import Message, Receive, Scope, Send
 
 from jaxlora.core.errors import Unavailable
 from serve.access.caller import Caller
-from serve.cluster.peer import Chunk, Peer, PeerGone, Report
+from serve.cluster.peer import Chunk, Peer, PeerGone
+from serve.cluster.replica_view import Ask, Report, Sent
+from serve.cluster.router import Router
 from serve.http.drain import OpenEvents
 from serve.http.errors import error_body
 from serve.http.request_log import HEALTH_PATH, READY_PATH
@@ -43,52 +43,11 @@ JOB_NAMES = "ft:"  # of models, which the trainer alone knows
 RELAYED = ("type", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Ask:
-    """What the policy must know of a request."""
-
-    tenant: str
-    adapter: str | None  # None: the base
-    tokens: int  # of the prompt, and those it may generate, roughly
-    beginning: str  # of the prompt's text
-
-
-class Sent(Protocol):
-    """A request that was given to a replica."""
-
-    @property
-    def replica(self) -> str: ...
-
-
-class Policy[S: Sent](Protocol):
-    """Chooses replicas by what they have to do.  Times are of one monotonic clock; a thread at a time."""
-
-    def join(self, name: str, weight: float, report: Report, now_s: float) -> None:
-        """Adds a replica, or one that has started again; it is sent requests in proportion to its weight."""
-        ...
-
-    def report(self, name: str, report: Report, now_s: float) -> None:
-        """Takes in what a replica says."""
-        ...
-
-    def leave(self, name: str, now_s: float) -> None:
-        """Forgets a replica that has stopped or failed; nothing if it is not known."""
-        ...
-
-    def send(self, ask: Ask, now_s: float, tried: Collection[str]) -> S:
-        """Chooses a replica, none of those that were tried.  Raises Unavailable when none is left."""
-        ...
-
-    def end(self, sent: S, now_s: float) -> None:
-        """Takes note that a request has ended, in whichever way."""
-        ...
-
-
-class Peers[S: Sent]:
+class Peers:
     """The servers that can be asked now, and who chooses among the replicas.  Of one event loop."""
 
-    def __init__(self, policy: Policy[S], clock: Callable[[], float] = time.monotonic):
-        self.policy, self.clock = policy, clock
+    def __init__(self, router: Router, clock: Callable[[], float] = time.monotonic):
+        self.router, self.clock = router, clock
         self.replicas: dict[str, Peer] = {}
         self.trainer: Peer | None = None
 
@@ -96,9 +55,9 @@ class Peers[S: Sent]:
         """Takes in what a replica says; one that is not known joins."""
         if self.replicas.get(name) is not peer:
             self.replicas[name] = peer
-            self.policy.join(name, 1.0, report, self.clock())
+            self.router.join(name, 1.0, report, self.clock())
         else:
-            self.policy.report(name, report, self.clock())
+            self.router.report(name, report, self.clock())
 
     def leave(self, name: str, peer: Peer) -> None:
         """Asks a server no more until it reports, unless another process has taken its name."""
@@ -106,23 +65,23 @@ class Peers[S: Sent]:
             self.trainer = None
         elif self.replicas.get(name) is peer:
             del self.replicas[name]
-            self.policy.leave(name, self.clock())
+            self.router.leave(name, self.clock())
 
-    def send(self, ask: Ask, tried: Collection[str]) -> S:
+    def send(self, ask: Ask, tried: Collection[str]) -> Sent:
         """Chooses a replica, none of those that were tried.  Raises Unavailable when none is left."""
-        return self.policy.send(ask, self.clock(), tried)
+        return self.router.send(ask, self.clock(), tried)
 
-    def end(self, sent: S) -> None:
+    def end(self, sent: Sent) -> None:
         """Takes note that a request has ended, in whichever way."""
-        self.policy.end(sent, self.clock())
+        self.router.end(sent, self.clock())
 
 
-class Relay[S: Sent]:
+class Relay:
     """ASGI application within the gate, which has found the caller and bounds the body.  Of one event loop."""
 
     def __init__(
         self,
-        peers: Peers[S],
+        peers: Peers,
         *,
         base_name: str,
         default_max_tokens: int,
@@ -212,7 +171,7 @@ class Relay[S: Sent]:
                 self._peers.end(sent)
 
     def _ask(self, scope: Scope, body: Sequence[Chunk]) -> Ask | None:
-        """Returns what the policy must know of a request; None: only the trainer can answer it."""
+        """Returns what the router must know of a request; None: only the trainer can answer it."""
         what = f"{scope['method']} {scope['path']}"
         caller: Caller | None = scope.get("state", {}).get("caller")
         tenant = "" if caller is None else caller.owner

@@ -26,7 +26,8 @@ from jaxlora.core.progress import Lines, Progress
 from jaxlora.model import compile_cache
 from jaxlora.model.machine import memory_errors
 from serve.cluster.answers import answered
-from serve.cluster.peer import About, Chunk, Report
+from serve.cluster.peer import About, Chunk
+from serve.cluster.replica_view import Report
 from serve.http.drain import Drain
 from serve.observability.logs import logging_to
 from serve.server.app import create_app, most_values

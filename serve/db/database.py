@@ -77,6 +77,7 @@ class Database:
         self._engine = open_engine(parse(url), statement_s=patience_s)
         # A database that is away is asked once a call, not for seconds, until it answers again.
         self._away = False
+        self._closed = False
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="database")
         try:
             if self._engine.dialect.name == "sqlite":  # before anything is written to it
@@ -99,9 +100,10 @@ class Database:
         return str(url.database) if url.get_backend_name() == "sqlite" else url.render_as_string(hide_password=True)
 
     def close(self) -> None:
-        """Closes every connection, once what runs has ended."""
+        """Closes every connection, once what runs has ended; one that another thread still uses, when that ends."""
         self._threads.shutdown(cancel_futures=True)
-        self._engine.dispose()
+        self._closed = True
+        self._engine.pool.dispose()
 
     async def run[**P, Result](self, work: Callable[P, Result], *args: P.args, **kwargs: P.kwargs) -> Result:
         """What `work` gives, called on one of the database's own threads, however long it takes."""
@@ -157,15 +159,19 @@ class Database:
             if self._engine.dialect.name == "sqlite":  # a file that is not there does not come back by itself
                 raise
             raise NotConnected from error
-        with connection:
-            if writes:
-                connection = as_writer(connection)
-            with connection.begin(), Session(connection, expire_on_commit=False) as session:
+        try:
+            with connection:
                 if writes:
-                    self.may_write(session)
-                result = work(session)
-                session.flush()
-                return result
+                    connection = as_writer(connection)
+                with connection.begin(), Session(connection, expire_on_commit=False) as session:
+                    if writes:
+                        self.may_write(session)
+                    result = work(session)
+                    session.flush()
+                    return result
+        finally:
+            if self._closed:
+                self._engine.pool.dispose()
 
 
 def away() -> StorageAway:

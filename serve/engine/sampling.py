@@ -1,7 +1,6 @@
 """Samples tokens from logits on the device, every row with its own parameters as data.
 
-A filter is a threshold on a row's logits, found by bisection over the ordered bits of float32, so nothing is sorted;
-rows that use none, and steps in which no row does, do not pay for it.
+Rows that use no filter, and steps in which no row draws, do not pay for it (`pallas_kernels.sampling.op`).
 
 Shape letters: B rows, V vocabulary, M = 20 best tokens reported, G lanes and J tokens of a lane.
 """
@@ -16,6 +15,7 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.rows.op import logsumexp
+from pallas_kernels.sampling.op import Choices, draw
 from serve.engine.logit_edits import LogitEdits, edited
 from serve.engine.request import MAX_TOP_LOGPROBS, SamplingParams
 
@@ -128,55 +128,15 @@ def _best(x_BV: jax.Array) -> jax.Array:
 
 
 def _draw(logits_BV: jax.Array, greedy_B: jax.Array, batch: SamplingBatch) -> jax.Array:
-    hot_B = batch.temperature_B > 0
-    # The best is 0, so that a tiny temperature cannot make several logits infinite.
-    temperature_B = jnp.where(hot_B, batch.temperature_B, 1.0)
-    scaled_BV = (logits_BV - logits_BV.max(axis=-1, keepdims=True)) / temperature_B[:, None]
-    filters_B = (batch.top_k_B > 0) | (batch.top_p_B < 1) | (batch.min_p_B > 0)
-    floor_B = lax.cond((filters_B & hot_B).any(), _floor, lambda s, b: jnp.full(s.shape[0], -jnp.inf), scaled_BV, batch)
-    kept_BV = jnp.where(scaled_BV >= floor_B[:, None], scaled_BV, -jnp.inf)
-
-    def noise(seed_E: jax.Array, choice: jax.Array, position: jax.Array) -> jax.Array:
+    def uniform(seed_E: jax.Array, choice: jax.Array, position: jax.Array) -> jax.Array:
         key = jax.random.wrap_key_data(seed_E, impl="threefry2x32")
-        key = jax.random.fold_in(jax.random.fold_in(key, choice), position)
-        return jax.random.gumbel(key, (scaled_BV.shape[1],), jnp.float32)
+        return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, choice), position))
 
-    noise_BV = jax.vmap(noise)(batch.seed_BE, batch.choice_B, batch.position_B)
-    drawn_B = _best(kept_BV + noise_BV)
-    return jnp.where(hot_B, drawn_B, greedy_B)
-
-
-def _floor(scaled_BV: jax.Array, batch: SamplingBatch) -> jax.Array:
-    """Returns float32 [B]: the smallest scaled logit that top-k, then top-p of the rest, then min-p keep."""
-    best_B = scaled_BV.max(axis=-1)
-    bits_BV = _ordered(scaled_BV)
-    k_B = jnp.where(batch.top_k_B > 0, batch.top_k_B, scaled_BV.shape[1])
-    by_k_B = _largest_with(bits_BV, jnp.ones_like(scaled_BV), jnp.minimum(k_B, scaled_BV.shape[1]).astype(jnp.float32))
-    share_BV = jnp.where(bits_BV >= by_k_B[:, None], jnp.exp(scaled_BV - best_B[:, None]), 0.0)
-    wanted_B = batch.top_p_B * share_BV.sum(-1)
-    by_p_B = jnp.where(batch.top_p_B < 1, _largest_with(bits_BV, share_BV, wanted_B), by_k_B)
-    floor_B = _value(jnp.maximum(by_k_B, by_p_B))
-    return jnp.maximum(floor_B, best_B + jnp.log(jnp.maximum(batch.min_p_B, 0.0)))
-
-
-def _ordered(x: jax.Array) -> jax.Array:
-    """Returns uint32 numbers in the order of the floats."""
-    bits = lax.bitcast_convert_type(x, jnp.uint32)
-    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
-
-
-def _value(bits: jax.Array) -> jax.Array:
-    """Returns the float of an ordered number."""
-    raw = jnp.where(bits >> 31 == 1, bits & jnp.uint32((1 << 31) - 1), ~bits)
-    return lax.bitcast_convert_type(raw, jnp.float32)
-
-
-def _largest_with(bits_BV: jax.Array, mass_BV: jax.Array, wanted_B: jax.Array) -> jax.Array:
-    """Returns uint32 [B]: the largest threshold whose entries at or above it hold at least the wanted mass."""
-
-    def one_bit(i: jax.Array, found_B: jax.Array) -> jax.Array:
-        tried_B = found_B | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
-        mass_B = jnp.where(bits_BV >= tried_B[:, None], mass_BV, 0.0).sum(-1)
-        return jnp.where(mass_B >= wanted_B, tried_B, found_B)
-
-    return lax.fori_loop(0, 32, one_bit, jnp.zeros(bits_BV.shape[0], jnp.uint32))
+    choices = Choices(
+        temperature_B=batch.temperature_B,
+        top_p_B=batch.top_p_B,
+        top_k_B=batch.top_k_B,
+        min_p_B=batch.min_p_B,
+        uniform_B=jax.vmap(uniform)(batch.seed_BE, batch.choice_B, batch.position_B),
+    )
+    return jnp.where(batch.temperature_B > 0, draw(logits_BV, choices), greedy_B)

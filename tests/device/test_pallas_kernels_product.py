@@ -214,7 +214,7 @@ def test_a_querys_bits_do_not_depend_on_lane_chunk_or_company(dtype, window):
 @pytest.mark.parametrize("most", library.INSTRUCTION_SETS[:-1])
 def test_every_instruction_set_passes_these(most):
     """In a process of its own, as it is chosen once."""
-    tests = ("product", "paged_attention")
+    tests = ("product", "paged_attention", "rows", "sampling")
     files = [os.path.join(os.path.dirname(__file__), f"test_pallas_kernels_{name}.py") for name in tests]
     command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "-m", "not slow", *files]
     ran = subprocess.run(

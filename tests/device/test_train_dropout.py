@@ -43,7 +43,7 @@ def deltas(lora, layer, targets, x_TX):
 
 def test_what_is_kept_is_scaled_up_and_shared_by_targets_that_share_their_input():
     noisy, _, x_TX = lanes([0.25, 0.5, 0.75])
-    dropped = np.asarray(noisy._dropped(jnp.int32(1), 0, jnp.ones_like(x_TX))).reshape(G, -1)
+    dropped = np.asarray(noisy._dropped(noisy.per_layer[0][1], 0, jnp.ones_like(x_TX))).reshape(G, -1)
     for g, rate in enumerate([0.25, 0.5, 0.75]):
         assert set(np.unique(dropped[g])) == {0.0, np.float32(1 / (1 - rate))}
         assert (dropped[g] == 0).mean() == pytest.approx(rate, abs=0.03)
@@ -57,13 +57,24 @@ def test_what_is_kept_is_scaled_up_and_shared_by_targets_that_share_their_input(
 def test_layers_inputs_steps_and_lanes_drop_different_places_and_the_same_numbers_the_same():
     def kept(layer=0, target=0, draw=(1, 2, 3)):
         noisy, _, x_TX = lanes([0.5] * G, (draw,) * G)
-        return np.asarray(noisy._dropped(jnp.int32(layer), target, jnp.ones_like(x_TX))).reshape(G, -1)
+        return np.asarray(noisy._dropped(noisy.per_layer[0][layer], target, jnp.ones_like(x_TX))).reshape(G, -1)
 
     first = kept()
     assert np.array_equal(first[0], first[1])  # the same numbers in another lane
     assert np.array_equal(first, kept())
     for other in (kept(layer=1), kept(target=3), kept(draw=(2, 2, 3)), kept(draw=(1, 3, 3)), kept(draw=(1, 2, 4))):
         assert 0.4 < (other[0] == first[0]).mean() < 0.6
+
+
+def test_the_numbers_are_folded_in_one_by_one():
+    """A run that goes on from a checkpoint of an older version draws what it would have drawn."""
+    noisy, _, x_TX = lanes([0.5] * G)
+    key = jax.random.key(0)
+    for number in (4, 5, 6, 1, 3):  # of the second lane, the layer, the target
+        key = jax.random.fold_in(key, number)
+    kept_JX = jax.random.uniform(key, (J, x_TX.shape[1])) >= 0.5
+    got = np.asarray(noisy._dropped(noisy.per_layer[0][1], 3, jnp.ones_like(x_TX))).reshape(G, J, -1)[1]
+    np.testing.assert_array_equal(got, np.where(kept_JX, 2.0, 0.0))
 
 
 def test_a_lane_that_drops_nothing_keeps_its_bits_beside_lanes_that_do():

@@ -182,14 +182,14 @@ def test_the_arrays_of_a_step_are_about_what_the_plan_says(monkeypatch):
     monkeypatch.setattr(step_shapes, "base", lambda mesh: whole)
     shape = BaseShape(config=step_shapes.SMOLLM2, dtype="bfloat16", kv_dtype="bfloat16", name="smollm2")
     decode, _, kv = step_shapes.decode(mesh)
-    assert 0.5 < _temporary(decode) / decode_bytes(step_shapes.ROWS, shape, machine) < 1.1
+    # Natively, a draw holds no logits of its own, and rows of adapters are read in place: less than the plan, which holds for both.
+    assert 0.3 < _temporary(decode) / decode_bytes(step_shapes.ROWS, shape, machine) < 1.1
     spec = PoolSpec(slots=8, rank=step_shapes.RANK, dtype="bfloat16", targets=ALL_TARGETS)
     rows, batch = step_shapes.pool(mesh, spec), StepBatch.idle(8, 32, 4)
     layout = Layout.of(batch)
     edits = step_shapes.lanes(mesh, LogitEdits.idle(8, 512, step_shapes.SMOLLM2.vocab))
     words = step_shapes.lanes(mesh, layout.pack(batch))
     prefill = step_program(mesh).lower(step_shapes.base(mesh), rows, kv, words, edits, layout).compile()
-    # Natively, rows of adapters are read in place: less than the plan, which holds for both.
     assert 0.6 < _temporary(prefill) / prefill_bytes(8, 32, shape, machine) < 1.1
     tenant = TenantSection(name="a", train=Path("a.jsonl"), rank=step_shapes.RANK)
     run = TrainConfig(

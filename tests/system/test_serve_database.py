@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,8 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from database_world import event, file_record, gradient_record, job_record, key_record
-from sqlalchemy import inspect, select, text
+from sqlalchemy import Pool, inspect, select, text
+from sqlalchemy.event import listen, remove
 
 from jaxlora.core.errors import ConfigInvalid, NotFound, StorageFailed, StorageFull, Unavailable
 from serve.db.database import Database, open_engine, parse
@@ -154,6 +156,30 @@ class TestTransactions:
         with pytest.raises(Unavailable):
             asyncio.run(database.ask(done.wait, 5))
         done.set()
+
+    def test_a_connection_in_use_while_it_is_closed_is_closed_after_it(self, database):
+        """Else Python warns of it whenever it is collected."""
+        begun, go_on, closed = threading.Event(), threading.Event(), []
+
+        def heard(connection, record):
+            closed.append(connection)
+
+        def work(session):
+            begun.set()
+            assert go_on.wait(10)
+            return session.connection().connection.dbapi_connection
+
+        listen(Pool, "close", heard)
+        try:
+            with ThreadPoolExecutor() as threads:
+                answer = threads.submit(database.read, work)
+                assert begun.wait(10)
+                database.close()
+                go_on.set()
+                used = answer.result()
+            assert any(used is connection for connection in closed)
+        finally:
+            remove(Pool, "close", heard)
 
     @pytest.mark.parametrize(
         "url",

@@ -8,10 +8,13 @@ from dataclasses import replace
 
 import pytest
 
+from jaxlora.config.cluster import RouterSection
 from serve.cluster import front
-from serve.cluster.front import REPLICA, TRAINER, Followed, LeastLoaded
-from serve.cluster.peer import PeerGone, Report
+from serve.cluster.front import REPLICA, TRAINER, Followed
+from serve.cluster.peer import PeerGone
 from serve.cluster.relay import Peers
+from serve.cluster.replica_view import Report
+from serve.cluster.router import Router
 
 IDLE = Report(asked_s=0.0, slots=2, rows=4, running_rows=0, running_tokens=0, waiting_tokens=0, adapters={})
 
@@ -58,7 +61,7 @@ def quick(monkeypatch):
 @contextlib.asynccontextmanager
 async def living(servers):
     """(the servers that can be asked) while an HTTP server around the front runs."""
-    peers, messages, told, found = Peers(LeastLoaded()), asyncio.Queue(), [], asyncio.Event()
+    peers, messages, told, found = Peers(Router(RouterSection())), asyncio.Queue(), [], asyncio.Event()
 
     async def send(message):
         told.append(message["type"])

@@ -7,18 +7,19 @@ import copy
 import json
 import re
 import time
-from types import SimpleNamespace
 
 import httpx2
 import openai
 import pytest
 from fake_backend import BASE, HI, FakeBackend, events, serving
 
+from jaxlora.config.cluster import RouterSection
 from jaxlora.core.errors import Overloaded, Unavailable
 from serve.cluster.answers import answered
-from serve.cluster.front import LeastLoaded
-from serve.cluster.peer import PeerGone, Report
-from serve.cluster.relay import CHUNK_BYTES, Ask, Peers, Relay
+from serve.cluster.peer import PeerGone
+from serve.cluster.relay import CHUNK_BYTES, Peers, Relay
+from serve.cluster.replica_view import Ask, Report
+from serve.cluster.router import Router
 from serve.http.errors import ErrorShapes
 from serve.server.app import create_app
 from serve.server.gate import AppConfig, Gate
@@ -54,26 +55,31 @@ def fake_server(**settings):
     return backend, LocalPeer(create_app(backend, CONFIG))
 
 
-class Order(LeastLoaded):
+class Order(Router):
     """Chooses the first by name that was not tried, and keeps what it was asked."""
 
     def __init__(self):
-        super().__init__()
-        self.asks, self.left = [], []
+        super().__init__(RouterSection())
+        self.asks, self.left, self.open = [], [], set()
 
-    def send(self, ask, now_s, tried):
+    def send(self, ask, now_s, tried=()):
         self.asks.append(ask)
-        for name in self._open:
-            self._open[name] = 0
-        return super().send(ask, now_s, tried)
+        sent = super().send(ask, now_s, {*"abc"} - {min({*self._replicas} - {*tried}, default="")})
+        self.open.add(sent)
+        return sent
+
+    def end(self, sent, now_s):
+        self.open.remove(sent)
+        super().end(sent, now_s)
 
     def leave(self, name, now_s):
-        self.left.append(name)
+        if name in self._replicas:
+            self.left.append(name)
         super().leave(name, now_s)
 
 
 def front(*replicas, trainer=None):
-    """(the app in front of them, its policy); the replicas are called a, b, …"""
+    """(the app in front of them, its peers); the replicas are called a, b, …"""
     peers = Peers(Order())
     for name, peer in zip("abc", replicas, strict=False):
         peers.report(name, peer, IDLE)
@@ -212,11 +218,11 @@ def test_who_answers(method, path, body, by_trainer):
         ("/v1/chat/completions", [1, 2], Ask(tenant="local", adapter="", tokens=64, beginning="")),
     ],
 )
-def test_what_the_policy_is_asked(two, path, body, ask):
+def test_what_the_router_is_asked(two, path, body, ask):
     app, peers = front(two[0][1])
     with serving(app) as url:
         sent = len(httpx2.post(url + path, json=body).request.content) // 4
-    (asked,) = peers.policy.asks
+    (asked,) = peers.router.asks
     prompt = 250 if "x" * 999 in json.dumps(body) else 0
     assert (asked.tenant, asked.adapter, asked.beginning) == (ask.tenant, ask.adapter, ask.beginning)
     assert asked.tokens == ask.tokens - prompt + sent
@@ -231,7 +237,7 @@ def test_a_replica_gone_before_its_answer_is_passed_over(two):
         assert httpx2.post(url + "/v1/chat/completions", json=CHAT).status_code == 200
     assert (response.status_code, response.json()["choices"][0]["message"]["content"]) == (200, "Grüße 🌍 0.0")
     assert (len(first.asked), len(second.asked)) == (1, 2)
-    assert (peers.policy.left, list(peers.replicas)) == (["a"], ["b"])
+    assert (peers.router.left, list(peers.replicas)) == (["a"], ["b"])
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -285,7 +291,7 @@ def test_a_refusal_is_taken_to_another_and_the_last_one_is_told():
             response = httpx2.post(url + "/v1/chat/completions", json=CHAT)
         assert (response.status_code, response.headers["retry-after"]) == (503, "1")
         assert response.json()["error"]["code"] == Overloaded.code
-        assert peers.policy.left == []
+        assert peers.router.left == []
 
 
 def test_without_servers_it_says_so():
@@ -309,7 +315,7 @@ def test_whoever_leaves_frees_what_the_request_holds(two):
         deadline = time.monotonic() + 5
         while peer.closed < 2 and time.monotonic() < deadline:
             time.sleep(0.01)
-    assert (peer.closed, dict(peers.policy._open)) == (2, {"a": 0})
+    assert (peer.closed, peers.router.open) == (2, set())
 
 
 def test_a_large_body_comes_in_parts_and_whole():
@@ -324,7 +330,7 @@ def test_a_large_body_comes_in_parts_and_whole():
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"ok"})
 
-    peers, sent = Peers(LeastLoaded()), bytes(range(256)) * (CHUNK_BYTES // 100)
+    peers, sent = Peers(Router(RouterSection())), bytes(range(256)) * (CHUNK_BYTES // 100)
     peers.trainer = peer = LocalPeer(app)
     kept = []
 
@@ -374,18 +380,3 @@ def test_an_app_that_fails_after_it_began_is_cut():
 
     with pytest.raises(RuntimeError, match="a mistake of ours"):
         asyncio.run(read())
-
-
-def test_the_placeholder_takes_the_least_loaded():
-    policy = LeastLoaded()
-    for name in "ab":
-        policy.join(name, 1.0, IDLE, 0.0)
-    ask = SimpleNamespace()
-    first, second, third = (policy.send(ask, 0.0, []) for _ in range(3))
-    assert (first.replica, second.replica, third.replica) == ("a", "b", "a")
-    policy.end(first, 0.0)
-    policy.end(third, 0.0)
-    assert policy.send(ask, 0.0, []).replica == "a"
-    assert policy.send(ask, 0.0, ["a"]).replica == "b"
-    with pytest.raises(Unavailable):
-        policy.send(ask, 0.0, ["a", "b"])

@@ -18,13 +18,15 @@ def threads():
 
 
 def test_a_tenant_of_many_long_calls_holds_one_thread(threads):
-    hold, running = threading.Event(), []
+    hold, begun, running = threading.Event(), threading.Event(), []
 
     def long():
         running.append(None)
+        begun.set()
         assert hold.wait(10)
 
     busy = [threads.submit("busy", long) for _ in range(5)]
+    assert begun.wait(10)
     assert threads.submit("quiet", lambda x: x + 1, 1).result(10) == 2
     assert threads.submit("other", lambda: 3).result(10) == 3
     assert len(running) == 1

@@ -93,7 +93,7 @@ class StepLora(LaneLora):
         if head[0]:
             self.head = self._followed(lane_rows(head, slot_G), 0)[HEAD_TARGET]
 
-    def deltas(  # ty: ignore[invalid-method-override]
+    def deltas(  # ty: ignore[incompatible-method-override]
         self, layer: jax.Array, targets: tuple[str, ...], x_TX: jax.Array
     ) -> tuple[jax.Array | None, ...]:
         """Returns a layer's LoRA deltas, as LaneLora.deltas does."""
