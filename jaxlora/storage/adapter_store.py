@@ -23,6 +23,7 @@ from pathlib import Path
 from jaxlora.core.errors import AdapterNotFound, AlreadyExists, StateInvalid, StorageAway, StorageFailed
 from jaxlora.core.lora import Adapter, AdapterRef, AdapterWeights, check_name
 from jaxlora.storage.adapter_files import About, is_damage
+from jaxlora.storage.followed_adapters import FollowedVersions
 from jaxlora.storage.host_cache import HostMemory, HostTier
 from jaxlora.storage.remote_adapters import RemoteVersions
 from jaxlora.storage.single_flight import SingleFlight
@@ -41,11 +42,16 @@ class AdapterStore:
     """
 
     def __init__(
-        self, root: Path, *, host_bytes: int, remote: RemoteVersions | None = None, reads: bool = False
+        self,
+        root: Path,
+        *,
+        host_bytes: int,
+        remote: RemoteVersions | FollowedVersions | None = None,
+        reads: bool = False,
     ) -> None:
         """remote: object storage behind the folder, not started; the store starts and closes it.
 
-        reads: follows the store of another process, and refuses every change.
+        reads: follows the store of another process, and refuses every change; without `remote` in that one's folder.
         Raises StorageFailed when the folder cannot be made, StateInvalid, naming it, when another store has it open, or
         when it is to be read and none ever had; with `remote` StorageAway when object storage does not answer.
         """
@@ -94,16 +100,19 @@ class AdapterStore:
     def take_news(self) -> builtins.list[AdapterRef]:
         """Returns the versions that another process has made since the last call, for a store that reads.
 
-        Raises StorageFailed.
+        Raises StorageFailed, and with object storage StorageAway.
         """
-        self._look()
+        self._look(asks=True)
         with self._state:
             came, self._came = self._came, []
             return came
 
-    def _look(self) -> None:
-        """Takes in what the process that writes has changed.  A `stat` where it has changed nothing."""
-        if not self._reads:
+    def _look(self, *, asks: bool = False) -> None:
+        """Takes in what the process that writes has changed.  A `stat` where it has changed nothing.
+
+        asks: the network, where that must be asked.
+        """
+        if not self._reads or (self._files.asks_network and not asks):
             return
         with self._counters:
             changes = self._files.news()

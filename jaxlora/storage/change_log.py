@@ -1,11 +1,12 @@
-"""The changes of a store's versions, for processes that read it while another writes: a line each in one file.
+"""The changes of a store's versions, for processes that read it while another writes: a line each.
 
-    ID            drawn whenever the file is begun: at each start of the store that writes, and when the file has grown
-    +TENANT/NAME/VERSION    the version is complete on disk
+    ID            drawn whenever the lines are begun: at each start of the store that writes, and when they have grown
+    +TENANT/NAME/VERSION    the version is complete
     -TENANT/NAME/VERSION    it is deleted, or its deletion is promised
 
-A reader that finds another ID than before reads the folder itself again; else the lines that are new to it.  A look at a
-file that has not changed is one `stat`.
+A reader that finds another ID than before reads the folder itself again; else the lines that are new to it.  On a disk they
+are a file; a look at one that has not changed is one `stat`.  With object storage they are an object as well, which is
+written again whenever it has changed.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from jaxlora.core.atomic_files import replace_file
 from jaxlora.core.lora import AdapterRef
 
 MOST_BYTES = 2**20  # before the file is begun again
+MOST_OBJECT_BYTES = 2**16  # all of it is written each time
 ID_BYTES = 33
 
 type Change = tuple[bool, AdapterRef]  # whether the version came, else it left
@@ -70,6 +72,32 @@ class ChangeReader:
         whole = lines.rfind(b"\n") + 1  # the last line may still be on its way
         self._seen, self._id, self._at = seen, id, ID_BYTES + whole
         return [_parsed(line) for line in lines[skipped:whole].decode().splitlines()] if is_same else None
+
+
+class ChangeObject:
+    """Such lines as an object, where a version that came is called as its own object is.  The caller serialises calls."""
+
+    def __init__(self) -> None:
+        """Begins them."""
+        self._begin()
+
+    def add(self, line: str) -> None:
+        """Adds a line."""
+        self._data += f"{line}\n".encode()
+        if len(self._data) > MOST_OBJECT_BYTES:
+            self._begin()
+
+    def data(self) -> bytes:
+        """Returns the object."""
+        return bytes(self._data)
+
+    def _begin(self) -> None:
+        self._data = bytearray(f"{uuid.uuid4().hex}\n".encode())
+
+
+def lines_after(before: bytes, data: bytes) -> list[str] | None:
+    """Returns the lines of an object since it was `before`; None: anything may have changed."""
+    return data[len(before) :].decode().splitlines() if before and data.startswith(before) else None
 
 
 def _parsed(line: str) -> Change:

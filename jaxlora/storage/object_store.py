@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, cast
 from obstore.exceptions import (
     AlreadyExistsError,
     BaseError,
+    NotModifiedError,
     NotSupportedError,
     PermissionDeniedError,
     PreconditionError,
@@ -37,10 +38,10 @@ from obstore.exceptions import (
 from obstore.store import LocalStore, from_url
 
 from jaxlora.core.atomic_files import disk_errors, lock_folder, sha256_of
-from jaxlora.core.errors import ConfigInvalid, JaxLoraError, NotFound, StorageAway, StorageFailed
+from jaxlora.core.errors import ConfigInvalid, JaxLoraError, NotFound, StateInvalid, StorageAway, StorageFailed
 
 if TYPE_CHECKING:
-    from obstore import GetResult, ObjectMeta, PutResult, UpdateVersion
+    from obstore import GetOptions, GetResult, ObjectMeta, PutResult, UpdateVersion
     from obstore.store import ClientConfig, ObjectStore
 
 type Version = UpdateVersion  # of an object, by which a store detects whether it was replaced
@@ -55,7 +56,7 @@ ENVIRONMENT = {"s3": "AWS_", "s3a": "AWS_", "gs": "GOOGLE_"}
 CLIENT_SETTINGS = ("allow_http", "allow_invalid_certificates", "connect_timeout", "proxy_url", "root_certificate")
 PART_BYTES, PARTS_AT_ONCE = 5 * 2**20, 4  # of an upload
 NEVER_BETTER = (PermissionError, PermissionDeniedError, UnauthenticatedError, NotSupportedError)
-CHANGED = (AlreadyExistsError, PreconditionError)
+CHANGED = (AlreadyExistsError, NotModifiedError, PreconditionError)
 
 
 class Blobs:
@@ -64,10 +65,10 @@ class Blobs:
     Any tenant may read an error's message, so it names no object; the log does.
     """
 
-    def __init__(self, url: str, *, timeout_s: float, store: ObjectStore | None = None):
+    def __init__(self, url: str, *, timeout_s: float, store: ObjectStore | None = None, reads: bool = False):
         """timeout_s: of one attempt, besides the time its bytes take.  store: the store of the URL; None: opens it.
 
-        Writes, replaces, lists and removes an object.  Raises ConfigInvalid for an URL that obstore does not open,
+        Writes, replaces, lists and removes an object, unless it is only to read, and then refuses to write.  Raises ConfigInvalid for an URL that obstore does not open,
         StorageAway when it does not respond, StorageFailed when it may not be written or excludes no second writer.
         """
         self.url, self._timeout_s = url, timeout_s
@@ -82,8 +83,10 @@ class Blobs:
         self._busy = threading.BoundedSemaphore(AT_ONCE)
         self.may_write: Callable[[], None] = lambda: None  # raises when this process may no longer write
         self.epoch = 0  # of the lease: objects that are written again under their name have it in the name
+        if reads:
+            self.may_write = refuse
         try:
-            self._probe()
+            self.list("probe/") if reads else self._probe()
         except NotFound as error:
             raise ConfigInvalid(f"blobs.url: {url}: there is no such bucket; make it", param="blobs.url") from error
 
@@ -119,6 +122,20 @@ class Blobs:
         try:
             return self._call(f"{key} was not read", 0, read)
         except NotFound:
+            return None
+
+    def get_if_changed(self, key: str, version: Version | None) -> tuple[bytes, Version] | None:
+        """Returns a small object and its version; None while it has this one.  Raises NotFound, StorageAway, StorageFailed."""
+        e_tag = None if version is None else version.get("e_tag")
+        options: GetOptions = {} if e_tag is None else {"if_none_match": e_tag}
+
+        def read() -> tuple[bytes, Version]:
+            result = self._store.get(key, options=options)
+            return bytes(result.bytes()), _version(result.meta)
+
+        try:
+            return self._call(f"{key} was not read", 0, read)
+        except NotModifiedError:
             return None
 
     def put_if(self, key: str, data: bytes, version: Version | None) -> Version | None:
@@ -306,6 +323,11 @@ class Blobs:
 
         threading.Thread(target=run, name="blobs", daemon=True).start()
         return future.result(limit_s)
+
+
+def refuse() -> None:
+    """Raises StateInvalid: this process only reads."""
+    raise StateInvalid("object storage is only read here; another server of the cluster writes to it")
 
 
 def _open(url: str, timeout_s: float) -> ObjectStore:

@@ -3,6 +3,7 @@
     adapters/TENANT/NAME/VERSION_CREATED_RANK_BYTES.zip    a version
     deleted/TENANT/NAME/NUMBER                             this and all lower versions of the name are deleted
     deleted/TENANT/NAME/VERSION.only                       this one is
+    changes                                                see change_log.py; for those who follow
 
 Two listings at the start describe all of ten thousand adapters; afterwards nothing is listed.  Versions are sent
 by one thread, in order; a failed one is retried until it is sent.
@@ -15,30 +16,119 @@ import logging
 import re
 import shutil
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence, Set
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 
 from jaxlora.core.atomic_files import to_trash
 from jaxlora.core.errors import StorageAway
 from jaxlora.core.lora import AdapterRef
 from jaxlora.storage.adapter_files import About, describe
+from jaxlora.storage.change_log import ChangeObject
 from jaxlora.storage.disk_cache import DiskCopies
 from jaxlora.storage.object_store import FOLDER_SUFFIX, Blobs
 
 LOG = logging.getLogger("jaxlora")
-VERSIONS, DELETED = "adapters/", "deleted/"
+VERSIONS, DELETED, CHANGES = "adapters/", "deleted/", "changes"
 KEY_PATTERN = re.compile(r"adapters/([^/]+)/([^/]+)/([1-9][0-9]*)_([0-9.e+]+)_([1-9][0-9]*)_([0-9]+)\.zip")
 DELETED_PATTERN = re.compile(r"deleted/([^/]+)/([^/]+)/([1-9][0-9]*)(\.only)?")
 RETRY_S = 20.0
+TELL_S = 0.25  # between two writings of the changes, while there is more to do
 FLUSH_S = 60.0
 
 
-class RemoteVersions:
-    """The versions of one store in object storage.  Thread-safe; call `start` first."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Listing:
+    """What object storage holds of a store."""
+
+    known: Mapping[AdapterRef, About]
+    floors: Mapping[tuple[str, str], int]  # the newest deletion of all versions of a name
+    deleted: Set[AdapterRef]  # one by one
+    leftovers: Sequence[str]  # keys of what is deleted and still there
+
+    def is_deleted(self, ref: AdapterRef) -> bool:
+        """Returns whether the version is marked as deleted, alone or with all of its name."""
+        return ref in self.deleted or ref.version <= self.floors.get((ref.tenant, ref.name), 0)
+
+
+def listed(blobs: Blobs) -> Listing:
+    """Lists a store's versions.  Raises StorageAway, StorageFailed."""
+    floors: dict[tuple[str, str], int] = {}
+    deleted: set[AdapterRef] = set()
+    for key in blobs.list(DELETED):
+        if (match := DELETED_PATTERN.fullmatch(key)) and match[4]:
+            deleted.add(AdapterRef(match[1], match[2], int(match[3])))
+        elif match:
+            owner = match[1], match[2]
+            floors[owner] = max(floors.get(owner, 0), int(match[3]))
+    known, leftovers = dict[AdapterRef, About](), list[str]()
+    marks = Listing(known=known, floors=floors, deleted=deleted, leftovers=leftovers)
+    for key in blobs.list(VERSIONS):
+        if (named := parsed(key)) is not None and marks.is_deleted(named[0]):
+            leftovers.append(key)
+        elif named is not None:
+            known[named[0]] = named[1]
+    return marks
+
+
+def parsed(key: str) -> tuple[AdapterRef, About] | None:
+    """Returns the version that an object is, and its description; None for another object."""
+    if (match := KEY_PATTERN.fullmatch(key)) is None:
+        return None
+    return AdapterRef(match[1], match[2], int(match[3])), (float(match[4]), int(match[5]), int(match[6]))
+
+
+class VersionCopies:
+    """Versions as folders on this disk, fetched from object storage when they are used.  Thread-safe."""
 
     def __init__(self, blobs: Blobs, copies: DiskCopies):
         self._blobs, self._copies = blobs, copies
+
+    def _place(self, adapters: Path, trash: Path) -> None:
+        """Sets the folders of all versions and of what is being fetched or removed."""
+        self._adapters, self._trash = adapters, trash
+
+    def about(self, ref: AdapterRef) -> About | None:
+        """Returns the description of a version in object storage, None when it is not there."""
+        raise NotImplementedError
+
+    def here(self, ref: AdapterRef) -> AbstractContextManager[None]:
+        """Keeps the version's folder on this disk inside the block, fetching it if missing.
+
+        Raises NotFound, StorageAway, StorageFull, StorageFailed.
+        """
+        return self._copies.using(self._folder(ref), lambda folder: self._bring(ref, folder))
+
+    def drop_copy(self, ref: AdapterRef) -> bool:
+        """Removes the folder of a version that can be fetched again.  Returns False where it cannot."""
+        if self.about(ref) is None:
+            return False
+        self._copies.forget(self._folder(ref))
+        self._discard(self._folder(ref))
+        return True
+
+    def _bring(self, ref: AdapterRef, folder: Path) -> None:
+        about = self.about(ref)
+        if about is not None:  # else it is being written to the disk, or was damaged there: the reader will raise
+            self._blobs.get_folder(key_of(ref, about), folder, self._trash)
+            self._copies.add(folder, self._discard)
+
+    def _discard(self, folder: Path) -> None:
+        """Removes a folder completely."""
+        if (out := to_trash(folder, self._trash)) is not None:
+            shutil.rmtree(out, ignore_errors=True)
+
+    def _folder(self, ref: AdapterRef) -> Path:
+        return self._adapters / ref.tenant / ref.name / str(ref.version)
+
+
+class RemoteVersions(VersionCopies):
+    """The versions of one store in object storage.  Thread-safe; call `start` first."""
+
+    def __init__(self, blobs: Blobs, copies: DiskCopies):
+        super().__init__(blobs, copies)
         self._changed = threading.Condition()
         self._known: dict[AdapterRef, About] = {}  # sent
         self._floors: dict[tuple[str, str], int] = {}  # number of the newest deletion of all versions
@@ -47,6 +137,8 @@ class RemoteVersions:
         self._removing: dict[str, None] = {}  # keys, an ordered set
         self._errors: dict[AdapterRef | str, Exception] = {}  # of the last attempt
         self._found: list[Path] = []  # copies that existed at the start
+        self._changes, self._untold = ChangeObject(), True  # whether it is to be written
+        self._told_s = 0.0  # when it was, monotonic
         self._ended = False
         self._thread = threading.Thread(target=self._run, name="adapter-sender", daemon=True)
 
@@ -56,20 +148,10 @@ class RemoteVersions:
         Those of `local` that are missing there are sent soon; those of a deleted adapter are moved to the trash.
         Raises StorageAway, StorageFailed.
         """
-        self._adapters, self._trash = adapters, trash
-        for key in self._blobs.list(DELETED):
-            if (match := DELETED_PATTERN.fullmatch(key)) and match[4]:
-                self._deleted.add(AdapterRef(match[1], match[2], int(match[3])))
-            elif match:
-                owner = match[1], match[2]
-                self._floors[owner] = max(self._floors.get(owner, 0), int(match[3]))
-        for key in self._blobs.list(VERSIONS):
-            if match := KEY_PATTERN.fullmatch(key):
-                ref = AdapterRef(match[1], match[2], int(match[3]))
-                if self.is_deleted(ref):
-                    self._removing[key] = None
-                else:
-                    self._known[ref] = float(match[4]), int(match[5]), int(match[6])
+        self._place(adapters, trash)
+        there = listed(self._blobs)
+        self._known, self._floors, self._deleted = dict(there.known), dict(there.floors), set(there.deleted)
+        self._removing = dict.fromkeys(there.leftovers)
         for (tenant, name), versions in local.items():
             for version in sorted(versions):
                 ref = AdapterRef(tenant, name, version)
@@ -95,21 +177,6 @@ class RemoteVersions:
         """Returns the description of a version in object storage, None when it is not there."""
         with self._changed:
             return self._known.get(ref)
-
-    def here(self, ref: AdapterRef) -> AbstractContextManager[None]:
-        """Keeps the version's folder on this disk inside the block, fetching it if missing.
-
-        Raises NotFound, StorageAway, StorageFull, StorageFailed.
-        """
-        return self._copies.using(self._folder(ref), lambda folder: self._bring(ref, folder))
-
-    def drop_copy(self, ref: AdapterRef) -> bool:
-        """Removes the folder of a version that can be fetched again.  Returns False where it cannot."""
-        if self.about(ref) is None:
-            return False
-        self._copies.forget(self._folder(ref))
-        self._discard(self._folder(ref))
-        return True
 
     def send(self, ref: AdapterRef) -> None:
         """Queues a version that is on disk for sending."""
@@ -145,6 +212,8 @@ class RemoteVersions:
             for ref in [r for r in self._deleted if (r.tenant, r.name) == (tenant, name) and r.version <= minted]:
                 self._deleted.discard(ref)
                 self._remove(_mark(ref))
+            for ref in [r for r in self._known if (r.tenant, r.name) == (tenant, name) and r.version <= minted]:
+                self._tell(f"-{ref.tenant}/{ref.name}/{ref.version}")
 
     def retire_version(self, ref: AdapterRef) -> None:
         """Marks one version as deleted, for good.  The mark is stored on return; removal follows.
@@ -154,6 +223,7 @@ class RemoteVersions:
         self._blobs.put_bytes(_mark(ref), b"deleted")
         with self._changed:
             self._deleted.add(ref)
+            self._tell(f"-{ref.tenant}/{ref.name}/{ref.version}")
 
     def forget(self, ref: AdapterRef) -> None:
         """Stops sending a deleted version, and removes it soon."""
@@ -163,7 +233,8 @@ class RemoteVersions:
             self._errors.pop(ref, None)
             about = self._known.pop(ref, None)
             if about is not None:
-                self._remove(_key(ref, about) + FOLDER_SUFFIX)
+                self._tell(f"-{ref.tenant}/{ref.name}/{ref.version}")
+                self._remove(key_of(ref, about) + FOLDER_SUFFIX)
             self._changed.notify_all()
 
     def flush(self) -> dict[AdapterRef, Exception]:
@@ -190,7 +261,9 @@ class RemoteVersions:
         while (item := self._next()) is not None:
             error: Exception | None = None
             try:
-                if isinstance(item, str):
+                if item == CHANGES:
+                    self._write_changes()
+                elif isinstance(item, str):
                     self._blobs.delete([item])
                 else:
                     self._send(item)
@@ -217,14 +290,29 @@ class RemoteVersions:
             return None
 
     def _due(self) -> AdapterRef | str | None:
-        """Returns the first task that did not just fail."""
-        items = itertools.chain(self._sending, self._removing)
+        """Returns the first task that did not just fail: the changes several times a second, and when all else is done."""
+        untold = [CHANGES] if self._untold else []
+        is_time = time.monotonic() >= self._told_s + TELL_S
+        items = itertools.chain(untold if is_time else [], self._sending, self._removing, untold)
         return next((item for item in items if item not in self._errors), None)
+
+    def _write_changes(self) -> None:
+        with self._changed:
+            data, self._told_s = self._changes.data(), time.monotonic()
+        self._blobs.put_bytes(CHANGES, data)
+        with self._changed:
+            self._untold = self._changes.data() != data
+
+    def _tell(self, line: str) -> None:
+        """Queues a line for those who follow.  Called with the lock held."""
+        self._changes.add(line)
+        self._untold = True
+        self._changed.notify_all()
 
     def _send(self, ref: AdapterRef) -> None:
         try:
             about = describe(self._folder(ref).parent, ref)
-            key = _key(ref, about)
+            key = key_of(ref, about)
             self._blobs.put_folder(key, self._folder(ref), self._trash)
         except Exception:
             with self._changed:
@@ -234,34 +322,20 @@ class RemoteVersions:
         with self._changed:
             if ref in self._sending:
                 self._known[ref] = about
+                self._tell("+" + key)
             else:
                 self._remove(key + FOLDER_SUFFIX)
                 return
         self._copies.add(self._folder(ref), self._discard)
-
-    # ---- files ----------------------------------------------------------------------------------------------------
-
-    def _bring(self, ref: AdapterRef, folder: Path) -> None:
-        about = self.about(ref)
-        if about is not None:  # else it is being written to the disk, or was damaged there: the reader will raise
-            self._blobs.get_folder(_key(ref, about), folder, self._trash)
-            self._copies.add(folder, self._discard)
-
-    def _discard(self, folder: Path) -> None:
-        """Removes a folder completely."""
-        if (out := to_trash(folder, self._trash)) is not None:
-            shutil.rmtree(out, ignore_errors=True)
 
     def _remove(self, key: str) -> None:
         """Queues an object for removal.  Called with the lock held."""
         self._removing[key] = None
         self._changed.notify_all()
 
-    def _folder(self, ref: AdapterRef) -> Path:
-        return self._adapters / ref.tenant / ref.name / str(ref.version)
 
-
-def _key(ref: AdapterRef, about: About) -> str:
+def key_of(ref: AdapterRef, about: About) -> str:
+    """Returns what the object of a version is called, but for its ending."""
     created, rank, nbytes = about
     return f"{VERSIONS}{ref.tenant}/{ref.name}/{ref.version}_{created!r}_{rank}_{nbytes}"
 

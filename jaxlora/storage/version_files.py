@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 
 from jaxlora.core.atomic_files import lock_folder, to_trash
-from jaxlora.core.errors import NotFound, StateInvalid, StorageFailed
+from jaxlora.core.errors import AdapterNotFound, NotFound, StateInvalid, StorageFailed
 from jaxlora.core.lora import Adapter, AdapterRef
 from jaxlora.storage.adapter_files import (
     About,
@@ -29,7 +29,8 @@ from jaxlora.storage.adapter_files import (
     scan,
 )
 from jaxlora.storage.change_log import Change, ChangeLog, ChangeReader
-from jaxlora.storage.remote_adapters import RemoteVersions
+from jaxlora.storage.followed_adapters import FollowedVersions
+from jaxlora.storage.remote_adapters import RemoteVersions, VersionCopies
 
 # After losing its counters a machine starts so far above the numbers in object storage: a version that was used but not
 # sent yet had one of the numbers between.
@@ -40,35 +41,56 @@ CHANGES = "changes"
 class VersionFiles:
     """Versions, counters and trash under one root, which no other process changes."""
 
-    def __init__(self, root: Path, remote: RemoteVersions | None, *, reads: bool = False):
-        """remote: not started.  reads: another process changes the folder; only what changes nothing may be called.
+    def __init__(self, root: Path, remote: RemoteVersions | FollowedVersions | None, *, reads: bool = False):
+        """remote: not started.  reads: another process changes the store; only what changes nothing may be called.
+
+        A store that is read from object storage has its folder alone, for copies; any other reads what the writer has.
 
         Raises StorageFailed when the folder cannot be made, StateInvalid, naming it, when another store has it open, or
         when it is to be read and none ever had; and what the start of `remote` raises.
         """
-        self._root, self._remote = root.absolute(), remote  # Orbax needs an absolute path
+        self._root = root.absolute()  # Orbax needs an absolute path
+        self._remote = remote if isinstance(remote, RemoteVersions) else None
+        self._followed = remote if isinstance(remote, FollowedVersions) else None
         self._counters = Counters(self._root / "counters")
         self._tombstones = Tombstones(self._root / "deleted")
         self.found: dict[AdapterRef, About | None] = {}  # at the start; None: read its metadata
         self.leftovers: list[Path] = []  # to be passed to `empty`
         self._lock: int | None = None
         self._changes: ChangeLog | ChangeReader = ChangeReader(self._root / CHANGES)
-        if reads:
+        if self._followed is not None:
+            self._follow(self._followed)
+        elif reads:
             self.news()
         else:
             self._take()
 
-    def _take(self) -> None:
-        """Locks the folder and completes what the last process had no time for."""
-        root, remote = self._root, self._remote
+    def _take_folder(self, *names: str) -> None:
+        """Makes the folder and locks it."""
+        root = self._root
         try:
-            for name in ("adapters", "counters", "trash"):
+            for name in names:
                 (root / name).mkdir(parents=True, exist_ok=True)
             self._lock = lock_folder(root)
         except OSError as e:
             raise StorageFailed(f"the adapter store {root} cannot be made ({e.strerror}); choose another folder") from e
         if self._lock is None:
             raise StateInvalid(f"the adapter store {root} is in use; stop who uses it, or name another folder")
+
+    def _follow(self, followed: FollowedVersions) -> None:
+        self._take_folder("adapters", "trash")
+        self.leftovers = list((self._root / "trash").iterdir())
+        try:
+            followed.start(self._root / "adapters", self._root / "trash", _refs(scan(self._root / "adapters")))
+        except BaseException:
+            self.close()
+            raise
+        self.found = dict(followed.known())
+
+    def _take(self) -> None:
+        """Locks the folder and completes what the last process had no time for."""
+        self._take_folder("adapters", "counters", "trash")
+        root, remote = self._root, self._remote
         for ref in self._tombstones.all():  # the last process had no time to delete them
             to_trash(self._folder(ref), root / "trash")
             self._tombstones.remove(ref)
@@ -78,17 +100,26 @@ class VersionFiles:
             try:
                 there = remote.start(root / "adapters", root / "trash", local)
             except BaseException:
-                os.close(self._lock)
+                self._unlock()
                 raise
             self.found = {r: a for r, a in self.found.items() if not remote.is_deleted(r)} | there
         self.leftovers = list((root / "trash").iterdir())
         self._changes = ChangeLog(root / CHANGES)
 
+    @property
+    def asks_network(self) -> bool:
+        """Whether `news` waits for the network."""
+        return self._followed is not None
+
     def news(self) -> list[Change] | None:
         """Returns what the process that writes has changed since the last call; None: `found` is read again.
 
-        Raises StateInvalid when no store of this version ever had the folder open, StorageFailed.
+        Raises Unavailable, StateInvalid when no store of this version ever had the folder open, StorageFailed.
         """
+        if self._followed is not None:
+            changes = self._followed.news()
+            self.found = dict(self._followed.known()) if changes is None else self.found
+            return changes
         assert isinstance(self._changes, ChangeReader), "it reads"
         try:
             changes = self._changes.news()
@@ -109,6 +140,9 @@ class VersionFiles:
         """Unlocks the folder.  Call it once; the files can still be read."""
         if self._remote is not None:
             self._remote.close()
+        self._unlock()
+
+    def _unlock(self) -> None:
         if self._lock is not None:
             os.close(self._lock)
 
@@ -140,7 +174,8 @@ class VersionFiles:
 
     def describe(self, ref: AdapterRef) -> About:
         """Describes a version that `found` has as None.  Raises StorageFailed."""
-        return describe(self._folder(ref).parent, ref)
+        about = None if self._followed is None else self._followed.about(ref)
+        return describe(self._folder(ref).parent, ref) if about is None else about
 
     def load(self, ref: AdapterRef, make_room: Callable[[int], None]) -> tuple[Adapter, float]:
         """Returns (the adapter, its time of `put`), its checksum verified.  make_room: see load_version; may run twice.
@@ -148,7 +183,7 @@ class VersionFiles:
         A copy that is damaged, or of a version that another machine has made since, is fetched again.
         Raises StorageFailed, StorageFull, StorageAway.
         """
-        folder, remote = self._folder(ref).parent, self._remote
+        folder, remote = self._folder(ref).parent, self._remote or self._followed
         if remote is None:
             return load_version(folder, ref, make_room)
         try:
@@ -159,9 +194,11 @@ class VersionFiles:
             return self._load_copy(ref, remote, make_room)
 
     def _load_copy(
-        self, ref: AdapterRef, remote: RemoteVersions, make_room: Callable[[int], None]
+        self, ref: AdapterRef, remote: VersionCopies, make_room: Callable[[int], None]
     ) -> tuple[Adapter, float]:
         about = remote.about(ref)
+        if about is None and self._followed is not None:
+            raise AdapterNotFound(f"{ref} is deleted")
         try:
             with remote.here(ref):
                 adapter, created = load_version(self._folder(ref).parent, ref, make_room)
@@ -223,7 +260,7 @@ class VersionFiles:
 
     def is_here(self, ref: AdapterRef) -> bool:
         """Returns whether the version is read without the network."""
-        return self._remote is None or self._folder(ref).is_dir()
+        return (self._remote is None and self._followed is None) or self._folder(ref).is_dir()
 
     def flush(self) -> dict[AdapterRef, Exception]:
         """Retries once what was not sent; returns what still is not, and why."""

@@ -21,7 +21,7 @@ from starlette.types import Message, Scope
 
 from jaxlora.checkpoints.load import load_found
 from jaxlora.config.serving import ServeConfig
-from jaxlora.core.errors import JaxLoraError, Unavailable
+from jaxlora.core.errors import StorageAway, StorageFailed, Unavailable
 from jaxlora.core.progress import Lines, Progress
 from jaxlora.model import compile_cache
 from jaxlora.model.machine import memory_errors
@@ -140,16 +140,26 @@ def following(server: Server) -> Generator[None]:
     """Has pins and followers go on to the versions that the writing server makes, while it is entered."""
     over = threading.Event()
 
+    def take() -> None:
+        for ref in server.store.take_news():
+            if ref == server.store.latest(ref.tenant, ref.name):
+                server.runner.call(functools.partial(server.runner.engine.announce, ref))
+
     def follow() -> None:
+        sees = True
         while not over.wait(NEWS_S):
             try:
-                for ref in server.store.take_news():
-                    if ref == server.store.latest(ref.tenant, ref.name):
-                        server.runner.call(functools.partial(server.runner.engine.announce, ref))
+                take()
+            except (StorageAway, StorageFailed) as error:
+                if sees:
+                    LOG.error("new versions are not seen: %s", error.message)
+                sees = False
             except Unavailable:
                 return  # the server ends
-            except JaxLoraError as error:
-                LOG.error("new versions are not seen: %s", error.message)
+            else:
+                if not sees:
+                    LOG.warning("new versions are seen again")
+                sees = True
 
     thread = threading.Thread(target=follow, name="adapter-news", daemon=True)
     thread.start()

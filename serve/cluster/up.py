@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import cast
 
 from jaxlora.config.serving import ServeConfig
-from jaxlora.core.errors import ConfigInvalid
 from serve.cluster.front import REPLICA, TRAINER, Front
 from serve.cluster.peer import About, PeerGone
 from serve.cluster.ray_servers import CALLS, Kept, RayServers, connected
@@ -39,8 +38,6 @@ def main(config: ServeConfig, *, address: str | None) -> None:
     not start.
     """
     os.umask(PRIVATE)
-    if config.blobs is not None:
-        raise ConfigInvalid("up keeps adapters in a folder that every server reads; leave out [blobs]")
     config, cluster = on_one_port(config), config.cluster
     if address is None and not cluster.gpus:  # they share this machine's memory
         config = replace(config, memory_share=config.memory_share / (cluster.replicas + 1))

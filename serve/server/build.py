@@ -34,6 +34,7 @@ from jaxlora.model.memory_plan import plan_server
 from jaxlora.peft.folder import import_peft
 from jaxlora.storage.adapter_store import AdapterStore
 from jaxlora.storage.disk_cache import Remote
+from jaxlora.storage.followed_adapters import FollowedVersions
 from jaxlora.storage.remote_adapters import RemoteVersions
 from pallas_kernels.dispatch import cpu_body
 from serve.access.adapter_quota import AdapterQuota
@@ -281,10 +282,18 @@ def app_config(
     )
 
 
-def open_store(config: SizedConfig, remote: Remote | None = None, *, reads: bool = False) -> AdapterStore:
-    """Opens the server's adapters; reads: see AdapterStore.  Raises StorageFailed, StateInvalid, Unavailable as it does."""
-    versions = None if remote is None else RemoteVersions(remote.blobs, remote.copies)
-    return AdapterStore(config.adapters, host_bytes=int(config.host_adapters_gb * 1e9), remote=versions, reads=reads)
+def open_store(config: SizedConfig, instance: Instance | None = None) -> AdapterStore:
+    """Opens the server's adapters, or another server's to read them.  instance: None keeps them in `config.adapters` alone.
+
+    Raises StorageFailed, StateInvalid, Unavailable.
+    """
+    host_bytes = int(config.host_adapters_gb * 1e9)
+    if instance is None:
+        return AdapterStore(config.adapters, host_bytes=host_bytes)
+    remote, reads = instance.remote, instance.reads
+    kind = FollowedVersions if reads else RemoteVersions
+    versions = None if remote is None else kind(remote.blobs, remote.copies)
+    return AdapterStore(instance.adapters, host_bytes=host_bytes, remote=versions, reads=reads)
 
 
 def make_runner(opened: Opened, config: SizedConfig, store: AdapterStore) -> DeviceThread:
@@ -425,7 +434,7 @@ def assembled(config: SizedConfig, instance: Instance, opened: Opened, drain: Dr
 
     Raises as `open_store` and `services` do.
     """
-    store = open_store(config, instance.remote, reads=instance.reads)
+    store = open_store(config, instance)
     try:
         runner = make_runner(opened, config, store)
         with contextlib.ExitStack() as stack:

@@ -8,6 +8,7 @@ Whoever starts with a database that is new, of another server or an older copy i
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from jaxlora.checkpoints.load import Opened
-from jaxlora.config.serving import ServeConfig
+from jaxlora.config.serving import BlobsSection, ServeConfig
 from jaxlora.core.atomic_files import disk_errors, lock_folder, replace_file
 from jaxlora.core.errors import StateInvalid, StorageFailed
 from jaxlora.storage.checkpoints import read_meta
@@ -44,6 +45,7 @@ class Instance:
 
     database: Database
     remote: Remote | None
+    adapters: Path  # the folder of the adapter store, or of this process's copies of another's
     reads: bool = False  # it changes nothing
 
 
@@ -132,12 +134,11 @@ def opened_instance(config: ServeConfig, *, adopt: bool = False) -> Generator[In
         if config.blobs is not None and blobs is not None:
             lease = Lease(blobs, config.data, waiting=lambda who: _tell_waiting("object storage", who))
             stack.callback(lease.close)
-            most_bytes = None if config.blobs.disk_gb is None else int(config.blobs.disk_gb * 1e9)
-            remote = Remote(blobs=blobs, copies=DiskCopies(most_bytes))
+            remote = _remote(config.blobs, blobs)
         record = json.dumps({"format": 1} | claim.identity.to_json()).encode()
         for place in places:
             place.write(record)
-        yield Instance(database=database, remote=remote)
+        yield Instance(database=database, remote=remote, adapters=config.adapters)
 
 
 @contextlib.contextmanager
@@ -150,14 +151,40 @@ def followed_instance(config: ServeConfig) -> Generator[Instance]:
     def refuse(session: object) -> NoReturn:
         raise StateInvalid("this server only reads; another one of its cluster changes the database")
 
-    with contextlib.closing(Database(config.database_url)) as database:
+    with contextlib.ExitStack() as stack:
+        database = stack.enter_context(contextlib.closing(Database(config.database_url)))
         database.may_write = refuse
-        mine, its = StoredInstance(database).identity(), _identity(_Folder(config.adapters, ()))
+        place: _Place = _Folder(config.adapters, ())
+        remote, adapters = None, config.adapters
+        if config.blobs is not None:
+            blobs = Blobs(config.blobs.url, timeout_s=config.blobs.timeout_s, reads=True)
+            place, remote = _Bucket(blobs), _remote(config.blobs, blobs)
+            adapters = stack.enter_context(_own_folder(config.adapters.with_name(f"{config.adapters.name}.copies")))
+        mine, its = StoredInstance(database).identity(), _identity(place)
         if mine is None or its is None or its.id != mine.id:
-            raise StateInvalid(
-                f"the server that keeps {config.adapters} and the database {database.name} must start first"
-            )
-        yield Instance(database=database, remote=None, reads=True)
+            raise StateInvalid(f"the server that keeps {place.name} and the database {database.name} must start first")
+        yield Instance(database=database, remote=remote, adapters=adapters, reads=True)
+
+
+@contextlib.contextmanager
+def _own_folder(several: Path) -> Generator[Path]:
+    """Yields a folder of several that no other process has while it is entered."""
+    for number in itertools.count():
+        folder = several / str(number)
+        with disk_errors(f"the folder {folder}"):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            lock = lock_folder(folder, name=LOCK)
+        if lock is not None:
+            try:
+                yield folder
+            finally:
+                os.close(lock)
+            return
+
+
+def _remote(config: BlobsSection, blobs: Blobs) -> Remote:
+    most_bytes = None if config.disk_gb is None else int(config.disk_gb * 1e9)
+    return Remote(blobs=blobs, copies=DiskCopies(most_bytes))
 
 
 def followed_base(database: Database, opened: Opened) -> Opened:

@@ -83,11 +83,11 @@ class FaultyStore(MemoryStore):
 STORES: dict[str, FaultyStore] = {}
 
 
-def faulty(prefix: str, timeout_s: float = 20.0) -> Blobs:
+def faulty(prefix: str, timeout_s: float = 20.0, *, reads: bool = False) -> Blobs:
     """What any machine sees under faulty://PREFIX; FAULTS begins anew."""
     FAULTS.__init__()
     store = STORES.setdefault(prefix, FaultyStore())
-    found = Blobs(f"faulty://{prefix}", timeout_s=timeout_s, store=store)
+    found = Blobs(f"faulty://{prefix}", timeout_s=timeout_s, store=store, reads=reads)
     FAULTS.calls.clear()
     return found
 
@@ -159,6 +159,8 @@ class _Handler(BaseHTTPRequestHandler):
                 if k.startswith(query["prefix"][0])
             )
             return 200, f"<ListBucketResult><IsTruncated>false</IsTruncated>{rows}</ListBucketResult>".encode()
+        if key in objects and self.headers.get("if-none-match") == _tag(objects[key]):
+            return 304, b""
         return (200, objects[key]) if key in objects else (404, b"")
 
     def _answer(self, status: int, data: bytes = b"", *, tag: str = '"none"') -> None:

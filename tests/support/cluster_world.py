@@ -77,9 +77,9 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(command: str, folder: Path, model: Path) -> Iterator[Running]:
-    """`jaxlora serve` or `jaxlora up` on this folder; killed if it is still there at the end."""
-    (folder / "serve.toml").write_text(CONFIG.format(model=model))
+def running(command: str, folder: Path, model: Path, *, more: str = "") -> Iterator[Running]:
+    """`jaxlora serve` or `jaxlora up` on this folder; killed if it is still there at the end.  more: settings."""
+    (folder / "serve.toml").write_text(CONFIG.format(model=model) + more)
     with (folder / "log.txt").open("a") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "serve.cli.main", command, str(folder / "serve.toml")],

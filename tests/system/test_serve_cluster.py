@@ -318,7 +318,26 @@ def up_on(folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=environment)
 
 
-def test_object_storage_is_refused(tmp_path):
-    (tmp_path / "serve.toml").write_text(CONFIG.format(model=MODEL) + '[blobs]\nurl = "s3://bucket/x"\n')
-    refused = up_on(tmp_path)
-    assert (refused.returncode, "leave out [blobs]" in refused.stderr) == (2, True)
+def test_adapters_in_object_storage(tmp_path):
+    """Each replica has copies of its own; a new version is everywhere soon after it is answered, and a deleted one nowhere."""
+    (tmp_path / "blobs").mkdir()
+    blobs = f'[blobs]\nurl = "file://{tmp_path}/blobs"\n'
+    with running("up", tmp_path, MODEL, more=blobs) as up, httpx2.Client(base_url=up.url, timeout=60) as client:
+        said = []
+        for seed in (2, 3):
+            assert upload(client, "far", zip_of(seeded(seed))).status_code == 200
+            began = time.monotonic()
+            until(lambda n=len(said) + 1: {answers(client, f"far@{n}") for _ in range(6)} == {200}, 20)
+            print(f"a version is on all replicas after {time.monotonic() - began:.2f} s")
+            said.append({answer(client, "far") for _ in range(6)})
+        assert ([len(texts) for texts in said], said[0] != said[1]) == ([1, 1], True)
+        copies = sorted(path.name for path in (tmp_path / "adapters.copies").iterdir())
+        assert copies == ["0", "1"]
+        assert client.delete("/v1/adapters/far").status_code == 200
+        until(lambda: {answers(client, "far") for _ in range(6)} == {404}, 20)
+        assert up.stop() == 0
+
+
+def answers(client: httpx2.Client, model: str) -> int:
+    """The status of a request to it."""
+    return client.post("/v1/completions", json={"model": model, "prompt": [5], "max_tokens": 1}).status_code
