@@ -20,7 +20,7 @@ from fake_tuner import FakeTuner
 from files_world import opened
 
 from jaxlora.config.serving import HttpSection, LimitsSection
-from jaxlora.core.errors import AdapterInvalid
+from jaxlora.core.errors import AdapterInvalid, Unavailable
 from serve.access.rate_limit import Limiter
 from serve.api.adapters.routes import AdaptersRoutes
 from serve.api.files.routes import FilesRoutes
@@ -115,6 +115,9 @@ class Device(FakeBackend):
 
     def end_all(self) -> None:
         pass
+
+    def end_error(self) -> Unavailable:
+        return Unavailable("the server stopped")
 
 
 def main(descriptors: int, header_timeout_s: float) -> None:
