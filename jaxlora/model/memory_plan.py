@@ -373,7 +373,8 @@ def slot_sizes(sized: SizedConfig, base: BaseShape, machine: Machine) -> tuple[S
     """Returns `slot_sizes` with the pages that lie beside them in the memory of `slots` and `kv_pages`; of none, none.
 
     What stays in slots lies beside the new ones while they change, in the memory of the KV, which must hold it.
-    Raises ConfigInvalid, naming the most slots that go, for a size that leaves less, or no page for each row.
+    Raises ConfigInvalid, naming the most slots and the least pages that go, for a size that leaves less, or no page for
+    each row.
     """
     scales = 4 * sum(layer_count(base.config, target) for target in ALL_TARGETS)
     slot = sized.max_rank * base.rank_bytes(machine, itemsize=ITEMSIZE[base.dtype]) + scales
@@ -382,11 +383,12 @@ def slot_sizes(sized: SizedConfig, base: BaseShape, machine: Machine) -> tuple[S
     for slots in sized.slot_sizes:
         least = max(sized.rows * page, before * slot)
         if slots * slot + least > whole:
-            most = max(whole - least, 0) // slot
+            most, pages = (whole - least) // slot, sized.kv_pages - (whole - least - slots * slot) // page
+            fewer = f"take at most {most} slots, or " * (most > before)
             raise ConfigInvalid(
-                f"slot_sizes: {slots} slots leave less than {least / GB:.2f} GB of KV, which rows = {sized.rows} and the "
+                f"slot_sizes: {slots} slots leave less than the {least / GB:.2f} GB of KV that rows = {sized.rows} and the "
                 f"{before} slots that move there need, of the {whole / GB:.2f} GB of slots = {sized.slots} and kv_pages = "
-                f"{sized.kv_pages}; take at most {most}, or raise kv_pages",
+                f"{sized.kv_pages}; {fewer}raise kv_pages to at least {pages}",
                 param="slot_sizes",
             )
         found.append(SlotSize(slots=slots, pages=(whole - slots * slot) // page))
