@@ -212,11 +212,10 @@ class Scheduler:
     def demand(self, now: float) -> Demand:
         """Returns what decides on the number of slots."""
         active = self.active
-        wanted = active.pinned | self._work.keys()
         waits = [now - work.since for ref, work in self._work.items() if ref not in active.entered]
-        full = active.limit == self.slots.count == len(wanted & active.entered.keys())
+        full = len(active.entered) == active.limit == self.slots.count
         return Demand(
-            adapters=len(wanted),
+            adapters=len(active.pinned | self._work.keys()),
             waited_s=max(waits, default=0.0) if full else 0.0,
             pages=self.pages.pages - self.pages.free,
             shortages=self.shortages,

@@ -263,6 +263,7 @@ def test_an_operator_may_set_the_number_of_slots_and_what_there_is_not_is_refuse
 def test_no_more_is_held_at_any_time_than_the_plan_gave(world, sizes, monkeypatch):
     engine = engine_of(world, sizes)
     run_all(engine, [ask(f"r{i}", a, 9, 4) for i, a in enumerate(world.adapters)])  # slots are full of adapters
+    run_all(engine, [ask("one", world.adapters[0], 20, 2)])  # what a batch of few rows keeps on the device is there too
     slot, page = engine.slot_bytes, engine_module.page_bytes(engine._kv)
     plan = sizes[1].slots * slot + sizes[1].pages * page
     held: list[int] = []
@@ -304,24 +305,25 @@ def test_no_more_is_held_at_any_time_than_the_plan_gave(world, sizes, monkeypatc
 
 def test_under_load_slots_follow_the_adapters_and_then_the_pages(world, caplog):
     """4 → 8 → 16 slots while many adapters ask, and back to 4 when a few ask for much."""
-    sizes = planned(world, (4, 8, 16), 560)
-    sizes = tuple(replace(size, pages=size.pages - sizes[-1].pages + 40) for size in sizes)  # few beside 16 slots
+    sizes = (SlotSize(slots=4, pages=200), SlotSize(slots=8, pages=90), SlotSize(slots=16, pages=85))
     engine = engine_of(world, sizes, replace(CONFIG, quantum_s=1.0, host_bytes=10**8))
-    engine.resize(sizes[0])
-    crowd = [world.add(f"crowd{i}", seed=200 + i, rank=1) for i in range(16)]
+    crowd = [world.add(f"crowd{i}", seed=200 + i, rank=1) for i in range(28)]
     answers: dict[str, Answer] = defaultdict(Answer)
     asked: list[Request] = []
     seen: list[int] = [4]
     now = 1000.0
     engine.clock = lambda: now
+    engine.resize(sizes[0])
 
-    def load(seconds: float, adapters: list, *, at_once: int, tokens: int) -> None:
+    def load(seconds: float, adapters: list, *, at_once: int, prompt: int, tokens: int) -> None:
         nonlocal now
         end = now + seconds
         while now < end:
             while len(engine._sequences) < at_once:
                 adapter = adapters[len(asked) % len(adapters)]
-                asked.append(ask(f"l{len(asked)}", adapter, 4, tokens, seed=len(asked), temperature=len(asked) % 2))
+                asked.append(
+                    ask(f"l{len(asked)}", adapter, prompt, tokens, seed=len(asked), temperature=len(asked) % 2)
+                )
                 engine.submit(asked[-1])
             step(engine, answers)
             now += 0.25
@@ -329,16 +331,15 @@ def test_under_load_slots_follow_the_adapters_and_then_the_pages(world, caplog):
                 seen.append(engine.slots.count)
 
     caplog.set_level("INFO", "serve")
-    load(2.5 * REST_S, crowd, at_once=24, tokens=10)
+    load(2.5 * REST_S, crowd, at_once=28, prompt=3, tokens=5)
     assert seen == [4, 8, 16]
-    load(3 * REST_S, [None, crowd[0], crowd[1]], at_once=8, tokens=56)
+    load(3 * REST_S, [None, crowd[0], crowd[1]], at_once=16, prompt=44, tokens=16)
     assert seen == [4, 8, 16, 8, 4]
     while engine.has_work:
         step(engine, answers)
     check_idle(engine)
     assert caplog.text.count("slots ") == 4
     assert all(answers[r.id].finish is FinishReason.LENGTH for r in asked)
-    always = run_all(engine_of(world, (SlotSize(slots=4, pages=64),) * 2), [replace(r) for r in asked[::6]])
-    assert {id: (a.tokens, a.text) for id, a in always.items()} == {
-        id: (answers[id].tokens, answers[id].text) for id in always
-    }
+    patient = replace(CONFIG, max_waiting=10_000, max_waiting_tokens=10**6)
+    always = run_all(engine_of(world, (SlotSize(slots=4, pages=200),) * 2, patient), asked[::6])
+    assert {id: bits(a)[:3] for id, a in always.items()} == {id: bits(answers[id])[:3] for id in always}
