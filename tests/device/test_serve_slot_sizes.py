@@ -46,10 +46,10 @@ def sizes(world) -> tuple[SlotSize, ...]:
     return planned(world)
 
 
-def engine_of(world: World, sizes: tuple[SlotSize, ...], config: EngineConfig = CONFIG) -> Engine:
-    """An engine that starts with the second of the sizes."""
-    world = replace(world, spec=replace(world.spec, slots=sizes[1].slots))
-    return world.engine(replace(config, sizes=sizes, pages=sizes[1].pages))
+def engine_of(world: World, sizes: tuple[SlotSize, ...], config: EngineConfig = CONFIG, *, at: int = 1) -> Engine:
+    """An engine that starts with this one of the sizes."""
+    world = replace(world, spec=replace(world.spec, slots=sizes[at].slots))
+    return world.engine(replace(config, sizes=sizes, pages=sizes[at].pages))
 
 
 # --- answers
@@ -80,7 +80,7 @@ def known(answer: Answer) -> tuple:
 @pytest.fixture(scope="module")
 def unchanged(world, sizes) -> dict[str, Answer]:
     """The answers of a server that always has as many slots."""
-    return run_all(engine_of(world, sizes[1:2] * 2), mixed(world))
+    return run_all(engine_of(world, sizes[1:2], at=0), mixed(world))
 
 
 @pytest.mark.parametrize("at", [0, 2])
@@ -155,7 +155,7 @@ def test_a_follower_keeps_the_kv_of_older_versions(world, sizes):
     def followed(change: Callable[[Engine], None]) -> list[int]:
         first = world.add("followed", seed=71)
         second = world.add("followed", seed=72)
-        engine = engine_of(world, sizes, replace(CONFIG, host_bytes=40_000))
+        engine = engine_of(world, sizes, replace(CONFIG, host_bytes=13_000))
         answers = defaultdict(Answer)
         for i in range(4):
             engine.submit(ask(f"o{i}", None, 30, 20))
@@ -306,14 +306,13 @@ def test_no_more_is_held_at_any_time_than_the_plan_gave(world, sizes, monkeypatc
 def test_under_load_slots_follow_the_adapters_and_then_the_pages(world, caplog):
     """4 → 8 → 16 slots while many adapters ask, and back to 4 when a few ask for much."""
     sizes = (SlotSize(slots=4, pages=200), SlotSize(slots=8, pages=90), SlotSize(slots=16, pages=85))
-    engine = engine_of(world, sizes, replace(CONFIG, quantum_s=1.0, host_bytes=10**8))
+    engine = engine_of(world, sizes, replace(CONFIG, quantum_s=1.0, host_bytes=10**8), at=0)
     crowd = [world.add(f"crowd{i}", seed=200 + i, rank=1) for i in range(28)]
     answers: dict[str, Answer] = defaultdict(Answer)
     asked: list[Request] = []
     seen: list[int] = [4]
     now = 1000.0
     engine.clock = lambda: now
-    engine.resize(sizes[0])
 
     def load(seconds: float, adapters: list, *, at_once: int, prompt: int, tokens: int) -> None:
         nonlocal now
@@ -341,5 +340,5 @@ def test_under_load_slots_follow_the_adapters_and_then_the_pages(world, caplog):
     assert caplog.text.count("slots ") == 4
     assert all(answers[r.id].finish is FinishReason.LENGTH for r in asked)
     patient = replace(CONFIG, max_waiting=10_000, max_waiting_tokens=10**6)
-    always = run_all(engine_of(world, (SlotSize(slots=4, pages=200),) * 2, patient), asked[::6])
+    always = run_all(engine_of(world, sizes[:1], patient, at=0), asked[::6])
     assert {id: bits(a)[:3] for id, a in always.items()} == {id: bits(answers[id])[:3] for id in always}

@@ -500,10 +500,10 @@ def test_the_same_history_gives_the_same_plans():
 
 
 def test_a_change_of_slots_keeps_the_turns_of_those_that_run_and_moves_their_kv_to_the_host():
-    world = World(pages=40, slots=3)
+    world = World(replace(LIMITS, rows=3), pages=40, slots=3)
     first, second, base = world.add("a", adapter(0), 6, 9), world.add("b", adapter(1), 6, 9), world.add("c", None, 6, 9)
     world.run(3)
-    late = world.add("d", adapter(2), 6, 9)
+    late = world.add("d", None, 6, 9, tenant="bolt")
     entered = dict(world.scheduler.active.entered)
     world.resize(SlotSize(slots=2, pages=36))
     assert world.scheduler.slots.count == 2
