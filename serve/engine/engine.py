@@ -86,6 +86,8 @@ class Engine:
         self.slots = SlotTable(pool_spec.slots)
         allocator = PageAllocator(config.pages, config.page_tokens)
         self._columns = allocator.needed(config.max_tokens)
+        fewest = min((size.pages for size in config.sizes), default=self._columns)
+        assert self._columns <= fewest, f"the longest request needs {self._columns} pages, one size has {fewest}"
         self._pool = empty_pool(base.config, pool_spec, mesh)
         self.slot_bytes = slot_bytes(self._pool)
         self._kv = self._empty_pages()

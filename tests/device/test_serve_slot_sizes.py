@@ -187,7 +187,7 @@ def warm(world) -> Iterator[tuple[DeviceThread, list]]:
     rows = [world.device_rows(a) for a in adapters]
     jax.block_until_ready(rows)
     shapes = replace(CONFIG, rows=3, prefill_lanes=2, prefill_tokens=7, host_bytes=10**8, quantum_s=1e-9)
-    engine = engine_of(world, planned(world, (2, 3, 5), 250), shapes)  # which no other test has compiled
+    engine = engine_of(world, planned(world, (2, 3, 5), 300), shapes)  # which no other test has compiled
     begun = []
     engine.warm_up(lambda *told: begun.append(told))
     programs = 3 * (len(engine.shapes()) + 1)
@@ -233,6 +233,9 @@ def test_an_operator_may_set_the_number_of_slots_and_what_there_is_not_is_refuse
     for slots in (5, 2, 3):
         runner.tune(Tuning(quantum_ms=1e9, slots=slots))
         assert (engine.slots.count, engine.scheduler.active.limit) == (slots, slots)
+        runner.watch.rest()
+        told = runner.watch.snapshot
+        assert (len(told.slots), told.pages, told.resizes) == (slots, engine.size.pages, engine.resizes)
         for _ in range(4):
             step(engine, answers)
         assert len(engine.scheduler.active.entered) == slots
