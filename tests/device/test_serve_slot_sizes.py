@@ -10,12 +10,13 @@ import jax
 import numpy as np
 import pytest
 from base_shapes import LARGE, sized
-from serve_world import BASE, CONFIG, RANK, Answer, World, ask, check_engine, check_idle, run_all, step
+from serve_world import BASE, CONFIG, RANK, Answer, World, ask, check_engine, check_idle, read_all, run_all, step
 
 from jaxlora.config.base import ModelSection
 from jaxlora.config.serving import ServeConfig, SlotSize, Tuning
 from jaxlora.core.errors import InvalidRequest
 from jaxlora.model.compile_cache import CompileCounter
+from jaxlora.model.decoder import load_base
 from jaxlora.model.memory_plan import BaseShape, slot_sizes
 from pallas_kernels.dispatch import SHAPE_INDEPENDENT
 from pallas_kernels.native.library import instruction_set
@@ -182,12 +183,17 @@ def test_a_follower_keeps_the_kv_of_older_versions(world, sizes):
 
 @pytest.fixture(scope="module")
 def warm(world) -> Iterator[tuple[DeviceThread, list]]:
-    """A runner, stepped by hand, and rows that a trainer would publish; nothing compiles from here on."""
+    """A runner, stepped by hand, and rows that a trainer would publish; nothing compiles from here on.
+
+    In bfloat16, so that a slot's own rows are not of the dtype of those that are read or published.
+    """
     adapters = [world.add(f"grown{i}", seed=80 + i) for i in range(3)]
     rows = [world.device_rows(a) for a in adapters]
     jax.block_until_ready(rows)
     shapes = replace(CONFIG, rows=3, prefill_lanes=2, prefill_tokens=7, host_bytes=10**8, quantum_s=1e-9)
-    engine = engine_of(world, planned(world, (2, 3, 5), 300), shapes)  # which no other test has compiled
+    base = load_base(world.source, world.mesh, dtype="bfloat16")
+    half = replace(world, base=base, spec=replace(world.spec, dtype="bfloat16"))
+    engine = engine_of(half, planned(world, (2, 3, 5), 300), shapes)  # which no other test has compiled
     begun = []
     engine.warm_up(lambda *told: begun.append(told))
     programs = 3 * (len(engine.shapes()) + 1)
@@ -327,6 +333,7 @@ def test_under_load_slots_follow_the_adapters_and_then_the_pages(world, caplog):
                     ask(f"l{len(asked)}", adapter, prompt, tokens, seed=len(asked), temperature=len(asked) % 2)
                 )
                 engine.submit(asked[-1])
+            read_all(engine)
             step(engine, answers)
             now += 0.25
             if engine.slots.count != seen[-1]:
