@@ -37,6 +37,7 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2}
 
 # ---- what was measured: Python, JAX and XLA with all programs compiled, without a base's arrays -------------------
 PROCESS_BYTES = 700 * 10**6
+SIZE_BYTES = 80 * 10**6  # the programs of each further number of slots
 READER_BYTES = 95 * 10**6  # a process that reads training files, before it reads one
 READERS = 2
 PACKED_PART = 32  # of which packed features are a whole multiple, those in of 8 bits of twice that: product/op.py's
@@ -146,7 +147,8 @@ def host_needs(config: SizedConfig) -> Needs:
     """Returns what a server takes of the host besides what a CPU computes with."""
     caches = config.host_adapters_gb + config.host_kv_gb + config.host_states_gb
     readers = READERS * READER_BYTES + (config.limits.read_memory_bytes or 0)  # two large files at once are rare
-    return {"caches": round(caches * GB), "readers": readers, "process": PROCESS_BYTES}
+    process = PROCESS_BYTES + SIZE_BYTES * max(len(config.slot_sizes) - 1, 0)
+    return {"caches": round(caches * GB), "readers": readers, "process": process}
 
 
 def step_bytes(config: SizedConfig, base: BaseShape, machine: Machine) -> int:

@@ -78,7 +78,10 @@ def accelerator(nbytes: float, **split: int) -> Machine:
 def test_each_number_of_slots_has_the_pages_that_the_same_memory_holds(base, on):
     given = replace(EMPTY, slots=8, max_rank=16, slot_sizes=(4, 8, 16))
     plan = plan_server(given, base, on)
-    assert plan.needs == plan_server(replace(given, slot_sizes=()), base, on).needs
+    assert sum(plan.needs.values()) <= 0.9 * on.device.nbytes
+    if on.host is None:
+        fixed = plan_server(replace(given, slot_sizes=()), base, on)
+        assert plan.needs["process"] - fixed.needs["process"] == 2 * 80 * 10**6  # programs of two more sizes
     itemsize = 4 if base.dtype == "float32" else 2
     scales = 4 * (7 * base.config.layers + 1)
     slot = 16 * base.rank_bytes(on, itemsize=itemsize) + scales
