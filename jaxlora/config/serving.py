@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Literal, get_args
@@ -48,6 +49,7 @@ class Tuning:
 
     quantum_ms: float = 200.0  # how long an adapter keeps its slot while others wait for one
     active_slots: int | None = None  # adapters active at once; None: as many as there are slots
+    slots: int | None = None  # of slot_sizes, the one to stay at; None: whichever suits the load
     # Prompt chunks in a step that also decodes: fewer give steadier tokens, more give earlier first tokens and more
     # tokens in all.  None: as many as in a step of prompts alone.
     prefill_lanes_while_decoding: int | None = None
@@ -68,14 +70,23 @@ class Tuning:
         """Returns the weights of the tenants that are named."""
         return {t.name: t.weight for t in self.tenant}
 
-    def check_fits(self, slots: int | None, prefill_lanes: int | None) -> None:
-        """Raises ValueError for more than a server of these sizes has; None: a size that is not known yet."""
+    def check_fits(self, slots: int | None, prefill_lanes: int | None, slot_sizes: Sequence[int] = ()) -> None:
+        """Raises ValueError for more than a server of these sizes has; None: a size that is not known yet.
+
+        Pinned adapters must have slots at the least of slot_sizes.
+        """
         with Checks() as check:
-            for name, most in (("active_slots", slots), ("prefill_lanes_while_decoding", prefill_lanes)):
+            wanted = (
+                f"one of slot_sizes = {list(slot_sizes)}" if slot_sizes else "left out where there are no slot_sizes"
+            )
+            check.need(self.slots is None or self.slots in slot_sizes, "slots", wanted, self.slots)
+            most_slots = max(slot_sizes, default=slots)
+            for name, most in (("active_slots", most_slots), ("prefill_lanes_while_decoding", prefill_lanes)):
                 given, top = getattr(self, name), math.inf if most is None else most
                 wanted = "at least 1" if most is None else f"in [1, {most}]"
                 check.need(given is None or 1 <= given <= top, name, wanted, given)
-            active = slots if self.active_slots is None else self.active_slots
+            known = [n for n in (min(slot_sizes, default=slots), self.active_slots) if n is not None]
+            active = min(known, default=None)
             if active is not None and len(self.pin) >= active >= 1:
                 check.refuse(
                     "pin", f"pin takes at most {active - 1} adapters of {active} active slots, got {len(self.pin)}"
@@ -236,6 +247,9 @@ class ServeConfig:
     host_adapters_gb: float | None = None
     host_states_gb: float | None = None  # host memory for states of jobs without a slot; the others wait in files
     host_kv_gb: float | None = None  # host memory for the KV of preempted requests; KV that does not fit is recomputed
+    # Numbers of slots, rising, among them `slots`, with which the server starts: where adapters wait for slots or
+    # requests for KV pages, it changes to the next, and pages take the memory that slots leave.  None: no changes.
+    slot_sizes: tuple[int, ...] = ()
     page_tokens: int = 64  # tokens in a page; large pages are nearly free on a CPU, small ones are not
     default_max_tokens: int = 256  # of a request that sets none
     max_waiting: int = 256  # requests in the queue before new ones get 503
@@ -292,7 +306,12 @@ class ServeConfig:
             most, trained = self.max_rank, None if self.training is None else self.training.max_rank
             if most is not None and trained is not None:
                 check.need(trained <= most, "training.max_rank", f"at most max_rank = {most}", trained)
-            check.call("", lambda: self.tuning.check_fits(self.slots, self.prefill_lanes), section="tuning.")
+            rising = sorted({n for n in self.slot_sizes if n >= 1}) == list(self.slot_sizes)
+            check.need(rising, "slot_sizes", "rising numbers of slots, each at least 1", list(self.slot_sizes))
+            among = not self.slot_sizes or self.slots in self.slot_sizes
+            check.need(among, "slots", f"one of slot_sizes = {list(self.slot_sizes)}", self.slots)
+            sizes = self.slots, self.prefill_lanes, self.slot_sizes
+            check.call("", lambda: self.tuning.check_fits(*sizes), section="tuning.")
 
     @property
     def database_url(self) -> str:
@@ -303,6 +322,14 @@ class ServeConfig:
 def database_in(data: Path) -> str:
     """Returns the URL of a server's own database, in its data folder."""
     return f"sqlite:///{data / 'jaxlora.sqlite'}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SlotSize:
+    """Slots and KV pages that lie in one piece of memory: more of one are fewer of the other."""
+
+    slots: int
+    pages: int
 
 
 LONGER = 4  # times the length of the rows before
@@ -341,4 +368,5 @@ class SizedConfig(ServeConfig):
     host_adapters_gb: float
     host_kv_gb: float
     host_states_gb: float
+    sizes: tuple[SlotSize, ...] = ()  # those of slot_sizes
     training: SizedTraining | None = None

@@ -60,6 +60,7 @@ EXAMPLES: dict[str, object] = {
     "requests_per_address": 64,
     "requests_per_minute": 600,
     "rows": 8,
+    "slot_sizes": (4, 8, 16),
     "slots": 8,
     "steps": 100,
     "tokens_per_minute": 1_000_000,

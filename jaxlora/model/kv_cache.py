@@ -44,10 +44,14 @@ def page_format(mesh: Mesh) -> Format:
 
 
 def empty_pages(config: ModelConfig, mesh: Mesh, *, pages: int, page_tokens: int, dtype: jnp.dtype) -> KVPages:
-    """Returns pages of zeros, placed on the mesh: kv heads are split over tensor."""
-    shape = (config.layers, pages, page_tokens, config.kv_heads * config.head_dim)
-    zeros = jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=page_format(mesh))
+    """Returns pages of zeros, placed on the mesh: kv heads are split over tensor.  Compiles once for each shape."""
+    zeros = _zeros((config.layers, pages, page_tokens, config.kv_heads * config.head_dim), dtype, page_format(mesh))
     return KVPages(k_LPZF=zeros(), v_LPZF=zeros())
+
+
+@functools.cache
+def _zeros(shape: tuple[int, ...], dtype: jnp.dtype, where: Format) -> jax.stages.Wrapped:
+    return jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=where)
 
 
 def paged_attend(

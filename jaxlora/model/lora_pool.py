@@ -202,6 +202,11 @@ def write_slot(pool: Rows, slot: jax.Array, rows: Rows) -> Rows:
     return {target: jax.tree.map(put, whole, rows.get(target, nothing)) for target, whole in pool.items()}
 
 
+def read_slot(pool: Rows, slot: jax.Array) -> Rows:
+    """Returns a copy of one slot's rows, in the pool's dtype."""
+    return jax.tree.map(lambda whole: lax.dynamic_index_in_dim(whole, slot, 1, keepdims=False), pool)
+
+
 @jax.jit
 def _all_finite(rows: Rows) -> jax.Array:
     return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(rows)]).all()

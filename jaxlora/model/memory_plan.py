@@ -17,18 +17,27 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from jaxlora.config.base import completed
-from jaxlora.config.serving import READ_MEMORY_BYTES, ServeConfig, SizedConfig, SizedTraining, TrainingSection
+from jaxlora.config.serving import (
+    READ_MEMORY_BYTES,
+    ServeConfig,
+    SizedConfig,
+    SizedTraining,
+    SlotSize,
+    TrainingSection,
+)
 from jaxlora.config.training import LANE_BLOCK, SizedTrainConfig, TrainConfig
 from jaxlora.core.errors import ConfigInvalid
 from jaxlora.core.host_memory import MemoryLimit
 from jaxlora.core.lora import ALL_TARGETS, HEAD_TARGET
-from jaxlora.core.model_config import LINEARS, ModelConfig, parameters
+from jaxlora.core.model_config import LINEARS, ModelConfig, layer_count, parameters
+from jaxlora.model.size_ladder import ACCELERATOR, CPU, MANY_CORES, Sizes
 
 GB = 1e9
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
 
 # ---- what was measured: Python, JAX and XLA with all programs compiled, without a base's arrays -------------------
 PROCESS_BYTES = 700 * 10**6
+SIZE_BYTES = 80 * 10**6  # the programs of each further number of slots
 READER_BYTES = 95 * 10**6  # a process that reads training files, before it reads one
 READERS = 2
 PACKED_PART = 32  # of which packed features are a whole multiple, those in of 8 bits of twice that: product/op.py's
@@ -58,56 +67,6 @@ class Machine:
     parts: Mapping[str, int]  # logical axis → devices that split it, as model/mesh.py has it
     rows: int  # devices that split the rows of a batch
     packed: bool = False  # whether linears are packed for native bodies
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sizes:
-    """A step of the ladder: sizes that go together."""
-
-    rows: int
-    prefill_lanes: int
-    prefill_tokens: int
-    slots: int
-    max_rank: int
-    training_slots: int
-    lanes: int
-    lane_tokens: int
-    row_tokens: int  # KV tokens of each row at least
-
-
-def _sizes(
-    rows: int, prefill: tuple[int, int], slots: tuple[int, int], training: tuple[int, int, int], kv: int
-) -> Sizes:
-    return Sizes(
-        rows=rows,
-        prefill_lanes=prefill[0],
-        prefill_tokens=prefill[1],
-        slots=slots[0],
-        max_rank=slots[1],
-        training_slots=training[0],
-        lanes=training[1],
-        lane_tokens=training[2],
-        row_tokens=kv,
-    )
-
-
-# The one place of what is chosen, largest first.  A CPU computes a step of 8 rows as fast as it should be, an
-# accelerator's step takes hardly longer with many: memory is not all that bounds these.
-ACCELERATOR = (
-    _sizes(64, (16, 64), (32, 64), (8, 8, 1024), 1024),
-    _sizes(32, (8, 64), (16, 32), (8, 8, 512), 1024),
-    _sizes(16, (8, 32), (16, 16), (4, 4, 512), 512),
-)
-CPU = (
-    _sizes(8, (8, 32), (8, 32), (4, 4, 256), 1024),
-    _sizes(8, (8, 32), (8, 16), (4, 4, 256), 512),
-    _sizes(8, (4, 32), (4, 16), (2, 2, 256), 256),
-    _sizes(4, (2, 32), (4, 16), (1, 1, 256), 256),
-    _sizes(4, (2, 32), (2, 8), (1, 1, 128), 256),
-    _sizes(2, (2, 16), (2, 8), (1, 1, 64), 256),
-    _sizes(2, (2, 16), (2, 4), (1, 1, 32), 128),
-)
-MANY_CORES = 16  # of a CPU that decodes more rows at once
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -188,7 +147,8 @@ def host_needs(config: SizedConfig) -> Needs:
     """Returns what a server takes of the host besides what a CPU computes with."""
     caches = config.host_adapters_gb + config.host_kv_gb + config.host_states_gb
     readers = READERS * READER_BYTES + (config.limits.read_memory_bytes or 0)  # two large files at once are rare
-    return {"caches": round(caches * GB), "readers": readers, "process": PROCESS_BYTES}
+    process = PROCESS_BYTES + SIZE_BYTES * max(len(config.slot_sizes) - 1, 0)
+    return {"caches": round(caches * GB), "readers": readers, "process": process}
 
 
 def step_bytes(config: SizedConfig, base: BaseShape, machine: Machine) -> int:
@@ -283,7 +243,7 @@ def usable_bytes(limit: MemoryLimit, share: float) -> int:
 def plan_server(config: ServeConfig, base: BaseShape, machine: Machine) -> Plan[SizedConfig]:
     """Returns the plan of a server: what is left out is chosen, what is given stays.
 
-    Raises ConfigInvalid, naming a setting to lower and the largest value that fits, when it cannot be.
+    Raises ConfigInvalid, naming a setting to lower and the largest value that fits, when it cannot be; as `slot_sizes` does.
     """
     usable = usable_bytes(machine.device, config.memory_share)
     ladder = CPU if machine.platform == "cpu" else ACCELERATOR + CPU
@@ -312,6 +272,7 @@ def plan_server(config: ServeConfig, base: BaseShape, machine: Machine) -> Plan[
             None if config.training is None else replace(config, training=None),
         )
     sized = with_the_rest(config, sized, base, machine, usable)
+    sized = replace(sized, sizes=slot_sizes(sized, base, machine))
     return Plan(
         config=sized,
         needs=serving_needs(sized, base, machine),
@@ -410,6 +371,33 @@ def _with_longer_lanes(
     return sized
 
 
+def slot_sizes(sized: SizedConfig, base: BaseShape, machine: Machine) -> tuple[SlotSize, ...]:
+    """Returns `slot_sizes` with the pages that lie beside them in the memory of `slots` and `kv_pages`; of none, none.
+
+    What stays in slots lies beside the new ones while they change, in the memory of the KV, which must hold it.
+    Raises ConfigInvalid, naming the most slots and the least pages that go, for a size that leaves less, or no page for
+    each row.
+    """
+    scales = 4 * sum(layer_count(base.config, target) for target in ALL_TARGETS)
+    slot = sized.max_rank * base.rank_bytes(machine, itemsize=ITEMSIZE[base.dtype]) + scales
+    page = sized.page_tokens * base.token_bytes(machine)
+    whole, found, before = sized.slots * slot + sized.kv_pages * page, [], 0
+    for slots in sized.slot_sizes:
+        least = max(sized.rows * page, before * slot)
+        if slots * slot + least > whole:
+            most, pages = (whole - least) // slot, sized.kv_pages - (whole - least - slots * slot) // page
+            fewer = f"take at most {most} slots, or " * (most > before)
+            raise ConfigInvalid(
+                f"slot_sizes: {slots} slots leave less than the {least / GB:.2f} GB of KV that rows = {sized.rows} and the "
+                f"{before} slots that move there need, of the {whole / GB:.2f} GB of slots = {sized.slots} and kv_pages = "
+                f"{sized.kv_pages}; {fewer}raise kv_pages to at least {pages}",
+                param="slot_sizes",
+            )
+        found.append(SlotSize(slots=slots, pages=(whole - slots * slot) // page))
+        before = slots
+    return tuple(found)
+
+
 def _sizes_in_words(sized: SizedConfig, base: BaseShape) -> str:
     tokens = sized.kv_pages * sized.page_tokens
     words = [
@@ -417,6 +405,9 @@ def _sizes_in_words(sized: SizedConfig, base: BaseShape) -> str:
         f"{sized.slots} slots of rank {sized.max_rank} (slots, max_rank)",
         f"prompts {sized.prefill_lanes} x {sized.prefill_tokens} (prefill_lanes, prefill_tokens)",
     ]
+    if sized.sizes:
+        among = ", ".join(f"{size.slots} beside {size.pages:,} pages" for size in sized.sizes)
+        words.insert(2, f"which change among {among} (slot_sizes)")
     if (t := sized.training) is not None:
         words.append(
             f"training {t.slots} slots of rank {t.max_rank}, {t.lanes} lanes x {t.lane_tokens} tokens, examples of "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 
 import jax
@@ -17,14 +17,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxlora.checkpoints.tokenizer import Tokenizer
-from jaxlora.config.serving import Tuning
+from jaxlora.config.serving import SlotSize, Tuning
 from jaxlora.core.errors import AlreadyExists, BaseMismatch, ContextLengthExceeded
 from jaxlora.core.host_memory import give_back
 from jaxlora.core.lora import AdapterRef
 from jaxlora.core.progress import Counted, uncounted
 from jaxlora.model.decoder import Base
-from jaxlora.model.kv_cache import empty_pages
-from jaxlora.model.lora_pool import PoolSpec, Rows, empty_pool, host_rows, slot_bytes, write_slot
+from jaxlora.model.kv_cache import KVPages, empty_pages
+from jaxlora.model.lora_pool import PoolSpec, Rows, empty_pool, host_rows, read_slot, slot_bytes, write_slot
 from jaxlora.model.mesh import check_lanes, place_rows
 from jaxlora.storage.adapter_store import AdapterStore
 from serve.engine.adapter_loads import READERS, AdapterLoads
@@ -36,7 +36,7 @@ from serve.engine.request import Delta, Request
 from serve.engine.sampling import StepOutput
 from serve.engine.scheduler import Limits, Scheduler, apply
 from serve.engine.sequence import Chunk, Plan, Sequence
-from serve.engine.slots import SlotTable
+from serve.engine.slots import SlotPolicy, SlotTable
 from serve.engine.step import Layout, StepBatch, step_program
 from serve.engine.telemetry import Telemetry
 
@@ -50,6 +50,7 @@ MIN_ROWS = 2  # XLA:CPU has no fast path for a bfloat16 product with one row
 class EngineConfig:
     """The shapes that are compiled.  No request changes them."""
 
+    sizes: tuple[SlotSize, ...] = ()  # numbers of slots and pages that it may change to, the first ones among them
     rows: int  # sequences that run at once
     prefill_lanes: int  # lanes of a prefill program
     prefill_tokens: int  # prompt tokens of a lane
@@ -78,15 +79,18 @@ class Engine:
     ):
         for rows, what in ((config.rows, "rows"), (config.prefill_lanes, "prefill lanes")):
             check_lanes(mesh, rows, what)
+        self.size = SlotSize(slots=pool_spec.slots, pages=config.pages)  # the present one
+        self.sizes = config.sizes or (self.size,)
         self.base, self.mesh, self.config, self.pool_spec = base, mesh, config, pool_spec
         self.store, self.tokenizer, self.base_hash = store, tokenizer, base_hash
         self.slots = SlotTable(pool_spec.slots)
         allocator = PageAllocator(config.pages, config.page_tokens)
         self._columns = allocator.needed(config.max_tokens)
+        fewest = min((size.pages for size in config.sizes), default=self._columns)
+        assert self._columns <= fewest, f"the longest request needs {self._columns} pages, one size has {fewest}"
         self._pool = empty_pool(base.config, pool_spec, mesh)
         self.slot_bytes = slot_bytes(self._pool)
-        kv_dtype = base.dtype if config.kv_dtype is None else jnp.dtype(config.kv_dtype)
-        self._kv = empty_pages(base.config, mesh, pages=config.pages, page_tokens=config.page_tokens, dtype=kv_dtype)
+        self._kv = self._empty_pages()
         self.scheduler = Scheduler(
             self.slots,
             allocator,
@@ -104,13 +108,17 @@ class Engine:
         )
         in_place = jax.tree.map(lambda x: x.sharding, self._pool)
         self._write_slot = jax.jit(write_slot, donate_argnums=0, out_shardings=in_place)
+        self._read_slot = jax.jit(read_slot)
+        self._policy = SlotPolicy(self.sizes, self.size)
+        self._tuning = Tuning(quantum_ms=1000 * config.quantum_s)
         self._program = step_program(mesh)
         ends = len(tokenizer.eos_ids)
         self._edits = EditArrays(mesh, max_tokens=config.max_tokens, vocab=base.config.vocab, ends=ends)
         self._loads = AdapterLoads(self._read, store.is_here, lambda: self.clock())
         one = sum(4 * x.size // pool_spec.slots for x in jax.tree.leaves(self._pool))
+        most = max(size.slots for size in self.sizes)
         # An exchange may replace every adapter at once: their successors are read by then, as far as memory allows.
-        self.ahead = max(READERS, min(pool_spec.slots, store.host_memory().limit // 2 // one))
+        self.ahead = max(READERS, min(most, store.host_memory().limit // 2 // one))
         self.ahead_bytes = self.ahead * one
         store.set_aside(self.ahead_bytes)
         self._sequences: dict[str, Sequence] = {}
@@ -120,6 +128,7 @@ class Engine:
         self.clock = time.monotonic
         self.decoded_tokens = 0  # generated since the start
         self.prefilled_tokens = 0
+        self.resizes = 0  # changes of the number of slots and pages
         self.telemetry = Telemetry()
 
     def shapes(self) -> list[tuple[int, int]]:
@@ -136,24 +145,93 @@ class Engine:
     def warm_up(self, compiling: Counted = uncounted) -> None:
         """Compiles and runs every program once, on padding that is written nowhere, and the loading of an adapter.
 
-        The adapters that lie in slots, and the KV of requests, stay as they are.
-        compiling: called before each shape of the step; the copies of KV and adapters count as one more.
+        The adapters that lie in slots, and the KV of requests, stay as they are; where there are several sizes, each is
+        taken in turn.
+        compiling: called before each shape of the step; the copies of KV and adapters count as one more, all for each size.
         """
         shapes = self.shapes()
-        of = len(shapes) + 1
-        for number, (lanes, tokens) in enumerate(shapes, 1):
-            compiling(number, of)
-            jax.device_get(self._run(*self._batch(lanes, tokens, [])))
-        compiling(of, of)
-        self._kv = self._mover.warm_up(self._kv)
-        empty = jax.tree.map(lambda p: np.zeros(p.shape[:1] + p.shape[2:], np.float32), self._pool)
+        number, of = 0, len(self.sizes) * (len(shapes) + 1)
+        for _ in self._every_size():
+            for lanes, tokens in shapes:
+                compiling(number := number + 1, of)
+                jax.device_get(self._run(*self._batch(lanes, tokens, [])))
+            compiling(number := number + 1, of)
+            self._kv = self._mover.warm_up(self._kv)
+            empty = jax.tree.map(lambda p: np.zeros(p.shape[:1] + p.shape[2:], np.float32), self._pool)
+            self._rehearse(empty)
+            if len(self.sizes) > 1:
+                self._rehearse(self._read_slot(self._pool, _index(0)))
+            jax.block_until_ready(self._pool)
+        give_back()
+
+    def _every_size(self) -> Iterator[None]:
+        """Changes to each other size, and back to the present one."""
+        present = self.size
+        for size in [*(s for s in self.sizes if s != present), present]:
+            if size != self.size:
+                self._change_to(size)
+            yield
+
+    def _rehearse(self, rows: Rows) -> None:
+        """Writes rows to a free slot; if all are in use, to a pool that is thrown away."""
         free = set(range(self.slots.count)) - set(self.slots.resident().values())
         if free:
-            self._write(min(free), empty)
+            self._write(min(free), rows)
         else:
-            self.rehearse_install(empty)
+            self._write_slot(empty_pool(self.base.config, self.pool_spec, self.mesh), *self._on_device(0, rows))
+
+    def _empty_pages(self) -> KVPages:
+        kv_dtype = self.base.dtype if self.config.kv_dtype is None else jnp.dtype(self.config.kv_dtype)
+        return empty_pages(
+            self.base.config, self.mesh, pages=self.size.pages, page_tokens=self.config.page_tokens, dtype=kv_dtype
+        )
+
+    # ---- slots and pages ------------------------------------------------------------------------------------------
+
+    def resize(self, size: SlotSize) -> None:
+        """Changes to another of `sizes` between two steps.  Compiles nothing, ends no request and changes no answer.
+
+        Every sequence is preempted, and goes on at the same token.  The prefix cache is emptied.  Adapters stay in slots, the
+        active ones first.
+        """
+        start, before = time.monotonic(), self.size
+        self._change_to(size)
+        self._policy.set(self.clock(), size)
+        self.resizes += 1
+        LOG.info(
+            "slots %d → %d, KV pages %d → %d, in %.2f s",
+            before.slots,
+            size.slots,
+            before.pages,
+            size.pages,
+            time.monotonic() - start,
+        )
+
+    def _change_to(self, size: SlotSize) -> None:
+        """Adapters are copied while the memory of the KV is free, so that no more is held than before and after."""
+        for s, pages in self.scheduler.vacate():
+            self._saved[s.request.id] = self._mover.save(self._kv, pages)
+        _free(self._kv)
+        limit = min(self._tuning.active_slots or size.slots, size.slots)
+        moves = self.scheduler.resize(size, limit, self.clock())
+        kept = [(new, self._read_slot(self._pool, _index(old))) for old, new in moves.items()]
+        jax.block_until_ready(kept)
+        _free(self._pool)
+        self.size, self.pool_spec = size, replace(self.pool_spec, slots=size.slots)
+        with jax.transfer_guard_host_to_device("allow"):  # of a zero
+            self._pool = empty_pool(self.base.config, self.pool_spec, self.mesh)
+        for slot, rows in kept:
+            self._write(slot, rows)
         jax.block_until_ready(self._pool)
-        give_back()
+        _free([rows for _, rows in kept])
+        self._kv = self._empty_pages()
+
+    def _better_size(self) -> SlotSize | None:
+        """Returns the size to change to before the next step; None: none."""
+        if len(self.sizes) == 1 or self._tuning.slots is not None:
+            return None
+        now = self.clock()
+        return self._policy.choose(now, self.scheduler.demand(now), self.scheduler.active.quantum_s)
 
     # ---- requests -------------------------------------------------------------------------------------------------
 
@@ -201,10 +279,14 @@ class Engine:
         """Runs one step and returns its tokens.
 
         Adapters that have been read are copied into slots; then prompt chunks are computed, and one token for each
-        decoding sequence.  Waits for a disk only when no sequence can run, and then for a moment.
+        decoding sequence.  Waits for a disk only when no sequence can run, and then for a moment.  A change of size is a step
+        by itself.
 
         deliver: takes what is there before the decode program has ended, first tokens above all; the rest is returned.
         """
+        if (size := self._better_size()) is not None:
+            self.resize(size)
+            return []
         plan = self.scheduler.plan(self.clock(), self._loads.ready())
         self._move(plan)
         prefill = self._start_prefill(plan.prefill) if plan.prefill else None
@@ -260,7 +342,11 @@ class Engine:
 
     def tune(self, tuning: Tuning, pins: Collection[AdapterRef]) -> None:
         """Applies these settings from the next step on; see `serve.engine.scheduler.apply`.  Compiles nothing."""
-        apply(tuning, self.scheduler, slots=self.pool_spec.slots, pins=pins)
+        slot_sizes = [size.slots for size in self.config.sizes]
+        apply(tuning, self.scheduler, slots=self.size.slots, slot_sizes=slot_sizes, pins=pins)
+        self._tuning = tuning
+        if tuning.slots is not None and tuning.slots != self.size.slots:
+            self.resize(self.sizes[slot_sizes.index(tuning.slots)])
 
     def release(self, ref: AdapterRef) -> bool:
         """Gives up the slot of a version.  Returns False, and does nothing, when a request uses it or waits for it."""
@@ -272,8 +358,9 @@ class Engine:
         return True
 
     def rehearse_install(self, rows: Rows) -> None:
-        """Compiles `install` for rows of this shape, on a pool that is thrown away: every slot may be in use."""
-        self._write_slot(empty_pool(self.base.config, self.pool_spec, self.mesh), *self._on_device(0, rows))
+        """Compiles `install` for rows of this shape, at every size; a slot in use stays as it is."""
+        for _ in self._every_size():
+            self._rehearse(rows)
 
     def _read_ahead(self) -> list[Delta]:
         """Reads the adapters that enter next; ends the requests of those that cannot be read."""
@@ -302,7 +389,7 @@ class Engine:
         self.telemetry.loads += 1
 
     def _on_device(self, slot: int, rows: Rows) -> tuple[jax.Array, Rows]:
-        return jax.device_put(np.int32(slot)), jax.device_put(rows)
+        return _index(slot), jax.device_put(rows)
 
     def _write(self, slot: int, rows: Rows) -> None:
         self._pool = self._write_slot(self._pool, *self._on_device(slot, rows))
@@ -405,3 +492,13 @@ class Engine:
             self.store.give_back(sequence.adapter)
         for table in (self._sequences, self._processors, self._saved):
             table.pop(sequence.request.id, None)
+
+
+def _index(slot: int) -> jax.Array:
+    return jax.device_put(np.int32(slot))
+
+
+def _free(arrays: object) -> None:
+    """Frees the memory of device arrays, whoever still refers to them."""
+    for x in jax.tree.leaves(arrays):
+        x.delete()

@@ -50,16 +50,20 @@ class PageAllocator:
     """
 
     def __init__(self, pages: int, page_tokens: int):
-        self.pages, self.page_tokens = pages, page_tokens
+        self.page_tokens = page_tokens
         self.lookups = 0  # tokens of all calls of `match`
         self.hits = 0  # those of them that were cached
-        self._free = list(range(pages - 1, -1, -1))
-        self._references = [0] * pages
         self._cached: dict[int, _Cached] = {}
         self._page_of: dict[bytes, int] = {}  # of a cached page's key
         self._salts: dict[Hashable, _Salt] = {}  # those that have cached pages
         self._roots = 0  # made so far
         self._idle: OrderedDict[int, None] = OrderedDict()  # cached, not referred to; the next to be evicted is first
+        self._begin(pages)
+
+    def _begin(self, pages: int) -> None:
+        self.pages = pages
+        self._free = list(range(pages - 1, -1, -1))
+        self._references = [0] * pages
 
     @property
     def free(self) -> int:
@@ -156,6 +160,13 @@ class PageAllocator:
         if salt in self._salts:
             for page in list(self._salts[salt].pages):
                 self._drop(page)
+
+    def resize(self, pages: int) -> None:
+        """Changes the number of pages while nobody refers to one; drops all cached pages."""
+        assert not any(self._references), "a page is in use"
+        for salt in self.salts:
+            self.forget(salt)
+        self._begin(pages)
 
     def check(self, owned: list[int]) -> None:
         """Asserts that free, cached and owned pages are all the pages; `owned` has a page once for each reference."""

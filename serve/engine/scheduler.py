@@ -12,11 +12,11 @@ ends.  `apply` changes the settings of a running scheduler, all or none, between
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, abc
 from collections.abc import Collection, Hashable, Iterator
 from dataclasses import dataclass
 
-from jaxlora.config.serving import Tuning
+from jaxlora.config.serving import SlotSize, Tuning
 from jaxlora.core.errors import InvalidRequest, Overloaded, RateLimited
 from jaxlora.core.lora import AdapterRef
 from pallas_kernels import NO_ADAPTER
@@ -24,7 +24,7 @@ from serve.engine.page_cache import PageAllocator
 from serve.engine.request import Request
 from serve.engine.sequence import AdapterQueue, Chunk, Plan, Sequence, Status
 from serve.engine.slot_scheduler import ActiveSet, TokenShares, Work
-from serve.engine.slots import SlotTable
+from serve.engine.slots import Demand, SlotTable
 
 HELD_BACK = 3  # steps in a row in which the smallest prefill program has no room for a large tenant's prompts
 
@@ -115,6 +115,7 @@ class Scheduler:
         self.host_pages = 0  # in use
         self.recomputed_tokens = 0  # whose KV was dropped and is computed once more
         self.preemptions = 0  # times that a request lost its row before its end
+        self.shortages = 0  # times that a request had to wait or to give way for want of pages
 
     # ---- coming and going -----------------------------------------------------------------------------------------
 
@@ -208,9 +209,41 @@ class Scheduler:
         """Returns the adapters to read now: those that enter next and lie in no slot, at most `count`."""
         return self.active.wanted(self._work, count)
 
+    def demand(self, now: float) -> Demand:
+        """Returns what decides on the number of slots."""
+        active = self.active
+        waits = [now - work.since for ref, work in self._work.items() if ref not in active.entered]
+        full = len(active.entered) == active.limit == self.slots.count
+        return Demand(
+            adapters=len(active.pinned | self._work.keys()),
+            waited_s=max(waits, default=0.0) if full else 0.0,
+            pages=self.pages.pages - self.pages.free,
+            shortages=self.shortages,
+        )
+
     def settle(self) -> None:
         """Releases the slots of adapters without work, before another one is chosen."""
         self.active.settle(self._work)
+
+    def vacate(self) -> list[tuple[Sequence, list[int]]]:
+        """Preempts every sequence, and empties all pages.  Returns the KV to copy to the host; the rest is computed again.
+
+        Followers go to the host first, as nothing computes again what older versions of their adapter have made, then
+        those that run, which keep their places in the queue.
+        """
+        running, plan = list(self.running), Plan()
+        preempted = list(reversed(self._preempted.values()))
+        for s in running:
+            self._preempt(s, s.since)
+        self._preempted.clear()
+        for s in sorted([*running, *preempted], key=lambda s: s.salt is not None):
+            self._offload_or_drop(s, plan)
+        return plan.save
+
+    def resize(self, size: SlotSize, limit: int, now: float) -> dict[int, int]:
+        """Changes slots and pages once `vacate` has emptied these.  Returns the moves of slots, as `ActiveSet.resize` does."""
+        self.pages.resize(size.pages)
+        return self.active.resize(size.slots, limit, now, self._work)
 
     def counts(self) -> tuple[int, int, int]:
         """Returns the numbers of (running, preempted, waiting) requests."""
@@ -447,6 +480,7 @@ class Scheduler:
     def _reclaim(self, need: int, now: float, plan: Plan, *, by_turns: bool) -> bool:
         """Frees this many pages if it can: of preempted requests, the newest first, then by turns of running ones."""
         ripe = self._ripe(now) if by_turns else []
+        self.shortages += self.pages.free < need
         if self.pages.free + sum(len(s.pages) for s in [*self._preempted.values(), *ripe]) < need:
             return False
         while self.pages.free < need:
@@ -485,21 +519,23 @@ def _tokens(request: Request) -> int:
     return len(request.prompt) + request.params.max_tokens
 
 
-def apply(tuning: Tuning, scheduler: Scheduler, *, slots: int, pins: Collection[AdapterRef]) -> None:
+def apply(
+    tuning: Tuning, scheduler: Scheduler, *, slots: int, slot_sizes: abc.Sequence[int], pins: Collection[AdapterRef]
+) -> None:
     """Sets what the scheduler decides by from its next plan on.  All of it is data: nothing compiles.
 
-    slots: those that are compiled.  pins: the versions that the names under `pin` mean now.
+    slots: there are now.  slot_sizes: how many there may be.  pins: the versions that the names under `pin` mean now.
     Raises InvalidRequest, and changes nothing, for more than the server has.
     """
     try:
-        tuning.check_fits(slots, scheduler.limits.lanes)
+        tuning.check_fits(slots, scheduler.limits.lanes, slot_sizes)
     except ValueError as error:
         raise InvalidRequest(str(error), param="tuning") from error
     active = scheduler.active
     active.quantum_s = tuning.quantum_ms / 1000
     for ref in active.pinned - set(pins):
         active.unpin(ref)
-    active.limit = tuning.active_slots or slots
+    active.limit = min(tuning.active_slots or slots, slots)
     for ref in pins:
         active.pin(ref)
     scheduler.prefill_lanes = tuning.prefill_lanes_while_decoding or scheduler.limits.lanes

@@ -157,10 +157,7 @@ class ActiveSet:
             for ref in dict.fromkeys([*ready, *self.slots.resident()])
             if ref not in self.entered and (ref in work or ref in self.pinned)
         ]
-        if (over := len(self.entered) - self.limit) > 0:  # the limit was lowered
-            for ref in sorted(self.entered, key=self._age)[: over + len(self.pinned)]:
-                if ref not in self.pinned and len(self.entered) > self.limit:
-                    self._leave(ref, now, work, result)
+        self._keep_limit(now, work, result)
         staying = self.pinned | set(stay)
         ripe = [r for r, t in self.entered.items() if r not in staying and now - t >= self.quantum_s]
         if not waiting or (len(self.entered) >= self.limit and not ripe):
@@ -195,6 +192,24 @@ class ActiveSet:
         if self._tenant_left:
             busy = {ref.tenant for ref in work}
             self._tenant_left = {t: left for t, left in self._tenant_left.items() if t in busy}
+
+    def resize(self, slots: int, limit: int, now: float, work: Mapping[AdapterRef, Work]) -> dict[int, int]:
+        """Changes the number of slots, and how many adapters may be active.
+
+        Returns the place that each slot which keeps its adapter had, and the one that it has now.  Active adapters keep
+        theirs, and their turn; where they are too many, those that are active longest leave.
+        """
+        self.settle(work)
+        self.limit = limit
+        self._keep_limit(now, work, Exchange())
+        return self.slots.resize(slots)
+
+    def _keep_limit(self, now: float, work: Mapping[AdapterRef, Work], result: Exchange) -> None:
+        """Has the adapters leave that are active longest, where the limit was lowered."""
+        if (over := len(self.entered) - self.limit) > 0:
+            for ref in sorted(self.entered, key=self._age)[: over + len(self.pinned)]:
+                if ref not in self.pinned and len(self.entered) > self.limit:
+                    self._leave(ref, now, work, result)
 
     def _tenants(self, work: Mapping[AdapterRef, Work]) -> tuple[Counter[str], dict[str, int]]:
         """Returns (slots each tenant holds, each tenant's share), without pinned ones."""

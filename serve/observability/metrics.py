@@ -136,6 +136,7 @@ class ServerMetrics(Collector):
         waited_s = runner.engine.scheduler.active.waited_s
         yield self._histogram("jaxlora:adapter_wait_seconds", "How long adapters with work waited for a slot", waited_s)
         yield self._counter("jaxlora:adapter_swaps", "Exchanges of an adapter with work for another", now.swaps)
+        yield self._counter("jaxlora:slot_changes", "Changes of the number of slots and KV pages", now.resizes)
         yield self._counter("jaxlora:adapter_loads", "Adapters copied into a slot", runner.engine.telemetry.loads)
         memory = runner.engine.store.host_memory()
         kinds = {"held": memory.held, "loading": memory.loading, "aside": memory.aside}

@@ -77,6 +77,7 @@ class Snapshot:
     parks: int  # times that a running request lost its row
     recomputed_tokens: int  # whose KV was dropped
     swaps: int  # exchanges of an adapter with work for another
+    resizes: int  # changes of the number of slots and pages
     decoded_tokens: int
     prefilled_tokens: int
     slots: tuple[SlotView, ...]
@@ -85,8 +86,13 @@ class Snapshot:
     training: TrainingView | None  # None: this server does not train
 
 
-def take(scheduler: Scheduler, now: float, *, decoded: int, prefilled: int, training: TrainingView | None) -> Snapshot:
-    """Takes a snapshot on the scheduler's thread.  now: of its clock; decoded, prefilled: tokens since the start."""
+def take(
+    scheduler: Scheduler, now: float, *, decoded: int, prefilled: int, resizes: int, training: TrainingView | None
+) -> Snapshot:
+    """Takes a snapshot on the scheduler's thread.
+
+    now: of its clock; decoded, prefilled: tokens since the start; resizes: changes of the number of slots.
+    """
     active, pages = scheduler.active, scheduler.pages
     queues = scheduler.queues()
     sits = {slot: ref for ref, slot in active.slots.resident().items()}
@@ -122,6 +128,7 @@ def take(scheduler: Scheduler, now: float, *, decoded: int, prefilled: int, trai
         parks=scheduler.preemptions,
         recomputed_tokens=scheduler.recomputed_tokens,
         swaps=active.swaps,
+        resizes=resizes,
         decoded_tokens=decoded,
         prefilled_tokens=prefilled,
         slots=tuple(slots),

@@ -86,6 +86,7 @@ class Watch:
             engine.clock(),
             decoded=engine.decoded_tokens,
             prefilled=engine.prefilled_tokens,
+            resizes=engine.resizes,
             training=None if training is None else training(),
         )
         trained = 0 if snapshot.training is None else snapshot.training.tokens

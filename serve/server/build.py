@@ -299,14 +299,16 @@ def open_store(config: SizedConfig, instance: Instance | None = None) -> Adapter
 def make_runner(opened: Opened, config: SizedConfig, store: AdapterStore) -> DeviceThread:
     """Makes a runner over this base, not started yet.  It serves LoRA on all seven projections and on the head."""
     pool_spec = PoolSpec(slots=config.slots, rank=config.max_rank, dtype=opened.base.dtype.name, targets=ALL_TARGETS)
+    least_pages = min((size.pages for size in config.sizes), default=config.kv_pages)
     engine_config = EngineConfig(
+        sizes=config.sizes,
         rows=config.rows,
         prefill_lanes=config.prefill_lanes,
         prefill_tokens=config.prefill_tokens,
         pages=config.kv_pages,
         page_tokens=config.page_tokens,
         kv_dtype=None if config.kv_dtype == "auto" else config.kv_dtype,
-        max_tokens=min(opened.base.config.context, config.kv_pages * config.page_tokens),
+        max_tokens=min(opened.base.config.context, least_pages * config.page_tokens),
         max_waiting=config.max_waiting,
         max_waiting_tokens=config.max_waiting_tokens,
         host_bytes=int(config.host_kv_gb * 1e9),

@@ -25,7 +25,9 @@ def clock():
 @pytest.fixture
 def engine(clock):
     scheduler = Scheduler(SlotTable(2), PageAllocator(8, 4), LIMITS, quantum_s=5.0, active=2)
-    return SimpleNamespace(scheduler=scheduler, clock=lambda: clock.now, decoded_tokens=0, prefilled_tokens=0)
+    return SimpleNamespace(
+        scheduler=scheduler, clock=lambda: clock.now, decoded_tokens=0, prefilled_tokens=0, resizes=0
+    )
 
 
 @pytest.fixture

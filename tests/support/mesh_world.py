@@ -8,6 +8,7 @@ writes OUT/MESH.npz for every mesh of the world: losses, gradient norms, trained
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 import tempfile
 from pathlib import Path
@@ -20,6 +21,7 @@ from train_world import CONFIG, RandomSource, examples, host, lora, optimizer, p
 
 from jaxlora.checkpoints.load import open_model, smollm2_path
 from jaxlora.checkpoints.tokenizer import Tokenizer
+from jaxlora.config.serving import SlotSize
 from jaxlora.config.training import Loss, MomentsDtype
 from jaxlora.core.lora import ALL_TARGETS
 from jaxlora.core.model_config import ModelConfig
@@ -63,6 +65,7 @@ WORLDS = {  # name → meshes; the first is one device
 LANES, LANE_TOKENS, STEPS, NEW_TOKENS = 4, 32, 3, 6
 SPEC = PoolSpec(slots=4, rank=4, dtype="float32", targets=ALL_TARGETS)
 ENGINE = EngineConfig(
+    sizes=(SlotSize(slots=4, pages=32), SlotSize(slots=6, pages=24)),
     rows=4,
     prefill_lanes=4,
     prefill_tokens=8,
@@ -117,7 +120,10 @@ def train(base: Base, mesh: Mesh, found: dict[str, np.ndarray], moments: Moments
 
 
 def decode(trainer: Trainer, tokenizer: Tokenizer, found: dict[str, np.ndarray]) -> None:
-    """Greedy answers of the three adapters, one installed from device rows, two from the store, and of the base."""
+    """Greedy answers of the three adapters, one installed from device rows, two from the store, and of the base.
+
+    In their middle slots and pages change, and change back.
+    """
     with tempfile.TemporaryDirectory() as folder:
         store = AdapterStore(Path(folder), host_bytes=10**8)
         engine = Engine(trainer.base, trainer.mesh, ENGINE, SPEC, store, tokenizer, "mesh")
@@ -132,7 +138,11 @@ def decode(trainer: Trainer, tokenizer: Tokenizer, found: dict[str, np.ndarray])
                 params = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True, logprobs=3)
                 engine.submit(Request(id=name, tenant="t", adapter=refs.get(name), prompt=tuple(prompt), params=params))
             tokens, logprobs = {}, {}
-            while engine.has_work:
+            for count in itertools.count():
+                if not engine.has_work:
+                    break
+                if count in (4, 7):
+                    engine.resize(engine.sizes[count == 4])
                 for delta in engine.step():
                     if delta.error is not None:
                         raise delta.error
@@ -140,6 +150,7 @@ def decode(trainer: Trainer, tokenizer: Tokenizer, found: dict[str, np.ndarray])
                     tops = [[p.logprob, *(x for _, x in p.top)] for p in delta.logprobs]
                     logprobs.setdefault(delta.request_id, []).extend(tops)
         assert not counter.retraced, counter
+        assert (engine.resizes, engine.size) == (2, engine.sizes[0])
         store.close()
     for name in tokens:
         found[f"tokens {name}"], found[f"logprobs {name}"] = np.array(tokens[name]), np.array(logprobs[name])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import socket
 from pathlib import Path
@@ -15,7 +16,7 @@ from small_world import tiny_path
 
 from jaxlora.checkpoints.load import Opened
 from jaxlora.config.base import ModelSection
-from jaxlora.config.serving import AdapterSection, ServeConfig
+from jaxlora.config.serving import AdapterSection, ServeConfig, SlotSize
 from jaxlora.core.errors import AdapterInvalid, InvalidRequest
 from jaxlora.peft.folder import export_peft
 from jaxlora.storage.adapter_store import AdapterStore
@@ -52,6 +53,16 @@ def runner(opened, tmp_path):
 def export(world: World, adapter, folder: Path) -> Path:
     export_peft(adapter, folder, world.base.config, base_name="org/base")
     return folder
+
+
+def test_a_request_is_as_long_as_the_fewest_pages_hold(opened, tmp_path):
+    config = sized(ServeConfig(model=ModelSection(path="tiny"), slots=2, max_rank=2, kv_pages=64, page_tokens=4))
+    sizes = (SlotSize(slots=2, pages=64), SlotSize(slots=4, pages=10))
+    store = AdapterStore(tmp_path / "sizes", host_bytes=10**8)
+    engine = make_runner(opened, dataclasses.replace(config, slot_sizes=(2, 4), sizes=sizes), store).engine
+    assert (engine.sizes, engine.size) == (sizes, sizes[0])
+    assert engine.config.max_tokens == 40 < opened.base.config.context
+    store.close()
 
 
 # --- [[load]]

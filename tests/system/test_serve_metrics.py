@@ -50,6 +50,7 @@ PROMISED = {
     "jaxlora:adapters_waiting": "gauge",
     "jaxlora:adapter_wait_seconds": "histogram",
     "jaxlora:adapter_swaps": "counter",
+    "jaxlora:slot_changes": "counter",
     "jaxlora:adapter_loads": "counter",
     "jaxlora:host_adapter_bytes": "gauge",
     "jaxlora:versions_unsaved": "gauge",

@@ -46,6 +46,7 @@ class Still:
         parks=2,
         recomputed_tokens=0,
         swaps=5,
+        resizes=0,
         decoded_tokens=100,
         prefilled_tokens=50,
         slots=(

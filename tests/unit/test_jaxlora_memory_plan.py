@@ -70,6 +70,56 @@ def accelerator(nbytes: float, **split: int) -> Machine:
     return replace(whole, rows=split.get("fsdp", 1))
 
 
+# ---- slots that change ----
+
+
+@pytest.mark.parametrize("base", [shape(), shape(QWEN3, "bfloat16")], ids=["smollm2", "qwen3"])
+@pytest.mark.parametrize("on", [machine(24e9), accelerator(40e9), accelerator(40e9, tensor=2, fsdp=2)])
+def test_each_number_of_slots_has_the_pages_that_the_same_memory_holds(base, on):
+    given = replace(EMPTY, slots=8, max_rank=16, slot_sizes=(4, 8, 16))
+    plan = plan_server(given, base, on)
+    assert sum(plan.needs.values()) <= 0.9 * on.device.nbytes
+    if on.host is None:
+        fixed = plan_server(replace(given, slot_sizes=()), base, on)
+        assert plan.needs["process"] - fixed.needs["process"] == 2 * 80 * 10**6  # programs of two more sizes
+    itemsize = 4 if base.dtype == "float32" else 2
+    scales = 4 * (7 * base.config.layers + 1)
+    slot = 16 * base.rank_bytes(on, itemsize=itemsize) + scales
+    page = plan.config.page_tokens * base.token_bytes(on)
+    whole = 8 * slot + plan.config.kv_pages * page
+    assert [size.slots for size in plan.config.sizes] == [4, 8, 16]
+    assert plan.config.sizes[1].pages == plan.config.kv_pages
+    for size in plan.config.sizes:
+        assert 0 <= whole - size.slots * slot - size.pages * page < page
+        assert f"{size.slots} beside {size.pages:,} pages" in plan.lines()[1]
+    assert "(slot_sizes)" not in plan_server(EMPTY, base, on).lines()[1]
+
+
+def test_slots_that_leave_too_little_kv_are_refused_with_what_would_go():
+    given = replace(EMPTY, slots=4, max_rank=32, rows=8, kv_pages=128, slot_sizes=(4, 40))
+
+    def refused(**changes: object) -> str:
+        with pytest.raises(ConfigInvalid, match=r"slot_sizes: \d+ slots leave less than") as caught:
+            plan_server(replace(given, **changes), shape(), machine(24e9))
+        assert caught.value.param == "slot_sizes"
+        return str(caught.value)
+
+    found = re.search(r"take at most (\d+) slots, or raise kv_pages to at least (\d+)$", refused())
+    assert found is not None
+    most, pages = int(found[1]), int(found[2])
+    assert most > 4
+    slot, page = 32 * shape().rank_bytes(machine(24e9)), 64 * shape().token_bytes(machine(24e9))
+    for fitting, wrong in (
+        ({"slot_sizes": (4, most)}, {"slot_sizes": (4, most + 1)}),
+        ({"kv_pages": pages}, {"kv_pages": pages - 1}),
+    ):
+        size = plan_server(replace(given, **fitting), shape(), machine(24e9)).config.sizes[-1]
+        assert size.pages >= 8  # a page for each row
+        assert size.pages * page + page > 4 * slot  # those that stay lie there while slots change
+        refused(**wrong)
+    assert "take at most" not in refused(kv_pages=32)
+
+
 # ---- the plan -----------------------------------------------------------------------------------------------------
 
 

@@ -105,6 +105,17 @@ TEN = {
             "10: training: lanes must be at least 1, got 0",
         ],
     ),
+    "of slots, all that go together": (
+        ServeConfig,
+        f"slots = 6\nslot_sizes = [4, 16, 8]\n{MODEL}[tuning]\nslots = 5\nactive_slots = 17\npin = ['a', 'b', 'c', 'd']\n",
+        [
+            "1: slots must be one of slot_sizes = [4, 16, 8], got 6",
+            "2: slot_sizes must be rising numbers of slots, each at least 1, got [4, 16, 8]",
+            "6: slots must be one of slot_sizes = [4, 16, 8], got 5",
+            "7: active_slots must be in [1, 16], got 17",
+            "8: pin takes at most 3 adapters of 4 active slots, got 4",
+        ],
+    ),
     "in arrays of tables": (
         ServeConfig,
         f"""{MODEL}[[load]]

@@ -128,13 +128,13 @@ REFS = [ref(name, version, tenant) for name in "ab" for version in (1, 2) for te
 
 
 class Slots(RuleBasedStateMachine):
-    """Any use of a table of 3 slots by 8 adapters, beside a model: a list of holders, in order of last use."""
+    """Any use of a table of 3 slots, or later others, by 8 adapters, beside a model: a list of holders, in order of last use."""
 
     def __init__(self):
         super().__init__()
         self.table, self.twin = SlotTable(3), SlotTable(3)
         self.holder: dict[int, AdapterRef] = {}
-        self.pins = [0, 0, 0]
+        self.pins = [0, 0, 0]  # of each slot
         self.order = [0, 1, 2]  # least recently used first
 
     def used(self, slot: int) -> None:
@@ -166,7 +166,7 @@ class Slots(RuleBasedStateMachine):
     @precondition(lambda self: any(self.pins))
     @rule(data=st.data())
     def unpin(self, data):
-        slot = data.draw(st.sampled_from([s for s in range(3) if self.pins[s]]))
+        slot = data.draw(st.sampled_from([s for s, pins in enumerate(self.pins) if pins]))
         self.both(lambda t: t.unpin(slot))
         self.pins[slot] -= 1
         self.used(slot)
@@ -176,7 +176,7 @@ class Slots(RuleBasedStateMachine):
         if r in self.holder.values():
             return
         slot = self.both(lambda t: t.choose())
-        free = [s for s in range(3) if not self.pins[s]]
+        free = [s for s, pins in enumerate(self.pins) if not pins]
         empty = [s for s in free if s not in self.holder]
         if not free:
             assert slot is None
@@ -194,9 +194,23 @@ class Slots(RuleBasedStateMachine):
         self.both(lambda t: t.drop(r))
         self.holder = {s: h for s, h in self.holder.items() if h != r or self.pins[s]}
 
+    @rule(slots=st.integers(2, 5))
+    def resize(self, slots):
+        pinned = [s for s in self.holder if self.pins[s]]
+        if len(pinned) > slots:
+            return
+        idle = [s for s in reversed(self.order) if s in self.holder and not self.pins[s]]
+        stay = sorted([*pinned, *idle][:slots])
+        assert self.both(lambda t: t.resize(slots)) == {old: new for new, old in enumerate(stay)}
+        used = [stay.index(s) for s in self.order if s in stay]
+        self.holder = {new: self.holder[old] for new, old in enumerate(stay)}
+        self.pins = [self.pins[old] for old in stay] + [0] * (slots - len(stay))
+        self.order = [*range(len(stay), slots), *used]
+
     @invariant()
     def holds(self):
         self.table.check()
+        assert self.table.count == len(self.pins)
         assert self.table.resident() == {r: s for s, r in self.holder.items()}
         for r in REFS:
             assert self.table.find(r) == next((s for s, h in self.holder.items() if h == r), None)

@@ -38,6 +38,7 @@ class PageMachine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.allocator = PageAllocator(PAGES, PAGE_TOKENS)
+        self.pages = PAGES
         self.held: list[Held] = []
         self.page_of: dict[tuple, int] = {}  # of a cached node
         self.used: dict[tuple, int] = {}  # when a cached node was used last
@@ -69,7 +70,7 @@ class PageMachine(RuleBasedStateMachine):
         """What the allocator gives, when it gives what it must."""
         busy = set(self.references())
         idle = {n for n, p in self.page_of.items() if p not in busy}
-        free = set(range(PAGES)) - busy - set(self.page_of.values())
+        free = set(range(self.pages)) - busy - set(self.page_of.values())
         pages = self.allocator.take(count)
         if count > len(free) + len(idle):
             assert pages is None
@@ -155,10 +156,19 @@ class PageMachine(RuleBasedStateMachine):
         for sequence in self.held:
             sequence.may_register &= sequence.salt != salt
 
+    @precondition(lambda self: not any(h.pages for h in self.held))
+    @rule(pages=st.integers(PAGES - 2, PAGES + 2))
+    def resize(self, pages):
+        """All cached pages are forgotten."""
+        self.allocator.resize(pages)
+        self.pages = pages
+        for node in list(self.page_of):
+            self.uncache(node)
+
     @invariant()
     def nothing_is_lost(self):
         references = self.references()
-        assert self.allocator.free == PAGES - len(set(references))
+        assert self.allocator.free == self.allocator.pages - len(set(references))
         assert (self.allocator.hits, self.allocator.lookups) == (self.hits, self.lookups)
         self.allocator.check(references)
 

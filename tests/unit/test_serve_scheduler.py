@@ -9,6 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from jaxlora.config.serving import SlotSize
 from jaxlora.core.errors import InvalidRequest, Overloaded, RateLimited
 from jaxlora.core.lora import AdapterRef
 from serve.engine.page_cache import PageAllocator
@@ -69,6 +70,16 @@ class World:
         assert not chunked & {s.number for s in plan.decode}
         assert bool(self.scheduler.running) == bool(plan.prefill or plan.decode)
         return plan
+
+    def resize(self, size: SlotSize) -> None:
+        """What the engine does to change slots and pages."""
+        self.preempted |= {s.number for s in self.scheduler.running}
+        for s, pages in self.scheduler.vacate():
+            self.host[s.number] = [list(self.kv[p]) for p in pages]
+        moves = self.scheduler.resize(size, size.slots, self.now)
+        self.kv = [[None] * PAGE_TOKENS for _ in range(size.pages)]
+        self.on_device = {moves[slot]: ref for slot, ref in self.on_device.items() if slot in moves}
+        assert self.scheduler.slots.resident() == {ref: slot for slot, ref in self.on_device.items()}
 
     def step(self) -> list[Sequence]:
         """Plans and does what the engine does with it; the sequences that ended."""
@@ -140,6 +151,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         def add():
             return self.world.add(f"r{self.count}", ref, prompt, max_tokens, tenant)
 
+        if -(-(prompt + max_tokens) // PAGE_TOKENS) > PAGES != self.world.scheduler.pages.pages:
+            return  # the engine refuses what the least pages do not hold
         if -(-(prompt + max_tokens) // PAGE_TOKENS) > PAGES:
             with pytest.raises(InvalidRequest, match=str(PAGES * PAGE_TOKENS)):
                 add()
@@ -173,7 +186,14 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(limit=st.integers(1, SLOTS), quantum=st.sampled_from([1.0, 5.0, 20.0]), lanes=st.integers(1, 3))
     def tune(self, limit, quantum, lanes):
         scheduler = self.world.scheduler
+        limit = min(limit, scheduler.slots.count)
         scheduler.active.limit, scheduler.active.quantum_s, scheduler.prefill_lanes = limit, quantum, lanes
+
+    @rule(slots=st.integers(1, SLOTS + 1), pages=st.sampled_from([PAGES, PAGES + 3]))
+    def resize(self, slots, pages):
+        self.world.resize(SlotSize(slots=slots, pages=pages))
+        assert not self.world.scheduler.running
+        assert self.world.scheduler.pages.free == pages
 
     @rule()
     def drain(self):
@@ -184,7 +204,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             for s in self.world.step():
                 self.open.remove(s)
         assert not self.open
-        assert self.world.scheduler.pages.free == PAGES
+        assert self.world.scheduler.pages.free == self.world.scheduler.pages.pages
         assert self.world.scheduler.counts() == (0, 0, 0)
         assert self.world.plan().empty
 
@@ -477,3 +497,53 @@ def test_the_same_history_gives_the_same_plans():
         return out
 
     assert plans() == plans()
+
+
+def test_a_change_of_slots_keeps_the_turns_of_those_that_run_and_moves_their_kv_to_the_host():
+    world = World(replace(LIMITS, rows=3), pages=40, slots=3)
+    first, second, base = world.add("a", adapter(0), 6, 9), world.add("b", adapter(1), 6, 9), world.add("c", None, 6, 9)
+    world.run(3)
+    late = world.add("d", None, 6, 9, tenant="bolt")
+    entered = dict(world.scheduler.active.entered)
+    world.resize(SlotSize(slots=2, pages=36))
+    assert world.scheduler.slots.count == 2
+    assert world.scheduler.active.entered == entered
+    kept = [s.status is Status.OFFLOADED for s in (first, second, base)]
+    assert kept == [True, True, False]  # what has no room on the host is computed again
+    world.plan()
+    assert [s.number for s in world.scheduler.running] == [first.number, second.number, base.number]
+    assert late.status is Status.WAITING
+    world.run(40)
+    assert all(s.generated == 9 for s in (first, second, base, late))
+
+
+def test_where_more_are_active_than_slots_remain_those_that_are_active_longest_leave():
+    world = World(slots=3)
+    for number in range(3):
+        world.add(f"r{number}", adapter(number), 3, 9)
+        world.step()
+    world.resize(SlotSize(slots=1, pages=PAGES))
+    assert list(world.scheduler.active.entered) == [adapter(2)]
+    assert world.scheduler.slots.resident() == {adapter(2): 0}
+    assert world.scheduler.active.limit == 1
+    world.now += 2 * QUANTUM
+    world.run(60)
+    assert world.scheduler.counts() == (0, 0, 0)
+
+
+def test_want_of_pages_is_counted_and_slots_that_are_all_in_use_are_waited_for():
+    world = World(pages=4, slots=1)
+    for id in "ab":
+        world.add(id, None, 8, 4)
+    world.step()
+    assert world.scheduler.shortages == 1  # the second has no pages
+    world.add("c", adapter(0))
+    world.add("d", adapter(1))
+    world.now += 1.0
+    world.step()
+    world.now += 1.0
+    demand = world.scheduler.demand(world.now)
+    assert (demand.adapters, demand.pages) == (2, 4)
+    assert demand.waited_s == world.now - 1.0
+    world.scheduler.active.limit = 0  # as an operator may allow fewer than there are
+    assert world.scheduler.demand(world.now).waited_s == 0.0
