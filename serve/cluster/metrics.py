@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -53,7 +53,7 @@ class ClusterMetrics:
         request = Request(scope)
         check_may_read(request, is_open=self._is_open)
         told = await self._scraped(scope)
-        own = [*self._process.collect(), *self._own(told)]
+        own = [*self._process.collect(), *front_metrics(self._peers, told, adapters=self._adapters)]
         answer = await exposition(Exposition({**told, FRONT: own}, adapters=self._adapters), request)
         await answer(scope, receive, send)
 
@@ -77,34 +77,35 @@ class ClusterMetrics:
                 told[server] = task.result()
         return told
 
-    def _own(self, told: Told) -> Iterator[Metric]:
-        """Yields the front's families: all but the first are counted since it started."""
-        peers, traffic = self._peers, self._peers.traffic
-        up = GaugeMetricFamily(
-            "jaxlora:server_up", "1: the server's metrics are here; 0: it starts, hangs or is gone", labels=[LABEL]
+
+def front_metrics(peers: Peers, told: Collection[str], *, adapters: bool) -> Iterator[Metric]:
+    """Yields the front's families; counts are since it started.  told: the servers whose metrics are there."""
+    traffic = peers.traffic
+    up = GaugeMetricFamily(
+        "jaxlora:server_up", "1: the server's metrics are here; 0: it starts, hangs or is gone", labels=[LABEL]
+    )
+    for server in sorted({KEEPER, *peers.known, *peers.replicas}):
+        up.add_metric([server], float(server in told))
+    yield up
+    yield _counted("jaxlora:front_sent", "Requests sent to a replica", traffic.sent)
+    yield _counted("jaxlora:front_left", "Times that a replica was found gone or hanging", traffic.left)
+    yield CounterMetricFamily(
+        "jaxlora:front_rerouted", "Requests sent again, as a replica failed or refused", traffic.rerouted
+    )
+    yield CounterMetricFamily("jaxlora:front_unplaced", "Requests that no replica was left for", traffic.unplaced)
+    hottest = peers.router.hottest(HOTTEST, peers.clock())
+    yield GaugeMetricFamily(
+        "jaxlora:front_copies_most",
+        "Replicas that are the own ones of the hot adapter with the most",
+        max((copies for _, copies in hottest), default=0),
+    )
+    if adapters:
+        family = GaugeMetricFamily(
+            "jaxlora:front_copies", "Replicas that are a hot adapter's own", labels=["tenant", "adapter"]
         )
-        for server in sorted({KEEPER, *peers.known, *peers.replicas}):
-            up.add_metric([server], float(server in told))
-        yield up
-        yield _counted("jaxlora:front_sent", "Requests sent to a replica", traffic.sent)
-        yield _counted("jaxlora:front_left", "Times that a replica was found gone or hanging", traffic.left)
-        yield CounterMetricFamily(
-            "jaxlora:front_rerouted", "Requests sent again, as a replica failed or refused", traffic.rerouted
-        )
-        yield CounterMetricFamily("jaxlora:front_unplaced", "Requests that no replica was left for", traffic.unplaced)
-        hottest = peers.router.hottest(HOTTEST, peers.clock())
-        yield GaugeMetricFamily(
-            "jaxlora:front_copies_most",
-            "Replicas that are the own ones of the adapter with the most",
-            max((copies for _, copies in hottest), default=0),
-        )
-        if self._adapters:
-            family = GaugeMetricFamily(
-                "jaxlora:front_copies", "Replicas that are a hot adapter's own", labels=["tenant", "adapter"]
-            )
-            for (tenant, adapter), copies in hottest:
-                family.add_metric([tenant, adapter], copies)
-            yield family
+        for (tenant, adapter), copies in hottest:
+            family.add_metric([tenant, adapter], copies)
+        yield family
 
 
 class Exposition(Collector):
