@@ -82,7 +82,7 @@ def series(world) -> Series:
             )
         )
     registry = CollectorRegistry()
-    for collector in (ServerMetrics(runner, adapters=False, compiles=lambda: 0), http):
+    for collector in (ServerMetrics(runner, adapters=True, compiles=lambda: 0), http):
         registry.register(collector)
     ProcessCollector(registry=registry)
     told = {server: list(registry.collect()) for server in ("replica-0", KEEPER)}
@@ -223,3 +223,19 @@ def test_the_dashboards_show_whatever_the_rules_look_at():
     shown = {one.name for panel in PANELS for target in panel["targets"] for one in asked(target["expr"])}
     watched = {one.name for rule in GROUP["rules"] for one in asked(rule["expr"])} - {"up"}
     assert watched <= shown
+
+
+def test_a_picker_of_endpoints_asks_for_what_is_exported(series):
+    """One series of each name, as the picker takes the first; adapters by the labels that it knows."""
+    (text,) = [
+        one["data"]["picker.yaml"]
+        for one in yaml.safe_load_all((DEPLOY / "kuberay/gateway.yaml").read_text())
+        if one["kind"] == "ConfigMap"
+    ]
+    (engine,) = next(
+        plugin["parameters"]["engineConfigs"] for plugin in yaml.safe_load(text)["plugins"] if "parameters" in plugin
+    )
+    specs = {key: name for key, name in engine.items() if key.endswith("Spec")}
+    assert set(specs) == {"queuedRequestsSpec", "runningRequestsSpec", "kvUsageSpec", "loraSpec"}
+    assert all("replica" not in series[name] for name in specs.values())
+    assert set(series[specs["loraSpec"]]) == {"max_lora", "running_lora_adapters", "waiting_lora_adapters"}
