@@ -42,6 +42,7 @@ class ClusterMetrics:
     def __init__(self, app: ASGIApp, peers: Peers, *, is_open: bool, adapters: bool):
         """is_open: whether no key is needed; adapters: whether names of adapters are told, as each server's settings say."""
         self._app, self._peers, self._is_open, self._adapters = app, peers, is_open, adapters
+        self._asking: asyncio.Task[dict[str, list[Metric]]] | None = None
         self._process = CollectorRegistry()
         ProcessCollector(registry=self._process)
 
@@ -52,7 +53,9 @@ class ClusterMetrics:
             return
         request = Request(scope)
         check_may_read(request, is_open=self._is_open)
-        told = await self._scraped(scope)
+        if self._asking is None or self._asking.done():  # whoever comes meanwhile reads the same
+            self._asking = asyncio.create_task(self._scraped(scope))
+        told = await asyncio.shield(self._asking)
         own = [*self._process.collect(), *front_metrics(self._peers, told, adapters=self._adapters)]
         answer = await exposition(Exposition({**told, FRONT: own}, adapters=self._adapters), request)
         await answer(scope, receive, send)

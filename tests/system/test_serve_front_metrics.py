@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import httpx2
@@ -46,12 +47,13 @@ def by_key(connection):
 
 
 class LocalPeer:
-    """A server of this process.  `hangs`, `gone`: what becomes of a call."""
+    """A server of this process.  `hangs`, `gone`: what becomes of a call; `asked`: how often it was."""
 
     def __init__(self, app):
-        self.app, self.hangs, self.gone = app, False, False
+        self.app, self.hangs, self.gone, self.asked = app, False, False, 0
 
     async def answer(self, scope, body):
+        self.asked += 1
         if self.gone:
             raise PeerGone("its process has ended")
         if self.hangs:
@@ -185,6 +187,17 @@ def test_a_server_that_refuses_is_not_up(runners):
     app, _ = behind([server(runners[0], is_open=False)], None, is_open=True)
     with serving(app) as url:
         assert by_server(scrape(url, key="none"), "jaxlora:server_up") == {"replica-0": 0, "keeper": 0}
+
+
+def test_many_who_read_at_once_ask_the_servers_once(cluster):
+    url, _, (first, second), _ = cluster
+    first.hangs = True
+    with ThreadPoolExecutor(8) as threads:
+        told = list(threads.map(lambda _: by_server(scrape(url), "jaxlora:server_up"), range(8)))
+    assert told == [{"replica-0": 0, "replica-1": 1, "keeper": 1}] * 8
+    assert second.asked == 1
+    scrape(url)
+    assert second.asked == 2
 
 
 def test_other_requests_go_their_way(cluster):
