@@ -245,6 +245,17 @@ def test_no_replica_that_is_gone_ends_the_front():
     assert "tcpSocket" in front()["livenessProbe"]
 
 
+def test_rays_nodes_are_probed_without_its_dashboard():
+    """KubeRay adds probes of its own where there are none, and these need more of Ray than its core."""
+    ports = {"head": "6379", "server": group()["rayStartParams"]["node-manager-port"]}
+    assert f"-svc:{ports['head']}" in {one["name"]: one for one in front()["env"]}["RAY_HEAD"]["value"]
+    for role, port in ports.items():
+        (one,) = containers(role)
+        ((name, number),) = [(p["name"], p["containerPort"]) for p in one["ports"]]
+        assert str(number) == port
+        assert [one[probe]["tcpSocket"] for probe in ("readinessProbe", "livenessProbe")] == [{"port": name}] * 2
+
+
 def test_the_cluster_has_time_to_start_and_to_end(settings):
     startup = front()["startupProbe"]
     assert startup["periodSeconds"] * startup["failureThreshold"] >= 2 * STARTS_S  # the keeper, then the replicas
