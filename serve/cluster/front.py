@@ -23,6 +23,7 @@ from jaxlora.core.errors import Unavailable
 from serve.access.keys import Keys, needs_keys
 from serve.access.rate_limit import Limiter
 from serve.api.gradient.errors import API, gradient_response
+from serve.cluster.metrics import ClusterMetrics
 from serve.cluster.peer import About, Chunk, Peer, PeerGone
 from serve.cluster.relay import Peers, Relay
 from serve.cluster.router import Router
@@ -95,7 +96,8 @@ class Front:
             bodies = JsonBodies(
                 relay, rate=limiter.bodies, uploads=about.body_limits.keys(), most_values=about.most_values
             )
-            gate = Gate(bodies, settings, ErrorShapes({API: gradient_response}))
+            metrics = ClusterMetrics(bodies, peers, is_open=config.metrics_open, adapters=config.metrics_adapters)
+            gate = Gate(metrics, settings, ErrorShapes({API: gradient_response}))
             self._http = http_over(
                 Followed(gate, servers, peers, self._found.set),
                 settings,
@@ -152,6 +154,7 @@ class Followed:
         while True:
             try:
                 names = await asyncio.to_thread(self._servers.names)
+                self._peers.known = {name.partition(".")[0] for name in names if name.startswith(REPLICA)}
             except PeerGone as error:
                 LOG.error("which servers there are is not known: %s", error.message)
                 names = ()

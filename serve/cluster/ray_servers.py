@@ -12,6 +12,7 @@ import ray  # ty: ignore[import-not-found]
 import ray.util  # ty: ignore[import-not-found]
 from ray.actor import ActorHandle  # ty: ignore[import-not-found]
 from ray.exceptions import RayError, RayTaskError  # ty: ignore[import-not-found]
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # ty: ignore[import-not-found]
 from starlette.types import Message, Scope
 
 from jaxlora.core.errors import ConfigInvalid
@@ -110,9 +111,14 @@ class Kept:
     Each gets a name of its own, NAME.1 and so on, as Ray keeps the name of one that has ended.
     """
 
-    def __init__(self, name: str, make: type, *arguments: object, cpus: float, gpus: float, calls: int):
-        """make: its class, of which another process makes one with these arguments.  calls: that it takes at once."""
-        self.name = name
+    def __init__(
+        self, name: str, make: type, *arguments: object, cpus: float, gpus: float, calls: int, here: bool = False
+    ):
+        """make: its class, of which another process makes one with these arguments.
+
+        calls: that it takes at once.  here: whether it must be on the machine that `jaxlora up` runs on.
+        """
+        self.name, self._here = name, here
         self._make, self._arguments = ray.remote(make), arguments
         self._options = {"num_cpus": cpus, "num_gpus": gpus, "max_concurrency": calls}
         self._actor: ActorHandle | None = None
@@ -121,7 +127,11 @@ class Kept:
     def start(self) -> None:
         """Begins to make it."""
         self._started += 1
-        named = self._make.options(name=f"{self.name}.{self._started}", **self._options)
+        options = dict(self._options)
+        if self._here:
+            node = ray.get_runtime_context().get_node_id()
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
+        named = self._make.options(name=f"{self.name}.{self._started}", **options)
         self._actor = named.remote(*self._arguments)
 
     def call(self, method: str, within_s: float | None = None) -> object:

@@ -14,7 +14,9 @@ import contextlib
 import json
 import re
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from starlette.types import Message, Receive, Scope, Send
 
@@ -43,11 +45,22 @@ JOB_NAMES = "ft:"  # of models, which the trainer alone knows
 RELAYED = ("type", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path")
 
 
+@dataclass(slots=True)
+class Traffic:
+    """What became of requests and servers since the front started."""
+
+    sent: Counter[str] = field(default_factory=Counter)  # requests, by replica
+    left: Counter[str] = field(default_factory=Counter)  # times that a replica was found gone or hanging
+    rerouted: int = 0  # requests sent again
+    unplaced: int = 0  # requests that no replica was left for
+
+
 class Peers:
     """The servers that can be asked now, and who chooses among the replicas.  Of one event loop."""
 
     def __init__(self, router: Router, clock: Callable[[], float] = time.monotonic):
-        self.router, self.clock = router, clock
+        self.router, self.clock, self.traffic = router, clock, Traffic()
+        self.known: Collection[str] = ()  # replicas that are there or are being started
         self.replicas: dict[str, Peer] = {}
         self.trainer: Peer | None = None
 
@@ -65,11 +78,19 @@ class Peers:
             self.trainer = None
         elif self.replicas.get(name) is peer:
             del self.replicas[name]
+            self.traffic.left[name] += 1
             self.router.leave(name, self.clock())
 
     def send(self, ask: Ask, tried: Collection[str]) -> Sent:
         """Chooses a replica, none of those that were tried.  Raises Unavailable when none is left."""
-        return self.router.send(ask, self.clock(), tried)
+        try:
+            sent = self.router.send(ask, self.clock(), tried)
+        except Unavailable:
+            self.traffic.unplaced += 1
+            raise
+        self.traffic.sent[sent.replica] += 1
+        self.traffic.rerouted += bool(tried)
+        return sent
 
     def end(self, sent: Sent) -> None:
         """Takes note that a request has ended, in whichever way."""

@@ -14,6 +14,7 @@ Source of passing over the overloaded: consistent hashing with bounded loads, ar
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -124,6 +125,13 @@ class Router:
         replica = self._replicas.get(sent.replica)
         if replica is not None and replica.open.pop(sent.number, None) is not None:
             self._add(replica, sent.ask.key, -sent.ask.tokens, now_s)
+
+    def hottest(self, most: int, now_s: float) -> list[tuple[AdapterKey, int]]:
+        """Returns the adapters with the largest smoothed load, and how many replicas are each one's own."""
+        for demand in self._demand.values():
+            demand.settle(now_s, self.config, self._rows)
+        found = heapq.nlargest(most, self._demand.items(), key=lambda one: one[1].smoothed)
+        return [(key, demand.copies) for key, demand in found if demand.smoothed >= 1]
 
     def _choose(self, ask: Ask, own: Places, drawn: Drawn, tried: Collection[str]) -> ReplicaView:
         """Returns one of the request's own replicas, or of the others that hold its adapter, or one of the rest."""

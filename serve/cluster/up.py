@@ -62,7 +62,7 @@ def main(config: ServeConfig, *, address: str | None) -> None:
             for number, replica in enumerate(replicas, 1):
                 stage.at(number)
                 replica.call("about")
-        front = Kept(FRONT, Front, config, folder, about, RayServers(), cpus=0, gpus=0, calls=1)
+        front = Kept(FRONT, Front, config, folder, about, RayServers(), cpus=0, gpus=0, calls=1, here=True)
         front.start()
         url = front.call("url")
         announcer.ready()

@@ -20,6 +20,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.openmetrics.exposition import ALLOWUTF8
 from prometheus_client.registry import Collector
+from starlette.requests import HTTPConnection
 
 from serve.access.caller import caller_of
 from serve.engine.telemetry import Histogram
@@ -228,10 +229,20 @@ class MetricsRoutes:
 
     async def read(self, request: Request) -> Response:
         """All families in Prometheus' text format, or OpenMetrics' where that is asked for."""
-        if not self._open:
-            caller_of(request).need_admin("reading metrics")
-        encode, kind = choose_encoder(request.headers.get("accept", ""))
-        if kind.startswith(OPENMETRICS):
-            # Our names need no escape; the library's default one, which Prometheus asks for, writes _ for their colons.
-            encode, kind = partial(openmetrics.generate_latest, escaping=ALLOWUTF8), OPENMETRICS
-        return Response(await asyncio.to_thread(encode, self._registry), headers={"content-type": kind})
+        check_may_read(request, is_open=self._open)
+        return await exposition(self._registry, request)
+
+
+def check_may_read(request: HTTPConnection, *, is_open: bool) -> None:
+    """Raises Forbidden for a caller that may not read metrics."""
+    if not is_open:
+        caller_of(request).need_admin("reading metrics")
+
+
+async def exposition(collector: Collector, request: HTTPConnection) -> Response:
+    """Returns the collector's families in the format that the request accepts."""
+    encode, kind = choose_encoder(request.headers.get("accept", ""))
+    if kind.startswith(OPENMETRICS):
+        # Our names need no escape; the library's default one, which Prometheus asks for, writes _ for their colons.
+        encode, kind = partial(openmetrics.generate_latest, escaping=ALLOWUTF8), OPENMETRICS
+    return Response(await asyncio.to_thread(encode, collector), headers={"content-type": kind})

@@ -62,7 +62,7 @@ ONLY_IN = {  # somebody else's package → the only folders or files that import
     "llguidance": ("serve/engine/grammar.py",),
     "obstore": ("jaxlora/storage/",),
     "opentelemetry": ("serve/observability/tracing.py",),
-    "prometheus_client": ("serve/observability/metrics.py",),
+    "prometheus_client": ("serve/cluster/metrics.py", "serve/observability/metrics.py"),
     "pydantic": (
         "jaxlora/config/toml.py",
         "serve/api/",
