@@ -96,17 +96,18 @@ class Group[P: Process]:
         for place in extra:
             LOG.info("%s is not needed any more", place.name)
             place.leaving = True
+        for place in self.places:
+            if place.leaving:
+                self._remove(place, now_s)
+        self.places = [place for place in self.places if not (place.leaving and place.process is None)]
         for _ in range(wanted - len(staying)):
             taken = {place.number for place in self.places}
             number = next(n for n in range(len(taken) + 1) if n not in taken)
             self.places.append(Place[P](number, self.kind.name_of(number)))
         for place in self.places:
-            if place.leaving:
-                self._remove(place, now_s)
-            elif place.process is None and now_s >= place.next_s:
+            if place.process is None and now_s >= place.next_s:
                 LOG.info("%s is started", place.name)
                 place.process = self.kind.start(place.name)
-        self.places = [place for place in self.places if not (place.leaving and place.process is None)]
 
     def _follow(self, place: Place[P], now_s: float) -> None:
         """Takes note of what became of the process."""
