@@ -146,9 +146,7 @@ def test_all_comes_back_after_rays_head_was_killed(up):
         print(f"answers came again after {time.monotonic() - began:.1f} s")
         assert ask(up.url).json()["choices"][0]["text"] == said
         assert finished(client, job.id).status == "succeeded"
-        steps = [
-            e.data["step"] for e in client.fine_tuning.jobs.list_events(job.id, limit=100) if e.type == "metrics"
-        ]
+        steps = [e.data["step"] for e in client.fine_tuning.jobs.list_events(job.id, limit=100) if e.type == "metrics"]
         assert max(steps) == STEPS
     log = up.log.read_text()
     assert "Ray's head has not answered for 5 s; all servers end, and it is started again" in log

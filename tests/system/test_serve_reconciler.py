@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 
 import pytest
@@ -110,7 +111,7 @@ def test_one_that_ends_soon_is_started_after_longer_and_longer_waits(gets_ready,
         elif world.started[-1].state is not Life.ENDED:
             ended(world.started[-1], "no memory")
         now_s += 0.1
-    waits = [b - a for a, b in zip(starts, starts[1:], strict=False)]
+    waits = [b - a for a, b in itertools.pairwise(starts)]
     expected = [1, 2, 4, 8, 16, 32, 60, 60]
     assert waits[:8] == pytest.approx(expected, abs=0.5)
     told = [record.message for record in caplog.records if "no memory" in record.message]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from dataclasses import dataclass, field
@@ -245,7 +246,7 @@ def test_a_day_of_load():
     assert day.hold(1, 100)[-1] == 1
     assert set(day.hold(0, 100)[-60:]) == {0}
     changes = [b - a for a, b in zip(day.counts, day.counts[1:], strict=False) if a != b]
-    turns = sum(a * b < 0 for a, b in zip(changes, changes[1:], strict=False))
+    turns = sum(a * b < 0 for a, b in itertools.pairwise(changes))
     assert turns <= 3
 
 
