@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from cluster_world import until
 
+from serve.cluster.autoscaler import Wanted
 from serve.cluster.peer import PeerGone
 from serve.cluster.ray_environment import set_environment
 from serve.cluster.reconciler import Life
@@ -120,8 +121,9 @@ def test_after_its_head_was_killed_all_of_it_ends_and_another_one_starts(cluster
     def group(name):
         return Group(Kind(name_of=lambda number: f"{name}{number}", start=lambda name: start(cluster, name), stop_s=9))
 
-    groups = [group("keeper"), group("front"), group("replica-")]
-    servers = Reconciler(keeper=groups[0], front=groups[1], replicas=groups[2], wanted=lambda now_s: pytest.fail())
+    groups = keeper, front, replicas = group("keeper"), group("front"), group("replica-")
+    wanted = Wanted(replicas=1, trainers=0)
+    servers = Reconciler(keeper=keeper, front=front, replicas=replicas, wanted=lambda _: wanted)
     for one in groups:
         one.look(1, 0.0)
     for one in groups:
