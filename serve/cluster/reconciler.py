@@ -16,7 +16,7 @@ from serve.cluster.autoscaler import Wanted
 
 LOG = logging.getLogger("serve")
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0  # before another start, where the last one failed
-LIVED_S = 10.0  # ready for so long, a process was not a bad start
+LIVED_S = 10.0  # after so long, and ready meanwhile, a process was not a bad start
 
 
 class Life(Enum):
@@ -62,7 +62,8 @@ class Place[P: Process]:
     number: int
     name: str
     process: P | None = None
-    ready_s: float | None = None  # when the process was first seen ready
+    started_s: float = 0.0  # the process
+    is_ready: bool = False  # it was
     failures: int = 0  # bad starts in a row
     next_s: float = 0.0  # no start before
     leaving: bool = False
@@ -83,7 +84,7 @@ class Group[P: Process]:
         """Returns the processes that can be called, by server name."""
         found = {}
         for place in self.places:
-            if place.process is not None and place.ready_s is not None:
+            if place.process is not None and place.is_ready:
                 found[place.name] = place.process
         return found
 
@@ -107,39 +108,40 @@ class Group[P: Process]:
         for place in self.places:
             if place.process is None and now_s >= place.next_s:
                 LOG.info("%s is started", place.name)
-                place.process = self.kind.start(place.name)
+                place.process, place.started_s = self.kind.start(place.name), now_s
 
     def _follow(self, place: Place[P], now_s: float) -> None:
         """Takes note of what became of the process."""
         if place.process is None:
             return
         life, why = place.process.life()
-        if life is Life.READY and place.ready_s is None:
-            place.ready_s, self.failure = now_s, None
+        if life is Life.READY and not place.is_ready:
+            place.is_ready, self.failure = True, None
             LOG.info("%s is ready", place.name)
         if life is not Life.ENDED:
             return
         place.process.kill()
-        place.process, since_s, place.ready_s = None, place.ready_s, None
+        was_ready, lived_s = place.is_ready, now_s - place.started_s
+        place.process, place.is_ready = None, False
         if place.leaving:
             LOG.info("%s has stopped", place.name)
             return
-        if since_s is not None and now_s - since_s >= LIVED_S:
+        if was_ready and lived_s >= LIVED_S:
             place.failures, place.next_s = 0, now_s
             LOG.error("%s has ended; it is started again: %s", place.name, why)
             return
         wait_s = min(FIRST_WAIT_S * 2**place.failures, LONGEST_WAIT_S)
         place.failures, place.next_s = place.failures + 1, now_s + wait_s
-        what = "did not start" if since_s is None else f"has ended after {now_s - since_s:.0f} s"
+        what = f"has ended after {lived_s:.0f} s" if was_ready else "did not start"
         LOG.error("%s %s; it is started again in %g s: %s", place.name, what, wait_s, why)
-        if since_s is None:
+        if not was_ready:
             self.failure = f"{place.name}: {why}"
 
     def _remove(self, place: Place[P], now_s: float) -> None:
         """Goes on with the end of a server that is not wanted any more."""
         if place.process is None:
             return
-        if place.ready_s is None:  # it has no work yet
+        if not place.is_ready:  # it has no work yet
             place.process.kill()
             place.process = None
         elif place.stop_ends_s is not None:
