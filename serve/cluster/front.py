@@ -13,6 +13,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -146,6 +147,7 @@ class Followed:
         self._app, self._servers, self.peers, self._found = app, servers, peers, found
         self._loop: asyncio.AbstractEventLoop | None = None  # while the HTTP server runs
         self._asking: dict[str, asyncio.Task[None]] = {}
+        self._finding = ThreadPoolExecutor(4, "finding")  # the loop's own one would be waited for at the end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request, or lives as long as the HTTP server."""
@@ -160,6 +162,7 @@ class Followed:
         self._loop = None
         for task in (finding, *self._asking.values()):
             task.cancel()
+        self._finding.shutdown(wait=False, cancel_futures=True)
         await send({"type": "lifespan.shutdown.complete"})
 
     def call[T](self, work: Callable[[], T]) -> T:
@@ -176,7 +179,7 @@ class Followed:
         """Begins to ask each server that appears."""
         while True:
             try:
-                names = await asyncio.to_thread(self._servers.names)
+                names = await asyncio.get_running_loop().run_in_executor(self._finding, self._servers.names)
             except PeerGone as error:
                 LOG.error("which servers there are is not known: %s", error.message)
                 names = ()
@@ -196,10 +199,10 @@ class Followed:
         """Asks one server what it has to do, until its process is gone."""
         server = name.partition(".")[0]
         try:
-            peer = await asyncio.to_thread(self._servers.peer, name)
+            peer = await asyncio.get_running_loop().run_in_executor(self._finding, self._servers.peer, name)
         except PeerGone:
             return
-        with contextlib.suppress(PeerGone):
+        with contextlib.suppress(Unavailable):  # also one that has stopped, and has a process still
             while True:
                 answer = asyncio.ensure_future(peer.report(self.peers.clock()))
                 if not (await asyncio.wait((answer,), timeout=HANGS_S))[0]:
