@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import signal
 import socket
 from collections import Counter
 from collections.abc import AsyncGenerator, Collection, Generator, Mapping, Sequence
@@ -41,15 +42,18 @@ class RayCluster:
     _started: Counter[str] = field(default_factory=Counter)  # processes of each server, in all clusters so far
 
     def open(self) -> None:
-        """Joins the cluster, or starts it.  Raises ConfigInvalid when none answers at the address."""
+        """Joins the cluster, or starts it.  Main thread only.  Raises ConfigInvalid when none answers at the address."""
         own: Mapping[str, object] = {}
         if self.address is None:
             own = {"num_cpus": self.cpus, "include_dashboard": False, "object_store_memory": STORE_BYTES}
+        on_term = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(self.address or "local", namespace=NAMESPACE, logging_level=logging.WARNING, **own)
         except (ConnectionError, RuntimeError, ValueError) as error:
             ray.shutdown()
             raise ConfigInvalid(f"no Ray cluster answers at {self.address} ({error})") from error
+        finally:
+            signal.signal(signal.SIGTERM, on_term)  # Ray takes it
         host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
         self.head = (host.strip("[]"), int(port))
 

@@ -135,10 +135,12 @@ def test_after_its_head_was_killed_all_of_it_ends_and_another_one_starts(cluster
         for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
         if b"gcs_server" in Path(f"/proc/{child}/cmdline").read_bytes().partition(b"\0")[0]
     ]
+    handler = signal.getsignal(signal.SIGTERM)
     os.kill(head, signal.SIGKILL)
     until(lambda: not cluster.answers, 10)
     began = time.monotonic()
     reopen(cluster, servers, threading.Event())
+    assert signal.getsignal(signal.SIGTERM) is handler
     print(f"another cluster after {time.monotonic() - began:.1f} s")
     until(lambda: not [pid for pid in pids if Path(f"/proc/{pid}").exists()], 5)
     assert cluster.answers
