@@ -89,12 +89,12 @@ class Group[P: Process]:
         return found
 
     def look(self, wanted: int, now_s: float, work: Mapping[str, int] | None = None) -> None:
-        """Does what can be done now for so many to be there.  work: of each; those with the least go first."""
+        """Does what can be done now for so many to be there.  Those that are not ready go first, then those with the least `work`."""
         for place in self.places:
             self._follow(place, now_s)
         staying = [place for place in self.places if not place.leaving]
-        extra = sorted(staying, key=lambda p: ((work or {}).get(p.name, 0), -p.number))[: max(0, len(staying) - wanted)]
-        for place in extra:
+        leave_first = sorted(staying, key=lambda p: (p.is_ready, (work or {}).get(p.name, 0), -p.number))
+        for place in leave_first[: max(0, len(staying) - wanted)]:
             LOG.info("%s is not needed any more", place.name)
             place.leaving = True
         for place in self.places:
@@ -131,7 +131,8 @@ class Group[P: Process]:
             LOG.error("%s has ended; it is started again: %s", place.name, why)
             return
         wait_s = min(FIRST_WAIT_S * 2**place.failures, LONGEST_WAIT_S)
-        place.failures, place.next_s = place.failures + 1, now_s + wait_s
+        place.failures += wait_s < LONGEST_WAIT_S
+        place.next_s = now_s + wait_s
         what = f"has ended after {lived_s:.0f} s" if was_ready else "did not start"
         LOG.error("%s %s; it is started again in %g s: %s", place.name, what, wait_s, why)
         if not was_ready:

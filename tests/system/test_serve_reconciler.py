@@ -120,6 +120,24 @@ def test_one_that_ends_soon_is_started_after_longer_and_longer_waits(gets_ready,
     assert ("did not start" in told[0]) is not gets_ready
 
 
+def test_it_goes_on_however_often_a_start_fails():
+    world = World()
+    for minute in range(3000):
+        world.group.look(1, 60.0 * minute)
+        ended(world.started[-1])
+    assert len(world.started) > 1400
+
+
+def test_one_that_is_still_starting_goes_before_one_that_answers():
+    world = World()
+    zero, one = world.filled(2)
+    ended(zero)
+    world.group.look(2, LIVED_S)
+    world.group.look(1, LIVED_S + 1)
+    assert world.alive == ["replica-1"]
+    assert not one.stopping
+
+
 def test_the_waits_begin_anew_when_one_has_lived():
     world, now_s = World(), 0.0
     for _ in range(4):
