@@ -24,6 +24,7 @@
     ├── DeadlineExceeded            504 deadline_exceeded      the request's own time limit, or the server's
     ├── Overloaded                  503 overloaded             retry later
     └── Unavailable                 503 unavailable            the server is stopping or has stopped
+        ├── NoReplica               503 starting               a cluster starts the server that would answer; retry later
         ├── StorageAway             503 storage_unavailable    the database or object storage does not answer; retry later
         └── DeviceLost              500 internal_error         the device failed or hung while it answered
 
@@ -188,6 +189,16 @@ class Unavailable(JaxLoraError, RuntimeError):
     """The server is stopping or has stopped; retry when it is running again."""
 
     status, code = 503, "unavailable"
+
+
+class NoReplica(Unavailable):
+    """No replica of a cluster runs; one is expected after `retry_after_s`."""
+
+    code = "starting"
+
+    def __init__(self, message: str, *, retry_after_s: float):
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class StorageAway(Unavailable):

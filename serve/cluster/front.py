@@ -13,6 +13,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -23,6 +24,7 @@ from jaxlora.core.errors import Unavailable
 from serve.access.keys import Keys, needs_keys
 from serve.access.rate_limit import Limiter
 from serve.api.gradient.errors import API, gradient_response
+from serve.cluster.autoscaler import Load
 from serve.cluster.metrics import ClusterMetrics
 from serve.cluster.peer import About, Chunk, Peer, PeerGone
 from serve.cluster.relay import Peers, Relay
@@ -41,6 +43,7 @@ LOG = logging.getLogger("serve")
 TRAINER, REPLICA = "trainer", "replica-"  # names of servers; a number follows the second
 NAMES_S = 0.5  # between two looks at which servers there are
 REPORT_S = 0.25  # between two questions to one
+CALL_S = 5.0  # for the event loop to answer another thread
 HANGS_S = 5.0  # a server that has not answered for so long is asked for nothing else
 
 
@@ -89,7 +92,8 @@ class Front:
                     open_paths=OPEN_PATHS | {METRICS_PATH} if config.metrics_open else OPEN_PATHS,
                 ),
             )
-            peers, self._found = Peers(Router(config.cluster.router)), threading.Event()
+            cluster, self._found = config.cluster, threading.Event()
+            peers = Peers(Router(cluster.router), scaling=cluster.scaling, may_rest=cluster.replicas == 0)
             relay = Relay(
                 peers, base_name=about.base_name, default_max_tokens=config.default_max_tokens, keep=servers.keep
             )
@@ -98,8 +102,9 @@ class Front:
             )
             metrics = ClusterMetrics(bodies, peers, is_open=config.metrics_open, adapters=config.metrics_adapters)
             gate = Gate(metrics, settings, ErrorShapes({API: gradient_response}))
+            self._followed = Followed(gate, servers, peers, self._found.set)
             self._http = http_over(
-                Followed(gate, servers, peers, self._found.set),
+                self._followed,
                 settings,
                 listening=listening,
                 grace_s=config.grace_s,
@@ -119,9 +124,17 @@ class Front:
             self._end = stack.pop_all()
 
     def url(self) -> str:
-        """Returns where it answers, once it has found the trainer and a replica."""
+        """Returns where it answers, once it has found the trainer and a replica, where there must be one."""
         self._found.wait()
         return self._http.url
+
+    def load(self) -> Load:
+        """Returns what decides how many replicas there should be.  Raises Unavailable when it has ended."""
+        return self._followed.call(self._followed.peers.load)
+
+    def drain(self, replica: str) -> None:
+        """Sends a replica's process nothing more.  Raises Unavailable when it has ended."""
+        self._followed.call(functools.partial(self._followed.peers.drain, replica))
 
     def stop(self) -> None:
         """Ends when all open answers are complete, or the grace time is over."""
@@ -132,9 +145,11 @@ class Followed:
     """ASGI application that knows which servers there are for as long as the HTTP server around it runs."""
 
     def __init__(self, app: ASGIApp, servers: Servers, peers: Peers, found: Callable[[], None]):
-        """found: called when there are a trainer and a replica to ask, again and again."""
-        self._app, self._servers, self._peers, self._found = app, servers, peers, found
+        """found: called when there are all to ask that there must be, again and again."""
+        self._app, self._servers, self.peers, self._found = app, servers, peers, found
+        self._loop: asyncio.AbstractEventLoop | None = None  # while the HTTP server runs
         self._asking: dict[str, asyncio.Task[None]] = {}
+        self._finding = ThreadPoolExecutor(4, "finding")  # the loop's own one would be waited for at the end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request, or lives as long as the HTTP server."""
@@ -142,19 +157,32 @@ class Followed:
             await self._app(scope, receive, send)
             return
         await receive()  # it starts
+        self._loop = asyncio.get_running_loop()
         finding = asyncio.create_task(self._find())
         await send({"type": "lifespan.startup.complete"})
         await receive()  # it ends
+        self._loop = None
         for task in (finding, *self._asking.values()):
             task.cancel()
+        self._finding.shutdown(wait=False, cancel_futures=True)
         await send({"type": "lifespan.shutdown.complete"})
+
+    def call[T](self, work: Callable[[], T]) -> T:
+        """Returns what this returns in the event loop.  Of any other thread.  Raises Unavailable."""
+
+        async def run() -> T:
+            return work()
+
+        if (loop := self._loop) is None:
+            raise Unavailable("the front does not answer requests")
+        return asyncio.run_coroutine_threadsafe(run(), loop).result(CALL_S)
 
     async def _find(self) -> None:
         """Begins to ask each server that appears."""
         while True:
             try:
-                names = await asyncio.to_thread(self._servers.names)
-                self._peers.known = {name.partition(".")[0] for name in names if name.startswith(REPLICA)}
+                names = await asyncio.get_running_loop().run_in_executor(self._finding, self._servers.names)
+                self.peers.known = {name.partition(".")[0] for name in names if name.startswith(REPLICA)}
             except PeerGone as error:
                 LOG.error("which servers there are is not known: %s", error.message)
                 names = ()
@@ -174,20 +202,20 @@ class Followed:
         """Asks one server what it has to do, until its process is gone."""
         server = name.partition(".")[0]
         try:
-            peer = await asyncio.to_thread(self._servers.peer, name)
+            peer = await asyncio.get_running_loop().run_in_executor(self._finding, self._servers.peer, name)
         except PeerGone:
             return
-        with contextlib.suppress(PeerGone):
+        with contextlib.suppress(Unavailable):  # also one that has stopped, and has a process still
             while True:
-                answer = asyncio.ensure_future(peer.report(self._peers.clock()))
+                answer = asyncio.ensure_future(peer.report(self.peers.clock()))
                 if not (await asyncio.wait((answer,), timeout=HANGS_S))[0]:
-                    self._peers.leave(server, peer)
+                    self.peers.leave(server, peer)
                 report = await answer
                 if server == TRAINER:
-                    self._peers.trainer = peer
+                    self.peers.trainer = peer
                 else:
-                    self._peers.report(server, peer, report)
-                if self._peers.trainer is not None and self._peers.replicas:
+                    self.peers.report(server, peer, report)
+                if self.peers.trainer is not None and (self.peers.replicas or self.peers.may_rest):
                     self._found()
                 await asyncio.sleep(REPORT_S)
-        self._peers.leave(server, peer)
+        self.peers.leave(server, peer)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import signal
+import socket
+from collections import Counter
 from collections.abc import AsyncGenerator, Collection, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import ray  # ty: ignore[import-not-found]
 import ray.util  # ty: ignore[import-not-found]
@@ -17,31 +20,72 @@ from starlette.types import Message, Scope
 
 from jaxlora.core.errors import ConfigInvalid
 from serve.cluster.peer import Chunk, PeerGone
+from serve.cluster.reconciler import Life
 from serve.cluster.replica_view import Report
 
 LOG = logging.getLogger("serve")
 NAMESPACE = "jaxlora"
 STORE_BYTES = 2**28  # of shared memory, for parts of large bodies; what does not fit lies in files
 CALLS = 4096  # at once, to one actor
+PROBE_S = 2.0  # for Ray's head to take a connection
 
 
-@contextlib.contextmanager
-def connected(address: str | None, *, cpus: float) -> Generator[None]:
-    """Is on a cluster while it is entered: that at an address, or one of its own, which only this machine reaches.
+@dataclass(slots=True)
+class RayCluster:
+    """A Ray cluster that is there at an address, or one of our own, which only this machine reaches.
 
-    cpus: that one of its own offers; they are a count, not a measurement.  Raises ConfigInvalid when none answers there.
+    cpus: that one of our own offers; they are a count, not a measurement.
     """
-    own: Mapping[str, object] = {}
-    if address is None:
-        own = {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": STORE_BYTES}
-    try:
-        ray.init(address or "local", namespace=NAMESPACE, logging_level=logging.WARNING, **own)
-    except (ConnectionError, ValueError) as error:
-        raise ConfigInvalid(f"no Ray cluster answers at {address} ({error})") from error
-    try:
-        yield
-    finally:
+
+    address: str | None
+    cpus: float
+    head: tuple[str, int] | None = None  # where Ray's head answered
+    _started: Counter[str] = field(default_factory=Counter)  # processes of each server, in all clusters so far
+
+    def open(self) -> None:
+        """Joins the cluster, or starts it.  Main thread only.  Raises ConfigInvalid when none answers at the address."""
+        own: Mapping[str, object] = {}
+        if self.address is None:
+            own = {"num_cpus": self.cpus, "include_dashboard": False, "object_store_memory": STORE_BYTES}
+        on_term = signal.getsignal(signal.SIGTERM)
+        try:
+            ray.init(self.address or "local", namespace=NAMESPACE, logging_level=logging.WARNING, **own)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            ray.shutdown()
+            raise ConfigInvalid(f"no Ray cluster answers at {self.address} ({error})") from error
+        finally:
+            signal.signal(signal.SIGTERM, on_term)  # Ray takes it
+        host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+        self.head = (host.strip("[]"), int(port))
+
+    def close(self) -> None:
+        """Leaves the cluster; our processes end with that, and so does one of our own."""
         ray.shutdown()
+
+    @property
+    def answers(self) -> bool:
+        """Whether something takes connections where Ray's head answered."""
+        assert self.head is not None, "it was opened"
+        try:
+            socket.create_connection(self.head, PROBE_S).close()
+        except OSError:
+            return False
+        return True
+
+    def start(
+        self, server: str, make: type, *arguments: object, cpus: float, gpus: float, calls: int, here: bool = False
+    ) -> RayProcess:
+        """Begins to make an actor of this class with these arguments.
+
+        calls: that it takes at once.  here: whether it must be on the machine that `jaxlora up` runs on.  It is SERVER.1, SERVER.2 and so on, as Ray keeps the name of one that has ended.
+        """
+        self._started[server] += 1
+        name = f"{server}.{self._started[server]}"
+        options: dict[str, object] = {"num_cpus": cpus, "num_gpus": gpus, "max_concurrency": calls}
+        if here:
+            node = ray.get_runtime_context().get_node_id()
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
+        return RayProcess(server, ray.remote(make).options(name=name, **options).remote(*arguments))
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,45 +149,67 @@ def gone() -> Generator[None]:
         raise PeerGone("the server stopped before the answer was complete; retry") from error
 
 
-class Kept:
-    """An actor that is to be there: `repair` makes it again when its process has ended.
+class RayProcess:
+    """An actor, from its start on; see `Process`."""
 
-    Each gets a name of its own, NAME.1 and so on, as Ray keeps the name of one that has ended.
-    """
+    def __init__(self, server: str, actor: ActorHandle):
+        self._server, self._actor = server, actor
+        self._asked = actor.__ray_ready__.remote()  # answered by every actor that is ready
+        self._life, self._why = Life.STARTING, ""
+        self._stopping: RayCall | None = None
 
-    def __init__(
-        self, name: str, make: type, *arguments: object, cpus: float, gpus: float, calls: int, here: bool = False
-    ):
-        """make: its class, of which another process makes one with these arguments.
-
-        calls: that it takes at once.  here: whether it must be on the machine that `jaxlora up` runs on.
-        """
-        self.name, self._here = name, here
-        self._make, self._arguments = ray.remote(make), arguments
-        self._options = {"num_cpus": cpus, "num_gpus": gpus, "max_concurrency": calls}
-        self._actor: ActorHandle | None = None
-        self._started = 0
-
-    def start(self) -> None:
-        """Begins to make it."""
-        self._started += 1
-        options = dict(self._options)
-        if self._here:
-            node = ray.get_runtime_context().get_node_id()
-            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
-        named = self._make.options(name=f"{self.name}.{self._started}", **options)
-        self._actor = named.remote(*self._arguments)
-
-    def call(self, method: str, within_s: float | None = None) -> object:
-        """Returns what a method returns, once the actor is made.  Raises PeerGone, also when it takes too long."""
-        assert self._actor is not None, "it was started"
+    def life(self) -> tuple[Life, str]:
+        """Returns how far it is, and of one that has ended why."""
         try:
-            return ray.get(getattr(self._actor, method).remote(), timeout=within_s)
-        except RayError as error:
-            raise PeerGone(f"{self.name}: {str(error).strip().splitlines()[-1]}") from error
+            if self._life is not Life.ENDED and ray.wait([self._asked], timeout=0)[0]:
+                ray.get(self._asked)
+                self._life, self._asked = Life.READY, self._actor.__ray_ready__.remote()
+            if self._stopping is not None and self._stopping.done():
+                self._life, self._why = Life.ENDED, "it was told to stop"
+        except (RayError, PeerGone) as error:
+            self._life, self._why = Life.ENDED, last_line(error)
+        return self._life, self._why
 
-    def repair(self, names: Collection[str]) -> None:
-        """Begins to make it again if it is none of these, which are there."""
-        if f"{self.name}.{self._started}" not in names:
-            LOG.error("%s has ended; it is started again", self.name)
-            self.start()
+    def call(self, method: str, *arguments: object, within_s: float | None = None) -> object:
+        """Returns what a method returns, once the actor is made.  Raises PeerGone, also when it takes too long."""
+        return self.begin(method, *arguments).result(within_s)
+
+    def begin(self, method: str, *arguments: object) -> RayCall:
+        """Calls a method."""
+        return RayCall(self._server, getattr(self._actor, method).remote(*arguments))
+
+    def stop(self) -> None:
+        """Has it complete its open requests, save what it has, and end."""
+        self._stopping = self.begin("stop")
+
+    def kill(self) -> None:
+        """Ends it at once."""
+        with contextlib.suppress(RayError):
+            ray.kill(self._actor)
+
+
+@dataclass(frozen=True, slots=True)
+class RayCall:
+    """A call of an actor's method."""
+
+    server: str
+    answer: ray.ObjectRef
+
+    def done(self) -> bool:
+        """Whether it has returned.  Raises PeerGone when it has failed."""
+        if not ray.wait([self.answer], timeout=0)[0]:
+            return False
+        self.result(None)
+        return True
+
+    def result(self, within_s: float | None) -> object:
+        """Returns what it returns.  Raises PeerGone, also when it takes too long."""
+        try:
+            return ray.get(self.answer, timeout=within_s)
+        except RayError as error:
+            raise PeerGone(f"{self.server}: {last_line(error)}") from error
+
+
+def last_line(error: Exception) -> str:
+    """Returns the last line of a message, which says what was raised where Ray tells a whole traceback."""
+    return str(error).strip().splitlines()[-1]

@@ -4,7 +4,8 @@
                                                  └─ everything else ────────────────▶ the trainer, which alone writes
 
 Of a body it looks for the model and where the prompt begins; whether it is right is for the server to say.  A replica that
-fails or refuses before its answer began is passed over once.  This module knows nothing of what carries the calls.
+fails or refuses before its answer began is passed over once.  Where there is none, a request to generate waits for the
+first, and the server that writes answers what it can.  This module knows nothing of what carries the calls.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
+import math
 import re
 import time
 from collections import Counter
@@ -20,8 +23,10 @@ from dataclasses import dataclass, field
 
 from starlette.types import Message, Receive, Scope, Send
 
-from jaxlora.core.errors import Unavailable
+from jaxlora.config.cluster import ScalingSection
+from jaxlora.core.errors import NoReplica, Unavailable
 from serve.access.caller import Caller
+from serve.cluster.autoscaler import Load
 from serve.cluster.peer import Chunk, Peer, PeerGone
 from serve.cluster.replica_view import Ask, Report, Sent
 from serve.cluster.router import Router
@@ -30,6 +35,7 @@ from serve.http.errors import error_body
 from serve.http.request_log import HEALTH_PATH, READY_PATH
 from serve.http.sse import DONE, sse
 
+LOG = logging.getLogger("serve")
 CHUNK_BYTES = 4 * 2**20  # of a body, that travel at once; every JSON body is one part
 BEGINNING = 256  # characters of a prompt that are looked at
 CHARS_PER_TOKEN = 4
@@ -40,7 +46,9 @@ READS = re.compile(r"GET (/v1/models(/.*)?|/tokenizer_info|/version)")
 GENERATES = re.compile(
     r"POST (/v1/(chat/completions|completions|responses)|/tokenize|/detokenize|/api/models/(?P<id>[^/]+)/complete)"
 )
-PROBES = frozenset({f"GET {HEALTH_PATH}", f"GET {READY_PATH}"})
+READY = f"GET {READY_PATH}"
+PROBES = frozenset({f"GET {HEALTH_PATH}", READY})
+NOT_HELD = ScalingSection(start_s=0, held=0)
 JOB_NAMES = "ft:"  # of models, which the trainer alone knows
 RELAYED = ("type", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path")
 
@@ -58,17 +66,40 @@ class Traffic:
 class Peers:
     """The servers that can be asked now, and who chooses among the replicas.  Of one event loop."""
 
-    def __init__(self, router: Router, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self,
+        router: Router,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        scaling: ScalingSection = NOT_HELD,
+        may_rest: bool = False,
+    ):
+        """scaling: how many requests wait for a first replica, and how long.  may_rest: there may be none on purpose."""
         self.router, self.clock, self.traffic = router, clock, Traffic()
         self.known: Collection[str] = ()  # replicas that are there or are being started
         self.replicas: dict[str, Peer] = {}
         self.trainer: Peer | None = None
+        self.may_rest = may_rest
+        self.held = 0  # requests that wait for a first replica
+        self.asked = 0  # requests to generate
+        self._scaling, self._joined = scaling, asyncio.Event()
+        self._draining: dict[str, Peer] = {}
+        self._wants_since_s: float | None = None  # when a request first found no replica
+        self._start_s = scaling.start_s  # that the first replica took the last time
 
     def report(self, name: str, peer: Peer, report: Report) -> None:
         """Takes in what a replica says; one that is not known joins."""
         if self.replicas.get(name) is not peer:
             self.replicas[name] = peer
             self.router.join(name, 1.0, report, self.clock())
+            if self._draining.get(name) is peer:
+                self.router.drain(name)
+                return
+            self._draining.pop(name, None)
+            if self._wants_since_s is not None:
+                self._start_s, self._wants_since_s = self.clock() - self._wants_since_s, None
+            self._joined.set()
+            self._joined = asyncio.Event()
         else:
             self.router.report(name, report, self.clock())
 
@@ -80,6 +111,58 @@ class Peers:
             del self.replicas[name]
             self.traffic.left[name] += 1
             self.router.leave(name, self.clock())
+
+    def drain(self, name: str) -> None:
+        """Sends a replica's process nothing more; its answers go on."""
+        if (peer := self.replicas.get(name)) is not None:
+            self._draining[name] = peer
+            self.router.drain(name)
+
+    @property
+    def serving(self) -> bool:
+        """Whether there is a replica that gets requests."""
+        return any(self._draining.get(name) is not peer for name, peer in self.replicas.items())
+
+    def load(self) -> Load:
+        """Returns what decides how many replicas there should be."""
+        return Load(replicas=self.router.reports(), held=self.held, asked=self.asked)
+
+    def starting(self) -> NoReplica:
+        """Returns what a request is told that finds no replica."""
+        now_s = self.clock()
+        if self._wants_since_s is None:
+            self._wants_since_s = now_s
+            LOG.info("no replica runs; requests wait for the first")
+        wait_s = math.ceil(max(1.0, self._start_s - (now_s - self._wants_since_s)))
+        return NoReplica(f"a replica is being started for this; retry in ~{wait_s} s", retry_after_s=wait_s)
+
+    def ready_at_rest(self) -> Iterable[Message]:
+        """Returns the answer whether requests are taken while there is no replica.  Raises NoReplica, PeerGone."""
+        if not self.may_rest:
+            raise self.starting()
+        if self.trainer is None:
+            raise no_keeper()
+        state = "a replica is being started" if self.held else "no replica runs; the next request starts one"
+        head = [(b"content-type", b"application/json")]
+        yield {"type": "http.response.start", "status": 200, "headers": head}
+        yield {"type": "http.response.body", "body": json.dumps({"status": "ok", "detail": state}).encode()}
+
+    async def first(self) -> None:
+        """Waits until there is a replica.  Raises NoReplica where too many wait, or it takes too long."""
+        refusal = self.starting()
+        if self.held >= self._scaling.held:
+            self.traffic.unplaced += 1
+            raise refusal
+        self.held += 1
+        try:
+            async with asyncio.timeout(self._scaling.start_s):
+                while not self.serving:
+                    await self._joined.wait()
+        except TimeoutError:
+            self.traffic.unplaced += 1
+            raise self.starting() from None
+        finally:
+            self.held -= 1
 
     def send(self, ask: Ask, tried: Collection[str]) -> Sent:
         """Chooses a replica, none of those that were tried.  Raises Unavailable when none is left."""
@@ -150,10 +233,19 @@ class Relay:
 
     async def _relay(self, scope: Scope, body: list[Chunk], send: Send) -> None:
         ask = self._ask(scope, body)
+        if ask is not None and scope["method"] == "POST":
+            self._peers.asked += 1
+            if not self._peers.serving:
+                await self._peers.first()
+        elif not self._peers.serving:
+            ask = None
+            if f"{scope['method']} {scope['path']}" == READY:
+                await _send_all(self._peers.ready_at_rest(), send)
+                return
         if ask is None:
             trainer = self._peers.trainer
             if trainer is None:
-                raise PeerGone("the server that keeps files, jobs and adapters is starting; retry soon")
+                raise no_keeper()
             async with contextlib.aclosing(trainer.answer(relayed(scope), body)) as answer:
                 async for messages in answer:
                     await _send_all(messages, send)
@@ -219,6 +311,11 @@ class Relay:
             tokens=len(text) // CHARS_PER_TOKEN + min(max(most, 0), MOST_TOKENS),
             beginning=_text(prompt, BEGINNING),
         )
+
+
+def no_keeper() -> PeerGone:
+    """Returns what a request is told that only the server can answer which writes, while that is not there."""
+    return PeerGone("the server that keeps files, jobs and adapters is starting; retry soon")
 
 
 def _refuses(message: Message) -> bool:

@@ -76,6 +76,10 @@ class Router:
             replica.draining = True
             self._place()
 
+    def reports(self) -> Mapping[str, Report]:
+        """Returns what was said last by the replicas that do not drain."""
+        return {name: replica.report for name, replica in self._replicas.items() if not replica.draining}
+
     def leave(self, name: str, now_s: float) -> None:
         """Forgets a replica that has stopped or failed, with what was sent to it."""
         if (replica := self._replicas.pop(name, None)) is not None:

@@ -22,7 +22,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Scope
 
-from jaxlora.core.errors import InvalidRequest, JaxLoraError, QuotaExceeded, RateLimited
+from jaxlora.core.errors import InvalidRequest, JaxLoraError, NoReplica, QuotaExceeded, RateLimited
 from serve.http.request_log import note_refused
 from serve.http.schema import CLOSED
 
@@ -132,7 +132,7 @@ def error_response(error: Exception) -> Response:
 def error_headers(error: Exception, status: int) -> dict[str, str]:
     """The headers of an answer to an error, whatever its wire: they say whether a client should retry."""
     headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
-    if isinstance(error, RateLimited):
+    if isinstance(error, RateLimited | NoReplica):
         headers["Retry-After"] = str(math.ceil(error.retry_after_s))
     elif status == 503:
         headers["Retry-After"] = str(RETRY_AFTER_S)

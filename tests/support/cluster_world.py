@@ -77,12 +77,19 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(command: str, folder: Path, model: Path, *, more: str = "") -> Iterator[Running]:
-    """`jaxlora serve` or `jaxlora up` on this folder; killed if it is still there at the end.  more: settings."""
-    (folder / "serve.toml").write_text(CONFIG.format(model=model) + more)
+def running(command: str, folder: Path, model: Path, *, more: str = "", **changes: object) -> Iterator[Running]:
+    """`jaxlora serve` or `jaxlora up` on this folder; killed if it is still there at the end.
+
+    changes: of CONFIG.  more: settings behind it.
+    """
+    text = CONFIG.format(model=model) + more
+    for name, value in changes.items():
+        text, count = re.subn(rf"(?m)^{name} = .*$", f"{name} = {value}", text)
+        assert count == 1, name
+    (folder / "serve.toml").write_text(text)
     with (folder / "log.txt").open("a") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "serve.cli.main", command, str(folder / "serve.toml")],
+            [sys.executable, "-m", "serve.cli.main", *command.split(), str(folder / "serve.toml")],
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,

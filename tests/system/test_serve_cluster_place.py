@@ -44,17 +44,14 @@ def test_what_must_be_here_is_here_though_another_node_is_free(nodes):
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    from serve.cluster.ray_servers import Kept
+    from serve.cluster.ray_servers import RayCluster
 
     here, other = nodes
     assert here != other
     away = ray.remote(Where).options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(other, soft=False))
     assert ray.get(away.remote().node.remote()) == other
-    fronts = [Kept(f"front-{n}", Where, cpus=0, gpus=0, calls=1, here=True) for n in range(4)]
-    for front in fronts:
-        front.start()
-    assert {front.call("node", 60) for front in fronts} == {here}
-    servers = [Kept(f"server-{n}", Where, cpus=1, gpus=0, calls=1) for n in range(2)]
-    for server in servers:
-        server.start()
-    assert {server.call("node", 60) for server in servers} == {here, other}
+    cluster = RayCluster("joined by the fixture", cpus=0)
+    fronts = [cluster.start(f"front-{n}", Where, cpus=0, gpus=0, calls=1, here=True) for n in range(4)]
+    assert {front.call("node", within_s=60) for front in fronts} == {here}
+    servers = [cluster.start(f"server-{n}", Where, cpus=1, gpus=0, calls=1) for n in range(2)]
+    assert {server.call("node", within_s=60) for server in servers} == {here, other}

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
+import time
 from dataclasses import replace
 
 import pytest
 
 from jaxlora.config.cluster import RouterSection
+from jaxlora.core.errors import Unavailable
 from serve.cluster import front
 from serve.cluster.front import REPLICA, TRAINER, Followed
 from serve.cluster.peer import PeerGone
@@ -23,7 +26,7 @@ class FakePeer:
     """A server that reports unless it hangs or is gone."""
 
     def __init__(self):
-        self.gone, self.may_answer = False, asyncio.Event()
+        self.gone, self.stopped, self.may_answer = False, False, asyncio.Event()
         self.may_answer.set()
         self.asked = 0
 
@@ -32,6 +35,8 @@ class FakePeer:
         await self.may_answer.wait()
         if self.gone:
             raise PeerGone("its process has ended")
+        if self.stopped:
+            raise Unavailable("the server has stopped")
         return replace(IDLE, asked_s=asked_s)
 
 
@@ -145,3 +150,34 @@ def test_servers_stay_known_while_nobody_knows_which_there_are():
             await until(lambda: len(peers.replicas) == 2)
 
     run(work)
+
+
+def test_one_that_has_stopped_is_left_without_a_word_of_failure(caplog):
+    async def work():
+        servers = FakeServers({"replica-0.1": FakePeer()})
+        async with living(servers) as peers:
+            await until(lambda: peers.replicas)
+            servers["replica-0.1"].stopped = True
+            await until(lambda: not peers.replicas)
+
+    run(work)
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_the_end_does_not_wait_for_who_knows_which_servers_there_are():
+    """As it may wait for long, when Ray's head is gone."""
+    over = threading.Event()
+
+    class Hanging(FakeServers):
+        def names(self):
+            over.wait(30)
+            return []
+
+    async def work():
+        async with living(Hanging()):
+            await asyncio.sleep(0.05)
+
+    began = time.monotonic()
+    run(work)
+    over.set()
+    assert time.monotonic() - began < 5

@@ -308,6 +308,7 @@ class ResponseEvent(TypedDict):
 
 class Status(Closed):
     status: Literal["ok"]
+    detail: NotRequired[str]  # of a cluster without a replica: what starts one
 
 
 class Version(Closed):
