@@ -21,6 +21,7 @@ from jaxlora.config.cluster import RouterSection
 from jaxlora.config.serving import ServeConfig
 from jaxlora.core.errors import Overloaded, Unauthorized
 from serve.access.caller import Caller
+from serve.cluster import metrics
 from serve.cluster.answers import answered
 from serve.cluster.metrics import ClusterMetrics
 from serve.cluster.peer import PeerGone
@@ -60,6 +61,12 @@ class LocalPeer:
             await asyncio.Event().wait()
         async for messages in answered(self.app, copy.deepcopy(scope), body):
             yield messages
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch):
+    """A busy machine leaves nobody out."""
+    monkeypatch.setattr(metrics, "SCRAPE_S", 60.0)
 
 
 @pytest.fixture(scope="module")
@@ -150,12 +157,13 @@ def test_samples_are_those_that_a_server_tells_itself(cluster, runners):
 
 
 @pytest.mark.parametrize("fails", ["hangs", "gone"])
-def test_one_that_does_not_answer_is_left_out_in_time_and_told(cluster, fails):
+def test_one_that_does_not_answer_is_left_out_in_time_and_told(cluster, fails, monkeypatch):
     url, _, (first, _), _ = cluster
     setattr(first, fails, True)
+    monkeypatch.setattr(metrics, "SCRAPE_S", 4.0)
     began = time.monotonic()
     samples = scrape(url)
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 10
     assert by_server(samples, "jaxlora:server_up") == {"replica-0": 0, "replica-1": 1, "keeper": 1}
     assert set(by_server(samples, "jaxlora:healthy")) == {"replica-1", "keeper"}
 
