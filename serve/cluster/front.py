@@ -23,10 +23,13 @@ from jaxlora.core.errors import Unavailable
 from serve.access.keys import Keys, needs_keys
 from serve.access.rate_limit import Limiter
 from serve.api.gradient.errors import API, gradient_response
+from serve.cluster.aliases import Aliases
 from serve.cluster.peer import About, Chunk, Peer, PeerGone
 from serve.cluster.relay import Peers, Relay
 from serve.cluster.router import Router
 from serve.db.database import Database
+from serve.db.gradient import StoredGradient
+from serve.db.jobs import StoredJobs
 from serve.db.keys import StoredKeys
 from serve.http.drain import Drain
 from serve.http.errors import ErrorShapes
@@ -90,7 +93,11 @@ class Front:
             )
             peers, self._found = Peers(Router(config.cluster.router)), threading.Event()
             relay = Relay(
-                peers, base_name=about.base_name, default_max_tokens=config.default_max_tokens, keep=servers.keep
+                peers,
+                base_name=about.base_name,
+                default_max_tokens=config.default_max_tokens,
+                keep=servers.keep,
+                find=Aliases(StoredJobs(database), StoredGradient(database)).find,
             )
             bodies = JsonBodies(
                 relay, rate=limiter.bodies, uploads=about.body_limits.keys(), most_values=about.most_values

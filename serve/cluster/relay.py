@@ -4,7 +4,9 @@
                                                  └─ everything else ────────────────▶ the trainer, which alone writes
 
 Of a body it looks for the model and where the prompt begins; whether it is right is for the server to say.  A replica that
-fails or refuses before its answer began is passed over once.  This module knows nothing of what carries the calls.
+fails or refuses before its answer began is passed over once.  A model that is named by an id is looked up, so that all its
+names go the same way, and a replica learns with the request what its job has made.  This module knows nothing of what carries
+the calls.
 """
 
 from __future__ import annotations
@@ -15,18 +17,20 @@ import json
 import re
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from starlette.types import Message, Receive, Scope, Send
 
 from jaxlora.core.errors import Unavailable
 from serve.access.caller import Caller
-from serve.cluster.peer import Chunk, Peer, PeerGone
+from serve.cluster.peer import JOB, Chunk, Peer, PeerGone
 from serve.cluster.replica_view import Ask, Report, Sent
 from serve.cluster.router import Router
 from serve.http.drain import OpenEvents
 from serve.http.errors import error_body
 from serve.http.request_log import HEALTH_PATH, READY_PATH
 from serve.http.sse import DONE, sse
+from serve.runtime.job_names import FT_NAME, JobName
 
 CHUNK_BYTES = 4 * 2**20  # of a body, that travel at once; every JSON body is one part
 BEGINNING = 256  # characters of a prompt that are looked at
@@ -34,13 +38,22 @@ CHARS_PER_TOKEN = 4
 MOST_TOKENS = 2**20  # that a request is believed to ask for
 MOST_TRIED = 2  # replicas, for one request
 # method and path of what any replica answers as well as the trainer
-READS = re.compile(r"GET (/v1/models(/.*)?|/tokenizer_info|/version)")
+READS = re.compile(r"GET (/v1/models(/(?P<model>.*))?|/tokenizer_info|/version)")
 GENERATES = re.compile(
     r"POST (/v1/(chat/completions|completions|responses)|/tokenize|/detokenize|/api/models/(?P<id>[^/]+)/complete)"
 )
 PROBES = frozenset({f"GET {HEALTH_PATH}", f"GET {READY_PATH}"})
-JOB_NAMES = "ft:"  # of models, which the trainer alone knows
+NEWEST = ":latest"  # at the end of a job's model name: whether another job has made more, the trainer alone knows
 RELAYED = ("type", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Alias:
+    """The adapter that another name means."""
+
+    tenant: str
+    adapter: str
+    job: JobName | None  # that makes it
 
 
 class Peers:
@@ -86,10 +99,11 @@ class Relay:
         base_name: str,
         default_max_tokens: int,
         keep: Callable[[bytes], Awaitable[Chunk]],
+        find: Callable[[str], Awaitable[Alias | None]],
     ):
-        """keep: puts a part of a large body where every server can read it."""
+        """keep: puts a part of a large body where every server can read it.  find: see `Aliases`."""
         self._peers, self._base_name = peers, base_name
-        self._default_max_tokens, self._keep = default_max_tokens, keep
+        self._default_max_tokens, self._keep, self._find = default_max_tokens, keep, find
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request."""
@@ -128,8 +142,8 @@ class Relay:
         return [*chunks, bytes(part)]
 
     async def _relay(self, scope: Scope, body: list[Chunk], send: Send) -> None:
-        ask = self._ask(scope, body)
-        if ask is None:
+        asked = await self._ask(scope, body)
+        if asked is None:
             trainer = self._peers.trainer
             if trainer is None:
                 raise PeerGone("the server that keeps files, jobs and adapters is starting; retry soon")
@@ -137,7 +151,11 @@ class Relay:
                 async for messages in answer:
                     await _send_all(messages, send)
         else:
-            await self._ask_replicas(ask, scope, body, send)
+            ask, job = asked
+            told = relayed(scope)
+            if job is not None:
+                told["state"][JOB] = job
+            await self._ask_replicas(ask, told, body, send)
 
     async def _ask_replicas(self, ask: Ask, scope: Scope, body: list[Chunk], send: Send) -> None:
         """Has a replica answer; another one where the first fails or refuses before its answer has begun."""
@@ -154,7 +172,7 @@ class Relay:
             tried.append(sent.replica)
             peer = self._peers.replicas[sent.replica]
             try:
-                async with contextlib.aclosing(peer.answer(relayed(scope), body)) as answer:
+                async with contextlib.aclosing(peer.answer(scope, body)) as answer:
                     async for messages in answer:
                         if not began and _refuses(messages[0]) and len(tried) < MOST_TRIED:
                             refusal = [*messages, *[message async for more in answer for message in more]]
@@ -170,34 +188,48 @@ class Relay:
             finally:
                 self._peers.end(sent)
 
-    def _ask(self, scope: Scope, body: Sequence[Chunk]) -> Ask | None:
-        """Returns what the router must know of a request; None: only the trainer can answer it."""
+    async def _ask(self, scope: Scope, body: Sequence[Chunk]) -> tuple[Ask, JobName | None] | None:
+        """Returns what the router must know of a request, and the job of its model; None: only the trainer can answer it.
+
+        Raises Unavailable.
+        """
         what = f"{scope['method']} {scope['path']}"
         caller: Caller | None = scope.get("state", {}).get("caller")
         tenant = "" if caller is None else caller.owner
         if what in PROBES:
-            return Ask(tenant=tenant, adapter=None, tokens=0, beginning="")
-        if (match := READS.fullmatch(what)) is not None:
-            names_job = match[2] is not None and JOB_NAMES in match[2]
-            return None if names_job else Ask(tenant=tenant, adapter=None, tokens=0, beginning="")
-        if (match := GENERATES.fullmatch(what)) is None:
+            return Ask(tenant=tenant, adapter=None, tokens=0, beginning=""), None
+        reads, generates = READS.fullmatch(what), GENERATES.fullmatch(what)
+        if reads is None and generates is None:
             return None
         text = body[0] if len(body) == 1 and isinstance(body[0], bytes) else b""
-        fields = _fields(text)
-        model = match["id"] or _text(fields.get("model"), 512).removeprefix(f"{self._base_name}:")
-        if model.startswith(JOB_NAMES):
+        fields = _fields(text) if generates else {}
+        id = generates["id"] if generates else None
+        named = _text(fields.get("model"), 512) if reads is None else reads["model"] or ""
+        model = id or named.removeprefix(f"{self._base_name}:")
+        names_job = FT_NAME.fullmatch(model) is not None
+        if names_job and model.endswith(NEWEST):
             return None
-        is_base = model == self._base_name
-        owner, slash, name = ("", "", "") if is_base else model.partition("@")[0].rpartition("/")
+        alias = await self._find(model) if id or names_job else None
+        job = None if alias is None else alias.job
+        if reads is not None:
+            return Ask(tenant=tenant, adapter=None, tokens=0, beginning=""), job
+        if alias is not None:
+            owner, slash, name = alias.tenant, "/", alias.adapter
+        else:
+            owner, slash, name = model.partition("@")[0].rpartition("/")
+        is_base = alias is None and (id is not None or model in (self._base_name, ""))
+        if is_base:
+            slash = ""
         asked = [fields.get(field) for field in ("max_completion_tokens", "max_output_tokens", "max_tokens")]
         most = next((n for n in asked if isinstance(n, int)), self._default_max_tokens)
         prompt = next((p for f in ("messages", "prompt", "input", "query") if (p := fields.get(f)) is not None), "")
-        return Ask(
+        ask = Ask(
             tenant=owner if slash else tenant,
             adapter=None if is_base else name,
             tokens=len(text) // CHARS_PER_TOKEN + min(max(most, 0), MOST_TOKENS),
             beginning=_text(prompt, BEGINNING),
         )
+        return ask, job
 
 
 def _refuses(message: Message) -> bool:
