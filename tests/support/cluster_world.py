@@ -77,9 +77,13 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(command: str, folder: Path, model: Path) -> Iterator[Running]:
-    """`jaxlora serve` or `jaxlora up` on this folder; killed if it is still there at the end."""
-    (folder / "serve.toml").write_text(CONFIG.format(model=model))
+def running(command: str, folder: Path, model: Path, **changes: object) -> Iterator[Running]:
+    """`jaxlora serve` or `jaxlora up` on this folder; killed if it is still there at the end.  changes: of CONFIG."""
+    text = CONFIG.format(model=model)
+    for name, value in changes.items():
+        text, count = re.subn(rf"(?m)^{name} = .*$", f"{name} = {value}", text)
+        assert count == 1, name
+    (folder / "serve.toml").write_text(text)
     with (folder / "log.txt").open("a") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "serve.cli.main", command, str(folder / "serve.toml")],
