@@ -14,7 +14,7 @@ import pytest
 from fake_backend import BASE, HI, FakeBackend, events, serving
 
 from jaxlora.config.cluster import RouterSection
-from jaxlora.core.errors import Overloaded, Unavailable
+from jaxlora.core.errors import Overloaded, StorageAway, Unavailable
 from serve.cluster.answers import answered
 from serve.cluster.peer import JOB, PeerGone
 from serve.cluster.relay import CHUNK_BYTES, Alias, Peers, Relay
@@ -29,6 +29,7 @@ IDLE = Report(asked_s=0.0, slots=2, rows=4, running_rows=0, running_tokens=0, wa
 CONFIG = AppConfig(default_max_tokens=64)
 CHAT = {"model": BASE, "messages": HI}
 FT = "ft:org--base:acme:x:012345678901"
+AWAY = FT.replace("01", "ff")
 JOB_NAME = JobName("acme", "bot", "x", "ftjob-" + "0123456789012345" * 2, {4: 2}, None, False)
 ALIASES = {
     FT: Alias(tenant="acme", adapter="bot", job=JOB_NAME),
@@ -100,6 +101,8 @@ def front(*replicas, trainer=None):
         return kept()
 
     async def find(model):
+        if model == AWAY:
+            raise StorageAway("the database does not answer; retry soon")
         return ALIASES.get(model)
 
     relay = Relay(peers, base_name=BASE, default_max_tokens=64, keep=keep, find=find)
@@ -258,6 +261,13 @@ def test_a_replica_learns_with_a_request_what_the_models_job_has_made(two):
         httpx2.get(url + f"/v1/models/{FT}:ckpt-step-4")
         httpx2.post(url + "/v1/completions", json={"model": "acme/bot", "prompt": "x"})
     assert [scope["state"].get(JOB) for scope, _ in first.asked + second.asked] == [JOB_NAME] * 3 + [None]
+
+
+def test_a_name_that_cannot_be_looked_up_just_now_is_to_be_asked_again(two):
+    with serving(front(two[0][1])[0]) as url:
+        response = httpx2.post(url + "/v1/completions", json={"model": AWAY, "prompt": "x"})
+    assert (response.status_code, response.headers["retry-after"], two[0][1].asked) == (503, "1", [])
+    assert response.json()["error"]["code"] == StorageAway.code
 
 
 def test_a_replica_gone_before_its_answer_is_passed_over(two):
