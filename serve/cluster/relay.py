@@ -213,19 +213,20 @@ class Relay:
         job = None if alias is None else alias.job
         if reads is not None:
             return Ask(tenant=tenant, adapter=None, tokens=0, beginning=""), job
+        adapter: str | None
         if alias is not None:
-            owner, slash, name = alias.tenant, "/", alias.adapter
+            tenant, adapter = alias.tenant, alias.adapter
+        elif id or model in (self._base_name, ""):
+            adapter = None
         else:
-            owner, slash, name = model.partition("@")[0].rpartition("/")
-        is_base = alias is None and (id is not None or model in (self._base_name, ""))
-        if is_base:
-            slash = ""
+            owner, slash, adapter = model.partition("@")[0].rpartition("/")
+            tenant = owner if slash else tenant
         asked = [fields.get(field) for field in ("max_completion_tokens", "max_output_tokens", "max_tokens")]
         most = next((n for n in asked if isinstance(n, int)), self._default_max_tokens)
         prompt = next((p for f in ("messages", "prompt", "input", "query") if (p := fields.get(f)) is not None), "")
         ask = Ask(
-            tenant=owner if slash else tenant,
-            adapter=None if is_base else name,
+            tenant=tenant,
+            adapter=adapter,
             tokens=len(text) // CHARS_PER_TOKEN + min(max(most, 0), MOST_TOKENS),
             beginning=_text(prompt, BEGINNING),
         )

@@ -169,7 +169,7 @@ def test_a_job_and_all_names_of_what_it_makes(client, base):
     assert len(set.union(*said.values())) == 4
     assert client.models.retrieve(job.fine_tuned_model).id == job.fine_tuned_model
     assert client.models.retrieve(checkpoints[0]).id == checkpoints[0]
-    client.models.delete(job.fine_tuned_model)  # the version alone
+    client.models.delete(f"trained@{client.models.retrieve(job.fine_tuned_model).model_extra['version']}")
     assert {say(job.fine_tuned_model) for _ in range(TIMES)} == said[checkpoints[1]]
     client.models.delete("trained")
     for name in (*names, *checkpoints):
