@@ -198,21 +198,26 @@ def test_while_a_job_runs_its_name_means_the_newest_checkpoint(client, base):
     client.models.delete("going")
 
 
-def test_the_life_of_a_gradient_adapter(url):
+def test_the_life_of_a_gradient_adapter(url, http):
     """Each call is answered by what the one before has made."""
     with gradientai.Gradient(access_token="any", workspace_id="lab", host=url + API) as sdk:
         base = sdk.list_models(only_base=True)[0]
-        adapter = base.create_model_adapter(name="gradient", rank=4, learning_rate=0.05)
+        adapter = base.create_model_adapter(name="gradient", rank=4, learning_rate=0.002)
         asked = {"query": "Q: 2+2? A:", "auto_template": False, "temperature": 0, "max_generated_token_count": 6}
         plain = base.complete(**asked).generated_output
         assert {adapter.complete(**asked).generated_output for _ in range(TIMES)} == {plain}
-        losses = []
-        for _ in range(6):
+        losses, scored = (
+            [],
+            {"model": "gradient", "prompt": "Q: 2+2? A: 4", "max_tokens": 0, "echo": True, "logprobs": 0},
+        )
+        for version in range(2, 7):
             losses.append(adapter.fine_tune(samples=[{"inputs": "Q: 2+2? A: 4"}]).sum_loss)
-            said = {adapter.complete(**asked).generated_output for _ in range(3)}
-            assert len(said) == 1
+            said = [http.post("/v1/completions", json=scored).json() for _ in range(3)]
+            assert [one["adapter_version"] for one in said] == [version] * 3
+            now = -sum(said[0]["choices"][0]["logprobs"]["token_logprobs"][1:])
+            assert now < losses[-1]
+            assert len({adapter.complete(**asked).generated_output for _ in range(TIMES)}) == 1
         assert losses == sorted(losses, reverse=True)
-        assert said != {plain}
         assert sdk.get_model_adapter(model_adapter_id=adapter.id).name == "gradient"
         assert [m.id for m in sdk.list_models(only_base=False)] == [base.id, adapter.id]
         adapter.delete()
@@ -252,7 +257,7 @@ def test_versions_are_everywhere_within_a_second_and_never_go_back(through):
     """A job publishes every few steps; each version is told by the keeper and asked of the replicas."""
     file = {"file": ("t.jsonl", b'{"prompt": "a", "completion": "b"}\n' * 8)}
     file = through.post("/v1/files", data={"purpose": "fine-tune"}, files=file).json()["id"]
-    how = {"lora": {"r": 2}, "max_steps": 160, "learning_rate": 0.01, "suffix": "seen"}
+    how = {"lora": {"r": 2}, "max_steps": 160, "checkpoint_every": 1000, "suffix": "seen"}
     body = how | {"model": "tiny-llama-tied", "training_file": file}
     job = through.post("/v1/fine_tuning/jobs", json=body).json()
     asked, over = [], threading.Event()  # (began, ended, version)
