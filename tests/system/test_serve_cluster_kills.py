@@ -60,7 +60,9 @@ class Load:
     url: str
     job: Callable[[httpx2.Client, str], bytes]
     versions: dict[int, int] = field(default_factory=dict)  # of `moving` → seed; also those whose answer was lost
-    newest: int = 0  # that was answered
+    answered: list[int] = field(
+        default_factory=list
+    )  # those whose upload was answered; others may never have been there
     asked: list[Asked] = field(default_factory=list)
     jobs: list[bytes] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
@@ -90,6 +92,10 @@ class Load:
             raise
 
     @property
+    def newest(self) -> int:
+        return self.answered[-1] if self.answered else 0
+
+    @property
     def right(self) -> int:
         return sum(one.whole for one in self.asked)
 
@@ -99,7 +105,7 @@ class Load:
             version = patiently(lambda: upload(client, "moving", zip_of(seeded(seed)))).json()["version"]
         for lost in range(self.newest + 1, version + 1):
             self.versions[lost] = seed
-        self.newest = version
+        self.answered.append(version)
 
     def move(self) -> None:
         for number in itertools.count(1):
@@ -120,7 +126,7 @@ class Load:
         with httpx2.Client(base_url=self.url, timeout=HANGS_S) as client:
             while not self.over.is_set():
                 least = self.newest
-                pin = draw.randint(max(1, least - 8), least) if kind == "pinned" else None
+                pin = draw.choice(self.answered[-8:]) if kind == "pinned" else None
                 one = Asked(kind, time.monotonic(), least)
                 try:
                     self.once(client, one, pin)
