@@ -9,6 +9,7 @@ import gc
 import os
 import signal
 import sys
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
@@ -41,11 +42,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="each shape of the serving program computes with other last bits, as on some CPUs (tests/support/perturbed.py)",
     )
+    parser.addoption(
+        "--through-front",
+        action="store_true",
+        help="what tests serve in their own process is behind the front of a cluster (tests/support/through_front.py)",
+    )
 
 
 def pytest_report_header(config: pytest.Config) -> str:
     perturbed = "; serving programs are perturbed" if config.getoption("--perturb-shapes") else ""
-    return f"cpu: {this_cpu()}{perturbed}"
+    fronted = "; apps are behind a front" if config.getoption("--through-front") else ""
+    return f"cpu: {this_cpu()}{perturbed}{fronted}"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def through_front(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Puts the front of a cluster before every app of the session when `--through-front` asks for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.config.getoption("--through-front"):
+            import fake_backend
+            from through_front import in_front
+
+            patch.setattr(fake_backend.Before, "put", staticmethod(in_front))
+        yield
 
 
 def pytest_collection_finish() -> None:

@@ -11,15 +11,21 @@ from starlette.types import ASGIApp, Message, Scope
 from serve.cluster.peer import Chunk
 
 LEAVE_S = 5.0  # for the app to notice that its client is gone
+AHEAD = 16  # messages that an app has sent and nobody has taken yet, before it waits
 
 
 async def answered(app: ASGIApp, scope: Scope, body: Sequence[Chunk]) -> AsyncGenerator[list[Message]]:
     """Yields the messages of the app's answer, those together that were sent meanwhile.  Raises what the app raises.
 
-    Whoever closes it is gone: the app is told as a server tells it.
+    The app waits for whoever does not take them, as for a slow client.  Whoever closes it is gone: the app is told as a
+    server tells it.
     """
     chunks, gone = deque(body), asyncio.Event()
-    sent: asyncio.Queue[Message | None] = asyncio.Queue()
+    sent: asyncio.Queue[Message | None] = asyncio.Queue(AHEAD)
+
+    async def send(message: Message | None) -> None:
+        if not gone.is_set():
+            await sent.put(message)
 
     async def receive() -> Message:
         if not chunks:
@@ -31,9 +37,9 @@ async def answered(app: ASGIApp, scope: Scope, body: Sequence[Chunk]) -> AsyncGe
 
     async def run() -> None:
         try:
-            await app(scope, receive, sent.put)
+            await app(scope, receive, send)
         finally:
-            sent.put_nowait(None)
+            await send(None)
 
     task = asyncio.create_task(run())
     try:
@@ -47,5 +53,7 @@ async def answered(app: ASGIApp, scope: Scope, body: Sequence[Chunk]) -> AsyncGe
         await task
     finally:
         gone.set()
+        while not sent.empty():  # the app may wait for room
+            sent.get_nowait()
         if not (await asyncio.wait((task,), timeout=LEAVE_S))[0]:
             task.cancel()

@@ -24,12 +24,15 @@ from jaxlora.core.errors import Unavailable
 from serve.access.keys import Keys, needs_keys
 from serve.access.rate_limit import Limiter
 from serve.api.gradient.errors import API, gradient_response
+from serve.cluster.aliases import Aliases
 from serve.cluster.autoscaler import Load
 from serve.cluster.metrics import ClusterMetrics
 from serve.cluster.peer import About, Chunk, Peer, PeerGone
 from serve.cluster.relay import Peers, Relay
 from serve.cluster.router import Router
 from serve.db.database import Database
+from serve.db.gradient import StoredGradient
+from serve.db.jobs import StoredJobs
 from serve.db.keys import StoredKeys
 from serve.http.drain import Drain
 from serve.http.errors import ErrorShapes
@@ -95,7 +98,11 @@ class Front:
             cluster, self._found = config.cluster, threading.Event()
             peers = Peers(Router(cluster.router), scaling=cluster.scaling, may_rest=cluster.replicas == 0)
             relay = Relay(
-                peers, base_name=about.base_name, default_max_tokens=config.default_max_tokens, keep=servers.keep
+                peers,
+                base_name=about.base_name,
+                default_max_tokens=config.default_max_tokens,
+                keep=servers.keep,
+                find=Aliases(StoredJobs(database), StoredGradient(database)).find,
             )
             bodies = JsonBodies(
                 relay, rate=limiter.bodies, uploads=about.body_limits.keys(), most_values=about.most_values

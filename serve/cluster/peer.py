@@ -11,6 +11,7 @@ from starlette.types import Message, Scope
 from jaxlora.core.errors import Unavailable
 from serve.cluster.replica_view import Report
 
+JOB = "job"  # in the state of a request whose model a job made: the `JobName`, as the front has just read it
 type Chunk = bytes | Awaitable[bytes]  # of a body; the second lies where every process can read it
 
 

@@ -5,7 +5,8 @@
 
 Of a body it looks for the model and where the prompt begins; whether it is right is for the server to say.  A replica that
 fails or refuses before its answer began is passed over once.  Where there is none, a request to generate waits for the
-first, and the server that writes answers what it can.  This module knows nothing of what carries the calls.
+first, and the server that writes answers what it can.  A model that is named by an id is looked up, so that all its names go
+the same way, and a replica learns with the request what its job has made.  This module knows nothing of what carries the calls.
 """
 
 from __future__ import annotations
@@ -27,13 +28,14 @@ from jaxlora.config.cluster import ScalingSection
 from jaxlora.core.errors import NoReplica, Unavailable
 from serve.access.caller import Caller
 from serve.cluster.autoscaler import Load
-from serve.cluster.peer import Chunk, Peer, PeerGone
+from serve.cluster.peer import JOB, Chunk, Peer, PeerGone
 from serve.cluster.replica_view import Ask, Report, Sent
 from serve.cluster.router import Router
 from serve.http.drain import OpenEvents
 from serve.http.errors import error_body
 from serve.http.request_log import HEALTH_PATH, READY_PATH
 from serve.http.sse import DONE, sse
+from serve.runtime.job_names import FT_NAME, JobName
 
 LOG = logging.getLogger("serve")
 CHUNK_BYTES = 4 * 2**20  # of a body, that travel at once; every JSON body is one part
@@ -42,14 +44,14 @@ CHARS_PER_TOKEN = 4
 MOST_TOKENS = 2**20  # that a request is believed to ask for
 MOST_TRIED = 2  # replicas, for one request
 # method and path of what any replica answers as well as the trainer
-READS = re.compile(r"GET (/v1/models(/.*)?|/tokenizer_info|/version)")
+READS = re.compile(r"GET (/v1/models(/(?P<model>.*))?|/tokenizer_info|/version)")
 GENERATES = re.compile(
     r"POST (/v1/(chat/completions|completions|responses)|/tokenize|/detokenize|/api/models/(?P<id>[^/]+)/complete)"
 )
 READY = f"GET {READY_PATH}"
 PROBES = frozenset({f"GET {HEALTH_PATH}", READY})
 NOT_HELD = ScalingSection(start_s=0, held=0)
-JOB_NAMES = "ft:"  # of models, which the trainer alone knows
+NEWEST = ":latest"  # at the end of a job's model name: whether another job has made more, the keeper alone knows
 RELAYED = ("type", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path")
 
 
@@ -61,6 +63,15 @@ class Traffic:
     left: Counter[str] = field(default_factory=Counter)  # times that a replica was found gone or hanging
     rerouted: int = 0  # requests sent again
     unplaced: int = 0  # requests that no replica was left for
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Alias:
+    """The adapter that another name means."""
+
+    tenant: str
+    adapter: str
+    job: JobName | None  # that makes it
 
 
 class Peers:
@@ -190,10 +201,11 @@ class Relay:
         base_name: str,
         default_max_tokens: int,
         keep: Callable[[bytes], Awaitable[Chunk]],
+        find: Callable[[str], Awaitable[Alias | None]],
     ):
-        """keep: puts a part of a large body where every server can read it."""
+        """keep: puts a part of a large body where every server can read it.  find: see `Aliases`."""
         self._peers, self._base_name = peers, base_name
-        self._default_max_tokens, self._keep = default_max_tokens, keep
+        self._default_max_tokens, self._keep, self._find = default_max_tokens, keep, find
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request."""
@@ -232,17 +244,17 @@ class Relay:
         return [*chunks, bytes(part)]
 
     async def _relay(self, scope: Scope, body: list[Chunk], send: Send) -> None:
-        ask = self._ask(scope, body)
-        if ask is not None and scope["method"] == "POST":
+        asked = await self._ask(scope, body)
+        if asked is not None and scope["method"] == "POST":
             self._peers.asked += 1
             if not self._peers.serving:
                 await self._peers.first()
         elif not self._peers.serving:
-            ask = None
+            asked = None
             if f"{scope['method']} {scope['path']}" == READY:
                 await _send_all(self._peers.ready_at_rest(), send)
                 return
-        if ask is None:
+        if asked is None:
             trainer = self._peers.trainer
             if trainer is None:
                 raise no_keeper()
@@ -250,7 +262,11 @@ class Relay:
                 async for messages in answer:
                     await _send_all(messages, send)
         else:
-            await self._ask_replicas(ask, scope, body, send)
+            ask, job = asked
+            told = relayed(scope)
+            if job is not None:
+                told["state"][JOB] = job
+            await self._ask_replicas(ask, told, body, send)
 
     async def _ask_replicas(self, ask: Ask, scope: Scope, body: list[Chunk], send: Send) -> None:
         """Has a replica answer; another one where the first fails or refuses before its answer has begun."""
@@ -267,7 +283,7 @@ class Relay:
             tried.append(sent.replica)
             peer = self._peers.replicas[sent.replica]
             try:
-                async with contextlib.aclosing(peer.answer(relayed(scope), body)) as answer:
+                async with contextlib.aclosing(peer.answer(scope, body)) as answer:
                     async for messages in answer:
                         if not began and _refuses(messages[0]) and len(tried) < MOST_TRIED:
                             refusal = [*messages, *[message async for more in answer for message in more]]
@@ -283,34 +299,49 @@ class Relay:
             finally:
                 self._peers.end(sent)
 
-    def _ask(self, scope: Scope, body: Sequence[Chunk]) -> Ask | None:
-        """Returns what the router must know of a request; None: only the trainer can answer it."""
+    async def _ask(self, scope: Scope, body: Sequence[Chunk]) -> tuple[Ask, JobName | None] | None:
+        """Returns what the router must know of a request, and the job of its model; None: only the trainer can answer it.
+
+        Raises Unavailable.
+        """
         what = f"{scope['method']} {scope['path']}"
         caller: Caller | None = scope.get("state", {}).get("caller")
         tenant = "" if caller is None else caller.owner
         if what in PROBES:
-            return Ask(tenant=tenant, adapter=None, tokens=0, beginning="")
-        if (match := READS.fullmatch(what)) is not None:
-            names_job = match[2] is not None and JOB_NAMES in match[2]
-            return None if names_job else Ask(tenant=tenant, adapter=None, tokens=0, beginning="")
-        if (match := GENERATES.fullmatch(what)) is None:
+            return Ask(tenant=tenant, adapter=None, tokens=0, beginning=""), None
+        reads, generates = READS.fullmatch(what), GENERATES.fullmatch(what)
+        if reads is None and generates is None:
             return None
         text = body[0] if len(body) == 1 and isinstance(body[0], bytes) else b""
-        fields = _fields(text)
-        model = match["id"] or _text(fields.get("model"), 512).removeprefix(f"{self._base_name}:")
-        if model.startswith(JOB_NAMES):
+        fields = _fields(text) if generates else {}
+        id = generates["id"] if generates else None
+        named = _text(fields.get("model"), 512) if reads is None else reads["model"] or ""
+        model = id or named.removeprefix(f"{self._base_name}:")
+        names_job = FT_NAME.fullmatch(model) is not None
+        if names_job and model.endswith(NEWEST):
             return None
-        is_base = model == self._base_name
-        owner, slash, name = ("", "", "") if is_base else model.partition("@")[0].rpartition("/")
+        alias = await self._find(model) if id or names_job else None
+        job = None if alias is None else alias.job
+        if reads is not None:
+            return Ask(tenant=tenant, adapter=None, tokens=0, beginning=""), job
+        adapter: str | None
+        if alias is not None:
+            tenant, adapter = alias.tenant, alias.adapter
+        elif id or model in (self._base_name, ""):
+            adapter = None
+        else:
+            owner, slash, adapter = model.partition("@")[0].rpartition("/")
+            tenant = owner if slash else tenant
         asked = [fields.get(field) for field in ("max_completion_tokens", "max_output_tokens", "max_tokens")]
         most = next((n for n in asked if isinstance(n, int)), self._default_max_tokens)
         prompt = next((p for f in ("messages", "prompt", "input", "query") if (p := fields.get(f)) is not None), "")
-        return Ask(
-            tenant=owner if slash else tenant,
-            adapter=None if is_base else name,
+        ask = Ask(
+            tenant=tenant,
+            adapter=adapter,
             tokens=len(text) // CHARS_PER_TOKEN + min(max(most, 0), MOST_TOKENS),
             beginning=_text(prompt, BEGINNING),
         )
+        return ask, job
 
 
 def no_keeper() -> PeerGone:

@@ -26,7 +26,7 @@ from jaxlora.core.progress import Lines, Progress
 from jaxlora.model import compile_cache
 from jaxlora.model.machine import memory_errors
 from serve.cluster.answers import answered
-from serve.cluster.peer import About, Chunk
+from serve.cluster.peer import JOB, About, Chunk
 from serve.cluster.replica_view import Report
 from serve.http.drain import Drain
 from serve.observability.logs import logging_to
@@ -98,6 +98,8 @@ class Replica:
 
     async def answer(self, scope: Scope, body: Sequence[Chunk]) -> AsyncGenerator[list[Message]]:
         """Yields the app's answer to a request; see `answered`."""
+        if (job := scope["state"].get(JOB)) is not None:
+            self._server.runner.catalog.jobs.put(job)
         async with contextlib.aclosing(answered(self._app, scope, body)) as answer:
             async for messages in answer:
                 yield messages

@@ -125,6 +125,18 @@ class StoredJobs:
 
         return self.database.read(work)
 
+    def named(self, short: str) -> tuple[JobRecord, list[CheckpointRecord]]:
+        """The job whose id begins so, of any tenant, with its checkpoints.  Raises NotFound."""
+
+        def work(session: Session) -> tuple[JobRecord, list[CheckpointRecord]]:
+            first = f"ftjob-{short}"
+            row = session.scalars(select(JobRecord).where(JobRecord.id.startswith(first, autoescape=True))).first()
+            if row is None:
+                raise NotFound(f"there is no job {first[:100]!a}", param="id")
+            return row, list(session.scalars(select(CheckpointRecord).where(CheckpointRecord.job == row.id)))
+
+        return self.database.read(work)
+
     def save(
         self, record: JobRecord, *, events: Sequence[NewEvent] = (), checkpoints: Sequence[CheckpointRecord] = ()
     ) -> list[EventRecord]:

@@ -124,7 +124,9 @@ class Tuner:
             trainer.seats.check(spec)
             self._quota.check(tenant, adapter_size(trainer.base.config, spec).nbytes, another=True)
             self._runner.catalog.check_name(tenant, name)
-            return self._store.add(tenant, name, fresh_adapter(trainer.base.config, spec, seed, trainer.base_hash))
+            ref = self._store.add(tenant, name, fresh_adapter(trainer.base.config, spec, seed, trainer.base_hash))
+            self._store.wait_saved(ref)
+            return ref
 
         return await asyncio.to_thread(make)
 
@@ -162,6 +164,7 @@ class Tuner:
             self._keep(key, _Tuned(done.ref.version, tuned.calls + 1, state), spec)
             if self._store.latest(tenant, name) is None:  # deleted just now
                 self.forget(tenant, name)
+            await asyncio.to_thread(self._store.wait_saved, done.ref)  # what is answered survives a kill
             return done
 
     def _checked(self, spec: LoraSpec, examples: Sequence[Example]) -> Batches:

@@ -21,7 +21,7 @@ from jaxlora.core.lora import AdapterRef
 from serve.db.jobs import StoredJobs
 from serve.db.models import CheckpointRecord, JobRecord, JsonObject, NewEvent, new_id
 from serve.jobs.live_jobs import JobNews, Published
-from serve.runtime.catalog import JobNames
+from serve.runtime.job_names import JobNames
 from train.jobs.job import JobEvent
 from train.jobs.status import ENDED, JobStatus
 

@@ -40,8 +40,8 @@ from serve.jobs import resolve, results
 from serve.jobs.live_jobs import LiveJobs
 from serve.jobs.recorder import DEATHS, JobRecorder
 from serve.jobs.results import Draw
-from serve.runtime.catalog import short_id
 from serve.runtime.device_thread import DeviceThread
+from serve.runtime.job_names import short_id
 from train.data.load import Loaded
 from train.jobs.job import said
 from train.jobs.status import ENDED, JobStatus, check_move

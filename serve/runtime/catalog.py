@@ -1,170 +1,25 @@
-"""The models of a server and their names: the base, adapters and their versions, and results of jobs.
-
-A job makes an adapter under a name of its tenant's, such as any other adapter has.  OpenAI's names for it are aliases:
-ft:BASE:ORG:SUFFIX:ID, alone, with :ckpt-step-STEP, or with :latest.  While the job runs the plain alias means its newest
-checkpoint, afterwards its result; `latest` is the newest version.
-"""
+"""The models of a server and their names: the base, adapters and their versions, and results of jobs (`job_names`)."""
 
 from __future__ import annotations
 
 import logging
-import re
-import threading
 from collections import Counter
-from dataclasses import dataclass, field
 
 from jaxlora.core.errors import AdapterNotFound, AlreadyExists, InvalidRequest, StorageFailed
 from jaxlora.core.lora import AdapterRef
 from jaxlora.storage.adapter_store import AdapterStore
 from serve.engine.slots import SlotTable
 from serve.runtime.backend import ModelCard
+from serve.runtime.job_names import FT_NAME, JobNames
 
 LOG = logging.getLogger("serve")
 RESERVED_NAMES = frozenset({"versions", "download", "pin", "unpin"})
-JOB_PREFIX = "ft-"  # of adapters that jobs of the first releases made, whose names nobody chose
-FT_NAME = re.compile(r"ft:([^:]+):([^:]+):([^:]*):([0-9a-f]{12})(?::(?:ckpt-step-(\d{1,9})|(latest)))?")
-
-
-@dataclass(slots=True)
-class JobName:
-    """The versions that one job's name stands for."""
-
-    tenant: str
-    adapter: str  # its name in the store
-    suffix: str
-    job_id: str
-    steps: dict[int, int] = field(default_factory=dict)  # of each checkpoint → version
-    final: int | None = None
-    ended: bool = False
-
-    @property
-    def id(self) -> str:
-        """Returns the last part of the name."""
-        return short_id(self.job_id)
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """The adapter that a name stands for, and its version; None: the newest."""
-
-    tenant: str
-    adapter: str
-    version: int | None
-
-
-def short_id(job_id: str) -> str:
-    """Returns the last part of the model name of a job."""
-    return job_id.removeprefix("ftjob-")[:12]
 
 
 def names_version(model: str) -> bool:
     """Whether a model name means one version of an adapter: NAME@VERSION, or a job's checkpoint."""
     match = FT_NAME.fullmatch(model)
     return "@" in model if match is None else match[5] is not None or match[6] is not None
-
-
-class JobNames:
-    """The names of all jobs of one server.  Thread-safe."""
-
-    def __init__(self, base: str):
-        self._base = base.replace("/", "--").replace(":", "-")
-        self._jobs: dict[str, JobName] = {}
-        self._adapters: dict[tuple[str, str], JobName] = {}
-        self._lock = threading.Lock()
-
-    def add(self, job_id: str, tenant: str, adapter: str, suffix: str) -> None:
-        """Adds a job without versions, the newest that makes this adapter; a job that is known keeps its name."""
-        job = JobName(tenant, adapter, suffix, job_id)
-        with self._lock:
-            if job.id not in self._jobs:
-                self._jobs[job.id] = self._adapters[tenant, adapter] = job
-
-    def claim(self, job_id: str, tenant: str, adapter: str, suffix: str) -> None:
-        """Adds a new job.  Raises AlreadyExists, and adds none, while another job makes an adapter of this name."""
-        job = JobName(tenant, adapter, suffix, job_id)
-        with self._lock:
-            other = self._adapters.get((tenant, adapter))
-            if other is not None and not other.ended:
-                raise AlreadyExists(
-                    f"job {other.job_id} makes {adapter}; choose another name, or cancel that job", param="suffix"
-                )
-            self._jobs[job.id] = self._adapters[tenant, adapter] = job
-
-    def forget(self, job_id: str) -> None:
-        """Removes a job that was claimed and not made after all."""
-        with self._lock:
-            job = self._jobs.pop(short_id(job_id))
-            del self._adapters[job.tenant, job.adapter]  # one that made it before has no version any more
-
-    def checkpoint(self, job_id: str, step: int, version: int, *, final: bool) -> None:
-        """Adds a version that stays; final: the job's result."""
-        with self._lock:
-            job = self._jobs.get(short_id(job_id))
-            if job is not None:
-                job.steps[step] = version
-                job.final = version if final else job.final
-
-    def end(self, job_id: str) -> None:
-        """Marks the job as ended: its adapter may be deleted."""
-        with self._lock:
-            job = self._jobs.get(short_id(job_id))
-            if job is not None:
-                job.ended = True
-
-    def makes(self, tenant: str, adapter: str) -> bool:
-        """Whether a job that has not ended makes this adapter."""
-        with self._lock:
-            job = self._adapters.get((tenant, adapter))
-            return job is not None and not job.ended
-
-    def drop(self, tenant: str, adapter: str, version: int | None = None) -> None:
-        """Removes a deleted version of an adapter, or all of them."""
-        with self._lock:
-            job = self._adapters.get((tenant, adapter))
-            if job is None:
-                return
-            job.steps = {s: v for s, v in job.steps.items() if version is not None and v != version}
-            if version is None or job.final == version:
-                job.final = None
-
-    def full(self, job_id: str, step: int | None = None) -> str:
-        """Returns the model name of a job, or of its checkpoint of a step."""
-        with self._lock:
-            job = self._jobs[short_id(job_id)]
-        return self._written(job) + ("" if step is None else f":ckpt-step-{step}")
-
-    def adapter(self, job_id: str) -> str:
-        """Returns the name of the adapter that a job makes."""
-        with self._lock:
-            return self._jobs[short_id(job_id)].adapter
-
-    def shown(self, tenant: str, adapter: str) -> str | None:
-        """Returns the alias of an adapter whose own name nobody chose; None for any other."""
-        with self._lock:
-            job = self._adapters.get((tenant, adapter))
-        return None if job is None or adapter != JOB_PREFIX + job.id else self._written(job)
-
-    def _written(self, job: JobName) -> str:
-        return f"ft:{self._base}:{job.tenant}:{job.suffix}:{job.id}"
-
-    def find(self, sees: str | None, model: str) -> Target | None:
-        """Returns the target of a name for a caller who sees this tenant's objects (None: everyone's), or None."""
-        match = FT_NAME.fullmatch(model)
-        if match is None:
-            return None
-        base, tenant, suffix, id, step, latest = match.groups()
-        with self._lock:
-            job = self._jobs.get(id)
-            if job is None or (base, tenant, suffix) != (self._base, job.tenant, job.suffix):
-                return None
-            if sees not in (None, job.tenant):
-                return None
-            if latest:  # not of another job that made an adapter of this name when this one's was deleted
-                makes = self._adapters.get((job.tenant, job.adapter)) is job
-                return Target(job.tenant, job.adapter, None) if makes else None
-            newest = job.steps[max(job.steps)] if job.steps else None
-            version = job.steps.get(int(step)) if step else job.final if job.final is not None else newest
-            return None if version is None else Target(job.tenant, job.adapter, version)
 
 
 class Catalog:
@@ -218,12 +73,13 @@ class Catalog:
     def _made_by_job(self, tenant: str | None, model: str) -> AdapterRef:
         """Returns the version that a job's model name means now.  Raises AdapterNotFound."""
         target = self.jobs.find(tenant, model)
-        versions = [] if target is None else self._store.versions(target.tenant, target.adapter)
-        if target is not None and target.version is not None:
-            versions = [ref for ref in versions if ref.version == target.version]
-        if not versions:
+        there = [] if target is None else self._store.versions(target.tenant, target.adapter)
+        if target is not None and target.versions is not None:
+            known = {ref.version: ref for ref in there}
+            there = [known[version] for version in target.versions if version in known][:1]
+        if not there:
             raise AdapterNotFound(f"The model `{model}` does not exist.", param="model")
-        return versions[-1]
+        return there[-1]
 
     def models(self, tenant: str | None) -> list[ModelCard]:
         """Returns the base and every adapter of the tenant, but for those that cannot be read.  Reads the disk."""

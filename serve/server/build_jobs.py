@@ -18,11 +18,11 @@ from serve.db.database import Database
 from serve.db.jobs import StoredJobs
 from serve.db.models import JobRecord
 from serve.jobs.live_jobs import LiveJobs, Published
+from serve.jobs.names import know_names
 from serve.jobs.on_demand import Tuner
 from serve.jobs.recorder import JobRecorder
 from serve.jobs.scoring import Scorer
 from serve.jobs.service import Files, JobService
-from serve.runtime.catalog import JobNames
 from serve.runtime.device_thread import DeviceThread
 from serve.runtime.live_training import small_trainer, warm_up
 from serve.runtime.snapshot import training_view
@@ -30,7 +30,6 @@ from train.data.load import Loaded
 from train.jobs.job import JobsConfig
 from train.jobs.runner import Jobs
 from train.jobs.states import Parking
-from train.jobs.status import ENDED
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,14 +111,3 @@ def make_job_host(
     tuned_copies = None if remote is None else StateCopies(remote.blobs, tuned, "tuned")
     tuner = Tuner(runner, live, trainer, tuned, quota, tuned_copies, call_tokens=training.call_tokens)
     return JobHost(runner, live, service, tuner, scorer)
-
-
-def know_names(names: JobNames, stored: StoredJobs) -> None:
-    """Loads the names of all stored jobs and their checkpoints."""
-    for record, checkpoints in stored.history():
-        names.add(record.id, record.tenant, record.adapter, record.request.suffix or "")
-        for checkpoint in checkpoints:
-            final = checkpoint.version == record.progress.get("final_version")
-            names.checkpoint(record.id, checkpoint.step, checkpoint.version, final=final)
-        if record.status in ENDED:
-            names.end(record.id)

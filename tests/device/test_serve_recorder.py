@@ -18,7 +18,7 @@ from serve.jobs import recorder as module
 from serve.jobs.live_jobs import JobNews, Published
 from serve.jobs.recorder import DEATHS, JobRecorder
 from serve.jobs.service import MAX_DEATHS, JobService
-from serve.runtime.catalog import JobNames
+from serve.runtime.job_names import JobNames
 from train.jobs.job import JobEvent, Progress
 from train.jobs.status import JobStatus
 

@@ -32,7 +32,7 @@ from serve.db.database import Database
 from serve.db.gradient import StoredGradient
 from serve.db.jobs import StoredJobs
 from serve.http.idempotency import Once
-from serve.runtime.catalog import JobNames
+from serve.runtime.job_names import JobNames
 from serve.server.app import create_app, make_http
 from serve.server.gate import AppConfig
 from serve.server.uvicorn import bound

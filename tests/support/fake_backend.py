@@ -214,9 +214,16 @@ def fake_scores(prompt, top):
     )
 
 
+class Before:
+    """What `serving` puts before each app: nothing, or with `--through-front` the front of a cluster."""
+
+    put = staticmethod(lambda app: app)
+
+
 @contextlib.contextmanager
 def serving(app):
     """The app under uvicorn on an ephemeral loopback port; yields its root URL."""
+    app = Before.put(app)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         server = uvicorn.Server(

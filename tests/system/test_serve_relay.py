@@ -14,19 +14,28 @@ import pytest
 from fake_backend import BASE, HI, FakeBackend, events, serving
 
 from jaxlora.config.cluster import RouterSection
-from jaxlora.core.errors import Overloaded, Unavailable
+from jaxlora.core.errors import Overloaded, StorageAway, Unavailable
 from serve.cluster.answers import answered
-from serve.cluster.peer import PeerGone
-from serve.cluster.relay import CHUNK_BYTES, Peers, Relay
+from serve.cluster.peer import JOB, PeerGone
+from serve.cluster.relay import CHUNK_BYTES, Alias, Peers, Relay
 from serve.cluster.replica_view import Ask, Report
 from serve.cluster.router import Router
 from serve.http.errors import ErrorShapes
+from serve.runtime.job_names import JobName
 from serve.server.app import create_app
 from serve.server.gate import AppConfig, Gate
 
 IDLE = Report(asked_s=0.0, slots=2, rows=4, running_rows=0, running_tokens=0, waiting_tokens=0, adapters={})
 CONFIG = AppConfig(default_max_tokens=64)
 CHAT = {"model": BASE, "messages": HI}
+FT = "ft:org--base:acme:x:012345678901"
+AWAY = FT.replace("01", "ff")
+JOB_NAME = JobName("acme", "bot", "x", "ftjob-" + "0123456789012345" * 2, {4: 2}, None, False)
+ALIASES = {
+    FT: Alias(tenant="acme", adapter="bot", job=JOB_NAME),
+    FT + ":ckpt-step-4": Alias(tenant="acme", adapter="bot", job=JOB_NAME),
+    "1_model_adapter": Alias(tenant="acme", adapter="bot", job=None),
+}
 
 
 class LocalPeer:
@@ -91,7 +100,12 @@ def front(*replicas, trainer=None):
 
         return kept()
 
-    relay = Relay(peers, base_name=BASE, default_max_tokens=64, keep=keep)
+    async def find(model):
+        if model == AWAY:
+            raise StorageAway("the database does not answer; retry soon")
+        return ALIASES.get(model)
+
+    relay = Relay(peers, base_name=BASE, default_max_tokens=64, keep=keep, find=find)
     return Gate(relay, CONFIG, ErrorShapes({})), peers
 
 
@@ -157,11 +171,12 @@ def test_answers_are_those_of_one_server(pair, method, path, body):
     ("method", "path", "body", "by_trainer"),
     [
         ("POST", "/v1/chat/completions", {"model": BASE}, False),
-        ("POST", "/v1/chat/completions", {"model": "ft:base:acme:x:1"}, True),
-        ("POST", "/v1/completions", {"model": f"{BASE}:ft:base:acme:x:1"}, True),
+        ("POST", "/v1/chat/completions", {"model": FT}, False),
+        ("POST", "/v1/completions", {"model": f"{BASE}:{FT}:latest"}, True),
         ("GET", "/v1/models", None, False),
         ("GET", "/v1/models/acme/support", None, False),
-        ("GET", "/v1/models/ft:base:acme:x:1", None, True),
+        ("GET", f"/v1/models/{FT}", None, False),
+        ("GET", f"/v1/models/{FT}:latest", None, True),
         ("DELETE", "/v1/models/support", None, True),
         ("POST", "/api/models/x_model_adapter/complete", {"query": "hi"}, False),
         ("POST", "/api/models/x_model_adapter/fine-tune", {"samples": []}, True),
@@ -203,19 +218,29 @@ def test_who_answers(method, path, body, by_trainer):
         (
             "/api/models/1_model_adapter/complete",
             {"query": "q"},
-            Ask(tenant="local", adapter="1_model_adapter", tokens=64, beginning="q"),
+            Ask(tenant="acme", adapter="bot", tokens=64, beginning="q"),
+        ),
+        (
+            "/api/models/1_base_ml_model/complete",
+            {"query": "q"},
+            Ask(tenant="local", adapter=None, tokens=64, beginning="q"),
+        ),
+        (
+            "/v1/completions",
+            {"model": f"{BASE}:{FT}:ckpt-step-4", "prompt": "x"},
+            Ask(tenant="acme", adapter="bot", tokens=64, beginning="x"),
         ),
         (
             "/v1/chat/completions",
             {"model": 5, "messages": "x"},
-            Ask(tenant="local", adapter="", tokens=64, beginning="x"),
+            Ask(tenant="local", adapter=None, tokens=64, beginning="x"),
         ),
         (
             "/v1/completions",
             {"model": "bot", "prompt": "x", "max_tokens": 10**30},
             Ask(tenant="local", adapter="bot", tokens=2**20, beginning="x"),
         ),
-        ("/v1/chat/completions", [1, 2], Ask(tenant="local", adapter="", tokens=64, beginning="")),
+        ("/v1/chat/completions", [1, 2], Ask(tenant="local", adapter=None, tokens=64, beginning="")),
     ],
 )
 def test_what_the_router_is_asked(two, path, body, ask):
@@ -226,6 +251,23 @@ def test_what_the_router_is_asked(two, path, body, ask):
     prompt = 250 if "x" * 999 in json.dumps(body) else 0
     assert (asked.tenant, asked.adapter, asked.beginning) == (ask.tenant, ask.adapter, ask.beginning)
     assert asked.tokens == ask.tokens - prompt + sent
+
+
+def test_a_replica_learns_with_a_request_what_the_models_job_has_made(two):
+    (_, first), (_, second) = two
+    first.fails_after = 0
+    with serving(front(first, second)[0]) as url:
+        httpx2.post(url + "/v1/completions", json={"model": FT, "prompt": "x"})
+        httpx2.get(url + f"/v1/models/{FT}:ckpt-step-4")
+        httpx2.post(url + "/v1/completions", json={"model": "acme/bot", "prompt": "x"})
+    assert [scope["state"].get(JOB) for scope, _ in first.asked + second.asked] == [JOB_NAME] * 3 + [None]
+
+
+def test_a_name_that_cannot_be_looked_up_just_now_is_to_be_asked_again(two):
+    with serving(front(two[0][1])[0]) as url:
+        response = httpx2.post(url + "/v1/completions", json={"model": AWAY, "prompt": "x"})
+    assert (response.status_code, response.headers["retry-after"], two[0][1].asked) == (503, "1", [])
+    assert response.json()["error"]["code"] == StorageAway.code
 
 
 def test_a_replica_gone_before_its_answer_is_passed_over(two):
@@ -342,7 +384,7 @@ def test_a_large_body_comes_in_parts_and_whole():
 
         return part()
 
-    relay = Relay(peers, base_name=BASE, default_max_tokens=64, keep=keep)
+    relay = Relay(peers, base_name=BASE, default_max_tokens=64, keep=keep, find=None)
     config = AppConfig(default_max_tokens=64, body_limits={"/v1/files": 10**9})
     with serving(Gate(relay, config, ErrorShapes({}))) as url:
         assert httpx2.post(url + "/v1/files", content=sent).text == "ok"

@@ -9,7 +9,7 @@ from jaxlora.core.lora import NAME_PATTERN
 from serve.db.job_spec import JobSpec, LoraChoice
 from serve.jobs.resolve import spec_of
 from serve.jobs.service import free_name
-from serve.runtime.catalog import JobNames, Target
+from serve.runtime.job_names import JobName, JobNames, Target
 
 ONE, TWO = "ftjob-" + "1" * 32, "ftjob-" + "2" * 32
 ALIAS = "ft:org--base:acme:harbor:111111111111"
@@ -27,8 +27,8 @@ def test_an_alias_means_the_adapter_of_its_job(names):
     assert names.find("acme", ALIAS + ":latest") == Target("acme", "harbor", None)
     names.checkpoint(ONE, 10, 3, final=False)
     names.checkpoint(ONE, 20, 5, final=True)
-    assert names.find("acme", ALIAS) == Target("acme", "harbor", 5)
-    assert names.find("acme", ALIAS + ":ckpt-step-10") == Target("acme", "harbor", 3)
+    assert names.find("acme", ALIAS) == Target("acme", "harbor", (5, 5, 3))
+    assert names.find("acme", ALIAS + ":ckpt-step-10") == Target("acme", "harbor", (3,))
     assert names.find("other", ALIAS) is None
     assert (names.full(ONE), names.full(ONE, 10), names.adapter(ONE)) == (ALIAS, ALIAS + ":ckpt-step-10", "harbor")
 
@@ -46,11 +46,22 @@ def test_a_name_is_one_jobs_until_it_ends(names):
 def test_an_alias_does_not_mean_what_a_later_job_makes_under_the_name(names):
     names.checkpoint(ONE, 10, 3, final=True)
     names.end(ONE)
-    names.drop("acme", "harbor")
     names.claim(TWO, "acme", "harbor", "harbor")
     assert names.find("acme", ALIAS + ":latest") is None
-    assert names.find("acme", ALIAS) is None
+    assert names.find("acme", ALIAS) == Target("acme", "harbor", (3, 3))  # which no other job makes
     assert names.find("acme", ALIAS.replace("1" * 12, "2" * 12) + ":latest") == Target("acme", "harbor", None)
+
+
+def test_what_another_process_knows_is_added_and_older_news_take_nothing_back(names):
+    there = JobNames("org/base")
+    old = JobName("acme", "harbor", "harbor", ONE, {10: 3})
+    there.put(JobName("acme", "harbor", "harbor", ONE, {10: 4, 20: 5}, final=5, ended=True))
+    there.put(old)
+    assert there.find("acme", ALIAS) == Target("acme", "harbor", (5, 5, 4))
+    assert there.find("acme", ALIAS + ":ckpt-step-10") == Target("acme", "harbor", (4,))
+    assert there.find("other", ALIAS) is None
+    assert old.steps == {10: 3}
+    assert not there.makes("acme", "harbor")
 
 
 def test_a_job_that_is_forgotten_leaves_its_name_free(names):

@@ -301,7 +301,6 @@ class AdapterService:
             else:
                 self._store.delete(ref.tenant, ref.name)
         with self._changes:
-            self.runner.catalog.jobs.drop(ref.tenant, ref.name, ref.version if alone else None)
             if self.is_pinned(ref.tenant, ref.name):
                 self._tune_pins(lambda pins: pins)
             if self._store.latest(ref.tenant, ref.name) is None:

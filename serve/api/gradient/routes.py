@@ -55,7 +55,8 @@ from serve.http.schema import ok
 from serve.http.strict_json import JsonRoute
 from serve.jobs.on_demand import Tuner
 from serve.runtime.backend import Backend
-from serve.runtime.catalog import JOB_PREFIX, RESERVED_NAMES
+from serve.runtime.catalog import RESERVED_NAMES
+from serve.runtime.job_names import JOB_PREFIX
 
 BASE_END, ADAPTER_END = "_base_ml_model", "_model_adapter"  # 14 characters after a UUID's 36: the SDK wants 50
 NAMESPACE = uuid.UUID("6f0d4a52-0a3f-5d0e-9a55-3c1f4f5c9b1e")  # of base ids

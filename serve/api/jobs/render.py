@@ -7,7 +7,7 @@ from typing import Literal, cast
 from jaxlora.core.adapter_size import AdapterSize
 from serve.api.jobs.schemas import CheckpointMetrics, CheckpointObject, EventObject, JobObject, Numbers
 from serve.db.models import CheckpointRecord, EventRecord, JobRecord, JsonObject
-from serve.runtime.catalog import JobNames
+from serve.runtime.job_names import JobNames
 from train.jobs.status import ENDED
 
 
