@@ -98,7 +98,10 @@ def behind(replicas, keeper, *, is_open=False, adapters=True, base=BASE):
     async def keep(data):
         raise AssertionError("no body is large")
 
-    relay = Relay(peers, base_name=base, default_max_tokens=8, keep=keep)
+    async def find(model):
+        return None
+
+    relay = Relay(peers, base_name=base, default_max_tokens=8, keep=keep, find=find)
     open_paths = OPEN_PATHS | {"/metrics"} if is_open else OPEN_PATHS
     config = AppConfig(default_max_tokens=8, caller_of=by_key, open_paths=open_paths)
     app = ClusterMetrics(relay, peers, is_open=is_open, adapters=adapters)
