@@ -28,6 +28,7 @@ from jaxlora.model.machine import memory_errors
 from serve.cluster.answers import answered
 from serve.cluster.peer import About, Chunk
 from serve.cluster.replica_view import Report
+from serve.cluster.training.report import TrainingReport
 from serve.http.drain import Drain
 from serve.observability.logs import logging_to
 from serve.server.app import create_app, most_values
@@ -101,6 +102,16 @@ class Replica:
         async with contextlib.aclosing(answered(self._app, scope, body)) as answer:
             async for messages in answer:
                 yield messages
+
+    async def training(self) -> TrainingReport:
+        """Tells what the training group has to do.  The keeper's alone."""
+        return TrainingReport(waiting=0, longest_wait_s=0.0, trainers={})
+
+    async def drain_trainer(self, name: str) -> None:
+        """Moves the jobs of the trainer "trainer-0" or so elsewhere, and gives it no more; returns when it holds none.
+
+        A process started under this name later is given jobs again.  The keeper's alone.
+        """
 
     async def stop(self) -> None:
         """Ends the server: what is open is complete, or `grace_s` are over; jobs stop at a checkpoint; all is saved."""
