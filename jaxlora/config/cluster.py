@@ -30,6 +30,7 @@ class ClusterSection:
     """The servers that `jaxlora up` runs behind one address, beside the one that trains and keeps everything."""
 
     replicas: int = 2  # servers that answer requests, and read the adapters and keys of that one
+    trainers: int = 0  # servers that only train, what that one gives them
     cpus: float = 1.0  # of Ray's, that each of all these servers takes
     gpus: float = 0.0
     router: RouterSection = RouterSection()
@@ -37,5 +38,6 @@ class ClusterSection:
     def __post_init__(self) -> None:
         with Checks() as check:
             check.counts(self, "replicas")
+            check.need(self.trainers >= 0, "trainers", "0 or more", self.trainers)
             check.positive(self, "cpus")
             check.need(0 <= self.gpus < math.inf, "gpus", "0 or more", self.gpus)

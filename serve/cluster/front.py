@@ -37,7 +37,7 @@ from serve.server.gate import OPEN_PATHS, AppConfig, Gate
 from serve.server.uvicorn import bound, config_on, http_over
 
 LOG = logging.getLogger("serve")
-TRAINER, REPLICA = "trainer", "replica-"  # names of servers; a number follows the second
+KEEPER, REPLICA = "keeper", "replica-"  # names of servers; a number follows the second
 NAMES_S = 0.5  # between two looks at which servers there are
 REPORT_S = 0.25  # between two questions to one
 HANGS_S = 5.0  # a server that has not answered for so long is asked for nothing else
@@ -117,7 +117,7 @@ class Front:
             self._end = stack.pop_all()
 
     def url(self) -> str:
-        """Returns where it answers, once it has found the trainer and a replica."""
+        """Returns where it answers, once it has found the keeper and a replica."""
         self._found.wait()
         return self._http.url
 
@@ -130,7 +130,7 @@ class Followed:
     """ASGI application that knows which servers there are for as long as the HTTP server around it runs."""
 
     def __init__(self, app: ASGIApp, servers: Servers, peers: Peers, found: Callable[[], None]):
-        """found: called when there are a trainer and a replica to ask, again and again."""
+        """found: called when there are a keeper and a replica to ask, again and again."""
         self._app, self._servers, self._peers, self._found = app, servers, peers, found
         self._asking: dict[str, asyncio.Task[None]] = {}
 
@@ -156,7 +156,7 @@ class Followed:
                 LOG.error("which servers there are is not known: %s", error.message)
                 names = ()
             for name in names:
-                if name not in self._asking and name.startswith((TRAINER, REPLICA)):
+                if name not in self._asking and name.startswith((KEEPER, REPLICA)):
                     self._asking[name] = asyncio.create_task(self._ask(name))
                     self._asking[name].add_done_callback(functools.partial(self._asked, name))
             await asyncio.sleep(NAMES_S)
@@ -180,11 +180,11 @@ class Followed:
                 if not (await asyncio.wait((answer,), timeout=HANGS_S))[0]:
                     self._peers.leave(server, peer)
                 report = await answer
-                if server == TRAINER:
-                    self._peers.trainer = peer
+                if server == KEEPER:
+                    self._peers.keeper = peer
                 else:
                     self._peers.report(server, peer, report)
-                if self._peers.trainer is not None and self._peers.replicas:
+                if self._peers.keeper is not None and self._peers.replicas:
                     self._found()
                 await asyncio.sleep(REPORT_S)
         self._peers.leave(server, peer)

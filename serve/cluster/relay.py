@@ -1,7 +1,7 @@
 """The application in front of several servers: each request is answered by one of them, unchanged.
 
     request ─▶ the body is read ─▶ who answers? ─┬─ generates, or reads what all know ─▶ the router's choice of the replicas
-                                                 └─ everything else ────────────────▶ the trainer, which alone writes
+                                                 └─ everything else ────────────────▶ the keeper, which alone writes
 
 Of a body it looks for the model and where the prompt begins; whether it is right is for the server to say.  A replica that
 fails or refuses before its answer began is passed over once.  This module knows nothing of what carries the calls.
@@ -33,13 +33,13 @@ BEGINNING = 256  # characters of a prompt that are looked at
 CHARS_PER_TOKEN = 4
 MOST_TOKENS = 2**20  # that a request is believed to ask for
 MOST_TRIED = 2  # replicas, for one request
-# method and path of what any replica answers as well as the trainer
+# method and path of what any replica answers as well as the keeper
 READS = re.compile(r"GET (/v1/models(/.*)?|/tokenizer_info|/version)")
 GENERATES = re.compile(
     r"POST (/v1/(chat/completions|completions|responses)|/tokenize|/detokenize|/api/models/(?P<id>[^/]+)/complete)"
 )
 PROBES = frozenset({f"GET {HEALTH_PATH}", f"GET {READY_PATH}"})
-JOB_NAMES = "ft:"  # of models, which the trainer alone knows
+JOB_NAMES = "ft:"  # of models, which the keeper alone knows
 RELAYED = ("type", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path")
 
 
@@ -49,7 +49,7 @@ class Peers:
     def __init__(self, router: Router, clock: Callable[[], float] = time.monotonic):
         self.router, self.clock = router, clock
         self.replicas: dict[str, Peer] = {}
-        self.trainer: Peer | None = None
+        self.keeper: Peer | None = None
 
     def report(self, name: str, peer: Peer, report: Report) -> None:
         """Takes in what a replica says; one that is not known joins."""
@@ -61,8 +61,8 @@ class Peers:
 
     def leave(self, name: str, peer: Peer) -> None:
         """Asks a server no more until it reports, unless another process has taken its name."""
-        if self.trainer is peer:
-            self.trainer = None
+        if self.keeper is peer:
+            self.keeper = None
         elif self.replicas.get(name) is peer:
             del self.replicas[name]
             self.router.leave(name, self.clock())
@@ -130,10 +130,10 @@ class Relay:
     async def _relay(self, scope: Scope, body: list[Chunk], send: Send) -> None:
         ask = self._ask(scope, body)
         if ask is None:
-            trainer = self._peers.trainer
-            if trainer is None:
+            keeper = self._peers.keeper
+            if keeper is None:
                 raise PeerGone("the server that keeps files, jobs and adapters is starting; retry soon")
-            async with contextlib.aclosing(trainer.answer(relayed(scope), body)) as answer:
+            async with contextlib.aclosing(keeper.answer(relayed(scope), body)) as answer:
                 async for messages in answer:
                     await _send_all(messages, send)
         else:
@@ -171,7 +171,7 @@ class Relay:
                 self._peers.end(sent)
 
     def _ask(self, scope: Scope, body: Sequence[Chunk]) -> Ask | None:
-        """Returns what the router must know of a request; None: only the trainer can answer it."""
+        """Returns what the router must know of a request; None: only the keeper can answer it."""
         what = f"{scope['method']} {scope['path']}"
         caller: Caller | None = scope.get("state", {}).get("caller")
         tenant = "" if caller is None else caller.owner

@@ -18,10 +18,12 @@ from typing import cast
 
 from jaxlora.config.serving import ServeConfig
 from jaxlora.core.errors import ConfigInvalid
-from serve.cluster.front import REPLICA, TRAINER, Front
+from serve.cluster.front import KEEPER, REPLICA, Front
 from serve.cluster.peer import About, PeerGone
 from serve.cluster.ray_servers import CALLS, Kept, RayServers, connected
 from serve.cluster.replica import Replica
+from serve.cluster.training.messages import TRAINER
+from serve.cluster.training.process import TrainerProcess
 from serve.observability.logs import logging_to
 from serve.server.announcer import Announcer
 from serve.server.build import LOG, PRIVATE, STOP_S
@@ -39,32 +41,46 @@ def main(config: ServeConfig, *, address: str | None) -> None:
     not start.
     """
     os.umask(PRIVATE)
+    if config.cluster.trainers and config.training is None:
+        raise ConfigInvalid("[cluster] trainers need [training]")
     if config.blobs is not None:
         raise ConfigInvalid("up keeps adapters in a folder that every server reads; leave out [blobs]")
     config, cluster = on_one_port(config), config.cluster
     if address is None and not cluster.gpus:  # they share this machine's memory
-        config = replace(config, memory_share=config.memory_share / (cluster.replicas + 1))
-    folder, cpus = Path.cwd(), math.ceil(cluster.cpus * (cluster.replicas + 1)) + 1
+        config = replace(config, memory_share=config.memory_share / (cluster.replicas + cluster.trainers + 1))
+    folder, cpus = Path.cwd(), math.ceil(cluster.cpus * (cluster.replicas + cluster.trainers + 1)) + 1
 
     def server(name: str, *, reads: bool) -> Kept:
-        return Kept(name, Replica, config, folder, reads, cpus=cluster.cpus, gpus=cluster.gpus, calls=CALLS)
+        arguments = (config, folder, reads, RayServers().names)
+        return Kept(name, Replica, *arguments, cpus=cluster.cpus, gpus=cluster.gpus, calls=CALLS)
+
+    def trainer(name: str) -> Kept:
+        arguments = (config, folder, RayServers())
+        return Kept(name, TrainerProcess, *arguments, cpus=cluster.cpus, gpus=cluster.gpus, calls=CALLS)
 
     with (
         logging_to(as_json=config.log == "json", level=config.log_level),
         Announcer(grace_s=config.grace_s, as_json=config.log == "json").until_stopped() as announcer,
         connected(address, cpus=cpus),
     ):
-        trainer = server(TRAINER, reads=False)
+        keeper = server(KEEPER, reads=False)
         replicas = [server(f"{REPLICA}{n}", reads=True) for n in range(cluster.replicas)]
-        with announcer.progress.stage("starting the trainer"):
-            trainer.start()
-            about = cast(About, trainer.call("about"))
+        trainers = [trainer(f"{TRAINER}{n}") for n in range(cluster.trainers)]
+        with announcer.progress.stage("starting the keeper"):
+            keeper.start()
+            about = cast(About, keeper.call("about"))
         with announcer.progress.stage("starting", of=len(replicas), unit="replicas") as stage:
             for replica in replicas:
                 replica.start()
             for number, replica in enumerate(replicas, 1):
                 stage.at(number)
                 replica.call("about")
+        with announcer.progress.stage("starting", of=len(trainers), unit="trainers") as stage:
+            for one in trainers:
+                one.start()
+            for number, one in enumerate(trainers, 1):
+                stage.at(number)
+                one.call("ready")
         front = Kept(FRONT, Front, config, folder, about, RayServers(), cpus=0, gpus=0, calls=1)
         front.start()
         url = front.call("url")
@@ -72,9 +88,9 @@ def main(config: ServeConfig, *, address: str | None) -> None:
         with signals() as (over, interrupted):
             print(f"serving {about.base_name} with {len(replicas)} replicas on {url}/v1", flush=True)
             while not over.wait(LOOK_S):
-                repair([trainer, *replicas, front])
+                repair([keeper, *replicas, *trainers, front])
             announcer.say(f"stopping: open requests may take {config.grace_s:g} s; jobs stop at a checkpoint")
-            stop(config.grace_s, front, [*replicas, trainer])
+            stop(config.grace_s, front, [*replicas, *trainers, keeper])
         if interrupted.is_set():
             raise KeyboardInterrupt
 

@@ -45,6 +45,7 @@ class Instance:
     database: Database
     remote: Remote | None
     reads: bool = False  # it changes nothing
+    epoch: int = 0  # start of the server; 0 where it reads
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +138,7 @@ def opened_instance(config: ServeConfig, *, adopt: bool = False) -> Generator[In
         record = json.dumps({"format": 1} | claim.identity.to_json()).encode()
         for place in places:
             place.write(record)
-        yield Instance(database=database, remote=remote)
+        yield Instance(database=database, remote=remote, epoch=claim.identity.epoch)
 
 
 @contextlib.contextmanager

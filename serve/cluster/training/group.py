@@ -39,10 +39,9 @@ from serve.cluster.training.messages import (
 from serve.cluster.training.placement import Place, PlacedJob, Slots, decide
 from serve.cluster.training.report import TrainingReport
 from serve.db.models import JsonObject, NewEvent
-from serve.jobs.live_jobs import LiveJobs, Published
+from serve.jobs.live_jobs import Published
 from serve.jobs.places import OwnPlace
-from serve.jobs.recorder import JobRecorder
-from serve.runtime.device_thread import DeviceThread
+from serve.server.build_jobs import JobHost
 from train.jobs.job import JobRequest
 from train.jobs.status import ENDED, JobStatus
 
@@ -85,26 +84,26 @@ class _Trainer:
     drains: bool = False
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Wiring:
-    """What the group does things with."""
-
-    runner: DeviceThread
-    live: LiveJobs  # the keeper's own
-    recorder: JobRecorder
-    processes: Callable[[], Collection[str]]  # names of those that are there; raises Unavailable where it is not known
-    fail: Callable[[str, Exception], None]  # stores that a job has failed; may wait
-    died: Callable[[str], bool]  # stores that a job's process has died, returns whether it goes on; may wait
-
-
 class TrainingGroup:
     """The jobs of a cluster, as `JobPlaces` and as `KeeperPeer` in the keeper's process.  From any thread."""
 
-    def __init__(self, wiring: Wiring, terms: Terms, epoch: int, *, clock: Callable[[], float] = clock_s):
-        """epoch: start of this keeper, greater than those before."""
-        self._own, self._terms, self.epoch, self._clock = OwnPlace(wiring.runner, wiring.live), terms, epoch, clock
-        self._wiring = wiring
-        buckets = wiring.live.jobs.trainer.seats.buckets
+    def __init__(
+        self,
+        host: JobHost,
+        terms: Terms,
+        epoch: int,
+        processes: Callable[[], Collection[str]],
+        *,
+        clock: Callable[[], float] = clock_s,
+    ):
+        """host: the keeper's own jobs.  terms: those of its trainer.  epoch: start of this keeper, greater than those before.
+
+        processes: returns the names of those that are there; raises Unavailable where that is not known.
+        """
+        self._runner, self._live, self._service = host.runner, host.live, host.service
+        self._recorder, self._own = host.service.recorder, OwnPlace(host.runner, host.live)
+        self._terms, self.epoch, self._processes, self._clock = terms, epoch, processes, clock
+        buckets = host.live.jobs.trainer.seats.buckets
         self._own_slots = tuple(Slots(count=bucket.slots, rank=bucket.rank) for bucket in buckets)
         self._jobs: dict[str, _Job] = {}
         self._trainers: dict[str, _Trainer] = {}
@@ -121,7 +120,8 @@ class TrainingGroup:
         self._thread = threading.Thread(target=self._run, name="training-group", daemon=True)
 
     def start(self) -> None:
-        """Begins to place jobs."""
+        """Begins to place jobs: all that the service takes in from now on."""
+        self._service.places = self
         self._thread.start()
 
     def close(self) -> None:
@@ -136,7 +136,7 @@ class TrainingGroup:
 
     def create(self, id: str, request: JobRequest, *, publish: bool, kept: Sequence[int]) -> None:
         """Puts a job in line.  Raises AlreadyExists; AdapterInvalid for one that fits no slot; Unavailable."""
-        self._wiring.live.jobs.trainer.seats.check(request.spec)
+        self._live.jobs.trainer.seats.check(request.spec)
         with self._changed:
             self._check_open()
             if id in self._jobs:
@@ -264,7 +264,7 @@ class TrainingGroup:
                 orders=tuple(trainer.orders),
                 drop=frozenset(id for id, lease in contact.holds.items() if not self._has(trainer.name, id, lease)),
                 weights={owner: self._weight_of(owner) for owner in owners},
-                full=frozenset(adapter for adapter in made if not self._wiring.live.had_room(*adapter)),
+                full=frozenset(adapter for adapter in made if not self._live.had_room(*adapter)),
             )
 
     def _estranged(self, contact: Contact, now_s: float) -> Orders:
@@ -290,7 +290,7 @@ class TrainingGroup:
                 job = self._jobs[publication.job]
                 if job.made is not None and job.made[0] == publication.number:
                     return job.made[1]
-            ref = self._wiring.runner.publisher.publish_weights(
+            ref = self._runner.publisher.publish_weights(
                 job.request.owner,
                 job.request.name,
                 publication.weights,
@@ -301,7 +301,7 @@ class TrainingGroup:
             job.made = publication.number, ref
             return ref
 
-        return self._wiring.runner.call(work)
+        return self._runner.call(work)
 
     def _hear(self, trainer: _Trainer, what: Answer | JobSaid) -> None:
         """Believes a trainer what it says of its orders, and of jobs that are its own."""
@@ -325,13 +325,13 @@ class TrainingGroup:
         elif isinstance(what.what, Published):
             if what.what.checkpoint:
                 job.kept.add(what.what.ref.version)
-            self._wiring.recorder.job_published(what.what)
+            self._recorder.job_published(what.what)
         else:
             news = what.what
             self._note(job, news.job.state)
             if news.job.state is JobStatus.VALIDATING_FILES:  # the keeper has read its files before: it waits
                 news = replace(news, job=replace(news.job, state=JobStatus.QUEUED))
-            self._wiring.recorder.job_changed(news)
+            self._recorder.job_changed(news)
 
     def _has(self, trainer: str, id: str, lease: Lease) -> bool:
         """Whether a lease is the present one of a job, and this trainer's."""
@@ -388,7 +388,7 @@ class TrainingGroup:
         self._look_at_processes()
         self._look_at_own()
         for id in self._forsaken():
-            goes_on = self._wiring.died(id)
+            goes_on = self._service.died(id)
             with self._changed:
                 job = self._jobs[id]
                 job.is_blamed = False
@@ -399,7 +399,7 @@ class TrainingGroup:
             failed, self._failed = self._failed, []
             comes, goes = self._decide() if self._settled() else ([], [])
         for id, error in failed:
-            self._wiring.fail(id, error)
+            self._service.fail(id, error)
         for job in goes:
             self._release_own(job)
         for job in comes:
@@ -410,7 +410,7 @@ class TrainingGroup:
         if now_s - self._named_s < NAMES_S:
             return
         try:
-            names = self._wiring.processes()
+            names = self._processes()
         except Unavailable as error:
             LOG.warning("which trainers there are is not known: %s", error.message)
             names = None
@@ -419,17 +419,16 @@ class TrainingGroup:
 
     def _look_at_own(self) -> None:
         """Takes note of how the keeper's own jobs stand."""
-        live = self._wiring.live
         if not self._at(KEEPER):
             return
-        states = self._wiring.runner.call(lambda: {job.id: job.state for job in live.jobs.list(None)})
+        states = self._runner.call(lambda: {job.id: job.state for job in self._live.jobs.list(None)})
         with self._changed:
             for job in self._at(KEEPER):
                 if job.id in states:
                     self._note(job, states[job.id])
                 elif not job.leaves:
                     del self._jobs[job.id]  # it has ended
-                elif not live.jobs.states.is_writing(job.id):
+                elif not self._live.jobs.states.is_writing(job.id):
                     self._left(job)
             self._changed.notify_all()
 
@@ -515,9 +514,8 @@ class TrainingGroup:
             self._changed.notify_all()
 
     def _release_own(self, job: _Job) -> None:
-        live, owner = self._wiring.live, job.request.owner
         try:
-            self._wiring.runner.call(lambda: live.release(owner, job.id))
+            self._runner.call(lambda: self._live.release(job.request.owner, job.id))
         except (NotFound, StateInvalid):  # it has ended meanwhile
             with self._changed:
                 job.leaves = False
@@ -528,7 +526,7 @@ class TrainingGroup:
         return [job for job in self._jobs.values() if job.place == place]
 
     def _weight_of(self, owner: str) -> float:
-        return self._wiring.runner.tuning.weights.get(owner, 1.0)
+        return self._runner.tuning.weights.get(owner, 1.0)
 
     def _note(self, job: _Job, state: JobStatus) -> None:
         if job.state is JobStatus.RUNNING and state is not JobStatus.RUNNING:
@@ -551,7 +549,7 @@ class TrainingGroup:
     def _post(self, id: str, status: JobStatus, why: str, *, error: JsonObject | None = None) -> None:
         """Has the record say where a job stands."""
         event = NewEvent(time_s=time.time(), level="info", kind="message", message=f"{status}: {why}")
-        self._wiring.recorder.post(id, lambda now: replace(now, status=status, error=error), event)
+        self._recorder.post(id, lambda now: replace(now, status=status, error=error), event)
 
 
 def _placed(job: _Job) -> PlacedJob:

@@ -85,6 +85,7 @@ class TrainerLoop:
         self._holds: Mapping[str, Lease] = {}
         self._reached_s, self._is_late = clock(), False  # when the newest contact that succeeded began
         self._leaves, self._stopping = False, False
+        self._keeper: KeeperPeer | None = None  # the one that answered last
         self._news, self._empty = threading.Event(), threading.Event()
         self.live = make_live(
             Hooks(
@@ -297,7 +298,7 @@ class TrainerLoop:
                 age_s=time.monotonic() - learned_s,
             )
             try:
-                return self._reach().publish(publication)
+                return self._call(lambda keeper: keeper.publish(publication))
             except StateInvalid:
                 self._held[id].is_valid = False
                 raise
@@ -340,13 +341,25 @@ class TrainerLoop:
             said=told,
             leaves=self._leaves,
         )
-        orders = self._reach().contact(contact)
+        orders = self._call(lambda keeper: keeper.contact(contact))
         with self._lock:
             while self._outbox and self._outbox[0].seq <= orders.heard:
                 self._outbox.popleft()
             if orders.epoch >= self._epoch:
                 self._reached_s = max(self._reached_s, began_s)
         self._inbox.put(lambda: self._obey(orders))
+
+
+    def _call[R](self, ask: Callable[[KeeperPeer], R]) -> R:
+        """Returns what the keeper answers.  Raises what it raises; after KeeperGone it is looked for anew."""
+        keeper = self._keeper or self._reach()
+        try:
+            answer = ask(keeper)
+        except KeeperGone:
+            self._keeper = None
+            raise
+        self._keeper = keeper
+        return answer
 
 
 class FarShelf:
