@@ -27,6 +27,7 @@ class Cluster:
 
     def __init__(self):
         self.names: set[str] = set()
+        self.far: list[FarTrainer] = []  # that have not ended
         self.group: TrainingGroup | None = None
         self.epoch = 0
 
@@ -91,12 +92,13 @@ class FarTrainer:
         self.failures: list[BaseException] = []
         self.loop = TrainerLoop(name, make, self.wire.keeper, self.failures.append)
         cluster.names.add(name)
+        cluster.far.append(self)
         self.loop.start()
 
     def kill(self) -> None:
         """Ends it as kill -9 would: nothing more is written or told."""
         self.wire.is_cut = self.loop._is_late = self.loop._stopping = True
-        self.cluster.names.discard(self.name)
+        self._end()
         for thread in self.loop._threads:
             thread.join()
         self.loop.live.close()
@@ -104,7 +106,11 @@ class FarTrainer:
     def stop(self) -> None:
         """Ends it in order."""
         self.loop.stop(20)
+        self._end()
+
+    def _end(self) -> None:
         self.cluster.names.discard(self.name)
+        self.cluster.far.remove(self)
 
     def jobs(self) -> set[str]:
         """The jobs that it has."""
