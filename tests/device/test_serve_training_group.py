@@ -93,11 +93,12 @@ def steps_told(it, id):
 
 
 def runs_at(it, far, id, step=1):
-    """Waits until a trainer has come so far with a job."""
+    """Waits until a trainer runs a job, which has come so far."""
 
     def come() -> bool:
-        progress = it.stored.get(id, None).progress
-        return id in far.jobs() and progress.get("step", 0) >= step
+        job = it.group._jobs.get(id)
+        runs = job is not None and job.place == far.name and job.state == "running"
+        return runs and it.stored.get(id, None).progress.get("step", 0) >= step
 
     until(come)
 
@@ -178,17 +179,19 @@ def test_a_killed_trainers_job_goes_on_from_its_checkpoint_until_it_is_to_blame(
         far.kill()
         until(lambda: it.stored.get(id, None).progress.get(DEATHS) == 1)
         assert it.bytes_of(wait_for(it.client, id, "succeeded")) == alone
-        pill = None
-        for number in range(2, 2 + MAX_DEATHS):
-            far = FarTrainer(f"trainer-0.{number}", cluster, trainers[0], it.server)
-            until(lambda: it.group.report().trainers)
-            pill = pill or it.job(checkpoint_every=30)
+        far = FarTrainer("trainer-0.2", cluster, trainers[0], it.server)
+        until(lambda: it.group.report().trainers)
+        pill = it.job(checkpoint_every=STEPS)
+        for number in range(1, 1 + MAX_DEATHS):
             runs_at(it, far, pill)
-            far.kill()
+            dies, far = far, FarTrainer(f"trainer-{number}.1", cluster, trainers[number % 2], it.server)
+            until(lambda: len(it.group.report().trainers) == 2)
+            dies.kill()
         until(lambda: it.stored.get(pill, None).status == "paused")
         assert it.stored.get(pill, None).error["code"] == "server_died"
         it.client.fine_tuning.jobs.resume(pill)
         assert it.bytes_of(wait_for(it.client, pill, "succeeded")) == alone
+        far.stop()
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,12 +77,14 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(command: str, folder: Path, model: Path) -> Iterator[Running]:
+def running(
+    command: str, folder: Path, model: Path, config: str = CONFIG, program: Sequence[str] = ("-m", "serve.cli.main")
+) -> Iterator[Running]:
     """`jaxlora serve` or `jaxlora up` on this folder; killed if it is still there at the end."""
-    (folder / "serve.toml").write_text(CONFIG.format(model=model))
+    (folder / "serve.toml").write_text(config.format(model=model))
     with (folder / "log.txt").open("a") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "serve.cli.main", command, str(folder / "serve.toml")],
+            [sys.executable, *program, command, str(folder / "serve.toml")],
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
