@@ -388,7 +388,13 @@ class TrainingGroup:
         self._look_at_processes()
         self._look_at_own()
         for id in self._forsaken():
-            goes_on = self._service.died(id)
+            try:
+                goes_on = self._service.died(id)
+            except NotFound:
+                goes_on = False
+            except Unavailable as error:  # the death is not counted
+                LOG.error("job %s: its trainer's death is not stored: %s", id, error.message)
+                goes_on = True
             with self._changed:
                 job = self._jobs[id]
                 job.is_blamed = False

@@ -286,38 +286,50 @@ class TrainerLoop:
         if id is None or not self._held[id].is_valid:
             raise StateInvalid(f"this trainer has no lease of the job that makes {name}")
         number, learned_s = next(self._publications), time.monotonic() if learned_s is None else learned_s
-        while True:
-            publication = Publication(
-                trainer=self._name,
-                job=id,
-                lease=self._held[id].lease,
-                number=number,
-                weights=weights,
-                keep=keep,
-                spare=tuple(spare),
-                age_s=time.monotonic() - learned_s,
+        held = self._held[id]
+
+        def publish(keeper: KeeperPeer) -> AdapterRef:
+            return keeper.publish(
+                Publication(
+                    trainer=self._name,
+                    job=id,
+                    lease=held.lease,
+                    number=number,
+                    weights=weights,
+                    keep=keep,
+                    spare=tuple(spare),
+                    age_s=time.monotonic() - learned_s,
+                )
             )
+
+        while True:
             try:
-                return self._call(lambda keeper: keeper.publish(publication))
+                return self._call(publish)
             except StateInvalid:
-                self._held[id].is_valid = False
+                held.is_valid = False
                 raise
             except KeeperGone:
                 if self._is_lapsed or self._stopping:
-                    self._held[id].is_valid = False
+                    held.is_valid = False
                     raise
                 time.sleep(REACH_S)
 
     # ---- contact --------------------------------------------------------------------------------------------------
 
     def _keep_contact(self) -> None:
+        is_away = False
         while not self._stopping:
             began = time.monotonic()
             self._news.clear()
             try:
                 self.meet()
+                if is_away:
+                    LOG.info("the keeper is reached again")
+                is_away = False
             except Unavailable as error:
-                LOG.warning("the keeper is not reached: %s", error.message)
+                if not is_away:
+                    LOG.warning("the keeper is not reached: %s", error.message)
+                is_away = True
                 time.sleep(REACH_S)
             except Exception:
                 LOG.exception("a contact with the keeper fails")
@@ -348,7 +360,6 @@ class TrainerLoop:
             if orders.epoch >= self._epoch:
                 self._reached_s = max(self._reached_s, began_s)
         self._inbox.put(lambda: self._obey(orders))
-
 
     def _call[R](self, ask: Callable[[KeeperPeer], R]) -> R:
         """Returns what the keeper answers.  Raises what it raises; after KeeperGone it is looked for anew."""
