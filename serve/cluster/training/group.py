@@ -49,6 +49,7 @@ LOG = logging.getLogger("serve")
 KEEPER = "keeper"  # as a place
 LOOK_S = 0.25  # between two looks at what is to be done
 NAMES_S = 0.5  # between two looks at which processes there are
+GONE_S = 1.0  # without a word from a trainer that is no process any more, until that is believed
 ANSWER_S = LEASE_S + MARGIN_S  # for a trainer to carry out an order; until then it has answered or is given up
 
 
@@ -68,7 +69,7 @@ class _Job:
     leaves: bool = False  # its place is to let it go
     is_blamed: bool = False  # it is being asked whether it killed its trainer
     is_told: bool = False  # its record says that it is in line
-    made: tuple[int, AdapterRef] | None = None  # its trainer's newest publication
+    made: tuple[int, AdapterRef] | None = None  # the newest publication under this lease
 
 
 @dataclass(slots=True, eq=False)
@@ -76,7 +77,6 @@ class _Trainer:
     """A trainer in contact."""
 
     name: str
-    joined_s: float
     heard_s: float
     slots: tuple[Slots, ...] = ()
     seq: int = 0  # of the newest thing that it said
@@ -244,7 +244,7 @@ class TrainingGroup:
             if contact.epoch != self.epoch:
                 return self._estranged(contact, now_s)
             self._strangers.pop(contact.trainer, None)
-            trainer = self._trainers.setdefault(contact.trainer, _Trainer(contact.trainer, now_s, now_s))
+            trainer = self._trainers.setdefault(contact.trainer, _Trainer(contact.trainer, now_s))
             trainer.heard_s, trainer.slots = now_s, contact.slots
             trainer.drains |= contact.leaves
             for told in contact.said:
@@ -289,7 +289,7 @@ class TrainingGroup:
                     raise StateInvalid(f"job {publication.job} is another trainer's by now")
                 job = self._jobs[publication.job]
                 if job.made is not None and job.made[0] == publication.number:
-                    return job.made[1]
+                    return job.made[1]  # the trainer did not hear of it
             ref = self._runner.publisher.publish_weights(
                 job.request.owner,
                 job.request.name,
@@ -425,8 +425,9 @@ class TrainingGroup:
 
     def _look_at_own(self) -> None:
         """Takes note of how the keeper's own jobs stand."""
-        if not self._at(KEEPER):
-            return
+        with self._changed:
+            if not self._at(KEEPER):
+                return
         states = self._runner.call(lambda: {job.id: job.state for job in self._live.jobs.list(None)})
         with self._changed:
             for job in self._at(KEEPER):
@@ -443,9 +444,9 @@ class TrainingGroup:
         with self._changed:
             ran: list[str] = []
             for trainer in list(self._trainers.values()):
-                has_ended = self._names is not None and trainer.name not in self._names
-                has_ended = has_ended and trainer.joined_s < self._named_s
-                if not has_ended and self._clock() - trainer.heard_s <= LEASE_S + MARGIN_S:
+                silent_s = self._clock() - trainer.heard_s
+                has_ended = self._names is not None and trainer.name not in self._names and silent_s > GONE_S
+                if not has_ended and silent_s <= LEASE_S + MARGIN_S:
                     continue
                 LOG.error("%s %s; its jobs go on elsewhere", trainer.name, "has ended" if has_ended else "is silent")
                 del self._trainers[trainer.name]
@@ -460,7 +461,7 @@ class TrainingGroup:
     def _settled(self) -> bool:
         """Whether no trainer of an earlier keeper can hold a job any more."""
         if not self._is_settled:
-            names, heard_s = self._names, max(self._began_s, *self._strangers.values(), self._began_s)
+            names, heard_s = self._names, max([self._began_s, *self._strangers.values()])
             joined = names is not None and all(n in self._trainers for n in names if n.startswith(TRAINER))
             self._is_settled = joined or self._clock() - heard_s > LEASE_S + MARGIN_S
         return self._is_settled
@@ -479,7 +480,7 @@ class TrainingGroup:
                 comes.append(job)
                 continue
             number = next(self._numbers)
-            job.lease = Lease(epoch=self.epoch, number=number)
+            job.lease, job.made = Lease(epoch=self.epoch, number=number), None
             self._trainers[place].orders.append(
                 PlaceJob(
                     number=number,
