@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import openai
@@ -131,10 +132,25 @@ def test_jobs_at_trainers_end_as_on_one_server(world, tmp_path, cluster, trainer
         until(lambda: it.group.report().trainers == {})
 
 
+class Numbered:
+    """Publishes; the first publication under a lease has the number of the last one under the lease before."""
+
+    def __init__(self, group):
+        self._publish, group.publish = group.publish, self
+        self.refs, self._lease, self._number = [], None, 0
+
+    def __call__(self, publication):
+        self._number += self._lease in (None, publication.lease)
+        self._lease = publication.lease
+        self.refs.append(self._publish(replace(publication, number=self._number)))
+        return self.refs[-1]
+
+
 def test_a_drained_trainer_gives_its_job_away_between_two_steps(world, tmp_path, cluster, trainers, alone):
     with keeping(world, tmp_path, cluster, "drained") as it:
         first = FarTrainer("trainer-0.1", cluster, trainers[0], it.server)
         until(lambda: it.group.report().trainers)
+        numbered = Numbered(it.group)
         id = it.job()
         runs_at(it, first, id, step=8)
         second = FarTrainer("trainer-1.1", cluster, trainers[1], it.server)
@@ -145,6 +161,8 @@ def test_a_drained_trainer_gives_its_job_away_between_two_steps(world, tmp_path,
         done = wait_for(it.client, id, "succeeded")
         assert it.bytes_of(done) == alone
         assert steps_told(it, id) == list(range(1, STEPS + 1)), "it goes on from the step at which it was released"
+        versions = [ref.version for ref in numbered.refs]
+        assert versions == list(range(1, len(versions) + 1)), "numbers count under one lease"
         other = it.job()
         runs_at(it, second, other)
         assert it.group.report().trainers == {"trainer-0": 0, "trainer-1": 1}, "it is given nothing more"
