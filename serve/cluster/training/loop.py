@@ -42,6 +42,7 @@ from serve.jobs.live_jobs import JobNews, LiveJobs, Published
 from serve.server.build_jobs import Hooks
 from train.jobs.job import said
 from train.jobs.status import ENDED, JobStatus
+from train.tenant import is_device_loss
 
 LOG = logging.getLogger("serve")
 CONTACT_S = 0.25  # between two contacts, when nothing happens
@@ -239,7 +240,10 @@ class TrainerLoop:
                 self.live.release(order.owner, order.id)
         except JaxLoraError as error:
             return error
-        except OSError as error:
+        except Exception as error:
+            if is_device_loss(error):
+                raise
+            LOG.exception("order %d is not carried out", order.number)
             return JaxLoraError(said(error))
         return None
 
@@ -282,8 +286,9 @@ class TrainerLoop:
 
         Raises StateInvalid without a lease of the job, Unavailable, and what the keeper raises.
         """
-        id = next((id for id, held in self._held.items() if (held.owner, held.name) == (owner, name)), None)
-        if id is None or not self._held[id].is_valid:
+        valid = {(held.owner, held.name): id for id, held in self._held.items() if held.is_valid}
+        id = valid.get((owner, name))
+        if id is None:
             raise StateInvalid(f"this trainer has no lease of the job that makes {name}")
         number, learned_s = next(self._publications), time.monotonic() if learned_s is None else learned_s
         held = self._held[id]
