@@ -149,6 +149,8 @@ class Replica:
         while self._drain.inside and time.monotonic() < ends:
             await asyncio.sleep(ENDING_S)
         runner = self._server.runner
+        if self._group is not None:
+            await asyncio.to_thread(self._group.close)
         await asyncio.to_thread(runner.end_all)
         self._drain.turn_out(Unavailable("the server is stopping; ask another one"))
         if not await asyncio.to_thread(runner.end, STOP_S):

@@ -50,7 +50,7 @@ def finished(client: openai.OpenAI, id: str):
 def result_of(folder: Path, client: openai.OpenAI, id: str, seed: int) -> dict[str, bytes]:
     """The weights that a job has made, as they lie on the disk: its newest version."""
     finished(client, id)
-    (name,) = (folder / "adapters").glob(f"*/job-{seed}")
+    (name,) = (folder / "adapters").glob(f"adapters/*/job-{seed}")
     weights = max((v for v in name.iterdir() if v.name.isdigit()), key=lambda v: int(v.name)) / "weights"
     found = {str(f.relative_to(weights)): f.read_bytes() for f in weights.glob("*/[0-9]*")}
     assert len(found) >= 14, "two for each of seven projections"
