@@ -41,8 +41,8 @@ def main(config: ServeConfig, *, address: str | None) -> None:
     not start.
     """
     os.umask(PRIVATE)
-    if config.cluster.trainers and config.training is None:
-        raise ConfigInvalid("[cluster] trainers need [training]")
+    if config.cluster.trainers and (config.training is None or config.blobs is not None):
+        raise ConfigInvalid("[cluster] trainers need [training], and files and checkpoints in `data`; leave out [blobs]")
     if config.blobs is not None:
         raise ConfigInvalid("up keeps adapters in a folder that every server reads; leave out [blobs]")
     config, cluster = on_one_port(config), config.cluster
