@@ -88,6 +88,9 @@ class Replica:
         stack.enter_context(server.compiles)
         return server
 
+    async def ready(self) -> None:
+        """Returns once the server answers."""
+
     async def about(self) -> About:
         """Describes the server."""
         return About(

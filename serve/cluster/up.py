@@ -42,7 +42,9 @@ def main(config: ServeConfig, *, address: str | None) -> None:
     """
     os.umask(PRIVATE)
     if config.cluster.trainers and (config.training is None or config.blobs is not None):
-        raise ConfigInvalid("[cluster] trainers need [training], and files and checkpoints in `data`; leave out [blobs]")
+        raise ConfigInvalid(
+            "[cluster] trainers need [training], and files and checkpoints in `data`; leave out [blobs]"
+        )
     if config.blobs is not None:
         raise ConfigInvalid("up keeps adapters in a folder that every server reads; leave out [blobs]")
     config, cluster = on_one_port(config), config.cluster
@@ -69,18 +71,13 @@ def main(config: ServeConfig, *, address: str | None) -> None:
         with announcer.progress.stage("starting the keeper"):
             keeper.start()
             about = cast(About, keeper.call("about"))
-        with announcer.progress.stage("starting", of=len(replicas), unit="replicas") as stage:
-            for replica in replicas:
-                replica.start()
-            for number, replica in enumerate(replicas, 1):
+        others = [*replicas, *trainers]
+        with announcer.progress.stage("starting", of=len(others), unit="servers") as stage:
+            for other in others:
+                other.start()
+            for number, other in enumerate(others, 1):
                 stage.at(number)
-                replica.call("about")
-        with announcer.progress.stage("starting", of=len(trainers), unit="trainers") as stage:
-            for one in trainers:
-                one.start()
-            for number, one in enumerate(trainers, 1):
-                stage.at(number)
-                one.call("ready")
+                other.call("ready")
         front = Kept(FRONT, Front, config, folder, about, RayServers(), cpus=0, gpus=0, calls=1)
         front.start()
         url = front.call("url")
@@ -88,9 +85,9 @@ def main(config: ServeConfig, *, address: str | None) -> None:
         with signals() as (over, interrupted):
             print(f"serving {about.base_name} with {len(replicas)} replicas on {url}/v1", flush=True)
             while not over.wait(LOOK_S):
-                repair([keeper, *replicas, *trainers, front])
+                repair([keeper, *others, front])
             announcer.say(f"stopping: open requests may take {config.grace_s:g} s; jobs stop at a checkpoint")
-            stop(config.grace_s, front, [*replicas, *trainers, keeper])
+            stop(config.grace_s, front, [*others, keeper])
         if interrupted.is_set():
             raise KeyboardInterrupt
 
