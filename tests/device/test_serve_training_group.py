@@ -13,6 +13,7 @@ import pytest
 from jobs_api_world import Server, client_of, create, wait_for
 from training_world import Cluster, FarTrainer, far_trainer, states
 
+from jaxlora.config.serving import TenantWeight
 from jaxlora.core.errors import DataInvalid, StateInvalid, Unavailable
 from jaxlora.storage.step_folders import steps_of
 from serve.cluster.training import group as group_module
@@ -434,3 +435,21 @@ def test_a_publication_that_is_told_twice_is_made_once_and_news_of_others_are_no
         it.group.close()
         with pytest.raises(Unavailable):
             it.group.contact(stale)
+
+
+def test_what_the_keeper_knows_of_owners_reaches_their_trainer(world, tmp_path, cluster, trainers, alone):
+    with keeping(world, tmp_path, cluster, "told") as it:
+        runner = it.server.runner
+        heavy = TenantWeight(name="told", weight=3.0)
+        runner.call(lambda: runner.tune(replace(runner.tuning, tenant=(heavy,))))
+        it.server.host.live.had_room = lambda owner, name: owner != "told"
+        far = FarTrainer("trainer-0.1", cluster, trainers[0], it.server)
+        until(lambda: it.group.report().trainers)
+        id = it.job()
+        runs_at(it, far, id)
+        assert far.loop.live.jobs._owner_weight("told") == 3.0
+        assert it.bytes_of(wait_for(it.client, id, "succeeded")) == alone
+        events = [event.message for event in it.client.fine_tuning.jobs.list_events(id, limit=100)]
+        assert sum("is no checkpoint" in message for message in events) == STEPS // 6 - 1
+        assert [c.step_number for c in it.client.fine_tuning.jobs.checkpoints.list(id)] == [STEPS]
+        far.stop()
