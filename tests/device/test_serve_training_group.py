@@ -453,3 +453,28 @@ def test_what_the_keeper_knows_of_owners_reaches_their_trainer(world, tmp_path, 
         assert sum("is no checkpoint" in message for message in events) == STEPS // 6 - 1
         assert [c.step_number for c in it.client.fine_tuning.jobs.checkpoints.list(id)] == [STEPS]
         far.stop()
+
+
+def test_a_trainer_that_hangs_loses_its_job_and_drops_it_when_it_comes_back(
+    world, tmp_path, cluster, trainers, alone, short_leases
+):
+    with keeping(world, tmp_path, cluster, "hangs") as it:
+        far = FarTrainer("trainer-0.1", cluster, trainers[0], it.server, hang_s=0.5)
+        until(lambda: it.group.report().trainers)
+        id = it.job()
+        runs_at(it, far, id, step=7)
+        over, advance = threading.Event(), far.loop.live.advance
+
+        def hang() -> None:
+            over.wait(20)
+            advance()
+
+        far.loop.live.advance = hang
+        assert it.bytes_of(wait_for(it.client, id, "succeeded")) == alone
+        assert far.jobs() == {id}
+        far.loop.live.advance = advance
+        over.set()
+        until(lambda: far.jobs() == set())
+        until(lambda: it.group.report().trainers == {"trainer-0": 0})
+        far.stop()
+        until(lambda: not states(it.server, id).exists())

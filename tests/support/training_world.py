@@ -70,7 +70,7 @@ class Wire:
 class FarTrainer:
     """A trainer's process, as far as a test needs one."""
 
-    def __init__(self, name: str, cluster: Cluster, trainer: Trainer, server: Server, *, load=None):
+    def __init__(self, name: str, cluster: Cluster, trainer: Trainer, server: Server, *, load=None, hang_s=60.0):
         for tenant in list(trainer.tenants):  # of a trainer that was killed
             trainer.remove(tenant)
         self.name, self.cluster, self.wire = name, cluster, Wire(cluster)
@@ -90,7 +90,7 @@ class FarTrainer:
             return live
 
         self.failures: list[BaseException] = []
-        self.loop = TrainerLoop(name, make, self.wire.keeper, self.failures.append)
+        self.loop = TrainerLoop(name, make, self.wire.keeper, self.failures.append, hang_s=hang_s)
         cluster.names.add(name)
         cluster.far.append(self)
         self.loop.start()

@@ -70,9 +70,13 @@ class TrainerLoop:
         reach: Callable[[], KeeperPeer],
         failed: Callable[[BaseException], None],
         *,
+        hang_s: float,
         clock: Callable[[], float] = clock_s,
     ):
-        """name: of this process.  reach: the keeper; it raises KeeperGone.  failed: called when the loop ends by an error."""
+        """name: of this process.  reach: the keeper; it raises KeeperGone.  failed: called when the loop ends by an error.
+
+        hang_s: a loop that has done nothing for so long hangs, and its jobs go to others.
+        """
         self._name, self._reach, self._failed, self._clock = name, reach, failed, clock
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._held: dict[str, _Held] = {}
@@ -85,6 +89,7 @@ class TrainerLoop:
         self._outbox: deque[Said] = deque()
         self._holds: Mapping[str, Lease] = {}
         self._reached_s, self._is_late = clock(), False  # when the newest contact that succeeded began
+        self._hang_s, self._turned_s = hang_s, clock()  # when the loop last went on
         self._leaves, self._stopping = False, False
         self._keeper: KeeperPeer | None = None  # the one that answered last
         self._news, self._empty = threading.Event(), threading.Event()
@@ -106,7 +111,7 @@ class TrainerLoop:
 
     def start(self) -> None:
         """Starts both threads."""
-        self._reached_s = self._clock()
+        self._reached_s = self._turned_s = self._clock()
         for thread in self._threads:
             thread.start()
 
@@ -163,6 +168,7 @@ class TrainerLoop:
 
     def turn(self) -> None:
         """Does what is to be done now, or waits for it for a moment."""
+        self._turned_s = self._clock()
         if not self.live.has_work:
             with contextlib.suppress(queue.Empty):
                 self._inbox.get(timeout=NEWS_S if self._held else CONTACT_S)()
@@ -308,6 +314,7 @@ class TrainerLoop:
             )
 
         while True:
+            self._turned_s = self._clock()
             try:
                 return self._call(publish)
             except StateInvalid:
@@ -333,7 +340,7 @@ class TrainerLoop:
                 is_away = False
             except Unavailable as error:
                 if not is_away:
-                    LOG.warning("the keeper is not reached: %s", error.message)
+                    LOG.warning("no contact with the keeper: %s", error.message)
                 is_away = True
                 time.sleep(REACH_S)
             except Exception:
@@ -343,7 +350,9 @@ class TrainerLoop:
             time.sleep(NEWS_S)
 
     def meet(self) -> None:
-        """Has contact with the keeper once, whose orders go to the loop.  Raises KeeperGone."""
+        """Has contact with the keeper once, whose orders go to the loop.  Raises KeeperGone, Unavailable."""
+        if self._clock() - self._turned_s > self._hang_s:
+            raise Unavailable("the trainer hangs")
         epoch = self._epoch
         with self._lock:
             told, holds = tuple(self._outbox), self._holds

@@ -24,7 +24,7 @@ from jaxlora.model import compile_cache
 from jaxlora.model.lora_pool import PoolSpec, read_finite
 from jaxlora.model.machine import memory_errors
 from serve.cluster.training.loop import TrainerLoop
-from serve.cluster.training.messages import Carrier, KeeperGone, Terms
+from serve.cluster.training.messages import LEASE_S, Carrier, KeeperGone, Terms
 from serve.jobs.live_jobs import LiveJobs
 from serve.observability.logs import logging_to
 from serve.runtime.live_training import small_trainer
@@ -72,7 +72,7 @@ class TrainerProcess:
             def make(hooks: Hooks) -> LiveJobs:
                 return make_live(trainer, training, hooks, jobs_folder / "states", parking, load)
 
-            self._loop = TrainerLoop(name, make, carrier.keeper, _leave)
+            self._loop = TrainerLoop(name, make, carrier.keeper, _leave, hang_s=max(config.hang_s, LEASE_S))
             with progress.stage("compiling", unit="training programs") as stage:
                 trainer.warm_up(stage.at)
                 rehearse(trainer)
