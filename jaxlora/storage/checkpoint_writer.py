@@ -47,9 +47,17 @@ class Outcome:
 class CheckpointWriter:
     """Saves snapshots.  Thread-safe; `submit`, `discard` and `outcomes` do not wait for a disk."""
 
-    def __init__(self, ended: Callable[[], None] = lambda: None, copies: StateCopies | None = None) -> None:
-        """ended: called on a writer thread when there is a new outcome.  copies: receives what is saved."""
-        self._ended, self._copies = ended, copies
+    def __init__(
+        self,
+        ended: Callable[[], None] = lambda: None,
+        copies: StateCopies | None = None,
+        may_save: Callable[[str], bool] = lambda key: True,
+    ) -> None:
+        """ended: called on a writer thread when there is a new outcome.  copies: receives what is saved.
+
+        may_save: asked on a writer thread about the key of a snapshot, which else is thrown away.
+        """
+        self._ended, self._copies, self._may_save = ended, copies, may_save
         self._pool = ThreadPoolExecutor(WORKERS, "checkpoint")
         self._changed = threading.Condition()
         self._waiting: dict[str, list[Snapshot | Path]] = {}  # even of keys with a save in flight; a path is discarded
@@ -79,6 +87,11 @@ class CheckpointWriter:
             self._outcomes.clear()
             return ended
 
+    def is_busy(self, key: str) -> bool:
+        """Whether something of a key is in flight or waits."""
+        with self._changed:
+            return key in self._waiting
+
     def flush(self) -> None:
         """Returns when nothing is in flight and nothing waits."""
         with self._changed:
@@ -93,6 +106,8 @@ class CheckpointWriter:
         while (snapshot := self._next(key)) is not None:
             if isinstance(snapshot, Path):
                 self._remove(snapshot)
+                continue
+            if not self._may_save(key):
                 continue
             error: Exception | None = None
             try:

@@ -12,10 +12,10 @@ import math
 from collections import deque
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from jaxlora.config.cluster import ClusterSection, ScalingSection
 from serve.cluster.replica_view import Report
+from serve.cluster.training.report import TrainingReport
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,25 +25,6 @@ class Load:
     replicas: Mapping[str, Report]  # of those that get requests
     held: int  # requests that wait for a first replica
     asked: int  # requests to generate, since the front started
-
-
-class TrainingLoad(Protocol):
-    """The jobs that want slots, and the trainers that have them."""
-
-    @property
-    def waiting(self) -> int:
-        """Jobs in line for a slot."""
-        ...
-
-    @property
-    def longest_wait_s(self) -> float:
-        """Of these; 0 without any."""
-        ...
-
-    @property
-    def trainers(self) -> Mapping[str, int]:
-        """Trainers in contact, by server name: jobs held."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,7 +102,7 @@ class TrainerScaler:
     def __init__(self, least: int, most: int, config: ScalingSection):
         self._config, self._settled = config, Settled(least, most, config.idle_s)
 
-    def wanted(self, load: TrainingLoad, now_s: float) -> int:
+    def wanted(self, load: TrainingReport, now_s: float) -> int:
         """Returns the count."""
         more = load.waiting // self._config.waiting_jobs
         if load.waiting and load.longest_wait_s >= self._config.job_wait_s:
@@ -137,7 +118,7 @@ class Autoscaler:
         self._trainers = TrainerScaler(config.trainers, config.trainer_limit, config.scaling)
         self._wanted = Wanted(replicas=config.replicas, trainers=config.trainers)
 
-    def wanted(self, load: Load | None, training: TrainingLoad | None, now_s: float) -> Wanted:
+    def wanted(self, load: Load | None, training: TrainingReport | None, now_s: float) -> Wanted:
         """Returns the counts, the last ones for what nobody says now."""
         last = self._wanted
         self._wanted = Wanted(

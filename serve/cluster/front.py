@@ -27,7 +27,7 @@ from serve.api.gradient.errors import API, gradient_response
 from serve.cluster.aliases import Aliases
 from serve.cluster.autoscaler import Load
 from serve.cluster.metrics import ClusterMetrics
-from serve.cluster.peer import About, Chunk, Peer, PeerGone
+from serve.cluster.peer import KEEPER, REPLICA, About, Chunk, Peer, PeerGone
 from serve.cluster.relay import Peers, Relay
 from serve.cluster.router import Router
 from serve.db.database import Database
@@ -43,7 +43,6 @@ from serve.server.gate import OPEN_PATHS, AppConfig, Gate
 from serve.server.uvicorn import bound, config_on, http_over
 
 LOG = logging.getLogger("serve")
-TRAINER, REPLICA = "trainer", "replica-"  # names of servers; a number follows the second
 NAMES_S = 0.5  # between two looks at which servers there are
 REPORT_S = 0.25  # between two questions to one
 CALL_S = 5.0  # for the event loop to answer another thread
@@ -131,7 +130,7 @@ class Front:
             self._end = stack.pop_all()
 
     def url(self) -> str:
-        """Returns where it answers, once it has found the trainer and a replica, where there must be one."""
+        """Returns where it answers, once it has found the keeper and a replica, where there must be one."""
         self._found.wait()
         return self._http.url
 
@@ -194,7 +193,7 @@ class Followed:
                 LOG.error("which servers there are is not known: %s", error.message)
                 names = ()
             for name in names:
-                if name not in self._asking and name.startswith((TRAINER, REPLICA)):
+                if name not in self._asking and name.startswith((KEEPER, REPLICA)):
                     self._asking[name] = asyncio.create_task(self._ask(name))
                     self._asking[name].add_done_callback(functools.partial(self._asked, name))
             await asyncio.sleep(NAMES_S)
@@ -218,11 +217,11 @@ class Followed:
                 if not (await asyncio.wait((answer,), timeout=HANGS_S))[0]:
                     self.peers.leave(server, peer)
                 report = await answer
-                if server == TRAINER:
-                    self.peers.trainer = peer
+                if server == KEEPER:
+                    self.peers.keeper = peer
                 else:
                     self.peers.report(server, peer, report)
-                if self.peers.trainer is not None and (self.peers.replicas or self.peers.may_rest):
+                if self.peers.keeper is not None and (self.peers.replicas or self.peers.may_rest):
                     self._found()
                 await asyncio.sleep(REPORT_S)
         self.peers.leave(server, peer)

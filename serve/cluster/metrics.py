@@ -23,14 +23,14 @@ from prometheus_client.samples import Sample
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serve.cluster.peer import Peer, PeerGone
+from serve.cluster.peer import KEEPER, Peer, PeerGone
 from serve.cluster.relay import Peers, relayed
 from serve.http.request_log import METRICS_PATH
 from serve.observability.metrics import check_may_read, exposition
 
 LOG = logging.getLogger("serve")
 SCRAPE_S = 1.5  # for all servers together, well below what Prometheus waits
-LABEL, KEEPER, FRONT = "replica", "keeper", "front"
+LABEL, FRONT = "replica", "front"
 HOTTEST = 16  # adapters of which the copies are told
 
 type Told = Mapping[str, Sequence[Metric]]  # server → its families
@@ -63,8 +63,8 @@ class ClusterMetrics:
     async def _scraped(self, scope: Scope) -> dict[str, list[Metric]]:
         """Returns what each server tells; those are missing that fail, refuse or take too long."""
         peers: dict[str, Peer] = dict(self._peers.replicas)
-        if self._peers.trainer is not None:
-            peers[KEEPER] = self._peers.trainer
+        if self._peers.keeper is not None:
+            peers[KEEPER] = self._peers.keeper
         plain = [(name, value) for name, value in scope["headers"] if name != b"accept"]
         asked = relayed({**scope, "headers": plain})
         asking = {asyncio.create_task(_scrape(peer, asked)): server for server, peer in peers.items()}

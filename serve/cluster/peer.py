@@ -12,6 +12,8 @@ from jaxlora.core.errors import Unavailable
 from serve.cluster.replica_view import Report
 
 JOB = "job"  # in the state of a request whose model a job made: the `JobName`, as the front has just read it
+KEEPER, REPLICA = "keeper", "replica-"  # names of servers; a number follows the second
+
 type Chunk = bytes | Awaitable[bytes]  # of a body; the second lies where every process can read it
 
 

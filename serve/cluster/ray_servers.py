@@ -10,6 +10,7 @@ import socket
 from collections import Counter
 from collections.abc import AsyncGenerator, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import ray  # ty: ignore[import-not-found]
 import ray.util  # ty: ignore[import-not-found]
@@ -19,15 +20,18 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # ty:
 from starlette.types import Message, Scope
 
 from jaxlora.core.errors import ConfigInvalid
-from serve.cluster.peer import Chunk, PeerGone
+from jaxlora.core.lora import AdapterRef
+from serve.cluster.peer import KEEPER, Chunk, PeerGone
 from serve.cluster.reconciler import Life
 from serve.cluster.replica_view import Report
+from serve.cluster.training.messages import Contact, KeeperGone, Orders, Publication, Terms
 
 LOG = logging.getLogger("serve")
 NAMESPACE = "jaxlora"
 STORE_BYTES = 2**28  # of shared memory, for parts of large bodies; what does not fit lies in files
 CALLS = 4096  # at once, to one actor
 PROBE_S = 2.0  # for Ray's head to take a connection
+HEARS_S = 5.0  # a keeper that has not answered a trainer for so long is asked again
 
 
 @dataclass(slots=True)
@@ -110,6 +114,18 @@ class RayServers:
         """Puts a part of a body where every process can read it."""
         return await asyncio.to_thread(ray.put, data)
 
+    def own_name(self) -> str:
+        """Returns the name of this actor; see `Carrier`."""
+        return ray.get_runtime_context().get_actor_name()
+
+    def keeper(self) -> RayKeeper:
+        """Returns the keeper that there is now; see `Carrier`."""
+        try:
+            names = [name for name in ray.util.list_named_actors() if name.startswith(f"{KEEPER}.")]
+            return RayKeeper(ray.get_actor(max(names, key=lambda name: int(name.rpartition(".")[2]))))
+        except (ValueError, RayError) as error:
+            raise KeeperGone("it is not there") from error
+
 
 class RayPeer:
     """A `Replica` in another process."""
@@ -135,6 +151,34 @@ class RayPeer:
         """Returns what it has to do; see `Peer`."""
         with gone():
             return await self._actor.report.remote(asked_s)
+
+
+class RayKeeper:
+    """The keeper in another process, as its trainers call it; see `KeeperPeer`."""
+
+    def __init__(self, actor: ActorHandle):
+        self._actor = actor
+
+    def terms(self) -> Terms:
+        """Returns the terms, once the keeper has started."""
+        return cast(Terms, self._call(self._actor.terms.remote()))
+
+    def contact(self, contact: Contact) -> Orders:
+        """Tells the keeper what there is."""
+        return cast(Orders, self._call(self._actor.contact.remote(contact)))
+
+    def publish(self, publication: Publication) -> AdapterRef:
+        """Makes a version."""
+        return cast(AdapterRef, self._call(self._actor.publish.remote(publication)))
+
+    def _call(self, answer: ray.ObjectRef) -> object:
+        """Returns what the keeper answers.  Raises what it raises, and KeeperGone."""
+        try:
+            return ray.get(answer, timeout=HEARS_S)
+        except RayTaskError as error:
+            raise error.cause from error
+        except RayError as error:
+            raise KeeperGone("it does not answer") from error
 
 
 @contextlib.contextmanager

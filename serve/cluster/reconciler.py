@@ -164,8 +164,8 @@ class Reconciler[P: Process]:
     keeper: Group[P]
     front: Group[P]
     replicas: Group[P]
+    trainers: Group[P]
     wanted: Callable[[float], Wanted]  # at this time; asks front and keeper, where they are
-    trainers: Group[P] | None = None  # None: the cluster has none
     _begun: bool = False  # the keeper was ready once
 
     def look(self, now_s: float) -> None:
@@ -176,15 +176,13 @@ class Reconciler[P: Process]:
             return
         wanted = self.wanted(now_s)
         self.replicas.look(wanted.replicas, now_s)
-        if self.trainers is not None:
-            self.trainers.look(wanted.trainers, now_s, wanted.jobs)
+        self.trainers.look(wanted.trainers, now_s, wanted.jobs)
         self.front.look(1, now_s)
 
     @property
     def groups(self) -> tuple[Group[P], ...]:
         """Returns the groups in the order of their start."""
-        trainers = () if self.trainers is None else (self.trainers,)
-        return self.keeper, self.replicas, *trainers, self.front
+        return self.keeper, self.replicas, self.trainers, self.front
 
     @property
     def failure(self) -> str | None:

@@ -1,7 +1,7 @@
 """The application in front of several servers: each request is answered by one of them, unchanged.
 
     request ─▶ the body is read ─▶ who answers? ─┬─ generates, or reads what all know ─▶ the router's choice of the replicas
-                                                 └─ everything else ────────────────▶ the trainer, which alone writes
+                                                 └─ everything else ────────────────▶ the keeper, which alone writes
 
 Of a body it looks for the model and where the prompt begins; whether it is right is for the server to say.  A replica that
 fails or refuses before its answer began is passed over once.  Where there is none, a request to generate waits for the
@@ -43,7 +43,7 @@ BEGINNING = 256  # characters of a prompt that are looked at
 CHARS_PER_TOKEN = 4
 MOST_TOKENS = 2**20  # that a request is believed to ask for
 MOST_TRIED = 2  # replicas, for one request
-# method and path of what any replica answers as well as the trainer
+# method and path of what any replica answers as well as the keeper
 READS = re.compile(r"GET (/v1/models(/(?P<model>.*))?|/tokenizer_info|/version)")
 GENERATES = re.compile(
     r"POST (/v1/(chat/completions|completions|responses)|/tokenize|/detokenize|/api/models/(?P<id>[^/]+)/complete)"
@@ -89,7 +89,7 @@ class Peers:
         self.router, self.clock, self.traffic = router, clock, Traffic()
         self.known: Collection[str] = ()  # replicas that are there or are being started
         self.replicas: dict[str, Peer] = {}
-        self.trainer: Peer | None = None
+        self.keeper: Peer | None = None
         self.may_rest = may_rest
         self.held = 0  # requests that wait for a first replica
         self.asked = 0  # requests to generate
@@ -116,8 +116,8 @@ class Peers:
 
     def leave(self, name: str, peer: Peer) -> None:
         """Asks a server no more until it reports, unless another process has taken its name."""
-        if self.trainer is peer:
-            self.trainer = None
+        if self.keeper is peer:
+            self.keeper = None
         elif self.replicas.get(name) is peer:
             del self.replicas[name]
             self.traffic.left[name] += 1
@@ -151,7 +151,7 @@ class Peers:
         """Returns the answer whether requests are taken while there is no replica.  Raises NoReplica, PeerGone."""
         if not self.may_rest:
             raise self.starting()
-        if self.trainer is None:
+        if self.keeper is None:
             raise no_keeper()
         state = "a replica is being started" if self.held else "no replica runs; the next request starts one"
         head = [(b"content-type", b"application/json")]
@@ -255,10 +255,10 @@ class Relay:
                 await _send_all(self._peers.ready_at_rest(), send)
                 return
         if asked is None:
-            trainer = self._peers.trainer
-            if trainer is None:
+            keeper = self._peers.keeper
+            if keeper is None:
                 raise no_keeper()
-            async with contextlib.aclosing(trainer.answer(relayed(scope), body)) as answer:
+            async with contextlib.aclosing(keeper.answer(relayed(scope), body)) as answer:
                 async for messages in answer:
                     await _send_all(messages, send)
         else:
@@ -300,7 +300,7 @@ class Relay:
                 self._peers.end(sent)
 
     async def _ask(self, scope: Scope, body: Sequence[Chunk]) -> tuple[Ask, JobName | None] | None:
-        """Returns what the router must know of a request, and the job of its model; None: only the trainer can answer it.
+        """Returns what the router must know of a request, and the job of its model; None: only the keeper can answer it.
 
         Raises Unavailable.
         """

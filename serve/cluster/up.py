@@ -20,11 +20,14 @@ from typing import cast
 from jaxlora.config.serving import ServeConfig
 from jaxlora.core.errors import ConfigInvalid
 from serve.cluster.autoscaler import Autoscaler, Load, Wanted
-from serve.cluster.front import REPLICA, TRAINER, Front
-from serve.cluster.peer import About, PeerGone
-from serve.cluster.ray_servers import CALLS, RayCluster, RayProcess, RayServers
+from serve.cluster.front import Front
+from serve.cluster.peer import KEEPER, REPLICA, About, PeerGone
+from serve.cluster.ray_servers import CALLS, RayCall, RayCluster, RayProcess, RayServers
 from serve.cluster.reconciler import Group, Kind, Reconciler
 from serve.cluster.replica import Replica
+from serve.cluster.training.messages import TRAINER
+from serve.cluster.training.process import TrainerProcess
+from serve.cluster.training.report import TrainingReport
 from serve.observability.logs import logging_to
 from serve.server.announcer import Announcer
 from serve.server.build import LOG, PRIVATE, STOP_S
@@ -48,8 +51,10 @@ def main(config: ServeConfig, *, address: str | None) -> None:
     not start.
     """
     os.umask(PRIVATE)
-    if config.cluster.trainer_limit:
-        raise ConfigInvalid("up has no trainers yet; leave out trainers and most_trainers of [cluster]")
+    if config.cluster.trainer_limit and (config.training is None or config.blobs is not None):
+        raise ConfigInvalid(
+            "[cluster] trainers need [training], and files and checkpoints in `data`; leave out [blobs]"
+        )
     config, cluster = on_one_port(config), config.cluster
     if address is None and not cluster.gpus:  # they share this machine's memory
         config = replace(config, memory_share=config.memory_share / cluster.server_limit)
@@ -116,12 +121,12 @@ def reconciler(config: ServeConfig, folder: Path, ray: RayCluster, scaler: Autos
     """Returns what starts, repairs and removes the servers of this cluster, none of which is there yet."""
     cluster, stop_s = config.cluster, config.grace_s + STOP_S + LAST_S
 
-    def server(name: str, *, reads: bool) -> RayProcess:
-        return ray.start(name, Replica, config, folder, reads, cpus=cluster.cpus, gpus=cluster.gpus, calls=CALLS)
+    def server(name: str, make: type, *arguments: object) -> RayProcess:
+        return ray.start(name, make, config, folder, *arguments, cpus=cluster.cpus, gpus=cluster.gpus, calls=CALLS)
 
     def front_over(name: str) -> RayProcess:
         about = one(keeper).call("about", within_s=ASK_S)
-        return ray.start(name, Front, config, folder, about, RayServers(), cpus=0, gpus=0, calls=FRONT_CALLS, here=True)
+        return ray.start(name, Front, config, folder, about, others, cpus=0, gpus=0, calls=FRONT_CALLS, here=True)
 
     def drained(replica: str) -> bool:
         try:
@@ -131,20 +136,50 @@ def reconciler(config: ServeConfig, folder: Path, ray: RayCluster, scaler: Autos
             return False
         return True
 
-    def wanted(now_s: float) -> Wanted:
-        return scaler.wanted(cast(Load | None, said(front, "load")), None, now_s)
+    def moved(trainer: str) -> bool:
+        try:
+            if trainer not in moves:
+                moves[trainer] = one(keeper).begin("drain_trainer", trainer)
+            if not moves[trainer].done():
+                return False
+        except PeerGone as error:
+            LOG.error("the jobs of %s are not moved yet: %s", trainer, error.message)
+            moves.pop(trainer, None)
+            return False
+        del moves[trainer]
+        return True
 
-    keeper = Group(Kind(name_of=lambda _: TRAINER, start=lambda n: server(n, reads=False), stop_s=stop_s))
+    def wanted(now_s: float) -> Wanted:
+        training = said(keeper, "training") if cluster.trainer_limit else None
+        return scaler.wanted(cast(Load | None, said(front, "load")), cast(TrainingReport | None, training), now_s)
+
+    moves: dict[str, RayCall] = {}
+    others = RayServers()
+    keeper = Group(
+        Kind(
+            name_of=lambda _: KEEPER,
+            start=lambda name: server(name, Replica, False, others.names),
+            stop_s=stop_s,
+        )
+    )
     front = Group(Kind(name_of=lambda _: FRONT, start=front_over, stop_s=stop_s))
     replicas = Group(
         Kind(
             name_of=lambda number: f"{REPLICA}{number}",
-            start=lambda name: server(name, reads=True),
+            start=lambda name: server(name, Replica, True, others.names),
             drained=drained,
             stop_s=stop_s,
         )
     )
-    return Reconciler(keeper=keeper, front=front, replicas=replicas, wanted=wanted)
+    trainers = Group(
+        Kind(
+            name_of=lambda number: f"{TRAINER}{number}",
+            start=lambda name: server(name, TrainerProcess, others),
+            drained=moved,
+            stop_s=STOP_S + LAST_S,
+        )
+    )
+    return Reconciler(keeper=keeper, front=front, replicas=replicas, trainers=trainers, wanted=wanted)
 
 
 def one(group: Group[RayProcess]) -> RayProcess:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -19,12 +19,11 @@ import jax
 
 from jaxlora.core.adapter_size import AdapterSize, adapter_size
 from jaxlora.core.errors import AdapterNotFinite, JaxLoraError, QuotaExceeded, Unavailable
-from jaxlora.core.lora import AdapterRef, LoraSpec
+from jaxlora.core.lora import AdapterRef, AdapterWeights, LoraSpec
 from jaxlora.model.lora_pool import Rows
 from serve.runtime.live_training import KEEP_VERSIONS, PUBLISH
-from serve.runtime.publisher import Publisher
 from train.data.mixer import Batches
-from train.jobs.job import Job, JobEvent, JobRequest, said
+from train.jobs.job import Job, JobEvent, JobRequest, JobView, said
 from train.jobs.runner import Jobs
 from train.jobs.status import JobStatus
 from train.step.optimizer import Optimizer
@@ -39,7 +38,7 @@ LOG = logging.getLogger("serve")
 class JobNews:
     """A job that has changed, as it was then, and its new events, to be stored."""
 
-    job: Job
+    job: JobView
     events: tuple[JobEvent, ...]
 
 
@@ -55,6 +54,28 @@ class Published:
     final: bool  # it is the job's result
     size: AdapterSize
     numbers: Mapping[str, float]
+
+
+class Shelf(Protocol):
+    """Takes the versions of jobs.  Called on the trainer's thread."""
+
+    def add(self, tenant: str, name: str, weights: AdapterWeights) -> AdapterRef:
+        """See `Publisher.add`."""
+        ...
+
+    def publish(
+        self,
+        tenant: str,
+        name: str,
+        spec: LoraSpec,
+        rows: Rows,
+        *,
+        keep: int | None,
+        spare: Collection[int],
+        learned_s: float,
+    ) -> AdapterRef:
+        """See `Publisher.publish`."""
+        ...
 
 
 class Listener(Protocol):
@@ -112,7 +133,7 @@ class LiveJobs:
 
     def __init__(
         self,
-        publisher: Publisher,
+        publisher: Shelf,
         make_jobs: Callable[[Callable[[], None]], Jobs],
         *,
         wake: Callable[[], None],
@@ -125,7 +146,7 @@ class LiveJobs:
         publish_every: steps between two versions of a job.
         had_room: whether one more version of a tenant's adapter may stay; it must not wait.
         """
-        self._publisher, self._wake, self._listener, self._had_room = publisher, wake, listener, had_room
+        self._publisher, self._wake, self._listener, self.had_room = publisher, wake, listener, had_room
         self.publish_every = publish_every
         self.jobs = make_jobs(self.poke)
         self._live: dict[str, _Live] = {}
@@ -207,6 +228,14 @@ class LiveJobs:
         self._report_changes()
         self.poke()
 
+    def release(self, owner: str, id: str, *, save: bool = True) -> None:
+        """Lets go of a job without a word of it, for another process to go on.  save: see `Jobs.release`, and what it raises."""
+        self._report_changes()
+        self.jobs.release(owner, id, save=save)
+        del self._live[id]
+        self._due = [due for due in self._due if due != id]
+        self.poke()
+
     def _leave(self, job: Job, to: JobStatus) -> None:
         """Publishes the weights of a job before it leaves the trainer."""
         live = self._live.get(job.id)
@@ -233,7 +262,7 @@ class LiveJobs:
 
     def _may_stay(self, job: Job) -> bool:
         """Whether the newest version may be a checkpoint.  Else the next one takes its place, and the job goes on."""
-        room = self._had_room(job.request.owner, job.request.name)
+        room = self.had_room(job.request.owner, job.request.name)
         if not room:
             step, code = job.progress.step, QuotaExceeded.code
             job.log.add(
@@ -307,7 +336,7 @@ class LiveJobs:
             live = self._live[job.id]
             events = job.log.after(live.seen)
             live.seen = events[-1].seq if events else live.seen
-            now = replace(job, progress=replace(job.progress), numbers=dict(job.numbers))
+            now = job.view()
             if job.result is not None:  # its last step, then its result, then that it has succeeded
                 before = replace(now, state=JobStatus.RUNNING, finished_s=None)
                 self._listener.job_changed(JobNews(job=before, events=tuple(events[:-1])))

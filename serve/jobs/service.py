@@ -38,6 +38,7 @@ from serve.db.jobs import StoredJobs
 from serve.db.models import EventRecord, FileRecord, JobRecord, Json, NewEvent, new_id
 from serve.jobs import resolve, results
 from serve.jobs.live_jobs import LiveJobs
+from serve.jobs.places import JobPlaces, OwnPlace
 from serve.jobs.recorder import DEATHS, JobRecorder
 from serve.jobs.results import Draw
 from serve.runtime.device_thread import DeviceThread
@@ -90,6 +91,7 @@ class JobService:
         """base_lr: of a job that names none.  recorder: stores what happens, and tells `ended` of it once it is started."""
         self.live, self.recorder, self.stored, self.files = live, recorder, stored, files
         self._runner, self._store, self.names = runner, runner.engine.store, runner.catalog.jobs
+        self.places: JobPlaces = OwnPlace(runner, live)  # a cluster has others, before `restart`
         self._trainer, self._states = live.jobs.trainer, live.jobs.states
         self._base_lr, self._limits, self._quota = base_lr, limits, quota
         self.slot_bytes = runner.engine.slot_bytes  # that any adapter takes while it is served
@@ -159,13 +161,13 @@ class JobService:
         """
         owner = self.stored.get(id, caller.sees).tenant
         moves = {
-            JobStatus.PAUSED: self.live.pause,
-            JobStatus.QUEUED: self.live.resume,
-            JobStatus.CANCELLED: self.live.cancel,
+            JobStatus.PAUSED: self.places.pause,
+            JobStatus.QUEUED: self.places.resume,
+            JobStatus.CANCELLED: self.places.cancel,
         }
         with self._deciding:
             try:
-                self._runner.call(lambda: moves[to](owner, id))
+                moves[to](owner, id)
             except NotFound:  # not there yet, not there any more, or paused by an earlier process
                 self._move_stored(id, to)
         self.recorder.flush()
@@ -182,20 +184,30 @@ class JobService:
         self._sweep()
         for record in unfinished:
             if record.status is JobStatus.RUNNING:
-                record = self._blamed(record)
+                record, events = self._blamed(record)
+                self.stored.save(record, events=events)
             if record.status is JobStatus.PAUSED:
                 self.recorder.register(record)
             else:
                 self._begin(record)
 
-    def _blamed(self, record: JobRecord) -> JobRecord:
-        """The record of a job that ran when the server died; after a few times it is paused, as it may be the cause."""
+    def died(self, id: str) -> bool:
+        """Stores that the process where a job ran has died; returns whether the job goes on."""
+        self.recorder.flush()
+        blamed, events = self._blamed(self.stored.get(id, None))
+        goes_on = blamed.status is not JobStatus.PAUSED
+        status = JobStatus.QUEUED if goes_on else blamed.status
+        self.recorder.change(
+            id, lambda now: replace(now, status=status, error=blamed.error, progress=blamed.progress), *events
+        )
+        return goes_on
+
+    def _blamed(self, record: JobRecord) -> tuple[JobRecord, list[NewEvent]]:
+        """The record of a job that ran when its process died; after a few times it is paused, as it may be the cause."""
         before = record.progress.get(DEATHS)
         deaths = before + 1 if isinstance(before, int) else 1
         if deaths < MAX_DEATHS:
-            blamed = replace(record, progress={**record.progress, DEATHS: deaths})
-            self.stored.save(blamed)
-            return blamed
+            return replace(record, progress={**record.progress, DEATHS: deaths}), []
         reason = f"the server died {deaths} times while this job ran; resume it to try again"
         blamed = replace(
             record,
@@ -203,10 +215,8 @@ class JobService:
             error={"code": "server_died", "message": reason, "param": None},
             progress={**record.progress, DEATHS: 0},
         )
-        event = NewEvent(time_s=time.time(), level="warn", kind="message", message=f"paused: {reason}")
-        self.stored.save(blamed, events=[event])
         LOG.error("job %s is paused: %s", record.id, reason)
-        return blamed
+        return blamed, [NewEvent(time_s=time.time(), level="warn", kind="message", message=f"paused: {reason}")]
 
     def close(self) -> None:
         """Stores what is left.  After the device thread has ended."""
@@ -241,7 +251,7 @@ class JobService:
             except Exception as error:
                 if not isinstance(error, JaxLoraError | OSError):
                     LOG.exception("job %s was not taken in", record.id)
-                self._fail(record.id, error)
+                self.fail(record.id, error)
                 return
             else:
                 return
@@ -265,7 +275,7 @@ class JobService:
         self.recorder.change(record.id, lambda now: replace(now, resolved=replace(resolved, plan=plan)))
         with self._deciding:
             if self.stored.get(record.id, None).status not in ENDED:  # it may be cancelled meanwhile
-                self._runner.call(lambda: self.live.create(record.id, request, publish=plan.publish, kept=kept))
+                self.places.create(record.id, request, publish=plan.publish, kept=kept)
 
     def _plan(self, record: JobRecord) -> Plan:
         """All that decides the job.  Its events say which examples of its files are too long, and what becomes of them."""
@@ -296,7 +306,8 @@ class JobService:
                 raise
             return None
 
-    def _fail(self, id: str, error: Exception) -> None:
+    def fail(self, id: str, error: Exception) -> None:
+        """Stores that a job has failed before anybody trained it."""
         reason = said(error)
         code = error.code if isinstance(error, JaxLoraError) else JaxLoraError.code
         event = NewEvent(time_s=time.time(), level="error", kind="message", message=f"failed: {reason}")

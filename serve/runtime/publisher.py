@@ -69,9 +69,27 @@ class Publisher:
         Raises InvalidRequest for the base's name; AdapterNotFinite, and publishes nothing, when a weight is not finite;
         StorageFailed or OSError when the store cannot give a number.
         """
-        self._catalog.check_name(tenant, name)
         read_finite(rows)
-        ref = self.add(tenant, name, adapter_of_rows(rows, spec, self._engine.base_hash), rows, after=after)
+        weights = adapter_of_rows(rows, spec, self._engine.base_hash)
+        return self.publish_weights(
+            tenant, name, weights, rows, keep=keep, spare=spare, learned_s=learned_s, after=after
+        )
+
+    def publish_weights(
+        self,
+        tenant: str,
+        name: str,
+        weights: AdapterWeights,
+        rows: Rows | None = None,
+        *,
+        keep: int | None = None,
+        spare: Collection[int] = (),
+        learned_s: float | None = None,
+        after: AdapterRef | None = None,
+    ) -> AdapterRef:
+        """Does the same for weights on the host, which are finite.  rows: as `add` takes them."""
+        self._catalog.check_name(tenant, name)
+        ref = self.add(tenant, name, weights, rows, after=after)
         self._fresh[tenant, name] = ref, time.monotonic() if learned_s is None else learned_s
         if keep is not None:
             store = self._engine.store

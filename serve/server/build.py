@@ -154,20 +154,8 @@ def services(
         keys = Keys(StoredKeys(database), needed=needs_keys(config))
         training, store, drain = config.training, runner.engine.store, drain or Drain()
 
-        readers = FileReaders(
-            opened.tokenizer,
-            config.data / "tokenizer",
-            lane_tokens=longest_tokens(training),
-            limits=ReaderLimits(
-                memory_bytes=config.limits.read_memory_bytes or READ_MEMORY_BYTES, cpu_s=config.limits.read_cpu_s
-            ),
-        )
+        readers, load = example_readers(opened, config, config.data / "tokenizer", lane_tokens=longest_tokens(training))
         stack.callback(readers.close)
-
-        def read(path: Path, too_long: TooLong) -> Loaded:
-            return readers.load(path, path.parent.name, too_long)
-
-        load = KeptExamples(read, max_bytes=KEPT_EXAMPLES_BYTES)
         files = FileStore(StoredFiles(database), config.data / "files", load=load, limits=config.limits, remote=remote)
         stack.callback(files.close)
         limiter = Limiter(config.limits)
@@ -205,6 +193,20 @@ def services(
             body_limits=files_routes.body_limits | adapters_routes.body_limits,
         )
         yield Services(app=app, jobs=jobs, is_keyless=lambda: keys.keyless)
+
+
+def example_readers(
+    opened: Opened, config: ServeConfig, folder: Path, *, lane_tokens: int
+) -> tuple[FileReaders, KeptExamples]:
+    """Returns what reads training files, to be closed, and what keeps the ones read last.  folder, lane_tokens: see FileReaders."""
+    memory_bytes = config.limits.read_memory_bytes or READ_MEMORY_BYTES
+    limits = ReaderLimits(memory_bytes=memory_bytes, cpu_s=config.limits.read_cpu_s)
+    readers = FileReaders(opened.tokenizer, folder, lane_tokens=lane_tokens, limits=limits)
+
+    def read(path: Path, too_long: TooLong) -> Loaded:
+        return readers.load(path, path.parent.name, too_long)
+
+    return readers, KeptExamples(read, max_bytes=KEPT_EXAMPLES_BYTES)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from jaxlora.checkpoints.load import Opened
 from jaxlora.config.serving import SizedConfig, SizedTraining
@@ -17,7 +19,7 @@ from serve.access.adapter_quota import AdapterQuota
 from serve.db.database import Database
 from serve.db.jobs import StoredJobs
 from serve.db.models import JobRecord
-from serve.jobs.live_jobs import LiveJobs, Published
+from serve.jobs.live_jobs import Listener, LiveJobs, Published, Shelf
 from serve.jobs.names import know_names
 from serve.jobs.on_demand import Tuner
 from serve.jobs.recorder import JobRecorder
@@ -30,6 +32,48 @@ from train.data.load import Loaded
 from train.jobs.job import JobsConfig
 from train.jobs.runner import Jobs
 from train.jobs.states import Parking
+from train.trainer import Trainer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hooks:
+    """What LiveJobs and its Jobs ask of the trainer around them."""
+
+    shelf: Shelf
+    listener: Listener
+    wake: Callable[[], None]
+    had_room: Callable[[str, str], bool]
+    owner_weight: Callable[[str], float]
+    may_save: Callable[[str], bool] = lambda job_id: True  # asked just before a checkpoint is written
+
+
+def make_live(
+    trainer: Trainer,
+    training: SizedTraining,
+    hooks: Hooks,
+    states: Path,
+    parking: Parking,
+    load: Callable[[Path, TooLong], Loaded],
+    copies: StateCopies | None = None,
+) -> LiveJobs:
+    """Makes the jobs of a trainer.  states: the folder of their checkpoints.  load: reads a file of examples."""
+    return LiveJobs(
+        hooks.shelf,
+        lambda wake: Jobs(
+            trainer,
+            JobsConfig(states=states, quantum_steps=training.quantum_steps, copies=copies),
+            shelf=hooks.shelf,
+            parking=parking,
+            load=load,
+            wake=wake,
+            owner_weight=hooks.owner_weight,
+            may_save=hooks.may_save,
+        ),
+        wake=hooks.wake,
+        publish_every=training.publish_every,
+        listener=hooks.listener,
+        had_room=hooks.had_room,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,22 +123,15 @@ def make_job_host(
     stored, names = StoredJobs(database), runner.catalog.jobs
     know_names(names, stored)
     recorder = JobRecorder(stored, names, runner.engine.store.wait_saved)
-    live = LiveJobs(
-        runner.publisher,
-        lambda wake: Jobs(
-            trainer,
-            JobsConfig(states=folder / "states", quantum_steps=training.quantum_steps, copies=copies),
-            shelf=runner.publisher,
-            parking=Parking(folder / "parked", host_bytes=int(config.host_states_gb * 1e9)),
-            load=files.load,
-            wake=wake,
-            owner_weight=lambda owner: runner.tuning.weights.get(owner, 1.0),
-        ),
-        wake=runner.wake,
-        publish_every=training.publish_every,
+    hooks = Hooks(
+        shelf=runner.publisher,
         listener=recorder,
+        wake=runner.wake,
         had_room=quota.had_room,
+        owner_weight=lambda owner: runner.tuning.weights.get(owner, 1.0),
     )
+    parking = Parking(folder / "parked", host_bytes=int(config.host_states_gb * 1e9))
+    live = make_live(trainer, training, hooks, folder / "states", parking, files.load, copies)
 
     def load(id: str, too_long: TooLong) -> Loaded:
         return files.load(files.find(id, None)[1], too_long)

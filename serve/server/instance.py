@@ -47,6 +47,7 @@ class Instance:
     remote: Remote | None
     adapters: Path  # the folder of the adapter store, or of this process's copies of another's
     reads: bool = False  # it changes nothing
+    epoch: int = 0  # start of the server; 0 where it reads
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +139,7 @@ def opened_instance(config: ServeConfig, *, adopt: bool = False) -> Generator[In
         record = json.dumps({"format": 1} | claim.identity.to_json()).encode()
         for place in places:
             place.write(record)
-        yield Instance(database=database, remote=remote, adapters=config.adapters)
+        yield Instance(database=database, remote=remote, adapters=config.adapters, epoch=claim.identity.epoch)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from serve.jobs.live_jobs import JobNews, Published
 from serve.jobs.recorder import DEATHS, JobRecorder
 from serve.jobs.service import MAX_DEATHS, JobService
 from serve.runtime.job_names import JobNames
-from train.jobs.job import JobEvent, Progress
+from train.jobs.job import JobEvent, JobView, Progress
 from train.jobs.status import JobStatus
 
 pytest_plugins = ["database_fixtures", "serve_fixtures"]
@@ -49,7 +49,7 @@ def told(database, monkeypatch):
 
 def news(id: str, state: JobStatus, *events: JobEvent) -> JobNews:
     told = {"code": None, "reason": None, "started_s": 1.0, "finished_s": None, "progress": Progress(step=4)}
-    return JobNews(job=SimpleNamespace(id=id, state=state, numbers={}, **told), events=events)
+    return JobNews(job=JobView(id=id, state=state, numbers={}, **told), events=events)
 
 
 def version(id: str, number: int, *, final: bool) -> Published:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +43,7 @@ lane_tokens = 32
 publish_every = 4
 [cluster]
 replicas = 2
+trainers = 0
 """
 
 
@@ -77,7 +78,15 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(command: str, folder: Path, model: Path, *, more: str = "", **changes: object) -> Iterator[Running]:
+def running(
+    command: str,
+    folder: Path,
+    model: Path,
+    *,
+    more: str = "",
+    program: Sequence[str] = ("-m", "serve.cli.main"),
+    **changes: object,
+) -> Iterator[Running]:
     """`jaxlora serve` or `jaxlora up` on this folder; killed if it is still there at the end.
 
     changes: of CONFIG.  more: settings behind it.
@@ -89,7 +98,7 @@ def running(command: str, folder: Path, model: Path, *, more: str = "", **change
     (folder / "serve.toml").write_text(text)
     with (folder / "log.txt").open("a") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "serve.cli.main", *command.split(), str(folder / "serve.toml")],
+            [sys.executable, *program, *command.split(), str(folder / "serve.toml")],
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,

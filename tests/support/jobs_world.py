@@ -51,6 +51,7 @@ def make_jobs(
     host_bytes=2**30,
     shelf=None,
     owner_weight=lambda owner: 1.0,
+    may_save=lambda job_id: True,
     **config,
 ):
     """(jobs, shelf): without checkpoints unless `states` is given."""
@@ -62,6 +63,7 @@ def make_jobs(
         parking=Parking(folder / "parked", host_bytes=host_bytes),
         load=lambda path, too_long: Loaded(load(path)),
         owner_weight=owner_weight,
+        may_save=may_save,
     )
     return jobs, shelf
 

@@ -17,7 +17,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,7 +33,8 @@ from adapters_world import seeded, upload, zip_of  # noqa: E402
 from jaxlora.config.serving import ServeConfig  # noqa: E402
 from jaxlora.config.toml import load  # noqa: E402
 from serve.cluster import front  # noqa: E402
-from serve.cluster.ray_servers import CALLS, Kept, RayServers, connected  # noqa: E402
+from serve.cluster.peer import KEEPER, REPLICA  # noqa: E402
+from serve.cluster.ray_servers import CALLS, RayCluster, RayProcess, RayServers  # noqa: E402
 from serve.cluster.replica import Replica  # noqa: E402
 from serve.cluster.router import Router  # noqa: E402
 
@@ -157,20 +158,19 @@ def main(folder: Path) -> None:
     cluster = config.cluster
     config = replace(config, memory_share=config.memory_share / (REPLICAS + 1))
 
-    def server(name: str, *, reads: bool) -> Kept:
-        return Kept(name, Replica, config, folder, reads, cpus=cluster.cpus, gpus=cluster.gpus, calls=CALLS)
+    ray = RayCluster(None, cpus=REPLICAS + 2)
+
+    def server(name: str, *, reads: bool) -> RayProcess:
+        arguments = (config, folder, reads, RayServers().names)
+        return ray.start(name, Replica, *arguments, cpus=cluster.cpus, gpus=cluster.gpus, calls=CALLS)
 
     with ExitStack() as stack:
-        stack.enter_context(connected(None, cpus=REPLICAS + 2))
-        servers = [server(front.TRAINER, reads=False)]
-        servers[0].start()
-        about = servers[0].call("about")
-        for number in range(REPLICAS):
-            servers.append(server(f"{front.REPLICA}{number}", reads=True))
-            servers[-1].start()
-        for one in servers:
+        stack.enter_context(closing(ray))
+        ray.open()
+        about = server(KEEPER, reads=False).call("about")
+        for one in [server(f"{REPLICA}{number}", reads=True) for number in range(REPLICAS)]:
             one.call("about")
-        peers = [RayServers().peer(f"{front.REPLICA}{number}.1") for number in range(REPLICAS)]
+        peers = [RayServers().peer(f"{REPLICA}{number}.1") for number in range(REPLICAS)]
         said = {"twice": {}, "asked": {}}
         for routing in (Ours, RoundRobin):
             with fronted(config, folder, about, routing) as url:

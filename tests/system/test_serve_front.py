@@ -13,7 +13,7 @@ import pytest
 from jaxlora.config.cluster import RouterSection
 from jaxlora.core.errors import Unavailable
 from serve.cluster import front
-from serve.cluster.front import REPLICA, TRAINER, Followed
+from serve.cluster.front import KEEPER, REPLICA, Followed
 from serve.cluster.peer import PeerGone
 from serve.cluster.relay import Peers
 from serve.cluster.replica_view import Report
@@ -77,7 +77,7 @@ async def living(servers):
     messages.put_nowait({"type": "lifespan.shutdown"})
     async with asyncio.timeout(5):
         await life
-    assert found.is_set() == (f"{TRAINER}.1" in servers)
+    assert found.is_set() == (f"{KEEPER}.1" in servers)
     assert told == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
     assert len(asyncio.all_tasks()) == 1
 
@@ -94,13 +94,13 @@ def run(work):
 
 def test_servers_come_and_go():
     async def work():
-        servers = FakeServers({f"{TRAINER}.1": FakePeer(), f"{REPLICA}0.1": FakePeer(), "front.1": FakePeer()})
+        servers = FakeServers({f"{KEEPER}.1": FakePeer(), f"{REPLICA}0.1": FakePeer(), "front.1": FakePeer()})
         async with living(servers) as peers:
-            await until(lambda: peers.trainer is servers[f"{TRAINER}.1"] and set(peers.replicas) == {"replica-0"})
+            await until(lambda: peers.keeper is servers[f"{KEEPER}.1"] and set(peers.replicas) == {"replica-0"})
             servers["replica-1.1"] = FakePeer()
             await until(lambda: set(peers.replicas) == {"replica-0", "replica-1"})
-            servers["replica-0.1"].gone = servers[f"{TRAINER}.1"].gone = True
-            await until(lambda: set(peers.replicas) == {"replica-1"} and peers.trainer is None)
+            servers["replica-0.1"].gone = servers[f"{KEEPER}.1"].gone = True
+            await until(lambda: set(peers.replicas) == {"replica-1"} and peers.keeper is None)
             new = servers["replica-0.2"] = FakePeer()
             await until(lambda: peers.replicas.get("replica-0") is new)
             assert servers["front.1"].asked == 0

@@ -91,7 +91,7 @@ def server(runner, *, is_open):
 def behind(replicas, keeper, *, is_open=False, adapters=True, base=BASE):
     """(the app of a front, its peers)"""
     peers = Peers(Router(RouterSection()))
-    peers.known, peers.trainer = {f"replica-{n}" for n in range(len(replicas))}, keeper
+    peers.known, peers.keeper = {f"replica-{n}" for n in range(len(replicas))}, keeper
     for n, peer in enumerate(replicas):
         peers.report(f"replica-{n}", peer, IDLE)
 

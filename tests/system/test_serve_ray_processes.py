@@ -123,7 +123,9 @@ def test_after_its_head_was_killed_all_of_it_ends_and_another_one_starts(cluster
 
     groups = keeper, front, replicas = group("keeper"), group("front"), group("replica-")
     wanted = Wanted(replicas=1, trainers=0)
-    servers = Reconciler(keeper=keeper, front=front, replicas=replicas, wanted=lambda _: wanted)
+    servers = Reconciler(
+        keeper=keeper, front=front, replicas=replicas, trainers=group("trainer-"), wanted=lambda _: wanted
+    )
     for one in groups:
         one.look(1, 0.0)
     for one in groups:

@@ -87,12 +87,12 @@ class Order(Router):
         super().leave(name, now_s)
 
 
-def front(*replicas, trainer=None):
+def front(*replicas, keeper=None):
     """(the app in front of them, its peers); the replicas are called a, b, …"""
     peers = Peers(Order())
     for name, peer in zip("abc", replicas, strict=False):
         peers.report(name, peer, IDLE)
-    peers.trainer = trainer
+    peers.keeper = keeper
 
     async def keep(data):
         async def kept():
@@ -120,7 +120,7 @@ def pair():
     """The addresses of one server, and of a front before two."""
     with (
         serving(create_app(FakeBackend(), CONFIG)) as direct,
-        serving(front(fake_server()[1], trainer=fake_server()[1])[0]) as url,
+        serving(front(fake_server()[1], keeper=fake_server()[1])[0]) as url,
     ):
         yield direct, url
 
@@ -168,7 +168,7 @@ def test_answers_are_those_of_one_server(pair, method, path, body):
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "body", "by_trainer"),
+    ("method", "path", "body", "by_keeper"),
     [
         ("POST", "/v1/chat/completions", {"model": BASE}, False),
         ("POST", "/v1/chat/completions", {"model": FT}, False),
@@ -189,11 +189,11 @@ def test_answers_are_those_of_one_server(pair, method, path, body):
         ("POST", "/v1/chat/completions/x", None, True),
     ],
 )
-def test_who_answers(method, path, body, by_trainer):
-    (_, replica), (_, trainer) = fake_server(), fake_server()
-    with serving(front(replica, trainer=trainer)[0]) as url:
+def test_who_answers(method, path, body, by_keeper):
+    (_, replica), (_, keeper) = fake_server(), fake_server()
+    with serving(front(replica, keeper=keeper)[0]) as url:
         httpx2.request(method, url + path, json=body)
-    assert (len(replica.asked), len(trainer.asked)) == (not by_trainer, by_trainer)
+    assert (len(replica.asked), len(keeper.asked)) == (not by_keeper, by_keeper)
 
 
 @pytest.mark.parametrize(
@@ -373,7 +373,7 @@ def test_a_large_body_comes_in_parts_and_whole():
         await send({"type": "http.response.body", "body": b"ok"})
 
     peers, sent = Peers(Router(RouterSection())), bytes(range(256)) * (CHUNK_BYTES // 100)
-    peers.trainer = peer = LocalPeer(app)
+    peers.keeper = peer = LocalPeer(app)
     kept = []
 
     async def keep(data):

@@ -19,7 +19,7 @@ import pytest
 from jobs_world import kinds, make_jobs, request, weights
 from train_world import examples, lora, make_trainer, optimizer
 
-from jaxlora.core.errors import StateInvalid
+from jaxlora.core.errors import NotFound, StateInvalid
 from jaxlora.core.lora import LAYER_TARGETS
 from jaxlora.storage.checkpoints import read_meta
 
@@ -55,6 +55,47 @@ def test_a_job_created_again_goes_on_from_its_newest_checkpoint(tmp_path, stoppe
     got, messages = finish(tmp_path, asked, "job")
     assert got == whole
     assert f"running: goes on from step {stopped_at}" in messages
+
+
+def test_a_released_job_goes_on_elsewhere_and_its_neighbour_where_it_is(tmp_path):
+    """Between any two parts of steps; while it is not saved the other may not have it."""
+    asked = request(1, steps=8, checkpoint_every=3, heldout=examples(2, 2), evaluate_every=1, keep_best=True)
+    near = request(3, steps=8)
+    whole, beside = finish(tmp_path / "whole", asked, "job")[0], finish(tmp_path / "beside", near, "near")[0]
+    for parts in range(0, 24, 5):
+        folder = tmp_path / str(parts)
+        first, shelf = make_jobs(folder / "first", states=folder / "states")
+        job, other = first.create(asked, id="job"), first.create(near, id="near")
+        for _ in range(parts):
+            first.advance()
+        step = job.progress.step
+        first.release("acme", "job")
+        with pytest.raises(NotFound):
+            first.release("acme", "job")
+        assert "job" not in first.trainer.tenants
+        while first.states.is_writing("job"):
+            time.sleep(0.001)
+        assert not step or steps_on_disk(folder / "states" / "job")[-1] == step
+        got, messages = finish(folder, asked, "job")
+        assert got == whole
+        assert not step or f"running: goes on from step {step}" in messages
+        first.run()
+        assert weights(shelf.adapters[other.result]) == beside
+        with pytest.raises(StateInvalid):
+            first.release("acme", "near")
+
+
+def test_what_may_not_be_saved_is_not(tmp_path):
+    allowed = {"kept"}
+    jobs, _ = make_jobs(tmp_path, states=tmp_path / "states", may_save=allowed.__contains__)
+    for id, seed in (("kept", 1), ("lost", 2), ("left", 3)):
+        jobs.create(request(seed, steps=9, checkpoint_every=2), id=id)
+    for _ in range(3):
+        jobs.step()
+    jobs.release("acme", "left", save=False)
+    jobs.close()
+    assert {folder.name for folder in (tmp_path / "states").iterdir()} == {"kept"}
+    assert steps_on_disk(tmp_path / "states" / "kept") == [2, 3]
 
 
 def test_the_newest_and_the_best_are_kept_and_the_best_comes_back(tmp_path):

@@ -41,6 +41,8 @@ PURE = (  # folders, and the files of others that decide
     "serve/cluster/rendezvous.py",
     "serve/cluster/replica_view.py",
     "serve/cluster/router.py",
+    "serve/cluster/training/placement.py",
+    "serve/cluster/training/report.py",
     "serve/db",
     "serve/engine/grammar.py",
     "serve/engine/page_cache.py",

@@ -62,6 +62,12 @@ class Material:
     damaged: Sequence[str] = ()  # newer checkpoints that could not be read
 
 
+def numbers_of(report: StepReport, took_s: float) -> dict[str, float]:
+    """Returns what an event says of a step."""
+    data = {k: getattr(report, k) for k in ("step", "loss", "accuracy", "lr", "grad_norm", "tokens")}
+    return data | {"tokens_per_s": report.tokens / took_s}
+
+
 @dataclass(frozen=True, slots=True)
 class Judgement:
     """A step that is done, and its held-out loss, as far as it is evaluated."""

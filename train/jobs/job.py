@@ -203,6 +203,20 @@ class EventLog:
         return [event for event in merged if event.seq > seq]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobView:
+    """A job as it was at one time; it may travel to another process."""
+
+    id: str
+    state: JobStatus
+    code: str | None
+    reason: str | None
+    started_s: float | None
+    finished_s: float | None
+    progress: Progress  # a copy
+    numbers: Mapping[str, float]
+
+
 @dataclass(slots=True, eq=False)
 class Job:
     """One job.  Changed by `Jobs` alone."""
@@ -224,6 +238,19 @@ class Job:
     def final(self) -> bool:
         """Whether it has ended for good."""
         return self.state in ENDED
+
+    def view(self) -> JobView:
+        """Returns what it is now, which changes no more."""
+        return JobView(
+            id=self.id,
+            state=self.state,
+            code=self.code,
+            reason=self.reason,
+            started_s=self.started_s,
+            finished_s=self.finished_s,
+            progress=replace(self.progress),
+            numbers=dict(self.numbers),
+        )
 
     def outcome(self, *, best: bool) -> str:
         """How far it came, for people.  best: its weights are those of its best held-out loss."""

@@ -24,21 +24,14 @@ from pathlib import Path
 import jax
 
 from jaxlora.config.training import TooLong
-from jaxlora.core.errors import (
-    AdapterNotFinite,
-    AlreadyExists,
-    JaxLoraError,
-    NotFound,
-    StateInvalid,
-    StorageFailed,
-)
+from jaxlora.core.errors import AdapterNotFinite, AlreadyExists, JaxLoraError, NotFound, StateInvalid, StorageFailed
 from jaxlora.core.lora import AdapterWeights, LoraSpec, check_name
 from jaxlora.model.lora_pool import adapter_of_rows
 from jaxlora.storage.checkpoint_writer import CheckpointWriter
 from train.data.load import Loaded
 from train.evaluate import HeldLanes
 from train.jobs.fair_queue import FairQueue
-from train.jobs.inputs import Facts, JobFiles, JobReaders, Judgement, LiveJob, Material
+from train.jobs.inputs import Facts, JobFiles, JobReaders, Judgement, LiveJob, Material, numbers_of
 from train.jobs.job import EventLog, Job, JobEvent, JobRequest, JobsConfig, Level, Shelf, said
 from train.jobs.states import JobStates, Parking
 from train.jobs.status import JobStatus
@@ -63,16 +56,17 @@ class Jobs:
         clock: Callable[[], float] = time.time,
         wake: Callable[[], None] = lambda: None,
         owner_weight: Callable[[str], float] = lambda owner: 1.0,
+        may_save: Callable[[str], bool] = lambda job_id: True,
     ):
         """`load` reads a file of examples, on another thread; `clock` gives the seconds since 1970; `wake` is called on another
-        thread when something is read or written, so that `advance` has something to do; `owner_weight` is an owner's
-        share relative to the others', which no job changes."""
+        thread when something is read or written, so that `advance` has something to do; `owner_weight` is an owner's share
+        relative to the others', which no job changes; `may_save` is asked on another thread before a checkpoint is written."""
         self.trainer, self.config = trainer, config
         self.part = FIRST_PART  # what `advance` runs next
         self._shelf, self._parking, self._clock = shelf, parking, clock
         self._files = JobFiles(trainer=trainer, load=load, states=config.states, copies=config.copies)
         self._readers = JobReaders(self._files, wake)
-        self._writer = CheckpointWriter(wake, config.copies)
+        self._writer = CheckpointWriter(wake, config.copies, may_save)
         self.states = JobStates(trainer, self._files, parking, self._writer, keep=config.keep)
         self._owner_weight = owner_weight
         self._queue = FairQueue(owner_weight)
@@ -163,6 +157,18 @@ class Jobs:
         job = self.get(owner, id)
         if not job.final:
             raise StateInvalid(f"job {id} is {job.state}; cancel it first")
+        del self._jobs[id]
+
+    def release(self, owner: str, id: str, *, save: bool = True) -> None:
+        """Lets go of a job; created in another process with this id it goes on from its newest checkpoint.
+
+        save: that is its newest update; it is on its way while `states.is_writing`.  Raises NotFound, StateInvalid.
+        """
+        if (job := self.get(owner, id)).final:
+            raise StateInvalid(f"job {id} is {job.state}; nothing of it is left to do")
+        if save:
+            self.states.save(self._live[id])
+        self._let_go(self._live[id])
         del self._jobs[id]
 
     def adapter(self, owner: str, id: str) -> AdapterWeights:
@@ -409,7 +415,7 @@ class Jobs:
         p.step, p.cursor, p.tokens = report.step, tenant.stream.cursor, p.tokens + report.tokens
         p.skipped += not report.finite
         p.bad_steps = 0 if report.finite else p.bad_steps + 1
-        job.numbers |= _numbers(report, took_s)
+        job.numbers |= numbers_of(report, took_s)
         p.heldout_due = live.evaluates(report.step, tenant.status is TenantStatus.DONE)
         live.judgement = Judgement(report, took_s, EvaluationSums() if p.heldout_due else None)
         if p.heldout_due:
@@ -443,7 +449,7 @@ class Jobs:
     def _record(self, live: LiveJob, report: StepReport | None, heldout: Evaluation | None, took_s: float) -> None:
         """Notes a step, which no report tells of if an earlier process made it, and does what follows from it."""
         job, p, request = live.job, live.job.progress, live.job.request
-        data: dict[str, float] = {"step": p.step} if report is None else _numbers(report, took_s)
+        data: dict[str, float] = {"step": p.step} if report is None else numbers_of(report, took_s)
         if heldout is not None:
             data |= {"heldout_loss": heldout.nll, "heldout_accuracy": heldout.accuracy}
         job.numbers |= data
@@ -577,16 +583,14 @@ class Jobs:
     ) -> None:
         """The job ends and lets go of all it held."""
         job = live.job
+        self._let_go(live)
+        job.finished_s = self._clock()
+        job.move(state, message, level=level, code=code)
+        job.request = job.request.without_examples()
+
+    def _let_go(self, live: LiveJob) -> None:
+        request = live.job.request
         self._vacate(live, park=False)
         for key in (live.state_key, live.best_key):
             self._parking.discard(key)
-        job.finished_s = self._clock()
-        job.move(state, message, level=level, code=code)
-        del self._live[job.id], self._labels[job.request.owner, job.request.name]
-        job.request = job.request.without_examples()
-
-
-def _numbers(report: StepReport, took_s: float) -> dict[str, float]:
-    """What an event says of a step."""
-    data = {k: getattr(report, k) for k in ("step", "loss", "accuracy", "lr", "grad_norm", "tokens")}
-    return data | {"tokens_per_s": report.tokens / took_s}
+        del self._live[live.job.id], self._labels[request.owner, request.name]

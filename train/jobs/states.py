@@ -171,6 +171,10 @@ class JobStates:
         """Whether a job has checkpoints.  Reads the disk, of any thread.  Raises StorageFailed, Unavailable."""
         return bool(self._files.steps(job_id))
 
+    def is_writing(self, job_id: str) -> bool:
+        """Whether a checkpoint of a job is on its way to the disk.  Of any thread."""
+        return self._writer.is_busy(job_id)
+
     def stored(self) -> set[str]:
         """Ids of all jobs that have checkpoints.  Of any thread."""
         if self._files.states is None:
