@@ -15,7 +15,7 @@ def drain(name: str) -> None:
     from serve.cluster.ray_servers import RayServers
 
     ray.get(RayServers().keeper()._actor.drain_trainer.remote(name))
-    print(f"{name} is drained", flush=True)
+    print(f"{name} is drained", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

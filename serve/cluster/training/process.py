@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
@@ -53,7 +54,8 @@ class TrainerProcess:
         with contextlib.ExitStack() as stack:
             stack.enter_context(logging_to(as_json=config.log == "json", level=config.log_level))
             LOG.info("this process trains, as %s", name)
-            terms = _terms(carrier)
+            with ThreadPoolExecutor(1) as elsewhere:  # calls of a carrier wait, which an event loop's thread must not
+                terms = elsewhere.submit(_terms, carrier).result()
             training, progress = terms.training, Progress(Lines(LOG.info))
             found, sized = planned(config, LOG.info)
             with memory_errors(f"training over {found.name}", SIZE_KEYS):
