@@ -29,12 +29,15 @@ SCALING = ScalingSection(start_s=3, held=2)
 def front(*, scaling: ScalingSection = SCALING, may_rest: bool = True, keeper: LocalPeer | None = None):
     """(the app before no replica yet, its peers)."""
     peers = Peers(Router(RouterSection()), scaling=scaling, may_rest=may_rest)
-    peers.trainer = keeper
+    peers.keeper = keeper
 
     async def keep(data):
         raise AssertionError("no body is that large")
 
-    relay = Relay(peers, base_name=BASE, default_max_tokens=64, keep=keep)
+    async def find(model):
+        raise AssertionError("no model is named by an id")
+
+    relay = Relay(peers, base_name=BASE, default_max_tokens=64, keep=keep, find=find)
     return Gate(relay, CONFIG, ErrorShapes({API: gradient_response})), peers
 
 
