@@ -42,8 +42,8 @@ lanes = 2
 lane_tokens = 32
 publish_every = 4
 [cluster]
-trainers = 0
 replicas = 2
+trainers = 0
 """
 
 

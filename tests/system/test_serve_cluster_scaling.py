@@ -28,14 +28,15 @@ pytestmark = [
 ]
 MODEL = tiny_path("tiny-llama-tied")
 IDLE_S = 8
-SCALING = f"""0
+SCALING = f"""
 most_replicas = 2
 [cluster.scaling]
 waiting_tokens = 8
 rise_s = 1
 idle_s = {IDLE_S}
 start_s = 110
-held = 8"""
+held = 8
+"""
 BODY = {"model": "tiny-llama-tied", "prompt": [5, 9, 20], "max_tokens": 6, "temperature": 0}
 
 
@@ -84,7 +85,7 @@ class Asking:
 
 @pytest.fixture(scope="module")
 def up(tmp_path_factory) -> Iterator[Running]:
-    with running("up", tmp_path_factory.mktemp("scaling"), MODEL, replicas=SCALING) as up:
+    with running("up", tmp_path_factory.mktemp("scaling"), MODEL, more=SCALING, replicas=0) as up:
         yield up
         assert up.stop() == 0
 

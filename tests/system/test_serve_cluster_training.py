@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import openai
@@ -19,6 +20,13 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra `ray`"),
 ]
 MODEL = tiny_path("tiny-llama-tied")
+BY_LOAD = """
+most_trainers = 2
+[cluster.scaling]
+waiting_jobs = 1
+job_wait_s = 1
+idle_s = 5
+"""
 STEPS, JOBS = 200, 4
 HOW = {"lora": {"r": 2}, "max_steps": STEPS, "checkpoint_every": 25, "learning_rate": 0.01}
 
@@ -56,14 +64,32 @@ def result_of(folder: Path, client: openai.OpenAI, id: str, seed: int) -> dict[s
     return found
 
 
-def test_killed_and_drained_trainers_change_no_result(tmp_path):
-    alone, together = tmp_path / "alone", tmp_path / "together"
-    alone.mkdir()
-    together.mkdir()
+@pytest.fixture(scope="module")
+def wanted(tmp_path_factory) -> list[dict[str, bytes]]:
+    """What the jobs make on one server."""
+    alone = tmp_path_factory.mktemp("alone")
     with running("serve", alone, MODEL) as one, client_of(one.url) as client:
-        wanted = [result_of(alone, client, begun(client, alone, seed), seed) for seed in range(JOBS)]
+        made = [result_of(alone, client, begun(client, alone, seed), seed) for seed in range(JOBS)]
         assert one.stop() == 0
-    assert all(one != other for n, one in enumerate(wanted) for other in wanted[:n])
+    assert all(one != other for n, one in enumerate(made) for other in made[:n])
+    return made
+
+
+def test_trainers_come_by_the_line_and_go(tmp_path, wanted):
+    """From none to two and back; jobs that waited at the keeper move, and end as on one server."""
+    with running("up", tmp_path, MODEL, more=BY_LOAD, replicas=1) as up, client_of(up.url) as client:
+        assert up.pids("trains") == []
+        ids = [begun(client, tmp_path, seed) for seed in range(JOBS)]
+        began = time.monotonic()
+        until(lambda: len(up.pids("trains")) == 2, 120)
+        print(f"two trainers were there after {time.monotonic() - began:.1f} s")
+        assert [result_of(tmp_path, client, id, seed) for seed, id in enumerate(ids)] == wanted
+        until(lambda: not up.pids("trains"), 120)
+        assert up.stop() == 0
+
+
+def test_killed_and_drained_trainers_change_no_result(tmp_path, wanted):
+    together = tmp_path
     program = (up_child.__file__, "trainer-1")
     with running("up", together, MODEL, program=program, replicas=1, trainers=2) as up, client_of(up.url) as client:
         ids = [begun(client, together, seed) for seed in range(JOBS)]
