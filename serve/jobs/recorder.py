@@ -12,7 +12,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from typing import cast
 
@@ -72,6 +72,16 @@ class JobRecorder:
     def job_published(self, published: Published) -> None:
         """A version that it has made."""
         self._changes.put((published.job_id, published))
+
+    def add_steps(self, news: JobNews) -> None:
+        """Stores the steps that somebody made of a job; where it stands is for another to say."""
+
+        def work() -> None:
+            record = self._records.get(news.job.id)
+            if record is not None and (steps := [event for event in news.events if event.kind == "step"]):
+                self._store(record, _told(record, steps), [])
+
+        self._changes.put((news.job.id, work))
 
     def change(self, id: str, change: Callable[[JobRecord], JobRecord], *events: NewEvent) -> None:
         """Stores another record of a job, and events, after all that was told before.  Returns when it is tried."""
@@ -177,7 +187,6 @@ class JobRecorder:
         if any(event.kind == "checkpoint" for event in news.events):
             progress[DEATHS] = 0
         stopped = job.state in (JobStatus.FAILED, JobStatus.PAUSED) and job.code is not None
-        plan = record.resolved.plan
         self._store(
             replace(
                 record,
@@ -187,7 +196,7 @@ class JobRecorder:
                 progress=progress,
                 error={"code": job.code, "message": job.reason, "param": None} if stopped else None,
             ),
-            [told(event, None if plan is None else plan.total_steps) for event in news.events],
+            _told(record, news.events),
             [],
         )
 
@@ -248,6 +257,11 @@ def renamed(numbers: object) -> JsonObject:
     """A step's numbers under OpenAI's names."""
     assert isinstance(numbers, dict)
     return {NAMES[k]: v for k, v in numbers.items() if k in NAMES}
+
+
+def _told(record: JobRecord, events: Iterable[JobEvent]) -> list[NewEvent]:
+    plan = record.resolved.plan
+    return [told(event, None if plan is None else plan.total_steps) for event in events]
 
 
 def told(event: JobEvent, total_steps: int | None) -> NewEvent:

@@ -39,7 +39,7 @@ from serve.cluster.training.messages import (
 from serve.cluster.training.placement import Place, PlacedJob, Slots, decide
 from serve.cluster.training.report import TrainingReport
 from serve.db.models import JsonObject, NewEvent
-from serve.jobs.live_jobs import Published
+from serve.jobs.live_jobs import JobNews, Published
 from serve.jobs.places import OwnPlace
 from serve.server.build_jobs import JobHost
 from train.jobs.job import JobRequest
@@ -107,7 +107,8 @@ class TrainingGroup:
         self._own_slots = tuple(Slots(count=bucket.slots, rank=bucket.rank) for bucket in buckets)
         self._jobs: dict[str, _Job] = {}
         self._trainers: dict[str, _Trainer] = {}
-        self._strangers: dict[str, float] = {}  # trainers of an earlier keeper → when they were last heard
+        # Trainers of an earlier keeper → when they were last heard, and the newest thing that they said.
+        self._strangers: dict[str, tuple[float, int]] = {}
         self._awaited: set[int] = set()  # orders of which somebody waits for the answer
         self._answers: dict[int, JaxLoraError | None] = {}  # to these
         self._failed: list[tuple[str, Exception]] = []  # to be stored
@@ -268,11 +269,16 @@ class TrainingGroup:
             )
 
     def _estranged(self, contact: Contact, now_s: float) -> Orders:
-        """Answers a trainer of an earlier keeper, or a new one: what it says is not believed, and it is to let go of all."""
-        self._strangers[contact.trainer] = now_s
+        """Answers a trainer of an earlier keeper, or a new one: it is to let go of all."""
+        _, heard = self._strangers.get(contact.trainer, (now_s, 0))
+        for told in contact.said:
+            if told.seq > heard:
+                heard = told.seq
+                self._hear_of_the_past(told.what)
+        self._strangers[contact.trainer] = now_s, heard
         return Orders(
             epoch=self.epoch,
-            heard=max((told.seq for told in contact.said), default=0),
+            heard=heard,
             orders=(),
             drop=frozenset(contact.holds if self._is_settled else ()),
             weights={},
@@ -321,7 +327,7 @@ class TrainingGroup:
             return
         job = self._jobs.get(what.id)
         if job is None or not self._has(trainer.name, what.id, what.lease):
-            LOG.info("job %s: %s says what is not believed any more", what.id, trainer.name)
+            self._hear_of_the_past(what)
         elif isinstance(what.what, Published):
             if what.what.checkpoint:
                 job.kept.add(what.what.ref.version)
@@ -332,6 +338,11 @@ class TrainingGroup:
             if news.job.state is JobStatus.VALIDATING_FILES:  # the keeper has read its files before: it waits
                 news = replace(news, job=replace(news.job, state=JobStatus.QUEUED))
             self._recorder.job_changed(news)
+
+    def _hear_of_the_past(self, what: Answer | JobSaid) -> None:
+        """Keeps the steps of what a trainer says of a job that is not its own any more; its checkpoint may hold them."""
+        if isinstance(what, JobSaid) and isinstance(what.what, JobNews):
+            self._recorder.add_steps(what.what)
 
     def _has(self, trainer: str, id: str, lease: Lease) -> bool:
         """Whether a lease is the present one of a job, and this trainer's."""
@@ -461,7 +472,7 @@ class TrainingGroup:
     def _settled(self) -> bool:
         """Whether no trainer of an earlier keeper can hold a job any more."""
         if not self._is_settled:
-            names, heard_s = self._names, max([self._began_s, *self._strangers.values()])
+            names, heard_s = self._names, max([self._began_s, *(heard_s for heard_s, _ in self._strangers.values())])
             joined = names is not None and all(n in self._trainers for n in names if n.startswith(TRAINER))
             self._is_settled = joined or self._clock() - heard_s > LEASE_S + MARGIN_S
         return self._is_settled

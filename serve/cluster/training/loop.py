@@ -16,7 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jaxlora.core.errors import JaxLoraError, NotFound, StateInvalid, Unavailable
 from jaxlora.core.lora import AdapterRef, AdapterWeights, LoraSpec
@@ -141,7 +141,7 @@ class TrainerLoop:
         return held is not None and held.is_valid and not self._is_lapsed
 
     def _drop(self, ids: Iterable[str]) -> None:
-        """Stops the work for jobs without saving it, and without a word."""
+        """Stops the work for jobs without saving it, and tells nothing of them but steps."""
         for id in ids:
             held = self._held.get(id)
             if held is None or not held.is_valid:
@@ -150,7 +150,11 @@ class TrainerLoop:
             LOG.warning("job %s: this trainer has no lease of it any more", id)
             with contextlib.suppress(NotFound, StateInvalid):  # it has ended
                 self.live.release(held.owner, id, save=False)
-        self._pending = [what for what in self._pending if isinstance(what, Answer) or self._is_valid(what.id)]
+        self._pending = [
+            what
+            for what in self._pending
+            if isinstance(what, Answer) or self._is_valid(what.id) or _is_of_running(what.what)
+        ]
 
     def _is_valid(self, id: str) -> bool:
         return id in self._held and self._held[id].is_valid
@@ -225,7 +229,7 @@ class TrainerLoop:
         if orders.epoch > self._epoch:
             self._release_all()
             self._hand_over()
-            if not self._held:
+            if not self._held and not self._outbox:
                 self._epoch, self._ordered = orders.epoch, 0
             return
         self._weights, self._full = orders.weights, orders.full
@@ -267,7 +271,7 @@ class TrainerLoop:
     # ---- what LiveJobs tells --------------------------------------------------------------------------------------
 
     def job_changed(self, news: JobNews) -> None:
-        """Takes note of it, unless the job is another's by now."""
+        """Takes note of it; of a job that is another's by now only of steps."""
         self._tell(news.job.id, news)
 
     def job_published(self, published: Published) -> None:
@@ -275,8 +279,14 @@ class TrainerLoop:
         self._tell(published.job_id, published)
 
     def _tell(self, id: str, what: JobNews | Published) -> None:
-        if self._is_valid(id):
-            self._pending.append(JobSaid(lease=self._held[id].lease, id=id, what=what))
+        if (held := self._held.get(id)) is None:
+            return
+        if not held.is_valid:  # its steps are all that may be told of it
+            if not isinstance(what, JobNews):
+                return
+            job = replace(what.job, state=JobStatus.RUNNING, code=None, reason=None, finished_s=None)
+            what = JobNews(job=job, events=tuple(event for event in what.events if event.kind == "step"))
+        self._pending.append(JobSaid(lease=held.lease, id=id, what=what))
 
     def publish(
         self,
@@ -413,6 +423,10 @@ class FarShelf:
         read_finite(rows)
         weights = adapter_of_rows(rows, spec, self._loop.live.jobs.trainer.base_hash)
         return self._loop.publish(tenant, name, weights, keep=keep, spare=spare, learned_s=learned_s)
+
+
+def _is_of_running(what: JobNews | Published) -> bool:
+    return isinstance(what, JobNews) and what.job.state is JobStatus.RUNNING
 
 
 def _ended(what: Answer | JobSaid) -> str | None:
