@@ -276,8 +276,10 @@ def test_a_keeper_that_starts_again_has_all_jobs_released_before_it_places_them(
         for id in ids:
             done = wait_for(it.client, id, "succeeded")
             assert it.bytes_of(done) == alone
-            told = steps_told(it, id)
-            assert sorted(set(told)) == list(range(1, STEPS + 1))
+            told = set(steps_told(it, id))
+            assert max(told) == STEPS
+            if id in held[far[0].name]:  # the other could not tell what it did last
+                assert told == set(range(1, STEPS + 1))
         far[1].wire.is_cut = False
         until(lambda: len(it.group.report().trainers) == 2)
         for one in far:
