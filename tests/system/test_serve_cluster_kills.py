@@ -24,7 +24,7 @@ from cluster_world import Running, running, until
 from small_world import tiny_path
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.soak,
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra `ray`"),
 ]
 MODEL = tiny_path("tiny-llama-tied")

@@ -15,7 +15,7 @@ from cluster_world import CONFIG
 from small_world import tiny_path
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.soak,
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra `ray`"),
 ]
 CHILD = Path(__file__).parents[1] / "support/residence_child.py"

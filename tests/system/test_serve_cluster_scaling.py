@@ -23,7 +23,7 @@ from small_world import tiny_path
 from test_house_kill import STEPS, finished, job_of
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.soak,
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra `ray`"),
 ]
 MODEL = tiny_path("tiny-llama-tied")
