@@ -109,7 +109,7 @@ def test_each_pod_of_the_group_holds_one_server_and_all_have_a_place(settings):
     cluster = settings.cluster
     assert float(group()["rayStartParams"]["num-cpus"]) == cluster.cpus
     assert group()["replicas"] == group()["minReplicas"] == 0
-    assert group()["maxReplicas"] >= cluster.replicas + 1
+    assert group()["maxReplicas"] >= cluster.server_limit > 1 + cluster.replicas + cluster.trainers
     assert ray()["enableInTreeAutoscaling"] is True
     assert ray()["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
     assert " --num-cpus 0 " in front()["args"][0]

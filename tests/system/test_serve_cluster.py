@@ -19,7 +19,7 @@ import httpx2
 import openai
 import pytest
 from adapters_world import answer, seeded, upload, zip_of
-from cluster_world import running, until
+from cluster_world import CONFIG, running, until
 from small_world import tiny_path
 from test_house_kill import STEPS, finished, job_of
 
@@ -316,6 +316,14 @@ def up_on(folder: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "serve.cli.main", "up", str(folder / "serve.toml")]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=environment)
+
+
+def test_trainers_and_object_storage_are_refused_together(tmp_path):
+    (tmp_path / "serve.toml").write_text(
+        CONFIG.format(model=MODEL) + 'most_trainers = 1\n[blobs]\nurl = "s3://bucket/x"\n'
+    )
+    refused = up_on(tmp_path)
+    assert (refused.returncode, "leave out [blobs]" in refused.stderr) == (2, True)
 
 
 def test_adapters_in_object_storage(tmp_path):
