@@ -30,6 +30,7 @@ LOG = logging.getLogger("serve")
 NAMESPACE = "jaxlora"
 STORE_BYTES = 2**28  # of shared memory, for parts of large bodies; what does not fit lies in files
 CALLS = 4096  # at once, to one actor
+PARTS_AHEAD = 16  # of an answer of the keeper, that its client has not read yet
 PROBE_S = 2.0  # for Ray's head to take a connection
 HEARS_S = 5.0  # a keeper that has not answered a trainer for so long is asked again
 
@@ -106,7 +107,7 @@ class RayServers:
     def peer(self, name: str) -> RayPeer:
         """Returns the actor that has this name now.  Raises PeerGone."""
         try:
-            return RayPeer(ray.get_actor(name))
+            return RayPeer(ray.get_actor(name), is_bounded=name.startswith(f"{KEEPER}."))
         except (ValueError, RayError) as error:
             raise PeerGone(f"{name} is not there") from error
 
@@ -130,9 +131,11 @@ class RayServers:
 class RayPeer:
     """A `Replica` in another process."""
 
-    def __init__(self, actor: ActorHandle):
+    def __init__(self, actor: ActorHandle, *, is_bounded: bool):
+        """is_bounded: whether it waits for a client that reads slowly, as files are large; that costs a call for each part."""
         self._actor = actor
-        self._answer = actor.answer.options(num_returns="streaming")
+        ahead = {"_generator_backpressure_num_objects": PARTS_AHEAD} if is_bounded else {}
+        self._answer = actor.answer.options(num_returns="streaming", **ahead)
 
     async def answer(self, scope: Scope, body: Sequence[Chunk]) -> AsyncGenerator[list[Message]]:
         """Yields the messages of its answer; see `Peer`."""

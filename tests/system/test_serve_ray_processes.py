@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib.util
 import os
@@ -37,6 +38,17 @@ def actor_class():
 
         async def double(self, text: str) -> str:
             return 2 * text
+
+        async def answer(self, scope: dict, body: list):
+            import asyncio
+
+            for part in range(300):
+                self.parts = part + 1
+                yield [{"type": "http.response.body", "body": b"x" * 1000, "more_body": True}]
+                await asyncio.sleep(0)
+
+        async def made(self) -> int:
+            return self.parts
 
         async def never(self) -> None:
             import asyncio
@@ -111,6 +123,25 @@ def test_a_call_is_looked_at_without_waiting(cluster):
     process.kill()
     with pytest.raises(PeerGone):
         until(call.done, 30)
+
+
+def test_the_keeper_waits_for_a_client_that_does_not_read(cluster):
+    from serve.cluster.ray_servers import PARTS_AHEAD, RayServers
+
+    keeper = start(cluster, "keeper")
+    life(keeper, Life.READY)
+
+    async def read() -> tuple[int, int]:
+        (name,) = [name for name in RayServers().names() if name.startswith("keeper.")]
+        answer = RayServers().peer(name).answer({}, [b""])
+        await anext(answer)
+        await asyncio.sleep(1)
+        ahead = keeper.call("made")
+        return ahead, 1 + len([part async for part in answer])
+
+    ahead, parts = asyncio.run(read())
+    assert (ahead <= PARTS_AHEAD + 4, parts) == (True, 300)
+    keeper.kill()
 
 
 def test_after_its_head_was_killed_all_of_it_ends_and_another_one_starts(cluster):
