@@ -1,4 +1,4 @@
-"""Twenty kills of a replica, the keeper and the front in turn, under a mixed load: nothing accepted is lost, nothing is wrong."""
+"""Twenty kills of a replica, the keeper, a trainer, the front and Ray's head in turn, under a mixed load: nothing accepted is lost, nothing is wrong."""
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ import pytest
 from adapters_world import answer, seeded, upload, zip_of
 from cluster_world import Running, running, until
 from small_world import tiny_path
+from test_serve_cluster_scaling import heads
 
 pytestmark = [
     pytest.mark.soak,
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra `ray`"),
 ]
 MODEL = tiny_path("tiny-llama-tied")
-KINDS = {"reads": 2, "writes": 1, "answers": 1}  # processes of each, as their logs name them
+HEAD = "Ray's head"
+KINDS = {"reads": 2, "writes": 1, "trains": 1, "answers": 1, HEAD: 1}  # processes of each, as their logs name them
 KILLS = 20
 PAUSE_S = 0.1  # before a thread asks again: whoever starts again needs processors, too
 HANGS_S = 60.0  # no request may take longer
@@ -166,7 +168,7 @@ class Load:
                 assert one.whole or one.error, f"a stream was cut without a word after {one.text!r}"
 
 
-def patiently(ask: Callable[[], httpx2.Response], within_s: float = 150.0) -> httpx2.Response:
+def patiently(ask: Callable[[], httpx2.Response], within_s: float = 240.0) -> httpx2.Response:
     """The answer, asked for again as long as the error says so."""
     ends = time.monotonic() + within_s
     while True:
@@ -193,7 +195,7 @@ def trained(client: httpx2.Client, name: str) -> bytes:
     key = {"Idempotency-Key": name}
     job = patiently(lambda: client.post("/v1/fine_tuning/jobs", json=body, headers=key)).json()
     path = f"/v1/fine_tuning/jobs/{job['id']}"
-    ends = time.monotonic() + 240
+    ends = time.monotonic() + 480
     while (job := patiently(lambda: client.get(path)).json())["status"] != "succeeded":
         assert time.monotonic() < ends, job
         if job["status"] == "paused":  # it ran at three deaths of the keeper
@@ -211,7 +213,7 @@ def trained(client: httpx2.Client, name: str) -> bytes:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    with running("up", tmp_path_factory.mktemp("kills"), MODEL) as up:
+    with running("up", tmp_path_factory.mktemp("kills"), MODEL, trainers=1) as up:
         yield up
 
 
@@ -221,14 +223,25 @@ def client(cluster):
         yield client
 
 
+def pids(cluster: Running, kind: str) -> list[int]:
+    """The processes of a kind."""
+    return heads(cluster.below()) if kind == HEAD else cluster.pids(kind)
+
+
 def ready(cluster: Running, load: Load, kind: str) -> bool:
     """Whether the processes of a kind do again what they are for."""
-    if len(cluster.pids(kind)) != KINDS[kind]:
+    if len(pids(cluster, kind)) != KINDS[kind]:
+        return False
+    if kind == "trains":
+        return True
+    if kind == HEAD and not all(ready(cluster, load, other) for other in KINDS if other != HEAD):
         return False
     if kind == "reads":
         log = cluster.log.read_text()
         return all(re.search(rf"pid={pid}\).* serving programs in float32: ", log) for pid in cluster.pids(kind))
-    return load.newest > load.at_kill if kind == "writes" else load.right > load.at_kill_right
+    if kind == "writes":
+        return load.newest > load.at_kill
+    return load.right > load.at_kill_right
 
 
 def test_nothing_accepted_is_lost_and_nothing_is_wrong(cluster, client):
@@ -251,12 +264,15 @@ def test_nothing_accepted_is_lost_and_nothing_is_wrong(cluster, client):
 
         for kind in itertools.islice(itertools.cycle(KINDS), KILLS):
             wait_for(kind)
-            before = load.right
+            before, seen = load.right, len(cluster.log.read_text())
             until(lambda before=before: load.wrong or load.right >= before + 10, 90)
             time.sleep(draw.uniform(0, 1))
-            os.kill(draw.choice(cluster.pids(kind)), signal.SIGKILL)
+            os.kill(draw.choice(pids(cluster, kind)), signal.SIGKILL)
             load.at_kill, load.at_kill_right, at[kind] = load.newest, load.right, time.monotonic()
             killed[kind] += 1
+            if kind == HEAD:  # all end with it, five seconds later
+                until(lambda seen=seen: load.wrong or "all servers are started" in cluster.log.read_text()[seen:], 120)
+                wait_for(kind)
         for kind in KINDS:
             wait_for(kind)
     assert not load.wrong
