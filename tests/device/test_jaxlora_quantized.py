@@ -63,8 +63,15 @@ def test_logits_are_those_of_rounded_weights(name):
     assert np.abs(full - want).max() > 5 * np.abs(got - want).max()  # the rounding is what changes something
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "tied"),
+    [
+        ("float32", True),
+        ("bfloat16", False),
+        pytest.param("float32", False, marks=pytest.mark.slow),
+        pytest.param("bfloat16", True, marks=pytest.mark.slow),
+    ],
+)
 def test_adapters_get_the_gradient_of_rounded_weights(dtype, tied):
     source, mesh = RandomSource(replace(RandomSource().config, tied=tied)), make_mesh()
     found = []

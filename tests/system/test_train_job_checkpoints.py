@@ -42,7 +42,7 @@ def finish(folder: Path, asked, job_id: str, **config) -> tuple[dict[str, bytes]
 # in one process
 
 
-@pytest.mark.parametrize("stopped_at", [1, 4, 6])
+@pytest.mark.parametrize("stopped_at", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 6))])
 def test_a_job_created_again_goes_on_from_its_newest_checkpoint(tmp_path, stopped_at):
     asked = request(1, steps=8, checkpoint_every=2, heldout=examples(2, 2), evaluate_every=1, keep_best=True)
     whole, _ = finish(tmp_path / "whole", asked, "job")
