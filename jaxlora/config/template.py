@@ -47,6 +47,8 @@ EXAMPLES: dict[str, object] = {
     "max_rank": 32,
     "max_waiting_tokens": 131_072,
     "memory_gb": 8.0,
+    "most_replicas": 4,
+    "most_trainers": 2,
     "name": "support",
     "open_requests": 64,
     "otel_endpoint": "http://127.0.0.1:4318",

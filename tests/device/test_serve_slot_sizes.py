@@ -182,8 +182,8 @@ def test_a_follower_keeps_the_kv_of_older_versions(world, sizes):
 
 
 @pytest.fixture(scope="module")
-def warm(world) -> Iterator[tuple[DeviceThread, list]]:
-    """A runner, stepped by hand, and rows that a trainer would publish; nothing compiles from here on.
+def warmed(world) -> tuple[DeviceThread, list]:
+    """A runner, stepped by hand, and rows that a trainer would publish.
 
     In bfloat16, so that a slot's own rows are not of the dtype of those that are read or published.
     """
@@ -203,8 +203,14 @@ def warm(world) -> Iterator[tuple[DeviceThread, list]]:
     assert engine.size == engine.sizes[1]
     assert engine.resizes == 0
     runner = DeviceThread(engine, base_name=BASE)
+    return runner, [(a.ref, r) for a, r in zip(adapters, rows, strict=True)]
+
+
+@pytest.fixture
+def warm(warmed) -> Iterator[tuple[DeviceThread, list]]:
+    """The same; nothing compiles while it is used."""
     with CompileCounter() as counter:
-        yield runner, [(a.ref, r) for a, r in zip(adapters, rows, strict=True)]
+        yield warmed
     assert not counter.retraced, counter
 
 

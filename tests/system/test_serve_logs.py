@@ -181,6 +181,9 @@ def test_people_read_lines_without_colour_codes_in_a_file(http):
     stream = io.StringIO()
     with logging_to(stream, as_json=False):
         http.get("/v1/models")
+        deadline = time.monotonic() + 10
+        while "answered" not in stream.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.01)  # the line is written after the answer
         logging.getLogger("jaxlora").warning("adapter %s: odd", "bot")
     first, second = stream.getvalue().splitlines()
     assert "\x1b" not in first
