@@ -85,8 +85,9 @@ class Blobs:
         self.epoch = 0  # of the lease: objects that are written again under their name have it in the name
         if reads:
             self.may_write = refuse
+            return
         try:
-            self.list("probe/") if reads else self._probe()
+            self._probe()
         except NotFound as error:
             raise ConfigInvalid(f"blobs.url: {url}: there is no such bucket; make it", param="blobs.url") from error
 

@@ -12,9 +12,10 @@ from store_world import LARGE, put, same
 from jaxlora.core.errors import ConfigInvalid, NotFound, StateInvalid
 from jaxlora.storage.adapter_store import AdapterStore
 from jaxlora.storage.disk_cache import DiskCopies
+from jaxlora.storage.followed_adapters import FollowedVersions
 from jaxlora.storage.lease import Lease
 from jaxlora.storage.object_store import Blobs
-from jaxlora.storage.remote_adapters import RemoteVersions
+from jaxlora.storage.remote_adapters import CHANGES, RemoteVersions
 
 pytestmark = pytest.mark.s3
 
@@ -77,6 +78,32 @@ def test_another_machine_has_what_one_stored(url, tmp_path):
             assert store.list(None) == [adapters[1].ref]
             assert all(same(store.get(a.ref), a) for a in adapters[:2])
         store.close()
+
+
+def test_another_process_follows_what_one_stores(url, tmp_path):
+    store = AdapterStore(
+        tmp_path / "one", host_bytes=LARGE, remote=RemoteVersions(Blobs(url, timeout_s=20), DiskCopies(None))
+    )
+    first = put(store)
+    store.flush()
+    blobs = Blobs(url, timeout_s=20, reads=True)
+    reader = AdapterStore(
+        tmp_path / "two", host_bytes=LARGE, remote=FollowedVersions(blobs, DiskCopies(None)), reads=True
+    )
+    version = blobs.get_with_version(CHANGES)[1]
+    assert blobs.get_if_changed(CHANGES, version) is None
+    assert same(reader.get(first.ref), first)
+    second = put(store)
+    store.flush()
+    assert reader.take_news() == [second.ref]
+    assert same(reader.get(second.ref), second)
+    store.delete("acme", "bot")
+    store.flush()
+    assert (reader.take_news(), reader.list(None)) == ([], [])
+    with pytest.raises(StateInvalid, match="only read here"):
+        blobs.put_bytes(CHANGES, b"")
+    reader.close()
+    store.close()
 
 
 def test_one_server_at_a_time(url, tmp_path, monkeypatch):
