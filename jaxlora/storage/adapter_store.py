@@ -2,7 +2,8 @@
 
     put ──▶ RAM (pinned) ──background──▶ disk        get ◀── RAM, which evicts the least recently used ◀── disk
 
-One process writes; others may read the same folder and see what is on its disk, at their next question.  A version never changes and its number is never reused, not even after a delete or a restart.
+One process writes; others may read the same folder and see what is on its disk, at their next question.  A version never
+changes and its number is never reused, not even after a delete or a restart.
 
 version_files.py implements the disk and the object storage behind it.
 

@@ -68,8 +68,9 @@ class Blobs:
     def __init__(self, url: str, *, timeout_s: float, store: ObjectStore | None = None, reads: bool = False):
         """timeout_s: of one attempt, besides the time its bytes take.  store: the store of the URL; None: opens it.
 
-        Writes, replaces, lists and removes an object, unless it is only to read, and then refuses to write.  Raises ConfigInvalid for an URL that obstore does not open,
-        StorageAway when it does not respond, StorageFailed when it may not be written or excludes no second writer.
+        Writes, replaces, lists and removes an object.  reads: does not, and refuses to write.  Raises ConfigInvalid for an
+        URL that obstore does not open, StorageAway when it does not respond, StorageFailed when it may not be written or
+        excludes no second writer.
         """
         self.url, self._timeout_s = url, timeout_s
         try:

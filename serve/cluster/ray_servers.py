@@ -82,7 +82,8 @@ class RayCluster:
     ) -> RayProcess:
         """Begins to make an actor of this class with these arguments.
 
-        calls: that it takes at once.  here: whether it must be on the machine that `jaxlora up` runs on.  It is SERVER.1, SERVER.2 and so on, as Ray keeps the name of one that has ended.
+        calls: that it takes at once.  here: whether it must be on the machine that `jaxlora up` runs on.  It is SERVER.1,
+        SERVER.2 and so on, as Ray keeps the name of one that has ended.
         """
         self._started[server] += 1
         name = f"{server}.{self._started[server]}"

@@ -50,8 +50,8 @@ class Replica:
     def __init__(self, config: ServeConfig, folder: Path, reads: bool, processes: Callable[[], Collection[str]]):
         """Builds the server and compiles its programs.  folder: that relative paths of the settings begin from.
 
-        reads: whether another one writes, which has started before.  processes: names of those of the cluster.  Raises what a start of `jaxlora serve` raises, and
-        StateInvalid where there is nothing to read yet.
+        reads: whether another one writes, which has started before.  processes: names of those of the cluster.  Raises what a
+        start of `jaxlora serve` raises, and StateInvalid where there is nothing to read yet.
         """
         os.umask(PRIVATE)
         os.chdir(folder)

@@ -1,4 +1,4 @@
-"""Twenty kills of a replica, the keeper, a trainer, the front and Ray's head in turn, under a mixed load: nothing accepted is lost, nothing is wrong."""
+"""Twenty kills of each kind of process in turn, Ray's head among them, under a mixed load: nothing is lost or wrong."""
 
 from __future__ import annotations
 
