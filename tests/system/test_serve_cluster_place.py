@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 
 import pytest
+from ray_world import ray_environment
 
 pytestmark = [
     pytest.mark.slow,
@@ -12,32 +13,34 @@ pytestmark = [
 ]
 
 
-class Where:
-    """Tells on which node it is."""
+def where_class():
+    """A class that is pickled as a whole, as workers cannot import a test's modules."""
 
-    def node(self):
-        import ray
+    class Where:
+        def node(self):
+            import ray
 
-        return ray.get_runtime_context().get_node_id()
+            return ray.get_runtime_context().get_node_id()
+
+    return Where
 
 
 @pytest.fixture
-def nodes(monkeypatch):
+def nodes():
     """The identifiers of this process's node and of another one."""
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    import ray
-    from ray.cluster_utils import Cluster
+    with ray_environment():
+        import ray
+        from ray.cluster_utils import Cluster
 
-    options = {"num_cpus": 1, "object_store_memory": 2**27}
-    cluster = Cluster(initialize_head=True, head_node_args=options | {"include_dashboard": False})
-    try:
-        other = cluster.add_node(**options)
-        ray.init(cluster.address, namespace="jaxlora")
-        yield ray.get_runtime_context().get_node_id(), other.node_id
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
+        options = {"num_cpus": 1, "object_store_memory": 2**27}
+        cluster = Cluster(initialize_head=True, head_node_args=options | {"include_dashboard": False})
+        try:
+            other = cluster.add_node(**options)
+            ray.init(cluster.address, namespace="jaxlora")
+            yield ray.get_runtime_context().get_node_id(), other.node_id
+        finally:
+            ray.shutdown()
+            cluster.shutdown()
 
 
 def test_what_must_be_here_is_here_though_another_node_is_free(nodes):
@@ -46,12 +49,12 @@ def test_what_must_be_here_is_here_though_another_node_is_free(nodes):
 
     from serve.cluster.ray_servers import RayCluster
 
-    here, other = nodes
+    (here, other), where = nodes, where_class()
     assert here != other
-    away = ray.remote(Where).options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(other, soft=False))
+    away = ray.remote(where).options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(other, soft=False))
     assert ray.get(away.remote().node.remote()) == other
     cluster = RayCluster("joined by the fixture", cpus=0)
-    fronts = [cluster.start(f"front-{n}", Where, cpus=0, gpus=0, calls=1, here=True) for n in range(4)]
+    fronts = [cluster.start(f"front-{n}", where, cpus=0, gpus=0, calls=1, here=True) for n in range(4)]
     assert {front.call("node", within_s=60) for front in fronts} == {here}
-    servers = [cluster.start(f"server-{n}", Where, cpus=1, gpus=0, calls=1) for n in range(2)]
+    servers = [cluster.start(f"server-{n}", where, cpus=1, gpus=0, calls=1) for n in range(2)]
     assert {server.call("node", within_s=60) for server in servers} == {here, other}

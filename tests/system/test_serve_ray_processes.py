@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 from cluster_world import until
+from ray_world import ray_environment
 
 from serve.cluster.autoscaler import Wanted
 from serve.cluster.peer import PeerGone
-from serve.cluster.ray_environment import set_environment
 from serve.cluster.reconciler import Life
 
 pytestmark = [
@@ -63,10 +63,7 @@ def actor_class():
 
 @pytest.fixture(scope="module")
 def cluster():
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"):
-            patch.setenv(name, "")  # as it was at the end
-        set_environment(None)
+    with ray_environment():
         from serve.cluster.ray_servers import RayCluster
 
         with contextlib.closing(RayCluster(None, 8)) as cluster:
