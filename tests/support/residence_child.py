@@ -167,9 +167,11 @@ def main(folder: Path) -> None:
     with ExitStack() as stack:
         stack.enter_context(closing(ray))
         ray.open()
-        about = server(KEEPER, reads=False).call("about")
-        for one in [server(f"{REPLICA}{number}", reads=True) for number in range(REPLICAS)]:
-            one.call("about")
+        keeper = server(KEEPER, reads=False)  # Ray ends what nobody has a handle of
+        about = keeper.call("about")
+        replicas = [server(f"{REPLICA}{number}", reads=True) for number in range(REPLICAS)]
+        for replica in replicas:
+            replica.call("about")
         peers = [RayServers().peer(f"{REPLICA}{number}.1") for number in range(REPLICAS)]
         said = {"twice": {}, "asked": {}}
         for routing in (Ours, RoundRobin):
