@@ -49,7 +49,7 @@ def in_front(app):
     peers = Peers(Router(RouterSection()))
     for name in "abc":
         peers.report(name, AppPeer(app), IDLE)
-    peers.trainer = AppPeer(app)
+    peers.keeper = AppPeer(app)
 
     async def keep(data):
         async def part():

@@ -1,4 +1,4 @@
-"""`jaxlora up`: a front, two replicas and a trainer of this machine behind one address, with the same answers as one server."""
+"""`jaxlora up`: a front, two replicas and a keeper of this machine behind one address, with the same answers as one server."""
 
 from __future__ import annotations
 
@@ -238,9 +238,9 @@ def test_a_replica_that_is_killed_costs_no_answer(cluster, client, direct):
     print(f"{asking.right} right answers; a new replica began after {time.monotonic() - began:.1f} s")
 
 
-def test_answers_go_on_without_the_trainer_which_comes_back(cluster, client, direct):
-    (trainer,) = cluster.pids("writes")
-    os.kill(trainer, signal.SIGKILL)
+def test_answers_go_on_without_the_keeper_which_comes_back(cluster, client, direct):
+    (keeper,) = cluster.pids("writes")
+    os.kill(keeper, signal.SIGKILL)
     with Asking(cluster.url, direct[1]) as asking:
         refused = until(lambda: (r := client.get("/v1/files")).status_code != 200 and r, 10)
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
@@ -251,8 +251,8 @@ def test_answers_go_on_without_the_trainer_which_comes_back(cluster, client, dir
     assert answer(client, "later")
 
 
-def test_a_job_goes_on_after_the_trainer_was_killed(cluster, folder):
-    """Its client asks again as long as it is told to; its model is asked by the name that only the trainer knows."""
+def test_a_job_goes_on_after_the_keeper_was_killed(cluster, folder):
+    """Its client asks again as long as it is told to; its model is asked by the name that its job gave it."""
     with openai.OpenAI(base_url=cluster.url + "/v1", api_key="none", timeout=60, max_retries=60) as client:
         job = job_of(client, folder)
         until(lambda: client.fine_tuning.jobs.retrieve(job.id).status == "running", 60)

@@ -176,7 +176,7 @@ def test_one_that_starts_or_left_is_told_and_one_that_nobody_wants_is_not(cluste
     peers.known = {"replica-0", "replica-7"}
     peers.leave("replica-0", first)
     peers.leave("replica-0", first)  # is heard of twice
-    peers.leave("trainer", keeper)
+    peers.leave("keeper", keeper)
     samples = scrape(url)
     up = {"replica-0": 0, "replica-1": 1, "replica-7": 0, "keeper": 0}
     assert by_server(samples, "jaxlora:server_up") == up
