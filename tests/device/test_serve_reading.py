@@ -9,8 +9,6 @@ from dataclasses import replace
 import httpx2
 import pytest
 from fake_backend import serving
-from serve_world import MODEL
-from small_world import tiny_path
 from whole_world import bearer, joined, whole_config
 
 from jaxlora.checkpoints.load import Opened
@@ -31,15 +29,7 @@ pytest_plugins = ["serve_fixtures"]
 
 @pytest.fixture
 def opened(world) -> Opened:
-    return Opened(
-        name="tiny",
-        path=tiny_path(MODEL),
-        base=world.base,
-        base_hash=world.base_hash,
-        weights_hash="weights",
-        mesh=world.mesh,
-        tokenizer=world.tokenizer,
-    )
+    return world.opened("weights")
 
 
 @pytest.fixture

@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 
 import jax
 import numpy as np
+from small_world import tiny_path
 
+from jaxlora.checkpoints.load import Opened
 from jaxlora.core.lora import ALL_TARGETS, Adapter, AdapterRef, LoraSpec
 from jaxlora.core.model_config import ModelConfig, target_features
 from jaxlora.model.lora_pool import PoolSpec, Rows, empty_pool, host_rows, write_slot
@@ -150,6 +152,18 @@ class World:
     def engine(self, config: EngineConfig = CONFIG) -> Engine:
         """A fresh engine: nothing resident, nobody running."""
         return Engine(self.base, self.mesh, config, self.spec, self.store, self.tokenizer, self.base_hash)
+
+    def opened(self, weights_hash: str = "") -> Opened:
+        """The base as a server opens it."""
+        return Opened(
+            name="tiny",
+            path=tiny_path(MODEL),
+            base=self.base,
+            base_hash=self.base_hash,
+            weights_hash=weights_hash,
+            mesh=self.mesh,
+            tokenizer=self.tokenizer,
+        )
 
     def add(self, name: str, seed: int, rank: int = 3, targets: tuple[str, ...] = ALL_TARGETS, **changes) -> Adapter:
         """A new version in the store.  `changes` replace fields of the Adapter."""

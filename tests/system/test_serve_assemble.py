@@ -11,8 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from base_shapes import sized
-from serve_world import MODEL, World
-from small_world import tiny_path
+from serve_world import World
 
 from jaxlora.checkpoints.load import Opened
 from jaxlora.config.base import ModelSection
@@ -31,15 +30,7 @@ pytest_plugins = ["serve_fixtures"]
 
 @pytest.fixture
 def opened(world) -> Opened:
-    return Opened(
-        name="tiny",
-        path=tiny_path(MODEL),
-        base=world.base,
-        base_hash=world.base_hash,
-        weights_hash="",
-        mesh=world.mesh,
-        tokenizer=world.tokenizer,
-    )
+    return world.opened()
 
 
 @pytest.fixture
