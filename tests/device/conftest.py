@@ -1,5 +1,5 @@
 """Programs are compiled here: see `compiled` in tests/support."""
 
-from compiled import perturbed_shapes
+from compiled import forgotten_programs, perturbed_shapes
 
-__all__ = ["perturbed_shapes"]
+__all__ = ["forgotten_programs", "perturbed_shapes"]

@@ -1,7 +1,11 @@
-"""What tests with jax share: no silent broadcasting, compiled programs kept on disk, perturbed programs where asked for."""
+"""What tests with jax share: no silent broadcasting, compiled programs kept on disk, perturbed programs where asked for.
+
+A process of a long run forgets its programs before it has as many mappings of memory as Linux allows.
+"""
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 from collections.abc import Iterator
@@ -13,6 +17,7 @@ from cpu_kind import this_cpu
 
 from jaxlora.model import compile_cache
 
+MAPPINGS = 20_000  # of memory in one process; Linux allows 65,530, and a crash of the compiler is how the next one shows
 LOCK = Path(__file__).parents[2] / "uv.lock"
 
 
@@ -43,3 +48,18 @@ def perturbed_shapes(request: pytest.FixtureRequest) -> Iterator[None]:
 
             patch.setattr(Engine, "_run", perturbed_run)
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forgotten_programs() -> Iterator[None]:
+    """Forgets compiled programs after a module, when there are very many: each one maps its code, a few pages at a time."""
+    yield
+    if mappings() > MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
+
+
+def mappings() -> int:
+    """Returns how many mappings of memory this process has; 0 where the system does not say."""
+    maps = Path("/proc/self/maps")
+    return maps.read_bytes().count(b"\n") if maps.exists() else 0
