@@ -23,7 +23,7 @@ from jaxlora.model import compile_cache
 from jaxlora.model.decoder import Base
 from jaxlora.model.lora_pool import LaneLora, PoolSpec
 from pallas_kernels import NO_ADAPTER
-from pallas_kernels.bench.run import Timing, measure
+from pallas_kernels.bench.run import Timing, device_name, measure
 from train.data.examples import Example, fill_lane
 from train.step.batch import TrainBatch, idle_batch, put_lane
 from train.step.step import lane_losses
@@ -172,7 +172,7 @@ def time_training(opened: Opened, sizes: TrainingSizes, rounds: int) -> Training
     tokens["floor"] = tokens["together"]
     took = {name: StepTime.of(tokens[name], timing) for name, timing in timings.items()}
     return TrainingReport(
-        device=f"{jax.default_backend()}: {jax.devices()[0].device_kind}",
+        device=device_name(),
         model=opened.name,
         dtype=base.dtype.name,
         sizes=sizes,

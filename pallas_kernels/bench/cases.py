@@ -53,6 +53,7 @@ class Model:
 
 MODELS = {
     "smollm2-135m": Model(d=576, heads=9, kv_heads=3, head=64, ff=1536, vocab=49152),
+    "llama-3.2-1b": Model(d=2048, heads=32, kv_heads=8, head=64, ff=8192, vocab=128256),
     "qwen3-4b": Model(d=2560, heads=32, kv_heads=8, head=128, ff=9728, vocab=151936),
     "llama-3.1-8b": Model(d=4096, heads=32, kv_heads=8, head=128, ff=14336, vocab=128256),
 }
@@ -166,12 +167,12 @@ def _over_targets(form: Callable) -> Callable:
     return run
 
 
-def gathered_cases(model: str, dtype: str, n: Sizes) -> Iterator[Case]:
+def gathered_cases(m: Model, dtype: str, n: Sizes) -> Iterator[Case]:
     """Yields decode cases: one token per sequence, with so many distinct adapters."""
     draw = _Draw(dtype)
     distinct = draw.rng.choice(n.slots, n.adapters, replace=False)
     slot_T = jnp.asarray(draw.rng.permutation(np.resize(distinct, n.rows)), jnp.int32)
-    for name, (x, ys) in MODELS[model].reads.items():
+    for name, (x, ys) in m.reads.items():
         x_TX, weights = draw(n.rows, x), [draw(x, y) for y in ys]
         rows = [(draw(1, n.slots, n.rank, x), draw(1, n.slots, n.rank, y), jnp.ones((1, n.slots))) for y in ys]
         flat = [tuple(half[0] for half in row) for row in rows]
@@ -185,7 +186,7 @@ def gathered_cases(model: str, dtype: str, n: Sizes) -> Iterator[Case]:
         yield Case(shape=shape, bytes=moved, flops=2 * n.rows * n.rank * features, forms=forms)
 
 
-def segmented_cases(model: str, dtype: str, n: Sizes, *, backward: bool) -> Iterator[Case]:
+def segmented_cases(m: Model, dtype: str, n: Sizes, *, backward: bool) -> Iterator[Case]:
     """Yields prefill and training cases, lanes of one adapter each: forward, or forward and backward."""
     draw = _Draw(dtype)
     slot_T = jnp.repeat(jnp.arange(n.lanes, dtype=jnp.int32), n.tokens)
@@ -200,7 +201,7 @@ def segmented_cases(model: str, dtype: str, n: Sizes, *, backward: bool) -> Iter
         y_GJY = segmented_lora(x_TX.reshape(n.lanes, n.tokens, -1), rows)
         return tuple(y.reshape(len(x_TX), -1) for y in y_GJY)
 
-    for name, (x, ys) in MODELS[model].reads.items():
+    for name, (x, ys) in m.reads.items():
         T = n.lanes * n.tokens
         x_TX, weights, ct = draw(T, x), [draw(x, y) for y in ys], tuple(draw(T, y) for y in ys)
         rows = [(draw(n.lanes, n.rank, x), draw(n.lanes, n.rank, y), jnp.ones(n.lanes)) for y in ys]
@@ -221,29 +222,41 @@ def segmented_cases(model: str, dtype: str, n: Sizes, *, backward: bool) -> Iter
         yield Case(shape=shape, bytes=moved, flops=2 * T * n.rank * features * passes, forms=forms)
 
 
-def attention_cases(model: str, dtype: str, n: Sizes) -> Iterator[Case]:
-    """Yields forward cases of packed lanes of one segment.  The base product is q_proj's."""
-    m, draw = MODELS[model], _Draw(dtype)
+def attention_cases(m: Model, dtype: str, n: Sizes, *, backward: bool) -> Iterator[Case]:
+    """Yields cases of packed lanes of one segment: forward, or forward and backward.  The base product is q_proj's."""
+    draw = _Draw(dtype)
     q = draw(n.lanes, n.tokens, m.heads, m.head)
     k, v = (draw(n.lanes, n.tokens, m.kv_heads, m.head) for _ in range(2))
     segment_GJ = jnp.ones((n.lanes, n.tokens), jnp.int32)
     x_TX, weight = draw(n.lanes * n.tokens, m.d), draw(m.d, m.heads * m.head)
+
+    def passes(op: Callable) -> Callable:
+        def forward(q, k, v, segment_GJ) -> jax.Array:
+            return op(q, k, v, segment_GJ, window=None)
+
+        def both(q, k, v, segment_GJ) -> tuple:
+            out, pull = jax.vjp(lambda *qkv: forward(*qkv, segment_GJ), q, k, v)
+            return out, pull(q.astype(out.dtype))
+
+        return both if backward else forward
+
     forms = {
-        "ours": (lambda *a: packed_attention(*a, window=None), (q, k, v, segment_GJ)),
+        "ours": (passes(packed_attention), (q, k, v, segment_GJ)),
         "base": (_products, (x_TX, [weight])),
-        "all scores": (lambda *a: packed_attention_reference(*a, window=None), (q, k, v, segment_GJ)),
+        "all scores": (passes(packed_attention_reference), (q, k, v, segment_GJ)),
     }
+    products = 7 if backward else 2  # each over half of the pairs: forward, then its scores again and four of gradients
     yield Case(
         shape=f"{n.lanes} lanes x {n.tokens}",
-        bytes=_nbytes(q, q, k, v),
-        flops=2 * n.lanes * n.tokens**2 * m.heads * m.head,  # two products over half of the pairs
+        bytes=_nbytes(q, q, k, v) * (2 if backward else 1),
+        flops=products * n.lanes * n.tokens**2 * m.heads * m.head,
         forms=forms,
     )
 
 
-def paged_cases(model: str, dtype: str, n: Sizes) -> Iterator[Case]:
+def paged_cases(m: Model, dtype: str, n: Sizes) -> Iterator[Case]:
     """Yields decode cases with full contexts.  The base product is q_proj's."""
-    m, draw = MODELS[model], _Draw(dtype)
+    draw = _Draw(dtype)
     columns = -(-n.context // PAGE)
     q = draw(n.rows, 1, m.heads, m.head)
     k, v = (draw(1, n.rows * columns, PAGE, m.kv_heads * m.head) for _ in range(2))
@@ -266,8 +279,7 @@ def paged_cases(model: str, dtype: str, n: Sizes) -> Iterator[Case]:
 class _Loss:
     """Arrays of a loss case, and the op and its reference over them: (x, head, LoRA of the head) → what the op returns."""
 
-    def __init__(self, model: str, dtype: str, n: Sizes):
-        m = self.model = MODELS[model]
+    def __init__(self, m: Model, dtype: str, n: Sizes):
         self.draw = draw = _Draw(dtype)
         self.x_GJD, self.head_DV = draw(n.lanes, n.tokens, m.d), draw(m.d, m.vocab)
         self.target_GJK = jnp.asarray(draw.rng.integers(0, m.vocab, (n.lanes, n.tokens, 1)), jnp.int32)
@@ -281,10 +293,10 @@ class _Loss:
         return target_logprob_reference(x, w, self.target_GJK, self.wanted_GJ, lora)
 
 
-def loss_cases(model: str, dtype: str, n: Sizes) -> Iterator[Case]:
+def loss_cases(m: Model, dtype: str, n: Sizes) -> Iterator[Case]:
     """Yields forward cases: log-probabilities of every token's target.  The base product is the head's."""
-    of = _Loss(model, dtype, n)
-    m, args = of.model, (of.x_GJD, of.head_DV, None)
+    of = _Loss(m, dtype, n)
+    args = (of.x_GJD, of.head_DV, None)
     forms = {
         "ours": (of.ours, args),
         "base": (_products, (of.x_GJD.reshape(-1, m.d), [of.head_DV])),
@@ -298,10 +310,9 @@ def loss_cases(model: str, dtype: str, n: Sizes) -> Iterator[Case]:
     )
 
 
-def loss_grad_cases(model: str, dtype: str, n: Sizes) -> Iterator[Case]:
+def loss_grad_cases(m: Model, dtype: str, n: Sizes) -> Iterator[Case]:
     """Yields the same, forward and backward, with LoRA on the head.  The base product is the head's, in both."""
-    of = _Loss(model, dtype, n)
-    m, tokens = of.model, n.lanes * n.tokens
+    of, tokens = _Loss(m, dtype, n), n.lanes * n.tokens
     halves = tuple(of.draw(n.lanes, n.rank, features, dtype="float32") for features in (m.d, m.vocab))
     args, scale_G = (of.x_GJD, of.head_DV, halves), jnp.ones(n.lanes)
 
@@ -324,11 +335,12 @@ def loss_grad_cases(model: str, dtype: str, n: Sizes) -> Iterator[Case]:
     )
 
 
-OPS: dict[str, Callable[[str, str, Sizes], Iterator[Case]]] = {
+OPS: dict[str, Callable[[Model, str, Sizes], Iterator[Case]]] = {
     "gathered_lora": gathered_cases,
     "segmented_lora": functools.partial(segmented_cases, backward=False),
     "segmented_lora_grad": functools.partial(segmented_cases, backward=True),
-    "attention": attention_cases,
+    "attention": functools.partial(attention_cases, backward=False),
+    "attention_grad": functools.partial(attention_cases, backward=True),
     "paged_attention": paged_cases,
     "target_logprob": loss_cases,
     "target_logprob_grad": loss_grad_cases,

@@ -51,6 +51,11 @@ class Ceilings:
     flops_s: float  # of a square product, or with packed weights if that is faster
 
 
+def device_name() -> str:
+    """Returns the platform and kind of the device that is measured."""
+    return f"{jax.default_backend()}: {jax.devices()[0].device_kind}"
+
+
 def measure(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
     """Times each run, all of them in turn in each round."""
     on_cpu = jax.default_backend() == "cpu"
@@ -158,6 +163,6 @@ def main(
         if not as_json:
             say(f"-- {model}, one layer")
         for op in ops or OPS:
-            for case in OPS[op](model, dtype, sizes):
+            for case in OPS[op](MODELS[model], dtype, sizes):
                 row = {"op": op, "model": model} | time_case(case, ceiling, rounds)
                 say(json.dumps(row) if as_json else as_line(row))

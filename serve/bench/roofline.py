@@ -8,8 +8,9 @@ Shape letters: G lanes (rows of a decode step), J tokens of a lane, C KV pages o
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 
 import jax
@@ -27,13 +28,14 @@ from jaxlora.model.decoder import Base
 from jaxlora.model.kv_cache import KVPages, empty_pages
 from jaxlora.model.lora_pool import PoolSpec, Rows, empty_pool
 from jaxlora.model.mesh import place_rows
-from pallas_kernels.bench.run import Ceilings, Timing, ceilings, measure
+from pallas_kernels.bench.run import Ceilings, Timing, ceilings, device_name, measure
 from serve.engine.engine import MIN_ROWS
 from serve.engine.logit_edits import EditArrays
 from serve.engine.step import Layout, StepBatch, step_program
 from train.bench import TrainingSizes, warm_trainer
 
 PAGE = 64  # tokens of a KV page
+HEAD = f"{'step':36} {'moved':>12} {'computed':>15} {'floor, ms':>17} {'measured':>9} {'ratio':>7} {'wall, ms':>9}"
 STATE = 4  # arrays of a tenant that an update reads and writes: weights, gradient, two moments
 
 
@@ -161,7 +163,7 @@ class RooflineReport:
             f"{self.device}, {self.model}, {self.dtype}: {self.clock} time, least of {self.rounds}; rank "
             f"{self.sizes.rank}, contexts of {self.sizes.context} tokens",
             f"this device: {self.read_bytes_s / 1e9:.1f} GB/s, {self.flops_s / 1e9:.1f} GFLOP/s",
-            f"{'step':36} {'moved':>12} {'computed':>15} {'floor, ms':>17} {'measured':>9} {'ratio':>7} {'wall, ms':>9}",
+            HEAD,
             *map(str, self.steps),
         ]
 
@@ -247,24 +249,48 @@ def serving_call(opened: Opened, step: ServingStep, pool: Rows, kv: list[KVPages
     return run
 
 
+def time_serving(
+    opened: Opened, steps: Mapping[str, ServingStep], spec: LoraSpec, device: Ceilings, rounds: int
+) -> list[StepReport]:
+    """Times these serving steps in turn, beside their floors on a device that can do so much."""
+    with serving_calls(opened, steps, spec) as runs:
+        timings = measure(runs, rounds)
+    return [
+        StepReport.of(name, serving_work(opened.base, step, spec), device, timings[name])
+        for name, step in steps.items()
+    ]
+
+
+@contextlib.contextmanager
+def serving_calls(
+    opened: Opened, steps: Mapping[str, ServingStep], spec: LoraSpec
+) -> Generator[dict[str, Callable[[], object]]]:
+    """Yields calls of these steps over one pool and the same pages, which are freed at the end."""
+    base = opened.base
+    slots = max(1, *(step.adapters for step in steps.values()))
+    pool_spec = PoolSpec(slots=slots, rank=spec.max_rank, dtype=base.dtype.name)
+    pool = jax.tree.map(lambda x: jnp.full_like(x, 0.01), empty_pool(base.config, pool_spec, opened.mesh))
+    pages = max(step.lanes * step.pages_of_lane() for step in steps.values())
+    kv = [empty_pages(base.config, opened.mesh, pages=pages, page_tokens=PAGE, dtype=base.dtype)]
+    try:
+        yield {name: serving_call(opened, step, pool, kv) for name, step in steps.items()}
+    finally:
+        for x in jax.tree.leaves((pool, kv)):
+            x.delete()
+
+
 def time_steps(opened: Opened, sizes: RooflineSizes, rounds: int) -> RooflineReport:
     """Times all steps in turn.  Raises ConfigInvalid for training lanes that are not whole blocks."""
     base, serving = opened.base, sizes.serving
-    spec = PoolSpec(slots=max(sizes.adapters, sizes.lanes), rank=sizes.rank, dtype=base.dtype.name)
-    pool = jax.tree.map(lambda x: jnp.full_like(x, 0.01), empty_pool(base.config, spec, opened.mesh))
-    pages = max(step.lanes * step.pages_of_lane() for step in serving.values())
-    kv = [empty_pages(base.config, opened.mesh, pages=pages, page_tokens=PAGE, dtype=base.dtype)]
     training = f"training, tenants {sizes.lanes} x {sizes.tokens}"
     works = {name: serving_work(base, step, sizes.spec) for name, step in serving.items()}
     works[training] = training_work(base, sizes.training)
-    runs: dict[str, Callable[[], object]] = {
-        name: serving_call(opened, step, pool, kv) for name, step in serving.items()
-    }
-    runs[training] = warm_trainer(opened, sizes.training).step
     device = ceilings(base.dtype.name, rounds=rounds)
-    timings = measure(runs, rounds)
+    with serving_calls(opened, serving, sizes.spec) as runs:
+        runs[training] = warm_trainer(opened, sizes.training).step
+        timings = measure(runs, rounds)
     return RooflineReport(
-        device=f"{jax.default_backend()}: {jax.devices()[0].device_kind}",
+        device=device_name(),
         clock="CPU" if jax.default_backend() == "cpu" else "wall",
         model=opened.name,
         dtype=base.dtype.name,

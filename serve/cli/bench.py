@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import Callable, Generator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -50,7 +50,7 @@ def kernels(
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="smollm2-135m, qwen3-4b or llama-3.1-8b, one layer; may be repeated (default: all).",
+            help="smollm2-135m, llama-3.2-1b, qwen3-4b or llama-3.1-8b, one layer; may be repeated (default: all).",
             show_default=False,
         ),
     ] = None,
@@ -136,6 +136,41 @@ def roofline(
     found = report(ModelSection(path=model, dtype=dtype), sizes, rounds)
     for line in [json.dumps(asdict(found))] if as_json else found.lines():
         typer.echo(line)
+
+
+@bench.command("device", epilog="Example:  jaxlora bench device --output h100.json")
+def bench_device(
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(help="1b, 4b or 8b, a random base; may be repeated (default: 8b, 4b, 1b).", show_default=False),
+    ] = None,
+    minutes: Annotated[float, typer.Option(help="No part is begun after so long.", min=0.1)] = 9.0,
+    short: Annotated[bool, typer.Option("--short", help="A tiny base and few sizes, also for a CPU.")] = False,
+    tests: Annotated[
+        bool, typer.Option(help="In a checkout, run the kernels' own tests on this device too; not if short.")
+    ] = True,
+    output: Annotated[Path | None, typer.Option(help="Write the report there, as JSON.", show_default=False)] = None,
+) -> None:
+    """Measure an accelerator: kernels against their definitions, ops and whole steps beside its limits, streams.
+
+    Exit code 1 when a kernel computes something else, one of its tests fails, or something compiled after a warm-up.
+    """
+    from jaxlora.core.atomic_files import replace_file
+    from serve.bench.device import FULL, SHORT, measure_device
+
+    if output is not None and not output.parent.is_dir():
+        raise ConfigInvalid(f"--output: {output.parent} is no folder")
+    if short and shape:
+        raise ConfigInvalid("give --short or --shape, not both")
+    sizes = SHORT if short else replace(FULL, shapes=tuple(shape or FULL.shapes))
+    folder = Path("tests/device")
+    found = measure_device(
+        sizes, minutes=minutes, tests=folder if tests and not short and folder.is_dir() else None, say=typer.echo
+    )
+    if output is not None:
+        replace_file(output, json.dumps(asdict(found), indent=1).encode())
+    if not found.passed:
+        raise typer.Exit(1)
 
 
 @bench.command("serve", epilog="Example:  jaxlora bench serve http://127.0.0.1:8000 --clients 32 --popularity zipf:1")

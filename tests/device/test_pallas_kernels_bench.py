@@ -12,19 +12,18 @@ import numpy as np
 import pytest
 from kernel_checks import F32, assert_close, floats
 
-from pallas_kernels.bench import cases as bench_cases
 from pallas_kernels.bench import run as bench
 from pallas_kernels.bench.cases import GATHERED_ALTERNATIVES, MODELS, OPS, Model, Sizes
 from pallas_kernels.gathered_lora.op import gathered_lora_reference
 
+TINY = Model(d=8, heads=4, kv_heads=2, head=4, ff=12, vocab=16)
 SIZES = Sizes(rows=6, adapters=3, slots=5, rank=2, lanes=2, tokens=4, context=5)
 
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-    """One tiny model in place of the three."""
-    monkeypatch.setattr(bench_cases, "MODELS", {"tiny": Model(d=8, heads=4, kv_heads=2, head=4, ff=12, vocab=16)})
-    monkeypatch.setattr(bench, "MODELS", bench_cases.MODELS)
+    """One tiny model in place of all."""
+    monkeypatch.setattr(bench, "MODELS", {"tiny": TINY})
     monkeypatch.setattr(bench, "ceilings", lambda dtype, rounds: bench.Ceilings(read_bytes_s=1e9, flops_s=1e9))
 
 
@@ -40,7 +39,7 @@ def test_alternatives_are_the_same_product(form):
 @pytest.mark.parametrize("op", OPS)
 def test_all_forms_of_a_case_give_what_ours_gives(op):
     """But for the base product.  float32, so that forms agree closely."""
-    cases = list(OPS[op]("tiny", "float32", SIZES))
+    cases = list(OPS[op](TINY, "float32", SIZES))
     assert cases
     for case in cases:
         assert {"ours", "base"} < set(case.forms)
@@ -52,7 +51,7 @@ def test_all_forms_of_a_case_give_what_ours_gives(op):
 
 
 def test_what_decode_must_move_and_compute_by_hand():
-    case = next(OPS["gathered_lora"]("tiny", "bfloat16", SIZES))
+    case = next(OPS["gathered_lora"](TINY, "bfloat16", SIZES))
     features = (8 + 16) + (8 + 8) + (8 + 8)  # q, k, v: in and out
     assert case.flops == 2 * 6 * 2 * features
     assert case.bytes == 3 * 2 * features * 2 + 6 * (8 + 16 + 8 + 8) * 2
@@ -137,7 +136,7 @@ def test_the_ceilings_are_of_this_device(monkeypatch):
     got = bench.ceilings("float32", rounds=1, megabytes=1, side=64)
     assert 1e7 < got.read_bytes_s < 1e13
     assert 1e7 < got.flops_s < 1e16
-    assert list(MODELS) == ["smollm2-135m", "qwen3-4b", "llama-3.1-8b"]
+    assert list(MODELS) == ["smollm2-135m", "llama-3.2-1b", "qwen3-4b", "llama-3.1-8b"]
 
 
 @pytest.mark.parametrize(("native", "product_s"), [("avx2", 0.5), (None, 2.0)])

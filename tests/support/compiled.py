@@ -17,7 +17,9 @@ from cpu_kind import this_cpu
 
 from jaxlora.model import compile_cache
 
-MAPPINGS = 20_000  # of memory in one process; Linux allows 65,530, and a crash of the compiler is how the next one shows
+MAPPINGS = (
+    20_000  # of memory in one process; Linux allows 65,530, and a crash of the compiler is how the next one shows
+)
 LOCK = Path(__file__).parents[2] / "uv.lock"
 
 
