@@ -81,10 +81,14 @@ def _results(form: Callable, args: tuple) -> list[np.ndarray]:
 
 
 def _error(ours: list[np.ndarray], definition: list[np.ndarray]) -> float:
-    """Returns the largest difference of any result, over the largest number of the definition's."""
-    return max(
-        float(np.abs(got - want).max() / max(np.abs(want).max(), np.finfo(np.float32).tiny))
-        for got, want in zip(ours, definition, strict=True)
+    """Returns the largest difference of any result, over the largest number of the definition's; NaN where one has a NaN."""
+    return float(
+        np.max(
+            [
+                np.abs(got - want).max() / max(np.abs(want).max(), np.finfo(np.float32).tiny)
+                for got, want in zip(ours, definition, strict=True)
+            ]
+        )
     )
 
 

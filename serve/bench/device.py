@@ -27,7 +27,7 @@ from pallas_kernels.bench import cases
 from pallas_kernels.bench.checks import CHECKED, Check, check
 from pallas_kernels.bench.run import Ceilings, as_line, ceilings, device_name, time_case
 from serve.bench import streams
-from serve.bench.random_base import open_random
+from serve.bench.random_base import SHAPES, open_random
 from serve.bench.roofline import HEAD, ServingStep, StepReport, time_serving
 from serve.bench.streams import StreamReport, StreamSizes
 from train.bench import TrainingReport, TrainingSizes, time_training
@@ -133,7 +133,7 @@ class _Run:
         self.sizes, self.limit_s, self.say = sizes, limit_s, say
         self.start = time.monotonic()
         device = jax.devices()[0]
-        if device.platform == "cpu" and sizes.shapes != SHORT.shapes:
+        if device.platform == "cpu" and sizes != SHORT:
             raise ConfigInvalid("these sizes are for an accelerator, and JAX finds a CPU; add --short", param="short")
         self.report = DeviceReport(device=device_name(), runtime=device.client.platform_version, versions=_versions())
         say(f"{self.report.device}; {' '.join(self.report.runtime.split())}")
@@ -239,7 +239,10 @@ def measure_device(sizes: Sizes, *, minutes: float, tests: Path | None, say: Cal
     """Measures this device.  A part is begun only within so many minutes; what is left out is named in the report.
 
     tests: the folder of the kernels' tests, which run on this device too; they come first, as they want it for themselves.
+    Raises ConfigInvalid for an unknown shape, and for other sizes than SHORT on a CPU.
     """
+    if unknown := [shape for shape in sizes.shapes if shape not in SHAPES]:
+        raise ConfigInvalid(f"unknown shape {', '.join(unknown)}; known: {', '.join(SHAPES)}", param="shape")
     start, tested = time.monotonic(), None
     if tests is not None:
         say(f"-- tests of the kernels: {tests / TESTS}")

@@ -16,13 +16,12 @@ from jaxlora.checkpoints.load import Opened
 from jaxlora.model.compile_cache import CompileCounter
 from jaxlora.model.lora_pool import PoolSpec
 from jaxlora.storage.adapter_store import AdapterStore
+from serve.bench.roofline import PAGE
 from serve.engine.engine import Engine, EngineConfig
 from serve.engine.request import Delta, Request, SamplingParams
 from serve.runtime.device_thread import DeviceThread
 from serve.runtime.live_training import LiveTraining, small_trainer, warm_up
 from train.bench import HOW, TrainingSizes, examples_of
-
-PAGE = 64  # tokens of a KV page
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

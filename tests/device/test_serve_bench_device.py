@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -71,6 +73,13 @@ def test_a_result_that_is_not_a_number_does_not_pass(monkeypatch):
     assert not any(check.passed for check in checks.check("rms_norm"))
 
 
+def test_a_number_that_is_none_is_found_in_any_of_several_results():
+    """As those of a gradient are."""
+    good, bad = np.ones(3), np.array([1, np.nan, 1])
+    assert math.isnan(checks._error([good, bad], [good, good]))
+    assert math.isnan(checks._error([bad, good], [good, good]))
+
+
 def test_a_run_without_time_names_what_it_left_out(parts):
     report = measured(minutes=0.0)
     assert parts == []
@@ -122,5 +131,9 @@ def test_a_random_base_has_the_bytes_of_its_shape():
     attention = c.d_model * (c.heads + 2 * c.kv_heads) * c.head_dim + c.heads * c.head_dim * c.d_model
     layers = c.layers * (attention + 3 * c.d_model * c.d_ff + 2 * c.d_model)
     assert weights_bytes(base) == pytest.approx(4 * (layers + c.d_model + c.vocab * c.d_model), rel=0.01)
-    with pytest.raises(ConfigInvalid, match="known: tiny, 1b, 4b, 8b"):
-        open_random("9b", "float32")
+
+
+def test_an_unknown_shape_is_refused_before_anything_is_measured(parts):
+    with pytest.raises(ConfigInvalid, match="unknown shape 9b; known: tiny, 1b, 4b, 8b"):
+        measure_device(replace(SHORT, shapes=("tiny", "9b")), minutes=1.0, tests=None, say=lambda line: None)
+    assert parts == []
