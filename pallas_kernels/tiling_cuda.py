@@ -11,6 +11,7 @@ DOT = 16  # smallest side of a matrix in Triton's dot
 TOKENS = 32  # of a lane in one tile
 ACCUMULATOR = 8192  # float32 numbers of a sum that one program holds: 64 registers of each of its 128 threads
 FEATURES = 256  # widest tile
+PROGRAMS = 264  # shrink of lanes: two for each of an H100's 132 processors, by splitting features where tokens are few
 RANK = 256  # largest rank, summed over all targets of a kernel
 WORDS = 128  # of the vocabulary in one tile of logits, which 64 tokens share
 WORD_TOKENS = ACCUMULATOR // WORDS
@@ -20,7 +21,8 @@ VISITS = 1024  # decode: the most tokens whose slots one program looks through
 HEAD = 256  # attention: the largest head
 TILE_BYTES = 2**14  # attention: bytes of a tile of queries or keys; six fit the 99 KB of Ampere's smaller cards
 COLUMN_BYTES = 128  # attention: of one feature of such a tile; with twice as much float32 does not fit the registers
-PROGRAMS = 512  # attention: enough programs to keep the 132 processors of an H100 busy
+PART_KEYS = 1024  # paged attention: keys of a part, so that a long lane occupies many programs
+PARTS_JOINED = 4  # paged attention: parts that are joined at once
 WARPS, STAGES = 8, 2  # attention: with 4 warps its backward pass does not fit the registers either
 
 

@@ -5,13 +5,14 @@
     expand_back   dh = dy @ b.T, db = h.T @ dy                a call per target: dy is read once
     shrink_back   dx = (scale * dh) @ a, da = (scale * dh).T @ x        all targets at once: x is read once
 
-Products in x's dtype, sums in float32 and in a fixed order.  Lanes are separate programs, so what one lane holds reaches
-no other.  Where targets are computed together XLA concatenates their a first.
+Where a shrink's tokens are too few to occupy a GPU, its features are split into parts, which XLA adds up: how many
+depends on the shapes alone.  Products in x's dtype, sums in float32 and in a fixed order.  Lanes are separate programs, so
+what one lane holds reaches no other.  Where targets are computed together XLA concatenates their a first.
 
 Compiled for H100 and checked with Triton's interpreter; never run on a GPU.
 
 Shape letters: G lanes, J tokens of a lane, R LoRA rank (summed over targets where h is of all), X Y F features in,
-out, any.
+out, any, P parts of the features in.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import triton.language as tl  # ty: ignore[import-not-found]
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import KEPT
-from pallas_kernels.tiling_cuda import TOKENS, feature_block, power_of_two
+from pallas_kernels.tiling_cuda import PROGRAMS, TOKENS, feature_block, power_of_two
 
 LaneRows = tuple[jax.Array, jax.Array, jax.Array]  # a_GRX, b_GRY, scale_G
 
@@ -59,15 +60,18 @@ def _shrink(
     TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
     RANK: tl.constexpr,
+    PART: tl.constexpr,
 ):
+    """Computes the sums over PART features of a tile of tokens."""
+    part = tl.program_id(2)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     rank = tl.arange(0, RANK)
     total = tl.zeros((TOKENS, RANK), tl.float32)
-    for start in range(0, X, BLOCK):
-        column = start + tl.arange(0, BLOCK)
+    for start in range(0, PART, BLOCK):
+        column = part * PART + start + tl.arange(0, BLOCK)
         x_JX, a_RX = lane_tile(x, token, column, J, X), lane_tile(a, rank, column, R, X)
         total = tl.dot(x_JX, tl.trans(a_RX), total, input_precision="ieee")
-    _put(h, tl.program_id(0), token, rank, total, J, R)
+    _put(h, part * tl.num_programs(0) + tl.program_id(0), token, rank, total, J, R)
 
 
 @triton.jit
@@ -163,16 +167,22 @@ def _shrunk(x_GJX: jax.Array, a_rows: Sequence[jax.Array]) -> jax.Array:
     G, J, X = x_GJX.shape
     a_GRX = jnp.concatenate([a.astype(x_GJX.dtype) for a in a_rows], axis=1)
     R = a_GRX.shape[1]
-    return jax_triton.triton_call(
+    constants = _common(J, R, X)
+    tiles, blocks = math.ceil(J / TOKENS), math.ceil(X / constants["BLOCK"])
+    part = math.ceil(blocks / max(1, PROGRAMS // (G * tiles)))  # blocks of a part
+    parts = math.ceil(blocks / part)
+    h_PGJR = jax_triton.triton_call(
         x_GJX,
         a_GRX,
         kernel=_shrink,
         name="segmented_lora_shrink",
-        out_type=jax.ShapeDtypeStruct((G, J, R), jnp.float32),
-        grid=(G, math.ceil(J / TOKENS)),
+        out_type=jax.ShapeDtypeStruct((parts, G, J, R), jnp.float32),
+        grid=(G, tiles, parts),
         X=X,
-        **_common(J, R, X),
+        PART=part * constants["BLOCK"],
+        **constants,
     )
+    return h_PGJR.sum(0)
 
 
 @jax.named_scope("segmented_lora_expand")

@@ -77,6 +77,29 @@ def test_paged_long_sequences_equal_the_oracle_whoever_is_beside(tokens, window)
         assert_same_bits(paged.run((q, k, v), pages, alone, window, f=interpreted_paged)[lane], got[lane])
 
 
+LONG = np.array(
+    [[2100], [40], [-1], [1024], [1023], [2559]], np.int32
+)  # keys of three programs, of one, and the ends between
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("window", [None, 1100])
+def test_paged_long_and_short_contexts_decode_together_as_alone(window):
+    """Of the Triton body: the parts of a long lane are joined, and their number does not depend on the table's width."""
+    rng = np.random.default_rng(11)
+    q, k, v = floats(rng, 6, 1, 4, 8), floats(rng, 2, 240, 64, 2, 8), floats(rng, 2, 240, 64, 2, 8)
+    pages = rng.permutation(240).reshape(6, 40).astype(np.int32)
+    got = paged.run((q, k, v), pages, LONG, window, f=interpreted_paged)
+    # Sums of up to 2560 terms instead of some hundred.
+    close = {"rtol": 3e-5, "atol": 3e-5}
+    assert_close(got, paged.run((q, k, v), pages, LONG, window, f=paged.paged_attention_reference), close)
+    for lane in (0, 3):
+        alone = np.where(np.arange(6)[:, None] == lane, LONG, -1)
+        assert_same_bits(paged.run((q, k, v), pages, alone, window, f=interpreted_paged)[lane], got[lane])
+    short = paged.run((q[1:2], k, v), pages[1:2, :2], LONG[1:2], window, f=interpreted_paged)
+    assert_same_bits(short[0], got[1])
+
+
 def one_page_a_visit(monkeypatch, tokens_of_a_run):
     monkeypatch.setattr(paged_attention_tpu, "KEYS", 4)
     monkeypatch.setattr(paged_attention_tpu, "ROWS", 3 * tokens_of_a_run)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +28,13 @@ from pallas_kernels.cross_entropy import op as cross_entropy
 from pallas_kernels.gathered_lora import op as gathered_lora
 from pallas_kernels.paged_attention import op as paged_attention
 from pallas_kernels.segmented_lora import op as segmented_lora
+from pallas_kernels.tiling_cuda import PART_KEYS
 
 ONE_AT_A_TIME = threading.Lock()  # the interpreter keeps its place in the grid in a global
 CALLS = []  # names of the kernels that ran
-READ = []  # addresses that masked loads of the kernel that ran last have read
+READ = []  # (program, addresses) of the masked loads of the kernel that ran last
 INPUTS = []  # of every kernel that ran: per input array, how many times each of its numbers was read
+MOST = []  # likewise, how many of them a program read at most
 
 
 class Memory:
@@ -70,9 +73,22 @@ class Memory:
 
 def times_read(array: np.ndarray) -> np.ndarray:
     """Of every number of the array, in the kernel that ran last."""
-    places = np.concatenate([np.zeros(0, np.uint64), *READ]).astype(np.int64) - array.ctypes.data
-    of_array = places[(places >= 0) & (places < array.nbytes)] // array.itemsize
-    return np.bincount(of_array, minlength=array.size).reshape(array.shape)
+    places = [places_of(array, read) for _, read in READ]
+    return np.bincount(np.concatenate([np.zeros(0, int), *places]), minlength=array.size).reshape(array.shape)
+
+
+def places_of(array: np.ndarray, addresses: np.ndarray) -> np.ndarray:
+    """The places in the flat array of those addresses that are in it."""
+    offsets = addresses.astype(np.int64) - array.ctypes.data
+    return offsets[(offsets >= 0) & (offsets < array.nbytes)] // array.itemsize
+
+
+def most_by_a_program(array: np.ndarray) -> int:
+    """How many of the array's numbers the program that read most has read, in the kernel that ran last."""
+    reads = Counter()
+    for program, addresses in READ:
+        reads[program] += len(places_of(array, addresses))
+    return max(reads.values(), default=0)
 
 
 def triton_call(*args, kernel, name, out_type, grid, **constants):
@@ -84,6 +100,7 @@ def triton_call(*args, kernel, name, out_type, grid, **constants):
             READ.clear()
             kernel[grid](*inputs, *map(Memory, jax.tree.leaves(outputs)), **constants)
             INPUTS.append([times_read(m.array) for m in jax.tree.leaves(inputs)])
+            MOST.append([most_by_a_program(m.array) for m in jax.tree.leaves(inputs)])
         return outputs
 
     return jax.pure_callback(run, out_type, *args)
@@ -99,7 +116,7 @@ class Builder(interpreter.InterpreterBuilder):
     """The interpreter's own, which multiplies bfloat16 by its bits and rounds to it towards zero.  Remembers what is read."""
 
     def create_masked_load(self, ptrs, mask, *rest):
-        READ.append(ptrs.data[mask.data])
+        READ.append((tuple(self.grid_idx), ptrs.data[mask.data]))
         return super().create_masked_load(ptrs, mask, *rest)
 
     def create_dot(self, a, b, *rest):
@@ -176,25 +193,40 @@ def count_blocks() -> int:
 
 
 def count_pages() -> int:
-    """How many cases read, in one layer, each key and value that a lane's tokens see together once, and nothing else."""
+    """How many cases read, in one layer, each key and value that a lane's tokens see together once, and nothing else.
+
+    No program reads more than the keys of a part, and the join reads a part's result for each part that was seen.
+    """
     rng = np.random.default_rng(0)
-    k, v = rng.standard_normal((2, 2, 40, 8, 2 * 4), dtype=np.float32)
-    page = rng.permutation(40).reshape(2, 20).astype(np.int32)
-    cases = [([[130], [-1]], None), ([[130], [9]], 50), ([[100, 101, 102], [7, 8, -1]], 50)]
+    k, v = rng.standard_normal((2, 2, 160, 16, 2 * 4), dtype=np.float32)
+    page = rng.permutation(160).reshape(2, 80).astype(np.int32)
+    cases = [
+        ([[130], [-1]], None),
+        ([[1200], [9]], 50),
+        ([[1100, 1101, 1102], [7, 8, -1]], 500),
+        ([[1277], [30]], None),
+    ]
     for positions, window in cases:
         INPUTS.clear()
+        MOST.clear()
         q = rng.standard_normal((2, len(positions[0]), 6, 4), dtype=np.float32)
         args = (q, k, v, jnp.int32(1), page, np.array(positions, np.int32))
         with dispatch.interpreted():
             jax.block_until_ready(paged_attention.paged_attention(*args, window=window))
-        want = np.zeros(k.shape, int)
+        want, parts = np.zeros(k.shape, int), []
         for lane, row in enumerate(positions):
             real = [p for p in row if p >= 0]
-            for place in range(max(0, min(real) - (window or 160) + 1), max(real) + 1) if real else ():
-                want[1, page[lane, place // 8], place % 8] = 1
-        ((_, k_reads, v_reads, *_),) = INPUTS
+            for place in range(max(0, min(real) - (window or 1280) + 1), max(real) + 1) if real else ():
+                want[1, page[lane, place // 16], place % 16] = 1
+            parts += [
+                len({max(0, p - (window or 1280) + 1) // PART_KEYS, p // PART_KEYS} if p >= 0 else ()) for p in row
+            ]
+        (_, k_reads, v_reads, *_), (out_reads, lse_reads, _) = INPUTS
         assert (k_reads == want).all()
         assert (v_reads == want).all()
+        assert max(MOST[0][1:3]) <= PART_KEYS * 4
+        assert (lse_reads.sum(0).reshape(-1, 6) == np.array(parts)[:, None]).all()
+        assert (out_reads == lse_reads[..., None]).all()
     return len(cases)
 
 
