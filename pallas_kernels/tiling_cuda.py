@@ -6,6 +6,9 @@ The sizes come from the limits of registers and shared memory, not from measurem
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import dataclass
+
+from pallas_kernels.triton_launch import packages
 
 DOT = 16  # smallest side of a matrix in Triton's dot
 TOKENS = 32  # of a lane in one tile
@@ -13,22 +16,35 @@ ACCUMULATOR = 8192  # float32 numbers of a sum that one program holds: 64 regist
 FEATURES = 256  # widest tile
 PROGRAMS = 264  # shrink of lanes: two for each of an H100's 132 processors, by splitting features where tokens are few
 RANK = 256  # largest rank, summed over all targets of a kernel
-WORDS = 128  # of the vocabulary in one tile of logits, which 64 tokens share
-WORD_TOKENS = ACCUMULATOR // WORDS
-WORD_SPLITS = 8  # programs that share the vocabulary of a tile of tokens, so that few tokens still fill a GPU
+WORD_SPLITS = 32  # programs that share the vocabulary of a tile of tokens, so that few tokens still fill a GPU
 WORD_ROWS = 512  # tokens of all lanes whose gradient of the logits is in memory at once
 VISITS = 1024  # decode: the most tokens whose slots one program looks through
 HEAD = 256  # attention: the largest head
 TILE_BYTES = 2**14  # attention: bytes of a tile of queries or keys; six fit the 99 KB of Ampere's smaller cards
 COLUMN_BYTES = 128  # attention: of one feature of such a tile; with twice as much float32 does not fit the registers
 PART_KEYS = 1024  # paged attention: keys of a part, so that a long lane occupies many programs
+PROMPT_PART_KEYS = 8192  # where a lane is several runs, which are programs too: parts are of all its rows, and are kept
 PARTS_JOINED = 4  # paged attention: parts that are joined at once
 WARPS, STAGES = 8, 2  # attention: with 4 warps its backward pass does not fit the registers either
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WordTile:
+    """A tile of logits that one program holds in float32."""
+
+    tokens: int
+    words: int
+    warps: int
+
+
+# Of bfloat16 each half of the product is read from L2 half as often as with a quarter of the tile, in 128 registers of a
+# thread.  Three stages of float32 would need 288 KB of shared memory, and an H100's program has 227.
+WORD_TILES = {2: WordTile(tokens=128, words=256, warps=8), 4: WordTile(tokens=64, words=128, warps=4)}
+
+
 def installed() -> bool:
-    """Returns whether the extra `triton` is installed.  Imports nothing."""
-    return all(importlib.util.find_spec(name) is not None for name in ("jax_triton", "triton"))
+    """Returns whether what launches Triton kernels is installed, which the extra `triton` brings.  Imports none of it."""
+    return all(importlib.util.find_spec(name) is not None for name in packages())
 
 
 def power_of_two(n: int) -> int:
@@ -44,3 +60,8 @@ def feature_block(rank: int, features: int) -> int:
 def row_block(rows: int, head: int, itemsize: int) -> int:
     """Returns the rows of attention's tiles of [rows, head]."""
     return min(power_of_two(rows), COLUMN_BYTES // itemsize, TILE_BYTES // (power_of_two(head) * itemsize))
+
+
+def word_tile(*itemsizes: int) -> WordTile:
+    """Returns the tile of logits of products of numbers of these sizes in bytes."""
+    return WORD_TILES[max(itemsizes)]

@@ -23,11 +23,11 @@ import math
 
 import jax
 import jax.numpy as jnp
-import jax_triton  # ty: ignore[import-not-found]
 import triton  # ty: ignore[import-not-found]
 import triton.language as tl  # ty: ignore[import-not-found]
 
 from pallas_kernels.tiling_cuda import STAGES, WARPS, power_of_two, row_block
+from pallas_kernels.triton_launch import launch
 
 MASKED = tl.constexpr(-1e30)  # as in attention/op.py
 
@@ -213,7 +213,7 @@ def forward(
     K = k_GJKH.shape[2]
     constants = _common(q_GJNH, k_GJKH, window)
     first_GB, _ = bounds(segment_GJ, constants["BLOCK"], constants["WINDOW"])
-    out_GJNH, lse_GNJ = jax_triton.triton_call(
+    out_GJNH, lse_GNJ = launch(
         *(q_GJNH, k_GJKH, v_GJKH, segment_GJ, first_GB),
         kernel=_forward,
         name="packed_attention_forward",
@@ -250,7 +250,7 @@ def backward(
     row_GNJ = (d_GJNH.astype(jnp.float32) * out_GJNH.astype(jnp.float32)).sum(3).transpose(0, 2, 1)
     args = q_GJNH, k_GJKH, v_GJKH, segment_GJ, lse_GKMJ, row_GNJ, d_GJNH
     with jax.named_scope("packed_attention_backward_queries"):
-        dq_GJNH = jax_triton.triton_call(
+        dq_GJNH = launch(
             *args,
             first_GB,
             kernel=_backward_queries,
@@ -261,7 +261,7 @@ def backward(
             **constants,
         )
     with jax.named_scope("packed_attention_backward_keys"):
-        dk_GJKH, dv_GJKH = jax_triton.triton_call(
+        dk_GJKH, dv_GJKH = launch(
             *args,
             last_GB,
             kernel=_backward_keys,

@@ -22,14 +22,14 @@ import math
 
 import jax
 import jax.numpy as jnp
-import jax_triton  # ty: ignore[import-not-found]
 import triton  # ty: ignore[import-not-found]
 import triton.language as tl  # ty: ignore[import-not-found]
 from jax import lax
 
 from pallas_kernels.loops import filled, run_of, trips, with_run
 from pallas_kernels.segmented_lora.triton import expand_back, lane_tile
-from pallas_kernels.tiling_cuda import WORD_ROWS, WORD_SPLITS, WORD_TOKENS, WORDS, power_of_two
+from pallas_kernels.tiling_cuda import WORD_ROWS, WORD_SPLITS, WordTile, power_of_two, word_tile
+from pallas_kernels.triton_launch import launch
 
 Halves = tuple[jax.Array, jax.Array]  # h_GJR scaled, b_GRV
 STEP = 64  # features, or ranks, of a product that are loaded at once
@@ -176,16 +176,16 @@ def forward(
     A target of -1 is in no device's vocabulary: its logit is 0.  Values are undefined where nothing is wanted.
     """
     G, J, K = target_GJK.shape
-    constants = _constants(x_GJD, head, K, lora, by_word)
-    part = math.ceil(constants["V"] / WORD_SPLITS / WORDS) * WORDS
+    tile, constants = _tile(x_GJD, head), _constants(x_GJD, head, K, lora, by_word)
+    part = math.ceil(constants["V"] / WORD_SPLITS / tile.words) * tile.words
     S = math.ceil(constants["V"] / part)
     with jax.named_scope("target_logprob"):
-        chosen, best, total = jax_triton.triton_call(
+        chosen, best, total = launch(
             *(x_GJD, head, target_GJK, count_G, *_operands(x_GJD, head, lora)),
             kernel=_statistics,
             name="target_logprob",
             out_type=tuple(jax.ShapeDtypeStruct((S, G, J, *more), jnp.float32) for more in ((K,), (), ())),
-            grid=(G, math.ceil(J / WORD_TOKENS), S),
+            grid=(G, math.ceil(J / tile.tokens), S),
             G=G,
             PART=part,
             TARGETS=1 << (K - 1).bit_length(),
@@ -207,7 +207,8 @@ def backward(
     by_word: bool,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """Returns float32 (dx_GJD without LoRA's part, dh_GJR, db_GRV); zeros where nothing is wanted."""
-    args, G, lanes = (x_GJD, target_GJK, count_G, lora, lse_GJ, d_GJK), len(count_G), WORD_ROWS // WORD_TOKENS
+    args, G = (x_GJD, target_GJK, count_G, lora, lse_GJ, d_GJK), len(count_G)
+    lanes = WORD_ROWS // _tile(x_GJD, head).tokens
     if lanes >= G:
         return _backward_lanes(head, by_word, *args)
     blocks = jax.tree.map(lambda v: filled(v, lanes, axis=0).reshape(-1, lanes, *v.shape[1:]), args)
@@ -220,7 +221,8 @@ def _backward_lanes(
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """Runs lanes whose trips fit WORD_ROWS."""
     G, J = lse_GJ.shape
-    C = min(math.ceil(J / WORD_TOKENS), WORD_ROWS // G // WORD_TOKENS) * WORD_TOKENS
+    tokens = _tile(x_GJD, head).tokens
+    C = min(math.ceil(J / tokens), WORD_ROWS // G // tokens) * tokens
     h_GJR, b_GRV = (None, None) if lora is None else lora
     whole = jax.tree.map(lambda v: filled(v, C, axis=1), (x_GJD, target_GJK, lse_GJ, d_GJK, h_GJR))
 
@@ -255,16 +257,20 @@ def _d_logits(
 ) -> jax.Array:
     """Returns d_logits [G, C, V] in x's dtype."""
     G, C, K = target_GCK.shape
-    constants = _constants(x_GCD, head, K, lora, by_word)
+    tile, constants = _tile(x_GCD, head), _constants(x_GCD, head, K, lora, by_word)
     V = constants["V"]
-    return jax_triton.triton_call(
+    return launch(
         *(x_GCD, head, target_GCK, count_G, lse_GC, d_GCK, *_operands(x_GCD, head, lora)),
         kernel=_gradient,
         name="target_logprob_back",
         out_type=jax.ShapeDtypeStruct((G, C, V), x_GCD.dtype),
-        grid=(G, C // WORD_TOKENS, math.ceil(V / WORDS)),
+        grid=(G, C // tile.tokens, math.ceil(V / tile.words)),
         **constants,
     )
+
+
+def _tile(x_GJD: jax.Array, head: jax.Array) -> WordTile:
+    return word_tile(x_GJD.dtype.itemsize, head.dtype.itemsize)
 
 
 def _operands(x_GJD: jax.Array, head: jax.Array, lora: Halves | None) -> Halves:
@@ -274,7 +280,7 @@ def _operands(x_GJD: jax.Array, head: jax.Array, lora: Halves | None) -> Halves:
 
 def _constants(x_GJD: jax.Array, head: jax.Array, targets: int, lora: Halves | None, by_word: bool) -> dict:
     """Returns the constants of both kernels."""
-    rank = 0 if lora is None else lora[1].shape[1]
+    rank, tile = 0 if lora is None else lora[1].shape[1], _tile(x_GJD, head)
     return {
         "J": x_GJD.shape[1],
         "K": targets,
@@ -282,8 +288,9 @@ def _constants(x_GJD: jax.Array, head: jax.Array, targets: int, lora: Halves | N
         "V": head.shape[0 if by_word else 1],
         "R": rank,
         "BY_WORD": by_word,
-        "TOKENS": WORD_TOKENS,
-        "WORDS": WORDS,
+        "TOKENS": tile.tokens,
+        "WORDS": tile.words,
         "STEP": STEP,
         "RANK": min(STEP, power_of_two(rank)) if rank else STEP,
+        "num_warps": tile.warps,
     }

@@ -21,11 +21,11 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import jax_triton  # ty: ignore[import-not-found]
 import triton  # ty: ignore[import-not-found]
 import triton.language as tl  # ty: ignore[import-not-found]
 
 from pallas_kernels.tiling_cuda import DOT, feature_block, power_of_two
+from pallas_kernels.triton_launch import launch
 
 Visits = tuple[jax.Array, jax.Array, jax.Array]  # order_T, slot_T in that order, count
 Rows = Sequence[tuple[jax.Array, jax.Array, jax.Array]]  # a_LSRX, b_LSRY, scale_LS of each target
@@ -172,7 +172,7 @@ def _shrink_parts(x_TX: jax.Array, rows: Rows, layer: jax.Array, visits: Visits)
     part = math.ceil(math.ceil(X / block) / PARTS) * block
     parts = math.ceil(X / part)
     dtype = jnp.result_type(x_TX, *(a for a, _, _ in rows))
-    return jax_triton.triton_call(
+    return launch(
         x_TX,
         layer.reshape(1),
         *visits[:2],
@@ -195,7 +195,7 @@ def _expand_parts(h_PTR: jax.Array, rows: Rows, layer: jax.Array, visits: Visits
     sizes = [b.shape[3] for _, b, _ in rows]
     block = feature_block(max(a.shape[2] for a, _, _ in rows), max(sizes))
     blocks = _starts([math.ceil(size / block) for size in sizes])
-    y_TY = jax_triton.triton_call(
+    y_TY = launch(
         h_PTR,
         layer.reshape(1),
         *visits[:2],

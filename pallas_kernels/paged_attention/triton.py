@@ -26,7 +26,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import jax_triton  # ty: ignore[import-not-found]
 import triton  # ty: ignore[import-not-found]
 import triton.language as tl  # ty: ignore[import-not-found]
 
@@ -35,11 +34,13 @@ from pallas_kernels.tiling_cuda import (
     ACCUMULATOR,
     PART_KEYS,
     PARTS_JOINED,
+    PROMPT_PART_KEYS,
     STAGES,
     WARPS,
     power_of_two,
     row_block,
 )
+from pallas_kernels.triton_launch import launch
 
 
 @triton.jit
@@ -166,10 +167,10 @@ def attend(
     size = q_GJNH.dtype.itemsize
     rows, keys = row_block(J * N // K, H, size), row_block(PART_KEYS, H, size)
     runs = math.ceil(J * N // K / rows)
-    part = PART_KEYS * runs  # a long prompt fills a GPU by itself: what its parts take does not grow with its runs
+    part = PART_KEYS if runs == 1 else PROMPT_PART_KEYS
     parts = math.ceil(C * Z / part)
     seen = C * Z if window is None else window
-    out_SGJNH, lse_SGJN = jax_triton.triton_call(
+    out_SGJNH, lse_SGJN = launch(
         *(q_GJNH, k_LPZF, v_LPZF, layer.reshape(1), page_GC, position_GJ),
         kernel=_attend,
         name="paged_attention",
@@ -208,7 +209,7 @@ def _joined(
     """Returns [G, J, N, H] in this dtype."""
     G, J, N, H = out_SGJNH.shape[1:]
     rows = ACCUMULATOR // (PARTS_JOINED * power_of_two(H))
-    return jax_triton.triton_call(
+    return launch(
         *(out_SGJNH, lse_SGJN, position_GJ),
         kernel=_join,
         name="paged_attention_join",

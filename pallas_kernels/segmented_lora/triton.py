@@ -22,7 +22,6 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import jax_triton  # ty: ignore[import-not-found]
 import numpy as np
 import triton  # ty: ignore[import-not-found]
 import triton.language as tl  # ty: ignore[import-not-found]
@@ -30,6 +29,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import KEPT
 from pallas_kernels.tiling_cuda import PROGRAMS, TOKENS, feature_block, power_of_two
+from pallas_kernels.triton_launch import launch
 
 LaneRows = tuple[jax.Array, jax.Array, jax.Array]  # a_GRX, b_GRY, scale_G
 
@@ -171,7 +171,7 @@ def _shrunk(x_GJX: jax.Array, a_rows: Sequence[jax.Array]) -> jax.Array:
     tiles, blocks = math.ceil(J / TOKENS), math.ceil(X / constants["BLOCK"])
     part = math.ceil(blocks / max(1, PROGRAMS // (G * tiles)))  # blocks of a part
     parts = math.ceil(blocks / part)
-    h_PGJR = jax_triton.triton_call(
+    h_PGJR = launch(
         x_GJX,
         a_GRX,
         kernel=_shrink,
@@ -191,7 +191,7 @@ def _expanded(h_GJR: jax.Array, b_GRY: jax.Array) -> jax.Array:
     G, J, R = h_GJR.shape
     Y = b_GRY.shape[2]
     constants = _common(J, R, Y)
-    return jax_triton.triton_call(
+    return launch(
         h_GJR,
         b_GRY,
         kernel=_expand,
@@ -210,7 +210,7 @@ def expand_back(dy_GJY: jax.Array, h_GJR: jax.Array, b_GRY: jax.Array) -> tuple[
     R = h_GJR.shape[2]
     constants = _common(J, R, Y)
     blocks = math.ceil(Y / constants["BLOCK"])
-    parts, db = jax_triton.triton_call(
+    parts, db = launch(
         dy_GJY,
         h_GJR,
         b_GRY,
@@ -237,7 +237,7 @@ def shrink_back(
     a_GRX = jnp.concatenate([a.astype(x_GJX.dtype) for a in a_rows], axis=1)
     R = a_GRX.shape[1]
     constants = _common(J, R, X)
-    dx_GJX, da_GRX = jax_triton.triton_call(
+    dx_GJX, da_GRX = launch(
         dh_GJR,
         x_GJX,
         a_GRX,

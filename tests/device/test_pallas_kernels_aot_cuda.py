@@ -22,6 +22,8 @@ from jax.sharding import SingleDeviceSharding
 from kernel_shapes import (
     LANES,
     MODELS,
+    PAGE,
+    PAGES,
     PROMPT,
     ROWS,
     TOKENS,
@@ -117,6 +119,52 @@ def test_pages(model: Model, lanes, tokens):
     made = made_as_large_as(pages, program.as_text())
     assert [line for line in made if "scatter" not in line.split(" = ")[0]] == []
     assert program.memory_analysis().alias_size_in_bytes >= 2 * math.prod(pages[0].shape) * pages[0].dtype.itemsize
+
+
+def test_pages_of_long_contexts_are_read_in_parts_and_joined():
+    """Of 64 rows and a table for 32k tokens the parts' results are 32 of each row's output in float32, and their log-sums."""
+    lanes, i32 = 64, jnp.int32
+    q, page = shape(lanes, 1, 32, 128), shape(2, PAGES, PAGE, 8 * 128)
+    ids = shape(dtype=i32), shape(lanes, 32768 // PAGE, dtype=i32), shape(lanes, 1, dtype=i32)
+    program = compiled(functools.partial(paged_attention, window=None), (q, page, page, *ids))
+    assert kernels(program) == {"paged_attention": 1, "paged_attention_join": 1}
+    parts = 32 * lanes * 32 * (128 + 1) * 4
+    assert parts <= program.memory_analysis().temp_size_in_bytes <= parts + 2**20
+
+
+def programs(function, *args) -> int:
+    """Of the one kernel that the function launches."""
+    (call,) = [e for e in jax.make_jaxpr(function)(*args).eqns if e.primitive.name == "triton_kernel_call"]
+    return math.prod(call.params["grid"])
+
+
+def test_few_tokens_of_lanes_are_shrunk_on_all_processors_and_many_in_one_part():
+    from pallas_kernels.segmented_lora.triton import _shrunk
+
+    few, many = (programs(_shrunk, shape(G, J, 4096), [shape(G, 16, 4096)] * 3) for G, J in ((8, 64), (16, 512)))
+    assert 132 <= few <= 2 * 132
+    assert many == 16 * 512 // 32
+
+
+def test_a_program_through_xlas_own_triton(monkeypatch):
+    """Pointers in a tuple, constants that are tuples and dtypes, arrays of three dtypes; jax-triton is not asked."""
+    monkeypatch.setenv("JAXLORA_TRITON", "xla")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_pdl=false")  # read by ours: XLA has read them and is told below
+    monkeypatch.setattr("jax_triton.triton_call", None)
+
+    def both(x_TX, rows, index, slot_T, q_GJNH, pages, page_GC):
+        attended = paged_attention(q_GJNH, pages, pages, index, page_GC, slot_T[:, None], window=None)
+        return gathered_lora(x_TX, rows, index, slot_T), attended
+
+    ids, table = (shape(dtype=jnp.int32), shape(8, dtype=jnp.int32)), shape(8, 128, dtype=jnp.int32)
+    args = shape(8, 256), [row(16), row(8)], *ids, shape(8, 1, 4, 64), shape(2, PAGES, 16, 2 * 64), table
+    with h100s() as devices:
+        here = SingleDeviceSharding(devices[0])
+        lowered = jax.jit(both, in_shardings=here, out_shardings=here).lower(*args)
+        program = lowered.compile(compiler_options={"xla_gpu_enable_pdl": False})
+    names = "gathered_lora_shrink", "gathered_lora_expand", "paged_attention", "paged_attention_join"
+    assert kernels(program) == dict.fromkeys(names, 1)
+    assert "triton_kernel_call_ffi" not in program.as_text()
 
 
 attention_takes = pytest.mark.parametrize(
@@ -219,7 +267,7 @@ def interpreter(*command: str) -> str:
 LANE_KERNELS = {f"segmented_lora_{half}{back}" for half in ("expand", "shrink") for back in ("", "_back")}
 LORA_KERNELS = {"gathered_lora_expand", "gathered_lora_shrink"} | LANE_KERNELS
 ATTENTION_KERNELS = {"packed_attention_backward_keys", "packed_attention_backward_queries", "packed_attention_forward"}
-ATTENTION_KERNELS |= {"paged_attention"}
+ATTENTION_KERNELS |= {"paged_attention", "paged_attention_join"}
 HEAD_KERNELS = {"target_logprob", "target_logprob_back"}
 
 
@@ -227,7 +275,7 @@ HEAD_KERNELS = {"target_logprob", "target_logprob_back"}
     ("name", "kernels", "passed"),
     [
         ("test_pallas_kernels_tpu_bodies", LORA_KERNELS, 25),
-        ("test_pallas_kernels_attention_tpu", ATTENTION_KERNELS, 63),
+        ("test_pallas_kernels_attention_tpu", ATTENTION_KERNELS, 65),
         ("test_pallas_kernels_cross_entropy_bodies", LANE_KERNELS | HEAD_KERNELS, 66),
         ("test_house_tpu_bodies", LORA_KERNELS | ATTENTION_KERNELS | HEAD_KERNELS, 2),
     ],
@@ -248,4 +296,4 @@ def test_interpreted_on_a_mesh_and_counted():
     LoRA: of 8 to 512 slots those of the step, once.  Packed attention: in each kernel the blocks that meet.  Paged
     attention: of all pages and layers the keys that a lane sees, once.
     """
-    assert interpreter(str(TESTS / "triton_interpreter.py")).split() == ["12", "3", "3", "3"]
+    assert interpreter(str(TESTS / "triton_interpreter.py")).split() == ["12", "3", "3", "4"]

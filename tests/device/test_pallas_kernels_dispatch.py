@@ -87,6 +87,20 @@ def test_each_platform_takes_its_body_or_what_the_table_says_otherwise(pallas, t
     assert tuple(found) == want
 
 
+@pytest.mark.parametrize(
+    ("route", "flags", "wanted"),
+    [
+        ("cubin", "", "JAXLORA_TRITON must be one of jax-triton, xla, got 'cubin'"),
+        ("xla", "--xla_gpu_enable_pdl=true", "JAXLORA_TRITON=xla needs --xla_gpu_enable_pdl=false in XLA_FLAGS"),
+    ],
+)
+def test_a_route_of_triton_kernels_that_cannot_work_is_refused(route, flags, wanted, monkeypatch):
+    monkeypatch.setenv("JAXLORA_TRITON", route)
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    with pytest.raises(ValueError, match=re.escape(wanted)):
+        dispatch.cuda_body()
+
+
 def test_gradients_have_their_own_bodies():
     back = ["segmented_lora", "segmented_lora_expand_back", "segmented_lora_shrink_back"]
     assert kernels(jax.grad(loss, argnums=(0, 1)), *train()) == back

@@ -6,7 +6,8 @@ import contextlib
 import importlib.util
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from unittest import mock
 
 import jax
 import pytest
@@ -38,27 +39,43 @@ gpu_device_info {
 platform_name: "CUDA"
 device_description_str: "NVIDIA H100"
 """
+SHARED_BYTES = 232448  # of a block, as above
 DESCRIBED = AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu")
 
 
 @contextlib.contextmanager
 def h100s() -> Iterator[list]:
-    """Four H100s, for which programs are traced inside."""
+    """Four H100s, for which programs are traced inside.  A kernel that needs more shared memory than they have fails."""
     for package in ("jax_cuda13_plugin", "jax_triton"):
         if importlib.util.find_spec(package) is None:
             pytest.fail(f"{package} is not installed: run `uv run --isolated --group aot-cuda pytest -m aot_cuda`")
+    from jax_triton import triton_lib
+
     kept = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)  # without a device it can write an entry and not read it
     try:
         jax.devices()  # finds the plug-in
         found = topologies.get_topology_desc(platform="cuda", topology_name="", target_config=H100, topology="1x1x4")
-        with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=DESCRIBED)):
+        described = jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=DESCRIBED))
+        with described, mock.patch.object(triton_lib, "compile_ttir_inplace", fits(triton_lib.compile_ttir_inplace)):
             yield list(found.devices)
     finally:
         jax.config.update("jax_enable_compilation_cache", kept)
 
 
+def fits(compile_kernel: Callable) -> Callable:
+    """jax-triton's compiler of a kernel, which does not compare its shared memory with the device's."""
+
+    def checked(*args):
+        result = compile_kernel(*args)
+        assert result.shared_mem_bytes <= SHARED_BYTES, f"{result.name}: {result.shared_mem_bytes} bytes"
+        return result
+
+    return checked
+
+
 def kernels(compiled: jax.stages.Compiled) -> Counter:
     """Triton kernels of a compiled program, by the name of their scope."""
-    lines = [line for line in compiled.as_text().splitlines() if 'custom_call_target="triton_kernel_call_ffi"' in line]
-    return Counter(re.search(r'op_name="[^"]*/([a-z_]+)/triton_kernel_call"', line)[1] for line in lines)
+    target = 'custom_call_target="(triton_kernel_call_ffi|__gpu\\$xla.gpu.triton)"'  # of jax-triton, of XLA
+    lines = [line for line in compiled.as_text().splitlines() if re.search(target, line)]
+    return Counter(re.search(r'op_name="[^"]*/([a-z_]+)/(?:triton_kernel_call|ffi_call)"', line)[1] for line in lines)
