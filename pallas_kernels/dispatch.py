@@ -31,7 +31,7 @@ lacks raises an error.
                                 xla      for other dtypes
     paged_attention  cpu        native   each sequence has its own loop over its own places
                                 xla      without the native bodies, for other heads than they take, on several devices
-                     cuda       triton   reads pages in place, once for all queries of a kv head
+                     cuda       triton   reads pages in place, once for all queries of a kv head, long sequences by several programs
                                 xla      without the extra `triton`, for heads above 256, for other or mixed dtypes
                      tpu        pallas   reads pages in place, each sequence its own
                                 xla      where no run of tokens has room on the chip, and for other dtypes

@@ -23,7 +23,7 @@ HEAD = 256  # attention: the largest head
 TILE_BYTES = 2**14  # attention: bytes of a tile of queries or keys; six fit the 99 KB of Ampere's smaller cards
 COLUMN_BYTES = 128  # attention: of one feature of such a tile; with twice as much float32 does not fit the registers
 PART_KEYS = 1024  # paged attention: keys of a part, so that a long lane occupies many programs
-PROMPT_PART_KEYS = 8192  # where a lane is several runs, which are programs too: parts are of all its rows, and are kept
+PROMPT_PART_KEYS = 8192  # of prompts, which are many programs by their tokens, and each token's parts take memory
 PARTS_JOINED = 4  # paged attention: parts that are joined at once
 WARPS, STAGES = 8, 2  # attention: with 4 warps its backward pass does not fit the registers either
 

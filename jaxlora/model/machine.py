@@ -17,6 +17,7 @@ from jaxlora.model import multihost
 from jaxlora.model.memory_plan import GB, Machine
 from jaxlora.model.mesh import RULES
 from pallas_kernels.native.library import instruction_set
+from pallas_kernels.triton_launch import packages
 
 EXHAUSTED = ("RESOURCE_EXHAUSTED", "bad_alloc")  # what errors say, of several classes, when XLA gets no memory
 
@@ -34,7 +35,8 @@ def machine_of(mesh: MeshSection, memory_gb: float | None) -> Machine:
 
     try:
         native = instruction_set() is not None
-    except ValueError as error:  # of the environment variable
+        packages()  # of the route by which a GPU's kernels would be launched
+    except ValueError as error:  # of an environment variable
         raise ConfigInvalid(str(error)) from error
     devices, first = math.prod(sizes.values()), jax.local_devices()[0]
     host = host_limit()

@@ -43,6 +43,7 @@ READERS = 2
 PACKED_PART = 32  # of which packed features are a whole multiple, those in of 8 bits of twice that: product/op.py's
 LOGIT_COPIES, SCORED_COPIES, HEAD_COPIES = 6, 4, 2  # of logits in float32: sampled rows, scored tiles, tiles of a loss
 SCORED_BYTES = 2**26  # a tile at most, as in serve/engine/step.py
+PART_KEYS, PROMPT_PART_KEYS = 1024, 8192  # that a GPU attends to in a part, in decode and prompts: tiling_cuda.py's
 HEAD_TARGETS = 32  # targets of a tile of the loss
 LANE_ROWS = 3  # a training lane's own rows: as they are, their gradients, and in work
 
@@ -162,14 +163,24 @@ def decode_bytes(rows: int, base: BaseShape, machine: Machine) -> int:
     """Returns the bytes of a decode step's arrays: logits, and a layer's weights in another layout."""
     table = parameters(base.config).values()
     layer = sum(_part(p.shape[1:], p.axes[1:], machine) for p in table if p.axes[0] == "layers")
-    return LOGIT_COPIES * 4 * rows * _part((base.config.vocab,), ("vocab",), machine) + 4 * layer
+    logits = LOGIT_COPIES * 4 * rows * _part((base.config.vocab,), ("vocab",), machine)
+    return logits + 4 * layer + attention_bytes(rows, PART_KEYS, base, machine)
 
 
 def prefill_bytes(lanes: int, tokens: int, base: BaseShape, machine: Machine) -> int:
     """Returns the bytes of a prefill step's arrays, a tile of scored prompt tokens the largest."""
     vocab = _part((base.config.vocab,), ("vocab",), machine)
     tile = max(min(SCORED_BYTES, 4 * lanes * tokens * vocab), 4 * lanes * vocab)
-    return LOGIT_COPIES * 4 * lanes * vocab + lanes * tokens * token_work(base, machine) + SCORED_COPIES * tile
+    work = lanes * tokens * token_work(base, machine) + attention_bytes(lanes * tokens, PROMPT_PART_KEYS, base, machine)
+    return LOGIT_COPIES * 4 * lanes * vocab + work + SCORED_COPIES * tile
+
+
+def attention_bytes(tokens: int, part_keys: int, base: BaseShape, machine: Machine) -> int:
+    """Returns the bytes of what a GPU's attention joins: a float32 output and log-sum of each part of the whole context."""
+    parts = -(-base.config.context // part_keys)
+    if machine.platform != "gpu" or parts == 1:
+        return 0
+    return 4 * parts * tokens * _part((base.config.heads,), ("heads",), machine) * (base.config.head_dim + 1)
 
 
 def token_work(base: BaseShape, machine: Machine) -> int:

@@ -167,7 +167,7 @@ def attend(
     size = q_GJNH.dtype.itemsize
     rows, keys = row_block(J * N // K, H, size), row_block(PART_KEYS, H, size)
     runs = math.ceil(J * N // K / rows)
-    part = PART_KEYS if runs == 1 else PROMPT_PART_KEYS
+    part = PART_KEYS if J == 1 else PROMPT_PART_KEYS
     parts = math.ceil(C * Z / part)
     seen = C * Z if window is None else window
     out_SGJNH, lse_SGJN = launch(

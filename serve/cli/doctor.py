@@ -116,10 +116,9 @@ def _kernels() -> Finding:
 
     cuda = {"triton": "Triton kernels, which no GPU has run yet", "xla": "XLA; kernels come with the extra `triton`"}
     try:
-        cpu = cpu_body()
-    except ValueError as error:  # of the environment variable
+        return Finding(f"kernels           cpu: {cpu_body()}; tpu: Pallas; cuda: {cuda[cuda_body()]}")
+    except ValueError as error:  # of an environment variable
         return Finding(f"kernels           {error}", ok=False)
-    return Finding(f"kernels           cpu: {cpu}; tpu: Pallas; cuda: {cuda[cuda_body()]}")
 
 
 def _cache() -> Finding:

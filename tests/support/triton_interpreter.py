@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,6 @@ from pallas_kernels.cross_entropy import op as cross_entropy
 from pallas_kernels.gathered_lora import op as gathered_lora
 from pallas_kernels.paged_attention import op as paged_attention
 from pallas_kernels.segmented_lora import op as segmented_lora
-from pallas_kernels.tiling_cuda import PART_KEYS
 
 ONE_AT_A_TIME = threading.Lock()  # the interpreter keeps its place in the grid in a global
 CALLS = []  # names of the kernels that ran
@@ -195,9 +195,11 @@ def count_blocks() -> int:
 def count_pages() -> int:
     """How many cases read, in one layer, each key and value that a lane's tokens see together once, and nothing else.
 
-    No program reads more than the keys of a part, and the join reads a part's result for each part that was seen.
+    No program reads more than the keys of a part, and the join reads a part's result for each part that a token sees.
     """
-    rng = np.random.default_rng(0)
+    from pallas_kernels.paged_attention import triton as paged_attention_cuda
+
+    rng, decode, prompt = np.random.default_rng(0), paged_attention_cuda.PART_KEYS, 256
     k, v = rng.standard_normal((2, 2, 160, 16, 2 * 4), dtype=np.float32)
     page = rng.permutation(160).reshape(2, 80).astype(np.int32)
     cases = [
@@ -211,20 +213,20 @@ def count_pages() -> int:
         MOST.clear()
         q = rng.standard_normal((2, len(positions[0]), 6, 4), dtype=np.float32)
         args = (q, k, v, jnp.int32(1), page, np.array(positions, np.int32))
-        with dispatch.interpreted():
-            jax.block_until_ready(paged_attention.paged_attention(*args, window=window))
-        want, parts = np.zeros(k.shape, int), []
+        with dispatch.interpreted(), mock.patch.object(paged_attention_cuda, "PROMPT_PART_KEYS", prompt):
+            got = jax.block_until_ready(paged_attention.paged_attention(*args, window=window))
+        want = paged_attention.paged_attention_reference(*args, window=window)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+        seen, parts, part = np.zeros(k.shape, int), [], decode if q.shape[1] == 1 else prompt
         for lane, row in enumerate(positions):
             real = [p for p in row if p >= 0]
             for place in range(max(0, min(real) - (window or 1280) + 1), max(real) + 1) if real else ():
-                want[1, page[lane, place // 16], place % 16] = 1
-            parts += [
-                len({max(0, p - (window or 1280) + 1) // PART_KEYS, p // PART_KEYS} if p >= 0 else ()) for p in row
-            ]
+                seen[1, page[lane, place // 16], place % 16] = 1
+            parts += [p // part - max(0, p - (window or 1280) + 1) // part + 1 if p >= 0 else 0 for p in row]
         (_, k_reads, v_reads, *_), (out_reads, lse_reads, _) = INPUTS
-        assert (k_reads == want).all()
-        assert (v_reads == want).all()
-        assert max(MOST[0][1:3]) <= PART_KEYS * 4
+        assert (k_reads == seen).all()
+        assert (v_reads == seen).all()
+        assert max(MOST[0][1:3]) <= part * 4
         assert (lse_reads.sum(0).reshape(-1, 6) == np.array(parts)[:, None]).all()
         assert (out_reads == lse_reads[..., None]).all()
     return len(cases)

@@ -18,7 +18,16 @@ from jaxlora.core.errors import ConfigInvalid
 from jaxlora.core.host_memory import MemoryLimit, give_back, host_limit
 from jaxlora.core.lora import LAYER_TARGETS
 from jaxlora.core.model_config import ModelConfig
-from jaxlora.model.memory_plan import BaseShape, Machine, plan_server, plan_training
+from jaxlora.model.memory_plan import (
+    PART_KEYS,
+    PROMPT_PART_KEYS,
+    BaseShape,
+    Machine,
+    attention_bytes,
+    plan_server,
+    plan_training,
+)
+from pallas_kernels import tiling_cuda
 
 GIB = 2**30
 QWEN3 = replace(
@@ -208,6 +217,16 @@ def test_an_accelerator_decodes_more_rows_than_a_cpu():
 
 
 # ---- what does not fit --------------------------------------------------------------------------------------------
+
+
+def test_a_gpu_has_memory_for_the_parts_that_its_attention_joins():
+    """What the kernels make is compiled in tests/device/test_pallas_kernels_aot_cuda.py."""
+    assert (PART_KEYS, PROMPT_PART_KEYS) == (tiling_cuda.PART_KEYS, tiling_cuda.PROMPT_PART_KEYS)
+    base = shape(QWEN3, "bfloat16")
+    assert attention_bytes(64, PART_KEYS, base, accelerator(20e9)) == 4 * 40 * 64 * 16 * 129
+    assert attention_bytes(64, PART_KEYS, base, accelerator(20e9, tensor=8)) == 4 * 40 * 64 * 2 * 129
+    assert attention_bytes(64, PART_KEYS, base, replace(accelerator(20e9), platform="tpu")) == 0
+    assert attention_bytes(512, PROMPT_PART_KEYS, shape(), accelerator(20e9)) == 0  # one part: nothing to join
 
 
 def test_one_byte_too_much_is_told():
