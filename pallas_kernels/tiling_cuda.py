@@ -24,6 +24,7 @@ TILE_BYTES = 2**14  # attention: bytes of a tile of queries or keys; six fit the
 COLUMN_BYTES = 128  # attention: of one feature of such a tile; with twice as much float32 does not fit the registers
 PART_KEYS = 1024  # paged attention: keys of a part, so that a long lane occupies many programs
 PROMPT_PART_KEYS = 8192  # of prompts, which are many programs by their tokens, and each token's parts take memory
+ATTENDING = 4096  # paged attention: programs, most of which find nothing to do; they share the parts of their lane
 PARTS_JOINED = 4  # paged attention: parts that are joined at once
 WARPS, STAGES = 8, 2  # attention: with 4 warps its backward pass does not fit the registers either
 

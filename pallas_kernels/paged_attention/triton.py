@@ -1,14 +1,14 @@
 """CUDA body of `paged_attention`: two Triton kernels that read pages from the pool in place, for decode and prompts.
 
-    attend   softmax(q @ k.T) @ v and its log-sum   a program per run of a lane's tokens, kv head and part of the keys
+    attend   softmax(q @ k.T) @ v and its log-sum   a program per run of a lane's tokens, kv head and share of the parts
     join     the parts, by their log-sums           a program per ROWS rows of queries
 
 A run is read with all query heads of one kv head, so each key and value that they attend to is read once, and nothing
 else.  Parts are of a fixed number of keys from the sequence's first on (flash-decoding, as split-K): how many exist hangs on
-the lane's own context alone, so one long lane occupies many programs, and a row's bits depend neither on its neighbours nor
-on the width of the page table.  The grid has the parts of the whole table; a program of a part that its run does not
-reach ends at once and writes nothing, and the join reads the parts that exist.  Where the table has one part there is nothing
-to join.  Products in q's dtype, sums and softmax in float32 and in a fixed order.
+the lane's own context alone, and a row's bits depend neither on its neighbours nor on the width of the page table.  The
+programs of a run take its parts in turn, so one long lane occupies all of its own, and those without a part end at once.
+The join reads the parts that exist; where the table has one part there is nothing to join.  Products in q's dtype, sums and
+softmax in float32 and in a fixed order.
 
 Why no existing kernel: cuDNN's, private to JAX, takes one layer's pages alone, which is a copy, and queries the GPU at
 trace time; that of `jax.experimental.pallas.ops.gpu` uses Pallas' deprecated Triton backend and is for decode alone.
@@ -32,6 +32,7 @@ import triton.language as tl  # ty: ignore[import-not-found]
 from pallas_kernels.attention.triton import MASKED, absorb
 from pallas_kernels.tiling_cuda import (
     ACCUMULATOR,
+    ATTENDING,
     PART_KEYS,
     PARTS_JOINED,
     PROMPT_PART_KEYS,
@@ -69,16 +70,15 @@ def _attend(
     PART: tl.constexpr,
     HEAD: tl.constexpr,
 ):
-    """Attends with one run of a lane's rows to one part of the lane's keys, if they see a key of it."""
-    g, head, part = tl.program_id(0) // RUNS, tl.program_id(1), tl.program_id(2)
+    """Attends with one run of a lane's rows to every num_programs(2)-th part of the keys that they see."""
+    g, head = tl.program_id(0) // RUNS, tl.program_id(1)
     row = tl.program_id(0) % RUNS * ROWS + tl.arange(0, ROWS)
     token, real_I = row // (N // K), row < J * (N // K)
     position_I = tl.load(position + g * J + token, mask=real_I, other=-1)
     last = tl.max(position_I, 0)
     oldest = tl.min(tl.where(position_I >= 0, position_I, last), 0) - WINDOW + 1
-    begin = tl.maximum(tl.maximum(oldest, 0) // KEYS, part * (PART // KEYS))
-    end = tl.minimum((last + KEYS) // KEYS, (part + 1) * (PART // KEYS))
-    if begin < end:
+    first, end = tl.maximum(oldest, 0) // PART, (last + PART) // PART
+    for part in range(first + tl.program_id(2), end, tl.num_programs(2)):
         feature = tl.arange(0, HEAD)
         row_I = (g.to(tl.int64) * J + token) * N + head * (N // K) + row % (N // K)
         inside_IH = real_I[:, None] & (feature < H)[None, :]
@@ -87,7 +87,8 @@ def _attend(
         total_I = tl.zeros((ROWS,), tl.float32)
         acc_IH = tl.zeros((ROWS, HEAD), tl.float32)
         pages = tl.load(layer).to(tl.int64) * P
-        for block in range(begin, end):
+        begin = tl.maximum(tl.maximum(oldest, 0) // KEYS, part * (PART // KEYS))
+        for block in range(begin, tl.minimum((last + KEYS) // KEYS, (part + 1) * (PART // KEYS))):
             key = block * KEYS + tl.arange(0, KEYS)
             held_E = (key >= oldest) & (key <= last)
             page_E = pages + tl.load(page + g * C + key // Z, mask=held_E, other=0)
@@ -101,7 +102,7 @@ def _attend(
             best_I, total_I, acc_IH = absorb(score_IE, seen_IE, v_EH, best_I, total_I, acc_IH)
         # A row that sees no key of this part is undefined: the join does not read it.
         total_I = tl.where(total_I == 0.0, 1.0, total_I)
-        to_I = part.to(tl.int64) * G * J * N + row_I
+        to_I = row_I + part * (G * J * N)
         out_IH = (acc_IH / total_I[:, None]).to(out.dtype.element_ty)
         tl.store(out + to_I[:, None] * H + feature[None, :], out_IH, mask=inside_IH)
         tl.store(lse + to_I, best_I + tl.log(total_I), mask=real_I)
@@ -178,7 +179,7 @@ def attend(
             jax.ShapeDtypeStruct((parts, G, J, N, H), q_GJNH.dtype if parts == 1 else jnp.float32),
             jax.ShapeDtypeStruct((parts, G, J, N), jnp.float32),
         ),
-        grid=(G * runs, K, parts),
+        grid=(G * runs, K, min(parts, math.ceil(ATTENDING / (G * runs * K)))),
         G=G,
         J=J,
         N=N,

@@ -215,6 +215,9 @@ def count_pages() -> int:
         args = (q, k, v, jnp.int32(1), page, np.array(positions, np.int32))
         with dispatch.interpreted(), mock.patch.object(paged_attention_cuda, "PROMPT_PART_KEYS", prompt):
             got = jax.block_until_ready(paged_attention.paged_attention(*args, window=window))
+            with mock.patch.object(paged_attention_cuda, "ATTENDING", 1):  # a program has all parts of its run
+                same = paged_attention.paged_attention(*args, window=window)
+            np.testing.assert_array_equal(got, same)
         want = paged_attention.paged_attention_reference(*args, window=window)
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
         seen, parts, part = np.zeros(k.shape, int), [], decode if q.shape[1] == 1 else prompt
@@ -223,7 +226,7 @@ def count_pages() -> int:
             for place in range(max(0, min(real) - (window or 1280) + 1), max(real) + 1) if real else ():
                 seen[1, page[lane, place // 16], place % 16] = 1
             parts += [p // part - max(0, p - (window or 1280) + 1) // part + 1 if p >= 0 else 0 for p in row]
-        (_, k_reads, v_reads, *_), (out_reads, lse_reads, _) = INPUTS
+        (_, k_reads, v_reads, *_), (out_reads, lse_reads, _), *_ = INPUTS
         assert (k_reads == seen).all()
         assert (v_reads == seen).all()
         assert max(MOST[0][1:3]) <= part * 4
