@@ -33,7 +33,7 @@ lacks raises an error.
                                 xla      without the native bodies, for other heads than they take, on several devices
                      cuda       triton   reads pages in place, once for all queries of a kv head
                                 xla      without the extra `triton`, for heads above 256, for other or mixed dtypes
-                     tpu        pallas   reads pages in place, each sequence its own
+                     tpu        pallas   copies the pages that a sequence attends to, the next while it computes
                                 xla      where no run of tokens has room on the chip, and for other dtypes
     rms_norm         cpu        native   a row's sum has one order
                                 xla      without the native bodies
