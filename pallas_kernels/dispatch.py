@@ -33,7 +33,7 @@ lacks raises an error.
                                 xla      without the native bodies, for other heads than they take, on several devices
                      cuda       triton   reads pages in place, once for all queries of a kv head, long sequences by several programs
                                 xla      without the extra `triton`, for heads above 256, for other or mixed dtypes
-                     tpu        pallas   reads pages in place, each sequence its own
+                     tpu        pallas   copies the pages that a sequence attends to, the next while it computes
                                 xla      where no run of tokens has room on the chip, and for other dtypes
     rms_norm         cpu        native   a row's sum has one order
                                 xla      without the native bodies
@@ -61,7 +61,8 @@ The Triton bodies were compiled and interpreted, never run on a GPU: installing 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator
+import contextvars
+from collections.abc import Callable, Collection, Generator
 from dataclasses import dataclass
 
 import jax
@@ -126,11 +127,71 @@ SHAPE_INDEPENDENT: dict[str, dict[str, dict[str, bool | None]]] = {
 _interpreted = jax.make_user_context(False)
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The body that a call of an op got on a platform."""
+
+    op: str
+    body: str
+    reason: str | None  # why it is not the one that the table prefers; None where it is
+
+
+_choices: contextvars.ContextVar[tuple[str, list[Choice]] | None] = contextvars.ContextVar("choices", default=None)
+
+
 @contextlib.contextmanager
 def interpreted() -> Generator[None]:
     """Runs the Pallas bodies of whatever is traced inside, interpreted, on any platform.  For tests: it is slow."""
     with _interpreted(True):
         yield
+
+
+@contextlib.contextmanager
+def recorded(platform: str) -> Generator[list[Choice]]:
+    """Notes the choices of whatever is traced inside by this thread, for the platform: each once, in their order.
+
+    What was traced before is not traced again, and not noted.
+    """
+    choices: list[Choice] = []
+    token = _choices.set((platform, choices))
+    try:
+        yield choices
+    finally:
+        _choices.reset(token)
+
+
+def _note(op: str, bodies: Collection[str], args: tuple) -> None:
+    if (recording := _choices.get()) is None:
+        return
+    platform, choices = recording
+    if (route := TABLE[op].get(platform)) is None:  # refused when it is lowered
+        return
+    choice = Choice(op, route.body, None)
+    if route.body not in bodies:
+        choice = Choice(op, route.otherwise, _why_not(route.body, args))
+    if choice not in choices:
+        choices.append(choice)
+
+
+def _why_not(body: str, args: tuple) -> str:
+    """Returns why a body cannot run with these arguments here."""
+    if body == "native" and library.instruction_set() is None:
+        return "the native bodies are not built"
+    if body == "triton" and not tiling_cuda.installed():
+        return "the extra `triton` is not installed"
+    arrays = [x for x in jax.tree.leaves(args) if jnp.issubdtype(x.dtype, jnp.floating)]
+    other = sorted({str(x.dtype) for x in arrays if x.dtype not in DTYPES})
+    if other:
+        return f"its kernels take bfloat16 and float32, not {', '.join(other)}"
+    return f"no kernel takes {', '.join(f'{x.dtype}{list(x.shape)}' for x in arrays)}"
+
+
+def usual(op: str, platform: str) -> Choice:
+    """Returns the choice of a call whose arrays fit."""
+    route = TABLE[op][platform]
+    if route.body == "native" and library.instruction_set() is None:
+        return Choice(op, route.otherwise, _why_not(route.body, ()))
+    return Choice(op, route.body, None)
 
 
 def by_platform[*Args, Out](
@@ -159,6 +220,7 @@ def by_platform[*Args, Out](
         body["pallas"] = lambda *args: pallas(False)(*args)
     if triton is not None:
         body["triton"] = lambda *args: triton()(*args)
+    _note(op, body, args)
     chosen = {platform: body.get(route.body, body[route.otherwise]) for platform, route in TABLE[op].items()}
     return lax.platform_dependent(*args, **chosen)
 

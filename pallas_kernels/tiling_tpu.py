@@ -33,8 +33,11 @@ class Blocks:
 MiB = 2**20
 TABLE = {
     "any TPU": Blocks(vmem_bytes=16 * MiB, tokens=256),
+    "TPU v4": Blocks(vmem_bytes=16 * MiB, tokens=256),  # all that a core has
     "TPU v5 lite": Blocks(vmem_bytes=32 * MiB, tokens=256),  # v5e: 128 MiB, of which the compiler keeps what we leave
-    "TPU v6 lite": Blocks(vmem_bytes=32 * MiB, tokens=512),  # v6e: likewise
+    "TPU v5": Blocks(vmem_bytes=32 * MiB, tokens=512),  # v5p: 64 MiB a core
+    "TPU v6 lite": Blocks(vmem_bytes=32 * MiB, tokens=512),  # v6e: 128 MiB
+    "TPU7x": Blocks(vmem_bytes=32 * MiB, tokens=512),  # 64 MiB a core
 }
 
 

@@ -206,23 +206,24 @@ def fitted[P](found: Found, model: ModelSection, kv_dtype: str, plan: Callable[[
 
     Raises ConfigInvalid as `plan` does.
     """
-
-    def shape(dtype: str) -> BaseShape:
-        kv = dtype if kv_dtype == "auto" else kv_dtype
-        return BaseShape(
-            config=found.source.config,
-            dtype=dtype,
-            kv_dtype=kv,
-            quantized=model.quantization == "int8",
-            name=found.name,
-        )
-
     try:
-        return found, plan(shape(found.dtype))
+        return found, plan(base_shape(found, model, kv_dtype))
     except ConfigInvalid:
         if model.dtype != "auto" or found.dtype == "bfloat16":
             raise
-    return replace(found, dtype="bfloat16"), plan(shape("bfloat16"))
+    found = replace(found, dtype="bfloat16")
+    return found, plan(base_shape(found, model, kv_dtype))
+
+
+def base_shape(found: Found, model: ModelSection, kv_dtype: str) -> BaseShape:
+    """Returns what of the base decides how much memory it takes.  kv_dtype: auto is the base's."""
+    return BaseShape(
+        config=found.source.config,
+        dtype=found.dtype,
+        kv_dtype=found.dtype if kv_dtype == "auto" else kv_dtype,
+        quantized=model.quantization == "int8",
+        name=found.name,
+    )
 
 
 def open_base(model: ModelSection, mesh: MeshSection) -> Opened:

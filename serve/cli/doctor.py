@@ -8,8 +8,13 @@ import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jaxlora.core.errors import ConfigInvalid, JaxLoraError
+
+if TYPE_CHECKING:
+    from jaxlora.config.serving import SizedConfig
+    from jaxlora.model.memory_plan import BaseShape
 
 DISTRIBUTIONS = (
     "jaxlora",
@@ -97,18 +102,34 @@ def _memory(memory_gb: float | None) -> Finding:
 
 
 def _plan(model: str, memory_gb: float | None) -> Iterator[Finding]:
+    from jaxlora.checkpoints.load import base_shape  # imports JAX
     from jaxlora.config.base import ModelSection
     from jaxlora.config.serving import ServeConfig
-    from serve.server.build import planned  # imports JAX
+    from serve.server.build import planned
 
     lines: list[str] = []
+    config = ServeConfig(model=ModelSection(path=model), memory_gb=memory_gb)
     try:
-        planned(ServeConfig(model=ModelSection(path=model), memory_gb=memory_gb), lines.append)
+        found, sized = planned(config, lines.append)
     except JaxLoraError as e:
         yield Finding(f"{'plan':<17} {e.message}", ok=False)
+        found = sized = None
     for line in lines:
         name, _, rest = line.partition(": ")
         yield Finding(f"{'plan: ' + name:<17} {rest}")
+    if found is not None and sized is not None:
+        yield from _bodies(base_shape(found, config.model, config.kv_dtype), sized)
+
+
+def _bodies(base: BaseShape, config: SizedConfig) -> Iterator[Finding]:
+    from jaxlora.model.mesh import make_mesh  # imports JAX
+    from serve.runtime.bodies import expected, fallbacks, listed
+
+    mesh = make_mesh()
+    platform = mesh.devices.flat[0].platform
+    choices = expected(base, config, mesh, platform)
+    yield Finding(f"{'bodies':<17} {listed(choices)}")
+    yield from (Finding(f"{'WARNING':<17} {line}") for line in fallbacks(choices, platform))
 
 
 def _kernels() -> Finding:

@@ -24,6 +24,7 @@ from serve.engine.engine import Engine
 from serve.engine.grammar import Grammars
 from serve.engine.request import Delta, Request
 from serve.runtime.backend import ModelCard
+from serve.runtime.bodies import told
 from serve.runtime.budget import Budget, BudgetSettings
 from serve.runtime.catalog import Catalog
 from serve.runtime.publisher import Publisher
@@ -220,7 +221,8 @@ class DeviceThread:
 
     def _run(self) -> None:
         try:
-            self.engine.warm_up(self._before_program)
+            with told("serving", self.engine.mesh.devices.flat[0].platform):
+                self.engine.warm_up(self._before_program)
             self._compiled = True
             while not self._stopping:
                 self._turn()

@@ -11,6 +11,7 @@ from jaxlora.core.errors import AdapterNotFinite, JaxLoraError
 from jaxlora.core.lora import AdapterRef
 from jaxlora.core.progress import Counted, uncounted
 from jaxlora.model.lora_pool import PoolSpec
+from serve.runtime.bodies import told
 from serve.runtime.publisher import Publisher
 from train.step.microsteps import small_parts
 from train.trainer import FIRST_PART, StepReport, Trainer
@@ -35,7 +36,8 @@ def small_trainer(opened: Opened, pool: PoolSpec, *, lanes: int, lane_tokens: in
 
 def warm_up(trainer: Trainer, publisher: Publisher, compiling: Counted = uncounted) -> None:
     """Compiles the programs of training and of its publications.  Device thread only.  compiling: see `Trainer.warm_up`."""
-    trainer.warm_up(compiling)
+    with told("training", trainer.mesh.devices.flat[0].platform):
+        trainer.warm_up(compiling)
     for rows in trainer.bucket_rows():
         publisher.rehearse(rows)
 

@@ -15,10 +15,11 @@ from aot_world import TOPOLOGIES, chips, kernels
 from jax.experimental.layout import Format, Layout
 from jax.sharding import SingleDeviceSharding
 from kernel_shapes import (
+    COLUMNS,
     LANES,
     MODELS,
+    PAGE,
     PROMPT,
-    ROWS,
     TOKENS,
     Model,
     as_large_as_logits,
@@ -80,10 +81,14 @@ def test_train(model: Model, kind):
 
 @kinds
 @heads
-@pytest.mark.parametrize(("lanes", "tokens"), [(ROWS, 1), (4, PROMPT)], ids=["decode", "prompt"])
-def test_pages(model: Model, kind, lanes, tokens):
+@pytest.mark.parametrize(
+    ("lanes", "tokens", "columns"),
+    [(256, 1, 131072 // PAGE), (4, PROMPT, COLUMNS)],
+    ids=["decode of 256 rows of 131k tokens", "prompt"],
+)
+def test_pages(model: Model, kind, lanes, tokens, columns):
     """Pages in the layout that they have on a device are written and read where they lie."""
-    pages, *rest = pages_shapes(model, lanes, tokens)
+    pages, *rest = pages_shapes(model, lanes, tokens, columns)
     with chips(kind) as devices:
         here = SingleDeviceSharding(devices[0])
         kept = Format(Layout(major_to_minor=(0, 1, 2, 3)), here)

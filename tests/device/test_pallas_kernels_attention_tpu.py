@@ -122,22 +122,13 @@ def test_paged_in_many_visits_is_the_definition(name, monkeypatch):
     assert_close(got, hand(world, pages, positions, 6), F32)
 
 
-def test_paged_visits_are_the_pages_that_are_seen():
-    """Blocks of 4 keys, a window of 6: runs at positions 8 to 10, nobody, 0 alone, 4 and 5."""
-    positions = np.array([[8, 9, 10], [-1, -1, -1], [0, -1, -1], [4, 5, -1]], np.int32)
-    first, last, run, block, count = paged_attention_tpu._visits(positions, 4, 3, 6)
-    assert (first.tolist(), last.tolist(), count) == ([0, 0, 0, 0], [10, -1, 0, 5], 6)
-    assert list(zip(run[:6].tolist(), block[:6].tolist(), strict=True)) == [
-        (0, 0),
-        (0, 1),
-        (0, 2),
-        (2, 0),
-        (3, 0),
-        (3, 1),
-    ]
-    first, *_, count = paged_attention_tpu._visits(positions, 4, 3, 4)
-    assert (first.tolist(), count) == ([1, 0, 0, 0], 5)
-    assert paged_attention_tpu._visits(np.full((2, 3), -1, np.int32), 4, 3, 6)[-1] == 0
+def test_paged_runs_without_tokens_are_not_visited():
+    """Runs at positions 8 to 10, nobody, 4 and 5, nobody, 0 alone."""
+    positions = np.array([[8, 9, 10], [-1, -1, -1], [4, 5, -1], [-1, -1, -1], [0, -1, -1]], np.int32)
+    order, least, last, count = paged_attention_tpu.visited(positions)
+    assert (order.tolist(), count) == ([0, 2, 4, 1, 3], 3)
+    assert [(int(least[s]), int(last[s])) for s in (0, 2, 4)] == [(8, 10), (4, 5), (0, 0)]
+    assert paged_attention_tpu.visited(np.full((2, 3), -1, np.int32))[-1] == 0
 
 
 @pytest.mark.parametrize("kind", ["prefill", "decode"])
@@ -175,16 +166,19 @@ def test_paged_any_table(seed, table, window):
     assert_close(run(paged.poisoned(world, *table), *table, window), hand(world, *table, window), loose)
 
 
-def test_paged_what_has_no_room_is_refused(monkeypatch):
-    """A table of pages larger than scalar memory, or one token's heads larger than the chip."""
+def test_paged_blocks_shrink_until_they_have_room(monkeypatch):
+    """Longer tables than scalar memory, and one token's heads larger than the chip, are refused."""
 
-    def cut(columns, heads=32):
-        shapes = (4, 1, heads, 128), (2, 9, 64, heads * 32), (4, columns)
+    def cut(columns, heads=32, tokens=1):
+        shapes = (4, tokens, heads, 128), (2, 9, 64, heads * 32), (4, columns)
         return paged_attention_tpu.cut(*(jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in shapes))
 
-    assert cut(128) == paged_attention_tpu.Cut(tokens=1, pages=8)
+    assert cut(128) == cut(2**13) == paged_attention_tpu.Cut(tokens=1, pages=8)
+    assert cut(128, tokens=512) == paged_attention_tpu.Cut(tokens=64, pages=8)
     assert cut(2**15) is None
-    monkeypatch.setitem(tiling_tpu.TABLE, "any TPU", tiling_tpu.Blocks(vmem_bytes=2**20, tokens=16))
+    monkeypatch.setitem(tiling_tpu.TABLE, "any TPU", tiling_tpu.Blocks(vmem_bytes=2**21, tokens=16))
+    assert cut(128) == paged_attention_tpu.Cut(tokens=1, pages=2)
+    monkeypatch.setitem(tiling_tpu.TABLE, "any TPU", tiling_tpu.Blocks(vmem_bytes=2**19, tokens=16))
     assert cut(128) is None
 
 

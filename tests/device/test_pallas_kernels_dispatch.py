@@ -119,6 +119,28 @@ def test_under_scan_and_checkpoint():
     assert sorted(set(found)) == ["segmented_lora", "segmented_lora_expand_back", "segmented_lora_shrink_back"]
 
 
+def test_what_is_traced_is_recorded_once_with_the_reason_of_a_fall_back():
+    with dispatch.recorded("tpu") as choices:
+        jax.eval_shape(gathered_lora, *decode())
+        jax.eval_shape(lambda *args: gathered_lora(*args), *decode())
+        jax.eval_shape(gathered_lora, *decode(rank=512, out=2**16))
+        jax.eval_shape(segmented_lora, *train(dtype=jnp.float16))
+    room, dtype = "no kernel takes bfloat16[8, 256], ", "its kernels take bfloat16 and float32, not float16"
+    assert [(c.op, c.body) for c in choices] == [
+        ("gathered_lora", "pallas"),
+        ("gathered_lora", "xla"),
+        ("segmented_lora", "xla"),
+    ]
+    assert choices[0].reason is None
+    assert choices[1].reason.startswith(room)
+    assert choices[2].reason == dtype
+    jax.eval_shape(segmented_lora, *train(rank=4))
+    assert len(choices) == 3
+    with dispatch.recorded("rocm") as choices:
+        jax.eval_shape(segmented_lora, *train(rank=4))
+    assert choices == []
+
+
 def test_under_shard_map():
     x, rows, layer, slots = decode()
     mesh = AbstractMesh((4,), ("tensor",), axis_types=(AxisType.Auto,))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 from kernel_shapes import (
     MODELS,
+    PAGE,
     PROMPT,
     ROWS,
     Model,
@@ -51,8 +52,8 @@ def test_train(model: Model, rank):
 
 @models
 def test_attention(model: Model):
-    for lanes, tokens in ((ROWS, 1), (4, PROMPT)):
-        assert lowered(pages_attend, pages_shapes(model, lanes, tokens)) == ["paged_attention"]
+    for lanes, tokens, columns in ((ROWS, 1, 16), (64, 1, 131072 // PAGE), (4, PROMPT, 16)):
+        assert lowered(pages_attend, pages_shapes(model, lanes, tokens, columns)) == ["paged_attention"]
     found = lowered(lanes_attend, lanes_shapes(model))
     assert sorted(name.split("_segmented")[0] for name in found) == [
         "splash_mha_dkv",

@@ -7,6 +7,7 @@ own kernel, and heads that are no whole blocks: the simulator refuses both.
 
 from __future__ import annotations
 
+import functools
 from types import FunctionType
 
 import jax
@@ -19,6 +20,10 @@ import test_pallas_kernels_tpu_bodies as lora
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # nothing public tells of races
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from kernel_checks import F32, assert_close
+
+from pallas_kernels.paged_attention import pallas_tpu as paged_attention_tpu
+from pallas_kernels.paged_attention.op import paged_attention_reference
 
 RACES = interpret_pallas_call.RaceDetectionState
 SIMULATED = pltpu.InterpretParams(dma_execution_mode="on_wait", detect_races=True, uninitialized_memory="nan")
@@ -75,6 +80,27 @@ def no_race(request, races):
     if request.function is not test_what_is_read_before_its_copy_is_there_is_seen:
         assert races() or "nobody" in request.node.name, "no kernel ran"
         assert not any(races())
+
+
+@pytest.mark.parametrize(("window", "seen"), [(None, [7, 2, 5, 3, 11, 0, 8, 4]), (6, [7, 2, 5, 3, 0, 8, 4])])
+def test_paged_attention_copies_the_pages_that_are_seen_and_no_others(window, seen, monkeypatch):
+    """Blocks of two pages of 4 tokens; a lane of three pages, nobody, one page, three, of which a window sees two, one."""
+    monkeypatch.setattr(paged_attention_tpu, "KEYS", 8)
+    copied, start = [], interpret_pallas_call.dma_start
+
+    def watched(token, device, core, space, source, at, *rest, **named):
+        copied.append(tuple(int(n) for n in jax.tree.leaves(at)))
+        return start(token, device, core, space, source, at, *rest, **named)
+
+    monkeypatch.setattr(interpret_pallas_call, "dma_start", watched)
+    rng = np.random.default_rng(3)
+    q, k, v = (rng.standard_normal(s, np.float32) for s in ((5, 1, 2, 4), (3, 12, 4, 4), (3, 12, 4, 4)))
+    pages = np.array([[7, 2, 5], [99, 99, 99], [3, 99, 99], [11, 0, 8], [4, 99, 99]], np.int32)
+    positions = np.array([[8], [-1], [3], [10], [0]], np.int32)
+    args = q, k, v, jnp.int32(1), pages, positions
+    got = attention.interpreted_paged(*args, window=window)
+    assert copied == [(1, page) for page in seen for _ in range(2)]  # keys and values of layer 1
+    assert_close(got, jax.jit(functools.partial(paged_attention_reference, window=window))(*args), F32)
 
 
 @pytest.mark.parametrize("waits", [True, False])

@@ -121,12 +121,12 @@ def pages_attend(pages: tuple, new: tuple, layer: jax.Array, ids: tuple, window:
     return paged_attention(q_GJNH, k, v, layer, page_GC, position_GJ, window=window), (k, v)
 
 
-def pages_shapes(model: Model, lanes: int, tokens: int) -> tuple:
-    """Decode is one token a lane, a chunk of a prompt PROMPT."""
+def pages_shapes(model: Model, lanes: int, tokens: int, columns: int = COLUMNS) -> tuple:
+    """Decode is one token a lane, a chunk of a prompt PROMPT.  columns: pages of the longest sequence."""
     q, k = (shape(lanes, tokens, *n) for n in ((model.q // model.head, model.head), (model.kv,)))
     page = shape(model.layers, PAGES, PAGE, model.kv)
     i32 = jnp.int32
-    ids = shape(lanes, COLUMNS, dtype=i32), shape(lanes, tokens, dtype=i32)
+    ids = shape(lanes, columns, dtype=i32), shape(lanes, tokens, dtype=i32)
     return (page, page), (q, k, k), shape(dtype=i32), ids
 
 

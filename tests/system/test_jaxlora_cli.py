@@ -18,6 +18,7 @@ from jaxlora.config.base import ModelSection
 from jaxlora.config.serving import ServeConfig
 from jaxlora.config.training import TrainConfig, load
 from jaxlora.core.errors import AdapterInvalid
+from pallas_kernels import dispatch
 from serve.cli import doctor
 from serve.cli import main as cli
 
@@ -308,11 +309,24 @@ def test_doctor_shows_memory_and_the_plan_of_a_model():
         "8 rows x 2,048 tokens",
     ):
         assert part in result.output
-    assert [line for line in run("doctor").output.splitlines() if line.startswith("plan")] == []
+    bodies = result.output.splitlines()[-1]
+    assert bodies.startswith("bodies            ")
+    assert all(op in bodies for op in dispatch.TABLE)
+    assert [line for line in run("doctor").output.splitlines() if line.startswith(("plan", "bodies"))] == []
     short = run("doctor", "--model", tiny, "--memory-gb", "0.5", width=500)
     assert short.exit_code == 2
     assert "tiny-llama-tied in" in short.output.splitlines()[-1]
     assert "does not fit" in short.output.splitlines()[-1]
+
+
+def test_doctor_warns_of_an_op_in_its_general_form(monkeypatch):
+    """A CPU has none, so what is found is another device's."""
+    choices = [dispatch.Choice("draw", "xla", None), dispatch.Choice("paged_attention", "xla", "why")]
+    monkeypatch.setattr("serve.runtime.bodies.expected", lambda *_: choices)
+    monkeypatch.setattr("serve.runtime.bodies.fallbacks", lambda found, _: [c.reason for c in found if c.reason])
+    result = run("doctor", "--model", str(ROOT / "tests/fixtures/tiny-llama-tied"), "--memory-gb", "3", width=500)
+    assert result.exit_code == 0
+    assert result.output.splitlines()[-2:] == ["bodies            xla: draw, paged_attention", "WARNING           why"]
 
 
 def test_doctor_says_what_is_wrong(monkeypatch, tmp_path):
