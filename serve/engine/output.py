@@ -120,6 +120,11 @@ class OutputProcessor:
     # ---- inputs of a step -----------------------------------------------------------------------------------
 
     @property
+    def waits(self) -> bool:
+        """Whether how a token is chosen depends on the one before."""
+        return self._grammar is not None or self._edits.ever_used
+
+    @property
     def edits_tokens(self) -> bool:
         """Whether the logits are changed before the next token is chosen."""
         return self._edits.used
@@ -129,10 +134,16 @@ class OutputProcessor:
         """Whether a grammar constrains the tokens."""
         return self._grammar is not None
 
-    def fill(self, batch: StepBatch, edits: LogitEdits, row: int, position: int) -> None:
-        """Writes into one row of NumPy arrays how the token at this position is chosen."""
+    def choose(self, batch: StepBatch, row: int) -> None:
+        """Writes into one row of NumPy arrays how its tokens are chosen; their position alone changes."""
         try:
-            batch.sampling.fill(row, self._params, self._seed, position)
+            batch.sampling.fill(row, self._params, self._seed, 0)
+        except BaseException:
+            self._fail()
+
+    def edit(self, edits: LogitEdits, row: int) -> None:
+        """Writes into one row of NumPy arrays how the logits of its next token are changed."""
+        try:
             must_end = self._grammar is not None and self._allow(edits.allowed, row, self._grammar)
             if self._edits.used:
                 self._edits.fill(edits.tokens, row, must_end=must_end)
