@@ -65,6 +65,8 @@ class StopStrings:
         """
         if self._hit:
             return "", True
+        if not self._stops:
+            return text, False
         seen = self._held + text
         for end, char in enumerate(text, start=len(self._held) + 1):
             complete = self._step(char)

@@ -302,17 +302,18 @@ class Scheduler:
             for s in [s for s in self.running if s.adapter in exchange.leave]:
                 self._preempt(s, now)
         plan.load = exchange.load
+        page_tokens = self.pages.page_tokens
         for s in list(self.running):
-            if s.status is Status.RUNNING and s.decodes:
+            if s.done >= len(s.pages) * page_tokens and s.status is Status.RUNNING and s.decodes:
                 self._grow(s, now, plan)
         self._seat(now, plan)
         plan.decode = [s for s in self.running if s.decodes]
         lanes = self.prefill_lanes if plan.decode else self.limits.lanes
-        plan.prefill = self._prefill(lanes)
+        plan.prefill = self._prefill(lanes) if len(plan.decode) < len(self.running) else []
         for chunk in plan.prefill:
             self.shares.add(chunk.sequence.request.tenant, chunk.count, 0)
-        for s in plan.decode:
-            self.shares.add(s.request.tenant, 0, 1)
+        for tenant, rows in Counter([s.request.tenant for s in plan.decode]).items():
+            self.shares.add(tenant, 0, rows)
         return plan
 
     def computed(self, sequence: Sequence) -> None:
@@ -472,9 +473,7 @@ class Scheduler:
     # ---- pages ----------------------------------------------------------------------------------------------------
 
     def _grow(self, s: Sequence, now: float, plan: Plan) -> None:
-        """Takes a page for the token that is decoded next, or preempts the sequence."""
-        if self.pages.needed(s.done + 1) <= len(s.pages):
-            return
+        """Takes a page for the token that is decoded next and has no room in the last one, or preempts the sequence."""
         while not self._reclaim(1, now, plan, by_turns=False):
             last = self.running[-1]
             self._preempt(last, now)
