@@ -32,6 +32,7 @@ from serve.engine.logit_edits import LogitEdits
 from serve.engine.sampling import StepOutput
 from serve.engine.step import Layout, StepBatch
 from serve.runtime.delta_stream import DeltaStream
+from serve.runtime.device_thread import Submission
 
 ROWS, ADAPTERS, PROMPT = 64, 8, 16
 WARM_UP = 50  # steps that are not timed
@@ -80,7 +81,7 @@ async def read(s: Server, tokens: int) -> None:
         it = request(s.adapters[n % ADAPTERS], PROMPT, tokens, s.opened.base.config.vocab)
         how = replace(it.params, temperature=n % 2, seed=n, stop=("\n\n\n\n", "</end>") if n % 4 < 2 else ())
         streams.append(DeltaStream(it.id, s.runner.cancel, s.runner._mail))
-        s.runner._inbox.put(lambda it=it, stream=streams[-1]: s.runner.admit(replace(it, params=how), stream.deliver))
+        s.runner._inbox.put(Submission(replace(it, params=how), streams[-1].deliver, s.runner.admit))
     await asyncio.gather(*map(one, streams))
 
 

@@ -77,6 +77,7 @@ class Launched:
     out: StepOutput  # on the device
     chosen: list[tuple[int, Sequence, AdapterRef | None]]  # lanes that chose a token: for whom, by which version
     chunks: list[Chunk]  # one a lane, where the scores of prompts are wanted; else none
+    prefilled: int  # prompt tokens computed
 
 
 class Engine:
@@ -479,21 +480,23 @@ class Engine:
 
     def _start_prefill(self, chunks: list[Chunk]) -> Launched:
         lanes = self._smallest(self.config.prefill_lanes, len(chunks))
-        batch, edits = self._batch(lanes, self.config.prefill_tokens, [c.sequence for c in chunks if _chooses(c)])
+        # One that was computed again chooses nothing: what comes next is known.
+        chosen = [(lane, c.sequence, c.sequence.adapter) for lane, c in enumerate(chunks) if _chooses(c)]
+        batch, edits = self._batch(lanes, self.config.prefill_tokens, [s for _, s, _ in chosen])
         fields = batch.fields
         for lane, c in enumerate(chunks):
             self._fill(fields, edits, lane, c)
         out = self._run(batch, edits)
         scored = bool((fields.target_GJ >= 0).any())
-        # One that was computed again chooses nothing: what comes next is known.
-        chosen = [(lane, c.sequence, c.sequence.adapter) for lane, c in enumerate(chunks) if _chooses(c)]
         for c in chunks:
             c.sequence.done = c.start + c.count
-            self.prefilled_tokens += c.count
             if c.sequence.prompt_left == 0:
                 self.scheduler.computed(c.sequence)
         return Launched(
-            out=out if scored else replace(out, scores=None), chosen=chosen, chunks=chunks if scored else []
+            out=out if scored else replace(out, scores=None),
+            chosen=chosen,
+            chunks=chunks if scored else [],
+            prefilled=sum(c.count for c in chunks),
         )
 
     def _start_decode(self, sequences: list[Sequence]) -> Launched:
@@ -506,12 +509,14 @@ class Engine:
         out = self._run(batch, edits)
         for s in sequences:
             s.done += 1
-        return Launched(out=out, chosen=[(row, s, s.adapter) for row, s in enumerate(sequences)], chunks=[])
+        chosen = [(row, s, s.adapter) for row, s in enumerate(sequences)]
+        return Launched(out=out, chosen=chosen, chunks=[], prefilled=0)
 
     def _take(self, program: Launched) -> list[Delta]:
         """Waits for a program and processes its tokens into what clients get.  Those of ended sequences are dropped."""
         out, deltas = jax.device_get(program.out), []
         now = self.clock()
+        self.prefilled_tokens += program.prefilled
         for lane, c in enumerate(program.chunks):
             if out.scores is not None and c.sequence.status is not Status.FINISHED:
                 self._processors[c.sequence.request.id].score(out.scores, lane, c.start, c.count)

@@ -293,7 +293,10 @@ class Scheduler:
     # ---- the plan -------------------------------------------------------------------------------------------------
 
     def plan(self, now: float, ready: Collection[AdapterRef]) -> Plan:
-        """Plans the next step.  ready: adapters that have been read and can be copied into a slot."""
+        """Plans the next step; what was launched before counts as computed.
+
+        ready: adapters that have been read and can be copied into a slot.
+        """
         plan = Plan()
         entered = self.active.entered
         held = {r for s in self.running if s.recovering and (r := s.adapter) and s.since == entered.get(r)}

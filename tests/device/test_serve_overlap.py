@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -102,14 +105,13 @@ class FakeDevice:
             length = batch.position_GJ[lane, batch.last_G[lane]] + 1
             token_G[lane] = follows(self._page_PZ[batch.page_GC[lane]].reshape(-1)[:length])
             self._newest_B[batch.place_G[lane]] = token_G[lane]
+        return kv, newest_B, self.output(token_G)
+
+    def output(self, token_G: np.ndarray) -> StepOutput:
         zero_G, top_GM = np.zeros(len(token_G), np.float32), np.zeros((len(token_G), 20), np.int32)
         names = ("token_B", "logprob_B", "finite_B", "top_token_BM", "top_logprob_BM")
         values = (token_G, zero_G, zero_G == 0, top_GM, top_GM.astype(np.float32))
-        return (
-            kv,
-            newest_B,
-            StepOutput(**{n: Unread(self.log, self.launches, x) for n, x in zip(names, values, strict=True)}),
-        )
+        return StepOutput(**{n: Unread(self.log, self.launches, x) for n, x in zip(names, values, strict=True)})
 
 
 def expected(request: Request) -> tuple[list[int], FinishReason]:
@@ -344,3 +346,57 @@ def test_beside_training_each_step_is_read_before_the_next_part(world, runner, m
     assert len(answer.tokens) == 50
     assert unread[True] == {0}
     assert 1 in unread[False]
+
+
+# --- what the host does
+
+
+class QuickDevice(FakeDevice):
+    """One that costs the host nothing to stand for: what it answers says nothing."""
+
+    def __call__(self, base, pool, kv, newest_B, words_GW, edits, layout):
+        return kv, newest_B, self.output(4 + layout.views(words_GW).position_GJ[:, -1] % 300)
+
+
+@pytest.fixture
+def full_house(world) -> Iterator[Engine]:
+    """An engine with 64 rows, all of them decoding."""
+    engine = ahead(world.engine(replace(CONFIG, rows=64, pages=1024, max_waiting=200, max_waiting_tokens=20_000)))
+    QuickDevice(engine)
+    for i in range(64):
+        engine.submit(ask(f"r{i}", None, 4, 60, stop=("</s>",) if i % 2 else ()))
+    while engine.scheduler.counts()[0] < 64 or any(s.prompt_left for s in engine.scheduler.running):
+        engine.step()
+    yield engine
+    for i in range(64):
+        engine.cancel(f"r{i}")
+    check_idle(engine)
+
+
+def test_the_calls_of_a_step_are_a_few_for_each_row(full_house):
+    """At 64 rows the host has less than a millisecond: each pass over them, and each object made for one, is seen here."""
+    calls: Counter[str] = Counter()
+
+    def count(frame, event, _):
+        if event == "call":
+            calls[frame.f_code.co_qualname] += 1
+
+    sys.setprofile(count)
+    try:
+        for _ in range(10):
+            full_house.step()
+    finally:
+        sys.setprofile(None)
+    each = {name: count / 640 for name, count in calls.items()}
+    assert sum(each.values()) < 21, sorted(each.items(), key=lambda x: -x[1])[:30]
+
+
+@pytest.mark.slow
+def test_the_host_takes_about_a_millisecond_for_64_rows(full_house):
+    """`benchmarks/host.py` has the exact number; here it may be eight times as slow, of the thread's own time."""
+    took_s = []
+    for _ in range(30):
+        start = time.thread_time()
+        full_house.step()
+        took_s.append(time.thread_time() - start)
+    assert np.median(took_s) < 0.008
