@@ -53,6 +53,7 @@ class StopStrings:
             raise InvalidRequest("a stop string must not be empty; leave it out", param="stop")
         self._stops = stops
         self._tables = [failure_table(stop) for stop in stops]
+        self._firsts = frozenset(stop[0] for stop in stops)
         self._matched = [0] * len(stops)  # how much of each stop string the text ends with
         self._include = include
         self._held = ""
@@ -65,8 +66,8 @@ class StopStrings:
         """
         if self._hit:
             return "", True
-        if not self._stops:
-            return text, False
+        if self._firsts.isdisjoint(text) and not any(self._matched):
+            return text, False  # nothing is held back, and nothing begins
         seen = self._held + text
         for end, char in enumerate(text, start=len(self._held) + 1):
             complete = self._step(char)
