@@ -22,7 +22,7 @@ from jaxlora.model.mesh import place_rows
 from serve.engine import sampling
 from serve.engine.grammar import Grammars, GrammarSource
 from serve.engine.logit_edits import LogitEdits, RowEdits
-from serve.engine.step import Layout, step_program
+from serve.engine.step import step_program
 
 ROWS, SEEN = 32, 500
 SCHEMA = (
@@ -38,10 +38,9 @@ def main() -> None:
     with server(1, rows=ROWS, kv_pages=4 * ROWS) as s:
         engine, vocab = s.runner.engine, s.opened.base.config.vocab
         batch, idle = engine._batch(ROWS, 1, [])
-        batch.position_GJ[:] = 8
-        batch.page_GC[:, 0] = np.arange(ROWS)
-        layout = Layout.of(batch)
-        words_GW = place_rows(engine.mesh, layout.pack(batch))
+        batch.fields.position_GJ[:] = 8
+        batch.fields.page_GC[:, 0] = np.arange(ROWS)
+        words_GW, newest_B = place_rows(engine.mesh, batch.words_GW), engine._newest
         params = replace(request(None, 1, 1024, vocab).params, repetition_penalty=1.2, presence_penalty=0.5)
         seen = np.random.default_rng(0).integers(0, vocab, SEEN)
         lists = [RowEdits(params, seen, (), vocab) for _ in range(ROWS)]
@@ -63,7 +62,7 @@ def main() -> None:
                 edits.allowed.used_B[row] = True
             return edits
 
-        args = (engine.base, engine._pool, engine._kv, words_GW, idle, layout)
+        args = (engine.base, engine._pool, engine._kv, newest_B, words_GW, idle, batch.layout)
         whole = engine._program.lower(*args).compile()
         with mock.patch.object(sampling, "edited", lambda logits_BV, edits: logits_BV):
             jax.clear_caches()  # or the program is not traced again
@@ -82,7 +81,7 @@ def main() -> None:
         for _ in range(rounds + 1):  # the first warms up
             for name, (program, edits) in ways.items():
                 start = time.perf_counter()
-                engine._kv, out = program(engine.base, engine._pool, engine._kv, words_GW, edits)
+                engine._kv, _, out = program(engine.base, engine._pool, engine._kv, newest_B, words_GW, edits)
                 jax.block_until_ready(out)
                 times[name].append(time.perf_counter() - start)
         plain = np.array(times["no edits in the program"][1:])

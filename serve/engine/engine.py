@@ -2,6 +2,11 @@
 
 Owned by one thread.  A step is at most one prefill program and one decode program; both are the same function (`step`),
 and every shape it will ever see is compiled by `warm_up`.
+
+On an accelerator a step is launched before the tokens of the one before it are read (`Engine.runs_ahead`), so the device
+never waits for the host.  A row's token then goes from program to program on the device.  What a step does not know yet is
+which rows have just ended: what it computes for these is dropped.  Their pages and slots may be given to others at once, as
+whatever writes there is launched later.
 """
 
 from __future__ import annotations
@@ -24,20 +29,21 @@ from jaxlora.core.lora import AdapterRef
 from jaxlora.core.progress import Counted, uncounted
 from jaxlora.model.decoder import Base
 from jaxlora.model.kv_cache import KVPages, empty_pages
+from jaxlora.model.kv_offload import HostPages, PageMover, page_bytes
 from jaxlora.model.lora_pool import PoolSpec, Rows, empty_pool, host_rows, read_slot, slot_bytes, write_slot
 from jaxlora.model.mesh import check_lanes, place_rows
 from jaxlora.storage.adapter_store import AdapterStore
 from serve.engine.adapter_loads import READERS, AdapterLoads
-from serve.engine.kv_offload import PageMover, page_bytes
+from serve.engine.batch import IdleBatches, PackedBatch, RowTable
 from serve.engine.logit_edits import EditArrays, LogitEdits
 from serve.engine.output import OutputProcessor
-from serve.engine.page_cache import HostPages, PageAllocator
+from serve.engine.page_cache import PageAllocator
 from serve.engine.request import Delta, Request
 from serve.engine.sampling import StepOutput
 from serve.engine.scheduler import Limits, Scheduler, apply
-from serve.engine.sequence import Chunk, Plan, Sequence
+from serve.engine.sequence import Chunk, Plan, Sequence, Status
 from serve.engine.slots import SlotPolicy, SlotTable
-from serve.engine.step import Layout, StepBatch, step_program
+from serve.engine.step import StepBatch, no_tokens, step_program
 from serve.engine.telemetry import Telemetry
 
 LOG = logging.getLogger("serve")
@@ -64,6 +70,16 @@ class EngineConfig:
     quantum_s: float  # how long an adapter keeps its slot while others wait, until `tune` says otherwise
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Launched:
+    """A program that was launched, and whose output the host has not read."""
+
+    out: StepOutput  # on the device
+    chosen: list[tuple[int, Sequence, AdapterRef | None]]  # lanes that chose a token: for whom, by which version
+    chunks: list[Chunk]  # one a lane, where the scores of prompts are wanted; else none
+    prefilled: int  # prompt tokens computed
+
+
 class Engine:
     """Runs all sequences on one base and one pool.  Not thread-safe: one thread owns it."""
 
@@ -82,6 +98,11 @@ class Engine:
         self.size = SlotSize(slots=pool_spec.slots, pages=config.pages)  # the present one
         self.sizes = config.sizes or (self.size,)
         self.base, self.mesh, self.config, self.pool_spec = base, mesh, config, pool_spec
+        # A CPU computes with what the host would use meanwhile: there is nothing to gain.
+        self.runs_ahead = mesh.devices.flat[0].platform != "cpu"
+        self.waits = (
+            False  # for the tokens of each step all the same, as training runs beside; may change between two steps
+        )
         self.store, self.tokenizer, self.base_hash = store, tokenizer, base_hash
         self.slots = SlotTable(pool_spec.slots)
         allocator = PageAllocator(config.pages, config.page_tokens)
@@ -91,6 +112,10 @@ class Engine:
         self._pool = empty_pool(base.config, pool_spec, mesh)
         self.slot_bytes = slot_bytes(self._pool)
         self._kv = self._empty_pages()
+        self._newest = no_tokens(mesh, config.rows)
+        self._idle = IdleBatches(self._columns)
+        self._rows = RowTable(config.rows, self._idle)
+        self._launched: list[Launched] = []  # of the newest step, if it was not read
         self.scheduler = Scheduler(
             self.slots,
             allocator,
@@ -209,6 +234,7 @@ class Engine:
 
     def _change_to(self, size: SlotSize) -> None:
         """Adapters are copied while the memory of the KV is free, so that no more is held than before and after."""
+        jax.block_until_ready([program.out for program in self._launched])  # it uses that memory
         for s, pages in self.scheduler.vacate():
             self._saved[s.request.id] = self._mover.save(self._kv, pages)
         _free(self._kv)
@@ -255,6 +281,7 @@ class Engine:
         processor = OutputProcessor(request, self.tokenizer, self.base.config.vocab)
         self._sequences[request.id] = sequence = self.scheduler.add(request, self.clock())
         self._processors[request.id] = processor
+        sequence.waits = processor.waits
         if sequence.adapter is not None:
             self.store.borrow(sequence.adapter)  # its owner may delete it meanwhile
 
@@ -275,35 +302,35 @@ class Engine:
         """Whether a request waits for its first token."""
         return self.scheduler.counts()[2] > 0 or any(s.generated == 0 for s in self.scheduler.running)
 
-    def step(self, deliver: Callable[[Delta], None] | None = None) -> list[Delta]:
-        """Runs one step and returns its tokens.
+    def step(self, deliver: Callable[[list[Delta]], None] | None = None) -> list[Delta]:
+        """Launches one step and reads one: the same, or with `runs_ahead` the one before.  Returns its tokens.
 
         Adapters that have been read are copied into slots; then prompt chunks are computed, and one token for each
         decoding sequence.  Waits for a disk only when no sequence can run, and then for a moment.  A change of size is a step
         by itself.
 
-        deliver: takes what is there before the decode program has ended, first tokens above all; the rest is returned.
+        deliver: takes what is there before the last program has ended, first tokens above all; the rest is returned.
         """
         if (size := self._better_size()) is not None:
             self.resize(size)
             return []
         plan = self.scheduler.plan(self.clock(), self._loads.ready())
         self._move(plan)
-        prefill = self._start_prefill(plan.prefill) if plan.prefill else None
-        decode = self._start_decode(plan.decode) if plan.decode else None
-        # Both programs are running; the adapters that enter next are read meanwhile, and the first program's tokens are
-        # processed while the second one runs.
+        due, launched = self._launched, self._launch(plan)
+        if self.runs_ahead and launched and not self.waits:
+            self._launched = launched
+        else:
+            due, self._launched = due + launched, []
+        # Programs are running; the adapters that enter next are read meanwhile, and what each has given is processed while
+        # the next one runs.
         deltas = self._read_ahead()
-        if plan.empty and self._loads:
+        if plan.empty and not due and self._loads:
             self._loads.wait()
-        if prefill is not None:
-            deltas += self._end_prefill(plan.prefill, jax.device_get(prefill))
-        if decode is not None:
-            if deliver is not None:
-                for delta in deltas:
-                    deliver(delta)
+        for program in due:
+            if deltas and deliver is not None:
+                deliver(deltas)
                 deltas = []
-            deltas += self._end_decode(plan.decode, jax.device_get(decode))
+            deltas += self._take(program)
         return deltas
 
     def _move(self, plan: Plan) -> None:
@@ -396,29 +423,30 @@ class Engine:
 
     # ---- programs -------------------------------------------------------------------------------------------------
 
-    def _batch(self, lanes: int, tokens: int, sampled: list[Sequence]) -> tuple[StepBatch, LogitEdits]:
-        """Makes the arrays to fill, with the logit edits that the sampled sequences need."""
-        processors = [self._processors[s.request.id] for s in sampled]
-        tokens_edited, has_grammar = any(p.edits_tokens for p in processors), any(p.has_grammar for p in processors)
-        edits = self._edits.make(lanes, tokens=tokens_edited, allowed=has_grammar)
-        return StepBatch.idle(lanes, tokens, self._columns), edits
+    def _batch(self, lanes: int, tokens: int, sampled: list[Sequence]) -> tuple[PackedBatch, LogitEdits]:
+        """Makes a batch to fill, with the logit edits that the sampled sequences need."""
+        return self._idle.make(lanes, tokens), self._edits_of(lanes, sampled)
 
-    def _run(self, batch: StepBatch, edits: LogitEdits) -> StepOutput:
+    def _edits_of(self, lanes: int, sampled: list[Sequence]) -> LogitEdits:
+        processors = [self._processors[s.request.id] for s in sampled if s.waits]
+        tokens, allowed = any(p.edits_tokens for p in processors), any(p.has_grammar for p in processors)
+        return self._edits.make(lanes, tokens=tokens, allowed=allowed)
+
+    def _run(self, batch: PackedBatch, edits: LogitEdits) -> StepOutput:
         """Starts the step and returns its output, which is on the device when the step has ended."""
-        layout = Layout.of(batch)
-        words_GW = layout.pack(batch)
+        words_GW: np.ndarray | jax.Array = batch.words_GW
         if self.mesh.size > 1:  # on one device the call copies them itself, in a tenth of the time of device_put
             words_GW = place_rows(self.mesh, words_GW)
         placed = self._edits.place(edits)
         with jax.transfer_guard_host_to_device("allow"):
-            self._kv, out = self._program(self.base, self._pool, self._kv, words_GW, placed, layout)
+            self._kv, self._newest, out = self._program(
+                self.base, self._pool, self._kv, self._newest, words_GW, placed, batch.layout
+            )
         return out
 
-    def _fill(
-        self, batch: StepBatch, edits: LogitEdits, lane: int, sequence: Sequence, start: int, tokens: list[int]
-    ) -> None:
-        count = len(tokens)
-        batch.token_GJ[lane, :count] = tokens
+    def _fill(self, batch: StepBatch, edits: LogitEdits, lane: int, chunk: Chunk) -> None:
+        sequence, start, count = chunk.sequence, chunk.start, chunk.count
+        batch.token_GJ[lane, :count] = sequence.tokens[start : start + count]
         batch.position_GJ[lane, :count] = np.arange(start, start + count)
         batch.slot_G[lane] = sequence.slot
         batch.page_GC[lane, : len(sequence.pages)] = sequence.pages
@@ -426,65 +454,85 @@ class Engine:
         processor = self._processors[sequence.request.id]
         targets = processor.targets(start, count)
         batch.target_GJ[lane, : len(targets)] = targets
-        if start + count == len(sequence.tokens):
-            processor.fill(batch, edits, lane, start + count)
+        if _chooses(chunk):
+            batch.place_G[lane] = sequence.place
+            processor.choose(batch, lane)
+            batch.sampling.position_B[lane] = start + count
+            if sequence.waits:
+                processor.edit(edits, lane)
 
     def _smallest(self, full: int, needed: int) -> int:
         return next(size for size in self._ladder(full) if size >= needed)
 
-    def _start_prefill(self, chunks: list[Chunk]) -> StepOutput:
+    def _launch(self, plan: Plan) -> list[Launched]:
+        launched = []
+        if plan.prefill:
+            launched.append(self._start_prefill(plan.prefill))
+        if plan.decode:
+            launched.append(self._start_decode(plan.decode))
+        if self.runs_ahead:
+            for x in jax.tree.leaves([program.out for program in launched]):
+                x.copy_to_host_async()
+        for program in launched:
+            for _, s, _ in program.chosen:
+                s.pending += 1
+        return launched
+
+    def _start_prefill(self, chunks: list[Chunk]) -> Launched:
         lanes = self._smallest(self.config.prefill_lanes, len(chunks))
-        chosen = [c.sequence for c in chunks if c.start + c.count == len(c.sequence.tokens)]
-        batch, edits = self._batch(lanes, self.config.prefill_tokens, chosen)
+        # One that was computed again chooses nothing: what comes next is known.
+        chosen = [(lane, c.sequence, c.sequence.adapter) for lane, c in enumerate(chunks) if _chooses(c)]
+        batch, edits = self._batch(lanes, self.config.prefill_tokens, [s for _, s, _ in chosen])
+        fields = batch.fields
         for lane, c in enumerate(chunks):
-            self._fill(batch, edits, lane, c.sequence, c.start, c.sequence.tokens[c.start : c.start + c.count])
+            self._fill(fields, edits, lane, c)
         out = self._run(batch, edits)
-        return out if (batch.target_GJ >= 0).any() else replace(out, scores=None)  # they are not read
-
-    def _end_prefill(self, chunks: list[Chunk], out: StepOutput) -> list[Delta]:
-        deltas = []
-        for lane, c in enumerate(chunks):
-            if out.scores is not None:
-                self._processors[c.sequence.request.id].score(out.scores, lane, c.start, c.count)
+        scored = bool((fields.target_GJ >= 0).any())
+        for c in chunks:
             c.sequence.done = c.start + c.count
-            self.prefilled_tokens += c.count
-            if c.sequence.prompt_left > 0:
-                continue
-            self.scheduler.computed(c.sequence)
-            if c.sequence.generated == 0:  # else it was computed again, and what comes next is known
-                deltas.append(self._advance(c.sequence, out, lane))
-        return deltas
+            if c.sequence.prompt_left == 0:
+                self.scheduler.computed(c.sequence)
+        return Launched(
+            out=out if scored else replace(out, scores=None),
+            chosen=chosen,
+            chunks=chunks if scored else [],
+            prefilled=sum(c.count for c in chunks),
+        )
 
-    def _start_decode(self, sequences: list[Sequence]) -> StepOutput:
-        rows = len(sequences)
-        batch, edits = self._batch(self._smallest(self.config.rows, rows), 1, sequences)
-        # A column at a time: row by row this is most of what the host does in a step.
-        batch.token_GJ[:rows, 0] = [s.tokens[s.done] for s in sequences]
-        batch.position_GJ[:rows, 0] = [s.done for s in sequences]
-        batch.slot_G[:rows] = [s.slot for s in sequences]
-        batch.last_G[:rows] = 0
+    def _start_decode(self, sequences: list[Sequence]) -> Launched:
+        lanes = self._smallest(self.config.rows, len(sequences))
+        processors = [self._processors[s.request.id] for s in sequences]
+        batch, edits = self._rows.batch(lanes, sequences, processors), self._edits_of(lanes, sequences)
         for row, s in enumerate(sequences):
-            batch.page_GC[row, : len(s.pages)] = s.pages
-            self._processors[s.request.id].fill(batch, edits, row, s.done + 1)
-        return self._run(batch, edits)
-
-    def _end_decode(self, sequences: list[Sequence], out: StepOutput) -> list[Delta]:
-        deltas = []
-        for row, s in enumerate(sequences):
+            if s.waits:
+                processors[row].edit(edits, row)
+        out = self._run(batch, edits)
+        for s in sequences:
             s.done += 1
-            deltas.append(self._advance(s, out, row))
-        return deltas
+        chosen = [(row, s, s.adapter) for row, s in enumerate(sequences)]
+        return Launched(out=out, chosen=chosen, chunks=[], prefilled=0)
 
-    def _advance(self, sequence: Sequence, out: StepOutput, row: int) -> Delta:
-        """Processes the sequence's new token into what its client gets."""
-        cached_tokens = sequence.cached_tokens if sequence.generated == 0 else 0
-        delta = self._processors[sequence.request.id].take(out, row, sequence.adapter, cached_tokens)
-        self.telemetry.took(sequence, delta, self.clock())
-        sequence.tokens += delta.tokens
-        self.decoded_tokens += len(delta.tokens)
-        if delta.finish is not None or delta.error is not None:
-            self._end(sequence)
-        return delta
+    def _take(self, program: Launched) -> list[Delta]:
+        """Waits for a program and processes its tokens into what clients get.  Those of ended sequences are dropped."""
+        out, deltas = jax.device_get(program.out), []
+        now = self.clock()
+        self.prefilled_tokens += program.prefilled
+        for lane, c in enumerate(program.chunks):
+            if out.scores is not None and c.sequence.status is not Status.FINISHED:
+                self._processors[c.sequence.request.id].score(out.scores, lane, c.start, c.count)
+        for lane, s, adapter in program.chosen:
+            s.pending -= 1
+            if s.status is Status.FINISHED:
+                continue
+            cached_tokens = s.cached_tokens if s.generated == 0 else 0
+            delta = self._processors[s.request.id].take(out, lane, adapter, cached_tokens)
+            self.telemetry.took(s, delta, now)
+            s.tokens += delta.tokens
+            self.decoded_tokens += len(delta.tokens)
+            deltas.append(delta)
+            if delta.finish is not None or delta.error is not None:
+                self._end(s)
+        return deltas
 
     def _end(self, sequence: Sequence) -> None:
         self.scheduler.finish(sequence)
@@ -492,6 +540,13 @@ class Engine:
             self.store.give_back(sequence.adapter)
         for table in (self._sequences, self._processors, self._saved):
             table.pop(sequence.request.id, None)
+        if not self._sequences:
+            self._launched = []  # nobody waits for it
+
+
+def _chooses(chunk: Chunk) -> bool:
+    """Whether a token is chosen after the chunk."""
+    return chunk.start + chunk.count == len(chunk.sequence.tokens)
 
 
 def _index(slot: int) -> jax.Array:

@@ -141,6 +141,11 @@ class RowEdits:
         """Whether the logits are changed before the next token is chosen."""
         return bool(self._place)
 
+    @property
+    def ever_used(self) -> bool:
+        """Whether they are changed before some token, now or later."""
+        return self._penalties or self.used
+
     def take(self, token: int) -> None:
         """Counts a token that the request has generated."""
         self._generated += 1

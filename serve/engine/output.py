@@ -53,6 +53,7 @@ class StopStrings:
             raise InvalidRequest("a stop string must not be empty; leave it out", param="stop")
         self._stops = stops
         self._tables = [failure_table(stop) for stop in stops]
+        self._firsts = frozenset(stop[0] for stop in stops)
         self._matched = [0] * len(stops)  # how much of each stop string the text ends with
         self._include = include
         self._held = ""
@@ -65,6 +66,8 @@ class StopStrings:
         """
         if self._hit:
             return "", True
+        if self._firsts.isdisjoint(text) and not any(self._matched):
+            return text, False  # nothing is held back, and nothing begins
         seen = self._held + text
         for end, char in enumerate(text, start=len(self._held) + 1):
             complete = self._step(char)
@@ -120,6 +123,11 @@ class OutputProcessor:
     # ---- inputs of a step -----------------------------------------------------------------------------------
 
     @property
+    def waits(self) -> bool:
+        """Whether how a token is chosen depends on the one before."""
+        return self._grammar is not None or self._edits.ever_used
+
+    @property
     def edits_tokens(self) -> bool:
         """Whether the logits are changed before the next token is chosen."""
         return self._edits.used
@@ -129,10 +137,16 @@ class OutputProcessor:
         """Whether a grammar constrains the tokens."""
         return self._grammar is not None
 
-    def fill(self, batch: StepBatch, edits: LogitEdits, row: int, position: int) -> None:
-        """Writes into one row of NumPy arrays how the token at this position is chosen."""
+    def choose(self, batch: StepBatch, row: int) -> None:
+        """Writes into one row of NumPy arrays how its tokens are chosen; their position alone changes."""
         try:
-            batch.sampling.fill(row, self._params, self._seed, position)
+            batch.sampling.fill(row, self._params, self._seed, 0)
+        except BaseException:
+            self._fail()
+
+    def edit(self, edits: LogitEdits, row: int) -> None:
+        """Writes into one row of NumPy arrays how the logits of its next token are changed."""
+        try:
             must_end = self._grammar is not None and self._allow(edits.allowed, row, self._grammar)
             if self._edits.used:
                 self._edits.fill(edits.tokens, row, must_end=must_end)

@@ -3,8 +3,6 @@
 A cached page is known by its exact chain: its salt (tenant, adapter with its version or none, cache_salt), every token
 before it, and its own.  Only full pages are shared, and a full page is never written again; the page that a sequence
 still writes is its own.  So nothing is ever copied on write.
-
-Shape letters of what lies on the host: L layers, C pages, Z tokens per page, F features of all kv heads.
 """
 
 from __future__ import annotations
@@ -14,8 +12,6 @@ from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-
-import numpy as np
 
 KEY_BYTES = 32
 
@@ -206,21 +202,3 @@ class PageAllocator:
         if page in self._idle:
             del self._idle[page]
             self._free.append(page)
-
-
-@dataclass(frozen=True, slots=True)
-class HostPages:
-    """Keys and values of some pages in host memory, in the dtype and with the bits they had on the device."""
-
-    k_LCZF: np.ndarray
-    v_LCZF: np.ndarray
-
-    @property
-    def count(self) -> int:
-        """The number of pages."""
-        return self.k_LCZF.shape[1]
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes of host memory."""
-        return self.k_LCZF.nbytes + self.v_LCZF.nbytes

@@ -106,6 +106,7 @@ class Scheduler:
         self._groups: dict[Hashable, dict[int, Sequence]] = {}  # unfinished ones by arrival
         self._work: dict[AdapterRef, Work] = {}
         self._preempted: dict[int, Sequence] = {}  # those that have pages but no row; the newest is last
+        self._places = list(range(limits.rows))  # without a sequence that runs
         self._rows: Counter[Hashable] = Counter()  # of a group
         self._tenant_rows: Counter[str] = Counter()
         self._tenants: Counter[str] = Counter()  # unfinished requests
@@ -275,6 +276,8 @@ class Scheduler:
         assert len(self.running) <= self.limits.rows
         running = {s.number for s in everyone if s.status is Status.RUNNING}
         assert sorted(running) == sorted(s.number for s in self.running)
+        assert sorted([*self._places, *(s.place for s in self.running)]) == list(range(self.limits.rows))
+        assert all(0 <= s.pending <= 1 for s in everyone)
         assert all(
             s.slot == NO_ADAPTER if (r := s.adapter) is None else self.slots.find(r) == s.slot for s in self.running
         )
@@ -290,7 +293,10 @@ class Scheduler:
     # ---- the plan -------------------------------------------------------------------------------------------------
 
     def plan(self, now: float, ready: Collection[AdapterRef]) -> Plan:
-        """Plans the next step.  ready: adapters that have been read and can be copied into a slot."""
+        """Plans the next step; what was launched before counts as computed.
+
+        ready: adapters that have been read and can be copied into a slot.
+        """
         plan = Plan()
         entered = self.active.entered
         held = {r for s in self.running if s.recovering and (r := s.adapter) and s.since == entered.get(r)}
@@ -299,17 +305,18 @@ class Scheduler:
             for s in [s for s in self.running if s.adapter in exchange.leave]:
                 self._preempt(s, now)
         plan.load = exchange.load
+        page_tokens = self.pages.page_tokens
         for s in list(self.running):
-            if s.status is Status.RUNNING and s.prompt_left == 0:
+            if s.done >= len(s.pages) * page_tokens and s.status is Status.RUNNING and s.decodes:
                 self._grow(s, now, plan)
         self._seat(now, plan)
-        plan.decode = [s for s in self.running if s.prompt_left == 0]
+        plan.decode = [s for s in self.running if s.decodes]
         lanes = self.prefill_lanes if plan.decode else self.limits.lanes
-        plan.prefill = self._prefill(lanes)
+        plan.prefill = self._prefill(lanes) if len(plan.decode) < len(self.running) else []
         for chunk in plan.prefill:
             self.shares.add(chunk.sequence.request.tenant, chunk.count, 0)
-        for s in plan.decode:
-            self.shares.add(s.request.tenant, 0, 1)
+        for tenant, rows in Counter([s.request.tenant for s in plan.decode]).items():
+            self.shares.add(tenant, 0, rows)
         return plan
 
     def computed(self, sequence: Sequence) -> None:
@@ -366,7 +373,7 @@ class Scheduler:
         if len(self.running) == self._tenants.total():
             return
         queues: dict[Hashable, Iterator[Sequence]] = {
-            group: (s for s in list(self._groups[group].values()) if s.status is not Status.RUNNING)
+            group: (s for s in list(self._groups[group].values()) if s.status is not Status.RUNNING and not s.pending)
             for group in (*self.active.entered, *self._tenants)
             if group in self._groups
         }
@@ -416,6 +423,7 @@ class Scheduler:
         slot = NO_ADAPTER if s.adapter is None else self.slots.find(s.adapter)
         assert slot is not None
         s.slot, s.since, s.status = slot, now, Status.RUNNING
+        s.place, s.listed = self._places.pop(), 0
         self.running.append(s)
         self._rows[s.group] += 1
         self._tenant_rows[s.request.tenant] += 1
@@ -445,6 +453,7 @@ class Scheduler:
 
     def _leave_row(self, s: Sequence) -> None:
         self.running.remove(s)
+        self._places.append(s.place)
         s.slot = NO_ADAPTER
         self._rows[s.group] -= 1
         self._tenant_rows[s.request.tenant] -= 1
@@ -467,9 +476,7 @@ class Scheduler:
     # ---- pages ----------------------------------------------------------------------------------------------------
 
     def _grow(self, s: Sequence, now: float, plan: Plan) -> None:
-        """Takes a page for the token that is decoded next, or preempts the sequence."""
-        if self.pages.needed(s.done + 1) <= len(s.pages):
-            return
+        """Takes a page for the token that is decoded next and has no room in the last one, or preempts the sequence."""
         while not self._reclaim(1, now, plan, by_turns=False):
             last = self.running[-1]
             self._preempt(last, now)

@@ -26,6 +26,7 @@ class Sequence:
     """A request in progress.  `tokens` is the prompt and what was generated; the KV of the first `done` is computed.
 
     A sequence that loses its row goes on at the same token later.  Where its KV was dropped, it is computed again.
+    KV counts as computed from the launch of its program on: all that reads it is launched later.
     """
 
     request: Request
@@ -42,6 +43,10 @@ class Sequence:
     queued_s: float = 0.0  # from its arrival until it first ran
     last_token: float = 0.0  # when its newest token was made
     status: Status = Status.WAITING
+    place: int = -1  # of its row, while it runs
+    listed: int = 0  # of its pages, how many the row table has; 0: nothing of the sequence
+    pending: int = 0  # tokens that were launched and not read: they follow `tokens`
+    waits: bool = False  # whether how a token is chosen depends on the one before
 
     @property
     def salt(self) -> Hashable | None:
@@ -62,6 +67,17 @@ class Sequence:
         """Tokens to compute before the next one can be sampled: of the prompt, or of everything that was dropped."""
         known = len(self.request.prompt) if self.generated == 0 else len(self.tokens) - 1
         return max(known - self.done, 0)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether its next token can be launched, alone: its KV is there, it is not at its end, and no token must be read first."""
+        length, pending = len(self.tokens), self.pending
+        generated = length - len(self.request.prompt)
+        return (
+            self.done >= length - (generated > 0)
+            and generated + pending < self.request.params.max_tokens
+            and not (pending and self.waits)
+        )
 
     @property
     def scoring(self) -> bool:

@@ -22,7 +22,7 @@ from jaxlora.core.lora import HEAD_TARGET
 from jaxlora.model.decoder import Base, TokenBatch, forward, head_logits
 from jaxlora.model.kv_cache import KVPages, page_format, paged_attend
 from jaxlora.model.lora_pool import LoraLayout, PromptLora, Rows, TokenLora
-from jaxlora.model.mesh import attention_placement, replicated
+from jaxlora.model.mesh import attention_placement, place_array, replicated
 from pallas_kernels import NO_ADAPTER
 from pallas_kernels.rows.op import logsumexp
 from serve.engine.logit_edits import LogitEdits
@@ -30,6 +30,8 @@ from serve.engine.request import MAX_TOP_LOGPROBS
 from serve.engine.sampling import PromptScores, SamplingBatch, StepOutput, sample
 
 SCORED_BYTES = 2**26  # of logits at a time, of all lanes together
+NEWEST = -1  # a token that lies on the device only: the newest of the lane's place
+NO_PLACE = -1  # of a lane whose token is not kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,16 @@ class Layout[T]:
         words = [x.astype(np.int32) if x.dtype == bool else x.view(np.int32) for x in leaves]
         return np.concatenate([x.reshape(len(x), -1) for x in words], axis=1)
 
+    def views(self, words_GW: np.ndarray) -> T:
+        """Returns the fields of a packed NumPy batch as views of it; bool fields are int32.  Fields have two axes at most."""
+        leaves, start = [], 0
+        for shape, dtype in self.fields:
+            end = start + math.prod(shape)
+            x = words_GW[:, start:end] if shape else words_GW[:, start]
+            leaves.append(x if dtype == "?" else x.view(dtype))
+            start = end
+        return self.tree.unflatten(leaves)
+
     def unpack(self, words_GW: jax.Array) -> T:
         """Unpacks the batch, bit for bit.  Within a program."""
         leaves, start = [], 0
@@ -71,11 +83,12 @@ class Layout[T]:
 class StepBatch:
     """The tokens of one program: lanes of prompt chunks, or one token per running sequence (J = 1)."""
 
-    token_GJ: jax.Array  # int32
+    token_GJ: jax.Array  # int32; NEWEST: the one that a program before has chosen for this place
     position_GJ: jax.Array  # int32 place in the sequence; -1 is padding
     slot_G: jax.Array  # int32 serving slot; NO_ADAPTER is the base model
     page_GC: jax.Array  # int32 pages of the lane's sequence, in order
     last_G: jax.Array  # int32 the token of the lane whose successor is sampled
+    place_G: jax.Array  # int32 where what is sampled is kept on the device for the next program; NO_PLACE: nowhere
     target_GJ: jax.Array  # int32 the known token that follows, where its log-probability is wanted; else -1
     sampling: SamplingBatch
 
@@ -88,6 +101,7 @@ class StepBatch:
             "slot_G": np.full(lanes, NO_ADAPTER, np.int32),
             "page_GC": np.zeros((lanes, pages), np.int32),
             "last_G": np.zeros(lanes, np.int32),
+            "place_G": np.full(lanes, NO_PLACE, np.int32),
             "target_GJ": np.full((lanes, tokens), -1, np.int32),
         }
         return StepBatch(**arrays, sampling=SamplingBatch.idle(lanes))  # ty: ignore[invalid-argument-type]
@@ -160,16 +174,41 @@ def _scores(
     return lax.cond((target_GJ >= 0).any(), all_of_them, none, x_GJD)
 
 
+def with_newest(batch: StepBatch, newest_B: jax.Array) -> StepBatch:
+    """Returns the batch with its tokens that lie on the device only."""
+    newest_G1 = newest_B[jnp.maximum(batch.place_G, 0)][:, None]
+    return replace(batch, token_GJ=jnp.where(batch.token_GJ == NEWEST, newest_G1, batch.token_GJ))
+
+
+def keep_newest(newest_B: jax.Array, batch: StepBatch, token_G: jax.Array) -> jax.Array:
+    """Returns int32 [B]: the newest token of each place, with those that this batch has chosen."""
+    place_G = jnp.where(batch.place_G == NO_PLACE, len(newest_B), batch.place_G)
+    return newest_B.at[place_G].set(token_G, mode="drop")
+
+
 def _packed_step(
-    base: Base, pool: Rows, kv: KVPages, words_GW: jax.Array, edits: LogitEdits, layout: Layout[StepBatch]
-) -> tuple[KVPages, StepOutput]:
-    return _serve_step(base, pool, kv, layout.unpack(words_GW), edits)
+    base: Base,
+    pool: Rows,
+    kv: KVPages,
+    newest_B: jax.Array,
+    words_GW: jax.Array,
+    edits: LogitEdits,
+    layout: Layout[StepBatch],
+) -> tuple[KVPages, jax.Array, StepOutput]:
+    batch = with_newest(layout.unpack(words_GW), newest_B)
+    kv, out = _serve_step(base, pool, kv, batch, edits)
+    return kv, keep_newest(newest_B, batch, out.token_B), out
 
 
 def step_program(mesh: Mesh) -> jax.stages.Wrapped:
-    """Returns the jitted step: (base, pool, pages, packed batch, edits, layout of the batch) → (pages, output).
+    """Returns the jitted step: (base, pool, pages, newest tokens, packed batch, edits, layout) → (pages, newest tokens, output).
 
-    The pages are donated.
+    newest tokens: int32 [rows], one for each place of the decode batch.  The pages are donated.
     """
-    out = (page_format(mesh), replicated(mesh))
-    return jax.jit(_packed_step, donate_argnums=2, static_argnums=5, out_shardings=out)
+    out = (page_format(mesh), replicated(mesh), replicated(mesh))
+    return jax.jit(_packed_step, donate_argnums=2, static_argnums=6, out_shardings=out)
+
+
+def no_tokens(mesh: Mesh, rows: int) -> jax.Array:
+    """Returns the newest tokens, int32 [rows], before the first program."""
+    return place_array(np.zeros(rows, np.int32), replicated(mesh))

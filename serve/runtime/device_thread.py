@@ -6,7 +6,6 @@ first.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import queue
@@ -27,6 +26,7 @@ from serve.runtime.backend import ModelCard
 from serve.runtime.bodies import told
 from serve.runtime.budget import Budget, BudgetSettings
 from serve.runtime.catalog import Catalog
+from serve.runtime.delta_stream import DeltaStream, Mail
 from serve.runtime.publisher import Publisher
 from serve.runtime.watchdog import Watch
 
@@ -34,39 +34,6 @@ LOG = logging.getLogger("serve")
 GONE = "the server stopped before the answer was complete; retry when it is up again"
 LOST = "the device thread failed or hung before the answer was complete"
 END_S = 10.0  # for the present step to end, before requests are ended without the device thread
-
-
-class DeltaStream:
-    """The async iterator of a request's deltas; it ends after the one with `finish` or `error`."""
-
-    def __init__(self, request_id: str, cancel: Callable[[str], None]):
-        """cancel: frees what the request of this id holds; from any thread."""
-        self._id, self._cancel = request_id, cancel
-        self._queue: asyncio.Queue[Delta] = asyncio.Queue()
-        self._loop = asyncio.get_running_loop()
-        self._ended = False
-
-    def deliver(self, delta: Delta) -> None:
-        """Passes a delta to the event loop.  Device thread only."""
-        try:
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, delta)
-        except RuntimeError:  # the loop has closed: nothing reads it any more
-            self._cancel(self._id)
-
-    def __aiter__(self) -> DeltaStream:
-        return self
-
-    async def __anext__(self) -> Delta:
-        if self._ended:
-            raise StopAsyncIteration
-        delta = await self._queue.get()
-        self._ended = delta.finish is not None or delta.error is not None
-        return delta
-
-    def cancel(self) -> None:
-        """Frees slot and KV within a step; does nothing when the stream has ended."""
-        if not self._ended:
-            self._cancel(self._id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +93,7 @@ class DeviceThread:
         self.trainer: Trainer | None = None
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._listeners: dict[str, Callable[[Delta], None]] = {}
+        self._mail = Mail()
         self._drain = threading.Lock()  # held to put a message, and to close the inbox
         self._closed = False
         self._stopping = False
@@ -284,25 +252,29 @@ class DeviceThread:
                 return
         if serving:
             decoded, prefilled = engine.decoded_tokens, engine.prefilled_tokens
-            for delta in engine.step(self._deliver):
-                self._deliver(delta)
+            # Parts of a training step go between two steps, and are reckoned by what a step takes: it waits for its tokens.
+            engine.waits = training
+            self._deliver(engine.step(self._deliver))
             decoded = engine.decoded_tokens > decoded and engine.prefilled_tokens == prefilled
             self.budget.served(start, time.monotonic(), decoded=decoded, beside=training)
 
-    def _deliver(self, delta: Delta) -> None:
-        if delta.adapter is not None:
-            self.publisher.observe_token(delta.adapter)
-        ended = delta.finish is not None or delta.error is not None
-        listener = self._listeners.pop(delta.request_id, None) if ended else self._listeners.get(delta.request_id)
-        if listener is not None:
-            listener(delta)
+    def _deliver(self, deltas: list[Delta]) -> None:
+        with self._mail.gather():
+            for delta in deltas:
+                if delta.adapter is not None:
+                    self.publisher.observe_token(delta.adapter)
+                ended = delta.finish is not None or delta.error is not None
+                listeners = self._listeners
+                listener = listeners.pop(delta.request_id, None) if ended else listeners.get(delta.request_id)
+                if listener is not None:
+                    listener(delta)
 
     # ---- requests -------------------------------------------------------------------------------------------------
 
     def submit(self, request: Request) -> DeltaStream:
         """Submits a request and returns its stream.  A refusal comes as the first and only delta, with `error`."""
         self._check_alive()
-        stream = DeltaStream(request.id, self.cancel)
+        stream = DeltaStream(request.id, self.cancel, self._mail)
         self._send(Submission(request, stream.deliver, self.admit))
         return stream
 

@@ -100,7 +100,7 @@ class Publisher:
 
     def observe_token(self, ref: AdapterRef) -> None:
         """Counts the freshness of a version when its first token is delivered."""
-        if self._fresh.get((ref.tenant, ref.name), (None,))[0] == ref:
+        if self._fresh and self._fresh.get((ref.tenant, ref.name), (None,))[0] == ref:
             _, learned_s = self._fresh.pop((ref.tenant, ref.name))
             self.freshness.observe(time.monotonic() - learned_s)
 

@@ -17,7 +17,6 @@ from jaxlora.core.lora import ALL_TARGETS
 from jaxlora.model.decoder import load_base
 from jaxlora.model.lora_pool import PoolSpec
 from pallas_kernels import dispatch
-from serve.engine.step import Layout
 from train.step.batch import idle_batch
 from train.step.state import TrainState, empty_state
 from train.step.step import make_programs
@@ -52,9 +51,8 @@ def test_an_interpreted_engine_leaves_nothing_to_choose(world):
     with dispatch.interpreted():
         engine = world.engine()
         idle, edits = engine._batch(2, 1, [])
-        layout = Layout.of(idle)
-        words_GW = layout.pack(idle)
-        traced = str(engine._program.trace(engine.base, engine._pool, engine._kv, words_GW, edits, layout).jaxpr)
+        state = (engine.base, engine._pool, engine._kv, engine._newest)
+        traced = str(engine._program.trace(*state, idle.words_GW, edits, idle.layout).jaxpr)
     assert "pallas_call" in traced
     assert "platform_index" not in traced
 

@@ -377,9 +377,9 @@ def test_every_shape_is_warmed_up_and_no_other_runs(world, engine, monkeypatch):
     seen = set()
     program = engine._program
 
-    def watched(base, pool, kv, words_GW, edits, layout):
+    def watched(base, pool, kv, newest_B, words_GW, edits, layout):
         seen.add(layout.unpack(words_GW).token_GJ.shape)
-        return program(base, pool, kv, words_GW, edits, layout)
+        return program(base, pool, kv, newest_B, words_GW, edits, layout)
 
     monkeypatch.setattr(engine, "_program", watched)
     run_all(engine, [ask("one", None, 3), ask("two", None, 4)])

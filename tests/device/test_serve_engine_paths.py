@@ -196,7 +196,8 @@ def test_nan_in_free_pages_unused_slots_and_padding_changes_no_bit(world, monkey
         engine.clock = iter(np.arange(0.0, 1e6)).__next__
         program = engine._run
 
-        def run_poisoned(batch, edits):
+        def run_poisoned(packed, edits):
+            batch = packed.fields
             padding = batch.position_GJ < 0
             idle = padding.all(axis=1)
             batch.token_GJ[padding] = 33
@@ -206,7 +207,7 @@ def test_nan_in_free_pages_unused_slots_and_padding_changes_no_bit(world, monkey
             unused = np.array([s for s in range(SLOTS) if s not in engine.slots.resident().values()], int)
             engine._pool = jax.tree.map(lambda x: jax.device_put(x.at[:, unused].set(np.nan), x.sharding), engine._pool)
             poison(engine)
-            return program(batch, edits)
+            return program(packed, edits)
 
         if poisoned:
             monkeypatch.setattr(engine, "_run", run_poisoned)

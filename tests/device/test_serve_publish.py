@@ -140,7 +140,7 @@ def test_freshness_counts_from_the_update_to_the_first_token(publisher, monkeypa
     now = 100.1
     while engine.has_work:
         for delta in engine.step():
-            runner._deliver(delta)
+            runner._deliver([delta])
     assert (runner.publisher.freshness.total, runner.publisher.freshness.sum) == (
         1,
         pytest.approx(0.8),

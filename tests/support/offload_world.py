@@ -13,9 +13,8 @@ from step_shapes import makers
 
 from jaxlora.model.compile_cache import CompileCounter
 from jaxlora.model.kv_cache import KVPages, page_format
+from jaxlora.model.kv_offload import PAGES_A_CALL, HostPages, PageMover
 from jaxlora.model.mesh import make_mesh, replicated
-from serve.engine.kv_offload import PAGES_A_CALL, PageMover
-from serve.engine.page_cache import HostPages
 
 DTYPES = ("float32", "bfloat16")
 COUNTS = (1, PAGES_A_CALL - 1, PAGES_A_CALL, PAGES_A_CALL + 1, 2 * PAGES_A_CALL + 1)

@@ -14,10 +14,10 @@ import jax
 import numpy as np
 
 from jaxlora.model.decoder import Base
+from serve.engine.batch import PackedBatch
 from serve.engine.engine import Engine
 from serve.engine.logit_edits import LogitEdits
 from serve.engine.sampling import StepOutput
-from serve.engine.step import StepBatch
 
 NORMS = ("attn_norm", "mlp_norm", "norm")
 FLIPPED = {  # (of prompt chunks, of full size) → which features
@@ -28,11 +28,10 @@ FLIPPED = {  # (of prompt chunks, of full size) → which features
 exact_run = Engine._run
 
 
-def perturbed_run(engine: Engine, batch: StepBatch, edits: LogitEdits) -> StepOutput:
+def perturbed_run(engine: Engine, batch: PackedBatch, edits: LogitEdits) -> StepOutput:
     """`Engine._run` with the base of the batch's shape in place of the engine's."""
-    lanes, tokens = batch.token_GJ.shape
-    prefill = tokens > 1
-    full = lanes == (engine.config.prefill_lanes if prefill else engine.config.rows)
+    prefill = batch.tokens > 1
+    full = batch.lanes == (engine.config.prefill_lanes if prefill else engine.config.rows)
     base = engine.base
     engine.base = _perturbed_base(engine, prefill, full)
     try:

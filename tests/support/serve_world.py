@@ -305,9 +305,9 @@ def watch_programs(engine: Engine) -> dict[str, list[Ran]]:
     run, fill, start_decode = engine._run, engine._fill, engine._start_decode
     places: list[tuple[str, int, int]] = []  # of the program that is being filled
 
-    def watched_fill(batch, edits, lane, sequence, start, tokens):
-        places.append((sequence.request.id, start, len(tokens)))
-        fill(batch, edits, lane, sequence, start, tokens)
+    def watched_fill(batch, edits, lane, chunk):
+        places.append((chunk.sequence.request.id, chunk.start, chunk.count))
+        fill(batch, edits, lane, chunk)
 
     def watched_decode(sequences):
         places.extend((s.request.id, s.done, 1) for s in sequences)
@@ -315,7 +315,7 @@ def watch_programs(engine: Engine) -> dict[str, list[Ran]]:
 
     def watched_run(batch, edits):
         for id, start, count in places:
-            ran[id].append(Ran(*batch.token_GJ.shape, start, count))
+            ran[id].append(Ran(batch.lanes, batch.tokens, start, count))
         places.clear()
         return run(batch, edits)
 

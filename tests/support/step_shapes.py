@@ -79,7 +79,12 @@ def decode(mesh: Mesh) -> tuple[jax.stages.Compiled, Rows, KVPages]:
     batch = StepBatch.idle(ROWS, 1, 4)
     layout = Layout.of(batch)
     args = (lanes(mesh, layout.pack(batch)), lanes(mesh, LogitEdits.idle(ROWS, 512, SMOLLM2.vocab)), layout)
-    return step_program(mesh).lower(base(mesh), rows, kv, *args).compile(), rows, kv
+    return step_program(mesh).lower(base(mesh), rows, kv, newest(mesh, ROWS), *args).compile(), rows, kv
+
+
+def newest(mesh: Mesh, rows: int) -> jax.ShapeDtypeStruct:
+    """The newest token of each place."""
+    return jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=replicated(mesh))
 
 
 def train(mesh: Mesh) -> jax.stages.Compiled:

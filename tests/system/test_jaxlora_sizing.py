@@ -189,7 +189,8 @@ def test_the_arrays_of_a_step_are_about_what_the_plan_says(monkeypatch):
     layout = Layout.of(batch)
     edits = step_shapes.lanes(mesh, LogitEdits.idle(8, 512, step_shapes.SMOLLM2.vocab))
     words = step_shapes.lanes(mesh, layout.pack(batch))
-    prefill = step_program(mesh).lower(step_shapes.base(mesh), rows, kv, words, edits, layout).compile()
+    newest = step_shapes.newest(mesh, 8)
+    prefill = step_program(mesh).lower(step_shapes.base(mesh), rows, kv, newest, words, edits, layout).compile()
     assert 0.6 < _temporary(prefill) / prefill_bytes(8, 32, shape, machine) < 1.1
     tenant = TenantSection(name="a", train=Path("a.jsonl"), rank=step_shapes.RANK)
     run = TrainConfig(

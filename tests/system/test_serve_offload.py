@@ -11,8 +11,8 @@ import offload_world
 import pytest
 from offload_world import COUNTS, DTYPES, F, L, P, Z, check_compiled, check_moves, on_mesh, random_bits
 
+from jaxlora.model.kv_offload import PageMover, page_bytes
 from jaxlora.model.mesh import make_mesh
-from serve.engine.kv_offload import PageMover, page_bytes
 
 TESTS = Path(__file__).parents[1] / "support"
 

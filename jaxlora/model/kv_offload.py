@@ -8,6 +8,8 @@ Shape letters: L layers, P pages, C pages that move, Z tokens per page, F featur
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,9 +18,26 @@ from jax.sharding import Mesh
 
 from jaxlora.model.kv_cache import KV_AXES, KVPages, page_format
 from jaxlora.model.mesh import place, place_array, replicated, sharding
-from serve.engine.page_cache import HostPages
 
 PAGES_A_CALL = 16
+
+
+@dataclass(frozen=True, slots=True)
+class HostPages:
+    """Keys and values of some pages in host memory, in the dtype and with the bits they had on the device."""
+
+    k_LCZF: np.ndarray
+    v_LCZF: np.ndarray
+
+    @property
+    def count(self) -> int:
+        """The number of pages."""
+        return self.k_LCZF.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of host memory."""
+        return self.k_LCZF.nbytes + self.v_LCZF.nbytes
 
 
 def _copy(source: jax.Array, source_C: jax.Array, target: jax.Array, target_C: jax.Array) -> jax.Array:
