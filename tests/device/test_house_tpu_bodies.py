@@ -54,7 +54,7 @@ def test_an_interpreted_engine_leaves_nothing_to_choose(world):
         idle, edits = engine._batch(2, 1, [])
         layout = Layout.of(idle)
         words_GW = layout.pack(idle)
-        traced = str(engine._program.trace(engine.base, engine._pool, engine._kv, words_GW, edits, layout).jaxpr)
+        traced = str(engine._programs.step.trace(engine.base, engine._pool, engine._kv, words_GW, edits, layout).jaxpr)
     assert "pallas_call" in traced
     assert "platform_index" not in traced
 
