@@ -22,7 +22,7 @@ from jaxlora.model.mesh import place_rows
 from serve.engine import sampling
 from serve.engine.grammar import Grammars, GrammarSource
 from serve.engine.logit_edits import LogitEdits, RowEdits
-from serve.engine.step import step_program
+from serve.engine.step import StepPrograms
 
 ROWS, SEEN = 32, 500
 SCHEMA = (
@@ -63,10 +63,10 @@ def main() -> None:
             return edits
 
         args = (engine.base, engine._pool, engine._kv, newest_B, words_GW, idle, batch.layout)
-        whole = engine._program.lower(*args).compile()
+        whole = engine._programs.step.lower(*args).compile()
         with mock.patch.object(sampling, "edited", lambda logits_BV, edits: logits_BV):
             jax.clear_caches()  # or the program is not traced again
-            bare = step_program(engine.mesh).lower(*args).compile()
+            bare = StepPrograms(engine.mesh).step.lower(*args).compile()
         for name, program in (("with", whole), ("without", bare)):
             memory, cost = program.memory_analysis(), program.cost_analysis()
             print(f"{name} edits: {memory.temp_size_in_bytes / 1e6:.1f} MB of scratch, {cost['flops'] / 1e9:.3f} GFLOP")
@@ -81,7 +81,7 @@ def main() -> None:
         for _ in range(rounds + 1):  # the first warms up
             for name, (program, edits) in ways.items():
                 start = time.perf_counter()
-                engine._kv, _, out = program(engine.base, engine._pool, engine._kv, newest_B, words_GW, edits)
+                engine._kv, (_, out) = program(engine.base, engine._pool, engine._kv, newest_B, words_GW, edits)
                 jax.block_until_ready(out)
                 times[name].append(time.perf_counter() - start)
         plain = np.array(times["no edits in the program"][1:])

@@ -30,8 +30,8 @@ from jaxlora.model.lora_pool import Rows
 from jaxlora.model.mesh import replicated
 from serve.engine.engine import Engine
 from serve.engine.logit_edits import LogitEdits
-from serve.engine.sampling import StepOutput
-from serve.engine.step import Layout, StepBatch
+from serve.engine.sampling import StepOutput, Work
+from serve.engine.step import Computed, Layout, StepBatch, StepPrograms
 from serve.runtime.delta_stream import DeltaStream
 from serve.runtime.device_thread import Submission
 
@@ -41,18 +41,28 @@ LIMIT_MS = 1.0
 
 
 def answer_at_once(engine: Engine) -> None:
-    """Has a program that computes nothing stand for the engine's step."""
+    """Has programs that compute nothing stand for the engine's two of an accelerator."""
     vocab = engine.base.config.vocab
 
-    def program(
+    def step(
         base: Base,
         pool: Rows,
         kv: KVPages,
         newest_B: jax.Array,
         words_GW: jax.Array,
-        edits: LogitEdits,
+        edits: None,
         layout: Layout[StepBatch],
-    ) -> tuple[KVPages, jax.Array, StepOutput]:
+    ) -> tuple[KVPages, Computed]:
+        return kv, Computed(logits_GV=newest_B.astype(jnp.float32)[:, None], x_GJD=None)
+
+    def choice(
+        logits_GV: jax.Array,
+        newest_B: jax.Array,
+        words_GW: jax.Array,
+        edits: LogitEdits | None,
+        layout: Layout[StepBatch],
+        work: Work,
+    ) -> tuple[jax.Array, StepOutput]:
         batch = layout.unpack(words_GW)
         token_G = (1000 + batch.position_GJ[:, -1] * 7919 + batch.place_G * 31) % vocab
         zero_G, top_GM = jnp.zeros(len(token_G), jnp.float32), jnp.zeros((len(token_G), 20), jnp.int32)
@@ -63,11 +73,12 @@ def answer_at_once(engine: Engine) -> None:
             top_token_BM=top_GM,
             top_logprob_BM=top_GM.astype(jnp.float32),
         )
-        return kv, newest_B, out
+        return newest_B, out
 
     one = replicated(engine.mesh)
-    shardings = (page_format(engine.mesh), one, one)
-    engine._program = jax.jit(program, donate_argnums=2, static_argnums=6, out_shardings=shardings)
+    engine._programs = programs = StepPrograms(engine.mesh, one=False)
+    programs.step = jax.jit(step, donate_argnums=2, static_argnums=6, out_shardings=(page_format(engine.mesh), one))
+    programs.choice = jax.jit(choice, static_argnums=(4, 5), out_shardings=one)
 
 
 async def read(s: Server, tokens: int) -> None:

@@ -43,10 +43,17 @@ lacks raises an error.
                                 xla      without the native bodies
                      cuda       xla      elementwise and one sum: XLA fuses them
                      tpu        xla      elementwise and one sum: XLA fuses them
+    row_summary      cpu        native   reductions one by one, as XLA's CPU backend computes a joint one by elements
+                                xla      the same, without the native bodies
+                     cuda       xla      one joint reduction: the row is read once
+                     tpu        xla      one joint reduction: the row is read once
+    top_k            cpu        xla      XLA's own
+                     cuda       xla      the largest of each block, then the best blocks alone: XLA's own sorts the row
+                     tpu        xla      the largest of each block, then the best blocks alone: XLA's own sorts the row
     draw             cpu        native   a row's sums have one order, thresholds are found by three histograms
                                 xla      without the native bodies
-                     cuda       xla      sums of blocks, thresholds by bisection
-                     tpu        xla      sums of blocks, thresholds by bisection
+                     cuda       xla      sums of blocks, thresholds by a few passes that try several each
+                     tpu        xla      sums of blocks, thresholds by a few passes that try several each
     target_logprob   cpu        xla      chunks of tokens, measured best
                      cuda       triton   logits stay on the chip, their gradient is in memory for some tokens at a time
                                 xla      without the extra `triton`, for more rank than it takes, features split, other dtypes
@@ -93,6 +100,8 @@ TABLE = {
     "paged_attention": {"cpu": NATIVE, "cuda": TRITON, "tpu": PALLAS},
     "rms_norm": {"cpu": NATIVE, "cuda": XLA, "tpu": XLA},
     "logsumexp": {"cpu": NATIVE, "cuda": XLA, "tpu": XLA},
+    "row_summary": {"cpu": NATIVE, "cuda": XLA, "tpu": XLA},
+    "top_k": {"cpu": XLA, "cuda": XLA, "tpu": XLA},
     "draw": {"cpu": NATIVE, "cuda": XLA, "tpu": XLA},
     "target_logprob": {"cpu": XLA, "cuda": TRITON, "tpu": PALLAS},
 }
@@ -119,6 +128,9 @@ SHAPE_INDEPENDENT: dict[str, dict[str, dict[str, bool | None]]] = {
     # Sums over few features, or of few rows, take another order.
     "rms_norm": {"cpu": {"native": True, "xla": False}, "cuda": {"xla": None}, "tpu": {"xla": None}},
     "logsumexp": {"cpu": {"native": True, "xla": False}, "cuda": {"xla": None}, "tpu": {"xla": None}},
+    # Has the log of a sum.
+    "row_summary": {"cpu": {"native": True, "xla": False}, "cuda": {"xla": None}, "tpu": {"xla": None}},
+    "top_k": {"cpu": {"xla": True}, "cuda": {"xla": None}, "tpu": {"xla": None}},
     # Which of two tokens is drawn hangs on a sum.
     "draw": {"cpu": {"native": True, "xla": False}, "cuda": {"xla": None}, "tpu": {"xla": None}},
     "target_logprob": {"cpu": {"xla": None}, "cuda": _CUDA, "tpu": _TPU},
@@ -198,13 +210,14 @@ def by_platform[*Args, Out](
     op: str,
     *args: *Args,
     xla: Callable[[*Args], Out],
+    xla_on_cpu: Callable[[*Args], Out] | None = None,
     native: Callable[[*Args], Out] | None = None,
     pallas: Callable[[bool], Callable[[*Args], Out]] | None = None,
     triton: Callable[[], Callable[[*Args], Out]] | None = None,
 ) -> Out:
     """Returns the result of the op's body for the platform on these arrays.
 
-    native: the C++ body; used where it is built.  pallas, triton: make the body; Pallas' takes `interpret`.  One is None where
+    xla_on_cpu: takes xla's place on a CPU.  native: the C++ body; used where it is built.  pallas, triton: make the body; Pallas' takes `interpret`.  One is None where
     these shapes do not fit, where it does not support their dtypes, or where it is not installed.  Raises NotImplementedError when lowered for a platform that the
     table lacks.
     """
@@ -222,6 +235,8 @@ def by_platform[*Args, Out](
         body["triton"] = lambda *args: triton()(*args)
     _note(op, body, args)
     chosen = {platform: body.get(route.body, body[route.otherwise]) for platform, route in TABLE[op].items()}
+    if xla_on_cpu is not None and chosen["cpu"] is xla:
+        chosen["cpu"] = xla_on_cpu
     return lax.platform_dependent(*args, **chosen)
 
 

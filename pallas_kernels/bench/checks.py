@@ -5,6 +5,7 @@ The definitions run in the same precision of products as the bodies, so that wha
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.bench.cases import OPS, Model, Sizes
-from pallas_kernels.rows.op import logsumexp, rms_norm
+from pallas_kernels.rows.op import BLOCKS, FEWEST, logsumexp, rms_norm, row_summary, top_k
 from pallas_kernels.sampling.op import Choices, draw, draw_reference
 
 MODEL = Model(d=576, heads=9, kv_heads=3, head=64, ff=1536, vocab=4099)  # numbers that few tiles divide
@@ -111,6 +112,20 @@ def _sums(dtype: str) -> Iterator[Results]:
         yield "16 rows", _results(logsumexp, (x_TX,)), [np.log(np.exp(x_TX.astype("f8")).sum(-1))]
 
 
+def _summaries(dtype: str) -> Iterator[Results]:
+    if dtype == "float32":
+        x_TX, _ = _rows(dtype)
+        want = [x_TX.max(-1), x_TX.argmax(-1), np.log(np.exp(x_TX.astype("f8")).sum(-1)), np.ones(len(x_TX))]
+        yield "16 rows", _results(row_summary, (x_TX,)), want
+
+
+def _bests(dtype: str) -> Iterator[Results]:
+    if dtype == "float32":
+        x_TX = np.random.default_rng(0).standard_normal((16, 16 * BLOCKS[0] * FEWEST), np.float32)
+        place_TM = np.argsort(-x_TX, axis=-1, kind="stable")[:, :16]
+        yield "16 rows", _results(lambda x: top_k(x, 16), (x_TX,)), [np.take_along_axis(x_TX, place_TM, 1), place_TM]
+
+
 def _draws_that_differ() -> float:
     """Returns the share of rows whose token is not the definition's."""
     rng = np.random.default_rng(0)
@@ -122,9 +137,10 @@ def _draws_that_differ() -> float:
         uniform_B=jnp.asarray(rng.random(DRAWS), jnp.float32),
         **{name: jnp.asarray(x, jnp.float32) for name, x in filters.items()},
     )
-    (ours,), (definition,) = _results(draw, (x_BV, choices)), _results(draw_reference, (x_BV, choices))
-    return float((ours != definition).mean())
+    drawn = functools.partial(draw, filtered=True)
+    ours, definition = _results(drawn, (x_BV, x_BV.max(axis=1), choices)), _results(draw_reference, (x_BV, choices))
+    return float((ours[0] != definition[0]).mean())
 
 
-ROW_OPS = {"rms_norm": _norms, "logsumexp": _sums}
+ROW_OPS = {"rms_norm": _norms, "logsumexp": _sums, "row_summary": _summaries, "top_k": _bests}
 CHECKED = (*DEFINITIONS, *ROW_OPS, "draw")

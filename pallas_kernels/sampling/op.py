@@ -11,6 +11,8 @@ Shape letters: B rows, V vocabulary, K blocks of a row, Q tokens of a block.
 
 from __future__ import annotations
 
+import functools
+import math
 from dataclasses import dataclass
 
 import jax
@@ -21,7 +23,9 @@ from pallas_kernels.dispatch import by_platform
 from pallas_kernels.native import library
 from pallas_kernels.shapes import shaped
 
-BLOCK = 256  # tokens of a block; the last one is filled up
+BLOCK = 256  # tokens of a block; a power of two that divides V if 32 or more of them do
+WIDE, PASSES = 8, 5  # parts of what is left of a threshold's range in a pass over the logits; passes
+UNSEEN = 17.0  # a uniform number has 2**24 values: shares of less than e**-17 of a row together are never drawn
 
 
 @jax.tree_util.register_dataclass
@@ -37,40 +41,73 @@ class Choices:
 
 
 @shaped
-def draw_reference(x_BV: jax.Array, choices: Choices) -> jax.Array:
-    """Defines the op: returns int32 [B]."""
-    share_BV = _shares(*_scaled(x_BV, choices))
+def draw_reference(x_BV: jax.Array, choices: Choices) -> tuple[jax.Array, jax.Array]:
+    """Defines the op: returns (int32 [B] the tokens, float32 [B] their logits)."""
+    scaled_BV = (x_BV - x_BV.max(axis=1, keepdims=True)) / _temperature(choices)[:, None]
+    share_BV = jnp.where(scaled_BV >= _smallest_kept(scaled_BV, choices)[:, None], jnp.exp(scaled_BV), 0.0)
     upto_BV = jnp.cumsum(share_BV, axis=1)
-    return _first_above(upto_BV, choices.uniform_B * upto_BV[:, -1], share_BV > 0)
+    token_B = _first_above(upto_BV, choices.uniform_B * upto_BV[:, -1], share_BV > 0)
+    return token_B, _at(x_BV, token_B)
+
+
+def _smallest_kept(scaled_BV: jax.Array, choices: Choices) -> jax.Array:
+    """Returns float32 [B]: the smallest scaled logit that top-k, then top-p of the rest, then min-p keep.  Sorts."""
+    V = scaled_BV.shape[1]
+    sorted_BV = -jnp.sort(-scaled_BV, axis=1)
+    k_B = jnp.where(choices.top_k_B > 0, jnp.minimum(choices.top_k_B, V), V)
+    by_k_B = _at(sorted_BV, k_B - 1)
+    share_BV = jnp.where(sorted_BV >= by_k_B[:, None], jnp.exp(sorted_BV), 0.0)
+    upto_BV = jnp.cumsum(share_BV, axis=1)
+    short_B = (upto_BV < (choices.top_p_B * upto_BV[:, -1])[:, None]).sum(axis=1, dtype=jnp.int32)
+    by_p_B = _at(sorted_BV, jnp.minimum(short_B, V - 1))
+    floor_B = jnp.maximum(by_k_B, jnp.where(choices.top_p_B < 1, by_p_B, -jnp.inf))
+    return jnp.maximum(floor_B, _by_min_p(choices))
 
 
 @shaped
-def draw(x_BV: jax.Array, choices: Choices) -> jax.Array:
-    """Returns what the reference does, int32 [B], of float32 rows, but for how sums are rounded.  Not differentiable.
+def draw(x_BV: jax.Array, most_B: jax.Array, choices: Choices, *, filtered: bool) -> tuple[jax.Array, jax.Array]:
+    """Returns what the reference does of float32 rows, but for how sums are rounded.  Not differentiable.
 
-    A row's token is one that is kept, whatever the rounding; any where a logit is NaN.
+    most_B: float32 the largest logits.  filtered: whether some row may have top-k or top-p; where none has, both give the same
+    bits.  A row's token is one that is kept, whatever the rounding; any where a logit is NaN.  On GPUs and TPUs logits that differ
+    from the last one kept by less than 2**-9 of the temperature may be kept with it (`_floor`).
     """
 
-    def native(x_BV: jax.Array, choices: Choices) -> jax.Array:
+    def native(x_BV: jax.Array, most_B: jax.Array, choices: Choices) -> tuple[jax.Array, jax.Array]:
         of = (choices.temperature_B, choices.top_p_B, choices.top_k_B, choices.min_p_B, choices.uniform_B)
-        return library.call("jaxlora_draw", [(x_BV.shape[:1], jnp.int32)], x_BV, *of)[0]
+        token_B = library.call("jaxlora_draw", [(x_BV.shape[:1], jnp.int32)], x_BV, *of)[0]
+        return token_B, _at(x_BV, token_B)
 
-    return by_platform("draw", x_BV, choices, xla=_in_blocks, native=native)
+    xla = functools.partial(_in_blocks, filtered=filtered)
+    return by_platform("draw", x_BV, most_B, choices, xla=xla, native=native)
 
 
-def _in_blocks(x_BV: jax.Array, choices: Choices) -> jax.Array:
-    """Sums blocks of shares; then looks at the one block in which the token lies."""
-    scaled_BV, floor_B = _scaled(x_BV, choices)
-    padded_BV = jnp.pad(scaled_BV, ((0, 0), (0, -x_BV.shape[1] % BLOCK)), constant_values=-jnp.inf)
-    scaled_BKQ = padded_BV.reshape(x_BV.shape[0], -1, BLOCK)
-    sum_BK = _shares(scaled_BKQ, floor_B[:, None]).sum(axis=2)
+def _in_blocks(x_BV: jax.Array, most_B: jax.Array, choices: Choices, *, filtered: bool) -> tuple[jax.Array, jax.Array]:
+    """Sums blocks of shares; then looks at the one block in which the token lies.
+
+    It reads all logits once, with filters PASSES times more.
+    """
+    B, V = x_BV.shape
+    Q = next((q for q in (BLOCK, 128, 64, 32) if V % q == 0), BLOCK)
+    floor_B = most_B + _temperature(choices) * _by_min_p(choices)
+    if filtered:
+        floor_B = jnp.maximum(floor_B, _floor(x_BV, most_B, choices))
+    padded_BV = jnp.pad(x_BV, ((0, 0), (0, -V % Q)), constant_values=-jnp.inf)
+    x_BKQ = padded_BV.reshape(B, -1, Q)
+    sum_BK = _shares(x_BKQ, most_B[:, None], floor_B[:, None], choices).sum(axis=2)
     upto_BK = jnp.cumsum(sum_BK, axis=1)
     wanted_B = choices.uniform_B * upto_BK[:, -1]
     block_B = _first_above(upto_BK, wanted_B, sum_BK > 0)
-    before_B = jnp.where(block_B > 0, jnp.take_along_axis(upto_BK, (block_B - 1)[:, None], axis=1)[:, 0], 0.0)
-    scaled_BQ = jnp.take_along_axis(scaled_BKQ, block_B[:, None, None], axis=1)[:, 0]
-    share_BQ = _shares(scaled_BQ, floor_B)
-    return block_B * BLOCK + _first_above(jnp.cumsum(share_BQ, axis=1), wanted_B - before_B, share_BQ > 0)
+    before_B = jnp.where(block_B > 0, _at(upto_BK, jnp.maximum(block_B - 1, 0)), 0.0)
+    # Read once, whatever is made of it.
+    x_BQ = lax.optimization_barrier(jnp.take_along_axis(x_BKQ, block_B[:, None, None], axis=1)[:, 0])
+    share_BQ = _shares(x_BQ, most_B, floor_B, choices)
+    place_B = _first_above(jnp.cumsum(share_BQ, axis=1), wanted_B - before_B, share_BQ > 0)
+    return block_B * Q + place_B, _at(x_BQ, place_B)
+
+
+def _at(x_BN: jax.Array, place_B: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(x_BN, place_B[:, None], axis=1)[:, 0]
 
 
 def _first_above(upto_BN: jax.Array, wanted_B: jax.Array, has_BN: jax.Array) -> jax.Array:
@@ -80,54 +117,86 @@ def _first_above(upto_BN: jax.Array, wanted_B: jax.Array, has_BN: jax.Array) -> 
     return jnp.minimum((upto_BN <= wanted_B[:, None]).sum(axis=1, dtype=jnp.int32), last_B)
 
 
-def _scaled(x_BV: jax.Array, choices: Choices) -> tuple[jax.Array, jax.Array]:
-    """Returns (float32 [B, V] of which the largest of a row is 0, [B] the smallest that is kept)."""
-    # The best is 0, so that a tiny temperature cannot make several logits infinite.
-    hot_B = choices.temperature_B > 0
-    temperature_B = jnp.where(hot_B, choices.temperature_B, 1.0)
-    scaled_BV = (x_BV - x_BV.max(axis=-1, keepdims=True)) / temperature_B[:, None]
-    filters_B = (choices.top_k_B > 0) | (choices.top_p_B < 1) | (choices.min_p_B > 0)
-    everything = jnp.full(x_BV.shape[:1], -jnp.inf)
-    return scaled_BV, lax.cond((filters_B & hot_B).any(), _floor, lambda s, c: everything, scaled_BV, choices)
+def _temperature(choices: Choices) -> jax.Array:
+    """Returns float32 [B], at least so large that its inverse is a number; 1 where nothing is drawn."""
+    return jnp.where(choices.temperature_B > 0, jnp.maximum(choices.temperature_B, 1e-30), 1.0)
 
 
-def _shares(scaled: jax.Array, floor: jax.Array) -> jax.Array:
-    return jnp.where(scaled >= floor[..., None], jnp.exp(scaled), 0.0)
+def _by_min_p(choices: Choices) -> jax.Array:
+    """Returns float32 [B]: the smallest scaled logit that min-p keeps."""
+    return jnp.log(jnp.maximum(choices.min_p_B, 0.0))
 
 
-def _floor(scaled_BV: jax.Array, choices: Choices) -> jax.Array:
-    """Returns float32 [B]: the smallest scaled logit that top-k, then top-p of the rest, then min-p keep.
+def _shares(x: jax.Array, most: jax.Array, floor: jax.Array, choices: Choices) -> jax.Array:
+    """Returns the shares of logits x [B, ..., Q], not yet divided by their sum; those below the floor have none.
 
-    Each threshold is found by bisection over the ordered bits of float32.
+    most, floor: of the rows, [B, ...].
     """
-    bits_BV = _ordered(scaled_BV)
-    k_B = jnp.where(choices.top_k_B > 0, choices.top_k_B, scaled_BV.shape[1])
-    by_k_B = _largest_with(bits_BV, jnp.ones_like(scaled_BV), jnp.minimum(k_B, scaled_BV.shape[1]).astype(jnp.float32))
-    share_BV = jnp.where(bits_BV >= by_k_B[:, None], jnp.exp(scaled_BV), 0.0)
-    wanted_B = choices.top_p_B * share_BV.sum(-1)
-    by_p_B = jnp.where(choices.top_p_B < 1, _largest_with(bits_BV, share_BV, wanted_B), by_k_B)
-    floor_B = _value(jnp.maximum(by_k_B, by_p_B))
-    return jnp.maximum(floor_B, jnp.log(jnp.maximum(choices.min_p_B, 0.0)))
+    inverse = (1 / _temperature(choices)).reshape(-1, *[1] * (x.ndim - 1))
+    return jnp.where(x >= floor[..., None], jnp.exp((x - most[..., None]) * inverse), 0.0)
 
 
-def _ordered(x: jax.Array) -> jax.Array:
-    """Returns uint32 numbers in the order of the floats."""
-    bits = lax.bitcast_convert_type(x, jnp.uint32)
-    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+@dataclass(frozen=True, kw_only=True)
+class _Range:
+    """Where the rows' thresholds lie, in scaled logits: from `low_B` on, below low_B + WIDE * part_B."""
+
+    low_B: jax.Array
+    part_B: jax.Array  # what it becomes in the next pass
+
+    def tried(self) -> list[jax.Array]:
+        """Returns the WIDE - 1 thresholds between its parts, each float32 [B]."""
+        return [self.low_B + i * self.part_B for i in range(1, WIDE)]
+
+    def narrowed(self, first_B: jax.Array, last_B: jax.Array) -> _Range:
+        """Returns it from part `first_B` to part `last_B`."""
+        return _Range(low_B=self.low_B + first_B * self.part_B, part_B=(last_B - first_B + 1) * self.part_B / WIDE)
 
 
-def _value(bits: jax.Array) -> jax.Array:
-    """Returns the float of an ordered number."""
-    raw = jnp.where(bits >> 31 == 1, bits & jnp.uint32((1 << 31) - 1), ~bits)
-    return lax.bitcast_convert_type(raw, jnp.float32)
+def _floor(x_BV: jax.Array, most_B: jax.Array, choices: Choices) -> jax.Array:
+    """Returns float32 [B]: the smallest logit that top-k, then top-p of the rest keep.
+
+    Each pass tries WIDE - 1 thresholds of each, in one reduction.  How much top-p must keep is known as well as what top-k
+    keeps.  The last range's lower end is kept, so that a row keeps what it should and what lies in the same last part:
+    1 / WIDE**PASSES of the range, which leaves out only what is never drawn.  The best logit alone is told exactly.
+    """
+    V, N, temperature_B = x_BV.shape[1], WIDE - 1, _temperature(choices)
+    has_k_B = (choices.top_k_B > 0) & (choices.top_k_B < V)
+    k_B = jnp.where(has_k_B, choices.top_k_B, V).astype(jnp.float32)
+    has_p_B = choices.top_p_B < 1
+    log_V = math.log(V)
+    deep_B = jnp.full_like(most_B, log_V + UNSEEN)
+    by_k = _Range(low_B=-deep_B, part_B=deep_B / WIDE)
+    deep_B = jnp.minimum(deep_B, log_V - jnp.log1p(-jnp.minimum(choices.top_p_B, 1.0)))
+    by_p = _Range(low_B=-deep_B, part_B=deep_B / WIDE)
+    least_B = all_B = jnp.zeros_like(most_B)  # between which lies the sum of the shares that top-k keeps
+    for number in range(PASSES):
+        tried = *by_k.tried(), *by_p.tried(), *([by_k.low_B] if number == 0 else [])
+        # Without the barrier the shares of all passes are one array, written and read.
+        top_B, inverse_B, *tried = lax.optimization_barrier(
+            (most_B, 1 / temperature_B, *(most_B + temperature_B * t_B for t_B in tried))
+        )
+        share_BV = jnp.exp((x_BV - top_B[:, None]) * inverse_B[:, None])
+        above = [x_BV >= t_B[:, None] for t_B in tried]
+        counts = [jnp.where(above_BV, 1.0, 0.0) for above_BV in above[:N]]
+        sums = _sums([*counts, *(jnp.where(above_BV, share_BV, 0.0) for above_BV in above)])
+        count_BN, share_k_BN, share_p_BN = (jnp.stack(sums[i * N : (i + 1) * N], axis=1) for i in range(3))
+        all_B = sums[-1] if number == 0 else all_B
+        part_B = (count_BN >= k_B[:, None]).sum(axis=1, dtype=jnp.int32)
+        ends_BN = jnp.concatenate([all_B[:, None], share_k_BN, least_B[:, None]], axis=1)
+        all_B, least_B = _at(ends_BN, part_B), _at(ends_BN, part_B + 1)
+        by_k = by_k.narrowed(part_B, part_B)
+        first_B, last_B = (
+            (share_p_BN >= (choices.top_p_B * kept_B)[:, None]).sum(axis=1, dtype=jnp.int32)
+            for kept_B in (all_B, least_B)
+        )
+        by_p = by_p.narrowed(first_B, last_B)
+    floor_k_B = jnp.where(k_B > 1, by_k.low_B, 0.0)
+    floor_p_B = jnp.where(choices.top_p_B * all_B > 1, by_p.low_B, 0.0)
+    floor_B = jnp.maximum(jnp.where(has_k_B, floor_k_B, -jnp.inf), jnp.where(has_p_B, floor_p_B, -jnp.inf))
+    return most_B + temperature_B * floor_B
 
 
-def _largest_with(bits_BV: jax.Array, mass_BV: jax.Array, wanted_B: jax.Array) -> jax.Array:
-    """Returns uint32 [B]: the largest threshold whose entries at or above it hold at least the wanted mass."""
-
-    def one_bit(i: jax.Array, found_B: jax.Array) -> jax.Array:
-        tried_B = found_B | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
-        mass_B = jnp.where(bits_BV >= tried_B[:, None], mass_BV, 0.0).sum(-1)
-        return jnp.where(mass_B >= wanted_B, tried_B, found_B)
-
-    return lax.fori_loop(0, 32, one_bit, jnp.zeros(bits_BV.shape[0], jnp.uint32))
+def _sums(terms: list[jax.Array]) -> list[jax.Array]:
+    """Returns the sums of float32 rows, all in one reduction: what they are made of is read once."""
+    zeros = (jnp.float32(0),) * len(terms)
+    return list(lax.reduce(tuple(terms), zeros, lambda x, y: tuple(map(jnp.add, x, y)), (1,)))

@@ -31,7 +31,7 @@ from jaxlora.model.mesh import place_rows
 from pallas_kernels.bench.run import Ceilings, Timing, ceilings, device_name, measure
 from serve.engine.engine import MIN_ROWS
 from serve.engine.logit_edits import EditArrays
-from serve.engine.step import Layout, StepBatch, no_tokens, step_program
+from serve.engine.step import Layout, Needs, StepBatch, StepPrograms, no_tokens
 from train.bench import TrainingSizes, warm_trainer
 
 PAGE = 64  # tokens of a KV page
@@ -239,11 +239,11 @@ def serving_call(opened: Opened, step: ServingStep, pool: Rows, kv: list[KVPages
     ends = len(opened.tokenizer.eos_ids)
     edits = EditArrays(mesh, max_tokens=step.filled + J, vocab=vocab, ends=ends)
     idle = edits.make(lanes, tokens=False, allowed=False)
-    layout, program = Layout.of(batch), step_program(mesh)
+    layout, programs, needs = Layout.of(batch), StepPrograms(mesh), Needs.of(batch, edited=False)
     words_GW, newest_B = place_rows(mesh, layout.pack(batch)), no_tokens(mesh, lanes)
 
     def run() -> jax.Array:
-        kv[0], _, out = program(base, pool, kv[0], newest_B, words_GW, idle, layout)
+        kv[0], _, out = programs.launch(base, pool, kv[0], newest_B, words_GW, idle, layout, needs)
         return out.token_B
 
     return run

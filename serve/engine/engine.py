@@ -39,11 +39,11 @@ from serve.engine.logit_edits import EditArrays, LogitEdits
 from serve.engine.output import OutputProcessor
 from serve.engine.page_cache import PageAllocator
 from serve.engine.request import Delta, Request
-from serve.engine.sampling import StepOutput
+from serve.engine.sampling import StepOutput, Work
 from serve.engine.scheduler import Limits, Scheduler, apply
 from serve.engine.sequence import Chunk, Plan, Sequence, Status
 from serve.engine.slots import SlotPolicy, SlotTable
-from serve.engine.step import StepBatch, no_tokens, step_program
+from serve.engine.step import Needs, StepBatch, StepPrograms, no_tokens
 from serve.engine.telemetry import Telemetry
 
 LOG = logging.getLogger("serve")
@@ -136,7 +136,7 @@ class Engine:
         self._read_slot = jax.jit(read_slot)
         self._policy = SlotPolicy(self.sizes, self.size)
         self._tuning = Tuning(quantum_ms=1000 * config.quantum_s)
-        self._program = step_program(mesh)
+        self._programs = StepPrograms(mesh)
         ends = len(tokenizer.eos_ids)
         self._edits = EditArrays(mesh, max_tokens=config.max_tokens, vocab=base.config.vocab, ends=ends)
         self._loads = AdapterLoads(self._read, store.is_here, lambda: self.clock())
@@ -172,14 +172,19 @@ class Engine:
 
         The adapters that lie in slots, and the KV of requests, stay as they are; where there are several sizes, each is
         taken in turn.
-        compiling: called before each shape of the step; the copies of KV and adapters count as one more, all for each size.
+        compiling: called before each program of each shape of the step; the copies of KV and adapters count as one more, all
+        for each size.
         """
-        shapes = self.shapes()
-        number, of = 0, len(self.sizes) * (len(shapes) + 1)
+        programs = [(lanes, tokens, needs) for lanes, tokens in self.shapes() for needs in self._programs.needs(tokens)]
+        number, of = 0, len(self.sizes) * (len(programs) + 1)
         for _ in self._every_size():
-            for lanes, tokens in shapes:
+            for lanes, tokens, needs in programs:
                 compiling(number := number + 1, of)
-                jax.device_get(self._run(*self._batch(lanes, tokens, [])))
+                batch, edits = self._batch(lanes, tokens, [])
+                needs.ask(batch.fields)
+                if needs.work is Work.EDITED:
+                    edits = self._edits.make(lanes, tokens=True, allowed=True)
+                jax.device_get(self._run(batch, edits))
             compiling(number := number + 1, of)
             self._kv = self._mover.warm_up(self._kv)
             empty = jax.tree.map(lambda p: np.zeros(p.shape[:1] + p.shape[2:], np.float32), self._pool)
@@ -437,10 +442,11 @@ class Engine:
         words_GW: np.ndarray | jax.Array = batch.words_GW
         if self.mesh.size > 1:  # on one device the call copies them itself, in a tenth of the time of device_put
             words_GW = place_rows(self.mesh, words_GW)
+        needs = Needs.of(batch.fields, edited=not self._edits.are_idle(edits))
         placed = self._edits.place(edits)
         with jax.transfer_guard_host_to_device("allow"):
-            self._kv, self._newest, out = self._program(
-                self.base, self._pool, self._kv, self._newest, words_GW, placed, batch.layout
+            self._kv, self._newest, out = self._programs.launch(
+                self.base, self._pool, self._kv, self._newest, words_GW, placed, batch.layout, needs
             )
         return out
 

@@ -81,10 +81,15 @@ class LogitEdits:
 
 
 def edited(logits_BV: jax.Array, edits: LogitEdits) -> jax.Array:
-    """Returns float32 [B, V]: the edited logits.  Rows without edits come back bit for bit."""
+    """Returns float32 [B, V]: the edited logits.  Rows without edits come back bit for bit, steps without any skip the work."""
     tokens, allowed = edits.tokens, edits.allowed
     changed_BV = lax.cond(tokens.used_B.any(), lambda x: _change_tokens(x, tokens), lambda x: x, logits_BV)
     return lax.cond(allowed.used_B.any(), lambda x: _keep_allowed(x, allowed), lambda x: x, changed_BV)
+
+
+def all_edited(logits_BV: jax.Array, edits: LogitEdits) -> jax.Array:
+    """Returns what `edited` does, without a branch."""
+    return _keep_allowed(_change_tokens(logits_BV, edits.tokens), edits.allowed)
 
 
 def _change_tokens(logits_BV: jax.Array, edits: TokenEdits) -> jax.Array:
@@ -199,6 +204,10 @@ class EditArrays:
             tokens=fresh.tokens if tokens else idle.tokens, allowed=fresh.allowed if allowed else idle.allowed
         )
 
+    def are_idle(self, edits: LogitEdits) -> bool:
+        """Whether these are the ones of `make` without edits, which lie on the device."""
+        return edits is self._idle.get(len(edits.tokens.used_B))
+
     def place(self, edits: LogitEdits) -> LogitEdits:
         """Copies the edits to the device; idle ones of `make` lie there already."""
-        return edits if edits is self._idle.get(len(edits.tokens.used_B)) else place_rows(self._mesh, edits)
+        return edits if self.are_idle(edits) else place_rows(self._mesh, edits)

@@ -1,12 +1,15 @@
 """Samples tokens from logits on the device, every row with its own parameters as data.
 
-Rows that use no filter, and steps in which no row draws, do not pay for it (`pallas_kernels.sampling.op`).
+Steps in which no row draws, filters, edits or reports alternatives do not pay for it.  On a CPU one program finds that out
+(`sample`); elsewhere the host knows it and starts the program that does no more (`choose` of a `Work`, `best_alternatives`):
+a branch on the device would wait for the host, or copy the logits.
 
 Shape letters: B rows, V vocabulary, M = 20 best tokens reported, G lanes and J tokens of a lane.
 """
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass, fields
 
 import jax
@@ -14,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels.rows.op import logsumexp
+from pallas_kernels.rows.op import RowSummary, row_summary, top_k
 from pallas_kernels.sampling.op import Choices, draw
-from serve.engine.logit_edits import LogitEdits, edited
+from serve.engine.logit_edits import LogitEdits, all_edited, edited
 from serve.engine.request import MAX_TOP_LOGPROBS, SamplingParams
 
 INT32_MAX = 2**31 - 1
@@ -78,65 +81,134 @@ class StepOutput:
 
     token_B: jax.Array  # int32
     logprob_B: jax.Array  # float32
+    total_B: jax.Array  # float32 log of the sum of the logits' exponentials
     finite_B: jax.Array  # bool: all logits of the row were finite
     top_token_BM: jax.Array  # int32, best first; zeros where no row asked
     top_logprob_BM: jax.Array  # float32
     scores: PromptScores | None = None  # of a step of prompt chunks
 
 
+class Work(enum.IntEnum):
+    """What a step's rows need; each does all that those before it do, with the same bits."""
+
+    GREEDY = 0
+    DRAWN = 1  # with a temperature, and min-p
+    FILTERED = 2  # with top-k and top-p
+    EDITED = 3  # with logit edits
+
+    @staticmethod
+    def of(batch: SamplingBatch, *, edited: bool) -> Work:
+        """Returns the least work that serves all rows of a NumPy batch."""
+        if edited:
+            return Work.EDITED
+        if _filters(batch).any():
+            return Work.FILTERED
+        return Work.DRAWN if (batch.temperature_B > 0).any() else Work.GREEDY
+
+
+def choose(logits_BV: jax.Array, edits: LogitEdits | None, batch: SamplingBatch, work: Work) -> StepOutput:
+    """Samples the next token of each float32 row as `sample` does, without a branch; reports no alternatives.
+
+    edits: of EDITED alone.
+    """
+    raw = row_summary(logits_BV)
+    x_BV, of_x = logits_BV, raw
+    if edits is not None:
+        x_BV = all_edited(logits_BV, edits)
+        of_x = row_summary(x_BV)
+    token_B, logit_B = of_x.best_T, of_x.most_T
+    if work >= Work.DRAWN:
+        drawn = draw(x_BV, of_x.most_T, _choices(batch), filtered=work >= Work.FILTERED)
+        token_B, logit_B = (
+            jnp.where(batch.temperature_B > 0, x_B, best_B)
+            for x_B, best_B in zip(drawn, (token_B, logit_B), strict=True)
+        )
+    if edits is not None:
+        logit_B = _at(logits_BV, token_B)
+    return _output(raw, token_B, logit_B, no_alternatives(logits_BV))
+
+
 def sample(logits_BV: jax.Array, edits: LogitEdits, batch: SamplingBatch) -> StepOutput:
     """Samples the next token of each row.  A row's draw depends on its seed, choice, position, logits and edits alone."""
     logits_BV = logits_BV.astype(jnp.float32)
+    raw = row_summary(logits_BV)
 
     # Edited logits are no value of their own here: a branch that gives back what it got would copy it.
-    greedy_B = lax.cond(edits.used, lambda x_BV: _best(edited(x_BV, edits)), _best, logits_BV)
+    greedy_B = lax.cond(
+        edits.used,
+        lambda x_BV: row_summary(edited(x_BV, edits)).best_T,
+        lambda x_BV: row_summary(x_BV).best_T,
+        logits_BV,
+    )
     hot = (batch.temperature_B > 0).any()
     token_B = lax.cond(
         hot, lambda x_BV, g_B: _draw(edited(x_BV, edits), g_B, batch), lambda _, g_B: g_B, logits_BV, greedy_B
     )
-    total_B = logsumexp(logits_BV)
-    chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]
-    count = min(MAX_TOP_LOGPROBS, logits_BV.shape[1])
-    shape = (logits_BV.shape[0], count)
+    alternatives = lax.cond(
+        batch.logprobs_B.any(),
+        lambda: best_alternatives(logits_BV, raw.logsumexp_T),
+        lambda: no_alternatives(logits_BV),
+    )
+    return _output(raw, token_B, _at(logits_BV, token_B), alternatives)
 
-    def tops() -> tuple[jax.Array, jax.Array]:
-        value_BM, token_BM = lax.top_k(logits_BV, count)
-        return token_BM, value_BM - total_B[:, None]
 
-    def none() -> tuple[jax.Array, jax.Array]:
-        return jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
+Alternatives = tuple[jax.Array, jax.Array]  # int32 [B, M] tokens, best first; float32 [B, M] raw log-probabilities
 
-    top_token_BM, top_logprob_BM = lax.cond(batch.logprobs_B.any(), tops, none)
+
+def best_alternatives(logits_BV: jax.Array, total_B: jax.Array) -> Alternatives:
+    """Returns each row's likeliest tokens.  total_B: `StepOutput.total_B`."""
+    value_BM, token_BM = top_k(logits_BV, min(MAX_TOP_LOGPROBS, logits_BV.shape[1]))
+    return token_BM, value_BM - total_B[:, None]
+
+
+def no_alternatives(logits_BV: jax.Array) -> Alternatives:
+    """Returns zeros in the place of the likeliest tokens."""
+    shape = logits_BV.shape[0], min(MAX_TOP_LOGPROBS, logits_BV.shape[1])
+    return jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
+
+
+def _output(raw: RowSummary, token_B: jax.Array, logit_B: jax.Array, alternatives: Alternatives) -> StepOutput:
+    top_token_BM, top_logprob_BM = alternatives
     return StepOutput(
         token_B=token_B,
-        logprob_B=chosen_B - total_B,
-        finite_B=jnp.isfinite(logits_BV).all(axis=-1),
+        logprob_B=logit_B - raw.logsumexp_T,
+        total_B=raw.logsumexp_T,
+        finite_B=raw.finite_T,
         top_token_BM=top_token_BM,
         top_logprob_BM=top_logprob_BM,
     )
 
 
-def _best(x_BV: jax.Array) -> jax.Array:
-    """Returns int32 [B]: the first of each row's largest entries; any where one is NaN.
+def _at(x_BV: jax.Array, token_B: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(x_BV, token_B[:, None], axis=-1)[:, 0]
 
-    Two plain reductions over float32: XLA's CPU backend computes `argmax` element by element.  Indices are exact below 2**24.
-    """
-    V = x_BV.shape[1]
-    is_best_BV = x_BV == x_BV.max(axis=-1, keepdims=True)
-    first_B = jnp.where(is_best_BV, jnp.arange(V, dtype=jnp.float32), float(V - 1)).min(axis=-1)
-    return first_B.astype(jnp.int32)
+
+def _filters(batch: SamplingBatch) -> jax.Array:
+    """Returns bool [B]: which rows draw with top-k or top-p."""
+    return (batch.temperature_B > 0) & ((batch.top_k_B > 0) | (batch.top_p_B < 1))
 
 
 def _draw(logits_BV: jax.Array, greedy_B: jax.Array, batch: SamplingBatch) -> jax.Array:
+    """Returns int32 [B]: the draws of rows with a temperature, the greedy tokens of others."""
+    choices, most_B = _choices(batch), row_summary(logits_BV).most_T
+    token_B = lax.cond(
+        _filters(batch).any(),
+        lambda x_BV: draw(x_BV, most_B, choices, filtered=True)[0],
+        lambda x_BV: draw(x_BV, most_B, choices, filtered=False)[0],
+        logits_BV,
+    )
+    return jnp.where(batch.temperature_B > 0, token_B, greedy_B)
+
+
+def _choices(batch: SamplingBatch) -> Choices:
     def uniform(seed_E: jax.Array, choice: jax.Array, position: jax.Array) -> jax.Array:
         key = jax.random.wrap_key_data(seed_E, impl="threefry2x32")
         return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, choice), position))
 
-    choices = Choices(
+    return Choices(
         temperature_B=batch.temperature_B,
         top_p_B=batch.top_p_B,
         top_k_B=batch.top_k_B,
         min_p_B=batch.min_p_B,
         uniform_B=jax.vmap(uniform)(batch.seed_BE, batch.choice_B, batch.position_B),
     )
-    return jnp.where(batch.temperature_B > 0, draw(logits_BV, choices), greedy_B)

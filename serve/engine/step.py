@@ -1,5 +1,8 @@
 """The serving step: one function, jitted once a shape.  It computes lanes of known tokens and samples what follows.
 
+On a CPU it is one program.  Elsewhere it ends with logits, and the host starts the programs that the step's rows need after it
+(`StepPrograms`): so no program waits for the host to find out what comes next, and none reads logits for nobody.
+
 A batch travels as one array (`Layout`): one transfer to the device in place of one for each field.
 
 Shape letters: G lanes, J tokens of a lane, T = G * J, C pages per sequence, D model, V vocabulary, M = 20 best tokens,
@@ -22,12 +25,20 @@ from jaxlora.core.lora import HEAD_TARGET
 from jaxlora.model.decoder import Base, TokenBatch, forward, head_logits
 from jaxlora.model.kv_cache import KVPages, page_format, paged_attend
 from jaxlora.model.lora_pool import LoraLayout, PromptLora, Rows, TokenLora
-from jaxlora.model.mesh import attention_placement, place_array, replicated
+from jaxlora.model.mesh import attention_placement, place_array, replicated, sharding
 from pallas_kernels import NO_ADAPTER
-from pallas_kernels.rows.op import logsumexp
+from pallas_kernels.rows.op import logsumexp, top_k
 from serve.engine.logit_edits import LogitEdits
 from serve.engine.request import MAX_TOP_LOGPROBS
-from serve.engine.sampling import PromptScores, SamplingBatch, StepOutput, sample
+from serve.engine.sampling import (
+    PromptScores,
+    SamplingBatch,
+    StepOutput,
+    Work,
+    best_alternatives,
+    choose,
+    sample,
+)
 
 SCORED_BYTES = 2**26  # of logits at a time, of all lanes together
 NEWEST = -1  # a token that lies on the device only: the newest of the lane's place
@@ -107,10 +118,41 @@ class StepBatch:
         return StepBatch(**arrays, sampling=SamplingBatch.idle(lanes))  # ty: ignore[invalid-argument-type]
 
 
-def _serve_step(base: Base, pool: Rows, kv: KVPages, batch: StepBatch, edits: LogitEdits) -> tuple[KVPages, StepOutput]:
-    G, J = batch.token_GJ.shape
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Computed:
+    """What a step without sampling leaves on the device."""
+
+    logits_GV: jax.Array  # float32, of each lane's last token
+    x_GJD: jax.Array | None  # what the head reads of each token; None of J = 1
+
+
+def _head(base: Base, pool: Rows, lora: TokenLora | PromptLora) -> Callable[[jax.Array], jax.Array]:
+    """Returns the function [T, D] → float32 [T, V] logits."""
+
+    def logits(x_TD: jax.Array) -> jax.Array:
+        with jax.default_matmul_precision(base.precision):
+            logits_TV = head_logits(base, x_TD)
+            if HEAD_TARGET in pool:
+                (delta_TV,) = lora.product(jnp.int32(0), (HEAD_TARGET,), x_TD)
+                logits_TV = logits_TV + delta_TV.astype(jnp.float32)
+        return logits_TV
+
+    return logits
+
+
+def _lora(base: Base, pool: Rows, batch: StepBatch) -> TokenLora | PromptLora:
     layout = LoraLayout(config=base.config, mesh=base.mesh)
-    lora = (TokenLora if J == 1 else PromptLora)(pool, batch.slot_G, base.config.layers, layout)
+    kind = TokenLora if batch.token_GJ.shape[1] == 1 else PromptLora
+    return kind(pool, batch.slot_G, base.config.layers, layout)
+
+
+def _compute(
+    base: Base, pool: Rows, kv: KVPages, batch: StepBatch
+) -> tuple[KVPages, jax.Array, jax.Array, Callable[[jax.Array], jax.Array]]:
+    """Returns (pages, [G, V] logits, [G, J, D] what the head reads, the head)."""
+    G, J = batch.token_GJ.shape
+    lora = _lora(base, pool, batch)
     tokens = TokenBatch(
         token_T=batch.token_GJ.reshape(-1),
         position_T=batch.position_GJ.reshape(-1),
@@ -119,30 +161,17 @@ def _serve_step(base: Base, pool: Rows, kv: KVPages, batch: StepBatch, edits: Lo
     )
     attend = paged_attend(batch.page_GC, batch.position_GJ, base.config.window, attention_placement(base.mesh))
     x_TD, kv = forward(base, tokens, lora, attend, kv)
-
-    def logits(x_TD: jax.Array) -> jax.Array:
-        """Returns float32 [T, V]."""
-        with jax.default_matmul_precision(base.precision):
-            logits_TV = head_logits(base, x_TD)
-            if HEAD_TARGET in pool:
-                (delta_TV,) = lora.product(jnp.int32(0), (HEAD_TARGET,), x_TD)
-                logits_TV = logits_TV + delta_TV.astype(jnp.float32)
-        return logits_TV
-
     x_GJD = x_TD.reshape(G, J, -1)
     x_GD = jnp.take_along_axis(x_GJD, batch.last_G[:, None, None], axis=1)[:, 0]
-    out = sample(logits(x_GD), edits, batch.sampling)
-    if J > 1:
-        out = replace(out, scores=_scores(logits, x_GJD, batch.target_GJ, base.config.vocab))
-    return kv, out
+    logits = _head(base, pool, lora)
+    return kv, logits(x_GD), x_GJD, logits
 
 
 def _scores(
     logits: Callable[[jax.Array], jax.Array], x_GJD: jax.Array, target_GJ: jax.Array, vocab: int
 ) -> PromptScores:
-    """Scores the targets, a few positions of all lanes at a time; a step without targets does not compute them."""
+    """Scores the targets, a few positions of all lanes at a time."""
     G, J, D = x_GJD.shape
-    count = min(MAX_TOP_LOGPROBS, vocab)
     wide = max(w for w in range(1, J + 1) if J % w == 0 and (w == 1 or G * w * vocab * 4 <= SCORED_BYTES))
 
     def some(_: None, of: tuple[jax.Array, jax.Array]) -> tuple[None, PromptScores]:
@@ -150,28 +179,27 @@ def _scores(
         logits_TV = logits(x_GwD.reshape(G * wide, D))
         logits_GwV, total_Gw1 = logits_TV.reshape(G, wide, vocab), logsumexp(logits_TV).reshape(G, wide, 1)
         own_Gw1 = jnp.take_along_axis(logits_GwV, jnp.maximum(target_Gw, 0)[:, :, None], axis=-1)
-        value_GwM, token_GwM = lax.top_k(logits_GwV, count)
+        value_TM, token_TM = top_k(logits_TV, min(MAX_TOP_LOGPROBS, vocab))
         return None, PromptScores(
             logprob_GJ=(own_Gw1 - total_Gw1)[:, :, 0],
             rank_GJ=1 + (logits_GwV > own_Gw1).sum(-1, dtype=jnp.int32),
-            top_token_GJM=token_GwM,
-            top_logprob_GJM=value_GwM - total_Gw1,
+            top_token_GJM=token_TM.reshape(G, wide, -1),
+            top_logprob_GJM=value_TM.reshape(G, wide, -1) - total_Gw1,
         )
 
-    def all_of_them(x_GJD: jax.Array) -> PromptScores:
-        x, target = (a.reshape(G, J // wide, wide, *a.shape[2:]).swapaxes(0, 1) for a in (x_GJD, target_GJ))
-        _, scores = lax.scan(some, None, (x, target))
-        return jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(G, J, *a.shape[3:]), scores)
+    x, target = (a.reshape(G, J // wide, wide, *a.shape[2:]).swapaxes(0, 1) for a in (x_GJD, target_GJ))
+    _, scores = lax.scan(some, None, (x, target))
+    return jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(G, J, *a.shape[3:]), scores)
 
-    def none(x_GJD: jax.Array) -> PromptScores:
-        return PromptScores(
-            logprob_GJ=jnp.zeros((G, J), jnp.float32),
-            rank_GJ=jnp.zeros((G, J), jnp.int32),
-            top_token_GJM=jnp.zeros((G, J, count), jnp.int32),
-            top_logprob_GJM=jnp.zeros((G, J, count), jnp.float32),
-        )
 
-    return lax.cond((target_GJ >= 0).any(), all_of_them, none, x_GJD)
+def _no_scores(G: int, J: int, vocab: int) -> PromptScores:
+    count = min(MAX_TOP_LOGPROBS, vocab)
+    return PromptScores(
+        logprob_GJ=jnp.zeros((G, J), jnp.float32),
+        rank_GJ=jnp.zeros((G, J), jnp.int32),
+        top_token_GJM=jnp.zeros((G, J, count), jnp.int32),
+        top_logprob_GJM=jnp.zeros((G, J, count), jnp.float32),
+    )
 
 
 def with_newest(batch: StepBatch, newest_B: jax.Array) -> StepBatch:
@@ -192,21 +220,122 @@ def _packed_step(
     kv: KVPages,
     newest_B: jax.Array,
     words_GW: jax.Array,
-    edits: LogitEdits,
+    edits: LogitEdits | None,
     layout: Layout[StepBatch],
-) -> tuple[KVPages, jax.Array, StepOutput]:
+) -> tuple[KVPages, Computed | tuple[jax.Array, StepOutput]]:
+    """Returns (pages, (newest tokens, output)); edits: None leaves the sampling to other programs."""
     batch = with_newest(layout.unpack(words_GW), newest_B)
-    kv, out = _serve_step(base, pool, kv, batch, edits)
-    return kv, keep_newest(newest_B, batch, out.token_B), out
+    G, J = batch.token_GJ.shape
+    kv, logits_GV, x_GJD, head = _compute(base, pool, kv, batch)
+    if edits is None:
+        return kv, Computed(logits_GV=logits_GV, x_GJD=x_GJD if J > 1 else None)
+    out = sample(logits_GV, edits, batch.sampling)
+    if J > 1:
+        vocab = base.config.vocab
+        scores = lax.cond(
+            (batch.target_GJ >= 0).any(),
+            lambda x_GJD: _scores(head, x_GJD, batch.target_GJ, vocab),
+            lambda _: _no_scores(G, J, vocab),
+            x_GJD,
+        )
+        out = replace(out, scores=scores)
+    return kv, (keep_newest(newest_B, batch, out.token_B), out)
 
 
-def step_program(mesh: Mesh) -> jax.stages.Wrapped:
-    """Returns the jitted step: (base, pool, pages, newest tokens, packed batch, edits, layout) → (pages, newest tokens, output).
+def _packed_choice(
+    logits_GV: jax.Array,
+    newest_B: jax.Array,
+    words_GW: jax.Array,
+    edits: LogitEdits | None,
+    layout: Layout[StepBatch],
+    work: Work,
+) -> tuple[jax.Array, StepOutput]:
+    batch = layout.unpack(words_GW)
+    out = choose(logits_GV, edits, batch.sampling, work)
+    return keep_newest(newest_B, batch, out.token_B), out
 
-    newest tokens: int32 [rows], one for each place of the decode batch.  The pages are donated.
-    """
-    out = (page_format(mesh), replicated(mesh), replicated(mesh))
-    return jax.jit(_packed_step, donate_argnums=2, static_argnums=6, out_shardings=out)
+
+def _packed_scores(
+    base: Base, pool: Rows, x_GJD: jax.Array, words_GW: jax.Array, layout: Layout[StepBatch]
+) -> PromptScores:
+    batch = layout.unpack(words_GW)
+    return _scores(_head(base, pool, _lora(base, pool, batch)), x_GJD, batch.target_GJ, base.config.vocab)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Needs:
+    """What a step's output must hold."""
+
+    work: Work
+    alternatives: bool  # the likeliest tokens of some row
+    scores: bool  # of known tokens
+
+    @staticmethod
+    def of(batch: StepBatch, *, edited: bool) -> Needs:
+        """Returns what the rows of a NumPy batch need."""
+        return Needs(
+            work=Work.of(batch.sampling, edited=edited),
+            alternatives=bool(batch.sampling.logprobs_B.any()),
+            scores=batch.token_GJ.shape[1] > 1 and bool((batch.target_GJ >= 0).any()),
+        )
+
+    def ask(self, batch: StepBatch) -> None:
+        """Writes into an idle NumPy batch what needs this, but for edits."""
+        batch.sampling.temperature_B[:] = self.work >= Work.DRAWN
+        batch.sampling.top_k_B[:] = self.work >= Work.FILTERED
+        batch.sampling.logprobs_B[:] = self.alternatives
+        if self.scores:
+            batch.target_GJ[:] = 0
+
+
+class StepPrograms:
+    """The programs of a step on a mesh: one on a CPU; elsewhere the step up to its logits, and what samples from them."""
+
+    def __init__(self, mesh: Mesh, *, one: bool | None = None):
+        """one: whether one program does all; None: as the mesh's devices want it."""
+        self.one = mesh.devices.flat[0].platform == "cpu" if one is None else one
+        whole = replicated(mesh)
+        logits, x = sharding(mesh, ("lanes", "vocab")), sharding(mesh, ("lanes", None, None))
+        left = whole if self.one else Computed(logits_GV=logits, x_GJD=x)  # ty: ignore[invalid-argument-type]
+        self.step = jax.jit(_packed_step, donate_argnums=2, static_argnums=6, out_shardings=(page_format(mesh), left))
+        self.choice = jax.jit(_packed_choice, static_argnums=(4, 5), out_shardings=whole)
+        self.alternatives = jax.jit(best_alternatives, out_shardings=whole)
+        self.scores = jax.jit(_packed_scores, static_argnums=4, out_shardings=whole)
+
+    def needs(self, tokens: int) -> list[Needs]:
+        """Returns needs that together start every program there is for lanes of so many tokens."""
+        if self.one:
+            return [Needs(work=Work.GREEDY, alternatives=False, scores=False)]
+        first, *others = (Needs(work=work, alternatives=False, scores=False) for work in Work)
+        return [replace(first, alternatives=True, scores=tokens > 1), *others]
+
+    def launch(
+        self,
+        base: Base,
+        pool: Rows,
+        kv: KVPages,
+        newest_B: jax.Array,
+        words_GW: np.ndarray | jax.Array,
+        edits: LogitEdits,
+        layout: Layout[StepBatch],
+        needs: Needs,
+    ) -> tuple[KVPages, jax.Array, StepOutput]:
+        """Starts a step and what samples from it.  Returns (pages, newest tokens, output); the pages given are donated.
+
+        newest_B: int32 [rows], one for each place of the decode batch.
+        """
+        if self.one:
+            kv, (newest_B, out) = self.step(base, pool, kv, newest_B, words_GW, edits, layout)
+            return kv, newest_B, out
+        kv, computed = self.step(base, pool, kv, newest_B, words_GW, None, layout)
+        asked = edits if needs.work is Work.EDITED else None
+        newest_B, out = self.choice(computed.logits_GV, newest_B, words_GW, asked, layout, needs.work)
+        if needs.alternatives:
+            top_token_BM, top_logprob_BM = self.alternatives(computed.logits_GV, out.total_B)
+            out = replace(out, top_token_BM=top_token_BM, top_logprob_BM=top_logprob_BM)
+        if needs.scores:
+            out = replace(out, scores=self.scores(base, pool, computed.x_GJD, words_GW, layout))
+        return kv, newest_B, out
 
 
 def no_tokens(mesh: Mesh, rows: int) -> jax.Array:

@@ -52,7 +52,7 @@ def test_an_interpreted_engine_leaves_nothing_to_choose(world):
         engine = world.engine()
         idle, edits = engine._batch(2, 1, [])
         state = (engine.base, engine._pool, engine._kv, engine._newest)
-        traced = str(engine._program.trace(*state, idle.words_GW, edits, idle.layout).jaxpr)
+        traced = str(engine._programs.step.trace(*state, idle.words_GW, edits, idle.layout).jaxpr)
     assert "pallas_call" in traced
     assert "platform_index" not in traced
 

@@ -9,7 +9,16 @@ import pytest
 from kernel_checks import BF16, F32, assert_close, assert_same_bits, floats
 
 from pallas_kernels.native.library import instruction_set
-from pallas_kernels.rows.op import logsumexp, logsumexp_reference, rms_norm, rms_norm_reference
+from pallas_kernels.rows.op import (
+    _joint_reduction,
+    _reductions,
+    _top_of_blocks,
+    logsumexp,
+    logsumexp_reference,
+    rms_norm,
+    rms_norm_reference,
+    top_k,
+)
 
 EPS = 1e-5
 TOLERANCE = {"float32": F32, "bfloat16": BF16}
@@ -68,3 +77,45 @@ def test_a_rows_bits_do_not_depend_on_its_company(size, dtype):
     for rows in (1, 2, 13, 32):
         assert_same_bits(norm(x[5 : 5 + rows]), norm(x)[5 : 5 + rows])
         assert_same_bits(log(x[5 : 5 + rows]), log(x)[5 : 5 + rows])
+
+
+BODIES = {"joint": _joint_reduction, "one_by_one": _reductions}
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_a_summary_is_numpys(body):
+    """Of equal elements the first; of a row with -inf, and of one that is far from 0."""
+    x = floats(np.random.default_rng(0), 6, 700) * 30
+    x[1, [40, 41, 600]] = 200.0
+    x[2, 5:] = -np.inf
+    x[3] += 1e4
+    got = jax.jit(BODIES[body])(x)
+    assert_same_bits(np.asarray(got.most_T), x.max(-1))
+    assert np.asarray(got.best_T).tolist() == x.argmax(-1).tolist()
+    assert np.asarray(got.finite_T).tolist() == [True, True, False, True, True, True]
+    wide = x.astype(np.float64)
+    assert_close(got.logsumexp_T, np.log(np.exp(wide - wide.max(-1, keepdims=True)).sum(-1)) + wide.max(-1), F32)
+
+
+@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_summary_of_a_bad_row_says_so_and_changes_no_other(body, bad):
+    x = floats(np.random.default_rng(1), 5, 300)
+    good = jax.jit(BODIES[body])(x)
+    x[1, 7], x[3] = bad, bad
+    got = jax.jit(BODIES[body])(x)
+    assert np.asarray(got.finite_T).tolist() == [True, False, True, False, True]
+    assert ((np.asarray(got.best_T) >= 0) & (np.asarray(got.best_T) < 300)).all()
+    for name in ("most_T", "best_T", "logsumexp_T"):
+        assert_same_bits(np.asarray(getattr(got, name))[::2], np.asarray(getattr(good, name))[::2])
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_the_best_of_blocks_are_those_of_the_whole_row(size):
+    """In order, the first of equals first: half of the elements are equal to another one."""
+    x = np.random.default_rng(2).integers(0, 400, (7, 64 * 12)).astype(np.float32)
+    x[6] = 3.0
+    place = np.argsort(-x, axis=-1, kind="stable")[:, :9]
+    for value_TM, place_TM in (jax.jit(_top_of_blocks, static_argnums=(1, 2))(x, 9, size), top_k(jnp.asarray(x), 9)):
+        assert np.asarray(place_TM).tolist() == place.tolist()
+        assert_same_bits(np.asarray(value_TM), np.take_along_axis(x, place, 1))

@@ -60,11 +60,12 @@ def test_the_whole_run_in_short_form(tmp_path):
     assert report["left_out"] == report["failed"] == {}
 
 
-@pytest.mark.parametrize("op", ["rms_norm", "draw"])
+@pytest.mark.parametrize("op", ["rms_norm", "top_k", "draw"])
 def test_a_body_that_computes_something_else_is_found(op, monkeypatch):
     assert all(check.passed for check in checks.check(op))
     monkeypatch.setattr(checks, "rms_norm", lambda x, weight, eps: x * 1.03)
-    monkeypatch.setattr(checks, "draw", lambda x, choices: jnp.zeros(len(x), jnp.int32))
+    monkeypatch.setattr(checks, "top_k", lambda x, count: (x[:, :count], jnp.zeros((len(x), count), jnp.int32)))
+    monkeypatch.setattr(checks, "draw", lambda x, most, choices, filtered: (jnp.zeros(len(x), jnp.int32), most))
     assert not any(check.passed for check in checks.check(op))
 
 

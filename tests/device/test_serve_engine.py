@@ -375,13 +375,13 @@ def test_a_write_keeps_the_place_of_the_pool(world, engine):
 def test_every_shape_is_warmed_up_and_no_other_runs(world, engine, monkeypatch):
     assert engine.shapes() == [(2, 8), (8, 8), (2, 1), (8, 1)]
     seen = set()
-    program = engine._program
+    step = engine._programs.step
 
     def watched(base, pool, kv, newest_B, words_GW, edits, layout):
         seen.add(layout.unpack(words_GW).token_GJ.shape)
-        return program(base, pool, kv, newest_B, words_GW, edits, layout)
+        return step(base, pool, kv, newest_B, words_GW, edits, layout)
 
-    monkeypatch.setattr(engine, "_program", watched)
+    monkeypatch.setattr(engine._programs, "step", watched)
     run_all(engine, [ask("one", None, 3), ask("two", None, 4)])
     assert seen == {(2, 8), (2, 1)}  # a few rows do not pay for many
     run_all(engine, [ask(f"r{i}", None, 9) for i in range(8)])

@@ -81,7 +81,8 @@ class FakeDevice:
         self.unseen = 0  # tokens that the host had not read when the next one was computed from them
         self._newest_B = np.zeros(engine.config.rows, np.int32)
         self._page_PZ = np.zeros((engine.config.pages, engine.config.page_tokens), np.int32)
-        engine._program = engine._mover = self
+        engine._programs.launch = self
+        engine._mover = self
 
     def save(self, kv, pages):
         return self._page_PZ[pages]
@@ -90,7 +91,7 @@ class FakeDevice:
         self._page_PZ[pages] = saved
         return kv
 
-    def __call__(self, base, pool, kv, newest_B, words_GW, edits, layout):
+    def __call__(self, base, pool, kv, newest_B, words_GW, edits, layout, needs):
         self.launches += 1
         self.log.append(("launch", self.launches))
         batch, Z = layout.views(words_GW), self._page_PZ.shape[1]
@@ -354,7 +355,7 @@ def test_beside_training_each_step_is_read_before_the_next_part(world, runner, m
 class QuickDevice(FakeDevice):
     """One that costs the host nothing to stand for: what it answers says nothing."""
 
-    def __call__(self, base, pool, kv, newest_B, words_GW, edits, layout):
+    def __call__(self, base, pool, kv, newest_B, words_GW, edits, layout, needs):
         return kv, newest_B, self.output(4 + layout.views(words_GW).position_GJ[:, -1] % 300)
 
 

@@ -29,7 +29,7 @@ from pallas_kernels.gathered_lora.op import gathered_lora
 from pallas_kernels.native.library import instruction_set
 from pallas_kernels.paged_attention.op import paged_attention
 from pallas_kernels.product.op import Packed, pack, packed_shape, product, product_back
-from pallas_kernels.rows.op import logsumexp, rms_norm
+from pallas_kernels.rows.op import logsumexp, rms_norm, row_summary, top_k
 from pallas_kernels.sampling.op import Choices
 from pallas_kernels.sampling.op import draw as draw_tokens
 from pallas_kernels.segmented_lora.op import segmented_lora
@@ -298,13 +298,17 @@ def op_case(name: str, dtype: str, draw: np.random.Generator) -> Op:
             return Op((some(64, 32),), lambda x: rms_norm(x, weight, 1e-5))
         case "logsumexp":
             return Op((some(64, V).astype(jnp.float32),), logsumexp)
+        case "row_summary":
+            return Op((some(64, V).astype(jnp.float32),), lambda x: row_summary(x).logsumexp_T)
+        case "top_k":
+            return Op((some(64, V).astype(jnp.float32),), lambda x: top_k(x, 5)[0])
         case "draw":
             uniform_T = np.random.default_rng(9).uniform(size=64).astype(np.float32)
 
             def drawn(x_TV: jax.Array, uniform_T: jax.Array) -> jax.Array:
                 same = dict.fromkeys(("temperature_B", "top_p_B"), jnp.full(uniform_T.shape, 0.9))
                 none = {"top_k_B": jnp.zeros(uniform_T.shape, jnp.int32), "min_p_B": jnp.zeros(uniform_T.shape)}
-                return draw_tokens(x_TV, Choices(uniform_B=uniform_T, **same, **none))
+                return draw_tokens(x_TV, x_TV.max(1), Choices(uniform_B=uniform_T, **same, **none), filtered=True)[0]
 
             return Op((some(64, V).astype(jnp.float32), uniform_T), drawn)
         case "target_logprob":

@@ -18,7 +18,7 @@ from jaxlora.model.kv_cache import KVPages, page_format
 from jaxlora.model.lora_pool import LoraRows, PoolSpec, Rows, row_axes
 from jaxlora.model.mesh import RULES, replicated, sharding
 from serve.engine.logit_edits import LogitEdits
-from serve.engine.step import Layout, StepBatch, step_program
+from serve.engine.step import Layout, StepBatch, StepPrograms
 from train.step.batch import idle_batch
 from train.step.moments_8bit import Blocks, scale_shape
 from train.step.optimizer import IDLE, Hyper, Moments
@@ -78,8 +78,11 @@ def decode(mesh: Mesh) -> tuple[jax.stages.Compiled, Rows, KVPages]:
     kv = KVPages(k_LPZF=pages, v_LPZF=pages)
     batch = StepBatch.idle(ROWS, 1, 4)
     layout = Layout.of(batch)
-    args = (lanes(mesh, layout.pack(batch)), lanes(mesh, LogitEdits.idle(ROWS, 512, SMOLLM2.vocab)), layout)
-    return step_program(mesh).lower(base(mesh), rows, kv, newest(mesh, ROWS), *args).compile(), rows, kv
+    programs = StepPrograms(mesh)
+    edits = lanes(mesh, LogitEdits.idle(ROWS, 512, SMOLLM2.vocab)) if programs.one else None
+    words = lanes(mesh, layout.pack(batch))
+    lowered = programs.step.lower(base(mesh), rows, kv, newest(mesh, ROWS), words, edits, layout)
+    return lowered.compile(), rows, kv
 
 
 def newest(mesh: Mesh, rows: int) -> jax.ShapeDtypeStruct:

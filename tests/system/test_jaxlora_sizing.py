@@ -36,7 +36,7 @@ from jaxlora.model.memory_plan import BaseShape, decode_bytes, prefill_bytes, sl
 from jaxlora.model.mesh import make_mesh
 from serve.cli.main import app
 from serve.engine.logit_edits import LogitEdits
-from serve.engine.step import Layout, StepBatch, step_program
+from serve.engine.step import Layout, StepBatch, StepPrograms
 from serve.server.build import planned
 from train.step.state import empty_state
 
@@ -190,7 +190,7 @@ def test_the_arrays_of_a_step_are_about_what_the_plan_says(monkeypatch):
     edits = step_shapes.lanes(mesh, LogitEdits.idle(8, 512, step_shapes.SMOLLM2.vocab))
     words = step_shapes.lanes(mesh, layout.pack(batch))
     newest = step_shapes.newest(mesh, 8)
-    prefill = step_program(mesh).lower(step_shapes.base(mesh), rows, kv, newest, words, edits, layout).compile()
+    prefill = StepPrograms(mesh).step.lower(step_shapes.base(mesh), rows, kv, newest, words, edits, layout).compile()
     assert 0.6 < _temporary(prefill) / prefill_bytes(8, 32, shape, machine) < 1.1
     tenant = TenantSection(name="a", train=Path("a.jsonl"), rank=step_shapes.RANK)
     run = TrainConfig(
