@@ -69,6 +69,7 @@ def answer_at_once(engine: Engine) -> None:
         out = StepOutput(
             token_B=token_G,
             logprob_B=zero_G,
+            total_B=zero_G,
             finite_B=zero_G == 0,
             top_token_BM=top_GM,
             top_logprob_BM=top_GM.astype(jnp.float32),
