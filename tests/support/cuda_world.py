@@ -6,8 +6,7 @@ import contextlib
 import importlib.util
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
-from unittest import mock
+from collections.abc import Iterator
 
 import jax
 import pytest
@@ -39,39 +38,24 @@ gpu_device_info {
 platform_name: "CUDA"
 device_description_str: "NVIDIA H100"
 """
-SHARED_BYTES = 232448  # of a block, as above
 DESCRIBED = AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu")
 
 
 @contextlib.contextmanager
 def h100s() -> Iterator[list]:
-    """Four H100s, for which programs are traced inside.  A kernel that needs more shared memory than they have fails."""
+    """Four H100s, for which programs are traced inside."""
     for package in ("jax_cuda13_plugin", "jax_triton"):
         if importlib.util.find_spec(package) is None:
             pytest.fail(f"{package} is not installed: run `uv run --isolated --group aot-cuda pytest -m aot_cuda`")
-    from jax_triton import triton_lib
-
     kept = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)  # without a device it can write an entry and not read it
     try:
         jax.devices()  # finds the plug-in
         found = topologies.get_topology_desc(platform="cuda", topology_name="", target_config=H100, topology="1x1x4")
-        described = jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=DESCRIBED))
-        with described, mock.patch.object(triton_lib, "compile_ttir_inplace", fits(triton_lib.compile_ttir_inplace)):
+        with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=DESCRIBED)):
             yield list(found.devices)
     finally:
         jax.config.update("jax_enable_compilation_cache", kept)
-
-
-def fits(compile_kernel: Callable) -> Callable:
-    """jax-triton's compiler of a kernel, which does not compare its shared memory with the device's."""
-
-    def checked(*args):
-        result = compile_kernel(*args)
-        assert result.shared_mem_bytes <= SHARED_BYTES, f"{result.name}: {result.shared_mem_bytes} bytes"
-        return result
-
-    return checked
 
 
 def kernels(compiled: jax.stages.Compiled) -> Counter:
