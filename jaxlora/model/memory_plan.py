@@ -177,9 +177,8 @@ def prefill_bytes(lanes: int, tokens: int, base: BaseShape, machine: Machine) ->
 def attention_bytes(tokens: int, part_keys: int, base: BaseShape, machine: Machine) -> int:
     """Returns the bytes of what a GPU's attention joins: a float32 output and log-sum of each part of the whole context."""
     parts = -(-base.config.context // part_keys)
-    if machine.platform != "gpu" or parts == 1:
-        return 0
-    return 4 * parts * tokens * _part((base.config.heads,), ("heads",), machine) * (base.config.head_dim + 1)
+    of_token = 4 * parts * _part((base.config.heads,), ("heads",), machine) * (base.config.head_dim + 1)
+    return tokens * of_token if machine.platform == "gpu" and parts > 1 else 0
 
 
 def token_work(base: BaseShape, machine: Machine) -> int:
