@@ -38,8 +38,8 @@ class WordTile:
     warps: int
 
 
-# Of bfloat16 each half of the product is read from L2 half as often as with a quarter of the tile, in 128 registers of a
-# thread.  Three stages of float32 would need 288 KB of shared memory, and an H100's program has 227.
+# By size of a number.  Of bfloat16 both halves of the product are read from L2 half as often as with a quarter of the tile.
+# float32, which tensor cores do not multiply, spills 2 KB of registers of each thread with that tile.
 WORD_TILES = {2: WordTile(tokens=128, words=256, warps=8), 4: WordTile(tokens=64, words=128, warps=4)}
 
 

@@ -154,33 +154,31 @@ def host_needs(config: SizedConfig) -> Needs:
 
 def step_bytes(config: SizedConfig, base: BaseShape, machine: Machine) -> int:
     """Returns the bytes of the arrays that a decode step and a prefill step hold for a moment."""
-    lanes = -(-config.prefill_lanes // machine.rows)
-    decode = decode_bytes(-(-config.rows // machine.rows), base, machine)
-    return decode + prefill_bytes(lanes, config.prefill_tokens, base, machine)
+    rows, lanes = -(-config.rows // machine.rows), -(-config.prefill_lanes // machine.rows)
+    joined = attention_bytes(rows, PART_KEYS, base, machine)
+    joined += attention_bytes(lanes * config.prefill_tokens, PROMPT_PART_KEYS, base, machine)
+    return decode_bytes(rows, base, machine) + prefill_bytes(lanes, config.prefill_tokens, base, machine) + joined
 
 
 def decode_bytes(rows: int, base: BaseShape, machine: Machine) -> int:
     """Returns the bytes of a decode step's arrays: logits, and a layer's weights in another layout."""
     table = parameters(base.config).values()
     layer = sum(_part(p.shape[1:], p.axes[1:], machine) for p in table if p.axes[0] == "layers")
-    logits = LOGIT_COPIES * 4 * rows * _part((base.config.vocab,), ("vocab",), machine)
-    return logits + 4 * layer + attention_bytes(rows, PART_KEYS, base, machine)
+    return LOGIT_COPIES * 4 * rows * _part((base.config.vocab,), ("vocab",), machine) + 4 * layer
 
 
 def prefill_bytes(lanes: int, tokens: int, base: BaseShape, machine: Machine) -> int:
     """Returns the bytes of a prefill step's arrays, a tile of scored prompt tokens the largest."""
     vocab = _part((base.config.vocab,), ("vocab",), machine)
     tile = max(min(SCORED_BYTES, 4 * lanes * tokens * vocab), 4 * lanes * vocab)
-    work = lanes * tokens * token_work(base, machine) + attention_bytes(lanes * tokens, PROMPT_PART_KEYS, base, machine)
-    return LOGIT_COPIES * 4 * lanes * vocab + work + SCORED_COPIES * tile
+    return LOGIT_COPIES * 4 * lanes * vocab + lanes * tokens * token_work(base, machine) + SCORED_COPIES * tile
 
 
 def attention_bytes(tokens: int, part_keys: int, base: BaseShape, machine: Machine) -> int:
     """Returns the bytes of what a GPU's attention joins: a float32 output and log-sum of each part of the whole context."""
     parts = -(-base.config.context // part_keys)
-    if machine.platform != "gpu" or parts == 1:
-        return 0
-    return 4 * parts * tokens * _part((base.config.heads,), ("heads",), machine) * (base.config.head_dim + 1)
+    of_token = 4 * parts * _part((base.config.heads,), ("heads",), machine) * (base.config.head_dim + 1)
+    return tokens * of_token if machine.platform == "gpu" and parts > 1 else 0
 
 
 def token_work(base: BaseShape, machine: Machine) -> int:
