@@ -19,6 +19,8 @@ from pallas_kernels.gathered_lora.op import gathered_lora, visits_by_slot
 from pallas_kernels.paged_attention.op import paged_attention
 from pallas_kernels.segmented_lora.op import segmented_lora
 
+# Instructions that make no array.
+HANDS_ON = {"parameter", "get-tuple-element", "tuple", "while", "bitcast", "call", "conditional", "opt-barrier"}
 SLOTS, ROWS, LANES, TOKENS, CHUNK = 64, 32, 4, 512, 32
 
 
@@ -171,11 +173,10 @@ def kernels(stablehlo: str) -> list[str]:
 def made_as_large_as(arrays: list, hlo: str) -> list[str]:
     """Instructions of a compiled program that make an array of one of these shapes; handing it on makes nothing."""
     sizes = {"[" + ",".join(map(str, a.shape)) + "]" for a in arrays}
-    hands_on = {"parameter", "get-tuple-element", "tuple", "while", "bitcast", "call", "conditional", "opt-barrier"}
     found = []
     for line in hlo.splitlines():
         match = re.match(r"\s*(?:ROOT )?%?\S+ = (.+?) ([a-z][a-z0-9-]*)\(", line)
-        if match and match[2] not in hands_on and any(s in match[1] for s in sizes):
+        if match and match[2] not in HANDS_ON and any(s in match[1] for s in sizes):
             found.append(line.strip()[:1000])
     return found
 
