@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from base_shapes import LARGE
 from model_world import Lane, logits_of
 from small_world import tiny_expected, tiny_path
 from train_world import CONFIG, LANE_TOKENS, LANES, SPEC, RandomSource, batch_of, examples, lora, strong_rows
@@ -13,7 +16,10 @@ from train_world import CONFIG, LANE_TOKENS, LANES, SPEC, RandomSource, batch_of
 from jaxlora.checkpoints.hf import HfSource
 from jaxlora.model.base_form import JOINED, Form, form_of, layer_arrays
 from jaxlora.model.decoder import Base, load_base
+from jaxlora.model.memory_plan import BaseShape, decode_bytes
 from jaxlora.model.mesh import make_mesh
+from pallas_kernels import NO_ADAPTER
+from train.bench import base_pass, full_lanes
 from train.step.microsteps import Microsteps, MicrostepSizes
 from train.step.state import empty_state, fresh_seat
 from train.step.step import make_programs
@@ -52,10 +58,13 @@ def test_a_tiny_model_says_what_transformers_says(name):
         np.testing.assert_allclose(logits_TV, e.logits_TV, rtol=0, atol=TINY_ATOL)
 
 
-def test_each_weight_is_held_once():
-    bases = [loaded(RandomSource(), form) for form in (Form.STACKED, Form.UNROLLED)]
-    stacked, unrolled = (sum(x.nbytes for x in jax.tree.leaves(base.layers)) for base in bases)
-    assert stacked == unrolled
+def test_each_weight_is_held_once_as_a_plan_says_and_no_step_copies_one():
+    shape = BaseShape(config=CONFIG, dtype="float32", kv_dtype="float32", name="base")
+    gpu = replace(LARGE, platform="gpu", form=Form.UNROLLED)
+    held = sum(x.nbytes for x in jax.tree.leaves(loaded(RandomSource(), Form.UNROLLED)))
+    assert shape.weights_bytes(gpu) == held
+    stacked = decode_bytes(1, shape, replace(gpu, form=Form.STACKED))
+    assert stacked - decode_bytes(1, shape, gpu) > 4 * 3 * CONFIG.d_model * CONFIG.d_ff
 
 
 def test_a_tensor_axis_leaves_each_device_the_heads_of_its_own_groups():
@@ -67,6 +76,22 @@ def test_a_tensor_axis_leaves_each_device_the_heads_of_its_own_groups():
         queries, keys = source.read("q_proj", 1), source.read("k_proj", 1)
         np.testing.assert_array_equal(qkv_XPY[:, kv, : group * H], queries[:, kv * group * H : (kv + 1) * group * H])
         np.testing.assert_array_equal(qkv_XPY[:, kv, group * H : (group + 1) * H], keys[:, kv * H : (kv + 1) * H])
+
+
+def close(got, wanted) -> None:
+    """Sums of at most 96 products in float32, in another order, over two layers forward and back."""
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * max(1.0, float(np.abs(b).max())))
+
+
+def test_the_backward_pass_through_the_base_is_that_of_stacked_layers():
+    """Down to the first layer's norm, through every joined product."""
+    batch = full_lanes(examples(0, 2, LANE_TOKENS + 1, LANE_TOKENS + 1), [NO_ADAPTER] * 2)
+    stacked, unrolled = (
+        jax.device_get(base_pass(loaded(RandomSource(), form), batch)()) for form in (Form.STACKED, Form.UNROLLED)
+    )
+    assert np.abs(stacked[0]).max() > 0
+    close(unrolled, stacked[0])
 
 
 @pytest.fixture(scope="module")
@@ -93,18 +118,14 @@ def whole(lanes):
     return found
 
 
-def close(got, wanted) -> None:
-    """Sums of at most 96 products in float32, in another order, over two layers forward and back."""
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * max(1.0, float(np.abs(b).max())))
-
-
+@pytest.mark.slow
 def test_gradients_are_those_of_stacked_layers(whole):
     gradients, _ = whole[Form.STACKED]
     assert all(np.abs(half[:, :2]).max() > 0 for half in jax.tree.leaves(gradients))
     close(whole[Form.UNROLLED], whole[Form.STACKED])
 
 
+@pytest.mark.slow
 def test_microsteps_read_the_arrays_of_their_layers_alone(lanes, whole):
     states, batch = lanes
 
