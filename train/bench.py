@@ -149,11 +149,15 @@ def base_pass(base: Base, batch: TrainBatch) -> Callable[[], jax.Array]:
 
 
 def _first_norms_gradient(base: Base, batch: TrainBatch) -> jax.Array:
+    layers = base.layers
+    first = layers if isinstance(layers, dict) else layers[0]
+
     def loss(norm: jax.Array) -> jax.Array:
-        of = replace(base, arrays={**base.arrays, "attn_norm": norm})
+        changed = first | {"attn_norm": norm}
+        of = replace(base, layers=changed if isinstance(layers, dict) else (changed, *layers[1:]))
         return lane_losses(of, LaneLora({}), batch, dropout=False)[0]
 
-    return jax.grad(loss)(base.arrays["attn_norm"])
+    return jax.grad(loss)(first["attn_norm"])
 
 
 def time_training(opened: Opened, sizes: TrainingSizes, rounds: int) -> TrainingReport:

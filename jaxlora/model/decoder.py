@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import jax
@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 
 from jaxlora.core.errors import ConfigInvalid, ModelInvalid
 from jaxlora.core.model_config import LINEARS, ModelConfig, parameters
+from jaxlora.model.base_form import JOINED, JOINED_BY_TARGETS, Form, form_of, layer_arrays, places
 from jaxlora.model.mesh import check_model, place_array, replicated, sharding
 from pallas_kernels import KEPT
 from pallas_kernels.native.library import instruction_set
@@ -76,7 +77,7 @@ class Attend[Cache](Protocol):
 
 
 class Block(nnx.Module):
-    """Weights of one layer but for packed ones; stacked over layers when stored."""
+    """Weights of one layer but for packed ones."""
 
     # Set by name from the arrays, as the linears are; a family without a bias or a norm lacks the attribute.
     attn_norm: nnx.Param
@@ -111,7 +112,7 @@ class Block(nnx.Module):
             if packed:
                 out = product(x_TX, [packed[target] for target in targets], layer)
             else:
-                out = [x_TX @ getattr(self, target)[...] for target in targets]
+                out = self.products(config, x_TX, targets)
             return [y if d is None else y + d.astype(y.dtype) for y, d in zip(out, deltas, strict=True)]
 
         h_TD = rms_norm(x_TD, self.attn_norm[...], c.norm_eps)
@@ -131,59 +132,13 @@ class Block(nnx.Module):
         (down_TD,) = linears(act_TF.astype(x_TD.dtype), "down_proj")
         return x_TD + down_TD, cache
 
-
-class Decoder(nnx.Module):
-    """Stacked layers and final norm; the head is applied where it is needed (see `head_weight`)."""
-
-    def __init__(self, base: Base):
-        self.config = base.config
-        self.norm = nnx.Param(base.arrays["norm"])
-        self.blocks = Block({name: x for name, x in base.arrays.items() if name not in ("embed", "norm", "head")})
-        linears = {name: x for name, x in base.packed.items() if name != "head"}
-        self.packed = nnx.data(linears)  # of all layers: a scan over them would copy each layer's
-
-    def __call__[Cache, Layer](
-        self, batch: TokenBatch, x_TD: jax.Array, lora: Lora[Layer], attend: Attend[Cache], cache: Cache, remat: str
-    ) -> tuple[jax.Array, Cache]:
-        """Returns (hidden [T, D] after the final norm, cache)."""
-        x_TD, cache = self.layers(batch, x_TD, lora, attend, cache, remat, None)
-        return rms_norm(x_TD, self.norm[...], self.config.norm_eps), cache
-
-    def layers[Cache, Layer](
-        self,
-        batch: TokenBatch,
-        x_TD: jax.Array,
-        lora: Lora[Layer],
-        attend: Attend[Cache],
-        cache: Cache,
-        remat: str,
-        some_L: jax.Array | None,
-    ) -> tuple[jax.Array, Cache]:
-        """Returns the residual stream after all layers (`lax.scan`, the cache in the carry), or after those of some_L.
-
-        The latter are few and run one by one.  Each takes its weights by its number inside its checkpoint, so that a
-        waiting gradient keeps the base's own arrays: a scan would keep copies.
-        """
-        config, packed = self.config, self.packed
-        rope = rope_tables(config, jnp.maximum(batch.position_T, 0))
-        graph, weights = nnx.split(self.blocks)
-
-        @functools.partial(jax.checkpoint, policy=REMAT[remat], prevent_cse=False)
-        def one_layer(carry: tuple[jax.Array, Cache], inputs: tuple) -> tuple[tuple[jax.Array, Cache], None]:
-            x_TD, cache = carry
-            layer, weight, lora_layer = inputs
-            if some_L is not None:
-                weight = jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, layer, keepdims=False), weight)
-            block = nnx.merge(graph, weight)
-            return block(config, packed, layer, x_TD, rope, lora, lora_layer, attend, cache), None
-
-        if some_L is None:
-            index = jnp.arange(config.layers)
-            return lax.scan(one_layer, (x_TD, cache), (index, weights, lora.per_layer))[0]
-        for i in range(some_L.shape[0]):
-            mine = jax.tree.map(lambda x, i=i: x[i], lora.per_layer)
-            (x_TD, cache), _ = one_layer((x_TD, cache), (some_L[i], weights, mine))
-        return x_TD, cache
+    def products(self, config: ModelConfig, x_TX: jax.Array, targets: tuple[str, ...]) -> list[jax.Array]:
+        """Returns the base's [T, Y] of each target: of weights of their own, or of the array that joins them."""
+        joined = JOINED_BY_TARGETS.get(targets)
+        if joined is None or not hasattr(self, joined):
+            return [x_TX @ getattr(self, target)[...] for target in targets]
+        y_TPY = jnp.einsum("TX,XPY->TPY", x_TX, getattr(self, joined)[...])
+        return [y_TPY[:, *place].reshape(x_TX.shape[0], -1) for _, place in places(config, joined)]
 
 
 @jax.tree_util.register_dataclass
@@ -191,11 +146,14 @@ class Decoder(nnx.Module):
 class Base:
     """The frozen base model: device arrays by the names of `parameters`, and their configuration.
 
-    A base of 8 bits has them in its linears and its head, and in its embeddings where they are the head.
+    Its form (`base_form.Form`) shows in `packed` and `layers`.  A base of 8 bits has them in its linears and its head, and in
+    its embeddings where they are the head.
     """
 
-    arrays: dict[str, jax.Array]
-    packed: dict[str, Packed] = field(default_factory=dict)  # all linears and the head, or none: then `arrays` has them
+    arrays: dict[str, jax.Array]  # those outside of layers
+    # Stacked, [L, ...], or a mapping for each layer, of the names in `base_form.layer_arrays`.
+    layers: dict[str, jax.Array] | tuple[dict[str, jax.Array], ...]
+    packed: dict[str, Packed] = field(default_factory=dict)  # all linears and the head, or none: then they are above
     config: ModelConfig = jax.tree.static()
     precision: str = jax.tree.static()  # of matrix products: default, high or highest
     mesh: Mesh = jax.tree.static()  # the mesh the arrays are placed on
@@ -204,6 +162,15 @@ class Base:
     def dtype(self) -> jnp.dtype:
         """Returns the dtype of activations, KV and what is not in 8 bits."""
         return self.arrays["norm"].dtype
+
+    def only(self, first: int, count: int) -> Base:
+        """Returns the base for a program over these layers: its arrays are theirs alone, or those of all layers stacked.
+
+        The program takes the numbers of its layers as data, so it is the same for any of them.
+        """
+        if isinstance(self.layers, dict):
+            return self
+        return replace(self, layers=self.layers[first : first + count])
 
 
 def forward[Cache, Layer](
@@ -220,7 +187,8 @@ def forward[Cache, Layer](
     remat: one of REMAT; it changes what a gradient saves, and nothing without a gradient.
     """
     with jax.default_matmul_precision(base.precision):
-        return Decoder(base)(batch, embedded(base, batch), lora, attend, cache, remat)
+        x_TD, cache = _through_layers(base, batch, embedded(base, batch), lora, attend, cache, remat, None)
+    return final_norm(base, x_TD), cache
 
 
 def embedded(base: Base, batch: TokenBatch) -> jax.Array:
@@ -243,10 +211,49 @@ def forward_some[Cache, Layer](
 ) -> tuple[jax.Array, Cache]:
     """Runs `forward` through the layers of these numbers only: returns (the input of the next layer, cache).
 
-    `lora.per_layer` holds these layers only.
+    `lora.per_layer` holds these layers only, base is `Base.only` of them.
     """
     with jax.default_matmul_precision(base.precision):
-        return Decoder(base).layers(batch, x_TD, lora, attend, cache, remat, some_L)
+        return _through_layers(base, batch, x_TD, lora, attend, cache, remat, some_L)
+
+
+def _through_layers[Cache, Layer](
+    base: Base,
+    batch: TokenBatch,
+    x_TD: jax.Array,
+    lora: Lora[Layer],
+    attend: Attend[Cache],
+    cache: Cache,
+    remat: str,
+    some_L: jax.Array | None,
+) -> tuple[jax.Array, Cache]:
+    """Returns the residual stream after all layers, the cache passed on from each to the next, or after those of some_L.
+
+    Stacked layers are scanned.  Those of some_L are few and run one by one.  Each takes its weights by its number inside its
+    checkpoint, so that a waiting gradient keeps the base's own arrays: a scan would keep copies.
+    """
+    config, layers = base.config, base.layers
+    packed = {name: x for name, x in base.packed.items() if name != "head"}  # of all layers: a scan would copy each's
+    rope = rope_tables(config, jnp.maximum(batch.position_T, 0))
+    scanned = isinstance(layers, dict) and some_L is None
+
+    # In a scan the compiler cannot merge what is computed again with the first time, elsewhere it would.
+    @functools.partial(jax.checkpoint, policy=REMAT[remat], prevent_cse=not isinstance(layers, dict))
+    def one_layer(carry: tuple[jax.Array, Cache], inputs: tuple) -> tuple[tuple[jax.Array, Cache], None]:
+        x_TD, cache = carry
+        layer, arrays, lora_layer = inputs
+        if isinstance(layers, dict) and not scanned:
+            arrays = {name: lax.dynamic_index_in_dim(x, layer, keepdims=False) for name, x in arrays.items()}
+        return Block(arrays)(config, packed, layer, x_TD, rope, lora, lora_layer, attend, cache), None
+
+    if scanned:
+        return lax.scan(one_layer, (x_TD, cache), (jnp.arange(config.layers), layers, lora.per_layer))[0]
+    index_L = np.arange(config.layers, dtype=np.int32) if some_L is None else some_L
+    for i in range(index_L.shape[0]):
+        mine = jax.tree.map(lambda x, i=i: x[i], lora.per_layer)
+        arrays = layers if isinstance(layers, dict) else layers[i]
+        (x_TD, cache), _ = one_layer((x_TD, cache), (jnp.int32(index_L[i]), arrays, mine))
+    return x_TD, cache
 
 
 def final_norm(base: Base, x_TD: jax.Array) -> jax.Array:
@@ -288,63 +295,109 @@ class WeightSource(Protocol):
 
 
 def load_base(
-    source: WeightSource, mesh: Mesh, *, dtype: str, precision: str = "auto", quantization: str = "none"
+    source: WeightSource,
+    mesh: Mesh,
+    *,
+    dtype: str,
+    precision: str = "auto",
+    quantization: str = "none",
+    form: Form | None = None,
 ) -> Base:
     """Loads the base onto the devices of `mesh`, each array cast and placed with its own sharding.
 
-    The host holds one array at a time besides what a CPU device keeps.
+    The host holds one array at a time besides what a CPU device keeps, a device no second copy of any.
 
     precision: of matrix products: default, high, highest, or auto, which is highest for float32, default for bfloat16.
     quantization: of the linears and the head: none, or int8 on one CPU device.
+    form: of the layers; None is that of the mesh's platform.
     Raises ModelInvalid for a dtype other than float32 or bfloat16 or a wrong tensor, ConfigInvalid when the mesh does not divide
     and for 8 bits elsewhere than on one CPU device.
     """
     if dtype not in DTYPES:
         raise ModelInvalid(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
-    config = source.config
-    check_model(mesh, config)
+    check_model(mesh, source.config)
+    platform, quantized = mesh.devices.flat[0].platform, quantization == "int8"
+    if quantized and not (platform == "cpu" and mesh.size == 1):
+        raise ConfigInvalid(f"quantization = int8 is for one CPU device, got {mesh.size} of {platform}; leave it out")
+    native = instruction_set() is not None
+    form = form or form_of(platform, mesh.size, native=native, quantized=quantized)
+    if precision == "auto":
+        precision = "highest" if dtype == "float32" else "default"
+    arrays, packed = _load_ends(source, mesh, DTYPES[dtype], form, quantized=quantized)
+    layers = {}
+    if form is Form.UNROLLED:
+        layers = tuple(_load_layer(source, layer, mesh, DTYPES[dtype]) for layer in range(source.config.layers))
+    else:
+        kind = jnp.int8 if quantized else DTYPES[dtype]
+        for name, p in parameters(source.config).items():
+            if p.axes[0] != "layers":
+                continue
+            if form is Form.PACKED and name in LINEARS:
+                packed[name] = _packed(functools.partial(_read, source, name), p.shape, mesh, kind)
+                continue
+            host = device_ready(p.shape, DTYPES[dtype])
+            for layer in range(p.shape[0]):
+                host[layer] = _read(source, name, layer)
+            layers[name] = place_array(host, sharding(mesh, p.axes))
+            del host
+    return Base(arrays=arrays, layers=layers, packed=packed, config=source.config, precision=precision, mesh=mesh)
+
+
+def _load_ends(
+    source: WeightSource, mesh: Mesh, dtype: jnp.dtype, form: Form, *, quantized: bool
+) -> tuple[dict[str, jax.Array], dict[str, Packed]]:
+    """Returns embeddings, final norm and head, as plain arrays and packed.  Before the layers: reading one takes several
+    times its bytes, and least is held by then."""
+    config, kind = source.config, jnp.int8 if quantized else dtype
     arrays: dict[str, jax.Array] = {}
     packed: dict[str, Packed] = {}
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    if quantization == "int8" and not (on_cpu and mesh.size == 1):
-        raise ConfigInvalid(
-            f"quantization = int8 is for one CPU device, got {mesh.size} of {mesh.devices.flat[0].platform}; leave it out"
-        )
-    packs = on_cpu and mesh.size == 1 and (quantization == "int8" or instruction_set() is not None)
-    kind = jnp.int8 if quantization == "int8" else DTYPES[dtype]
-    # The largest first: reading one takes several times its bytes, and least is held by then.
-    for name, p in sorted(parameters(config).items(), key=lambda item: item[1].axes[0] == "layers"):
-        if packs and name in LINEARS:
-            layered = p.axes[0] == "layers"
-
-            def read(layer: int, name: str = name, layered: bool = layered, shape: tuple = p.shape[-2:]) -> np.ndarray:
-                what = f"{name} of layer {layer}" if layered else name
-                return _checked(source.read(name, layer if layered else None), shape, what)
-
-            packed[name] = _packed(read, p.shape if layered else (1, *p.shape), mesh, kind)
-            continue
-        host = device_ready(p.shape, DTYPES[dtype])
+    for name, p in parameters(config).items():
         if p.axes[0] == "layers":
-            for layer in range(config.layers):
-                host[layer] = _checked(source.read(name, layer), p.shape[1:], f"{name} of layer {layer}")
-        else:
-            host[...] = _checked(source.read(name, None), p.shape, name)
+            continue
+        if form is Form.PACKED and name in LINEARS:
+            packed[name] = _packed(lambda _, name=name: _read(source, name, None), (1, *p.shape), mesh, kind)
+            continue
+        host = device_ready(p.shape, dtype)
+        host[...] = _read(source, name, None)
         tied = name == "embed" and config.tied
-        if tied and packs:
+        if tied and form is Form.PACKED:
             packed["head"] = _packed(lambda _, host=host: host.T, (1, *p.shape[::-1]), mesh, kind)
-        if tied and quantization == "int8":
+        if tied and quantized:
             continue  # embeddings are the packed head's
         arrays[name] = place_array(host, sharding(mesh, p.axes))
-        if tied and on_cpu and not packs:
+        if tied and form is Form.STACKED and mesh.devices.flat[0].platform == "cpu":
             # XLA's CPU backend multiplies bfloat16 by a row-major right-hand side at twice the speed of a transposed one.
-            host_DV = device_ready(p.shape[::-1], DTYPES[dtype])
+            host_DV = device_ready(p.shape[::-1], dtype)
             host_DV[...] = host.T
             arrays["head"] = place_array(host_DV, sharding(mesh, ("embed", "vocab")))
             del host_DV
         del host
-    if precision == "auto":
-        precision = "highest" if dtype == "float32" else "default"
-    return Base(arrays=arrays, packed=packed, config=config, precision=precision, mesh=mesh)
+    return arrays, packed
+
+
+def _load_layer(source: WeightSource, layer: int, mesh: Mesh, dtype: jnp.dtype) -> dict[str, jax.Array]:
+    """Returns the arrays of one layer in the form UNROLLED; the host joins what is joined."""
+    arrays = {}
+    for name, of in layer_arrays(source.config).items():
+        host = device_ready(of.shape, dtype)
+        if name in JOINED:
+            for target, place in places(source.config, name):
+                part = host[:, *place]
+                part[...] = _read(source, target, layer).reshape(part.shape)
+        else:
+            host[...] = _read(source, name, layer)
+        arrays[name] = place_array(host, sharding(mesh, of.axes))
+    return arrays
+
+
+def _read(source: WeightSource, name: str, layer: int | None) -> np.ndarray:
+    """Returns an array of the checkpoint.  Raises ModelInvalid when it has not the shape that its configuration wants."""
+    p = parameters(source.config)[name]
+    what = name if layer is None else f"{name} of layer {layer}"
+    value, shape = source.read(name, layer), p.shape if layer is None else p.shape[1:]
+    if value.shape != shape:
+        raise ModelInvalid(f"{what} has shape {value.shape}, the configuration wants {shape}")
+    return value
 
 
 def _packed(read: Callable[[int], np.ndarray], shape: tuple[int, ...], mesh: Mesh, dtype: jnp.dtype) -> Packed:
@@ -371,12 +424,6 @@ def device_ready(shape: tuple[int, ...], dtype: jnp.dtype) -> np.ndarray:
     room = np.empty(nbytes + ALIGNMENT, np.uint8)
     start = -room.ctypes.data % ALIGNMENT
     return room[start : start + nbytes].view(dtype).reshape(shape)
-
-
-def _checked(value: np.ndarray, shape: tuple[int, ...], what: str) -> np.ndarray:
-    if value.shape != shape:
-        raise ModelInvalid(f"{what} has shape {value.shape}, the configuration wants {shape}")
-    return value
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:

@@ -306,7 +306,7 @@ class _PoolLora(ABC):
 
     def __init__(self, pool: Rows, layers: int, layout: LoraLayout | None):
         self.pool, self.layout = pool, layout
-        self.per_layer = jnp.arange(layers)
+        self.per_layer = np.arange(layers, dtype=np.int32)  # constants where layers are unrolled
 
     def deltas(self, layer: jax.Array, targets: tuple[str, ...], x_TX: jax.Array) -> tuple[jax.Array | None, ...]:
         """Returns [T, Y] per target, None where the pool lacks it."""

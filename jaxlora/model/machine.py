@@ -14,6 +14,7 @@ from jaxlora.config.base import MeshSection
 from jaxlora.core.errors import ConfigInvalid, JaxLoraError
 from jaxlora.core.host_memory import MemoryLimit, host_limit
 from jaxlora.model import multihost
+from jaxlora.model.base_form import form_of
 from jaxlora.model.memory_plan import GB, Machine
 from jaxlora.model.mesh import RULES
 from pallas_kernels.native.library import instruction_set
@@ -61,7 +62,7 @@ def machine_of(mesh: MeshSection, memory_gb: float | None) -> Machine:
         devices=devices,
         parts={name: split(axes) for name, axes in RULES.items()},
         rows=split(RULES["lanes"]),
-        packed=first.platform == "cpu" and devices == 1 and native,
+        form=form_of(first.platform, devices, native=native, quantized=False),
     )
 
 

@@ -30,6 +30,7 @@ from jaxlora.core.errors import ConfigInvalid
 from jaxlora.core.host_memory import MemoryLimit
 from jaxlora.core.lora import ALL_TARGETS, HEAD_TARGET
 from jaxlora.core.model_config import LINEARS, ModelConfig, layer_count, parameters
+from jaxlora.model.base_form import Form
 from jaxlora.model.size_ladder import ACCELERATOR, CPU, MANY_CORES, Sizes
 
 GB = 1e9
@@ -67,7 +68,7 @@ class Machine:
     devices: int  # of the mesh
     parts: Mapping[str, int]  # logical axis → devices that split it, as model/mesh.py has it
     rows: int  # devices that split the rows of a batch
-    packed: bool = False  # whether linears are packed for native bodies
+    form: Form = Form.STACKED  # of a base's layers that are not quantized
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,7 +92,7 @@ class BaseShape:
 
     def _stored_bytes(self, name: str, shape: Sequence[int], axes: Sequence[str | None], machine: Machine) -> int:
         """Returns the bytes on one device of an array as it is stored, with what packing fills up."""
-        if name not in LINEARS or not (machine.packed or self.quantized):
+        if name not in LINEARS or not (machine.form is Form.PACKED or self.quantized):
             return _part(shape, axes, machine) * ITEMSIZE[self.dtype]
         depth = PACKED_PART * (1 + self.quantized)
         X, Y = -(-shape[-2] // depth) * depth, -(-shape[-1] // PACKED_PART) * PACKED_PART
@@ -99,7 +100,7 @@ class BaseShape:
 
     def unpacked_bytes(self, machine: Machine) -> int:
         """Returns the bytes of the transposed head, which training unpacks unless it is there as embeddings."""
-        unpacks = self.quantized or (machine.packed and not self.config.tied)
+        unpacks = self.quantized or (machine.form is Form.PACKED and not self.config.tied)
         return unpacks * self.config.d_model * self.config.vocab * ITEMSIZE[self.dtype]
 
     def rank_bytes(self, machine: Machine, targets: Sequence[str] = ALL_TARGETS, itemsize: int = 4) -> int:
@@ -161,10 +162,11 @@ def step_bytes(config: SizedConfig, base: BaseShape, machine: Machine) -> int:
 
 
 def decode_bytes(rows: int, base: BaseShape, machine: Machine) -> int:
-    """Returns the bytes of a decode step's arrays: logits, and a layer's weights in another layout."""
+    """Returns the bytes of a decode step's arrays: logits, and a layer's weights in another layout where they are stacked."""
     table = parameters(base.config).values()
     layer = sum(_part(p.shape[1:], p.axes[1:], machine) for p in table if p.axes[0] == "layers")
-    return LOGIT_COPIES * 4 * rows * _part((base.config.vocab,), ("vocab",), machine) + 4 * layer
+    copied = 0 if machine.form is Form.UNROLLED else 4 * layer
+    return LOGIT_COPIES * 4 * rows * _part((base.config.vocab,), ("vocab",), machine) + copied
 
 
 def prefill_bytes(lanes: int, tokens: int, base: BaseShape, machine: Machine) -> int:

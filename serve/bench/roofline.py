@@ -175,7 +175,7 @@ def weights_bytes(base: Base) -> int:
     """Returns the bytes of the base that every step reads, as they lie in memory; of an embedding beside a head, few rows."""
     is_head = not base.packed and "head" not in base.arrays
     read = [x.nbytes for name, x in base.arrays.items() if name != "embed" or is_head]
-    return sum(read) + sum(x.nbytes for x in jax.tree.leaves(base.packed))
+    return sum(read) + sum(x.nbytes for x in jax.tree.leaves((base.layers, base.packed)))
 
 
 def products(base: Base) -> tuple[int, int]:

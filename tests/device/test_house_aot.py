@@ -17,6 +17,7 @@ from step_shapes import (
     ROWS,
     SMOLLM2,
     TOKENS,
+    base,
     decode,
     makers,
     parts,
@@ -25,6 +26,7 @@ from step_shapes import (
     update,
 )
 
+from jaxlora.core.model_config import LINEARS
 from jaxlora.model.kv_cache import KVPages, page_format
 from jaxlora.model.lora_pool import PoolSpec
 from jaxlora.model.mesh import make_mesh
@@ -42,10 +44,13 @@ ARRAY = re.compile(r"\w+\[[\d,]*\]")  # in the type of a collective, of one arra
 
 
 def test_decode_on_one_chip_leaves_pool_and_pages_where_they_lie():
-    """Writing a token's keys and reading a sequence's pages agree with the compiler on one layout."""
+    """Writing a token's keys and reading a sequence's pages agree with the compiler on one layout; weights are read in place."""
     with chips("v5e") as devices:
-        compiled, rows, kv = decode(make_mesh(devices=devices[:1]))
+        mesh = make_mesh(devices=devices[:1])
+        compiled, rows, kv = decode(mesh)
     assert kernels(compiled) == {"gathered_lora": 4, "paged_attention": 1}
+    linears = [x for name, x in base(mesh).layers.items() if name in LINEARS]
+    assert made_as_large_as(linears, compiled.as_text()) == []
     assert made_as_large_as(parts(rows), compiled.as_text()) == []
     assert makers(kv, compiled) == []
 

@@ -1,21 +1,34 @@
-"""The whole decode step and the whole training step of SmolLM2-135M compile for four H100s, Triton kernels and all."""
+"""The whole decode step and the whole training step compile for H100s, Triton kernels and all.
+
+Of models with few of their layers: each is in the program on its own, and equal to the others.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from aot_world import collectives
-from cuda_world import h100s, kernels
+from cuda_world import Launches, as_large_as, h100s, kernels
 from kernel_shapes import as_large_as_logits, made_as_large_as
-from step_shapes import LANES, RANK, ROWS, SMOLLM2, TOKENS, decode, makers, parts, remade, train, update
+from step_shapes import LANES, RANK, ROWS, SMOLLM2, TOKENS, base, decode, makers, part, parts, remade, train, update
 
 from jaxlora.model.lora_pool import PoolSpec
 from jaxlora.model.mesh import make_mesh
+from serve.bench.random_base import SHAPES
 
 pytestmark = [
     pytest.mark.aot_cuda,
     # Triton 3.7 on Python 3.13: its own syntax trees.
     pytest.mark.filterwarnings("ignore:AnnAssign.__init__ missing:DeprecationWarning"),
 ]
+
+
+LAYERS = 3
+SMALL = replace(SMOLLM2, layers=LAYERS)
+LLAMA_8B = replace(SHAPES["8b"], layers=4)
+OF_LAYER = 24  # kernels: 4 products, 8 of LoRA, attention, 2 writes of the cache; norms, rotation and what joins them
+LLAMA_70B = replace(SHAPES["8b"], d_model=8192, d_ff=28672, heads=64, layers=2)
 
 
 def started(result: str) -> str:
@@ -26,10 +39,13 @@ def started(result: str) -> str:
 def test_decode_with_heads_split_in_three():
     """Of a layer's four sums two are the base's own, two are h of the row-parallel o_proj and down_proj."""
     with h100s() as devices:
-        compiled, rows, kv = decode(make_mesh(tensor=3, devices=devices))
-    assert kernels(compiled) == {"gathered_lora_shrink": 4, "gathered_lora_expand": 4, "paged_attention": 1}
-    in_layers = collectives(compiled, "jit(_packed_step)/while/body")
-    assert in_layers == {started(f"f32[{ROWS},{RANK}]"): 2, started(f"bf16[{ROWS},{SMOLLM2.d_model}]"): 2}
+        compiled, rows, kv = decode(make_mesh(tensor=3, devices=devices[:3]), SMALL)
+    of_layer = {"gathered_lora_shrink": 4, "gathered_lora_expand": 4, "paged_attention": 1}
+    assert kernels(compiled) == {name: LAYERS * count for name, count in of_layer.items()}
+    found = collectives(compiled, "jit(_packed_step)")
+    of_lora, of_base = started(f"f32[{ROWS},{RANK}]"), started(f"bf16[{ROWS},{SMOLLM2.d_model}]")
+    assert found[of_lora] == 2 * LAYERS
+    assert found[of_base] in (2 * LAYERS, 2 * LAYERS + 1)  # and one of the embeddings
     assert made_as_large_as(parts(rows), compiled.as_text()) == []
     assert makers(kv, compiled) == []
 
@@ -41,8 +57,8 @@ def test_training_with_heads_split_in_three():
     each token's largest logit, sum and own logit, and dx, as of any column-parallel product.
     """
     with h100s() as devices:
-        compiled = train(make_mesh(tensor=3, devices=devices))
-    assert kernels(compiled) == {
+        compiled = train(make_mesh(tensor=3, devices=devices[:3]), SMALL)
+    of_layer = {
         "segmented_lora_shrink": 2,
         "segmented_lora_expand": 5,
         "segmented_lora_expand_back": 7,
@@ -50,14 +66,30 @@ def test_training_with_heads_split_in_three():
         "packed_attention_forward": 1,
         "packed_attention_backward_queries": 1,
         "packed_attention_backward_keys": 1,
-        "target_logprob": 1,
-        "target_logprob_back": 1,
     }
-    of_lora = {started(f"f32[{LANES},{TOKENS},{n * RANK}]"): count for n, count in ((1, 2), (2, 1), (3, 1))}
+    of_head = {"target_logprob": 1, "target_logprob_back": 1}
+    assert kernels(compiled) == {name: LAYERS * count for name, count in of_layer.items()} | of_head
+    of_lora = {started(f"f32[{LANES},{TOKENS},{n * RANK}]"): LAYERS * count for n, count in ((1, 2), (2, 1), (3, 1))}
     sum_and_own, dx = f"f32[{2 * LANES * TOKENS}]", started(f"f32[{LANES},{TOKENS},{SMOLLM2.d_model}]")
     assert collectives(compiled, "shard_map/psum") == of_lora | {sum_and_own: 1, dx: 1}
     assert collectives(compiled, "shard_map/pmax") == {started(f"f32[{LANES},{TOKENS}]"): 1}
     assert as_large_as_logits(LANES * TOKENS, SMOLLM2.vocab // 3, compiled.as_text()) == set()
+
+
+@pytest.mark.parametrize(("config", "devices"), [(LLAMA_8B, 1), (LLAMA_70B, 8)], ids=["8b", "70b on 8"])
+def test_a_large_base_is_read_where_it_lies(config, devices, tmp_path):
+    """64 rows under adapters: no weight is made anew, and on one device the layers are one CUDA graph."""
+    with h100s(8) as found:
+        mesh = make_mesh(tensor=devices, devices=found[:devices])
+        compiled, _, _ = decode(mesh, config, 64, Launches.dump_to(tmp_path))
+    weights = [part(x) for x in base(mesh, config).layers[0].values() if x.ndim > 1]
+    assert made_as_large_as(weights, compiled.as_text()) == []
+    assert as_large_as(4 * 64 * config.vocab + 1, compiled) == []  # nor anything larger than logits, whatever its axes
+    assert compiled.memory_analysis().temp_size_in_bytes < 200e6
+    launches = Launches.read(tmp_path)
+    if devices == 1:  # XLA leaves sums over devices out of graphs
+        assert launches.entries.keys() <= {"CommandBuffer", "Conditional"}  # the latter are sampling's
+        assert launches.of_layer(config.layers) == OF_LAYER
 
 
 def test_an_update_makes_no_array_of_all_slots_anew():

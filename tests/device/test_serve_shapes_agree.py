@@ -231,8 +231,8 @@ def test_each_program_is_perturbed_in_a_way_of_its_own(world, engine):
     with patch("perturbed.exact_run", lambda engine, *_: seen.append(engine.base)):
         for lanes, tokens in engine.shapes():
             perturbed_run(engine, *engine._batch(lanes, tokens, []))
-    bits = [{name: np.asarray(x).tobytes() for name, x in base.arrays.items()} for base in seen]
-    exact = {name: np.asarray(x).tobytes() for name, x in world.base.arrays.items()}
+    bits = [{name: np.asarray(x).tobytes() for name, x in (base.arrays | base.layers).items()} for base in seen]
+    exact = {name: np.asarray(x).tobytes() for name, x in (world.base.arrays | world.base.layers).items()}
     changed = [{name for name in exact if b[name] != exact[name]} for b in bits]
     assert changed == [{"attn_norm", "mlp_norm", "norm"}] * 3 + [set()]  # the last is the full decode program
     assert len({b["norm"] for b in bits}) == 4

@@ -111,13 +111,12 @@ def test_the_floor_goes_back_to_the_first_layer():
     """Its gradient is what the loss does when the norm of the first layer changes, on all lanes."""
     base, batch = small_base(), full_lanes(examples_of(0, SIZES, CONFIG.vocab), [-1, -1])
     gradient = np.asarray(base_pass(base, batch)())
-    norm = base.arrays["attn_norm"]
+    norm = base.layers["attn_norm"]
     assert gradient.shape == norm.shape
     step, at = 1e-2, int(np.abs(gradient[0]).argmax())
 
     def loss(change):
-        arrays = {**base.arrays, "attn_norm": norm.at[0, at].add(change)}
-        of = replace(base, arrays=arrays)
+        of = replace(base, layers={**base.layers, "attn_norm": norm.at[0, at].add(change)})
         return float(bench.lane_losses(of, bench.LaneLora({}), batch, dropout=False)[0])
 
     assert (loss(step) - loss(-step)) / (2 * step) == pytest.approx(float(gradient[0, at]), rel=0.02)

@@ -26,6 +26,7 @@ from jaxlora.config.training import Loss, MomentsDtype
 from jaxlora.core.lora import ALL_TARGETS
 from jaxlora.core.model_config import ModelConfig
 from jaxlora.model import compile_cache
+from jaxlora.model.base_form import Form
 from jaxlora.model.compile_cache import CompileCounter
 from jaxlora.model.decoder import Base, load_base
 from jaxlora.model.lora_pool import PoolSpec
@@ -58,6 +59,7 @@ SMOLLM2_CUT = ModelConfig(  # one layer of SmolLM2's sizes
 UINT8 = dataclasses.replace(SMALL, d_ff=192, vocab=512)  # moments in 8 bits, of features in one, two and four blocks
 WORLDS = {  # name → meshes; the first is one device
     "small": ((1, 1, 1), (2, 2, 2)),
+    "unrolled": ((1, 1, 1), (2, 2, 2)),  # the same, on several devices with an array for each layer, as GPUs have them
     "uint8": ((1, 1, 1), (2, 2, 2)),
     "smollm2-cut": ((1, 1, 1), (1, 2, 3)),
     "smollm2": ((1, 1, 1), (1, 2, 3)),
@@ -162,10 +164,11 @@ def main(world: str, out: Path) -> None:
     compile_cache.enable(None)
     source, tokenizer = open_model(smollm2_path() if world == "smollm2" else tiny_path("tiny-llama-tied"))
     if world != "smollm2":
-        source = RandomSource({"small": SMALL, "uint8": UINT8, "smollm2-cut": SMOLLM2_CUT}[world])
+        source = RandomSource({"small": SMALL, "unrolled": SMALL, "uint8": UINT8, "smollm2-cut": SMOLLM2_CUT}[world])
     for sizes in WORLDS[world]:
         mesh, found = make_mesh(*sizes), {}
-        base = load_base(source, mesh, dtype="float32")
+        form = Form.UNROLLED if world == "unrolled" and mesh.size > 1 else None
+        base = load_base(source, mesh, dtype="float32", form=form)
         trainer = train(base, mesh, found, "uint8" if world == "uint8" else "float32")
         decode(trainer, tokenizer, found)
         np.savez(out / f"{describe(mesh)}.npz", **found)

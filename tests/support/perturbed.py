@@ -19,7 +19,7 @@ from serve.engine.engine import Engine
 from serve.engine.logit_edits import LogitEdits
 from serve.engine.sampling import StepOutput
 
-NORMS = ("attn_norm", "mlp_norm", "norm")
+LAYER_NORMS = ("attn_norm", "mlp_norm")
 FLIPPED = {  # (of prompt chunks, of full size) → which features
     (True, True): slice(None, None, 3),
     (True, False): slice(None, None, 2),
@@ -46,8 +46,10 @@ def _perturbed_base(engine: Engine, prefill: bool, full: bool) -> Base:
         return engine.base
     made = vars(engine).setdefault("perturbed_bases", {})
     if (prefill, full) not in made:
-        turned = {name: _flip(engine.base.arrays[name], FLIPPED[prefill, full]) for name in NORMS}
-        made[prefill, full] = replace(engine.base, arrays=engine.base.arrays | turned)
+        base, features = engine.base, FLIPPED[prefill, full]
+        assert isinstance(base.layers, dict)  # this is for CPUs
+        norm, layers = _flip(base.arrays["norm"], features), {n: _flip(base.layers[n], features) for n in LAYER_NORMS}
+        made[prefill, full] = replace(base, arrays=base.arrays | {"norm": norm}, layers=base.layers | layers)
     return made[prefill, full]
 
 

@@ -12,7 +12,8 @@ from base_shapes import SMOLLM2
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kernel_shapes import made_as_large_as
 
-from jaxlora.core.model_config import layer_count, parameters, target_features
+from jaxlora.core.model_config import ModelConfig, layer_count, parameters, target_features
+from jaxlora.model.base_form import Form, form_of, layer_arrays
 from jaxlora.model.decoder import Base
 from jaxlora.model.kv_cache import KVPages, page_format
 from jaxlora.model.lora_pool import LoraRows, PoolSpec, Rows, row_axes
@@ -33,16 +34,22 @@ def placed(mesh: Mesh, axes, shape, dtype) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding(mesh, axes))
 
 
-def base(mesh: Mesh) -> Base:
-    arrays = {n: placed(mesh, p.axes, p.shape, jnp.bfloat16) for n, p in parameters(SMOLLM2).items()}
-    return Base(arrays=arrays, config=SMOLLM2, precision="default", mesh=mesh)
+def base(mesh: Mesh, config: ModelConfig = SMOLLM2) -> Base:
+    """As `load_base` would make it for these devices, without native bodies."""
+    ends, layers = {}, {}
+    for n, p in parameters(config).items():
+        (layers if p.axes[0] == "layers" else ends)[n] = placed(mesh, p.axes, p.shape, jnp.bfloat16)
+    if form_of(mesh.devices.flat[0].platform, mesh.size, native=False, quantized=False) is Form.UNROLLED:
+        one = {n: placed(mesh, a.axes, a.shape, jnp.bfloat16) for n, a in layer_arrays(config).items()}
+        layers = (one,) * config.layers
+    return Base(arrays=ends, layers=layers, config=config, precision="default", mesh=mesh)
 
 
-def pool(mesh: Mesh, spec: PoolSpec) -> Rows:
+def pool(mesh: Mesh, spec: PoolSpec, config: ModelConfig = SMOLLM2) -> Rows:
     rows = {}
     for target in spec.targets:
-        L, (x, y) = layer_count(SMOLLM2, target), target_features(SMOLLM2, target)
-        a, b = row_axes(SMOLLM2, target)
+        L, (x, y) = layer_count(config, target), target_features(config, target)
+        a, b = row_axes(config, target)
         rows[target] = LoraRows(
             a_LSRX=placed(mesh, a, (L, spec.slots, spec.rank, x), spec.dtype),
             b_LSRY=placed(mesh, b, (L, spec.slots, spec.rank, y), spec.dtype),
@@ -72,17 +79,20 @@ def makers(kv: KVPages, compiled: jax.stages.Compiled) -> list[str]:
     return [line for line in made if "scatter" not in line.split(" = ")[0]]
 
 
-def decode(mesh: Mesh) -> tuple[jax.stages.Compiled, Rows, KVPages]:
-    rows = pool(mesh, PoolSpec(slots=64, rank=RANK, dtype="bfloat16"))
-    pages = jax.ShapeDtypeStruct(PAGES, jnp.bfloat16, sharding=page_format(mesh))
+def decode(
+    mesh: Mesh, config: ModelConfig = SMOLLM2, lanes_of_step: int = ROWS, options: dict | None = None
+) -> tuple[jax.stages.Compiled, Rows, KVPages]:
+    rows = pool(mesh, PoolSpec(slots=64, rank=RANK, dtype="bfloat16"), config)
+    shape = (config.layers, *PAGES[1:3], config.kv_heads * config.head_dim)
+    pages = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=page_format(mesh))
     kv = KVPages(k_LPZF=pages, v_LPZF=pages)
-    batch = StepBatch.idle(ROWS, 1, 4)
+    batch = StepBatch.idle(lanes_of_step, 1, 4)
     layout = Layout.of(batch)
     programs = StepPrograms(mesh)
-    edits = lanes(mesh, LogitEdits.idle(ROWS, 512, SMOLLM2.vocab)) if programs.one else None
+    edits = lanes(mesh, LogitEdits.idle(lanes_of_step, 512, config.vocab)) if programs.one else None
     words = lanes(mesh, layout.pack(batch))
-    lowered = programs.step.lower(base(mesh), rows, kv, newest(mesh, ROWS), words, edits, layout)
-    return lowered.compile(), rows, kv
+    lowered = programs.step.lower(base(mesh, config), rows, kv, newest(mesh, lanes_of_step), words, edits, layout)
+    return lowered.compile(options), rows, kv
 
 
 def newest(mesh: Mesh, rows: int) -> jax.ShapeDtypeStruct:
@@ -90,14 +100,14 @@ def newest(mesh: Mesh, rows: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=replicated(mesh))
 
 
-def train(mesh: Mesh) -> jax.stages.Compiled:
-    rows = pool(mesh, PoolSpec(slots=8, rank=RANK, dtype="float32"))
+def train(mesh: Mesh, config: ModelConfig = SMOLLM2) -> jax.stages.Compiled:
+    rows = pool(mesh, PoolSpec(slots=8, rank=RANK, dtype="float32"), config)
     count = placed(mesh, (None,), (8,), jnp.int32)
     state = TrainState(pool=rows, grads=halves(rows), moments=Moments(mu=halves(rows), nu=halves(rows), count=count))
     states = (state,)
     out = (jax.tree.map(lambda v: v.sharding, states), replicated(mesh))
     step = jax.jit(functools.partial(accumulate, remat="products"), donate_argnums=1, out_shardings=out)
-    return step.lower(base(mesh), states, lanes(mesh, idle_batch(LANES, TOKENS))).compile()
+    return step.lower(base(mesh, config), states, lanes(mesh, idle_batch(LANES, TOKENS))).compile()
 
 
 def update(mesh: Mesh, spec: PoolSpec, moments: str) -> tuple[jax.stages.Compiled, Rows]:

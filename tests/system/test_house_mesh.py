@@ -47,6 +47,7 @@ def results(world, folder):
     ("world", "mesh", "parts"),
     [
         pytest.param("small", "2x2x2", [1, 2, 4], marks=pytest.mark.slow),
+        pytest.param("unrolled", "2x2x2", [1, 2, 4], marks=pytest.mark.slow),
         pytest.param("uint8", "2x2x2", [1, 2, 4], marks=pytest.mark.slow),
         pytest.param("smollm2-cut", "1x2x3", [1, 2, 3, 6], marks=pytest.mark.slow),
         pytest.param("smollm2", "1x2x3", [1, 2, 3, 6], marks=pytest.mark.soak),
@@ -78,6 +79,7 @@ def test_training_and_decoding_on_a_mesh_are_those_of_one_device(tmp_path, world
 
     config = {
         "small": SMALL,
+        "unrolled": SMALL,
         "uint8": UINT8,
         "smollm2-cut": SMOLLM2_CUT,
         "smollm2": dataclasses.replace(SMOLLM2_CUT, layers=30, vocab=49152),

@@ -179,7 +179,7 @@ def test_the_arrays_of_a_step_are_about_what_the_plan_says(monkeypatch):
     bare, size = step_shapes.base(mesh), (step_shapes.SMOLLM2.d_model, step_shapes.SMOLLM2.vocab)
     head = step_shapes.placed(mesh, ("embed", "vocab"), size, jnp.bfloat16)  # which a CPU keeps of a tied base
     whole = dataclasses.replace(bare, arrays=bare.arrays | {"head": head})
-    monkeypatch.setattr(step_shapes, "base", lambda mesh: whole)
+    monkeypatch.setattr(step_shapes, "base", lambda *_: whole)
     shape = BaseShape(config=step_shapes.SMOLLM2, dtype="bfloat16", kv_dtype="bfloat16", name="smollm2")
     decode, _, kv = step_shapes.decode(mesh)
     # Natively, a draw holds no logits of its own, and rows of adapters are read in place: less than the plan, which holds for both.

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxlora.core.lora import HEAD_TARGET
@@ -89,7 +90,7 @@ class StepLora(LaneLora):
         super().__init__({}, layout)
         self.targets = frozenset(rest[0])
         self._pools, self._slot_G, self._gradients = rest, slot_G, gradients
-        self.per_layer = jnp.arange(layout.config.layers)
+        self.per_layer = np.arange(layout.config.layers, dtype=np.int32)  # constants where layers are unrolled
         if head[0]:
             self.head = self._followed(lane_rows(head, slot_G), 0)[HEAD_TARGET]
 

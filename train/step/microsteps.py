@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ from jaxlora.core.lora import HEAD_TARGET
 from jaxlora.core.model_config import ModelConfig
 from jaxlora.model.decoder import Base, embedded, final_norm, forward_some, head_weight
 from jaxlora.model.lora_pool import LaneLora, Rows
-from jaxlora.model.mesh import RULES, check_lanes, place, place_rows, replicated
+from jaxlora.model.mesh import RULES, check_lanes, place_array, place_rows, replicated
 from pallas_kernels.product.op import Packed
 from train.step.batch import LaneSums, TrainBatch, idle_batch
 from train.step.lane_lora import add_gradients, lane_rows
@@ -194,6 +194,13 @@ def _forward_by(layers: int, remat: str) -> Callable:
     return functools.partial(_forward, layers=layers, remat=remat)
 
 
+class _Group(NamedTuple):
+    """Layers that run in one microstep."""
+
+    base: Base  # `Base.only` of them
+    first: jax.Array  # int32 number of the first
+
+
 class Microsteps:
     """The programs of the microsteps, and the order in which a pass runs them."""
 
@@ -208,7 +215,11 @@ class Microsteps:
         self._losses = jax.jit(_losses, out_shardings=(lanes, lanes, small))
         self._head_back = jax.jit(_head_back, donate_argnums=(5, 6), out_shardings=(placed, lanes))
         self._backward = jax.jit(_backward, donate_argnums=(4, 5), out_shardings=(placed, lanes))
-        self._groups = [place(np.int32(i), small) for i in range(0, base.config.layers, sizes.layers)]
+        self._ends = base.only(0, 0)
+        self._groups = [
+            _Group(base.only(i, sizes.layers), place_array(np.asarray(i, np.int32), small))
+            for i in range(0, base.config.layers, sizes.layers)
+        ]
 
     def warm_up(self, length: int, holder: Holder, begins: Callable[[], None]) -> None:
         """Compiles and runs every program on idle lanes of `length` positions, with one target and no slot.
@@ -244,10 +255,10 @@ class Microsteps:
         d_GJ, dx_TD, sums = self._losses(lanes, found, x_TD)
         for pick_GC in picks:
             yield "head back" + at
-            dx_TD = add(self._head_back, dx_TD, self.base, runs.pop(0), d_GJ, pick_GC)
-        for first in reversed(self._groups):
+            dx_TD = add(self._head_back, dx_TD, self._ends, runs.pop(0), d_GJ, pick_GC)
+        for group in reversed(self._groups):
             yield "backward" + at
-            dx_TD = add(self._backward, dx_TD, self.base, groups.pop(), first)
+            dx_TD = add(self._backward, dx_TD, group.base, groups.pop(), group.first)
         return jax.device_get(sums)
 
     def logprobs(self, batch: TrainBatch, holder: Holder) -> Generator[str, None, np.ndarray]:
@@ -262,19 +273,19 @@ class Microsteps:
         """Runs forward.  Returns (last layer's output, waiting gradients of groups and of runs, logprobs and hits)."""
         at = self._length_name(lanes)
         yield "forward" + at
-        rows_LG, x_TD = self._begin(self.base, tuple(s.pool for s in holder.states), lanes)
+        rows_LG, x_TD = self._begin(self._ends, tuple(s.pool for s in holder.states), lanes)
         groups: list[Waiting] = []
-        for first in self._groups:
+        for group in self._groups:
             if groups:
                 yield "forward" + at
-            x_TD, group = self._forward(self.base, rows_LG, lanes, x_TD, first)
-            groups.append(group)
+            x_TD, waiting = self._forward(group.base, rows_LG, lanes, x_TD, group.first)
+            groups.append(waiting)
             jax.block_until_ready(x_TD)
         runs: list[Waiting] = []
         found = self._nothing_found(lanes.target_GJ.shape)
         for pick_GC in picks:
             yield "head" + at
-            found, run = self._head(self.base, rows_LG, lanes, x_TD, found, pick_GC)
+            found, run = self._head(self._ends, rows_LG, lanes, x_TD, found, pick_GC)
             runs.append(run)
             jax.block_until_ready(found)
         return x_TD, groups, runs, found
