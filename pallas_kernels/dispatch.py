@@ -47,6 +47,11 @@ lacks raises an error.
                                 xla      without the native bodies
                      cuda       xla      sums of blocks, thresholds by bisection
                      tpu        xla      sums of blocks, thresholds by bisection
+    adamw            cpu        xla      slot after slot, in place (`train.step.update`)
+                     cuda       triton   weights, gradients and moments are read and written once
+                                xla      without the extra `triton`, for moments in fewer bits
+                     tpu        pallas   weights, gradients and moments are read and written once
+                                xla      where no block has room on the chip, for moments in fewer bits
     target_logprob   cpu        xla      chunks of tokens, measured best
                      cuda       triton   logits stay on the chip, their gradient is in memory for some tokens at a time
                                 xla      without the extra `triton`, for more rank than it takes, features split, other dtypes
@@ -93,6 +98,7 @@ TABLE = {
     "rms_norm": {"cpu": NATIVE, "cuda": XLA, "tpu": XLA},
     "logsumexp": {"cpu": NATIVE, "cuda": XLA, "tpu": XLA},
     "draw": {"cpu": NATIVE, "cuda": XLA, "tpu": XLA},
+    "adamw": {"cpu": XLA, "cuda": TRITON, "tpu": PALLAS},
     "target_logprob": {"cpu": XLA, "cuda": TRITON, "tpu": PALLAS},
 }
 
@@ -120,6 +126,7 @@ SHAPE_INDEPENDENT: dict[str, dict[str, dict[str, bool | None]]] = {
     "logsumexp": {"cpu": {"native": True, "xla": False}, "cuda": {"xla": None}, "tpu": {"xla": None}},
     # Which of two tokens is drawn hangs on a sum.
     "draw": {"cpu": {"native": True, "xla": False}, "cuda": {"xla": None}, "tpu": {"xla": None}},
+    "adamw": {"cpu": {"xla": None}, "cuda": _CUDA, "tpu": _TPU},  # a slot's bits do not depend on how many are due
     "target_logprob": {"cpu": {"xla": None}, "cuda": _CUDA, "tpu": _TPU},
 }
 

@@ -229,9 +229,10 @@ HEAD_KERNELS = {"target_logprob", "target_logprob_back"}
         ("test_pallas_kernels_tpu_bodies", LORA_KERNELS, 25),
         ("test_pallas_kernels_attention_tpu", ATTENTION_KERNELS, 63),
         ("test_pallas_kernels_cross_entropy_bodies", LANE_KERNELS | HEAD_KERNELS, 66),
+        ("test_pallas_kernels_adamw", {"adamw"}, 6),
         ("test_house_tpu_bodies", LORA_KERNELS | ATTENTION_KERNELS | HEAD_KERNELS, 2),
     ],
-    ids=["lora", "attention", "head", "steps"],
+    ids=["lora", "attention", "head", "update", "steps"],
 )
 def test_interpreted_bodies_pass_the_tests_of_the_tpu_bodies(name, kernels, passed):
     """Kernels against references, then the whole decode and training step of a small model against the XLA form."""

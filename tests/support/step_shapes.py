@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from serve.engine.step import Layout, StepBatch, step_program
 from train.step.batch import idle_batch
 from train.step.moments_8bit import Blocks, scale_shape
 from train.step.optimizer import IDLE, Hyper, Moments
-from train.step.state import Due, TrainState, apply, halves
+from train.step.state import Due, TrainState, apply, halves, splits_of
 from train.step.step import accumulate
 
 ROWS, LANES, TOKENS, RANK = 32, 4, 256, 16
@@ -108,7 +109,32 @@ def update(mesh: Mesh, spec: PoolSpec, moments: str) -> tuple[jax.stages.Compile
     due = Due(hyper=Hyper.stack([IDLE] * 4), slot_U=np.zeros(4, np.int32))
     out = (jax.tree.map(lambda v: v.sharding, states), whole)
     due = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=whole), due)
-    return jax.jit(apply, donate_argnums=0, out_shardings=out).lower(states, (due,)).compile(), rows
+    step = functools.partial(apply, splits=splits_of(states, mesh))
+    return jax.jit(step, donate_argnums=0, out_shardings=out).lower(states, (due,)).compile(), rows
+
+
+def moved(rows: Rows, compiled: jax.stages.Compiled) -> Counter:
+    """How many arrays of all slots each kind of instruction reads and writes, those that an update's kernels alias too.
+
+    A fusion reads what it is given, in which it takes one slot's part; what it computes inside is not counted.
+    """
+    sizes = {"f32[" + ",".join(map(str, x.shape)) + "]" for x in parts(rows)}
+    hands_on = {"parameter", "get-tuple-element", "tuple", "while", "bitcast", "call", "conditional", "opt-barrier"}
+    text, found = compiled.as_text(), Counter()
+    fused = set(re.findall(r"calls=%?([^,\s]+)", text)) | set(re.findall(r"to_apply=%?([^,\s]+)", text))
+    for name, body in re.findall(r"^(?:ENTRY )?%?(\S+) \(.*\{\n((?:  .*\n)*)\}", text, re.M):
+        if name in fused:
+            continue
+        made = dict(re.findall(r"^ +(?:ROOT )?(%\S+) = (\w+\[[\d,]*\])", body, re.M))
+        for line in body.splitlines():
+            match = re.match(r" +(?:ROOT )?%([a-z_]+)\S* = (.*?) ([a-z-]+)\((.*?)\)(?:,|$)", line)
+            if match is None or match[3] in hands_on:
+                continue
+            kind = match[1] if match[3] == "custom-call" else "other"
+            read = sum(made.get(operand) in sizes for operand in re.findall(r"%[^\s,)]+", match[4]))
+            written = sum(size in sizes for size in re.findall(r"\w+\[[\d,]*\]", match[2]))
+            found += Counter({f"{kind} reads": read, f"{kind} writes": written})
+    return found
 
 
 def remade(rows: Rows, compiled: jax.stages.Compiled) -> list[str]:

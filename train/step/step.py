@@ -32,10 +32,11 @@ from train.step.state import (
     States,
     apply,
     seat,
+    splits_of,
     unseat,
     with_gradients,
 )
-from train.step.update import UpdateReport
+from train.step.update import Split, UpdateReport
 
 
 def lane_losses(
@@ -154,10 +155,16 @@ def accumulate(base: Base, states: States, batch: TrainBatch, *, remat: str = "p
 
 
 def _train_step(
-    base: Base, states: States, batch: TrainBatch, due: tuple[Due, ...], *, remat: str
+    base: Base,
+    states: States,
+    batch: TrainBatch,
+    due: tuple[Due, ...],
+    *,
+    remat: str,
+    splits: tuple[Split | None, ...],
 ) -> tuple[States, LaneSums, tuple[UpdateReport, ...]]:
     states, sums = accumulate(base, states, batch, remat=remat)
-    states, reports = apply(states, due)
+    states, reports = apply(states, due, splits=splits)
     return states, sums, reports
 
 
@@ -178,19 +185,23 @@ class Programs:
 
 
 @functools.cache
-def _keeping(remat: str) -> tuple[Callable, Callable]:
-    """Returns (accumulate, train_step), the same functions each time, so that equal trainers share what is compiled."""
-    return functools.partial(accumulate, remat=remat), functools.partial(_train_step, remat=remat)
+def _keeping(remat: str, splits: tuple[Split | None, ...]) -> tuple[Callable, Callable, Callable]:
+    """Returns (accumulate, apply, train_step), the same functions each time, so that equal trainers share what is compiled."""
+    return (
+        functools.partial(accumulate, remat=remat),
+        functools.partial(apply, splits=splits),
+        functools.partial(_train_step, remat=remat, splits=splits),
+    )
 
 
 def make_programs(states: States, mesh: Mesh, *, remat: str = "products") -> Programs:
     """Returns the jitted programs for states placed like these.  remat: what a gradient keeps (`decoder.REMAT`)."""
     placed = jax.tree.map(lambda x: x.sharding, states)
     small = replicated(mesh)
-    adding, train_step = _keeping(remat)
+    adding, updating, train_step = _keeping(remat, splits_of(states, mesh))
     return Programs(
         accumulate=jax.jit(adding, donate_argnums=1, out_shardings=(placed, small)),
-        apply=jax.jit(apply, donate_argnums=0, out_shardings=(placed, small)),
+        apply=jax.jit(updating, donate_argnums=0, out_shardings=(placed, small)),
         train_step=jax.jit(train_step, donate_argnums=1, out_shardings=(placed, small, small)),
         evaluate=jax.jit(_evaluate, out_shardings=small),
         seat=jax.jit(seat, static_argnums=1, donate_argnums=0, out_shardings=placed),
