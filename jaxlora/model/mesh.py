@@ -115,9 +115,14 @@ def check_model(mesh: Mesh, config: ModelConfig) -> None:
         raise ConfigInvalid(f"mesh {describe(mesh)} does not fit this model: {'; '.join(wrong)}")
 
 
+def lane_parts(mesh: Mesh) -> int:
+    """Returns over how many groups of devices the rows of a batch are split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def check_lanes(mesh: Mesh, lanes: int, what: str) -> None:
     """Raises ConfigInvalid when the rows of a batch do not divide over data x fsdp."""
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = lane_parts(mesh)
     if lanes % parts:
         raise ConfigInvalid(f"mesh {describe(mesh)}: {lanes} {what} do not divide over data x fsdp = {parts}")
 

@@ -52,6 +52,8 @@ pytestmark = [
     pytest.mark.aot_cuda,
     # Triton 3.7 on Python 3.13: its own syntax trees.
     pytest.mark.filterwarnings("ignore:AnnAssign.__init__ missing:DeprecationWarning"),
+    # jax-triton wants Refs instead, of which XLA may make copies; its version is bounded.
+    pytest.mark.filterwarnings("ignore:input_output_aliases is deprecated:DeprecationWarning"),
 ]
 
 TESTS = Path(__file__).parents[1] / "support"

@@ -13,7 +13,7 @@ from base_shapes import SMOLLM2
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kernel_shapes import made_as_large_as
 
-from jaxlora.core.model_config import layer_count, parameters, target_features
+from jaxlora.core.model_config import ModelConfig, layer_count, parameters, target_features
 from jaxlora.model.decoder import Base
 from jaxlora.model.kv_cache import KVPages, page_format
 from jaxlora.model.lora_pool import LoraRows, PoolSpec, Rows, row_axes
@@ -34,16 +34,16 @@ def placed(mesh: Mesh, axes, shape, dtype) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding(mesh, axes))
 
 
-def base(mesh: Mesh) -> Base:
-    arrays = {n: placed(mesh, p.axes, p.shape, jnp.bfloat16) for n, p in parameters(SMOLLM2).items()}
-    return Base(arrays=arrays, config=SMOLLM2, precision="default", mesh=mesh)
+def base(mesh: Mesh, config: ModelConfig = SMOLLM2) -> Base:
+    arrays = {n: placed(mesh, p.axes, p.shape, jnp.bfloat16) for n, p in parameters(config).items()}
+    return Base(arrays=arrays, config=config, precision="default", mesh=mesh)
 
 
-def pool(mesh: Mesh, spec: PoolSpec) -> Rows:
+def pool(mesh: Mesh, spec: PoolSpec, config: ModelConfig = SMOLLM2) -> Rows:
     rows = {}
     for target in spec.targets:
-        L, (x, y) = layer_count(SMOLLM2, target), target_features(SMOLLM2, target)
-        a, b = row_axes(SMOLLM2, target)
+        L, (x, y) = layer_count(config, target), target_features(config, target)
+        a, b = row_axes(config, target)
         rows[target] = LoraRows(
             a_LSRX=placed(mesh, a, (L, spec.slots, spec.rank, x), spec.dtype),
             b_LSRY=placed(mesh, b, (L, spec.slots, spec.rank, y), spec.dtype),
@@ -83,14 +83,17 @@ def decode(mesh: Mesh) -> tuple[jax.stages.Compiled, Rows, KVPages]:
     return step_program(mesh).lower(base(mesh), rows, kv, *args).compile(), rows, kv
 
 
-def train(mesh: Mesh) -> jax.stages.Compiled:
-    rows = pool(mesh, PoolSpec(slots=8, rank=RANK, dtype="float32"))
+def train(
+    mesh: Mesh, config: ModelConfig = SMOLLM2, *, lanes_of: tuple[int, int] = (LANES, TOKENS), passes: int = 1
+) -> jax.stages.Compiled:
+    """lanes_of: how many lanes, and of how many tokens each."""
+    rows = pool(mesh, PoolSpec(slots=8, rank=RANK, dtype="float32"), config)
     count = placed(mesh, (None,), (8,), jnp.int32)
     state = TrainState(pool=rows, grads=halves(rows), moments=Moments(mu=halves(rows), nu=halves(rows), count=count))
     states = (state,)
     out = (jax.tree.map(lambda v: v.sharding, states), replicated(mesh))
-    step = jax.jit(functools.partial(accumulate, remat="products"), donate_argnums=1, out_shardings=out)
-    return step.lower(base(mesh), states, lanes(mesh, idle_batch(LANES, TOKENS))).compile()
+    step = jax.jit(functools.partial(accumulate, remat="products", passes=passes), donate_argnums=1, out_shardings=out)
+    return step.lower(base(mesh, config), states, lanes(mesh, idle_batch(*lanes_of))).compile()
 
 
 def update(mesh: Mesh, spec: PoolSpec, moments: str) -> tuple[jax.stages.Compiled, Rows]:
