@@ -7,6 +7,7 @@ One device is a 1x1x1 mesh.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -112,7 +113,11 @@ def check_model(mesh: Mesh, config: ModelConfig) -> None:
         if n % mesh.shape[axis]
     ]
     if wrong:
-        raise ConfigInvalid(f"mesh {describe(mesh)} does not fit this model: {'; '.join(wrong)}")
+        most = {
+            a: math.gcd(mesh.shape[a], *(n for (axis, _), n in sizes.items() if axis == a)) for a in ("fsdp", "tensor")
+        }
+        choose = " and ".join(f"{axis} {n}" for axis, n in most.items() if n != mesh.shape[axis])
+        raise ConfigInvalid(f"mesh {describe(mesh)} does not fit this model: {'; '.join(wrong)}; choose {choose}")
 
 
 def lane_parts(mesh: Mesh) -> int:
