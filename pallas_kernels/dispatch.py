@@ -52,8 +52,13 @@ lacks raises an error.
                      tpu        xla      the largest of each block, then the best blocks alone: XLA's own sorts the row
     draw             cpu        native   a row's sums have one order, thresholds are found by three histograms
                                 xla      without the native bodies
-                     cuda       xla      sums of blocks, thresholds by a few passes that try several each
-                     tpu        xla      sums of blocks, thresholds by a few passes that try several each
+                      cuda       xla      sums of blocks, thresholds by a few passes that try several each
+                      tpu        xla      sums of blocks, thresholds by a few passes that try several each
+    adamw            cpu        xla      slot after slot, in place (`train.step.update`)
+                     cuda       triton   weights, gradients and moments are read and written once
+                                xla      without the extra `triton`, for moments in fewer bits
+                     tpu        pallas   weights, gradients and moments are read and written once
+                                xla      where no block has room on the chip, for moments in fewer bits
     target_logprob   cpu        xla      chunks of tokens, measured best
                      cuda       triton   logits stay on the chip, their gradient is in memory for some tokens at a time
                                 xla      without the extra `triton`, for more rank than it takes, features split, other dtypes
@@ -103,6 +108,7 @@ TABLE = {
     "row_summary": {"cpu": NATIVE, "cuda": XLA, "tpu": XLA},
     "top_k": {"cpu": XLA, "cuda": XLA, "tpu": XLA},
     "draw": {"cpu": NATIVE, "cuda": XLA, "tpu": XLA},
+    "adamw": {"cpu": XLA, "cuda": TRITON, "tpu": PALLAS},
     "target_logprob": {"cpu": XLA, "cuda": TRITON, "tpu": PALLAS},
 }
 
@@ -133,6 +139,7 @@ SHAPE_INDEPENDENT: dict[str, dict[str, dict[str, bool | None]]] = {
     "top_k": {"cpu": {"xla": True}, "cuda": {"xla": None}, "tpu": {"xla": None}},
     # Which of two tokens is drawn hangs on a sum.
     "draw": {"cpu": {"native": True, "xla": False}, "cuda": {"xla": None}, "tpu": {"xla": None}},
+    "adamw": {"cpu": {"xla": None}, "cuda": _CUDA, "tpu": _TPU},  # a slot's bits do not depend on how many are due
     "target_logprob": {"cpu": {"xla": None}, "cuda": _CUDA, "tpu": _TPU},
 }
 

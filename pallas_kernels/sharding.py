@@ -5,6 +5,7 @@ all bodies of decode's LoRA, run under `shard_map`, each device on its own part.
 
     output features split (column-parallel)   no collective forward; backward dh, [tokens, R], is summed
     input features split (row-parallel)       forward h, [tokens, R], is summed before its second half; backward none
+      whose parts are kept apart (decode)     none of its own: the sum of the base's product carries each device's part
     rows split                                none
     vocabulary split                          forward each token's maximum logit, sum, own; backward dx, dh are summed
     attention heads split                     none: queries are on the device of their keys
@@ -28,6 +29,9 @@ class Placement:
     x: str | None = None  # of features in
     y: str | None = None  # of features out
     heads: str | None = None  # of attention: query heads and kv heads alike
+    apart: bool = (
+        False  # where x is split and y is not, each device's part comes back, [parts, tokens, Y]: the caller sums
+    )
 
     def local[Tree](self, specs: Tree, arrays: Tree) -> Tree:
         """Returns the shapes that one device sees."""

@@ -36,7 +36,7 @@ from train.slot_buckets import SlotBuckets
 from train.step.batch import LaneSums, TrainBatch, idle_batch, idle_sums, put_dropout, put_sums
 from train.step.microsteps import KINDS, Microsteps, MicrostepSizes
 from train.step.state import SlotState, States, UpdateReport, empty_state, fresh_adapter, fresh_seat
-from train.step.step import make_programs
+from train.step.step import check_passes, make_programs
 from train.tenant import (
     MAX_BAD_STEPS,
     Evaluation,
@@ -70,6 +70,7 @@ class Trainer:
         base_hash: str,
         moments: MomentsDtype = "float32",
         remat: Remat = "products",
+        passes: int = 1,
         parts: MicrostepSizes | None = None,
     ):
         """`buckets`: slots by largest rank, from the smallest on.  A tenant sits in the first bucket that its rank fits.
@@ -78,10 +79,11 @@ class Trainer:
         length that its examples fit, and what one of them computes depends on nothing else.
         moments: the dtype that AdamW's moments are kept in (see `train.step.optimizer`, for uint8 `train.step.moments_8bit`).
         remat: what a step keeps of a layer for its gradient (see `jaxlora.model.decoder.REMAT`).
+        passes: a step's lanes go through the model in so many groups (see `train.step.step.accumulate`).
         parts: how small the parts of a step are, for a trainer that shares its device; None: a step is one program.
-        Raises ConfigInvalid for lane_tokens that are not whole blocks, for lanes that do not divide over the mesh, for
-        parts that do not divide lanes or layers and for buckets that do not grow in rank or differ in more;
-        InvalidRequest for fewer than one lane.
+        Raises ConfigInvalid for lane_tokens that are not whole blocks, for lanes that do not divide over the mesh or into
+        passes, for passes of a step in parts, for parts that do not divide lanes or layers and for buckets that do not
+        grow in rank or differ in more; InvalidRequest for fewer than one lane.
         """
         self.lengths = (lane_tokens,) if isinstance(lane_tokens, int) else tuple(sorted(set(lane_tokens)))
         for length in self.lengths:
@@ -89,6 +91,9 @@ class Trainer:
         if len(self.lengths) > 1 and parts is None:
             raise ConfigInvalid("a step in one program has lanes of one length; give one", param="lane_tokens")
         check_lanes(mesh, lanes, "training lanes")
+        check_passes(mesh, lanes, passes)
+        if passes > 1 and parts is not None:
+            raise ConfigInvalid(f"passes = {passes} is for a step in one program; leave it out", param="passes")
         self.seats = SlotBuckets(buckets, lanes)
         self.base, self.mesh, self.base_hash = base, mesh, base_hash
         self.lanes, self.lane_tokens, self.moments = lanes, self.lengths[-1], moments
@@ -96,7 +101,7 @@ class Trainer:
         self.trained_tokens = self.updates = 0  # since the start
         self._mixer = Mixer(lanes, self.lane_tokens)
         self.states: States = tuple(empty_state(base, spec, mesh, moments) for spec in self.seats.buckets)
-        self._programs = make_programs(self.states, mesh, remat=remat)
+        self._programs = make_programs(self.states, mesh, remat=remat, passes=passes)
         if parts is not None:
             parts.check(base.config, mesh, lanes)
         shortest = self.lengths[0]

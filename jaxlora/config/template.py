@@ -52,6 +52,7 @@ EXAMPLES: dict[str, object] = {
     "name": "support",
     "open_requests": 64,
     "otel_endpoint": "http://127.0.0.1:4318",
+    "passes": 2,
     "path": DEMO_MODEL,
     "pin": ("support",),
     "prefill_lanes": 8,

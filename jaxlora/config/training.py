@@ -301,10 +301,11 @@ class TrainConfig:
     out: TomlPathByDefault = Path("runs")  # folder of runs: checkpoints, metrics, adapters
     memory_gb: float | None = None  # most memory of the device that the run may take; None: what is available
     memory_share: float = 0.9  # of that memory, what is planned with
-    # Left out, these four are chosen from that memory, the base and the tenants.
+    # Left out, these five are chosen from that memory, the base and the tenants.
     lanes: int | None = None  # packed rows in one batch, each of one tenant
     # Predictions in a lane: whole blocks of 32, or less than one; an example has at most one token more.
     lane_tokens: int | None = None
+    passes: int | None = None  # groups of a step's lanes, one after the other: a gradient keeps one group's activations
     slots: int | None = None  # adapters of up to max_rank on the device at once
     max_rank: int | None = None  # largest rank a slot holds
     # More slots, for smaller ranks; a tenant gets one of the first bucket that its rank fits.
@@ -317,12 +318,14 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         with Checks() as check:
-            check.counts(self, "lanes", "lane_tokens", "slots", "max_rank", "steps", "save_every")
+            check.counts(self, "lanes", "lane_tokens", "passes", "slots", "max_rank", "steps", "save_every")
             check.positive(self, "memory_gb")
             check.need(0 < self.memory_share <= 1, "memory_share", "in (0, 1]", self.memory_share)
             if self.lane_tokens is not None and self.lane_tokens >= 1:
                 lane_tokens = self.lane_tokens
                 check.call("lane_tokens", lambda: check_lane_tokens(lane_tokens))
+            lanes, passes = self.lanes or 0, max(self.passes or 1, 1)
+            check.need(lanes % passes == 0, "passes", f"a number that divides the {lanes} lanes", passes)
             check.need(bool(self.tenant), "tenant", "at least one [[tenant]] table", self.tenant)
             check.distinct([t.name for t in self.tenant], "tenant names", "tenant[{}].name")
             self.check_ranks(check)
@@ -369,6 +372,7 @@ class SizedTrainConfig(TrainConfig):
 
     lanes: int
     lane_tokens: int
+    passes: int
     slots: int
     max_rank: int
 

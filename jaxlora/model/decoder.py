@@ -64,8 +64,19 @@ class Lora[Layer](Protocol):
         ...
 
     def deltas(self, layer: Layer, targets: tuple[str, ...], x_TX: jax.Array) -> tuple[jax.Array | None, ...]:
-        """Returns each target's delta, [T, Y]; None where no adapter of this pool has the target."""
+        """Returns each target's delta, [T, Y]; None where no adapter of this pool has the target.
+
+        Where devices split the features of x it may be each device's part, [parts, T, Y], in the order of the devices.
+        """
         ...
+
+
+def sum_with_parts(x_TX: jax.Array, weight_XY: jax.Array, delta_PTY: jax.Array) -> jax.Array:
+    """Returns x @ weight + the sum of P parts, [T, Y], each device's part added before the one sum over devices."""
+    P, T, Y = delta_PTY.shape
+    y_PTY = jnp.einsum("tpx,pxy->pty", x_TX.reshape(T, P, -1), weight_XY.reshape(P, -1, Y))
+    # In the dtype of activations, as the compiler sums a product over devices.
+    return lax.reduce(y_PTY + delta_PTY.astype(y_PTY.dtype), jnp.zeros((), y_PTY.dtype), lax.add, (0,))
 
 
 class Attend[Cache](Protocol):
@@ -109,6 +120,9 @@ class Block(nnx.Module):
 
         def linears(x_TX: jax.Array, *targets: str) -> list[jax.Array]:
             deltas = lora.deltas(lora_layer, targets, x_TX)
+            first = deltas[0]
+            if first is not None and first.ndim == 3:  # o_proj or down_proj, alone
+                return [sum_with_parts(x_TX, getattr(self, targets[0])[...], first)]
             if packed:
                 out = product(x_TX, [packed[target] for target in targets], layer)
             else:

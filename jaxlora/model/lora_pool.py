@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -90,9 +90,13 @@ class LoraLayout:
         return self._placement(lanes, None if x in lanes else x, None if y in lanes else y)
 
     def tokens(self, target: str) -> Placement | None:
-        """Returns the placement of tokens that read the pool in place; None on one device."""
+        """Returns the placement of tokens that read the pool in place; None on one device.
+
+        The parts of a row-parallel product are kept apart: the base's own sum carries them (`decoder.Block`).
+        """
         x, y = self._features(target)
-        return self._placement(tuple(a for a in self._lanes() if a not in (x, y)), x, y)
+        found = self._placement(tuple(a for a in self._lanes() if a not in (x, y)), x, y)
+        return found if found is None else replace(found, apart=x == RULES["mlp"] and y is None)
 
     def _lanes(self) -> tuple[str, ...]:
         axes = RULES["lanes"]

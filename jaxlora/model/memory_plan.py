@@ -537,11 +537,11 @@ MOMENT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "uint8": 1.04}  # of one number
 
 
 def training_needs(config: SizedTrainConfig, targets: Sequence[str], base: BaseShape, machine: Machine) -> Needs:
-    """Returns what a training run of these sizes takes, whose step is one program."""
+    """Returns what a training run of these sizes takes, whose step is one program: of its lanes those of one pass."""
     slots = sum(
         n * slot_bytes(base, machine, rank, targets, MOMENT_BYTES[config.moments]) for rank, n in config.buckets
     )
-    lanes = -(-config.lanes // machine.rows)
+    lanes = -(-config.lanes // (machine.rows * config.passes))
     rows = config.max_rank * base.rank_bytes(machine, targets)
     vocab = _part((base.config.vocab,), ("vocab",), machine)
     head = HEAD_COPIES * 4 * min(HEAD_TARGETS, config.lane_tokens) * vocab
@@ -565,27 +565,35 @@ def plan_training(
     usable = usable_bytes(machine.device, config.memory_share)
     ladder = (*LANES["cpu" if machine.platform == "cpu" else "accelerator"], *SMALL_LANES)
 
+    def tried(config: TrainConfig) -> Iterator[SizedTrainConfig]:
+        """Yields the ladder's steps, on accelerators each in more and more passes."""
+        more = config.passes is None and machine.platform != "cpu"
+        for step in ladder:
+            yield (found := sized(config, *step))
+            while more and found.lanes // machine.rows % (2 * found.passes) == 0:
+                yield (found := replace(found, passes=2 * found.passes))
+
     def sized(config: TrainConfig, lanes: int, lane_tokens: int) -> SizedTrainConfig:
         ranks = [t.rank for t in config.tenant]
         small = max((b.rank for b in config.bucket), default=0)
+        together = machine.rows * (config.passes or 1)
         sizes = {
-            "lanes": -(-lanes // machine.rows) * machine.rows,
+            "lanes": -(-lanes // together) * together,
             "lane_tokens": lane_tokens,
+            "passes": 1,
             "max_rank": max(*ranks, small + 1),
             "slots": max(sum(rank > small for rank in ranks), 1),
         }
         return completed(SizedTrainConfig, config, sizes)
 
     def least(config: TrainConfig) -> SizedTrainConfig | None:
-        for step in ladder:
-            found = sized(config, *step)
-            if sum(training_needs(found, targets, base, machine).values()) <= usable:
-                return found
-        return None
+        fits = (f for f in tried(config) if sum(training_needs(f, targets, base, machine).values()) <= usable)
+        return next(fits, None)
 
     found = least(config)
     if found is None:
-        needs = training_needs(sized(config, *ladder[-1]), targets, base, machine)
+        *_, smallest = tried(config)
+        needs = training_needs(smallest, targets, base, machine)
         given = [
             (key, value, lambda v, key=key: replace(config, **{key: v}))
             for key in TRAINING_KEYS
@@ -597,6 +605,6 @@ def plan_training(
         )
     sizes = (
         f"{found.slots} slots of rank {found.max_rank} (slots, max_rank); {found.lanes} lanes x {found.lane_tokens} "
-        "tokens (lanes, lane_tokens)"
+        f"tokens (lanes, lane_tokens){f' in {found.passes} passes (passes)' * (found.passes > 1)}"
     )
     return Plan(config=found, needs=training_needs(found, targets, base, machine), limit=machine.device, sizes=sizes)

@@ -7,6 +7,7 @@ One device is a 1x1x1 mesh.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -112,12 +113,21 @@ def check_model(mesh: Mesh, config: ModelConfig) -> None:
         if n % mesh.shape[axis]
     ]
     if wrong:
-        raise ConfigInvalid(f"mesh {describe(mesh)} does not fit this model: {'; '.join(wrong)}")
+        most = {
+            a: math.gcd(mesh.shape[a], *(n for (axis, _), n in sizes.items() if axis == a)) for a in ("fsdp", "tensor")
+        }
+        choose = " and ".join(f"{axis} {n}" for axis, n in most.items() if n != mesh.shape[axis])
+        raise ConfigInvalid(f"mesh {describe(mesh)} does not fit this model: {'; '.join(wrong)}; choose {choose}")
+
+
+def lane_parts(mesh: Mesh) -> int:
+    """Returns over how many groups of devices the rows of a batch are split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def check_lanes(mesh: Mesh, lanes: int, what: str) -> None:
     """Raises ConfigInvalid when the rows of a batch do not divide over data x fsdp."""
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = lane_parts(mesh)
     if lanes % parts:
         raise ConfigInvalid(f"mesh {describe(mesh)}: {lanes} {what} do not divide over data x fsdp = {parts}")
 

@@ -94,7 +94,8 @@ def gathered_lora(
     """Returns one [T, Y] in x's dtype per (a_LSRX, b_LSRY, scale_LS) of `rows`, which share one read of x.
 
     visits: `visits_by_slot(slot_T, placement)`, for callers that reuse the same slots.
-    placement: mesh axes that split the arrays, on a mesh of several devices.
+    placement: mesh axes that split the arrays, on a mesh of several devices; with `apart` each result is [parts, T, Y], to be
+    summed, and has no gradient.
     Sums in float32.  The gradient is that of the reference: it gathers every token's rows.
     """
     visits = visits_by_slot(slot_T, placement) if visits is None else visits
@@ -133,6 +134,7 @@ def _forward(placement, *args):
 
 
 def _backward(placement, saved, d_TY):
+    assert placement is None or not placement.apart, "decode has no gradient"
     x_TX, rows, layer, slot_T, _ = saved
     _, pull = jax.vjp(lambda x, rows: _by_definition(x, rows, layer, slot_T), x_TX, rows)
     return *pull(d_TY), None, None, None
@@ -221,14 +223,16 @@ def _visited(
 
     def body(x_TX, rows, layer, slot_T, visits) -> tuple[jax.Array, ...]:
         order = visits.order_T, visits.slot_T, visits.count_1[0]
-        if placement is None or placement.x is None:
+        if placement is None or placement.x is None or placement.apart:
             y_TY = kernels.both(x_TX, rows, layer, order)
         else:
             h_TR = lax.psum(kernels.shrink(x_TX, rows, layer, order), placement.x)
             y_TY = kernels.expand(h_TR, rows, layer, order, x_TX.dtype)
-        return tuple(jnp.where((slot_T != NO_ADAPTER)[:, None], y, 0) for y in y_TY)
+        own = tuple(jnp.where((slot_T != NO_ADAPTER)[:, None], y, 0) for y in y_TY)
+        return tuple(y[None] for y in own) if placement is not None and placement.apart else own
 
     if placement is None:
         return body(x_TX, rows, layer, slot_T, visits)
-    out = (P(placement.rows, placement.y),) * len(rows)
+    spec = P(placement.x, placement.rows, None) if placement.apart else P(placement.rows, placement.y)
+    out = (spec,) * len(rows)
     return placement.on_each(body, _specs(placement, len(rows)), out)(x_TX, rows, layer, slot_T, visits)

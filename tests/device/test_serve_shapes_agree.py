@@ -36,6 +36,8 @@ from pallas_kernels.segmented_lora.op import segmented_lora
 from serve.engine.engine import Engine
 from serve.engine.request import Request
 from serve.engine.sequence import Status
+from train.step.optimizer import IDLE, Hyper, Moments
+from train.step.update import update_slots
 
 pytest_plugins = ["serve_fixtures"]
 PROMPT, TOKENS, TOP = 13, 6, 5  # at most two lanes, also with half of the tokens: a quarter program
@@ -311,6 +313,17 @@ def op_case(name: str, dtype: str, draw: np.random.Generator) -> Op:
                 return draw_tokens(x_TV, x_TV.max(1), Choices(uniform_B=uniform_T, **same, **none), filtered=True)[0]
 
             return Op((some(64, V).astype(jnp.float32), uniform_T), drawn)
+        case "adamw":
+
+            def updated(grad_SRX: jax.Array) -> jax.Array:
+                S = grad_SRX.shape[0]
+                grad = {"q_proj": (grad_SRX[None], grad_SRX[None])}
+                none = jax.tree.map(jnp.zeros_like, grad)
+                moments = Moments(mu=none, nu=none, count=jnp.zeros(S, jnp.int32))
+                hyper = Hyper.stack([IDLE | {"lr": 0.1}] * S)
+                return update_slots(none, grad, moments, hyper, jnp.arange(S))[0]["q_proj"][0][0]
+
+            return Op((some(8, 4, D).astype(jnp.float32),), updated)
         case "target_logprob":
             head = some(V, D)
             return Op(

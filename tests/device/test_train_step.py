@@ -40,6 +40,7 @@ from train.data.examples import Example
 from train.step.batch import idle_batch
 from train.step.optimizer import IDLE, Hyper
 from train.step.state import SlotState, empty_state, fresh_seat, halves
+from train.step.step import make_programs
 
 LOSS, GRAD = 1e-5, 2e-5
 SPECS = {0: lora(3), 2: lora(8), 5: lora(2, ("q_proj", "lm_head")), 8: lora(1, ("down_proj",))}  # by slot
@@ -356,6 +357,17 @@ def test_accumulating_twice_then_applying_is_one_step_of_both(it):
     assert_same_bits(host((split, split_report)), host((whole, whole_report)))
     assert not any(g.any() for g in jax.tree.leaves(slot_of(split.grads, 2)))  # the window is closed
     assert all(g[:, :3].any() for g in jax.tree.leaves(slot_of(split.grads, 0)))  # slot 0 was not due: it goes on
+
+
+def test_lanes_in_passes_have_the_gradients_and_sums_of_one_pass(it):
+    """Another program for the same sums, so rounding may differ.  Each slot has lanes in both, and sums keep their order."""
+    batch = batch_of([((2, 0, 5)[g % 3], same_length(g, 1 + g % 4 % 3)) for g in range(LANES)])
+    grads, sums = accumulate(it, batch)
+    programs = make_programs((it.state,), make_mesh(), passes=2)
+    (state,), in_passes = programs.accumulate(it.base, (it.state,), jax.device_put(batch))
+    for g, e in zip(jax.tree.leaves(host((state.grads, in_passes))), jax.tree.leaves((grads, sums)), strict=True):
+        np.testing.assert_allclose(g, e, rtol=2e-5, atol=1e-5)
+    assert sums.weight_G[0] != sums.weight_G[LANES // 2]  # another order would not pass
 
 
 @pytest.mark.fault("N5")

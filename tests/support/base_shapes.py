@@ -28,6 +28,25 @@ SMOLLM2 = ModelConfig(
     tied=True,
 )
 
+LLAMA_8B = ModelConfig(
+    family="llama",
+    layers=32,
+    d_model=4096,
+    d_ff=14336,
+    heads=32,
+    kv_heads=8,
+    head_dim=128,
+    vocab=128256,
+    context=131072,
+    norm_eps=1e-5,
+    rope_theta=5e5,
+    rope_scaling=None,
+    window=None,
+    qkv_bias=False,
+    qk_norm=False,
+    tied=False,
+)
+
 SHAPE = BaseShape(config=SMOLLM2, dtype="float32", kv_dtype="float32", name="base")
 LARGE = Machine(
     platform="cpu",

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from kernel_checks import F32, assert_close, floats
 
+from jaxlora.model.decoder import sum_with_parts
 from jaxlora.model.mesh import make_mesh
 from pallas_kernels import dispatch
 from pallas_kernels.attention.op import packed_attention
@@ -39,6 +40,8 @@ def decode(placement: Placement | None, interpreted: bool):
     slots = np.array([0, 2, -1, 1, 3, 2, 0, -1], np.int32)
     with dispatch.interpreted() if interpreted else contextlib.nullcontext():
         step = jax.jit(lambda *args: gathered_lora(*args, placement=placement))
+        if placement is not None and placement.apart:
+            return tuple(y.sum(0) for y in step(floats(rng, T, DECODE_X), rows, jnp.int32(1), slots))
         return step(floats(rng, T, DECODE_X), rows, jnp.int32(1), slots)
 
 
@@ -121,7 +124,26 @@ def attention_collectives(mesh: Mesh) -> set[str]:
     return set(re.findall(r"all-reduce|all-gather|all-to-all", jax.jit(attend).lower(*args).compile().as_text()))
 
 
+def linear_collectives(mesh: Mesh) -> list[str]:
+    """The collectives of a row-parallel linear with its adapters as compiled."""
+    placement = Placement(mesh=mesh, x="tensor", apart=True)
+    split = NamedSharding(mesh, P(None, "tensor"))
+
+    def linear(x, w, rows, slots):
+        return sum_with_parts(x, w, gathered_lora(x, [rows], jnp.int32(1), slots, placement=placement)[0])
+
+    x = jax.ShapeDtypeStruct((T, DECODE_X), jnp.float32, sharding=split)
+    w = jax.ShapeDtypeStruct((DECODE_X, 8), jnp.float32, sharding=NamedSharding(mesh, P("tensor")))
+    a = jax.ShapeDtypeStruct(
+        (L, S, R, DECODE_X), jnp.float32, sharding=NamedSharding(mesh, P(None, None, None, "tensor"))
+    )
+    b, scale = (jax.ShapeDtypeStruct(sizes, jnp.float32) for sizes in ((L, S, R, 8), (L, S)))
+    text = jax.jit(linear).lower(x, w, (a, b, scale), jax.ShapeDtypeStruct((T,), jnp.int32)).compile().as_text()
+    return re.findall(r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(", text)
+
+
 def main(interpreted: bool) -> None:
+    assert linear_collectives(make_mesh(tensor=8)) == ["all-reduce"]
     mesh = make_mesh(2, 2, 2)
     assert attention_collectives(mesh) == set()
     attention = [{"rows": ("data", "fsdp"), "heads": "tensor"}]
@@ -130,6 +152,7 @@ def main(interpreted: bool) -> None:
             {"rows": ("data",), "x": "fsdp", "y": "tensor"},
             {"rows": ("data", "fsdp"), "y": "tensor"},
             {"rows": ("data", "fsdp"), "x": "tensor"},
+            {"rows": ("data", "fsdp"), "x": "tensor", "apart": True},
             {},
         ],
         train: [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from serve.engine.step import Layout, StepBatch, StepPrograms
 from train.step.batch import idle_batch
 from train.step.moments_8bit import Blocks, scale_shape
 from train.step.optimizer import IDLE, Hyper, Moments
-from train.step.state import Due, TrainState, apply, halves
+from train.step.state import Due, TrainState, apply, halves, splits_of
 from train.step.step import accumulate
 
 ROWS, LANES, TOKENS, RANK = 32, 4, 256, 16
@@ -100,14 +101,17 @@ def newest(mesh: Mesh, rows: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=replicated(mesh))
 
 
-def train(mesh: Mesh, config: ModelConfig = SMOLLM2) -> jax.stages.Compiled:
+def train(
+    mesh: Mesh, config: ModelConfig = SMOLLM2, *, lanes_of: tuple[int, int] = (LANES, TOKENS), passes: int = 1
+) -> jax.stages.Compiled:
+    """lanes_of: how many lanes, and of how many tokens each."""
     rows = pool(mesh, PoolSpec(slots=8, rank=RANK, dtype="float32"), config)
     count = placed(mesh, (None,), (8,), jnp.int32)
     state = TrainState(pool=rows, grads=halves(rows), moments=Moments(mu=halves(rows), nu=halves(rows), count=count))
     states = (state,)
     out = (jax.tree.map(lambda v: v.sharding, states), replicated(mesh))
-    step = jax.jit(functools.partial(accumulate, remat="products"), donate_argnums=1, out_shardings=out)
-    return step.lower(base(mesh, config), states, lanes(mesh, idle_batch(LANES, TOKENS))).compile()
+    step = jax.jit(functools.partial(accumulate, remat="products", passes=passes), donate_argnums=1, out_shardings=out)
+    return step.lower(base(mesh, config), states, lanes(mesh, idle_batch(*lanes_of))).compile()
 
 
 def update(mesh: Mesh, spec: PoolSpec, moments: str) -> tuple[jax.stages.Compiled, Rows]:
@@ -126,7 +130,32 @@ def update(mesh: Mesh, spec: PoolSpec, moments: str) -> tuple[jax.stages.Compile
     due = Due(hyper=Hyper.stack([IDLE] * 4), slot_U=np.zeros(4, np.int32))
     out = (jax.tree.map(lambda v: v.sharding, states), whole)
     due = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=whole), due)
-    return jax.jit(apply, donate_argnums=0, out_shardings=out).lower(states, (due,)).compile(), rows
+    step = functools.partial(apply, splits=splits_of(states, mesh))
+    return jax.jit(step, donate_argnums=0, out_shardings=out).lower(states, (due,)).compile(), rows
+
+
+def moved(rows: Rows, compiled: jax.stages.Compiled) -> Counter:
+    """How many arrays of all slots each kind of instruction reads and writes, those that an update's kernels alias too.
+
+    A fusion reads what it is given, in which it takes one slot's part; what it computes inside is not counted.
+    """
+    sizes = {"f32[" + ",".join(map(str, x.shape)) + "]" for x in parts(rows)}
+    hands_on = {"parameter", "get-tuple-element", "tuple", "while", "bitcast", "call", "conditional", "opt-barrier"}
+    text, found = compiled.as_text(), Counter()
+    fused = set(re.findall(r"calls=%?([^,\s]+)", text)) | set(re.findall(r"to_apply=%?([^,\s]+)", text))
+    for name, body in re.findall(r"^(?:ENTRY )?%?(\S+) \(.*\{\n((?:  .*\n)*)\}", text, re.M):
+        if name in fused:
+            continue
+        made = dict(re.findall(r"^ +(?:ROOT )?(%\S+) = (\w+\[[\d,]*\])", body, re.M))
+        for line in body.splitlines():
+            match = re.match(r" +(?:ROOT )?%([a-z_]+)\S* = (.*?) ([a-z-]+)\((.*?)\)(?:,|$)", line)
+            if match is None or match[3] in hands_on:
+                continue
+            kind = match[1] if match[3] == "custom-call" else "other"
+            read = sum(made.get(operand) in sizes for operand in re.findall(r"%[^\s,)]+", match[4]))
+            written = sum(size in sizes for size in re.findall(r"\w+\[[\d,]*\]", match[2]))
+            found += Counter({f"{kind} reads": read, f"{kind} writes": written})
+    return found
 
 
 def remade(rows: Rows, compiled: jax.stages.Compiled) -> list[str]:

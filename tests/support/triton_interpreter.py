@@ -29,6 +29,7 @@ from pallas_kernels.cross_entropy import op as cross_entropy
 from pallas_kernels.gathered_lora import op as gathered_lora
 from pallas_kernels.paged_attention import op as paged_attention
 from pallas_kernels.segmented_lora import op as segmented_lora
+from train.step import update
 
 ONE_AT_A_TIME = threading.Lock()  # the interpreter keeps its place in the grid in a global
 CALLS = []  # names of the kernels that ran
@@ -91,14 +92,20 @@ def most_by_a_program(array: np.ndarray) -> int:
     return max(reads.values(), default=0)
 
 
-def triton_call(*args, kernel, name, out_type, grid, **constants):
+def triton_call(*args, kernel, name, out_type, grid, input_output_aliases=None, **constants):
+    """input_output_aliases: input → output, both as numbers of arrays; the kernel has one argument for both."""
+    own = {out: i for i, out in (input_output_aliases or {}).items()}
+
     def run(*args):
         inputs = jax.tree.map(lambda x: Memory(np.array(x, order="C")), args)
-        outputs = jax.tree.map(lambda o: np.full(o.shape, np.nan, o.dtype), out_type)
+        given, (leaves, form) = jax.tree.leaves(inputs), jax.tree.flatten(out_type)
+        outputs = [given[own[n]].array if n in own else np.full(o.shape, np.nan, o.dtype) for n, o in enumerate(leaves)]
+        apart = [Memory(x) for n, x in enumerate(outputs) if n not in own]
+        outputs = jax.tree.unflatten(form, outputs)
         with ONE_AT_A_TIME:
             CALLS.append(name)
             READ.clear()
-            kernel[grid](*inputs, *map(Memory, jax.tree.leaves(outputs)), **constants)
+            kernel[grid](*inputs, *apart, **constants)
             INPUTS.append([times_read(m.array) for m in jax.tree.leaves(inputs)])
             MOST.append([most_by_a_program(m.array) for m in jax.tree.leaves(inputs)])
         return outputs
@@ -141,7 +148,7 @@ def interpret_triton() -> None:
     patch = pytest.MonkeyPatch()
     patch.setattr(jax_triton, "triton_call", triton_call)
     patch.setattr(interpreter.interpreter_builder, "__class__", Builder)
-    for op in (attention, cross_entropy, gathered_lora, paged_attention, segmented_lora):
+    for op in (attention, cross_entropy, gathered_lora, paged_attention, segmented_lora, update):
         patch.setattr(op, "by_platform", by_platform)
 
 

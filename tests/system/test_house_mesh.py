@@ -138,6 +138,12 @@ def test_a_model_that_does_not_divide_is_refused_by_name(changes, mesh, wrong):
     assert re.findall(r"does not divide ([^;]+)", caught.value.message) == wrong
 
 
+def test_more_devices_than_kv_heads_are_refused_with_what_to_choose():
+    model = small(heads=64, kv_heads=8, d_ff=128, vocab=512)
+    with pytest.raises(ConfigInvalid, match=r"tensor 16 does not divide 8 kv heads; choose tensor 8$"):
+        check_model(mesh_of(tensor=16), model)
+
+
 def test_smollm2_divides_by_three_and_not_by_two():
     check_model(mesh_of(2, 2, 3), SMOLLM2_CUT)
     with pytest.raises(ConfigInvalid, match="tensor 2 does not divide 9 query heads; tensor 2 does not divide 3 kv"):

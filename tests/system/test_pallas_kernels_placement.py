@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -79,6 +80,11 @@ def test_decode_row_parallel_sums_h():
     found, collectives = lowered(gathered(ROW), *decode())
     assert found == {"gathered_lora_shrink": 1, "gathered_lora_expand": 1}
     assert collectives == {"all_reduce": [f"tensor<{T // 2}x{R}xf32>"] * TARGETS}
+
+
+def test_decode_row_parallel_kept_apart_needs_no_collective():
+    """Each device's part comes back; the sum of the base's product carries them."""
+    assert lowered(gathered(replace(ROW, apart=True)), *decode()) == ({"gathered_lora": 1}, {})
 
 
 def test_lanes_column_parallel_sums_dh_of_all_targets_at_once():
@@ -172,4 +178,4 @@ def test_numbers_are_those_of_one_device(bodies):
     command = [sys.executable, "-W", "error", str(TESTS / "placement_world.py"), bodies]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.split() == ["12"]
+    assert done.stdout.split() == ["13"]

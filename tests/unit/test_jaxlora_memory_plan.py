@@ -322,6 +322,20 @@ def test_less_is_kept_and_more_fits():
     assert lanes(moments="uint8") < lanes(moments="bfloat16") < lanes()
 
 
+def test_a_gpu_takes_as_few_passes_as_its_memory_allows_and_a_cpu_one():
+    def passes(gb: float, on=accelerator, **settings: object) -> int:
+        asked = run(lanes=16, lane_tokens=512, **settings)
+        return plan_training(asked, LAYER_TARGETS, shape(), on(gb * 1e9)).config.passes
+
+    assert [passes(gb) for gb in (64, 6, 4)] == [1, 2, 4]
+    assert passes(64, passes=4) == 4
+    assert passes(64, machine) == 1
+    with pytest.raises(ConfigInvalid, match=r"lower lanes to at most \d+$"):
+        passes(4, machine)
+    with pytest.raises(ConfigInvalid, match="passes must be a number that divides the 16 lanes, got 3"):
+        passes(64, passes=3)
+
+
 def test_a_training_run_too_large_names_its_key():
     with pytest.raises(ConfigInvalid, match=r"lower lanes to at most \d+$"):
         plan_training(run(lanes=512, lane_tokens=256), LAYER_TARGETS, shape(), machine(8e9))

@@ -206,6 +206,7 @@ def make_trainer(config: SizedTrainConfig, opened: Opened) -> Trainer:
         base_hash=opened.base_hash,
         moments=config.moments,
         remat=config.remat,
+        passes=config.passes,
     )
 
 

@@ -26,7 +26,7 @@ from jaxlora.model.lora_pool import LoraRows, PoolSpec, Rows, empty_pool
 from jaxlora.model.mesh import replicated
 from train.step.moments_8bit import Blocks, block_count, scale_shape
 from train.step.optimizer import BlockHalves, Halves, Hyper, Moments
-from train.step.update import UpdateReport, update_slots
+from train.step.update import Split, UpdateReport, update_slots
 
 
 @jax.tree_util.register_dataclass
@@ -91,14 +91,21 @@ def with_halves(rows: Rows, new: Halves) -> Rows:
     return {t: LoraRows(a_LSRX=new[t][0], b_LSRY=new[t][1], scale_LS=r.scale_LS) for t, r in rows.items()}
 
 
-def apply(states: States, due: tuple[Due, ...]) -> tuple[States, tuple[UpdateReport, ...]]:
+def splits_of(states: States, mesh: Mesh) -> tuple[Split | None, ...]:
+    """Returns how each bucket's arrays are split over the mesh."""
+    return tuple(Split.of(halves(state.pool), mesh) for state in states)
+
+
+def apply(
+    states: States, due: tuple[Due, ...], *, splits: tuple[Split | None, ...]
+) -> tuple[States, tuple[UpdateReport, ...]]:
     """Applies AdamW to the due slots of each bucket."""
-    done = [_apply_own(state, d) for state, d in zip(states, due, strict=True)]
+    done = [_apply_own(*of_bucket) for of_bucket in zip(states, due, splits, strict=True)]
     return tuple(state for state, _ in done), tuple(report for _, report in done)
 
 
-def _apply_own(state: TrainState, due: Due) -> tuple[TrainState, UpdateReport]:
-    updated = update_slots(halves(state.pool), state.grads, state.moments, due.hyper, due.slot_U)
+def _apply_own(state: TrainState, due: Due, split: Split | None) -> tuple[TrainState, UpdateReport]:
+    updated = update_slots(halves(state.pool), state.grads, state.moments, due.hyper, due.slot_U, split)
     weights, grads, moments, report = updated
     return TrainState(pool=with_halves(state.pool, weights), grads=grads, moments=moments), report
 

@@ -15,27 +15,31 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlora.config.training import LANE_BLOCK
+from jaxlora.core.errors import ConfigInvalid
 from jaxlora.model.decoder import Attend, Base, TokenBatch, forward, head_weight
 from jaxlora.model.lora_pool import DropoutLora, LaneLora, LoraLayout, Rows
-from jaxlora.model.mesh import attention_placement, replicated
+from jaxlora.model.mesh import RULES, attention_placement, lane_parts, replicated
 from pallas_kernels.attention.op import packed_attention
 from pallas_kernels.cross_entropy.op import target_logprob
 from pallas_kernels.product.op import Packed
 from train.step.batch import LaneSums, TrainBatch
 from train.step.lane_lora import Gradients, StepLora
 from train.step.losses import LossInputs, token_losses
+from train.step.optimizer import Halves
 from train.step.state import (
     Due,
     States,
     apply,
     seat,
+    splits_of,
     unseat,
     with_gradients,
 )
-from train.step.update import UpdateReport
+from train.step.update import Split, UpdateReport
 
 
 def lane_losses(
@@ -140,8 +144,48 @@ def lora_layout(base: Base) -> LoraLayout:
     return LoraLayout(config=base.config, mesh=base.mesh)
 
 
-def accumulate(base: Base, states: States, batch: TrainBatch, *, remat: str = "products") -> tuple[States, LaneSums]:
-    """Returns the states, each lane's gradient of its loss added to those of its slot, and the sums by lane."""
+def accumulate(
+    base: Base, states: States, batch: TrainBatch, *, remat: str = "products", passes: int = 1
+) -> tuple[States, LaneSums]:
+    """Returns the states, each lane's gradient of its loss added to those of its slot, and the sums by lane.
+
+    passes: the lanes go through the model in so many groups, one after the other, so that a gradient keeps one group's
+    activations; it divides the lanes of each group of devices (`check_passes`).
+    """
+    if passes == 1:
+        return _accumulate_pass(base, states, batch, remat)
+
+    def one(grads: tuple[Halves, ...], batch: TrainBatch) -> tuple[tuple[Halves, ...], LaneSums]:
+        after, sums = _accumulate_pass(base, with_gradients(states, grads), batch, remat)
+        return tuple(state.grads for state in after), sums
+
+    parts = lane_parts(base.mesh)
+    first = tuple(state.grads for state in states)
+    grads, sums = lax.scan(one, first, jax.tree.map(lambda x: _in_passes(base.mesh, x, parts, passes), batch))
+    # Lanes come back in the order in which they were given.
+    sums = jax.tree.map(lambda x: _in_passes(base.mesh, x.reshape(-1, *x.shape[2:]), passes, parts), sums)
+    return with_gradients(states, grads), jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), sums)
+
+
+def check_passes(mesh: Mesh, lanes: int, passes: int) -> None:
+    """Raises ConfigInvalid when a step's lanes on each group of devices do not divide into these passes."""
+    own = lanes // lane_parts(mesh)
+    if passes < 1 or own % passes:
+        raise ConfigInvalid(
+            f"passes must divide the {own} lanes of each group of devices, got {passes}", param="passes"
+        )
+
+
+def _in_passes(mesh: Mesh, x_G: jax.Array, parts: int, passes: int) -> jax.Array:
+    """Returns [passes, G / passes, ...]: of each of `parts` runs of lanes its own share, so that none changes device."""
+    apart = x_G.reshape(parts, passes, -1, *x_G.shape[1:]).swapaxes(0, 1)
+    together = apart.reshape(passes, -1, *x_G.shape[1:])
+    if mesh.size == 1:
+        return together
+    return lax.with_sharding_constraint(together, NamedSharding(mesh, PartitionSpec(None, RULES["lanes"])))
+
+
+def _accumulate_pass(base: Base, states: States, batch: TrainBatch, remat: str) -> tuple[States, LaneSums]:
     totals = jax.tree.map(jax.new_ref, [state.grads for state in states])
     pools = [state.pool for state in states]
 
@@ -154,10 +198,17 @@ def accumulate(base: Base, states: States, batch: TrainBatch, *, remat: str = "p
 
 
 def _train_step(
-    base: Base, states: States, batch: TrainBatch, due: tuple[Due, ...], *, remat: str
+    base: Base,
+    states: States,
+    batch: TrainBatch,
+    due: tuple[Due, ...],
+    *,
+    remat: str,
+    passes: int,
+    splits: tuple[Split | None, ...],
 ) -> tuple[States, LaneSums, tuple[UpdateReport, ...]]:
-    states, sums = accumulate(base, states, batch, remat=remat)
-    states, reports = apply(states, due)
+    states, sums = accumulate(base, states, batch, remat=remat, passes=passes)
+    states, reports = apply(states, due, splits=splits)
     return states, sums, reports
 
 
@@ -178,19 +229,26 @@ class Programs:
 
 
 @functools.cache
-def _keeping(remat: str) -> tuple[Callable, Callable]:
-    """Returns (accumulate, train_step), the same functions each time, so that equal trainers share what is compiled."""
-    return functools.partial(accumulate, remat=remat), functools.partial(_train_step, remat=remat)
+def _keeping(remat: str, passes: int, splits: tuple[Split | None, ...]) -> tuple[Callable, Callable, Callable]:
+    """Returns (accumulate, apply, train_step), the same functions each time, so that equal trainers share what is compiled."""
+    return (
+        functools.partial(accumulate, remat=remat, passes=passes),
+        functools.partial(apply, splits=splits),
+        functools.partial(_train_step, remat=remat, passes=passes, splits=splits),
+    )
 
 
-def make_programs(states: States, mesh: Mesh, *, remat: str = "products") -> Programs:
-    """Returns the jitted programs for states placed like these.  remat: what a gradient keeps (`decoder.REMAT`)."""
+def make_programs(states: States, mesh: Mesh, *, remat: str = "products", passes: int = 1) -> Programs:
+    """Returns the jitted programs for states placed like these.
+
+    remat: what a gradient keeps (`decoder.REMAT`).  passes: of a step's lanes (see `accumulate`).
+    """
     placed = jax.tree.map(lambda x: x.sharding, states)
     small = replicated(mesh)
-    adding, train_step = _keeping(remat)
+    adding, updating, train_step = _keeping(remat, passes, splits_of(states, mesh))
     return Programs(
         accumulate=jax.jit(adding, donate_argnums=1, out_shardings=(placed, small)),
-        apply=jax.jit(apply, donate_argnums=0, out_shardings=(placed, small)),
+        apply=jax.jit(updating, donate_argnums=0, out_shardings=(placed, small)),
         train_step=jax.jit(train_step, donate_argnums=1, out_shardings=(placed, small, small)),
         evaluate=jax.jit(_evaluate, out_shardings=small),
         seat=jax.jit(seat, static_argnums=1, donate_argnums=0, out_shardings=placed),
