@@ -24,9 +24,11 @@ from jaxlora.core.lora import AdapterRef
 from jaxlora.core.progress import Counted, uncounted
 from jaxlora.model.decoder import Base
 from jaxlora.model.kv_cache import KVPages, empty_pages
-from jaxlora.model.lora_pool import PoolSpec, Rows, empty_pool, host_rows, read_slot, slot_bytes, write_slot
+from jaxlora.model.lora_pool import PoolSpec, Rows, host_rows
 from jaxlora.model.mesh import check_lanes, place_rows
+from jaxlora.model.serving_pool import empty_serving_pool, read_slot, slot_bytes, write_slot, zero_rows
 from jaxlora.storage.adapter_store import AdapterStore
+from pallas_kernels.gathered_lora.pool_rows import slot_ranks
 from serve.engine.adapter_loads import READERS, AdapterLoads
 from serve.engine.kv_offload import PageMover, page_bytes
 from serve.engine.logit_edits import EditArrays, LogitEdits
@@ -88,8 +90,8 @@ class Engine:
         self._columns = allocator.needed(config.max_tokens)
         fewest = min((size.pages for size in config.sizes), default=self._columns)
         assert self._columns <= fewest, f"the longest request needs {self._columns} pages, one size has {fewest}"
-        self._pool = empty_pool(base.config, pool_spec, mesh)
-        self.slot_bytes = slot_bytes(self._pool)
+        self._pool = empty_serving_pool(base.config, pool_spec, mesh)
+        self.slot_bytes = slot_bytes(self._pool, pool_spec.rank)
         self._kv = self._empty_pages()
         self.scheduler = Scheduler(
             self.slots,
@@ -106,16 +108,16 @@ class Engine:
             quantum_s=config.quantum_s,
             active=pool_spec.slots,
         )
-        in_place = jax.tree.map(lambda x: x.sharding, self._pool)
-        self._write_slot = jax.jit(write_slot, donate_argnums=0, out_shardings=in_place)
-        self._read_slot = jax.jit(read_slot)
+        in_place = jax.tree.map(lambda x: x.format, self._pool)
+        self._write_slot = jax.jit(write_slot, donate_argnums=0, static_argnums=3, out_shardings=in_place)
+        self._read_slot = jax.jit(read_slot, static_argnums=2)
         self._policy = SlotPolicy(self.sizes, self.size)
         self._tuning = Tuning(quantum_ms=1000 * config.quantum_s)
         self._program = step_program(mesh)
         ends = len(tokenizer.eos_ids)
         self._edits = EditArrays(mesh, max_tokens=config.max_tokens, vocab=base.config.vocab, ends=ends)
         self._loads = AdapterLoads(self._read, store.is_here, lambda: self.clock())
-        one = sum(4 * x.size // pool_spec.slots for x in jax.tree.leaves(self._pool))
+        one = self.slot_bytes * 4 // jnp.dtype(pool_spec.dtype).itemsize  # on the host, in float32
         most = max(size.slots for size in self.sizes)
         # An exchange may replace every adapter at once: their successors are read by then, as far as memory allows.
         self.ahead = max(READERS, min(most, store.host_memory().limit // 2 // one))
@@ -157,10 +159,10 @@ class Engine:
                 jax.device_get(self._run(*self._batch(lanes, tokens, [])))
             compiling(number := number + 1, of)
             self._kv = self._mover.warm_up(self._kv)
-            empty = jax.tree.map(lambda p: np.zeros(p.shape[:1] + p.shape[2:], np.float32), self._pool)
-            self._rehearse(empty)
+            for _, rank in self.pool_spec.rank_classes:
+                self._rehearse(zero_rows(self.base.config, self.pool_spec.home(rank)))
             if len(self.sizes) > 1:
-                self._rehearse(self._read_slot(self._pool, _index(0)))
+                self._rehearse(self._copy(0))
             jax.block_until_ready(self._pool)
         give_back()
 
@@ -173,12 +175,15 @@ class Engine:
             yield
 
     def _rehearse(self, rows: Rows) -> None:
-        """Writes rows to a free slot; if all are in use, to a pool that is thrown away."""
-        free = set(range(self.slots.count)) - set(self.slots.resident().values())
-        if free:
-            self._write(min(free), rows)
-        else:
-            self._write_slot(empty_pool(self.base.config, self.pool_spec, self.mesh), *self._on_device(0, rows))
+        """Writes rows to a free slot of each class; where all are in use, to a pool that is thrown away."""
+        free, owned = set(range(self.slots.count)) - set(self.slots.resident().values()), self._owned()
+        for rank in set(owned):
+            slot = min((s for s in free if owned[s] == rank), default=None)
+            if slot is not None:
+                self._write(slot, rows)
+            else:
+                pool = empty_serving_pool(self.base.config, self.pool_spec, self.mesh)
+                self._write_slot(pool, *self._on_device(owned.index(rank), rows), rank)
 
     def _empty_pages(self) -> KVPages:
         kv_dtype = self.base.dtype if self.config.kv_dtype is None else jnp.dtype(self.config.kv_dtype)
@@ -214,12 +219,12 @@ class Engine:
         _free(self._kv)
         limit = min(self._tuning.active_slots or size.slots, size.slots)
         moves = self.scheduler.resize(size, limit, self.clock())
-        kept = [(new, self._read_slot(self._pool, _index(old))) for old, new in moves.items()]
+        kept = [(new, self._copy(old)) for old, new in moves.items()]
         jax.block_until_ready(kept)
         _free(self._pool)
         self.size, self.pool_spec = size, replace(self.pool_spec, slots=size.slots)
         with jax.transfer_guard_host_to_device("allow"):  # of a zero
-            self._pool = empty_pool(self.base.config, self.pool_spec, self.mesh)
+            self._pool = empty_serving_pool(self.base.config, self.pool_spec, self.mesh)
         for slot, rows in kept:
             self._write(slot, rows)
         jax.block_until_ready(self._pool)
@@ -381,7 +386,7 @@ class Engine:
         adapter = self.store.get(ref)
         if adapter.base_hash != self.base_hash:
             raise BaseMismatch(f"adapter {ref.name} was made for another base model; serve it on that one")
-        return host_rows(self.base.config, self.pool_spec, adapter)
+        return host_rows(self.base.config, self.pool_spec.home(adapter.spec.max_rank), adapter)
 
     def _load(self, ref: AdapterRef, slot: int) -> None:
         """Copies a version that has been read into its slot."""
@@ -392,7 +397,15 @@ class Engine:
         return _index(slot), jax.device_put(rows)
 
     def _write(self, slot: int, rows: Rows) -> None:
-        self._pool = self._write_slot(self._pool, *self._on_device(slot, rows))
+        self._pool = self._write_slot(self._pool, *self._on_device(slot, rows), self._owned()[slot])
+
+    def _copy(self, slot: int) -> Rows:
+        """Returns a copy of a slot's rows on the device."""
+        return self._read_slot(self._pool, _index(slot), self._owned()[slot])
+
+    def _owned(self) -> list[int]:
+        """Returns the rows that each slot owns."""
+        return slot_ranks(self.pool_spec.rank_classes).tolist()
 
     # ---- programs -------------------------------------------------------------------------------------------------
 

@@ -21,8 +21,9 @@ from jax.sharding import Mesh
 from jaxlora.core.lora import HEAD_TARGET
 from jaxlora.model.decoder import Base, TokenBatch, forward, head_logits
 from jaxlora.model.kv_cache import KVPages, page_format, paged_attend
-from jaxlora.model.lora_pool import LoraLayout, PromptLora, Rows, TokenLora
+from jaxlora.model.lora_pool import LoraLayout
 from jaxlora.model.mesh import attention_placement, replicated
+from jaxlora.model.serving_pool import PoolLora, ServingPool
 from pallas_kernels import NO_ADAPTER
 from pallas_kernels.rows.op import logsumexp
 from serve.engine.logit_edits import LogitEdits
@@ -93,10 +94,12 @@ class StepBatch:
         return StepBatch(**arrays, sampling=SamplingBatch.idle(lanes))  # ty: ignore[invalid-argument-type]
 
 
-def _serve_step(base: Base, pool: Rows, kv: KVPages, batch: StepBatch, edits: LogitEdits) -> tuple[KVPages, StepOutput]:
+def _serve_step(
+    base: Base, pool: ServingPool, kv: KVPages, batch: StepBatch, edits: LogitEdits
+) -> tuple[KVPages, StepOutput]:
     G, J = batch.token_GJ.shape
     layout = LoraLayout(config=base.config, mesh=base.mesh)
-    lora = (TokenLora if J == 1 else PromptLora)(pool, batch.slot_G, base.config.layers, layout)
+    lora = PoolLora(pool, batch.slot_G, J, base.config.layers, layout)
     tokens = TokenBatch(
         token_T=batch.token_GJ.reshape(-1),
         position_T=batch.position_GJ.reshape(-1),
@@ -161,7 +164,7 @@ def _scores(
 
 
 def _packed_step(
-    base: Base, pool: Rows, kv: KVPages, words_GW: jax.Array, edits: LogitEdits, layout: Layout[StepBatch]
+    base: Base, pool: ServingPool, kv: KVPages, words_GW: jax.Array, edits: LogitEdits, layout: Layout[StepBatch]
 ) -> tuple[KVPages, StepOutput]:
     return _serve_step(base, pool, kv, layout.unpack(words_GW), edits)
 

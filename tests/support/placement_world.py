@@ -16,13 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from kernel_checks import F32, assert_close, floats
+from kernel_checks import F32, assert_close, floats, gathered
 
 from jaxlora.model.mesh import make_mesh
 from pallas_kernels import dispatch
 from pallas_kernels.attention.op import packed_attention
 from pallas_kernels.cross_entropy.op import target_logprob
-from pallas_kernels.gathered_lora.op import gathered_lora
 from pallas_kernels.paged_attention.op import paged_attention
 from pallas_kernels.segmented_lora.op import segmented_lora
 from pallas_kernels.sharding import Placement
@@ -38,7 +37,7 @@ def decode(placement: Placement | None, interpreted: bool):
     rows = [(floats(rng, L, S, R, DECODE_X) / 16, floats(rng, L, S, R, y), floats(rng, L, S)) for y in WIDTHS]
     slots = np.array([0, 2, -1, 1, 3, 2, 0, -1], np.int32)
     with dispatch.interpreted() if interpreted else contextlib.nullcontext():
-        step = jax.jit(lambda *args: gathered_lora(*args, placement=placement))
+        step = jax.jit(lambda *args: gathered(*args, placement=placement))
         return step(floats(rng, T, DECODE_X), rows, jnp.int32(1), slots)
 
 
