@@ -56,11 +56,13 @@ class PoolSpec:
             raise AdapterInvalid(
                 f"a pool needs at least one slot and rank 1, got {self.slots} slots of rank {self.rank}"
             )
+        if len(self.classes) > 1:
+            assert (self.slots, self.rank) == (sum(n for n, _ in self.classes), max(r for _, r in self.classes))
 
     @property
     def rank_classes(self) -> RankClasses:
         """Returns (slots, rank) of each class of slots, in the order of slots."""
-        return self.classes or ((self.slots, self.rank),)
+        return self.classes if len(self.classes) > 1 else ((self.slots, self.rank),)
 
     def home(self, rank: int) -> PoolSpec:
         """Returns the class of slots that adapters of this rank have as their own: the smallest that holds them.

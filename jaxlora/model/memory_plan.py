@@ -135,7 +135,7 @@ def serving_needs(config: SizedConfig, base: BaseShape, machine: Machine) -> Nee
     """Returns what a server of these sizes takes: of one device, and on a CPU of the host as well."""
     needs = {
         "weights": base.weights_bytes(machine),
-        "slots": pool_bytes(((config.slots, config.max_rank),), base, machine),
+        "slots": pool_bytes(config.rank_classes, base, machine),
         "KV": config.kv_pages * config.page_tokens * base.token_bytes(machine),
         "steps": step_bytes(config, base, machine),
     }
@@ -388,7 +388,7 @@ def slot_sizes(sized: SizedConfig, base: BaseShape, machine: Machine) -> tuple[S
     """
 
     def pool(slots: int) -> int:
-        return pool_bytes(((slots, sized.max_rank),), base, machine) if slots else 0
+        return pool_bytes(((slots, sized.max_rank),), base, machine)
 
     slot, page = pool(ROW_TILE) // ROW_TILE, sized.page_tokens * base.token_bytes(machine)
     whole, found, before = pool(sized.slots) + sized.kv_pages * page, [], 0
@@ -403,8 +403,7 @@ def slot_sizes(sized: SizedConfig, base: BaseShape, machine: Machine) -> tuple[S
                 f"{sized.kv_pages}; {fewer}raise kv_pages to at least {pages}",
                 param="slot_sizes",
             )
-        found.append(SlotSize(slots=slots, pages=(whole - pool(slots)) // page))
-        before = slots
+        found, before = [*found, SlotSize(slots=slots, pages=(whole - pool(slots)) // page)], slots
     return tuple(found)
 
 
@@ -412,7 +411,7 @@ def _sizes_in_words(sized: SizedConfig, base: BaseShape) -> str:
     tokens = sized.kv_pages * sized.page_tokens
     words = [
         f"{sized.rows} rows x {tokens // sized.rows:,} tokens (rows, kv_pages)",
-        f"{sized.slots} slots of rank {sized.max_rank} (slots, max_rank)",
+        f"{' and '.join(f'{n} slots of rank {rank}' for n, rank in sized.rank_classes)} (slots, max_rank)",
         f"prompts {sized.prefill_lanes} x {sized.prefill_tokens} (prefill_lanes, prefill_tokens)",
     ]
     if sized.sizes:

@@ -6,6 +6,7 @@ and every shape it will ever see is compiled by `warm_up`.
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -18,7 +19,7 @@ from jax.sharding import Mesh
 
 from jaxlora.checkpoints.tokenizer import Tokenizer
 from jaxlora.config.serving import SlotSize, Tuning
-from jaxlora.core.errors import AlreadyExists, BaseMismatch, ContextLengthExceeded
+from jaxlora.core.errors import AlreadyExists, BaseMismatch, ContextLengthExceeded, JaxLoraError
 from jaxlora.core.host_memory import give_back
 from jaxlora.core.lora import AdapterRef
 from jaxlora.core.progress import Counted, uncounted
@@ -45,6 +46,7 @@ from serve.engine.telemetry import Telemetry
 LOG = logging.getLogger("serve")
 
 SHORT_LANES = 4  # divides a full program into a small one: a few rows should not pay for many
+RANKS = 2**14  # versions whose rank is remembered, where slots differ in rank
 MIN_ROWS = 2  # XLA:CPU has no fast path for a bfloat16 product with one row
 
 
@@ -85,7 +87,7 @@ class Engine:
         self.sizes = config.sizes or (self.size,)
         self.base, self.mesh, self.config, self.pool_spec = base, mesh, config, pool_spec
         self.store, self.tokenizer, self.base_hash = store, tokenizer, base_hash
-        self.slots = SlotTable(pool_spec.slots)
+        self.slots = SlotTable(pool_spec.slots, slot_ranks(pool_spec.rank_classes).tolist())
         allocator = PageAllocator(config.pages, config.page_tokens)
         self._columns = allocator.needed(config.max_tokens)
         fewest = min((size.pages for size in config.sizes), default=self._columns)
@@ -107,6 +109,7 @@ class Engine:
             ),
             quantum_s=config.quantum_s,
             active=pool_spec.slots,
+            rank_of=functools.lru_cache(RANKS)(self._rank_of),
         )
         in_place = jax.tree.map(lambda x: x.format, self._pool)
         self._write_slot = jax.jit(write_slot, donate_argnums=0, static_argnums=3, out_shardings=in_place)
@@ -176,14 +179,14 @@ class Engine:
 
     def _rehearse(self, rows: Rows) -> None:
         """Writes rows to a free slot of each class; where all are in use, to a pool that is thrown away."""
-        free, owned = set(range(self.slots.count)) - set(self.slots.resident().values()), self._owned()
-        for rank in set(owned):
-            slot = min((s for s in free if owned[s] == rank), default=None)
+        free = set(range(self.slots.count)) - set(self.slots.resident().values())
+        for rank in self.slots.classes:
+            slot = min((s for s in free if self.slots.rank(s) == rank), default=None)
             if slot is not None:
                 self._write(slot, rows)
             else:
                 pool = empty_serving_pool(self.base.config, self.pool_spec, self.mesh)
-                self._write_slot(pool, *self._on_device(owned.index(rank), rows), rank)
+                self._write_slot(pool, *self._on_device(0, rows), rank)
 
     def _empty_pages(self) -> KVPages:
         kv_dtype = self.base.dtype if self.config.kv_dtype is None else jnp.dtype(self.config.kv_dtype)
@@ -332,7 +335,7 @@ class Engine:
         if slot is not None:
             return slot  # a request came first and had it loaded
         self.scheduler.settle()
-        slot = self.slots.choose()
+        slot = self.slots.choose(self.scheduler.active.home(ref))
         if slot is not None:
             self._write(slot, rows)
             self.slots.place(slot, ref)
@@ -388,6 +391,13 @@ class Engine:
             raise BaseMismatch(f"adapter {ref.name} was made for another base model; serve it on that one")
         return host_rows(self.base.config, self.pool_spec.home(adapter.spec.max_rank), adapter)
 
+    def _rank_of(self, ref: AdapterRef) -> int:
+        """Returns the version's rank; the largest where it cannot be told, as its reader will say why."""
+        try:
+            return self.store.rank(ref)
+        except JaxLoraError:
+            return self.pool_spec.rank
+
     def _load(self, ref: AdapterRef, slot: int) -> None:
         """Copies a version that has been read into its slot."""
         self._write(slot, self._loads.take(ref))
@@ -397,15 +407,11 @@ class Engine:
         return _index(slot), jax.device_put(rows)
 
     def _write(self, slot: int, rows: Rows) -> None:
-        self._pool = self._write_slot(self._pool, *self._on_device(slot, rows), self._owned()[slot])
+        self._pool = self._write_slot(self._pool, *self._on_device(slot, rows), self.slots.rank(slot))
 
     def _copy(self, slot: int) -> Rows:
         """Returns a copy of a slot's rows on the device."""
-        return self._read_slot(self._pool, _index(slot), self._owned()[slot])
-
-    def _owned(self) -> list[int]:
-        """Returns the rows that each slot owns."""
-        return slot_ranks(self.pool_spec.rank_classes).tolist()
+        return self._read_slot(self._pool, _index(slot), self.slots.rank(slot))
 
     # ---- programs -------------------------------------------------------------------------------------------------
 

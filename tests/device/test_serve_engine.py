@@ -8,7 +8,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from serve_world import CONFIG, SLOTS, Answer, ask, run_all, step, watch_programs, with_pages, with_resident
+from serve_world import CONFIG, RANK, SLOTS, Answer, ask, run_all, step, watch_programs, with_pages, with_resident
 
 from jaxlora.core.errors import AdapterInvalid
 from jaxlora.core.lora import ATTENTION_TARGETS, AdapterRef
@@ -353,6 +353,22 @@ def test_a_first_publication_compiles_nothing_though_every_slot_was_in_use(world
     with CompileCounter() as counter:
         assert engine.install(AdapterRef("acme", "rehearsed", 1), rows) is not None
     assert not counter.retraced
+
+
+def test_slots_of_several_ranks_give_the_same_tokens_and_compile_nothing(world):
+    """Whatever mix comes finds its programs, guests in larger slots and device rows in smaller ones too."""
+    spec = replace(world.spec, slots=4, classes=((1, RANK), (3, 1)))
+    engine = replace(world, spec=spec).engine()
+    engine.warm_up()
+    adapters = [world.add(f"class{i}", seed=80 + i, rank=1 + 2 * (i % 3 == 0)) for i in range(7)]
+    device_rows = world.device_rows(adapters[1])
+    engine.rehearse_install(device_rows)
+    requests = [ask(f"q{i}", a, 4 + i, 6) for i, a in enumerate([*adapters, *adapters])]
+    with CompileCounter() as counter:
+        assert engine.slots.rank(engine.install(adapters[1].ref, device_rows)) == 1
+        answers = run_all(engine, requests)
+    assert not counter.retraced
+    assert [answers[r.id].tokens for r in requests] == [world.greedy(r) for r in requests]
 
 
 @pytest.mark.parametrize("count", [1, SLOTS])

@@ -55,8 +55,14 @@ def test_what_a_plan_counts_is_what_is_allocated(path, dtype, quantization):
     shape = BaseShape(config=base.config, dtype=dtype, kv_dtype=dtype, quantized=quantized, name="tiny")
     machine = machine_of(ONE_DEVICE, 2.0)
     assert shape.weights_bytes(machine) == sum(x.nbytes for x in jax.tree.leaves(base))
-    pool = empty_serving_pool(base.config, PoolSpec(slots=3, rank=8, dtype=dtype, targets=ALL_TARGETS), mesh)
-    assert pool_bytes(((3, 8),), shape, machine) == sum(x.nbytes for x in jax.tree.leaves(pool))
+    classes = (1, 32), (8, 4)
+    for slots, rank, of in ((1, 32, ()), (9, 32, classes)):
+        spec = PoolSpec(slots=slots, rank=rank, dtype=dtype, targets=ALL_TARGETS, classes=of)
+        pool = empty_serving_pool(base.config, spec, mesh)
+        assert pool_bytes(spec.rank_classes, shape, machine) == sum(x.nbytes for x in jax.tree.leaves(pool))
+        rows = sum(r.a_LNRX.nbytes + r.b_LNRY.nbytes for r in pool.values())
+        # Eight slots of rank 4 take as much as one of rank 32.
+        assert rows == (1 + bool(of)) * 32 * shape.rank_bytes(machine, itemsize=jnp.dtype(dtype).itemsize)
     pages = empty_pages(base.config, mesh, pages=5, page_tokens=8, dtype=jnp.dtype(dtype))
     assert 40 * shape.token_bytes(machine) == pages.k_LPZF.nbytes + pages.v_LPZF.nbytes
     spec = PoolSpec(slots=3, rank=4, dtype="float32", targets=ALL_TARGETS)
