@@ -133,6 +133,13 @@ def _around(half_LNRX: jax.Array, first: jax.Array, owned: int) -> tuple[jax.Arr
     return tile, first - tile * R, lax.dynamic_slice_in_dim(half_LNRX, tile, count, 1).reshape(L, count * R, X)
 
 
+@functools.cache
+def slot_writer(config: ModelConfig, spec: PoolSpec, mesh: Mesh) -> jax.stages.Wrapped:
+    """Returns `write_slot`, jitted, for pools of this specification: it donates the pool, and leaves it where it lies."""
+    where = jax.tree.map(lambda x: x.format, pool_shapes(config, spec, mesh))
+    return jax.jit(write_slot, donate_argnums=0, static_argnums=3, out_shardings=where)
+
+
 def read_slot(pool: ServingPool, slot: jax.Array, owned: int) -> Rows:
     """Returns a copy of the rows of one slot, which owns so many, in the pool's dtype."""
 
@@ -161,13 +168,13 @@ class PoolLora:
     def __init__(
         self, pool: ServingPool, slot_G: jax.Array, tokens: int, layers: int, layout: LoraLayout | None = None
     ):
-        """tokens: of a lane."""
+        """tokens: of a lane.  A pool without targets adds nothing, and the program has no LoRA."""
         self.pool, self.slot_G, self.layout = pool, slot_G, layout
         self.per_layer = jnp.arange(layers)
         self._decodes = tokens == 1
         # All targets split their features over the same axes, so the tokens of all are split alike.
-        first = next(iter(pool))
-        self._visits = visits_by_slot(slot_G, self._placement(first) if self._decodes else None)
+        split = next((self._placement(target) for target in pool), None) if self._decodes else None
+        self._visits = visits_by_slot(slot_G, split)
 
     def deltas(self, layer: jax.Array, targets: tuple[str, ...], x_TX: jax.Array) -> tuple[jax.Array | None, ...]:
         """Returns [T, Y] per target, None where the pool lacks it."""

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -154,7 +155,16 @@ class _Target:
 
 
 def _tile_count(first: jax.Array, rank: jax.Array) -> jax.Array:
-    return jnp.where(rank > 0, (first % ROW_TILE + rank + ROW_TILE - 1) // ROW_TILE, 0)
+    return jnp.where(rank > 0, _quotient(_remainder(first, ROW_TILE) + rank + ROW_TILE - 1, ROW_TILE), 0)
+
+
+def _quotient(number: jax.Array, by: int) -> jax.Array:
+    """Returns number // by of a number that is not negative: `//` asks for the sign, and that for the kind of chip."""
+    return lax.div(number, np.int32(by))
+
+
+def _remainder(number: jax.Array, by: int) -> jax.Array:
+    return lax.rem(number, np.int32(by))
 
 
 def _expanded(target: _Target, h_of, b, out: tuple[int, int]) -> jax.Array:
@@ -216,7 +226,9 @@ def _visit(
     each, targets, K = len(halves) // len(rows), range(len(rows)), _row_tiles(rows[0])
 
     def block(shape: tuple[int, ...]) -> pl.BlockSpec:
-        return pl.BlockSpec((pl.squeezed, *shape), lambda v, _, place, *rest: (place[v] // TOKENS, *(0 for _ in shape)))
+        return pl.BlockSpec(
+            (pl.squeezed, *shape), lambda v, _, place, *rest: (_quotient(place[v], TOKENS), *(0 for _ in shape))
+        )
 
     def body(*refs) -> None:
         at = iter(refs)
@@ -229,12 +241,13 @@ def _visit(
 
         def copies(visit: jax.Array, act: str) -> None:
             """Starts the copies of the rows of a visit's slot, or waits for them."""
-            buffer = fetch[visit] % 2
+            buffer = _remainder(fetch[visit], 2)
+            tile = _quotient(first[visit], ROW_TILE)
             for i, (whole, near) in enumerate(zip(pool_refs, buffers, strict=True)):
 
                 def one(k: jax.Array, _: None, whole=whole, near=near) -> None:
                     copy = pltpu.make_async_copy(
-                        whole.at[layer_ref[0], first[visit] // ROW_TILE + k], near.at[buffer, k], semaphores.at[buffer]
+                        whole.at[layer_ref[0], tile + k], near.at[buffer, k], semaphores.at[buffer]
                     )
                     getattr(copy, act)()
 
@@ -254,12 +267,14 @@ def _visit(
             def _() -> None:
                 copies(next_visit[v], "start")
 
-        opens = place[v] % TOKENS == 0  # of a tile of tokens the first visit: nothing is in its output yet
+        opens = _remainder(place[v], TOKENS) == 0  # of a tile of tokens the first visit: nothing is in its output yet
         mine_T1 = slot_ref[...] == slot[v]
 
         for i in targets:
-            near = [b.at[fetch[v] % 2] for b in buffers[i * each : (i + 1) * each]]
-            target = _Target(refs=near, first=first[v] % ROW_TILE, rank=rank_refs[i][v], scale=scale_refs[i][v])
+            near = [b.at[_remainder(fetch[v], 2)] for b in buffers[i * each : (i + 1) * each]]
+            target = _Target(
+                refs=near, first=_remainder(first[v], ROW_TILE), rank=rank_refs[i][v], scale=scale_refs[i][v]
+            )
 
             def put(value: jax.Array, *place: jax.Array, ref=out_refs[i]) -> None:
                 before = jnp.where(opens, jnp.zeros_like(ref[place or ...]), ref[place or ...])

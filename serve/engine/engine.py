@@ -27,8 +27,9 @@ from jaxlora.model.decoder import Base
 from jaxlora.model.kv_cache import KVPages, empty_pages
 from jaxlora.model.lora_pool import PoolSpec, Rows, host_rows
 from jaxlora.model.mesh import check_lanes, place_rows
-from jaxlora.model.serving_pool import empty_serving_pool, read_slot, slot_bytes, write_slot, zero_rows
+from jaxlora.model.serving_pool import ServingPool, empty_serving_pool, read_slot, slot_bytes, slot_writer, zero_rows
 from jaxlora.storage.adapter_store import AdapterStore
+from pallas_kernels import NO_ADAPTER
 from pallas_kernels.gathered_lora.pool_rows import slot_ranks
 from serve.engine.adapter_loads import READERS, AdapterLoads
 from serve.engine.kv_offload import PageMover, page_bytes
@@ -46,6 +47,7 @@ from serve.engine.telemetry import Telemetry
 LOG = logging.getLogger("serve")
 
 SHORT_LANES = 4  # divides a full program into a small one: a few rows should not pay for many
+BASE_ALONE = ("gpu", "tpu")  # where steps of base requests alone run a program without LoRA; CPUs keep one program
 RANKS = 2**14  # versions whose rank is remembered, where slots differ in rank
 MIN_ROWS = 2  # XLA:CPU has no fast path for a bfloat16 product with one row
 
@@ -111,12 +113,11 @@ class Engine:
             active=pool_spec.slots,
             rank_of=functools.lru_cache(RANKS)(self._rank_of),
         )
-        in_place = jax.tree.map(lambda x: x.format, self._pool)
-        self._write_slot = jax.jit(write_slot, donate_argnums=0, static_argnums=3, out_shardings=in_place)
         self._read_slot = jax.jit(read_slot, static_argnums=2)
         self._policy = SlotPolicy(self.sizes, self.size)
         self._tuning = Tuning(quantum_ms=1000 * config.quantum_s)
         self._program = step_program(mesh)
+        self.base_alone = mesh.devices.flat[0].platform in BASE_ALONE
         ends = len(tokenizer.eos_ids)
         self._edits = EditArrays(mesh, max_tokens=config.max_tokens, vocab=base.config.vocab, ends=ends)
         self._loads = AdapterLoads(self._read, store.is_here, lambda: self.clock())
@@ -159,7 +160,10 @@ class Engine:
         for _ in self._every_size():
             for lanes, tokens in shapes:
                 compiling(number := number + 1, of)
-                jax.device_get(self._run(*self._batch(lanes, tokens, [])))
+                for slot in {NO_ADAPTER, 0} if self.base_alone else {NO_ADAPTER}:
+                    batch, edits = self._batch(lanes, tokens, [])
+                    batch.slot_G[:] = slot
+                    jax.device_get(self._run(batch, edits))
             compiling(number := number + 1, of)
             self._kv = self._mover.warm_up(self._kv)
             for _, rank in self.pool_spec.rank_classes:
@@ -409,9 +413,12 @@ class Engine:
     def _write(self, slot: int, rows: Rows) -> None:
         self._pool = self._write_slot(self._pool, *self._on_device(slot, rows), self.slots.rank(slot))
 
+    def _write_slot(self, pool: ServingPool, slot: jax.Array, rows: Rows, owned: int) -> ServingPool:
+        return slot_writer(self.base.config, self.pool_spec, self.mesh)(pool, slot, rows, owned)
+
     def _copy(self, slot: int) -> Rows:
-        """Returns a copy of a slot's rows on the device."""
-        return self._read_slot(self._pool, _index(slot), self.slots.rank(slot))
+        """Returns a copy of a slot's rows on the device, where slots are of one class."""
+        return self._read_slot(self._pool, _index(slot), self.pool_spec.rank)
 
     # ---- programs -------------------------------------------------------------------------------------------------
 
@@ -429,8 +436,9 @@ class Engine:
         if self.mesh.size > 1:  # on one device the call copies them itself, in a tenth of the time of device_put
             words_GW = place_rows(self.mesh, words_GW)
         placed = self._edits.place(edits)
+        pool = {} if self.base_alone and (batch.slot_G == NO_ADAPTER).all() else self._pool
         with jax.transfer_guard_host_to_device("allow"):
-            self._kv, out = self._program(self.base, self._pool, self._kv, words_GW, placed, layout)
+            self._kv, out = self._program(self.base, pool, self._kv, words_GW, placed, layout)
         return out
 
     def _fill(

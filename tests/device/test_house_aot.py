@@ -56,7 +56,7 @@ def test_decode_with_heads_split_in_three():
         compiled, rows, kv = decode(make_mesh(tensor=3, devices=devices))
     assert kernels(compiled) == DECODE_KERNELS
     in_layers = collectives(compiled, "jit(_packed_step)/while/body")
-    assert in_layers == {f"f32[{ROWS},1,{RANK}]": 2, f"bf16[{ROWS},{SMOLLM2.d_model}]": 2}
+    assert in_layers == {f"f32[{ROWS},{RANK}]": 2, f"bf16[{ROWS},{SMOLLM2.d_model}]": 2}
     assert made_as_large_as(parts(rows), compiled.as_text()) == []
     assert makers(kv, compiled) == []
 

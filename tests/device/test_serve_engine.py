@@ -14,7 +14,9 @@ from jaxlora.core.errors import AdapterInvalid
 from jaxlora.core.lora import ATTENTION_TARGETS, AdapterRef
 from jaxlora.model.compile_cache import CompileCounter
 from jaxlora.model.lora_pool import PoolSpec, host_rows
+from serve.engine import engine as engine_module
 from serve.engine.request import FinishReason
+from serve.engine.step import Layout
 
 pytest_plugins = ["serve_fixtures"]
 
@@ -369,6 +371,35 @@ def test_slots_of_several_ranks_give_the_same_tokens_and_compile_nothing(world):
         answers = run_all(engine, requests)
     assert not counter.retraced
     assert [answers[r.id].tokens for r in requests] == [world.greedy(r) for r in requests]
+
+
+def test_a_step_of_base_requests_alone_runs_a_program_without_lora(world, monkeypatch):
+    """As on GPUs and TPUs: the same tokens, nothing compiles later, and for a TPU the program has no kernel of LoRA."""
+    monkeypatch.setattr(engine_module, "BASE_ALONE", ("cpu",))
+    engine = world.engine()
+    engine.warm_up()
+    pools, program = [], engine._program
+
+    def watched(base, pool, *rest):
+        pools.append(bool(pool))
+        return program(base, pool, *rest)
+
+    monkeypatch.setattr(engine, "_program", watched)
+    alone, mixed = [ask("alone", None, 4, 5)], [ask("base", None, 5, 4), ask("tuned", world.adapters[0], 5, 4)]
+    with CompileCounter() as counter:
+        answers = run_all(engine, alone)
+        assert not any(pools)
+        answers |= run_all(engine, mixed)
+        assert any(pools)
+    assert not counter.retraced
+    for request in [*alone, *mixed]:
+        assert answers[request.id].tokens == world.greedy(request)
+    batch, edits = engine._batch(2, 1, [])
+    layout = Layout.of(batch)
+    words_GW, placed = layout.pack(batch), engine._edits.place(edits)
+    for pool, has_lora in ((engine._pool, True), ({}, False)):
+        traced = program.trace(engine.base, pool, engine._kv, words_GW, placed, layout)
+        assert ("gathered_lora" in traced.lower(lowering_platforms=("tpu",)).as_text()) is has_lora
 
 
 @pytest.mark.parametrize("count", [1, SLOTS])
