@@ -121,7 +121,7 @@ class Engine:
         ends = len(tokenizer.eos_ids)
         self._edits = EditArrays(mesh, max_tokens=config.max_tokens, vocab=base.config.vocab, ends=ends)
         self._loads = AdapterLoads(self._read, store.is_here, lambda: self.clock())
-        one = self.slot_bytes * 4 // jnp.dtype(pool_spec.dtype).itemsize  # on the host, in float32
+        one = sum(x.nbytes for x in jax.tree.leaves(zero_rows(base.config, pool_spec)))  # of an adapter that was read
         most = max(size.slots for size in self.sizes)
         # An exchange may replace every adapter at once: their successors are read by then, as far as memory allows.
         self.ahead = max(READERS, min(most, store.host_memory().limit // 2 // one))
