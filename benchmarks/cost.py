@@ -46,8 +46,9 @@ from jaxlora.config.base import DEMO_MODEL
 from jaxlora.core.adapter_size import adapter_size
 from jaxlora.core.lora import ALL_TARGETS, LAYER_TARGETS, AdapterRef, LoraSpec
 from jaxlora.core.model_config import Llama3Rope, ModelConfig, parameter_count
-from jaxlora.model.lora_pool import PoolSpec, empty_pool, slot_bytes
+from jaxlora.model.lora_pool import PoolSpec
 from jaxlora.model.mesh import make_mesh
+from jaxlora.model.serving_pool import empty_serving_pool, slot_bytes
 from jaxlora.peft.ingest import find_base
 from jaxlora.storage.adapter_store import AdapterStore
 from serve.bench.client import Server
@@ -147,7 +148,7 @@ def measured(config: ModelConfig, base_hash: str, targets: str, rank: int, dtype
         blocks = [path.stat().st_blocks for path in (Path(folder) / "adapters/cost/a/1").rglob("*")]
     mesh = make_mesh()
     pools = [
-        empty_pool(config, PoolSpec(slots=2, rank=rank, dtype=dtype, targets=held), mesh)
+        empty_serving_pool(config, PoolSpec(slots=2, rank=rank, dtype=dtype, targets=held), mesh)
         for held in (made.spec.targets, ALL_TARGETS)
     ]
     return Bytes(
@@ -157,8 +158,8 @@ def measured(config: ModelConfig, base_hash: str, targets: str, rank: int, dtype
         trainable_percent=size.trainable_percent,
         disk=512 * sum(blocks),
         ram=ram,
-        slot=slot_bytes(pools[0]),
-        server_slot=slot_bytes(pools[1]),
+        slot=slot_bytes(pools[0], rank),
+        server_slot=slot_bytes(pools[1], rank),
     )
 
 

@@ -31,9 +31,11 @@ from jaxlora.config.base import DEMO_MODEL, ONE_DEVICE, ModelSection
 from jaxlora.model import compile_cache
 from jaxlora.model.decoder import Base, Lora, TokenBatch, forward, head_logits
 from jaxlora.model.kv_cache import KVPages, empty_pages, paged_attend
-from jaxlora.model.lora_pool import LoraRows, PoolSpec, PromptLora, Rows, TokenLora, empty_pool
+from jaxlora.model.lora_pool import LoraRows, PoolSpec, Rows, empty_pool
+from jaxlora.model.serving_pool import PoolLora
 from pallas_kernels.bench import run as bench
 from pallas_kernels.bench.cases import GATHERED_ALTERNATIVES
+from pallas_kernels.gathered_lora.pool_rows import of_slots
 from serve.engine.logit_edits import LogitEdits
 from serve.engine.sampling import SamplingBatch, sample
 from train.bench import TrainingSizes, base_pass, examples_of, full_lanes
@@ -87,6 +89,16 @@ def random_pool(base: Base, dtype: str) -> Rows:
         t: LoraRows(a_LSRX=small(r.a_LSRX), b_LSRY=small(r.b_LSRY), scale_LS=jnp.full_like(r.scale_LS, 2.0))
         for t, r in pool.items()
     }
+
+
+def of_lanes(tokens: int) -> Callable[[Rows, jax.Array, int], Lora]:
+    """LoRA as a server computes it, of lanes of so many tokens."""
+
+    def make(pool: Rows, slot_G: jax.Array, layers: int) -> Lora:
+        serving = {t: of_slots(r.a_LSRX, r.b_LSRY, r.scale_LS) for t, r in pool.items()}
+        return PoolLora(serving, slot_G, tokens, layers)
+
+    return make
 
 
 def serve_step(
@@ -189,13 +201,13 @@ def main() -> int:
         def timed(forms: dict[str, Callable], rounds: int, slots: np.ndarray = slots) -> dict[str, bench.Timing]:
             return bench.measure({n: serving(base, served, form, slots, 1) for n, form in forms.items()}, rounds)
 
-        timings = timed({"base": none, "ours": TokenLora}, DECODE_ROUNDS * args.rounds) | timed(others, args.rounds)
+        timings = timed({"base": none, "ours": of_lanes(1)}, DECODE_ROUNDS * args.rounds) | timed(others, args.rounds)
         bound_s = distinct * adapter_bytes / bandwidth.read_bytes_s
         show(f"decode, {distinct} adapters", timings, bound_s, DECODE_LIMIT)
     if "prefill" in args.steps:
         runs = {
             name: serving(base, served, form, np.arange(PREFILL[0]), PREFILL[1])
-            for name, form in {"base": none, "ours": PromptLora}.items()
+            for name, form in {"base": none, "ours": of_lanes(PREFILL[1])}.items()
         }
         show("prefill 8 x 64", bench.measure(runs, args.rounds), None, LANES_LIMIT)
     if "training" in args.steps:

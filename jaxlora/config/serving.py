@@ -226,6 +226,18 @@ class BlobsSection:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RankClassSection:
+    """Slots for adapters of a smaller rank, which then use less device memory."""
+
+    rank: int  # largest rank of such a slot; multiples of 8 are read best
+    slots: int
+
+    def __post_init__(self) -> None:
+        with Checks() as check:
+            check.counts(self, "rank", "slots")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ServeConfig:
     """Settings of one server: one base, many adapters, one compiled decode step."""
 
@@ -250,6 +262,9 @@ class ServeConfig:
     # Numbers of slots, rising, among them `slots`, with which the server starts: where adapters wait for slots or
     # requests for KV pages, it changes to the next, and pages take the memory that slots leave.  None: no changes.
     slot_sizes: tuple[int, ...] = ()
+    # More slots, for smaller ranks: an adapter lies in one of the smallest rank that holds it, in a larger one while
+    # nobody else wants that.
+    rank_class: tuple[RankClassSection, ...] = ()
     page_tokens: int = 64  # tokens in a page; large pages are nearly free on a CPU, small ones are not
     default_max_tokens: int = 256  # of a request that sets none
     max_waiting: int = 256  # requests in the queue before new ones get 503
@@ -310,7 +325,15 @@ class ServeConfig:
             check.need(rising, "slot_sizes", "rising numbers of slots, each at least 1", list(self.slot_sizes))
             among = not self.slot_sizes or self.slots in self.slot_sizes
             check.need(among, "slots", f"one of slot_sizes = {list(self.slot_sizes)}", self.slots)
-            sizes = self.slots, self.prefill_lanes, self.slot_sizes
+            ranks = [c.rank for c in self.rank_class]
+            check.distinct([str(rank) for rank in ranks], "ranks under [[rank_class]]", "rank_class[{}].rank")
+            for i, rank in enumerate(ranks):
+                less = most is None or rank < most
+                check.need(less, f"rank_class[{i}].rank", f"less than max_rank = {most}", rank)
+            single = not (self.slot_sizes and self.rank_class)
+            check.need(single, "rank_class", "left out where there are slot_sizes", ranks)
+            more = sum(c.slots for c in self.rank_class)
+            sizes = None if self.slots is None else self.slots + more, self.prefill_lanes, self.slot_sizes
             check.call("", lambda: self.tuning.check_fits(*sizes), section="tuning.")
 
     @property
@@ -370,3 +393,9 @@ class SizedConfig(ServeConfig):
     host_states_gb: float
     sizes: tuple[SlotSize, ...] = ()  # those of slot_sizes
     training: SizedTraining | None = None
+
+    @property
+    def rank_classes(self) -> tuple[tuple[int, int], ...]:
+        """Returns (slots, rank) of each class of slots, the largest rank first."""
+        smaller = sorted(((c.slots, c.rank) for c in self.rank_class), key=lambda c: -c[1])
+        return (self.slots, self.max_rank), *smaller

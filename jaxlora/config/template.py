@@ -59,6 +59,7 @@ EXAMPLES: dict[str, object] = {
     "prefill_lanes_while_decoding": 2,
     "prefill_tokens": 32,
     "rank": 8,
+    "RankClassSection.slots": 32,
     "read_memory_bytes": 2 * 2**30,
     "requests_per_address": 64,
     "requests_per_minute": 600,

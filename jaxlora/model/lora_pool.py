@@ -1,4 +1,4 @@
-"""The pool of adapters on the device: S slots of rows.
+"""The pool of adapters in training on the device, S slots of rows, and what it has in common with the one that serves.
 
 A Pool is a pytree.  For each target it holds a_LSRX, b_LSRY and scale_LS; rank comes before features so that rows are
 contiguous.  A slot is one index of S; an adapter of a smaller rank is padded with zero rows in both halves, which stay
@@ -10,8 +10,7 @@ Shape letters: L layers (1 for lm_head), S slots, R rank of the pool, X Y featur
 from __future__ import annotations
 
 import functools
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import jax
@@ -24,9 +23,8 @@ from jaxlora.core.errors import AdapterInvalid, AdapterNotFinite
 from jaxlora.core.lora import ALL_TARGETS, HEAD_TARGET, LAYER_TARGETS, AdapterWeights, LoraSpec
 from jaxlora.core.model_config import ModelConfig, layer_count, parameters, target_features
 from jaxlora.model.mesh import RULES, sharding
-from pallas_kernels.gathered_lora.op import fits_native, gathered_lora, visits_by_slot, visits_of_lanes
-from pallas_kernels.native import library
-from pallas_kernels.segmented_lora.op import segmented_lora, take_layer_rows, take_rows
+from pallas_kernels.gathered_lora.pool_rows import RankClasses
+from pallas_kernels.segmented_lora.op import segmented_lora, take_rows
 from pallas_kernels.sharding import Placement
 
 
@@ -51,12 +49,31 @@ class PoolSpec:
     rank: int  # largest rank of an adapter
     dtype: str  # float32 where we train, the serving dtype where we serve
     targets: tuple[str, ...] = LAYER_TARGETS
+    classes: RankClasses = ()  # (slots, rank) where a server's slots differ in rank, falling; `slots` and `rank` are theirs
 
     def __post_init__(self) -> None:
         if self.slots < 1 or self.rank < 1:
             raise AdapterInvalid(
                 f"a pool needs at least one slot and rank 1, got {self.slots} slots of rank {self.rank}"
             )
+        if len(self.classes) > 1:
+            assert (self.slots, self.rank) == (sum(n for n, _ in self.classes), max(r for _, r in self.classes))
+
+    @property
+    def rank_classes(self) -> RankClasses:
+        """Returns (slots, rank) of each class of slots, in the order of slots."""
+        return self.classes if len(self.classes) > 1 else ((self.slots, self.rank),)
+
+    def home(self, rank: int) -> PoolSpec:
+        """Returns the class of slots that adapters of this rank have as their own: the smallest that holds them.
+
+        Raises AdapterInvalid when none does.
+        """
+        fits = [(own, slots) for slots, own in self.rank_classes if own >= rank]
+        if not fits:
+            raise AdapterInvalid(f"rank {rank} exceeds the limit {self.rank} of this server")
+        own, slots = min(fits)
+        return PoolSpec(slots=slots, rank=own, dtype=self.dtype, targets=self.targets)
 
     def check(self, spec: LoraSpec) -> None:
         """Raises AdapterInvalid when an adapter of this specification does not fit a slot."""
@@ -131,11 +148,6 @@ def empty_pool(config: ModelConfig, spec: PoolSpec, mesh: Mesh) -> Rows:
     return pool
 
 
-def slot_bytes(pool: Rows) -> int:
-    """Returns the bytes of one slot of a pool on all devices together, whatever lies in it."""
-    return sum(x.nbytes // x.shape[1] for x in jax.tree.leaves(pool))
-
-
 def host_rows(config: ModelConfig, spec: PoolSpec, adapter: AdapterWeights) -> Rows:
     """Returns one slot's rows of this adapter as float32 NumPy arrays: every target of the pool, every row, and scale.
 
@@ -186,29 +198,6 @@ def adapter_of_rows(rows: Mapping[str, LoraRows], spec: LoraSpec, base_hash: str
         for t in spec.targets
     }
     return AdapterWeights(spec=spec, base_hash=base_hash, weights=weights)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def write_slot(pool: Rows, slot: jax.Array, rows: Rows) -> Rows:
-    """Returns the pool with one slot replaced whole, cast to the pool's dtype.  Donates the pool.
-
-    Targets that `rows` lacks and rank rows past its own become zero: nothing of the slot's last adapter remains.
-    """
-
-    def put(whole: jax.Array, part: jax.Array | None) -> jax.Array:
-        shape = whole.shape[:1] + whole.shape[2:]
-        full = jnp.zeros(shape, whole.dtype)
-        if part is not None:
-            full = lax.dynamic_update_slice(full, part.astype(whole.dtype), (0,) * full.ndim)
-        return lax.dynamic_update_index_in_dim(whole, full, slot, 1)
-
-    nothing = LoraRows(a_LSRX=None, b_LSRY=None, scale_LS=None)  # ty: ignore[invalid-argument-type]
-    return {target: jax.tree.map(put, whole, rows.get(target, nothing)) for target, whole in pool.items()}
-
-
-def read_slot(pool: Rows, slot: jax.Array) -> Rows:
-    """Returns a copy of one slot's rows, in the pool's dtype."""
-    return jax.tree.map(lambda whole: lax.dynamic_index_in_dim(whole, slot, 1, keepdims=False), pool)
 
 
 @jax.jit
@@ -303,63 +292,3 @@ def _layer_keys(draw_GN: jax.Array, layer_L: jax.Array) -> jax.Array:
         return key
 
     return jax.vmap(jax.vmap(of, (None, 0)), (0, None))(layer_L, draw_GN)
-
-
-class _PoolLora(ABC):
-    """Adapted linears that read the pool directly, layer by layer."""
-
-    def __init__(self, pool: Rows, layers: int, layout: LoraLayout | None):
-        self.pool, self.layout = pool, layout
-        self.per_layer = np.arange(layers, dtype=np.int32)  # constants where layers are unrolled
-
-    def deltas(self, layer: jax.Array, targets: tuple[str, ...], x_TX: jax.Array) -> tuple[jax.Array | None, ...]:
-        """Returns [T, Y] per target, None where the pool lacks it."""
-        have = [t for t in targets if t in self.pool]
-        got = dict(zip(have, self.product(layer, have, x_TX), strict=True)) if have else {}
-        return tuple(got.get(t) for t in targets)
-
-    @abstractmethod
-    def product(self, layer: jax.Array, targets: Sequence[str], x_TX: jax.Array) -> tuple[jax.Array, ...]:
-        """Returns [T, Y] per target, all of which the pool has.  The head's layer is 0."""
-
-
-class PromptLora(_PoolLora):
-    """Adapted linears of tokens in lanes with one slot each (prefill).
-
-    Reads rows in place, token by token as decode does and with the same bits, where a body does that well; else gathers a
-    layer's rows as it runs, by lane.
-    """
-
-    def __init__(self, pool: Rows, slot_G: jax.Array, layers: int, layout: LoraLayout | None = None):
-        super().__init__(pool, layers, layout)
-        self.slot_G = slot_G
-        self.visits = visits_by_slot(slot_G)
-
-    def product(self, layer: jax.Array, targets: Sequence[str], x_TX: jax.Array) -> tuple[jax.Array, ...]:
-        """Returns [T, Y] per target, all of which the pool has.  The head's layer is 0."""
-        placement = None if self.layout is None else self.layout.lanes(targets[0])
-        rows = [(self.pool[t].a_LSRX, self.pool[t].b_LSRY, self.pool[t].scale_LS) for t in targets]
-        if library.instruction_set() is not None and fits_native(placement, x_TX, rows):
-            tokens = x_TX.shape[0] // self.slot_G.shape[0]
-            slot_T = jnp.repeat(self.slot_G, tokens)
-            return gathered_lora(x_TX, rows, layer, slot_T, visits_of_lanes(self.visits, tokens))
-        taken = [jax.tree.map(lambda p: take_layer_rows(p, layer, self.slot_G), self.pool[t]) for t in targets]
-        x_GJX = x_TX.reshape(self.slot_G.shape[0], -1, x_TX.shape[-1])
-        got = segmented_lora(x_GJX, [(r.a_LSRX, r.b_LSRY, r.scale_LS) for r in taken], placement)
-        return tuple(y.reshape(x_TX.shape[0], -1) for y in got)
-
-
-class TokenLora(_PoolLora):
-    """Adapted linears of tokens with a slot each (decode): rows are read in place."""
-
-    def __init__(self, pool: Rows, slot_T: jax.Array, layers: int, layout: LoraLayout | None = None):
-        super().__init__(pool, layers, layout)
-        self.slot_T = slot_T
-        # All targets split their features over the same axes, so the tokens of all are split alike.
-        self.visits = visits_by_slot(slot_T, None if layout is None else layout.tokens(next(iter(pool))))
-
-    def product(self, layer: jax.Array, targets: Sequence[str], x_TX: jax.Array) -> tuple[jax.Array, ...]:
-        """Returns [T, Y] per target, all of which the pool has.  The head's layer is 0."""
-        rows = [(self.pool[t].a_LSRX, self.pool[t].b_LSRY, self.pool[t].scale_LS) for t in targets]
-        placement = None if self.layout is None else self.layout.tokens(targets[0])
-        return gathered_lora(x_TX, rows, layer, self.slot_T, self.visits, placement)

@@ -32,6 +32,7 @@ from jaxlora.core.lora import ALL_TARGETS, HEAD_TARGET
 from jaxlora.core.model_config import LINEARS, ModelConfig, layer_count, parameters
 from jaxlora.model.base_form import Form
 from jaxlora.model.size_ladder import ACCELERATOR, CPU, MANY_CORES, Sizes
+from pallas_kernels.gathered_lora.pool_rows import ROW_TILE, RankClasses, tile_count
 
 GB = 1e9
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
@@ -136,13 +137,20 @@ def serving_needs(config: SizedConfig, base: BaseShape, machine: Machine) -> Nee
     """Returns what a server of these sizes takes: of one device, and on a CPU of the host as well."""
     needs = {
         "weights": base.weights_bytes(machine),
-        "slots": config.slots * config.max_rank * base.rank_bytes(machine, itemsize=ITEMSIZE[base.dtype]),
+        "slots": pool_bytes(config.rank_classes, base, machine),
         "KV": config.kv_pages * config.page_tokens * base.token_bytes(machine),
         "steps": step_bytes(config, base, machine),
     }
     if config.training is not None:
         needs["training"] = live_training_bytes(config.training, base, machine)
     return needs | (host_needs(config) if machine.host is None else {})
+
+
+def pool_bytes(classes: RankClasses, base: BaseShape, machine: Machine) -> int:
+    """Returns the bytes on one device of serving slots: rank rows in whole tiles, scales and ranks."""
+    tables = 4 * sum(layer_count(base.config, target) + 1 for target in ALL_TARGETS)
+    rows = tile_count(classes) * ROW_TILE * base.rank_bytes(machine, itemsize=ITEMSIZE[base.dtype])
+    return rows + sum(slots for slots, _ in classes) * tables
 
 
 def host_needs(config: SizedConfig) -> Needs:
@@ -389,14 +397,16 @@ def slot_sizes(sized: SizedConfig, base: BaseShape, machine: Machine) -> tuple[S
     Raises ConfigInvalid, naming the most slots and the least pages that go, for a size that leaves less, or no page for
     each row.
     """
-    scales = 4 * sum(layer_count(base.config, target) for target in ALL_TARGETS)
-    slot = sized.max_rank * base.rank_bytes(machine, itemsize=ITEMSIZE[base.dtype]) + scales
-    page = sized.page_tokens * base.token_bytes(machine)
-    whole, found, before = sized.slots * slot + sized.kv_pages * page, [], 0
+
+    def pool(slots: int) -> int:
+        return pool_bytes(((slots, sized.max_rank),), base, machine)
+
+    slot, page = pool(ROW_TILE) // ROW_TILE, sized.page_tokens * base.token_bytes(machine)
+    whole, found, before = pool(sized.slots) + sized.kv_pages * page, [], 0
     for slots in sized.slot_sizes:
         least = max(sized.rows * page, before * slot)
-        if slots * slot + least > whole:
-            most, pages = (whole - least) // slot, sized.kv_pages - (whole - least - slots * slot) // page
+        if pool(slots) + least > whole:
+            most, pages = (whole - least) // slot, sized.kv_pages - (whole - least - pool(slots)) // page
             fewer = f"take at most {most} slots, or " * (most > before)
             raise ConfigInvalid(
                 f"slot_sizes: {slots} slots leave less than the {least / GB:.2f} GB of KV that rows = {sized.rows} and the "
@@ -404,8 +414,7 @@ def slot_sizes(sized: SizedConfig, base: BaseShape, machine: Machine) -> tuple[S
                 f"{sized.kv_pages}; {fewer}raise kv_pages to at least {pages}",
                 param="slot_sizes",
             )
-        found.append(SlotSize(slots=slots, pages=(whole - slots * slot) // page))
-        before = slots
+        found, before = [*found, SlotSize(slots=slots, pages=(whole - pool(slots)) // page)], slots
     return tuple(found)
 
 
@@ -413,7 +422,7 @@ def _sizes_in_words(sized: SizedConfig, base: BaseShape) -> str:
     tokens = sized.kv_pages * sized.page_tokens
     words = [
         f"{sized.rows} rows x {tokens // sized.rows:,} tokens (rows, kv_pages)",
-        f"{sized.slots} slots of rank {sized.max_rank} (slots, max_rank)",
+        f"{' and '.join(f'{n} slots of rank {rank}' for n, rank in sized.rank_classes)} (slots, max_rank)",
         f"prompts {sized.prefill_lanes} x {sized.prefill_tokens} (prefill_lanes, prefill_tokens)",
     ]
     if sized.sizes:

@@ -22,6 +22,7 @@ from pallas_kernels import NO_ADAPTER
 from pallas_kernels.attention.op import packed_attention, packed_attention_reference
 from pallas_kernels.cross_entropy.op import target_logprob, target_logprob_reference
 from pallas_kernels.gathered_lora.op import gathered_lora
+from pallas_kernels.gathered_lora.pool_rows import of_slots
 from pallas_kernels.paged_attention.op import paged_attention, paged_attention_reference
 from pallas_kernels.segmented_lora.op import segmented_lora
 
@@ -177,7 +178,7 @@ def gathered_cases(m: Model, dtype: str, n: Sizes) -> Iterator[Case]:
         rows = [(draw(1, n.slots, n.rank, x), draw(1, n.slots, n.rank, y), jnp.ones((1, n.slots))) for y in ys]
         flat = [tuple(half[0] for half in row) for row in rows]
         forms = {
-            "ours": (gathered_lora, (x_TX, rows, jnp.int32(0), slot_T)),
+            "ours": (gathered_lora, (x_TX, [of_slots(*row) for row in rows], jnp.int32(0), slot_T)),
             "base": (_products, (x_TX, weights)),
         } | {form: (_over_targets(f), (x_TX, flat, slot_T)) for form, f in GATHERED_ALTERNATIVES.items()}
         features, size = sum(x + y for y in ys), x_TX.dtype.itemsize

@@ -1,11 +1,13 @@
 """LoRA for tokens in arrival order, each with its own slot.  Decode steps.
 
-    y_TY[t] = scale_LS[l, s] * (x_TX[t] @ a_LSRX[l, s].T) @ b_LSRY[l, s]      s = slot_T[t]; zero where s is NO_ADAPTER
+    y_TY[t] = scale_LS[l, s] * (x_TX[t] @ a_RX.T) @ b_RY      s = slot_T[t]; zero where s is NO_ADAPTER
+    a_RX, b_RY = as many of the slot's rows in layer l of a_LNRX, b_LNRY as rank_S[s] (`pool_rows`)
 
 Rows are read from the pool in place: nothing of the pool is copied, its number of slots costs nothing, a token of the
-base model reads nothing, and a NaN in one adapter reaches only that adapter's tokens.  `dispatch` states which runs.
+base model reads nothing, an adapter its own rank's rows, and a NaN in one adapter reaches only that adapter's tokens.
+`dispatch` states which runs.  Serving alone computes it, so it has no gradient.
 
-Shape letters: T tokens, L layers, S slots, R LoRA rank, X Y features in, out.
+Shape letters: T tokens, L layers, S slots, N tiles of rows, R LoRA rank, X Y features in, out.
 Source: BGMV, Punica (arXiv 2310.18547).
 """
 
@@ -13,7 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -24,22 +26,19 @@ from pallas_kernels import NO_ADAPTER, tiling_cuda
 from pallas_kernels.dispatch import by_platform, known_dtypes
 from pallas_kernels.gathered_lora import pallas_tpu as gathered_lora_tpu
 from pallas_kernels.gathered_lora import xla_cpu as xla
+from pallas_kernels.gathered_lora.pool_rows import PoolRows, first_rows
 from pallas_kernels.native import library
 from pallas_kernels.shapes import shaped
 from pallas_kernels.sharding import Placement
 
-NATIVE_PART, NATIVE_RANK = (
-    16,
-    512,
-)  # features that divide those of every target, and the rank, that the native body takes
-TargetRows = tuple[jax.Array, jax.Array, jax.Array]  # a_LSRX, b_LSRY, scale_LS
+NATIVE_PART = 16  # the native body takes features that it divides
 
 
 @shaped
 def gathered_lora_reference(
     x_TX: jax.Array, a_SRX: jax.Array, b_SRY: jax.Array, scale_S: jax.Array, slot_T: jax.Array
 ) -> jax.Array:
-    """Defines the op for one layer and target: returns float32 [T, Y]."""
+    """Defines the op for one layer and target of slots that are full: returns float32 [T, Y]."""
     safe_T = jnp.maximum(slot_T, 0)
     a_TRX, b_TRY = a_SRX[safe_T].astype(jnp.float32), b_SRY[safe_T].astype(jnp.float32)
     h_TR = jnp.einsum("tx,trx->tr", x_TX.astype(jnp.float32), a_TRX, precision="highest")
@@ -85,36 +84,23 @@ def _visits_spec(placement: Placement) -> Visits:
 @shaped
 def gathered_lora(
     x_TX: jax.Array,
-    rows: Sequence[TargetRows],
+    rows: Sequence[PoolRows],
     layer: jax.Array,
     slot_T: jax.Array,
     visits: Visits | None = None,
     placement: Placement | None = None,
 ) -> tuple[jax.Array, ...]:
-    """Returns one [T, Y] in x's dtype per (a_LSRX, b_LSRY, scale_LS) of `rows`, which share one read of x.
+    """Returns one [T, Y] in x's dtype per target of `rows`, which share one read of x and the same slots.
 
     visits: `visits_by_slot(slot_T, placement)`, for callers that reuse the same slots.
     placement: mesh axes that split the arrays, on a mesh of several devices; with `apart` each result is [parts, T, Y], to be
-    summed, and has no gradient.
-    Sums in float32.  The gradient is that of the reference: it gathers every token's rows.
+    summed.
+    Sums in float32.
     """
     visits = visits_by_slot(slot_T, placement) if visits is None else visits
-    return _gathered(placement, x_TX, tuple(tuple(r) for r in rows), layer, slot_T, visits)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gathered(
-    placement: Placement | None,
-    x_TX: jax.Array,
-    rows: tuple[TargetRows, ...],
-    layer: jax.Array,
-    slot_T: jax.Array,
-    visits: Visits,
-) -> tuple[jax.Array, ...]:
-    args = (x_TX, rows, layer, slot_T, visits)
-    part = args if placement is None else placement.local(_specs(placement, len(rows)), args)
-    halves = [half for a, b, _ in rows for half in (a, b)]
-    known = known_dtypes(x_TX, *halves)
+    args = (x_TX, tuple(rows), layer, slot_T, visits)
+    part = args if placement is None else placement.local(_specs(placement, rows), args)
+    known = known_dtypes(x_TX, *(half for row in rows for half in (row.a_LNRX, row.b_LNRY)))
 
     def run(kernels: GatheredKernels) -> Callable[..., tuple[jax.Array, ...]]:
         return functools.partial(_visited, kernels, placement)
@@ -129,48 +115,16 @@ def _gathered(
     )
 
 
-def _forward(placement, *args):
-    return _gathered(placement, *args), args
-
-
-def _backward(placement, saved, d_TY):
-    assert placement is None or not placement.apart, "decode has no gradient"
-    x_TX, rows, layer, slot_T, _ = saved
-    _, pull = jax.vjp(lambda x, rows: _by_definition(x, rows, layer, slot_T), x_TX, rows)
-    return *pull(d_TY), None, None, None
-
-
-_gathered.defvjp(_forward, _backward)
-
-
-def _by_definition(
-    x_TX: jax.Array, rows: tuple[TargetRows, ...], layer: jax.Array, slot_T: jax.Array
-) -> tuple[jax.Array, ...]:
-    """Returns the reference of each target; a token of the base model reads zero rows."""
-    has_T = slot_T != NO_ADAPTER
-    own_T, tokens = jnp.maximum(slot_T, 0), jnp.arange(len(slot_T))
-
-    def taken(half_LSRX: jax.Array) -> jax.Array:
-        return jnp.where(has_T[:, None, None], half_LSRX[layer, own_T], 0)
-
-    return tuple(
-        gathered_lora_reference(
-            x_TX, taken(a), taken(b), scale[layer, own_T], jnp.where(has_T, tokens, NO_ADAPTER)
-        ).astype(x_TX.dtype)
-        for a, b, scale in rows
-    )
-
-
-def _specs(placement: Placement, targets: int) -> tuple:
+def _specs(placement: Placement, targets: Sequence[PoolRows]) -> tuple:
     """Returns the specs of x, rows, layer, slots and visits."""
-    a, b = P(None, None, None, placement.x), P(None, None, None, placement.y)
-    rows = P(placement.rows)
-    return P(placement.rows, placement.x), ((a, b, P()),) * targets, P(), rows, _visits_spec(placement)
+    a, b, whole, rows = P(None, None, None, placement.x), P(None, None, None, placement.y), P(), P(placement.rows)
+    of_rows = tuple(replace(row, a_LNRX=a, b_LNRY=b, scale_LS=whole, rank_S=whole) for row in targets)
+    return P(placement.rows, placement.x), of_rows, whole, rows, _visits_spec(placement)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GatheredKernels:
-    """The whole product at one visit of each token, and its halves for meshes that sum h over devices between them."""
+    """The whole product, and its halves for meshes that sum h over devices between them."""
 
     both: Callable[..., list[jax.Array]]
     shrink: Callable[..., list[jax.Array]]
@@ -189,32 +143,32 @@ def _cuda() -> GatheredKernels:
     return GatheredKernels(both=cuda.both, shrink=cuda.shrink, expand=cuda.expand)
 
 
-def fits_native(placement: Placement | None, x_TX: jax.Array, rows: Sequence[TargetRows]) -> bool:
+def fits_native(placement: Placement | None, x_TX: jax.Array, rows: Sequence[PoolRows]) -> bool:
     """Returns whether the native body takes these, where it is built.  It does for many tokens of a slot as well as for one."""
-    features = [size for a, b, _ in rows for size in (a.shape[3], b.shape[3])]
-    same = all(a.dtype == b.dtype for a, b, _ in rows) and (
-        x_TX.dtype == jnp.bfloat16 or rows[0][0].dtype == x_TX.dtype
-    )
+    features = [size for row in rows for size in (row.a_LNRX.shape[3], row.b_LNRY.shape[3])]
+    stored = {half.dtype for row in rows for half in (row.a_LNRX, row.b_LNRY)}
+    same = len(stored) == 1 and (x_TX.dtype == jnp.bfloat16 or x_TX.dtype in stored)
     return placement is None and same and not any(size % NATIVE_PART for size in features)
 
 
 def _native(*args) -> tuple[jax.Array, ...]:
     x_TX, rows, layer, _, visits = args
-    results = [((x_TX.shape[0], b.shape[3]), x_TX.dtype) for _, b, _ in rows]
+    results = [((x_TX.shape[0], row.b_LNRY.shape[3]), x_TX.dtype) for row in rows]
+    first_S = jnp.asarray(first_rows(rows[0].classes))
     order = visits.order_T, visits.slot_T, visits.count_1
-    return tuple(library.call("jaxlora_lora", results, x_TX, layer, *order, *(x for row in rows for x in row)))
+    arrays = [x for row in rows for x in (row.a_LNRX, row.b_LNRY, row.scale_LS, row.rank_S)]
+    return tuple(library.call("jaxlora_lora", results, x_TX, layer, *order, first_S, *arrays))
 
 
-def _fits_cuda(x_TX: jax.Array, rows: tuple[TargetRows, ...]) -> bool:
-    rank = max(a.shape[2] for a, _, _ in rows)
-    return tiling_cuda.installed() and rank <= tiling_cuda.RANK and x_TX.shape[0] <= tiling_cuda.VISITS
+def _fits_cuda(x_TX: jax.Array, rows: tuple[PoolRows, ...]) -> bool:
+    return tiling_cuda.installed() and rows[0].rank <= tiling_cuda.RANK and x_TX.shape[0] <= tiling_cuda.VISITS
 
 
 def _visited(
     kernels: GatheredKernels,
     placement: Placement | None,
     x_TX: jax.Array,
-    rows: tuple[TargetRows, ...],
+    rows: tuple[PoolRows, ...],
     layer: jax.Array,
     slot_T: jax.Array,
     visits: Visits,
@@ -235,4 +189,4 @@ def _visited(
         return body(x_TX, rows, layer, slot_T, visits)
     spec = P(placement.x, placement.rows, None) if placement.apart else P(placement.rows, placement.y)
     out = (spec,) * len(rows)
-    return placement.on_each(body, _specs(placement, len(rows)), out)(x_TX, rows, layer, slot_T, visits)
+    return placement.on_each(body, _specs(placement, rows), out)(x_TX, rows, layer, slot_T, visits)

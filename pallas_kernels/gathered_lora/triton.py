@@ -9,8 +9,10 @@ nothing, and its row of the output is undefined.  The parts of h are summed in a
 
 Compiled for H100 and checked with Triton's interpreter; never run on a GPU.
 
-Shape letters: T tokens, L layers, S slots, R LoRA rank (summed over targets where h is of all), X Y features in, out,
-P parts of the input features.
+A program reads its adapter's true rank of rows of a target, and none where the adapter lacks it.
+
+Shape letters: T tokens, L layers, S slots, N rows of all slots, R rows of the largest slot (summed over targets where h
+is of all), X Y features in, out, P parts of the input features.
 """
 
 from __future__ import annotations
@@ -24,11 +26,12 @@ import jax.numpy as jnp
 import triton  # ty: ignore[import-not-found]
 import triton.language as tl  # ty: ignore[import-not-found]
 
+from pallas_kernels.gathered_lora.pool_rows import PoolRows, first_rows
 from pallas_kernels.tiling_cuda import DOT, feature_block, power_of_two
 from pallas_kernels.triton_launch import launch
 
 Visits = tuple[jax.Array, jax.Array, jax.Array]  # order_T, slot_T in that order, count
-Rows = Sequence[tuple[jax.Array, jax.Array, jax.Array]]  # a_LSRX, b_LSRY, scale_LS of each target
+Rows = Sequence[PoolRows]
 PARTS = 8  # largest number of parts of the input features: one adapter alone should still use several processors
 
 
@@ -52,10 +55,12 @@ def _shrink(
     layer,
     order,
     slot,
+    first,
     a,
+    ranks,
     h,
     T: tl.constexpr,
-    S: tl.constexpr,
+    N: tl.constexpr,
     X: tl.constexpr,
     RANKS: tl.constexpr,
     STARTS: tl.constexpr,
@@ -72,7 +77,8 @@ def _shrink(
         rank = tl.arange(0, RANK)
         for k in tl.static_range(len(RANKS)):
             if tl.program_id(2) == k:
-                row = (tl.load(layer).to(tl.int64) * S + here) * RANKS[k] + rank
+                row = tl.load(layer).to(tl.int64) * N + tl.load(first + here) + rank
+                own = tl.load(ranks[k] + here)
                 total = tl.zeros((TILE, RANK), tl.float32)
                 for start in range(0, PART, BLOCK):
                     column = part * PART + start + tl.arange(0, BLOCK)
@@ -82,7 +88,7 @@ def _shrink(
                     )
                     a_RX = tl.load(
                         a[k] + row[:, None] * X + column[None, :],
-                        mask=(rank < RANKS[k])[:, None] & inside[None, :],
+                        mask=(rank < own)[:, None] & inside[None, :],
                         other=0.0,
                     )
                     total = tl.dot(x_TX.to(DTYPE), tl.trans(a_RX.to(DTYPE)), total, input_precision="ieee")
@@ -99,10 +105,13 @@ def _expand(
     layer,
     order,
     slot,
+    first,
     b,
     scale,
+    ranks,
     y,
     T: tl.constexpr,
+    N: tl.constexpr,
     S: tl.constexpr,
     PARTS: tl.constexpr,
     RANKS: tl.constexpr,
@@ -119,25 +128,26 @@ def _expand(
     block = tl.program_id(1)
     if leads:
         rank = tl.arange(0, RANK)
-        place = tl.load(layer).to(tl.int64) * S + here
+        own_layer = tl.load(layer).to(tl.int64)
+        row = own_layer * N + tl.load(first + here) + rank
         for k in tl.static_range(len(RANKS)):
             if (block >= BLOCKS[k]) & (block < BLOCKS[k + 1]):
+                own = tl.load(ranks[k] + here)
                 total = tl.zeros((TILE, RANK), tl.float32)
                 for part in range(PARTS):
                     total += tl.load(
                         h + (part * T + token[:, None]) * STARTS[len(RANKS)] + STARTS[k] + rank[None, :],
-                        mask=of_run[:, None] & (rank < RANKS[k])[None, :],
+                        mask=of_run[:, None] & (rank < own)[None, :],
                         other=0.0,
                     )
                 column = (block - BLOCKS[k]) * BLOCK + tl.arange(0, BLOCK)
                 inside = column < SIZES[k]
-                row = place * RANKS[k] + rank
                 b_RY = tl.load(
                     b[k] + row[:, None] * SIZES[k] + column[None, :],
-                    mask=(rank < RANKS[k])[:, None] & inside[None, :],
+                    mask=(rank < own)[:, None] & inside[None, :],
                     other=0.0,
                 )
-                h_TR = (total * tl.load(scale[k] + place)).to(b_RY.dtype)
+                h_TR = (total * tl.load(scale[k] + own_layer * S + here)).to(b_RY.dtype)
                 y_TY = tl.dot(h_TR, b_RY, input_precision="ieee")
                 tl.store(
                     y + token[:, None] * Y_STARTS[len(RANKS)] + Y_STARTS[k] + column[None, :],
@@ -153,7 +163,7 @@ def both(x_TX: jax.Array, rows: Rows, layer: jax.Array, visits: Visits) -> list[
 
 def shrink(x_TX: jax.Array, rows: Rows, layer: jax.Array, visits: Visits) -> list[jax.Array]:
     """Returns float32 [T, R] per target: x @ a.T, not scaled."""
-    return _split(_shrink_parts(x_TX, rows, layer, visits).sum(0), [a.shape[2] for a, _, _ in rows])
+    return _split(_shrink_parts(x_TX, rows, layer, visits).sum(0), [row.rank for row in rows])
 
 
 def expand(
@@ -167,16 +177,18 @@ def expand(
 def _shrink_parts(x_TX: jax.Array, rows: Rows, layer: jax.Array, visits: Visits) -> jax.Array:
     """Returns float32 [P, T, R] of all targets side by side."""
     T, X = x_TX.shape
-    ranks = [a.shape[2] for a, _, _ in rows]
+    ranks = [row.rank for row in rows]
     block = feature_block(max(ranks), X)
     part = math.ceil(math.ceil(X / block) / PARTS) * block
     parts = math.ceil(X / part)
-    dtype = jnp.result_type(x_TX, *(a for a, _, _ in rows))
+    dtype = jnp.result_type(x_TX, *(row.a_LNRX for row in rows))
     return launch(
         x_TX,
         layer.reshape(1),
         *visits[:2],
-        tuple(a for a, _, _ in rows),
+        jnp.asarray(first_rows(rows[0].classes)),
+        tuple(row.a_LNRX for row in rows),
+        tuple(row.rank_S for row in rows),
         kernel=_shrink,
         name="gathered_lora_shrink",
         out_type=jax.ShapeDtypeStruct((parts, T, sum(ranks)), jnp.float32),
@@ -192,19 +204,22 @@ def _shrink_parts(x_TX: jax.Array, rows: Rows, layer: jax.Array, visits: Visits)
 @jax.named_scope("gathered_lora_expand")
 def _expand_parts(h_PTR: jax.Array, rows: Rows, layer: jax.Array, visits: Visits, dtype: jnp.dtype) -> list[jax.Array]:
     T = h_PTR.shape[1]
-    sizes = [b.shape[3] for _, b, _ in rows]
-    block = feature_block(max(a.shape[2] for a, _, _ in rows), max(sizes))
+    sizes = [row.b_LNRY.shape[3] for row in rows]
+    block = feature_block(rows[0].rank, max(sizes))
     blocks = _starts([math.ceil(size / block) for size in sizes])
     y_TY = launch(
         h_PTR,
         layer.reshape(1),
         *visits[:2],
-        tuple(b for _, b, _ in rows),
-        tuple(scale for _, _, scale in rows),
+        jnp.asarray(first_rows(rows[0].classes)),
+        tuple(row.b_LNRY for row in rows),
+        tuple(row.scale_LS for row in rows),
+        tuple(row.rank_S for row in rows),
         kernel=_expand,
         name="gathered_lora_expand",
         out_type=jax.ShapeDtypeStruct((T, sum(sizes)), dtype),
         grid=(T, blocks[-1]),
+        S=rows[0].rank_S.shape[0],
         PARTS=h_PTR.shape[0],
         SIZES=tuple(sizes),
         Y_STARTS=_starts(sizes),
@@ -217,10 +232,10 @@ def _expand_parts(h_PTR: jax.Array, rows: Rows, layer: jax.Array, visits: Visits
 
 def _common(rows: Rows, tokens: int) -> dict[str, int | tuple[int, ...]]:
     """Returns the constants of both kernels."""
-    ranks = tuple(a.shape[2] for a, _, _ in rows)
+    ranks = tuple(row.rank for row in rows)
     return {
         "T": tokens,
-        "S": rows[0][0].shape[1],
+        "N": rows[0].a_LNRX.shape[1] * rows[0].a_LNRX.shape[2],
         "RANKS": ranks,
         "STARTS": _starts(ranks),
         "COLUMNS": power_of_two(tokens),

@@ -12,14 +12,17 @@ whole vectors:
   a part of an array is not.
 - Kernels of a loop that may run in parallel wait for other threads, too.  So each target has a loop of its own.
 
+Shapes are fixed, so a visit reads all rows that its slot owns, and slots of each size have loops of their own.
+
 `both` runs the two halves at one visit; `shrink` and `expand` are the halves, for meshes that sum h between them.
 
-Shape letters: T tokens, L layers, S slots, R LoRA rank, X Y features in, out, C columns of a block.
+Shape letters: T tokens, L layers, S slots, N rows of all slots, R rows of a slot (in the pool: N tiles of R rows), X Y features in, out, C columns of a block.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,13 +31,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.gathered_lora.pool_rows import PoolRows, first_rows, slot_starts
+
 UNROLLED_RANK = 64  # largest rank whose second product is unrolled: the program grows with the rank
 COLUMNS = 24  # smallest block of A's columns: fewer are slower
 FEWEST, MOST = 8, 64  # column blocks of A: a short row does not justify a program that grows with them
 
 Order = tuple[jax.Array, jax.Array, jax.Array]  # order_T, slot_T in that order, count
-Row = tuple[jax.Array, jax.Array, jax.Array]  # a_LSRX, b_LSRY, scale_LS of a target
-Rows = Sequence[Row]
+Rows = Sequence[PoolRows]
 
 _slice = functools.partial(lax.dynamic_slice, allow_negative_indices=False)
 _update = functools.partial(lax.dynamic_update_slice, allow_negative_indices=False)
@@ -48,6 +52,17 @@ class _Visit:
     number: jax.Array
     tokens: list[jax.Array]
     slot: jax.Array
+    row: jax.Array  # the slot's first
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Class:
+    """Slots of one size that follow each other."""
+
+    slot: int  # the first
+    end: int
+    row: int  # the first slot's first
+    rank: int  # rows of each slot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,14 +79,17 @@ class _Visits:
     visit_T: jax.Array  # int32 the visit of each token; arbitrary for one of the base model
     is_second_T: jax.Array
     alone: bool  # whether a slot's odd token is visited alone, and not as a pair with itself
+    of: _Class
 
     def at(self, i: jax.Array, tokens: int) -> _Visit:
         """Returns visit i, which has so many tokens."""
         of_visit = [_slice(self.tokens_2T, (j, i), (1, 1))[0, 0] for j in range(tokens)]
-        return _Visit(number=i, tokens=of_visit, slot=_slice(self.slot_T, (i,), (1,))[0])
+        slot = _slice(self.slot_T, (i,), (1,))[0]
+        row = self.of.row + (slot - self.of.slot) * self.of.rank
+        return _Visit(number=i, tokens=of_visit, slot=slot, row=row)
 
 
-def _visits(order: Order, alone: bool) -> _Visits:
+def _visits(order: Order, alone: bool, of: _Class) -> _Visits:
     order_T, slot_T, count = order
     place_T = jnp.arange(order_T.shape[0], dtype=jnp.int32)
     is_new_T = slot_T != jnp.roll(slot_T, 1)
@@ -91,49 +109,83 @@ def _visits(order: Order, alone: bool) -> _Visits:
         visit_T=visit_T[place_of_T - is_second_T[place_of_T]],
         is_second_T=is_second_T[place_of_T],
         alone=alone,
+        of=of,
     )
+
+
+def _by_class(rows: Rows, order: Order, compute: Callable[[_Class, Order], list[jax.Array]]) -> list[jax.Array]:
+    """Returns what `compute` gives for the tokens of each class of slots, together."""
+    classes = rows[0].classes
+    starts, first = slot_starts(classes), first_rows(classes)
+    order_T, slot_T, count = order
+    found: list[jax.Array] = []
+    for (slot, end), (_, rank) in zip(itertools.pairwise(starts), classes, strict=True):
+        of = _Class(slot=slot, end=end, row=int(first[slot]), rank=rank)
+        if len(classes) == 1:
+            return compute(of, order)
+        here_T = (slot_T >= slot) & (slot_T < end)
+        place_T = jnp.argsort(~here_T, stable=True)
+        some = compute(of, (order_T[place_T], slot_T[place_T], jnp.minimum(here_T.sum(dtype=jnp.int32), count)))
+        here_T1 = here_T[jnp.argsort(order_T)][:, None]
+        found = [jnp.where(here_T1, new, old) for new, old in zip(some, found or some, strict=True)]
+    return found
 
 
 def both(x_TX: jax.Array, rows: Rows, layer: jax.Array, order: Order) -> list[jax.Array]:
     """Returns what `gathered_lora` returns, undefined for tokens of the base model."""
-    wide_TX, dtype, visits = _wide(x_TX), x_TX.dtype, _visits(order, _has_blocks(x_TX))
+    wide_TX, dtype = _wide(x_TX), x_TX.dtype
 
-    def target(row: Row) -> jax.Array:
-        def halves(visit: _Visit, scratch: jax.Array) -> tuple[jax.Array, jax.Array]:
-            h_R, scratch = _shrunk(wide_TX, row[0], layer, visit, scratch)
-            return _expanded(h_R, row, layer, visit, dtype), scratch
+    def compute(of: _Class, order: Order) -> list[jax.Array]:
+        visits = _visits(order, _has_blocks(x_TX), of)
 
-        return _visited(halves, visits, row[1].shape[-1], dtype, _scratch(row[0]))
+        def target(row: PoolRows) -> jax.Array:
+            def halves(visit: _Visit, scratch: jax.Array) -> tuple[jax.Array, jax.Array]:
+                h_R, scratch = _shrunk(wide_TX, _rows(row.a_LNRX), layer, visit, scratch)
+                return _expanded(h_R, row, layer, visit, dtype), scratch
 
-    return [target(row) for row in rows]
+            return _visited(halves, visits, row.b_LNRY.shape[-1], dtype, _scratch(_rows(row.a_LNRX), of.rank))
+
+        return [target(row) for row in rows]
+
+    return _by_class(rows, order, compute)
 
 
 def shrink(x_TX: jax.Array, rows: Rows, layer: jax.Array, order: Order) -> list[jax.Array]:
-    """Returns float32 [T, R] per target: x @ a.T, not scaled."""
-    wide_TX, visits = _wide(x_TX), _visits(order, _has_blocks(x_TX))
+    """Returns float32 [T, R] per target: x @ a.T, not scaled; R of the largest slot."""
+    wide_TX = _wide(x_TX)
 
-    def target(a_LSRX: jax.Array) -> jax.Array:
-        def half(visit: _Visit, scratch: jax.Array) -> tuple[jax.Array, jax.Array]:
-            h_R, scratch = _shrunk(wide_TX, a_LSRX, layer, visit, scratch)
-            return _packed(_parts(h_R[None]), wide_TX.dtype), scratch
+    def compute(of: _Class, order: Order) -> list[jax.Array]:
+        visits = _visits(order, _has_blocks(x_TX), of)
 
-        return _visited(half, visits, a_LSRX.shape[2], wide_TX.dtype, _scratch(a_LSRX))
+        def target(row: PoolRows) -> jax.Array:
+            def half(visit: _Visit, scratch: jax.Array) -> tuple[jax.Array, jax.Array]:
+                h_R, scratch = _shrunk(wide_TX, _rows(row.a_LNRX), layer, visit, scratch)
+                return _packed(_parts(h_R[None]), wide_TX.dtype), scratch
 
-    return [target(a_LSRX) for a_LSRX, _, _ in rows]
+            h_TR = _visited(half, visits, of.rank, wide_TX.dtype, _scratch(_rows(row.a_LNRX), of.rank))
+            return jnp.pad(h_TR, ((0, 0), (0, row.rank - of.rank)))
+
+        return [target(row) for row in rows]
+
+    return _by_class(rows, order, compute)
 
 
 def expand(h_TR: Sequence[jax.Array], rows: Rows, layer: jax.Array, order: Order, dtype: jnp.dtype) -> list[jax.Array]:
     """Returns [T, Y] per target: (scale * h) @ b."""
-    visits = _visits(order, False)
 
-    def target(own_TR: jax.Array, row: Row) -> jax.Array:
-        def half(visit: _Visit, scratch: jax.Array) -> tuple[jax.Array, jax.Array]:
-            h_R = _joined([_slice(own_TR, (t, 0), (1, own_TR.shape[1]))[0] for t in visit.tokens])
-            return _expanded(h_R, row, layer, visit, dtype), scratch
+    def compute(of: _Class, order: Order) -> list[jax.Array]:
+        visits = _visits(order, False, of)
 
-        return _visited(half, visits, row[1].shape[-1], jnp.dtype(dtype), jnp.zeros(()))
+        def target(own_TR: jax.Array, row: PoolRows) -> jax.Array:
+            def half(visit: _Visit, scratch: jax.Array) -> tuple[jax.Array, jax.Array]:
+                h_R = _joined([_slice(own_TR, (t, 0), (1, of.rank))[0] for t in visit.tokens])
+                return _expanded(h_R, row, layer, visit, dtype), scratch
 
-    return [target(h, row) for h, row in zip(h_TR, rows, strict=True)]
+            return _visited(half, visits, row.b_LNRY.shape[-1], jnp.dtype(dtype), jnp.zeros(()))
+
+        return [target(h, row) for h, row in zip(h_TR, rows, strict=True)]
+
+    return _by_class(rows, order, compute)
 
 
 def _visited(
@@ -162,6 +214,11 @@ def _visited(
     return _parted(out, visits, dtype)
 
 
+def _rows(half_LNRX: jax.Array) -> jax.Array:
+    """Returns the pool's rows without their tiles, [L, rows, X], which copies nothing."""
+    return half_LNRX.reshape(half_LNRX.shape[0], -1, half_LNRX.shape[3])
+
+
 def _wide(x_TX: jax.Array) -> jax.Array:
     """Returns float32 stored in memory: else every visit and target would widen it again."""
     return lax.optimization_barrier(x_TX.astype(jnp.float32))
@@ -178,24 +235,24 @@ def _has_blocks(x_TX: jax.Array) -> bool:
     return _columns(x_TX.shape[1]) is not None
 
 
-def _scratch(a_LSRX: jax.Array) -> jax.Array:
+def _scratch(a_LNX: jax.Array, rank: int) -> jax.Array:
     """Returns the scratch of A's product, for two visits: a fully updated array is a new one, which threads fill."""
-    return jnp.zeros((2, a_LSRX.shape[2], _columns(a_LSRX.shape[3]) or 0), jnp.complex64)
+    return jnp.zeros((2, rank, _columns(a_LNX.shape[2]) or 0), jnp.complex64)
 
 
 @jax.jit  # traced once for all targets of one shape
 def _shrunk(
-    x_TX: jax.Array, a_LSRX: jax.Array, layer: jax.Array, visit: _Visit, scratch_2RC: jax.Array
+    x_TX: jax.Array, a_LNX: jax.Array, layer: jax.Array, visit: _Visit, scratch_2RC: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (A's product with the visit's tokens, joined, [R]; the scratch)."""
-    R, X = a_LSRX.shape[2:]
+    R, X = scratch_2RC.shape[1], a_LNX.shape[2]
     if not scratch_2RC.size:
-        a_RX = _slice(a_LSRX, (layer, visit.slot, 0, 0), (1, 1, R, X))[0, 0].astype(jnp.float32)
+        a_RX = _slice(a_LNX, (layer, visit.row, 0), (1, R, X))[0].astype(jnp.float32)
         x = [_slice(x_TX, (t, 0), (1, X))[0] for t in visit.tokens]
         return _joined(_dots(x, a_RX.T)), scratch_2RC
     C = scratch_2RC.shape[2]
     starts = range(0, X, C)
-    blocks = [_slice(a_LSRX, (layer, visit.slot, 0, c), (1, 1, R, C))[0, 0].astype(jnp.float32) for c in starts]
+    blocks = [_slice(a_LNX, (layer, visit.row, c), (1, R, C))[0].astype(jnp.float32) for c in starts]
     sums = [
         _sum([a_RC * _slice(x_TX, (t, c), (1, C)) for a_RC, c in zip(blocks, starts, strict=True)])
         for t in visit.tokens
@@ -206,17 +263,16 @@ def _shrunk(
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
-def _expanded(h_R: jax.Array, row: Row, layer: jax.Array, visit: _Visit, dtype: jnp.dtype) -> jax.Array:
+def _expanded(h_R: jax.Array, row: PoolRows, layer: jax.Array, visit: _Visit, dtype: jnp.dtype) -> jax.Array:
     """Returns [1, Y], packed: the tokens' scaled h times B's rows."""
-    _, b_LSRY, scale_LS = row
-    R, Y = b_LSRY.shape[2:]
-    scale = _slice(scale_LS, (layer, visit.slot), (1, 1))[0, 0]
+    R, Y = h_R.shape[0], row.b_LNRY.shape[3]
+    scale = _slice(row.scale_LS, (layer, visit.slot), (1, 1))[0, 0]
     # In memory, else B's kernel would compute it for every feature.  A complex product would mix the two tokens.
     h_R = lax.optimization_barrier(_joined([part * scale for part in _parts(h_R)]))
     if R > UNROLLED_RANK:
-        b_RY = _slice(b_LSRY, (layer, visit.slot, 0, 0), (1, 1, R, Y))[0, 0].astype(jnp.float32)
+        b_RY = _slice(_rows(row.b_LNRY), (layer, visit.row, 0), (1, R, Y))[0].astype(jnp.float32)
         return _packed([y_Y[None] for y_Y in _dots(_parts(h_R), b_RY)], dtype)
-    b = [_slice(b_LSRY, (layer, visit.slot, r, 0), (1, 1, 1, Y))[0, 0].astype(jnp.float32) for r in range(R)]
+    b = [_slice(_rows(row.b_LNRY), (layer, visit.row + r, 0), (1, 1, Y))[0].astype(jnp.float32) for r in range(R)]
     h = [_parts(h_R[r]) for r in range(R)]
     return _packed([_sum([h_r * b_1Y for h_r, b_1Y in zip(of, b, strict=True)]) for of in zip(*h, strict=True)], dtype)
 

@@ -64,10 +64,11 @@ struct Attention {
 
 // LoRA of one target and layer: y[t] = (scale[s] * (a[s] @ x[t])) @ b[s], s the slot of token t.
 struct Lora {
-  const void *x, *a, *b;  // x [T, X], a [S, R, X], b [S, R, Y]
-  const float* scale;     // [S]
+  const void *x, *a, *b;      // x [T, X], rows of all slots a [rows, X], b [rows, Y]
+  const float* scale;         // [S]
+  const int32_t *first, *rank;  // [S]: a slot's first row, and the rows of its adapter
   void* y;
-  int64_t R, X, Y;
+  int64_t X, Y;
   bool wide;  // a and b are float32
 };
 
@@ -329,23 +330,24 @@ ffi::Error attention(ffi::ThreadPool pool, Any q, Any k, Any v, Index layer, Ind
   return ffi::Error::Success();
 }
 
-// Takes x, the layer, tokens by slot, their slots, how many have one, and a, b, scale of each target.
-ffi::Error lora(ffi::ThreadPool pool, Any x, Index layer, Index order, Index slots, Index count, ffi::RemainingArgs rows,
+// Takes x, the layer, tokens by slot, their slots, how many have one, each slot's first row, and a, b, scale, rank of each target.
+ffi::Error lora(ffi::ThreadPool pool, Any x, Index layer, Index order, Index slots, Index count, Index first_row, ffi::RemainingArgs rows,
                 ffi::RemainingRets results) {
   const int64_t T = x.dimensions()[0], X = x.dimensions()[1], visited = count.typed_data()[0], size = is_half(x) ? 2 : 4;
   const int32_t *token = order.typed_data(), *slot = slots.typed_data();
   std::vector<Lora> targets;
   for (size_t i = 0; i < results.size(); ++i) {
-    const auto a = rows.get<Any>(3 * i), b = rows.get<Any>(3 * i + 1);
-    const auto scale = rows.get<ffi::Buffer<ffi::F32>>(3 * i + 2);
+    const auto a = rows.get<Any>(4 * i), b = rows.get<Any>(4 * i + 1);
+    const auto scale = rows.get<ffi::Buffer<ffi::F32>>(4 * i + 2);
+    const auto rank = rows.get<Index>(4 * i + 3);
     const auto y = results.get<Any>(i);
-    if (!a.has_value() || !b.has_value() || !scale.has_value() || !y.has_value())
+    if (!a.has_value() || !b.has_value() || !scale.has_value() || !rank.has_value() || !y.has_value())
       return ffi::Error::InvalidArgument("lora: not the arrays that it takes");
-    const int64_t S = a->dimensions()[1], R = a->dimensions()[2], Y = b->dimensions()[3], at = layer.typed_data()[0] * S;
-    const int64_t stored = is_half(*a) ? 2 : 4;
-    targets.push_back({x.untyped_data(), static_cast<const char*>(a->untyped_data()) + at * R * X * stored,
-                       static_cast<const char*>(b->untyped_data()) + at * R * Y * stored, scale->typed_data() + at,
-                       (*y)->untyped_data(), R, X, Y, stored == 4});
+    const int64_t S = scale->dimensions()[1], Y = b->dimensions()[3], stored = is_half(*a) ? 2 : 4;
+    const int64_t at = layer.typed_data()[0], row = at * a->dimensions()[1] * a->dimensions()[2];
+    targets.push_back({x.untyped_data(), static_cast<const char*>(a->untyped_data()) + row * X * stored,
+                       static_cast<const char*>(b->untyped_data()) + row * Y * stored, scale->typed_data() + at * S,
+                       first_row.typed_data(), rank->typed_data(), (*y)->untyped_data(), X, Y, stored == 4});
     for (int64_t t = visited; t < T; ++t) std::memset(static_cast<char*>(targets[i].y) + token[t] * Y * size, 0, Y * size);
   }
   std::vector<int64_t> starts;  // of tokens that are computed together
@@ -427,7 +429,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxlora_attention, attention,
                               BIND.Arg<Any>().Arg<Any>().Arg<Any>().Arg<Index>().Arg<Index>().Arg<Index>().Ret<Any>()
                                   .Attr<int64_t>("window"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxlora_lora, lora,
-                              BIND.Arg<Any>().Arg<Index>().Arg<Index>().Arg<Index>().Arg<Index>().RemainingArgs().RemainingRets());
+                              BIND.Arg<Any>().Arg<Index>().Arg<Index>().Arg<Index>().Arg<Index>().Arg<Index>().RemainingArgs().RemainingRets());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxlora_norm, norm, BIND.Arg<Any>().Arg<Any>().Ret<Any>().Attr<float>("eps"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxlora_logsumexp, logsumexp, BIND.Arg<ffi::Buffer<ffi::F32>>().Ret<ffi::Buffer<ffi::F32>>());
 

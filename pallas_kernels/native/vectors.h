@@ -285,30 +285,31 @@ TARGET void attend(const Attention& a, int64_t lane, int64_t head, int64_t first
 
 template <typename T, typename W, int COUNT>
 TARGET void adapt_together(const Lora& l, const int32_t* tokens, int64_t slot) {
+  const int64_t R = l.rank[slot];
   static thread_local std::vector<float> wide, hidden;
   wide.resize(COUNT * l.X);
-  hidden.resize(COUNT * l.R);
+  hidden.resize(COUNT * R);
   float *x = wide.data(), *h = hidden.data();
-  for (int i = 0; i < COUNT; ++i)
+  for (int i = 0; R && i < COUNT; ++i)
     for (int64_t k = 0; k < l.X; k += WIDTH) store_all(x + i * l.X + k, load(static_cast<const T*>(l.x) + tokens[i] * l.X + k));
-  const W* a = static_cast<const W*>(l.a) + slot * l.R * l.X;
-  const W* b = static_cast<const W*>(l.b) + slot * l.R * l.Y;
-  for (int64_t r = 0; r < l.R; ++r, a += l.X) {
+  const W* a = static_cast<const W*>(l.a) + l.first[slot] * l.X;
+  const W* b = static_cast<const W*>(l.b) + l.first[slot] * l.Y;
+  for (int64_t r = 0; r < R; ++r, a += l.X) {
     Vector sum[COUNT] = {};
     for (int64_t k = 0; k < l.X; k += WIDTH) {
       const Vector row = load(a + k);
       for (int i = 0; i < COUNT; ++i) sum[i] = fused(row, load(x + i * l.X + k), sum[i]);
     }
-    for (int i = 0; i < COUNT; ++i) h[i * l.R + r] = total(sum[i]) * l.scale[slot];
+    for (int i = 0; i < COUNT; ++i) h[i * R + r] = total(sum[i]) * l.scale[slot];
   }
   constexpr int WIDE = COUNT <= 2 ? 8 : COUNT <= 4 ? 4 : 2;  // vectors of y at a time: long runs of each row of b
   for (int64_t column = 0; column < l.Y; column += WIDE * WIDTH) {
     const int64_t parts = std::min<int64_t>(WIDE, (l.Y - column) / WIDTH);
     Vector sum[COUNT][WIDE] = {};
-    for (int64_t r = 0; r < l.R; ++r)
+    for (int64_t r = 0; r < R; ++r)
       for (int64_t part = 0; part < parts; ++part) {
         const Vector row = load(b + r * l.Y + column + part * WIDTH);
-        for (int i = 0; i < COUNT; ++i) sum[i][part] = fused(h[i * l.R + r], row, sum[i][part]);
+        for (int i = 0; i < COUNT; ++i) sum[i][part] = fused(h[i * R + r], row, sum[i][part]);
       }
     for (int i = 0; i < COUNT; ++i)
       for (int64_t part = 0; part < parts; ++part)

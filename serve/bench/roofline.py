@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,9 @@ from jaxlora.core.model_config import LINEARS, parameters
 from jaxlora.model import compile_cache
 from jaxlora.model.decoder import Base
 from jaxlora.model.kv_cache import KVPages, empty_pages
-from jaxlora.model.lora_pool import PoolSpec, Rows, empty_pool
+from jaxlora.model.lora_pool import PoolSpec
 from jaxlora.model.mesh import place_rows
+from jaxlora.model.serving_pool import ServingPool, empty_serving_pool
 from pallas_kernels.bench.run import Ceilings, Timing, ceilings, device_name, measure
 from serve.engine.engine import MIN_ROWS
 from serve.engine.logit_edits import EditArrays
@@ -222,7 +223,7 @@ def training_work(base: Base, sizes: TrainingSizes) -> Work:
 # ---- what is measured -------------------------------------------------------------------------------------------------
 
 
-def serving_call(opened: Opened, step: ServingStep, pool: Rows, kv: list[KVPages]) -> Callable[[], jax.Array]:
+def serving_call(opened: Opened, step: ServingStep, pool: ServingPool, kv: list[KVPages]) -> Callable[[], jax.Array]:
     """Returns a call of the engine's program for this step, which gives its tokens, int32 [G].
 
     kv: the pages, which each call takes and puts back.  The program has MIN_ROWS lanes at least, as an engine's.
@@ -269,7 +270,12 @@ def serving_calls(
     base = opened.base
     slots = max(1, *(step.adapters for step in steps.values()))
     pool_spec = PoolSpec(slots=slots, rank=spec.max_rank, dtype=base.dtype.name)
-    pool = jax.tree.map(lambda x: jnp.full_like(x, 0.01), empty_pool(base.config, pool_spec, opened.mesh))
+    pool = {
+        target: replace(
+            jax.tree.map(lambda x: jnp.full_like(x, 0.01), rows), rank_S=jnp.full_like(rows.rank_S, spec.max_rank)
+        )
+        for target, rows in empty_serving_pool(base.config, pool_spec, opened.mesh).items()
+    }
     pages = max(step.lanes * step.pages_of_lane() for step in steps.values())
     kv = [empty_pages(base.config, opened.mesh, pages=pages, page_tokens=PAGE, dtype=base.dtype)]
     try:

@@ -11,6 +11,7 @@ whatever writes there is launched later.
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -23,16 +24,19 @@ from jax.sharding import Mesh
 
 from jaxlora.checkpoints.tokenizer import Tokenizer
 from jaxlora.config.serving import SlotSize, Tuning
-from jaxlora.core.errors import AlreadyExists, BaseMismatch, ContextLengthExceeded
+from jaxlora.core.errors import AlreadyExists, BaseMismatch, ContextLengthExceeded, JaxLoraError
 from jaxlora.core.host_memory import give_back
 from jaxlora.core.lora import AdapterRef
 from jaxlora.core.progress import Counted, uncounted
 from jaxlora.model.decoder import Base
 from jaxlora.model.kv_cache import KVPages, empty_pages
 from jaxlora.model.kv_offload import HostPages, PageMover, page_bytes
-from jaxlora.model.lora_pool import PoolSpec, Rows, empty_pool, host_rows, read_slot, slot_bytes, write_slot
+from jaxlora.model.lora_pool import PoolSpec, Rows, host_rows
 from jaxlora.model.mesh import check_lanes, place_rows
+from jaxlora.model.serving_pool import ServingPool, empty_serving_pool, read_slot, slot_bytes, slot_writer, zero_rows
 from jaxlora.storage.adapter_store import AdapterStore
+from pallas_kernels import NO_ADAPTER
+from pallas_kernels.gathered_lora.pool_rows import slot_ranks
 from serve.engine.adapter_loads import READERS, AdapterLoads
 from serve.engine.batch import IdleBatches, PackedBatch, RowTable
 from serve.engine.logit_edits import EditArrays, LogitEdits
@@ -49,6 +53,8 @@ from serve.engine.telemetry import Telemetry
 LOG = logging.getLogger("serve")
 
 SHORT_LANES = 4  # divides a full program into a small one: a few rows should not pay for many
+BASE_ALONE = ("gpu", "tpu")  # where steps of base requests alone run a program without LoRA; CPUs keep one program
+RANKS = 2**14  # versions whose rank is remembered, where slots differ in rank
 MIN_ROWS = 2  # XLA:CPU has no fast path for a bfloat16 product with one row
 
 
@@ -104,13 +110,13 @@ class Engine:
             False  # for the tokens of each step all the same, as training runs beside; may change between two steps
         )
         self.store, self.tokenizer, self.base_hash = store, tokenizer, base_hash
-        self.slots = SlotTable(pool_spec.slots)
+        self.slots = SlotTable(pool_spec.slots, slot_ranks(pool_spec.rank_classes).tolist())
         allocator = PageAllocator(config.pages, config.page_tokens)
         self._columns = allocator.needed(config.max_tokens)
         fewest = min((size.pages for size in config.sizes), default=self._columns)
         assert self._columns <= fewest, f"the longest request needs {self._columns} pages, one size has {fewest}"
-        self._pool = empty_pool(base.config, pool_spec, mesh)
-        self.slot_bytes = slot_bytes(self._pool)
+        self._pool = empty_serving_pool(base.config, pool_spec, mesh)
+        self.slot_bytes = slot_bytes(self._pool, pool_spec.rank)
         self._kv = self._empty_pages()
         self._newest = no_tokens(mesh, config.rows)
         self._idle = IdleBatches(self._columns)
@@ -130,17 +136,17 @@ class Engine:
             ),
             quantum_s=config.quantum_s,
             active=pool_spec.slots,
+            rank_of=functools.lru_cache(RANKS)(self._rank_of),
         )
-        in_place = jax.tree.map(lambda x: x.sharding, self._pool)
-        self._write_slot = jax.jit(write_slot, donate_argnums=0, out_shardings=in_place)
-        self._read_slot = jax.jit(read_slot)
+        self._read_slot = jax.jit(read_slot, static_argnums=2)
         self._policy = SlotPolicy(self.sizes, self.size)
         self._tuning = Tuning(quantum_ms=1000 * config.quantum_s)
         self._programs = StepPrograms(mesh)
+        self.base_alone = mesh.devices.flat[0].platform in BASE_ALONE
         ends = len(tokenizer.eos_ids)
         self._edits = EditArrays(mesh, max_tokens=config.max_tokens, vocab=base.config.vocab, ends=ends)
         self._loads = AdapterLoads(self._read, store.is_here, lambda: self.clock())
-        one = sum(4 * x.size // pool_spec.slots for x in jax.tree.leaves(self._pool))
+        one = sum(x.nbytes for x in jax.tree.leaves(zero_rows(base.config, pool_spec)))  # of an adapter that was read
         most = max(size.slots for size in self.sizes)
         # An exchange may replace every adapter at once: their successors are read by then, as far as memory allows.
         self.ahead = max(READERS, min(most, store.host_memory().limit // 2 // one))
@@ -180,17 +186,19 @@ class Engine:
         for _ in self._every_size():
             for lanes, tokens, needs in programs:
                 compiling(number := number + 1, of)
-                batch, edits = self._batch(lanes, tokens, [])
-                needs.ask(batch.fields)
-                if needs.work is Work.EDITED:
-                    edits = self._edits.make(lanes, tokens=True, allowed=True)
-                jax.device_get(self._run(batch, edits))
+                for slot in {NO_ADAPTER, 0} if self.base_alone else {NO_ADAPTER}:
+                    batch, edits = self._batch(lanes, tokens, [])
+                    batch.fields.slot_G[:] = slot
+                    needs.ask(batch.fields)
+                    if needs.work is Work.EDITED:
+                        edits = self._edits.make(lanes, tokens=True, allowed=True)
+                    jax.device_get(self._run(batch, edits))
             compiling(number := number + 1, of)
             self._kv = self._mover.warm_up(self._kv)
-            empty = jax.tree.map(lambda p: np.zeros(p.shape[:1] + p.shape[2:], np.float32), self._pool)
-            self._rehearse(empty)
+            for _, rank in self.pool_spec.rank_classes:
+                self._rehearse(zero_rows(self.base.config, self.pool_spec.home(rank)))
             if len(self.sizes) > 1:
-                self._rehearse(self._read_slot(self._pool, _index(0)))
+                self._rehearse(self._copy(0))
             jax.block_until_ready(self._pool)
         give_back()
 
@@ -203,12 +211,15 @@ class Engine:
             yield
 
     def _rehearse(self, rows: Rows) -> None:
-        """Writes rows to a free slot; if all are in use, to a pool that is thrown away."""
+        """Writes rows to a free slot of each class; where all are in use, to a pool that is thrown away."""
         free = set(range(self.slots.count)) - set(self.slots.resident().values())
-        if free:
-            self._write(min(free), rows)
-        else:
-            self._write_slot(empty_pool(self.base.config, self.pool_spec, self.mesh), *self._on_device(0, rows))
+        for rank in self.slots.classes:
+            slot = min((s for s in free if self.slots.rank(s) == rank), default=None)
+            if slot is not None:
+                self._write(slot, rows)
+            else:
+                pool = empty_serving_pool(self.base.config, self.pool_spec, self.mesh)
+                self._write_slot(pool, *self._on_device(0, rows), rank)
 
     def _empty_pages(self) -> KVPages:
         kv_dtype = self.base.dtype if self.config.kv_dtype is None else jnp.dtype(self.config.kv_dtype)
@@ -245,12 +256,12 @@ class Engine:
         _free(self._kv)
         limit = min(self._tuning.active_slots or size.slots, size.slots)
         moves = self.scheduler.resize(size, limit, self.clock())
-        kept = [(new, self._read_slot(self._pool, _index(old))) for old, new in moves.items()]
+        kept = [(new, self._copy(old)) for old, new in moves.items()]
         jax.block_until_ready(kept)
         _free(self._pool)
         self.size, self.pool_spec = size, replace(self.pool_spec, slots=size.slots)
         with jax.transfer_guard_host_to_device("allow"):  # of a zero
-            self._pool = empty_pool(self.base.config, self.pool_spec, self.mesh)
+            self._pool = empty_serving_pool(self.base.config, self.pool_spec, self.mesh)
         for slot, rows in kept:
             self._write(slot, rows)
         jax.block_until_ready(self._pool)
@@ -359,7 +370,7 @@ class Engine:
         if slot is not None:
             return slot  # a request came first and had it loaded
         self.scheduler.settle()
-        slot = self.slots.choose()
+        slot = self.slots.choose(self.scheduler.active.home(ref))
         if slot is not None:
             self._write(slot, rows)
             self.slots.place(slot, ref)
@@ -413,7 +424,14 @@ class Engine:
         adapter = self.store.get(ref)
         if adapter.base_hash != self.base_hash:
             raise BaseMismatch(f"adapter {ref.name} was made for another base model; serve it on that one")
-        return host_rows(self.base.config, self.pool_spec, adapter)
+        return host_rows(self.base.config, self.pool_spec.home(adapter.spec.max_rank), adapter)
+
+    def _rank_of(self, ref: AdapterRef) -> int:
+        """Returns the version's rank; the largest where it cannot be told, as its reader will say why."""
+        try:
+            return self.store.rank(ref)
+        except JaxLoraError:
+            return self.pool_spec.rank
 
     def _load(self, ref: AdapterRef, slot: int) -> None:
         """Copies a version that has been read into its slot."""
@@ -424,7 +442,14 @@ class Engine:
         return _index(slot), jax.device_put(rows)
 
     def _write(self, slot: int, rows: Rows) -> None:
-        self._pool = self._write_slot(self._pool, *self._on_device(slot, rows))
+        self._pool = self._write_slot(self._pool, *self._on_device(slot, rows), self.slots.rank(slot))
+
+    def _write_slot(self, pool: ServingPool, slot: jax.Array, rows: Rows, owned: int) -> ServingPool:
+        return slot_writer(self.base.config, self.pool_spec, self.mesh)(pool, slot, rows, owned)
+
+    def _copy(self, slot: int) -> Rows:
+        """Returns a copy of a slot's rows on the device, where slots are of one class."""
+        return self._read_slot(self._pool, _index(slot), self.pool_spec.rank)
 
     # ---- programs -------------------------------------------------------------------------------------------------
 
@@ -444,9 +469,10 @@ class Engine:
             words_GW = place_rows(self.mesh, words_GW)
         needs = Needs.of(batch.fields, edited=not self._edits.are_idle(edits))
         placed = self._edits.place(edits)
+        pool = {} if self.base_alone and (batch.fields.slot_G == NO_ADAPTER).all() else self._pool
         with jax.transfer_guard_host_to_device("allow"):
             self._kv, self._newest, out = self._programs.launch(
-                self.base, self._pool, self._kv, self._newest, words_GW, placed, batch.layout, needs
+                self.base, pool, self._kv, self._newest, words_GW, placed, batch.layout, needs
             )
         return out
 

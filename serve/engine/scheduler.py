@@ -13,7 +13,7 @@ ends.  `apply` changes the settings of a running scheduler, all or none, between
 from __future__ import annotations
 
 from collections import Counter, abc
-from collections.abc import Collection, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator
 from dataclasses import dataclass
 
 from jaxlora.config.serving import SlotSize, Tuning
@@ -97,8 +97,18 @@ class WaitingLine:
 class Scheduler:
     """Schedules all sequences, from the waiting queue to their end."""
 
-    def __init__(self, slots: SlotTable, pages: PageAllocator, limits: Limits, *, quantum_s: float, active: int):
-        self.active = ActiveSet(slots, quantum_s=quantum_s, limit=active)
+    def __init__(
+        self,
+        slots: SlotTable,
+        pages: PageAllocator,
+        limits: Limits,
+        *,
+        quantum_s: float,
+        active: int,
+        rank_of: Callable[[AdapterRef], int] = lambda _: 0,
+    ):
+        """rank_of: as `ActiveSet` takes it."""
+        self.active = ActiveSet(slots, quantum_s=quantum_s, limit=active, rank_of=rank_of)
         self.slots, self.pages, self.limits = slots, pages, limits
         self.prefill_lanes = limits.lanes  # of a step in which others decode; may change at any time
         self.shares = TokenShares()

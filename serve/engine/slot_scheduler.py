@@ -10,13 +10,18 @@ its share exchanges its own adapters, and with more tenants than slots they take
 its own adapters over its share of slots, whatever others bring: an adapter waits at most
 ceil((W - N) / (N - P)) * (quantum + swap) + one step, with W adapters, N slots, P of them pinned.  Where KV had to be
 dropped, a turn lasts until it has been computed again: a shorter one would make no progress.
+
+Where slots differ in rank, all of this holds within each class of slots for the adapters that are at *home* there: those that
+no smaller class holds.  An adapter whose class is full may be a *guest* in a larger one while nobody waits who is at home
+there; past its quantum it is the first to leave when somebody does.  So nobody at home waits longer than without guests
+by more than a quantum.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from jaxlora.core.errors import InvalidRequest
@@ -95,21 +100,47 @@ class Exchange:
 class ActiveSet:
     """The active adapters.  Their slots are pinned in the slot table; unpinned ones may be replaced."""
 
-    def __init__(self, slots: SlotTable, *, quantum_s: float, limit: int):
-        self.slots = slots
+    def __init__(
+        self, slots: SlotTable, *, quantum_s: float, limit: int, rank_of: Callable[[AdapterRef], int] = lambda _: 0
+    ):
+        """rank_of: the largest rank of a version's modules; asked where slots differ in rank."""
+        self.slots, self._rank_of = slots, rank_of
         self.quantum_s, self.limit = quantum_s, limit  # both may change at any time
         self.weights: dict[str, float] = {}  # of tenants' slots, 1 where none is given
         self.pinned: set[AdapterRef] = set()  # never leave
         self.entered: dict[AdapterRef, float] = {}  # the active ones, and since when
-        self._tenant_left: dict[str, float] = {}  # when a tenant gave up its last slot with work undone
+        # When a tenant gave up its last slot of a class with work undone.
+        self._tenant_left: dict[tuple[str, int], float] = {}
         self.swaps = 0  # exchanges of an adapter with work undone for another
         self.waited_s = Histogram(WAIT_S)  # how long adapters with work waited for a slot
 
     def pin(self, ref: AdapterRef) -> None:
         """Keeps the adapter active from the moment it enters.  Raises InvalidRequest where no slot would be left to share."""
-        if len(self.pinned | {ref}) >= self.limit:
-            raise InvalidRequest(f"{self.limit} slots take at most {self.limit - 1} pinned adapters; unpin one first")
+        home = self.home(ref)
+        most = self._limit(home)
+        if len({r for r in self.pinned if self.home(r) == home} | {ref}) >= most:
+            raise InvalidRequest(f"{most} slots take at most {most - 1} pinned adapters; unpin one first")
         self.pinned.add(ref)
+
+    def home(self, ref: AdapterRef) -> int:
+        """Returns the class of slots that the adapter is at home in; the largest where none holds it."""
+        classes = self.slots.classes
+        if len(classes) == 1:
+            return next(iter(classes))
+        rank = self._rank_of(ref)
+        return min((c for c in classes if c >= rank), default=max(classes))
+
+    def _limit(self, rank: int) -> int:
+        """Returns how many adapters may be active in a class of slots."""
+        if len(self.slots.classes) == 1:
+            return self.limit
+        return max(1, self.slots.classes[rank] * self.limit // self.slots.count)
+
+    def _active(self, rank: int) -> list[AdapterRef]:
+        """Returns the adapters that are active in a class of slots."""
+        if len(self.slots.classes) == 1:
+            return list(self.entered)
+        return [ref for ref in self.entered if self.slots.rank(self._slot(ref)) == rank]
 
     def unpin(self, ref: AdapterRef) -> None:
         """Makes the adapter take turns again."""
@@ -129,10 +160,10 @@ class ActiveSet:
                 queues.setdefault(ref.tenant, []).append(ref)
         if not queues:
             return []
-        has, due = self._tenants(work)
+        shares = {rank: self._tenants(work, rank) for rank in self.slots.classes}
 
         def turn(ref: AdapterRef) -> tuple:
-            return self._turn(ref, work, has, due)
+            return self._turn(ref, work, *shares[self.home(ref)])
 
         # A tenant with many of them has its first one read with the others' first ones.
         firsts = [heapq.nsmallest(count, queue, key=turn) for queue in queues.values()]
@@ -159,27 +190,74 @@ class ActiveSet:
         ]
         self._keep_limit(now, work, result)
         staying = self.pinned | set(stay)
-        ripe = [r for r, t in self.entered.items() if r not in staying and now - t >= self.quantum_s]
-        if not waiting or (len(self.entered) >= self.limit and not ripe):
-            return result
-        has, due = self._tenants(work)
+        for rank in self.slots.classes:
+            self._exchange_in(rank, now, work, [r for r in waiting if self.home(r) == rank], ready, staying, result)
+        if len(self.slots.classes) > 1:
+            self._take_guests(now, work, [r for r in waiting if r not in self.entered], ready, result)
+        return result
+
+    def _exchange_in(
+        self,
+        rank: int,
+        now: float,
+        work: Mapping[AdapterRef, Work],
+        waiting: list[AdapterRef],
+        ready: Collection[AdapterRef],
+        staying: Collection[AdapterRef],
+        result: Exchange,
+    ) -> None:
+        """Decides within a class of slots, for the adapters at home there that wait."""
+        limit, active = self._limit(rank), self._active(rank)
+        ripe = [r for r in active if r not in staying and now - self.entered[r] >= self.quantum_s]
+        if not waiting or (len(active) >= limit and not ripe):
+            return
+        guests, count = [r for r in ripe if self.home(r) != rank], len(active)
+        ripe = [r for r in ripe if r not in guests]
+        has, due = self._tenants(work, rank)
         while waiting:
             ref = min(waiting, key=lambda r: self._turn(r, work, has, due))
             waiting.remove(ref)
-            if ref not in ready and self.slots.find(ref) is None:
+            slot = self.slots.find(ref)
+            if slot is not None and self.slots.rank(slot) != rank:
+                self.slots.drop(ref)  # it was a guest, and is read again for a slot of its own
+                slot = None
+            if ref not in ready and slot is None:
                 continue  # it lay in a slot that another has just taken
-            if len(self.entered) >= self.limit:
-                victim = self._victim(ref, ripe, has, due)
+            if count >= limit:
+                victim = min(guests, key=self._age, default=None) or self._victim(ref, ripe, has, due, rank)
                 if victim is None:
                     continue
-                ripe.remove(victim)
-                has[victim.tenant] -= 1
+                if victim in guests:
+                    guests.remove(victim)
+                else:
+                    ripe.remove(victim)
+                    has[victim.tenant] -= 1
                 self._leave(victim, now, work, result)
-            self._enter(ref, now, result)
+                count -= 1
+            self._enter(ref, rank, now, work, result)
+            count += 1
             has[ref.tenant] += 1
-            if ref in work:
-                self.waited_s.observe(now - work[ref].since)
-        return result
+
+    def _take_guests(
+        self,
+        now: float,
+        work: Mapping[AdapterRef, Work],
+        waiting: list[AdapterRef],
+        ready: Collection[AdapterRef],
+        result: Exchange,
+    ) -> None:
+        """Lets adapters whose class is full into larger classes that have room, and for which nobody at home waits."""
+        wanting = {self.home(r) for r in (*work, *self.pinned) if r not in self.entered}
+        room = {c: self._limit(c) - len(self._active(c)) for c in self.slots.classes if c not in wanting}
+        for ref in sorted(waiting, key=lambda r: r in work and work[r].since):
+            slot = self.slots.find(ref)
+            if ref in self.pinned or (ref not in ready and slot is None):
+                continue
+            lies_in = None if slot is None else self.slots.rank(slot)
+            fits = [c for c in room if room[c] > 0 and c > self.home(ref) and lies_in in (None, c)]
+            if fits:
+                room[fits[0]] -= 1
+                self._enter(ref, fits[0], now, work, result)
 
     def settle(self, work: Mapping[AdapterRef, Work]) -> None:
         """Makes adapters without work inactive: their slots may be replaced.
@@ -190,7 +268,7 @@ class ActiveSet:
             del self.entered[ref]
             self.slots.unpin(self._slot(ref))
         if self._tenant_left:
-            busy = {ref.tenant for ref in work}
+            busy = {(ref.tenant, self.home(ref)) for ref in work}
             self._tenant_left = {t: left for t, left in self._tenant_left.items() if t in busy}
 
     def resize(self, slots: int, limit: int, now: float, work: Mapping[AdapterRef, Work]) -> dict[int, int]:
@@ -206,17 +284,21 @@ class ActiveSet:
 
     def _keep_limit(self, now: float, work: Mapping[AdapterRef, Work], result: Exchange) -> None:
         """Has the adapters leave that are active longest, where the limit was lowered."""
-        if (over := len(self.entered) - self.limit) > 0:
-            for ref in sorted(self.entered, key=self._age)[: over + len(self.pinned)]:
-                if ref not in self.pinned and len(self.entered) > self.limit:
-                    self._leave(ref, now, work, result)
+        for rank in self.slots.classes:
+            active = self._active(rank)
+            over = len(active) - self._limit(rank)
+            for ref in sorted((r for r in active if r not in self.pinned), key=self._age)[: max(over, 0)]:
+                self._leave(ref, now, work, result)
 
-    def _tenants(self, work: Mapping[AdapterRef, Work]) -> tuple[Counter[str], dict[str, int]]:
-        """Returns (slots each tenant holds, each tenant's share), without pinned ones."""
-        free = [ref for ref in self.entered if ref not in self.pinned]
-        demand = Counter(ref.tenant for ref in work if ref not in self.pinned)
-        due = quotas(demand, self.weights, self.limit - len(self.pinned))
-        return Counter(ref.tenant for ref in free), due
+    def _tenants(self, work: Mapping[AdapterRef, Work], rank: int) -> tuple[Counter[str], dict[str, int]]:
+        """Returns (slots of a class that each tenant's adapters at home there hold, its share), without pinned ones."""
+        own = [ref for ref in self._active(rank) if ref not in self.pinned and self.home(ref) == rank]
+        demand = Counter(ref.tenant for ref in work if ref not in self.pinned and self.home(ref) == rank)
+        return Counter(ref.tenant for ref in own), quotas(demand, self.weights, self._free(rank))
+
+    def _free(self, rank: int) -> int:
+        """Returns how many slots of a class are shared: those that no pinned adapter takes."""
+        return self._limit(rank) - sum(self.home(r) == rank for r in self.pinned)
 
     def _turn(
         self, ref: AdapterRef, work: Mapping[AdapterRef, Work], has: Counter[str], due: Mapping[str, int]
@@ -227,11 +309,12 @@ class ActiveSet:
         since = work[ref].since
         below = has[ref.tenant] < due[ref.tenant]
         # A tenant that holds nothing waits as a whole: its many adapters must not give it many turns.
-        since_tenant = max(since, self._tenant_left.get(ref.tenant, since)) if has[ref.tenant] == 0 else since
+        left = self._tenant_left.get((ref.tenant, self.home(ref)), since)
+        since_tenant = max(since, left) if has[ref.tenant] == 0 else since
         return (1 if below else 2, since_tenant, since, ref.tenant, ref.name, ref.version)
 
     def _victim(
-        self, ref: AdapterRef, ripe: list[AdapterRef], has: Counter[str], due: Mapping[str, int]
+        self, ref: AdapterRef, ripe: list[AdapterRef], has: Counter[str], due: Mapping[str, int], rank: int
     ) -> AdapterRef | None:
         """Returns the adapter past its quantum that this one may replace: the one active longest."""
         if ref in self.pinned:
@@ -240,7 +323,7 @@ class ActiveSet:
             among = [r for r in ripe if r.tenant == ref.tenant]
         else:
             among = [r for r in ripe if has[r.tenant] > due.get(r.tenant, 0)]
-            if not among and sum(due.values()) > self.limit - len(self.pinned):
+            if not among and sum(due.values()) > self._free(rank):
                 among = ripe  # more tenants than slots: turns
         return min(among, key=self._age, default=None)
 
@@ -252,21 +335,25 @@ class ActiveSet:
         del self.entered[ref]
         self.slots.unpin(self._slot(ref))
         work[ref].left = now
-        if not any(r.tenant == ref.tenant for r in self.entered):
-            self._tenant_left[ref.tenant] = now
+        home = self.home(ref)
+        if not any(r.tenant == ref.tenant and self.home(r) == home for r in self.entered):
+            self._tenant_left[ref.tenant, home] = now
         result.leave.append(ref)
         self.swaps += 1
 
-    def _enter(self, ref: AdapterRef, now: float, result: Exchange) -> None:
+    def _enter(self, ref: AdapterRef, rank: int, now: float, work: Mapping[AdapterRef, Work], result: Exchange) -> None:
+        """Makes the adapter active in a slot of this class, which has room."""
         slot = self.slots.find(ref)
         if slot is None:
-            slot = self.slots.choose()
+            slot = self.slots.choose(rank)
             assert slot is not None, "more adapters are active than slots"
             self.slots.place(slot, ref)
             result.load.append((ref, slot))
         self.slots.pin(ref)
         self.entered[ref] = now
         result.enter.append((ref, slot))
+        if ref in work:
+            self.waited_s.observe(now - work[ref].since)
 
     def _slot(self, ref: AdapterRef) -> int:
         slot = self.slots.find(ref)

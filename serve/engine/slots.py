@@ -24,9 +24,16 @@ ROOM = 0.9  # of the pages of a size with more slots, what may be in use when it
 
 
 class SlotTable:
-    """Maps adapter versions to serving slots.  A pinned slot is never reused; ties go to the lowest index."""
+    """Maps adapter versions to serving slots.  A pinned slot is never reused; ties go to the lowest index.
 
-    def __init__(self, slots: int):
+    Slots may differ in rank: those of one rank are a class.
+    """
+
+    def __init__(self, slots: int, ranks: Sequence[int] = ()):
+        """ranks: the largest rank that each slot holds; none: they hold the same."""
+        assert len(ranks) in (0, slots)
+        self._rank_of = tuple(ranks) or (0,) * slots
+        self.classes = {rank: self._rank_of.count(rank) for rank in sorted(set(self._rank_of))}  # rank → slots
         self._ref_of: list[AdapterRef | None] = [None] * slots
         self._pins = [0] * slots
         self._used = [0] * slots  # clock of the last pin or unpin
@@ -56,9 +63,16 @@ class SlotTable:
         self._pins[slot] -= 1
         self._touch(slot)
 
-    def choose(self) -> int | None:
-        """Returns a slot to load into: an empty one, else the unpinned one used longest ago; None when all are pinned."""
-        free = [s for s, pins in enumerate(self._pins) if pins == 0]
+    def rank(self, slot: int) -> int:
+        """Returns the class of a slot: the largest rank that it holds."""
+        return self._rank_of[slot]
+
+    def choose(self, rank: int | None = None) -> int | None:
+        """Returns a slot to load into: an empty one, else the unpinned one used longest ago; None when all are pinned.
+
+        rank: the class of the slot; None: any.
+        """
+        free = [s for s, pins in enumerate(self._pins) if pins == 0 and rank in (None, self._rank_of[s])]
         return min(free, key=lambda s: (self._ref_of[s] is not None, self._used[s], s), default=None)
 
     def place(self, slot: int, ref: AdapterRef) -> None:
@@ -77,10 +91,11 @@ class SlotTable:
             self._ref_of[slot] = None
 
     def resize(self, slots: int) -> dict[int, int]:
-        """Changes the number of slots.  Returns the place that each version which stays had, and the one it has now.
+        """Changes the number of slots, all of one class.  Returns the place that each version which stays had, and has now.
 
         The pinned ones stay, which must be no more than that, then those that were used last.
         """
+        ((rank, _),) = self.classes.items()
         kept = sorted(self._slot_of.values(), key=lambda s: (self._pins[s] == 0, -self._used[s]))[:slots]
         moves = {old: new for new, old in enumerate(sorted(kept))}
         assert len(self.pinned()) == sum(self._pins[old] > 0 for old in moves), "more versions are pinned than slots"
@@ -90,6 +105,7 @@ class SlotTable:
 
         self._ref_of, self._pins, self._used = moved(self._ref_of, None), moved(self._pins, 0), moved(self._used, 0)
         self._slot_of = {ref: slot for slot, ref in enumerate(self._ref_of) if ref is not None}
+        self._rank_of, self.classes = (rank,) * slots, {rank: slots}
         return moves
 
     def resident(self) -> dict[AdapterRef, int]:

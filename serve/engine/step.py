@@ -24,8 +24,9 @@ from jax.sharding import Mesh
 from jaxlora.core.lora import HEAD_TARGET
 from jaxlora.model.decoder import Base, TokenBatch, forward, head_logits
 from jaxlora.model.kv_cache import KVPages, page_format, paged_attend
-from jaxlora.model.lora_pool import LoraLayout, PromptLora, Rows, TokenLora
+from jaxlora.model.lora_pool import LoraLayout
 from jaxlora.model.mesh import attention_placement, place_array, replicated, sharding
+from jaxlora.model.serving_pool import PoolLora, ServingPool
 from pallas_kernels import NO_ADAPTER
 from pallas_kernels.rows.op import logsumexp, top_k
 from serve.engine.logit_edits import LogitEdits
@@ -127,7 +128,7 @@ class Computed:
     x_GJD: jax.Array | None  # what the head reads of each token; None of J = 1
 
 
-def _head(base: Base, pool: Rows, lora: TokenLora | PromptLora) -> Callable[[jax.Array], jax.Array]:
+def _head(base: Base, pool: ServingPool, lora: PoolLora) -> Callable[[jax.Array], jax.Array]:
     """Returns the function [T, D] → float32 [T, V] logits."""
 
     def logits(x_TD: jax.Array) -> jax.Array:
@@ -141,14 +142,13 @@ def _head(base: Base, pool: Rows, lora: TokenLora | PromptLora) -> Callable[[jax
     return logits
 
 
-def _lora(base: Base, pool: Rows, batch: StepBatch) -> TokenLora | PromptLora:
+def _lora(base: Base, pool: ServingPool, batch: StepBatch) -> PoolLora:
     layout = LoraLayout(config=base.config, mesh=base.mesh)
-    kind = TokenLora if batch.token_GJ.shape[1] == 1 else PromptLora
-    return kind(pool, batch.slot_G, base.config.layers, layout)
+    return PoolLora(pool, batch.slot_G, batch.token_GJ.shape[1], base.config.layers, layout)
 
 
 def _compute(
-    base: Base, pool: Rows, kv: KVPages, batch: StepBatch
+    base: Base, pool: ServingPool, kv: KVPages, batch: StepBatch
 ) -> tuple[KVPages, jax.Array, jax.Array, Callable[[jax.Array], jax.Array]]:
     """Returns (pages, [G, V] logits, [G, J, D] what the head reads, the head)."""
     G, J = batch.token_GJ.shape
@@ -216,7 +216,7 @@ def keep_newest(newest_B: jax.Array, batch: StepBatch, token_G: jax.Array) -> ja
 
 def _packed_step(
     base: Base,
-    pool: Rows,
+    pool: ServingPool,
     kv: KVPages,
     newest_B: jax.Array,
     words_GW: jax.Array,
@@ -256,7 +256,7 @@ def _packed_choice(
 
 
 def _packed_scores(
-    base: Base, pool: Rows, x_GJD: jax.Array, words_GW: jax.Array, layout: Layout[StepBatch]
+    base: Base, pool: ServingPool, x_GJD: jax.Array, words_GW: jax.Array, layout: Layout[StepBatch]
 ) -> PromptScores:
     batch = layout.unpack(words_GW)
     return _scores(_head(base, pool, _lora(base, pool, batch)), x_GJD, batch.target_GJ, base.config.vocab)
@@ -312,7 +312,7 @@ class StepPrograms:
     def launch(
         self,
         base: Base,
-        pool: Rows,
+        pool: ServingPool,
         kv: KVPages,
         newest_B: jax.Array,
         words_GW: np.ndarray | jax.Array,

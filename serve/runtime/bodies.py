@@ -26,6 +26,7 @@ from pallas_kernels.attention.op import packed_attention
 from pallas_kernels.cross_entropy.op import target_logprob
 from pallas_kernels.dispatch import TABLE, Choice, recorded, usual
 from pallas_kernels.gathered_lora.op import gathered_lora
+from pallas_kernels.gathered_lora.pool_rows import ROW_TILE, PoolRows, RankClasses, slot_ranks, tile_count
 from pallas_kernels.paged_attention.op import paged_attention
 from pallas_kernels.segmented_lora.op import segmented_lora
 
@@ -85,7 +86,7 @@ def _serving_calls(base: BaseShape, config: SizedConfig, mesh: Mesh) -> Iterator
     lanes, tokens = config.prefill_lanes, config.prefill_tokens
     for targets in READS:
         sizes = [target_features(c, target) for target in targets]
-        pool = [_rows((1, config.slots), config.max_rank, x, y, base.dtype) for x, y in sizes]
+        pool = [_pool_rows(config.rank_classes, x, y, base.dtype) for x, y in sizes]
         x_TX, slot_T = Shape((config.rows, sizes[0][0]), base.dtype), Shape((config.rows,), jnp.int32)
         decode = functools.partial(gathered_lora, placement=layout.tokens(targets[0]))
         yield decode, (x_TX, pool, Shape((), jnp.int32), slot_T)
@@ -121,6 +122,18 @@ def _training_calls(base: BaseShape, config: SizedConfig, mesh: Mesh) -> Iterato
     wanted = Shape((G, J, 1), jnp.int32), Shape((G, J), bool)
     lora = _rows((G,), training.max_rank, c.d_model, c.vocab, "float32")
     yield logprob, (Shape((G, J, c.d_model), base.dtype), *head, *wanted, lora)
+
+
+def _pool_rows(classes: RankClasses, x: int, y: int, dtype: str) -> PoolRows:
+    """Returns the shapes of a target's rows of all slots, of one layer."""
+    slots, tiles = len(slot_ranks(classes)), (1, tile_count(classes), ROW_TILE)
+    return PoolRows(
+        a_LNRX=Shape((*tiles, x), dtype),  # ty: ignore[invalid-argument-type]
+        b_LNRY=Shape((*tiles, y), dtype),  # ty: ignore[invalid-argument-type]
+        scale_LS=Shape((1, slots), jnp.float32),  # ty: ignore[invalid-argument-type]
+        rank_S=Shape((slots,), jnp.int32),  # ty: ignore[invalid-argument-type]
+        classes=classes,
+    )
 
 
 def _rows(axes: tuple[int, ...], rank: int, x: int, y: int, dtype: str) -> tuple[Shape, ...]:

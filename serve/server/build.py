@@ -300,7 +300,13 @@ def open_store(config: SizedConfig, instance: Instance | None = None) -> Adapter
 
 def make_runner(opened: Opened, config: SizedConfig, store: AdapterStore) -> DeviceThread:
     """Makes a runner over this base, not started yet.  It serves LoRA on all seven projections and on the head."""
-    pool_spec = PoolSpec(slots=config.slots, rank=config.max_rank, dtype=opened.base.dtype.name, targets=ALL_TARGETS)
+    pool_spec = PoolSpec(
+        slots=sum(slots for slots, _ in config.rank_classes),
+        rank=config.max_rank,
+        dtype=opened.base.dtype.name,
+        targets=ALL_TARGETS,
+        classes=config.rank_classes,
+    )
     least_pages = min((size.pages for size in config.sizes), default=config.kv_pages)
     engine_config = EngineConfig(
         sizes=config.sizes,

@@ -13,20 +13,20 @@ from kernel_checks import F32, assert_close, assert_same_bits, floats
 from jaxlora.core.errors import AdapterInvalid, AdapterNotFinite
 from jaxlora.core.lora import Adapter, AdapterRef, LoraSpec, ModuleException
 from jaxlora.core.model_config import ModelConfig
+from jaxlora.model import serving_pool
 from jaxlora.model.compile_cache import CompileCounter
 from jaxlora.model.lora_pool import (
     LaneLora,
     LoraRows,
     PoolSpec,
-    PromptLora,
-    TokenLora,
     adapter_of_rows,
     empty_pool,
     host_rows,
     read_finite,
-    write_slot,
 )
 from jaxlora.model.mesh import make_mesh
+from jaxlora.model.serving_pool import PoolLora, read_slot
+from pallas_kernels.gathered_lora.pool_rows import of_slots
 
 L, D, F, V, S, R = 2, 8, 12, 11, 3, 4
 TARGETS = ("q_proj", "v_proj", "down_proj", "lm_head")
@@ -77,6 +77,23 @@ def noise_pool(seed=0, dtype="float32"):
         )
         for t in TARGETS
     }
+
+
+def serving(pool):
+    """The same slots as a server holds them."""
+    return {t: of_slots(r.a_LSRX, r.b_LSRY, r.scale_LS) for t, r in pool.items()}
+
+
+_write = jax.jit(serving_pool.write_slot, donate_argnums=0, static_argnums=3)
+
+
+def write_slot(pool, slot, rows):
+    return _write(pool, slot, rows, R)
+
+
+def slots_of(pool):
+    """The slots of a server's pool as Rows with a slot axis."""
+    return jax.tree.map(lambda *x: np.stack(x, 1), *(read_slot(pool, jnp.int32(s), R) for s in range(S)))
 
 
 def host(tree):
@@ -183,19 +200,21 @@ def test_a_slot_is_replaced_whole_and_no_other_moves(slot, adapter):
     """Noise was there before; nothing of it stays, not in rank rows, targets or scales."""
     before = host(noise_pool(7))
     rows = host_rows(CONFIG, SPEC, adapter)
-    pool = write_slot(noise_pool(7), jnp.int32(slot), rows)
-    assert_same_bits(slot_of(host(pool), slot), rows)
-    after = host(pool)
+    pool = write_slot(serving(noise_pool(7)), jnp.int32(slot), rows)
+    ranks = {t: rows_of.rank_S.tolist() for t, rows_of in pool.items()}
+    held = {t: adapter.spec.rank if t in adapter.spec.targets else 0 for t in TARGETS}
+    assert ranks == {t: [held[t] if s == slot else R for s in range(S)] for t in TARGETS}
+    after = slots_of(pool)
     assert_same_bits(slot_of(after, slot), rows)
     for other in set(range(S)) - {slot}:
         assert_same_bits(slot_of(after, other), slot_of(before, other))
 
 
 def test_writing_over_nan_leaves_no_nan():
-    pool = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), noise_pool())
+    pool = serving(jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), noise_pool()))
     rows = host_rows(CONFIG, SPEC, make_adapter(8, rank=1, targets=("q_proj",)))
-    pool = write_slot(pool, jnp.int32(1), rows)
-    assert_same_bits(slot_of(host(pool), 1), rows)
+    pool = slots_of(write_slot(pool, jnp.int32(1), rows))
+    assert_same_bits(slot_of(pool, 1), rows)
     read_finite(slot_of(pool, 1))
     with pytest.raises(AdapterNotFinite, match="not published"):
         read_finite(slot_of(pool, 2))
@@ -205,7 +224,7 @@ def test_rows_of_a_smaller_pool_are_padded_and_missing_targets_zeroed():
     """A trainer's pool may be of smaller rank and fewer targets than the server's."""
     rng = np.random.default_rng(9)
     small = {"q_proj": LoraRows(a_LSRX=floats(rng, L, 2, D), b_LSRY=floats(rng, L, 2, 8), scale_LS=floats(rng, L))}
-    got = slot_of(host(write_slot(noise_pool(10), jnp.int32(2), small)), 2)
+    got = slot_of(slots_of(write_slot(serving(noise_pool(10)), jnp.int32(2), small)), 2)
     assert_same_bits(
         (got["q_proj"].a_LSRX[:, :2], got["q_proj"].b_LSRY[:, :2]), (small["q_proj"].a_LSRX, small["q_proj"].b_LSRY)
     )
@@ -218,7 +237,7 @@ def test_rows_of_a_smaller_pool_are_padded_and_missing_targets_zeroed():
 
 def test_a_bfloat16_pool_rounds_weights_once_and_keeps_scale_in_float32():
     rows = host_rows(CONFIG, SPEC, make_adapter(11, rank=3, alpha=1.0))
-    got = slot_of(host(write_slot(noise_pool(12, "bfloat16"), jnp.int32(0), rows)), 0)
+    got = slot_of(slots_of(write_slot(serving(noise_pool(12, "bfloat16")), jnp.int32(0), rows)), 0)
     for t in TARGETS:
         assert_same_bits(got[t].a_LSRX, rows[t].a_LSRX.astype(jnp.bfloat16))
         assert_same_bits(got[t].b_LSRY, rows[t].b_LSRY.astype(jnp.bfloat16))
@@ -226,13 +245,13 @@ def test_a_bfloat16_pool_rounds_weights_once_and_keeps_scale_in_float32():
 
 
 def test_the_old_pool_is_given_away():
-    pool = noise_pool(13)
+    pool = serving(noise_pool(13))
     write_slot(pool, jnp.int32(1), host_rows(CONFIG, SPEC, make_adapter(14)))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(pool))
 
 
 def test_slots_and_adapters_are_data():
-    pool = noise_pool(15)
+    pool = serving(noise_pool(15))
     loads = []
     for seed, (rank, alpha, targets) in enumerate([(4, 1.0, TARGETS), (1, 8.0, TARGETS[:1]), (3, 2.0, TARGETS[2:])]):
         rows = host_rows(CONFIG, SPEC, make_adapter(seed, rank=rank, alpha=alpha, targets=targets))
@@ -248,8 +267,8 @@ def test_slots_and_adapters_are_data():
 @pytest.mark.parametrize("rank", [1, 3, R])
 def test_an_adapter_comes_back_from_its_rows(rank):
     adapter = make_adapter(16, rank=rank, targets=("q_proj", "lm_head"))
-    pool = write_slot(noise_pool(17), jnp.int32(1), host_rows(CONFIG, SPEC, adapter))
-    back = adapter_of_rows(slot_of(pool, 1), adapter.spec, "base")
+    pool = write_slot(serving(noise_pool(17)), jnp.int32(1), host_rows(CONFIG, SPEC, adapter))
+    back = adapter_of_rows(read_slot(pool, jnp.int32(1), R), adapter.spec, "base")
     assert (back.spec, back.base_hash) == (adapter.spec, adapter.base_hash)
     assert_same_bits(dict(back.weights), dict(adapter.weights))
 
@@ -266,16 +285,16 @@ def test_an_adapter_comes_back_from_its_rows(rank):
     )
 )
 def test_after_any_loads_every_slot_holds_its_last_adapter(loads):
-    pool = noise_pool(18)
-    held = {s: slot_of(host(pool), s) for s in range(S)}
+    pool = serving(noise_pool(18))
+    held = {s: slot_of(slots_of(pool), s) for s in range(S)}
     for seed, (slot, rank, targets) in enumerate(loads):
         held[slot] = host_rows(CONFIG, SPEC, make_adapter(seed, rank=rank, targets=targets))
         pool = write_slot(pool, jnp.int32(slot), held[slot])
     for s in range(S):
-        assert_same_bits(slot_of(host(pool), s), held[s])
+        assert_same_bits(slot_of(slots_of(pool), s), held[s])
 
 
-# ---- LaneLora, PromptLora and TokenLora ---------------------------------------------------------------------------------------------------
+# ---- LaneLora and PoolLora ---------------------------------------------------------------------------------------------------
 
 gather = jax.jit(LaneLora.gather)
 SLOTS = np.array([2, -1, 0, 2], np.int32)
@@ -322,10 +341,10 @@ def test_lanes_and_tokens_compute_what_the_pool_says(layer):
     targets = ("q_proj", "k_proj", "v_proj")  # the pool has no k_proj
     lanes = LaneLora(gather(pool, SLOTS))
     rows = jax.tree.map(lambda p: p[layer], lanes.per_layer)
-    tokens = TokenLora(jax.device_put(pool), jnp.asarray(np.repeat(SLOTS, 2)), L)
+    tokens = PoolLora(serving(pool), jnp.asarray(np.repeat(SLOTS, 2)), 1, L)
     assert_same_bits(tokens.per_layer, np.arange(L, dtype=np.int32))
     by_lane = jax.jit(lambda rows, x: lanes.deltas(rows, targets, x))(rows, x)
-    prompts = PromptLora(jax.device_put(pool), jnp.asarray(SLOTS), L)
+    prompts = PoolLora(serving(pool), jnp.asarray(SLOTS), 2, L)
     by_token = jax.jit(lambda layer, x: tokens.deltas(layer, targets, x))(tokens.per_layer[layer], x)
     by_prompt = jax.jit(lambda layer, x: prompts.deltas(layer, targets, x))(prompts.per_layer[layer], x)
     assert_same_bits(by_prompt, by_lane)
@@ -340,7 +359,7 @@ def test_prompts_read_nothing_of_other_slots_and_layers():
     x = floats(np.random.default_rng(26), 8, D)
 
     def product(pool):
-        return PromptLora(pool, jnp.asarray(SLOTS), L).product(jnp.int32(1), ["q_proj", "v_proj"], x)
+        return PoolLora(serving(pool), jnp.asarray(SLOTS), 2, L).product(jnp.int32(1), ["q_proj", "v_proj"], x)
 
     clean = jax.jit(product)(pool)
     for leaf in jax.tree.leaves(pool):
@@ -354,8 +373,10 @@ def test_targets_that_the_pool_lacks_have_no_delta():
     lanes = LaneLora(LaneLora.gather(pool, SLOTS))
     layer = jax.tree.map(lambda p: p[0], lanes.per_layer)
     assert lanes.deltas(layer, ("gate_proj", "up_proj"), x) == (None, None)
-    for of_pool in (TokenLora, PromptLora):
-        assert of_pool(pool, jnp.asarray(SLOTS), L).deltas(jnp.int32(0), ("gate_proj", "up_proj"), x) == (None, None)
+    for tokens in (1, 2):
+        assert PoolLora(serving(pool), jnp.asarray(SLOTS), tokens, L).deltas(
+            jnp.int32(0), ("gate_proj", "up_proj"), x
+        ) == (None, None)
 
 
 def test_the_head_is_kept_out_of_the_layers():

@@ -19,6 +19,7 @@ import pytest
 from cuda_world import H100, h100s, kernels
 from jax.experimental.layout import Format, Layout
 from jax.sharding import SingleDeviceSharding
+from kernel_checks import gathered
 from kernel_shapes import (
     LANES,
     MODELS,
@@ -46,7 +47,6 @@ from kernel_shapes import (
 )
 
 from pallas_kernels import dispatch, tiling_cuda
-from pallas_kernels.gathered_lora.op import gathered_lora
 from pallas_kernels.paged_attention.op import paged_attention
 from pallas_kernels.segmented_lora.op import segmented_lora
 
@@ -96,7 +96,9 @@ def test_decode(model: Model, rank):
     program = compiled(decode, shapes)
     assert kernels(program) == {"gathered_lora_shrink": 5, "gathered_lora_expand": 5}
     text = program.as_text()
-    assert made_as_large_as([half for read in shapes[0] for a, b, _ in read for half in (a, b)], text) == []
+    assert (
+        made_as_large_as([half for read in shapes[0] for row in read for half in (row.a_LNRX, row.b_LNRY)], text) == []
+    )
     assert text.count(" sort(") == 1  # once per step, not per layer
 
 
@@ -174,7 +176,7 @@ def test_a_program_through_xlas_own_triton(monkeypatch):
 
     def both(x_TX, rows, index, slot_T, q_GJNH, pages, page_GC):
         attended = paged_attention(q_GJNH, pages, pages, index, page_GC, slot_T[:, None], window=None)
-        return gathered_lora(x_TX, rows, index, slot_T), attended
+        return gathered(x_TX, rows, index, slot_T), attended
 
     ids, table = (shape(dtype=jnp.int32), shape(8, dtype=jnp.int32)), shape(8, 128, dtype=jnp.int32)
     args = shape(8, 256), [row(16), row(8)], *ids, shape(8, 1, 4, 64), shape(2, PAGES, 16, 2 * 64), table
@@ -245,7 +247,7 @@ def lane_row(rank: int):
 @pytest.mark.parametrize(("tokens", "rank", "taken"), [(1024, 256, True), (1025, 16, False), (8, 257, False)])
 def test_the_table_routes_decode_by_tokens_and_rank(tokens, rank, taken):
     index, slots = shape(dtype=jnp.int32), shape(tokens, dtype=jnp.int32)
-    program = compiled(gathered_lora, (shape(tokens, 256), [row(rank)], index, slots))
+    program = compiled(gathered, (shape(tokens, 256), [row(rank)], index, slots))
     assert bool(kernels(program)) is taken
 
 
@@ -261,7 +263,7 @@ def test_the_table_routes_lanes_by_the_rank_of_all_targets(ranks, taken):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])
 def test_float32_is_taken_and_float16_is_not(dtype):
     args = (shape(8, 256, dtype=dtype), [row(16, dtype)], shape(dtype=jnp.int32), shape(8, dtype=jnp.int32))
-    assert bool(kernels(compiled(gathered_lora, args))) is (dtype == jnp.float32)
+    assert bool(kernels(compiled(gathered, args))) is (dtype == jnp.float32)
 
 
 def test_the_extra_decides(monkeypatch):
@@ -269,7 +271,7 @@ def test_the_extra_decides(monkeypatch):
     assert dispatch.cuda_body() == "triton"
     monkeypatch.setattr(tiling_cuda, "installed", lambda: False)
     assert dispatch.cuda_body() == "xla"
-    assert not kernels(compiled(lambda *args: gathered_lora(*args), args))
+    assert not kernels(compiled(lambda *args: gathered(*args), args))
 
 
 def interpreter(*command: str) -> str:
@@ -294,7 +296,7 @@ HEAD_KERNELS = {"target_logprob", "target_logprob_back"}
 @pytest.mark.parametrize(
     ("name", "kernels", "passed"),
     [
-        ("test_pallas_kernels_tpu_bodies", LORA_KERNELS, 25),
+        ("test_pallas_kernels_tpu_bodies", LORA_KERNELS, 24),
         ("test_pallas_kernels_attention_tpu", ATTENTION_KERNELS | {"paged_attention_join"}, 65),
         ("test_pallas_kernels_cross_entropy_bodies", LANE_KERNELS | HEAD_KERNELS, 66),
         ("test_pallas_kernels_adamw", {"adamw"}, 6),

@@ -1,10 +1,12 @@
 """Work follows adapters and wanted tokens, not slots: counted, in a run where every fetch and every product is seen.
 
-Loops run turn by turn in Python.  The XLA body reads rows with `dynamic_slice`, visit by visit.  Of the Pallas body the
-index maps are evaluated at every step of the grid: the pipeline fetches a block when, and only when, its index changes.
+Loops run turn by turn in Python.  The XLA body reads rows with `dynamic_slice`, visit by visit.  Of the Pallas body every
+copy of a tile of rows is counted as it starts.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,7 @@ from pallas_kernels.gathered_lora import op as gathered_lora
 from pallas_kernels.gathered_lora import pallas_tpu as gathered_lora_tpu
 from pallas_kernels.gathered_lora import xla_cpu as gathered_lora_xla
 from pallas_kernels.gathered_lora.op import visits_by_slot
+from pallas_kernels.gathered_lora.pool_rows import ROW_TILE, of_slots
 from pallas_kernels.gathered_lora.xla_cpu import COLUMNS, FEWEST
 
 L, R, X, Y, LAYER = 2, 2, 6, 4, 1
@@ -31,7 +34,8 @@ def case(slots: int, tokens: int = 12, features: int = X):
     rng = np.random.default_rng(slots)
     few = rng.choice(slots, 5, replace=False)
     slot_T = np.append(few, [-1, slots - 1, -1, *few[:2], -1, few[0]]).astype(np.int32)[:tokens]
-    rows = [(floats(rng, L, slots, R, features), floats(rng, L, slots, R, Y), floats(rng, L, slots))]
+    rows = of_slots(floats(rng, L, slots, R, features), floats(rng, L, slots, R, Y), floats(rng, L, slots))
+    rows = [replace(rows, rank_S=rng.integers(0, R + 1, slots).astype(np.int32))]
     return floats(rng, tokens, features), rows, jnp.int32(LAYER), rng.permutation(slot_T)
 
 
@@ -56,10 +60,9 @@ def test_xla_reads_the_rows_of_active_tokens_only(slots, features, monkeypatch):
     real, read = gathered_lora_xla._slice, []
 
     def dynamic_slice(operand, start, sizes):
-        if operand.ndim == 4:
-            assert operand.shape[:2] == (L, slots)
-            assert tuple(sizes[:2]) == (1, 1)
-            read.append((operand.shape[-1], (int(start[0]), int(start[1])), sizes[2] * sizes[3]))
+        if operand.ndim == 3:
+            assert operand.shape[:2] == (L, slots * R)
+            read.append((operand.shape[-1], (int(start[0]), int(start[1]) // R), sizes[1] * sizes[2]))
         return real(operand, start, sizes)
 
     monkeypatch.setattr(gathered_lora_xla, "_slice", dynamic_slice)
@@ -72,32 +75,47 @@ def test_xla_reads_the_rows_of_active_tokens_only(slots, features, monkeypatch):
 
 
 @by_slots
-def test_pallas_fetches_each_adapter_once_and_visits_active_tokens(slots, monkeypatch):
-    args = case(slots)
-    real, calls = gathered_lora_tpu.pl.pallas_call, []
+def test_pallas_copies_each_adapters_true_rank_once(slots, monkeypatch):
+    """Whatever its tokens and the rows of its slot; none of a target that it lacks.  Visits are tiles of tokens."""
+    rank = 5 * ROW_TILE
+    rng = np.random.default_rng(slots)
+    few = rng.choice(slots, 5, replace=False)
+    slot_T = rng.permutation(np.append(few, [-1, *few[:2].repeat(12), *few[2:].repeat(3), -1])).astype(np.int32)
+    rank_S = rng.integers(0, rank + 1, (2, slots)).astype(np.int32)
+    rank_S[0, few[0]] = 0
+    rows = [
+        replace(
+            of_slots(floats(rng, L, slots, rank, X), floats(rng, L, slots, rank, Y), floats(rng, L, slots)), rank_S=own
+        )
+        for own in rank_S
+    ]
+    copied, real = [], gathered_lora_tpu.pltpu.make_async_copy
 
-    def pallas_call(body, *, grid_spec, **rest):
-        def call(*arrays):
-            calls.append((grid_spec, arrays))
-            return real(body, grid_spec=grid_spec, **rest)(*arrays)
+    class Copy:
+        def __init__(self, source, *rest):
+            self.copy = real(source, *rest)
+            assert source.shape[-2] == ROW_TILE
+            self.wait = self.copy.wait
 
-        return call
+        def start(self):
+            jax.debug.callback(lambda: copied.append(ROW_TILE))
+            self.copy.start()
 
-    monkeypatch.setattr(gathered_lora_tpu.pl, "pallas_call", pallas_call)
+    monkeypatch.setattr(gathered_lora_tpu.pltpu, "make_async_copy", Copy)
+    x = floats(rng, len(slot_T), X)
     with dispatch.interpreted():
-        run(args)
-    ((spec, arrays),) = calls
-    adapters, tokens = expected(args[3])
-    assert [int(n) for n in spec.grid] == [tokens]
-    scalars, inputs = arrays[: spec.num_scalar_prefetch], arrays[spec.num_scalar_prefetch :]
-    for block, array in zip(spec.in_specs, inputs, strict=True):
-        indices = [tuple(int(n) for n in block.index_map(i, *scalars)) for i in range(tokens)]
-        fetched = [index for index, last in zip(indices, [None, *indices], strict=False) if index != last]
-        if array.shape[:2] == (L, slots):
-            assert len(fetched) == len(adapters)
-            assert {index[:2] for index in fetched} == adapters
-        else:
-            assert sorted(index[0] for index in fetched) == [t for t, s in enumerate(args[3]) if s >= 0]
+        got = jax.jit(gathered_lora.gathered_lora)(x, rows, jnp.int32(LAYER), slot_T)
+    jax.block_until_ready(got)
+    jax.effects_barrier()
+    distinct = sorted({int(s) for s in slot_T if s >= 0})
+    tiles = sum(-(-int(own[s]) // ROW_TILE) for own in rank_S for s in distinct)
+    assert sum(copied) == 2 * tiles * ROW_TILE  # of A and of B
+    assert not np.asarray(got[0])[slot_T == few[0]].any()
+    visits = visits_by_slot(jnp.asarray(slot_T))
+    found = gathered_lora_tpu.visits_of((visits.order_T, visits.slot_T, visits.count_1[0]))
+    count = int(found.count)
+    assert count <= -(-len(slot_T) // gathered_lora_tpu.TOKENS) + len(distinct)
+    assert sorted(set(found.slot_V[:count].tolist())) == distinct
 
 
 @pytest.mark.parametrize("features", [X, FEWEST * COLUMNS], ids=["one product", "blocks"])
@@ -107,7 +125,11 @@ def test_no_result_of_the_decode_program_has_a_slot_axis(slots, features):
     args = case(slots, features=features)
     text = jax.jit(gathered_lora.gathered_lora).lower(*args).compile().as_text()
     hands_on = ("parameter(", "get-tuple-element(", "tuple(", "while(", "conditional(", "call(", "bitcast(")
-    made = [line for line in text.splitlines() if f"[{L},{slots}," in line.partition(" = ")[2].partition("(")[0]]
+    made = [
+        line
+        for line in text.splitlines()
+        if f"[{L},{slots * R // ROW_TILE}," in line.partition(" = ")[2].partition("(")[0]
+    ]
     assert [line for line in made if not any(f" {op}" in line for op in hands_on)] == []
     assert made  # the pool itself is seen
 

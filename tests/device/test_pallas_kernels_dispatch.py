@@ -11,12 +11,11 @@ import pytest
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
-from kernel_checks import assert_same_bits, floats
+from kernel_checks import assert_same_bits, floats, gathered
 
 from pallas_kernels import dispatch
 from pallas_kernels.cross_entropy.op import target_logprob
 from pallas_kernels.dispatch import TABLE, by_platform
-from pallas_kernels.gathered_lora.op import gathered_lora
 from pallas_kernels.segmented_lora.op import segmented_lora
 
 F32, BF16 = jnp.float32, jnp.bfloat16
@@ -57,11 +56,11 @@ def logprob(x, head, back, target, wanted):
 
 def test_the_platform_lowered_for_decides():
     for platform in ("cpu", "cuda"):
-        assert kernels(gathered_lora, *decode(), platform=platform) == []
+        assert kernels(gathered, *decode(), platform=platform) == []
         assert kernels(segmented_lora, *train(), platform=platform) == []
         assert kernels(logprob, *words(), platform=platform) == []
     assert kernels(logprob, *words()) == ["target_logprob"]
-    assert kernels(gathered_lora, *decode()) == ["gathered_lora"]
+    assert kernels(gathered, *decode()) == ["gathered_lora"]
     assert kernels(segmented_lora, *train()) == ["segmented_lora"]
 
 
@@ -121,9 +120,9 @@ def test_under_scan_and_checkpoint():
 
 def test_what_is_traced_is_recorded_once_with_the_reason_of_a_fall_back():
     with dispatch.recorded("tpu") as choices:
-        jax.eval_shape(gathered_lora, *decode())
-        jax.eval_shape(lambda *args: gathered_lora(*args), *decode())
-        jax.eval_shape(gathered_lora, *decode(rank=512, out=2**16))
+        jax.eval_shape(gathered, *decode())
+        jax.eval_shape(lambda *args: gathered(*args), *decode())
+        jax.eval_shape(gathered, *decode(rank=512, out=2**16))
         jax.eval_shape(segmented_lora, *train(dtype=jnp.float16))
     room, dtype = "no kernel takes bfloat16[8, 256], ", "its kernels take bfloat16 and float32, not float16"
     assert [(c.op, c.body) for c in choices] == [
@@ -146,15 +145,15 @@ def test_under_shard_map():
     mesh = AbstractMesh((4,), ("tensor",), axis_types=(AxisType.Auto,))
     split = P(None, None, None, "tensor")
     specs = (P(), [(P(), split, P())], P(), P())
-    sharded = jax.shard_map(gathered_lora, mesh=mesh, in_specs=specs, out_specs=(P(None, "tensor"),), check_vma=False)
+    sharded = jax.shard_map(gathered, mesh=mesh, in_specs=specs, out_specs=(P(None, "tensor"),), check_vma=False)
     assert kernels(sharded, x, rows, layer, slots) == ["gathered_lora"]
 
 
 @pytest.mark.parametrize(
     ("function", "args"),
     [
-        (gathered_lora, decode(dtype=jnp.float16)),
-        (gathered_lora, decode(rank=512, out=2**16)),
+        (gathered, decode(dtype=jnp.float16)),
+        (gathered, decode(rank=512, out=2**16)),
         (segmented_lora, train(dtype=jnp.float16)),
         (segmented_lora, train(rank=4096, out=2**16 + 1)),
         (logprob, words(dtype=jnp.float16)),
@@ -176,7 +175,7 @@ def test_the_table_routes_what_the_kernel_cannot_do(function, args):
 @pytest.mark.parametrize("platform", ["rocm", "oneapi"])
 def test_a_platform_that_the_table_lacks_is_refused(platform):
     with pytest.raises(NotImplementedError, match=platform):
-        kernels(gathered_lora, *decode(), platform=platform)
+        kernels(gathered, *decode(), platform=platform)
     with pytest.raises(NotImplementedError, match=platform):
         kernels(segmented_lora, *train(), platform=platform)
     with pytest.raises(NotImplementedError, match=platform):

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_checks import BF16, F32, assert_close, assert_no_nan, assert_same_bits, floats, positive
+from kernel_checks import BF16, F32, assert_close, assert_no_nan, assert_same_bits, floats, gathered, positive
 
 from jaxlora.model.compile_cache import CompileCounter
-from pallas_kernels.gathered_lora.op import gathered_lora, gathered_lora_reference
+from pallas_kernels.gathered_lora.op import gathered_lora_reference
 from pallas_kernels.gathered_lora.xla_cpu import COLUMNS, FEWEST, UNROLLED_RANK
 
 L, S, R, X, Y, Y2, T = 2, 4, 4, 12, 8, 5, 7
@@ -27,7 +27,7 @@ CASES = {
 named = pytest.mark.parametrize("slots", CASES.values(), ids=CASES.keys())
 # The forms of A's half on a CPU.
 forms = pytest.mark.parametrize("features", [X, FEWEST * COLUMNS], ids=["one product", "blocks"])
-run = jax.jit(gathered_lora)
+run = jax.jit(gathered)
 reference = jax.jit(gathered_lora_reference)
 
 
@@ -189,7 +189,7 @@ def test_output_does_not_depend_on_place_slot_or_neighbours(dtype, features):
 
 
 def test_slots_layers_scales_and_weights_are_data():
-    f = jax.jit(gathered_lora)
+    f = jax.jit(gathered)
     calls = []
     for seed, slots in enumerate(CASES.values()):
         x, rows = world(seed)

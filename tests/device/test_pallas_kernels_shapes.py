@@ -12,6 +12,7 @@ import pytest
 from pallas_kernels.attention import op as attention
 from pallas_kernels.cross_entropy import op as cross_entropy
 from pallas_kernels.gathered_lora import op as gathered_lora
+from pallas_kernels.gathered_lora.pool_rows import of_slots
 from pallas_kernels.paged_attention import op as paged_attention
 from pallas_kernels.segmented_lora import op as segmented_lora
 from pallas_kernels.shapes import shaped
@@ -122,7 +123,7 @@ def test_the_check_runs_when_traced_and_costs_a_compiled_call_nothing():
         ),
         pytest.param(
             gathered_lora.gathered_lora,
-            (zeros(4, 8), [(zeros(1, 2, 3, 8), zeros(1, 2, 3, 5), zeros(1, 2))], 0, zeros(3)),
+            (zeros(4, 8), [of_slots(zeros(1, 2, 3, 8), zeros(1, 2, 3, 5), zeros(1, 2))], 0, zeros(3)),
             "axis T is 3 in slot_T",
             id="gathered_lora",
         ),

@@ -47,14 +47,13 @@ KINDS = {"v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite"}
 
 @pytest.fixture
 def only_choices(monkeypatch):
-    """Ops are traced in their general form, whichever body they have, and gathered LoRA not at all: it takes long."""
+    """Ops are traced in their general form, whichever body they have."""
 
     def general(*args, cpu, **_):
         return cpu(*args)
 
     monkeypatch.setattr(dispatch, "lax", SimpleNamespace(platform_dependent=general))
     monkeypatch.setattr("pallas_kernels.native.library.instruction_set", lambda: None)
-    monkeypatch.setattr("serve.runtime.bodies.gathered_lora", lambda *_, **__: None)
 
 
 def choices_at(model: str, kind: str, **settings) -> list[dispatch.Choice]:
@@ -80,7 +79,7 @@ def choices_at(model: str, kind: str, **settings) -> list[dispatch.Choice]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("model", MODELS)
 def test_at_default_settings_no_op_falls_back_on_a_tpu(model, kind, only_choices):
-    """The largest sizes of the ladder, of rank 64; gathered LoRA aside."""
+    """The largest sizes of the ladder, of rank 64."""
     choices = choices_at(model, kind)
     assert {c.op for c in choices} == set(dispatch.TABLE)
     assert fallbacks(choices, "tpu") == []

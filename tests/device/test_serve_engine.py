@@ -8,12 +8,13 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from serve_world import CONFIG, SLOTS, Answer, ask, run_all, step, watch_programs, with_pages, with_resident
+from serve_world import CONFIG, RANK, SLOTS, Answer, ask, run_all, step, watch_programs, with_pages, with_resident
 
 from jaxlora.core.errors import AdapterInvalid
 from jaxlora.core.lora import ATTENTION_TARGETS, AdapterRef
 from jaxlora.model.compile_cache import CompileCounter
 from jaxlora.model.lora_pool import PoolSpec, host_rows
+from serve.engine import engine as engine_module
 from serve.engine.request import FinishReason
 
 pytest_plugins = ["serve_fixtures"]
@@ -353,6 +354,51 @@ def test_a_first_publication_compiles_nothing_though_every_slot_was_in_use(world
     with CompileCounter() as counter:
         assert engine.install(AdapterRef("acme", "rehearsed", 1), rows) is not None
     assert not counter.retraced
+
+
+def test_slots_of_several_ranks_give_the_same_tokens_and_compile_nothing(world):
+    """Whatever mix comes finds its programs, guests in larger slots and device rows in smaller ones too."""
+    spec = replace(world.spec, slots=4, classes=((1, RANK), (3, 1)))
+    engine = replace(world, spec=spec).engine()
+    engine.warm_up()
+    adapters = [world.add(f"class{i}", seed=80 + i, rank=1 + 2 * (i % 3 == 0)) for i in range(7)]
+    device_rows = world.device_rows(adapters[1])
+    engine.rehearse_install(device_rows)
+    requests = [ask(f"q{i}", a, 4 + i, 6) for i, a in enumerate([*adapters, *adapters])]
+    with CompileCounter() as counter:
+        assert engine.slots.rank(engine.install(adapters[1].ref, device_rows)) == 1
+        answers = run_all(engine, requests)
+    assert not counter.retraced
+    assert [answers[r.id].tokens for r in requests] == [world.greedy(r) for r in requests]
+
+
+def test_a_step_of_base_requests_alone_runs_a_program_without_lora(world, monkeypatch):
+    """As on GPUs and TPUs: the same tokens, nothing compiles later, and for a TPU the program has no kernel of LoRA."""
+    monkeypatch.setattr(engine_module, "BASE_ALONE", ("cpu",))
+    engine = world.engine()
+    engine.warm_up()
+    pools, launch = [], engine._programs.launch
+
+    def watched(base, pool, *rest):
+        pools.append(bool(pool))
+        return launch(base, pool, *rest)
+
+    monkeypatch.setattr(engine._programs, "launch", watched)
+    alone, mixed = [ask("alone", None, 4, 5)], [ask("base", None, 5, 4), ask("tuned", world.adapters[0], 5, 4)]
+    with CompileCounter() as counter:
+        answers = run_all(engine, alone)
+        assert not any(pools)
+        answers |= run_all(engine, mixed)
+        assert any(pools)
+    assert not counter.retraced
+    for request in [*alone, *mixed]:
+        assert answers[request.id].tokens == world.greedy(request)
+    batch, edits = engine._batch(2, 1, [])
+    placed = engine._edits.place(edits)
+    for pool, has_lora in ((engine._pool, True), ({}, False)):
+        state = (engine.base, pool, engine._kv, engine._newest)
+        traced = engine._programs.step.trace(*state, batch.words_GW, placed, batch.layout)
+        assert ("gathered_lora" in traced.lower(lowering_platforms=("tpu",)).as_text()) is has_lora
 
 
 @pytest.mark.parametrize("count", [1, SLOTS])

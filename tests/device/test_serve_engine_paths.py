@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from serve_world import CONFIG, SLOTS, Answer, Ran, ask, read_all, run_all, step, watch_programs, with_pages
 
+from jaxlora.model.serving_pool import zero_rows
 from serve.engine.engine import Engine
 from serve.engine.sequence import Plan, Sequence, Status
 
@@ -205,7 +206,9 @@ def test_nan_in_free_pages_unused_slots_and_padding_changes_no_bit(world, monkey
             for numbers in (batch.sampling.temperature_B, batch.sampling.top_p_B, batch.sampling.min_p_B):
                 numbers[idle] = np.nan
             unused = np.array([s for s in range(SLOTS) if s not in engine.slots.resident().values()], int)
-            engine._pool = jax.tree.map(lambda x: jax.device_put(x.at[:, unused].set(np.nan), x.sharding), engine._pool)
+            zeros = zero_rows(engine.base.config, engine.pool_spec)
+            for slot in unused.tolist():
+                engine._write(slot, jax.tree.map(lambda x: x + np.nan, zeros))
             poison(engine)
             return program(packed, edits)
 

@@ -15,7 +15,8 @@ from jaxlora.checkpoints.load import open_base
 from jaxlora.config.base import ONE_DEVICE, ModelSection
 from jaxlora.core.lora import LoraSpec
 from jaxlora.model.kv_cache import empty_pages
-from jaxlora.model.lora_pool import PoolSpec, empty_pool
+from jaxlora.model.lora_pool import PoolSpec
+from jaxlora.model.serving_pool import empty_serving_pool
 from pallas_kernels.bench.run import Ceilings, Timing
 from serve.bench import roofline
 from serve.bench.roofline import PAGE, ServingStep, StepReport, Work, serving_call, serving_work, training_work
@@ -99,7 +100,7 @@ def test_what_is_timed_gives_the_tokens_of_the_model(rows):
     """Sequences of one token: what follows it is what the plain model says."""
     opened = open_base(ModelSection(path=TINY, dtype="float32"), ONE_DEVICE)
     step = ServingStep(lanes=rows, tokens=1, filled=0, adapters=0)
-    pool = empty_pool(opened.base.config, PoolSpec(slots=2, rank=2, dtype="float32"), opened.mesh)
+    pool = empty_serving_pool(opened.base.config, PoolSpec(slots=2, rank=2, dtype="float32"), opened.mesh)
     kv = [empty_pages(opened.base.config, opened.mesh, pages=rows, page_tokens=PAGE, dtype=opened.base.dtype)]
     call, model = serving_call(opened, step, pool, kv), PlainModel(HfSource(tiny_path("tiny-llama-tied")))
     first, again = np.asarray(call()), np.asarray(call())

@@ -26,6 +26,7 @@ from pallas_kernels.attention.op import packed_attention
 from pallas_kernels.cross_entropy.op import target_logprob
 from pallas_kernels.dispatch import SHAPE_INDEPENDENT, TABLE
 from pallas_kernels.gathered_lora.op import gathered_lora
+from pallas_kernels.gathered_lora.pool_rows import of_slots
 from pallas_kernels.native.library import instruction_set
 from pallas_kernels.paged_attention.op import paged_attention
 from pallas_kernels.product.op import Packed, pack, packed_shape, product, product_back
@@ -279,7 +280,7 @@ def op_case(name: str, dtype: str, draw: np.random.Generator) -> Op:
             plain = partial(jnp.dot, b=w_YD.T, preferred_element_type=jnp.float32)
             return Op((some(64, D),), native if NATIVE else plain)
         case "gathered_lora":
-            rows = [(some(2, 4, R, D), some(2, 4, R, Y), scale)]
+            rows = [of_slots(some(2, 4, R, D), some(2, 4, R, Y), scale)]
             return Op((some(64, D), places(64, top=5) - 1), lambda x, slot: gathered_lora(x, rows, jnp.int32(1), slot))
         case "segmented_lora":
             arrays = some(G, J, D), some(G, R, D), some(G, R, Y), jnp.ones(G)

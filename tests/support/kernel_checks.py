@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from pallas_kernels.gathered_lora.op import gathered_lora
+from pallas_kernels.gathered_lora.pool_rows import of_slots
 
 # float32 has 24 bits.  The sums of these tests have at most a few hundred terms of size about 1, whose rounding errors
 # grow like the root of their number: some 1e-6.  Ten times that passes; a wrong index, mask or scale is off by 0.1.
@@ -74,3 +77,8 @@ def largest_array(hlo_text: str) -> tuple[int, str]:
     """(elements, type and shape) of the largest array that a compiled program names."""
     found = re.findall(r"\b(?:f64|s64|f32|s32|u32|bf16|f16|pred)\[[0-9,]*\]", hlo_text)
     return max((int(np.prod([int(n) for n in re.findall(r"\d+", text.split("[")[1])] or [1])), text) for text in found)
+
+
+def gathered(x, rows: Sequence[tuple], layer, slots, **options) -> tuple[jax.Array, ...]:
+    """`gathered_lora` of slots of one rank that are full: (a_LSRX, b_LSRY, scale_LS) of each target."""
+    return gathered_lora(x, [of_slots(*row) for row in rows], layer, slots, **options)

@@ -16,6 +16,7 @@ from jax import lax
 from pallas_kernels.attention.op import packed_attention
 from pallas_kernels.cross_entropy.op import target_logprob
 from pallas_kernels.gathered_lora.op import gathered_lora, visits_by_slot
+from pallas_kernels.gathered_lora.pool_rows import PoolRows, of_slots
 from pallas_kernels.paged_attention.op import paged_attention
 from pallas_kernels.segmented_lora.op import segmented_lora
 
@@ -59,11 +60,12 @@ def shape(*sizes: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(sizes, dtype)
 
 
-def pool(model: Model, rank: int) -> list[list[tuple]]:
+def pool(model: Model, rank: int) -> list[list[PoolRows]]:
     """bfloat16 serving rows of every read of a layer, then of the head."""
 
-    def row(layers: int, x: int, y: int) -> tuple:
-        return shape(layers, SLOTS, rank, x), shape(layers, SLOTS, rank, y), shape(layers, SLOTS, dtype=jnp.float32)
+    def row(layers: int, x: int, y: int) -> PoolRows:
+        halves = shape(layers, SLOTS, rank, x), shape(layers, SLOTS, rank, y)
+        return jax.eval_shape(of_slots, *halves, shape(layers, SLOTS, dtype=jnp.float32))
 
     return [[row(model.layers, x, y) for y in ys] for x, ys in model.reads] + [[row(1, model.d, model.vocab)]]
 
@@ -75,12 +77,12 @@ def decode(pool: list, x_TD: jax.Array, slot_T: jax.Array) -> jax.Array:
 
     def layer(x_TD: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
         for rows in reads:
-            x_TX = jnp.resize(x_TD, (x_TD.shape[0], rows[0][0].shape[-1]))
+            x_TX = jnp.resize(x_TD, (x_TD.shape[0], rows[0].a_LNRX.shape[-1]))
             for y_TY in gathered_lora(x_TX, rows, index, slot_T, visits):
                 x_TD = x_TD + jnp.resize(y_TY, x_TD.shape)
         return x_TD, None
 
-    x_TD, _ = lax.scan(layer, x_TD, jnp.arange(reads[0][0][0].shape[0]))
+    x_TD, _ = lax.scan(layer, x_TD, jnp.arange(reads[0][0].a_LNRX.shape[0]))
     return gathered_lora(x_TD, head, jnp.int32(0), slot_T, visits)[0]
 
 

@@ -17,11 +17,12 @@ from jaxlora.checkpoints.gguf import GgufSource
 from jaxlora.checkpoints.load import smollm2_path
 from jaxlora.core.lora import ALL_TARGETS, Adapter
 from jaxlora.model.decoder import Base, TokenBatch, WeightSource, forward, head_logits, load_base
-from jaxlora.model.lora_pool import LaneLora, PoolSpec, Rows, TokenLora, empty_pool, host_rows, write_slot
+from jaxlora.model.lora_pool import LaneLora, PoolSpec, Rows, host_rows
 from jaxlora.model.mesh import make_mesh
+from jaxlora.model.serving_pool import PoolLora
 from pallas_kernels import NO_ADAPTER
 from pallas_kernels.attention.op import packed_attention
-from pallas_kernels.gathered_lora.op import gathered_lora
+from pallas_kernels.gathered_lora.pool_rows import of_slots
 from pallas_kernels.segmented_lora.op import segmented_lora
 
 FORMS = ("lanes", "tokens")  # LoRA as training and prefill compute it, and as decoding does
@@ -72,11 +73,8 @@ def first_fit(sequences: Iterable[np.ndarray], length: int) -> list[Lane]:
 def pool_of(base: Base, adapters: Sequence[Adapter], *, rank: int = 8, dtype: str = "float32") -> Rows:
     """A pool that holds each adapter in the slot of its place in the list."""
     spec = PoolSpec(slots=len(adapters), rank=rank, dtype=dtype, targets=ALL_TARGETS)
-    pool = empty_pool(base.config, spec, make_mesh())
-    for slot, adapter in enumerate(adapters):
-        rows = jax.device_put(host_rows(base.config, spec, adapter))
-        pool = write_slot(pool, jax.device_put(np.int32(slot)), rows)
-    return pool
+    slots = [host_rows(base.config, spec, adapter) for adapter in adapters]
+    return jax.tree.map(lambda *x: jnp.stack(x, 1), *slots)
 
 
 @functools.partial(jax.jit, static_argnames="form")
@@ -93,17 +91,16 @@ def _logits_GJV(base: Base, pool: Rows | None, tokens: TokenBatch, lane: jax.Arr
     elif form == "lanes":
         lora = LaneLora(LaneLora.gather(pool, slot_G))
     else:
-        lora = TokenLora(pool, tokens.slot_T, base.config.layers)
+        serving = {t: of_slots(r.a_LSRX, r.b_LSRY, r.scale_LS) for t, r in pool.items()}
+        lora = PoolLora(serving, tokens.slot_T, 1, base.config.layers)
     x_TD, _ = forward(base, tokens, lora, attend, ())
     with jax.default_matmul_precision(base.precision):
         logits_TV = head_logits(base, x_TD)
         if isinstance(lora, LaneLora):
             (delta,) = segmented_lora(x_TD.reshape(G, J, -1), [lora.head_rows()])
             logits_TV += delta.reshape(logits_TV.shape)
-        elif isinstance(lora, TokenLora):
-            head = pool["lm_head"]
-            rows = [(head.a_LSRX, head.b_LSRY, head.scale_LS)]
-            logits_TV += gathered_lora(x_TD, rows, jnp.int32(0), tokens.slot_T)[0]
+        elif isinstance(lora, PoolLora):
+            logits_TV += lora.product(jnp.int32(0), ["lm_head"], x_TD)[0]
     return logits_TV.reshape(G, J, -1)
 
 

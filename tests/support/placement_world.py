@@ -16,14 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from kernel_checks import F32, assert_close, floats
+from kernel_checks import F32, assert_close, floats, gathered
 
 from jaxlora.model.decoder import sum_with_parts
 from jaxlora.model.mesh import make_mesh
 from pallas_kernels import dispatch
 from pallas_kernels.attention.op import packed_attention
 from pallas_kernels.cross_entropy.op import target_logprob
-from pallas_kernels.gathered_lora.op import gathered_lora
 from pallas_kernels.paged_attention.op import paged_attention
 from pallas_kernels.segmented_lora.op import segmented_lora
 from pallas_kernels.sharding import Placement
@@ -39,7 +38,7 @@ def decode(placement: Placement | None, interpreted: bool):
     rows = [(floats(rng, L, S, R, DECODE_X) / 16, floats(rng, L, S, R, y), floats(rng, L, S)) for y in WIDTHS]
     slots = np.array([0, 2, -1, 1, 3, 2, 0, -1], np.int32)
     with dispatch.interpreted() if interpreted else contextlib.nullcontext():
-        step = jax.jit(lambda *args: gathered_lora(*args, placement=placement))
+        step = jax.jit(lambda *args: gathered(*args, placement=placement))
         if placement is not None and placement.apart:
             return tuple(y.sum(0) for y in step(floats(rng, T, DECODE_X), rows, jnp.int32(1), slots))
         return step(floats(rng, T, DECODE_X), rows, jnp.int32(1), slots)
@@ -130,7 +129,7 @@ def linear_collectives(mesh: Mesh) -> list[str]:
     split = NamedSharding(mesh, P(None, "tensor"))
 
     def linear(x, w, rows, slots):
-        return sum_with_parts(x, w, gathered_lora(x, [rows], jnp.int32(1), slots, placement=placement)[0])
+        return sum_with_parts(x, w, gathered(x, [rows], jnp.int32(1), slots, placement=placement)[0])
 
     x = jax.ShapeDtypeStruct((T, DECODE_X), jnp.float32, sharding=split)
     w = jax.ShapeDtypeStruct((DECODE_X, 8), jnp.float32, sharding=NamedSharding(mesh, P("tensor")))

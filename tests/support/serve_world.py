@@ -18,7 +18,7 @@ from small_world import tiny_path
 from jaxlora.checkpoints.load import Opened
 from jaxlora.core.lora import ALL_TARGETS, Adapter, AdapterRef, LoraSpec
 from jaxlora.core.model_config import ModelConfig, target_features
-from jaxlora.model.lora_pool import PoolSpec, Rows, empty_pool, host_rows, write_slot
+from jaxlora.model.lora_pool import PoolSpec, Rows, host_rows
 from jaxlora.storage.adapter_store import AdapterStore
 from serve.engine.engine import Engine, EngineConfig
 from serve.engine.page_cache import PageAllocator
@@ -177,10 +177,7 @@ class World:
     def device_rows(self, adapter: Adapter) -> Rows:
         """The adapter as a trainer holds it: one slot of a float32 pool of the same shape."""
         spec = PoolSpec(slots=2, rank=RANK, dtype="float32", targets=ALL_TARGETS)
-        pool = empty_pool(self.base.config, spec, self.mesh)
-        rows = jax.device_put(host_rows(self.base.config, spec, adapter))
-        pool = write_slot(pool, jax.device_put(np.int32(1)), rows)
-        return jax.tree.map(lambda p: p[:, 1], pool)
+        return jax.device_put(host_rows(self.base.config, spec, adapter))
 
     def greedy(self, request: Request) -> list[int]:
         """What the plain model answers."""

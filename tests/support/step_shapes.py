@@ -19,6 +19,7 @@ from jaxlora.model.decoder import Base
 from jaxlora.model.kv_cache import KVPages, page_format
 from jaxlora.model.lora_pool import LoraRows, PoolSpec, Rows, row_axes
 from jaxlora.model.mesh import RULES, replicated, sharding
+from jaxlora.model.serving_pool import ServingPool, pool_shapes
 from serve.engine.logit_edits import LogitEdits
 from serve.engine.step import Layout, StepBatch, StepPrograms
 from train.step.batch import idle_batch
@@ -69,9 +70,9 @@ def part(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype)
 
 
-def parts(rows: Rows) -> list[jax.ShapeDtypeStruct]:
+def parts(rows: Rows | ServingPool) -> list[jax.ShapeDtypeStruct]:
     """What one device holds of each half of the pool."""
-    return [part(half) for r in rows.values() for half in (r.a_LSRX, r.b_LSRY)]
+    return [part(half) for r in rows.values() for half in jax.tree.leaves(r)[:2]]
 
 
 def makers(kv: KVPages, compiled: jax.stages.Compiled) -> list[str]:
@@ -82,8 +83,8 @@ def makers(kv: KVPages, compiled: jax.stages.Compiled) -> list[str]:
 
 def decode(
     mesh: Mesh, config: ModelConfig = SMOLLM2, lanes_of_step: int = ROWS, options: dict | None = None
-) -> tuple[jax.stages.Compiled, Rows, KVPages]:
-    rows = pool(mesh, PoolSpec(slots=64, rank=RANK, dtype="bfloat16"), config)
+) -> tuple[jax.stages.Compiled, ServingPool, KVPages]:
+    rows = pool_shapes(config, PoolSpec(slots=64, rank=RANK, dtype="bfloat16"), mesh)
     shape = (config.layers, *PAGES[1:3], config.kv_heads * config.head_dim)
     pages = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=page_format(mesh))
     kv = KVPages(k_LPZF=pages, v_LPZF=pages)

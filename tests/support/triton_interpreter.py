@@ -161,16 +161,19 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def count_reads() -> int:
-    """How many cases read the rows of each adapter once, those of nobody else, and the tokens with an adapter once."""
+    """How many cases read the rows of each adapter's rank once, no others, and the tokens with an adapter once."""
     for case in (counts.case(slots) for slots in counts.SLOTS):
         INPUTS.clear()
         with dispatch.interpreted():
             jax.block_until_ready(jax.jit(gathered_lora.gathered_lora)(*case))
         adapters, _ = counts.expected(case[3])
-        (x, _, _, _, a), (_, _, _, _, b, _) = INPUTS
+        (x, _, _, _, _, a, _), (_, _, _, _, _, b, _, _) = INPUTS
+        ranks = np.asarray(case[1][0].rank_S)
         for half in (a, b):
-            assert {(int(layer), int(slot)) for layer, slot, *_ in np.argwhere(half)} == adapters
-            assert half.sum() == len(adapters) * half[0, 0].size
+            wanted = np.zeros((counts.L, len(ranks), counts.R, half.shape[3]), int)
+            for layer, slot in adapters:
+                wanted[layer, slot, : ranks[slot]] = 1
+            assert (half == wanted.reshape(half.shape)).all()
         assert (x == (case[3] >= 0)[:, None]).all()
     return len(counts.SLOTS)
 

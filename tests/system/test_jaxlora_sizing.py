@@ -30,10 +30,11 @@ from jaxlora.core.lora import ALL_TARGETS, LAYER_TARGETS
 from jaxlora.model import multihost
 from jaxlora.model.decoder import load_base
 from jaxlora.model.kv_cache import empty_pages
-from jaxlora.model.lora_pool import PoolSpec, empty_pool
+from jaxlora.model.lora_pool import PoolSpec
 from jaxlora.model.machine import machine_of, memory_errors
-from jaxlora.model.memory_plan import BaseShape, decode_bytes, prefill_bytes, slot_bytes, training_needs
+from jaxlora.model.memory_plan import BaseShape, decode_bytes, pool_bytes, prefill_bytes, slot_bytes, training_needs
 from jaxlora.model.mesh import make_mesh
+from jaxlora.model.serving_pool import empty_serving_pool
 from serve.cli.main import app
 from serve.engine.logit_edits import LogitEdits
 from serve.engine.step import Layout, StepBatch, StepPrograms
@@ -54,9 +55,14 @@ def test_what_a_plan_counts_is_what_is_allocated(path, dtype, quantization):
     shape = BaseShape(config=base.config, dtype=dtype, kv_dtype=dtype, quantized=quantized, name="tiny")
     machine = machine_of(ONE_DEVICE, 2.0)
     assert shape.weights_bytes(machine) == sum(x.nbytes for x in jax.tree.leaves(base))
-    pool = empty_pool(base.config, PoolSpec(slots=3, rank=4, dtype=dtype, targets=ALL_TARGETS), mesh)
-    rows = sum(r.a_LSRX.nbytes + r.b_LSRY.nbytes for r in pool.values())
-    assert 3 * 4 * shape.rank_bytes(machine, itemsize=jnp.dtype(dtype).itemsize) == rows
+    classes = (1, 32), (8, 4)
+    for slots, rank, of in ((1, 32, ()), (9, 32, classes)):
+        spec = PoolSpec(slots=slots, rank=rank, dtype=dtype, targets=ALL_TARGETS, classes=of)
+        pool = empty_serving_pool(base.config, spec, mesh)
+        assert pool_bytes(spec.rank_classes, shape, machine) == sum(x.nbytes for x in jax.tree.leaves(pool))
+        rows = sum(r.a_LNRX.nbytes + r.b_LNRY.nbytes for r in pool.values())
+        # Eight slots of rank 4 take as much as one of rank 32.
+        assert rows == (1 + bool(of)) * 32 * shape.rank_bytes(machine, itemsize=jnp.dtype(dtype).itemsize)
     pages = empty_pages(base.config, mesh, pages=5, page_tokens=8, dtype=jnp.dtype(dtype))
     assert 40 * shape.token_bytes(machine) == pages.k_LPZF.nbytes + pages.v_LPZF.nbytes
     spec = PoolSpec(slots=3, rank=4, dtype="float32", targets=ALL_TARGETS)

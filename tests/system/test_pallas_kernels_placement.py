@@ -18,11 +18,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, AxisType
+from kernel_checks import gathered as full_slots
 from kernel_shapes import kernels, shape
 
 from pallas_kernels.attention.op import packed_attention
 from pallas_kernels.cross_entropy.op import target_logprob
-from pallas_kernels.gathered_lora.op import gathered_lora
 from pallas_kernels.paged_attention.op import paged_attention
 from pallas_kernels.segmented_lora.op import segmented_lora
 from pallas_kernels.sharding import Placement
@@ -57,7 +57,7 @@ def train():
 
 
 def gathered(placement):
-    return lambda *args: gathered_lora(*args, placement=placement)
+    return functools.partial(full_slots, placement=placement)
 
 
 def gradient(placement):

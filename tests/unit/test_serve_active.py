@@ -204,3 +204,53 @@ def test_a_tenant_that_comes_back_does_not_cash_in_its_absence():
     shares.add("light", 300, 0)
     shares.keep(["light", "heavy"])
     assert shares.served("heavy") == shares.served("light") == 500.0
+
+
+# ---- classes of slots ---------------------------------------------------------------------------------------------------
+
+
+def classed(ranks: dict[AdapterRef, int], *slots: int, quantum: float = 10.0) -> ActiveSet:
+    """Slots of these ranks, and adapters of those."""
+    return ActiveSet(SlotTable(len(slots), slots), quantum_s=quantum, limit=len(slots), rank_of=ranks.__getitem__)
+
+
+def ranks_in_use(active: ActiveSet) -> dict[AdapterRef, int]:
+    return {ref: active.slots.rank(active.slots.find(ref)) for ref in active.entered}
+
+
+def test_an_adapter_is_at_home_in_the_smallest_class_that_holds_it():
+    small, middle, large = (adapter(i) for i in range(3))
+    active = classed({small: 4, middle: 9, large: 32}, 32, 16, 4)
+    step(active, 0.0, {ref: Work(0.0) for ref in (large, middle, small)})
+    assert ranks_in_use(active) == {small: 4, middle: 16, large: 32}
+
+
+def test_a_guest_takes_a_larger_slot_while_nobody_at_home_waits_and_is_the_first_to_leave():
+    first, second, third, large = (adapter(i) for i in range(4))
+    active = classed({first: 4, second: 4, third: 4, large: 32}, 32, 4)
+    work = {ref: Work(float(i)) for i, ref in enumerate((first, second, third))}
+    step(active, 0.0, work)
+    assert ranks_in_use(active) == {first: 4, second: 32}
+    work[large] = Work(1.0)
+    step(active, 5.0, work)
+    assert large not in active.entered  # the guest is within its quantum
+    step(active, 10.0, work)
+    assert ranks_in_use(active) == {third: 4, large: 32}
+    step(active, 20.0, work)  # a home that somebody of its own holds takes no guest
+    assert active.entered.keys() & {large} == {large}
+
+
+@pytest.mark.parametrize("larges", [0, 1, 3])
+def test_nobody_starves_in_any_class(larges):
+    """Each waits for turns of its own class, and for a guest's quantum at most besides."""
+    ranks = {adapter(i): 4 for i in range(5)} | {adapter(10 + i): 32 for i in range(larges)}
+    active, quantum = classed(ranks, 32, 4, 4, quantum=10.0), 10.0
+    work, entered, longest = {ref: Work(0.0) for ref in ranks}, dict.fromkeys(ranks, 0.0), dict.fromkeys(ranks, 0.0)
+    for now in range(400):
+        step(active, float(now), work)
+        for ref in ranks:
+            entered[ref] = float(now) if ref in active.entered else entered[ref]
+            longest[ref] = max(longest[ref], now - entered[ref])
+    for ref, rank in ranks.items():
+        others, slots = (larges, 1) if rank == 32 else (5, 2)
+        assert longest[ref] <= (math.ceil((others - slots) / slots) + 1) * (quantum + 2)

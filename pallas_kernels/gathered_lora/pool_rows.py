@@ -1,0 +1,100 @@
+"""The rows of a serving pool: per target one flat array of rank rows, in tiles, of which each slot owns a range.
+
+    slots 0 1 2 | 3 4 5 6      classes ((3, 16), (4, 4)): three slots of 16 rows, then four of 4
+    rows  0..47 | 48..63       a slot begins where the one before ends; kernels read its adapter's true rank of them
+
+A kernel reads as many rows as an adapter's rank for a target, rounded up to a tile of ROW_TILE where it reads tiles, and
+none of a target that the adapter lacks.
+
+Tiles have an axis of their own, so that whatever their number a TPU's compiler lays each out as its memory reads it.
+
+Shape letters: L layers, S slots, N tiles of R = ROW_TILE rank rows, X Y features in, out, G lanes, Q rows of the largest
+slot.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+ROW_TILE = 8  # rows that a TPU reads together
+
+RankClasses = tuple[tuple[int, int], ...]  # (slots, rank of each), in the order of slots
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class PoolRows:
+    """One target's rows of all slots."""
+
+    a_LNRX: jax.Array
+    b_LNRY: jax.Array
+    scale_LS: jax.Array  # float32
+    rank_S: jax.Array  # int32 rows that the slot's adapter has for this target; 0: it lacks the target
+    classes: RankClasses = jax.tree.static()
+
+    @property
+    def rank(self) -> int:
+        """Returns the rows of the largest slot."""
+        return max(rank for _, rank in self.classes)
+
+
+def tile_count(classes: RankClasses) -> int:
+    """Returns N: the tiles in which the rows of all slots lie."""
+    return -(-sum(slots * rank for slots, rank in classes) // ROW_TILE)
+
+
+def slot_ranks(classes: RankClasses) -> np.ndarray:
+    """Returns int32 [S]: the rows that each slot owns."""
+    return np.repeat(*np.array([(rank, slots) for slots, rank in classes], np.int32).T)
+
+
+def first_rows(classes: RankClasses) -> np.ndarray:
+    """Returns int32 [S]: each slot's first row."""
+    ranks = slot_ranks(classes)
+    return np.cumsum(ranks, dtype=np.int32) - ranks
+
+
+def slot_starts(classes: RankClasses) -> tuple[int, ...]:
+    """Returns the first slot of each class, then the number of slots."""
+    return (0, *itertools.accumulate(slots for slots, _ in classes))
+
+
+def of_slots(a_LSRX: jax.Array, b_LSRY: jax.Array, scale_LS: jax.Array) -> PoolRows:
+    """Returns the rows of slots of one rank, all of which their adapters fill."""
+    S, R = a_LSRX.shape[1:3]
+    classes = ((S, R),)
+
+    def flat(half: jax.Array) -> jax.Array:
+        L, N, features = half.shape[0], tile_count(classes), half.shape[3]
+        rows = jnp.pad(jnp.reshape(half, (L, S * R, features)), ((0, 0), (0, N * ROW_TILE - S * R), (0, 0)))
+        return rows.reshape(L, N, ROW_TILE, features)
+
+    return PoolRows(
+        a_LNRX=flat(a_LSRX),
+        b_LNRY=flat(b_LSRY),
+        scale_LS=jnp.asarray(scale_LS),
+        rank_S=jnp.full(S, R, jnp.int32),
+        classes=classes,
+    )
+
+
+def lane_rows(rows: PoolRows, layer: jax.Array, slot_G: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns one layer's (a_GQX, b_GQY, scale_G) of each lane's slot, padded with zero rows; zeros without a slot.
+
+    A row that an adapter lacks is one of its own that is not used, so a NaN of another adapter is never read.
+    """
+    safe_G = jnp.maximum(slot_G, 0)
+    rank_G1 = jnp.where(slot_G >= 0, rows.rank_S[safe_G], 0)[:, None]
+    place_Q = jnp.arange(rows.rank, dtype=jnp.int32)
+    has_GQ = place_Q[None] < rank_G1
+    row_GQ = jnp.asarray(first_rows(rows.classes))[safe_G][:, None] + jnp.where(has_GQ, place_Q[None], 0)
+
+    def taken(half: jax.Array) -> jax.Array:
+        return jnp.where(has_GQ[:, :, None], half[layer, row_GQ // ROW_TILE, row_GQ % ROW_TILE], 0)
+
+    return taken(rows.a_LNRX), taken(rows.b_LNRY), jnp.where(slot_G >= 0, rows.scale_LS[layer, safe_G], 0.0)
