@@ -22,7 +22,7 @@ from jaxlora.model.mesh import place_rows
 from serve.engine import sampling
 from serve.engine.grammar import Grammars, GrammarSource
 from serve.engine.logit_edits import LogitEdits, RowEdits
-from serve.engine.step import Layout, step_program
+from serve.engine.step import Layout, StepPrograms
 
 ROWS, SEEN = 32, 500
 SCHEMA = (
@@ -64,10 +64,10 @@ def main() -> None:
             return edits
 
         args = (engine.base, engine._pool, engine._kv, words_GW, idle, layout)
-        whole = engine._program.lower(*args).compile()
+        whole = engine._programs.step.lower(*args).compile()
         with mock.patch.object(sampling, "edited", lambda logits_BV, edits: logits_BV):
             jax.clear_caches()  # or the program is not traced again
-            bare = step_program(engine.mesh).lower(*args).compile()
+            bare = StepPrograms(engine.mesh, one=True).step.lower(*args).compile()
         for name, program in (("with", whole), ("without", bare)):
             memory, cost = program.memory_analysis(), program.cost_analysis()
             print(f"{name} edits: {memory.temp_size_in_bytes / 1e6:.1f} MB of scratch, {cost['flops'] / 1e9:.3f} GFLOP")

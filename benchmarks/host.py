@@ -28,7 +28,7 @@ LIMIT_MS = 2.0
 
 def device_times(engine: Engine) -> list[float]:
     """Has the engine note from now on, for each step that decodes, the seconds from its launch to its output."""
-    program, end, began, times_s = engine._program, engine._end_decode, [0.0], []
+    program, end, began, times_s = engine._programs.launch, engine._end_decode, [0.0], []
 
     def launch(*args: object) -> object:
         began[0] = time.perf_counter()
@@ -38,7 +38,7 @@ def device_times(engine: Engine) -> list[float]:
         times_s.append(time.perf_counter() - began[0])
         return end(sequences, out)
 
-    engine._program, engine._end_decode = launch, ended
+    engine._programs.launch, engine._end_decode = launch, ended
     return times_s
 
 
