@@ -66,7 +66,7 @@ def main() -> None:
         whole = engine._programs.step.lower(*args).compile()
         with mock.patch.object(sampling, "edited", lambda logits_BV, edits: logits_BV):
             jax.clear_caches()  # or the program is not traced again
-            bare = StepPrograms(engine.mesh).step.lower(*args).compile()
+            bare = StepPrograms(engine.mesh, one=True).step.lower(*args).compile()
         for name, program in (("with", whole), ("without", bare)):
             memory, cost = program.memory_analysis(), program.cost_analysis()
             print(f"{name} edits: {memory.temp_size_in_bytes / 1e6:.1f} MB of scratch, {cost['flops'] / 1e9:.3f} GFLOP")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, fields
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -190,13 +191,13 @@ def _filters(batch: SamplingBatch) -> jax.Array:
 
 def _draw(logits_BV: jax.Array, greedy_B: jax.Array, batch: SamplingBatch) -> jax.Array:
     """Returns int32 [B]: the draws of rows with a temperature, the greedy tokens of others."""
-    choices, most_B = _choices(batch), row_summary(logits_BV).most_T
-    token_B = lax.cond(
-        _filters(batch).any(),
-        lambda x_BV: draw(x_BV, most_B, choices, filtered=True)[0],
-        lambda x_BV: draw(x_BV, most_B, choices, filtered=False)[0],
-        logits_BV,
-    )
+    choices = _choices(batch)
+
+    def drawn(x_BV: jax.Array, *, filtered: bool) -> jax.Array:
+        return draw(x_BV, row_summary(x_BV).most_T, choices, filtered=filtered)[0]
+
+    filters = _filters(batch).any()
+    token_B = lax.cond(filters, partial(drawn, filtered=True), partial(drawn, filtered=False), logits_BV)
     return jnp.where(batch.temperature_B > 0, token_B, greedy_B)
 
 

@@ -101,12 +101,12 @@ def test_equal_logits_are_kept_together(body):
 @pytest.mark.parametrize("body", BODIES)
 @pytest.mark.parametrize("filters", [FILTERS["none"], FILTERS["top_p"]], ids=["none", "top_p"])
 def test_many_draws_follow_the_distribution(filters, body):
-    """Chi-square of 2^15 draws over the tokens that are expected five times and the rest."""
+    """Chi-square of 2^13 draws over the tokens that are expected five times and the rest."""
     x_V = logits(1, 2)[0]
     share = by_hand(x_V, **filters)
-    expected = share / share.sum() * 2**15
+    expected = share / share.sum() * 2**13
     run, counts = BODIES[body], np.zeros(V)
-    for seed in range(16):
+    for seed in range(4):
         uniforms = np.random.default_rng(seed).uniform(size=2048).astype(np.float32)
         counts += np.bincount(run(jnp.asarray(np.tile(x_V, (2048, 1))), choices(uniforms, **filters)), minlength=V)
     often = expected >= 5
@@ -180,13 +180,13 @@ def test_more_is_kept_than_should_be_only_within_a_thousandth_of_the_temperature
 @pytest.mark.parametrize("filters", FILTERS.values(), ids=FILTERS)
 def test_a_million_draws_follow_the_distribution_of_the_definition(filters):
     """Chi-square of what an accelerator's form draws: the tokens that are expected ten times, and the rest."""
-    x_V, count = logits(1, 10)[0], 0
+    x_V, count = logits(1, 10)[0, :96], 0  # three blocks
     x_BV = jnp.asarray(np.tile(x_V, (4096, 1)))
     share = by_hand(x_V, **filters)
-    counts = np.zeros(V)
+    counts = np.zeros(96)
     for seed in range(245):
         drawn = BODIES["blocks"](x_BV, choices(np.random.default_rng(seed).random(4096, np.float32), **filters))
-        counts += np.bincount(drawn, minlength=V)
+        counts += np.bincount(drawn, minlength=96)
         count += len(drawn)
     assert count > 10**6
     expected = share / share.sum() * count

@@ -197,7 +197,8 @@ def test_the_arrays_of_a_step_are_about_what_the_plan_says(monkeypatch):
     words = step_shapes.lanes(mesh, layout.pack(batch))
     newest = step_shapes.newest(mesh, 8)
     prefill = StepPrograms(mesh).step.lower(step_shapes.base(mesh), rows, kv, newest, words, edits, layout).compile()
-    assert 0.6 < _temporary(prefill) / prefill_bytes(8, 32, shape, machine) < 1.1
+    # The best tokens of scored rows are found without two further copies of the tile, which the plan has for other platforms.
+    assert 0.4 < _temporary(prefill) / prefill_bytes(8, 32, shape, machine) < 1.1
     tenant = TenantSection(name="a", train=Path("a.jsonl"), rank=step_shapes.RANK)
     run = TrainConfig(
         model=ModelSection(path="base"), tenant=(tenant,), lanes=step_shapes.LANES, lane_tokens=step_shapes.TOKENS
