@@ -16,6 +16,7 @@ K tiles of the rows of the largest slot, M tiles of tokens.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,26 +31,59 @@ from pallas_kernels.gathered_lora.pool_rows import ROW_TILE, PoolRows, first_row
 from pallas_kernels.tiling_tpu import LANES, blocks, dot
 
 TOKENS = 8  # of a visit
+MOST_PARTS = 16  # of the features out of one target
 
 Order = tuple[jax.Array, jax.Array, jax.Array]  # order_T, slot_T in that order, count
 Rows = Sequence[PoolRows]
 
 
 def fits(x_TX: jax.Array, rows: Rows) -> bool:
-    """Returns whether the rows of the largest slot, twice, and a tile of tokens' input and outputs fit the chip."""
-    halves = [half for row in rows for half in (row.a_LNRX, row.b_LNRY)]
-    buffers = sum(_row_tiles(rows[0]) * _tile_bytes(half.shape[3], half.dtype) for half in halves)
-    features = [x_TX.shape[1], *(row.b_LNRY.shape[3] for row in rows)]
-    sums = max(_tile_bytes(row.b_LNRY.shape[3], jnp.float32) for row in rows)
-    return 2 * (buffers + sum(_tile_bytes(n, x_TX.dtype) for n in features)) + sums <= blocks().block_bytes
+    """Returns whether the rows of the largest slot, twice, and a tile of tokens' input and outputs fit the chip.
+
+    The features out of a target alone, as the head is, may be computed in parts.
+    """
+    return _parts(x_TX, rows) is not None
+
+
+def _parts(x_TX: jax.Array, rows: Rows) -> list[int] | None:
+    """Returns where the fewest parts of the features out begin that fit the chip, then where the last ends; None: none do."""
+    if len(rows) > 1:
+        return [0, max(row.b_LNRY.shape[3] for row in rows)] if _fits_in(x_TX, rows, None) else None
+    whole = rows[0].b_LNRY.shape[3]
+    for count in range(1, MOST_PARTS + 1):
+        width = -(-whole // (count * LANES)) * LANES
+        if _fits_in(x_TX, rows, width):
+            return [*range(0, whole, width), whole]
+    return None
+
+
+def _fits_in(x_TX: jax.Array, rows: Rows, width: int | None) -> bool:
+    """Returns whether a call fits the chip that computes so many features out; None: all."""
+    out = [row.b_LNRY.shape[3] if width is None else min(width, row.b_LNRY.shape[3]) for row in rows]
+    halves = [
+        (n, half.dtype)
+        for row, y in zip(rows, out, strict=True)
+        for n, half in ((row.a_LNRX.shape[3], row.a_LNRX), (y, row.b_LNRY))
+    ]
+    buffers = sum(_row_tiles(rows[0]) * _tile_bytes(n, dtype) for n, dtype in halves)
+    sums = max(_tile_bytes(y, jnp.float32) for y in out)
+    return 2 * (buffers + sum(_tile_bytes(n, x_TX.dtype) for n in (x_TX.shape[1], *out))) + sums <= blocks().block_bytes
 
 
 def both(x_TX: jax.Array, rows: Rows, layer: jax.Array, order: Order, *, interpret: bool) -> list[jax.Array]:
     """Returns what `gathered_lora` returns, undefined for tokens of the base model."""
-    outs = [jax.ShapeDtypeStruct((TOKENS, row.b_LNRY.shape[3]), x_TX.dtype) for row in rows]
+    parts = _parts(x_TX, rows)
+    assert parts is not None
     halves = [half for row in rows for half in (row.a_LNRX, row.b_LNRY)]
-    got = _visit(_both, order, layer, rows, [_tiled(x_TX, order)], halves, outs, interpret, "gathered_lora")
-    return [_arrived(y.reshape(-1, y.shape[-1]), order) for y in got]
+    tokens, got = [_tiled(x_TX, order)], []
+    for start, end in itertools.pairwise(parts):
+        outs = [jax.ShapeDtypeStruct((TOKENS, min(end, row.b_LNRY.shape[3]) - start), x_TX.dtype) for row in rows]
+        columns = [
+            n for row, y in zip(rows, outs, strict=True) for n in ((0, row.a_LNRX.shape[3]), (start, y.shape[1]))
+        ]
+        got.append(_visit(_both, order, layer, rows, tokens, halves, outs, interpret, "gathered_lora", columns))
+    of_targets = [y[0] if len(y) == 1 else jnp.concatenate(y, -1) for y in zip(*got, strict=True)]
+    return [_arrived(y.reshape(-1, y.shape[-1]), order) for y in of_targets]
 
 
 def shrink(x_TX: jax.Array, rows: Rows, layer: jax.Array, order: Order, *, interpret: bool) -> list[jax.Array]:
@@ -210,11 +244,13 @@ def _visit(
     outs: Sequence[jax.ShapeDtypeStruct],
     interpret: bool,
     name: str,
+    columns: Sequence[tuple[int, int]] | None = None,
 ) -> list[jax.Array]:
     """Runs compute(target, ref of its tokens, put) for each target at every visit; returns [M, ...] of each of `outs`.
 
     tokens: [M, ...] of all targets together, or of each.  halves: one or two arrays [L, N, R, F] of each target.
     put(value, *place): writes the visit's own tokens.
+    columns: where the features of each half begin that are read, and how many they are; None: all.
     """
     visits = visits_of(order)
     first_V = jnp.asarray(first_rows(rows[0].classes))[visits.slot_V]
@@ -223,6 +259,7 @@ def _visit(
         halves = [pltpu.with_memory_space_constraint(half, pltpu.HBM) for half in halves]
     scalars = [layer.reshape(1), visits.place_V, visits.slot_V, first_V, visits.fetch_V, visits.next_V]
     slot_MT1 = jnp.pad(order[1], (0, -order[1].shape[0] % TOKENS), constant_values=-1).reshape(-1, TOKENS, 1)
+    columns = [(0, half.shape[3]) for half in halves] if columns is None else columns
     each, targets, K = len(halves) // len(rows), range(len(rows)), _row_tiles(rows[0])
 
     def block(shape: tuple[int, ...]) -> pl.BlockSpec:
@@ -243,12 +280,11 @@ def _visit(
             """Starts the copies of the rows of a visit's slot, or waits for them."""
             buffer = _remainder(fetch[visit], 2)
             tile = _quotient(first[visit], ROW_TILE)
-            for i, (whole, near) in enumerate(zip(pool_refs, buffers, strict=True)):
+            for i, (whole, near, of) in enumerate(zip(pool_refs, buffers, columns, strict=True)):
 
-                def one(k: jax.Array, _: None, whole=whole, near=near) -> None:
-                    copy = pltpu.make_async_copy(
-                        whole.at[layer_ref[0], tile + k], near.at[buffer, k], semaphores.at[buffer]
-                    )
+                def one(k: jax.Array, _: None, whole=whole, near=near, of=of) -> None:
+                    rows_RF = whole.at[layer_ref[0], tile + k, :, pl.ds(*of)]
+                    copy = pltpu.make_async_copy(rows_RF, near.at[buffer, k], semaphores.at[buffer])
                     getattr(copy, act)()
 
                 lax.fori_loop(0, _tile_count(first[visit], rank_refs[i // each][visit]), one, None)
@@ -291,7 +327,9 @@ def _visit(
             in_specs=[block((TOKENS, 1)), *(block(x.shape[1:]) for x in tokens)]
             + [pl.BlockSpec(memory_space=pltpu.HBM) for _ in halves],
             out_specs=[block(o.shape) for o in outs],
-            scratch_shapes=[pltpu.VMEM((2, K, *t.shape[2:]), t.dtype) for t in halves]
+            scratch_shapes=[
+                pltpu.VMEM((2, K, ROW_TILE, width), t.dtype) for t, (_, width) in zip(halves, columns, strict=True)
+            ]
             + [pltpu.SemaphoreType.DMA((2,))],
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=blocks().vmem_bytes),
