@@ -23,7 +23,7 @@ from jaxlora.config.base import DEMO_MODEL, MeshSection, ModelSection
 from jaxlora.core.atomic_files import sha256_of
 from jaxlora.core.errors import ConfigInvalid, ModelInvalid
 from jaxlora.model.decoder import Base, load_base
-from jaxlora.model.memory_plan import BaseShape
+from jaxlora.model.memory_needs import BaseShape
 from jaxlora.model.mesh import make_mesh
 
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

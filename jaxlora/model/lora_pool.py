@@ -23,7 +23,7 @@ from jaxlora.core.errors import AdapterInvalid, AdapterNotFinite
 from jaxlora.core.lora import ALL_TARGETS, HEAD_TARGET, LAYER_TARGETS, AdapterWeights, LoraSpec
 from jaxlora.core.model_config import ModelConfig, layer_count, parameters, target_features
 from jaxlora.model.mesh import RULES, sharding
-from pallas_kernels.gathered_lora.pool_rows import RankClasses
+from pallas_kernels.gathered_lora.rank_classes import RankClasses
 from pallas_kernels.segmented_lora.op import segmented_lora, take_rows
 from pallas_kernels.sharding import Placement
 

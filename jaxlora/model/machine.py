@@ -15,7 +15,7 @@ from jaxlora.core.errors import ConfigInvalid, JaxLoraError
 from jaxlora.core.host_memory import MemoryLimit, host_limit
 from jaxlora.model import multihost
 from jaxlora.model.base_form import form_of
-from jaxlora.model.memory_plan import GB, Machine
+from jaxlora.model.memory_needs import GB, Machine
 from jaxlora.model.mesh import RULES
 from pallas_kernels.native.library import instruction_set
 from pallas_kernels.triton_launch import packages

@@ -25,7 +25,8 @@ from jaxlora.core.model_config import ModelConfig, layer_count, target_features
 from jaxlora.model.lora_pool import LoraLayout, LoraRows, PoolSpec, Rows, row_axes
 from jaxlora.model.mesh import sharding
 from pallas_kernels.gathered_lora.op import fits_native, gathered_lora, visits_by_slot, visits_of_lanes
-from pallas_kernels.gathered_lora.pool_rows import ROW_TILE, PoolRows, first_rows, lane_rows, tile_count
+from pallas_kernels.gathered_lora.pool_rows import PoolRows, lane_rows
+from pallas_kernels.gathered_lora.rank_classes import ROW_TILE, first_rows, tile_count
 from pallas_kernels.native import library
 from pallas_kernels.segmented_lora.op import segmented_lora
 

@@ -26,7 +26,8 @@ from pallas_kernels import NO_ADAPTER, tiling_cuda
 from pallas_kernels.dispatch import by_platform, known_dtypes
 from pallas_kernels.gathered_lora import pallas_tpu as gathered_lora_tpu
 from pallas_kernels.gathered_lora import xla_cpu as xla
-from pallas_kernels.gathered_lora.pool_rows import PoolRows, first_rows
+from pallas_kernels.gathered_lora.pool_rows import PoolRows
+from pallas_kernels.gathered_lora.rank_classes import first_rows
 from pallas_kernels.native import library
 from pallas_kernels.shapes import shaped
 from pallas_kernels.sharding import Placement

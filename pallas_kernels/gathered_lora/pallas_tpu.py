@@ -27,7 +27,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.gathered_lora.pool_rows import ROW_TILE, PoolRows, first_rows, slot_ranks
+from pallas_kernels.gathered_lora.pool_rows import PoolRows
+from pallas_kernels.gathered_lora.rank_classes import ROW_TILE, first_rows, slot_ranks
 from pallas_kernels.tiling_tpu import LANES, blocks, dot
 
 TOKENS = 8  # of a visit

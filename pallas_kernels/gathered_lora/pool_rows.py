@@ -14,16 +14,12 @@ slot.
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-ROW_TILE = 8  # rows that a TPU reads together
-
-RankClasses = tuple[tuple[int, int], ...]  # (slots, rank of each), in the order of slots
+from pallas_kernels.gathered_lora.rank_classes import ROW_TILE, RankClasses, first_rows, tile_count
 
 
 @jax.tree_util.register_dataclass
@@ -41,27 +37,6 @@ class PoolRows:
     def rank(self) -> int:
         """Returns the rows of the largest slot."""
         return max(rank for _, rank in self.classes)
-
-
-def tile_count(classes: RankClasses) -> int:
-    """Returns N: the tiles in which the rows of all slots lie."""
-    return -(-sum(slots * rank for slots, rank in classes) // ROW_TILE)
-
-
-def slot_ranks(classes: RankClasses) -> np.ndarray:
-    """Returns int32 [S]: the rows that each slot owns."""
-    return np.repeat(*np.array([(rank, slots) for slots, rank in classes], np.int32).T)
-
-
-def first_rows(classes: RankClasses) -> np.ndarray:
-    """Returns int32 [S]: each slot's first row."""
-    ranks = slot_ranks(classes)
-    return np.cumsum(ranks, dtype=np.int32) - ranks
-
-
-def slot_starts(classes: RankClasses) -> tuple[int, ...]:
-    """Returns the first slot of each class, then the number of slots."""
-    return (0, *itertools.accumulate(slots for slots, _ in classes))
 
 
 def of_slots(a_LSRX: jax.Array, b_LSRY: jax.Array, scale_LS: jax.Array) -> PoolRows:

@@ -26,7 +26,8 @@ import jax.numpy as jnp
 import triton  # ty: ignore[import-not-found]
 import triton.language as tl  # ty: ignore[import-not-found]
 
-from pallas_kernels.gathered_lora.pool_rows import PoolRows, first_rows
+from pallas_kernels.gathered_lora.pool_rows import PoolRows
+from pallas_kernels.gathered_lora.rank_classes import first_rows
 from pallas_kernels.tiling_cuda import DOT, feature_block, power_of_two
 from pallas_kernels.triton_launch import launch
 

@@ -31,7 +31,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.gathered_lora.pool_rows import PoolRows, first_rows, slot_starts
+from pallas_kernels.gathered_lora.pool_rows import PoolRows
+from pallas_kernels.gathered_lora.rank_classes import first_rows, slot_starts
 
 UNROLLED_RANK = 64  # largest rank whose second product is unrolled: the program grows with the rank
 COLUMNS = 24  # smallest block of A's columns: fewer are slower

@@ -14,7 +14,7 @@ from jaxlora.core.errors import ConfigInvalid, JaxLoraError
 
 if TYPE_CHECKING:
     from jaxlora.config.serving import SizedConfig
-    from jaxlora.model.memory_plan import BaseShape
+    from jaxlora.model.memory_needs import BaseShape
 
 DISTRIBUTIONS = (
     "jaxlora",

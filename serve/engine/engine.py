@@ -36,7 +36,7 @@ from jaxlora.model.mesh import check_lanes, place_rows
 from jaxlora.model.serving_pool import ServingPool, empty_serving_pool, read_slot, slot_bytes, slot_writer, zero_rows
 from jaxlora.storage.adapter_store import AdapterStore
 from pallas_kernels import NO_ADAPTER
-from pallas_kernels.gathered_lora.pool_rows import slot_ranks
+from pallas_kernels.gathered_lora.rank_classes import slot_ranks
 from serve.engine.adapter_loads import READERS, AdapterLoads
 from serve.engine.batch import IdleBatches, PackedBatch, RowTable
 from serve.engine.logit_edits import EditArrays, LogitEdits

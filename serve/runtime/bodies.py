@@ -20,13 +20,14 @@ from jaxlora.config.training import LANE_BLOCK
 from jaxlora.core.lora import HEAD_TARGET
 from jaxlora.core.model_config import target_features
 from jaxlora.model.lora_pool import LoraLayout
-from jaxlora.model.memory_plan import BaseShape
+from jaxlora.model.memory_needs import BaseShape
 from jaxlora.model.mesh import attention_placement
 from pallas_kernels.attention.op import packed_attention
 from pallas_kernels.cross_entropy.op import target_logprob
 from pallas_kernels.dispatch import TABLE, Choice, recorded, usual
 from pallas_kernels.gathered_lora.op import gathered_lora
-from pallas_kernels.gathered_lora.pool_rows import ROW_TILE, PoolRows, RankClasses, slot_ranks, tile_count
+from pallas_kernels.gathered_lora.pool_rows import PoolRows
+from pallas_kernels.gathered_lora.rank_classes import ROW_TILE, RankClasses, slot_ranks, tile_count
 from pallas_kernels.paged_attention.op import paged_attention
 from pallas_kernels.segmented_lora.op import segmented_lora
 

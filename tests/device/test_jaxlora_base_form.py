@@ -16,7 +16,7 @@ from train_world import CONFIG, LANE_TOKENS, LANES, SPEC, RandomSource, batch_of
 from jaxlora.checkpoints.hf import HfSource
 from jaxlora.model.base_form import JOINED, Form, form_of, layer_arrays
 from jaxlora.model.decoder import Base, load_base
-from jaxlora.model.memory_plan import BaseShape, decode_bytes
+from jaxlora.model.memory_needs import BaseShape, decode_bytes
 from jaxlora.model.mesh import make_mesh
 from pallas_kernels import NO_ADAPTER
 from train.bench import base_pass, full_lanes

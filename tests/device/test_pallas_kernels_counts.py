@@ -21,7 +21,8 @@ from pallas_kernels.gathered_lora import op as gathered_lora
 from pallas_kernels.gathered_lora import pallas_tpu as gathered_lora_tpu
 from pallas_kernels.gathered_lora import xla_cpu as gathered_lora_xla
 from pallas_kernels.gathered_lora.op import visits_by_slot
-from pallas_kernels.gathered_lora.pool_rows import ROW_TILE, of_slots
+from pallas_kernels.gathered_lora.pool_rows import of_slots
+from pallas_kernels.gathered_lora.rank_classes import ROW_TILE
 from pallas_kernels.gathered_lora.xla_cpu import COLUMNS, FEWEST
 
 L, R, X, Y, LAYER = 2, 2, 6, 4, 1

@@ -15,7 +15,8 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from jaxlora.config.base import ModelSection
 from jaxlora.config.serving import ServeConfig
 from jaxlora.core.host_memory import MemoryLimit
-from jaxlora.model.memory_plan import BaseShape, Machine, plan_server
+from jaxlora.model.memory_needs import BaseShape, Machine
+from jaxlora.model.memory_plan import plan_server
 from jaxlora.model.mesh import MESH_AXES, RULES
 from pallas_kernels import dispatch
 from pallas_kernels.rows.op import logsumexp

@@ -17,7 +17,8 @@ from jaxlora.config.serving import ServeConfig, SlotSize, Tuning
 from jaxlora.core.errors import InvalidRequest
 from jaxlora.model.compile_cache import CompileCounter
 from jaxlora.model.decoder import load_base
-from jaxlora.model.memory_plan import BaseShape, slot_sizes
+from jaxlora.model.memory_needs import BaseShape
+from jaxlora.model.memory_plan import slot_sizes
 from pallas_kernels.dispatch import SHAPE_INDEPENDENT
 from pallas_kernels.native.library import instruction_set
 from serve.engine import engine as engine_module

@@ -7,7 +7,8 @@ from jaxlora.config.training import SizedTrainConfig, TrainConfig
 from jaxlora.core.host_memory import MemoryLimit
 from jaxlora.core.lora import LAYER_TARGETS
 from jaxlora.core.model_config import ModelConfig
-from jaxlora.model.memory_plan import BaseShape, Machine, plan_server, plan_training
+from jaxlora.model.memory_needs import BaseShape, Machine
+from jaxlora.model.memory_plan import plan_server, plan_training
 
 SMOLLM2 = ModelConfig(
     family="llama",

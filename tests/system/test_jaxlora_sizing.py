@@ -32,7 +32,7 @@ from jaxlora.model.decoder import load_base
 from jaxlora.model.kv_cache import empty_pages
 from jaxlora.model.lora_pool import PoolSpec
 from jaxlora.model.machine import machine_of, memory_errors
-from jaxlora.model.memory_plan import BaseShape, decode_bytes, pool_bytes, prefill_bytes, slot_bytes, training_needs
+from jaxlora.model.memory_needs import BaseShape, decode_bytes, pool_bytes, prefill_bytes, slot_bytes, training_needs
 from jaxlora.model.mesh import make_mesh
 from jaxlora.model.serving_pool import empty_serving_pool
 from serve.cli.main import app

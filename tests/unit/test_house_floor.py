@@ -24,6 +24,7 @@ PURE = (  # folders, and the files of others that decide
     "train/data",
     "train/jobs/fair_queue.py",
     "train/jobs/job.py",
+    "jaxlora/model/memory_needs.py",
     "jaxlora/model/memory_plan.py",
     "serve/access",
     "serve/api/adapters/schemas.py",

@@ -18,15 +18,8 @@ from jaxlora.core.errors import ConfigInvalid
 from jaxlora.core.host_memory import MemoryLimit, give_back, host_limit
 from jaxlora.core.lora import LAYER_TARGETS
 from jaxlora.core.model_config import ModelConfig
-from jaxlora.model.memory_plan import (
-    PART_KEYS,
-    PROMPT_PART_KEYS,
-    BaseShape,
-    Machine,
-    attention_bytes,
-    plan_server,
-    plan_training,
-)
+from jaxlora.model.memory_needs import PART_KEYS, PROMPT_PART_KEYS, BaseShape, Machine, attention_bytes
+from jaxlora.model.memory_plan import plan_server, plan_training
 from pallas_kernels import tiling_cuda
 
 GIB = 2**30
