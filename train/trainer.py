@@ -34,7 +34,7 @@ from train.data.mixer import Batches, Mixer
 from train.evaluate import EvaluatedLane, Evaluator, HeldLanes
 from train.slot_buckets import SlotBuckets
 from train.step.batch import LaneSums, TrainBatch, idle_batch, idle_sums, put_dropout, put_sums
-from train.step.microsteps import KINDS, Microsteps, MicrostepSizes
+from train.step.microsteps import KINDS, Microsteps, MicrostepSizes, by_layers
 from train.step.state import SlotState, States, UpdateReport, empty_state, fresh_adapter, fresh_seat
 from train.step.step import check_passes, make_programs
 from train.tenant import (
@@ -80,7 +80,8 @@ class Trainer:
         moments: the dtype that AdamW's moments are kept in (see `train.step.optimizer`, for uint8 `train.step.moments_8bit`).
         remat: what a step keeps of a layer for its gradient (see `jaxlora.model.decoder.REMAT`).
         passes: a step's lanes go through the model in so many groups (see `train.step.step.accumulate`).
-        parts: how small the parts of a step are, for a trainer that shares its device; None: a step is one program.
+        parts: how small the parts of a step are, for a trainer that shares its device; None: a step is one program, or of a
+        base with an array for each layer one for each layer.
         Raises ConfigInvalid for lane_tokens that are not whole blocks, for lanes that do not divide over the mesh or into
         passes, for passes of a step in parts, for parts that do not divide lanes or layers and for buckets that do not
         grow in rank or differ in more; InvalidRequest for fewer than one lane.
@@ -94,6 +95,8 @@ class Trainer:
         check_passes(mesh, lanes, passes)
         if passes > 1 and parts is not None:
             raise ConfigInvalid(f"passes = {passes} is for a step in one program; leave it out", param="passes")
+        if parts is None and isinstance(base.layers, tuple):
+            parts = by_layers(lanes // passes)
         self.seats = SlotBuckets(buckets, lanes)
         self.base, self.mesh, self.base_hash = base, mesh, base_hash
         self.lanes, self.lane_tokens, self.moments = lanes, self.lengths[-1], moments

@@ -15,14 +15,16 @@ from train_world import CONFIG, LANE_TOKENS, LANES, SPEC, RandomSource, batch_of
 
 from jaxlora.checkpoints.hf import HfSource
 from jaxlora.model.base_form import JOINED, Form, form_of, layer_arrays
+from jaxlora.model.compile_cache import CompileCounter
 from jaxlora.model.decoder import Base, load_base
 from jaxlora.model.memory_needs import BaseShape, decode_bytes
 from jaxlora.model.mesh import make_mesh
 from pallas_kernels import NO_ADAPTER
-from train.bench import base_pass, full_lanes
+from train.bench import HOW, base_pass, full_lanes
 from train.step.microsteps import Microsteps, MicrostepSizes
 from train.step.state import empty_state, fresh_seat
 from train.step.step import make_programs
+from train.trainer import Trainer
 
 TINY_ATOL = 1e-4  # as in test_jaxlora_model
 
@@ -141,3 +143,28 @@ def test_microsteps_read_the_arrays_of_their_layers_alone(lanes, whole):
         pass
     assert steps._backward._cache_size() == 1  # one program for every layer
     close(jax.device_get(holder.states[0].grads), whole[Form.STACKED][0])
+
+
+@pytest.mark.slow
+def test_a_trainer_of_unrolled_layers_runs_one_program_for_all_of_them():
+    """In passes too, it learns what a trainer over stacked layers learns."""
+    learned = {}
+    for form, passes in ((Form.STACKED, 1), (Form.UNROLLED, 1), (Form.UNROLLED, 2)):
+        trainer = Trainer(
+            loaded(RandomSource(), form),
+            make_mesh(),
+            [SPEC],
+            lanes=LANES,
+            lane_tokens=LANE_TOKENS,
+            base_hash="base",
+            passes=passes,
+        )
+        trainer.warm_up()
+        with CompileCounter() as counter:
+            trainer.add("a", lora(8), HOW, examples(0, LANES), batch_size=LANES, seed=0)
+            reports = [trainer.step()[0] for _ in range(2)]
+        assert not counter.retraced
+        learned[form, passes] = [report.loss for report in reports]
+    stacked, *others = learned.values()
+    for other in others:
+        np.testing.assert_allclose(other, stacked, rtol=1e-5)

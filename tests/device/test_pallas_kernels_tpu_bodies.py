@@ -24,7 +24,9 @@ from kernel_checks import (
 )
 
 from pallas_kernels import dispatch, tiling_tpu
+from pallas_kernels.gathered_lora import pallas_tpu as gathered_lora_tpu
 from pallas_kernels.gathered_lora.op import gathered_lora_reference
+from pallas_kernels.gathered_lora.pool_rows import of_slots
 from pallas_kernels.segmented_lora import pallas_tpu as segmented_lora_tpu
 from pallas_kernels.segmented_lora.op import segmented_lora, segmented_lora_reference
 
@@ -116,6 +118,21 @@ def test_gathered_busy_adapter_and_wide_features():
     for y, (a, b, scale) in zip(got, rows, strict=True):
         # Sums of 700 products, then of 4: up to 1e3, each rounded to 2**-24 of it, some 40 times over at worst.
         assert_close(y, gathered_lora_reference(x, a[0], b[0], scale[0], slots), {"rtol": 1e-4, "atol": 2e-3})
+
+
+def test_gathered_features_out_in_parts_are_those_of_one(monkeypatch):
+    """As the head's of a large rank are: no kernel has room for all of a vocabulary's columns at once."""
+    x, rows = pool(3)
+    rng = np.random.default_rng(3)
+    head = [(rows[0][0], floats(rng, L, S, R, 300), rows[0][2])]
+    slots = ids(SLOTS["mixed"])
+    want = run(x, head, jnp.int32(1), slots)[0]
+    fits_in = gathered_lora_tpu._fits_in
+    monkeypatch.setattr(gathered_lora_tpu, "_fits_in", lambda x, rows, width: width == 128 and fits_in(x, rows, width))
+    with dispatch.interpreted():
+        got = jax.jit(lambda *args: gathered(*args))(x, head, jnp.int32(1), slots)[0]
+    assert gathered_lora_tpu._parts(x, [of_slots(*head[0])]) == [0, 128, 256, 300]
+    assert_same_bits(got, want)
 
 
 def test_gathered_bfloat16_sums_in_float32():

@@ -23,6 +23,8 @@ from jaxlora.model.serving_pool import ServingPool, pool_shapes
 from serve.engine.logit_edits import LogitEdits
 from serve.engine.step import Layout, StepBatch, StepPrograms
 from train.step.batch import idle_batch
+from train.step.lane_lora import lane_rows
+from train.step.microsteps import _backward, _forward
 from train.step.moments_8bit import Blocks, scale_shape
 from train.step.optimizer import IDLE, Hyper, Moments
 from train.step.state import Due, TrainState, apply, halves, splits_of
@@ -113,6 +115,28 @@ def train(
     out = (jax.tree.map(lambda v: v.sharding, states), replicated(mesh))
     step = jax.jit(functools.partial(accumulate, remat="products", passes=passes), donate_argnums=1, out_shardings=out)
     return step.lower(base(mesh, config), states, lanes(mesh, idle_batch(*lanes_of))).compile()
+
+
+def layer_steps(
+    mesh: Mesh, config: ModelConfig, lanes_of: tuple[int, int]
+) -> tuple[jax.stages.Compiled, jax.stages.Compiled]:
+    """One layer forward, and back, of a base with an array for each: the two programs that a step runs for every layer."""
+    rows, G, J, one = pool(mesh, PoolSpec(slots=8, rank=RANK, dtype="float32"), config), *lanes_of, replicated(mesh)
+
+    def here(tree, of):
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, of)
+
+    batch = lanes(mesh, idle_batch(G, J))
+    of_lanes = jax.eval_shape(lambda rows, slot_G: lane_rows((rows,), slot_G), rows, batch.slot_G)
+    layer, first = base(mesh, config).only(0, 1), jax.ShapeDtypeStruct((), jnp.int32, sharding=one)
+    x_TD = jax.ShapeDtypeStruct((G * J, config.d_model), jnp.bfloat16, sharding=one)
+    forward = jax.jit(functools.partial(_forward, layers=1, remat="products"), out_shardings=one)
+    lowered = forward.lower(layer, jax.tree.map(lambda x: here(x, one), of_lanes), batch, x_TD, first)
+    _, waiting = jax.tree.map(lambda x: here(x, one), lowered.out_info)
+    grads = (halves(rows),)
+    back = jax.jit(_backward, donate_argnums=(4, 5), out_shardings=(jax.tree.map(lambda x: x.sharding, grads), one))
+    backward = back.lower(layer, waiting, first, batch.slot_G, grads, x_TD)
+    return lowered.compile(), backward.compile()
 
 
 def update(mesh: Mesh, spec: PoolSpec, moments: str) -> tuple[jax.stages.Compiled, Rows]:

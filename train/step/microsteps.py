@@ -71,6 +71,7 @@ class MicrostepSizes:
     lanes: int  # of one pass
     layers: int  # of one group
     targets: int  # of each lane in one run through the head
+    waits: bool = True  # for the end of each before the next is started, as others use the device too
 
     def check(self, config: ModelConfig, mesh: Mesh, lanes: int) -> None:
         """Raises ConfigInvalid when they do not divide a step of so many lanes, or the model."""
@@ -87,6 +88,14 @@ class MicrostepSizes:
 def small_parts(mesh: Mesh) -> MicrostepSizes:
     """Returns sizes for about the time of a decode step: one lane on each group of devices through one layer."""
     return MicrostepSizes(lanes=mesh.shape["data"] * mesh.shape["fsdp"], layers=1, targets=16)
+
+
+def by_layers(lanes: int) -> MicrostepSizes:
+    """Returns sizes for a trainer alone on its device whose base has an array for each layer: so many lanes a pass.
+
+    A program of all layers would hold each of them once more, and take as many times as long to compile.
+    """
+    return MicrostepSizes(lanes=lanes, layers=1, targets=LANE_BLOCK, waits=False)
 
 
 class Holder(Protocol):
@@ -239,7 +248,7 @@ class Microsteps:
     ) -> Generator[str, None, LaneSums]:
         """Runs a pass of `sizes.lanes` lanes (NumPy): adds gradients to the holder's states, returns the sums (NumPy).
 
-        Yields the name of each microstep before it runs it, then waits for it.  slots: called before each microstep
+        Yields the name of each microstep before it runs it, then waits for it (`sizes.waits`).  slots: called before each microstep
         that adds gradients, returns the slot of each lane; NO_ADAPTER adds them to none.
         """
         lanes, picks = self._placed(batch)
@@ -248,7 +257,7 @@ class Microsteps:
             slot_G, grads = place_rows(self.base.mesh, slots()), tuple(s.grads for s in holder.states)
             grads, dx_TD = program(*args, slot_G, grads, dx_TD)
             holder.states = with_gradients(holder.states, grads)
-            return jax.block_until_ready(dx_TD)
+            return self._ended(dx_TD)
 
         at = self._length_name(batch)
         x_TD, groups, runs, found = yield from self._up(lanes, picks, holder)
@@ -280,15 +289,19 @@ class Microsteps:
                 yield "forward" + at
             x_TD, waiting = self._forward(group.base, rows_LG, lanes, x_TD, group.first)
             groups.append(waiting)
-            jax.block_until_ready(x_TD)
+            self._ended(x_TD)
         runs: list[Waiting] = []
         found = self._nothing_found(lanes.target_GJ.shape)
         for pick_GC in picks:
             yield "head" + at
             found, run = self._head(self._ends, rows_LG, lanes, x_TD, found, pick_GC)
             runs.append(run)
-            jax.block_until_ready(found)
+            self._ended(found)
         return x_TD, groups, runs, found
+
+    def _ended[Tree](self, result: Tree) -> Tree:
+        """Returns the result of a microstep, which has ended where others wait for it."""
+        return jax.block_until_ready(result) if self.sizes.waits else result
 
     def _length_name(self, lanes: TrainBatch) -> str:
         length = lanes.target_GJ.shape[1]
