@@ -122,7 +122,7 @@ def test_what_is_traced_is_recorded_once_with_the_reason_of_a_fall_back():
     with dispatch.recorded("tpu") as choices:
         jax.eval_shape(gathered, *decode())
         jax.eval_shape(lambda *args: gathered(*args), *decode())
-        jax.eval_shape(gathered, *decode(rank=512, out=2**16))
+        jax.eval_shape(gathered, *decode(rank=4096, out=2**16))
         jax.eval_shape(segmented_lora, *train(dtype=jnp.float16))
     room, dtype = "no kernel takes bfloat16[8, 256], ", "its kernels take bfloat16 and float32, not float16"
     assert [(c.op, c.body) for c in choices] == [
@@ -153,7 +153,7 @@ def test_under_shard_map():
     ("function", "args"),
     [
         (gathered, decode(dtype=jnp.float16)),
-        (gathered, decode(rank=512, out=2**16)),
+        (gathered, decode(rank=4096, out=2**16)),
         (segmented_lora, train(dtype=jnp.float16)),
         (segmented_lora, train(rank=4096, out=2**16 + 1)),
         (logprob, words(dtype=jnp.float16)),

@@ -32,8 +32,8 @@ def test_an_adapter_is_stored_and_counted():
     assert found.trainable_parameters == 4 * features
     assert found.ram == 4 * 4 * features
     assert found.ram < found.disk < found.ram + 10**6
-    assert found.slot == 2 * 4 * features + 4 * 2 * layers  # and a scale of each module
-    assert found.server_slot == 2 * 4 * (every + head) + 4 * (7 * layers + 1)
+    assert found.slot == 2 * 4 * features + 4 * 2 * layers + 4 * 2  # and a scale of each module, a rank of each target
+    assert found.server_slot == 2 * 4 * (every + head) + 4 * (7 * layers + 1) + 4 * 8
 
 
 def test_public_shapes_have_their_published_parameters_and_ranks_are_the_largest():
