@@ -29,9 +29,7 @@ class Placement:
     x: str | None = None  # of features in
     y: str | None = None  # of features out
     heads: str | None = None  # of attention: query heads and kv heads alike
-    apart: bool = (
-        False  # where x is split and y is not, each device's part comes back, [parts, tokens, Y]: the caller sums
-    )
+    apart: bool = False  # x is split, y is not: each device's part comes back, [parts, tokens, Y], and the caller sums
 
     def local[Tree](self, specs: Tree, arrays: Tree) -> Tree:
         """Returns the shapes that one device sees."""

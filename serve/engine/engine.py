@@ -106,9 +106,8 @@ class Engine:
         self.base, self.mesh, self.config, self.pool_spec = base, mesh, config, pool_spec
         # A CPU computes with what the host would use meanwhile: there is nothing to gain.
         self.runs_ahead = mesh.devices.flat[0].platform != "cpu"
-        self.waits = (
-            False  # for the tokens of each step all the same, as training runs beside; may change between two steps
-        )
+        # Whether it waits for the tokens of each step all the same, as training runs beside; may change between two steps.
+        self.waits = False
         self.store, self.tokenizer, self.base_hash = store, tokenizer, base_hash
         self.slots = SlotTable(pool_spec.slots, slot_ranks(pool_spec.rank_classes).tolist())
         allocator = PageAllocator(config.pages, config.page_tokens)
@@ -467,9 +466,10 @@ class Engine:
         words_GW: np.ndarray | jax.Array = batch.words_GW
         if self.mesh.size > 1:  # on one device the call copies them itself, in a tenth of the time of device_put
             words_GW = place_rows(self.mesh, words_GW)
-        needs = Needs.of(batch.fields, edited=not self._edits.are_idle(edits))
+        fields = batch.fields
+        needs = Needs.of(fields, edited=not self._edits.are_idle(edits))
         placed = self._edits.place(edits)
-        pool = {} if self.base_alone and (batch.fields.slot_G == NO_ADAPTER).all() else self._pool
+        pool = {} if self.base_alone and (fields.slot_G == NO_ADAPTER).all() else self._pool
         with jax.transfer_guard_host_to_device("allow"):
             self._kv, self._newest, out = self._programs.launch(
                 self.base, pool, self._kv, self._newest, words_GW, placed, batch.layout, needs
