@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from kernel_shapes import HANDS_ON
-from step_shapes import lanes
+from step_shapes import lanes, newest
 
 from jaxlora.model.mesh import replicated, sharding
 from serve.engine.logit_edits import LogitEdits
@@ -25,7 +25,9 @@ def choice(mesh: Mesh, work: Work) -> jax.stages.Lowered:
     batch = StepBatch.idle(ROWS, 1, 4)
     layout = Layout.of(batch)
     edits = lanes(mesh, LogitEdits.idle(ROWS, 512, VOCAB)) if work is Work.EDITED else None
-    return StepPrograms(mesh).choice.lower(logits(mesh), lanes(mesh, layout.pack(batch)), edits, layout, work)
+    return StepPrograms(mesh).choice.lower(
+        logits(mesh), newest(mesh, ROWS), lanes(mesh, layout.pack(batch)), edits, layout, work
+    )
 
 
 def alternatives(mesh: Mesh) -> jax.stages.Lowered:
