@@ -59,10 +59,9 @@ def test_decode_with_heads_split_in_three():
         compiled, rows, kv = decode(make_mesh(tensor=3, devices=devices[:3]), SMALL)
     of_layer = {"gathered_lora_shrink": 4, "gathered_lora_expand": 4, "paged_attention": 1}
     assert kernels(compiled) == {name: LAYERS * count for name, count in of_layer.items()}
-    found = collectives(compiled, "jit(_packed_step)")
-    of_base = started(f"bf16[{ROWS},{SMOLLM2.d_model}]")
-    assert found[of_base] in (2 * LAYERS, 2 * LAYERS + 1)  # and one of the embeddings
-    assert started(f"f32[{ROWS},{RANK}]") not in found
+    of_base = f"bf16[{ROWS},{SMOLLM2.d_model}]"
+    # And one of the embeddings, beside other work.
+    assert collectives(compiled, "jit(_packed_step)") == {of_base: 2 * LAYERS, started(of_base): 1}
     assert made_as_large_as(parts(rows), compiled.as_text()) == []
     assert makers(kv, compiled) == []
 
@@ -114,11 +113,9 @@ def test_a_step_of_8b_in_two_passes_holds_less_than_20_gb():
     with h100s() as devices:
         mesh = make_mesh(devices=devices[:1])
         forward, backward = layer_steps(mesh, LLAMA_8B, (8, 512))
-        weights = [part(x) for x in base(mesh, LLAMA_8B).layers[0].values() if x.ndim > 1]
     kept, work = forward.memory_analysis(), backward.memory_analysis()
     held = 32 * kept.output_size_in_bytes + max(kept.temp_size_in_bytes, work.temp_size_in_bytes)
     assert 10e9 < held < 20e9
-    assert made_as_large_as(weights, forward.as_text()) == made_as_large_as(weights, backward.as_text()) == []
 
 
 def test_an_update_reads_and_writes_each_array_once():
