@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import pytest
-from base_shapes import SMOLLM2
+from base_shapes import LLAMA_8B
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from jaxlora.config.base import ModelSection
@@ -26,18 +26,6 @@ from serve.runtime.device_thread import DeviceThread
 
 pytest_plugins = ["serve_fixtures"]
 
-LLAMA_8B = replace(
-    SMOLLM2,
-    layers=32,
-    d_model=4096,
-    d_ff=14336,
-    heads=32,
-    kv_heads=8,
-    head_dim=128,
-    vocab=128256,
-    context=131072,
-    tied=False,
-)
 MODELS = {  # and how many devices it is split over
     "Qwen3-4B": (replace(LLAMA_8B, layers=36, d_model=2560, d_ff=9728, vocab=151936, context=40960, tied=True), 1),
     "Llama-3.1-8B": (LLAMA_8B, 1),
