@@ -66,6 +66,7 @@ def keeping(world, folder, cluster, tenant, *, hard=False):
     server = Server(world, folder)
     group = cluster.keep(server)
     with server.running(hard=hard) as url, client_of(url, tenant) as client:
+        cluster.group = group  # not before the server knows its unfinished jobs, as with a process
         try:
             yield SimpleNamespace(
                 server=server,

@@ -32,13 +32,13 @@ class Cluster:
         self.epoch = 0
 
     def keep(self, server: Server) -> TrainingGroup:
-        """Makes a server the keeper."""
+        """Makes the keeper of a server that has not begun; trainers reach it once it is made `group`."""
         self.epoch += 1
         trainer = server.host.live.jobs.trainer
         terms = Terms(base_hash=trainer.base_hash, training=server.config.training)
-        self.group = TrainingGroup(server.host, terms, self.epoch, lambda: set(self.names))
-        self.group.start()
-        return self.group
+        group = TrainingGroup(server.host, terms, self.epoch, lambda: set(self.names))
+        group.start()
+        return group
 
 
 class Wire:

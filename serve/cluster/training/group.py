@@ -121,7 +121,7 @@ class TrainingGroup:
         self._thread = threading.Thread(target=self._run, name="training-group", daemon=True)
 
     def start(self) -> None:
-        """Begins to place jobs: all that the service takes in from now on."""
+        """Begins to place jobs: all that the service takes in from now on.  Trainers may call once the server has begun."""
         self._service.places = self
         self._thread.start()
 
