@@ -51,9 +51,9 @@ lacks raises an error.
                      cuda       xla      the largest of each block, then the best blocks alone: XLA's own sorts the row
                      tpu        xla      the largest of each block, then the best blocks alone: XLA's own sorts the row
     draw             cpu        native   a row's sums have one order, thresholds are found by three histograms
-                                xla      without the native bodies
-                      cuda       xla      sums of blocks, thresholds by a few passes that try several each
-                      tpu        xla      sums of blocks, thresholds by a few passes that try several each
+                                xla      as elsewhere, thresholds by more passes of fewer sums, without the native bodies
+                     cuda       xla      sums of blocks, thresholds by a few passes that try several each
+                     tpu        xla      sums of blocks, thresholds by a few passes that try several each
     adamw            cpu        xla      slot after slot, in place (`train.step.update`)
                      cuda       triton   weights, gradients and moments are read and written once
                                 xla      without the extra `triton`, for moments in fewer bits

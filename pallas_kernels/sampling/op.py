@@ -24,8 +24,20 @@ from pallas_kernels.native import library
 from pallas_kernels.shapes import shaped
 
 BLOCK = 256  # tokens of a block; a power of two that divides V if 32 or more of them do
-WIDE, PASSES = 8, 5  # parts of what is left of a threshold's range in a pass over the logits; passes
 UNSEEN = 17.0  # a uniform number has 2**24 values: shares of less than e**-17 of a row together are never drawn
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Search:
+    """How thresholds are looked for."""
+
+    wide: int  # parts of what is left of a threshold's range in a pass over the logits
+    passes: int
+    keeps_shares: bool  # in memory from pass to pass; else each pass computes them anew
+
+
+FEW_PASSES = Search(wide=8, passes=5, keeps_shares=False)  # where reading the logits is what a pass costs
+FEW_SUMS = Search(wide=3, passes=11, keeps_shares=True)  # of the same accuracy, where each sum has its price: on a CPU
 
 
 @jax.tree_util.register_dataclass
@@ -69,8 +81,8 @@ def draw(x_BV: jax.Array, most_B: jax.Array, choices: Choices, *, filtered: bool
     """Returns what the reference does of float32 rows, but for how sums are rounded.  Not differentiable.
 
     most_B: float32 the largest logits.  filtered: whether some row may have top-k or top-p; where none has, both give the same
-    bits.  A row's token is one that is kept, whatever the rounding; any where a logit is NaN.  On GPUs and TPUs logits that differ
-    from the last one kept by less than 2**-9 of the temperature may be kept with it (`_floor`).
+    bits.  A row's token is one that is kept, whatever the rounding; any where a logit is NaN.  Without the native body
+    logits that differ from the last one kept by less than 2**-9 of the temperature may be kept with it (`_floor`).
     """
 
     def native(x_BV: jax.Array, most_B: jax.Array, choices: Choices) -> tuple[jax.Array, jax.Array]:
@@ -78,20 +90,24 @@ def draw(x_BV: jax.Array, most_B: jax.Array, choices: Choices, *, filtered: bool
         token_B = library.call("jaxlora_draw", [(x_BV.shape[:1], jnp.int32)], x_BV, *of)[0]
         return token_B, _at(x_BV, token_B)
 
-    xla = functools.partial(_in_blocks, filtered=filtered)
-    return by_platform("draw", x_BV, most_B, choices, xla=xla, native=native)
+    xla, xla_on_cpu = (
+        functools.partial(_in_blocks, search=search if filtered else None) for search in (FEW_PASSES, FEW_SUMS)
+    )
+    return by_platform("draw", x_BV, most_B, choices, xla=xla, xla_on_cpu=xla_on_cpu, native=native)
 
 
-def _in_blocks(x_BV: jax.Array, most_B: jax.Array, choices: Choices, *, filtered: bool) -> tuple[jax.Array, jax.Array]:
+def _in_blocks(
+    x_BV: jax.Array, most_B: jax.Array, choices: Choices, *, search: Search | None
+) -> tuple[jax.Array, jax.Array]:
     """Sums blocks of shares; then looks at the one block in which the token lies.
 
-    It reads all logits once, with filters PASSES times more.
+    It reads all logits once, and once more in each pass of the search.  search: None leaves out top-k and top-p.
     """
     B, V = x_BV.shape
     Q = next((q for q in (BLOCK, 128, 64, 32) if V % q == 0), BLOCK)
     floor_B = most_B + _temperature(choices) * _by_min_p(choices)
-    if filtered:
-        floor_B = jnp.maximum(floor_B, _floor(x_BV, most_B, choices))
+    if search is not None:
+        floor_B = jnp.maximum(floor_B, _floor(x_BV, most_B, choices, search))
     padded_BV = jnp.pad(x_BV, ((0, 0), (0, -V % Q)), constant_values=-jnp.inf)
     x_BKQ = padded_BV.reshape(B, -1, Q)
     sum_BK = _shares(x_BKQ, most_B[:, None], floor_B[:, None], choices).sum(axis=2)
@@ -138,44 +154,49 @@ def _shares(x: jax.Array, most: jax.Array, floor: jax.Array, choices: Choices) -
 
 @dataclass(frozen=True, kw_only=True)
 class _Range:
-    """Where the rows' thresholds lie, in scaled logits: from `low_B` on, below low_B + WIDE * part_B."""
+    """Where the rows' thresholds lie, in scaled logits: from `low_B` on, below low_B + wide * part_B."""
 
     low_B: jax.Array
     part_B: jax.Array  # what it becomes in the next pass
+    wide: int
 
     def tried(self) -> list[jax.Array]:
-        """Returns the WIDE - 1 thresholds between its parts, each float32 [B]."""
-        return [self.low_B + i * self.part_B for i in range(1, WIDE)]
+        """Returns the wide - 1 thresholds between its parts, each float32 [B]."""
+        return [self.low_B + i * self.part_B for i in range(1, self.wide)]
 
     def narrowed(self, first_B: jax.Array, last_B: jax.Array) -> _Range:
         """Returns it from part `first_B` to part `last_B`."""
-        return _Range(low_B=self.low_B + first_B * self.part_B, part_B=(last_B - first_B + 1) * self.part_B / WIDE)
+        part_B = (last_B - first_B + 1) * self.part_B / self.wide
+        return _Range(low_B=self.low_B + first_B * self.part_B, part_B=part_B, wide=self.wide)
 
 
-def _floor(x_BV: jax.Array, most_B: jax.Array, choices: Choices) -> jax.Array:
+def _floor(x_BV: jax.Array, most_B: jax.Array, choices: Choices, search: Search) -> jax.Array:
     """Returns float32 [B]: the smallest logit that top-k, then top-p of the rest keep.
 
-    Each pass tries WIDE - 1 thresholds of each, in one reduction.  How much top-p must keep is known as well as what top-k
+    Each pass tries `search.wide` - 1 thresholds of each, in one reduction.  How much top-p must keep is known as well as what top-k
     keeps.  The last range's lower end is kept, so that a row keeps what it should and what lies in the same last part:
-    1 / WIDE**PASSES of the range, which leaves out only what is never drawn.  The best logit alone is told exactly.
+    1 / wide**passes of the range, which leaves out only what is never drawn.  The best logit alone is told exactly.
     """
-    V, N, temperature_B = x_BV.shape[1], WIDE - 1, _temperature(choices)
+    V, wide, N, temperature_B = x_BV.shape[1], search.wide, search.wide - 1, _temperature(choices)
     has_k_B = (choices.top_k_B > 0) & (choices.top_k_B < V)
     k_B = jnp.where(has_k_B, choices.top_k_B, V).astype(jnp.float32)
     has_p_B = choices.top_p_B < 1
     log_V = math.log(V)
     deep_B = jnp.full_like(most_B, log_V + UNSEEN)
-    by_k = _Range(low_B=-deep_B, part_B=deep_B / WIDE)
+    by_k = _Range(low_B=-deep_B, part_B=deep_B / wide, wide=wide)
     deep_B = jnp.minimum(deep_B, log_V - jnp.log1p(-jnp.minimum(choices.top_p_B, 1.0)))
-    by_p = _Range(low_B=-deep_B, part_B=deep_B / WIDE)
+    by_p = _Range(low_B=-deep_B, part_B=deep_B / wide, wide=wide)
     least_B = all_B = jnp.zeros_like(most_B)  # between which lies the sum of the shares that top-k keeps
-    for number in range(PASSES):
+    kept_BV = None
+    if search.keeps_shares:
+        kept_BV = lax.optimization_barrier(jnp.exp((x_BV - most_B[:, None]) / temperature_B[:, None]))
+    for number in range(search.passes):
         tried = *by_k.tried(), *by_p.tried(), *([by_k.low_B] if number == 0 else [])
         # Without the barrier the shares of all passes are one array, written and read.
         top_B, inverse_B, *tried = lax.optimization_barrier(
             (most_B, 1 / temperature_B, *(most_B + temperature_B * t_B for t_B in tried))
         )
-        share_BV = jnp.exp((x_BV - top_B[:, None]) * inverse_B[:, None])
+        share_BV = jnp.exp((x_BV - top_B[:, None]) * inverse_B[:, None]) if kept_BV is None else kept_BV
         above = [x_BV >= t_B[:, None] for t_B in tried]
         counts = [jnp.where(above_BV, 1.0, 0.0) for above_BV in above[:N]]
         sums = _sums([*counts, *(jnp.where(above_BV, share_BV, 0.0) for above_BV in above)])

@@ -1,6 +1,7 @@
 """The draw of a token: the definition against a loop, the bodies against the definition, and what a row depends on."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,15 +9,17 @@ import numpy as np
 import pytest
 
 from pallas_kernels.native import library
-from pallas_kernels.sampling.op import Choices, _floor, _in_blocks, draw, draw_reference
+from pallas_kernels.sampling.op import FEW_PASSES, FEW_SUMS, Choices, _floor, _in_blocks, draw, draw_reference
 
 
-def body(op, filtered=True):
+def body(op, **how):
     """The tokens that a body draws, int32 [B]."""
-    return jax.jit(lambda x_BV, of: op(x_BV, x_BV.max(axis=1), of, filtered=filtered)[0])
+    return jax.jit(lambda x_BV, of: op(x_BV, x_BV.max(axis=1), of, **how)[0])
 
 
-BODIES = {"dispatched": body(draw), "blocks": body(_in_blocks)}
+SEARCHES = {"few passes": FEW_PASSES, "few sums": FEW_SUMS}
+BODIES = {name: body(_in_blocks, search=search) for name, search in SEARCHES.items()}
+BODIES["dispatched"] = body(draw, filtered=True)
 V = 700  # two whole blocks and a part of one
 FILTERS = {
     "none": {},
@@ -133,7 +136,7 @@ def test_a_row_without_a_temperature_or_with_nan_hurts_nobody(body):
 @pytest.mark.skipif(library.instruction_set() is None, reason="only the native body promises it")
 def test_a_row_draws_the_same_in_any_row_and_company():
     x_BV, uniforms = logits(33, 4), np.random.default_rng(5).uniform(size=33)
-    run = body(draw)
+    run = BODIES["dispatched"]
     whole = np.asarray(run(jnp.asarray(x_BV), choices(uniforms, top_p=0.9)))
     for rows in (1, 2, 7, 32):
         for start in (0, 33 - rows):
@@ -142,32 +145,35 @@ def test_a_row_draws_the_same_in_any_row_and_company():
             assert np.asarray(got).tolist() == whole[part].tolist()
 
 
-def test_without_filters_both_forms_draw_the_same():
+@pytest.mark.parametrize("search", SEARCHES)
+def test_without_filters_both_forms_draw_the_same(search):
     """Rows with min-p and without, one of them beside a row that filters: which program ran is nobody's to see."""
     x_BV, uniforms = logits(40, 6), np.random.default_rng(7).uniform(size=40)
     of = choices(uniforms)
     of = replace(of, min_p_B=jnp.where(jnp.arange(40) % 3 == 0, 0.05, 0.0), temperature_B=jnp.linspace(0.2, 2, 40))
     mixed = replace(of, top_k_B=of.top_k_B.at[1].set(3), top_p_B=of.top_p_B.at[2].set(0.5))
-    plain = np.asarray(body(_in_blocks, filtered=False)(x_BV, of))
-    assert np.asarray(BODIES["blocks"](x_BV, of)).tolist() == plain.tolist()
+    plain = np.asarray(body(_in_blocks, search=None)(x_BV, of))
+    assert np.asarray(BODIES[search](x_BV, of)).tolist() == plain.tolist()
     others = np.arange(40) > 2
-    assert np.asarray(BODIES["blocks"](x_BV, mixed))[others].tolist() == plain[others].tolist()
+    assert np.asarray(BODIES[search](x_BV, mixed))[others].tolist() == plain[others].tolist()
 
 
+@pytest.mark.parametrize("search", SEARCHES)
 @pytest.mark.parametrize("filters", [{"top_k": 1}, {"top_p": 1e-6}, {"top_k": 600, "top_p": 1e-6}, {"min_p": 1.0}])
-def test_the_best_alone_is_told_from_one_that_is_nearly_as_good(filters):
+def test_the_best_alone_is_told_from_one_that_is_nearly_as_good(filters, search):
     x_BV = np.full((2, V), -1.0, np.float32)
     x_BV[:, 500], x_BV[:, 20] = 10.0, np.nextafter(np.float32(10), np.float32(0))
-    assert np.asarray(BODIES["blocks"](x_BV, choices([0.0, 0.999], **filters))).tolist() == [500, 500]
+    assert np.asarray(BODIES[search](x_BV, choices([0.0, 0.999], **filters))).tolist() == [500, 500]
 
 
-def test_more_is_kept_than_should_be_only_within_a_thousandth_of_the_temperature():
+@pytest.mark.parametrize("search", SEARCHES.values(), ids=SEARCHES)
+def test_more_is_kept_than_should_be_only_within_a_thousandth_of_the_temperature(search):
     """Top-k and top-p together, of rows whose k is everything from 2 to all."""
     rng = np.random.default_rng(8)
     x_BV = logits(200, 9)
     k_B, p_B = rng.integers(2, V, 200), rng.uniform(0.05, 1, 200).astype(np.float32)
     of = replace(choices(np.zeros(200)), top_k_B=jnp.asarray(k_B, jnp.int32), top_p_B=jnp.asarray(p_B))
-    floor_B = np.asarray(jax.jit(_floor)(x_BV, x_BV.max(1), of))
+    floor_B = np.asarray(jax.jit(partial(_floor, search=search))(x_BV, x_BV.max(1), of))
     for x_V, k, p, floor in zip(x_BV, k_B, p_B, floor_B, strict=True):
         kept_V = by_hand(x_V, top_k=int(k), top_p=float(p)) > 0
         least = x_V[kept_V].min()
@@ -185,7 +191,7 @@ def test_a_million_draws_follow_the_distribution_of_the_definition(filters):
     share = by_hand(x_V, **filters)
     counts = np.zeros(96)
     for seed in range(245):
-        drawn = BODIES["blocks"](x_BV, choices(np.random.default_rng(seed).random(4096, np.float32), **filters))
+        drawn = BODIES["few passes"](x_BV, choices(np.random.default_rng(seed).random(4096, np.float32), **filters))
         counts += np.bincount(drawn, minlength=96)
         count += len(drawn)
     assert count > 10**6
