@@ -7,6 +7,7 @@ import stands for an edge wherever in a file it is, also inside a function.
 from __future__ import annotations
 
 import ast
+import functools
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -111,8 +112,13 @@ def folder_of(file: str) -> str:
     return str(PurePosixPath(file).parent)
 
 
-def imports(file: str, source: str) -> Iterator[Import]:
+@functools.cache
+def imports(file: str, source: str) -> list[Import]:
     """All of a file, those with a constant name given to `import_module` too."""
+    return list(_imports(file, source))
+
+
+def _imports(file: str, source: str) -> Iterator[Import]:
     tree = ast.parse(source)
     functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)]
     inside = {id(node) for function in functions for node in ast.walk(function)}
