@@ -81,6 +81,11 @@ def zero_rows(config: ModelConfig, spec: PoolSpec) -> Rows:
     return {target: zeros(target) for target in spec.targets}
 
 
+def serving_pool_bytes(config: ModelConfig, spec: PoolSpec, mesh: Mesh) -> int:
+    """Returns the bytes of a pool's arrays on all devices together."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pool_shapes(config, spec, mesh)))
+
+
 def slot_bytes(pool: ServingPool, owned: int) -> int:
     """Returns the bytes of one slot of so many rows on all devices together, whatever lies in it."""
     return sum(
