@@ -1,7 +1,9 @@
-"""Divides a server's slots into classes by the ranks of the adapters that its store holds.  Pure host code: no jax.
+"""Which slots of which rank a server has for the adapters in its store, and to which ranks these are padded on their way.
+
+Pure host code: no jax.
 
 32 slots of rank 64, a store of 90 adapters of rank 8 and 10 of rank 32
-    ─▶ 4 slots of rank 64, 17 of rank 32 and 155 of rank 8 in the same memory
+    ─▶ 4 slots of rank 64, 18 of rank 32 and 151 of rank 8 in the same memory
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ def slot_classes(
     whole: RankClasses = ((slots, max_rank),)
     if max_rank % ROW_TILE:
         return whole  # smaller slots would begin within a tile, of which a TPU then reads two
-    adapters = Counter(_class_of(rank, max_rank) for rank in ranks if rank <= max_rank)
+    found = Counter(_class_of(rank, max_rank) for rank in ranks if rank <= max_rank)
+    # The next power of two, so that a start after few changes has the same classes, and finds its programs compiled.
+    adapters = Counter({rank: 1 << (count - 1).bit_length() for rank, count in found.items()})
     counts = {max_rank: max(least, -(-slots // LARGE_PART))}
     counts |= {rank: least for rank in sorted(adapters, reverse=True) if rank != max_rank}
     while len(counts) > 1 and nbytes(_classes(counts)) > nbytes(whole):
@@ -52,6 +56,16 @@ def slot_classes(
 def _class_of(rank: int, largest: int) -> int:
     """Returns the rank of the class that adapters of this rank are at home in."""
     return min(max(1 << (rank - 1).bit_length(), LEAST_RANK), largest)
+
+
+def row_ranks(classes: RankClasses, *, finely: bool) -> tuple[int, ...]:
+    """Returns the ranks that an adapter's rows are padded to on their way to a slot, rising.
+
+    finely: not only those of the classes, but each power of two below: what travels, and waits on the host, is small.
+    """
+    own = {rank for _, rank in classes}
+    powers = {rank for rank in (LEAST_RANK << i for i in range(16)) if rank < max(own)} if finely else set()
+    return tuple(sorted(own | powers))
 
 
 def _classes(counts: dict[int, int]) -> RankClasses:
