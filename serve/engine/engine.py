@@ -116,7 +116,7 @@ class Engine:
         fewest = min((size.pages for size in config.sizes), default=self._columns)
         assert self._columns <= fewest, f"the longest request needs {self._columns} pages, one size has {fewest}"
         self._pool = empty_serving_pool(base.config, pool_spec, mesh)
-        self.slot_bytes = slot_bytes(self._pool, pool_spec.rank)
+        self.slot_bytes = {rank: slot_bytes(self._pool, rank) for _, rank in pool_spec.rank_classes}  # by class
         self._kv = self._empty_pages()
         self._newest = no_tokens(mesh, config.rows)
         self._idle = IdleBatches(self._columns)
