@@ -263,7 +263,7 @@ class ServeConfig:
     # requests for KV pages, it changes to the next, and pages take the memory that slots leave.  None: no changes.
     slot_sizes: tuple[int, ...] = ()
     # More slots, for smaller ranks: an adapter lies in one of the smallest rank that holds it, in a larger one while
-    # nobody else wants that.
+    # nobody else wants that.  Left out beside `slots`, a GPU or TPU chooses them at the start from the ranks in its store.
     rank_class: tuple[RankClassSection, ...] = ()
     page_tokens: int = 64  # tokens in a page; large pages are nearly free on a CPU, small ones are not
     default_max_tokens: int = 256  # of a request that sets none
@@ -392,6 +392,8 @@ class SizedConfig(ServeConfig):
     host_kv_gb: float
     host_states_gb: float
     sizes: tuple[SlotSize, ...] = ()  # those of slot_sizes
+    # Whether the server divides its slots into classes by the ranks in its store (model/slot_classes.py).
+    classes_from_store: bool = False
     training: SizedTraining | None = None
 
     @property

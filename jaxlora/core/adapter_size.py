@@ -15,7 +15,7 @@ class AdapterSize:
 
     trainable_parameters: int  # values of A and B, each module at its own rank
     all_parameters: int  # of the base and the adapter; a tied head counts once, as the embedding
-    nbytes: int  # of a stored version's weights, in host memory and on disk; of an export: of its files
+    nbytes: int  # of a stored version's weights, on disk; of an export: of its files
 
     @property
     def trainable_percent(self) -> float:

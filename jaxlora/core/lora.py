@@ -11,8 +11,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from typing import Self
 
+import ml_dtypes
 import numpy as np
 
 from jaxlora.core.errors import AdapterInvalid, AdapterNotFinite, InvalidRequest
@@ -22,6 +24,9 @@ MLP_TARGETS = ("gate_proj", "up_proj", "down_proj")
 LAYER_TARGETS = ATTENTION_TARGETS + MLP_TARGETS
 HEAD_TARGET = "lm_head"
 ALL_TARGETS = (*LAYER_TARGETS, HEAD_TARGET)
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+BLOCK = 1 << 16  # numbers that are rounded together, in a core's cache
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -146,7 +151,7 @@ def check_name(name: str, what: str) -> str:
 class AdapterWeights:
     """Weights and specification of an adapter on the host, which has no name and no version yet.
 
-    weights: target → (a_LRX, b_LRY) float32, R = spec.max_rank.  Rows past a module's own rank, and modules that are
+    weights: target → (a_LRX, b_LRY), R = spec.max_rank, float32; bfloat16 where only a server reads them.  Rows past a module's own rank, and modules that are
     not adapted, are zero in both.  L is 1 for lm_head.  lm_head is [1, R, d_model] and [1, R, vocab].
     """
 
@@ -162,8 +167,21 @@ class AdapterWeights:
         """Raises AdapterNotFinite, naming the tensor, when a weight is NaN or infinite."""
         for target, pair in self.weights.items():
             for half, value in zip("AB", pair, strict=True):
-                if not np.isfinite(value).all():
+                if not _is_finite(value):
                     raise AdapterNotFinite(f"lora_{half} of {target} has non-finite values; the adapter is refused")
+
+    @property
+    def dtype(self) -> str:
+        """Returns the dtype of all weights, by name."""
+        return next((a.dtype.name for a, _ in self.weights.values()), "float32")
+
+    def rounded(self) -> Self:
+        """Returns float32 weights in bfloat16: the nearest, of two the even one, as a device rounds.
+
+        Raises AdapterNotFinite.
+        """
+        self.check_finite()
+        return replace(self, weights={t: (_to_bfloat16(a), _to_bfloat16(b)) for t, (a, b) in self.weights.items()})
 
     @property
     def nbytes(self) -> int:
@@ -176,3 +194,25 @@ class Adapter(AdapterWeights):
     """One adapter version on the host."""
 
     ref: AdapterRef
+
+
+def _is_finite(values: np.ndarray) -> bool:
+    if values.dtype != BFLOAT16:
+        return bool(np.isfinite(values).all())
+    return bool(((values.view(np.uint16) & 0x7F80) != 0x7F80).all())  # NumPy's own is slower, and holds the interpreter
+
+
+def _to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """Returns finite float32 numbers rounded.  NumPy's own cast to bfloat16 holds the interpreter as long as it takes."""
+    bits = np.ascontiguousarray(values).reshape(-1).view(np.uint32)
+    rounded, work = np.empty(bits.size, np.uint16), np.empty(min(BLOCK, bits.size), np.uint32)
+    for start in range(0, bits.size, BLOCK):
+        block = bits[start : start + BLOCK]
+        up = work[: block.size]
+        np.right_shift(block, 16, out=up)
+        np.bitwise_and(up, 1, out=up)  # of two nearest numbers the even one
+        np.add(up, block, out=up)
+        np.add(up, 0x7FFF, out=up)
+        np.right_shift(up, 16, out=up)
+        rounded[start : start + BLOCK] = up
+    return rounded.reshape(values.shape).view(BFLOAT16)

@@ -149,7 +149,9 @@ def empty_pool(config: ModelConfig, spec: PoolSpec, mesh: Mesh) -> Rows:
 
 
 def host_rows(config: ModelConfig, spec: PoolSpec, adapter: AdapterWeights) -> Rows:
-    """Returns one slot's rows of this adapter as float32 NumPy arrays: every target of the pool, every row, and scale.
+    """Returns one slot's rows of this adapter as NumPy arrays of its dtype: every target of the pool, every row, and scale.
+
+    Arrays that need no padding are the adapter's own; those of a target that it lacks are shared, and read-only.
 
     Raises AdapterInvalid when the adapter does not fit, AdapterNotFinite when a weight is not finite.
     """
@@ -168,19 +170,27 @@ def host_rows(config: ModelConfig, spec: PoolSpec, adapter: AdapterWeights) -> R
                 )
             a, b = (_padded(given, spec.rank) for given in (given_a, given_b))
         else:
-            a, b = np.zeros((L, spec.rank, x), np.float32), np.zeros((L, spec.rank, y), np.float32)
+            a, b = (no_rows(L, spec.rank, n, adapter.dtype) for n in (x, y))
         rows[target] = LoraRows(a_LSRX=a, b_LSRY=b, scale_LS=scales(config, adapter.spec, target))  # ty: ignore[invalid-argument-type]
     return rows
 
 
 def _padded(given: np.ndarray, rank: int) -> np.ndarray:
-    """Returns float32 [L, rank, features]: the given rows, then zeros.  The same array where none are missing."""
+    """Returns [L, rank, features]: the given rows, then zeros.  The same array where none are missing."""
     L, R, features = given.shape
-    if rank == R and given.dtype == np.float32:
+    if rank == R:
         return given
-    whole = np.zeros((L, rank, features), np.float32)
+    whole = np.zeros((L, rank, features), given.dtype)
     whole[:, :R] = given
     return whole
+
+
+@functools.lru_cache(maxsize=64)
+def no_rows(layers: int, rank: int, features: int, dtype: str) -> np.ndarray:
+    """Returns zeros [layers, rank, features], read-only: one array for all who ask, which takes no memory until it is read."""
+    zeros = np.zeros((layers, rank, features), jnp.dtype(dtype))
+    zeros.setflags(write=False)
+    return zeros
 
 
 def scales(config: ModelConfig, spec: LoraSpec, target: str) -> np.ndarray:

@@ -137,6 +137,8 @@ def with_sizes(config: ServeConfig, step: Sizes, base: BaseShape, machine: Machi
     host_bytes = usable if machine.host is None else usable_bytes(machine.host, config.memory_share)
     sizes = {
         "slots": step.slots,
+        # A CPU keeps one class, as XLA's body for it runs a loop for each.
+        "classes_from_store": machine.platform != "cpu" and config.slots is None and not config.rank_class,
         "max_rank": rank,
         "rows": rows,
         "kv_pages": -(-tokens // config.page_tokens),
@@ -249,6 +251,8 @@ def _sizes_in_words(sized: SizedConfig, base: BaseShape) -> str:
         f"{' and '.join(f'{n} slots of rank {rank}' for n, rank in sized.rank_classes)} (slots, max_rank)",
         f"prompts {sized.prefill_lanes} x {sized.prefill_tokens} (prefill_lanes, prefill_tokens)",
     ]
+    if sized.classes_from_store:
+        words[1] += ", which the start divides by the ranks in the store ([[rank_class]])"
     if sized.sizes:
         among = ", ".join(f"{size.slots} beside {size.pages:,} pages" for size in sized.sizes)
         words.insert(2, f"which change among {among} (slot_sizes)")

@@ -22,7 +22,7 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh
 
 from jaxlora.core.model_config import ModelConfig, layer_count, target_features
-from jaxlora.model.lora_pool import LoraLayout, LoraRows, PoolSpec, Rows, row_axes
+from jaxlora.model.lora_pool import LoraLayout, LoraRows, PoolSpec, Rows, no_rows, row_axes
 from jaxlora.model.mesh import sharding
 from pallas_kernels.gathered_lora.op import fits_native, gathered_lora, visits_by_slot, visits_of_lanes
 from pallas_kernels.gathered_lora.pool_rows import PoolRows, lane_rows
@@ -71,14 +71,19 @@ def pool_shapes(config: ModelConfig, spec: PoolSpec, mesh: Mesh) -> ServingPool:
 
 
 def zero_rows(config: ModelConfig, spec: PoolSpec) -> Rows:
-    """Returns a slot's rows as `host_rows` does, of an adapter that is all zeros."""
+    """Returns a slot's rows in the pool's dtype as `host_rows` does, of an adapter that is all zeros."""
 
     def zeros(target: str) -> LoraRows:
         L, features = layer_count(config, target), target_features(config, target)
-        a, b = (np.zeros((L, spec.rank, n), np.float32) for n in features)
+        a, b = (no_rows(L, spec.rank, n, spec.dtype) for n in features)
         return LoraRows(a_LSRX=a, b_LSRY=b, scale_LS=np.zeros(L, np.float32))  # ty: ignore[invalid-argument-type]
 
     return {target: zeros(target) for target in spec.targets}
+
+
+def serving_pool_bytes(config: ModelConfig, spec: PoolSpec, mesh: Mesh) -> int:
+    """Returns the bytes of a pool's arrays on all devices together."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pool_shapes(config, spec, mesh)))
 
 
 def slot_bytes(pool: ServingPool, owned: int) -> int:

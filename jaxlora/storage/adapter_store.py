@@ -31,6 +31,7 @@ from jaxlora.storage.single_flight import SingleFlight
 from jaxlora.storage.version_files import VersionFiles
 
 LOG = logging.getLogger("jaxlora")
+DTYPES = ("float32", "bfloat16")  # of weights in RAM: as they were put, and as they are served
 RETRY_S, LONGEST_RETRY_S = 1.0, 60.0  # before a save that failed is tried again; twice as long after each failure
 
 
@@ -243,29 +244,43 @@ class AdapterStore:
                     raise AlreadyExists(f"{ref} exists; a version never changes, mint a new one")
                 if ref.version <= deleted or ref in self._leaving:
                     raise StateInvalid(f"{ref} was deleted; mint a new version")
-                for pair in adapter.weights.values():
-                    for value in pair:
-                        value.setflags(write=False)
+                _read_only(adapter)
                 self._show(ref)
                 self._about[ref] = time.time(), adapter.spec.max_rank, adapter.nbytes
                 self._unsaved.add(ref)
                 self._ram.hold(adapter, keep=True)
                 self._enqueue(ref)
 
-    def get(self, ref: AdapterRef) -> Adapter:
+    def get(self, ref: AdapterRef, dtype: str = "float32") -> Adapter:
         """Returns the adapter, from RAM, else from disk with its checksum verified; concurrent calls cause one load.
 
-        Raises AdapterNotFound, or StorageFailed when the version on disk is damaged.
+        dtype: float32, as it was put; bfloat16 is that, rounded, which RAM then holds in its place, in half of the bytes.
+        Raises AdapterNotFound, StorageFailed when the version on disk is damaged, for bfloat16 AdapterNotFinite.
         """
-        return self._loads.get(ref, lambda: self._held(ref), lambda: self._load(ref))
 
-    def _held(self, ref: AdapterRef) -> Adapter | None:
-        """Returns the version in RAM, or None.  Raises AdapterNotFound."""
+        adapter = None
+        while adapter is None or adapter.dtype != dtype:  # a load that others began may be of another dtype
+            adapter = self._loads.get(ref, lambda: self._held(ref, dtype), lambda: self._made(ref, dtype))
+        return adapter
+
+    def _held(self, ref: AdapterRef, *dtypes: str) -> Adapter | None:
+        """Returns the version in RAM, if it is there in one of these dtypes, or None.  Raises AdapterNotFound."""
         with self._state:
-            if (orphan := self._ram.orphan(ref)) is not None:
-                return orphan
-            self._check_visible(ref)
-            return self._ram.find(ref)
+            found = self._ram.orphan(ref)
+            if found is None or found.dtype not in dtypes:
+                self._check_visible(ref)
+                found = self._ram.find(ref)
+            return None if found is None or found.dtype not in dtypes else found
+
+    def _made(self, ref: AdapterRef, dtype: str) -> Adapter:
+        """Returns the version rounded, from RAM if it is there as it was put, else from disk."""
+        exact = self._held(ref, "float32")
+        if exact is None:
+            return self._load(ref, dtype)
+        rounded = _read_only(exact.rounded())
+        with self._state:
+            self._ram.exchange(rounded)
+        return rounded
 
     def borrow(self, ref: AdapterRef) -> None:
         """Keeps the version for `get` until `give_back`, even if it is deleted meanwhile.  A borrower borrows once."""
@@ -289,7 +304,7 @@ class AdapterStore:
         for ref in self.versions(tenant, name):
             if self._ram.is_borrowed(ref):
                 with contextlib.suppress(AdapterNotFound, StorageFailed):  # it will be in RAM, or it cannot be read
-                    self.get(ref)
+                    self._loads.get(ref, lambda r=ref: self._held(r, *DTYPES), lambda r=ref: self._load(r, "float32"))
         retired = None
         while retired is None or not self._delete_all(tenant, name, retired):
             with self._counters:
@@ -466,11 +481,13 @@ class AdapterStore:
         if trash is not None:
             self._files.empty(trash)
 
-    def _load(self, ref: AdapterRef) -> Adapter:
+    def _load(self, ref: AdapterRef, dtype: str) -> Adapter:
         room = 0
 
         def make_room(nbytes: int) -> None:
             nonlocal room
+            if dtype != "float32":
+                nbytes += nbytes // 2  # both are there for a moment
             with self._state:
                 self._ram.end(room)  # of a first attempt
                 room = 0
@@ -483,10 +500,8 @@ class AdapterStore:
             self._check_visible(ref)  # it may have been deleted meanwhile
 
         try:
-            adapter, created = self._files.load(ref, make_room)
-            for pair in adapter.weights.values():
-                for value in pair:
-                    value.setflags(write=False)
+            exact, created = self._files.load(ref, make_room)
+            adapter = _read_only(exact if dtype == "float32" else exact.rounded())
         except BaseException as error:
             with self._state:
                 loaded()
@@ -495,8 +510,9 @@ class AdapterStore:
             raise
         with self._state:
             loaded()
-            self._about[ref] = created, adapter.spec.max_rank, adapter.nbytes
-            self._ram.hold(adapter, keep=False)
+            self._about[ref] = created, exact.spec.max_rank, exact.nbytes
+            if ref not in self._ram:
+                self._ram.hold(adapter, keep=False)
         return adapter
 
     # Visible versions; these are called with the state lock held
@@ -536,3 +552,11 @@ class AdapterStore:
         with self._state:
             visible = [*self._versions.get((tenant, name), ()), *gone]
         return self._files.counter(tenant, name, visible)
+
+
+def _read_only(adapter: Adapter) -> Adapter:
+    """Returns the adapter, whose arrays nobody can write from now on."""
+    for pair in adapter.weights.values():
+        for value in pair:
+            value.setflags(write=False)
+    return adapter

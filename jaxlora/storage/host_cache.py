@@ -64,6 +64,11 @@ class HostTier:
             self._kept.add(adapter.ref)
         self._make_room(0)
 
+    def exchange(self, adapter: Adapter) -> None:
+        """Holds this form of a version in place of the one held; does nothing where none is, or that must be kept."""
+        if adapter.ref in self._held and adapter.ref not in self._kept:
+            self.hold(adapter, keep=False)
+
     def let_go(self, ref: AdapterRef) -> None:
         """Allows the version to be evicted from now on."""
         self._kept.discard(ref)

@@ -16,6 +16,7 @@ from serve.cli.http_client import AnswerFailed, ApiClient
 
 EVERY_S = 1.0
 MOST_LINES = 15  # of adapters in line, and of jobs
+MOST_SLOTS = 40  # that are shown
 
 
 def read(server: ApiClient) -> dict:
@@ -59,13 +60,17 @@ def _table(title: str, *columns: str, caption: str | None = None) -> Table:
 
 
 def slots_table(slots: list[Mapping]) -> Table:
-    """A row for each slot."""
-    table = _table("slots", "slot", "adapter", "active", "rows", "waiting", "")
-    for number, slot in enumerate(slots):
+    """A row for each slot; of many those of active adapters first."""
+    shown = sorted(range(len(slots)), key=lambda i: (slots[i]["active_s"] is None, slots[i]["adapter"] is None, i))
+    caption = f"and {len(slots) - MOST_SLOTS} more" if len(slots) > MOST_SLOTS else None
+    table = _table("slots", "slot", "rank", "adapter", "active", "rows", "waiting", "", caption=caption)
+    for number in sorted(shown[:MOST_SLOTS]):
+        slot = slots[number]
         active = "" if slot["active_s"] is None else f"{slot['active_s']:.1f} s"
         pinned = "pinned" if slot["pinned"] else ""
         name = adapter_name(slot["adapter"])
-        table.add_row(str(number), name, active, str(slot["rows"] or ""), str(slot["waiting"] or ""), pinned)
+        counts = str(slot["rows"] or ""), str(slot["waiting"] or "")
+        table.add_row(str(number), str(slot["rank"]), name, active, *counts, pinned)
     return table
 
 

@@ -34,6 +34,7 @@ from jaxlora.model.kv_offload import HostPages, PageMover, page_bytes
 from jaxlora.model.lora_pool import PoolSpec, Rows, host_rows
 from jaxlora.model.mesh import check_lanes, place_rows
 from jaxlora.model.serving_pool import ServingPool, empty_serving_pool, read_slot, slot_bytes, slot_writer, zero_rows
+from jaxlora.model.slot_classes import row_ranks
 from jaxlora.storage.adapter_store import AdapterStore
 from pallas_kernels import NO_ADAPTER
 from pallas_kernels.gathered_lora.rank_classes import slot_ranks
@@ -115,7 +116,7 @@ class Engine:
         fewest = min((size.pages for size in config.sizes), default=self._columns)
         assert self._columns <= fewest, f"the longest request needs {self._columns} pages, one size has {fewest}"
         self._pool = empty_serving_pool(base.config, pool_spec, mesh)
-        self.slot_bytes = slot_bytes(self._pool, pool_spec.rank)
+        self.slot_bytes = {rank: slot_bytes(self._pool, rank) for _, rank in pool_spec.rank_classes}  # by class
         self._kv = self._empty_pages()
         self._newest = no_tokens(mesh, config.rows)
         self._idle = IdleBatches(self._columns)
@@ -144,6 +145,8 @@ class Engine:
         self.base_alone = mesh.devices.flat[0].platform in BASE_ALONE
         ends = len(tokenizer.eos_ids)
         self._edits = EditArrays(mesh, max_tokens=config.max_tokens, vocab=base.config.vocab, ends=ends)
+        # Ranks that rows from the store are padded to, rising.  Each has a program that writes it for each class of slots.
+        self.row_ranks = row_ranks(pool_spec.rank_classes, finely=self.runs_ahead)
         self._loads = AdapterLoads(self._read, store.is_here, lambda: self.clock())
         one = sum(x.nbytes for x in jax.tree.leaves(zero_rows(base.config, pool_spec)))  # of an adapter that was read
         most = max(size.slots for size in self.sizes)
@@ -194,8 +197,8 @@ class Engine:
                     jax.device_get(self._run(batch, edits))
             compiling(number := number + 1, of)
             self._kv = self._mover.warm_up(self._kv)
-            for _, rank in self.pool_spec.rank_classes:
-                self._rehearse(zero_rows(self.base.config, self.pool_spec.home(rank)))
+            for rank in self.row_ranks:
+                self._rehearse(zero_rows(self.base.config, self._rows_spec(rank)), rank)
             if len(self.sizes) > 1:
                 self._rehearse(self._copy(0))
             jax.block_until_ready(self._pool)
@@ -209,10 +212,10 @@ class Engine:
                 self._change_to(size)
             yield
 
-    def _rehearse(self, rows: Rows) -> None:
-        """Writes rows to a free slot of each class; where all are in use, to a pool that is thrown away."""
+    def _rehearse(self, rows: Rows, least: int = 1) -> None:
+        """Writes rows to a free slot of each class of this rank at least; where all are in use, to a pool that is thrown away."""
         free = set(range(self.slots.count)) - set(self.slots.resident().values())
-        for rank in self.slots.classes:
+        for rank in (rank for rank in self.slots.classes if rank >= least):
             slot = min((s for s in free if self.slots.rank(s) == rank), default=None)
             if slot is not None:
                 self._write(slot, rows)
@@ -420,10 +423,15 @@ class Engine:
 
     def _read(self, ref: AdapterRef) -> Rows:
         """Reads a stored version as a slot's rows on the host.  Runs on a thread of its own: it may read the disk."""
-        adapter = self.store.get(ref)
+        adapter = self.store.get(ref, self.pool_spec.dtype)
         if adapter.base_hash != self.base_hash:
             raise BaseMismatch(f"adapter {ref.name} was made for another base model; serve it on that one")
-        return host_rows(self.base.config, self.pool_spec.home(adapter.spec.max_rank), adapter)
+        rank = next((r for r in self.row_ranks if r >= adapter.spec.max_rank), self.pool_spec.rank)
+        return host_rows(self.base.config, self._rows_spec(rank), adapter)
+
+    def _rows_spec(self, rank: int) -> PoolSpec:
+        """Returns what rows on the host are padded to, on their way to a slot."""
+        return replace(self.pool_spec, slots=1, rank=rank, classes=())
 
     def _rank_of(self, ref: AdapterRef) -> int:
         """Returns the version's rank; the largest where it cannot be told, as its reader will say why."""

@@ -94,7 +94,7 @@ class JobService:
         self.places: JobPlaces = OwnPlace(runner, live)  # a cluster has others, before `restart`
         self._trainer, self._states = live.jobs.trainer, live.jobs.states
         self._base_lr, self._limits, self._quota = base_lr, limits, quota
-        self.slot_bytes = runner.engine.slot_bytes  # that any adapter takes while it is served
+        self._slot_bytes = runner.engine.slot_bytes
         self.draw: Draw = results.draw_apart  # may wait
         self._pictures = TenantThreads(1, "job-pictures")
         self._intake = TenantThreads(INTAKE_THREADS, "job-intake")
@@ -177,6 +177,12 @@ class JobService:
         """How large the adapter is that a job makes; None until its files are read."""
         plan = record.resolved.plan
         return None if plan is None else adapter_size(self._trainer.base.config, plan.spec)
+
+    def slot_bytes(self, record: JobRecord) -> int:
+        """Returns the bytes of the smallest slot that holds the adapter which a job makes, of the largest if none does."""
+        plan, slots = record.resolved.plan, self._slot_bytes
+        fits = [n for rank, n in slots.items() if plan is not None and rank >= plan.spec.max_rank]
+        return min(fits, default=max(slots.values()))
 
     def restart(self) -> None:
         """Goes on with every job that had not ended when the server last did; paused ones wait to be resumed."""

@@ -20,6 +20,7 @@ MOST_JOBS = 100
 class SlotView:
     """One slot."""
 
+    rank: int  # largest that it holds
     adapter: AdapterRef | None  # None: it is empty
     active_s: float | None  # how long it has been active; None: it lies there without being so
     pinned: bool  # it never leaves
@@ -103,6 +104,7 @@ def take(
         entered = None if ref is None else active.entered.get(ref)
         slots.append(
             SlotView(
+                rank=active.slots.rank(slot),
                 adapter=ref,
                 active_s=None if entered is None else now - entered,
                 pinned=ref in active.pinned,

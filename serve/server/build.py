@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -21,9 +21,23 @@ import numpy as np
 from fastapi import APIRouter
 
 from jaxlora.checkpoints.load import Found, Opened, find_base, fitted, head_of, load_found, open_source
-from jaxlora.config.serving import READ_MEMORY_BYTES, AdapterSection, ServeConfig, SizedConfig, SizedTraining
+from jaxlora.config.serving import (
+    READ_MEMORY_BYTES,
+    AdapterSection,
+    RankClassSection,
+    ServeConfig,
+    SizedConfig,
+    SizedTraining,
+)
 from jaxlora.config.training import TooLong, default_lr
-from jaxlora.core.errors import AdapterInvalid, ConfigInvalid, InvalidRequest, JaxLoraError
+from jaxlora.core.errors import (
+    AdapterInvalid,
+    AdapterNotFound,
+    ConfigInvalid,
+    InvalidRequest,
+    JaxLoraError,
+    StorageFailed,
+)
 from jaxlora.core.lora import ALL_TARGETS, HEAD_TARGET, AdapterRef, AdapterWeights
 from jaxlora.core.progress import Progress
 from jaxlora.model import compile_cache
@@ -31,12 +45,15 @@ from jaxlora.model.compile_cache import CompileCounter
 from jaxlora.model.lora_pool import PoolSpec
 from jaxlora.model.machine import machine_of, memory_errors
 from jaxlora.model.memory_plan import plan_server
+from jaxlora.model.serving_pool import serving_pool_bytes
+from jaxlora.model.slot_classes import LEAST_SLOTS, slot_classes
 from jaxlora.peft.folder import import_peft
 from jaxlora.storage.adapter_store import AdapterStore
 from jaxlora.storage.disk_cache import Remote
 from jaxlora.storage.followed_adapters import FollowedVersions
 from jaxlora.storage.remote_adapters import RemoteVersions
 from pallas_kernels.dispatch import cpu_body
+from pallas_kernels.gathered_lora.rank_classes import RankClasses
 from serve.access.adapter_quota import AdapterQuota
 from serve.access.caller import LOCAL_TENANT
 from serve.access.keys import Keys, needs_keys
@@ -298,15 +315,43 @@ def open_store(config: SizedConfig, instance: Instance | None = None) -> Adapter
     return AdapterStore(instance.adapters, host_bytes=host_bytes, remote=versions, reads=reads)
 
 
-def make_runner(opened: Opened, config: SizedConfig, store: AdapterStore) -> DeviceThread:
-    """Makes a runner over this base, not started yet.  It serves LoRA on all seven projections and on the head."""
-    pool_spec = PoolSpec(
-        slots=sum(slots for slots, _ in config.rank_classes),
-        rank=config.max_rank,
+def with_store_classes(config: SizedConfig, opened: Opened, store: AdapterStore) -> SizedConfig:
+    """Returns the settings with slots of several ranks, in the same memory, where they are chosen by what the store holds.
+
+    Says in the log what was chosen.  Reads the description of each adapter, a fifth of a millisecond each.
+    """
+    if not config.classes_from_store or (config.tuning.pin and config.tuning.active_slots is not None):
+        return config
+
+    def nbytes(classes: RankClasses) -> int:
+        return serving_pool_bytes(opened.base.config, _pool_spec(opened, classes), opened.mesh)
+
+    ranks = []
+    for ref in store.list(None):
+        with contextlib.suppress(AdapterNotFound, StorageFailed):  # whoever asks for it is told
+            ranks.append(store.rank(ref))
+    least = max(LEAST_SLOTS, len(config.tuning.pin) + 1)
+    (slots, _), *smaller = slot_classes(ranks, config.slots, config.max_rank, least, nbytes)
+    sections = tuple(RankClassSection(slots=slots, rank=rank) for slots, rank in smaller)
+    config = replace(config, slots=slots, rank_class=sections)
+    words = " and ".join(f"{slots} of rank {rank}" for slots, rank in config.rank_classes)
+    LOG.info("slots: %s, by the ranks of the %d adapters in the store", words, len(ranks))
+    return config
+
+
+def _pool_spec(opened: Opened, classes: RankClasses) -> PoolSpec:
+    return PoolSpec(
+        slots=sum(slots for slots, _ in classes),
+        rank=classes[0][1],
         dtype=opened.base.dtype.name,
         targets=ALL_TARGETS,
-        classes=config.rank_classes,
+        classes=classes,
     )
+
+
+def make_runner(opened: Opened, config: SizedConfig, store: AdapterStore) -> DeviceThread:
+    """Makes a runner over this base, not started yet.  It serves LoRA on all seven projections and on the head."""
+    pool_spec = _pool_spec(opened, config.rank_classes)
     least_pages = min((size.pages for size in config.sizes), default=config.kv_pages)
     engine_config = EngineConfig(
         sizes=config.sizes,
@@ -446,6 +491,7 @@ def assembled(config: SizedConfig, instance: Instance, opened: Opened, drain: Dr
     """
     store = open_store(config, instance)
     try:
+        config = with_store_classes(config, opened, store)
         runner = make_runner(opened, config, store)
         with contextlib.ExitStack() as stack:
             observers = stack.enter_context(observing(runner, config))

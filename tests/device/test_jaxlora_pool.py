@@ -183,6 +183,33 @@ def test_a_non_finite_adapter_is_refused_by_name(half, value):
         host_rows(CONFIG, SPEC, adapter)
 
 
+@pytest.mark.parametrize("rank", [R, 2])
+def test_rounding_on_the_host_leaves_the_same_bits_in_a_slot(rank):
+    """Numbers between two, ties, the least and the largest; and rows of a true rank below the slot's."""
+    adapter = make_adapter(31, rank=rank)
+    a = adapter.weights["q_proj"][0]
+    a.reshape(-1)[:8] = np.array(
+        [0x3F808000, 0x3F818000, 0x3F808001, 0xBF807FFF, 0x7F7F0000, 0x00800001, 0x80000000, 0x3FFFFFFF], np.uint32
+    ).view(np.float32)
+    spec = PoolSpec(slots=S, rank=rank, dtype="bfloat16", targets=TARGETS)
+    exact, rounded = host_rows(CONFIG, spec, adapter), host_rows(CONFIG, spec, adapter.rounded())
+    assert {x.a_LSRX.dtype.name for x in rounded.values()} == {"bfloat16"}
+    halves = [[x for r in rows.values() for x in (r.a_LSRX, r.b_LSRY)] for rows in (exact, rounded)]
+    assert sum(x.nbytes for x in halves[1]) * 2 == sum(x.nbytes for x in halves[0])
+    slots = [write_slot(serving(noise_pool(7, "bfloat16")), jnp.int32(1), rows) for rows in (exact, rounded)]
+    assert_same_bits(*(host(slot) for slot in slots))
+
+
+def test_what_is_too_large_for_bfloat16_is_refused():
+    adapter = make_adapter()
+    adapter.weights["v_proj"][1][1, 2, 3] = np.finfo(np.float32).max
+    with pytest.raises(AdapterNotFinite, match="lora_B of v_proj"):
+        adapter.rounded().check_finite()
+    adapter.weights["v_proj"][0][1, 2, 3] = np.nan
+    with pytest.raises(AdapterNotFinite, match="lora_A of v_proj"):
+        adapter.rounded()
+
+
 # ---- write_slot -------------------------------------------------------------------------------------------------------------
 
 

@@ -197,6 +197,43 @@ def test_least_recently_used_leaves_first(open_store):
     assert store.host_memory().held == 2 * size
 
 
+def test_memory_holds_what_is_served_in_half_of_the_bytes(open_store):
+    """Whoever needs the exact weights gets them: before they are saved, beside what is served, and from the disk."""
+    size = make(AdapterRef("t", "n", 1)).nbytes
+    store = open_store(host_bytes=4 * size)
+    adapters = [put(store, name=name) for name in "abcdef"]
+    assert same(store.get(adapters[0].ref, "bfloat16"), adapters[0].rounded())
+    assert same(store.get(adapters[0].ref), adapters[0])
+    store.flush()
+    for adapter in adapters:
+        assert same(store.get(adapter.ref, "bfloat16"), adapter.rounded())
+    assert store._ram.refs() == [a.ref for a in adapters]  # four of them in float32
+    memory = store.host_memory()
+    assert (memory.held, memory.loading, memory.aside) == (3 * size, 0, 0)
+    assert same(store.get(adapters[-1].ref), adapters[-1])  # of the disk: what is served stays in memory
+    assert store.host_memory().held == 3 * size
+    served = store.get(adapters[0].ref, "bfloat16")
+    assert served is store.get(adapters[0].ref, "bfloat16")
+    assert not any(x.flags.writeable for pair in served.weights.values() for x in pair)
+    assert store.nbytes(adapters[0].ref) == size
+
+
+def test_a_borrower_keeps_what_is_served_of_a_deleted_version(open_store):
+    store = open_store()
+    adapter = put(store)
+    store.flush()
+    served = store.get(adapter.ref, "bfloat16")
+    store.borrow(adapter.ref)
+    store.delete("acme", "bot")
+    assert store.get(adapter.ref, "bfloat16") is served
+    with pytest.raises(AdapterNotFound):
+        store.get(adapter.ref)
+    store.give_back(adapter.ref)
+    with pytest.raises(AdapterNotFound):
+        store.get(adapter.ref, "bfloat16")
+    assert store.host_memory().aside == 0
+
+
 def test_many_askers_cause_one_load(open_store, monkeypatch):
     store = open_store(host_bytes=LARGE)
     adapter = put(store)

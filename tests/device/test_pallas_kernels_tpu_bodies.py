@@ -25,8 +25,8 @@ from kernel_checks import (
 
 from pallas_kernels import dispatch, tiling_tpu
 from pallas_kernels.gathered_lora import pallas_tpu as gathered_lora_tpu
-from pallas_kernels.gathered_lora.op import gathered_lora_reference
-from pallas_kernels.gathered_lora.pool_rows import of_slots
+from pallas_kernels.gathered_lora.op import gathered_lora, gathered_lora_reference
+from pallas_kernels.gathered_lora.pool_rows import PoolRows, of_slots
 from pallas_kernels.segmented_lora import pallas_tpu as segmented_lora_tpu
 from pallas_kernels.segmented_lora.op import segmented_lora, segmented_lora_reference
 
@@ -99,6 +99,43 @@ def test_gathered_nan_of_a_base_token_stays_away():
     clean = run(x, rows, jnp.int32(0), ids(SLOTS["mixed"]))
     x[2] = np.nan
     assert_same_bits(run(x, rows, jnp.int32(0), ids(SLOTS["mixed"])), clean)
+
+
+@pytest.mark.parametrize("poison", [0, 3, 4])
+def test_gathered_slots_of_several_ranks_share_tiles_and_no_numbers(poison):
+    """Slots of rank 16, 8, 8, 4, 4 and 4: two of the last lie in one tile.  Adapters may fill less than their slot."""
+    classes, owned, ranks = ((1, 16), (2, 8), (3, 4)), [16, 8, 8, 4, 4, 4], [11, 8, 5, 4, 3, 1]
+    rng, first = np.random.default_rng(9), np.cumsum([0, *owned])
+    x, scale = floats(rng, T, X), floats(rng, L, 6)
+    slots = ids([3, 4, 0, -1, 5, 2, 3])
+    targets, wanted = [], []
+    for features in (Y, Y2):
+        a, b = (np.zeros((L, 48, n), np.float32) for n in (X, features))
+        by_slot = [(floats(rng, L, rank, X), floats(rng, L, rank, features)) for rank in ranks]
+        for i, (own_a, own_b) in enumerate(by_slot):
+            for whole, own in ((a, own_a), (b, own_b)):
+                whole[:, first[i] : first[i] + owned[i]] = np.nan if i == poison else 0
+                if i != poison:
+                    whole[:, first[i] : first[i] + ranks[i]] = own
+        a_LNRX, b_LNRY = (jnp.asarray(half.reshape(L, 6, 8, -1)) for half in (a, b))
+        targets.append(
+            PoolRows(
+                a_LNRX=a_LNRX,
+                b_LNRY=b_LNRY,
+                scale_LS=jnp.asarray(scale),
+                rank_S=jnp.array(ranks, jnp.int32),
+                classes=classes,
+            )
+        )
+        wanted.append(
+            [x[t] @ by_slot[s][0][1].T @ by_slot[s][1][1] * scale[1, s] if s >= 0 else 0 for t, s in enumerate(slots)]
+        )
+    with dispatch.interpreted():
+        got = jax.jit(gathered_lora)(x, targets, jnp.int32(1), slots)
+    for y, rows in zip(got, wanted, strict=True):
+        for t in range(T):
+            if slots[t] != poison:
+                assert_close(y[t], np.broadcast_to(rows[t], y[t].shape).astype(np.float32), F32)
 
 
 def test_gathered_smallest_shapes():

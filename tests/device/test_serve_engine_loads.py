@@ -7,13 +7,20 @@ from collections import defaultdict
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from kernel_checks import assert_same_bits
 from serve_world import SLOTS, Answer, ask, random_weights, run_all, step, with_resident
 
 from jaxlora.core.errors import AdapterInvalid, AdapterNotFinite, AdapterNotFound, BaseMismatch
 from jaxlora.core.lora import ALL_TARGETS, AdapterRef
+from jaxlora.model.compile_cache import CompileCounter
+from jaxlora.model.decoder import load_base
 from jaxlora.model.lora_pool import host_rows
+from jaxlora.model.serving_pool import read_slot
+from jaxlora.model.slot_classes import row_ranks
+from serve.engine import engine as engine_module
 from serve.engine.adapter_loads import FAILED_S, READERS, AdapterLoads
 from serve.engine.request import FinishReason
 
@@ -40,7 +47,9 @@ def test_a_slow_load_stops_nobody_who_runs(world, engine, monkeypatch):
     """One adapter takes as long to read as a running request takes to end."""
     gate, get = threading.Event(), engine.store.get
     slow = world.adapters[3]
-    monkeypatch.setattr(engine.store, "get", lambda ref: gate.wait(20) and get(ref) if ref == slow.ref else get(ref))
+    monkeypatch.setattr(
+        engine.store, "get", lambda ref, *how: gate.wait(20) and get(ref, *how) if ref == slow.ref else get(ref, *how)
+    )
     running, cold = ask("runs", world.adapters[0], 4, 30), ask("cold", slow, 4, 5)
     answers: dict[str, Answer] = defaultdict(Answer)
     engine.submit(running)
@@ -57,7 +66,7 @@ def test_a_slow_load_stops_nobody_who_runs(world, engine, monkeypatch):
 
 def test_a_cancelled_load_leaves_nothing(world, engine, monkeypatch):
     gate, get = threading.Event(), engine.store.get
-    monkeypatch.setattr(engine.store, "get", lambda ref: gate.wait(20) and get(ref))
+    monkeypatch.setattr(engine.store, "get", lambda ref, *how: gate.wait(20) and get(ref, *how))
     engine.submit(ask("gone", world.adapters[0]))
     assert engine.step() == []
     engine.cancel("gone")
@@ -106,7 +115,7 @@ def test_an_adapter_that_is_not_finite_on_disk_is_refused_at_load(world, engine,
     good = world.add("notfinite", seed=1)
     bad = replace(good, weights={"q_proj": tuple(np.full_like(x, np.nan) for x in good.weights["q_proj"])})
     get = engine.store.get
-    monkeypatch.setattr(engine.store, "get", lambda ref: bad if ref == good.ref else get(ref))
+    monkeypatch.setattr(engine.store, "get", lambda ref, *how: bad if ref == good.ref else get(ref, *how))
     answers = run_all(engine, [ask("r", good), ask("o", world.adapters[0])])
     assert isinstance(answers["r"].error, AdapterNotFinite)
     assert answers["o"].error is None
@@ -116,7 +125,7 @@ def test_an_adapter_that_is_not_finite_on_disk_is_refused_at_load(world, engine,
 def test_a_failure_is_kept_for_a_moment_so_that_many_askers_cost_one_read(world, engine, monkeypatch):
     foreign = world.add("elsewhere", seed=1, base_hash="another").ref
     reads, get, now = [], engine.store.get, [100.0]
-    monkeypatch.setattr(engine.store, "get", lambda ref: reads.append(ref) or get(ref))
+    monkeypatch.setattr(engine.store, "get", lambda ref, *how: reads.append(ref) or get(ref, *how))
     monkeypatch.setattr(engine, "clock", lambda: now[0])
     for i in range(100):  # one after the other: each finds the failure of the first
         answers = run_all(engine, [ask(f"r{i}", foreign)])
@@ -139,7 +148,7 @@ def test_a_version_that_was_not_there_is_found_when_it_is_put(world, engine):
 
 def test_reads_that_nobody_wants_any_more_are_not_done(world, engine, monkeypatch):
     gate, reads, get = threading.Event(), [], engine.store.get
-    monkeypatch.setattr(engine.store, "get", lambda ref: reads.append(ref) or (gate.wait(20) and get(ref)))
+    monkeypatch.setattr(engine.store, "get", lambda ref, *how: reads.append(ref) or (gate.wait(20) and get(ref, *how)))
     for i in range(20):
         engine.submit(ask(f"r{i}", AdapterRef("acme", f"missing{i}", 1)))
         engine.step()
@@ -156,6 +165,37 @@ def test_what_is_read_ahead_counts_in_the_host_budget(world, engine):
     assert other.ahead >= min(READERS, SLOTS)
     rows = host_rows(world.base.config, world.spec, world.adapters[0])
     assert world.store.host_memory().aside - aside == other.ahead * sum(x.nbytes for x in jax.tree.leaves(rows))
+
+
+def test_what_is_read_ahead_has_the_served_dtype_and_little_more_than_its_rank(world, monkeypatch):
+    """As on GPUs and TPUs, where nothing compiles either, whatever rank comes; a CPU pads to the rank of the class."""
+    base = load_base(world.source, world.mesh, dtype="bfloat16")
+    half = replace(world, base=base, spec=replace(world.spec, dtype="bfloat16", rank=16))
+    small, middle, large = (world.add(f"ahead{rank}", seed=90 + rank, rank=rank) for rank in (4, 7, 16))
+    coarse = half.engine()
+    assert coarse.row_ranks == (16,)
+    monkeypatch.setattr(engine_module, "row_ranks", lambda classes, finely: row_ranks(classes, finely=True))
+    engine = half.engine()
+    assert engine.row_ranks == (4, 8, 16)
+    numbers = small.nbytes // 4 // 4  # of one rank
+
+    def held(engine, adapter):
+        return sum(x.a_LSRX.nbytes + x.b_LSRY.nbytes for x in engine._read(adapter.ref).values())
+
+    assert [held(engine, a) for a in (small, middle, large)] == [2 * numbers * rank for rank in (4, 8, 16)]
+    assert held(coarse, small) == 2 * numbers * 16
+    monkeypatch.setattr(engine, "shapes", list)  # no step is run
+    engine.warm_up()
+    with CompileCounter() as counter:
+        for slot, adapter in enumerate((small, middle, large)):
+            engine._write(slot, engine._read(adapter.ref))
+    assert not counter.retraced
+    exact = [host_rows(base.config, half.spec, a) for a in (small, middle, large)]
+    for slot, rows in enumerate(exact):
+        got = read_slot(engine._pool, jnp.int32(slot), 16)
+        for target, wanted in rows.items():
+            assert_same_bits(np.asarray(got[target].a_LSRX), wanted.a_LSRX.astype(jnp.bfloat16))
+            assert_same_bits(np.asarray(got[target].b_LSRY), wanted.b_LSRY.astype(jnp.bfloat16))
 
 
 @pytest.mark.parametrize("preempted", [False, True])

@@ -83,7 +83,9 @@ def test_cancel_in_every_state_gives_everything_back(world, engine, state, monke
         case "loading":
             get = engine.store.get
             monkeypatch.setattr(
-                engine.store, "get", lambda ref: (ref == victim.adapter and gate.wait(20) and None) or get(ref)
+                engine.store,
+                "get",
+                lambda ref, *how: (ref == victim.adapter and gate.wait(20) and None) or get(ref, *how),
             )
             while len(engine.scheduler.running) < len(others):
                 step(engine, answers)

@@ -279,7 +279,7 @@ def test_no_more_is_held_at_any_time_than_the_plan_gave(world, sizes, monkeypatc
     engine = engine_of(world, sizes)
     run_all(engine, [ask(f"r{i}", a, 9, 4) for i, a in enumerate(world.adapters)])  # slots are full of adapters
     run_all(engine, [ask("one", world.adapters[0], 20, 2)])  # what a batch of few rows keeps on the device is there too
-    slot, page = engine.slot_bytes, engine_module.page_bytes(engine._kv)
+    slot, page = engine.slot_bytes[RANK], engine_module.page_bytes(engine._kv)
     plan = sizes[1].slots * slot + sizes[1].pages * page
     held: list[int] = []
 

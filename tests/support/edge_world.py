@@ -44,7 +44,6 @@ class StoredOnly:
 
     stored: StoredJobs
     names: JobNames = field(default_factory=lambda: JobNames("base"))
-    slot_bytes: int = 4
 
     def create(self, caller, asked):
         record = job_record(f"ftjob-{len(self.stored.unfinished())}", caller.owner)
@@ -54,6 +53,9 @@ class StoredOnly:
 
     def size(self, record):
         return None
+
+    def slot_bytes(self, record):
+        return 0
 
 
 class NoAdapters:

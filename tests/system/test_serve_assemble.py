@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import socket
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import pytest
 from base_shapes import sized
-from serve_world import World
+from serve_world import World, random_weights
 
 from jaxlora.checkpoints.load import Opened
 from jaxlora.config.base import ModelSection
-from jaxlora.config.serving import AdapterSection, ServeConfig, SlotSize
+from jaxlora.config.serving import AdapterSection, ServeConfig, SlotSize, Tuning
 from jaxlora.core.errors import AdapterInvalid, InvalidRequest
+from jaxlora.core.lora import AdapterWeights, LoraSpec
 from jaxlora.peft.folder import export_peft
 from jaxlora.storage.adapter_store import AdapterStore
 from serve.server import uvicorn
 from serve.server.app import make_http
-from serve.server.build import load_all, load_peft, make_runner, stop
+from serve.server.build import load_all, load_peft, make_runner, stop, with_store_classes
 from serve.server.gate import AppConfig
 from serve.server.uvicorn import HttpServer
 
@@ -54,6 +57,34 @@ def test_a_request_is_as_long_as_the_fewest_pages_hold(opened, tmp_path):
     assert (engine.sizes, engine.size) == (sizes, sizes[0])
     assert engine.config.max_tokens == 40 < opened.base.config.context
     store.close()
+
+
+# --- classes of slots from the store
+
+
+def test_slots_that_the_plan_chose_are_divided_by_the_ranks_in_the_store(opened, tmp_path, caplog):
+    """In the memory of the plan; a restart chooses anew; pins that no class could hold keep one class."""
+    config = sized(ServeConfig(model=ModelSection(path="tiny"), max_rank=16, kv_pages=8))
+    by_store = dataclasses.replace(config, classes_from_store=True)
+    c, pinning = opened.base.config, dataclasses.replace(by_store, tuning=Tuning(pin=("a", "b"), active_slots=4))
+    with contextlib.closing(AdapterStore(tmp_path / "store", host_bytes=10**8)) as store:
+        assert with_store_classes(by_store, opened, store).rank_classes == config.rank_classes  # it is empty
+        for i in range(30):
+            spec = LoraSpec(rank=3 if i else 16, alpha=1.0, targets=("q_proj",))
+            weights = random_weights(c, spec.rank, spec.targets, seed=i)
+            store.add("acme", f"a{i}", AdapterWeights(spec=spec, base_hash=opened.base_hash, weights=weights))
+        with caplog.at_level("INFO", logger="serve"):
+            chosen = with_store_classes(by_store, opened, store)
+        assert [rank for _, rank in chosen.rank_classes] == [16, 4]
+        told = " and ".join(f"{slots} of rank {rank}" for slots, rank in chosen.rank_classes)
+        assert f"slots: {told}, by the ranks of the 30 adapters in the store" in caplog.text
+        assert with_store_classes(config, opened, store) == config
+        assert with_store_classes(pinning, opened, store) == pinning
+        engines = [make_runner(opened, it, store).engine for it in (config, chosen)]
+        one, several = (sum(x.nbytes for x in jax.tree.leaves(engine._pool)) for engine in engines)
+        assert 0.9 * one < several <= one
+        assert engines[1].slots.count > 2 * engines[0].slots.count
+        assert {engines[1].scheduler.active.home(ref) for ref in store.list(None)} == {16, 4}
 
 
 # --- [[load]]

@@ -229,7 +229,7 @@ def crowd(world):
     engine = world.engine(replace(CONFIG, rows=2, prefill_lanes=2, quantum_s=1e-9))
     gate, get, step = threading.Event(), engine.store.get, engine.step
     locked = world.adapters[4].ref
-    world.store.get = lambda ref: gate.wait(30) and get(ref) if ref == locked else get(ref)
+    world.store.get = lambda ref, *how: gate.wait(30) and get(ref, *how) if ref == locked else get(ref, *how)
     runner = DeviceThread(engine, base_name=BASE)
     runner.start()
     engine.step = lambda deliver: time.sleep(0.05) or step(deliver)

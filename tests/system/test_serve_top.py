@@ -50,8 +50,8 @@ class Still:
         decoded_tokens=100,
         prefilled_tokens=50,
         slots=(
-            SlotView(adapter=BOT, active_s=1.25, pinned=True, rows=3, waiting=2),
-            SlotView(adapter=None, active_s=None, pinned=False, rows=0, waiting=0),
+            SlotView(rank=32, adapter=BOT, active_s=1.25, pinned=True, rows=3, waiting=2),
+            SlotView(rank=8, adapter=None, active_s=None, pinned=False, rows=0, waiting=0),
         ),
         waits=(WaitView(adapter=CAT, waited_s=0.75, requests=4),),
         waiting_adapters=30,
@@ -104,6 +104,7 @@ def text_of(stats):
 
 def test_the_state_is_told_as_json(stats):
     assert stats["slots"][0] == {
+        "rank": 32,
         "adapter": {"tenant": "acme", "name": "bot", "version": 3},
         "active_s": 1.25,
         "pinned": True,

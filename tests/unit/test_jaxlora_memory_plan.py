@@ -12,7 +12,7 @@ import pytest
 from base_shapes import SMOLLM2
 
 from jaxlora.config.base import ModelSection
-from jaxlora.config.serving import ServeConfig, TrainingSection
+from jaxlora.config.serving import RankClassSection, ServeConfig, TrainingSection
 from jaxlora.config.training import TenantSection, TrainConfig
 from jaxlora.core.errors import ConfigInvalid
 from jaxlora.core.host_memory import MemoryLimit, give_back, host_limit
@@ -70,6 +70,26 @@ def accelerator(nbytes: float, **split: int) -> Machine:
     parts |= {"vocab": split.get("tensor", 1), "embed": split.get("fsdp", 1)}
     whole = replace(machine(nbytes, cores=8), platform="gpu", host=host, parts=parts)
     return replace(whole, rows=split.get("fsdp", 1))
+
+
+# ---- classes of slots ----
+
+
+@pytest.mark.parametrize(
+    ("given", "on", "divides"),
+    [
+        ({}, accelerator(40e9), True),
+        ({"max_rank": 32}, accelerator(40e9), True),
+        ({"slots": 8}, accelerator(40e9), False),
+        ({"rank_class": (RankClassSection(rank=8, slots=4),)}, accelerator(40e9), False),
+        ({"slots": 8, "slot_sizes": (4, 8)}, accelerator(40e9), False),
+        ({}, machine(24e9), False),
+    ],
+)
+def test_the_store_divides_the_slots_of_an_accelerator_that_no_setting_gives(given, on, divides):
+    plan = plan_server(replace(EMPTY, **given), shape(), on)
+    assert plan.config.classes_from_store == divides
+    assert ("which the start divides by the ranks in the store" in plan.lines()[1]) == divides
 
 
 # ---- slots that change ----

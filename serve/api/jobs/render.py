@@ -14,7 +14,7 @@ from train.jobs.status import ENDED
 def job_object(record: JobRecord, names: JobNames, size: AdapterSize | None, slot_bytes: int) -> JobObject:
     """A job.  `adapter` is the name of what it makes; `fine_tuned_model`, an alias, is set at the first checkpoint.
 
-    size: of its adapter; None until its files are read.  slot_bytes: of any adapter on the device.
+    size: of its adapter; None until its files are read.  slot_bytes: of its slot on the device.
     """
     request, plan, progress = record.request, record.resolved.plan, record.progress
     usable = "checkpoint_step" in progress or "final_version" in progress

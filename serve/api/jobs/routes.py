@@ -160,7 +160,7 @@ class JobsRoutes:
 
     def _object(self, record: JobRecord) -> JobObject:
         service = self._service
-        return job_object(record, service.names, service.size(record), service.slot_bytes)
+        return job_object(record, service.names, service.size(record), service.slot_bytes(record))
 
     def _answer(self, record: JobRecord) -> Response:
         return JSONResponse(self._object(record))
