@@ -21,7 +21,7 @@ from jaxlora.model.lora_pool import LoraRows, PoolSpec, Rows, row_axes
 from jaxlora.model.mesh import RULES, replicated, sharding
 from jaxlora.model.serving_pool import ServingPool, pool_shapes
 from serve.engine.logit_edits import LogitEdits
-from serve.engine.step import Layout, StepBatch, StepPrograms
+from serve.engine.step import PackedBatch, StepBatch, StepPrograms
 from train.step.batch import idle_batch
 from train.step.lane_lora import lane_rows
 from train.step.microsteps import _backward, _forward
@@ -90,12 +90,10 @@ def decode(
     shape = (config.layers, *PAGES[1:3], config.kv_heads * config.head_dim)
     pages = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=page_format(mesh))
     kv = KVPages(k_LPZF=pages, v_LPZF=pages)
-    batch = StepBatch.idle(lanes_of_step, 1, 4)
-    layout = Layout.of(batch)
     programs = StepPrograms(mesh)
     edits = lanes(mesh, LogitEdits.idle(lanes_of_step, 512, config.vocab)) if programs.one else None
-    words = lanes(mesh, layout.pack(batch))
-    lowered = programs.step.lower(base(mesh, config), rows, kv, newest(mesh, lanes_of_step), words, edits, layout)
+    packed = (lanes(mesh, PackedBatch.of(StepBatch.idle(lanes_of_step, 1, 4))),)
+    lowered = programs.step.lower(base(mesh, config), rows, kv, newest(mesh, lanes_of_step), packed, edits)
     return lowered.compile(options), rows, kv
 
 
