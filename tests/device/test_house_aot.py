@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from step_shapes import (
     decode,
     makers,
     moved,
+    part,
     parts,
     remade,
     train,
@@ -31,6 +33,7 @@ from jaxlora.core.model_config import LINEARS
 from jaxlora.model.kv_cache import KVPages, page_format
 from jaxlora.model.lora_pool import PoolSpec
 from jaxlora.model.mesh import make_mesh
+from serve.bench.random_base import SHAPES
 
 pytestmark = pytest.mark.aot
 
@@ -41,6 +44,7 @@ SPLASH = dict.fromkeys(  # the forward kernel once: what it gave is kept for the
 WORDS = {"target_logprob": 1, "target_logprob_back": 1}
 
 
+LARGE = {"4b": SHAPES["4b"], "8b": SHAPES["8b"], "70b": replace(SHAPES["8b"], d_model=8192, d_ff=28672, heads=64)}
 ARRAY = re.compile(r"\w+\[[\d,]*\]")  # in the type of a collective, of one array or several
 
 
@@ -65,6 +69,20 @@ def test_decode_with_heads_split_in_three():
     assert in_layers == {f"bf16[{ROWS},{SMOLLM2.d_model}]": 2}
     assert made_as_large_as(parts(rows), compiled.as_text()) == []
     assert makers(kv, compiled) == []
+
+
+@pytest.mark.parametrize(("kind", "shape", "tensor"), [("v5e", "4b", 1), ("v6e", "8b", 1), ("v6e", "70b", 4)], ids=str)
+def test_a_large_base_is_read_where_it_lies(kind, shape, tensor):
+    """64 rows under adapters, of all layers: no weight, no half of the pool and no page is made anew."""
+    config = LARGE[shape]
+    with chips(kind) as devices:
+        mesh = make_mesh(tensor=tensor, devices=devices[:tensor])
+        compiled, rows, kv = decode(mesh, config, 64)
+    linears = [part(x) for name, x in base(mesh, config).layers.items() if name in LINEARS]
+    assert made_as_large_as(linears, compiled.as_text()) == []
+    assert made_as_large_as(parts(rows), compiled.as_text()) == []
+    assert makers(kv, compiled) == []
+    assert collectives(compiled, "jit(_packed_step)/while/body").total() == 2 * (tensor > 1)
 
 
 def test_decode_with_rows_and_features_split():
