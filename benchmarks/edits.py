@@ -37,10 +37,10 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     with server(1, rows=ROWS, kv_pages=4 * ROWS) as s:
         engine, vocab = s.runner.engine, s.opened.base.config.vocab
-        batch, idle = engine._batch(ROWS, 1, [])
+        batch, idle = engine._idle.make(ROWS, 1), engine._edits.make(ROWS, tokens=False, allowed=False)
         batch.fields.position_GJ[:] = 8
         batch.fields.page_GC[:, 0] = np.arange(ROWS)
-        words_GW, newest_B = place_rows(engine.mesh, batch.words_GW), engine._newest
+        packed, newest_B = (place_rows(engine.mesh, batch),), engine._newest
         params = replace(request(None, 1, 1024, vocab).params, repetition_penalty=1.2, presence_penalty=0.5)
         seen = np.random.default_rng(0).integers(0, vocab, SEEN)
         lists = [RowEdits(params, seen, (), vocab) for _ in range(ROWS)]
@@ -62,7 +62,7 @@ def main() -> None:
                 edits.allowed.used_B[row] = True
             return edits
 
-        args = (engine.base, engine._pool, engine._kv, newest_B, words_GW, idle, batch.layout)
+        args = (engine.base, engine._pool, engine._kv, newest_B, packed, idle)
         whole = engine._programs.step.lower(*args).compile()
         with mock.patch.object(sampling, "edited", lambda logits_BV, edits: logits_BV):
             jax.clear_caches()  # or the program is not traced again
@@ -81,7 +81,7 @@ def main() -> None:
         for _ in range(rounds + 1):  # the first warms up
             for name, (program, edits) in ways.items():
                 start = time.perf_counter()
-                engine._kv, (_, out) = program(engine.base, engine._pool, engine._kv, newest_B, words_GW, edits)
+                engine._kv, (_, out) = program(engine.base, engine._pool, engine._kv, newest_B, packed, edits)
                 jax.block_until_ready(out)
                 times[name].append(time.perf_counter() - start)
         plain = np.array(times["no edits in the program"][1:])

@@ -31,7 +31,7 @@ from jaxlora.model.mesh import replicated
 from serve.engine.engine import Engine
 from serve.engine.logit_edits import LogitEdits
 from serve.engine.sampling import StepOutput, Work
-from serve.engine.step import Computed, Layout, StepBatch, StepPrograms
+from serve.engine.step import Computed, PackedBatches, StepPrograms
 from serve.runtime.delta_stream import DeltaStream
 from serve.runtime.device_thread import Submission
 
@@ -49,21 +49,19 @@ def answer_at_once(engine: Engine) -> None:
         pool: Rows,
         kv: KVPages,
         newest_B: jax.Array,
-        words_GW: jax.Array,
+        packed: PackedBatches,
         edits: None,
-        layout: Layout[StepBatch],
     ) -> tuple[KVPages, Computed]:
-        return kv, Computed(logits_GV=newest_B.astype(jnp.float32)[:, None], x_GJD=None)
+        return kv, Computed(logits_BV=newest_B.astype(jnp.float32)[:, None], x_GJD=None)
 
     def choice(
-        logits_GV: jax.Array,
+        logits_BV: jax.Array,
         newest_B: jax.Array,
-        words_GW: jax.Array,
+        packed: PackedBatches,
         edits: LogitEdits | None,
-        layout: Layout[StepBatch],
         work: Work,
     ) -> tuple[jax.Array, StepOutput]:
-        batch = layout.unpack(words_GW)
+        (batch,) = [one.unpack() for one in packed]
         token_G = (1000 + batch.position_GJ[:, -1] * 7919 + batch.place_G * 31) % vocab
         zero_G, top_GM = jnp.zeros(len(token_G), jnp.float32), jnp.zeros((len(token_G), 20), jnp.int32)
         out = StepOutput(
@@ -78,8 +76,8 @@ def answer_at_once(engine: Engine) -> None:
 
     one = replicated(engine.mesh)
     engine._programs = programs = StepPrograms(engine.mesh, one=False)
-    programs.step = jax.jit(step, donate_argnums=2, static_argnums=6, out_shardings=(page_format(engine.mesh), one))
-    programs.choice = jax.jit(choice, static_argnums=(4, 5), out_shardings=one)
+    programs.step = jax.jit(step, donate_argnums=2, out_shardings=(page_format(engine.mesh), one))
+    programs.choice = jax.jit(choice, static_argnums=4, out_shardings=one)
 
 
 async def read(s: Server, tokens: int) -> None:

@@ -30,7 +30,7 @@ from jaxlora.checkpoints.load import open_base
 from jaxlora.config.base import DEMO_MODEL, ONE_DEVICE, ModelSection
 from jaxlora.model import compile_cache
 from jaxlora.model.decoder import Base, Lora, TokenBatch, forward, head_logits
-from jaxlora.model.kv_cache import KVPages, empty_pages, paged_attend
+from jaxlora.model.kv_cache import KVPages, PagedLanes, empty_pages, paged_attend
 from jaxlora.model.lora_pool import LoraRows, PoolSpec, Rows, empty_pool
 from jaxlora.model.serving_pool import PoolLora
 from pallas_kernels.bench import run as bench
@@ -120,7 +120,8 @@ def serve_step(
         slot_T=jnp.repeat(slot_G, tokens),
     )
     lora = make_lora(pool, slot_G, base.config.layers)
-    x_TD, kv = forward(base, batch, lora, paged_attend(page_GC, place_GJ, base.config.window), kv)
+    attend = paged_attend([PagedLanes(page_GC=page_GC, position_GJ=place_GJ)], base.config.window)
+    x_TD, kv = forward(base, batch, lora, attend, kv)
     logits_GV = head_logits(base, x_TD.reshape(G, tokens, -1)[:, -1])
     edits = jax.tree.map(jnp.asarray, LogitEdits.idle(G, 1, base.config.vocab))
     return kv, sample(logits_GV, edits, jax.tree.map(jnp.asarray, SamplingBatch.idle(G))).token_B

@@ -1,7 +1,7 @@
 """The pool of adapters that a server serves: flat rank rows, of which each slot owns a range (`gathered_lora.pool_rows`).
 
     one slot's Rows ─write_slot─▶ ServingPool ─read_slot─▶ one slot's Rows
-                                       └─ PoolLora: the linears of a step's tokens
+                                       └─ PoolLora: the linears of a step's tokens; MixedLora: of two kinds of tokens
 
 What a slot holds is replaced whole; the rank of each target is found as it is written: rows past the last that is not zero
 add nothing and are never read.
@@ -205,3 +205,27 @@ class PoolLora:
         if self.layout is None:
             return None
         return self.layout.tokens(target) if self._decodes else self.layout.lanes(target)
+
+
+class MixedLora:
+    """Adapted linears of lanes of prompt chunks and, after them, of decode rows: each part as `PoolLora` has it alone."""
+
+    def __init__(self, prompts: PoolLora, rows: PoolLora):
+        """rows: of one token a lane.  Both read one pool."""
+        self.per_layer = prompts.per_layer
+        self._prompts, self._rows = prompts, rows
+
+    def deltas(self, layer: jax.Array, targets: tuple[str, ...], x_TX: jax.Array) -> tuple[jax.Array | None, ...]:
+        """Returns [T, Y] per target, None where the pool lacks it."""
+        have = [t for t in targets if t in self._rows.pool]
+        got = dict(zip(have, self.product(layer, have, x_TX), strict=True)) if have else {}
+        return tuple(got.get(t) for t in targets)
+
+    def product(self, layer: jax.Array, targets: Sequence[str], x_TX: jax.Array) -> tuple[jax.Array, ...]:
+        """Returns [T, Y] per target, all of which the pool has; the rows' tokens are the last of T."""
+        of_prompts = x_TX.shape[0] - self._rows.slot_G.shape[0]
+        prompts = self._prompts.product(layer, targets, x_TX[:of_prompts])
+        rows = self._rows.product(layer, targets, x_TX[of_prompts:])
+        # Prompts have no parts to be summed with the base's own; rows have them on a mesh.
+        rows = [y.sum(0) if y.ndim == 3 else y for y in rows]
+        return tuple(jnp.concatenate(parts) for parts in zip(prompts, rows, strict=True))

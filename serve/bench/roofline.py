@@ -32,7 +32,7 @@ from jaxlora.model.serving_pool import ServingPool, empty_serving_pool
 from pallas_kernels.bench.run import Ceilings, Timing, ceilings, device_name, measure
 from serve.engine.engine import MIN_ROWS
 from serve.engine.logit_edits import EditArrays
-from serve.engine.step import Layout, Needs, StepBatch, StepPrograms, no_tokens
+from serve.engine.step import Needs, PackedBatch, StepBatch, StepPrograms, no_tokens
 from train.bench import TrainingSizes, warm_trainer
 
 PAGE = 64  # tokens of a KV page
@@ -240,11 +240,11 @@ def serving_call(opened: Opened, step: ServingStep, pool: ServingPool, kv: list[
     ends = len(opened.tokenizer.eos_ids)
     edits = EditArrays(mesh, max_tokens=step.filled + J, vocab=vocab, ends=ends)
     idle = edits.make(lanes, tokens=False, allowed=False)
-    layout, programs, needs = Layout.of(batch), StepPrograms(mesh), Needs.of(batch, edited=False)
-    words_GW, newest_B = place_rows(mesh, layout.pack(batch)), no_tokens(mesh, lanes)
+    programs, needs = StepPrograms(mesh), Needs.of(batch, edited=False)
+    packed, newest_B = (place_rows(mesh, PackedBatch.of(batch)),), no_tokens(mesh, lanes)
 
     def run() -> jax.Array:
-        kv[0], _, out = programs.launch(base, pool, kv[0], newest_B, words_GW, idle, layout, needs)
+        kv[0], _, out = programs.launch(base, pool, kv[0], newest_B, packed, idle, needs)
         return out.token_B
 
     return run

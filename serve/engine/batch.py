@@ -11,32 +11,13 @@ Shape letters: G lanes, B rows of the decode batch, J tokens of a lane, C pages 
 from __future__ import annotations
 
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass
+from dataclasses import replace
 
 import numpy as np
 
 from serve.engine.output import OutputProcessor
-from serve.engine.sequence import Sequence
-from serve.engine.step import NEWEST, Layout, StepBatch
-
-
-@dataclass(frozen=True, slots=True)
-class PackedBatch:
-    """A batch in NumPy, packed."""
-
-    words_GW: np.ndarray  # int32
-    tokens: int  # J
-    layout: Layout[StepBatch]
-
-    @property
-    def lanes(self) -> int:
-        """The number of lanes, G."""
-        return len(self.words_GW)
-
-    @property
-    def fields(self) -> StepBatch:
-        """Returns the fields as views, to be written; bool fields are int32 of 0 and 1."""
-        return self.layout.views(self.words_GW)
+from serve.engine.sequence import Chunk, Sequence
+from serve.engine.step import NEWEST, PackedBatch, StepBatch
 
 
 class IdleBatches:
@@ -49,11 +30,9 @@ class IdleBatches:
     def make(self, lanes: int, tokens: int) -> PackedBatch:
         """Returns a new batch for the host to fill."""
         if tokens not in self._of:
-            idle = StepBatch.idle(1, tokens, self._pages)
-            layout = Layout.of(idle)
-            self._of[tokens] = PackedBatch(layout.pack(idle), tokens, layout)
+            self._of[tokens] = PackedBatch.of(StepBatch.idle(1, tokens, self._pages))
         one = self._of[tokens]
-        return PackedBatch(np.repeat(one.words_GW, lanes, axis=0), tokens, one.layout)
+        return replace(one, words_GW=np.repeat(one.words_GW, lanes, axis=0))
 
 
 class RowTable:
@@ -81,7 +60,7 @@ class RowTable:
         words_GW = np.empty((lanes, self._packed.words_GW.shape[1]), np.int32)
         words_GW[: len(places)] = self._packed.words_GW[places]
         words_GW[len(places) :] = self._padding_W
-        return PackedBatch(words_GW, 1, self._packed.layout)
+        return replace(self._packed, words_GW=words_GW)
 
     def _list(self, s: Sequence, processor: OutputProcessor) -> None:
         """Writes what has changed of a row: pages that were added, or all of it where the sequence has just begun to run."""
@@ -93,3 +72,19 @@ class RowTable:
             processor.choose(table, place)
         table.page_GC[place, s.listed : len(s.pages)] = s.pages[s.listed :]
         s.listed = len(s.pages)
+
+
+def fill_lane(batch: StepBatch, lane: int, chunk: Chunk, processor: OutputProcessor) -> None:
+    """Writes a prompt chunk into one lane of an idle batch, and how its token is chosen where it chooses one."""
+    sequence, start, count = chunk.sequence, chunk.start, chunk.count
+    batch.token_GJ[lane, :count] = sequence.tokens[start : start + count]
+    batch.position_GJ[lane, :count] = np.arange(start, start + count)
+    batch.slot_G[lane] = sequence.slot
+    batch.page_GC[lane, : len(sequence.pages)] = sequence.pages
+    batch.last_G[lane] = count - 1
+    targets = processor.targets(start, count)
+    batch.target_GJ[lane, : len(targets)] = targets
+    if chunk.chooses:
+        batch.place_G[lane] = sequence.place
+        processor.choose(batch, lane)
+        batch.sampling.position_B[lane] = start + count

@@ -1,7 +1,8 @@
 """The engine: it turns plans into arrays, runs them with one jitted program per shape and hands out the tokens.
 
-Owned by one thread.  A step is at most one prefill program and one decode program; both are the same function (`step`),
-and every shape it will ever see is compiled by `warm_up`.
+Owned by one thread.  A step is at most one prefill program and one decode program; where the base's weights are what a step
+reads most, one program computes both (`Engine.mixes`).  All are the same function (`StepPrograms`), and every shape it will
+ever see is compiled by `warm_up`.
 
 On an accelerator a step is launched before the tokens of the one before it are read (`Engine.runs_ahead`), so the device
 never waits for the host.  A row's token then goes from program to program on the device.  What a step does not know yet is
@@ -39,7 +40,7 @@ from jaxlora.storage.adapter_store import AdapterStore
 from pallas_kernels import NO_ADAPTER
 from pallas_kernels.gathered_lora.rank_classes import slot_ranks
 from serve.engine.adapter_loads import READERS, AdapterLoads
-from serve.engine.batch import IdleBatches, PackedBatch, RowTable
+from serve.engine.batch import IdleBatches, RowTable, fill_lane
 from serve.engine.logit_edits import EditArrays, LogitEdits
 from serve.engine.output import OutputProcessor
 from serve.engine.page_cache import PageAllocator
@@ -48,13 +49,14 @@ from serve.engine.sampling import StepOutput, Work
 from serve.engine.scheduler import Limits, Scheduler, apply
 from serve.engine.sequence import Chunk, Plan, Sequence, Status
 from serve.engine.slots import SlotPolicy, SlotTable
-from serve.engine.step import Needs, StepBatch, StepPrograms, no_tokens
+from serve.engine.step import Needs, PackedBatches, StepPrograms, no_tokens
 from serve.engine.telemetry import Telemetry
 
 LOG = logging.getLogger("serve")
 
 SHORT_LANES = 4  # divides a full program into a small one: a few rows should not pay for many
 BASE_ALONE = ("gpu", "tpu")  # where steps of base requests alone run a program without LoRA; CPUs keep one program
+Shapes = tuple[tuple[int, int], ...]  # (lanes, tokens per lane) of each batch of a program
 RANKS = 2**14  # versions whose rank is remembered, where slots differ in rank
 MIN_ROWS = 2  # XLA:CPU has no fast path for a bfloat16 product with one row
 
@@ -107,6 +109,9 @@ class Engine:
         self.base, self.mesh, self.config, self.pool_spec = base, mesh, config, pool_spec
         # A CPU computes with what the host would use meanwhile: there is nothing to gain.
         self.runs_ahead = mesh.devices.flat[0].platform != "cpu"
+        # Weights are read once for prompt chunks and decode rows together.  A CPU is bound by the products of the chunks, and
+        # where lanes are split over devices, so would be the tokens of both, at other places.
+        self.mixes = self.runs_ahead and self._lane_parts() == 1
         # Whether it waits for the tokens of each step all the same, as training runs beside; may change between two steps.
         self.waits = False
         self.store, self.tokenizer, self.base_hash = store, tokenizer, base_hash
@@ -165,15 +170,23 @@ class Engine:
         self.telemetry = Telemetry()
 
     def shapes(self) -> list[tuple[int, int]]:
-        """Returns every (lanes, tokens per lane) that this engine runs."""
+        """Returns every (lanes, tokens per lane) of a batch that this engine runs."""
         return [(g, self.config.prefill_tokens) for g in self._ladder(self.config.prefill_lanes)] + [
             (g, 1) for g in self._ladder(self.config.rows)
         ]
 
+    def programs(self) -> list[Shapes]:
+        """Returns the shapes of the batches of every step program: of one batch each, and where the engine mixes, of two."""
+        alone, full = [(shape,) for shape in self.shapes()], (self.config.rows, 1)
+        return alone + [(*shapes, full) for shapes in alone if self.mixes and shapes[0][1] > 1]
+
     def _ladder(self, full: int) -> list[int]:
-        parts = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         small = full // SHORT_LANES
-        return [small, full] if small >= MIN_ROWS and small % parts == 0 else [full]
+        return [small, full] if small >= MIN_ROWS and small % self._lane_parts() == 0 else [full]
+
+    def _lane_parts(self) -> int:
+        """Returns over how many groups of devices lanes are split."""
+        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
     def warm_up(self, compiling: Counted = uncounted) -> None:
         """Compiles and runs every program once, on padding that is written nowhere, and the loading of an adapter.
@@ -183,18 +196,19 @@ class Engine:
         compiling: called before each program of each shape of the step; the copies of KV and adapters count as one more, all
         for each size.
         """
-        programs = [(lanes, tokens, needs) for lanes, tokens in self.shapes() for needs in self._programs.needs(tokens)]
+        programs = [(shapes, needs) for shapes in self.programs() for needs in self._programs.needs(shapes[0][1])]
         number, of = 0, len(self.sizes) * (len(programs) + 1)
         for _ in self._every_size():
-            for lanes, tokens, needs in programs:
+            for shapes, needs in programs:
                 compiling(number := number + 1, of)
                 for slot in {NO_ADAPTER, 0} if self.base_alone else {NO_ADAPTER}:
-                    batch, edits = self._batch(lanes, tokens, [])
-                    batch.fields.slot_G[:] = slot
-                    needs.ask(batch.fields)
-                    if needs.work is Work.EDITED:
-                        edits = self._edits.make(lanes, tokens=True, allowed=True)
-                    jax.device_get(self._run(batch, edits))
+                    packed = tuple(self._idle.make(lanes, tokens) for lanes, tokens in shapes)
+                    for batch in packed:
+                        batch.fields.slot_G[:] = slot
+                        needs.ask(batch.fields)
+                    edited = needs.work is Work.EDITED
+                    edits = self._edits.make(sum(b.lanes for b in packed), tokens=edited, allowed=edited)
+                    jax.device_get(self._run(packed, edits))
             compiling(number := number + 1, of)
             self._kv = self._mover.warm_up(self._kv)
             for rank in self.row_ranks:
@@ -460,56 +474,38 @@ class Engine:
 
     # ---- programs -------------------------------------------------------------------------------------------------
 
-    def _batch(self, lanes: int, tokens: int, sampled: list[Sequence]) -> tuple[PackedBatch, LogitEdits]:
-        """Makes a batch to fill, with the logit edits that the sampled sequences need."""
-        return self._idle.make(lanes, tokens), self._edits_of(lanes, sampled)
+    def _edits_of(self, lanes: int, chosen: list[tuple[int, Sequence]]) -> LogitEdits:
+        """Returns the edits of a program of so many lanes, in some of which sequences choose a token."""
+        waiting = [(lane, self._processors[s.request.id]) for lane, s in chosen if s.waits]
+        tokens, allowed = any(p.edits_tokens for _, p in waiting), any(p.has_grammar for _, p in waiting)
+        edits = self._edits.make(lanes, tokens=tokens, allowed=allowed)
+        for lane, processor in waiting:
+            processor.edit(edits, lane)
+        return edits
 
-    def _edits_of(self, lanes: int, sampled: list[Sequence]) -> LogitEdits:
-        processors = [self._processors[s.request.id] for s in sampled if s.waits]
-        tokens, allowed = any(p.edits_tokens for p in processors), any(p.has_grammar for p in processors)
-        return self._edits.make(lanes, tokens=tokens, allowed=allowed)
-
-    def _run(self, batch: PackedBatch, edits: LogitEdits) -> StepOutput:
-        """Starts the step and returns its output, which is on the device when the step has ended."""
-        words_GW: np.ndarray | jax.Array = batch.words_GW
+    def _run(self, packed: PackedBatches, edits: LogitEdits) -> StepOutput:
+        """Starts a program of the step and returns its output, which is on the device when the program has ended."""
+        fields = [batch.fields for batch in packed]
+        needs = Needs.of(*fields, edited=not self._edits.are_idle(edits))
         if self.mesh.size > 1:  # on one device the call copies them itself, in a tenth of the time of device_put
-            words_GW = place_rows(self.mesh, words_GW)
-        fields = batch.fields
-        needs = Needs.of(fields, edited=not self._edits.are_idle(edits))
+            packed = place_rows(self.mesh, packed)
         placed = self._edits.place(edits)
-        pool = {} if self.base_alone and (fields.slot_G == NO_ADAPTER).all() else self._pool
+        alone = self.base_alone and all((batch.slot_G == NO_ADAPTER).all() for batch in fields)
         with jax.transfer_guard_host_to_device("allow"):
             self._kv, self._newest, out = self._programs.launch(
-                self.base, pool, self._kv, self._newest, words_GW, placed, batch.layout, needs
+                self.base, {} if alone else self._pool, self._kv, self._newest, packed, placed, needs
             )
         return out
-
-    def _fill(self, batch: StepBatch, edits: LogitEdits, lane: int, chunk: Chunk) -> None:
-        sequence, start, count = chunk.sequence, chunk.start, chunk.count
-        batch.token_GJ[lane, :count] = sequence.tokens[start : start + count]
-        batch.position_GJ[lane, :count] = np.arange(start, start + count)
-        batch.slot_G[lane] = sequence.slot
-        batch.page_GC[lane, : len(sequence.pages)] = sequence.pages
-        batch.last_G[lane] = count - 1
-        processor = self._processors[sequence.request.id]
-        targets = processor.targets(start, count)
-        batch.target_GJ[lane, : len(targets)] = targets
-        if _chooses(chunk):
-            batch.place_G[lane] = sequence.place
-            processor.choose(batch, lane)
-            batch.sampling.position_B[lane] = start + count
-            if sequence.waits:
-                processor.edit(edits, lane)
 
     def _smallest(self, full: int, needed: int) -> int:
         return next(size for size in self._ladder(full) if size >= needed)
 
     def _launch(self, plan: Plan) -> list[Launched]:
-        launched = []
-        if plan.prefill:
-            launched.append(self._start_prefill(plan.prefill))
-        if plan.decode:
-            launched.append(self._start_decode(plan.decode))
+        if plan.prefill and plan.decode and self.mixes:
+            launched = [self._start(plan.prefill, plan.decode)]
+        else:
+            parts = (plan.prefill, []), ([], plan.decode)
+            launched = [self._start(*part) for part in parts if any(part)]
         if self.runs_ahead:
             for x in jax.tree.leaves([program.out for program in launched]):
                 x.copy_to_host_async()
@@ -518,39 +514,41 @@ class Engine:
                 s.pending += 1
         return launched
 
-    def _start_prefill(self, chunks: list[Chunk]) -> Launched:
-        lanes = self._smallest(self.config.prefill_lanes, len(chunks))
-        # One that was computed again chooses nothing: what comes next is known.
-        chosen = [(lane, c.sequence, c.sequence.adapter) for lane, c in enumerate(chunks) if _chooses(c)]
-        batch, edits = self._batch(lanes, self.config.prefill_tokens, [s for _, s, _ in chosen])
-        fields = batch.fields
-        for lane, c in enumerate(chunks):
-            self._fill(fields, edits, lane, c)
-        out = self._run(batch, edits)
-        scored = bool((fields.target_GJ >= 0).any())
+    def _start(self, chunks: list[Chunk], sequences: list[Sequence]) -> Launched:
+        """Starts one program for prompt chunks, for the next tokens of running sequences, or for both.
+
+        Beside chunks there is always the full number of rows: it is one program less, and padding costs next to nothing there.
+        """
+        packed: PackedBatches = ()
+        chosen: list[tuple[int, Sequence]] = []
+        lanes, scored = 0, False
+        if chunks:
+            lanes = self._smallest(self.config.prefill_lanes, len(chunks))
+            packed = (self._idle.make(lanes, self.config.prefill_tokens),)
+            fields = packed[0].fields
+            for lane, c in enumerate(chunks):
+                fill_lane(fields, lane, c, self._processors[c.sequence.request.id])
+            chosen = [(lane, c.sequence) for lane, c in enumerate(chunks) if c.chooses]
+            scored = bool((fields.target_GJ >= 0).any())
+        if sequences:
+            rows = self.config.rows if chunks else self._smallest(self.config.rows, len(sequences))
+            processors = [self._processors[s.request.id] for s in sequences]
+            packed += (self._rows.batch(rows, sequences, processors),)
+            chosen += [(lanes + row, s) for row, s in enumerate(sequences)]
+            lanes += rows
+        out = self._run(packed, self._edits_of(lanes, chosen))
         for c in chunks:
             c.sequence.done = c.start + c.count
             if c.sequence.prompt_left == 0:
                 self.scheduler.computed(c.sequence)
+        for s in sequences:
+            s.done += 1
         return Launched(
-            out=out if scored else replace(out, scores=None),
-            chosen=chosen,
+            out=out if scored or out.scores is None else replace(out, scores=None),
+            chosen=[(lane, s, s.adapter) for lane, s in chosen],
             chunks=chunks if scored else [],
             prefilled=sum(c.count for c in chunks),
         )
-
-    def _start_decode(self, sequences: list[Sequence]) -> Launched:
-        lanes = self._smallest(self.config.rows, len(sequences))
-        processors = [self._processors[s.request.id] for s in sequences]
-        batch, edits = self._rows.batch(lanes, sequences, processors), self._edits_of(lanes, sequences)
-        for row, s in enumerate(sequences):
-            if s.waits:
-                processors[row].edit(edits, row)
-        out = self._run(batch, edits)
-        for s in sequences:
-            s.done += 1
-        chosen = [(row, s, s.adapter) for row, s in enumerate(sequences)]
-        return Launched(out=out, chosen=chosen, chunks=[], prefilled=0)
 
     def _take(self, program: Launched) -> list[Delta]:
         """Waits for a program and processes its tokens into what clients get.  Those of ended sequences are dropped."""
@@ -582,11 +580,6 @@ class Engine:
             table.pop(sequence.request.id, None)
         if not self._sequences:
             self._launched = []  # nobody waits for it
-
-
-def _chooses(chunk: Chunk) -> bool:
-    """Whether a token is chosen after the chunk."""
-    return chunk.start + chunk.count == len(chunk.sequence.tokens)
 
 
 def _index(slot: int) -> jax.Array:

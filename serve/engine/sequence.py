@@ -112,6 +112,11 @@ class Chunk:
     start: int
     count: int
 
+    @property
+    def chooses(self) -> bool:
+        """Whether a token is chosen after it.  Not after one that was computed again: what comes next is known."""
+        return self.start + self.count == len(self.sequence.tokens)
+
 
 @dataclass(slots=True)
 class Plan:

@@ -1,18 +1,19 @@
 """The serving step: one function, jitted once a shape.  It computes lanes of known tokens and samples what follows.
 
 On a CPU it is one program.  Elsewhere it ends with logits, and the host starts the programs that the step's rows need after it
-(`StepPrograms`): so no program waits for the host to find out what comes next, and none reads logits for nobody.
+(`StepPrograms`): so no program waits for the host to find out what comes next, and none reads logits for nobody.  There one
+program may take two batches, lanes of prompt chunks and decode rows after them, which share each read of the base's weights.
 
-A batch travels as one array (`Layout`): one transfer to the device in place of one for each field.
+A batch travels as one array (`PackedBatch`): one transfer to the device in place of one for each field.
 
-Shape letters: G lanes, J tokens of a lane, T = G * J, C pages per sequence, D model, V vocabulary, M = 20 best tokens,
-W words of a packed lane.
+Shape letters: G lanes of one batch, J tokens of a lane, T tokens of all batches, B lanes of all batches, C pages per sequence,
+D model, V vocabulary, M = 20 best tokens, W words of a packed lane.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import jax
@@ -23,10 +24,10 @@ from jax.sharding import Mesh
 
 from jaxlora.core.lora import HEAD_TARGET
 from jaxlora.model.decoder import Base, TokenBatch, forward, head_logits
-from jaxlora.model.kv_cache import KVPages, page_format, paged_attend
+from jaxlora.model.kv_cache import KVPages, PagedLanes, page_format, paged_attend
 from jaxlora.model.lora_pool import LoraLayout
 from jaxlora.model.mesh import attention_placement, place_array, replicated, sharding
-from jaxlora.model.serving_pool import PoolLora, ServingPool
+from jaxlora.model.serving_pool import MixedLora, PoolLora, ServingPool
 from pallas_kernels import NO_ADAPTER
 from pallas_kernels.rows.op import logsumexp, top_k
 from serve.engine.logit_edits import LogitEdits
@@ -48,7 +49,7 @@ NO_PLACE = -1  # of a lane whose token is not kept
 
 @dataclass(frozen=True, slots=True)
 class Layout[T]:
-    """Where the fields of a batch lie in a packed lane.  Hashable: it is a static argument of a program.
+    """Where the fields of a batch lie in a packed lane.  Hashable: a program is compiled for it.
 
     All fields have lanes as their first axis and elements of four bytes, or bool.
     """
@@ -121,14 +122,50 @@ class StepBatch:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
+class PackedBatch:
+    """A batch as one array, in NumPy or on the device."""
+
+    words_GW: np.ndarray | jax.Array  # int32
+    tokens: int = jax.tree.static()  # J
+    layout: Layout[StepBatch] = jax.tree.static()
+
+    @staticmethod
+    def of(batch: StepBatch) -> PackedBatch:
+        """Packs a NumPy batch."""
+        layout = Layout.of(batch)
+        return PackedBatch(words_GW=layout.pack(batch), tokens=batch.token_GJ.shape[1], layout=layout)
+
+    @property
+    def lanes(self) -> int:
+        """The number of lanes, G."""
+        return len(self.words_GW)
+
+    @property
+    def fields(self) -> StepBatch:
+        """Returns the fields in NumPy as views, to be written; bool fields are int32 of 0 and 1."""
+        assert isinstance(self.words_GW, np.ndarray)
+        return self.layout.views(self.words_GW)
+
+    def unpack(self) -> StepBatch:
+        """Unpacks the batch.  Within a program."""
+        return self.layout.unpack(jnp.asarray(self.words_GW))
+
+
+PackedBatches = tuple[
+    PackedBatch, ...
+]  # of one program: prompt chunks, decode rows, or first the one and then the other
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
 class Computed:
     """What a step without sampling leaves on the device."""
 
-    logits_GV: jax.Array  # float32, of each lane's last token
-    x_GJD: jax.Array | None  # what the head reads of each token; None of J = 1
+    logits_BV: jax.Array  # float32, of each lane's last token
+    x_GJD: jax.Array | None  # what the head reads of each token of prompt chunks; None where there are none
 
 
-def _head(base: Base, pool: ServingPool, lora: PoolLora) -> Callable[[jax.Array], jax.Array]:
+def _head(base: Base, pool: ServingPool, lora: PoolLora | MixedLora) -> Callable[[jax.Array], jax.Array]:
     """Returns the function [T, D] → float32 [T, V] logits."""
 
     def logits(x_TD: jax.Array) -> jax.Array:
@@ -148,23 +185,39 @@ def _lora(base: Base, pool: ServingPool, batch: StepBatch) -> PoolLora:
 
 
 def _compute(
-    base: Base, pool: ServingPool, kv: KVPages, batch: StepBatch
+    base: Base, pool: ServingPool, kv: KVPages, batches: Sequence[StepBatch]
 ) -> tuple[KVPages, jax.Array, jax.Array, Callable[[jax.Array], jax.Array]]:
-    """Returns (pages, [G, V] logits, [G, J, D] what the head reads, the head)."""
-    G, J = batch.token_GJ.shape
-    lora = _lora(base, pool, batch)
-    tokens = TokenBatch(
-        token_T=batch.token_GJ.reshape(-1),
-        position_T=batch.position_GJ.reshape(-1),
-        segment_T=(batch.position_GJ >= 0).astype(jnp.int32).reshape(-1),
-        slot_T=jnp.repeat(batch.slot_G, J),
-    )
-    attend = paged_attend(batch.page_GC, batch.position_GJ, base.config.window, attention_placement(base.mesh))
-    x_TD, kv = forward(base, tokens, lora, attend, kv)
-    x_GJD = x_TD.reshape(G, J, -1)
-    x_GD = jnp.take_along_axis(x_GJD, batch.last_G[:, None, None], axis=1)[:, 0]
+    """Returns (pages, [B, V] logits, [G, J, D] what the head reads of the first batch, the head)."""
+    loras = [_lora(base, pool, batch) for batch in batches]
+    lora = loras[0] if len(loras) == 1 else MixedLora(*loras)
+    tokens = [
+        TokenBatch(
+            token_T=batch.token_GJ.reshape(-1),
+            position_T=batch.position_GJ.reshape(-1),
+            segment_T=(batch.position_GJ >= 0).astype(jnp.int32).reshape(-1),
+            slot_T=jnp.repeat(batch.slot_G, batch.token_GJ.shape[1]),
+        )
+        for batch in batches
+    ]
+    lanes = [PagedLanes(page_GC=batch.page_GC, position_GJ=batch.position_GJ) for batch in batches]
+    attend = paged_attend(lanes, base.config.window, attention_placement(base.mesh))
+    x_TD, kv = forward(base, _joined(tokens), lora, attend, kv)
+    ends = np.cumsum([batch.token_GJ.size for batch in batches]).tolist()
+    x_GJDs = [
+        x_TD[end - batch.token_GJ.size : end].reshape(*batch.token_GJ.shape, -1)
+        for batch, end in zip(batches, ends, strict=True)
+    ]
+    last = [
+        jnp.take_along_axis(x_GJD, batch.last_G[:, None, None], axis=1)[:, 0]
+        for batch, x_GJD in zip(batches, x_GJDs, strict=True)
+    ]
     logits = _head(base, pool, lora)
-    return kv, logits(x_GD), x_GJD, logits
+    return kv, logits(_joined(last)), x_GJDs[0], logits
+
+
+def _joined[T](parts: Sequence[T]) -> T:
+    """Returns the arrays of several batches, one batch's rows after the other's."""
+    return parts[0] if len(parts) == 1 else jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts)
 
 
 def _scores(
@@ -208,10 +261,10 @@ def with_newest(batch: StepBatch, newest_B: jax.Array) -> StepBatch:
     return replace(batch, token_GJ=jnp.where(batch.token_GJ == NEWEST, newest_G1, batch.token_GJ))
 
 
-def keep_newest(newest_B: jax.Array, batch: StepBatch, token_G: jax.Array) -> jax.Array:
-    """Returns int32 [B]: the newest token of each place, with those that this batch has chosen."""
-    place_G = jnp.where(batch.place_G == NO_PLACE, len(newest_B), batch.place_G)
-    return newest_B.at[place_G].set(token_G, mode="drop")
+def keep_newest(newest_B: jax.Array, place_B: jax.Array, token_B: jax.Array) -> jax.Array:
+    """Returns the newest token of each place, int32 [rows], with those that these lanes have chosen."""
+    place_B = jnp.where(place_B == NO_PLACE, len(newest_B), place_B)
+    return newest_B.at[place_B].set(token_B, mode="drop")
 
 
 def _packed_step(
@@ -219,17 +272,17 @@ def _packed_step(
     pool: ServingPool,
     kv: KVPages,
     newest_B: jax.Array,
-    words_GW: jax.Array,
+    packed: PackedBatches,
     edits: LogitEdits | None,
-    layout: Layout[StepBatch],
 ) -> tuple[KVPages, Computed | tuple[jax.Array, StepOutput]]:
-    """Returns (pages, (newest tokens, output)); edits: None leaves the sampling to other programs."""
-    batch = with_newest(layout.unpack(words_GW), newest_B)
-    G, J = batch.token_GJ.shape
-    kv, logits_GV, x_GJD, head = _compute(base, pool, kv, batch)
+    """Returns (pages, (newest tokens, output)); edits: of one batch.  None leaves the sampling to other programs."""
+    batches = [with_newest(one.unpack(), newest_B) for one in packed]
+    kv, logits_BV, x_GJD, head = _compute(base, pool, kv, batches)
+    G, J = batches[0].token_GJ.shape
     if edits is None:
-        return kv, Computed(logits_GV=logits_GV, x_GJD=x_GJD if J > 1 else None)
-    out = sample(logits_GV, edits, batch.sampling)
+        return kv, Computed(logits_BV=logits_BV, x_GJD=x_GJD if J > 1 else None)
+    (batch,) = batches
+    out = sample(logits_BV, edits, batch.sampling)
     if J > 1:
         vocab = base.config.vocab
         scores = lax.cond(
@@ -239,26 +292,19 @@ def _packed_step(
             x_GJD,
         )
         out = replace(out, scores=scores)
-    return kv, (keep_newest(newest_B, batch, out.token_B), out)
+    return kv, (keep_newest(newest_B, batch.place_G, out.token_B), out)
 
 
 def _packed_choice(
-    logits_GV: jax.Array,
-    newest_B: jax.Array,
-    words_GW: jax.Array,
-    edits: LogitEdits | None,
-    layout: Layout[StepBatch],
-    work: Work,
+    logits_BV: jax.Array, newest_B: jax.Array, packed: PackedBatches, edits: LogitEdits | None, work: Work
 ) -> tuple[jax.Array, StepOutput]:
-    batch = layout.unpack(words_GW)
-    out = choose(logits_GV, edits, batch.sampling, work)
-    return keep_newest(newest_B, batch, out.token_B), out
+    batches = [one.unpack() for one in packed]
+    out = choose(logits_BV, edits, _joined([batch.sampling for batch in batches]), work)
+    return keep_newest(newest_B, _joined([batch.place_G for batch in batches]), out.token_B), out
 
 
-def _packed_scores(
-    base: Base, pool: ServingPool, x_GJD: jax.Array, words_GW: jax.Array, layout: Layout[StepBatch]
-) -> PromptScores:
-    batch = layout.unpack(words_GW)
+def _packed_scores(base: Base, pool: ServingPool, x_GJD: jax.Array, packed: PackedBatch) -> PromptScores:
+    batch = packed.unpack()
     return _scores(_head(base, pool, _lora(base, pool, batch)), x_GJD, batch.target_GJ, base.config.vocab)
 
 
@@ -271,12 +317,12 @@ class Needs:
     scores: bool  # of known tokens
 
     @staticmethod
-    def of(batch: StepBatch, *, edited: bool) -> Needs:
-        """Returns what the rows of a NumPy batch need."""
+    def of(*batches: StepBatch, edited: bool) -> Needs:
+        """Returns what the rows of the NumPy batches of one program need."""
         return Needs(
-            work=Work.of(batch.sampling, edited=edited),
-            alternatives=bool(batch.sampling.logprobs_B.any()),
-            scores=batch.token_GJ.shape[1] > 1 and bool((batch.target_GJ >= 0).any()),
+            work=max(Work.of(batch.sampling, edited=edited) for batch in batches),
+            alternatives=any(batch.sampling.logprobs_B.any() for batch in batches),
+            scores=any(batch.token_GJ.shape[1] > 1 and (batch.target_GJ >= 0).any() for batch in batches),
         )
 
     def ask(self, batch: StepBatch) -> None:
@@ -296,14 +342,14 @@ class StepPrograms:
         self.one = mesh.devices.flat[0].platform == "cpu" if one is None else one
         whole = replicated(mesh)
         logits, x = sharding(mesh, ("lanes", "vocab")), sharding(mesh, ("lanes", None, None))
-        left = whole if self.one else Computed(logits_GV=logits, x_GJD=x)  # ty: ignore[invalid-argument-type]
-        self.step = jax.jit(_packed_step, donate_argnums=2, static_argnums=6, out_shardings=(page_format(mesh), left))
-        self.choice = jax.jit(_packed_choice, static_argnums=(4, 5), out_shardings=whole)
+        left = whole if self.one else Computed(logits_BV=logits, x_GJD=x)  # ty: ignore[invalid-argument-type]
+        self.step = jax.jit(_packed_step, donate_argnums=2, out_shardings=(page_format(mesh), left))
+        self.choice = jax.jit(_packed_choice, static_argnums=4, out_shardings=whole)
         self.alternatives = jax.jit(best_alternatives, out_shardings=whole)
-        self.scores = jax.jit(_packed_scores, static_argnums=4, out_shardings=whole)
+        self.scores = jax.jit(_packed_scores, out_shardings=whole)
 
     def needs(self, tokens: int) -> list[Needs]:
-        """Returns needs that together start every program there is for lanes of so many tokens."""
+        """Returns needs that together start every program there is for batches, the first with lanes of so many tokens."""
         if self.one:
             return [Needs(work=Work.GREEDY, alternatives=False, scores=False)]
         first, *others = (Needs(work=work, alternatives=False, scores=False) for work in Work)
@@ -315,26 +361,26 @@ class StepPrograms:
         pool: ServingPool,
         kv: KVPages,
         newest_B: jax.Array,
-        words_GW: np.ndarray | jax.Array,
+        packed: PackedBatches,
         edits: LogitEdits,
-        layout: Layout[StepBatch],
         needs: Needs,
     ) -> tuple[KVPages, jax.Array, StepOutput]:
         """Starts a step and what samples from it.  Returns (pages, newest tokens, output); the pages given are donated.
 
-        newest_B: int32 [rows], one for each place of the decode batch.
+        newest_B: int32 [rows], one for each place of the decode batch.  packed: one batch where one program does all.
+        edits: of the lanes of all batches, in order, as the output is.
         """
         if self.one:
-            kv, (newest_B, out) = self.step(base, pool, kv, newest_B, words_GW, edits, layout)
+            kv, (newest_B, out) = self.step(base, pool, kv, newest_B, packed, edits)
             return kv, newest_B, out
-        kv, computed = self.step(base, pool, kv, newest_B, words_GW, None, layout)
+        kv, computed = self.step(base, pool, kv, newest_B, packed, None)
         asked = edits if needs.work is Work.EDITED else None
-        newest_B, out = self.choice(computed.logits_GV, newest_B, words_GW, asked, layout, needs.work)
+        newest_B, out = self.choice(computed.logits_BV, newest_B, packed, asked, needs.work)
         if needs.alternatives:
-            top_token_BM, top_logprob_BM = self.alternatives(computed.logits_GV, out.total_B)
+            top_token_BM, top_logprob_BM = self.alternatives(computed.logits_BV, out.total_B)
             out = replace(out, top_token_BM=top_token_BM, top_logprob_BM=top_logprob_BM)
         if needs.scores:
-            out = replace(out, scores=self.scores(base, pool, computed.x_GJD, words_GW, layout))
+            out = replace(out, scores=self.scores(base, pool, computed.x_GJD, packed[0]))
         return kv, newest_B, out
 
 

@@ -24,7 +24,9 @@ from step_shapes import (
     moved,
     part,
     parts,
+    reads,
     remade,
+    serving,
     train,
     update,
 )
@@ -55,6 +57,17 @@ def test_decode_on_one_chip_leaves_pool_and_pages_where_they_lie():
         compiled, rows, kv = decode(mesh)
     assert kernels(compiled) == {"gathered_lora": 4, "paged_attention": 1}
     linears = [x for name, x in base(mesh).layers.items() if name in LINEARS]
+    assert made_as_large_as(linears, compiled.as_text()) == []
+    assert made_as_large_as(parts(rows), compiled.as_text()) == []
+    assert makers(kv, compiled) == []
+
+
+def test_prompt_chunks_and_decode_rows_share_each_read_of_the_weights():
+    with chips("v5e") as devices:
+        mesh = make_mesh(devices=devices[:1])
+        compiled, rows, kv = serving(mesh, SMOLLM2, (LANES, 128), (ROWS, 1))
+    linears = [x for name, x in base(mesh).layers.items() if name in LINEARS]
+    assert reads(linears, compiled) == len(linears)
     assert made_as_large_as(linears, compiled.as_text()) == []
     assert made_as_large_as(parts(rows), compiled.as_text()) == []
     assert makers(kv, compiled) == []

@@ -24,6 +24,8 @@ from step_shapes import (
     moved,
     part,
     parts,
+    reads,
+    serving,
     train,
     update,
 )
@@ -106,6 +108,21 @@ def test_a_large_base_is_read_where_it_lies(config, devices, tmp_path):
     if devices == 1:  # XLA leaves sums over devices out of graphs
         assert launches.entries.keys() <= {"CommandBuffer", "Conditional"}  # the latter are sampling's
         assert launches.of_layer(config.layers) == OF_LAYER
+
+
+def test_prompt_chunks_and_decode_rows_share_each_read_of_the_weights(tmp_path):
+    """512 tokens of prompts and 64 rows of 8B in one program, which is one CUDA graph: half the weights' bytes of two."""
+    config = replace(LLAMA_8B, layers=2)
+    with h100s(1) as devices:
+        mesh = make_mesh(devices=devices)
+        compiled, _, kv = serving(mesh, config, (4, 128), (64, 1), options=Launches.dump_to(tmp_path))
+    weights = [x for x in base(mesh, config).layers[0].values() if x.ndim > 1]
+    assert reads(weights, compiled) == 2 * len(weights)
+    assert reads([base(mesh, config).arrays["head"]], compiled) == 1
+    assert made_as_large_as(weights, compiled.as_text()) == []
+    assert as_large_as(4 * 68 * config.vocab + 1, compiled) == []
+    assert makers(kv, compiled) == []
+    assert Launches.read(tmp_path).entries == {"CommandBuffer": 1}
 
 
 def test_a_step_of_8b_in_two_passes_holds_less_than_20_gb():

@@ -50,9 +50,9 @@ def test_engine_with_pallas_bodies(world):
 def test_an_interpreted_engine_leaves_nothing_to_choose(world):
     with dispatch.interpreted():
         engine = world.engine()
-        idle, edits = engine._batch(2, 1, [])
+        packed, edits = (engine._idle.make(2, 1),), engine._edits.make(2, tokens=False, allowed=False)
         state = (engine.base, engine._pool, engine._kv, engine._newest)
-        traced = str(engine._programs.step.trace(*state, idle.words_GW, edits, idle.layout).jaxpr)
+        traced = str(engine._programs.step.trace(*state, packed, edits).jaxpr)
     assert "pallas_call" in traced
     assert "platform_index" not in traced
 

@@ -25,7 +25,8 @@ from jaxlora.model.lora_pool import (
     read_finite,
 )
 from jaxlora.model.mesh import make_mesh
-from jaxlora.model.serving_pool import PoolLora, read_slot
+from jaxlora.model.serving_pool import MixedLora, PoolLora, read_slot
+from pallas_kernels import NO_ADAPTER
 from pallas_kernels.gathered_lora.pool_rows import of_slots
 
 L, D, F, V, S, R = 2, 8, 12, 11, 3, 4
@@ -404,6 +405,25 @@ def test_targets_that_the_pool_lacks_have_no_delta():
         assert PoolLora(serving(pool), jnp.asarray(SLOTS), tokens, L).deltas(
             jnp.int32(0), ("gate_proj", "up_proj"), x
         ) == (None, None)
+
+
+@pytest.mark.parametrize("layer", range(L))
+def test_lanes_before_rows_add_what_each_adds_alone(layer):
+    """Of the layers T = 2 lanes of three tokens and two rows; of the head one token a lane."""
+    pool, rng = serving(host(noise_pool(27))), np.random.default_rng(28)
+    prompts = PoolLora(pool, jnp.asarray([2, NO_ADAPTER]), 3, L)
+    rows = PoolLora(pool, jnp.asarray([0, 2]), 1, L)
+    mixed, targets = MixedLora(prompts, rows), ("q_proj", "k_proj", "v_proj")
+    assert_same_bits(mixed.per_layer, rows.per_layer)
+    for tokens in (3, 1):
+        x = floats(rng, 2 * tokens + 2, D)
+        got = jax.jit(lambda layer, x: mixed.deltas(layer, targets, x))(layer, x)
+        first = jax.jit(lambda layer, x: prompts.deltas(layer, targets, x))(layer, x[: 2 * tokens])
+        last = jax.jit(lambda layer, x: rows.deltas(layer, targets, x))(layer, x[2 * tokens :])
+        assert got[1] is None
+        for i in (0, 2):
+            assert_close(got[i], np.concatenate([first[i], last[i]]), F32)
+    assert mixed.deltas(layer, ("gate_proj", "up_proj"), x) == (None, None)
 
 
 def test_the_head_is_kept_out_of_the_layers():

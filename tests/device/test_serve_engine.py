@@ -393,11 +393,10 @@ def test_a_step_of_base_requests_alone_runs_a_program_without_lora(world, monkey
     assert not counter.retraced
     for request in [*alone, *mixed]:
         assert answers[request.id].tokens == world.greedy(request)
-    batch, edits = engine._batch(2, 1, [])
-    placed = engine._edits.place(edits)
+    packed, edits = (engine._idle.make(2, 1),), engine._edits.make(2, tokens=False, allowed=False)
     for pool, has_lora in ((engine._pool, True), ({}, False)):
         state = (engine.base, pool, engine._kv, engine._newest)
-        traced = engine._programs.step.trace(*state, batch.words_GW, placed, batch.layout)
+        traced = engine._programs.step.trace(*state, packed, edits)
         assert ("gathered_lora" in traced.lower(lowering_platforms=("tpu",)).as_text()) is has_lora
 
 
@@ -423,9 +422,9 @@ def test_every_shape_is_warmed_up_and_no_other_runs(world, engine, monkeypatch):
     seen = set()
     step = engine._programs.step
 
-    def watched(base, pool, kv, newest_B, words_GW, edits, layout):
-        seen.add(layout.unpack(words_GW).token_GJ.shape)
-        return step(base, pool, kv, newest_B, words_GW, edits, layout)
+    def watched(base, pool, kv, newest_B, packed, edits):
+        seen.update((batch.lanes, batch.tokens) for batch in packed)
+        return step(base, pool, kv, newest_B, packed, edits)
 
     monkeypatch.setattr(engine._programs, "step", watched)
     run_all(engine, [ask("one", None, 3), ask("two", None, 4)])

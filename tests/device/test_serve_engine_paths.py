@@ -9,7 +9,20 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from serve_world import CONFIG, SLOTS, Answer, Ran, ask, read_all, run_all, step, watch_programs, with_pages
+from serve_world import (
+    CONFIG,
+    ONE_SHAPE,
+    SLOTS,
+    Answer,
+    Ran,
+    ask,
+    mixing,
+    read_all,
+    run_all,
+    step,
+    watch_programs,
+    with_pages,
+)
 
 from jaxlora.model.serving_pool import zero_rows
 from serve.engine.engine import Engine
@@ -55,7 +68,7 @@ def poison(engine: Engine) -> None:
     """NaN in every page that nobody refers to."""
     scheduler = engine.scheduler
     held = {p for group in scheduler._groups.values() for s in group.values() for p in s.pages}
-    free = np.array([p for p in range(CONFIG.pages) if p not in held])
+    free = np.array([p for p in range(engine.size.pages) if p not in held])
     format = engine._kv.k_LPZF.format
     engine._kv = jax.tree.map(lambda x: jax.device_put(x.at[:, free].set(np.nan), format), engine._kv)
 
@@ -186,25 +199,29 @@ def test_an_answer_is_the_same_when_its_beginning_is_found_in_the_cache(world, e
     assert engine.scheduler.pages.hits == before  # another adapter's KV is never found
 
 
-def test_nan_in_free_pages_unused_slots_and_padding_changes_no_bit(world, monkeypatch):
+@pytest.mark.parametrize("mixes", [False, True])
+def test_nan_in_free_pages_unused_slots_and_padding_changes_no_bit(world, monkeypatch, mixes):
     """Of tokens and of log-probabilities, while requests are preempted, saved, found in the cache and adapters exchanged.
 
     Both runs meet the same programs, as each adapter has been read when the next step is planned.
     """
 
     def run(poisoned: bool) -> tuple[dict[str, Answer], dict[str, list[Ran]]]:
-        engine = with_pages(world.engine(replace(CONFIG, quantum_s=1e-9)), 24)
+        engine = with_pages(world.engine(replace(ONE_SHAPE if mixes else CONFIG, quantum_s=1e-9)), 24)
+        if mixes:
+            mixing(engine)
+            engine.runs_ahead = False  # else a prefix is found again after its last owner ended, when it is poisoned
         engine.clock = iter(np.arange(0.0, 1e6)).__next__
         program = engine._run
 
         def run_poisoned(packed, edits):
-            batch = packed.fields
-            padding = batch.position_GJ < 0
-            idle = padding.all(axis=1)
-            batch.token_GJ[padding] = 33
-            batch.page_GC[idle] = 23
-            for numbers in (batch.sampling.temperature_B, batch.sampling.top_p_B, batch.sampling.min_p_B):
-                numbers[idle] = np.nan
+            for batch in (one.fields for one in packed):
+                padding = batch.position_GJ < 0
+                idle = padding.all(axis=1)
+                batch.token_GJ[padding] = 33
+                batch.page_GC[idle] = 23
+                for numbers in (batch.sampling.temperature_B, batch.sampling.top_p_B, batch.sampling.min_p_B):
+                    numbers[idle] = np.nan
             unused = np.array([s for s in range(SLOTS) if s not in engine.slots.resident().values()], int)
             zeros = zero_rows(engine.base.config, engine.pool_spec)
             for slot in unused.tolist():

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from serve_world import (
     CONFIG,
+    ONE_SHAPE,
     SLOTS,
     Answer,
     Ran,
@@ -31,7 +32,7 @@ from serve.engine.engine import Engine
 from serve.engine.grammar import Grammars, GrammarSource
 from serve.engine.request import FinishReason, Request
 from serve.engine.sampling import StepOutput
-from serve.engine.step import NEWEST, NO_PLACE
+from serve.engine.step import NEWEST, NO_PLACE, StepBatch
 
 pytest_plugins = ["serve_fixtures"]
 VOCAB, END = 320, 3
@@ -91,22 +92,26 @@ class FakeDevice:
         self._page_PZ[pages] = saved
         return kv
 
-    def __call__(self, base, pool, kv, newest_B, words_GW, edits, layout, needs):
+    def __call__(self, base, pool, kv, newest_B, packed, edits, needs):
         self.launches += 1
         self.log.append(("launch", self.launches))
-        batch, Z = layout.views(words_GW), self._page_PZ.shape[1]
+        return kv, newest_B, self.output(np.concatenate([self._chosen(batch.fields) for batch in packed]))
+
+    def _chosen(self, batch: StepBatch) -> np.ndarray:
+        """Writes the batch's tokens to its pages and returns what its lanes choose, 0 where they do not."""
+        Z = self._page_PZ.shape[1]
         unseen_G = batch.token_GJ[:, 0] == NEWEST
         self.unseen += int(unseen_G.sum())
         batch.token_GJ[unseen_G, 0] = self._newest_B[batch.place_G[unseen_G]]
         for lane, j in zip(*np.nonzero(batch.position_GJ >= 0), strict=True):
             position = batch.position_GJ[lane, j]
             self._page_PZ[batch.page_GC[lane, position // Z], position % Z] = batch.token_GJ[lane, j]
-        token_G = np.zeros(len(words_GW), np.int32)
+        token_G = np.zeros(len(batch.token_GJ), np.int32)
         for lane in np.nonzero(batch.place_G != NO_PLACE)[0]:
             length = batch.position_GJ[lane, batch.last_G[lane]] + 1
             token_G[lane] = follows(self._page_PZ[batch.page_GC[lane]].reshape(-1)[:length])
             self._newest_B[batch.place_G[lane]] = token_G[lane]
-        return kv, newest_B, self.output(token_G)
+        return token_G
 
     def output(self, token_G: np.ndarray) -> StepOutput:
         zero_G, top_GM = np.zeros(len(token_G), np.float32), np.zeros((len(token_G), 20), np.int32)
@@ -126,13 +131,17 @@ def expected(request: Request) -> tuple[list[int], FinishReason]:
     return answer, FinishReason.LENGTH
 
 
-@pytest.mark.parametrize("steps", [150, pytest.param(1000, marks=pytest.mark.slow)])
-def test_the_next_step_is_launched_before_a_step_is_read(world, steps):
+@pytest.mark.parametrize(
+    ("steps", "mixes"),
+    [(150, True), (150, False), *(pytest.param(1000, mixes, marks=pytest.mark.slow) for mixes in (True, False))],
+)
+def test_the_next_step_is_launched_before_a_step_is_read(world, steps, mixes):
     """Joins, ends, cancels, parks, publications, other numbers of slots and pages; every answer is what the device said."""
     rng = np.random.default_rng(0)
     sizes = (SlotSize(slots=SLOTS, pages=40), SlotSize(slots=SLOTS + 1, pages=32))
     engine = ahead(world.engine(replace(CONFIG, quantum_s=20.0, host_bytes=6_000, pages=40, sizes=sizes)))
     engine.tune(replace(engine._tuning, slots=SLOTS), ())  # the engine itself changes to no other
+    engine.mixes = mixes
     engine.clock = iter(np.arange(0.0, 1e6)).__next__
     device, requests, answers = FakeDevice(engine), {}, defaultdict(Answer)
     cancelled, overlapped, alone = set(), 0, 0
@@ -166,6 +175,7 @@ def test_the_next_step_is_launched_before_a_step_is_read(world, steps):
             assert kinds.index("read") > max(i for i, kind in enumerate(kinds) if kind == "launch")
             assert max(read) < min(launched)
             assert set(launched) <= {n for kind, n in device.log[before:] if kind == "copy"}  # on their way already
+        assert len(launched) <= (1 if mixes else 2)
         overlapped += bool(launched and read)
         alone += bool(read and not launched and not loading)
     while engine.has_work:
@@ -227,7 +237,7 @@ def test_a_step_in_flight_is_of_the_version_it_was_launched_with(world):
 # --- the same answers
 
 
-ONE_SHAPE = replace(CONFIG, rows=4, prefill_lanes=4, pages=32, quantum_s=12.0)  # of prompts, and of decoding
+PARKING = replace(ONE_SHAPE, quantum_s=12.0)
 
 
 def trace(world: World, engine: Engine) -> tuple[dict[str, Answer], dict[str, list[Ran]]]:
@@ -260,7 +270,7 @@ def trace(world: World, engine: Engine) -> tuple[dict[str, Answer], dict[str, li
 
 
 def test_answers_are_the_same_bits_and_nothing_compiles(world):
-    waiting, running_ahead = world.engine(ONE_SHAPE), ahead(world.engine(ONE_SHAPE))
+    waiting, running_ahead = world.engine(PARKING), ahead(world.engine(PARKING))
     running_ahead.warm_up()
     trace(world, running_ahead)  # grammars, the copies of edits
     want, want_ran = trace(world, waiting)
@@ -356,8 +366,8 @@ def test_beside_training_each_step_is_read_before_the_next_part(world, runner, m
 class QuickDevice(FakeDevice):
     """One that costs the host nothing to stand for: what it answers says nothing."""
 
-    def __call__(self, base, pool, kv, newest_B, words_GW, edits, layout, needs):
-        return kv, newest_B, self.output(4 + layout.views(words_GW).position_GJ[:, -1] % 300)
+    def __call__(self, base, pool, kv, newest_B, packed, edits, needs):
+        return kv, newest_B, self.output(np.concatenate([4 + b.fields.position_GJ[:, -1] % 300 for b in packed]))
 
 
 @pytest.fixture

@@ -233,7 +233,8 @@ def test_each_program_is_perturbed_in_a_way_of_its_own(world, engine):
     seen = []
     with patch("perturbed.exact_run", lambda engine, *_: seen.append(engine.base)):
         for lanes, tokens in engine.shapes():
-            perturbed_run(engine, *engine._batch(lanes, tokens, []))
+            idle = engine._edits.make(lanes, tokens=False, allowed=False)
+            perturbed_run(engine, (engine._idle.make(lanes, tokens),), idle)
     bits = [{name: np.asarray(x).tobytes() for name, x in (base.arrays | base.layers).items()} for base in seen]
     exact = {name: np.asarray(x).tobytes() for name, x in (world.base.arrays | world.base.layers).items()}
     changed = [{name for name in exact if b[name] != exact[name]} for b in bits]

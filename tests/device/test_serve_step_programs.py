@@ -98,9 +98,9 @@ def test_the_reported_programs_are_those_that_a_warm_up_compiles(world):
     programs = engine._programs = StepPrograms(world.mesh, one=False)
     launch = programs.launch
 
-    def watched(base, pool, kv, newest_B, words_GW, edits, layout, needs):
-        ran.add((words_GW.shape, needs))
-        return launch(base, pool, kv, newest_B, words_GW, edits, layout, needs)
+    def watched(base, pool, kv, newest_B, packed, edits, needs):
+        ran.add((tuple(batch.words_GW.shape for batch in packed), needs))
+        return launch(base, pool, kv, newest_B, packed, edits, needs)
 
     programs.launch = watched
     engine.warm_up(lambda number, of: said.append((number, of)))

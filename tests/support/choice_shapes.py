@@ -15,7 +15,7 @@ from step_shapes import lanes, newest
 from jaxlora.model.mesh import replicated, sharding
 from serve.engine.logit_edits import LogitEdits
 from serve.engine.sampling import Work
-from serve.engine.step import Layout, StepBatch, StepPrograms
+from serve.engine.step import PackedBatch, StepBatch, StepPrograms
 
 ROWS, VOCAB = 64, 128256
 
@@ -23,11 +23,9 @@ ROWS, VOCAB = 64, 128256
 def choice(mesh: Mesh, work: Work) -> jax.stages.Lowered:
     """The program of this work, of Llama's vocabulary."""
     batch = StepBatch.idle(ROWS, 1, 4)
-    layout = Layout.of(batch)
     edits = lanes(mesh, LogitEdits.idle(ROWS, 512, VOCAB)) if work is Work.EDITED else None
-    return StepPrograms(mesh).choice.lower(
-        logits(mesh), newest(mesh, ROWS), lanes(mesh, layout.pack(batch)), edits, layout, work
-    )
+    packed = (lanes(mesh, PackedBatch.of(batch)),)
+    return StepPrograms(mesh).choice.lower(logits(mesh), newest(mesh, ROWS), packed, edits, work)
 
 
 def alternatives(mesh: Mesh) -> jax.stages.Lowered:

@@ -14,10 +14,10 @@ import jax
 import numpy as np
 
 from jaxlora.model.decoder import Base
-from serve.engine.batch import PackedBatch
 from serve.engine.engine import Engine
 from serve.engine.logit_edits import LogitEdits
 from serve.engine.sampling import StepOutput
+from serve.engine.step import PackedBatches
 
 LAYER_NORMS = ("attn_norm", "mlp_norm")
 FLIPPED = {  # (of prompt chunks, of full size) → which features
@@ -28,14 +28,15 @@ FLIPPED = {  # (of prompt chunks, of full size) → which features
 exact_run = Engine._run
 
 
-def perturbed_run(engine: Engine, batch: PackedBatch, edits: LogitEdits) -> StepOutput:
-    """`Engine._run` with the base of the batch's shape in place of the engine's."""
+def perturbed_run(engine: Engine, packed: PackedBatches, edits: LogitEdits) -> StepOutput:
+    """`Engine._run` with the base of the first batch's shape in place of the engine's."""
+    batch = packed[0]
     prefill = batch.tokens > 1
     full = batch.lanes == (engine.config.prefill_lanes if prefill else engine.config.rows)
     base = engine.base
     engine.base = _perturbed_base(engine, prefill, full)
     try:
-        return exact_run(engine, batch, edits)
+        return exact_run(engine, packed, edits)
     finally:
         engine.base = base
 

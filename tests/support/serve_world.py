@@ -9,7 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
 import numpy as np
@@ -24,6 +24,7 @@ from serve.engine.engine import Engine, EngineConfig
 from serve.engine.page_cache import PageAllocator
 from serve.engine.request import Delta, PromptLogprob, Request, SamplingParams, TokenLogprob
 from serve.engine.sequence import Status
+from serve.engine.step import StepPrograms
 from serve.runtime.device_thread import DeviceThread
 
 MODEL = "tiny-llama-tied"
@@ -41,6 +42,8 @@ CONFIG = EngineConfig(
     host_bytes=10**6,
     quantum_s=1000.0,
 )
+
+ONE_SHAPE = replace(CONFIG, rows=4, prefill_lanes=4, pages=32)  # of prompts, of decoding, and of both in one program
 
 
 class PlainModel:
@@ -271,6 +274,13 @@ def with_resident(engine: Engine, *adapters: Adapter) -> Engine:
     return engine
 
 
+def mixing(engine: Engine) -> Engine:
+    """The engine, which runs the programs of an accelerator, ahead of the host."""
+    engine._programs = StepPrograms(engine.mesh, one=False)
+    engine.runs_ahead = engine.mixes = True
+    return engine
+
+
 def forget_pages(engine: Engine) -> None:
     """Empties the prefix cache."""
     for salt in engine.scheduler.pages.salts:
@@ -299,24 +309,25 @@ def watch_programs(engine: Engine) -> dict[str, list[Ran]]:
     (`dispatch.SHAPE_INDEPENDENT`).  So a test that compares bits compares these first.
     """
     ran: dict[str, list[Ran]] = defaultdict(list)
-    run, fill, start_decode = engine._run, engine._fill, engine._start_decode
-    places: list[tuple[str, int, int]] = []  # of the program that is being filled
+    run, start = engine._run, engine._start
+    started: list[list[tuple[str, int, int]]] = []  # by the batches of the program that is being started
 
-    def watched_fill(batch, edits, lane, chunk):
-        places.append((chunk.sequence.request.id, chunk.start, chunk.count))
-        fill(batch, edits, lane, chunk)
+    def watched_start(chunks, sequences):
+        parts = (
+            [(c.sequence.request.id, c.start, c.count) for c in chunks],
+            [(s.request.id, s.done, 1) for s in sequences],
+        )
+        started[:] = [part for part in parts if part]
+        return start(chunks, sequences)
 
-    def watched_decode(sequences):
-        places.extend((s.request.id, s.done, 1) for s in sequences)
-        return start_decode(sequences)
+    def watched_run(packed, edits):
+        for batch, places in zip(packed, started, strict=False):  # none were started in a warm-up
+            for id, begin, count in places:
+                ran[id].append(Ran(batch.lanes, batch.tokens, begin, count))
+        started.clear()
+        return run(packed, edits)
 
-    def watched_run(batch, edits):
-        for id, start, count in places:
-            ran[id].append(Ran(batch.lanes, batch.tokens, start, count))
-        places.clear()
-        return run(batch, edits)
-
-    engine._fill, engine._start_decode, engine._run = watched_fill, watched_decode, watched_run
+    engine._start, engine._run = watched_start, watched_run
     return ran
 
 

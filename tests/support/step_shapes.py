@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from base_shapes import SMOLLM2
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from kernel_shapes import made_as_large_as
+from kernel_shapes import HANDS_ON, made_as_large_as
 
 from jaxlora.core.model_config import ModelConfig, layer_count, parameters, target_features
 from jaxlora.model.base_form import Form, form_of, layer_arrays
@@ -21,7 +21,7 @@ from jaxlora.model.lora_pool import LoraRows, PoolSpec, Rows, row_axes
 from jaxlora.model.mesh import RULES, replicated, sharding
 from jaxlora.model.serving_pool import ServingPool, pool_shapes
 from serve.engine.logit_edits import LogitEdits
-from serve.engine.step import Layout, StepBatch, StepPrograms
+from serve.engine.step import PackedBatch, StepBatch, StepPrograms
 from train.step.batch import idle_batch
 from train.step.lane_lora import lane_rows
 from train.step.microsteps import _backward, _forward
@@ -86,16 +86,21 @@ def makers(kv: KVPages, compiled: jax.stages.Compiled) -> list[str]:
 def decode(
     mesh: Mesh, config: ModelConfig = SMOLLM2, lanes_of_step: int = ROWS, options: dict | None = None
 ) -> tuple[jax.stages.Compiled, ServingPool, KVPages]:
+    return serving(mesh, config, (lanes_of_step, 1), options=options)
+
+
+def serving(
+    mesh: Mesh, config: ModelConfig, *lanes_of: tuple[int, int], options: dict | None = None
+) -> tuple[jax.stages.Compiled, ServingPool, KVPages]:
+    """lanes_of: of each batch how many lanes, and of how many tokens each: one of decode rows, more of prompt chunks."""
     rows = pool_shapes(config, PoolSpec(slots=64, rank=RANK, dtype="bfloat16"), mesh)
     shape = (config.layers, *PAGES[1:3], config.kv_heads * config.head_dim)
     pages = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=page_format(mesh))
-    kv = KVPages(k_LPZF=pages, v_LPZF=pages)
-    batch = StepBatch.idle(lanes_of_step, 1, 4)
-    layout = Layout.of(batch)
+    kv, places = KVPages(k_LPZF=pages, v_LPZF=pages), lanes_of[-1][0]
     programs = StepPrograms(mesh)
-    edits = lanes(mesh, LogitEdits.idle(lanes_of_step, 512, config.vocab)) if programs.one else None
-    words = lanes(mesh, layout.pack(batch))
-    lowered = programs.step.lower(base(mesh, config), rows, kv, newest(mesh, lanes_of_step), words, edits, layout)
+    edits = lanes(mesh, LogitEdits.idle(places, 512, config.vocab)) if programs.one else None
+    packed = tuple(lanes(mesh, PackedBatch.of(StepBatch.idle(G, J, 4))) for G, J in lanes_of)
+    lowered = programs.step.lower(base(mesh, config), rows, kv, newest(mesh, places), packed, edits)
     return lowered.compile(options), rows, kv
 
 
@@ -180,6 +185,27 @@ def moved(rows: Rows, compiled: jax.stages.Compiled) -> Counter:
             read = sum(made.get(operand) in sizes for operand in re.findall(r"%[^\s,)]+", match[4]))
             written = sum(size in sizes for size in re.findall(r"\w+\[[\d,]*\]", match[2]))
             found += Counter({f"{kind} reads": read, f"{kind} writes": written})
+    return found
+
+
+def reads(arrays: list[jax.ShapeDtypeStruct], compiled: jax.stages.Compiled) -> int:
+    """How often instructions read parameters that are as one of these, in whatever shape a bitcast gives them."""
+    kinds = {"float32": "f32", "bfloat16": "bf16"}
+    sizes = {f"{kinds[x.dtype.name]}[{','.join(map(str, x.shape))}]" for x in arrays}
+    text, found = compiled.as_text(), 0
+    fused = set(re.findall(r"calls=%?([^,\s]+)", text))
+    for name, body in re.findall(r"^(?:ENTRY )?%?(\S+) \(.*\{\n((?:  .*\n)*)\}", text, re.M):
+        given: set[str] = set()
+        for line in [] if name in fused else body.splitlines():
+            match = re.match(r" +(?:ROOT )?(%\S+) = (\(.*?\)|\w+\[[\d,]*\])\S* ([a-z-]+)\((.*?)\)(?:,|$)", line)
+            if match is None:
+                continue
+            made, size, kind, operands = match.groups()
+            read = given.intersection(re.findall(r"%[^\s,)]+", operands))
+            if (kind in ("parameter", "get-tuple-element") and size in sizes) or (kind == "bitcast" and read):
+                given.add(made)
+            elif kind not in HANDS_ON:
+                found += len(read)
     return found
 
 

@@ -29,17 +29,23 @@ from train.trainer import Trainer
 TESTS = Path(__file__).parents[1] / "support"
 
 
-def results(world, folder):
-    """Mesh → what it computed, in a process with eight virtual devices where every warning is an error."""
+def on_virtual_devices(script: str, *arguments: str) -> str:
+    """What the script prints, in a process with eight virtual devices where every warning is an error."""
     path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "PYTHONPATH": path,
     }
-    command = [sys.executable, "-W", "error", str(TESTS / "mesh_world.py"), world, str(folder)]
+    command = [sys.executable, "-W", "error", str(TESTS / script), *arguments]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def results(world, folder):
+    """Mesh → what it computed."""
+    on_virtual_devices("mesh_world.py", world, str(folder))
     return {file.stem: dict(np.load(file)) for file in folder.glob("*.npz")}
 
 
@@ -91,6 +97,11 @@ def test_training_and_decoding_on_a_mesh_are_those_of_one_device(tmp_path, world
             whole, split = 2 * (4 * 2 + 3) + 1, 2 * (3 * 2) + 4
             expected += 8 * SPEC.rank * (whole + split // tensor)
         assert set(of["state bytes"]) == {SPEC.slots * expected}
+
+
+@pytest.mark.slow
+def test_prompt_chunks_and_decode_rows_in_one_program_with_heads_split(tmp_path):
+    assert int(on_virtual_devices("mixed_mesh_world.py", str(tmp_path))) > 5
 
 
 def slot_bytes(config, fsdp, tensor, of_number):

@@ -37,7 +37,7 @@ from jaxlora.model.mesh import make_mesh
 from jaxlora.model.serving_pool import empty_serving_pool
 from serve.cli.main import app
 from serve.engine.logit_edits import LogitEdits
-from serve.engine.step import Layout, StepBatch, StepPrograms
+from serve.engine.step import PackedBatch, StepBatch, StepPrograms
 from serve.server.build import planned
 from train.step.state import empty_state
 
@@ -192,11 +192,10 @@ def test_the_arrays_of_a_step_are_about_what_the_plan_says(monkeypatch):
     assert 0.3 < _temporary(decode) / decode_bytes(step_shapes.ROWS, shape, machine) < 1.1
     spec = PoolSpec(slots=8, rank=step_shapes.RANK, dtype="bfloat16", targets=ALL_TARGETS)
     rows, batch = step_shapes.pool(mesh, spec), StepBatch.idle(8, 32, 4)
-    layout = Layout.of(batch)
     edits = step_shapes.lanes(mesh, LogitEdits.idle(8, 512, step_shapes.SMOLLM2.vocab))
-    words = step_shapes.lanes(mesh, layout.pack(batch))
+    packed = (step_shapes.lanes(mesh, PackedBatch.of(batch)),)
     newest = step_shapes.newest(mesh, 8)
-    prefill = StepPrograms(mesh).step.lower(step_shapes.base(mesh), rows, kv, newest, words, edits, layout).compile()
+    prefill = StepPrograms(mesh).step.lower(step_shapes.base(mesh), rows, kv, newest, packed, edits).compile()
     # The best tokens of scored rows are found without two further copies of the tile, which the plan has for other platforms.
     assert 0.4 < _temporary(prefill) / prefill_bytes(8, 32, shape, machine) < 1.1
     tenant = TenantSection(name="a", train=Path("a.jsonl"), rank=step_shapes.RANK)
