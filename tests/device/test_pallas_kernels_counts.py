@@ -112,7 +112,7 @@ def test_pallas_copies_each_adapters_true_rank_once(slots, monkeypatch):
     assert sum(copied) == 2 * tiles * ROW_TILE  # of A and of B
     assert not np.asarray(got[0])[slot_T == few[0]].any()
     visits = visits_by_slot(jnp.asarray(slot_T))
-    found = gathered_lora_tpu.visits_of((visits.order_T, visits.slot_T, visits.count_1[0]))
+    found = gathered_lora_tpu.visits_of((visits.order_G, visits.slot_G, visits.count_1[0]))
     count = int(found.count)
     assert count <= -(-len(slot_T) // gathered_lora_tpu.TOKENS) + len(distinct)
     assert sorted(set(found.slot_V[:count].tolist())) == distinct
@@ -133,8 +133,8 @@ def test_no_result_of_the_decode_program_has_a_slot_axis(slots, features):
 
 def test_visits_are_by_slot_and_skip_the_base():
     visits = visits_by_slot(jnp.array([3, -1, 0, 3, -1, 1], jnp.int32))
-    assert visits.order_T.tolist() == [2, 5, 0, 3, 1, 4]
-    assert visits.slot_T.tolist() == [0, 1, 3, 3, -1, -1]
+    assert visits.order_G.tolist() == [2, 5, 0, 3, 1, 4]
+    assert visits.slot_G.tolist() == [0, 1, 3, 3, -1, -1]
     assert visits.count_1.tolist() == [4]
 
 
