@@ -92,10 +92,13 @@ def gathered_lora(
     visits: `visits_by_slot(slot_G, placement)`, for callers that reuse the same slots.
     placement: mesh axes that split the arrays, on a mesh of several devices; with `apart` each result is [parts, T, Y], to be
     summed.
-    Sums in float32.
+    Sums in float32.  Raises ValueError where lanes do not divide the tokens.
     """
     tokens, uneven = divmod(x_TX.shape[0], slot_G.shape[0])
-    assert not uneven
+    if uneven:
+        raise ValueError(
+            f"gathered_lora: slot_G has {slot_G.shape[0]} lanes, which do not divide the {x_TX.shape[0]} tokens of x_TX"
+        )
     visits = visits_by_slot(slot_G, placement) if visits is None else visits
     args = (x_TX, tuple(rows), layer, slot_G, visits)
     part = args if placement is None else placement.local(_specs(placement, rows), args)

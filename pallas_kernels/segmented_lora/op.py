@@ -1,4 +1,4 @@
-"""LoRA for tokens grouped in lanes: every token of lane g belongs to one adapter.  Training and prefill.
+"""LoRA for tokens grouped in lanes: every token of lane g belongs to one adapter.  Training.
 
     y_GJY[g] = scale_G[g] * (x_GJX[g] @ a_GRX[g].T) @ b_GRY[g]
 

@@ -23,6 +23,7 @@ from step_shapes import (
     moved,
     parts,
     remade,
+    serving,
     train,
     update,
 )
@@ -53,6 +54,20 @@ def test_decode_on_one_chip_leaves_pool_and_pages_where_they_lie():
     linears = [x for name, x in base(mesh).layers.items() if name in LINEARS]
     assert made_as_large_as(linears, compiled.as_text()) == []
     assert made_as_large_as(parts(rows), compiled.as_text()) == []
+    assert makers(kv, compiled) == []
+
+
+@pytest.mark.parametrize("split", [1, 3], ids=["one chip", "heads split in three"])
+def test_prompts_read_their_adapters_where_they_lie(split):
+    """The kernels alone read the pool, and nothing makes rows of it by lane.  Split, o_proj and down_proj sum h over chips."""
+    with chips("v5e") as devices:
+        compiled, rows, kv = serving(make_mesh(tensor=split, devices=devices[:split]), SMOLLM2, (LANES, TOKENS))
+    apart = {"gathered_lora": 2, "gathered_lora_shrink": 2, "gathered_lora_expand": 2}
+    found = {"gathered_lora": 4} if split == 1 else apart
+    assert kernels(compiled) == found | {"paged_attention": 1}
+    read = moved(rows, compiled)
+    assert read.keys() == {f"{name} reads" for name in found}
+    assert read.total() == len(parts(rows))
     assert makers(kv, compiled) == []
 
 

@@ -24,6 +24,7 @@ from step_shapes import (
     moved,
     part,
     parts,
+    serving,
     train,
     update,
 )
@@ -63,6 +64,16 @@ def test_decode_with_heads_split_in_three():
     # And one of the embeddings, beside other work.
     assert collectives(compiled, "jit(_packed_step)") == {of_base: 2 * LAYERS, started(of_base): 1}
     assert made_as_large_as(parts(rows), compiled.as_text()) == []
+    assert makers(kv, compiled) == []
+
+
+def test_prompts_read_their_adapters_where_they_lie():
+    """Two kernels for each read of x, of all its targets: they alone read the pool, and nothing makes rows of it by lane."""
+    with h100s() as devices:
+        compiled, rows, kv = serving(make_mesh(devices=devices[:1]), SMALL, (LANES, TOKENS))
+    of_layer = {"gathered_lora_shrink": 4, "gathered_lora_expand": 4, "paged_attention": 1}
+    assert kernels(compiled) == {name: LAYERS * count for name, count in of_layer.items()}
+    assert moved(rows, compiled) == {"triton_kernel_call reads": LAYERS * len(parts(rows))}
     assert makers(kv, compiled) == []
 
 

@@ -86,16 +86,23 @@ def makers(kv: KVPages, compiled: jax.stages.Compiled) -> list[str]:
 def decode(
     mesh: Mesh, config: ModelConfig = SMOLLM2, lanes_of_step: int = ROWS, options: dict | None = None
 ) -> tuple[jax.stages.Compiled, ServingPool, KVPages]:
+    return serving(mesh, config, (lanes_of_step, 1), options)
+
+
+def serving(
+    mesh: Mesh, config: ModelConfig, lanes_of: tuple[int, int], options: dict | None = None
+) -> tuple[jax.stages.Compiled, ServingPool, KVPages]:
+    """lanes_of: how many lanes, and of how many tokens each: one in decode, more of prompts."""
     rows = pool_shapes(config, PoolSpec(slots=64, rank=RANK, dtype="bfloat16"), mesh)
     shape = (config.layers, *PAGES[1:3], config.kv_heads * config.head_dim)
     pages = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=page_format(mesh))
     kv = KVPages(k_LPZF=pages, v_LPZF=pages)
-    batch = StepBatch.idle(lanes_of_step, 1, 4)
+    batch = StepBatch.idle(*lanes_of, 4)
     layout = Layout.of(batch)
     programs = StepPrograms(mesh)
-    edits = lanes(mesh, LogitEdits.idle(lanes_of_step, 512, config.vocab)) if programs.one else None
+    edits = lanes(mesh, LogitEdits.idle(lanes_of[0], 512, config.vocab)) if programs.one else None
     words = lanes(mesh, layout.pack(batch))
-    lowered = programs.step.lower(base(mesh, config), rows, kv, newest(mesh, lanes_of_step), words, edits, layout)
+    lowered = programs.step.lower(base(mesh, config), rows, kv, newest(mesh, lanes_of[0]), words, edits, layout)
     return lowered.compile(options), rows, kv
 
 
@@ -159,12 +166,13 @@ def update(mesh: Mesh, spec: PoolSpec, moments: str) -> tuple[jax.stages.Compile
     return jax.jit(step, donate_argnums=0, out_shardings=out).lower(states, (due,)).compile(), rows
 
 
-def moved(rows: Rows, compiled: jax.stages.Compiled) -> Counter:
+def moved(rows: Rows | ServingPool, compiled: jax.stages.Compiled) -> Counter:
     """How many arrays of all slots each kind of instruction reads and writes, those that an update's kernels alias too.
 
     A fusion reads what it is given, in which it takes one slot's part; what it computes inside is not counted.
     """
-    sizes = {"f32[" + ",".join(map(str, x.shape)) + "]" for x in parts(rows)}
+    kinds = {"float32": "f32", "bfloat16": "bf16"}
+    sizes = {f"{kinds[x.dtype.name]}[{','.join(map(str, x.shape))}]" for x in parts(rows)}
     hands_on = {"parameter", "get-tuple-element", "tuple", "while", "bitcast", "call", "conditional", "opt-barrier"}
     text, found = compiled.as_text(), Counter()
     fused = set(re.findall(r"calls=%?([^,\s]+)", text)) | set(re.findall(r"to_apply=%?([^,\s]+)", text))
