@@ -14,8 +14,8 @@ lacks raises an error.
                      cuda       xla      weights are never packed there
                      tpu        xla      weights are never packed there
     gathered_lora    cpu        native   an adapter's rows are read once for eight of its tokens, base tokens cost nothing
-                                xla      a loop over pairs of an adapter's tokens; for odd features, on several devices
-                     cuda       triton   an adapter's rows are read once for 16 of its tokens, base tokens cost nothing
+                                xla      pairs of an adapter's tokens, lanes of prompts; for odd features, on several devices
+                     cuda       triton   an adapter's rows are read once for 16 of its tokens, 32 of a prompt, base tokens cost nothing
                                 xla      without the extra `triton`, for more tokens or rank than it takes, other dtypes
                      tpu        pallas   an adapter's rows are fetched once, base tokens cost nothing
                                 xla      where one adapter's rows have no room on the chip, and for other dtypes

@@ -24,11 +24,11 @@ from jax.sharding import Mesh
 from jaxlora.core.model_config import ModelConfig, layer_count, target_features
 from jaxlora.model.lora_pool import LoraLayout, LoraRows, PoolSpec, Rows, no_rows, row_axes
 from jaxlora.model.mesh import sharding
-from pallas_kernels.gathered_lora.op import fits_native, gathered_lora, visits_by_slot, visits_of_lanes
+from pallas_kernels.gathered_lora.op import gathered_lora, visits_by_slot
 from pallas_kernels.gathered_lora.pool_rows import PoolRows, lane_rows
 from pallas_kernels.gathered_lora.rank_classes import ROW_TILE, first_rows, tile_count
-from pallas_kernels.native import library
 from pallas_kernels.segmented_lora.op import segmented_lora
+from pallas_kernels.sharding import Placement
 
 ServingPool = dict[str, PoolRows]  # by target
 
@@ -165,10 +165,9 @@ def read_slot(pool: ServingPool, slot: jax.Array, owned: int) -> Rows:
 
 
 class PoolLora:
-    """Adapted linears of a step: lanes of as many tokens each, one slot a lane.  The pool is read layer by layer.
+    """Adapted linears of a step: lanes of as many tokens each, one slot a lane.  The pool is read layer by layer, in place.
 
-    One token a lane (decode) reads rows in place, and so do prompts, with the same bits, where a body does that well; else
-    prompts take a layer's rows by lane as it runs.
+    Where a mesh splits features over the axes of lanes too, prompts take a layer's rows by lane as it runs.
     """
 
     def __init__(
@@ -179,8 +178,7 @@ class PoolLora:
         self.per_layer = np.arange(layers, dtype=np.int32)  # constants where layers are unrolled
         self._decodes = tokens == 1
         # All targets split their features over the same axes, so the tokens of all are split alike.
-        split = next((self._placement(target) for target in pool), None) if self._decodes else None
-        self._visits = visits_by_slot(slot_G, split)
+        self._visits = visits_by_slot(slot_G, next((self._placement(target) for target in pool), None))
 
     def deltas(self, layer: jax.Array, targets: tuple[str, ...], x_TX: jax.Array) -> tuple[jax.Array | None, ...]:
         """Returns [T, Y] per target, None where the pool lacks it."""
@@ -191,17 +189,20 @@ class PoolLora:
     def product(self, layer: jax.Array, targets: Sequence[str], x_TX: jax.Array) -> tuple[jax.Array, ...]:
         """Returns [T, Y] per target, all of which the pool has, of as many tokens a lane.  The head's layer is 0."""
         rows, placement = [self.pool[t] for t in targets], self._placement(targets[0])
-        if self._decodes:
+        if self._decodes or self._lies_as(targets[0], placement):
             return gathered_lora(x_TX, rows, layer, self.slot_G, self._visits, placement)
-        tokens = x_TX.shape[0] // self.slot_G.shape[0]
-        if library.instruction_set() is not None and fits_native(placement, x_TX, rows):
-            slot_T, visits = jnp.repeat(self.slot_G, tokens), visits_of_lanes(self._visits, tokens)
-            return gathered_lora(x_TX, rows, layer, slot_T, visits)
-        x_GJX = x_TX.reshape(self.slot_G.shape[0], tokens, x_TX.shape[-1])
+        x_GJX = x_TX.reshape(self.slot_G.shape[0], -1, x_TX.shape[-1])
         got = segmented_lora(x_GJX, [lane_rows(row, layer, self.slot_G) for row in rows], placement)
         return tuple(y.reshape(x_TX.shape[0], -1) for y in got)
 
-    def _placement(self, target: str):
+    def _lies_as(self, target: str, placement: Placement | None) -> bool:
+        """Returns whether the pool's features are split as those of lanes are."""
+        if self.layout is None or placement is None:
+            return True
+        pool = self.layout.tokens(target)
+        return pool is not None and (pool.x, pool.y) == (placement.x, placement.y)
+
+    def _placement(self, target: str) -> Placement | None:
         if self.layout is None:
             return None
         return self.layout.tokens(target) if self._decodes else self.layout.lanes(target)

@@ -21,6 +21,15 @@ import jax.numpy as jnp
 
 from pallas_kernels.gathered_lora.rank_classes import ROW_TILE, RankClasses, first_rows, tile_count
 
+Order = tuple[jax.Array, jax.Array, jax.Array]  # int32: lanes by slot, their slots, how many of them are visited
+
+
+def order_of_parts(order: Order, parts: int) -> Order:
+    """Returns the order of lanes as that of the parts of lanes: each lane is so many, which follow each other."""
+    order_G, slot_G, count = order
+    part_GP = order_G[:, None] * parts + jnp.arange(parts, dtype=jnp.int32)[None]
+    return part_GP.reshape(-1), jnp.repeat(slot_G, parts), count * parts
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)

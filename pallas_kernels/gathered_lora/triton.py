@@ -1,17 +1,19 @@
-"""CUDA body of `gathered_lora`: two Triton kernels that visit the step's tokens in the order of their slots.
+"""CUDA body of `gathered_lora`: two Triton kernels that visit the step's lanes in the order of their slots.
 
     shrink   h = x @ a.T            a program per run of tokens, part of the input features and target
     expand   y = (scale * h) @ b    a program per run of tokens and block of output features of a target
 
-A run is up to 16 tokens that follow each other in the order of visits and share a slot: its adapter's rows are read
-once, from the pool in place.  A program whose token does not lead a run exits, so a token of the base model reads
-nothing, and its row of the output is undefined.  The parts of h are summed in a fixed order.
+Where lanes have one token a run is up to 16 that follow each other in the order of visits and share a slot; else it is 32
+tokens of a lane.  A run reads its adapter's rows once, from the pool in place: the programs of a run's targets, and of the
+runs of an adapter, are near each other, so that one of them finds what another has read.  A program whose token does not
+lead a run exits, so a token of the base model reads nothing, and its row of the output is undefined.  The parts of h are
+summed in a fixed order; how many depends on the shapes alone.
 
 Compiled for H100 and checked with Triton's interpreter; never run on a GPU.
 
 A program reads its adapter's true rank of rows of a target, and none where the adapter lacks it.
 
-Shape letters: T tokens, L layers, S slots, N rows of all slots, R rows of the largest slot (summed over targets where h
+Shape letters: T tokens, G lanes, J tokens of a lane, L layers, S slots, N rows of all slots, R rows of the largest slot (summed over targets where h
 is of all), X Y features in, out, P parts of the input features.
 """
 
@@ -26,28 +28,36 @@ import jax.numpy as jnp
 import triton  # ty: ignore[import-not-found]
 import triton.language as tl  # ty: ignore[import-not-found]
 
-from pallas_kernels.gathered_lora.pool_rows import PoolRows
+from pallas_kernels.gathered_lora.pool_rows import Order, PoolRows
 from pallas_kernels.gathered_lora.rank_classes import first_rows
-from pallas_kernels.tiling_cuda import DOT, feature_block, power_of_two
+from pallas_kernels.tiling_cuda import DOT, PROGRAMS, TOKENS, feature_block, power_of_two
 from pallas_kernels.triton_launch import launch
 
-Visits = tuple[jax.Array, jax.Array, jax.Array]  # order_T, slot_T in that order, count
 Rows = Sequence[PoolRows]
 PARTS = 8  # largest number of parts of the input features: one adapter alone should still use several processors
 
 
 @triton.jit
-def _run(order, slot, T: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr):
+def _run(order, slot, G: tl.constexpr, J: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr):
     """Returns (slot, tokens [TILE], which of them are in the run, whether there is a run) of this program's visit."""
-    i = tl.program_id(0)
-    here = tl.load(slot + i)
-    places = tl.arange(0, COLUMNS)
-    slots = tl.load(slot + places, mask=places < T, other=-1)
-    before = tl.sum(((slots == here) & (places < i)).to(tl.int32), axis=0)
-    place = i + tl.arange(0, TILE)
-    of_run = (place < T) & (tl.load(slot + place, mask=place < T, other=-1) == here)
-    token = tl.load(order + place, mask=of_run, other=0)
-    return here.to(tl.int64), token.to(tl.int64), of_run, (here >= 0) & (before % TILE == 0)
+    visit = tl.program_id(1)
+    if J == 1:
+        here = tl.load(slot + visit)
+        places = tl.arange(0, COLUMNS)
+        slots = tl.load(slot + places, mask=places < G, other=-1)
+        before = tl.sum(((slots == here) & (places < visit)).to(tl.int32), axis=0)
+        place = visit + tl.arange(0, TILE)
+        of_run = (place < G) & (tl.load(slot + place, mask=place < G, other=-1) == here)
+        token = tl.load(order + place, mask=of_run, other=0).to(tl.int64)
+        leads = (here >= 0) & (before % TILE == 0)
+    else:
+        runs = tl.cdiv(J, TILE)
+        here = tl.load(slot + visit // runs)
+        place = visit % runs * TILE + tl.arange(0, TILE)
+        of_run = place < J
+        token = tl.load(order + visit // runs).to(tl.int64) * J + place
+        leads = here >= 0
+    return here.to(tl.int64), token, of_run, leads
 
 
 @triton.jit
@@ -60,7 +70,8 @@ def _shrink(
     a,
     ranks,
     h,
-    T: tl.constexpr,
+    G: tl.constexpr,
+    J: tl.constexpr,
     N: tl.constexpr,
     X: tl.constexpr,
     RANKS: tl.constexpr,
@@ -72,12 +83,12 @@ def _shrink(
     RANK: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    here, token, of_run, leads = _run(order, slot, T, COLUMNS, TILE)
-    part = tl.program_id(1)
+    here, token, of_run, leads = _run(order, slot, G, J, COLUMNS, TILE)
+    part = tl.program_id(2)
     if leads:
         rank = tl.arange(0, RANK)
         for k in tl.static_range(len(RANKS)):
-            if tl.program_id(2) == k:
+            if tl.program_id(0) == k:
                 row = tl.load(layer).to(tl.int64) * N + tl.load(first + here) + rank
                 own = tl.load(ranks[k] + here)
                 total = tl.zeros((TILE, RANK), tl.float32)
@@ -94,7 +105,7 @@ def _shrink(
                     )
                     total = tl.dot(x_TX.to(DTYPE), tl.trans(a_RX.to(DTYPE)), total, input_precision="ieee")
                 tl.store(
-                    h + (part * T + token[:, None]) * STARTS[len(RANKS)] + STARTS[k] + rank[None, :],
+                    h + (part * G * J + token[:, None]) * STARTS[len(RANKS)] + STARTS[k] + rank[None, :],
                     total,
                     mask=of_run[:, None] & (rank < RANKS[k])[None, :],
                 )
@@ -111,7 +122,8 @@ def _expand(
     scale,
     ranks,
     y,
-    T: tl.constexpr,
+    G: tl.constexpr,
+    J: tl.constexpr,
     N: tl.constexpr,
     S: tl.constexpr,
     PARTS: tl.constexpr,
@@ -125,8 +137,8 @@ def _expand(
     BLOCK: tl.constexpr,
     RANK: tl.constexpr,
 ):
-    here, token, of_run, leads = _run(order, slot, T, COLUMNS, TILE)
-    block = tl.program_id(1)
+    here, token, of_run, leads = _run(order, slot, G, J, COLUMNS, TILE)
+    block = tl.program_id(0)
     if leads:
         rank = tl.arange(0, RANK)
         own_layer = tl.load(layer).to(tl.int64)
@@ -137,7 +149,7 @@ def _expand(
                 total = tl.zeros((TILE, RANK), tl.float32)
                 for part in range(PARTS):
                     total += tl.load(
-                        h + (part * T + token[:, None]) * STARTS[len(RANKS)] + STARTS[k] + rank[None, :],
+                        h + (part * G * J + token[:, None]) * STARTS[len(RANKS)] + STARTS[k] + rank[None, :],
                         mask=of_run[:, None] & (rank < own)[None, :],
                         other=0.0,
                     )
@@ -157,30 +169,30 @@ def _expand(
                 )
 
 
-def both(x_TX: jax.Array, rows: Rows, layer: jax.Array, visits: Visits) -> list[jax.Array]:
+def both(x_TX: jax.Array, rows: Rows, layer: jax.Array, visits: Order) -> list[jax.Array]:
     """Returns what `gathered_lora` returns, undefined for tokens of the base model."""
     return _expand_parts(_shrink_parts(x_TX, rows, layer, visits), rows, layer, visits, x_TX.dtype)
 
 
-def shrink(x_TX: jax.Array, rows: Rows, layer: jax.Array, visits: Visits) -> list[jax.Array]:
+def shrink(x_TX: jax.Array, rows: Rows, layer: jax.Array, visits: Order) -> list[jax.Array]:
     """Returns float32 [T, R] per target: x @ a.T, not scaled."""
     return _split(_shrink_parts(x_TX, rows, layer, visits).sum(0), [row.rank for row in rows])
 
 
-def expand(
-    h_TR: Sequence[jax.Array], rows: Rows, layer: jax.Array, visits: Visits, dtype: jnp.dtype
-) -> list[jax.Array]:
+def expand(h_TR: Sequence[jax.Array], rows: Rows, layer: jax.Array, visits: Order, dtype: jnp.dtype) -> list[jax.Array]:
     """Returns [T, Y] per target: (scale * h) @ b."""
     return _expand_parts(jnp.concatenate(h_TR, axis=1)[None], rows, layer, visits, dtype)
 
 
 @jax.named_scope("gathered_lora_shrink")
-def _shrink_parts(x_TX: jax.Array, rows: Rows, layer: jax.Array, visits: Visits) -> jax.Array:
+def _shrink_parts(x_TX: jax.Array, rows: Rows, layer: jax.Array, visits: Order) -> jax.Array:
     """Returns float32 [P, T, R] of all targets side by side."""
     T, X = x_TX.shape
-    ranks = [row.rank for row in rows]
+    constants, visited = _common(rows, T, visits)
+    ranks = constants["RANKS"]
     block = feature_block(max(ranks), X)
-    part = math.ceil(math.ceil(X / block) / PARTS) * block
+    wanted = PARTS if constants["J"] == 1 else min(PARTS, max(1, PROGRAMS // (visited * len(rows))))
+    part = math.ceil(math.ceil(X / block) / wanted) * block
     parts = math.ceil(X / part)
     dtype = jnp.result_type(x_TX, *(row.a_LNRX for row in rows))
     return launch(
@@ -193,18 +205,19 @@ def _shrink_parts(x_TX: jax.Array, rows: Rows, layer: jax.Array, visits: Visits)
         kernel=_shrink,
         name="gathered_lora_shrink",
         out_type=jax.ShapeDtypeStruct((parts, T, sum(ranks)), jnp.float32),
-        grid=(T, parts, len(rows)),
+        grid=(len(rows), visited, parts),
         X=X,
         PART=part,
         BLOCK=block,
         DTYPE=tl.float32 if dtype == jnp.float32 else tl.bfloat16,
-        **_common(rows, T),
+        **constants,
     )
 
 
 @jax.named_scope("gathered_lora_expand")
-def _expand_parts(h_PTR: jax.Array, rows: Rows, layer: jax.Array, visits: Visits, dtype: jnp.dtype) -> list[jax.Array]:
+def _expand_parts(h_PTR: jax.Array, rows: Rows, layer: jax.Array, visits: Order, dtype: jnp.dtype) -> list[jax.Array]:
     T = h_PTR.shape[1]
+    constants, visited = _common(rows, T, visits)
     sizes = [row.b_LNRY.shape[3] for row in rows]
     block = feature_block(rows[0].rank, max(sizes))
     blocks = _starts([math.ceil(size / block) for size in sizes])
@@ -219,30 +232,33 @@ def _expand_parts(h_PTR: jax.Array, rows: Rows, layer: jax.Array, visits: Visits
         kernel=_expand,
         name="gathered_lora_expand",
         out_type=jax.ShapeDtypeStruct((T, sum(sizes)), dtype),
-        grid=(T, blocks[-1]),
+        grid=(blocks[-1], visited),
         S=rows[0].rank_S.shape[0],
         PARTS=h_PTR.shape[0],
         SIZES=tuple(sizes),
         Y_STARTS=_starts(sizes),
         BLOCKS=blocks,
         BLOCK=block,
-        **_common(rows, T),
+        **constants,
     )
     return _split(y_TY, sizes)
 
 
-def _common(rows: Rows, tokens: int) -> dict[str, int | tuple[int, ...]]:
-    """Returns the constants of both kernels."""
-    ranks = tuple(row.rank for row in rows)
-    return {
-        "T": tokens,
+def _common(rows: Rows, tokens: int, visits: Order) -> tuple[dict, int]:
+    """Returns (the constants of both kernels, the visits of each)."""
+    ranks, G = tuple(row.rank for row in rows), visits[0].shape[0]
+    J = tokens // G
+    constants = {
+        "G": G,
+        "J": J,
         "N": rows[0].a_LNRX.shape[1] * rows[0].a_LNRX.shape[2],
         "RANKS": ranks,
         "STARTS": _starts(ranks),
-        "COLUMNS": power_of_two(tokens),
-        "TILE": DOT,
+        "COLUMNS": power_of_two(G),
+        "TILE": DOT if J == 1 else TOKENS,
         "RANK": power_of_two(max(ranks)),
     }
+    return constants, G if J == 1 else G * math.ceil(J / TOKENS)
 
 
 def _starts(sizes: Sequence[int]) -> tuple[int, ...]:

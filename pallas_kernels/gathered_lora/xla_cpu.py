@@ -31,14 +31,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.gathered_lora.pool_rows import PoolRows
+from pallas_kernels.gathered_lora.pool_rows import Order, PoolRows
 from pallas_kernels.gathered_lora.rank_classes import first_rows, slot_starts
 
 UNROLLED_RANK = 64  # largest rank whose second product is unrolled: the program grows with the rank
 COLUMNS = 24  # smallest block of A's columns: fewer are slower
 FEWEST, MOST = 8, 64  # column blocks of A: a short row does not justify a program that grows with them
 
-Order = tuple[jax.Array, jax.Array, jax.Array]  # order_T, slot_T in that order, count
 Rows = Sequence[PoolRows]
 
 _slice = functools.partial(lax.dynamic_slice, allow_negative_indices=False)

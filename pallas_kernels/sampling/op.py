@@ -6,7 +6,7 @@
 A filter is a threshold on s, so nothing is sorted and equal logits are kept or dropped together.  `dispatch` states which
 body runs.
 
-Shape letters: B rows, V vocabulary, K blocks of a row, Q tokens of a block.
+Shape letters: B rows, in A groups of C, V vocabulary, K blocks of a row, Q tokens of a block.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pallas_kernels.native import library
 from pallas_kernels.shapes import shaped
 
 BLOCK = 256  # tokens of a block; a power of two that divides V if 32 or more of them do
+TILE_ROWS = 8  # rows that lie side by side in a TPU's memory, 128 numbers of each in turn
 UNSEEN = 17.0  # a uniform number has 2**24 values: shares of less than e**-17 of a row together are never drawn
 
 
@@ -91,33 +92,39 @@ def draw(x_BV: jax.Array, most_B: jax.Array, choices: Choices, *, filtered: bool
         return token_B, _at(x_BV, token_B)
 
     xla, xla_on_cpu = (
-        functools.partial(_in_blocks, search=search if filtered else None) for search in (FEW_PASSES, FEW_SUMS)
+        functools.partial(_in_blocks, search=search if filtered else None, group=group)
+        for search, group in ((FEW_PASSES, TILE_ROWS), (FEW_SUMS, 1))
     )
     return by_platform("draw", x_BV, most_B, choices, xla=xla, xla_on_cpu=xla_on_cpu, native=native)
 
 
 def _in_blocks(
-    x_BV: jax.Array, most_B: jax.Array, choices: Choices, *, search: Search | None
+    x_BV: jax.Array, most_B: jax.Array, choices: Choices, *, search: Search | None, group: int
 ) -> tuple[jax.Array, jax.Array]:
     """Sums blocks of shares; then looks at the one block in which the token lies.
 
     It reads all logits once, and once more in each pass of the search.  search: None leaves out top-k and top-p.
+    group: rows that lie side by side.  Blocks are then told apart where the logits lie, without a copy for another layout.
     """
     B, V = x_BV.shape
     Q = next((q for q in (BLOCK, 128, 64, 32) if V % q == 0), BLOCK)
+    C = group if B % group == 0 else 1
     floor_B = most_B + _temperature(choices) * _by_min_p(choices)
     if search is not None:
         floor_B = jnp.maximum(floor_B, _floor(x_BV, most_B, choices, search))
+    of_B = most_B, floor_B, 1 / _temperature(choices)
     padded_BV = jnp.pad(x_BV, ((0, 0), (0, -V % Q)), constant_values=-jnp.inf)
-    x_BKQ = padded_BV.reshape(B, -1, Q)
-    sum_BK = _shares(x_BKQ, most_B[:, None], floor_B[:, None], choices).sum(axis=2)
+    x_AKCQ = padded_BV.reshape(B // C, C, -1, Q).swapaxes(1, 2)
+    sum_AKC = _shares(x_AKCQ, *(of.reshape(-1, 1, C) for of in of_B)).sum(axis=3)
+    sum_BK = sum_AKC.swapaxes(1, 2).reshape(B, -1)
     upto_BK = jnp.cumsum(sum_BK, axis=1)
     wanted_B = choices.uniform_B * upto_BK[:, -1]
     block_B = _first_above(upto_BK, wanted_B, sum_BK > 0)
     before_B = jnp.where(block_B > 0, _at(upto_BK, jnp.maximum(block_B - 1, 0)), 0.0)
+    row_B = jnp.arange(B, dtype=jnp.int32)
     # Read once, whatever is made of it.
-    x_BQ = lax.optimization_barrier(jnp.take_along_axis(x_BKQ, block_B[:, None, None], axis=1)[:, 0])
-    share_BQ = _shares(x_BQ, most_B, floor_B, choices)
+    x_BQ = lax.optimization_barrier(x_AKCQ.at[row_B // C, block_B, row_B % C].get(mode="promise_in_bounds"))
+    share_BQ = _shares(x_BQ, *of_B)
     place_B = _first_above(jnp.cumsum(share_BQ, axis=1), wanted_B - before_B, share_BQ > 0)
     return block_B * Q + place_B, _at(x_BQ, place_B)
 
@@ -143,13 +150,12 @@ def _by_min_p(choices: Choices) -> jax.Array:
     return jnp.log(jnp.maximum(choices.min_p_B, 0.0))
 
 
-def _shares(x: jax.Array, most: jax.Array, floor: jax.Array, choices: Choices) -> jax.Array:
-    """Returns the shares of logits x [B, ..., Q], not yet divided by their sum; those below the floor have none.
+def _shares(x: jax.Array, most: jax.Array, floor: jax.Array, inverse: jax.Array) -> jax.Array:
+    """Returns the shares of logits x [..., Q], not yet divided by their sum; those below the floor have none.
 
-    most, floor: of the rows, [B, ...].
+    most, floor, inverse (of the temperature): of each row, [...].
     """
-    inverse = (1 / _temperature(choices)).reshape(-1, *[1] * (x.ndim - 1))
-    return jnp.where(x >= floor[..., None], jnp.exp((x - most[..., None]) * inverse), 0.0)
+    return jnp.where(x >= floor[..., None], jnp.exp((x - most[..., None]) * inverse[..., None]), 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)

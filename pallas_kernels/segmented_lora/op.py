@@ -1,4 +1,4 @@
-"""LoRA for tokens grouped in lanes: every token of lane g belongs to one adapter.  Training and prefill.
+"""LoRA for tokens grouped in lanes: every token of lane g belongs to one adapter.  Training.
 
     y_GJY[g] = scale_G[g] * (x_GJX[g] @ a_GRX[g].T) @ b_GRY[g]
 
@@ -136,9 +136,13 @@ def _expand(h_GJR: list[jax.Array], b_GRY: list[jax.Array]) -> tuple[jax.Array, 
     )
 
 
-def _forward_xla(
+def forward_xla(
     x_GJX: jax.Array, rows: tuple[LaneRows, ...], axis: str | None
 ) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    """Returns ([G, J, Y] per target, scaled h_GJR of all targets side by side), in x's dtype.
+
+    axis: the mesh axis that splits x, where it runs on each device's part; XLA partitions it over a mesh by itself.
+    """
     h_GJR = checkpoint_name(shrink(x_GJX, [(a, s) for a, _, s in rows], axis), KEPT)
     return _expand(_split(h_GJR, rows), [b for _, b, _ in rows]), h_GJR
 
@@ -173,7 +177,7 @@ class SegmentedKernels:
 
 def _xla() -> SegmentedKernels:
     """Returns XLA's products, which need no placement: XLA partitions them over a mesh by itself."""
-    forward = functools.partial(_forward_xla, axis=None)
+    forward = functools.partial(forward_xla, axis=None)
     return SegmentedKernels(forward=forward, expand_back=_expand_back_xla, shrink_back=_shrink_back_xla)
 
 
@@ -196,7 +200,7 @@ def _forward_kernels(kernels: SegmentedKernels, placement: Placement | None, x_G
         if placement is None or placement.x is None:
             return kernels.forward(x_GJX, rows)
         # The sum over devices separates the halves, so there is nothing to fuse: XLA's products.
-        return _forward_xla(x_GJX, rows, placement.x)
+        return forward_xla(x_GJX, rows, placement.x)
 
     if placement is None:
         return body(x_GJX, rows)

@@ -22,10 +22,10 @@ from jaxlora.core.model_config import target_features
 from jaxlora.model.lora_pool import LoraLayout
 from jaxlora.model.memory_needs import BaseShape
 from jaxlora.model.mesh import attention_placement
+from jaxlora.model.serving_pool import PoolLora, ServingPool
 from pallas_kernels.attention.op import packed_attention
 from pallas_kernels.cross_entropy.op import target_logprob
 from pallas_kernels.dispatch import TABLE, Choice, recorded, usual
-from pallas_kernels.gathered_lora.op import gathered_lora
 from pallas_kernels.gathered_lora.pool_rows import PoolRows
 from pallas_kernels.gathered_lora.rank_classes import ROW_TILE, RankClasses, slot_ranks, tile_count
 from pallas_kernels.paged_attention.op import paged_attention
@@ -87,20 +87,27 @@ def _serving_calls(base: BaseShape, config: SizedConfig, mesh: Mesh) -> Iterator
     lanes, tokens = config.prefill_lanes, config.prefill_tokens
     for targets in READS:
         sizes = [target_features(c, target) for target in targets]
-        pool = [_pool_rows(config.rank_classes, x, y, base.dtype) for x, y in sizes]
-        x_TX, slot_T = Shape((config.rows, sizes[0][0]), base.dtype), Shape((config.rows,), jnp.int32)
-        decode = functools.partial(gathered_lora, placement=layout.tokens(targets[0]))
-        yield decode, (x_TX, pool, Shape((), jnp.int32), slot_T)
-        taken = [_rows((lanes,), config.max_rank, x, y, base.dtype) for x, y in sizes]
+        pool = {
+            target: _pool_rows(config.rank_classes, x, y, base.dtype)
+            for target, (x, y) in zip(targets, sizes, strict=True)
+        }
         wanted = 1 if targets == (HEAD_TARGET,) else tokens  # of a prompt's logits
-        prompt = functools.partial(segmented_lora, placement=layout.lanes(targets[0]))
-        yield prompt, (Shape((lanes, wanted, sizes[0][0]), base.dtype), taken)
+        for G, J, of_lane in ((config.rows, 1, 1), (lanes, tokens, wanted)):
+            lora = functools.partial(_lora, targets, J, layout)
+            yield lora, (pool, Shape((G,), jnp.int32), Shape((G * of_lane, sizes[0][0]), base.dtype))
     columns = -(-c.context // config.page_tokens)
     page = Shape((1, config.kv_pages, config.page_tokens, c.kv_heads * c.head_dim), base.kv_dtype)
     attend = functools.partial(paged_attention, window=c.window, placement=attention_placement(mesh))
     for G, J in ((config.rows, 1), (lanes, tokens)):
         ids = Shape((G, columns), jnp.int32), Shape((G, J), jnp.int32)
         yield attend, (Shape((G, J, c.heads, c.head_dim), base.dtype), page, page, Shape((), jnp.int32), *ids)
+
+
+def _lora(
+    targets: tuple[str, ...], tokens: int, layout: LoraLayout, pool: ServingPool, slot_G: jax.Array, x_TX: jax.Array
+) -> tuple[jax.Array, ...]:
+    """Returns what a step's linears add that share a read; tokens: of a lane of the step."""
+    return PoolLora(pool, slot_G, tokens, 1, layout).product(jnp.int32(0), targets, x_TX)
 
 
 def _training_calls(base: BaseShape, config: SizedConfig, mesh: Mesh) -> Iterator[Call]:

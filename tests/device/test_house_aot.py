@@ -73,6 +73,20 @@ def test_prompt_chunks_and_decode_rows_share_each_read_of_the_weights():
     assert makers(kv, compiled) == []
 
 
+@pytest.mark.parametrize("split", [1, 3], ids=["one chip", "heads split in three"])
+def test_prompts_read_their_adapters_where_they_lie(split):
+    """The kernels alone read the pool, and nothing makes rows of it by lane.  Split, o_proj and down_proj sum h over chips."""
+    with chips("v5e") as devices:
+        compiled, rows, kv = serving(make_mesh(tensor=split, devices=devices[:split]), SMOLLM2, (LANES, TOKENS))
+    apart = {"gathered_lora": 2, "gathered_lora_shrink": 2, "gathered_lora_expand": 2}
+    found = {"gathered_lora": 4} if split == 1 else apart
+    assert kernels(compiled) == found | {"paged_attention": 1}
+    read = moved(rows, compiled)
+    assert read.keys() == {f"{name} reads" for name in found}
+    assert read.total() == len(parts(rows))
+    assert makers(kv, compiled) == []
+
+
 def test_decode_with_heads_split_in_three():
     """A layer has two sums, the base's own: they carry the parts of o_proj's and down_proj's adapters."""
     with chips("v5e") as devices:

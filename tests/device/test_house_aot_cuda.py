@@ -68,6 +68,16 @@ def test_decode_with_heads_split_in_three():
     assert makers(kv, compiled) == []
 
 
+def test_prompts_read_their_adapters_where_they_lie():
+    """Two kernels for each read of x, of all its targets: they alone read the pool, and nothing makes rows of it by lane."""
+    with h100s() as devices:
+        compiled, rows, kv = serving(make_mesh(devices=devices[:1]), SMALL, (LANES, TOKENS))
+    of_layer = {"gathered_lora_shrink": 4, "gathered_lora_expand": 4, "paged_attention": 1}
+    assert kernels(compiled) == {name: LAYERS * count for name, count in of_layer.items()}
+    assert moved(rows, compiled) == {"triton_kernel_call reads": LAYERS * len(parts(rows))}
+    assert makers(kv, compiled) == []
+
+
 def test_training_with_heads_split_in_three():
     """Of one layer: forward h of o_proj and down_proj, backward dh of gate and up together and of q, k and v together.
 

@@ -74,9 +74,10 @@ def test_xla_reads_the_rows_of_active_tokens_only(slots, features, monkeypatch):
         assert sum(numbers for size, _, numbers in read if size == half) == visits * R * half
 
 
+@pytest.mark.parametrize("tokens", [1, 6], ids=["decode", "prompts"])
 @by_slots
-def test_pallas_copies_each_adapters_true_rank_once(slots, monkeypatch):
-    """Whatever its tokens and the rows of its slot; none of a target that it lacks.  Visits are tiles of tokens."""
+def test_pallas_copies_each_adapters_true_rank_once(slots, tokens, monkeypatch):
+    """Whatever its lanes and the rows of its slot; none of a target that it lacks.  Visits are tiles of tokens."""
     rank = 5 * ROW_TILE
     rng = np.random.default_rng(slots)
     few = rng.choice(slots, 5, replace=False)
@@ -102,7 +103,7 @@ def test_pallas_copies_each_adapters_true_rank_once(slots, monkeypatch):
             self.copy.start()
 
     monkeypatch.setattr(gathered_lora_tpu.pltpu, "make_async_copy", Copy)
-    x = floats(rng, len(slot_T), X)
+    x = floats(rng, len(slot_T) * tokens, X)
     with dispatch.interpreted():
         got = jax.jit(gathered_lora.gathered_lora)(x, rows, jnp.int32(LAYER), slot_T)
     jax.block_until_ready(got)
@@ -110,12 +111,17 @@ def test_pallas_copies_each_adapters_true_rank_once(slots, monkeypatch):
     distinct = sorted({int(s) for s in slot_T if s >= 0})
     tiles = sum(-(-int(own[s]) // ROW_TILE) for own in rank_S for s in distinct)
     assert sum(copied) == 2 * tiles * ROW_TILE  # of A and of B
-    assert not np.asarray(got[0])[slot_T == few[0]].any()
+    assert not np.asarray(got[0])[np.repeat(slot_T == few[0], tokens)].any()
     visits = visits_by_slot(jnp.asarray(slot_T))
-    found = gathered_lora_tpu.visits_of((visits.order_T, visits.slot_T, visits.count_1[0]))
-    count = int(found.count)
-    assert count <= -(-len(slot_T) // gathered_lora_tpu.TOKENS) + len(distinct)
-    assert sorted(set(found.slot_V[:count].tolist())) == distinct
+    order = visits.order_G, visits.slot_G, visits.count_1[0]
+    if tokens == 1:
+        found = gathered_lora_tpu.visits_of(order)
+        assert int(found.count) <= -(-len(slot_T) // gathered_lora_tpu.TOKENS) + len(distinct)
+    else:
+        found = gathered_lora_tpu.visits_of_lanes(order, 3, 2)
+        visited = sorted(found.place_V[: int(found.count)].tolist())
+        assert visited == [6 * lane + place for lane in np.flatnonzero(slot_T >= 0) for place in (0, 2, 4)]
+    assert sorted(set(found.slot_V[: int(found.count)].tolist())) == distinct
 
 
 @pytest.mark.parametrize("features", [X, FEWEST * COLUMNS], ids=["one product", "blocks"])
@@ -133,8 +139,8 @@ def test_no_result_of_the_decode_program_has_a_slot_axis(slots, features):
 
 def test_visits_are_by_slot_and_skip_the_base():
     visits = visits_by_slot(jnp.array([3, -1, 0, 3, -1, 1], jnp.int32))
-    assert visits.order_T.tolist() == [2, 5, 0, 3, 1, 4]
-    assert visits.slot_T.tolist() == [0, 1, 3, 3, -1, -1]
+    assert visits.order_G.tolist() == [2, 5, 0, 3, 1, 4]
+    assert visits.slot_G.tolist() == [0, 1, 3, 3, -1, -1]
     assert visits.count_1.tolist() == [4]
 
 

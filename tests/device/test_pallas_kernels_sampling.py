@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 
 from pallas_kernels.native import library
-from pallas_kernels.sampling.op import FEW_PASSES, FEW_SUMS, Choices, _floor, _in_blocks, draw, draw_reference
+from pallas_kernels.sampling.op import (
+    FEW_PASSES,
+    FEW_SUMS,
+    TILE_ROWS,
+    Choices,
+    _floor,
+    _in_blocks,
+    draw,
+    draw_reference,
+)
 
 
 def body(op, **how):
@@ -18,7 +27,8 @@ def body(op, **how):
 
 
 SEARCHES = {"few passes": FEW_PASSES, "few sums": FEW_SUMS}
-BODIES = {name: body(_in_blocks, search=search) for name, search in SEARCHES.items()}
+GROUPS = {"few passes": TILE_ROWS, "few sums": 1}
+BODIES = {name: body(_in_blocks, search=search, group=GROUPS[name]) for name, search in SEARCHES.items()}
 BODIES["dispatched"] = body(draw, filtered=True)
 V = 700  # two whole blocks and a part of one
 FILTERS = {
@@ -152,7 +162,7 @@ def test_without_filters_both_forms_draw_the_same(search):
     of = choices(uniforms)
     of = replace(of, min_p_B=jnp.where(jnp.arange(40) % 3 == 0, 0.05, 0.0), temperature_B=jnp.linspace(0.2, 2, 40))
     mixed = replace(of, top_k_B=of.top_k_B.at[1].set(3), top_p_B=of.top_p_B.at[2].set(0.5))
-    plain = np.asarray(body(_in_blocks, search=None)(x_BV, of))
+    plain = np.asarray(body(_in_blocks, search=None, group=GROUPS[search])(x_BV, of))
     assert np.asarray(BODIES[search](x_BV, of)).tolist() == plain.tolist()
     others = np.arange(40) > 2
     assert np.asarray(BODIES[search](x_BV, mixed))[others].tolist() == plain[others].tolist()

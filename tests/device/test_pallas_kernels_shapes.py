@@ -124,7 +124,7 @@ def test_the_check_runs_when_traced_and_costs_a_compiled_call_nothing():
         pytest.param(
             gathered_lora.gathered_lora,
             (zeros(4, 8), [of_slots(zeros(1, 2, 3, 8), zeros(1, 2, 3, 5), zeros(1, 2))], 0, zeros(3)),
-            "axis T is 3 in slot_T",
+            "slot_G has 3 lanes, which do not divide the 4 tokens",
             id="gathered_lora",
         ),
         pytest.param(

@@ -27,6 +27,7 @@ from pallas_kernels import dispatch, tiling_tpu
 from pallas_kernels.gathered_lora import pallas_tpu as gathered_lora_tpu
 from pallas_kernels.gathered_lora.op import gathered_lora, gathered_lora_reference
 from pallas_kernels.gathered_lora.pool_rows import PoolRows, of_slots
+from pallas_kernels.gathered_lora.rank_classes import ROW_TILE, first_rows, tile_count
 from pallas_kernels.segmented_lora import pallas_tpu as segmented_lora_tpu
 from pallas_kernels.segmented_lora.op import segmented_lora, segmented_lora_reference
 
@@ -165,10 +166,10 @@ def test_gathered_features_out_in_parts_are_those_of_one(monkeypatch):
     slots = ids(SLOTS["mixed"])
     want = run(x, head, jnp.int32(1), slots)[0]
     fits_in = gathered_lora_tpu._fits_in
-    monkeypatch.setattr(gathered_lora_tpu, "_fits_in", lambda x, rows, width: width == 128 and fits_in(x, rows, width))
+    monkeypatch.setattr(gathered_lora_tpu, "_fits_in", lambda *args: args[-1] == 128 and fits_in(*args))
     with dispatch.interpreted():
         got = jax.jit(lambda *args: gathered(*args))(x, head, jnp.int32(1), slots)[0]
-    assert gathered_lora_tpu._parts(x, [of_slots(*head[0])]) == [0, 128, 256, 300]
+    assert gathered_lora_tpu._parts(x, [of_slots(*head[0])], gathered_lora_tpu.TOKENS) == (0, 128, 256, 300)
     assert_same_bits(got, want)
 
 
@@ -189,6 +190,64 @@ def test_gathered_any_slots(seed, slots):
     for y, (a, b, scale) in zip(got, rows, strict=True):
         want = gathered_lora_reference(x, a[0], b[0], scale[0], ids(slots))
         assert_close(y, want, {"rtol": 1e-4, "atol": 1e-4})  # some draws cancel
+
+
+LANES = {  # slots of lanes, tokens of each
+    "parts of lanes": ([1, -1, 3, 0, 1], 48),
+    "odd": ([2, 2, -1], 5),
+    "nobody": ([-1, -1], 16),
+    "one lane": ([3], 2),
+}
+
+
+@pytest.mark.parametrize(("slots", "tokens"), cases_of_a_body(LANES, "parts of lanes"))
+def test_gathered_of_prompts_equals_oracle_whatever_the_other_slots_hold(slots, tokens, monkeypatch):
+    """Adapters of all ranks, in slots of two sizes that begin inside of tiles; one lacks the first target."""
+    monkeypatch.setattr(gathered_lora_tpu, "MOST_TOKENS", (16,))  # three parts of the longest lane
+    rng = np.random.default_rng(11)
+    x = floats(rng, len(slots) * tokens, X)
+    classes, ranks = ((2, 11), (2, 5)), ([0, 7, 5, 2], [11, 10, 1, 0])
+    own = [[(floats(rng, r, X), floats(rng, r, y)) for r in of] for of, y in zip(ranks, (Y, Y2), strict=True)]
+    scales = [floats(rng, L, S) for _ in own]
+    active = {s for s in slots if s >= 0}
+    rows = [mixed(o, s, classes, active) for o, s in zip(own, scales, strict=True)]
+    with dispatch.interpreted():
+        got = jax.jit(lambda *args: gathered_lora(*args))(x, rows, jnp.int32(1), ids(slots))
+    for y, halves, scale, of in zip(got, own, scales, rows, strict=True):
+        want = np.zeros(y.shape)
+        for t, s in enumerate(np.repeat(slots, tokens)):
+            if s >= 0:
+                a, b = (half.astype("f8") for half in halves[s])
+                want[t] = float(scale[1, s]) * (x[t].astype("f8") @ a.T) @ b
+        assert_close(y, want, {"rtol": 1e-4, "atol": 1e-4})
+        plain = jax.jit(lambda *args: gathered_lora(*args))(x, [of], jnp.int32(1), ids(slots))[0]
+        assert_close(plain, want, {"rtol": 1e-4, "atol": 1e-4})
+
+
+def mixed(halves, scale_LS, classes, keep):
+    """The second of two layers of a pool: only the own rows of the slots of `keep` are numbers."""
+    count = tile_count(classes) * ROW_TILE
+    a, b = (np.full((L, count, half.shape[1]), np.nan, np.float32) for half in halves[0])
+    for slot, first in enumerate(first_rows(classes)):
+        for whole, half in zip((a, b), halves[slot], strict=True):
+            if slot in keep:
+                whole[1, first : first + len(half)] = half
+    a, b = (half.reshape(L, -1, ROW_TILE, half.shape[2]) for half in (a, b))
+    rank_S = np.array([len(half) for half, _ in halves], np.int32)
+    return PoolRows(a_LNRX=a, b_LNRY=b, scale_LS=scale_LS, rank_S=rank_S, classes=classes)
+
+
+@pytest.mark.parametrize("poison", cases_of_a_body({str(s): s for s in range(S)}, "2"))
+def test_gathered_nan_of_one_tenants_prompt_stays_in_its_lanes(poison):
+    x, rows = pool(12)
+    x, slots = np.repeat(x, 3, axis=0), ids(SLOTS["mixed"])
+    clean = run(x, rows, jnp.int32(0), slots)
+    x[6:9] = np.nan  # the lane of the base
+    got = run(x, without(rows, set(range(S)) - {poison}, 0), jnp.int32(0), slots)
+    others = np.repeat(slots != poison, 3)
+    for g, c in zip(got, clean, strict=True):
+        assert_same_bits(g[others], c[others])
+        assert np.isnan(g[~others]).all()
 
 
 # ---- segmented --------------------------------------------------------------------------------------------------------

@@ -31,8 +31,8 @@ def test_on_an_h100_each_choice_is_one_graph_that_reads_the_logits_a_few_times(t
 
 @pytest.mark.aot
 def test_on_a_tpu_a_choice_holds_no_logits_beside_the_chips_own():
-    """It takes the logits onto the chip once and gives them another layout there twice, for blocks of tokens."""
+    """It takes the logits onto the chip once, and blocks of tokens are told apart in the layout that they have there."""
     with chips("v5e") as devices:
         compiled = choice(make_mesh(devices=devices[:1]), Work.FILTERED).compile()
-    assert readers(compiled) == {"fusion": READS[Work.FILTERED], "reshape": 1, "copy": 1}
+    assert readers(compiled) == {"fusion": READS[Work.FILTERED]}
     assert compiled.memory_analysis().temp_size_in_bytes < HELD

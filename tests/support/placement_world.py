@@ -44,6 +44,16 @@ def decode(placement: Placement | None, interpreted: bool):
         return step(floats(rng, T, DECODE_X), rows, jnp.int32(1), slots)
 
 
+def prompts(placement: Placement | None, interpreted: bool):
+    """What both targets add to four lanes of eight tokens, one of them of the base model."""
+    rng = np.random.default_rng(5)
+    rows = [(floats(rng, L, S, R, X), floats(rng, L, S, R, y), floats(rng, L, S)) for y in WIDTHS]
+    slots = np.array([2, -1, 0, 2], np.int32)
+    with dispatch.interpreted() if interpreted else contextlib.nullcontext():
+        step = jax.jit(lambda *args: gathered(*args, placement=placement))
+        return step(floats(rng, G * J, X), rows, jnp.int32(1), slots)
+
+
 def train(placement: Placement | None, interpreted: bool):
     """What both targets add to four lanes, and all gradients."""
     rng = np.random.default_rng(1)
@@ -152,6 +162,11 @@ def main(interpreted: bool) -> None:
             {"rows": ("data", "fsdp"), "y": "tensor"},
             {"rows": ("data", "fsdp"), "x": "tensor"},
             {"rows": ("data", "fsdp"), "x": "tensor", "apart": True},
+            {},
+        ],
+        prompts: [
+            {"rows": ("data", "fsdp"), "y": "tensor"},
+            {"rows": ("data", "fsdp"), "x": "tensor"},
             {},
         ],
         train: [

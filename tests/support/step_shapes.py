@@ -164,12 +164,13 @@ def update(mesh: Mesh, spec: PoolSpec, moments: str) -> tuple[jax.stages.Compile
     return jax.jit(step, donate_argnums=0, out_shardings=out).lower(states, (due,)).compile(), rows
 
 
-def moved(rows: Rows, compiled: jax.stages.Compiled) -> Counter:
+def moved(rows: Rows | ServingPool, compiled: jax.stages.Compiled) -> Counter:
     """How many arrays of all slots each kind of instruction reads and writes, those that an update's kernels alias too.
 
     A fusion reads what it is given, in which it takes one slot's part; what it computes inside is not counted.
     """
-    sizes = {"f32[" + ",".join(map(str, x.shape)) + "]" for x in parts(rows)}
+    kinds = {"float32": "f32", "bfloat16": "bf16"}
+    sizes = {f"{kinds[x.dtype.name]}[{','.join(map(str, x.shape))}]" for x in parts(rows)}
     hands_on = {"parameter", "get-tuple-element", "tuple", "while", "bitcast", "call", "conditional", "opt-barrier"}
     text, found = compiled.as_text(), Counter()
     fused = set(re.findall(r"calls=%?([^,\s]+)", text)) | set(re.findall(r"to_apply=%?([^,\s]+)", text))

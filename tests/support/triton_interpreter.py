@@ -160,21 +160,26 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.write_line(f"kernels: {' '.join(sorted(set(CALLS)))}")
 
 
-def count_reads() -> int:
-    """How many cases read the rows of each adapter's rank once, no others, and the tokens with an adapter once."""
+def count_reads(tokens: int) -> int:
+    """How many cases read the rows of each adapter's rank, no others, and the tokens with an adapter once.
+
+    tokens: of a lane.  Where it is 1 an adapter's rows are read once, else once by each of its lanes, which are of one tile.
+    """
     for case in (counts.case(slots) for slots in counts.SLOTS):
+        case = np.repeat(case[0], tokens, axis=0), *case[1:]
         INPUTS.clear()
         with dispatch.interpreted():
             jax.block_until_ready(jax.jit(gathered_lora.gathered_lora)(*case))
         adapters, _ = counts.expected(case[3])
+        lanes = {slot: 1 if tokens == 1 else int((case[3] == slot).sum()) for _, slot in adapters}
         (x, _, _, _, _, a, _), (_, _, _, _, _, b, _, _) = INPUTS
         ranks = np.asarray(case[1][0].rank_S)
         for half in (a, b):
             wanted = np.zeros((counts.L, len(ranks), counts.R, half.shape[3]), int)
             for layer, slot in adapters:
-                wanted[layer, slot, : ranks[slot]] = 1
+                wanted[layer, slot, : ranks[slot]] = lanes[slot]
             assert (half == wanted.reshape(half.shape)).all()
-        assert (x == (case[3] >= 0)[:, None]).all()
+        assert (x == np.repeat(case[3] >= 0, tokens)[:, None]).all()
     return len(counts.SLOTS)
 
 
@@ -248,4 +253,4 @@ def count_pages() -> int:
 if __name__ == "__main__":
     interpret_triton()
     placement_world.main(interpreted=True)
-    print(count_reads(), count_blocks(), count_pages())
+    print(count_reads(1), count_reads(5), count_blocks(), count_pages())

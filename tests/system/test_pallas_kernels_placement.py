@@ -178,4 +178,4 @@ def test_numbers_are_those_of_one_device(bodies):
     command = [sys.executable, "-W", "error", str(TESTS / "placement_world.py"), bodies]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.split() == ["13"]
+    assert done.stdout.split() == ["16"]
