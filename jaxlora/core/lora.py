@@ -151,8 +151,9 @@ def check_name(name: str, what: str) -> str:
 class AdapterWeights:
     """Weights and specification of an adapter on the host, which has no name and no version yet.
 
-    weights: target → (a_LRX, b_LRY), R = spec.max_rank, float32; bfloat16 where only a server reads them.  Rows past a module's own rank, and modules that are
-    not adapted, are zero in both.  L is 1 for lm_head.  lm_head is [1, R, d_model] and [1, R, vocab].
+    weights: target → (a_LRX, b_LRY), R = spec.max_rank, float32; bfloat16 where only a server reads them.  Rows past a
+    module's own rank, and modules that are not adapted, are zero in both.  L is 1 for lm_head.  lm_head is [1, R, d_model]
+    and [1, R, vocab].
     """
 
     spec: LoraSpec

@@ -12,6 +12,7 @@ Shape letters: L layers, S slots, N tiles of R rank rows (of one slot's Rows: it
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -164,7 +165,24 @@ def read_slot(pool: ServingPool, slot: jax.Array, owned: int) -> Rows:
     return {target: take(whole) for target, whole in pool.items()}
 
 
-class PoolLora:
+class _InPool(ABC):
+    """Adapted linears that read the pool layer by layer."""
+
+    pool: ServingPool
+    per_layer: np.ndarray  # constants where layers are unrolled
+
+    def deltas(self, layer: jax.Array, targets: tuple[str, ...], x_TX: jax.Array) -> tuple[jax.Array | None, ...]:
+        """Returns [T, Y] per target, None where the pool lacks it."""
+        have = [t for t in targets if t in self.pool]
+        got = dict(zip(have, self.product(layer, have, x_TX), strict=True)) if have else {}
+        return tuple(got.get(t) for t in targets)
+
+    @abstractmethod
+    def product(self, layer: jax.Array, targets: Sequence[str], x_TX: jax.Array) -> tuple[jax.Array, ...]:
+        """Returns [T, Y] per target, all of which the pool has.  The head's layer is 0."""
+
+
+class PoolLora(_InPool):
     """Adapted linears of a step: lanes of as many tokens each, one slot a lane.  The pool is read layer by layer, in place.
 
     Where a mesh splits features over the axes of lanes too, prompts take a layer's rows by lane as it runs.
@@ -175,16 +193,10 @@ class PoolLora:
     ):
         """tokens: of a lane.  A pool without targets adds nothing, and the program has no LoRA."""
         self.pool, self.slot_G, self.layout = pool, slot_G, layout
-        self.per_layer = np.arange(layers, dtype=np.int32)  # constants where layers are unrolled
+        self.per_layer = np.arange(layers, dtype=np.int32)
         self._decodes = tokens == 1
         # All targets split their features over the same axes, so the tokens of all are split alike.
         self._visits = visits_by_slot(slot_G, next((self._placement(target) for target in pool), None))
-
-    def deltas(self, layer: jax.Array, targets: tuple[str, ...], x_TX: jax.Array) -> tuple[jax.Array | None, ...]:
-        """Returns [T, Y] per target, None where the pool lacks it."""
-        have = [t for t in targets if t in self.pool]
-        got = dict(zip(have, self.product(layer, have, x_TX), strict=True)) if have else {}
-        return tuple(got.get(t) for t in targets)
 
     def product(self, layer: jax.Array, targets: Sequence[str], x_TX: jax.Array) -> tuple[jax.Array, ...]:
         """Returns [T, Y] per target, all of which the pool has, of as many tokens a lane.  The head's layer is 0."""
@@ -208,19 +220,13 @@ class PoolLora:
         return self.layout.tokens(target) if self._decodes else self.layout.lanes(target)
 
 
-class MixedLora:
+class MixedLora(_InPool):
     """Adapted linears of lanes of prompt chunks and, after them, of decode rows: each part as `PoolLora` has it alone."""
 
     def __init__(self, prompts: PoolLora, rows: PoolLora):
         """rows: of one token a lane.  Both read one pool."""
-        self.per_layer = prompts.per_layer
+        self.pool, self.per_layer = rows.pool, prompts.per_layer
         self._prompts, self._rows = prompts, rows
-
-    def deltas(self, layer: jax.Array, targets: tuple[str, ...], x_TX: jax.Array) -> tuple[jax.Array | None, ...]:
-        """Returns [T, Y] per target, None where the pool lacks it."""
-        have = [t for t in targets if t in self._rows.pool]
-        got = dict(zip(have, self.product(layer, have, x_TX), strict=True)) if have else {}
-        return tuple(got.get(t) for t in targets)
 
     def product(self, layer: jax.Array, targets: Sequence[str], x_TX: jax.Array) -> tuple[jax.Array, ...]:
         """Returns [T, Y] per target, all of which the pool has; the rows' tokens are the last of T."""

@@ -246,6 +246,8 @@ class OutputProcessor:
 
 
 def _logprob(out: StepOutput, row: int, count: int) -> TokenLogprob:
+    assert out.top_token_BM is not None, "this row asked for them"
+    assert out.top_logprob_BM is not None
     top = _pairs(out.top_token_BM[row], out.top_logprob_BM[row], count)
     return TokenLogprob(token=int(out.token_B[row]), logprob=float(out.logprob_B[row]), top=top)
 

@@ -78,14 +78,15 @@ class PromptScores:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class StepOutput:
-    """One token per row, and its score (raw float32 log-softmax, before any edit)."""
+    """One token per row, and its score (raw float32 log-softmax, before any edit): what the host reads of a step."""
 
     token_B: jax.Array  # int32
     logprob_B: jax.Array  # float32
-    total_B: jax.Array  # float32 log of the sum of the logits' exponentials
     finite_B: jax.Array  # bool: all logits of the row were finite
-    top_token_BM: jax.Array  # int32, best first; zeros where no row asked
-    top_logprob_BM: jax.Array  # float32
+    top_token_BM: jax.Array | None = (
+        None  # int32, best first; where no row asked none, or zeros of one program that does all
+    )
+    top_logprob_BM: jax.Array | None = None  # float32
     scores: PromptScores | None = None  # of a step of prompt chunks
 
 
@@ -107,10 +108,12 @@ class Work(enum.IntEnum):
         return Work.DRAWN if (batch.temperature_B > 0).any() else Work.GREEDY
 
 
-def choose(logits_BV: jax.Array, edits: LogitEdits | None, batch: SamplingBatch, work: Work) -> StepOutput:
+def choose(
+    logits_BV: jax.Array, edits: LogitEdits | None, batch: SamplingBatch, work: Work
+) -> tuple[StepOutput, jax.Array]:
     """Samples the next token of each float32 row as `sample` does, without a branch; reports no alternatives.
 
-    edits: of EDITED alone.
+    edits: of EDITED alone.  Returns (output, float32 [B] the logarithms of the sums of the logits' exponentials).
     """
     raw = row_summary(logits_BV)
     x_BV, of_x = logits_BV, raw
@@ -126,7 +129,7 @@ def choose(logits_BV: jax.Array, edits: LogitEdits | None, batch: SamplingBatch,
         )
     if edits is not None:
         logit_B = _at(logits_BV, token_B)
-    return _output(raw, token_B, logit_B, no_alternatives(logits_BV))
+    return _output(raw, token_B, logit_B), raw.logsumexp_T
 
 
 def sample(logits_BV: jax.Array, edits: LogitEdits, batch: SamplingBatch) -> StepOutput:
@@ -150,14 +153,14 @@ def sample(logits_BV: jax.Array, edits: LogitEdits, batch: SamplingBatch) -> Ste
         lambda: best_alternatives(logits_BV, raw.logsumexp_T),
         lambda: no_alternatives(logits_BV),
     )
-    return _output(raw, token_B, _at(logits_BV, token_B), alternatives)
+    return _output(raw, token_B, _at(logits_BV, token_B), *alternatives)
 
 
 Alternatives = tuple[jax.Array, jax.Array]  # int32 [B, M] tokens, best first; float32 [B, M] raw log-probabilities
 
 
 def best_alternatives(logits_BV: jax.Array, total_B: jax.Array) -> Alternatives:
-    """Returns each row's likeliest tokens.  total_B: `StepOutput.total_B`."""
+    """Returns each row's likeliest tokens.  total_B: float32 logarithm of the sum of the row's exponentials."""
     value_BM, token_BM = top_k(logits_BV, min(MAX_TOP_LOGPROBS, logits_BV.shape[1]))
     return token_BM, value_BM - total_B[:, None]
 
@@ -168,12 +171,16 @@ def no_alternatives(logits_BV: jax.Array) -> Alternatives:
     return jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
 
 
-def _output(raw: RowSummary, token_B: jax.Array, logit_B: jax.Array, alternatives: Alternatives) -> StepOutput:
-    top_token_BM, top_logprob_BM = alternatives
+def _output(
+    raw: RowSummary,
+    token_B: jax.Array,
+    logit_B: jax.Array,
+    top_token_BM: jax.Array | None = None,
+    top_logprob_BM: jax.Array | None = None,
+) -> StepOutput:
     return StepOutput(
         token_B=token_B,
         logprob_B=logit_B - raw.logsumexp_T,
-        total_B=raw.logsumexp_T,
         finite_B=raw.finite_T,
         top_token_BM=top_token_BM,
         top_logprob_BM=top_logprob_BM,

@@ -297,10 +297,11 @@ def _packed_step(
 
 def _packed_choice(
     logits_BV: jax.Array, newest_B: jax.Array, packed: PackedBatches, edits: LogitEdits | None, work: Work
-) -> tuple[jax.Array, StepOutput]:
+) -> tuple[jax.Array, StepOutput, jax.Array]:
+    """Returns (newest tokens, output, `best_alternatives`' total)."""
     batches = [one.unpack() for one in packed]
-    out = choose(logits_BV, edits, _joined([batch.sampling for batch in batches]), work)
-    return keep_newest(newest_B, _joined([batch.place_G for batch in batches]), out.token_B), out
+    out, total_B = choose(logits_BV, edits, _joined([batch.sampling for batch in batches]), work)
+    return keep_newest(newest_B, _joined([batch.place_G for batch in batches]), out.token_B), out, total_B
 
 
 def _packed_scores(base: Base, pool: ServingPool, x_GJD: jax.Array, packed: PackedBatch) -> PromptScores:
@@ -375,9 +376,9 @@ class StepPrograms:
             return kv, newest_B, out
         kv, computed = self.step(base, pool, kv, newest_B, packed, None)
         asked = edits if needs.work is Work.EDITED else None
-        newest_B, out = self.choice(computed.logits_BV, newest_B, packed, asked, needs.work)
+        newest_B, out, total_B = self.choice(computed.logits_BV, newest_B, packed, asked, needs.work)
         if needs.alternatives:
-            top_token_BM, top_logprob_BM = self.alternatives(computed.logits_BV, out.total_B)
+            top_token_BM, top_logprob_BM = self.alternatives(computed.logits_BV, total_B)
             out = replace(out, top_token_BM=top_token_BM, top_logprob_BM=top_logprob_BM)
         if needs.scores:
             out = replace(out, scores=self.scores(base, pool, computed.x_GJD, packed[0]))

@@ -115,8 +115,8 @@ class FakeDevice:
 
     def output(self, token_G: np.ndarray) -> StepOutput:
         zero_G, top_GM = np.zeros(len(token_G), np.float32), np.zeros((len(token_G), 20), np.int32)
-        names = ("token_B", "logprob_B", "total_B", "finite_B", "top_token_BM", "top_logprob_BM")
-        values = (token_G, zero_G, zero_G, zero_G == 0, top_GM, top_GM.astype(np.float32))
+        names = ("token_B", "logprob_B", "finite_B", "top_token_BM", "top_logprob_BM")
+        values = (token_G, zero_G, zero_G == 0, top_GM, top_GM.astype(np.float32))
         return StepOutput(**{n: Unread(self.log, self.launches, x) for n, x in zip(names, values, strict=True)})
 
 
