@@ -34,7 +34,7 @@ from jaxlora.model.lora_pool import PoolSpec
 from jaxlora.model.machine import machine_of, memory_errors
 from jaxlora.model.memory_needs import BaseShape, decode_bytes, pool_bytes, prefill_bytes, slot_bytes, training_needs
 from jaxlora.model.mesh import make_mesh
-from jaxlora.model.serving_pool import empty_serving_pool
+from jaxlora.model.serving_pool import empty_serving_pool, pool_shapes
 from serve.cli.main import app
 from serve.engine.logit_edits import LogitEdits
 from serve.engine.step import PackedBatch, StepBatch, StepPrograms
@@ -191,7 +191,7 @@ def test_the_arrays_of_a_step_are_about_what_the_plan_says(monkeypatch):
     # Natively, a draw holds no logits of its own, and rows of adapters are read in place: less than the plan, which holds for both.
     assert 0.3 < _temporary(decode) / decode_bytes(step_shapes.ROWS, shape, machine) < 1.1
     spec = PoolSpec(slots=8, rank=step_shapes.RANK, dtype="bfloat16", targets=ALL_TARGETS)
-    rows, batch = step_shapes.pool(mesh, spec), StepBatch.idle(8, 32, 4)
+    rows, batch = pool_shapes(step_shapes.SMOLLM2, spec, mesh), StepBatch.idle(8, 32, 4)
     edits = step_shapes.lanes(mesh, LogitEdits.idle(8, 512, step_shapes.SMOLLM2.vocab))
     packed = (step_shapes.lanes(mesh, PackedBatch.of(batch)),)
     newest = step_shapes.newest(mesh, 8)
