@@ -296,7 +296,7 @@ HEAD_KERNELS = {"target_logprob", "target_logprob_back"}
 @pytest.mark.parametrize(
     ("name", "kernels", "passed"),
     [
-        ("test_pallas_kernels_tpu_bodies", LORA_KERNELS, 33),
+        ("test_pallas_kernels_tpu_bodies", LORA_KERNELS, 36),
         ("test_pallas_kernels_attention_tpu", ATTENTION_KERNELS | {"paged_attention_join"}, 67),
         ("test_pallas_kernels_cross_entropy_bodies", LANE_KERNELS | HEAD_KERNELS, 66),
         ("test_pallas_kernels_adamw", {"adamw"}, 6),
