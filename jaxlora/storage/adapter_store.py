@@ -257,7 +257,6 @@ class AdapterStore:
         dtype: float32, as it was put; bfloat16 is that, rounded, which RAM then holds in its place, in half of the bytes.
         Raises AdapterNotFound, StorageFailed when the version on disk is damaged, for bfloat16 AdapterNotFinite.
         """
-
         adapter = None
         while adapter is None or adapter.dtype != dtype:  # a load that others began may be of another dtype
             adapter = self._loads.get(ref, lambda: self._held(ref, dtype), lambda: self._made(ref, dtype))
@@ -267,7 +266,9 @@ class AdapterStore:
         """Returns the version in RAM, if it is there in one of these dtypes, or None.  Raises AdapterNotFound."""
         with self._state:
             found = self._ram.orphan(ref)
-            if found is None or found.dtype not in dtypes:
+            if found is None or (
+                found.dtype not in dtypes and found.dtype != "float32"
+            ):  # what is asked for can be made of that
                 self._check_visible(ref)
                 found = self._ram.find(ref)
             return None if found is None or found.dtype not in dtypes else found

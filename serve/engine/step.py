@@ -151,9 +151,7 @@ class PackedBatch:
         return self.layout.unpack(jnp.asarray(self.words_GW))
 
 
-PackedBatches = tuple[
-    PackedBatch, ...
-]  # of one program: prompt chunks, decode rows, or first the one and then the other
+PackedBatches = tuple[PackedBatch, ...]  # of one program: prompt chunks, decode rows, or these after those
 
 
 @jax.tree_util.register_dataclass

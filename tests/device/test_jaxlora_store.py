@@ -234,6 +234,20 @@ def test_a_borrower_keeps_what_is_served_of_a_deleted_version(open_store):
     assert store.host_memory().aside == 0
 
 
+def test_a_borrower_is_served_a_deleted_version_that_was_held_as_it_was_put(open_store):
+    store = open_store()
+    adapter = put(store)
+    store.flush()
+    store.borrow(adapter.ref)
+    store.delete("acme", "bot")
+    assert same(store.get(adapter.ref, "bfloat16"), adapter.rounded())
+    assert same(store.get(adapter.ref), adapter)
+    store.give_back(adapter.ref)
+    with pytest.raises(AdapterNotFound):
+        store.get(adapter.ref, "bfloat16")
+    assert store.host_memory().aside == 0
+
+
 def test_many_askers_cause_one_load(open_store, monkeypatch):
     store = open_store(host_bytes=LARGE)
     adapter = put(store)
