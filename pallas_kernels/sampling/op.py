@@ -179,8 +179,8 @@ class _Range:
 def _floor(x_BV: jax.Array, most_B: jax.Array, choices: Choices, search: Search) -> jax.Array:
     """Returns float32 [B]: the smallest logit that top-k, then top-p of the rest keep.
 
-    Each pass tries `search.wide` - 1 thresholds of each, in one reduction.  How much top-p must keep is known as well as what top-k
-    keeps.  The last range's lower end is kept, so that a row keeps what it should and what lies in the same last part:
+    Each pass tries `search.wide` - 1 thresholds of each, in one reduction.  How much top-p must keep is known as well as what
+    top-k keeps.  The last range's lower end is kept, so that a row keeps what it should and what lies in the same last part:
     1 / wide**passes of the range, which leaves out only what is never drawn.  The best logit alone is told exactly.
     """
     V, wide, N, temperature_B = x_BV.shape[1], search.wide, search.wide - 1, _temperature(choices)

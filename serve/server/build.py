@@ -318,7 +318,7 @@ def open_store(config: SizedConfig, instance: Instance | None = None) -> Adapter
 def with_store_classes(config: SizedConfig, opened: Opened, store: AdapterStore) -> SizedConfig:
     """Returns the settings with slots of several ranks, in the same memory, where they are chosen by what the store holds.
 
-    Says in the log what was chosen.  Reads the description of each adapter, a fifth of a millisecond each.
+    Says in the log what was chosen.  Reads the description of each adapter.
     """
     if not config.classes_from_store or (config.tuning.pin and config.tuning.active_slots is not None):
         return config
