@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import threading
 import time
 from collections import OrderedDict
@@ -53,6 +54,7 @@ JSON_FORM = {
     "lenient": False,
     "coerce_one_of": False,
 }
+JSON_LEXEME = re.compile(r'"[^"]*"|[{}]|[:,] ')
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +66,7 @@ class GrammarSource:
     text: str  # JSON of a schema, of a list of strings or of calls, a regular expression, a grammar
     param: str  # the field of the request, for messages
     compact: bool = False  # JSON without any white space
+    answer: GrammarSource | None = None  # beside calls: a JSON schema of what may stand there instead of them
 
 
 class Grammar:
@@ -130,7 +133,7 @@ class Grammars:
         self._threads = TenantThreads(THREADS, "grammar")
         self._lock = threading.Lock()  # over the two below
         self._built: LLTokenizer | None = None
-        self._kept: OrderedDict[tuple[str, str, bool], Grammar] = OrderedDict()  # the one used last is last
+        self._kept: OrderedDict[tuple[object, ...], Grammar] = OrderedDict()  # the one used last is last
 
     async def compile(self, source: GrammarSource, tenant: str) -> Grammar:
         """Compiles a grammar, off the loop's thread; one of each tenant at a time.
@@ -148,7 +151,7 @@ class Grammars:
 
     def compile_now(self, source: GrammarSource) -> Grammar:
         """Compiles a grammar on this thread.  Raises InvalidRequest."""
-        key = source.kind, source.text, source.compact
+        key = source.kind, source.text, source.compact, source.answer
         with self._lock:
             if key in self._kept:
                 self._kept.move_to_end(key)
@@ -199,18 +202,29 @@ def _written(source: GrammarSource) -> str:
 
     if (size := len(source.text.encode())) > MAX_SOURCE_BYTES:
         raise refuse(f"has {size} bytes; at most {MAX_SOURCE_BYTES} are compiled")
+    if source.answer is not None and (error := LLMatcher.validate_grammar(_written(source.answer))):
+        raise InvalidRequest(f"{source.answer.param} cannot be used: {_line(error)}", param=source.answer.param)
     if source.kind == "regex":
         return LLMatcher.grammar_from_regex(source.text)
     for word, instead in (("%json", "give a JSON schema by itself"), ("%llguidance", "leave it out")):
         if source.kind == "grammar" and word in source.text:
             raise refuse(f"must not hold {word}; {instead}")
     if source.kind == "calls":
-        return _calls(json.loads(source.text), refuse)
-    if source.kind != "json":
-        try:
-            return NO_FORCING * (source.kind == "grammar") + grammar_from(source.kind, source.text).removeprefix(HEADER)
-        except ValueError as error:
-            raise refuse(f"cannot be used: {str(error)[:200]}") from None
+        return _calls(json.loads(source.text), refuse, None if source.answer is None else _json(source.answer))
+    if source.kind == "json":
+        return LLMatcher.grammar_from_json_schema(json.dumps(_json(source)))
+    try:
+        return NO_FORCING * (source.kind == "grammar") + grammar_from(source.kind, source.text).removeprefix(HEADER)
+    except ValueError as error:
+        raise refuse(f"cannot be used: {str(error)[:200]}") from None
+
+
+def _json(source: GrammarSource) -> dict[str, object]:
+    """Returns the JSON schema, with how its white space is written.  Raises InvalidRequest."""
+
+    def refuse(why: str) -> InvalidRequest:
+        return InvalidRequest(f"{source.param} {why}", param=source.param)
+
     try:
         schema = json.loads(source.text)
     except (ValueError, RecursionError):
@@ -219,7 +233,7 @@ def _written(source: GrammarSource) -> str:
         raise refuse("must be a JSON schema: an object")
     _check_multiples(schema, refuse)
     form = JSON_FORM | ({"item_separator": ",", "key_separator": ":"} if source.compact else {})
-    return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=form)  # ty: ignore[invalid-argument-type]
+    return schema | {"x-guidance": form}
 
 
 def _check_multiples(schema: object, refuse: Callable[[str], InvalidRequest]) -> None:
@@ -227,14 +241,14 @@ def _check_multiples(schema: object, refuse: Callable[[str], InvalidRequest]) ->
         raise refuse(f"asks for multipleOf numbers whose product is over {MAX_MULTIPLE}; use smaller ones")
 
 
-def _calls(said: dict, refuse: Callable[[str], InvalidRequest]) -> str:
+def _calls(said: dict, refuse: Callable[[str], InvalidRequest], answer: dict[str, object] | None) -> str:
     """Returns the Lark grammar of calls.
 
     said: `calls`, each with its `opening` up to the arguments and their `schema`; `closing` after them; `begin`, the mark
     that a call begins with, if there is one; `free`, whether text may stand instead of calls and before them; `many`,
-    whether there may be several.
+    whether there may be several.  answer: the schema of what may stand instead of calls; with it no other text may.
     """
-    begin, free, closing = said["begin"], said["free"], json.dumps(said["closing"])
+    begin, free, closing = said["begin"], said["free"] and answer is None, json.dumps(said["closing"])
     names = " | ".join(f"call_{i}" for i in range(len(said["calls"])))
     rules = ["%llguidance {}", f"call: {names}"]
     if free and begin:
@@ -244,10 +258,15 @@ def _calls(said: dict, refuse: Callable[[str], InvalidRequest]) -> str:
     elif free:
         rules += [r"OTHER: /([^{ \t\r\n](.|\n)*)?/", "start: call | OTHER"]
     else:
-        rules.append(r'start: call ("\n" call)*' if said["many"] else "start: call")
+        calls = r'call ("\n" call)*' if said["many"] else "call"
+        rules.append(f"start: {calls}" if answer is None else f"start: {calls} | answer")
+    if answer is not None:
+        rules.append(f"answer: %json {json.dumps(answer)}")
     for i, call in enumerate(said["calls"]):
         _check_multiples(call["schema"], refuse)
         opening = json.dumps(call["opening"].removeprefix(begin) if free else call["opening"])
+        if not begin:  # as the lexemes of JSON: an answer may begin alike, and the lexer does not go back
+            opening = " ".join(json.dumps(lexeme) for lexeme in JSON_LEXEME.findall(call["opening"]))
         rules.append(f"call_{i}: {'head ' if free and begin else ''}{opening} arguments_{i} {closing}")
         rules.append(f"arguments_{i}: %json {json.dumps(call['schema'] | {'x-guidance': JSON_FORM})}")
     return "\n".join(rules)
@@ -274,5 +293,9 @@ def _multiples(schema: object) -> int:
 
 
 def _said(matcher: LLMatcher) -> str:
+    return _line(matcher.get_error())
+
+
+def _line(error: str) -> str:
     """Returns the library's reason in one line."""
-    return matcher.get_error().strip().split("\n")[0][:300]
+    return error.strip().split("\n")[0][:300]

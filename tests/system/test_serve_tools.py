@@ -30,6 +30,10 @@ def function(name="weather", parameters=CITY, **fields):
     return {"type": "function", "function": {"name": name, "parameters": parameters} | fields}
 
 
+def json_format(schema):
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+
+
 def call(name, arguments, form=TAGGED):
     return form.opening(name) + json.dumps(arguments) + form.closing
 
@@ -156,6 +160,24 @@ WRONG = call("weather", {"town": 1})
             [WRONG, call("drop", {})],
             id="strict",
         ),
+        pytest.param(
+            {"response_format": json_format(CITY)},
+            ['{"city": "Paris"}', PARIS, f"{PARIS}\n{TIME}", WRONG],
+            ["", "hi", '{"town": 1}', f'{PARIS}\n{{"city": "Paris"}}', f'{{"city": "Paris"}}\n{PARIS}'],
+            id="or_json",
+        ),
+        pytest.param(
+            {"response_format": {"type": "json_object"}, "parallel_tool_calls": False},
+            ['{"town": 1}', TIME],
+            ["hi", f"{PARIS}\n{TIME}"],
+            id="one_or_json",
+        ),
+        pytest.param(
+            {"response_format": json_format(CITY), "tool_choice": "required"},
+            [PARIS, TIME],
+            ['{"city": "Paris"}', WRONG],
+            id="required_beside_json",
+        ),
     ],
 )
 def test_the_grammar_holds_the_answer_to_what_was_chosen(client, calling, changes, good, bad):
@@ -173,6 +195,10 @@ def test_a_base_that_writes_calls_bare(client, calling):
     assert [matches(calling, t) for t in (paris, "hi", paris + paris)] == [True, False, False]
     ask(client, parallel_tool_calls=False)
     assert [matches(calling, t) for t in (paris, "hi", paris + paris)] == [True, True, False]
+    calling.reply = lambda request: '{"name": "Paris"}'
+    answer = ask(client, response_format={"type": "json_object"}).choices[0]
+    assert (answer.message.content, answer.finish_reason) == ('{"name": "Paris"}', "stop")
+    assert [matches(calling, t) for t in (paris, '{"name": "Paris"}', "hi")] == [True, True, False]
 
 
 def test_tools_that_must_not_be_called_are_not_shown(client, calling):
@@ -221,8 +247,16 @@ BAD = {
         "unsupported_parameter",
         "tool_choice.type",
     ),
-    "with_format": ({"response_format": {"type": "json_object"}}, "invalid_value", "response_format"),
-    "with_structured": ({"extra_body": {"structured_outputs": {"regex": "a"}}}, "invalid_value", "structured_outputs"),
+    "with_regex": (
+        {"extra_body": {"structured_outputs": {"regex": "a"}}},
+        "unsupported_parameter",
+        "structured_outputs.regex",
+    ),
+    "schema_beside": (
+        {"response_format": json_format({"type": "cat"})},
+        "invalid_value",
+        "response_format.json_schema.schema",
+    ),
     "calls_of_a_user": (
         {
             "messages": [

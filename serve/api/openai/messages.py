@@ -176,12 +176,13 @@ def tool_use(
     choice: tuple[ToolChoiceMode, str | None],
     parallel: bool | None,
     tokenizer: Tokenizer,
-    form_field: str | None,
+    answer: GrammarSource | None,
 ) -> ToolUse | None:
     """What may be called; None for nothing.
 
-    choice: see `chosen`.  form_field: the field that asks for another form of the answer, if one does.
-    Raises InvalidRequest where the choice names no function of the list, UnsupportedParameter where the base writes no calls.
+    choice: see `chosen`.  answer: what an answer without calls must look like, if something is said of it.
+    Raises InvalidRequest where the choice names no function of the list, UnsupportedParameter where the base writes no calls
+    and for an answer that is not JSON.
     """
     mode, wanted = choice
     names = [f.name for f in functions]
@@ -194,21 +195,22 @@ def tool_use(
     if not functions or mode == "none":
         return None
     form = need_form(tokenizer, "tools")
-    if form_field is not None:
-        raise InvalidRequest(
-            f"{form_field} and tools both say what the answer looks like; give one of them, or tool_choice: none",
-            param=form_field,
+    if answer is not None and answer.kind != "json":
+        raise UnsupportedParameter(
+            f"{answer.param} and tools cannot stand together; ask for a JSON schema in its place, leave it out, or give "
+            "tool_choice: none",
+            param=answer.param,
         )
     offered = [f for f in functions if wanted in (None, f.name)]
     free = mode == "auto"
     many = parallel is not False and wanted is None and bool(form.begin)
-    # A free answer needs a grammar where it could break a promise: one call only, or arguments as the schema says.
-    bound = not free or parallel is False or any(f.strict for f in functions)
+    # A free answer needs a grammar where it could break a promise: one call only, or JSON as a schema says.
+    bound = not free or parallel is False or any(f.strict for f in functions) or answer is not None
     return ToolUse(
         form=form,
         shown=[shown(f) for f in functions],
         names=frozenset(f.name for f in offered),
-        grammar=calls_source(form, offered, free=free, many=many) if bound else None,
+        grammar=calls_source(form, offered, free=free, many=many, answer=answer) if bound else None,
     )
 
 
@@ -218,8 +220,13 @@ def shown(function: Function) -> Turn:
     return {"type": "function", "function": fields}
 
 
-def calls_source(form: CallForm, functions: Sequence[Function], *, free: bool, many: bool) -> GrammarSource:
-    """The grammar of an answer of calls.  free: text may stand there instead, and between; many: several calls."""
+def calls_source(
+    form: CallForm, functions: Sequence[Function], *, free: bool, many: bool, answer: GrammarSource | None
+) -> GrammarSource:
+    """The grammar of an answer of calls.
+
+    free: text may stand there instead, and between, or `answer` instead if there is one.  many: several calls.
+    """
     calls = [
         {
             "opening": form.opening(f.name),
@@ -230,4 +237,4 @@ def calls_source(form: CallForm, functions: Sequence[Function], *, free: bool, m
         for f in functions
     ]
     calls_form = {"begin": form.begin, "closing": form.closing, "calls": calls, "free": free, "many": many}
-    return GrammarSource(kind="calls", text=json.dumps(calls_form), param="tools")
+    return GrammarSource(kind="calls", text=json.dumps(calls_form), param="tools", answer=answer if free else None)

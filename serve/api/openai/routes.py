@@ -107,7 +107,7 @@ class OpenAIRoutes:
             chosen(body.tool_choice),
             body.parallel_tool_calls,
             self._backend.tokenizer,
-            None if grammar is None else grammar.param.partition(".")[0],
+            grammar,
         )
         talk = self._conversation(body, tools)
         ids = await self._talk_ids(request, talk)

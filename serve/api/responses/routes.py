@@ -65,7 +65,7 @@ class ResponsesRoutes:
             response_choice(body.tool_choice),
             body.parallel_tool_calls,
             tokenizer,
-            None if grammar is None else "text.format",
+            grammar,
         )
         talk = input_conversation(body, tools, tokenizer)
         ids = await self._admission.tokenizing.run(
