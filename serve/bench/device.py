@@ -28,7 +28,7 @@ from pallas_kernels.bench.checks import CHECKED, Check, check
 from pallas_kernels.bench.run import Ceilings, as_line, ceilings, device_name, time_case
 from serve.bench import streams
 from serve.bench.random_base import SHAPES, open_random
-from serve.bench.roofline import HEAD, ServingStep, StepReport, time_serving
+from serve.bench.roofline import HEAD, ServingBatch, ServingStep, StepReport, time_serving
 from serve.bench.streams import StreamReport, StreamSizes
 from train.bench import TrainingReport, TrainingSizes, time_training
 
@@ -60,13 +60,19 @@ class Sizes:
         """Returns the serving steps by name."""
         lanes, tokens = self.prefill
         decodes = {
-            f"decode, rows {n}, adapters {u}": ServingStep(lanes=n, tokens=1, filled=self.context - 1, adapters=u)
+            (n, u): ServingBatch(lanes=n, tokens=1, filled=self.context - 1, adapters=u)
             for n in self.rows
             for u in self.adapters
             if u <= n
         }
-        prefill = ServingStep(lanes=lanes, tokens=tokens, filled=0, adapters=min(lanes, max(self.adapters)))
-        return decodes | {f"prefill, {lanes} x {tokens}, adapters {prefill.adapters}": prefill}
+        most = min(lanes, max(self.adapters))
+        chunks = ServingBatch(lanes=lanes, tokens=tokens, filled=0, adapters=most)
+        n, u = max(of for of in decodes if of[0] == self.rows[0])
+        return {
+            **{f"decode, rows {n}, adapters {u}": (rows,) for (n, u), rows in decodes.items()},
+            f"prefill, {lanes} x {tokens}, adapters {most}": (chunks,),
+            f"mixed, {lanes} x {tokens} and rows {n}, adapters {u}": (chunks, decodes[n, u]),
+        }
 
 
 FULL = Sizes(

@@ -3,7 +3,7 @@
 The floor of a step is the longer of two times: its least memory traffic at the measured bandwidth, and its least
 computation at the measured rate of a product.  Beside it stands the program that the engine or the trainer runs.
 
-Shape letters: G lanes (rows of a decode step), J tokens of a lane, C KV pages of a sequence.
+Shape letters: G lanes (rows of a decode step), J tokens of a lane, T tokens, B lanes of all batches, C KV pages of a sequence.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from jaxlora.model.lora_pool import PoolSpec
 from jaxlora.model.mesh import place_rows
 from jaxlora.model.serving_pool import ServingPool, empty_serving_pool
 from pallas_kernels.bench.run import Ceilings, Timing, ceilings, device_name, measure
-from serve.engine.engine import MIN_ROWS
+from serve.engine.engine import BASE_ALONE, MIN_ROWS
 from serve.engine.logit_edits import EditArrays
 from serve.engine.step import Needs, PackedBatch, StepBatch, StepPrograms, no_tokens
 from train.bench import TrainingSizes, warm_trainer
 
 PAGE = 64  # tokens of a KV page
-HEAD = f"{'step':36} {'moved':>12} {'computed':>15} {'floor, ms':>17} {'measured':>9} {'ratio':>7} {'wall, ms':>9}"
+HEAD = f"{'step':40} {'moved':>12} {'computed':>15} {'floor, ms':>17} {'measured':>9} {'ratio':>7} {'wall, ms':>9}"
 STATE = 4  # arrays of a tenant that an update reads and writes: weights, gradient, two moments
 
 
@@ -64,15 +64,15 @@ class RooflineSizes:
     def serving(self) -> dict[str, ServingStep]:
         """Returns the serving steps by their names."""
         filled, most = self.context - 1, max(self.rows)
-        steps = {
-            f"decode, rows {n}": ServingStep(lanes=n, tokens=1, filled=filled, adapters=0)
+        steps: dict[str, ServingStep] = {
+            f"decode, rows {n}": (ServingBatch(lanes=n, tokens=1, filled=filled, adapters=0),)
             for n in sorted(set(self.rows))
         }
-        steps[f"decode, rows {most}, adapters {self.adapters}"] = ServingStep(
-            lanes=most, tokens=1, filled=filled, adapters=self.adapters
+        steps[f"decode, rows {most}, adapters {self.adapters}"] = (
+            ServingBatch(lanes=most, tokens=1, filled=filled, adapters=self.adapters),
         )
-        steps[f"prefill, lanes {self.lanes} x {self.tokens}, adapters {self.lanes}"] = ServingStep(
-            lanes=self.lanes, tokens=self.tokens, filled=0, adapters=self.lanes
+        steps[f"prefill, lanes {self.lanes} x {self.tokens}, adapters {self.lanes}"] = (
+            ServingBatch(lanes=self.lanes, tokens=self.tokens, filled=0, adapters=self.lanes),
         )
         return steps
 
@@ -83,17 +83,30 @@ class RooflineSizes:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ServingStep:
-    """One serving step."""
+class ServingBatch:
+    """Prompt chunks, or decode rows, of a serving step."""
 
     lanes: int
     tokens: int  # of a lane; 1 decodes
     filled: int  # tokens of each sequence whose KV is in its pages already
-    adapters: int  # distinct ones, lanes take turns; 0: the base alone
+    adapters: int  # distinct ones, from the first slot on, lanes take turns; 0: the base alone
 
     def pages_of_lane(self) -> int:
         """Returns the KV pages of each sequence."""
         return -(-(self.filled + self.tokens) // PAGE)
+
+
+ServingStep = tuple[ServingBatch, ...]  # one program: prompt chunks, decode rows, or these after those
+
+
+def step_adapters(step: ServingStep) -> int:
+    """Returns the distinct adapters of a step."""
+    return max(batch.adapters for batch in step)
+
+
+def step_pages(step: ServingStep) -> int:
+    """Returns the KV pages of a step, each of one sequence."""
+    return sum(batch.lanes * batch.pages_of_lane() for batch in step)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,7 +151,7 @@ class StepReport:
 
     def __str__(self) -> str:
         return (
-            f"{self.step:36} {self.bytes / 1e6:9.1f} MB {self.flops / 1e9:9.2f} GFLOP"
+            f"{self.step:40} {self.bytes / 1e6:9.1f} MB {self.flops / 1e9:9.2f} GFLOP"
             f" {self.floor_s * 1e3:9.2f} ({self.bound}) {self.measured_s * 1e3:9.2f} {self.ratio:7.2f}"
             f" {self.wall_s * 1e3:9.2f}"
         )
@@ -194,18 +207,19 @@ def pairs(base: Base, tokens: int, filled: int) -> int:
 
 def serving_work(base: Base, step: ServingStep, spec: LoraSpec) -> Work:
     """Returns what a serving step must do: each weight, adapter, key and value once; the head for one token of a lane."""
-    c, T = base.config, step.lanes * step.tokens
+    c = base.config
     layers, head = products(base)
     token_bytes = 2 * c.layers * c.kv_heads * c.head_dim * base.dtype.itemsize
     adapter = adapter_size(c, spec).trainable_parameters
-    attention = 4 * c.layers * c.heads * c.head_dim * step.lanes * pairs(base, step.tokens, step.filled)
-    kept = min(step.filled, c.window or step.filled)
-    return Work(
-        bytes=weights_bytes(base)
-        + token_bytes * step.lanes * (kept + step.tokens)
-        + step.adapters * adapter * base.dtype.itemsize,
-        flops=2 * T * layers + 2 * step.lanes * head + attention + 2 * T * adapter * (step.adapters > 0),
-    )
+    moved = weights_bytes(base) + step_adapters(step) * adapter * base.dtype.itemsize
+    computed = 0
+    for batch in step:
+        T = batch.lanes * batch.tokens
+        kept = min(batch.filled, c.window or batch.filled)
+        moved += token_bytes * batch.lanes * (kept + batch.tokens)
+        attention = 4 * c.layers * c.heads * c.head_dim * batch.lanes * pairs(base, batch.tokens, batch.filled)
+        computed += 2 * T * layers + 2 * batch.lanes * head + attention + 2 * T * adapter * (batch.adapters > 0)
+    return Work(bytes=moved, flops=computed)
 
 
 def training_work(base: Base, sizes: TrainingSizes) -> Work:
@@ -224,27 +238,35 @@ def training_work(base: Base, sizes: TrainingSizes) -> Work:
 
 
 def serving_call(opened: Opened, step: ServingStep, pool: ServingPool, kv: list[KVPages]) -> Callable[[], jax.Array]:
-    """Returns a call of the engine's program for this step, which gives its tokens, int32 [G].
+    """Returns a call of the engine's program for this step, which gives the tokens of all lanes, int32 [B].
 
-    kv: the pages, which each call takes and puts back.  The program has MIN_ROWS lanes at least, as an engine's.
+    kv: the pages, which each call takes and puts back.  Each batch of the program has MIN_ROWS lanes at least, as an engine's.
     """
     base, mesh, vocab = opened.base, opened.mesh, opened.base.config.vocab
-    lanes, J, C = max(step.lanes, MIN_ROWS), step.tokens, step.pages_of_lane()
-    batch, G = StepBatch.idle(lanes, J, C), slice(step.lanes)
-    batch.token_GJ[G] = np.arange(step.lanes * J).reshape(-1, J) * 37 % vocab
-    batch.position_GJ[G] = step.filled + np.arange(J)
-    batch.page_GC[G] = np.arange(step.lanes * C).reshape(-1, C)
-    batch.last_G[G] = J - 1
-    if step.adapters:
-        batch.slot_G[G] = np.arange(step.lanes) % step.adapters
-    ends = len(opened.tokenizer.eos_ids)
-    edits = EditArrays(mesh, max_tokens=step.filled + J, vocab=vocab, ends=ends)
+    batches, first_page = [], 0
+    for part in step:
+        J, C, G = part.tokens, part.pages_of_lane(), slice(part.lanes)
+        batches.append(batch := StepBatch.idle(max(part.lanes, MIN_ROWS), J, C))
+        batch.token_GJ[G] = np.arange(part.lanes * J).reshape(-1, J) * 37 % vocab
+        batch.position_GJ[G] = part.filled + np.arange(J)
+        batch.page_GC[G] = first_page + np.arange(part.lanes * C).reshape(-1, C)
+        batch.last_G[G] = J - 1
+        if part.adapters:
+            batch.slot_G[G] = np.arange(part.lanes) % part.adapters
+        first_page += part.lanes * C
+    lanes = sum(len(batch.slot_G) for batch in batches)
+    longest = max(part.filled + part.tokens for part in step)
+    edits = EditArrays(mesh, max_tokens=longest, vocab=vocab, ends=len(opened.tokenizer.eos_ids))
     idle = edits.make(lanes, tokens=False, allowed=False)
-    programs, needs = StepPrograms(mesh), Needs.of(batch, edited=False)
-    packed, newest_B = (place_rows(mesh, PackedBatch.of(batch)),), no_tokens(mesh, lanes)
+    # A CPU's engine has no program of two batches; it can run one all the same, as a device does.
+    programs = StepPrograms(mesh, one=False if len(step) > 1 else None)
+    needs = Needs.of(*batches, edited=False)
+    packed = tuple(place_rows(mesh, PackedBatch.of(batch)) for batch in batches)
+    newest_B = no_tokens(mesh, lanes)
+    alone = mesh.devices.flat[0].platform in BASE_ALONE and not step_adapters(step)
 
     def run() -> jax.Array:
-        kv[0], _, out = programs.launch(base, pool, kv[0], newest_B, packed, idle, needs)
+        kv[0], _, out = programs.launch(base, {} if alone else pool, kv[0], newest_B, packed, idle, needs)
         return out.token_B
 
     return run
@@ -268,7 +290,7 @@ def serving_calls(
 ) -> Generator[dict[str, Callable[[], object]]]:
     """Yields calls of these steps over one pool and the same pages, which are freed at the end."""
     base = opened.base
-    slots = max(1, *(step.adapters for step in steps.values()))
+    slots = max(1, *map(step_adapters, steps.values()))
     pool_spec = PoolSpec(slots=slots, rank=spec.max_rank, dtype=base.dtype.name)
     pool = {
         target: replace(
@@ -276,7 +298,7 @@ def serving_calls(
         )
         for target, rows in empty_serving_pool(base.config, pool_spec, opened.mesh).items()
     }
-    pages = max(step.lanes * step.pages_of_lane() for step in steps.values())
+    pages = max(map(step_pages, steps.values()))
     kv = [empty_pages(base.config, opened.mesh, pages=pages, page_tokens=PAGE, dtype=base.dtype)]
     try:
         yield {name: serving_call(opened, step, pool, kv) for name, step in steps.items()}

@@ -19,7 +19,7 @@ from jaxlora.model.lora_pool import PoolSpec
 from jaxlora.model.serving_pool import empty_serving_pool
 from pallas_kernels.bench.run import Ceilings, Timing
 from serve.bench import roofline
-from serve.bench.roofline import PAGE, ServingStep, StepReport, Work, serving_call, serving_work, training_work
+from serve.bench.roofline import PAGE, ServingBatch, StepReport, Work, serving_call, serving_work, training_work
 from serve.cli import main as cli
 from train.bench import TrainingSizes
 
@@ -40,7 +40,7 @@ class TestFloors:
     def test_decode(self):
         base = small_base()
         weights = roofline.weights_bytes(base)
-        step = ServingStep(lanes=5, tokens=1, filled=9, adapters=2)
+        step = (ServingBatch(lanes=5, tokens=1, filled=9, adapters=2),)
         work = serving_work(base, step, SPEC)
         kv = 5 * 10 * 2 * 2 * 4 * 8 * 4  # rows, tokens, K and V, layers, heads, head, float32
         assert work.bytes == weights + kv + 2 * ADAPTER * 4
@@ -48,22 +48,30 @@ class TestFloors:
         assert work.flops == 2 * 5 * (LAYERS + HEAD) + attention + 2 * 5 * ADAPTER
 
     def test_a_step_of_the_base_has_no_adapter(self):
-        with_two = serving_work(small_base(), ServingStep(lanes=5, tokens=1, filled=9, adapters=2), SPEC)
-        alone = serving_work(small_base(), ServingStep(lanes=5, tokens=1, filled=9, adapters=0), SPEC)
+        with_two = serving_work(small_base(), (ServingBatch(lanes=5, tokens=1, filled=9, adapters=2),), SPEC)
+        alone = serving_work(small_base(), (ServingBatch(lanes=5, tokens=1, filled=9, adapters=0),), SPEC)
         assert with_two.bytes - alone.bytes == 2 * ADAPTER * 4
         assert with_two.flops - alone.flops == 2 * 5 * ADAPTER
 
     def test_prefill_computes_half_of_the_pairs_and_one_head_a_lane(self):
         base = small_base()
-        work = serving_work(base, ServingStep(lanes=3, tokens=4, filled=0, adapters=0), SPEC)
+        work = serving_work(base, (ServingBatch(lanes=3, tokens=4, filled=0, adapters=0),), SPEC)
         attention = 3 * (1 + 2 + 3 + 4) * 2 * 2 * 2 * 8 * 8
         assert work.flops == 2 * 12 * LAYERS + 2 * 3 * HEAD + attention
         assert work.bytes == roofline.weights_bytes(base) + 12 * 2 * 2 * 4 * 8 * 4
 
+    def test_chunks_and_rows_of_one_program_read_weights_and_adapters_once(self):
+        base = small_base()
+        chunks = ServingBatch(lanes=2, tokens=4, filled=0, adapters=2)
+        rows = ServingBatch(lanes=5, tokens=1, filled=9, adapters=3)
+        mixed, *alone = (serving_work(base, step, SPEC) for step in ((chunks, rows), (chunks,), (rows,)))
+        assert mixed.flops == sum(work.flops for work in alone)
+        assert mixed.bytes == sum(work.bytes for work in alone) - roofline.weights_bytes(base) - 2 * ADAPTER * 4
+
     def test_a_window_bounds_keys_and_pairs(self):
         windowed = replace(small_base(), config=replace(CONFIG, window=4))
         assert roofline.pairs(windowed, 6, 0) == 1 + 2 + 3 + 4 + 4 + 4
-        step = ServingStep(lanes=1, tokens=1, filled=9, adapters=0)
+        step = (ServingBatch(lanes=1, tokens=1, filled=9, adapters=0),)
         whole, part = (serving_work(base, step, SPEC).bytes for base in (small_base(), windowed))
         assert whole - part == (9 - 4) * 2 * 2 * 4 * 8 * 4
 
@@ -96,16 +104,20 @@ class TestFloors:
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_what_is_timed_gives_the_tokens_of_the_model(rows):
-    """Sequences of one token: what follows it is what the plain model says."""
+@pytest.mark.parametrize("chunks", [0, 2], ids=["alone", "beside_chunks"])
+def test_what_is_timed_gives_the_tokens_of_the_model(rows, chunks):
+    """Rows are sequences of one token, chunks of four: what follows is what the plain model says."""
     opened = open_base(ModelSection(path=TINY, dtype="float32"), ONE_DEVICE)
-    step = ServingStep(lanes=rows, tokens=1, filled=0, adapters=0)
+    step = tuple(ServingBatch(lanes=chunks, tokens=4, filled=0, adapters=0) for _ in range(chunks > 0))
+    step += (ServingBatch(lanes=rows, tokens=1, filled=0, adapters=0),)
     pool = empty_serving_pool(opened.base.config, PoolSpec(slots=2, rank=2, dtype="float32"), opened.mesh)
-    kv = [empty_pages(opened.base.config, opened.mesh, pages=rows, page_tokens=PAGE, dtype=opened.base.dtype)]
+    kv = [empty_pages(opened.base.config, opened.mesh, pages=chunks + rows, page_tokens=PAGE, dtype=opened.base.dtype)]
     call, model = serving_call(opened, step, pool, kv), PlainModel(HfSource(tiny_path("tiny-llama-tied")))
     first, again = np.asarray(call()), np.asarray(call())
-    asked = np.arange(rows) * 37 % opened.base.config.vocab
-    assert first[:rows].tolist() == [model.greedy([int(token)], 1, None)[0] for token in asked]
+    vocab = opened.base.config.vocab
+    prompts = [np.arange(4 * lane, 4 * lane + 4) * 37 % vocab for lane in range(chunks)]
+    prompts += [np.array([row * 37 % vocab]) for row in range(rows)]
+    assert first[: len(prompts)].tolist() == [model.greedy(prompt.tolist(), 1, None)[0] for prompt in prompts]
     assert first.tolist() == again.tolist()
 
 
