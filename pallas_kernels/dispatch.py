@@ -1,8 +1,9 @@
 """Selects which body of an op runs: ONE table, by the platform a program is lowered for.
 
 An op is one definition (its reference) with several bodies.  The choice is made when the program is lowered, not when
-traced, so lowering for a TPU on a machine without one selects the TPU's body.  Lowering for a platform that the table
-lacks raises an error.
+traced: a process with a GPU may run programs on its CPU too.  Bodies are traced for the platforms of this process alone, as
+tracing takes much of a start's time; `traced_for` names others, for whoever lowers for a TPU on a machine without one.
+Lowering for a platform that was not traced for, or that the table lacks, raises an error.
 
     op               platform   body     why
     product          cpu        native   weights packed once, when they are loaded
@@ -80,6 +81,9 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import Primitive
+from jax.extend.mlir import ir
+from jax.interpreters import ad, batching, mlir
 
 from pallas_kernels import tiling_cuda
 from pallas_kernels.native import library
@@ -144,6 +148,7 @@ SHAPE_INDEPENDENT: dict[str, dict[str, dict[str, bool | None]]] = {
 }
 
 _interpreted = jax.make_user_context(False)
+_traced_for = jax.make_user_context(())  # platforms; none: those of this process
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +168,26 @@ def interpreted() -> Generator[None]:
     """Runs the Pallas bodies of whatever is traced inside, interpreted, on any platform.  For tests: it is slow."""
     with _interpreted(True):
         yield
+
+
+@contextlib.contextmanager
+def traced_for(*platforms: str) -> Generator[None]:
+    """Traces the bodies of these platforms of the table, in place of this process's, in whatever is traced inside."""
+    with _traced_for(platforms):
+        yield
+
+
+def _platforms() -> tuple[str, ...]:
+    """Returns the platforms whose bodies are traced."""
+    if _traced_for.value:
+        return _traced_for.value
+    here = jax.default_backend()
+    return ("cpu",) if here == "cpu" else ("cpu", table_platform(here))
+
+
+def table_platform(device_platform: str) -> str:
+    """Returns the name in the table of a platform of devices."""
+    return "cuda" if device_platform == "gpu" else device_platform
 
 
 @contextlib.contextmanager
@@ -226,7 +251,7 @@ def by_platform[*Args, Out](
 
     xla_on_cpu: takes xla's place on a CPU.  native: the C++ body; used where it is built.  pallas, triton: make the body; Pallas' takes `interpret`.  One is None where
     these shapes do not fit, where it does not support their dtypes, or where it is not installed.  Raises NotImplementedError when lowered for a platform that the
-    table lacks.
+    table lacks or that was not traced for.
     """
     if _interpreted.value and pallas is not None:
         return pallas(True)(*args)
@@ -241,10 +266,35 @@ def by_platform[*Args, Out](
     if triton is not None:
         body["triton"] = lambda *args: triton()(*args)
     _note(op, body, args)
-    chosen = {platform: body.get(route.body, body[route.otherwise]) for platform, route in TABLE[op].items()}
-    if xla_on_cpu is not None and chosen["cpu"] is xla:
+    routes = {platform: TABLE[op][platform] for platform in _platforms() if platform in TABLE[op]}
+    if not routes:
+        raise NotImplementedError(f"{op} has no body for {', '.join(_platforms())}; it has for {', '.join(TABLE[op])}")
+    chosen = {platform: body.get(route.body, body[route.otherwise]) for platform, route in routes.items()}
+    if xla_on_cpu is not None and chosen.get("cpu") is xla:
         chosen["cpu"] = xla_on_cpu
+    if len(bodies := set(chosen.values())) == 1:  # which JAX would take on any platform
+        (only,), ((first, *rest), tree) = bodies, jax.tree.flatten(args)
+        return only(*tree.unflatten([_lowered_only_for.bind(first, platforms=tuple(chosen)), *rest]))
     return lax.platform_dependent(*args, **chosen)
+
+
+# Gives its operand.  Raises NotImplementedError when lowered for another platform than these.
+_lowered_only_for = Primitive("lowered_only_for")
+_lowered_only_for.def_impl(lambda x, *, platforms: x)
+_lowered_only_for.def_abstract_eval(lambda x, *, platforms: x)
+ad.deflinear2(_lowered_only_for, lambda ct, x, *, platforms: [ct])
+batching.defvectorized(_lowered_only_for)
+
+
+def _lower_only_for(ctx: mlir.LoweringRuleContext, x: ir.Value, *, platforms: tuple[str, ...]) -> list[ir.Value]:
+    if other := sorted(set(ctx.module_context.platforms) - set(platforms)):
+        raise NotImplementedError(
+            f"traced for {', '.join(platforms)}, lowered for {', '.join(other)}; trace it inside of `traced_for`"
+        )
+    return [x]
+
+
+mlir.register_lowering(_lowered_only_for, _lower_only_for)
 
 
 def known_dtypes(*arrays: jax.Array) -> bool:

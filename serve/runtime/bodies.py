@@ -25,7 +25,7 @@ from jaxlora.model.mesh import attention_placement
 from jaxlora.model.serving_pool import PoolLora, ServingPool
 from pallas_kernels.attention.op import packed_attention
 from pallas_kernels.cross_entropy.op import target_logprob
-from pallas_kernels.dispatch import TABLE, Choice, recorded, usual
+from pallas_kernels.dispatch import TABLE, Choice, recorded, table_platform, usual
 from pallas_kernels.gathered_lora.pool_rows import PoolRows
 from pallas_kernels.gathered_lora.rank_classes import ROW_TILE, RankClasses, slot_ranks, tile_count
 from pallas_kernels.paged_attention.op import paged_attention
@@ -36,11 +36,6 @@ LOG = logging.getLogger("serve")
 READS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",), (HEAD_TARGET,))
 Shape = jax.ShapeDtypeStruct
 Call = tuple[Callable[..., object], tuple]  # an op and the shapes of its arguments
-
-
-def table_platform(device_platform: str) -> str:
-    """Returns the platform's name in the table of bodies."""
-    return "cuda" if device_platform == "gpu" else device_platform
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from kernel_checks import assert_same_bits, floats, gathered
 
 from pallas_kernels import dispatch
 from pallas_kernels.cross_entropy.op import target_logprob
-from pallas_kernels.dispatch import TABLE, by_platform
+from pallas_kernels.dispatch import TABLE, by_platform, traced_for
 from pallas_kernels.segmented_lora.op import segmented_lora
 
 F32, BF16 = jnp.float32, jnp.bfloat16
@@ -27,7 +27,8 @@ def shape(*sizes, dtype=BF16):
 
 def kernels(function, *args, platform="tpu"):
     """Names of the Mosaic kernels in the program lowered for that platform."""
-    text = jax.jit(function).trace(*args).lower(lowering_platforms=(platform,)).as_text()
+    with traced_for(platform):
+        text = jax.jit(function).trace(*args).lower(lowering_platforms=(platform,)).as_text()
     return [line.split('kernel_name = "')[1].split('"')[0] for line in text.splitlines() if "tpu_custom_call" in line]
 
 
@@ -81,7 +82,8 @@ def test_each_platform_takes_its_body_or_what_the_table_says_otherwise(pallas, t
 
     found = []
     for platform in ("cpu", "cuda", "tpu"):
-        text = jax.jit(op).trace(shape(4, dtype=F32)).lower(lowering_platforms=(platform,)).as_text()
+        with traced_for("cpu", "cuda", "tpu"):
+            text = jax.jit(op).trace(shape(4, dtype=F32)).lower(lowering_platforms=(platform,)).as_text()
         found.append(int(float(re.search(r"dense<([0-9.e+]+)> : tensor<f32>", text)[1])))
     assert tuple(found) == want
 
@@ -98,6 +100,29 @@ def test_a_route_of_triton_kernels_that_cannot_work_is_refused(route, flags, wan
     monkeypatch.setenv("XLA_FLAGS", flags)
     with pytest.raises(ValueError, match=re.escape(wanted)):
         dispatch.cuda_body()
+
+
+def test_bodies_are_traced_for_this_process_or_for_whom_is_named():
+    traced = []
+
+    def op(x):
+        def body(name):
+            return lambda x: traced.append(name) or x
+
+        return by_platform("gathered_lora", x, xla=body("xla"), pallas=lambda interpret: body("pallas"))
+
+    def trace(*platforms):
+        traced.clear()
+        with traced_for(*platforms):
+            return jax.jit(op).trace(shape(4))
+
+    here = jax.default_backend()
+    found = trace()
+    assert "pallas" not in traced or here == "tpu"
+    with pytest.raises(NotImplementedError):
+        found.lower(lowering_platforms=("tpu" if here != "tpu" else "cuda",))
+    trace("tpu").lower(lowering_platforms=("tpu",))
+    assert traced == ["pallas"]
 
 
 def test_gradients_have_their_own_bodies():

@@ -26,12 +26,15 @@ from kernel_shapes import (
     words_train,
 )
 
+from pallas_kernels.dispatch import traced_for
+
 HEAD_PARTS = {(49152, 8): 1, (49152, 64): 2, (128256, 8): 1, (128256, 64): 4, (151936, 8): 2, (151936, 64): 5}
 models = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
 
 
 def lowered(function, shapes) -> list[str]:
-    return kernels(jax.jit(function).trace(*shapes).lower(lowering_platforms=("tpu",)).as_text())
+    with traced_for("tpu"):
+        return kernels(jax.jit(function).trace(*shapes).lower(lowering_platforms=("tpu",)).as_text())
 
 
 @models

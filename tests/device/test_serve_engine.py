@@ -14,6 +14,7 @@ from jaxlora.core.errors import AdapterInvalid
 from jaxlora.core.lora import ATTENTION_TARGETS, AdapterRef
 from jaxlora.model.compile_cache import CompileCounter
 from jaxlora.model.lora_pool import PoolSpec, host_rows
+from pallas_kernels.dispatch import traced_for
 from serve.engine import engine as engine_module
 from serve.engine.request import FinishReason
 
@@ -396,7 +397,8 @@ def test_a_step_of_base_requests_alone_runs_a_program_without_lora(world, monkey
     packed, edits = (engine._idle.make(2, 1),), engine._edits.make(2, tokens=False, allowed=False)
     for pool, has_lora in ((engine._pool, True), ({}, False)):
         state = (engine.base, pool, engine._kv, engine._newest)
-        traced = engine._programs.step.trace(*state, packed, edits)
+        with traced_for("tpu"):
+            traced = engine._programs.step.trace(*state, packed, edits)
         assert ("gathered_lora" in traced.lower(lowering_platforms=("tpu",)).as_text()) is has_lora
 
 

@@ -15,6 +15,8 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh
 
+from pallas_kernels.dispatch import traced_for
+
 TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2"}
 ALONE = {  # the compiler looks for no machine
     "TPU_SKIP_MDS_QUERY": "1",
@@ -35,7 +37,8 @@ def chips(kind: str) -> Iterator[list]:
         with mock.patch.dict(os.environ, ALONE):
             devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[kind]).devices
             described = AbstractDevice(device_kind=devices[0].device_kind, num_cores=1, platform="tpu")
-            with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=described)):
+            mesh = AbstractMesh((), (), abstract_device=described)
+            with jax.sharding.use_abstract_mesh(mesh), traced_for("cpu", "tpu"):
                 yield list(devices)
     finally:
         jax.config.update("jax_enable_compilation_cache", kept)

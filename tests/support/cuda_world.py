@@ -18,6 +18,8 @@ from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh
 from kernel_shapes import HANDS_ON
 
+from pallas_kernels.dispatch import traced_for
+
 # What a query of an H100 SXM answers, and NVIDIA's data sheet says.  Without the versions XLA takes the driver for an old one
 # and leaves cuBLAS, custom calls and conditionals out of CUDA graphs.
 H100 = """
@@ -64,7 +66,8 @@ def h100s(count: int = 4) -> Iterator[list]:
         found = topologies.get_topology_desc(
             platform="cuda", topology_name="", target_config=H100, topology=f"1x1x{count}"
         )
-        with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=DESCRIBED)):
+        mesh = AbstractMesh((), (), abstract_device=DESCRIBED)
+        with jax.sharding.use_abstract_mesh(mesh), traced_for("cpu", "cuda"):
             yield list(found.devices)
     finally:
         jax.config.update("jax_enable_compilation_cache", kept)

@@ -23,6 +23,7 @@ from kernel_shapes import kernels, shape
 
 from pallas_kernels.attention.op import packed_attention
 from pallas_kernels.cross_entropy.op import target_logprob
+from pallas_kernels.dispatch import traced_for
 from pallas_kernels.paged_attention.op import paged_attention
 from pallas_kernels.segmented_lora.op import segmented_lora
 from pallas_kernels.sharding import Placement
@@ -37,7 +38,8 @@ TARGETS = 3
 
 def lowered(function, *args) -> tuple[Counter, dict[str, list[str]]]:
     """(Mosaic kernels by name, result types of each kind of collective) of the program for TPU."""
-    text = jax.jit(function).trace(*args).lower(lowering_platforms=("tpu",)).as_text()
+    with traced_for("tpu"):
+        text = jax.jit(function).trace(*args).lower(lowering_platforms=("tpu",)).as_text()
     collectives = {}
     kinds = "all_reduce|all_gather|all_to_all|collective_permute|reduce_scatter"
     for match in re.finditer(rf'"?stablehlo\.({kinds})"?.*?-> \(?(tensor<[^>]*>)', text, re.DOTALL):
