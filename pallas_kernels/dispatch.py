@@ -273,7 +273,7 @@ def by_platform[*Args, Out](
     if xla_on_cpu is not None and chosen.get("cpu") is xla:
         chosen["cpu"] = xla_on_cpu
     if len(bodies := set(chosen.values())) == 1:  # which JAX would take on any platform
-        (only,), ((first, *rest), tree) = bodies, jax.tree.flatten(args)
+        (only,), ((first, *rest), tree) = bodies, jax.tree.flatten(jax.tree.map(jnp.asarray, args))
         return only(*tree.unflatten([_lowered_only_for.bind(first, platforms=tuple(chosen)), *rest]))
     return lax.platform_dependent(*args, **chosen)
 

@@ -12,6 +12,7 @@ from jaxlora.checkpoints import load as opened
 from jaxlora.checkpoints.load import open_base
 from jaxlora.config.base import ONE_DEVICE, ModelSection
 from jaxlora.model.decoder import TokenBatch, forward
+from pallas_kernels.dispatch import traced_for
 
 
 @pytest.mark.parametrize(
@@ -24,13 +25,14 @@ from jaxlora.model.decoder import TokenBatch, forward
     ],
 )
 def test_dtype_and_precision_of_products_are_settings(dtype, precision, used):
-    """Read off the traced forward pass: every product of it has the precision."""
+    """Read off the forward pass as traced for a TPU, whose products are XLA's: every one has the precision."""
     model = ModelSection(path=str(tiny_path("tiny-llama-tied")), dtype=dtype, precision=precision)
     base = open_base(model, ONE_DEVICE).base
     assert base.dtype == dtype
     four = jnp.arange(4, dtype=jnp.int32)
     batch = TokenBatch(token_T=four, position_T=four, segment_T=jnp.ones_like(four), slot_T=-jnp.ones_like(four))
-    jaxpr = jax.make_jaxpr(lambda base: forward(base, batch, NoLora(), lambda _, q, k, v, cache: (q, cache), ()))(base)
+    with traced_for("tpu"):
+        jaxpr = jax.make_jaxpr(lambda b: forward(b, batch, NoLora(), lambda _, q, k, v, cache: (q, cache), ()))(base)
     products = str(jaxpr).split("dot_general[")[1:]
     assert len(products) == 7
     wanted = {"highest": "Precision.HIGHEST", "default": "Precision.DEFAULT"}[used]

@@ -337,7 +337,6 @@ DAMAGE = {
 
 @pytest.mark.fault("C12")
 @pytest.mark.parametrize("kind", DAMAGE)
-@pytest.mark.filterwarnings("ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning")
 def test_a_damaged_version_leaves_its_name_to_the_one_before_and_the_operator_is_told(shelf, acme, bot, caplog, kind):
     """Its first asker gets an error to retry on; a client that retries does not even notice."""
     for i in (1, 2):

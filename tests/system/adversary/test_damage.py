@@ -27,8 +27,6 @@ from train.jobs.inputs import JobFiles
 from train.jobs.job import Progress
 from train.jobs.runner import Jobs
 
-# Orbax leaves futures of a failed read to an event loop that it has closed.
-QUIET = pytest.mark.filterwarnings("ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning")
 ONE_OR_TEN = [pytest.param(1, id="one edit"), pytest.param(10, id="ten edits", marks=pytest.mark.slow)]
 
 
@@ -106,7 +104,6 @@ def without(folder: Path, step: int, work: Callable[[], tuple[int, bytes]]) -> t
 
 
 @pytest.mark.fault("C12")
-@QUIET
 @pytest.mark.parametrize("count", ONE_OR_TEN)
 def test_a_damaged_checkpoint_gives_way_to_the_one_before_bit_for_bit(trainer, states, count):
     newest = opened(trainer, states)
@@ -121,7 +118,6 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_bit_for_bit(trainer, s
     assert before in found
 
 
-@QUIET
 @pytest.mark.parametrize("count", ONE_OR_TEN)
 def test_a_damaged_only_checkpoint_is_refused_and_stays(trainer, states, count):
     shutil.rmtree(states / "job" / "2")
@@ -235,7 +231,6 @@ def test_a_damaged_best_state_pauses_its_job_which_then_delivers_it_from_the_che
 
 
 @pytest.mark.fault("C12")
-@QUIET
 @pytest.mark.parametrize("count", ONE_OR_TEN)
 def test_a_damaged_version_is_refused_or_right_and_others_are_served(tmp_path, count):
     store = AdapterStore(tmp_path / "store", host_bytes=0)
