@@ -49,6 +49,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(trylast=True)  # over pytest's own hook
+def pytest_configure() -> None:
+    """A read of tensorstore that fails leaves sibling reads a closed event loop to report to, in its test or in the next one."""
+    counted = sys.unraisablehook
+
+    def hook(unraisable: sys.UnraisableHookArgs) -> None:
+        if unraisable.object is not None or str(unraisable.exc_value) != "Event loop is closed":
+            counted(unraisable)
+
+    sys.unraisablehook = hook
+
+
 def pytest_report_header(config: pytest.Config) -> str:
     perturbed = "; serving programs are perturbed" if config.getoption("--perturb-shapes") else ""
     fronted = "; apps are behind a front" if config.getoption("--through-front") else ""
