@@ -28,7 +28,6 @@ from whole_world import whole_config
 from jaxlora.checkpoints.load import Opened, base_hashes
 from jaxlora.config.serving import BlobsSection, LimitsSection
 from jaxlora.core.errors import ConfigInvalid, StateInvalid, StorageFailed, Unavailable
-from jaxlora.storage import lease as lease_module
 from serve.cli import main as cli
 from serve.db import instance as claims
 from serve.db.database import Database
@@ -45,10 +44,8 @@ DAY_S = 86400.0
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(claims, "SPAN_S", 0.9)
+    monkeypatch.setattr(claims, "SPAN_S", 4.0)
     monkeypatch.setattr(claims, "POLL_S", 0.05)
-    monkeypatch.setattr(lease_module, "SPAN_S", 0.6)
-    monkeypatch.setattr(lease_module, "CLOCK_S", 0.05)
 
 
 @pytest.fixture
@@ -220,8 +217,9 @@ class TestOneProcess:
             assert second.identity.epoch == 2
             second.close()
 
-    def test_a_server_that_was_taken_over_writes_nothing_more(self, database, database_url):
+    def test_a_server_that_was_taken_over_writes_nothing_more(self, database, database_url, monkeypatch):
         """It slept; the second took its job over, which the first then would have said to have failed."""
+        monkeypatch.setattr(claims, "SPAN_S", 0.5)
         jobs, first = StoredJobs(database), Claim(database, "one", id="x", epoch=0)
         jobs.insert(job_record())
         first._end.set()
@@ -244,7 +242,7 @@ class TestOneProcess:
 
     def test_a_claim_lasts_longer_than_its_span_and_ends_with_its_process(self, database, database_url):
         first = Claim(database, "one", id="x", epoch=0)
-        time.sleep(1.2)
+        time.sleep(claims.SPAN_S + 0.2)
         with contextlib.closing(Database(database_url)) as other:
             with pytest.raises(StateInvalid):
                 Claim(other, "two", id="x", epoch=0)

@@ -17,12 +17,14 @@ from jaxlora.storage.lease import LEASE, Lease
 from jaxlora.storage.object_store import Blobs
 from jaxlora.storage.remote_states import StateCopies
 
+SPAN_S = 2.4  # a busy machine stands still for half of it
+
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(blobs_module, "FIRST_WAIT_S", 0.001)
-    monkeypatch.setattr(lease_module, "SPAN_S", 0.9)
-    monkeypatch.setattr(lease_module, "CLOCK_S", 0.1)
+    monkeypatch.setattr(lease_module, "SPAN_S", SPAN_S)
+    monkeypatch.setattr(lease_module, "CLOCK_S", 0.2)
     yield
     FAULTS.__init__()
 
@@ -62,7 +64,7 @@ def test_who_crashed_is_followed_when_its_time_is_over_and_writes_nothing_more(m
     crash(lease)
     began = time.monotonic()
     two, _ = machine("two")
-    assert time.monotonic() - began > 0.5
+    assert time.monotonic() - began > SPAN_S / 2
     with pytest.raises(Unavailable, match="could not be renewed"):
         one.put_bytes("a", b"old")
     two.put_bytes("a", b"new")
@@ -87,7 +89,7 @@ def test_the_same_server_goes_on_at_once_and_an_ended_one_leaves_it_free(machine
     _, lease = machine("one")
     lease.close()
     machine("two")
-    assert time.monotonic() - began < 0.7
+    assert time.monotonic() - began < SPAN_S
 
 
 class Busy(Exception):
@@ -184,11 +186,11 @@ def test_a_renewal_whose_answer_is_lost_loses_nothing(tmp_path, monkeypatch):
 def test_a_short_outage_passes_and_a_long_one_stops_the_writing_until_it_is_over(machine):
     blobs, _ = machine("one")
     FAULTS.down = True
-    time.sleep(1.3)
+    time.sleep(SPAN_S + 0.4)
     with pytest.raises(Unavailable, match="could not be renewed"):
         blobs.delete(["a"])
     FAULTS.down = False
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         try:
             blobs.put_bytes("a", b"x")
@@ -208,7 +210,7 @@ def test_a_wrong_clock_takes_no_lease_and_keeps_none(machine, monkeypatch, off_s
     monkeypatch.setattr(lease_module.time, "time", now)
     crash(lease)
     monkeypatch.setattr(lease_module.time, "time", lambda: now() - 86400)  # set back after the last renewal
-    time.sleep(1.0)
+    time.sleep(SPAN_S)
     with pytest.raises(Unavailable, match="could not be renewed"):
         one.put_bytes("a", b"old")
 
