@@ -171,7 +171,7 @@ def test_an_archive_that_is_refused(name, tmp_path):
         with pytest.raises(AdapterInvalid, match=message) as caught:
             unpacked(data, tmp_path)
         assert len(caught.value.message) < 600
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 6
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 8 * MIB

@@ -358,7 +358,7 @@ def test_hostile_headers_are_refused_fast_and_small(write, data, words):
         assert tracemalloc.get_traced_memory()[1] < 4 << 20
     finally:
         tracemalloc.stop()
-    assert time.monotonic() - start_s < 1.0
+    assert time.monotonic() - start_s < 5
 
 
 def test_a_header_has_no_more_numbers_than_we_count(write, monkeypatch):

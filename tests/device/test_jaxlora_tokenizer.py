@@ -299,7 +299,7 @@ def test_a_template_that_writes_nothing_ends_soon(monkeypatch, source):
     start_s = time.monotonic()
     with pytest.raises(InvalidRequest, match=r"longer than 0\.2 seconds"):
         ChatTemplate(source, {}).render(USER, add_generation_prompt=True, continue_final_message=False)
-    assert time.monotonic() - start_s < 2
+    assert time.monotonic() - start_s < 6
 
 
 @pytest.mark.parametrize("source", ["{% if %}", "{{ x", "{% unknown %}", "{{ x | nofilter }}", "x" * (2 << 20)])

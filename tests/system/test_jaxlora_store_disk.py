@@ -35,7 +35,7 @@ def test_put_serves_while_storage_is_blocked(open_store, monkeypatch):
     store.put(adapter)
     assert same(store.get(ref), adapter)
     assert store.latest("acme", "bot") == ref
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 5
     gate.set()
     store.flush()
     assert store.host_memory().held == 0
@@ -333,7 +333,7 @@ def test_a_version_deleted_before_its_save_leaves_nothing(open_store, tmp_path, 
     started = time.monotonic()
     for adapter in (saving, waiting):
         store.delete_version(adapter.ref)
-    assert time.monotonic() - started < 1  # waits for no disk
+    assert time.monotonic() - started < 5  # waits for no disk
     assert store.list(None) == []
     gate.set()
     store.flush()

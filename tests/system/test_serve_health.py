@@ -181,7 +181,7 @@ def check_failed(told):
 
 @pytest.mark.fault("C4")
 def test_a_thread_that_dies_ends_the_server_after_open_requests_have_got_their_errors(stuck, monkeypatch, caplog):
-    monkeypatch.setattr("serve.server.uvicorn.LAST_WORDS_S", 0.5)
+    monkeypatch.setattr("serve.server.uvicorn.LAST_WORDS_S", 2)
     with ending(stuck) as (runner, http, url):
         told, others = [], []
         reader, other = stream(url, told), endless(url, others)

@@ -269,7 +269,7 @@ def test_clients_that_hang_up_free_what_they_hold_wherever_they_are(world, crowd
     asyncio.run(crowded(world, runner, url, {}, lambda tasks: [t.cancel() for t in tasks]))
     began = time.monotonic()
     while runner.call(lambda: runner.engine.has_work):
-        assert time.monotonic() - began < 2  # of thirty and more that the answers would take
+        assert time.monotonic() - began < 8  # of thirty and more that the answers would take
     runner.call(lambda: check_idle(runner.engine))
 
 
@@ -284,7 +284,7 @@ def test_requests_whose_time_is_over_end_wherever_they_are(world, crowd):
         assert answer.headers["x-should-retry"] == "false"
     began = time.monotonic()
     while runner.call(lambda: runner.engine.has_work):
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 8
     runner.call(lambda: check_idle(runner.engine))
 
 

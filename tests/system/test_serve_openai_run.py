@@ -168,7 +168,7 @@ def test_a_client_that_hangs_up_cancels_all_its_streams(running, backend, stream
         assert not any(s.cancelled.is_set() for s in backend.streams)
     began = time.monotonic()
     assert [s.cancelled.wait(5) for s in backend.streams] == [True] * 3
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 4
 
 
 def test_a_closed_stream_of_the_official_client_cancels(client, backend):
