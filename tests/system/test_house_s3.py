@@ -107,7 +107,7 @@ def test_another_process_follows_what_one_stores(url, tmp_path):
 
 
 def test_one_server_at_a_time(url, tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxlora.storage.lease.SPAN_S", 2.0)
+    monkeypatch.setattr("jaxlora.storage.lease.SPAN_S", 6.0)
     monkeypatch.setattr("jaxlora.storage.lease.CLOCK_S", 0.2)
     first = Lease(Blobs(url, timeout_s=20), tmp_path / "one")
     with pytest.raises(StateInvalid, match="in use by"):

@@ -335,14 +335,14 @@ def test_adapters_in_object_storage(tmp_path):
         for version in (1, 2):
             assert upload(client, "far", zip_of(seeded(version))).status_code == 200
             began = time.monotonic()
-            until(lambda name=f"far@{version}": {answers(client, name) for _ in range(6)} == {200}, 20)
+            until(lambda name=f"far@{version}": {answers(client, name) for _ in range(6)} == {200}, 60)
             print(f"a version is on all replicas after {time.monotonic() - began:.2f} s")
             said.append({answer(client, "far") for _ in range(6)})
         assert ([len(texts) for texts in said], said[0] != said[1]) == ([1, 1], True)
         copies = sorted(path.name for path in (tmp_path / "adapters.copies").iterdir())
         assert copies == ["0", "1"]
         assert client.delete("/v1/adapters/far").status_code == 200
-        until(lambda: {answers(client, "far") for _ in range(6)} == {404}, 20)
+        until(lambda: {answers(client, "far") for _ in range(6)} == {404}, 60)
         assert up.stop() == 0
 
 

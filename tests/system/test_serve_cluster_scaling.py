@@ -113,7 +113,7 @@ def test_none_one_two_one_none(up):
 
     until(lambda: not up.pids("reads"), IDLE_S + 60)
     with Asking(up.url, 12, 60, 1) as crowd:  # eight of them may wait
-        until(lambda: len(crowd.answers) == 4, 30)
+        until(lambda: len(crowd.answers) == 4, 60)
         for refused in crowd.answers[:4]:
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "starting")
             assert "a replica is being started for this; retry in ~" in refused.text
