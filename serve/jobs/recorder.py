@@ -228,14 +228,16 @@ class JobRecorder:
             if said.final:
                 message, data["size"] = f"{message}; {said.size}", said.size.to_json()
             events.append(NewEvent(time_s=said.time_s, level="info", kind="message", message=message, data=data))
-        self._store(replace(record, progress=progress), events, checkpoints)
-        if said.checkpoint:
+        if said.checkpoint:  # first: who is told of a name may use it at once
             self._names.checkpoint(record.id, said.step, said.ref.version, final=said.final)
+        self._store(replace(record, progress=progress), events, checkpoints)
         self._published(self._records.get(record.id, record), said)
 
     def _store(self, record: JobRecord, events: list[NewEvent], checkpoints: list[CheckpointRecord]) -> None:
         """Tries until it is stored; while the recorder closes, once."""
         self._records[record.id] = record
+        if record.status in ENDED:  # first: who is told of the end may delete what was made at once
+            self._names.end(record.id)
         while True:
             try:
                 self._stored.save(record, events=events, checkpoints=checkpoints)
@@ -249,7 +251,6 @@ class JobRecorder:
                 break
         if record.status in ENDED:
             self._records.pop(record.id, None)
-            self._names.end(record.id)
             self._ended(record)
 
 

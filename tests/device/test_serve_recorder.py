@@ -43,7 +43,7 @@ def told(database, monkeypatch):
         stored.insert(record)
         names.add(id, "acme", "support", "")
         recorder.register(record)
-    yield SimpleNamespace(recorder=recorder, stored=stored, disk=disk, ended=ended)
+    yield SimpleNamespace(recorder=recorder, stored=stored, disk=disk, ended=ended, names=names)
     recorder.close()
 
 
@@ -93,6 +93,27 @@ def test_a_job_succeeds_when_its_version_is_saved_and_others_do_not_wait(told):
     assert told.stored.get("ftjob-1", None).progress["final_version"] == 7
     assert told.stored.get("ftjob-1", None).error is None
     assert checkpoints(told, "ftjob-1") == [7]
+
+
+def test_who_is_told_of_a_model_or_of_an_end_may_use_it_at_once(told, monkeypatch):
+    """Whoever reads the database the moment that it is written."""
+    record = job_record("ftjob-0123456789ab", status=JobStatus.RUNNING)
+    id, save, read = record.id, StoredJobs.save, []
+    told.stored.insert(record)
+    told.names.add(id, "acme", "seen", "")
+    told.recorder.register(record)
+
+    def then_read(self, record, **how):
+        save(self, record, **how)
+        name = told.names.full(record.id)
+        read.append((told.names.find("acme", name) is not None, told.names.makes("acme", "seen")))
+
+    monkeypatch.setattr(StoredJobs, "save", then_read)
+    told.recorder.job_published(version(id, 8, final=False))
+    told.recorder.job_published(version(id, 9, final=True))
+    told.recorder.job_changed(news(id, JobStatus.SUCCEEDED))
+    told.recorder.flush()
+    assert read == [(True, True), (True, True), (True, False)]
 
 
 def test_a_checkpoint_that_is_not_saved_is_not_listed_and_its_job_goes_on(told):
