@@ -159,7 +159,7 @@ def test_the_next_step_is_launched_before_a_step_is_read(world, steps, mixes):
     for count in range(steps):
         while len(engine._sequences) < 6 or (len(engine._sequences) < 14 and rng.random() < 0.3):
             submit()
-        if rng.random() < 0.05:
+        if count % 20 == 10:
             cancelled.add(id := str(rng.choice(sorted(engine._sequences))))
             engine.cancel(id)
         if rng.random() < 0.03:
@@ -194,7 +194,7 @@ def test_the_next_step_is_launched_before_a_step_is_read(world, steps, mixes):
     assert scheduler.active.swaps > 5  # a busy machine reads adapters later
     assert engine.resizes >= steps // 50
     assert device.unseen > steps
-    assert len(cancelled) > 0.02 * steps
+    assert len(cancelled) >= steps // 20
 
 
 def test_a_row_that_needs_its_last_token_does_not_slow_the_others(world):
